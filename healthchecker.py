@@ -1,0 +1,3275 @@
+"""HealthChecker: a web application answers only while the machines it depends on are healthy.
+
+One thread per machine polls it over SSH and reports to the `HealthAggregator`; the gate in front of
+the application asks `IsHealthy()` on every request: 2XX while every resource is healthy, 503 otherwise.
+
+Sections, in file order; a definition refers only to what stands above it:
+
+    Errors      one root, an exit code each
+    Inventory   strict YAML -> validated settings, every fault with line and column
+    Vault       AES-256-GCM data keys under RSA-OAEP, bound to the row they belong to
+    Storage     SQLite through Flask-SQLAlchemy; the rows follow the inventory
+    Transport   a fresh connection per poll, one monotonic deadline, a byte cap
+    Probes      the command sets of the platforms, as tables
+    Evaluate    sample + limits -> verdict -> standing; pure
+    Aggregate   the lease: is everything healthy, now
+    Poll        a thread per resource, one writer, one overseer
+    Pages       what a person sees
+    Gate        the WSGI application in front of the application
+    Serve       waitress on the loop, and the command line
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import binascii
+import collections
+import concurrent.futures
+import contextlib
+import difflib
+import errno
+import hashlib
+import heapq
+import hmac
+import importlib
+import json
+import logging
+import logging.handlers
+import math
+import multiprocessing
+import os
+import queue
+import random
+import re
+import secrets
+import select
+import selectors
+import shlex
+import shutil
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from enum import Enum
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, Protocol, cast
+from urllib.parse import quote, unquote
+
+try:
+    import flask
+    import paramiko
+    import sqlalchemy
+    import yaml
+    from cryptography.exceptions import InvalidTag
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import padding, rsa
+    from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+    from flask_sqlalchemy import SQLAlchemy
+    from paramiko.hostkeys import HostKeyEntry, HostKeys
+    from pydantic import (
+        AfterValidator,
+        BaseModel,
+        BeforeValidator,
+        ConfigDict,
+        Field,
+        SecretStr,
+        StringConstraints,
+        ValidationError,
+        model_validator,
+    )
+    from sqlalchemy import ForeignKey, event
+    from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
+    from waitress import wasyncore
+    from waitress.adjustments import Adjustments
+    from waitress.channel import HTTPChannel
+    from waitress.server import TcpWSGIServer
+    from waitress.task import ThreadedTaskDispatcher
+except ModuleNotFoundError as missing:
+    raise SystemExit(f"healthchecker: the package {missing.name} is missing; "
+                     "run `make run`, or `pip install -r requirements.txt`") from None
+
+# Run as a script, an application that imports healthchecker still gets this module and no second copy.
+sys.modules.setdefault("healthchecker", sys.modules[__name__])
+
+if TYPE_CHECKING:
+    from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
+
+log = logging.getLogger("healthchecker")
+
+INVENTORY_BYTES = 1 << 20       # bytes; a larger inventory is refused
+INVENTORY_DEPTH = 8             # levels of nesting
+INVENTORY_NODES = 200_000       # YAML events
+SECRET_LENGTH = 1024            # characters of a password at most: a longer one only costs time
+SSH_PORT = 22                   # the registered port (RFC 4251)
+RSA_BITS = 3072                 # bits, equal in strength to AES-128 (NIST SP 800-57)
+PBKDF2_ROUNDS = 220_000         # OWASP's figure for PBKDF2-HMAC-SHA512
+SALT_BYTES = 16                 # bytes, NIST SP 800-132
+BUSY_TIMEOUT = 5.0              # seconds a writer waits for another one
+OUTPUT_BYTES = 1 << 20          # bytes over stdout and stderr; a poll that prints more is ended
+READ_BYTES = 1 << 16            # bytes taken from a host at once
+REASON_CHARS = 500              # characters of a reason that are kept
+AUTH_BACKOFF = 300.0            # seconds between attempts with a refused credential
+AUTH_TURN = 1.0                 # seconds to wait for the outcome of another attempt with the same credential
+FIRST_POLLS = 50.0              # first polls per second
+JITTER = 0.1                    # part of the interval by which polls are spread
+LEASE_GRACE = 2.0               # seconds added to a lease for a busy machine
+DEFAULT_TTL = 132.0             # seconds; the lease of a resource with default settings
+SWEEP = 0.5                     # seconds between two looks of the monitor
+FLUSH = 1.0                     # seconds for which the recorder gathers what it writes
+RETRY_AFTER_MAX = 3600          # seconds
+PROBES_AT_ONCE = 64             # resources that `check --probe` polls at the same time
+TOKEN_PREFIX = "HC1."           # noqa: S105  # of a sealed secret
+LOG_BYTES = 10 << 20            # bytes of a log file before it rotates
+LOG_FILES = 5                   # rotated log files that are kept
+BACKLOG = 1024                  # connections that wait to be accepted
+POOL_BUFFER = 16 << 20          # bytes of a response that wait for a slow client before its pool thread does
+LOOP_BUFFER = 1 << 30           # bytes; on the loop nobody can wait
+DRAIN = 9.0                     # seconds for requests in flight when the service ends
+
+
+# === Errors ==================================================================
+class HealthCheckerError(Exception):
+    """Root of what HealthChecker raises on purpose; its text is one line that a user can act on."""
+
+    exit_code: ClassVar[int] = 1
+
+
+class InventoryError(HealthCheckerError):
+    """The inventory cannot be used; the text has a line for each fault."""
+
+    exit_code = 2
+
+
+class UsageError(HealthCheckerError):
+    """The command line, the address to listen on or `service.app` cannot be used."""
+
+    exit_code = 2
+
+
+class SecretError(HealthCheckerError):
+    """Keys are missing or wrong, or a sealed secret does not open for the resource that it stands at."""
+
+    exit_code = 3
+
+
+class StorageError(HealthCheckerError):
+    """The database is damaged, newer than this program, in use, or not ours."""
+
+    exit_code = 4
+
+
+Cause = Literal["", "limit", "check", "unreachable", "timeout", "auth", "host_key", "credential", "protocol", "stale"]
+
+
+def one_line(text: str) -> str:
+    """`text` without line breaks and control characters, cut to REASON_CHARS: fit for a log line."""
+    line = " ".join("".join(c if c.isprintable() else " " for c in text[: 4 * REASON_CHARS]).split())
+    return line if len(line) <= REASON_CHARS else line[: REASON_CHARS - 1] + "…"
+
+
+class ProbeError(HealthCheckerError):
+    """A poll gave no sample; `cause` is one of DESIGN's causes, the text says what to do."""
+
+    def __init__(self, cause: Cause, message: str) -> None:
+        super().__init__(one_line(message))
+        self.cause: Cause = cause
+
+
+# === Inventory ===============================================================
+class Platform(str, Enum):
+    """What a resource runs; decides its connection and its command set. `posix` is what `unix` falls back to."""
+
+    UNIX = "unix"
+    LINUX = "linux"
+    MACOS = "macos"
+    FREEBSD = "freebsd"
+    POSIX = "posix"
+    WINDOWS = "windows"
+    LOCAL = "local"
+    SIMULATED = "simulated"
+
+
+SELECTABLE = ("unix", "linux", "macos", "freebsd", "local", "simulated")
+SSH_PLATFORMS = frozenset({Platform.UNIX, Platform.LINUX, Platform.MACOS, Platform.FREEBSD})
+NodePath = tuple[str | int, ...]
+
+
+def place(mark: Any) -> str:
+    """`line:column` of a mark in a YAML file, counted from 1."""
+    return f"{mark.line + 1}:{mark.column + 1}"
+
+
+class Document(NamedTuple):
+    """A strictly read YAML file: nested dicts, lists and texts, and the node of every path and of every key."""
+
+    value: Any
+    nodes: dict[NodePath, yaml.Node]
+    keys: dict[NodePath, yaml.Node]
+
+    def position(self, path: NodePath, *, key: bool = False) -> str:
+        """`line:column`, counted from 1, of the key `path` or of the nearest value at or above it."""
+        node = self.keys.get(path) if key else None
+        while node is None and path:
+            node, path = self.nodes.get(path), path[:-1]
+        return place(node.start_mark) if node else "1:1"
+
+
+class StrictReader:
+    """Reads YAML as text scalars: no tags, anchors, aliases, merges or duplicate keys; never quotes the source."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.faults: list[str] = []
+
+    def fault(self, mark: Any, message: str) -> None:
+        self.faults.append(f"{self.name}:{place(mark)}: {message}")
+
+    def read(self, source: bytes) -> Document:
+        """Raises InventoryError with every fault found."""
+        document = Document(None, {}, {})
+        text = self._decode(source)
+        try:
+            if not self.faults and self._allowed(text):
+                root = yaml.compose(text, Loader=yaml.SafeLoader)
+                if root is not None:
+                    document = document._replace(value=self._convert(root, (), document))
+        except yaml.MarkedYAMLError as error:
+            self.fault(error.problem_mark or error.context_mark,
+                       "not valid YAML here (is a value with special characters unquoted?)")
+        except yaml.reader.ReaderError as error:
+            self.faults.append(f"{self.name}: the character at offset {error.position} is not allowed in YAML")
+        if self.faults:
+            raise InventoryError("\n".join(self.faults))
+        return document
+
+    def _decode(self, source: bytes) -> str:
+        if len(source) > INVENTORY_BYTES:
+            self.faults.append(f"{self.name}: the file is larger than {INVENTORY_BYTES} bytes")
+            return ""
+        try:
+            return source.decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            self.faults.append(f"{self.name}: byte {error.start} is not UTF-8; save the file as UTF-8")
+            return ""
+
+    def _allowed(self, text: str) -> bool:
+        """Looks at the events before anything is built, so that nothing hostile is."""
+        depth = 0
+        for count, node in enumerate(yaml.parse(text, Loader=yaml.SafeLoader)):
+            if isinstance(node, yaml.AliasEvent) or getattr(node, "anchor", None):
+                self.fault(node.start_mark, "anchors and aliases are not allowed; quote what starts with & or *")
+            elif getattr(node, "tag", None):
+                self.fault(node.start_mark, "tags are not allowed; quote what starts with !")
+            if isinstance(node, yaml.CollectionStartEvent):
+                depth += 1
+            elif isinstance(node, yaml.CollectionEndEvent):
+                depth -= 1
+            if depth > INVENTORY_DEPTH or count > INVENTORY_NODES:
+                self.fault(node.start_mark, f"nested deeper than {INVENTORY_DEPTH} levels"
+                           if depth > INVENTORY_DEPTH else "too many values")
+                return False
+        return not self.faults
+
+    def _convert(self, node: yaml.Node, path: NodePath, document: Document) -> Any:
+        document.nodes[path] = node
+        if isinstance(node, yaml.ScalarNode):
+            return node.value
+        if isinstance(node, yaml.SequenceNode):
+            return [self._convert(item, (*path, index), document) for index, item in enumerate(node.value)]
+        mapping: dict[str, Any] = {}
+        for key, value in node.value:
+            if not isinstance(key, yaml.ScalarNode) or key.value == "<<":
+                self.fault(key.start_mark, "a key must be plain text; merge keys are not allowed")
+            elif key.value in mapping:
+                self.fault(key.start_mark, "this key stands here twice")
+            else:
+                where = (*path, key.value)
+                document.keys[where] = key
+                mapping[key.value] = self._convert(value, where, document)
+        return mapping
+
+
+class Settings(BaseModel):
+    """Base of all settings: unknown keys are faults, values never show in an error, nothing changes later."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
+
+
+def matching(pattern: str, message: str, longest: int = 4096) -> AfterValidator:
+    """A validator for a text that matches `pattern` as a whole; `message` says what is wanted."""
+    def check(text: str) -> str:
+        if len(text) > longest or not re.fullmatch(pattern, text):
+            raise ValueError(message)
+        return text
+    return AfterValidator(check)
+
+
+def scalar_limit(value: object) -> object:
+    """`90` is short for `{fail: 90}`."""
+    return {"fail": value} if isinstance(value, str) else value
+
+
+Seconds = Annotated[float, Field(ge=1, le=604_800, allow_inf_nan=False)]
+Percent = Annotated[float, Field(gt=0, le=100, allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0, le=1_000_000, allow_inf_nan=False)]
+Times = Annotated[int, Field(ge=1, le=1000)]
+Secret = Annotated[SecretStr, Field(min_length=1, max_length=4 * SECRET_LENGTH)]
+Line = Annotated[str, matching(r"[^\x00-\x1f\x7f]+", "must be one line of text and not empty")]
+Name = Annotated[str, matching(r"(?!\.\.?$)[^\s/\\\x00-\x1f\x7f]+( [^\s/\\\x00-\x1f\x7f]+)*",
+                               "must be 1 to 200 characters without slashes", 200)]
+Hostname = Annotated[str, matching(r"(?!-)[\w.:%-]+", "must be a host name or an IP address", 253)]
+ServiceName = Annotated[str, matching(r"(?!-)[\w@.:+\\ -]+", "must be the name of a service", 200)]
+HostKey = Annotated[str, matching(r"strict|(([a-z0-9-]+) )?SHA256:[A-Za-z0-9+/]{43}=?",
+                                  "must be `strict` or a fingerprint such as SHA256:… (43 characters)")]
+Listen = Annotated[str, matching(r"(\[[0-9A-Fa-f:.%\w]+\]|[\w.-]+):\d{1,5}", "must be address:port or [address]:port")]
+AppName = Annotated[str, matching(r"[\w.]+:[\w.]+", "must be module:callable")]
+SqliteUrl = Annotated[str, matching(r"sqlite:///[^?]+", "must be sqlite:///path")]
+
+
+class Limit(Settings):
+    """A reading above `warn` makes a resource degraded, above `fail` unhealthy."""
+
+    warn: Percent | None = None
+    fail: Percent | None = None
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Limit:
+        if self.warn is None and self.fail is None:
+            raise ValueError("needs warn, fail or both")
+        if self.warn is not None and self.fail is not None and self.warn >= self.fail:
+            raise ValueError("warn must be below fail")
+        return self
+
+
+class LoadLimit(Limit):
+    """A limit that is no percentage: processes waiting per CPU."""
+
+    warn: Positive | None = None
+    fail: Positive | None = None
+
+
+PercentLimit = Annotated[Limit, BeforeValidator(scalar_limit)]
+
+
+class Limits(Settings):
+    """Limits by metric; a metric without one is shown and never decides."""
+
+    cpu_percent: PercentLimit | None = None
+    memory_percent: PercentLimit | None = None
+    swap_percent: PercentLimit | None = None
+    disk_percent: PercentLimit | None = None
+    load_per_cpu: Annotated[LoadLimit, BeforeValidator(scalar_limit)] | None = None
+
+    def by_metric(self) -> dict[str, Limit]:
+        return {name: limit for name, limit in self if limit is not None}
+
+
+class Check(Settings):
+    """A command of the user's own: exit status 0 is good."""
+
+    name: Name
+    command: Annotated[str, StringConstraints(min_length=1, max_length=4096)]
+    timeout: Seconds = 5.0      # seconds
+
+
+class ServiceSettings(Settings):
+    """The `service` part of the inventory."""
+
+    listen: Listen = "127.0.0.1:8080"
+    workers: Annotated[int, Field(ge=0, le=0)] = 0      # serving processes; 0 = in the main process
+    app: AppName | None = None                          # None = the built-in page
+    threads: Annotated[int, Field(ge=0, le=1000)] = 8   # pool threads for `app`; 0 = on the loop
+    database: SqliteUrl = "sqlite:///healthchecker.db"
+    keys: Path = Path("keys")
+    known_hosts: Path = Path("~/.ssh/known_hosts")
+    log_file: Path | None = None
+
+    @model_validator(mode="after")
+    def _port(self) -> ServiceSettings:
+        if self.address[1] > 65535:
+            raise ValueError("the port of listen must be at most 65535")
+        return self
+
+    @property
+    def address(self) -> tuple[str, int]:
+        host, _, port = self.listen.rpartition(":")
+        return host.strip("[]"), int(port)
+
+
+class ResourceSettings(Settings):
+    """One resource; every default and bound of the inventory stands here."""
+
+    name: Name
+    hostname: Hostname
+    platform: Annotated[Platform, BeforeValidator(lambda v: v if v in SELECTABLE else "")] = Platform.UNIX
+    port: Annotated[int, Field(ge=1, le=65535)] = SSH_PORT
+    username: Line | None = None
+    password: Secret | None = None
+    password_env: Line | None = None
+    password_file: Path | None = None
+    key_file: Path | None = None
+    key_passphrase: Secret | None = None
+    key_passphrase_env: Line | None = None
+    key_passphrase_file: Path | None = None
+    host_key: HostKey | None = None
+    interval: Seconds = 60.0            # seconds
+    timeout: Seconds = 10.0             # seconds, the whole poll
+    retry_interval: Seconds = 5.0       # seconds, while undecided
+    rise: Times = 2
+    fall: Times = 2
+    critical: bool = True               # False: shown, never closes the gate
+    tags: list[Line] = []
+    limits: Limits = Limits()
+    services: list[ServiceName] = []
+    checks: list[Check] = []
+    mean_healthy: Positive = 300.0      # seconds, simulated only
+    mean_unhealthy: Positive = 30.0     # seconds, simulated only
+    seed: int | None = None             # simulated only
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ResourceSettings:
+        passwords = [self.password, self.password_env, self.password_file, self.key_file]
+        phrases = [self.key_passphrase, self.key_passphrase_env, self.key_passphrase_file]
+        if sum(p is not None for p in passwords) > 1:
+            raise ValueError("use one of password, password_env, password_file and key_file")
+        if sum(p is not None for p in phrases) > 1:
+            raise ValueError("use one of key_passphrase, key_passphrase_env and key_passphrase_file")
+        if any(phrases) and self.key_file is None:
+            raise ValueError("key_passphrase needs key_file")
+        if self.platform in SSH_PLATFORMS and self.username is None:
+            raise ValueError("username is missing")
+        names = [check.name for check in self.checks]
+        if len(set(names)) < len(names):
+            raise ValueError("two checks have the same name")
+        return self
+
+    @property
+    def ttl(self) -> float:
+        """Seconds for which a report counts: two intervals, a poll and some grace."""
+        return 2 * self.interval + self.timeout + LEASE_GRACE
+
+
+SECRETS = ("password", "key_passphrase")     # what is sealed
+CREDENTIALS = ("password", "password_env", "password_file", "key_file")
+PASSPHRASES = ("key_passphrase", "key_passphrase_env", "key_passphrase_file")
+ONLY_SSH = frozenset({"port", "username", "host_key", *CREDENTIALS, *PASSPHRASES})
+ONLY_SIMULATED = frozenset({"mean_healthy", "mean_unhealthy", "seed"})
+FOREIGN = {Platform.LOCAL: ONLY_SSH | ONLY_SIMULATED, Platform.SIMULATED: ONLY_SSH}
+
+
+def foreign_fields(platform: object) -> frozenset[str]:
+    """Settings that have no meaning on a platform."""
+    return FOREIGN.get(cast(Platform, platform), ONLY_SIMULATED)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A resource of the inventory; `password` and `passphrase` are plain or sealed, None keeps the stored one."""
+
+    settings: ResourceSettings
+    password: SecretStr | None
+    passphrase: SecretStr | None
+    where: str      # inventory.yaml:line:column
+
+
+@dataclass(frozen=True)
+class Inventory:
+    """What a valid inventory.yaml says."""
+
+    path: Path
+    service: ServiceSettings
+    entries: list[Entry]
+
+
+def model_at(model: type[Settings], loc: Sequence[str | int]) -> type[Settings]:
+    """The model whose field an `extra_forbidden` error names: follows the fields along `loc`."""
+    named: dict[str, type[Settings]] = {"limits": Limits, "checks": Check, "load_per_cpu": LoadLimit}
+    for part in loc[:-1]:
+        if isinstance(part, str):
+            model = named.get(part, Limit)
+    return model
+
+
+def message_of(item: dict[str, Any]) -> str:
+    """pydantic's text without values and in our wording."""
+    if item["loc"] and item["loc"][-1] == "platform":
+        return f"must be one of {', '.join(SELECTABLE)}"
+    if item["loc"] and item["loc"][-1] == "workers":
+        return "must be 0: worker processes are not built in yet"
+    if item["type"] == "missing":
+        return "is missing"
+    return re.sub(r"^(Value error, |Input should be |String should )", lambda m: "" if m[1][0] == "V" else "must be "
+                  if m[1][0] == "I" else "must ", str(item["msg"])).replace("SecretStr", "text")
+
+
+class InventoryLoader:
+    """Turns a Document into an Inventory and gathers the faults on the way."""
+
+    def __init__(self, path: Path, document: Document) -> None:
+        self.path, self.document = path, document
+        self.faults: dict[str, None] = {}       # a dict keeps the order and drops repetitions
+
+    def fault(self, path: NodePath, message: str, *, key: bool = False) -> None:
+        parts = path[:-1] if key else path      # an unknown key may be a slipped password: it is not shown
+        shown = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts).lstrip(".")
+        position = self.document.position(path, key=key)
+        self.faults[f"{self.path.name}:{position}: {shown or 'inventory'}: {message}"] = None
+
+    def load(self) -> Inventory:
+        top = self._mapping((), {"service": None, "defaults": None, "resources": None})
+        if "resources" not in top and not self.faults:
+            self.fault((), "resources is missing; write `resources: []` to watch nothing")
+        service = self._validate(ServiceSettings, self._mapping(("service",)), lambda loc: ("service", *loc))
+        defaults = self._mapping(("defaults",), ResourceSettings.model_fields)
+        items = top.get("resources") or []
+        if not isinstance(items, list):
+            self.fault(("resources",), "must be a list")
+            items = []
+        entries = [self._entry(index, defaults) for index in range(len(items))]
+        self._unique(entries)
+        if self.faults or not isinstance(service, ServiceSettings):
+            raise InventoryError("\n".join(self.faults))
+        return Inventory(self.path, service, [entry for entry in entries if entry])
+
+    def _mapping(self, path: NodePath, known: Mapping[str, object] | None = None) -> dict[str, Any]:
+        """The mapping at `path`, or an empty one; with `known`, other keys are faults."""
+        value = self.document.value
+        for part in path:
+            value = value.get(part) if isinstance(value, dict) else value[part]
+        if value is None or (value == "" and len(path) == 1):
+            return {}
+        if not isinstance(value, dict):
+            self.fault(path, "must be a mapping (key: value)")
+            return {}
+        for key in value if known is not None else ():
+            if key not in (known or {}):
+                self._unknown((*path, key), known or {})
+        return value
+
+    def _unknown(self, path: NodePath, known: Iterable[str]) -> None:
+        near = difflib.get_close_matches(str(path[-1]), list(known), 1)
+        self.fault(path, f"unknown setting; did you mean {near[0]}?" if near
+                   else f"unknown setting; known are {', '.join(known)}", key=True)
+
+    def _validate(self, model: type[Settings], raw: Mapping[str, Any],
+                  locate: Callable[[NodePath], NodePath]) -> Settings | None:
+        try:
+            return model.model_validate(raw)
+        except ValidationError as error:
+            for item in error.errors(include_url=False, include_input=False):
+                path = locate(tuple(item["loc"]))
+                if item["type"] == "extra_forbidden":
+                    self._unknown(path, model_at(model, item["loc"]).model_fields)
+                else:
+                    self.fault(path, message_of(cast("dict[str, Any]", item)))
+            return None
+
+    def _entry(self, index: int, defaults: dict[str, Any]) -> Entry | None:
+        here: NodePath = ("resources", index)
+        own = self._mapping(here)
+        raw = self._merged(here, own, defaults)
+
+        def locate(loc: NodePath) -> NodePath:
+            inherited = bool(loc) and loc[0] not in own and loc[0] in defaults
+            return (("defaults",) if inherited else here) + loc
+
+        settings = self._validate(ResourceSettings, raw, locate) if own or not self.faults else None
+        if not isinstance(settings, ResourceSettings):
+            return None
+        settings = settings.model_copy(update={
+            name: self.resolve(value) for name in ("password_file", "key_file", "key_passphrase_file")
+            if (value := getattr(settings, name)) is not None})
+        if settings.key_file and not settings.key_file.is_file():
+            self.fault(locate(("key_file",)), "there is no such file")
+        secrets_ = [self._secret(settings, kind, locate) for kind in SECRETS]
+        return Entry(settings, secrets_[0], secrets_[1], f"{self.path.name}:{self.document.position(here)}")
+
+    def _merged(self, here: NodePath, own: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+        """`own` over `defaults`; what has no meaning on the platform is a fault in `own` and skipped in `defaults`."""
+        platform = own.get("platform", defaults.get("platform", Platform.UNIX))
+        foreign = foreign_fields(platform)
+        for key in foreign & own.keys():
+            self.fault((*here, key), f"has no meaning with platform {Platform(platform).value}", key=True)
+        skipped = set(foreign)
+        for group in (CREDENTIALS, PASSPHRASES):
+            if own.keys() & group:
+                skipped |= set(group)
+        raw = {key: value for key, value in defaults.items() if key not in skipped} | own
+        if isinstance(own.get("limits"), dict) and isinstance(defaults.get("limits"), dict):
+            raw["limits"] = defaults["limits"] | own["limits"]
+        if platform in FOREIGN:
+            raw.setdefault("hostname", "localhost" if platform == Platform.LOCAL else raw.get("name", "simulated"))
+        if "hostname" in raw:
+            raw.setdefault("name", raw["hostname"])
+        elif "name" not in raw:
+            raw["name"] = "unnamed"     # so that the missing hostname is the one fault
+        return raw
+
+    def resolve(self, path: Path) -> Path:
+        """Relative paths are relative to the inventory's folder."""
+        return self.path.parent / path.expanduser()
+
+    def _secret(self, settings: ResourceSettings, kind: str,
+                locate: Callable[[NodePath], NodePath]) -> SecretStr | None:
+        """The secret from the file itself, the environment or another file."""
+        variable, path = getattr(settings, f"{kind}_env"), getattr(settings, f"{kind}_file")
+        secret: SecretStr | None = getattr(settings, kind)
+        if variable is not None:
+            if not os.environ.get(variable):
+                self.fault(locate((f"{kind}_env",)), "this environment variable is not set")
+            secret = SecretStr(os.environ.get(variable, ""))
+        elif path is not None:
+            try:
+                secret = SecretStr(path.read_text(encoding="utf-8").rstrip("\r\n"))
+            except (OSError, UnicodeDecodeError):
+                self.fault(locate((f"{kind}_file",)), "this file cannot be read as text")
+        sealed = secret is not None and secret.get_secret_value().startswith(TOKEN_PREFIX)
+        if secret is not None and len(secret) > SECRET_LENGTH and not sealed:
+            self.fault(locate((kind,)), f"must be at most {SECRET_LENGTH} characters")
+        return secret
+
+    def _unique(self, entries: list[Entry | None]) -> None:
+        seen: dict[str, str] = {}
+        for index, entry in enumerate(entries):
+            if entry is not None and (first := seen.setdefault(entry.settings.name, entry.where)) != entry.where:
+                key = "name" if ("resources", index, "name") in self.document.nodes else "hostname"
+                self.fault(("resources", index, key), f"the resource at {first} has this name; names are unique")
+
+
+def read_document(path: Path) -> Document:
+    """The strictly read file; raises InventoryError."""
+    try:
+        with open(path, "rb") as file:
+            source = file.read(INVENTORY_BYTES + 1)
+    except IsADirectoryError:
+        raise InventoryError(f"{path.name}: is a directory, not a file") from None
+    except OSError as error:
+        raise InventoryError(f"{path.name}: cannot be read: {error.strerror}") from error
+    return StrictReader(path.name).read(source)
+
+
+def load_inventory(path: Path) -> Inventory:
+    """Reads and validates; raises InventoryError, a line per fault: `inventory.yaml:12:7: resources[2].port: …`."""
+    return InventoryLoader(path, read_document(path)).load()
+
+
+# === Vault ===================================================================
+OAEP = padding.OAEP(padding.MGF1(hashes.SHA256()), hashes.SHA256(), b"HealthChecker/HC1")
+SPKI = serialization.PublicFormat.SubjectPublicKeyInfo
+
+
+def b64(raw: bytes) -> str:
+    return base64.urlsafe_b64encode(raw).rstrip(b"=").decode()
+
+
+def unb64(text: str) -> bytes:
+    return base64.b64decode(text + "=" * (-len(text) % 4), altchars=b"-_", validate=True)
+
+
+def length_prefixed(*parts: str) -> bytes:
+    """The parts in one byte string that no other parts give."""
+    return b"".join(len(part.encode()).to_bytes(4, "big") + part.encode() for part in parts)
+
+
+def restrict(path: Path) -> None:
+    """Windows knows no file mode: its owner, SYSTEM and the administrators keep access, inherited rights go."""
+    if sys.platform == "win32":
+        done = subprocess.run(["icacls", str(path), "/inheritance:r", "/grant:r", "*S-1-3-4:F", "*S-1-5-18:F",
+                               "*S-1-5-32-544:F"], capture_output=True, check=False)
+        if done.returncode:
+            raise OSError(errno.EACCES, "icacls failed to restrict it")
+
+
+def create_private(path: Path, content: bytes) -> None:
+    """Creates a file that only its owner can read; the whole file or none, and never over another one."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
+    with open(os.open(temporary, flags, 0o600), "wb") as file:
+        restrict(temporary)
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    try:
+        os.link(temporary, path)
+    finally:
+        temporary.unlink()
+
+
+class Vault:
+    """Seals secrets: AES-256-GCM with a fresh key per secret, that key under RSA-OAEP, bound to its row.
+
+    A token reads `HC1.<key id>.<wrapped key>.<nonce>.<ciphertext>`. `private.pem` seals and opens; `next.pem`
+    exists only during `keys rotate` and then seals, while the old key still opens.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._keys: dict[str, rsa.RSAPrivateKey] = {}
+        self._sealing = ""
+        for name in ("private.pem", "next.pem"):
+            if (folder / name).exists():
+                self._sealing = self._load(folder / name)
+
+    @property
+    def key_id(self) -> str:
+        """First 16 hex digits of the SHA-256 of the public key (DER) that seals; empty without keys."""
+        return self._sealing
+
+    def _load(self, path: Path) -> str:
+        try:
+            key = serialization.load_pem_private_key(path.read_bytes(), None)
+        except (OSError, ValueError, TypeError) as error:
+            raise SecretError(f"{path} cannot be read as a private key; put the right one back") from error
+        if not isinstance(key, rsa.RSAPrivateKey):
+            raise SecretError(f"{path} is not an RSA key; put the right one back")
+        if sys.platform != "win32" and path.stat().st_mode & 0o077:
+            log.warning("%s can be read by other users; run: chmod 600 %s", path, path)
+        name = hashlib.sha256(key.public_key().public_bytes(serialization.Encoding.DER, SPKI)).hexdigest()[:16]
+        self._keys[name] = key
+        return name
+
+    def create(self, name: str = "private.pem") -> None:
+        """Makes an RSA key pair; an existing private key is never overwritten. Raises SecretError."""
+        key = rsa.generate_private_key(65537, RSA_BITS)
+        try:
+            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            create_private(self.folder / name, key.private_bytes(
+                serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()))
+        except OSError as error:
+            raise SecretError(f"keys cannot be written to {self.folder}: {error.strerror}") from error
+        self._sealing = self._load(self.folder / name)
+        self.publish()
+
+    def publish(self) -> None:
+        """Writes public.pem, which always follows private.pem, when it is not there yet."""
+        path = self.folder / "public.pem"
+        if not path.exists():
+            public = self._keys[next(iter(self._keys))].public_key()
+            path.write_bytes(public.public_bytes(serialization.Encoding.PEM, SPKI))
+
+    def retire(self) -> None:
+        """Ends a rotation: `next.pem` becomes `private.pem`."""
+        os.replace(self.folder / "next.pem", self.folder / "private.pem")
+        (self.folder / "public.pem").unlink(missing_ok=True)
+        self._keys = {self._sealing: self._keys[self._sealing]}
+        self.publish()
+
+    def seal(self, secret: str, *row: str) -> str:
+        """The token for `secret`, which opens only with the same `row` (what it is, name, hostname, username)."""
+        key, nonce = os.urandom(32), os.urandom(12)
+        wrapped = self._keys[self._sealing].public_key().encrypt(key, OAEP)
+        bound = length_prefixed("HC1", self._sealing, *row)
+        sealed = AESGCM(key).encrypt(nonce, secret.encode(), bound)
+        return ".".join(("HC1", self._sealing, b64(wrapped), b64(nonce), b64(sealed)))
+
+    def open(self, token: str, *row: str) -> str:
+        """The secret of a token; raises SecretError, which never quotes it."""
+        parts = token.split(".")
+        if len(parts) != 5 or parts[0] != "HC1":
+            raise SecretError("a sealed secret is damaged; write the password again")
+        self.require(parts[1])
+        try:
+            key = self._keys[parts[1]].decrypt(unb64(parts[2]), OAEP)
+            bound = length_prefixed("HC1", parts[1], *row)
+            return AESGCM(key).decrypt(unb64(parts[3]), unb64(parts[4]), bound).decode()
+        except (ValueError, InvalidTag, binascii.Error) as error:
+            raise SecretError("a sealed secret belongs to another name, hostname or username, or was altered; "
+                              "write the password again") from error
+
+    def require(self, key_id: str) -> None:
+        """Raises SecretError unless the private key `key_id` is here."""
+        if key_id not in self._keys:
+            raise SecretError(f"secrets are sealed with key {key_id}, but {self.folder} holds "
+                              f"{', '.join(self._keys) or 'no private key'}; put private.pem back")
+
+
+def hash_password(password: str, salt: bytes, rounds: int = PBKDF2_ROUNDS) -> bytes:
+    """PBKDF2-HMAC-SHA512 (RFC 8018), 64 bytes."""
+    return hashlib.pbkdf2_hmac("sha512", password.encode(), salt, rounds)
+
+
+# === Storage =================================================================
+class Base(DeclarativeBase):
+    """Typed declarative base of all tables."""
+
+
+db = SQLAlchemy(model_class=Base, session_options={"expire_on_commit": False})
+SCHEMA = 1      # PRAGMA user_version of a database that this program writes
+
+
+class User(Base):
+    """An account of HealthChecker's own pages."""
+
+    __tablename__ = "user"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    name: Mapped[str] = mapped_column(unique=True)
+    password_hash: Mapped[bytes]
+    salt: Mapped[bytes]
+    rounds: Mapped[int] = mapped_column(default=PBKDF2_ROUNDS)
+
+    @classmethod
+    def create(cls, name: str, password: str) -> User:
+        salt = secrets.token_bytes(SALT_BYTES)
+        return cls(name=name, salt=salt, rounds=PBKDF2_ROUNDS, password_hash=hash_password(password, salt))
+
+    def verify(self, password: str) -> bool:
+        """Constant-time comparison; an overlong password is wrong without being hashed."""
+        return len(password) <= SECRET_LENGTH and hmac.compare_digest(
+            self.password_hash, hash_password(password, self.salt, self.rounds))
+
+
+class Resource(Base):
+    """A machine that is watched. Secrets are sealed tokens; `settings` is JSON of everything without its own column."""
+
+    __tablename__ = "resource"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    name: Mapped[str] = mapped_column(unique=True)
+    hostname: Mapped[str]
+    platform: Mapped[str]
+    port: Mapped[int]
+    username: Mapped[str | None]
+    password: Mapped[str | None]
+    key_passphrase: Mapped[str | None]
+    interval: Mapped[float] = mapped_column(default=60.0)
+    settings: Mapped[str]
+    origin: Mapped[str] = mapped_column(default="inventory")
+    host_key: Mapped[str | None]    # trusted on first use or by `trust`: "ssh-ed25519 SHA256:…"
+
+    COLUMNS: ClassVar = ("name", "hostname", "platform", "port", "username", "interval")
+
+    @property
+    def configuration(self) -> ResourceSettings:
+        """The settings as the inventory states them, without secrets."""
+        return ResourceSettings.model_validate(
+            json.loads(self.settings) | {name: getattr(self, name) for name in self.COLUMNS})
+
+    def configure(self, settings: ResourceSettings) -> bool:
+        """Takes the settings over; says whether anything changed."""
+        values = settings.model_dump(mode="json", exclude={"password", "key_passphrase"})
+        columns = {name: values.pop(name) for name in self.COLUMNS}
+        columns["settings"] = json.dumps(values, sort_keys=True)
+        changed = any(getattr(self, name) != value for name, value in columns.items())
+        if (self.hostname, self.port) != (columns["hostname"], columns["port"]):
+            self.host_key = None
+        for name, value in columns.items():
+            setattr(self, name, value)
+        return changed
+
+    @property
+    def digest(self) -> str:
+        """Changes with every setting and secret; a stored state counts only while it is the same."""
+        values = [str(getattr(self, name)) for name in (*self.COLUMNS, "settings", "password", "key_passphrase")]
+        return hashlib.sha256(length_prefixed(*values)).hexdigest()
+
+
+def binding(kind: str, row: Resource | ResourceSettings) -> tuple[str, str, str, str]:
+    """What a secret belongs to: moved anywhere else, it does not open."""
+    return kind, row.name, row.hostname, row.username or ""
+
+
+class Status(Base):
+    """The last standing of a resource, kept for the next start."""
+
+    __tablename__ = "status"
+    resource_id: Mapped[int] = mapped_column(ForeignKey("resource.id", ondelete="CASCADE"), primary_key=True)
+    digest: Mapped[str]
+    state: Mapped[str]
+    cause: Mapped[str]
+    reason: Mapped[str]
+    since: Mapped[float]        # Unix time of the last transition
+    polled: Mapped[float]       # Unix time of the last result
+    good: Mapped[int]           # good results in a row
+    bad: Mapped[int]            # bad results in a row
+
+
+class Setting(Base):
+    """What the service remembers about itself; `revision` rises with every change of configuration."""
+
+    __tablename__ = "setting"
+    name: Mapped[str] = mapped_column(primary_key=True)
+    value: Mapped[int]
+
+
+def sqlite_path(url: str, folder: Path) -> Path:
+    """The file of a sqlite:/// URL; a relative one is relative to `folder`."""
+    return folder / Path(url.removeprefix("sqlite:///")).expanduser()
+
+
+def inspect_database(path: Path) -> bool:
+    """Whether a usable database of ours is there; reads only. Raises StorageError for anything else at `path`."""
+    if not path.exists() or (path.is_file() and path.stat().st_size == 0):
+        return False
+    try:
+        with contextlib.closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as connection:
+            version = connection.execute("PRAGMA user_version").fetchone()[0]
+            tables = {row[0] for row in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+            damage = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
+    except sqlite3.Error as error:
+        raise StorageError(f"database {path}: {error}; restore it from a backup or move it away") from error
+    if damage != "ok":
+        raise StorageError(f"database {path} is damaged; restore it from a backup or move it away")
+    if tables and not (version and "resource" in tables):
+        raise StorageError(f"database {path} belongs to another program; set service.database")
+    if version > SCHEMA:
+        raise StorageError(f"database {path} was written by a newer HealthChecker; update this one")
+    return bool(tables)
+
+
+def prepare_connection(connection: Any, _record: object) -> None:
+    connection.isolation_level = None       # SQLAlchemy's BEGIN is ours, see begin_transaction
+    for pragma in ("journal_mode = WAL", "synchronous = NORMAL", "foreign_keys = ON"):
+        connection.execute(f"PRAGMA {pragma}")
+
+
+def begin_transaction(connection: sqlalchemy.Connection) -> None:
+    immediate = connection.get_execution_options().get("immediate")
+    connection.exec_driver_sql("BEGIN IMMEDIATE" if immediate else "BEGIN")
+
+
+class Store:
+    """The database: one way in for the service, its workers and the command line."""
+
+    def __init__(self, path: Path) -> None:
+        """Opens the database at `path`, creating it when absent. Raises StorageError."""
+        self.path = path
+        self.created = not inspect_database(path)
+        self.app = flask.Flask("healthchecker")
+        self.app.config["SQLALCHEMY_DATABASE_URI"] = sqlalchemy.URL.create("sqlite", database=str(path.absolute()))
+        self.app.config["SQLALCHEMY_ENGINE_OPTIONS"] = {"connect_args": {"timeout": BUSY_TIMEOUT}}
+        db.init_app(self.app)
+        try:
+            if self.created:
+                os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+            with self.app.app_context():
+                event.listen(db.engine, "connect", prepare_connection)
+                event.listen(db.engine, "begin", begin_transaction)
+            with self.writing() as session:
+                Base.metadata.create_all(session.connection())
+                session.execute(sqlalchemy.text(f"PRAGMA user_version = {SCHEMA}"))
+        except (OSError, sqlalchemy.exc.SQLAlchemyError) as error:
+            reason = one_line(str(getattr(error, "orig", error)))
+            raise StorageError(f"database {path} cannot be opened: {reason}") from error
+
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[Session]:
+        """A session for reading; it sees one state of the database."""
+        with self.app.app_context():
+            yield cast(Session, db.session())
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[Session]:
+        """A session in BEGIN IMMEDIATE (a deferred one that reads first fails when another writes); all or nothing."""
+        with self.app.app_context():
+            session = cast(Session, db.session())
+            session.connection(execution_options={"immediate": True})
+            yield session
+            session.commit()
+
+    def close(self) -> None:
+        with self.app.app_context():
+            db.engine.dispose()
+
+
+def lock_database(path: Path) -> sqlite3.Connection:
+    """Makes this process the only service on the database until it ends, however it ends. Raises StorageError.
+
+    SQLite's own lock on a file beside the database: the same on Windows and UNIX, and the system drops it.
+    """
+    connection = sqlite3.connect(path.with_name(path.name + ".lock"), timeout=0, check_same_thread=False,
+                                 isolation_level=None)
+    try:
+        connection.execute("BEGIN EXCLUSIVE")
+    except sqlite3.Error as error:
+        connection.close()
+        raise StorageError(f"another HealthChecker is using database {path}; stop that one first") from error
+    return connection
+
+
+def revision(session: Session) -> int:
+    row = session.get(Setting, "revision")
+    return row.value if row else 0
+
+
+def revise(session: Session) -> None:
+    """Raises the revision, so that a serving process takes the change up within a second."""
+    session.merge(Setting(name="revision", value=revision(session) + 1))
+
+
+class Changes(NamedTuple):
+    """Names of resources by what an import does to them."""
+
+    added: list[str]
+    changed: list[str]
+    removed: list[str]
+    kept: list[str]
+
+    def __str__(self) -> str:
+        counts = ", ".join(f"{len(names)} {what}" for what, names in zip(self._fields, self, strict=True))
+        named = [f"{what}: {', '.join(names[:10])}{', …' if len(names) > 10 else ''}"
+                 for what, names in zip(self._fields[:3], self[:3], strict=True) if names]
+        return "; ".join([counts, *named])
+
+
+def store_secret(row: Resource, kind: str, secret: str, vault: Vault) -> bool:
+    """Keeps the stored token while it holds the same secret; says whether it was replaced."""
+    stored = getattr(row, kind)
+    bound = binding(kind, row)
+    plain = vault.open(secret, *bound) if secret.startswith(TOKEN_PREFIX) else secret
+    if stored is not None:
+        with contextlib.suppress(SecretError):
+            if hmac.compare_digest(vault.open(stored, *bound).encode(), plain.encode()):
+                return False
+    setattr(row, kind, secret if secret != plain else vault.seal(plain, *bound))
+    return True
+
+
+def update_row(row: Resource, entry: Entry, vault: Vault) -> bool:
+    """Brings one row to what its entry says; says whether anything changed."""
+    settings = entry.settings
+    moved = (row.hostname, row.username) != (settings.hostname, settings.username)
+    changed = row.configure(settings)
+    wanted = {"password": entry.password, "key_passphrase": entry.passphrase}
+    if settings.platform not in SSH_PLATFORMS or settings.key_file is not None:
+        row.password = None
+    if settings.key_file is None:
+        row.key_passphrase = None
+    for kind, secret in wanted.items():
+        stored = getattr(row, kind)
+        if secret is None and stored is not None and moved:
+            raise SecretError("hostname or username changed: write the password again")
+        if secret is not None:
+            changed |= store_secret(row, kind, secret.get_secret_value(), vault)
+    if settings.platform in SSH_PLATFORMS and settings.key_file is None and row.password is None:
+        raise InventoryError("password, password_env, password_file or key_file is missing")
+    return changed
+
+
+def import_entry(session: Session, row: Resource | None, entry: Entry, vault: Vault) -> str:
+    """Adds or updates the row of one entry; says which field of Changes it belongs to."""
+    if row is None:
+        row = Resource(name=entry.settings.name, origin="inventory")
+        update_row(row, entry, vault)
+        session.add(row)
+        return "added"
+    if row.origin != "inventory":
+        raise InventoryError("was added through the API already; choose another name")
+    return "changed" if update_row(row, entry, vault) else "kept"
+
+
+def import_inventory(session: Session, inventory: Inventory, vault: Vault) -> Changes:
+    """Makes the inventory's rows follow the file, within the caller's transaction.
+
+    Raises SecretError, a line per fault, where a password has to be written again, and InventoryError for a name
+    that was added through the API or a new resource without a password.
+    """
+    rows = {row.name: row for row in session.scalars(sqlalchemy.select(Resource))}
+    changes = Changes([], [], [], [])
+    faults: list[HealthCheckerError] = []
+    for entry in inventory.entries:
+        row = rows.pop(entry.settings.name, None)
+        try:
+            getattr(changes, import_entry(session, row, entry, vault)).append(entry.settings.name)
+        except HealthCheckerError as error:
+            faults.append(type(error)(f"{entry.where}: {entry.settings.name}: {error}"))
+    if faults:
+        raise type(faults[0])("\n".join(map(str, faults)))
+    for name, row in rows.items():
+        if row.origin == "inventory":
+            session.delete(row)
+            changes.removed.append(name)
+    if changes.added or changes.changed or changes.removed:
+        revise(session)
+    return changes
+
+
+def require_keys(vault: Vault, sealed: Iterable[str]) -> None:
+    """Raises SecretError when a token names a key that is not there."""
+    for key_id in dict.fromkeys(token.split(".")[1] for token in sealed if token.count(".") == 4):
+        vault.require(key_id)
+
+
+def open_vault(folder: Path, sealed: Iterable[str]) -> Vault:
+    """The keys in `folder`, made on first start; never while secrets are sealed with keys that are missing."""
+    vault = Vault(folder)
+    require_keys(vault, sealed)
+    if not vault.key_id:
+        vault.create()
+    vault.publish()
+    return vault
+
+
+def sealed_tokens(session: Session | None, inventory: Inventory) -> Iterator[str]:
+    """Every sealed secret of the database, if there is one, and of the file."""
+    for row in session.scalars(sqlalchemy.select(Resource)) if session else ():
+        yield from filter(None, (row.password, row.key_passphrase))
+    for entry in inventory.entries:
+        for secret in (entry.password, entry.passphrase):
+            if secret is not None and secret.get_secret_value().startswith(TOKEN_PREFIX):
+                yield secret.get_secret_value()
+
+
+@dataclass(frozen=True)
+class Target:
+    """A resource as a poller needs it, secrets opened."""
+
+    id: int
+    settings: ResourceSettings
+    password: SecretStr | None
+    passphrase: SecretStr | None
+    host_key: str | None
+    digest: str
+
+    @property
+    def name(self) -> str:
+        return self.settings.name
+
+
+def load_targets(session: Session, vault: Vault) -> dict[str, Target]:
+    """All resources by name."""
+    def opened(row: Resource, kind: str) -> SecretStr | None:
+        token = getattr(row, kind)
+        return SecretStr(vault.open(token, *binding(kind, row))) if token else None
+
+    return {row.name: Target(row.id, row.configuration, opened(row, "password"), opened(row, "key_passphrase"),
+                             row.host_key, row.digest)
+            for row in session.scalars(sqlalchemy.select(Resource).order_by(Resource.id))}
+
+
+# === Transport ===============================================================
+@dataclass(frozen=True)
+class CommandResult:
+    """What a script printed, stdout and stderr in one; `host_key` is a key trusted on first use in this poll."""
+
+    output: bytes
+    exit_status: int | None = None      # None: no end was seen
+    expired: bool = False               # the deadline ended it
+    host_key: str | None = None
+
+
+class Deadline:
+    """The point of the monotonic clock at which a poll ends, whatever the host does."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self._ends = time.monotonic() + seconds
+        self.expired = False
+
+    def left(self) -> float:
+        """Seconds left; raises ProbeError when there are none."""
+        left = self._ends - time.monotonic()
+        if left <= 0 or self.expired:
+            raise ProbeError("timeout", f"no answer within {self.seconds:g} s")
+        return left
+
+    @contextlib.contextmanager
+    def watch(self, abort: Callable[[], object]) -> Iterator[None]:
+        """Calls `abort` at the deadline while the block runs: what blocks in a library has no other way out."""
+        def expire() -> None:
+            self.expired = True
+            abort()
+
+        timer = threading.Timer(self.left(), expire)
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+
+
+class Connection(Protocol):
+    """The way to one resource; each `run` opens a fresh connection and closes everything it opened."""
+
+    def run(self, script: str, done: bytes, deadline: Deadline) -> CommandResult:
+        """Runs `script` until it prints `done`, ends, or the deadline is there. Raises ProbeError."""
+
+
+class OutputBuffer:
+    """Output so far, capped at OUTPUT_BYTES; knows whether the end mark is in it."""
+
+    def __init__(self, done: bytes) -> None:
+        self.output = bytearray()
+        self._done = done
+
+    def take(self, chunk: bytes) -> bool:
+        """Adds a chunk; True once the end mark was seen. Raises ProbeError above the cap."""
+        start = max(0, len(self.output) - len(self._done))
+        self.output += chunk
+        if len(self.output) > OUTPUT_BYTES:
+            raise ProbeError("protocol", f"the host sent more than {OUTPUT_BYTES} bytes")
+        return self.output.find(self._done, start) >= 0
+
+
+class Resolver:
+    """Looks names up beside the poll, since the system's resolver has no deadline; one look-up per name at a time."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()   # guards _pending
+        self._pending: dict[tuple[str, int], concurrent.futures.Future[list[Any]]] = {}
+
+    def resolve(self, host: str, port: int, deadline: Deadline) -> list[Any]:
+        """getaddrinfo's answers; raises ProbeError."""
+        try:
+            if ":" in host or host.replace(".", "").isdigit():
+                return socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)
+            return self._lookup(host, port).result(deadline.left())
+        except concurrent.futures.TimeoutError as error:
+            raise ProbeError("timeout", f"the name {host} was not resolved within {deadline.seconds:g} s") from error
+        except (OSError, UnicodeError) as error:
+            reason = getattr(error, "strerror", None) or "not a valid name"
+            raise ProbeError("unreachable", f"{host} does not resolve ({reason}); check hostname and DNS") from error
+
+    def _lookup(self, host: str, port: int) -> concurrent.futures.Future[list[Any]]:
+        with self._lock:
+            future = self._pending.get((host, port))
+            if future is None:
+                future = self._pending[host, port] = concurrent.futures.Future()
+                threading.Thread(target=self._work, args=(host, port, future), daemon=True).start()
+            return future
+
+    def _work(self, host: str, port: int, future: concurrent.futures.Future[list[Any]]) -> None:
+        try:
+            future.set_result(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
+        except (OSError, UnicodeError) as error:
+            future.set_exception(error)
+        finally:
+            with self._lock:
+                del self._pending[host, port]
+
+
+def connect_tcp(resolver: Resolver, host: str, port: int, deadline: Deadline) -> socket.socket:
+    """A TCP connection without Nagle's delay to the first address that answers. Raises ProbeError."""
+    addresses = resolver.resolve(host, port, deadline)
+    fault: OSError = OSError("no address")
+    for index, (family, kind, protocol, _, address) in enumerate(addresses):
+        sock = socket.socket(family, kind, protocol)
+        try:
+            sock.settimeout(deadline.left() / (len(addresses) - index))     # a dead one leaves the others a share
+            sock.connect(address)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            return sock
+        except OSError as error:
+            sock.close()
+            fault = error
+        except ProbeError:
+            sock.close()
+            raise
+    if isinstance(fault, TimeoutError):
+        raise ProbeError("timeout", f"no connection to {host} port {port} within {deadline.seconds:g} s") from fault
+    refused = isinstance(fault, ConnectionRefusedError)
+    raise ProbeError("unreachable", f"{host} port {port}: " + (
+        "connection refused; is the service running, is the port right?" if refused
+        else one_line(fault.strerror or str(fault)))) from fault
+
+
+class LoginGuard:
+    """Keeps a wrong password from locking an account; the resources with the same credential share one guard.
+
+    A resource that was refused waits AUTH_BACKOFF. While nobody was accepted, or since somebody was refused, logins
+    go one after the other; two refused resources without an accepted one between them stop all of them, then one
+    attempt per AUTH_BACKOFF is made. An accepted login shows that the credential is good and frees the others, so
+    that one odd host never blinds its siblings.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._turn = threading.Condition()          # guards all below; notified when an attempt ends
+        self._running = 0
+        self._proven = False
+        self._refused: dict[str, float] = {}        # resource -> time of its last refusal
+        self._suspects: set[str] = set()            # refused for the first time since the last accepted login
+        self._last = -math.inf                      # time of the last attempt while all are stopped
+
+    def wait(self, name: str) -> float:
+        """Seconds until `name` may try; 0 = now."""
+        with self._turn:
+            return self._wait(name)
+
+    def _wait(self, name: str) -> float:
+        last = self._refused.get(name, -math.inf)
+        if len(self._suspects) > 1:
+            last = max(last, self._last)
+        return max(0.0, last + AUTH_BACKOFF - self._clock())
+
+    @contextlib.contextmanager
+    def attempt(self, name: str, deadline: Deadline) -> Iterator[None]:
+        """Around one login: an error of cause `auth` counts as refused, the end of the block as accepted."""
+        with self._turn:
+            self._turn.wait_for(lambda: self._running == 0 or (self._proven and not self._suspects),
+                                timeout=min(AUTH_TURN, deadline.left()))
+            if self._wait(name) > 0:
+                raise ProbeError("auth", "not tried: others were refused with the same credential; check the password")
+            self._running += 1
+            self._last = self._clock()
+        try:
+            yield
+        except ProbeError as error:
+            if error.cause == "auth":
+                self.refuse(name)
+            raise
+        else:
+            self._accept(name)
+        finally:
+            with self._turn:
+                self._running -= 1
+                self._turn.notify_all()
+
+    def refuse(self, name: str, ago: float = 0.0) -> None:
+        """Notes a refusal `ago` seconds ago (before a restart)."""
+        with self._turn:
+            if name not in self._refused:
+                self._suspects.add(name)
+            self._last = max(self._last, self._clock() - ago)
+            self._refused[name] = self._clock() - ago
+
+    def _accept(self, name: str) -> None:
+        with self._turn:
+            self._proven = True
+            self._suspects.clear()
+            self._refused.pop(name, None)
+
+    def clear(self, name: str) -> None:
+        """Lets `name` try at once."""
+        with self._turn:
+            self._refused.pop(name, None)
+            self._suspects.clear()
+
+
+class Guards:
+    """A guard per credential."""
+
+    def __init__(self) -> None:
+        self._salt = secrets.token_bytes(16)
+        self._guards: dict[bytes, LoginGuard] = {}
+
+    def _key(self, target: Target) -> bytes:
+        """Equal for resources that log in as the same user with the same secret; does not give the secret away."""
+        secret = target.password.get_secret_value() if target.password else str(target.settings.key_file)
+        parts = length_prefixed(target.settings.username or target.name, secret)
+        return hashlib.blake2b(parts, key=self._salt).digest()
+
+    def of(self, target: Target) -> LoginGuard:
+        return self._guards.setdefault(self._key(target), LoginGuard())
+
+    def keep(self, targets: Iterable[Target]) -> None:
+        """Forgets the credentials of all others."""
+        self._guards = {key: self._guards.get(key) or LoginGuard() for key in map(self._key, targets)}
+
+
+def identity(key: paramiko.PKey) -> str:
+    """`ssh-ed25519 SHA256:…`, the fingerprint as `ssh-keygen -l` shows it."""
+    digest = base64.b64encode(hashlib.sha256(key.asbytes()).digest()).decode()
+    return f"{key.get_name()} SHA256:{digest.rstrip('=')}"
+
+
+def same_key(accepted: str, offered: str) -> bool:
+    """`accepted` may leave out the type of the key."""
+    return accepted.rstrip("=").rpartition(" ")[2] == offered.rpartition(" ")[2]
+
+
+class KnownHosts:
+    """OpenSSH's known_hosts, read again when it changes; passes over patterns, @revoked and @cert-authority."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._lock = threading.Lock()       # guards the two below
+        self._stamp: tuple[int, int] | None = None
+        self._keys = HostKeys()
+
+    def lookup(self, host: str, port: int) -> set[str]:
+        """The keys of a host, as `identity` writes them."""
+        try:
+            stat = self._path.stat()
+            stamp = (stat.st_mtime_ns, stat.st_size)
+            with self._lock:
+                if stamp != self._stamp:
+                    self._keys, self._stamp = self._read(), stamp
+                keys = self._keys
+        except OSError:
+            return set()
+        found: Mapping[str, paramiko.PKey] = keys.lookup(host if port == SSH_PORT else f"[{host}]:{port}") or {}
+        return {identity(key) for key in found.values()}
+
+    def _read(self) -> HostKeys:
+        keys = HostKeys()
+        for line in self._path.read_text(encoding="utf-8", errors="replace").splitlines():
+            with contextlib.suppress(paramiko.SSHException, paramiko.hostkeys.InvalidHostKey):
+                entry = HostKeyEntry.from_line(line.strip()) if line.strip()[:1] not in ("", "#", "@") else None
+                for name in (entry.hostnames or []) if entry and entry.key else []:
+                    keys.add(name, entry.key.get_name(), entry.key)     # type: ignore[union-attr]  # checked above
+        return keys
+
+
+def ssh_fault(error: Exception) -> ProbeError:
+    """Our error for what paramiko raises before the login."""
+    if isinstance(error, paramiko.ssh_exception.IncompatiblePeer):
+        return ProbeError("protocol", f"no common algorithm, the host offers only weak ones: {error}")
+    if isinstance(error, (EOFError, ConnectionError)) or "EOF" in str(error):
+        return ProbeError("unreachable", "the host closed the connection; is it an SSH server with free sessions?")
+    return ProbeError("protocol", f"no SSH server there: {error or type(error).__name__}")
+
+
+@dataclass(frozen=True)
+class Access:
+    """What the connections of all resources share."""
+
+    known_hosts: KnownHosts
+    resolver: Resolver
+
+
+class SshConnection:
+    """One resource over SSH (paramiko), a fresh connection per run."""
+
+    WEAK: ClassVar = {
+        "ciphers": ["aes128-cbc", "aes192-cbc", "aes256-cbc", "3des-cbc"],
+        "macs": ["hmac-sha1", "hmac-sha1-96", "hmac-md5", "hmac-md5-96"]}
+    NEVER: ClassVar = 10 ** 6           # seconds; paramiko's own timers follow the wall clock, ours decides
+
+    def __init__(self, target: Target, guard: LoginGuard, access: Access) -> None:
+        self._target, self._guard, self._access = target, guard, access
+        self._settings = target.settings
+        self._trusted = target.host_key
+        self._key: tuple[int, paramiko.PKey] | None = None      # mtime of the key file and what it held
+
+    def run(self, script: str, done: bytes, deadline: Deadline) -> CommandResult:
+        with self._connected(deadline) as transport:
+            learned = self._verify(transport)
+            with self._guard.attempt(self._settings.name, deadline):
+                self._login(transport, deadline)
+            buffer = OutputBuffer(done)
+            status = self._execute(transport, script, buffer, deadline)
+            return CommandResult(bytes(buffer.output), status, deadline.expired, learned)
+
+    def offered_key(self, deadline: Deadline) -> str:
+        """The key that the host shows; nothing else is done."""
+        with self._connected(deadline) as transport:
+            return identity(transport.get_remote_server_key())
+
+    @contextlib.contextmanager
+    def _connected(self, deadline: Deadline) -> Iterator[paramiko.Transport]:
+        """A transport after the key exchange; socket, transport and thread are gone afterwards."""
+        sock = connect_tcp(self._access.resolver, self._settings.hostname, self._settings.port, deadline)
+        transport: paramiko.Transport | None = None
+
+        def abort() -> None:
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+            sock.close()
+            if transport is not None:
+                transport.close()
+
+        with contextlib.closing(sock), deadline.watch(abort):
+            try:
+                transport = paramiko.Transport(sock, disabled_algorithms=self.WEAK)
+                transport.banner_timeout = transport.handshake_timeout = transport.auth_timeout = self.NEVER
+                self._prefer_known_types(transport)
+                transport.start_client()
+                yield transport
+            except (paramiko.SSHException, OSError, EOFError) as error:
+                deadline.left()
+                raise ssh_fault(error) from error
+            finally:
+                if transport is not None:
+                    transport.close()
+                    transport.packetizer.complete_handshake()   # ends a timer of paramiko's that close() leaves
+                    transport.join(1)
+
+    def _accepted(self) -> set[str]:
+        """The keys that the host may show; empty before the first contact."""
+        pinned = self._settings.host_key
+        if pinned and pinned != "strict":
+            return {pinned}
+        known = self._access.known_hosts.lookup(self._settings.hostname, self._settings.port)
+        return known | ({self._trusted} if self._trusted else set())
+
+    def _prefer_known_types(self, transport: paramiko.Transport) -> None:
+        """A host has keys of several types; ask for the type that we can compare first."""
+        types = {key.split()[0].replace("ssh-rsa", "rsa-sha2") for key in self._accepted() if " " in key}
+        options = transport.get_security_options()
+        options.key_types = sorted(options.key_types, key=lambda name: not name.startswith(tuple(types)))
+
+    def _verify(self, transport: paramiko.Transport) -> str | None:
+        """Compares the host's key before any secret is sent; returns it when it is trusted on first use."""
+        offered, accepted = identity(transport.get_remote_server_key()), self._accepted()
+        if any(same_key(key, offered) for key in accepted):
+            return None
+        name = self._settings.name
+        if accepted:
+            raise ProbeError("host_key", f"host key changed: expected {' or '.join(sorted(accepted))}, "
+                             f"offered {offered}; no password was sent; if the change is right: trust {name}")
+        if self._settings.host_key == "strict":
+            raise ProbeError("host_key", f"host key unknown: offered {offered}; to accept it: trust {name}")
+        self._trusted = offered
+        return offered
+
+    def _login(self, transport: paramiko.Transport, deadline: Deadline) -> None:
+        settings, password = self._settings, self._target.password
+        try:
+            if settings.key_file is not None:
+                missing = transport.auth_publickey(settings.username or "", self._load_key(settings.key_file))
+            else:
+                plain = password.get_secret_value() if password else ""
+                missing = transport.auth_password(settings.username or "", plain)
+        except paramiko.BadAuthenticationType as error:
+            allowed = ", ".join(error.allowed_types)
+            raise ProbeError("auth", f"the host allows only {allowed} for {settings.username}") from error
+        except paramiko.AuthenticationException as error:
+            deadline.left()
+            if not transport.is_active():
+                raise ProbeError("unreachable", "connection lost while logging in") from error
+            raise ProbeError("auth", f"login as {settings.username} refused; check username and "
+                             + ("key_file" if settings.key_file else "password")) from error
+        if missing:
+            raise ProbeError("auth", f"the host asks for more than one proof: {', '.join(missing)}")
+
+    def _load_key(self, path: Path) -> paramiko.PKey:
+        """The private key, read again when the file changes (unlocking an encrypted one takes 0.1 s)."""
+        phrase = self._target.passphrase
+        try:
+            stamp = path.stat().st_mtime_ns
+            if self._key is None or self._key[0] != stamp:
+                secret = cast(Any, phrase and phrase.get_secret_value().encode())
+                self._key = stamp, paramiko.PKey.from_path(path, secret)
+        except OSError as error:
+            raise ProbeError("credential", f"key_file {path} cannot be read: {error.strerror}") from error
+        except Exception as error:  # paramiko lets through whatever its parsers and cryptography raise
+            raise ProbeError("credential", f"key_file {path} does not open; check format and key_passphrase") from error
+        return self._key[1]
+
+    def _execute(self, transport: paramiko.Transport, script: str, buffer: OutputBuffer,
+                 deadline: Deadline) -> int | None:
+        """Feeds the script to a POSIX shell, whatever the account's login shell is; returns its exit status."""
+        try:
+            channel = transport.open_session(timeout=self.NEVER)
+            channel.set_combine_stderr(True)
+            channel.exec_command("exec /bin/sh -s")
+            channel.sendall(script.encode())
+            channel.shutdown_write()
+            while chunk := channel.recv(READ_BYTES):
+                if buffer.take(chunk):
+                    return 0
+            channel.status_event.wait(deadline.left())
+            return channel.exit_status if channel.exit_status >= 0 else None
+        except (paramiko.SSHException, OSError, EOFError) as error:
+            if not deadline.expired:
+                raise ProbeError("unreachable", "connection lost while the commands ran") from error
+        except ProbeError:
+            if not deadline.expired:
+                raise
+        return None
+
+
+class LocalConnection:
+    """This machine, through /bin/sh."""
+
+    def __init__(self, target: Target, guard: LoginGuard, access: Access) -> None:
+        del target, guard, access      # a shell of our own needs none of them
+
+    def run(self, script: str, done: bytes, deadline: Deadline) -> CommandResult:
+        if sys.platform == "win32":
+            raise ProbeError("protocol", "platform local is not built in for Windows yet; use simulated")
+        buffer = OutputBuffer(done)
+        try:
+            process = subprocess.Popen(["/bin/sh", "-s"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                       stderr=subprocess.STDOUT, start_new_session=True)
+        except OSError as error:
+            raise ProbeError("protocol", f"/bin/sh does not start: {error.strerror}") from error
+        assert process.stdin and process.stdout     # both are pipes
+        with process.stdin as feed, process.stdout as output:
+            try:
+                with contextlib.suppress(BrokenPipeError):
+                    feed.write(script.encode())
+                    feed.close()
+                ended = self._read(output.fileno(), buffer, deadline)
+                return CommandResult(bytes(buffer.output), 0 if ended else None, expired=not ended)
+            finally:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+
+    @staticmethod
+    def _read(descriptor: int, buffer: OutputBuffer, deadline: Deadline) -> bool:
+        """True at the end mark or the end of the output, False at the deadline."""
+        with selectors.DefaultSelector() as selector:
+            selector.register(descriptor, selectors.EVENT_READ)
+            while selector.select(deadline.left()):
+                chunk = os.read(descriptor, READ_BYTES)
+                if not chunk or buffer.take(chunk):
+                    return True
+        return False
+
+
+class SimulatedConnection:
+    """A resource that is healthy and unhealthy for exponentially distributed times, as the specification assumes."""
+
+    def __init__(self, target: Target, guard: LoginGuard, access: Access) -> None:
+        del guard, access
+        self._means = {True: target.settings.mean_healthy, False: target.settings.mean_unhealthy}
+        self._random = random.Random(target.settings.seed)
+        self._healthy = True
+        self._flips = time.monotonic() + self._duration()
+
+    def _duration(self) -> float:
+        return self._random.expovariate(1 / self._means[self._healthy])
+
+    def run(self, script: str, done: bytes, deadline: Deadline) -> CommandResult:
+        while self._flips <= time.monotonic():
+            self._healthy = not self._healthy
+            self._flips += self._duration()
+        return CommandResult((b"healthy" if self._healthy else b"outage") + done, 0)
+
+
+CONNECTIONS: dict[Platform, Callable[[Target, LoginGuard, Access], Connection]] = {
+    **{platform: SshConnection for platform in SSH_PLATFORMS},
+    Platform.LOCAL: LocalConnection,
+    Platform.SIMULATED: SimulatedConnection,
+}
+
+
+# === Probes ==================================================================
+# A platform is a table: metric, command, parser. One script runs a whole table,
+# so a poll is one round trip; parsers are pure and raise ValueError.
+
+KEPT_BYTES = 4096  # bytes of text kept of a service or check
+PROBLEM_CHARS = 200  # characters of a problem's one line
+LINE_CHARS = 4096  # characters of a line of df; a longer one is nobody's mount point
+QUOTA_RATIO = 0.98  # a volume with less than this share of its pool's free space has a quota of its own
+DETAILS = frozenset({"hostname", "os", "kernel", "uptime_seconds", "cpu_count"})
+TIMED_OUT = frozenset({124, 137, 143})  # exit statuses: timeout(1), SIGKILL, SIGTERM
+CONTROL = dict.fromkeys([*range(9), *range(11, 32), *range(127, 160)])
+# What is no disk although it sits on a device: images that are always full, and views of another filesystem.
+NO_DISK = frozenset(
+    "squashfs erofs cramfs romfs iso9660 udf cd9660 tmpfs devtmpfs ramfs overlay aufs unionfs nullfs ecryptfs"
+    " fuse fusefs 9p virtiofs vboxsf nfs nfs4 cifs smb3 autofs".split()
+)
+
+
+@dataclass(frozen=True)
+class CpuTicks:
+    """Counters since the start of the machine; a share needs the difference of two."""
+
+    busy: float
+    total: float
+
+
+Reading = str | float | None | CpuTicks | Mapping[str, float | str]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A service or check: good or not, and its state or output (KEPT_BYTES at most)."""
+
+    good: bool
+    text: str
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What one poll read. A metric that could not be read is in `problems` (one line why), never zero;
+    cpu_percent is in neither at the first poll and after a restart of the machine."""
+
+    details: Mapping[str, str | float]
+    metrics: Mapping[str, float]
+    ticks: CpuTicks | None
+    services: Mapping[str, Outcome]
+    checks: Mapping[str, Outcome]
+    problems: Mapping[str, str]
+
+    def readings(self, metric: str) -> list[tuple[str, float]]:
+        """Every reading of a metric, such as `disk_percent /` and `disk_percent /var` of disk_percent."""
+        return [(name, value) for name, value in self.metrics.items() if name.partition(" ")[0] == metric]
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A row of a table. `parse` gives a number or text, None (this machine has no such thing), CpuTicks, or
+    a mapping of metrics in which a text is a problem."""
+
+    name: str
+    command: str
+    parse: Callable[[str], Reading]
+
+
+@dataclass(frozen=True)
+class CommandSet:
+    """A platform's table: what `uname -s` says there (a pattern of sh), rows, and how to ask for a service
+    ({} is its quoted name; `state` reads exit status and output)."""
+
+    uname: str
+    probes: tuple[Probe, ...]
+    service: str
+    state: Callable[[int, str], Outcome]
+
+
+class Volume(NamedTuple):
+    """A row of df, sizes in KiB."""
+
+    device: str
+    kind: str
+    used: float
+    available: float
+    mount: str
+
+
+def _number(text: str) -> float:
+    """A plain non-negative decimal: no sign, exponent, nan or comma."""
+    if not re.fullmatch(r"[0-9]{1,18}(\.[0-9]{1,18})?", text):
+        raise ValueError(f"{text[:40]!r} is not a number")
+    return float(text)
+
+
+def _first(text: str) -> str:
+    """The first word, "" when there is none."""
+    return next(iter(text.split(None, 1)), "")
+
+
+def _first_number(text: str) -> float:
+    return _number(_first(text))
+
+
+def _count(text: str) -> float:
+    count = _first_number(text)
+    if not 1 <= count <= 1e6:
+        raise ValueError(f"{count:g} is no count of CPUs")
+    return count
+
+
+def _percent(part: float, whole: float) -> float:
+    if not 0 <= part <= whole or not whole:
+        raise ValueError(f"{part:g} of {whole:g} is no share")
+    return 100 * part / whole
+
+
+def _line(text: str) -> str:
+    """One line of at most PROBLEM_CHARS; raises ValueError for an empty one."""
+    line = " ".join(text.split())[:PROBLEM_CHARS]
+    if not line:
+        raise ValueError("no output")
+    return line
+
+
+def _named(text: str) -> dict[str, str]:
+    """Lines such as `MemTotal: 16 kB`, `Pages free: 5.` or `hw.ncpu: 4` as name and first word."""
+    lines = (line.partition(":") for line in text.splitlines())
+    return {key.strip(' \t"'): _first(value).rstrip(".") for key, _, value in lines}
+
+
+def _sum(named: Mapping[str, str], *names: str) -> float:
+    missing = [name for name in names if name not in named]
+    if missing:
+        raise ValueError(f"{missing[0]} is missing")
+    return sum(_number(named[name]) for name in names)
+
+
+def _os_release(text: str) -> str:
+    """PRETTY_NAME, and VERSION_ID where that does not tell it; the first line of an older release file."""
+    lines = (line.partition("=") for line in text.splitlines())
+    fields = {key: value.strip("\"' ") for key, _, value in lines}
+    name, version = fields.get("PRETTY_NAME", ""), fields.get("VERSION_ID", "")
+    return _line((name if version in name else f"{name} ({version})") if name else text.partition("\n")[0])
+
+
+def _sw_vers(text: str) -> str:
+    fields = {key: value.strip() for key, _, value in (line.partition(":") for line in text.splitlines())}
+    return _line(f"{fields.get('ProductName', '')} {fields.get('ProductVersion', '')}")
+
+
+def _since_boot(text: str) -> float:
+    """kern.boottime, then the machine's own time of day: seconds between the two."""
+    boot, now = re.search(r"sec = ([0-9]{1,12})\b", text), _number(text.strip().rpartition("\n")[2])
+    if not boot or float(boot[1]) > now:
+        raise ValueError("no boot time before now")
+    return now - float(boot[1])
+
+
+def _ticks(text: str, skipped: int, idle: slice) -> CpuTicks:
+    counters = [_number(word) for word in text.partition("\n")[0].split()[skipped:]][: idle.stop + 3]
+    if len(counters) < idle.stop:
+        raise ValueError("too few CPU counters")
+    return CpuTicks(busy=sum(counters) - sum(counters[idle]), total=sum(counters))
+
+
+def _linux_ticks(text: str) -> CpuTicks:
+    """user nice system idle iowait irq softirq steal: waiting for a disk is idle, and time stolen by the
+    hypervisor is busy, for the work did not get it. The guest columns after that are part of user."""
+    if not text.startswith("cpu "):
+        raise ValueError("no line of CPU counters")
+    return _ticks(text, 1, slice(3, 5))
+
+
+def _ps_cpu(text: str) -> float:
+    """The number of CPUs, then every process's decaying average: macOS tells its tick counters to no command."""
+    count, *shares = text.split() or [""]
+    if not shares:
+        raise ValueError("no processes")
+    return min(100.0, sum(map(_number, shares)) / _count(count))
+
+
+def _load_per_cpu(text: str) -> float:
+    """A line with the load of 1, 5 and 15 minutes, bare or as in uptime(1), then the number of CPUs."""
+    lines = text.splitlines() or [""]
+    load = _first(lines[0].rpartition("average")[2].lstrip("s:{ ")).rstrip(",")
+    return _number(load) / _count(lines[-1])
+
+
+def _linux_memory(text: str) -> float:
+    named = _named(text)
+    total = _sum(named, "MemTotal")
+    if "MemAvailable" in named:
+        return _percent(total - _sum(named, "MemAvailable"), total)
+    shared = _sum(named, "Shmem") if "Shmem" in named else 0  # counted as cached, yet nothing can drop it
+    return _percent(total - _sum(named, "MemFree", "Buffers", "Cached") + shared, total)
+
+
+def _linux_swap(text: str) -> float | None:
+    named = _named(text)
+    total = _sum(named, "SwapTotal")
+    return _percent(total - _sum(named, "SwapFree"), total) if total else None
+
+
+def _macos_memory(text: str) -> float:
+    """What Activity Monitor calls used: memory of applications, wired and compressed."""
+    named = _named(text)
+    page = re.search(r"page size of ([0-9]{1,9}) bytes", text)
+    if not page:
+        raise ValueError("no page size")
+    pages = _sum(named, "Anonymous pages", "Pages wired down", "Pages occupied by compressor")
+    used = (pages - _sum(named, "Pages purgeable")) * float(page[1])
+    return _percent(used, _sum(named, "hw.memsize"))
+
+
+def _macos_swap(text: str) -> float | None:
+    found = re.search(r"total = ([0-9.]{1,18})M +used = ([0-9.]{1,18})M ", text)
+    if not found:
+        raise ValueError("no swap usage")
+    return _percent(_number(found[2]), _number(found[1])) if _number(found[1]) else None
+
+
+def _freebsd_memory(text: str) -> float:
+    """Free and inactive pages and the ARC above its floor are available; laundry first has to be written."""
+    named, stats = _named(text), "vm.stats.vm.v_"
+    page = _sum(named, "hw.pagesize")
+    available = _sum(named, stats + "free_count", stats + "inactive_count") * page
+    arc = "kstat.zfs.misc.arcstats."
+    if arc + "size" in named:
+        available += max(0.0, _sum(named, arc + "size") - _sum(named, arc + "c_min"))
+    total = _sum(named, stats + "page_count") * page
+    return _percent(total - available, total)
+
+
+def _swapinfo(text: str) -> float | None:
+    header, *lines = text.splitlines() or [""]
+    if not header.startswith("Device"):
+        raise ValueError("no table of swap devices")
+    rows = [line.split()[-4:-2] for line in lines if not line.startswith("Total")]
+    total, used = (sum(_number(size) for size in sizes) for sizes in zip(*rows)) if rows else (0, 0)
+    return _percent(used, total) if total else None
+
+
+def _volumes(text: str, typed: bool) -> Iterator[Volume]:
+    """The rows of `df -Pk` (typed: with the column of -T) whose sizes are known. They are found by their
+    three sizes and the percent sign, since devices and mount points may hold blanks."""
+    for line in text.splitlines():
+        if len(line) > LINE_CHARS:
+            raise ValueError(f"a line of {len(line)} characters")
+        words = [(word[0], word.start()) for word in re.finditer(r"\S+", line)]
+        for at in range(4 + typed, len(words) - 1):
+            sizes = [word for word, _ in words[at - 3 : at]]
+            if words[at][0].endswith("%") and all(re.fullmatch(r"-?[0-9]{1,18}", size) for size in sizes):
+                used, available = float(sizes[1]), max(0.0, float(sizes[2]))  # the reserve of UFS goes below 0
+                kind = words[at - 4][0] if typed else ""
+                device = line[: words[at - 3 - typed][1]].strip()
+                if used + available > 0:
+                    yield Volume(device, kind, used, available, line[words[at + 1][1] :].replace("\\040", " "))
+                break
+
+
+def _on_disk(volume: Volume) -> bool:
+    """By what it sits on and not by a list of good types, which would miss the next filesystem in silence."""
+    device = re.match(r"/(?!/)", volume.device) is not None or volume.kind == "zfs"
+    return device and volume.kind not in NO_DISK and not volume.kind.startswith("fuse.")
+
+
+def _pool(volume: Volume) -> str:
+    """Volumes of ZFS and APFS share the free space of a pool; anything else is a pool of its own."""
+    if volume.kind == "zfs":
+        return volume.device.partition("/")[0]
+    container = re.match(r"/dev/disk[0-9]+", volume.device) if volume.kind == "apfs" else None
+    return container[0] if container else volume.device
+
+
+def _disk_percent(text: str, volumes: Iterable[Volume], hidden: Container[str] = ()) -> dict[str, float | str]:
+    """used / (used + available) of each pool, under its shortest mount point that is not hidden."""
+    pools: dict[str, dict[str, Volume]] = {}
+    for volume in sorted(filter(_on_disk, volumes), key=lambda volume: len(volume.mount), reverse=True):
+        pools.setdefault(_pool(volume), {})[volume.device] = volume  # of bind mounts the shortest is the last
+    readings: dict[str, float | str] = {}
+    for pool in pools.values():
+        used, free = sum(volume.used for volume in pool.values()), max(volume.available for volume in pool.values())
+        shown = [volume for volume in pool.values() if volume.mount not in hidden]
+        for volume in shown[:-1]:
+            if volume.available < free * QUOTA_RATIO:
+                readings[f"disk_percent {volume.mount}"] = _percent(volume.used, volume.used + volume.available)
+        for volume in shown[-1:]:
+            readings[f"disk_percent {volume.mount}"] = _percent(used, used + free)
+    # An account without rights to a user's private mount is no fault; a disk that answers with an error is.
+    errors = [line for line in text.splitlines() if line.startswith("df: ") and "ermi" not in line]
+    if not readings:
+        raise ValueError(f"no local filesystem {' '.join(errors)}")
+    return readings | ({"disk_percent": errors[0]} if errors else {})
+
+
+def _disks(text: str, typed: bool) -> dict[str, float | str]:
+    return _disk_percent(text, _volumes(text, typed))
+
+
+def _macos_disks(text: str) -> dict[str, float | str]:
+    """df, then mount(8), which alone tells types and flags: `/dev/disk3s5 on /Volumes/x (apfs, local)`."""
+    lines = (line.rpartition(" (") for line in text.splitlines() if line.endswith(")"))
+    flags = {left.partition(" on ")[2]: right.rstrip(")").split(", ") for left, _, right in lines}
+    kinds = (volume._replace(kind=flags.get(volume.mount, [""])[0]) for volume in _volumes(text, False))
+    system = re.compile(r"/System/Volumes/(?!Data$)|/private/var/vm$")
+    hidden = {mount for mount, words in flags.items() if {"read-only", "quarantine"} & set(words) or system.match(mount)}
+    return _disk_percent(text, kinds, hidden)
+
+
+def _by_status(status: int, text: str) -> Outcome:
+    return Outcome(status == 0, text or (f"exit status {status}" if status >= 0 else "ended without an exit status"))
+
+
+def _systemd(status: int, text: str) -> Outcome:
+    fields = {key: value for key, _, value in (line.partition("=") for line in text.splitlines())}
+    if "ActiveState" not in fields:  # no systemd there, or it does not answer
+        return _by_status(status, text)
+    if fields.get("LoadState") == "not-found":
+        return Outcome(False, "no such unit")
+    active = fields["ActiveState"]
+    return Outcome(active in ("active", "reloading"), f"{active} ({fields.get('SubState', '')})")
+
+
+def _launchd(status: int, text: str) -> Outcome:
+    """The first state is the job's own; those further down belong to its sockets and endpoints."""
+    state = re.search(r"^\s*state = (.*)$", text, re.MULTILINE)
+    if status == 113 or status == 0 and state:
+        return Outcome(state is not None and state[1] == "running", state[1] if state else "no such service")
+    return Outcome(False, _by_status(status, text).text)
+
+
+_ANY = (Probe("hostname", "uname -n", _line), Probe("kernel", "uname -sr", _line))
+_BSD = (  # of macOS, too
+    Probe("uptime_seconds", "sysctl -n kern.boottime; date +%s", _since_boot),
+    Probe("cpu_count", "sysctl -n hw.ncpu", _count),
+    Probe("load_per_cpu", "sysctl -n vm.loadavg hw.ncpu", _load_per_cpu),
+)
+_LINUX_CPUS = "getconf _NPROCESSORS_ONLN 2>/dev/null || grep -c '^cpu[0-9]' /proc/stat"
+PROBES: dict[Platform, CommandSet] = {
+    Platform.LINUX: CommandSet("Linux", (
+        *_ANY,
+        Probe("os", "cat /etc/os-release 2>/dev/null || cat /usr/lib/os-release 2>/dev/null || cat /etc/*-release",
+              _os_release),
+        Probe("uptime_seconds", "cat /proc/uptime", _first_number),
+        Probe("cpu_count", _LINUX_CPUS, _count),
+        Probe("cpu_percent", "head -n 1 /proc/stat", _linux_ticks),
+        Probe("memory_percent", "cat /proc/meminfo", _linux_memory),
+        Probe("swap_percent", "cat /proc/meminfo", _linux_swap),
+        Probe("load_per_cpu", "cat /proc/loadavg; " + _LINUX_CPUS, _load_per_cpu),
+        # Without -l a dead NFS server holds df up for ever; busybox has no -l.
+        Probe("disk_percent", "case $(df --help 2>&1) in *--local*) df -PklT;; *) df -PkT;; esac; :", partial(_disks, typed=True)),
+    ), "if [ -d /run/systemd/system ]; then systemctl show -p LoadState -p ActiveState -p SubState -- {};"
+       " else service {} status; fi", _systemd),
+    Platform.MACOS: CommandSet("Darwin", (
+        *_ANY, *_BSD,
+        Probe("os", "sw_vers", _sw_vers),
+        Probe("cpu_percent", "sysctl -n hw.ncpu; ps -A -o %cpu=", _ps_cpu),
+        Probe("memory_percent", "vm_stat; sysctl hw.memsize", _macos_memory),
+        Probe("swap_percent", "sysctl -n vm.swapusage", _macos_swap),
+        Probe("disk_percent", "df -Pkl; mount", _macos_disks),
+    ), "launchctl print system/{}", _launchd),
+    Platform.FREEBSD: CommandSet("FreeBSD", (
+        *_ANY, *_BSD,
+        Probe("os", 'echo "FreeBSD $(freebsd-version -u 2>/dev/null || uname -r)"', _line),
+        Probe("cpu_percent", "sysctl -n kern.cp_time", partial(_ticks, skipped=0, idle=slice(4, 5))),
+        Probe("memory_percent", "sysctl -i hw.pagesize vm.stats.vm.v_page_count vm.stats.vm.v_free_count"
+              " vm.stats.vm.v_inactive_count kstat.zfs.misc.arcstats.size kstat.zfs.misc.arcstats.c_min",
+              _freebsd_memory),
+        Probe("swap_percent", "swapinfo -k", _swapinfo),
+        Probe("disk_percent", "df -PklT; :", partial(_disks, typed=True)),
+    ), "service {} onestatus", _by_status),
+    Platform.POSIX: CommandSet("*", (
+        *_ANY,
+        Probe("os", "uname -sr", _line),
+        Probe("cpu_count", "getconf _NPROCESSORS_ONLN", _count),
+        Probe("load_per_cpu", "uptime; getconf _NPROCESSORS_ONLN", _load_per_cpu),
+        Probe("disk_percent", "df -Pk; :", partial(_disks, typed=False)),
+    ), ":", lambda status, text: Outcome(False, "services are not supported on this platform")),
+}  # fmt: skip
+
+
+# The script reaches `sh -s` on stdin: one group, so that it is read whole before any command could eat it.
+# A check's output ends at its own status line and not at end of file, which a daemon it leaves behind would
+# hold off for ever; what is beyond KEPT_BYTES is read and dropped, so that nothing dies of SIGPIPE.
+SCRIPT = r"""{
+LC_ALL=C; export LC_ALL; unset LANGUAGE
+PATH=$PATH:/usr/sbin:/sbin:/usr/local/sbin:/usr/local/bin; export PATH
+b() { printf '\n@NONCE begin %s\n' "$1"; }
+e() { printf '\n@NONCE end %s\n' "$?"; }
+limit() {
+  if [ "$T" ]; then timeout -k 1 "$1" /bin/sh -c "$2" 2>&1; return; fi
+  command set -m || :
+  /bin/sh -c "$2" 2>&1 & p=$!
+  { sleep "$1"; kill -TERM -$p || kill -TERM $p; sleep 1; kill -KILL -$p || kill -KILL $p; } >/dev/null & w=$!
+  wait $p; s=$?
+  kill -TERM -$w || kill -TERM $w
+  return $s
+}
+run() {
+  { t=$(date +%s); limit "$1" "$2"; s=$?; [ $s -le 255 ] || s=$((128 + s % 128))
+    printf '\n@NONCE status %s %s .\n' $s $(($(date +%s) - t)); } 2>/dev/null | keep
+}
+keep() {
+  kept= last= s=lost
+  while :; do
+    new=$(dd bs=4096 count=1 2>/dev/null; echo .); new=${new%.}
+    [ "$new" ] || break
+    [ ${#kept} -gt 4300 ] || kept=$kept$new
+    case $last$new in *'@NONCE status '*' .'*) s=$last$new; s=${s#*'@NONCE status '}; s=${s%% .*}; break;; esac
+    last=$new
+  done 2>/dev/null
+  printf '%.4096s\n@NONCE end %s\n' "${kept%%'@NONCE status '*}" "$s"
+}
+case $(uname -s) in
+BRANCHESesac
+T=; timeout -k 1 1 true >/dev/null 2>&1 && T=y
+CHECKSprintf '\n@NONCE done\n'
+exit 0
+} </dev/null 2>&1
+"""
+
+
+def _run(title: str, command: str) -> str:
+    return f"b {shlex.quote(title)}; (\n{command}\n); e\n"
+
+
+def build_script(platform: Platform, services: Sequence[str], checks: Sequence[Check], nonce: str) -> str:
+    """The whole poll for `/bin/sh -s`; `unix` and `local` ask uname which table to run. The nonce (hex, new
+    for every poll) marks the sections, so that no output can pass for one."""
+    chosen = {platform: PROBES[platform]} if platform in PROBES else PROBES
+    branches = ""
+    for table, commands in chosen.items():
+        rows = [(probe.name, probe.command) for probe in commands.probes]
+        rows += [(f"service {quote(name, safe='')}", commands.service.replace("{}", shlex.quote(name)))
+                 for name in services]
+        sections = "".join(_run(title, command) for title, command in [(f"platform {table.value}", ":"), *rows])
+        branches += f"{commands.uname if len(chosen) > 1 else '*'})\n{sections};;\n"
+    limited = ""
+    for check in checks:
+        seconds = math.ceil(check.timeout)
+        title = shlex.quote(f"check {quote(check.name, safe='')} {seconds}")
+        limited += f"b {title}; run {seconds} {shlex.quote(check.command)}\n"
+    script = SCRIPT.replace("NONCE", nonce)
+    head, _, rest = script.partition("BRANCHES")
+    middle, _, tail = rest.partition("CHECKS")
+    return head + branches + middle + limited + tail
+
+
+class Section(NamedTuple):
+    """A stretch of output: the words of its begin and of its end (none: cut off), and the text between."""
+
+    title: tuple[str, ...]
+    text: str
+    end: tuple[str, ...]
+
+
+def _sections(text: str, nonce: str) -> list[Section]:
+    found: list[Section] = []
+    for part in ("\n" + text).split(f"\n@{nonce} ")[1:]:
+        header, _, body = part.partition("\n")
+        word, *words = header.split(" ")
+        if word == "begin":
+            found.append(Section(tuple(words), body.translate(CONTROL).strip(), ()))
+        elif word == "end" and found:
+            found[-1] = found[-1]._replace(end=tuple(words))
+    return found
+
+
+def is_complete(output: bytes | str, nonce: str) -> bool:
+    """Whether the script came to its end; what still holds the stream open then need not be waited for."""
+    mark = f"\n@{nonce} done\n"
+    return mark in output if isinstance(output, str) else mark.encode() in output
+
+
+def last_section(text: str, nonce: str) -> str:
+    """What was running when the output stopped, such as "disk_percent" or "check replication"; "" for nothing."""
+    last = (_sections(text, nonce) or [Section((), "", ("0",))])[-1]
+    return "" if last.end else " ".join(unquote(word) for word in last.title[:2])
+
+
+def _kept(text: str) -> str:
+    return text.encode(errors="replace")[:KEPT_BYTES].decode(errors="ignore")
+
+
+def _status(section: Section) -> int:
+    """The exit status; −1 when the section was cut off."""
+    return int(section.end[0]) if section.end and re.fullmatch(r"[0-9]{1,3}", section.end[0]) else -1
+
+
+def _check_outcome(section: Section) -> Outcome:
+    status, limit = _status(section), _first(" ".join(section.title[2:]))
+    took = section.end[1] if len(section.end) > 1 else ""
+    if status in TIMED_OUT and took.isdecimal() and limit.isdecimal() and float(took) >= float(limit):
+        return Outcome(False, _kept(f"no end in {limit} s{': ' if section.text else ''}{section.text}"))
+    return _by_status(status, _kept(section.text))
+
+
+def _readings(probe: Probe, section: Section | None, previous: CpuTicks | None) -> Mapping[str, Reading]:
+    """What a row read, by name; raises ValueError with the reason when that is nothing."""
+    if section is None or not section.end:
+        raise ValueError("no answer")
+    status = _status(section)
+    if status:
+        raise ValueError(f"exit status {status}: {section.text.partition(chr(10))[0]}")
+    value = probe.parse(section.text)
+    if isinstance(value, CpuTicks):
+        return {"": value, **_cpu_percent(previous, value)}
+    return value if isinstance(value, Mapping) else {probe.name: value}
+
+
+def _cpu_percent(previous: CpuTicks | None, now: CpuTicks) -> dict[str, float]:
+    """Empty without a former reading, and when the counters went backwards."""
+    busy, total = (now.busy - previous.busy, now.total - previous.total) if previous else (0.0, 0.0)
+    return {"cpu_percent": _percent(busy, total)} if 0 <= busy <= total and total else {}
+
+
+def _sample(table: CommandSet, sections: Mapping[tuple[str, ...], Section], previous: CpuTicks | None) -> Sample:
+    readings: dict[str, Reading] = {}
+    problems: dict[str, str] = {}
+    for probe in table.probes:
+        try:
+            readings.update(_readings(probe, sections.get((probe.name,)), previous))
+        except ValueError as error:
+            problems[probe.name] = " ".join(str(error).split())[:PROBLEM_CHARS]
+    named = {kind: {unquote(title[1]): section for title, section in sections.items()
+                    if title[0] == kind and len(title) > 1} for kind in ("service", "check")}
+    ticks = readings.pop("", None)
+    return Sample(
+        details={name: value for name, value in readings.items() if name in DETAILS and isinstance(value, (str, float))},
+        metrics={name: value for name, value in readings.items() if name not in DETAILS and isinstance(value, float)},
+        ticks=ticks if isinstance(ticks, CpuTicks) else None,
+        services={name: table.state(_status(section), _kept(section.text)) for name, section in named["service"].items()},
+        checks={name: _check_outcome(section) for name, section in named["check"].items()},
+        problems=problems | {name: _line(value) for name, value in readings.items()
+                             if name not in DETAILS and isinstance(value, str)},
+    )
+
+
+def parse_output(text: str, nonce: str, previous: CpuTicks | None) -> Sample:
+    """The sample in the script's output; raises ProbeError (`protocol`) when nothing in it can be read."""
+    sections = {section.title[:2]: section for section in _sections(text, nonce)}
+    tables = [commands for platform, commands in PROBES.items() if ("platform", platform.value) in sections]
+    sample = _sample(tables[0], sections, previous) if tables else None
+    if sample is None or not (sample.details or sample.metrics or sample.services or sample.checks):
+        said = " ".join(text.translate(CONTROL).split())[:PROBLEM_CHARS]
+        raise ProbeError("protocol", f"the script was not run; output: {said or 'none'}")
+    return sample
+
+
+def simulated_sample(text: str, nonce: str, previous: CpuTicks | None) -> Sample:
+    """What SimulatedConnection answers, as a check."""
+    del nonce, previous
+    good = text.startswith("healthy")
+    return Sample({}, {}, None, {}, {"simulation": Outcome(good, "" if good else "simulated outage")}, {})
+
+
+def collect(settings: ResourceSettings, connection: Connection, previous: CpuTicks | None) -> tuple[Sample, str | None]:
+    """One poll in one round trip: the sample, and a host key trusted on first use. Raises ProbeError."""
+    nonce = secrets.token_hex(8)
+    deadline = Deadline(settings.timeout)
+    script = build_script(settings.platform, settings.services, settings.checks, nonce)
+    result = connection.run(script, f"\n@{nonce} done\n".encode(), deadline)
+    text = result.output.decode(errors="replace")
+    parse = simulated_sample if settings.platform is Platform.SIMULATED else parse_output
+    if not is_complete(text, nonce):
+        running = last_section(text, nonce)
+        during = f" while {running} ran" if running else ""
+        if result.expired:
+            raise ProbeError("timeout", f"no end within {settings.timeout:g} s{during}")
+        if result.exit_status is None:
+            raise ProbeError("unreachable", f"connection lost{during}")
+        raise ProbeError("protocol", f"the account's shell did not run the commands; it said: {text[:200]}")
+    return parse(text, nonce, previous), result.host_key
+
+
+# === Evaluate ================================================================
+State = Literal["unknown", "healthy", "degraded", "unhealthy"]
+AT_ONCE = frozenset({"auth", "host_key", "credential", "stale"})     # causes that do not wait for `fall`
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What one poll says."""
+
+    state: State
+    cause: Cause = ""
+    reason: str = ""
+
+    @property
+    def good(self) -> bool:
+        return self.state in ("healthy", "degraded")
+
+
+def evaluate(sample: Sample, settings: ResourceSettings) -> Verdict:
+    """A sample against the limits, services and checks of its resource."""
+    failed, warned = judge_limits(sample, settings.limits.by_metric())
+    bad = [f"{kind} {name}: {outcome.text.strip() or 'failed'}"
+           for kind, outcomes in (("service", sample.services), ("check", sample.checks))
+           for name, outcome in outcomes.items() if not outcome.good]
+    if failed or bad:
+        return Verdict("unhealthy", "limit" if failed else "check", one_line("; ".join(failed + bad)))
+    if warned:
+        return Verdict("degraded", "limit", one_line("; ".join(warned)))
+    return Verdict("healthy")
+
+
+def judge_limits(sample: Sample, limits: Mapping[str, Limit]) -> tuple[list[str], list[str]]:
+    """Readings above `fail` and, in the second list, above `warn` or not readable."""
+    failed, warned = [], []
+    for metric, limit in limits.items():
+        for name, value in sample.readings(metric):
+            if limit.fail is not None and value > limit.fail:
+                failed.append(f"{name} {value:.1f} > {limit.fail:g}")
+            elif limit.warn is not None and value > limit.warn:
+                warned.append(f"{name} {value:.1f} > {limit.warn:g}")
+        if metric in sample.problems:
+            warned.append(f"{metric} cannot be read: {sample.problems[metric]}")
+    return failed, warned
+
+
+@dataclass(frozen=True)
+class Standing:
+    """The state of a resource after rise and fall; `since` is Unix time."""
+
+    state: State = "unknown"
+    cause: Cause = ""
+    reason: str = ""
+    since: float = 0.0
+    good: int = 0
+    bad: int = 0
+
+    @property
+    def healthy(self) -> bool:
+        return self.state in ("healthy", "degraded")
+
+    @property
+    def decided(self) -> bool:
+        """Whether the last result agrees with the state; if not, the next poll comes soon."""
+        return self.state == "unknown" or (self.good > 0) == self.healthy
+
+
+def settle(standing: Standing, verdict: Verdict, settings: ResourceSettings, now: float) -> Standing:
+    """The standing after one more verdict: a first result counts at once, then `rise` and `fall` in a row."""
+    good = standing.good + 1 if verdict.good else 0
+    bad = 0 if verdict.good else standing.bad + 1
+    counts = (standing.state == "unknown" or verdict.good == standing.healthy or verdict.cause in AT_ONCE
+              or good >= settings.rise or bad >= settings.fall)
+    if not counts:
+        return replace(standing, good=good, bad=bad)
+    changed = (verdict.state, verdict.cause) != (standing.state, standing.cause)
+    return Standing(verdict.state, verdict.cause, verdict.reason, now if changed else standing.since, good, bad)
+
+
+# === Aggregate ===============================================================
+class Earliest:
+    """The earliest of many named times: a heap whose outdated items are dropped when they come up."""
+
+    def __init__(self) -> None:
+        self._times: dict[str, float] = {}
+        self._heap: list[tuple[float, str]] = []
+
+    def __len__(self) -> int:
+        return len(self._times)
+
+    def put(self, name: str, moment: float) -> None:
+        self._times[name] = moment
+        heapq.heappush(self._heap, (moment, name))
+        if len(self._heap) > 2 * len(self._times) + 64:     # renewals of far times pile up below the top
+            self._heap = [(moment, name) for name, moment in self._times.items()]
+            heapq.heapify(self._heap)
+
+    def drop(self, name: str) -> None:
+        self._times.pop(name, None)
+
+    def first(self) -> float:
+        """The earliest time, infinity when there is none."""
+        while self._heap and self._times.get(self._heap[0][1]) != self._heap[0][0]:
+            heapq.heappop(self._heap)
+        return self._heap[0][0] if self._heap else math.inf
+
+    def first_name(self) -> str:
+        return self._heap[0][1] if self.first() < math.inf else ""
+
+    def before(self, moment: float) -> list[str]:
+        """The names whose time is not after `moment`."""
+        return [name for name, time_ in self._times.items() if time_ <= moment] if self.first() <= moment else []
+
+
+class Lease:
+    """Two floats in shared memory: until when the application is healthy, and when it can be healthy again."""
+
+    def __init__(self) -> None:
+        self.until = multiprocessing.RawValue("d", 0.0)
+        self.opens = multiprocessing.RawValue("d", 0.0)
+
+
+class HealthAggregator:
+    """One answer for all resources: `SetResource` reports, `IsHealthy` asks.
+
+    The answer is a lease: the monotonic time until which everything is known to be healthy. A report renews its
+    resource's part for `ttl` seconds, the earliest part is the lease, and it is 0 while a resource is unhealthy or,
+    at the start, without a result. So nobody who stops reporting is taken for healthy.
+    """
+
+    def __init__(self, lease: Lease | None = None, clock: Callable[[], float] = time.monotonic) -> None:
+        self.lease = lease or Lease()
+        self.transitions: queue.SimpleQueue[tuple[float, bool, str]] = queue.SimpleQueue()  # Unix time, open, why
+        self._clock = clock
+        self._until = self.lease.until
+        self._lock = threading.Lock()               # guards all below and the writing of the lease
+        self._owners: dict[str, object] = {}        # registered resources
+        self._counted: dict[str, bool] = {}         # critical and not in maintenance
+        self._parts = Earliest()                    # leases of healthy, counted resources
+        self._blockers = Earliest()                 # minus the soonest recovery of unhealthy, counted resources
+        self._reasons: dict[str, str] = {}
+        self._pending: set[str] = set()             # no result yet, since the start
+        self._started = False                       # every resource of the start has had a result
+        self._open = False
+
+    def register(self, name: str, *, counted: bool = True, owner: object = None) -> None:
+        """Announces a resource. Before the first decision it blocks until its first result, later it does not.
+
+        Reports of another `owner` are dropped from now on."""
+        with self._lock:
+            self._owners[name] = owner
+            if self._counted.get(name) != counted:
+                self._forget(name)
+            self._counted[name] = counted
+            if not self._started and counted:
+                self._pending.add(name)
+            self._renew()
+
+    def deregister(self, name: str) -> None:
+        """The resource does not count any more."""
+        with self._lock:
+            self._forget(name)
+            self._owners.pop(name, None)
+            self._counted.pop(name, None)
+            self._renew()
+
+    def start(self) -> None:
+        """Ends the registration of the start: with nothing to wait for, the gate opens."""
+        with self._lock:
+            self._started = not self._pending
+            self._renew()
+
+    # The specification's three arguments, and ours by keyword.
+    def set_resource(self, name: str, healthy: bool, reason: str = "", *,   # noqa: PLR0913
+                     ttl: float = DEFAULT_TTL, opens: float = 0.0, owner: object = None) -> None:
+        """Reports a resource; the report counts for `ttl` seconds. `opens`: seconds until it can be healthy again.
+
+        A name that was never registered is registered as counted, unless the report names an owner."""
+        with self._lock:
+            if owner is not None and self._owners.get(name) is not owner:
+                return      # a late report of a poller that was stopped
+            self._owners.setdefault(name, owner)
+            self._pending.discard(name)
+            self._started = self._started or not self._pending
+            if self._counted.setdefault(name, True):
+                now = self._clock()
+                self._reasons[name] = reason
+                if healthy:
+                    self._blockers.drop(name)
+                    self._parts.put(name, now + ttl)
+                else:
+                    self._parts.drop(name)
+                    self._blockers.put(name, -(now + opens))
+            self._renew()
+
+    def is_healthy(self) -> bool:
+        """Whether every counted resource is healthy now; one comparison, without a lock."""
+        return bool(self._clock() < self._until.value)
+
+    def expired(self) -> list[str]:
+        """Resources whose lease ran out: nobody reported them in time."""
+        with self._lock:
+            now = self._clock()
+            names = self._parts.before(now)
+            self._note(bool(now < self._until.value), f"no result of {', '.join(names[:5])}" if names else "")
+            return names
+
+    def _forget(self, name: str) -> None:
+        self._parts.drop(name)
+        self._blockers.drop(name)
+        self._reasons.pop(name, None)
+        self._pending.discard(name)
+
+    def _renew(self) -> None:
+        until = 0.0 if self._pending or not self._started or len(self._blockers) else self._parts.first()
+        self.lease.opens.value = -self._blockers.first() if len(self._blockers) else self._clock()
+        self._until.value = until
+        why = ""
+        if not until and len(self._blockers):
+            name = self._blockers.first_name()
+            more = len(self._blockers) - 1
+            why = f"{name}: {self._reasons[name]}" + (f" and {more} more" if more else "")
+        self._note(self._clock() < until, why)
+
+    def _note(self, is_open: bool, why: str) -> None:
+        if is_open != self._open:
+            self._open = is_open
+            self.transitions.put((time.time(), is_open, why))
+
+    SetResource = set_resource
+    IsHealthy = is_healthy
+
+
+# === Poll ====================================================================
+@dataclass(frozen=True)
+class Report:
+    """What a poller tells the recorder after a poll; times are Unix times, `seconds` the duration of the poll."""
+
+    target: Target
+    before: Standing
+    standing: Standing
+    verdict: Verdict
+    at: float
+    seconds: float
+    sample: Sample | None = None
+    host_key: str | None = None
+
+
+def write_reports(session: Session, reports: Iterable[Report], keys: Mapping[int, str]) -> None:
+    """Status rows of resources that still exist, and keys trusted on first use."""
+    alive = set(session.scalars(sqlalchemy.select(Resource.id)))
+    rows = [{"resource_id": report.target.id, "digest": report.target.digest, "polled": report.at, "state": after.state,
+             "cause": after.cause, "reason": after.reason, "since": after.since, "good": after.good, "bad": after.bad}
+            for report in reports if report.target.id in alive for after in (report.standing,)]
+    if rows:
+        session.execute(sqlalchemy.insert(Status).prefix_with("OR REPLACE"), rows)
+    for resource_id, key in keys.items():
+        session.execute(sqlalchemy.update(Resource).values(host_key=key)
+                        .where(Resource.id == resource_id, Resource.host_key.is_(None)))
+
+
+class Recorder(threading.Thread):
+    """The one writer of what polls found; gathers reports for FLUSH seconds and writes them in one transaction."""
+
+    def __init__(self, store: Store, aggregator: HealthAggregator) -> None:
+        super().__init__(name="recorder", daemon=True)
+        self._store, self._aggregator = store, aggregator
+        self._reports: queue.SimpleQueue[Report] = queue.SimpleQueue()
+        self._ending = threading.Event()
+        self._gate_since = time.time()
+
+    def put(self, report: Report) -> None:
+        """Takes a report; transitions are logged at once, in the caller's thread."""
+        before, after = report.before, report.standing
+        if (before.state, before.cause) != (after.state, after.cause):
+            lasted = f" after {report.at - before.since:.0f} s" if before.since else ""
+            log.log(logging.INFO if after.healthy else logging.WARNING, "%s: %s -> %s%s%s", report.target.name,
+                    before.state, after.state, f" ({after.cause}: {after.reason})" if after.cause else "", lasted)
+        self._reports.put(report)
+
+    def run(self) -> None:
+        while not self._ending.wait(FLUSH):
+            self.flush()
+
+    def flush(self) -> None:
+        """Writes what was gathered."""
+        self._log_gate()
+        latest: dict[int, Report] = {}
+        keys: dict[int, str] = {}
+        with contextlib.suppress(queue.Empty):
+            while True:
+                report = self._reports.get_nowait()
+                latest[report.target.id] = report
+                if report.host_key:
+                    keys[report.target.id] = report.host_key
+        if not latest:
+            return
+        try:
+            with self._store.writing() as session:
+                write_reports(session, latest.values(), keys)
+        except sqlalchemy.exc.SQLAlchemyError as error:
+            log.error("the database cannot be written: %s", one_line(str(getattr(error, "orig", error))))
+
+    def _log_gate(self) -> None:
+        with contextlib.suppress(queue.Empty):
+            while True:
+                at, is_open, why = self._aggregator.transitions.get_nowait()
+                log.warning("gate: %s -> %s%s after %.0f s", "closed" if is_open else "open",
+                            "open" if is_open else "closed", f" ({why})" if why else "", at - self._gate_since)
+                self._gate_since = at
+
+    def close(self) -> None:
+        """Writes the rest and ends the thread."""
+        self._ending.set()
+        if self.is_alive():
+            self.join(BUSY_TIMEOUT + FLUSH)
+        self.flush()
+
+
+@dataclass(frozen=True)
+class Watch:
+    """What all pollers share."""
+
+    aggregator: HealthAggregator
+    recorder: Recorder
+    access: Access
+    random: random.Random
+
+
+def poll_once(target: Target, connection: Connection,
+              ticks: CpuTicks | None) -> tuple[Verdict, Sample | None, str | None]:
+    """One poll of one resource: its verdict, what was read, and a host key trusted on first use."""
+    try:
+        sample, host_key = collect(target.settings, connection, ticks)
+    except ProbeError as error:
+        return Verdict("unhealthy", error.cause, str(error)), None, None
+    except Exception:   # a thread's outermost step: whatever a host makes a library raise must not end its watch
+        log.exception("%s: the poll failed in an unforeseen way", target.name)
+        return Verdict("unhealthy", "protocol", "the poll failed in an unforeseen way; see the log"), None, None
+    return evaluate(sample, target.settings), sample, host_key
+
+
+class Poller(threading.Thread):
+    """Polls one resource at its own interval; a thread that waits, connects and reports."""
+
+    def __init__(self, target: Target, watch: Watch, guard: LoginGuard, standing: Standing, delay: float) -> None:
+        super().__init__(name=f"poll {target.name}", daemon=True)
+        self.target, self._watch, self._guard = target, watch, guard
+        self._connection = CONNECTIONS[target.settings.platform](target, guard, watch.access)
+        self._ticks: CpuTicks | None = None
+        self._due = time.monotonic() + delay
+        self._woken = threading.Event()
+        self._stopped = False
+        self._lock = threading.Lock()       # guards standing, which the monitor sets to stale
+        self.standing = standing
+
+    def run(self) -> None:
+        while True:
+            self._woken.wait(max(0.0, self._due - time.monotonic()))
+            if self._stopped:
+                return
+            if self._woken.is_set():
+                self._woken.clear()
+                self._guard.clear(self.target.name)
+            self._due = time.monotonic() + self._poll()
+
+    def check_now(self) -> None:
+        """Polls at once, whatever the back-off."""
+        self._woken.set()
+
+    def stop(self) -> None:
+        """Ends the thread after the poll that runs; its report is dropped when the resource is deregistered."""
+        self._stopped = True
+        self._woken.set()
+
+    def expire(self) -> None:
+        """No result in time: the resource is unhealthy, cause `stale`."""
+        self._report(Verdict("unhealthy", "stale", f"no result for {self.target.settings.ttl:.0f} s"), 0.0)
+
+    def _poll(self) -> float:
+        """One poll and its report; returns the seconds from its start to the next."""
+        settings, begin = self.target.settings, time.monotonic()
+        wait = self._guard.wait(settings.name)
+        sample, host_key = None, None
+        if wait > 0:
+            verdict = Verdict("unhealthy", "auth", "not tried: the credential was refused before; check the password")
+            if self.standing.cause == "auth":
+                return wait
+        else:
+            verdict, sample, host_key = poll_once(self.target, self._connection, self._ticks)
+        self._ticks = sample.ticks if sample else self._ticks
+        taken = time.monotonic() - begin
+        self._report(verdict, taken, sample, host_key)
+        return max(0.0, self._pause(verdict) - taken)
+
+    def _pause(self, verdict: Verdict) -> float:
+        """Seconds to the next poll: the interval, less while undecided, more after a refused login."""
+        settings = self.target.settings
+        pause = settings.interval if self.standing.decided else min(settings.interval, settings.retry_interval)
+        pause *= self._watch.random.uniform(1 - JITTER, 1 + JITTER)
+        return max(pause, self._guard.wait(settings.name)) if verdict.cause == "auth" else pause
+
+    def _report(self, verdict: Verdict, seconds: float, sample: Sample | None = None,
+                host_key: str | None = None) -> None:
+        settings, now = self.target.settings, time.time()
+        with self._lock:
+            before = self.standing
+            after = self.standing = settle(before, verdict, settings, now)
+        retry = min(settings.interval, settings.retry_interval)
+        wait = retry if after.good else settings.interval
+        wait = self._guard.wait(settings.name) if verdict.cause == "auth" else wait
+        self._watch.aggregator.set_resource(
+            settings.name, after.healthy, f"{after.cause}: {after.reason}", ttl=settings.ttl, owner=self,
+            opens=wait + retry * max(0, settings.rise - after.good - 1))
+        if not self._stopped:
+            self._watch.recorder.put(Report(self.target, before, after, verdict, now, seconds, sample, host_key))
+
+
+class Monitor(threading.Thread):
+    """Starts, stops and reconciles the pollers; restarts dead ones; sees leases expire."""
+
+    def __init__(self, store: Store, vault: Vault, watch: Watch) -> None:
+        super().__init__(name="monitor", daemon=True)
+        self._store, self._vault, self._watch = store, vault, watch
+        self._pollers: dict[str, Poller] = {}
+        self._guards = Guards()
+        self._revision = -1
+        self._ending = threading.Event()
+
+    def begin(self) -> None:
+        """Registers every resource, takes over fresh stored states and starts everything."""
+        self._reconcile()
+        self._watch.aggregator.start()
+        self._watch.recorder.start()
+        self.start()
+
+    def run(self) -> None:
+        while not self._ending.wait(SWEEP):
+            try:
+                self._sweep()
+            except (HealthCheckerError, sqlalchemy.exc.SQLAlchemyError) as error:
+                log.error("the configuration cannot be read: %s", one_line(str(error)))
+
+    def close(self) -> None:
+        """Ends all threads; polls that still run are left to their deadline."""
+        self._ending.set()
+        for poller in self._pollers.values():
+            poller.stop()
+        self._watch.recorder.close()
+
+    def poller(self, name: str) -> Poller | None:
+        return self._pollers.get(name)
+
+    def _sweep(self) -> None:
+        for name, poller in list(self._pollers.items()):
+            if not poller.is_alive():
+                log.error("%s: its poller died; starting another", name)
+                self._launch(poller.target, poller.standing, 0.0)
+        for name in self._watch.aggregator.expired():
+            if found := self._pollers.get(name):
+                found.expire()
+        with self._store.reading() as session:
+            current = revision(session)
+        if current != self._revision:
+            self._reconcile()
+
+    def _reconcile(self) -> None:
+        """Makes the pollers follow the rows."""
+        with self._store.reading() as session:
+            self._revision, targets = revision(session), load_targets(session, self._vault)
+            stored = {row.resource_id: row for row in session.scalars(sqlalchemy.select(Status))}
+        self._guards.keep(targets.values())
+        for name in self._pollers.keys() - targets.keys():
+            self._pollers.pop(name).stop()
+            self._watch.aggregator.deregister(name)
+        delay = 0.0
+        for name, target in targets.items():
+            poller = self._pollers.get(name)
+            if poller is not None and poller.target == target:
+                continue
+            standing = Standing()
+            if poller is not None:
+                poller.stop()
+                standing = poller.standing if poller.target.digest == target.digest else standing
+            self._launch(target, standing, delay, stored.get(target.id))
+            delay += 1 / FIRST_POLLS
+        if not any(target.settings.critical for target in targets.values()):
+            log.warning("no critical resource is watched: the gate is open whatever happens")
+
+    def _launch(self, target: Target, standing: Standing, delay: float, stored: Status | None = None) -> None:
+        """A poller for `target`; a stored state counts on when it is of this configuration and fresh."""
+        guard = self._guards.of(target)
+        age = time.time() - stored.polled if stored and stored.digest == target.digest else -1.0
+        fresh = stored is not None and standing.state == "unknown" and 0 <= age <= target.settings.ttl
+        if stored is not None and fresh:
+            standing = Standing(cast(State, stored.state), cast(Cause, stored.cause), stored.reason, stored.since,
+                                stored.good, stored.bad)
+        if stored is not None and stored.cause == "auth" and 0 <= age < AUTH_BACKOFF:
+            guard.refuse(target.name, age)
+        poller = self._pollers[target.name] = Poller(target, self._watch, guard, standing, delay)
+        self._watch.aggregator.register(target.name, counted=target.settings.critical, owner=poller)
+        if fresh and standing.state != "unknown":
+            self._watch.aggregator.set_resource(target.name, standing.healthy, f"{standing.cause}: {standing.reason}",
+                                                ttl=target.settings.ttl - age, owner=poller)
+        poller.start()
+
+
+# === Pages ===================================================================
+PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>{title}</title><body style="font:1.1rem system-ui;margin:15vh auto;max-width:32rem;padding:1rem">
+<h1>{title}</h1><p>{text}</p></body></html>
+"""
+REFUSAL = PAGE.format(title="Temporarily unavailable", text="A system that this service depends on is not healthy. "
+                      "Please try again in a moment.")
+WELCOME = PAGE.format(title="Everything is healthy", text="HealthChecker's built-in page: put an application of your "
+                      "own here with <code>service.app</code> in inventory.yaml. While a resource is unhealthy, it "
+                      "answers 503.")
+
+
+# === Gate ====================================================================
+Headers = list[tuple[str, str]]
+NO_STORE = ("Cache-Control", "no-store")
+PREFIX = "/-/"      # everything below is HealthChecker's own
+
+
+def respond(environ: WSGIEnvironment, start_response: StartResponse,
+            answer: tuple[str, Headers, bytes]) -> Iterable[bytes]:
+    """Sends an answer of HealthChecker's own; text/plain unless its headers say otherwise, never cached."""
+    status, headers, body = answer
+    if body and not any(name == "Content-Type" for name, _ in headers):
+        headers = [*headers, ("Content-Type", "text/plain; charset=utf-8")]
+    if not status.startswith("204"):
+        headers = [*headers, ("Content-Length", str(len(body)))]
+    start_response(status, [*headers, NO_STORE])
+    return [] if environ["REQUEST_METHOD"] == "HEAD" else [body]
+
+
+class Gate:
+    """WSGI: the application answers while the lease holds; otherwise 503."""
+
+    def __init__(self, app: WSGIApplication, lease: Lease, clock: Callable[[], float] = time.monotonic) -> None:
+        self._app, self._lease, self._clock = app, lease, clock
+        self._until = lease.until
+        self.draining = False       # the service ends: readyz says so
+        self._routes: dict[str, Callable[[], tuple[str, Headers, bytes]]] = {
+            "/-/livez": lambda: ("200 OK", [], b"ok\n"),
+            "/-/readyz": self._readyz,
+            "/-/gate": lambda: ("204 No Content", [], b"") if self.is_healthy() else ("403 Forbidden", [], b""),
+            "/-/health": self._health,
+        }
+
+    def is_healthy(self) -> bool:
+        """The gate's answer, also for the application: environ["healthchecker.is_healthy"]()."""
+        return bool(self._clock() < self._until.value)
+
+    def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        if environ["PATH_INFO"].startswith(PREFIX):
+            return self._own(environ, start_response)
+        if self._clock() < self._until.value:
+            environ["healthchecker.is_healthy"] = self.is_healthy
+            return self._app(environ, start_response)
+        return self._refuse(environ, start_response)
+
+    def on_loop(self, path: str) -> bool:
+        """Whether a request can be answered without the application: on the loop, it never waits behind slow work."""
+        return path in self._routes or not self.is_healthy()
+
+    def _own(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        route = self._routes.get(environ["PATH_INFO"])
+        if route is None:
+            return respond(environ, start_response, ("404 Not Found", [], b"not found\n"))
+        if environ["REQUEST_METHOD"] not in ("GET", "HEAD"):
+            return respond(environ, start_response, ("405 Method Not Allowed", [("Allow", "GET, HEAD")], b""))
+        return respond(environ, start_response, route())
+
+    def _readyz(self) -> tuple[str, Headers, bytes]:
+        if self.draining:
+            return "503 Service Unavailable", [], b"ending\n"
+        if self.is_healthy():
+            return "200 OK", [], b"open\n"
+        return "503 Service Unavailable", [self._retry_after()], b"closed\n"
+
+    def _health(self) -> tuple[str, Headers, bytes]:
+        healthy = self.is_healthy()
+        body = json.dumps({"status": "pass" if healthy else "fail"}).encode()
+        kind = ("Content-Type", "application/health+json")
+        return "200 OK" if healthy else "503 Service Unavailable", [kind], body
+
+    def _retry_after(self) -> tuple[str, str]:
+        """Seconds to the soonest moment at which the gate can open."""
+        wait = math.ceil(self._lease.opens.value - self._clock())
+        return "Retry-After", str(min(max(wait, 1), RETRY_AFTER_MAX))
+
+    def _refuse(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        retry = self._retry_after()
+        if "text/html" in environ.get("HTTP_ACCEPT", ""):
+            kind, body = "text/html; charset=utf-8", REFUSAL.encode()
+        else:
+            kind = "application/json"
+            body = b'{"status": 503, "title": "Service Unavailable", "retry_after": %s}\n' % retry[1].encode()
+        return respond(environ, start_response, ("503 Service Unavailable", [("Content-Type", kind), retry], body))
+
+
+def builtin_app() -> WSGIApplication:
+    """The page shown behind the gate until `service.app` names an application."""
+    app = flask.Flask("healthchecker.builtin")
+    app.add_url_rule("/", "welcome", lambda: WELCOME)
+    return app
+
+
+def load_app(name: str, folder: Path) -> WSGIApplication:
+    """Imports `module:callable` with `folder` first on the path; raises UsageError."""
+    module, _, attribute = name.partition(":")
+    sys.path.insert(0, str(folder))
+    try:
+        app: Any = importlib.import_module(module)
+        for part in attribute.split("."):
+            app = getattr(app, part)
+    except (Exception, SystemExit) as error:    # the user's own code may raise anything
+        reason = f"{type(error).__name__}: {one_line(str(error))}"
+        raise UsageError(f"service.app {name} cannot be imported: {reason}") from error
+    if not callable(app):
+        raise UsageError(f"service.app {name} is not callable")
+    return cast("WSGIApplication", app)
+
+
+# === Serve ===================================================================
+class LoopDispatcher(ThreadedTaskDispatcher):   # type: ignore[misc]  # waitress carries no types
+    """Runs on the loop's own thread what cannot block, and leaves the rest to waitress's pool.
+
+    The hand-over of the interpreter lock between loop and pool costs more than most answers.
+    """
+
+    def __init__(self, threads: int, on_loop: Callable[[str], bool]) -> None:
+        super().__init__()
+        self._ready: collections.deque[HTTPChannel] = collections.deque()
+        self._on_loop = on_loop if threads else lambda path: True
+        self.set_thread_count(threads)
+
+    def add_task(self, task: HTTPChannel) -> None:
+        """Called with the channel's lock held, hence only queues."""
+        request = task.requests[0]
+        if request.error or self._on_loop(request.path):
+            self._ready.append(task)
+        else:
+            super().add_task(task)
+
+    def drain(self) -> None:
+        """Serves what was queued for the loop."""
+        while self._ready:
+            self._ready.popleft().service()
+
+
+class GateServer(TcpWSGIServer):    # type: ignore[misc]  # waitress carries no types
+    """waitress on a socket that is bound already, with our loop: serves until `stop`, then drains."""
+
+    def __init__(self, gate: Gate, sock: socket.socket, threads: int, connections: int) -> None:
+        adjustments = Adjustments(
+            threads=max(1, threads), connection_limit=connections, ident=None, backlog=BACKLOG,
+            clear_untrusted_proxy_headers=True, asyncore_use_poll=hasattr(select, "poll"),
+            outbuf_high_watermark=POOL_BUFFER if threads else LOOP_BUFFER)
+        self._gate = gate
+        self.accepting = False
+        self._thread = threading.get_ident()
+        self._ends = math.inf
+        dispatcher = LoopDispatcher(threads, gate.on_loop)
+        sockinfo = (sock.family, sock.type, sock.proto, sock.getsockname())
+        super().__init__(gate, {}, True, sock, dispatcher=dispatcher, adj=adjustments, sockinfo=sockinfo,
+                         bind_socket=False)
+
+    def set_reuse_addr(self) -> None:
+        """Nothing: the socket is bound, and on Windows the option would let another server share its port."""
+
+    def pull_trigger(self) -> None:
+        """Wakes the loop, unless it is the loop that asks."""
+        if threading.get_ident() != self._thread:
+            super().pull_trigger()
+
+    def stop(self) -> None:
+        """Ends `serve` once the requests in flight are answered, within DRAIN seconds. Safe in a signal handler."""
+        self._gate.draining = True
+        self._ends = time.monotonic() + DRAIN
+        self.trigger.pull_trigger()
+
+    def serve(self) -> None:
+        """The loop."""
+        poll = wasyncore.poll2 if self.adj.asyncore_use_poll else wasyncore.poll
+        self._thread = threading.get_ident()
+        while not self._drained():
+            poll(self.adj.asyncore_loop_timeout, self._map)
+            self.task_dispatcher.drain()
+        self.task_dispatcher.shutdown(timeout=0)
+        wasyncore.close_all(self._map)
+
+    def _drained(self) -> bool:
+        """Once stopping: accepts nobody, closes idle connections; True when none is left."""
+        if not self._gate.draining:
+            return False
+        if self.accepting:
+            self.accepting = False
+            self.del_channel()
+            self.socket.close()
+        for channel in list(self.active_channels.values()):
+            if not channel.requests and channel.request is None and not channel.total_outbufs_len:
+                channel.handle_close()
+        return not self.active_channels or time.monotonic() > self._ends
+
+
+def listen(service: ServiceSettings) -> socket.socket:
+    """Binds the address of the service; raises UsageError."""
+    host, port = service.address
+    try:
+        answers = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, kind, protocol, _, address = answers[0]
+        sock = socket.socket(family, kind, protocol)
+        if sys.platform == "win32":
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_EXCLUSIVEADDRUSE, 1)
+        else:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(address)
+    except OSError as error:
+        raise UsageError(f"cannot listen on {service.listen}: {one_line(error.strerror or str(error))}; "
+                         "is another program using it? Set service.listen") from error
+    return sock
+
+
+def raise_descriptor_limit() -> int:
+    """Raises the soft limit of open files to the hard one; returns how many connections may be served."""
+    if sys.platform == "win32":
+        return 400      # select takes 512 sockets there
+    import resource  # noqa: PLC0415  # POSIX only
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        soft = hard
+    return 100_000 if soft == resource.RLIM_INFINITY else soft
+
+
+# --- command line ---
+MINIMAL_INVENTORY = """resources:
+  - {name: this-machine, platform: local}
+"""
+
+
+def ensure_inventory(path: Path) -> None:
+    """On first start: copies inventory.example.yaml, or writes an inventory that watches this machine."""
+    if path.exists():
+        return
+    example = path.with_name("inventory.example.yaml")
+    try:
+        if example.is_file():
+            shutil.copyfile(example, path)
+            print(f"{path.name} was not there: copied from {example.name}; it watches this machine. "
+                  "Edit it and restart.")
+        else:
+            path.write_text(MINIMAL_INVENTORY, encoding="utf-8")
+            print(f"{path.name} was not there: written one that watches this machine. Edit it and restart.")
+    except OSError as error:
+        raise InventoryError(f"{path.name}: cannot be written: {error.strerror}") from error
+
+
+def set_up_logging(log_file: Path | None) -> None:
+    """One line an event to the console, and to a rotating file where the inventory names one."""
+    handlers: list[logging.Handler] = [logging.StreamHandler()]
+    if log_file is not None:
+        try:
+            handlers.append(logging.handlers.RotatingFileHandler(
+                log_file, maxBytes=LOG_BYTES, backupCount=LOG_FILES, encoding="utf-8"))
+        except OSError as error:
+            raise UsageError(f"service.log_file {log_file} cannot be written: {error.strerror}") from error
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", handlers=handlers,
+                        force=True)
+    for name in ("paramiko", "waitress.queue"):     # repeats what we report; writes on every queued task
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+
+
+class Installation:
+    """What every command works on: the inventory, its folder, the database and the keys."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path.absolute()
+        self.inventory = load_inventory(self.path)
+        self.service = self.inventory.service
+        self.database = sqlite_path(self.service.database, self.path.parent)
+
+    def resolve(self, path: Path) -> Path:
+        return self.path.parent / path.expanduser()
+
+    def open_store(self) -> Store:
+        return Store(self.database)
+
+    def open_vault(self, session: Session | None) -> Vault:
+        """The keys; made when there are none and nothing is sealed yet."""
+        return open_vault(self.resolve(self.service.keys), sealed_tokens(session, self.inventory))
+
+    def access(self) -> Access:
+        return Access(KnownHosts(self.resolve(self.service.known_hosts)), Resolver())
+
+
+def ensure_first_user(session: Session) -> None:
+    """The specification's first account, while there is none at all."""
+    if session.scalar(sqlalchemy.select(User).limit(1)) is None:
+        session.add(User.create("SpiceWorks", "HealthChecker"))
+
+
+def serve(arguments: argparse.Namespace) -> int:
+    """Runs the service until a signal ends it."""
+    ensure_inventory(arguments.inventory)
+    installation = Installation(arguments.inventory)
+    service = installation.service
+    set_up_logging(installation.resolve(service.log_file) if service.log_file else None)
+    sock = listen(service)
+    inspect_database(installation.database)
+    lock = lock_database(installation.database)
+    app = load_app(service.app, installation.path.parent) if service.app else builtin_app()
+    store = installation.open_store()
+    with store.writing() as session:
+        vault = installation.open_vault(session)
+        ensure_first_user(session)
+        changes = import_inventory(session, installation.inventory, vault)
+    log.info("inventory: %s", changes)
+    aggregator = HealthAggregator()
+    watch = Watch(aggregator, Recorder(store, aggregator), installation.access(), random.Random())
+    monitor = Monitor(store, vault, watch)
+    connections = raise_descriptor_limit() - 4 * len(installation.inventory.entries) - 100
+    gate = Gate(app, aggregator.lease)
+    server = GateServer(gate, sock, service.threads if service.app else 0, max(100, connections))
+    for name in ("SIGTERM", "SIGINT", "SIGBREAK"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), lambda *_: server.stop())
+    monitor.begin()
+    host, port = sock.getsockname()[:2]
+    log.info("serving on http://%s:%d", f"[{host}]" if ":" in host else host, port)
+    try:
+        server.serve()
+    finally:
+        monitor.close()
+        store.close()
+        lock.close()
+    log.info("ended")
+    return 0
+
+
+@contextlib.contextmanager
+def rehearsal(installation: Installation) -> Iterator[tuple[Session, Vault, Changes]]:
+    """The import as a start would do it, rolled back at the end; without a database or keys on scratch ones."""
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        scratch = Path(folder)
+        store = Store(installation.database if inspect_database(installation.database) else scratch / "database")
+        try:
+            with store.reading() as session:
+                vault = Vault(installation.resolve(installation.service.keys))
+                require_keys(vault, sealed_tokens(session, installation.inventory))
+                if not vault.key_id:
+                    vault = Vault(scratch)
+                    vault.create()
+                yield session, vault, import_inventory(session, installation.inventory, vault)
+                session.rollback()
+        finally:
+            store.close()
+
+
+def figure(sample: Sample | None, metric: str) -> str:
+    """The highest reading of a metric, a dash where there is none (the CPU needs two polls)."""
+    values = [value for _, value in sample.readings(metric)] if sample else []
+    return f"{max(values):.0f}" if values else "-"
+
+
+def print_table(rows: Sequence[Sequence[str]]) -> None:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def probe(targets: Sequence[Target], access: Access) -> int:
+    """Polls every resource once, PROBES_AT_ONCE at a time, and prints a table; 1 when a critical one is unhealthy."""
+    guards = Guards()
+    results: dict[str, tuple[Verdict, Sample | None, float]] = {}
+
+    def poll(target: Target) -> None:
+        begin = time.monotonic()
+        connection = CONNECTIONS[target.settings.platform](target, guards.of(target), access)
+        verdict, sample, _ = poll_once(target, connection, None)
+        results[target.name] = verdict, sample, time.monotonic() - begin
+
+    with concurrent.futures.ThreadPoolExecutor(PROBES_AT_ONCE) as pool:
+        for count, done in enumerate(concurrent.futures.as_completed([pool.submit(poll, t) for t in targets]), 1):
+            done.result()
+            if sys.stderr.isatty():
+                bar = "#" * (count * 40 // len(targets))
+                print(f"\r[{bar:.<40}] {count}/{len(targets)}", end="\n" if count == len(targets) else "",
+                      file=sys.stderr)
+    rows = [["NAME", "STATE", "SECONDS", "CPU %", "MEMORY %", "DISK %", "WHY"]]
+    for target in targets:
+        verdict, sample, seconds = results[target.name]
+        rows.append([target.name, verdict.state, f"{seconds:.2f}", *(
+            figure(sample, metric) for metric in ("cpu_percent", "memory_percent", "disk_percent")),
+            f"{verdict.cause}: {verdict.reason}" if verdict.cause else ""])
+    print_table(rows)
+    return int(any(t.settings.critical and not results[t.name][0].good for t in targets))
+
+
+def check(arguments: argparse.Namespace) -> int:
+    """Validates the inventory and says what a start would change; changes nothing."""
+    installation = Installation(arguments.inventory)
+    with rehearsal(installation) as (session, vault, changes):
+        print(f"{installation.path.name} is valid; a start would make: {changes}")
+        targets = list(load_targets(session, vault).values()) if arguments.probe else []
+    return probe(targets, installation.access()) if arguments.probe else 0
+
+
+def scalars(document: Document) -> dict[NodePath, str]:
+    """Every text of the file by its path."""
+    return {where: node.value for where, node in document.nodes.items() if isinstance(node, yaml.ScalarNode)}
+
+
+def rewrite(path: Path, document: Document, replacements: Mapping[NodePath, str]) -> None:
+    """Replaces the texts at some paths of the file, all or nothing; comments and layout stay."""
+    raw = path.read_bytes()
+    text = raw.decode("utf-8-sig")
+    for where in sorted(replacements, key=lambda where: document.nodes[where].start_mark.index, reverse=True):
+        node = document.nodes[where]
+        block = getattr(node, "style", None) in ("|", ">")      # such a text reaches into the next line
+        end = ("\n" if block else "") + text[node.end_mark.index:]
+        text = text[: node.start_mark.index] + replacements[where] + end
+    content = (b"\xef\xbb\xbf" if raw.startswith(b"\xef\xbb\xbf") else b"") + text.encode()
+    if scalars(StrictReader(path.name).read(content)) != {**scalars(document), **replacements}:
+        raise InventoryError(f"{path.name}: its layout is too unusual to be rewritten; nothing was changed")
+    real = path.resolve()       # a symbolic link stays one
+    temporary = real.with_name(f".{real.name}.{secrets.token_hex(4)}")
+    create_private(temporary, content)
+    shutil.copymode(real, temporary)
+    os.replace(temporary, real)
+
+
+def secret_nodes(installation: Installation, document: Document, *,
+                 sealed: bool) -> Iterator[tuple[NodePath, str, ResourceSettings]]:
+    """Paths and values of the secrets that stand in the file, sealed or plain ones, with their resource."""
+    for index, entry in enumerate(installation.inventory.entries):
+        for kind in SECRETS:
+            node = document.nodes.get(("resources", index, kind))
+            if node is not None and node.value.startswith(TOKEN_PREFIX) is sealed:
+                yield ("resources", index, kind), node.value, entry.settings
+
+
+@contextlib.contextmanager
+def existing_session(installation: Installation) -> Iterator[Session | None]:
+    """A session on the database, None when there is none yet."""
+    if not inspect_database(installation.database):
+        yield None
+        return
+    store = Store(installation.database)
+    try:
+        with store.reading() as session:
+            yield session
+    finally:
+        store.close()
+
+
+def seal(arguments: argparse.Namespace) -> int:
+    """Replaces the plain secrets in the file by sealed ones."""
+    installation = Installation(arguments.inventory)
+    document = read_document(installation.path)
+    with existing_session(installation) as session:
+        vault = installation.open_vault(session)
+    tokens = {where: vault.seal(value, *binding(str(where[-1]), settings))
+              for where, value, settings in secret_nodes(installation, document, sealed=False)}
+    if tokens:
+        rewrite(installation.path, document, tokens)
+    print(f"{installation.path.name}: {len(tokens)} secrets sealed")
+    shared = [kind for kind in SECRETS if ("defaults", kind) in document.nodes]
+    if shared:
+        print(f"defaults.{shared[0]} stays plain, for a sealed secret belongs to one resource; "
+              f"use {shared[0]}_file, or write it at each resource", file=sys.stderr)
+    return int(bool(shared))
+
+
+def trust(arguments: argparse.Namespace) -> int:
+    """Accepts the key that a host shows now."""
+    installation = Installation(arguments.inventory)
+    if not inspect_database(installation.database):
+        raise UsageError("there is no database yet; start the service first")
+    store = Store(installation.database)
+    try:
+        with store.reading() as session:
+            targets = load_targets(session, installation.open_vault(session))
+        target = targets.get(arguments.name)
+        if target is None:
+            near = difflib.get_close_matches(arguments.name, targets, 1)
+            raise UsageError(f"no such resource{f'; did you mean {near[0]}?' if near else ''}")
+        connection = CONNECTIONS[target.settings.platform](target, LoginGuard(), installation.access())
+        if not isinstance(connection, SshConnection):
+            raise UsageError(f"{target.name} has no host key")
+        if target.settings.host_key not in (None, "strict"):
+            raise UsageError(f"the inventory pins the key of {target.name}; change host_key there")
+        offered = connection.offered_key(Deadline(target.settings.timeout))
+        with store.writing() as session:
+            session.execute(sqlalchemy.update(Resource).values(host_key=offered).where(Resource.id == target.id))
+            revise(session)
+    finally:
+        store.close()
+    print(f"{target.name}: trusted was {target.host_key or 'no key'}, trusted is {offered}")
+    return 0
+
+
+def reseal(vault: Vault, token: str, row: tuple[str, ...]) -> str:
+    return vault.seal(vault.open(token, *row), *row)
+
+
+def rotate_keys(arguments: argparse.Namespace) -> int:
+    """Seals every secret with a new key. Interrupted, it leaves both keys; it is run again then."""
+    installation = Installation(arguments.inventory)
+    inspect_database(installation.database)
+    document = read_document(installation.path)
+    with contextlib.closing(lock_database(installation.database)), \
+            contextlib.closing(Store(installation.database)) as store:
+        with store.writing() as session:
+            vault = installation.open_vault(session)
+            if not (vault.folder / "next.pem").exists():
+                vault.create("next.pem")
+            tokens = {where: reseal(vault, value, binding(str(where[-1]), settings))
+                      for where, value, settings in secret_nodes(installation, document, sealed=True)}
+            for row in session.scalars(sqlalchemy.select(Resource)):
+                for kind in SECRETS:
+                    if token := getattr(row, kind):
+                        setattr(row, kind, reseal(vault, token, binding(kind, row.configuration)))
+            revise(session)
+        if tokens:
+            rewrite(installation.path, document, tokens)
+        vault.retire()
+    print(f"secrets are sealed with key {vault.key_id} now")
+    return 0
+
+
+def command_line() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="healthchecker.py", description=(
+        "A web application answers only while the machines it depends on are healthy. Without a command: serve."))
+    parser.add_argument("--inventory", type=Path, default=Path(__file__).absolute().with_name("inventory.yaml"),
+                        metavar="FILE", help="default: inventory.yaml beside healthchecker.py")
+    parser.set_defaults(run=serve)
+    commands = parser.add_subparsers(metavar="COMMAND")
+    command = commands.add_parser("check", help="validate the inventory and say what a start would change")
+    command.add_argument("--probe", action="store_true", help="also poll every resource once and print a table")
+    command.set_defaults(run=check)
+    commands.add_parser("seal", help="replace plain passwords in the inventory by sealed ones").set_defaults(run=seal)
+    command = commands.add_parser("trust", help="accept the changed host key of a resource")
+    command.add_argument("name", metavar="NAME")
+    command.set_defaults(run=trust)
+    keys = commands.add_parser("keys", help="`keys rotate`: seal every secret with a new key; stop the service first")
+    keys.add_subparsers(metavar="rotate", required=True).add_parser("rotate").set_defaults(run=rotate_keys)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code: 0 done, 1 a check failed, 2 inventory or usage, 3 keys, 4 database."""
+    arguments = command_line().parse_args(argv)
+    try:
+        return int(arguments.run(arguments))
+    except HealthCheckerError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

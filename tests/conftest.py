@@ -1,0 +1,71 @@
+"""Fixtures for all tests: SSH servers, and a watch over threads and descriptors."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from sshd import SSHD, ParamikoSshd, Sshd, open_sshd, wait_for  # wait_for: for tests to import
+
+# So that `import healthchecker` works from whatever folder pytest is started in.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+__all__ = ["NO_PASSWORD_LOGIN", "no_leaks", "open_descriptors", "wait_for"]
+NO_PASSWORD_LOGIN = "password login needs root, to create a throw-away account"
+
+
+def pytest_report_header() -> str:
+    return f"sshd: {SSHD or 'not found, a server made with paramiko takes its place'}"
+
+
+@pytest.fixture(scope="session")
+def _session_sshd() -> Iterator[Sshd | ParamikoSshd]:
+    with open_sshd() as server:
+        yield server
+
+
+@pytest.fixture
+def sshd(_session_sshd: Sshd | ParamikoSshd) -> Iterator[Sshd | ParamikoSshd]:
+    """The SSH server of this run; sessions and a freeze that a test leaves behind end with it."""
+    yield _session_sshd
+    _session_sshd.thaw()
+    _session_sshd.kill_sessions()
+
+
+@pytest.fixture
+def password(sshd: Sshd | ParamikoSshd) -> str:
+    """The password of the account on `sshd`."""
+    if not sshd.password:
+        pytest.skip(NO_PASSWORD_LOGIN)
+    return sshd.password
+
+
+def open_descriptors() -> int:
+    """Open descriptors of this process; on Windows its handles, of which a few come and go by themselves."""
+    if sys.platform == "win32":
+        count = ctypes.c_ulong()
+        ctypes.windll.kernel32.GetProcessHandleCount(ctypes.c_void_p(-1), ctypes.byref(count))
+        return count.value
+    return sum(1 for _ in Path("/dev/fd").iterdir())
+
+
+@contextlib.contextmanager
+def no_leaks(deadline: float = 5.0, slack: int = 20 if sys.platform == "win32" else 0) -> Iterator[None]:
+    """Fail if there are more threads or descriptors `deadline` seconds after the block than before it."""
+    threads, descriptors = threading.active_count(), open_descriptors()
+    yield
+    with contextlib.suppress(AssertionError):  # the assertion below names the figures
+        wait_for(
+            lambda: threading.active_count() <= threads and open_descriptors() <= descriptors + slack,
+            deadline,
+        )
+    left = [thread.name for thread in threading.enumerate()]
+    assert len(left) <= threads, f"{threads} threads before, now {left}"
+    assert open_descriptors() <= descriptors + slack, (
+        f"{descriptors} descriptors before, now {open_descriptors()}"
+    )

@@ -1,0 +1,185 @@
+"""Starts healthchecker.py as a process of its own, as a service or for one command, and collects what it prints."""
+
+from __future__ import annotations
+
+import http.client
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import NamedTuple
+
+from typing_extensions import Self  # typing has it from Python 3.11 on
+
+PROGRAM = Path(__file__).resolve().parent.parent / "healthchecker.py"
+SERVING = re.compile(r"serving on http://(\S+):(\d+)")
+STOP_SIGNAL = getattr(signal, "CTRL_BREAK_EVENT", signal.SIGTERM)  # Windows can send no other one
+NEW_GROUP = getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0)  # so that Ctrl-Break does not reach pytest too
+
+
+class Answer(NamedTuple):
+    """An HTTP answer; header names in lower case."""
+
+    status: int
+    headers: dict[str, str]
+    body: str
+
+
+def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
+    """This process's environment with `extra`; the output of a child is UTF-8 and comes line by line."""
+    return {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONUTF8": "1", **(extra or {})}
+
+
+def command(inventory: Path, *arguments: str) -> list[str]:
+    return [sys.executable, str(PROGRAM), "--inventory", str(inventory), *arguments]
+
+
+def run(
+    inventory: Path, *arguments: str, env: Mapping[str, str] | None = None, timeout: float = 30
+) -> subprocess.CompletedProcess[str]:
+    """One command, run to its end; it never prints a traceback."""
+    done = subprocess.run(
+        command(inventory, *arguments),
+        capture_output=True,
+        encoding="utf-8",
+        env=environment(env),
+        stdin=subprocess.DEVNULL,
+        timeout=timeout,
+        check=False,
+    )
+    assert "Traceback" not in done.stdout + done.stderr, done.stdout + done.stderr
+    return done
+
+
+def write_inventory(folder: Path, resources: str = "", service: str = "", name: str = "inventory.yaml") -> Path:
+    """An inventory on a free loopback port; `resources` and `service` are YAML, each line indented by two spaces."""
+    path = folder / name
+    head = f"service:\n  listen: 127.0.0.1:0\n{service.rstrip()}\n".replace("\n\n", "\n")
+    body = f"resources:\n{resources.rstrip()}\n" if resources.strip() else "resources: []\n"
+    path.write_text(head + body, encoding="utf-8", newline="\n")
+    return path
+
+
+class Service:
+    """`healthchecker.py --inventory FILE` as a process; the inventory listens on port 0.
+
+    with Service(inventory) as service:
+        assert service.get("/-/livez").status == 200
+
+    At the end of the block it is stopped and its exit code is compared with `code`; however the block ends,
+    the process is gone.
+    """
+
+    def __init__(
+        self, inventory: Path, *, env: Mapping[str, str] | None = None, code: int = 0, deadline: float = 20
+    ) -> None:
+        self.inventory, self.code, self.deadline = inventory, code, deadline
+        self._environment = environment(env)
+        self._lines: list[str] = []
+        self._news = threading.Condition()  # guards _lines and _ended; notified with each line and at the end
+        self._ended = False
+        self.host, self.port = "127.0.0.1", 0
+
+    def __enter__(self) -> Self:
+        self.process = subprocess.Popen(
+            command(self.inventory),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            encoding="utf-8",
+            errors="replace",
+            env=self._environment,
+            creationflags=NEW_GROUP,
+        )
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+        try:
+            found = SERVING.search(self.wait_line("serving on http://"))
+            assert found, self.output
+            self.host, self.port = found[1].strip("[]"), int(found[2])
+        except BaseException:
+            self.kill()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if kind is None:
+                code = self.stop()
+                assert code == self.code, f"exit code {code}, not {self.code}:\n{self.output}"
+                assert "Traceback" not in self.output, self.output
+        finally:
+            self.kill()
+
+    def _read(self) -> None:
+        assert self.process.stdout
+        for line in self.process.stdout:
+            with self._news:
+                self._lines.append(line)
+                self._news.notify_all()
+        with self._news:
+            self._ended = True
+            self._news.notify_all()
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    @property
+    def output(self) -> str:
+        """Everything printed so far, both streams."""
+        with self._news:
+            return "".join(self._lines)
+
+    def wait_line(self, text: str, deadline: float | None = None) -> str:
+        """The first line with `text` in it; fails at the deadline, or when the process ends without it."""
+        with self._news:
+            self._news.wait_for(
+                lambda: self._ended or any(text in line for line in self._lines), deadline or self.deadline
+            )
+            line = next((line for line in self._lines if text in line), None)
+        assert line is not None, f"no line with {text!r} in:\n{self.output}"
+        return line
+
+    def get(self, path: str = "/", headers: Mapping[str, str] | None = None, method: str = "GET") -> Answer:
+        connection = http.client.HTTPConnection(self.host, self.port, timeout=10)
+        try:
+            connection.request(method, path, headers=dict(headers or {}))
+            answer = connection.getresponse()
+            body = answer.read().decode("utf-8", "replace")
+            return Answer(answer.status, {name.lower(): value for name, value in answer.getheaders()}, body)
+        finally:
+            connection.close()
+
+    def wait_status(self, path: str, status: int, deadline: float | None = None) -> Answer:
+        """Asks until `path` answers with `status`."""
+        ends = time.monotonic() + (deadline or self.deadline)
+        while (answer := self.get(path)).status != status:
+            assert time.monotonic() < ends, f"{path}: {answer.status}, not {status}:\n{self.output}"
+            with self._news:
+                self._news.wait(0.02)
+        return answer
+
+    def stop(self, deadline: float = 12) -> int:
+        """Asks it to end, as a service manager does, and gives its exit code."""
+        if self.process.poll() is None:
+            self.process.send_signal(STOP_SIGNAL)
+        code = self.process.wait(deadline)
+        self._reader.join(deadline)
+        return code
+
+    def kill(self) -> None:
+        """Ends it at once."""
+        self.process.kill()
+        self.process.wait()
+        self._reader.join(5)
+        if self.process.stdout:
+            self.process.stdout.close()
