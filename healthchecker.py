@@ -68,7 +68,7 @@ try:
     import paramiko
     import sqlalchemy
     import yaml
-    from cryptography.exceptions import InvalidTag
+    from cryptography.exceptions import InvalidTag, UnsupportedAlgorithm
     from cryptography.hazmat.primitives import hashes, serialization
     from cryptography.hazmat.primitives.asymmetric import padding, rsa
     from cryptography.hazmat.primitives.ciphers.aead import AESGCM
@@ -108,7 +108,10 @@ INVENTORY_BYTES = 1 << 20       # bytes; a larger inventory is refused
 INVENTORY_DEPTH = 8             # levels of nesting
 INVENTORY_NODES = 200_000       # YAML events
 SECRET_LENGTH = 1024            # characters of a password at most: a longer one only costs time
+LAST_PORT = 65535
+NAME_CHARS = 253                # characters, the length of the longest host name
 SSH_PORT = 22                   # the registered port (RFC 4251)
+TOKEN_PARTS = 5                 # of a sealed secret, between dots
 RSA_BITS = 3072                 # bits, equal in strength to AES-128 (NIST SP 800-57)
 PBKDF2_ROUNDS = 220_000         # OWASP's figure for PBKDF2-HMAC-SHA512
 SALT_BYTES = 16                 # bytes, NIST SP 800-132
@@ -117,7 +120,7 @@ OUTPUT_BYTES = 1 << 20          # bytes over stdout and stderr; a poll that prin
 READ_BYTES = 1 << 16            # bytes taken from a host at once
 REASON_CHARS = 500              # characters of a reason that are kept
 AUTH_BACKOFF = 300.0            # seconds between attempts with a refused credential
-AUTH_TURN = 1.0                 # seconds to wait for the outcome of another attempt with the same credential
+AUTH_TURN = 1.0                 # seconds between attempts with an unproven credential while one has no outcome
 FIRST_POLLS = 50.0              # first polls per second
 JITTER = 0.1                    # part of the interval by which polls are spread
 LEASE_GRACE = 2.0               # seconds added to a lease for a busy machine
@@ -202,17 +205,32 @@ SSH_PLATFORMS = frozenset({Platform.UNIX, Platform.LINUX, Platform.MACOS, Platfo
 NodePath = tuple[str | int, ...]
 
 
+class Mark(NamedTuple):
+    """A place in a file as PyYAML counts: from 0."""
+
+    line: int
+    column: int
+
+
+def offset_mark(source: str | bytes, offset: int) -> Mark:
+    """The place of an offset."""
+    before = source[:offset] if isinstance(source, str) else source[:offset].decode("utf-8", "replace")
+    lines = re.split("\r\n|[\n\r\x85\u2028\u2029]", before)      # what YAML takes for a line break
+    return Mark(len(lines) - 1, len(lines[-1]))
+
+
 def place(mark: Any) -> str:
     """`line:column` of a mark in a YAML file, counted from 1."""
     return f"{mark.line + 1}:{mark.column + 1}"
 
 
 class Document(NamedTuple):
-    """A strictly read YAML file: nested dicts, lists and texts, and the node of every path and of every key."""
+    """A strictly read YAML file: nested dicts, lists and texts, with the node of every path and of every key."""
 
     value: Any
     nodes: dict[NodePath, yaml.Node]
     keys: dict[NodePath, yaml.Node]
+    faults: list[str]       # what is wrong with keys and values that could be read all the same
 
     def position(self, path: NodePath, *, key: bool = False) -> str:
         """`line:column`, counted from 1, of the key `path` or of the nearest value at or above it."""
@@ -220,6 +238,9 @@ class Document(NamedTuple):
         while node is None and path:
             node, path = self.nodes.get(path), path[:-1]
         return place(node.start_mark) if node else "1:1"
+
+
+SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class StrictReader:
@@ -233,22 +254,19 @@ class StrictReader:
         self.faults.append(f"{self.name}:{place(mark)}: {message}")
 
     def read(self, source: bytes) -> Document:
-        """Raises InventoryError with every fault found."""
-        document = Document(None, {}, {})
+        """Raises InventoryError for what is no YAML that we allow."""
+        document = Document(None, {}, {}, self.faults)
         text = self._decode(source)
         try:
-            if not self.faults and self._allowed(text):
-                root = yaml.compose(text, Loader=yaml.SafeLoader)
-                if root is not None:
-                    document = document._replace(value=self._convert(root, (), document))
+            root = yaml.compose(text, Loader=yaml.SafeLoader) if not self.faults and self._allowed(text) else None
         except yaml.MarkedYAMLError as error:
             self.fault(error.problem_mark or error.context_mark,
                        "not valid YAML here (is a value with special characters unquoted?)")
         except yaml.reader.ReaderError as error:
-            self.faults.append(f"{self.name}: the character at offset {error.position} is not allowed in YAML")
+            self.fault(offset_mark(text, error.position), "this character is not allowed in YAML")
         if self.faults:
             raise InventoryError("\n".join(self.faults))
-        return document
+        return document._replace(value=self._convert(root, (), document)) if root else document
 
     def _decode(self, source: bytes) -> str:
         if len(source) > INVENTORY_BYTES:
@@ -257,7 +275,7 @@ class StrictReader:
         try:
             return source.decode("utf-8-sig")
         except UnicodeDecodeError as error:
-            self.faults.append(f"{self.name}: byte {error.start} is not UTF-8; save the file as UTF-8")
+            self.fault(offset_mark(source, error.start), "this byte is not UTF-8; save the file as UTF-8")
             return ""
 
     def _allowed(self, text: str) -> bool:
@@ -268,6 +286,8 @@ class StrictReader:
                 self.fault(node.start_mark, "anchors and aliases are not allowed; quote what starts with & or *")
             elif getattr(node, "tag", None):
                 self.fault(node.start_mark, "tags are not allowed; quote what starts with !")
+            elif SURROGATE.search(getattr(node, "value", "")):
+                self.fault(node.start_mark, "half a character (a surrogate) is not allowed")
             if isinstance(node, yaml.CollectionStartEvent):
                 depth += 1
             elif isinstance(node, yaml.CollectionEndEvent):
@@ -312,6 +332,23 @@ def matching(pattern: str, message: str, longest: int = 4096) -> AfterValidator:
     return AfterValidator(check)
 
 
+def port_of(listen: str) -> str:
+    """`listen` itself, when its port is one; raises ValueError."""
+    if int(listen.rpartition(":")[2]) > LAST_PORT:
+        raise ValueError(f"the port must be at most {LAST_PORT}")
+    return listen
+
+
+def expanded(path: str | Path) -> Path:
+    """The path with ~ replaced by the home folder; raises ValueError."""
+    try:
+        if "\0" not in str(path):
+            return Path(path).expanduser()
+    except RuntimeError:
+        pass
+    raise ValueError("must be a path; its home folder must exist")
+
+
 def scalar_limit(value: object) -> object:
     """`90` is short for `{fail: 90}`."""
     return {"fail": value} if isinstance(value, str) else value
@@ -324,14 +361,19 @@ Times = Annotated[int, Field(ge=1, le=1000)]
 Secret = Annotated[SecretStr, Field(min_length=1, max_length=4 * SECRET_LENGTH)]
 Line = Annotated[str, matching(r"[^\x00-\x1f\x7f]+", "must be one line of text and not empty")]
 Name = Annotated[str, matching(r"(?!\.\.?$)[^\s/\\\x00-\x1f\x7f]+( [^\s/\\\x00-\x1f\x7f]+)*",
-                               "must be 1 to 200 characters without slashes", 200)]
-Hostname = Annotated[str, matching(r"(?!-)[\w.:%-]+", "must be a host name or an IP address", 253)]
+                               f"must be 1 to {NAME_CHARS} characters without slashes", NAME_CHARS)]
+HOSTNAME = re.compile(r"(?!-|\.\.?$)[\w.:%-]{1,253}")
+Hostname = Annotated[str, matching(HOSTNAME.pattern, "must be a host name or an IP address")]
 ServiceName = Annotated[str, matching(r"(?!-)[\w@.:+\\ -]+", "must be the name of a service", 200)]
 HostKey = Annotated[str, matching(r"strict|(([a-z0-9-]+) )?SHA256:[A-Za-z0-9+/]{43}=?",
                                   "must be `strict` or a fingerprint such as SHA256:… (43 characters)")]
-Listen = Annotated[str, matching(r"(\[[0-9A-Fa-f:.%\w]+\]|[\w.-]+):\d{1,5}", "must be address:port or [address]:port")]
+SQLITE = "sqlite:///"
+Listen = Annotated[str, matching(r"(\[[\w:.%]+\]|[\w.-]+):[0-9]{1,5}", "must be address:port or [address]:port"),
+                   AfterValidator(port_of)]
+FilePath = Annotated[Path, AfterValidator(expanded)]
 AppName = Annotated[str, matching(r"[\w.]+:[\w.]+", "must be module:callable")]
-SqliteUrl = Annotated[str, matching(r"sqlite:///[^?]+", "must be sqlite:///path")]
+SqliteUrl = Annotated[str, matching(r"sqlite:///[^?]+", "must be sqlite:///path"),
+                      AfterValidator(lambda url: SQLITE + str(expanded(url.removeprefix(SQLITE))))]
 
 
 class Limit(Settings):
@@ -388,20 +430,43 @@ class ServiceSettings(Settings):
     app: AppName | None = None                          # None = the built-in page
     threads: Annotated[int, Field(ge=0, le=1000)] = 8   # pool threads for `app`; 0 = on the loop
     database: SqliteUrl = "sqlite:///healthchecker.db"
-    keys: Path = Path("keys")
-    known_hosts: Path = Path("~/.ssh/known_hosts")
-    log_file: Path | None = None
-
-    @model_validator(mode="after")
-    def _port(self) -> ServiceSettings:
-        if self.address[1] > 65535:
-            raise ValueError("the port of listen must be at most 65535")
-        return self
+    keys: FilePath = Path("keys")
+    known_hosts: FilePath = Path("~/.ssh/known_hosts")
+    log_file: FilePath | None = None
 
     @property
     def address(self) -> tuple[str, int]:
         host, _, port = self.listen.rpartition(":")
         return host.strip("[]"), int(port)
+
+
+SECRETS = ("password", "key_passphrase")     # what is sealed
+CREDENTIALS = ("password", "password_env", "password_file", "key_file")
+PASSPHRASES = ("key_passphrase", "key_passphrase_env", "key_passphrase_file")
+ONLY_SSH = frozenset({"port", "username", "host_key", *CREDENTIALS, *PASSPHRASES})
+ONLY_SIMULATED = frozenset({"mean_healthy", "mean_unhealthy", "seed"})
+FOREIGN = {Platform.LOCAL: ONLY_SSH | ONLY_SIMULATED, Platform.SIMULATED: ONLY_SSH}
+
+
+def foreign_fields(platform: str) -> frozenset[str]:
+    """Settings that have no meaning on a platform."""
+    return FOREIGN.get(cast(Platform, platform), ONLY_SIMULATED)
+
+
+PLACEHOLDERS = {"name": "any", "hostname": "any", "username": "any"}     # to look at the defaults alone
+
+
+def conflicts(given: Container[str], platform: object) -> list[str]:
+    """What is wrong with a set of settings by their mere presence."""
+    faults = []
+    for group in (CREDENTIALS, PASSPHRASES):
+        if sum(name in given for name in group) > 1:
+            faults.append(f"use one of {', '.join(group)}")
+    if any(name in given for name in PASSPHRASES) and "key_file" not in given:
+        faults.append("key_passphrase needs key_file")
+    if platform in SSH_PLATFORMS and "username" not in given:
+        faults.append("username is missing")
+    return faults
 
 
 class ResourceSettings(Settings):
@@ -410,15 +475,15 @@ class ResourceSettings(Settings):
     name: Name
     hostname: Hostname
     platform: Annotated[Platform, BeforeValidator(lambda v: v if v in SELECTABLE else "")] = Platform.UNIX
-    port: Annotated[int, Field(ge=1, le=65535)] = SSH_PORT
+    port: Annotated[int, Field(ge=1, le=LAST_PORT)] = SSH_PORT
     username: Line | None = None
     password: Secret | None = None
     password_env: Line | None = None
-    password_file: Path | None = None
-    key_file: Path | None = None
+    password_file: FilePath | None = None
+    key_file: FilePath | None = None
     key_passphrase: Secret | None = None
     key_passphrase_env: Line | None = None
-    key_passphrase_file: Path | None = None
+    key_passphrase_file: FilePath | None = None
     host_key: HostKey | None = None
     interval: Seconds = 60.0            # seconds
     timeout: Seconds = 10.0             # seconds, the whole poll
@@ -436,19 +501,12 @@ class ResourceSettings(Settings):
 
     @model_validator(mode="after")
     def _consistent(self) -> ResourceSettings:
-        passwords = [self.password, self.password_env, self.password_file, self.key_file]
-        phrases = [self.key_passphrase, self.key_passphrase_env, self.key_passphrase_file]
-        if sum(p is not None for p in passwords) > 1:
-            raise ValueError("use one of password, password_env, password_file and key_file")
-        if sum(p is not None for p in phrases) > 1:
-            raise ValueError("use one of key_passphrase, key_passphrase_env and key_passphrase_file")
-        if any(phrases) and self.key_file is None:
-            raise ValueError("key_passphrase needs key_file")
-        if self.platform in SSH_PLATFORMS and self.username is None:
-            raise ValueError("username is missing")
         names = [check.name for check in self.checks]
+        faults = conflicts({name for name, value in self if value is not None}, self.platform)
         if len(set(names)) < len(names):
-            raise ValueError("two checks have the same name")
+            faults.append("two checks have the same name")
+        if faults:
+            raise ValueError("; ".join(faults))
         return self
 
     @property
@@ -457,17 +515,9 @@ class ResourceSettings(Settings):
         return 2 * self.interval + self.timeout + LEASE_GRACE
 
 
-SECRETS = ("password", "key_passphrase")     # what is sealed
-CREDENTIALS = ("password", "password_env", "password_file", "key_file")
-PASSPHRASES = ("key_passphrase", "key_passphrase_env", "key_passphrase_file")
-ONLY_SSH = frozenset({"port", "username", "host_key", *CREDENTIALS, *PASSPHRASES})
-ONLY_SIMULATED = frozenset({"mean_healthy", "mean_unhealthy", "seed"})
-FOREIGN = {Platform.LOCAL: ONLY_SSH | ONLY_SIMULATED, Platform.SIMULATED: ONLY_SSH}
-
-
-def foreign_fields(platform: object) -> frozenset[str]:
-    """Settings that have no meaning on a platform."""
-    return FOREIGN.get(cast(Platform, platform), ONLY_SIMULATED)
+def is_sealed(secret: SecretStr) -> bool:
+    """Whether a secret of the inventory is a token of the vault."""
+    return secret.get_secret_value().startswith(TOKEN_PREFIX)
 
 
 @dataclass(frozen=True)
@@ -511,11 +561,32 @@ def message_of(item: dict[str, Any]) -> str:
 
 
 class InventoryLoader:
-    """Turns a Document into an Inventory and gathers the faults on the way."""
+    """Turns a Document into an Inventory and gathers all faults on the way."""
 
     def __init__(self, path: Path, document: Document) -> None:
         self.path, self.document = path, document
-        self.faults: dict[str, None] = {}       # a dict keeps the order and drops repetitions
+        self.faults = dict.fromkeys(document.faults)    # a dict keeps the order and drops repetitions
+
+    def load(self) -> Inventory:
+        top = {} if self.document.value is None else self.document.value
+        if not self._is_mapping((), top, ("service", "defaults", "resources")):
+            raise InventoryError("\n".join(self.faults))
+        if "resources" not in top and not self.faults:
+            self.fault((), "resources is missing; write `resources: []` to watch nothing")
+        service = self._validate(ServiceSettings, top.get("service", {}), lambda loc: ("service", *loc))
+        defaults = top.get("defaults", {})
+        if not self._is_mapping(("defaults",), defaults, ResourceSettings.model_fields):
+            defaults = {}
+        self._validate(ResourceSettings, PLACEHOLDERS | defaults, lambda loc: ("defaults", *loc))
+        items = top.get("resources", [])
+        if not isinstance(items, list):
+            self.fault(("resources",), "must be a list")
+            items = []
+        entries = [self._entry(index, own, defaults) for index, own in enumerate(items)]
+        self._unique(items, defaults)
+        if self.faults or not isinstance(service, ServiceSettings):
+            raise InventoryError("\n".join(self.faults))
+        return Inventory(self.path, service, [entry for entry in entries if entry])
 
     def fault(self, path: NodePath, message: str, *, key: bool = False) -> None:
         parts = path[:-1] if key else path      # an unknown key may be a slipped password: it is not shown
@@ -523,44 +594,28 @@ class InventoryLoader:
         position = self.document.position(path, key=key)
         self.faults[f"{self.path.name}:{position}: {shown or 'inventory'}: {message}"] = None
 
-    def load(self) -> Inventory:
-        top = self._mapping((), {"service": None, "defaults": None, "resources": None})
-        if "resources" not in top and not self.faults:
-            self.fault((), "resources is missing; write `resources: []` to watch nothing")
-        service = self._validate(ServiceSettings, self._mapping(("service",)), lambda loc: ("service", *loc))
-        defaults = self._mapping(("defaults",), ResourceSettings.model_fields)
-        items = top.get("resources") or []
-        if not isinstance(items, list):
-            self.fault(("resources",), "must be a list")
-            items = []
-        entries = [self._entry(index, defaults) for index in range(len(items))]
-        self._unique(entries)
-        if self.faults or not isinstance(service, ServiceSettings):
-            raise InventoryError("\n".join(self.faults))
-        return Inventory(self.path, service, [entry for entry in entries if entry])
+    def resolve(self, path: str | Path) -> Path:
+        """Relative paths are relative to the inventory's folder. Raises ValueError."""
+        return self.path.parent / expanded(path)
 
-    def _mapping(self, path: NodePath, known: Mapping[str, object] | None = None) -> dict[str, Any]:
-        """The mapping at `path`, or an empty one; with `known`, other keys are faults."""
-        value = self.document.value
-        for part in path:
-            value = value.get(part) if isinstance(value, dict) else value[part]
-        if value is None or (value == "" and len(path) == 1):
-            return {}
+    def _is_mapping(self, path: NodePath, value: object, known: Iterable[str] | None = None) -> bool:
+        """Whether `value` is one; with `known`, other keys are faults."""
         if not isinstance(value, dict):
             self.fault(path, "must be a mapping (key: value)")
-            return {}
+            return False
         for key in value if known is not None else ():
-            if key not in (known or {}):
-                self._unknown((*path, key), known or {})
-        return value
+            if key not in (known or ()):
+                self._unknown((*path, key), known or ())
+        return True
 
     def _unknown(self, path: NodePath, known: Iterable[str]) -> None:
         near = difflib.get_close_matches(str(path[-1]), list(known), 1)
         self.fault(path, f"unknown setting; did you mean {near[0]}?" if near
                    else f"unknown setting; known are {', '.join(known)}", key=True)
 
-    def _validate(self, model: type[Settings], raw: Mapping[str, Any],
-                  locate: Callable[[NodePath], NodePath]) -> Settings | None:
+    def _validate(self, model: type[Settings], raw: object, locate: Callable[[NodePath], NodePath]) -> Settings | None:
+        if not self._is_mapping(locate(()), raw):
+            return None
         try:
             return model.model_validate(raw)
         except ValidationError as error:
@@ -572,32 +627,33 @@ class InventoryLoader:
                     self.fault(path, message_of(cast("dict[str, Any]", item)))
             return None
 
-    def _entry(self, index: int, defaults: dict[str, Any]) -> Entry | None:
+    def _entry(self, index: int, own: Any, defaults: dict[str, Any]) -> Entry | None:
         here: NodePath = ("resources", index)
-        own = self._mapping(here)
+        if not self._is_mapping(here, own):
+            return None
         raw = self._merged(here, own, defaults)
 
         def locate(loc: NodePath) -> NodePath:
             inherited = bool(loc) and loc[0] not in own and loc[0] in defaults
             return (("defaults",) if inherited else here) + loc
 
-        settings = self._validate(ResourceSettings, raw, locate) if own or not self.faults else None
+        secrets_ = [self._secret(raw, kind, locate) for kind in SECRETS]
+        settings = self._validate(ResourceSettings, raw, locate)
         if not isinstance(settings, ResourceSettings):
+            for message in conflicts(raw, str(raw.get("platform", Platform.UNIX.value))):
+                self.fault(here, message)
             return None
         settings = settings.model_copy(update={
             name: self.resolve(value) for name in ("password_file", "key_file", "key_passphrase_file")
             if (value := getattr(settings, name)) is not None})
-        if settings.key_file and not settings.key_file.is_file():
-            self.fault(locate(("key_file",)), "there is no such file")
-        secrets_ = [self._secret(settings, kind, locate) for kind in SECRETS]
         return Entry(settings, secrets_[0], secrets_[1], f"{self.path.name}:{self.document.position(here)}")
 
     def _merged(self, here: NodePath, own: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
         """`own` over `defaults`; what has no meaning on the platform is a fault in `own` and skipped in `defaults`."""
-        platform = own.get("platform", defaults.get("platform", Platform.UNIX))
+        platform = str(own.get("platform", defaults.get("platform", Platform.UNIX.value)))
         foreign = foreign_fields(platform)
-        for key in foreign & own.keys():
-            self.fault((*here, key), f"has no meaning with platform {Platform(platform).value}", key=True)
+        for key in foreign & own.keys() if platform in SELECTABLE else ():
+            self.fault((*here, key), f"{key} has no meaning with platform {platform}", key=True)
         skipped = set(foreign)
         for group in (CREDENTIALS, PASSPHRASES):
             if own.keys() & group:
@@ -606,42 +662,54 @@ class InventoryLoader:
         if isinstance(own.get("limits"), dict) and isinstance(defaults.get("limits"), dict):
             raw["limits"] = defaults["limits"] | own["limits"]
         if platform in FOREIGN:
-            raw.setdefault("hostname", "localhost" if platform == Platform.LOCAL else raw.get("name", "simulated"))
-        if "hostname" in raw:
-            raw.setdefault("name", raw["hostname"])
-        elif "name" not in raw:
-            raw["name"] = "unnamed"     # so that the missing hostname is the one fault
+            raw.setdefault("hostname", "localhost")
+        hostname = raw.get("hostname")
+        raw.setdefault("name", hostname if isinstance(hostname, str) and HOSTNAME.fullmatch(hostname) else "unnamed")
         return raw
 
-    def resolve(self, path: Path) -> Path:
-        """Relative paths are relative to the inventory's folder."""
-        return self.path.parent / path.expanduser()
+    def _secret(self, raw: dict[str, Any], kind: str, locate: Callable[[NodePath], NodePath]) -> SecretStr | None:
+        """The secret from the file itself, the environment or another file; what the model reports is passed over."""
+        if kind == "key_passphrase" and isinstance(raw.get("key_file"), str):
+            with contextlib.suppress(ValueError):
+                if not self.resolve(raw["key_file"]).is_file():
+                    self.fault(locate(("key_file",)), "there is no such file")
+        source = next((name for name in (kind, f"{kind}_env", f"{kind}_file") if name in raw), kind)
+        if not isinstance(raw.get(source), str):
+            return None
+        try:
+            text = self._fetch(source, raw[source])
+        except ValueError:
+            return None
+        if text is None:
+            self.fault(locate((source,)), "this file cannot be read as text")
+        elif not text and source != kind:
+            missing = "this environment variable is not set" if source.endswith("_env") else "this file is empty"
+            self.fault(locate((source,)), missing)
+        elif len(text) > SECRET_LENGTH and not text.startswith(TOKEN_PREFIX):
+            self.fault(locate((source,)), f"must be at most {SECRET_LENGTH} characters")
+        return SecretStr(text or "")
 
-    def _secret(self, settings: ResourceSettings, kind: str,
-                locate: Callable[[NodePath], NodePath]) -> SecretStr | None:
-        """The secret from the file itself, the environment or another file."""
-        variable, path = getattr(settings, f"{kind}_env"), getattr(settings, f"{kind}_file")
-        secret: SecretStr | None = getattr(settings, kind)
-        if variable is not None:
-            if not os.environ.get(variable):
-                self.fault(locate((f"{kind}_env",)), "this environment variable is not set")
-            secret = SecretStr(os.environ.get(variable, ""))
-        elif path is not None:
-            try:
-                secret = SecretStr(path.read_text(encoding="utf-8").rstrip("\r\n"))
-            except (OSError, UnicodeDecodeError):
-                self.fault(locate((f"{kind}_file",)), "this file cannot be read as text")
-        sealed = secret is not None and secret.get_secret_value().startswith(TOKEN_PREFIX)
-        if secret is not None and len(secret) > SECRET_LENGTH and not sealed:
-            self.fault(locate((kind,)), f"must be at most {SECRET_LENGTH} characters")
-        return secret
+    def _fetch(self, source: str, text: str) -> str | None:
+        """The secret that `source` stands for, None when it is no text; raises ValueError for an impossible path."""
+        if source.endswith("_env"):
+            text = os.environ.get(text, "")
+        path = self.resolve(text) if source.endswith("_file") else None
+        try:
+            text = path.read_text("utf-8-sig").rstrip("\r\n") if path else text
+            text.encode()
+        except (OSError, UnicodeError):
+            return None
+        return text
 
-    def _unique(self, entries: list[Entry | None]) -> None:
+    def _unique(self, items: list[Any], defaults: dict[str, Any]) -> None:
         seen: dict[str, str] = {}
-        for index, entry in enumerate(entries):
-            if entry is not None and (first := seen.setdefault(entry.settings.name, entry.where)) != entry.where:
-                key = "name" if ("resources", index, "name") in self.document.nodes else "hostname"
-                self.fault(("resources", index, key), f"the resource at {first} has this name; names are unique")
+        for index, own in enumerate(items):
+            here: NodePath = ("resources", index)
+            key = "name" if isinstance(own, dict) and "name" in own else "hostname"
+            name = own.get(key, defaults.get(key)) if isinstance(own, dict) else None
+            first = seen.setdefault(name, self.document.position(here)) if isinstance(name, str) else ""
+            if first not in ("", self.document.position(here)):
+                self.fault((*here, key), f"the resource at {self.path.name}:{first} has this name; names are unique")
 
 
 def read_document(path: Path) -> Document:
@@ -726,7 +794,7 @@ class Vault:
     def _load(self, path: Path) -> str:
         try:
             key = serialization.load_pem_private_key(path.read_bytes(), None)
-        except (OSError, ValueError, TypeError) as error:
+        except (OSError, ValueError, TypeError, UnsupportedAlgorithm) as error:
             raise SecretError(f"{path} cannot be read as a private key; put the right one back") from error
         if not isinstance(key, rsa.RSAPrivateKey):
             raise SecretError(f"{path} is not an RSA key; put the right one back")
@@ -749,16 +817,15 @@ class Vault:
         self.publish()
 
     def publish(self) -> None:
-        """Writes public.pem, which always follows private.pem, when it is not there yet."""
+        """Makes public.pem follow private.pem."""
         path = self.folder / "public.pem"
-        if not path.exists():
-            public = self._keys[next(iter(self._keys))].public_key()
-            path.write_bytes(public.public_bytes(serialization.Encoding.PEM, SPKI))
+        public = self._keys[next(iter(self._keys))].public_key().public_bytes(serialization.Encoding.PEM, SPKI)
+        if not path.exists() or path.read_bytes() != public:
+            path.write_bytes(public)
 
     def retire(self) -> None:
         """Ends a rotation: `next.pem` becomes `private.pem`."""
         os.replace(self.folder / "next.pem", self.folder / "private.pem")
-        (self.folder / "public.pem").unlink(missing_ok=True)
         self._keys = {self._sealing: self._keys[self._sealing]}
         self.publish()
 
@@ -773,7 +840,7 @@ class Vault:
     def open(self, token: str, *row: str) -> str:
         """The secret of a token; raises SecretError, which never quotes it."""
         parts = token.split(".")
-        if len(parts) != 5 or parts[0] != "HC1":
+        if len(parts) != TOKEN_PARTS or parts[0] != "HC1":
             raise SecretError("a sealed secret is damaged; write the password again")
         self.require(parts[1])
         try:
@@ -785,7 +852,9 @@ class Vault:
                               "write the password again") from error
 
     def require(self, key_id: str) -> None:
-        """Raises SecretError unless the private key `key_id` is here."""
+        """Raises SecretError unless the private key `key_id` is here; shows the id only when it is one."""
+        if not re.fullmatch("[0-9a-f]{16}", key_id):
+            raise SecretError("a sealed secret is damaged; write the password again")
         if key_id not in self._keys:
             raise SecretError(f"secrets are sealed with key {key_id}, but {self.folder} holds "
                               f"{', '.join(self._keys) or 'no private key'}; put private.pem back")
@@ -847,9 +916,12 @@ class Resource(Base):
 
     @property
     def configuration(self) -> ResourceSettings:
-        """The settings as the inventory states them, without secrets."""
-        return ResourceSettings.model_validate(
-            json.loads(self.settings) | {name: getattr(self, name) for name in self.COLUMNS})
+        """The settings as the inventory states them, without secrets; raises StorageError."""
+        try:
+            columns = {name: getattr(self, name) for name in self.COLUMNS}
+            return ResourceSettings.model_validate(json.loads(self.settings) | columns)
+        except (ValueError, TypeError) as error:
+            raise StorageError(f"the row of resource {self.name} cannot be read; restore the database") from error
 
     def configure(self, settings: ResourceSettings) -> bool:
         """Takes the settings over; says whether anything changed."""
@@ -863,11 +935,19 @@ class Resource(Base):
             setattr(self, name, value)
         return changed
 
+    def digest(self, *columns: str) -> str:
+        """Changes with the columns' values: what was stored for others does not count."""
+        return hashlib.sha256(length_prefixed(*(str(getattr(self, name)) for name in columns))).hexdigest()
+
     @property
-    def digest(self) -> str:
-        """Changes with every setting and secret; a stored state counts only while it is the same."""
-        values = [str(getattr(self, name)) for name in (*self.COLUMNS, "settings", "password", "key_passphrase")]
-        return hashlib.sha256(length_prefixed(*values)).hexdigest()
+    def configured(self) -> str:
+        """A digest of every setting and secret."""
+        return self.digest(*self.COLUMNS, "settings", "password", "key_passphrase")
+
+    @property
+    def credential(self) -> str:
+        """A digest of the account and its sealed secret."""
+        return self.digest("hostname", "username", "password", "key_passphrase")
 
 
 def binding(kind: str, row: Resource | ResourceSettings) -> tuple[str, str, str, str]:
@@ -880,7 +960,8 @@ class Status(Base):
 
     __tablename__ = "status"
     resource_id: Mapped[int] = mapped_column(ForeignKey("resource.id", ondelete="CASCADE"), primary_key=True)
-    digest: Mapped[str]
+    configured: Mapped[str]     # Resource.configured and .credential of that time
+    credential: Mapped[str]
     state: Mapped[str]
     cause: Mapped[str]
     reason: Mapped[str]
@@ -1092,7 +1173,7 @@ def import_inventory(session: Session, inventory: Inventory, vault: Vault) -> Ch
 
 def require_keys(vault: Vault, sealed: Iterable[str]) -> None:
     """Raises SecretError when a token names a key that is not there."""
-    for key_id in dict.fromkeys(token.split(".")[1] for token in sealed if token.count(".") == 4):
+    for key_id in dict.fromkeys(token.split(".")[1] for token in sealed if token.count(".") == TOKEN_PARTS - 1):
         vault.require(key_id)
 
 
@@ -1112,7 +1193,7 @@ def sealed_tokens(session: Session | None, inventory: Inventory) -> Iterator[str
         yield from filter(None, (row.password, row.key_passphrase))
     for entry in inventory.entries:
         for secret in (entry.password, entry.passphrase):
-            if secret is not None and secret.get_secret_value().startswith(TOKEN_PREFIX):
+            if secret is not None and is_sealed(secret):
                 yield secret.get_secret_value()
 
 
@@ -1125,7 +1206,8 @@ class Target:
     password: SecretStr | None
     passphrase: SecretStr | None
     host_key: str | None
-    digest: str
+    configured: str
+    credential: str
 
     @property
     def name(self) -> str:
@@ -1135,11 +1217,13 @@ class Target:
 def load_targets(session: Session, vault: Vault) -> dict[str, Target]:
     """All resources by name."""
     def opened(row: Resource, kind: str) -> SecretStr | None:
-        token = getattr(row, kind)
-        return SecretStr(vault.open(token, *binding(kind, row))) if token else None
+        try:
+            return SecretStr(vault.open(getattr(row, kind), *binding(kind, row))) if getattr(row, kind) else None
+        except SecretError as error:
+            raise SecretError(f"{row.name}: {error}") from error
 
     return {row.name: Target(row.id, row.configuration, opened(row, "password"), opened(row, "key_passphrase"),
-                             row.host_key, row.digest)
+                             row.host_key, row.configured, row.credential)
             for row in session.scalars(sqlalchemy.select(Resource).order_by(Resource.id))}
 
 
@@ -1270,6 +1354,9 @@ def connect_tcp(resolver: Resolver, host: str, port: int, deadline: Deadline) ->
         else one_line(fault.strerror or str(fault)))) from fault
 
 
+NOT_TRIED = "not tried: the same credential was refused before; check username and password"
+
+
 class LoginGuard:
     """Keeps a wrong password from locking an account; the resources with the same credential share one guard.
 
@@ -1286,7 +1373,8 @@ class LoginGuard:
         self._proven = False
         self._refused: dict[str, float] = {}        # resource -> time of its last refusal
         self._suspects: set[str] = set()            # refused for the first time since the last accepted login
-        self._last = -math.inf                      # time of the last attempt while all are stopped
+        self._last = -math.inf                      # time of the last attempt, by the clock
+        self._began = -math.inf                     # the same, monotonic: it spaces attempts without an outcome
 
     def wait(self, name: str) -> float:
         """Seconds until `name` may try; 0 = now."""
@@ -1299,16 +1387,19 @@ class LoginGuard:
             last = max(last, self._last)
         return max(0.0, last + AUTH_BACKOFF - self._clock())
 
+    def _rest(self) -> float:
+        return self._began + AUTH_TURN - time.monotonic()
+
     @contextlib.contextmanager
     def attempt(self, name: str, deadline: Deadline) -> Iterator[None]:
         """Around one login: an error of cause `auth` counts as refused, the end of the block as accepted."""
         with self._turn:
-            self._turn.wait_for(lambda: self._running == 0 or (self._proven and not self._suspects),
-                                timeout=min(AUTH_TURN, deadline.left()))
+            while self._running and (self._suspects or not self._proven) and (rest := self._rest()) > 0:
+                self._turn.wait(min(rest, deadline.left()))
             if self._wait(name) > 0:
-                raise ProbeError("auth", "not tried: others were refused with the same credential; check the password")
+                raise ProbeError("auth", NOT_TRIED)
             self._running += 1
-            self._last = self._clock()
+            self._began, self._last = time.monotonic(), self._clock()
         try:
             yield
         except ProbeError as error:
@@ -1635,31 +1726,34 @@ CONNECTIONS: dict[Platform, Callable[[Target, LoginGuard, Access], Connection]] 
 
 
 # === Probes ==================================================================
-# A platform is a table: metric, command, parser. One script runs a whole table,
-# so a poll is one round trip; parsers are pure and raise ValueError.
+# A platform is a table of rows: name, command, parser. One script runs a whole table, so that a poll is one
+# round trip. Parsers are pure and raise ValueError, which becomes the problem shown in the metric's place.
 
-KEPT_BYTES = 4096  # bytes of text kept of a service or check
+KEPT_BYTES = 4096  # bytes of text kept of a service or check; the script has this number, too
 PROBLEM_CHARS = 200  # characters of a problem's one line
 LINE_CHARS = 4096  # characters of a line of df; a longer one is nobody's mount point
-QUOTA_RATIO = 0.98  # a volume with less than this share of its pool's free space has a quota of its own
+QUOTA_RATIO = 0.98  # a volume with less than this part of its pool's free space has a quota
+TIMED_OUT = frozenset({124, 137, 143})  # exit statuses: of timeout(1), after SIGKILL, after SIGTERM
 DETAILS = frozenset({"hostname", "os", "kernel", "uptime_seconds", "cpu_count"})
-TIMED_OUT = frozenset({124, 137, 143})  # exit statuses: timeout(1), SIGKILL, SIGTERM
 CONTROL = dict.fromkeys([*range(9), *range(11, 32), *range(127, 160)])
-# What is no disk although it sits on a device: images that are always full, and views of another filesystem.
-NO_DISK = frozenset(
-    "squashfs erofs cramfs romfs iso9660 udf cd9660 tmpfs devtmpfs ramfs overlay aufs unionfs nullfs ecryptfs"
-    " fuse fusefs 9p virtiofs vboxsf nfs nfs4 cifs smb3 autofs".split()
+# No disks, though they may sit on a path: images that are always full, and views of another filesystem.
+NO_DISK = re.compile(
+    r"squashfs|erofs|cramfs|romfs|iso9660|udf|cd9660|(dev)?tmpfs|ramfs|overlay|(au|union|null|ecrypt|auto)fs"
+    r"|fuse(fs|\..*)?|9p|virtiofs|vboxsf|nfs4?|cifs|smb3"
 )
+# Parts of macOS itself: they count in their pool but are not shown.
+MACOS_PARTS = re.compile(r"/System/Volumes/(?!Data$)|/private/var/vm$")
 
 
 @dataclass(frozen=True)
 class CpuTicks:
-    """Counters since the start of the machine; a share needs the difference of two."""
+    """Counters since the start of the machine; cpu_percent needs the difference of two."""
 
     busy: float
     total: float
 
 
+# None: this machine has no such thing. In a mapping of metrics a text is a problem.
 Reading = str | float | None | CpuTicks | Mapping[str, float | str]
 
 
@@ -1671,9 +1765,12 @@ class Outcome:
     text: str
 
 
+Judge = Callable[[int, str], Outcome]  # of an exit status and output
+
+
 @dataclass(frozen=True)
 class Sample:
-    """What one poll read. A metric that could not be read is in `problems` (one line why), never zero;
+    """What one poll read. A metric that could not be read is in `problems` (one line why) and never zero;
     cpu_percent is in neither at the first poll and after a restart of the machine."""
 
     details: Mapping[str, str | float]
@@ -1690,8 +1787,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Probe:
-    """A row of a table. `parse` gives a number or text, None (this machine has no such thing), CpuTicks, or
-    a mapping of metrics in which a text is a problem."""
+    """A row of a table."""
 
     name: str
     command: str
@@ -1700,43 +1796,25 @@ class Probe:
 
 @dataclass(frozen=True)
 class CommandSet:
-    """A platform's table: what `uname -s` says there (a pattern of sh), rows, and how to ask for a service
-    ({} is its quoted name; `state` reads exit status and output)."""
+    """A platform's table: its `uname -s` (a pattern of sh), its rows, and how to ask for a service: {} is the
+    quoted name, `state` judges exit status and output."""
 
     uname: str
     probes: tuple[Probe, ...]
     service: str
-    state: Callable[[int, str], Outcome]
-
-
-class Volume(NamedTuple):
-    """A row of df, sizes in KiB."""
-
-    device: str
-    kind: str
-    used: float
-    available: float
-    mount: str
+    state: Judge
 
 
 def _number(text: str) -> float:
-    """A plain non-negative decimal: no sign, exponent, nan or comma."""
-    if not re.fullmatch(r"[0-9]{1,18}(\.[0-9]{1,18})?", text):
-        raise ValueError(f"{text[:40]!r} is not a number")
-    return float(text)
-
-
-def _first(text: str) -> str:
-    """The first word, "" when there is none."""
-    return next(iter(text.split(None, 1)), "")
-
-
-def _first_number(text: str) -> float:
-    return _number(_first(text))
+    """The first word, a plain decimal: no sign, exponent, nan or decimal comma."""
+    word = next(iter(text.split(None, 1)), "")
+    if not re.fullmatch(r"[0-9]{1,18}(\.[0-9]{1,18})?", word):
+        raise ValueError(f"{word[:40]!r} is not a number")
+    return float(word)
 
 
 def _count(text: str) -> float:
-    count = _first_number(text)
+    count = _number(text)
     if not 1 <= count <= 1e6:
         raise ValueError(f"{count:g} is no count of CPUs")
     return count
@@ -1749,7 +1827,7 @@ def _percent(part: float, whole: float) -> float:
 
 
 def _line(text: str) -> str:
-    """One line of at most PROBLEM_CHARS; raises ValueError for an empty one."""
+    """One line of at most PROBLEM_CHARS."""
     line = " ".join(text.split())[:PROBLEM_CHARS]
     if not line:
         raise ValueError("no output")
@@ -1757,9 +1835,9 @@ def _line(text: str) -> str:
 
 
 def _named(text: str) -> dict[str, str]:
-    """Lines such as `MemTotal: 16 kB`, `Pages free: 5.` or `hw.ncpu: 4` as name and first word."""
+    """Lines such as `MemTotal: 16 kB`, `Pages free: 5.` or `hw.ncpu: 4`."""
     lines = (line.partition(":") for line in text.splitlines())
-    return {key.strip(' \t"'): _first(value).rstrip(".") for key, _, value in lines}
+    return {key.strip(): value.rstrip(". ") for key, _, value in lines}
 
 
 def _sum(named: Mapping[str, str], *names: str) -> float:
@@ -1769,44 +1847,29 @@ def _sum(named: Mapping[str, str], *names: str) -> float:
     return sum(_number(named[name]) for name in names)
 
 
-def _os_release(text: str) -> str:
-    """PRETTY_NAME, and VERSION_ID where that does not tell it; the first line of an older release file."""
-    lines = (line.partition("=") for line in text.splitlines())
-    fields = {key: value.strip("\"' ") for key, _, value in lines}
-    name, version = fields.get("PRETTY_NAME", ""), fields.get("VERSION_ID", "")
-    return _line((name if version in name else f"{name} ({version})") if name else text.partition("\n")[0])
-
-
-def _sw_vers(text: str) -> str:
-    fields = {key: value.strip() for key, _, value in (line.partition(":") for line in text.splitlines())}
-    return _line(f"{fields.get('ProductName', '')} {fields.get('ProductVersion', '')}")
-
-
 def _since_boot(text: str) -> float:
-    """kern.boottime, then the machine's own time of day: seconds between the two."""
-    boot, now = re.search(r"sec = ([0-9]{1,12})\b", text), _number(text.strip().rpartition("\n")[2])
+    """kern.boottime, then the machine's own time of day: the seconds between."""
+    boot, now = re.search(r"sec = ([0-9]{1,12})\b", text), _number(text.rpartition("\n")[2])
     if not boot or float(boot[1]) > now:
         raise ValueError("no boot time before now")
     return now - float(boot[1])
 
 
-def _ticks(text: str, skipped: int, idle: slice) -> CpuTicks:
-    counters = [_number(word) for word in text.partition("\n")[0].split()[skipped:]][: idle.stop + 3]
-    if len(counters) < idle.stop:
+def _ticks(counters: Sequence[str], idle: slice) -> CpuTicks:
+    times = [_number(counter) for counter in counters]
+    if len(times) < idle.stop:
         raise ValueError("too few CPU counters")
-    return CpuTicks(busy=sum(counters) - sum(counters[idle]), total=sum(counters))
+    return CpuTicks(busy=sum(times) - sum(times[idle]), total=sum(times))
 
 
 def _linux_ticks(text: str) -> CpuTicks:
-    """user nice system idle iowait irq softirq steal: waiting for a disk is idle, and time stolen by the
-    hypervisor is busy, for the work did not get it. The guest columns after that are part of user."""
-    if not text.startswith("cpu "):
-        raise ValueError("no line of CPU counters")
-    return _ticks(text, 1, slice(3, 5))
+    """user nice system idle iowait irq softirq steal: waiting for a disk is idle; what the hypervisor stole
+    is busy, for no work got it. The guest columns after that are already in user."""
+    return _ticks(text.partition("\n")[0].split()[1:9], slice(3, 5))
 
 
 def _ps_cpu(text: str) -> float:
-    """The number of CPUs, then every process's decaying average: macOS tells its tick counters to no command."""
+    """The number of CPUs, then each process's decaying average: no command of macOS tells its counters."""
     count, *shares = text.split() or [""]
     if not shares:
         raise ValueError("no processes")
@@ -1814,10 +1877,10 @@ def _ps_cpu(text: str) -> float:
 
 
 def _load_per_cpu(text: str) -> float:
-    """A line with the load of 1, 5 and 15 minutes, bare or as in uptime(1), then the number of CPUs."""
+    """A line with the load of 1, 5 and 15 minutes, bare or of uptime(1), then the number of CPUs."""
     lines = text.splitlines() or [""]
-    load = _first(lines[0].rpartition("average")[2].lstrip("s:{ ")).rstrip(",")
-    return _number(load) / _count(lines[-1])
+    load = lines[0].rpartition("average")[2].lstrip("s:{ ").partition(" ")[0]
+    return _number(load.rstrip(",")) / _count(lines[-1])
 
 
 def _linux_memory(text: str) -> float:
@@ -1825,8 +1888,25 @@ def _linux_memory(text: str) -> float:
     total = _sum(named, "MemTotal")
     if "MemAvailable" in named:
         return _percent(total - _sum(named, "MemAvailable"), total)
-    shared = _sum(named, "Shmem") if "Shmem" in named else 0  # counted as cached, yet nothing can drop it
+    shared = _sum(named, "Shmem") if "Shmem" in named else 0  # in Cached, yet nothing can drop it
     return _percent(total - _sum(named, "MemFree", "Buffers", "Cached") + shared, total)
+
+
+def _macos_memory(text: str) -> float:
+    """What Activity Monitor calls used: memory of applications, wired and compressed."""
+    named, page = _named(text), text.partition("page size of")[2]
+    pages = _sum(named, "Anonymous pages", "Pages wired down", "Pages occupied by compressor")
+    return _percent((pages - _sum(named, "Pages purgeable")) * _number(page), _sum(named, "hw.memsize"))
+
+
+def _freebsd_memory(text: str) -> float:
+    """Free and inactive pages and the ARC above its floor are available; laundry has to be written first."""
+    named, pages, arc = _named(text), "vm.stats.vm.v_", "kstat.zfs.misc.arcstats."
+    page, total = _sum(named, "hw.pagesize"), _sum(named, pages + "page_count")
+    available = _sum(named, pages + "free_count", pages + "inactive_count")
+    if arc + "size" in named:
+        available += max(0.0, _sum(named, arc + "size") - _sum(named, arc + "c_min")) / max(page, 1)
+    return _percent(total - available, total)
 
 
 def _linux_swap(text: str) -> float | None:
@@ -1835,185 +1915,168 @@ def _linux_swap(text: str) -> float | None:
     return _percent(total - _sum(named, "SwapFree"), total) if total else None
 
 
-def _macos_memory(text: str) -> float:
-    """What Activity Monitor calls used: memory of applications, wired and compressed."""
-    named = _named(text)
-    page = re.search(r"page size of ([0-9]{1,9}) bytes", text)
-    if not page:
-        raise ValueError("no page size")
-    pages = _sum(named, "Anonymous pages", "Pages wired down", "Pages occupied by compressor")
-    used = (pages - _sum(named, "Pages purgeable")) * float(page[1])
-    return _percent(used, _sum(named, "hw.memsize"))
-
-
 def _macos_swap(text: str) -> float | None:
-    found = re.search(r"total = ([0-9.]{1,18})M +used = ([0-9.]{1,18})M ", text)
+    found = re.match(r"total = (\S+)M +used = (\S+)M ", text)
     if not found:
         raise ValueError("no swap usage")
-    return _percent(_number(found[2]), _number(found[1])) if _number(found[1]) else None
+    total, used = map(_number, found.groups())
+    return _percent(used, total) if total else None
 
 
-def _freebsd_memory(text: str) -> float:
-    """Free and inactive pages and the ARC above its floor are available; laundry first has to be written."""
-    named, stats = _named(text), "vm.stats.vm.v_"
-    page = _sum(named, "hw.pagesize")
-    available = _sum(named, stats + "free_count", stats + "inactive_count") * page
-    arc = "kstat.zfs.misc.arcstats."
-    if arc + "size" in named:
-        available += max(0.0, _sum(named, arc + "size") - _sum(named, arc + "c_min"))
-    total = _sum(named, stats + "page_count") * page
-    return _percent(total - available, total)
-
-
-def _swapinfo(text: str) -> float | None:
+def _freebsd_swap(text: str) -> float | None:
     header, *lines = text.splitlines() or [""]
     if not header.startswith("Device"):
         raise ValueError("no table of swap devices")
     rows = [line.split()[-4:-2] for line in lines if not line.startswith("Total")]
-    total, used = (sum(_number(size) for size in sizes) for sizes in zip(*rows)) if rows else (0, 0)
+    total, used = (sum(map(_number, sizes)) for sizes in zip(*rows, strict=True)) if rows else (0, 0)
     return _percent(used, total) if total else None
 
 
+class Volume(NamedTuple):
+    """A row of df with sizes in KiB; on macOS mount(8) adds flags, of which the first is the type."""
+
+    device: str
+    kind: str
+    used: float
+    available: float
+    mount: str
+    flags: Container[str]
+
+    @property
+    def on_disk(self) -> bool:
+        """By what it sits on: a list of good types would silently miss the next filesystem there is."""
+        device = self.kind == "zfs" or re.match("/(?!/)", self.device)
+        return bool(device and not NO_DISK.fullmatch(self.kind))
+
+    @property
+    def shown(self) -> bool:
+        return not ("read-only" in self.flags or "quarantine" in self.flags or MACOS_PARTS.match(self.mount))
+
+    @property
+    def pool(self) -> str:
+        """Volumes of ZFS and APFS share the free space of a pool; any other is a pool of its own."""
+        pattern = {"zfs": r"[^/]+", "apfs": r"/dev/disk[0-9]+"}.get(self.kind, ".+")
+        found = re.match(pattern, self.device)
+        return found[0] if found else self.device
+
+
 def _volumes(text: str, typed: bool) -> Iterator[Volume]:
-    """The rows of `df -Pk` (typed: with the column of -T) whose sizes are known. They are found by their
-    three sizes and the percent sign, since devices and mount points may hold blanks."""
+    """The rows of `df -Pk` (typed: with -T) that have sizes, recognised by three numbers and a percent sign,
+    for devices and mount points may hold blanks. Lines of mount(8) read `device on /mount (apfs, local)`."""
+    mounts = (line[:-1].rpartition(" (") for line in text.splitlines() if line.endswith(")"))
+    flags = {left.partition(" on ")[2]: right.split(", ") for left, _, right in mounts}
     for line in text.splitlines():
         if len(line) > LINE_CHARS:
             raise ValueError(f"a line of {len(line)} characters")
         words = [(word[0], word.start()) for word in re.finditer(r"\S+", line)]
         for at in range(4 + typed, len(words) - 1):
             sizes = [word for word, _ in words[at - 3 : at]]
-            if words[at][0].endswith("%") and all(re.fullmatch(r"-?[0-9]{1,18}", size) for size in sizes):
-                used, available = float(sizes[1]), max(0.0, float(sizes[2]))  # the reserve of UFS goes below 0
-                kind = words[at - 4][0] if typed else ""
+            if words[at][0].endswith("%") and all(re.fullmatch("-?[0-9]{1,18}", size) for size in sizes):
+                mount = line[words[at + 1][1] :].replace("\\040", " ")
+                kind = words[at - 4][0] if typed else flags.get(mount, [""])[0]
+                available = max(0.0, float(sizes[2]))  # below 0 where the reserve of UFS is in use
                 device = line[: words[at - 3 - typed][1]].strip()
-                if used + available > 0:
-                    yield Volume(device, kind, used, available, line[words[at + 1][1] :].replace("\\040", " "))
+                yield Volume(device, kind, float(sizes[1]), available, mount, flags.get(mount, ()))
                 break
 
 
-def _on_disk(volume: Volume) -> bool:
-    """By what it sits on and not by a list of good types, which would miss the next filesystem in silence."""
-    device = re.match(r"/(?!/)", volume.device) is not None or volume.kind == "zfs"
-    return device and volume.kind not in NO_DISK and not volume.kind.startswith("fuse.")
-
-
-def _pool(volume: Volume) -> str:
-    """Volumes of ZFS and APFS share the free space of a pool; anything else is a pool of its own."""
-    if volume.kind == "zfs":
-        return volume.device.partition("/")[0]
-    container = re.match(r"/dev/disk[0-9]+", volume.device) if volume.kind == "apfs" else None
-    return container[0] if container else volume.device
-
-
-def _disk_percent(text: str, volumes: Iterable[Volume], hidden: Container[str] = ()) -> dict[str, float | str]:
-    """used / (used + available) of each pool, under its shortest mount point that is not hidden."""
+def _disk_percent(text: str, typed: bool) -> dict[str, float | str]:
+    """used / (used + available) of each pool under its shortest mount point, and of volumes with a quota."""
     pools: dict[str, dict[str, Volume]] = {}
-    for volume in sorted(filter(_on_disk, volumes), key=lambda volume: len(volume.mount), reverse=True):
-        pools.setdefault(_pool(volume), {})[volume.device] = volume  # of bind mounts the shortest is the last
-    readings: dict[str, float | str] = {}
+    for volume in sorted(_volumes(text, typed), key=lambda volume: len(volume.mount)):
+        if volume.on_disk and volume.used + volume.available > 0:
+            pools.setdefault(volume.pool, {}).setdefault(volume.device, volume)  # no bind mounts
+    shares: dict[str, float | str] = {}
     for pool in pools.values():
-        used, free = sum(volume.used for volume in pool.values()), max(volume.available for volume in pool.values())
-        shown = [volume for volume in pool.values() if volume.mount not in hidden]
-        for volume in shown[:-1]:
-            if volume.available < free * QUOTA_RATIO:
-                readings[f"disk_percent {volume.mount}"] = _percent(volume.used, volume.used + volume.available)
-        for volume in shown[-1:]:
-            readings[f"disk_percent {volume.mount}"] = _percent(used, used + free)
-    # An account without rights to a user's private mount is no fault; a disk that answers with an error is.
-    errors = [line for line in text.splitlines() if line.startswith("df: ") and "ermi" not in line]
-    if not readings:
+        volumes = list(pool.values())
+        used, free = sum(volume.used for volume in volumes), max(volume.available for volume in volumes)
+        for index, volume in enumerate(volume for volume in volumes if volume.shown):
+            if index == 0:
+                shares[f"disk_percent {volume.mount}"] = _percent(used, used + free)
+            elif volume.available < free * QUOTA_RATIO:
+                shares[f"disk_percent {volume.mount}"] = _percent(volume.used, volume.used + volume.available)
+    # An account without rights to somebody's private mount is no fault; a disk that answers with an error is.
+    private = re.compile("[Pp]ermission denied|not permitted")
+    errors = [line for line in text.splitlines() if line.startswith("df: ") and not private.search(line)]
+    if not shares:
         raise ValueError(f"no local filesystem {' '.join(errors)}")
-    return readings | ({"disk_percent": errors[0]} if errors else {})
-
-
-def _disks(text: str, typed: bool) -> dict[str, float | str]:
-    return _disk_percent(text, _volumes(text, typed))
-
-
-def _macos_disks(text: str) -> dict[str, float | str]:
-    """df, then mount(8), which alone tells types and flags: `/dev/disk3s5 on /Volumes/x (apfs, local)`."""
-    lines = (line.rpartition(" (") for line in text.splitlines() if line.endswith(")"))
-    flags = {left.partition(" on ")[2]: right.rstrip(")").split(", ") for left, _, right in lines}
-    kinds = (volume._replace(kind=flags.get(volume.mount, [""])[0]) for volume in _volumes(text, False))
-    system = re.compile(r"/System/Volumes/(?!Data$)|/private/var/vm$")
-    hidden = {mount for mount, words in flags.items() if {"read-only", "quarantine"} & set(words) or system.match(mount)}
-    return _disk_percent(text, kinds, hidden)
+    return shares | ({"disk_percent": errors[0]} if errors else {})
 
 
 def _by_status(status: int, text: str) -> Outcome:
-    return Outcome(status == 0, text or (f"exit status {status}" if status >= 0 else "ended without an exit status"))
+    return Outcome(status == 0, text or (f"exit status {status}" if status >= 0 else "no exit status"))
 
 
 def _systemd(status: int, text: str) -> Outcome:
     fields = {key: value for key, _, value in (line.partition("=") for line in text.splitlines())}
-    if "ActiveState" not in fields:  # no systemd there, or it does not answer
+    active = fields.get("ActiveState", "")
+    if not active:  # another init, or a systemd that does not answer
         return _by_status(status, text)
     if fields.get("LoadState") == "not-found":
         return Outcome(False, "no such unit")
-    active = fields["ActiveState"]
     return Outcome(active in ("active", "reloading"), f"{active} ({fields.get('SubState', '')})")
 
 
 def _launchd(status: int, text: str) -> Outcome:
     """The first state is the job's own; those further down belong to its sockets and endpoints."""
     state = re.search(r"^\s*state = (.*)$", text, re.MULTILINE)
-    if status == 113 or status == 0 and state:
-        return Outcome(state is not None and state[1] == "running", state[1] if state else "no such service")
-    return Outcome(False, _by_status(status, text).text)
+    if status == 0 and state:
+        return Outcome(state[1] == "running", state[1])
+    return Outcome(False, "no such service" if status == 113 else _by_status(status, text).text)
 
 
 _ANY = (Probe("hostname", "uname -n", _line), Probe("kernel", "uname -sr", _line))
-_BSD = (  # of macOS, too
+_BSD = (  # and macOS
     Probe("uptime_seconds", "sysctl -n kern.boottime; date +%s", _since_boot),
     Probe("cpu_count", "sysctl -n hw.ncpu", _count),
     Probe("load_per_cpu", "sysctl -n vm.loadavg hw.ncpu", _load_per_cpu),
 )
-_LINUX_CPUS = "getconf _NPROCESSORS_ONLN 2>/dev/null || grep -c '^cpu[0-9]' /proc/stat"
+_CPUS = "getconf _NPROCESSORS_ONLN"
+_LINUX_CPUS = f"{_CPUS} 2>/dev/null || grep -c '^cpu[0-9]' /proc/stat"
 PROBES: dict[Platform, CommandSet] = {
     Platform.LINUX: CommandSet("Linux", (
         *_ANY,
-        Probe("os", "cat /etc/os-release 2>/dev/null || cat /usr/lib/os-release 2>/dev/null || cat /etc/*-release",
-              _os_release),
-        Probe("uptime_seconds", "cat /proc/uptime", _first_number),
+        Probe("os", '(. /etc/os-release; echo "${PRETTY_NAME:?}") 2>/dev/null || cat /etc/redhat-release',
+              _line),
+        Probe("uptime_seconds", "cat /proc/uptime", _number),
         Probe("cpu_count", _LINUX_CPUS, _count),
-        Probe("cpu_percent", "head -n 1 /proc/stat", _linux_ticks),
+        Probe("cpu_percent", "grep '^cpu ' /proc/stat", _linux_ticks),
         Probe("memory_percent", "cat /proc/meminfo", _linux_memory),
         Probe("swap_percent", "cat /proc/meminfo", _linux_swap),
-        Probe("load_per_cpu", "cat /proc/loadavg; " + _LINUX_CPUS, _load_per_cpu),
+        Probe("load_per_cpu", f"cat /proc/loadavg; {_LINUX_CPUS}", _load_per_cpu),
         # Without -l a dead NFS server holds df up for ever; busybox has no -l.
-        Probe("disk_percent", "case $(df --help 2>&1) in *--local*) df -PklT;; *) df -PkT;; esac; :", partial(_disks, typed=True)),
+        Probe("disk_percent", "case $(df --help 2>&1) in *--local*) df -PklT;; *) df -PkT;; esac; :",
+              partial(_disk_percent, typed=True)),
     ), "if [ -d /run/systemd/system ]; then systemctl show -p LoadState -p ActiveState -p SubState -- {};"
        " else service {} status; fi", _systemd),
     Platform.MACOS: CommandSet("Darwin", (
         *_ANY, *_BSD,
-        Probe("os", "sw_vers", _sw_vers),
+        Probe("os", 'echo "$(sw_vers -productName) $(sw_vers -productVersion)"', _line),
         Probe("cpu_percent", "sysctl -n hw.ncpu; ps -A -o %cpu=", _ps_cpu),
         Probe("memory_percent", "vm_stat; sysctl hw.memsize", _macos_memory),
         Probe("swap_percent", "sysctl -n vm.swapusage", _macos_swap),
-        Probe("disk_percent", "df -Pkl; mount", _macos_disks),
+        Probe("disk_percent", "df -Pkl; mount", partial(_disk_percent, typed=False)),
     ), "launchctl print system/{}", _launchd),
     Platform.FREEBSD: CommandSet("FreeBSD", (
         *_ANY, *_BSD,
         Probe("os", 'echo "FreeBSD $(freebsd-version -u 2>/dev/null || uname -r)"', _line),
-        Probe("cpu_percent", "sysctl -n kern.cp_time", partial(_ticks, skipped=0, idle=slice(4, 5))),
+        Probe("cpu_percent", "sysctl -n kern.cp_time", lambda text: _ticks(text.split()[:5], slice(4, 5))),
         Probe("memory_percent", "sysctl -i hw.pagesize vm.stats.vm.v_page_count vm.stats.vm.v_free_count"
               " vm.stats.vm.v_inactive_count kstat.zfs.misc.arcstats.size kstat.zfs.misc.arcstats.c_min",
               _freebsd_memory),
-        Probe("swap_percent", "swapinfo -k", _swapinfo),
-        Probe("disk_percent", "df -PklT; :", partial(_disks, typed=True)),
+        Probe("swap_percent", "swapinfo -k", _freebsd_swap),
+        Probe("disk_percent", "df -PklT; :", partial(_disk_percent, typed=True)),
     ), "service {} onestatus", _by_status),
     Platform.POSIX: CommandSet("*", (
         *_ANY,
         Probe("os", "uname -sr", _line),
-        Probe("cpu_count", "getconf _NPROCESSORS_ONLN", _count),
-        Probe("load_per_cpu", "uptime; getconf _NPROCESSORS_ONLN", _load_per_cpu),
-        Probe("disk_percent", "df -Pk; :", partial(_disks, typed=False)),
+        Probe("cpu_count", _CPUS, _count),
+        Probe("load_per_cpu", f"uptime; {_CPUS}", _load_per_cpu),
+        Probe("disk_percent", "df -Pk; :", partial(_disk_percent, typed=False)),
     ), ":", lambda status, text: Outcome(False, "services are not supported on this platform")),
 }  # fmt: skip
 
-
-# The script reaches `sh -s` on stdin: one group, so that it is read whole before any command could eat it.
+# The script goes to `sh -s` on stdin: one group, read whole before a command could eat the rest.
 # A check's output ends at its own status line and not at end of file, which a daemon it leaves behind would
 # hold off for ever; what is beyond KEPT_BYTES is read and dropped, so that nothing dies of SIGPIPE.
 SCRIPT = r"""{
@@ -2025,7 +2088,8 @@ limit() {
   if [ "$T" ]; then timeout -k 1 "$1" /bin/sh -c "$2" 2>&1; return; fi
   command set -m || :
   /bin/sh -c "$2" 2>&1 & p=$!
-  { sleep "$1"; kill -TERM -$p || kill -TERM $p; sleep 1; kill -KILL -$p || kill -KILL $p; } >/dev/null & w=$!
+  { sleep "$1"; kill -TERM -$p || kill -TERM $p; sleep 1; kill -KILL -$p || kill -KILL $p
+  } >/dev/null & w=$!
   wait $p; s=$?
   kill -TERM -$w || kill -TERM $w
   return $s
@@ -2040,7 +2104,8 @@ keep() {
     new=$(dd bs=4096 count=1 2>/dev/null; echo .); new=${new%.}
     [ "$new" ] || break
     [ ${#kept} -gt 4300 ] || kept=$kept$new
-    case $last$new in *'@NONCE status '*' .'*) s=$last$new; s=${s#*'@NONCE status '}; s=${s%% .*}; break;; esac
+    last=$last$new
+    case $last in *'@NONCE status '*' .'*) s=${last#*'@NONCE status '}; s=${s%% .*}; break;; esac
     last=$new
   done 2>/dev/null
   printf '%.4096s\n@NONCE end %s\n' "${kept%%'@NONCE status '*}" "$s"
@@ -2054,38 +2119,45 @@ exit 0
 """
 
 
-def _run(title: str, command: str) -> str:
-    return f"b {shlex.quote(title)}; (\n{command}\n); e\n"
-
-
 def build_script(platform: Platform, services: Sequence[str], checks: Sequence[Check], nonce: str) -> str:
     """The whole poll for `/bin/sh -s`; `unix` and `local` ask uname which table to run. The nonce (hex, new
-    for every poll) marks the sections, so that no output can pass for one."""
+    for every poll) marks the sections, so that no output can pass for a mark."""
     chosen = {platform: PROBES[platform]} if platform in PROBES else PROBES
     branches = ""
-    for table, commands in chosen.items():
-        rows = [(probe.name, probe.command) for probe in commands.probes]
-        rows += [(f"service {quote(name, safe='')}", commands.service.replace("{}", shlex.quote(name)))
-                 for name in services]
-        sections = "".join(_run(title, command) for title, command in [(f"platform {table.value}", ":"), *rows])
-        branches += f"{commands.uname if len(chosen) > 1 else '*'})\n{sections};;\n"
+    for key, table in chosen.items():
+        rows = [(f"platform {key.value}", ":"), *((probe.name, probe.command) for probe in table.probes)]
+        for name in services:
+            rows.append((f"service {quote(name, '')}", table.service.replace("{}", shlex.quote(name))))
+        sections = "".join(f"b {shlex.quote(title)}; (\n{command}\n); e\n" for title, command in rows)
+        branches += f"{table.uname if len(chosen) > 1 else '*'})\n{sections};;\n"
     limited = ""
     for check in checks:
         seconds = math.ceil(check.timeout)
-        title = shlex.quote(f"check {quote(check.name, safe='')} {seconds}")
+        title = shlex.quote(f"check {quote(check.name, '')} {seconds}")
         limited += f"b {title}; run {seconds} {shlex.quote(check.command)}\n"
-    script = SCRIPT.replace("NONCE", nonce)
-    head, _, rest = script.partition("BRANCHES")
-    middle, _, tail = rest.partition("CHECKS")
+    head, middle, tail = re.split("BRANCHES|CHECKS", SCRIPT.replace("NONCE", nonce))
     return head + branches + middle + limited + tail
 
 
 class Section(NamedTuple):
-    """A stretch of output: the words of its begin and of its end (none: cut off), and the text between."""
+    """What stands between the marks of one command. The end has exit status and, of a check, seconds; it is
+    empty when the output was cut off."""
 
     title: tuple[str, ...]
     text: str
-    end: tuple[str, ...]
+    end: tuple[str, ...] = ()
+
+    @property
+    def status(self) -> int:
+        return int(self.end[0]) if self.end and re.fullmatch("[0-9]{1,3}", self.end[0]) else -1
+
+    def outcome(self, state: Judge) -> Outcome:
+        """A service's or check's, as `state` sees it, of a length to be kept."""
+        judged = state(self.status, self.text)
+        text, seconds = judged.text, [word for word in self.title[2:3] + self.end[1:2] if word.isdecimal()]
+        if self.status in TIMED_OUT and len(seconds) == 2 and float(seconds[1]) >= float(seconds[0]):
+            text = f"no end in {seconds[0]} s: {self.text}".rstrip(": \n")
+        return Outcome(judged.good, text.encode(errors="replace")[:KEPT_BYTES].decode(errors="ignore"))
 
 
 def _sections(text: str, nonce: str) -> list[Section]:
@@ -2093,89 +2165,67 @@ def _sections(text: str, nonce: str) -> list[Section]:
     for part in ("\n" + text).split(f"\n@{nonce} ")[1:]:
         header, _, body = part.partition("\n")
         word, *words = header.split(" ")
-        if word == "begin":
-            found.append(Section(tuple(words), body.translate(CONTROL).strip(), ()))
+        if word == "begin" and words:
+            found.append(Section(tuple(words), body.translate(CONTROL).strip()))
         elif word == "end" and found:
             found[-1] = found[-1]._replace(end=tuple(words))
     return found
 
 
 def is_complete(output: bytes | str, nonce: str) -> bool:
-    """Whether the script came to its end; what still holds the stream open then need not be waited for."""
+    """Whether the script came to its end; what still holds the stream open need not be waited for."""
     mark = f"\n@{nonce} done\n"
     return mark in output if isinstance(output, str) else mark.encode() in output
 
 
 def last_section(text: str, nonce: str) -> str:
-    """What was running when the output stopped, such as "disk_percent" or "check replication"; "" for nothing."""
-    last = (_sections(text, nonce) or [Section((), "", ("0",))])[-1]
-    return "" if last.end else " ".join(unquote(word) for word in last.title[:2])
-
-
-def _kept(text: str) -> str:
-    return text.encode(errors="replace")[:KEPT_BYTES].decode(errors="ignore")
-
-
-def _status(section: Section) -> int:
-    """The exit status; −1 when the section was cut off."""
-    return int(section.end[0]) if section.end and re.fullmatch(r"[0-9]{1,3}", section.end[0]) else -1
-
-
-def _check_outcome(section: Section) -> Outcome:
-    status, limit = _status(section), _first(" ".join(section.title[2:]))
-    took = section.end[1] if len(section.end) > 1 else ""
-    if status in TIMED_OUT and took.isdecimal() and limit.isdecimal() and float(took) >= float(limit):
-        return Outcome(False, _kept(f"no end in {limit} s{': ' if section.text else ''}{section.text}"))
-    return _by_status(status, _kept(section.text))
+    """What ran when the output stopped, such as "disk_percent" or "check replication"; "" for nothing."""
+    *_, last = [Section((), "", ("0",)), *_sections(text, nonce)]
+    return "" if last.end else " ".join(map(unquote, last.title[:2]))
 
 
 def _readings(probe: Probe, section: Section | None, previous: CpuTicks | None) -> Mapping[str, Reading]:
-    """What a row read, by name; raises ValueError with the reason when that is nothing."""
+    """What a row read, by name; ticks under ""."""
     if section is None or not section.end:
         raise ValueError("no answer")
-    status = _status(section)
-    if status:
-        raise ValueError(f"exit status {status}: {section.text.partition(chr(10))[0]}")
+    if section.status:
+        raise ValueError(f"exit status {section.status}: {section.text.partition(chr(10))[0]}")
     value = probe.parse(section.text)
-    if isinstance(value, CpuTicks):
-        return {"": value, **_cpu_percent(previous, value)}
-    return value if isinstance(value, Mapping) else {probe.name: value}
+    if not isinstance(value, CpuTicks):
+        return value if isinstance(value, Mapping) else {probe.name: value}
+    busy, total = (value.busy - previous.busy, value.total - previous.total) if previous else (0.0, 0.0)
+    sane = 0 <= busy <= total and total  # the counters went on
+    return {"": value, "cpu_percent": _percent(busy, total) if sane else None}
 
 
-def _cpu_percent(previous: CpuTicks | None, now: CpuTicks) -> dict[str, float]:
-    """Empty without a former reading, and when the counters went backwards."""
-    busy, total = (now.busy - previous.busy, now.total - previous.total) if previous else (0.0, 0.0)
-    return {"cpu_percent": _percent(busy, total)} if 0 <= busy <= total and total else {}
-
-
-def _sample(table: CommandSet, sections: Mapping[tuple[str, ...], Section], previous: CpuTicks | None) -> Sample:
-    readings: dict[str, Reading] = {}
-    problems: dict[str, str] = {}
-    for probe in table.probes:
-        try:
-            readings.update(_readings(probe, sections.get((probe.name,)), previous))
-        except ValueError as error:
-            problems[probe.name] = " ".join(str(error).split())[:PROBLEM_CHARS]
-    named = {kind: {unquote(title[1]): section for title, section in sections.items()
-                    if title[0] == kind and len(title) > 1} for kind in ("service", "check")}
-    ticks = readings.pop("", None)
-    return Sample(
-        details={name: value for name, value in readings.items() if name in DETAILS and isinstance(value, (str, float))},
-        metrics={name: value for name, value in readings.items() if name not in DETAILS and isinstance(value, float)},
-        ticks=ticks if isinstance(ticks, CpuTicks) else None,
-        services={name: table.state(_status(section), _kept(section.text)) for name, section in named["service"].items()},
-        checks={name: _check_outcome(section) for name, section in named["check"].items()},
-        problems=problems | {name: _line(value) for name, value in readings.items()
-                             if name not in DETAILS and isinstance(value, str)},
-    )
+def _outcomes(sections: Iterable[Section], kind: str, state: Judge) -> dict[str, Outcome]:
+    chosen = (section for section in sections if section.title[0] == kind and len(section.title) > 1)
+    return {unquote(section.title[1]): section.outcome(state) for section in chosen}
 
 
 def parse_output(text: str, nonce: str, previous: CpuTicks | None) -> Sample:
     """The sample in the script's output; raises ProbeError (`protocol`) when nothing in it can be read."""
     sections = {section.title[:2]: section for section in _sections(text, nonce)}
-    tables = [commands for platform, commands in PROBES.items() if ("platform", platform.value) in sections]
-    sample = _sample(tables[0], sections, previous) if tables else None
-    if sample is None or not (sample.details or sample.metrics or sample.services or sample.checks):
+    table = next((table for key, table in PROBES.items() if ("platform", key.value) in sections), None)
+    readings: dict[str, Reading] = {}
+    rows = table.probes if table else ()
+    problems = dict.fromkeys(Limits.model_fields.keys() - {probe.name for probe in rows}, "not known on this platform")
+    for probe in rows:
+        try:
+            readings.update(_readings(probe, sections.get((probe.name,)), previous))
+        except ValueError as error:
+            problems[probe.name] = " ".join(str(error).split())[:PROBLEM_CHARS]
+    ticks = readings.pop("", None)
+    details = {name: readings.pop(name) for name in [*readings] if name in DETAILS}
+    sample = Sample(
+        {name: value for name, value in details.items() if isinstance(value, (str, float))},
+        {name: value for name, value in readings.items() if isinstance(value, float)},
+        ticks if isinstance(ticks, CpuTicks) else None,
+        _outcomes(sections.values(), "service", table.state if table else _by_status),
+        _outcomes(sections.values(), "check", _by_status),
+        problems | {name: value[:PROBLEM_CHARS] for name, value in readings.items() if isinstance(value, str)},
+    )
+    if not (sample.details or sample.metrics or sample.ticks or sample.services or sample.checks):
         said = " ".join(text.translate(CONTROL).split())[:PROBLEM_CHARS]
         raise ProbeError("protocol", f"the script was not run; output: {said or 'none'}")
     return sample
@@ -2186,6 +2236,14 @@ def simulated_sample(text: str, nonce: str, previous: CpuTicks | None) -> Sample
     del nonce, previous
     good = text.startswith("healthy")
     return Sample({}, {}, None, {}, {"simulation": Outcome(good, "" if good else "simulated outage")}, {})
+
+
+def complete(sample: Sample, settings: ResourceSettings) -> Sample:
+    """What was asked for and not answered is bad, too."""
+    silent = Outcome(False, "no answer")
+    services = {name: sample.services.get(name, silent) for name in settings.services}
+    checks = {check.name: sample.checks.get(check.name, silent) for check in settings.checks}
+    return replace(sample, services=services, checks={**sample.checks, **checks})
 
 
 def collect(settings: ResourceSettings, connection: Connection, previous: CpuTicks | None) -> tuple[Sample, str | None]:
@@ -2204,7 +2262,7 @@ def collect(settings: ResourceSettings, connection: Connection, previous: CpuTic
         if result.exit_status is None:
             raise ProbeError("unreachable", f"connection lost{during}")
         raise ProbeError("protocol", f"the account's shell did not run the commands; it said: {text[:200]}")
-    return parse(text, nonce, previous), result.host_key
+    return complete(parse(text, nonce, previous), settings), result.host_key
 
 
 # === Evaluate ================================================================
@@ -2225,19 +2283,6 @@ class Verdict:
         return self.state in ("healthy", "degraded")
 
 
-def evaluate(sample: Sample, settings: ResourceSettings) -> Verdict:
-    """A sample against the limits, services and checks of its resource."""
-    failed, warned = judge_limits(sample, settings.limits.by_metric())
-    bad = [f"{kind} {name}: {outcome.text.strip() or 'failed'}"
-           for kind, outcomes in (("service", sample.services), ("check", sample.checks))
-           for name, outcome in outcomes.items() if not outcome.good]
-    if failed or bad:
-        return Verdict("unhealthy", "limit" if failed else "check", one_line("; ".join(failed + bad)))
-    if warned:
-        return Verdict("degraded", "limit", one_line("; ".join(warned)))
-    return Verdict("healthy")
-
-
 def judge_limits(sample: Sample, limits: Mapping[str, Limit]) -> tuple[list[str], list[str]]:
     """Readings above `fail` and, in the second list, above `warn` or not readable."""
     failed, warned = [], []
@@ -2250,6 +2295,19 @@ def judge_limits(sample: Sample, limits: Mapping[str, Limit]) -> tuple[list[str]
         if metric in sample.problems:
             warned.append(f"{metric} cannot be read: {sample.problems[metric]}")
     return failed, warned
+
+
+def evaluate(sample: Sample, settings: ResourceSettings) -> Verdict:
+    """A sample against the limits, services and checks of its resource."""
+    failed, warned = judge_limits(sample, settings.limits.by_metric())
+    bad = [f"{kind} {name}: {outcome.text.strip() or 'failed'}"
+           for kind, outcomes in (("service", sample.services), ("check", sample.checks))
+           for name, outcome in outcomes.items() if not outcome.good]
+    if failed or bad:
+        return Verdict("unhealthy", "limit" if failed else "check", one_line("; ".join(failed + bad)))
+    if warned:
+        return Verdict("degraded", "limit", one_line("; ".join(warned)))
+    return Verdict("healthy")
 
 
 @dataclass(frozen=True)
@@ -2268,6 +2326,10 @@ class Standing:
         return self.state in ("healthy", "degraded")
 
     @property
+    def why(self) -> str:
+        return f"{self.cause}: {self.reason}" if self.cause else ""
+
+    @property
     def decided(self) -> bool:
         """Whether the last result agrees with the state; if not, the next poll comes soon."""
         return self.state == "unknown" or (self.good > 0) == self.healthy
@@ -2281,8 +2343,8 @@ def settle(standing: Standing, verdict: Verdict, settings: ResourceSettings, now
               or good >= settings.rise or bad >= settings.fall)
     if not counts:
         return replace(standing, good=good, bad=bad)
-    changed = (verdict.state, verdict.cause) != (standing.state, standing.cause)
-    return Standing(verdict.state, verdict.cause, verdict.reason, now if changed else standing.since, good, bad)
+    since = standing.since if verdict.state == standing.state else now
+    return Standing(verdict.state, verdict.cause, verdict.reason, since, good, bad)
 
 
 # === Aggregate ===============================================================
@@ -2348,6 +2410,7 @@ class HealthAggregator:
         self._blockers = Earliest()                 # minus the soonest recovery of unhealthy, counted resources
         self._reasons: dict[str, str] = {}
         self._pending: set[str] = set()             # no result yet, since the start
+        self._announced = False                     # the registration of the start is over
         self._started = False                       # every resource of the start has had a result
         self._open = False
 
@@ -2375,7 +2438,7 @@ class HealthAggregator:
     def start(self) -> None:
         """Ends the registration of the start: with nothing to wait for, the gate opens."""
         with self._lock:
-            self._started = not self._pending
+            self._announced = True
             self._renew()
 
     # The specification's three arguments, and ours by keyword.
@@ -2387,9 +2450,9 @@ class HealthAggregator:
         with self._lock:
             if owner is not None and self._owners.get(name) is not owner:
                 return      # a late report of a poller that was stopped
+            self._announced = self._announced or name not in self._owners
             self._owners.setdefault(name, owner)
             self._pending.discard(name)
-            self._started = self._started or not self._pending
             if self._counted.setdefault(name, True):
                 now = self._clock()
                 self._reasons[name] = reason
@@ -2410,7 +2473,7 @@ class HealthAggregator:
         with self._lock:
             now = self._clock()
             names = self._parts.before(now)
-            self._note(bool(now < self._until.value), f"no result of {', '.join(names[:5])}" if names else "")
+            self._note(now)
             return names
 
     def _forget(self, name: str) -> None:
@@ -2420,20 +2483,26 @@ class HealthAggregator:
         self._pending.discard(name)
 
     def _renew(self) -> None:
-        until = 0.0 if self._pending or not self._started or len(self._blockers) else self._parts.first()
-        self.lease.opens.value = -self._blockers.first() if len(self._blockers) else self._clock()
+        """Writes the lease; the caller holds the lock."""
+        self._started = self._started or (self._announced and not self._pending)
+        now, blocked = self._clock(), len(self._blockers) > 0
+        until = self._parts.first() if self._started and not self._pending and not blocked else 0.0
+        self.lease.opens.value = -self._blockers.first() if blocked else now
         self._until.value = until
-        why = ""
-        if not until and len(self._blockers):
-            name = self._blockers.first_name()
-            more = len(self._blockers) - 1
-            why = f"{name}: {self._reasons[name]}" + (f" and {more} more" if more else "")
-        self._note(self._clock() < until, why)
+        self._note(now)
 
-    def _note(self, is_open: bool, why: str) -> None:
-        if is_open != self._open:
-            self._open = is_open
-            self.transitions.put((time.time(), is_open, why))
+    def _note(self, now: float) -> None:
+        """Announces that the gate has changed, and why."""
+        is_open = bool(now < self._until.value)
+        if is_open == self._open:
+            return
+        self._open, why = is_open, ""
+        if not is_open and len(self._blockers):
+            name, more = self._blockers.first_name(), len(self._blockers) - 1
+            why = f"{name}: {self._reasons[name]}" + (f" and {more} more" if more else "")
+        elif not is_open:
+            why = f"no result of {', '.join(self._parts.before(now)[:5])}"
+        self.transitions.put((time.time(), is_open, why))
 
     SetResource = set_resource
     IsHealthy = is_healthy
@@ -2457,9 +2526,10 @@ class Report:
 def write_reports(session: Session, reports: Iterable[Report], keys: Mapping[int, str]) -> None:
     """Status rows of resources that still exist, and keys trusted on first use."""
     alive = set(session.scalars(sqlalchemy.select(Resource.id)))
-    rows = [{"resource_id": report.target.id, "digest": report.target.digest, "polled": report.at, "state": after.state,
-             "cause": after.cause, "reason": after.reason, "since": after.since, "good": after.good, "bad": after.bad}
-            for report in reports if report.target.id in alive for after in (report.standing,)]
+    rows = [{"resource_id": target.id, "configured": target.configured, "credential": target.credential,
+             "state": after.state, "cause": after.cause, "reason": after.reason, "since": after.since,
+             "polled": report.at, "good": after.good, "bad": after.bad}
+            for report in reports for target, after in [(report.target, report.standing)] if target.id in alive]
     if rows:
         session.execute(sqlalchemy.insert(Status).prefix_with("OR REPLACE"), rows)
     for resource_id, key in keys.items():
@@ -2483,7 +2553,7 @@ class Recorder(threading.Thread):
         if (before.state, before.cause) != (after.state, after.cause):
             lasted = f" after {report.at - before.since:.0f} s" if before.since else ""
             log.log(logging.INFO if after.healthy else logging.WARNING, "%s: %s -> %s%s%s", report.target.name,
-                    before.state, after.state, f" ({after.cause}: {after.reason})" if after.cause else "", lasted)
+                    before.state, after.state, f" ({after.why})" if after.why else "", lasted)
         self._reports.put(report)
 
     def run(self) -> None:
@@ -2557,9 +2627,10 @@ class Poller(threading.Thread):
         self._connection = CONNECTIONS[target.settings.platform](target, guard, watch.access)
         self._ticks: CpuTicks | None = None
         self._due = time.monotonic() + delay
+        self.expires = self._due + target.settings.ttl      # without a report until then it is stale
         self._woken = threading.Event()
         self._stopped = False
-        self._lock = threading.Lock()       # guards standing, which the monitor sets to stale
+        self._lock = threading.Lock()       # guards standing and the order of reports: the monitor sets stale
         self.standing = standing
 
     def run(self) -> None:
@@ -2570,7 +2641,8 @@ class Poller(threading.Thread):
             if self._woken.is_set():
                 self._woken.clear()
                 self._guard.clear(self.target.name)
-            self._due = time.monotonic() + self._poll()
+            begin = time.monotonic()
+            self._due = begin + self._poll()
 
     def check_now(self) -> None:
         """Polls at once, whatever the back-off."""
@@ -2581,45 +2653,48 @@ class Poller(threading.Thread):
         self._stopped = True
         self._woken.set()
 
+    def resume(self, left: float) -> None:
+        """Counts the standing it was made with for `left` seconds."""
+        self.expires = time.monotonic() + left
+        self._watch.aggregator.set_resource(
+            self.target.name, self.standing.healthy, self.standing.why, ttl=left, owner=self)
+
     def expire(self) -> None:
-        """No result in time: the resource is unhealthy, cause `stale`."""
-        self._report(Verdict("unhealthy", "stale", f"no result for {self.target.settings.ttl:.0f} s"), 0.0)
+        """Makes the resource unhealthy, cause `stale`, when there was no result in time."""
+        if time.monotonic() >= self.expires:
+            self._report(Verdict("unhealthy", "stale", f"no result for {self.target.settings.ttl:.0f} s"), 0.0)
 
     def _poll(self) -> float:
         """One poll and its report; returns the seconds from its start to the next."""
         settings, begin = self.target.settings, time.monotonic()
         wait = self._guard.wait(settings.name)
         sample, host_key = None, None
+        if wait > 0 and self.standing.cause == "auth":
+            return min(wait, settings.interval)     # a sibling's success may free this one sooner
         if wait > 0:
-            verdict = Verdict("unhealthy", "auth", "not tried: the credential was refused before; check the password")
-            if self.standing.cause == "auth":
-                return wait
+            verdict = Verdict("unhealthy", "auth", NOT_TRIED)
         else:
             verdict, sample, host_key = poll_once(self.target, self._connection, self._ticks)
         self._ticks = sample.ticks if sample else self._ticks
-        taken = time.monotonic() - begin
-        self._report(verdict, taken, sample, host_key)
-        return max(0.0, self._pause(verdict) - taken)
-
-    def _pause(self, verdict: Verdict) -> float:
-        """Seconds to the next poll: the interval, less while undecided, more after a refused login."""
-        settings = self.target.settings
+        if host_key:
+            self.target = replace(self.target, host_key=host_key)
+        self._report(verdict, time.monotonic() - begin, sample, host_key)
         pause = settings.interval if self.standing.decided else min(settings.interval, settings.retry_interval)
-        pause *= self._watch.random.uniform(1 - JITTER, 1 + JITTER)
-        return max(pause, self._guard.wait(settings.name)) if verdict.cause == "auth" else pause
+        return pause * self._watch.random.uniform(1 - JITTER, 1 + JITTER)
 
     def _report(self, verdict: Verdict, seconds: float, sample: Sample | None = None,
                 host_key: str | None = None) -> None:
         settings, now = self.target.settings, time.time()
+        retry = min(settings.interval, settings.retry_interval)
         with self._lock:
             before = self.standing
             after = self.standing = settle(before, verdict, settings, now)
-        retry = min(settings.interval, settings.retry_interval)
-        wait = retry if after.good else settings.interval
-        wait = self._guard.wait(settings.name) if verdict.cause == "auth" else wait
-        self._watch.aggregator.set_resource(
-            settings.name, after.healthy, f"{after.cause}: {after.reason}", ttl=settings.ttl, owner=self,
-            opens=wait + retry * max(0, settings.rise - after.good - 1))
+            wait = retry if after.good else settings.interval
+            wait = self._guard.wait(settings.name) if verdict.cause == "auth" else wait
+            self.expires = time.monotonic() + settings.ttl + (wait if verdict.cause == "auth" else 0.0)
+            self._watch.aggregator.set_resource(
+                settings.name, after.healthy, after.why, ttl=settings.ttl, owner=self,
+                opens=wait + retry * max(0, settings.rise - after.good - 1))
         if not self._stopped:
             self._watch.recorder.put(Report(self.target, before, after, verdict, now, seconds, sample, host_key))
 
@@ -2646,8 +2721,8 @@ class Monitor(threading.Thread):
         while not self._ending.wait(SWEEP):
             try:
                 self._sweep()
-            except (HealthCheckerError, sqlalchemy.exc.SQLAlchemyError) as error:
-                log.error("the configuration cannot be read: %s", one_line(str(error)))
+            except Exception as error:  # noqa: BLE001  # the outermost loop of a thread: nothing may end the watch over the pollers
+                log.error("the configuration cannot be taken over: %s: %s", type(error).__name__, one_line(str(error)))
 
     def close(self) -> None:
         """Ends all threads; polls that still run are left to their deadline."""
@@ -2664,9 +2739,9 @@ class Monitor(threading.Thread):
             if not poller.is_alive():
                 log.error("%s: its poller died; starting another", name)
                 self._launch(poller.target, poller.standing, 0.0)
-        for name in self._watch.aggregator.expired():
-            if found := self._pollers.get(name):
-                found.expire()
+                self._pollers[name].expires = poller.expires    # dying again and again is no result
+            poller.expire()
+        self._watch.aggregator.expired()
         with self._store.reading() as session:
             current = revision(session)
         if current != self._revision:
@@ -2689,7 +2764,7 @@ class Monitor(threading.Thread):
             standing = Standing()
             if poller is not None:
                 poller.stop()
-                standing = poller.standing if poller.target.digest == target.digest else standing
+                standing = poller.standing if poller.target.configured == target.configured else standing
             self._launch(target, standing, delay, stored.get(target.id))
             delay += 1 / FIRST_POLLS
         if not any(target.settings.critical for target in targets.values()):
@@ -2698,18 +2773,19 @@ class Monitor(threading.Thread):
     def _launch(self, target: Target, standing: Standing, delay: float, stored: Status | None = None) -> None:
         """A poller for `target`; a stored state counts on when it is of this configuration and fresh."""
         guard = self._guards.of(target)
-        age = time.time() - stored.polled if stored and stored.digest == target.digest else -1.0
-        fresh = stored is not None and standing.state == "unknown" and 0 <= age <= target.settings.ttl
-        if stored is not None and fresh:
+        age = time.time() - stored.polled if stored else math.inf
+        left = target.settings.ttl - age if age >= 0 and stored and stored.configured == target.configured else 0.0
+        if stored and (stored.credential, stored.cause) == (target.credential, "auth") and 0 <= age < AUTH_BACKOFF:
+            left = target.settings.ttl      # the state stays during the back-off
+            if stored.reason != NOT_TRIED:
+                guard.refuse(target.name, age)
+        if stored and left > 0:
             standing = Standing(cast(State, stored.state), cast(Cause, stored.cause), stored.reason, stored.since,
                                 stored.good, stored.bad)
-        if stored is not None and stored.cause == "auth" and 0 <= age < AUTH_BACKOFF:
-            guard.refuse(target.name, age)
         poller = self._pollers[target.name] = Poller(target, self._watch, guard, standing, delay)
         self._watch.aggregator.register(target.name, counted=target.settings.critical, owner=poller)
-        if fresh and standing.state != "unknown":
-            self._watch.aggregator.set_resource(target.name, standing.healthy, f"{standing.cause}: {standing.reason}",
-                                                ttl=target.settings.ttl - age, owner=poller)
+        if left > 0:
+            poller.resume(left)
         poller.start()
 
 
@@ -2720,7 +2796,7 @@ PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewp
 """
 REFUSAL = PAGE.format(title="Temporarily unavailable", text="A system that this service depends on is not healthy. "
                       "Please try again in a moment.")
-WELCOME = PAGE.format(title="Everything is healthy", text="HealthChecker's built-in page: put an application of your "
+WELCOME = PAGE.format(title="The gate is open", text="HealthChecker's built-in page: put an application of your "
                       "own here with <code>service.app</code> in inventory.yaml. While a resource is unhealthy, it "
                       "answers 503.")
 
@@ -2750,6 +2826,7 @@ class Gate:
         self._app, self._lease, self._clock = app, lease, clock
         self._until = lease.until
         self.draining = False       # the service ends: readyz says so
+        self.loop_thread: int | None = None     # where an application that may block must not run
         self._routes: dict[str, Callable[[], tuple[str, Headers, bytes]]] = {
             "/-/livez": lambda: ("200 OK", [], b"ok\n"),
             "/-/readyz": self._readyz,
@@ -2764,7 +2841,7 @@ class Gate:
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         if environ["PATH_INFO"].startswith(PREFIX):
             return self._own(environ, start_response)
-        if self._clock() < self._until.value:
+        if self._clock() < self._until.value and threading.get_ident() != self.loop_thread:
             environ["healthchecker.is_healthy"] = self.is_healthy
             return self._app(environ, start_response)
         return self._refuse(environ, start_response)
@@ -2894,6 +2971,7 @@ class GateServer(TcpWSGIServer):    # type: ignore[misc]  # waitress carries no 
         """The loop."""
         poll = wasyncore.poll2 if self.adj.asyncore_use_poll else wasyncore.poll
         self._thread = threading.get_ident()
+        self._gate.loop_thread = self._thread if self.task_dispatcher.threads else None
         while not self._drained():
             poll(self.adj.asyncore_loop_timeout, self._map)
             self.task_dispatcher.drain()

@@ -2,25 +2,34 @@
 
 from __future__ import annotations
 
+import functools
 import http.client
+import importlib
+import multiprocessing
 import os
 import re
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from typing_extensions import Self  # typing has it from Python 3.11 on
+
+import healthchecker
+from healthchecker import Vault
 
 PROGRAM = Path(__file__).resolve().parent.parent / "healthchecker.py"
 SERVING = re.compile(r"serving on http://(\S+):(\d+)")
 STOP_SIGNAL = getattr(signal, "CTRL_BREAK_EVENT", signal.SIGTERM)  # Windows can send no other one
 NEW_GROUP = getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0)  # so that Ctrl-Break does not reach pytest too
+
+LATE_MODULES = ("encodings.utf_8_sig", "encodings.idna", "sqlalchemy.dialects.sqlite", "traceback", "linecache")
 
 
 class Answer(NamedTuple):
@@ -64,6 +73,69 @@ def write_inventory(folder: Path, resources: str = "", service: str = "", name: 
     body = f"resources:\n{resources.rstrip()}\n" if resources.strip() else "resources: []\n"
     path.write_text(head + body, encoding="utf-8", newline="\n")
     return path
+
+
+@functools.cache
+def fresh_processes() -> Any:
+    """Processes of their own that cost little: forked from one that has the modules already, where there is fork."""
+    if sys.platform == "win32":
+        return multiprocessing.get_context("spawn")
+    forkserver = importlib.import_module("multiprocessing.forkserver")  # POSIX only
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["healthchecker", "service", "test_vault", "test_storage"])
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)  # the server of Python 3.11 and before looks nowhere else
+    try:
+        forkserver.ensure_running()
+    finally:
+        os.environ.pop("PYTHONPATH")
+        os.environ.update({"PYTHONPATH": before} if before is not None else {})
+    return context
+
+
+def _main(arguments: list[str], output: str, user: int | None) -> None:
+    with open(output, "w", encoding="utf-8") as sink:
+        os.dup2(sink.fileno(), 1)
+        os.dup2(sink.fileno(), 2)
+    if user is not None and sys.platform != "win32":
+        for module in LATE_MODULES:  # another user may not be able to read them
+            importlib.import_module(module)
+        os.setgroups([])
+        os.setgid(user)
+        os.setuid(user)
+    sys.exit(healthchecker.main(arguments))
+
+
+def run_cheaply(*arguments: str, user: int | None = None) -> tuple[int, str]:
+    """Exit code and output of a command in a process of `fresh_processes`, for tables of many."""
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / "output"
+        process = fresh_processes().Process(target=_main, args=(list(arguments), str(output), user))
+        process.start()
+        process.join(30)
+        process.kill()
+        process.join()
+        text = output.read_text(encoding="utf-8")
+        assert "Traceback" not in text, text
+        return process.exitcode, text
+
+
+@functools.cache
+def _key_pair() -> dict[str, bytes]:
+    """Files of a key pair, made once in a test run: making one takes up to a second."""
+    with tempfile.TemporaryDirectory() as folder:
+        Vault(Path(folder) / "keys").create()
+        return {path.name: path.read_bytes() for path in (Path(folder) / "keys").iterdir()}
+
+
+def prepared_keys(folder: Path) -> Path:
+    """Puts a key pair into `folder`/keys, as a first start would have made it."""
+    keys = folder / "keys"
+    keys.mkdir(mode=0o700, exist_ok=True)
+    for name, content in _key_pair().items():
+        (keys / name).write_bytes(content)
+        (keys / name).chmod(0o600)
+    return keys
 
 
 class Service:

@@ -1,0 +1,395 @@
+"""The promised figures, measured: `python tests/bench.py [--short] [--strict] [--write README.md]`.
+
+Prints one Markdown table. What is compared is measured in turn (A B A B ...); a figure is the median of the
+rounds, the lowest and the highest follow in brackets. Machines are noisy, ratios within one run are less so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import csv
+import io
+import os
+import platform
+import random
+import re
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import timeit
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from datetime import date
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from service import Service, write_inventory  # it imports healthchecker
+from sshd import SSHD, Sshd
+
+import healthchecker as hc
+
+WRK, HEY = shutil.which("wrk"), shutil.which("hey")
+PLUGIN = Path("/usr/lib/nagios/plugins/check_by_ssh")  # where Debian's monitoring-plugins-basic has it
+START, END = "<!-- bench -->", "<!-- /bench -->"
+REPORTED = 10_000  # resources of the aggregator's figures
+WATCHED = 1000  # simulated resources of the load figures
+# The one-line application, and what waitress.serve() does with it, but with the port told.
+APP = 'from flask import Flask\napp = Flask(__name__)\napp.add_url_rule("/", view_func=lambda: "Hello")\n'
+WAITRESS = """import logging, sys, waitress
+from oneline import app
+logging.basicConfig()
+if sys.argv[1] == "silenced":
+    logging.getLogger("waitress.queue").setLevel(logging.CRITICAL)
+server = waitress.create_server(app, listen="127.0.0.1:0")
+print(server.effective_port, flush=True)
+server.run()
+"""
+SETTINGS = "  workers: 0\n  threads: 0\n  app: 'oneline:app'\n  known_hosts: known_hosts"
+# Healthy at every poll, for an outage of a millisecond is hardly ever met: what is measured is the watching.
+SIMULATED = "  - {{name: r{}, platform: simulated, interval: 10, mean_healthy: 1e6, mean_unhealthy: 0.001}}\n"
+REFUSING = "  - {name: bad, platform: local, checks: [{name: never, command: 'false'}]}\n"
+Rounds = dict[str, list[float]]  # name -> what was measured in each round
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much to measure: rounds, whole seconds of one load and of the look at the CPU, polls in a row."""
+
+    rounds: int
+    load: int
+    watch: int
+    polls: int
+
+
+FULL, SHORT = Plan(rounds=9, load=2, watch=30, polls=20), Plan(rounds=3, load=1, watch=15, polls=8)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A figure of the table; `good` is None where nothing is promised or nothing could be measured."""
+
+    figure: str
+    measured: str
+    wanted: str = ""
+    good: bool | None = None
+
+    def __str__(self) -> str:
+        verdict = {True: "ok", False: "**missed**", None: ""}[self.good]
+        return f"| {self.figure} | {self.measured} | {self.wanted} | {verdict} |"
+
+
+def shown(values: list[float], digits: int = 0) -> str:
+    """The median, and the range of the rounds."""
+    middle, low, high = (f"{value:,.{digits}f}" for value in (median(values), min(values), max(values)))
+    return f"{middle} ({low} to {high})" if len(values) > 1 else middle
+
+
+def at_most(figure: str, values: list[float], limit: float, unit: str, digits: int = 0) -> Row:
+    """A row whose median may be `limit`, not more."""
+    return Row(figure, f"{shown(values, digits)} {unit}", f"≤ {limit:g} {unit}", median(values) <= limit)
+
+
+def times_as_many(figure: str, many: list[float], few: list[float], limit: float) -> Row:
+    """A row that wants `limit` times as many requests, or more."""
+    ratio = median(many) / median(few)
+    measured = f"{ratio:.2f} times ({median(many):,.0f} to {shown(few)})"
+    return Row(figure, measured, f"≥ {limit:g} times", ratio >= limit)
+
+
+def in_turn(rounds: int, measures: Mapping[str, Callable[[], float]]) -> Rounds:
+    """Each measure once per round, one after the other; a first round, with cold caches, is thrown away."""
+    found = [{name: measure() for name, measure in measures.items()} for _ in range(rounds + 1)][1:]
+    return {name: [values[name] for values in found] for name in measures}
+
+
+# === Calls ===================================================================
+
+
+def each(call: Callable[[], object], unit: float, number: int = 20_000) -> float:
+    """How many `unit`s of a second a call takes."""
+    return timeit.timeit(call, number=number) / number / unit
+
+
+def aggregator_rows(_: Plan) -> Iterator[Row]:
+    """What asking and reporting cost."""
+    small, large, names = hc.HealthAggregator(), hc.HealthAggregator(), [f"r{i}" for i in range(REPORTED)]
+    small.SetResource("r", True)
+
+    def report(healthy: bool) -> float:
+        # All of them in random order, so that the clearing up of outdated entries is part of it.
+        random.shuffle(names)
+        begin = time.perf_counter()
+        for name in names:
+            large.SetResource(name, healthy, "measured")
+        return (time.perf_counter() - begin) / REPORTED * 1e6
+
+    up, down = partial(report, True), partial(report, False)
+    told = in_turn(7, {"again": up, "down": down, "up": up})
+    one, many = partial(each, small.IsHealthy, 1e-9), partial(each, large.IsHealthy, 1e-9)
+    asked = in_turn(25, {"one": one, "many": many})
+    if not (small.IsHealthy() and large.IsHealthy()):
+        raise RuntimeError("the aggregators are not healthy")
+    yield at_most("`IsHealthy()`, 1 resource", asked["one"], 200, "ns")
+    yield at_most(f"`IsHealthy()`, {REPORTED:,} resources", asked["many"], 200, "ns")
+    for batch, what in {"again": "renewals", "down": "to unhealthy", "up": "to healthy"}.items():
+        yield at_most(f"`SetResource()`, {REPORTED:,} resources, {what}", told[batch], 20, "μs", 1)
+
+
+def gate_rows(_: Plan) -> Iterator[Row]:
+    """What the gate adds to a request that it lets through."""
+
+    def app(environ: dict[str, Any], start_response: Callable[..., object]) -> list[bytes]:
+        start_response("200 OK", [("Content-Length", "2")])
+        return [b"ok"]
+
+    def start_response(status: str, headers: list[tuple[str, str]]) -> None:
+        if status != "200 OK":
+            raise RuntimeError(status)
+
+    lease, environ = hc.Lease(), {"PATH_INFO": "/", "REQUEST_METHOD": "GET", "HTTP_ACCEPT": "*/*"}
+    lease.until.value = float("inf")
+    gate: Any = hc.Gate(app, lease)
+    measures = {"gate": lambda: each(lambda: gate(environ, start_response), 1e-6)}
+    measures["app"] = lambda: each(lambda: app(environ, start_response), 1e-6)
+    rounds = in_turn(25, measures)
+    added = [gated - bare for gated, bare in zip(rounds["gate"], rounds["app"], strict=True)]
+    yield at_most("The gate adds to a request", added, 3, "μs", 2)
+
+
+# === Requests ================================================================
+
+
+@contextlib.contextmanager
+def gated(resources: str, status: int) -> Iterator[Service]:
+    """The service in front of the one-line application, in one process, once it answers with `status`."""
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "oneline.py").write_text(APP, encoding="utf-8")
+        with Service(write_inventory(Path(folder), resources, SETTINGS), deadline=60) as service:
+            service.wait_status("/", status)
+            yield service
+
+
+@contextlib.contextmanager
+def under_waitress(mode: str) -> Iterator[str]:
+    """The one-line application under waitress with 4 threads, shipped or silenced; gives its URL."""
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "oneline.py").write_text(APP, encoding="utf-8")
+        command = [sys.executable, "-c", WAITRESS, mode]
+        null, pipe = subprocess.DEVNULL, subprocess.PIPE
+        with subprocess.Popen(command, cwd=folder, stdin=null, stdout=pipe, stderr=null) as server:
+            assert server.stdout
+            try:
+                yield f"http://127.0.0.1:{int(server.stdout.readline())}/"
+            finally:
+                server.kill()
+
+
+def url(service: Service) -> str:
+    return f"http://{service.host}:{service.port}/"
+
+
+def load(address: str, seconds: int, refused: bool = False) -> float:
+    """Requests per second over 32 connections; an error when the answers are not of the expected kind."""
+    command = [str(WRK), "-t1", "-c32", f"-d{seconds}s", address]
+    said = subprocess.run(command, capture_output=True, check=True).stdout.decode()
+    total, bad = re.search(r"(\d+) requests in", said), re.search(r"Non-2xx or 3xx responses: (\d+)", said)
+    if total is None or int(bad[1] if bad else 0) != (int(total[1]) if refused else 0):
+        raise RuntimeError(f"not the expected answers: {said}")
+    return int(total[1]) / seconds
+
+
+def request_rows(plan: Plan) -> Iterator[Row]:
+    """The one-line Flask application behind the gate and under waitress; refusals."""
+    if not WRK:
+        yield Row("Requests per second", "skipped: wrk is not installed")
+        return
+    with contextlib.ExitStack() as running:
+        ours = url(running.enter_context(gated(SIMULATED.format(0), 200)))
+        closed = url(running.enter_context(gated(REFUSING, 503)))
+        theirs = {mode: running.enter_context(under_waitress(mode)) for mode in ("shipped", "silenced")}
+        measures = {
+            "gated": lambda: load(ours, plan.load),
+            "shipped": lambda: load(theirs["shipped"], plan.load),
+            "silenced": lambda: load(theirs["silenced"], plan.load),
+            "refused": lambda: load(closed, plan.load, refused=True),
+        }
+        rounds = in_turn(plan.rounds, measures)
+    answered = rounds["gated"]
+    yield Row("Flask in one line, gated, `threads: 0`, one process", f"{shown(answered)} requests/s")
+    yield times_as_many("... to waitress as shipped, 4 threads", answered, rounds["shipped"], 2)
+    yield times_as_many("... to waitress, its queue logger silenced", answered, rounds["silenced"], 4)
+    yield times_as_many("A refusal to an answer", rounds["refused"], answered, 1.5)
+
+
+# === Many resources ==========================================================
+
+
+def cpu_seconds(pid: int) -> float:
+    """CPU time of a process so far."""
+    fields = Path(f"/proc/{pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def slowest_percent(address: str, seconds: int) -> float:
+    """The 99th percentile in milliseconds at a steady 400 requests/s, far below what is possible."""
+    command = [str(HEY), "-z", f"{seconds}s", "-c", "4", "-q", "100", "-o", "csv", address]
+    said = subprocess.run(command, capture_output=True, check=True).stdout.decode()
+    answers = list(csv.DictReader(io.StringIO(said)))
+    if not answers or any(answer["status-code"] != "200" for answer in answers):
+        raise RuntimeError(f"not the expected answers: {said[-300:]}")
+    return sorted(float(answer["response-time"]) for answer in answers)[len(answers) * 99 // 100] * 1e3
+
+
+def watching_rows(plan: Plan) -> Iterator[Row]:
+    """What watching many resources costs, and what it does to requests."""
+    name = f"{WATCHED:,} simulated resources at 10 s"
+    many = "".join(SIMULATED.format(number) for number in range(WATCHED))
+    with gated(SIMULATED.format(0), 200) as idle, gated(many, 200) as busy:
+        started, begin = cpu_seconds(busy.pid), time.monotonic()
+        threading.Event().wait(plan.watch)
+        share = (cpu_seconds(busy.pid) - started) / (time.monotonic() - begin)
+        yield Row(f"{name}: from the start until each was polled", f"{started:.1f} s of CPU time")
+        yield at_most(f"{name}: CPUs over the {plan.watch} s after that", [share], 0.3, "CPU", 2)
+        if HEY:
+            measures = {"busy": lambda: slowest_percent(url(busy), 2 * plan.load)}
+            measures["idle"] = lambda: slowest_percent(url(idle), 2 * plan.load)
+            rounds = in_turn(plan.rounds, measures)
+            ratio = median(rounds["busy"]) / median(rounds["idle"])
+            measured = f"{ratio:.2f} times ({shown(rounds['busy'], 1)} ms to {shown(rounds['idle'], 1)} ms)"
+            yield Row(f"{name} to one: p99 at 400 requests/s", measured, "≤ 2 times", ratio <= 2)
+        else:
+            yield Row(f"{name}: p99", "skipped: hey is not installed")
+        status = Path(f"/proc/{busy.pid}/status").read_text(encoding="ascii")
+        kibibytes = int(status.partition("VmRSS:")[2].split()[0])
+        yield at_most(f"{name}: memory", [kibibytes * 1024 / 1e6], 250, "MB")
+
+
+# === SSH =====================================================================
+
+
+def pollers(folder: Path, resources: str) -> dict[str, Callable[[], None]]:
+    """For each resource of an inventory a function that polls it once, as its poller does."""
+    installation, guards = hc.Installation(write_inventory(folder, resources, SETTINGS)), hc.Guards()
+    with hc.rehearsal(installation) as (session, vault, _):
+        targets = hc.load_targets(session, vault)
+    access = installation.access()
+
+    def poller(target: hc.Target) -> Callable[[], None]:
+        connection = hc.CONNECTIONS[target.settings.platform](target, guards.of(target), access)
+
+        def poll() -> None:
+            verdict, _, _ = hc.poll_once(target, connection, None)
+            if not verdict.good:
+                raise RuntimeError(verdict.reason)
+
+        return poll
+
+    return {name: poller(target) for name, target in targets.items()}
+
+
+def client_cpu(action: Callable[[], object], number: int) -> float:
+    """Milliseconds of CPU time per action, of this process and of the children that it waits for."""
+
+    def spent() -> float:
+        who = resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN
+        return sum(sum(resource.getrusage(one)[:2]) for one in who)
+
+    begin = spent()
+    for _ in range(number):
+        action()
+    return (spent() - begin) / number * 1e3
+
+
+def check_by_ssh(sshd: Sshd, folder: Path, *options: str) -> Callable[[], object]:
+    """Debian's plug-in running the command set of a poll, with the same key and the same known host."""
+    command = [str(PLUGIN), "-H", sshd.address, "-p", str(sshd.port), "-l", sshd.username, "-E"]
+    options += ("IdentitiesOnly=yes", "IdentityAgent=none", f"UserKnownHostsFile={folder / 'known_hosts'}")
+    command += [f"-o{option}" for option in options] + ["-F", "/dev/null", "-i", str(sshd.user_key())]
+    command += ["-C", hc.build_script(hc.Platform.LINUX, [], [], "0" * 16)]
+    return lambda: subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+
+
+def ssh_rows(plan: Plan) -> Iterator[Row]:
+    """The client's share of a poll of a real sshd, a fresh connection each time."""
+    if not SSHD:
+        yield Row("A poll over SSH", "skipped: sshd is not installed")
+        return
+    with tempfile.TemporaryDirectory() as name, Sshd() as sshd:
+        folder = Path(name)
+        (folder / "known_hosts").write_text(sshd.known_hosts(), encoding="ascii")
+        host = f"hostname: {sshd.address}, port: {sshd.port}, platform: linux, username: {sshd.username}"
+        host += f", key_file: {sshd.user_key()}, timeout: 30"
+        slow = f"  - {{name: slow, {host}, checks: [{{name: wait, command: sleep 1}}]}}"
+        polls = pollers(folder, f"  - {{name: plain, {host}}}\n{slow}")
+        measures = {"plain": lambda: client_cpu(polls["plain"], plan.polls)}
+        measures["slow"] = lambda: client_cpu(polls["slow"], max(2, plan.polls // 5))
+        if PLUGIN.exists():
+            shipped = check_by_ssh(sshd, folder)
+            alike = check_by_ssh(sshd, folder, "KexAlgorithms=curve25519-sha256")
+            measures["`check_by_ssh`"] = lambda: client_cpu(shipped, plan.polls)
+            measures["`check_by_ssh` with the key exchange X25519"] = lambda: client_cpu(alike, plan.polls)
+        rounds = in_turn(plan.rounds, measures)
+    ours = rounds.pop("plain")
+    yield at_most("A poll over SSH: CPU of the client", ours, 8, "ms", 1)
+    yield at_most("... with a command that takes 1 s", rounds.pop("slow"), 8, "ms", 1)
+    for plugin, values in rounds.items():
+        ratio = f"{median(values) / median(ours):.2f} times ({shown(values, 1)} ms)"
+        yield Row(f"{plugin}, the same commands, to our poll: CPU", ratio)
+    if not rounds:
+        yield Row("check_by_ssh to our poll", "skipped: monitoring-plugins-basic is not installed")
+
+
+# === The table ===============================================================
+
+
+def noise() -> str:
+    """How much longer the same work takes at one moment than at another."""
+    samples = sorted(each(lambda: sum(range(50_000)), 1e-3, 1) for _ in range(400))
+    return f"{samples[380] / samples[20]:.1f}"
+
+
+def table(rows: list[Row], noises: list[str]) -> str:
+    """All rows as Markdown, with the day and the machine above them."""
+    head = f"{date.today():%Y-%m-%d}, {os.cpu_count()} CPUs, Python {platform.python_version()}; "
+    head += f"the same work took up to {max(noises, key=float)} times as long at one moment as at another."
+    columns = "| figure | measured: median (lowest to highest round) | wanted | |\n|---|---|---|---|\n"
+    return f"{head}\n\n{columns}" + "\n".join(map(str, rows)) + "\n"
+
+
+def main() -> int:
+    """Measures, prints, writes; 1 when --strict is given and a figure was missed."""
+    parser = argparse.ArgumentParser(description="Measure what HealthChecker promises.")
+    parser.add_argument("--short", action="store_true", help="fewer and shorter rounds")
+    parser.add_argument("--strict", action="store_true", help="exit 1 when a figure is missed")
+    parser.add_argument("--write", type=Path, metavar="FILE", help=f"replace the table in it, after {START}")
+    arguments = parser.parse_args()
+    text = arguments.write.read_text(encoding="utf-8") if arguments.write else f"{START}{END}"
+    before, start, rest = text.partition(START)
+    _, end, after = rest.partition(END)
+    if not (start and end):
+        parser.error(f"{arguments.write} has no {START} ... {END}")
+    rows: list[Row] = []
+    noises = [noise()]
+    for part in (aggregator_rows, gate_rows, request_rows, watching_rows, ssh_rows):
+        for row in part(SHORT if arguments.short else FULL):
+            rows.append(row)
+            print(row, file=sys.stderr)
+        noises.append(noise())
+    print("\n" + table(rows, noises))
+    if arguments.write:
+        content = f"{before}{START}\n{table(rows, noises)}{END}{after}"
+        arguments.write.write_text(content, encoding="utf-8", newline="\n")
+    return int(arguments.strict and any(row.good is False for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,637 @@
+"""Every command as a user calls it: what it prints, what it changes, and that it never ends in a traceback."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import os
+import re
+import shutil
+import socket
+import sqlite3
+import stat
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+from service import PROGRAM, Service, command, environment, prepared_keys, run, run_cheaply, write_inventory
+
+import healthchecker
+from healthchecker import Vault, load_inventory, main
+
+LOCAL = "  - {name: here, platform: local}\n"
+CALM = "  - {name: calm, platform: simulated, mean_healthy: 100000}\n"
+STORMY = "  - {name: stormy, platform: simulated, mean_healthy: 0.000001, mean_unhealthy: 1000000}\n"
+NOBODY = 65534
+POSIX_ONLY = pytest.mark.skipif(sys.platform == "win32", reason="Windows has no file modes of this kind")
+NO_LOCAL = pytest.mark.skipif(sys.platform == "win32", reason="platform local runs /bin/sh")
+
+
+@pytest.fixture
+def closed_port() -> Iterator[int]:
+    """A loopback port that refuses: bound and never listening."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        yield sock.getsockname()[1]
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+# --- usage ---------------------------------------------------------------------------------------------------
+def test_help_of_the_program() -> None:
+    done = subprocess.run(
+        [sys.executable, str(PROGRAM), "--help"], capture_output=True, encoding="utf-8", env=environment(), check=True
+    )
+    for word in ("check", "seal", "trust", "keys", "--inventory"):
+        assert word in done.stdout
+    assert not done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (["check", "--help"], 0),
+        (["chek"], 2),
+        (["keys"], 2),
+        (["keys", "rotat"], 2),
+        (["trust"], 2),
+        (["--inventory"], 2),
+        (["check", "--prob", "x"], 2),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_usage(arguments: list[str], code: int, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == code
+    output = capsys.readouterr()
+    assert output.out.startswith("usage: ") if code == 0 else output.err.startswith("usage: ")
+
+
+@pytest.mark.parametrize("arguments", [["check"], ["seal"], ["trust", "x"], ["keys", "rotate"]], ids=" ".join)
+def test_command_without_inventory(arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Only a start makes one."""
+    assert main(["--inventory", str(tmp_path / "inventory.yaml"), *arguments]) == 2
+    assert re.fullmatch(r"inventory\.yaml: cannot be read: .*\n", capsys.readouterr().err)
+    assert not list(tmp_path.iterdir())
+
+
+# --- first start ---------------------------------------------------------------------------------------------
+def test_first_start_copies_the_example(tmp_path: Path) -> None:
+    example = tmp_path / "inventory.example.yaml"
+    example.write_text(f"# an example\nservice:\n  listen: 127.0.0.1:0\nresources:\n{CALM}", encoding="utf-8")
+    with Service(tmp_path / "inventory.yaml") as service:
+        service.wait_status("/-/readyz", 200)
+        service.wait_line("copied from inventory.example.yaml")
+    assert (tmp_path / "inventory.yaml").read_bytes() == example.read_bytes()
+    assert {"healthchecker.db", "keys/private.pem", "keys/public.pem"} <= {
+        name.replace(os.sep, "/") for name in files(tmp_path)
+    }
+    if sys.platform != "win32":
+        assert stat.S_IMODE((tmp_path / "keys" / "private.pem").stat().st_mode) == 0o600
+        assert stat.S_IMODE((tmp_path / "healthchecker.db").stat().st_mode) == 0o600
+
+
+def test_without_example_this_machine_is_watched(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "inventory.yaml"
+    healthchecker.ensure_inventory(path)
+    assert [entry.settings.platform.value for entry in load_inventory(path).entries] == ["local"]
+    path.write_text("resources: []\n", encoding="utf-8")
+    healthchecker.ensure_inventory(path)
+    assert path.read_text(encoding="utf-8") == "resources: []\n"
+    assert len(capsys.readouterr().out.splitlines()) == 1
+
+
+def test_the_example_as_shipped() -> None:
+    """It is valid, watches this machine and asks for no credentials; every setting is in it, if only as a comment."""
+    path = PROGRAM.with_name("inventory.example.yaml")
+    inventory = load_inventory(path)
+    assert [entry.settings.platform.value for entry in inventory.entries] == ["local"]
+    text = path.read_text(encoding="utf-8")
+    missing = {
+        name
+        for model in (healthchecker.ServiceSettings, healthchecker.ResourceSettings, healthchecker.Limits)
+        for name in model.model_fields
+        if f"{name}:" not in text
+    }
+    assert not missing
+
+
+# --- check ---------------------------------------------------------------------------------------------------
+def test_check_says_what_would_change_and_changes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_inventory(tmp_path, "  - {hostname: a, username: u, password: p}\n" + CALM)
+    before = files(tmp_path)
+    assert main(["--inventory", str(path), "check"]) == 0
+    assert files(tmp_path) == before, "no database and no keys are made"
+    assert "2 added, 0 changed, 0 removed, 0 kept; added: a, calm" in capsys.readouterr().out
+    with Service(path):
+        pass
+    with closing(sqlite3.connect(tmp_path / "healthchecker.db")) as connection:
+        dump = "\n".join(connection.iterdump())
+        path = write_inventory(tmp_path, "  - {hostname: a, username: u, password: q}\n" + LOCAL)
+        assert main(["--inventory", str(path), "check"]) == 0
+        assert "\n".join(connection.iterdump()) == dump
+    assert "1 added, 1 changed, 1 removed, 0 kept; added: here; changed: a; removed: calm" in capsys.readouterr().out
+
+
+def test_check_of_a_bad_inventory(tmp_path: Path) -> None:
+    """As a process: one line per fault, exit 2, and no database and no keys."""
+    path = write_inventory(
+        tmp_path,
+        "  - {hostname: a, username: u, password: p, port: 0}\n"
+        "  - {hostname: b, usernam: u, password: p, interval: 0}\n",
+    )
+    done = run(path, "check")
+    assert (done.returncode, done.stdout) == (2, "")
+    lines = done.stderr.splitlines()
+    assert all(re.match(r"inventory\.yaml:\d+:\d+: resources\[\d\]", line) for line in lines)
+    assert {"4:51", "5:19", "5:54"} <= {line.split(": ")[0].partition(":")[2] for line in lines}
+    assert [path.name for path in tmp_path.iterdir()] == ["inventory.yaml"]
+
+
+def rows(output: str) -> dict[str, list[str]]:
+    return {line.split()[0]: line.split() for line in output.splitlines() if line.split()}
+
+
+@NO_LOCAL
+def test_probe(tmp_path: Path, closed_port: int, capsys: pytest.CaptureFixture[str]) -> None:
+    """A table of real figures; exit 1, since a critical resource is unhealthy."""
+    dead = f"  - {{hostname: 127.0.0.1, name: dead, username: u, password: p, port: {closed_port}}}\n"
+    path = write_inventory(tmp_path, LOCAL + CALM + dead)
+    assert main(["--inventory", str(path), "check", "--probe"]) == 1
+    output = capsys.readouterr()
+    table = rows(output.out)
+    assert (table["here"][1], table["calm"][1], table["dead"][1]) == ("healthy", "healthy", "unhealthy")
+    assert "unreachable: 127.0.0.1 port" in " ".join(table["dead"])
+    assert 0 < float(table["here"][4]) <= 100, "memory in percent"
+    assert not output.err, "no progress bar into a file"
+    assert not (tmp_path / "healthchecker.db").exists()
+
+
+@pytest.mark.parametrize(
+    ("resources", "code"),
+    [("", 0), (CALM, 0), (STORMY, 1), (STORMY.replace("}", ", critical: false}"), 0)],
+    ids=["none", "calm", "stormy", "not critical"],
+)
+def test_exit_code_of_probe(resources: str, code: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--inventory", str(write_inventory(tmp_path, resources)), "check", "--probe"]) == code
+    capsys.readouterr()
+
+
+def test_probes_run_at_the_same_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """40 hosts that say nothing cost one time-out, not forty."""
+    with socket.create_server(("127.0.0.1", 0), backlog=128) as silent:
+        port = silent.getsockname()[1]
+        many = "".join(
+            f"  - {{hostname: 127.0.0.1, name: n{n}, username: u, password: p, port: {port}, timeout: 1}}\n"
+            for n in range(40)
+        )
+        assert main(["--inventory", str(write_inventory(tmp_path, many)), "check", "--probe"]) == 1
+    table = rows(capsys.readouterr().out)
+    assert len(table) >= 41 and max(float(table[f"n{n}"][2]) for n in range(40)) < 4
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a pseudo-terminal is a POSIX thing")
+def test_progress_bar_on_a_terminal(tmp_path: Path) -> None:
+    path = write_inventory(tmp_path, CALM + CALM.replace("calm", "quiet"))
+    terminal, side = os.openpty()
+    try:
+        subprocess.run(
+            command(path, "check", "--probe"),
+            stdout=subprocess.DEVNULL,
+            stderr=side,
+            check=True,
+            env=environment(),
+            timeout=30,
+        )
+        shown = os.read(terminal, 4096).decode()
+    finally:
+        os.close(side)
+        os.close(terminal)
+    assert "1/2" in shown and shown.rstrip().endswith("] 2/2")
+
+
+# --- seal ----------------------------------------------------------------------------------------------------
+def host(text: str) -> str:
+    return f"resources:\n  - hostname: a\n    username: u\n    {text}"
+
+
+SEALS: dict[str, tuple[str, str]] = {
+    "plain": (host("password: p w  # why\n    port: 22\n"), host("password: TOKEN  # why\n    port: 22\n")),
+    "single quotes": (host("password:   'p w'\n"), host("password:   TOKEN\n")),
+    "double quotes": (host('password: "p w"   # why\n'), host("password: TOKEN   # why\n")),
+    "quoted key": (host("\"password\" : 'p w'\n"), host('"password" : TOKEN\n')),
+    "no newline at the end": (host("password: p w"), host("password: TOKEN")),
+    "flow mapping": (
+        "resources: [ {hostname: a, username: u, password: p w, port: 22} ]\n",
+        "resources: [ {hostname: a, username: u, password: TOKEN, port: 22} ]\n",
+    ),
+    "flow, last": (
+        "resources: [{hostname: a, username: u, password: 'p w'}]  # x\n",
+        "resources: [{hostname: a, username: u, password: TOKEN}]  # x\n",
+    ),
+    "flow over lines": (
+        "resources:\n- {hostname: a, # host\n   password: p\n     w, username: u}\n",
+        "resources:\n- {hostname: a, # host\n   password: TOKEN, username: u}\n",
+    ),
+    "JSON": (
+        '{"resources":[{"hostname":"a","username":"u","password":"p w"}]}',
+        '{"resources":[{"hostname":"a","username":"u","password":TOKEN}]}',
+    ),
+    "literal block": (host("password: |-\n      p w\n    port: 22\n"), host("password: TOKEN\n    port: 22\n")),
+    "folded block": (host("password: >-\n      p\n      w\n    port: 22\n"), host("password: TOKEN\n    port: 22\n")),
+    "block at the end": (host("password: |-\n      p w\n"), host("password: TOKEN\n")),
+    "block without newline": (host("password: |-\n      p w"), host("password: TOKEN\n")),
+    "block and a comment below": (
+        host("password: |-\n      p w\n\n    # the port\n    port: 22\n"),
+        host("password: TOKEN\n\n    # the port\n    port: 22\n"),
+    ),
+    "block with a comment": (
+        host("password: |-  # why\n      p w\n    port: 22\n"),
+        host("password: TOKEN  # why\n    port: 22\n"),
+    ),
+    "over two lines": (host("password: p\n      w\n    port: 22\n"), host("password: TOKEN\n    port: 22\n")),
+    "explicit key": (host("? password\n    : p w\n"), host("? password\n    : TOKEN\n")),
+    "CRLF": (
+        host("password: p w # x\n    port: 22\n").replace("\n", "\r\n"),
+        host("password: TOKEN # x\n    port: 22\n").replace("\n", "\r\n"),
+    ),
+    "CRLF and block": (
+        host("password: |-\n      p w\n    port: 22\n").replace("\n", "\r\n"),
+        host("password: TOKEN\n    port: 22\n").replace("\n", "\r\n"),
+    ),
+    "BOM": ("\ufeff" + host("password: p w\n"), "\ufeff" + host("password: TOKEN\n")),
+    "wide characters": (
+        "# ä€😀\n" + host("name: 日本😀\n    password: p w # 😀\n"),
+        "# ä€😀\n" + host("name: 日本😀\n    password: TOKEN # 😀\n"),
+    ),
+    "document marks": (
+        "%YAML 1.1\n---\n" + host("password: p w\n...\n# end\n"),
+        "%YAML 1.1\n---\n" + host("password: TOKEN\n...\n# end\n"),
+    ),
+    "the same text elsewhere": (
+        host("name: p w\n    tags: [p w]\n    password: p w\n"),
+        host("name: p w\n    tags: [p w]\n    password: TOKEN\n"),
+    ),
+    "passphrase": (
+        host("key_file: key\n    key_passphrase: p w # x\n"),
+        host("key_file: key\n    key_passphrase: TOKEN # x\n"),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", SEALS)
+def test_seal_keeps_the_layout(case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    vault = Vault(prepared_keys(tmp_path))
+    path = tmp_path / "inventory.yaml"
+    (tmp_path / "key").write_bytes(b"")
+    before, after = SEALS[case]
+    path.write_bytes(before.encode())
+    assert main(["--inventory", str(path), "seal"]) == 0
+    text = path.read_bytes().decode()
+    assert re.sub(r"(['\"]?)HC1\.[\w.-]+\1", "TOKEN", text) == after
+    [entry] = load_inventory(path).entries
+    secret = entry.password or entry.passphrase
+    kind = "password" if entry.password else "key_passphrase"
+    assert secret and vault.open(secret.get_secret_value(), kind, entry.settings.name, "a", "u") == "p w"
+    assert sorted(item.name for item in tmp_path.iterdir()) == ["inventory.yaml", "key", "keys"]
+    capsys.readouterr()
+
+
+def test_seal_twice_changes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    prepared_keys(tmp_path)
+    path = write_inventory(
+        tmp_path,
+        "  - {hostname: a, username: u, password: p}\n  - {hostname: b, username: u, password_env: PATH}\n" + CALM,
+    )
+    assert main(["--inventory", str(path), "seal"]) == 0
+    once = path.read_bytes()
+    assert main(["--inventory", str(path), "seal"]) == 0
+    assert path.read_bytes() == once and once.count(b"HC1.") == 1
+    assert capsys.readouterr().out.splitlines() == [
+        "inventory.yaml: 1 secrets sealed",
+        "inventory.yaml: 0 secrets sealed",
+    ]
+
+
+def test_seal_says_what_it_leaves(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A password in `defaults` belongs to many and cannot be sealed."""
+    prepared_keys(tmp_path)
+    path = tmp_path / "inventory.yaml"
+    path.write_text("defaults: {password: p}\nresources: [{hostname: a, username: u}]\n", encoding="utf-8")
+    assert main(["--inventory", str(path), "seal"]) != 0
+    assert "defaults.password stays plain" in capsys.readouterr().err
+
+
+@POSIX_ONLY
+def test_seal_keeps_link_and_mode(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    real = tmp_path / "real"
+    real.mkdir()
+    prepared_keys(tmp_path)
+    target = write_inventory(real, "  - {hostname: a, username: u, password: p}\n")
+    target.chmod(0o640)
+    link = tmp_path / "inventory.yaml"
+    link.symlink_to("real/inventory.yaml")
+    assert main(["--inventory", str(link), "seal"]) == 0
+    assert link.is_symlink() and b"HC1." in target.read_bytes()
+    assert stat.S_IMODE(target.stat().st_mode) == 0o640
+    assert [path.name for path in real.iterdir()] == ["inventory.yaml"]
+    capsys.readouterr()
+
+
+@pytest.mark.skipif(sys.platform == "win32" or os.geteuid() != 0, reason="only root can give a file away")
+def test_seal_as_root_keeps_the_owner(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Or the service, which runs as somebody else, cannot read its inventory any more."""
+    prepared_keys(tmp_path)
+    path = write_inventory(tmp_path, "  - {hostname: a, username: u, password: p}\n")
+    os.chown(path, NOBODY, NOBODY)
+    assert main(["--inventory", str(path), "seal"]) == 0
+    assert (path.stat().st_uid, path.stat().st_gid) == (NOBODY, NOBODY)
+    capsys.readouterr()
+
+
+def stored_password(path: Path, name: str) -> str:
+    with closing(sqlite3.connect(path.parent / "healthchecker.db")) as connection:
+        query = "SELECT password, name, hostname, username FROM resource WHERE name = ?"
+        token, *row = connection.execute(query, (name,)).fetchone()
+    return Vault(path.parent / "keys").open(token, "password", *row)
+
+
+def test_seal_start_rotate_start(tmp_path: Path, closed_port: int) -> None:
+    """The whole life of a password, each step a process; it still opens in the end."""
+    path = write_inventory(
+        tmp_path, f"  - {{hostname: 127.0.0.1, name: a, username: u, password: 'p w', port: {closed_port}}}\n" + CALM
+    )
+    assert run(path, "seal").stdout == "inventory.yaml: 1 secrets sealed\n"
+    with Service(path) as service:
+        service.wait_line("inventory: 2 added")
+        assert run(path, "keys", "rotate").returncode == 4, "the service runs"
+    assert stored_password(path, "a") == "p w"
+    old = path.read_bytes()
+    done = run(path, "keys", "rotate")
+    assert re.fullmatch(r"secrets are sealed with key [0-9a-f]{16} now\n", done.stdout)
+    assert path.read_bytes() != old and stored_password(path, "a") == "p w"
+    with Service(path) as service:
+        service.wait_line("inventory: 0 added, 0 changed, 0 removed, 2 kept")
+
+
+# --- trust ---------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("name", "code", "message"),
+    [
+        ("dead", 1, "127.0.0.1 port"),
+        ("ded", 2, "did you mean dead?"),
+        ("zzz", 2, "no such resource"),
+        ("calm", 2, "calm has no host key"),
+        ("pinned", 2, "the inventory pins the key of pinned"),
+    ],
+)
+def test_trust(
+    name: str, code: int, message: str, tmp_path: Path, closed_port: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ssh = f"hostname: 127.0.0.1, username: u, password: p, port: {closed_port}"
+    path = write_inventory(
+        tmp_path, f"  - {{{ssh}, name: dead}}\n  - {{{ssh}, name: pinned, host_key: 'SHA256:{'a' * 43}'}}\n" + CALM
+    )
+    vault = Vault(prepared_keys(tmp_path))
+    assert main(["--inventory", str(path), "trust", name]) == 2
+    assert capsys.readouterr().err == "there is no database yet; start the service first\n"
+    setup = healthchecker.Installation(path)
+    with closing(setup.open_store()) as store, store.writing() as session:
+        healthchecker.import_inventory(session, setup.inventory, vault)
+    assert main(["--inventory", str(path), "trust", name]) == code
+    error = capsys.readouterr().err
+    assert message in error and len(error.splitlines()) == 1
+
+
+# --- starts that cannot be -----------------------------------------------------------------------------------
+APPS: dict[str, tuple[str, str, str]] = {
+    "no such module": ("nowhere:app", "", "No module named 'nowhere'"),
+    "no such package": ("nowhere.wsgi:app", "", "No module named 'nowhere'"),
+    "no such name": ("mysite:application", "app = 1", "has no attribute 'application'"),
+    "not callable": ("mysite:app", "app = 1", "is not callable"),
+    "syntax": ("mysite:app", "def app(:", "SyntaxError"),
+    "raises": ("mysite:app", "raise ValueError('a\\nb')", "ValueError: a b"),
+    "exits": ("mysite:app", "raise SystemExit('no')", "SystemExit"),
+    "own import missing": ("mysite:app", "import nothing_there", "No module named 'nothing_there'"),
+}
+
+
+@pytest.mark.parametrize("case", APPS)
+def test_app_that_cannot_be_imported(case: str, tmp_path: Path) -> None:
+    name, source, message = APPS[case]
+    (tmp_path / "mysite.py").write_text(source, encoding="utf-8")
+    path = write_inventory(tmp_path, CALM, service=f"  app: {name}")
+    code, output = run_cheaply("--inventory", str(path))
+    assert code == 2 and message in output and len(output.splitlines()) == 1
+    assert not (tmp_path / "healthchecker.db").exists()
+
+
+APP = """\
+import json, sys
+import healthchecker
+
+def app(environ, start_response):
+    same = healthchecker is sys.modules["__main__"]
+    start_response("200 OK", [("Content-Type", "application/json")])
+    return [json.dumps([same, environ["healthchecker.is_healthy"](), environ["PATH_INFO"]]).encode()]
+"""
+
+
+@pytest.mark.parametrize("threads", [0, 4])
+def test_app_behind_the_gate(threads: int, tmp_path: Path) -> None:
+    """It comes from the inventory's folder, may ask for the health, and imports the running program."""
+    (tmp_path / "mysite.py").write_text(APP, encoding="utf-8")
+    prepared_keys(tmp_path)
+    with Service(write_inventory(tmp_path, CALM, service=f"  app: mysite:app\n  threads: {threads}")) as service:
+        service.wait_status("/-/readyz", 200)
+        assert service.get("/a/b").body == '[true, true, "/a/b"]'
+
+
+def start_port_in_use(path: Path, port: int) -> None:
+    path.write_text(path.read_text(encoding="utf-8").replace("127.0.0.1:0", f"127.0.0.1:{port}"), encoding="utf-8")
+
+
+def test_port_in_use(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        path = write_inventory(tmp_path, CALM)
+        start_port_in_use(path, taken.getsockname()[1])
+        done = run(path)
+    assert done.returncode == 2
+    assert re.fullmatch(r"cannot listen on 127\.0\.0\.1:\d+: .*\n", done.stderr)
+    assert not (tmp_path / "healthchecker.db").exists()
+
+
+BAD_STARTS: dict[str, tuple[str, int, str]] = {
+    "address of another machine": ("listen: 192.0.2.1:0", 2, "cannot listen on 192.0.2.1:0"),
+    "name that does not resolve": ("listen: no-such-name.invalid:0", 2, "cannot listen on"),
+    "name that is too long": (f"listen: {'a' * 70}.invalid:0", 2, "cannot listen on"),
+    "name with an empty label": ("listen: a..b:0", 2, "cannot listen on"),
+    "log file in a missing folder": ("log_file: nowhere/log", 2, "service.log_file"),
+    "log file is a folder": ("log_file: .", 2, "service.log_file"),
+    "keys is a file": ("keys: inventory.yaml", 3, "inventory.yaml"),
+    "database is a folder": ("database: sqlite:///keys", 4, "keys"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_STARTS)
+def test_start_that_cannot_be(case: str, tmp_path: Path) -> None:
+    setting, code, message = BAD_STARTS[case]
+    if not setting.startswith("keys"):
+        prepared_keys(tmp_path)
+    path = write_inventory(tmp_path, CALM, service=f"  {setting}")
+    if setting.startswith("listen"):
+        path.write_text(path.read_text(encoding="utf-8").replace("  listen: 127.0.0.1:0\n", ""), encoding="utf-8")
+    got, output = run_cheaply("--inventory", str(path))
+    assert got == code and message in output and len(output.splitlines()) == 1
+
+
+def contents(folder: Path) -> dict[str, object]:
+    """All files; the database by its rows, since opening it may move bytes between its files."""
+    with closing(sqlite3.connect(folder / "healthchecker.db")) as connection:
+        rows = list(connection.iterdump())
+    return {"rows": rows, **{name: content for name, content in files(folder).items() if ".db" not in name}}
+
+
+def locked(name: str, mode: int) -> Callable[[Path], None]:
+    def lock(folder: Path) -> None:
+        (folder / name).chmod(mode)
+
+    return lock
+
+
+UNREADABLE: dict[str, tuple[list[str], Callable[[Path], None], set[int]]] = {
+    "inventory": (["check"], locked("inventory.yaml", 0), {2}),
+    "folder": (["check"], locked(".", 0), {2}),
+    "keys": (["check"], locked("keys", 0), {3}),
+    "keys, start": ([], locked("keys", 0), {3}),
+    "private key": (["check"], locked("keys/private.pem", 0), {3}),
+    "database": (["check"], locked("healthchecker.db", 0), {4}),
+    "database, start": ([], locked("healthchecker.db", 0o400), {4}),
+    "folder not writable, start": ([], locked(".", 0o500), {4}),
+    "folder not writable, seal": (["seal"], locked(".", 0o500), {2, 3, 4}),
+    "folder not writable, rotate": (["keys", "rotate"], locked(".", 0o500), {2, 3, 4}),
+    "keys not writable, rotate": (["keys", "rotate"], locked("keys", 0o500), {3}),
+}
+
+
+@pytest.fixture
+def open_folder() -> Iterator[Path]:
+    """A folder that another user can reach, unlike pytest's own."""
+    folder = Path(tempfile.mkdtemp())
+    folder.chmod(0o755)
+    yield folder
+    folder.chmod(0o755)
+    (folder / "keys").chmod(0o755)
+    shutil.rmtree(folder)
+
+
+@POSIX_ONLY
+@pytest.mark.parametrize("case", UNREADABLE)
+def test_without_the_right_to(case: str, open_folder: Path) -> None:
+    """One line with a fitting exit code; root has every right, so root's tests run it as nobody."""
+    arguments, lock, codes = UNREADABLE[case]
+    path = write_inventory(open_folder, "  - {hostname: a, username: u, password: p}\n")
+    setup = healthchecker.Installation(path)
+    vault = Vault(prepared_keys(open_folder))
+    with closing(setup.open_store()) as store, store.writing() as session:
+        healthchecker.import_inventory(session, setup.inventory, vault)
+    user = NOBODY if os.geteuid() == 0 else None
+    for item in (open_folder, *open_folder.rglob("*")) if user else ():
+        os.chown(item, NOBODY, NOBODY)
+    before = contents(open_folder)
+    lock(open_folder)
+    try:
+        code, output = run_cheaply("--inventory", str(path), *arguments, user=user)
+    finally:
+        open_folder.chmod(0o755)
+        (open_folder / "keys").chmod(0o755)
+        (open_folder / "healthchecker.db").chmod(0o644)
+    assert code in codes and len(output.splitlines()) == 1, output
+    assert contents(open_folder) == before
+
+
+# --- secrets -------------------------------------------------------------------------------------------------
+CANARIES = {name: f"C4N4RY-{name}-7f3a" for name in ("plain", "env", "file", "sealed", "phrase", "app", "rotated")}
+
+
+def test_no_secret_anywhere(tmp_path: Path, closed_port: int) -> None:
+    """Logs, database, keys, answers and the output of every command, while logins fail and keys change hands."""
+    ssh = f"hostname: 127.0.0.1, username: u, port: {closed_port}, interval: 1, fall: 1"
+    (tmp_path / "password.txt").write_text(CANARIES["file"], encoding="utf-8")
+    (tmp_path / "id").write_text(f"no key, {CANARIES['phrase']}", encoding="utf-8")
+    env = {"HEALTHCHECKER_CANARY": CANARIES["env"]}
+    path = write_inventory(
+        tmp_path,
+        f"  - {{{ssh}, name: plain, password: {CANARIES['plain']}}}\n"
+        f"  - {{{ssh}, name: env, password_env: HEALTHCHECKER_CANARY}}\n"
+        f"  - {{{ssh}, name: file, password_file: password.txt}}\n"
+        f"  - {{{ssh}, name: phrase, key_file: id, key_passphrase: {CANARIES['phrase']}}}\n",
+        service="  log_file: log.txt",
+    )
+    output = "".join(done.stdout + done.stderr for done in [run(path, "check", "--probe", env=env)])
+    with Service(path, env=env) as service:
+        service.wait_line("plain: unknown -> unhealthy")
+        service.wait_line("phrase: unknown -> unhealthy")
+        answers = [service.get(target) for target in ("/", "/-/health", "/-/readyz", "/-/gate", "/-/nothing")]
+        output += run(path, "seal", env=env).stdout
+    output += service.output + "".join(f"{answer}" for answer in answers)
+    path.write_text(
+        path.read_text(encoding="utf-8") + "  - {hostname: x, username: u, password: &a C4N4RY-app-7f3a}\n",
+        encoding="utf-8",
+    )
+    output += run(path, "check", env=env).stderr
+    assert "127.0.0.1 port" in output and "anchors" in output
+    for leftover in ("password.txt", "id"):
+        (tmp_path / leftover).unlink()
+    broken = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    path.write_text("".join(broken[:-1]), encoding="utf-8")
+    found = {"output": output.encode(), **files(tmp_path)}
+    assert {"healthchecker.db", "log.txt", "inventory.yaml"} <= found.keys()
+    for canary in CANARIES.values():
+        for form in (
+            canary.encode(),
+            base64.b64encode(canary.encode())[:-4],
+            canary.encode("utf-16-le"),
+            canary.encode().hex().encode(),
+        ):
+            assert not [name for name, content in found.items() if form in content], canary
+
+
+def test_log_file(tmp_path: Path) -> None:
+    """The console's lines, in a file of its own."""
+    prepared_keys(tmp_path)
+    with Service(write_inventory(tmp_path, CALM, service="  log_file: log.txt")) as service:
+        service.wait_line("gate: closed -> open")
+    assert (tmp_path / "log.txt").read_text(encoding="utf-8").splitlines() == service.output.splitlines()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="SIGINT cannot be sent to another process there")
+def test_interrupt_during_a_command(tmp_path: Path) -> None:
+    """Ctrl-C in a long probe: exit 130 and no traceback."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        silent.settimeout(20)
+        port = silent.getsockname()[1]
+        path = write_inventory(
+            tmp_path, f"  - {{hostname: 127.0.0.1, username: u, password: p, port: {port}, timeout: 8}}\n"
+        )
+        process = subprocess.Popen(
+            command(path, "check", "--probe"),
+            stderr=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            env=environment(),
+            encoding="utf-8",
+        )
+        with process, contextlib.closing(silent.accept()[0]):
+            process.send_signal(2)
+            try:
+                _, error = process.communicate(timeout=5)
+            finally:
+                process.kill()
+    assert process.returncode == 130 and not error

@@ -1,0 +1,587 @@
+"""Gate: its answers as WSGI, and waitress with our loop around it on real sockets."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import http.client
+import io
+import json
+import math
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+from wsgiref.util import setup_testing_defaults
+
+import pytest
+from conftest import no_leaks, wait_for
+from waitress import wasyncore
+
+from healthchecker import Gate, GateServer, HealthAggregator, Lease
+
+Application = Callable[[dict[str, Any], Any], Iterable[bytes]]
+NOW = 1000.0  # seconds, where the clock of a WSGI test stands
+OWN = ("/-/livez", "/-/readyz", "/-/gate", "/-/health")
+POOL = pytest.mark.parametrize("threads", [0, 2], ids=["loop", "pool"])
+
+
+def hello(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
+    start_response("200 OK", [("Content-Type", "text/plain"), ("Content-Length", "5")])
+    return [] if environ["REQUEST_METHOD"] == "HEAD" else [b"hello"]
+
+
+# === As WSGI =================================================================
+def call(gate: Gate, path: str = "/", **environ: str) -> tuple[str, dict[str, str], bytes]:
+    """Status line, headers by lower-case name (none may come twice), body."""
+    answer: list[Any] = []
+    request: dict[str, Any] = {}
+    setup_testing_defaults(request)
+    request |= {"PATH_INFO": path, **environ}
+    body = b"".join(gate(request, lambda status, headers, exc_info=None: answer.extend([status, headers])))
+    status, headers = answer
+    named = {name.lower(): value for name, value in headers}
+    assert len(named) == len(headers), headers
+    if "content-length" in named and environ.get("REQUEST_METHOD") != "HEAD":
+        assert int(named["content-length"]) == len(body)
+    return status, named, body
+
+
+@pytest.fixture
+def lease() -> Lease:
+    return Lease()
+
+
+@pytest.fixture
+def gate(lease: Lease) -> Gate:
+    return Gate(hello, lease, lambda: NOW)
+
+
+# path, status while open, status while closed
+STATUSES = {
+    "/": (200, 503),
+    "/any/path": (200, 503),
+    "/-": (200, 503),
+    "/-x/livez": (200, 503),
+    "/-/livez": (200, 200),
+    "/-/readyz": (200, 503),
+    "/-/gate": (204, 403),
+    "/-/health": (200, 503),
+    "/-/": (404, 404),
+    "/-/nothing": (404, 404),
+    "/-/livez/": (404, 404),
+    "/-/livez/../../": (404, 404),
+}
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+@pytest.mark.parametrize(("path", "statuses"), STATUSES.items(), ids=STATUSES)
+def test_statuses(gate: Gate, lease: Lease, path: str, statuses: tuple[int, int], method: str) -> None:
+    for until, expected in (
+        (math.inf, statuses[0]),
+        (NOW + 0.001, statuses[0]),
+        (NOW, statuses[1]),
+        (0.0, statuses[1]),
+    ):
+        lease.until.value = until
+        status, headers, body = call(gate, path, REQUEST_METHOD=method)
+        assert int(status[:3]) == expected
+        if expected != 200 or path.startswith("/-/"):
+            assert headers["cache-control"] == "no-store"
+            assert body == b"" or (method == "GET" and expected != 204)
+        else:
+            assert body == (b"hello" if method == "GET" else b"")
+
+
+@pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "OPTIONS", "get"])
+def test_own_paths_are_for_reading(gate: Gate, lease: Lease, method: str) -> None:
+    for path in OWN:
+        status, headers, _ = call(gate, path, REQUEST_METHOD=method)
+        assert status.startswith("405")
+        assert headers["allow"] == "GET, HEAD"
+    assert call(gate, "/", REQUEST_METHOD=method)[0].startswith("503")
+    lease.until.value = math.inf
+    assert call(gate, "/", REQUEST_METHOD=method)[0].startswith("200")
+
+
+# seconds from now at which the gate can open at the soonest, the header
+@pytest.mark.parametrize(
+    ("seconds", "header"),
+    [
+        (-1000, "1"),
+        (0, "1"),
+        (0.2, "1"),
+        (1, "1"),
+        (1.2, "2"),
+        (59.5, "60"),
+        (60, "60"),
+        (3600, "3600"),
+        (1e9, "3600"),
+    ],
+)
+@pytest.mark.parametrize("path", ["/", "/-/readyz"])
+def test_retry_after(gate: Gate, lease: Lease, path: str, seconds: float, header: str) -> None:
+    lease.opens.value = NOW + seconds
+    assert call(gate, path)[1]["retry-after"] == header
+
+
+# what the client accepts, and whether it gets HTML
+ACCEPTS = {
+    "": False,
+    "*/*": False,
+    "application/json": False,
+    "text/plain": False,
+    "text/html": True,
+    "text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8": True,
+    "application/json, text/plain": False,
+}
+
+
+@pytest.mark.parametrize(("accept", "html"), ACCEPTS.items())
+def test_kind_of_refusal(gate: Gate, lease: Lease, accept: str, html: bool) -> None:
+    lease.opens.value = NOW + 7
+    status, headers, body = call(gate, HTTP_ACCEPT=accept) if accept else call(gate)
+    assert status == "503 Service Unavailable"
+    if html:
+        assert headers["content-type"] == "text/html; charset=utf-8"
+        assert b"<html" in body
+    else:
+        assert headers["content-type"] == "application/json"
+        assert json.loads(body)["status"] == 503
+        assert len(body) < 300
+
+
+def test_health_is_health_json(gate: Gate, lease: Lease) -> None:
+    for until, word in ((0.0, "fail"), (math.inf, "pass")):
+        lease.until.value = until
+        _, headers, body = call(gate, "/-/health")
+        assert headers["content-type"] == "application/health+json"
+        assert json.loads(body)["status"] == word
+
+
+def test_reasons_and_names_are_not_shown() -> None:
+    aggregator = HealthAggregator()
+    aggregator.set_resource("db1.internal.example.com", False, "auth: login as monitor refused", opens=5)
+    gate = Gate(hello, aggregator.lease)
+    for path in ("/", "/db1.internal.example.com", *OWN, "/-/nothing"):
+        for accept in ("text/html", "application/json"):
+            status, headers, body = call(gate, path, HTTP_ACCEPT=accept)
+            shown = f"{status}{headers}{body.decode()}"
+            assert not any(
+                word in shown for word in ("db1", "internal", "auth", "login", "monitor", "refused")
+            )
+
+
+def test_the_application_may_ask(lease: Lease) -> None:
+    told: list[bool] = []
+
+    def asks(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
+        ask = environ["healthchecker.is_healthy"]
+        told.append(ask())
+        lease.until.value = 0.0  # meanwhile a machine goes down
+        told.append(ask())
+        return hello(environ, start_response)
+
+    gate = Gate(asks, lease, lambda: NOW)
+    lease.until.value = math.inf
+    assert call(gate)[0] == "200 OK"
+    assert told == [True, False]
+    assert call(gate)[0].startswith("503")
+    assert len(told) == 2, "closed: the application is not called"
+
+
+def test_own_paths_never_reach_the_application(lease: Lease) -> None:
+    def never(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
+        raise AssertionError(environ["PATH_INFO"])
+
+    lease.until.value = math.inf
+    for path in (*OWN, "/-/", "/-/login", "/-/api/resources", "/-/nothing"):
+        call(Gate(never, lease), path)
+
+
+# === On sockets ==============================================================
+class Serving:
+    """A gate around `app`, served on loopback by a thread of its own."""
+
+    def __init__(self, app: Application, threads: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self.lease = Lease()
+        self.lease.until.value = math.inf
+        sock = socket.socket()
+        sock.bind(("127.0.0.1", 0))
+        self.address = sock.getsockname()
+        self.server = GateServer(Gate(app, self.lease, clock), sock, threads, 100)
+        self.thread = threading.Thread(target=self.server.serve)
+
+    def __enter__(self) -> Serving:
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with contextlib.suppress(OSError):  # test_stopping_twice is about it
+            self.server.stop()
+        self.thread.join(15)
+        assert not self.thread.is_alive()
+        wasyncore.close_all(self.server._map)  # nothing is left to close, unless the loop died of an error
+        self.server.task_dispatcher.shutdown(timeout=1)
+
+    @contextlib.contextmanager
+    def client(self, timeout: float = 10) -> Iterator[http.client.HTTPConnection]:
+        connection = http.client.HTTPConnection(*self.address, timeout=timeout)
+        with contextlib.closing(connection):
+            yield connection
+
+    def get(self, path: str = "/", timeout: float = 10) -> tuple[int, bytes]:
+        with self.client(timeout) as client:
+            client.request("GET", path)
+            answer = client.getresponse()
+            return answer.status, answer.read()
+
+    def raw(self, request: bytes) -> bytes:
+        """Everything the server sends until it closes the connection."""
+        with socket.create_connection(self.address, timeout=10) as sock:
+            sock.sendall(request)
+            with sock.makefile("rb") as stream:
+                return stream.read()
+
+
+@pytest.fixture(autouse=True)
+def _nothing_left() -> Iterator[None]:
+    Lease()  # the first one opens the shared memory of all
+    with no_leaks():
+        yield
+
+
+@POOL
+def test_open_and_closed(threads: int) -> None:
+    with Serving(hello, threads) as serving:
+        assert serving.get() == (200, b"hello")
+        serving.lease.until.value = 0.0
+        serving.lease.opens.value = time.monotonic() + 30
+        for path, status in ({"/": 503, "/x?y=1": 503, "/-/livez": 200, "/-/livez?x=1": 200, "/-/readyz": 503,
+                              "/-/gate": 403, "/-/health": 503, "/-/nope": 404, "/%2d/livez": 200,
+                              "//-/livez": 200}).items():  # fmt: skip
+            assert serving.get(path)[0] == status, path
+        with serving.client() as client:
+            client.request("GET", "/")
+            answer = client.getresponse()
+            assert answer.headers["Retry-After"] in ("29", "30")
+            assert answer.headers["Cache-Control"] == "no-store"
+            assert answer.headers.get_content_type() == "application/json"
+            assert json.loads(answer.read())["status"] == 503
+        serving.lease.until.value = math.inf
+        assert serving.get() == (200, b"hello")
+
+
+@POOL
+@pytest.mark.parametrize("path", ["/", "/-/livez", "/-/readyz", "/-/gate", "/-/health"])
+def test_http_1_0_without_host(threads: int, path: str) -> None:
+    """As HAProxy's `option httpchk GET` asks."""
+    with Serving(hello, threads) as serving:
+        answer = serving.raw(f"GET {path} HTTP/1.0\r\n\r\n".encode())
+        assert answer.split(b"\r\n")[0] in (b"HTTP/1.0 200 OK", b"HTTP/1.0 204 No Content")
+        serving.lease.until.value = 0.0
+        answer = serving.raw(f"HEAD {path} HTTP/1.0\r\n\r\n".encode())
+        assert answer.endswith(b"\r\n\r\n")
+        assert int(answer.split()[1]) == {"/-/livez": 200, "/-/gate": 403}.get(path, 503)
+
+
+# until when the lease is, path, status. Without the 204 of /-/gate, after which waitress closes
+KEPT = [(math.inf, "/", 200), (0.0, "/", 503), (0.0, "/-/livez", 200), (0.0, "/-/gate", 403), (0.0, "/-/health", 503),
+        (math.inf, "/-/readyz", 200), (math.inf, "/", 200), (math.inf, "/-/x", 404), (math.inf, "/", 200)]  # fmt: skip
+
+
+@POOL
+def test_keep_alive(threads: int) -> None:
+    """One connection for everything, through closing and opening."""
+    with Serving(hello, threads) as serving, serving.client() as client:
+        for until, path, status in KEPT:
+            serving.lease.until.value = until
+            client.request("GET", path)
+            sock = client.sock
+            answer = client.getresponse()
+            answer.read()
+            assert (answer.status, client.sock) == (status, sock), (
+                path
+            )  # http.client drops a sock that closes
+
+
+@POOL
+def test_methods_that_keep_the_connection(threads: int) -> None:
+    """HEAD and 405 have no body to come; the connection stays usable or is said to close."""
+    with Serving(hello, threads) as serving:
+        for method, path in (
+            ("HEAD", "/"),
+            ("HEAD", "/-/livez"),
+            ("POST", "/-/livez"),
+            ("OPTIONS", "/-/gate"),
+        ):
+            with serving.client() as client:
+                client.request(method, path)
+                answer = client.getresponse()
+                assert answer.read() == b""
+                client.request(
+                    "GET", "/-/livez"
+                )  # reconnects by itself if the answer said `Connection: close`
+                assert client.getresponse().read() == b"ok\n", (method, path)
+
+
+@POOL
+def test_pipelining(threads: int) -> None:
+    """Answers come in the order of the requests, wherever each is made."""
+
+    def echo(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
+        start_response("200 OK", [("Content-Type", "text/plain"), ("Content-Length", "4")])
+        return [environ["PATH_INFO"][-4:].encode()]
+
+    paths = ["/-/livez", "/0001", "/-/readyz", "/0002", "/0003", "/-/livez"]
+    request = b"".join(f"GET {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode() for path in paths)
+    request += b"GET /0009 HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+    with Serving(echo, threads) as serving:
+        bodies = [part.partition(b"\r\n\r\n")[2] for part in serving.raw(request).split(b"HTTP/1.1 ")[1:]]
+        assert bodies == [b"ok\n", b"0001", b"open\n", b"0002", b"0003", b"ok\n", b"0009"]
+
+
+@POOL
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # asserted below
+@pytest.mark.parametrize("error", [ValueError, SystemExit, asyncio.CancelledError])
+def test_application_that_raises(
+    threads: int, error: type[BaseException], caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
+        if environ["PATH_INFO"] == "/late":
+            start_response("200 OK", [("Content-Type", "text/plain")])
+            yield b"begun"
+        raise error("secret-detail")
+
+    with Serving(broken, threads) as serving:
+        for path in ("/", "/late", "/"):
+            with contextlib.suppress(
+                http.client.HTTPException, ConnectionError
+            ):  # a closed connection is fair
+                status, body = serving.get(path, 1)
+                assert status == (200 if path == "/late" else 500)
+                assert b"secret-detail" not in body
+            assert serving.get("/-/livez", 2) == (200, b"ok\n"), f"after {path} nobody serves any more"
+
+
+@POOL
+def test_stopping_twice(threads: int) -> None:
+    """A second Ctrl-C may come when the loop is gone."""
+    with Serving(hello, threads) as serving:
+        assert serving.get() == (200, b"hello")
+        serving.server.stop()
+        serving.thread.join(5)
+        serving.server.stop()
+
+
+@POOL
+def test_streaming(threads: int) -> None:
+    """Chunks of unknown length arrive whole, and `close` is called."""
+    closed = threading.Event()
+
+    class Chunks:
+        def __iter__(self) -> Iterator[bytes]:
+            yield from (b"one ", b"", b"two ", b"three")
+
+        def close(self) -> None:
+            closed.set()
+
+    def streams(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
+        start_response("200 OK", [("Content-Type", "text/plain")])
+        return Chunks()
+
+    with Serving(streams, threads) as serving:
+        assert serving.get() == (200, b"one two three")
+        assert wait_for(closed.is_set)
+        assert serving.raw(b"GET / HTTP/1.0\r\n\r\n").endswith(b"\r\n\r\none two three")
+
+
+def test_a_stream_in_the_pool_arrives_as_it_comes() -> None:
+    proceed = threading.Event()
+
+    def streams(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
+        start_response("200 OK", [("Content-Type", "text/plain")])
+        yield b"first"
+        proceed.wait(10)
+        yield b"last"
+
+    with Serving(streams, 1) as serving, serving.client() as client:
+        try:
+            client.request("GET", "/")
+            answer = client.getresponse()
+            assert answer.read1(5) == b"first"
+        finally:
+            proceed.set()
+        assert answer.read() == b"last"
+
+
+@POOL
+def test_a_large_response(threads: int) -> None:
+    """100 MB, also to a client that does not read; meanwhile others are served."""
+    block, count = b"x" * (1 << 20), 100
+
+    def large(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
+        start_response("200 OK", [("Content-Type", "text/plain"), ("Content-Length", str(count << 20))])
+        return (block for _ in range(count))
+
+    with Serving(large, threads) as serving, serving.client() as client:
+        client.request("GET", "/")
+        answer = client.getresponse()
+        begin = time.monotonic()
+        assert serving.get("/-/livez") == (200, b"ok\n")
+        assert time.monotonic() - begin < 2
+        left = count << 20
+        while part := answer.read1(1 << 20):
+            left -= len(part)
+        assert left == 0
+        assert serving.get("/-/livez") == (200, b"ok\n")
+
+
+def test_a_slow_application_delays_nothing_of_ours() -> None:
+    """Both pool threads are busy and requests wait; refusals and our own answers come at once."""
+    entered, release = threading.Semaphore(0), threading.Event()
+
+    def slow(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
+        entered.release()
+        release.wait(20)
+        return hello(environ, start_response)
+
+    answers: list[tuple[int, bytes]] = []
+    with Serving(slow, 2) as serving:
+        clients = [threading.Thread(target=lambda: answers.append(serving.get())) for _ in range(5)]
+        try:
+            for client in clients:
+                client.start()
+            assert entered.acquire(timeout=5) and entered.acquire(timeout=5)
+            begin = time.monotonic()
+            for path, status in {"/-/livez": 200, "/-/readyz": 200, "/-/gate": 204, "/-/health": 200}.items():
+                assert serving.get(path)[0] == status
+            serving.lease.until.value = 0.0
+            for path in ("/", "/-/readyz", "/other"):
+                assert serving.get(path)[0] == 503
+            assert time.monotonic() - begin < 1
+        finally:
+            release.set()
+            for client in clients:
+                client.join(10)
+    assert sorted(answers)[:2] == [(200, b"hello")] * 2, "requests that were let in are answered"
+    assert len(answers) == 5
+
+
+def test_a_gate_that_opens_in_between_does_not_move_the_application_to_the_loop() -> None:
+    """Closed when the request is sorted, open when it is answered: the pool's application may block the loop."""
+    where: list[int] = []
+
+    def app(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
+        where.append(threading.get_ident())
+        return hello(environ, start_response)
+
+    looks = iter([NOW + 1])  # the first look at the clock comes after the lease, all others before
+    with Serving(app, 1, lambda: next(looks, NOW - 1)) as serving:
+        serving.lease.until.value = NOW
+        assert serving.get()[0] in (200, 503)
+        assert serving.thread.ident not in where
+
+
+# bodies: how the request says its length
+BODIES = {
+    "length": b"Content-Length: 300000\r\n\r\n" + b"x" * 300_000,
+    "chunks": b"Transfer-Encoding: chunked\r\n\r\n" + b"C350\r\n%s\r\n" % (b"x" * 50_000) * 6 + b"0\r\n\r\n",
+}
+
+
+@POOL
+@pytest.mark.parametrize("body", BODIES.values(), ids=BODIES)
+def test_application_that_reads_a_body(threads: int, body: bytes) -> None:
+    def counts(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
+        size = str(len(environ["wsgi.input"].read())).encode()
+        start_response("200 OK", [("Content-Type", "text/plain"), ("Content-Length", str(len(size)))])
+        return [size]
+
+    last = b"GET /-/livez HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+    request = b"POST / HTTP/1.1\r\nHost: x\r\n" + body + last
+    with Serving(counts, threads) as serving:
+        first, _, second = serving.raw(request)[1:].partition(b"HTTP/1.1 ")
+        assert first.endswith(b"\r\n\r\n300000")
+        assert second.endswith(b"\r\n\r\nok\n")
+        serving.lease.until.value = 0.0
+        first, _, second = serving.raw(request)[1:].partition(b"HTTP/1.1 ")
+        assert b" 503 " in first and second.endswith(b"\r\n\r\nok\n"), "the refusal read the body, too"
+
+
+@POOL
+def test_expect_100_continue(threads: int) -> None:
+    def echo(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
+        start_response("200 OK", [("Content-Type", "text/plain"), ("Content-Length", "4")])
+        return [environ["wsgi.input"].read()]
+
+    with Serving(echo, threads) as serving, socket.create_connection(serving.address, timeout=5) as sock:
+        sock.sendall(b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 4\r\nExpect: 100-continue\r\n\r\n")
+        with sock.makefile("rb") as stream:
+            assert stream.readline() == b"HTTP/1.1 100 Continue\r\n"
+            assert stream.readline() == b"\r\n"
+            sock.sendall(b"body")
+            assert stream.readline() == b"HTTP/1.1 200 OK\r\n"
+            while stream.readline() != b"\r\n":
+                pass
+            assert stream.read(4) == b"body"
+
+
+@POOL
+def test_clients_that_leave(threads: int) -> None:
+    """In the middle of a request, before the answer, in the middle of it."""
+
+    def large(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
+        start_response("200 OK", [("Content-Type", "text/plain")])
+        return (b"x" * 65536 for _ in range(400))
+
+    with Serving(large, threads) as serving:
+        for request in (b"GET / HT", b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n\r\nhalf",
+                        b"GET / HTTP/1.1\r\nHost: x\r\n\r\n") * 3:  # fmt: skip
+            with socket.create_connection(serving.address, timeout=5) as sock:
+                sock.sendall(request)
+                if b"half" not in request and request.endswith(b"\r\n\r\n"):
+                    assert sock.recv(100).startswith(b"HTTP/1.1 200")
+        assert serving.get("/-/livez") == (200, b"ok\n")
+        assert len(serving.get()[1]) == 400 * 65536
+
+
+@POOL
+def test_a_broken_request_is_answered(threads: int) -> None:
+    with Serving(hello, threads) as serving:
+        for request in (b"\x16\x03\x01 hello\r\n\r\n", b"GET / HTTP/1.1\r\nContent-Length: x\r\n\r\n"):
+            assert serving.raw(request).startswith((b"HTTP/1.0 400", b"HTTP/1.1 400"))
+        assert serving.get() == (200, b"hello")
+
+
+@POOL
+def test_many_clients_at_once(threads: int) -> None:
+    answers: list[tuple[int, bytes]] = []
+
+    def work() -> None:
+        with serving.client() as client:
+            for _ in range(20):
+                client.request("GET", "/")
+                answer = client.getresponse()
+                answers.append((answer.status, answer.read()))
+
+    with Serving(hello, threads) as serving:
+        clients = [threading.Thread(target=work) for _ in range(16)]
+        for client in clients:
+            client.start()
+        for client in clients:
+            client.join(20)
+    assert answers == [(200, b"hello")] * 320
+
+
+def test_wsgi_input_and_file_wrapper() -> None:
+    """What a usual application takes for granted of its server."""
+
+    def sends_file(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
+        start_response("200 OK", [("Content-Type", "text/plain")])
+        wrapper: Iterable[bytes] = environ["wsgi.file_wrapper"](io.BytesIO(b"file" * 1000))
+        return wrapper
+
+    with Serving(sends_file, 0) as serving:
+        assert serving.get() == (200, b"file" * 1000)

@@ -1,0 +1,608 @@
+"""The strict reader and the validation of inventory.yaml: every fault has its place, none quotes the file."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import string
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from healthchecker import Inventory, InventoryError, Platform, ResourceSettings, ServiceSettings, load_inventory
+
+CANARY = "C4N4RY"
+FAULT = re.compile(r"inventory\.yaml(:[1-9]\d*:[1-9]\d*)?: \S.*")
+HOST = "hostname: a, username: u, password: p"
+
+
+def write(folder: Path, content: str | bytes) -> Path:
+    path = folder / "inventory.yaml"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8", "surrogatepass"))
+    return path
+
+
+def load(folder: Path, content: str | bytes) -> Inventory:
+    return load_inventory(write(folder, content))
+
+
+def faults(folder: Path, content: str | bytes) -> list[str]:
+    """The lines of the InventoryError that `content` gives; empty when it is valid."""
+    try:
+        load(folder, content)
+    except InventoryError as error:
+        lines = str(error).split("\n")
+        assert all(FAULT.fullmatch(line) for line in lines), lines
+        return lines
+    return []
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("inventory")
+
+
+# --- faults and their places: ¦ stands before the place that must be named -----------------------------------
+def one(text: str) -> str:
+    """An inventory of one SSH resource with further settings."""
+    return "resources:\n  - hostname: a\n    username: u\n    " + text + "\n"
+
+
+def more(text: str) -> str:
+    return one("password: p\n    " + text)
+
+
+FAULTS: dict[str, tuple[str, str]] = {
+    "empty file": ("¦", "resources is missing"),
+    "comments only": ("# nothing\n", "resources is missing"),
+    "a text": ("¦hello", "mapping"),
+    "a list": ("¦- a\n- b\n", "mapping"),
+    "no resources": ("¦service: {threads: 1}\n", "resources is missing"),
+    "resources is a text": ("resources: ¦many\n", "resources: must be a list"),
+    "resources is a mapping": ("resources: ¦{a: {hostname: a}}\n", "resources: must be a list"),
+    "a resource is a text": ("resources:\n  - ¦a.example.com\n", "resources[0]: must be a mapping"),
+    "a resource is null": ("resources:\n  -¦\n", "resources[0]: must be a mapping"),
+    "service is a list": ("service: ¦[a]\nresources: []\n", "service: must be a mapping"),
+    "defaults is a text": ("defaults: ¦none\nresources: []\n", "defaults: must be a mapping"),
+    "unknown part": ("resources: []\n¦servcie: {}\n", "unknown setting; did you mean service?"),
+    "unknown key": (one("¦pasword: p"), "resources[0]: unknown setting; did you mean password?"),
+    "unknown key, nothing near": (more("¦zzzzzz: p"), "resources[0]: unknown setting"),
+    "unknown key in service": (
+        "service: {¦thread: 1}\nresources: []",
+        "service: unknown setting; did you mean threads?",
+    ),
+    "unknown key in defaults": (
+        "defaults: {¦intervall: 9}\nresources: []",
+        "defaults: unknown setting; did you mean interval?",
+    ),
+    "unknown key in limits": (
+        more("limits: {¦cpu_percents: 90}"),
+        "limits: unknown setting; did you mean cpu_percent?",
+    ),
+    "unknown key in a limit": (more("limits: {cpu_percent: {¦wran: 9, fail: 20}}"), "did you mean warn?"),
+    "unknown key in a check": (more("checks: [{name: a, command: b, ¦timeuot: 3}]"), "did you mean timeout?"),
+    "percent over 100": (more("limits: {cpu_percent: ¦101}"), "resources[0].limits.cpu_percent"),
+    "percent over 100, nested": (more("limits:\n      disk_percent: {warn: 5, fail: ¦100.1}"), "disk_percent.fail"),
+    "percent 0": (more("limits: {swap_percent: ¦0}"), "swap_percent"),
+    "percent inf": (more("limits: {cpu_percent: ¦inf}"), "resources[0].limits.cpu_percent"),
+    "percent nan": (more("limits: {cpu_percent: ¦nan}"), "resources[0].limits.cpu_percent"),
+    "percent -inf": (more("limits: {cpu_percent: ¦-inf}"), "resources[0].limits.cpu_percent"),
+    "warn above fail": (more("limits: {cpu_percent: ¦{warn: 90, fail: 80}}"), "warn must be below fail"),
+    "empty limit": (more("limits: {cpu_percent: ¦{}}"), "cpu_percent"),
+    "interval inf": (more("interval: ¦inf"), "resources[0].interval"),
+    "interval 0": (more("interval: ¦0"), "resources[0].interval: must be greater than or equal to 1"),
+    "interval 0 in defaults": (f"defaults: {{interval: ¦0}}\nresources: [{{{HOST}}}]", "defaults.interval"),
+    "interval 0 in defaults of nobody": ("defaults: {interval: ¦0}\nresources: []", "defaults.interval"),
+    "interval is a list": (more("interval: ¦[60]"), "resources[0].interval"),
+    "timeout below 1": (more("timeout: ¦0.5"), "resources[0].timeout"),
+    "retry_interval nan": (more("retry_interval: ¦nan"), "resources[0].retry_interval"),
+    "rise 0": (more("rise: ¦0"), "resources[0].rise"),
+    "fall 1.5": (more("fall: ¦1.5"), "resources[0].fall"),
+    "port 0": (more("port: ¦0"), "resources[0].port: must be greater than or equal to 1"),
+    "port 65536": (more("port: ¦65536"), "resources[0].port: must be less than or equal to 65535"),
+    "port is a word": (more("port: ¦ssh"), "resources[0].port: must be a valid integer"),
+    "port of the third": (
+        "resources:\n" + "".join(f"  - {{{HOST}, name: r{n}, port: {port}}}\n" for n, port in enumerate([1, 2, "¦x"])),
+        "resources[2].port: must be a valid integer",
+    ),
+    "critical maybe": (more("critical: ¦maybe"), "resources[0].critical"),
+    "platform": (more("platform: ¦solaris"), "resources[0].platform: must be one of unix"),
+    "platform is a list": (more("platform: ¦[linux]"), "resources[0].platform: must be one of unix"),
+    "platform is a mapping": (more("platform: ¦{a: linux}"), "resources[0].platform"),
+    "platform wrong, with seed": (more("platform: ¦simulatd\n    seed: 1"), "resources[0].platform"),
+    "platform in defaults": (f"defaults: {{platform: ¦[a]}}\nresources: [{{{HOST}}}]", "defaults.platform"),
+    "hostname missing": ("resources:\n  - ¦username: u\n    password: p\n", "resources[0].hostname: is missing"),
+    "hostname is an option": ("resources: [{hostname: ¦-oProxy, username: u, password: p}]", "resources[0].hostname"),
+    "hostname empty": ("resources: [{hostname: ¦'', username: u, password: p}]", "resources[0].hostname"),
+    "username missing": ("resources:\n  - ¦hostname: a\n    password: p\n", "resources[0]: username is missing"),
+    "username of two lines": ('resources: [{hostname: a, username: ¦"u\\nv", password: p}]', "resources[0].username"),
+    "name with a slash": (more("name: ¦a/b"), "resources[0].name"),
+    "name ..": (more("name: ¦.."), "resources[0].name"),
+    "same name": (
+        f"resources:\n  - {{{HOST}, name: x}}\n  - {{hostname: b, username: u, password: p, name: ¦x}}\n",
+        "resources[1].name: the resource at inventory.yaml:2:5 has this name",
+    ),
+    "same hostname": (
+        f"resources:\n  - {{{HOST}}}\n  - {{hostname: ¦a, username: u, password: p}}\n",
+        "resources[1].hostname: the resource at inventory.yaml:2:5",
+    ),
+    "password and password_env": (
+        "resources:\n  - ¦hostname: a\n    username: u\n    password: p\n    password_env: PATH\n",
+        "resources[0]: use one of password, password_env",
+    ),
+    "password empty": (one("password: ¦''"), "resources[0].password"),
+    "password too long": (one(f"password: ¦{'p' * 1025}"), "resources[0].password"),
+    "password is a mapping": (one("password: ¦{a: b}"), "resources[0].password"),
+    "unset variable": (
+        one("password_env: ¦HEALTHCHECKER_UNSET"),
+        "resources[0].password_env: this environment variable is not",
+    ),
+    "empty variable": (one("password_env: ¦HEALTHCHECKER_EMPTY"), "resources[0].password_env"),
+    "unset variable of defaults": (
+        "defaults: {password_env: ¦HEALTHCHECKER_UNSET}\nresources: [{hostname: a, username: u}]",
+        "defaults.password_env",
+    ),
+    "missing key file": (one("key_file: ¦nowhere/id_ed25519"), "resources[0].key_file: there is no such file"),
+    "key file is a folder": (one("key_file: ¦."), "resources[0].key_file"),
+    "key file of nobody": (one("key_file: ¦~no-such-user/id_ed25519"), "resources[0].key_file"),
+    "missing password file": (one("password_file: ¦nowhere"), "resources[0].password_file: this file cannot be read"),
+    "password file is binary": (one("password_file: ¦binary"), "resources[0].password_file"),
+    "password file is empty": (one("password_file: ¦empty"), "resources[0].password_file"),
+    "password file of nobody": (one("password_file: ¦~no-such-user/password"), "resources[0].password_file"),
+    "password file with NUL": (one('password_file: ¦"a\\0b"'), "resources[0].password_file"),
+    "password is half a character": (one('password: ¦"\\ud800"'), ""),
+    "a tag is half a character": (more('tags: [¦"\\ud800"]'), ""),
+    "password file is half a character": (one('password_file: ¦"\\ud800"'), ""),
+    "passphrase without key": (more("key_passphrase: x").replace("- h", "- ¦h"), "key_passphrase needs key_file"),
+    "host_key": (more("host_key: ¦md5:00"), "resources[0].host_key"),
+    "two checks of one name": (
+        more("checks: [{name: a, command: b}, {name: a, command: c}]").replace("- h", "- ¦h"),
+        "two checks have the same name",
+    ),
+    "check without command": (more("checks:\n      - ¦name: a"), "resources[0].checks[0].command: is missing"),
+    "service with a blank start": (more("services: [¦'-rf']"), "resources[0].services[0]"),
+    "setting of another platform": (more("¦seed: 1"), "has no meaning with platform"),
+    "password for local": (
+        "resources: [{platform: local, name: a, ¦password: p}]",
+        "has no meaning with platform local",
+    ),
+    "listen without port": ("service: {listen: ¦localhost}\nresources: []", "service.listen: must be address:port"),
+    "listen port": ("service: {listen: ¦'127.0.0.1:65536'}\nresources: []", "65535"),
+    "database url": ("service: {database: ¦'postgres://x/y'}\nresources: []", "service.database"),
+    "database of nobody": ("service: {database: ¦'sqlite:///~no-such-user/x'}\nresources: []", "service.database"),
+    "keys of nobody": ("service: {keys: ¦~no-such-user/keys}\nresources: []", "service.keys"),
+    "app": ("service: {app: ¦mysite}\nresources: []", "service.app: must be module:callable"),
+    "workers -1": ("service: {workers: ¦-1}\nresources: []", "service.workers"),
+    "same key": ("resources: []\n¦resources: []\n", "this key stands here twice"),
+    "same key in a resource": (more("¦password: q"), "this key stands here twice"),
+    "anchor": (one("password: ¦&p x"), "anchors and aliases are not allowed"),
+    "alias": (one("password: ¦*x"), "anchors and aliases are not allowed"),
+    "tag": (one("password: ¦!secret x"), "tags are not allowed"),
+    "python tag": ("resources: ¦!!python/object/apply:os.system [id]\n", "tags are not allowed"),
+    "merge": (one("¦<<: {port: 1}"), "merge keys are not allowed"),
+    "key is a list": (more("? ¦[a]\n    : b"), "a key must be plain text"),
+    "second document": ("resources: []\n¦---\nresources: []\n", "not valid YAML"),
+    "tab": (one("password: p\n¦\tport: 22"), "not valid YAML"),
+    "open quote": (one("password: 'p") + "¦", "not valid YAML"),
+    "open bracket": ("resources: [\n¦", "not valid YAML"),
+    "colon in a value": (one("password: p¦: q"), "not valid YAML"),
+    "percent sign": (one("password: ¦%p"), "not valid YAML"),
+    "reserved sign": (one("password: ¦`p"), "not valid YAML"),
+    "control character": ("resources: []\n# ¦\x07\n", "not allowed in YAML"),
+    "BOM counts no column": ("\ufeff¦resourcess: []\n", "did you mean resources?"),
+    "CRLF": (
+        "service:\r\n  threads: 1\r\nresources:\r\n  - {hostname: a,\r\n     username: u, port: ¦x, password: p}\r\n",
+        "resources[0].port",
+    ),
+    "wide characters before": (
+        "resources: [{name: '日本 😀', hostname: a, username: u, password: p, port: ¦x}]",
+        "port",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", FAULTS)
+def test_fault(case: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HEALTHCHECKER_UNSET", raising=False)
+    monkeypatch.setenv("HEALTHCHECKER_EMPTY", "")
+    (folder / "binary").write_bytes(b"\xff\xfe\x00")
+    (folder / "empty").write_bytes(b"\n")
+    marked, message = FAULTS[case]
+    before = (marked if "¦" in marked else "¦").partition("¦")[0].removeprefix("\ufeff")
+    row, column = before.count("\n") + 1, len(before.rpartition("\n")[2]) + 1
+    [line] = faults(folder, marked.replace("¦", ""))
+    assert line.startswith(f"inventory.yaml:{row}:{column}: ")
+    assert message in line
+
+
+def test_every_fault_at_once(folder: Path) -> None:
+    """One line each, in the form that editors and people can follow."""
+    got = faults(
+        folder,
+        "service: {listen: nowhere, thread: 1}\ndefaults: {intervall: 5}\nresources:\n"
+        "  - {hostname: a, username: u, password: p, port: x}\n"
+        "  - hostname: b\n    username: u\n    password: p\n    interval: 0\n    limits: {cpu_percent: inf}\n"
+        "  - hostname: c\n    username: u\n    port: 70000\n    name: ..\n",
+    )
+    places = [line.split(": ")[0] for line in got]
+    assert sorted(places) == sorted(
+        f"inventory.yaml:{place}" for place in ("1:19", "1:28", "2:12", "4:51", "8:15", "9:27", "12:11", "13:11")
+    )
+    assert "inventory.yaml:12:11: resources[2].port: " in "\n".join(got)
+
+
+@pytest.mark.parametrize(
+    ("content", "places"),
+    [
+        ("resources:\n  - {hostname: a, hostname: a, username: u, password: p, port: x}\n", {"2:19", "2:64"}),
+        (
+            "resources:\n  - {hostname: a, username: u, password: &p x}\n  - {hostname: b, password: !p x}\n",
+            {"2:42", "3:29"},
+        ),
+        ("resources:\n  - {hostname: a, username: u, key_file: nowhere, port: 0}\n", {"2:42", "2:57"}),
+        ("resources:\n  - {hostname: a, username: u, password: p, seed: 1, port: 0}\n", {"2:45", "2:60"}),
+        (
+            "resources: [{hostname: a, username: u, port: 0, password: p}, {hostname: a, username: u, password: q}]\n",
+            {"1:46", "1:74"},
+        ),
+    ],
+    ids=[
+        "double key and port",
+        "anchor and tag",
+        "key file and port",
+        "foreign setting and port",
+        "port and same name",
+    ],
+)
+def test_faults_of_different_kinds_come_together(content: str, places: set[str], folder: Path) -> None:
+    assert {line.split(": ")[0].partition(":")[2] for line in faults(folder, content)} == places
+
+
+FILES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "directory": (lambda path: path.mkdir(), "is a directory"),
+    "missing": (lambda path: None, "cannot be read"),
+    "over 1 MiB": (lambda path: path.write_bytes(b"resources: []\n" + b"#" * (1 << 20)), "larger than 1048576 bytes"),
+    "not UTF-8": (lambda path: path.write_bytes(b"resources: []\n# \xe4\n"), "not UTF-8"),
+    "UTF-16": (lambda path: path.write_bytes("resources: []\n".encode("utf-16")), "not UTF-8"),
+    "cut within a character": (lambda path: path.write_bytes("resources: []\n# ä".encode()[:-1]), "not UTF-8"),
+    "NUL bytes": (lambda path: path.write_bytes(bytes(4096)), "not allowed in YAML"),
+}
+
+
+@pytest.mark.parametrize("case", FILES)
+def test_unreadable_file(case: str, tmp_path: Path) -> None:
+    make, message = FILES[case]
+    path = tmp_path / "inventory.yaml"
+    make(path)
+    with pytest.raises(InventoryError, match=message) as caught:
+        load_inventory(path)
+    assert FAULT.fullmatch(str(caught.value))
+    assert caught.value.exit_code == 2
+    if case == "not UTF-8":
+        assert str(caught.value).startswith("inventory.yaml:2:3: ")
+
+
+def test_one_mebibyte_is_read(folder: Path) -> None:
+    content = b"resources: []\n#"
+    assert load(folder, content + b"-" * ((1 << 20) - len(content))).entries == []
+
+
+# --- what is valid -------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "scalar",
+    [
+        "007",
+        "no",
+        "22:22",
+        "~",
+        "null",
+        "0x1F",
+        "1e3",
+        "1_000",
+        "2001-01-01",
+        "yes",
+        "=",
+        ".inf",
+        "a#b",
+        "ä€😀",
+        "HC2.x",
+    ],
+)
+def test_scalars_are_texts(scalar: str, folder: Path) -> None:
+    entry = load(folder, one(f"password: {scalar}")).entries[0]
+    assert entry.password and entry.password.get_secret_value() == scalar
+
+
+def test_no_representation_shows_a_secret(folder: Path) -> None:
+    inventory = load(folder, one(f"password: {CANARY}") + f"  - {{hostname: b, username: u, password: {CANARY}}}\n")
+    assert CANARY not in f"{inventory} {inventory.entries!r} {inventory.entries[0].settings.model_dump_json()}"
+
+
+@pytest.mark.parametrize(
+    ("text", "secret"),
+    [
+        ("'it''s'", "it's"),
+        ('"a\\tb\\x41"', "a\tbA"),
+        ("|-\n      two\n      lines", "two\nlines"),
+        (">-\n      folded\n      text", "folded text"),
+        ("plain over\n      two lines", "plain over two lines"),
+        ("p # comment", "p"),
+        ("'p # none'", "p # none"),
+    ],
+)
+def test_styles_of_text(text: str, secret: str, folder: Path) -> None:
+    password = load(folder, one(f"password: {text}")).entries[0].password
+    assert password and password.get_secret_value() == secret
+
+
+def test_defaults_of_the_issue(folder: Path) -> None:
+    inventory = load(folder, "resources: [{hostname: db1.example.com, username: u, password: p}]")
+    resource = inventory.entries[0].settings
+    assert (resource.name, resource.platform, resource.port, resource.critical) == (
+        "db1.example.com",
+        Platform.UNIX,
+        22,
+        True,
+    )
+    assert (resource.interval, resource.timeout, resource.retry_interval, resource.rise, resource.fall) == (
+        60,
+        10,
+        5,
+        2,
+        2,
+    )
+    assert inventory.service == ServiceSettings() and inventory.service.address == ("127.0.0.1", 8080)
+
+
+MERGES: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "taken over": ("interval: 30, fall: 3", HOST, {"interval": 30, "fall": 3, "rise": 2}),
+    "own value wins": ("interval: 30", HOST + ", interval: 5", {"interval": 5}),
+    "limits merge by metric": (
+        "limits: {cpu_percent: 90, disk_percent: 80}",
+        HOST + ", limits: {disk_percent: 70}",
+        {"limits": {"cpu_percent": {"fail": 90}, "disk_percent": {"fail": 70}}},
+    ),
+    "lists are replaced": ("tags: [a, b]", HOST + ", tags: [c]", {"tags": ["c"]}),
+    "username": ("username: monitor", "hostname: a, password: p", {"username": "monitor"}),
+    "own credential replaces another kind": (
+        "password: d",
+        "hostname: a, username: u, password_env: PATH",
+        {"password": None, "password_env": "PATH"},
+    ),
+    "what local does not know": (
+        "username: u, password: p, port: 23",
+        "name: a, platform: local",
+        {"username": None, "password": None, "port": 22},
+    ),
+    "simulated settings": ("mean_healthy: 9", "name: a, platform: simulated", {"mean_healthy": 9}),
+    "simulated settings elsewhere": ("mean_healthy: 9", HOST, {"mean_healthy": 300}),
+    "platform": ("platform: freebsd", HOST, {"platform": "freebsd"}),
+    "key file replaces a password": ("password: d", "hostname: a, username: u, key_file: key", {"password": None}),
+}
+
+
+@pytest.mark.parametrize("case", MERGES)
+def test_merge_of_defaults(case: str, folder: Path) -> None:
+    defaults, own, expected = MERGES[case]
+    (folder / "key").write_bytes(b"")
+    settings = load(folder, f"defaults: {{{defaults}}}\nresources:\n  - {{{own}}}\n").entries[0].settings
+    dumped = settings.model_dump(mode="json", exclude_none=True)
+    dumped["limits"] = {
+        name: settings.limits.by_metric()[name].model_dump(exclude_none=True) for name in settings.limits.by_metric()
+    }
+    assert {name: dumped.get(name) for name in expected} == expected
+
+
+def test_secrets_from_elsewhere(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """password_env, password_file and key_passphrase_file; paths are relative to the inventory's folder."""
+    monkeypatch.setenv("HEALTHCHECKER_PASSWORD", " from the environment ")
+    monkeypatch.chdir(folder.parent)
+    (folder / "plain").write_text("from a file\n", encoding="utf-8")
+    (folder / "windows").write_bytes(b"from Windows\r\n")
+    (folder / "key").write_bytes(b"")
+    inventory = load(
+        folder,
+        "resources:\n  - {hostname: a, username: u, password_env: HEALTHCHECKER_PASSWORD}\n"
+        "  - {hostname: b, username: u, password_file: plain}\n  - {hostname: c, username: u, password_file: windows}\n"
+        "  - {hostname: d, username: u, key_file: key, key_passphrase_file: plain}\n",
+    )
+    secrets = [entry.password.get_secret_value() if entry.password else None for entry in inventory.entries]
+    assert secrets == [" from the environment ", "from a file", "from Windows", None]
+    phrase = inventory.entries[3].passphrase
+    assert phrase and phrase.get_secret_value() == "from a file"
+    assert inventory.entries[3].settings.key_file == folder / "key"
+
+
+def test_password_file_saved_by_notepad(folder: Path) -> None:
+    """Its byte order mark is no part of the password, as it is none of the inventory."""
+    (folder / "bom").write_bytes(b"\xef\xbb\xbfsecret\r\n")
+    password = load(folder, one("password_file: bom")).entries[0].password
+    assert password and password.get_secret_value() == "secret"
+
+
+@pytest.mark.parametrize(
+    "host", ["192.0.2.7", "2001:db8::7", "fe80::1%eth0", "db1.example.com", "localhost", "under_score"]
+)
+def test_hostnames(host: str, folder: Path) -> None:
+    assert (
+        load(folder, f"resources: [{{hostname: '{host}', username: u, password: p}}]").entries[0].settings.hostname
+        == host
+    )
+
+
+# --- hostile files -------------------------------------------------------------------------------------------
+BOMB = "a0: &a0 [x,x,x,x,x,x,x,x,x]\n" + "".join(f"a{n}: &a{n} [{','.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 9))
+MERGE_BOMB = "m0: &m0 {k: v}\n" + "".join(
+    f"m{n}: &m{n} {{<<: [{','.join([f'*m{n - 1}'] * 9)}]}}\n" for n in range(1, 9)
+)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *(BOMB, MERGE_BOMB, "a: &a [*a]\n", '"' + "\\" * 500_000, "x" * 1_000_000, "!" * 500_000, "&a " * 100_000),
+        *(opening * 200_000 for opening in ("[", "{", "- ", "? ", "{a: ")),
+    ],
+    ids=lambda content: content[:8].strip(),
+)
+def test_bomb(content: str, folder: Path) -> None:
+    begin = time.process_time()
+    assert faults(folder, content)
+    assert time.process_time() - begin < 8
+
+
+def test_a_thousand_hosts_load_fast(folder: Path) -> None:
+    hosts = "".join(
+        f"  - hostname: h{n}.example.com\n    username: monitor\n    password: p{n}\n    limits: {{cpu_percent: 95}}\n"
+        for n in range(1000)
+    )
+    begin = time.process_time()
+    assert len(load(folder, "resources:\n" + hosts).entries) == 1000
+    assert time.process_time() - begin < 4
+
+
+FULL = """\
+service: {listen: 127.0.0.1:0, workers: 0, app: a:b, threads: 4,
+  database: sqlite:///x.db, keys: keys, known_hosts: k, log_file: l}
+defaults: {interval: 60, username: u}
+resources:
+  - {hostname: a, name: n, platform: linux, port: 22, username: u, password: p,
+     host_key: strict, interval: 30, timeout: 9, tags: [t]}
+  - {hostname: b, retry_interval: 5, rise: 2, fall: 2, critical: true,
+     key_file: keyfile, key_passphrase: p, services: [s]}
+  - {hostname: c, password_env: PATH, limits: {cpu_percent: 95, disk_percent: {warn: 1, fail: 9}, load_per_cpu: 3}}
+  - {hostname: d, password_file: keyfile, checks: [{name: c, command: x, timeout: 5}]}
+  - {name: e, platform: simulated, mean_healthy: 1, mean_unhealthy: 1, seed: 1}
+"""
+SLOTS = [match.span(1) for match in re.finditer(r"(?<=[\[{, ])([\w:./]+)(?=: |[,}\]])", FULL)]
+HOSTILE = [
+    CANARY,
+    f"[{CANARY}]",
+    f"{{{CANARY}: {CANARY}}}",
+    f'"{CANARY}\\x07\\0"',
+    f'"{CANARY}\\ud800"',
+    f"{CANARY}: {CANARY}: x",
+    f"HC1.{CANARY}.a.b.c",
+    f"~{CANARY}/x",
+    f"{CANARY}\x00",
+    f"-{CANARY}/../{CANARY}",
+]
+
+
+@pytest.mark.parametrize("hostile", HOSTILE)
+def test_no_fault_quotes_the_file(hostile: str, folder: Path) -> None:
+    """The same odd text in the place of every key and of every value: refused or not, it is never shown."""
+    (folder / "keyfile").write_text(CANARY, encoding="utf-8")
+    assert len(SLOTS) > 90
+    refused = 0
+    for begin, end in SLOTS:
+        lines = faults(folder, FULL[:begin] + hostile + FULL[end:])
+        refused += bool(lines)
+        assert CANARY not in "\n".join(lines)
+    assert refused > 20
+
+
+def test_full_inventory_is_valid(folder: Path) -> None:
+    (folder / "keyfile").write_text("p", encoding="utf-8")
+    assert faults(folder, FULL) == []
+
+
+KNOWN = sorted({
+    *ServiceSettings.model_fields,
+    *ResourceSettings.model_fields,
+    "service",
+    "defaults",
+    "resources",
+    "warn",
+    "fail",
+    "command",
+})
+TEXTS = st.one_of(
+    st.sampled_from([
+        "local",
+        "simulated",
+        "unix",
+        "strict",
+        "inf",
+        "0",
+        "1",
+        "-1",
+        "true",
+        "~/x",
+        "~x/y",
+        "a\x00b",
+        "\ud800",
+        "",
+        "HC1.a.b.c.d",
+    ]),
+    st.text(max_size=12),
+    st.text(string.printable, max_size=12),
+)
+VALUES: st.SearchStrategy[Any] = st.recursive(
+    TEXTS,
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=3), st.dictionaries(st.one_of(st.sampled_from(KNOWN), TEXTS), inner, max_size=4)
+    ),
+    max_leaves=8,
+)
+RESOURCE = st.dictionaries(st.sampled_from(sorted(ResourceSettings.model_fields)), VALUES, max_size=8)
+TREE = st.one_of(
+    VALUES,
+    st.fixed_dictionaries(
+        {"resources": st.lists(RESOURCE, max_size=3)}, optional={"defaults": RESOURCE, "service": VALUES}
+    ),
+)
+FAST = settings(
+    max_examples=200, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True, database=None
+)
+
+
+def only_our_error(folder: Path, content: bytes) -> None:
+    """Each line names a place that exists in the file."""
+    text = content.decode("utf-8", "replace").removeprefix("\ufeff")
+    lines = re.split("\r\n|[\r\n\x85\u2028\u2029]", text)
+    for line in faults(folder, content):
+        if found := re.match(r"inventory\.yaml:(\d+):(\d+): ", line):
+            row, column = int(found[1]), int(found[2])
+            assert row <= len(lines) and column <= len(lines[row - 1]) + 1
+
+
+@FAST
+@given(tree=TREE)
+def test_any_tree_gives_only_our_error(tree: Any, folder: Path) -> None:
+    only_our_error(folder, json.dumps(tree).encode())
+
+
+@FAST
+@given(
+    content=st.one_of(
+        st.binary(max_size=60), st.text("[]{}:,-?&*!|>'\"%@`#\\ \t\n\r\ufeff\x85aü0<~", max_size=40).map(str.encode)
+    )
+)
+def test_any_bytes_give_only_our_error(content: bytes, folder: Path) -> None:
+    only_our_error(folder, content)
+
+
+@FAST
+@given(
+    begin=st.integers(0, len(FULL)),
+    cut=st.integers(0, 30),
+    insert=st.text("[]{}:,-&*!|>'\"#\\ \n\ta0~\x00\ud800", max_size=4),
+)
+def test_any_edit_gives_only_our_error(begin: int, cut: int, insert: str, folder: Path) -> None:
+    only_our_error(folder, (FULL[:begin] + insert + FULL[begin + cut :]).encode("utf-8", "surrogatepass"))
+
+
+@pytest.fixture(autouse=True)
+def _same_folder(folder: Path) -> Iterator[None]:
+    """Relative paths of the generated files must not reach into the project."""
+    before = Path.cwd()
+    os.chdir(folder)
+    yield
+    os.chdir(before)

@@ -1,0 +1,680 @@
+"""Poll: real threads, a real database, and machines that do what the test says."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import logging
+import random
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from conftest import wait_for
+
+import healthchecker
+from healthchecker import (
+    CONNECTIONS,
+    Access,
+    CommandResult,
+    Deadline,
+    HealthAggregator,
+    KnownHosts,
+    LoginGuard,
+    Monitor,
+    Platform,
+    Poller,
+    ProbeError,
+    Recorder,
+    Resolver,
+    Status,
+    Store,
+    Target,
+    Vault,
+    Watch,
+    import_inventory,
+    load_inventory,
+)
+
+SLACK = 0.25  # seconds that a busy machine may add
+BACKOFF = 300.0  # seconds between two attempts with a refused credential
+Behaviour = Callable[[LoginGuard, Deadline], object]
+
+
+# --- machines ---
+class Machines:
+    """Stands behind CONNECTIONS: what each machine does when it is polled, and when it was."""
+
+    def __init__(self) -> None:
+        self.behaviours: dict[str, Behaviour] = {}
+        self.polls: list[tuple[str, float]] = []
+        self.logins: list[str] = []
+        self.made: list[str] = []  # connections, that is, pollers
+        self.ended = threading.Event()  # lets go of whatever hangs
+
+    def connection(self, target: Target, guard: LoginGuard, access: Access) -> Machine:
+        del access
+        self.made.append(target.name)
+        return Machine(self, target.name, guard)
+
+    def moments(self, name: str) -> list[float]:
+        return [moment for polled, moment in self.polls if polled == name]
+
+    # behaviours
+    def hang(self, guard: LoginGuard, deadline: Deadline) -> None:
+        self.ended.wait(60)
+        raise ProbeError("timeout", "let go at the end of the test")
+
+    def takes(self, seconds: float) -> Behaviour:
+        return lambda guard, deadline: self.ended.wait(seconds)
+
+    def login(self, name: str, answer: Behaviour | None = None) -> Behaviour:
+        """A login around `answer`, counted."""
+
+        def attempt(guard: LoginGuard, deadline: Deadline) -> None:
+            with guard.attempt(name, deadline):
+                self.logins.append(name)
+                if answer:
+                    answer(guard, deadline)
+
+        return attempt
+
+
+class Machine:
+    """A connection: the machine prints the least that the POSIX table's parser takes for an answer."""
+
+    def __init__(self, machines: Machines, name: str, guard: LoginGuard) -> None:
+        self._machines, self._name, self._guard = machines, name, guard
+
+    def run(self, script: str, done: bytes, deadline: Deadline) -> CommandResult:
+        del script
+        self._machines.polls.append((self._name, time.monotonic()))
+        self._machines.behaviours.get(self._name, good)(self._guard, deadline)
+        mark = done.rpartition(b" ")[0].decode()  # "\n@nonce"
+        sections = f"{mark} begin platform freebsd\n{mark} end 0\n{mark} begin hostname\nbox\n{mark} end 0\n"
+        return CommandResult(sections.encode() + done, 0)
+
+
+def good(guard: LoginGuard, deadline: Deadline) -> None:
+    """Answers."""
+
+
+def unreachable(guard: LoginGuard, deadline: Deadline) -> None:
+    raise ProbeError("unreachable", "connection refused")
+
+
+def refused(guard: LoginGuard, deadline: Deadline) -> None:
+    raise ProbeError("auth", "login as monitor refused")
+
+
+def dies(guard: LoginGuard, deadline: Deadline) -> None:
+    raise SystemExit
+
+
+@pytest.fixture
+def machines() -> Iterator[Machines]:
+    """`platform: freebsd` is these machines for as long as the test runs."""
+    found, before = Machines(), CONNECTIONS[Platform.FREEBSD]
+    CONNECTIONS[Platform.FREEBSD] = found.connection
+    yield found
+    CONNECTIONS[Platform.FREEBSD] = before
+    found.ended.set()
+
+
+# --- the service around them ---
+@pytest.fixture(scope="session")
+def vault(tmp_path_factory: pytest.TempPathFactory) -> Vault:
+    made = Vault(tmp_path_factory.mktemp("keys"))
+    made.create()
+    return made
+
+
+class House:
+    """A folder with an inventory and a database; `watching` runs the monitor on it, as often as one likes."""
+
+    def __init__(self, folder: Path, vault: Vault) -> None:
+        self.folder, self.vault = folder, vault
+        self.store = Store(folder / "database")
+
+    def write(self, *resources: str) -> None:
+        """Resources in YAML's flow style; machines of ours where no platform is named."""
+        machine = "platform: freebsd, hostname: 192.0.2.1, username: monitor"
+        lines = [line if "platform:" in line else f"{line}, {machine}" for line in resources]
+        path = self.folder / "inventory.yaml"
+        defaults = "defaults: {password: secret, interval: 60, retry_interval: 1, timeout: 1}\n"
+        text = defaults + "resources:\n" + "".join(f"  - {{{line}}}\n" for line in lines)
+        path.write_text(text if lines else "resources: []\n", encoding="utf-8")
+        with self.store.writing() as session:
+            import_inventory(session, load_inventory(path), self.vault)
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[House]:
+        self.aggregator = HealthAggregator()
+        access = Access(KnownHosts(self.folder / "known_hosts"), Resolver())
+        watch = Watch(self.aggregator, Recorder(self.store, self.aggregator), access, random.Random(1))
+        self.monitor = Monitor(self.store, self.vault, watch)
+        self.monitor.begin()
+        try:
+            yield self
+        finally:
+            self.monitor.close()
+            self.monitor.join(5)
+
+    def poller(self, name: str) -> Poller:
+        found = self.monitor.poller(name)
+        assert found is not None
+        return found
+
+    def state(self, name: str) -> tuple[str, str]:
+        standing = self.poller(name).standing
+        return standing.state, standing.cause
+
+    def stored(self, name: str) -> tuple[str, str]:
+        """State and cause in the database."""
+        with self.store.reading() as session:
+            row = session.scalar(
+                healthchecker.sqlalchemy.select(Status).join(healthchecker.Resource).filter_by(name=name)
+            )
+            return (row.state, row.cause) if row else ("", "")
+
+    def elsewhere(self, *statements: str) -> None:
+        """What another process does to the database, and says so by raising the revision."""
+        program = (
+            "import sqlite3, sys\n"
+            "with sqlite3.connect(sys.argv[1], timeout=5) as connection:\n"
+            "    for statement in sys.argv[2:]: connection.execute(statement)\n"
+        )
+        revised = "UPDATE setting SET value = value + 1 WHERE name = 'revision'"
+        path = str(self.folder / "database")
+        subprocess.run([sys.executable, "-c", program, path, *statements, revised], check=True, timeout=20)
+
+    def age(self, seconds: float, name: str = "%") -> None:
+        """Makes what is stored of a resource `seconds` old."""
+        with (
+            contextlib.closing(sqlite3.connect(self.folder / "database", timeout=5)) as connection,
+            connection,
+        ):
+            connection.execute(
+                "UPDATE status SET polled = ? WHERE resource_id IN (SELECT id FROM resource WHERE name LIKE ?)",
+                (time.time() - seconds, name),
+            )
+
+
+@pytest.fixture
+def house(tmp_path: Path, vault: Vault, machines: Machines) -> Iterator[House]:
+    made = House(tmp_path, vault)
+    yield made
+    machines.ended.set()
+    wait_for(lambda: not any(thread.name.startswith(("poll ", "recorder", "monitor"))
+                             for thread in threading.enumerate()), 5)  # fmt: skip
+    made.store.close()
+
+
+def gaps(moments: list[float]) -> list[float]:
+    return [after - before for before, after in itertools.pairwise(moments)]
+
+
+# --- when polls happen ---
+def test_interval_with_jitter(house: House, machines: Machines) -> None:
+    names = [f"m{number}" for number in range(12)]
+    house.write(*(f"name: {name}, interval: 1" for name in names))
+    with house.watching():
+        wait_for(lambda: all(len(machines.moments(name)) >= 4 for name in names), 8)
+    found = [gap for name in names for gap in gaps(machines.moments(name))]
+    assert min(found) >= 0.9 - 0.02
+    assert sorted(found)[len(found) * 3 // 4] <= 1.1 + 0.05  # a few may be late on a busy machine
+    assert max(found) <= 1.1 + SLACK
+    assert max(found) - min(found) > 0.05, "no jitter"
+
+
+def test_a_long_poll_does_not_shorten_the_interval(house: House, machines: Machines) -> None:
+    house.write("name: slow, interval: 1.5, timeout: 5")
+    machines.behaviours["slow"] = machines.takes(0.7)
+    with house.watching():
+        wait_for(lambda: len(machines.moments("slow")) >= 4, 8)
+    found = gaps(machines.moments("slow"))
+    assert min(found) >= 1.35 - 0.02, found
+    assert max(found) <= 1.65 + SLACK, found
+
+
+def test_first_polls_are_paced_and_dead_machines_hold_up_nobody(house: House, machines: Machines) -> None:
+    names = [f"m{number:02}" for number in range(40)]
+    house.write(*(f"name: {name}" for name in names))
+    machines.behaviours |= dict.fromkeys(names[:10], machines.hang)
+    with house.watching():
+        begin = time.monotonic()
+        wait_for(lambda: len(machines.polls) == len(names), 5)
+        machines.ended.set()
+    for rank, name in enumerate(names):
+        late = machines.moments(name)[0] - begin - rank / 50
+        assert -0.1 < late < SLACK, (name, late)
+
+
+def test_retry_interval_while_undecided(house: House, machines: Machines) -> None:
+    house.write("name: db1, interval: 60, retry_interval: 1, rise: 2, fall: 3")
+    with house.watching():
+        wait_for(lambda: house.state("db1") == ("healthy", ""))
+        machines.behaviours["db1"] = unreachable
+        house.poller("db1").check_now()
+        wait_for(lambda: house.state("db1") == ("unhealthy", "unreachable"), 4)
+        assert len(machines.polls) == 4  # one good, three bad
+        for gap in gaps(machines.moments("db1")[1:]):
+            assert 0.9 - 0.02 <= gap <= 1.1 + SLACK
+        assert not machines.ended.wait(1.2), "decided: the next poll is a minute away"
+        assert len(machines.polls) == 4
+        machines.behaviours["db1"] = good
+        house.poller("db1").check_now()
+        wait_for(lambda: house.state("db1") == ("healthy", ""), 2.5)
+        assert len(machines.polls) == 6
+
+
+def test_undecided_results_renew_the_lease(house: House, machines: Machines) -> None:
+    house.write("name: db1, interval: 1, fall: 1000")
+    with house.watching():
+        wait_for(house.aggregator.is_healthy)
+        machines.behaviours["db1"] = unreachable
+        wait_for(lambda: house.poller("db1").standing.bad == 2, 4)
+        assert 4.5 < lease_left(house) <= 5  # 2 intervals, timeout, 2 s
+        assert house.state("db1") == ("healthy", "")
+
+
+# --- pollers that fail ---
+@pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnhandledThreadExceptionWarning"
+)  # that is what it is about
+def test_dead_and_hanging_pollers(house: House, machines: Machines) -> None:
+    """The gate closes by itself; a dead one is restarted; all of them are recorded, also what does not count."""
+    names = ["dying", "hanging", "optional", "fine"]
+    house.write(
+        *(f"name: {name}, interval: 1, critical: {str(name != 'optional').lower()}" for name in names)
+    )
+    with house.watching():
+        wait_for(lambda: all(house.state(name)[0] == "healthy" for name in names))
+        assert house.aggregator.is_healthy()
+        machines.behaviours = {"dying": dies, "hanging": machines.hang, "optional": machines.hang}
+        begin, made = time.monotonic(), machines.made.count("dying")
+        wait_for(lambda: machines.made.count("dying") > made, 5)
+        wait_for(lambda: not house.aggregator.is_healthy(), 6.5)
+        assert time.monotonic() - begin > 2, "closed by its lease and not by chance"
+        expected = dict.fromkeys(names[:3], ("unhealthy", "stale")) | {"fine": ("healthy", "")}
+        with contextlib.suppress(AssertionError):  # the comparison below names the one
+            wait_for(lambda: {name: house.stored(name) for name in names} == expected, 3)
+        assert {name: house.stored(name) for name in names} == expected
+        machines.behaviours["dying"] = good
+        wait_for(lambda: house.state("dying") == ("healthy", ""), 5)
+
+
+def test_hanging_first_poll_after_a_restart(house: House, machines: Machines) -> None:
+    """What is left of the stored lease runs out, and that is recorded, too."""
+    house.write("name: db1, interval: 1")
+    with house.watching():
+        wait_for(house.aggregator.is_healthy)
+    house.age(4)
+    machines.behaviours["db1"] = machines.hang
+    with house.watching():
+        assert house.aggregator.is_healthy()
+        wait_for(lambda: not house.aggregator.is_healthy(), 2)
+        wait_for(lambda: house.stored("db1") == ("unhealthy", "stale"), 2.5)
+
+
+def test_what_no_one_foresaw(house: House, machines: Machines, caplog: pytest.LogCaptureFixture) -> None:
+    """An error of a library's own ends no poller."""
+
+    def odd(guard: LoginGuard, deadline: Deadline) -> None:
+        raise KeyError("surprise")
+
+    house.write("name: db1, interval: 1")
+    machines.behaviours["db1"] = odd
+    with house.watching():
+        wait_for(lambda: len(machines.polls) >= 2, 4)
+        assert machines.made == ["db1"]
+        assert house.state("db1") == ("unhealthy", "protocol")
+    assert "db1" in caplog.text
+
+
+# --- logging and recording ---
+def test_transitions_are_logged_once(
+    house: House, machines: Machines, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "healthchecker")
+    house.write("name: db1, interval: 1, rise: 1, fall: 1", "name: db2, interval: 60")
+    with house.watching():
+        wait_for(house.aggregator.is_healthy)
+        for behaviour, state in ((unreachable, "unhealthy"), (good, "healthy")):
+            machines.behaviours["db1"] = behaviour
+            wait_for(lambda state=state: house.stored("db1")[0] == state, 5)  # type: ignore[misc]
+    lines = [record.getMessage() for record in caplog.records]
+    told = [line for line in lines if line.startswith("db1")]
+    assert len(told) == 3, lines
+    assert "unknown -> healthy" in told[0]
+    assert "healthy -> unhealthy" in told[1] and "unreachable: connection refused" in told[1]
+    assert "unhealthy -> healthy" in told[2]
+    assert all(" s" in line for line in told[1:]), "for how long"
+    gate = [line for line in lines if line.startswith("gate")]
+    assert len(gate) == 3, lines
+    assert ["open" in line.split("->")[1].split()[0] for line in gate] == [True, False, True]
+    assert "db1" in gate[1] and "connection refused" in gate[1]
+    assert [line for line in lines if line.startswith("db2")] == [
+        line for line in lines if "db2: unknown" in line
+    ]
+
+
+@pytest.mark.parametrize("resources", [[], ["name: db1, critical: false"]], ids=["empty", "not critical"])
+def test_open_with_a_warning(house: House, caplog: pytest.LogCaptureFixture, resources: list[str]) -> None:
+    house.write(*resources)
+    with house.watching():
+        assert house.aggregator.is_healthy()
+    assert [record.levelname for record in caplog.records if "no critical" in record.getMessage()] == [
+        "WARNING"
+    ]
+
+
+# --- refused logins: the guard by itself ---
+# steps: `a no` refused, `a yes` accepted, `a odd` neither, `+5` seconds pass, `a clear`, `a=300` must wait so long
+GUARDS = {
+    "nothing happened": "a=0",
+    "one's own refusal": "a no; a=300; b=0; +299; a=1; +1; a=0",
+    "another fault is no refusal": "a odd; a odd; b odd; a=0; c=0",
+    "two refused stop all": "a no; b no; c=300; +10; c=290; a=290; +290; c=0",
+    "then one attempt": "a no; b no; +300; c no; a=300; d=300; +300; d=0; d no; a=300; c=300",
+    "a time-out is an attempt, too": "a no; b no; +300; c odd; d=300",
+    "an accepted one between": "a no; b yes; c no; d=0; a=300; c=300; b=0",
+    "accepted frees the others": "a no; b no; +300; c yes; d=0; a=0; b=0",
+    "but not those refused themselves": "a no; +100; b yes; c=0; a=200",
+    "the same one twice is one": "a no; +300; a no; b=0; a=300",
+    "one odd machine for ever": "a no; b yes; +300; a no; b=0; c=0; +300; a no; b=0; c=0",
+    "accepted, then wrong everywhere": "a yes; b yes; a no; b no; c=300; a=300",
+    "check now": "a no; a clear; a=0",
+    "check now while all are stopped": "a no; b no; a clear; a=0; b=300",
+    "accepted clears its own": "a no; +300; a yes; a=0; +1; a no; a=300",
+}
+
+
+@pytest.mark.parametrize("steps", GUARDS.values(), ids=GUARDS)
+def test_guard(steps: str) -> None:
+    now = [1000.0]
+    guard = LoginGuard(lambda: now[0])
+    for step in map(str.strip, steps.split(";")):
+        name, _, what = step.partition("=" if "=" in step else " ")
+        if step.startswith("+"):
+            now[0] += float(step)
+        elif "=" in step:
+            assert guard.wait(name) == float(what), step
+        elif what == "clear":
+            guard.clear(name)
+        else:
+            with contextlib.suppress(ProbeError), guard.attempt(name, Deadline(5)):
+                if what != "yes":
+                    raise ProbeError("auth" if what == "no" else "timeout", "as the test wants it")
+
+
+def test_guard_remembers_a_refusal_before_the_restart() -> None:
+    guard = LoginGuard(lambda: 1000.0)
+    guard.refuse("a", 100)
+    assert (guard.wait("a"), guard.wait("b")) == (200, 0)
+    guard.refuse("b", 250)
+    assert guard.wait("c") == 200
+
+
+def attempts(guard: LoginGuard, count: int, outcome: str, seconds: float) -> tuple[int, int]:
+    """Logins in `count` threads at once, each taking `seconds`; how many were made, and at most at once."""
+    lock, made, running, most = threading.Lock(), 0, 0, 0
+
+    def login(name: str) -> None:
+        nonlocal made, running, most
+        with guard.attempt(name, Deadline(20)):
+            with lock:
+                made, running = made + 1, running + 1
+                most = max(most, running)
+            threading.Event().wait(seconds)
+            with lock:
+                running -= 1
+            if outcome == "no":
+                raise ProbeError("auth", "refused")
+
+    def work(name: str) -> None:
+        with contextlib.suppress(ProbeError):
+            login(name)
+
+    threads = [threading.Thread(target=work, args=(f"m{number}",)) for number in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    return made, most
+
+
+def test_many_at_once_with_a_wrong_password() -> None:
+    assert attempts(LoginGuard(), 30, "no", 0.01) == (2, 1)
+
+
+def test_many_at_once_with_a_wrong_password_that_is_refused_slowly() -> None:
+    """sshd takes its time to refuse (two seconds and more with PAM), so the others must not lose patience together."""
+    made, _ = attempts(LoginGuard(), 30, "no", 1.2)
+    assert made <= 4
+
+
+def test_first_logins_go_one_after_the_other_until_one_is_accepted() -> None:
+    guard = LoginGuard()
+    assert attempts(guard, 1, "yes", 0.0) == (1, 1)
+    made, most = attempts(guard, 8, "yes", 0.2)
+    assert (made, most) == (8, 8), "a proven credential needs no turns"
+    fresh = LoginGuard()
+    made, most = attempts(fresh, 2, "yes", 0.2)
+    assert (made, most) == (2, 1)
+
+
+# --- refused logins: with pollers ---
+NAMES = ["a", "b", "c", "d"]
+
+
+def test_wrong_password_stops_all_and_survives_a_restart(house: House, machines: Machines) -> None:
+    def write(password: str = "secret", limits: str = "{}") -> None:
+        rest = f"interval: 1, password: {password}, limits: {limits}"
+        house.write(*(f"name: {name}, {rest}" for name in NAMES), "name: other, username: other, platform: freebsd,"
+                    " hostname: 192.0.2.1, interval: 1")  # fmt: skip
+
+    write()
+    machines.behaviours = {name: machines.login(name, refused) for name in NAMES}
+    machines.behaviours["other"] = machines.login("other")
+    with house.watching():
+        wait_for(lambda: all(house.state(name) == ("unhealthy", "auth") for name in NAMES))
+        wait_for(lambda: machines.logins.count("other") >= 3, 5)
+        assert house.state("other") == ("healthy", "")
+        assert [name for name in machines.logins if name != "other"] == ["a", "b"]
+    for limits in (
+        "{}",
+        "{cpu_percent: 90}",
+    ):  # a restart, also with another change than that of the credential
+        write(limits=limits)
+        machines.logins.clear()
+        with house.watching():
+            wait_for(lambda: machines.logins.count("other") >= 2, 5)
+            assert set(machines.logins) == {"other"}, limits
+            assert all(house.state(name) == ("unhealthy", "auth") for name in NAMES)
+    with house.watching():
+        machines.logins.clear()
+        house.poller("a").check_now()
+        wait_for(lambda: "a" in machines.logins)
+        machines.logins.clear()
+        write("changed")
+        machines.behaviours |= {name: machines.login(name) for name in NAMES}
+        wait_for(lambda: set(NAMES) <= set(machines.logins), 3)
+        wait_for(house.aggregator.is_healthy, 5)
+
+
+@pytest.mark.parametrize(("age", "tried"), [(0, False), (200, False), (280, False), (301, True), (-60, True)])
+def test_age_of_a_refusal_at_a_restart(house: House, machines: Machines, age: float, tried: bool) -> None:
+    """-60: the wall clock was set back, nothing is known."""
+    house.write("name: a, interval: 1")
+    machines.behaviours["a"] = machines.login("a", refused)
+    with house.watching():
+        wait_for(lambda: house.state("a") == ("unhealthy", "auth"))
+    house.age(age)
+    machines.logins.clear()
+    with house.watching():
+        wait_for(lambda: house.state("a") == ("unhealthy", "auth"))
+        assert not machines.ended.wait(0.3)
+        assert machines.logins == (["a"] if tried else [])
+
+
+def test_an_accepted_login_frees_the_others(house: House, machines: Machines) -> None:
+    house.write(*(f"name: {name}, interval: 1" for name in NAMES))
+    machines.behaviours = {name: machines.login(name, refused) for name in NAMES}
+    with house.watching():
+        wait_for(lambda: all(house.state(name) == ("unhealthy", "auth") for name in NAMES))
+        assert machines.logins == ["a", "b"]
+        machines.behaviours = {name: machines.login(name) for name in NAMES}
+        house.poller("a").check_now()
+        wait_for(lambda: machines.logins.count("a") == 2)
+        wait_for(
+            lambda: {"c", "d"} <= set(machines.logins), 4
+        )  # never refused themselves: an interval of 1 s
+        assert "b" not in machines.logins[2:]
+
+
+# --- what is stored, after a restart ---
+def lease_left(house: House) -> float:
+    return house.aggregator.lease.until.value - time.monotonic()
+
+
+# age of the stored state in seconds, a change of the inventory; whether it counts (the lease: 2 intervals, timeout and 2 s: 123 s)
+STORED = {
+    "fresh": (0.0, "", True),
+    "older": (100.0, "", True),
+    "just fresh": (121.0, "", True),
+    "too old": (124.0, "", False),
+    "days old": (200_000.0, "", False),
+    "from the future": (-5.0, "", False),
+    "another interval": (1.0, ", interval: 61", False),
+    "another limit": (1.0, ", limits: {cpu_percent: 91}", False),
+    "another password": (1.0, ", password: other", False),
+}
+
+
+@pytest.mark.parametrize(("age", "change", "counts"), STORED.values(), ids=STORED)
+def test_stored_state(house: House, machines: Machines, age: float, change: str, counts: bool) -> None:
+    house.write("name: db1")
+    with house.watching():
+        wait_for(house.aggregator.is_healthy)
+    house.age(age)
+    house.write("name: db1" + change)
+    machines.behaviours["db1"] = machines.hang
+    with house.watching():
+        assert house.aggregator.is_healthy() is counts
+        if counts:
+            assert 123 - age - 1 < lease_left(house) <= 123 - age
+        machines.ended.set()
+
+
+def test_stored_bad_state_keeps_counting(house: House, machines: Machines) -> None:
+    """After a restart `rise` still wants its good results; the reason and its time are those of before."""
+    house.write("name: db1, rise: 3, retry_interval: 60")
+    machines.behaviours["db1"] = unreachable
+    with house.watching():
+        wait_for(lambda: house.state("db1") == ("unhealthy", "unreachable"))
+        since = house.poller("db1").standing.since
+    machines.behaviours["db1"] = good
+    with house.watching():
+        wait_for(lambda: house.poller("db1").standing.good == 1)
+        assert house.state("db1") == ("unhealthy", "unreachable")
+        assert house.poller("db1").standing.since == since
+        assert not house.aggregator.is_healthy()
+
+
+@pytest.mark.parametrize("names", [("old", "new"), ("new", "old")])
+def test_a_new_resource_at_the_start_keeps_the_gate_closed(
+    house: House, machines: Machines, names: tuple[str, str]
+) -> None:
+    house.write("name: old")
+    with house.watching():
+        wait_for(house.aggregator.is_healthy)
+    house.write(*(f"name: {name}" for name in names))
+    machines.behaviours["new"] = machines.hang
+    with house.watching():
+        assert not house.aggregator.is_healthy()
+        machines.behaviours["new"] = good
+        machines.ended.set()
+
+
+# --- following the rows ---
+def test_changes_by_another_process(house: House, machines: Machines) -> None:
+    house.write("name: db1", "name: db2")
+    machines.behaviours["db2"] = unreachable
+    with house.watching():
+        wait_for(lambda: house.state("db2")[0] == "unhealthy" and house.state("db1")[0] == "healthy")
+        house.elsewhere("UPDATE resource SET interval = 30 WHERE name = 'db1'")
+        wait_for(lambda: house.poller("db1").target.settings.interval == 30, 1)
+        assert machines.made == ["db1", "db2", "db1"], "only what changed starts anew"
+        assert not house.aggregator.is_healthy()
+        house.elsewhere("DELETE FROM resource WHERE name = 'db2'")
+        wait_for(lambda: house.monitor.poller("db2") is None, 1)
+        assert house.aggregator.is_healthy()
+        house.elsewhere("UPDATE resource SET host_key = 'ssh-ed25519 SHA256:x' WHERE name = 'db1'")
+        wait_for(lambda: house.poller("db1").target.host_key, 1)
+        assert house.aggregator.is_healthy(), "a change never closes a gate that is open"
+
+
+def test_resources_that_come_and_go(house: House, machines: Machines) -> None:
+    house.write("name: db1")
+    with house.watching():
+        wait_for(house.aggregator.is_healthy)
+        machines.behaviours["db2"] = machines.hang
+        house.write("name: db1", "name: db2, interval: 1")
+        wait_for(lambda: "db2" in machines.made, 1)
+        wait_for(lambda: machines.moments("db2"))
+        assert house.aggregator.is_healthy(), "it counts from its first result on"
+        house.write("name: db1, critical: false")
+        wait_for(lambda: house.monitor.poller("db2") is None, 1)
+        machines.behaviours["db1"] = unreachable
+        house.poller("db1").check_now()
+        house.write("name: db1, critical: false, fall: 1")
+        wait_for(lambda: house.state("db1")[0] == "unhealthy", 4)
+        assert house.aggregator.is_healthy()
+
+
+def test_a_row_that_cannot_be_read_ends_nothing(house: House, machines: Machines) -> None:
+    house.write("name: db1", "name: db2")
+    with house.watching():
+        wait_for(house.aggregator.is_healthy)
+        house.elsewhere("UPDATE resource SET platform = 'amiga' WHERE name = 'db2'")
+        assert not machines.ended.wait(1.2)
+        assert house.monitor.is_alive()
+        assert house.aggregator.is_healthy()
+        house.elsewhere("DELETE FROM resource WHERE name = 'db2'")
+        wait_for(lambda: house.monitor.poller("db2") is None, 1)
+
+
+# --- simulated ---
+def test_simulated_outages(house: House) -> None:
+    house.write("name: s, platform: simulated, mean_healthy: 0.5, mean_unhealthy: 0.5, seed: 3, interval: 1,"
+                " rise: 1, fall: 1")  # fmt: skip
+    with house.watching():
+        assert wait_for(lambda: house.state("s")[0] != "unknown")
+        for state in ("unhealthy", "healthy"):
+            wait_for(lambda state=state: house.state("s")[0] == state, 20)  # type: ignore[misc]
+        wait_for(lambda: house.stored("s")[0] != "", 3)
+
+
+def test_simulated_starts_healthy_and_repeats_with_a_seed(house: House) -> None:
+    def row(seed: int, number: int) -> str:
+        return f"name: s{seed}-{number}, platform: simulated, mean_healthy: 0.1, mean_unhealthy: 0.1, seed: {seed}"
+
+    house.write(*(row(seed, number) for seed in (1, 2) for number in (1, 2)))
+    with house.store.reading() as session:
+        targets = healthchecker.load_targets(session, house.vault).values()
+    access = Access(KnownHosts(house.folder / "known_hosts"), Resolver())
+    connections = [CONNECTIONS[Platform.SIMULATED](target, LoginGuard(), access) for target in targets]
+    runs = []
+    for _ in range(100):
+        runs.append([connection.run("", b"", Deadline(1)).output for connection in connections])
+        threading.Event().wait(0.01)
+    assert runs[0] == [b"healthy"] * 4
+    differences = [sum(run[one] != run[other] for run in runs) for one, other in ((0, 1), (2, 3), (0, 2))]
+    assert differences[0] <= 5 and differences[1] <= 5, "a look may fall between two equal flips"
+    assert differences[2] > 10, "another seed, other flips"

@@ -1,0 +1,246 @@
+"""Serve: the real process, from its start to its end."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import os
+import re
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conftest import wait_for
+from service import PROGRAM, STOP_SIGNAL, Service, write_inventory
+
+HERE = "  - {name: here, platform: local, interval: 1, timeout: 10}"
+EXAMPLE = PROGRAM.with_name("inventory.example.yaml")
+ENDED = 10.0  # seconds that the end may take
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="platform local and signals are POSIX's")
+
+# An application: /slow takes 1.5 s, /hang never ends, everything else answers at once; a file tells who came.
+APP = """
+import pathlib, threading
+
+def app(environ, start_response):
+    path = environ["PATH_INFO"]
+    pathlib.Path(__file__).with_name("came" + path.replace("/", "-")).touch()
+    threading.Event().wait({"/slow": 1.5, "/hang": 3600}.get(path, 0))
+    start_response("200 OK", [("Content-Type", "text/plain"), ("Content-Length", "4")])
+    return [b"done"]
+"""
+
+
+@pytest.fixture
+def application(tmp_path: Path) -> str:
+    """The line of `service` that names the application above."""
+    (tmp_path / "shop.py").write_text(APP, encoding="utf-8")
+    return "  app: shop:app"
+
+
+def listen_on(path: Path, address: str) -> Path:
+    path.write_text(path.read_text(encoding="utf-8").replace("127.0.0.1:0", address), encoding="utf-8")
+    return path
+
+
+class Request(threading.Thread):
+    """A GET in flight; `answer` is its status, headers and body, or what went wrong."""
+
+    def __init__(self, service: Service, path: str) -> None:
+        super().__init__(daemon=True)
+        self.connection = http.client.HTTPConnection(service.host, service.port, timeout=20)
+        self.connection.connect()
+        self.path, self.answer = path, "nothing yet"
+        self.headers: dict[str, str | None] = {}
+
+    def run(self) -> None:
+        with contextlib.closing(self.connection):
+            try:
+                self.connection.request("GET", self.path)
+                answer = self.connection.getresponse()
+                self.headers["connection"] = answer.getheader("Connection")
+                self.answer = f"{answer.status} {answer.read().decode()}"
+            except (OSError, http.client.HTTPException) as error:
+                self.answer = repr(error)
+
+
+# --- the start ---
+def test_serves_within_five_seconds_of_the_first_start(tmp_path: Path) -> None:
+    """With the example beside it where there is one, as shipped but for the port; this machine is watched."""
+    path = tmp_path / "inventory.yaml"
+    begin = time.monotonic()
+    if EXAMPLE.is_file():
+        text = re.sub(
+            r"(?m)^( +|# *)listen:.*$", "  listen: 127.0.0.1:0", EXAMPLE.read_text(encoding="utf-8")
+        )
+        assert "\nservice:\n  listen: 127.0.0.1:0\n" in text
+        (tmp_path / EXAMPLE.name).write_text(text, encoding="utf-8")
+    else:
+        write_inventory(tmp_path, "  - {name: this-machine, platform: local}")
+    with Service(path) as service:
+        service.wait_status("/", 200, 5)
+        assert time.monotonic() - begin < 5, service.output
+        for own, status in {"/-/livez": 200, "/-/readyz": 200, "/-/gate": 204, "/-/health": 200}.items():
+            assert service.get(own).status == status
+        assert path.is_file()
+
+
+def loopback() -> str:
+    """IPv6's where there is one."""
+    with contextlib.suppress(OSError), socket.socket(socket.AF_INET6) as sock:
+        sock.bind(("::1", 0))
+        return '"[::1]:0"'
+    return "127.0.0.1:0"
+
+
+def test_closed_until_every_resource_has_a_result(tmp_path: Path) -> None:
+    """On an IPv6 address."""
+    flag, address = tmp_path / "flag", loopback()
+    slow = f"checks: [{{name: slow, command: 'while ! test -e {flag}; do sleep 0.05; done', timeout: 9}}]"
+    text = f"{HERE}\n  - {{name: slow, platform: local, interval: 1, timeout: 9, {slow}}}"
+    with Service(listen_on(write_inventory(tmp_path, text), address)) as service:
+        assert service.host in address
+        service.wait_line("here: unknown -> healthy")
+        for path, status in {"/": 503, "/-/readyz": 503, "/-/gate": 403, "/-/livez": 200}.items():
+            assert service.get(path).status == status
+        flag.touch()
+        service.wait_status("/", 200, 3)
+
+
+def test_flips_seen_by_a_client_within_one_poll(tmp_path: Path) -> None:
+    """And told in a log file, which rotates."""
+    log, flag = tmp_path / "logs" / "service.log", tmp_path / "trouble"
+    log.parent.mkdir()
+    log.write_bytes(b"x" * (10 << 20) + b"\n")  # as large as it may become
+    check = f"checks: [{{name: flag, command: 'test ! -e {flag} || {{ echo in trouble; false; }}'}}]"
+    text = f"  - {{name: db1, platform: local, interval: 1, rise: 1, fall: 1, {check}}}"
+    with Service(write_inventory(tmp_path, text, "  log_file: logs/service.log")) as service:
+        service.wait_status("/", 200, 5)
+        for _ in range(2):
+            flag.touch()
+            refused = service.wait_status("/", 503, 1.1 + 1)  # an interval with its jitter, and a poll
+            assert 1 <= int(refused.headers["retry-after"]) <= 3
+            assert refused.headers["cache-control"] == "no-store"
+            assert "db1" not in refused.body + str(refused.headers) and "trouble" not in refused.body
+            assert service.get("/-/gate").status == 403
+            flag.unlink()
+            service.wait_status("/", 200, 1.1 + 1)
+    assert log.with_name("service.log.1").stat().st_size >= 10 << 20
+    written = log.read_text(encoding="utf-8")
+    assert written == service.output, "the console has the same"
+    lines = written.splitlines()
+    resource = [line for line in lines if re.search(r" (INFO|WARNING) db1: ", line)]
+    assert ["-> healthy" in line for line in resource] == [True, False] * 2 + [True], written
+    assert all("check flag: in trouble" in line for line in resource if "-> unhealthy" in line)
+    gate = [line for line in lines if " gate: " in line]
+    assert ["-> open" in line for line in gate] == [True, False] * 2 + [True], written
+    assert all("db1" in line and "in trouble" in line for line in gate if "-> closed" in line)
+
+
+# --- the end ---
+@pytest.mark.parametrize(
+    ("number", "threads"), [(signal.SIGTERM, 2), (signal.SIGINT, 0)], ids=["pool", "loop"]
+)
+def test_a_request_in_flight_is_answered(tmp_path: Path, application: str, number: int, threads: int) -> None:
+    with Service(write_inventory(tmp_path, HERE, f"{application}\n  threads: {threads}")) as service:
+        service.wait_status("/", 200, 5)
+        idle, request = Request(service, "/"), Request(service, "/slow")
+        with contextlib.closing(idle.connection):
+            idle.connection.request("GET", "/")
+            idle.connection.getresponse().read()  # from now on an idle keep-alive connection
+            request.start()
+            wait_for((tmp_path / "came-slow").is_file)
+            begin = time.monotonic()
+            os.kill(service.pid, number)
+            code = service.process.wait(ENDED)
+            took = time.monotonic() - begin
+            request.join(5)
+            assert (code, request.answer) == (0, "200 done")
+            assert took < 4, "an idle connection holds up nobody"
+            assert idle.connection.sock.recv(1) == b""
+    assert "ended" in service.output.splitlines()[-1]
+    assert "still running" not in service.output, "threads that wait for work are no news"
+    assert request.headers["connection"] == "close", "a client has to know that it must not ask again here"
+
+
+def test_what_never_ends_is_cut_off(tmp_path: Path, application: str) -> None:
+    """A request that hangs, one that is half sent, and an impatient user: no more than ten seconds altogether."""
+    with Service(write_inventory(tmp_path, HERE, f"{application}\n  threads: 2")) as service:
+        service.wait_status("/", 200, 5)
+        hanging = Request(service, "/hang")
+        with socket.create_connection((service.host, service.port)) as half:
+            half.sendall(b"GET / HTTP/1.1\r\nHost:")
+            hanging.start()
+            wait_for((tmp_path / "came-hang").is_file)
+            begin = time.monotonic()
+            service.process.send_signal(STOP_SIGNAL)
+            with pytest.raises(subprocess.TimeoutExpired):
+                service.process.wait(2)
+            with pytest.raises(OSError):
+                socket.create_connection((service.host, service.port), timeout=1).close()
+            service.process.send_signal(STOP_SIGNAL)
+            assert service.process.wait(ENDED + 5) == 0
+            assert time.monotonic() - begin < ENDED
+            hanging.join(5)
+            assert not hanging.answer.startswith("200")
+
+
+def test_a_signal_right_after_the_start(tmp_path: Path) -> None:
+    with Service(write_inventory(tmp_path, HERE)) as service:
+        os.kill(service.pid, signal.SIGTERM)
+        assert service.process.wait(ENDED) == 0, service.output
+
+
+# --- once more ---
+@contextlib.contextmanager
+def asking(port: int, statuses: list[int]) -> Iterator[None]:
+    """A client that asks all the time and notes every answer that it gets."""
+    over = threading.Event()
+
+    def ask() -> None:
+        while not over.wait(0.005):
+            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
+            with contextlib.closing(connection), contextlib.suppress(OSError, http.client.HTTPException):
+                connection.request("GET", "/")
+                statuses.append(connection.getresponse().status)
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join(10)
+
+
+def stored_states(folder: Path) -> list[str]:
+    with contextlib.closing(sqlite3.connect(folder / "healthchecker.db", timeout=5)) as connection:
+        return [state for (state,) in connection.execute("SELECT state FROM status")]
+
+
+def test_a_restart_closes_nothing(tmp_path: Path) -> None:
+    """Stored states count on until the first polls (here slow ones) are through: no 503 once listening."""
+    slow = "checks: [{name: slow, command: sleep 0.5}]"
+    rows = [f"  - {{name: r{number}, platform: local, interval: 20, {slow}}}" for number in range(3)]
+    path = write_inventory(tmp_path, "\n".join(rows))
+    statuses: list[int] = []
+    with Service(path) as service:
+        service.wait_status("/", 200, 8)
+        wait_for(lambda: stored_states(tmp_path) == ["healthy"] * 3)
+    listen_on(path, f"127.0.0.1:{service.port}")  # it was free a moment ago
+    with asking(service.port, statuses):
+        with Service(path) as service:
+            wait_for(lambda: len(statuses) > 20)
+            service.kill()
+            service.code = -signal.SIGKILL
+        before = len(statuses)
+        with Service(path):
+            wait_for(lambda: len(statuses) > before + 20)
+    assert set(statuses) == {200}

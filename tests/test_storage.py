@@ -1,0 +1,660 @@
+"""The database: its tables, the import that follows the file, and every state in which it may be found."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import hashlib
+import logging
+import os
+import random
+import re
+import shutil
+import sqlite3
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sqlalchemy
+from service import Service, fresh_processes, prepared_keys, run, write_inventory
+
+import healthchecker
+from healthchecker import Changes, InventoryError, Resource, SecretError, StorageError, Store, User, Vault
+
+FIRST = """\
+  - {hostname: a.example.com, username: u, password: pa}
+  - {hostname: b.example.com, username: u, password: pb, interval: 30}
+  - {name: c, platform: simulated, seed: 1}
+"""
+
+
+@functools.cache
+def loaded_vault() -> Vault:
+    """The prepared keys, read once: to check such a key takes 0.2 s."""
+    with tempfile.TemporaryDirectory() as folder:
+        return Vault(prepared_keys(Path(folder)))
+
+
+class Bench:
+    """A folder with an inventory, keys and a database, and an import of the inventory into it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.vault = copy.copy(loaded_vault())
+        self.vault.folder = prepared_keys(folder)
+        self.database = folder / "healthchecker.db"
+
+    def load(self, resources: str) -> Changes:
+        setup = healthchecker.Installation(write_inventory(self.folder, resources))
+        with closing(setup.open_store()) as store, store.writing() as session:
+            return healthchecker.import_inventory(session, setup.inventory, self.vault)
+
+    def rows(self) -> dict[str, dict[str, Any]]:
+        with closing(sqlite3.connect(self.database)) as connection:
+            connection.row_factory = sqlite3.Row
+            return {row["name"]: dict(row) for row in connection.execute("SELECT * FROM resource")}
+
+    def password(self, name: str) -> str:
+        row = self.rows()[name]
+        return self.vault.open(row["password"], "password", name, row["hostname"], row["username"] or "")
+
+    def execute(self, statement: str, *values: object) -> None:
+        with closing(sqlite3.connect(self.database)) as connection, connection:
+            connection.execute(statement, values)
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Bench:
+    return Bench(tmp_path)
+
+
+def dump(path: Path) -> str:
+    with closing(sqlite3.connect(path)) as connection:
+        return "\n".join(connection.iterdump())
+
+
+# --- schema --------------------------------------------------------------------------------------------------
+def test_schema(bench: Bench) -> None:
+    """The specification's two tables and their columns, as another program sees them."""
+    bench.load(FIRST)
+    with closing(sqlite3.connect(bench.database)) as connection:
+        columns = {
+            table: {row[1]: row[2].upper() for row in connection.execute(f"PRAGMA table_info({table})")}
+            for table in ("user", "resource")
+        }
+        assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+        assert connection.execute("PRAGMA user_version").fetchone() == (healthchecker.SCHEMA,)
+        with pytest.raises(sqlite3.IntegrityError):
+            connection.execute(
+                "INSERT INTO resource SELECT NULL, * FROM (SELECT name, hostname, platform, port, username,"
+                "password, key_passphrase, interval, settings, origin, host_key FROM resource LIMIT 1)"
+            )
+    assert {"hostname", "username", "password", "interval"} <= columns["resource"].keys()
+    assert {"name", "password_hash", "salt"} <= columns["user"].keys()
+    assert "BLOB" in columns["user"]["password_hash"] and "BLOB" in columns["user"]["salt"]
+    assert (bench.rows()["a.example.com"]["interval"], bench.rows()["b.example.com"]["interval"]) == (60, 30)
+
+
+def test_passwords_are_sealed_for_their_rows(bench: Bench) -> None:
+    bench.load(FIRST)
+    assert (bench.password("a.example.com"), bench.password("b.example.com")) == ("pa", "pb")
+    bench.execute(
+        "UPDATE resource SET password = (SELECT password FROM resource WHERE name LIKE 'b%') WHERE name LIKE 'a%'"
+    )
+    with pytest.raises(SecretError, match="belongs to another"):
+        bench.password("a.example.com")
+
+
+def test_first_user(bench: Bench) -> None:
+    """SpiceWorks / HealthChecker, PBKDF2-HMAC-SHA512, 220,000 iterations, the salt in its own column."""
+    bench.load("")
+    with closing(Store(bench.database)) as store:
+        for _ in range(2):
+            with store.writing() as session:
+                healthchecker.ensure_first_user(session)
+    with closing(sqlite3.connect(bench.database)) as connection:
+        [(name, stored, salt, rounds)] = connection.execute("SELECT name, password_hash, salt, rounds FROM user")
+    assert (name, rounds, len(salt), len(stored)) == ("SpiceWorks", 220_000, 16, 64)
+    assert stored == hashlib.pbkdf2_hmac("sha512", b"HealthChecker", salt, 220_000)
+
+
+def test_users_with_the_same_password() -> None:
+    first, second = User.create("a", "same"), User.create("b", "same")
+    assert first.salt != second.salt and first.password_hash != second.password_hash
+    assert first.verify("same") and not first.verify("Same")
+    assert not first.verify("") and not first.verify("x" * 1_000_000)
+
+
+def test_an_existing_account_is_left_alone(bench: Bench) -> None:
+    bench.load("")
+    with closing(Store(bench.database)) as store:
+        with store.writing() as session:
+            session.add(User.create("operator", "own"))
+        with store.writing() as session:
+            healthchecker.ensure_first_user(session)
+        with store.reading() as session:
+            assert session.scalars(sqlalchemy.select(User.name)).all() == ["operator"]
+
+
+# --- import --------------------------------------------------------------------------------------------------
+A, B, C = FIRST.splitlines(keepends=True)
+FOLLOWED: dict[str, tuple[str, tuple[str, str, str, str]]] = {
+    "nothing": (FIRST, ("", "", "", "abc")),
+    "added": (FIRST + "  - {name: d, platform: local}\n", ("d", "", "", "abc")),
+    "removed": (B + C, ("", "", "a", "bc")),
+    "all removed": ("", ("", "", "abc", "")),
+    "order": (C + B + A, ("", "", "", "abc")),
+    "interval": (FIRST.replace("interval: 30", "interval: 31"), ("", "b", "", "ac")),
+    "default written out": (FIRST.replace("password: pa", "password: pa, interval: 60"), ("", "", "", "abc")),
+    "limit": (A.replace("pa}", "pa, limits: {cpu_percent: 9}}") + B + C, ("", "a", "", "bc")),
+    "password": (A.replace("pa}", "px}") + B + C, ("", "a", "", "bc")),
+    "password left out": (A.replace(", password: pa", "") + B + C, ("", "", "", "abc")),
+    "host and password": (
+        A.replace("a.example.com", "a2.example.com, name: a.example.com") + B + C,
+        ("", "a", "", "bc"),
+    ),
+    "platform to local": (A.split("{")[0] + "{name: a.example.com, platform: local}\n" + B + C, ("", "a", "", "bc")),
+    "all kinds": (B.replace("30", "31") + C + "  - {name: d, platform: local}\n", ("d", "b", "a", "c")),
+}
+
+
+@pytest.mark.parametrize("case", FOLLOWED)
+def test_rows_follow_the_file(case: str, bench: Bench) -> None:
+    text, expected = FOLLOWED[case]
+    assert bench.load(FIRST) == (["a.example.com", "b.example.com", "c"], [], [], [])
+    before = bench.rows()
+    changes = bench.load(text)
+    assert tuple("".join(sorted(name[0] for name in names)) for names in changes) == expected
+    after = bench.rows()
+    assert {name[0] for name in after} == set("".join(expected[index] for index in (0, 1, 3)))
+    assert all(after[name] == before[name] for name in changes.kept), "a kept row was written to"
+    assert all(after[name]["id"] == before[name]["id"] for name in changes.changed)
+    assert tuple(bench.load(text)[:3]) == ([], [], [])
+
+
+def test_password_left_out_keeps_the_stored_one(bench: Bench) -> None:
+    bench.load(FIRST)
+    bench.load(FIRST.replace(", password: pa", ", interval: 5"))
+    assert bench.password("a.example.com") == "pa"
+    bench.load(FIRST.replace(": pa", ": p2"))
+    assert bench.password("a.example.com") == "p2"
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (
+            "{hostname: b.example.com, username: u, password: pb,",
+            "{hostname: b2.example.com, name: b.example.com, username: u,",
+        ),
+        ("username: u, password: pb,", "username: v,"),
+        ("username: u, password: pb,", "username: U,"),
+        (
+            "{hostname: b.example.com, username: u, password: pb,",
+            "{hostname: B.example.com, name: b.example.com, username: u,",
+        ),
+    ],
+    ids=["hostname", "username", "case of username", "case of hostname"],
+)
+def test_moved_without_its_password(old: str, new: str, bench: Bench) -> None:
+    """A password never goes to another host or account by itself: exit 3 with line and column, nothing changed."""
+    bench.load(FIRST)
+    before = dump(bench.database)
+    with pytest.raises(SecretError, match=r"^inventory\.yaml:5:5: .*write the password again$") as caught:
+        bench.load(FIRST.replace(old, new))
+    assert caught.value.exit_code == 3
+    assert dump(bench.database) == before
+    bench.load(FIRST.replace(old, new + " password: again,"))
+    assert bench.password("b.example.com") == "again"
+
+
+def test_every_fault_of_an_import_comes_at_once(bench: Bench) -> None:
+    """Two new resources without any credential: a line for each."""
+    with pytest.raises(InventoryError) as caught:
+        bench.load("  - {hostname: a, username: u}\n  - {hostname: b, username: u}\n")
+    assert re.findall(r"^inventory\.yaml:(\d+:\d+): ", str(caught.value), re.MULTILINE) == ["4:5", "5:5"]
+
+
+def test_sealed_for_another_resource(bench: Bench) -> None:
+    """A token copied from one resource of the file to another is refused, with line and column."""
+    token = bench.vault.seal("pa", "password", "a.example.com", "a.example.com", "u")
+    bench.load(FIRST.replace(": pa", f": {token}"))
+    assert bench.password("a.example.com") == "pa"
+    before = dump(bench.database)
+    with pytest.raises(SecretError, match=r"^inventory\.yaml:5:5: ") as caught:
+        bench.load(FIRST.replace(": pa", f": {token}").replace(": pb", f": {token}"))
+    assert token not in str(caught.value) and dump(bench.database) == before
+
+
+def test_rows_of_the_api_are_left_alone(bench: Bench) -> None:
+    bench.load(FIRST)
+    bench.execute("UPDATE resource SET origin = 'api' WHERE name = 'a.example.com'")
+    before = bench.rows()["a.example.com"]
+    changes = bench.load(B)
+    assert changes == ([], [], ["c"], ["b.example.com"])
+    assert bench.rows()["a.example.com"] == before
+    with pytest.raises(InventoryError, match=r"^inventory\.yaml:4:5: .*through the API"):
+        bench.load(FIRST)
+    assert bench.rows().keys() == {"a.example.com", "b.example.com"}
+
+
+def test_trusted_host_key_is_kept_until_the_address_changes(bench: Bench) -> None:
+    bench.load(FIRST)
+    bench.execute("UPDATE resource SET host_key = 'ssh-ed25519 SHA256:x'")
+    bench.load(FIRST.replace(": 30", ": 31"))
+    assert bench.rows()["b.example.com"]["host_key"] == "ssh-ed25519 SHA256:x"
+    bench.load(FIRST.replace(": 30", ": 31, port: 23"))
+    assert (bench.rows()["a.example.com"]["host_key"], bench.rows()["b.example.com"]["host_key"]) == (
+        "ssh-ed25519 SHA256:x",
+        None,
+    )
+
+
+def test_status_goes_with_its_resource(bench: Bench) -> None:
+    bench.load(FIRST)
+    bench.execute("INSERT INTO status SELECT id, 'd', 'healthy', '', '', 1, 1, 1, 0 FROM resource")
+    bench.load(B)
+    with closing(sqlite3.connect(bench.database)) as connection:
+        assert connection.execute("SELECT count(*) FROM status").fetchone() == (1,)
+
+
+def test_revision_rises_with_a_change_only(bench: Bench) -> None:
+    def revision() -> int:
+        with closing(Store(bench.database)) as store, store.reading() as session:
+            return healthchecker.revision(session)
+
+    seen = []
+    for text in (FIRST, FIRST, FIRST.replace("30", "31"), B):
+        bench.load(text)
+        seen.append(revision())
+    assert seen[0] == seen[1] < seen[2] < seen[3]
+
+
+def test_names_that_look_like_sql(bench: Bench) -> None:
+    names = ["'; DROP TABLE resource; --", '"', "%", "a b", "ä€😀", "a" * 200]
+    quoted = ["'" + name.replace("'", "''") + "'" for name in names]
+    bench.load("".join(f"  - {{name: {name}, platform: local}}\n" for name in quoted))
+    assert bench.rows().keys() == set(names)
+
+
+# --- one process, many threads -------------------------------------------------------------------------------
+def test_fifty_writers(bench: Bench) -> None:
+    """Read, then write, in one transaction each: nobody is turned away and nothing is lost."""
+    bench.load("")
+    with closing(Store(bench.database)) as store:
+
+        def write(number: int) -> None:
+            for turn in range(4):
+                with store.writing() as session:
+                    count = session.scalar(sqlalchemy.select(sqlalchemy.func.count()).select_from(Resource))
+                    healthchecker.revise(session)
+                    session.add(
+                        Resource(name=f"{number}.{turn}", hostname="h", platform="local", port=count, settings="{}")
+                    )
+
+        with ThreadPoolExecutor(50) as pool:
+            for future in [pool.submit(write, number) for number in range(50)]:
+                future.result()
+        with store.reading() as session:
+            assert healthchecker.revision(session) == 200
+            ports = session.scalars(sqlalchemy.select(Resource.port)).all()
+    assert sorted(ports) == list(range(200)), "two transactions saw the same state"
+
+
+def test_a_failed_transaction_leaves_nothing(bench: Bench) -> None:
+    bench.load(FIRST)
+    before = dump(bench.database)
+    with closing(Store(bench.database)) as store:
+        with pytest.raises(ZeroDivisionError), store.writing() as session:
+            session.execute(sqlalchemy.delete(Resource))
+            raise ZeroDivisionError
+        with store.writing() as session:  # and the lock is free again
+            assert session.scalar(sqlalchemy.select(sqlalchemy.func.count()).select_from(Resource)) == 3
+    assert dump(bench.database) == before
+
+
+def test_check_while_others_write(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+    """A rehearsal of the import beside a service that writes all the time: neither is turned away."""
+    hosts = "".join(f"  - {{hostname: h{n}.example.com, username: u, password: p}}\n" for n in range(120))
+    bench.load(hosts)
+    path = write_inventory(bench.folder, hosts.replace("p}", "q}"))
+    ended, written, faults = threading.Event(), [0], []
+
+    def write() -> None:
+        with closing(sqlite3.connect(bench.database, timeout=10, isolation_level=None)) as connection:
+            while not ended.wait(0.002):
+                try:
+                    connection.execute("UPDATE setting SET value = value + 1")
+                    written[0] += 1
+                except sqlite3.Error as error:
+                    faults.append(error)
+
+    thread = threading.Thread(target=write)
+    thread.start()
+    try:
+        for _ in range(3):
+            assert healthchecker.main(["--inventory", str(path), "check"]) == 0
+    finally:
+        ended.set()
+        thread.join()
+    assert not faults and written[0] > 10
+    assert "120 changed" in capsys.readouterr().out
+    assert bench.password("h7.example.com") == "p"
+
+
+# --- kill -9 during the import -------------------------------------------------------------------------------
+MANY = 45
+
+
+def hosts(interval: int) -> str:
+    """MANY resources; a third of them is only in the version of this interval."""
+    names = [f"{interval if n % 3 == 0 else 'h'}x{n}" for n in range(MANY)]
+    return "".join(
+        f"  - {{hostname: {name}, username: u, password: {interval}, interval: {interval}}}\n" for name in names
+    )
+
+
+def import_file(path: str, started: Any) -> None:
+    """For a process of its own: what a start does with the inventory."""
+    logging.disable()
+    setup = healthchecker.Installation(Path(path))
+    vault = setup.open_vault(None)
+    started.send(None)
+    with closing(setup.open_store()) as store, store.writing() as session:
+        healthchecker.ensure_first_user(session)
+        healthchecker.import_inventory(session, setup.inventory, vault)
+
+
+def import_killed(path: Path, seconds: float) -> float:
+    """Imports in another process and kills it after `seconds`; the time for which it ran."""
+    receiver, sender = fresh_processes().Pipe(duplex=False)
+    process = fresh_processes().Process(target=import_file, args=(str(path), sender))
+    process.start()
+    with receiver, sender:
+        assert receiver.poll(20)
+        begin = time.monotonic()
+        process.join(seconds)
+        ran = time.monotonic() - begin
+        process.kill()
+        process.join()
+        process.close()
+    return ran
+
+
+def test_kill_during_import(bench: Bench) -> None:
+    """All old or all new, at every moment, and every row complete."""
+    moments = random.Random(4711)
+    texts = {interval: hosts(interval) for interval in (10, 20)}
+    bench.load(texts[10])
+    path = write_inventory(bench.folder, texts[20])
+    whole = import_killed(path, 30)
+    current, outcomes = 20, {"old": 0, "new": 0}
+    for _ in range(5 if sys.platform == "win32" else 24):
+        wanted = 30 - current
+        write_inventory(bench.folder, texts[wanted])
+        import_killed(path, moments.uniform(0, 1.1 * whole))
+        assert healthchecker.inspect_database(bench.database)
+        rows = bench.rows()
+        assert len(rows) == MANY
+        [interval] = {row["interval"] for row in rows.values()}
+        assert {name for name in rows if name[0] != "h"} == {f"{interval:.0f}x{n}" for n in range(0, MANY, 3)}
+        assert {bench.password(name) for name in random.Random(0).sample(sorted(rows), 8)} == {f"{interval:.0f}"}
+        outcomes["old" if interval == current else "new"] += 1
+        current = int(interval)
+    assert outcomes["old"] and outcomes["new"], f"the kills came too early or too late: {outcomes}"
+
+
+def test_kill_during_the_first_start(bench: Bench) -> None:
+    """The database is absent, empty or whole, and the next start makes it whole."""
+    moments = random.Random(1147)
+    path = write_inventory(bench.folder, hosts(10))
+    whole = import_killed(path, 30)
+    for _ in range(2 if sys.platform == "win32" else 8):
+        for leftover in bench.folder.glob("healthchecker.db*"):
+            leftover.unlink()
+        import_killed(path, moments.uniform(0, whole))
+        if healthchecker.inspect_database(bench.database):
+            assert len(bench.rows()) in (0, MANY)
+        bench.load(hosts(10))
+        assert len(bench.rows()) == MANY
+
+
+# --- databases as they are found -----------------------------------------------------------------------------
+def good(path: Path) -> None:
+    with closing(Store(path)) as store, store.writing() as session:
+        for number in range(300):
+            session.add(Resource(name=f"n{number}", hostname="h" * 200, platform="local", port=1, settings="{}"))
+
+
+def overwritten(path: Path, begin: int, count: int, byte: bytes = b"\xa5") -> None:
+    raw = bytearray(path.read_bytes())
+    raw[begin : begin + count] = byte * len(raw[begin : begin + count])
+    path.write_bytes(raw)
+
+
+def executed(path: Path, *statements: str) -> None:
+    with closing(sqlite3.connect(path)) as connection, connection:
+        for statement in statements:
+            connection.execute(statement)
+
+
+def then(*steps: Callable[[Path], object]) -> Callable[[Path], None]:
+    def make(path: Path) -> None:
+        for step in steps:
+            step(path)
+
+    return make
+
+
+DATABASES: dict[str, Callable[[Path], object]] = {
+    "damaged page": then(good, lambda path: overwritten(path, 3 * 4096, 4096)),
+    "damaged header": then(good, lambda path: overwritten(path, 0, 100)),
+    "damaged schema": then(good, lambda path: overwritten(path, 100, 3000)),
+    "truncated": then(good, lambda path: os.truncate(path, 5 * 4096)),
+    "truncated within a page": then(good, lambda path: os.truncate(path, 6000)),
+    "truncated within the header": then(good, lambda path: os.truncate(path, 50)),
+    "text file": lambda path: path.write_text(
+        "my notes, which are of more than a hundred letters " * 20, encoding="utf-8"
+    ),
+    "short text": lambda path: path.write_text("x", encoding="utf-8"),
+    "picture": lambda path: path.write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(range(256)) * 40),
+    "zeros": lambda path: path.write_bytes(bytes(8192)),
+    "another program's": lambda path: executed(path, "CREATE TABLE song (title TEXT)", "INSERT INTO song VALUES ('x')"),
+    "another program's with a version": lambda path: executed(
+        path, "CREATE TABLE song (title TEXT)", "PRAGMA user_version = 1"
+    ),
+    "another program's resource table": lambda path: executed(
+        path, "CREATE TABLE resource (id INTEGER, title TEXT)", "PRAGMA user_version = 1"
+    ),
+    "newer schema": then(good, lambda path: executed(path, f"PRAGMA user_version = {healthchecker.SCHEMA + 1}")),
+    "a column lost": then(good, lambda path: executed(path, "ALTER TABLE resource DROP COLUMN settings")),
+    "directory": lambda path: path.mkdir(),
+}
+
+
+def picture(path: Path) -> object:
+    """What must not change."""
+    return sorted(path.iterdir()) if path.is_dir() else path.read_bytes()
+
+
+@pytest.mark.parametrize("command", [["check"], ["seal"], ["keys", "rotate"], ["trust", "c"]], ids=" ".join)
+@pytest.mark.parametrize("case", DATABASES)
+def test_found_database(case: str, command: list[str], bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+    """Exit 4, one line, the file untouched byte for byte, with no journal beside it."""
+    path = write_inventory(bench.folder, C)
+    DATABASES[case](bench.database)
+    before = picture(bench.database)
+    assert healthchecker.main(["--inventory", str(path), *command]) == 4
+    assert picture(bench.database) == before
+    output = capsys.readouterr()
+    assert len(output.err.splitlines()) == 1 and "healthchecker.db" in output.err
+    assert not (bench.folder / "keys" / "next.pem").exists()
+
+
+def test_a_valid_but_empty_file_becomes_the_database(bench: Bench) -> None:
+    bench.database.write_bytes(b"")
+    assert len(bench.load(FIRST).added) == 3
+
+
+@pytest.mark.parametrize("url", ["nowhere/x.db", "inventory.yaml/x.db", "keys"])
+def test_database_in_an_impossible_place(url: str, bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_inventory(bench.folder, C, service=f"  database: sqlite:///{url}")
+    for command in (["keys", "rotate"], ["check"]):
+        code = healthchecker.main(["--inventory", str(path), *command])
+        assert code == 4 or (command == ["check"] and url == "nowhere/x.db" and code == 0)
+        assert len(capsys.readouterr().err.splitlines()) <= 1
+    assert not (bench.folder / "nowhere").exists()
+
+
+def test_open_from_elsewhere(
+    bench: Bench, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A relative path is relative to the inventory; spaces, % and # in it mean themselves."""
+    folder = bench.folder / "a b%20#c?d" if sys.platform != "win32" else bench.folder / "a b%20#c"
+    folder.mkdir()
+    monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
+    inner = Bench(folder)
+    inner.load(FIRST)
+    assert len(inner.rows()) == 3 and len(inner.load(FIRST).kept) == 3
+
+
+# --- starts that must fail, each a process of its own --------------------------------------------------------
+def start_corrupt(folder: Path) -> Path:
+    DATABASES["damaged page"](folder / "healthchecker.db")
+    return write_inventory(folder, C)
+
+
+def start_foreign(folder: Path) -> Path:
+    DATABASES["another program's"](folder / "healthchecker.db")
+    return write_inventory(folder, C)
+
+
+def start_without_keys(folder: Path) -> Path:
+    Bench(folder).load(FIRST)
+    shutil.rmtree(folder / "keys")
+    return write_inventory(folder, FIRST)
+
+
+def start_without_keys_and_passwords(folder: Path) -> Path:
+    start_without_keys(folder)
+    return write_inventory(folder, re.sub(", password: p.", "", FIRST))
+
+
+def start_with_other_keys(folder: Path) -> Path:
+    path = start_without_keys(folder)
+    Vault(folder / "keys").create()
+    return path
+
+
+def start_moved(folder: Path) -> Path:
+    Bench(folder).load(FIRST)
+    return write_inventory(folder, FIRST.replace("username: u, password: pb", "username: v"))
+
+
+def start_nowhere(folder: Path) -> Path:
+    return write_inventory(folder, C, service="  database: sqlite:///nowhere/x.db")
+
+
+STARTS: dict[str, tuple[Callable[[Path], Path], int, str]] = {
+    "corrupt database": (start_corrupt, 4, r"healthchecker\.db"),
+    "another program's database": (start_foreign, 4, "belongs to another program"),
+    "keys missing": (start_without_keys, 3, "KEY"),
+    "keys and passwords missing": (start_without_keys_and_passwords, 3, "KEY"),
+    "other keys": (start_with_other_keys, 3, "KEY"),
+    "username changed without password": (start_moved, 3, r"^inventory\.yaml:5:5: .*write the password again"),
+    "database folder missing": (start_nowhere, 4, r"x\.db"),
+}
+
+
+def snapshot(folder: Path) -> dict[str, object]:
+    """All files; a database by its content, since opening one in WAL mode may move bytes between its files."""
+    shown: dict[str, object] = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and not path.name.endswith((".lock", "-wal", "-shm", "-journal")):
+            try:
+                shown[path.name] = dump(path) if path.suffix == ".db" else path.read_bytes()
+            except sqlite3.Error:
+                shown[path.name] = path.read_bytes()
+    return shown
+
+
+@pytest.fixture(scope="module")
+def starts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Future[tuple[Any, ...]]]]:
+    """Runs them two at a time."""
+
+    def start(make: Callable[[Path], Path], folder: Path) -> tuple[Any, ...]:
+        path = make(folder)
+        before = snapshot(folder)
+        return run(path), before, snapshot(folder)
+
+    with ThreadPoolExecutor(2) as pool:
+        yield {
+            case: pool.submit(start, make, tmp_path_factory.mktemp("start")) for case, (make, _, _) in STARTS.items()
+        }
+
+
+@pytest.mark.parametrize("case", STARTS)
+def test_failed_start(case: str, starts: dict[str, Future[tuple[Any, ...]]]) -> None:
+    """One line, the right exit code, and no file changed or added."""
+    _, code, message = STARTS[case]
+    done, before, after = starts[case].result()
+    assert done.returncode == code, done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert re.search(message.replace("KEY", loaded_vault().key_id), done.stderr)
+    assert after == before
+
+
+def test_second_service_on_one_database(bench: Bench) -> None:
+    """It ends with one line; the first goes on."""
+    path = write_inventory(bench.folder, C)
+    with Service(path) as service:
+        second = run(path)
+        assert second.returncode == 4 and len(second.stderr.splitlines()) == 1
+        assert "another HealthChecker" in second.stderr
+        assert service.get("/-/livez").status == 200
+        log = re.findall("inventory: .*", service.output)
+    assert log == ["inventory: 1 added, 0 changed, 0 removed, 0 kept; added: c"]
+
+
+@pytest.mark.skipif(
+    sys.platform == "win32", reason="kill -9 is a POSIX word; a Windows process is always ended like that"
+)
+def test_start_after_kill(bench: Bench) -> None:
+    """A killed service leaves no lock behind."""
+    path = write_inventory(bench.folder, C)
+    with contextlib.suppress(AssertionError), Service(path) as service:
+        service.kill()
+    with Service(path) as service:
+        assert "1 kept" in service.output
+
+
+def test_locked_by_a_dead_process(bench: Bench) -> None:
+    """The lock ends with its process, whatever the way."""
+    code = (
+        "import sys, healthchecker, pathlib; lock = healthchecker.lock_database(pathlib.Path(sys.argv[1])); "
+        "print('held', flush=True); sys.stdin.read()"
+    )
+    holder = subprocess.Popen(
+        [sys.executable, "-c", code, str(bench.database)],
+        cwd=Path(healthchecker.__file__).parent,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    with holder:
+        try:
+            assert holder.stdout and holder.stdout.readline().strip() == b"held"
+            with pytest.raises(StorageError, match="another HealthChecker"):
+                healthchecker.lock_database(bench.database)
+        finally:
+            holder.kill()
+            holder.communicate()
+    healthchecker.lock_database(bench.database).close()

@@ -1,0 +1,1407 @@
+"""Transport: real logins and real host keys, and every way in which a host can keep a poll waiting."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import re
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import fields
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import hostile
+import paramiko
+import pytest
+from conftest import no_leaks, open_descriptors, wait_for
+from cryptography.hazmat.primitives import serialization
+from hostile import RawServer
+from pydantic import SecretStr
+from service import Service, run, write_inventory
+from sshd import (
+    ROOT,
+    SSHD,
+    SYSTEM_PATH,
+    ParamikoSshd,
+    Sshd,
+    SshServer,
+    make_key,
+    marked,
+    public_line,
+    write_private,
+)
+
+from healthchecker import (
+    CONNECTIONS,
+    Access,
+    Connection,
+    Deadline,
+    KnownHosts,
+    LocalConnection,
+    LoginGuard,
+    ProbeError,
+    Resolver,
+    ResourceSettings,
+    Sample,
+    SimulatedConnection,
+    SshConnection,
+    Target,
+    Verdict,
+    poll_once,
+)
+
+if sys.platform != "win32":
+    import resource
+
+Server = Sshd | ParamikoSshd
+DEADLINE = 2.0  # seconds of a poll that nothing answers
+GRACE = 0.5  # seconds after the deadline in which a poll has to end
+NOWHERE = Path("no such file")
+POSIX = pytest.mark.skipif(sys.platform == "win32", reason="the commands are for /bin/sh")
+OPENSSH = pytest.mark.skipif(not SSHD, reason="no sshd here")
+ACCOUNTS = pytest.mark.skipif(not ROOT or not SSHD, reason="accounts are made and changed by root, for OpenSSH")
+
+
+class Answer(NamedTuple):
+    """What poll_once gave, and how long it took."""
+
+    verdict: Verdict
+    sample: Sample | None
+    host_key: str | None
+    seconds: float
+
+    @property
+    def cause(self) -> str:
+        return self.verdict.cause
+
+    @property
+    def reason(self) -> str:
+        return self.verdict.reason
+
+
+def good_login(server: SshServer) -> dict[str, Any]:
+    """The account's password, or its key where no password can work."""
+    return {"password": server.password} if server.password else {"key_file": server.user_key()}
+
+
+def resource_of(settings: Mapping[str, Any], **known: Any) -> Target:
+    """A row as it comes from the database; what a connection does not look at is empty."""
+    values = {"id": 1, "settings": ResourceSettings.model_validate(settings), **known}
+    values |= dict.fromkeys({"password", "passphrase", "host_key"} - values.keys())
+    return Target(**{field.name: values.get(field.name, "") for field in fields(Target)})
+
+
+def target(
+    server: Any, *, password: str = "", passphrase: str = "", trusted: str | None = None, **settings: Any
+) -> Target:
+    """A resource on `server`."""
+    where = {"hostname": server.address, "port": server.port, "username": getattr(server, "username", "monitor")}
+    opened = [SecretStr(secret) if secret else None for secret in (password, passphrase)]
+    given = {"name": "host", **where, **settings}
+    return resource_of(given, password=opened[0], passphrase=opened[1], host_key=trusted)
+
+
+def access(known_hosts: Path = NOWHERE, resolver: Resolver | None = None) -> Access:
+    return Access(KnownHosts(known_hosts), resolver or Resolver())
+
+
+def connect(target: Target, known_hosts: Path = NOWHERE, guard: LoginGuard | None = None) -> Connection:
+    return CONNECTIONS[target.settings.platform](target, guard or LoginGuard(), access(known_hosts))
+
+
+def poll(target: Target, connection: Connection | None = None) -> Answer:
+    """One poll; whatever comes of it, it is in time, in one line, and without a secret."""
+    begin = time.monotonic()
+    answer = Answer(*poll_once(target, connection or connect(target), None), time.monotonic() - begin)
+    assert answer.seconds <= target.settings.timeout + GRACE, answer
+    assert answer.verdict.reason.isprintable()
+    assert len(answer.verdict.reason) <= 500
+    assert "unforeseen" not in answer.verdict.reason
+    for secret in (target.password, target.passphrase):
+        assert not secret or secret.get_secret_value() not in answer.verdict.reason
+    return answer
+
+
+def healthy(answer: Answer) -> bool:
+    """Polled in full: the sample says so too, so that nothing is healthy by accident."""
+    assert answer.verdict.state == "healthy", answer
+    assert answer.sample is not None
+    assert answer.sample.details["hostname"]
+    return True
+
+
+@contextlib.contextmanager
+def meeting_place() -> Iterator[Path]:
+    """A folder in which every account may write."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o777)
+        yield Path(folder)
+
+
+@contextlib.contextmanager
+def as_nobody() -> Iterator[None]:
+    """Without root's right to read everything (root can read a file of mode 0)."""
+    if sys.platform != "win32" and ROOT:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        if sys.platform != "win32" and ROOT:
+            os.seteuid(0)
+
+
+def restart(server: Sshd) -> None:
+    """Let sshd read its configuration anew, once it serves: before, the signal would end it."""
+    before = server.log().count("Server listening")
+    with socket.create_connection((server.address, server.port), 5) as connection:
+        assert connection.recv(4) == b"SSH-"
+    server._listener.send_signal(signal.Signals["SIGHUP"])
+    wait_for(lambda: server.log().count("Server listening") > before)
+
+
+@contextlib.contextmanager
+def configured(server: Sshd, settings: str) -> Iterator[None]:
+    """`settings` stand before the server's own: the first one counts."""
+    config = server.folder / "config"
+    before = config.read_text(encoding="ascii")
+    config.write_text(f"{settings}\n{before}", encoding="ascii")
+    restart(server)
+    try:
+        yield
+    finally:
+        server.kill_sessions()
+        config.write_text(before, encoding="ascii")
+        restart(server)
+
+
+def no_attempt(server: SshServer) -> bool:
+    """Whether nobody has tried to log in: sshd names the account from the first attempt on."""
+    return server.username not in server.log()
+
+
+# === Ways to log in ==========================================================
+
+
+@POSIX
+def test_password(sshd: Server, password: str) -> None:
+    with no_leaks():
+        assert healthy(poll(target(sshd, password=password)))
+    assert f"Accepted password for {sshd.username}" in sshd.log()
+
+
+@POSIX
+@pytest.mark.parametrize("passphrase", ["", "a phrase"])
+@pytest.mark.parametrize("kind", ["ed25519", "rsa", "ecdsa"])
+def test_key_file(sshd: Server, kind: str, passphrase: str) -> None:
+    key = sshd.user_key(kind, passphrase)
+    assert healthy(poll(target(sshd, key_file=key, passphrase=passphrase)))
+    assert f"Accepted publickey for {sshd.username}" in sshd.log()
+
+
+@POSIX
+@pytest.mark.parametrize("passphrase", ["", "a phrase"])
+def test_older_key_format(sshd: Server, tmp_path: Path, passphrase: str) -> None:
+    kept = serialization.load_ssh_private_key(sshd.user_key("rsa").read_bytes(), None)
+    seal: Any = serialization.NoEncryption()
+    if passphrase:
+        seal = serialization.BestAvailableEncryption(passphrase.encode())
+    form = serialization.PrivateFormat.TraditionalOpenSSL
+    key = tmp_path / "key.pem"
+    key.write_bytes(kept.private_bytes(serialization.Encoding.PEM, form, seal))
+    assert healthy(poll(target(sshd, key_file=key, passphrase=passphrase)))
+
+
+@POSIX
+def test_wrong_password(sshd: Server, password: str) -> None:
+    with no_leaks():
+        answer = poll(target(sshd, password=password + "x"))
+    assert answer.cause == "auth"
+    assert sshd.username in answer.reason
+    assert f"Failed password for {sshd.username}" in sshd.log()
+
+
+@pytest.mark.parametrize("secret", ["x" * 1024, "häßlich 密码 \U0001f511", " blank ", "'\"\\$(id)`id`\n\t"])
+def test_odd_passwords(secret: str) -> None:
+    with ParamikoSshd() as server:
+        server.password = secret
+        assert poll(target(server, password=secret, timeout=DEADLINE)).cause not in ("auth", "credential")
+        assert "Accepted password" in server.log()
+        assert poll(target(server, password=secret + "x", timeout=DEADLINE)).cause == "auth"
+
+
+def test_unknown_user(sshd: Server) -> None:
+    answer = poll(target(sshd, username="nobody-of-that-name", **(good_login(sshd))))
+    assert answer.cause == "auth"
+    assert "nobody-of-that-name" in answer.reason
+
+
+def test_key_that_nobody_authorised(sshd: Server, tmp_path: Path) -> None:
+    write_private(tmp_path / "key", make_key("ed25519"))
+    answer = poll(target(sshd, key_file=tmp_path / "key"))
+    assert answer.cause == "auth"
+    assert "key_file" in answer.reason
+
+
+def bad_key(kind: str, folder: Path, server: SshServer) -> Path:
+    """A key file that cannot be used, for the reason that its kind says."""
+    path = folder / "key"
+    content = {
+        "garbage": b"not a key at all\n",
+        "noise": bytes(range(256)) * 8,
+        "empty": b"",
+        "public": (public_line(make_key("ed25519")) + "\n").encode(),
+        "cut off": server.user_key().read_bytes()[:150],
+        "certificate": b"-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n",
+    }
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "encrypted":
+        path = server.user_key("ed25519", "a phrase")
+    elif kind in content:
+        path.write_bytes(content[kind])
+    return path
+
+
+BAD_KEYS = ["missing", "folder", "garbage", "noise", "empty", "public", "cut off", "certificate", "encrypted"]
+
+
+@pytest.mark.parametrize("passphrase", ["", "not the phrase"])
+@pytest.mark.parametrize("kind", BAD_KEYS)
+def test_bad_key_file(sshd: Server, tmp_path: Path, kind: str, passphrase: str) -> None:
+    path = bad_key(kind, tmp_path, sshd)
+    logins = sshd.log().count(sshd.username)
+    answer = poll(target(sshd, key_file=path, passphrase=passphrase))
+    assert answer.cause == "credential"
+    assert str(path) in answer.reason
+    assert sshd.log().count(sshd.username) == logins
+
+
+@POSIX
+def test_unreadable_key_file(sshd: Server) -> None:
+    with meeting_place() as folder:
+        key = folder / "key"
+        key.write_bytes(sshd.user_key().read_bytes())
+        key.chmod(0)
+        with as_nobody():
+            answer = poll(target(sshd, key_file=key))
+    assert answer.cause == "credential"
+    assert "ermission denied" in answer.reason
+
+
+def put(path: Path, content: bytes) -> None:
+    """Write as administrators' tools do: under another name first."""
+    new = path.with_name("new")
+    new.write_bytes(content)
+    new.replace(path)
+
+
+@POSIX
+def test_key_file_changed_on_disk(sshd: Server, tmp_path: Path) -> None:
+    key, other = tmp_path / "key", tmp_path / "other"
+    write_private(other, make_key("ed25519"))
+    watched, guard = target(sshd, key_file=key), LoginGuard()
+    connection = connect(watched, guard=guard)
+
+    def after(content: bytes) -> Answer:
+        put(key, content)
+        guard.clear("host")  # the back-off is not the point here
+        return poll(watched, connection)
+
+    assert healthy(after(sshd.user_key().read_bytes()))
+    assert after(other.read_bytes()).cause == "auth"
+    assert healthy(after(sshd.user_key("rsa").read_bytes()))
+    assert after(b"garbage").cause == "credential"
+    assert healthy(after(sshd.user_key().read_bytes()))
+    key.unlink()
+    assert poll(watched, connection).cause == "credential"
+
+
+@POSIX
+def test_new_key_file_ends_the_back_off(sshd: Server, tmp_path: Path) -> None:
+    """A changed credential is tried at once, where a key file holds it too."""
+    key = tmp_path / "key"
+    write_private(key, make_key("ed25519"))
+    watched = target(sshd, key_file=key)
+    connection = connect(watched)
+    assert poll(watched, connection).cause == "auth"
+    put(key, sshd.user_key().read_bytes())
+    assert healthy(poll(watched, connection))
+
+
+@POSIX
+def test_neither_agent_nor_key_discovery(
+    sshd: Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / ".ssh").mkdir()
+    shutil.copy(sshd.user_key(), tmp_path / ".ssh" / "id_ed25519")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("SSH_AUTH_SOCK", str(tmp_path / "agent"))
+    with paramiko.SSHClient() as client:  # the same key, found by a client that does look for it
+        client.set_missing_host_key_policy(paramiko.AutoAddPolicy())
+        client.connect(sshd.address, sshd.port, sshd.username, allow_agent=False, timeout=5)
+    attempts = sshd.log().count("publickey")
+    with socket.socket(socket.AF_UNIX) as agent:
+        agent.bind(str(tmp_path / "agent"))
+        agent.listen()
+        agent.setblocking(False)
+        write_private(tmp_path / "other", make_key("ed25519"))
+        assert poll(target(sshd, password="wrong")).cause == "auth"
+        assert poll(target(sshd)).cause == "auth"
+        assert sshd.log().count("publickey") == attempts
+        assert poll(target(sshd, key_file=tmp_path / "other")).cause == "auth"
+        with pytest.raises(BlockingIOError):
+            agent.accept()
+
+
+# === Host keys ===============================================================
+
+
+@pytest.fixture(scope="module")
+def three_keys() -> Iterator[Server]:
+    """A host with keys of several types, as most hosts have."""
+    with Sshd("ed25519", "ecdsa", "rsa") if SSHD else ParamikoSshd("ed25519", "ecdsa", "rsa") as server:
+        yield server
+
+
+TYPES = {"ed25519": "ssh-ed25519", "ecdsa": "ecdsa-sha2-nistp256", "rsa": "ssh-rsa"}
+
+
+def identities(server: SshServer) -> dict[str, str]:
+    return {kind: f"{TYPES[kind]} {server.fingerprint(kind)}" for kind in server.host_keys}
+
+
+@POSIX
+def test_trust_on_first_use() -> None:
+    with no_leaks(), Sshd() if SSHD else ParamikoSshd() as server:
+        old = identities(server)["ed25519"]
+        watched = target(server, **good_login(server))
+        connection = connect(watched)
+        first, second = poll(watched, connection), poll(watched, connection)
+        assert healthy(first)
+        assert healthy(second)
+        assert (first.host_key, second.host_key) == (old, None)
+        server.rekey()
+        changed = poll(watched, connection)
+        restarted = poll(target(server, trusted=old, **good_login(server)))
+        for answer in (changed, restarted):
+            assert answer.cause == "host_key"
+            assert old in answer.reason
+            assert identities(server)["ed25519"] in answer.reason
+            assert "trust host" in answer.reason
+            assert answer.host_key is None
+        assert no_attempt(server)
+        assert healthy(poll(target(server, trusted=identities(server)["ed25519"], **good_login(server))))
+        assert not no_attempt(server)
+
+
+@POSIX
+@pytest.mark.parametrize("first", ["credential", "auth", "timeout"])
+def test_key_trusted_in_a_failed_poll_is_reported(sshd: Server, tmp_path: Path, first: str) -> None:
+    """What is not reported is not stored, and after a restart any key would be trusted again."""
+    key = tmp_path / "key"
+    if first == "auth":
+        write_private(key, make_key("ed25519"))
+    elif first == "timeout":
+        key.write_bytes(sshd.user_key().read_bytes())
+    with meeting_place() as folder:
+        slow = {"name": "slow", "command": f"test -e {folder}/quick || sleep 30", "timeout": 30}
+        watched = target(sshd, key_file=key, timeout=1.5, checks=[slow])
+        guard = LoginGuard()
+        connection = connect(watched, guard=guard)
+        failed = poll(watched, connection)
+        assert failed.cause == first
+        guard.clear("host")  # as "check now" does
+        (folder / "quick").touch()
+        put(key, sshd.user_key().read_bytes())
+        good = poll(watched, connection)
+    assert healthy(good)
+    assert identities(sshd)["ed25519"] in (failed.host_key, good.host_key)
+
+
+@POSIX
+@pytest.mark.parametrize("typed", [True, False])
+@pytest.mark.parametrize("kind", TYPES)
+def test_pinned(three_keys: Server, kind: str, typed: bool) -> None:
+    pin = identities(three_keys)[kind] if typed else three_keys.fingerprint(kind)
+    answer = poll(target(three_keys, host_key=pin, **good_login(three_keys)))
+    assert healthy(answer)
+    assert answer.host_key is None
+
+
+@pytest.mark.parametrize("typed", [True, False])
+def test_pinned_wrong(three_keys: Server, tmp_path: Path, typed: bool) -> None:
+    """Neither a stored key nor known_hosts helps against the inventory."""
+    known = tmp_path / "known_hosts"
+    known.write_text(three_keys.known_hosts(), encoding="ascii")
+    pin = f"{'ssh-ed25519 ' if typed else ''}SHA256:{'A' * 43}"
+    logins = three_keys.log().count(three_keys.username)
+    watched = target(
+        three_keys, host_key=pin, trusted=identities(three_keys)["ed25519"], **good_login(three_keys)
+    )
+    answer = poll(watched, connect(watched, known))
+    assert answer.cause == "host_key"
+    assert pin in answer.reason
+    assert "SHA256:" in answer.reason.replace(pin, "")
+    assert three_keys.log().count(three_keys.username) == logins
+
+
+@POSIX
+def test_strict(three_keys: Server, tmp_path: Path) -> None:
+    known = tmp_path / "known_hosts"
+    strict = partial(target, three_keys, host_key="strict", **good_login(three_keys))
+    logins = three_keys.log().count(three_keys.username)
+    for _ in range(2):
+        answer = poll(strict(), connect(strict(), known))
+        assert (answer.cause, answer.host_key) == ("host_key", None)
+        assert three_keys.fingerprint() in answer.reason
+        assert "trust host" in answer.reason
+    assert three_keys.log().count(three_keys.username) == logins
+    assert healthy(poll(strict(trusted=identities(three_keys)["rsa"])))
+    known.write_text(three_keys.known_hosts("rsa"), encoding="ascii")
+    assert healthy(poll(strict(), connect(strict(), known)))
+
+
+@POSIX
+def test_stored_key_of_any_type(three_keys: Server) -> None:
+    for identity in identities(three_keys).values():
+        answer = poll(target(three_keys, trusted=identity, **good_login(three_keys)))
+        assert healthy(answer)
+        assert answer.host_key is None
+
+
+def hashed(line: str) -> str:
+    """A line of known_hosts with its host name hashed, as `HashKnownHosts yes` writes it."""
+    name, rest = line.split(" ", 1)
+    return f"{paramiko.HostKeys.hash_host(name)} {rest}"
+
+
+def other_key(server: SshServer, kind: str = "ed25519") -> str:
+    return f"[{server.address}]:{server.port} {public_line(make_key(kind))}\n"
+
+
+def broken_keys(server: SshServer) -> str:
+    """Keys that are damaged in the ways in which an editor, a full disk and a bad copy damage them."""
+    ed25519 = "AAAAC3NzaC1lZDI1NTE5AAAA"
+    texts = {
+        "ssh-ed25519": [ed25519, ed25519[:-1], "é", "=", f"{ed25519}HwZovy8+P0WTtt+TdeaNw0/vMfGwahBLJgDS73enrNUF"],
+        "ecdsa-sha2-nistp256": ["AAAAE2VjZHNhLXNoYTItbmlzdHAyNTaAAAAAbmlzdHAyNTYAAABBBKlEQx7+7g=="],
+        "ssh-rsa": [
+            public_line(server.host_keys["rsa"]).split()[1][:-200],
+            "AAAAB3NzaC1yc2EAAAAhAQABAAABAQCMFF/kEtZs8Ye65HuZt9rBYKcl2wT9HxHzANEGFroW6m2PlkgjGYo1GKPlCTHxQRxzd73X",
+        ],
+        "ssh-dss": ["AAAAB3NzaC1kc3M="],
+    }
+    return "".join(f"elsewhere {kind} {text}\n" for kind, keys in texts.items() for text in keys)
+
+
+def broken_names(server: SshServer) -> str:
+    key = public_line(make_key("ed25519"))
+    return "".join(f"{name} {key}\n" for name in ("|1|abc|def", "|1|", "|1|YWJj|YWJj", "|1|%|", "|2|a|b", "*,!", ","))
+
+
+# name: the file for a server with keys of three types, and what becomes of it:
+# "accepted" (nothing is learned), "learned" (unknown to the file) or "refused"
+KNOWN_HOSTS: dict[str, tuple[Callable[[SshServer], str], str]] = {
+    "empty": (lambda s: "", "learned"),
+    "plain": (lambda s: s.known_hosts(), "accepted"),
+    "of another type than the host prefers": (lambda s: s.known_hosts("rsa"), "accepted"),
+    "ecdsa": (lambda s: s.known_hosts("ecdsa"), "accepted"),
+    "of every type": (lambda s: "".join(map(s.known_hosts, TYPES)), "accepted"),
+    "hashed": (lambda s: hashed(s.known_hosts()), "accepted"),
+    "hashed, of another type": (lambda s: hashed(s.known_hosts("ecdsa")), "accepted"),
+    "several names": (lambda s: "db1,db2," + s.known_hosts(), "accepted"),
+    "with a comment": (lambda s: "# all\n\n" + s.known_hosts().strip() + " monitor@example.com\n", "accepted"),
+    "line ends of Windows": (lambda s: s.known_hosts().replace("\n", "\r\n"), "accepted"),
+    "without a last line end": (lambda s: s.known_hosts().strip(), "accepted"),
+    "tabs": (lambda s: s.known_hosts().replace(" ", "\t"), "accepted"),
+    "two blanks": (lambda s: s.known_hosts().replace(" ", "  "), "accepted"),
+    "indented": (lambda s: "  " + s.known_hosts(), "accepted"),
+    "the same host at another port": (lambda s: s.known_hosts().replace("]:", "]:1"), "learned"),
+    "another host": (lambda s: f"192.0.2.1 {public_line(make_key('ed25519'))}\n", "learned"),
+    "another host with this key": (lambda s: s.known_hosts().replace("127.0.0.1", "192.0.2.1"), "learned"),
+    "another key": (other_key, "refused"),
+    "another key, hashed": (lambda s: hashed(other_key(s)), "refused"),
+    "another key of another type": (lambda s: other_key(s, "rsa"), "refused"),
+    "another key, and the right one of another type": (lambda s: other_key(s) + s.known_hosts("rsa"), "refused"),
+    "an old key before the right one": (lambda s: other_key(s) + s.known_hosts(), "accepted"),
+    "an old key after the right one": (lambda s: s.known_hosts() + other_key(s), "accepted"),
+    "an old key before the right one, hashed": (lambda s: hashed(other_key(s)) + hashed(s.known_hosts()), "accepted"),
+    "the right key is revoked": (lambda s: "@revoked " + s.known_hosts(), "refused"),
+    "an authority": (lambda s: "@cert-authority *.example.com " + public_line(make_key("rsa")) + "\n", "learned"),
+    "garbage": (lambda s: "\x00\x01 garbage\na b\na b c\n" + "x" * 9999 + "\n", "learned"),
+    "garbage around the right key": (lambda s: "a b c\n" + s.known_hosts() + "|1|\n", "accepted"),
+    "broken keys": (lambda s: broken_keys(s) + s.known_hosts(), "accepted"),
+    "broken hashes": (lambda s: broken_names(s) + s.known_hosts(), "accepted"),
+    "broken hashes and another key": (lambda s: broken_names(s) + other_key(s), "refused"),
+    "not UTF-8": (lambda s: "\udcff\udcfe h\udce4\n" + s.known_hosts(), "accepted"),
+}
+
+
+@POSIX
+@pytest.mark.parametrize("name", KNOWN_HOSTS)
+def test_known_hosts(three_keys: Server, tmp_path: Path, name: str) -> None:
+    content, expected = KNOWN_HOSTS[name]
+    known = tmp_path / "known_hosts"
+    known.write_bytes(content(three_keys).encode("utf-8", "surrogateescape"))
+    logins = three_keys.log().count(three_keys.username)
+    watched = target(three_keys, **good_login(three_keys))
+    answer = poll(watched, connect(watched, known))
+    if expected == "refused":
+        assert answer.cause == "host_key"
+        assert three_keys.log().count(three_keys.username) == logins
+    else:
+        assert healthy(answer)
+        assert answer.host_key == (identities(three_keys)["ed25519"] if expected == "learned" else None)
+
+
+def test_known_hosts_at_the_registered_port(tmp_path: Path) -> None:
+    key = make_key("ed25519")
+    known = tmp_path / "known_hosts"
+    known.write_text(f"db1.example.com,192.0.2.7 {public_line(key)}\n", encoding="ascii")
+    hosts = KnownHosts(known)
+    assert hosts.lookup("db1.example.com", 22) == hosts.lookup("192.0.2.7", 22) != set()
+    assert hosts.lookup("db1.example.com", 2222) == hosts.lookup("db2.example.com", 22) == set()
+
+
+@POSIX
+def test_known_hosts_is_read_again(three_keys: Server, tmp_path: Path) -> None:
+    known = tmp_path / "known_hosts"
+    watched = target(three_keys, host_key="strict", **good_login(three_keys))
+    connection = connect(watched, known)
+    assert poll(watched, connection).cause == "host_key"
+    known.write_text(three_keys.known_hosts("rsa"), encoding="ascii")
+    assert healthy(poll(watched, connection))
+    known.write_text(other_key(three_keys), encoding="ascii")
+    assert poll(watched, connection).cause == "host_key"
+    known.unlink()
+    assert poll(watched, connection).cause == "host_key"
+
+
+@POSIX
+@pytest.mark.parametrize("kind", ["folder", "forbidden"])
+def test_unreadable_known_hosts(three_keys: Server, kind: str) -> None:
+    with meeting_place() as folder:
+        known = folder / "known_hosts"
+        if kind == "folder":
+            known.mkdir()
+        else:
+            known.write_text(three_keys.known_hosts(), encoding="ascii")
+            known.chmod(0)
+        strict = target(three_keys, host_key="strict", **good_login(three_keys))
+        stored = target(three_keys, trusted=identities(three_keys)["rsa"], **good_login(three_keys))
+        with as_nobody():
+            assert poll(strict, connect(strict, known)).cause == "host_key"
+            assert poll(stored, connect(stored, known)).cause in ("", "credential")
+
+
+# === The way to the host =====================================================
+
+
+def families(name: str) -> set[int]:
+    """How a name of this machine can be reached."""
+    with contextlib.suppress(OSError):
+        return {family for family, *_ in socket.getaddrinfo(name, 22)}
+    return set()
+
+
+IPV6 = ["::1", "0:0:0:0:0:0:0:1", *(["localhost"] if socket.AF_INET6 in families("localhost") else [])]
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1", "::1"])
+def test_refused_port(address: str) -> None:
+    with no_leaks(), hostile.ClosedPort(address) as closed:
+        answer = poll(target(closed))
+    assert answer.cause == "unreachable"
+    assert "refused" in answer.reason
+    assert f"{address} port {closed.port}" in answer.reason
+
+
+@POSIX
+@pytest.mark.parametrize("hostname", ["127.0.0.1", "localhost", "127.1", "LOCALHOST"])
+def test_names_of_this_machine(sshd: Server, hostname: str) -> None:
+    """localhost may be ::1 first, where nobody listens."""
+    with no_leaks():
+        assert healthy(poll(target(sshd, hostname=hostname, **good_login(sshd))))
+
+
+@POSIX
+@pytest.mark.parametrize("hostname", IPV6)
+def test_ipv6(tmp_path: Path, hostname: str) -> None:
+    known = tmp_path / "known_hosts"
+    with Sshd(address="::1") if SSHD else ParamikoSshd(address="::1") as server:
+        known.write_text(server.known_hosts(), encoding="ascii")
+        watched = target(server, hostname=hostname, **good_login(server))
+        answer = poll(watched, connect(watched, known))
+    assert healthy(answer)
+    assert (answer.host_key is None) == (hostname == "::1")
+
+
+@pytest.mark.parametrize(
+    "hostname", ["no-such-host.invalid", "x" * 64 + ".example", "a..example", "999.1.1.1", ":::", "1:2", "ü" * 70]
+)
+def test_names_that_do_not_resolve(hostname: str) -> None:
+    with no_leaks(), hostile.ClosedPort() as closed:
+        answer = poll(target(closed, hostname=hostname))
+    assert answer.cause == "unreachable"
+    assert hostname[:60] in answer.reason
+    assert "resolve" in answer.reason
+
+
+class HangingResolver(Resolver):
+    """A name server that does not answer before `answered` is set, as getaddrinfo shows it: by blocking."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.answered = threading.Event()
+        self.asked = 0
+
+    def _work(self, host: str, port: int, future: Future[list[Any]]) -> None:
+        self.asked += 1
+        self.answered.wait()
+        super()._work(host, port, future)
+
+
+@POSIX
+def test_name_server_that_hangs(sshd: Server) -> None:
+    """A hundred polls wait for one look-up; numeric addresses do not wait; what comes late is of use."""
+    resolver = HangingResolver()
+    named = target(sshd, hostname="localhost", timeout=1, **good_login(sshd))
+    numeric = target(sshd, timeout=5, **good_login(sshd))
+    shared = access(resolver=resolver)
+
+    def one(watched: Target) -> Answer:
+        return poll(watched, SshConnection(watched, LoginGuard(), shared))
+
+    with no_leaks():
+        threads = threading.active_count()
+        with ThreadPoolExecutor(50) as pool:
+            answers = list(pool.map(one, [named] * 100))
+        assert {answer.cause for answer in answers} == {"timeout"}
+        assert all("localhost" in answer.reason for answer in answers)
+        assert healthy(one(numeric))
+        wait_for(lambda: threading.active_count() <= threads + 1)
+        assert resolver.asked == 1
+        resolver.answered.set()
+        patient = target(sshd, hostname="localhost", timeout=5, **good_login(sshd))
+        assert healthy(one(patient))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="how a full backlog behaves differs between systems")
+def test_packets_are_dropped() -> None:
+    """A listener whose backlog is full answers no further connection, as a firewall that drops."""
+    with contextlib.ExitStack() as stack:
+        full = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=0))
+        address = full.getsockname()
+        for _ in range(4):
+            client = stack.enter_context(socket.socket())
+            client.setblocking(False)
+            client.connect_ex(address)
+        given = {"name": "host", "hostname": address[0], "port": address[1], "username": "monitor", "timeout": 1}
+        with no_leaks():
+            answer = poll(resource_of(given))
+    assert answer.cause == "timeout"
+    assert f"port {address[1]}" in answer.reason
+
+
+@POSIX
+@pytest.mark.parametrize("platform", ["linux", "local"])
+def test_no_descriptor_left(sshd: Server, platform: str) -> None:
+    """A full descriptor table is said in one line and leaves nothing behind."""
+    if sys.platform == "win32":
+        return
+    local = resource_of({"name": "host", "hostname": "localhost", "platform": "local"})
+    watched = target(sshd, **good_login(sshd)) if platform == "linux" else local
+    connection = connect(watched)
+    descriptors = open_descriptors()
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+    try:
+        answer = poll(watched, connection)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        assert open_descriptors() == descriptors
+    assert answer.verdict.state == "unhealthy"
+    assert "Too many open files" in answer.reason
+
+
+def sockets_to(port: int) -> Iterator[socket.socket]:
+    """Copies of this process's connections to a port."""
+    for name in os.listdir("/dev/fd"):
+        with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
+            copy = os.dup(int(name))
+            stack.callback(os.close, copy)
+            sock = stack.enter_context(socket.socket(fileno=os.dup(copy)))
+            if sock.getpeername()[1] == port:
+                yield sock
+
+
+@POSIX
+def test_nodelay() -> None:
+    """Nagle's algorithm would hold back every second packet of a login for 40 ms."""
+    with RawServer(hostile.banner_then_silence) as server, ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(poll, target(server, timeout=1))
+        options = wait_for(
+            lambda: [s.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) for s in sockets_to(server.port)], 1
+        )
+        assert options == [1]
+        assert answer.result().cause == "timeout"
+
+
+# === Hosts that keep a poll waiting ==========================================
+
+
+class FreezeAtLogin(LoginGuard):
+    """Stops the server between the key exchange and the login, or right after the login."""
+
+    def __init__(self, server: Server, *, after: bool) -> None:
+        super().__init__()
+        self.server, self.after = server, after
+
+    @contextlib.contextmanager
+    def attempt(self, name: str, deadline: Deadline) -> Iterator[None]:
+        with super().attempt(name, deadline):
+            if not self.after:
+                self.server.freeze()
+            yield
+            if self.after:
+                self.server.freeze()
+
+
+def own_sshd() -> Server:
+    return Sshd() if SSHD else ParamikoSshd()
+
+
+def raw(behaviour: hostile.Behaviour) -> Answer:
+    with RawServer(behaviour) as server:
+        return poll(target(server, password="a secret of the test", timeout=DEADLINE))
+
+
+def answering(behaviour: Any) -> Answer:
+    with ParamikoSshd(answer=behaviour) as server:
+        return poll(target(server, password=server.password, timeout=DEADLINE))
+
+
+def serving(kind: type[ParamikoSshd]) -> Answer:
+    with kind() as server:
+        return poll(target(server, password=server.password, timeout=DEADLINE))
+
+
+def frozen_before_the_banner() -> Answer:
+    with own_sshd() as server:
+        server.freeze()
+        return poll(target(server, timeout=DEADLINE, **good_login(server)))
+
+
+def frozen_at_login(after: bool) -> Answer:
+    with own_sshd() as server:
+        watched = target(server, timeout=DEADLINE, **good_login(server))
+        return poll(watched, connect(watched, guard=FreezeAtLogin(server, after=after)))
+
+
+def mid_command(action: Callable[[Server], None]) -> Answer:
+    """`action` befalls the server while a check runs."""
+    with own_sshd() as server, meeting_place() as folder, ThreadPoolExecutor(1) as pool:
+        slow = {"name": "slow", "command": f"touch {folder}/begun; echo so far; sleep 60", "timeout": 60}
+        answer = pool.submit(poll, target(server, timeout=DEADLINE, checks=[slow], **good_login(server)))
+        wait_for((folder / "begun").exists)
+        action(server)
+        return answer.result()
+
+
+def end_of_file_only(channel: paramiko.Channel, command: str) -> None:
+    """Ends the output, and then neither a status nor a close."""
+    channel.sendall(b"some output\n")
+    channel.shutdown_write()
+    channel.get_transport().join()
+
+
+def status_without_end(channel: paramiko.Channel, command: str) -> None:
+    """An exit status, and then no end of the output."""
+    channel.send_exit_status(0)
+    channel.get_transport().join()
+
+
+def both_streams(channel: paramiko.Channel, command: str) -> None:
+    """Less than the cap on either stream, more over both, and no end."""
+    for _ in range(12):
+        channel.sendall(b"y\n" * 25_000)
+        channel.sendall_stderr(b"n\n" * 25_000)
+    channel.get_transport().join()
+
+
+def just_below_the_cap(channel: paramiko.Channel, command: str) -> int:
+    channel.sendall(b"y" * (1 << 20))
+    return 0
+
+
+def endless_banner(connection: socket.socket, closing: threading.Event) -> None:
+    """A first line without end, as fast as it is taken."""
+    connection.sendall(b"SSH-2.0-")
+    while not closing.is_set():
+        connection.sendall(b"x" * 65536)
+
+
+def web_server(connection: socket.socket, closing: threading.Event) -> None:
+    connection.sendall(b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\n\r\n")
+
+
+def old_protocol(connection: socket.socket, closing: threading.Event) -> None:
+    connection.sendall(b"SSH-1.5-ancient\r\n")
+    hostile.swallow(connection)
+
+
+def reset(connection: socket.socket, closing: threading.Event) -> None:
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+
+
+def too_many_startups(connection: socket.socket, closing: threading.Event) -> None:
+    """What OpenSSH says beyond MaxStartups."""
+    connection.sendall(b"Exceeded MaxStartups\r\n")
+
+
+class Scenario(NamedTuple):
+    run: Callable[[], Answer]
+    cause: str  # or several, with a blank between, where the moment decides
+    says: str  # in the reason
+
+
+SCENARIOS = {
+    "silent": Scenario(partial(raw, hostile.silent), "timeout", "2 s"),
+    "dripping banner": Scenario(partial(raw, hostile.dripping_banner), "timeout", "2 s"),
+    "endless banner": Scenario(partial(raw, endless_banner), "timeout protocol", ""),
+    "banner, then silence": Scenario(partial(raw, hostile.banner_then_silence), "timeout", "2 s"),
+    "garbage": Scenario(partial(raw, hostile.garbage), "protocol timeout", ""),
+    "garbage after the banner": Scenario(partial(raw, hostile.garbage_after_banner), "protocol timeout", ""),
+    "endless lines": Scenario(partial(raw, hostile.endless_lines), "protocol", "SSH"),
+    "closes at once": Scenario(partial(raw, hostile.close_at_once), "unreachable", "closed the connection"),
+    "resets the connection": Scenario(partial(raw, reset), "unreachable", "closed the connection"),
+    "too many startups": Scenario(partial(raw, too_many_startups), "unreachable", "closed the connection"),
+    "a web server": Scenario(partial(raw, web_server), "protocol", "SSH"),
+    "SSH 1": Scenario(partial(raw, old_protocol), "protocol", "1.5"),
+    "stalled login": Scenario(partial(serving, hostile.StalledLogin), "timeout", "2 s"),
+    "frozen at exec": Scenario(partial(serving, hostile.FrozenExec), "timeout", "2 s"),
+    "no password login": Scenario(partial(serving, hostile.NoPassword), "auth", "keyboard-interactive, publickey"),
+    "weak algorithms": Scenario(partial(serving, hostile.WeakAlgorithms), "protocol", "weak"),
+    "endless stdout": Scenario(partial(answering, hostile.endless_stdout), "protocol", "1048576 bytes"),
+    "endless stderr": Scenario(partial(answering, hostile.endless_stderr), "protocol", "1048576 bytes"),
+    "endless on both": Scenario(partial(answering, both_streams), "protocol", "1048576 bytes"),
+    "just below the cap": Scenario(partial(answering, just_below_the_cap), "protocol", "yyy"),
+    "a line per second": Scenario(partial(answering, hostile.line_per_second), "timeout", "2 s"),
+    "never ends": Scenario(partial(answering, hostile.never_ends), "timeout", "2 s"),
+    "end of file only": Scenario(partial(answering, end_of_file_only), "timeout", "2 s"),
+    "status without end": Scenario(partial(answering, status_without_end), "timeout", "2 s"),
+    "status only": Scenario(partial(answering, hostile.status_only), "protocol", "shell"),
+    "no status": Scenario(partial(answering, hostile.no_status), "unreachable", "lost"),
+    "huge text": Scenario(partial(answering, hostile.huge_text), "protocol", "xxx"),
+    "exit by a signal": Scenario(partial(answering, hostile.exit_signal), "unreachable", "lost"),
+    "cut": Scenario(partial(answering, hostile.cut), "unreachable", "lost"),
+}
+POSIX_SCENARIOS = {
+    "frozen before the banner": Scenario(frozen_before_the_banner, "timeout", "2 s"),
+    "frozen after the key exchange": Scenario(partial(frozen_at_login, False), "timeout", "2 s"),
+    "frozen after the login": Scenario(partial(frozen_at_login, True), "timeout", "2 s"),
+    "frozen mid-command": Scenario(partial(mid_command, lambda s: s.freeze()), "timeout", "check slow"),
+    "slow command": Scenario(partial(mid_command, lambda s: None), "timeout", "check slow"),
+    "killed mid-command": Scenario(partial(mid_command, lambda s: s.kill_sessions()), "unreachable", "check slow"),
+}
+
+
+def test_every_poll_ends_in_time() -> None:
+    scenarios = SCENARIOS | (POSIX_SCENARIOS if sys.platform != "win32" else {})
+    wrong = []
+    with no_leaks(), ThreadPoolExecutor(len(scenarios)) as pool:
+        answers = {name: pool.submit(scenario.run) for name, scenario in scenarios.items()}
+        for name, (_, cause, says) in scenarios.items():
+            try:
+                answer = answers[name].result()
+            except AssertionError as error:
+                wrong.append(f"{name}: {error}")
+                continue
+            if answer.cause not in cause.split() or says not in answer.reason:
+                wrong.append(f"{name}: {answer.cause}, not {cause}: {answer.reason!r} without {says!r}")
+            if cause == "timeout" and answer.seconds < DEADLINE - 0.05:
+                wrong.append(f"{name}: given up after {answer.seconds:.2f} s")
+    assert not wrong, "\n".join(wrong)
+
+
+@POSIX
+def test_the_end_of_a_silent_connection_is_always_a_timeout() -> None:
+    """At the deadline itself two clocks run; whichever is first, the host was silent and not lost."""
+    with ParamikoSshd(answer=end_of_file_only) as server, ThreadPoolExecutor(10) as pool:
+        watched = target(server, password=server.password, timeout=1)
+        answers = [pool.submit(poll, watched) for _ in range(20)]
+        assert {answer.result().cause for answer in answers} == {"timeout"}
+
+
+@POSIX
+def test_failed_polls_leave_nothing_behind(sshd: Server) -> None:
+    """200 of them: refused, a wrong credential, a hostile banner, a frozen host."""
+    with contextlib.ExitStack() as stack:
+        closed = stack.enter_context(hostile.ClosedPort())
+        rude = stack.enter_context(RawServer(hostile.endless_lines))
+        frozen = stack.enter_context(own_sshd())
+        frozen.freeze()
+        targets = {
+            "unreachable": target(closed, password="x"),
+            "auth": target(sshd, password="not the password"),
+            "protocol": target(rude, password="x"),
+            "timeout": target(frozen, password="x", timeout=1),
+        }
+        poll(targets["auth"])  # what is imported at the first attempt is there before counting
+        with no_leaks():
+            with ThreadPoolExecutor(20) as pool:
+                answers = [(cause, pool.submit(poll, one)) for _ in range(50) for cause, one in targets.items()]
+                assert [(cause, answer.result().cause) for cause, answer in answers] == [
+                    (cause, cause) for cause, _ in answers
+                ]
+            assert len(answers) == 200
+
+
+@POSIX
+def test_waits_without_work(sshd: Server) -> None:
+    """The CPU time of a poll does not depend on how long the commands take."""
+
+    def work(command: str) -> float:
+        check = {"name": "check", "command": command}
+        watched = target(sshd, checks=[check], **good_login(sshd))
+        begin = time.process_time()
+        assert healthy(poll(watched))
+        return time.process_time() - begin
+
+    quick = min(work("true") for _ in range(4))
+    slow = min(work("sleep 1") for _ in range(2))
+    assert slow < quick + 0.008, f"{slow * 1000:.1f} ms against {quick * 1000:.1f} ms"
+
+
+# === How hosts are set up ====================================================
+
+SHELLS = [shell for name in ("bash", "ksh", "zsh", "csh", "tcsh", "fish") if (shell := shutil.which(name))]
+
+
+@contextlib.contextmanager
+def login_shell(server: SshServer, shell: str) -> Iterator[None]:
+    def change(to: str) -> None:
+        environ = {**os.environ, "PATH": SYSTEM_PATH}
+        subprocess.run(["usermod", "--shell", to, server.username], env=environ, check=True, capture_output=True)
+
+    change(shell)
+    try:
+        yield
+    finally:
+        change("/bin/sh")
+
+
+@ACCOUNTS
+@pytest.mark.parametrize("shell", SHELLS)
+def test_login_shells(sshd: Server, shell: str) -> None:
+    with login_shell(sshd, shell):
+        checks = [{"name": "quotes", "command": "test \"$(echo 'a  b' | tr a c)\" = 'c  b' && set -e; exit 0"}]
+        assert healthy(poll(target(sshd, checks=checks, **good_login(sshd))))
+
+
+@ACCOUNTS
+@pytest.mark.parametrize(
+    ("shell", "says"),
+    [("/usr/sbin/nologin", "This account is currently not available"), ("/bin/false", "shell"), ("/bin/cat", "shell")],
+)
+def test_accounts_without_a_shell(sshd: Server, shell: str, says: str) -> None:
+    """Such a shell may end before the script has been sent; what it said counts all the same."""
+    with login_shell(sshd, shell):
+        watched = target(sshd, timeout=5, **good_login(sshd))
+        with ThreadPoolExecutor(8) as pool:
+            answers = list(pool.map(poll, [watched] * (40 if shell == "/bin/false" else 8)))
+    assert {answer.cause for answer in answers} == {"protocol"}
+    assert all(says in answer.reason for answer in answers)
+
+
+@pytest.fixture(scope="module")
+def own() -> Iterator[Sshd]:
+    """An sshd that tests set up as they like."""
+    with Sshd() as server:
+        yield server
+
+
+@ACCOUNTS
+def test_expired_password(own: Sshd) -> None:
+    def last_changed(day: str) -> None:
+        environ = {**os.environ, "PATH": SYSTEM_PATH}
+        subprocess.run(["chage", "-d", day, own.username], env=environ, check=True, capture_output=True)
+
+    last_changed("0")
+    answer = poll(target(own, timeout=DEADLINE, **good_login(own)))
+    last_changed("2020-01-01")
+    assert answer.cause in ("protocol", "auth")
+    assert "assword" in answer.reason
+
+
+@OPENSSH
+@pytest.mark.parametrize(
+    ("command", "cause", "says"),
+    [
+        ("echo Maintenance until noon", "protocol", "Maintenance until noon"),
+        ("echo Keep out >&2; exit 1", "protocol", "Keep out"),
+        ("cat", "protocol", "shell"),
+        ("internal-sftp", "protocol timeout", ""),
+        ("yes", "protocol", "1048576 bytes"),
+        ("yes >&2", "protocol", "1048576 bytes"),
+        ("while :; do date; sleep 1; done", "timeout", "1 s"),
+        ("sleep 60", "timeout", "1 s"),
+        ("kill -9 $$", "unreachable", "lost"),
+        ("echo Welcome; echo notice >&2; exec /bin/sh -s", "", ""),
+        ("printf 'no line end'; exec /bin/sh -s", "", ""),
+    ],
+)
+def test_forced_commands(own: Sshd, tmp_path: Path, command: str, cause: str, says: str) -> None:
+    key = make_key("ed25519")
+    write_private(tmp_path / "key", key)
+    with (own.folder / "authorized_keys").open("a", encoding="ascii") as authorized:
+        authorized.write(f'command="{command}",no-pty {public_line(key)}\n')
+    with no_leaks():
+        answer = poll(target(own, key_file=tmp_path / "key", timeout=1))
+    own.kill_sessions()
+    assert answer.cause in (cause.split() or [""])
+    assert says in answer.reason
+
+
+@OPENSSH
+@pytest.mark.parametrize(
+    ("settings", "login", "cause", "says"),
+    [
+        ("Ciphers aes128-cbc,aes256-cbc", "good", "protocol", "weak"),
+        ("Ciphers aes128-ctr\nMACs hmac-sha1", "good", "protocol", "weak"),
+        ("KexAlgorithms diffie-hellman-group14-sha1", "good", "protocol", "weak"),
+        ("Ciphers aes256-gcm@openssh.com", "good", "", ""),
+        ("MACs hmac-sha2-512-etm@openssh.com", "good", "", ""),
+        ("KexAlgorithms curve25519-sha256@libssh.org", "good", "", ""),
+        ("PasswordAuthentication no", "password", "auth", "publickey"),
+        ("PubkeyAuthentication no", "key", "auth", "password"),
+        ("PasswordAuthentication no\nKbdInteractiveAuthentication yes", "password", "auth", "publickey"),
+        ("AuthenticationMethods publickey,password", "key", "auth", "more than one proof: password"),
+        ("AuthenticationMethods publickey,password", "password", "auth", "publickey"),
+        ("MaxAuthTries 1", "good", "", ""),
+        ("MaxAuthTries 1", "wrong", "auth", ""),
+        ("MaxSessions 0", "good", "unreachable protocol", "session"),
+        ("Banner /etc/os-release", "good", "", ""),
+        ("PermitTTY no\nX11Forwarding yes\nCompression yes", "good", "", ""),
+        ("DenyUsers *", "good", "auth", ""),
+        ("VersionAddendum an example", "good", "", ""),
+    ],
+)
+def test_configurations(own: Sshd, settings: str, login: str, cause: str, says: str) -> None:
+    logins = {
+        "good": good_login(own),
+        "password": {"password": own.password or "x"},
+        "wrong": {"password": "not the password"},
+        "key": {"key_file": own.user_key()},
+    }
+    with no_leaks(), configured(own, settings):
+        answer = poll(target(own, timeout=5, **logins[login]))
+    assert answer.cause in (cause.split() or [""]), answer
+    assert says in answer.reason
+
+
+@OPENSSH
+def test_a_host_that_is_too_modern_is_not_called_weak(own: Sshd) -> None:
+    with configured(own, "Ciphers chacha20-poly1305@openssh.com"):
+        answer = poll(target(own, **good_login(own)))
+    assert answer.cause == "protocol"
+    assert "weak" not in answer.reason
+
+
+@ACCOUNTS
+@pytest.mark.skipif(not Path("/etc/pam.d/sshd").exists(), reason="no PAM here")
+@pytest.mark.parametrize("right", [True, False])
+def test_keyboard_interactive_with_pam(own: Sshd, right: bool) -> None:
+    """As many distributions ship it: the password is asked for in a dialogue."""
+    with configured(own, "UsePAM yes\nPasswordAuthentication no\nKbdInteractiveAuthentication yes"):
+        answer = poll(target(own, password=own.password + ("" if right else "x")))
+    assert answer.cause == ("" if right else "auth"), answer
+
+
+def test_what_the_client_offers() -> None:
+    """On the wire: nothing weak, and strict key exchange (against prefix truncation)."""
+    heard: list[bytes] = []
+
+    def listen(connection: socket.socket, closing: threading.Event) -> None:
+        connection.sendall(hostile.BANNER)
+        with connection.makefile("rb") as stream:
+            stream.readline()
+            size = int.from_bytes(stream.read(4), "big")
+            heard.append(stream.read(size)[18:])  # after the padding's length, the message's number and the cookie
+
+    with RawServer(listen) as server:
+        poll(target(server, timeout=DEADLINE))
+    message = paramiko.Message(heard[0])
+    lists = [message.get_list() for _ in range(6)]
+    offered = {name for names in lists for name in names}
+    assert {"aes256-ctr", "ssh-ed25519", "hmac-sha2-256"} <= offered
+    assert "kex-strict-c-v00@openssh.com" in offered
+    weak = re.compile(r"cbc|3des|arcfour|md5|sha1|sha1-96|dss|ssh-rsa$|none")
+    assert not [name for name in offered if weak.search(name)]
+
+
+# === This machine, and none ==================================================
+
+
+def local(**settings: Any) -> Target:
+    return resource_of({"name": "host", "hostname": "localhost", "platform": "local", **settings})
+
+
+def run_local(script: str, seconds: float = 1.0) -> bytes:
+    """What a script of the test's own printed."""
+    watched = local()
+    return LocalConnection(watched, LoginGuard(), access()).run(script, b"\n@done\n", Deadline(seconds)).output
+
+
+@pytest.fixture
+def mark(monkeypatch: pytest.MonkeyPatch) -> str:
+    """Stands in the environment of every process started from here on."""
+    token = secrets.token_hex(8)
+    monkeypatch.setenv("HEALTHCHECKER_TEST", token)
+    return f"HEALTHCHECKER_TEST={token}"
+
+
+@POSIX
+def test_local() -> None:
+    with no_leaks():
+        answer = poll(local(checks=[{"name": "one", "command": "echo fine"}]))
+    assert healthy(answer)
+    assert answer.sample
+    assert answer.sample.checks["one"].text.strip() == "fine"
+    assert "memory_percent" in answer.sample.metrics or sys.platform != "linux"
+
+
+@POSIX
+@pytest.mark.parametrize("stream", ["yes", "yes >&2", "yes & yes >&2"])
+def test_local_endless_output(stream: str, mark: str) -> None:
+    begin = time.monotonic()
+    with no_leaks(), pytest.raises(ProbeError, match="1048576 bytes") as refused:
+        run_local(stream, 5)
+    assert refused.value.cause == "protocol"
+    assert time.monotonic() - begin < 2
+    wait_for(lambda: not marked(mark))
+
+
+@POSIX
+@pytest.mark.parametrize(
+    "script",
+    [
+        "echo so far; sleep 60",
+        "echo so far; exec sleep 60",
+        "trap '' TERM HUP INT; echo so far; while :; do sleep 60; done",
+        "echo so far; sleep 60 & sleep 60 & wait",
+        "echo so far; (sleep 60 | cat) & exit 0",
+        "echo so far; while :; do sleep 0.1; echo tick; done",
+        "echo so far; exec >&- 2>&-; sleep 60",
+    ],
+)
+def test_local_deadline(script: str, mark: str) -> None:
+    begin = time.monotonic()
+    with no_leaks():
+        try:
+            assert run_local(script).startswith(b"so far\n")
+        except ProbeError as error:  # the deadline was seen between two reads
+            assert error.cause == "timeout"
+    assert time.monotonic() - begin <= 1 + GRACE
+    wait_for(lambda: not marked(mark))
+
+
+@POSIX
+@pytest.mark.parametrize("timeout", [1, 30])
+def test_local_check_beyond_the_deadline(timeout: float, mark: str) -> None:
+    """A check's own processes end with the poll, and not at some later time of their own."""
+    slow = [{"name": f"slow {number}", "command": "sleep 60 & sleep 60; :", "timeout": timeout} for number in range(3)]
+    with no_leaks():
+        answer = poll(local(checks=slow, timeout=2))
+    assert (answer.cause, "slow" in answer.reason) == ("timeout", True)
+    wait_for(lambda: not marked(mark), 2)
+
+
+@POSIX
+def test_local_child_that_holds_the_output(mark: str) -> None:
+    begin = time.monotonic()
+    with no_leaks():
+        assert run_local("sleep 60 & printf '\\n@done\\n'", 5) == b"\n@done\n"
+        answer = poll(local(checks=[{"name": "daemon", "command": "sleep 60 & echo started"}]))
+    assert time.monotonic() - begin < 3
+    assert healthy(answer)
+    wait_for(lambda: not marked(mark), 2)
+
+
+@POSIX
+def test_local_large_script(mark: str) -> None:
+    """A pipe holds 64 KiB: a shell that does not read must not hold up the poll."""
+    begin = time.monotonic()
+    with no_leaks(), contextlib.suppress(ProbeError):
+        run_local("sleep 4\n" + "# nothing\n" * 100_000)
+    assert time.monotonic() - begin <= 1 + GRACE
+    wait_for(lambda: not marked(mark))
+
+
+@POSIX
+def test_local_many_checks() -> None:
+    """All of a large script is run: 200 KiB of it."""
+    checks = [{"name": f"check {number}", "command": f"echo {number} # {'x' * 2000}"} for number in range(100)]
+    answer = poll(local(checks=checks, timeout=20))
+    assert healthy(answer)
+    assert answer.sample
+    assert len(answer.sample.checks) == 100
+
+
+@POSIX
+def test_many_checks_over_ssh(sshd: Server) -> None:
+    checks = [{"name": f"check {number}", "command": f"echo {number} # {'x' * 2000}"} for number in range(100)]
+    answer = poll(target(sshd, checks=checks, timeout=20, **good_login(sshd)))
+    assert healthy(answer)
+    assert answer.sample
+    assert len(answer.sample.checks) == 100
+
+
+@POSIX
+@pytest.mark.parametrize("fake", ["", "exit 1", "yes"])
+def test_local_without_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fake: str) -> None:
+    """A machine on which nothing can be read is never healthy."""
+    if fake:
+        (tmp_path / "uname").write_text(f"#!/bin/sh\n{fake}\n", encoding="ascii")
+        (tmp_path / "uname").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert poll(local(timeout=1)).cause in ("protocol", "timeout")
+
+
+def simulated(**settings: Any) -> Target:
+    return resource_of({"name": "host", "hostname": "localhost", "platform": "simulated", **settings})
+
+
+def test_simulated_starts_healthy() -> None:
+    for seed in range(200):
+        answer = poll(simulated(seed=seed))
+        assert (answer.verdict.state, answer.cause) == ("healthy", "")
+
+
+def simulations(seeds: range, mean_healthy: float, mean_unhealthy: float) -> list[Callable[[], bool]]:
+    """Resources that say whether they are healthy when called."""
+
+    def one(seed: int) -> Callable[[], bool]:
+        watched = simulated(seed=seed, mean_healthy=mean_healthy, mean_unhealthy=mean_unhealthy)
+        connection = SimulatedConnection(watched, LoginGuard(), access())
+        return lambda: connection.run("", b"", Deadline(5)).output == b"healthy"
+
+    return [one(seed) for seed in seeds]
+
+
+def passed(seconds: float) -> None:
+    end = time.monotonic() + seconds
+    wait_for(lambda: time.monotonic() >= end)
+
+
+def test_simulated_seed() -> None:
+    pairs = [[one for _ in "ab" for one in simulations(range(seed, seed + 1), 0.1, 0.1)] for seed in range(300)]
+    strangers = list(zip(*(simulations(range(start, start + 300), 0.1, 0.1) for start in (0, 1000)), strict=True))
+    passed(0.5)
+    assert sum(one() == other() for one, other in pairs) > 270
+    assert 90 < sum(one() == other() for one, other in strangers) < 210
+
+
+@pytest.mark.parametrize(("mean_healthy", "mean_unhealthy"), [(0.15, 0.05), (0.05, 0.15), (0.1, 0.1)])
+def test_simulated_means(mean_healthy: float, mean_unhealthy: float) -> None:
+    """After a while, as many are healthy as the two means say."""
+    resources = simulations(range(2000), mean_healthy, mean_unhealthy)
+    passed(0.5)
+    share = sum(one() for one in resources) / len(resources)
+    assert abs(share - mean_healthy / (mean_healthy + mean_unhealthy)) < 0.05
+
+
+def test_simulated_times_are_exponential() -> None:
+    begin = time.monotonic()
+    resources = simulations(range(2000), 0.5, 1000)
+    middle = (begin + time.monotonic()) / 2
+    passed(0.3)
+    share = sum(one() for one in resources) / len(resources)
+    assert abs(share - math.exp(-(time.monotonic() - middle) / 0.5)) < 0.1
+
+
+def test_simulated_unhealthy_names_its_cause() -> None:
+    watched = simulated(seed=1, mean_healthy=0.001, mean_unhealthy=1000)
+    connection = connect(watched)
+    wait_for(lambda: poll(watched, connection).verdict.state == "unhealthy")
+    answer = poll(watched, connection)
+    assert (answer.cause, "simulated outage" in answer.reason) == ("check", True)
+
+
+def test_simulated_tiny_means(tmp_path: Path) -> None:
+    """However short the times are, a poll ends."""
+    row = "  - {name: fast, platform: simulated, hostname: x, mean_healthy: 0.0000001, mean_unhealthy: 0.0000001}"
+    done = run(write_inventory(tmp_path, row), "check", "--probe", timeout=6)
+    assert done.returncode in (0, 1, 2)
+
+
+# === The whole service =======================================================
+
+
+@ACCOUNTS
+def test_host_keys_and_credentials_in_the_service(tmp_path: Path) -> None:
+    """First use is remembered over a restart, a changed key closes the gate, `trust` opens it while serving."""
+    row = "  - {{name: {name}, hostname: {s.address}, port: {s.port}, username: {s.username}, interval: 1, {more}}}\n"
+    with Sshd() as server:
+        wrong = "not-the-password-" + secrets.token_hex(4)
+        rows = row.format(name="db1", s=server, more=f"password: {server.password}, rise: 1")
+        rows += row.format(name="db2", s=server, more=f"password: {wrong}, critical: false")
+        inventory = write_inventory(tmp_path, rows, "  known_hosts: none\n")
+        with Service(inventory) as service:
+            service.wait_status("/-/readyz", 200)
+            service.wait_line("db2: unknown -> unhealthy (auth")
+            wait_for(lambda: server.log().count("Accepted password") >= 4, 10)
+            assert server.log().count("Failed password") == 1  # an account is not to be locked out
+        first = service.output
+        old = identities(server)["ed25519"]
+        server.rekey()
+        new = identities(server)["ed25519"]
+        with Service(inventory) as service:
+            line = service.wait_line("db1: healthy -> unhealthy (host_key")
+            assert old in line
+            assert new in line
+            service.wait_status("/-/readyz", 503)
+            assert no_attempt(server)
+            done = run(inventory, "trust", "db1")
+            begin = time.monotonic()
+            assert (done.returncode, old in done.stdout, new in done.stdout) == (0, True, True)
+            service.wait_status("/-/readyz", 200, 5)
+            assert time.monotonic() - begin <= 2
+        everything = first + service.output + done.stdout + done.stderr
+        assert server.password not in everything
+        assert wrong not in everything
+        assert "Failed password" not in server.log()  # the back-off is kept over a restart
+
+
+@ACCOUNTS
+def test_first_use_is_remembered_though_the_first_poll_failed(tmp_path: Path) -> None:
+    """The first poll meets a slow host; the key it trusted is still the one that counts after a restart."""
+    with Sshd() as server, meeting_place() as folder:
+        row = (
+            f"  - {{name: db1, hostname: {server.address}, port: {server.port}, username: {server.username},"
+            f" password: {server.password}, platform: linux, interval: 1, timeout: 1, rise: 1,"
+            f" checks: [{{name: slow, command: 'test -e {folder}/quick || sleep 9', timeout: 9}}]}}"
+        )
+        inventory = write_inventory(tmp_path, row, "  known_hosts: none\n")
+        with Service(inventory) as service:
+            service.wait_line("db1: unknown -> unhealthy (timeout")
+            (folder / "quick").touch()
+            service.wait_status("/-/readyz", 200)
+        old = identities(server)["ed25519"]
+        server.rekey()
+        with Service(inventory) as service:
+            wait_for(lambda: "host_key" in service.output or not no_attempt(server), 10)
+            assert no_attempt(server)
+            assert old in service.wait_line("host_key")

@@ -1,0 +1,478 @@
+"""Sealed secrets open only where they belong, and keys are never lost."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import hashlib
+import os
+import random
+import re
+import shutil
+import sqlite3
+import sys
+import threading
+import time
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from cryptography.hazmat.primitives.kdf.pbkdf2 import PBKDF2HMAC
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from service import fresh_processes, prepared_keys, write_inventory
+
+import healthchecker
+from healthchecker import SecretError, Vault, open_vault
+
+SECRET = "S3cret-ü-😀"
+ROW = ("password", "db1", "db1.example.com", "monitor")
+POSIX_ONLY = pytest.mark.skipif(sys.platform == "win32", reason="Windows has access lists and no file modes")
+
+
+@pytest.fixture(scope="module")
+def vault(tmp_path_factory: pytest.TempPathFactory) -> Vault:
+    """A vault with keys, for tests that do not change them."""
+    return Vault(prepared_keys(tmp_path_factory.mktemp("vault")))
+
+
+@pytest.fixture(scope="module")
+def foreign(tmp_path_factory: pytest.TempPathFactory) -> Vault:
+    """A vault with other keys."""
+    vault = Vault(tmp_path_factory.mktemp("foreign") / "keys")
+    vault.create()
+    return vault
+
+
+# --- tokens --------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("secret", ["", "p", SECRET, "HC1.a.b.c.d", "x" * 1024, "line\nline\r\n\t\0"])
+def test_round_trip(secret: str, vault: Vault) -> None:
+    token = vault.seal(secret, *ROW)
+    assert vault.open(token, *ROW) == secret
+    assert re.fullmatch(r"HC1\.[0-9a-f]{16}(\.[A-Za-z0-9_-]+){3}", token)
+    assert len(secret) < 6 or secret not in token
+
+
+def test_every_token_is_fresh(vault: Vault) -> None:
+    """The same secret twice has no part in common but the key id."""
+    first, second = (vault.seal(SECRET, *ROW).split(".") for _ in range(2))
+    assert first[:2] == second[:2]
+    assert not set(first[2:]) & set(second[2:])
+
+
+def test_token_is_what_it_says(vault: Vault) -> None:
+    """AES-256-GCM, 12-byte nonce, 16-byte tag, its key under RSA-OAEP of 3072 bits: measured from the token itself."""
+    _, key_id, wrapped, nonce, ciphertext = vault.seal(SECRET, *ROW).split(".")
+    raw = [base64.urlsafe_b64decode(part + "=" * (-len(part) % 4)) for part in (wrapped, nonce, ciphertext)]
+    assert (len(raw[0]) * 8, len(raw[1]), len(raw[2])) == (3072, 12, len(SECRET.encode()) + 16)
+    private = serialization.load_pem_private_key((vault.folder / "private.pem").read_bytes(), None)
+    assert isinstance(private, rsa.RSAPrivateKey) and private.key_size == 3072
+    assert key_id == vault.key_id
+    key = private.decrypt(raw[0], healthchecker.OAEP)
+    assert len(key) == 32
+    with pytest.raises(InvalidTag):  # without what it is bound to, it does not open
+        AESGCM(key).decrypt(raw[1], raw[2], None)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        ("key_passphrase", *ROW[1:]),
+        (ROW[0], "db2", *ROW[2:]),
+        (*ROW[:2], "db2.example.com", ROW[3]),
+        (*ROW[:3], "root"),
+        (*ROW[:3], ""),
+        ROW[:3],
+        (*ROW, ""),
+        ("password", "db1db1", ".example.com", "monitor"),
+        ("password", "db1", "db1.example.commonitor", ""),
+        ("", "passworddb1", *ROW[2:]),
+        (),
+    ],
+)
+def test_moved_token_does_not_open(row: tuple[str, ...], vault: Vault) -> None:
+    with pytest.raises(SecretError, match="belongs to another name, hostname or username"):
+        vault.open(vault.seal(SECRET, *ROW), *row)
+
+
+def test_ciphertexts_of_two_rows_cannot_be_mixed(vault: Vault) -> None:
+    other = ("password", "db2", "db2.example.com", "monitor")
+    mine, theirs = vault.seal(SECRET, *ROW).split("."), vault.seal("theirs", *other).split(".")
+    for mask in range(1, 8):
+        token = ".".join(mine[:2] + [(theirs if mask >> n & 1 else mine)[n + 2] for n in range(3)])
+        for row in (ROW, other)[: 1 if mask == 7 else 2]:
+            with pytest.raises(SecretError):
+                vault.open(token, *row)
+
+
+@settings(max_examples=300, deadline=None, derandomize=True, database=None)
+@given(place=st.integers(0, 10_000), cut=st.integers(0, 3), insert=st.text("AZaz09-_.=+/ \n\0ü\ud800", max_size=3))
+def test_mutated_token_does_not_open(place: int, cut: int, insert: str, vault: Vault) -> None:
+    """Whatever is changed in a token: SecretError, and nothing of it in the text."""
+    token = TOKENS.setdefault(id(vault), vault.seal(SECRET, *ROW))
+    place %= len(token) + 1
+    changed = token[:place] + insert + token[place + cut :]
+    try:
+        opened = vault.open(changed, *ROW)
+    except SecretError as error:
+        assert SECRET not in str(error) and token.split(".")[2] not in str(error)
+    else:
+        assert changed == token and opened == SECRET
+
+
+TOKENS: dict[int, str] = {}
+
+
+@pytest.mark.parametrize(
+    "token", ["", "HC1", "HC1....", "HC2.a.b.c.d", "HC1.a.b.c", "HC1.a.b.c.d.e", "....", "HC1.ü.b.c.d"]
+)
+def test_malformed_token(token: str, vault: Vault) -> None:
+    with pytest.raises(SecretError):
+        vault.open(token, *ROW)
+
+
+def test_password_that_looks_sealed_is_not_quoted(vault: Vault) -> None:
+    """A plain password may begin with HC1 and hold dots; the text must not show a part of it as a key's id."""
+    with pytest.raises(SecretError) as caught:
+        vault.open("HC1.hunter2.b.c.d", *ROW)
+    assert "hunter2" not in str(caught.value)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True, database=None)
+@given(
+    first=st.lists(st.text(max_size=4), min_size=1, max_size=4),
+    second=st.lists(st.text(max_size=4), min_size=1, max_size=4),
+)
+def test_rows_are_told_apart(first: list[str], second: list[str]) -> None:
+    assert (healthchecker.length_prefixed(*first) == healthchecker.length_prefixed(*second)) == (first == second)
+
+
+# --- the key's id and file -----------------------------------------------------------------------------------
+def public_id(folder: Path) -> str:
+    """The id of the key in public.pem, reckoned here once more."""
+    public = serialization.load_pem_public_key((folder / "public.pem").read_bytes())
+    der = public.public_bytes(serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
+    return hashlib.sha256(der).hexdigest()[:16]
+
+
+def test_first_start_makes_a_pair(tmp_path: Path) -> None:
+    vault = open_vault(tmp_path / "new" / "keys", [])
+    assert sorted(path.name for path in vault.folder.iterdir()) == ["private.pem", "public.pem"]
+    assert vault.key_id == public_id(vault.folder)
+    assert Vault(vault.folder).open(vault.seal(SECRET, *ROW), *ROW) == SECRET
+
+
+@POSIX_ONLY
+def test_modes(tmp_path: Path) -> None:
+    before = os.umask(0)
+    try:
+        folder = open_vault(tmp_path / "keys", []).folder
+    finally:
+        os.umask(before)
+    assert (folder.stat().st_mode & 0o777, (folder / "private.pem").stat().st_mode & 0o777) == (0o700, 0o600)
+
+
+@POSIX_ONLY
+def test_readable_key_is_warned_about(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = prepared_keys(tmp_path)
+    (folder / "private.pem").chmod(0o644)
+    Vault(folder)
+    assert "chmod 600" in caplog.text
+
+
+def test_an_existing_key_is_never_overwritten(tmp_path: Path) -> None:
+    folder = prepared_keys(tmp_path)
+    before = (folder / "private.pem").read_bytes()
+    with pytest.raises(SecretError):
+        Vault(folder).create()
+    assert (folder / "private.pem").read_bytes() == before
+    assert sorted(path.name for path in folder.iterdir()) == ["private.pem", "public.pem"]
+
+
+def test_two_first_starts_at_once_agree(tmp_path: Path) -> None:
+    """One makes the keys; the other says so or uses them, and never has keys of its own."""
+    vaults: list[Vault] = []
+
+    def begin() -> None:
+        with contextlib.suppress(SecretError):
+            vaults.append(open_vault(tmp_path / "keys", []))
+
+    threads = [threading.Thread(target=begin) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert vaults and {vault.key_id for vault in vaults} == {Vault(tmp_path / "keys").key_id}
+
+
+PUBLIC, PRIVATE, NEXT = "public.pem", "private.pem", "next.pem"
+
+
+def remains(*names: str) -> Callable[[Path], None]:
+    def strip(folder: Path) -> None:
+        for path in folder.iterdir():
+            if path.name not in names:
+                path.unlink()
+
+    return strip
+
+
+@pytest.mark.parametrize(
+    ("make", "same_key"),
+    [
+        (remains(PRIVATE), True),
+        (remains(PUBLIC), False),
+        (remains(), False),
+        (lambda folder: (folder / ".private.pem.0a1b2c3d").write_bytes(b"half"), True),
+        (lambda folder: (folder / PUBLIC).write_bytes(b""), True),
+        (lambda folder: (folder / PUBLIC).write_bytes(b"-----BEGIN PUBLIC KEY-----\nMIIB"), True),
+    ],
+    ids=[
+        "no public key",
+        "no private key",
+        "empty folder",
+        "left-over of a crash",
+        "empty public key",
+        "half a public key",
+    ],
+)
+def test_half_written_folder(make: Callable[[Path], None], same_key: bool, tmp_path: Path) -> None:
+    """With nothing sealed, a start makes the folder whole; public.pem is the key that seals."""
+    folder = prepared_keys(tmp_path)
+    before = Vault(folder).key_id
+    make(folder)
+    vault = open_vault(folder, [])
+    assert (vault.key_id == before) is same_key
+    assert public_id(folder) == vault.key_id
+
+
+# --- damaged and foreign keys --------------------------------------------------------------------------------
+def pem(
+    key: ec.EllipticCurvePrivateKey | ed25519.Ed25519PrivateKey | rsa.RSAPrivateKey, password: bytes = b""
+) -> bytes:
+    protection = serialization.BestAvailableEncryption(password) if password else serialization.NoEncryption()
+    return key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, protection)
+
+
+def armoured(der: bytes) -> bytes:
+    return b"-----BEGIN PRIVATE KEY-----\n" + base64.encodebytes(der) + b"-----END PRIVATE KEY-----\n"
+
+
+def unknown_algorithm(_: bytes) -> bytes:
+    der = ed25519.Ed25519PrivateKey.generate().private_bytes(
+        serialization.Encoding.DER, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+    return armoured(der.replace(b"\x06\x03\x2b\x65\x70", b"\x06\x03\x2b\x65\x7a"))
+
+
+DAMAGED: dict[str, Callable[[bytes], bytes]] = {
+    "empty": lambda _: b"",
+    "text": lambda _: b"no key\n",
+    "binary": lambda _: bytes(range(256)),
+    "first half": lambda good: good[: len(good) // 2],
+    "without its last line": lambda good: b"\n".join(good.splitlines()[:-1]),
+    "a line lost": lambda good: b"\n".join(line for n, line in enumerate(good.splitlines()) if n != 7),
+    "one letter": lambda good: good[:700] + bytes([good[700] ^ 1]) + good[701:],
+    "EC": lambda _: pem(ec.generate_private_key(ec.SECP256R1())),
+    "Ed25519": lambda _: pem(ed25519.Ed25519PrivateKey.generate()),
+    "with a passphrase": lambda good: pem(serialization.load_pem_private_key(good, None), b"x"),  # type: ignore[arg-type]
+    "unknown algorithm": unknown_algorithm,
+    "certificate": lambda _: b"-----BEGIN CERTIFICATE-----\nMIIB\n-----END CERTIFICATE-----\n",
+}
+
+
+@pytest.mark.parametrize("case", DAMAGED)
+def test_damaged_private_key(case: str, tmp_path: Path) -> None:
+    """SecretError that names the file, and the file stays as it was."""
+    folder = prepared_keys(tmp_path)
+    path = folder / PRIVATE
+    path.write_bytes(DAMAGED[case](path.read_bytes()))
+    before = path.read_bytes()
+    with pytest.raises(SecretError, match=r"private\.pem") as caught:
+        open_vault(folder, [])
+    assert path.read_bytes() == before
+    assert "\n" not in str(caught.value) and caught.value.exit_code == 3
+
+
+def test_private_key_is_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "keys" / PRIVATE).mkdir(parents=True)
+    with pytest.raises(SecretError, match=r"private\.pem"):
+        open_vault(tmp_path / "keys", [])
+
+
+def test_keys_is_a_file(tmp_path: Path) -> None:
+    (tmp_path / "keys").write_bytes(b"")
+    with pytest.raises(SecretError):
+        open_vault(tmp_path / "keys", [])
+
+
+def test_public_key_alone_is_no_private_key(tmp_path: Path) -> None:
+    folder = prepared_keys(tmp_path)
+    shutil.copy(folder / PUBLIC, folder / PRIVATE)
+    with pytest.raises(SecretError, match=r"private\.pem"):
+        open_vault(folder, [])
+
+
+@pytest.mark.parametrize("here", ["none", "foreign"])
+def test_missing_key_is_named_and_none_is_made(here: str, vault: Vault, foreign: Vault, tmp_path: Path) -> None:
+    token = vault.seal(SECRET, *ROW)
+    folder = tmp_path / "keys"
+    if here == "foreign":
+        shutil.copytree(foreign.folder, folder)
+    with pytest.raises(SecretError, match=vault.key_id) as caught:
+        open_vault(folder, [token])
+    assert (foreign.key_id in str(caught.value)) is (here == "foreign")
+    assert not folder.exists() if here == "none" else Vault(folder).key_id == foreign.key_id
+
+
+# --- keys rotate ---------------------------------------------------------------------------------------------
+HOSTS = 6
+
+
+def installation(folder: Path) -> Path:
+    """An inventory of sealed and plain passwords, imported into a database."""
+    keys = prepared_keys(folder)
+    vault = Vault(keys)
+    lines = []
+    for number in range(HOSTS):
+        name = f"h{number}.example.com"
+        secret = f"secret {number}"
+        sealed = vault.seal(secret, "password", name, name, "u") if number % 2 else secret
+        lines.append(f"  - {{hostname: {name}, username: u, password: {sealed}}}  # {number}\n")
+    path = write_inventory(folder, "".join(lines))
+    setup = healthchecker.Installation(path)
+    with closing(setup.open_store()) as store, store.writing() as session:
+        healthchecker.import_inventory(session, setup.inventory, vault)
+    return path
+
+
+def stored(path: Path) -> dict[str, str]:
+    with closing(sqlite3.connect(path.parent / "healthchecker.db")) as connection:
+        return dict(connection.execute("SELECT name, password FROM resource ORDER BY name"))
+
+
+def all_open(path: Path) -> set[str]:
+    """Opens every secret of file and database with the keys that are there; gives the key ids in use."""
+    setup = healthchecker.Installation(path)
+    vault = Vault(path.parent / "keys")
+    tokens = stored(path)
+    assert len(tokens) == HOSTS
+    for entry in setup.inventory.entries:
+        name, secret = entry.settings.name, entry.password
+        row = ("password", name, name, "u")
+        assert secret
+        if secret.get_secret_value().startswith("HC1."):
+            tokens[f"{name} in the file"] = secret.get_secret_value()
+        for token in (tokens[name], tokens.get(f"{name} in the file", tokens[name])):
+            assert vault.open(token, *row) == f"secret {name[1:].partition('.')[0]}"
+    return {token.split(".")[1] for token in tokens.values()}
+
+
+def rotate(path: str) -> None:
+    """For a process of its own."""
+    with open(os.devnull, "w", encoding="utf-8") as sink:
+        os.dup2(sink.fileno(), 1)
+    sys.exit(healthchecker.main(["--inventory", path, "keys", "rotate"]))
+
+
+def test_rotate(tmp_path: Path) -> None:
+    path = installation(tmp_path)
+    folder = tmp_path / "keys"
+    old, text = Vault(folder).key_id, path.read_text(encoding="utf-8")
+    old_private = (folder / PRIVATE).read_bytes()
+    assert healthchecker.main(["--inventory", str(path), "keys", "rotate"]) == 0
+    new = public_id(folder)
+    assert all_open(path) == {new} != {old}
+    assert sorted(item.name for item in folder.iterdir()) == [PRIVATE, PUBLIC]
+    assert (folder / PRIVATE).read_bytes() != old_private
+    strip = re.compile(r"HC1\.[\w.-]+")
+    assert strip.sub("", path.read_text(encoding="utf-8")) == strip.sub("", text)
+
+
+def test_rotate_killed_at_any_moment(tmp_path: Path) -> None:
+    """After each kill everything opens with the keys in the folder; in the end it runs through and one key is left."""
+    path = installation(tmp_path)
+    folder = tmp_path / "keys"
+    moments = random.Random(20240229)
+    unfinished = 0
+    for _ in range(3 if sys.platform == "win32" else 6):
+        process = fresh_processes().Process(target=rotate, args=(str(path),))
+        before = (folder / PRIVATE).read_bytes()
+        process.start()
+        begin, seen = time.monotonic(), False
+        while not seen and process.is_alive() and time.monotonic() < begin + 20:
+            seen = (folder / NEXT).exists()
+            process.join(0.001)
+        process.join(moments.uniform(0, 0.12))
+        process.kill()
+        process.join()
+        unfinished += (folder / PRIVATE).read_bytes() == before
+        process.close()
+        all_open(path)
+    assert unfinished
+    assert healthchecker.main(["--inventory", str(path), "keys", "rotate"]) == 0
+    assert all_open(path) == {public_id(folder)}
+    assert not (folder / NEXT).exists()
+
+
+STAGES = ["next key made", "rows resealed", "file resealed", "old key replaced"]
+
+
+@pytest.fixture(scope="module")
+def rotation(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """An installation before and after `keys rotate`."""
+    before = tmp_path_factory.mktemp("before")
+    after = tmp_path_factory.mktemp("after") / "copy"
+    path = installation(before)
+    shutil.copytree(before, after)
+    assert healthchecker.main(["--inventory", str(after / path.name), "keys", "rotate"]) == 0
+    return before, after
+
+
+@pytest.mark.parametrize("stage", range(len(STAGES)), ids=STAGES)
+def test_rotate_interrupted_between_its_steps(stage: int, rotation: tuple[Path, Path], tmp_path: Path) -> None:
+    """Each state a crash can leave, put together from before and after: a start works, so does a rotation."""
+    before, after = tmp_path / "before", rotation[1]
+    path = before / "inventory.yaml"
+    shutil.copytree(rotation[0], before)
+    shutil.copy(after / "keys" / PRIVATE, before / "keys" / NEXT)
+    if stage >= 1:
+        for leftover in before.glob("healthchecker.db*"):
+            leftover.unlink()
+        shutil.copy(after / "healthchecker.db", before)
+    if stage >= 2:
+        shutil.copy(after / path.name, before)
+    if stage >= 3:
+        (before / "keys" / NEXT).replace(before / "keys" / PRIVATE)
+    setup = healthchecker.Installation(path)
+    with closing(setup.open_store()) as store, store.writing() as session:
+        vault = setup.open_vault(session)
+        changes = healthchecker.import_inventory(session, setup.inventory, vault)
+    assert (len(changes.kept), changes.changed) == (HOSTS, [])
+    if stage < 3:
+        assert healthchecker.main(["--inventory", str(path), "keys", "rotate"]) == 0
+    assert all_open(path) == {public_id(before / "keys")}
+    assert sorted(item.name for item in (before / "keys").iterdir()) == [PRIVATE, PUBLIC]
+
+
+def test_rotate_refuses_beside_a_service(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = installation(tmp_path)
+    before = {item.name: item.read_bytes() for item in (tmp_path / "keys").iterdir()}
+    with closing(healthchecker.lock_database(tmp_path / "healthchecker.db")):
+        assert healthchecker.main(["--inventory", str(path), "keys", "rotate"]) == 4
+    assert len(capsys.readouterr().err.splitlines()) == 1
+    assert {item.name: item.read_bytes() for item in (tmp_path / "keys").iterdir()} == before
+    assert len(all_open(path)) == 1
+
+
+# --- passwords of users --------------------------------------------------------------------------------------
+def test_password_hash_is_the_published_function() -> None:
+    """PBKDF2-HMAC-SHA512, reckoned with cryptography's own implementation."""
+    salt = bytes(range(16))
+    expected = PBKDF2HMAC(hashes.SHA512(), 64, salt, 220_000).derive(b"HealthChecker")
+    assert healthchecker.hash_password("HealthChecker", salt) == expected
