@@ -29,10 +29,12 @@ import concurrent.futures
 import contextlib
 import difflib
 import errno
+import fnmatch
 import hashlib
 import heapq
 import hmac
 import importlib
+import io
 import json
 import logging
 import logging.handlers
@@ -73,7 +75,6 @@ try:
     from cryptography.hazmat.primitives.asymmetric import padding, rsa
     from cryptography.hazmat.primitives.ciphers.aead import AESGCM
     from flask_sqlalchemy import SQLAlchemy
-    from paramiko.hostkeys import HostKeyEntry, HostKeys
     from pydantic import (
         AfterValidator,
         BaseModel,
@@ -91,7 +92,7 @@ try:
     from waitress.adjustments import Adjustments
     from waitress.channel import HTTPChannel
     from waitress.server import TcpWSGIServer
-    from waitress.task import ThreadedTaskDispatcher
+    from waitress.task import ThreadedTaskDispatcher, WSGITask
 except ModuleNotFoundError as missing:
     raise SystemExit(f"healthchecker: the package {missing.name} is missing; "
                      "run `make run`, or `pip install -r requirements.txt`") from None
@@ -117,12 +118,15 @@ PBKDF2_ROUNDS = 220_000         # OWASP's figure for PBKDF2-HMAC-SHA512
 SALT_BYTES = 16                 # bytes, NIST SP 800-132
 BUSY_TIMEOUT = 5.0              # seconds a writer waits for another one
 OUTPUT_BYTES = 1 << 20          # bytes over stdout and stderr; a poll that prints more is ended
+RECEIVED_BYTES = 2 << 20        # bytes off the wire in a poll: the output and its wrapping
 READ_BYTES = 1 << 16            # bytes taken from a host at once
 REASON_CHARS = 500              # characters of a reason that are kept
 AUTH_BACKOFF = 300.0            # seconds between attempts with a refused credential
 AUTH_TURN = 1.0                 # seconds between attempts with an unproven credential while one has no outcome
+FLIPS = 10_000                  # state changes of a simulated resource between two polls at most
 FIRST_POLLS = 50.0              # first polls per second
 JITTER = 0.1                    # part of the interval by which polls are spread
+CHILD_GRACE = 0.2               # seconds for children of a local script to let go of its output
 LEASE_GRACE = 2.0               # seconds added to a lease for a busy machine
 DEFAULT_TTL = 132.0             # seconds; the lease of a resource with default settings
 SWEEP = 0.5                     # seconds between two looks of the monitor
@@ -132,10 +136,12 @@ PROBES_AT_ONCE = 64             # resources that `check --probe` polls at the sa
 TOKEN_PREFIX = "HC1."           # noqa: S105  # of a sealed secret
 LOG_BYTES = 10 << 20            # bytes of a log file before it rotates
 LOG_FILES = 5                   # rotated log files that are kept
+CONNECTIONS_MAX = 100_000       # client connections, where the system knows no limit
 BACKLOG = 1024                  # connections that wait to be accepted
 POOL_BUFFER = 16 << 20          # bytes of a response that wait for a slow client before its pool thread does
 LOOP_BUFFER = 1 << 30           # bytes; on the loop nobody can wait
-DRAIN = 9.0                     # seconds for requests in flight when the service ends
+DRAIN = 8.5                     # seconds for requests in flight when the service ends
+POOL_END = 0.5                  # seconds for idle pool threads to end
 
 
 # === Errors ==================================================================
@@ -184,6 +190,7 @@ class ProbeError(HealthCheckerError):
     def __init__(self, cause: Cause, message: str) -> None:
         super().__init__(one_line(message))
         self.cause: Cause = cause
+        self.host_key: str | None = None    # trusted on first use before the poll failed
 
 
 # === Inventory ===============================================================
@@ -495,8 +502,8 @@ class ResourceSettings(Settings):
     limits: Limits = Limits()
     services: list[ServiceName] = []
     checks: list[Check] = []
-    mean_healthy: Positive = 300.0      # seconds, simulated only
-    mean_unhealthy: Positive = 30.0     # seconds, simulated only
+    mean_healthy: Positive = 300.0          # seconds, simulated only
+    mean_unhealthy: Positive = 30.0         # seconds, simulated only
     seed: int | None = None             # simulated only
 
     @model_validator(mode="after")
@@ -695,7 +702,10 @@ class InventoryLoader:
             text = os.environ.get(text, "")
         path = self.resolve(text) if source.endswith("_file") else None
         try:
-            text = path.read_text("utf-8-sig").rstrip("\r\n") if path else text
+            if path:
+                if not path.is_file():
+                    return None     # a pipe would be waited for
+                text = path.read_text("utf-8-sig").rstrip("\r\n")
             text.encode()
         except (OSError, UnicodeError):
             return None
@@ -760,15 +770,15 @@ def create_private(path: Path, content: bytes) -> None:
     """Creates a file that only its owner can read; the whole file or none, and never over another one."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
-    with open(os.open(temporary, flags, 0o600), "wb") as file:
-        restrict(temporary)
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
     try:
+        with open(os.open(temporary, flags, 0o600), "wb") as file:
+            restrict(temporary)
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
         os.link(temporary, path)
     finally:
-        temporary.unlink()
+        temporary.unlink(missing_ok=True)
 
 
 class Vault:
@@ -782,9 +792,14 @@ class Vault:
         self.folder = folder
         self._keys: dict[str, rsa.RSAPrivateKey] = {}
         self._sealing = ""
-        for name in ("private.pem", "next.pem"):
-            if (folder / name).exists():
-                self._sealing = self._load(folder / name)
+        for path in (folder / "private.pem", folder / "next.pem"):
+            try:
+                path.stat()
+                self._sealing = self._load(path)
+            except FileNotFoundError:
+                continue
+            except OSError as error:
+                raise SecretError(f"{path} cannot be read: {error.strerror}") from error
 
     @property
     def key_id(self) -> str:
@@ -825,7 +840,10 @@ class Vault:
 
     def retire(self) -> None:
         """Ends a rotation: `next.pem` becomes `private.pem`."""
-        os.replace(self.folder / "next.pem", self.folder / "private.pem")
+        try:
+            os.replace(self.folder / "next.pem", self.folder / "private.pem")
+        except OSError as error:
+            raise SecretError(f"{self.folder} cannot be changed: {error.strerror}; run it again") from error
         self._keys = {self._sealing: self._keys[self._sealing]}
         self.publish()
 
@@ -871,7 +889,8 @@ class Base(DeclarativeBase):
 
 
 db = SQLAlchemy(model_class=Base, session_options={"expire_on_commit": False})
-SCHEMA = 1      # PRAGMA user_version of a database that this program writes
+SCHEMA = 1                  # PRAGMA user_version of a database that this program writes
+APPLICATION = 0x48434B31    # PRAGMA application_id: "HCK1"
 
 
 class User(Base):
@@ -986,22 +1005,38 @@ def sqlite_path(url: str, folder: Path) -> Path:
 
 def inspect_database(path: Path) -> bool:
     """Whether a usable database of ours is there; reads only. Raises StorageError for anything else at `path`."""
-    if not path.exists() or (path.is_file() and path.stat().st_size == 0):
-        return False
     try:
-        with contextlib.closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as connection:
-            version = connection.execute("PRAGMA user_version").fetchone()[0]
-            tables = {row[0] for row in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
-            damage = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
-    except sqlite3.Error as error:
-        raise StorageError(f"database {path}: {error}; restore it from a backup or move it away") from error
-    if damage != "ok":
-        raise StorageError(f"database {path} is damaged; restore it from a backup or move it away")
-    if tables and not (version and "resource" in tables):
-        raise StorageError(f"database {path} belongs to another program; set service.database")
-    if version > SCHEMA:
-        raise StorageError(f"database {path} was written by a newer HealthChecker; update this one")
-    return bool(tables)
+        if path.parent.exists() and not path.parent.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, "its folder is a file")
+        if not path.exists() or (path.is_file() and path.stat().st_size == 0):
+            return False
+        with open(path, "rb") as file:
+            foreign = file.read(16) != b"SQLite format 3\0"
+        if not foreign:
+            with contextlib.closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as connection:
+                fault = database_fault(connection)
+    except (OSError, sqlite3.Error) as error:
+        raise StorageError(f"database {path}: {error}; restore it from a backup or set service.database") from error
+    if foreign or fault:
+        fault = "is no SQLite database; set service.database" if foreign else fault
+        raise StorageError(f"database {path} {fault}")
+    return True
+
+
+def database_fault(connection: sqlite3.Connection) -> str:
+    """What keeps a SQLite database from being ours and sound; empty for nothing."""
+    def pragma(name: str) -> Any:
+        return connection.execute(f"PRAGMA {name}").fetchone()[0]
+
+    if pragma("application_id") != APPLICATION:
+        return "belongs to another program; set service.database"
+    if pragma("user_version") > SCHEMA:
+        return "was written by a newer HealthChecker; update this one"
+    lost = [table.name for table in Base.metadata.sorted_tables if {column.name for column in table.columns}
+            - {row[1] for row in connection.execute(f"PRAGMA table_info({table.name})")}]
+    if lost or pragma("quick_check(1)") != "ok":
+        return "is damaged; restore it from a backup or move it away"
+    return ""
 
 
 def prepare_connection(connection: Any, _record: object) -> None:
@@ -1024,7 +1059,8 @@ class Store:
         self.created = not inspect_database(path)
         self.app = flask.Flask("healthchecker")
         self.app.config["SQLALCHEMY_DATABASE_URI"] = sqlalchemy.URL.create("sqlite", database=str(path.absolute()))
-        self.app.config["SQLALCHEMY_ENGINE_OPTIONS"] = {"connect_args": {"timeout": BUSY_TIMEOUT}}
+        self.app.config["SQLALCHEMY_ENGINE_OPTIONS"] = {
+            "connect_args": {"timeout": BUSY_TIMEOUT}, "hide_parameters": True}
         db.init_app(self.app)
         try:
             if self.created:
@@ -1032,9 +1068,11 @@ class Store:
             with self.app.app_context():
                 event.listen(db.engine, "connect", prepare_connection)
                 event.listen(db.engine, "begin", begin_transaction)
-            with self.writing() as session:
-                Base.metadata.create_all(session.connection())
-                session.execute(sqlalchemy.text(f"PRAGMA user_version = {SCHEMA}"))
+            if self.created:
+                with self.writing() as session:
+                    Base.metadata.create_all(session.connection())
+                    session.execute(sqlalchemy.text(f"PRAGMA user_version = {SCHEMA}"))
+                    session.execute(sqlalchemy.text(f"PRAGMA application_id = {APPLICATION}"))
         except (OSError, sqlalchemy.exc.SQLAlchemyError) as error:
             reason = one_line(str(getattr(error, "orig", error)))
             raise StorageError(f"database {path} cannot be opened: {reason}") from error
@@ -1064,11 +1102,14 @@ def lock_database(path: Path) -> sqlite3.Connection:
 
     SQLite's own lock on a file beside the database: the same on Windows and UNIX, and the system drops it.
     """
-    connection = sqlite3.connect(path.with_name(path.name + ".lock"), timeout=0, check_same_thread=False,
-                                 isolation_level=None)
+    connection = None
     try:
+        connection = sqlite3.connect(path.with_name(path.name + ".lock"), timeout=0, check_same_thread=False,
+                                     isolation_level=None)
         connection.execute("BEGIN EXCLUSIVE")
     except sqlite3.Error as error:
+        if connection is None or "locked" not in str(error):
+            raise StorageError(f"database {path} cannot be used: {error}; set service.database") from error
         connection.close()
         raise StorageError(f"another HealthChecker is using database {path}; stop that one first") from error
     return connection
@@ -1213,6 +1254,13 @@ class Target:
     def name(self) -> str:
         return self.settings.name
 
+    @property
+    def key_stamp(self) -> int:
+        """When key_file was changed, in nanoseconds; 0 without one. A new key is a new credential."""
+        with contextlib.suppress(OSError):
+            return self.settings.key_file.stat().st_mtime_ns if self.settings.key_file else 0
+        return 0
+
 
 def load_targets(session: Session, vault: Vault) -> dict[str, Target]:
     """All resources by name."""
@@ -1248,10 +1296,13 @@ class Deadline:
 
     def left(self) -> float:
         """Seconds left; raises ProbeError when there are none."""
-        left = self._ends - time.monotonic()
-        if left <= 0 or self.expired:
+        if self.over:
             raise ProbeError("timeout", f"no answer within {self.seconds:g} s")
-        return left
+        return self._ends - time.monotonic()
+
+    @property
+    def over(self) -> bool:
+        return self.expired or time.monotonic() >= self._ends
 
     @contextlib.contextmanager
     def watch(self, abort: Callable[[], object]) -> Iterator[None]:
@@ -1329,23 +1380,36 @@ class Resolver:
                 del self._pending[host, port]
 
 
-def connect_tcp(resolver: Resolver, host: str, port: int, deadline: Deadline) -> socket.socket:
+class CappedSocket(socket.socket):
+    """A socket that a hostile host cannot use to fill the memory: paramiko stores a packet of any announced size."""
+
+    received = 0
+    first = b""     # what came first
+
+    def recv(self, size: int, flags: int = 0, /) -> bytes:
+        chunk = super().recv(size, flags)
+        self.first = self.first or chunk
+        self.received += len(chunk)
+        if self.received > RECEIVED_BYTES:
+            raise OSError(errno.EMSGSIZE, f"the host sent more than {RECEIVED_BYTES} bytes")
+        return chunk
+
+
+def connect_tcp(resolver: Resolver, host: str, port: int, deadline: Deadline) -> CappedSocket:
     """A TCP connection without Nagle's delay to the first address that answers. Raises ProbeError."""
     addresses = resolver.resolve(host, port, deadline)
     fault: OSError = OSError("no address")
     for index, (family, kind, protocol, _, address) in enumerate(addresses):
-        sock = socket.socket(family, kind, protocol)
-        try:
-            sock.settimeout(deadline.left() / (len(addresses) - index))     # a dead one leaves the others a share
-            sock.connect(address)
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            return sock
-        except OSError as error:
-            sock.close()
-            fault = error
-        except ProbeError:
-            sock.close()
-            raise
+        with contextlib.ExitStack() as stack:
+            try:
+                sock = stack.enter_context(CappedSocket(family, kind, protocol))
+                sock.settimeout(deadline.left() / (len(addresses) - index))     # a dead one leaves the others a share
+                sock.connect(address)
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                stack.pop_all()
+                return sock
+            except OSError as error:
+                fault = error
     if isinstance(fault, TimeoutError):
         raise ProbeError("timeout", f"no connection to {host} port {port} within {deadline.seconds:g} s") from fault
     refused = isinstance(fault, ConnectionRefusedError)
@@ -1371,18 +1435,19 @@ class LoginGuard:
         self._turn = threading.Condition()          # guards all below; notified when an attempt ends
         self._running = 0
         self._proven = False
-        self._refused: dict[str, float] = {}        # resource -> time of its last refusal
+        self._refused: dict[str, tuple[float, int]] = {}    # resource -> time of its last refusal, stamp of its key
         self._suspects: set[str] = set()            # refused for the first time since the last accepted login
         self._last = -math.inf                      # time of the last attempt, by the clock
         self._began = -math.inf                     # the same, monotonic: it spaces attempts without an outcome
 
-    def wait(self, name: str) -> float:
-        """Seconds until `name` may try; 0 = now."""
+    def wait(self, name: str, stamp: int = 0) -> float:
+        """Seconds until `name` may try; 0 = now. `stamp` tells a key file from the one that was refused."""
         with self._turn:
-            return self._wait(name)
+            return self._wait(name, stamp)
 
-    def _wait(self, name: str) -> float:
-        last = self._refused.get(name, -math.inf)
+    def _wait(self, name: str, stamp: int) -> float:
+        last, refused = self._refused.get(name, (-math.inf, stamp))
+        last = last if refused == stamp else -math.inf
         if len(self._suspects) > 1:
             last = max(last, self._last)
         return max(0.0, last + AUTH_BACKOFF - self._clock())
@@ -1391,12 +1456,12 @@ class LoginGuard:
         return self._began + AUTH_TURN - time.monotonic()
 
     @contextlib.contextmanager
-    def attempt(self, name: str, deadline: Deadline) -> Iterator[None]:
+    def attempt(self, name: str, deadline: Deadline, stamp: int = 0) -> Iterator[None]:
         """Around one login: an error of cause `auth` counts as refused, the end of the block as accepted."""
         with self._turn:
             while self._running and (self._suspects or not self._proven) and (rest := self._rest()) > 0:
                 self._turn.wait(min(rest, deadline.left()))
-            if self._wait(name) > 0:
+            if self._wait(name, stamp) > 0:
                 raise ProbeError("auth", NOT_TRIED)
             self._running += 1
             self._began, self._last = time.monotonic(), self._clock()
@@ -1404,7 +1469,7 @@ class LoginGuard:
             yield
         except ProbeError as error:
             if error.cause == "auth":
-                self.refuse(name)
+                self.refuse(name, stamp=stamp)
             raise
         else:
             self._accept(name)
@@ -1413,13 +1478,13 @@ class LoginGuard:
                 self._running -= 1
                 self._turn.notify_all()
 
-    def refuse(self, name: str, ago: float = 0.0) -> None:
+    def refuse(self, name: str, ago: float = 0.0, stamp: int = 0) -> None:
         """Notes a refusal `ago` seconds ago (before a restart)."""
         with self._turn:
             if name not in self._refused:
                 self._suspects.add(name)
             self._last = max(self._last, self._clock() - ago)
-            self._refused[name] = self._clock() - ago
+            self._refused[name] = self._clock() - ago, stamp
 
     def _accept(self, name: str) -> None:
         with self._turn:
@@ -1455,10 +1520,9 @@ class Guards:
         self._guards = {key: self._guards.get(key) or LoginGuard() for key in map(self._key, targets)}
 
 
-def identity(key: paramiko.PKey) -> str:
-    """`ssh-ed25519 SHA256:…`, the fingerprint as `ssh-keygen -l` shows it."""
-    digest = base64.b64encode(hashlib.sha256(key.asbytes()).digest()).decode()
-    return f"{key.get_name()} SHA256:{digest.rstrip('=')}"
+def identity(kind: str, blob: bytes) -> str:
+    """`ssh-ed25519 SHA256:…` of a public key, the fingerprint as `ssh-keygen -l` shows it."""
+    return f"{kind} SHA256:{base64.b64encode(hashlib.sha256(blob).digest()).decode().rstrip('=')}"
 
 
 def same_key(accepted: str, offered: str) -> bool:
@@ -1466,44 +1530,78 @@ def same_key(accepted: str, offered: str) -> bool:
     return accepted.rstrip("=").rpartition(" ")[2] == offered.rpartition(" ")[2]
 
 
+def names_host(patterns: str, name: str) -> bool:
+    """Whether the host field of a known_hosts line (sshd(8)) names a host: hashed, or patterns with * ? and !."""
+    if patterns.startswith("|1|"):
+        with contextlib.suppress(ValueError):
+            salt, digest = (base64.b64decode(part, validate=True) for part in patterns[3:].split("|"))
+            return hmac.compare_digest(hmac.digest(salt, name.encode(), "sha1"), digest)
+        return False
+    matched = [pattern for pattern in patterns.lower().split(",")
+               if fnmatch.fnmatchcase(name.lower(), pattern.lstrip("!").replace("[", "[[]"))]
+    return bool(matched) and not any(pattern.startswith("!") for pattern in matched)
+
+
 class KnownHosts:
-    """OpenSSH's known_hosts, read again when it changes; passes over patterns, @revoked and @cert-authority."""
+    """OpenSSH's known_hosts, read again when it changes; @cert-authority lines are passed over."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._lock = threading.Lock()       # guards the two below
+        self._lock = threading.Lock()       # guards all below
         self._stamp: tuple[int, int] | None = None
-        self._keys = HostKeys()
+        self._lines: list[tuple[str, str, str]] = []                        # marker, hosts, identity
+        self._found: dict[str, tuple[frozenset[str], frozenset[str]]] = {}    # by name: accepted, revoked
 
-    def lookup(self, host: str, port: int) -> set[str]:
-        """The keys of a host, as `identity` writes them."""
+    def lookup(self, host: str, port: int) -> tuple[frozenset[str], frozenset[str]]:
+        """The keys of a host that are accepted and those that are revoked. Raises ProbeError."""
+        name = host if port == SSH_PORT else f"[{host}]:{port}"
         try:
             stat = self._path.stat()
-            stamp = (stat.st_mtime_ns, stat.st_size)
             with self._lock:
-                if stamp != self._stamp:
-                    self._keys, self._stamp = self._read(), stamp
-                keys = self._keys
-        except OSError:
-            return set()
-        found: Mapping[str, paramiko.PKey] = keys.lookup(host if port == SSH_PORT else f"[{host}]:{port}") or {}
-        return {identity(key) for key in found.values()}
+                if (stat.st_mtime_ns, stat.st_size) != self._stamp:
+                    self._lines, self._stamp = list(self._read()), (stat.st_mtime_ns, stat.st_size)
+                    self._found = {}
+                if name not in self._found:
+                    keys = [(marker, key) for marker, hosts, key in self._lines if names_host(hosts, name)]
+                    self._found[name] = (frozenset(key for marker, key in keys if not marker),
+                                         frozenset(key for marker, key in keys if marker == "@revoked"))
+                return self._found[name]
+        except FileNotFoundError:
+            return frozenset(), frozenset()
+        except OSError as error:
+            raise ProbeError("host_key", f"known_hosts {self._path} cannot be read: {error.strerror}") from error
 
-    def _read(self) -> HostKeys:
-        keys = HostKeys()
+    def _read(self) -> Iterator[tuple[str, str, str]]:
         for line in self._path.read_text(encoding="utf-8", errors="replace").splitlines():
-            with contextlib.suppress(paramiko.SSHException, paramiko.hostkeys.InvalidHostKey):
-                entry = HostKeyEntry.from_line(line.strip()) if line.strip()[:1] not in ("", "#", "@") else None
-                for name in (entry.hostnames or []) if entry and entry.key else []:
-                    keys.add(name, entry.key.get_name(), entry.key)     # type: ignore[union-attr]  # checked above
-        return keys
+            words = line.split()
+            marker = words.pop(0) if words and words[0].startswith("@") else ""
+            with contextlib.suppress(ValueError, IndexError):
+                if not words[0].startswith("#"):
+                    yield marker, words[0], identity(words[1], base64.b64decode(words[2], validate=True))
 
 
-def ssh_fault(error: Exception) -> ProbeError:
-    """Our error for what paramiko raises before the login."""
+def remote_identity(transport: paramiko.Transport) -> str:
+    """The key that a host showed."""
+    key = transport.get_remote_server_key()
+    return identity(key.get_name(), key.asbytes())
+
+
+class SshTransport(paramiko.Transport):
+    """Knows whether the host said goodbye: after a password that means refused, where a lost connection does not."""
+
+    dismissed = False
+
+    def _parse_disconnect(self, message: paramiko.Message) -> None:
+        self.dismissed = True
+
+
+def ssh_fault(error: Exception, first: bytes) -> ProbeError:
+    """Our error for what paramiko raises around the key exchange; `first` is what the host said first."""
     if isinstance(error, paramiko.ssh_exception.IncompatiblePeer):
-        return ProbeError("protocol", f"no common algorithm, the host offers only weak ones: {error}")
-    if isinstance(error, (EOFError, ConnectionError)) or "EOF" in str(error):
+        return ProbeError("protocol", f"no algorithm in common with the host: {error}")
+    if isinstance(error, paramiko.ChannelException):
+        return ProbeError("unreachable", "the host refuses a session; are too many open (MaxSessions)?")
+    if not first or first.startswith(b"Exceeded MaxStartups") or isinstance(error, (EOFError, ConnectionError)):
         return ProbeError("unreachable", "the host closed the connection; is it an SSH server with free sessions?")
     return ProbeError("protocol", f"no SSH server there: {error or type(error).__name__}")
 
@@ -1528,27 +1626,37 @@ class SshConnection:
         self._target, self._guard, self._access = target, guard, access
         self._settings = target.settings
         self._trusted = target.host_key
+        self._learned: str | None = None    # trusted on first use and not reported yet
+        self._tried: list[str] = []         # types of key that the host showed and that a pin without type is not
         self._key: tuple[int, paramiko.PKey] | None = None      # mtime of the key file and what it held
 
     def run(self, script: str, done: bytes, deadline: Deadline) -> CommandResult:
-        with self._connected(deadline) as transport:
-            learned = self._verify(transport)
-            with self._guard.attempt(self._settings.name, deadline):
-                self._login(transport, deadline)
-            buffer = OutputBuffer(done)
-            status = self._execute(transport, script, buffer, deadline)
-            return CommandResult(bytes(buffer.output), status, deadline.expired, learned)
+        try:
+            while True:
+                with self._connected(deadline) as transport:
+                    if not self._verified(transport):
+                        continue
+                    with self._guard.attempt(self._settings.name, deadline, self._target.key_stamp):
+                        self._login(transport, deadline)
+                    buffer = OutputBuffer(done)
+                    status = self._execute(transport, script, buffer, deadline)
+                    return CommandResult(bytes(buffer.output), status, deadline.over, self._learned)
+        except ProbeError as error:
+            error.host_key = self._learned
+            raise
+        finally:
+            self._learned = None
 
     def offered_key(self, deadline: Deadline) -> str:
         """The key that the host shows; nothing else is done."""
         with self._connected(deadline) as transport:
-            return identity(transport.get_remote_server_key())
+            return remote_identity(transport)
 
     @contextlib.contextmanager
-    def _connected(self, deadline: Deadline) -> Iterator[paramiko.Transport]:
+    def _connected(self, deadline: Deadline) -> Iterator[SshTransport]:
         """A transport after the key exchange; socket, transport and thread are gone afterwards."""
         sock = connect_tcp(self._access.resolver, self._settings.hostname, self._settings.port, deadline)
-        transport: paramiko.Transport | None = None
+        transport: SshTransport | None = None
 
         def abort() -> None:
             with contextlib.suppress(OSError):
@@ -1559,49 +1667,59 @@ class SshConnection:
 
         with contextlib.closing(sock), deadline.watch(abort):
             try:
-                transport = paramiko.Transport(sock, disabled_algorithms=self.WEAK)
+                transport = SshTransport(sock, disabled_algorithms=self.WEAK)
                 transport.banner_timeout = transport.handshake_timeout = transport.auth_timeout = self.NEVER
                 self._prefer_known_types(transport)
                 transport.start_client()
                 yield transport
             except (paramiko.SSHException, OSError, EOFError) as error:
                 deadline.left()
-                raise ssh_fault(error) from error
+                raise ssh_fault(error, sock.first) from error
             finally:
                 if transport is not None:
                     transport.close()
                     transport.packetizer.complete_handshake()   # ends a timer of paramiko's that close() leaves
-                    transport.join(1)
+                    if transport.is_alive():
+                        transport.join(1)
 
-    def _accepted(self) -> set[str]:
+    def _accepted(self) -> frozenset[str]:
         """The keys that the host may show; empty before the first contact."""
         pinned = self._settings.host_key
         if pinned and pinned != "strict":
-            return {pinned}
-        known = self._access.known_hosts.lookup(self._settings.hostname, self._settings.port)
-        return known | ({self._trusted} if self._trusted else set())
+            return frozenset({pinned})
+        known, _ = self._access.known_hosts.lookup(self._settings.hostname, self._settings.port)
+        return known | ({self._trusted} if self._trusted else frozenset())
 
-    def _prefer_known_types(self, transport: paramiko.Transport) -> None:
-        """A host has keys of several types; ask for the type that we can compare first."""
-        types = {key.split()[0].replace("ssh-rsa", "rsa-sha2") for key in self._accepted() if " " in key}
+    def _prefer_known_types(self, transport: SshTransport) -> None:
+        """A host has keys of several types; ask for one that we can compare, and for an untried one at last."""
+        wanted = tuple(key.split()[0].replace("ssh-rsa", "rsa-sha2") for key in self._accepted() if " " in key)
+        tried = tuple(kind.replace("ssh-rsa", "rsa-sha2") for kind in self._tried)
         options = transport.get_security_options()
-        options.key_types = sorted(options.key_types, key=lambda name: not name.startswith(tuple(types)))
+        options.key_types = sorted(options.key_types, key=lambda name: (
+            bool(tried) and name.startswith(tried), not name.startswith(wanted)))
 
-    def _verify(self, transport: paramiko.Transport) -> str | None:
-        """Compares the host's key before any secret is sent; returns it when it is trusted on first use."""
-        offered, accepted = identity(transport.get_remote_server_key()), self._accepted()
+    def _verified(self, transport: SshTransport) -> bool:
+        """Compares the host's key before any secret is sent; False asks for a connection with another type of key."""
+        offered, accepted, name = remote_identity(transport), self._accepted(), self._settings.name
+        _, revoked = self._access.known_hosts.lookup(self._settings.hostname, self._settings.port)
+        if offered in revoked:
+            raise ProbeError("host_key", f"host key revoked by known_hosts: offered {offered}")
         if any(same_key(key, offered) for key in accepted):
-            return None
-        name = self._settings.name
+            return True
+        kind = offered.split()[0]
+        if any(" " not in key for key in accepted) and kind not in self._tried:
+            self._tried.append(kind)    # a pin without a type may be that of another key of the host
+            return False
+        self._tried.clear()
         if accepted:
             raise ProbeError("host_key", f"host key changed: expected {' or '.join(sorted(accepted))}, "
                              f"offered {offered}; no password was sent; if the change is right: trust {name}")
         if self._settings.host_key == "strict":
             raise ProbeError("host_key", f"host key unknown: offered {offered}; to accept it: trust {name}")
-        self._trusted = offered
-        return offered
+        self._trusted = self._learned = offered
+        return True
 
-    def _login(self, transport: paramiko.Transport, deadline: Deadline) -> None:
+    def _login(self, transport: SshTransport, deadline: Deadline) -> None:
         settings, password = self._settings, self._target.password
         try:
             if settings.key_file is not None:
@@ -1614,7 +1732,7 @@ class SshConnection:
             raise ProbeError("auth", f"the host allows only {allowed} for {settings.username}") from error
         except paramiko.AuthenticationException as error:
             deadline.left()
-            if not transport.is_active():
+            if not transport.is_active() and not transport.dismissed:
                 raise ProbeError("unreachable", "connection lost while logging in") from error
             raise ProbeError("auth", f"login as {settings.username} refused; check username and "
                              + ("key_file" if settings.key_file else "password")) from error
@@ -1635,27 +1753,49 @@ class SshConnection:
             raise ProbeError("credential", f"key_file {path} does not open; check format and key_passphrase") from error
         return self._key[1]
 
-    def _execute(self, transport: paramiko.Transport, script: str, buffer: OutputBuffer,
+    def _execute(self, transport: SshTransport, script: str, buffer: OutputBuffer,
                  deadline: Deadline) -> int | None:
         """Feeds the script to a POSIX shell, whatever the account's login shell is; returns its exit status."""
+        channel = transport.open_session(timeout=self.NEVER)
         try:
-            channel = transport.open_session(timeout=self.NEVER)
             channel.set_combine_stderr(True)
             channel.exec_command("exec /bin/sh -s")
-            channel.sendall(script.encode())
-            channel.shutdown_write()
+            with contextlib.suppress(OSError):      # a shell that ended before may have said why
+                channel.sendall(script.encode())
+                channel.shutdown_write()
             while chunk := channel.recv(READ_BYTES):
                 if buffer.take(chunk):
                     return 0
             channel.status_event.wait(deadline.left())
             return channel.exit_status if channel.exit_status >= 0 else None
         except (paramiko.SSHException, OSError, EOFError) as error:
-            if not deadline.expired:
+            if not deadline.over:
                 raise ProbeError("unreachable", "connection lost while the commands ran") from error
         except ProbeError:
-            if not deadline.expired:
+            if not deadline.over:
                 raise
         return None
+
+
+def read_until(descriptor: int, deadline: Deadline, take: Callable[[bytes], bool]) -> bool:
+    """Gives what a pipe holds to `take` until that is content or the pipe ends; False at the deadline."""
+    with selectors.DefaultSelector() as selector:
+        selector.register(descriptor, selectors.EVENT_READ)
+        while not deadline.over and selector.select(deadline.left()):
+            chunk = os.read(descriptor, READ_BYTES)
+            if not chunk or take(chunk):
+                return True
+    return False
+
+
+def end_session(session: int) -> None:
+    """Ends every process of a session: `timeout` and background jobs have process groups of their own."""
+    if sys.platform != "win32":
+        listed = subprocess.run(["ps", "-A", "-o", "pid="], capture_output=True, encoding="ascii", check=False)
+        for pid in map(int, listed.stdout.split()):
+            with contextlib.suppress(OSError):
+                if os.getsid(pid) == session:
+                    os.kill(pid, signal.SIGKILL)
 
 
 class LocalConnection:
@@ -1669,33 +1809,23 @@ class LocalConnection:
             raise ProbeError("protocol", "platform local is not built in for Windows yet; use simulated")
         buffer = OutputBuffer(done)
         try:
-            process = subprocess.Popen(["/bin/sh", "-s"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                       stderr=subprocess.STDOUT, start_new_session=True)
+            with tempfile.TemporaryFile() as feed:      # a pipe could block on a shell that does not read
+                feed.write(script.encode())
+                feed.seek(0)
+                process = subprocess.Popen(["/bin/sh", "-s"], stdin=feed, stdout=subprocess.PIPE,
+                                           stderr=subprocess.STDOUT, start_new_session=True)
         except OSError as error:
             raise ProbeError("protocol", f"/bin/sh does not start: {error.strerror}") from error
-        assert process.stdin and process.stdout     # both are pipes
-        with process.stdin as feed, process.stdout as output:
+        assert process.stdout
+        with process.stdout as output:
             try:
-                with contextlib.suppress(BrokenPipeError):
-                    feed.write(script.encode())
-                    feed.close()
-                ended = self._read(output.fileno(), buffer, deadline)
+                ended = read_until(output.fileno(), deadline, buffer.take)
+                if not ended or not read_until(output.fileno(), Deadline(CHILD_GRACE), lambda rest: False):
+                    end_session(process.pid)
                 return CommandResult(bytes(buffer.output), 0 if ended else None, expired=not ended)
             finally:
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)
+                process.kill()
                 process.wait()
-
-    @staticmethod
-    def _read(descriptor: int, buffer: OutputBuffer, deadline: Deadline) -> bool:
-        """True at the end mark or the end of the output, False at the deadline."""
-        with selectors.DefaultSelector() as selector:
-            selector.register(descriptor, selectors.EVENT_READ)
-            while selector.select(deadline.left()):
-                chunk = os.read(descriptor, READ_BYTES)
-                if not chunk or buffer.take(chunk):
-                    return True
-        return False
 
 
 class SimulatedConnection:
@@ -1712,7 +1842,9 @@ class SimulatedConnection:
         return self._random.expovariate(1 / self._means[self._healthy])
 
     def run(self, script: str, done: bytes, deadline: Deadline) -> CommandResult:
-        while self._flips <= time.monotonic():
+        for _ in range(FLIPS):
+            if self._flips > time.monotonic():
+                break
             self._healthy = not self._healthy
             self._flips += self._duration()
         return CommandResult((b"healthy" if self._healthy else b"outage") + done, 0)
@@ -2246,6 +2378,17 @@ def complete(sample: Sample, settings: ResourceSettings) -> Sample:
     return replace(sample, services=services, checks={**sample.checks, **checks})
 
 
+def incomplete(result: CommandResult, running: str, timeout: float) -> ProbeError:
+    """Why a script's output has no end."""
+    during = f" while {running} ran" if running else ""
+    if result.expired:
+        return ProbeError("timeout", f"no end within {timeout:g} s{during}")
+    if result.exit_status is None:
+        return ProbeError("unreachable", f"connection lost{during}")
+    said = result.output[:PROBLEM_CHARS].decode(errors="replace")
+    return ProbeError("protocol", f"the account's shell did not run the commands; it said: {said}")
+
+
 def collect(settings: ResourceSettings, connection: Connection, previous: CpuTicks | None) -> tuple[Sample, str | None]:
     """One poll in one round trip: the sample, and a host key trusted on first use. Raises ProbeError."""
     nonce = secrets.token_hex(8)
@@ -2255,13 +2398,9 @@ def collect(settings: ResourceSettings, connection: Connection, previous: CpuTic
     text = result.output.decode(errors="replace")
     parse = simulated_sample if settings.platform is Platform.SIMULATED else parse_output
     if not is_complete(text, nonce):
-        running = last_section(text, nonce)
-        during = f" while {running} ran" if running else ""
-        if result.expired:
-            raise ProbeError("timeout", f"no end within {settings.timeout:g} s{during}")
-        if result.exit_status is None:
-            raise ProbeError("unreachable", f"connection lost{during}")
-        raise ProbeError("protocol", f"the account's shell did not run the commands; it said: {text[:200]}")
+        error = incomplete(result, last_section(text, nonce), settings.timeout)
+        error.host_key = result.host_key
+        raise error
     return complete(parse(text, nonce, previous), settings), result.host_key
 
 
@@ -2546,6 +2685,8 @@ class Recorder(threading.Thread):
         self._reports: queue.SimpleQueue[Report] = queue.SimpleQueue()
         self._ending = threading.Event()
         self._gate_since = time.time()
+        self._latest: dict[int, Report] = {}    # not written yet
+        self._keys: dict[int, str] = {}         # host keys not written yet
 
     def put(self, report: Report) -> None:
         """Takes a report; transitions are logged at once, in the caller's thread."""
@@ -2563,20 +2704,19 @@ class Recorder(threading.Thread):
     def flush(self) -> None:
         """Writes what was gathered."""
         self._log_gate()
-        latest: dict[int, Report] = {}
-        keys: dict[int, str] = {}
         with contextlib.suppress(queue.Empty):
             while True:
                 report = self._reports.get_nowait()
-                latest[report.target.id] = report
+                self._latest[report.target.id] = report
                 if report.host_key:
-                    keys[report.target.id] = report.host_key
-        if not latest:
+                    self._keys[report.target.id] = report.host_key
+        if not self._latest:
             return
         try:
             with self._store.writing() as session:
-                write_reports(session, latest.values(), keys)
-        except sqlalchemy.exc.SQLAlchemyError as error:
+                write_reports(session, self._latest.values(), self._keys)
+            self._latest, self._keys = {}, {}
+        except Exception as error:  # noqa: BLE001  # a thread's outermost step; what was not written is kept
             log.error("the database cannot be written: %s", one_line(str(getattr(error, "orig", error))))
 
     def _log_gate(self) -> None:
@@ -2611,7 +2751,7 @@ def poll_once(target: Target, connection: Connection,
     try:
         sample, host_key = collect(target.settings, connection, ticks)
     except ProbeError as error:
-        return Verdict("unhealthy", error.cause, str(error)), None, None
+        return Verdict("unhealthy", error.cause, str(error)), None, error.host_key
     except Exception:   # a thread's outermost step: whatever a host makes a library raise must not end its watch
         log.exception("%s: the poll failed in an unforeseen way", target.name)
         return Verdict("unhealthy", "protocol", "the poll failed in an unforeseen way; see the log"), None, None
@@ -2667,7 +2807,7 @@ class Poller(threading.Thread):
     def _poll(self) -> float:
         """One poll and its report; returns the seconds from its start to the next."""
         settings, begin = self.target.settings, time.monotonic()
-        wait = self._guard.wait(settings.name)
+        wait = self._guard.wait(settings.name, self.target.key_stamp)
         sample, host_key = None, None
         if wait > 0 and self.standing.cause == "auth":
             return min(wait, settings.interval)     # a sibling's success may free this one sooner
@@ -2690,7 +2830,7 @@ class Poller(threading.Thread):
             before = self.standing
             after = self.standing = settle(before, verdict, settings, now)
             wait = retry if after.good else settings.interval
-            wait = self._guard.wait(settings.name) if verdict.cause == "auth" else wait
+            wait = self._guard.wait(settings.name, self.target.key_stamp) if verdict.cause == "auth" else wait
             self.expires = time.monotonic() + settings.ttl + (wait if verdict.cause == "auth" else 0.0)
             self._watch.aggregator.set_resource(
                 settings.name, after.healthy, after.why, ttl=settings.ttl, owner=self,
@@ -2778,7 +2918,7 @@ class Monitor(threading.Thread):
         if stored and (stored.credential, stored.cause) == (target.credential, "auth") and 0 <= age < AUTH_BACKOFF:
             left = target.settings.ttl      # the state stays during the back-off
             if stored.reason != NOT_TRIED:
-                guard.refuse(target.name, age)
+                guard.refuse(target.name, age, target.key_stamp)
         if stored and left > 0:
             standing = Standing(cast(State, stored.state), cast(Cause, stored.cause), stored.reason, stored.since,
                                 stored.good, stored.bad)
@@ -2936,8 +3076,31 @@ class LoopDispatcher(ThreadedTaskDispatcher):   # type: ignore[misc]  # waitress
             self._ready.popleft().service()
 
 
+class GateTask(WSGITask):    # type: ignore[misc]  # waitress carries no types
+    """One request; an application cannot end the service, and a service that ends says so to its clients."""
+
+    def service(self) -> None:
+        try:
+            super().service()
+        except Exception:
+            raise
+        except BaseException as error:      # SystemExit and the like would end the loop or leave the client waiting
+            raise RuntimeError(f"the application raised {type(error).__name__}") from error
+
+    def build_response_header(self) -> bytes:
+        if self.channel.server.draining:
+            self.request.headers["CONNECTION"] = "close"
+        return cast(bytes, super().build_response_header())
+
+
+class GateChannel(HTTPChannel):     # type: ignore[misc]  # waitress carries no types
+    task_class = GateTask
+
+
 class GateServer(TcpWSGIServer):    # type: ignore[misc]  # waitress carries no types
     """waitress on a socket that is bound already, with our loop: serves until `stop`, then drains."""
+
+    channel_class = GateChannel
 
     def __init__(self, gate: Gate, sock: socket.socket, threads: int, connections: int) -> None:
         adjustments = Adjustments(
@@ -2953,6 +3116,10 @@ class GateServer(TcpWSGIServer):    # type: ignore[misc]  # waitress carries no 
         super().__init__(gate, {}, True, sock, dispatcher=dispatcher, adj=adjustments, sockinfo=sockinfo,
                          bind_socket=False)
 
+    @property
+    def draining(self) -> bool:
+        return self._gate.draining
+
     def set_reuse_addr(self) -> None:
         """Nothing: the socket is bound, and on Windows the option would let another server share its port."""
 
@@ -2963,9 +3130,10 @@ class GateServer(TcpWSGIServer):    # type: ignore[misc]  # waitress carries no 
 
     def stop(self) -> None:
         """Ends `serve` once the requests in flight are answered, within DRAIN seconds. Safe in a signal handler."""
-        self._gate.draining = True
-        self._ends = time.monotonic() + DRAIN
-        self.trigger.pull_trigger()
+        if not self._gate.draining:
+            self._gate.draining = True
+            self._ends = time.monotonic() + DRAIN
+            self.trigger.pull_trigger()
 
     def serve(self) -> None:
         """The loop."""
@@ -2975,7 +3143,7 @@ class GateServer(TcpWSGIServer):    # type: ignore[misc]  # waitress carries no 
         while not self._drained():
             poll(self.adj.asyncore_loop_timeout, self._map)
             self.task_dispatcher.drain()
-        self.task_dispatcher.shutdown(timeout=0)
+        self.task_dispatcher.shutdown(timeout=POOL_END)
         wasyncore.close_all(self._map)
 
     def _drained(self) -> bool:
@@ -3004,14 +3172,15 @@ def listen(service: ServiceSettings) -> socket.socket:
         else:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind(address)
-    except OSError as error:
-        raise UsageError(f"cannot listen on {service.listen}: {one_line(error.strerror or str(error))}; "
+    except (OSError, UnicodeError) as error:
+        strerror = getattr(error, "strerror", None) or "not a host name"
+        raise UsageError(f"cannot listen on {service.listen}: {one_line(strerror)}; "
                          "is another program using it? Set service.listen") from error
     return sock
 
 
-def raise_descriptor_limit() -> int:
-    """Raises the soft limit of open files to the hard one; returns how many connections may be served."""
+def connection_limit(resources: int) -> int:
+    """Connections that may be served at once; on UNIX after raising the limit of open files as far as allowed."""
     if sys.platform == "win32":
         return 400      # select takes 512 sockets there
     import resource  # noqa: PLC0415  # POSIX only
@@ -3019,7 +3188,8 @@ def raise_descriptor_limit() -> int:
     with contextlib.suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
         soft = hard
-    return 100_000 if soft == resource.RLIM_INFINITY else soft
+    files = CONNECTIONS_MAX if soft == resource.RLIM_INFINITY else soft
+    return max(100, min(CONNECTIONS_MAX, files - 4 * resources - 100))      # polls and the database need some
 
 
 # --- command line ---
@@ -3056,8 +3226,6 @@ def set_up_logging(log_file: Path | None) -> None:
             raise UsageError(f"service.log_file {log_file} cannot be written: {error.strerror}") from error
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", handlers=handlers,
                         force=True)
-    for name in ("paramiko", "waitress.queue"):     # repeats what we report; writes on every queued task
-        logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
 class Installation:
@@ -3108,7 +3276,7 @@ def serve(arguments: argparse.Namespace) -> int:
     aggregator = HealthAggregator()
     watch = Watch(aggregator, Recorder(store, aggregator), installation.access(), random.Random())
     monitor = Monitor(store, vault, watch)
-    connections = raise_descriptor_limit() - 4 * len(installation.inventory.entries) - 100
+    connections = connection_limit(len(installation.inventory.entries))
     gate = Gate(app, aggregator.lease)
     server = GateServer(gate, sock, service.threads if service.app else 0, max(100, connections))
     for name in ("SIGTERM", "SIGINT", "SIGBREAK"):
@@ -3134,7 +3302,7 @@ def rehearsal(installation: Installation) -> Iterator[tuple[Session, Vault, Chan
         scratch = Path(folder)
         store = Store(installation.database if inspect_database(installation.database) else scratch / "database")
         try:
-            with store.reading() as session:
+            with store.writing() as session:
                 vault = Vault(installation.resolve(installation.service.keys))
                 require_keys(vault, sealed_tokens(session, installation.inventory))
                 if not vault.key_id:
@@ -3158,24 +3326,37 @@ def print_table(rows: Sequence[Sequence[str]]) -> None:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
+Probed = tuple[Verdict, "Sample | None", float]      # with the seconds that it took
+
+
+def progress(total: int) -> Iterator[None]:
+    """Yields `total` times and shows a bar on a terminal."""
+    for count in range(1, total + 1):
+        yield
+        if sys.stderr.isatty():
+            bar, end = "#" * (count * 40 // total), "\n" if count == total else ""
+            print(f"\r[{bar:.<40}] {count}/{total}", end=end, file=sys.stderr, flush=True)
+
+
 def probe(targets: Sequence[Target], access: Access) -> int:
     """Polls every resource once, PROBES_AT_ONCE at a time, and prints a table; 1 when a critical one is unhealthy."""
     guards = Guards()
-    results: dict[str, tuple[Verdict, Sample | None, float]] = {}
+    waiting: queue.SimpleQueue[Target] = queue.SimpleQueue()
+    done: queue.SimpleQueue[tuple[str, Probed]] = queue.SimpleQueue()
 
-    def poll(target: Target) -> None:
-        begin = time.monotonic()
-        connection = CONNECTIONS[target.settings.platform](target, guards.of(target), access)
-        verdict, sample, _ = poll_once(target, connection, None)
-        results[target.name] = verdict, sample, time.monotonic() - begin
+    def work() -> None:
+        with contextlib.suppress(queue.Empty):
+            while True:
+                target, begin = waiting.get_nowait(), time.monotonic()
+                connection = CONNECTIONS[target.settings.platform](target, guards.of(target), access)
+                verdict, sample, _ = poll_once(target, connection, None)
+                done.put((target.name, (verdict, sample, time.monotonic() - begin)))
 
-    with concurrent.futures.ThreadPoolExecutor(PROBES_AT_ONCE) as pool:
-        for count, done in enumerate(concurrent.futures.as_completed([pool.submit(poll, t) for t in targets]), 1):
-            done.result()
-            if sys.stderr.isatty():
-                bar = "#" * (count * 40 // len(targets))
-                print(f"\r[{bar:.<40}] {count}/{len(targets)}", end="\n" if count == len(targets) else "",
-                      file=sys.stderr)
+    for target in targets:
+        waiting.put(target)
+    for _ in targets[:PROBES_AT_ONCE]:
+        threading.Thread(target=work, daemon=True).start()      # daemons, so that Ctrl-C need not wait for them
+    results = dict(done.get() for _ in progress(len(targets)))
     rows = [["NAME", "STATE", "SECONDS", "CPU %", "MEMORY %", "DISK %", "WHY"]]
     for target in targets:
         verdict, sample, seconds = results[target.name]
@@ -3205,18 +3386,29 @@ def rewrite(path: Path, document: Document, replacements: Mapping[NodePath, str]
     raw = path.read_bytes()
     text = raw.decode("utf-8-sig")
     for where in sorted(replacements, key=lambda where: document.nodes[where].start_mark.index, reverse=True):
-        node = document.nodes[where]
-        block = getattr(node, "style", None) in ("|", ">")      # such a text reaches into the next line
-        end = ("\n" if block else "") + text[node.end_mark.index:]
-        text = text[: node.start_mark.index] + replacements[where] + end
+        begin, end = document.nodes[where].start_mark.index, document.nodes[where].end_mark.index
+        kept = ""
+        if text[begin] in "|>":     # a block: its first line may hold a comment, its end holds line breaks
+            block = text[begin:end]
+            head, tail = re.match(r"[|>][^\s#]*(\s+#[^\r\n]*)?", block), re.search(r"(\r?\n[ \t]*)*\Z", block)
+            kept = (head[1] or "" if head else "") + (tail[0] if tail else "")
+        text = text[:begin] + replacements[where] + kept + text[end:]
     content = (b"\xef\xbb\xbf" if raw.startswith(b"\xef\xbb\xbf") else b"") + text.encode()
     if scalars(StrictReader(path.name).read(content)) != {**scalars(document), **replacements}:
         raise InventoryError(f"{path.name}: its layout is too unusual to be rewritten; nothing was changed")
     real = path.resolve()       # a symbolic link stays one
     temporary = real.with_name(f".{real.name}.{secrets.token_hex(4)}")
-    create_private(temporary, content)
-    shutil.copymode(real, temporary)
-    os.replace(temporary, real)
+    try:
+        create_private(temporary, content)
+        shutil.copymode(real, temporary)
+        if sys.platform != "win32":
+            with contextlib.suppress(PermissionError):      # only root can give a file away
+                os.chown(temporary, real.stat().st_uid, real.stat().st_gid)
+        os.replace(temporary, real)
+    except OSError as error:
+        raise InventoryError(f"{path.name}: cannot be replaced: {error.strerror}; is it open elsewhere?") from error
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def secret_nodes(installation: Installation, document: Document, *,
@@ -3339,12 +3531,20 @@ def command_line() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code: 0 done, 1 a check failed, 2 inventory or usage, 3 keys, 4 database."""
+    for stream in (sys.stdout, sys.stderr):     # a pipe has the code page of the machine; pythonw has no stream
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
     arguments = command_line().parse_args(argv)
+    for name in ("paramiko", "waitress.queue"):     # repeats what we report; writes on every queued task
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
         return int(arguments.run(arguments))
     except HealthCheckerError as error:
         print(error, file=sys.stderr)
         return error.exit_code
+    except sqlalchemy.exc.SQLAlchemyError as error:
+        print(f"the database cannot be used: {one_line(str(getattr(error, 'orig', error)))}", file=sys.stderr)
+        return StorageError.exit_code
     except KeyboardInterrupt:
         return 130
 

@@ -412,7 +412,7 @@ class Model(RuleBasedStateMachine):
 
 TestModel = Model.TestCase
 TestModel.settings = hypothesis_settings(
-    max_examples=200, stateful_step_count=30, deadline=None, derandomize=True, database=None
+    max_examples=120, stateful_step_count=30, deadline=None, derandomize=True, database=None
 )
 
 

@@ -39,7 +39,11 @@ def call(gate: Gate, path: str = "/", **environ: str) -> tuple[str, dict[str, st
     request: dict[str, Any] = {}
     setup_testing_defaults(request)
     request |= {"PATH_INFO": path, **environ}
-    body = b"".join(gate(request, lambda status, headers, exc_info=None: answer.extend([status, headers])))
+
+    def start_response(status: str, headers: list[tuple[str, str]], exc_info: object = None) -> Any:
+        answer.extend([status, headers])
+
+    body = b"".join(gate(request, start_response))
     status, headers = answer
     named = {name.lower(): value for name, value in headers}
     assert len(named) == len(headers), headers
@@ -227,7 +231,7 @@ class Serving:
 
     @contextlib.contextmanager
     def client(self, timeout: float = 10) -> Iterator[http.client.HTTPConnection]:
-        connection = http.client.HTTPConnection(*self.address, timeout=timeout)
+        connection = http.client.HTTPConnection("127.0.0.1", self.address[1], timeout=timeout)
         with contextlib.closing(connection):
             yield connection
 

@@ -485,12 +485,10 @@ HOSTILE = [
     CANARY,
     f"[{CANARY}]",
     f"{{{CANARY}: {CANARY}}}",
-    f'"{CANARY}\\x07\\0"',
-    f'"{CANARY}\\ud800"',
+    f'"{CANARY}\\0\\ud800"',
     f"{CANARY}: {CANARY}: x",
     f"HC1.{CANARY}.a.b.c",
     f"~{CANARY}/x",
-    f"{CANARY}\x00",
     f"-{CANARY}/../{CANARY}",
 ]
 
@@ -559,7 +557,7 @@ TREE = st.one_of(
     ),
 )
 FAST = settings(
-    max_examples=200, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True, database=None
+    max_examples=120, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True, database=None
 )
 
 

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import sqlalchemy
 from conftest import wait_for
 
 import healthchecker
@@ -177,9 +178,7 @@ class House:
     def stored(self, name: str) -> tuple[str, str]:
         """State and cause in the database."""
         with self.store.reading() as session:
-            row = session.scalar(
-                healthchecker.sqlalchemy.select(Status).join(healthchecker.Resource).filter_by(name=name)
-            )
+            row = session.scalar(sqlalchemy.select(Status).join(healthchecker.Resource).filter_by(name=name))
             return (row.state, row.cause) if row else ("", "")
 
     def elsewhere(self, *statements: str) -> None:
@@ -540,10 +539,10 @@ def test_an_accepted_login_frees_the_others(house: House, machines: Machines) ->
 
 # --- what is stored, after a restart ---
 def lease_left(house: House) -> float:
-    return house.aggregator.lease.until.value - time.monotonic()
+    return float(house.aggregator.lease.until.value) - time.monotonic()
 
 
-# age of the stored state in seconds, a change of the inventory; whether it counts (the lease: 2 intervals, timeout and 2 s: 123 s)
+# age of the stored state in seconds, a change of the inventory; whether it counts (its lease is 123 s)
 STORED = {
     "fresh": (0.0, "", True),
     "older": (100.0, "", True),

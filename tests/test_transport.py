@@ -40,6 +40,7 @@ from sshd import (
     make_key,
     marked,
     public_line,
+    send,
     write_private,
 )
 
@@ -571,8 +572,9 @@ def test_known_hosts_at_the_registered_port(tmp_path: Path) -> None:
     known = tmp_path / "known_hosts"
     known.write_text(f"db1.example.com,192.0.2.7 {public_line(key)}\n", encoding="ascii")
     hosts = KnownHosts(known)
-    assert hosts.lookup("db1.example.com", 22) == hosts.lookup("192.0.2.7", 22) != set()
-    assert hosts.lookup("db1.example.com", 2222) == hosts.lookup("db2.example.com", 22) == set()
+    assert hosts.lookup("db1.example.com", 22) == hosts.lookup("192.0.2.7", 22)
+    assert hosts.lookup("192.0.2.7", 22)[0]
+    assert hosts.lookup("db1.example.com", 2222) == hosts.lookup("db2.example.com", 22) == (frozenset(), frozenset())
 
 
 @POSIX
@@ -719,8 +721,6 @@ def test_packets_are_dropped() -> None:
 @pytest.mark.parametrize("platform", ["linux", "local"])
 def test_no_descriptor_left(sshd: Server, platform: str) -> None:
     """A full descriptor table is said in one line and leaves nothing behind."""
-    if sys.platform == "win32":
-        return
     local = resource_of({"name": "host", "hostname": "localhost", "platform": "local"})
     watched = target(sshd, **good_login(sshd)) if platform == "linux" else local
     connection = connect(watched)
@@ -820,6 +820,18 @@ def mid_command(action: Callable[[Server], None]) -> Answer:
         return answer.result()
 
 
+def freeze(server: Server) -> None:
+    server.freeze()
+
+
+def kill(server: Server) -> None:
+    server.kill_sessions()
+
+
+def nothing(server: Server) -> None:
+    """Nothing happens; the command is slow by itself."""
+
+
 def end_of_file_only(channel: paramiko.Channel, command: str) -> None:
     """Ends the output, and then neither a status nor a close."""
     channel.sendall(b"some output\n")
@@ -893,7 +905,7 @@ SCENARIOS = {
     "stalled login": Scenario(partial(serving, hostile.StalledLogin), "timeout", "2 s"),
     "frozen at exec": Scenario(partial(serving, hostile.FrozenExec), "timeout", "2 s"),
     "no password login": Scenario(partial(serving, hostile.NoPassword), "auth", "keyboard-interactive, publickey"),
-    "weak algorithms": Scenario(partial(serving, hostile.WeakAlgorithms), "protocol", "weak"),
+    "weak algorithms": Scenario(partial(serving, hostile.WeakAlgorithms), "protocol", "algorithm"),
     "endless stdout": Scenario(partial(answering, hostile.endless_stdout), "protocol", "1048576 bytes"),
     "endless stderr": Scenario(partial(answering, hostile.endless_stderr), "protocol", "1048576 bytes"),
     "endless on both": Scenario(partial(answering, both_streams), "protocol", "1048576 bytes"),
@@ -912,9 +924,9 @@ POSIX_SCENARIOS = {
     "frozen before the banner": Scenario(frozen_before_the_banner, "timeout", "2 s"),
     "frozen after the key exchange": Scenario(partial(frozen_at_login, False), "timeout", "2 s"),
     "frozen after the login": Scenario(partial(frozen_at_login, True), "timeout", "2 s"),
-    "frozen mid-command": Scenario(partial(mid_command, lambda s: s.freeze()), "timeout", "check slow"),
-    "slow command": Scenario(partial(mid_command, lambda s: None), "timeout", "check slow"),
-    "killed mid-command": Scenario(partial(mid_command, lambda s: s.kill_sessions()), "unreachable", "check slow"),
+    "frozen mid-command": Scenario(partial(mid_command, freeze), "timeout", "check slow"),
+    "slow command": Scenario(partial(mid_command, nothing), "timeout", "check slow"),
+    "killed mid-command": Scenario(partial(mid_command, kill), "unreachable", "lost"),
 }
 
 
@@ -945,13 +957,29 @@ def test_the_end_of_a_silent_connection_is_always_a_timeout() -> None:
         assert {answer.result().cause for answer in answers} == {"timeout"}
 
 
+def test_announced_packets_are_not_stored() -> None:
+    """A packet of 2 GiB is no packet (35,000 bytes are the protocol's own limit, RFC 4253): no memory for it."""
+    taken = 0
+
+    def announce(connection: socket.socket, closing: threading.Event) -> None:
+        nonlocal taken
+        connection.sendall(hostile.BANNER + (0x7FFFFFFC).to_bytes(4, "big") + b"\5")
+        while not closing.is_set():
+            taken += connection.send(bytes(1 << 16))
+
+    with RawServer(announce) as server:
+        assert poll(target(server, timeout=1)).cause in ("protocol", "timeout")
+    assert taken < 16 << 20, f"{taken >> 20} MiB"
+
+
 @POSIX
 def test_failed_polls_leave_nothing_behind(sshd: Server) -> None:
     """200 of them: refused, a wrong credential, a hostile banner, a frozen host."""
     with contextlib.ExitStack() as stack:
         closed = stack.enter_context(hostile.ClosedPort())
         rude = stack.enter_context(RawServer(hostile.endless_lines))
-        frozen = stack.enter_context(own_sshd())
+        frozen: Server = own_sshd()
+        stack.enter_context(frozen)
         frozen.freeze()
         targets = {
             "unreachable": target(closed, password="x"),
@@ -980,8 +1008,8 @@ def test_waits_without_work(sshd: Server) -> None:
         assert healthy(poll(watched))
         return time.process_time() - begin
 
-    quick = min(work("true") for _ in range(4))
-    slow = min(work("sleep 1") for _ in range(2))
+    quick = min(work("true") for _ in range(3))
+    slow = work("sleep 1")
     assert slow < quick + 0.008, f"{slow * 1000:.1f} ms against {quick * 1000:.1f} ms"
 
 
@@ -1021,9 +1049,30 @@ def test_accounts_without_a_shell(sshd: Server, shell: str, says: str) -> None:
     with login_shell(sshd, shell):
         watched = target(sshd, timeout=5, **good_login(sshd))
         with ThreadPoolExecutor(8) as pool:
-            answers = list(pool.map(poll, [watched] * (40 if shell == "/bin/false" else 8)))
+            answers = list(pool.map(poll, [watched] * 16))
     assert {answer.cause for answer in answers} == {"protocol"}
     assert all(says in answer.reason for answer in answers)
+
+
+class NarrowSshd(ParamikoSshd):
+    """Takes no more than 32 KiB before its command reads."""
+
+    def prepare(self, transport: paramiko.Transport) -> None:
+        transport.default_window_size = 1 << 15
+
+
+def closed_account(channel: paramiko.Channel, command: str) -> int:
+    channel.sendall(b"This account is currently not available.\n")
+    return 1
+
+
+def test_a_shell_that_ends_before_the_script_was_sent() -> None:
+    """What it said is the reason, and not that sending failed."""
+    checks = [{"name": f"check {number}", "command": f": {'x' * 1000}"} for number in range(100)]
+    with no_leaks(), NarrowSshd(answer=closed_account) as server:
+        answer = poll(target(server, password=server.password, timeout=DEADLINE, checks=checks))
+    assert answer.cause == "protocol"
+    assert "This account is currently not available" in answer.reason
 
 
 @pytest.fixture(scope="module")
@@ -1079,9 +1128,9 @@ def test_forced_commands(own: Sshd, tmp_path: Path, command: str, cause: str, sa
 @pytest.mark.parametrize(
     ("settings", "login", "cause", "says"),
     [
-        ("Ciphers aes128-cbc,aes256-cbc", "good", "protocol", "weak"),
-        ("Ciphers aes128-ctr\nMACs hmac-sha1", "good", "protocol", "weak"),
-        ("KexAlgorithms diffie-hellman-group14-sha1", "good", "protocol", "weak"),
+        ("Ciphers aes128-cbc,aes256-cbc", "good", "protocol", "algorithm"),
+        ("Ciphers aes128-ctr\nMACs hmac-sha1", "good", "protocol", "algorithm"),
+        ("KexAlgorithms diffie-hellman-group14-sha1", "good", "protocol", "algorithm"),
         ("Ciphers aes256-gcm@openssh.com", "good", "", ""),
         ("MACs hmac-sha2-512-etm@openssh.com", "good", "", ""),
         ("KexAlgorithms curve25519-sha256@libssh.org", "good", "", ""),
@@ -1166,11 +1215,12 @@ def run_local(script: str, seconds: float = 1.0) -> bytes:
 
 
 @pytest.fixture
-def mark(monkeypatch: pytest.MonkeyPatch) -> str:
-    """Stands in the environment of every process started from here on."""
+def mark(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Stands in the environment of every process started from here on; those that are left end with the test."""
     token = secrets.token_hex(8)
     monkeypatch.setenv("HEALTHCHECKER_TEST", token)
-    return f"HEALTHCHECKER_TEST={token}"
+    yield f"HEALTHCHECKER_TEST={token}"
+    send(marked(f"HEALTHCHECKER_TEST={token}"), "SIGKILL")
 
 
 @POSIX
@@ -1194,27 +1244,29 @@ def test_local_endless_output(stream: str, mark: str) -> None:
     wait_for(lambda: not marked(mark))
 
 
+ENDLESS_SCRIPTS = [
+    "echo so far; sleep 60",
+    "echo so far; exec sleep 60",
+    "trap '' TERM HUP INT; echo so far; while :; do sleep 60; done",
+    "echo so far; sleep 60 & sleep 60 & wait",
+    "echo so far; (sleep 60 | cat) & exit 0",
+    "echo so far; while :; do sleep 0.1; echo tick; done",
+    "echo so far; exec >&- 2>&-; sleep 60",
+]
+
+
 @POSIX
-@pytest.mark.parametrize(
-    "script",
-    [
-        "echo so far; sleep 60",
-        "echo so far; exec sleep 60",
-        "trap '' TERM HUP INT; echo so far; while :; do sleep 60; done",
-        "echo so far; sleep 60 & sleep 60 & wait",
-        "echo so far; (sleep 60 | cat) & exit 0",
-        "echo so far; while :; do sleep 0.1; echo tick; done",
-        "echo so far; exec >&- 2>&-; sleep 60",
-    ],
-)
-def test_local_deadline(script: str, mark: str) -> None:
-    begin = time.monotonic()
-    with no_leaks():
+def test_local_deadline(mark: str) -> None:
+    def one(script: str) -> float:
+        begin = time.monotonic()
         try:
-            assert run_local(script).startswith(b"so far\n")
+            assert run_local(script).startswith(b"so far\n"), script
         except ProbeError as error:  # the deadline was seen between two reads
-            assert error.cause == "timeout"
-    assert time.monotonic() - begin <= 1 + GRACE
+            assert error.cause == "timeout", script
+        return time.monotonic() - begin
+
+    with no_leaks(), ThreadPoolExecutor(len(ENDLESS_SCRIPTS)) as pool:
+        assert max(pool.map(one, ENDLESS_SCRIPTS)) <= 1 + GRACE
     wait_for(lambda: not marked(mark))
 
 
@@ -1252,21 +1304,21 @@ def test_local_large_script(mark: str) -> None:
 
 @POSIX
 def test_local_many_checks() -> None:
-    """All of a large script is run: 200 KiB of it."""
-    checks = [{"name": f"check {number}", "command": f"echo {number} # {'x' * 2000}"} for number in range(100)]
+    """All of a large script is run: 100 KiB of it."""
+    checks = [{"name": f"check {number}", "command": f"echo {number} # {'x' * 2000}"} for number in range(50)]
     answer = poll(local(checks=checks, timeout=20))
     assert healthy(answer)
     assert answer.sample
-    assert len(answer.sample.checks) == 100
+    assert len(answer.sample.checks) == 50
 
 
 @POSIX
 def test_many_checks_over_ssh(sshd: Server) -> None:
-    checks = [{"name": f"check {number}", "command": f"echo {number} # {'x' * 2000}"} for number in range(100)]
+    checks = [{"name": f"check {number}", "command": f"echo {number} # {'x' * 2000}"} for number in range(50)]
     answer = poll(target(sshd, checks=checks, timeout=20, **good_login(sshd)))
     assert healthy(answer)
     assert answer.sample
-    assert len(answer.sample.checks) == 100
+    assert len(answer.sample.checks) == 50
 
 
 @POSIX
@@ -1318,7 +1370,7 @@ def test_simulated_seed() -> None:
 def test_simulated_means(mean_healthy: float, mean_unhealthy: float) -> None:
     """After a while, as many are healthy as the two means say."""
     resources = simulations(range(2000), mean_healthy, mean_unhealthy)
-    passed(0.5)
+    passed(0.3)
     share = sum(one() for one in resources) / len(resources)
     assert abs(share - mean_healthy / (mean_healthy + mean_unhealthy)) < 0.05
 
