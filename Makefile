@@ -9,7 +9,7 @@ run: $(VENV)/run.stamp
 	$(BIN)/python healthchecker.py
 
 test: $(VENV)/test.stamp
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n 4 --dist loadfile $(ARGS)
 
 lint: $(VENV)/test.stamp
 	$(BIN)/ruff check .

@@ -126,7 +126,6 @@ AUTH_TURN = 1.0                 # seconds between attempts with an unproven cred
 FLIPS = 10_000                  # state changes of a simulated resource between two polls at most
 FIRST_POLLS = 50.0              # first polls per second
 JITTER = 0.1                    # part of the interval by which polls are spread
-CHILD_GRACE = 0.2               # seconds for children of a local script to let go of its output
 LEASE_GRACE = 2.0               # seconds added to a lease for a busy machine
 DEFAULT_TTL = 132.0             # seconds; the lease of a resource with default settings
 SWEEP = 0.5                     # seconds between two looks of the monitor
@@ -1412,10 +1411,9 @@ def connect_tcp(resolver: Resolver, host: str, port: int, deadline: Deadline) ->
                 fault = error
     if isinstance(fault, TimeoutError):
         raise ProbeError("timeout", f"no connection to {host} port {port} within {deadline.seconds:g} s") from fault
-    refused = isinstance(fault, ConnectionRefusedError)
-    raise ProbeError("unreachable", f"{host} port {port}: " + (
-        "connection refused; is the service running, is the port right?" if refused
-        else one_line(fault.strerror or str(fault)))) from fault
+    said = {ConnectionRefusedError: "connection refused; is the service running, is the port right?",
+            ConnectionResetError: "the host closed the connection"}.get(type(fault), fault.strerror or str(fault))
+    raise ProbeError("unreachable", f"{host} port {port}: {said}") from fault
 
 
 NOT_TRIED = "not tried: the same credential was refused before; check username and password"
@@ -1820,11 +1818,11 @@ class LocalConnection:
         with process.stdout as output:
             try:
                 ended = read_until(output.fileno(), deadline, buffer.take)
-                if not ended or not read_until(output.fileno(), Deadline(CHILD_GRACE), lambda rest: False):
-                    end_session(process.pid)
                 return CommandResult(bytes(buffer.output), 0 if ended else None, expired=not ended)
             finally:
                 process.kill()
+                with contextlib.suppress(OSError):
+                    end_session(process.pid)
                 process.wait()
 
 

@@ -247,7 +247,7 @@ SEALS: dict[str, tuple[str, str]] = {
     "literal block": (host("password: |-\n      p w\n    port: 22\n"), host("password: TOKEN\n    port: 22\n")),
     "folded block": (host("password: >-\n      p\n      w\n    port: 22\n"), host("password: TOKEN\n    port: 22\n")),
     "block at the end": (host("password: |-\n      p w\n"), host("password: TOKEN\n")),
-    "block without newline": (host("password: |-\n      p w"), host("password: TOKEN\n")),
+    "block without newline": (host("password: |-\n      p w"), host("password: TOKEN")),
     "block and a comment below": (
         host("password: |-\n      p w\n\n    # the port\n    port: 22\n"),
         host("password: TOKEN\n\n    # the port\n    port: 22\n"),

@@ -21,12 +21,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from healthchecker import (
-    Limits,
     KEPT_BYTES,
     PROBES,
     REASON_CHARS,
     Check,
     CpuTicks,
+    Limits,
     Platform,
     Probe,
     ProbeError,
@@ -548,7 +548,8 @@ def test_a_daemon_left_behind_delays_nobody(shell: str, tmp_path: Path) -> None:
     check = Check(name="starts", command=f"sleep 60 & echo $! >{noted}; echo started", timeout=5)
     try:
         text, took = run_script(
-            shell_command(shell), build_script(Platform.POSIX, [], [check, Check(name="next", command="echo 2", timeout=5)], NONCE)
+            shell_command(shell),
+            build_script(Platform.POSIX, [], [check, Check(name="next", command="echo 2", timeout=5)], NONCE),
         )
     finally:
         if noted.exists():
