@@ -1002,6 +1002,38 @@ def sqlite_path(url: str, folder: Path) -> Path:
     return folder / Path(url.removeprefix("sqlite:///")).expanduser()
 
 
+EMPTY = "is empty"
+
+
+def database_fault(connection: sqlite3.Connection) -> str:
+    """What keeps a SQLite database from being ours and sound; empty for nothing, EMPTY before its first transaction."""
+    def pragma(name: str) -> Any:
+        return connection.execute(f"PRAGMA {name}").fetchone()[0]
+
+    if not connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
+        return EMPTY
+    if pragma("application_id") != APPLICATION:
+        return "belongs to another program; set service.database"
+    if pragma("user_version") > SCHEMA:
+        return "was written by a newer HealthChecker; update this one"
+    lost = [table.name for table in Base.metadata.sorted_tables if {column.name for column in table.columns}
+            - {row[1] for row in connection.execute(f"PRAGMA table_info({table.name})")}]
+    if lost or pragma("quick_check(1)") != "ok":
+        return "is damaged; restore it from a backup or move it away"
+    return ""
+
+
+def examine(path: Path, mode: str) -> str:
+    """`database_fault` of a file; a transaction that a crash cut short is rolled back first, which needs to write."""
+    try:
+        with contextlib.closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode={mode}", uri=True)) as connection:
+            return database_fault(connection)
+    except sqlite3.OperationalError as error:
+        if mode == "rw" or "readonly" not in str(error):
+            raise
+        return examine(path, "rw")
+
+
 def inspect_database(path: Path) -> bool:
     """Whether a usable database of ours is there; reads only. Raises StorageError for anything else at `path`."""
     try:
@@ -1012,30 +1044,15 @@ def inspect_database(path: Path) -> bool:
         with open(path, "rb") as file:
             foreign = file.read(16) != b"SQLite format 3\0"
         if not foreign:
-            with contextlib.closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as connection:
-                fault = database_fault(connection)
+            fault = examine(path, "ro")
     except (OSError, sqlite3.Error) as error:
         raise StorageError(f"database {path}: {error}; restore it from a backup or set service.database") from error
+    if not foreign and fault == EMPTY:
+        return False
     if foreign or fault:
         fault = "is no SQLite database; set service.database" if foreign else fault
         raise StorageError(f"database {path} {fault}")
     return True
-
-
-def database_fault(connection: sqlite3.Connection) -> str:
-    """What keeps a SQLite database from being ours and sound; empty for nothing."""
-    def pragma(name: str) -> Any:
-        return connection.execute(f"PRAGMA {name}").fetchone()[0]
-
-    if pragma("application_id") != APPLICATION:
-        return "belongs to another program; set service.database"
-    if pragma("user_version") > SCHEMA:
-        return "was written by a newer HealthChecker; update this one"
-    lost = [table.name for table in Base.metadata.sorted_tables if {column.name for column in table.columns}
-            - {row[1] for row in connection.execute(f"PRAGMA table_info({table.name})")}]
-    if lost or pragma("quick_check(1)") != "ok":
-        return "is damaged; restore it from a backup or move it away"
-    return ""
 
 
 def prepare_connection(connection: Any, _record: object) -> None:
@@ -1411,8 +1428,11 @@ def connect_tcp(resolver: Resolver, host: str, port: int, deadline: Deadline) ->
                 fault = error
     if isinstance(fault, TimeoutError):
         raise ProbeError("timeout", f"no connection to {host} port {port} within {deadline.seconds:g} s") from fault
-    said = {ConnectionRefusedError: "connection refused; is the service running, is the port right?",
-            ConnectionResetError: "the host closed the connection"}.get(type(fault), fault.strerror or str(fault))
+    said = fault.strerror or str(fault)
+    if isinstance(fault, ConnectionRefusedError):
+        said = "connection refused; is the service running, is the port right?"
+    elif isinstance(fault, ConnectionResetError):
+        said = "the host closed the connection"
     raise ProbeError("unreachable", f"{host} port {port}: {said}") from fault
 
 
@@ -2859,7 +2879,7 @@ class Monitor(threading.Thread):
         while not self._ending.wait(SWEEP):
             try:
                 self._sweep()
-            except Exception as error:  # noqa: BLE001  # the outermost loop of a thread: nothing may end the watch over the pollers
+            except Exception as error:  # noqa: BLE001  # a thread's outermost loop: nothing may end the watch
                 log.error("the configuration cannot be taken over: %s: %s", type(error).__name__, one_line(str(error)))
 
     def close(self) -> None:
@@ -2892,8 +2912,9 @@ class Monitor(threading.Thread):
             stored = {row.resource_id: row for row in session.scalars(sqlalchemy.select(Status))}
         self._guards.keep(targets.values())
         for name in self._pollers.keys() - targets.keys():
-            self._pollers.pop(name).stop()
+            self._pollers[name].stop()
             self._watch.aggregator.deregister(name)
+            del self._pollers[name]
         delay = 0.0
         for name, target in targets.items():
             poller = self._pollers.get(name)
@@ -3080,9 +3101,9 @@ class GateTask(WSGITask):    # type: ignore[misc]  # waitress carries no types
     def service(self) -> None:
         try:
             super().service()
-        except Exception:
-            raise
         except BaseException as error:      # SystemExit and the like would end the loop or leave the client waiting
+            if isinstance(error, Exception):
+                raise
             raise RuntimeError(f"the application raised {type(error).__name__}") from error
 
     def build_response_header(self) -> bytes:
