@@ -30,6 +30,7 @@ import contextlib
 import difflib
 import errno
 import fnmatch
+import functools
 import hashlib
 import heapq
 import hmac
@@ -52,6 +53,7 @@ import shutil
 import signal
 import socket
 import sqlite3
+import ssl
 import subprocess
 import sys
 import tempfile
@@ -60,15 +62,16 @@ import time
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, Protocol, cast
+from typing import IO, TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, Protocol, cast
 from urllib.parse import quote, unquote
 
 try:
     import flask
     import paramiko
+    import requests
     import sqlalchemy
+    import urllib3
     import yaml
     from cryptography.exceptions import InvalidTag, UnsupportedAlgorithm
     from cryptography.hazmat.primitives import hashes, serialization
@@ -86,6 +89,10 @@ try:
         ValidationError,
         model_validator,
     )
+    from pypsrp.complex_objects import PSInvocationState
+    from pypsrp.exceptions import AuthenticationError, WSManFaultError
+    from pypsrp.powershell import PowerShell, RunspacePool
+    from pypsrp.wsman import WSMan
     from sqlalchemy import ForeignKey, event
     from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
     from waitress import wasyncore
@@ -111,6 +118,7 @@ INVENTORY_NODES = 200_000       # YAML events
 SECRET_LENGTH = 1024            # characters of a password at most: a longer one only costs time
 LAST_PORT = 65535
 NAME_CHARS = 253                # characters, the length of the longest host name
+WINRM_PORTS = {True: 5986, False: 5985}    # with TLS and without
 SSH_PORT = 22                   # the registered port (RFC 4251)
 TOKEN_PARTS = 5                 # of a sealed secret, between dots
 RSA_BITS = 3072                 # bits, equal in strength to AES-128 (NIST SP 800-57)
@@ -119,8 +127,12 @@ SALT_BYTES = 16                 # bytes, NIST SP 800-132
 BUSY_TIMEOUT = 5.0              # seconds a writer waits for another one
 OUTPUT_BYTES = 1 << 20          # bytes over stdout and stderr; a poll that prints more is ended
 RECEIVED_BYTES = 2 << 20        # bytes off the wire in a poll: the output and its wrapping
+WINDOW_BYTES = 1 << 18          # bytes that an SSH host may send ahead of what was read
 READ_BYTES = 1 << 16            # bytes taken from a host at once
 REASON_CHARS = 500              # characters of a reason that are kept
+SHELL_IDLE = 60                 # seconds after which a Windows host drops a forgotten shell; it takes no less
+ANSWER_MARGIN = 0.3             # seconds before the deadline at which a Windows host is to answer "not yet"
+CLOSING = 0.8                   # seconds to stop the script and delete the shell, also after the deadline
 AUTH_BACKOFF = 300.0            # seconds between attempts with a refused credential
 AUTH_TURN = 1.0                 # seconds between attempts with an unproven credential while one has no outcome
 FLIPS = 10_000                  # state changes of a simulated resource between two polls at most
@@ -139,6 +151,7 @@ CONNECTIONS_MAX = 100_000       # client connections, where the system knows no 
 BACKLOG = 1024                  # connections that wait to be accepted
 POOL_BUFFER = 16 << 20          # bytes of a response that wait for a slow client before its pool thread does
 LOOP_BUFFER = 1 << 30           # bytes; on the loop nobody can wait
+SEND_BYTES = 1 << 16            # bytes of a response that the loop gathers before it sends
 DRAIN = 8.5                     # seconds for requests in flight when the service ends
 POOL_END = 0.5                  # seconds for idle pool threads to end
 
@@ -206,8 +219,9 @@ class Platform(str, Enum):
     SIMULATED = "simulated"
 
 
-SELECTABLE = ("unix", "linux", "macos", "freebsd", "local", "simulated")
+SELECTABLE = ("unix", "linux", "macos", "freebsd", "windows", "local", "simulated")
 SSH_PLATFORMS = frozenset({Platform.UNIX, Platform.LINUX, Platform.MACOS, Platform.FREEBSD})
+REMOTE_PLATFORMS = SSH_PLATFORMS | {Platform.WINDOWS}
 NodePath = tuple[str | int, ...]
 
 
@@ -365,12 +379,14 @@ Percent = Annotated[float, Field(gt=0, le=100, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, le=1_000_000, allow_inf_nan=False)]
 Times = Annotated[int, Field(ge=1, le=1000)]
 Secret = Annotated[SecretStr, Field(min_length=1, max_length=4 * SECRET_LENGTH)]
-Line = Annotated[str, matching(r"[^\x00-\x1f\x7f]+", "must be one line of text and not empty")]
+TextLine = Annotated[str, matching(r"[^\x00-\x1f\x7f]+", "must be one line of text and not empty")]
 Name = Annotated[str, matching(r"(?!\.\.?$)[^\s/\\\x00-\x1f\x7f]+( [^\s/\\\x00-\x1f\x7f]+)*",
                                f"must be 1 to {NAME_CHARS} characters without slashes", NAME_CHARS)]
 HOSTNAME = re.compile(r"(?!-|\.\.?$)[\w.:%-]{1,253}")
 Hostname = Annotated[str, matching(HOSTNAME.pattern, "must be a host name or an IP address")]
 ServiceName = Annotated[str, matching(r"(?!-)[\w@.:+\\ -]+", "must be the name of a service", 200)]
+Fingerprint = Annotated[str, matching(r"(SHA256:)?[0-9A-Fa-f]{2}(:?[0-9A-Fa-f]{2}){31}",
+                                      "must be a SHA-256 fingerprint: 64 hexadecimal digits")]
 HostKey = Annotated[str, matching(r"strict|(([a-z0-9-]+) )?SHA256:[A-Za-z0-9+/]{43}=?",
                                   "must be `strict` or a fingerprint such as SHA256:… (43 characters)")]
 SQLITE = "sqlite:///"
@@ -447,16 +463,21 @@ class ServiceSettings(Settings):
 
 
 SECRETS = ("password", "key_passphrase")     # what is sealed
+FILES = ("key_file", "ca_file", "certificate_file")     # read at each poll
 CREDENTIALS = ("password", "password_env", "password_file", "key_file")
 PASSPHRASES = ("key_passphrase", "key_passphrase_env", "key_passphrase_file")
-ONLY_SSH = frozenset({"port", "username", "host_key", *CREDENTIALS, *PASSPHRASES})
+ONLY_REMOTE = frozenset({"port", "username", "host_key", *CREDENTIALS, *PASSPHRASES})
+ONLY_WINDOWS = frozenset({
+    "tls", "auth", "ca_file", "certificate_file", "certificate_fingerprint", "configuration_name"})
 ONLY_SIMULATED = frozenset({"mean_healthy", "mean_unhealthy", "seed"})
-FOREIGN = {Platform.LOCAL: ONLY_SSH | ONLY_SIMULATED, Platform.SIMULATED: ONLY_SSH}
+HOSTLESS = (Platform.LOCAL, Platform.SIMULATED)
+FOREIGN = {Platform.LOCAL: ONLY_REMOTE | ONLY_WINDOWS | ONLY_SIMULATED, Platform.SIMULATED: ONLY_REMOTE | ONLY_WINDOWS,
+           Platform.WINDOWS: ONLY_SIMULATED | {"host_key"}}
 
 
 def foreign_fields(platform: str) -> frozenset[str]:
     """Settings that have no meaning on a platform."""
-    return FOREIGN.get(cast(Platform, platform), ONLY_SIMULATED)
+    return FOREIGN.get(cast(Platform, platform), ONLY_SIMULATED | ONLY_WINDOWS)
 
 
 PLACEHOLDERS = {"name": "any", "hostname": "any", "username": "any"}     # to look at the defaults alone
@@ -481,23 +502,29 @@ class ResourceSettings(Settings):
     name: Name
     hostname: Hostname
     platform: Annotated[Platform, BeforeValidator(lambda v: v if v in SELECTABLE else "")] = Platform.UNIX
-    port: Annotated[int, Field(ge=1, le=LAST_PORT)] = SSH_PORT
-    username: Line | None = None
+    port: Annotated[int, Field(ge=1, le=LAST_PORT)] | None = None      # None: see connect_port
+    username: TextLine | None = None
     password: Secret | None = None
-    password_env: Line | None = None
+    password_env: TextLine | None = None
     password_file: FilePath | None = None
     key_file: FilePath | None = None
     key_passphrase: Secret | None = None
-    key_passphrase_env: Line | None = None
+    key_passphrase_env: TextLine | None = None
     key_passphrase_file: FilePath | None = None
     host_key: HostKey | None = None
+    tls: bool = True                    # windows only, like the next five
+    auth: Literal["negotiate", "ntlm", "kerberos", "basic", "certificate", "credssp"] = "negotiate"
+    ca_file: FilePath | None = None
+    certificate_file: FilePath | None = None
+    certificate_fingerprint: Fingerprint | None = None
+    configuration_name: TextLine = "Microsoft.PowerShell"
     interval: Seconds = 60.0            # seconds
     timeout: Seconds = 10.0             # seconds, the whole poll
     retry_interval: Seconds = 5.0       # seconds, while undecided
     rise: Times = 2
     fall: Times = 2
     critical: bool = True               # False: shown, never closes the gate
-    tags: list[Line] = []
+    tags: list[TextLine] = []
     limits: Limits = Limits()
     services: list[ServiceName] = []
     checks: list[Check] = []
@@ -509,11 +536,29 @@ class ResourceSettings(Settings):
     def _consistent(self) -> ResourceSettings:
         names = [check.name for check in self.checks]
         faults = conflicts({name for name, value in self if value is not None}, self.platform)
+        if self.platform is Platform.WINDOWS:
+            faults += self._windows_faults()
         if len(set(names)) < len(names):
             faults.append("two checks have the same name")
         if faults:
             raise ValueError("; ".join(faults))
         return self
+
+    def _windows_faults(self) -> list[str]:
+        if self.auth == "certificate":
+            known = self.certificate_file and self.key_file and self.tls
+            return [] if known else ["auth certificate needs certificate_file, key_file and tls"]
+        faults = [] if self.username else ["username is missing"]
+        if self.certificate_file or self.key_file:
+            faults.append("certificate_file and key_file need `auth: certificate`")
+        if self.auth == "basic" and not self.tls:
+            faults.append("auth basic without tls would show the password to the network")
+        return faults
+
+    @property
+    def connect_port(self) -> int:
+        """`port`, or the registered one of the protocol."""
+        return self.port or (WINRM_PORTS[self.tls] if self.platform is Platform.WINDOWS else SSH_PORT)
 
     @property
     def ttl(self) -> float:
@@ -644,13 +689,17 @@ class InventoryLoader:
             return (("defaults",) if inherited else here) + loc
 
         secrets_ = [self._secret(raw, kind, locate) for kind in SECRETS]
+        for name in FILES:
+            with contextlib.suppress(ValueError):       # the model reports that
+                if isinstance(raw.get(name), str) and not self.resolve(raw[name]).is_file():
+                    self.fault(locate((name,)), "there is no such file")
         settings = self._validate(ResourceSettings, raw, locate)
         if not isinstance(settings, ResourceSettings):
             for message in conflicts(raw, str(raw.get("platform", Platform.UNIX.value))):
                 self.fault(here, message)
             return None
         settings = settings.model_copy(update={
-            name: self.resolve(value) for name in ("password_file", "key_file", "key_passphrase_file")
+            name: self.resolve(value) for name in ("password_file", "key_passphrase_file", *FILES)
             if (value := getattr(settings, name)) is not None})
         return Entry(settings, secrets_[0], secrets_[1], f"{self.path.name}:{self.document.position(here)}")
 
@@ -667,7 +716,7 @@ class InventoryLoader:
         raw = {key: value for key, value in defaults.items() if key not in skipped} | own
         if isinstance(own.get("limits"), dict) and isinstance(defaults.get("limits"), dict):
             raw["limits"] = defaults["limits"] | own["limits"]
-        if platform in FOREIGN:
+        if platform in HOSTLESS:
             raw.setdefault("hostname", "localhost")
         hostname = raw.get("hostname")
         raw.setdefault("name", hostname if isinstance(hostname, str) and HOSTNAME.fullmatch(hostname) else "unnamed")
@@ -675,10 +724,6 @@ class InventoryLoader:
 
     def _secret(self, raw: dict[str, Any], kind: str, locate: Callable[[NodePath], NodePath]) -> SecretStr | None:
         """The secret from the file itself, the environment or another file; what the model reports is passed over."""
-        if kind == "key_passphrase" and isinstance(raw.get("key_file"), str):
-            with contextlib.suppress(ValueError):
-                if not self.resolve(raw["key_file"]).is_file():
-                    self.fault(locate(("key_file",)), "there is no such file")
         source = next((name for name in (kind, f"{kind}_env", f"{kind}_file") if name in raw), kind)
         if not isinstance(raw.get(source), str):
             return None
@@ -944,7 +989,7 @@ class Resource(Base):
     def configure(self, settings: ResourceSettings) -> bool:
         """Takes the settings over; says whether anything changed."""
         values = settings.model_dump(mode="json", exclude={"password", "key_passphrase"})
-        columns = {name: values.pop(name) for name in self.COLUMNS}
+        columns = {name: values.pop(name) for name in self.COLUMNS} | {"port": settings.connect_port}
         columns["settings"] = json.dumps(values, sort_keys=True)
         changed = any(getattr(self, name) != value for name, value in columns.items())
         if (self.hostname, self.port) != (columns["hostname"], columns["port"]):
@@ -1175,7 +1220,7 @@ def update_row(row: Resource, entry: Entry, vault: Vault) -> bool:
     moved = (row.hostname, row.username) != (settings.hostname, settings.username)
     changed = row.configure(settings)
     wanted = {"password": entry.password, "key_passphrase": entry.passphrase}
-    if settings.platform not in SSH_PLATFORMS or settings.key_file is not None:
+    if settings.platform not in REMOTE_PLATFORMS or settings.key_file is not None:
         row.password = None
     if settings.key_file is None:
         row.key_passphrase = None
@@ -1185,7 +1230,7 @@ def update_row(row: Resource, entry: Entry, vault: Vault) -> bool:
             raise SecretError("hostname or username changed: write the password again")
         if secret is not None:
             changed |= store_secret(row, kind, secret.get_secret_value(), vault)
-    if settings.platform in SSH_PLATFORMS and settings.key_file is None and row.password is None:
+    if settings.platform in REMOTE_PLATFORMS and settings.key_file is None and row.password is None:
         raise InventoryError("password, password_env, password_file or key_file is missing")
     return changed
 
@@ -1673,7 +1718,7 @@ class SshConnection:
     @contextlib.contextmanager
     def _connected(self, deadline: Deadline) -> Iterator[SshTransport]:
         """A transport after the key exchange; socket, transport and thread are gone afterwards."""
-        sock = connect_tcp(self._access.resolver, self._settings.hostname, self._settings.port, deadline)
+        sock = connect_tcp(self._access.resolver, self._settings.hostname, self._settings.connect_port, deadline)
         transport: SshTransport | None = None
 
         def abort() -> None:
@@ -1705,7 +1750,7 @@ class SshConnection:
         pinned = self._settings.host_key
         if pinned and pinned != "strict":
             return frozenset({pinned})
-        known, _ = self._access.known_hosts.lookup(self._settings.hostname, self._settings.port)
+        known, _ = self._access.known_hosts.lookup(self._settings.hostname, self._settings.connect_port)
         return known | ({self._trusted} if self._trusted else frozenset())
 
     def _prefer_known_types(self, transport: SshTransport) -> None:
@@ -1713,13 +1758,15 @@ class SshConnection:
         wanted = tuple(key.split()[0].replace("ssh-rsa", "rsa-sha2") for key in self._accepted() if " " in key)
         tried = tuple(kind.replace("ssh-rsa", "rsa-sha2") for kind in self._tried)
         options = transport.get_security_options()
+        # With GCM paramiko's packets need no HMAC, which it compares byte by byte in Python.
+        options.ciphers = sorted(options.ciphers, key=lambda name: "gcm" not in name)
         options.key_types = sorted(options.key_types, key=lambda name: (
             bool(tried) and name.startswith(tried), not name.startswith(wanted)))
 
     def _verified(self, transport: SshTransport) -> bool:
         """Compares the host's key before any secret is sent; False asks for a connection with another type of key."""
         offered, accepted, name = remote_identity(transport), self._accepted(), self._settings.name
-        _, revoked = self._access.known_hosts.lookup(self._settings.hostname, self._settings.port)
+        _, revoked = self._access.known_hosts.lookup(self._settings.hostname, self._settings.connect_port)
         if offered in revoked:
             raise ProbeError("host_key", f"host key revoked by known_hosts: offered {offered}")
         if any(same_key(key, offered) for key in accepted):
@@ -1774,7 +1821,7 @@ class SshConnection:
     def _execute(self, transport: SshTransport, script: str, buffer: OutputBuffer,
                  deadline: Deadline) -> int | None:
         """Feeds the script to a POSIX shell, whatever the account's login shell is; returns its exit status."""
-        channel = transport.open_session(timeout=self.NEVER)
+        channel = transport.open_session(window_size=WINDOW_BYTES, timeout=self.NEVER)
         try:
             channel.set_combine_stderr(True)
             channel.exec_command("exec /bin/sh -s")
@@ -1795,54 +1842,363 @@ class SshConnection:
         return None
 
 
-def read_until(descriptor: int, deadline: Deadline, take: Callable[[bytes], bool]) -> bool:
+# --- PowerShell Remoting ---
+WINRM_ANSWERS = frozenset({200, 400, 401, 500})     # 400 and 500 carry faults
+HTTP_CAUSES: dict[int, Cause] = {403: "auth", 502: "unreachable", 503: "unreachable", 504: "unreachable"}
+START_WINRM = "run `winrm quickconfig` there and check port and tls"
+WINRM_FAULTS: dict[int, tuple[Cause, str]] = {
+    5: ("auth", "access denied: add the account to Remote Management Users, or correct configuration_name"),
+    2150858793: ("timeout", "the script did not end in time; raise timeout"),
+    2150859173: ("protocol", "the account has too many shells open there; close them or raise MaxShellsPerUser"),
+    2150858843: ("protocol", "the host closed the shell during the poll; see the event log of WinRM there"),
+}
+
+
+def bare_fingerprint(text: str) -> str:
+    """Lower-case hexadecimal digits, whichever way a SHA-256 fingerprint is written."""
+    return text.rpartition("SHA256:")[2].replace(":", "").lower()
+
+
+def certificate_identity(connection: ssl.SSLSocket) -> str:
+    """`certificate SHA256:…`, hexadecimal as Windows and openssl show it."""
+    return f"certificate SHA256:{hashlib.sha256(connection.getpeercert(True) or b'').hexdigest()}"
+
+
+@functools.cache
+def system_authorities() -> ssl.SSLContext:
+    """TLS that trusts the system's authorities; reading all of them takes 20 ms of CPU, hence once."""
+    return ssl.create_default_context()
+
+
+def tls_fault(error: OSError) -> ProbeError:
+    """Our error for a broken connection or TLS handshake."""
+    reason = str(getattr(error, "reason", "") or "")
+    if isinstance(error, TimeoutError):
+        return ProbeError("timeout", "no answer in time")
+    if "ALERT" in reason and ("CERTIFICATE" in reason or "UNKNOWN_CA" in reason):
+        return ProbeError("auth", "the host refuses the client certificate; map it to an account there")
+    if isinstance(error, ssl.SSLError) and not isinstance(error, ssl.SSLEOFError):
+        return ProbeError("protocol", f"no TLS there ({reason}); check port and tls")
+    return ProbeError("unreachable", f"the host closed the connection; {START_WINRM}")
+
+
+class Line(io.RawIOBase):
+    """The one TCP connection of a poll, with its deadline and byte cap.
+
+    urllib3 takes it for a socket and http.client for the file to read from, so nothing waits for the host but here.
+    There is no second one in a poll: NTLM and the encryption belong to the first.
+    """
+
+    def __init__(self, target: Target, access: Access, deadline: Deadline) -> None:
+        self.target, self._access, self.deadline = target, access, deadline
+        self.in_step = True     # False: an answer is lost or still to come, so nothing more can be asked
+        self._received = 0
+        self._sock: socket.socket | None = None     # pypsrp looks here for the certificate that NTLM is bound to
+
+    def connect(self) -> None:
+        """Opens the connection, with TLS where the target says so. Raises ProbeError."""
+        if self._sock:
+            raise ProbeError("unreachable", "the host closed the connection during the poll")
+        with self._guarded():
+            self._sock = self._open()
+            if self.target.settings.tls:
+                self._sock = self._secured(self._sock)
+
+    def offered(self) -> str:
+        """The certificate that the host shows, unchecked."""
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+        with self._guarded(), self._open() as plain:
+            plain.settimeout(self.deadline.left())
+            with context.wrap_socket(plain, server_hostname=self.target.settings.hostname) as secured:
+                return certificate_identity(secured)
+
+    def hang_up(self) -> None:
+        if self._sock:
+            self._sock.close()
+
+    def _open(self) -> socket.socket:
+        settings = self.target.settings
+        try:
+            return connect_tcp(self._access.resolver, settings.hostname, settings.connect_port, self.deadline)
+        except ProbeError as error:
+            hint = f"; {START_WINRM}" if "port" in str(error) else ""
+            raise ProbeError(error.cause, f"{error}{hint}") from error
+
+    def _secured(self, plain: socket.socket) -> ssl.SSLSocket:
+        """The connection after the handshake and the check of the certificate."""
+        settings, name = self.target.settings, self.target.name
+        pin = settings.certificate_fingerprint or self.target.host_key
+        plain.settimeout(self.deadline.left())
+        try:
+            secured = self._context(bool(pin)).wrap_socket(plain, server_hostname=settings.hostname)
+        except ssl.SSLCertVerificationError as error:
+            raise ProbeError("host_key", f"certificate not trusted ({error.verify_message}): offered {self.offered()}; "
+                             f"to accept it: trust {name}, or name its ca_file") from error
+        finally:
+            plain.close()       # after a good handshake it is detached, and this closes nothing
+        shown = certificate_identity(secured)
+        if pin and bare_fingerprint(shown) != bare_fingerprint(pin):
+            secured.close()
+            raise ProbeError("host_key", f"certificate changed: expected SHA256:{bare_fingerprint(pin)}, "
+                             f"offered {shown}; no password was sent; if the change is right: trust {name}")
+        return secured
+
+    def _context(self, pinned: bool) -> ssl.SSLContext:
+        """How the host's certificate is checked and ours shown. Raises ProbeError `credential` for unusable files."""
+        settings, phrase = self.target.settings, self.target.passphrase
+        if not (pinned or settings.ca_file or settings.certificate_file):
+            return system_authorities()
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        try:
+            if pinned:
+                context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+            elif settings.ca_file:
+                context.load_verify_locations(settings.ca_file)
+            else:
+                context.load_default_certs()
+            if settings.certificate_file:
+                secret = phrase.get_secret_value() if phrase else ""
+                context.load_cert_chain(settings.certificate_file, settings.key_file, secret)
+        except OSError as error:
+            raise ProbeError("credential", f"ca_file, certificate_file or key_file cannot be used: {error}") from error
+        return context
+
+    @contextlib.contextmanager
+    def _guarded(self) -> Iterator[Any]:
+        """Turns a socket's errors into ProbeError here already: pypsrp would wait and try again."""
+        try:
+            if self._sock:
+                self._sock.settimeout(self.deadline.left())
+            yield self._sock
+        except (OSError, ProbeError) as error:
+            self.in_step = False
+            raise (error if isinstance(error, ProbeError) else tls_fault(error)) from error
+
+    # what a file has
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        with self._guarded() as connection:
+            count: int = connection.recv_into(buffer)
+            self._received += count
+            if self._received > OUTPUT_BYTES:
+                raise ProbeError("protocol", f"the host sent more than {OUTPUT_BYTES} bytes")
+        return count
+
+    def close(self) -> None:
+        """The end of a response is not the end of the line: hang_up is."""
+
+    # what a socket has
+
+    def makefile(self, mode: str) -> io.BufferedReader:
+        return io.BufferedReader(self)
+
+    def sendall(self, octets: bytes) -> None:
+        with self._guarded() as connection:
+            connection.sendall(octets)
+
+    def settimeout(self, seconds: float | None) -> None:
+        """The deadline alone counts."""
+
+    def fileno(self) -> int:
+        return self._sock.fileno() if self._sock else -1
+
+
+class LineConnection(urllib3.connection.HTTPConnection):
+    """urllib3's connection, over a Line."""
+
+    def __init__(self, line: Line, **settings: Any) -> None:
+        super().__init__(**settings)
+        self._line = line
+
+    def connect(self) -> None:
+        self._line.connect()
+        self.sock = self._line
+
+
+class LineAdapter(requests.adapters.HTTPAdapter):
+    """Sends a session's requests over one Line and refuses what WinRM never answers."""
+
+    def __init__(self, line: Line) -> None:
+        super().__init__()
+        settings = line.target.settings
+        self._pool = urllib3.HTTPConnectionPool(settings.hostname, settings.connect_port, maxsize=1)
+        self._pool.ConnectionCls = functools.partial(LineConnection, line)  # type: ignore[assignment]  # a factory
+
+    def get_connection_with_tls_context(self, *args: Any, **settings: Any) -> urllib3.HTTPConnectionPool:
+        return self._pool
+
+    def cert_verify(self, *args: Any) -> None:
+        """The Line did that."""
+
+    def send(self, request: Any, *args: Any, **settings: Any) -> requests.Response:
+        response = super().send(request, *args, **settings)
+        if response.status_code not in WINRM_ANSWERS:
+            cause = HTTP_CAUSES.get(response.status_code, "protocol")
+            raise ProbeError(cause, f"HTTP {response.status_code}, which WinRM never answers; {START_WINRM}")
+        if "Content-Encoding" in response.headers:  # 64 KB can unpack to 64 MB
+            raise ProbeError("protocol", "the answer is compressed, which WinRM never does; check port and proxies")
+        return response
+
+
+class PowerShellConnection:
+    """One resource over PowerShell Remoting (pypsrp), a fresh runspace per run."""
+
+    MAKING: ClassVar = threading.Lock()     # guards ElementTree's table of prefixes, which each new WSMan writes
+
+    def __init__(self, target: Target, guard: LoginGuard, access: Access) -> None:
+        self._target, self._guard, self._access = target, guard, access
+
+    def run(self, script: str, done: bytes, deadline: Deadline) -> CommandResult:
+        line = Line(self._target, self._access, deadline)
+        try:
+            with self._explained():
+                return CommandResult(self._run(script, line).encode() + done, 0)
+        finally:
+            line.hang_up()
+
+    def offered_key(self, deadline: Deadline) -> str:
+        """The certificate that the host shows; nothing else is done."""
+        if not self._target.settings.tls:
+            raise UsageError(f"{self._target.name} has no certificate: tls is off")
+        return Line(self._target, self._access, deadline).offered()
+
+    def _run(self, script: str, line: Line) -> str:
+        wsman = self._wsman(line)
+        endpoint = self._target.settings.configuration_name
+        pool = RunspacePool(wsman, configuration_name=endpoint, idle_timeout=SHELL_IDLE)
+        shell = PowerShell(pool)
+        try:
+            with self._guard.attempt(self._target.name, line.deadline, self._target.key_stamp), self._explained():
+                pool.open()
+            shell.add_script(script).begin_invoke()
+            while shell.state == PSInvocationState.RUNNING:
+                wait = round(line.deadline.left() - ANSWER_MARGIN, 3)
+                if wait <= 0:
+                    raise ProbeError(*WINRM_FAULTS[2150858793])
+                shell.poll_invoke(timeout=cast(int, wait))      # sent as PT9.7S, a valid duration
+            if shell.state != PSInvocationState.COMPLETED:
+                errors = [str(error) for error in shell.streams.error]
+                raise ProbeError("protocol", f"the script failed: {errors[-1] if errors else 'no reason given'}")
+            return "\n".join(map(str, shell.output))
+        finally:
+            line.deadline = Deadline(CLOSING)
+            with contextlib.suppress(Exception):    # the poll's own result must not give way to this one's error
+                if line.in_step and shell.state == PSInvocationState.RUNNING:
+                    shell.stop()
+                if line.in_step:
+                    pool.close()
+            wsman.close()
+
+    def _wsman(self, line: Line) -> WSMan:
+        settings, password = self._target.settings, self._target.password
+        with self.MAKING:
+            wsman = WSMan(settings.hostname, port=settings.connect_port, username=settings.username,
+                          password=password.get_secret_value() if password else None, ssl=settings.tls,
+                          auth=settings.auth, no_proxy=True, operation_timeout=max(1, int(settings.timeout)),
+                          certificate_pem=settings.certificate_file, certificate_key_pem=settings.key_file)
+        session = wsman.transport._build_session()
+        session.trust_env = False       # a .netrc would replace the Authorization header
+        for scheme in ("http://", "https://"):
+            session.mount(scheme, LineAdapter(line))
+        wsman.transport.session = session
+        return wsman
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Our error for whatever the host's bytes make pypsrp raise: struct.error, KeyError and many more."""
+        settings = self._target.settings
+        try:
+            yield
+        except ProbeError:
+            raise
+        except ImportError as error:
+            extra = f"pypsrp[{settings.auth}]"
+            raise ProbeError("credential", f"auth {settings.auth} needs a package: pip install {extra}") from error
+        except AuthenticationError as error:
+            user = settings.username
+            raise ProbeError("auth", f"login as {user} refused; check username, password and auth") from error
+        except WSManFaultError as error:
+            unknown: tuple[Cause, str] = ("protocol", f"WinRM fault {error.code}: {error.reason}")
+            raise ProbeError(*WINRM_FAULTS.get(error.code or 0, unknown)) from error
+        except (requests.ConnectionError, requests.exceptions.ChunkedEncodingError) as error:
+            raise ProbeError("unreachable", "the host closed the connection during the poll") from error
+        except Exception as error:
+            kind = type(error).__name__
+            raise ProbeError("protocol", f"the answer is not WinRM's; check port and proxies ({kind})") from error
+
+
+def read_until(pipe: IO[bytes], deadline: Deadline, take: Callable[[bytes], bool]) -> bool:
     """Gives what a pipe holds to `take` until that is content or the pipe ends; False at the deadline."""
+    if sys.platform == "win32":     # select knows no pipes there; the thread ends with the process
+        chunks: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+
+        def pump() -> None:
+            for chunk in iter(functools.partial(os.read, pipe.fileno(), READ_BYTES), b""):
+                chunks.put(chunk)
+            chunks.put(b"")
+
+        threading.Thread(target=pump, daemon=True).start()
+        with contextlib.suppress(queue.Empty):
+            while not deadline.over:
+                if not (chunk := chunks.get(timeout=deadline.left())) or take(chunk):
+                    return True
+        return False
     with selectors.DefaultSelector() as selector:
-        selector.register(descriptor, selectors.EVENT_READ)
+        selector.register(pipe, selectors.EVENT_READ)
         while not deadline.over and selector.select(deadline.left()):
-            chunk = os.read(descriptor, READ_BYTES)
+            chunk = os.read(pipe.fileno(), READ_BYTES)
             if not chunk or take(chunk):
                 return True
     return False
 
 
-def end_session(session: int) -> None:
-    """Ends every process of a session: `timeout` and background jobs have process groups of their own."""
-    if sys.platform != "win32":
+def end_session(process: subprocess.Popen[bytes]) -> None:
+    """Ends a process and all that it started: `timeout` and background jobs have process groups of their own."""
+    process.kill()
+    if sys.platform == "win32":
+        subprocess.run(["taskkill", "/T", "/F", "/PID", str(process.pid)], capture_output=True, check=False)
+        return
+    with contextlib.suppress(OSError):
         listed = subprocess.run(["ps", "-A", "-o", "pid="], capture_output=True, encoding="ascii", check=False)
         for pid in map(int, listed.stdout.split()):
             with contextlib.suppress(OSError):
-                if os.getsid(pid) == session:
+                if os.getsid(pid) == process.pid:
                     os.kill(pid, signal.SIGKILL)
 
 
 class LocalConnection:
-    """This machine, through /bin/sh."""
+    """This machine, through its own shell."""
+
+    SHELL: ClassVar = ["/bin/sh", "-s"]
+    if sys.platform == "win32":     # a script on stdin meets no execution policy and no limit of the command line
+        SHELL = ["powershell.exe", "-NoLogo", "-NoProfile", "-NonInteractive", "-Command",
+                 "Invoke-Expression (@($input) -join [char]10)"]
 
     def __init__(self, target: Target, guard: LoginGuard, access: Access) -> None:
         del target, guard, access      # a shell of our own needs none of them
 
     def run(self, script: str, done: bytes, deadline: Deadline) -> CommandResult:
-        if sys.platform == "win32":
-            raise ProbeError("protocol", "platform local is not built in for Windows yet; use simulated")
         buffer = OutputBuffer(done)
         try:
             with tempfile.TemporaryFile() as feed:      # a pipe could block on a shell that does not read
                 feed.write(script.encode())
                 feed.seek(0)
-                process = subprocess.Popen(["/bin/sh", "-s"], stdin=feed, stdout=subprocess.PIPE,
-                                           stderr=subprocess.STDOUT, start_new_session=True)
+                process = subprocess.Popen(self.SHELL, stdin=feed, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                                           start_new_session=True)
         except OSError as error:
-            raise ProbeError("protocol", f"/bin/sh does not start: {error.strerror}") from error
+            raise ProbeError("protocol", f"{self.SHELL[0]} does not start: {error.strerror}") from error
         assert process.stdout
         with process.stdout as output:
             try:
-                ended = read_until(output.fileno(), deadline, buffer.take)
-                return CommandResult(bytes(buffer.output), 0 if ended else None, expired=not ended)
+                ended = read_until(output, deadline, buffer.take)
+                mark = done if ended and sys.platform == "win32" else b""       # the script there prints none
+                return CommandResult(bytes(buffer.output) + mark, 0 if ended else None, expired=not ended)
             finally:
-                process.kill()
-                with contextlib.suppress(OSError):
-                    end_session(process.pid)
+                end_session(process)
                 process.wait()
 
 
@@ -1870,6 +2226,7 @@ class SimulatedConnection:
 
 CONNECTIONS: dict[Platform, Callable[[Target, LoginGuard, Access], Connection]] = {
     **{platform: SshConnection for platform in SSH_PLATFORMS},
+    Platform.WINDOWS: PowerShellConnection,
     Platform.LOCAL: LocalConnection,
     Platform.SIMULATED: SimulatedConnection,
 }
@@ -1879,6 +2236,7 @@ CONNECTIONS: dict[Platform, Callable[[Target, LoginGuard, Access], Connection]] 
 # A platform is a table of rows: name, command, parser. One script runs a whole table, so that a poll is one
 # round trip. Parsers are pure and raise ValueError, which becomes the problem shown in the metric's place.
 
+NOT_KNOWN = "not known on this platform"
 KEPT_BYTES = 4096  # bytes of text kept of a service or check; the script has this number, too
 PROBLEM_CHARS = 200  # characters of a problem's one line
 LINE_CHARS = 4096  # characters of a line of df; a longer one is nobody's mount point
@@ -2191,12 +2549,12 @@ PROBES: dict[Platform, CommandSet] = {
         Probe("uptime_seconds", "cat /proc/uptime", _number),
         Probe("cpu_count", _LINUX_CPUS, _count),
         Probe("cpu_percent", "grep '^cpu ' /proc/stat", _linux_ticks),
-        Probe("memory_percent", "cat /proc/meminfo", _linux_memory),
-        Probe("swap_percent", "cat /proc/meminfo", _linux_swap),
+        Probe("memory_percent", "grep -E '^(Mem|Buffers|Cached|Shmem:)' /proc/meminfo", _linux_memory),
+        Probe("swap_percent", "grep ^Swap /proc/meminfo", _linux_swap),
         Probe("load_per_cpu", f"cat /proc/loadavg; {_LINUX_CPUS}", _load_per_cpu),
         # Without -l a dead NFS server holds df up for ever; busybox has no -l.
         Probe("disk_percent", "case $(df --help 2>&1) in *--local*) df -PklT;; *) df -PkT;; esac; :",
-              partial(_disk_percent, typed=True)),
+              functools.partial(_disk_percent, typed=True)),
     ), "if [ -d /run/systemd/system ]; then systemctl show -p LoadState -p ActiveState -p SubState -- {};"
        " else service {} status; fi", _systemd),
     Platform.MACOS: CommandSet("Darwin", (
@@ -2205,7 +2563,7 @@ PROBES: dict[Platform, CommandSet] = {
         Probe("cpu_percent", "sysctl -n hw.ncpu; ps -A -o %cpu=", _ps_cpu),
         Probe("memory_percent", "vm_stat; sysctl hw.memsize", _macos_memory),
         Probe("swap_percent", "sysctl -n vm.swapusage", _macos_swap),
-        Probe("disk_percent", "df -Pkl; mount", partial(_disk_percent, typed=False)),
+        Probe("disk_percent", "df -Pkl; mount", functools.partial(_disk_percent, typed=False)),
     ), "launchctl print system/{}", _launchd),
     Platform.FREEBSD: CommandSet("FreeBSD", (
         *_ANY, *_BSD,
@@ -2215,14 +2573,14 @@ PROBES: dict[Platform, CommandSet] = {
               " vm.stats.vm.v_inactive_count kstat.zfs.misc.arcstats.size kstat.zfs.misc.arcstats.c_min",
               _freebsd_memory),
         Probe("swap_percent", "swapinfo -k", _freebsd_swap),
-        Probe("disk_percent", "df -PklT; :", partial(_disk_percent, typed=True)),
+        Probe("disk_percent", "df -PklT; :", functools.partial(_disk_percent, typed=True)),
     ), "service {} onestatus", _by_status),
     Platform.POSIX: CommandSet("*", (
         *_ANY,
         Probe("os", "uname -sr", _line),
         Probe("cpu_count", _CPUS, _count),
         Probe("load_per_cpu", f"uptime; {_CPUS}", _load_per_cpu),
-        Probe("disk_percent", "df -Pk; :", partial(_disk_percent, typed=False)),
+        Probe("disk_percent", "df -Pk; :", functools.partial(_disk_percent, typed=False)),
     ), ":", lambda status, text: Outcome(False, "services are not supported on this platform")),
 }  # fmt: skip
 
@@ -2232,8 +2590,13 @@ PROBES: dict[Platform, CommandSet] = {
 SCRIPT = r"""{
 LC_ALL=C; export LC_ALL; unset LANGUAGE
 PATH=$PATH:/usr/sbin:/sbin:/usr/local/sbin:/usr/local/bin; export PATH
-b() { printf '\n@NONCE begin %s\n' "$1"; }
-e() { printf '\n@NONCE end %s\n' "$?"; }
+E=
+b() { E="$E
+@NONCE begin $1
+"; }
+e() { E="$E$O
+@NONCE end $?"; }
+f() { printf '%s' "$E"; E=; }
 limit() {
   if [ "$T" ]; then timeout -k 1 "$1" /bin/sh -c "$2" 2>&1; return; fi
   command set -m || :
@@ -2263,7 +2626,7 @@ keep() {
 case $(uname -s) in
 BRANCHESesac
 T=; timeout -k 1 1 true >/dev/null 2>&1 && T=y
-CHECKSprintf '\n@NONCE done\n'
+CHECKSf; printf '\n@NONCE done\n'
 exit 0
 } </dev/null 2>&1
 """
@@ -2278,13 +2641,16 @@ def build_script(platform: Platform, services: Sequence[str], checks: Sequence[C
         rows = [(f"platform {key.value}", ":"), *((probe.name, probe.command) for probe in table.probes)]
         for name in services:
             rows.append((f"service {quote(name, '')}", table.service.replace("{}", shlex.quote(name))))
-        sections = "".join(f"b {shlex.quote(title)}; (\n{command}\n); e\n" for title, command in rows)
+        # Each write is a packet that costs us 0.2 ms: they are gathered until a command comes that may hang.
+        sections = "".join(
+            f"b {shlex.quote(title)}; {'f; ' if title.startswith(('disk', 'service ')) else ''}O=$(\n{command}\n); e\n"
+            for title, command in rows)
         branches += f"{table.uname if len(chosen) > 1 else '*'})\n{sections};;\n"
     limited = ""
     for check in checks:
         seconds = math.ceil(check.timeout)
         title = shlex.quote(f"check {quote(check.name, '')} {seconds}")
-        limited += f"b {title}; run {seconds} {shlex.quote(check.command)}\n"
+        limited += f"b {title}; f; run {seconds} {shlex.quote(check.command)}\n"
     head, middle, tail = re.split("BRANCHES|CHECKS", SCRIPT.replace("NONCE", nonce))
     return head + branches + middle + limited + tail
 
@@ -2359,7 +2725,7 @@ def parse_output(text: str, nonce: str, previous: CpuTicks | None) -> Sample:
     table = next((table for key, table in PROBES.items() if ("platform", key.value) in sections), None)
     readings: dict[str, Reading] = {}
     rows = table.probes if table else ()
-    problems = dict.fromkeys(Limits.model_fields.keys() - {probe.name for probe in rows}, "not known on this platform")
+    problems = dict.fromkeys(Limits.model_fields.keys() - {probe.name for probe in rows}, NOT_KNOWN)
     for probe in rows:
         try:
             readings.update(_readings(probe, sections.get((probe.name,)), previous))
@@ -2381,6 +2747,227 @@ def parse_output(text: str, nonce: str, previous: CpuTicks | None) -> Sample:
     return sample
 
 
+# --- Windows ---
+# For Windows PowerShell 5.1 and PowerShell 7. Prints one line of JSON, ASCII and whole numbers only, which no
+# code page or language changes. WMI takes about 5 s to refuse a plain account's network logon, so such a one
+# reads from kernel32, and nobody asks again after a refusal. In Constrained Language Mode only cmdlets work:
+# WMI for everyone, and checks that nothing ends but the poll's own deadline.
+COLLECT = r"""
+$ErrorActionPreference = 'Stop'
+$ProgressPreference = $WarningPreference = 'SilentlyContinue'
+$wanted = 'WANTED' | ConvertFrom-Json
+$full = [string]$ExecutionContext.SessionState.LanguageMode -eq 'FullLanguage'
+$note = if ($full) { '' } else { ' (Constrained Language Mode)' }
+$wmi = @{ use = $true; refused = '' }
+$r = @{ details = @{ hostname = [string]$env:COMPUTERNAME }; amounts = @{}; problems = @{} }
+function Part($Name, $Body) { try { $null = & $Body } catch { $r.problems[$Name] = "$_$note" } }
+function Put($Name, $Total, $Free) { $r.amounts[$Name] = @(([int64]$Total - [int64]$Free), [int64]$Total) }
+function Disk($Name, $Total, $Free) {
+    if ($Total) { Put "disk_percent $Name" $Total $Free }
+    else { $r.problems.disk_percent = "$Name has no size: locked or not formatted" }
+}
+function Rows($Query) {
+    if ($wmi.refused) { throw $wmi.refused }
+    try { Get-CimInstance -Query $Query -OperationTimeoutSec 4 -ErrorAction Stop } catch {
+        if ($_.CategoryInfo.Category -match 'PermissionDenied|OperationTimeout') { $wmi.refused = "$_" }
+        throw
+    }
+}
+function Native {
+    if (-not $wmi.api) { $wmi.api = Add-Type -Namespace Health -Name Native -PassThru -MemberDefinition '
+    [DllImport("kernel32")] public static extern ulong GetTickCount64();
+    [DllImport("kernel32")] public static extern bool GlobalMemoryStatusEx(byte[] status);
+    [DllImport("kernel32")] public static extern bool GetSystemTimes(out long i, out long k, out long u);
+    ' }
+    $wmi.api
+}
+function Inline($Command) {
+    $ErrorActionPreference = 'Continue'
+    foreach ($once in 1) { Invoke-Expression $Command 2>&1 }    # a stray `break` ends this, no loop of ours
+}
+function Bounded($Command, $Milliseconds) {
+    $shell = [powershell]::Create()
+    $run = $shell.AddScript($Command).BeginInvoke()
+    $watch = [Diagnostics.Stopwatch]::StartNew()
+    while (-not $run.IsCompleted -and $watch.ElapsedMilliseconds -lt $Milliseconds) {
+        $null = $run.AsyncWaitHandle.WaitOne(100)    # short: only in between can the poll itself be stopped
+    }
+    if (-not $run.IsCompleted) {
+        $null = $shell.BeginStop($null, $null).AsyncWaitHandle.WaitOne(500)    # Stop() may never return
+        throw "no end in $($Milliseconds / 1000) s"
+    }
+    if ($shell.InvocationStateInfo.Reason) { throw $shell.InvocationStateInfo.Reason.Message }
+    $shell.EndInvoke($run)
+    $shell.Streams.Error
+}
+function Judge($Check) {
+    try {
+        $said = @(if ($full) { Bounded $Check.command $Check.milliseconds } else { Inline $Check.command })
+        $last = $said | Select-Object -Last 1
+        $failed = { $_.PSTypeNames -contains 'System.Management.Automation.ErrorRecord' }
+        $text = @($said | ForEach-Object { if (& $failed) { "$_" } else { $_ } } |
+            Out-String -Stream -Width 200 | Select-Object -First 200) -join "`n"
+        $good = -not @($said | Where-Object $failed) -and -not ($last -is [bool] -and -not $last)
+    } catch { $good = $false; $text = "$_" }
+    if ($text.Length -gt 4096) { $text = $text.Substring(0, 4096) }
+    @{ name = [string]$Check.name; good = $good; text = $text }
+}
+Part 'os' {
+    $r.details.cpu_count = [int]$env:NUMBER_OF_PROCESSORS
+    $key = Get-ItemProperty -LiteralPath 'HKLM:\SOFTWARE\Microsoft\Windows NT\CurrentVersion'
+    $build = [int]$key.CurrentBuildNumber
+    $version = if ($key.CurrentMajorVersionNumber) { '10.0' } else { $key.CurrentVersion }
+    $r.details.kernel = "$version (build $build.$([int]$key.UBR))"
+    $r.details.os = [string]$key.ProductName
+    if ($build -ge 22000) { $r.details.os = $r.details.os -replace 'Windows 10', 'Windows 11' }
+}
+if ($full) { Part 'role' {
+    $me = [Security.Principal.WindowsPrincipal][Security.Principal.WindowsIdentity]::GetCurrent()
+    $wmi.use = $me.IsInRole([Security.Principal.WindowsBuiltInRole]::Administrator)
+} }
+if ($wmi.use) {
+    Part 'uptime_seconds' {
+        $os = Rows 'SELECT LastBootUpTime FROM Win32_OperatingSystem'
+        $since = (Get-Date).ToUniversalTime() - $os.LastBootUpTime.ToUniversalTime()
+        $r.details.uptime_seconds = [int64]$since.TotalSeconds
+    }
+    Part 'memory_percent' {
+        $os = Rows 'SELECT TotalVisibleMemorySize, FreePhysicalMemory FROM Win32_OperatingSystem'
+        Put 'memory_percent' $os.TotalVisibleMemorySize $os.FreePhysicalMemory
+    }
+    Part 'swap_percent' {
+        $size = $used = [int64]0
+        Rows 'SELECT AllocatedBaseSize, CurrentUsage FROM Win32_PageFileUsage' |
+            ForEach-Object { $size += $_.AllocatedBaseSize; $used += $_.CurrentUsage }
+        if ($size) { Put 'swap_percent' $size ($size - $used) }
+    }
+    Part 'disk_percent' {
+        Rows 'SELECT DeviceID, Size, FreeSpace FROM Win32_LogicalDisk WHERE DriveType = 3' |
+            ForEach-Object { Disk $_.DeviceID $_.Size $_.FreeSpace }
+    }
+    Part 'cpu_percent' {    # an inverse counter: in spite of its name it counts idle time
+        $class = 'Win32_PerfRawData_PerfOS_Processor'
+        $cpu = Rows "SELECT PercentProcessorTime, Timestamp_Sys100NS FROM $class WHERE Name = '_Total'"
+        Put 'cpu_percent' $cpu.Timestamp_Sys100NS $cpu.PercentProcessorTime
+    }
+} else {
+    Part 'uptime_seconds' { $r.details.uptime_seconds = [int64]((Native)::GetTickCount64() / 1000) }
+    Part 'memory_percent' {
+        [byte[]]$status = @(64) + @(0) * 63    # MEMORYSTATUSEX, which begins with its own size
+        if (-not (Native)::GlobalMemoryStatusEx($status)) { throw 'GlobalMemoryStatusEx failed' }
+        Put 'memory_percent' ([BitConverter]::ToInt64($status, 8)) ([BitConverter]::ToInt64($status, 16))
+    }
+    Part 'swap_percent' { throw 'only an administrator may read the page file' }
+    Part 'disk_percent' {
+        [IO.DriveInfo]::GetDrives() | Where-Object { [string]$_.DriveType -eq 'Fixed' } |
+            ForEach-Object { Disk $_.Name.TrimEnd('\') $_.TotalSize $_.TotalFreeSpace }
+    }
+    Part 'cpu_percent' {
+        $idle = $kernel = $user = [int64]0    # kernel time contains idle time
+        if (-not (Native)::GetSystemTimes([ref]$idle, [ref]$kernel, [ref]$user)) { throw 'no system times' }
+        Put 'cpu_percent' ($kernel + $user) $idle
+    }
+}
+$r.services = @(foreach ($name in $wanted.services) {
+    try { $state = [string](Get-Service -Name $name -ErrorAction Stop).Status } catch {
+        $state = "cannot be read: $_"
+        if ($_.FullyQualifiedErrorId -like 'NoServiceFound*') { $state = 'no such service' }
+    }
+    @{ name = [string]$name; good = $state -eq 'Running'; text = $state }
+})
+$r.checks = @(foreach ($check in $wanted.checks) { Judge $check })
+$json = ConvertTo-Json -InputObject $r -Depth 5 -Compress
+while ($json -cmatch '[^\x00-\x7f]') {
+    $json = $json.Replace($Matches[0], ('\u{0:x4}' -f [int][char]$Matches[0]))
+}
+$json
+"""
+
+
+def build_windows_script(services: Sequence[str], checks: Sequence[Check], nonce: str) -> str:
+    """The whole poll, ASCII only. What the operator wrote goes in as JSON inside one literal in single quotes
+    and without any of those: it cannot end the literal, and nothing in it is expanded."""
+    del nonce   # one line of JSON needs no marks
+    commands = [{"name": check.name, "command": check.command, "milliseconds": round(1000 * check.timeout)}
+                for check in checks]
+    wanted = json.dumps({"services": list(services), "checks": commands})
+    return COLLECT.replace("WANTED", wanted.replace("'", r"\u0027"), 1)
+
+
+Whole = Annotated[int, Field(gt=-1 << 64, lt=1 << 64)]
+AmountName = Annotated[str, Field(pattern="^(cpu|memory|swap)_percent$|^disk_percent .{1,200}$")]
+
+
+class Judged(BaseModel, strict=True):
+    """A service or check in what COLLECT prints."""
+
+    name: str
+    good: bool
+    text: str
+
+    def outcome(self) -> Outcome:
+        text = self.text.translate(CONTROL).strip().encode()[:KEPT_BYTES].decode(errors="ignore")
+        return Outcome(self.good, text)
+
+
+class WindowsAnswer(BaseModel, strict=True):
+    """What COLLECT prints. `amounts` are so much of so much, of cpu_percent since the start of the machine. A
+    metric is there or in `problems`; where there is no page file, swap_percent is in neither."""
+
+    details: dict[str, Whole | str]
+    amounts: dict[AmountName, tuple[Whole, Whole]]
+    problems: dict[str, str]
+    services: list[Judged]
+    checks: list[Judged]
+
+
+def _windows_cpu(previous: CpuTicks | None, now: CpuTicks) -> dict[str, float]:
+    """Idle time and time have two clocks: an idle machine may seem busy for a little less than nothing."""
+    busy, total = (now.busy - previous.busy, now.total - previous.total) if previous else (0.0, 0.0)
+    return {"cpu_percent": _percent(max(busy, 0.0), total)} if -total / 100 <= busy <= total != 0 else {}
+
+
+def _windows_sample(answer: WindowsAnswer, previous: CpuTicks | None) -> Sample:
+    metrics: dict[str, float] = {}
+    ticks = None
+    problems = {name: "no answer" for name in ("cpu_percent", "memory_percent", "disk_percent")
+                if not any(key.startswith(name) for key in answer.amounts)}
+    problems |= {name: one_line(why)[:PROBLEM_CHARS] for name, why in answer.problems.items()}
+    for name, (used, total) in answer.amounts.items():
+        try:
+            metrics[name] = _percent(used, total)
+        except ValueError as error:
+            problems[name.partition(" ")[0]] = str(error)
+    if metrics.pop("cpu_percent", None) is not None:
+        ticks = CpuTicks(*map(float, answer.amounts["cpu_percent"]))
+        metrics |= _windows_cpu(previous, ticks)
+    details = {name: one_line(value) if isinstance(value, str) else float(value)
+               for name, value in answer.details.items() if name in DETAILS}
+    services, checks = ({row.name: row.outcome() for row in rows}
+                        for rows in (answer.services, answer.checks))
+    return Sample(details, metrics, ticks, services, checks, problems)
+
+
+def parse_windows(text: str, nonce: str, previous: CpuTicks | None) -> Sample:
+    """The sample in COLLECT's output. Raises ProbeError (`protocol`)
+    when it is anything else: half an answer could lack the one check that is bad."""
+    del nonce
+    try:    # the last line: a check may print past its output. Bytes drop halves of surrogate pairs.
+        last = [line for line in text.split("\n") if line.startswith("{")][-1:]
+        plain = json.dumps(json.loads("".join(last)), ensure_ascii=False).encode(errors="replace")
+        answer = WindowsAnswer.model_validate_json(plain)
+    except (ValueError, RecursionError):
+        said = " ".join(text[:KEPT_BYTES].translate(CONTROL).split())[:PROBLEM_CHARS]
+        raise ProbeError("protocol", f"the script was not run; output: {said or 'none'}") from None
+    return _windows_sample(answer, previous)
+
+
+def simulated_script(services: Sequence[str], checks: Sequence[Check], nonce: str) -> str:
+    """Nothing: a simulated resource answers by itself."""
+    del services, checks, nonce
+    return ""
+
+
 def simulated_sample(text: str, nonce: str, previous: CpuTicks | None) -> Sample:
     """What SimulatedConnection answers, as a check."""
     del nonce, previous
@@ -2388,12 +2975,30 @@ def simulated_sample(text: str, nonce: str, previous: CpuTicks | None) -> Sample
     return Sample({}, {}, None, {}, {"simulation": Outcome(good, "" if good else "simulated outage")}, {})
 
 
-def complete(sample: Sample, settings: ResourceSettings) -> Sample:
-    """What was asked for and not answered is bad, too."""
+class Language(NamedTuple):
+    """How a poll is asked for and read; `lacks` are metrics that the platform does not have."""
+
+    build: Callable[[Sequence[str], Sequence[Check], str], str]
+    parse: Callable[[str, str, CpuTicks | None], Sample]
+    lacks: tuple[str, ...] = ()
+
+
+POWERSHELL = Language(build_windows_script, parse_windows, ("load_per_cpu",))
+LANGUAGES = {platform: Language(functools.partial(build_script, platform), parse_output) for platform in Platform}
+LANGUAGES |= {Platform.WINDOWS: POWERSHELL, Platform.SIMULATED: Language(simulated_script, simulated_sample)}
+if sys.platform == "win32":
+    LANGUAGES[Platform.LOCAL] = POWERSHELL
+
+
+def complete(sample: Sample, settings: ResourceSettings, lacks: Iterable[str]) -> Sample:
+    """What was asked for and not answered is bad, too; what nobody asked for is no problem."""
     silent = Outcome(False, "no answer")
     services = {name: sample.services.get(name, silent) for name in settings.services}
     checks = {check.name: sample.checks.get(check.name, silent) for check in settings.checks}
-    return replace(sample, services=services, checks={**sample.checks, **checks})
+    limited = settings.limits.by_metric()
+    problems = {**dict.fromkeys(lacks, NOT_KNOWN), **sample.problems}
+    return replace(sample, services=services, checks={**sample.checks, **checks},
+                   problems={name: why for name, why in problems.items() if why != NOT_KNOWN or name in limited})
 
 
 def incomplete(result: CommandResult, running: str, timeout: float) -> ProbeError:
@@ -2410,16 +3015,15 @@ def incomplete(result: CommandResult, running: str, timeout: float) -> ProbeErro
 def collect(settings: ResourceSettings, connection: Connection, previous: CpuTicks | None) -> tuple[Sample, str | None]:
     """One poll in one round trip: the sample, and a host key trusted on first use. Raises ProbeError."""
     nonce = secrets.token_hex(8)
-    deadline = Deadline(settings.timeout)
-    script = build_script(settings.platform, settings.services, settings.checks, nonce)
-    result = connection.run(script, f"\n@{nonce} done\n".encode(), deadline)
+    language = LANGUAGES[settings.platform]
+    script = language.build(settings.services, settings.checks, nonce)
+    result = connection.run(script, f"\n@{nonce} done\n".encode(), Deadline(settings.timeout))
     text = result.output.decode(errors="replace")
-    parse = simulated_sample if settings.platform is Platform.SIMULATED else parse_output
     if not is_complete(text, nonce):
         error = incomplete(result, last_section(text, nonce), settings.timeout)
         error.host_key = result.host_key
         raise error
-    return complete(parse(text, nonce, previous), settings), result.host_key
+    return complete(language.parse(text, nonce, previous), settings, language.lacks), result.host_key
 
 
 # === Evaluate ================================================================
@@ -3109,11 +3713,35 @@ class GateTask(WSGITask):    # type: ignore[misc]  # waitress carries no types
     def build_response_header(self) -> bytes:
         if self.channel.server.draining:
             self.request.headers["CONNECTION"] = "close"
+        self.channel.head = b""
         return cast(bytes, super().build_response_header())
+
+    def finish(self) -> None:
+        super().finish()
+        self.channel.release()
 
 
 class GateChannel(HTTPChannel):     # type: ignore[misc]  # waitress carries no types
+    """Sends head and body at once: in a pool, each send hands the interpreter lock over."""
+
     task_class = GateTask
+    head: bytes | None = None   # of a response, until its body comes; b"": the next piece is the head; None: sent
+
+    def write_soon(self, data: Any) -> int:
+        head, self.head = self.head, None
+        if head == b"":
+            self.head = data
+            return len(data)
+        if head and not isinstance(data, bytes):    # a file of wsgi.file_wrapper
+            super().write_soon(head)
+            head = None
+        return int(super().write_soon(head + data if head else data))
+
+    def release(self) -> None:
+        """Sends a head that has no body."""
+        head, self.head = self.head, None
+        if head:
+            super().write_soon(head)
 
 
 class GateServer(TcpWSGIServer):    # type: ignore[misc]  # waitress carries no types
@@ -3126,6 +3754,8 @@ class GateServer(TcpWSGIServer):    # type: ignore[misc]  # waitress carries no 
             threads=max(1, threads), connection_limit=connections, ident=None, backlog=BACKLOG,
             clear_untrusted_proxy_headers=True, asyncore_use_poll=hasattr(select, "poll"),
             outbuf_high_watermark=POOL_BUFFER if threads else LOOP_BUFFER)
+        if not threads:
+            adjustments.send_bytes = SEND_BYTES     # the loop sends at its next turn, all answers of this one together
         self._gate = gate
         self.accepting = False
         self._thread = threading.get_ident()
@@ -3486,10 +4116,10 @@ def trust(arguments: argparse.Namespace) -> int:
             near = difflib.get_close_matches(arguments.name, targets, 1)
             raise UsageError(f"no such resource{f'; did you mean {near[0]}?' if near else ''}")
         connection = CONNECTIONS[target.settings.platform](target, LoginGuard(), installation.access())
-        if not isinstance(connection, SshConnection):
+        if not isinstance(connection, (SshConnection, PowerShellConnection)):
             raise UsageError(f"{target.name} has no host key")
-        if target.settings.host_key not in (None, "strict"):
-            raise UsageError(f"the inventory pins the key of {target.name}; change host_key there")
+        if target.settings.host_key not in (None, "strict") or target.settings.certificate_fingerprint:
+            raise UsageError(f"the inventory pins the key of {target.name}; change it there")
         offered = connection.offered_key(Deadline(target.settings.timeout))
         with store.writing() as session:
             session.execute(sqlalchemy.update(Resource).values(host_key=offered).where(Resource.id == target.id))

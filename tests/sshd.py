@@ -270,7 +270,8 @@ class Sshd(SshServer):
 
         def killed() -> bool:
             sessions = self._sessions()
-            send(sessions, "SIGKILL")
+            for pid in sorted(sessions):  # parents first: a shell whose command was killed would go on
+                send({pid}, "SIGKILL")
             return not sessions
 
         wait_for(killed)

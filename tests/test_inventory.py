@@ -344,7 +344,7 @@ def test_styles_of_text(text: str, secret: str, folder: Path) -> None:
 def test_defaults_of_the_issue(folder: Path) -> None:
     inventory = load(folder, "resources: [{hostname: db1.example.com, username: u, password: p}]")
     resource = inventory.entries[0].settings
-    assert (resource.name, resource.platform, resource.port, resource.critical) == (
+    assert (resource.name, resource.platform, resource.connect_port, resource.critical) == (
         "db1.example.com",
         Platform.UNIX,
         22,
@@ -378,7 +378,7 @@ MERGES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "what local does not know": (
         "username: u, password: p, port: 23",
         "name: a, platform: local",
-        {"username": None, "password": None, "port": 22},
+        {"username": None, "password": None, "port": None},
     ),
     "simulated settings": ("mean_healthy: 9", "name: a, platform: simulated", {"mean_healthy": 9}),
     "simulated settings elsewhere": ("mean_healthy: 9", HOST, {"mean_healthy": 300}),

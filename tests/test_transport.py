@@ -282,11 +282,11 @@ BAD_KEYS = ["missing", "folder", "garbage", "noise", "empty", "public", "cut off
 @pytest.mark.parametrize("kind", BAD_KEYS)
 def test_bad_key_file(sshd: Server, tmp_path: Path, kind: str, passphrase: str) -> None:
     path = bad_key(kind, tmp_path, sshd)
-    logins = sshd.log().count(sshd.username)
+    logins = sshd.log().count(f"for {sshd.username} from")
     answer = poll(target(sshd, key_file=path, passphrase=passphrase))
     assert answer.cause == "credential"
     assert str(path) in answer.reason
-    assert sshd.log().count(sshd.username) == logins
+    assert sshd.log().count(f"for {sshd.username} from") == logins
 
 
 @POSIX
@@ -447,7 +447,7 @@ def test_pinned_wrong(three_keys: Server, tmp_path: Path, typed: bool) -> None:
     known = tmp_path / "known_hosts"
     known.write_text(three_keys.known_hosts(), encoding="ascii")
     pin = f"{'ssh-ed25519 ' if typed else ''}SHA256:{'A' * 43}"
-    logins = three_keys.log().count(three_keys.username)
+    logins = three_keys.log().count(f"for {three_keys.username} from")
     watched = target(
         three_keys, host_key=pin, trusted=identities(three_keys)["ed25519"], **good_login(three_keys)
     )
@@ -455,20 +455,20 @@ def test_pinned_wrong(three_keys: Server, tmp_path: Path, typed: bool) -> None:
     assert answer.cause == "host_key"
     assert pin in answer.reason
     assert "SHA256:" in answer.reason.replace(pin, "")
-    assert three_keys.log().count(three_keys.username) == logins
+    assert three_keys.log().count(f"for {three_keys.username} from") == logins
 
 
 @POSIX
 def test_strict(three_keys: Server, tmp_path: Path) -> None:
     known = tmp_path / "known_hosts"
     strict = partial(target, three_keys, host_key="strict", **good_login(three_keys))
-    logins = three_keys.log().count(three_keys.username)
+    logins = three_keys.log().count(f"for {three_keys.username} from")
     for _ in range(2):
         answer = poll(strict(), connect(strict(), known))
         assert (answer.cause, answer.host_key) == ("host_key", None)
         assert three_keys.fingerprint() in answer.reason
         assert "trust host" in answer.reason
-    assert three_keys.log().count(three_keys.username) == logins
+    assert three_keys.log().count(f"for {three_keys.username} from") == logins
     assert healthy(poll(strict(trusted=identities(three_keys)["rsa"])))
     known.write_text(three_keys.known_hosts("rsa"), encoding="ascii")
     assert healthy(poll(strict(), connect(strict(), known)))
@@ -556,12 +556,12 @@ def test_known_hosts(three_keys: Server, tmp_path: Path, name: str) -> None:
     content, expected = KNOWN_HOSTS[name]
     known = tmp_path / "known_hosts"
     known.write_bytes(content(three_keys).encode("utf-8", "surrogateescape"))
-    logins = three_keys.log().count(three_keys.username)
+    logins = three_keys.log().count(f"for {three_keys.username} from")
     watched = target(three_keys, **good_login(three_keys))
     answer = poll(watched, connect(watched, known))
     if expected == "refused":
         assert answer.cause == "host_key"
-        assert three_keys.log().count(three_keys.username) == logins
+        assert three_keys.log().count(f"for {three_keys.username} from") == logins
     else:
         assert healthy(answer)
         assert answer.host_key == (identities(three_keys)["ed25519"] if expected == "learned" else None)
