@@ -1893,16 +1893,21 @@ class Line(io.RawIOBase):
         self.target, self._access, self.deadline = target, access, deadline
         self.in_step = True     # False: an answer is lost or still to come, so nothing more can be asked
         self._received = 0
+        self._taken = False
         self._sock: socket.socket | None = None     # pypsrp looks here for the certificate that NTLM is bound to
 
     def connect(self) -> None:
         """Opens the connection, with TLS where the target says so. Raises ProbeError."""
-        if self._sock:
-            raise ProbeError("unreachable", "the host closed the connection during the poll")
         with self._guarded():
-            self._sock = self._open()
-            if self.target.settings.tls:
-                self._sock = self._secured(self._sock)
+            plain = self._open()
+            self._sock = self._secured(plain) if self.target.settings.tls else plain
+
+    def take(self) -> Line:
+        """Gives the connection to urllib3, once."""
+        if self._taken:
+            raise ProbeError("unreachable", "the host closed the connection during the poll")
+        self._taken = True
+        return self
 
     def offered(self) -> str:
         """The certificate that the host shows, unchecked."""
@@ -1960,7 +1965,7 @@ class Line(io.RawIOBase):
             if settings.certificate_file:
                 secret = phrase.get_secret_value() if phrase else ""
                 context.load_cert_chain(settings.certificate_file, settings.key_file, secret)
-        except OSError as error:
+        except (OSError, ValueError) as error:
             raise ProbeError("credential", f"ca_file, certificate_file or key_file cannot be used: {error}") from error
         return context
 
@@ -2015,8 +2020,7 @@ class LineConnection(urllib3.connection.HTTPConnection):
         self._line = line
 
     def connect(self) -> None:
-        self._line.connect()
-        self.sock = self._line
+        self.sock = self._line.take()
 
 
 class LineAdapter(requests.adapters.HTTPAdapter):
@@ -2067,6 +2071,7 @@ class PowerShellConnection:
         return Line(self._target, self._access, deadline).offered()
 
     def _run(self, script: str, line: Line) -> str:
+        line.connect()      # before the guard: a host that does not answer is no login
         wsman = self._wsman(line)
         endpoint = self._target.settings.configuration_name
         pool = RunspacePool(wsman, configuration_name=endpoint, idle_timeout=SHELL_IDLE)
@@ -2099,7 +2104,8 @@ class PowerShellConnection:
             wsman = WSMan(settings.hostname, port=settings.connect_port, username=settings.username,
                           password=password.get_secret_value() if password else None, ssl=settings.tls,
                           auth=settings.auth, no_proxy=True, operation_timeout=max(1, int(settings.timeout)),
-                          certificate_pem=settings.certificate_file, certificate_key_pem=settings.key_file)
+                          certificate_pem=settings.certificate_file and str(settings.certificate_file),
+                          certificate_key_pem=settings.key_file and str(settings.key_file))
         session = wsman.transport._build_session()
         session.trust_env = False       # a .netrc would replace the Authorization header
         for scheme in ("http://", "https://"):
@@ -3017,13 +3023,14 @@ def collect(settings: ResourceSettings, connection: Connection, previous: CpuTic
     nonce = secrets.token_hex(8)
     language = LANGUAGES[settings.platform]
     script = language.build(settings.services, settings.checks, nonce)
-    result = connection.run(script, f"\n@{nonce} done\n".encode(), Deadline(settings.timeout))
+    done = f"\n@{nonce} done\n"
+    result = connection.run(script, done.encode(), Deadline(settings.timeout))
     text = result.output.decode(errors="replace")
     if not is_complete(text, nonce):
         error = incomplete(result, last_section(text, nonce), settings.timeout)
         error.host_key = result.host_key
         raise error
-    return complete(language.parse(text, nonce, previous), settings, language.lacks), result.host_key
+    return complete(language.parse(text.removesuffix(done), nonce, previous), settings, language.lacks), result.host_key
 
 
 # === Evaluate ================================================================
@@ -4184,7 +4191,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(encoding="utf-8", errors="backslashreplace")
     arguments = command_line().parse_args(argv)
-    for name in ("paramiko", "waitress.queue"):     # repeats what we report; writes on every queued task
+    for name in ("paramiko", "pypsrp", "urllib3", "spnego", "waitress.queue"):      # they repeat what we report
         logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
         return int(arguments.run(arguments))

@@ -8,7 +8,6 @@ import importlib
 import multiprocessing
 import os
 import re
-import signal
 import subprocess
 import sys
 import tempfile
@@ -26,8 +25,16 @@ from healthchecker import Vault
 
 PROGRAM = Path(__file__).resolve().parent.parent / "healthchecker.py"
 SERVING = re.compile(r"serving on http://(\S+):(\d+)")
-STOP_SIGNAL = getattr(signal, "CTRL_BREAK_EVENT", signal.SIGTERM)  # Windows can send no other one
-NEW_GROUP = getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0)  # so that Ctrl-Break does not reach pytest too
+OWN_CONSOLE = getattr(subprocess, "CREATE_NO_WINDOW", 0)  # so that Ctrl-C reaches the service and its workers only
+CTRL_C = """
+import ctypes, sys
+kernel = ctypes.WinDLL("kernel32", use_last_error=True)
+kernel.FreeConsole()
+joined = kernel.AttachConsole(int(sys.argv[1]))
+kernel.SetConsoleCtrlHandler(None, True)    # it reaches this process too
+sent = joined and kernel.GenerateConsoleCtrlEvent(0, 0)
+sys.exit(0 if sent else ctypes.get_last_error() or 1)
+"""
 
 LATE_MODULES = ("encodings.utf_8_sig", "encodings.idna", "sqlalchemy.dialects.sqlite", "traceback", "linecache")
 
@@ -138,6 +145,14 @@ def prepared_keys(folder: Path) -> Path:
     return keys
 
 
+def ask_to_end(process: subprocess.Popen[str]) -> None:
+    """SIGTERM; on Windows, where that kills, a Ctrl-C sent by a process that joins its console for it."""
+    if sys.platform == "win32":
+        subprocess.run([sys.executable, "-c", CTRL_C, str(process.pid)], stdin=subprocess.DEVNULL, check=True)
+    else:
+        process.terminate()
+
+
 class Service:
     """`healthchecker.py --inventory FILE` as a process; the inventory listens on port 0.
 
@@ -167,7 +182,7 @@ class Service:
             encoding="utf-8",
             errors="replace",
             env=self._environment,
-            creationflags=NEW_GROUP,
+            creationflags=OWN_CONSOLE,
         )
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
@@ -243,7 +258,7 @@ class Service:
     def stop(self, deadline: float = 12) -> int:
         """Asks it to end, as a service manager does, and gives its exit code."""
         if self.process.poll() is None:
-            self.process.send_signal(STOP_SIGNAL)
+            ask_to_end(self.process)
         code = self.process.wait(deadline)
         self._reader.join(deadline)
         return code

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 from conftest import wait_for
-from service import PROGRAM, STOP_SIGNAL, Service, write_inventory
+from service import PROGRAM, Service, ask_to_end, write_inventory
 
 HERE = "  - {name: here, platform: local, interval: 1, timeout: 10}"
 EXAMPLE = PROGRAM.with_name("inventory.example.yaml")
@@ -180,12 +180,12 @@ def test_what_never_ends_is_cut_off(tmp_path: Path, application: str) -> None:
             hanging.start()
             wait_for((tmp_path / "came-hang").is_file)
             begin = time.monotonic()
-            service.process.send_signal(STOP_SIGNAL)
+            ask_to_end(service.process)
             with pytest.raises(subprocess.TimeoutExpired):
                 service.process.wait(2)
             with pytest.raises(OSError):
                 socket.create_connection((service.host, service.port), timeout=1).close()
-            service.process.send_signal(STOP_SIGNAL)
+            ask_to_end(service.process)
             assert service.process.wait(ENDED + 5) == 0
             assert time.monotonic() - begin < ENDED
             hanging.join(5)

@@ -1,0 +1,63 @@
+"""End to end: the real service watches a Linux host, a Windows host and this machine, and a disk fills."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from service import Service, write_inventory
+from sshd import ParamikoSshd, Sshd
+from wsman_server import Script, WSManServer
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="the commands of two of the hosts are for /bin/sh")
+RECORDED = (Path(__file__).parent / "recorded" / "windows" / "administrator.json").read_text(encoding="utf-8")
+INTERVAL = 1.0  # seconds
+
+
+class WindowsHost:
+    """What the Windows host answers: the recording, with drive D: as full as it is."""
+
+    def __init__(self) -> None:
+        self.full = 10  # percent
+
+    def __call__(self, script: Script) -> str:
+        answer = json.loads(RECORDED)
+        answer["amounts"]["disk_percent D:"] = [self.full << 30, 100 << 30]
+        return json.dumps(answer)
+
+
+def test_a_full_disk_closes_the_gate_until_it_is_empty(sshd: Sshd | ParamikoSshd, tmp_path: Path) -> None:
+    disk = WindowsHost()
+    (tmp_path / "known_hosts").write_text(sshd.known_hosts(), encoding="ascii")
+    with WSManServer("https", "negotiate", answer=disk) as windows:
+        often = f"interval: {INTERVAL:g}, retry_interval: 1, timeout: 10, fall: 1, rise: 1"
+        rows = (
+            f"  - {{name: linux1, platform: linux, hostname: {sshd.address}, port: {sshd.port},"
+            f" username: {sshd.username}, key_file: '{sshd.user_key()}', {often}}}\n"
+            f"  - {{name: win1, platform: windows, hostname: 127.0.0.1, port: {windows.port},"
+            f" username: monitor, password: correct horse, ca_file: '{windows.ca_file}',"
+            f" services: [Spooler], limits: {{disk_percent: 95}}, {often}}}\n"
+            f"  - {{name: here, platform: local, {often}}}\n"
+        )
+        inventory = write_inventory(tmp_path, rows, "  known_hosts: known_hosts\n")
+        with Service(inventory) as service:
+            service.wait_status("/", 200)
+            for name in ("linux1", "win1", "here"):
+                service.wait_line(f"{name}: unknown -> healthy")
+            disk.full, began = 97, time.monotonic()
+            service.wait_status("/", 503, 3 * INTERVAL)
+            assert time.monotonic() - began < 2 * INTERVAL
+            line = service.wait_line("healthy -> unhealthy")
+            assert "win1: healthy -> unhealthy (limit" in line
+            assert "disk_percent D: 97.0 > 95" in line
+            assert service.get("/-/livez").status == 200
+            disk.full, began = 20, time.monotonic()
+            service.wait_status("/", 200, 3 * INTERVAL)
+            assert time.monotonic() - began < 2 * INTERVAL
+            service.wait_line("win1: unhealthy -> healthy")
+            for name in ("linux1", "here"):
+                assert f"{name}: healthy ->" not in service.output
+            assert "correct horse" not in service.output

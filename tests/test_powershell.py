@@ -1,0 +1,646 @@
+"""PowerShell Remoting: real logins, real certificates, and every way in which a Windows host can spoil a poll.
+
+The host is tests/wsman_server.py: real sockets, TLS, NTLM and encryption, but no PowerShell. It answers with what
+the script prints, as recorded in tests/recorded/windows.
+"""
+
+from __future__ import annotations
+
+import base64
+import collections
+import gc
+import importlib.util
+import itertools
+import json
+import logging
+import re
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import psutil
+import pytest
+from conftest import no_leaks, wait_for
+from cryptography.hazmat.primitives import serialization
+from pydantic import SecretStr
+from service import Service, run, write_inventory
+from test_wsman_server import WAYS, man_in_the_middle
+from wsman_server import Answer, Certificate, Misbehaviour, Script, WSManServer
+
+from healthchecker import (
+    AUTH_BACKOFF,
+    Access,
+    Deadline,
+    Guards,
+    KnownHosts,
+    LoginGuard,
+    PowerShellConnection,
+    ProbeError,
+    Resolver,
+    ResourceSettings,
+    Sample,
+    Target,
+    Verdict,
+    main,
+    poll_once,
+)
+
+PASSWORD = "correct horse"  # of the server's account
+RECORDED = (Path(__file__).parent / "recorded" / "windows" / "administrator.json").read_text(encoding="utf-8")
+TIMEOUT = 3.0  # seconds; everything that does not wait for it is over long before
+DONE = b"\ndone\n"
+ACCESS = Access(KnownHosts(Path("no such file")), Resolver())
+
+
+class Polled(NamedTuple):
+    """What poll_once gave, and how long it took."""
+
+    verdict: Verdict
+    sample: Sample | None
+    seconds: float
+
+    @property
+    def cause(self) -> str:
+        return self.verdict.cause
+
+    @property
+    def reason(self) -> str:
+        return self.verdict.reason
+
+
+class CountingServer(WSManServer):
+    """Counts requests of a connection that is not logged in, too; `reached` is set at the first misbehaviour."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.logins = 0
+        self.reached = threading.Event()
+
+    def take_misbehaviour(self, step: str) -> Misbehaviour | None:
+        self.logins += step == "auth"
+        kind = super().take_misbehaviour(step)
+        if kind is not None:
+            self.reached.set()
+        return kind
+
+
+def windows(server: WSManServer, **changes: Any) -> dict[str, Any]:
+    """Settings of a resource on `server`, as the inventory has them."""
+    settings: dict[str, Any] = {"name": "win", "platform": "windows", "hostname": "127.0.0.1", "port": server.port}
+    settings |= {"auth": server.auth, "tls": server.scheme == "https", "username": "monitor", "timeout": TIMEOUT}
+    if server.scheme == "https":
+        settings["ca_file"] = server.ca_file
+    if server.auth == "certificate":
+        settings |= {"certificate_file": server.client.certificate_file, "key_file": server.client.key_file}
+    return {name: value for name, value in {**settings, **changes}.items() if value is not None}
+
+
+def target(
+    server: WSManServer, *, password: str = PASSWORD, passphrase: str = "", trusted: str = "", **changes: Any
+) -> Target:
+    """A row as it comes from the database; what a connection does not look at is empty."""
+    known: dict[str, Any] = {field.name: "" for field in fields(Target)}
+    known |= {"settings": ResourceSettings.model_validate(windows(server, **changes)), "host_key": trusted or None}
+    known |= {"password": SecretStr(password), "passphrase": SecretStr(passphrase) if passphrase else None}
+    return Target(**known)
+
+
+def connection_to(resource: Target, guard: LoginGuard | None = None) -> PowerShellConnection:
+    return PowerShellConnection(resource, guard or LoginGuard(), ACCESS)
+
+
+def poll(resource: Target, guard: LoginGuard | None = None) -> Polled:
+    """One poll, which ends within a second of its timeout and gives one line that holds no secret."""
+    begin = time.monotonic()
+    verdict, sample, host_key = poll_once(resource, connection_to(resource, guard), None)
+    seconds = time.monotonic() - begin
+    assert seconds < resource.settings.timeout + 1
+    assert host_key is None
+    assert "\n" not in verdict.reason
+    assert not resource.password or resource.password.get_secret_value() not in verdict.reason
+    return Polled(verdict, sample, seconds)
+
+
+def send(server: WSManServer, script: str, seconds: float = TIMEOUT, **changes: Any) -> str:
+    """The output of a script of our own."""
+    result = connection_to(target(server, **changes)).run(script, DONE, Deadline(seconds))
+    assert (result.output[-len(DONE) :], result.exit_status, result.expired) == (DONE, 0, False)
+    return result.output[: -len(DONE)].decode()
+
+
+# === Good polls ==============================================================
+
+
+@pytest.mark.parametrize(("scheme", "auth"), WAYS)
+def test_a_good_poll(scheme: str, auth: str) -> None:
+    seen: list[Script] = []
+
+    def answer(script: Script) -> str:
+        seen.append(script)
+        return RECORDED
+
+    with no_leaks(), WSManServer(scheme, auth, answer=answer) as server:
+        polled = poll(target(server, services=["Spooler"], limits={"disk_percent": "95"}))
+        assert (polled.verdict.state, polled.cause) == ("healthy", "")
+        assert polled.sample
+        assert polled.sample.metrics["disk_percent C:"] == pytest.approx(60)
+        assert (server.polls, server.shells) == (1, {})
+        assert server.requests == collections.Counter(Create=1, Open=2, Command=1, Receive=1, Delete=1)
+    [script] = seen
+    assert script.user == ("certificate" if auth == "certificate" else "monitor")
+    assert script.configuration_name == "Microsoft.PowerShell"
+    assert '"services": ["Spooler"]' in script
+
+
+def test_texts_of_any_script_come_whole() -> None:
+    """Above 1 MB of base64 a script is sent in several parts."""
+    with WSManServer("http", "ntlm", answer=lambda script: script[::-1]) as server:
+        assert send(server, "olleh ß😀") == "😀ß hello"
+        assert len(send(server, "x" * 400_000)) == 400_000
+        server.answer = lambda script: str(len(script))
+        assert send(server, "x" * 1_500_000) == "1500000"
+        assert server.requests["Send"] > 0
+
+
+def test_the_configuration_name_reaches_the_server() -> None:
+    with WSManServer("https", "basic", answer=lambda script: script.configuration_name) as server:
+        assert send(server, "", configuration_name="Health.JEA") == "Health.JEA"
+
+
+def test_the_host_drops_a_forgotten_shell_after_a_minute() -> None:
+    with CountingServer("http", "ntlm", misbehave={"Command": "silent"}) as server:
+        assert poll(target(server, timeout=1)).cause == "timeout"
+        assert [shell.idle_timeout for shell in server.shells.values()] == ["PT60S"]
+
+
+def test_polls_in_many_threads() -> None:
+    with WSManServer("http", "ntlm", answer=lambda script: script, shell_limit=100) as server:
+        scripts = [f"script {number}" for number in range(60)]
+        with ThreadPoolExecutor(12) as pool:
+            assert list(pool.map(lambda script: send(server, script, 20.0), scripts)) == scripts
+        assert server.shells == {}
+
+
+# === Misbehaviour ============================================================
+
+BEFORE_HTTP: dict[Misbehaviour, str] = {
+    "silent": "timeout", "drip": "timeout", "drop": "unreachable", "endless": "protocol",
+}  # fmt: skip
+BYTES: dict[Misbehaviour, str] = {
+    "silent": "timeout", "drip": "timeout", "drip head": "timeout",
+    "endless": "protocol", "continue": "protocol", "gzip": "protocol",
+    "cut": "unreachable", "drop": "unreachable",
+}  # fmt: skip
+ANSWERS: dict[Misbehaviour, str] = {
+    "not soap": "protocol", "bad xml": "protocol", "wrong reply": "protocol",
+    301: "protocol", 401: "auth", 403: "auth", 404: "protocol", 500: "protocol", 503: "unreachable",
+    "access denied": "auth", "quota": "protocol", "shell gone": "protocol",
+}  # fmt: skip
+GARBAGE = [("Open", "garbage", "protocol"), ("Receive", "garbage", "protocol")]
+Case = tuple[str, Misbehaviour, str]  # step, what is wrong, cause
+
+
+def cases(scheme: str, steps: tuple[str, ...]) -> list[Case]:
+    """Those that wait for the deadline come first."""
+    early = [("accept", kind, cause) for kind, cause in BEFORE_HTTP.items()]
+    early += [("tls", kind, cause) for kind, cause in BEFORE_HTTP.items() if scheme == "https"]
+    late = [(step, kind, cause) for step in steps for kind, cause in {**BYTES, **ANSWERS}.items()]
+    return sorted([*early, *late, *GARBAGE], key=lambda case: case[2] != "timeout")
+
+
+@pytest.mark.parametrize(
+    ("scheme", "auth", "steps"),
+    [
+        ("http", "ntlm", ("auth", "Create", "Open", "Command", "Receive")),
+        ("https", "negotiate", ("auth", "Create", "Open", "Command", "Receive")),
+        ("https", "basic", ("auth", "Receive")),
+    ],
+)
+def test_every_misbehaviour_ends_in_time_with_its_cause(scheme: str, auth: str, steps: tuple[str, ...]) -> None:
+    """A hundred cases, each on a server of its own and several at once."""
+
+    def outcome(case: Case) -> Case:
+        step, kind, cause = case
+        with CountingServer(scheme, auth, answer=RECORDED, misbehave={step: kind}) as server:
+            polled = poll(target(server, timeout=1.5 if cause == "timeout" else TIMEOUT))
+            assert server.reached.is_set()
+            return step, kind, polled.cause
+
+    with ThreadPoolExecutor(24) as pool:
+        expected = cases(scheme, steps)
+        assert list(pool.map(outcome, expected)) == expected
+
+
+def test_misbehaviour_while_a_long_script_is_sent() -> None:
+    def outcome(kind: Misbehaviour) -> str:
+        with CountingServer("http", "ntlm", misbehave={"Send": kind}) as server, pytest.raises(ProbeError) as caught:
+            begin = time.monotonic()
+            send(server, "x" * 700_000, 2)
+        assert server.reached.is_set()
+        assert time.monotonic() - begin < 3
+        return caught.value.cause
+
+    kinds: list[Misbehaviour] = [*BYTES, "bad xml", 401, 503, "quota"]
+    with ThreadPoolExecutor(len(kinds)) as pool:
+        assert list(pool.map(outcome, kinds)) == [{**BYTES, **ANSWERS}[kind] for kind in kinds]
+
+
+def test_a_failing_delete_costs_no_result() -> None:
+    def outcome(kind: Misbehaviour) -> str:
+        with CountingServer("http", "ntlm", answer=RECORDED, misbehave={"Delete": kind}) as server:
+            polled = poll(target(server))
+            assert server.reached.is_set()
+            assert polled.seconds < 2
+            return polled.verdict.state
+
+    kinds: list[Misbehaviour] = [*BYTES, "bad xml", "garbage", 401, 503, "quota"]
+    with ThreadPoolExecutor(len(kinds)) as pool:
+        assert list(pool.map(outcome, kinds)) == ["healthy"] * len(kinds)
+
+
+def test_a_slow_script_is_stopped() -> None:
+    """And its shell closed, where the host does not refuse that."""
+
+    def outcome(kind: Misbehaviour) -> str:
+        misbehave: dict[str, Misbehaviour] = {"Signal": kind} if kind else {}
+        with WSManServer("http", "ntlm", answer=Answer(delay=float("inf")), misbehave=misbehave) as server:
+            polled = poll(target(server, timeout=2))
+            assert "raise timeout" in polled.reason
+            assert server.requests["Signal"] == 1
+            assert kind or server.shells == {}
+            return polled.cause
+
+    kinds: list[Misbehaviour] = ["", *BYTES, 503, "bad xml"]
+    with ThreadPoolExecutor(len(kinds)) as pool:
+        assert list(pool.map(outcome, kinds)) == ["timeout"] * len(kinds)
+
+
+def test_the_host_may_say_not_yet() -> None:
+    misbehave: dict[str, Misbehaviour] = {"Receive": "once operation timeout"}
+    with WSManServer("http", "ntlm", answer=RECORDED, misbehave=misbehave) as server:
+        assert poll(target(server)).cause == ""
+        assert server.requests["Receive"] == 2
+        server.misbehave["Receive"] = "operation timeout"
+        assert poll(target(server, timeout=1)).cause == "timeout"
+        server.misbehave = {"Open": "operation timeout"}
+        assert poll(target(server, timeout=1)).cause == "timeout"
+
+
+def peak(work: Callable[[], object]) -> int:
+    """Bytes of memory that this process grew by at most while `work` ran."""
+    memory, done = psutil.Process(), threading.Event()
+    gc.collect()
+    before = memory.memory_info().rss
+    sampled = [before]
+
+    def sample() -> None:
+        while not done.wait(0.002):
+            sampled.append(memory.memory_info().rss)
+
+    sampler = threading.Thread(target=sample)
+    sampler.start()
+    try:
+        work()
+    finally:
+        done.set()
+        sampler.join()
+    return max(sampled) - before
+
+
+@pytest.mark.parametrize(("scheme", "auth"), [("http", "ntlm"), ("https", "basic")])
+def test_an_endless_answer_takes_no_memory(scheme: str, auth: str) -> None:
+    def end(cause: str) -> None:
+        assert poll(target(server)).cause == cause
+
+    with WSManServer(scheme, auth, answer=RECORDED) as server:
+        end("")  # what is allocated once
+        server.answer = Answer(output=itertools.repeat("x" * 10_000))
+        assert peak(lambda: end("protocol")) < 20 << 20
+        for step, kind in itertools.product(("Create", "Receive"), ("endless", "continue", "gzip")):
+            server.misbehave = {step: kind}
+            assert peak(lambda: end("protocol")) < 20 << 20, (step, kind)
+
+
+def test_200_failed_polls_leave_nothing_behind() -> None:
+    kinds: list[Misbehaviour] = ["silent", "drop", "endless", "cut", "bad xml", 401, 503, "quota"]
+
+    def fail(resource: Target) -> str:
+        with pytest.raises(ProbeError) as caught:
+            connection_to(resource).run("Get-Date", DONE, Deadline(0.5))
+        return caught.value.cause
+
+    with no_leaks(), WSManServer("https", "ntlm", shell_limit=1000) as server:
+        resource, causes = target(server), collections.Counter[str]()
+        with ThreadPoolExecutor(8) as pool:
+            for kind, step in itertools.product(kinds, ("auth", "Create", "Open", "Command", "Receive")):
+                server.misbehave = {step: kind}
+                causes.update(pool.map(fail, [resource] * 5))
+        assert causes.total() == 200
+        assert set(causes) == {"timeout", "unreachable", "protocol", "auth"}
+        server.misbehave = {}
+        assert send(server, "") == ""
+        del resource
+        gc.collect()
+
+
+# === Messages ================================================================
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("access denied", "Remote Management Users"),
+        ("quota", "MaxShellsPerUser"),
+        (503, "winrm quickconfig"),
+        (403, "winrm quickconfig"),
+        ("not soap", "port"),
+        (401, "check username, password and auth"),
+        ("drop", "closed the connection"),
+    ],
+)
+def test_a_reason_says_what_to_do(kind: Misbehaviour, words: str) -> None:
+    with WSManServer("https", "basic", misbehave={"Create": kind}) as server:
+        assert words in poll(target(server)).reason
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return int(listener.getsockname()[1])
+
+
+def test_refused_unknown_and_without_answer() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener, WSManServer("http", "ntlm") as server:
+        assert poll(target(server, port=listener.getsockname()[1], timeout=1)).cause == "timeout"
+        unknown = poll(target(server, hostname="nowhere.invalid"))
+        assert (unknown.cause, "does not resolve" in unknown.reason) == ("unreachable", True)
+        refused = poll(target(server, port=free_port()))
+        assert refused.cause == "unreachable"
+        assert "winrm quickconfig" in refused.reason and "port" in refused.reason
+
+
+def test_http_spoken_to_a_tls_port_and_tls_to_an_http_port() -> None:
+    with WSManServer("https", "ntlm") as secured, WSManServer("http", "ntlm") as plain:
+        assert poll(target(secured, tls=False, ca_file=None)).cause in ("unreachable", "protocol")
+        spoken = poll(target(plain, tls=True))
+        assert (spoken.cause, "tls" in spoken.reason) == ("protocol", True)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("Cannot invoke method. Method invocation is supported only on core types in this language mode.", "language"),
+        ("no.\nreally", "no. really"),
+        ("", "the script failed"),
+    ],
+)
+def test_a_script_that_is_blocked(text: str, said: str) -> None:
+    with WSManServer("http", "ntlm", answer=Answer(errors=(text,), failed=True)) as server:
+        polled = poll(target(server))
+        assert polled.cause == "protocol"
+        assert "the script failed" in polled.reason and said in polled.reason
+        assert server.shells == {}
+
+
+@pytest.mark.parametrize("output", ["", "Access denied by policy", RECORDED[:-50]])
+def test_an_output_that_is_no_answer(output: str) -> None:
+    with WSManServer("http", "ntlm", answer=output) as server:
+        polled = poll(target(server))
+        assert polled.cause == "protocol"
+        said = " ".join(output.split())[:200] or "none"
+        assert polled.reason == f"the script was not run; output: {said}"
+
+
+def test_constrained_language_is_a_problem_of_each_metric() -> None:
+    recorded = Path(__file__).parent / "recorded" / "windows" / "constrained-language.json"
+    answer = json.loads(recorded.read_text(encoding="utf-8")) | {"checks": []}
+    with WSManServer("http", "ntlm", answer=json.dumps(answer)) as server:
+        polled = poll(target(server, limits={"memory_percent": "90"}))
+        assert polled.verdict.state == "degraded"
+        assert "memory_percent cannot be read" in polled.reason and "Constrained Language Mode" in polled.reason
+
+
+@pytest.mark.parametrize(("auth", "module"), [("kerberos", "gssapi"), ("credssp", "requests_credssp")])
+def test_missing_packages_are_named(auth: str, module: str) -> None:
+    if importlib.util.find_spec(module):
+        pytest.skip(f"{module} is installed")
+    with WSManServer("https", "negotiate") as server:
+        polled = poll(target(server, auth=auth))
+    assert (polled.cause, f"pip install pypsrp[{auth}]" in polled.reason) == ("credential", True)
+
+
+# === Certificates ============================================================
+
+
+def test_a_certificate_of_a_known_authority() -> None:
+    with WSManServer("https", "basic", answer=RECORDED) as server:
+        assert poll(target(server)).cause == ""
+        assert poll(target(server, hostname="localhost")).cause == ""
+        missing = poll(target(server, ca_file="missing.crt"))
+        assert (missing.cause, "ca_file" in missing.reason) == ("credential", True)
+
+
+def with_colons(fingerprint: str) -> str:
+    return ":".join(re.findall("..", fingerprint.upper()))
+
+
+@pytest.mark.parametrize("write", [str, with_colons, "SHA256:{}".format], ids=["plain", "colons", "prefix"])
+def test_a_pinned_certificate(write: Callable[[str], str]) -> None:
+    with CountingServer("https", "negotiate", answer=RECORDED) as server:
+        pinned = target(server, ca_file=None, certificate_fingerprint=write(server.fingerprint))
+        assert poll(pinned).cause == ""
+        old, logins = server.fingerprint, server.logins
+        server.rotate_certificate()
+        changed = poll(pinned)
+        assert changed.cause == "host_key"
+        assert old in changed.reason and server.fingerprint in changed.reason
+        assert server.logins == logins
+
+
+def test_an_untrusted_certificate_is_shown_before_any_login() -> None:
+    with CountingServer("https", "basic", answer=RECORDED) as server:
+        shown = poll(target(server, ca_file=None))
+        assert shown.cause == "host_key"
+        assert server.fingerprint in shown.reason and "trust win" in shown.reason
+        trusted = connection_to(target(server, ca_file=None)).offered_key(Deadline(TIMEOUT))
+        assert trusted == f"certificate SHA256:{server.fingerprint}"
+        assert server.logins == 0
+        assert poll(target(server, ca_file=None, trusted=trusted)).cause == ""
+        server.rotate_certificate()
+        changed = poll(target(server, ca_file=None, trusted=trusted))
+        assert changed.cause == "host_key"
+        old = trusted.removeprefix("certificate ")
+        assert old in changed.reason and server.fingerprint in changed.reason and "trust win" in changed.reason
+
+
+@pytest.mark.parametrize("kind", ["silent", "drip"])
+def test_asking_for_the_certificate_again_ends_in_time(kind: Misbehaviour) -> None:
+    """The second connection, which only looks at the certificate, can hang as the first could."""
+
+    class Hanging(WSManServer):
+        handshakes = 0
+
+        def take_misbehaviour(self, step: str) -> Misbehaviour | None:
+            self.handshakes += step == "tls"
+            return kind if step == "tls" and self.handshakes == 2 else None
+
+    with Hanging("https", "basic") as server:
+        assert poll(target(server, ca_file=None, timeout=1)).cause == "timeout"
+
+
+def encrypted(certificate: Certificate, passphrase: str) -> Path:
+    """A copy of a certificate's key file that needs a passphrase."""
+    key = serialization.load_pem_private_key(certificate.key_file.read_bytes(), None)
+    path = certificate.key_file.with_name("encrypted.key")
+    seal = serialization.BestAvailableEncryption(passphrase.encode())
+    path.write_bytes(key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, seal))
+    return path
+
+
+def test_client_certificates() -> None:
+    with WSManServer("https", "certificate", answer=RECORDED) as server, WSManServer("https", "certificate") as other:
+        stranger = target(server, certificate_file=other.client.certificate_file, key_file=other.client.key_file)
+        unmapped = poll(stranger)
+        assert (unmapped.cause, "certificate" in unmapped.reason) == ("auth", True)
+        key = encrypted(server.client, "open sesame")
+        assert poll(target(server, key_file=key, passphrase="open sesame")).cause == ""
+        pinned = target(server, ca_file=None, certificate_fingerprint=server.fingerprint)
+        assert poll(pinned).cause == ""
+        for unusable in (
+            target(server, key_file=key, passphrase="wrong sesame"),
+            target(server, key_file=key, passphrase=400 * "sesame"),
+            target(server, key_file=key),
+            target(server, certificate_file="missing.crt"),
+            target(server, key_file=other.client.key_file),
+        ):
+            polled = poll(unusable)
+            assert polled.cause == "credential", polled
+            assert "sesame" not in polled.reason
+
+
+@pytest.mark.parametrize("bound", [True, False])
+def test_a_login_is_bound_to_the_channel(bound: bool) -> None:
+    """Relayed by a host whose certificate is accepted, too, a login still does not work elsewhere."""
+    with (
+        WSManServer("https", "ntlm", answer=RECORDED, channel_binding=bound) as server,
+        WSManServer("https", "ntlm") as mirror,
+        man_in_the_middle(server, mirror) as port,
+    ):
+        assert poll(target(server, port=port, ca_file=mirror.ca_file)).cause == ("auth" if bound else "")
+
+
+# === Passwords ===============================================================
+
+
+@pytest.mark.parametrize(("scheme", "auth"), [way for way in WAYS if way[1] != "certificate"])
+def test_a_wrong_password_is_tried_once(scheme: str, auth: str) -> None:
+    """The resources with the same credential share one guard, whatever their platform; this one was the first."""
+    with CountingServer(scheme, auth, answer=RECORDED) as server:
+        guards = Guards()
+        win, other = (target(server, password="wrong", name=name) for name in ("win", "other"))
+        unix = ResourceSettings(name="unix", hostname="unix.example.com", username="monitor")
+        guard = guards.of(win)
+        assert guards.of(other) is guard
+        assert guards.of(Target(**{**vars(win), "settings": unix})) is guard
+        assert guards.of(target(server)) is not guard
+        first = poll(win, guard)
+        assert (first.cause, "login as monitor refused" in first.reason) == ("auth", True)
+        assert AUTH_BACKOFF - 10 < guard.wait("win") <= AUTH_BACKOFF
+        logins = server.logins
+        again = poll(win, guard)
+        assert (again.cause, "not tried" in again.reason) == ("auth", True)
+        assert server.logins == logins
+        assert poll(other, guard).cause == "auth"  # one odd host does not speak for its siblings, two do
+        logins = server.logins
+        third = poll(target(server, password="wrong", name="third"), guard)
+        assert (third.cause, "not tried" in third.reason, server.logins) == ("auth", True, logins)
+
+
+def test_a_host_without_an_answer_is_no_login() -> None:
+    """It neither holds up the resources with the same credential nor uses up their one attempt in five minutes."""
+    guard = LoginGuard()
+    with CountingServer("https", "basic", misbehave={"tls": "silent"}) as dead:
+        with ThreadPoolExecutor(1) as pool, WSManServer("https", "basic", answer=RECORDED) as server:
+            waiting = pool.submit(poll, target(dead, name="dead", timeout=2), guard)
+            assert dead.reached.wait(2)
+            polled = poll(target(server), guard)
+            assert (polled.cause, waiting.done()) == ("", False)
+            assert polled.seconds < 0.8
+            assert waiting.result().cause == "timeout"
+        guard = LoginGuard()
+        for name in ("one", "two"):
+            guard.refuse(name, ago=AUTH_BACKOFF)
+        assert poll(target(dead, name="dead", timeout=1), guard).cause == "timeout"
+        assert guard.wait("three") == 0
+
+
+def traces(secret: str) -> Iterator[str]:
+    """The forms in which a secret could be written."""
+    yield secret
+    for raw in (secret.encode(), f"monitor:{secret}".encode(), secret.encode("utf-16-le")):
+        yield base64.b64encode(raw).decode()
+        yield raw.hex()
+
+
+@pytest.mark.parametrize(("scheme", "auth"), [way for way in WAYS if way[1] != "certificate"])
+def test_no_log_holds_the_password(scheme: str, auth: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Not even that of pypsrp, urllib3 and spnego when all of it is written."""
+    wrong = "wrong-Pässword"
+    for name in ("pypsrp", "urllib3", "spnego", "requests", ""):
+        caplog.set_level(logging.DEBUG, name)
+    with WSManServer(scheme, auth, answer=RECORDED) as server:
+        reasons = [poll(target(server)).reason, poll(target(server, password=wrong)).reason]
+        for kind in ("drop", 503, "not soap", "access denied", "bad xml"):
+            server.misbehave = {"Command": kind}
+            reasons.append(poll(target(server)).reason)
+    names = {record.name.partition(".")[0] for record in caplog.records}
+    assert {"pypsrp", "urllib3"} | (set() if auth == "basic" else {"spnego"}) <= names
+    text = caplog.text + "".join(reasons)
+    assert [trace for secret in (PASSWORD, wrong) for trace in traces(secret) if trace in text] == []
+
+
+# === The whole service =======================================================
+
+
+def row(server: WSManServer, more: str, name: str = "win") -> str:
+    return (
+        f"  - {{name: {name}, platform: windows, hostname: 127.0.0.1, port: {server.port}, auth: {server.auth},"
+        f" username: monitor, interval: 1, timeout: 5, rise: 1, {more}}}\n"
+    )
+
+
+def test_certificates_and_passwords_in_the_service(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """An unknown certificate and a changed one are shown, close the gate, and `trust` opens it while serving."""
+    wrong = "not-the-password"
+    with CountingServer("https", "ntlm", answer=RECORDED) as server, CountingServer("http", "ntlm") as odd:
+        rows = row(server, f"password: {PASSWORD}") + row(
+            odd, f"password: {wrong}, tls: 'false', critical: 'false'", "odd"
+        )
+        rows += row(server, f"password: {PASSWORD}, certificate_fingerprint: '{'0' * 64}', critical: 'false'", "pinned")
+        inventory = write_inventory(tmp_path, rows)
+        old = server.fingerprint
+        with Service(inventory) as service:
+            line = service.wait_line("win: unknown -> unhealthy (host_key")
+            assert old in line and "trust win" in line
+            assert (service.get("/-/readyz").status, server.logins) == (503, 0)
+            done = run(inventory, "trust", "win")
+            assert (done.returncode, old in done.stdout, "no key" in done.stdout) == (0, True, True)
+            service.wait_status("/-/readyz", 200, 5)
+            server.rotate_certificate()
+            line = service.wait_line("win: healthy -> unhealthy (host_key")
+            assert old in line and server.fingerprint in line
+            done = run(inventory, "trust", "win")
+            assert (done.returncode, old in done.stdout, server.fingerprint in done.stdout) == (0, True, True)
+            service.wait_status("/-/readyz", 200, 5)
+            service.wait_line("odd: unknown -> unhealthy (auth")
+            wait_for(lambda: server.polls >= 4, 10)
+            assert odd.requests == {}
+            assert odd.logins == 3  # one login: a request without a token and two with one
+            for name, why in {"pinned": "the inventory pins", "odd": "no certificate", "wim": "mean win?"}.items():
+                assert main(["--inventory", str(inventory), "trust", name]) == 2
+                assert why in capsys.readouterr().err
+        assert [secret for secret in (PASSWORD, wrong) if secret in service.output + done.stdout] == []

@@ -1,0 +1,59 @@
+"""No secret shows: not in logs, files, answers or tracebacks, after logins that worked, that failed and that broke."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+from conftest import wait_for
+from pydantic import SecretStr
+from service import Service, write_inventory
+from sshd import Sshd
+
+import healthchecker
+from healthchecker import Access, Deadline, KnownHosts, LoginGuard, Resolver, ResourceSettings, Target, poll_once
+
+WRONG = "cAn4ry-wr0ng-p4ssw0rd"
+
+
+def test_service_with_real_logins(sshd: Sshd, password: str, tmp_path: Path) -> None:
+    """One host takes the password, one refuses another; then everything that the service wrote or said is searched."""
+    host = f"hostname: {sshd.address}, port: {sshd.port}, username: {sshd.username}, platform: unix, interval: 1"
+    path = write_inventory(
+        tmp_path,
+        f"  - {{name: right, {host}, password: '{password}'}}\n  - {{name: wrong, {host}, password: '{WRONG}'}}\n",
+    )
+    assert healthchecker.main(["--inventory", str(path), "seal"]) == 0
+    with Service(path) as service:
+        wait_for(lambda: "right: unknown -> healthy" in service.output, 10)
+        wait_for(lambda: "wrong: unknown -> unhealthy (auth" in service.output, 10)
+        answers = [service.get(url) for url in ("/", "/-/health", "/-/readyz", "/-/gate", "/-/livez", "/-/nothing")]
+    said = service.output + "".join(f"{answer.headers}{answer.body!r}" for answer in answers)
+    written = b"".join(file.read_bytes() for file in tmp_path.rglob("*") if file.is_file())
+    for secret in (password, WRONG):
+        assert secret not in said
+        assert secret.encode() not in written
+    assert written.count(b"HC1.") >= 2, "they are there, sealed"
+
+
+class Broken:
+    """A connection that fails as no one foresaw, with the secret in reach of the traceback."""
+
+    def __init__(self, target: Target) -> None:
+        self._target = target
+
+    def run(self, script: str, done: bytes, deadline: Deadline) -> healthchecker.CommandResult:
+        del script, done, deadline
+        raise KeyError(self._target)
+
+
+def test_traceback(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
+    settings = ResourceSettings.model_validate({"name": "a", "hostname": "a", "username": "u", "password": WRONG})
+    target = Target(1, settings, SecretStr(WRONG), SecretStr(WRONG), None, "", "")
+    with caplog.at_level(logging.DEBUG):
+        verdict, _, _ = poll_once(target, Broken(target), None)
+    assert (verdict.state, verdict.cause) == ("unhealthy", "protocol")
+    assert "Traceback" in caplog.text
+    assert WRONG not in caplog.text + repr(target) + str(settings) + repr(LoginGuard().__dict__)
+    assert WRONG not in repr(Access(KnownHosts(tmp_path), Resolver()))

@@ -1,0 +1,503 @@
+"""Probes of Windows: the script under two PowerShell grammars, and its answer through the parser.
+
+No Windows machine and no PowerShell was there: nothing here ran COLLECT. Every file in tests/recorded/windows is
+constructed, in the form in which ConvertTo-Json prints (powershell-7 as PowerShell 7, the others as 5.1: it
+escapes ' < > &), with numbers and names of our own. A test holds them to the names that the script uses.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tree_sitter_powershell
+import tree_sitter_pwsh
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tree_sitter import Language, Node, Parser
+
+from healthchecker import (
+    COLLECT,
+    KEPT_BYTES,
+    NOT_KNOWN,
+    Check,
+    CommandResult,
+    CpuTicks,
+    Deadline,
+    Outcome,
+    ProbeError,
+    ResourceSettings,
+    Sample,
+    build_windows_script,
+    collect,
+    evaluate,
+    parse_windows,
+)
+
+NONCE = "5eed5eed5eed5eed"
+RECORDED = Path(__file__).parent / "recorded" / "windows"
+GRAMMARS = {
+    "powershell": Parser(Language(tree_sitter_powershell.language())),
+    "pwsh": Parser(Language(tree_sitter_pwsh.language())),
+}
+HOSTILE = [
+    "'; Remove-Item C:\\ -Recurse #",
+    "\u2018; calc \u2019; calc \u201a; calc \u201b",  # PowerShell takes these four for single quotes, too
+    "\u201c$(calc)\u201d \u201e`$x`\u201e",
+    '"$(calc)" $env:TEMP ${x} @(calc) `n',
+    "@'\ncalc\n'@\n@\"\n$(calc)\n\"@",
+    "a\r\nb\n#>\n<#\n}}}) | calc; exit",
+    "--% %PATH% ; & { calc }",
+    "\\u0027; calc; \\",
+    "Prüfung 😀 \x00\x1b\x7f\u2028",
+    "WANTED",
+]
+CONSTRAINED = "Access denied (Constrained Language Mode)"
+NO_MANAGER = (
+    "cannot be read: Cannot open Service Control Manager on computer '.'. "
+    "This operation might require other privileges."
+)
+
+about: Any = pytest.approx  # it compares with a float, which its type does not say
+EXPECTED = {
+    "administrator": Sample(
+        details={
+            "hostname": "DB1",
+            "os": "Windows Server 2022 Datacenter",
+            "kernel": "10.0 (build 20348.2227)",
+            "uptime_seconds": 864000.0,
+            "cpu_count": 4.0,
+        },
+        metrics={
+            "memory_percent": about(40.0),
+            "swap_percent": about(21.0526, abs=1e-4),
+            "disk_percent C:": about(60.0),
+            "disk_percent D:": about(10.0),
+        },
+        ticks=CpuTicks(busy=134059464000000000.0, total=134066376000000000.0),
+        services={"Spooler": Outcome(True, "Running"), "MSSQL$PAYROLL": Outcome(True, "Running")},
+        checks={"replication": Outcome(True, "12 jobs, the oldest is Monday's")},
+        problems={},
+    ),
+    "plain-user": Sample(
+        details={
+            "hostname": "WS7",
+            "os": "Windows 11 Pro",
+            "kernel": "10.0 (build 22631.4317)",
+            "uptime_seconds": 432000.0,
+            "cpu_count": 8.0,
+        },
+        metrics={"memory_percent": about(50.0), "disk_percent C:": about(90.0)},
+        ticks=CpuTicks(busy=3456000000000.0, total=34560000000000.0),
+        services={"Spooler": Outcome(False, NO_MANAGER)},
+        checks={"backup": Outcome(False, "False"), "slow": Outcome(False, "no end in 2.5 s")},
+        problems={"swap_percent": "only an administrator may read the page file"},
+    ),
+    "constrained-language": Sample(
+        details={
+            "hostname": "KIOSK3",
+            "os": "Windows 10 Enterprise LTSC 2021",
+            "kernel": "10.0 (build 19044.5131)",
+            "cpu_count": 2.0,
+        },
+        metrics={},
+        ticks=None,
+        services={"Spooler": Outcome(False, NO_MANAGER)},
+        checks={
+            "port": Outcome(
+                False,
+                "Cannot invoke method. Method invocation is supported only on core types in this language mode.",
+            )
+        },
+        problems=dict.fromkeys(
+            ["uptime_seconds", "memory_percent", "swap_percent", "disk_percent", "cpu_percent"], CONSTRAINED
+        ),
+    ),
+    "german": Sample(
+        details={
+            "hostname": "ANMELDUNG",
+            "os": "Windows Server 2019 Standard",
+            "kernel": "10.0 (build 17763.6532)",
+            "uptime_seconds": 1234567.0,
+            "cpu_count": 4.0,
+        },
+        metrics={"memory_percent": about(75.0), "disk_percent C:": about(75.0)},
+        ticks=None,
+        services={"Spooler": Outcome(False, "Stopped"), "Zeitgeber für Übergaben": Outcome(True, "Running")},
+        checks={
+            "Ablage": Outcome(
+                False, 'Der Pfad "D:\\Ablage" kann nicht gefunden werden, da er nicht vorhanden ist.'
+            ),
+            "Prüfungen": Outcome(True, "3,14 Prüfungen <offen> 😀"),
+        },
+        problems={
+            "cpu_percent": "Ungültige Klasse",
+            "disk_percent": "E: has no size: locked or not formatted",
+        },
+    ),
+    "powershell-7": Sample(
+        details={
+            "hostname": "APP2",
+            "os": "Windows Server 2025 Standard",
+            "kernel": "10.0 (build 26100.2033)",
+            "uptime_seconds": 60.0,
+            "cpu_count": 16.0,
+        },
+        metrics={"memory_percent": about(10.0, abs=1e-4), "disk_percent C:": about(50.0)},
+        ticks=CpuTicks(busy=134066411400000000.0, total=134066412000000000.0),
+        services={"W3SVC": Outcome(True, "Running"), "Nonesuch": Outcome(False, "no such service")},
+        checks={
+            "queue": Outcome(False, "Attempted to divide by zero."),
+            "site": Outcome(True, "it's <up> & 'fine'"),
+        },
+        problems={},
+    ),
+}
+
+
+def recorded(name: str) -> str:
+    return (RECORDED / f"{name}.json").read_text(encoding="utf-8")
+
+
+def nodes(node: Node) -> Iterator[Node]:
+    yield node
+    for child in node.children:
+        yield from nodes(child)
+
+
+def tree(grammar: str, script: str) -> Node:
+    return GRAMMARS[grammar].parse(script.encode()).root_node
+
+
+def text(node: Node) -> bytes:
+    return node.text or b""
+
+
+def shape(root: Node) -> list[tuple[str, bytes]]:
+    """Kinds of all nodes and texts of the leaves, but for the literal that holds what the operator wrote."""
+    return [
+        (node.type, b"" if node.children or text(node).startswith(b"'{\"services\"") else text(node))
+        for node in nodes(root)
+    ]
+
+
+def hostile_script() -> str:
+    checks = [Check(name=f"check {n}", command=text, timeout=2.5) for n, text in enumerate(HOSTILE)]
+    return build_windows_script(HOSTILE, checks, NONCE)
+
+
+# --- the script ---
+@pytest.mark.parametrize("grammar", GRAMMARS)
+@pytest.mark.parametrize("hostile", [False, True])
+def test_grammar(grammar: str, hostile: bool) -> None:
+    script = hostile_script() if hostile else build_windows_script([], [], NONCE)
+    wrong = [node for node in nodes(tree(grammar, script)) if node.type == "ERROR" or node.is_missing]
+    assert [(node.type, node.start_point, node.text) for node in wrong] == []
+
+
+@pytest.mark.parametrize("grammar", GRAMMARS)
+def test_grammar_sees_faults(grammar: str) -> None:
+    """A cut-off or unbalanced script is an error to the grammar, so the test above can fail."""
+    assert tree(grammar, COLLECT[: len(COLLECT) // 2]).has_error
+    assert tree(grammar, COLLECT.replace("} else {", "} else", 1)).has_error
+    assert tree(grammar, COLLECT.replace("'WANTED'", "'it's'")).has_error
+
+
+@pytest.mark.parametrize("grammar", GRAMMARS)
+def test_names_and_commands_are_one_literal(grammar: str) -> None:
+    """The syntax tree is that of a script that was asked for nothing; only the text of one literal differs."""
+    empty, hostile = (tree(grammar, text) for text in (build_windows_script([], [], NONCE), hostile_script()))
+    assert shape(empty) == shape(hostile)
+    literals = [node for node in nodes(hostile) if text(node).startswith(b"'{\"services\"") and not node.children]
+    assert len(literals) == 1
+    assert "string" in literals[0].type
+    inside = text(literals[0])[1:-1]
+    assert b"'" not in inside and inside.isascii() and not re.search(rb"[\x00-\x1f]", inside)
+    wanted = json.loads(inside)
+    assert wanted["services"] == HOSTILE
+    assert [check["command"] for check in wanted["checks"]] == HOSTILE
+    assert {check["milliseconds"] for check in wanted["checks"]} == {2500}
+
+
+@pytest.mark.parametrize("grammar", GRAMMARS)
+def test_unprotected_text_would_show(grammar: str) -> None:
+    """Pasted in as it is, the same text changes the tree; so the test above can fail. The typographic quotes are
+    unknown to both grammars: against those it is the test for ASCII that counts."""
+    naive = COLLECT.replace("WANTED", '{"services"\'; calc #')
+    assert shape(tree(grammar, naive)) != shape(tree(grammar, build_windows_script([], [], NONCE)))
+
+
+def test_script_is_plain() -> None:
+    """ASCII, so that no code page matters; nothing that PowerShell 5.1 lacks."""
+    script = hostile_script()
+    assert script.isascii()
+    assert not re.search(r"\?\?|\?\.|&&|\|\||-AsHashtable|-EscapeHandling|`u\{", COLLECT)
+
+
+def test_kernel32_is_called_as_declared() -> None:
+    """No compiler sees the declarations here: names and numbers of arguments at least agree, and are kernel32's."""
+    declared = re.findall(r"extern \w+ (\w+)\((.*?)\);", COLLECT)
+    called = re.findall(r"\(Native\)::(\w+)\((.*?)\)", COLLECT)
+    arguments = {"GetTickCount64": 0, "GlobalMemoryStatusEx": 1, "GetSystemTimes": 3}
+    for found in (declared, called):
+        assert {name: len(given.split(",")) if given else 0 for name, given in found} == arguments
+
+
+def test_recordings_use_the_names_of_the_script() -> None:
+    details = set(re.findall(r"\$r\.details\.(\w+)", COLLECT)) | {"hostname"}
+    assert set(json.loads(recorded("administrator"))["details"]) == details
+    amounts = {name.partition(" ")[0] for name in json.loads(recorded("administrator"))["amounts"]}
+    assert amounts == set(re.findall(r"Put ['\"](\w+)", COLLECT))
+    for name in EXPECTED:
+        answer = json.loads(recorded(name))
+        assert set(answer) == {"details", "amounts", "problems", "services", "checks"}
+        assert set(answer) == set(re.findall(r"\$r\.(\w+)", COLLECT))
+        assert {key for row in answer["services"] + answer["checks"] for key in row} == {"name", "good", "text"}
+        assert set(answer["problems"]) <= set(re.findall(r"Part '(\w+)'", COLLECT))
+        assert recorded(name).isascii() and recorded(name).count("\n") == 1
+    metrics = {"cpu_percent", "memory_percent", "swap_percent", "disk_percent"}
+    assert set(re.findall(r"Part '(\w+)'", COLLECT)) == metrics | {"os", "role", "uptime_seconds"}
+    assert set(EXPECTED) == {path.stem for path in RECORDED.iterdir()}
+
+
+# --- the answer ---
+@pytest.mark.parametrize("name", EXPECTED)
+def test_recorded(name: str) -> None:
+    assert parse_windows(recorded(name), NONCE, None) == EXPECTED[name]
+
+
+def test_the_same_reading_twice() -> None:
+    """CPU stays unknown and is no problem; nothing else is missing."""
+    first = parse_windows(recorded("administrator"), NONCE, None)
+    assert parse_windows(recorded("administrator"), NONCE, first.ticks) == first
+    assert not first.problems
+
+
+def test_output_around_the_answer() -> None:
+    """What a check printed past its output, and the line ends of Windows."""
+    noise = '#< CLIXML\r\n{"details":{}}\r\nWARNING: {}\r\n'
+    text = noise + recorded("administrator").replace("\n", "\r\n")
+    assert parse_windows(text, NONCE, None) == EXPECTED["administrator"]
+
+
+def answer(**parts: object) -> str:
+    """What COLLECT prints, with other parts."""
+    return json.dumps(json.loads(recorded("administrator")) | parts)
+
+
+def test_only_known_details() -> None:
+    sample = parse_windows(answer(details={"os": "Windows", "colour": "blue", "cpu_count": 2}), NONCE, None)
+    assert sample.details == {"os": "Windows", "cpu_count": 2.0}
+
+
+def cpu(used: int, total: int, previous: tuple[float, float] | None) -> Sample:
+    amounts = {"cpu_percent": [used, total], "memory_percent": [1, 2], "disk_percent C:": [1, 2]}
+    return parse_windows(answer(amounts=amounts), NONCE, previous and CpuTicks(*previous))
+
+
+@pytest.mark.parametrize(
+    ("used", "total", "percent"),
+    [
+        pytest.param(1_250_000, 11_000_000, 25.0, id="a quarter of a second"),
+        pytest.param(1_000_000, 11_000_000, 0.0, id="idle"),
+        pytest.param(995_000, 11_000_000, 0.0, id="idle by a clock that is ahead"),
+        pytest.param(2_000_000, 11_000_000, 100.0, id="busy"),
+        pytest.param(2_000_001, 11_000_000, None, id="restarted: idle time began again"),
+        pytest.param(500_000, 11_000_000, None, id="counters went back"),
+        pytest.param(1_000_000, 10_000_000, None, id="the same reading"),
+        pytest.param(900_000, 9_000_000, None, id="the clock was set back"),
+    ],
+)
+def test_cpu_between_two_polls(used: int, total: int, percent: float | None) -> None:
+    """1 s after the first reading, in units of 100 ns / 10; unknown is no problem."""
+    sample = cpu(used, total, (1_000_000, 10_000_000))
+    assert sample.metrics.get("cpu_percent") == percent
+    assert sample.problems == {}
+
+
+def test_cpu_counts_idle_time_from_a_filetime() -> None:
+    """The counters as Windows gives them: 60 s later, 45 s of them idle."""
+    now = json.loads(recorded("administrator"))["amounts"]["cpu_percent"]
+    later = cpu(now[0] + 15 * 10**7, now[1] + 60 * 10**7, (float(now[0]), float(now[1])))
+    assert later.metrics["cpu_percent"] == pytest.approx(25.0, abs=1e-3)
+
+
+def test_no_page_file_is_no_problem() -> None:
+    amounts = {"cpu_percent": [1, 2], "memory_percent": [1, 2], "disk_percent C:": [1, 2]}
+    sample = parse_windows(answer(amounts=amounts), NONCE, None)
+    assert sample.readings("swap_percent") == [] and sample.problems == {}
+
+
+class Recording:
+    """A connection whose host answers with a recording."""
+
+    def __init__(self, name: str) -> None:
+        self._output = recorded(name).encode()
+
+    def run(self, script: str, done: bytes, deadline: Deadline) -> CommandResult:
+        return CommandResult(self._output + done, 0)
+
+
+def collected(name: str, **asked: object) -> tuple[ResourceSettings, Sample]:
+    """What a poll of a resource gives that asks for more than its host answers, or for less."""
+    resource = {"name": "a", "hostname": "a", "platform": "windows", "username": "u", **asked}
+    wanted = ResourceSettings.model_validate(resource)
+    sample, host_key = collect(wanted, Recording(name), None)
+    assert host_key is None
+    return wanted, sample
+
+
+def test_load_is_missed_only_where_it_has_a_limit() -> None:
+    limits = {"load_per_cpu": "4", "cpu_percent": "90"}
+    wanted, sample = collected("administrator", limits=limits)
+    assert sample.problems == {"load_per_cpu": NOT_KNOWN}
+    verdict = evaluate(sample, wanted)
+    assert (verdict.state, verdict.reason) == ("degraded", f"load_per_cpu cannot be read: {NOT_KNOWN}")
+    wanted, sample = collected("administrator", limits={"cpu_percent": "90"})
+    assert (sample.problems, evaluate(sample, wanted).state) == ({}, "healthy")
+
+
+def test_nothing_readable_is_no_sample() -> None:
+    nothing: dict[str, object] = {"details": {}, "amounts": {}, "services": [], "checks": []}
+    with pytest.raises(ProbeError, match=r"nothing can be read: .*no rights") as error:
+        parse_windows(answer(**nothing, problems={"os": "no rights"}), NONCE, None)
+    assert error.value.cause == "protocol"
+
+
+def test_what_was_asked_for_and_not_answered_is_bad() -> None:
+    checks = [{"name": "replication", "command": "x"}, {"name": "other", "command": "x"}]
+    _, sample = collected("administrator", services=["Spooler", "W3SVC"], checks=checks)
+    assert sample.services == {"Spooler": Outcome(True, "Running"), "W3SVC": Outcome(False, "no answer")}
+    assert sample.checks["other"] == Outcome(False, "no answer")
+    assert sample.checks["replication"].good
+
+
+def test_what_a_plain_user_may_not_read_degrades_only_where_it_has_a_limit() -> None:
+    wanted, sample = collected("plain-user", limits={"swap_percent": "90"})
+    sample = replace(sample, checks={}, services={})
+    assert evaluate(sample, wanted).state == "degraded"
+    assert evaluate(sample, collected("plain-user")[0]).state == "healthy"
+
+
+@pytest.mark.parametrize(
+    ("amounts", "problems"),
+    [
+        pytest.param({}, {"cpu_percent", "memory_percent", "disk_percent"}, id="nothing"),
+        pytest.param({"memory_percent": [3, 2]}, {"cpu_percent", "memory_percent", "disk_percent"}, id="too much"),
+        pytest.param({"cpu_percent": [-1, 2], "memory_percent": [0, 0], "disk_percent C:": [-1, -1]},
+                     {"cpu_percent", "memory_percent", "disk_percent"}, id="negative and of nothing"),
+        pytest.param({"cpu_percent": [1, 2], "memory_percent": [1, 2], "disk_percent C:": [1, 2],
+                      "disk_percent D:": [1, 0]}, {"disk_percent"}, id="one drive of two"),
+    ],
+)  # fmt: skip
+def test_amounts_that_are_none(amounts: object, problems: set[str]) -> None:
+    sample = parse_windows(answer(amounts=amounts), NONCE, None)
+    assert set(sample.problems) == problems
+    assert all(0 < value <= 100 for value in sample.metrics.values())
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        pytest.param("", id="nothing"),
+        pytest.param("{", id="cut off"),
+        pytest.param(recorded("administrator")[:-40], id="cut off later"),
+        pytest.param("[]", id="a list"),
+        pytest.param("{}", id="empty"),
+        pytest.param("x" * (1 << 20), id="1 MiB of nonsense"),
+        pytest.param("{" * (1 << 20), id="1 MiB of braces"),
+        pytest.param('{"details":' * 90_000, id="1 MiB of depth"),
+        pytest.param('{"details":' + "[" * 50_000 + "]" * 50_000 + "}", id="lists in lists"),
+        pytest.param("#< CLIXML\n<Objs>Zugriff verweigert</Objs>", id="CLIXML"),
+        pytest.param(answer(details={"uptime_seconds": float("nan")}), id="NaN"),
+        pytest.param(answer(amounts={"memory_percent": [float("inf"), 2]}), id="infinity"),
+        pytest.param(answer(amounts={"memory_percent": [1e3, 2e3]}), id="floats"),
+        pytest.param(answer(amounts={"memory_percent": ["1", "2"]}), id="numbers as texts"),
+        pytest.param(answer(amounts={"memory_percent": [True, True]}), id="truth as numbers"),
+        pytest.param(answer(amounts={"memory_percent": [1]}), id="half an amount"),
+        pytest.param(answer(amounts={"memory_percent": [1, 1 << 64]}), id="65 bits"),
+        pytest.param(answer().replace("864000", "9" * 4000), id="4,000 digits"),
+        pytest.param(answer().replace("864000", "9" * 100_000), id="100,000 digits"),
+        pytest.param(answer(amounts={"hostname": [1, 2]}), id="no metric"),
+        pytest.param(answer(services=None), id="no services"),
+        pytest.param(answer(services={}), id="services as a mapping"),
+        pytest.param(answer(checks=[{"name": "a", "good": 1, "text": ""}]), id="a number as truth"),
+        pytest.param(answer(checks=[{"name": "a", "text": ""}]), id="a check without judgement"),
+        pytest.param(answer(checks=[{"name": None, "good": True, "text": ""}]), id="a check without name"),
+        pytest.param(answer(problems=[]), id="problems as a list"),
+        pytest.param(answer(problems={"cpu_percent": None}), id="a problem without text"),
+    ],
+)
+def test_not_an_answer(text: str) -> None:
+    with pytest.raises(ProbeError, match="the script was not run") as error:
+        parse_windows(text, NONCE, None)
+    assert error.value.cause == "protocol"
+    assert len(str(error.value)) < 300 and "\n" not in str(error.value)
+
+
+def test_texts_are_kept_short_and_clean() -> None:
+    rows = [{"name": "long", "good": True, "text": "ä" * 9000},
+            {"name": "odd", "good": True, "text": "\x1b[1ma\ud83d\x00\n\tb\r"}]  # fmt: skip
+    sample = parse_windows(answer(checks=rows, problems={"role": "a\nb" * 999}), NONCE, None)
+    assert len(sample.checks["long"].text.encode()) == KEPT_BYTES
+    assert sample.checks["odd"].text == "[1ma?\n\tb"
+    assert sample.problems["role"].startswith("a ba b") and len(sample.problems["role"]) <= 200
+
+
+# --- whatever comes ---
+SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20)
+VALUES = st.recursive(
+    SCALARS,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
+    max_leaves=12,
+)
+NAMES = st.sampled_from([
+    "hostname", "os", "uptime_seconds", "cpu_percent", "memory_percent", "swap_percent", "disk_percent C:", "",
+])  # fmt: skip
+ROWS = st.lists(st.fixed_dictionaries({"name": st.text(), "good": st.booleans(), "text": st.text()}), max_size=3)
+NUMBERS = st.integers(min_value=-(1 << 65), max_value=1 << 65)
+ANSWERS = st.fixed_dictionaries({
+    "details": st.dictionaries(NAMES, NUMBERS | st.text()) | VALUES,
+    "amounts": st.dictionaries(NAMES, st.lists(NUMBERS, min_size=2, max_size=2)) | VALUES,
+    "problems": st.dictionaries(NAMES, st.text()) | VALUES,
+    "services": ROWS | VALUES,
+    "checks": ROWS | VALUES,
+})  # fmt: skip
+
+
+def check_sample(text: str) -> None:
+    """A sample of sane values, or the one error."""
+    try:
+        sample = parse_windows(text, NONCE, CpuTicks(0.0, 0.0))
+    except ProbeError as error:
+        assert error.cause == "protocol"
+        return
+    assert all(0 <= value <= 100 for value in sample.metrics.values())
+    repr(sample).encode()  # no halves of surrogate pairs
+    for metric in ("memory_percent", "disk_percent"):
+        assert sample.readings(metric) or metric in sample.problems
+
+
+@settings(max_examples=300, deadline=None)
+@given(ANSWERS)
+def test_any_answer(said: object) -> None:
+    check_sample(json.dumps(said))
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(0, 2000), st.integers(0, 40), st.text(max_size=10))
+def test_damaged_answer(at: int, length: int, put: str) -> None:
+    text = recorded("administrator")
+    check_sample(text[:at] + put + text[at + length :])
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text() | st.binary().map(lambda raw: raw.decode(errors="replace")))
+def test_any_text(text: str) -> None:
+    check_sample(text)
+    check_sample("{" + text)

@@ -1,0 +1,95 @@
+"""The service from its start to its end with means that every system has: what runs on Windows, too.
+
+Here a resource is simulated, and the end is asked for as that system does it: SIGTERM, Ctrl-C on Windows.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sqlite3
+import sys
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+from conftest import wait_for
+from service import Service, run, write_inventory
+
+STEADY = "  - {name: steady, platform: simulated, mean_healthy: 1000000, seed: 1, interval: 20}"
+# With this seed it is healthy and unhealthy in turns of 2.9 to 4 s, so that a poll in each second sees every turn.
+FLIPS = (
+    "  - {name: flips, platform: simulated, mean_healthy: 4, mean_unhealthy: 4, seed: 937,"
+    " interval: 1, retry_interval: 1, rise: 1, fall: 1}"
+)
+OPEN = {"/": 200, "/-/readyz": 200, "/-/gate": 204, "/-/health": 200, "/-/livez": 200}
+CLOSED = {"/": 503, "/-/readyz": 503, "/-/gate": 403, "/-/health": 503, "/-/livez": 200}
+NOT_SHOWN = """\
+not shown under wine:
+  - access lists of keys and databases: icacls does nothing there and says that it did
+  - SSPI (Negotiate, NTLM and Kerberos of Windows itself): only the Python NTLM of pyspnego runs there
+  - Ctrl-Break: it cannot be sent there; the service is ended by Ctrl-C
+  - PowerShell, and with it `platform: local`: powershell.exe does nothing there and says that it did"""
+
+
+class NotShown:
+    """Says at the end of the run, right before its counts, what was neither passed nor failed."""
+
+    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> Iterator[None]:
+        yield
+        terminalreporter.write_line(NOT_SHOWN)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _tell_what_is_not_shown(request: pytest.FixtureRequest) -> None:
+    if sys.platform == "win32" and hasattr(ctypes.WinDLL("ntdll"), "wine_get_version"):
+        request.config.pluginmanager.register(NotShown())
+
+
+def statuses(service: Service) -> dict[str, int]:
+    return {path: service.get(path).status for path in OPEN}
+
+
+def stored_states(folder: Path) -> list[str]:
+    with closing(sqlite3.connect(folder / "healthchecker.db", timeout=5)) as connection:
+        return [state for (state,) in connection.execute("SELECT state FROM status")]
+
+
+def test_the_gate_follows_a_resource(tmp_path: Path) -> None:
+    with Service(write_inventory(tmp_path, f"{STEADY}\n{FLIPS}")) as service:
+        for status in (200, 503, 200, 503):
+            answer = service.wait_status("/", status)
+            assert statuses(service) == (OPEN if status == 200 else CLOSED)
+            assert ("retry-after" in answer.headers) == (status == 503)
+        service.wait_line("flips: healthy -> unhealthy")
+    assert "ended" in service.output.splitlines()[-1]
+    assert sorted(path.name for path in (tmp_path / "keys").iterdir()) == ["private.pem", "public.pem"]
+
+
+def test_a_second_one_is_refused_and_a_restart_serves_at_once(tmp_path: Path) -> None:
+    path = write_inventory(tmp_path, STEADY)
+    with Service(path) as service:
+        service.wait_status("/", 200)
+        assert run(path, "check").returncode == 0
+        second = run(path)
+        assert second.returncode == 4
+        assert "another HealthChecker is using database" in second.stderr
+        assert service.get("/").status == 200
+        wait_for(lambda: stored_states(tmp_path) == ["healthy"])
+    with Service(path) as service:
+        assert statuses(service) == OPEN
+
+
+def test_a_killed_one_leaves_nothing_in_the_way(tmp_path: Path) -> None:
+    """Neither its lock on the database nor workers that hold its address."""
+    path = write_inventory(tmp_path, STEADY)
+    with Service(path) as service:
+        service.wait_status("/", 200)
+        wait_for(lambda: stored_states(tmp_path) == ["healthy"])
+        service.kill()
+        service.code = service.process.returncode
+    text = path.read_text(encoding="utf-8").replace("127.0.0.1:0", f"127.0.0.1:{service.port}")
+    path.write_text(text, encoding="utf-8")
+    with Service(path) as service:
+        assert statuses(service) == OPEN
