@@ -3456,11 +3456,11 @@ class Poller(threading.Thread):
 
     def run(self) -> None:
         while True:
-            self._woken.wait(max(0.0, self._due - time.monotonic()))
+            woken = self._woken.wait(max(0.0, self._due - time.monotonic()))
+            self._woken.clear()     # before the look at _stopped, so that a stop in between is not lost
             if self._stopped:
                 return
-            if self._woken.is_set():
-                self._woken.clear()
+            if woken:
                 self._guard.clear(self.target.name)
             begin = time.monotonic()
             self._due = begin + self._poll()
@@ -3553,6 +3553,8 @@ class Monitor(threading.Thread):
     def close(self) -> None:
         """Ends all threads; polls that still run are left to their deadline."""
         self._ending.set()
+        if self.is_alive():
+            self.join(1)    # or it would take stopped pollers for dead ones
         for poller in list(self._pollers.values()):
             poller.stop()
         self._watch.recorder.close()
@@ -3562,7 +3564,7 @@ class Monitor(threading.Thread):
 
     def _sweep(self) -> None:
         for name, poller in list(self._pollers.items()):
-            if not poller.is_alive():
+            if not poller.is_alive() and not self._ending.is_set():
                 log.error("%s: its poller died; starting another", name)
                 self._launch(poller.target, poller.standing, 0.0, expires=poller.expires)
             poller.expire()
@@ -4054,6 +4056,13 @@ def print_table(rows: Sequence[Sequence[str]]) -> None:
 Probed = tuple[Verdict, "Sample | None", float]      # with the seconds that it took
 
 
+def patient(items: queue.SimpleQueue[tuple[str, Probed]]) -> tuple[str, Probed]:
+    """The next item; a main thread that waits without a timeout may never see Ctrl-C."""
+    while True:
+        with contextlib.suppress(queue.Empty):
+            return items.get(timeout=SWEEP)
+
+
 def progress(total: int) -> Iterator[None]:
     """Yields `total` times and shows a bar on a terminal."""
     for count in range(1, total + 1):
@@ -4081,7 +4090,7 @@ def probe(targets: Sequence[Target], access: Access) -> int:
         waiting.put(target)
     for _ in targets[:PROBES_AT_ONCE]:
         threading.Thread(target=work, daemon=True).start()      # daemons, so that Ctrl-C need not wait for them
-    results = dict(done.get() for _ in progress(len(targets)))
+    results = dict(patient(done) for _ in progress(len(targets)))
     rows = [["NAME", "STATE", "SECONDS", "CPU %", "MEMORY %", "DISK %", "WHY"]]
     for target in targets:
         verdict, sample, seconds = results[target.name]

@@ -808,7 +808,7 @@ class WSManServer:
         self._lock = threading.Lock()  # guards polls, requests, shells and misbehave
 
     def __enter__(self) -> Self:
-        self._folder = tempfile.TemporaryDirectory(prefix="wsman-")
+        self._folder = tempfile.TemporaryDirectory(prefix="wsman-", ignore_cleanup_errors=True)
         self.folder = Path(self._folder.name)
         self._serial = 0
         self.client = make_certificate(self.folder, "client")
