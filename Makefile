@@ -17,8 +17,9 @@ WINDOWS := inventory vault storage aggregate evaluate gate poll transport probes
 	windows_service
 
 test-windows: $(VENV)/run.stamp
-	$(BIN)/python tests/windows_python.py --timeout 900 -- -m pytest -rfE -p no:cacheprovider \
-		-k "not (test_kill_during or first_polls_are_paced or every_poll_ends_in_time)" $(WINDOWS:%=tests/test_%.py) $(ARGS) || test $$? = 77
+	$(BIN)/python tests/windows_python.py --timeout 900 -- -m pytest -rfE -o cache_dir=.wine-python/cache \
+		-k "not (test_kill_during or first_polls_are_paced or every_poll_ends_in_time)" \
+		$(WINDOWS:%=tests/test_%.py) $(ARGS) || test $$? = 77
 
 lint: $(VENV)/test.stamp
 	$(BIN)/ruff check .
@@ -29,7 +30,7 @@ bench: $(VENV)/test.stamp
 	$(BIN)/python tests/bench.py $(ARGS)
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis __pycache__ tests/__pycache__
+	rm -rf $(VENV) .wine-python .pytest_cache .mypy_cache .ruff_cache .hypothesis __pycache__ tests/__pycache__
 
 $(VENV)/run.stamp: requirements.txt
 	$(PYTHON) -m venv $(VENV)

@@ -205,6 +205,8 @@ def test_closed_port() -> None:
         socket.create_connection((closed.address, closed.port), 5)
 
 
+# A file of paramiko's raises when it is collected after the host has cut the connection.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize(
     ("answer", "output", "status"),
     [
