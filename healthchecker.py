@@ -27,6 +27,7 @@ import binascii
 import collections
 import concurrent.futures
 import contextlib
+import ctypes
 import difflib
 import errno
 import fnmatch
@@ -1779,6 +1780,7 @@ class SshConnection:
                 self._prefer_known_types(transport)
                 transport.start_client()
                 sock.limit = RECEIVED_BYTES
+                sock.settimeout(deadline.left())    # paramiko's own 0.1 s would wake its thread all the time
                 yield transport
             except ProbeError:
                 raise
@@ -1787,6 +1789,8 @@ class SshConnection:
                 raise ssh_fault(error, sock.first) from error
             finally:
                 if transport is not None:
+                    with contextlib.suppress(OSError):
+                        sock.shutdown(socket.SHUT_RDWR)     # wakes the thread that reads
                     transport.close()
                     transport.packetizer.complete_handshake()   # ends a timer of paramiko's that close() leaves
                     if transport.is_alive():
@@ -3204,8 +3208,8 @@ class Lease:
     """Two floats in shared memory: until when the application is healthy, and when it can be healthy again."""
 
     def __init__(self) -> None:
-        self.until = multiprocessing.RawValue("d", 0.0)
-        self.opens = multiprocessing.RawValue("d", 0.0)
+        self.until: ctypes.c_double = multiprocessing.RawValue(ctypes.c_double, 0.0)
+        self.opens: ctypes.c_double = multiprocessing.RawValue(ctypes.c_double, 0.0)
 
 
 class HealthAggregator:
@@ -3284,7 +3288,7 @@ class HealthAggregator:
 
     def is_healthy(self) -> bool:
         """Whether every counted resource is healthy now; one comparison, without a lock."""
-        return bool(self._clock() < self._until.value)
+        return self._clock() < self._until.value
 
     def expired(self) -> list[str]:
         """Resources whose lease ran out: nobody reported them in time."""
@@ -3672,7 +3676,7 @@ class Gate:
 
     def is_healthy(self) -> bool:
         """The gate's answer, also for the application: environ["healthchecker.is_healthy"]()."""
-        return bool(self._clock() < self._until.value)
+        return self._clock() < self._until.value
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         if environ["PATH_INFO"].startswith(PREFIX):
