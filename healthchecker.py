@@ -130,6 +130,7 @@ OUTPUT_BYTES = 1 << 20          # bytes over stdout and stderr; a poll that prin
 RECEIVED_BYTES = 2 << 20        # bytes off the wire in a poll: the output and its wrapping
 HANDSHAKE_BYTES = 1 << 16       # bytes off the wire until the host has shown its key
 ITEMS = 64                      # things that one SSH packet may announce
+QUIET = 1.0                     # seconds without a packet after which paramiko looks whether it was closed
 WINDOW_BYTES = 1 << 18          # bytes that an SSH host may send ahead of what was read
 READ_BYTES = 1 << 16            # bytes taken from a host at once
 REASON_CHARS = 500              # characters of a reason that are kept
@@ -1780,7 +1781,7 @@ class SshConnection:
                 self._prefer_known_types(transport)
                 transport.start_client()
                 sock.limit = RECEIVED_BYTES
-                sock.settimeout(deadline.left())    # paramiko's own 0.1 s would wake its thread all the time
+                sock.settimeout(QUIET)      # paramiko's own 0.1 s would wake its thread all the time
                 yield transport
             except ProbeError:
                 raise
