@@ -3860,7 +3860,8 @@ class GateServer(TcpWSGIServer):    # type: ignore[misc]  # waitress carries no 
         if not self._gate.draining:
             self._gate.draining = True
             self._ends = time.monotonic() + DRAIN
-            self.trigger.pull_trigger()
+            with contextlib.suppress(OSError):      # the loop may have ended meanwhile
+                self.trigger.pull_trigger()
 
     def serve(self) -> None:
         """The loop."""
