@@ -37,6 +37,7 @@ import heapq
 import hmac
 import importlib
 import io
+import ipaddress
 import json
 import logging
 import logging.handlers
@@ -349,6 +350,14 @@ class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
 
 
+def network_of(text: str) -> str:
+    """An address or a network, in its canonical form."""
+    try:
+        return str(ipaddress.ip_network(text))
+    except ValueError:
+        raise ValueError("must be an address or a network such as 192.0.2.0/24") from None
+
+
 def matching(pattern: str, message: str, longest: int = 4096) -> AfterValidator:
     """A validator for a text that matches `pattern` as a whole; `message` says what is wanted."""
     def check(text: str) -> str:
@@ -389,6 +398,7 @@ def scalar_limit(value: object) -> object:
 
 
 Seconds = Annotated[float, Field(ge=1, le=604_800, allow_inf_nan=False)]
+Days = Annotated[float, Field(ge=0.1, le=3660, allow_inf_nan=False)]
 Percent = Annotated[float, Field(gt=0, le=100, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, le=1_000_000, allow_inf_nan=False)]
 Times = Annotated[int, Field(ge=1, le=1000)]
@@ -407,6 +417,8 @@ SQLITE = "sqlite:///"
 Listen = Annotated[str, matching(r"(\[[\w:.%]+\]|[\w.-]+):[0-9]{1,5}", "must be address:port or [address]:port"),
                    AfterValidator(port_of)]
 FilePath = Annotated[Path, AfterValidator(expanded)]
+Networks = tuple[Annotated[str, AfterValidator(network_of)], ...]
+Workers = Annotated[str, matching(r"auto|[0-9]|[1-5][0-9]|6[0-4]", "must be auto or a number from 0 to 64")]
 AppName = Annotated[str, matching(r"[\w.]+:[\w.]+", "must be module:callable")]
 SqliteUrl = Annotated[str, matching(r"sqlite:///[^?]+", "must be sqlite:///path"),
                       AfterValidator(lambda url: SQLITE + str(expanded(url.removeprefix(SQLITE))))]
@@ -458,13 +470,28 @@ class Check(Settings):
     timeout: Seconds = 5.0      # seconds
 
 
+class Retention(Settings):
+    """How long history is kept."""
+
+    raw: Days = 2.0         # days of a row per poll
+    averages: Days = 90.0   # days of 15-minute averages, minima and maxima
+    events: Days = 365.0    # days of transitions and changes
+
+
 class ServiceSettings(Settings):
     """The `service` part of the inventory."""
 
     listen: Listen = "127.0.0.1:8080"
-    workers: Annotated[int, Field(ge=0, le=0)] = 0      # serving processes; 0 = in the main process
+    operators: Networks = ("127.0.0.0/8", "::1/128")    # networks that may log in
+    trusted_proxy: Networks = ()                        # networks whose X-Forwarded-* headers are believed
+    workers: Workers = "auto"                           # serving processes; 0 = in the main process
     app: AppName | None = None                          # None = the built-in page
     threads: Annotated[int, Field(ge=0, le=1000)] = 8   # pool threads for `app`; 0 = on the loop
+    queue: Annotated[int, Field(ge=1, le=10_000)] = 64  # requests that wait for a pool thread of a worker
+    body_limit: Annotated[int, Field(ge=0, le=1 << 40)] = 1 << 20   # bytes of a request's body
+    access_log: FilePath | None = None                  # a line per request
+    metrics_token_file: FilePath | None = None          # its bearer sees resources in /-/metrics
+    retention: Retention = Retention()
     database: SqliteUrl = "sqlite:///healthchecker.db"
     keys: FilePath = Path("keys")
     known_hosts: FilePath = Path("~/.ssh/known_hosts")
@@ -950,7 +977,7 @@ class Base(DeclarativeBase):
 
 
 db = SQLAlchemy(model_class=Base, session_options={"expire_on_commit": False})
-SCHEMA = 1                  # PRAGMA user_version of a database that this program writes
+SCHEMA = 2                  # PRAGMA user_version of a database that this program writes
 APPLICATION = 0x48434B31    # PRAGMA application_id: "HCK1"
 
 
@@ -963,11 +990,14 @@ class User(Base):
     password_hash: Mapped[bytes]
     salt: Mapped[bytes]
     rounds: Mapped[int] = mapped_column(default=PBKDF2_ROUNDS)
+    role: Mapped[str] = mapped_column(default="admin")      # admin: everything; viewer: looks
+    initial: Mapped[bool] = mapped_column(default=False)    # the password is the documented one still
 
     @classmethod
-    def create(cls, name: str, password: str) -> User:
+    def create(cls, name: str, password: str, role: str = "admin", *, initial: bool = False) -> User:
         salt = secrets.token_bytes(SALT_BYTES)
-        return cls(name=name, salt=salt, rounds=PBKDF2_ROUNDS, password_hash=hash_password(password, salt))
+        return cls(name=name, salt=salt, rounds=PBKDF2_ROUNDS, password_hash=hash_password(password, salt),
+                   role=role, initial=initial)
 
     def verify(self, password: str) -> bool:
         """Constant-time comparison; an overlong password is wrong without being hashed."""
@@ -991,6 +1021,8 @@ class Resource(Base):
     settings: Mapped[str]
     origin: Mapped[str] = mapped_column(default="inventory")
     host_key: Mapped[str | None]    # trusted on first use or by `trust`: "ssh-ed25519 SHA256:…"
+    maintenance: Mapped[float] = mapped_column(default=0.0)         # Unix time until which it does not count
+    maintenance_reason: Mapped[str] = mapped_column(default="")
 
     COLUMNS: ClassVar = ("name", "hostname", "platform", "port", "username", "interval")
 
@@ -1049,6 +1081,21 @@ class Status(Base):
     polled: Mapped[float]       # Unix time of the last result
     good: Mapped[int]           # good results in a row
     bad: Mapped[int]            # bad results in a row
+    seconds: Mapped[float]      # duration of the last poll
+    sample: Mapped[str]         # JSON of what the last poll read, `null` when it read nothing
+
+
+class Event(Base):
+    """A transition or a change of configuration: who, what, when, from where."""
+
+    __tablename__ = "event"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    at: Mapped[float] = mapped_column(index=True)       # Unix time
+    kind: Mapped[str]           # gate | state | change | login
+    resource: Mapped[str]       # its name, empty for none; outlives the resource
+    text: Mapped[str]           # one line
+    actor: Mapped[str]          # name of the user, empty for the service itself
+    address: Mapped[str]        # the client's, empty for the service itself
 
 
 class Setting(Base):
@@ -1057,6 +1104,27 @@ class Setting(Base):
     __tablename__ = "setting"
     name: Mapped[str] = mapped_column(primary_key=True)
     value: Mapped[int]
+
+
+# What brings a database of schema 1, 2, … to the next; the tables that are missing are made afterwards.
+MIGRATIONS = (("ALTER TABLE user ADD COLUMN role VARCHAR NOT NULL DEFAULT 'admin'",
+               "ALTER TABLE user ADD COLUMN initial BOOLEAN NOT NULL DEFAULT 0",
+               "UPDATE user SET initial = 1",      # there was no way to change a password
+               "ALTER TABLE resource ADD COLUMN maintenance FLOAT NOT NULL DEFAULT 0",
+               "ALTER TABLE resource ADD COLUMN maintenance_reason VARCHAR NOT NULL DEFAULT ''",
+               "ALTER TABLE status ADD COLUMN seconds FLOAT NOT NULL DEFAULT 0",
+               "ALTER TABLE status ADD COLUMN sample VARCHAR NOT NULL DEFAULT 'null'"),)
+
+
+def migrate(session: Session) -> None:
+    """Brings the tables to SCHEMA, within the caller's transaction."""
+    version = session.scalar(sqlalchemy.text("PRAGMA user_version")) or SCHEMA
+    for statements in MIGRATIONS[version - 1:]:
+        for statement in statements:
+            session.execute(sqlalchemy.text(statement))
+    Base.metadata.create_all(session.connection())
+    session.execute(sqlalchemy.text(f"PRAGMA user_version = {SCHEMA}"))
+    session.execute(sqlalchemy.text(f"PRAGMA application_id = {APPLICATION}"))
 
 
 def sqlite_path(url: str, folder: Path) -> Path:
@@ -1078,8 +1146,9 @@ def database_fault(connection: sqlite3.Connection) -> str:
         return "belongs to another program; set service.database"
     if pragma("user_version") > SCHEMA:
         return "was written by a newer HealthChecker; update this one"
-    lost = [table.name for table in Base.metadata.sorted_tables if {column.name for column in table.columns}
-            - {row[1] for row in connection.execute(f"PRAGMA table_info({table.name})")}]
+    lost = pragma("user_version") == SCHEMA and [
+        table.name for table in Base.metadata.sorted_tables if {column.name for column in table.columns}
+        - {row[1] for row in connection.execute(f"PRAGMA table_info({table.name})")}]
     if lost or pragma("quick_check(1)") != "ok":
         return "is damaged; restore it from a backup or move it away"
     return ""
@@ -1146,11 +1215,11 @@ class Store:
             with self.app.app_context():
                 event.listen(db.engine, "connect", prepare_connection)
                 event.listen(db.engine, "begin", begin_transaction)
-            if self.created:
+            with self.reading() as session:
+                outdated = session.scalar(sqlalchemy.text("PRAGMA user_version")) != SCHEMA
+            if outdated:
                 with self.writing() as session:
-                    Base.metadata.create_all(session.connection())
-                    session.execute(sqlalchemy.text(f"PRAGMA user_version = {SCHEMA}"))
-                    session.execute(sqlalchemy.text(f"PRAGMA application_id = {APPLICATION}"))
+                    migrate(session)
         except (OSError, sqlalchemy.exc.SQLAlchemyError) as error:
             reason = one_line(str(getattr(error, "orig", error)))
             raise StorageError(f"database {path} cannot be opened: {reason}") from error
@@ -2350,6 +2419,11 @@ class Sample:
         """Every reading of a metric, such as `disk_percent /` and `disk_percent /var` of disk_percent."""
         return [(name, value) for name, value in self.metrics.items() if name.partition(" ")[0] == metric]
 
+    def to_json(self) -> str:
+        """All but the ticks, for the pages: an object with the names of the fields."""
+        return json.dumps({field: getattr(self, field) for field in self.__dataclass_fields__ if field != "ticks"},
+                          default=vars)
+
 
 @dataclass(frozen=True)
 class Probe:
@@ -3351,7 +3425,8 @@ def write_reports(session: Session, reports: Iterable[Report], keys: Mapping[int
     alive = set(session.scalars(sqlalchemy.select(Resource.id)))
     rows = [{"resource_id": target.id, "configured": target.configured, "credential": target.credential,
              "state": after.state, "cause": after.cause, "reason": after.reason, "since": after.since,
-             "polled": report.at, "good": after.good, "bad": after.bad}
+             "polled": report.at, "good": after.good, "bad": after.bad, "seconds": report.seconds,
+             "sample": report.sample.to_json() if report.sample else "null"}
             for report in reports for target, after in [(report.target, report.standing)] if target.id in alive]
     if rows:
         session.execute(sqlalchemy.insert(Status).prefix_with("OR REPLACE"), rows)
@@ -3984,10 +4059,13 @@ class Installation:
         return Access(KnownHosts(known_hosts), Resolver())
 
 
+FIRST_USER = ("SpiceWorks", "HealthChecker")    # of the specification; its password is to be changed
+
+
 def ensure_first_user(session: Session) -> None:
     """The specification's first account, while there is none at all."""
     if session.scalar(sqlalchemy.select(User).limit(1)) is None:
-        session.add(User.create("SpiceWorks", "HealthChecker"))
+        session.add(User.create(*FIRST_USER, initial=True))
 
 
 def serve(arguments: argparse.Namespace) -> int:

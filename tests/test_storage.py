@@ -96,12 +96,50 @@ def test_schema(bench: Bench) -> None:
         with pytest.raises(sqlite3.IntegrityError):
             connection.execute(
                 "INSERT INTO resource SELECT NULL, * FROM (SELECT name, hostname, platform, port, username,"
-                "password, key_passphrase, interval, settings, origin, host_key FROM resource LIMIT 1)"
+                "password, key_passphrase, interval, settings, origin, host_key, maintenance,"
+                "maintenance_reason FROM resource LIMIT 1)"
             )
     assert {"hostname", "username", "password", "interval"} <= columns["resource"].keys()
     assert {"name", "password_hash", "salt"} <= columns["user"].keys()
     assert "BLOB" in columns["user"]["password_hash"] and "BLOB" in columns["user"]["salt"]
     assert (bench.rows()["a.example.com"]["interval"], bench.rows()["b.example.com"]["interval"]) == (60, 30)
+
+
+SCHEMA_1 = """
+CREATE TABLE user (id INTEGER NOT NULL PRIMARY KEY, name VARCHAR NOT NULL UNIQUE, password_hash BLOB NOT NULL,
+    salt BLOB NOT NULL, rounds INTEGER NOT NULL);
+CREATE TABLE resource (id INTEGER NOT NULL PRIMARY KEY, name VARCHAR NOT NULL UNIQUE, hostname VARCHAR NOT NULL,
+    platform VARCHAR NOT NULL, port INTEGER NOT NULL, username VARCHAR, password VARCHAR, key_passphrase VARCHAR,
+    interval FLOAT NOT NULL, settings VARCHAR NOT NULL, origin VARCHAR NOT NULL, host_key VARCHAR);
+CREATE TABLE setting (name VARCHAR NOT NULL PRIMARY KEY, value INTEGER NOT NULL);
+CREATE TABLE status (resource_id INTEGER NOT NULL PRIMARY KEY REFERENCES resource (id) ON DELETE CASCADE,
+    configured VARCHAR NOT NULL, credential VARCHAR NOT NULL, state VARCHAR NOT NULL, cause VARCHAR NOT NULL,
+    reason VARCHAR NOT NULL, since FLOAT NOT NULL, polled FLOAT NOT NULL, good INTEGER NOT NULL, bad INTEGER NOT NULL);
+INSERT INTO user VALUES (1, 'SpiceWorks', x'00', x'01', 1);
+INSERT INTO resource VALUES (1, 'a', 'a.example.com', 'linux', 22, 'm', 't', NULL, 60, '{}', 'inventory', 'k');
+INSERT INTO status VALUES (1, 'c', 'd', 'healthy', '', '', 5, 6, 1, 0);
+PRAGMA application_id = 1212369713;
+PRAGMA user_version = 1;
+"""
+
+
+def test_database_of_the_first_version(tmp_path: Path) -> None:
+    """Its tables get the columns of this version, what is in them stays, and the second start changes nothing."""
+    path = tmp_path / "healthchecker.db"
+    with closing(sqlite3.connect(path)) as connection:
+        connection.executescript(SCHEMA_1)
+    for _ in range(2):
+        with closing(Store(path)) as store, store.reading() as session:
+            [user] = session.scalars(sqlalchemy.select(healthchecker.User))
+            assert (user.name, user.role, user.initial) == ("SpiceWorks", "admin", True)
+            [status] = session.scalars(sqlalchemy.select(healthchecker.Status))
+            assert (status.state, status.since, status.sample, status.seconds) == ("healthy", 5, "null", 0)
+            [row] = session.scalars(sqlalchemy.select(healthchecker.Resource))
+            assert (row.name, row.host_key, row.maintenance) == ("a", "k", 0)
+    with closing(sqlite3.connect(path)) as connection:
+        migrated = {row[0] for row in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+        assert connection.execute("PRAGMA user_version").fetchone() == (healthchecker.SCHEMA,)
+    assert migrated >= set(healthchecker.Base.metadata.tables)
 
 
 def test_passwords_are_sealed_for_their_rows(bench: Bench) -> None:
