@@ -16,7 +16,9 @@ Sections, in file order; a definition refers only to what stands above it:
     Poll        a thread per resource, one writer, one overseer
     Pages       what a person sees
     Gate        the WSGI application in front of the application
-    Serve       waitress on the loop, and the command line
+    Serve       waitress on the loop, and its pools
+    Workers     processes that serve on one socket
+    Commands    the command line: serve, check, seal, trust, keys
 """
 
 from __future__ import annotations
@@ -111,6 +113,10 @@ sys.modules.setdefault("healthchecker", sys.modules[__name__])
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
+    if sys.platform == "win32":
+        from multiprocessing.connection import PipeConnection
+    else:
+        from multiprocessing.connection import Connection as PipeConnection
 
 log = logging.getLogger("healthchecker")
 
@@ -159,6 +165,16 @@ POOL_BUFFER = 16 << 20          # bytes of a response that wait for a slow clien
 LOOP_BUFFER = 1 << 30           # bytes; on the loop nobody can wait
 SEND_BYTES = 1 << 16            # bytes of a response that the loop gathers before it sends
 LAST_FLUSH = 1.5                # seconds for the last reports to be written when the service ends
+WORKERS_MAX = 8                 # worker processes that `auto` starts at most
+OWN_THREADS = 4                 # pool threads of a process for HealthChecker's own pages, API and metrics
+ACCEPTS = 64                    # connections accepted in one turn of the loop
+HEAD_START = 0.1                # seconds in which less busy workers may take a connection before a busier one does
+GLANCE = 0.005                  # seconds between two looks whether they did
+ORPHAN_DRAIN = 2.0              # seconds for requests in flight of a worker whose main process died
+CREW_SWEEP = 0.05               # seconds between two looks at the worker processes
+WORKER_LIFE = 10.0              # seconds after which a worker's end is no sign that it can never run
+WORKER_PAUSES = (0.0, 0.5, 1, 2, 5, 10, 30)     # seconds before the 1st, 2nd, … replacement of short-lived workers
+WORKER_END = 2.0                # seconds between the end of draining and the end of the process
 DRAIN = 7.5                     # seconds for requests in flight when the service ends
 POOL_END = 0.5                  # seconds for idle pool threads to end
 
@@ -501,6 +517,21 @@ class ServiceSettings(Settings):
     def address(self) -> tuple[str, int]:
         host, _, port = self.listen.rpartition(":")
         return host.strip("[]"), int(port)
+
+    @property
+    def app_threads(self) -> int:
+        """Pool threads for the application; the built-in page needs none."""
+        return self.threads if self.app else 0
+
+    @property
+    def worker_count(self) -> int:
+        """Worker processes: as many as told, or one per usable CPU."""
+        if self.workers != "auto":
+            return int(self.workers)
+        usable = os.cpu_count() or 1
+        if sys.platform == "linux":
+            usable = len(os.sched_getaffinity(0))
+        return min(usable, WORKERS_MAX)
 
 
 SECRETS = ("password", "key_passphrase")     # what is sealed
@@ -3742,7 +3773,8 @@ class Gate:
         self._app, self._lease, self._clock = app, lease, clock
         self._until = lease.until
         self.draining = False       # the service ends: readyz says so
-        self.loop_thread: int | None = None     # where an application that may block must not run
+        self.loop_thread: int | None = None     # where what may block must not run
+        self.app_on_loop = False
         self._routes: dict[str, Callable[[], tuple[str, Headers, bytes]]] = {
             "/-/livez": lambda: ("200 OK", [], b"ok\n"),
             "/-/readyz": self._readyz,
@@ -3757,17 +3789,21 @@ class Gate:
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         if environ["PATH_INFO"].startswith(PREFIX):
             return self._own(environ, start_response)
-        if self._clock() < self._until.value and threading.get_ident() != self.loop_thread:
+        if self._clock() < self._until.value and (self.app_on_loop or threading.get_ident() != self.loop_thread):
             environ["healthchecker.is_healthy"] = self.is_healthy
             return self._app(environ, start_response)
         return self._refuse(environ, start_response)
 
-    def on_loop(self, path: str) -> bool:
-        """Whether a request can be answered without the application: on the loop, it never waits behind slow work."""
-        return path in self._routes or not self.is_healthy()
+    def pool_of(self, path: str) -> str:
+        """The pool that answers a path, "own" or "app"; "" for what cannot block: it never waits behind slow work."""
+        if path.startswith(PREFIX):
+            return "" if path in self._routes else "own"
+        return "app" if self.is_healthy() else ""
 
     def _own(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         route = self._routes.get(environ["PATH_INFO"])
+        if route is None and threading.get_ident() == self.loop_thread:
+            return self._refuse(environ, start_response)    # its pool is full
         if route is None:
             return respond(environ, start_response, ("404 Not Found", [], b"not found\n"))
         if environ["REQUEST_METHOD"] not in ("GET", "HEAD"):
@@ -3788,7 +3824,7 @@ class Gate:
         return "200 OK" if healthy else "503 Service Unavailable", [kind], body
 
     def _retry_after(self) -> tuple[str, str]:
-        """Seconds to the soonest moment at which the gate can open."""
+        """Seconds to the soonest moment at which the gate can open; 1 when it is open, and the pool full."""
         wait = math.ceil(self._lease.opens.value - self._clock())
         return "Retry-After", str(min(max(wait, 1), RETRY_AFTER_MAX))
 
@@ -3826,30 +3862,89 @@ def load_app(name: str, folder: Path) -> WSGIApplication:
 
 
 # === Serve ===================================================================
-class LoopDispatcher(ThreadedTaskDispatcher):   # type: ignore[misc]  # waitress carries no types
-    """Runs on the loop's own thread what cannot block, and leaves the rest to waitress's pool.
+class Pool(ThreadedTaskDispatcher):     # type: ignore[misc]  # waitress carries no types
+    """waitress's pool with a bound on the requests that wait for a thread."""
+
+    def __init__(self, threads: int, bound: int) -> None:
+        super().__init__()
+        self._bound = bound
+        self.set_thread_count(threads)
+
+    @property
+    def waiting(self) -> int:
+        """Requests that no thread is idle for."""
+        return len(self.queue) + cast(int, self.active_count) - len(self.threads)
+
+    @property
+    def full(self) -> bool:
+        return self.waiting >= self._bound
+
+
+class LoopDispatcher:
+    """Runs on the loop's own thread what cannot block or has no room to wait, and leaves the rest to pools.
 
     The hand-over of the interpreter lock between loop and pool costs more than most answers.
     """
 
-    def __init__(self, threads: int, on_loop: Callable[[str], bool]) -> None:
-        super().__init__()
+    def __init__(self, pool_of: Callable[[str], str], pools: Mapping[str, Pool]) -> None:
+        self._pool_of, self.pools = pool_of, pools
         self._ready: collections.deque[HTTPChannel] = collections.deque()
-        self._on_loop = on_loop if threads else lambda path: True
-        self.set_thread_count(threads)
 
     def add_task(self, task: HTTPChannel) -> None:
         """Called with the channel's lock held, hence only queues."""
         request = task.requests[0]
-        if request.error or self._on_loop(request.path):
+        pool = None if request.error else self.pools.get(self._pool_of("/" + request.path.lstrip("/")))
+        if pool is None or pool.full:
             self._ready.append(task)
         else:
-            super().add_task(task)
+            pool.add_task(task)
 
     def drain(self) -> None:
         """Serves what was queued for the loop."""
         while self._ready:
             self._ready.popleft().service()
+
+    def shutdown(self, timeout: float) -> None:
+        for pool in self.pools.values():
+            pool.shutdown(timeout=timeout)
+
+
+class Crowd:
+    """How many connections each worker holds, in shared memory: each writes its own, nobody waits for anybody."""
+
+    def __init__(self, workers: int) -> None:
+        self.held = multiprocessing.RawArray(ctypes.c_long, [-1] * workers)     # -1: is not there
+
+    def allowance(self, worker: int) -> int:
+        """Connections that a worker may take without leaving the others behind; the first of a crowd are few."""
+        others = [held for number, held in enumerate(self.held) if number != worker and held >= 0]
+        return min(ACCEPTS, min(others) * 5 // 4 + 4 - self.held[worker]) if others else ACCEPTS
+
+
+class Share:
+    """A worker's share of new connections: while others hold fewer, they get a head start."""
+
+    def __init__(self, crowd: Crowd, worker: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self._crowd, self._worker, self._clock = crowd, worker, clock
+        self._left = -math.inf      # when this worker last left a connection to the others
+
+    def hold(self, connections: int) -> None:
+        """Tells the others."""
+        self._crowd.held[self._worker] = connections
+
+    @property
+    def defers(self) -> bool:
+        """Whether the others have the head start now."""
+        return self._clock() < self._left + HEAD_START and self._crowd.allowance(self._worker) <= 0
+
+    def take(self) -> int:
+        """How many of the connections that wait this worker may accept now."""
+        allowed, now = self._crowd.allowance(self._worker), self._clock()
+        if allowed <= 0 and now >= self._left + 2 * HEAD_START:
+            self._left = now
+            return 0
+        self._left = -math.inf
+        return allowed if allowed > 0 else ACCEPTS      # the others had their time and did not come
 
 
 class GateTask(WSGITask):    # type: ignore[misc]  # waitress carries no types
@@ -3902,7 +3997,9 @@ class GateServer(TcpWSGIServer):    # type: ignore[misc]  # waitress carries no 
 
     channel_class = GateChannel
 
-    def __init__(self, gate: Gate, sock: socket.socket, threads: int, connections: int) -> None:
+    def __init__(self, gate: Gate, sock: socket.socket, service: ServiceSettings, connections: int,
+                 share: Share | None = None) -> None:
+        threads = service.app_threads
         adjustments = Adjustments(
             threads=max(1, threads), connection_limit=connections, ident=None, backlog=BACKLOG,
             clear_untrusted_proxy_headers=True, asyncore_use_poll=hasattr(select, "poll"),
@@ -3910,13 +4007,15 @@ class GateServer(TcpWSGIServer):    # type: ignore[misc]  # waitress carries no 
         if not threads:
             adjustments.send_bytes = SEND_BYTES     # the loop sends at its next turn, all answers of this one together
         self._gate = gate
+        gate.app_on_loop = not threads
+        self._share = share or Share(Crowd(1), 0)
         self.accepting = False
         self._thread = threading.get_ident()
         self._ends = math.inf
-        dispatcher = LoopDispatcher(threads, gate.on_loop)
+        pools = {"own": Pool(OWN_THREADS, service.queue)} | ({"app": Pool(threads, service.queue)} if threads else {})
         sockinfo = (sock.family, sock.type, sock.proto, sock.getsockname())
-        super().__init__(gate, {}, True, sock, dispatcher=dispatcher, adj=adjustments, sockinfo=sockinfo,
-                         bind_socket=False)
+        super().__init__(gate, {}, True, sock, dispatcher=LoopDispatcher(gate.pool_of, pools), adj=adjustments,
+                         sockinfo=sockinfo, bind_socket=False)
 
     @property
     def draining(self) -> bool:
@@ -3930,33 +4029,52 @@ class GateServer(TcpWSGIServer):    # type: ignore[misc]  # waitress carries no 
         if threading.get_ident() != self._thread:
             super().pull_trigger()
 
-    def stop(self) -> None:
-        """Ends `serve` once the requests in flight are answered, within DRAIN seconds. Safe in a signal handler."""
+    def readable(self) -> bool:
+        """Whether the loop is to look for new connections."""
+        return bool(super().readable()) and not self._share.defers
+
+    def handle_accept(self) -> None:
+        """Takes its share of the connections that wait: waitress takes one per turn, which starves a crowd."""
+        for _ in range(self._share.take()):
+            held = len(self.active_channels)
+            super().handle_accept()
+            if len(self.active_channels) == held:
+                break
+        self._share.hold(len(self.active_channels))
+
+    def stop(self, drain: float = DRAIN) -> None:
+        """Ends `serve` once the requests in flight are answered, within `drain` seconds. Safe in a signal handler."""
         if not self._gate.draining:
             self._gate.draining = True
-            self._ends = time.monotonic() + DRAIN
+            self._ends = time.monotonic() + drain
             with contextlib.suppress(OSError):      # the loop may have ended meanwhile
                 self.trigger.pull_trigger()
 
     def serve(self) -> None:
         """The loop."""
         poll = wasyncore.poll2 if self.adj.asyncore_use_poll else wasyncore.poll
-        self._thread = threading.get_ident()
-        self._gate.loop_thread = self._thread if self.task_dispatcher.threads else None
+        self._gate.loop_thread = self._thread = threading.get_ident()
         while not self._drained():
-            poll(self.adj.asyncore_loop_timeout, self._map)
+            poll(GLANCE if self._share.defers or self.draining else self.adj.asyncore_loop_timeout, self._map)
             self.task_dispatcher.drain()
-        self.task_dispatcher.shutdown(timeout=POOL_END)
+            self._share.hold(len(self.active_channels))
+        self.task_dispatcher.shutdown(POOL_END)
         wasyncore.close_all(self._map)
 
     def _drained(self) -> bool:
         """Once stopping: accepts nobody, closes idle connections; True when none is left."""
         if not self._gate.draining:
             return False
-        if self.accepting:
+        if self.accepting:      # who waits to be accepted has perhaps sent a request already
+            for _ in range(BACKLOG):
+                held = len(self.active_channels)
+                super().handle_accept()
+                if len(self.active_channels) == held:
+                    break
             self.accepting = False
             self.del_channel()
             self.socket.close()
+            return False
         for channel in list(self.active_channels.values()):
             if not channel.requests and channel.request is None and not channel.total_outbufs_len:
                 channel.handle_close()
@@ -3996,7 +4114,251 @@ def connection_limit(resources: int) -> int:
     return max(100, min(CONNECTIONS_MAX, files - 4 * resources - 100))      # polls and the database need some
 
 
-# --- command line ---
+# === Workers =================================================================
+class Wire:
+    """One end of the pipe between the main process and a worker; who puts never waits for the other side.
+
+    One thread sends what was put, another gives what comes to `receive`, and None when the other side has ended.
+    """
+
+    def __init__(self, pipe: PipeConnection, receive: Callable[[Any], None]) -> None:
+        self._pipe, self._receive = pipe, receive
+        self._out: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._threads = [threading.Thread(target=run, name="wire", daemon=True) for run in (self._send, self._listen)]
+
+    def open(self) -> None:
+        for thread in self._threads:
+            thread.start()
+
+    def put(self, *message: Any) -> None:
+        self._out.put(message)
+
+    def close(self, wait: float) -> None:
+        """Ends the sending thread after what was put."""
+        self._out.put(None)
+        self._threads[0].join(wait)
+
+    def join(self, wait: float) -> None:
+        """Waits until everything that the other side sent before its end was received."""
+        self._threads[1].join(wait)
+
+    def _send(self) -> None:
+        with contextlib.suppress(OSError):      # the other side has ended; the listener tells
+            while (message := self._out.get()) is not None:
+                self._pipe.send(message)
+
+    def _listen(self) -> None:
+        with contextlib.suppress(OSError, EOFError):
+            while True:
+                self._receive(self._pipe.recv())
+        self._receive(None)
+
+
+class WireHandler(logging.Handler):
+    """Logs through the main process: one process writes the log."""
+
+    def __init__(self, wire: Wire) -> None:
+        super().__init__()
+        self._wire = wire
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._wire.put("log", record.levelno, self.format(record))
+
+
+@dataclass(frozen=True)
+class Post:
+    """What a worker process is given."""
+
+    number: int
+    folder: Path        # the inventory's
+    service: ServiceSettings
+    sock: socket.socket
+    lease: Lease
+    crowd: Crowd
+    pipe: PipeConnection
+
+
+class Worker:
+    """In a worker process: serves from the main process's word on until it says stop, or dies."""
+
+    def __init__(self, post: Post) -> None:
+        self._post = post
+        self._wire = Wire(post.pipe, self._receive)
+        self._told = threading.Event()      # what to do: serve, or end
+        self._ending = False
+        self._server: GateServer | None = None
+
+    def run(self) -> None:
+        post, service = self._post, self._post.service
+        self._wire.open()
+        logging.basicConfig(level=logging.INFO, handlers=[WireHandler(self._wire)], force=True)
+        try:
+            app = load_app(service.app, post.folder) if service.app else builtin_app()
+        except HealthCheckerError as error:
+            self._wire.put("failed", str(error))
+            return
+        self._server = GateServer(Gate(app, post.lease), post.sock, service, connection_limit(0),
+                                  Share(post.crowd, post.number))
+        self._wire.put("ready")
+        self._told.wait()
+        if not self._ending:
+            self._server.serve()
+
+    def close(self) -> None:
+        """What the application left running does not keep the process."""
+        self._wire.close(WORKER_END / 2)
+        ending = threading.Timer(WORKER_END / 2, os._exit, (0,))
+        ending.daemon = True
+        ending.start()
+
+    def _receive(self, message: Any) -> None:
+        """In the wire's thread: None, the main process died."""
+        if message != ("serve",):
+            self._ending = True
+            if self._server:
+                self._server.stop(DRAIN if message else ORPHAN_DRAIN)
+        self._told.set()
+
+
+def quiet_libraries() -> None:
+    """They repeat what we report."""
+    for name in ("paramiko", "pypsrp", "urllib3", "spnego", "waitress.queue"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+
+
+ENDINGS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGBREAK") if hasattr(signal, name)]
+
+
+@contextlib.contextmanager
+def signals_held() -> Iterator[None]:
+    """Signals that end the service wait meanwhile; a process started here is born with them held (POSIX)."""
+    if sys.platform != "win32":
+        signal.pthread_sigmask(signal.SIG_BLOCK, ENDINGS)
+    try:
+        yield
+    finally:
+        if sys.platform != "win32":
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDINGS)
+
+
+def work(post: Post) -> None:
+    """The main function of a worker process."""
+    for number in ENDINGS:      # it ends through its pipe; SIG_IGN would be inherited by what the application starts
+        signal.signal(number, lambda *_: None)
+    if sys.platform != "win32":
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDINGS)
+    quiet_libraries()
+    worker = Worker(post)
+    try:
+        worker.run()
+    finally:
+        worker.close()
+
+
+class Hand:
+    """In the main process: one worker process, from its start to its end."""
+
+    def __init__(self, post: Post, process: multiprocessing.process.BaseProcess, pipe: PipeConnection) -> None:
+        self.number, self.process, self.born = post.number, process, time.monotonic()
+        self.wire = Wire(pipe, self._receive)
+        self.ready = threading.Event()
+        self.failure = ""
+
+    @property
+    def alive(self) -> bool:
+        """Whether the process runs; when not, everything it said was heard."""
+        if self.process.is_alive():
+            return True
+        self.wire.join(WORKER_END)
+        return False
+
+    @property
+    def why(self) -> str:
+        return self.failure or f"worker {self.number} ended with exit code {self.process.exitcode}"
+
+    def _receive(self, message: Any) -> None:
+        """In the wire's thread."""
+        if message is None:
+            self.wire.close(0)
+        elif message[0] == "ready":
+            self.ready.set()
+        elif message[0] == "failed":
+            self.failure = message[1]
+        elif message[0] == "log":
+            log.log(message[1], "worker %d: %s", self.number, message[2])
+
+
+class Crew:
+    """The worker processes on one listening socket: starts them, replaces those that die, ends them."""
+
+    def __init__(self, service: ServiceSettings, folder: Path, sock: socket.socket, lease: Lease) -> None:
+        self._service, self._folder, self._sock, self._lease = service, folder, sock, lease
+        self._crowd = Crowd(service.worker_count)
+        self._hands: list[Hand] = []
+        self._short = [0] * service.worker_count    # short lives in a row, by worker
+        self._due: dict[int, float] = {}            # when to replace those that died
+        self._stopping = False
+
+    def start(self) -> None:
+        """Starts all and waits until they can serve. Raises UsageError where the application cannot be loaded."""
+        self._hands = [self._launch(number) for number in range(self._service.worker_count)]
+        while not self._stopping and not all(hand.ready.is_set() for hand in self._hands):
+            for hand in self._hands:
+                if not hand.alive:
+                    raise UsageError(hand.why)
+            time.sleep(CREW_SWEEP)
+
+    def stop(self) -> None:
+        """Ends `serve`. Safe in a signal handler."""
+        self._stopping = True
+
+    def serve(self) -> None:
+        """Lets the workers serve until `stop`."""
+        for hand in self._hands:
+            hand.wire.put("serve")
+        while not self._stopping:
+            self._replace(time.monotonic())
+            time.sleep(CREW_SWEEP)
+
+    def close(self) -> None:
+        """Lets the workers answer what they are at, DRAIN seconds at most, and ends them."""
+        self._sock.close()
+        for hand in self._hands:
+            hand.wire.put("stop")
+        ends = time.monotonic() + DRAIN + WORKER_END
+        for hand in self._hands:
+            hand.process.join(max(0.0, ends - time.monotonic()))
+            if hand.alive:
+                log.warning("worker %d does not end and is killed", hand.number)
+                hand.process.kill()
+                hand.process.join()
+
+    def _launch(self, number: int) -> Hand:
+        context = multiprocessing.get_context("spawn")      # the same on every system
+        ours, theirs = context.Pipe()
+        post = Post(number, self._folder, self._service, self._sock, self._lease, self._crowd, theirs)
+        process = context.Process(target=work, args=(post,), name=f"worker {number}")
+        with signals_held():
+            process.start()
+        theirs.close()      # or the worker's end would not be seen
+        hand = Hand(post, process, ours)
+        hand.wire.open()
+        return hand
+
+    def _replace(self, now: float) -> None:
+        for hand in self._hands:
+            number = hand.number
+            if number not in self._due and not hand.alive:
+                self._crowd.held[number] = -1
+                self._short[number] = self._short[number] + 1 if now - hand.born < WORKER_LIFE else 0
+                self._due[number] = now + WORKER_PAUSES[min(self._short[number], len(WORKER_PAUSES) - 1)]
+                log.error("%s; starting another", hand.why)
+        for number in [number for number, due in self._due.items() if due <= now]:
+            del self._due[number]
+            self._hands[number] = self._launch(number)
+            self._hands[number].wire.put("serve")
+
+# === Commands ================================================================
 MINIMAL_INVENTORY = """resources:
   - {name: this-machine, platform: local}
 """
@@ -4068,6 +4430,39 @@ def ensure_first_user(session: Session) -> None:
         session.add(User.create(*FIRST_USER, initial=True))
 
 
+def front(installation: Installation, sock: socket.socket, lease: Lease) -> GateServer | Crew:
+    """What answers requests: worker processes, or this process itself. Raises UsageError for a bad `service.app`."""
+    service, folder = installation.service, installation.path.parent
+    if service.worker_count:
+        crew = Crew(service, folder, sock, lease)
+        try:
+            crew.start()
+        except BaseException:       # whatever ends the start ends the workers
+            crew.close()
+            raise
+        return crew
+    app = load_app(service.app, folder) if service.app else builtin_app()
+    return GateServer(Gate(app, lease), sock, service, connection_limit(len(installation.inventory.entries)))
+
+
+def watch_and_serve(installation: Installation, aggregator: HealthAggregator, server: GateServer | Crew,
+                    sock: socket.socket) -> None:
+    """Takes the inventory over, starts the watch and serves until `server` is stopped."""
+    with contextlib.closing(installation.open_store()) as store:
+        with store.writing() as session:
+            vault = installation.open_vault(session)
+            ensure_first_user(session)
+            changes = import_inventory(session, installation.inventory, vault)
+        log.info("inventory: %s", changes)
+        watch = Watch(aggregator, Recorder(store, aggregator), installation.access(), random.Random())
+        with contextlib.closing(Monitor(store, vault, watch)) as monitor:
+            monitor.begin()
+            host, port = sock.getsockname()[:2]
+            log.info("serving on http://%s:%d", f"[{host}]" if ":" in host else host, port)
+            server.serve()
+            server.close()
+
+
 def serve(arguments: argparse.Namespace) -> int:
     """Runs the service until a signal ends it."""
     ensure_inventory(arguments.inventory)
@@ -4076,32 +4471,12 @@ def serve(arguments: argparse.Namespace) -> int:
     set_up_logging(installation.resolve(service.log_file) if service.log_file else None)
     sock = listen(service)
     inspect_database(installation.database)
-    lock = lock_database(installation.database)
-    app = load_app(service.app, installation.path.parent) if service.app else builtin_app()
-    store = installation.open_store()
-    with store.writing() as session:
-        vault = installation.open_vault(session)
-        ensure_first_user(session)
-        changes = import_inventory(session, installation.inventory, vault)
-    log.info("inventory: %s", changes)
     aggregator = HealthAggregator()
-    watch = Watch(aggregator, Recorder(store, aggregator), installation.access(), random.Random())
-    monitor = Monitor(store, vault, watch)
-    connections = connection_limit(len(installation.inventory.entries))
-    gate = Gate(app, aggregator.lease)
-    server = GateServer(gate, sock, service.threads if service.app else 0, max(100, connections))
-    for name in ("SIGTERM", "SIGINT", "SIGBREAK"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), lambda *_: server.stop())
-    monitor.begin()
-    host, port = sock.getsockname()[:2]
-    log.info("serving on http://%s:%d", f"[{host}]" if ":" in host else host, port)
-    try:
-        server.serve()
-    finally:
-        monitor.close()
-        store.close()
-        lock.close()
+    with contextlib.closing(lock_database(installation.database)), \
+            contextlib.closing(front(installation, sock, aggregator.lease)) as server:
+        for number in ENDINGS:
+            signal.signal(number, lambda *_: server.stop())
+        watch_and_serve(installation, aggregator, server, sock)
     log.info("ended")
     return 0
 
@@ -4357,8 +4732,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(encoding="utf-8", errors="backslashreplace")
     arguments = command_line().parse_args(argv)
-    for name in ("paramiko", "pypsrp", "urllib3", "spnego", "waitress.queue"):      # they repeat what we report
-        logging.getLogger(name).setLevel(logging.CRITICAL)
+    quiet_libraries()
     try:
         return int(arguments.run(arguments))
     except HealthCheckerError as error:

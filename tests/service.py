@@ -36,7 +36,16 @@ sent = joined and kernel.GenerateConsoleCtrlEvent(0, 0)
 sys.exit(0 if sent else ctypes.get_last_error() or 1)
 """
 
-LATE_MODULES = ("encodings.utf_8_sig", "encodings.idna", "sqlalchemy.dialects.sqlite", "traceback", "linecache")
+LATE_MODULES = (
+    "multiprocessing.sharedctypes",
+    "multiprocessing.heap",
+    "resource",
+    "encodings.utf_8_sig",
+    "encodings.idna",
+    "sqlalchemy.dialects.sqlite",
+    "traceback",
+    "linecache",
+)
 
 
 class Answer(NamedTuple):
@@ -74,8 +83,12 @@ def run(
 
 
 def write_inventory(folder: Path, resources: str = "", service: str = "", name: str = "inventory.yaml") -> Path:
-    """An inventory on a free loopback port; `resources` and `service` are YAML, each line indented by two spaces."""
+    """An inventory on a free loopback port; `resources` and `service` are YAML, each line indented by two spaces.
+
+    It serves in the main process unless `service` names workers: a process costs a second of CPU."""
     path = folder / name
+    if "workers:" not in service:
+        service = f"  workers: 0\n{service}"
     head = f"service:\n  listen: 127.0.0.1:0\n{service.rstrip()}\n".replace("\n\n", "\n")
     body = f"resources:\n{resources.rstrip()}\n" if resources.strip() else "resources: []\n"
     path.write_text(head + body, encoding="utf-8", newline="\n")

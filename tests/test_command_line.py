@@ -151,7 +151,7 @@ def test_check_of_a_bad_inventory(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout) == (2, "")
     lines = done.stderr.splitlines()
     assert all(re.match(r"inventory\.yaml:\d+:\d+: resources\[\d\]", line) for line in lines)
-    assert {"4:51", "5:19", "5:54"} <= {line.split(": ")[0].partition(":")[2] for line in lines}
+    assert {"5:51", "6:19", "6:54"} <= {line.split(": ")[0].partition(":")[2] for line in lines}
     assert [path.name for path in tmp_path.iterdir()] == ["inventory.yaml"]
 
 

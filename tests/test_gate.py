@@ -19,7 +19,7 @@ import pytest
 from conftest import no_leaks, wait_for
 from waitress import wasyncore
 
-from healthchecker import Gate, GateServer, HealthAggregator, Lease
+from healthchecker import Gate, GateServer, HealthAggregator, Lease, ServiceSettings
 
 Application = Callable[[dict[str, Any], Any], Iterable[bytes]]
 NOW = 1000.0  # seconds, where the clock of a WSGI test stands
@@ -214,7 +214,8 @@ class Serving:
         sock = socket.socket()
         sock.bind(("127.0.0.1", 0))
         self.address = sock.getsockname()
-        self.server = GateServer(Gate(app, self.lease, clock), sock, threads, 100)
+        service = ServiceSettings(app="a:b", threads=threads)
+        self.server = GateServer(Gate(app, self.lease, clock), sock, service, 100)
         self.thread = threading.Thread(target=self.server.serve)
 
     def __enter__(self) -> Serving:
