@@ -13,6 +13,7 @@ Sections, in file order; a definition refers only to what stands above it:
     Probes      the command sets of the platforms, as tables
     Evaluate    sample + limits -> verdict -> standing; pure
     Aggregate   the lease: is everything healthy, now
+    History     what polls found, packed: rows, averages, availability, events
     Poll        a thread per resource, one writer, one overseer
     Pages       what a person sees
     Gate        the WSGI application in front of the application
@@ -58,6 +59,7 @@ import signal
 import socket
 import sqlite3
 import ssl
+import struct
 import subprocess
 import sys
 import tempfile
@@ -97,7 +99,8 @@ try:
     from pypsrp.exceptions import AuthenticationError, WSManFaultError
     from pypsrp.powershell import PowerShell, RunspacePool
     from pypsrp.wsman import WSMan
-    from sqlalchemy import ForeignKey, event
+    from sqlalchemy import ForeignKey, event, func
+    from sqlalchemy.dialects import sqlite
     from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
     from waitress import wasyncore
     from waitress.adjustments import Adjustments
@@ -154,6 +157,14 @@ LEASE_GRACE = 2.0               # seconds added to a lease for a busy machine
 DEFAULT_TTL = 132.0             # seconds; the lease of a resource with default settings
 SWEEP = 0.5                     # seconds between two looks of the monitor
 FLUSH = 1.0                     # seconds for which the recorder gathers what it writes
+PENDING = 100_000               # rows that wait for a database that cannot be written; older ones are lost
+STRIP = 60                      # polls of a resource that the overview shows
+DAY = 86_400                    # seconds
+QUARTER = 900                   # seconds of which an average is kept
+QUARTER_GRACE = 5.0             # seconds for the last reports of a quarter to be written
+TIDYING = 0.02                  # seconds of a write transaction that rolls up and prunes
+PRUNED = 2000                   # rows of a resource that are dropped at once
+EVENTS = 100_000                # events that are kept at most: a resource may flap for a year
 RETRY_AFTER_MAX = 3600          # seconds
 PROBES_AT_ONCE = 64             # resources that `check --probe` polls at the same time
 TOKEN_PREFIX = "HC1."           # noqa: S105  # of a sealed secret
@@ -1114,6 +1125,8 @@ class Status(Base):
     bad: Mapped[int]            # bad results in a row
     seconds: Mapped[float]      # duration of the last poll
     sample: Mapped[str]         # JSON of what the last poll read, `null` when it read nothing
+    packed: Mapped[bytes]       # the same as in SampleRow: see `readings`
+    strip: Mapped[str]          # the last STRIP polls, oldest first: a character of POLLS each
 
 
 class Event(Base):
@@ -1144,7 +1157,9 @@ MIGRATIONS = (("ALTER TABLE user ADD COLUMN role VARCHAR NOT NULL DEFAULT 'admin
                "ALTER TABLE resource ADD COLUMN maintenance FLOAT NOT NULL DEFAULT 0",
                "ALTER TABLE resource ADD COLUMN maintenance_reason VARCHAR NOT NULL DEFAULT ''",
                "ALTER TABLE status ADD COLUMN seconds FLOAT NOT NULL DEFAULT 0",
-               "ALTER TABLE status ADD COLUMN sample VARCHAR NOT NULL DEFAULT 'null'"),)
+               "ALTER TABLE status ADD COLUMN sample VARCHAR NOT NULL DEFAULT 'null'",
+               "ALTER TABLE status ADD COLUMN packed BLOB NOT NULL DEFAULT x''",
+               "ALTER TABLE status ADD COLUMN strip VARCHAR NOT NULL DEFAULT ''"),)
 
 
 def migrate(session: Session) -> None:
@@ -3436,7 +3451,48 @@ class HealthAggregator:
     IsHealthy = is_healthy
 
 
-# === Poll ====================================================================
+# === History =================================================================
+# A poll is a packed row, kept for days, and a quarter of an hour another, kept for months: 100 resources at 60 s
+# come to 100 MB (tests/bench_history.py measures it). A row per metric would be five times as large.
+
+METRICS = ("cpu_percent", "memory_percent", "swap_percent", "disk_percent", "load_per_cpu", "seconds")
+MISSING = 0xFFFF    # what was not read; readings are kept in hundredths
+SAMPLE = struct.Struct("<2sI6H")    # POLLS: of the poll and of the state after it; seconds for which it counts; METRICS
+AVERAGE = struct.Struct("<2H18H")   # tenths of seconds known and healthy; averages, minima and maxima of METRICS
+POLLS: dict[str, tuple[State, Cause]] = {
+    "h": ("healthy", ""), "d": ("degraded", "limit"), "l": ("unhealthy", "limit"), "c": ("unhealthy", "check"),
+    "u": ("unhealthy", "unreachable"), "t": ("unhealthy", "timeout"), "a": ("unhealthy", "auth"),
+    "k": ("unhealthy", "host_key"), "r": ("unhealthy", "credential"), "p": ("unhealthy", "protocol"),
+    "s": ("unhealthy", "stale")}
+POLL_CHARACTERS = {meaning: character for character, meaning in POLLS.items()}
+SPANS = {"hour": (3600, 10), "day": (86_400, 300), "week": (604_800, 1800), "month": (2_592_000, 7200)}
+# seconds that a chart shows, and of a point: 360 points at most
+
+
+class SampleRow(Base):
+    """A poll, or that there was none in time."""
+
+    __tablename__ = "sample"
+    __table_args__ = {"sqlite_with_rowid": False}   # noqa: RUF012  # so the base class wants it
+    resource_id: Mapped[int] = mapped_column(ForeignKey("resource.id", ondelete="CASCADE"), primary_key=True)
+    at: Mapped[float] = mapped_column(primary_key=True)     # Unix time
+    packed: Mapped[bytes]       # SAMPLE
+    reason: Mapped[str]
+
+
+class AverageRow(Base):
+    """A quarter of an hour of which something is known."""
+
+    __tablename__ = "average"
+    __table_args__ = {"sqlite_with_rowid": False}   # noqa: RUF012  # so the base class wants it
+    resource_id: Mapped[int] = mapped_column(ForeignKey("resource.id", ondelete="CASCADE"), primary_key=True)
+    at: Mapped[int] = mapped_column(primary_key=True)       # Unix time of its begin, a multiple of QUARTER
+    packed: Mapped[bytes]       # AVERAGE
+
+
+Raw = tuple[float, bytes]       # `at` and `packed` of a SampleRow
+
+
 @dataclass(frozen=True)
 class Report:
     """What a poller tells the recorder after a poll; times are Unix times, `seconds` the duration of the poll."""
@@ -3450,73 +3506,329 @@ class Report:
     sample: Sample | None = None
     host_key: str | None = None
 
+    @property
+    def transition(self) -> str:
+        """What has changed, and after how long; empty for nothing."""
+        before, after = self.before, self.standing
+        if (before.state, before.cause) == (after.state, after.cause):
+            return ""
+        lasted = f" after {self.at - before.since:.0f} s" if before.since else ""
+        return f"{before.state} -> {after.state}{f' ({after.why})' if after.why else ''}{lasted}"
 
-def write_reports(session: Session, reports: Iterable[Report], keys: Mapping[int, str]) -> None:
-    """Status rows of resources that still exist, and keys trusted on first use."""
-    alive = set(session.scalars(sqlalchemy.select(Resource.id)))
+    @property
+    def character(self) -> str:
+        return POLL_CHARACTERS[self.verdict.state, self.verdict.cause]
+
+    @property
+    def packed(self) -> bytes:
+        """SAMPLE; of several disks the fullest one."""
+        after = self.standing
+        found = {metric: [value for _, value in self.sample.readings(metric)] for metric in METRICS} \
+            if self.sample else {}
+        found["seconds"] = [self.seconds] if self.seconds else []
+        counts = self.target.settings.ttl + (AUTH_BACKOFF if after.cause == "auth" else 0)
+        marks = self.character + POLL_CHARACTERS[after.state, after.cause]
+        return SAMPLE.pack(marks.encode(), int(counts), *(
+            min(round(max(found[metric]) * 100), MISSING - 1) if found.get(metric) else MISSING for metric in METRICS))
+
+
+def readings(packed: bytes) -> dict[str, float]:
+    """What a poll read, by METRICS, of the `packed` of a SampleRow or Status; what it did not read is left out."""
+    values = SAMPLE.unpack(packed)[2:] if packed else ()
+    return {metric: value / 100 for metric, value in zip(METRICS, values, strict=False) if value != MISSING}
+
+
+def record_event(session: Session, kind: str, text: str, *, resource: str = "", actor: str = "",   # noqa: PLR0913
+                 address: str = "", at: float | None = None) -> None:
+    """Adds an event within the caller's transaction; its arguments are the columns. `at` is Unix time, default now."""
+    session.add(Event(at=time.time() if at is None else at, kind=kind, resource=resource, text=one_line(text),
+                      actor=one_line(actor), address=one_line(address)))
+
+
+def events(session: Session, *, resource: str | None = None, kind: str | None = None, before: int | None = None,
+           limit: int = 100) -> list[Event]:
+    """The newest events first, `limit` of them, or of those before the event of the id `before`."""
+    query = sqlalchemy.select(Event).order_by(Event.id.desc()).limit(limit)
+    for column, value in ((Event.resource, resource), (Event.kind, kind)):
+        query = query if value is None else query.where(column == value)
+    return list(session.scalars(query if before is None else query.where(Event.id < before)))
+
+
+class PastPoll(NamedTuple):
+    """What is known of a poll; `standing` is the state of the resource after it."""
+
+    at: float
+    state: State
+    cause: Cause
+    reason: str
+    standing: State
+    readings: dict[str, float]
+
+
+def samples(session: Session, resource_id: int, *, since: float = 0.0, limit: int = STRIP) -> list[PastPoll]:
+    """The last polls of a resource, oldest first, `limit` of them, none before `since` (Unix time)."""
+    rows = session.execute(sqlalchemy.select(SampleRow.at, SampleRow.packed, SampleRow.reason)
+                           .where(SampleRow.resource_id == resource_id, SampleRow.at >= since)
+                           .order_by(SampleRow.at.desc()).limit(limit)).all()
+    return [PastPoll(at, *POLLS[chr(packed[0])], reason, POLLS[chr(packed[1])][0], readings(packed))
+            for at, packed, reason in reversed(rows)]
+
+
+class Quarter:
+    """What is known of a quarter of an hour."""
+
+    def __init__(self) -> None:
+        self.known = self.healthy = 0.0     # seconds
+        self._values: list[list[int]] = [[] for _ in METRICS]
+
+    def add(self, values: Iterable[int]) -> None:
+        for kept, value in zip(self._values, values, strict=True):
+            if value != MISSING:
+                kept.append(value)
+
+    def cover(self, seconds: float, state: State) -> None:
+        self.known += seconds
+        self.healthy += seconds if state != "unhealthy" else 0.0
+
+    @property
+    def packed(self) -> bytes:
+        """AVERAGE."""
+        found = [values or [MISSING] for values in self._values]
+        return AVERAGE.pack(round(self.known * 10), round(self.healthy * 10),
+                            *(round(sum(values) / len(values)) for values in found), *map(min, found), *map(max, found))
+
+
+def raw_rows(session: Session, resource_id: int, begin: float, end: float) -> list[Raw]:
+    """Polls from `begin` to `end` (Unix times), and the one before them, whose state may last into that time."""
+    query = sqlalchemy.select(SampleRow.at, SampleRow.packed).where(SampleRow.resource_id == resource_id)
+    earlier = session.execute(query.where(SampleRow.at < begin).order_by(SampleRow.at.desc()).limit(1))
+    rows = session.execute(query.where(SampleRow.at >= begin, SampleRow.at < end).order_by(SampleRow.at))
+    return [(at, packed) for result in (earlier, rows) for at, packed in result]
+
+
+def quarters(rows: Sequence[Raw], begin: float, end: float) -> dict[int, Quarter]:
+    """By the Unix time of their begin, what `rows` say of the quarters from `begin` to `end`: a poll's state lasts
+    until the next poll, but no longer than the poll counts."""
+    found: dict[int, Quarter] = collections.defaultdict(Quarter)
+    for index, (at, packed) in enumerate(rows):
+        marks, counts, *values = SAMPLE.unpack(packed)
+        if at >= begin:
+            found[int(at // QUARTER) * QUARTER].add(values)
+        state = POLLS[chr(marks[1])][0]
+        moment, last = max(at, begin), min(at + counts, rows[index + 1][0] if index + 1 < len(rows) else end, end)
+        while moment < last:
+            quarter = int(moment // QUARTER) * QUARTER
+            found[quarter].cover(min(last, quarter + QUARTER) - moment, state)
+            moment = quarter + QUARTER
+    return found
+
+
+def rolled_until(session: Session, resource_id: int) -> int:
+    """Unix time until which averages are made; 0 when there is none."""
+    last = session.scalar(sqlalchemy.select(func.max(AverageRow.at)).where(AverageRow.resource_id == resource_id))
+    return 0 if last is None else last + QUARTER
+
+
+def roll_up(session: Session, resource_id: int, end: int) -> None:
+    """Makes the averages that are missing until `end`, a multiple of QUARTER."""
+    begin = rolled_until(session, resource_id)
+    made = quarters(raw_rows(session, resource_id, begin, end), begin, end)
+    rows = [{"resource_id": resource_id, "at": at, "packed": quarter.packed} for at, quarter in sorted(made.items())]
+    if rows:
+        session.execute(sqlalchemy.insert(AverageRow), rows)
+
+
+def prune(session: Session, resource_id: int, retention: Retention, now: float) -> None:
+    """Drops what is older than `retention`, PRUNED rows at most, and what is of a future that a clock once showed."""
+    for table, days in ((SampleRow, retention.raw), (AverageRow, retention.averages)):
+        doomed = sqlalchemy.select(table.at).where(table.resource_id == resource_id, sqlalchemy.or_(
+            table.at < now - days * DAY, table.at > now + QUARTER)).limit(PRUNED)
+        session.execute(sqlalchemy.delete(table).where(table.resource_id == resource_id, table.at.in_(doomed)))
+
+
+def prune_events(session: Session, retention: Retention, now: float) -> None:
+    """Drops what is older than `retention`, and what is more than EVENTS."""
+    last = session.scalar(sqlalchemy.select(func.max(Event.id))) or 0
+    doomed = sqlalchemy.select(Event.id).where(sqlalchemy.or_(
+        Event.at < now - retention.events * DAY, Event.id <= last - EVENTS)).limit(PRUNED)
+    session.execute(sqlalchemy.delete(Event).where(Event.id.in_(doomed)))
+
+
+def availability(session: Session, resource_id: int, now: float) -> dict[str, float | None]:
+    """Percent of the last day, week and month in which the resource was healthy or degraded; time of which nothing is
+    known does not count, None: nothing is known at all."""
+    rows = session.execute(sqlalchemy.select(AverageRow.at, AverageRow.packed).where(
+        AverageRow.resource_id == resource_id, AverageRow.at >= now - SPANS["month"][0]))
+    known = [(at, *AVERAGE.unpack_from(packed)[:2]) for at, packed in rows]
+    begin = rolled_until(session, resource_id)
+    known += [(at, quarter.known * 10, quarter.healthy * 10) for at, quarter
+              in quarters(raw_rows(session, resource_id, begin, now), begin, now).items()]
+    found: dict[str, float | None] = {}
+    for span in ("day", "week", "month"):
+        inside = [row for row in known if row[0] > now - SPANS[span][0] - QUARTER]
+        total = sum(row[1] for row in inside)
+        found[span] = 100 * sum(row[2] for row in inside) / total if total else None
+    return found
+
+
+class Point(NamedTuple):
+    """A point of a chart, from `at` (Unix time) on for the seconds of SPANS."""
+
+    at: int
+    average: float
+    minimum: float
+    maximum: float
+
+
+def chart(session: Session, resource_id: int, metric: str, span: str, now: float) -> list[Point]:
+    """A metric of METRICS over a span of SPANS; a point is left out when nothing was read in its time."""
+    (seconds, step), place = SPANS[span], METRICS.index(metric)
+    raw_from = session.scalar(sqlalchemy.select(func.min(SampleRow.at)).where(SampleRow.resource_id == resource_id))
+    begin = now if raw_from is None else raw_from   # of the polls; there are averages of the time before
+    if span in ("week", "month"):
+        begin = max(begin, rolled_until(session, resource_id))
+    averages = session.execute(sqlalchemy.select(AverageRow.at, AverageRow.packed).where(
+        AverageRow.resource_id == resource_id, AverageRow.at >= now - seconds, AverageRow.at < begin))
+    points: dict[int, list[tuple[int, int, int]]] = collections.defaultdict(list)
+    for at, packed in averages:
+        points[at // step * step].append(AVERAGE.unpack(packed)[2 + place::len(METRICS)])
+    begin = max(now - seconds, begin)
+    for moment, packed in raw_rows(session, resource_id, begin, now):
+        if moment >= begin:
+            points[int(moment // step) * step].append((SAMPLE.unpack(packed)[2 + place],) * 3)
+    return [Point(at, sum(row[0] for row in rows) / len(rows) / 100, min(row[1] for row in rows) / 100,
+                  max(row[2] for row in rows) / 100)
+            for at, all_rows in sorted(points.items()) if (rows := [row for row in all_rows if row[0] != MISSING])]
+
+
+# === Poll ====================================================================
+def upsert_statuses(session: Session, reports: Iterable[Report], strips: Mapping[int, str]) -> None:
+    """The resources' last standings; `strips` are the polls to add to their strips."""
     rows = [{"resource_id": target.id, "configured": target.configured, "credential": target.credential,
              "state": after.state, "cause": after.cause, "reason": after.reason, "since": after.since,
              "polled": report.at, "good": after.good, "bad": after.bad, "seconds": report.seconds,
-             "sample": report.sample.to_json() if report.sample else "null"}
-            for report in reports for target, after in [(report.target, report.standing)] if target.id in alive]
+             "sample": report.sample.to_json() if report.sample else "null", "packed": report.packed,
+             "strip": strips[target.id][-STRIP:]}
+            for report in reports for target, after in [(report.target, report.standing)]]
     if rows:
-        session.execute(sqlalchemy.insert(Status).prefix_with("OR REPLACE"), rows)
-    for resource_id, key in keys.items():
-        session.execute(sqlalchemy.update(Resource).values(host_key=key)
-                        .where(Resource.id == resource_id, Resource.host_key.is_(None)))
+        insert = sqlite.insert(Status)
+        values: dict[str, Any] = {name: insert.excluded[name] for name in rows[0]}
+        values["strip"] = func.substr(Status.strip + insert.excluded["strip"], -STRIP)
+        session.execute(insert.on_conflict_do_update(set_=values), rows)
+
+
+class Batch:
+    """What is not written yet."""
+
+    def __init__(self) -> None:
+        self.latest: dict[int, Report] = {}     # by the resource's id
+        self.keys: dict[int, str] = {}          # host keys trusted on first use
+        self.samples: collections.deque[dict[str, Any]] = collections.deque(maxlen=PENDING)
+        self.events: collections.deque[dict[str, Any]] = collections.deque(maxlen=PENDING)
+
+    def add(self, report: Report) -> None:
+        resource_id = report.target.id
+        self.latest[resource_id] = report
+        if report.host_key:
+            self.keys[resource_id] = report.host_key
+        self.samples.append({"resource_id": resource_id, "at": report.at, "packed": report.packed,
+                             "reason": report.verdict.reason})
+
+    def note(self, kind: str, text: str, at: float, resource: str = "") -> None:
+        self.events.append({"kind": kind, "text": one_line(text), "at": at, "resource": resource, "actor": "",
+                            "address": ""})
+
+    def write(self, session: Session) -> None:
+        """Within the caller's transaction; nothing of resources that were removed."""
+        alive = set(session.scalars(sqlalchemy.select(Resource.id)))
+        samples = [row for row in self.samples if row["resource_id"] in alive]
+        strips: dict[int, str] = collections.defaultdict(str)
+        for row in samples:
+            strips[row["resource_id"]] += chr(row["packed"][0])
+        upsert_statuses(session, [report for number, report in self.latest.items() if number in alive], strips)
+        for statement, rows in ((sqlalchemy.insert(SampleRow).prefix_with("OR REPLACE"), samples),
+                                (sqlalchemy.insert(Event), list(self.events))):
+            if rows:
+                session.execute(statement, rows)
+        for resource_id, key in self.keys.items():
+            session.execute(sqlalchemy.update(Resource).values(host_key=key)
+                            .where(Resource.id == resource_id, Resource.host_key.is_(None)))
 
 
 class Recorder(threading.Thread):
     """The one writer of what polls found; gathers reports for FLUSH seconds and writes them in one transaction."""
 
-    def __init__(self, store: Store, aggregator: HealthAggregator) -> None:
+    def __init__(self, store: Store, aggregator: HealthAggregator, retention: Retention | None = None) -> None:
         super().__init__(name="recorder", daemon=True)
-        self._store, self._aggregator = store, aggregator
+        self._store, self._aggregator, self._retention = store, aggregator, retention or Retention()
         self._reports: queue.SimpleQueue[Report] = queue.SimpleQueue()
         self._ending = threading.Event()
+        self._flushing = threading.Lock()       # guards all below
         self._gate_since = time.time()
-        self._latest: dict[int, Report] = {}    # not written yet
-        self._keys: dict[int, str] = {}         # host keys not written yet
+        self._batch = Batch()
+        self._rolled = 0                        # Unix time until which averages are made or in the making
+        self._untidy: list[int] = []            # ids of resources whose averages are to be made
+        self._batch.note("gate", "closed (the service starts)", self._gate_since)
 
     def put(self, report: Report) -> None:
         """Takes a report; transitions are logged at once, in the caller's thread."""
-        before, after = report.before, report.standing
-        if (before.state, before.cause) != (after.state, after.cause):
-            lasted = f" after {report.at - before.since:.0f} s" if before.since else ""
-            log.log(logging.INFO if after.healthy else logging.WARNING, "%s: %s -> %s%s%s", report.target.name,
-                    before.state, after.state, f" ({after.why})" if after.why else "", lasted)
+        if report.transition:
+            log.log(logging.INFO if report.standing.healthy else logging.WARNING, "%s: %s", report.target.name,
+                    report.transition)
         self._reports.put(report)
 
     def run(self) -> None:
         while not self._ending.wait(FLUSH):
             self.flush()
+            self.tidy(time.time())
         self.flush()
 
     def flush(self) -> None:
-        """Writes what was gathered."""
-        self._log_gate()
-        with contextlib.suppress(queue.Empty):
-            while True:
-                report = self._reports.get_nowait()
-                self._latest[report.target.id] = report
-                if report.host_key:
-                    self._keys[report.target.id] = report.host_key
-        if not self._latest:
+        """Writes what was gathered; what cannot be written is kept."""
+        with self._flushing:
+            self._gather()
+            if not self._batch.latest and not self._batch.events:
+                return
+            try:
+                with self._store.writing() as session:
+                    self._batch.write(session)
+                self._batch = Batch()
+            except Exception as error:  # noqa: BLE001  # a thread's outermost step; the next one tries again
+                log.error("the database cannot be written: %s", one_line(str(getattr(error, "orig", error))))
+
+    def tidy(self, now: float) -> None:
+        """Makes averages of the quarters that are over, and drops what is too old; for TIDYING seconds at a time."""
+        end = int((now - QUARTER_GRACE) // QUARTER) * QUARTER
+        begun = time.monotonic()
+        if not self._untidy and end == self._rolled:
             return
         try:
             with self._store.writing() as session:
-                write_reports(session, self._latest.values(), self._keys)
-            self._latest, self._keys = {}, {}
-        except Exception as error:  # noqa: BLE001  # a thread's outermost step; what was not written is kept
-            log.error("the database cannot be written: %s", one_line(str(getattr(error, "orig", error))))
+                if not self._untidy:
+                    self._untidy, self._rolled = list(session.scalars(sqlalchemy.select(Resource.id))), end
+                    prune_events(session, self._retention, now)
+                while self._untidy and time.monotonic() - begun < TIDYING:
+                    resource_id = self._untidy.pop()
+                    roll_up(session, resource_id, self._rolled)
+                    prune(session, resource_id, self._retention, now)
+        except Exception as error:  # noqa: BLE001  # a thread's outermost step; the others follow at the next one
+            log.error("history cannot be summed up: %s", one_line(str(getattr(error, "orig", error))))
 
-    def _log_gate(self) -> None:
+    def _gather(self) -> None:
         with contextlib.suppress(queue.Empty):
             while True:
                 at, is_open, why = self._aggregator.transitions.get_nowait()
-                log.warning("gate: %s -> %s%s after %.0f s", "closed" if is_open else "open",
-                            "open" if is_open else "closed", f" ({why})" if why else "", at - self._gate_since)
+                text = (f"{'closed' if is_open else 'open'} -> {'open' if is_open else 'closed'}"
+                        f"{f' ({why})' if why else ''} after {at - self._gate_since:.0f} s")
+                log.warning("gate: %s", text)
+                self._batch.note("gate", text, at)
                 self._gate_since = at
+        with contextlib.suppress(queue.Empty):
+            while True:
+                report = self._reports.get_nowait()
+                self._batch.add(report)
+                if report.transition:
+                    self._batch.note("state", report.transition, report.at, report.target.name)
 
     def close(self) -> None:
         """Writes the rest and ends the thread."""
@@ -3561,6 +3873,7 @@ class Poller(threading.Thread):
         self._due = time.monotonic() + delay
         self.expires = self._due + target.settings.ttl      # without a report until then it is stale
         self._woken = threading.Event()
+        self._asked: queue.SimpleQueue[concurrent.futures.Future[Report | None]] = queue.SimpleQueue()   # see check_now
         self._stopped = False
         self._lock = threading.Lock()       # guards standing and the order of reports: the monitor sets stale
         self.standing = standing
@@ -3573,12 +3886,19 @@ class Poller(threading.Thread):
                 return
             if woken:
                 self._guard.clear(self.target.name)
+            waiting = [self._asked.get() for _ in range(self._asked.qsize())]
             begin = time.monotonic()
-            self._due = begin + self._poll()
+            pause, report = self._poll()
+            self._due = begin + pause
+            for answer in waiting:
+                answer.set_result(report)
 
-    def check_now(self) -> None:
-        """Polls at once, whatever the back-off."""
+    def check_now(self) -> concurrent.futures.Future[Report | None]:
+        """Polls at once, whatever the back-off; gives the report of that poll."""
+        answer: concurrent.futures.Future[Report | None] = concurrent.futures.Future()
+        self._asked.put(answer)
         self._woken.set()
+        return answer
 
     def stop(self) -> None:
         """Ends the thread after the poll that runs; its report is dropped when the resource is deregistered."""
@@ -3588,8 +3908,14 @@ class Poller(threading.Thread):
     def resume(self, left: float) -> None:
         """Counts the standing it was made with for `left` seconds."""
         self.expires = time.monotonic() + left
-        self._watch.aggregator.set_resource(
-            self.target.name, self.standing.healthy, self.standing.why, ttl=left, owner=self)
+        self.count()
+
+    def count(self) -> None:
+        """Tells the aggregator the standing once more, for the rest of its time."""
+        with self._lock:
+            if self.standing.state != "unknown":
+                self._watch.aggregator.set_resource(self.target.name, self.standing.healthy, self.standing.why,
+                                                    ttl=self.expires - time.monotonic(), owner=self)
 
     def expire(self) -> None:
         """Makes the resource unhealthy, cause `stale`, when there was no result in time."""
@@ -3599,13 +3925,13 @@ class Poller(threading.Thread):
         if late:
             self._report(Verdict("unhealthy", "stale", f"no result for {self.target.settings.ttl:.0f} s"), 0.0)
 
-    def _poll(self) -> float:
-        """One poll and its report; returns the seconds from its start to the next."""
+    def _poll(self) -> tuple[float, Report | None]:
+        """One poll and its report; returns the seconds from its start to the next, too."""
         settings, begin = self.target.settings, time.monotonic()
         wait = self._guard.wait(settings.name, self.target.key_stamp)
         sample, host_key = None, None
         if wait > 0 and self.standing.cause == "auth":
-            return min(wait, settings.interval)     # a sibling's success may free this one sooner
+            return min(wait, settings.interval), None   # a sibling's success may free this one sooner
         if wait > 0:
             verdict = Verdict("unhealthy", "auth", NOT_TRIED)
         else:
@@ -3613,18 +3939,18 @@ class Poller(threading.Thread):
         self._ticks = sample.ticks if sample else self._ticks
         if host_key:
             self.target = replace(self.target, host_key=host_key)
-        self._report(verdict, time.monotonic() - begin, sample, host_key)
+        report = self._report(verdict, time.monotonic() - begin, sample, host_key)
         pause = settings.interval if self.standing.decided else min(settings.interval, settings.retry_interval)
-        return pause * self._watch.random.uniform(1 - JITTER, 1 + JITTER)
+        return pause * self._watch.random.uniform(1 - JITTER, 1 + JITTER), report
 
     def _report(self, verdict: Verdict, seconds: float, sample: Sample | None = None,
-                host_key: str | None = None) -> None:
+                host_key: str | None = None) -> Report | None:
         settings, now = self.target.settings, time.time()
         retry = min(settings.interval, settings.retry_interval)
         with self._lock:
             if verdict.cause == "stale" and time.monotonic() < self.expires:
-                return      # a result came in after all
-            before = self.standing
+                return None     # a result came in after all
+            stopped, before = self._stopped, self.standing
             after = self.standing = settle(before, verdict, settings, now)
             wait = retry if after.good else settings.interval
             wait = self._guard.wait(settings.name, self.target.key_stamp) if verdict.cause == "auth" else wait
@@ -3632,8 +3958,10 @@ class Poller(threading.Thread):
             self._watch.aggregator.set_resource(
                 settings.name, after.healthy, after.why, ttl=settings.ttl, owner=self,
                 opens=wait + retry * max(0, settings.rise - after.good - 1))
-        if not self._stopped:
-            self._watch.recorder.put(Report(self.target, before, after, verdict, now, seconds, sample, host_key))
+        report = Report(self.target, before, after, verdict, now, seconds, sample, host_key)
+        if not stopped:
+            self._watch.recorder.put(report)
+        return report
 
 
 class Monitor(threading.Thread):
@@ -3644,6 +3972,8 @@ class Monitor(threading.Thread):
         self._store, self._vault, self._watch = store, vault, watch
         self._pollers: dict[str, Poller] = {}
         self._guards = Guards()
+        self._counted: dict[str, bool] = {}         # as the aggregator was told
+        self._maintenance: dict[str, float] = {}    # Unix times until which resources do not count
         self._revision = -1
         self._ending = threading.Event()
 
@@ -3673,6 +4003,17 @@ class Monitor(threading.Thread):
     def poller(self, name: str) -> Poller | None:
         return self._pollers.get(name)
 
+    def check_now(self, name: str, timeout: float) -> Report | None:
+        """Polls a resource at once and waits until its report is written; None when there was none in `timeout`
+        seconds, or there is no such resource. For any thread."""
+        poller = self._pollers.get(name)
+        try:
+            report = poller.check_now().result(timeout) if poller else None
+        except concurrent.futures.TimeoutError:
+            return None
+        self._watch.recorder.flush()
+        return report
+
     def _sweep(self) -> None:
         for name, poller in list(self._pollers.items()):
             if not poller.is_alive() and not self._ending.is_set():
@@ -3684,12 +4025,39 @@ class Monitor(threading.Thread):
             current = revision(session)
         if current != self._revision:
             self._reconcile()
+        now = time.time()
+        for name, poller in self._pollers.items():
+            if self._counts(poller.target, now) != self._counted[name]:
+                self._register(poller, now)
+                poller.count()
+        if any(0 < until <= now for until in self._maintenance.values()):
+            self._end_maintenance(now)
+
+    def _counts(self, target: Target, now: float) -> bool:
+        return target.settings.critical and self._maintenance[target.name] <= now
+
+    def _register(self, poller: Poller, now: float) -> None:
+        name = poller.target.name
+        self._counted[name] = self._counts(poller.target, now)
+        self._watch.aggregator.register(name, counted=self._counted[name], owner=poller)
+
+    def _end_maintenance(self, now: float) -> None:
+        """Notes that maintenance is over, also when it ended while no service ran."""
+        with self._store.writing() as session:
+            over = (Resource.maintenance > 0, Resource.maintenance <= now)
+            for row in session.scalars(sqlalchemy.select(Resource).where(*over)):
+                record_event(session, "change", "maintenance is over", resource=row.name, at=row.maintenance)
+                log.info("%s: maintenance is over", row.name)
+                row.maintenance, row.maintenance_reason = 0.0, ""
+                self._maintenance[row.name] = 0.0
 
     def _reconcile(self) -> None:
         """Makes the pollers follow the rows."""
         with self._store.reading() as session:
             current, targets = revision(session), load_targets(session, self._vault)
             stored = {row.resource_id: row for row in session.scalars(sqlalchemy.select(Status))}
+            ends = session.execute(sqlalchemy.select(Resource.name, Resource.maintenance))
+            self._maintenance = {name: until for name, until in ends}
         self._guards.keep(targets.values())
         for name in self._pollers.keys() - targets.keys():
             self._pollers[name].stop()
@@ -3729,7 +4097,7 @@ class Monitor(threading.Thread):
             standing = Standing(cast(State, stored.state), cast(Cause, stored.cause), stored.reason, stored.since,
                                 stored.good, stored.bad)
         poller = self._pollers[target.name] = Poller(target, self._watch, guard, standing, delay)
-        self._watch.aggregator.register(target.name, counted=target.settings.critical, owner=poller)
+        self._register(poller, time.time())
         poller.expires = expires or poller.expires
         if left > 0:
             poller.resume(left)
@@ -4454,7 +4822,8 @@ def watch_and_serve(installation: Installation, aggregator: HealthAggregator, se
             ensure_first_user(session)
             changes = import_inventory(session, installation.inventory, vault)
         log.info("inventory: %s", changes)
-        watch = Watch(aggregator, Recorder(store, aggregator), installation.access(), random.Random())
+        watch = Watch(aggregator, Recorder(store, aggregator, installation.service.retention),
+                      installation.access(), random.Random())
         with contextlib.closing(Monitor(store, vault, watch)) as monitor:
             monitor.begin()
             host, port = sock.getsockname()[:2]
