@@ -17,6 +17,9 @@ Sections, in file order; a definition refers only to what stands above it:
     Poll        a thread per resource, one writer, one overseer
     Pages       what a person sees
     Gate        the WSGI application in front of the application
+    Accounts    users, logins and what proves them, the brake on guessing
+    Console     the API below /-/ and what every request to it must pass
+    Views       the pages
     Serve       waitress on the loop, and its pools
     Workers     processes that serve on one socket
     Commands    the command line: serve, check, seal, trust, keys
@@ -38,9 +41,12 @@ import functools
 import hashlib
 import heapq
 import hmac
+import html
+import http
 import importlib
 import io
 import ipaddress
+import itertools
 import json
 import logging
 import logging.handlers
@@ -74,6 +80,7 @@ from urllib.parse import quote, unquote
 
 try:
     import flask
+    import itsdangerous
     import paramiko
     import requests
     import sqlalchemy
@@ -107,6 +114,8 @@ try:
     from waitress.channel import HTTPChannel
     from waitress.server import TcpWSGIServer
     from waitress.task import ThreadedTaskDispatcher, WSGITask
+    from werkzeug.exceptions import HTTPException
+    from werkzeug.wrappers import Response
 except ModuleNotFoundError as missing:
     raise SystemExit(f"healthchecker: the package {missing.name} is missing; "
                      "run `make run`, or `pip install -r requirements.txt`") from None
@@ -127,6 +136,7 @@ INVENTORY_BYTES = 1 << 20       # bytes; a larger inventory is refused
 INVENTORY_DEPTH = 8             # levels of nesting
 INVENTORY_NODES = 200_000       # YAML events
 SECRET_LENGTH = 1024            # characters of a password at most: a longer one only costs time
+PASSWORD_LENGTH = 12            # characters of a user's password at least
 LAST_PORT = 65535
 NAME_CHARS = 253                # characters, the length of the longest host name
 WINRM_PORTS = {True: 5986, False: 5985}    # with TLS and without
@@ -176,6 +186,7 @@ POOL_BUFFER = 16 << 20          # bytes of a response that wait for a slow clien
 LOOP_BUFFER = 1 << 30           # bytes; on the loop nobody can wait
 SEND_BYTES = 1 << 16            # bytes of a response that the loop gathers before it sends
 LAST_FLUSH = 1.5                # seconds for the last reports to be written when the service ends
+ASK_TIMEOUT = 90.0              # seconds that a worker waits for the main process: a poll may take long
 WORKERS_MAX = 8                 # worker processes that `auto` starts at most
 OWN_THREADS = 4                 # pool threads of a process for HealthChecker's own pages, API and metrics
 ACCEPTS = 64                    # connections accepted in one turn of the loop
@@ -188,6 +199,15 @@ WORKER_PAUSES = (0.0, 0.5, 1, 2, 5, 10, 30)     # seconds before the 1st, 2nd, â
 WORKER_END = 2.0                # seconds between the end of draining and the end of the process
 DRAIN = 7.5                     # seconds for requests in flight when the service ends
 POOL_END = 0.5                  # seconds for idle pool threads to end
+SESSION_KEY_BYTES = 32          # bytes of keys/session.key
+SESSION_LIFE = 8 * 3600.0       # seconds from the login to the end of a session
+SESSION_IDLE = 1800.0           # seconds without a request until it ends
+SESSION_STEP = 60.0             # seconds after which a request renews the cookie
+TOKEN_LIFE = 1200.0             # seconds of a bearer token
+LOGIN_FAILURES = 5              # of an account from an address, after which the next login waits
+LOGIN_WINDOW = 300.0            # seconds for which a failed login counts
+LOGINS_KEPT = 10_000            # accounts and addresses with failures that are remembered
+CONSOLE_BODY = 1 << 18          # bytes of a request to the pages and the API
 
 
 # === Errors ==================================================================
@@ -219,6 +239,19 @@ class StorageError(HealthCheckerError):
     """The database is damaged, newer than this program, in use, or not ours."""
 
     exit_code = 4
+
+
+class Refusal(HealthCheckerError):
+    """A request is refused: why, its HTTP status, the fields at fault with what is wrong with each, seconds to wait.
+
+    It can be pickled, so that it reaches a worker process."""
+
+    exit_code = 2
+
+    def __init__(self, detail: str, status: int = 400, fields: Mapping[str, str] | None = None,
+                 retry: float = 0.0) -> None:
+        super().__init__(detail)
+        self.status, self.fields, self.retry = status, dict(fields or {}), retry
 
 
 Cause = Literal["", "limit", "check", "unreachable", "timeout", "auth", "host_key", "credential", "protocol", "stale"]
@@ -672,6 +705,11 @@ class Inventory:
     service: ServiceSettings
     entries: list[Entry]
 
+    def without_secrets(self) -> Inventory:
+        """For processes that talk to strangers."""
+        return replace(self, entries=[Entry(entry.settings.model_copy(update=dict.fromkeys(SECRETS)), None, None,
+                                            entry.where) for entry in self.entries])
+
 
 def model_at(model: type[Settings], loc: Sequence[str | int]) -> type[Settings]:
     """The model whose field an `extra_forbidden` error names: follows the fields along `loc`."""
@@ -1046,6 +1084,11 @@ class User(Base):
         return len(password) <= SECRET_LENGTH and hmac.compare_digest(
             self.password_hash, hash_password(password, self.salt, self.rounds))
 
+    @property
+    def stamp(self) -> str:
+        """Changes with password and role: what proved a login before does not any more."""
+        return hashlib.sha256(self.password_hash + self.salt + self.role.encode()).hexdigest()
+
 
 class Resource(Base):
     """A machine that is watched. Secrets are sealed tokens; `settings` is JSON of everything without its own column."""
@@ -1140,6 +1183,14 @@ class Event(Base):
     text: Mapped[str]           # one line
     actor: Mapped[str]          # name of the user, empty for the service itself
     address: Mapped[str]        # the client's, empty for the service itself
+
+
+class Ended(Base):
+    """A session that was logged out before its time."""
+
+    __tablename__ = "ended"
+    ticket: Mapped[str] = mapped_column(primary_key=True)
+    until: Mapped[float]        # Unix time at which it would have ended anyway
 
 
 class Setting(Base):
@@ -4137,8 +4188,9 @@ def respond(environ: WSGIEnvironment, start_response: StartResponse,
 class Gate:
     """WSGI: the application answers while the lease holds; otherwise 503."""
 
-    def __init__(self, app: WSGIApplication, lease: Lease, clock: Callable[[], float] = time.monotonic) -> None:
-        self._app, self._lease, self._clock = app, lease, clock
+    def __init__(self, app: WSGIApplication, lease: Lease, clock: Callable[[], float] = time.monotonic,
+                 console: WSGIApplication | None = None) -> None:
+        self._app, self._lease, self._clock, self._console = app, lease, clock, console
         self._until = lease.until
         self.draining = False       # the service ends: readyz says so
         self.loop_thread: int | None = None     # where what may block must not run
@@ -4172,6 +4224,8 @@ class Gate:
         route = self._routes.get(environ["PATH_INFO"])
         if route is None and threading.get_ident() == self.loop_thread:
             return self._refuse(environ, start_response)    # its pool is full
+        if route is None and self._console:
+            return self._console(environ, start_response)
         if route is None:
             return respond(environ, start_response, ("404 Not Found", [], b"not found\n"))
         if environ["REQUEST_METHOD"] not in ("GET", "HEAD"):
@@ -4227,6 +4281,432 @@ def load_app(name: str, folder: Path) -> WSGIApplication:
     if not callable(app):
         raise UsageError(f"service.app {name} is not callable")
     return cast("WSGIApplication", app)
+
+
+# === Accounts ================================================================
+FIRST_USER = ("SpiceWorks", "HealthChecker")    # of the specification; its password is to be changed
+LIVES = {"session": (SESSION_LIFE, SESSION_IDLE), "token": (TOKEN_LIFE, TOKEN_LIFE)}    # seconds: in all, idle
+
+
+def ensure_first_user(session: Session) -> None:
+    """The specification's first account, while there is none at all."""
+    if session.scalar(sqlalchemy.select(User).limit(1)) is None:
+        session.add(User.create(*FIRST_USER, initial=True))
+
+
+def initial_user(session: Session) -> str | None:
+    """The name of an account that still has the documented password."""
+    return session.scalar(sqlalchemy.select(User.name).where(User.initial).limit(1))
+
+
+def session_key(folder: Path) -> bytes:
+    """What signs sessions and bearer tokens: `session.key` in `folder`, made on first start. Raises SecretError."""
+    path = folder / "session.key"
+    try:
+        with contextlib.suppress(FileExistsError):
+            if not path.exists():
+                create_private(path, secrets.token_bytes(SESSION_KEY_BYTES))
+        key = path.read_bytes()
+    except OSError as error:
+        raise SecretError(f"{path} cannot be read or made: {error.strerror}") from error
+    if len(key) < SESSION_KEY_BYTES:
+        raise SecretError(f"{path} is no session key; remove it, and the next start makes another")
+    return key
+
+
+class Ticket(NamedTuple):
+    """What a session's cookie or a bearer token says; times are Unix times."""
+
+    kind: str       # session | token
+    name: str       # its own, unguessable
+    user: int       # User.id
+    stamp: str      # User.stamp of the login
+    begun: float
+    seen: float     # the last request, give or take SESSION_STEP
+
+    @property
+    def ends(self) -> float:
+        life, idle = LIVES[self.kind]
+        return min(self.begun + life, self.seen + idle)
+
+
+class Tickets:
+    """Signs tickets and reads them; the same in every process that has the key, and after a restart."""
+
+    def __init__(self, key: bytes) -> None:
+        self._serializer = itsdangerous.URLSafeSerializer(
+            key, "healthchecker.ticket", signer_kwargs={"key_derivation": "hmac", "digest_method": hashlib.sha256})
+
+    def write(self, ticket: Ticket) -> str:
+        return str(self._serializer.dumps(ticket))
+
+    def read(self, text: str, kind: str, now: float) -> Ticket | None:
+        """The ticket, None when it is not ours, of another kind, or over."""
+        try:
+            ticket = Ticket(*self._serializer.loads(text))
+        except itsdangerous.BadData:
+            return None
+        return ticket if ticket.kind == kind and now < ticket.ends else None
+
+
+def holder(session: Session, ticket: Ticket) -> User | None:
+    """The user of a ticket; None once password or role changed, the user is gone, or the session was logged out."""
+    user = session.get(User, ticket.user)
+    valid = user is not None and hmac.compare_digest(user.stamp, ticket.stamp) and not session.get(Ended, ticket.name)
+    return user if valid else None
+
+
+class Throttle:
+    """Failed logins by account and address; LOGIN_FAILURES of them within LOGIN_WINDOW make the next one wait."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._failures: dict[tuple[str, str], list[float]] = {}     # the latest ones last
+
+    def wait(self, name: str, address: str) -> float:
+        """Seconds until the next attempt; 0 when it may be made now."""
+        failures = self._failures.get((name, address), [])
+        return max(0.0, failures[0] + LOGIN_WINDOW - self._clock()) if len(failures) >= LOGIN_FAILURES else 0.0
+
+    def fail(self, name: str, address: str) -> int:
+        """Takes a failure down; says how many count now. Names are the attacker's choice: the oldest ones go."""
+        now = self._clock()
+        failures = [at for at in self._failures.pop((name, address), []) if now - at < LOGIN_WINDOW]
+        self._failures[name, address] = [*failures, now][-LOGIN_FAILURES:]
+        if len(self._failures) > LOGINS_KEPT:
+            del self._failures[next(iter(self._failures))]
+        return len(self._failures[name, address])
+
+    def clear(self, name: str, address: str) -> None:
+        self._failures.pop((name, address), None)
+
+
+class Desk:
+    """The main process's side: what all processes need done in one place. Arguments and answers can be pickled."""
+
+    KINDS = frozenset({"login", "check", "test", "offered_key"})
+
+    def __init__(self, store: Store, monitor: Monitor) -> None:
+        self._store, self._monitor = store, monitor
+        self._hashing = threading.Lock()    # one password hash at a time: it costs a CPU for 0.15 s
+        self._throttle = Throttle()         # under the same lock
+        self._nobody = User.create("", secrets.token_hex())     # takes as long as a user that exists
+
+    def ask(self, kind: str, **arguments: Any) -> Any:
+        """Answers what `Site.ask` asks. Raises HealthCheckerError."""
+        return getattr(self, kind)(**arguments) if kind in self.KINDS else None
+
+    @contextlib.contextmanager
+    def _one_hash(self) -> Iterator[None]:
+        if not self._hashing.acquire(blocking=False):
+            raise Refusal("another password is being checked; try again in a second", 429, retry=1)
+        try:
+            yield
+        finally:
+            self._hashing.release()
+
+    def login(self, name: str, password: str, address: str) -> int:
+        """The id of the user with this password. Raises Refusal: 401, or 429 with the seconds to wait."""
+        with self._one_hash():
+            wait = self._throttle.wait(name, address)
+            if wait:
+                raise Refusal("too many failed logins; wait before the next", 429, retry=wait)
+            with self._store.reading() as session:
+                user = session.scalar(sqlalchemy.select(User).where(User.name == name))
+            if not (user or self._nobody).verify(password) or user is None:
+                self._throttle.fail(name, address)
+                raise Refusal("user name or password is wrong", 401)
+            self._throttle.clear(name, address)
+            return user.id
+
+
+# === Console =================================================================
+API = "/-/api/"
+COOKIE = "healthchecker_session"
+CONTENT_SECURITY_POLICY = ("default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "
+                           "connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'")
+SAFE_METHODS = ("GET", "HEAD")
+
+
+@dataclass(frozen=True)
+class Site:
+    """What pages and API work on, in whatever process they run."""
+
+    store: Store
+    inventory: Inventory
+    ask: Callable[..., Any]     # the main process; see Desk
+    session_key: bytes
+    lease: Lease
+    clock: Callable[[], float] = time.time      # Unix time
+
+    @functools.cached_property
+    def tickets(self) -> Tickets:
+        return Tickets(self.session_key)
+
+    @functools.cached_property
+    def vault(self) -> Vault:
+        """The keys, read when there is something to seal: it takes 0.1 s."""
+        return Vault(self.inventory.path.parent / self.inventory.service.keys)
+
+    @functools.cached_property
+    def places(self) -> dict[str, str]:
+        """file:line:column of the resources that the inventory states."""
+        return {entry.settings.name: entry.where for entry in self.inventory.entries}
+
+    @property
+    def is_healthy(self) -> bool:
+        """The gate's answer."""
+        return time.monotonic() < self.lease.until.value
+
+
+@dataclass(frozen=True)
+class Visitor:
+    """Who asks, from where, and by what it is known."""
+
+    site: Site
+    address: str
+    local: bool                     # from the server's own machine
+    ticket: Ticket | None = None
+    user: User | None = None
+
+    @property
+    def operator(self) -> bool:
+        """Whether the address may log in at all."""
+        address = ipaddress.ip_address(self.address)
+        networks = map(ipaddress.ip_network, self.site.inventory.service.operators)
+        return (self.local or not address.is_loopback) and any(address in network for network in networks)
+
+    def may(self, role: str) -> bool:
+        return self.user is not None and self.user.role in (role, "admin")
+
+    @property
+    def restricted(self) -> bool:
+        """The documented password still holds, and this is another machine: it can only be changed."""
+        return self.user is not None and self.user.initial and not self.local
+
+
+class Route(NamedTuple):
+    """One method of one path, who may use it (admin, viewer, or "" for those who can log in), and what answers."""
+
+    method: str
+    path: str
+    needs: str
+    run: Callable[..., flask.typing.ResponseReturnValue]
+    restricted: bool = False    # also while the documented password is to be changed first
+
+
+def visitor() -> Visitor:
+    """Who sent the request that is being answered."""
+    return cast(Visitor, flask.g.visitor)
+
+
+def client_address(environ: WSGIEnvironment) -> str:
+    """The client's address; an IPv4 one as such, however it was mapped."""
+    try:
+        address = ipaddress.ip_address(environ.get("REMOTE_ADDR", ""))
+    except ValueError:
+        return "0.0.0.0"    # noqa: S104  # nobody's, hence no operator's
+    return str(getattr(address, "ipv4_mapped", None) or address)
+
+
+def is_local(environ: WSGIEnvironment, address: str) -> bool:
+    """Whether a request comes from this machine itself: not through a proxy, and under a name of its own: a page of
+    anybody's site can have its name stand for 127.0.0.1, and a browser here then takes this service for that site."""
+    host = re.sub(r":\d*$", "", environ.get("HTTP_HOST", "localhost")).strip("[]").lower()
+    named = host in ("localhost", socket.gethostname().lower())
+    if not named:
+        with contextlib.suppress(ValueError):
+            named = bool(ipaddress.ip_address(host))
+    return named and ipaddress.ip_address(address).is_loopback and not environ.get("healthchecker.forwarded")
+
+
+def bearer(request: flask.Request) -> str | None:
+    kind, _, text = request.headers.get("Authorization", "").partition(" ")
+    return text.strip() if kind.lower() == "bearer" else None
+
+
+def identify(site: Site, request: flask.Request) -> Visitor:
+    """Who it is; a bearer token counts before a cookie."""
+    address = client_address(request.environ)
+    stranger = Visitor(site, address, is_local(request.environ, address))
+    token = bearer(request)
+    kind, text = ("token", token) if token is not None else ("session", request.cookies.get(COOKIE, ""))
+    ticket = site.tickets.read(text, kind, site.clock())
+    if ticket is None:
+        return stranger
+    with site.store.reading() as session:
+        user = holder(session, ticket)
+    return replace(stranger, ticket=ticket, user=user) if user else stranger
+
+
+def same_origin(request: flask.Request) -> bool | None:
+    """Whether a page of this service sent the request; None when its sender does not say."""
+    fetch_site, origin = request.headers.get("Sec-Fetch-Site"), request.headers.get("Origin")
+    if fetch_site:
+        return fetch_site == "same-origin"
+    return origin == f"{request.scheme}://{request.host}" if origin else None
+
+
+def admit(site: Site, routes: Mapping[str, Route]) -> None:
+    """Stands before every request. Raises Refusal for those who may not."""
+    request = flask.request
+    who = flask.g.visitor = identify(site, request)
+    route = routes.get(request.endpoint or "")
+    needs = route.needs if route else "viewer"
+    if not who.operator:
+        raise Refusal("this address may not log in; see service.operators", 403)
+    if needs and who.user is None:
+        raise Refusal("log in first", 401)
+    if request.method not in SAFE_METHODS:
+        same = same_origin(request)
+        if same is False or (same is None and who.ticket and who.ticket.kind == "session"):
+            raise Refusal("this request does not come from a page of this service", 403)
+    if who.restricted and not (route and route.restricted):
+        raise Refusal("change the documented password first", 403)
+    if needs and not who.may(needs):
+        raise Refusal("only an admin may do this", 403)
+
+
+def open_ticket(site: Site, kind: str, user: User) -> Ticket:
+    now = site.clock()
+    return Ticket(kind, secrets.token_urlsafe(16), user.id, user.stamp, now, now)
+
+
+def sign_in(who: Visitor, name: str, password: str) -> User:
+    """The user with this password. Raises Refusal: 401, or 429 with the seconds to wait."""
+    user_id = who.site.ask("login", name=name, password=password, address=who.address)
+    with who.site.store.reading() as session:
+        user = session.get(User, user_id)
+    if user is None:
+        raise Refusal("user name or password is wrong", 401)
+    return user
+
+
+def sign_out(who: Visitor) -> None:
+    """Ends the visitor's session, also for whoever else has its cookie."""
+    if who.ticket:
+        with who.site.store.writing() as session:
+            session.execute(sqlalchemy.delete(Ended).where(Ended.until < who.site.clock()))
+            session.merge(Ended(ticket=who.ticket.name, until=who.ticket.begun + SESSION_LIFE))
+
+
+def give_cookie(response: Response, site: Site, ticket: Ticket | None) -> None:
+    """Sets the session's cookie, or takes it away; the application behind the gate never sees it."""
+    response.set_cookie(COOKIE, site.tickets.write(ticket) if ticket else "", max_age=None if ticket else 0,
+                        path=PREFIX, secure=flask.request.is_secure, httponly=True, samesite="Strict")
+
+
+def finish(response: Response) -> Response:
+    """Stands behind every request: headers, and a session that goes on."""
+    who: Visitor | None = flask.g.get("visitor")
+    response.headers.setdefault("Cache-Control", "no-store")
+    response.headers["Content-Security-Policy"] = CONTENT_SECURITY_POLICY
+    response.headers["X-Content-Type-Options"] = "nosniff"
+    response.headers["Referrer-Policy"] = "same-origin"     # with no-referrer, forms would send `Origin: null`
+    if who and who.user and who.ticket and who.ticket.kind == "session" and "Set-Cookie" not in response.headers:
+        now = who.site.clock()
+        if now - who.ticket.seen > SESSION_STEP and "X-Refresh" not in flask.request.headers:
+            give_cookie(response, who.site, who.ticket._replace(seen=now))      # a page that refreshes itself is idle
+    return response
+
+
+def problem(error: Refusal) -> flask.Response:
+    """RFC 9457, with the fields at fault."""
+    title = http.HTTPStatus(error.status).phrase
+    body: dict[str, Any] = {"type": "about:blank", "title": title, "status": error.status, "detail": str(error)}
+    if error.fields:
+        body["errors"] = [{"field": name, "message": text} for name, text in error.fields.items()]
+    return flask.Response(json.dumps(body), error.status, mimetype="application/problem+json")
+
+
+# === Views ===================================================================
+def own_path(text: str) -> str:
+    """`text` when it is a path of the console, or its first page: after a login nobody is sent elsewhere."""
+    return text if text.startswith(PREFIX) and text.isprintable() and "\\" not in text else PREFIX
+
+
+def overview() -> str:
+    return PAGE.format(title="HealthChecker", text=f"The gate is {'open' if visitor().site.is_healthy else 'closed'}.")
+
+
+LOGIN = PAGE.format(title="Log in", text="""<form method="post"><input name="username"><input type="password"
+name="password"><button>Log in</button></form>""")
+
+
+def login_page() -> str:
+    return LOGIN
+
+
+def login_form() -> flask.typing.ResponseReturnValue:
+    """Begins a session: a new one, whatever cookie came with the request."""
+    who, form = visitor(), flask.request.form
+    user = sign_in(who, form.get("username", ""), form.get("password", ""))
+    response = flask.redirect(own_path(flask.request.args.get("next", "")), 303)
+    give_cookie(response, who.site, open_ticket(who.site, "session", user))
+    return response
+
+
+def logout_form() -> flask.typing.ResponseReturnValue:
+    sign_out(visitor())
+    response = flask.redirect("/-/login", 303)
+    give_cookie(response, visitor().site, None)
+    return response
+
+
+def refusal_page(error: Refusal) -> flask.typing.ResponseReturnValue:
+    """What a browser gets instead of the page; those who have to log in are led there and back."""
+    if error.status == 401 and flask.request.method in SAFE_METHODS:
+        return flask.redirect(f"/-/login?next={quote(flask.request.full_path.rstrip('?'))}", 303)
+    return PAGE.format(title=http.HTTPStatus(error.status).phrase, text=html.escape(str(error))), error.status
+
+
+def refuse(error: Refusal) -> flask.typing.ResponseReturnValue:
+    """The answer to a request that is refused, for programs or for people."""
+    is_api = flask.request.path.startswith(API)
+    response = flask.make_response(problem(error) if is_api else refusal_page(error))
+    if error.status == 401 and is_api:
+        response.headers["WWW-Authenticate"] = "Bearer"
+    if error.retry:
+        response.headers["Retry-After"] = str(math.ceil(error.retry))
+    return response
+
+
+def refuse_http(error: HTTPException) -> flask.typing.ResponseReturnValue:
+    """What Flask refuses by itself: unknown paths, methods, large or broken requests."""
+    response = flask.make_response(refuse(Refusal(error.description or "", error.code or 500)))
+    if allowed := getattr(error, "valid_methods", None):
+        response.headers["Allow"] = ", ".join(sorted(allowed))
+    return response
+
+
+PAGES = (
+    Route("GET", "/-/", "viewer", overview),
+    Route("GET", "/-/login", "", login_page, restricted=True),
+    Route("POST", "/-/login", "", login_form, restricted=True),
+    Route("POST", "/-/logout", "viewer", logout_form, restricted=True),
+)
+
+
+def build_console(site: Site) -> flask.Flask:
+    """The Flask application of everything below /-/ that is not the gate's own."""
+    app = flask.Flask("healthchecker.console", static_folder=None)
+    app.config.update(MAX_CONTENT_LENGTH=CONSOLE_BODY, PROVIDE_AUTOMATIC_OPTIONS=False)
+    app.url_map.merge_slashes = False       # it would redirect
+    routes = {f"{route.method} {route.path}": route for route in PAGES}
+    for endpoint, route in routes.items():
+        app.add_url_rule(route.path, endpoint, route.run, methods=[route.method])
+    app.before_request(functools.partial(admit, site, routes))
+    app.after_request(finish)
+    app.register_error_handler(Refusal, refuse)
+    app.register_error_handler(HTTPException, refuse_http)
+    return app
+
+
+def build_gate(site: Site) -> Gate:
+    """The gate in front of the application of the inventory. Raises UsageError."""
+    service = site.inventory.service
+    app = load_app(service.app, site.inventory.path.parent) if service.app else builtin_app()
+    return Gate(app, site.lease, console=build_console(site))
 
 
 # === Serve ===================================================================
@@ -4538,8 +5018,9 @@ class Post:
     """What a worker process is given."""
 
     number: int
-    folder: Path        # the inventory's
-    service: ServiceSettings
+    inventory: Inventory        # without secrets
+    database: Path
+    session_key: bytes
     sock: socket.socket
     lease: Lease
     crowd: Crowd
@@ -4555,22 +5036,39 @@ class Worker:
         self._told = threading.Event()      # what to do: serve, or end
         self._ending = False
         self._server: GateServer | None = None
+        self._numbers = itertools.count()
+        self._asked: dict[int, queue.SimpleQueue[Any]] = {}     # questions to the main process by their number
 
     def run(self) -> None:
-        post, service = self._post, self._post.service
+        post, service = self._post, self._post.inventory.service
         self._wire.open()
         logging.basicConfig(level=logging.INFO, handlers=[WireHandler(self._wire)], force=True)
         try:
-            app = load_app(service.app, post.folder) if service.app else builtin_app()
+            site = Site(Store(post.database), post.inventory, self.ask, post.session_key, post.lease)
+            self._server = GateServer(build_gate(site), post.sock, service, connection_limit(0),
+                                      Share(post.crowd, post.number))
         except HealthCheckerError as error:
             self._wire.put("failed", str(error))
             return
-        self._server = GateServer(Gate(app, post.lease), post.sock, service, connection_limit(0),
-                                  Share(post.crowd, post.number))
         self._wire.put("ready")
         self._told.wait()
         if not self._ending:
             self._server.serve()
+
+    def ask(self, kind: str, **arguments: Any) -> Any:
+        """What Desk.ask answers in the main process. Raises HealthCheckerError."""
+        number, answers = next(self._numbers), queue.SimpleQueue[Any]()
+        self._asked[number] = answers
+        self._wire.put("ask", number, kind, arguments)
+        try:
+            answer = answers.get(timeout=ASK_TIMEOUT)
+        except queue.Empty:
+            raise Refusal("the main process does not answer; see the log", 503, retry=1) from None
+        finally:
+            del self._asked[number]
+        if isinstance(answer, HealthCheckerError):
+            raise answer
+        return answer
 
     def close(self) -> None:
         """What the application left running does not keep the process."""
@@ -4581,6 +5079,11 @@ class Worker:
 
     def _receive(self, message: Any) -> None:
         """In the wire's thread: None, the main process died."""
+        if message and message[0] == "answer":
+            answers = self._asked.get(message[1])
+            if answers:
+                answers.put(message[2])
+            return
         if message != ("serve",):
             self._ending = True
             if self._server:
@@ -4624,10 +5127,11 @@ def work(post: Post) -> None:
 
 
 class Hand:
-    """In the main process: one worker process, from its start to its end."""
+    """In the main process: one worker process, from its start to its end; `desk` answers what it asks."""
 
-    def __init__(self, post: Post, process: multiprocessing.process.BaseProcess, pipe: PipeConnection) -> None:
-        self.number, self.process, self.born = post.number, process, time.monotonic()
+    def __init__(self, number: int, process: multiprocessing.process.BaseProcess, pipe: PipeConnection,
+                 desk: Callable[..., Any]) -> None:
+        self.number, self.process, self.born, self._desk = number, process, time.monotonic(), desk
         self.wire = Wire(pipe, self._receive)
         self.ready = threading.Event()
         self.failure = ""
@@ -4654,22 +5158,35 @@ class Hand:
             self.failure = message[1]
         elif message[0] == "log":
             log.log(message[1], "worker %d: %s", self.number, message[2])
+        elif message[0] == "ask":       # a poll takes its time; the worker has few threads that ask
+            threading.Thread(target=self._answer, args=message[1:], name="desk", daemon=True).start()
+
+    def _answer(self, number: int, kind: str, arguments: dict[str, Any]) -> None:
+        try:
+            answer = self._desk(kind, **arguments)
+        except HealthCheckerError as error:
+            answer = error
+        except Exception:       # a thread's outermost step: the worker waits for an answer
+            log.exception("what worker %d asked for (%s) failed", self.number, kind)
+            answer = Refusal("it failed in an unforeseen way; see the log", 500)
+        self.wire.put("answer", number, answer)
 
 
 class Crew:
     """The worker processes on one listening socket: starts them, replaces those that die, ends them."""
 
-    def __init__(self, service: ServiceSettings, folder: Path, sock: socket.socket, lease: Lease) -> None:
-        self._service, self._folder, self._sock, self._lease = service, folder, sock, lease
-        self._crowd = Crowd(service.worker_count)
+    def __init__(self, site: Site, database: Path, sock: socket.socket) -> None:
+        self._site, self._database, self._sock = site, database, sock
+        self._count = site.inventory.service.worker_count
+        self._crowd = Crowd(self._count)
         self._hands: list[Hand] = []
-        self._short = [0] * service.worker_count    # short lives in a row, by worker
+        self._short = [0] * self._count             # short lives in a row, by worker
         self._due: dict[int, float] = {}            # when to replace those that died
         self._stopping = False
 
     def start(self) -> None:
         """Starts all and waits until they can serve. Raises UsageError where the application cannot be loaded."""
-        self._hands = [self._launch(number) for number in range(self._service.worker_count)]
+        self._hands = [self._launch(number) for number in range(self._count)]
         while not self._stopping and not all(hand.ready.is_set() for hand in self._hands):
             for hand in self._hands:
                 if not hand.alive:
@@ -4704,12 +5221,14 @@ class Crew:
     def _launch(self, number: int) -> Hand:
         context = multiprocessing.get_context("spawn")      # the same on every system
         ours, theirs = context.Pipe()
-        post = Post(number, self._folder, self._service, self._sock, self._lease, self._crowd, theirs)
+        site = self._site
+        post = Post(number, site.inventory, self._database, site.session_key, self._sock, site.lease, self._crowd,
+                    theirs)
         process = context.Process(target=work, args=(post,), name=f"worker {number}")
         with signals_held():
             process.start()
         theirs.close()      # or the worker's end would not be seen
-        hand = Hand(post, process, ours)
+        hand = Hand(number, process, ours, site.ask)
         hand.wire.open()
         return hand
 
@@ -4789,47 +5308,39 @@ class Installation:
         return Access(KnownHosts(known_hosts), Resolver())
 
 
-FIRST_USER = ("SpiceWorks", "HealthChecker")    # of the specification; its password is to be changed
-
-
-def ensure_first_user(session: Session) -> None:
-    """The specification's first account, while there is none at all."""
-    if session.scalar(sqlalchemy.select(User).limit(1)) is None:
-        session.add(User.create(*FIRST_USER, initial=True))
-
-
-def front(installation: Installation, sock: socket.socket, lease: Lease) -> GateServer | Crew:
+def front(site: Site, database: Path, sock: socket.socket) -> GateServer | Crew:
     """What answers requests: worker processes, or this process itself. Raises UsageError for a bad `service.app`."""
-    service, folder = installation.service, installation.path.parent
-    if service.worker_count:
-        crew = Crew(service, folder, sock, lease)
+    inventory = site.inventory
+    if inventory.service.worker_count:
+        crew = Crew(site, database, sock)
         try:
             crew.start()
         except BaseException:       # whatever ends the start ends the workers
             crew.close()
             raise
         return crew
-    app = load_app(service.app, folder) if service.app else builtin_app()
-    return GateServer(Gate(app, lease), sock, service, connection_limit(len(installation.inventory.entries)))
+    return GateServer(build_gate(site), sock, inventory.service, connection_limit(len(inventory.entries)))
 
 
-def watch_and_serve(installation: Installation, aggregator: HealthAggregator, server: GateServer | Crew,
-                    sock: socket.socket) -> None:
-    """Takes the inventory over, starts the watch and serves until `server` is stopped."""
-    with contextlib.closing(installation.open_store()) as store:
-        with store.writing() as session:
-            vault = installation.open_vault(session)
-            ensure_first_user(session)
-            changes = import_inventory(session, installation.inventory, vault)
-        log.info("inventory: %s", changes)
-        watch = Watch(aggregator, Recorder(store, aggregator, installation.service.retention),
-                      installation.access(), random.Random())
-        with contextlib.closing(Monitor(store, vault, watch)) as monitor:
-            monitor.begin()
-            host, port = sock.getsockname()[:2]
-            log.info("serving on http://%s:%d", f"[{host}]" if ":" in host else host, port)
-            server.serve()
-            server.close()
+def watch_and_serve(installation: Installation, sock: socket.socket, store: Store) -> None:
+    """Takes the inventory over, starts the watch and serves until a signal comes."""
+    inventory, aggregator = installation.inventory, HealthAggregator()
+    with store.writing() as session:
+        vault = installation.open_vault(session)
+        ensure_first_user(session)
+        changes = import_inventory(session, inventory, vault)
+    log.info("inventory: %s", changes)
+    recorder = Recorder(store, aggregator, inventory.service.retention)
+    monitor = Monitor(store, vault, Watch(aggregator, recorder, installation.access(), random.Random()))
+    key = session_key(installation.resolve(inventory.service.keys))
+    site = Site(store, inventory.without_secrets(), Desk(store, monitor).ask, key, aggregator.lease)
+    with contextlib.closing(monitor), contextlib.closing(front(site, installation.database, sock)) as server:
+        for number in ENDINGS:
+            signal.signal(number, lambda *_: server.stop())
+        monitor.begin()
+        host, port = sock.getsockname()[:2]
+        log.info("serving on http://%s:%d", f"[{host}]" if ":" in host else host, port)
+        server.serve()
 
 
 def serve(arguments: argparse.Namespace) -> int:
@@ -4840,12 +5351,9 @@ def serve(arguments: argparse.Namespace) -> int:
     set_up_logging(installation.resolve(service.log_file) if service.log_file else None)
     sock = listen(service)
     inspect_database(installation.database)
-    aggregator = HealthAggregator()
     with contextlib.closing(lock_database(installation.database)), \
-            contextlib.closing(front(installation, sock, aggregator.lease)) as server:
-        for number in ENDINGS:
-            signal.signal(number, lambda *_: server.stop())
-        watch_and_serve(installation, aggregator, server, sock)
+            contextlib.closing(installation.open_store()) as store:
+        watch_and_serve(installation, sock, store)
     log.info("ended")
     return 0
 
