@@ -33,6 +33,7 @@ import binascii
 import collections
 import concurrent.futures
 import contextlib
+import copy
 import ctypes
 import difflib
 import errno
@@ -71,6 +72,7 @@ import sys
 import tempfile
 import threading
 import time
+import uuid
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
@@ -2269,7 +2271,8 @@ class LineAdapter(requests.adapters.HTTPAdapter):
 class PowerShellConnection:
     """One resource over PowerShell Remoting (pypsrp), a fresh runspace per run."""
 
-    MAKING: ClassVar = threading.Lock()     # guards ElementTree's table of prefixes, which each new WSMan writes
+    # Each new WSMan rewrites ElementTree's table of prefixes, and what other polls send just then is no XML: copied.
+    WSMAN: ClassVar = WSMan("localhost")
 
     def __init__(self, target: Target, guard: LoginGuard, access: Access) -> None:
         self._target, self._guard, self._access = target, guard, access
@@ -2318,12 +2321,13 @@ class PowerShellConnection:
 
     def _wsman(self, line: Line) -> WSMan:
         settings, password = self._target.settings, self._target.password
-        with self.MAKING:
-            wsman = WSMan(settings.hostname, port=settings.connect_port, username=settings.username,
-                          password=password.get_secret_value() if password else None, ssl=settings.tls,
-                          auth=settings.auth, no_proxy=True, operation_timeout=max(1, int(settings.timeout)),
-                          certificate_pem=settings.certificate_file and str(settings.certificate_file),
-                          certificate_key_pem=settings.key_file and str(settings.key_file))
+        wsman = copy.copy(self.WSMAN)
+        wsman.session_id, wsman.operation_timeout = str(uuid.uuid4()), max(1, int(settings.timeout))
+        wsman.transport = type(self.WSMAN.transport)(
+            settings.hostname, settings.connect_port, settings.username,
+            password.get_secret_value() if password else None, settings.tls, auth=settings.auth, no_proxy=True,
+            certificate_pem=settings.certificate_file and str(settings.certificate_file),
+            certificate_key_pem=settings.key_file and str(settings.key_file))
         session = wsman.transport._build_session()
         session.trust_env = False       # a .netrc would replace the Authorization header
         for scheme in ("http://", "https://"):
