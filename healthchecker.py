@@ -1769,7 +1769,8 @@ class Guards:
     def _key(self, target: Target) -> bytes:
         """Equal for resources that log in as the same user with the same secret; does not give the secret away."""
         secret = target.password.get_secret_value() if target.password else str(target.settings.key_file)
-        parts = length_prefixed(target.settings.username or target.name, secret)
+        user = target.settings.username or str(target.settings.certificate_file or target.name)
+        parts = length_prefixed(user, secret)
         return hashlib.blake2b(parts, key=self._salt).digest()
 
     def of(self, target: Target) -> LoginGuard:
@@ -2066,6 +2067,7 @@ class SshConnection:
 WINRM_ANSWERS = frozenset({200, 400, 401, 500})     # 400 and 500 carry faults
 HTTP_CAUSES: dict[int, Cause] = {403: "auth", 502: "unreachable", 503: "unreachable", 504: "unreachable"}
 START_WINRM = "run `winrm quickconfig` there and check port and tls"
+UNMAPPED = "the host refuses the client certificate; map it to an account there"
 WINRM_FAULTS: dict[int, tuple[Cause, str]] = {
     5: ("auth", "access denied: add the account to Remote Management Users, or correct configuration_name"),
     2150858793: ("timeout", "the script did not end in time; raise timeout"),
@@ -2096,7 +2098,7 @@ def tls_fault(error: OSError) -> ProbeError:
     if isinstance(error, TimeoutError):
         return ProbeError("timeout", "no answer in time")
     if "ALERT" in reason and ("CERTIFICATE" in reason or "UNKNOWN_CA" in reason):
-        return ProbeError("auth", "the host refuses the client certificate; map it to an account there")
+        return ProbeError("auth", UNMAPPED)
     if isinstance(error, ssl.SSLError) and not isinstance(error, ssl.SSLEOFError):
         return ProbeError("protocol", f"no TLS there ({reason}); check port and tls")
     return ProbeError("unreachable", f"the host closed the connection; {START_WINRM}")
@@ -2347,8 +2349,8 @@ class PowerShellConnection:
             extra = f"pypsrp[{settings.auth}]"
             raise ProbeError("credential", f"auth {settings.auth} needs a package: pip install {extra}") from error
         except AuthenticationError as error:
-            user = settings.username
-            raise ProbeError("auth", f"login as {user} refused; check username, password and auth") from error
+            refused = f"login as {settings.username} refused; check username, password and auth"
+            raise ProbeError("auth", UNMAPPED if settings.auth == "certificate" else refused) from error
         except WSManFaultError as error:
             unknown: tuple[Cause, str] = ("protocol", f"WinRM fault {error.code}: {error.reason}")
             raise ProbeError(*WINRM_FAULTS.get(error.code or 0, unknown)) from error

@@ -62,15 +62,15 @@ class Certificate(NamedTuple):
     fingerprint: str
 
 
-def make_certificate(folder: Path, name: str) -> Certificate:
-    """Make a certificate for `localhost` and 127.0.0.1 that is its own authority, valid for a day."""
+def make_certificate(folder: Path, name: str, address: str = HOST, days: int = 1) -> Certificate:
+    """Make a certificate for `localhost` and an address that is its own authority; it ends in so many days."""
     key = ec.generate_private_key(ec.SECP256R1())
     subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name)])
     now = datetime.datetime.now(datetime.timezone.utc)
-    names = [x509.DNSName("localhost"), x509.IPAddress(ipaddress.ip_address(HOST))]
+    names = [x509.DNSName("localhost"), x509.IPAddress(ipaddress.ip_address(address))]
     builder = x509.CertificateBuilder(subject, subject, key.public_key(), x509.random_serial_number())
-    builder = builder.not_valid_before(now - datetime.timedelta(hours=1))
-    builder = builder.not_valid_after(now + datetime.timedelta(days=1))
+    builder = builder.not_valid_before(now - datetime.timedelta(days=30))
+    builder = builder.not_valid_after(now + datetime.timedelta(days=days))
     builder = builder.add_extension(x509.SubjectAlternativeName(names), critical=False)
     builder = builder.add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
     builder = builder.add_extension(
@@ -849,10 +849,10 @@ class WSManServer:
         """The SHA-256 of the server's certificate, 64 hexadecimal digits."""
         return self.certificate.fingerprint
 
-    def rotate_certificate(self) -> None:
-        """Show new connections another certificate."""
+    def rotate_certificate(self, address: str = HOST, days: int = 1) -> None:
+        """Show new connections another certificate, for an address and so many days."""
         self._serial += 1
-        self.certificate = make_certificate(self.folder, f"server-{self._serial}")
+        self.certificate = make_certificate(self.folder, f"server-{self._serial}", address, days)
         tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         tls.load_cert_chain(self.certificate.certificate_file, self.certificate.key_file)
         if self.auth == "certificate":
