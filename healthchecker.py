@@ -20,6 +20,7 @@ Sections, in file order; a definition refers only to what stands above it:
     Accounts    users, logins and what proves them, the brake on guessing
     Console     the API below /-/ and what every request to it must pass
     Views       the pages
+    HTTP        requests read strictly, clients with deadlines
     Serve       waitress on the loop, and its pools
     Workers     processes that serve on one socket
     Commands    the command line: serve, check, seal, trust, keys
@@ -78,7 +79,7 @@ from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, Protocol, cast
-from urllib.parse import quote, unquote
+from urllib.parse import quote, unquote, unquote_to_bytes
 
 try:
     import flask
@@ -113,9 +114,12 @@ try:
     from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
     from waitress import wasyncore
     from waitress.adjustments import Adjustments
+    from waitress.buffers import OverflowableBuffer
     from waitress.channel import HTTPChannel
+    from waitress.parser import HTTPRequestParser
+    from waitress.receiver import ChunkedReceiver, FixedStreamReceiver
     from waitress.server import TcpWSGIServer
-    from waitress.task import ThreadedTaskDispatcher, WSGITask
+    from waitress.task import ErrorTask, ThreadedTaskDispatcher, WSGITask
     from werkzeug.exceptions import HTTPException
     from werkzeug.wrappers import Response
 except ModuleNotFoundError as missing:
@@ -184,6 +188,18 @@ LOG_BYTES = 10 << 20            # bytes of a log file before it rotates
 LOG_FILES = 5                   # rotated log files that are kept
 CONNECTIONS_MAX = 100_000       # client connections, where the system knows no limit
 BACKLOG = 1024                  # connections that wait to be accepted
+HEADER_BYTES = 16 << 10         # bytes of a request's line and headers, or of what surrounds the chunks of its body
+HEADER_TIME = 5.0               # seconds from the first byte of a request to the end of its headers
+BODY_TIME = 30.0                # seconds from there to the end of its body
+FIRST_BYTE = 15.0               # seconds until a new connection sends something
+IDLE = 75.0                     # seconds a connection is kept for another request; proxies keep theirs for 60
+IDLE_PRESSED = 2.0              # seconds instead of both while no further connection can be accepted
+STALLED = 60.0                  # seconds in which a client has to take some of its answer
+LINGER = 3.0                    # seconds for a refused client to take its answer
+LINGER_BYTES = 16 << 20         # bytes of a refused request that are read and thrown away meanwhile
+TURN = 1.0                      # seconds between two looks at all connections
+ACCEPT_PAUSE = 0.5              # seconds without accepting when the system has no descriptor left
+COMPLAINT = 60.0                # seconds between two log lines about that
 POOL_BUFFER = 16 << 20          # bytes of a response that wait for a slow client before its pool thread does
 LOOP_BUFFER = 1 << 30           # bytes; on the loop nobody can wait
 SEND_BYTES = 1 << 16            # bytes of a response that the loop gathers before it sends
@@ -4715,6 +4731,432 @@ def build_gate(site: Site) -> Gate:
     return Gate(app, site.lease, console=build_console(site))
 
 
+# === HTTP ====================================================================
+# --- requests ---
+TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]"
+REQUEST_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Z-]{1,32}) ([!\"$-~\x80-\xff]+) HTTP/(1\.[01])")
+FIELD_NAME = re.compile(TOKEN + rb"{1,128}")
+TEXT = bytes([9, *range(32, 127), *range(128, 256)])     # what may stand in a line
+BLANK_LINES = re.compile(rb"\A(?:\r\n)+")
+ABSOLUTE = re.compile(rb"(?i:https?)://([^/?]*)(.*)")
+HOST = re.compile(r"(?:[A-Za-z0-9._-]{1,255}|\[([0-9A-Fa-f:.]{2,45})\])(?::([0-9]{0,5}))?")
+DIGITS = re.compile("[0-9]+")
+QUOTED = rb'"(?:[\t !#-\[\]-~\x80-\xff]|\\[\t -~\x80-\xff])*"'
+CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,16})(?:;%b+(?:=(?:%b+|%b))?)*\r\n" % (TOKEN, TOKEN, QUOTED))
+FORWARDED_ADDRESS = re.compile(r"(?:\[([0-9A-Fa-f:.]+)\]|([0-9.]+))(?::[0-9]{1,5})?|([0-9A-Fa-f:.]+)")
+Address = ipaddress.IPv4Address | ipaddress.IPv6Address
+IpNetworks = tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...]
+
+
+class Refused(HealthCheckerError):
+    """A request that is answered with `status` and nothing of its own text, and whose connection then ends."""
+
+    def __init__(self, status: str = "400 Bad Request") -> None:
+        super().__init__(status)
+        self.status = status
+
+    def to_response(self, _ident: str | None = None) -> tuple[str, Headers, bytes]:
+        """Status, headers and body, as waitress asks its own errors for them."""
+        return self.status, [("Content-Type", "text/plain; charset=utf-8"), NO_STORE], f"{self.status}\n".encode()
+
+
+@functools.lru_cache(1024)
+def header_key(name: bytes) -> str:
+    """A header's name as WSGI has it; "" for one with an underscore, which could pass for another. Raises Refused."""
+    if not FIELD_NAME.fullmatch(name):
+        raise Refused
+    return "" if b"_" in name else name.upper().replace(b"-", b"_").decode("ascii")
+
+
+@functools.lru_cache(256)
+def is_host(text: str) -> bool:
+    """Whether a text may stand in a Host header: a name or an address, perhaps with a port."""
+    match = HOST.fullmatch(text)
+    if not match or int(match[2] or 0) > LAST_PORT:
+        return False
+    with contextlib.suppress(ValueError):
+        return not match[1] or bool(ipaddress.IPv6Address(match[1]))
+    return False
+
+
+def plain_address(text: str) -> Address:
+    """An IP address; an IPv4 address written as an IPv6 one is the IPv4 address. Raises ValueError."""
+    address = ipaddress.ip_address(text)
+    return getattr(address, "ipv4_mapped", None) or address
+
+
+def is_within(address: Address, networks: IpNetworks) -> bool:
+    return any(address in network for network in networks)
+
+
+def client_behind(proxies: IpNetworks, chain: str) -> str:
+    """The client that X-Forwarded-For tells of: the last address in it that is not itself one of the proxies.
+
+    What stands before that came from the client and may be anything. Raises Refused.
+    """
+    try:
+        for element in reversed(chain.split(",")):
+            match = FORWARDED_ADDRESS.fullmatch(element.strip(" \t"))
+            address = plain_address(match[1] or match[2] or match[3] if match else "")
+            if not is_within(address, proxies):
+                break
+    except ValueError:
+        raise Refused from None
+    return str(address)
+
+
+class ChunkedBody(ChunkedReceiver):    # type: ignore[misc]  # waitress carries no types
+    """A chunked body, read strictly: no line ends but CR LF, no trailers, not much around the chunks."""
+
+    def __init__(self, buf: OverflowableBuffer, limit: int) -> None:
+        super().__init__(buf)
+        self._limit, self._framing = limit, 0
+        self._left = 0              # bytes of the chunk that are to come
+        self._line = b""
+        self._chunk_over = False    # the next line is the empty one that ends a chunk
+        self._last = False          # it is the last chunk, the one of no bytes
+
+    def received(self, data: bytes) -> int:
+        """Takes what belongs to the body, and returns how many bytes that were; raises Refused."""
+        at = 0
+        while at < len(data) and not self.completed:
+            if self._left:
+                chunk = data[at:at + self._left]
+                self.buf.append(chunk)
+                self._left -= len(chunk)
+                at += len(chunk)
+            else:
+                stop = data.find(b"\n", at) + 1 or len(data)
+                self._control(data[at:stop])
+                at = stop
+        return at
+
+    def _control(self, part: bytes) -> None:
+        """A line, or a part of one, that is not the body's own."""
+        self._line += part
+        self._framing += len(part)
+        if self._framing > HEADER_BYTES + len(self):
+            raise Refused
+        if self._chunk_over:
+            if not b"\r\n".startswith(self._line):
+                raise Refused
+            if len(self._line) == 2:
+                self._line, self._chunk_over, self.completed = b"", False, self._last
+        elif self._line.endswith(b"\n"):
+            self._begin(self._line)
+            self._line = b""
+
+    def _begin(self, line: bytes) -> None:
+        match = CHUNK_LINE.fullmatch(line)
+        if not match:
+            raise Refused
+        self._left = int(match[1], 16)
+        if len(self) + self._left > self._limit:
+            raise Refused("413 Content Too Large")
+        self._chunk_over, self._last = True, not self._left
+
+
+class GateParser(HTTPRequestParser):    # type: ignore[misc]  # waitress carries no types
+    """One request, read strictly: what two programs could understand in two ways is refused, and what is too large.
+
+    waitress's own parser lets pass much of what hides one request in another (RFC 9112, section 11.2).
+    """
+
+    version = "1.1"     # of the answer to a request that does not tell its own
+    command = path = query = request_uri = ""
+    headers: dict[str, str]
+    header_plus: bytes      # of the headers what has come so far
+    forwarded: dict[str, object] | None = None      # what goes into the WSGI environment
+
+    def __init__(self, adj: Adjustments) -> None:
+        super().__init__(adj)
+        self.url_scheme = adj.url_scheme
+        self.begun = time.monotonic()       # the headers, later the body
+
+    def received(self, data: bytes) -> int:
+        """Takes what belongs to this request, and returns how many bytes that were."""
+        if self.completed:
+            return 0
+        try:
+            return self._more_body(data) if self.headers_finished else self._more_head(data)
+        except Refused as refused:
+            self.refuse(refused.status)
+        except OSError:     # there is no room for the temporary file of a large body
+            self.refuse("503 Service Unavailable")
+        return len(data)
+
+    def refuse(self, status: str) -> None:
+        self.error, self.completed, self.expect_continue = Refused(status), True, False
+        self.headers = {}
+
+    def _more_head(self, data: bytes) -> int:
+        head = self.header_plus + data
+        if head.startswith(b"\r"):      # blank lines before a request are an old client's
+            head = BLANK_LINES.sub(b"", head)
+        end = head.find(b"\r\n\r\n")
+        if (end if end >= 0 else len(head)) > HEADER_BYTES:
+            raise Refused("431 Request Header Fields Too Large")
+        if end < 0:
+            self._lines(head.removesuffix(b"\r"))
+            self.header_plus = head
+            return len(data)
+        self.header_plus, self.headers_finished = b"", True
+        self.parse_header(head[:end])
+        self.completed = self.body_rcv is None
+        if not self.completed:
+            self.begun = time.monotonic()
+            self.expect_continue = self.headers.get("EXPECT", "").lower() == "100-continue" and self.version == "1.1"
+        return len(data) - (len(head) - end - 4)
+
+    def _more_body(self, data: bytes) -> int:
+        consumed: int = self.body_rcv.received(data)
+        self.completed = self.body_rcv.completed
+        if self.completed and self.chunked:
+            self.headers["CONTENT_LENGTH"] = str(len(self.body_rcv))
+        return consumed
+
+    @staticmethod
+    def _lines(head: bytes) -> list[bytes]:
+        """Raises Refused where a control character or half of a line's end is in them."""
+        lines = head.split(b"\r\n")
+        if head.translate(None, TEXT) != b"\r\n" * (len(lines) - 1):
+            raise Refused
+        return lines
+
+    def parse_header(self, header_plus: bytes) -> None:
+        """The request line and the headers, without the empty line after them; raises Refused."""
+        first, *fields = self._lines(header_plus)
+        request = REQUEST_LINE.fullmatch(first)
+        if not request:
+            raise Refused
+        self.command, self.version = request[1].decode(), request[3].decode()
+        headers = self.headers
+        for field in fields:
+            name, colon, value = field.partition(b":")
+            key = header_key(name)
+            if not colon:
+                raise Refused
+            text = value.strip(b" \t").decode("latin-1")
+            headers[key] = f"{headers[key]}, {text}" if key in headers else text
+        headers.pop("", None)
+        self._read_host()
+        self._read_target(request[2])
+        self._read_framing()
+        if "FORWARDED" in "".join(headers):
+            self._read_forwarded()
+
+    def _read_host(self) -> None:
+        """A second Host header stands in the first one's value by now, after a comma."""
+        host = self.headers.get("HOST")
+        if self.version == "1.1" if host is None else not is_host(host):
+            raise Refused
+        connection = self.headers.get("CONNECTION", "")
+        if "," in connection:       # waitress knows one option only
+            options = {option.strip().lower() for option in connection.split(",")}
+            self.headers["CONNECTION"] = "close" if "close" in options else "keep-alive"
+
+    def _read_target(self, target: bytes) -> None:
+        """The path and the query; the host of an absolute target counts, not that of the header (RFC 9112, 3.2.2)."""
+        self.request_uri = target.decode("latin-1")
+        if not target.startswith(b"/") and (target, self.command) != (b"*", "OPTIONS"):
+            absolute = ABSOLUTE.fullmatch(target)
+            if not absolute or not is_host(absolute[1].decode("latin-1")):
+                raise Refused
+            self.headers["HOST"] = absolute[1].decode("ascii")
+            target = absolute[2] if absolute[2].startswith(b"/") else b"/" + absolute[2]
+        path, _, query = target.partition(b"?")
+        self.path, self.query = unquote_to_bytes(path).decode("latin-1"), query.decode("latin-1")
+
+    def _read_framing(self) -> None:
+        """How the body ends; two ways of telling it, or one told twice, are refused."""
+        limit, headers = self.adj.max_request_body_size, self.headers
+        coding, length = headers.pop("TRANSFER_ENCODING", None), headers.get("CONTENT_LENGTH")
+        if coding is not None:
+            if coding.lower() != "chunked" or length is not None or self.version == "1.0":
+                raise Refused
+            self.chunked = True
+            self.body_rcv = ChunkedBody(OverflowableBuffer(self.adj.inbuf_overflow), limit)
+        elif length is not None:
+            if not DIGITS.fullmatch(length):
+                raise Refused
+            if len(length) > 16 or int(length) > limit:
+                raise Refused("413 Content Too Large")
+            if int(length):
+                self.body_rcv = FixedStreamReceiver(int(length), OverflowableBuffer(self.adj.inbuf_overflow))
+
+    def _read_forwarded(self) -> None:
+        """From just anyone: it is dropped, and the application can tell that it was there."""
+        for key in [key for key in self.headers if key == "FORWARDED" or key.startswith("X_FORWARDED")]:
+            del self.headers[key]
+            self.forwarded = {"healthchecker.forwarded": True}
+
+
+class ProxiedParser(GateParser):
+    """A request that one of `service.trusted_proxy` hands on: its X-Forwarded-For, -Proto and -Host count."""
+
+    def _read_forwarded(self) -> None:
+        headers = self.headers
+        headers.pop("FORWARDED", None)      # nobody looks at it here, so it may be the client's own
+        if "X_FORWARDED_FOR" in headers:
+            client = client_behind(self.adj.proxies, headers["X_FORWARDED_FOR"])
+            self.forwarded = {"REMOTE_ADDR": client, "REMOTE_HOST": client}
+        if "X_FORWARDED_PROTO" in headers:
+            self.url_scheme = self._nearest("X_FORWARDED_PROTO").lower()
+            if self.url_scheme not in ("http", "https"):
+                raise Refused
+        if "X_FORWARDED_HOST" in headers:
+            headers["HOST"] = self._nearest("X_FORWARDED_HOST")
+            if not is_host(headers["HOST"]):
+                raise Refused
+
+    def _nearest(self, key: str) -> str:
+        """Of several values the last: the proxy has added it to what the client may have sent."""
+        return self.headers[key].rpartition(",")[2].strip(" \t")
+
+
+# --- connections ---
+class WireTask(WSGITask):    # type: ignore[misc]  # waitress carries no types
+    """Tells the application who asks; an answer that has no body by its status does not end the connection."""
+
+    def get_environment(self) -> WSGIEnvironment:
+        environ: WSGIEnvironment = super().get_environment()
+        if self.request.forwarded:
+            environ.update(self.request.forwarded)
+        return environ
+
+    def set_close_on_finish(self) -> None:
+        """waitress takes a 204 without Content-Length for one of unknown length."""
+        wanted = self.request.headers.get("CONNECTION", "").lower() == "close"
+        if wanted or self.has_body or self.wrote_header or self.version == "1.0":
+            super().set_close_on_finish()
+
+
+class RefusalTask(ErrorTask):    # type: ignore[misc]  # waitress carries no types
+    """The answer to a request that is not served."""
+
+    def finish(self) -> None:
+        super().finish()
+        self.channel.lingers = True
+
+
+class TimedChannel(HTTPChannel):    # type: ignore[misc]  # waitress carries no types
+    """A client's connection that ends when the client is too slow in asking or in taking its answer."""
+
+    parser_class = GateParser
+    error_task_class = RefusalTask
+    will_close: bool
+    lingers = False         # the answer is the last; what still comes is thrown away
+    _discarded = 0          # bytes of that
+    _lingers_until = math.inf
+
+    def __init__(self, server: Any, sock: socket.socket, addr: tuple[Any, ...], adj: Adjustments,
+                 map: dict[int, Any]) -> None:
+        super().__init__(server, sock, addr, adj, map)
+        if adj.proxies and is_within(plain_address(addr[0].partition("%")[0]), adj.proxies):
+            self.parser_class = ProxiedParser
+        self._seen, self._since = self.last_activity, server.clock()    # the wall clock only as a mark: it may jump
+
+    def received(self, data: bytes) -> bool:
+        if not self.lingers:
+            return bool(super().received(data))
+        self._discarded += len(data)
+        self.will_close = self.will_close or self._discarded > LINGER_BYTES
+        return False
+
+    def handle_write(self) -> None:
+        if self.lingers and self.close_when_flushed and not self.will_close:
+            self._take_leave()
+        else:
+            super().handle_write()
+
+    def _take_leave(self) -> None:
+        """Sends what is left and waits for the client's end: closing on unread bytes would destroy the answer."""
+        self._flush_exception(self._flush_some)
+        if self.connected and not self.total_outbufs_len:
+            self.close_when_flushed = False
+            self._lingers_until = self.server.clock() + LINGER
+            try:
+                self.socket.shutdown(socket.SHUT_WR)
+            except OSError:
+                self.will_close = True
+
+    def handle_close(self) -> None:
+        super().handle_close()
+        if self.request is not None:
+            self.request.close()
+
+    def sweep(self, now: float, pressed: bool) -> None:
+        """Ends the connection if something takes too long; on the loop, about once in TURN."""
+        if self.last_activity != self._seen:
+            self._seen, self._since = self.last_activity, now
+        request = self.request
+        if self.requests or self.total_outbufs_len:
+            if request is not None:
+                request.begun = now     # it is not read meanwhile
+            if self.total_outbufs_len and now - self._since > STALLED:
+                self._cut()
+        elif request is not None and (request.header_plus or request.headers_finished):
+            if now - request.begun > (BODY_TIME if request.headers_finished else HEADER_TIME):
+                self._give_up(request)
+        elif now > self._lingers_until or now - (request.begun if request else self._since) > self._patience(pressed):
+            self._cut()
+
+    def _patience(self, pressed: bool) -> float:
+        """Seconds that the connection may stay idle."""
+        if pressed:
+            return IDLE_PRESSED
+        return FIRST_BYTE if self._seen == self.creation_time else IDLE
+
+    def _give_up(self, request: GateParser) -> None:
+        with self.requests_lock:
+            self.request = None
+            request.refuse("408 Request Timeout")
+            self.requests.append(request)
+        self.service()
+
+    def _cut(self) -> None:
+        self.handle_close()
+        self.readable = self.writable = bool    # False: the loop has listed it for its turn already
+
+
+class TimedServer(TcpWSGIServer):    # type: ignore[misc]  # waitress carries no types
+    """waitress that watches its clients' time, and that lives on when there is no room for another one."""
+
+    clock: Callable[[], float] = staticmethod(time.monotonic)
+    _next_sweep = _accepts_at = 0.0     # by the clock
+    _next_complaint = 0.0
+    _pressed = False        # since the last sweep there was no room
+
+    def readable(self) -> bool:
+        """Whether to accept; asked in every turn of the loop."""
+        now = self.clock()
+        if now >= self._next_sweep:
+            self._next_sweep = now + TURN
+            pressed, self._pressed = self._pressed, False
+            for channel in list(self.active_channels.values()):
+                channel.sweep(now, pressed)
+        if len(self._map) >= self.adj.connection_limit:
+            self._complain(now, "as many connections as allowed are open")
+            return False
+        return bool(self.accepting) and now >= self._accepts_at
+
+    def accept(self) -> tuple[socket.socket, Any] | None:
+        """None when nobody waits, and when the system refuses: then it is left alone for a moment."""
+        try:
+            return cast("tuple[socket.socket, Any] | None", super().accept())
+        except OSError as error:
+            now = self.clock()
+            self._accepts_at = now + ACCEPT_PAUSE
+            self._complain(now, f"a connection cannot be accepted: {error.strerror}")
+            return None
+
+    def _complain(self, now: float, reason: str) -> None:
+        self._pressed = True
+        if now >= self._next_complaint:
+            self._next_complaint = now + COMPLAINT
+            log.warning("%s (%d connections); idle ones are closed sooner", reason, len(self.active_channels))
+
+
 # === Serve ===================================================================
 class Pool(ThreadedTaskDispatcher):     # type: ignore[misc]  # waitress carries no types
     """waitress's pool with a bound on the requests that wait for a thread."""
@@ -4801,7 +5243,7 @@ class Share:
         return allowed if allowed > 0 else ACCEPTS      # the others had their time and did not come
 
 
-class GateTask(WSGITask):    # type: ignore[misc]  # waitress carries no types
+class GateTask(WireTask):
     """One request; an application cannot end the service, and a service that ends says so to its clients."""
 
     def service(self) -> None:
@@ -4823,7 +5265,7 @@ class GateTask(WSGITask):    # type: ignore[misc]  # waitress carries no types
         self.channel.release()
 
 
-class GateChannel(HTTPChannel):     # type: ignore[misc]  # waitress carries no types
+class GateChannel(TimedChannel):
     """Sends head and body at once: in a pool, each send hands the interpreter lock over."""
 
     task_class = GateTask
@@ -4846,7 +5288,7 @@ class GateChannel(HTTPChannel):     # type: ignore[misc]  # waitress carries no 
             super().write_soon(head)
 
 
-class GateServer(TcpWSGIServer):    # type: ignore[misc]  # waitress carries no types
+class GateServer(TimedServer):
     """waitress on a socket that is bound already, with our loop: serves until `stop`, then drains."""
 
     channel_class = GateChannel
@@ -4856,8 +5298,9 @@ class GateServer(TcpWSGIServer):    # type: ignore[misc]  # waitress carries no 
         threads = service.app_threads
         adjustments = Adjustments(
             threads=max(1, threads), connection_limit=connections, ident=None, backlog=BACKLOG,
-            clear_untrusted_proxy_headers=True, asyncore_use_poll=hasattr(select, "poll"),
-            outbuf_high_watermark=POOL_BUFFER if threads else LOOP_BUFFER)
+            clear_untrusted_proxy_headers=False, asyncore_use_poll=hasattr(select, "poll"),
+            outbuf_high_watermark=POOL_BUFFER if threads else LOOP_BUFFER, max_request_body_size=service.body_limit)
+        adjustments.proxies = tuple(map(ipaddress.ip_network, service.trusted_proxy))
         if not threads:
             adjustments.send_bytes = SEND_BYTES     # the loop sends at its next turn, all answers of this one together
         self._gate = gate
