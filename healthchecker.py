@@ -211,6 +211,7 @@ ACCEPTS = 64                    # connections accepted in one turn of the loop
 HEAD_START = 0.1                # seconds in which less busy workers may take a connection before a busier one does
 GLANCE = 0.005                  # seconds between two looks whether they did
 ORPHAN_DRAIN = 2.0              # seconds for requests in flight of a worker whose main process died
+LAST_WORDS = 0.2                # seconds in which what a dead worker said is read
 CREW_SWEEP = 0.05               # seconds between two looks at the worker processes
 WORKER_LIFE = 10.0              # seconds after which a worker's end is no sign that it can never run
 WORKER_PAUSES = (0.0, 0.5, 1, 2, 5, 10, 30)     # seconds before the 1st, 2nd, … replacement of short-lived workers
@@ -5590,7 +5591,7 @@ class Hand:
         """Whether the process runs; when not, everything it said was heard."""
         if self.process.is_alive():
             return True
-        self.wire.join(WORKER_END)
+        self.wire.join(LAST_WORDS)      # a child process of the application may hold the pipe open
         return False
 
     @property
