@@ -36,10 +36,12 @@ import concurrent.futures
 import contextlib
 import copy
 import ctypes
+import datetime
 import difflib
 import errno
 import fnmatch
 import functools
+import getpass
 import hashlib
 import heapq
 import hmac
@@ -78,7 +80,7 @@ from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Se
 from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, Protocol, cast
+from typing import IO, TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, Protocol, TypeVar, cast, get_args
 from urllib.parse import quote, unquote, unquote_to_bytes
 
 try:
@@ -96,15 +98,18 @@ try:
     from flask_sqlalchemy import SQLAlchemy
     from pydantic import (
         AfterValidator,
+        AwareDatetime,
         BaseModel,
         BeforeValidator,
         ConfigDict,
         Field,
         SecretStr,
         StringConstraints,
+        TypeAdapter,
         ValidationError,
         model_validator,
     )
+    from pydantic_core import from_json
     from pypsrp.complex_objects import PSInvocationState
     from pypsrp.exceptions import AuthenticationError, WSManFaultError
     from pypsrp.powershell import PowerShell, RunspacePool
@@ -227,6 +232,9 @@ LOGIN_FAILURES = 5              # of an account from an address, after which the
 LOGIN_WINDOW = 300.0            # seconds for which a failed login counts
 LOGINS_KEPT = 10_000            # accounts and addresses with failures that are remembered
 CONSOLE_BODY = 1 << 18          # bytes of a request to the pages and the API
+CHECK = 60.0                    # seconds that a request waits for a poll
+TRIAL = 30.0                    # seconds of a poll with settings that are not stored
+MAINTENANCE = 366 * 86_400.0    # seconds of maintenance at most
 
 
 # === Errors ==================================================================
@@ -473,7 +481,7 @@ def is_file(path: Path) -> bool:
 
 def scalar_limit(value: object) -> object:
     """`90` is short for `{fail: 90}`."""
-    return {"fail": value} if isinstance(value, str) else value
+    return {"fail": value} if isinstance(value, (str, int, float)) else value
 
 
 Seconds = Annotated[float, Field(ge=1, le=604_800, allow_inf_nan=False)]
@@ -745,10 +753,11 @@ def message_of(item: dict[str, Any]) -> str:
         return f"must be one of {', '.join(SELECTABLE)}"
     if item["loc"] and item["loc"][-1] == "workers":
         return "must be 0: worker processes are not built in yet"
-    if item["type"] == "missing":
-        return "is missing"
+    if item["type"] in ("missing", "extra_forbidden"):
+        return "is missing" if item["type"] == "missing" else "is unknown"
+    text = re.sub(r"^Value should have (.*) items? after validation.*", r"must have \1 characters", str(item["msg"]))
     return re.sub(r"^(Value error, |Input should be |String should )", lambda m: "" if m[1][0] == "V" else "must be "
-                  if m[1][0] == "I" else "must ", str(item["msg"])).replace("SecretStr", "text")
+                  if m[1][0] == "I" else "must ", text).replace("SecretStr", "text")
 
 
 class InventoryLoader:
@@ -779,6 +788,10 @@ class InventoryLoader:
             raise InventoryError("\n".join(self.faults))
         return Inventory(self.path, service, [entry for entry in entries if entry])
 
+    def parse(self, model: type[Settings], raw: Mapping[str, Any]) -> Settings:
+        """Raises ValidationError."""
+        return model.model_validate(raw)
+
     def fault(self, path: NodePath, message: str, *, key: bool = False) -> None:
         parts = path[:-1] if key else path      # an unknown key may be a slipped password: it is not shown
         shown = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts).lstrip(".")
@@ -808,7 +821,7 @@ class InventoryLoader:
         if not self._is_mapping(locate(()), raw):
             return None
         try:
-            return model.model_validate(raw)
+            return self.parse(model, cast("dict[str, Any]", raw))
         except ValidationError as error:
             for item in error.errors(include_url=False, include_input=False):
                 path = locate(tuple(item["loc"]))
@@ -1102,6 +1115,10 @@ class User(Base):
         """Constant-time comparison; an overlong password is wrong without being hashed."""
         return len(password) <= SECRET_LENGTH and hmac.compare_digest(
             self.password_hash, hash_password(password, self.salt, self.rounds))
+
+    def take_password(self, other: User) -> None:
+        """Takes over what stands for the password of `other`, which was chosen and is not the documented one."""
+        self.salt, self.rounds, self.password_hash, self.initial = other.salt, other.rounds, other.password_hash, False
 
     @property
     def stamp(self) -> str:
@@ -1525,16 +1542,21 @@ class Target:
         return 0
 
 
-def load_targets(session: Session, vault: Vault) -> dict[str, Target]:
-    """All resources by name."""
-    def opened(row: Resource, kind: str) -> SecretStr | None:
+def target_of(row: Resource, vault: Vault) -> Target:
+    """A row with its secrets opened. Raises SecretError."""
+    def opened(kind: str) -> SecretStr | None:
         try:
             return SecretStr(vault.open(getattr(row, kind), *binding(kind, row))) if getattr(row, kind) else None
         except SecretError as error:
             raise SecretError(f"{row.name}: {error}") from error
 
-    return {row.name: Target(row.id, row.configuration, opened(row, "password"), opened(row, "key_passphrase"),
-                             row.host_key, row.configured, row.credential)
+    return Target(row.id, row.configuration, opened("password"), opened("key_passphrase"), row.host_key,
+                  row.configured, row.credential)
+
+
+def load_targets(session: Session, vault: Vault) -> dict[str, Target]:
+    """All resources by name."""
+    return {row.name: target_of(row, vault)
             for row in session.scalars(sqlalchemy.select(Resource).order_by(Resource.id))}
 
 
@@ -4049,6 +4071,7 @@ class Monitor(threading.Thread):
         self._counted: dict[str, bool] = {}         # as the aggregator was told
         self._maintenance: dict[str, float] = {}    # Unix times until which resources do not count
         self._revision = -1
+        self._followed = threading.Condition()      # guards _revision; notified when the rows were followed
         self._ending = threading.Event()
 
     def begin(self) -> None:
@@ -4076,6 +4099,13 @@ class Monitor(threading.Thread):
 
     def poller(self, name: str) -> Poller | None:
         return self._pollers.get(name)
+
+    def catch_up(self) -> None:
+        """Waits until the pollers follow the rows as they are now. For any thread."""
+        with self._store.reading() as session:
+            wanted = revision(session)
+        with self._followed:
+            self._followed.wait_for(lambda: self._revision >= wanted, 4 * SWEEP)
 
     def check_now(self, name: str, timeout: float) -> Report | None:
         """Polls a resource at once and waits until its report is written; None when there was none in `timeout`
@@ -4151,7 +4181,9 @@ class Monitor(threading.Thread):
                 target = replace(target, host_key=poller.target.host_key)   # learned and not written yet
             self._launch(target, standing, delay, None if known else stored.get(target.id))
             delay += 1 / FIRST_POLLS
-        self._revision = current
+        with self._followed:
+            self._revision = current
+            self._followed.notify_all()
         if not any(target.settings.critical for target in targets.values()):
             log.warning("no critical resource is watched: the gate is open whatever happens")
 
@@ -4194,6 +4226,7 @@ WELCOME = PAGE.format(title="The gate is open", text="HealthChecker's built-in p
 Headers = list[tuple[str, str]]
 NO_STORE = ("Cache-Control", "no-store")
 PREFIX = "/-/"      # everything below is HealthChecker's own
+HEALTH = "/-/health"
 
 
 def respond(environ: WSGIEnvironment, start_response: StartResponse,
@@ -4222,7 +4255,7 @@ class Gate:
             "/-/livez": lambda: ("200 OK", [], b"ok\n"),
             "/-/readyz": self._readyz,
             "/-/gate": lambda: ("204 No Content", [], b"") if self.is_healthy() else ("403 Forbidden", [], b""),
-            "/-/health": self._health,
+            HEALTH: self._health,
         }
 
     def is_healthy(self) -> bool:
@@ -4237,17 +4270,21 @@ class Gate:
             return self._app(environ, start_response)
         return self._refuse(environ, start_response)
 
-    def pool_of(self, path: str) -> str:
-        """The pool that answers a path, "own" or "app"; "" for what cannot block: it never waits behind slow work."""
+    def pool_of(self, path: str, headers: Container[str] = ()) -> str:
+        """The pool that answers a path, "own" or "app"; "" for what cannot block: it never waits behind slow work.
+
+        Who shows a login may see more of /-/health, which takes longer."""
         if path.startswith(PREFIX):
-            return "" if path in self._routes else "own"
+            shows_login = path == HEALTH and ("COOKIE" in headers or "AUTHORIZATION" in headers)
+            return "own" if shows_login or path not in self._routes else ""
         return "app" if self.is_healthy() else ""
 
     def _own(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         route = self._routes.get(environ["PATH_INFO"])
-        if route is None and threading.get_ident() == self.loop_thread:
-            return self._refuse(environ, start_response)    # its pool is full
-        if route is None and self._console:
+        shows_login = "HTTP_COOKIE" in environ or "HTTP_AUTHORIZATION" in environ
+        if self._console and (route is None or (environ["PATH_INFO"] == HEALTH and shows_login)):
+            if threading.get_ident() == self.loop_thread:
+                return self._refuse(environ, start_response)    # its pool is full
             return self._console(environ, start_response)
         if route is None:
             return respond(environ, start_response, ("404 Not Found", [], b"not found\n"))
@@ -4311,6 +4348,104 @@ FIRST_USER = ("SpiceWorks", "HealthChecker")    # of the specification; its pass
 LIVES = {"session": (SESSION_LIFE, SESSION_IDLE), "token": (TOKEN_LIFE, TOKEN_LIFE)}    # seconds: in all, idle
 
 
+def not_documented(password: SecretStr) -> SecretStr:
+    if password.get_secret_value() == FIRST_USER[1]:
+        raise ValueError("must not be the documented one")
+    return password
+
+
+Role = Literal["admin", "viewer"]
+Password = Annotated[SecretStr, Field(min_length=PASSWORD_LENGTH, max_length=SECRET_LENGTH),
+                     AfterValidator(not_documented)]
+Claimed = Annotated[SecretStr, Field(max_length=SECRET_LENGTH)]     # a password that is to be verified
+
+
+class Credentials(Settings):
+    """What a login takes."""
+
+    username: Annotated[str, Field(max_length=NAME_CHARS)]
+    password: Claimed
+
+
+class PasswordChange(Settings):
+    """A user's own new password."""
+
+    current: Claimed
+    new: Password
+
+
+class NewUser(Settings):
+    """A user to add."""
+
+    name: Name
+    password: Password
+    role: Role = "viewer"
+
+
+class UserChange(Settings):
+    """What an admin changes of a user; what is left out stays."""
+
+    password: Password | None = None
+    role: Role | None = None
+
+
+def refusal_of(fields: Mapping[str, str]) -> Refusal:
+    """Bad input, with what is wrong with each field."""
+    return Refusal("; ".join(f"{name}: {text}" for name, text in fields.items()), 422, fields)
+
+
+M = TypeVar("M", bound=Settings)
+
+
+def checked(model: type[M], body: Mapping[str, Any], *, text: bool = False) -> M:
+    """`body` as a model; with `text` its values may be texts, as those of the inventory are. Raises Refusal."""
+    try:
+        return model.model_validate(body) if text else model.model_validate_json(json.dumps(body), strict=True)
+    except ValidationError as error:
+        raise refusal_of({".".join(map(str, item["loc"])): message_of(cast("dict[str, Any]", item))
+                          for item in error.errors(include_url=False, include_input=False)}) from None
+
+
+class SettingsReader(InventoryLoader):
+    """Reads one resource from a request, by the rules of the inventory; `fields` gathers what is wrong with which."""
+
+    def __init__(self, inventory: Path, *, text: bool) -> None:
+        super().__init__(inventory, Document(None, {}, {}, []))
+        self.text = text
+        self.fields: dict[str, str] = {}
+
+    def read(self, given: Mapping[str, Any], stored: Mapping[str, Any]) -> Entry:
+        """`given` over `stored`; null stands for the default. Raises Refusal."""
+        entry = self._entry(0, {name: value for name, value in given.items() if value is not None},
+                            {name: value for name, value in stored.items() if given.get(name, "") is not None})
+        if entry is None or self.fields:
+            raise refusal_of(self.fields)
+        return entry
+
+    def fault(self, path: NodePath, message: str, *, key: bool = False) -> None:
+        name = ".".join(map(str, path[1:] if path[0] == "defaults" else path[2:])) or "resource"
+        self.fields[name] = f"{self.fields[name]}; {message}" if name in self.fields else message
+
+    def parse(self, model: type[Settings], raw: Mapping[str, Any]) -> Settings:
+        return super().parse(model, raw) if self.text else model.model_validate_json(json.dumps(raw), strict=True)
+
+
+def stated(row: Resource) -> dict[str, Any]:
+    """What a row states beside the defaults, in the inventory's names; no secrets."""
+    settings = row.configuration
+    if settings.port == settings.model_copy(update={"port": None}).connect_port:
+        settings = settings.model_copy(update={"port": None})
+    return settings.model_dump(mode="json", exclude_defaults=True, exclude=set(SECRETS))
+
+
+def apply_entry(row: Resource, entry: Entry, vault: Vault) -> bool:
+    """`update_row` for a request; says whether anything changed. Raises Refusal."""
+    try:
+        return update_row(row, entry, vault)
+    except (SecretError, InventoryError) as error:
+        raise refusal_of({"password": str(error)}) from error
+
+
 def ensure_first_user(session: Session) -> None:
     """The specification's first account, while there is none at all."""
     if session.scalar(sqlalchemy.select(User).limit(1)) is None:
@@ -4320,6 +4455,19 @@ def ensure_first_user(session: Session) -> None:
 def initial_user(session: Session) -> str | None:
     """The name of an account that still has the documented password."""
     return session.scalar(sqlalchemy.select(User.name).where(User.initial).limit(1))
+
+
+def find_user(session: Session, name: str) -> User:
+    user = session.scalar(sqlalchemy.select(User).where(User.name == name))
+    if user is None:
+        raise Refusal("there is no such user", 404)
+    return user
+
+
+def require_admin(session: Session, without: User) -> None:
+    """Raises Refusal when `without` is the last admin."""
+    if session.scalar(sqlalchemy.select(User).where(User.role == "admin", User.id != without.id).limit(1)) is None:
+        raise Refusal(f"{without.name} is the last admin; make another one first", 409)
 
 
 def session_key(folder: Path) -> bytes:
@@ -4384,7 +4532,7 @@ class Throttle:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._failures: dict[tuple[str, str], list[float]] = {}     # the latest ones last
+        self._failures: dict[tuple[str, str], list[float]] = {}     # who failed last stands last
 
     def wait(self, name: str, address: str) -> float:
         """Seconds until the next attempt; 0 when it may be made now."""
@@ -4404,43 +4552,101 @@ class Throttle:
         self._failures.pop((name, address), None)
 
 
+def offered_key(target: Target, access: Access) -> str:
+    """The key that a host shows now. Raises UsageError for a resource without one, or with one that is pinned."""
+    connection = CONNECTIONS[target.settings.platform](target, LoginGuard(), access)
+    if not isinstance(connection, (SshConnection, PowerShellConnection)):
+        raise UsageError(f"{target.name} has no host key")
+    if target.settings.host_key not in (None, "strict") or target.settings.certificate_fingerprint:
+        raise UsageError(f"the inventory pins the key of {target.name}; change it there")
+    return connection.offered_key(Deadline(min(target.settings.timeout, TRIAL)))
+
+
+def result_of(verdict: Verdict, seconds: float) -> dict[str, Any]:
+    """What a poll found, for other processes."""
+    return {"state": verdict.state, "cause": verdict.cause, "reason": verdict.reason, "seconds": seconds}
+
+
+@dataclass
 class Desk:
-    """The main process's side: what all processes need done in one place. Arguments and answers can be pickled."""
+    """The main process's side: what is done in one place for all processes. Arguments and answers can be pickled."""
 
-    KINDS = frozenset({"login", "check", "test", "offered_key"})
+    store: Store
+    vault: Vault
+    monitor: Monitor
+    access: Access
+    inventory: Path
 
-    def __init__(self, store: Store, monitor: Monitor) -> None:
-        self._store, self._monitor = store, monitor
-        self._hashing = threading.Lock()    # one password hash at a time: it costs a CPU for 0.15 s
-        self._throttle = Throttle()         # under the same lock
+    KINDS: ClassVar = frozenset({"login", "check", "test", "offered_key"})
+
+    def __post_init__(self) -> None:
+        self._hashing = threading.Lock()    # one password hash at a time, for it takes a CPU 0.15 s; guards _throttle
+        self._throttle = Throttle()
         self._nobody = User.create("", secrets.token_hex())     # takes as long as a user that exists
 
     def ask(self, kind: str, **arguments: Any) -> Any:
-        """Answers what `Site.ask` asks. Raises HealthCheckerError."""
-        return getattr(self, kind)(**arguments) if kind in self.KINDS else None
-
-    @contextlib.contextmanager
-    def _one_hash(self) -> Iterator[None]:
-        if not self._hashing.acquire(blocking=False):
-            raise Refusal("another password is being checked; try again in a second", 429, retry=1)
+        """Answers `Site.ask`. Raises Refusal."""
+        if kind not in self.KINDS:
+            raise Refusal("there is no such question", 404)
         try:
-            yield
-        finally:
-            self._hashing.release()
+            return getattr(self, kind)(**arguments)
+        except (UsageError, ProbeError) as error:
+            raise Refusal(str(error), 409) from error
 
     def login(self, name: str, password: str, address: str) -> int:
         """The id of the user with this password. Raises Refusal: 401, or 429 with the seconds to wait."""
-        with self._one_hash():
+        if not self._hashing.acquire(blocking=False):
+            raise Refusal("another password is being checked; try again in a second", 429, retry=1)
+        try:
             wait = self._throttle.wait(name, address)
             if wait:
                 raise Refusal("too many failed logins; wait before the next", 429, retry=wait)
-            with self._store.reading() as session:
+            with self.store.reading() as session:
                 user = session.scalar(sqlalchemy.select(User).where(User.name == name))
-            if not (user or self._nobody).verify(password) or user is None:
-                self._throttle.fail(name, address)
-                raise Refusal("user name or password is wrong", 401)
-            self._throttle.clear(name, address)
-            return user.id
+            if (user or self._nobody).verify(password) and user is not None:
+                self._throttle.clear(name, address)
+                return user.id
+            failures = self._throttle.fail(name, address)
+        finally:
+            self._hashing.release()
+        log.warning("login of %s from %s failed", one_line(name), address)
+        if failures == LOGIN_FAILURES:      # once, or an attacker would fill the database
+            with self.store.writing() as session:
+                record_event(session, "login", f"{failures} failed logins", actor=name, address=address)
+        raise Refusal("user name or password is wrong", 401)
+
+    def check(self, name: str) -> dict[str, Any]:
+        """Polls a resource and waits for the result."""
+        self.monitor.catch_up()
+        report = self.monitor.check_now(name, CHECK)
+        if report is None:
+            raise Refusal(f"there is no result after {CHECK:.0f} s; the poll goes on", 504)
+        return result_of(report.verdict, report.seconds)
+
+    def test(self, settings: Mapping[str, Any], name: str = "", *, text: bool = False) -> dict[str, Any]:
+        """Polls once with settings that are not stored, or with changes to the stored ones of `name`, its secret
+        included; `host_key` is what would be trusted on first use."""
+        with self.store.reading() as session:
+            row = session.scalar(sqlalchemy.select(Resource).where(Resource.name == name)) if name else None
+        entry = SettingsReader(self.inventory, text=text).read(settings, stated(row) if row else {})
+        trial = Resource(**{column.name: getattr(row, column.name) for column in Resource.__table__.columns}
+                         if row else {"id": 0, "name": entry.settings.name})
+        apply_entry(trial, entry, self.vault)
+        target = target_of(trial, self.vault)
+        target = replace(target, settings=target.settings.model_copy(
+            update={"timeout": min(target.settings.timeout, TRIAL)}))
+        begin = time.monotonic()
+        connection = CONNECTIONS[target.settings.platform](target, LoginGuard(), self.access)
+        verdict, _, host_key = poll_once(target, connection, None)
+        return {**result_of(verdict, time.monotonic() - begin), "host_key": host_key}
+
+    def offered_key(self, name: str) -> str:
+        """The key that the host of a resource shows now."""
+        with self.store.reading() as session:
+            row = session.scalar(sqlalchemy.select(Resource).where(Resource.name == name))
+        if row is None:
+            raise Refusal("there is no such resource", 404)
+        return offered_key(target_of(row, self.vault), self.access)
 
 
 # === Console =================================================================
@@ -4487,10 +4693,14 @@ class Visitor:
     """Who asks, from where, and by what it is known."""
 
     site: Site
-    address: str
-    local: bool                     # from the server's own machine
+    address: str = ""               # empty on the command line
+    local: bool = True              # on the server's own machine
     ticket: Ticket | None = None
     user: User | None = None
+
+    @property
+    def name(self) -> str:
+        return self.user.name if self.user else "command line"
 
     @property
     def operator(self) -> bool:
@@ -4499,21 +4709,543 @@ class Visitor:
         networks = map(ipaddress.ip_network, self.site.inventory.service.operators)
         return (self.local or not address.is_loopback) and any(address in network for network in networks)
 
-    def may(self, role: str) -> bool:
-        return self.user is not None and self.user.role in (role, "admin")
-
     @property
     def restricted(self) -> bool:
         """The documented password still holds, and this is another machine: it can only be changed."""
         return self.user is not None and self.user.initial and not self.local
 
+    def may(self, role: str) -> bool:
+        return self.user is not None and self.user.role in (role, "admin")
 
+    def note(self, session: Session, text: str, resource: str = "") -> None:
+        """Records a change."""
+        record_event(session, "change", text, resource=resource, actor=self.name, address=self.address,
+                     at=self.site.clock())
+
+
+# --- what can be done; pages, API and command line call these ---
+def moment(at: float) -> datetime.datetime | None:
+    """A Unix time, None for 0."""
+    return datetime.datetime.fromtimestamp(at, datetime.timezone.utc) if at else None
+
+
+class Maintenance(Settings):
+    """Until when a resource does not count, and why."""
+
+    until: AwareDatetime
+    reason: TextLine
+
+
+class Trust(Settings):
+    """The key to trust; without one it is the one that the host shows now."""
+
+    host_key: TextLine | None = None
+
+
+class OutcomeView(Settings):
+    """A service or check."""
+
+    good: bool
+    text: str
+
+
+class SampleView(Settings):
+    """What the last poll read."""
+
+    details: dict[str, float | str]
+    metrics: dict[str, float]
+    services: dict[str, OutcomeView]
+    checks: dict[str, OutcomeView]
+    problems: dict[str, str]    # what could not be read, and why
+
+
+class ResourceView(ResourceSettings):
+    """A resource: its settings without secrets, and its state."""
+
+    password: None = Field(default=None, exclude=True)
+    key_passphrase: None = Field(default=None, exclude=True)
+    origin: Literal["inventory", "api"]
+    place: str | None           # where the inventory states it: file:line:column
+    has_secret: bool
+    trusted_key: str | None     # trusted on first use or by `trust`
+    maintenance: Maintenance | None
+    state: State
+    cause: Cause
+    reason: str
+    since: datetime.datetime | None
+    polled: datetime.datetime | None
+    seconds: float              # that the last poll took
+    sample: SampleView | None
+
+
+class PollView(Settings):
+    """What one poll found."""
+
+    state: State
+    cause: Cause
+    reason: str
+    seconds: float
+
+
+class TrialView(PollView):
+    """What a poll with settings that are not stored found."""
+
+    host_key: str | None        # would be trusted on first use
+
+
+def status_of(row: Resource, status: Status | None) -> Status | None:
+    """The status, None when it is of another configuration: nothing is known of this one yet."""
+    return status if status and status.configured == row.configured else None
+
+
+def resource_view(row: Resource, status: Status | None, site: Site) -> ResourceView:
+    known = status_of(row, status)
+    columns = {name: getattr(row, name) for name in Resource.COLUMNS}
+    state = {name: getattr(known, name) for name in ("state", "cause", "reason", "seconds")} if known else {
+        "state": "unknown", "cause": "", "reason": "", "seconds": 0.0}
+    times = {name: moment(getattr(known, name)) if known else None for name in ("since", "polled")}
+    maintenance = {"until": moment(row.maintenance), "reason": row.maintenance_reason}
+    return ResourceView.model_validate({
+        **json.loads(row.settings), **columns, **state, **times, "origin": row.origin,
+        "place": site.places.get(row.name) if row.origin == "inventory" else None,
+        "has_secret": row.password is not None or row.key_passphrase is not None, "trusted_key": row.host_key,
+        "maintenance": maintenance if row.maintenance > site.clock() else None,
+        "sample": json.loads(known.sample) if known else None})
+
+
+def find_resource(session: Session, name: str) -> Resource:
+    row = session.scalar(sqlalchemy.select(Resource).where(Resource.name == name))
+    if row is None:
+        raise Refusal("there is no such resource", 404)
+    return row
+
+
+def changeable(who: Visitor, session: Session, name: str) -> Resource:
+    """A resource that was added here; those of the inventory change there."""
+    row = find_resource(session, name)
+    if row.origin == "inventory":
+        place = who.site.places.get(name, who.site.inventory.path.name)
+        raise Refusal(f"{name} stands at {place}; change it there", 409)
+    return row
+
+
+def list_resources(who: Visitor) -> list[ResourceView]:
+    """All resources, by name."""
+    query = sqlalchemy.select(Resource, Status).outerjoin(Status, Status.resource_id == Resource.id)
+    with who.site.store.reading() as session:
+        return [resource_view(row, status, who.site) for row, status in session.execute(query.order_by(Resource.name))]
+
+
+def show_resource(who: Visitor, name: str) -> ResourceView:
+    """One resource."""
+    with who.site.store.reading() as session:
+        row = find_resource(session, name)
+        return resource_view(row, session.get(Status, row.id), who.site)
+
+
+def add_resource(who: Visitor, body: Mapping[str, Any], *, text: bool = False) -> ResourceView:
+    """Adds a resource; it is watched at once."""
+    vault = who.site.vault      # before the database is locked
+    entry = SettingsReader(who.site.inventory.path, text=text).read(body, {})
+    name = entry.settings.name
+    with who.site.store.writing() as session:
+        if session.scalar(sqlalchemy.select(Resource.id).where(Resource.name == name)) is not None:
+            raise Refusal("there is a resource of this name already", 409, {"name": "is taken"})
+        row = Resource(name=name, origin="api")
+        apply_entry(row, entry, vault)
+        session.add(row)
+        who.note(session, "added", name)
+        revise(session)
+    return show_resource(who, name)
+
+
+def change_resource(who: Visitor, name: str, body: Mapping[str, Any], *, text: bool = False) -> ResourceView:
+    """Changes what is given; null stands for the default. Another hostname or username needs the password again."""
+    vault = who.site.vault
+    with who.site.store.writing() as session:
+        row = changeable(who, session, name)
+        if body.get("name", name) != name:
+            raise refusal_of({"name": "cannot be changed; add another resource and remove this one"})
+        entry = SettingsReader(who.site.inventory.path, text=text).read(body, stated(row))
+        before = stated(row)
+        if apply_entry(row, entry, vault):
+            after = stated(row)
+            changed = {field for field in before.keys() | after.keys() if before.get(field) != after.get(field)}
+            who.note(session, f"changed: {', '.join(sorted(changed | (body.keys() & set(SECRETS))))}", name)
+            revise(session)
+    return show_resource(who, name)
+
+
+def remove_resource(who: Visitor, name: str) -> None:
+    """Removes a resource and its history."""
+    with who.site.store.writing() as session:
+        session.delete(changeable(who, session, name))
+        who.note(session, "removed", name)
+        revise(session)
+
+
+def test_settings(who: Visitor, body: Mapping[str, Any], *, text: bool = False) -> TrialView:
+    """Polls a resource once that is not added yet."""
+    return TrialView(**who.site.ask("test", settings=dict(body), text=text))
+
+
+def test_changes(who: Visitor, name: str, body: Mapping[str, Any], *, text: bool = False) -> TrialView:
+    """Polls a resource once with changed settings that are not stored."""
+    with who.site.store.reading() as session:
+        changeable(who, session, name)
+    return TrialView(**who.site.ask("test", settings=dict(body), name=name, text=text))
+
+
+def check_resource(who: Visitor, name: str) -> PollView:
+    """Polls a resource now and waits for the result."""
+    with who.site.store.reading() as session:
+        find_resource(session, name)
+    return PollView(**who.site.ask("check", name=name))
+
+
+def begin_maintenance(who: Visitor, name: str, body: Mapping[str, Any]) -> ResourceView:
+    """Lets a resource not count until a time: it is polled and shown and closes nothing."""
+    maintenance = checked(Maintenance, body)
+    until = maintenance.until.timestamp()
+    if not 0 < until - who.site.clock() <= MAINTENANCE:
+        raise refusal_of({"until": f"must be in the future, and by no more than {MAINTENANCE / 86_400:.0f} days"})
+    with who.site.store.writing() as session:
+        row = find_resource(session, name)
+        row.maintenance, row.maintenance_reason = until, maintenance.reason
+        who.note(session, f"in maintenance until {maintenance.until.isoformat()}: {maintenance.reason}", name)
+        revise(session)
+    return show_resource(who, name)
+
+
+def end_maintenance(who: Visitor, name: str) -> None:
+    """Lets a resource count again."""
+    with who.site.store.writing() as session:
+        row = find_resource(session, name)
+        if row.maintenance:
+            row.maintenance, row.maintenance_reason = 0.0, ""
+            who.note(session, "maintenance ended", name)
+            revise(session)
+
+
+def trust_resource(who: Visitor, name: str, body: Mapping[str, Any]) -> ResourceView:
+    """Trusts the key that the host shows now; with `host_key` only that one."""
+    wanted = checked(Trust, body).host_key
+    with who.site.store.reading() as session:
+        find_resource(session, name)
+    offered = who.site.ask("offered_key", name=name)
+    if wanted not in (None, offered):
+        raise Refusal(f"the host shows another key: {offered}", 409, {"host_key": "is not the one that the host shows"})
+    with who.site.store.writing() as session:
+        row = find_resource(session, name)
+        who.note(session, f"trusted {offered}, before {row.host_key or 'no key'}", name)
+        row.host_key = offered
+        revise(session)
+    return show_resource(who, name)
+
+
+class SamplesQuery(Settings):
+    """Which polls to list."""
+
+    since: AwareDatetime | None = None
+    limit: Annotated[int, Field(ge=1, le=10_000)] = 60
+
+
+class PastPollView(Settings):
+    """A poll: what it found, the state of the resource after it, what it read."""
+
+    at: datetime.datetime
+    state: State
+    cause: Cause
+    reason: str
+    standing: State
+    readings: dict[str, float]
+
+
+def list_samples(who: Visitor, name: str, query: Mapping[str, Any]) -> list[PastPollView]:
+    """The last polls of a resource, oldest first."""
+    asked = checked(SamplesQuery, query, text=True)
+    with who.site.store.reading() as session:
+        found = samples(session, find_resource(session, name).id, limit=asked.limit,
+                        since=asked.since.timestamp() if asked.since else 0.0)
+    return [PastPollView.model_validate(poll._asdict()) for poll in found]
+
+
+class EventsQuery(Settings):
+    """Which events to list."""
+
+    resource: str | None = None
+    kind: str | None = None
+    before: Annotated[int, Field(ge=0, lt=1 << 63)] | None = None      # the id of an event
+    limit: Annotated[int, Field(ge=1, le=1000)] = 100
+
+
+class EventView(Settings):
+    """A transition or a change: when, what, who, from where."""
+
+    id: int
+    at: datetime.datetime
+    kind: str
+    resource: str
+    text: str
+    actor: str
+    address: str
+
+
+def list_events(who: Visitor, query: Mapping[str, Any]) -> list[EventView]:
+    """Transitions and changes, newest first."""
+    with who.site.store.reading() as session:
+        found = events(session, **dict(checked(EventsQuery, query, text=True)))
+    return [EventView.model_validate({name: getattr(row, name) for name in EventView.model_fields}) for row in found]
+
+
+class UserView(Settings):
+    """A user."""
+
+    name: str
+    role: Role
+    initial: bool       # the password is the documented one still
+
+
+def user_view(user: User) -> UserView:
+    return UserView(name=user.name, role=cast(Role, user.role), initial=user.initial)
+
+
+def list_users(who: Visitor) -> list[UserView]:
+    """All users, by name."""
+    with who.site.store.reading() as session:
+        return [user_view(user) for user in session.scalars(sqlalchemy.select(User).order_by(User.name))]
+
+
+def add_user(who: Visitor, body: Mapping[str, Any]) -> UserView:
+    """Adds a user."""
+    new = checked(NewUser, body)
+    user = User.create(new.name, new.password.get_secret_value(), new.role)     # before the database is locked
+    with who.site.store.writing() as session:
+        if session.scalar(sqlalchemy.select(User.id).where(User.name == new.name)) is not None:
+            raise Refusal("there is a user of this name already", 409, {"name": "is taken"})
+        session.add(user)
+        who.note(session, f"user {new.name} added as {new.role}")
+    return user_view(user)
+
+
+def change_user(who: Visitor, name: str, body: Mapping[str, Any]) -> UserView:
+    """Changes password or role of a user and ends the user's sessions; one's own password changes elsewhere."""
+    change = checked(UserChange, body)
+    if change.password and who.user and who.user.name == name:
+        raise refusal_of({"password": "change your own with the current one, at /-/api/password"})
+    fresh = User.create(name, change.password.get_secret_value()) if change.password else None
+    with who.site.store.writing() as session:
+        user = find_user(session, name)
+        if fresh:
+            user.take_password(fresh)
+            who.note(session, f"user {name}: new password")
+        if change.role and change.role != user.role:
+            require_admin(session, without=user)
+            user.role = change.role
+            who.note(session, f"user {name}: {change.role} now")
+    return user_view(user)
+
+
+def remove_user(who: Visitor, name: str) -> None:
+    """Removes a user and ends the user's sessions; the last admin stays."""
+    with who.site.store.writing() as session:
+        user = find_user(session, name)
+        require_admin(session, without=user)
+        session.delete(user)
+        who.note(session, f"user {name} removed")
+
+
+def change_password(who: Visitor, body: Mapping[str, Any]) -> None:
+    """Changes one's own password; every session and token of before ends."""
+    change = checked(PasswordChange, body)
+    assert who.user
+    name, current, new = who.user.name, change.current.get_secret_value(), change.new.get_secret_value()
+    if current == new:
+        raise refusal_of({"new": "must not be the current one"})
+    try:
+        who.site.ask("login", name=name, password=current, address=who.address)
+    except Refusal as error:
+        raise refusal_of({"current": "is wrong"}) if error.status == 401 else error from None
+    fresh = User.create(name, new)
+    with who.site.store.writing() as session:
+        user = find_user(session, name)
+        user.take_password(fresh)
+        who.note(session, f"user {name}: new password")
+
+
+def sign_in(who: Visitor, name: str, password: str) -> User:
+    """The user with this password. Raises Refusal: 401, or 429 with the seconds to wait."""
+    user_id = who.site.ask("login", name=name, password=password, address=who.address)
+    with who.site.store.writing() as session:
+        user = session.get(User, user_id)
+        if user is None:
+            raise Refusal("user name or password is wrong", 401)
+        record_event(session, "login", "logged in", actor=user.name, address=who.address, at=who.site.clock())
+    return user
+
+
+def open_ticket(site: Site, kind: str, user: User) -> str:
+    """What proves a login from now on, signed."""
+    now = site.clock()
+    return site.tickets.write(Ticket(kind, secrets.token_urlsafe(16), user.id, user.stamp, now, now))
+
+
+def sign_out(who: Visitor) -> None:
+    """Ends the visitor's session, also for whoever else has its cookie."""
+    if who.ticket:
+        with who.site.store.writing() as session:
+            session.execute(sqlalchemy.delete(Ended).where(Ended.until < who.site.clock()))
+            session.merge(Ended(ticket=who.ticket.name, until=who.ticket.begun + SESSION_LIFE))
+
+
+class TokenView(Settings):
+    """A bearer token."""
+
+    token: str
+    expires_in: float       # seconds
+
+
+def log_in(who: Visitor, body: Mapping[str, Any]) -> TokenView:
+    """Gives a bearer token for user name and password."""
+    credentials = checked(Credentials, body)
+    user = sign_in(who, credentials.username, credentials.password.get_secret_value())
+    return TokenView(token=open_ticket(who.site, "token", user), expires_in=TOKEN_LIFE)
+
+
+def health_view(who: Visitor) -> dict[str, Any]:
+    """application/health+json; the resources only for those who are logged in."""
+    answer: dict[str, Any] = {"status": "pass" if who.site.is_healthy else "fail"}
+    if who.operator and who.may("viewer") and not who.restricted:
+        answer["checks"] = {f"{view.name}:state": [{
+            "componentType": "system", "observedValue": view.state, "time": view.polled and view.polled.isoformat(),
+            "status": {"healthy": "pass", "unhealthy": "fail"}.get(view.state, "warn"),
+            "output": f"{view.cause}: {view.reason}" if view.cause else ""}] for view in list_resources(who)}
+    return answer
+
+
+# --- the API ---
+@dataclass(frozen=True)
+class Operation:
+    """A row of the API. `run` takes the visitor, the names in the path and, where `body` says what it must be, the
+    body of the request or, with GET, its query."""
+
+    method: str
+    path: str                               # below API
+    run: Callable[..., Any]
+    answer: Any = None                      # the type of what comes back; None: nothing, with 204
+    body: type[Settings] | None = None
+    status: int = 200
+    needs: Literal["", "viewer", "admin"] = "admin"
+
+    @property
+    def key(self) -> str:
+        return f"{self.method} {API}{self.path}"
+
+
+OPERATIONS = (
+    Operation("POST", "login", log_in, TokenView, Credentials, needs=""),
+    Operation("POST", "password", change_password, None, PasswordChange, needs="viewer"),
+    Operation("GET", "resources", list_resources, list[ResourceView], needs="viewer"),
+    Operation("POST", "resources", add_resource, ResourceView, ResourceSettings, status=201),
+    Operation("GET", "resources/<name>", show_resource, ResourceView, needs="viewer"),
+    Operation("PATCH", "resources/<name>", change_resource, ResourceView, ResourceSettings),
+    Operation("DELETE", "resources/<name>", remove_resource),
+    Operation("POST", "test", test_settings, TrialView, ResourceSettings),
+    Operation("POST", "resources/<name>/test", test_changes, TrialView, ResourceSettings),
+    Operation("POST", "resources/<name>/check", check_resource, PollView),
+    Operation("POST", "resources/<name>/maintenance", begin_maintenance, ResourceView, Maintenance),
+    Operation("DELETE", "resources/<name>/maintenance", end_maintenance),
+    Operation("POST", "resources/<name>/trust", trust_resource, ResourceView, Trust),
+    Operation("GET", "resources/<name>/samples", list_samples, list[PastPollView], SamplesQuery, needs="viewer"),
+    Operation("GET", "events", list_events, list[EventView], EventsQuery, needs="viewer"),
+    Operation("GET", "users", list_users, list[UserView]),
+    Operation("POST", "users", add_user, UserView, NewUser, status=201),
+    Operation("PATCH", "users/<name>", change_user, UserView, UserChange),
+    Operation("DELETE", "users/<name>", remove_user),
+)
+
+
+class FieldFault(Settings):
+    """What is wrong with a field."""
+
+    field: str
+    message: str
+
+
+class Problem(Settings):
+    """RFC 9457."""
+
+    type: Literal["about:blank"]
+    title: str
+    status: int
+    detail: str
+    errors: list[FieldFault] = []
+
+
+SCHEMAS = "#/components/schemas/"
+
+
+def resource_schema(schema: dict[str, Any]) -> None:
+    """Nothing is required where the inventory has defaults, and null stands for the default."""
+    del schema["required"]
+    for name, field in schema["properties"].items():
+        if {"type": "null"} not in field.get("anyOf", ()):
+            schema["properties"][name] = {"anyOf": [field, {"type": "null"}]}
+
+
+def describe(operation: Operation, schemas: Mapping[Any, Any]) -> dict[str, Any]:
+    """One operation in OpenAPI."""
+    where = [{"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
+             for name in re.findall("<(.+?)>", operation.path)]
+    body = schemas.get((f"{operation.key} body", "validation"))
+    wrong = {"description": "Refused", "content": {
+        "application/problem+json": {"schema": schemas["problem", "serialization"]}}}
+    right: dict[str, Any] = {"description": "Done"}
+    if operation.answer:
+        right["content"] = {"application/json": {"schema": schemas[operation.key, "serialization"]}}
+    described: dict[str, Any] = {
+        "summary": (operation.run.__doc__ or "").partition("\n")[0], "parameters": where,
+        "responses": {str(operation.status if operation.answer else 204): right, "default": wrong}}
+    if operation.method == "GET" and operation.body:
+        fields = operation.body.model_json_schema()["properties"]
+        described["parameters"] += [{"name": name, "in": "query", "schema": field} for name, field in fields.items()]
+    elif body:
+        described["requestBody"] = {"required": True, "content": {"application/json": {"schema": body}}}
+    if not operation.needs:
+        described["security"] = []
+    return described
+
+
+@functools.cache
+def openapi() -> dict[str, Any]:
+    """The description of the API, made from its models."""
+    adapters: list[tuple[str, Literal["validation", "serialization"], TypeAdapter[Any]]] = [
+        ("problem", "serialization", TypeAdapter(Problem))]
+    for operation in OPERATIONS:
+        if operation.answer:
+            adapters.append((operation.key, "serialization", TypeAdapter(operation.answer)))
+        if operation.body:
+            adapters.append((f"{operation.key} body", "validation", TypeAdapter(operation.body)))
+    schemas, components = TypeAdapter.json_schemas(adapters, ref_template=SCHEMAS + "{model}")
+    resource_schema(components["$defs"]["ResourceSettings"])
+    paths: dict[str, dict[str, Any]] = collections.defaultdict(dict)
+    for operation in OPERATIONS:
+        path = API + re.sub("<(.+?)>", r"{\1}", operation.path)
+        paths[path][operation.method.lower()] = describe(operation, schemas)
+    return {"openapi": "3.1.0", "info": {"title": "HealthChecker", "version": "1"}, "paths": paths,
+            "security": [{"bearer": []}, {"session": []}],
+            "components": {"schemas": components["$defs"], "securitySchemes": {
+                "bearer": {"type": "http", "scheme": "bearer"},
+                "session": {"type": "apiKey", "in": "cookie", "name": COOKIE}}}}
+
+
+# --- requests ---
 class Route(NamedTuple):
-    """One method of one path, who may use it (admin, viewer, or "" for those who can log in), and what answers."""
+    """One method of one path, who may use it, and what answers."""
 
     method: str
     path: str
-    needs: str
+    needs: Literal["public", "", "viewer", "admin"]     # "": who may log in
     run: Callable[..., flask.typing.ResponseReturnValue]
     restricted: bool = False    # also while the documented password is to be changed first
 
@@ -4528,7 +5260,7 @@ def client_address(environ: WSGIEnvironment) -> str:
     try:
         address = ipaddress.ip_address(environ.get("REMOTE_ADDR", ""))
     except ValueError:
-        return "0.0.0.0"    # noqa: S104  # nobody's, hence no operator's
+        return "0.0.0.0"    # noqa: S104  # nobody's
     return str(getattr(address, "ipv4_mapped", None) or address)
 
 
@@ -4543,17 +5275,14 @@ def is_local(environ: WSGIEnvironment, address: str) -> bool:
     return named and ipaddress.ip_address(address).is_loopback and not environ.get("healthchecker.forwarded")
 
 
-def bearer(request: flask.Request) -> str | None:
-    kind, _, text = request.headers.get("Authorization", "").partition(" ")
-    return text.strip() if kind.lower() == "bearer" else None
-
-
 def identify(site: Site, request: flask.Request) -> Visitor:
-    """Who it is; a bearer token counts before a cookie."""
+    """Who it is; an Authorization header counts before a cookie."""
     address = client_address(request.environ)
     stranger = Visitor(site, address, is_local(request.environ, address))
-    token = bearer(request)
-    kind, text = ("token", token) if token is not None else ("session", request.cookies.get(COOKIE, ""))
+    kind, text = "session", request.cookies.get(COOKIE, "")
+    if authorization := request.headers.get("Authorization"):
+        scheme, _, token = authorization.partition(" ")
+        kind, text = "token", token.strip() if scheme.lower() == "bearer" else ""
     ticket = site.tickets.read(text, kind, site.clock())
     if ticket is None:
         return stranger
@@ -4576,6 +5305,8 @@ def admit(site: Site, routes: Mapping[str, Route]) -> None:
     who = flask.g.visitor = identify(site, request)
     route = routes.get(request.endpoint or "")
     needs = route.needs if route else "viewer"
+    if needs == "public":
+        return
     if not who.operator:
         raise Refusal("this address may not log in; see service.operators", 403)
     if needs and who.user is None:
@@ -4590,33 +5321,10 @@ def admit(site: Site, routes: Mapping[str, Route]) -> None:
         raise Refusal("only an admin may do this", 403)
 
 
-def open_ticket(site: Site, kind: str, user: User) -> Ticket:
-    now = site.clock()
-    return Ticket(kind, secrets.token_urlsafe(16), user.id, user.stamp, now, now)
-
-
-def sign_in(who: Visitor, name: str, password: str) -> User:
-    """The user with this password. Raises Refusal: 401, or 429 with the seconds to wait."""
-    user_id = who.site.ask("login", name=name, password=password, address=who.address)
-    with who.site.store.reading() as session:
-        user = session.get(User, user_id)
-    if user is None:
-        raise Refusal("user name or password is wrong", 401)
-    return user
-
-
-def sign_out(who: Visitor) -> None:
-    """Ends the visitor's session, also for whoever else has its cookie."""
-    if who.ticket:
-        with who.site.store.writing() as session:
-            session.execute(sqlalchemy.delete(Ended).where(Ended.until < who.site.clock()))
-            session.merge(Ended(ticket=who.ticket.name, until=who.ticket.begun + SESSION_LIFE))
-
-
-def give_cookie(response: Response, site: Site, ticket: Ticket | None) -> None:
+def give_cookie(response: Response, ticket: str) -> None:
     """Sets the session's cookie, or takes it away; the application behind the gate never sees it."""
-    response.set_cookie(COOKIE, site.tickets.write(ticket) if ticket else "", max_age=None if ticket else 0,
-                        path=PREFIX, secure=flask.request.is_secure, httponly=True, samesite="Strict")
+    response.set_cookie(COOKIE, ticket, max_age=None if ticket else 0, path=PREFIX, secure=flask.request.is_secure,
+                        httponly=True, samesite="Strict")
 
 
 def finish(response: Response) -> Response:
@@ -4626,20 +5334,60 @@ def finish(response: Response) -> Response:
     response.headers["Content-Security-Policy"] = CONTENT_SECURITY_POLICY
     response.headers["X-Content-Type-Options"] = "nosniff"
     response.headers["Referrer-Policy"] = "same-origin"     # with no-referrer, forms would send `Origin: null`
-    if who and who.user and who.ticket and who.ticket.kind == "session" and "Set-Cookie" not in response.headers:
+    if who and who.ticket and who.ticket.kind == "session" and "Set-Cookie" not in response.headers:
         now = who.site.clock()
         if now - who.ticket.seen > SESSION_STEP and "X-Refresh" not in flask.request.headers:
-            give_cookie(response, who.site, who.ticket._replace(seen=now))      # a page that refreshes itself is idle
+            give_cookie(response, who.site.tickets.write(who.ticket._replace(seen=now)))    # a refresh is no activity
     return response
 
 
+def json_body() -> dict[str, Any]:
+    """The body of the request, an object. Raises Refusal."""
+    raw = flask.request.get_data(cache=False)
+    if raw and flask.request.mimetype != "application/json":
+        raise Refusal("the body must be application/json", 415)
+    try:
+        body = from_json(raw or b"{}", allow_inf_nan=False)
+    except ValueError as error:
+        raise Refusal(f"the body is not JSON: {error}") from error
+    if not isinstance(body, dict):
+        raise Refusal("the body must be an object")
+    return body
+
+
+def perform(operation: Operation, **names: str) -> flask.typing.ResponseReturnValue:
+    """Answers a request to the API."""
+    taken: list[Mapping[str, Any]] = []
+    if operation.body:
+        taken = [flask.request.args.to_dict() if operation.method == "GET" else json_body()]
+    found = operation.run(visitor(), *names.values(), *taken)
+    if operation.answer is None:
+        return "", 204
+    return flask.Response(TypeAdapter(operation.answer).dump_json(found), operation.status, mimetype="application/json")
+
+
+def json_answer(content: Mapping[str, Any], status: int = 200, kind: str = "application/json") -> flask.Response:
+    return flask.Response(json.dumps(content), status, mimetype=kind)
+
+
+def health() -> flask.Response:
+    return json_answer(health_view(visitor()), 200 if visitor().site.is_healthy else 503, "application/health+json")
+
+
 def problem(error: Refusal) -> flask.Response:
-    """RFC 9457, with the fields at fault."""
-    title = http.HTTPStatus(error.status).phrase
-    body: dict[str, Any] = {"type": "about:blank", "title": title, "status": error.status, "detail": str(error)}
+    body: dict[str, Any] = {"type": "about:blank", "title": http.HTTPStatus(error.status).phrase,
+                            "status": error.status, "detail": str(error)}
     if error.fields:
         body["errors"] = [{"field": name, "message": text} for name, text in error.fields.items()]
-    return flask.Response(json.dumps(body), error.status, mimetype="application/problem+json")
+    return json_answer(body, error.status, "application/problem+json")
+
+
+API_ROUTES = (
+    Route("GET", HEALTH, "public", health),
+    Route("GET", f"{API}openapi.json", "viewer", lambda: json_answer(openapi())),
+    *(Route(operation.method, API + operation.path, operation.needs, functools.partial(perform, operation),
+            restricted=operation.path in ("login", "password")) for operation in OPERATIONS),
+)
 
 
 # === Views ===================================================================
@@ -4663,16 +5411,29 @@ def login_page() -> str:
 def login_form() -> flask.typing.ResponseReturnValue:
     """Begins a session: a new one, whatever cookie came with the request."""
     who, form = visitor(), flask.request.form
-    user = sign_in(who, form.get("username", ""), form.get("password", ""))
+    credentials = checked(Credentials, form.to_dict(), text=True)
+    user = sign_in(who, credentials.username, credentials.password.get_secret_value())
     response = flask.redirect(own_path(flask.request.args.get("next", "")), 303)
-    give_cookie(response, who.site, open_ticket(who.site, "session", user))
+    give_cookie(response, open_ticket(who.site, "session", user))
+    return response
+
+
+def password_form() -> flask.typing.ResponseReturnValue:
+    """Changes one's own password, and goes on with a new session."""
+    who = visitor()
+    change_password(who, flask.request.form.to_dict())
+    assert who.user
+    with who.site.store.reading() as session:
+        user = find_user(session, who.user.name)
+    response = flask.redirect(PREFIX, 303)
+    give_cookie(response, open_ticket(who.site, "session", user))
     return response
 
 
 def logout_form() -> flask.typing.ResponseReturnValue:
     sign_out(visitor())
     response = flask.redirect("/-/login", 303)
-    give_cookie(response, visitor().site, None)
+    give_cookie(response, "")
     return response
 
 
@@ -4695,11 +5456,16 @@ def refuse(error: Refusal) -> flask.typing.ResponseReturnValue:
 
 
 def refuse_http(error: HTTPException) -> flask.typing.ResponseReturnValue:
-    """What Flask refuses by itself: unknown paths, methods, large or broken requests."""
+    """What Flask refuses by itself: unknown paths, methods, large or broken requests, failures."""
     response = flask.make_response(refuse(Refusal(error.description or "", error.code or 500)))
     if allowed := getattr(error, "valid_methods", None):
         response.headers["Allow"] = ", ".join(sorted(allowed))
     return response
+
+
+def refuse_database(error: sqlalchemy.exc.SQLAlchemyError) -> flask.typing.ResponseReturnValue:
+    log.error("the database cannot be used: %s", one_line(str(getattr(error, "orig", error))))
+    return refuse(Refusal("the database cannot be used now; see the log", 503, retry=1))
 
 
 PAGES = (
@@ -4707,6 +5473,7 @@ PAGES = (
     Route("GET", "/-/login", "", login_page, restricted=True),
     Route("POST", "/-/login", "", login_form, restricted=True),
     Route("POST", "/-/logout", "viewer", logout_form, restricted=True),
+    Route("POST", "/-/password", "viewer", password_form, restricted=True),
 )
 
 
@@ -4715,13 +5482,14 @@ def build_console(site: Site) -> flask.Flask:
     app = flask.Flask("healthchecker.console", static_folder=None)
     app.config.update(MAX_CONTENT_LENGTH=CONSOLE_BODY, PROVIDE_AUTOMATIC_OPTIONS=False)
     app.url_map.merge_slashes = False       # it would redirect
-    routes = {f"{route.method} {route.path}": route for route in PAGES}
+    routes = {f"{route.method} {route.path}": route for route in (*API_ROUTES, *PAGES)}
     for endpoint, route in routes.items():
         app.add_url_rule(route.path, endpoint, route.run, methods=[route.method])
     app.before_request(functools.partial(admit, site, routes))
     app.after_request(finish)
     app.register_error_handler(Refusal, refuse)
     app.register_error_handler(HTTPException, refuse_http)
+    app.register_error_handler(sqlalchemy.exc.SQLAlchemyError, refuse_database)
     return app
 
 
@@ -5183,14 +5951,15 @@ class LoopDispatcher:
     The hand-over of the interpreter lock between loop and pool costs more than most answers.
     """
 
-    def __init__(self, pool_of: Callable[[str], str], pools: Mapping[str, Pool]) -> None:
+    def __init__(self, pool_of: Callable[[str, Container[str]], str], pools: Mapping[str, Pool]) -> None:
         self._pool_of, self.pools = pool_of, pools
         self._ready: collections.deque[HTTPChannel] = collections.deque()
 
     def add_task(self, task: HTTPChannel) -> None:
         """Called with the channel's lock held, hence only queues."""
         request = task.requests[0]
-        pool = None if request.error else self.pools.get(self._pool_of("/" + request.path.lstrip("/")))
+        path = "/" + request.path.lstrip("/")
+        pool = None if request.error else self.pools.get(self._pool_of(path, request.headers))
         if pool is None or pool.full:
             self._ready.append(task)
         else:
@@ -5772,18 +6541,28 @@ def front(site: Site, database: Path, sock: socket.socket) -> GateServer | Crew:
     return GateServer(build_gate(site), sock, inventory.service, connection_limit(len(inventory.entries)))
 
 
-def watch_and_serve(installation: Installation, sock: socket.socket, store: Store) -> None:
-    """Takes the inventory over, starts the watch and serves until a signal comes."""
-    inventory, aggregator = installation.inventory, HealthAggregator()
+def prepare(installation: Installation, store: Store) -> Vault:
+    """Brings database and keys to what the inventory says, all or nothing."""
     with store.writing() as session:
         vault = installation.open_vault(session)
         ensure_first_user(session)
-        changes = import_inventory(session, inventory, vault)
+        changes = import_inventory(session, installation.inventory, vault)
+        initial = initial_user(session)
     log.info("inventory: %s", changes)
+    if initial:
+        log.warning("the password of %s is the documented one: change it at /-/password or by `user passwd`", initial)
+    return vault
+
+
+def watch_and_serve(installation: Installation, sock: socket.socket, store: Store) -> None:
+    """Takes the inventory over, starts the watch and serves until a signal comes."""
+    inventory, aggregator = installation.inventory, HealthAggregator()
+    vault, access = prepare(installation, store), installation.access()
     recorder = Recorder(store, aggregator, inventory.service.retention)
-    monitor = Monitor(store, vault, Watch(aggregator, recorder, installation.access(), random.Random()))
+    monitor = Monitor(store, vault, Watch(aggregator, recorder, access, random.Random()))
+    desk = Desk(store, vault, monitor, access, installation.path)
     key = session_key(installation.resolve(inventory.service.keys))
-    site = Site(store, inventory.without_secrets(), Desk(store, monitor).ask, key, aggregator.lease)
+    site = Site(store, inventory.without_secrets(), desk.ask, key, aggregator.lease)
     with contextlib.closing(monitor), contextlib.closing(front(site, installation.database, sock)) as server:
         for number in ENDINGS:
             signal.signal(number, lambda *_: server.stop())
@@ -5986,12 +6765,7 @@ def trust(arguments: argparse.Namespace) -> int:
         if target is None:
             near = difflib.get_close_matches(arguments.name, targets, 1)
             raise UsageError(f"no such resource{f'; did you mean {near[0]}?' if near else ''}")
-        connection = CONNECTIONS[target.settings.platform](target, LoginGuard(), installation.access())
-        if not isinstance(connection, (SshConnection, PowerShellConnection)):
-            raise UsageError(f"{target.name} has no host key")
-        if target.settings.host_key not in (None, "strict") or target.settings.certificate_fingerprint:
-            raise UsageError(f"the inventory pins the key of {target.name}; change it there")
-        offered = connection.offered_key(Deadline(target.settings.timeout))
+        offered = offered_key(target, installation.access())
         with store.writing() as session:
             session.execute(sqlalchemy.update(Resource).values(host_key=offered).where(Resource.id == target.id))
             revise(session)
@@ -6034,6 +6808,68 @@ def rotate_keys(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def typed_password() -> str:
+    """A password from the terminal, without an echo and twice, or the first line of what is piped in."""
+    if not sys.stdin.isatty():
+        return sys.stdin.buffer.readline().decode("utf-8-sig", "replace").rstrip("\r\n")
+    password = getpass.getpass("Password: ")
+    if getpass.getpass("Once more: ") != password:
+        raise UsageError("the two are not the same")
+    return password
+
+
+@contextlib.contextmanager
+def accounts(arguments: argparse.Namespace) -> Iterator[Visitor]:
+    """Who works on the users from the command line, also while the service runs or before it ever did."""
+    installation = Installation(arguments.inventory)
+    with contextlib.closing(installation.open_store()) as store:
+        with store.writing() as session:
+            ensure_first_user(session)
+        yield Visitor(Site(store, installation.inventory, lambda kind: None, b"", Lease()))
+
+
+def user_add(arguments: argparse.Namespace) -> int:
+    """Adds a user."""
+    with accounts(arguments) as who:
+        add_user(who, {"name": arguments.name, "password": typed_password(), "role": arguments.role})
+    print(f"{arguments.name} can log in now, as {arguments.role}")
+    return 0
+
+
+def user_passwd(arguments: argparse.Namespace) -> int:
+    """Changes a password."""
+    with accounts(arguments) as who:
+        change_user(who, arguments.name, {"password": typed_password()})
+    print(f"{arguments.name} has a new password; earlier sessions have ended")
+    return 0
+
+
+def user_remove(arguments: argparse.Namespace) -> int:
+    """Removes a user."""
+    with accounts(arguments) as who:
+        remove_user(who, arguments.name)
+    print(f"{arguments.name} cannot log in any more")
+    return 0
+
+
+def user_list(arguments: argparse.Namespace) -> int:
+    """Prints the users."""
+    with accounts(arguments) as who:
+        print_table([["NAME", "ROLE", "PASSWORD"], *(
+            [user.name, user.role, "the documented one" if user.initial else "own"] for user in list_users(who))])
+    return 0
+
+
+def add_user_commands(users: Any) -> None:
+    for name, run in (("add", user_add), ("passwd", user_passwd), ("remove", user_remove), ("list", user_list)):
+        command = users.add_parser(name, help=(run.__doc__ or "").lower().rstrip("."))
+        command.set_defaults(run=run)
+        if name != "list":
+            command.add_argument("name", metavar="NAME")
+        if name == "add":
+            command.add_argument("--role", choices=get_args(Role), default="viewer", help="default: viewer, who looks")
+
+
 def command_line() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="healthchecker.py", description=(
         "A web application answers only while the machines it depends on are healthy. Without a command: serve."))
@@ -6048,6 +6884,8 @@ def command_line() -> argparse.ArgumentParser:
     command = commands.add_parser("trust", help="accept the changed host key of a resource")
     command.add_argument("name", metavar="NAME")
     command.set_defaults(run=trust)
+    users = commands.add_parser("user", help="`user add|passwd|remove|list`: who can log in")
+    add_user_commands(users.add_subparsers(metavar="add|passwd|remove|list", required=True))
     keys = commands.add_parser("keys", help="`keys rotate`: seal every secret with a new key; stop the service first")
     keys.add_subparsers(metavar="rotate", required=True).add_parser("rotate").set_defaults(run=rotate_keys)
     return parser
