@@ -5663,7 +5663,7 @@ class GateParser(HTTPRequestParser):    # type: ignore[misc]  # waitress carries
         if head.startswith(b"\r"):      # blank lines before a request are an old client's
             head = BLANK_LINES.sub(b"", head)
         end = head.find(b"\r\n\r\n")
-        if (end if end >= 0 else len(head)) > HEADER_BYTES:
+        if (end if end >= 0 else len(head) - 3) > HEADER_BYTES:     # three bytes of the end may be there already
             raise Refused("431 Request Header Fields Too Large")
         if end < 0:
             self._lines(head.removesuffix(b"\r"))

@@ -1,0 +1,742 @@
+"""Serve against clients that send what two programs could read in two ways, too much, too slowly, or nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import re
+import select
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from conftest import no_leaks, wait_for
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from service import Service, write_inventory
+from test_gate import POOL, Serving
+from waitress.adjustments import Adjustments
+
+from healthchecker import GateParser, Lease, ServiceSettings
+
+GET = b"GET / HTTP/1.1\r\nHost: example.com\r\n"
+POST = b"POST / HTTP/1.1\r\nHost: example.com\r\n"
+CHUNKED = POST + b"Transfer-Encoding: chunked\r\n\r\n"
+INNER = b"GET /inner HTTP/1.1\r\nHost: example.com\r\n\r\n"  # what a smuggler wants to be taken for a request
+LIMIT = 1000  # bytes of a body, in this file
+HEADER = 16 << 10  # bytes of the request line and the headers
+
+
+@pytest.fixture(autouse=True)
+def _nothing_left() -> Iterator[None]:
+    Lease()
+    with no_leaks():
+        yield
+
+
+class Echo:
+    """An application that tells what it was asked for, and notes it."""
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+
+    def __call__(self, environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
+        self.asked.append(environ["PATH_INFO"])
+        host = environ.get("HTTP_HOST", "-")
+        target = environ["PATH_INFO"] + ("?" + environ["QUERY_STRING"] if environ["QUERY_STRING"] else "")
+        body = f"{environ['REQUEST_METHOD']} {host} {target} ".encode("latin-1") + environ["wsgi.input"].read()
+        start_response("200 OK", [("Content-Type", "text/plain"), ("Content-Length", str(len(body)))])
+        return [body]
+
+
+def serving(threads: int = 0, **options: Any) -> Serving:
+    return Serving(Echo(), threads, service=ServiceSettings(body_limit=LIMIT), **options)
+
+
+class Reply(NamedTuple):
+    status: int
+    head: str
+    body: bytes
+
+
+def replies(stream: bytes) -> list[Reply]:
+    """The answers in what a server has sent; all have their length."""
+    found = []
+    while stream:
+        head, _, stream = stream.partition(b"\r\n\r\n")
+        length = re.search(rb"(?i)\r\ncontent-length: (\d+)", head)
+        size = int(length[1]) if length else 0
+        found.append(Reply(int(head.split()[1]), head.decode("latin-1"), stream[:size]))
+        stream = stream[size:]
+    return found
+
+
+# === What is refused =========================================================
+# name: what the client sends, the status of the one answer
+REFUSED: dict[str, tuple[bytes, int]] = {
+    # how long is the body?
+    "length and coding": (POST + b"Content-Length: 4\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n" + INNER, 400),
+    "coding and length": (POST + b"Transfer-Encoding: chunked\r\nContent-Length: 4\r\n\r\n0\r\n\r\n" + INNER, 400),
+    "coding and no length": (POST + b"Transfer-Encoding: chunked\r\nContent-Length:\r\n\r\n0\r\n\r\n", 400),
+    "coding twice": (POST + b"Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", 400),
+    "coding twice in one": (POST + b"Transfer-Encoding: chunked, chunked\r\n\r\n0\r\n\r\n", 400),
+    "coding twice, one unknown": (POST + b"Transfer-Encoding: chunked\r\nTransfer-Encoding: x\r\n\r\n0\r\n\r\n", 400),
+    "coding empty": (POST + b"Transfer-Encoding:\r\n\r\n", 400),
+    "coding with a comma": (POST + b"Transfer-Encoding: ,chunked\r\n\r\n0\r\n\r\n", 400),
+    "coding identity": (POST + b"Transfer-Encoding: identity\r\nContent-Length: 3\r\n\r\nabc", 400),
+    "coding gzip": (POST + b"Transfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n", 400),
+    "coding unknown": (POST + b"Transfer-Encoding: xchunked\r\n\r\n0\r\n\r\n" + INNER, 400),
+    "coding quoted": (POST + b'Transfer-Encoding: "chunked"\r\n\r\n0\r\n\r\n', 400),
+    "coding with a parameter": (POST + b"Transfer-Encoding: chunked;q=1\r\n\r\n0\r\n\r\n", 400),
+    "coding after a vertical tab": (POST + b"Transfer-Encoding: \x0bchunked\r\n\r\n0\r\n\r\n" + INNER, 400),
+    "coding after \\x85": (POST + b"Transfer-Encoding: \x85chunked\r\n\r\n0\r\n\r\n" + INNER, 400),
+    "coding after \\xa0": (POST + b"Transfer-Encoding: \xa0chunked\r\n\r\n0\r\n\r\n" + INNER, 400),
+    "coding before a colon": (POST + b"Transfer-Encoding : chunked\r\n\r\n0\r\n\r\n" + INNER, 400),
+    "coding in HTTP/1.0": (b"POST / HTTP/1.0\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n" + INNER, 400),
+    "coding in HTTP/1.0, kept alive": (
+        b"POST / HTTP/1.0\r\nConnection: keep-alive\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n" + INNER, 400),
+    "length twice": (POST + b"Content-Length: 5\r\nContent-Length: 5\r\n\r\nhello", 400),
+    "length twice, different": (POST + b"Content-Length: 5\r\nContent-Length: 50\r\n\r\nhello" + INNER, 400),
+    "length twice in one": (POST + b"Content-Length: 5,5\r\n\r\nhello", 400),
+    "length twice, one empty": (POST + b"Content-Length: 5\r\nContent-Length:\r\n\r\nhello", 400),
+    "length with a plus": (POST + b"Content-Length: +5\r\n\r\nhello", 400),
+    "length with a minus": (POST + b"Content-Length: -5\r\n\r\nhello", 400),
+    "length empty": (POST + b"Content-Length:\r\n\r\n", 400),
+    "length of blanks": (POST + b"Content-Length:   \r\n\r\n", 400),
+    "length hexadecimal": (POST + b"Content-Length: 0x5\r\n\r\nhello", 400),
+    "length with underscores": (POST + b"Content-Length: 1_0\r\n\r\nhellohello", 400),
+    "length with a fraction": (POST + b"Content-Length: 5.0\r\n\r\nhello", 400),
+    "length with a blank": (POST + b"Content-Length: 5 0\r\n\r\nhello", 400),
+    "length of superscripts": (POST + b"Content-Length: \xb2\r\n\r\nhi", 400),
+    "length in words": (POST + b"Content-Length: five\r\n\r\nhello", 400),
+    # who is asked?
+    "no host": (b"GET / HTTP/1.1\r\n\r\n", 400),
+    "two hosts": (GET + b"Host: example.com\r\n\r\n", 400),
+    "two hosts, HTTP/1.0": (b"GET / HTTP/1.0\r\nHost: a.example.com\r\nHost: b.example.com\r\n\r\n", 400),
+    "host empty": (b"GET / HTTP/1.1\r\nHost:\r\n\r\n", 400),
+    "hosts in one": (b"GET / HTTP/1.1\r\nHost: a.example.com, b.example.com\r\n\r\n", 400),
+    "host with a path": (b"GET / HTTP/1.1\r\nHost: example.com/x\r\n\r\n", 400),
+    "host with a user": (b"GET / HTTP/1.1\r\nHost: admin@example.com\r\n\r\n", 400),
+    "host with a blank": (b"GET / HTTP/1.1\r\nHost: example.com x\r\n\r\n", 400),
+    "host in quotes": (b'GET / HTTP/1.1\r\nHost: "example.com"\r\n\r\n', 400),
+    "host with a tag": (b"GET / HTTP/1.1\r\nHost: <b>\r\n\r\n", 400),
+    "host beyond ASCII": (b"GET / HTTP/1.1\r\nHost: ex\xe4mple.com\r\n\r\n", 400),
+    "host's port in words": (b"GET / HTTP/1.1\r\nHost: example.com:http\r\n\r\n", 400),
+    "host's port too high": (b"GET / HTTP/1.1\r\nHost: example.com:65536\r\n\r\n", 400),
+    "host of two colons": (b"GET / HTTP/1.1\r\nHost: example.com:80:80\r\n\r\n", 400),
+    "host in open brackets": (b"GET / HTTP/1.1\r\nHost: [::1\r\n\r\n", 400),
+    "host in brackets, no address": (b"GET / HTTP/1.1\r\nHost: [::1::]\r\n\r\n", 400),
+    # where does a line end?
+    "bare CR in the request line": (b"GET /\rx HTTP/1.1\r\nHost: example.com\r\n\r\n", 400),
+    "bare CR in a value": (GET + b"X: a\rContent-Length: 5\r\n\r\n", 400),
+    "bare CR before the end": (GET + b"X: a\r\r\n\r\n", 400),
+    "CR CR LF": (b"GET / HTTP/1.1\r\r\nHost: example.com\r\n\r\n", 400),
+    "bare LF after the request line": (b"GET / HTTP/1.1\nHost: example.com\r\n\r\n", 400),
+    "bare LF in a value": (GET + b"X: a\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", 400),
+    "bare LFs only": (b"GET / HTTP/1.1\nHost: example.com\n\n", 400),
+    "bare LF at the end": (GET + b"X: a\r\n\n", 400),
+    "bare LFs before": (b"\n\n" + GET + b"\r\n", 400),
+    "LF CR": (GET + b"X: a\n\r\n\r\n", 400),
+    "CR and LF apart": (GET + b"X: a\rb\nc\r\n\r\n", 400),
+    "folded with a blank": (GET + b"X: a\r\n b\r\n\r\n", 400),
+    "folded with a tab": (GET + b"X: a\r\n\tContent-Length: 5\r\n\r\n", 400),
+    "folded first header": (b"GET / HTTP/1.1\r\n Host: example.com\r\n\r\n", 400),
+    "folded coding": (POST + b"Transfer-Encoding:\r\n chunked\r\n\r\n0\r\n\r\n" + INNER, 400),
+    # what is in it?
+    "NUL in the request line": (b"GET /\0 HTTP/1.1\r\nHost: example.com\r\n\r\n", 400),
+    "NUL in a name": (GET + b"X\0: a\r\n\r\n", 400),
+    "NUL in a value": (GET + b"X: a\0b\r\n\r\n", 400),
+    "vertical tab in a value": (GET + b"X: a\x0bb\r\n\r\n", 400),
+    "escape in a value": (GET + b"X: \x1b[2J\r\n\r\n", 400),
+    "DEL in a value": (GET + b"X: a\x7f\r\n\r\n", 400),
+    "DEL in the request line": (b"GET /\x7f HTTP/1.1\r\nHost: example.com\r\n\r\n", 400),
+    "tab in the request line": (b"GET\t/ HTTP/1.1\r\nHost: example.com\r\n\r\n", 400),
+    "form feed before": (b"\x0c" + GET + b"\r\n", 400),
+    "blank before the colon": (GET + b"X : a\r\n\r\n", 400),
+    "tab before the colon": (GET + b"X\t: a\r\n\r\n", 400),
+    "no name": (GET + b": a\r\n\r\n", 400),
+    "no colon": (GET + b"Content-Length\r\n\r\n", 400),
+    "blank in a name": (GET + b"Content Length: 5\r\n\r\n", 400),
+    "name in brackets": (GET + b"[X]: a\r\n\r\n", 400),
+    "name beyond ASCII": (GET + b"X\xe4: a\r\n\r\n", 400),
+    "name of 129 characters": (GET + b"X" * 129 + b": a\r\n\r\n", 400),
+    # the request line
+    "blank before": (b" " + GET + b"\r\n", 400),
+    "two blanks": (b"GET  / HTTP/1.1\r\nHost: example.com\r\n\r\n", 400),
+    "blank behind": (b"GET / HTTP/1.1 \r\nHost: example.com\r\n\r\n", 400),
+    "blank in the target": (b"GET /a b HTTP/1.1\r\nHost: example.com\r\n\r\n", 400),
+    "no target": (b"GET HTTP/1.1\r\nHost: example.com\r\n\r\n", 400),
+    "only a method": (b"GET\r\nHost: example.com\r\n\r\n", 400),
+    "no request line": (b"Host: example.com\r\n\r\n", 400),
+    "relative target": (b"GET inner HTTP/1.1\r\nHost: example.com\r\n\r\n", 400),
+    "fragment": (b"GET /#inner HTTP/1.1\r\nHost: example.com\r\n\r\n", 400),
+    "asterisk": (b"GET * HTTP/1.1\r\nHost: example.com\r\n\r\n", 400),
+    "absolute, broken": (b"GET http://[ HTTP/1.1\r\nHost: example.com\r\n\r\n", 400),
+    "absolute, no host": (b"GET http:///x HTTP/1.1\r\nHost: example.com\r\n\r\n", 400),
+    "absolute, bad host": (b"GET http://ex%ample/ HTTP/1.1\r\nHost: example.com\r\n\r\n", 400),
+    "absolute, bad port": (b"GET http://example.com:x/ HTTP/1.1\r\nHost: example.com\r\n\r\n", 400),
+    "absolute, a user": (b"GET http://u:p@example.com/ HTTP/1.1\r\nHost: example.com\r\n\r\n", 400),
+    "absolute, no header Host": (b"GET http://example.com/ HTTP/1.1\r\n\r\n", 400),
+    "absolute, another scheme": (b"GET ftp://example.com/ HTTP/1.1\r\nHost: example.com\r\n\r\n", 400),
+    "absolute, no scheme": (b"GET ://example.com/ HTTP/1.1\r\nHost: example.com\r\n\r\n", 400),
+    "tunnel": (b"CONNECT example.com:443 HTTP/1.1\r\nHost: example.com\r\n\r\n", 400),
+    "method in lower case": (b"get / HTTP/1.1\r\nHost: example.com\r\n\r\n", 400),
+    "method in brackets": (b"G(E)T / HTTP/1.1\r\nHost: example.com\r\n\r\n", 400),
+    "method of 33 characters": (b"G" * 33 + b" / HTTP/1.1\r\nHost: example.com\r\n\r\n", 400),
+    "HTTP/0.9": (b"GET /\r\n\r\n", 400),
+    "HTTP/1": (b"GET / HTTP/1\r\nHost: example.com\r\n\r\n", 400),
+    "HTTP/1.2": (b"GET / HTTP/1.2\r\nHost: example.com\r\n\r\n", 400),
+    "HTTP/1.10": (b"GET / HTTP/1.10\r\nHost: example.com\r\n\r\n", 400),
+    "HTTP/2.0": (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 400),
+    "http/1.1": (b"GET / http/1.1\r\nHost: example.com\r\n\r\n", 400),
+    "HTTPS/1.1": (b"GET / HTTPS/1.1\r\nHost: example.com\r\n\r\n", 400),
+    "TLS": (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", 400),
+    "SSH": (b"SSH-2.0-OpenSSH_9.2\r\n\r\n", 400),
+    # chunks
+    "chunk size with 0x": (CHUNKED + b"0x5\r\nhello\r\n0\r\n\r\n", 400),
+    "chunk size with a plus": (CHUNKED + b"+5\r\nhello\r\n0\r\n\r\n", 400),
+    "chunk size with a minus": (CHUNKED + b"-5\r\nhello\r\n0\r\n\r\n", 400),
+    "chunk size with an underscore": (CHUNKED + b"0_5\r\nhello\r\n0\r\n\r\n", 400),
+    "chunk size after a blank": (CHUNKED + b" 5\r\nhello\r\n0\r\n\r\n", 400),
+    "chunk size before a blank": (CHUNKED + b"5 \r\nhello\r\n0\r\n\r\n", 400),
+    "chunk size before a tab": (CHUNKED + b"5\t\r\nhello\r\n0\r\n\r\n", 400),
+    "chunk size of no digit": (CHUNKED + b"\r\n5\r\nhello\r\n0\r\n\r\n", 400),
+    "chunk size in words": (CHUNKED + b"five\r\nhello\r\n0\r\n\r\n", 400),
+    "chunk size of 17 digits": (CHUNKED + b"00000000000000005\r\nhello\r\n0\r\n\r\n", 400),
+    "chunk size with NUL": (CHUNKED + b"5\0\r\nhello\r\n0\r\n\r\n", 400),
+    "chunk size before bare LF": (CHUNKED + b"5\nhello\r\n0\r\n\r\n", 400),
+    "chunk size before LF CR LF": (CHUNKED + b"5\n\r\nhello\r\n0\r\n\r\n", 400),
+    "chunk size before CR CR LF": (CHUNKED + b"5\r\r\nhello\r\n0\r\n\r\n", 400),
+    "chunk size before bare CR": (CHUNKED + b"5\rX\r\nhello\r\n0\r\n\r\n", 400),
+    "chunk extension with bare CR": (CHUNKED + b"5;a=\rb\r\nhello\r\n0\r\n\r\n", 400),
+    "chunk extension with bare LF": (CHUNKED + b"5;a\nhello\r\n0\r\n\r\n", 400),
+    "chunk extension with LF in quotes": (CHUNKED + b'5;a="\n"\r\nhello\r\n0\r\n\r\n', 400),
+    "chunk extension with NUL": (CHUNKED + b"5;a=\0\r\nhello\r\n0\r\n\r\n", 400),
+    "chunk extension without a name": (CHUNKED + b"5;\r\nhello\r\n0\r\n\r\n", 400),
+    "chunk extension, quotes left open": (CHUNKED + b'5;a="b\r\nhello\r\n0\r\n\r\n', 400),
+    "chunk longer than said": (CHUNKED + b"5\r\nhello!\r\n0\r\n\r\n", 400),
+    "chunk shorter than said": (CHUNKED + b"5\r\nhell\r\n0\r\n\r\n", 400),
+    "chunk without an end": (CHUNKED + b"5\r\nhello0\r\n\r\n" + INNER, 400),
+    "chunk before bare LF": (CHUNKED + b"5\r\nhello\n0\r\n\r\n", 400),
+    "last chunk before bare LF": (CHUNKED + b"5\r\nhello\r\n0\n\n" + INNER, 400),
+    "no end after the last chunk": (CHUNKED + b"0\r\n" + INNER, 400),
+    "trailer": (CHUNKED + b"5\r\nhello\r\n0\r\nX: a\r\n\r\n", 400),
+    "trailer with a length": (CHUNKED + b"0\r\nContent-Length: 50\r\n\r\n" + INNER, 400),
+    "endless chunk line": (CHUNKED + b"5;a=" + b"x" * 20_000, 400),
+    "chunks of one byte": (CHUNKED + b"1\r\nx\r\n" * 20_000, 413),
+    "chunk lines longer than their chunks": (CHUNKED + b"1;a=%b\r\nx\r\n" % (b"x" * 100) * 500, 400),
+    # how much?
+    "header too large": (GET + b"X: " + b"x" * HEADER + b"\r\n\r\n", 431),
+    "header too large, many": (GET + b"".join(b"X-%d: x\r\n" % number for number in range(2000)) + b"\r\n", 431),
+    "header without an end": (GET + b"X: " + b"x" * 40_000, 431),
+    "target too large": (b"GET /" + b"x" * HEADER + b" HTTP/1.1\r\nHost: example.com\r\n\r\n", 431),
+    "length beyond the limit": (POST + b"Content-Length: %d\r\n\r\n" % (LIMIT + 1), 413),
+    "length beyond it, sent": (POST + b"Content-Length: 300000\r\n\r\n" + b"x" * 300_000, 413),
+    "length beyond it, expected": (POST + b"Content-Length: 2000\r\nExpect: 100-continue\r\n\r\n", 413),
+    "length of 5,000 digits": (POST + b"Content-Length: " + b"9" * 5000 + b"\r\n\r\n", 413),
+    "chunk beyond the limit": (CHUNKED + b"3e9\r\n", 413),
+    "chunk of 16 digits": (CHUNKED + b"ffffffffffffffff\r\n", 413),
+    "chunks beyond the limit": (CHUNKED + b"1f4\r\n%b\r\n" % (b"x" * 500) * 3 + b"0\r\n\r\n", 413),
+}  # fmt: skip
+
+
+def is_refused(stream: bytes, status: int, request: bytes) -> None:
+    """One answer, which ends the connection and has nothing of the request in it."""
+    (reply,) = replies(stream)
+    assert reply.status == status
+    head = reply.head.lower()
+    assert head.startswith("http/1.") and "\r\nconnection: close" in head and head.count("connection:") == 1
+    assert reply.body.split()[0] == str(status).encode() and len(reply.body) < 60
+    assert b"inner" not in stream and b"waitress" not in stream and b"Traceback" not in stream
+
+
+@pytest.mark.parametrize(("request_", "status"), REFUSED.values(), ids=REFUSED)
+def test_refused(request_: bytes, status: int) -> None:
+    with serving() as server:
+        is_refused(server.raw(request_), status, request_)
+        assert server.server.application._app.asked == []
+        assert server.get("/after")[0] == 200
+
+
+def test_refused_in_a_pool_and_while_closed() -> None:
+    with serving(threads=2) as server:
+        for until in (time.monotonic() + 60, 0.0):
+            server.lease.until.value = until
+            for request, status in list(REFUSED.values())[::9]:
+                is_refused(server.raw(request), status, request)
+
+
+# === What is served ==========================================================
+LONG = b"X: " + b"x" * (HEADER - len(GET) - 3)  # so that all headers together are as long as allowed
+# name: what the client sends, the body of each answer
+SERVED: dict[str, tuple[bytes, list[bytes]]] = {
+    "plain": (GET, [b"GET example.com / "]),
+    "HTTP/1.0": (b"GET /x HTTP/1.0\r\n", [b"GET - /x "]),
+    "HTTP/1.0 with a host": (b"GET / HTTP/1.0\r\nHost: example.com:80\r\n", [b"GET example.com:80 / "]),
+    "blank lines before": (b"\r\n\r\n\r\n" + GET, [b"GET example.com / "]),
+    "host with a port": (b"GET / HTTP/1.1\r\nHost: example.com:8080\r\n", [b"GET example.com:8080 / "]),
+    "host with an empty port": (b"GET / HTTP/1.1\r\nHost: example.com:\r\n", [b"GET example.com: / "]),
+    "host with an underscore": (b"GET / HTTP/1.1\r\nHost: my_shop\r\n", [b"GET my_shop / "]),
+    "host with IPv4": (b"GET / HTTP/1.1\r\nHost: 192.0.2.1\r\n", [b"GET 192.0.2.1 / "]),
+    "host with IPv6": (b"GET / HTTP/1.1\r\nHost: [2001:db8::1]:80\r\n", [b"GET [2001:db8::1]:80 / "]),
+    "host without blanks": (b"GET / HTTP/1.1\r\nhost:example.com\r\n", [b"GET example.com / "]),
+    "host between blanks": (b"GET / HTTP/1.1\r\nHost: \t example.com \t\r\n", [b"GET example.com / "]),
+    "query": (b"GET /a%20b;c?x=%31&y HTTP/1.1\r\nHost: example.com\r\n", [b"GET example.com /a b;c?x=%31&y "]),
+    "unusual characters": (b'GET /"{}|\\^`<>[] HTTP/1.1\r\nHost: x\r\n', [b'GET x /"{}|\\^`<>[] ']),
+    "beyond ASCII": (b"GET /\xc3\xa4 HTTP/1.1\r\nHost: x\r\nX: \xe4\r\n", [b"GET x /\xc3\xa4 "]),
+    "absolute": (b"GET http://a.example.com/x?y HTTP/1.1\r\nHost: b.example.com\r\n", [b"GET a.example.com /x?y "]),
+    "absolute, HTTP/1.0": (b"GET http://example.com/x HTTP/1.0\r\n", [b"GET example.com /x "]),
+    "absolute, no path": (b"GET HTTPS://example.com:443 HTTP/1.1\r\nHost: x\r\n", [b"GET example.com:443 / "]),
+    "absolute, query only": (b"GET http://example.com?x HTTP/1.1\r\nHost: x\r\n", [b"GET example.com /?x "]),
+    "absolute, ours": (b"GET http://example.com/-/livez HTTP/1.1\r\nHost: x\r\n", [b"ok\n"]),
+    "options": (b"OPTIONS * HTTP/1.1\r\nHost: x\r\n", [b"OPTIONS x * "]),
+    "unusual method": (b"M-SEARCH / HTTP/1.1\r\nHost: x\r\n", [b"M-SEARCH x / "]),
+    "names with an underscore": (GET + b"Content_Length: 5\r\nTransfer_Encoding: x\r\n", [b"GET example.com / "]),
+    "headers as long as allowed": (GET + LONG + b"\r\n", [b"GET example.com / "]),
+    "no value": (GET + b"X:\r\nX:\r\n", [b"GET example.com / "]),
+    "length 0": (POST + b"Content-Length: 0\r\n", [b"POST example.com / "]),
+    "length 0, expected": (POST + b"Content-Length: 0\r\nExpect: 100-continue\r\n", [b"POST example.com / "]),
+    "no length, expected": (GET + b"Expect: 100-continue\r\n", [b"GET example.com / "]),
+    "expects something else": (GET + b"Expect: the unexpected\r\n", [b"GET example.com / "]),
+    "closed among options": (GET + b"Connection: TE, Close\r\nTE: trailers\r\n", [b"GET example.com / "]),
+}
+# name: what follows the headers of a POST up to the empty line, what the application reads
+BODIES: dict[str, tuple[bytes, bytes]] = {
+    "length": (b"Content-Length: 5\r\n\r\nhello", b"hello"),
+    "length with zeros": (b"Content-Length: 0005\r\n\r\nhello", b"hello"),
+    "length as long as allowed": (b"Content-Length: %d\r\n\r\n" % LIMIT + b"x" * LIMIT, b"x" * LIMIT),
+    "a request as body": (b"Content-Length: %d\r\n\r\n" % len(INNER) + INNER, INNER),
+    "no chunk": (b"Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n", b""),
+    "a chunk": (b"Transfer-Encoding: Chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n", b"hello"),
+    "chunks": (b"Transfer-Encoding: chunked\r\n\r\n00A\r\n0123456789\r\n1\r\nx\r\n000\r\n\r\n", b"0123456789x"),
+    "chunks as long as allowed": (b"Transfer-Encoding: chunked\r\n\r\n1f4\r\n%b\r\n1F4\r\n%b\r\n0\r\n\r\n"
+                                  % (b"x" * 500, b"y" * 500), b"x" * 500 + b"y" * 500),
+    "chunks of ends": (b"Transfer-Encoding: chunked\r\n\r\n4\r\n\r\n\r\n\r\n2\r\n0\r\r\n0\r\n\r\n", b"\r\n\r\n0\r"),
+    "chunks with extensions": (
+        b'Transfer-Encoding: chunked\r\n\r\n5;a;b=c;d="e;\\"f"\r\nhello\r\n0;last\r\n\r\n', b"hello"),
+    "small chunks": (b"Transfer-Encoding: chunked\r\n\r\n" + b"1\r\nx\r\n" * LIMIT + b"0\r\n\r\n", b"x" * LIMIT),
+}  # fmt: skip
+LAST = b"GET /last HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+ENDS = ("HTTP/1.0", "HTTP/1.0 with a host", "absolute, HTTP/1.0", "closed among options")
+
+
+def whole() -> dict[str, tuple[bytes, list[bytes]]]:
+    """All requests that are served, to the last byte."""
+    bodies = {f"body: {name}": (POST + sent, [b"POST example.com / " + read]) for name, (sent, read) in BODIES.items()}
+    return {**{name: (head + b"\r\n", bodies) for name, (head, bodies) in SERVED.items()}, **bodies}
+
+
+@POOL
+def test_served(threads: int) -> None:
+    """Each by itself, followed by another request where the connection goes on."""
+    with serving(threads) as server:
+        for name, (request, bodies) in whole().items():
+            last = [] if name in ENDS else [b"GET x /last "]
+            found = replies(server.raw(request if name in ENDS else request + LAST))
+            assert [(reply.status, reply.body) for reply in found] == [(200, body) for body in bodies + last], name
+
+
+def test_pipelined_requests_keep_their_order_and_a_refusal_ends_them() -> None:
+    """All in one send; nothing behind what is refused is read."""
+    good = {name: value for name, value in whole().items() if name not in ENDS}
+    stream = b"".join(request for request, _ in good.values())
+    bodies = [body for _, bodies in good.values() for body in bodies]
+    with serving() as server:
+        found = replies(server.raw(stream + REFUSED["two hosts"][0] + INNER))
+        assert [reply.body for reply in found[:-1]] == bodies
+        assert found[-1].status == 400
+        assert "/inner" not in server.server.application._app.asked
+
+
+# === The parser by itself ====================================================
+def outcome(pieces: Iterable[bytes]) -> tuple[str, int]:
+    """What becomes of the first request (the status of its refusal, "served" or "waits"), bytes that belong to it."""
+    adjustments = Adjustments(max_request_body_size=LIMIT)
+    parser, taken = GateParser(adjustments), 0
+    for piece in pieces:
+        while piece and not parser.completed:
+            count = parser.received(piece)
+            assert 0 < count <= len(piece)
+            piece, taken = piece[count:], taken + count
+    parser.close()
+    if parser.error:
+        return parser.error.status, 0
+    return ("served", taken) if parser.completed else ("waits", taken)
+
+
+def cut(request: bytes, size: int) -> Iterator[bytes]:
+    return (request[at : at + size] for at in range(0, len(request), size))
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 1000])
+def test_it_does_not_matter_how_a_request_is_cut(size: int) -> None:
+    longest = 100_000 if size == 1000 else 3000
+    for name, (request, _) in {**REFUSED, **whole()}.items():
+        if len(request) > longest:
+            continue
+        assert outcome(cut(request, size)) == outcome([request]), name
+
+
+BITS = [b"\r\n", b"\r", b"\n", b"\0", b"\xff", b" ", b"\t", b":", b",", b"[", b"0", b"5", b"a", b"chunked", b"HTTP/1.1",
+        b"http://", b"Content-Length", b"Transfer-Encoding", b"Host", b"Expect", b"X-Forwarded-For"]  # fmt: skip
+SEEDS = st.sampled_from([request for request, _ in {**REFUSED, **whole()}.values() if len(request) < 2000])
+EDIT = st.tuples(st.floats(0, 1), st.integers(0, 4), st.one_of(st.sampled_from(BITS), st.binary(max_size=3)))
+Edits = list[tuple[float, int, bytes]]  # where, how many bytes go there, what comes instead
+
+
+@given(SEEDS, st.lists(EDIT, max_size=5), st.integers(1, 50))
+@settings(max_examples=400, deadline=None)
+def test_anything_is_served_refused_or_waited_for(request: bytes, edits: Edits, size: int) -> None:
+    """However it is mutilated and cut: no error of Python's, and always the same outcome."""
+    for where, gone, put in edits:
+        at = int(where * len(request))
+        request = request[:at] + put + request[at + gone :]
+    result = outcome([request])
+    assert result[0] in ("served", "waits") or int(result[0][:3]) in (400, 413, 431)
+    assert outcome(cut(request, size)) == result
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        GET + b"X:" + b" " * 16_000,
+        GET + b"a" * 16_000,
+        GET + b"a:" * 8_000,
+        b"G" * 16_000,
+        b"GET http://" + b"[" * 16_000,
+        b"GET / HTTP/1.1\r\nHost: " + b"a." * 8_000 + b"\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: [" + b":" * 16_000 + b"]\r\n\r\n",
+        CHUNKED + b"5;" + b"a=a;" * 4_000,
+        CHUNKED + b'5;a="' + b'\\"' * 8_000 + b"\r\n",
+        GET + b"a:\r\n" * 4_000 + b"\r\n",
+    ],
+    ids=str,
+)
+def test_no_header_takes_long_to_read(request_: bytes) -> None:
+    """What makes a careless regular expression run for seconds or years."""
+    begin = time.process_time()
+    outcome([request_])
+    assert time.process_time() - begin < 0.5
+
+
+# === The end of a refused connection =========================================
+@POOL
+@pytest.mark.parametrize("coding", ["length", "chunks"])
+def test_a_client_that_sends_before_it_reads_gets_its_refusal(threads: int, coding: str) -> None:
+    """Eight megabytes too many: closing at once would reset the connection, and the answer would be lost."""
+    block = b"x" * (1 << 20)
+    with serving(threads) as server, socket.create_connection(server.address, timeout=10) as sock:
+        if coding == "length":
+            sock.sendall(POST + b"Content-Length: %d\r\n\r\n" % (8 << 20))
+        else:
+            sock.sendall(CHUNKED + b"800000\r\n")
+        for _ in range(8):
+            sock.sendall(block)
+        with sock.makefile("rb") as stream:
+            is_refused(stream.read(), 413, b"")
+        sock.sendall(b"x")  # it is still read
+        sock.shutdown(socket.SHUT_WR)
+        assert wait_for(lambda: not server.server.active_channels)
+
+
+def test_a_refused_client_that_never_stops_is_left() -> None:
+    """After a few seconds, or sixteen megabytes."""
+    with serving() as server:
+        for pause in (0.1, 0.0):
+            begin, sent = time.monotonic(), 0
+            with socket.create_connection(server.address, timeout=10) as sock, contextlib.suppress(OSError):
+                sock.sendall(GET + GET + b"\r\n")
+                while time.monotonic() - begin < 20:
+                    sent += sock.send(b"x" * (1 << 16 if not pause else 100))
+                    select.select([], [], [], pause)
+            assert time.monotonic() - begin < 3 + 2 + 2
+            assert sent < 40 << 20  # sixteen, and what the system holds
+            assert wait_for(lambda: not server.server.active_channels)
+
+
+# === Slow clients ============================================================
+def reads(sock: socket.socket) -> bytes:
+    """Everything until the other side closes."""
+    with sock.makefile("rb") as stream:
+        return stream.read()
+
+
+def drip(sock: socket.socket, over: threading.Event, text: bytes, pause: float) -> None:
+    """Sends byte by byte until the other side has enough of it."""
+    with contextlib.suppress(OSError):
+        for byte in text:
+            sock.sendall(bytes([byte]))
+            if over.wait(pause):
+                return
+
+
+@pytest.fixture
+def dripping() -> Iterator[Callable[[socket.socket, bytes, float], None]]:
+    """Starts a thread that drips; all end with the test."""
+    over, threads = threading.Event(), []
+
+    def start(sock: socket.socket, text: bytes, pause: float) -> None:
+        threads.append(threading.Thread(target=drip, args=(sock, over, text, pause)))
+        threads[-1].start()
+
+    yield start
+    over.set()
+    for thread in threads:
+        thread.join(10)
+
+
+@POOL
+def test_slow_headers(threads: int, dripping: Callable[[socket.socket, bytes, float], None]) -> None:
+    """Five seconds from the first byte on, however the others come; meanwhile nobody waits."""
+    drips = {
+        "silent": (b"G", 1.0),
+        "steady": (GET + b"X: " + b"x" * 1000, 0.1),
+        "second request": (GET + b"X: " + b"x" * 1000, 0.2),
+    }
+    with serving(threads) as server, contextlib.ExitStack() as stack:
+        socks = {}
+        for name in drips:
+            socks[name] = stack.enter_context(socket.create_connection(server.address, timeout=10))
+        socks["second request"].sendall(GET + b"\r\n")
+        assert socks["second request"].recv(1000).endswith(b"GET example.com / ")
+        begin = time.monotonic()
+        for name, (text, pause) in drips.items():
+            dripping(socks[name], text, pause)
+        assert server.get("/meanwhile")[0] == 200
+        assert time.monotonic() - begin < 1
+        for sock in socks.values():
+            is_refused(reads(sock), 408, b"")
+            assert 4.9 < time.monotonic() - begin < 7.5
+        assert server.server.application._app.asked == ["/", "/meanwhile"]
+
+
+def later(server: Serving, seconds: float) -> None:
+    """Lets the clock by which connections are watched go forward."""
+    server.server.clock = lambda: time.monotonic() + seconds
+
+
+def still_open(sock: socket.socket) -> bool:
+    """Whether nothing came, not even the end, in more than the time between two looks of the server."""
+    return not select.select([sock], [], [], 2.2)[0]
+
+
+@POOL
+def test_slow_bodies(threads: int, dripping: Callable[[socket.socket, bytes, float], None]) -> None:
+    with serving(threads) as server, contextlib.ExitStack() as stack:
+        starts = (POST + b"Content-Length: 900\r\n\r\n", CHUNKED, CHUNKED + b"384\r\n")
+        socks = [stack.enter_context(socket.create_connection(server.address, timeout=10)) for _ in starts]
+        for sock, start in zip(socks, starts, strict=True):
+            sock.sendall(start)
+        dripping(socks[0], b"x" * 500, 0.1)
+        later(server, 26)
+        assert still_open(socks[0]) and not select.select(socks, [], [], 0)[0]
+        later(server, 30.1)
+        for sock in socks:
+            is_refused(reads(sock), 408, b"")
+        assert server.server.application._app.asked == []
+
+
+@POOL
+def test_idle_connections(threads: int) -> None:
+    """A new one has 15 s, one that was used 75 s; blank lines are no use."""
+    with serving(threads) as server, contextlib.ExitStack() as stack:
+        new, kept, blank = (stack.enter_context(socket.create_connection(server.address, timeout=10)) for _ in range(3))
+        kept.sendall(GET + b"\r\n")
+        assert kept.recv(1000).endswith(b"GET example.com / ")
+        blank.sendall(b"\r\n\r\n")
+        later(server, 12)
+        assert still_open(new) and not select.select([kept, blank], [], [], 0)[0]
+        later(server, 16)
+        assert new.recv(1) == b""
+        later(server, 70)
+        kept.sendall(GET + b"\r\n")
+        assert kept.recv(1000).endswith(b"GET example.com / "), "used again in time"
+        assert still_open(kept)
+        later(server, 140)
+        assert still_open(kept)
+        later(server, 150)
+        assert kept.recv(1) == b"" and blank.recv(1) == b""
+
+
+@POOL
+def test_time_in_the_application_does_not_count(threads: int) -> None:
+    """Nor does the time of a pipelined request that begins behind it."""
+    entered, release = threading.Event(), threading.Event()
+
+    def slow(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
+        entered.set()
+        release.wait(20)
+        start_response("200 OK", [("Content-Type", "text/plain"), ("Content-Length", "4")])
+        return [b"done"]
+
+    with Serving(slow, threads) as server, socket.create_connection(server.address, timeout=10) as sock:
+        try:
+            sock.sendall(GET + b"\r\n" + GET)
+            assert entered.wait(5)
+            later(server, 300)
+            assert still_open(sock)
+        finally:
+            release.set()
+        assert sock.recv(1000).endswith(b"done")
+        if threads:  # on the loop nothing is watched while the application works
+            assert still_open(sock)
+            sock.sendall(b"Connection: close\r\n\r\n")
+            assert reads(sock).endswith(b"done")
+
+
+@POOL
+def test_a_client_that_does_not_read_its_answer(threads: int) -> None:
+    """It has a minute; then its pool thread is free again."""
+    closed = threading.Event()
+
+    class Endless:
+        def __iter__(self) -> Iterator[bytes]:
+            return itertools.repeat(b"x" * (1 << 20), 40)
+
+        def close(self) -> None:
+            closed.set()
+
+    def large(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
+        if environ["PATH_INFO"] == "/small":
+            start_response("200 OK", [("Content-Type", "text/plain"), ("Content-Length", "2")])
+            return [b"ok"]
+        start_response("200 OK", [("Content-Type", "text/plain"), ("Content-Length", str(40 << 20))])
+        return Endless()
+
+    with Serving(large, threads) as server, socket.create_connection(server.address, timeout=10) as sock:
+        sock.sendall(GET + b"\r\n")
+        assert sock.recv(10)
+        channel = next(iter(server.server.active_channels.values()))
+        later(server, 50)
+        assert wait_for(lambda: channel.total_outbufs_len > 0)
+        select.select([], [], [], 2.2)
+        assert channel.connected
+        later(server, 120)
+        assert wait_for(lambda: not server.server.active_channels)
+        assert wait_for(closed.is_set)
+        later(server, 0)
+        for _ in range(threads + 1):
+            assert server.get("/small") == (200, b"ok")
+
+
+def test_the_wall_clock_may_jump() -> None:
+    """waitress measures by it; here it is only a mark of whether something happened."""
+    with serving() as server, socket.create_connection(server.address, timeout=10) as sock:
+        sock.sendall(GET + b"\r\n")
+        assert sock.recv(1000).endswith(b"GET example.com / ")
+        (channel,) = server.server.active_channels.values()
+        for jump in (-1e9, 1e9):  # what a jump of the clock the other way looks like
+            channel.last_activity += jump
+            assert still_open(sock)
+        later(server, 80)
+        assert sock.recv(1) == b""
+
+
+# === Many clients ============================================================
+@contextlib.contextmanager
+def room_for(connections: int) -> Iterator[None]:
+    """As many descriptors for this process; the test is skipped where there are too few."""
+    if sys.platform == "win32":
+        pytest.skip("a process serves no more than 400 there")
+    import resource  # noqa: PLC0415  # POSIX only
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < connections + 200:
+        pytest.skip(f"only {hard} descriptors are allowed")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, connections + 200), hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def connect(stack: contextlib.ExitStack, address: tuple[str, int], count: int) -> list[socket.socket]:
+    return [stack.enter_context(socket.create_connection(address, timeout=10)) for _ in range(count)]
+
+
+STEADY = "  - {name: steady, platform: simulated, mean_healthy: 1000000, seed: 1, interval: 20}"
+
+
+def timed(service: Service) -> float:
+    """Seconds that a normal request takes."""
+    begin = time.monotonic()
+    assert service.get("/").status == 200
+    return time.monotonic() - begin
+
+
+def test_five_hundred_slow_headers(tmp_path: Path) -> None:
+    """A normal request is answered within 6 s, and from then on at once; the slow ones are told."""
+    with room_for(600), Service(write_inventory(tmp_path, STEADY)) as service, contextlib.ExitStack() as stack:
+        service.wait_status("/", 200)
+        begin = time.monotonic()
+        socks = connect(stack, (service.host, service.port), 500)
+        for sock in socks:
+            sock.sendall(b"GET / HTTP/1.1\r\nHo")
+        assert timed(service) < 6
+        while time.monotonic() - begin < 4:
+            for sock in socks[::10]:
+                sock.sendall(b"o")
+            assert timed(service) < 1
+        for sock in socks:
+            is_refused(reads(sock), 408, b"")
+        assert time.monotonic() - begin < 5 + 3
+        assert timed(service) < 1
+
+
+def test_two_thousand_idle_sockets(tmp_path: Path) -> None:
+    with room_for(2000), Service(write_inventory(tmp_path, STEADY)) as service, contextlib.ExitStack() as stack:
+        service.wait_status("/", 200)
+        last = connect(stack, (service.host, service.port), 2000)[-1]
+        last.settimeout(30)
+        last.sendall(GET + b"\r\n")
+        assert last.recv(1000).startswith(b"HTTP/1.1 200"), "all are accepted"
+        for _ in range(5):
+            assert timed(service) < 1
+        stack.close()
+        assert timed(service) < 2
+
+
+def cpu_seconds(service: Service) -> float:
+    import psutil  # noqa: PLC0415  # where this test runs it is there
+
+    used = psutil.Process(service.pid).cpu_times()
+    return float(used.user + used.system)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="a limit can be set from outside on Linux only")
+def test_no_descriptor_left(tmp_path: Path) -> None:
+    """As many sockets as there are descriptors, and more: the process lives, does not spin, and serves again."""
+    import resource  # noqa: PLC0415  # POSIX only
+
+    with room_for(600), Service(write_inventory(tmp_path, STEADY)) as service, contextlib.ExitStack() as stack:
+        service.wait_status("/", 200)
+        soft, hard = resource.prlimit(service.pid, resource.RLIMIT_NOFILE, (200, 300))
+        socks = connect(stack, (service.host, service.port), 400)
+        service.wait_line("a connection cannot be accepted")
+        begin = cpu_seconds(service)
+        assert still_open(socks[-1])  # a moment of waiting
+        assert cpu_seconds(service) - begin < 0.8
+        for sock in socks[:150]:  # busy ones stay, idle ones give way
+            sock.sendall(GET)
+        assert service.wait_status("/", 200, 12)
+        stack.close()
+        assert timed(service) < 3
+        assert service.output.count("cannot be accepted") < 3, "said once, not for each"
+        assert service.output.count("Traceback") == 0
+    assert soft >= 200 and hard >= 300
+
+
+def test_no_connection_left() -> None:
+    """Beyond the limit of connections the next wait; idle ones make room for them."""
+    with serving(connections=20) as server, contextlib.ExitStack() as stack:
+        connect(stack, server.address, 40)
+        assert wait_for(lambda: len(server.server.active_channels) >= 18)
+        begin = time.monotonic()
+        assert server.get("/", 12)[0] == 200
+        assert time.monotonic() - begin < 10
+        assert len(server.server.active_channels) <= 20
