@@ -1,0 +1,131 @@
+"""The blocks of the README that make a service of HealthChecker: each can be pasted, and what it starts serves."""
+
+from __future__ import annotations
+
+import http.client
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path, PureWindowsPath
+
+import pytest
+from conftest import wait_for
+from service import PROGRAM, SERVING, write_inventory
+from test_windows_probes import GRAMMARS, nodes, tree
+
+README = (PROGRAM.parent / "README.md").read_text(encoding="utf-8")
+SHELL = re.findall(r"^```sh\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+POWERSHELL = re.findall(r"^```powershell\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+POSIX = pytest.mark.skipif(sys.platform == "win32", reason="a unit of systemd is for Linux")
+SYSTEMD = pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="needs systemd-analyze, of package systemd")
+# Says what would have been done by root, and what would have been written.
+SUDO = 'set -eu; sudo() { printf "+ %s\\n" "$*"; [ "$1" != tee ] || cat; }\n'
+FOLDER = "/opt/healthchecker"
+
+
+def pasted() -> dict[str, str]:
+    """What root would run, and the text that would go into each command."""
+    (block,) = SHELL
+    done = subprocess.run(["/bin/sh"], input=SUDO + block, capture_output=True, encoding="utf-8", check=True)
+    assert done.stderr == ""
+    return dict(re.findall(r"^\+ (.*)\n((?:(?!\+ ).*\n)*)", done.stdout, re.MULTILINE))
+
+
+def unit() -> str:
+    return pasted()["tee /etc/systemd/system/healthchecker.service"]
+
+
+@POSIX
+def test_what_the_shell_makes_of_its_block() -> None:
+    assert [command.split()[0] for command in pasted()] == ["useradd", "chown", "tee", "systemctl"]
+    user = re.search(r"^User=(\w+)$", unit(), re.MULTILINE)
+    assert user
+    assert [command.split()[-1] for command in pasted()][::3] == [user[1], "healthchecker"]
+    assert f"chown -R {user[1]} {FOLDER}" in pasted()
+
+
+def complaints(text: str, folder: Path) -> list[str]:
+    """What systemd has to say about a unit, but not about those of this machine."""
+    path = folder / "healthchecker.service"
+    path.write_text(text.replace(FOLDER, str(folder)), encoding="utf-8")
+    command = ["systemd-analyze", "--man=no", "verify", str(path)]
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", check=False)
+    return [line for line in done.stderr.splitlines() if path.name in line]
+
+
+@POSIX
+@SYSTEMD
+def test_systemd_takes_the_unit(tmp_path: Path) -> None:
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    (tmp_path / ".venv" / "bin" / "python").symlink_to(sys.executable)
+    assert complaints(unit(), tmp_path) == []
+    for right, wrong in {"Restart=always": "Restart=forever", "User=": "Users=", "/bin/python": "/bin/pyhton"}.items():
+        assert right in unit()
+        assert complaints(unit().replace(right, wrong), tmp_path) != [], wrong
+
+
+@pytest.mark.parametrize("grammar", GRAMMARS)
+def test_powershell_takes_its_block(grammar: str) -> None:
+    (block,) = POWERSHELL
+    wrong = [node for node in nodes(tree(grammar, block)) if node.type == "ERROR" or node.is_missing]
+    assert [(node.type, node.start_point, node.text) for node in wrong] == []
+    assert tree(grammar, block.replace(")\n", "\n", 1)).has_error
+    assert block.isascii()
+    assert not re.search(r"`[ \t]+$", block, re.MULTILINE)  # it would continue no line
+
+
+def shown(pattern: str, block: str) -> str:
+    found = re.search(pattern, block, re.MULTILINE)
+    assert found, f"no {pattern} in:\n{block}"
+    return found[1]
+
+
+def as_shown() -> list[str]:
+    """The command of the unit, on Windows that of the task, with this Python in the place of the environment's."""
+    if sys.platform == "win32":
+        (block,) = POWERSHELL
+        program = PureWindowsPath(shown(r"-Execute (\S+)", block))
+        assert program.parent == PureWindowsPath(shown(r"-WorkingDirectory (\S+)", block)) / ".venv" / "Scripts"
+        return [str(Path(sys.executable).with_name(program.name)), *shlex.split(shown(r"-Argument (\S+)", block))]
+    program, *arguments = shlex.split(shown("^ExecStart=(.*)$", unit()))
+    assert program == shown("^WorkingDirectory=(.*)$", unit()) + "/.venv/bin/python"
+    return [sys.executable, *arguments]
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """Ends it as its service manager does: by a SIGTERM that it answers in time, on Windows at once."""
+    process.terminate()
+    if sys.platform == "win32":
+        process.wait()
+    else:
+        assert process.wait(float(shown("^TimeoutStopSec=(.*)$", unit()))) == 0
+
+
+def reader(path: Path) -> Callable[[], str]:
+    return lambda: path.read_text(encoding="utf-8") if path.exists() else ""
+
+
+def test_the_service_starts_as_shown(tmp_path: Path) -> None:
+    """In its folder and without a console; all that it has to say is in its log, in UTF-8."""
+    shutil.copyfile(PROGRAM, tmp_path / PROGRAM.name)
+    write_inventory(tmp_path, "  - {name: Zürich-東京, platform: simulated, seed: 1}", "  log_file: service.log")
+    log = reader(tmp_path / "service.log")
+    streams = {} if sys.platform == "win32" else dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
+    process = subprocess.Popen(
+        as_shown(), cwd=tmp_path, creationflags=getattr(subprocess, "DETACHED_PROCESS", 0), **streams
+    )
+    try:
+        wait_for(lambda: "Zürich-東京: unknown -> healthy" in log(), 30)
+        found = wait_for(lambda: SERVING.search(log()))
+        connection = http.client.HTTPConnection(found[1], int(found[2]), timeout=10)
+        connection.request("GET", "/")
+        assert connection.getresponse().status == 200
+        connection.close()
+        end(process)
+        assert "Traceback" not in log()
+    finally:
+        process.kill()
+        process.wait()
