@@ -6,10 +6,12 @@ Here a resource is simulated, and the end is asked for as that system does it: S
 from __future__ import annotations
 
 import ctypes
+import socket
 import sqlite3
 import sys
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import ExitStack, closing
+from http.client import HTTPConnection
 from pathlib import Path
 
 import pytest
@@ -29,7 +31,8 @@ not shown under wine:
   - access lists of keys and databases: icacls does nothing there and says that it did
   - SSPI (Negotiate, NTLM and Kerberos of Windows itself): only the Python NTLM of pyspnego runs there
   - Ctrl-Break: it cannot be sent there; the service is ended by Ctrl-C
-  - PowerShell, and with it `platform: local`: powershell.exe does nothing there and says that it did"""
+  - PowerShell (the script of a poll, `platform: local`, the README's block that registers a scheduled task):
+    powershell.exe does nothing there and says that it did"""
 
 
 class NotShown:
@@ -65,6 +68,41 @@ def test_the_gate_follows_a_resource(tmp_path: Path) -> None:
         service.wait_line("flips: healthy -> unhealthy")
     assert "ended" in service.output.splitlines()[-1]
     assert sorted(path.name for path in (tmp_path / "keys").iterdir()) == ["private.pem", "public.pem"]
+
+
+def test_texts_are_utf8_whatever_the_code_page(tmp_path: Path) -> None:
+    """On streams, in files and in the database: names, also those that no code page of one byte has."""
+    narrow = {"PYTHONUTF8": "0", "PYTHONIOENCODING": "cp1252", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C"}
+    name = "Zürich-東京"
+    path = write_inventory(tmp_path, STEADY.replace("steady", name), "  log_file: service.log")
+    done = run(path, "check", "--probe", env=narrow)
+    assert (done.returncode, f"added: {name}" in done.stdout, f"\n{name}  healthy" in done.stdout) == (0, True, True)
+    with Service(path, env=narrow) as service:
+        line = service.wait_line(f"{name}: unknown -> healthy")
+        wait_for(lambda: stored_states(tmp_path) == ["healthy"])
+    assert line in (tmp_path / "service.log").read_text(encoding="utf-8")
+    with closing(sqlite3.connect(tmp_path / "healthchecker.db", timeout=5)) as connection:
+        assert connection.execute("SELECT name FROM resource").fetchall() == [(name,)]
+
+
+def test_more_clients_than_select_takes(tmp_path: Path) -> None:
+    """512 on Windows, where a server that watches more than that dies; the others wait their turn."""
+    with Service(write_inventory(tmp_path, STEADY)) as service:
+        service.wait_status("/", 200)
+        with ExitStack() as stack:
+            address = (service.host, service.port)
+            first = stack.enter_context(closing(HTTPConnection(*address, timeout=10)))
+            first.connect()
+            clients = [stack.enter_context(socket.create_connection(address, timeout=10)) for _ in range(560)]
+            for client in clients:
+                client.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            assert {client.recv(12) for client in clients[:300]} == {b"HTTP/1.1 200"}
+            for _ in range(300):  # the server accepts while it answers
+                first.request("GET", "/-/livez")
+                assert first.getresponse().read()
+            for client in clients[:300]:
+                client.close()
+            assert {client.recv(12) for client in clients[300:]} == {b"HTTP/1.1 200"}
 
 
 def test_a_second_one_is_refused_and_a_restart_serves_at_once(tmp_path: Path) -> None:
