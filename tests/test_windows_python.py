@@ -1,0 +1,33 @@
+"""Windows Python in wine: where it cannot be had, and what is downloaded for it."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from windows_python import EMBEDDED, EMBEDDED_SHA256, INSTALL, REQUIREMENTS, SKIPPED
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="wine is for UNIX")
+SCRIPT = REQUIREMENTS.with_name("windows_python.py")
+
+
+def test_without_wine_or_compiler_it_says_what_is_missing(tmp_path: Path) -> None:
+    command = [sys.executable, str(SCRIPT), "--folder", str(tmp_path), "--", "-c", "print('not reached')"]
+    environment = {**os.environ, "PATH": str(tmp_path)}
+    done = subprocess.run(command, env=environment, capture_output=True, encoding="utf-8", check=False)
+    assert (done.returncode, done.stderr) == (SKIPPED, "")
+    assert re.fullmatch(rf"skipped: \S+ was not found; {re.escape(INSTALL)}\n", done.stdout)
+
+
+def test_whatever_is_downloaded_is_pinned_by_hash() -> None:
+    comment, *lines = REQUIREMENTS.read_text(encoding="utf-8").splitlines()
+    assert comment.startswith("#")
+    assert len(lines) > 40
+    pinned = re.compile(r"[\w.-]+==[\w.]+ --hash=sha256:[0-9a-f]{64}")
+    assert [line for line in lines if not pinned.fullmatch(line)] == []
+    assert re.fullmatch(r"[\w-]+==[\d.]+", EMBEDDED)
+    assert re.fullmatch("[0-9a-f]{64}", EMBEDDED_SHA256)
