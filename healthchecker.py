@@ -183,8 +183,8 @@ STRIP = 60                      # polls of a resource that the overview shows
 DAY = 86_400                    # seconds
 QUARTER = 900                   # seconds of which an average is kept
 QUARTER_GRACE = 5.0             # seconds for the last reports of a quarter to be written
-TIDYING = 0.02                  # seconds of a write transaction that rolls up and prunes
-PRUNED = 2000                   # rows of a resource that are dropped at once
+TIDYING = 0.02                  # seconds at a time for making averages and dropping what is too old
+PRUNED = 10_000                 # rows of a resource, or events, that are dropped at once
 EVENTS = 100_000                # events that are kept at most: a resource may flap for a year
 RETRY_AFTER_MAX = 3600          # seconds
 PROBES_AT_ONCE = 64             # resources that `check --probe` polls at the same time
@@ -3737,9 +3737,9 @@ def roll_up(session: Session, resource_id: int, end: int) -> None:
 def prune(session: Session, resource_id: int, retention: Retention, now: float) -> None:
     """Drops what is older than `retention`, PRUNED rows at most, and what is of a future that a clock once showed."""
     for table, days in ((SampleRow, retention.raw), (AverageRow, retention.averages)):
-        doomed = sqlalchemy.select(table.at).where(table.resource_id == resource_id, sqlalchemy.or_(
-            table.at < now - days * DAY, table.at > now + QUARTER)).limit(PRUNED)
-        session.execute(sqlalchemy.delete(table).where(table.resource_id == resource_id, table.at.in_(doomed)))
+        for outside in (table.at < now - days * DAY, table.at > now + QUARTER):     # both at once would be no range
+            doomed = sqlalchemy.select(table.at).where(table.resource_id == resource_id, outside).limit(PRUNED)
+            session.execute(sqlalchemy.delete(table).where(table.resource_id == resource_id, table.at.in_(doomed)))
 
 
 def prune_events(session: Session, retention: Retention, now: float) -> None:
@@ -3761,7 +3761,7 @@ def availability(session: Session, resource_id: int, now: float) -> dict[str, fl
               in quarters(raw_rows(session, resource_id, begin, now), begin, now).items()]
     found: dict[str, float | None] = {}
     for span in ("day", "week", "month"):
-        inside = [row for row in known if row[0] > now - SPANS[span][0] - QUARTER]
+        inside = [row for row in known if row[0] >= now - SPANS[span][0]]
         total = sum(row[1] for row in inside)
         found[span] = 100 * sum(row[2] for row in inside) / total if total else None
     return found
@@ -3859,11 +3859,11 @@ class Recorder(threading.Thread):
         self._store, self._aggregator, self._retention = store, aggregator, retention or Retention()
         self._reports: queue.SimpleQueue[Report] = queue.SimpleQueue()
         self._ending = threading.Event()
-        self._flushing = threading.Lock()       # guards all below
-        self._gate_since = time.time()
-        self._batch = Batch()
         self._rolled = 0                        # Unix time until which averages are made or in the making
         self._untidy: list[int] = []            # ids of resources whose averages are to be made
+        self._flushing = threading.Lock()       # guards all below, and the order of what is written
+        self._gate_since = time.time()
+        self._batch = Batch()
         self._batch.note("gate", "closed (the service starts)", self._gate_since)
 
     def put(self, report: Report) -> None:
@@ -3882,33 +3882,34 @@ class Recorder(threading.Thread):
     def flush(self) -> None:
         """Writes what was gathered; what cannot be written is kept."""
         with self._flushing:
-            self._gather()
-            if not self._batch.latest and not self._batch.events:
-                return
             try:
+                self._gather()
+                if not self._batch.latest and not self._batch.events:
+                    return
                 with self._store.writing() as session:
                     self._batch.write(session)
                 self._batch = Batch()
             except Exception as error:  # noqa: BLE001  # a thread's outermost step; the next one tries again
                 log.error("the database cannot be written: %s", one_line(str(getattr(error, "orig", error))))
 
-    def tidy(self, now: float) -> None:
-        """Makes averages of the quarters that are over, and drops what is too old; for TIDYING seconds at a time."""
+    def tidy(self, now: float) -> bool:
+        """Makes averages of the quarters that are over and drops what is too old, for TIDYING seconds at a time; says
+        whether there is more to do."""
         end = int((now - QUARTER_GRACE) // QUARTER) * QUARTER
         begun = time.monotonic()
-        if not self._untidy and end == self._rolled:
-            return
         try:
-            with self._store.writing() as session:
-                if not self._untidy:
-                    self._untidy, self._rolled = list(session.scalars(sqlalchemy.select(Resource.id))), end
+            if not self._untidy and end != self._rolled:
+                with self._store.writing() as session:
                     prune_events(session, self._retention, now)
-                while self._untidy and time.monotonic() - begun < TIDYING:
-                    resource_id = self._untidy.pop()
+                    self._untidy, self._rolled = list(session.scalars(sqlalchemy.select(Resource.id))), end
+            while self._untidy and time.monotonic() - begun < TIDYING:
+                resource_id = self._untidy.pop()
+                with self._store.writing() as session:
                     roll_up(session, resource_id, self._rolled)
                     prune(session, resource_id, self._retention, now)
-        except Exception as error:  # noqa: BLE001  # a thread's outermost step; the others follow at the next one
+        except Exception as error:  # noqa: BLE001  # a thread's outermost step; the next resource follows
             log.error("history cannot be summed up: %s", one_line(str(getattr(error, "orig", error))))
+        return bool(self._untidy)
 
     def _gather(self) -> None:
         with contextlib.suppress(queue.Empty):
@@ -4070,6 +4071,7 @@ class Monitor(threading.Thread):
         self._guards = Guards()
         self._counted: dict[str, bool] = {}         # as the aggregator was told
         self._maintenance: dict[str, float] = {}    # Unix times until which resources do not count
+        self._followed = threading.Condition()      # guards _revision; notified when the rows were followed
         self._revision = -1
         self._followed = threading.Condition()      # guards _revision; notified when the rows were followed
         self._ending = threading.Event()
@@ -4108,11 +4110,16 @@ class Monitor(threading.Thread):
             self._followed.wait_for(lambda: self._revision >= wanted, 4 * SWEEP)
 
     def check_now(self, name: str, timeout: float) -> Report | None:
-        """Polls a resource at once and waits until its report is written; None when there was none in `timeout`
-        seconds, or there is no such resource. For any thread."""
+        """Polls a resource at once, as it is configured now, and waits until the report is written; None when there
+        was none in `timeout` seconds, or there is no such resource. For any thread."""
+        ends = time.monotonic() + timeout
+        with self._store.reading() as session:
+            wanted = revision(session)
+        with self._followed:
+            self._followed.wait_for(lambda: self._revision >= wanted, timeout)
         poller = self._pollers.get(name)
         try:
-            report = poller.check_now().result(timeout) if poller else None
+            report = poller.check_now().result(max(0.0, ends - time.monotonic())) if poller else None
         except concurrent.futures.TimeoutError:
             return None
         self._watch.recorder.flush()
@@ -4124,26 +4131,32 @@ class Monitor(threading.Thread):
                 log.error("%s: its poller died; starting another", name)
                 self._launch(poller.target, poller.standing, 0.0, expires=poller.expires)
             poller.expire()
+        self._recount()
         self._watch.aggregator.expired()
         with self._store.reading() as session:
             current = revision(session)
         if current != self._revision:
             self._reconcile()
-        now = time.time()
+        if any(0 < until <= time.time() for until in self._maintenance.values()):
+            self._end_maintenance(time.time())
+
+    def _counts(self, target: Target) -> bool:
+        return target.settings.critical and self._maintenance[target.name] <= time.time()
+
+    def _recount(self) -> None:
+        """Takes up that maintenance has begun or is over."""
         for name, poller in self._pollers.items():
-            if self._counts(poller.target, now) != self._counted[name]:
-                self._register(poller, now)
-                poller.count()
-        if any(0 < until <= now for until in self._maintenance.values()):
-            self._end_maintenance(now)
+            if self._counts(poller.target) != self._counted[name]:
+                self._register(poller)
 
-    def _counts(self, target: Target, now: float) -> bool:
-        return target.settings.critical and self._maintenance[target.name] <= now
-
-    def _register(self, poller: Poller, now: float) -> None:
-        name = poller.target.name
-        self._counted[name] = self._counts(poller.target, now)
-        self._watch.aggregator.register(name, counted=self._counted[name], owner=poller)
+    def _register(self, poller: Poller) -> None:
+        """Tells the aggregator whether a resource counts; one whose maintenance is over counts as it stands."""
+        name, counted = poller.target.name, self._counts(poller.target)
+        returns = counted and self._counted.get(name) is False
+        self._counted[name] = counted
+        self._watch.aggregator.register(name, counted=counted, owner=poller)
+        if returns:
+            poller.count()
 
     def _end_maintenance(self, now: float) -> None:
         """Notes that maintenance is over, also when it ended while no service ran."""
@@ -4166,7 +4179,7 @@ class Monitor(threading.Thread):
         for name in self._pollers.keys() - targets.keys():
             self._pollers[name].stop()
             self._watch.aggregator.deregister(name)
-            del self._pollers[name]
+            del self._pollers[name], self._counted[name]
         delay = 0.0
         for name, target in targets.items():
             poller = self._pollers.get(name)
@@ -4181,6 +4194,7 @@ class Monitor(threading.Thread):
                 target = replace(target, host_key=poller.target.host_key)   # learned and not written yet
             self._launch(target, standing, delay, None if known else stored.get(target.id))
             delay += 1 / FIRST_POLLS
+        self._recount()
         with self._followed:
             self._revision = current
             self._followed.notify_all()
@@ -4203,7 +4217,7 @@ class Monitor(threading.Thread):
             standing = Standing(cast(State, stored.state), cast(Cause, stored.cause), stored.reason, stored.since,
                                 stored.good, stored.bad)
         poller = self._pollers[target.name] = Poller(target, self._watch, guard, standing, delay)
-        self._register(poller, time.time())
+        self._register(poller)
         poller.expires = expires or poller.expires
         if left > 0:
             poller.resume(left)

@@ -1,0 +1,93 @@
+"""History, measured: a month of 1,000 resources, and the size of a database at the end of the whole retention.
+
+`rows(short)` gives (figure, measured, wanted, good) for the table of `make bench`; run as a script, it prints them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import sqlite3
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from statistics import median
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import healthchecker as hc
+
+NOW = 1_750_000_000 // hc.QUARTER * hc.QUARTER + 600.0  # Unix time: within a quarter
+INTERVAL = 60  # seconds
+CHUNK = 100_000  # rows of a transaction
+Figure = tuple[str, str, str, bool]
+
+
+def sample_row(noise: random.Random, reason: str = "") -> bytes:
+    """A poll of a machine that is well, or not when there is a reason."""
+    marks = b"lh" if reason else b"hh"
+    return hc.SAMPLE.pack(marks, 132, *(noise.randrange(10_000) for _ in hc.METRICS))
+
+
+def average_row(noise: random.Random) -> bytes:
+    known = hc.QUARTER * 10
+    return hc.AVERAGE.pack(known, known - 3, *(noise.randrange(10_000) for _ in range(3 * len(hc.METRICS))))
+
+
+def resources(folder: Path, count: int) -> hc.Store:
+    """A database with `count` resources that were polled a moment ago."""
+    store = hc.Store(folder / "healthchecker.db")
+    noise = random.Random(1)
+    sample = hc.Sample({"hostname": "db", "os": "Debian GNU/Linux 12"}, {"cpu_percent": 12.5, "memory_percent": 40.0,
+                       "disk_percent /": 61.0, "disk_percent /var": 33.0, "load_per_cpu": 0.4}, None, {}, {}, {})
+    with store.writing() as session:
+        for number in range(1, count + 1):
+            settings = hc.ResourceSettings(name=f"db{number}", hostname=f"db{number}.example.com", username="monitor",
+                                           tags=["database"], limits={"cpu_percent": {"warn": 80, "fail": 95}})
+            row = hc.Resource(id=number, origin="inventory")
+            row.configure(settings)
+            session.add(row)
+            session.add(hc.Status(resource_id=number, configured="", credential="", state="healthy", cause="",
+                                  reason="", since=NOW - 86_400, polled=NOW, good=9, bad=0, seconds=0.1,
+                                  sample=sample.to_json(), packed=sample_row(noise), strip="h" * hc.STRIP))
+    return store
+
+
+def chunks(rows: Iterator[tuple[object, ...]]) -> Iterator[list[tuple[object, ...]]]:
+    chunk: list[tuple[object, ...]] = []
+    for row in rows:
+        chunk.append(row)
+        if len(chunk) == CHUNK:
+            yield chunk
+            chunk = []
+    yield chunk
+
+
+def fill(path: Path, count: int, raw: float, averages: float) -> None:
+    """History of `count` resources, in the order in which a service writes it; `raw` and `averages` are days."""
+    noise = random.Random(2)
+    pool = [average_row(noise) for _ in range(997)], [sample_row(noise) for _ in range(997)]
+    last = int(NOW // hc.QUARTER) * hc.QUARTER - hc.QUARTER
+    quarters = ((number, at, pool[0][(at // 900 + number) % 997])
+                for at in range(int(last - averages * 86_400) + hc.QUARTER, last + 1, hc.QUARTER)
+                for number in range(1, count + 1))
+    polls = ((number, at + number / count, pool[1][(at + number) % 997], "")
+             for at in range(int(NOW - raw * 86_400), int(NOW), INTERVAL) for number in range(1, count + 1))
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        for statement, rows in (("INSERT INTO average VALUES (?, ?, ?)", quarters),
+                                ("INSERT INTO sample VALUES (?, ?, ?, ?)", polls)):
+            for chunk in chunks(rows):
+                with connection:
+                    connection.executemany(statement, chunk)
+        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+
+
+def milliseconds(action: Callable[[], object], rounds: int = 9) -> float:
+    """The median of `rounds` after a first one."""
+    taken = []
+    for _ in range(rounds + 1):
+        begin = time.perf_counter()
+        action()
+        taken.append((time.perf_counter() - begin) * 1e3)
+    return median(taken[1:])

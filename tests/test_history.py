@@ -1,0 +1,479 @@
+"""History: rows that are packed, averages, charts, availability, events, and how they are written and dropped."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import sqlite3
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import get_args
+
+import pytest
+import sqlalchemy
+from bench_history import NOW, fill, milliseconds, resources
+from conftest import wait_for
+from service import Service, write_inventory
+
+import healthchecker
+from healthchecker import (
+    METRICS,
+    POLLS,
+    QUARTER,
+    SPANS,
+    AverageRow,
+    HealthAggregator,
+    Point,
+    Recorder,
+    Report,
+    Resource,
+    Retention,
+    Sample,
+    SampleRow,
+    Standing,
+    Status,
+    Store,
+    Vault,
+    Verdict,
+    availability,
+    chart,
+    events,
+    readings,
+    samples,
+)
+
+START = 1_700_000_100 // QUARTER * QUARTER  # Unix time of the begin of a quarter
+DAY = 86_400  # seconds
+TTL = 132  # seconds for which a poll counts, of a resource with default settings
+
+
+class Notebook:
+    """A database with resources, and what a recorder writes into it when their pollers report."""
+
+    def __init__(self, folder: Path, count: int = 1, retention: Retention | None = None) -> None:
+        self.store = Store(folder / "healthchecker.db")
+        with self.store.writing() as session:
+            for number in range(count):
+                row = Resource(origin="inventory")
+                row.configure(healthchecker.ResourceSettings(name=f"r{number}", hostname="h", platform="local"))
+                session.add(row)
+        with self.store.reading() as session:
+            self.targets = list(healthchecker.load_targets(session, Vault(folder / "keys")).values())
+        self.aggregator = HealthAggregator()
+        self.recorder = Recorder(self.store, self.aggregator, retention)
+
+    @property
+    def id(self) -> int:
+        return self.targets[0].id
+
+    def report(self, at: float, poll: str = "h", after: str = "", number: int = 0, **metrics: float) -> Report:
+        """A report at the Unix time `at`; the poll and the state after it by their characters."""
+        state, cause = POLLS[after or poll]
+        reason = "" if poll == "h" else f"because of {poll}"
+        sample = Sample({}, metrics, None, {}, {}, {}) if poll in "hdlc" else None
+        return Report(self.targets[number], Standing(), Standing(state, cause, reason, at, 1, 0),
+                      Verdict(*POLLS[poll], reason), at, 0.25, sample)  # fmt: skip
+
+    def write(self, *reports: Report) -> None:
+        for report in reports:
+            self.recorder.put(report)
+        self.recorder.flush()
+
+    def polls(self, text: str, begin: float = START, every: float = 60) -> float:
+        """Polls one after the other, a dot where there was none; the time of the one after the last."""
+        self.write(*(self.report(begin + every * index, poll) for index, poll in enumerate(text) if poll != "."))
+        return begin + every * len(text)
+
+    def tidy(self, now: float) -> int:
+        """Until nothing is left to do; how many transactions that took."""
+        turns = 1
+        while self.recorder.tidy(now):
+            turns += 1
+        return turns
+
+    def count(self, table: type[SampleRow | AverageRow]) -> int:
+        with self.store.reading() as session:
+            return session.scalar(sqlalchemy.select(sqlalchemy.func.count()).select_from(table)) or 0
+
+    def execute(self, statement: str, *values: object) -> None:
+        """What another program does to the database."""
+        with contextlib.closing(sqlite3.connect(self.store.path)) as connection, connection:
+            connection.execute(statement, values)
+
+    def available(self, now: float) -> dict[str, float | None]:
+        with self.store.reading() as session:
+            found = availability(session, self.id, now)
+        return {span: None if value is None else round(value, 2) for span, value in found.items()}
+
+    def chart(self, metric: str, span: str, now: float) -> list[Point]:
+        with self.store.reading() as session:
+            return chart(session, self.id, metric, span, now)
+
+    def strip(self, number: int = 0) -> str:
+        with self.store.reading() as session:
+            row = session.get(Status, self.targets[number].id)
+            return row.strip if row else ""
+
+
+@pytest.fixture
+def notebook(tmp_path: Path) -> Iterator[Notebook]:
+    made = Notebook(tmp_path)
+    yield made
+    made.store.close()
+
+
+# --- a poll as a row ---
+def test_every_result_has_its_character() -> None:
+    """A state or cause without one would end the recorder's work."""
+    assert {cause for _, cause in POLLS.values()} == set(get_args(healthchecker.Cause))
+    assert len(healthchecker.POLL_CHARACTERS) == len(POLLS)
+
+
+# metrics that were read, and what is kept of them
+READ = {
+    "nothing": ({}, {}),
+    "all": (
+        {"cpu_percent": 12.346, "memory_percent": 0.0, "swap_percent": 100.0, "load_per_cpu": 1.5},
+        {"cpu_percent": 12.35, "memory_percent": 0.0, "swap_percent": 100.0, "load_per_cpu": 1.5},
+    ),
+    "the fullest disk": ({"disk_percent /": 40.0, "disk_percent /var": 71.5}, {"disk_percent": 71.5}),
+    "beyond what fits": ({"load_per_cpu": 1e9}, {"load_per_cpu": 655.34}),
+    "of no interest": ({"fans": 3.0}, {}),
+}
+
+
+@pytest.mark.parametrize(("read", "kept"), READ.values(), ids=READ)
+def test_readings(read: dict[str, float], kept: dict[str, float], notebook: Notebook) -> None:
+    notebook.write(notebook.report(START, "h", **read))
+    with notebook.store.reading() as session:
+        [poll] = samples(session, notebook.id)
+        status = session.get(Status, notebook.id)
+        assert status and readings(status.packed) == poll.readings
+    assert poll.readings == pytest.approx(kept | {"seconds": 0.25}, abs=1e-9)
+    assert poll.at == START
+
+
+def test_nothing_was_read_is_not_zero(notebook: Notebook) -> None:
+    notebook.write(notebook.report(START, "u"))
+    with notebook.store.reading() as session:
+        [poll] = samples(session, notebook.id)
+    assert poll.readings == {"seconds": 0.25}
+    assert readings(b"") == {}
+
+
+def test_samples(notebook: Notebook) -> None:
+    """State, cause and reason of the poll, and the state after it; the last ones, oldest first."""
+    notebook.write(*(notebook.report(START + 60 * index, poll, after) for index, (poll, after)
+                     in enumerate([("h", "h"), ("u", "h"), ("t", "t"), ("d", "t")])))  # fmt: skip
+    with notebook.store.reading() as session:
+        found = samples(session, notebook.id)
+        assert samples(session, notebook.id, limit=2) == found[2:]
+        assert samples(session, notebook.id, since=START + 60) == found[1:]
+    assert [poll[1:5] for poll in found] == [
+        ("healthy", "", "", "healthy"),
+        ("unhealthy", "unreachable", "because of u", "healthy"),
+        ("unhealthy", "timeout", "because of t", "unhealthy"),
+        ("degraded", "limit", "because of d", "unhealthy"),
+    ]
+
+
+def test_strip(notebook: Notebook) -> None:
+    """One string per resource: the last 60 polls, whether they come one by one or many at once."""
+    notebook.polls("hhu")
+    assert notebook.strip() == "hhu"
+    notebook.polls("d", START + 180)
+    assert notebook.strip() == "hhud"
+    notebook.polls("h" * 58, START + 240)
+    assert notebook.strip() == "ud" + "h" * 58
+    notebook.polls("t" * 70, START + 6000)
+    assert notebook.strip() == "t" * 60
+
+
+# --- events ---
+def test_transitions_are_events(notebook: Notebook) -> None:
+    good, bad = Standing("healthy", since=START), Standing("unhealthy", "unreachable", "no\nroute", START + 60)
+    for before, after in ((Standing(), good), (good, good), (good, bad), (bad, bad)):
+        verdict = Verdict(after.state, after.cause, after.reason)
+        notebook.write(Report(notebook.targets[0], before, after, verdict, START + 60, 0.1))
+    notebook.aggregator.set_resource("r0", True)
+    notebook.aggregator.set_resource("r0", False, "down")
+    notebook.recorder.flush()
+    with notebook.store.reading() as session:
+        found = [(event.kind, event.resource, event.text) for event in events(session)]
+        assert [event.at for event in events(session, kind="state")] == [START + 60] * 2
+    assert found[:2] == [("gate", "", "open -> closed (r0: down) after 0 s"), ("gate", "", "closed -> open after 0 s")]
+    assert found[2:] == [
+        ("state", "r0", "healthy -> unhealthy (unreachable: no route) after 60 s"),
+        ("state", "r0", "unknown -> healthy"),
+        ("gate", "", "closed (the service starts)"),
+    ]
+
+
+def test_looking_through_events(notebook: Notebook) -> None:
+    with notebook.store.writing() as session:
+        for number in range(10):
+            healthchecker.record_event(session, "change" if number % 2 else "login", f"{number}", actor="admin",
+                                       resource="a" if number < 5 else "b", at=START + number)  # fmt: skip
+    with notebook.store.reading() as session:
+
+        def found(**wanted: object) -> str:
+            return "".join(event.text for event in events(session, **wanted))  # type: ignore[arg-type]
+
+        assert found() == "9876543210"
+        assert (found(resource="a"), found(kind="login"), found(resource="b", kind="change")) == (
+            "43210", "86420", "975")  # fmt: skip
+        page = events(session, limit=4)
+        assert found(limit=4) == "9876" and found(before=page[-1].id, limit=4) == "5432"
+
+
+def test_an_event_is_one_line(notebook: Notebook) -> None:
+    before = time.time()
+    with notebook.store.writing() as session:
+        healthchecker.record_event(session, "login", "a\r\nb\x1b[2J" + "x" * 10_000, actor="m\nn", address="192.0.2.1")
+    with notebook.store.reading() as session:
+        [event] = events(session)
+        assert event.text.startswith("a b [2Jxx") and len(event.text) <= 500
+        assert (event.actor, event.address, event.resource) == ("m n", "192.0.2.1", "")
+        assert before <= event.at <= time.time()
+
+
+# --- what is known of a time ---
+# polls of a minute each from the begin of a quarter on; seconds after it; percent of the known time that was healthy
+TIMES = {
+    "nothing": ("", 900, None),
+    "one poll, until it does not count any more": ("h", 900, 100.0),
+    "healthy": ("h" * 15, 900, 100.0),
+    "degraded is available": ("d" * 15, 900, 100.0),
+    "a third": ("hhhhhlllll" + "lllll", 900, 33.33),
+    "until now": ("hhll", 240, 50.0),
+    "longer than a quarter": ("h" * 20 + "c" * 20, 2400, 50.0),
+    "over midnight of a quarter": ("h" * 14 + "u" * 2, 960, 87.5),
+    "the service was off": ("hh" + "." * 60 + "uu", 64 * 60, 61.54),  # healthy for 60 + 132 s, unhealthy for 120 s
+    "off for hours": ("h" * 10 + "." * 600 + "h" * 10 + "u" * 20, 640 * 60, 51.46),  # 1,272 of 2,472 s
+    "a refused login is not tried again for five minutes": ("a" + "." * 6 + "hhhhhhh", 14 * 60, 50.0),
+}
+
+
+@pytest.mark.parametrize("rolled", [False, True], ids=["raw", "averages"])
+@pytest.mark.parametrize(("polls", "seconds", "percent"), TIMES.values(), ids=TIMES)
+def test_availability(polls: str, seconds: int, percent: float | None, rolled: bool, notebook: Notebook) -> None:
+    """The same from the polls and from the averages made of them."""
+    notebook.polls(polls)
+    now = START + seconds
+    if rolled:
+        notebook.tidy(now + 10)
+        assert notebook.count(AverageRow) or seconds < QUARTER or not polls
+    assert notebook.available(now) == {"day": percent, "week": percent, "month": percent}
+
+
+# --- averages and charts ---
+def test_an_average(notebook: Notebook) -> None:
+    """Of what was read; what no poll read is missing and not zero."""
+    notebook.write(
+        notebook.report(START, "h", cpu_percent=10.0, memory_percent=50.0),
+        notebook.report(START + 60, "u"),
+        notebook.report(START + 120, "h", cpu_percent=20.0),
+        notebook.report(START + 180, "h", cpu_percent=60.0),
+        notebook.report(START + QUARTER, "h", cpu_percent=99.0),
+    )
+    notebook.tidy(START + QUARTER + 6)
+    with notebook.store.reading() as session:
+        [row] = session.scalars(sqlalchemy.select(AverageRow))
+    assert row.at == START
+    assert healthchecker.AVERAGE.unpack(row.packed) == (
+        *(3120, 2520),  # tenths of a second: 180 + 132 s known, 60 of them unhealthy
+        *(3000, 5000, 65535, 65535, 65535, 25),
+        *(1000, 5000, 65535, 65535, 65535, 25),
+        *(6000, 5000, 65535, 65535, 65535, 25),
+    )
+
+
+def test_a_quarter_is_not_summed_up_before_its_last_reports_are_written(notebook: Notebook) -> None:
+    notebook.polls("h" * 16)
+    notebook.tidy(START + QUARTER + 4)
+    assert notebook.count(AverageRow) == 0
+    notebook.tidy(START + QUARTER + 6)
+    assert notebook.count(AverageRow) == 1
+    notebook.tidy(START + QUARTER + 60)
+    notebook.tidy(START + 2 * QUARTER + 6)
+    assert notebook.count(AverageRow) == 2
+
+
+def test_chart_of_an_hour(notebook: Notebook) -> None:
+    """A point per poll, none where there was none, nothing from before."""
+    now = START + 7200
+    for at in (now - 3700, now - 3590, now - 60, now - 40, now - 31):
+        notebook.write(notebook.report(at, "h", cpu_percent=at - now + 4000))
+    notebook.write(notebook.report(now - 20, "u"))
+    assert notebook.chart("cpu_percent", "hour", now) == [
+        (now - 3590, 410, 410, 410),
+        (now - 60, 655.34, 655.34, 655.34),
+        (now - 40, 655.34, 655.34, 655.34),
+    ]
+    assert notebook.chart("swap_percent", "hour", now) == []
+    assert len(notebook.chart("seconds", "hour", now)) == 4
+
+
+@pytest.mark.parametrize("span", SPANS)
+def test_chart_over_the_border_of_averages(span: str, notebook: Notebook) -> None:
+    """Averages first, polls after them: every moment once, and never more points than a screen has."""
+    now = START + 40 * DAY
+    seconds, step = SPANS[span]
+    every = max(60, seconds / 2000)
+    begin = int(now - seconds - 3 * QUARTER)
+    with notebook.store.writing() as session:
+        rows = [{"resource_id": notebook.id, "at": at, "reason": "", "packed": notebook.report(
+            at, "h", cpu_percent=float((at - begin) % 90)).packed} for at in range(begin, now, int(every))]  # fmt: skip
+        session.execute(sqlalchemy.insert(SampleRow), rows)
+    direct = notebook.chart("cpu_percent", span, now) if span in ("hour", "day") else None
+    notebook.tidy(now)
+    points = notebook.chart("cpu_percent", span, now)
+    assert 50 < len(points) <= 362
+    assert [point.at for point in points] == sorted({point.at for point in points})
+    assert all(point.at % step == 0 for point in points)
+    assert now - seconds - step < points[0].at and points[-1].at < now <= points[-1].at + 2 * max(step, every)
+    assert all(0 <= point.minimum <= point.average <= point.maximum < 90 for point in points)
+    kept = [point for point in points if point.at >= now - Retention().raw * DAY + QUARTER]
+    if direct is None:
+        assert notebook.count(SampleRow) < len(rows), "nothing was dropped"
+        assert points[0].at < now - Retention().raw * DAY
+    else:
+        assert kept == direct
+    assert {after.at - before.at for before, after in itertools.pairwise(points)} == {max(step, int(every))}
+
+
+def test_limits_of_charts_are_documented() -> None:
+    assert all(seconds / step <= 400 for seconds, step in SPANS.values())
+
+
+# --- what is dropped ---
+def test_retention(tmp_path: Path) -> None:
+    notebook = Notebook(tmp_path, retention=Retention(raw=0.5, averages=1, events=1))
+    now = notebook.polls("h" * 200, every=600)  # 33 hours
+    notebook.tidy(now)
+    with notebook.store.reading() as session:
+        raw = session.scalars(sqlalchemy.select(SampleRow.at).order_by(SampleRow.at)).all()
+        averages = session.scalars(sqlalchemy.select(AverageRow.at).order_by(AverageRow.at)).all()
+        left = [event.at for event in events(session, kind="state", limit=1000)]
+    assert now - 0.5 * DAY <= raw[0] < now - 0.5 * DAY + 600 and raw[-1] == now - 600
+    assert now - DAY <= averages[0] < now - DAY + QUARTER and len(averages) == DAY // QUARTER - 1
+    assert left and min(left) >= now - DAY
+    notebook.store.close()
+
+
+def test_events_are_bounded(notebook: Notebook) -> None:
+    """Whatever flaps, the newest 100,000 are kept."""
+    notebook.execute(
+        "INSERT INTO event (at, kind, resource, text, actor, address) WITH RECURSIVE number(n) AS "
+        "(SELECT 1 UNION ALL SELECT n + 1 FROM number WHERE n < 120000) "
+        "SELECT ? + n / 1000.0, 'state', 'r0', n, '', '' FROM number", START)  # fmt: skip
+    for turn in range(3):
+        notebook.tidy(START + turn * QUARTER)
+    with notebook.store.reading() as session:
+        assert session.scalar(sqlalchemy.text("SELECT count(*) FROM event")) == 100_000
+        [newest] = events(session, limit=1)
+    assert newest.text == "120000"
+
+
+def test_a_clock_that_was_set_back(notebook: Notebook) -> None:
+    """What is of the future goes, and averages are made again."""
+    notebook.polls("h" * 32, START + 365 * DAY)
+    notebook.tidy(START + 365 * DAY + 32 * 60)
+    assert notebook.count(AverageRow) == 2
+    now = notebook.polls("u" * 32)
+    for moment in (now - QUARTER, now):
+        notebook.tidy(moment)
+    with notebook.store.reading() as session:
+        assert [row.at for row in session.scalars(sqlalchemy.select(AverageRow))] == [START, START + QUARTER]
+        assert {poll.state for poll in samples(session, notebook.id)} == {"unhealthy"}
+    assert notebook.available(now) == {"day": 0, "week": 0, "month": 0}
+
+
+def test_a_removed_resource_takes_its_history_along(tmp_path: Path) -> None:
+    notebook = Notebook(tmp_path, 2)
+    for number in range(2):
+        notebook.write(*(notebook.report(START + 60 * index, "h", number=number) for index in range(16)))
+    notebook.tidy(START + QUARTER + 10)
+    assert (notebook.count(SampleRow), notebook.count(AverageRow)) == (32, 2)
+    with notebook.store.writing() as session:
+        session.delete(session.get(Resource, notebook.id))
+    notebook.write(notebook.report(START + 960, "u"))  # of a poll that ran
+    assert (notebook.count(SampleRow), notebook.count(AverageRow)) == (16, 1)
+    with notebook.store.reading() as session:
+        assert {event.resource for event in events(session)} == {"", "r0", "r1"}
+    notebook.store.close()
+
+
+# --- one writer, in small transactions ---
+def test_summing_up_goes_in_short_transactions(tmp_path: Path) -> None:
+    """Others may write in between, and in the end every resource is done."""
+    notebook = Notebook(tmp_path, 150)
+    notebook.write(*(notebook.report(START + 60 * index, "h", number=number, cpu_percent=1.0)
+                     for number in range(150) for index in range(16)))  # fmt: skip
+    assert notebook.tidy(START + QUARTER + 10) > 2
+    assert notebook.count(AverageRow) == 150
+    assert notebook.tidy(START + QUARTER + 11) == 1, "nothing is left to do"
+    notebook.store.close()
+
+
+def test_what_cannot_be_written_is_written_later(notebook: Notebook, caplog: pytest.LogCaptureFixture) -> None:
+    """All of it: polls, states and events; meanwhile nothing of it is there."""
+    notebook.recorder.flush()
+    notebook.execute("CREATE TRIGGER refuse BEFORE INSERT ON event BEGIN SELECT RAISE(ABORT, 'as the test wants'); END")
+    notebook.polls("hhuuh")
+    assert (notebook.count(SampleRow), notebook.strip()) == (0, "")
+    assert "the database cannot be written: as the test wants" in caplog.text
+    notebook.execute("DROP TRIGGER refuse")
+    notebook.polls("t", START + 300)
+    assert (notebook.count(SampleRow), notebook.strip()) == (6, "hhuuht")
+    with notebook.store.reading() as session:
+        assert len(events(session, kind="state")) == 6
+
+
+def test_a_damaged_row_ends_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    notebook = Notebook(tmp_path, 3)
+    for number in range(3):
+        notebook.write(*(notebook.report(START + 60 * index, "h", number=number) for index in range(16)))
+    notebook.execute("UPDATE sample SET packed = x'00' WHERE resource_id = ?", notebook.id)
+    notebook.tidy(START + QUARTER + 10)
+    assert "cannot be summed up" in caplog.text
+    with notebook.store.reading() as session:
+        done = set(session.scalars(sqlalchemy.select(AverageRow.resource_id)))
+    assert done == {target.id for target in notebook.targets[1:]}
+    notebook.store.close()
+
+
+# --- the promised figures ---
+def test_growth_and_speed(tmp_path: Path) -> None:
+    """100 resources at 60 s over the whole retention: 288,000 polls and 864,000 averages. A fifth of it, filled."""
+    retention, store = Retention(), resources(tmp_path, 20)
+    fill(store.path, 20, retention.raw, retention.averages)
+    assert 5 * store.path.stat().st_size <= 250e6
+    with store.reading() as session:
+        assert len(chart(session, 7, "cpu_percent", "month", NOW)) >= 360
+        assert milliseconds(lambda: [chart(session, 7, metric, "month", NOW) for metric in METRICS[:1]], 5) <= 150
+        assert milliseconds(lambda: availability(session, 7, NOW), 5) <= 150
+    store.close()
+
+
+# --- a restart of the service ---
+def stored(folder: Path, query: str) -> list[str]:
+    with contextlib.closing(sqlite3.connect(folder / "healthchecker.db", timeout=5)) as connection:
+        return [text for (text,) in connection.execute(query)]
+
+
+def test_history_goes_on_after_a_restart(tmp_path: Path) -> None:
+    rows = "  - {name: here, platform: simulated, interval: 1, mean_healthy: 1e6, mean_unhealthy: 0.001}"
+    path = write_inventory(tmp_path, rows, "  workers: 0\n")
+    strips, polls = [], []
+    for _ in range(2):
+        with Service(path) as service:
+            service.wait_status("/", 200)
+            before = len(polls)
+            wait_for(lambda before=before: len(stored(tmp_path, "SELECT at FROM sample")) >= before + 3, 8)  # type: ignore[misc]
+        strips += stored(tmp_path, "SELECT strip FROM status")
+        polls = stored(tmp_path, "SELECT at FROM sample")
+    assert strips[1] == "h" * len(polls) and strips[1].startswith(strips[0]) and len(strips[1]) > len(strips[0])
+    gate = stored(tmp_path, "SELECT text FROM event WHERE kind = 'gate' ORDER BY id")
+    assert [text.split(" after")[0] for text in gate] == ["closed (the service starts)", "closed -> open"] * 2
