@@ -533,7 +533,7 @@ class LoadLimit(Limit):
     fail: Positive | None = None
 
 
-PercentLimit = Annotated[Limit, BeforeValidator(scalar_limit)]
+PercentLimit = Annotated[Limit, BeforeValidator(scalar_limit, json_schema_input_type=Limit | Percent)]
 
 
 class Limits(Settings):
@@ -543,7 +543,8 @@ class Limits(Settings):
     memory_percent: PercentLimit | None = None
     swap_percent: PercentLimit | None = None
     disk_percent: PercentLimit | None = None
-    load_per_cpu: Annotated[LoadLimit, BeforeValidator(scalar_limit)] | None = None
+    load_per_cpu: Annotated[
+        LoadLimit, BeforeValidator(scalar_limit, json_schema_input_type=LoadLimit | Positive)] | None = None
 
     def by_metric(self) -> dict[str, Limit]:
         return {name: limit for name, limit in self if limit is not None}
@@ -644,7 +645,8 @@ class ResourceSettings(Settings):
 
     name: Name
     hostname: Hostname
-    platform: Annotated[Platform, BeforeValidator(lambda v: v if v in SELECTABLE else "")] = Platform.UNIX
+    platform: Annotated[Platform, BeforeValidator(
+        lambda v: v if v in SELECTABLE else "", json_schema_input_type=Literal[SELECTABLE])] = Platform.UNIX
     port: Annotated[int, Field(ge=1, le=LAST_PORT)] | None = None      # None: see connect_port
     username: TextLine | None = None
     password: Secret | None = None
@@ -4590,13 +4592,14 @@ class Desk:
     monitor: Monitor
     access: Access
     inventory: Path
+    clock: Callable[[], float] = time.monotonic
 
     KINDS: ClassVar = frozenset({"login", "check", "test", "offered_key"})
 
     def __post_init__(self) -> None:
         self._hashing = threading.Lock()    # one password hash at a time, for it takes a CPU 0.15 s; guards _throttle
-        self._throttle = Throttle()
-        self._nobody = User.create("", secrets.token_hex())     # takes as long as a user that exists
+        self._throttle = Throttle(self.clock)
+        self._nobody = User(salt=b"", rounds=PBKDF2_ROUNDS, password_hash=b"")  # takes as long as a user that exists
 
     def ask(self, kind: str, **arguments: Any) -> Any:
         """Answers `Site.ask`. Raises Refusal."""
