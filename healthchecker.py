@@ -42,10 +42,10 @@ import errno
 import fnmatch
 import functools
 import getpass
+import gzip
 import hashlib
 import heapq
 import hmac
-import html
 import http
 import importlib
 import io
@@ -81,11 +81,12 @@ from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, Protocol, TypeVar, cast, get_args
-from urllib.parse import quote, unquote, unquote_to_bytes
+from urllib.parse import quote, unquote, unquote_to_bytes, urlencode
 
 try:
     import flask
     import itsdangerous
+    import jinja2
     import paramiko
     import requests
     import sqlalchemy
@@ -96,6 +97,7 @@ try:
     from cryptography.hazmat.primitives.asymmetric import padding, rsa
     from cryptography.hazmat.primitives.ciphers.aead import AESGCM
     from flask_sqlalchemy import SQLAlchemy
+    from markupsafe import Markup
     from pydantic import (
         AfterValidator,
         AwareDatetime,
@@ -4237,6 +4239,913 @@ WELCOME = PAGE.format(title="The gate is open", text="HealthChecker's built-in p
                       "own here with <code>service.app</code> in inventory.yaml. While a resource is unhealthy, it "
                       "answers 503.")
 
+STATES = ("unhealthy", "unknown", "degraded", "maintenance", "healthy")     # worst first, as pages sort and filter
+LABELS = {"cpu_percent": "CPU", "memory_percent": "Memory", "disk_percent": "Disk", "swap_percent": "Swap",
+          "load_per_cpu": "Load per CPU", "seconds": "Duration of a poll"}
+BARS = ("cpu_percent", "memory_percent", "disk_percent")    # of the overview
+Marks = Mapping[str, Any]       # `warn` and `fail` of a limit, as JSON has them
+
+
+def lasting(seconds: float) -> str:
+    """A duration in its two largest units: `45 s`, `12 min`, `3 h 20 min`, `4 d 2 h`."""
+    minutes, hours, days = (int(seconds // size) for size in (60, 3600, 86_400))
+    if days > 0:
+        return f"{days} d {hours % 24} h"
+    if hours > 0:
+        return f"{hours} h {minutes % 60} min"
+    return f"{minutes} min" if minutes > 0 else f"{max(0, int(seconds))} s"
+
+
+def clock(at: float) -> str:
+    """A Unix time as the log writes it, in the server's own time zone."""
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(at))
+
+
+def crossed(value: float, limit: Marks) -> str:
+    """Which state a reading makes by its limit."""
+    for state, kind in (("unhealthy", "fail"), ("degraded", "warn")):
+        if limit.get(kind) is not None and value > limit[kind]:
+            return state
+    return "healthy"
+
+
+def limit_marks(limit: Marks, top: float, line: str) -> str:
+    """The limits drawn across a picture of 100 by 100; `line` is a path with {} for the place."""
+    return "".join(f'<path class="{kind}" d="{line.format(round(100 * limit[kind] / top, 1))}"/>'
+                   for kind in ("warn", "fail") if limit.get(kind) is not None)
+
+
+def svg(kind: str, size: str, content: str, label: str = "") -> Markup:
+    """A picture that stretches, `size` in its own units; without a label it is hidden from screen readers."""
+    role = f'role="img" aria-label="{label}"' if label else 'aria-hidden="true"'
+    return Markup(f'<svg class="{kind}" viewBox="0 0 {size}" preserveAspectRatio="none" {role}>'   # noqa: S704
+                  f"{content}</svg>")   # made of numbers and of our own words
+
+
+def bar_svg(value: float, limit: Marks, top: float = 100.0) -> Markup:
+    """A reading as a bar from 0 to `top` with its limits marked; the colour says which of them it crossed."""
+    width = round(100 * min(value / top, 1), 1)
+    return svg("bar", "100 8", f'<path d="M0 4h100"/><path class="{crossed(value, limit)}" d="M0 4h{width}"/>'
+               + limit_marks(limit, top, "M{} 0v8"))
+
+
+def strip_svg(strip: str) -> Markup:
+    """The last polls as ticks, the newest at the right; one path a state, so that thousands of ticks stay small."""
+    paths: dict[str, str] = {}
+    for run in re.finditer(r"(.)\1*", strip):
+        start, state = STRIP - len(strip) + run.start(), POLLS[run[1]][0]
+        paths[state] = paths.get(state, "") + f"M{start} 10h{len(run[0])}"
+    counts = collections.Counter[str](POLLS[poll][0] for poll in strip)
+    label = ", ".join(f"{counts[state]} {state}" for state in paths) or "none yet"
+    drawn = "".join(f'<path class="{state}" d="{path}"/>' for state, path in paths.items())
+    return svg("strip", f"{STRIP} 20", f'<path d="M0 10h{STRIP}"/>{drawn}', f"Last polls: {label}")
+
+
+def scale_top(values: Iterable[float]) -> float:
+    """The upper end of an axis that holds all values: 1, 2 or 5 times a power of ten."""
+    highest = max(values, default=1.0) or 1.0
+    power = 10.0 ** math.floor(math.log10(highest))
+    return next(power * step for step in (1, 2, 5, 10) if power * step >= highest)
+
+
+def unbroken(points: Sequence[Point]) -> Iterator[Sequence[Point]]:
+    """The stretches without a hole: time without samples is left blank and never drawn over."""
+    steps = sorted(after.at - before.at for before, after in itertools.pairwise(points))
+    longest = 3 * steps[len(steps) // 2] if steps else 0.0
+    begin = 0
+    for index in range(1, len(points) + 1):
+        if index == len(points) or points[index].at - points[index - 1].at > longest:
+            yield points[begin:index]
+            begin = index
+
+
+def chart_svg(points: Sequence[Point], limit: Marks, begin: float, end: float, top: float) -> Markup:
+    """Averages as a line in the band from minimum to maximum, over a picture of 100 by 100, with the limits."""
+    def path(at: float, value: float) -> str:
+        return f"{100 * (at - begin) / (end - begin):.2f} {100 - 100 * min(value / top, 1):.1f}"
+
+    line, band = "", ""
+    for stretch in unbroken(points):
+        line += "M" + "L".join(path(point[0], point[1]) for point in stretch) + ("h.4" if len(stretch) == 1 else "")
+        upper = [path(point[0], point[3]) for point in stretch]
+        band += "M" + "L".join(upper + [path(point[0], point[2]) for point in reversed(stretch)]) + "z"
+    marks = limit_marks({kind: top - mark for kind, mark in limit.items() if mark is not None and mark <= top},
+                        top, "M0 {}h100")       # from the top down
+    return svg("graph", "100 100", '<path d="M0 0h100M0 50h100M0 100h100M25 0v100M50 0v100M75 0v100"/>'
+               f'<path class="band" d="{band}"/><path class="line" d="{line}"/>{marks}')
+
+
+class Input(NamedTuple):
+    """An input of the form of a resource; its name is the setting's, with dots."""
+
+    name: str
+    label: str
+    kind: str = "text"      # text | number | password | select | checkbox | textarea
+    hint: str = ""
+
+
+class Group(NamedTuple):
+    """Inputs that stand together; `only` is their class, which the style hides on platforms without a use for them."""
+
+    title: str
+    only: str
+    inputs: tuple[Input, ...]
+    text: str = ""
+
+
+CHECK_INPUTS = ("name", "Name"), ("command", "Command"), ("timeout", "Timeout, seconds")
+FORM = (
+    Group("Resource", "all", (
+        Input("platform", "Platform", "select", "unix asks the host which one it is"),
+        Input("name", "Name", hint="unique; default: the host name"),
+        Input("tags", "Tags", hint="separated by commas"),
+        Input("critical", "Critical: while it is unhealthy, the gate is closed", "checkbox"))),
+    Group("Connection", "remote", (
+        Input("hostname", "Host name or address"), Input("port", "Port", "number"),
+        Input("username", "User name"), Input("password", "Password", "password", "sealed, and never shown again"),
+        Input("key_file", "Key file", hint="a private key on the server, instead of a password"),
+        Input("key_passphrase", "Passphrase of the key", "password"),
+        Input("host_key", "Host key", hint="SSH: SHA256:… or strict; default: trusted on first use"))),
+    Group("Windows", "windows", (
+        Input("tls", "TLS", "checkbox"), Input("auth", "Authentication", "select"),
+        Input("ca_file", "CA file", hint="who signed the host's certificate"),
+        Input("certificate_fingerprint", "Certificate's fingerprint", hint="SHA-256"),
+        Input("certificate_file", "Client certificate file", hint="for authentication by certificate"),
+        Input("configuration_name", "Endpoint"))),
+    Group("Simulation", "simulated", (
+        Input("mean_healthy", "Healthy for, seconds", "number"), Input("seed", "Seed", "number"),
+        Input("mean_unhealthy", "Unhealthy for, seconds", "number"))),
+    Group("Polling", "all", (
+        Input("interval", "Interval, seconds", "number"),
+        Input("timeout", "Timeout, seconds", "number", "the whole poll"),
+        Input("retry_interval", "Retry interval, seconds", "number", "while a change is not confirmed"),
+        Input("rise", "Rise", "number", "good results in a row until healthy"),
+        Input("fall", "Fall", "number", "bad results in a row until unhealthy"))),
+    Group("Limits", "all", tuple(
+        Input(f"limits.{metric}.{kind}", f"{LABELS[metric]}: {what}", "number")
+        for metric in Limits.model_fields for kind, what in (("warn", "warning above"), ("fail", "unhealthy above"))),
+        "In percent of the machine; load in waiting processes per CPU."),
+    Group("Services", "all", (Input("services", "Services that have to run", "textarea", "one a line"),)),
+)
+
+
+TEMPLATES = {"layout.html": """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{% block title %}{% endblock %} · HealthChecker</title>
+<link rel="icon" href="{{ assets.svg }}" type="image/svg+xml">
+<link rel="stylesheet" href="{{ assets.css }}">
+<script src="{{ assets.js }}" defer></script>
+</head>
+<body>
+<a class="skip hidden" href="#main">Skip to the content</a>
+<header class="top">
+<a class="brand" href="/-/">HealthChecker</a>
+{% if user %}
+<nav aria-label="Pages">
+{% for href, label in [("/-/", "Overview"), ("/-/events", "Events"), ("/-/users", "Users")] %}
+{% if label != "Users" or user.role == "admin" %}
+<a href="{{ href }}"{% if request.path == href %} aria-current="page"{% endif %}>{{ label }}</a>
+{% endif %}
+{% endfor %}
+</nav>
+<div class="who"><a href="/-/password">{{ user.name }}<span class="hidden">: change the password</span></a>
+<small>{{ user.role }}</small>
+<form method="post" action="/-/logout"><button class="quiet">Log out</button></form></div>
+{% endif %}
+</header>
+{% if initial %}
+<p class="notice"><b>The first account still has its documented password.</b>
+<a href="/-/password">Change it now</a>: anyone who can reach this page can log in with it.</p>
+{% endif %}
+<p class="notice lost" id="lost" role="alert" hidden></p>
+<main id="main" tabindex="-1"{% if refresh %} data-refresh{% endif %}>
+{% block main %}{% endblock %}
+</main>
+<div class="tip" id="tip" hidden></div>
+</body>
+</html>
+""", "macros.html": """
+{% macro state(name, what="") %}<b class="state {{ name }}">{{ what or name }}</b>{% endmacro %}
+{% macro heads() %}
+<thead><tr>{% for name in varargs %}<th scope="col">{{ name }}</th>{% endfor %}</tr></thead>
+{% endmacro %}
+{% macro trouble() %}
+<div id="trouble" role="alert" data-keep>{% if problem %}<p class="message unhealthy">{{ problem }}</p>{% endif %}</div>
+{% endmacro %}
+{% macro options(values, chosen) %}
+{% for value in values %}
+<option value="{{ value }}"{% if value == chosen %} selected{% endif %}>{{ value }}</option>
+{% endfor %}
+{% endmacro %}
+{% macro invalid(name) %}
+{% if errors[name] %} aria-invalid="true" aria-describedby="e-{{ name }}"{% endif %}
+{% endmacro %}
+{% macro fault(name) %}
+{% if errors[name] %}<span class="error" id="e-{{ name }}">{{ errors[name] }}</span>{% endif %}
+{% endmacro %}
+{% macro password(label, name, fresh=false, hint="") %}
+<label>{{ label }} <input type="password" name="{{ name }}" required maxlength="1024"
+ autocomplete="{{ 'new' if fresh else 'current' }}-password"{% if fresh %} minlength="12"{% endif %}{{ invalid(name) }}>
+{% if hint %}<span class="hint">{{ hint }}</span>{% endif %}
+{{ fault(name) }}</label>
+{% endmacro %}
+{% macro event_rows(events, own=false) %}
+{% for event in events %}
+<tr><td><time>{{ event.at|clock }}</time></td><td>{{ event.kind }}</td>
+{% if not own %}
+<td>{% if event.resource %}<a href="{{ event.resource|page }}">{{ event.resource }}</a>{% endif %}</td>
+{% endif %}
+<td>{{ event.text }}</td><td>{{ event.actor }} <small>{{ event.address }}</small></td></tr>
+{% else %}
+<tr><td colspan="5" class="soft">None.</td></tr>
+{% endfor %}
+{% endmacro %}
+""", "overview.html": """{% extends "layout.html" %}
+{% from "macros.html" import state, heads, options with context %}
+{% set word = "open" if gate.open else "closed" %}
+{% block title %}{% if counts.unhealthy %}{{ counts.unhealthy }} unhealthy, {% endif %}gate {{ word }}{% endblock %}
+{% block main %}
+<h1 class="hidden">Overview</h1>
+<section class="gate {{ 'healthy' if gate.open else 'unhealthy' }}" aria-label="Gate">
+<h2 aria-live="polite">{{ state("healthy" if gate.open else "unhealthy", "Gate " ~ word) }}</h2>
+{% if gate.since %}
+<p>for <b>{{ (now - gate.since)|lasting }}</b>, since <time>{{ gate.since|clock }}</time></p>
+{% endif %}
+{% if gate.causes %}
+<ul>
+{% for cause in gate.causes[:5] %}
+<li><a href="{{ cause.href }}">{{ cause.name }}</a> {{ cause.why or "no result yet" }}</li>
+{% endfor %}
+{% if gate.causes|length > 5 %}<li><a href="?state=unhealthy">and {{ gate.causes|length - 5 }} more</a></li>{% endif %}
+</ul>
+{% elif gate.why %}<p>{{ gate.why }}</p>{% endif %}
+</section>
+<div class="tools">
+<nav class="chips" aria-label="Filter by state">
+<a href="{{ filtered('') }}"{% if not filter.state %} aria-current="true"{% endif %}>
+All <b>{{ counts.values()|sum }}</b></a>
+{% for name, count in counts.items() if count or filter.state == name %}
+<a class="{{ name }}" href="{{ filtered(name) }}"{% if filter.state == name %} aria-current="true"{% endif %}>
+{{ name|capitalize }} <b>{{ count }}</b></a>
+{% endfor %}
+</nav>
+<form class="filter" role="search" data-live data-keep>
+{% if filter.state %}<input type="hidden" name="state" value="{{ filter.state }}">{% endif %}
+<input type="search" name="q" value="{{ filter.q }}" placeholder="Name, host or reason" aria-label="Search">
+{% if tags %}
+<select name="tag" aria-label="Tag">
+<option value="">Every tag</option>
+{{ options(tags, filter.tag) }}
+</select>
+{% endif %}
+<noscript><button>Filter</button></noscript>
+</form>
+{% if user.role == "admin" %}<a class="button" href="/-/add">Add resource</a>{% endif %}
+</div>
+{% if rows %}
+<table class="overview">
+<caption class="hidden">Resources, worst first</caption>
+{{ heads("State", "Resource", "For", "Last poll", "CPU", "Memory", "Fullest disk", "Last 60 polls") }}
+<tbody>
+{% for row in rows %}
+<tr id="r{{ row.row.id }}" class="{{ row.group }}">
+<td><b class="state {{ row.state }}">{{ row.state }}</b></td>
+<th scope="row"><a href="{{ row.href }}">{{ row.name }}</a> <small>{{ row.place }}</small>
+{%- for tag in row.tags %} <i>{{ tag }}</i>{% endfor %}
+{%- if not row.critical %} <i>not critical</i>{% endif %}
+{%- if row.maintenance %} <i class="maintenance">maintenance until {{ row.maintenance }}</i>{% endif %}
+{%- if row.why %}<p>{{ row.why }}</p>{% endif %}</th>
+<td title="{{ row.since_at }}">{{ row.since }}</td>
+<td>{{ row.polled }}{% if row.seconds %} <small>in {{ row.seconds }}</small>{% endif %}</td>
+{% for bar in row.bars %}<td>{{ bar }}</td>{% endfor %}
+<td data-polls="{{ row.href }}/polls">{{ row.strip }}</td>
+</tr>
+{% endfor %}
+</tbody>
+</table>
+{% elif not empty %}
+<p class="empty">No resource matches. <a href="/-/">Show all</a></p>
+{% else %}
+<p class="empty">No resource is watched: the gate is open whatever happens.
+{% if user.role == "admin" %}<a href="/-/add">Add the first one</a>{% endif %}</p>
+{% endif %}
+{% endblock %}
+""", "resource.html": """{% extends "layout.html" %}
+{% from "macros.html" import state, heads, trouble, event_rows with context %}
+{% block title %}{{ shown.name }}: {{ shown.state }}{% endblock %}
+{% block main %}
+<header class="title">
+<div><h1>{{ shown.name }}</h1>
+<p class="soft">{{ shown.place }}
+{%- for tag in shown.tags %} <i>{{ tag }}</i>{% endfor %}
+{%- if not shown.critical %} <i>not critical</i>{% endif %}
+ · {{ "from " ~ origin ~ ", read-only here" if origin else "added here" }}</p></div>
+{% if user.role == "admin" %}
+<div class="actions" data-keep>
+<form method="post" action="{{ shown.href }}/check" data-inline><button>Check now</button></form>
+<details name="action"><summary class="button">Maintenance</summary>
+<form method="post" action="{{ shown.href }}/maintenance" data-inline class="panel">
+<p><label>For <select name="minutes">
+{% for minutes, label in [(30, "30 minutes"), (60, "1 hour"), (240, "4 hours"), (1440, "1 day"), (10080, "1 week")] %}
+<option value="{{ minutes }}">{{ label }}</option>
+{% endfor %}
+</select></label></p>
+<p><label>Reason <input name="reason" maxlength="200" required></label></p>
+<p class="soft">Meanwhile it is polled and shown, and does not close the gate.</p>
+<button class="primary">Begin maintenance</button>
+</form></details>
+{% if not origin %}
+<a class="button" href="{{ shown.href }}/edit">Edit</a>
+<details name="action"><summary class="button">Remove</summary>
+<form method="post" action="{{ shown.href }}/remove" class="panel">
+<p>{{ shown.name }} is no longer watched, and its history goes with it.</p>
+<button class="danger">Remove {{ shown.name }}</button>
+</form></details>
+{% endif %}
+</div>
+{% endif %}
+</header>
+{{ trouble() }}
+{% if shown.maintenance %}
+<section class="message maintenance" aria-label="Maintenance">
+<p>{{ state("maintenance", "Maintenance") }} until {{ shown.maintenance }}
+{%- if shown.row.maintenance_reason %}: {{ shown.row.maintenance_reason }}{% endif %}</p>
+{% if user.role == "admin" %}
+<form method="post" action="{{ shown.href }}/maintenance" data-inline>
+<button name="minutes" value="0">End maintenance</button></form>
+{% endif %}
+</section>
+{% endif %}
+<section class="message now {{ shown.state }}" aria-label="State">
+<p><span aria-live="polite">{{ state(shown.state) }}</span>
+{% if shown.since %}for <b>{{ shown.since }}</b>, since <time>{{ shown.since_at }}</time>
+{% else %}no result yet{% endif %}</p>
+{% if shown.why %}<p class="why">{{ shown.why }}</p>{% endif %}
+<p class="soft">{% if shown.polled %}Last poll {{ shown.polled }}, in {{ shown.seconds }}. {% endif %}
+Polled every {{ shown.row.interval|lasting }}. Availability:
+{% for span, percent in availability.items() %}
+{{ span }} <b>{{ "%.2f %%"|format(percent) if percent is number else "unknown" }}</b>{{ "." if loop.last else "," }}
+{% endfor %}</p>
+<div data-polls="{{ shown.href }}/polls">{{ shown.strip }}</div>
+{% if shown.cause == "host_key" and user.role == "admin" %}
+<form method="post" action="{{ shown.href }}/trust" id="trust" data-inline data-keep>
+{% if offered %}
+<p>Trusted: <code>{{ shown.row.host_key }}</code><br>Offered: <code>{{ offered }}</code></p>
+<p>Compare it on the machine itself before you trust it: somebody in between has another key, too.</p>
+<button name="key" value="{{ offered }}" class="danger">Trust the offered key</button>
+{% else %}
+<button>Show the key that it offers now</button>
+{% endif %}
+</form>
+{% endif %}
+</section>
+<div class="columns">
+<section>
+<h2 id="readings">Readings</h2>
+<table aria-labelledby="readings">
+{{ heads("Metric", "Now", "Warning", "Limit") }}
+<tbody>
+{% for reading in readings %}
+<tr><th scope="row">{{ reading.label }}</th>
+<td>{{ reading.bar }}{{ reading.text }}
+{%- if reading.problem %}<span class="error">{{ reading.problem }}</span>{% endif %}</td>
+{% for kind in ("warn", "fail") %}
+<td>{{ "%g"|format(reading.limit[kind]) if reading.limit[kind] is number }}</td>
+{% endfor %}
+</tr>
+{% else %}
+<tr><td colspan="4" class="soft">The last poll read nothing.</td></tr>
+{% endfor %}
+</tbody>
+</table>
+</section>
+{% if outcomes %}
+<section>
+<h2 id="outcomes">Services and checks</h2>
+<table aria-labelledby="outcomes">
+{{ heads("Result", "Of") }}
+<tbody>
+{% for kind, name, outcome in outcomes %}
+<tr><td>{{ state("healthy", "good") if outcome.good else state("unhealthy", "bad") }}</td>
+<td>{{ name }} <small>{{ kind }}</small>
+{% if outcome.text|length > 80 or "\\n" in outcome.text.strip() %}
+<details id="{{ kind }}-{{ name|urlencode }}"{% if not outcome.good %} open{% endif %}>
+<summary>Output</summary><pre tabindex="0">{{ outcome.text }}</pre></details>
+{% else %}
+<p>{{ outcome.text }}</p>
+{% endif %}
+</td></tr>
+{% endfor %}
+</tbody>
+</table>
+</section>
+{% endif %}
+<section>
+<h2>Machine</h2>
+<dl>
+{% for label, text in machine %}
+<dt>{{ label }}</dt><dd>{{ text }}</dd>
+{% else %}
+<dt>Nothing is known yet.</dt><dd></dd>
+{% endfor %}
+</dl>
+</section>
+</div>
+<section>
+<div class="tools"><h2>History</h2>
+<nav class="chips" aria-label="Time span">
+{% for name in spans %}
+<a href="?span={{ name }}"{% if name == span %} aria-current="true"{% endif %}>Last {{ name }}</a>
+{% endfor %}
+</nav></div>
+<div class="charts">
+{% for chart in charts %}
+<figure>
+<figcaption><b>{{ chart.label }}</b> average {{ chart.average }}, highest {{ chart.highest }}</figcaption>
+<div class="plot"><ol class="scale" aria-hidden="true">
+{% for text in chart.scale %}<li>{{ text }}</li>{% endfor %}
+</ol>{{ chart.svg }}</div>
+<ol class="times" aria-hidden="true">{% for text in chart.times %}<li>{{ text }}</li>{% endfor %}</ol>
+</figure>
+{% else %}
+<p class="soft">Nothing was read in this time.</p>
+{% endfor %}
+</div>
+</section>
+<section>
+<h2 id="events">Events</h2>
+<table aria-labelledby="events" class="events">
+{{ heads("Time", "Kind", "What", "Who") }}
+<tbody>{{ event_rows(events, own=true) }}</tbody>
+</table>
+<p><a href="/-/events?resource={{ shown.name|urlencode }}">All events of {{ shown.name }}</a></p>
+</section>
+{% endblock %}
+""", "events.html": """{% extends "layout.html" %}
+{% from "macros.html" import heads, options, event_rows with context %}
+{% block title %}Events{% endblock %}
+{% block main %}
+<div class="tools">
+<h1>Events</h1>
+<form class="filter" role="search" data-live data-keep>
+<select name="kind" aria-label="Kind">
+<option value="">Every kind</option>
+{% for name, label in kinds.items() %}
+<option value="{{ name }}"{% if name == filter.kind %} selected{% endif %}>{{ label }}</option>
+{% endfor %}
+</select>
+<select name="resource" aria-label="Resource">
+<option value="">Every resource</option>
+{{ options(names, filter.resource) }}
+</select>
+<noscript><button>Filter</button></noscript>
+</form>
+</div>
+<table class="events">
+<caption class="hidden">Events, newest first</caption>
+{{ heads("Time", "Kind", "Resource", "What", "Who") }}
+<tbody>{{ event_rows(events) }}</tbody>
+</table>
+{% if older %}<p><a href="{{ older }}" rel="next">Older</a></p>{% endif %}
+{% endblock %}
+""", "users.html": """{% extends "layout.html" %}
+{% from "macros.html" import heads, trouble, options, invalid, fault, password with context %}
+{% block title %}Users{% endblock %}
+{% block main %}
+<div class="tools"><h1>Users</h1></div>
+{{ trouble() }}
+<table>
+<caption class="hidden">Users</caption>
+{{ heads("Name", "Role", "Change") }}
+<tbody>
+{% for account in users %}
+<tr><th scope="row">{{ account.name }}{% if account.name == user.name %} <small>you</small>{% endif %}
+{% if account.initial %} <i class="degraded">documented password</i>{% endif %}</th>
+<td>{{ account.role }}</td>
+<td><details name="user"><summary>Change<span class="hidden"> {{ account.name }}</span></summary>
+<form method="post" class="row" action="/-/users/{{ account.name|urlencode }}">
+<label>Role <select name="role">{{ options(roles, account.role) }}</select></label>
+<label>New password <input type="password" name="password" minlength="12" maxlength="1024" autocomplete="new-password"
+ placeholder="unchanged"></label>
+<button>Change {{ account.name }}</button></form>
+<form method="post" action="/-/users/{{ account.name|urlencode }}/remove">
+<button class="danger">Remove {{ account.name }}</button></form></details></td></tr>
+{% endfor %}
+</tbody>
+</table>
+<form method="post" class="panel" aria-labelledby="new">
+<h2 id="new">Add a user</h2>
+<div class="inputs">
+<label>Name <input name="name" value="{{ given.name }}" required autocomplete="off"{{ invalid("name") }}>
+{{ fault("name") }}</label>
+<label>Role <select name="role">{{ options(roles|reverse, given.role) }}</select>
+<span class="hint">admin: everything; viewer: looks</span></label>
+{{ password("Password", "password", true, "12 characters or more") }}
+</div>
+<button class="primary">Add user</button>
+</form>
+{% endblock %}
+""", "login.html": """{% extends "layout.html" %}
+{% from "macros.html" import trouble, invalid, fault, password with context %}
+{% block title %}Log in{% endblock %}
+{% block main %}
+<form method="post" class="panel narrow">
+<h1>Log in</h1>
+{{ trouble() }}
+<label>Name <input name="username" value="{{ given.username }}" required autofocus autocomplete="username"></label>
+{{ password("Password", "password") }}
+<button class="primary">Log in</button>
+</form>
+{% endblock %}
+""", "password.html": """{% extends "layout.html" %}
+{% from "macros.html" import trouble, invalid, fault, password with context %}
+{% block title %}Change the password{% endblock %}
+{% block main %}
+<form method="post" class="panel narrow">
+<h1>Change the password</h1>
+{{ trouble() }}
+<input class="hidden" value="{{ user.name }}" autocomplete="username" tabindex="-1" aria-hidden="true" readonly>
+{{ password("Password until now", "current") }}
+{{ password("New password", "new", true, "12 characters or more; your other sessions end") }}
+{{ password("New password again", "again", true) }}
+<button class="primary">Change the password</button>
+</form>
+{% endblock %}
+""", "form.html": """{% extends "layout.html" %}
+{% from "macros.html" import options, invalid, fault with context %}
+{% block title %}{{ heading }}{% endblock %}
+{% block main %}
+<form method="post" class="resource" autocomplete="off">
+<div class="tools"><h1>{{ heading }}</h1></div>
+{% for group in groups %}
+<fieldset class="panel {{ group.only }}">
+<legend>{{ group.title }}</legend>
+{% if group.text %}<p class="soft">{{ group.text }}</p>{% endif %}
+<div class="inputs">
+{% for input in group.inputs %}
+{% set name = input.name %}
+{% set value = given.get(name, defaults.get(name, "")) %}
+<label class="{{ input.kind }}">
+{% if input.kind == "checkbox" %}
+<input type="checkbox" name="{{ name }}" value="true"{% if value == "true" %} checked{% endif %}> {{ input.label }}
+{% elif input.kind == "select" %}
+{{ input.label }} <select name="{{ name }}"{{ invalid(name) }}>{{ options(choices[name], value) }}</select>
+{% elif input.kind == "textarea" %}
+{{ input.label }} <textarea name="{{ name }}" rows="3"{{ invalid(name) }}>
+{{ given[name] }}</textarea>
+{% elif input.kind == "password" %}
+{{ input.label }} <input type="password" name="{{ name }}" autocomplete="new-password"
+{%- if name in kept %} placeholder="unchanged"{% endif %}{{ invalid(name) }}>
+{% else %}
+{{ input.label }} <input name="{{ name }}" value="{{ given[name] }}" placeholder="{{ defaults[name] }}"
+{%- if input.kind == "number" %} inputmode="decimal"{% endif %}
+{%- if fixed and name == "name" %} readonly{% endif %}{{ invalid(name) }}>
+{% endif %}
+{% if input.hint %}<span class="hint">{{ input.hint }}</span>{% endif %}
+{{ fault(name) }}</label>
+{% endfor %}
+</div>
+</fieldset>
+{% endfor %}
+<div class="finish">
+<button name="do" value="test" data-inline>Test connection</button>
+<button name="do" value="save" class="primary">Save</button>
+<a href="{{ back }}">Cancel</a>
+<div id="result" aria-live="polite">
+{% if problem %}<p class="message {{ outcome or 'unhealthy' }}">{{ problem }}</p>{% endif %}
+</div>
+</div>
+</form>
+{% endblock %}
+""", "error.html": """{% extends "layout.html" %}
+{% block title %}{{ title }}{% endblock %}
+{% block main %}
+<section class="panel narrow"><h1>{{ title }}</h1><p>{{ problem }}</p><p><a href="/-/">Overview</a></p></section>
+{% endblock %}
+"""}
+
+ICON = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 32 32">
+<rect width="32" height="32" rx="7" fill="#18713a"/>
+<path d="M4 17h6l3-8 6 15 3-7h6" fill="none" stroke="#fff" stroke-width="3" stroke-linejoin="round"/></svg>
+"""
+
+STYLE = r"""
+:root {
+  color-scheme: light dark;
+  --page: light-dark(#f4f5f7, #0f141a); --surface: light-dark(#fff, #171d25); --sunken: light-dark(#eef0f3, #11161d);
+  --text: light-dark(#19212c, #dee5ed); --soft: light-dark(#566070, #98a5b5); --line: light-dark(#dadfe6, #2b3440);
+  --link: light-dark(#0a58a8, #74b5f7); --track: light-dark(#e1e5ea, #2b3440); --fill: light-dark(#6f8096, #7e90a5);
+  --healthy: light-dark(#18713a, #55c57c); --degraded: light-dark(#855400, #e3b04b);
+  --unhealthy: light-dark(#b91f29, #ff8078); --maintenance: light-dark(#5443c2, #b0a4ff); --unknown: var(--soft);
+  font: 14px/1.45 Inter, system-ui, "Segoe UI", Roboto, "Noto Sans", sans-serif;
+  font-variant-numeric: tabular-nums; background: var(--page); color: var(--text);
+}
+* { box-sizing: border-box; }
+body, h1, h2, p, ul, ol, dl, dd, figure, fieldset { margin: 0; padding: 0; }
+body { overflow-wrap: anywhere; }
+.top, .notice, main { padding: 0 max(1rem, 50vw - 52rem); }
+main { padding-bottom: 2rem; outline: none; }
+h1 { font-size: 1.5rem; line-height: 1.25; }
+h2 { font-size: 1rem; }
+a { color: var(--link); text-decoration-thickness: 1px; text-underline-offset: .15em; }
+nav a, th a, .brand, .who a, .button { text-decoration: none; }
+th a:hover, nav a:hover, .who a:hover { text-decoration: underline; }
+:focus-visible { outline: 2px solid var(--link); outline-offset: 2px; border-radius: 3px; }
+small, .soft, th, dt, figcaption { color: var(--soft); font-weight: 400; }
+small { font-size: .8125rem; }
+b { font-weight: 600; }
+time { white-space: nowrap; }
+[hidden] { display: none !important; }
+.hidden:not(:focus) { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%);
+  white-space: nowrap; }
+.skip:focus { position: fixed; inset: .5rem auto auto .5rem; z-index: 3; padding: .5rem; background: var(--surface); }
+.healthy { --state: var(--healthy); } .degraded { --state: var(--degraded); } .unhealthy { --state: var(--unhealthy); }
+.unknown { --state: var(--unknown); } .maintenance { --state: var(--maintenance); }
+
+.top { display: flex; flex-wrap: wrap; align-items: center; gap: .25rem 1.5rem; min-height: 3rem;
+  padding-block: .375rem; background: var(--surface); border-bottom: 1px solid var(--line); }
+.brand { color: inherit; font-weight: 650; }
+.top nav { display: flex; gap: 1.25rem; flex: 1; }
+.top nav a { color: var(--soft); padding: .25rem 0; }
+.top nav a[aria-current] { color: var(--text); box-shadow: 0 2px var(--link); }
+.who { display: flex; align-items: center; gap: .5rem; }
+.notice { padding-block: .625rem; background: color-mix(in srgb, var(--degraded) 16%, var(--page)); }
+.lost { position: sticky; top: 0; z-index: 2; background: var(--unhealthy); color: var(--surface); }
+
+.state { display: inline-block; white-space: nowrap; color: var(--state); }
+.state::before { display: inline-block; width: 1.375em; font-weight: 700; content: "?" / ""; }
+.state.healthy::before { content: "\2713" / ""; } .state.unhealthy::before { content: "\2715" / ""; }
+.state.degraded::before { content: "\25B2" / ""; } .state.maintenance::before { content: "\2016" / ""; }
+.gate, .message { padding: .75rem 1rem; border: 1px solid color-mix(in srgb, var(--state) 35%, var(--line));
+  border-left: 4px solid var(--state); border-radius: 6px;
+  background: color-mix(in srgb, var(--state) 7%, var(--surface)); }
+.gate { display: flex; flex-wrap: wrap; align-items: baseline; gap: .25rem 1rem; margin-top: 1rem; }
+.gate h2 { font-size: 1.375rem; }
+.gate ul { flex-basis: 100%; list-style: none; }
+.gate li { padding-top: .25rem; }
+.message { margin-top: .75rem; }
+.message > * + *, .panel > * + * { margin-top: .5rem; }
+.now .state { font-size: 1.25rem; margin-right: .5rem; }
+#trouble:not(:has(p)) { display: none; }
+.why { font-size: 1.0625rem; }
+
+.tools { display: flex; flex-wrap: wrap; align-items: center; gap: .5rem 1rem; margin: 1rem 0 .625rem; }
+.chips { display: flex; flex-wrap: wrap; gap: .375rem; flex: 1 1 auto; }
+.chips a { padding: .1875rem .625rem; border: 1px solid var(--line); border-radius: 1rem; background: var(--surface);
+  color: var(--state, var(--text)); white-space: nowrap; }
+.chips a[aria-current] { border-color: currentColor; box-shadow: inset 0 0 0 1px currentColor; }
+.filter { display: flex; gap: .5rem; }
+input, select, textarea, button, .button { font: inherit; color: inherit; padding: .3125rem .625rem; max-width: 100%;
+  border: 1px solid light-dark(#8b96a5, #5d6b7c); border-radius: 5px; background: var(--surface); }
+button, .button { cursor: pointer; white-space: nowrap; color: var(--link); font-weight: 500; }
+button:hover, .button:hover { background: var(--sunken); }
+.quiet { border-color: transparent; background: none; color: var(--soft); font-weight: 400; padding-inline: .375rem; }
+.primary { background: var(--link); border-color: var(--link); color: var(--surface); }
+.primary:hover { background: color-mix(in srgb, var(--link) 85%, var(--text)); }
+.danger { color: var(--unhealthy); border-color: var(--unhealthy); }
+[aria-busy] button { opacity: .6; cursor: progress; }
+
+table { width: 100%; border-collapse: collapse; background: var(--surface); border: 1px solid var(--line); }
+th, td { padding: .375rem .625rem; text-align: left; vertical-align: top; border-top: 1px solid var(--line); }
+thead th { border: 0; white-space: nowrap; font-size: .8125rem; }
+i { display: inline-block; padding: 0 .375rem; border: 1px solid var(--line); border-radius: 3px; font-style: normal;
+  font-size: .75rem; line-height: 1.3; background: var(--sunken); color: var(--soft); }
+i.maintenance, i.degraded { color: var(--state); }
+.overview td { white-space: nowrap; }
+.overview thead th { position: sticky; top: 0; z-index: 1; background: var(--surface);
+  box-shadow: inset 0 -1px var(--line); }
+.overview tbody th { color: inherit; width: 100%; min-width: 14rem; }
+.overview tbody th a { font-weight: 600; margin-right: .25rem; }
+.overview tbody th p { color: var(--state); font-size: .875rem; }
+.overview tr.unhealthy { box-shadow: inset 3px 0 var(--unhealthy); }
+.empty { padding: 3rem 1rem; text-align: center; background: var(--surface); border: 1px solid var(--line); }
+.bar { width: 6rem; max-width: 40%; height: .5rem; margin-right: .5rem; vertical-align: baseline; }
+.overview .bar { width: 4rem; max-width: none; }
+.bar path { stroke: var(--fill); stroke-width: 8; fill: none; }
+.bar path:first-child { stroke: var(--track); }
+.bar .degraded, .bar .unhealthy { stroke: var(--state); }
+.bar .warn, .bar .fail { stroke: var(--degraded); stroke-width: 2; vector-effect: non-scaling-stroke; }
+.bar .fail { stroke: var(--unhealthy); }
+.strip { display: block; width: 15rem; height: 1.25rem; }
+.strip path { stroke: var(--state); stroke-width: 20; stroke-dasharray: .72 .28; fill: none; }
+.strip path:first-child { stroke: var(--track); stroke-width: 2; transform: translateY(9px); }
+.strip .healthy { stroke-width: 9; transform: translateY(5.5px); }
+.strip .degraded { stroke-width: 14; transform: translateY(3px); }
+.message .strip { width: 100%; max-width: 60rem; height: 1.5rem; }
+.tip { position: fixed; z-index: 3; max-width: min(32rem, 100vw - 1rem); padding: .25rem .625rem; border-radius: 4px;
+  background: var(--text); color: var(--page); font-size: .8125rem; pointer-events: none; }
+
+.title { display: flex; flex-wrap: wrap; justify-content: space-between; gap: .75rem 1rem; margin-top: 1rem; }
+.actions { position: relative; display: flex; flex-wrap: wrap; align-items: start; gap: .5rem; }
+.actions summary { list-style: none; }
+summary { cursor: pointer; color: var(--link); }
+.panel { margin-top: 1rem; padding: 1rem; background: var(--surface); border: 1px solid var(--line);
+  border-radius: 6px; }
+.actions .panel { position: absolute; right: 0; z-index: 2; width: 30rem; max-width: calc(100vw - 2rem);
+  margin-top: .375rem; box-shadow: 0 6px 24px #0004; }
+.narrow { display: grid; gap: .75rem; max-width: 24rem; margin: 8vh auto 0; }
+.narrow > * { margin: 0 !important; }
+.columns { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(22rem, 100%), 1fr)); gap: 0 1.5rem; }
+.columns h2, h2#events { margin: 1.25rem 0 .5rem; }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: .375rem 1rem; padding: .625rem;
+  background: var(--surface); border: 1px solid var(--line); }
+code, pre { font: .8125rem/1.45 ui-monospace, "SF Mono", Consolas, "DejaVu Sans Mono", monospace; }
+pre { margin: .25rem 0 0; padding: .5rem .625rem; max-height: 20rem; overflow: auto; white-space: pre-wrap;
+  background: var(--sunken); }
+.charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(27rem, 100%), 1fr)); gap: 1rem; }
+figure { padding: .625rem .75rem; background: var(--surface); border: 1px solid var(--line); }
+figcaption b { color: var(--text); margin-right: .375rem; }
+.plot { display: flex; gap: .375rem; height: 8rem; margin-top: .75rem; }
+.scale, .times { display: flex; justify-content: space-between; list-style: none; color: var(--soft);
+  font-size: .75rem; }
+.scale { flex-direction: column; min-width: 2rem; margin-block: -.375rem; text-align: right; line-height: 1; }
+.times { margin: .375rem 0 0 2.375rem; }
+.graph { flex: 1; width: 100%; min-width: 0; height: 100%; overflow: visible; }
+.graph path { fill: none; stroke: var(--track); vector-effect: non-scaling-stroke; }
+.graph .band { fill: color-mix(in srgb, var(--link) 22%, transparent); stroke: none; }
+.graph .line { stroke: var(--link); stroke-width: 1.5; stroke-linejoin: round; stroke-linecap: round; }
+.graph .warn, .graph .fail { stroke: var(--degraded); stroke-dasharray: 5 4; }
+.graph .fail { stroke: var(--unhealthy); }
+
+form.resource, form:has(> .inputs) { max-width: 68rem; }
+.inputs { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(15rem, 100%), 1fr)); gap: .75rem 1rem; }
+.row { display: flex; flex-wrap: wrap; align-items: end; gap: .5rem; padding: .5rem 0; }
+.checks .inputs { grid-template-columns: minmax(0, 1fr) minmax(0, 2fr) 9rem; }
+label { display: block; }
+label > input:not([type=checkbox]), label > select, label > textarea { display: block; width: 100%;
+  margin-top: .125rem; }
+label.checkbox { align-self: center; }
+label.textarea { grid-column: 1 / -1; }
+.hint, .error { display: block; margin-top: .125rem; font-size: .8125rem; color: var(--soft); }
+.error { color: var(--unhealthy); }
+[aria-invalid] { border-color: var(--unhealthy); box-shadow: 0 0 0 1px var(--unhealthy); }
+::placeholder { color: var(--soft); opacity: 1; }
+fieldset { min-width: 0; }
+legend { float: left; width: 100%; padding: 0 0 .5rem; font-weight: 600; }
+legend + * { clear: both; }
+.finish { position: sticky; bottom: 0; display: flex; flex-wrap: wrap; align-items: center; gap: .5rem 1rem;
+  margin-top: 1rem; padding: .75rem 0; background: var(--page); border-top: 1px solid var(--line); }
+#result { flex: 1 1 20rem; }
+#result .message { margin: 0; padding: .375rem .75rem; }
+form:has([value=local]:checked, [value=simulated]:checked) .remote,
+form:not(:has([value=windows]:checked)) .windows,
+form:not(:has([value=simulated]:checked)) .simulated { display: none; }
+
+@media (max-width: 60rem) {
+  .overview thead { position: absolute; clip-path: inset(50%); }
+  .overview, .overview tbody { display: block; }
+  .overview tr { display: grid; grid-template-columns: repeat(3, 1fr); gap: .125rem .75rem; padding: .5rem .75rem;
+    border-top: 1px solid var(--line); }
+  .overview td, .overview tbody th { border: 0; padding: 0; min-width: 0; width: auto; }
+  .overview tbody th { grid-column: 1 / -1; order: -1; }
+  .overview td:nth-child(3)::before { content: "for "; }
+  .overview td:nth-child(n+5):nth-child(-n+7)::before { display: block; font-size: .75rem; color: var(--soft); }
+  .overview td:nth-child(5)::before { content: "CPU"; } .overview td:nth-child(6)::before { content: "Memory"; }
+  .overview td:nth-child(7)::before { content: "Disk"; }
+  .overview td:last-child { grid-column: 1 / -1; }
+  .overview .strip { width: 100%; } .overview .bar { width: calc(100% - 3.25rem); }
+  .overview td small { display: none; }
+  .checks .inputs { grid-template-columns: 1fr; }
+  .filter { flex: 1 1 100%; } .filter input, .filter select { flex: 1; min-width: 0; }
+  .actions .panel { left: 0; right: auto; }
+  .events thead { display: none; }
+  .events tr { display: block; padding: .5rem .75rem; border-top: 1px solid var(--line); }
+  .events td { display: inline; border: 0; padding: 0 .5rem 0 0; }
+}
+"""
+
+PAGE_SCRIPT = r"""
+"use strict";
+const PERIOD = 2000, PATIENCE = 10000, SENDING = 90000;      // milliseconds
+const [main, lost, tip] = ["main", "lost", "tip"].map(id => document.getElementById(id));
+let attended = true;    // somebody is here: only that keeps a session alive
+let turn = 0;           // counts questions; the answer to an earlier one than the last is dropped
+let sending = 0;        // forms under way
+
+// Makes `old` like `next` in place: focus, selection, scrolling, typed text and opened details stay as they are,
+// and what is marked data-keep, unless a form was sent.
+function morph(old, next, sent) {
+  if (old.isEqualNode(next)) return;
+  if (old.nodeName !== next.nodeName) { old.replaceWith(next); return; }
+  if (old.nodeType !== Node.ELEMENT_NODE) { old.nodeValue = next.nodeValue; return; }
+  if ("keep" in old.dataset && !sent) return;
+  for (const { name } of [...old.attributes])
+    if (!next.hasAttribute(name) && name !== "open") old.removeAttribute(name);
+  for (const { name, value } of next.attributes)
+    if (name !== "open" && old.getAttribute(name) !== value) old.setAttribute(name, value);
+  const named = new Map([...old.children].filter(child => child.id).map(child => [child.id, child]));
+  let at = old.firstChild;
+  for (const child of [...next.childNodes]) {
+    const same = child.id ? named.get(child.id) : at && !at.id ? at : null;
+    if (same && same === at) at = at.nextSibling;
+    else old.insertBefore(same || child, at);
+    if (same) morph(same, child, sent);
+  }
+  while (at) { const gone = at; at = at.nextSibling; gone.remove(); }
+}
+
+async function ask(url, options) {
+  const mine = ++turn, headers = attended ? {} : { "X-Refresh": "1" };
+  attended = false;
+  const answer = await fetch(url, { headers, signal: AbortSignal.timeout(PATIENCE), ...options });
+  const page = new DOMParser().parseFromString(await answer.text(), "text/html");
+  return { answer, page, late: mine !== turn };
+}
+
+function show(page, sent) {
+  document.title = page.title;
+  morph(main, page.querySelector("main"), sent);
+}
+
+async function refresh() {
+  const begin = performance.now();
+  try {
+    const { answer, page, late } = await ask(location.href);
+    if (answer.redirected || [401, 403, 404].includes(answer.status)) { location.reload(); return 0; }
+    if (!answer.ok) throw new Error(answer.statusText);
+    if (!late) show(page);
+    lost.hidden = true;
+  } catch {
+    if (lost.hidden) lost.textContent = `No answer since ${new Date().toLocaleTimeString()}. What is shown is old.`;
+    lost.hidden = false;
+  }
+  return performance.now() - begin;
+}
+
+// A busy server is asked less often: the pause is ten times as long as the answer took.
+async function watch() {
+  const idle = document.hidden || sending || !("refresh" in main.dataset);
+  const took = idle ? 0 : await refresh();
+  setTimeout(watch, Math.max(PERIOD, 10 * took));
+}
+
+// Sends a form without leaving the page, which stays as it was but for what the answer changes.
+async function send(form, button) {
+  const body = new URLSearchParams(new FormData(form, button));
+  attended = true;
+  sending++;
+  button.disabled = true;
+  form.setAttribute("aria-busy", "true");
+  try {
+    const url = form.getAttribute("action") || location.href;
+    let { answer, page } = await ask(url, { method: "POST", body, signal: AbortSignal.timeout(SENDING) });
+    const elsewhere = answer.redirected && new URL(answer.url).pathname !== location.pathname;
+    if (elsewhere) { location.assign(answer.url); return; }
+    if (answer.redirected) page = (await ask(location.href)).page;
+    if (answer.ok) form.closest("details")?.removeAttribute("open");
+    show(page, true);
+  } catch {
+    lost.textContent = "No answer: it may not have been done.";
+    lost.hidden = false;
+  } finally {
+    sending--;
+    button.disabled = false;
+    form.removeAttribute("aria-busy");
+  }
+}
+
+addEventListener("submit", event => {
+  if (!event.target.matches("[data-inline]") && !event.submitter?.matches("[data-inline]")) return;
+  event.preventDefault();
+  send(event.target, event.submitter);
+});
+
+// A filter works as one types.
+addEventListener("input", event => {
+  const form = event.target.closest("form[data-live]");
+  if (!form) return;
+  const wanted = [...new FormData(form)].filter(([, text]) => text);
+  history.replaceState(null, "", "?" + new URLSearchParams(wanted));
+  refresh();
+});
+
+// Over a strip: when that poll was, and what it found.
+let polls = { at: 0 };
+addEventListener("pointermove", async event => {
+  attended = true;
+  const strip = event.target.closest?.("[data-polls]")?.querySelector(".strip");
+  if (!strip) { tip.hidden = true; return; }
+  const url = strip.parentElement.dataset.polls, { clientX, clientY } = event;
+  if (polls.url !== url || performance.now() - polls.at > PATIENCE)
+    polls = { url, at: performance.now(),
+      list: fetch(url, { headers: { "X-Refresh": "1" } }).then(answer => answer.json()) };
+  const list = await polls.list.catch(() => []), area = strip.getBoundingClientRect();
+  const poll = list[list.length - 1 - Math.floor((area.right - clientX) / area.width * strip.viewBox.baseVal.width)];
+  tip.hidden = !poll;
+  if (!poll) return;
+  tip.textContent = poll.join("  ");
+  tip.style.left = `${Math.max(8, Math.min(clientX + 12, innerWidth - tip.offsetWidth - 8))}px`;
+  tip.style.top = `${clientY + 18 + tip.offsetHeight < innerHeight ? clientY + 18 : clientY - tip.offsetHeight - 8}px`;
+}, { passive: true });
+
+for (const kind of ["keydown", "pointerdown", "wheel"])
+  addEventListener(kind, () => { attended = true; }, { passive: true });
+addEventListener("visibilitychange", () => { if (!document.hidden && "refresh" in main.dataset) refresh(); });
+setTimeout(watch, PERIOD);
+"""
+
 
 # === Gate ====================================================================
 Headers = list[tuple[str, str]]
@@ -5408,37 +6317,437 @@ API_ROUTES = (
 
 
 # === Views ===================================================================
-def own_path(text: str) -> str:
-    """`text` when it is a path of the console, or its first page: after a login nobody is sent elsewhere."""
-    return text if text.startswith(PREFIX) and text.isprintable() and "\\" not in text else PREFIX
+EVENTS_SHOWN = 100          # of a page
+OWN_EVENTS = 20             # on the page of a resource
+EMPTY_CHECKS = 2            # rows of its form for further checks
+SQUEEZED = 1 << 14          # bytes of a page from which on it is sent compressed
+ASSETS = {f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.{suffix}": (kind, text) for suffix, kind, text in (
+    ("css", "text/css", STYLE), ("js", "text/javascript", PAGE_SCRIPT), ("svg", "image/svg+xml", ICON))}
+KINDS = {"gate": "Gate", "state": "States", "change": "Changes", "login": "Logins"}
+Answer = flask.typing.ResponseReturnValue
 
 
-def overview() -> str:
-    return PAGE.format(title="HealthChecker", text=f"The gate is {'open' if visitor().site.is_healthy else 'closed'}.")
+def resource_path(name: str) -> str:
+    return f"{PREFIX}resources/{quote(name, safe='')}"
 
 
-LOGIN = PAGE.format(title="Log in", text="""<form method="post"><input name="username"><input type="password"
-name="password"><button>Log in</button></form>""")
+def dress(app: flask.Flask) -> None:
+    """Gives the application its templates and what they use."""
+    app.jinja_options = {"loader": jinja2.DictLoader(TEMPLATES), "trim_blocks": True, "lstrip_blocks": True}
+    app.jinja_env.filters.update(lasting=lasting, clock=clock, page=resource_path)
+    app.jinja_env.globals.update(assets={name.rpartition(".")[2]: f"{PREFIX}static/{name}" for name in ASSETS})
 
 
-def login_page() -> str:
-    return LOGIN
+def asset(name: str) -> Answer:
+    """Style, script or icon; its name changes with it, so that a browser may keep it."""
+    if name not in ASSETS:
+        raise Refusal("there is no such file", 404)
+    kind, text = ASSETS[name]
+    return flask.Response(text, mimetype=kind, headers={"Cache-Control": "public, max-age=31536000, immutable"})
 
 
-def login_form() -> flask.typing.ResponseReturnValue:
-    """Begins a session: a new one, whatever cookie came with the request."""
-    who, form = visitor(), flask.request.form
-    credentials = checked(Credentials, form.to_dict(), text=True)
-    user = sign_in(who, credentials.username, credentials.password.get_secret_value())
-    response = flask.redirect(own_path(flask.request.args.get("next", "")), 303)
-    give_cookie(response, open_ticket(who.site, "session", user))
+def page(template: str, status: int = 200, **shown: Any) -> flask.Response:
+    """A page; `shown` is what its template needs beside what all of them do."""
+    who: Visitor | None = flask.g.get("visitor")
+    common: dict[str, Any] = {"user": who.user if who else None, "errors": {}, "given": {}, "now": time.time()}
+    if who and who.operator:
+        with contextlib.suppress(sqlalchemy.exc.SQLAlchemyError), who.site.store.reading() as session:
+            common["initial"] = initial_user(session) is not None   # the page may be to say that this fails
+    text = flask.render_template(template, **(common | shown)).encode()
+    response = flask.Response(text, status, mimetype="text/html")
+    if len(text) > SQUEEZED and flask.request.accept_encodings.quality("gzip"):
+        response.data = gzip.compress(text, 1)
+        response.headers["Content-Encoding"] = "gzip"
+    response.headers["Vary"] = "Accept-Encoding"
     return response
 
 
-def password_form() -> flask.typing.ResponseReturnValue:
-    """Changes one's own password, and goes on with a new session."""
+class Shown:
+    """A resource as a person reads it; texts are empty where there is nothing to say."""
+
+    ORDER: ClassVar = {state: place for place, state in enumerate(STATES)}
+
+    def __init__(self, row: Resource, status: Status | None, now: float) -> None:
+        self.row, self.name, self.href = row, row.name, resource_path(row.name)
+        self.settings: dict[str, Any] = json.loads(row.settings)    # unchecked: 1,000 of them would take too long
+        self.status = known = status_of(row, status)
+        self.state = known.state if known else "unknown"
+        self.cause = known.cause if known else ""
+        self.why = f"{known.cause}: {known.reason}" if known and known.cause else ""
+        self.begun = known.since if known else 0.0
+        self.since, self.since_at = (lasting(now - self.begun), clock(self.begun)) if known else ("", "")
+        self.polled = f"{lasting(now - known.polled)} ago" if known else ""
+        self.seconds = f"{known.seconds:.2f} s" if known else ""
+        self.maintenance = clock(row.maintenance)[:-3] if row.maintenance > now else ""
+        self.group = "maintenance" if self.maintenance else self.state
+        self.strip = strip_svg(status.strip if status else "")
+
+    @property
+    def tags(self) -> list[str]:
+        return cast("list[str]", self.settings["tags"])
+
+    @property
+    def critical(self) -> bool:
+        return cast(bool, self.settings["critical"])
+
+    @property
+    def counts(self) -> bool:
+        """Whether the gate depends on it now."""
+        return self.critical and not self.maintenance
+
+    @property
+    def place(self) -> str:
+        port = "" if self.row.port in (SSH_PORT, *WINRM_PORTS.values()) else f":{self.row.port}"
+        return self.row.platform if self.row.platform in HOSTLESS else (
+            f"{self.row.hostname}{port} · {self.row.platform}")
+
+    def limit(self, metric: str) -> Marks:
+        return self.settings["limits"].get(metric) or {}
+
+    @property
+    def bars(self) -> list[Markup]:
+        found = readings(self.status.packed if self.status else b"")
+        return [bar_svg(found[metric], self.limit(metric)) + f"{found[metric]:.0f} %" if metric in found else Markup()
+                for metric in BARS]
+
+    @property
+    def order(self) -> tuple[int, bool, float, str]:
+        """Worst first; among those not healthy, what the gate depends on, and what happened last."""
+        place = self.ORDER[self.group]
+        return place, not self.critical, 0.0 if self.group == "healthy" else -self.begun, self.name
+
+    def matches(self, text: str, tag: str) -> bool:
+        words = (self.name, self.row.hostname, self.row.platform, self.why, *self.tags)
+        return (not tag or tag in self.tags) and text.casefold() in "\n".join(words).casefold()
+
+
+def load_shown(session: Session, now: float, name: str | None = None) -> list[Shown]:
+    """All resources, or the one of that name."""
+    query = sqlalchemy.select(Resource, Status).outerjoin(Status, Status.resource_id == Resource.id)
+    query = query if name is None else query.where(Resource.name == name)
+    return [Shown(row, status, now) for row, status in session.execute(query)]
+
+
+def gate_shown(session: Session, is_open: bool, resources: Iterable[Shown]) -> dict[str, Any]:
+    """The gate, since when, and which resources close it: the first to fail stands first."""
+    last = next(iter(events(session, kind="gate", limit=1)), None)
+    blockers = [] if is_open else [one for one in resources if one.counts and one.state in ("unhealthy", "unknown")]
+    return {"open": is_open, "since": last.at if last else 0.0, "why": last.text if last and not is_open else "",
+            "causes": sorted(blockers, key=lambda one: one.begun)}
+
+
+def overview() -> Answer:
+    """Every resource, worst first, and the gate."""
+    site, now = visitor().site, time.time()
+    wanted = {name: flask.request.args.get(name, "") for name in ("state", "q", "tag")}
+    with site.store.reading() as session:
+        everything = load_shown(session, now)
+        gate = gate_shown(session, site.is_healthy, everything)
+    found = [one for one in everything if one.matches(wanted["q"], wanted["tag"])]
+    counted = collections.Counter(one.group for one in found)
+    rows = sorted((one for one in found if wanted["state"] in ("", one.group)), key=lambda one: one.order)
+
+    def filtered(state: str) -> str:
+        return "?" + urlencode({name: value for name, value in (wanted | {"state": state}).items() if value})
+
+    return page("overview.html", gate=gate, rows=rows, counts={state: counted[state] for state in STATES},
+                tags=sorted({tag for one in everything for tag in one.tags}), filter=wanted, filtered=filtered,
+                empty=not everything, refresh=True)
+
+
+def amount(metric: str, value: float) -> str:
+    """A reading with its unit."""
+    if metric.endswith("_percent"):
+        return f"{value:.1f} %"
+    return f"{value:.2f} s" if metric == "seconds" else f"{value:.2f}"
+
+
+def reading_rows(sample: Mapping[str, Any], one: Shown) -> list[dict[str, Any]]:
+    """Each metric that was read, has a limit, or could not be read."""
+    rows = []
+    for metric in Limits.model_fields:
+        limit, problem = one.limit(metric), sample["problems"].get(metric, "")
+        top = max(filter(None, limit.values()), default=1.0) * 1.25 if metric == "load_per_cpu" else 100.0
+        found = [(name, value) for name, value in sample["metrics"].items() if name.partition(" ")[0] == metric]
+        rows += [{"label": f"{LABELS[metric]} {name.partition(' ')[2]}", "limit": limit, "text": amount(metric, value),
+                  "bar": bar_svg(value, limit, top)} for name, value in found]
+        if problem or (limit and not found):
+            rows.append({"label": LABELS[metric], "limit": limit, "problem": problem or "not read"})
+    return rows
+
+
+def machine_rows(sample: Mapping[str, Any], host_key: str | None) -> list[tuple[str, str]]:
+    """What is known of the machine itself."""
+    details = sample["details"]
+    rows = [(label, details.get(name)) for name, label in
+            (("hostname", "Host name"), ("os", "System"), ("kernel", "Kernel"), ("cpu_count", "CPUs"))]
+    rows.append(("Up for", lasting(details["uptime_seconds"]) if "uptime_seconds" in details else None))
+    return [(label, f"{text:g}" if isinstance(text, float) else str(text))
+            for label, text in (*rows, ("Host key", host_key)) if text is not None]
+
+
+def charts(session: Session, one: Shown, span: str, now: float) -> list[dict[str, Any]]:
+    """A chart for each metric of which there is something."""
+    begin, drawn = now - SPANS[span][0], []
+    times = [time.strftime({"hour": "%H:%M", "day": "%H:%M"}.get(span, "%d %b"),
+                           time.localtime(begin + part * SPANS[span][0] / 4)) for part in range(5)]
+    for metric, label in LABELS.items():
+        points, limit = chart(session, one.row.id, metric, span, now), one.limit(metric)
+        if points:
+            highest = max(point.maximum for point in points)
+            top = 100.0 if metric.endswith("_percent") else scale_top([highest, *filter(None, limit.values())])
+            average = sum(point.average for point in points) / len(points)
+            drawn.append({"label": label, "average": amount(metric, average), "times": times,
+                          "highest": amount(metric, highest), "svg": chart_svg(points, limit, begin, now, top),
+                          "scale": [f"{part * top:g}" for part in (1, 0.5, 0)]})
+    return drawn
+
+
+NO_SAMPLE: dict[str, Any] = {"details": {}, "metrics": {}, "services": {}, "checks": {}, "problems": {}}
+
+
+def resource_page(name: str, status: int = 200, **more: Any) -> flask.Response:
+    """Everything about one resource."""
+    site, now = visitor().site, time.time()
+    span = flask.request.args.get("span", "")
+    span = span if span in SPANS else "day"
+    with site.store.reading() as session:
+        one = next(iter(load_shown(session, now, name)), None)
+        if one is None:
+            raise Refusal("there is no such resource", 404)
+        more |= {"charts": charts(session, one, span, now), "availability": availability(session, one.row.id, now),
+                 "events": events(session, resource=name, limit=OWN_EVENTS)}
+    sample = (json.loads(one.status.sample) if one.status else None) or NO_SAMPLE
+    outcomes = [(kind, called, outcome) for kind in ("service", "check")
+                for called, outcome in sample[f"{kind}s"].items()]
+    return page("resource.html", status, shown=one, span=span, spans=SPANS, readings=reading_rows(sample, one),
+                machine=machine_rows(sample, one.row.host_key), origin=site.places.get(name, ""), refresh=True,
+                outcomes=sorted(outcomes, key=lambda outcome: bool(outcome[2]["good"])), **more)
+
+
+def polls(name: str) -> Answer:
+    """For the script: time, state and reason of the polls in the strip, oldest first."""
+    with visitor().site.store.reading() as session:
+        number = session.scalar(sqlalchemy.select(Resource.id).where(Resource.name == name))
+        found = samples(session, number) if number is not None else []
+    return flask.Response(json.dumps([[clock(poll.at), poll.state, f"{poll.cause}: {poll.reason}" if poll.cause else ""]
+                                      for poll in found]), mimetype="application/json")
+
+
+def event_page() -> Answer:
+    """What happened, newest first."""
+    args = flask.request.args
+    wanted = {name: args.get(name, "") for name in ("kind", "resource")}
+    before = int(args["before"]) if re.fullmatch("[0-9]{1,18}", args.get("before", "")) else None
+    with visitor().site.store.reading() as session:
+        found = events(session, resource=wanted["resource"] or None, kind=wanted["kind"] or None, before=before,
+                       limit=EVENTS_SHOWN)
+        names = sorted(session.scalars(sqlalchemy.select(Resource.name)))
+    older = {**wanted, "before": str(found[-1].id)} if len(found) == EVENTS_SHOWN else {}
+    return page("events.html", events=found, kinds=KINDS, filter=wanted, names=names, refresh=before is None,
+                older="?" + urlencode({name: value for name, value in older.items() if value}) if older else "")
+
+
+# --- forms ---
+def every_input(checks: int) -> tuple[Group, ...]:
+    """The form of a resource, with room for `checks` checks."""
+    return (*FORM, Group("Checks", "checks", tuple(
+        Input(f"checks.{number}.{name}", label, "number" if name == "timeout" else "text")
+        for number in range(checks) for name, label in CHECK_INPUTS), "Commands of your own: exit status 0 is good."))
+
+
+def flatten(stated: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Settings as the texts that the form shows, by names with dots."""
+    texts: dict[str, str] = {}
+    for name, value in stated.items():
+        where = prefix + name
+        if isinstance(value, dict):
+            texts |= flatten(value, f"{where}.")
+        elif name == "checks":
+            texts |= flatten({str(number): check for number, check in enumerate(value)}, f"{where}.")
+        elif isinstance(value, list):
+            texts[where] = (", " if name == "tags" else "\n").join(value)
+        elif value is not None:
+            texts[where] = str(value).lower() if isinstance(value, bool) else f"{value:g}" if isinstance(
+                value, float) else str(value)
+    return texts
+
+
+DEFAULTS = flatten({name: field.default for name, field in ResourceSettings.model_fields.items()
+                    if isinstance(field.default, (bool, int, float, str))} | {"platform": Platform.UNIX.value})
+CHOICES = {"platform": SELECTABLE, "auth": get_args(ResourceSettings.model_fields["auth"].annotation)}
+
+
+def nested(texts: Mapping[str, str]) -> dict[str, Any]:
+    """The reverse of flatten, all values texts; what is empty is None, and stands for the default."""
+    tree: dict[str, Any] = {}
+    for name, text in texts.items():
+        *above, last = name.split(".")
+        branch = tree
+        for part in above:
+            branch = branch.setdefault(part, {})
+        branch[last] = text.strip() or None
+    return tree
+
+
+def stated_by(texts: Mapping[str, str]) -> dict[str, Any]:
+    """The settings that a form states, in the inventory's names; None stands for the default."""
+    body = nested(texts)
+    platform = body.get("platform") or Platform.UNIX.value
+    body["tags"] = [tag.strip() for tag in texts.get("tags", "").split(",") if tag.strip()]
+    body["services"] = [name.strip() for name in texts.get("services", "").splitlines() if name.strip()]
+    given = [{name: value for name, value in check.items() if value is not None}
+             for _, check in sorted(body.pop("checks", {}).items(), key=lambda item: int(item[0]))]
+    body["checks"] = [check for check in given if check]
+    body["limits"] = {metric: {kind: value for kind, value in limit.items() if value is not None} or None
+                      for metric, limit in body.get("limits", {}).items()}
+    return body | dict.fromkeys(foreign_fields(platform) & body.keys())
+
+
+def posted(form: Mapping[str, str]) -> tuple[dict[str, str], dict[str, str]]:
+    """The texts of a resource's form as they can be shown again, and its secrets, which never are."""
+    numbers = [int(name.split(".")[1]) for name in form if re.fullmatch(r"checks\.\d{1,3}\.\w+", name)]
+    texts: dict[str, str] = {}
+    secrets_: dict[str, str] = {}
+    for given in (given for group in every_input(1 + max(numbers, default=0)) for given in group.inputs):
+        text = form.get(given.name, "")
+        if given.kind != "password":
+            texts[given.name] = text or ("false" if given.kind == "checkbox" else "")
+        elif text:
+            secrets_[given.name] = text
+    return texts, secrets_
+
+
+def form_page(name: str, given: Mapping[str, str], status: int = 200, **more: Any) -> flask.Response:
+    """The form to add a resource, or to change the one called `name`."""
+    checks = sum(key.endswith(".command") for key in given) + EMPTY_CHECKS
+    return page("form.html", status, heading=f"Edit {name}" if name else "Add a resource", groups=every_input(checks),
+                given=given, defaults=DEFAULTS, choices=CHOICES, fixed=bool(name), checks=checks,
+                back=resource_path(name) if name else PREFIX, **more)
+
+
+def stored_settings(name: str) -> tuple[dict[str, str], list[str]]:
+    """The texts of the form for a resource that was added here, and which secrets of it are stored."""
     who = visitor()
-    change_password(who, flask.request.form.to_dict())
+    with who.site.store.reading() as session:
+        row = changeable(who, session, name)
+        return flatten(stated(row)), [kind for kind in SECRETS if getattr(row, kind)]
+
+
+def add_form() -> Answer:
+    return form_page("", {})
+
+
+def edit_form(name: str) -> Answer:
+    given, kept = stored_settings(name)
+    return form_page(name, given, kept=kept)
+
+
+def trial_text(trial: TrialView) -> str:
+    """What *test connection* found, in a line."""
+    why = f": {trial.reason}" if trial.reason else ""
+    key = f"; it would trust {trial.host_key}" if trial.host_key else ""
+    return f"{trial.state} in {trial.seconds:.2f} s{why}{key}"
+
+
+def resource_form(name: str = "") -> Answer:
+    """Tests or saves what the form states."""
+    who, form = visitor(), flask.request.form
+    kept = stored_settings(name)[1] if name else []
+    texts, secrets_ = posted(form)
+    body = stated_by(texts) | secrets_
+    given = {key: text for key, text in texts.items() if not key.startswith("checks.")} | flatten(
+        {"checks": body["checks"]})
+    try:
+        if form.get("do") == "test":
+            trial = test_changes(who, name, body, text=True) if name else test_settings(who, body, text=True)
+            return form_page(name, given, kept=kept, outcome=trial.state, problem=trial_text(trial))
+        saved = change_resource(who, name, body, text=True) if name else add_resource(who, body, text=True)
+    except Refusal as error:
+        return form_page(name, given, error.status, kept=kept, errors=error.fields, problem=str(error))
+    return flask.redirect(resource_path(saved.name), 303)
+
+
+def act(name: str, action: Callable[[], object]) -> Answer:
+    """Does something with a resource and shows it again, with what was wrong."""
+    try:
+        action()
+    except Refusal as error:
+        return resource_page(name, error.status, problem=str(error))
+    return flask.redirect(resource_path(name), 303)
+
+
+def check_form(name: str) -> Answer:
+    return act(name, lambda: check_resource(visitor(), name))
+
+
+def maintenance_form(name: str) -> Answer:
+    """Begins maintenance for a number of minutes, or ends it."""
+    who, form = visitor(), flask.request.form
+    minutes = int(form["minutes"]) if re.fullmatch("[0-9]{1,6}", form.get("minutes", "")) else 0
+    if not minutes:
+        return act(name, lambda: end_maintenance(who, name))
+    until = datetime.datetime.fromtimestamp(who.site.clock() + 60 * minutes, datetime.timezone.utc)
+    wanted = {"until": until.isoformat(), "reason": form.get("reason", "")}
+    return act(name, lambda: begin_maintenance(who, name, wanted))
+
+
+def trust_form(name: str) -> Answer:
+    """Shows the key that the host offers now, or trusts the one that was shown."""
+    who, key = visitor(), flask.request.form.get("key")
+    if key:
+        return act(name, lambda: trust_resource(who, name, {"host_key": key}))
+    try:
+        return resource_page(name, offered=who.site.ask("offered_key", name=name))
+    except Refusal as error:
+        return resource_page(name, error.status, problem=str(error))
+
+
+def remove_form(name: str) -> Answer:
+    remove_resource(visitor(), name)
+    return flask.redirect(PREFIX, 303)
+
+
+def user_page(status: int = 200, **more: Any) -> flask.Response:
+    return page("users.html", status, users=list_users(visitor()), roles=get_args(Role), **more)
+
+
+def act_on_users(action: Callable[[], object]) -> Answer:
+    """Changes users and shows them again, with what was wrong."""
+    try:
+        action()
+    except Refusal as error:
+        return user_page(error.status, problem=str(error), errors=error.fields, given=flask.request.form)
+    return flask.redirect("/-/users", 303)
+
+
+def new_user_form() -> Answer:
+    return act_on_users(lambda: add_user(visitor(), flask.request.form.to_dict()))
+
+
+def user_form(name: str) -> Answer:
+    """Changes what is not empty."""
+    change = {key: text for key, text in flask.request.form.items() if text}
+    return act_on_users(lambda: change_user(visitor(), name, change))
+
+
+def remove_user_form(name: str) -> Answer:
+    return act_on_users(lambda: remove_user(visitor(), name))
+
+
+def password_page() -> Answer:
+    return page("password.html")
+
+
+def password_form() -> Answer:
+    """Changes one's own password, and goes on with a new session."""
+    who, form = visitor(), flask.request.form.to_dict()
+    try:
+        if form.pop("again", "") != form.get("new"):
+            raise refusal_of({"again": "is not the same"})
+        change_password(who, {name: form.get(name, "") for name in ("current", "new")})
+    except Refusal as error:
+        return page("password.html", error.status, errors=error.fields, problem="" if error.fields else str(error))
     assert who.user
     with who.site.store.reading() as session:
         user = find_user(session, who.user.name)
@@ -5447,21 +6756,45 @@ def password_form() -> flask.typing.ResponseReturnValue:
     return response
 
 
-def logout_form() -> flask.typing.ResponseReturnValue:
+def own_path(text: str) -> str:
+    """`text` when it is a path of the console, or its first page: after a login nobody is sent elsewhere."""
+    return text if text.startswith(PREFIX) and text.isprintable() and "\\" not in text else PREFIX
+
+
+def login_page() -> Answer:
+    return page("login.html")
+
+
+def login_form() -> Answer:
+    """Begins a session: a new one, whatever cookie came with the request."""
+    who, form = visitor(), flask.request.form
+    try:
+        credentials = checked(Credentials, form.to_dict(), text=True)
+        user = sign_in(who, credentials.username, credentials.password.get_secret_value())
+    except Refusal as refusal:
+        return page("login.html", refusal.status, problem=str(refusal), given=form)
+    response = flask.redirect(own_path(flask.request.args.get("next", "")), 303)
+    give_cookie(response, open_ticket(who.site, "session", user))
+    return response
+
+
+def logout_form() -> Answer:
     sign_out(visitor())
     response = flask.redirect("/-/login", 303)
     give_cookie(response, "")
     return response
 
 
-def refusal_page(error: Refusal) -> flask.typing.ResponseReturnValue:
+def refusal_page(error: Refusal) -> Answer:
     """What a browser gets instead of the page; those who have to log in are led there and back."""
     if error.status == 401 and flask.request.method in SAFE_METHODS:
         return flask.redirect(f"/-/login?next={quote(flask.request.full_path.rstrip('?'))}", 303)
-    return PAGE.format(title=http.HTTPStatus(error.status).phrase, text=html.escape(str(error))), error.status
+    if "visitor" in flask.g and visitor().restricted and error.status == 403 and flask.request.method in SAFE_METHODS:
+        return flask.redirect("/-/password", 303)
+    return page("error.html", error.status, title=http.HTTPStatus(error.status).phrase, problem=str(error))
 
 
-def refuse(error: Refusal) -> flask.typing.ResponseReturnValue:
+def refuse(error: Refusal) -> Answer:
     """The answer to a request that is refused, for programs or for people."""
     is_api = flask.request.path.startswith(API)
     response = flask.make_response(problem(error) if is_api else refusal_page(error))
@@ -5472,7 +6805,7 @@ def refuse(error: Refusal) -> flask.typing.ResponseReturnValue:
     return response
 
 
-def refuse_http(error: HTTPException) -> flask.typing.ResponseReturnValue:
+def refuse_http(error: HTTPException) -> Answer:
     """What Flask refuses by itself: unknown paths, methods, large or broken requests, failures."""
     response = flask.make_response(refuse(Refusal(error.description or "", error.code or 500)))
     if allowed := getattr(error, "valid_methods", None):
@@ -5480,16 +6813,33 @@ def refuse_http(error: HTTPException) -> flask.typing.ResponseReturnValue:
     return response
 
 
-def refuse_database(error: sqlalchemy.exc.SQLAlchemyError) -> flask.typing.ResponseReturnValue:
+def refuse_database(error: sqlalchemy.exc.SQLAlchemyError) -> Answer:
     log.error("the database cannot be used: %s", one_line(str(getattr(error, "orig", error))))
     return refuse(Refusal("the database cannot be used now; see the log", 503, retry=1))
 
 
 PAGES = (
     Route("GET", "/-/", "viewer", overview),
+    Route("GET", "/-/resources/<name>", "viewer", resource_page),
+    Route("GET", "/-/resources/<name>/polls", "viewer", polls),
+    Route("GET", "/-/add", "admin", add_form),
+    Route("POST", "/-/add", "admin", resource_form),
+    Route("GET", "/-/resources/<name>/edit", "admin", edit_form),
+    Route("POST", "/-/resources/<name>/edit", "admin", resource_form),
+    Route("POST", "/-/resources/<name>/check", "admin", check_form),
+    Route("POST", "/-/resources/<name>/maintenance", "admin", maintenance_form),
+    Route("POST", "/-/resources/<name>/trust", "admin", trust_form),
+    Route("POST", "/-/resources/<name>/remove", "admin", remove_form),
+    Route("GET", "/-/events", "viewer", event_page),
+    Route("GET", "/-/users", "admin", user_page),
+    Route("POST", "/-/users", "admin", new_user_form),
+    Route("POST", "/-/users/<name>", "admin", user_form),
+    Route("POST", "/-/users/<name>/remove", "admin", remove_user_form),
+    Route("GET", "/-/static/<name>", "", asset, restricted=True),
     Route("GET", "/-/login", "", login_page, restricted=True),
     Route("POST", "/-/login", "", login_form, restricted=True),
     Route("POST", "/-/logout", "viewer", logout_form, restricted=True),
+    Route("GET", "/-/password", "viewer", password_page, restricted=True),
     Route("POST", "/-/password", "viewer", password_form, restricted=True),
 )
 
@@ -5499,6 +6849,7 @@ def build_console(site: Site) -> flask.Flask:
     app = flask.Flask("healthchecker.console", static_folder=None)
     app.config.update(MAX_CONTENT_LENGTH=CONSOLE_BODY, PROVIDE_AUTOMATIC_OPTIONS=False)
     app.url_map.merge_slashes = False       # it would redirect
+    dress(app)
     routes = {f"{route.method} {route.path}": route for route in (*API_ROUTES, *PAGES)}
     for endpoint, route in routes.items():
         app.add_url_rule(route.path, endpoint, route.run, methods=[route.method])

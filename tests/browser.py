@@ -1,0 +1,67 @@
+"""A headless Chromium for the tests of the pages, and what they do with it."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, Literal
+
+import pytest
+from service import Service
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser, BrowserContext, Page
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+FIRST_USER, DOCUMENTED, PASSWORD = "SpiceWorks", "HealthChecker", "a long enough password"
+PATIENCE = 15_000  # milliseconds
+Scheme = Literal["dark", "light"]
+
+
+@contextlib.contextmanager
+def chromium() -> Iterator[Browser]:
+    """Debian's chromium under playwright; skips where one of them is missing."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="the pages need the package playwright")
+    if CHROMIUM is None:
+        pytest.skip("the pages need chromium")
+    with playwright.sync_playwright() as running:
+        # Without a sandbox: a container's root has none, and every page is our own.
+        browser = running.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+class Faults(list[str]):
+    """What the browser complained about: scripts that fail, policies that are broken."""
+
+    def watch(self, page: Page) -> None:
+        page.on("pageerror", lambda error: self.append(str(error)))
+        page.on("console", lambda message: self.append(message.text) if message.type == "error" else None)
+        page.on("dialog", lambda dialog: (self.append(f"dialog: {dialog.message}"), dialog.dismiss()))
+
+
+def visit(browser: Browser, service: Service, **options: Any) -> tuple[BrowserContext, Page, Faults]:
+    """A fresh visitor's page; the context's base URL is the service."""
+    context = browser.new_context(base_url=f"http://{service.host}:{service.port}", **options)
+    context.set_default_timeout(PATIENCE)
+    page, faults = context.new_page(), Faults()
+    faults.watch(page)
+    return context, page, faults
+
+
+def log_in(page: Page, name: str = FIRST_USER, password: str = PASSWORD) -> None:
+    page.goto("/-/login")
+    page.get_by_label("Name").fill(name)
+    page.get_by_label("Password").fill(password)
+    page.get_by_role("button", name="Log in").click()
+    page.wait_for_url("**/-/")
+
+
+def change_password(page: Page, before: str = DOCUMENTED, after: str = PASSWORD) -> None:
+    page.goto("/-/password")
+    page.get_by_label("Password until now").fill(before)
+    page.get_by_label("New password", exact=True).fill(after)
+    page.get_by_label("New password again").fill(after)
+    page.get_by_role("button", name="Change the password").click()
+    page.wait_for_url("**/-/")
