@@ -4075,7 +4075,6 @@ class Monitor(threading.Thread):
         self._guards = Guards()
         self._counted: dict[str, bool] = {}         # as the aggregator was told
         self._maintenance: dict[str, float] = {}    # Unix times until which resources do not count
-        self._followed = threading.Condition()      # guards _revision; notified when the rows were followed
         self._revision = -1
         self._followed = threading.Condition()      # guards _revision; notified when the rows were followed
         self._ending = threading.Event()
@@ -4114,16 +4113,11 @@ class Monitor(threading.Thread):
             self._followed.wait_for(lambda: self._revision >= wanted, 4 * SWEEP)
 
     def check_now(self, name: str, timeout: float) -> Report | None:
-        """Polls a resource at once, as it is configured now, and waits until the report is written; None when there
-        was none in `timeout` seconds, or there is no such resource. For any thread."""
-        ends = time.monotonic() + timeout
-        with self._store.reading() as session:
-            wanted = revision(session)
-        with self._followed:
-            self._followed.wait_for(lambda: self._revision >= wanted, timeout)
+        """Polls a resource at once and waits until its report is written; None when there was none in `timeout`
+        seconds, or there is no such resource. For any thread."""
         poller = self._pollers.get(name)
         try:
-            report = poller.check_now().result(max(0.0, ends - time.monotonic())) if poller else None
+            report = poller.check_now().result(timeout) if poller else None
         except concurrent.futures.TimeoutError:
             return None
         self._watch.recorder.flush()
@@ -4184,6 +4178,7 @@ class Monitor(threading.Thread):
             self._pollers[name].stop()
             self._watch.aggregator.deregister(name)
             del self._pollers[name], self._counted[name]
+        self._recount()
         delay = 0.0
         for name, target in targets.items():
             poller = self._pollers.get(name)
@@ -4198,7 +4193,6 @@ class Monitor(threading.Thread):
                 target = replace(target, host_key=poller.target.host_key)   # learned and not written yet
             self._launch(target, standing, delay, None if known else stored.get(target.id))
             delay += 1 / FIRST_POLLS
-        self._recount()
         with self._followed:
             self._revision = current
             self._followed.notify_all()
@@ -4896,7 +4890,8 @@ time { white-space: nowrap; }
 .chips a { padding: .1875rem .625rem; border: 1px solid var(--line); border-radius: 1rem; background: var(--surface);
   color: var(--state, var(--text)); white-space: nowrap; }
 .chips a[aria-current] { border-color: currentColor; box-shadow: inset 0 0 0 1px currentColor; }
-.filter { display: flex; gap: .5rem; }
+.filter { display: flex; gap: .5rem; min-width: 0; }
+.filter select { max-width: 14rem; }
 input, select, textarea, button, .button { font: inherit; color: inherit; padding: .3125rem .625rem; max-width: 100%;
   border: 1px solid light-dark(#8b96a5, #5d6b7c); border-radius: 5px; background: var(--surface); }
 button, .button { cursor: pointer; white-space: nowrap; color: var(--link); font-weight: 500; }
@@ -4994,10 +4989,10 @@ form:not(:has([value=windows]:checked)) .windows,
 form:not(:has([value=simulated]:checked)) .simulated { display: none; }
 
 @media (max-width: 60rem) {
-  .overview thead { position: absolute; clip-path: inset(50%); }
+  .overview thead { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
   .overview, .overview tbody { display: block; }
-  .overview tr { display: grid; grid-template-columns: repeat(3, 1fr); gap: .125rem .75rem; padding: .5rem .75rem;
-    border-top: 1px solid var(--line); }
+  .overview tr { display: grid; grid-template-columns: repeat(3, minmax(0, 1fr)); gap: .125rem .75rem;
+    padding: .5rem .75rem; border-top: 1px solid var(--line); }
   .overview td, .overview tbody th { border: 0; padding: 0; min-width: 0; width: auto; }
   .overview tbody th { grid-column: 1 / -1; order: -1; }
   .overview td:nth-child(3)::before { content: "for "; }
@@ -5543,7 +5538,6 @@ class Desk:
 
     def check(self, name: str) -> dict[str, Any]:
         """Polls a resource and waits for the result."""
-        self.monitor.catch_up()
         report = self.monitor.check_now(name, CHECK)
         if report is None:
             raise Refusal(f"there is no result after {CHECK:.0f} s; the poll goes on", 504)

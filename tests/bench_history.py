@@ -1,6 +1,7 @@
-"""History, measured: a month of 1,000 resources, and the size of a database at the end of the whole retention.
+"""History, measured: the size of a database at the end of the whole retention, and a month of 1,000 resources.
 
-`rows(short)` gives (figure, measured, wanted, good) for the table of `make bench`; run as a script, it prints them.
+`rows(short, pages)` gives (figure, measured, wanted, good) for the table of `make bench`; run as a script, it prints
+them. `pages` makes calls to be timed of such a database, with the milliseconds that they may take.
 """
 
 from __future__ import annotations
@@ -9,8 +10,9 @@ import contextlib
 import random
 import sqlite3
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from statistics import median
 
@@ -21,13 +23,12 @@ import healthchecker as hc
 NOW = 1_750_000_000 // hc.QUARTER * hc.QUARTER + 600.0  # Unix time: within a quarter
 INTERVAL = 60  # seconds
 CHUNK = 100_000  # rows of a transaction
+LOOKED_AT = 50  # id of the resource whose history is read
 Figure = tuple[str, str, str, bool]
 
 
-def sample_row(noise: random.Random, reason: str = "") -> bytes:
-    """A poll of a machine that is well, or not when there is a reason."""
-    marks = b"lh" if reason else b"hh"
-    return hc.SAMPLE.pack(marks, 132, *(noise.randrange(10_000) for _ in hc.METRICS))
+def sample_row(noise: random.Random) -> bytes:
+    return hc.SAMPLE.pack(b"hh", 132, *(noise.randrange(10_000) for _ in hc.METRICS))
 
 
 def average_row(noise: random.Random) -> bytes:
@@ -75,6 +76,8 @@ def fill(path: Path, count: int, raw: float, averages: float) -> None:
     polls = ((number, at + number / count, pool[1][(at + number) % 997], "")
              for at in range(int(NOW - raw * 86_400), int(NOW), INTERVAL) for number in range(1, count + 1))
     with contextlib.closing(sqlite3.connect(path)) as connection:
+        connection.execute("PRAGMA synchronous = OFF")
+        connection.execute("PRAGMA cache_size = -500000")  # KiB: every resource has a page that is written to
         for statement, rows in (("INSERT INTO average VALUES (?, ?, ?)", quarters),
                                 ("INSERT INTO sample VALUES (?, ?, ?, ?)", polls)):
             for chunk in chunks(rows):
@@ -91,3 +94,44 @@ def milliseconds(action: Callable[[], object], rounds: int = 9) -> float:
         action()
         taken.append((time.perf_counter() - begin) * 1e3)
     return median(taken[1:])
+
+
+Pages = Callable[[hc.Store], Mapping[str, tuple[Callable[[], object], float]]]
+
+
+def charts(store: hc.Store) -> Mapping[str, tuple[Callable[[], object], float]]:
+    """What a resource's page reads of a month."""
+    def chart() -> None:
+        with store.reading() as session:
+            assert len(hc.chart(session, LOOKED_AT, "cpu_percent", "month", NOW)) >= 360
+
+    def availability() -> None:
+        with store.reading() as session:
+            assert hc.availability(session, LOOKED_AT, NOW)["month"] is not None
+
+    return {"chart of a month, read": (chart, 150), "availability of a month": (availability, 150)}
+
+
+def rows(short: bool = False, pages: Pages = charts) -> Iterator[Figure]:
+    """The figures; a `short` run fills a tenth and counts the size of the rest from that."""
+    share = 10 if short else 1
+    retention = hc.Retention()
+    with tempfile.TemporaryDirectory() as folder:
+        store = resources(Path(folder), 100 // share)
+        fill(store.path, 100 // share, retention.raw, retention.averages)
+        store.close()
+        size = share * store.path.stat().st_size / 1e6
+    figure = "Database: 100 resources at 60 s over the whole retention" + (", a tenth of it measured" if short else "")
+    yield figure, f"{size:.0f} MB", "≤ 250 MB", size <= 250
+    with tempfile.TemporaryDirectory() as folder:
+        store = resources(Path(folder), 1000)
+        fill(store.path, 1000 // share, retention.raw, 30)
+        for name, (call, limit) in pages(store).items():
+            taken = milliseconds(call)
+            yield f"1,000 resources, a month: {name}", f"{taken:.0f} ms", f"≤ {limit:g} ms", taken <= limit
+        store.close()
+
+
+if __name__ == "__main__":
+    for found in rows("--short" in sys.argv):
+        print(*found, sep=" | ")

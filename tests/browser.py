@@ -11,7 +11,7 @@ import pytest
 from service import Service
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Browser, BrowserContext, Page
+    from playwright.sync_api import Browser, BrowserContext, ConsoleMessage, Page
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 FIRST_USER, DOCUMENTED, PASSWORD = "SpiceWorks", "HealthChecker", "a long enough password"
@@ -37,8 +37,12 @@ class Faults(list[str]):
 
     def watch(self, page: Page) -> None:
         page.on("pageerror", lambda error: self.append(str(error)))
-        page.on("console", lambda message: self.append(message.text) if message.type == "error" else None)
+        page.on("console", self._note)
         page.on("dialog", lambda dialog: (self.append(f"dialog: {dialog.message}"), dialog.dismiss()))
+
+    def _note(self, message: ConsoleMessage) -> None:
+        if message.type == "error" and not message.text.startswith("Failed to load resource"):  # a 4xx, wanted
+            self.append(message.text)
 
 
 def visit(browser: Browser, service: Service, **options: Any) -> tuple[BrowserContext, Page, Faults]:
@@ -61,7 +65,7 @@ def log_in(page: Page, name: str = FIRST_USER, password: str = PASSWORD) -> None
 def change_password(page: Page, before: str = DOCUMENTED, after: str = PASSWORD) -> None:
     page.goto("/-/password")
     page.get_by_label("Password until now").fill(before)
-    page.get_by_label("New password", exact=True).fill(after)
+    page.get_by_label("New password").first.fill(after)
     page.get_by_label("New password again").fill(after)
     page.get_by_role("button", name="Change the password").click()
     page.wait_for_url("**/-/")

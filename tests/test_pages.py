@@ -1,0 +1,397 @@
+"""Pages: what a person sees and does, in a real browser against the real service."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+from browser import DOCUMENTED, PASSWORD, Scheme, change_password, chromium, log_in, visit
+from conftest import wait_for
+from service import Service, prepared_keys, write_inventory
+from sshd import ParamikoSshd, Sshd
+
+from healthchecker import COOKIE, SESSION_IDLE, Tickets, session_key
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser, Page
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="the pages are the same there, but no chromium is")
+PAYLOAD = "<img src=x onerror=alert(1)>"
+VIEWER = "night shift"
+OFTEN = "interval: 1, retry_interval: 1, rise: 1, fall: 1"
+HOSTILE = f"""  - name: 'a {PAYLOAD}'
+    platform: local
+    {OFTEN.replace(", ", chr(10) + "    ")}
+    tags: ['{PAYLOAD}']
+    limits: {{disk_percent: 50}}
+    checks: [{{name: '{PAYLOAD}', command: "printf '<script>alert(1)</scr''ipt>\\\\nmore'; exit 1"}}]
+"""
+FAKES = {
+    "uname": f"[ \"$1\" = -n ] && echo '{PAYLOAD}' || exec /bin/uname \"$@\"",
+    "df": "echo 'Filesystem Type 1024-blocks Used Available Capacity Mounted on'\n"
+    f"echo '/dev/sda1 ext4 100 90 10 90% /{PAYLOAD}'",
+}
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with chromium() as browser:
+        yield browser
+
+
+@pytest.fixture(scope="module")
+def watched(browser: Browser, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    """A service that watches a machine whose every answer is hostile, one that is healthy and one that is away; its
+    first password is changed, and there is a viewer."""
+    folder = tmp_path_factory.mktemp("watched")
+    prepared_keys(folder)
+    for name, script in FAKES.items():
+        (folder / name).write_text(f"#!/bin/sh\n{script}\n", encoding="utf-8")
+        (folder / name).chmod(0o755)
+    rows = HOSTILE + (
+        f"  - {{name: steady, platform: simulated, mean_healthy: 1000000, seed: 1, tags: [calm], {OFTEN}}}\n"
+        "  - {name: away, platform: linux, hostname: 127.0.0.1, port: 1, username: nobody, password: none,"
+        " critical: false, interval: 600, retry_interval: 600}\n"
+    )
+    path = f"{folder}:/usr/bin:/bin"
+    with Service(write_inventory(folder, rows), env={"PATH": path}) as service:
+        context, page, _ = visit(browser, service)
+        log_in(page, password=DOCUMENTED)
+        change_password(page)
+        page.goto("/-/users")
+        page.locator("form.panel").get_by_label("Name").fill(VIEWER)
+        page.locator("form.panel").get_by_label("Password").fill(PASSWORD)
+        page.get_by_role("button", name="Add user").click()
+        page.get_by_role("row", name=VIEWER).wait_for()
+        context.close()
+        service.wait_line("away: unknown -> unhealthy")
+        yield service
+
+
+@pytest.fixture
+def page(browser: Browser, watched: Service) -> Iterator[Page]:
+    """An admin's page on `watched`, which no script and no policy complains about."""
+    context, page, faults = visit(browser, watched)
+    log_in(page)
+    yield page
+    context.close()
+    assert not faults
+
+
+def state(page: Page, name: str) -> None:
+    """Waits until the page of a resource shows a state."""
+    page.locator("section.now").get_by_text(name, exact=True).wait_for()
+
+
+@contextlib.contextmanager
+def never_reloaded(page: Page) -> Iterator[None]:
+    """What the block sees change, changes in place."""
+    page.evaluate("window.mark = 1")
+    yield
+    assert page.evaluate("window.mark") == 1
+
+
+def resource(name: str) -> str:
+    return f"/-/resources/{name}"
+
+
+# === All of it ===============================================================
+def test_from_the_first_login_to_the_last(browser: Browser, sshd: Sshd | ParamikoSshd, tmp_path: Path) -> None:
+    flag = sshd.folder / "flag"
+    prepared_keys(tmp_path)
+    with Service(write_inventory(tmp_path)) as service:
+        context, page, faults = visit(browser, service)
+        page.goto("/-/")
+        assert page.url.endswith("/-/login?next=/-/")
+        log_in(page, password=DOCUMENTED)
+        banner = page.get_by_text("documented password")
+        banner.wait_for()
+        change_password(page)
+        assert not banner.is_visible()
+        add_host(page, sshd, flag)
+        page.wait_for_url("**/resources/host")
+        state(page, "healthy")
+        with never_reloaded(page):
+            flag.touch()
+            try:
+                state(page, "unhealthy")
+                page.get_by_text("check: check flag: exit status 1").first.wait_for()
+                service.wait_status("/-/readyz", 503)
+                keep_out_of_the_gate(page, service)
+            finally:
+                flag.unlink()
+            state(page, "healthy")
+        page.get_by_role("link", name="Edit").click()
+        page.get_by_label("Tags").fill("one, two")
+        page.get_by_role("button", name="Save").click()
+        page.wait_for_url("**/resources/host")
+        page.get_by_text("two", exact=True).wait_for()
+        page.locator("summary", has_text="Remove").click()
+        page.get_by_role("button", name="Remove host").click()
+        page.get_by_text("No resource is watched").wait_for()
+        page.get_by_role("button", name="Log out").click()
+        page.wait_for_url("**/-/login")
+        page.goto("/-/events")
+        assert "/-/login" in page.url
+        context.close()
+        assert not faults
+
+
+def add_host(page: Page, sshd: Sshd | ParamikoSshd, flag: Path) -> None:
+    """Through the form: with a wrong port, tested, corrected, saved."""
+    page.get_by_role("link", name="Add the first one").click()
+    for name, text in {
+        "name": "host", "hostname": sshd.address, "port": "99999", "username": sshd.username,
+        "key_file": str(sshd.user_key()), "interval": "1", "retry_interval": "1", "rise": "1", "fall": "1",
+        "checks.0.name": "flag", "checks.0.command": f"test ! -e {flag}",
+    }.items():  # fmt: skip
+        page.locator(f"[name='{name}']").fill(text)
+    assert not page.get_by_label("Endpoint").is_visible()  # of Windows
+    page.get_by_role("button", name="Test connection").click()
+    page.get_by_text("less than or equal to 65535").first.wait_for()
+    assert page.get_by_label("Port").get_attribute("aria-invalid") == "true"
+    page.get_by_label("Port").fill(str(sshd.port))
+    with never_reloaded(page):
+        page.get_by_role("button", name="Test connection").click()
+        page.locator("#result").get_by_text(re.compile(f"healthy in .* {re.escape(sshd.fingerprint())}")).wait_for()
+    page.get_by_role("button", name="Save").click()
+
+
+def keep_out_of_the_gate(page: Page, service: Service) -> None:
+    """Maintenance opens the gate, its end closes it."""
+    page.locator("summary", has_text="Maintenance").click()
+    page.get_by_label("Reason").fill("the flag is up")
+    page.get_by_role("button", name="Begin maintenance").click()
+    page.get_by_text("the flag is up").first.wait_for()
+    service.wait_status("/-/readyz", 200)
+    state(page, "unhealthy")
+    page.get_by_role("button", name="End maintenance").click()
+    page.locator("section.maintenance").wait_for(state="detached")
+    service.wait_status("/-/readyz", 503)
+
+
+# === In place ================================================================
+def test_a_refresh_disturbs_nothing(page: Page) -> None:
+    """Rows are the same elements, with focus, typed text, opened details and scrolling as they were."""
+    page.set_viewport_size({"width": 800, "height": 300})
+    page.goto(resource("a%20%3Cimg%20src=x%20onerror=alert(1)%3E"))
+    page.locator("summary", has_text="Output").click()  # closes it: it is bad, hence open
+    page.locator("summary", has_text="Maintenance").click()
+    page.get_by_label("Reason").fill("half a sen")
+    page.mouse.wheel(0, 200)
+    wait_for(lambda: page.evaluate("scrollY") > 100)
+    scrolled = page.evaluate("(window.table = document.querySelector('table'), scrollY)")
+    strip = page.locator("section.now .strip")
+    before = strip.get_attribute("aria-label")
+    with never_reloaded(page):
+        wait_for(lambda: strip.get_attribute("aria-label") != before)
+    assert page.evaluate("document.activeElement.name") == "reason"
+    assert page.get_by_label("Reason").input_value() == "half a sen"
+    assert page.evaluate("document.querySelector('table') === window.table")
+    assert page.evaluate("scrollY") == scrolled
+    assert page.locator("details:has(pre)").get_attribute("open") is None
+    page.keyboard.type("tence")
+    assert page.get_by_label("Reason").input_value() == "half a sentence"
+
+
+def test_who_only_looks_on_is_idle(page: Page) -> None:
+    """The session goes on by what a person does, and not by the page itself."""
+    page.goto("/-/")
+    with page.expect_request(lambda request: request.headers.get("x-refresh") == "1"):
+        pass
+    page.mouse.move(40, 40)
+    with page.expect_request(lambda request: "/-/" in request.url and "x-refresh" not in request.headers):
+        pass
+
+
+def test_a_session_that_is_over_leads_to_the_login_and_back(page: Page, watched: Service) -> None:
+    page.goto(resource("steady"))
+    cookie = next(cookie for cookie in page.context.cookies() if cookie["name"] == COOKIE)
+    tickets, now = Tickets(session_key(watched.inventory.parent / "keys")), time.time()
+    ticket = tickets.read(cookie["value"], "session", now)
+    assert ticket
+    cookie["value"] = tickets.write(ticket._replace(seen=now - SESSION_IDLE))
+    page.context.add_cookies([cookie])  # type: ignore[list-item]  # a Cookie is a SetCookieParam, too
+    page.wait_for_url("**/-/login?next=/-/resources/steady")
+    page.get_by_label("Name").fill("SpiceWorks")
+    page.get_by_label("Password").fill(PASSWORD)
+    page.get_by_role("button", name="Log in").click()
+    page.wait_for_url("**/-/resources/steady")
+
+
+def test_what_is_old_says_so(page: Page, watched: Service, browser: Browser) -> None:
+    """While the service does not answer, the page says since when; when it does again, nothing is left of that."""
+    context, page, _ = visit(browser, watched)  # of its own: the failed requests are in its console
+    log_in(page)
+    with never_reloaded(page):
+        context.set_offline(True)
+        page.get_by_text("No answer since").wait_for()
+        context.set_offline(False)
+        page.get_by_text("No answer since").wait_for(state="hidden")
+    context.close()
+
+
+def test_a_strip_tells_when_and_why(page: Page) -> None:
+    page.goto(resource("away"))
+    strip = page.locator(".strip")
+    area = strip.bounding_box()
+    assert area
+    page.mouse.move(area["x"] + area["width"] - 2, area["y"] + 5)
+    page.get_by_text(re.compile(r"\d\d:\d\d:\d\d  unhealthy  unreachable: ")).wait_for()
+    page.mouse.move(area["x"] + 2, area["y"] + 5)  # before the first poll
+    page.locator("#tip").wait_for(state="hidden")
+
+
+def test_filters(page: Page) -> None:
+    page.goto("/-/")
+    rows = page.locator(".overview tbody tr")
+    assert "away" in rows.nth(1).inner_text()  # worst first, and what closes the gate before what does not
+    assert "steady" in rows.nth(2).inner_text()
+    with never_reloaded(page):
+        page.get_by_label("Search").fill("STEA")
+        wait_for(lambda: rows.count() == 1)
+        assert page.url.endswith("?q=STEA")
+        page.get_by_label("Search").fill("")
+        page.get_by_label("Tag").select_option("calm")
+        wait_for(lambda: page.url.endswith("?tag=calm") and rows.count() == 1)
+    page.get_by_role("link", name="Healthy").click()
+    assert "steady" in rows.inner_text()
+    page.goto("/-/?state=unhealthy&q=unreachable")
+    assert "away" in rows.inner_text()
+    page.goto("/-/?q=nothing+of+the+kind")
+    page.get_by_text("No resource matches").wait_for()
+    page.goto("/-/events?kind=state&resource=away")
+    page.get_by_role("cell", name="unknown -> unhealthy").wait_for()
+    assert page.locator("tbody tr").count() == 1
+
+
+# === For everybody ===========================================================
+def test_without_javascript(browser: Browser, watched: Service) -> None:
+    context, page, faults = visit(browser, watched, java_script_enabled=False)
+    log_in(page)
+    page.get_by_label("Search").fill("steady")
+    page.get_by_role("button", name="Filter").click()
+    page.get_by_role("link", name="steady").click()
+    page.get_by_role("button", name="Check now").click()
+    state(page, "healthy")
+    page.goto("/-/add")
+    page.get_by_label("Platform").select_option("simulated")
+    page.locator("[name=name]").fill("plain")
+    page.get_by_role("button", name="Test connection").click()
+    page.get_by_text("healthy in").wait_for()
+    page.get_by_label("Tags").fill("without script")
+    page.get_by_role("button", name="Save").click()
+    page.get_by_role("heading", name="plain").wait_for()
+    page.locator("summary", has_text="Remove").click()
+    page.get_by_role("button", name="Remove plain").click()
+    page.wait_for_url("**/-/")
+    context.close()
+    assert not faults
+
+
+def test_a_viewer_looks(browser: Browser, watched: Service) -> None:
+    """There is nothing to press, and what is sent all the same is refused."""
+    context, page, _ = visit(browser, watched)
+    log_in(page, VIEWER)
+    for path in ("/-/", resource("steady"), resource("away"), "/-/events"):
+        page.goto(path)
+        assert page.get_by_role("heading", level=1).count() == 1
+        assert page.locator("main button, main summary:has-text('e'), main .button, main [method=post]").all_inner_texts() in (
+            [], ["Output"]), path
+    assert page.get_by_role("link", name="Users").count() == 0
+    origin = {"Origin": f"http://{watched.host}:{watched.port}"}
+    for path in ("check", "maintenance", "trust", "remove", "edit"):
+        assert page.request.post(f"{resource('steady')}/{path}", headers=origin).status == 403, path
+    for path in ("/-/users", "/-/add", f"{resource('steady')}/edit"):
+        answer = page.goto(path)
+        assert answer and answer.status == 403
+        page.get_by_text("only an admin may do this").wait_for()
+    page.goto(resource("steady"))
+    state(page, "healthy")
+    context.close()
+
+
+def test_what_hosts_and_operators_write_is_text(page: Page) -> None:
+    """Names, tags, mount points, host names, output and reasons are shown as they are; `page` fails on any dialog."""
+    page.goto("/-/")
+    page.get_by_role("link", name=f"a {PAYLOAD}").first.click()
+    main = page.locator("main")
+    page.get_by_text(f"disk_percent /{PAYLOAD} 90.0 > 50").first.wait_for()
+    text = main.inner_text()
+    for shown in (f"Disk /{PAYLOAD}", f"Host name\n{PAYLOAD}", f"check {PAYLOAD}: <script>alert(1)</script> more"):
+        assert shown in re.sub(r"[\t\n]+", "\n", text), text
+    assert "<script>alert(1)</script>\nmore" in main.locator("pre").inner_text()
+    page.locator("summary", has_text="Maintenance").click()
+    page.get_by_label("Reason").fill(PAYLOAD)
+    page.get_by_role("button", name="Begin maintenance").click()
+    page.locator("section.maintenance").get_by_text(PAYLOAD).wait_for()
+    page.goto("/-/events")
+    page.get_by_role("cell", name=re.compile(f"in maintenance.*{re.escape(PAYLOAD)}")).first.wait_for()
+    page.goto(resource("a%20%3Cimg%20src=x%20onerror=alert(1)%3E"))
+    page.get_by_role("button", name="End maintenance").click()
+    page.locator("section.maintenance").wait_for(state="detached")
+    assert page.locator("main img, main script").count() == 0
+
+
+PATHS = ("/-/login", "/-/", resource("a%20%3Cimg%20src=x%20onerror=alert(1)%3E"), resource("steady"), "/-/events", "/-/users",
+         "/-/add", "/-/password", "/-/resources/none")  # fmt: skip
+
+
+@pytest.mark.parametrize("width", [360, 1440])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_accessible(browser: Browser, watched: Service, scheme: Scheme, width: int) -> None:
+    """axe-core finds nothing, contrast included, and nothing is wider than the window."""
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()
+    options = {"color_scheme": scheme, "viewport": {"width": width, "height": 740}}
+    context, page, faults = visit(browser, watched, **options)
+    log_in(page)
+    for path in PATHS:
+        page.goto(path)
+        for button in page.locator(".actions summary").all()[:1]:
+            button.click()
+        found = axe.run(page).response["violations"]
+        assert not [(one["id"], [node["html"] for node in one["nodes"]]) for one in found], path
+        assert page.evaluate("document.documentElement.scrollWidth") <= width, path
+    context.close()
+    assert not faults
+
+
+def test_by_keyboard(page: Page) -> None:
+    """The first stop leads past the navigation; everything that can be pressed can be reached, in the order shown."""
+    page.goto(resource("steady"))
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.textContent") == "Skip to the content"
+    page.keyboard.press("Enter")
+    reached = []
+    for _ in range(3):
+        page.keyboard.press("Tab")
+        reached.append(page.evaluate("document.activeElement.textContent.trim()"))
+    assert reached == ["Check now", "Maintenance", "Last hour"]
+    page.keyboard.press("Shift+Tab")
+    page.keyboard.press("Enter")
+    page.get_by_label("Reason").wait_for()
+
+
+# === Many ====================================================================
+def test_a_thousand_resources(browser: Browser, tmp_path: Path) -> None:
+    """The overview shows them all, finds one as one types, and goes on refreshing."""
+    prepared_keys(tmp_path)
+    rows = "".join(f"  - {{name: host{n}, platform: simulated, seed: {n}, interval: 600}}\n" for n in range(1000))
+    with Service(write_inventory(tmp_path, rows)) as service:
+        context, page, faults = visit(browser, service)
+        log_in(page, password=DOCUMENTED)
+        rows_shown = page.locator(".overview tbody tr").count
+        assert rows_shown() == 1000
+        with never_reloaded(page):
+            page.get_by_label("Search").fill("host77")
+            wait_for(lambda: rows_shown() == 11, 15)
+            page.get_by_label("Search").fill("")
+            wait_for(lambda: rows_shown() == 1000, 15)
+        context.close()
+        assert not faults
