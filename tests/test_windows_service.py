@@ -77,7 +77,7 @@ def test_texts_are_utf8_whatever_the_code_page(tmp_path: Path) -> None:
     path = write_inventory(tmp_path, STEADY.replace("steady", name), "  log_file: service.log")
     done = run(path, "check", "--probe", env=narrow)
     assert (done.returncode, f"added: {name}" in done.stdout, f"\n{name}  healthy" in done.stdout) == (0, True, True)
-    with Service(path, env=narrow) as service:
+    with Service(path, env=narrow, deadline=60) as service:
         line = service.wait_line(f"{name}: unknown -> healthy")
         wait_for(lambda: stored_states(tmp_path) == ["healthy"])
     assert line in (tmp_path / "service.log").read_text(encoding="utf-8")
@@ -87,7 +87,7 @@ def test_texts_are_utf8_whatever_the_code_page(tmp_path: Path) -> None:
 
 def test_more_clients_than_select_takes(tmp_path: Path) -> None:
     """512 on Windows, where a server that watches more than that dies; the others wait their turn."""
-    with Service(write_inventory(tmp_path, STEADY)) as service:
+    with Service(write_inventory(tmp_path, STEADY), deadline=60) as service:
         service.wait_status("/", 200)
         with ExitStack() as stack:
             address = (service.host, service.port)

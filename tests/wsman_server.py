@@ -502,7 +502,7 @@ BYTE_STREAMS = {
     "drip": (SOAP_HEAD + b"Content-Length: 1000000\r\n\r\n", b" ", DRIP_INTERVAL),
     "drip head": (SOAP_HEAD + b"X: ", b"x", DRIP_INTERVAL),
     "endless": (SOAP_HEAD + b"\r\n", b"<!-- endless -->" * 4096, 0),
-    "continue": (b"", b"HTTP/1.1 100 Continue\r\n\r\n" * 100, 0),
+    "continue": (b"", b"HTTP/1.1 100 Continue\r\n\r\n" * 2500, 0),
 }
 EARLY_BYTE_STREAMS = {
     **BYTE_STREAMS,
