@@ -16,6 +16,7 @@ Sections, in file order; a definition refers only to what stands above it:
     History     what polls found, packed: rows, averages, availability, events
     Poll        a thread per resource, one writer, one overseer
     Pages       what a person sees
+    Metrics     counters in shared memory, and what Prometheus reads
     Gate        the WSGI application in front of the application
     Accounts    users, logins and what proves them, the brake on guessing
     Console     the API below /-/ and what every request to it must pass
@@ -31,6 +32,7 @@ from __future__ import annotations
 import argparse
 import base64
 import binascii
+import bisect
 import collections
 import concurrent.futures
 import contextlib
@@ -98,6 +100,8 @@ try:
     from cryptography.hazmat.primitives.ciphers.aead import AESGCM
     from flask_sqlalchemy import SQLAlchemy
     from markupsafe import Markup
+    from prometheus_client import CollectorRegistry, generate_latest
+    from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
     from pydantic import (
         AfterValidator,
         AwareDatetime,
@@ -122,11 +126,12 @@ try:
     from waitress import wasyncore
     from waitress.adjustments import Adjustments
     from waitress.buffers import OverflowableBuffer
-    from waitress.channel import HTTPChannel
+    from waitress.channel import ClientDisconnected, HTTPChannel
     from waitress.parser import HTTPRequestParser
     from waitress.receiver import ChunkedReceiver, FixedStreamReceiver
     from waitress.server import TcpWSGIServer
     from waitress.task import ErrorTask, ThreadedTaskDispatcher, WSGITask
+    from waitress.utilities import InternalServerError
     from werkzeug.exceptions import HTTPException
     from werkzeug.wrappers import Response
 except ModuleNotFoundError as missing:
@@ -237,6 +242,10 @@ CONSOLE_BODY = 1 << 18          # bytes of a request to the pages and the API
 CHECK = 60.0                    # seconds that a request waits for a poll
 TRIAL = 30.0                    # seconds of a poll with settings that are not stored
 MAINTENANCE = 366 * 86_400.0    # seconds of maintenance at most
+# Seconds, the upper bounds of the latency histogram: close together up to where a gate is to answer (10 ms), and on
+# to what an application in the pool may take; a bound more costs a line for every outcome.
+LATENCIES = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+METRICS_AGE = 1.0               # seconds for which the text of /-/metrics is not made again
 
 
 # === Errors ==================================================================
@@ -5142,11 +5151,282 @@ setTimeout(watch, PERIOD);
 """
 
 
-# === Gate ====================================================================
+# === Metrics =================================================================
 Headers = list[tuple[str, str]]
+Reply = tuple[str, Headers, bytes]     # status line, headers, body
+# How a request ended: by the application's status, refused by the closed gate, shed for overload, one of
+# HealthChecker's own paths, refused by the parser, or cut short by a failure or a client that left.
+OUTCOMES = ("1xx", "2xx", "3xx", "4xx", "5xx", "refused", "shed", "own", "bad", "cut")
+OUTCOME = "healthchecker.outcome"       # key of the environ for an outcome that is not the application's status
+STATUS_OUTCOMES = {outcome[0]: outcome for outcome in OUTCOMES[:5]}
+ROW = len(LATENCIES) + 2                # cells of an outcome: a count for each latency, one for more, their sum
+ROWS = {outcome: number * ROW for number, outcome in enumerate(OUTCOMES)}
+ACCEPTED = len(OUTCOMES) * ROW          # the cell of the connections ever accepted
+QUEUED = ACCEPTED + 1                   # the cell of the requests that wait for a pool thread
+SLOT = QUEUED + 1
+
+
+class Crowd:
+    """How many connections each worker holds, in shared memory: each writes its own, nobody waits for anybody."""
+
+    def __init__(self, workers: int) -> None:
+        self.held = multiprocessing.RawArray(ctypes.c_long, [-1] * workers)     # -1: is not there
+
+    def allowance(self, worker: int) -> int:
+        """Connections that a worker may take without leaving the others behind; the first of a crowd are few."""
+        others = [held for number, held in enumerate(self.held) if number != worker and held >= 0]
+        return min(ACCEPTS, min(others) * 5 // 4 + 4 - self.held[worker]) if others else ACCEPTS
+
+
+class Share:
+    """A worker's share of new connections: while others hold fewer, they get a head start."""
+
+    def __init__(self, crowd: Crowd, worker: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self._crowd, self._worker, self._clock = crowd, worker, clock
+        self._left = -math.inf      # when this worker last left a connection to the others
+
+    def hold(self, connections: int) -> None:
+        """Tells the others."""
+        self._crowd.held[self._worker] = connections
+
+    @property
+    def defers(self) -> bool:
+        """Whether the others have the head start now."""
+        return self._clock() < self._left + HEAD_START and self._crowd.allowance(self._worker) <= 0
+
+    def take(self) -> int:
+        """How many of the connections that wait this worker may accept now."""
+        allowed, now = self._crowd.allowance(self._worker), self._clock()
+        if allowed <= 0 and now >= self._left + 2 * HEAD_START:
+            self._left = now
+            return 0
+        self._left = -math.inf
+        return allowed if allowed > 0 else ACCEPTS      # the others had their time and did not come
+
+
+class Counters:
+    """What the serving processes count, in shared memory: a slot each, written by the one process that has it.
+
+    No lock is shared, for a holder that is killed would block the others. A slot is handed on to the process that
+    replaces another, so that no total ever falls.
+    """
+
+    def __init__(self, slots: int) -> None:
+        self.crowd = Crowd(slots)
+        self._cells = multiprocessing.RawArray(ctypes.c_double, slots * SLOT)
+
+    def slot(self, index: int) -> memoryview[float]:
+        """The cells of a slot, as floats; half the price of asking ctypes."""
+        return memoryview(self._cells).cast("B").cast("d")[index * SLOT: (index + 1) * SLOT]
+
+    def vacate(self, index: int) -> None:
+        """Says that nobody serves in a slot; its totals stay."""
+        self.crowd.held[index] = -1
+        self.slot(index)[QUEUED] = 0.0
+
+    def totals(self) -> list[float]:
+        """Every cell, summed over the slots."""
+        cells = memoryview(self._cells).cast("B").cast("d")
+        return [sum(cells[cell::SLOT]) for cell in range(SLOT)]
+
+
+def gauge(name: str, text: str, value: float | None = None, *labels: str) -> GaugeMetricFamily:
+    """A gauge of ours; with labels its values are added later."""
+    return GaugeMetricFamily(f"healthchecker_{name}", text, value, labels or None)
+
+
+class ServingMetrics:
+    """What anyone may see: the gate and totals of all workers; nothing about a resource, not even how many there are.
+
+    prometheus-client calls this a collector.
+    """
+
+    def __init__(self, lease: Lease, counters: Counters, clock: Callable[[], float] = time.monotonic) -> None:
+        self._lease, self._counters, self._clock = lease, counters, clock
+
+    def collect(self) -> Iterator[Metric]:
+        left = max(0.0, self._lease.until.value - self._clock())
+        cells, open_connections = self._counters.totals(), [n for n in self._counters.crowd.held if n >= 0]
+        yield gauge("gate_open", "1 while requests reach the application.", float(left > 0))
+        yield gauge("lease_seconds", "Seconds until the gate closes unless a poll renews the lease.", left)
+        yield gauge("workers", "Processes that serve.", len(open_connections))
+        yield gauge("connections", "Open client connections.", sum(open_connections))
+        yield gauge("queue_requests", "Requests that wait for a pool thread.", cells[QUEUED])
+        yield CounterMetricFamily("healthchecker_connections_accepted", "Client connections ever.", cells[ACCEPTED])
+        requests_ = CounterMetricFamily("healthchecker_requests", "Requests by outcome.", labels=["outcome"])
+        seconds = HistogramMetricFamily("healthchecker_request_duration_seconds", labels=["outcome"], documentation=(
+            "From a request that is complete to its answer in the send buffer, the wait for a thread included."))
+        for outcome, begin in ROWS.items():
+            counts = list(itertools.accumulate(cells[begin: begin + ROW - 1]))
+            requests_.add_metric([outcome], counts[-1])
+            seconds.add_metric([outcome], [*zip(map(str, (*LATENCIES, "+Inf")), counts, strict=True)],
+                               cells[begin + ROW - 1])
+        yield requests_
+        yield seconds
+
+
+# What a resource shows: text and labels besides its name.
+RESOURCE_METRICS: Mapping[str, tuple[str, ...]] = {
+    "state": ("1 for the state that the resource is in, 0 for the others.", "state"),
+    "cause": ("1 for the cause of its state, where there is one.", "cause"),
+    "maintenance": ("1 while the resource does not count.",),
+    "poll_duration_seconds": ("How long the last poll took.",),
+    "last_poll_timestamp_seconds": ("Unix time of the last result.",),
+    "cpu_percent": ("Busy share of the CPUs between the last two polls.",),
+    "memory_percent": ("Used share of the memory.",),
+    "swap_percent": ("Used share of the swap space.",),
+    "disk_percent": ("Used share of a filesystem.", "mount"),
+    "load_per_cpu": ("Load average per CPU.",),
+    "uptime_seconds": ("Seconds since the machine started.",),
+    "service_good": ("1 for a service that runs.", "service"),
+    "check_good": ("1 for a check that passed.", "check"),
+}
+Figure = tuple[str, tuple[str, ...], float]     # a key of RESOURCE_METRICS, values of its labels, value
+
+
+def sample_figures(sample: Mapping[str, Any]) -> Iterator[Figure]:
+    """What the last poll read, from Sample.to_json; a host may send words where a number belongs."""
+    for key, value in (*sample["details"].items(), *sample["metrics"].items()):
+        name, *part = key.split(" ", 1)
+        if len(part) == len(RESOURCE_METRICS.get(name, ())) - 1 and isinstance(value, float):
+            yield name, tuple(part), value
+    for kind in ("service", "check"):
+        for name, outcome in sample[f"{kind}s"].items():
+            yield f"{kind}_good", (name,), outcome["good"]
+
+
+def resource_figures(row: Any, now: float) -> Iterator[Figure]:
+    """All of one resource; a row of ResourceMetrics.ROWS. What was not read is left out and never 0."""
+    for state in get_args(State):
+        yield "state", (state,), state == (row.state or "unknown")
+    yield "maintenance", (), row.maintenance > now
+    if row.cause:
+        yield "cause", (row.cause,), 1.0
+    if row.polled:
+        yield "poll_duration_seconds", (), row.seconds
+        yield "last_poll_timestamp_seconds", (), row.polled
+        if sample := json.loads(row.sample):
+            yield from sample_figures(sample)
+
+
+class ResourceMetrics:
+    """What the bearer of the token sees besides: every resource, from the rows that the recorder writes."""
+
+    ROWS: ClassVar = sqlalchemy.select(
+        Resource.name, Resource.maintenance, Status.state, Status.cause, Status.polled, Status.seconds, Status.sample,
+    ).outerjoin(Status, Status.resource_id == Resource.id).order_by(Resource.name)
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+
+    def collect(self) -> Iterator[Metric]:
+        with self._store.reading() as session:
+            rows = session.execute(self.ROWS).all()
+        states = collections.Counter(row.state or "unknown" for row in rows)
+        total = gauge("resources", "Resources by state.", None, "state")
+        for state in get_args(State):
+            total.add_metric([state], states[state])
+        yield total
+        families = {name: gauge(f"resource_{name}", text, None, "resource", *labels)
+                    for name, (text, *labels) in RESOURCE_METRICS.items()}
+        now = time.time()
+        for row in rows:
+            for name, labels, value in resource_figures(row, now):
+                families[name].add_metric((row.name, *labels), value)
+        yield from families.values()
+
+
+def read_token(path: Path) -> bytes:
+    """The bearer token in `service.metrics_token_file`; raises UsageError."""
+    try:
+        with open(path, "rb") as file:
+            token = file.read(SECRET_LENGTH + 1).removeprefix(b"\xef\xbb\xbf").strip()
+    except OSError as error:
+        raise UsageError(f"service.metrics_token_file {path} cannot be read: {error.strerror}") from error
+    if not re.fullmatch(rb"[!-~]{1,%d}" % SECRET_LENGTH, token):
+        raise UsageError(f"service.metrics_token_file {path} is empty or not one word of ASCII; "
+                         "put a long random word into it")
+    return token
+
+
+class Metrics:
+    """The answer of /-/metrics; a text serves for METRICS_AGE seconds, so that scrapes cannot load the machine."""
+
+    def __init__(self, serving: ServingMetrics, store: Store, token_file: Path | None) -> None:
+        self._token_file = token_file
+        self._complaint = ""        # the last one about the token file
+        self._registries = {False: CollectorRegistry(), True: CollectorRegistry()}      # with resources or without
+        for registry in self._registries.values():
+            registry.register(serving)
+        self._registries[True].register(ResourceMetrics(store))
+        self._maker = concurrent.futures.ThreadPoolExecutor(1, "metrics")
+        self._lock = threading.Lock()       # guards _texts, so that who asks meanwhile waits for the same text
+        self._texts: dict[bool, tuple[float, concurrent.futures.Future[bytes]]] = {}
+
+    def answer(self, authorization: str) -> Reply:
+        """The whole answer to a request with this Authorization header; blocks, and takes 0.1 s for 1,000 resources."""
+        scheme, _, token = authorization.partition(" ")
+        bearer = scheme.lower() == "bearer"
+        if bearer and not self._admits(token.strip()):
+            return "401 Unauthorized", [("WWW-Authenticate", 'Bearer realm="metrics"')], b"wrong token\n"
+        try:
+            return "200 OK", [("Content-Type", "text/plain; version=0.0.4; charset=utf-8")], self._text(bearer)
+        except sqlalchemy.exc.SQLAlchemyError as error:
+            log.error("/-/metrics: the database cannot be read: %s", one_line(str(getattr(error, "orig", error))))
+            return "503 Service Unavailable", [("Retry-After", "1")], b"the database cannot be read\n"
+
+    def _admits(self, token: str) -> bool:
+        """Reads the file each time, so that a new token counts at once; one that cannot be read admits nobody."""
+        try:
+            wanted = read_token(self._token_file) if self._token_file else b""
+            complaint = ""
+        except UsageError as error:
+            wanted, complaint = b"", str(error)
+        if complaint not in ("", self._complaint):
+            log.error("%s", complaint)
+        self._complaint = complaint
+        return hmac.compare_digest(wanted, token.encode("utf-8", "replace")) and bool(wanted)
+
+    def _text(self, bearer: bool) -> bytes:
+        with self._lock:
+            made, text = self._texts.get(bearer, (0.0, None))
+            if text is None or time.monotonic() - made > METRICS_AGE:
+                text = self._maker.submit(generate_latest, self._registries[bearer])
+                self._texts[bearer] = time.monotonic(), text
+        return text.result()
+
+
+class Tally:
+    """What this process counts, in its slot of the counters, and its share of new connections."""
+
+    def __init__(self, counters: Counters, slot: int = 0) -> None:
+        self.share = Share(counters.crowd, slot)
+        self._counters, self._slot = counters, slot
+        self._cells = counters.slot(slot)
+        self._lock = threading.Lock()   # guards _cells against the other threads of the pool
+
+    def request(self, outcome: str, seconds: float) -> None:
+        row = ROWS[outcome]
+        with self._lock:
+            self._cells[row + bisect.bisect_left(LATENCIES, seconds)] += 1
+            self._cells[row + ROW - 1] += seconds
+
+    def accepted(self) -> None:
+        self._cells[ACCEPTED] += 1      # by the loop's thread alone
+
+    def queued(self, requests: int) -> None:
+        self._cells[QUEUED] = requests
+
+    def close(self) -> None:
+        """This process serves no more."""
+        self._counters.vacate(self._slot)
+
+
+# === Gate ====================================================================
 NO_STORE = ("Cache-Control", "no-store")
 PREFIX = "/-/"      # everything below is HealthChecker's own
 HEALTH = "/-/health"
+METRICS_PATH = "/-/metrics"
 
 
 def respond(environ: WSGIEnvironment, start_response: StartResponse,
@@ -5165,8 +5445,11 @@ class Gate:
     """WSGI: the application answers while the lease holds; otherwise 503."""
 
     def __init__(self, app: WSGIApplication, lease: Lease, clock: Callable[[], float] = time.monotonic,
-                 console: WSGIApplication | None = None) -> None:
-        self._app, self._lease, self._clock, self._console = app, lease, clock, console
+                 console: WSGIApplication | None = None, metrics: Callable[[str], Reply] | None = None) -> None:
+        """`console` answers HealthChecker's other paths, `metrics` makes the answer of /-/metrics to an Authorization
+        header; both may block."""
+        self._app, self._lease, self._clock = app, lease, clock
+        self._console, self._metrics = console, metrics
         self._until = lease.until
         self.draining = False       # the service ends: readyz says so
         self.loop_thread: int | None = None     # where what may block must not run
@@ -5200,12 +5483,19 @@ class Gate:
         return "app" if self.is_healthy() else ""
 
     def _own(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
-        route = self._routes.get(environ["PATH_INFO"])
+        environ[OUTCOME] = "own"
+        path = environ["PATH_INFO"]
+        route = self._routes.get(path)
         shows_login = "HTTP_COOKIE" in environ or "HTTP_AUTHORIZATION" in environ
-        if self._console and (route is None or (environ["PATH_INFO"] == HEALTH and shows_login)):
+        if route is None or (path == HEALTH and shows_login and self._console):
             if threading.get_ident() == self.loop_thread:
-                return self._refuse(environ, start_response)    # its pool is full
-            return self._console(environ, start_response)
+                environ[OUTCOME] = "shed"       # its pool is full
+                busy = ("503 Service Unavailable", [("Retry-After", "1")], b"too many requests at once\n")
+                return respond(environ, start_response, busy)
+            if path == METRICS_PATH and self._metrics:
+                route = functools.partial(self._metrics, environ.get("HTTP_AUTHORIZATION", ""))
+            elif self._console:
+                return self._console(environ, start_response)
         if route is None:
             return respond(environ, start_response, ("404 Not Found", [], b"not found\n"))
         if environ["REQUEST_METHOD"] not in ("GET", "HEAD"):
@@ -5231,6 +5521,7 @@ class Gate:
         return "Retry-After", str(min(max(wait, 1), RETRY_AFTER_MAX))
 
     def _refuse(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        environ[OUTCOME] = "shed" if self.is_healthy() else "refused"
         retry = self._retry_after()
         if "text/html" in environ.get("HTTP_ACCEPT", ""):
             kind, body = "text/html; charset=utf-8", REFUSAL.encode()
@@ -6855,11 +7146,15 @@ def build_console(site: Site) -> flask.Flask:
     return app
 
 
-def build_gate(site: Site) -> Gate:
+def build_gate(site: Site, counters: Counters) -> Gate:
     """The gate in front of the application of the inventory. Raises UsageError."""
-    service = site.inventory.service
-    app = load_app(service.app, site.inventory.path.parent) if service.app else builtin_app()
-    return Gate(app, site.lease, console=build_console(site))
+    service, folder = site.inventory.service, site.inventory.path.parent
+    app = load_app(service.app, folder) if service.app else builtin_app()
+    token_file = service.metrics_token_file and folder / service.metrics_token_file
+    if token_file:
+        read_token(token_file)      # what cannot be used ends the start
+    metrics = Metrics(ServingMetrics(site.lease, counters), site.store, token_file)
+    return Gate(app, site.lease, console=build_console(site), metrics=metrics.answer)
 
 
 # === HTTP ====================================================================
@@ -7320,6 +7615,7 @@ class LoopDispatcher:
     def add_task(self, task: HTTPChannel) -> None:
         """Called with the channel's lock held, hence only queues."""
         request = task.requests[0]
+        task.begin()
         path = "/" + request.path.lstrip("/")
         pool = None if request.error else self.pools.get(self._pool_of(path, request.headers))
         if pool is None or pool.full:
@@ -7332,59 +7628,35 @@ class LoopDispatcher:
         while self._ready:
             self._ready.popleft().service()
 
+    @property
+    def waiting(self) -> int:
+        """Requests that wait for a thread."""
+        return sum(max(0, pool.waiting) for pool in self.pools.values())
+
     def shutdown(self, timeout: float) -> None:
         for pool in self.pools.values():
             pool.shutdown(timeout=timeout)
-
-
-class Crowd:
-    """How many connections each worker holds, in shared memory: each writes its own, nobody waits for anybody."""
-
-    def __init__(self, workers: int) -> None:
-        self.held = multiprocessing.RawArray(ctypes.c_long, [-1] * workers)     # -1: is not there
-
-    def allowance(self, worker: int) -> int:
-        """Connections that a worker may take without leaving the others behind; the first of a crowd are few."""
-        others = [held for number, held in enumerate(self.held) if number != worker and held >= 0]
-        return min(ACCEPTS, min(others) * 5 // 4 + 4 - self.held[worker]) if others else ACCEPTS
-
-
-class Share:
-    """A worker's share of new connections: while others hold fewer, they get a head start."""
-
-    def __init__(self, crowd: Crowd, worker: int, clock: Callable[[], float] = time.monotonic) -> None:
-        self._crowd, self._worker, self._clock = crowd, worker, clock
-        self._left = -math.inf      # when this worker last left a connection to the others
-
-    def hold(self, connections: int) -> None:
-        """Tells the others."""
-        self._crowd.held[self._worker] = connections
-
-    @property
-    def defers(self) -> bool:
-        """Whether the others have the head start now."""
-        return self._clock() < self._left + HEAD_START and self._crowd.allowance(self._worker) <= 0
-
-    def take(self) -> int:
-        """How many of the connections that wait this worker may accept now."""
-        allowed, now = self._crowd.allowance(self._worker), self._clock()
-        if allowed <= 0 and now >= self._left + 2 * HEAD_START:
-            self._left = now
-            return 0
-        self._left = -math.inf
-        return allowed if allowed > 0 else ACCEPTS      # the others had their time and did not come
 
 
 class GateTask(WireTask):
     """One request; an application cannot end the service, and a service that ends says so to its clients."""
 
     def service(self) -> None:
+        outcome = "cut"
         try:
             super().service()
+            outcome = self.environ.get(OUTCOME)
+            if outcome not in ROWS:
+                outcome = STATUS_OUTCOMES.get(self.status[:1], "5xx")
         except BaseException as error:      # SystemExit and the like would end the loop or leave the client waiting
+            if not (self.wrote_header or isinstance(error, ClientDisconnected)):
+                outcome = ""        # waitress answers 500 by a GateErrorTask
             if isinstance(error, Exception):
                 raise
             raise RuntimeError(f"the application raised {type(error).__name__}") from error
+        finally:
+            if outcome:
+                self.channel.served(outcome)
 
     def build_response_header(self) -> bytes:
         if self.channel.server.draining:
@@ -7397,10 +7669,22 @@ class GateTask(WireTask):
         self.channel.release()
 
 
+class GateErrorTask(RefusalTask):
+    """The answer to a request that the parser refused, and to one whose application failed."""
+
+    def service(self) -> None:
+        try:
+            super().service()
+        finally:
+            self.channel.served("5xx" if isinstance(self.request.error, InternalServerError) else "bad")
+
+
 class GateChannel(TimedChannel):
     """Sends head and body at once: in a pool, each send hands the interpreter lock over."""
 
     task_class = GateTask
+    error_task_class = GateErrorTask
+    began = 0.0             # when the request was complete
     head: bytes | None = None   # of a response, until its body comes; b"": the next piece is the head; None: sent
 
     def write_soon(self, data: Any) -> int:
@@ -7412,6 +7696,18 @@ class GateChannel(TimedChannel):
             super().write_soon(head)
             head = None
         return int(super().write_soon(head + data if head else data))
+
+    def begin(self) -> None:
+        """A request is complete; its answer may have to wait."""
+        self.began = time.perf_counter()
+
+    def served(self, outcome: str) -> None:
+        """A request is answered."""
+        self.server.tally.request(outcome, time.perf_counter() - self.began)
+
+    def add_channel(self, map: Any = None) -> None:     # waitress's name
+        super().add_channel(map)
+        self.server.tally.accepted()
 
     def release(self) -> None:
         """Sends a head that has no body."""
@@ -7426,7 +7722,7 @@ class GateServer(TimedServer):
     channel_class = GateChannel
 
     def __init__(self, gate: Gate, sock: socket.socket, service: ServiceSettings, connections: int,
-                 share: Share | None = None) -> None:
+                 tally: Tally | None = None) -> None:
         threads = service.app_threads
         adjustments = Adjustments(
             threads=max(1, threads), connection_limit=connections, ident=None, backlog=BACKLOG,
@@ -7437,7 +7733,8 @@ class GateServer(TimedServer):
             adjustments.send_bytes = SEND_BYTES     # the loop sends at its next turn, all answers of this one together
         self._gate = gate
         gate.app_on_loop = not threads
-        self._share = share or Share(Crowd(1), 0)
+        self.tally = tally or Tally(Counters(1))
+        self._share = self.tally.share
         self.accepting = False
         self._thread = threading.get_ident()
         self._ends = math.inf
@@ -7487,6 +7784,8 @@ class GateServer(TimedServer):
             poll(GLANCE if self._share.defers or self.draining else self.adj.asyncore_loop_timeout, self._map)
             self.task_dispatcher.drain()
             self._share.hold(len(self.active_channels))
+            self.tally.queued(self.task_dispatcher.waiting)
+        self.tally.close()
         self.task_dispatcher.shutdown(POOL_END)
         wasyncore.close_all(self._map)
 
@@ -7604,7 +7903,7 @@ class Post:
     session_key: bytes
     sock: socket.socket
     lease: Lease
-    crowd: Crowd
+    counters: Counters
     pipe: PipeConnection
 
 
@@ -7626,8 +7925,8 @@ class Worker:
         logging.basicConfig(level=logging.INFO, handlers=[WireHandler(self._wire)], force=True)
         try:
             site = Site(Store(post.database), post.inventory, self.ask, post.session_key, post.lease)
-            self._server = GateServer(build_gate(site), post.sock, service, connection_limit(0),
-                                      Share(post.crowd, post.number))
+            self._server = GateServer(build_gate(site, post.counters), post.sock, service, connection_limit(0),
+                                      Tally(post.counters, post.number))
         except HealthCheckerError as error:
             self._wire.put("failed", str(error))
             return
@@ -7759,7 +8058,7 @@ class Crew:
     def __init__(self, site: Site, database: Path, sock: socket.socket) -> None:
         self._site, self._database, self._sock = site, database, sock
         self._count = site.inventory.service.worker_count
-        self._crowd = Crowd(self._count)
+        self._counters = Counters(self._count)
         self._hands: list[Hand] = []
         self._short = [0] * self._count             # short lives in a row, by worker
         self._due: dict[int, float] = {}            # when to replace those that died
@@ -7803,7 +8102,7 @@ class Crew:
         context = multiprocessing.get_context("spawn")      # the same on every system
         ours, theirs = context.Pipe()
         site = self._site
-        post = Post(number, site.inventory, self._database, site.session_key, self._sock, site.lease, self._crowd,
+        post = Post(number, site.inventory, self._database, site.session_key, self._sock, site.lease, self._counters,
                     theirs)
         process = context.Process(target=work, args=(post,), name=f"worker {number}")
         with signals_held():
@@ -7817,7 +8116,7 @@ class Crew:
         for hand in self._hands:
             number = hand.number
             if number not in self._due and not hand.alive:
-                self._crowd.held[number] = -1
+                self._counters.vacate(number)
                 self._short[number] = self._short[number] + 1 if now - hand.born < WORKER_LIFE else 0
                 self._due[number] = now + WORKER_PAUSES[min(self._short[number], len(WORKER_PAUSES) - 1)]
                 log.error("%s; starting another", hand.why)
@@ -7900,7 +8199,9 @@ def front(site: Site, database: Path, sock: socket.socket) -> GateServer | Crew:
             crew.close()
             raise
         return crew
-    return GateServer(build_gate(site), sock, inventory.service, connection_limit(len(inventory.entries)))
+    counters = Counters(1)
+    return GateServer(build_gate(site, counters), sock, inventory.service, connection_limit(len(inventory.entries)),
+                      Tally(counters))
 
 
 def prepare(installation: Installation, store: Store) -> Vault:
