@@ -1,0 +1,349 @@
+"""Serve behind a proxy: whose word counts for who the client is, and the README's blocks with the proxies it names."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from conftest import no_leaks, wait_for
+from service import PROGRAM, Service, environment, write_inventory
+from test_gate import POOL, Serving, hello
+
+from healthchecker import Lease, ServiceSettings, load_inventory
+
+README = (PROGRAM.parent / "README.md").read_text(encoding="utf-8")
+TRUSTED = ("127.0.0.0/8", "10.0.0.0/8", "2001:db8:1::/48")  # of this machine and of two networks of proxies
+STRANGERS = ("192.0.2.0/24",)
+SBIN = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/usr/local/sbin"])
+NGINX, HAPROXY = shutil.which("nginx", path=SBIN), shutil.which("haproxy", path=SBIN)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_left() -> Iterator[None]:
+    Lease()
+    with no_leaks():
+        yield
+
+
+# === X-Forwarded-* ===========================================================
+def tells(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
+    """What an application can see of who asks and how."""
+    names = ("REMOTE_ADDR", "REMOTE_HOST", "HTTP_HOST", "wsgi.url_scheme", "healthchecker.forwarded")
+    seen = {name: environ[name] for name in names if name in environ}
+    seen["headers"] = sorted(name for name in environ if "FORWARDED" in name)
+    body = json.dumps(seen).encode()
+    start_response("200 OK", [("Content-Type", "application/json"), ("Content-Length", str(len(body)))])
+    return [body]
+
+
+def serving(trusted: tuple[str, ...], app: Any = tells, threads: int = 0, **options: Any) -> Serving:
+    return Serving(app, threads, service=ServiceSettings(trusted_proxy=trusted), **options)
+
+
+def ask(server: Serving, *headers: tuple[str, str], path: str = "/") -> tuple[int, Any]:
+    """Status and what the application saw; headers may come twice, in any spelling."""
+    lines = "".join(f"{name}: {value}\r\n" for name, value in (("Host", "inside.example.com"), *headers))
+    answer = server.raw(f"GET {path} HTTP/1.1\r\n{lines}Connection: close\r\n\r\n".encode("latin-1"))
+    head, _, body = answer.partition(b"\r\n\r\n")
+    return int(head.split()[1]), json.loads(body) if b"json" in head else body
+
+
+FOR, PROTO, HOST = "X-Forwarded-For", "X-Forwarded-Proto", "X-Forwarded-Host"
+# name: headers, the client's address, the scheme and the host that count when the proxy is trusted
+BELIEVED: dict[str, tuple[list[tuple[str, str]], str, str, str]] = {
+    "nothing": ([], "127.0.0.1", "http", "inside.example.com"),
+    "address": ([(FOR, "192.0.2.7")], "192.0.2.7", "http", "inside.example.com"),
+    "in lower case": ([(FOR.lower(), "192.0.2.7")], "192.0.2.7", "http", "inside.example.com"),
+    "with a port": ([(FOR, "192.0.2.7:4711")], "192.0.2.7", "http", "inside.example.com"),
+    "IPv6": ([(FOR, "2001:db8::7")], "2001:db8::7", "http", "inside.example.com"),
+    "IPv6 in full": ([(FOR, "2001:0DB8:0:0::0007")], "2001:db8::7", "http", "inside.example.com"),
+    "IPv6 in brackets": ([(FOR, "[2001:db8::7]")], "2001:db8::7", "http", "inside.example.com"),
+    "IPv6 with a port": ([(FOR, "[2001:db8::7]:4711")], "2001:db8::7", "http", "inside.example.com"),
+    "IPv4 as IPv6": ([(FOR, "::ffff:192.0.2.7")], "192.0.2.7", "http", "inside.example.com"),
+    "a proxy as IPv6": ([(FOR, "192.0.2.7, ::ffff:10.1.2.3")], "192.0.2.7", "http", "inside.example.com"),
+    "two proxies": ([(FOR, "192.0.2.7, 2001:db8:1::1, 10.1.2.3")], "192.0.2.7", "http", "inside.example.com"),
+    "two headers": ([(FOR, "192.0.2.7"), (FOR, "10.1.2.3")], "192.0.2.7", "http", "inside.example.com"),
+    "no blanks": ([(FOR, "192.0.2.7,10.1.2.3")], "192.0.2.7", "http", "inside.example.com"),
+    "the client's own word": ([(FOR, "127.0.0.1, 192.0.2.7, 10.1.2.3")], "192.0.2.7", "http", "inside.example.com"),
+    "the client's own junk": ([(FOR, "<b>, , 192.0.2.7")], "192.0.2.7", "http", "inside.example.com"),
+    "only proxies": ([(FOR, "10.0.0.1, 10.0.0.2")], "10.0.0.1", "http", "inside.example.com"),
+    "scheme": ([(PROTO, "https")], "127.0.0.1", "https", "inside.example.com"),
+    "scheme in upper case": ([(PROTO, "HTTPS")], "127.0.0.1", "https", "inside.example.com"),
+    "scheme, the last counts": ([(PROTO, "gopher, https")], "127.0.0.1", "https", "inside.example.com"),
+    "host": ([(HOST, "shop.example.com:8443")], "127.0.0.1", "http", "shop.example.com:8443"),
+    "host, the last counts": ([(HOST, "<b>"), (HOST, "shop.example.com")], "127.0.0.1", "http", "shop.example.com"),
+    "all": ([(FOR, "192.0.2.7"), (PROTO, "https"), (HOST, "[2001:db8::8]")], "192.0.2.7", "https", "[2001:db8::8]"),
+}
+
+
+@POOL
+@pytest.mark.parametrize(("headers", "client", "scheme", "host"), BELIEVED.values(), ids=BELIEVED)
+def test_a_trusted_proxy(threads: int, headers: list[tuple[str, str]], client: str, scheme: str, host: str) -> None:
+    with serving(TRUSTED, threads=threads) as server:
+        status, seen = ask(server, *headers, ("Forwarded", "for=203.0.113.9;proto=https"))
+    assert status == 200
+    expected = {"REMOTE_ADDR": client, "REMOTE_HOST": client, "wsgi.url_scheme": scheme, "HTTP_HOST": host}
+    assert {name: seen[name] for name in expected} == expected
+    assert "healthchecker.forwarded" not in seen
+    assert "HTTP_FORWARDED" not in seen["headers"], "nobody has looked at it, so it is the client's own word"
+
+
+@pytest.mark.parametrize("trusted", [(), STRANGERS], ids=["nobody", "others"])
+@pytest.mark.parametrize(
+    "headers",
+    [headers for headers, *_ in BELIEVED.values() if headers]
+    + [[("Forwarded", "for=192.0.2.7")], [("X-FORWARDED-PORT", "443")], [("X-Forwarded-Anything", "x")], [(FOR, "")]],
+    ids=str,
+)
+def test_anybody_else(trusted: tuple[str, ...], headers: list[tuple[str, str]]) -> None:
+    """Dropped, whatever is in it; the application can tell that there was something."""
+    with serving(trusted) as server:
+        status, seen = ask(server, *headers)
+        plain = ask(server, ("X-Forwarded_For", "192.0.2.7"), ("Fast-Forwarded", "x"))[1]
+    assert (status, seen["headers"], seen["healthchecker.forwarded"]) == (200, [], True)
+    assert (seen["REMOTE_ADDR"], seen["wsgi.url_scheme"]) == ("127.0.0.1", "http")
+    assert seen["HTTP_HOST"] == "inside.example.com"
+    assert "healthchecker.forwarded" not in plain, "a name with an underscore is not that header, nor is a longer one"
+
+
+MALFORMED = [
+    *((FOR, value) for value in ("", "unknown", "192.0.2", "192.0.2.7.1", "0x7f.1", "192.0.2.7:", "192.0.2.7:123456",
+                                 "[2001:db8::7", "2001:db8::7]", "[192.0.2.7]x", "fe80::1%eth0", "192.0.2.7,", "<b>",
+                                 "_hidden", '"192.0.2.7"', "192.0.2.7, nobody, 10.1.2.3", "2001:db8::7::1",
+                                 "\xb2.0.0.1")),
+    *((PROTO, value) for value in ("", "ftp", "https,", "http s", "https://")),
+    *((HOST, value) for value in ("", "a b", "a/b", "shop.example.com,", "u@shop.example.com", "[::1", "a:b")),
+]  # fmt: skip
+
+
+def test_malformed_words_of_a_trusted_proxy() -> None:
+    with serving(TRUSTED) as server:
+        for header in MALFORMED:
+            for path in ("/", "/-/livez"):
+                assert ask(server, header, path=path)[0] == 400, header
+
+
+@pytest.mark.parametrize("trusted", [TRUSTED, STRANGERS], ids=["trusted", "not trusted"])
+def test_a_proxy_with_a_mapped_address(trusted: tuple[str, ...]) -> None:
+    """A socket for IPv6 and IPv4 shows ::ffff:127.0.0.1."""
+    try:
+        sock = socket.socket(socket.AF_INET6)
+        sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        sock.bind(("::ffff:127.0.0.1", 0))
+        sock.listen()
+    except OSError:
+        pytest.skip("IPv6 is not to be had here")
+    with serving(trusted, sock=sock) as server:
+        seen = ask(server, (FOR, "192.0.2.7"))[1]
+    assert seen["REMOTE_ADDR"] == ("192.0.2.7" if trusted == TRUSTED else "::ffff:127.0.0.1")
+
+
+def test_one_connection_for_many_clients() -> None:
+    """As a proxy keeps it: nothing of a request is left for the next one."""
+    with serving(TRUSTED) as server, server.client() as client:
+        for number in (1, 2, None, 3):
+            headers = {FOR: f"192.0.2.{number}", PROTO: "https"} if number else {}
+            client.request("GET", "/", headers=headers)
+            seen = json.loads(client.getresponse().read())
+            assert seen["REMOTE_ADDR"] == (f"192.0.2.{number}" if number else "127.0.0.1")
+            assert seen["wsgi.url_scheme"] == ("https" if number else "http")
+
+
+def test_the_setting_of_the_service(tmp_path: Path) -> None:
+    """Through inventory and worker processes, with an application that is told by waitress's environment only."""
+    (tmp_path / "shop.py").write_text(
+        "def app(environ, start_response):\n"
+        "    start_response('200 OK', [('Content-Type', 'text/plain')])\n"
+        "    return [f\"{environ['REMOTE_ADDR']} {environ.get('healthchecker.forwarded')}\".encode()]\n",
+        encoding="utf-8",
+    )
+    cases = [(1, "[127.0.0.1, 198.51.100.0/24]", "192.0.2.7 None"), (0, "[192.0.2.0/24]", "127.0.0.1 True")]
+    for workers, trusted, seen in cases:
+        settings = f"  app: shop:app\n  workers: {workers}\n  trusted_proxy: {trusted}\n  body_limit: 10"
+        with Service(write_inventory(tmp_path, STEADY, settings)) as service:
+            service.wait_status("/", 200)
+            assert service.get("/", {FOR: "192.0.2.7, 198.51.100.3"}).body == seen
+            assert service.get("/", {"Content-Length": "11"}).status == 413
+
+
+STEADY = "  - {name: steady, platform: simulated, mean_healthy: 1000000, seed: 1, interval: 20}"
+
+
+# === The README's blocks =====================================================
+def free_port() -> int:
+    """A port for a program that cannot be told to take any."""
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        return int(sock.getsockname()[1])
+
+
+def block(language: str, index: int = 0) -> str:
+    section = README.partition("\n## Behind a proxy\n")[2].partition("\n## ")[0]
+    return re.findall(rf"^```{language}\n(.*?)^```$", section, re.MULTILINE | re.DOTALL)[index]
+
+
+def replaced(text: str, values: Mapping[str, str]) -> str:
+    for old, new in values.items():
+        assert old in text, f"no {old} in\n{text}"
+        text = text.replace(old, new)
+    return text
+
+
+def fetch(port: int, path: str = "/") -> tuple[int, bytes]:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+    with contextlib.closing(connection):
+        connection.request("GET", path)
+        answer = connection.getresponse()
+        return answer.status, answer.read()
+
+
+@contextlib.contextmanager
+def running(command: list[str], port: int, folder: Path) -> Iterator[None]:
+    """A proxy in the foreground, once it listens."""
+
+    def listens() -> bool:
+        assert process.poll() is None, output.read_text(encoding="utf-8")
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+            return True
+        return False
+
+    output = folder / "output"
+    with output.open("w", encoding="utf-8") as sink:
+        process = subprocess.Popen(command, stdout=sink, stderr=sink, stdin=subprocess.DEVNULL, cwd=folder)
+    try:
+        wait_for(listens, 10)
+        yield
+    finally:
+        process.terminate()
+        process.wait(10)
+
+
+def named(name: bytes) -> Callable[..., Iterable[bytes]]:
+    """An application of that name; /403 and /500 are its own answers with that status."""
+
+    def app(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
+        own = environ["PATH_INFO"][1:]
+        status = f"{own} Its Own" if own in ("403", "500") else "200 OK"
+        start_response(status, [("Content-Type", "text/plain"), ("Content-Length", str(len(name)))])
+        return [name]
+
+    return app
+
+
+@pytest.mark.skipif(not NGINX, reason="needs nginx")
+def test_nginx_asks_the_gate(tmp_path: Path) -> None:
+    """204 lets a request pass, 403 and a gate that is not there end in 503; the connection to the gate is kept."""
+    port = free_port()
+    user = "user root;" if sys.platform != "win32" and os.geteuid() == 0 else ""
+    with serving((), hello) as gate, Serving(named(b"shop"), 0) as shop:
+        http_block = replaced(block("nginx"), {
+            "127.0.0.1:8080": f"127.0.0.1:{gate.address[1]}",
+            "127.0.0.1:8000": f"127.0.0.1:{shop.address[1]}",
+            "server {": f"server {{ listen 127.0.0.1:{port};",
+        })  # fmt: skip
+        folders = " ".join(f"{kind}_temp_path {tmp_path};" for kind in
+                           ("client_body", "proxy", "fastcgi", "uwsgi", "scgi"))  # fmt: skip
+        (tmp_path / "nginx.conf").write_text(
+            f"{user} daemon off; worker_processes 1; pid {tmp_path}/pid; error_log stderr;\n"
+            f"events {{ }}\nhttp {{ access_log off; {folders}\n{http_block}}}\n", encoding="utf-8")  # fmt: skip
+        command = [str(NGINX), "-p", str(tmp_path), "-e", "stderr", "-c", str(tmp_path / "nginx.conf")]
+        with running(command, port, tmp_path):
+            assert fetch(port) == (200, b"shop")
+            channels = set(gate.server.active_channels.values())
+            for _ in range(20):
+                assert fetch(port, "/any?path") == (200, b"shop")
+                channels |= set(gate.server.active_channels.values())
+            assert len(channels) == 1, "a 204 has to keep the connection"
+            assert [fetch(port, path)[0] for path in ("/403", "/500")] == [403, 500], "its own answers stay"
+            gate.lease.until.value = 0.0
+            assert fetch(port)[0] == 503
+            assert set(gate.server.active_channels.values()) == channels, "so has a 403"
+            gate.lease.until.value = float("inf")
+            assert fetch(port) == (200, b"shop")
+            gate.server.stop()
+            gate.thread.join(10)
+            assert fetch(port)[0] == 503, "nobody is there to ask"
+
+
+@pytest.mark.skipif(not HAPROXY, reason="needs haproxy")
+def test_haproxy_checks_readiness(tmp_path: Path) -> None:
+    """`option httpchk` without more speaks HTTP/1.0 and sends no Host."""
+    option, default = re.findall(r"HAProxy: `(.*?)` and `(.*?)`", README)[0]
+    port = free_port()
+    with Serving(named(b"one"), 0) as one, Serving(named(b"two"), 0) as two:
+        (tmp_path / "haproxy.cfg").write_text(
+            "defaults\n    mode http\n    timeout connect 2s\n    timeout client 5s\n    timeout server 5s\n"
+            f"frontend all\n    bind 127.0.0.1:{port}\n    default_backend shop\n"
+            f"backend shop\n    {option}\n    {default.replace('2s', '100ms')}\n"
+            f"    server one 127.0.0.1:{one.address[1]}\n    server two 127.0.0.1:{two.address[1]}\n", encoding="utf-8")
+        assert default.count("2s") == 1
+        with running([str(HAPROXY), "-db", "-f", "haproxy.cfg"], port, tmp_path):
+            both = {fetch(port) for _ in range(10)}
+            assert both == {(200, b"one"), (200, b"two")}
+            one.lease.until.value = 0.0
+            wait_for(lambda: {fetch(port) for _ in range(4)} == {(200, b"two")})
+            two.lease.until.value = 0.0
+            wait_for(lambda: b"No server is available" in fetch(port)[1])
+            one.lease.until.value = float("inf")
+            wait_for(lambda: fetch(port) == (200, b"one"))
+
+
+def test_kubernetes_probes() -> None:
+    """They name a path and a port; a status from 200 to 399 is a success."""
+    found = dict(re.findall(r"`(readiness|liveness)Probe: (\{.*?\})`", README))
+    probes = {name: yaml.safe_load(text)["httpGet"] for name, text in found.items()}
+    assert {probe["port"] for probe in probes.values()} == {8080}
+    with Serving(hello, 0) as server:
+        for until, ready in ((float("inf"), 200), (0.0, 503)):
+            server.lease.until.value = until
+            assert server.get(probes["readiness"]["path"])[0] == ready
+            assert server.get(probes["liveness"]["path"])[0] == 200
+
+
+def own_application(framework: str) -> tuple[str, str]:
+    """The name in `app:` and the code, of the two that the README's block shows."""
+    codes = block("python").split("\n\n")
+    names = re.findall(r"`app: ([\w.:]+)`", README)
+    return next((name, code) for name, code in zip(names, codes, strict=True) if framework in code)
+
+
+def serves(folder: Path, name: str, env: Mapping[str, str] | None = None) -> str:
+    """The front page of an application behind the gate."""
+    with Service(write_inventory(folder, STEADY, f"  app: {name}\n  workers: 0"), env=env) as service:
+        return service.wait_status("/", 200).body
+
+
+def test_a_flask_application(tmp_path: Path) -> None:
+    name, code = own_application("flask")
+    (tmp_path / f"{name.partition(':')[0]}.py").write_text(code, encoding="utf-8")
+    assert serves(tmp_path, name) == "Hello"
+
+
+def test_a_django_application(tmp_path: Path) -> None:
+    pytest.importorskip("django", reason="needs Django")
+    name, code = own_application("django")
+    project, _, module = name.partition(":")[0].partition(".")
+    command = [sys.executable, "-m", "django", "startproject", project, str(tmp_path)]
+    subprocess.run(command, check=True, env=environment(), timeout=60)
+    (tmp_path / project / f"{module}.py").write_text(code, encoding="utf-8")
+    assert "The install worked successfully" in serves(tmp_path, name)
+
+
+def test_the_inventory_that_the_readme_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (text,) = re.findall(r"^```yaml\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+    path = tmp_path / "inventory.yaml"
+    path.write_text(text, encoding="utf-8")
+    (tmp_path / "db1.password").write_text("secret", encoding="utf-8")
+    monkeypatch.setenv("FILES_PASSWORD", "secret")
+    assert [entry.settings.platform.value for entry in load_inventory(path).entries] == ["linux", "windows"]
