@@ -1217,8 +1217,8 @@ class Status(Base):
     bad: Mapped[int]            # bad results in a row
     seconds: Mapped[float]      # duration of the last poll
     sample: Mapped[str]         # JSON of what the last poll read, `null` when it read nothing
-    packed: Mapped[bytes]       # the same as in SampleRow: see `readings`
-    strip: Mapped[str]          # the last STRIP polls, oldest first: a character of POLLS each
+    packed: Mapped[bytes] = mapped_column(default=b"")      # the same as in SampleRow: see `readings`
+    strip: Mapped[str] = mapped_column(default="")      # the last STRIP polls, oldest first: a character of POLLS each
 
 
 class Event(Base):
@@ -7151,8 +7151,6 @@ def build_gate(site: Site, counters: Counters) -> Gate:
     service, folder = site.inventory.service, site.inventory.path.parent
     app = load_app(service.app, folder) if service.app else builtin_app()
     token_file = service.metrics_token_file and folder / service.metrics_token_file
-    if token_file:
-        read_token(token_file)      # what cannot be used ends the start
     metrics = Metrics(ServingMetrics(site.lease, counters), site.store, token_file)
     return Gate(app, site.lease, console=build_console(site), metrics=metrics.answer)
 
@@ -8241,6 +8239,8 @@ def serve(arguments: argparse.Namespace) -> int:
     installation = Installation(arguments.inventory)
     service = installation.service
     set_up_logging(installation.resolve(service.log_file) if service.log_file else None)
+    if service.metrics_token_file:
+        read_token(installation.resolve(service.metrics_token_file))    # what cannot be used ends the start
     sock = listen(service)
     inspect_database(installation.database)
     with contextlib.closing(lock_database(installation.database)), \

@@ -85,13 +85,14 @@ def test_slots_are_summed() -> None:
         for outcome in OUTCOMES:
             tally.request(outcome, 0.002)
         tally.accepted()
-        tally.gauges(slot, 10)
-    assert [*counters.connections] == [0, 1, 2]
+        tally.share.hold(slot)
+        tally.queued(10)
+    assert [*counters.crowd.held] == [0, 1, 2]
     totals = counters.totals()
     assert all(count(totals, outcome) == [0, 3, *[0] * (len(LATENCIES) - 1)] for outcome in OUTCOMES)
     assert totals[-2:] == [3.0, 30.0]
     counters.vacate(1)
-    assert [*counters.connections] == [0, -1, 2]
+    assert [*counters.crowd.held] == [0, -1, 2]
     assert counters.totals() == [*totals[:-1], 20.0], "what was counted stays"
 
 
@@ -116,7 +117,7 @@ def count_and_wait(counters: Counters, slot: int, requests: int, done: Any) -> N
     tally = Tally(counters, slot)
     for _ in range(requests):
         tally.request("2xx", 0.0)
-    tally.gauges(7, 0)
+    tally.share.hold(7)
     done.close()
     threading.Event().wait(60)
 
@@ -142,13 +143,13 @@ def test_totals_outlive_the_process_that_counted_them() -> None:
     try:
         first = start(0, 300)
         start(1, 20)
-        assert (sum(counters.totals()), [*counters.connections]) == (320, [7, 7])
+        assert (sum(counters.totals()), [*counters.crowd.held]) == (320, [7, 7])
         os.kill(first.pid, signal.SIGKILL)
         first.join(10)
         counters.vacate(0)
-        assert (sum(counters.totals()), [*counters.connections]) == (320, [-1, 7])
+        assert (sum(counters.totals()), [*counters.crowd.held]) == (320, [-1, 7])
         start(0, 1)
-        assert (sum(counters.totals()), [*counters.connections]) == (321, [7, 7])
+        assert (sum(counters.totals()), [*counters.crowd.held]) == (321, [7, 7])
     finally:
         for process in running:
             process.kill()
@@ -246,7 +247,8 @@ def test_gate_and_requests(store: Store) -> None:
             tally.request("2xx", seconds)
         tally.request("shed", 0.0)
         tally.accepted()
-    Tally(counters, 1).gauges(5, 3)
+    Tally(counters, 1).share.hold(5)
+    Tally(counters, 1).queued(3)
     lease.until.value = 107.5
     serving = ServingMetrics(lease, counters, lambda: 100.0)
     found = series(ask(Metrics(serving, store, None)))
