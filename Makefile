@@ -13,8 +13,8 @@ test: $(VENV)/test.stamp
 
 # What runs on Windows, too, under Windows Python in wine; exit status 77 says that it cannot be had here. Left out
 # are tests of moments (of a kill, of a first poll, of megabytes before a deadline) that wine is too slow to keep.
-WINDOWS := inventory vault storage aggregate evaluate gate poll transport powershell probes windows_probes \
-	wsman_server windows_service readme
+WINDOWS := inventory vault storage aggregate evaluate gate hostile_clients proxy poll transport powershell \
+	probes windows_probes wsman_server windows_service readme
 
 test-windows: $(VENV)/run.stamp
 	$(BIN)/python tests/windows_python.py --timeout 900 -- -m pytest -rfE -o cache_dir=.wine-python/cache \

@@ -7377,7 +7377,7 @@ class GateParser(HTTPRequestParser):    # type: ignore[misc]  # waitress carries
         connection = self.headers.get("CONNECTION", "")
         if "," in connection:       # waitress knows one option only
             options = {option.strip().lower() for option in connection.split(",")}
-            self.headers["CONNECTION"] = "close" if "close" in options else "keep-alive"
+            self.headers["CONNECTION"] = next((known for known in ("close", "keep-alive") if known in options), "")
 
     def _read_target(self, target: bytes) -> None:
         """The path and the query; the host of an absolute target counts, not that of the header (RFC 9112, 3.2.2)."""
@@ -7565,7 +7565,9 @@ class TimedServer(TcpWSGIServer):    # type: ignore[misc]  # waitress carries no
         return bool(self.accepting) and now >= self._accepts_at
 
     def accept(self) -> tuple[socket.socket, Any] | None:
-        """None when nobody waits, and when the system refuses: then it is left alone for a moment."""
+        """None when nobody waits, when there is no room, and when the system refuses: then it has a moment of peace."""
+        if len(self._map) >= self.adj.connection_limit:
+            return None
         try:
             return cast("tuple[socket.socket, Any] | None", super().accept())
         except OSError as error:
