@@ -16,7 +16,7 @@ Sections, in file order; a definition refers only to what stands above it:
     History     what polls found, packed: rows, averages, availability, events
     Poll        a thread per resource, one writer, one overseer
     Pages       what a person sees
-    Metrics     counters in shared memory, and what Prometheus reads
+    Metrics     counters in shared memory, what Prometheus reads, the access log
     Gate        the WSGI application in front of the application
     Accounts    users, logins and what proves them, the brake on guessing
     Console     the API below /-/ and what every request to it must pass
@@ -223,6 +223,7 @@ ACCEPTS = 64                    # connections accepted in one turn of the loop
 HEAD_START = 0.1                # seconds in which less busy workers may take a connection before a busier one does
 GLANCE = 0.005                  # seconds between two looks whether they did
 ORPHAN_DRAIN = 2.0              # seconds for requests in flight of a worker whose main process died
+WIRE_WAITING = 100              # messages to the main process, beyond which no lines of the access log are added
 LAST_WORDS = 0.2                # seconds in which what a dead worker said is read
 CREW_SWEEP = 0.05               # seconds between two looks at the worker processes
 WORKER_LIFE = 10.0              # seconds after which a worker's end is no sign that it can never run
@@ -246,6 +247,12 @@ MAINTENANCE = 366 * 86_400.0    # seconds of maintenance at most
 # to what an application in the pool may take; a bound more costs a line for every outcome.
 LATENCIES = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 METRICS_AGE = 1.0               # seconds for which the text of /-/metrics is not made again
+ACCESS_FLUSH = 0.25             # seconds for which the access log gathers lines
+ACCESS_LINES = 100              # lines that it writes at once: the loop waits while they are made
+ACCESS_WAITING = 20_000         # requests that wait to be written; what comes then is dropped
+ACCESS_CHARS = 1000             # characters of a request line that are logged
+AGENT_CHARS = 200               # characters of Referer and of User-Agent that are logged
+COMPLAINT = 60.0                # seconds between two complaints about the same trouble
 
 
 # === Errors ==================================================================
@@ -5396,12 +5403,130 @@ class Metrics:
         return text.result()
 
 
-class Tally:
-    """What this process counts, in its slot of the counters, and its share of new connections."""
+AccessEntry = tuple[float, str, bytes, str, int, float, str, str, str]
+UNPRINTABLE = re.compile(r'[^ !#-\[\]-~]')      # and what would end a quoted text or begin an escape
+MONTHS = "Jan Feb Mar Apr May Jun Jul Aug Sep Oct Nov Dec".split()      # strftime would ask the locale
 
-    def __init__(self, counters: Counters, slot: int = 0) -> None:
+
+def escaped(text: str) -> str:
+    r"""`text` for a log, as nginx does it: whatever could end its line or its quotes becomes \xHH."""
+    if text.isascii() and text.isprintable() and '"' not in text and "\\" not in text:
+        return text     # five times as fast
+    return UNPRINTABLE.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
+
+
+@functools.lru_cache(maxsize=2)
+def log_time(second: int) -> str:
+    """Unix time as web servers log it, in local time."""
+    moment = datetime.datetime.fromtimestamp(second).astimezone()
+    return f"{moment.day:02}/{MONTHS[moment.month - 1]}/{moment:%Y:%H:%M:%S %z}"
+
+
+def access_line(entry: AccessEntry) -> str:
+    """The combined log format, then milliseconds and outcome.
+
+    The query is in it, as in the log of every web server: without it a request cannot be told from others nor asked
+    again. It may hold a token of the application's, hence the mode of AccessFile.
+    """
+    at, address, request, status, size, seconds, outcome, referer, agent = entry
+    return (f'{escaped(address).replace(" ", "_")} - - [{log_time(int(at))}] "{escaped(request.decode("latin-1"))}" '
+            f'{status} {size} "{escaped(referer)}" "{escaped(agent)}" {seconds * 1e3:.3f} {outcome}')
+
+
+class AccessFile(logging.handlers.RotatingFileHandler):
+    """The file of the access log; on UNIX for its owner and group alone. Raises UsageError."""
+
+    def __init__(self, path: Path) -> None:
+        self._quiet_until = 0.0     # no complaint before
+        try:
+            super().__init__(path, maxBytes=LOG_BYTES, backupCount=LOG_FILES, encoding="utf-8")
+        except OSError as error:
+            raise UsageError(f"service.access_log {path} cannot be written: {error.strerror}") from error
+
+    def _open(self) -> io.TextIOWrapper:
+        return open(self.baseFilename, "a", encoding="utf-8",
+                    opener=lambda name, flags: os.open(name, flags, 0o640))
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """As the base class, but what goes wrong is raised and not printed."""
+        if self.shouldRollover(record):
+            self.doRollover()
+        self.stream = self.stream or self._open()
+        self.stream.write(f"{self.format(record)}\n")
+        self.flush()
+
+    def write(self, lines: Sequence[str]) -> None:
+        """Appends lines; of a file that cannot be written any more it only complains."""
+        try:
+            self.handle(logging.makeLogRecord({"msg": "\n".join(lines)}))
+        except OSError as error:
+            if time.monotonic() >= self._quiet_until:
+                log.error("service.access_log %s cannot be written: %s", self.baseFilename, error.strerror)
+                self._quiet_until = time.monotonic() + COMPLAINT
+
+
+class AccessLog(threading.Thread):
+    """Takes a note of each request and makes lines of them later, which go to `sink` in batches.
+
+    While the sink blocks, ACCESS_WAITING notes are kept; lines for which it raises OSError are dropped.
+    """
+
+    def __init__(self, sink: Callable[[Sequence[str]], None]) -> None:
+        super().__init__(name="access log", daemon=True)
+        self._sink = sink
+        self._waiting: collections.deque[AccessEntry] = collections.deque()
+        self._lock = threading.Lock()   # guards _dropped
+        self._dropped = 0               # since the last complaint
+        self._quiet_until = 0.0
+        self._ending = threading.Event()
+
+    def note(self, task: Any, outcome: str, seconds: float) -> None:
+        """Called where the request was served, hence only gathers; when the sink cannot follow, it drops."""
+        if len(self._waiting) >= ACCESS_WAITING:
+            with self._lock:
+                self._dropped += 1
+            return
+        channel = task.channel
+        request = channel.requests[0] if channel.requests else task.request
+        headers = request.headers
+        self._waiting.append((
+            time.time(), (task.environ or {}).get("REMOTE_ADDR", channel.addr[0]),
+            getattr(request, "first_line", b"")[:ACCESS_CHARS], task.status[:3] if task.wrote_header else "499",
+            channel.body_bytes, seconds, outcome, headers.get("REFERER", "-")[:AGENT_CHARS],
+            headers.get("USER_AGENT", "-")[:AGENT_CHARS]))
+
+    def run(self) -> None:
+        while not self._ending.wait(ACCESS_FLUSH):
+            self._flush()
+        self._flush()
+
+    def _flush(self) -> None:
+        for _ in range(0, len(self._waiting), ACCESS_LINES):
+            lines = [access_line(self._waiting.popleft()) for _ in range(min(ACCESS_LINES, len(self._waiting)))]
+            try:
+                self._sink(lines)
+            except OSError:
+                with self._lock:
+                    self._dropped += len(lines)
+        if self._dropped and (time.monotonic() >= self._quiet_until or self._ending.is_set()):
+            with self._lock:
+                dropped, self._dropped = self._dropped, 0
+            log.warning("access log: %d requests were dropped, for it cannot be written as fast", dropped)
+            self._quiet_until = time.monotonic() + COMPLAINT
+
+    def close(self) -> None:
+        """Writes the rest and ends the thread."""
+        self._ending.set()
+        if self.is_alive():
+            self.join(POOL_END)
+
+
+class Tally:
+    """What this process counts, in its slot of the counters, its share of new connections, its access log."""
+
+    def __init__(self, counters: Counters, slot: int = 0, access_log: AccessLog | None = None) -> None:
         self.share = Share(counters.crowd, slot)
-        self._counters, self._slot = counters, slot
+        self._counters, self._slot, self.access_log = counters, slot, access_log
         self._cells = counters.slot(slot)
         self._lock = threading.Lock()   # guards _cells against the other threads of the pool
 
@@ -5420,6 +5545,8 @@ class Tally:
     def close(self) -> None:
         """This process serves no more."""
         self._counters.vacate(self._slot)
+        if self.access_log is not None:
+            self.access_log.close()
 
 
 # === Gate ====================================================================
@@ -7349,6 +7476,7 @@ class GateParser(HTTPRequestParser):    # type: ignore[misc]  # waitress carries
 
     def parse_header(self, header_plus: bytes) -> None:
         """The request line and the headers, without the empty line after them; raises Refused."""
+        self.first_line = header_plus.partition(b"\r\n")[0]     # also of what is refused, for the access log
         first, *fields = self._lines(header_plus)
         request = REQUEST_LINE.fullmatch(first)
         if not request:
@@ -7656,7 +7784,7 @@ class GateTask(WireTask):
             raise RuntimeError(f"the application raised {type(error).__name__}") from error
         finally:
             if outcome:
-                self.channel.served(outcome)
+                self.channel.served(self, outcome)
 
     def build_response_header(self) -> bytes:
         if self.channel.server.draining:
@@ -7672,11 +7800,14 @@ class GateTask(WireTask):
 class GateErrorTask(RefusalTask):
     """The answer to a request that the parser refused, and to one whose application failed."""
 
+    environ = None
+
     def service(self) -> None:
         try:
             super().service()
         finally:
-            self.channel.served("5xx" if isinstance(self.request.error, InternalServerError) else "bad")
+            self.channel.body_bytes = self.content_length or 0
+            self.channel.served(self, "5xx" if isinstance(self.request.error, InternalServerError) else "bad")
 
 
 class GateChannel(TimedChannel):
@@ -7685,6 +7816,7 @@ class GateChannel(TimedChannel):
     task_class = GateTask
     error_task_class = GateErrorTask
     began = 0.0             # when the request was complete
+    body_bytes = 0          # of the answer, so far; with the framing of chunks
     head: bytes | None = None   # of a response, until its body comes; b"": the next piece is the head; None: sent
 
     def write_soon(self, data: Any) -> int:
@@ -7692,6 +7824,7 @@ class GateChannel(TimedChannel):
         if head == b"":
             self.head = data
             return len(data)
+        self.body_bytes += len(data)
         if head and not isinstance(data, bytes):    # a file of wsgi.file_wrapper
             super().write_soon(head)
             head = None
@@ -7699,11 +7832,14 @@ class GateChannel(TimedChannel):
 
     def begin(self) -> None:
         """A request is complete; its answer may have to wait."""
-        self.began = time.perf_counter()
+        self.began, self.body_bytes = time.perf_counter(), 0
 
-    def served(self, outcome: str) -> None:
-        """A request is answered."""
-        self.server.tally.request(outcome, time.perf_counter() - self.began)
+    def served(self, task: Any, outcome: str) -> None:
+        """A request is answered: counts it and takes a note of it."""
+        seconds, tally = time.perf_counter() - self.began, self.server.tally
+        tally.request(outcome, seconds)
+        if tally.access_log is not None:
+            tally.access_log.note(task, outcome, seconds)
 
     def add_channel(self, map: Any = None) -> None:     # waitress's name
         super().add_channel(map)
@@ -7858,6 +7994,11 @@ class Wire:
         for thread in self._threads:
             thread.start()
 
+    @property
+    def waiting(self) -> int:
+        """Messages that were put and not sent yet."""
+        return self._out.qsize()
+
     def put(self, *message: Any) -> None:
         self._out.put(message)
 
@@ -7926,7 +8067,7 @@ class Worker:
         try:
             site = Site(Store(post.database), post.inventory, self.ask, post.session_key, post.lease)
             self._server = GateServer(build_gate(site, post.counters), post.sock, service, connection_limit(0),
-                                      Tally(post.counters, post.number))
+                                      Tally(post.counters, post.number, self._access_log(service)))
         except HealthCheckerError as error:
             self._wire.put("failed", str(error))
             return
@@ -7934,6 +8075,19 @@ class Worker:
         self._told.wait()
         if not self._ending:
             self._server.serve()
+
+    def _access_log(self, service: ServiceSettings) -> AccessLog | None:
+        """The main process writes the file."""
+        if not service.access_log:
+            return None
+        access_log = AccessLog(self._send_lines)
+        access_log.start()
+        return access_log
+
+    def _send_lines(self, lines: Sequence[str]) -> None:
+        if self._wire.waiting > WIRE_WAITING:
+            raise BlockingIOError(errno.EAGAIN, "the main process does not read")
+        self._wire.put("lines", lines)
 
     def ask(self, kind: str, **arguments: Any) -> Any:
         """What Desk.ask answers in the main process. Raises HealthCheckerError."""
@@ -8010,8 +8164,9 @@ class Hand:
     """In the main process: one worker process, from its start to its end; `desk` answers what it asks."""
 
     def __init__(self, number: int, process: multiprocessing.process.BaseProcess, pipe: PipeConnection,
-                 desk: Callable[..., Any]) -> None:
-        self.number, self.process, self.born, self._desk = number, process, time.monotonic(), desk
+                 desk: Callable[..., Any], access_file: AccessFile | None) -> None:
+        self.number, self.process, self.born = number, process, time.monotonic()
+        self._desk, self._access_file = desk, access_file
         self.wire = Wire(pipe, self._receive)
         self.ready = threading.Event()
         self.failure = ""
@@ -8038,6 +8193,8 @@ class Hand:
             self.failure = message[1]
         elif message[0] == "log":
             log.log(message[1], "worker %d: %s", self.number, message[2])
+        elif message[0] == "lines" and self._access_file:
+            self._access_file.write(message[1])
         elif message[0] == "ask":       # a poll takes its time; the worker has few threads that ask
             threading.Thread(target=self._answer, args=message[1:], name="desk", daemon=True).start()
 
@@ -8055,8 +8212,8 @@ class Hand:
 class Crew:
     """The worker processes on one listening socket: starts them, replaces those that die, ends them."""
 
-    def __init__(self, site: Site, database: Path, sock: socket.socket) -> None:
-        self._site, self._database, self._sock = site, database, sock
+    def __init__(self, site: Site, database: Path, sock: socket.socket, access_file: AccessFile | None = None) -> None:
+        self._site, self._database, self._sock, self._access_file = site, database, sock, access_file
         self._count = site.inventory.service.worker_count
         self._counters = Counters(self._count)
         self._hands: list[Hand] = []
@@ -8108,7 +8265,7 @@ class Crew:
         with signals_held():
             process.start()
         theirs.close()      # or the worker's end would not be seen
-        hand = Hand(number, process, ours, site.ask)
+        hand = Hand(number, process, ours, site.ask, self._access_file)
         hand.wire.open()
         return hand
 
@@ -8188,11 +8345,11 @@ class Installation:
         return Access(KnownHosts(known_hosts), Resolver())
 
 
-def front(site: Site, database: Path, sock: socket.socket) -> GateServer | Crew:
+def front(site: Site, database: Path, sock: socket.socket, access_file: AccessFile | None) -> GateServer | Crew:
     """What answers requests: worker processes, or this process itself. Raises UsageError for a bad `service.app`."""
     inventory = site.inventory
     if inventory.service.worker_count:
-        crew = Crew(site, database, sock)
+        crew = Crew(site, database, sock, access_file)
         try:
             crew.start()
         except BaseException:       # whatever ends the start ends the workers
@@ -8200,8 +8357,12 @@ def front(site: Site, database: Path, sock: socket.socket) -> GateServer | Crew:
             raise
         return crew
     counters = Counters(1)
-    return GateServer(build_gate(site, counters), sock, inventory.service, connection_limit(len(inventory.entries)),
-                      Tally(counters))
+    gate, access_log = build_gate(site, counters), None
+    if access_file:
+        access_log = AccessLog(access_file.write)
+        access_log.start()
+    return GateServer(gate, sock, inventory.service, connection_limit(len(inventory.entries)),
+                      Tally(counters, 0, access_log))
 
 
 def prepare(installation: Installation, store: Store) -> Vault:
@@ -8217,7 +8378,8 @@ def prepare(installation: Installation, store: Store) -> Vault:
     return vault
 
 
-def watch_and_serve(installation: Installation, sock: socket.socket, store: Store) -> None:
+def watch_and_serve(installation: Installation, sock: socket.socket, store: Store,
+                    access_file: AccessFile | None) -> None:
     """Takes the inventory over, starts the watch and serves until a signal comes."""
     inventory, aggregator = installation.inventory, HealthAggregator()
     vault, access = prepare(installation, store), installation.access()
@@ -8226,7 +8388,8 @@ def watch_and_serve(installation: Installation, sock: socket.socket, store: Stor
     desk = Desk(store, vault, monitor, access, installation.path)
     key = session_key(installation.resolve(inventory.service.keys))
     site = Site(store, inventory.without_secrets(), desk.ask, key, aggregator.lease)
-    with contextlib.closing(monitor), contextlib.closing(front(site, installation.database, sock)) as server:
+    with contextlib.closing(monitor), \
+            contextlib.closing(front(site, installation.database, sock, access_file)) as server:
         for number in ENDINGS:
             signal.signal(number, lambda *_: server.stop())
         monitor.begin()
@@ -8243,11 +8406,12 @@ def serve(arguments: argparse.Namespace) -> int:
     set_up_logging(installation.resolve(service.log_file) if service.log_file else None)
     if service.metrics_token_file:
         read_token(installation.resolve(service.metrics_token_file))    # what cannot be used ends the start
+    access_file = AccessFile(installation.resolve(service.access_log)) if service.access_log else None
     sock = listen(service)
     inspect_database(installation.database)
     with contextlib.closing(lock_database(installation.database)), \
             contextlib.closing(installation.open_store()) as store:
-        watch_and_serve(installation, sock, store)
+        watch_and_serve(installation, sock, store, access_file)
     log.info("ended")
     return 0
 
