@@ -289,7 +289,7 @@ def test_a_service_keeps_one(tmp_path: Path, threads: int) -> None:
         ("GET /chunks?length=9 HTTP/1.1", "200", "2xx"),
         ("GET /boom HTTP/1.1", "500", "5xx"),
         ("HEAD /-/livez HTTP/1.1", "200", "own"),
-        ("GET /-/nothing?query HTTP/1.1", "404", "own"),
+        ("GET /-/nothing?query HTTP/1.1", "303", "own"),
         (r"GET /\x22 HTTP/1.1", "200", "2xx"),
         ("nonsense", "400", "bad"),
         ("GET /last HTTP/1.1", "200", "2xx"),
