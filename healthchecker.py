@@ -190,7 +190,7 @@ STRIP = 60                      # polls of a resource that the overview shows
 DAY = 86_400                    # seconds
 QUARTER = 900                   # seconds of which an average is kept
 QUARTER_GRACE = 5.0             # seconds for the last reports of a quarter to be written
-TIDYING = 0.02                  # seconds at a time for making averages and dropping what is too old
+TIDYING = 0.01                  # seconds at a time for making averages and dropping what is too old
 PRUNED = 10_000                 # rows of a resource, or events, that are dropped at once
 EVENTS = 100_000                # events that are kept at most: a resource may flap for a year
 RETRY_AFTER_MAX = 3600          # seconds
@@ -3568,8 +3568,9 @@ class HealthAggregator:
 
 
 # === History =================================================================
-# A poll is a packed row, kept for days, and a quarter of an hour another, kept for months: 100 resources at 60 s
-# come to 100 MB (tests/bench_history.py measures it). A row per metric would be five times as large.
+# A poll is a packed row, and so is a quarter of an hour; a row per metric would be five times as large. 100 resources
+# at 60 s: 288,000 polls (2 days) of 40 bytes and 864,000 averages (90 days) of 58 bytes are 62 MB, as measured by
+# tests/bench_history.py. 100,000 events add 20 MB, and 144 MB the longest reasons, if everything failed for 2 days.
 
 METRICS = ("cpu_percent", "memory_percent", "swap_percent", "disk_percent", "load_per_cpu", "seconds")
 MISSING = 0xFFFF    # what was not read; readings are kept in hundredths
@@ -3631,21 +3632,27 @@ class Report:
         lasted = f" after {self.at - before.since:.0f} s" if before.since else ""
         return f"{before.state} -> {after.state}{f' ({after.why})' if after.why else ''}{lasted}"
 
-    @property
-    def character(self) -> str:
-        return POLL_CHARACTERS[self.verdict.state, self.verdict.cause]
-
-    @property
+    @functools.cached_property
     def packed(self) -> bytes:
         """SAMPLE; of several disks the fullest one."""
-        after = self.standing
-        found = {metric: [value for _, value in self.sample.readings(metric)] for metric in METRICS} \
-            if self.sample else {}
-        found["seconds"] = [self.seconds] if self.seconds else []
-        counts = self.target.settings.ttl + (AUTH_BACKOFF if after.cause == "auth" else 0)
-        marks = self.character + POLL_CHARACTERS[after.state, after.cause]
-        return SAMPLE.pack(marks.encode(), int(counts), *(
-            min(round(max(found[metric]) * 100), MISSING - 1) if found.get(metric) else MISSING for metric in METRICS))
+        highest: dict[str, float] = {"seconds": self.seconds} if self.seconds else {}
+        for name, value in self.sample.metrics.items() if self.sample else ():
+            metric = name.partition(" ")[0]
+            highest[metric] = max(value, highest.get(metric, 0.0))
+        after, counts = self.standing, self.target.settings.ttl
+        counts += AUTH_BACKOFF if after.cause == "auth" else 0.0
+        polls = POLL_CHARACTERS[self.verdict.state, self.verdict.cause] + POLL_CHARACTERS[after.state, after.cause]
+        return SAMPLE.pack(polls.encode(), int(counts), *(
+            min(round(highest[metric] * 100), MISSING - 1) if metric in highest else MISSING for metric in METRICS))
+
+    @functools.cached_property
+    def status(self) -> dict[str, Any]:
+        """The row of Status, without its strip."""
+        target, after = self.target, self.standing
+        return {"resource_id": target.id, "configured": target.configured, "credential": target.credential,
+                "state": after.state, "cause": after.cause, "reason": after.reason, "since": after.since,
+                "polled": self.at, "good": after.good, "bad": after.bad, "seconds": self.seconds,
+                "sample": self.sample.to_json() if self.sample else "null", "packed": self.packed}
 
 
 def readings(packed: bytes) -> dict[str, float]:
@@ -3818,14 +3825,8 @@ def chart(session: Session, resource_id: int, metric: str, span: str, now: float
 
 
 # === Poll ====================================================================
-def upsert_statuses(session: Session, reports: Iterable[Report], strips: Mapping[int, str]) -> None:
-    """The resources' last standings; `strips` are the polls to add to their strips."""
-    rows = [{"resource_id": target.id, "configured": target.configured, "credential": target.credential,
-             "state": after.state, "cause": after.cause, "reason": after.reason, "since": after.since,
-             "polled": report.at, "good": after.good, "bad": after.bad, "seconds": report.seconds,
-             "sample": report.sample.to_json() if report.sample else "null", "packed": report.packed,
-             "strip": strips[target.id][-STRIP:]}
-            for report in reports for target, after in [(report.target, report.standing)]]
+def upsert_statuses(session: Session, rows: Sequence[dict[str, Any]]) -> None:
+    """The resources' last standings; `strip` of a row is added to the one that is there."""
     if rows:
         insert = sqlite.insert(Status)
         values: dict[str, Any] = {name: insert.excluded[name] for name in rows[0]}
@@ -3861,7 +3862,8 @@ class Batch:
         strips: dict[int, str] = collections.defaultdict(str)
         for row in samples:
             strips[row["resource_id"]] += chr(row["packed"][0])
-        upsert_statuses(session, [report for number, report in self.latest.items() if number in alive], strips)
+        upsert_statuses(session, [report.status | {"strip": strips[number][-STRIP:]}
+                                  for number, report in self.latest.items() if number in alive])
         for statement, rows in ((sqlalchemy.insert(SampleRow).prefix_with("OR REPLACE"), samples),
                                 (sqlalchemy.insert(Event), list(self.events))):
             if rows:
@@ -3891,6 +3893,7 @@ class Recorder(threading.Thread):
         if report.transition:
             log.log(logging.INFO if report.standing.healthy else logging.WARNING, "%s: %s", report.target.name,
                     report.transition)
+        _ = report.status   # made here, one at a time: a hundred at once, in flush, would hold up requests
         self._reports.put(report)
 
     def run(self) -> None:
@@ -4299,13 +4302,15 @@ def bar_svg(value: float, limit: Marks, top: float = 100.0) -> Markup:
                + limit_marks(limit, top, "M{} 0v8"))
 
 
+@functools.lru_cache(1024)      # most are the same
 def strip_svg(strip: str) -> Markup:
     """The last polls as ticks, the newest at the right; one path a state, so that thousands of ticks stay small."""
-    paths: dict[str, str] = {}
+    paths: dict[str, str] = collections.defaultdict(str)
+    counts: dict[str, int] = collections.defaultdict(int)
     for run in re.finditer(r"(.)\1*", strip):
         start, state = STRIP - len(strip) + run.start(), POLLS[run[1]][0]
-        paths[state] = paths.get(state, "") + f"M{start} 10h{len(run[0])}"
-    counts = collections.Counter[str](POLLS[poll][0] for poll in strip)
+        paths[state] += f"M{start} 10h{len(run[0])}"
+        counts[state] += len(run[0])
     label = ", ".join(f"{counts[state]} {state}" for state in paths) or "none yet"
     drawn = "".join(f'<path class="{state}" d="{path}"/>' for state, path in paths.items())
     return svg("strip", f"{STRIP} 20", f'<path d="M0 10h{STRIP}"/>{drawn}', f"Last polls: {label}")
@@ -4635,7 +4640,7 @@ Polled every {{ shown.row.interval|lasting }}. Availability:
 <section>
 <h2 id="outcomes">Services and checks</h2>
 <table aria-labelledby="outcomes">
-{{ heads("Result", "Of") }}
+{{ heads("Result", "Service or check") }}
 <tbody>
 {% for kind, name, outcome in outcomes %}
 <tr><td>{{ state("healthy", "good") if outcome.good else state("unhealthy", "bad") }}</td>
@@ -4920,6 +4925,7 @@ button:hover, .button:hover { background: var(--sunken); }
 
 table { width: 100%; border-collapse: collapse; background: var(--surface); border: 1px solid var(--line); }
 th, td { padding: .375rem .625rem; text-align: left; vertical-align: top; border-top: 1px solid var(--line); }
+tbody th { min-width: 5rem; }
 thead th { border: 0; white-space: nowrap; font-size: .8125rem; }
 i { display: inline-block; padding: 0 .375rem; border: 1px solid var(--line); border-radius: 3px; font-style: normal;
   font-size: .75rem; line-height: 1.3; background: var(--sunken); color: var(--soft); }
@@ -5015,6 +5021,7 @@ form:not(:has([value=simulated]:checked)) .simulated { display: none; }
   .overview td:nth-child(n+5):nth-child(-n+7)::before { display: block; font-size: .75rem; color: var(--soft); }
   .overview td:nth-child(5)::before { content: "CPU"; } .overview td:nth-child(6)::before { content: "Memory"; }
   .overview td:nth-child(7)::before { content: "Disk"; }
+  .overview td:empty::before { content: none !important; }
   .overview td:last-child { grid-column: 1 / -1; }
   .overview .strip { width: 100%; } .overview .bar { width: calc(100% - 3.25rem); }
   .overview td small { display: none; }
@@ -5066,8 +5073,10 @@ async function ask(url, options) {
 }
 
 function show(page, sent) {
+  const focused = document.activeElement;
   document.title = page.title;
   morph(main, page.querySelector("main"), sent);
+  if (focused !== document.activeElement && focused.isConnected) focused.focus({ preventScroll: true });     // it moved
 }
 
 async function refresh() {
@@ -6761,8 +6770,9 @@ def asset(name: str) -> Answer:
 def page(template: str, status: int = 200, **shown: Any) -> flask.Response:
     """A page; `shown` is what its template needs beside what all of them do."""
     who: Visitor | None = flask.g.get("visitor")
-    common: dict[str, Any] = {"user": who.user if who else None, "errors": {}, "given": {}, "now": time.time()}
+    common: dict[str, Any] = {"user": who.user if who else None, "errors": {}, "given": {}}
     if who and who.operator:
+        common["now"] = who.site.clock()
         with contextlib.suppress(sqlalchemy.exc.SQLAlchemyError), who.site.store.reading() as session:
             common["initial"] = initial_user(session) is not None   # the page may be to say that this fails
     text = flask.render_template(template, **(common | shown)).encode()
@@ -6813,6 +6823,10 @@ class Shown:
         return self.row.platform if self.row.platform in HOSTLESS else (
             f"{self.row.hostname}{port} · {self.row.platform}")
 
+    def origin(self, site: Site) -> str:
+        """Where the inventory states it; empty when it was added here."""
+        return site.places.get(self.name, site.inventory.path.name) if self.row.origin == "inventory" else ""
+
     def limit(self, metric: str) -> Marks:
         return self.settings["limits"].get(metric) or {}
 
@@ -6850,7 +6864,8 @@ def gate_shown(session: Session, is_open: bool, resources: Iterable[Shown]) -> d
 
 def overview() -> Answer:
     """Every resource, worst first, and the gate."""
-    site, now = visitor().site, time.time()
+    site = visitor().site
+    now = site.clock()
     wanted = {name: flask.request.args.get(name, "") for name in ("state", "q", "tag")}
     with site.store.reading() as session:
         everything = load_shown(session, now)
@@ -6879,10 +6894,10 @@ def reading_rows(sample: Mapping[str, Any], one: Shown) -> list[dict[str, Any]]:
     rows = []
     for metric in Limits.model_fields:
         limit, problem = one.limit(metric), sample["problems"].get(metric, "")
-        top = max(filter(None, limit.values()), default=1.0) * 1.25 if metric == "load_per_cpu" else 100.0
+        top = 100.0 if metric.endswith("_percent") else 1.25 * max(filter(None, limit.values()), default=0.0)
         found = [(name, value) for name, value in sample["metrics"].items() if name.partition(" ")[0] == metric]
         rows += [{"label": f"{LABELS[metric]} {name.partition(' ')[2]}", "limit": limit, "text": amount(metric, value),
-                  "bar": bar_svg(value, limit, top)} for name, value in found]
+                  "bar": bar_svg(value, limit, top) if top else ""} for name, value in found]
         if problem or (limit and not found):
             rows.append({"label": LABELS[metric], "limit": limit, "problem": problem or "not read"})
     return rows
@@ -6920,9 +6935,10 @@ NO_SAMPLE: dict[str, Any] = {"details": {}, "metrics": {}, "services": {}, "chec
 
 def resource_page(name: str, status: int = 200, **more: Any) -> flask.Response:
     """Everything about one resource."""
-    site, now = visitor().site, time.time()
+    site = visitor().site
+    now = site.clock()
     span = flask.request.args.get("span", "")
-    span = span if span in SPANS else "day"
+    span = span if span in SPANS else "hour"
     with site.store.reading() as session:
         one = next(iter(load_shown(session, now, name)), None)
         if one is None:
@@ -6933,7 +6949,7 @@ def resource_page(name: str, status: int = 200, **more: Any) -> flask.Response:
     outcomes = [(kind, called, outcome) for kind in ("service", "check")
                 for called, outcome in sample[f"{kind}s"].items()]
     return page("resource.html", status, shown=one, span=span, spans=SPANS, readings=reading_rows(sample, one),
-                machine=machine_rows(sample, one.row.host_key), origin=site.places.get(name, ""), refresh=True,
+                machine=machine_rows(sample, one.row.host_key), origin=one.origin(site), refresh=True,
                 outcomes=sorted(outcomes, key=lambda outcome: bool(outcome[2]["good"])), **more)
 
 

@@ -14,7 +14,7 @@ import pytest
 import sqlalchemy
 from bench_history import NOW, fill, milliseconds, resources
 from conftest import wait_for
-from service import Service, write_inventory
+from service import Service, prepared_keys, write_inventory
 
 import healthchecker
 from healthchecker import (
@@ -343,7 +343,17 @@ def test_chart_over_the_border_of_averages(span: str, notebook: Notebook) -> Non
     assert {after.at - before.at for before, after in itertools.pairwise(points)} == {max(step, int(every))}
 
 
-def test_limits_of_charts_are_documented() -> None:
+@pytest.mark.parametrize(("span", "value"), [("hour", 10), ("day", 10), ("week", 99), ("month", 99)])
+def test_charts_of_long_spans_are_made_of_averages(span: str, value: float, notebook: Notebook) -> None:
+    """Also where the polls are still there: one a second would be 170,000 of them."""
+    notebook.write(*(notebook.report(START + 60 * index, "h", cpu_percent=10.0) for index in range(15)))
+    notebook.tidy(START + QUARTER + 10)
+    changed = healthchecker.AVERAGE.pack(9000, 9000, *[9900] * 3 * len(METRICS))
+    notebook.execute("UPDATE average SET packed = ?", changed)
+    assert {point.average for point in notebook.chart("cpu_percent", span, START + QUARTER + 10)} == {value}
+
+
+def test_points_fit_a_screen() -> None:
     assert all(seconds / step <= 400 for seconds, step in SPANS.values())
 
 
@@ -460,20 +470,26 @@ def test_growth_and_speed(tmp_path: Path) -> None:
 # --- a restart of the service ---
 def stored(folder: Path, query: str) -> list[str]:
     with contextlib.closing(sqlite3.connect(folder / "healthchecker.db", timeout=5)) as connection:
-        return [text for (text,) in connection.execute(query)]
+        return [str(text) for (text,) in connection.execute(query)]
 
 
 def test_history_goes_on_after_a_restart(tmp_path: Path) -> None:
+    """Strip and events go on; what the first run has left to sum up, the second one sums up."""
     rows = "  - {name: here, platform: simulated, interval: 1, mean_healthy: 1e6, mean_unhealthy: 0.001}"
+    prepared_keys(tmp_path)
     path = write_inventory(tmp_path, rows, "  workers: 0\n")
-    strips, polls = [], []
-    for _ in range(2):
-        with Service(path) as service:
-            service.wait_status("/", 200)
-            before = len(polls)
-            wait_for(lambda before=before: len(stored(tmp_path, "SELECT at FROM sample")) >= before + 3, 8)  # type: ignore[misc]
-        strips += stored(tmp_path, "SELECT strip FROM status")
-        polls = stored(tmp_path, "SELECT at FROM sample")
-    assert strips[1] == "h" * len(polls) and strips[1].startswith(strips[0]) and len(strips[1]) > len(strips[0])
+    an_hour_ago = int(time.time() // QUARTER - 4) * QUARTER
+    with Service(path):
+        wait_for(lambda: len(stored(tmp_path, "SELECT at FROM sample")) >= 3, 8)
+    [first] = stored(tmp_path, "SELECT strip FROM status")
+    with contextlib.closing(sqlite3.connect(tmp_path / "healthchecker.db")) as connection, connection:
+        connection.execute("INSERT INTO sample SELECT 1, ?, packed, '' FROM sample LIMIT 1", (an_hour_ago,))
+    with Service(path) as service:
+        service.wait_status("/", 200)
+        wait_for(lambda: stored(tmp_path, "SELECT at FROM average") == [str(an_hour_ago)], 8)
+        wait_for(lambda: stored(tmp_path, "SELECT strip FROM status") != [first], 8)
+    [strip] = stored(tmp_path, "SELECT strip FROM status")
+    assert strip == "h" * (len(stored(tmp_path, "SELECT at FROM sample")) - 1)
+    assert len(strip) > len(first)
     gate = stored(tmp_path, "SELECT text FROM event WHERE kind = 'gate' ORDER BY id")
     assert [text.split(" after")[0] for text in gate] == ["closed (the service starts)", "closed -> open"] * 2

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import quote
 
 import pytest
 from browser import DOCUMENTED, PASSWORD, Scheme, change_password, chromium, log_in, visit
@@ -98,7 +99,10 @@ def never_reloaded(page: Page) -> Iterator[None]:
 
 
 def resource(name: str) -> str:
-    return f"/-/resources/{name}"
+    return f"/-/resources/{quote(name)}"
+
+
+HOSTILE_PAGE = resource(f"a {PAYLOAD}")
 
 
 # === All of it ===============================================================
@@ -176,11 +180,71 @@ def keep_out_of_the_gate(page: Page, service: Service) -> None:
     service.wait_status("/-/readyz", 503)
 
 
+def test_users(page: Page, browser: Browser, watched: Service) -> None:
+    """Added, promoted, given another password, removed; whoever it is finds the own session ended by each of that."""
+    page.goto("/-/users")
+    form = page.locator("form.panel")
+    form.locator("[name=name]").fill("temp")
+    form.locator("[name=password]").fill(DOCUMENTED)  # long enough, but in the documentation
+    form.get_by_role("button", name="Add user").click()
+    page.get_by_text("must not be the documented one").first.wait_for()
+    assert form.locator("[name=name]").input_value() == "temp"
+    form.locator("[name=password]").fill(PASSWORD)
+    form.get_by_role("button", name="Add user").click()
+    row = page.get_by_role("row", name="temp")
+    row.wait_for()
+    other, guest, _ = visit(browser, watched)
+    log_in(guest, "temp")
+    row.locator("summary").click()
+    row.get_by_label("Role").select_option("admin")
+    row.get_by_label("New password").fill(PASSWORD * 2)
+    row.get_by_role("button", name="Change temp").click()
+    row.get_by_role("cell", name="admin", exact=True).wait_for()
+    guest.wait_for_url("**/-/login?next=/-/")  # by its own refresh
+    log_in(guest, "temp", PASSWORD * 2)
+    guest.get_by_role("link", name="Add resource").wait_for()
+    row.locator("summary").click()
+    row.get_by_role("button", name="Remove temp").click()
+    row.wait_for(state="detached")
+    guest.wait_for_url("**/-/login?next=/-/")
+    other.close()
+    row = page.get_by_role("row", name="SpiceWorks")
+    row.locator("summary").click()
+    row.get_by_role("button", name="Remove SpiceWorks").click()
+    page.get_by_text("is the last admin").wait_for()
+
+
+def test_a_changed_host_key_is_shown_before_it_is_trusted(
+    browser: Browser, sshd: Sshd | ParamikoSshd, tmp_path: Path
+) -> None:
+    prepared_keys(tmp_path)
+    ssh = f"hostname: {sshd.address}, port: {sshd.port}, username: {sshd.username}, key_file: '{sshd.user_key()}'"
+    rows = f"  - {{name: host, platform: linux, {ssh}, {OFTEN}}}\n"
+    with Service(write_inventory(tmp_path, rows)) as service:
+        context, page, faults = visit(browser, service)
+        log_in(page, password=DOCUMENTED)
+        page.goto(resource("host"))
+        state(page, "healthy")
+        before = sshd.fingerprint()
+        sshd.rekey()
+        state(page, "unhealthy")
+        page.get_by_role("button", name="Show the key that it offers").click()
+        trust = page.locator("#trust")
+        trust.get_by_text(before).wait_for()
+        trust.get_by_text(sshd.fingerprint()).wait_for()
+        with page.expect_response(lambda answer: answer.request.method == "GET" and answer.url.endswith("/host")):
+            pass  # a refresh leaves the keys where they are
+        trust.get_by_role("button", name="Trust the offered key").click()
+        state(page, "healthy")
+        context.close()
+        assert not faults
+
+
 # === In place ================================================================
 def test_a_refresh_disturbs_nothing(page: Page) -> None:
     """Rows are the same elements, with focus, typed text, opened details and scrolling as they were."""
     page.set_viewport_size({"width": 800, "height": 300})
-    page.goto(resource("a%20%3Cimg%20src=x%20onerror=alert(1)%3E"))
+    page.goto(HOSTILE_PAGE)
     page.locator("summary", has_text="Output").click()  # closes it: it is bad, hence open
     page.locator("summary", has_text="Maintenance").click()
     page.get_by_label("Reason").fill("half a sen")
@@ -200,6 +264,18 @@ def test_a_refresh_disturbs_nothing(page: Page) -> None:
     assert page.get_by_label("Reason").input_value() == "half a sentence"
 
 
+def test_a_row_that_moves_keeps_the_focus(page: Page) -> None:
+    page.goto("/-/")
+    first = page.locator(".overview tbody tr").first
+    page.get_by_role("link", name="away").focus()
+    origin = {"Origin": page.url.partition("/-/")[0]}
+    for minutes, top in (("30", "away"), ("0", PAYLOAD)):
+        form = {"minutes": minutes, "reason": "moves it down"}
+        assert page.request.post(f"{HOSTILE_PAGE}/maintenance", form=form, headers=origin).status == 200
+        wait_for(lambda top=top: top in first.inner_text())
+        assert page.evaluate("document.activeElement.textContent") == "away"
+
+
 def test_who_only_looks_on_is_idle(page: Page) -> None:
     """The session goes on by what a person does, and not by the page itself."""
     page.goto("/-/")
@@ -217,7 +293,7 @@ def test_a_session_that_is_over_leads_to_the_login_and_back(page: Page, watched:
     ticket = tickets.read(cookie["value"], "session", now)
     assert ticket
     cookie["value"] = tickets.write(ticket._replace(seen=now - SESSION_IDLE))
-    page.context.add_cookies([cookie])  # type: ignore[list-item]  # a Cookie is a SetCookieParam, too
+    page.context.add_cookies([cookie])
     page.wait_for_url("**/-/login?next=/-/resources/steady")
     page.get_by_label("Name").fill("SpiceWorks")
     page.get_by_label("Password").fill(PASSWORD)
@@ -302,8 +378,7 @@ def test_a_viewer_looks(browser: Browser, watched: Service) -> None:
     for path in ("/-/", resource("steady"), resource("away"), "/-/events"):
         page.goto(path)
         assert page.get_by_role("heading", level=1).count() == 1
-        assert page.locator("main button, main summary:has-text('e'), main .button, main [method=post]").all_inner_texts() in (
-            [], ["Output"]), path
+        assert page.locator("main button, main .button, main [method=post]").count() == 0, path
     assert page.get_by_role("link", name="Users").count() == 0
     origin = {"Origin": f"http://{watched.host}:{watched.port}"}
     for path in ("check", "maintenance", "trust", "remove", "edit"):
@@ -333,14 +408,14 @@ def test_what_hosts_and_operators_write_is_text(page: Page) -> None:
     page.locator("section.maintenance").get_by_text(PAYLOAD).wait_for()
     page.goto("/-/events")
     page.get_by_role("cell", name=re.compile(f"in maintenance.*{re.escape(PAYLOAD)}")).first.wait_for()
-    page.goto(resource("a%20%3Cimg%20src=x%20onerror=alert(1)%3E"))
+    page.goto(HOSTILE_PAGE)
     page.get_by_role("button", name="End maintenance").click()
     page.locator("section.maintenance").wait_for(state="detached")
     assert page.locator("main img, main script").count() == 0
 
 
-PATHS = ("/-/login", "/-/", resource("a%20%3Cimg%20src=x%20onerror=alert(1)%3E"), resource("steady"), "/-/events", "/-/users",
-         "/-/add", "/-/password", "/-/resources/none")  # fmt: skip
+PATHS = ("/-/login", "/-/", HOSTILE_PAGE, resource("steady"), "/-/events", "/-/users", "/-/add", "/-/password",
+         resource("none"))  # fmt: skip
 
 
 @pytest.mark.parametrize("width", [360, 1440])

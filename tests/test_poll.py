@@ -649,6 +649,194 @@ def test_a_row_that_cannot_be_read_ends_nothing(house: House, machines: Machines
         wait_for(lambda: house.monitor.poller("db2") is None, 1)
 
 
+# --- maintenance ---
+def maintain(house: House, name: str, seconds: float) -> None:
+    """What another process does to put a resource in maintenance, from now on."""
+    until = f"maintenance = {time.time() + seconds}, maintenance_reason = 'disks'"
+    house.elsewhere(f"UPDATE resource SET {until} WHERE name = '{name}'")
+
+
+def maintenance_events(house: House) -> list[str]:
+    with house.store.reading() as session:
+        found = healthchecker.events(session, kind="change")
+        return [f"{event.resource}: {event.text}" for event in found]
+
+
+def test_maintenance(house: House, machines: Machines) -> None:
+    """Polled, shown, not counted; it ends by itself at its time, without a poll, and that is told once."""
+    house.write("name: db1, interval: 1, fall: 1", "name: db2, interval: 60")
+    machines.behaviours["db1"] = unreachable
+    with house.watching():
+        wait_for(lambda: house.stored("db1")[0] == "unhealthy" and house.stored("db2")[0] == "healthy")
+        assert not house.aggregator.is_healthy()
+        maintain(house, "db1", 2.5)
+        wait_for(house.aggregator.is_healthy, 1)
+        polls = len(machines.moments("db1"))
+        wait_for(lambda: len(machines.moments("db1")) > polls, 2)
+        assert house.stored("db1") == ("unhealthy", "unreachable")
+        assert maintenance_events(house) == []
+        wait_for(lambda: not house.aggregator.is_healthy(), 3.5)
+        wait_for(lambda: maintenance_events(house) == ["db1: maintenance is over"], 1)
+        with house.store.reading() as session:
+            row = session.scalar(sqlalchemy.select(healthchecker.Resource).filter_by(name="db1"))
+            assert row and (row.maintenance, row.maintenance_reason) == (0, "")
+        assert machines.made == ["db1", "db2"], "it is no change of the configuration"
+        maintain(house, "db1", 60)
+        wait_for(house.aggregator.is_healthy, 1)
+        maintain(house, "db1", 0)  # by hand, before its time
+        wait_for(lambda: not house.aggregator.is_healthy(), 1)
+
+
+def test_maintenance_ends_between_two_polls(house: House, machines: Machines) -> None:
+    """The state that it has counts at once, whatever the interval, and its lease is that of its last poll."""
+    house.write("name: db1", "name: db2")
+    machines.behaviours["db1"] = unreachable
+    with house.watching():
+        wait_for(lambda: house.state("db1")[0] == "unhealthy" and house.state("db2")[0] == "healthy")
+        maintain(house, "db1", 1)
+        wait_for(house.aggregator.is_healthy, 1)
+        wait_for(lambda: not house.aggregator.is_healthy(), 2)
+        maintain(house, "db2", 1)
+        wait_for(lambda: len(maintenance_events(house)) == 2, 3)
+        machines.behaviours["db1"] = good
+        house.poller("db1").check_now()
+        wait_for(house.aggregator.is_healthy, 5)
+        assert lease_left(house) < 123 - 2, "that of db2, which was polled at the start"
+        assert len(machines.moments("db2")) == 1
+
+
+def test_maintenance_of_what_does_not_count(house: House, machines: Machines) -> None:
+    house.write("name: db1, critical: false", "name: db2")
+    machines.behaviours["db1"] = unreachable
+    with house.watching():
+        wait_for(lambda: house.state("db1")[0] == "unhealthy" and house.aggregator.is_healthy())
+        maintain(house, "db1", 1)
+        wait_for(lambda: maintenance_events(house) == ["db1: maintenance is over"], 3)
+        assert house.aggregator.is_healthy()
+
+
+def test_maintenance_over_a_restart(house: House, machines: Machines) -> None:
+    """It holds from the start on; one that ended while no service ran is over, and that is told, too."""
+    house.write("name: db1, interval: 1, fall: 1", "name: db2")
+    machines.behaviours["db1"] = unreachable
+    with house.watching():
+        wait_for(lambda: house.stored("db1")[0] == "unhealthy" and house.stored("db2")[0] == "healthy")
+    maintain(house, "db1", 60)
+    with house.watching():
+        assert house.aggregator.is_healthy()
+    maintain(house, "db1", -1)
+    with house.watching():
+        assert not house.aggregator.is_healthy()
+        wait_for(lambda: maintenance_events(house) == ["db1: maintenance is over"], 2)
+    with house.watching():
+        assert not machines.ended.wait(0.7)
+        assert maintenance_events(house) == ["db1: maintenance is over"]
+
+
+def test_maintenance_of_the_only_one_at_the_start(house: House, machines: Machines) -> None:
+    """Nothing is waited for; when it ends before the first result, that one decides."""
+    house.write("name: db1, timeout: 3")
+    machines.behaviours["db1"] = machines.hang
+    maintain(house, "db1", 1)
+    with house.watching():
+        assert house.aggregator.is_healthy()
+        wait_for(lambda: maintenance_events(house) != [], 2.5)
+        assert house.aggregator.is_healthy(), "a resource that is added counts from its first result on"
+        machines.ended.set()
+        wait_for(lambda: not house.aggregator.is_healthy(), 2)
+
+
+# --- a poll on demand ---
+def test_check_now(house: House, machines: Machines) -> None:
+    """The report of a poll that began after the call, already written."""
+    house.write("name: db1, fall: 1")
+    with house.watching():
+        wait_for(house.aggregator.is_healthy)
+        machines.behaviours["db1"] = unreachable
+        begin = time.time()
+        report = house.monitor.check_now("db1", 5)
+        assert report and report.at >= begin
+        assert (report.standing.state, report.verdict.cause) == ("unhealthy", "unreachable")
+        assert house.stored("db1") == ("unhealthy", "unreachable")
+        assert len(machines.polls) == 2
+        assert house.monitor.check_now("nobody", 5) is None
+
+
+def test_check_now_while_a_poll_runs(house: House, machines: Machines) -> None:
+    """That poll may have begun before what was repaired; the answer is the next one's."""
+    house.write("name: db1, timeout: 5, fall: 1")
+    begun = threading.Event()
+
+    def first_slow_then_bad(guard: LoginGuard, deadline: Deadline) -> None:
+        if begun.is_set():
+            raise ProbeError("unreachable", "the second poll")
+        begun.set()
+        machines.ended.wait(0.5)
+
+    machines.behaviours["db1"] = first_slow_then_bad
+    with house.watching():
+        assert begun.wait(5)
+        report = house.monitor.check_now("db1", 5)
+        assert report and report.verdict.reason == "the second poll"
+
+
+def test_check_now_of_a_machine_that_hangs(house: House, machines: Machines) -> None:
+    house.write("name: db1, timeout: 5")
+    machines.behaviours["db1"] = machines.hang
+    with house.watching():
+        begin = time.monotonic()
+        assert house.monitor.check_now("db1", 0.5) is None
+        assert 0.5 <= time.monotonic() - begin < 0.5 + SLACK
+        machines.behaviours["db1"] = good
+        machines.ended.set()
+        report = house.monitor.check_now("db1", 5)
+        assert report and report.verdict.good
+
+
+def test_check_now_by_many(house: House, machines: Machines) -> None:
+    """Each gets an answer, and not each a poll of its own."""
+    house.write("name: db1")
+    machines.behaviours["db1"] = machines.takes(0.2)
+    reports: list[object] = []
+
+    def ask() -> None:
+        reports.append(house.monitor.check_now("db1", 10))
+
+    with house.watching():
+        wait_for(house.aggregator.is_healthy)
+        threads = [threading.Thread(target=ask) for _ in range(20)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(15)
+    assert len(reports) == 20 and None not in reports
+    assert len(machines.polls) <= 8
+
+
+def test_check_now_clears_the_wait_after_a_refused_login(house: House, machines: Machines) -> None:
+    house.write("name: a, interval: 1")
+    machines.behaviours["a"] = machines.login("a", refused)
+    with house.watching():
+        wait_for(lambda: house.state("a") == ("unhealthy", "auth"))
+        report = house.monitor.check_now("a", 5)
+        assert report and report.verdict.cause == "auth" and machines.logins == ["a", "a"]
+        machines.behaviours["a"] = machines.login("a")
+        report = house.monitor.check_now("a", 5)
+        assert report and report.verdict.good
+
+
+def test_check_now_with_the_settings_of_now(house: House, machines: Machines) -> None:
+    """A change is followed first."""
+    house.write("name: db1")
+    with house.watching():
+        wait_for(house.aggregator.is_healthy)
+        house.write("name: db1, interval: 30", "name: db2")
+        house.monitor.catch_up()
+        for name in ("db1", "db2"):
+            report = house.monitor.check_now(name, 5)
+            assert report and report.target.settings.interval == (30 if name == "db1" else 60)
+
+
 # --- simulated ---
 def test_simulated_outages(house: House) -> None:
     house.write("name: s, platform: simulated, mean_healthy: 0.5, mean_unhealthy: 0.5, seed: 3, interval: 1,"

@@ -225,11 +225,12 @@ def stored_states(folder: Path) -> list[str]:
         return [state for (state,) in connection.execute("SELECT state FROM status")]
 
 
-def test_a_restart_closes_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("workers", ["0", "auto"])
+def test_a_restart_closes_nothing(workers: str, tmp_path: Path) -> None:
     """Stored states count on until the first polls (here slow ones) are through: no 503 once listening."""
     slow = "checks: [{name: slow, command: sleep 0.5}]"
     rows = [f"  - {{name: r{number}, platform: local, interval: 20, {slow}}}" for number in range(3)]
-    path = write_inventory(tmp_path, "\n".join(rows))
+    path = write_inventory(tmp_path, "\n".join(rows), f"  workers: {workers}\n")
     statuses: list[int] = []
     with Service(path) as service:
         service.wait_status("/", 200, 8)
