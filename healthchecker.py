@@ -4438,6 +4438,7 @@ TEMPLATES = {"layout.html": """<!doctype html>
 <main id="main" tabindex="-1"{% if refresh %} data-refresh{% endif %}>
 {% block main %}{% endblock %}
 </main>
+{% if user %}<footer class="soft">Times are the server's own, {{ zone }}.</footer>{% endif %}
 <div class="tip" id="tip" hidden></div>
 </body>
 </html>
@@ -4604,6 +4605,18 @@ Polled every {{ shown.row.interval|lasting }}. Availability:
 {{ span }} <b>{{ "%.2f %%"|format(percent) if percent is number else "unknown" }}</b>{{ "." if loop.last else "," }}
 {% endfor %}</p>
 <div data-polls="{{ shown.href }}/polls">{{ shown.strip }}</div>
+<details id="polls"><summary>Last polls</summary>
+<table>
+<caption class="hidden">Last polls, newest first</caption>
+{{ heads("Time", "State", "Seconds", "Reason") }}
+<tbody>
+{% for poll in polls|reverse %}
+<tr><td><time>{{ poll.at|clock }}</time></td><td>{{ state(poll.state) }}</td>
+<td>{{ "%.2f"|format(poll.readings.seconds) if poll.readings.seconds }}</td>
+<td>{{ poll.cause }}{% if poll.reason %}: {{ poll.reason }}{% endif %}</td></tr>
+{% endfor %}
+</tbody>
+</table></details>
 {% if shown.cause == "host_key" and user.role == "admin" %}
 <form method="post" action="{{ shown.href }}/trust" id="trust" data-inline data-keep>
 {% if offered %}
@@ -4860,8 +4873,9 @@ STYLE = r"""
 * { box-sizing: border-box; }
 body, h1, h2, p, ul, ol, dl, dd, figure, fieldset { margin: 0; padding: 0; }
 body { overflow-wrap: anywhere; }
-.top, .notice, main { padding: 0 max(1rem, 50vw - 52rem); }
-main { padding-bottom: 2rem; outline: none; }
+.top, .notice, main, footer { padding: 0 max(1rem, 50vw - 52rem); }
+main { outline: none; }
+footer { padding-block: 1.5rem; font-size: .8125rem; }
 h1 { font-size: 1.5rem; line-height: 1.25; }
 h2 { font-size: 1rem; }
 a { color: var(--link); text-decoration-thickness: 1px; text-underline-offset: .15em; }
@@ -4902,7 +4916,7 @@ time { white-space: nowrap; }
 .gate li { padding-top: .25rem; }
 .message { margin-top: .75rem; }
 .message > * + *, .panel > * + * { margin-top: .5rem; }
-.now .state { font-size: 1.25rem; margin-right: .5rem; }
+.now > p .state { font-size: 1.25rem; margin-right: .5rem; }
 #trouble:not(:has(p)) { display: none; }
 .why { font-size: 1.0625rem; }
 
@@ -6660,7 +6674,7 @@ def admit(site: Site, routes: Mapping[str, Route]) -> None:
         raise Refusal("log in first", 401)
     if request.method not in SAFE_METHODS:
         same = same_origin(request)
-        if same is False or (same is None and who.ticket and who.ticket.kind == "session"):
+        if same is False or (same is None and needs and who.ticket and who.ticket.kind == "session"):
             raise Refusal("this request does not come from a page of this service", 403)
     if who.restricted and not (route and route.restricted):
         raise Refusal("change the documented password first", 403)
@@ -6709,7 +6723,7 @@ def perform(operation: Operation, **names: str) -> flask.typing.ResponseReturnVa
         taken = [flask.request.args.to_dict() if operation.method == "GET" else json_body()]
     found = operation.run(visitor(), *names.values(), *taken)
     if operation.answer is None:
-        return "", 204
+        return flask.Response(status=204, content_type="")
     return flask.Response(TypeAdapter(operation.answer).dump_json(found), operation.status, mimetype="application/json")
 
 
@@ -6772,7 +6786,7 @@ def page(template: str, status: int = 200, **shown: Any) -> flask.Response:
     who: Visitor | None = flask.g.get("visitor")
     common: dict[str, Any] = {"user": who.user if who else None, "errors": {}, "given": {}}
     if who and who.operator:
-        common["now"] = who.site.clock()
+        common |= {"now": who.site.clock(), "zone": time.strftime("%Z")}
         with contextlib.suppress(sqlalchemy.exc.SQLAlchemyError), who.site.store.reading() as session:
             common["initial"] = initial_user(session) is not None   # the page may be to say that this fails
     text = flask.render_template(template, **(common | shown)).encode()
@@ -6944,6 +6958,7 @@ def resource_page(name: str, status: int = 200, **more: Any) -> flask.Response:
         if one is None:
             raise Refusal("there is no such resource", 404)
         more |= {"charts": charts(session, one, span, now), "availability": availability(session, one.row.id, now),
+                 "polls": samples(session, one.row.id),
                  "events": events(session, resource=name, limit=OWN_EVENTS)}
     sample = (json.loads(one.status.sample) if one.status else None) or NO_SAMPLE
     outcomes = [(kind, called, outcome) for kind in ("service", "check")
@@ -7217,7 +7232,8 @@ def refusal_page(error: Refusal) -> Answer:
     """What a browser gets instead of the page; those who have to log in are led there and back."""
     if error.status == 401 and flask.request.method in SAFE_METHODS:
         return flask.redirect(f"/-/login?next={quote(flask.request.full_path.rstrip('?'))}", 303)
-    if "visitor" in flask.g and visitor().restricted and error.status == 403 and flask.request.method in SAFE_METHODS:
+    who: Visitor | None = flask.g.get("visitor")
+    if who and who.operator and who.restricted and error.status == 403 and flask.request.method in SAFE_METHODS:
         return flask.redirect("/-/password", 303)
     return page("error.html", error.status, title=http.HTTPStatus(error.status).phrase, problem=str(error))
 

@@ -1,0 +1,213 @@
+"""Clients of the console: over HTTP to a service of its own, and in this process with a clock that a test sets."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import random
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.parse import quote, urlencode
+
+import flask
+from service import Service, prepared_keys, write_inventory
+
+from healthchecker import (
+    COOKIE,
+    Access,
+    Desk,
+    HealthAggregator,
+    Inventory,
+    KnownHosts,
+    Monitor,
+    Recorder,
+    Resolver,
+    Retention,
+    Site,
+    Store,
+    Vault,
+    Watch,
+    build_console,
+    ensure_first_user,
+    import_inventory,
+    load_inventory,
+    session_key,
+)
+
+NAME, DOCUMENTED = "SpiceWorks", "HealthChecker"
+PASSWORD = "correct horse battery"
+JSON, PROBLEM, FORM = "application/json", "application/problem+json", "application/x-www-form-urlencoded"
+
+
+class Reply(NamedTuple):
+    """An answer; header names in lower case, `json` None when the body is none."""
+
+    status: int
+    headers: dict[str, str]
+    body: str
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.body) if "json" in self.headers.get("content-type", "") else None
+
+    @property
+    def fields(self) -> dict[str, str]:
+        """The fields of a problem, with what is wrong with each."""
+        return {fault["field"]: fault["message"] for fault in self.json.get("errors", [])}
+
+    @property
+    def cookie(self) -> str:
+        """The session that it sets, empty for none."""
+        for part in self.headers.get("set-cookie", "").split(";"):
+            name, _, value = part.strip().partition("=")
+            if name == COOKIE:
+                return value
+        return ""
+
+
+class Client:
+    """Speaks to a service as a program (with `token`) or as a browser (with `cookie`)."""
+
+    def __init__(self, host: str, port: int) -> None:
+        self.host, self.port = host, port
+        self.token = self.cookie = ""
+
+    @property
+    def origin(self) -> str:
+        return f"http://{self.host}:{self.port}"
+
+    def ask(self, method: str, path: str, body: str | bytes = "", headers: Mapping[str, str] | None = None) -> Reply:
+        """One request with just these headers and, where there is one, the login."""
+        login = {"Authorization": f"Bearer {self.token}"} if self.token else {}
+        login |= {"Cookie": f"{COOKIE}={self.cookie}"} if self.cookie else {}
+        connection = http.client.HTTPConnection(self.host, self.port, timeout=70)
+        try:
+            connection.request(method, path, body or None, {**login, **(headers or {})})
+            answer = connection.getresponse()
+            text = answer.read().decode("utf-8", "replace")
+            return Reply(answer.status, {name.lower(): value for name, value in answer.getheaders()}, text)
+        finally:
+            connection.close()
+
+    def api(self, method: str, path: str, body: Any = None, **headers: str) -> Reply:
+        """A request to the API; what comes back is JSON, a problem, or nothing."""
+        content = "" if body is None else json.dumps(body)
+        reply = self.ask(method, f"/-/api/{path}", content, {"Content-Type": JSON, **headers} if content else headers)
+        expected = "" if reply.status == 204 else JSON if reply.status < 400 else PROBLEM
+        assert reply.headers.get("content-type", "") == expected, reply
+        return reply
+
+    def form(self, path: str, fields: Mapping[str, str], **headers: str) -> Reply:
+        """A form sent by a page of the service."""
+        return self.ask("POST", path, urlencode(fields), {"Content-Type": FORM, "Origin": self.origin, **headers})
+
+    def log_in(self, name: str = NAME, password: str = PASSWORD) -> Client:
+        """This client with a bearer token."""
+        reply = self.api("POST", "login", {"username": name, "password": password})
+        assert reply.status == 200, reply
+        self.token = reply.json["token"]
+        return self
+
+    def open_session(self, name: str = NAME, password: str = PASSWORD) -> Client:
+        """This client with a session."""
+        reply = self.form("/-/login", {"username": name, "password": password})
+        assert reply.status == 303 and reply.cookie, reply
+        self.cookie = reply.cookie
+        return self
+
+
+def resource_path(name: str) -> str:
+    return f"resources/{quote(name, safe='')}"
+
+
+@contextlib.contextmanager
+def console(folder: Path, resources: str = "", service: str = "") -> Iterator[tuple[Service, Client]]:
+    """A service whose first user has the password PASSWORD, and a client with its token."""
+    prepared_keys(folder)
+    with Service(write_inventory(folder, resources, service)) as running:
+        client = Client(running.host, running.port).log_in(NAME, DOCUMENTED)
+        assert client.api("POST", "password", {"current": DOCUMENTED, "new": PASSWORD}).status == 204
+        client.token = ""
+        yield running, client.log_in()
+
+
+class Clock:
+    """A clock that stands still until a test moves it."""
+
+    def __init__(self, now: float = 1_800_000_000.0) -> None:
+        self.now = now
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Local:
+    """The console in this process, its main process's side included; asked through WSGI, from any address."""
+
+    def __init__(self, inventory: Inventory, store: Store, desk: Desk, aggregator: HealthAggregator) -> None:
+        self.store, self.clock, self.desk = store, Clock(), desk
+        key = session_key(inventory.path.parent / "keys")
+        self.site = Site(store, inventory, desk.ask, key, aggregator.lease, self.clock)
+        self.app: flask.Flask = build_console(self.site)
+        self.token = self.cookie = ""
+
+    def ask(
+        self,
+        method: str,
+        path: str,
+        body: str = "",
+        headers: Mapping[str, str] | None = None,
+        address: str = "127.0.0.1",
+        **environ: Any,
+    ) -> Reply:
+        login = {"Authorization": f"Bearer {self.token}"} if self.token else {}
+        login |= {"Cookie": f"{COOKIE}={self.cookie}"} if self.cookie else {}
+        answer = self.app.test_client(use_cookies=False).open(
+            path,
+            method=method,
+            data=body,
+            headers={**login, **(headers or {})},
+            environ_overrides={"REMOTE_ADDR": address, **environ},
+        )
+        return Reply(answer.status_code, {name.lower(): value for name, value in answer.headers}, answer.text)
+
+    def api(self, method: str, path: str, body: Any = None, **more: Any) -> Reply:
+        headers = {"Content-Type": JSON, **more.pop("headers", {})}
+        return self.ask(method, f"/-/api/{path}", "" if body is None else json.dumps(body), headers, **more)
+
+    def form(self, path: str, fields: Mapping[str, str], **more: Any) -> Reply:
+        headers = {"Content-Type": FORM, "Origin": "http://localhost", **more.pop("headers", {})}
+        return self.ask("POST", path, urlencode(fields), headers, **more)
+
+    def log_in(self, name: str = NAME, password: str = DOCUMENTED, **more: Any) -> Local:
+        reply = self.api("POST", "login", {"username": name, "password": password}, **more)
+        assert reply.status == 200, reply
+        self.token, self.cookie = reply.json["token"], ""
+        return self
+
+    def open_session(self, name: str = NAME, password: str = DOCUMENTED, **more: Any) -> Local:
+        reply = self.form("/-/login", {"username": name, "password": password}, **more)
+        assert reply.status == 303 and reply.cookie, reply
+        self.token, self.cookie = "", reply.cookie
+        return self
+
+
+@contextlib.contextmanager
+def local_console(folder: Path, resources: str = "", service: str = "") -> Iterator[Local]:
+    """A console with everything that is behind it; nothing polls."""
+    prepared_keys(folder)
+    inventory = load_inventory(write_inventory(folder, resources, service))
+    store, vault = Store(folder / "healthchecker.db"), Vault(folder / "keys")
+    with store.writing() as session:
+        ensure_first_user(session)
+        import_inventory(session, inventory, vault)
+    aggregator = HealthAggregator()
+    access = Access(KnownHosts(folder / "known_hosts"), Resolver())
+    watch = Watch(aggregator, Recorder(store, aggregator, Retention()), access, random.Random(1))
+    desk = Desk(store, vault, Monitor(store, vault, watch), access, inventory.path, Clock())
+    try:
+        yield Local(inventory, store, desk, aggregator)
+    finally:
+        store.close()
