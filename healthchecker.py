@@ -213,7 +213,6 @@ TURN = 1.0                      # seconds between two looks at all connections
 ACCEPT_PAUSE = 0.5              # seconds without accepting when the system has no descriptor left
 COMPLAINT = 60.0                # seconds between two log lines about that
 POOL_BUFFER = 16 << 20          # bytes of a response that wait for a slow client before its pool thread does
-LOOP_BUFFER = 1 << 30           # bytes; on the loop nobody can wait
 SEND_BYTES = 1 << 16            # bytes of a response that the loop gathers before it sends
 LAST_FLUSH = 1.5                # seconds for the last reports to be written when the service ends
 ASK_TIMEOUT = 90.0              # seconds that a worker waits for the main process: a poll may take long
@@ -7862,6 +7861,11 @@ class GateChannel(TimedChannel):
             head = None
         return int(super().write_soon(head + data if head else data))
 
+    def _flush_outbufs_below_high_watermark(self) -> None:
+        """Waits for a slow client, but never on the loop: nobody else would send what it waits for."""
+        if not self.server.on_loop:
+            super()._flush_outbufs_below_high_watermark()
+
     def begin(self) -> None:
         """A request is complete; its answer may have to wait."""
         self.began, self.body_bytes = time.perf_counter(), 0
@@ -7895,7 +7899,7 @@ class GateServer(TimedServer):
         adjustments = Adjustments(
             threads=max(1, threads), connection_limit=connections, ident=None, backlog=BACKLOG,
             clear_untrusted_proxy_headers=False, asyncore_use_poll=hasattr(select, "poll"),
-            outbuf_high_watermark=POOL_BUFFER if threads else LOOP_BUFFER, max_request_body_size=service.body_limit)
+            outbuf_high_watermark=POOL_BUFFER, max_request_body_size=service.body_limit)
         adjustments.proxies = tuple(map(ipaddress.ip_network, service.trusted_proxy))
         if not threads:
             adjustments.send_bytes = SEND_BYTES     # the loop sends at its next turn, all answers of this one together
@@ -7915,12 +7919,17 @@ class GateServer(TimedServer):
     def draining(self) -> bool:
         return self._gate.draining
 
+    @property
+    def on_loop(self) -> bool:
+        """Whether it is the loop that asks."""
+        return threading.get_ident() == self._thread
+
     def set_reuse_addr(self) -> None:
         """Nothing: the socket is bound, and on Windows the option would let another server share its port."""
 
     def pull_trigger(self) -> None:
         """Wakes the loop, unless it is the loop that asks."""
-        if threading.get_ident() != self._thread:
+        if not self.on_loop:
             super().pull_trigger()
 
     def readable(self) -> bool:
