@@ -229,6 +229,7 @@ WORKER_LIFE = 10.0              # seconds after which a worker's end is no sign 
 WORKER_PAUSES = (0.0, 0.5, 1, 2, 5, 10, 30)     # seconds before the 1st, 2nd, … replacement of short-lived workers
 WORKER_END = 2.0                # seconds between the end of draining and the end of the process
 DRAIN = 7.5                     # seconds for requests in flight when the service ends
+LAST_ASK = 0.25                 # seconds in which clients that were answered just before may still ask then
 POOL_END = 0.5                  # seconds for idle pool threads to end
 SESSION_KEY_BYTES = 32          # bytes of keys/session.key
 SESSION_LIFE = 8 * 3600.0       # seconds from the login to the end of a session
@@ -7818,7 +7819,7 @@ class GateTask(WireTask):
                 self.channel.served(self, outcome)
 
     def build_response_header(self) -> bytes:
-        if self.channel.server.draining:
+        if self.channel.server.draining and self.channel.asks_no_more:
             self.request.headers["CONNECTION"] = "close"
         self.channel.head = b""
         return cast(bytes, super().build_response_header())
@@ -7866,6 +7867,12 @@ class GateChannel(TimedChannel):
         if not self.server.on_loop:
             super()._flush_outbufs_below_high_watermark()
 
+    @property
+    def asks_no_more(self) -> bool:
+        """Whether nothing has come behind the request that is answered now."""
+        with self.requests_lock:
+            return len(self.requests) == 1 and self.request is None
+
     def begin(self) -> None:
         """A request is complete; its answer may have to wait."""
         self.began, self.body_bytes = time.perf_counter(), 0
@@ -7909,7 +7916,7 @@ class GateServer(TimedServer):
         self._share = self.tally.share
         self.accepting = False
         self._thread = threading.get_ident()
-        self._ends = math.inf
+        self._ends = self._idle_end = math.inf
         pools = {"own": Pool(OWN_THREADS, service.queue)} | ({"app": Pool(threads, service.queue)} if threads else {})
         sockinfo = (sock.family, sock.type, sock.proto, sock.getsockname())
         super().__init__(gate, {}, True, sock, dispatcher=LoopDispatcher(gate.pool_of, pools), adj=adjustments,
@@ -7957,17 +7964,17 @@ class GateServer(TimedServer):
         """The loop."""
         poll = wasyncore.poll2 if self.adj.asyncore_use_poll else wasyncore.poll
         self._gate.loop_thread = self._thread = threading.get_ident()
-        while not self._drained():
-            poll(GLANCE if self._share.defers or self.draining else self.adj.asyncore_loop_timeout, self._map)
+        while not self._drained():      # asked right after all that has come was read
             self.task_dispatcher.drain()
             self._share.hold(len(self.active_channels))
             self.tally.queued(self.task_dispatcher.waiting)
+            poll(GLANCE if self._share.defers or self.draining else self.adj.asyncore_loop_timeout, self._map)
         self.tally.close()
         self.task_dispatcher.shutdown(POOL_END)
         wasyncore.close_all(self._map)
 
     def _drained(self) -> bool:
-        """Once stopping: accepts nobody, closes idle connections; True when none is left."""
+        """Once stopping: accepts nobody, soon closes idle connections; True when none is left."""
         if not self._gate.draining:
             return False
         if self.accepting:      # who waits to be accepted has perhaps sent a request already
@@ -7979,11 +7986,13 @@ class GateServer(TimedServer):
             self.accepting = False
             self.del_channel()
             self.socket.close()
+            self._idle_end = time.monotonic() + LAST_ASK
             return False
-        for channel in list(self.active_channels.values()):
+        now = time.monotonic()
+        for channel in list(self.active_channels.values()) if now > self._idle_end else ():
             if not channel.requests and channel.request is None and not channel.total_outbufs_len:
                 channel.handle_close()
-        return not self.active_channels or time.monotonic() > self._ends
+        return not self.active_channels or now > self._ends
 
 
 def listen(service: ServiceSettings) -> socket.socket:

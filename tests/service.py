@@ -1,7 +1,10 @@
-"""Starts healthchecker.py as a process of its own, as a service or for one command, and collects what it prints."""
+"""Starts healthchecker.py as a process of its own, as a service or for one command, and collects what it prints.
+
+`Team` starts worker processes alone: what the main process does with them, the test does itself."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import http.client
 import importlib
@@ -21,7 +24,7 @@ from typing import Any, NamedTuple
 from typing_extensions import Self  # typing has it from Python 3.11 on
 
 import healthchecker
-from healthchecker import Vault
+from healthchecker import Crew, HealthAggregator, Refusal, Site, Store, Vault, listen, load_inventory
 
 PROGRAM = Path(__file__).resolve().parent.parent / "healthchecker.py"
 SERVING = re.compile(r"serving on http://(\S+):(\d+)")
@@ -196,6 +199,7 @@ class Service:
             errors="replace",
             env=self._environment,
             creationflags=OWN_CONSOLE,
+            start_new_session=True,  # a group of its own: Ctrl-C at the tests is not Ctrl-C at the service
         )
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
@@ -216,6 +220,7 @@ class Service:
                 code = self.stop()
                 assert code == self.code, f"exit code {code}, not {self.code}:\n{self.output}"
                 assert "Traceback" not in self.output, self.output
+                assert self._ended, "a process was left behind: something still holds the output"
         finally:
             self.kill()
 
@@ -281,5 +286,43 @@ class Service:
         self.process.kill()
         self.process.wait()
         self._reader.join(5)
-        if self.process.stdout:
+        if self.process.stdout and self._ended:  # a process that was left behind would make this wait
             self.process.stdout.close()
+
+
+class Team:
+    """Worker processes on a free port; this process is their main process.
+
+    with Team(tmp_path, 2, "  app: shop:app") as team:
+        team.aggregator.SetResource("db1", False)
+    """
+
+    def __init__(self, folder: Path, workers: int, service: str = "") -> None:
+        inventory = load_inventory(write_inventory(folder, "", f"  workers: {workers}\n{service}"))
+        sock = listen(inventory.service)
+        self.address = ("127.0.0.1", int(sock.getsockname()[1]))
+        self.aggregator = HealthAggregator()
+        with contextlib.closing(Store(folder / "healthchecker.db")) as store:
+            site = Site(store, inventory, self._ask, bytes(32), self.aggregator.lease)
+        self.crew = Crew(site, store.path, sock)
+        self._thread = threading.Thread(target=self.crew.serve)
+
+    @staticmethod
+    def _ask(kind: str, **_: Any) -> Any:
+        raise Refusal(f"nobody is here for {kind}", 503)
+
+    def __enter__(self) -> Self:
+        """With an open gate. Raises UsageError where the application cannot be loaded."""
+        try:
+            self.crew.start()
+        except BaseException:
+            self.crew.close()
+            raise
+        self.aggregator.start()
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.crew.stop()
+        self._thread.join()
+        self.crew.close()
