@@ -5214,6 +5214,7 @@ class Share:
     def __init__(self, crowd: Crowd, worker: int, clock: Callable[[], float] = time.monotonic) -> None:
         self._crowd, self._worker, self._clock = crowd, worker, clock
         self._left = -math.inf      # when this worker last left a connection to the others
+        self._looked = False        # since then, and took none
 
     def hold(self, connections: int) -> None:
         """Tells the others."""
@@ -5224,11 +5225,20 @@ class Share:
         """Whether the others have the head start now."""
         return self._clock() < self._left + HEAD_START and self._crowd.allowance(self._worker) <= 0
 
+    def look(self) -> bool:
+        """Whether to look for connections in this turn of the loop."""
+        if self.defers:
+            return False
+        if self._looked:    # and there was none: the others have taken what was left to them
+            self._left = -math.inf
+        self._looked = True
+        return True
+
     def take(self) -> int:
         """How many of the connections that wait this worker may accept now."""
-        allowed, now = self._crowd.allowance(self._worker), self._clock()
-        if allowed <= 0 and now >= self._left + 2 * HEAD_START:
-            self._left = now
+        self._looked, allowed = False, self._crowd.allowance(self._worker)
+        if allowed <= 0 and self._left == -math.inf:
+            self._left = self._clock()
             return 0
         self._left = -math.inf
         return allowed if allowed > 0 else ACCEPTS      # the others had their time and did not come
@@ -7941,7 +7951,7 @@ class GateServer(TimedServer):
 
     def readable(self) -> bool:
         """Whether the loop is to look for new connections."""
-        return bool(super().readable()) and not self._share.defers
+        return bool(super().readable()) and self._share.look()
 
     def handle_accept(self) -> None:
         """Takes its share of the connections that wait: waitress takes one per turn, which starves a crowd."""
