@@ -8167,7 +8167,12 @@ class Worker:
     def close(self) -> None:
         """What the application left running does not keep the process."""
         self._wire.close(WORKER_END / 2)
-        ending = threading.Timer(WORKER_END / 2, os._exit, (0,))
+        self._end_after(0.0)
+
+    @staticmethod
+    def _end_after(seconds: float) -> None:
+        """Ends the process a little later, whatever it is at by then."""
+        ending = threading.Timer(seconds + WORKER_END / 2, os._exit, (0,))
         ending.daemon = True
         ending.start()
 
@@ -8179,9 +8184,10 @@ class Worker:
                 answers.put(message[2])
             return
         if message != ("serve",):
-            self._ending = True
+            self._ending, drain = True, DRAIN if message else ORPHAN_DRAIN
             if self._server:
-                self._server.stop(DRAIN if message else ORPHAN_DRAIN)
+                self._server.stop(drain)
+            self._end_after(drain + POOL_END if self._server else 0.0)
         self._told.set()
 
 
