@@ -8284,12 +8284,13 @@ class Crew:
         self._counters = Counters(self._count)
         self._hands: list[Hand] = []
         self._short = [0] * self._count             # short lives in a row, by worker
-        self._due: dict[int, float] = {}            # when to replace those that died
+        self._due: dict[int, float] = {}            # when to replace those that died or could not be started
         self._stopping = False
 
     def start(self) -> None:
         """Starts all and waits until they can serve. Raises UsageError where the application cannot be loaded."""
-        self._hands = [self._launch(number) for number in range(self._count)]
+        for number in range(self._count):
+            self._hands.append(self._launch(number))    # known at once: the next one may fail
         while not self._stopping and not all(hand.ready.is_set() for hand in self._hands):
             for hand in self._hands:
                 if not hand.alive:
@@ -8340,13 +8341,23 @@ class Crew:
             number = hand.number
             if number not in self._due and not hand.alive:
                 self._counters.vacate(number)
-                self._short[number] = self._short[number] + 1 if now - hand.born < WORKER_LIFE else 0
-                self._due[number] = now + WORKER_PAUSES[min(self._short[number], len(WORKER_PAUSES) - 1)]
-                log.error("%s; starting another", hand.why)
+                if hand.ready.is_set() and now - hand.born >= WORKER_LIFE:
+                    self._short[number] = 0
+                self._put_off(number, now, f"{hand.why}; starting another")
         for number in [number for number, due in self._due.items() if due <= now]:
+            try:
+                self._hands[number] = self._launch(number)
+            except OSError as error:    # no descriptors, memory or processes are left: that may pass
+                self._put_off(number, now, f"worker {number} cannot be started: {error.strerror}; trying again")
+                continue
             del self._due[number]
-            self._hands[number] = self._launch(number)
             self._hands[number].wire.put("serve")
+
+    def _put_off(self, number: int, now: float, why: str) -> None:
+        """Plans the next start of a worker; each in a row comes later."""
+        self._due[number] = now + WORKER_PAUSES[min(self._short[number], len(WORKER_PAUSES) - 1)]
+        self._short[number] += 1
+        log.error("%s", why)
 
 # === Commands ================================================================
 MINIMAL_INVENTORY = """resources:
