@@ -8091,7 +8091,10 @@ class WireHandler(logging.Handler):
         self._wire = wire
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._wire.put("log", record.levelno, self.format(record))
+        try:
+            self._wire.put("log", record.levelno, self.format(record))
+        except Exception:       # noqa: BLE001  # as every handler: a faulty call must not fail whoever logs
+            self.handleError(record)
 
 
 @dataclass(frozen=True)
@@ -8123,7 +8126,7 @@ class Worker:
     def run(self) -> None:
         post, service = self._post, self._post.inventory.service
         self._wire.open()
-        logging.basicConfig(level=logging.INFO, handlers=[WireHandler(self._wire)], force=True)
+        logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[WireHandler(self._wire)], force=True)
         try:
             site = Site(Store(post.database), post.inventory, self.ask, post.session_key, post.lease)
             self._server = GateServer(build_gate(site, post.counters), post.sock, service, connection_limit(0),
