@@ -81,6 +81,7 @@ import uuid
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, Protocol, TypeVar, cast, get_args
 from urllib.parse import quote, unquote, unquote_to_bytes, urlencode
@@ -8207,6 +8208,7 @@ ENDINGS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGBREAK") i
 def signals_held() -> Iterator[None]:
     """Signals that end the service wait meanwhile; a process started here is born with them held (POSIX)."""
     if sys.platform != "win32":
+        resource_tracker.ensure_running()   # started below, it would let the signals pass
         signal.pthread_sigmask(signal.SIG_BLOCK, ENDINGS)
     try:
         yield
