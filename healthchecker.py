@@ -8111,6 +8111,17 @@ class Post:
     counters: Counters
     pipe: PipeConnection
 
+    def keep(self) -> None:
+        """Lets no process that the application starts have port and pipe: it may outlive the service."""
+        if sys.platform != "win32":     # where it inherits nothing by itself
+            self.sock.set_inheritable(False)
+            os.set_inheritable(self.pipe.fileno(), False)
+            os.register_at_fork(after_in_child=self.close)
+
+    def close(self) -> None:
+        self.sock.close()
+        self.pipe.close()
+
 
 class Worker:
     """In a worker process: serves from the main process's word on until it says stop, or dies."""
@@ -8223,6 +8234,7 @@ def work(post: Post) -> None:
         signal.signal(number, lambda *_: None)
     if sys.platform != "win32":
         signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDINGS)
+    post.keep()
     quiet_libraries()
     worker = Worker(post)
     try:
