@@ -8049,6 +8049,7 @@ class Wire:
     def __init__(self, pipe: PipeConnection, receive: Callable[[Any], None]) -> None:
         self._pipe, self._receive = pipe, receive
         self._out: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._ended = itertools.count()     # of both threads
         self._threads = [threading.Thread(target=run, name="wire", daemon=True) for run in (self._send, self._listen)]
 
     def open(self) -> None:
@@ -8076,12 +8077,19 @@ class Wire:
         with contextlib.suppress(OSError):      # the other side has ended; the listener tells
             while (message := self._out.get()) is not None:
                 self._pipe.send(message)
+        self._end()
 
     def _listen(self) -> None:
         with contextlib.suppress(OSError, EOFError):
             while True:
                 self._receive(self._pipe.recv())
         self._receive(None)
+        self._end()
+
+    def _end(self) -> None:
+        """The second thread to end closes the pipe: nobody uses it then."""
+        if next(self._ended):
+            self._pipe.close()
 
 
 class WireHandler(logging.Handler):
@@ -8363,12 +8371,14 @@ class Crew:
                 self._put_off(number, now, f"{hand.why}; starting another")
         for number in [number for number, due in self._due.items() if due <= now]:
             try:
-                self._hands[number] = self._launch(number)
+                hand = self._launch(number)
             except OSError as error:    # no descriptors, memory or processes are left: that may pass
                 self._put_off(number, now, f"worker {number} cannot be started: {error.strerror}; trying again")
                 continue
+            hand.wire.put("serve")
+            self._hands[number].process.close()
+            self._hands[number] = hand
             del self._due[number]
-            self._hands[number].wire.put("serve")
 
     def _put_off(self, number: int, now: float, why: str) -> None:
         """Plans the next start of a worker; each in a row comes later."""
