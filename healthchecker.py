@@ -8111,7 +8111,6 @@ class Post:
     """What a worker process is given."""
 
     number: int
-    inventory: Inventory        # without secrets
     database: Path
     session_key: bytes
     sock: socket.socket
@@ -8134,8 +8133,8 @@ class Post:
 class Worker:
     """In a worker process: serves from the main process's word on until it says stop, or dies."""
 
-    def __init__(self, post: Post) -> None:
-        self._post = post
+    def __init__(self, post: Post, inventory: Inventory) -> None:
+        self._post, self._inventory = post, inventory
         self._wire = Wire(post.pipe, self._receive)
         self._told = threading.Event()      # what to do: serve, or end
         self._ending = False
@@ -8144,11 +8143,11 @@ class Worker:
         self._asked: dict[int, queue.SimpleQueue[Any]] = {}     # questions to the main process by their number
 
     def run(self) -> None:
-        post, service = self._post, self._post.inventory.service
+        post, service = self._post, self._inventory.service
         self._wire.open()
         logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[WireHandler(self._wire)], force=True)
         try:
-            site = Site(Store(post.database), post.inventory, self.ask, post.session_key, post.lease)
+            site = Site(Store(post.database), self._inventory, self.ask, post.session_key, post.lease)
             self._server = GateServer(build_gate(site, post.counters), post.sock, service, connection_limit(0),
                                       Tally(post.counters, post.number, self._access_log(service)))
         except HealthCheckerError as error:
@@ -8244,7 +8243,11 @@ def work(post: Post) -> None:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDINGS)
     post.keep()
     quiet_libraries()
-    worker = Worker(post)
+    try:
+        (inventory,) = post.pipe.recv()
+    except (EOFError, OSError):     # the main process has ended
+        return
+    worker = Worker(post, inventory)
     try:
         worker.run()
     finally:
@@ -8351,13 +8354,13 @@ class Crew:
         context = multiprocessing.get_context("spawn")      # the same on every system
         ours, theirs = context.Pipe()
         site = self._site
-        post = Post(number, site.inventory, self._database, site.session_key, self._sock, site.lease, self._counters,
-                    theirs)
+        post = Post(number, self._database, site.session_key, self._sock, site.lease, self._counters, theirs)
         process = context.Process(target=work, args=(post,), name=f"worker {number}")
         with signals_held():
             process.start()
         theirs.close()      # or the worker's end would not be seen
         hand = Hand(number, process, ours, site.ask, self._access_file)
+        hand.wire.put(site.inventory)       # a large one would keep us waiting for the process if it were given to it
         hand.wire.open()
         return hand
 
