@@ -772,8 +772,6 @@ def message_of(item: dict[str, Any]) -> str:
     """pydantic's text without values and in our wording."""
     if item["loc"] and item["loc"][-1] == "platform":
         return f"must be one of {', '.join(SELECTABLE)}"
-    if item["loc"] and item["loc"][-1] == "workers":
-        return "must be 0: worker processes are not built in yet"
     if item["type"] in ("missing", "extra_forbidden"):
         return "is missing" if item["type"] == "missing" else "is unknown"
     text = re.sub(r"^Value should have (.*) items? after validation.*", r"must have \1 characters", str(item["msg"]))
