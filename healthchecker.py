@@ -127,7 +127,7 @@ try:
     from waitress import wasyncore
     from waitress.adjustments import Adjustments
     from waitress.buffers import OverflowableBuffer
-    from waitress.channel import ClientDisconnected, HTTPChannel
+    from waitress.channel import HTTPChannel
     from waitress.parser import HTTPRequestParser
     from waitress.receiver import ChunkedReceiver, FixedStreamReceiver
     from waitress.server import TcpWSGIServer
@@ -5523,7 +5523,7 @@ class AccessLog(threading.Thread):
         headers = request.headers
         self._waiting.append((
             time.time(), (task.environ or {}).get("REMOTE_ADDR", channel.addr[0]),
-            getattr(request, "first_line", b"")[:ACCESS_CHARS], task.status[:3] if task.wrote_header else "499",
+            getattr(request, "first_line", b"")[:ACCESS_CHARS], task.status[:3],
             channel.body_bytes, seconds, outcome, headers.get("REFERER", "-")[:AGENT_CHARS],
             headers.get("USER_AGENT", "-")[:AGENT_CHARS]))
 
@@ -7818,7 +7818,7 @@ class GateTask(WireTask):
             if outcome not in ROWS:
                 outcome = STATUS_OUTCOMES.get(self.status[:1], "5xx")
         except BaseException as error:      # SystemExit and the like would end the loop or leave the client waiting
-            if not (self.wrote_header or isinstance(error, ClientDisconnected)):
+            if not self.wrote_header:
                 outcome = ""        # waitress answers 500 by a GateErrorTask
             if isinstance(error, Exception):
                 raise

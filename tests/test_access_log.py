@@ -132,6 +132,20 @@ def test_lines_come_in_order_and_in_batches() -> None:
     assert max(map(len, batches)) == ACCESS_LINES and len(batches) <= 1000 // ACCESS_LINES + 10
 
 
+def test_the_end_waits_for_the_last_lines() -> None:
+    batches: list[Sequence[str]] = []
+
+    def sink(lines: Sequence[str]) -> None:
+        threading.Event().wait(0.2)  # what a disk may take
+        batches.append(lines)
+
+    access_log = AccessLog(sink)
+    access_log.start()
+    access_log.note(task(), "2xx", 0.001)
+    access_log.close()
+    assert len(batches) == 1
+
+
 def test_a_sink_that_blocks_costs_lines_and_no_memory(caplog: pytest.LogCaptureFixture) -> None:
     free, batches, blocked = threading.Event(), [], threading.Event()
 
@@ -283,8 +297,7 @@ def test_a_service_keeps_one(tmp_path: Path, threads: int) -> None:
         raw(service, b"nonsense\r\n\r\n")
         wait_for(lambda: len(entries(tmp_path)) == 7)
         service.get("/last")
-    found = entries(tmp_path)
-    assert [(entry["request"], entry["status"], entry["outcome"]) for entry in found] == [
+    wanted = [
         ("GET /?length=70000 HTTP/1.1", "200", "2xx"),
         ("GET /chunks?length=9 HTTP/1.1", "200", "2xx"),
         ("GET /boom HTTP/1.1", "500", "5xx"),
@@ -294,6 +307,9 @@ def test_a_service_keeps_one(tmp_path: Path, threads: int) -> None:
         ("nonsense", "400", "bad"),
         ("GET /last HTTP/1.1", "200", "2xx"),
     ]
+    requests = [request for request, _, _ in wanted]  # of several threads a later one may be noted first
+    found = sorted(entries(tmp_path), key=lambda entry: requests.index(entry["request"]))
+    assert [(entry["request"], entry["status"], entry["outcome"]) for entry in found] == wanted
     sizes = [int(entry["size"]) for entry in found]
     assert sizes[0] == 70000 and 9 <= sizes[1] < 40 and sizes[3] == 0 and min(sizes[4:]) > 0
     assert found[0]["agent"] == "client/1"
