@@ -8470,24 +8470,25 @@ def front(site: Site, database: Path, sock: socket.socket, access_file: AccessFi
                       Tally(counters, 0, access_log))
 
 
-def prepare(installation: Installation, store: Store) -> Vault:
-    """Brings database and keys to what the inventory says, all or nothing."""
+def prepare(installation: Installation, store: Store) -> tuple[Vault, list[tuple[int, str]]]:
+    """Brings database and keys to what the inventory says, all or nothing; and what the log is to say once it runs."""
     with store.writing() as session:
         vault = installation.open_vault(session)
         ensure_first_user(session)
         changes = import_inventory(session, installation.inventory, vault)
         initial = initial_user(session)
-    log.info("inventory: %s", changes)
+    lines = [(logging.INFO, f"inventory: {changes}")]
     if initial:
-        log.warning("the password of %s is the documented one: change it at /-/password or by `user passwd`", initial)
-    return vault
+        lines.append((logging.WARNING, f"the password of {initial} is the documented one: change it at /-/password "
+                                       "or by `user passwd`"))
+    return vault, lines
 
 
 def watch_and_serve(installation: Installation, sock: socket.socket, store: Store,
                     access_file: AccessFile | None) -> None:
     """Takes the inventory over, starts the watch and serves until a signal comes."""
     inventory, aggregator = installation.inventory, HealthAggregator()
-    vault, access = prepare(installation, store), installation.access()
+    (vault, lines), access = prepare(installation, store), installation.access()
     recorder = Recorder(store, aggregator, inventory.service.retention)
     monitor = Monitor(store, vault, Watch(aggregator, recorder, access, random.Random()))
     desk = Desk(store, vault, monitor, access, installation.path)
@@ -8497,6 +8498,8 @@ def watch_and_serve(installation: Installation, sock: socket.socket, store: Stor
             contextlib.closing(front(site, installation.database, sock, access_file)) as server:
         for number in ENDINGS:
             signal.signal(number, lambda *_: server.stop())
+        for level, line in lines:
+            log.log(level, "%s", line)
         monitor.begin()
         host, port = sock.getsockname()[:2]
         log.info("serving on http://%s:%d", f"[{host}]" if ":" in host else host, port)

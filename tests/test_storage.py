@@ -247,7 +247,7 @@ def test_moved_without_its_password(old: str, new: str, bench: Bench) -> None:
     """A password never goes to another host or account by itself: exit 3 with line and column, nothing changed."""
     bench.load(FIRST)
     before = dump(bench.database)
-    with pytest.raises(SecretError, match=r"^inventory\.yaml:5:5: .*write the password again$") as caught:
+    with pytest.raises(SecretError, match=r"^inventory\.yaml:6:5: .*write the password again$") as caught:
         bench.load(FIRST.replace(old, new))
     assert caught.value.exit_code == 3
     assert dump(bench.database) == before
@@ -259,7 +259,7 @@ def test_every_fault_of_an_import_comes_at_once(bench: Bench) -> None:
     """Two new resources without any credential: a line for each."""
     with pytest.raises(InventoryError) as caught:
         bench.load("  - {hostname: a, username: u}\n  - {hostname: b, username: u}\n")
-    assert re.findall(r"^inventory\.yaml:(\d+:\d+): ", str(caught.value), re.MULTILINE) == ["4:5", "5:5"]
+    assert re.findall(r"^inventory\.yaml:(\d+:\d+): ", str(caught.value), re.MULTILINE) == ["5:5", "6:5"]
 
 
 def test_sealed_for_another_resource(bench: Bench) -> None:
@@ -268,7 +268,7 @@ def test_sealed_for_another_resource(bench: Bench) -> None:
     bench.load(FIRST.replace(": pa", f": {token}"))
     assert bench.password("a.example.com") == "pa"
     before = dump(bench.database)
-    with pytest.raises(SecretError, match=r"^inventory\.yaml:5:5: ") as caught:
+    with pytest.raises(SecretError, match=r"^inventory\.yaml:6:5: ") as caught:
         bench.load(FIRST.replace(": pa", f": {token}").replace(": pb", f": {token}"))
     assert token not in str(caught.value) and dump(bench.database) == before
 
@@ -280,7 +280,7 @@ def test_rows_of_the_api_are_left_alone(bench: Bench) -> None:
     changes = bench.load(B)
     assert changes == ([], [], ["c"], ["b.example.com"])
     assert bench.rows()["a.example.com"] == before
-    with pytest.raises(InventoryError, match=r"^inventory\.yaml:4:5: .*through the API"):
+    with pytest.raises(InventoryError, match=r"^inventory\.yaml:5:5: .*through the API"):
         bench.load(FIRST)
     assert bench.rows().keys() == {"a.example.com", "b.example.com"}
 
@@ -609,7 +609,7 @@ STARTS: dict[str, tuple[Callable[[Path], Path], int, str]] = {
     "keys missing": (start_without_keys, 3, "KEY"),
     "keys and passwords missing": (start_without_keys_and_passwords, 3, "KEY"),
     "other keys": (start_with_other_keys, 3, "KEY"),
-    "username changed without password": (start_moved, 3, r"^inventory\.yaml:5:5: .*write the password again"),
+    "username changed without password": (start_moved, 3, r"^inventory\.yaml:6:5: .*write the password again"),
     "database folder missing": (start_nowhere, 4, r"x\.db"),
 }
 
