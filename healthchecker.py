@@ -5988,6 +5988,7 @@ class Desk:
 
     def check(self, name: str) -> dict[str, Any]:
         """Polls a resource and waits for the result."""
+        self.monitor.catch_up()
         report = self.monitor.check_now(name, CHECK)
         if report is None:
             raise Refusal(f"there is no result after {CHECK:.0f} s; the poll goes on", 504)

@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from statistics import median
 
+import sqlalchemy
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import healthchecker as hc
@@ -112,7 +114,26 @@ def charts(store: hc.Store) -> Mapping[str, tuple[Callable[[], object], float]]:
     return {"chart of a month, read": (chart, 150), "availability of a month": (availability, 150)}
 
 
-def rows(short: bool = False, pages: Pages = charts) -> Iterator[Figure]:
+def site(store: hc.Store) -> Mapping[str, tuple[Callable[[], object], float]]:
+    """The pages as they are sent, and what one of them reads."""
+    with store.writing() as session:
+        session.add(hc.User.create("monitor", "correct horse battery"))
+    inventory = hc.Inventory(store.path.with_name("inventory.yaml"), hc.ServiceSettings(), [])
+    served = hc.Site(store, inventory, lambda kind: None, b"k" * hc.SESSION_KEY_BYTES, hc.Lease(), lambda: NOW)
+    client = hc.build_console(served).test_client()
+    with store.reading() as session:
+        user = session.scalars(sqlalchemy.select(hc.User)).one()
+        client.set_cookie(hc.COOKIE, hc.open_ticket(served, "session", user), path=hc.PREFIX)
+
+    def ask(path: str, found: bytes) -> None:
+        assert found in client.get(hc.PREFIX + path, environ_base={"REMOTE_ADDR": "127.0.0.1"}).data
+
+    return {"overview": (lambda: ask("", b"db1000"), 250),
+            "page of one with the charts of a month": (lambda: ask(f"resources/db{LOOKED_AT}?span=month", b"CPU"), 250),
+            **charts(store)}
+
+
+def rows(short: bool = False, pages: Pages = site) -> Iterator[Figure]:
     """The figures; a `short` run fills a tenth and counts the size of the rest from that."""
     share = 10 if short else 1
     retention = hc.Retention()
