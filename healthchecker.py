@@ -215,6 +215,7 @@ ACCEPT_PAUSE = 0.5              # seconds without accepting when the system has 
 COMPLAINT = 60.0                # seconds between two log lines about that
 POOL_BUFFER = 16 << 20          # bytes of a response that wait for a slow client before its pool thread does
 SEND_BYTES = 1 << 16            # bytes of a response that the loop gathers before it sends
+QUICK = 0.005                   # seconds of an answer that its pool thread leaves to the loop to send
 LAST_FLUSH = 1.5                # seconds for the last reports to be written when the service ends
 ASK_TIMEOUT = 90.0              # seconds that a worker waits for the main process: a poll may take long
 WORKERS_MAX = 8                 # worker processes that `auto` starts at most
@@ -7819,6 +7820,7 @@ class GateTask(WireTask):
 
     def service(self) -> None:
         outcome = "cut"
+        self.channel.started = time.perf_counter()
         try:
             super().service()
             outcome = self.environ.get(OUTCOME)
@@ -7837,8 +7839,9 @@ class GateTask(WireTask):
     def build_response_header(self) -> bytes:
         if self.channel.server.draining and self.channel.asks_no_more:
             self.request.headers["CONNECTION"] = "close"
-        self.channel.head = b""
-        return cast(bytes, super().build_response_header())
+        head = cast(bytes, super().build_response_header())
+        self.channel.head, self.channel.body_length = b"", self.content_length
+        return head
 
     def finish(self) -> None:
         super().finish()
@@ -7859,11 +7862,13 @@ class GateErrorTask(RefusalTask):
 
 
 class GateChannel(TimedChannel):
-    """Sends head and body at once: in a pool, each send hands the interpreter lock over."""
+    """Sends head and body at once, and what a pool thread answered quickly and whole together with other answers at
+    the loop's next turn: in a pool, each send hands the interpreter lock over."""
 
     task_class = GateTask
     error_task_class = GateErrorTask
-    began = 0.0             # when the request was complete
+    began = started = 0.0   # when the request was complete, and when its answer was begun
+    body_length: int | None = None      # of the answer; None: not known
     body_bytes = 0          # of the answer, so far; with the framing of chunks
     head: bytes | None = None   # of a response, until its body comes; b"": the next piece is the head; None: sent
 
@@ -7876,6 +7881,8 @@ class GateChannel(TimedChannel):
         if head and not isinstance(data, bytes):    # a file of wsgi.file_wrapper
             super().write_soon(head)
             head = None
+        if head and len(data) == self.body_length and time.perf_counter() - self.started < QUICK:
+            return self._gather(head + data)
         return int(super().write_soon(head + data if head else data))
 
     def _flush_outbufs_below_high_watermark(self) -> None:
@@ -7888,6 +7895,14 @@ class GateChannel(TimedChannel):
         """Whether nothing has come behind the request that is answered now."""
         with self.requests_lock:
             return len(self.requests) == 1 and self.request is None
+
+    def _gather(self, answer: bytes) -> int:
+        """Leaves an answer to the loop."""
+        self.adj = self.server.gathering
+        try:
+            return int(super().write_soon(answer))
+        finally:
+            self.adj = self.server.adj
 
     def begin(self) -> None:
         """A request is complete; its answer may have to wait."""
@@ -7915,6 +7930,7 @@ class GateServer(TimedServer):
     """waitress on a socket that is bound already, with our loop: serves until `stop`, then drains."""
 
     channel_class = GateChannel
+    _woken = False      # the loop is to turn once more before it waits
 
     def __init__(self, gate: Gate, sock: socket.socket, service: ServiceSettings, connections: int,
                  tally: Tally | None = None) -> None:
@@ -7924,8 +7940,10 @@ class GateServer(TimedServer):
             clear_untrusted_proxy_headers=False, asyncore_use_poll=hasattr(select, "poll"),
             outbuf_high_watermark=POOL_BUFFER, max_request_body_size=service.body_limit)
         adjustments.proxies = tuple(map(ipaddress.ip_network, service.trusted_proxy))
+        self.gathering = copy.copy(adjustments)
+        self.gathering.send_bytes = SEND_BYTES      # the loop sends at its next turn, all answers of this one together
         if not threads:
-            adjustments.send_bytes = SEND_BYTES     # the loop sends at its next turn, all answers of this one together
+            adjustments = self.gathering
         self._gate = gate
         gate.app_on_loop = not threads
         self.tally = tally or Tally(Counters(1))
@@ -7951,8 +7969,9 @@ class GateServer(TimedServer):
         """Nothing: the socket is bound, and on Windows the option would let another server share its port."""
 
     def pull_trigger(self) -> None:
-        """Wakes the loop, unless it is the loop that asks."""
-        if not self.on_loop:
+        """Wakes the loop, once in a turn; unless it is the loop that asks."""
+        if not self.on_loop and not self._woken:
+            self._woken = True
             super().pull_trigger()
 
     def readable(self) -> bool:
@@ -7981,6 +8000,7 @@ class GateServer(TimedServer):
         poll = wasyncore.poll2 if self.adj.asyncore_use_poll else wasyncore.poll
         self._gate.loop_thread = self._thread = threading.get_ident()
         while not self._drained():      # asked right after all that has come was read
+            self._woken = False     # from here on the turn may miss what another thread leaves to it
             self.task_dispatcher.drain()
             self._share.hold(len(self.active_channels))
             self.tally.queued(self.task_dispatcher.waiting)
