@@ -8369,7 +8369,8 @@ class Crew:
             hand.wire.put("stop")
         ends = time.monotonic() + DRAIN + WORKER_END
         for hand in self._hands:
-            hand.process.join(max(0.0, ends - time.monotonic()))
+            while hand.alive and time.monotonic() < ends:   # join would wait for what the application forked, too
+                time.sleep(CREW_SWEEP)
             if hand.alive:
                 log.warning("worker %d does not end and is killed", hand.number)
                 hand.process.kill()
