@@ -8234,7 +8234,7 @@ class Worker:
             self._ending, drain = True, DRAIN if message else ORPHAN_DRAIN
             if self._server:
                 self._server.stop(drain)
-            self._end_after(drain + POOL_END if self._server else 0.0)
+            self._end_after(drain if self._server else 0.0)
         self._told.set()
 
 
