@@ -13,7 +13,6 @@ import io
 import os
 import platform
 import random
-import re
 import resource
 import shutil
 import subprocess
@@ -22,7 +21,7 @@ import tempfile
 import threading
 import time
 import timeit
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 from functools import partial
@@ -42,21 +41,17 @@ PLUGIN = Path("/usr/lib/nagios/plugins/check_by_ssh")  # where Debian's monitori
 START, END = "<!-- bench -->", "<!-- /bench -->"
 REPORTED = 10_000  # resources of the aggregator's figures
 WATCHED = 1000  # simulated resources of the load figures
-# The one-line application, and what waitress.serve() does with it, but with the port told.
-APP = 'from flask import Flask\napp = Flask(__name__)\napp.add_url_rule("/", view_func=lambda: "Hello")\n'
-WAITRESS = """import logging, sys, waitress
-from oneline import app
-logging.basicConfig()
-if sys.argv[1] == "silenced":
-    logging.getLogger("waitress.queue").setLevel(logging.CRITICAL)
-server = waitress.create_server(app, listen="127.0.0.1:0")
-print(server.effective_port, flush=True)
-server.run()
+SLEEP = 0.01  # seconds that an answer of /slow takes
+# The one-line application, with another line for a page that blocks.
+APP = f"""import time
+from flask import Flask
+app = Flask(__name__)
+app.add_url_rule("/", view_func=lambda: "Hello")
+app.add_url_rule("/slow", "slow", view_func=lambda: time.sleep({SLEEP}) or "Hello")
 """
 SETTINGS = "  workers: 0\n  threads: 0\n  app: 'oneline:app'\n  known_hosts: known_hosts"
 # Healthy at every poll, for an outage of a millisecond is hardly ever met: what is measured is the watching.
 SIMULATED = "  - {{name: r{}, platform: simulated, interval: 10, mean_healthy: 1e6, mean_unhealthy: 0.001}}\n"
-REFUSING = "  - {name: bad, platform: local, checks: [{name: never, command: 'false'}]}\n"
 Rounds = dict[str, list[float]]  # name -> what was measured in each round
 
 
@@ -98,11 +93,10 @@ def at_most(figure: str, values: list[float], limit: float, unit: str, digits: i
     return Row(figure, f"{shown(values, digits)} {unit}", f"≤ {limit:g} {unit}", median(values) <= limit)
 
 
-def times_as_many(figure: str, many: list[float], few: list[float], limit: float) -> Row:
-    """A row that wants `limit` times as many requests, or more."""
-    ratio = median(many) / median(few)
-    measured = f"{ratio:.2f} times ({median(many):,.0f} to {shown(few)})"
-    return Row(figure, measured, f"≥ {limit:g} times", ratio >= limit)
+def all_at_most(figure: str, measured: Sequence[list[float]], limit: float, unit: str, digits: int = 0) -> Row:
+    """A row of several figures, each of which may be `limit`, not more."""
+    text = " / ".join(shown(values, digits) for values in measured)
+    return Row(figure, f"{text} {unit}", f"≤ {limit:g} {unit}", all(median(values) <= limit for values in measured))
 
 
 def in_turn(rounds: int, measures: Mapping[str, Callable[[], float]]) -> Rounds:
@@ -138,10 +132,10 @@ def aggregator_rows(_: Plan) -> Iterator[Row]:
     asked = in_turn(25, {"one": one, "many": many})
     if not (small.IsHealthy() and large.IsHealthy()):
         raise RuntimeError("the aggregators are not healthy")
-    yield at_most("`IsHealthy()`, 1 resource", asked["one"], 200, "ns")
-    yield at_most(f"`IsHealthy()`, {REPORTED:,} resources", asked["many"], 200, "ns")
-    for batch, what in {"again": "renewals", "down": "to unhealthy", "up": "to healthy"}.items():
-        yield at_most(f"`SetResource()`, {REPORTED:,} resources, {what}", told[batch], 20, "μs", 1)
+    yield all_at_most(f"`IsHealthy()`, 1 / {REPORTED:,} resources", (asked["one"], asked["many"]), 200, "ns")
+    batches = told["again"], told["down"], told["up"]
+    figure = f"`SetResource()`, {REPORTED:,} resources, renewals / to unhealthy / to healthy"
+    yield all_at_most(figure, batches, 20, "μs", 1)
 
 
 def gate_rows(_: Plan) -> Iterator[Row]:
@@ -169,65 +163,17 @@ def gate_rows(_: Plan) -> Iterator[Row]:
 
 
 @contextlib.contextmanager
-def gated(resources: str, status: int) -> Iterator[Service]:
-    """The service in front of the one-line application, in one process, once it answers with `status`."""
+def gated(resources: str, status: int, settings: str = SETTINGS) -> Iterator[Service]:
+    """The service in front of the one-line application, once it answers with `status`."""
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "oneline.py").write_text(APP, encoding="utf-8")
-        with Service(write_inventory(Path(folder), resources, SETTINGS), deadline=60) as service:
+        with Service(write_inventory(Path(folder), resources, settings), deadline=90) as service:
             service.wait_status("/", status)
             yield service
 
 
-@contextlib.contextmanager
-def under_waitress(mode: str) -> Iterator[str]:
-    """The one-line application under waitress with 4 threads, shipped or silenced; gives its URL."""
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "oneline.py").write_text(APP, encoding="utf-8")
-        command = [sys.executable, "-c", WAITRESS, mode]
-        null, pipe = subprocess.DEVNULL, subprocess.PIPE
-        with subprocess.Popen(command, cwd=folder, stdin=null, stdout=pipe, stderr=null) as server:
-            assert server.stdout
-            try:
-                yield f"http://127.0.0.1:{int(server.stdout.readline())}/"
-            finally:
-                server.kill()
-
-
 def url(service: Service) -> str:
     return f"http://{service.host}:{service.port}/"
-
-
-def load(address: str, seconds: int, refused: bool = False) -> float:
-    """Requests per second over 32 connections; an error when the answers are not of the expected kind."""
-    command = [str(WRK), "-t1", "-c32", f"-d{seconds}s", address]
-    said = subprocess.run(command, capture_output=True, check=True).stdout.decode()
-    total, bad = re.search(r"(\d+) requests in", said), re.search(r"Non-2xx or 3xx responses: (\d+)", said)
-    if total is None or int(bad[1] if bad else 0) != (int(total[1]) if refused else 0):
-        raise RuntimeError(f"not the expected answers: {said}")
-    return int(total[1]) / seconds
-
-
-def request_rows(plan: Plan) -> Iterator[Row]:
-    """The one-line Flask application behind the gate and under waitress; refusals."""
-    if not WRK:
-        yield Row("Requests per second", "skipped: wrk is not installed")
-        return
-    with contextlib.ExitStack() as running:
-        ours = url(running.enter_context(gated(SIMULATED.format(0), 200)))
-        closed = url(running.enter_context(gated(REFUSING, 503)))
-        theirs = {mode: running.enter_context(under_waitress(mode)) for mode in ("shipped", "silenced")}
-        measures = {
-            "gated": lambda: load(ours, plan.load),
-            "shipped": lambda: load(theirs["shipped"], plan.load),
-            "silenced": lambda: load(theirs["silenced"], plan.load),
-            "refused": lambda: load(closed, plan.load, refused=True),
-        }
-        rounds = in_turn(plan.rounds, measures)
-    answered = rounds["gated"]
-    yield Row("Flask in one line, gated, `threads: 0`, one process", f"{shown(answered)} requests/s")
-    yield times_as_many("... to waitress as shipped, 4 threads", answered, rounds["shipped"], 2)
-    yield times_as_many("... to waitress, its queue logger silenced", answered, rounds["silenced"], 4)
-    yield times_as_many("A refusal to an answer", rounds["refused"], answered, 1.5)
 
 
 # === Many resources ==========================================================
@@ -239,9 +185,9 @@ def cpu_seconds(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def slowest_percent(address: str, seconds: int) -> float:
-    """The 99th percentile in milliseconds at a steady 400 requests/s, far below what is possible."""
-    command = [str(HEY), "-z", f"{seconds}s", "-c", "4", "-q", "100", "-o", "csv", address]
+def slowest_percent(address: str, seconds: int, clients: int = 4, rate: float = 400) -> float:
+    """The 99th percentile in milliseconds at a steady rate, by default far below what is possible."""
+    command = [str(HEY), "-z", f"{seconds}s", "-c", str(clients), "-q", str(rate / clients), "-o", "csv", address]
     said = subprocess.run(command, capture_output=True, check=True).stdout.decode()
     answers = list(csv.DictReader(io.StringIO(said)))
     if not answers or any(answer["status-code"] != "200" for answer in answers):
@@ -377,9 +323,11 @@ def main() -> int:
     _, end, after = rest.partition(END)
     if not (start and end):
         parser.error(f"{arguments.write} has no {START} ... {END}")
+    from bench_serving import history_rows, serving_rows  # noqa: PLC0415  # it imports this file
+
     rows: list[Row] = []
     noises = [noise()]
-    for part in (aggregator_rows, gate_rows, request_rows, watching_rows, ssh_rows):
+    for part in (aggregator_rows, gate_rows, serving_rows, watching_rows, ssh_rows, history_rows):
         for row in part(SHORT if arguments.short else FULL):
             rows.append(row)
             print(row, file=sys.stderr)
@@ -392,4 +340,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    sys.modules["bench"] = sys.modules[__name__]  # the same for the files that import it
     sys.exit(main())
