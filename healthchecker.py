@@ -5793,8 +5793,9 @@ class SettingsReader(InventoryLoader):
 
     def read(self, given: Mapping[str, Any], stored: Mapping[str, Any]) -> Entry:
         """`given` over `stored`; null stands for the default. Raises Refusal."""
-        entry = self._entry(0, {name: value for name, value in given.items() if value is not None},
-                            {name: value for name, value in stored.items() if given.get(name, "") is not None})
+        defaults = {name for name in ResourceSettings.model_fields if given.get(name, "") is None}
+        entry = self._entry(0, {name: value for name, value in given.items() if name not in defaults},
+                            {name: value for name, value in stored.items() if name not in defaults})
         if entry is None or self.fields:
             raise refusal_of(self.fields)
         return entry
