@@ -215,7 +215,7 @@ ACCEPT_PAUSE = 0.5              # seconds without accepting when the system has 
 COMPLAINT = 60.0                # seconds between two log lines about that
 POOL_BUFFER = 16 << 20          # bytes of a response that wait for a slow client before its pool thread does
 SEND_BYTES = 1 << 16            # bytes of a response that the loop gathers before it sends
-QUICK = 0.005                   # seconds of an answer that its pool thread leaves to the loop to send
+QUICK = 0.005                   # seconds of CPU time of an answer that its pool thread leaves to the loop to send
 LAST_FLUSH = 1.5                # seconds for the last reports to be written when the service ends
 ASK_TIMEOUT = 90.0              # seconds that a worker waits for the main process: a poll may take long
 WORKERS_MAX = 8                 # worker processes that `auto` starts at most
@@ -7821,7 +7821,7 @@ class GateTask(WireTask):
 
     def service(self) -> None:
         outcome = "cut"
-        self.channel.started = time.perf_counter()
+        self.channel.started = time.thread_time()
         try:
             super().service()
             outcome = self.environ.get(OUTCOME)
@@ -7868,7 +7868,8 @@ class GateChannel(TimedChannel):
 
     task_class = GateTask
     error_task_class = GateErrorTask
-    began = started = 0.0   # when the request was complete, and when its answer was begun
+    began = 0.0             # when the request was complete
+    started = 0.0           # CPU time of the thread that answers, from when on it does
     body_length: int | None = None      # of the answer; None: not known
     body_bytes = 0          # of the answer, so far; with the framing of chunks
     head: bytes | None = None   # of a response, until its body comes; b"": the next piece is the head; None: sent
@@ -7882,7 +7883,7 @@ class GateChannel(TimedChannel):
         if head and not isinstance(data, bytes):    # a file of wsgi.file_wrapper
             super().write_soon(head)
             head = None
-        if head and len(data) == self.body_length and time.perf_counter() - self.started < QUICK:
+        if head and len(data) == self.body_length and time.thread_time() - self.started < QUICK:
             return self._gather(head + data)
         return int(super().write_soon(head + data if head else data))
 
