@@ -5643,6 +5643,7 @@ class Gate:
         """The pool that answers a path, "own" or "app"; "" for what cannot block: it never waits behind slow work.
 
         Who shows a login may see more of /-/health, which takes longer."""
+        path = "/" + path.lstrip("/")       # as waitress does for PATH_INFO
         if path.startswith(PREFIX):
             shows_login = path == HEALTH and ("COOKIE" in headers or "AUTHORIZATION" in headers)
             return "own" if shows_login or path not in self._routes else ""
@@ -5707,7 +5708,8 @@ def builtin_app() -> WSGIApplication:
 def load_app(name: str, folder: Path) -> WSGIApplication:
     """Imports `module:callable` with `folder` first on the path; raises UsageError."""
     module, _, attribute = name.partition(":")
-    sys.path.insert(0, str(folder))
+    if str(folder) not in sys.path[:1]:
+        sys.path.insert(0, str(folder))
     try:
         app: Any = importlib.import_module(module)
         for part in attribute.split("."):
@@ -7794,8 +7796,7 @@ class LoopDispatcher:
         """Called with the channel's lock held, hence only queues."""
         request = task.requests[0]
         task.begin()
-        path = "/" + request.path.lstrip("/")
-        pool = None if request.error else self.pools.get(self._pool_of(path, request.headers))
+        pool = None if request.error else self.pools.get(self._pool_of(request.path, request.headers))
         if pool is None or pool.full:
             self._ready.append(task)
         else:
@@ -8547,6 +8548,8 @@ def serve(arguments: argparse.Namespace) -> int:
     access_file = AccessFile(installation.resolve(service.access_log)) if service.access_log else None
     sock = listen(service)
     inspect_database(installation.database)
+    if service.app and not service.worker_count:
+        load_app(service.app, installation.path.parent)     # a bad one ends the start before anything is written
     with contextlib.closing(lock_database(installation.database)), \
             contextlib.closing(installation.open_store()) as store:
         watch_and_serve(installation, sock, store, access_file)

@@ -451,8 +451,8 @@ def test_it_never_runs_on_the_loop() -> None:
     lease = Lease()
     gate = Gate(lambda environ, start_response: [], lease, metrics=lambda header: ("200 OK", [], b""))
     for lease.until.value in (0.0, float("inf")):
-        assert not gate.on_loop("/-/metrics") and not gate.on_loop("///-/metrics")
-        assert gate.on_loop("/-/livez") and gate.on_loop("//-/livez")
+        assert gate.pool_of("/-/metrics") == gate.pool_of("///-/metrics") == "own"
+        assert gate.pool_of("/-/livez") == gate.pool_of("//-/livez") == ""
 
 
 # === The service =============================================================
