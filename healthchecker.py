@@ -191,7 +191,7 @@ STRIP = 60                      # polls of a resource that the overview shows
 DAY = 86_400                    # seconds
 QUARTER = 900                   # seconds of which an average is kept
 QUARTER_GRACE = 5.0             # seconds for the last reports of a quarter to be written
-TIDYING = 0.01                  # seconds at a time for making averages and dropping what is too old
+TIDY_TURNS = 600                # flushes over which the averages of a quarter are spread
 PRUNED = 10_000                 # rows of a resource, or events, that are dropped at once
 EVENTS = 100_000                # events that are kept at most: a resource may flap for a year
 RETRY_AFTER_MAX = 3600          # seconds
@@ -3761,12 +3761,18 @@ def roll_up(session: Session, resource_id: int, end: int) -> None:
         session.execute(sqlalchemy.insert(AverageRow), rows)
 
 
+# Two for each table: both ends in one would be no range. Written out, for they run every second.
+PRUNE = tuple(sqlalchemy.text(
+    f"DELETE FROM {table} WHERE resource_id = :id AND at IN (SELECT at FROM {table} "   # noqa: S608  # nobody's words
+    f"WHERE resource_id = :id AND {outside} LIMIT {PRUNED})")
+    for table in ("sample", "average") for outside in (f"at < :{table}", "at > :future"))
+
+
 def prune(session: Session, resource_id: int, retention: Retention, now: float) -> None:
     """Drops what is older than `retention`, PRUNED rows at most, and what is of a future that a clock once showed."""
-    for table, days in ((SampleRow, retention.raw), (AverageRow, retention.averages)):
-        for outside in (table.at < now - days * DAY, table.at > now + QUARTER):     # both at once would be no range
-            doomed = sqlalchemy.select(table.at).where(table.resource_id == resource_id, outside).limit(PRUNED)
-            session.execute(sqlalchemy.delete(table).where(table.resource_id == resource_id, table.at.in_(doomed)))
+    for statement in PRUNE:
+        session.execute(statement, {"id": resource_id, "sample": now - retention.raw * DAY,
+                                    "average": now - retention.averages * DAY, "future": now + QUARTER})
 
 
 def prune_events(session: Session, retention: Retention, now: float) -> None:
@@ -3889,6 +3895,7 @@ class Recorder(threading.Thread):
         self._ending = threading.Event()
         self._rolled = 0                        # Unix time until which averages are made or in the making
         self._untidy: list[int] = []            # ids of resources whose averages are to be made
+        self._share = 0                         # how many of them at a time
         self._flushing = threading.Lock()       # guards all below, and the order of what is written
         self._gate_since = time.time()
         self._batch = Batch()
@@ -3922,16 +3929,18 @@ class Recorder(threading.Thread):
                 log.error("the database cannot be written: %s", one_line(str(getattr(error, "orig", error))))
 
     def tidy(self, now: float) -> bool:
-        """Makes averages of the quarters that are over and drops what is too old, for TIDYING seconds at a time; says
-        whether there is more to do."""
+        """Makes averages of the quarters that are over and drops what is too old, for a few resources at a time, since
+        it takes a millisecond each; says whether there is more to do."""
         end = int((now - QUARTER_GRACE) // QUARTER) * QUARTER
-        begun = time.monotonic()
+        if not self._untidy and end == self._rolled:
+            return False
         try:
-            if not self._untidy and end != self._rolled:
+            if not self._untidy:
                 with self._store.writing() as session:
                     prune_events(session, self._retention, now)
                     self._untidy, self._rolled = list(session.scalars(sqlalchemy.select(Resource.id))), end
-            while self._untidy and time.monotonic() - begun < TIDYING:
+                self._share = len(self._untidy) // TIDY_TURNS + 1
+            for _ in range(min(self._share, len(self._untidy))):
                 resource_id = self._untidy.pop()
                 with self._store.writing() as session:
                     roll_up(session, resource_id, self._rolled)
