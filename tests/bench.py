@@ -41,6 +41,7 @@ PLUGIN = Path("/usr/lib/nagios/plugins/check_by_ssh")  # where Debian's monitori
 START, END = "<!-- bench -->", "<!-- /bench -->"
 REPORTED = 10_000  # resources of the aggregator's figures
 WATCHED = 1000  # simulated resources of the load figures
+HOSTS, HOSTS_INTERVAL = 200, 30  # Windows hosts of the load figure; seconds over which their polls are spread
 SLEEP = 0.01  # seconds that an answer of /slow takes
 # The one-line application, with another line for a page that blocks.
 APP = f"""import time
@@ -48,6 +49,16 @@ from flask import Flask
 app = Flask(__name__)
 app.add_url_rule("/", view_func=lambda: "Hello")
 app.add_url_rule("/slow", "slow", view_func=lambda: time.sleep({SLEEP}) or "Hello")
+"""
+# A Windows host as far as a poll can tell, for as long as its standard input is open.
+WINDOWS_HOST = """import sys
+from wsman_server import WSManServer
+with open("recorded/windows/administrator.json", encoding="utf-8") as recorded:
+    answer = recorded.read()
+with WSManServer("http", "ntlm", answer=answer, shell_limit=1000) as server:
+    print(server.port, flush=True)
+    for _ in sys.stdin:
+        print(server.polls, flush=True)
 """
 SETTINGS = "  workers: 0\n  threads: 0\n  app: 'oneline:app'\n  known_hosts: known_hosts"
 # Healthy at every poll, for an outage of a millisecond is hardly ever met: what is measured is the watching.
@@ -195,6 +206,18 @@ def slowest_percent(address: str, seconds: int, clients: int = 4, rate: float = 
     return sorted(float(answer["response-time"]) for answer in answers)[len(answers) * 99 // 100] * 1e3
 
 
+def slowed_row(figure: str, busy: Service, idle: Service, plan: Plan) -> Row:
+    """A row that wants the slowest requests of `busy` to take twice as long as those of `idle` at most."""
+    if not HEY:
+        return Row(figure, "skipped: hey is not installed")
+    measures = {"busy": lambda: slowest_percent(url(busy), 2 * plan.load)}
+    measures["idle"] = lambda: slowest_percent(url(idle), 2 * plan.load)
+    rounds = in_turn(plan.rounds, measures)
+    ratio = median(rounds["busy"]) / median(rounds["idle"])
+    measured = f"{ratio:.2f} times ({shown(rounds['busy'], 1)} ms to {shown(rounds['idle'], 1)} ms)"
+    return Row(f"{figure} at 400 requests/s", measured, "≤ 2 times", ratio <= 2)
+
+
 def watching_rows(plan: Plan) -> Iterator[Row]:
     """What watching many resources costs, and what it does to requests."""
     name = f"{WATCHED:,} simulated resources at 10 s"
@@ -208,15 +231,7 @@ def watching_rows(plan: Plan) -> Iterator[Row]:
         measured = f"{started:.1f} s / {share:.2f} CPU / {megabytes:.0f} MB"
         figure = f"{name}: CPU time until each was polled / share over {plan.watch} s after that / memory"
         yield Row(figure, measured, "≤ 0.3 CPU / 250 MB", share <= 0.3 and megabytes <= 250)
-        if HEY:
-            measures = {"busy": lambda: slowest_percent(url(busy), 2 * plan.load)}
-            measures["idle"] = lambda: slowest_percent(url(idle), 2 * plan.load)
-            rounds = in_turn(plan.rounds, measures)
-            ratio = median(rounds["busy"]) / median(rounds["idle"])
-            measured = f"{ratio:.2f} times ({shown(rounds['busy'], 1)} ms to {shown(rounds['idle'], 1)} ms)"
-            yield Row(f"{name} to one: p99 at 400 requests/s", measured, "≤ 2 times", ratio <= 2)
-        else:
-            yield Row(f"{name}: p99", "skipped: hey is not installed")
+        yield slowed_row(f"{name} to one: p99", busy, idle, plan)
 
 
 # === SSH =====================================================================
@@ -294,6 +309,55 @@ def ssh_rows(plan: Plan) -> Iterator[Row]:
         yield Row("check_by_ssh to our poll", "skipped: monitoring-plugins-basic is not installed")
 
 
+# === Windows =================================================================
+
+
+@contextlib.contextmanager
+def windows_host() -> Iterator[tuple[str, Callable[[], int]]]:
+    """A WSMan server in a process of its own: the settings of a resource on it, and how often it was polled so far."""
+    command, pipe = [sys.executable, "-c", WINDOWS_HOST], subprocess.PIPE
+    with subprocess.Popen(command, cwd=Path(__file__).parent, stdin=pipe, stdout=pipe, text=True) as server:
+        asked, told = server.stdin, server.stdout
+        assert asked and told
+        host = f"hostname: 127.0.0.1, port: {int(told.readline())}, platform: windows, tls: false, auth: ntlm"
+        host += ", username: monitor, password: correct horse, timeout: 30"
+
+        def polled() -> int:
+            print(file=asked, flush=True)
+            return int(told.readline())
+
+        try:
+            yield host, polled
+        finally:
+            asked.close()
+
+
+def windows_rows(plan: Plan) -> Iterator[Row]:
+    """The client's share of a poll of a Windows host, and what polling many of them does to requests.
+
+    The service begins with FIRST_POLLS polls a second, which would come again in such waves. Intervals from 15 to 41 s
+    spread them: the second polls of all hosts come evenly over 30 s, later ones a little closer.
+    The gate that watches nothing is measured while the other service goes on polling, so that both have to share the
+    CPUs with the same polls and with the WSMan server, which no real machine has beside its gate. What differs is
+    that polls and requests are in one process or in two.
+    """
+    step = HOSTS_INTERVAL / HOSTS - 1 / hc.FIRST_POLLS
+    spread = [HOSTS_INTERVAL / 2 + number * step for number in range(HOSTS)]
+    with windows_host() as (host, polled), tempfile.TemporaryDirectory() as folder:
+        poll = pollers(Path(folder), f"  - {{name: one, {host}}}")["one"]
+        many = "".join(f"  - {{name: w{number}, {host}, interval: {pause}}}\n" for number, pause in enumerate(spread))
+        with gated(SIMULATED.format(0), 200) as idle, gated(many, 200) as busy:
+            spreads = time.monotonic() + min(spread) - HOSTS / hc.FIRST_POLLS
+            spent = in_turn(plan.rounds, {"poll": lambda: client_cpu(poll, plan.polls)})["poll"]
+            yield at_most("A poll of a Windows host, HTTP with NTLM: CPU of the client", spent, 25, "ms", 1)
+            threading.Event().wait(max(0.0, spreads - time.monotonic()))
+            begin, before = time.monotonic(), polled()
+            yield slowed_row(f"{HOSTS} Windows hosts at {HOSTS_INTERVAL} s to none: p99", busy, idle, plan)
+            if HEY:
+                pace = (polled() - before) / (time.monotonic() - begin)
+                yield Row("... and meanwhile of these hosts", f"{pace:.1f} polls/s", "≥ 6 polls/s", pace >= 6)
+
+
 # === The table ===============================================================
 
 
@@ -327,7 +391,7 @@ def main() -> int:
 
     rows: list[Row] = []
     noises = [noise()]
-    for part in (aggregator_rows, gate_rows, serving_rows, watching_rows, ssh_rows, history_rows):
+    for part in (aggregator_rows, gate_rows, serving_rows, watching_rows, ssh_rows, windows_rows, history_rows):
         for row in part(SHORT if arguments.short else FULL):
             rows.append(row)
             print(row, file=sys.stderr)
