@@ -7241,7 +7241,7 @@ def login_form() -> Answer:
     """Begins a session: a new one, whatever cookie came with the request."""
     who, form = visitor(), flask.request.form
     try:
-        credentials = checked(Credentials, form.to_dict(), text=True)
+        credentials = checked(Credentials, {name: form.get(name, "") for name in Credentials.model_fields})
         user = sign_in(who, credentials.username, credentials.password.get_secret_value())
     except Refusal as refusal:
         return page("login.html", refusal.status, problem=str(refusal), given=form)
