@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: run test test-windows lint bench clean
+.PHONY: run test test-windows lint bench soak clean
 
 run: $(VENV)/run.stamp
 	$(BIN)/python healthchecker.py
@@ -14,7 +14,7 @@ test: $(VENV)/test.stamp
 # What runs on Windows, too, under Windows Python in wine; exit status 77 says that it cannot be had here. Left out
 # are tests of moments (of a kill, of a first poll, of megabytes before a deadline) that wine is too slow to keep.
 WINDOWS := inventory vault storage aggregate evaluate gate hostile_clients proxy poll transport powershell \
-	probes windows_probes wsman_server windows_service readme
+	probes windows_probes wsman_server windows_service workers readme
 
 test-windows: $(VENV)/run.stamp
 	$(BIN)/python tests/windows_python.py --timeout 900 -- -m pytest -rfE -o cache_dir=.wine-python/cache \
@@ -28,6 +28,9 @@ lint: $(VENV)/test.stamp
 
 bench: $(VENV)/test.stamp
 	$(BIN)/python tests/bench.py $(ARGS)
+
+soak: $(VENV)/test.stamp
+	$(BIN)/python tests/soak.py $(ARGS)
 
 clean:
 	rm -rf $(VENV) .wine-python .pytest_cache .mypy_cache .ruff_cache .hypothesis __pycache__ tests/__pycache__

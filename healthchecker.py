@@ -8490,11 +8490,18 @@ class Installation:
         return Access(KnownHosts(known_hosts), Resolver())
 
 
+def end_by(stop: Callable[[], None]) -> None:
+    """Lets the signals that end the service do so by `stop`."""
+    for number in ENDINGS:
+        signal.signal(number, lambda *_: stop())
+
+
 def front(site: Site, database: Path, sock: socket.socket, access_file: AccessFile | None) -> GateServer | Crew:
     """What answers requests: worker processes, or this process itself. Raises UsageError for a bad `service.app`."""
     inventory = site.inventory
     if inventory.service.worker_count:
         crew = Crew(site, database, sock, access_file)
+        end_by(crew.stop)       # from now on: an interrupt between two steps would leave a worker that nobody knows
         try:
             crew.start()
         except BaseException:       # whatever ends the start ends the workers
@@ -8506,8 +8513,10 @@ def front(site: Site, database: Path, sock: socket.socket, access_file: AccessFi
     if access_file:
         access_log = AccessLog(access_file.write)
         access_log.start()
-    return GateServer(gate, sock, inventory.service, connection_limit(len(inventory.entries)),
-                      Tally(counters, 0, access_log))
+    server = GateServer(gate, sock, inventory.service, connection_limit(len(inventory.entries)),
+                        Tally(counters, 0, access_log))
+    end_by(server.stop)
+    return server
 
 
 def prepare(installation: Installation, store: Store) -> tuple[Vault, list[tuple[int, str]]]:
@@ -8536,8 +8545,6 @@ def watch_and_serve(installation: Installation, sock: socket.socket, store: Stor
     site = Site(store, inventory.without_secrets(), desk.ask, key, aggregator.lease)
     with contextlib.closing(monitor), \
             contextlib.closing(front(site, installation.database, sock, access_file)) as server:
-        for number in ENDINGS:
-            signal.signal(number, lambda *_: server.stop())
         for level, line in lines:
             log.log(level, "%s", line)
         monitor.begin()

@@ -297,8 +297,8 @@ class Team:
         team.aggregator.SetResource("db1", False)
     """
 
-    def __init__(self, folder: Path, workers: int, service: str = "") -> None:
-        inventory = load_inventory(write_inventory(folder, "", f"  workers: {workers}\n{service}"))
+    def __init__(self, folder: Path, workers: int, service: str = "", resources: str = "") -> None:
+        inventory = load_inventory(write_inventory(folder, resources, f"  workers: {workers}\n{service}"))
         sock = listen(inventory.service)
         self.address = ("127.0.0.1", int(sock.getsockname()[1]))
         self.aggregator = HealthAggregator()

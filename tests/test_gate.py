@@ -217,13 +217,14 @@ class Serving:
         service: ServiceSettings | None = None,
         connections: int = 100,
         sock: socket.socket | None = None,
+        console: Application | None = None,
     ) -> None:
         self.lease = Lease()
         self.lease.until.value = math.inf
         sock = sock or socket.create_server(("127.0.0.1", 0))
         self.address = ("127.0.0.1", sock.getsockname()[1])
         service = (service or ServiceSettings()).model_copy(update={"app": "a:b", "threads": threads})
-        self.server = GateServer(Gate(app, self.lease, clock), sock, service, connections)
+        self.server = GateServer(Gate(app, self.lease, clock, console), sock, service, connections)
         self.thread = threading.Thread(target=self.server.serve)
 
     def __enter__(self) -> Serving:
