@@ -668,7 +668,7 @@ def test_answers_agree_with_the_description(client: Client, operation: Any, mode
     checks = CHECKS if mode is GenerationMode.POSITIVE else NEGATIVE
 
     @hypothesis.settings(
-        max_examples=25,
+        max_examples=12,
         deadline=None,
         derandomize=True,
         database=None,

@@ -1,0 +1,183 @@
+"""A minute at full load while a resource flips every second: `python tests/soak.py [--seconds 60] [--threads 4]`.
+
+Every answer has to be right for the lease at its time: a refusal only if the gate was closed at some moment between
+request and answer, the application's answer only if it was open. None may be lost, and neither threads nor
+descriptors nor memory may grow in the workers or in the main process, which is this one. Prints one line of progress
+and a verdict; exit code 1 if something was wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import bisect
+import contextlib
+import queue
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import median
+from typing import NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import psutil
+from load import Clients, Response
+from service import Team
+from test_workers import workers
+
+APP = """
+import flask
+
+app = flask.Flask(__name__)
+app.add_url_rule("/", view_func=lambda: "Hello")
+"""
+RECORD = struct.Struct("<ddI")  # when the request was sent, when the answer was there (monotonic), status
+FLIP = 1.0  # seconds
+WARM_UP = 0.25  # part of the time
+GROWTH = 0.05  # part of what there was after the warm-up
+
+
+class Flip(NamedTuple):
+    """The gate has changed between these two monotonic times."""
+
+    before: float
+    after: float
+    is_open: bool
+
+
+class Usage(NamedTuple):
+    """What a process has of that which must not grow."""
+
+    threads: float
+    descriptors: float
+    memory: float  # bytes that are its own
+
+
+class Recorder(Clients):
+    """Clients in a process of their own: what they see goes to a file."""
+
+    def __init__(self, port: int, count: int, path: Path) -> None:
+        super().__init__(("127.0.0.1", port), count)
+        self._file = path.open("wb", buffering=1 << 16)
+
+    def note(self, answer: Response) -> None:
+        self._file.write(RECORD.pack(answer.sent, answer.received, answer.status))
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def be_clients(port: int, count: int, path: Path) -> int:
+    """The process of the clients: asks until its standard input ends; says what was lost."""
+    with Recorder(port, count, path) as clients:
+        sys.stdin.read()
+    clients.close()
+    for lost in clients.lost:
+        print(f"lost: {lost}")
+    return 1 if clients.lost else 0
+
+
+def usage(process: psutil.Process) -> Usage:
+    with process.oneshot():
+        descriptors = process.num_handles() if sys.platform == "win32" else process.num_fds()
+        return Usage(process.num_threads(), descriptors, process.memory_full_info().uss)
+
+
+def right(flips: list[Flip], records: Iterator[tuple[float, float, int]]) -> Iterator[bool]:
+    """For each answer, whether the gate was at some moment between request and answer as the answer says.
+
+    `flips` are in order and change the gate in turn; while one is under way, both is right."""
+    afters, befores = [flip.after for flip in flips], [flip.before for flip in flips]
+    for sent, received, status in records:
+        first = max(0, bisect.bisect_right(afters, sent) - 1)  # the last one that was over before the request
+        last = bisect.bisect_right(befores, received)  # the first one that began after the answer
+        yield status in {200 if flip.is_open else 503 for flip in flips[first:last]}
+
+
+def growth(samples: list[Usage]) -> Iterator[tuple[str, float, float]]:
+    """Name, value after the warm-up and at the end, of each that grew too much."""
+    steady = samples[int(len(samples) * WARM_UP) :]
+    part = max(1, len(steady) // 5)
+    for index, name in enumerate(Usage._fields):
+        begin, end = (median(sample[index] for sample in some) for some in (steady[:part], steady[-part:]))
+        if end > begin * (1 + GROWTH):
+            yield name, begin, end
+
+
+def flip_until(end: float, team: Team, flips: list[Flip], seen: dict[psutil.Process, list[Usage]]) -> Iterator[None]:
+    """Lets the resource flip, and looks at the processes in between."""
+    while time.monotonic() < end:
+        is_open = not flips[-1].is_open
+        before = time.monotonic()
+        team.aggregator.SetResource("db1", is_open, "it flips")
+        flips.append(Flip(before, time.monotonic(), is_open))
+        with contextlib.suppress(queue.Empty):
+            while True:
+                team.aggregator.transitions.get_nowait()  # the service's recorder does that
+        for process, samples in seen.items():
+            samples.append(usage(process))
+        yield
+        threading.Event().wait(max(0.0, before + FLIP - time.monotonic()))
+
+
+def read_records(path: Path) -> Iterator[tuple[float, float, int]]:
+    with path.open("rb") as file:
+        while part := file.read(RECORD.size * 10_000):
+            yield from RECORD.iter_unpack(part)
+
+
+def soak(options: argparse.Namespace, folder: Path) -> int:
+    """Returns the exit code."""
+    (folder / "oneline.py").write_text(APP, encoding="utf-8")
+    settings = f"  app: oneline:app\n  threads: {options.threads}\n  queue: {max(64, options.clients)}"
+    path = folder / "answers"
+    with Team(folder, options.workers, settings) as team:
+        processes = [psutil.Process(), *workers(psutil.Process().pid).values()]
+        seen: dict[psutil.Process, list[Usage]] = {process: [] for process in processes}
+        begin = time.monotonic()
+        flips = [Flip(begin, begin, True)]
+        command = [sys.executable, __file__, "--clients-of", str(team.address[1]), str(options.clients), str(path)]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8") as clients:
+            for _ in flip_until(begin + options.seconds, team, flips, seen):
+                answers = path.stat().st_size // RECORD.size if path.exists() else 0
+                print(f"\r{time.monotonic() - begin:3.0f} s: {answers:,} answers", end="", flush=True)
+            lost = clients.communicate(timeout=60)[0].splitlines()
+        alive = all(process.is_running() for process in processes)
+    verdicts = Counter(right(flips, read_records(path)))
+    statuses = Counter(status for _, _, status in read_records(path))
+    grown = [(process.pid, *found) for process, samples in seen.items() for found in growth(samples)]
+    good = alive and not lost and not grown and clients.returncode == 0 and not verdicts[False]
+    good = good and statuses[200] > 0 < statuses[503] and statuses.keys() == {200, 503}
+    print(f"\n{verdicts.total():,} answers ({verdicts.total() / options.seconds:,.0f}/s; {dict(statuses)}),")
+    print(f"{verdicts[False]} wrong, {len(lost)} lost, {len(flips) - 1} flips; grown: {grown or 'nothing'}")
+    for process, samples in seen.items():
+        first, last = samples[int(len(samples) * WARM_UP)], samples[-1]
+        print(f"process {process.pid}: threads {first.threads} -> {last.threads}, descriptors {first.descriptors} -> "
+              f"{last.descriptors}, memory {first.memory / 1e6:.1f} -> {last.memory / 1e6:.1f} MB")  # fmt: skip
+    print("\n".join(lost[:10]) + ("passed" if good else "FAILED"))
+    return 0 if good else 1
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Full load while a resource flips every second.")
+    parser.add_argument("--seconds", type=float, default=60, help="default: %(default)s")
+    parser.add_argument("--workers", type=int, default=2, help="default: %(default)s")
+    parser.add_argument("--threads", type=int, default=4, help="pool threads; 0 = on the loop; default: %(default)s")
+    parser.add_argument("--clients", type=int, default=32, help="keep-alive connections; default: %(default)s")
+    parser.add_argument("--clients-of", nargs=3, metavar=("PORT", "COUNT", "FILE"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.clients_of:
+        port, count, path = options.clients_of
+        return be_clients(int(port), int(count), Path(path))
+    with tempfile.TemporaryDirectory() as folder:
+        return soak(options, Path(folder))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,299 @@
+"""Overload: more requests than the pools take, slow readers of large answers; our own answers come in any case."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json
+import os
+import random
+import socket
+import statistics
+import sys
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from multiprocessing import resource_tracker
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import no_leaks, wait_for
+from load import Clients, Response, parse
+from service import Team
+from test_gate import Serving, hello
+from test_workers import workers
+
+from healthchecker import OWN_THREADS, POOL_BUFFER, Lease, ServiceSettings
+
+AT_ONCE = 0.010  # seconds in which 99 of 100 answers come that need no pool
+RECOVERED = 1.0  # seconds after which all is as before
+KEPT = 12 << 20  # bytes that the allocator of C keeps for a thread that has sent a large answer
+THREADS, QUEUE = 4, 8
+OWN = {"/-/livez": 200, "/-/readyz": 200, "/-/gate": 204, "/-/health": 200}
+SETTINGS = ServiceSettings(queue=QUEUE)
+
+# Behind workers: /wait answers once there is a file, /slow takes 20 ms, /large has 100 MB.
+APP = """
+import os, pathlib, threading
+
+RELEASE = pathlib.Path(__file__).with_name("release")
+
+
+def app(environ, start_response):
+    path, body = environ["PATH_INFO"], [str(os.getpid()).encode()]
+    if path == "/slow":
+        threading.Event().wait(0.02)
+    while path == "/wait" and not RELEASE.exists():
+        threading.Event().wait(0.02)
+    headers = [("Content-Type", "text/plain")]
+    if path == "/large":
+        body = (b"x" * (1 << 16) for _ in range(1600))
+    else:
+        headers.append(("Content-Length", str(len(body[0]))))
+    start_response("200 OK", headers)
+    return body
+"""
+
+
+class Waiting:
+    """An application whose requests wait until they are let go."""
+
+    def __init__(self) -> None:
+        self.go = threading.Event()
+
+    def __call__(self, environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
+        self.go.wait(20)
+        return hello(environ, start_response)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_left() -> Iterator[None]:
+    Lease()  # the first one opens the shared memory of all
+    if sys.platform != "win32":
+        resource_tracker.ensure_running()  # so does the first process
+    with no_leaks():
+        yield
+        gc.collect()  # multiprocessing gives back what belonged to a process when nobody has it any more
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder with the application of the workers in it."""
+    (tmp_path / "shop.py").write_text(APP, encoding="utf-8")
+    return tmp_path
+
+
+@contextlib.contextmanager
+def filled(app: Waiting, count: int = THREADS + QUEUE, **options: Any) -> Iterator[Serving]:
+    """A server in which `count` requests of the application are, each of which gets its answer at the end."""
+    with Serving(app, THREADS, service=SETTINGS, **options) as serving, Clients(serving.address, count) as inside:
+        wait_for(lambda: serving.server.task_dispatcher.waiting == max(0, count - THREADS))
+        yield serving
+        assert not inside.answers, "nobody was refused who had room"
+        inside.over = True
+        app.go.set()
+    assert not inside.lost and inside.statuses == {200: count}
+
+
+def percentile_99(answers: Iterable[Response]) -> float:
+    return statistics.quantiles((answer.received - answer.sent for answer in answers), n=100)[-1]
+
+
+def measure(address: tuple[str, int], path: str, status: int, count: int = 300) -> float:
+    """The 99th percentile of so many answers one after the other, in the best of three rounds."""
+    rounds = []
+    for _ in range(3):
+        with Clients(address, 1, path) as client:
+            wait_for(lambda: len(client.answers) >= count, 20)
+        assert not client.lost and set(client.statuses) == {status}
+        rounds.append(percentile_99(client.answers))
+    return min(rounds)
+
+
+# === The bound of the pool ===================================================
+def test_beyond_the_bound_is_refused_at_once() -> None:
+    """With all threads asleep and as many requests waiting as may."""
+    with filled(Waiting()) as serving:
+        with Clients(serving.address, 4, pause=0.002) as outside:
+            wait_for(lambda: len(outside.answers) > 400, 20)
+        assert not outside.lost and set(outside.statuses) == {503}
+        assert {answer.headers["retry-after"] for answer in outside.answers} == {"1"}
+        assert {json.loads(answer.body)["status"] for answer in outside.answers} == {503}
+        assert measure(serving.address, "/", 503) <= AT_ONCE
+
+
+def test_our_own_answers_come_at_once_all_the_same() -> None:
+    """And what the closed gate refuses does."""
+    with filled(Waiting()) as serving:
+        assert all(measure(serving.address, path, status, 200) <= AT_ONCE for path, status in OWN.items())
+        serving.lease.until.value = 0.0
+        assert measure(serving.address, "/", 503) <= AT_ONCE
+        serving.lease.until.value = time.monotonic() + 60
+
+
+def test_a_burst_for_which_there_is_room_is_served() -> None:
+    """As many at once as threads are idle and may wait, again and again."""
+
+    def brief(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
+        threading.Event().wait(0.001)
+        return hello(environ, start_response)
+
+    request = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
+    with Serving(brief, THREADS, service=SETTINGS) as serving, contextlib.ExitStack() as stack:
+        pool = serving.server.task_dispatcher.pools["app"]
+        clients = [
+            stack.enter_context(socket.create_connection(serving.address, timeout=10))
+            for _ in range(THREADS + QUEUE)
+        ]
+        for _ in range(100):
+            for client in clients:
+                client.sendall(request)
+            assert {client.recv(1000)[:12] for client in clients} == {b"HTTP/1.1 200"}
+            wait_for(lambda: pool.waiting == -THREADS)  # all of them are idle again
+
+
+def test_the_pool_of_our_own_is_another_one() -> None:
+    """An application that blocks keeps no page waiting; pages that block keep no application waiting."""
+    with filled(Waiting()) as serving:
+        assert measure(serving.address, "/-/nothing", 404, 50) <= 5 * AT_ONCE
+    console = Waiting()
+    with (
+        Serving(hello, THREADS, service=SETTINGS, console=console) as serving,
+        Clients(serving.address, OWN_THREADS + QUEUE, "/-/page") as inside,
+    ):
+        wait_for(lambda: serving.server.task_dispatcher.waiting == QUEUE)
+        assert measure(serving.address, "/", 200, 50) <= 5 * AT_ONCE
+        assert measure(serving.address, "/-/livez", 200) <= AT_ONCE
+        with Clients(serving.address, 1, "/-/page", pause=0.01) as outside:
+            wait_for(lambda: len(outside.answers) > 5)
+        assert {(answer.status, answer.headers["retry-after"]) for answer in outside.answers} == {(503, "1")}
+        inside.over = True
+        console.go.set()
+    assert inside.statuses == {200: OWN_THREADS + QUEUE}
+
+
+def test_pipelined_requests_keep_their_order() -> None:
+    """Answers of the pool, of the loop and refusals, many connections at once."""
+
+    def echo(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
+        body = environ["PATH_INFO"][1:].encode()
+        threading.Event().wait(0.001)
+        start_response("200 OK", [("Content-Type", "text/plain"), ("Content-Length", str(len(body)))])
+        return [body]
+
+    shuffle, outcomes = random.Random(4), set()
+    kinds = {"/-/livez": b"ok\n", "/-/readyz": b"open\n", "/-/nothing": b"not found\n"}
+    with (
+        Serving(echo, 2, service=ServiceSettings(queue=1)) as serving,
+        contextlib.ExitStack() as stack,
+    ):
+        pipelines = []
+        for number in range(12):
+            paths = [shuffle.choice([*kinds, f"/{number}-{place}", f"/{number}-{place}"]) for place in range(40)]
+            sock = stack.enter_context(socket.create_connection(serving.address, timeout=20))
+            pipelines.append((sock, paths))
+        for sock, paths in pipelines:
+            last = b"GET /-/livez HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+            sock.sendall(b"".join(b"GET %s HTTP/1.1\r\nHost: x\r\n\r\n" % path.encode() for path in paths) + last)
+        for sock, paths in pipelines:
+            with sock.makefile("rb") as stream:
+                received = stream.read()
+            for path in [*paths, "/-/livez"]:
+                answer = parse(received)
+                assert answer, "an answer is missing"
+                status, _, body, length = answer
+                received = received[length:]
+                if status == 503:
+                    assert path not in ("/-/livez", "/-/readyz") and body != b"ending\n"
+                else:
+                    assert body == kinds.get(path, path[1:].encode())
+                outcomes.add((status, path in kinds))
+            assert received == b""
+    assert {(200, False), (503, False), (200, True), (404, True)} <= outcomes
+
+
+# === Large answers ===========================================================
+def test_a_slow_client_never_stops_the_loop() -> None:
+    """Requests pipelined behind a large answer that nobody takes are answered on the loop when its buffer is full."""
+    servings: list[Serving] = []
+
+    def left() -> int:
+        """Bytes for which there is room in the buffer."""
+        return POOL_BUFFER - max(
+            (channel.total_outbufs_len for channel in list(servings[0].server.active_channels.values())), default=0
+        )
+
+    def fills(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
+        """First most of the buffer, and all that the system takes; then the rest but for a few bytes."""
+        size = POOL_BUFFER
+        if environ["PATH_INFO"] == "/rest":
+            size = left() - 150
+        start_response("200 OK", [("Content-Type", "text/plain"), ("Content-Length", str(size))])
+        return (b"x" * min(1 << 16, size - begin) for begin in range(0, size, 1 << 16))
+
+    paths = ["/most", "/rest", *["/-/livez"] * 20]
+    with Serving(fills, 1) as serving, socket.create_connection(serving.address, timeout=10) as greedy:
+        servings.append(serving)
+        greedy.sendall(b"".join(f"GET {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode() for path in paths))
+        wait_for(lambda: left() < 0, 10)
+        assert serving.get("/-/livez", 2) == (200, b"ok\n")
+        received = bytearray()
+        while received.count(b"HTTP/1.1 200") < len(paths) or not received.endswith(b"ok\n"):
+            received += greedy.recv(1 << 20)
+
+
+@pytest.mark.parametrize("readers", [1, 2])
+def test_a_large_answer_takes_no_more_memory_than_its_buffer(folder: Path, readers: int) -> None:
+    """100 MB to clients that do not read, and then do; others are served meanwhile."""
+    request = b"GET /large HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+    with Team(folder, 1, f"  app: shop:app\n  threads: {THREADS}") as team, contextlib.ExitStack() as stack:
+        with Clients(team.address, 2, pause=0.01) as clients:
+            wait_for(lambda: len(clients.answers) > 50, 20)
+            (worker,) = workers(os.getpid()).values()
+            before = worker.memory_full_info().uss
+            slow = [
+                stack.enter_context(socket.create_connection(team.address, timeout=20)) for _ in range(readers)
+            ]
+            for sock in slow:
+                sock.sendall(request)
+            highest = before
+            seen = len(clients.answers)
+            for sock in slow:
+                received = 0
+                while part := sock.recv(1 << 20):
+                    received += len(part)
+                    highest = max(highest, worker.memory_full_info().uss)
+                assert received > 1600 << 16
+            assert len(clients.answers) > seen
+        assert highest - before < readers * POOL_BUFFER + THREADS * KEPT
+        assert set(clients.statuses) == {200} and not clients.lost
+
+
+# === With workers ============================================================
+def test_workers_whose_pools_are_asleep(folder: Path) -> None:
+    """Our own answers come at once from each; afterwards everybody is answered."""
+    settings = "  app: shop:app\n  threads: 2\n  queue: 2"
+    with Team(folder, 2, settings) as team, Clients(team.address, 16, "/wait", pause=0.05) as inside:
+        wait_for(lambda: inside.statuses[503] > 100, 20)  # eight are in, the others are refused again and again
+        for path, status in OWN.items():
+            assert measure(team.address, path, status, 200) <= AT_ONCE, path
+        assert set(inside.statuses) == {503}
+        (folder / "release").touch()
+        wait_for(lambda: inside.statuses[200] > 16)
+    assert not inside.lost
+
+
+def test_after_the_load_all_is_as_before(folder: Path) -> None:
+    """Many more clients than there is room for; those who get in are served, and when it ends, everybody is."""
+    settings = f"  app: shop:app\n  threads: {THREADS}\n  queue: {QUEUE}"
+    with Team(folder, 2, settings) as team:
+        with Clients(team.address, 64, "/slow") as crowd:
+            wait_for(lambda: crowd.statuses[200] > 100 and crowd.statuses[503] > 100, 20)
+        ended = time.monotonic()
+        with Clients(team.address, 4, "/slow", keep=False) as clients:
+            wait_for(lambda: len(clients.answers) >= 40)
+    assert not crowd.lost and not clients.lost
+    assert set(crowd.statuses) == {200, 503}
+
+    assert clients.answers[0].status == 200 and clients.answers[39].received - ended < RECOVERED

@@ -1,0 +1,665 @@
+"""Workers: processes on one port, their share of it, their end and what replaces them."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import importlib
+import itertools
+import json
+import logging
+import math
+import multiprocessing
+import os
+import re
+import signal
+import socket
+import statistics
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Container, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from conftest import open_descriptors, wait_for
+from load import Clients, parse
+from service import PROGRAM, Service, Team, ask_to_end, environment, run, write_inventory
+
+import healthchecker
+from healthchecker import ACCEPTS, HEAD_START, Crowd, ServiceSettings, Share, UsageError, Wire, WireHandler
+
+BACK = 2.0  # seconds in which a worker that was killed is replaced
+ORPHANED = 5.0  # seconds for which a worker outlives its main process
+ENDED = 10.0  # seconds that the end may take
+FAIR = 0.65  # of the connections, what one of two workers may hold
+SHOP = "  app: shop:app"
+POSIX = pytest.mark.skipif(sys.platform == "win32", reason="signals are POSIX's: on Windows they are no processes'")
+
+# An application that tells who answered; /slow takes as many seconds as it is asked to, /hang takes an hour.
+APP = """
+import json, logging, multiprocessing, os, pathlib, subprocess, sys, threading, time
+import healthchecker
+
+HERE = pathlib.Path(__file__).parent
+
+
+def silent(seconds):
+    os.closerange(0, 3)
+    time.sleep(seconds)
+
+
+def leave():
+    threading.Thread(target=time.sleep, args=(60,)).start()
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    pids = [subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], **pipes).pid]
+    if hasattr(os, "fork"):
+        child = multiprocessing.get_context("fork").Process(target=silent, args=(60,))
+        child.start()
+        pids.append(child.pid)
+    return json.dumps(pids)
+
+
+def same(environ):
+    try:
+        healthchecker.load_app("there_is:none", HERE)
+    except healthchecker.UsageError as error:
+        raised = type(error).__module__
+    gate = environ["healthchecker.is_healthy"].__self__
+    copies = {id(module.Gate) for module in list(sys.modules.values()) if "Gate" in vars(module)}
+    return json.dumps([isinstance(gate, healthchecker.Gate), type(gate) is healthchecker.Gate, len(copies)])
+
+
+def write():
+    logging.getLogger("shop").info("%d sold by %s", 3, os.getpid())
+    logging.getLogger("shop").debug("never seen")
+    return "written"
+
+
+def app(environ, start_response):
+    path, body = environ["PATH_INFO"], str(os.getpid())
+    if path in ("/slow", "/hang"):
+        (HERE / f"came-{os.getpid()}-{time.monotonic_ns()}").touch()
+        threading.Event().wait(3600 if path == "/hang" else float(environ["QUERY_STRING"]))
+    elif path == "/same":
+        body = same(environ)
+    elif path in ("/write", "/leave"):
+        body = write() if path == "/write" else leave()
+    start_response("200 OK", [("Content-Type", "text/plain"), ("Content-Length", str(len(body)))])
+    return [body.encode()]
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder with the application in it."""
+    (tmp_path / "shop.py").write_text(APP, encoding="utf-8")
+    return tmp_path
+
+
+def inventory(folder: Path, threads: int = 2, workers: int = 2) -> Path:
+    return write_inventory(folder, "", f"  app: shop:app\n  threads: {threads}\n  workers: {workers}")
+
+
+def address(service: Service) -> tuple[str, int]:
+    return service.host, service.port
+
+
+def workers(main: int) -> dict[int, psutil.Process]:
+    """The worker processes of a main process, by process id."""
+    found = {}
+    for process in psutil.Process(main).children():
+        with contextlib.suppress(psutil.Error):  # it ended meanwhile
+            if "--multiprocessing-fork" in process.cmdline():
+                found[process.pid] = process
+    return found
+
+
+def descriptors_of(process: psutil.Process) -> int:
+    return process.num_handles() if sys.platform == "win32" else process.num_fds()
+
+
+def left_after(processes: list[psutil.Process], seconds: float) -> list[psutil.Process]:
+    """The processes that still run then. (One that ended may be a zombie until its new parent looks.)"""
+
+    def running(process: psutil.Process) -> bool:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+        return False
+
+    with contextlib.suppress(AssertionError):
+        wait_for(lambda: not any(map(running, processes)), seconds)
+    return [process for process in processes if running(process)]
+
+
+def new_ones(main: int, before: Container[int]) -> list[psutil.Process]:
+    """The worker processes of a main process that were not there before."""
+    return [worker for pid, worker in workers(main).items() if pid not in before]
+
+
+def requests_of(folder: Path, pid: int) -> int:
+    """How many requests for /slow and /hang came to a worker."""
+    return len(list(folder.glob(f"came-{pid}-*")))
+
+
+@contextlib.contextmanager
+def connected(service: Service, path: str = "/") -> Iterator[tuple[http.client.HTTPConnection, str]]:
+    """A keep-alive connection that was answered, and the answer."""
+    connection = http.client.HTTPConnection(service.host, service.port, timeout=10)
+    with contextlib.closing(connection):
+        connection.request("GET", path)
+        yield connection, connection.getresponse().read().decode()
+
+
+# === Who takes a connection ==================================================
+# what the workers hold (-1: is not there), how many the first one may take
+ALLOWANCES = [
+    ([0], ACCEPTS),
+    ([500], ACCEPTS),
+    ([0, -1], ACCEPTS),
+    ([500, -1, -1], ACCEPTS),
+    ([0, 0], 4),
+    ([3, 0], 1),
+    ([4, 0], 0),
+    ([9, 0], -5),
+    ([4, 4], 5),
+    ([0, 4], 9),
+    ([16, 12], 3),
+    ([19, 12], 0),
+    ([0, 500], ACCEPTS),
+    ([500, 400], 4),
+    ([505, 400], -1),
+    ([10, 400, 8], 4),
+    ([10, -1, 8], 4),
+    ([10, 8, -1, 400], 4),
+]
+
+
+@pytest.mark.parametrize(("held", "allowed"), ALLOWANCES, ids=str)
+def test_allowance(held: list[int], allowed: int) -> None:
+    crowd = Crowd(len(held))
+    assert list(crowd.held) == [-1] * len(held), "nobody is there yet"
+    crowd.held[:] = held
+    assert crowd.allowance(0) == allowed
+
+
+# Scenarios of the first of two workers: seconds since the last step, what both hold, then whether it looks for
+# connections, and how many it takes where one waits (None: none waits).
+Step = tuple[float, tuple[int, int], bool, int | None]
+LESS, MORE = (0, 4), (4, 0)
+SHARES: dict[str, list[Step]] = {
+    "the less busy one takes at once": [(0, LESS, True, 9), (0, (9, 4), True, 0)],
+    "a busier one waits, and then takes what is left": [
+        (0, MORE, True, 0),
+        (0.01, MORE, False, None),
+        (HEAD_START - 0.02, MORE, False, None),
+        (0.01, MORE, True, ACCEPTS),
+        (0.01, MORE, True, 0),
+        (0.01, MORE, False, None),
+    ],
+    "the others catch up meanwhile": [(0, MORE, True, 0), (0.02, (4, 4), True, 5), (0, (9, 4), True, 0)],
+    "the others took it: the next one is theirs, too": [
+        (0, MORE, True, 0),
+        (HEAD_START, MORE, True, None),
+        (0.05, MORE, True, 0),
+        (HEAD_START, MORE, True, None),
+        (60, MORE, True, 0),
+    ],
+    "with turns longer than the head start nobody starves": [
+        (0, MORE, True, 0),
+        (5 * HEAD_START, MORE, True, ACCEPTS),
+        (5 * HEAD_START, MORE, True, 0),
+        (5 * HEAD_START, MORE, True, ACCEPTS),
+    ],
+    "alone": [(0, (500, -1), True, ACCEPTS)] * 3,
+}
+
+
+@pytest.mark.parametrize("steps", SHARES.values(), ids=SHARES)
+def test_share(steps: list[Step]) -> None:
+    now, crowd = 1000.0, Crowd(2)
+    share = Share(crowd, 0, lambda: now)
+    for number, (seconds, held, looks, taken) in enumerate(steps):
+        now += seconds
+        crowd.held[:] = held
+        assert share.look() == looks, f"step {number}"
+        if taken is not None:
+            assert share.take() == taken, f"step {number}"
+
+
+def test_what_it_holds_is_told_to_the_others() -> None:
+    crowd = Crowd(2)
+    Share(crowd, 1).hold(7)
+    assert list(crowd.held) == [-1, 7]
+
+
+def test_automatic_count() -> None:
+    """One per CPU that may be used, and no more than eight."""
+    assert 1 <= ServiceSettings(workers="auto").worker_count == ServiceSettings().worker_count <= 8
+    assert [ServiceSettings(workers=count).worker_count for count in ("0", "1", "20")] == [0, 1, 20]
+    if sys.platform == "linux":
+        usable = os.sched_getaffinity(0)
+        assert ServiceSettings().worker_count == min(len(usable), 8)
+        try:
+            os.sched_setaffinity(0, {min(usable)})
+            assert ServiceSettings().worker_count == 1
+        finally:
+            os.sched_setaffinity(0, usable)
+
+
+# === While all is well =======================================================
+@pytest.fixture(scope="module")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    """Two workers that nobody kills."""
+    folder = tmp_path_factory.mktemp("pair")
+    (folder / "shop.py").write_text(APP, encoding="utf-8")
+    with Service(inventory(folder), deadline=60) as service:
+        service.wait_status("/", 200)
+        yield service
+
+
+def test_workers_share_one_port(service: Service) -> None:
+    with Clients(address(service), 16, pause=0.02) as clients:
+        clients.holders_of(16)
+    assert not clients.lost and set(clients.statuses) == {200}
+    assert {int(answer.body) for answer in clients.answers} == set(workers(service.pid))
+    assert service.pid not in workers(service.pid)
+
+
+def test_the_application_has_the_same_module(service: Service) -> None:
+    assert json.loads(service.get("/same").body) == [True, True, 1]
+
+
+def test_what_workers_log_is_in_the_main_log(service: Service) -> None:
+    """Also what the application logs."""
+    assert service.get("/write").body == "written"
+    line = service.wait_line("3 sold by")
+    pid = int(line.split()[-1])
+    assert pid in workers(service.pid)
+    assert f" INFO worker {list(workers(service.pid)).index(pid)}: 3 sold by " in line
+    assert "never seen" not in service.output
+
+
+def test_a_faulty_logging_call_harms_nobody(capsys: pytest.CaptureFixture[str]) -> None:
+    """It is told on the console, as by every handler."""
+    ours, theirs = multiprocessing.Pipe()
+    logger = logging.Logger("shop")
+    logger.addHandler(WireHandler(wire := Wire(theirs, print)))
+    logger.warning("%d sold", "none")
+    logger.warning("%d sold", 3)
+    wire.open()
+    assert ours.poll(5) and ours.recv() == ("log", logging.WARNING, "3 sold")
+    ours.close()
+    wire.close(5)
+    wire.join(5)
+    assert theirs.closed
+    assert "Message: '%d sold'" in capsys.readouterr().err
+
+
+@POSIX
+def test_workers_end_through_their_pipe_alone(service: Service) -> None:
+    before = workers(service.pid)
+    with Clients(address(service), 8, pause=0.01) as clients:
+        for worker in before.values():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                worker.send_signal(number)
+        answered = len(clients.answers)
+        wait_for(lambda: len(clients.answers) > answered + 100)
+    assert not clients.lost
+    assert workers(service.pid) == before
+
+
+@pytest.mark.parametrize("at_once", [True, False], ids=["at once", "one by one"])
+def test_connections_spread(service: Service, at_once: bool) -> None:
+    rounds = []
+    for _ in range(5):
+        with contextlib.ExitStack() as stack:
+            if at_once:
+                holders = stack.enter_context(Clients(address(service), 32, pause=0.05)).holders_of(32)
+                held = Counter(pid.decode() for pid in holders.elements())
+            else:
+                held = Counter(stack.enter_context(connected(service))[1] for _ in range(32))
+        assert held.total() == 32
+        rounds.append(max(held.values()))
+    assert statistics.median(rounds) <= FAIR * 32, rounds  # a busy machine can keep one of them waiting now and then
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="select takes 512 sockets there, the ones of the test among them")
+def test_a_new_connection_among_512_busy_ones(folder: Path) -> None:
+    healthchecker.connection_limit(0)  # raises the limit of open files
+    with Team(folder, 2, f"{SHOP}\n  threads: 0") as team, Clients(team.address, 512) as crowd:
+        crowd.holders_of(512)
+        with Clients(team.address, 1, keep=False) as newcomer:
+            wait_for(lambda: len(newcomer.answers) >= 10, 15)
+    assert not crowd.lost and not newcomer.lost
+    assert set(crowd.statuses) == set(newcomer.statuses) == {200}
+    waits = [answer.received - answer.sent for answer in newcomer.answers]
+    assert max(waits) < 1, waits
+
+
+def test_the_gate_of_each_worker_follows_the_lease(folder: Path) -> None:
+    """As fast as `SetResource` says it, in the main process: within 0.1 s."""
+    flips: list[tuple[float, int]] = []  # when, and the status from then on
+    with Team(folder, 2, SHOP) as team, Clients(team.address, 16, pause=0.002) as clients:
+        assert {int(pid) for pid in clients.holders_of(16)} == set(workers(os.getpid()))
+        for healthy in (False, True) * 3:
+            team.aggregator.SetResource("db1", healthy)
+            flips.append((time.monotonic(), 200 if healthy else 503))
+            wait_for(lambda: clients.answers[-1].sent > flips[-1][0] + 0.2)
+    assert not clients.lost
+    for (told, status), (until, _) in itertools.pairwise([*flips, (math.inf, 0)]):
+        later = [answer for answer in clients.answers if answer.sent > told + 0.1 and answer.received < until]
+        assert {answer.status for answer in later} == {status}
+
+
+# === One that dies ===========================================================
+def test_a_killed_worker_is_back(folder: Path) -> None:
+    """Within 2 s; clients of the other see nothing of it; killed again at once, it is started with pauses."""
+    with Service(inventory(folder), deadline=60) as service:
+        service.wait_status("/", 200)
+        with Clients(address(service), 16, pause=0.01) as clients:
+            clients.holders_of(16)
+            before, main = workers(service.pid), psutil.Process(service.pid)
+            victim = min(before)
+            with Clients(address(service), 1, keep=False, pause=0.01) as prober:
+                killed = time.monotonic()
+                before[victim].kill()
+                known = {str(pid).encode() for pid in before}
+                back = wait_for(lambda: [a for a in list(prober.answers) if a.body not in known], 20)[0]
+        assert back.received - killed < BACK
+        assert not [lost for lost in clients.lost if int(lost.last or victim) != victim]
+        assert len(clients.lost) <= 16 and set(clients.statuses) == set(prober.statuses) == {200}
+        descriptors = descriptors_of(main)
+        assert pauses_after_kills(service.pid, before, 2) == pytest.approx([0.5, 1], abs=0.4)
+        with Clients(address(service), 8, keep=False, pause=0.02) as clients:
+            wait_for(lambda: len({answer.body for answer in list(clients.answers)}) == 2, 20)
+        assert not clients.lost
+        assert descriptors_of(main) <= descriptors + (20 if sys.platform == "win32" else 0)
+        assert service.output.count("exit code") == 3
+        family = main.children(recursive=True)
+    assert not left_after(family, 5)
+
+
+def pauses_after_kills(main: int, before: Container[int], times: int) -> list[float]:
+    """Seconds until each new process, where the one that is not from before is killed again and again."""
+    pauses = []
+    for _ in range(times):
+        (victim,) = new_ones(main, before)
+        known = workers(main)
+        begin = time.monotonic()
+        victim.kill()
+        wait_for(lambda: new_ones(main, known), 10)  # noqa: B023
+        pauses.append(time.monotonic() - begin)
+    return pauses
+
+
+def test_a_large_inventory_keeps_nobody_waiting(folder: Path) -> None:
+    """More than a pipe takes: two workers start side by side, and one that dies meanwhile is no harm."""
+    rows = [f"  - {{name: r{number}, platform: local, tags: [{'x' * 60}]}}\n" for number in range(300)]
+    with Team(folder, 2, SHOP, "".join(rows)) as team:
+        for _ in range(2):
+            before = workers(os.getpid())
+            for worker in before.values():
+                worker.kill()
+            after = wait_for(lambda: new if len(new := new_ones(os.getpid(), before)) == 2 else None, 10)  # noqa: B023
+            began = sorted(worker.create_time() for worker in after)
+            assert began[1] - began[0] < 0.5
+        with Clients(team.address, 4, pause=0.02) as clients:
+            clients.holders_of(4, 20)
+        assert set(clients.statuses) == {200}
+
+
+def test_a_killed_main_process_leaves_nothing(folder: Path) -> None:
+    """Whatever its workers are at: one hangs in a request on its loop, the other while it starts."""
+    with Service(inventory(folder, threads=0), deadline=60) as service, socket.socket() as hanging:
+        service.wait_status("/", 200)
+        main = psutil.Process(service.pid)
+        hanging.connect(address(service))
+        hanging.sendall(b"GET /hang HTTP/1.1\r\nHost: x\r\n\r\n")
+        (came,) = wait_for(lambda: list(folder.glob("came-*")))
+        at_work = int(came.name.split("-")[1])
+        hang = "import pathlib, threading\npathlib.Path(__file__).with_name('began').touch()\n"
+        (folder / "shop.py").write_text(f"{hang}threading.Event().wait()\n", encoding="utf-8")
+        next(worker for pid, worker in workers(service.pid).items() if pid != at_work).kill()
+        wait_for((folder / "began").is_file, 20)
+        family = main.children(recursive=True)
+        assert len(workers(service.pid)) == 2
+        service.process.kill()
+        left = left_after(family, ORPHANED)
+        for process in left:
+            process.kill()
+        assert not left
+        service.code = service.process.wait()
+
+
+def test_an_application_that_breaks_while_serving(folder: Path) -> None:
+    """A worker that cannot be replaced is tried again with pauses, while the other one serves."""
+    with Service(inventory(folder), deadline=60) as service:
+        service.wait_status("/", 200)
+        (folder / "shop.py").write_text("raise RuntimeError('shop closed')\n", encoding="utf-8")
+        before = workers(service.pid)
+        victim, other = before
+        with Clients(address(service), 8, pause=0.01) as clients:
+            clients.holders_of(8)
+            before[victim].kill()
+            wait_for(lambda: service.output.count("RuntimeError: shop closed") == 1, 20)
+            tried = time.monotonic()
+            wait_for(lambda: service.output.count("RuntimeError: shop closed") == 2, 20)
+            assert time.monotonic() - tried >= 0.5
+            (folder / "shop.py").write_text(APP, encoding="utf-8")
+            answered = len(clients.answers)
+            wait_for(lambda: len(clients.answers) > answered + 20)
+            assert {int(answer.body) for answer in clients.answers[answered:]} == {other}
+        assert not [lost for lost in clients.lost if int(lost.last or victim) != victim]
+        assert set(clients.statuses) == {200}
+        with Clients(address(service), 8, keep=False, pause=0.02) as clients:
+            wait_for(lambda: len({answer.body for answer in list(clients.answers)}) == 2, 20)
+        assert "Traceback" not in service.output
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux lets one process lower the limits of another")
+def test_a_replacement_that_cannot_be_started_now(folder: Path) -> None:
+    """No descriptors, memory or processes left: the main process goes on, and tries again."""
+    with Service(inventory(folder), deadline=60) as service:
+        service.wait_status("/", 200)
+        resource: Any = importlib.import_module("resource")
+        limits = resource.prlimit(service.pid, resource.RLIMIT_NOFILE)
+        resource.prlimit(service.pid, resource.RLIMIT_NOFILE, (3, limits[1]))
+        before = workers(service.pid)
+        before[min(before)].kill()
+        service.wait_line("Too many open files")
+        assert service.get().status == 200
+        resource.prlimit(service.pid, resource.RLIMIT_NOFILE, limits)
+        wait_for(lambda: len(workers(service.pid)) == 2, 10)
+
+
+# === The start ===============================================================
+# what the application does when it is imported, what is said about it
+BAD = {
+    "there is none": (None, "ModuleNotFoundError: No module named 'shop'"),
+    "raises": ("raise RuntimeError('shop\\nclosed')", "RuntimeError: shop closed"),
+    "SystemExit": ("raise SystemExit('bye')", "SystemExit: bye"),
+    "has no such name": ("application = 1", "module 'shop' has no attribute 'app'"),
+    "is not callable": ("app = 1", "service.app shop:app is not callable"),
+    "ends the process": ("import os; os._exit(3)", "worker 0 ended with exit code 3"),
+    "leaves a thread": (
+        "import threading\nthreading.Thread(target=threading.Event().wait).start()\napp = 1",
+        "service.app shop:app is not callable",
+    ),
+}
+
+
+@pytest.mark.parametrize(("source", "said"), BAD.values(), ids=BAD)
+def test_bad_application(tmp_path: Path, source: str | None, said: str) -> None:
+    if source:
+        (tmp_path / "shop.py").write_text(source, encoding="utf-8")
+    begin = time.monotonic()
+    with pytest.raises(UsageError) as caught, Team(tmp_path, 1, SHOP):
+        pass
+    assert said in str(caught.value) and "\n" not in str(caught.value)
+    assert not workers(os.getpid())
+    assert time.monotonic() - begin < ENDED, "nobody waited in vain"
+
+
+def test_bad_application_ends_the_start(tmp_path: Path) -> None:
+    """With one line and exit code 2. That `run` returns says that nobody is left who holds its output."""
+    (tmp_path / "shop.py").write_text("raise SystemExit(0)", encoding="utf-8")
+    ended = run(inventory(tmp_path))
+    assert ended.returncode == 2, ended.stderr
+    *started, last = ended.stderr.splitlines()
+    assert last.startswith("service.app shop:app ")
+    assert all(re.match(r"\S+ \S+ (INFO|WARNING) (inventory|the password)", line) for line in started), ended.stderr
+
+
+@POSIX
+def test_an_interrupt_of_all_at_the_start(folder: Path) -> None:
+    """Ctrl-C while the workers start: no tracebacks of theirs, and nothing is left that holds the output."""
+    command = [sys.executable, str(PROGRAM), "--inventory", str(inventory(folder))]
+    with psutil.Popen(
+        command, env=environment(), start_new_session=True, stdout=-1, stderr=-2, encoding="utf-8"
+    ) as main:
+        try:
+            wait_for(lambda: len(workers(main.pid)) == 2, 30)
+            os.killpg(main.pid, signal.SIGINT)
+            output = main.communicate(timeout=ENDED)[0]
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(main.pid, signal.SIGKILL)
+    assert main.returncode == 0
+    assert "Traceback" not in output and "Interrupt" not in output, output
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there is no limit of open files there")
+def test_a_start_that_lacks_descriptors(folder: Path) -> None:
+    """Workers that were started before the one that could not be are ended."""
+    resource: Any = importlib.import_module("resource")
+    with Team(folder, 1, SHOP):
+        pass  # so that what all processes share is open already
+    limits, before = resource.getrlimit(resource.RLIMIT_NOFILE), open_descriptors()
+    begin = time.monotonic()
+    for spare in range(6, 40):
+        team = Team(folder, 2, SHOP)
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (before + spare, limits[1]))
+            with pytest.raises(OSError):
+                team.crew.start()
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        started = workers(os.getpid())
+        team.crew.close()
+        if started:
+            break
+    assert started, "no limit was enough for the first one and too low for the second"
+    assert not workers(os.getpid())
+    assert time.monotonic() - begin < ENDED
+
+
+# === The end =================================================================
+def interrupt(service: Service) -> None:
+    """Ctrl-C: to the main process and its workers. (Windows: as every request to end there.)"""
+    if sys.platform == "win32":
+        ask_to_end(service.process)
+    else:
+        os.killpg(service.pid, signal.SIGINT)
+
+
+@pytest.mark.parametrize(
+    ("end", "threads"),
+    [(lambda service: ask_to_end(service.process), 4), (interrupt, 0)],
+    ids=["SIGTERM-pool", "Ctrl-C-loop"],
+)
+def test_the_end_loses_no_request(folder: Path, end: Callable[[Service], None], threads: int) -> None:
+    """Slow requests on both workers, busy connections, new ones, pipelines, one that has yet to ask."""
+    with Service(inventory(folder, threads), deadline=60) as service, contextlib.ExitStack() as stack:
+        service.wait_status("/", 200)
+        loads = [
+            stack.enter_context(Clients(address(service), 12, "/slow?0.1")),
+            stack.enter_context(Clients(address(service), 8)),
+            stack.enter_context(Clients(address(service), 4, keep=False)),
+        ]
+        wait_for(lambda: all(requests_of(folder, pid) > 3 for pid in workers(service.pid)), 10)
+        late, pipeline = (
+            stack.enter_context(socket.create_connection(address(service), timeout=10)) for _ in range(2)
+        )
+        came = len(list(folder.glob("came-*")))
+        pipeline.sendall(b"GET /slow?0.1 HTTP/1.1\r\nHost: x\r\n\r\n" * 3)
+        wait_for(lambda: len(list(folder.glob("came-*"))) > came + 12)
+        pids, family = workers(service.pid), psutil.Process(service.pid).children(recursive=True)
+        end(service)
+        stopped = time.monotonic()
+        late.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert service.process.wait(ENDED) == 0
+        assert time.monotonic() - stopped < ENDED
+        for clients in loads:
+            clients.join(10)
+        assert [clients.lost for clients in loads] == [[], [], []]
+        assert set().union(*(clients.statuses for clients in loads)) == {200}
+        in_flight = [answer for answer in loads[0].answers if answer.sent < stopped < answer.received]
+        assert {int(answer.body) for answer in in_flight} == set(pids)
+        assert any(answer.headers.get("connection") == "close" for answer in in_flight)
+        assert answers_of(late) == 1
+        assert answers_of(pipeline) == 3
+        assert not left_after(family, 5)
+
+
+def answers_of(sock: socket.socket) -> int:
+    """How many whole answers, all 200, come until the connection ends."""
+    with sock.makefile("rb") as stream:
+        received, count = stream.read(), 0
+    while received:
+        answer = parse(received)
+        assert answer and answer[0] == 200, received
+        received, count = received[answer[3] :], count + 1
+    return count
+
+
+def test_the_end_of_workers_that_hang(folder: Path) -> None:
+    """One in a request on its loop, the other one is frozen and has to be killed."""
+    with Service(inventory(folder, threads=0), deadline=60) as service, socket.socket() as hanging:
+        service.wait_status("/", 200)
+        hanging.connect(address(service))
+        hanging.sendall(b"GET /hang HTTP/1.1\r\nHost: x\r\n\r\n")
+        (came,) = wait_for(lambda: list(folder.glob("came-*")))
+        family = psutil.Process(service.pid).children(recursive=True)
+        for pid, worker in workers(service.pid).items():
+            if pid != int(came.name.split("-")[1]):
+                worker.suspend()
+        begin = time.monotonic()
+        ask_to_end(service.process)
+        assert service.process.wait(ENDED + 5) == 0
+        assert time.monotonic() - begin < ENDED + 1, "it waits as long as requests in flight may take"
+        assert service.output.count("does not end and is killed") == 1
+        assert not left_after(family, 1)
+
+
+def test_what_an_application_leaves_does_not_keep_the_service(folder: Path) -> None:
+    """A thread, a process, and a fork that has every descriptor of its worker."""
+    with Service(inventory(folder), deadline=60) as service:
+        service.wait_status("/", 200)
+        with contextlib.ExitStack() as stack:
+            left: dict[str, list[int]] = {}
+            while len(left) < 2:
+                connection, pid = stack.enter_context(connected(service))
+                if pid not in left:
+                    connection.request("GET", "/leave")
+                    left[pid] = json.loads(connection.getresponse().read())
+        orphans = [psutil.Process(pid) for pids in left.values() for pid in pids]
+        try:
+            victim = int(next(iter(left)))
+            before = workers(service.pid)
+            killed = time.monotonic()
+            before[victim].kill()
+            wait_for(lambda: new_ones(service.pid, before), 10)
+            assert time.monotonic() - killed < BACK
+            begin = time.monotonic()
+            ask_to_end(service.process)
+            assert service.process.wait(ENDED) == 0
+            assert time.monotonic() - begin < ENDED / 2
+            assert not left_after(list(before.values()), 1)
+            socket.create_server(address(service)).close()
+            assert all(orphan.is_running() for orphan in orphans), "they are not ours to end"
+        finally:
+            for orphan in orphans:
+                orphan.kill()
