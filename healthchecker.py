@@ -6531,6 +6531,10 @@ class Operation:
     def key(self) -> str:
         return f"{self.method} {API}{self.path}"
 
+    @functools.cached_property
+    def adapter(self) -> TypeAdapter[Any]:
+        return TypeAdapter(self.answer)
+
 
 OPERATIONS = (
     Operation("POST", "login", log_in, TokenView, Credentials, needs=""),
@@ -6613,7 +6617,7 @@ def openapi() -> dict[str, Any]:
         ("problem", "serialization", TypeAdapter(Problem))]
     for operation in OPERATIONS:
         if operation.answer:
-            adapters.append((operation.key, "serialization", TypeAdapter(operation.answer)))
+            adapters.append((operation.key, "serialization", operation.adapter))
         if operation.body:
             adapters.append((f"{operation.key} body", "validation", TypeAdapter(operation.body)))
     schemas, components = TypeAdapter.json_schemas(adapters, ref_template=SCHEMAS + "{model}")
@@ -6720,11 +6724,11 @@ def give_cookie(response: Response, ticket: str) -> None:
 def finish(response: Response) -> Response:
     """Stands behind every request: headers, and a session that goes on."""
     who: Visitor | None = flask.g.get("visitor")
-    response.headers.setdefault("Cache-Control", "no-store")
+    kept = response.headers.setdefault("Cache-Control", "no-store") != "no-store"
     response.headers["Content-Security-Policy"] = CONTENT_SECURITY_POLICY
     response.headers["X-Content-Type-Options"] = "nosniff"
     response.headers["Referrer-Policy"] = "same-origin"     # with no-referrer, forms would send `Origin: null`
-    if who and who.ticket and who.ticket.kind == "session" and "Set-Cookie" not in response.headers:
+    if who and who.ticket and who.ticket.kind == "session" and "Set-Cookie" not in response.headers and not kept:
         now = who.site.clock()
         if now - who.ticket.seen > SESSION_STEP and "X-Refresh" not in flask.request.headers:
             give_cookie(response, who.site.tickets.write(who.ticket._replace(seen=now)))    # a refresh is no activity
@@ -6753,7 +6757,7 @@ def perform(operation: Operation, **names: str) -> flask.typing.ResponseReturnVa
     found = operation.run(visitor(), *names.values(), *taken)
     if operation.answer is None:
         return flask.Response(status=204, content_type="")
-    return flask.Response(TypeAdapter(operation.answer).dump_json(found), operation.status, mimetype="application/json")
+    return flask.Response(operation.adapter.dump_json(found), operation.status, mimetype="application/json")
 
 
 def json_answer(content: Mapping[str, Any], status: int = 200, kind: str = "application/json") -> flask.Response:

@@ -128,7 +128,7 @@ def resource_path(name: str) -> str:
 def console(folder: Path, resources: str = "", service: str = "") -> Iterator[tuple[Service, Client]]:
     """A service whose first user has the password PASSWORD, and a client with its token."""
     prepared_keys(folder)
-    with Service(write_inventory(folder, resources, service)) as running:
+    with Service(write_inventory(folder, resources, service), deadline=60) as running:
         client = Client(running.host, running.port).log_in(NAME, DOCUMENTED)
         assert client.api("POST", "password", {"current": DOCUMENTED, "new": PASSWORD}).status == 204
         client.token = ""

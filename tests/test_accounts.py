@@ -21,6 +21,7 @@ from console import DOCUMENTED, NAME, PASSWORD, Clock, Local, Reply, console, lo
 from service import Service, write_inventory
 
 from healthchecker import (
+    ASSETS,
     LOGIN_FAILURES,
     LOGIN_WINDOW,
     LOGINS_KEPT,
@@ -166,6 +167,14 @@ def test_page_that_refreshes_itself_is_idle(local: Local) -> None:
     local.clock.now += SESSION_STEP + 1
     assert local.ask("GET", "/-/", headers={"X-Refresh": "1"}).cookie == ""
     assert local.ask("GET", "/-/").cookie != ""
+
+
+def test_answer_that_others_may_keep_sets_no_cookie(local: Local) -> None:
+    """A cache on the way would hand the session on."""
+    local.open_session()
+    local.clock.now += SESSION_STEP + 1
+    reply = local.ask("GET", f"/-/static/{next(iter(ASSETS))}")
+    assert "public" in reply.headers["cache-control"] and "set-cookie" not in reply.headers
 
 
 def test_logged_out_session_is_over_for_whoever_has_its_cookie(local: Local) -> None:
