@@ -7964,6 +7964,7 @@ class GateServer(TimedServer):
         gate.app_on_loop = not threads
         self.tally = tally or Tally(Counters(1))
         self._share = self.tally.share
+        self._share.hold(0)     # it is there for the others, who would take all before its first turn
         self.accepting = False
         self._thread = threading.get_ident()
         self._ends = self._idle_end = math.inf
