@@ -234,11 +234,11 @@ def worker_rows(plan: Plan) -> Iterator[Row]:
 
 
 def pool_rows(plan: Plan) -> Iterator[Row]:
-    """Answers that block, twice as many at once as there are threads."""
+    """Answers that block, for some more clients than there are threads."""
     threads, most = 32, 32 / SLEEP
     with healthy(1, threads) as slow:
         address = url(slow) + "slow"
-        loads = in_turn(plan.rounds, {"slow": lambda: full_load(address, plan.load, 2 * threads).rate})["slow"]
+        loads = in_turn(plan.rounds, {"slow": lambda: full_load(address, plan.load, threads + 8).rate})["slow"]
     share = median(loads) / most
     measured = f"{share:.2f} times ({shown(loads)} requests/s to {most:,.0f})"
     figure = f"Answers that sleep for {SLEEP * 1e3:.0f} ms, `threads: {threads}`, 1 worker: to {threads} sleepers"
