@@ -63,7 +63,6 @@ import queue
 import random
 import re
 import secrets
-import select
 import selectors
 import shlex
 import shutil
@@ -131,7 +130,7 @@ try:
     from waitress.parser import HTTPRequestParser
     from waitress.receiver import ChunkedReceiver, FixedStreamReceiver
     from waitress.server import TcpWSGIServer
-    from waitress.task import ErrorTask, ThreadedTaskDispatcher, WSGITask
+    from waitress.task import ErrorTask, WSGITask
     from waitress.utilities import InternalServerError
     from werkzeug.exceptions import HTTPException
     from werkzeug.wrappers import Response
@@ -212,7 +211,7 @@ LINGER = 3.0                    # seconds for a refused client to take its answe
 LINGER_BYTES = 16 << 20         # bytes of a refused request that are read and thrown away meanwhile
 TURN = 1.0                      # seconds between two looks at all connections
 ACCEPT_PAUSE = 0.5              # seconds without accepting when the system has no descriptor left
-COMPLAINT = 60.0                # seconds between two log lines about that
+COMPLAINT = 60.0                # seconds between two complaints about the same trouble
 POOL_BUFFER = 16 << 20          # bytes of a response that wait for a slow client before its pool thread does
 SEND_BYTES = 1 << 16            # bytes of a response that the loop gathers before it sends
 QUICK = 0.005                   # seconds of CPU time of an answer that its pool thread leaves to the loop to send
@@ -254,7 +253,6 @@ ACCESS_LINES = 100              # lines that it writes at once: the loop waits w
 ACCESS_WAITING = 20_000         # requests that wait to be written; what comes then is dropped
 ACCESS_CHARS = 1000             # characters of a request line that are logged
 AGENT_CHARS = 200               # characters of Referer and of User-Agent that are logged
-COMPLAINT = 60.0                # seconds between two complaints about the same trouble
 
 
 # === Errors ==================================================================
@@ -2098,8 +2096,7 @@ class SshConnection:
             raise ProbeError("credential", f"key_file {path} does not open; check format and key_passphrase") from error
         return self._key[1]
 
-    def _execute(self, transport: SshTransport, script: str, buffer: OutputBuffer,
-                 deadline: Deadline) -> int | None:
+    def _execute(self, transport: SshTransport, script: str, buffer: OutputBuffer, deadline: Deadline) -> int | None:
         """Feeds the script to a POSIX shell, whatever the account's login shell is; returns its exit status."""
         channel = transport.open_session(window_size=WINDOW_BYTES, timeout=self.NEVER)
         try:
@@ -4885,22 +4882,17 @@ STYLE = r"""
   font: 14px/1.45 Inter, system-ui, "Segoe UI", Roboto, "Noto Sans", sans-serif;
   font-variant-numeric: tabular-nums; background: var(--page); color: var(--text);
 }
-* { box-sizing: border-box; }
-body, h1, h2, p, ul, ol, dl, dd, figure, fieldset { margin: 0; padding: 0; }
+* { box-sizing: border-box; } body, h1, h2, p, ul, ol, dl, dd, figure, fieldset { margin: 0; padding: 0; }
 body { overflow-wrap: anywhere; }
 .top, .notice, main, footer { padding: 0 max(1rem, 50vw - 52rem); }
-main { outline: none; }
-footer { padding-block: 1.5rem; font-size: .8125rem; }
-h1 { font-size: 1.5rem; line-height: 1.25; }
-h2 { font-size: 1rem; }
+main { outline: none; } footer { padding-block: 1.5rem; font-size: .8125rem; }
+h1 { font-size: 1.5rem; line-height: 1.25; } h2 { font-size: 1rem; }
 a { color: var(--link); text-decoration-thickness: 1px; text-underline-offset: .15em; }
 nav a, th a, .brand, .who a, .button { text-decoration: none; }
 th a:hover, nav a:hover, .who a:hover { text-decoration: underline; }
 :focus-visible { outline: 2px solid var(--link); outline-offset: 2px; border-radius: 3px; }
 small, .soft, th, dt, figcaption { color: var(--soft); font-weight: 400; }
-small { font-size: .8125rem; }
-b { font-weight: 600; }
-time { white-space: nowrap; }
+small { font-size: .8125rem; } b { font-weight: 600; } time { white-space: nowrap; }
 [hidden] { display: none !important; }
 .hidden:not(:focus) { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%);
   white-space: nowrap; }
@@ -4911,8 +4903,7 @@ time { white-space: nowrap; }
 .top { display: flex; flex-wrap: wrap; align-items: center; gap: .25rem 1.5rem; min-height: 3rem;
   padding-block: .375rem; background: var(--surface); border-bottom: 1px solid var(--line); }
 .brand { color: inherit; font-weight: 650; }
-.top nav { display: flex; gap: 1.25rem; flex: 1; }
-.top nav a { color: var(--soft); padding: .25rem 0; }
+.top nav { display: flex; gap: 1.25rem; flex: 1; } .top nav a { color: var(--soft); padding: .25rem 0; }
 .top nav a[aria-current] { color: var(--text); box-shadow: 0 2px var(--link); }
 .who { display: flex; align-items: center; gap: .5rem; }
 .notice { padding-block: .625rem; background: color-mix(in srgb, var(--degraded) 16%, var(--page)); }
@@ -4926,22 +4917,17 @@ time { white-space: nowrap; }
   border-left: 4px solid var(--state); border-radius: 6px;
   background: color-mix(in srgb, var(--state) 7%, var(--surface)); }
 .gate { display: flex; flex-wrap: wrap; align-items: baseline; gap: .25rem 1rem; margin-top: 1rem; }
-.gate h2 { font-size: 1.375rem; }
-.gate ul { flex-basis: 100%; list-style: none; }
-.gate li { padding-top: .25rem; }
-.message { margin-top: .75rem; }
-.message > * + *, .panel > * + * { margin-top: .5rem; }
+.gate h2 { font-size: 1.375rem; } .gate ul { flex-basis: 100%; list-style: none; } .gate li { padding-top: .25rem; }
+.message { margin-top: .75rem; } .message > * + *, .panel > * + * { margin-top: .5rem; }
 .now > p .state { font-size: 1.25rem; margin-right: .5rem; }
-#trouble:not(:has(p)) { display: none; }
-.why { font-size: 1.0625rem; }
+#trouble:not(:has(p)) { display: none; } .why { font-size: 1.0625rem; }
 
 .tools { display: flex; flex-wrap: wrap; align-items: center; gap: .5rem 1rem; margin: 1rem 0 .625rem; }
 .chips { display: flex; flex-wrap: wrap; gap: .375rem; flex: 1 1 auto; }
 .chips a { padding: .1875rem .625rem; border: 1px solid var(--line); border-radius: 1rem; background: var(--surface);
   color: var(--state, var(--text)); white-space: nowrap; }
 .chips a[aria-current] { border-color: currentColor; box-shadow: inset 0 0 0 1px currentColor; }
-.filter { display: flex; gap: .5rem; min-width: 0; }
-.filter select { max-width: 14rem; }
+.filter { display: flex; gap: .5rem; min-width: 0; } .filter select { max-width: 14rem; }
 input, select, textarea, button, .button { font: inherit; color: inherit; padding: .3125rem .625rem; max-width: 100%;
   border: 1px solid light-dark(#8b96a5, #5d6b7c); border-radius: 5px; background: var(--surface); }
 button, .button { cursor: pointer; white-space: nowrap; color: var(--link); font-weight: 500; }
@@ -4954,8 +4940,7 @@ button:hover, .button:hover { background: var(--sunken); }
 
 table { width: 100%; border-collapse: collapse; background: var(--surface); border: 1px solid var(--line); }
 th, td { padding: .375rem .625rem; text-align: left; vertical-align: top; border-top: 1px solid var(--line); }
-tbody th { min-width: 5rem; }
-thead th { border: 0; white-space: nowrap; font-size: .8125rem; }
+tbody th { min-width: 5rem; } thead th { border: 0; white-space: nowrap; font-size: .8125rem; }
 i { display: inline-block; padding: 0 .375rem; border: 1px solid var(--line); border-radius: 3px; font-style: normal;
   font-size: .75rem; line-height: 1.3; background: var(--sunken); color: var(--soft); }
 i.maintenance, i.degraded { color: var(--state); }
@@ -4969,8 +4954,7 @@ i.maintenance, i.degraded { color: var(--state); }
 .empty { padding: 3rem 1rem; text-align: center; background: var(--surface); border: 1px solid var(--line); }
 .bar { width: 6rem; max-width: 40%; height: .5rem; margin-right: .5rem; vertical-align: baseline; }
 .overview .bar { width: 4rem; max-width: none; }
-.bar path { stroke: var(--fill); stroke-width: 8; fill: none; }
-.bar path:first-child { stroke: var(--track); }
+.bar path { stroke: var(--fill); stroke-width: 8; fill: none; } .bar path:first-child { stroke: var(--track); }
 .bar .degraded, .bar .unhealthy { stroke: var(--state); }
 .bar .warn, .bar .fail { stroke: var(--degraded); stroke-width: 2; vector-effect: non-scaling-stroke; }
 .bar .fail { stroke: var(--unhealthy); }
@@ -4985,14 +4969,12 @@ i.maintenance, i.degraded { color: var(--state); }
 
 .title { display: flex; flex-wrap: wrap; justify-content: space-between; gap: .75rem 1rem; margin-top: 1rem; }
 .actions { position: relative; display: flex; flex-wrap: wrap; align-items: start; gap: .5rem; }
-.actions summary { list-style: none; }
-summary { cursor: pointer; color: var(--link); }
+.actions summary { list-style: none; } summary { cursor: pointer; color: var(--link); }
 .panel { margin-top: 1rem; padding: 1rem; background: var(--surface); border: 1px solid var(--line);
   border-radius: 6px; }
 .actions .panel { position: absolute; right: 0; z-index: 2; width: 30rem; max-width: calc(100vw - 2rem);
   margin-top: .375rem; box-shadow: 0 6px 24px #0004; }
-.narrow { display: grid; gap: .75rem; max-width: 24rem; margin: 8vh auto 0; }
-.narrow > * { margin: 0 !important; }
+.narrow { display: grid; gap: .75rem; max-width: 24rem; margin: 8vh auto 0; } .narrow > * { margin: 0 !important; }
 .columns { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(22rem, 100%), 1fr)); gap: 0 1.5rem; }
 .columns h2, h2#events { margin: 1.25rem 0 .5rem; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .375rem 1rem; padding: .625rem;
@@ -5007,8 +4989,7 @@ figcaption b { color: var(--text); margin-right: .375rem; }
 .scale, .times { display: flex; justify-content: space-between; list-style: none; color: var(--soft);
   font-size: .75rem; }
 .scale { flex-direction: column; min-width: 2rem; margin-block: -.375rem; text-align: right; line-height: 1; }
-.times { margin: .375rem 0 0 2.375rem; }
-.graph { flex: 1; width: 100%; min-width: 0; height: 100%; overflow: visible; }
+.times { margin: .375rem 0 0 2.375rem; } .graph { flex: 1; width: 100%; min-width: 0; height: 100%; overflow: visible; }
 .graph path { fill: none; stroke: var(--track); vector-effect: non-scaling-stroke; }
 .graph .band { fill: color-mix(in srgb, var(--link) 22%, transparent); stroke: none; }
 .graph .line { stroke: var(--link); stroke-width: 1.5; stroke-linejoin: round; stroke-linecap: round; }
@@ -5022,19 +5003,15 @@ form.resource, form:has(> .inputs) { max-width: 68rem; }
 label { display: block; }
 label > input:not([type=checkbox]), label > select, label > textarea { display: block; width: 100%;
   margin-top: .125rem; }
-label.checkbox { align-self: center; }
-label.textarea { grid-column: 1 / -1; }
+label.checkbox { align-self: center; } label.textarea { grid-column: 1 / -1; }
 .hint, .error { display: block; margin-top: .125rem; font-size: .8125rem; color: var(--soft); }
 .error { color: var(--unhealthy); }
 [aria-invalid] { border-color: var(--unhealthy); box-shadow: 0 0 0 1px var(--unhealthy); }
-::placeholder { color: var(--soft); opacity: 1; }
-fieldset { min-width: 0; }
-legend { float: left; width: 100%; padding: 0 0 .5rem; font-weight: 600; }
-legend + * { clear: both; }
+::placeholder { color: var(--soft); opacity: 1; } fieldset { min-width: 0; }
+legend { float: left; width: 100%; padding: 0 0 .5rem; font-weight: 600; } legend + * { clear: both; }
 .finish { position: sticky; bottom: 0; display: flex; flex-wrap: wrap; align-items: center; gap: .5rem 1rem;
   margin-top: 1rem; padding: .75rem 0; background: var(--page); border-top: 1px solid var(--line); }
-#result { flex: 1 1 20rem; }
-#result .message { margin: 0; padding: .375rem .75rem; }
+#result { flex: 1 1 20rem; } #result .message { margin: 0; padding: .375rem .75rem; }
 form:has([value=local]:checked, [value=simulated]:checked) .remote,
 form:not(:has([value=windows]:checked)) .windows,
 form:not(:has([value=simulated]:checked)) .simulated { display: none; }
@@ -5045,19 +5022,15 @@ form:not(:has([value=simulated]:checked)) .simulated { display: none; }
   .overview tr { display: grid; grid-template-columns: repeat(3, minmax(0, 1fr)); gap: .125rem .75rem;
     padding: .5rem .75rem; border-top: 1px solid var(--line); }
   .overview td, .overview tbody th { border: 0; padding: 0; min-width: 0; width: auto; }
-  .overview tbody th { grid-column: 1 / -1; order: -1; }
-  .overview td:nth-child(3)::before { content: "for "; }
+  .overview tbody th { grid-column: 1 / -1; order: -1; } .overview td:nth-child(3)::before { content: "for "; }
   .overview td:nth-child(n+5):nth-child(-n+7)::before { display: block; font-size: .75rem; color: var(--soft); }
   .overview td:nth-child(5)::before { content: "CPU"; } .overview td:nth-child(6)::before { content: "Memory"; }
   .overview td:nth-child(7)::before { content: "Disk"; }
-  .overview td:empty::before { content: none !important; }
-  .overview td:last-child { grid-column: 1 / -1; }
+  .overview td:empty::before { content: none !important; } .overview td:last-child { grid-column: 1 / -1; }
   .overview .strip { width: 100%; } .overview .bar { width: calc(100% - 3.25rem); }
-  .overview td small { display: none; }
-  .checks .inputs { grid-template-columns: 1fr; }
+  .overview td small { display: none; } .checks .inputs { grid-template-columns: 1fr; }
   .filter { flex: 1 1 100%; } .filter input, .filter select { flex: 1; min-width: 0; }
-  .actions .panel { left: 0; right: auto; }
-  .events thead { display: none; }
+  .actions .panel { left: 0; right: auto; } .events thead { display: none; }
   .events tr { display: block; padding: .5rem .75rem; border-top: 1px solid var(--line); }
   .events td { display: inline; border: 0; padding: 0 .5rem 0 0; }
 }
@@ -5492,8 +5465,7 @@ class AccessFile(logging.handlers.RotatingFileHandler):
             raise UsageError(f"service.access_log {path} cannot be written: {error.strerror}") from error
 
     def _open(self) -> io.TextIOWrapper:
-        return open(self.baseFilename, "a", encoding="utf-8",
-                    opener=lambda name, flags: os.open(name, flags, 0o640))
+        return open(self.baseFilename, "a", encoding="utf-8", opener=lambda name, flags: os.open(name, flags, 0o640))
 
     def emit(self, record: logging.LogRecord) -> None:
         """As the base class, but what goes wrong is raised and not printed."""
@@ -6649,13 +6621,20 @@ def visitor() -> Visitor:
     return cast(Visitor, flask.g.visitor)
 
 
+Address = ipaddress.IPv4Address | ipaddress.IPv6Address
+
+
+def plain_address(text: str) -> Address:
+    """An IP address; an IPv4 address written as an IPv6 one is the IPv4 address. Raises ValueError."""
+    address = ipaddress.ip_address(text)
+    return getattr(address, "ipv4_mapped", None) or address
+
+
 def client_address(environ: WSGIEnvironment) -> str:
-    """The client's address; an IPv4 one as such, however it was mapped."""
-    try:
-        address = ipaddress.ip_address(environ.get("REMOTE_ADDR", ""))
-    except ValueError:
-        return "0.0.0.0"    # noqa: S104  # nobody's
-    return str(getattr(address, "ipv4_mapped", None) or address)
+    """The client's address; 0.0.0.0 is nobody's."""
+    with contextlib.suppress(ValueError):
+        return str(plain_address(environ.get("REMOTE_ADDR", "")))
+    return "0.0.0.0"    # noqa: S104  # is not listened on
 
 
 def is_local(environ: WSGIEnvironment, address: str) -> bool:
@@ -7360,7 +7339,6 @@ DIGITS = re.compile("[0-9]+")
 QUOTED = rb'"(?:[\t !#-\[\]-~\x80-\xff]|\\[\t -~\x80-\xff])*"'
 CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,16})(?:;%b+(?:=(?:%b+|%b))?)*\r\n" % (TOKEN, TOKEN, QUOTED))
 FORWARDED_ADDRESS = re.compile(r"(?:\[([0-9A-Fa-f:.]+)\]|([0-9.]+))(?::[0-9]{1,5})?|([0-9A-Fa-f:.]+)")
-Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 IpNetworks = tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...]
 
 
@@ -7393,12 +7371,6 @@ def is_host(text: str) -> bool:
     with contextlib.suppress(ValueError):
         return not match[1] or bool(ipaddress.IPv6Address(match[1]))
     return False
-
-
-def plain_address(text: str) -> Address:
-    """An IP address; an IPv4 address written as an IPv6 one is the IPv4 address. Raises ValueError."""
-    address = ipaddress.ip_address(text)
-    return getattr(address, "ipv4_mapped", None) or address
 
 
 def is_within(address: Address, networks: IpNetworks) -> bool:
@@ -7632,35 +7604,10 @@ class ProxiedParser(GateParser):
 
 
 # --- connections ---
-class WireTask(WSGITask):    # type: ignore[misc]  # waitress carries no types
-    """Tells the application who asks; an answer that has no body by its status does not end the connection."""
-
-    def get_environment(self) -> WSGIEnvironment:
-        environ: WSGIEnvironment = super().get_environment()
-        if self.request.forwarded:
-            environ.update(self.request.forwarded)
-        return environ
-
-    def set_close_on_finish(self) -> None:
-        """waitress takes a 204 without Content-Length for one of unknown length."""
-        wanted = self.request.headers.get("CONNECTION", "").lower() == "close"
-        if wanted or self.has_body or self.wrote_header or self.version == "1.0":
-            super().set_close_on_finish()
-
-
-class RefusalTask(ErrorTask):    # type: ignore[misc]  # waitress carries no types
-    """The answer to a request that is not served."""
-
-    def finish(self) -> None:
-        super().finish()
-        self.channel.lingers = True
-
-
 class TimedChannel(HTTPChannel):    # type: ignore[misc]  # waitress carries no types
     """A client's connection that ends when the client is too slow in asking or in taking its answer."""
 
     parser_class = GateParser
-    error_task_class = RefusalTask
     will_close: bool
     lingers = False         # the answer is the last; what still comes is thrown away
     _discarded = 0          # bytes of that
@@ -7711,12 +7658,12 @@ class TimedChannel(HTTPChannel):    # type: ignore[misc]  # waitress carries no 
             if request is not None:
                 request.begun = now     # it is not read meanwhile
             if self.total_outbufs_len and now - self._since > STALLED:
-                self._cut()
+                self.handle_close()
         elif request is not None and (request.header_plus or request.headers_finished):
             if now - request.begun > (BODY_TIME if request.headers_finished else HEADER_TIME):
                 self._give_up(request)
         elif now > self._lingers_until or now - (request.begun if request else self._since) > self._patience(pressed):
-            self._cut()
+            self.handle_close()
 
     def _patience(self, pressed: bool) -> float:
         """Seconds that the connection may stay idle."""
@@ -7730,10 +7677,6 @@ class TimedChannel(HTTPChannel):    # type: ignore[misc]  # waitress carries no 
             request.refuse("408 Request Timeout")
             self.requests.append(request)
         self.service()
-
-    def _cut(self) -> None:
-        self.handle_close()
-        self.readable = self.writable = bool    # False: the loop has listed it for its turn already
 
 
 class TimedServer(TcpWSGIServer):    # type: ignore[misc]  # waitress carries no types
@@ -7777,61 +7720,100 @@ class TimedServer(TcpWSGIServer):    # type: ignore[misc]  # waitress carries no
 
 
 # === Serve ===================================================================
-class Pool(ThreadedTaskDispatcher):     # type: ignore[misc]  # waitress carries no types
-    """waitress's pool with a bound on the requests that wait for a thread."""
+class Pool:
+    """Threads that answer requests, with a bound on those that wait for one.
+
+    One thread is woken at a time, the last that became idle, and wakes the next one if there is more to do: what it
+    answers without blocking needs no other, and each costs two changes of the interpreter lock.
+    """
 
     def __init__(self, threads: int, bound: int) -> None:
-        super().__init__()
         self._bound = bound
-        self.set_thread_count(threads)
+        self._tasks: collections.deque[HTTPChannel] = collections.deque()
+        self._idle: list[threading.Lock] = []       # of threads that wait for theirs to be released
+        self._waking = False    # a thread is woken, and has not begun
+        self._ending = False
+        self._threads = [threading.Thread(target=self._work, daemon=True) for _ in range(threads)]
+        for thread in self._threads:
+            thread.start()
 
     @property
     def waiting(self) -> int:
         """Requests that no thread is idle for."""
-        return len(self.queue) + cast(int, self.active_count) - len(self.threads)
+        return len(self._tasks) - len(self._idle) - self._waking
 
     @property
     def full(self) -> bool:
         return self.waiting >= self._bound
 
-
-class LoopDispatcher:
-    """Runs on the loop's own thread what cannot block or has no room to wait, and leaves the rest to pools.
-
-    The hand-over of the interpreter lock between loop and pool costs more than most answers.
-    """
-
-    def __init__(self, pool_of: Callable[[str, Container[str]], str], pools: Mapping[str, Pool]) -> None:
-        self._pool_of, self.pools = pool_of, pools
-        self._ready: collections.deque[HTTPChannel] = collections.deque()
-
     def add_task(self, task: HTTPChannel) -> None:
-        """Called with the channel's lock held, hence only queues."""
-        request = task.requests[0]
-        task.begin()
-        pool = None if request.error else self.pools.get(self._pool_of(request.path, request.headers))
-        if pool is None or pool.full:
-            self._ready.append(task)
-        else:
-            pool.add_task(task)
-
-    def drain(self) -> None:
-        """Serves what was queued for the loop."""
-        while self._ready:
-            self._ready.popleft().service()
-
-    @property
-    def waiting(self) -> int:
-        """Requests that wait for a thread."""
-        return sum(max(0, pool.waiting) for pool in self.pools.values())
+        self._tasks.append(task)
+        self._wake()
 
     def shutdown(self, timeout: float) -> None:
-        for pool in self.pools.values():
-            pool.shutdown(timeout=timeout)
+        """Ends the threads, within `timeout` seconds; what no thread has begun is not answered."""
+        self._ending = True
+        while self._release_one():
+            pass
+        ends = time.monotonic() + timeout
+        for thread in self._threads:
+            thread.join(max(0.0, ends - time.monotonic()))
+        while self._tasks:
+            self._tasks.popleft().cancel()
+
+    def _release_one(self) -> bool:
+        try:
+            self._idle.pop().release()
+        except IndexError:      # no thread is idle, or is any more
+            return False
+        return True
+
+    def _wake(self) -> None:
+        while self._tasks and self._idle and not self._waking:      # once more: one may have become idle meanwhile
+            self._waking = True
+            if self._release_one():
+                return
+            self._waking = False
+
+    def _work(self) -> None:
+        woken = threading.Lock()
+        woken.acquire()
+        while not self._ending:
+            try:
+                task = self._tasks.popleft()
+            except IndexError:
+                self._rest(woken)
+                continue
+            self._wake()
+            try:
+                task.service()
+            except Exception:   # what waitress did not foresee must not end the thread
+                log.exception("a request could not be answered")
+
+    def _rest(self, woken: threading.Lock) -> None:
+        self._idle.append(woken)
+        if self._tasks or self._ending:     # since the last look
+            with contextlib.suppress(ValueError):
+                self._idle.remove(woken)
+                return
+        woken.acquire()
+        self._waking = False
 
 
-class GateTask(WireTask):
+class GateTask(WSGITask):    # type: ignore[misc]  # waitress carries no types
     """One request; an application cannot end the service, and a service that ends says so to its clients."""
+
+    def get_environment(self) -> WSGIEnvironment:
+        environ: WSGIEnvironment = super().get_environment()
+        if self.request.forwarded:      # who asks
+            environ.update(self.request.forwarded)
+        return environ
+
+    def set_close_on_finish(self) -> None:
+        """waitress takes a 204 without Content-Length for one of unknown length."""
+        wanted = self.request.headers.get("CONNECTION", "").lower() == "close"
+        if wanted or self.has_body or self.wrote_header or self.version == "1.0":
+            super().set_close_on_finish()
 
     def service(self) -> None:
         outcome = "cut"
@@ -7863,8 +7845,8 @@ class GateTask(WireTask):
         self.channel.release()
 
 
-class GateErrorTask(RefusalTask):
-    """The answer to a request that the parser refused, and to one whose application failed."""
+class GateErrorTask(ErrorTask):    # type: ignore[misc]  # waitress carries no types
+    """The last answer on a connection: to a request that the parser refused, or whose application failed."""
 
     environ = None
 
@@ -7875,6 +7857,10 @@ class GateErrorTask(RefusalTask):
             self.channel.body_bytes = self.content_length or 0
             self.channel.served(self, "5xx" if isinstance(self.request.error, InternalServerError) else "bad")
 
+    def finish(self) -> None:
+        super().finish()
+        self.channel.lingers = True
+
 
 class GateChannel(TimedChannel):
     """Sends head and body at once, and what a pool thread answered quickly and whole together with other answers at
@@ -7884,6 +7870,8 @@ class GateChannel(TimedChannel):
     error_task_class = GateErrorTask
     began = 0.0             # when the request was complete
     started = 0.0           # CPU time of the thread that answers, from when on it does
+    watched = 0             # what the loop waits for on it, selectors' events
+    touched = False         # the loop is to look at it
     body_length: int | None = None      # of the answer; None: not known
     body_bytes = 0          # of the answer, so far; with the framing of chunks
     head: bytes | None = None   # of a response, until its body comes; b"": the next piece is the head; None: sent
@@ -7898,8 +7886,23 @@ class GateChannel(TimedChannel):
             super().write_soon(head)
             head = None
         if head and len(data) == self.body_length and time.thread_time() - self.started < QUICK:
-            return self._gather(head + data)
-        return int(super().write_soon(head + data if head else data))
+            self.adj = self.server.gathering
+            try:
+                return int(super().write_soon(head + data))
+            finally:
+                self.adj = self.server.adj
+        taken = int(super().write_soon(head + data if head else data))
+        if self.writable():
+            self.server.touch(self)
+        return taken
+
+    def service(self) -> None:
+        super().service()
+        request = self.request
+        if request is not None:
+            request.begun = self.server.clock()     # it was not read meanwhile
+        if self.writable() or self.requests or not self.watched & selectors.EVENT_READ:
+            self.server.touch(self)
 
     def _flush_outbufs_below_high_watermark(self) -> None:
         """Waits for a slow client, but never on the loop: nobody else would send what it waits for."""
@@ -7912,18 +7915,6 @@ class GateChannel(TimedChannel):
         with self.requests_lock:
             return len(self.requests) == 1 and self.request is None
 
-    def _gather(self, answer: bytes) -> int:
-        """Leaves an answer to the loop."""
-        self.adj = self.server.gathering
-        try:
-            return int(super().write_soon(answer))
-        finally:
-            self.adj = self.server.adj
-
-    def begin(self) -> None:
-        """A request is complete; its answer may have to wait."""
-        self.began, self.body_bytes = time.perf_counter(), 0
-
     def served(self, task: Any, outcome: str) -> None:
         """A request is answered: counts it and takes a note of it."""
         seconds, tally = time.perf_counter() - self.began, self.server.tally
@@ -7933,7 +7924,37 @@ class GateChannel(TimedChannel):
 
     def add_channel(self, map: Any = None) -> None:     # waitress's name
         super().add_channel(map)
+        self.server.watch(self, selectors.EVENT_READ)
         self.server.tally.accepted()
+
+    def del_channel(self, map: Any = None) -> None:     # waitress's name
+        self.server.watch(self, 0)
+        super().del_channel(map)
+
+    def handle_close(self) -> None:
+        if self.server.on_loop:
+            super().handle_close()
+        else:       # the loop may be at it
+            self.will_close = True
+            self.server.touch(self)
+
+    def attend(self, events: int) -> None:
+        """Does what the client is ready for, then has the loop wait for what is wanted now; on the loop.
+
+        While an answer is made, it goes on waiting for the client: it hardly ever sends anything, and no thread has
+        to wake the loop after an answer.
+        """
+        if events & selectors.EVENT_READ:
+            if self.readable():
+                wasyncore.read(self)
+            else:       # it sends ahead, and has to wait
+                self.server.watch(self, self.watched & ~selectors.EVENT_READ)
+        if events & selectors.EVENT_WRITE and self.socket and self.writable():
+            wasyncore.write(self)
+        if self.socket and self.writable():
+            self.server.watch(self, selectors.EVENT_WRITE)
+        elif self.socket and self.readable():
+            self.server.watch(self, selectors.EVENT_READ)
 
     def release(self) -> None:
         """Sends a head that has no body."""
@@ -7943,35 +7964,45 @@ class GateChannel(TimedChannel):
 
 
 class GateServer(TimedServer):
-    """waitress on a socket that is bound already, with our loop: serves until `stop`, then drains."""
+    """waitress on a socket that is bound already, with our loop: serves until `stop`, then drains.
+
+    waitress's own loop asks each connection in each turn what it waits for; this one remembers it, and looks only at
+    those that something was done with.
+    """
 
     channel_class = GateChannel
-    _woken = False      # the loop is to turn once more before it waits
+    selector_class: type[selectors.BaseSelector] = selectors.DefaultSelector
+    watched = 0         # what the loop waits for on the listening socket
+    _awake = False      # the loop looks at what is touched before it waits
 
     def __init__(self, gate: Gate, sock: socket.socket, service: ServiceSettings, connections: int,
                  tally: Tally | None = None) -> None:
         threads = service.app_threads
         adjustments = Adjustments(
             threads=max(1, threads), connection_limit=connections, ident=None, backlog=BACKLOG,
-            clear_untrusted_proxy_headers=False, asyncore_use_poll=hasattr(select, "poll"),
+            clear_untrusted_proxy_headers=False,
             outbuf_high_watermark=POOL_BUFFER, max_request_body_size=service.body_limit)
         adjustments.proxies = tuple(map(ipaddress.ip_network, service.trusted_proxy))
         self.gathering = copy.copy(adjustments)
         self.gathering.send_bytes = SEND_BYTES      # the loop sends at its next turn, all answers of this one together
         if not threads:
             adjustments = self.gathering
-        self._gate = gate
+        self._gate, self._ready = gate, collections.deque[GateChannel]()
         gate.app_on_loop = not threads
         self.tally = tally or Tally(Counters(1))
         self._share = self.tally.share
         self._share.hold(0)     # it is there for the others, who would take all before its first turn
         self.accepting = False
+        self._selector = self.selector_class()
+        self._touched: collections.deque[GateChannel] = collections.deque()
         self._thread = threading.get_ident()
         self._ends = self._idle_end = math.inf
-        pools = {"own": Pool(OWN_THREADS, service.queue)} | ({"app": Pool(threads, service.queue)} if threads else {})
+        self.pools = {"own": Pool(OWN_THREADS, service.queue)}
+        if threads:
+            self.pools["app"] = Pool(threads, service.queue)
         sockinfo = (sock.family, sock.type, sock.proto, sock.getsockname())
-        super().__init__(gate, {}, True, sock, dispatcher=LoopDispatcher(gate.pool_of, pools), adj=adjustments,
-                         sockinfo=sockinfo, bind_socket=False)
+        super().__init__(gate, {}, True, sock, dispatcher=self.pools, adj=adjustments, sockinfo=sockinfo,
+                         bind_socket=False)
 
     @property
     def draining(self) -> bool:
@@ -7985,11 +8016,44 @@ class GateServer(TimedServer):
     def set_reuse_addr(self) -> None:
         """Nothing: the socket is bound, and on Windows the option would let another server share its port."""
 
+    @property
+    def waiting(self) -> int:
+        """Requests that wait for a thread."""
+        return sum(max(0, pool.waiting) for pool in self.pools.values())
+
+    def add_task(self, channel: GateChannel) -> None:
+        """Leaves what cannot block, or has no room to wait, to the loop's own thread, and the rest to a pool: the
+        hand-over of the interpreter lock costs more than most answers. Called with the channel's lock held."""
+        request = channel.requests[0]
+        channel.began, channel.body_bytes = time.perf_counter(), 0
+        pool = None if request.error else self.pools.get(self._gate.pool_of(request.path, request.headers))
+        if pool is None or pool.full:
+            self._ready.append(channel)
+        else:
+            pool.add_task(channel)
+
     def pull_trigger(self) -> None:
-        """Wakes the loop, once in a turn; unless it is the loop that asks."""
-        if not self.on_loop and not self._woken:
-            self._woken = True
-            super().pull_trigger()
+        """Nothing: waitress wakes its loop after each answer; ours is told by `touch` of what it is needed for."""
+
+    def touch(self, channel: GateChannel) -> None:
+        """Has the loop look at a channel: it has something to send, or to be read again."""
+        if not channel.touched:
+            channel.touched = True
+            self._touched.append(channel)
+            if not self._awake and not self.on_loop:
+                self._awake = True
+                self.trigger.pull_trigger()
+
+    def watch(self, channel: GateChannel | GateServer, events: int) -> None:
+        """Has the loop wait for `events` on a channel; 0 for none."""
+        if events != channel.watched:
+            before, channel.watched = channel.watched, events
+            if not before:
+                self._selector.register(channel.socket, events, channel)
+            elif events:
+                self._selector.modify(channel.socket, events, channel)
+            else:
+                self._selector.unregister(channel.socket)
 
     def readable(self) -> bool:
         """Whether the loop is to look for new connections."""
@@ -7997,12 +8061,15 @@ class GateServer(TimedServer):
 
     def handle_accept(self) -> None:
         """Takes its share of the connections that wait: waitress takes one per turn, which starves a crowd."""
-        for _ in range(self._share.take()):
+        self._accept(self._share.take())
+        self._share.hold(len(self.active_channels))
+
+    def _accept(self, most: int) -> None:
+        for _ in range(most):
             held = len(self.active_channels)
             super().handle_accept()
             if len(self.active_channels) == held:
-                break
-        self._share.hold(len(self.active_channels))
+                return
 
     def stop(self, drain: float = DRAIN) -> None:
         """Ends `serve` once the requests in flight are answered, within `drain` seconds. Safe in a signal handler."""
@@ -8014,29 +8081,45 @@ class GateServer(TimedServer):
 
     def serve(self) -> None:
         """The loop."""
-        poll = wasyncore.poll2 if self.adj.asyncore_use_poll else wasyncore.poll
         self._gate.loop_thread = self._thread = threading.get_ident()
-        while not self._drained():      # asked right after all that has come was read
-            self._woken = False     # from here on the turn may miss what another thread leaves to it
-            self.task_dispatcher.drain()
-            self._share.hold(len(self.active_channels))
-            self.tally.queued(self.task_dispatcher.waiting)
-            poll(GLANCE if self._share.defers or self.draining else self.adj.asyncore_loop_timeout, self._map)
-        self.tally.close()
-        self.task_dispatcher.shutdown(POOL_END)
-        wasyncore.close_all(self._map)
+        with self._selector:
+            self._selector.register(self.trigger._fileno, selectors.EVENT_READ, self.trigger)
+            while not self._drained():      # asked right after all that has come was read
+                self._turn()
+            self.tally.close()
+            for pool in self.pools.values():
+                pool.shutdown(POOL_END)
+            wasyncore.close_all(self._map)
+
+    def _turn(self) -> None:
+        """Answers what has come, sends what is to be sent, and waits."""
+        while self._ready:
+            self._ready.popleft().service()
+        while self._touched:
+            channel = self._touched.popleft()
+            channel.touched = False     # first: what comes now touches it again
+            channel.attend(selectors.EVENT_WRITE)
+        self._share.hold(len(self.active_channels))
+        self.tally.queued(self.waiting)
+        self.watch(self, selectors.EVENT_READ if self.readable() else 0)
+        self._awake = False     # from here on the turn may miss what another thread leaves to it
+        wait = GLANCE if self._share.defers or self.draining else self.adj.asyncore_loop_timeout
+        found = self._selector.select(0 if self._touched else wait)
+        self._awake = True
+        for key, events in found:
+            if isinstance(key.data, GateChannel):
+                key.data.attend(events)
+            else:
+                wasyncore.read(key.data)
 
     def _drained(self) -> bool:
         """Once stopping: accepts nobody, soon closes idle connections; True when none is left."""
         if not self._gate.draining:
             return False
         if self.accepting:      # who waits to be accepted has perhaps sent a request already
-            for _ in range(BACKLOG):
-                held = len(self.active_channels)
-                super().handle_accept()
-                if len(self.active_channels) == held:
-                    break
+            self._accept(BACKLOG)
             self.accepting = False
+            self.watch(self, 0)
             self.del_channel()
             self.socket.close()
             self._idle_end = time.monotonic() + LAST_ASK
@@ -8257,7 +8340,7 @@ class Worker:
 
 def quiet_libraries() -> None:
     """They repeat what we report."""
-    for name in ("paramiko", "pypsrp", "urllib3", "spnego", "waitress.queue"):
+    for name in ("paramiko", "pypsrp", "urllib3", "spnego"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
@@ -8480,9 +8563,6 @@ class Installation:
     def resolve(self, path: Path) -> Path:
         return self.path.parent / path.expanduser()
 
-    def open_store(self) -> Store:
-        return Store(self.database)
-
     def open_vault(self, session: Session | None) -> Vault:
         """The keys; made when there are none and nothing is sealed yet."""
         return open_vault(self.resolve(self.service.keys), sealed_tokens(session, self.inventory))
@@ -8572,7 +8652,7 @@ def serve(arguments: argparse.Namespace) -> int:
     if service.app and not service.worker_count:
         load_app(service.app, installation.path.parent)     # a bad one ends the start before anything is written
     with contextlib.closing(lock_database(installation.database)), \
-            contextlib.closing(installation.open_store()) as store:
+            contextlib.closing(Store(installation.database)) as store:
         watch_and_serve(installation, sock, store, access_file)
     log.info("ended")
     return 0
@@ -8813,7 +8893,7 @@ def typed_password() -> str:
 def accounts(arguments: argparse.Namespace) -> Iterator[Visitor]:
     """Who works on the users from the command line, also while the service runs or before it ever did."""
     installation = Installation(arguments.inventory)
-    with contextlib.closing(installation.open_store()) as store:
+    with contextlib.closing(Store(installation.database)) as store:
         with store.writing() as session:
             ensure_first_user(session)
         yield Visitor(Site(store, installation.inventory, lambda kind: None, b"", Lease()))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import os
 import sys
 import threading
 from collections.abc import Iterator
@@ -46,12 +47,19 @@ def password(sshd: Sshd | ParamikoSshd) -> str:
 
 
 def open_descriptors() -> int:
-    """Open descriptors of this process; on Windows its handles, of which a few come and go by themselves."""
+    """Open descriptors of this process; on Windows its handles, of which a few come and go by themselves.
+
+    Those of the memory that it shares do not count: multiprocessing takes it in blocks, and never gives one back.
+    """
     if sys.platform == "win32":
         count = ctypes.c_ulong()
         ctypes.windll.kernel32.GetProcessHandleCount(ctypes.c_void_p(-1), ctypes.byref(count))
         return count.value
-    return sum(1 for _ in Path("/dev/fd").iterdir())
+    found = 0
+    for link in Path("/dev/fd").iterdir():
+        with contextlib.suppress(OSError):  # the one that lists them is closed by now
+            found += "/pym-" not in (os.readlink(link) if link.is_symlink() else "")
+    return found
 
 
 @contextlib.contextmanager

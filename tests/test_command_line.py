@@ -404,7 +404,7 @@ def test_trust(
     assert main(["--inventory", str(path), "trust", name]) == 2
     assert capsys.readouterr().err == "there is no database yet; start the service first\n"
     setup = healthchecker.Installation(path)
-    with closing(setup.open_store()) as store, store.writing() as session:
+    with closing(healthchecker.Store(setup.database)) as store, store.writing() as session:
         healthchecker.import_inventory(session, setup.inventory, vault)
     assert main(["--inventory", str(path), "trust", name]) == code
     error = capsys.readouterr().err
@@ -541,7 +541,7 @@ def test_without_the_right_to(case: str, open_folder: Path) -> None:
     path = write_inventory(open_folder, "  - {hostname: a, username: u, password: p}\n")
     setup = healthchecker.Installation(path)
     vault = Vault(prepared_keys(open_folder))
-    with closing(setup.open_store()) as store, store.writing() as session:
+    with closing(healthchecker.Store(setup.database)) as store, store.writing() as session:
         healthchecker.import_inventory(session, setup.inventory, vault)
     user = NOBODY if os.geteuid() == 0 else None
     for item in (open_folder, *open_folder.rglob("*")) if user else ():

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import collections
 import contextlib
 import http.client
 import io
 import json
 import math
+import selectors
 import socket
+import struct
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any
 from wsgiref.util import setup_testing_defaults
 
@@ -19,7 +24,7 @@ import pytest
 from conftest import no_leaks, wait_for
 from waitress import wasyncore
 
-from healthchecker import Gate, GateServer, HealthAggregator, Lease, ServiceSettings
+from healthchecker import Gate, GateChannel, GateServer, HealthAggregator, Lease, Pool, ServiceSettings
 
 Application = Callable[[dict[str, Any], Any], Iterable[bytes]]
 NOW = 1000.0  # seconds, where the clock of a WSGI test stands
@@ -237,7 +242,8 @@ class Serving:
         self.thread.join(15)
         assert not self.thread.is_alive()
         wasyncore.close_all(self.server._map)  # nothing is left to close, unless the loop died of an error
-        self.server.task_dispatcher.shutdown(timeout=1)
+        for pool in self.server.pools.values():
+            pool.shutdown(timeout=1)
 
     @contextlib.contextmanager
     def client(self, timeout: float = 10) -> Iterator[http.client.HTTPConnection]:
@@ -600,3 +606,297 @@ def test_wsgi_input_and_file_wrapper() -> None:
 
     with Serving(sends_file, 0) as serving:
         assert serving.get() == (200, b"file" * 1000)
+
+
+# === The loop ================================================================
+class Busy:
+    """An application that answers once it is let go, and tells that it was asked; in pieces, the thread sends it."""
+
+    def __init__(self, pieces: int = 1) -> None:
+        self.asked, self.go = threading.Semaphore(0), threading.Semaphore(0)
+        self.pieces = pieces
+
+    def __call__(self, environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
+        self.asked.release()
+        self.go.acquire(timeout=20)
+        start_response("200 OK", [("Content-Type", "text/plain"), ("Content-Length", str(5 * self.pieces))])
+        return [b"hello"] * self.pieces
+
+
+@pytest.fixture(params=[None, selectors.SelectSelector], ids=["best", "select"])
+def _selector(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loop of this system, and the one of Windows."""
+    if request.param:
+        monkeypatch.setattr(GateServer, "selector_class", request.param)
+
+
+def turns(serving: Serving, seconds: float) -> int:
+    """How often the loop turns in that time."""
+    count = 0
+    original = serving.server._turn
+
+    def counting() -> None:
+        nonlocal count
+        count += 1
+        original()
+
+    serving.server._turn = counting
+    time.sleep(seconds)
+    serving.server._turn = original
+    return count
+
+
+def answered(sock: socket.socket, size: int) -> bool:
+    """Whether a whole answer of so many bytes comes."""
+    found = b""
+    while len(found.partition(b"\r\n\r\n")[2]) < size and (part := sock.recv(1)):  # leaves the next one alone
+        found += part
+    return found.startswith(b"HTTP/1.1 200 ") and found.endswith(b"hello")
+
+
+@pytest.mark.usefixtures("_selector")
+@pytest.mark.parametrize("pieces", [1, 2], ids=["whole", "pieces"])
+def test_a_client_that_sends_ahead(pieces: int) -> None:
+    """What it sends while its answer is made waits, without work for the loop, and is answered as soon as that is."""
+    app, size = Busy(pieces), 5 * pieces
+    with Serving(app, 2) as serving, socket.create_connection(serving.address, timeout=10) as sock:
+        for _ in range(50):
+            sock.sendall(b"GET /1 HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert app.asked.acquire(timeout=5)
+            sock.sendall(b"GET /2 HTTP/1.1\r\nHost: x\r\n\r\n")
+            app.go.release()
+            assert answered(sock, size)
+            assert app.asked.acquire(timeout=5), "the second one is served"
+            app.go.release()
+            assert answered(sock, size)
+        sock.sendall(b"GET /1 HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert app.asked.acquire(timeout=5)
+        sock.sendall(b"GET /2 HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert turns(serving, 0.3) <= 10
+        app.go.release(2)
+        assert answered(sock, size) and answered(sock, size)
+
+
+@pytest.mark.usefixtures("_selector")
+def test_a_client_that_leaves_while_its_answer_is_made() -> None:
+    """By an end, or by a reset after it has sent more: no work for the loop meanwhile, and nothing is left."""
+    app = Busy()
+    with Serving(app, 2) as serving:
+        for resets in (False, True):
+            with socket.create_connection(serving.address, timeout=10) as sock:
+                sock.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+                assert app.asked.acquire(timeout=5)
+                if resets:
+                    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            assert turns(serving, 0.2) <= 10
+            app.go.release()
+            wait_for(lambda: not serving.server.active_channels)
+        assert app.asked.acquire(blocking=False) is False
+        app.go.release(2)
+        assert serving.get() == (200, b"hello")
+
+
+def test_what_a_thread_leaves_to_a_turn_that_is_about_to_wait() -> None:
+    """The loop has looked at everything, and does not wait yet: nothing wakes it, and it looks again."""
+    with Serving(hello, 0) as serving, socket.create_connection(serving.address, timeout=10) as sock:
+        wait_for(lambda: serving.server.active_channels)
+        (channel,) = serving.server.active_channels.values()
+        tally, left = serving.server.tally, threading.Event()
+        queued = tally.queued
+
+        def leaves(requests: int) -> None:
+            queued(requests)
+            if not left.is_set():
+                thread = threading.Thread(target=serving.server.touch, args=(channel,))
+                thread.start()
+                thread.join()
+                left.set()
+
+        tally.queued = leaves
+        sock.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert left.wait(5)
+        wait_for(lambda: not channel.touched, 0.5)
+        del tally.queued
+
+
+@POOL
+@pytest.mark.usefixtures("_selector")
+def test_a_slow_reader_makes_no_work(threads: int) -> None:
+    """The loop waits until it takes more, and then it gets all."""
+    size = 8 << 20
+
+    def large(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
+        start_response("200 OK", [("Content-Type", "text/plain"), ("Content-Length", str(size))])
+        return [b"x" * size]
+
+    with Serving(large, threads) as serving, socket.create_connection(serving.address, timeout=10) as sock:
+        sock.sendall(b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        sock.recv(1)
+        wait_for(lambda: all(channel.total_outbufs_len for channel in serving.server.active_channels.values()))
+        assert turns(serving, 0.3) <= 10
+        with sock.makefile("rb") as stream:
+            assert len(stream.read().partition(b"\r\n\r\n")[2]) == size
+
+
+def test_idle_connections_cost_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Requests beside many idle connections: the loop looks only at those that do something."""
+    looks = 0
+    readable = GateChannel.readable
+
+    def counting(channel: GateChannel) -> bool:
+        nonlocal looks
+        looks += 1
+        return bool(readable(channel))
+
+    monkeypatch.setattr(GateChannel, "readable", counting)
+    with Serving(hello, 0, connections=400) as serving, contextlib.ExitStack() as stack:
+        for _ in range(200):
+            stack.enter_context(socket.create_connection(serving.address, timeout=10))
+        with serving.client() as client:
+            client.request("GET", "/")
+            client.getresponse().read()
+            wait_for(lambda: len(serving.server.active_channels) == 201)
+            looks = 0
+            for _ in range(100):
+                client.request("GET", "/")
+                client.getresponse().read()
+        assert looks < 1000
+
+
+# === The pool ================================================================
+class Task:
+    """What a pool's thread runs, instead of a connection."""
+
+    def __init__(self, run: Callable[[], None]) -> None:
+        self.service, self.cancelled = run, False
+
+    def cancel(self) -> None:
+        self.cancelled = True
+
+
+def test_no_task_is_forgotten() -> None:
+    """Tasks from several sides, in bursts and one by one, brief and blocking; threads change at almost every step."""
+    pool, count = Pool(4, 100), 3000
+    done = collections.deque[int]()
+
+    def run(number: int) -> None:
+        if number % 7 == 0:
+            time.sleep(0.0002)
+        done.append(number)
+
+    def put(numbers: Iterable[int]) -> None:
+        for number in numbers:
+            pool.add_task(Task(partial(run, number)))  # type: ignore[arg-type]
+            if number % 50 == 0:
+                wait_for(lambda: pool.waiting <= 0)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        sides = [threading.Thread(target=put, args=(range(side, count, 3),)) for side in range(3)]
+        for side in sides:
+            side.start()
+        for side in sides:
+            side.join(60)
+        wait_for(lambda: len(done) == count, 20)
+        assert sorted(done) == list(range(count))
+        wait_for(lambda: pool.waiting == -4)
+    finally:
+        sys.setswitchinterval(interval)
+        pool.shutdown(5)
+
+
+class Moments(list[threading.Lock]):
+    """A pool's list of idle threads at which something happens in the very moment of a step."""
+
+    def __init__(self, items: Iterable[threading.Lock], before: Callable[[], None]) -> None:
+        super().__init__(items)
+        self.before, self.refuses = before, False
+
+    def append(self, item: threading.Lock) -> None:
+        self.before()
+        super().append(item)
+
+    def pop(self, *_: Any) -> threading.Lock:
+        if self.refuses:
+            self.refuses = False
+            raise IndexError
+        return super().pop()
+
+
+def test_a_task_put_when_a_thread_becomes_idle() -> None:
+    """It has found nothing to do, and is not in the list yet: nobody can wake it."""
+    pool, done = Pool(1, 100), threading.Semaphore(0)
+    wait_for(lambda: len(pool._idle) == 1)
+    late = iter([Task(done.release)])
+
+    def before() -> None:
+        for task in late:
+            pool.add_task(task)  # type: ignore[arg-type]
+
+    pool._idle = Moments(pool._idle, before)
+    try:
+        pool.add_task(Task(done.release))  # type: ignore[arg-type]
+        assert done.acquire(timeout=5) and done.acquire(timeout=5)
+    finally:
+        pool.shutdown(5)
+
+
+def test_a_thread_that_another_one_has_woken() -> None:
+    """Who finds no idle thread looks again: one may have become idle, and a task have come, meanwhile."""
+    pool, done = Pool(1, 100), threading.Semaphore(0)
+    wait_for(lambda: len(pool._idle) == 1)
+    pool._idle = moments = Moments(pool._idle, lambda: None)
+    moments.refuses = True
+    try:
+        pool.add_task(Task(done.release))  # type: ignore[arg-type]
+        assert done.acquire(timeout=5)
+    finally:
+        pool.shutdown(5)
+
+
+def test_tasks_that_block_get_a_thread_each() -> None:
+    pool, together = Pool(4, 100), threading.Barrier(5)
+    try:
+        for _ in range(4):
+            pool.add_task(Task(lambda: together.wait(10) and None))  # type: ignore[arg-type]
+        together.wait(10)
+    finally:
+        pool.shutdown(5)
+
+
+def test_the_end_of_a_pool() -> None:
+    """Idle threads end at once, a busy one after its task; what no thread has begun is cancelled."""
+    pool, go, began = Pool(2, 100), threading.Event(), threading.Semaphore(0)
+
+    def busy() -> None:
+        began.release()
+        go.wait(10)
+
+    first = [Task(busy), Task(busy)]
+    for task in first:
+        pool.add_task(task)  # type: ignore[arg-type]
+        assert began.acquire(timeout=5)
+    late = Task(busy)
+    pool.add_task(late)  # type: ignore[arg-type]
+    assert pool.waiting == 1
+    before = time.monotonic()
+    pool.shutdown(0.1)
+    assert time.monotonic() - before < 2
+    assert late.cancelled and not any(task.cancelled for task in first)
+    go.set()
+    wait_for(lambda: not any(thread.is_alive() for thread in pool._threads))
+    assert not began.acquire(blocking=False)
+
+
+def test_a_task_that_raises_keeps_its_thread(caplog: pytest.LogCaptureFixture) -> None:
+    pool, done = Pool(1, 100), threading.Event()
+
+    def fails() -> None:
+        raise RuntimeError("unforeseen")
+
+    pool.add_task(Task(fails))  # type: ignore[arg-type]
+    pool.add_task(Task(done.set))  # type: ignore[arg-type]
+    assert done.wait(5)
+    pool.shutdown(5)
+    assert "unforeseen" in caplog.text

@@ -88,7 +88,7 @@ def folder(tmp_path: Path) -> Path:
 def filled(app: Waiting, count: int = THREADS + QUEUE, **options: Any) -> Iterator[Serving]:
     """A server in which `count` requests of the application are, each of which gets its answer at the end."""
     with Serving(app, THREADS, service=SETTINGS, **options) as serving, Clients(serving.address, count) as inside:
-        wait_for(lambda: serving.server.task_dispatcher.waiting == max(0, count - THREADS))
+        wait_for(lambda: serving.server.waiting == max(0, count - THREADS))
         yield serving
         assert not inside.answers, "nobody was refused who had room"
         inside.over = True
@@ -141,7 +141,7 @@ def test_a_burst_for_which_there_is_room_is_served() -> None:
 
     request = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
     with Serving(brief, THREADS, service=SETTINGS) as serving, contextlib.ExitStack() as stack:
-        pool = serving.server.task_dispatcher.pools["app"]
+        pool = serving.server.pools["app"]
         clients = [
             stack.enter_context(socket.create_connection(serving.address, timeout=10))
             for _ in range(THREADS + QUEUE)
@@ -162,7 +162,7 @@ def test_the_pool_of_our_own_is_another_one() -> None:
         Serving(hello, THREADS, service=SETTINGS, console=console) as serving,
         Clients(serving.address, OWN_THREADS + QUEUE, "/-/page") as inside,
     ):
-        wait_for(lambda: serving.server.task_dispatcher.waiting == QUEUE)
+        wait_for(lambda: serving.server.waiting == QUEUE)
         assert measure(serving.address, "/", 200, 50) <= 5 * AT_ONCE
         assert measure(serving.address, "/-/livez", 200) <= AT_ONCE
         with Clients(serving.address, 1, "/-/page", pause=0.01) as outside:

@@ -55,7 +55,7 @@ class Bench:
 
     def load(self, resources: str) -> Changes:
         setup = healthchecker.Installation(write_inventory(self.folder, resources))
-        with closing(setup.open_store()) as store, store.writing() as session:
+        with closing(Store(setup.database)) as store, store.writing() as session:
             return healthchecker.import_inventory(session, setup.inventory, self.vault)
 
     def rows(self) -> dict[str, dict[str, Any]]:
@@ -408,7 +408,7 @@ def import_file(path: str, started: Any) -> None:
     setup = healthchecker.Installation(Path(path))
     vault = setup.open_vault(None)
     started.send(None)
-    with closing(setup.open_store()) as store, store.writing() as session:
+    with closing(Store(setup.database)) as store, store.writing() as session:
         healthchecker.ensure_first_user(session)
         healthchecker.import_inventory(session, setup.inventory, vault)
 

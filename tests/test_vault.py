@@ -346,7 +346,7 @@ def installation(folder: Path) -> Path:
         lines.append(f"  - {{hostname: {name}, username: u, password: {sealed}}}  # {number}\n")
     path = write_inventory(folder, "".join(lines))
     setup = healthchecker.Installation(path)
-    with closing(setup.open_store()) as store, store.writing() as session:
+    with closing(healthchecker.Store(setup.database)) as store, store.writing() as session:
         healthchecker.import_inventory(session, setup.inventory, vault)
     return path
 
@@ -450,7 +450,7 @@ def test_rotate_interrupted_between_its_steps(stage: int, rotation: tuple[Path, 
     if stage >= 3:
         (before / "keys" / NEXT).replace(before / "keys" / PRIVATE)
     setup = healthchecker.Installation(path)
-    with closing(setup.open_store()) as store, store.writing() as session:
+    with closing(healthchecker.Store(setup.database)) as store, store.writing() as session:
         vault = setup.open_vault(session)
         changes = healthchecker.import_inventory(session, setup.inventory, vault)
     assert (len(changes.kept), changes.changed) == (HOSTS, [])
