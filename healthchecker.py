@@ -43,6 +43,7 @@ import difflib
 import errno
 import fnmatch
 import functools
+import gc
 import getpass
 import gzip
 import hashlib
@@ -8255,6 +8256,15 @@ class Post:
         self.pipe.close()
 
 
+def keep_out_of_collections() -> None:
+    """What was made until now stays for good: Python's collector need not look through it again and again.
+
+    It is some 100,000 objects in a worker, and each look held every request up for 60 ms.
+    """
+    gc.collect()
+    gc.freeze()
+
+
 class Worker:
     """In a worker process: serves from the main process's word on until it says stop, or dies."""
 
@@ -8278,6 +8288,7 @@ class Worker:
         except HealthCheckerError as error:
             self._wire.put("failed", str(error))
             return
+        keep_out_of_collections()
         self._wire.put("ready")
         self._told.wait()
         if not self._ending:
@@ -8632,6 +8643,7 @@ def watch_and_serve(installation: Installation, sock: socket.socket, store: Stor
             contextlib.closing(front(site, installation.database, sock, access_file)) as server:
         for level, line in lines:
             log.log(level, "%s", line)
+        keep_out_of_collections()
         monitor.begin()
         host, port = sock.getsockname()[:2]
         log.info("serving on http://%s:%d", f"[{host}]" if ":" in host else host, port)

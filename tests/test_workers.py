@@ -40,7 +40,7 @@ POSIX = pytest.mark.skipif(sys.platform == "win32", reason="signals are POSIX's:
 
 # An application that tells who answered; /slow takes as many seconds as it is asked to, /hang takes an hour.
 APP = """
-import json, logging, multiprocessing, os, pathlib, subprocess, sys, threading, time
+import gc, json, logging, multiprocessing, os, pathlib, subprocess, sys, threading, time
 import healthchecker
 
 HERE = pathlib.Path(__file__).parent
@@ -85,6 +85,8 @@ def app(environ, start_response):
         threading.Event().wait(3600 if path == "/hang" else float(environ["QUERY_STRING"]))
     elif path == "/same":
         body = same(environ)
+    elif path == "/collected":
+        body = json.dumps([gc.get_freeze_count(), len(gc.get_objects())])
     elif path in ("/write", "/leave"):
         body = write() if path == "/write" else leave()
     start_response("200 OK", [("Content-Type", "text/plain"), ("Content-Length", str(len(body)))])
@@ -273,6 +275,14 @@ def test_workers_share_one_port(service: Service) -> None:
 
 def test_the_application_has_the_same_module(service: Service) -> None:
     assert json.loads(service.get("/same").body) == [True, True, 1]
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_collections_do_not_look_through_what_stays(folder: Path, count: int) -> None:
+    """Each of them would hold the requests up for 60 ms."""
+    with Service(inventory(folder, workers=count), deadline=60) as service:
+        kept, looked_through = json.loads(service.wait_status("/collected", 200).body)
+    assert kept > 50_000 and looked_through < kept / 10
 
 
 def test_what_workers_log_is_in_the_main_log(service: Service) -> None:
