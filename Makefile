@@ -13,8 +13,7 @@ test: $(VENV)/test.stamp
 
 # What runs on Windows, too, under Windows Python in wine; exit status 77 says that it cannot be had here. Left out
 # are tests of moments (of a kill, of a first poll, of megabytes before a deadline) that wine is too slow to keep.
-SLOW := test_kill_during or first_polls_are_paced or every_poll_ends_in_time or killed_worker or killed_main \
-	or large_inventory or breaks_while_serving or bad_application or workers_that_hang or leaves_does_not_keep
+SLOW := test_kill_during or first_polls_are_paced or every_poll_ends_in_time
 WINDOWS := inventory vault storage aggregate evaluate gate hostile_clients proxy poll transport powershell \
 	probes windows_probes wsman_server windows_service workers readme
 

