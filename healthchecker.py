@@ -111,7 +111,6 @@ try:
         ConfigDict,
         Field,
         SecretStr,
-        StringConstraints,
         TypeAdapter,
         ValidationError,
         model_validator,
@@ -490,14 +489,6 @@ def expanded(path: str | Path) -> Path:
     raise ValueError("must be a path; its home folder must exist")
 
 
-def is_file(path: Path) -> bool:
-    """Whether a file is there and may be seen."""
-    try:
-        return path.is_file()
-    except OSError:
-        return False
-
-
 def scalar_limit(value: object) -> object:
     """`90` is short for `{fail: 90}`."""
     return {"fail": value} if isinstance(value, (str, int, float)) else value
@@ -573,7 +564,7 @@ class Check(Settings):
     """A command of the user's own: exit status 0 is good."""
 
     name: Name
-    command: Annotated[str, StringConstraints(min_length=1, max_length=4096)]
+    command: Annotated[str, Field(min_length=1, max_length=4096)]
     timeout: Seconds = 5.0      # seconds
 
 
@@ -730,11 +721,6 @@ class ResourceSettings(Settings):
         return 2 * self.interval + self.timeout + LEASE_GRACE
 
 
-def is_sealed(secret: SecretStr) -> bool:
-    """Whether a secret of the inventory is a token of the vault."""
-    return secret.get_secret_value().startswith(TOKEN_PREFIX)
-
-
 @dataclass(frozen=True)
 class Entry:
     """A resource of the inventory; `password` and `passphrase` are plain or sealed, None keeps the stored one."""
@@ -863,7 +849,7 @@ class InventoryLoader:
         secrets_ = [self._secret(raw, kind, locate) for kind in SECRETS]
         for name in FILES:
             with contextlib.suppress(ValueError):       # the model reports that
-                if isinstance(raw.get(name), str) and not is_file(self.resolve(raw[name])):
+                if isinstance(raw.get(name), str) and not os.path.isfile(self.resolve(raw[name])):
                     self.fault(locate((name,)), "there is no such file")
         settings = self._validate(ResourceSettings, raw, locate)
         if not isinstance(settings, ResourceSettings):
@@ -919,7 +905,7 @@ class InventoryLoader:
         path = self.resolve(text) if source.endswith("_file") else None
         try:
             if path:
-                if not is_file(path):
+                if not os.path.isfile(path):
                     return None     # a pipe would be waited for
                 text = path.read_text("utf-8-sig").rstrip("\r\n")
             text.encode()
@@ -1007,20 +993,15 @@ class Vault:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._keys: dict[str, rsa.RSAPrivateKey] = {}
-        self._sealing = ""
+        self.key_id = ""    # first 16 hex digits of the SHA-256 of the public key (DER) that seals; empty without keys
         for path in (folder / "private.pem", folder / "next.pem"):
             try:
                 path.stat()
-                self._sealing = self._load(path)
+                self.key_id = self._load(path)
             except FileNotFoundError:
                 continue
             except OSError as error:
                 raise SecretError(f"{path} cannot be read: {error.strerror}") from error
-
-    @property
-    def key_id(self) -> str:
-        """First 16 hex digits of the SHA-256 of the public key (DER) that seals; empty without keys."""
-        return self._sealing
 
     def _load(self, path: Path) -> str:
         try:
@@ -1044,7 +1025,7 @@ class Vault:
                 serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()))
         except OSError as error:
             raise SecretError(f"keys cannot be written to {self.folder}: {error.strerror}") from error
-        self._sealing = self._load(self.folder / name)
+        self.key_id = self._load(self.folder / name)
         self.publish()
 
     def publish(self) -> None:
@@ -1063,16 +1044,16 @@ class Vault:
             os.replace(self.folder / "next.pem", self.folder / "private.pem")
         except OSError as error:
             raise SecretError(f"{self.folder} cannot be changed: {error.strerror}; run it again") from error
-        self._keys = {self._sealing: self._keys[self._sealing]}
+        self._keys = {self.key_id: self._keys[self.key_id]}
         self.publish()
 
     def seal(self, secret: str, *row: str) -> str:
         """The token for `secret`, which opens only with the same `row` (what it is, name, hostname, username)."""
         key, nonce = os.urandom(32), os.urandom(12)
-        wrapped = self._keys[self._sealing].public_key().encrypt(key, OAEP)
-        bound = length_prefixed("HC1", self._sealing, *row)
+        wrapped = self._keys[self.key_id].public_key().encrypt(key, OAEP)
+        bound = length_prefixed("HC1", self.key_id, *row)
         sealed = AESGCM(key).encrypt(nonce, secret.encode(), bound)
-        return ".".join(("HC1", self._sealing, b64(wrapped), b64(nonce), b64(sealed)))
+        return ".".join(("HC1", self.key_id, b64(wrapped), b64(nonce), b64(sealed)))
 
     def open(self, token: str, *row: str) -> str:
         """The secret of a token; raises SecretError, which never quotes it."""
@@ -1325,17 +1306,13 @@ def inspect_database(path: Path) -> bool:
         if not path.exists() or (path.is_file() and path.stat().st_size == 0):
             return False
         with open(path, "rb") as file:
-            foreign = file.read(16) != b"SQLite format 3\0"
-        if not foreign:
-            fault = examine(path, "ro")
+            known = file.read(16) == b"SQLite format 3\0"
+        fault = examine(path, "ro") if known else "is no SQLite database; set service.database"
     except (OSError, sqlite3.Error) as error:
         raise StorageError(f"database {path}: {error}; restore it from a backup or set service.database") from error
-    if not foreign and fault == EMPTY:
-        return False
-    if foreign or fault:
-        fault = "is no SQLite database; set service.database" if foreign else fault
+    if fault not in ("", EMPTY):
         raise StorageError(f"database {path} {fault}")
-    return True
+    return not fault
 
 
 def prepare_connection(connection: Any, _record: object) -> None:
@@ -1533,7 +1510,7 @@ def sealed_tokens(session: Session | None, inventory: Inventory) -> Iterator[str
         yield from filter(None, (row.password, row.key_passphrase))
     for entry in inventory.entries:
         for secret in (entry.password, entry.passphrase):
-            if secret is not None and is_sealed(secret):
+            if secret is not None and secret.get_secret_value().startswith(TOKEN_PREFIX):
                 yield secret.get_secret_value()
 
 
@@ -1740,7 +1717,7 @@ class LoginGuard:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._turn = threading.Condition()          # guards all below; notified when an attempt ends
+        self._turn = threading.Condition()          # guards all below, reentrant; notified when an attempt ends
         self._running = 0
         self._proven = False
         self._refused: dict[str, tuple[float, int]] = {}    # resource -> time of its last refusal, stamp of its key
@@ -1753,14 +1730,11 @@ class LoginGuard:
     def wait(self, name: str, stamp: int = 0) -> float:
         """Seconds until `name` may try; 0 = now. `stamp` tells a key file from the one that was refused."""
         with self._turn:
-            return self._wait(name, stamp)
-
-    def _wait(self, name: str, stamp: int) -> float:
-        last, refused = self._refused.get(name, (-math.inf, stamp))
-        last = last if refused == stamp else -math.inf
-        if len(self._suspects) > 1:
-            last = max(last, self._last)
-        return max(0.0, last + AUTH_BACKOFF - self._clock())
+            last, refused = self._refused.get(name, (-math.inf, stamp))
+            last = last if refused == stamp else -math.inf
+            if len(self._suspects) > 1:
+                last = max(last, self._last)
+            return max(0.0, last + AUTH_BACKOFF - self._clock())
 
     def _rest(self) -> float:
         return self._began + AUTH_TURN - time.monotonic()
@@ -1771,7 +1745,7 @@ class LoginGuard:
         with self._turn:
             while self._running and (self._suspects or not self._proven) and (rest := self._rest()) > 0:
                 self._turn.wait(min(rest, deadline.left()))
-            if self._wait(name, stamp) > 0:
+            if self.wait(name, stamp) > 0:
                 raise ProbeError("auth", NOT_TRIED)
             self._running += 1
             self._began, self._last = time.monotonic(), self._clock()
@@ -2465,8 +2439,8 @@ class LocalConnection:
         SHELL = ["powershell.exe", "-NoLogo", "-NoProfile", "-NonInteractive", "-Command",
                  "Invoke-Expression (@($input) -join [char]10)"]
 
-    def __init__(self, target: Target, guard: LoginGuard, access: Access) -> None:
-        del target, guard, access      # a shell of our own needs none of them
+    def __init__(self, _target: Target, _guard: LoginGuard, _access: Access) -> None:
+        """A shell of our own needs none of them."""
 
     def run(self, script: str, done: bytes, deadline: Deadline) -> CommandResult:
         buffer = OutputBuffer(done)
@@ -2492,8 +2466,7 @@ class LocalConnection:
 class SimulatedConnection:
     """A resource that is healthy and unhealthy for exponentially distributed times, as the specification assumes."""
 
-    def __init__(self, target: Target, guard: LoginGuard, access: Access) -> None:
-        del guard, access
+    def __init__(self, target: Target, _guard: LoginGuard, _access: Access) -> None:
         self._means = {True: target.settings.mean_healthy, False: target.settings.mean_unhealthy}
         self._random = random.Random(target.settings.seed)
         self._healthy = True
@@ -3176,10 +3149,9 @@ $json
 """
 
 
-def build_windows_script(services: Sequence[str], checks: Sequence[Check], nonce: str) -> str:
+def build_windows_script(services: Sequence[str], checks: Sequence[Check], _nonce: str) -> str:
     """The whole poll, ASCII only. What the operator wrote goes in as JSON inside one literal in single quotes
-    and without any of those: it cannot end the literal, and nothing in it is expanded."""
-    del nonce   # one line of JSON needs no marks
+    and without any of those: it cannot end the literal, and nothing in it is expanded. One line needs no marks."""
     commands = [{"name": check.name, "command": check.command, "milliseconds": round(1000 * check.timeout)}
                 for check in checks]
     wanted = json.dumps({"services": list(services), "checks": commands})
@@ -3240,10 +3212,9 @@ def _windows_sample(answer: WindowsAnswer, previous: CpuTicks | None) -> Sample:
     return Sample(details, metrics, ticks, services, checks, problems)
 
 
-def parse_windows(text: str, nonce: str, previous: CpuTicks | None) -> Sample:
+def parse_windows(text: str, _nonce: str, previous: CpuTicks | None) -> Sample:
     """The sample in COLLECT's output. Raises ProbeError (`protocol`)
     when it is anything else: half an answer could lack the one check that is bad."""
-    del nonce
     try:    # the last line: a check may print past its output. Bytes drop halves of surrogate pairs.
         last = [line for line in text.split("\n") if line.startswith("{")][-1:]
         plain = json.dumps(json.loads("".join(last)), ensure_ascii=False).encode(errors="replace")
@@ -3257,15 +3228,8 @@ def parse_windows(text: str, nonce: str, previous: CpuTicks | None) -> Sample:
     return sample
 
 
-def simulated_script(services: Sequence[str], checks: Sequence[Check], nonce: str) -> str:
-    """Nothing: a simulated resource answers by itself."""
-    del services, checks, nonce
-    return ""
-
-
-def simulated_sample(text: str, nonce: str, previous: CpuTicks | None) -> Sample:
+def simulated_sample(text: str, _nonce: str, _previous: CpuTicks | None) -> Sample:
     """What SimulatedConnection answers, as a check."""
-    del nonce, previous
     good = text.startswith("healthy")
     return Sample({}, {}, None, {}, {"simulation": Outcome(good, "" if good else "simulated outage")}, {})
 
@@ -3280,7 +3244,8 @@ class Language(NamedTuple):
 
 POWERSHELL = Language(build_windows_script, parse_windows, ("load_per_cpu",))
 LANGUAGES = {platform: Language(functools.partial(build_script, platform), parse_output) for platform in Platform}
-LANGUAGES |= {Platform.WINDOWS: POWERSHELL, Platform.SIMULATED: Language(simulated_script, simulated_sample)}
+LANGUAGES |= {Platform.WINDOWS: POWERSHELL,
+              Platform.SIMULATED: Language(lambda *_: "", simulated_sample)}     # it answers without being asked
 if sys.platform == "win32":
     LANGUAGES[Platform.LOCAL] = POWERSHELL
 
@@ -3646,10 +3611,9 @@ class Report:
     @functools.cached_property
     def status(self) -> dict[str, Any]:
         """The row of Status, without its strip."""
-        target, after = self.target, self.standing
+        target = self.target
         return {"resource_id": target.id, "configured": target.configured, "credential": target.credential,
-                "state": after.state, "cause": after.cause, "reason": after.reason, "since": after.since,
-                "polled": self.at, "good": after.good, "bad": after.bad, "seconds": self.seconds,
+                **vars(self.standing), "polled": self.at, "seconds": self.seconds,
                 "sample": self.sample.to_json() if self.sample else "null", "packed": self.packed}
 
 
@@ -3948,20 +3912,17 @@ class Recorder(threading.Thread):
         return bool(self._untidy)
 
     def _gather(self) -> None:
-        with contextlib.suppress(queue.Empty):
-            while True:
-                at, is_open, why = self._aggregator.transitions.get_nowait()
-                text = (f"{'closed' if is_open else 'open'} -> {'open' if is_open else 'closed'}"
-                        f"{f' ({why})' if why else ''} after {at - self._gate_since:.0f} s")
-                log.warning("gate: %s", text)
-                self._batch.note("gate", text, at)
-                self._gate_since = at
-        with contextlib.suppress(queue.Empty):
-            while True:
-                report = self._reports.get_nowait()
-                self._batch.add(report)
-                if report.transition:
-                    self._batch.note("state", report.transition, report.at, report.target.name)
+        transitions = self._aggregator.transitions
+        for at, is_open, why in (transitions.get() for _ in range(transitions.qsize())):
+            text = (f"{'closed' if is_open else 'open'} -> {'open' if is_open else 'closed'}"
+                    f"{f' ({why})' if why else ''} after {at - self._gate_since:.0f} s")
+            log.warning("gate: %s", text)
+            self._batch.note("gate", text, at)
+            self._gate_since = at
+        for report in (self._reports.get() for _ in range(self._reports.qsize())):
+            self._batch.add(report)
+            if report.transition:
+                self._batch.note("state", report.transition, report.at, report.target.name)
 
     def close(self) -> None:
         """Writes the rest and ends the thread."""
@@ -4037,11 +3998,6 @@ class Poller(threading.Thread):
         """Ends the thread after the poll that runs; its report is dropped when the resource is deregistered."""
         self._stopped = True
         self._woken.set()
-
-    def resume(self, left: float) -> None:
-        """Counts the standing it was made with for `left` seconds."""
-        self.expires = time.monotonic() + left
-        self.count()
 
     def count(self) -> None:
         """Tells the aggregator the standing once more, for the rest of its time."""
@@ -4250,7 +4206,8 @@ class Monitor(threading.Thread):
         self._register(poller)
         poller.expires = expires or poller.expires
         if left > 0:
-            poller.resume(left)
+            poller.expires = time.monotonic() + left
+            poller.count()
         poller.start()
 
 
@@ -4319,12 +4276,11 @@ def bar_svg(value: float, limit: Marks, top: float = 100.0) -> Markup:
 def strip_svg(strip: str) -> Markup:
     """The last polls as ticks, the newest at the right; one path a state, so that thousands of ticks stay small."""
     paths: dict[str, str] = collections.defaultdict(str)
-    counts: dict[str, int] = collections.defaultdict(int)
     for run in re.finditer(r"(.)\1*", strip):
         start, state = STRIP - len(strip) + run.start(), POLLS[run[1]][0]
         paths[state] += f"M{start} 10h{len(run[0])}"
-        counts[state] += len(run[0])
-    label = ", ".join(f"{counts[state]} {state}" for state in paths) or "none yet"
+    counts = collections.Counter(POLLS[mark][0] for mark in strip)
+    label = ", ".join(f"{count} {state}" for state, count in counts.items()) or "none yet"
     drawn = "".join(f'<path class="{state}" d="{path}"/>' for state, path in paths.items())
     return svg("strip", f"{STRIP} 20", f'<path d="M0 10h{STRIP}"/>{drawn}', f"Last polls: {label}")
 
@@ -5577,8 +5533,7 @@ HEALTH = "/-/health"
 METRICS_PATH = "/-/metrics"
 
 
-def respond(environ: WSGIEnvironment, start_response: StartResponse,
-            answer: tuple[str, Headers, bytes]) -> Iterable[bytes]:
+def respond(environ: WSGIEnvironment, start_response: StartResponse, answer: Reply) -> Iterable[bytes]:
     """Sends an answer of HealthChecker's own; text/plain unless its headers say otherwise, never cached."""
     status, headers, body = answer
     if body and not any(name == "Content-Type" for name, _ in headers):
@@ -5602,7 +5557,7 @@ class Gate:
         self.draining = False       # the service ends: readyz says so
         self.loop_thread: int | None = None     # where what may block must not run
         self.app_on_loop = False
-        self._routes: dict[str, Callable[[], tuple[str, Headers, bytes]]] = {
+        self._routes: dict[str, Callable[[], Reply]] = {
             "/-/livez": lambda: ("200 OK", [], b"ok\n"),
             "/-/readyz": self._readyz,
             "/-/gate": lambda: ("204 No Content", [], b"") if self.is_healthy() else ("403 Forbidden", [], b""),
@@ -5651,14 +5606,14 @@ class Gate:
             return respond(environ, start_response, ("405 Method Not Allowed", [("Allow", "GET, HEAD")], b""))
         return respond(environ, start_response, route())
 
-    def _readyz(self) -> tuple[str, Headers, bytes]:
+    def _readyz(self) -> Reply:
         if self.draining:
             return "503 Service Unavailable", [], b"ending\n"
         if self.is_healthy():
             return "200 OK", [], b"open\n"
         return "503 Service Unavailable", [self._retry_after()], b"closed\n"
 
-    def _health(self) -> tuple[str, Headers, bytes]:
+    def _health(self) -> Reply:
         healthy = self.is_healthy()
         body = json.dumps({"status": "pass" if healthy else "fail"}).encode()
         kind = ("Content-Type", "application/health+json")
@@ -5819,6 +5774,13 @@ def initial_user(session: Session) -> str | None:
     return session.scalar(sqlalchemy.select(User.name).where(User.initial).limit(1))
 
 
+def find_resource(session: Session, name: str) -> Resource:
+    row = session.scalar(sqlalchemy.select(Resource).where(Resource.name == name))
+    if row is None:
+        raise Refusal("there is no such resource", 404)
+    return row
+
+
 def find_user(session: Session, name: str) -> User:
     user = session.scalar(sqlalchemy.select(User).where(User.name == name))
     if user is None:
@@ -5924,11 +5886,6 @@ def offered_key(target: Target, access: Access) -> str:
     return connection.offered_key(Deadline(min(target.settings.timeout, TRIAL)))
 
 
-def result_of(verdict: Verdict, seconds: float) -> dict[str, Any]:
-    """What a poll found, for other processes."""
-    return {"state": verdict.state, "cause": verdict.cause, "reason": verdict.reason, "seconds": seconds}
-
-
 @dataclass
 class Desk:
     """The main process's side: what is done in one place for all processes. Arguments and answers can be pickled."""
@@ -5984,7 +5941,7 @@ class Desk:
         report = self.monitor.check_now(name, CHECK)
         if report is None:
             raise Refusal(f"there is no result after {CHECK:.0f} s; the poll goes on", 504)
-        return result_of(report.verdict, report.seconds)
+        return vars(report.verdict) | {"seconds": report.seconds}
 
     def test(self, settings: Mapping[str, Any], name: str = "", *, text: bool = False) -> dict[str, Any]:
         """Polls once with settings that are not stored, or with changes to the stored ones of `name`, its secret
@@ -6001,14 +5958,12 @@ class Desk:
         begin = time.monotonic()
         connection = CONNECTIONS[target.settings.platform](target, LoginGuard(), self.access)
         verdict, _, host_key = poll_once(target, connection, None)
-        return {**result_of(verdict, time.monotonic() - begin), "host_key": host_key}
+        return vars(verdict) | {"seconds": time.monotonic() - begin, "host_key": host_key}
 
     def offered_key(self, name: str) -> str:
         """The key that the host of a resource shows now."""
         with self.store.reading() as session:
-            row = session.scalar(sqlalchemy.select(Resource).where(Resource.name == name))
-        if row is None:
-            raise Refusal("there is no such resource", 404)
+            row = find_resource(session, name)
         return offered_key(target_of(row, self.vault), self.access)
 
 
@@ -6156,31 +6111,27 @@ class TrialView(PollView):
     host_key: str | None        # would be trusted on first use
 
 
-def status_of(row: Resource, status: Status | None) -> Status | None:
-    """The status, None when it is of another configuration: nothing is known of this one yet."""
-    return status if status and status.configured == row.configured else None
+RESOURCES = sqlalchemy.select(Resource, Status).outerjoin(Status, Status.resource_id == Resource.id)
+
+
+def status_of(row: Resource, status: Status | None) -> Status:
+    """The status, an empty one when it is of another configuration: nothing is known of this one yet."""
+    if status and status.configured == row.configured:
+        return status
+    return Status(state="unknown", cause="", reason="", since=0.0, polled=0.0, seconds=0.0, sample="null", packed=b"")
 
 
 def resource_view(row: Resource, status: Status | None, site: Site) -> ResourceView:
     known = status_of(row, status)
     columns = {name: getattr(row, name) for name in Resource.COLUMNS}
-    state = {name: getattr(known, name) for name in ("state", "cause", "reason", "seconds")} if known else {
-        "state": "unknown", "cause": "", "reason": "", "seconds": 0.0}
-    times = {name: moment(getattr(known, name)) if known else None for name in ("since", "polled")}
+    state = {name: getattr(known, name) for name in ("state", "cause", "reason", "seconds")}
     maintenance = {"until": moment(row.maintenance), "reason": row.maintenance_reason}
     return ResourceView.model_validate({
-        **json.loads(row.settings), **columns, **state, **times, "origin": row.origin,
+        **json.loads(row.settings), **columns, **state, "since": moment(known.since), "polled": moment(known.polled),
+        "sample": json.loads(known.sample), "origin": row.origin,
         "place": site.places.get(row.name) if row.origin == "inventory" else None,
         "has_secret": row.password is not None or row.key_passphrase is not None, "trusted_key": row.host_key,
-        "maintenance": maintenance if row.maintenance > site.clock() else None,
-        "sample": json.loads(known.sample) if known else None})
-
-
-def find_resource(session: Session, name: str) -> Resource:
-    row = session.scalar(sqlalchemy.select(Resource).where(Resource.name == name))
-    if row is None:
-        raise Refusal("there is no such resource", 404)
-    return row
+        "maintenance": maintenance if row.maintenance > site.clock() else None})
 
 
 def changeable(who: Visitor, session: Session, name: str) -> Resource:
@@ -6194,9 +6145,9 @@ def changeable(who: Visitor, session: Session, name: str) -> Resource:
 
 def list_resources(who: Visitor) -> list[ResourceView]:
     """All resources, by name."""
-    query = sqlalchemy.select(Resource, Status).outerjoin(Status, Status.resource_id == Resource.id)
     with who.site.store.reading() as session:
-        return [resource_view(row, status, who.site) for row, status in session.execute(query.order_by(Resource.name))]
+        rows = session.execute(RESOURCES.order_by(Resource.name))
+        return [resource_view(row, status, who.site) for row, status in rows]
 
 
 def show_resource(who: Visitor, name: str) -> ResourceView:
@@ -6324,13 +6275,12 @@ class PastPollView(Settings):
     readings: dict[str, float]
 
 
-def list_samples(who: Visitor, name: str, query: Mapping[str, Any]) -> list[PastPollView]:
+def list_samples(who: Visitor, name: str, query: Mapping[str, Any]) -> list[PastPoll]:
     """The last polls of a resource, oldest first."""
     asked = checked(SamplesQuery, query, text=True)
     with who.site.store.reading() as session:
-        found = samples(session, find_resource(session, name).id, limit=asked.limit,
-                        since=asked.since.timestamp() if asked.since else 0.0)
-    return [PastPollView.model_validate(poll._asdict()) for poll in found]
+        return samples(session, find_resource(session, name).id, limit=asked.limit,
+                       since=asked.since.timestamp() if asked.since else 0.0)
 
 
 class EventsQuery(Settings):
@@ -6354,11 +6304,10 @@ class EventView(Settings):
     address: str
 
 
-def list_events(who: Visitor, query: Mapping[str, Any]) -> list[EventView]:
+def list_events(who: Visitor, query: Mapping[str, Any]) -> list[Event]:
     """Transitions and changes, newest first."""
     with who.site.store.reading() as session:
-        found = events(session, **dict(checked(EventsQuery, query, text=True)))
-    return [EventView.model_validate({name: getattr(row, name) for name in EventView.model_fields}) for row in found]
+        return events(session, **dict(checked(EventsQuery, query, text=True)))
 
 
 class UserView(Settings):
@@ -6369,17 +6318,13 @@ class UserView(Settings):
     initial: bool       # the password is the documented one still
 
 
-def user_view(user: User) -> UserView:
-    return UserView(name=user.name, role=cast(Role, user.role), initial=user.initial)
-
-
-def list_users(who: Visitor) -> list[UserView]:
+def list_users(who: Visitor) -> list[User]:
     """All users, by name."""
     with who.site.store.reading() as session:
-        return [user_view(user) for user in session.scalars(sqlalchemy.select(User).order_by(User.name))]
+        return list(session.scalars(sqlalchemy.select(User).order_by(User.name)))
 
 
-def add_user(who: Visitor, body: Mapping[str, Any]) -> UserView:
+def add_user(who: Visitor, body: Mapping[str, Any]) -> User:
     """Adds a user."""
     new = checked(NewUser, body)
     user = User.create(new.name, new.password.get_secret_value(), new.role)     # before the database is locked
@@ -6388,10 +6333,10 @@ def add_user(who: Visitor, body: Mapping[str, Any]) -> UserView:
             raise Refusal("there is a user of this name already", 409, {"name": "is taken"})
         session.add(user)
         who.note(session, f"user {new.name} added as {new.role}")
-    return user_view(user)
+    return user
 
 
-def change_user(who: Visitor, name: str, body: Mapping[str, Any]) -> UserView:
+def change_user(who: Visitor, name: str, body: Mapping[str, Any]) -> User:
     """Changes password or role of a user and ends the user's sessions; one's own password changes elsewhere."""
     change = checked(UserChange, body)
     if change.password and who.user and who.user.name == name:
@@ -6406,7 +6351,7 @@ def change_user(who: Visitor, name: str, body: Mapping[str, Any]) -> UserView:
             require_admin(session, without=user)
             user.role = change.role
             who.note(session, f"user {name}: {change.role} now")
-    return user_view(user)
+    return user
 
 
 def remove_user(who: Visitor, name: str) -> None:
@@ -6418,7 +6363,7 @@ def remove_user(who: Visitor, name: str) -> None:
         who.note(session, f"user {name} removed")
 
 
-def change_password(who: Visitor, body: Mapping[str, Any]) -> None:
+def change_password(who: Visitor, body: Mapping[str, Any]) -> User:
     """Changes one's own password; every session and token of before ends."""
     change = checked(PasswordChange, body)
     assert who.user
@@ -6434,11 +6379,14 @@ def change_password(who: Visitor, body: Mapping[str, Any]) -> None:
         user = find_user(session, name)
         user.take_password(fresh)
         who.note(session, f"user {name}: new password")
+    return user
 
 
-def sign_in(who: Visitor, name: str, password: str) -> User:
-    """The user with this password. Raises Refusal: 401, or 429 with the seconds to wait."""
-    user_id = who.site.ask("login", name=name, password=password, address=who.address)
+def sign_in(who: Visitor, body: Mapping[str, Any]) -> User:
+    """The user with these Credentials. Raises Refusal: 401, or 429 with the seconds to wait."""
+    given = checked(Credentials, body)
+    user_id = who.site.ask("login", name=given.username, password=given.password.get_secret_value(),
+                           address=who.address)
     with who.site.store.writing() as session:
         user = session.get(User, user_id)
         if user is None:
@@ -6470,9 +6418,7 @@ class TokenView(Settings):
 
 def log_in(who: Visitor, body: Mapping[str, Any]) -> TokenView:
     """Gives a bearer token for user name and password."""
-    credentials = checked(Credentials, body)
-    user = sign_in(who, credentials.username, credentials.password.get_secret_value())
-    return TokenView(token=open_ticket(who.site, "token", user), expires_in=TOKEN_LIFE)
+    return TokenView(token=open_ticket(who.site, "token", sign_in(who, body)), expires_in=TOKEN_LIFE)
 
 
 def health_view(who: Visitor) -> dict[str, Any]:
@@ -6495,7 +6441,7 @@ class Operation:
     method: str
     path: str                               # below API
     run: Callable[..., Any]
-    answer: Any = None                      # the type of what comes back; None: nothing, with 204
+    answer: Any = None                      # the model of what comes back, read by attributes; None: nothing, with 204
     body: type[Settings] | None = None
     status: int = 200
     needs: Literal["", "viewer", "admin"] = "admin"
@@ -6695,10 +6641,11 @@ def admit(site: Site, routes: Mapping[str, Route]) -> None:
         raise Refusal("only an admin may do this", 403)
 
 
-def give_cookie(response: Response, ticket: str) -> None:
+def give_cookie(response: Response, ticket: str) -> Response:
     """Sets the session's cookie, or takes it away; the application behind the gate never sees it."""
     response.set_cookie(COOKIE, ticket, max_age=None if ticket else 0, path=PREFIX, secure=flask.request.is_secure,
                         httponly=True, samesite="Strict")
+    return response
 
 
 def finish(response: Response) -> Response:
@@ -6737,7 +6684,8 @@ def perform(operation: Operation, **names: str) -> flask.typing.ResponseReturnVa
     found = operation.run(visitor(), *names.values(), *taken)
     if operation.answer is None:
         return flask.Response(status=204, content_type="")
-    return flask.Response(operation.adapter.dump_json(found), operation.status, mimetype="application/json")
+    answer = operation.adapter.validate_python(found, from_attributes=True)
+    return flask.Response(operation.adapter.dump_json(answer), operation.status, mimetype="application/json")
 
 
 def json_answer(content: Mapping[str, Any], status: int = 200, kind: str = "application/json") -> flask.Response:
@@ -6814,30 +6762,20 @@ def page(template: str, status: int = 200, **shown: Any) -> flask.Response:
 class Shown:
     """A resource as a person reads it; texts are empty where there is nothing to say."""
 
-    ORDER: ClassVar = {state: place for place, state in enumerate(STATES)}
-
     def __init__(self, row: Resource, status: Status | None, now: float) -> None:
         self.row, self.name, self.href = row, row.name, resource_path(row.name)
         self.settings: dict[str, Any] = json.loads(row.settings)    # unchecked: 1,000 of them would take too long
+        self.tags: list[str] = self.settings["tags"]
+        self.critical: bool = self.settings["critical"]
         self.status = known = status_of(row, status)
-        self.state = known.state if known else "unknown"
-        self.cause = known.cause if known else ""
-        self.why = f"{known.cause}: {known.reason}" if known and known.cause else ""
-        self.begun = known.since if known else 0.0
-        self.since, self.since_at = (lasting(now - self.begun), clock(self.begun)) if known else ("", "")
-        self.polled = f"{lasting(now - known.polled)} ago" if known else ""
-        self.seconds = f"{known.seconds:.2f} s" if known else ""
+        self.state, self.cause, self.begun = known.state, known.cause, known.since
+        self.why = f"{known.cause}: {known.reason}" if known.cause else ""
+        self.since, self.since_at = (lasting(now - known.since), clock(known.since)) if known.since else ("", "")
+        self.polled = f"{lasting(now - known.polled)} ago" if known.polled else ""
+        self.seconds = f"{known.seconds:.2f} s" if known.polled else ""
         self.maintenance = clock(row.maintenance)[:-3] if row.maintenance > now else ""
         self.group = "maintenance" if self.maintenance else self.state
         self.strip = strip_svg(status.strip if status else "")
-
-    @property
-    def tags(self) -> list[str]:
-        return cast("list[str]", self.settings["tags"])
-
-    @property
-    def critical(self) -> bool:
-        return cast(bool, self.settings["critical"])
 
     @property
     def counts(self) -> bool:
@@ -6859,26 +6797,19 @@ class Shown:
 
     @property
     def bars(self) -> list[Markup]:
-        found = readings(self.status.packed if self.status else b"")
+        found = readings(self.status.packed)
         return [bar_svg(found[metric], self.limit(metric)) + f"{found[metric]:.0f} %" if metric in found else Markup()
                 for metric in BARS]
 
     @property
     def order(self) -> tuple[int, bool, float, str]:
         """Worst first; among those not healthy, what the gate depends on, and what happened last."""
-        place = self.ORDER[self.group]
-        return place, not self.critical, 0.0 if self.group == "healthy" else -self.begun, self.name
+        since = 0.0 if self.group == "healthy" else -self.begun
+        return STATES.index(self.group), not self.critical, since, self.name
 
     def matches(self, text: str, tag: str) -> bool:
         words = (self.name, self.row.hostname, self.row.platform, self.why, *self.tags)
         return (not tag or tag in self.tags) and text.casefold() in "\n".join(words).casefold()
-
-
-def load_shown(session: Session, now: float, name: str | None = None) -> list[Shown]:
-    """All resources, or the one of that name."""
-    query = sqlalchemy.select(Resource, Status).outerjoin(Status, Status.resource_id == Resource.id)
-    query = query if name is None else query.where(Resource.name == name)
-    return [Shown(row, status, now) for row, status in session.execute(query)]
 
 
 def gate_shown(session: Session, is_open: bool, resources: Iterable[Shown]) -> dict[str, Any]:
@@ -6895,7 +6826,7 @@ def overview() -> Answer:
     now = site.clock()
     wanted = {name: flask.request.args.get(name, "") for name in ("state", "q", "tag")}
     with site.store.reading() as session:
-        everything = load_shown(session, now)
+        everything = [Shown(row, status, now) for row, status in session.execute(RESOURCES)]
         gate = gate_shown(session, site.is_healthy, everything)
     found = [one for one in everything if one.matches(wanted["q"], wanted["tag"])]
     counted = collections.Counter(one.group for one in found)
@@ -6967,13 +6898,12 @@ def resource_page(name: str, status: int = 200, **more: Any) -> flask.Response:
     span = flask.request.args.get("span", "")
     span = span if span in SPANS else "hour"
     with site.store.reading() as session:
-        one = next(iter(load_shown(session, now, name)), None)
-        if one is None:
-            raise Refusal("there is no such resource", 404)
+        row = find_resource(session, name)
+        one = Shown(row, session.get(Status, row.id), now)
         more |= {"charts": charts(session, one, span, now), "availability": availability(session, one.row.id, now),
                  "polls": samples(session, one.row.id),
                  "events": events(session, resource=name, limit=OWN_EVENTS)}
-    sample = (json.loads(one.status.sample) if one.status else None) or NO_SAMPLE
+    sample = json.loads(one.status.sample) or NO_SAMPLE
     outcomes = [(kind, called, outcome) for kind in ("service", "check")
                 for called, outcome in sample[f"{kind}s"].items()]
     return page("resource.html", status, shown=one, span=span, spans=SPANS, readings=reading_rows(sample, one),
@@ -7090,10 +7020,6 @@ def stored_settings(name: str) -> tuple[dict[str, str], list[str]]:
         return flatten(stated(row)), [kind for kind in SECRETS if getattr(row, kind)]
 
 
-def add_form() -> Answer:
-    return form_page("", {})
-
-
 def edit_form(name: str) -> Answer:
     given, kept = stored_settings(name)
     return form_page(name, given, kept=kept)
@@ -7124,37 +7050,31 @@ def resource_form(name: str = "") -> Answer:
     return flask.redirect(resource_path(saved.name), 303)
 
 
-def act(name: str, action: Callable[[], object]) -> Answer:
+def act(name: str, action: Callable[..., object], *given: Mapping[str, Any]) -> Answer:
     """Does something with a resource and shows it again, with what was wrong."""
     try:
-        action()
+        action(visitor(), name, *given)
     except Refusal as error:
         return resource_page(name, error.status, problem=str(error))
     return flask.redirect(resource_path(name), 303)
 
 
-def check_form(name: str) -> Answer:
-    return act(name, lambda: check_resource(visitor(), name))
-
-
 def maintenance_form(name: str) -> Answer:
     """Begins maintenance for a number of minutes, or ends it."""
-    who, form = visitor(), flask.request.form
+    form = flask.request.form
     minutes = int(form["minutes"]) if re.fullmatch("[0-9]{1,6}", form.get("minutes", "")) else 0
     if not minutes:
-        return act(name, lambda: end_maintenance(who, name))
-    until = datetime.datetime.fromtimestamp(who.site.clock() + 60 * minutes, datetime.timezone.utc)
-    wanted = {"until": until.isoformat(), "reason": form.get("reason", "")}
-    return act(name, lambda: begin_maintenance(who, name, wanted))
+        return act(name, end_maintenance)
+    until = datetime.datetime.fromtimestamp(visitor().site.clock() + 60 * minutes, datetime.timezone.utc)
+    return act(name, begin_maintenance, {"until": until.isoformat(), "reason": form.get("reason", "")})
 
 
 def trust_form(name: str) -> Answer:
     """Shows the key that the host offers now, or trusts the one that was shown."""
-    who, key = visitor(), flask.request.form.get("key")
-    if key:
-        return act(name, lambda: trust_resource(who, name, {"host_key": key}))
+    if key := flask.request.form.get("key"):
+        return act(name, trust_resource, {"host_key": key})
     try:
-        return resource_page(name, offered=who.site.ask("offered_key", name=name))
+        return resource_page(name, offered=visitor().site.ask("offered_key", name=name))
     except Refusal as error:
         return resource_page(name, error.status, problem=str(error))
 
@@ -7168,31 +7088,19 @@ def user_page(status: int = 200, **more: Any) -> flask.Response:
     return page("users.html", status, users=list_users(visitor()), roles=get_args(Role), **more)
 
 
-def act_on_users(action: Callable[[], object]) -> Answer:
+def act_on_users(action: Callable[..., object], *given: str | Mapping[str, str]) -> Answer:
     """Changes users and shows them again, with what was wrong."""
     try:
-        action()
+        action(visitor(), *given)
     except Refusal as error:
         return user_page(error.status, problem=str(error), errors=error.fields, given=flask.request.form)
     return flask.redirect("/-/users", 303)
 
 
-def new_user_form() -> Answer:
-    return act_on_users(lambda: add_user(visitor(), flask.request.form.to_dict()))
-
-
 def user_form(name: str) -> Answer:
     """Changes what is not empty."""
     change = {key: text for key, text in flask.request.form.items() if text}
-    return act_on_users(lambda: change_user(visitor(), name, change))
-
-
-def remove_user_form(name: str) -> Answer:
-    return act_on_users(lambda: remove_user(visitor(), name))
-
-
-def password_page() -> Answer:
-    return page("password.html")
+    return act_on_users(change_user, name, change)
 
 
 def password_form() -> Answer:
@@ -7201,15 +7109,10 @@ def password_form() -> Answer:
     try:
         if form.pop("again", "") != form.get("new"):
             raise refusal_of({"again": "is not the same"})
-        change_password(who, {name: form.get(name, "") for name in ("current", "new")})
+        user = change_password(who, {name: form.get(name, "") for name in ("current", "new")})
     except Refusal as error:
         return page("password.html", error.status, errors=error.fields, problem="" if error.fields else str(error))
-    assert who.user
-    with who.site.store.reading() as session:
-        user = find_user(session, who.user.name)
-    response = flask.redirect(PREFIX, 303)
-    give_cookie(response, open_ticket(who.site, "session", user))
-    return response
+    return give_cookie(flask.redirect(PREFIX, 303), open_ticket(who.site, "session", user))
 
 
 def own_path(text: str) -> str:
@@ -7217,28 +7120,20 @@ def own_path(text: str) -> str:
     return text if text.startswith(PREFIX) and text.isprintable() and "\\" not in text else PREFIX
 
 
-def login_page() -> Answer:
-    return page("login.html")
-
-
 def login_form() -> Answer:
     """Begins a session: a new one, whatever cookie came with the request."""
     who, form = visitor(), flask.request.form
     try:
-        credentials = checked(Credentials, {name: form.get(name, "") for name in Credentials.model_fields})
-        user = sign_in(who, credentials.username, credentials.password.get_secret_value())
+        user = sign_in(who, {name: form.get(name, "") for name in Credentials.model_fields})
     except Refusal as refusal:
         return page("login.html", refusal.status, problem=str(refusal), given=form)
     response = flask.redirect(own_path(flask.request.args.get("next", "")), 303)
-    give_cookie(response, open_ticket(who.site, "session", user))
-    return response
+    return give_cookie(response, open_ticket(who.site, "session", user))
 
 
 def logout_form() -> Answer:
     sign_out(visitor())
-    response = flask.redirect("/-/login", 303)
-    give_cookie(response, "")
-    return response
+    return give_cookie(flask.redirect("/-/login", 303), "")
 
 
 def refusal_page(error: Refusal) -> Answer:
@@ -7279,24 +7174,24 @@ PAGES = (
     Route("GET", "/-/", "viewer", overview),
     Route("GET", "/-/resources/<name>", "viewer", resource_page),
     Route("GET", "/-/resources/<name>/polls", "viewer", polls),
-    Route("GET", "/-/add", "admin", add_form),
+    Route("GET", "/-/add", "admin", lambda: form_page("", {})),
     Route("POST", "/-/add", "admin", resource_form),
     Route("GET", "/-/resources/<name>/edit", "admin", edit_form),
     Route("POST", "/-/resources/<name>/edit", "admin", resource_form),
-    Route("POST", "/-/resources/<name>/check", "admin", check_form),
+    Route("POST", "/-/resources/<name>/check", "admin", lambda name: act(name, check_resource)),
     Route("POST", "/-/resources/<name>/maintenance", "admin", maintenance_form),
     Route("POST", "/-/resources/<name>/trust", "admin", trust_form),
     Route("POST", "/-/resources/<name>/remove", "admin", remove_form),
     Route("GET", "/-/events", "viewer", event_page),
     Route("GET", "/-/users", "admin", user_page),
-    Route("POST", "/-/users", "admin", new_user_form),
+    Route("POST", "/-/users", "admin", lambda: act_on_users(add_user, flask.request.form.to_dict())),
     Route("POST", "/-/users/<name>", "admin", user_form),
-    Route("POST", "/-/users/<name>/remove", "admin", remove_user_form),
+    Route("POST", "/-/users/<name>/remove", "admin", lambda name: act_on_users(remove_user, name)),
     Route("GET", "/-/static/<name>", "", asset, restricted=True),
-    Route("GET", "/-/login", "", login_page, restricted=True),
+    Route("GET", "/-/login", "", lambda: page("login.html"), restricted=True),
     Route("POST", "/-/login", "", login_form, restricted=True),
     Route("POST", "/-/logout", "viewer", logout_form, restricted=True),
-    Route("GET", "/-/password", "viewer", password_page, restricted=True),
+    Route("GET", "/-/password", "viewer", lambda: page("password.html"), restricted=True),
     Route("POST", "/-/password", "viewer", password_form, restricted=True),
 )
 
