@@ -207,6 +207,8 @@ FIRST_BYTE = 15.0               # seconds until a new connection sends something
 IDLE = 75.0                     # seconds a connection is kept for another request; proxies keep theirs for 60
 IDLE_PRESSED = 2.0              # seconds instead of both while no further connection can be accepted
 STALLED = 60.0                  # seconds in which a client has to take some of its answer
+SLOW_TIME = 5.0                 # seconds that a pool thread waits for a slow client while other requests starve
+SLOW_RATE = 1 << 16             # bytes per second, below which a client is one
 LINGER = 3.0                    # seconds for a refused client to take its answer
 LINGER_BYTES = 16 << 20         # bytes of a refused request that are read and thrown away meanwhile
 TURN = 1.0                      # seconds between two looks at all connections
@@ -226,10 +228,10 @@ ORPHAN_DRAIN = 2.0              # seconds for requests in flight of a worker who
 WIRE_WAITING = 100              # messages to the main process, beyond which no lines of the access log are added
 LAST_WORDS = 0.2                # seconds in which what a dead worker said is read
 CREW_SWEEP = 0.05               # seconds between two looks at the worker processes
+CREW_NEWS = 5.0                 # seconds between two lines about a start that takes long
 WORKER_LIFE = 10.0              # seconds after which a worker's end is no sign that it can never run
 WORKER_PAUSES = (0.0, 0.5, 1, 2, 5, 10, 30)     # seconds before the 1st, 2nd, … replacement of short-lived workers
 WORKER_END = 2.0                # seconds between the end of draining and the end of the process
-DRAIN = 7.5                     # seconds for requests in flight when the service ends
 LAST_ASK = 0.25                 # seconds in which clients that were answered just before may still ask then
 POOL_END = 0.5                  # seconds for idle pool threads to end
 SESSION_KEY_BYTES = 32          # bytes of keys/session.key
@@ -247,7 +249,7 @@ MAINTENANCE = 366 * 86_400.0    # seconds of maintenance at most
 # Seconds, the upper bounds of the latency histogram: close together up to where a gate is to answer (10 ms), and on
 # to what an application in the pool may take; a bound more costs a line for every outcome.
 LATENCIES = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
-METRICS_AGE = 1.0               # seconds for which the text of /-/metrics is not made again
+METRICS_AGE = 1.0               # seconds for which the resources' part of /-/metrics is not made again
 ACCESS_FLUSH = 0.25             # seconds for which the access log gathers lines
 ACCESS_LINES = 100              # lines that it writes at once: the loop waits while they are made
 ACCESS_WAITING = 20_000         # requests that wait to be written; what comes then is dropped
@@ -587,6 +589,7 @@ class ServiceSettings(Settings):
     threads: Annotated[int, Field(ge=0, le=1000)] = 8   # pool threads for `app`; 0 = on the loop
     queue: Annotated[int, Field(ge=1, le=10_000)] = 64  # requests that wait for a pool thread of a worker
     body_limit: Annotated[int, Field(ge=0, le=1 << 40)] = 1 << 20   # bytes of a request's body
+    drain: Annotated[float, Field(ge=0, le=3600)] = 7.5     # seconds that an end waits for requests in flight
     access_log: FilePath | None = None                  # a line per request
     metrics_token_file: FilePath | None = None          # its bearer sees resources in /-/metrics
     retention: Retention = Retention()
@@ -754,12 +757,16 @@ def model_at(model: type[Settings], loc: Sequence[str | int]) -> type[Settings]:
     return model
 
 
+WORDING = {"missing": "is missing", "extra_forbidden": "is unknown", "path_type": "must be a path",
+           "tuple_type": "must be a list", "model_type": "must be a mapping (key: value)"}
+
+
 def message_of(item: dict[str, Any]) -> str:
     """pydantic's text without values and in our wording."""
     if item["loc"] and item["loc"][-1] == "platform":
         return f"must be one of {', '.join(SELECTABLE)}"
-    if item["type"] in ("missing", "extra_forbidden"):
-        return "is missing" if item["type"] == "missing" else "is unknown"
+    if item["type"] in WORDING:
+        return WORDING[item["type"]]
     text = re.sub(r"^Value should have (.*) items? after validation.*", r"must have \1 characters", str(item["msg"]))
     return re.sub(r"^(Value error, |Input should be |String should )", lambda m: "" if m[1][0] == "V" else "must be "
                   if m[1][0] == "I" else "must ", text).replace("SecretStr", "text")
@@ -779,6 +786,8 @@ class InventoryLoader:
         if "resources" not in top and not self.faults:
             self.fault((), "resources is missing; write `resources: []` to watch nothing")
         service = self._validate(ServiceSettings, top.get("service", {}), lambda loc: ("service", *loc))
+        if isinstance(service, ServiceSettings):
+            self._tell_apart(service)
         defaults = top.get("defaults", {})
         if not self._is_mapping(("defaults",), defaults, ResourceSettings.model_fields):
             defaults = {}
@@ -792,6 +801,16 @@ class InventoryLoader:
         if self.faults or not isinstance(service, ServiceSettings):
             raise InventoryError("\n".join(self.faults))
         return Inventory(self.path, service, [entry for entry in entries if entry])
+
+    def _tell_apart(self, service: ServiceSettings) -> None:
+        """A log that is written into another file of the service would destroy it."""
+        files = {self.path: "the inventory", self.resolve(service.database.removeprefix(SQLITE)): "service.database"}
+        for name in ("metrics_token_file", "log_file", "access_log"):
+            if getattr(service, name):
+                path = self.resolve(getattr(service, name))
+                if path in files:
+                    self.fault(("service", name), f"is {files[path]}, too; name another file")
+                files[path] = f"service.{name}"
 
     def parse(self, model: type[Settings], raw: Mapping[str, Any]) -> Settings:
         """Raises ValidationError."""
@@ -5335,18 +5354,18 @@ def read_token(path: Path) -> bytes:
 
 
 class Metrics:
-    """The answer of /-/metrics; a text serves for METRICS_AGE seconds, so that scrapes cannot load the machine."""
+    """The answer of /-/metrics. What it says of the resources serves for METRICS_AGE seconds, so that scrapes cannot
+    load the machine; totals are read each time, or they would fall whenever another worker answers."""
 
     def __init__(self, serving: ServingMetrics, store: Store, token_file: Path | None) -> None:
         self._token_file = token_file
         self._complaint = ""        # the last one about the token file
-        self._registries = {False: CollectorRegistry(), True: CollectorRegistry()}      # with resources or without
-        for registry in self._registries.values():
-            registry.register(serving)
-        self._registries[True].register(ResourceMetrics(store))
+        self._serving, self._resources = CollectorRegistry(), CollectorRegistry()
+        self._serving.register(serving)
+        self._resources.register(ResourceMetrics(store))
         self._maker = concurrent.futures.ThreadPoolExecutor(1, "metrics")
-        self._lock = threading.Lock()       # guards _texts, so that who asks meanwhile waits for the same text
-        self._texts: dict[bool, tuple[float, concurrent.futures.Future[bytes]]] = {}
+        self._lock = threading.Lock()       # guards these two, so that who asks meanwhile waits for the same text
+        self._made, self._text = -math.inf, concurrent.futures.Future[bytes]()
 
     def answer(self, authorization: str) -> Reply:
         """The whole answer to a request with this Authorization header; blocks, and takes 0.1 s for 1,000 resources."""
@@ -5355,7 +5374,8 @@ class Metrics:
         if bearer and not self._admits(token.strip()):
             return "401 Unauthorized", [("WWW-Authenticate", 'Bearer realm="metrics"')], b"wrong token\n"
         try:
-            return "200 OK", [("Content-Type", "text/plain; version=0.0.4; charset=utf-8")], self._text(bearer)
+            body = generate_latest(self._serving) + (self._resource_text() if bearer else b"")
+            return "200 OK", [("Content-Type", "text/plain; version=0.0.4; charset=utf-8")], body
         except sqlalchemy.exc.SQLAlchemyError as error:
             log.error("/-/metrics: the database cannot be read: %s", one_line(str(getattr(error, "orig", error))))
             return "503 Service Unavailable", [("Retry-After", "1")], b"the database cannot be read\n"
@@ -5372,12 +5392,11 @@ class Metrics:
         self._complaint = complaint
         return hmac.compare_digest(wanted, token.encode("utf-8", "replace")) and bool(wanted)
 
-    def _text(self, bearer: bool) -> bytes:
+    def _resource_text(self) -> bytes:
         with self._lock:
-            made, text = self._texts.get(bearer, (0.0, None))
-            if text is None or time.monotonic() - made > METRICS_AGE:
-                text = self._maker.submit(generate_latest, self._registries[bearer])
-                self._texts[bearer] = time.monotonic(), text
+            if time.monotonic() - self._made > METRICS_AGE:
+                self._made, self._text = time.monotonic(), self._maker.submit(generate_latest, self._resources)
+            text = self._text
         return text.result()
 
 
@@ -7369,6 +7388,10 @@ class GateParser(HTTPRequestParser):    # type: ignore[misc]  # waitress carries
             self.refuse("503 Service Unavailable")
         return len(data)
 
+    def close(self) -> None:
+        with contextlib.suppress(OSError):      # a full disk does not take the rest of the temporary file
+            super().close()
+
     def refuse(self, status: str) -> None:
         self.error, self.completed, self.expect_continue = Refused(status), True, False
         self.headers = {}
@@ -7480,7 +7503,7 @@ class ProxiedParser(GateParser):
     """A request that one of `service.trusted_proxy` hands on: its X-Forwarded-For, -Proto and -Host count."""
 
     def _read_forwarded(self) -> None:
-        headers = self.headers
+        headers, self.forwarded = self.headers, {"healthchecker.forwarded": True}   # for whom, is not told yet
         headers.pop("FORWARDED", None)      # nobody looks at it here, so it may be the client's own
         if "X_FORWARDED_FOR" in headers:
             client = client_behind(self.adj.proxies, headers["X_FORWARDED_FOR"])
@@ -7505,6 +7528,7 @@ class TimedChannel(HTTPChannel):    # type: ignore[misc]  # waitress carries no 
 
     parser_class = GateParser
     will_close: bool
+    began = 0.0             # when the request was complete
     lingers = False         # the answer is the last; what still comes is thrown away
     _discarded = 0          # bytes of that
     _lingers_until = math.inf
@@ -7555,7 +7579,7 @@ class TimedChannel(HTTPChannel):    # type: ignore[misc]  # waitress carries no 
                 request.begun = now     # it is not read meanwhile
             if self.total_outbufs_len and now - self._since > STALLED:
                 self.handle_close()
-        elif request is not None and (request.header_plus or request.headers_finished):
+        elif request is not None and not self.lingers and (request.header_plus or request.headers_finished):
             if now - request.begun > (BODY_TIME if request.headers_finished else HEADER_TIME):
                 self._give_up(request)
         elif now > self._lingers_until or now - (request.begun if request else self._since) > self._patience(pressed):
@@ -7572,6 +7596,7 @@ class TimedChannel(HTTPChannel):    # type: ignore[misc]  # waitress carries no 
             self.request = None
             request.refuse("408 Request Timeout")
             self.requests.append(request)
+        self.began = time.perf_counter()
         self.service()
 
 
@@ -7602,6 +7627,8 @@ class TimedServer(TcpWSGIServer):    # type: ignore[misc]  # waitress carries no
             return None
         try:
             return cast("tuple[socket.socket, Any] | None", super().accept())
+        except ConnectionResetError:    # on Windows: this client has gone already
+            return None
         except OSError as error:
             now = self.clock()
             self._accepts_at = now + ACCEPT_PAUSE
@@ -7681,10 +7708,7 @@ class Pool:
                 self._rest(woken)
                 continue
             self._wake()
-            try:
-                task.service()
-            except Exception:   # what waitress did not foresee must not end the thread
-                log.exception("a request could not be answered")
+            task.service()
 
     def _rest(self, woken: threading.Lock) -> None:
         self._idle.append(woken)
@@ -7703,7 +7727,13 @@ class GateTask(WSGITask):    # type: ignore[misc]  # waitress carries no types
         environ: WSGIEnvironment = super().get_environment()
         if self.request.forwarded:      # who asks
             environ.update(self.request.forwarded)
+        if self.request.command == "HEAD":
+            del environ["wsgi.file_wrapper"]    # such a file would not go through `write`
         return environ
+
+    def write(self, data: bytes) -> None:
+        """The answer to HEAD has no body, whatever the application makes."""
+        super().write(b"" if self.request.command == "HEAD" else data)
 
     def set_close_on_finish(self) -> None:
         """waitress takes a 204 without Content-Length for one of unknown length."""
@@ -7722,6 +7752,8 @@ class GateTask(WSGITask):    # type: ignore[misc]  # waitress carries no types
         except BaseException as error:      # SystemExit and the like would end the loop or leave the client waiting
             if not self.wrote_header:
                 outcome = ""        # waitress answers 500 by a GateErrorTask
+            elif isinstance(error, OSError):    # perhaps of a temporary file: how much waits to be sent is not known
+                self.channel.will_close = True
             if isinstance(error, Exception):
                 raise
             raise RuntimeError(f"the application raised {type(error).__name__}") from error
@@ -7737,6 +7769,8 @@ class GateTask(WSGITask):    # type: ignore[misc]  # waitress carries no types
         return head
 
     def finish(self) -> None:
+        if self.request.command == "HEAD":
+            self.chunked_response = False       # what is not sent does not end either
         super().finish()
         self.channel.release()
 
@@ -7764,12 +7798,13 @@ class GateChannel(TimedChannel):
 
     task_class = GateTask
     error_task_class = GateErrorTask
-    began = 0.0             # when the request was complete
     started = 0.0           # CPU time of the thread that answers, from when on it does
     watched = 0             # what the loop waits for on it, selectors' events
     touched = False         # the loop is to look at it
     body_length: int | None = None      # of the answer; None: not known
     body_bytes = 0          # of the answer, so far; with the framing of chunks
+    held = False            # its next request waits until enough of the answers before it is taken
+    _waits: tuple[float, int] | None = None     # since when a thread waits for it, and what it had taken by then
     head: bytes | None = None   # of a response, until its body comes; b"": the next piece is the head; None: sent
 
     def write_soon(self, data: Any) -> int:
@@ -7793,7 +7828,11 @@ class GateChannel(TimedChannel):
         return taken
 
     def service(self) -> None:
-        super().service()
+        try:
+            super().service()
+        except Exception:   # what waitress did not foresee ends neither thread nor loop, and lets no client wait
+            log.exception("a request could not be answered")
+            self.cancel()
         request = self.request
         if request is not None:
             request.begun = self.server.clock()     # it was not read meanwhile
@@ -7802,8 +7841,33 @@ class GateChannel(TimedChannel):
 
     def _flush_outbufs_below_high_watermark(self) -> None:
         """Waits for a slow client, but never on the loop: nobody else would send what it waits for."""
-        if not self.server.on_loop:
+        if self.total_outbufs_len > POOL_BUFFER and not self.server.on_loop:
+            self.server.touch(self)
+            self.server.waited_for.add(self)
             super()._flush_outbufs_below_high_watermark()
+            self.server.waited_for.discard(self)
+
+    def _flush_some(self, do_close: bool = True) -> bool:
+        with self.outbuf_lock:      # a thread may send a 100 Continue while the loop sends what is left
+            return bool(super()._flush_some(do_close))
+
+    def send(self, data: bytes, do_close: bool = True) -> int:
+        if not data:
+            raise BrokenPipeError("a file that is sent was cut")
+        return int(super().send(data, do_close))
+
+    def sweep(self, now: float, pressed: bool) -> None:
+        """Also ends it when half of a pool waits for clients, others wait for the pool, and this one hardly reads."""
+        taken = self.body_bytes - self.total_outbufs_len
+        if self not in self.server.waited_for:
+            self._waits = None
+        elif self._waits is None:
+            self._waits = now, taken
+        elif now - self._waits[0] > SLOW_TIME and self.server.starves \
+                and taken - self._waits[1] < SLOW_RATE * (now - self._waits[0]):
+            self.handle_close()
+            return
+        super().sweep(now, pressed)
 
     @property
     def asks_no_more(self) -> bool:
@@ -7847,10 +7911,11 @@ class GateChannel(TimedChannel):
                 self.server.watch(self, self.watched & ~selectors.EVENT_READ)
         if events & selectors.EVENT_WRITE and self.socket and self.writable():
             wasyncore.write(self)
-        if self.socket and self.writable():
-            self.server.watch(self, selectors.EVENT_WRITE)
-        elif self.socket and self.readable():
-            self.server.watch(self, selectors.EVENT_READ)
+        if self.held and self.socket and self.total_outbufs_len <= POOL_BUFFER:
+            self.server.add_task(self)
+        if self.socket:
+            reading = selectors.EVENT_READ if self.readable() else self.watched & selectors.EVENT_READ
+            self.server.watch(self, selectors.EVENT_WRITE if self.writable() else reading)
 
     def release(self) -> None:
         """Sends a head that has no body."""
@@ -7881,8 +7946,6 @@ class GateServer(TimedServer):
         adjustments.proxies = tuple(map(ipaddress.ip_network, service.trusted_proxy))
         self.gathering = copy.copy(adjustments)
         self.gathering.send_bytes = SEND_BYTES      # the loop sends at its next turn, all answers of this one together
-        if not threads:
-            adjustments = self.gathering
         self._gate, self._ready = gate, collections.deque[GateChannel]()
         gate.app_on_loop = not threads
         self.tally = tally or Tally(Counters(1))
@@ -7891,8 +7954,9 @@ class GateServer(TimedServer):
         self.accepting = False
         self._selector = self.selector_class()
         self._touched: collections.deque[GateChannel] = collections.deque()
+        self.waited_for: set[GateChannel] = set()       # by a thread each
         self._thread = threading.get_ident()
-        self._ends = self._idle_end = math.inf
+        self._drain, self._ends, self._idle_end = service.drain, math.inf, math.inf
         self.pools = {"own": Pool(OWN_THREADS, service.queue)}
         if threads:
             self.pools["app"] = Pool(threads, service.queue)
@@ -7917,12 +7981,20 @@ class GateServer(TimedServer):
         """Requests that wait for a thread."""
         return sum(max(0, pool.waiting) for pool in self.pools.values())
 
+    @property
+    def starves(self) -> bool:
+        """Whether requests wait for a thread while slow clients have half of them."""
+        return self.waiting > 0 and 2 * len(self.waited_for) >= self.adj.threads
+
     def add_task(self, channel: GateChannel) -> None:
         """Leaves what cannot block, or has no room to wait, to the loop's own thread, and the rest to a pool: the
         hand-over of the interpreter lock costs more than most answers. Called with the channel's lock held."""
         request = channel.requests[0]
         channel.began, channel.body_bytes = time.perf_counter(), 0
         pool = None if request.error else self.pools.get(self._gate.pool_of(request.path, request.headers))
+        channel.held = (pool is None or pool.full) and channel.total_outbufs_len > POOL_BUFFER
+        if channel.held:        # what nobody takes is not made; `attend` comes again with it
+            return
         if pool is None or pool.full:
             self._ready.append(channel)
         else:
@@ -7944,12 +8016,18 @@ class GateServer(TimedServer):
         """Has the loop wait for `events` on a channel; 0 for none."""
         if events != channel.watched:
             before, channel.watched = channel.watched, events
-            if not before:
-                self._selector.register(channel.socket, events, channel)
-            elif events:
-                self._selector.modify(channel.socket, events, channel)
-            else:
-                self._selector.unregister(channel.socket)
+            try:
+                if not before:
+                    self._selector.register(channel.socket, events, channel)
+                elif events:
+                    self._selector.modify(channel.socket, events, channel)
+                else:
+                    self._selector.unregister(channel.socket)
+            except OSError:     # the system lacks memory: one connection ends, not all
+                channel.watched = 0
+                if isinstance(channel, GateChannel):
+                    channel.will_close = True
+                    self.touch(channel)
 
     def readable(self) -> bool:
         """Whether the loop is to look for new connections."""
@@ -7967,11 +8045,13 @@ class GateServer(TimedServer):
             if len(self.active_channels) == held:
                 return
 
-    def stop(self, drain: float = DRAIN) -> None:
-        """Ends `serve` once the requests in flight are answered, within `drain` seconds. Safe in a signal handler."""
+    def stop(self, drain: float = math.inf) -> None:
+        """Ends `serve` once the requests in flight are answered, within `drain` and `service.drain` seconds.
+
+        Safe in a signal handler."""
         if not self._gate.draining:
             self._gate.draining = True
-            self._ends = time.monotonic() + drain
+            self._ends = time.monotonic() + min(drain, self._drain)
             with contextlib.suppress(OSError):      # the loop may have ended meanwhile
                 self.trigger.pull_trigger()
 
@@ -7982,14 +8062,24 @@ class GateServer(TimedServer):
             self._selector.register(self.trigger._fileno, selectors.EVENT_READ, self.trigger)
             while not self._drained():      # asked right after all that has come was read
                 self._turn()
+            self._note_cut([channel for channel in self.active_channels.values() if channel.requests])
             self.tally.close()
             for pool in self.pools.values():
                 pool.shutdown(POOL_END)
             wasyncore.close_all(self._map)
 
+    def _note_cut(self, channels: Sequence[GateChannel]) -> None:
+        """Tells whose requests the end does not wait for."""
+        for channel in channels:
+            task = GateTask(channel, channel.requests[0])
+            task.status = "000"     # it is not known whether its head was sent
+            channel.served(task, "cut")
+        if channels:
+            log.warning("requests cut, for they took longer than service.drain, %g s: %d", self._drain, len(channels))
+
     def _turn(self) -> None:
         """Answers what has come, sends what is to be sent, and waits."""
-        while self._ready:
+        for _ in range(len(self._ready)):       # who has sent ahead takes turns with the others
             self._ready.popleft().service()
         while self._touched:
             channel = self._touched.popleft()
@@ -8000,7 +8090,7 @@ class GateServer(TimedServer):
         self.watch(self, selectors.EVENT_READ if self.readable() else 0)
         self._awake = False     # from here on the turn may miss what another thread leaves to it
         wait = GLANCE if self._share.defers or self.draining else self.adj.asyncore_loop_timeout
-        found = self._selector.select(0 if self._touched else wait)
+        found = self._selector.select(0 if self._touched or self._ready else wait)
         self._awake = True
         for key, events in found:
             if isinstance(key.data, GateChannel):
@@ -8013,16 +8103,16 @@ class GateServer(TimedServer):
         if not self._gate.draining:
             return False
         if self.accepting:      # who waits to be accepted has perhaps sent a request already
-            self._accept(BACKLOG)
             self.accepting = False
             self.watch(self, 0)
             self.del_channel()
+            self._accept(BACKLOG)
             self.socket.close()
             self._idle_end = time.monotonic() + LAST_ASK
             return False
         now = time.monotonic()
         for channel in list(self.active_channels.values()) if now > self._idle_end else ():
-            if not channel.requests and channel.request is None and not channel.total_outbufs_len:
+            if not (channel.requests or channel.request or channel.total_outbufs_len or channel.lingers):
                 channel.handle_close()
         return not self.active_channels or now > self._ends
 
@@ -8234,7 +8324,7 @@ class Worker:
                 answers.put(message[2])
             return
         if message != ("serve",):
-            self._ending, drain = True, DRAIN if message else ORPHAN_DRAIN
+            self._ending, drain = True, min(self._inventory.service.drain, math.inf if message else ORPHAN_DRAIN)
             if self._server:
                 self._server.stop(drain)
             self._end_after(drain if self._server else 0.0)
@@ -8347,12 +8437,18 @@ class Crew:
     def start(self) -> None:
         """Starts all and waits until they can serve. Raises UsageError where the application cannot be loaded."""
         for number in range(self._count):
-            self._hands.append(self._launch(number))    # known at once: the next one may fail
+            if not self._stopping:
+                self._hands.append(self._launch(number))    # known at once: the next one may fail
+        news = time.monotonic() + CREW_NEWS
         while not self._stopping and not all(hand.ready.is_set() for hand in self._hands):
             for hand in self._hands:
                 if not hand.alive:
                     raise UsageError(hand.why)
             time.sleep(CREW_SWEEP)
+            if time.monotonic() > news:
+                news += CREW_NEWS
+                ready = sum(hand.ready.is_set() for hand in self._hands)
+                log.info("worker processes start: %d of %d are ready", ready, self._count)
 
     def stop(self) -> None:
         """Ends `serve`. Safe in a signal handler."""
@@ -8367,11 +8463,13 @@ class Crew:
             time.sleep(CREW_SWEEP)
 
     def close(self) -> None:
-        """Lets the workers answer what they are at, DRAIN seconds at most, and ends them."""
+        """Lets the workers answer what they are at, `service.drain` seconds at most, and ends them."""
         self._sock.close()
         for hand in self._hands:
             hand.wire.put("stop")
-        ends = time.monotonic() + DRAIN + WORKER_END
+            if not hand.ready.is_set():     # it serves nobody, and would be at its imports for long
+                hand.process.kill()
+        ends = time.monotonic() + self._site.inventory.service.drain + WORKER_END
         for hand in self._hands:
             while hand.alive and time.monotonic() < ends:   # join would wait for what the application forked, too
                 time.sleep(CREW_SWEEP)

@@ -18,6 +18,7 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
+import yaml
 from service import PROGRAM, Service, command, environment, prepared_keys, run, run_cheaply, write_inventory
 
 import healthchecker
@@ -121,6 +122,22 @@ def test_the_example_as_shipped() -> None:
         if f"{name}:" not in text
     }
     assert not missing
+
+
+@pytest.mark.parametrize("part", ["service", "defaults"])
+def test_the_settings_of_the_example_are_valid(tmp_path: Path, part: str) -> None:
+    """All at once, without their comment signs."""
+    text = PROGRAM.with_name("inventory.example.yaml").read_text(encoding="utf-8")
+    begin = text.index(f"\n{part}:")
+    end = text.index("\n\n", begin)
+    whole = text[:begin] + text[begin:end].replace("\n  # ", "\n  ") + text[end:]
+    path = tmp_path / "inventory.yaml"
+    path.write_text(whole, encoding="utf-8")
+    read = yaml.safe_load(whole)[part]
+    assert read.keys() > yaml.safe_load(text)[part].keys()
+    load_inventory(path)
+    if part == "service":
+        assert read.keys() == healthchecker.ServiceSettings.model_fields.keys()
 
 
 # --- check ---------------------------------------------------------------------------------------------------

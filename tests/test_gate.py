@@ -5,18 +5,22 @@ from __future__ import annotations
 import asyncio
 import collections
 import contextlib
+import errno
 import http.client
 import io
 import json
 import math
+import os
 import selectors
 import socket
 import struct
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 from wsgiref.util import setup_testing_defaults
 
@@ -24,7 +28,17 @@ import pytest
 from conftest import no_leaks, wait_for
 from waitress import wasyncore
 
-from healthchecker import Gate, GateChannel, GateServer, HealthAggregator, Lease, Pool, ServiceSettings
+from healthchecker import (
+    POOL_BUFFER,
+    Gate,
+    GateChannel,
+    GateParser,
+    GateServer,
+    HealthAggregator,
+    Lease,
+    Pool,
+    ServiceSettings,
+)
 
 Application = Callable[[dict[str, Any], Any], Iterable[bytes]]
 NOW = 1000.0  # seconds, where the clock of a WSGI test stands
@@ -763,6 +777,300 @@ def test_idle_connections_cost_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
         assert looks < 1000
 
 
+def ask(path: str = "/", method: str = "GET", *headers: str) -> bytes:
+    return "\r\n".join((f"{method} {path} HTTP/1.1", "Host: x", *headers, "", "")).encode()
+
+
+LAST = ask("/", "GET", "Connection: close")
+
+
+def left(serving: Serving) -> int:
+    """Bytes that wait for the clients."""
+    return sum(channel.total_outbufs_len for channel in list(serving.server.active_channels.values()))
+
+
+def read_all(sock: socket.socket) -> int:
+    """How many bytes come until the other side ends."""
+    with sock.makefile("rb") as stream:
+        return sum(map(len, iter(partial(stream.read, 1 << 20), b"")))
+
+
+@pytest.mark.usefixtures("_selector")
+def test_a_stream_that_pauses_makes_no_work() -> None:
+    """What it has sent so far did not fit the socket at once."""
+    go, size = threading.Event(), 8 << 20
+
+    def pauses(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
+        start_response("200 OK", [("Content-Type", "text/plain"), ("Content-Length", str(size + 5))])
+        yield b"x" * size
+        go.wait(10)
+        yield b"hello"
+
+    with Serving(pauses, 2) as serving, socket.create_connection(serving.address, timeout=10) as sock:
+        sock.sendall(ask())
+        wait_for(lambda: left(serving))
+        assert turns(serving, 0.3) <= 10
+        received = b""
+        while len(received) < size:
+            received += sock.recv(1 << 20)
+        assert turns(serving, 0.3) <= 10
+        go.set()
+        while not received.endswith(b"hello"):
+            received += sock.recv(1000)
+
+
+def test_an_answer_does_not_wait_for_the_one_behind_it() -> None:
+    """With the application on the loop, and a page of ours, which is made in a pool, behind its answer."""
+    go = threading.Event()
+
+    def page(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
+        go.wait(10)
+        return hello(environ, start_response)
+
+    with Serving(hello, 0, console=page) as serving, socket.create_connection(serving.address, timeout=5) as sock:
+        sock.sendall(ask() + ask("/-/pages"))
+        assert answered(sock, 5)
+        assert turns(serving, 0.3) <= 10
+        go.set()
+        assert answered(sock, 5)
+
+
+def test_a_client_that_sends_ahead_takes_turns_with_the_others() -> None:
+    """On the loop, too: 100 requests of one do not hold up the one of another."""
+    asked, arrived, go = list[str](), threading.Event(), threading.Event()
+
+    def app(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
+        asked.append(environ["PATH_INFO"])
+        arrived.set()
+        go.wait(10)
+        return hello(environ, start_response)
+
+    with Serving(app, 0) as serving, contextlib.ExitStack() as stack:
+        many, one = (stack.enter_context(socket.create_connection(serving.address, timeout=10)) for _ in range(2))
+        many.sendall(ask("/many") * 100)
+        assert arrived.wait(10)
+        one.sendall(ask("/one"))
+        go.set()
+        assert answered(one, 5)
+        for _ in range(100):
+            assert answered(many, 5)
+    assert asked.index("/one") < 10
+
+
+def test_answers_that_nobody_takes_are_not_made() -> None:
+    """To requests sent ahead, with the application on the loop; all are made once the client takes them."""
+    asked, count, size = 0, 100, 1 << 20
+
+    def app(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
+        nonlocal asked
+        asked += 1
+        start_response("200 OK", [("Content-Type", "text/plain"), ("Content-Length", str(size))])
+        return [b"x" * size]
+
+    with Serving(app, 0) as serving, socket.create_connection(serving.address, timeout=10) as sock:
+        sock.sendall(ask() * (count - 1) + LAST)
+        wait_for(lambda: asked)
+        wait_for(lambda: turns(serving, 0.3) <= 10)
+        (channel,) = serving.server.active_channels.values()
+        assert POOL_BUFFER < channel.total_outbufs_len <= POOL_BUFFER + size + 200
+        assert asked < count
+        assert read_all(sock) > count * size and asked == count
+
+
+def test_a_large_answer_with_a_request_behind_it() -> None:
+    """It is more than waits for a client at most: its pool thread waits, and the loop knows that."""
+    size = POOL_BUFFER + (8 << 20)
+
+    def large(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
+        start_response("200 OK", [("Content-Type", "text/plain"), ("Content-Length", str(size))])
+        return [bytes(size)]
+
+    with Serving(large, 2) as serving, socket.create_connection(serving.address, timeout=5) as sock:
+        sock.sendall(ask() + LAST)
+        wait_for(lambda: left(serving) > POOL_BUFFER)
+        assert turns(serving, 0.3) <= 10
+        assert read_all(sock) > 2 * size
+
+
+def test_two_never_send_from_one_buffer() -> None:
+    """While a thread has it (to send a 100 Continue), the loop waits with what is left in it."""
+    size = 8 << 20
+
+    def large(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
+        start_response("200 OK", [("Content-Type", "text/plain"), ("Content-Length", str(size))])
+        return [bytes(size)]
+
+    with Serving(large, 2) as serving, socket.create_connection(serving.address, timeout=10) as sock:
+        sock.sendall(ask())
+        wait_for(lambda: left(serving))
+        (channel,) = serving.server.active_channels.values()
+        wait_for(lambda: not channel.requests)
+        with channel.outbuf_lock:
+            kept = channel.total_outbufs_len
+            received = 0
+            sock.settimeout(0.3)
+            with contextlib.suppress(TimeoutError):
+                while part := sock.recv(1 << 20):
+                    received += len(part)
+            assert channel.total_outbufs_len == kept > 0
+        sock.settimeout(10)
+        while received < size:
+            received += len(sock.recv(1 << 20))
+
+
+def with_a_body(kind: str, environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
+    """An answer with a body, also to HEAD, which web frameworks leave out and WSGI does not."""
+    length = [] if "unknown" in kind else [("Content-Length", "5")]
+    write = start_response("200 OK", [("Content-Type", "text/plain"), *length])
+    if kind == "written":
+        write(b"hello")
+        return []
+    if kind == "file":
+        return environ.get("wsgi.file_wrapper", lambda file: [file.read()])(io.BytesIO(b"hello"))  # type: ignore[no-any-return]
+    return [b"hello"] if kind == "list" else iter([b"he", b"llo"])
+
+
+@POOL
+@pytest.mark.parametrize("kind", ["list", "written", "pieces", "file", "pieces, unknown length"])
+def test_head_has_no_body(threads: int, kind: str) -> None:
+    with Serving(partial(with_a_body, kind), threads) as serving:
+        head, _, rest = serving.raw(ask("/", "HEAD") + LAST).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 200 OK\r\n")
+    if "unknown" in kind:
+        assert b"\r\nConnection: close" in head and rest == b""
+    else:
+        assert b"\r\nContent-Length: 5" in head
+        assert rest.startswith(b"HTTP/1.1 200 OK\r\n") and rest.endswith(b"\r\n\r\nhello")
+
+
+@POOL
+def test_an_answer_that_the_disk_has_no_room_for(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Large answers that wait are in temporary files: the connection ends, and is no work for the loop."""
+    monkeypatch.setattr(tempfile, "tempdir", "/nonexistent")
+    size = 8 << 20
+
+    def large(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
+        start_response("200 OK", [("Content-Type", "text/plain"), ("Content-Length", str(size))])
+        return [bytes(size)]
+
+    with Serving(large, threads) as serving:
+        with contextlib.suppress(ConnectionError):
+            serving.raw(ask())
+        wait_for(lambda: not serving.server.active_channels)
+        assert turns(serving, 0.3) <= 10
+
+
+@POOL
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # such a file cannot be closed, either
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, which Linux has")
+def test_a_request_that_the_disk_has_no_room_for(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Large bodies are in temporary files, too: 503, and everybody else is served."""
+    monkeypatch.setattr(tempfile, "TemporaryFile", lambda mode: open("/dev/full", mode))  # noqa: SIM115  # waitress closes it
+    with Serving(hello, threads) as serving:
+        with socket.create_connection(serving.address, timeout=10) as sock:
+            sock.sendall(ask("/", "POST", "Content-Length: 1000000") + bytes(1_000_000))
+            assert sock.recv(1000).startswith(b"HTTP/1.1 503 ")
+        assert serving.get() == (200, b"hello")
+        wait_for(lambda: not serving.server.active_channels)
+
+
+@POOL
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows lets nobody cut a file that is open")
+def test_a_file_that_is_cut_while_it_is_sent(threads: int, tmp_path: Path) -> None:
+    path, size = tmp_path / "large", 64 << 20
+
+    def app(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
+        start_response("200 OK", [("Content-Type", "text/plain"), ("Content-Length", str(size))])
+        return environ["wsgi.file_wrapper"](path.open("rb"))  # type: ignore[no-any-return]
+
+    with path.open("wb") as file:
+        file.truncate(size)
+    with Serving(app, threads) as serving, socket.create_connection(serving.address, timeout=10) as sock:
+        sock.sendall(ask())
+        received = len(sock.recv(1000))
+        os.truncate(path, 1 << 20)
+        assert received + read_all(sock) < size
+        wait_for(lambda: not serving.server.active_channels)
+
+
+class ShortOfMemory(selectors.DefaultSelector):
+    """Refuses to wait for a connection as often as is said; the system does so when it lacks memory."""
+
+    refuses = 0
+
+    def register(self, fileobj: Any, events: int, data: Any = None) -> selectors.SelectorKey:
+        if isinstance(data, GateChannel) and ShortOfMemory.refuses:
+            ShortOfMemory.refuses -= 1
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return super().register(fileobj, events, data)
+
+
+@pytest.mark.parametrize("known", [False, True], ids=["a new one", "one that is waited for again"])
+def test_a_connection_that_cannot_be_waited_for(known: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It ends; the others stay."""
+    monkeypatch.setattr(GateServer, "selector_class", ShortOfMemory)
+    app = Busy()
+    with Serving(app, 2) as serving, contextlib.ExitStack() as stack:
+        if known:
+            sock = stack.enter_context(socket.create_connection(serving.address, timeout=10))
+            sock.sendall(ask() * 2)
+            wait_for(lambda: app.asked.acquire(timeout=5))
+            sock.sendall(ask())
+            wait_for(lambda: not any(channel.watched for channel in serving.server.active_channels.values()))
+        monkeypatch.setattr(ShortOfMemory, "refuses", 1)
+        if not known:
+            sock = stack.enter_context(socket.create_connection(serving.address, timeout=10))
+        app.go.release(10)
+        with contextlib.suppress(ConnectionError):
+            while sock.recv(1000):
+                pass
+        assert ShortOfMemory.refuses == 0
+        assert serving.get() == (200, b"hello")
+
+
+class Resets(socket.socket):
+    """A listening socket on which the first connection is reset before it is accepted, as Windows tells."""
+
+    told = False
+
+    def accept(self) -> Any:
+        if not self.told:
+            self.told = True
+            raise ConnectionResetError(errno.ECONNRESET, os.strerror(errno.ECONNRESET))
+        return super().accept()
+
+
+def test_a_client_that_is_gone_before_it_is_accepted(caplog: pytest.LogCaptureFixture) -> None:
+    """It is no reason to accept nobody for a while."""
+    listening = Resets()
+    listening.bind(("127.0.0.1", 0))
+    listening.listen(10)
+    with Serving(hello, 0, sock=listening) as serving:
+        assert serving.get() == (200, b"hello")
+    assert listening.told and not caplog.text
+
+
+@POOL
+def test_what_nobody_foresaw(threads: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """It ends the connection, not the thread, nor the loop."""
+    faults = iter([RuntimeError("unforeseen")] * 3)
+    close = GateParser.close
+
+    def fails(request: GateParser) -> None:
+        close(request)
+        for fault in faults:
+            raise fault
+
+    monkeypatch.setattr(GateParser, "close", fails)
+    with Serving(hello, threads) as serving:
+        for _ in range(3):
+            with socket.create_connection(serving.address, timeout=10) as sock:
+                sock.sendall(ask() * 2)
+                assert read_all(sock) < 1000
+        assert serving.get() == (200, b"hello")
+    assert caplog.text.count("RuntimeError: unforeseen") == 3
+
+
 # === The pool ================================================================
 class Task:
     """What a pool's thread runs, instead of a connection."""
@@ -887,16 +1195,3 @@ def test_the_end_of_a_pool() -> None:
     go.set()
     wait_for(lambda: not any(thread.is_alive() for thread in pool._threads))
     assert not began.acquire(blocking=False)
-
-
-def test_a_task_that_raises_keeps_its_thread(caplog: pytest.LogCaptureFixture) -> None:
-    pool, done = Pool(1, 100), threading.Event()
-
-    def fails() -> None:
-        raise RuntimeError("unforeseen")
-
-    pool.add_task(Task(fails))  # type: ignore[arg-type]
-    pool.add_task(Task(done.set))  # type: ignore[arg-type]
-    assert done.wait(5)
-    pool.shutdown(5)
-    assert "unforeseen" in caplog.text

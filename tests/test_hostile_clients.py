@@ -24,7 +24,7 @@ from service import Service, write_inventory
 from test_gate import POOL, Serving
 from waitress.adjustments import Adjustments
 
-from healthchecker import GateParser, GateServer, Lease, ServiceSettings
+from healthchecker import ROW, ROWS, GateParser, GateServer, Lease, ServiceSettings
 
 GET = b"GET / HTTP/1.1\r\nHost: example.com\r\n"
 POST = b"POST / HTTP/1.1\r\nHost: example.com\r\n"
@@ -635,6 +635,63 @@ def test_a_client_that_does_not_read_its_answer(threads: int) -> None:
         later(server, 0)
         for _ in range(threads + 1):
             assert server.get("/small") == (200, b"ok")
+
+
+def test_slow_readers_while_others_starve() -> None:
+    """Those who take next to nothing leave their threads to the requests that wait; who takes its answer keeps its."""
+    size = 64 << 20
+
+    def large(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
+        large = environ["PATH_INFO"] == "/"
+        start_response("200 OK", [("Content-Type", "text/plain"), ("Content-Length", str(size if large else 2))])
+        return itertools.repeat(b"x" * (1 << 16), size >> 16) if large else [b"ok"]
+
+    with Serving(large, 3) as server, contextlib.ExitStack() as stack:
+        silent, dripping, reading, waiting = (
+            stack.enter_context(socket.create_connection(server.address, timeout=10)) for _ in range(4)
+        )
+        for number, sock in enumerate((silent, dripping, reading), 1):
+            sock.sendall(GET + b"\r\n")
+            wait_for(lambda number=number: len(server.server.waited_for) == number)
+        ours = {channel.addr[1]: channel for channel in server.server.active_channels.values()}
+        looks_around(server)
+        received = 0
+        while received < 4 << 20:
+            received += len(reading.recv(1 << 20))
+        dripping.recv(1000)
+        later(server, 10)
+        looks_around(server)
+        assert len(server.server.waited_for) == 3, "nobody is in want of their threads"
+        waiting.sendall(INNER)
+        assert waiting.recv(1000).endswith(b"ok")
+        assert not all(ours[sock.getsockname()[1]].connected for sock in (silent, dripping))
+        while received < size:
+            received += len(reading.recv(1 << 20))
+
+
+def test_a_refusal_counts_the_time_of_its_own() -> None:
+    """A request that was never complete is not timed from an earlier one, or from when the machine was started."""
+    with serving() as server, socket.create_connection(server.address, timeout=10) as sock:
+        sock.sendall(GET)
+        looks_around(server)
+        later(server, 6)
+        is_refused(reads(sock), 408, b"")
+        assert server.server.tally._cells[ROWS["bad"] + ROW - 1] < 1.0
+
+
+@POOL
+def test_what_a_client_has_begun_does_not_keep_its_connection(threads: int) -> None:
+    """After a failure: one answer, and the end, although a part of another request is there."""
+
+    def fails(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
+        raise ValueError(environ["PATH_INFO"])
+
+    with Serving(fails, threads) as server, socket.create_connection(server.address, timeout=10) as sock:
+        sock.sendall(GET + b"\r\n" + GET)
+        assert reads(sock).startswith(b"HTTP/1.1 500 ")
+        later(server, 4)
+        wait_for(lambda: not server.server.active_channels, 2.5)
+        assert server.server.tally._cells[ROWS["bad"] : ROWS["bad"] + ROW - 1].tolist() == [0.0] * (ROW - 1)
 
 
 def test_the_wall_clock_may_jump() -> None:

@@ -88,6 +88,28 @@ FAULTS: dict[str, tuple[str, str]] = {
         "service: {¦thread: 1}\nresources: []",
         "service: unknown setting; did you mean threads?",
     ),
+    "proxies are a text": ("service: {trusted_proxy: ¦192.0.2.1}\nresources: []", "trusted_proxy: must be a list"),
+    "log is a list": ("service: {access_log: ¦[a]}\nresources: []", "service.access_log: must be a path"),
+    "retention is a number": ("service: {retention: ¦5}\nresources: []", "retention: must be a mapping (key: value)"),
+    "log into the inventory": (
+        "service: {access_log: ¦inventory.yaml}\nresources: []",
+        "service.access_log: is the inventory, too; name another file",
+    ),
+    "log into the database": (
+        "service: {log_file: ¦health.db, database: 'sqlite:///health.db'}\nresources: []",
+        "service.log_file: is service.database, too",
+    ),
+    "two logs in one": (
+        "service: {log_file: a.log, access_log: ¦a.log}\nresources: []",
+        "service.access_log: is service.log_file, too",
+    ),
+    "log into the token": (
+        "service: {access_log: ¦token, metrics_token_file: token}\nresources: []",
+        "service.access_log: is service.metrics_token_file, too",
+    ),
+    "drain that never ends": ("service: {drain: ¦.inf}\nresources: []", "service.drain: must be a valid number"),
+    "drain inf": ("service: {drain: ¦inf}\nresources: []", "service.drain: must be"),
+    "drain nan": ("service: {drain: ¦nan}\nresources: []", "service.drain: must be"),
     "unknown key in defaults": (
         "defaults: {¦intervall: 9}\nresources: []",
         "defaults: unknown setting; did you mean interval?",

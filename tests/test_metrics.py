@@ -247,6 +247,17 @@ def test_totals_for_anyone(store: Store, metrics: Metrics) -> None:
     assert {key[0] for key in full.keys() - series(text)} > {"healthchecker_resources", "healthchecker_resource_state"}
 
 
+def test_totals_never_fall(store: Store, token_file: Path) -> None:
+    """Whichever worker answers: a total that falls is taken for a restart."""
+    counters, lease = Counters(2), Lease()
+    workers = [Metrics(ServingMetrics(lease, counters), store, token_file) for _ in range(2)]
+    key = ("healthchecker_requests_total", "2xx")
+    for number in range(6):
+        found = {kind: series(ask(workers[number % 2], kind))[key] for kind in ("", BEARER["Authorization"])}
+        assert set(found.values()) == {number}
+        Tally(counters, number % 2).request("2xx", 0.1)
+
+
 def test_gate_and_requests(store: Store) -> None:
     lease, counters = Lease(), Counters(2)
     for slot in range(2):

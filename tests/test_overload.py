@@ -228,13 +228,21 @@ def test_a_slow_client_never_stops_the_loop() -> None:
         """First most of the buffer, and all that the system takes; then the rest but for a few bytes."""
         size = POOL_BUFFER
         if environ["PATH_INFO"] == "/rest":
-            size = left() - 150
+            size = 0
+            while size != left() - 150:  # until the system takes no more
+                size = left() - 150
+                time.sleep(0.2)
         start_response("200 OK", [("Content-Type", "text/plain"), ("Content-Length", str(size))])
         return (b"x" * min(1 << 16, size - begin) for begin in range(0, size, 1 << 16))
 
-    paths = ["/most", "/rest", *["/-/livez"] * 20]
-    with Serving(fills, 1) as serving, socket.create_connection(serving.address, timeout=10) as greedy:
+    paths = ["/most", "/rest", *["/-/livez"] * 400]  # more than the system may take meanwhile
+    listening = socket.create_server(("127.0.0.1", 0))
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 16)  # or the system takes more and more
+    with Serving(fills, 1, sock=listening) as serving, socket.socket() as greedy:
         servings.append(serving)
+        greedy.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
+        greedy.settimeout(10)
+        greedy.connect(serving.address)
         greedy.sendall(b"".join(f"GET {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode() for path in paths))
         wait_for(lambda: left() < 0, 10)
         assert serving.get("/-/livez", 2) == (200, b"ok\n")

@@ -27,7 +27,7 @@ import psutil
 import pytest
 from conftest import open_descriptors, wait_for
 from load import Clients, parse
-from service import PROGRAM, Service, Team, ask_to_end, environment, run, write_inventory
+from service import OWN_CONSOLE, PROGRAM, Service, Team, ask_to_end, environment, run, write_inventory
 
 import healthchecker
 from healthchecker import ACCEPTS, HEAD_START, Crowd, ServiceSettings, Share, UsageError, Wire, WireHandler
@@ -553,6 +553,25 @@ def test_an_interrupt_of_all_at_the_start(folder: Path) -> None:
     assert "Traceback" not in output and "Interrupt" not in output, output
 
 
+def test_the_end_of_a_start_that_takes_long(folder: Path) -> None:
+    """It tells how far it is, and does not wait for what the application does when it is imported."""
+    (folder / "shop.py").write_text("import time\ntime.sleep(60)", encoding="utf-8")
+    command = [sys.executable, str(PROGRAM), "--inventory", str(inventory(folder))]
+    with psutil.Popen(command, env=environment(), creationflags=OWN_CONSOLE, stderr=-1, encoding="utf-8") as main:
+        try:
+            line = main.stderr.readline()
+            assert line.endswith("INFO worker processes start: 0 of 2 are ready\n")
+            family = main.children(recursive=True)
+            ask_to_end(main)
+            begin = time.monotonic()
+            assert main.wait(ENDED) == 0
+            assert time.monotonic() - begin < 4
+            assert not left_after(family, 5)
+        finally:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                main.kill()
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="there is no limit of open files there")
 def test_a_start_that_lacks_descriptors(folder: Path) -> None:
     """Workers that were started before the one that could not be are ended."""
@@ -624,6 +643,27 @@ def test_the_end_loses_no_request(folder: Path, end: Callable[[Service], None], 
         assert answers_of(late) == 1
         assert answers_of(pipeline) == 3
         assert not left_after(family, 5)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_what_the_end_does_not_wait_for(folder: Path, workers: int) -> None:
+    """Requests that take longer than `drain` are cut, and told of in both logs."""
+    settings = f"  app: shop:app\n  workers: {workers}\n  drain: 0.5\n  access_log: access.log"
+    with Service(write_inventory(folder, "", settings), deadline=60) as service, contextlib.ExitStack() as stack:
+        service.wait_status("/", 200)
+        socks = [stack.enter_context(socket.create_connection(address(service), timeout=10)) for _ in range(3)]
+        for sock, seconds in zip(socks, (60, 60, 0.1), strict=True):
+            sock.sendall(b"GET /slow?%g HTTP/1.1\r\nHost: x\r\n\r\n" % seconds)
+        wait_for(lambda: len(list(folder.glob("came-*"))) == 3)
+        begin = time.monotonic()
+        ask_to_end(service.process)
+        assert service.process.wait(ENDED) == 0
+        assert time.monotonic() - begin < 4
+        assert [sock.recv(15) for sock in socks] == [b"", b"", b"HTTP/1.1 200 OK"]
+        service.wait_line("requests cut, for they took longer than service.drain, 0.5 s: 2")
+    lines = (folder / "access.log").read_text(encoding="utf-8").splitlines()
+    noted = sorted((line.split()[6], line.split()[8], line.split()[-1]) for line in lines if "/slow" in line)
+    assert noted == [("/slow?0.1", "200", "2xx"), *[("/slow?60", "000", "cut")] * 2]
 
 
 def answers_of(sock: socket.socket) -> int:
