@@ -7727,13 +7727,7 @@ class GateTask(WSGITask):    # type: ignore[misc]  # waitress carries no types
         environ: WSGIEnvironment = super().get_environment()
         if self.request.forwarded:      # who asks
             environ.update(self.request.forwarded)
-        if self.request.command == "HEAD":
-            del environ["wsgi.file_wrapper"]    # such a file would not go through `write`
         return environ
-
-    def write(self, data: bytes) -> None:
-        """The answer to HEAD has no body, whatever the application makes."""
-        super().write(b"" if self.request.command == "HEAD" else data)
 
     def set_close_on_finish(self) -> None:
         """waitress takes a 204 without Content-Length for one of unknown length."""
@@ -7769,10 +7763,24 @@ class GateTask(WSGITask):    # type: ignore[misc]  # waitress carries no types
         return head
 
     def finish(self) -> None:
-        if self.request.command == "HEAD":
-            self.chunked_response = False       # what is not sent does not end either
         super().finish()
         self.channel.release()
+
+
+class HeadTask(GateTask):
+    """A request by HEAD, whose answer has no body, whatever the application makes."""
+
+    def get_environment(self) -> WSGIEnvironment:
+        environ = super().get_environment()
+        del environ["wsgi.file_wrapper"]    # such a file would not go through `write`
+        return environ
+
+    def write(self, _data: bytes) -> None:
+        super().write(b"")
+
+    def finish(self) -> None:
+        self.chunked_response = False       # what is not sent does not end either
+        super().finish()
 
 
 class GateErrorTask(ErrorTask):    # type: ignore[misc]  # waitress carries no types
@@ -7796,7 +7804,6 @@ class GateChannel(TimedChannel):
     """Sends head and body at once, and what a pool thread answered quickly and whole together with other answers at
     the loop's next turn: in a pool, each send hands the interpreter lock over."""
 
-    task_class = GateTask
     error_task_class = GateErrorTask
     started = 0.0           # CPU time of the thread that answers, from when on it does
     watched = 0             # what the loop waits for on it, selectors' events
@@ -7806,6 +7813,10 @@ class GateChannel(TimedChannel):
     held = False            # its next request waits until enough of the answers before it is taken
     _waits: tuple[float, int] | None = None     # since when a thread waits for it, and what it had taken by then
     head: bytes | None = None   # of a response, until its body comes; b"": the next piece is the head; None: sent
+
+    @staticmethod
+    def task_class(channel: GateChannel, request: GateParser) -> GateTask:
+        return (HeadTask if request.command == "HEAD" else GateTask)(channel, request)
 
     def write_soon(self, data: Any) -> int:
         head, self.head = self.head, None
@@ -7848,7 +7859,9 @@ class GateChannel(TimedChannel):
             self.server.waited_for.discard(self)
 
     def _flush_some(self, do_close: bool = True) -> bool:
-        with self.outbuf_lock:      # a thread may send a 100 Continue while the loop sends what is left
+        if self.request is None:
+            return bool(super()._flush_some(do_close))
+        with self.outbuf_lock:      # a thread may send a 100 Continue for it while the loop sends what is left
             return bool(super()._flush_some(do_close))
 
     def send(self, data: bytes, do_close: bool = True) -> int:
@@ -7858,13 +7871,13 @@ class GateChannel(TimedChannel):
 
     def sweep(self, now: float, pressed: bool) -> None:
         """Also ends it when half of a pool waits for clients, others wait for the pool, and this one hardly reads."""
-        taken = self.body_bytes - self.total_outbufs_len
-        if self not in self.server.waited_for:
+        server, waits, taken = self.server, self._waits, self.body_bytes - self.total_outbufs_len
+        if self not in server.waited_for:
             self._waits = None
-        elif self._waits is None:
+        elif waits is None:
             self._waits = now, taken
-        elif now - self._waits[0] > SLOW_TIME and self.server.starves \
-                and taken - self._waits[1] < SLOW_RATE * (now - self._waits[0]):
+        elif (server.waiting and 2 * len(server.waited_for) >= server.adj.threads
+              and now - waits[0] > SLOW_TIME and taken - waits[1] < SLOW_RATE * (now - waits[0])):
             self.handle_close()
             return
         super().sweep(now, pressed)
@@ -7912,6 +7925,7 @@ class GateChannel(TimedChannel):
         if events & selectors.EVENT_WRITE and self.socket and self.writable():
             wasyncore.write(self)
         if self.held and self.socket and self.total_outbufs_len <= POOL_BUFFER:
+            self.held = False
             self.server.add_task(self)
         if self.socket:
             reading = selectors.EVENT_READ if self.readable() else self.watched & selectors.EVENT_READ
@@ -7981,22 +7995,16 @@ class GateServer(TimedServer):
         """Requests that wait for a thread."""
         return sum(max(0, pool.waiting) for pool in self.pools.values())
 
-    @property
-    def starves(self) -> bool:
-        """Whether requests wait for a thread while slow clients have half of them."""
-        return self.waiting > 0 and 2 * len(self.waited_for) >= self.adj.threads
-
     def add_task(self, channel: GateChannel) -> None:
         """Leaves what cannot block, or has no room to wait, to the loop's own thread, and the rest to a pool: the
         hand-over of the interpreter lock costs more than most answers. Called with the channel's lock held."""
         request = channel.requests[0]
         channel.began, channel.body_bytes = time.perf_counter(), 0
         pool = None if request.error else self.pools.get(self._gate.pool_of(request.path, request.headers))
-        channel.held = (pool is None or pool.full) and channel.total_outbufs_len > POOL_BUFFER
-        if channel.held:        # what nobody takes is not made; `attend` comes again with it
-            return
         if pool is None or pool.full:
-            self._ready.append(channel)
+            channel.held = channel.total_outbufs_len > POOL_BUFFER      # what nobody takes is not made
+            if not channel.held:
+                self._ready.append(channel)
         else:
             pool.add_task(channel)
 
