@@ -86,6 +86,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, Protocol, TypeVar, cast, get_args
 from urllib.parse import quote, unquote, unquote_to_bytes, urlencode
 
+gc.disable()    # what is imported stays; to look through it again and again is a sixth of the start
 try:
     import flask
     import itsdangerous
@@ -137,6 +138,8 @@ try:
 except ModuleNotFoundError as missing:
     raise SystemExit(f"healthchecker: the package {missing.name} is missing; "
                      "run `make run`, or `pip install -r requirements.txt`") from None
+finally:
+    gc.enable()
 
 # Run as a script, an application that imports healthchecker still gets this module and no second copy.
 sys.modules.setdefault("healthchecker", sys.modules[__name__])
@@ -8054,9 +8057,8 @@ class GateServer(TimedServer):
                 return
 
     def stop(self, drain: float = math.inf) -> None:
-        """Ends `serve` once the requests in flight are answered, within `drain` and `service.drain` seconds.
-
-        Safe in a signal handler."""
+        """Ends `serve` once the requests in flight are answered, within `drain` and `service.drain` seconds; safe in a
+        signal handler."""
         if not self._gate.draining:
             self._gate.draining = True
             self._ends = time.monotonic() + min(drain, self._drain)
@@ -8455,8 +8457,7 @@ class Crew:
             time.sleep(CREW_SWEEP)
             if time.monotonic() > news:
                 news += CREW_NEWS
-                ready = sum(hand.ready.is_set() for hand in self._hands)
-                log.info("worker processes start: %d of %d are ready", ready, self._count)
+                log.info("%d of %d worker processes are ready", sum(h.ready.is_set() for h in self._hands), self._count)
 
     def stop(self) -> None:
         """Ends `serve`. Safe in a signal handler."""

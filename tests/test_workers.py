@@ -560,7 +560,7 @@ def test_the_end_of_a_start_that_takes_long(folder: Path) -> None:
     with psutil.Popen(command, env=environment(), creationflags=OWN_CONSOLE, stderr=-1, encoding="utf-8") as main:
         try:
             line = main.stderr.readline()
-            assert line.endswith("INFO worker processes start: 0 of 2 are ready\n")
+            assert line.endswith("INFO 0 of 2 worker processes are ready\n")
             family = main.children(recursive=True)
             ask_to_end(main)
             begin = time.monotonic()
