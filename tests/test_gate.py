@@ -945,9 +945,12 @@ def test_head_has_no_body(threads: int, kind: str) -> None:
 
 
 @POOL
-def test_an_answer_that_the_disk_has_no_room_for(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("_selector")
+def test_an_answer_that_the_disk_has_no_room_for(
+    threads: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Large answers that wait are in temporary files: the connection ends, and is no work for the loop."""
-    monkeypatch.setattr(tempfile, "tempdir", "/nonexistent")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "there is no such folder"))
     size = 8 << 20
 
     def large(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:

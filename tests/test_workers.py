@@ -12,7 +12,6 @@ import logging
 import math
 import multiprocessing
 import os
-import re
 import signal
 import socket
 import statistics
@@ -84,7 +83,7 @@ def write():
 def app(environ, start_response):
     path, body = environ["PATH_INFO"], str(os.getpid())
     if path in ("/slow", "/hang"):
-        (HERE / f"came-{os.getpid()}-{time.monotonic_ns()}").touch()
+        (HERE / f"came-{os.getpid()}-{threading.get_ident()}-{time.monotonic_ns()}").touch()
         threading.Event().wait(3600 if path == "/hang" else float(environ["QUERY_STRING"]))
     elif path == "/same":
         body = same(environ)
@@ -532,7 +531,7 @@ def test_bad_application_ends_the_start(tmp_path: Path) -> None:
     assert ended.returncode == 2, ended.stderr
     *started, last = ended.stderr.splitlines()
     assert last.startswith("service.app shop:app ")
-    assert all(re.match(r"\S+ \S+ (INFO|WARNING) (inventory|the password)", line) for line in started), ended.stderr
+    assert all(line.endswith("of 2 worker processes are ready") for line in started), "this machine is slow at most"
 
 
 @POSIX
@@ -564,8 +563,8 @@ def test_the_end_of_a_start_that_takes_long(folder: Path) -> None:
             family = main.children(recursive=True)
             ask_to_end(main)
             begin = time.monotonic()
-            assert main.wait(ENDED) == 0
-            assert time.monotonic() - begin < 4
+            assert main.wait(BACK + 5) == 0
+            assert time.monotonic() - begin < BACK + 2
             assert not left_after(family, 5)
         finally:
             with contextlib.suppress(psutil.NoSuchProcess):
