@@ -541,6 +541,11 @@ class Limit(Settings):
         return self
 
 
+def sqlite_path(url: str, folder: Path) -> Path:
+    """The file of a sqlite:/// URL; a relative one is relative to `folder`."""
+    return folder / Path(url.removeprefix(SQLITE)).expanduser()
+
+
 class LoadLimit(Limit):
     """A limit that is no percentage: processes waiting per CPU."""
 
@@ -807,7 +812,7 @@ class InventoryLoader:
 
     def _tell_apart(self, service: ServiceSettings) -> None:
         """A log that is written into another file of the service would destroy it."""
-        files = {self.path: "the inventory", self.resolve(service.database.removeprefix(SQLITE)): "service.database"}
+        files = {self.path: "the inventory", sqlite_path(service.database, self.path.parent): "service.database"}
         for name in ("metrics_token_file", "log_file", "access_log"):
             if getattr(service, name):
                 path = self.resolve(getattr(service, name))
@@ -1280,11 +1285,6 @@ def migrate(session: Session) -> None:
     Base.metadata.create_all(session.connection())
     session.execute(sqlalchemy.text(f"PRAGMA user_version = {SCHEMA}"))
     session.execute(sqlalchemy.text(f"PRAGMA application_id = {APPLICATION}"))
-
-
-def sqlite_path(url: str, folder: Path) -> Path:
-    """The file of a sqlite:/// URL; a relative one is relative to `folder`."""
-    return folder / Path(url.removeprefix("sqlite:///")).expanduser()
 
 
 EMPTY = "is empty"
@@ -5366,9 +5366,8 @@ class Metrics:
         self._serving, self._resources = CollectorRegistry(), CollectorRegistry()
         self._serving.register(serving)
         self._resources.register(ResourceMetrics(store))
-        self._maker = concurrent.futures.ThreadPoolExecutor(1, "metrics")
         self._lock = threading.Lock()       # guards these two, so that who asks meanwhile waits for the same text
-        self._made, self._text = -math.inf, concurrent.futures.Future[bytes]()
+        self._made, self._text = -math.inf, b""
 
     def answer(self, authorization: str) -> Reply:
         """The whole answer to a request with this Authorization header; blocks, and takes 0.1 s for 1,000 resources."""
@@ -5398,9 +5397,9 @@ class Metrics:
     def _resource_text(self) -> bytes:
         with self._lock:
             if time.monotonic() - self._made > METRICS_AGE:
-                self._made, self._text = time.monotonic(), self._maker.submit(generate_latest, self._resources)
-            text = self._text
-        return text.result()
+                self._text = generate_latest(self._resources)
+                self._made = time.monotonic()
+            return self._text
 
 
 AccessEntry = tuple[float, str, bytes, str, int, float, str, str, str]

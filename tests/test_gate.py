@@ -51,6 +51,16 @@ def hello(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
     return [] if environ["REQUEST_METHOD"] == "HEAD" else [b"hello"]
 
 
+def of_size(size: int) -> Application:
+    """An application whose every answer has so many bytes, in one piece."""
+
+    def app(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
+        start_response("200 OK", [("Content-Type", "text/plain"), ("Content-Length", str(size))])
+        return [bytes(size)]
+
+    return app
+
+
 # === As WSGI =================================================================
 def call(gate: Gate, path: str = "/", **environ: str) -> tuple[str, dict[str, str], bytes]:
     """Status line, headers by lower-case name (none may come twice), body."""
@@ -224,6 +234,12 @@ def test_own_paths_never_reach_the_application(lease: Lease) -> None:
 
 
 # === On sockets ==============================================================
+def reads(sock: socket.socket) -> bytes:
+    """Everything until the other side closes."""
+    with sock.makefile("rb") as stream:
+        return stream.read()
+
+
 class Serving:
     """A gate around `app`, served on loopback by a thread of its own."""
 
@@ -275,8 +291,7 @@ class Serving:
         """Everything the server sends until it closes the connection."""
         with socket.create_connection(self.address, timeout=10) as sock:
             sock.sendall(request)
-            with sock.makefile("rb") as stream:
-                return stream.read()
+            return reads(sock)
 
 
 @pytest.fixture(autouse=True)
@@ -739,17 +754,12 @@ def test_a_slow_reader_makes_no_work(threads: int) -> None:
     """The loop waits until it takes more, and then it gets all."""
     size = 8 << 20
 
-    def large(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
-        start_response("200 OK", [("Content-Type", "text/plain"), ("Content-Length", str(size))])
-        return [b"x" * size]
-
-    with Serving(large, threads) as serving, socket.create_connection(serving.address, timeout=10) as sock:
+    with Serving(of_size(size), threads) as serving, socket.create_connection(serving.address, timeout=10) as sock:
         sock.sendall(b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
         sock.recv(1)
         wait_for(lambda: all(channel.total_outbufs_len for channel in serving.server.active_channels.values()))
         assert turns(serving, 0.3) <= 10
-        with sock.makefile("rb") as stream:
-            assert len(stream.read().partition(b"\r\n\r\n")[2]) == size
+        assert len(reads(sock).partition(b"\r\n\r\n")[2]) == size
 
 
 def test_idle_connections_cost_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -787,12 +797,6 @@ LAST = ask("/", "GET", "Connection: close")
 def left(serving: Serving) -> int:
     """Bytes that wait for the clients."""
     return sum(channel.total_outbufs_len for channel in list(serving.server.active_channels.values()))
-
-
-def read_all(sock: socket.socket) -> int:
-    """How many bytes come until the other side ends."""
-    with sock.makefile("rb") as stream:
-        return sum(map(len, iter(partial(stream.read, 1 << 20), b"")))
 
 
 @pytest.mark.usefixtures("_selector")
@@ -874,33 +878,25 @@ def test_answers_that_nobody_takes_are_not_made() -> None:
         (channel,) = serving.server.active_channels.values()
         assert POOL_BUFFER < channel.total_outbufs_len <= POOL_BUFFER + size + 200
         assert asked < count
-        assert read_all(sock) > count * size and asked == count
+        assert len(reads(sock)) > count * size and asked == count
 
 
 def test_a_large_answer_with_a_request_behind_it() -> None:
     """It is more than waits for a client at most: its pool thread waits, and the loop knows that."""
     size = POOL_BUFFER + (8 << 20)
 
-    def large(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
-        start_response("200 OK", [("Content-Type", "text/plain"), ("Content-Length", str(size))])
-        return [bytes(size)]
-
-    with Serving(large, 2) as serving, socket.create_connection(serving.address, timeout=5) as sock:
+    with Serving(of_size(size), 2) as serving, socket.create_connection(serving.address, timeout=5) as sock:
         sock.sendall(ask() + LAST)
         wait_for(lambda: left(serving) > POOL_BUFFER)
         assert turns(serving, 0.3) <= 10
-        assert read_all(sock) > 2 * size
+        assert len(reads(sock)) > 2 * size
 
 
 def test_two_never_send_from_one_buffer() -> None:
     """While a thread has it (to send a 100 Continue), the loop waits with what is left in it."""
     size = 8 << 20
 
-    def large(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
-        start_response("200 OK", [("Content-Type", "text/plain"), ("Content-Length", str(size))])
-        return [bytes(size)]
-
-    with Serving(large, 2) as serving, socket.create_connection(serving.address, timeout=10) as sock:
+    with Serving(of_size(size), 2) as serving, socket.create_connection(serving.address, timeout=10) as sock:
         sock.sendall(ask() + ask("/", "POST", "Content-Length: 5", "Expect: 100-continue"))
         wait_for(lambda: left(serving))
         (channel,) = serving.server.active_channels.values()
@@ -953,11 +949,7 @@ def test_an_answer_that_the_disk_has_no_room_for(
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "there is no such folder"))
     size = 8 << 20
 
-    def large(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
-        start_response("200 OK", [("Content-Type", "text/plain"), ("Content-Length", str(size))])
-        return [bytes(size)]
-
-    with Serving(large, threads) as serving:
+    with Serving(of_size(size), threads) as serving:
         with contextlib.suppress(ConnectionError):
             serving.raw(ask())
         wait_for(lambda: not serving.server.active_channels)
@@ -993,7 +985,7 @@ def test_a_file_that_is_cut_while_it_is_sent(threads: int, tmp_path: Path) -> No
         sock.sendall(ask())
         received = len(sock.recv(1000))
         os.truncate(path, 1 << 20)
-        assert received + read_all(sock) < size
+        assert received + len(reads(sock)) < size
         wait_for(lambda: not serving.server.active_channels)
 
 
@@ -1018,7 +1010,7 @@ def test_a_connection_that_cannot_be_waited_for(known: bool, monkeypatch: pytest
         if known:
             sock = stack.enter_context(socket.create_connection(serving.address, timeout=10))
             sock.sendall(ask() * 2)
-            wait_for(lambda: app.asked.acquire(timeout=5))
+            assert app.asked.acquire(timeout=5)
             sock.sendall(ask())
             wait_for(lambda: not any(channel.watched for channel in serving.server.active_channels.values()))
         monkeypatch.setattr(ShortOfMemory, "refuses", 1)
@@ -1070,7 +1062,7 @@ def test_what_nobody_foresaw(threads: int, monkeypatch: pytest.MonkeyPatch, capl
         for _ in range(3):
             with socket.create_connection(serving.address, timeout=10) as sock:
                 sock.sendall(ask() * 2)
-                assert read_all(sock) < 1000
+                assert len(reads(sock)) < 1000
         assert serving.get() == (200, b"hello")
     assert caplog.text.count("RuntimeError: unforeseen") == 3
 

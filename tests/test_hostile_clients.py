@@ -21,7 +21,7 @@ from conftest import no_leaks, wait_for
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from service import Service, write_inventory
-from test_gate import POOL, Serving
+from test_gate import POOL, Serving, reads
 from waitress.adjustments import Adjustments
 
 from healthchecker import ROW, ROWS, GateParser, GateServer, Lease, ServiceSettings
@@ -440,8 +440,7 @@ def test_a_client_that_sends_before_it_reads_gets_its_refusal(threads: int, codi
             sock.sendall(CHUNKED + b"800000\r\n")
         for _ in range(8):
             sock.sendall(block)
-        with sock.makefile("rb") as stream:
-            is_refused(stream.read(), 413, b"")
+        is_refused(reads(sock), 413, b"")
         sock.sendall(b"x")  # it is still read
         sock.shutdown(socket.SHUT_WR)
         assert wait_for(lambda: not server.server.active_channels)
@@ -463,12 +462,6 @@ def test_a_refused_client_that_never_stops_is_left(block: int, pause: float) -> 
 
 
 # === Slow clients ============================================================
-def reads(sock: socket.socket) -> bytes:
-    """Everything until the other side closes."""
-    with sock.makefile("rb") as stream:
-        return stream.read()
-
-
 def drip(sock: socket.socket, over: threading.Event, text: bytes, pause: float) -> None:
     """Sends byte by byte until the other side has enough of it."""
     with contextlib.suppress(OSError):

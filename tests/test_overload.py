@@ -21,7 +21,7 @@ import pytest
 from conftest import no_leaks, wait_for
 from load import Clients, Response, parse
 from service import Team
-from test_gate import Serving, hello
+from test_gate import Serving, hello, reads
 from test_workers import workers
 
 from healthchecker import OWN_THREADS, POOL_BUFFER, Lease, ServiceSettings
@@ -197,8 +197,7 @@ def test_pipelined_requests_keep_their_order() -> None:
             last = b"GET /-/livez HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
             sock.sendall(b"".join(b"GET %s HTTP/1.1\r\nHost: x\r\n\r\n" % path.encode() for path in paths) + last)
         for sock, paths in pipelines:
-            with sock.makefile("rb") as stream:
-                received = stream.read()
+            received = reads(sock)
             for path in [*paths, "/-/livez"]:
                 answer = parse(received)
                 assert answer, "an answer is missing"
