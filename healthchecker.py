@@ -5,26 +5,32 @@ the application asks `IsHealthy()` on every request: 2XX while every resource is
 
 Sections, in file order; a definition refers only to what stands above it:
 
-    Errors      one root, an exit code each
-    Inventory   strict YAML -> validated settings, every fault with line and column
-    Vault       AES-256-GCM data keys under RSA-OAEP, bound to the row they belong to
-    Storage     SQLite through Flask-SQLAlchemy; the rows follow the inventory
-    Transport   a fresh connection per poll, one monotonic deadline, a byte cap
-    Probes      the command sets of the platforms, as tables
-    Evaluate    sample + limits -> verdict -> standing; pure
-    Aggregate   the lease: is everything healthy, now
-    History     what polls found, packed: rows, averages, availability, events
-    Poll        a thread per resource, one writer, one overseer
-    Pages       what a person sees
-    Metrics     counters in shared memory, what Prometheus reads, the access log
-    Gate        the WSGI application in front of the application
-    Accounts    users, logins and what proves them, the brake on guessing
-    Console     the API below /-/ and what every request to it must pass
-    Views       the pages
-    HTTP        requests read strictly, clients with deadlines
-    Serve       waitress on the loop, and its pools
-    Workers     processes that serve on one socket
-    Commands    the command line: serve, check, seal, trust, keys
+    Errors       one root, an exit code each
+    Inventory    strict YAML -> validated settings, every fault with line and column
+    Vault        AES-256-GCM data keys under RSA-OAEP, bound to the row they belong to
+    Storage      SQLite through Flask-SQLAlchemy; the rows follow the inventory
+    Connections  deadlines, byte caps, name look-up, TCP: what every connection needs
+    Logins       the guard that keeps a wrong password from locking an account
+    SSH          a fresh connection per poll, host keys verified before any secret is sent
+    PowerShell   PowerShell Remoting over one watched socket
+    Local        this machine's own shell, and simulated resources
+    Probes       the command sets of the platforms, as tables
+    Evaluate     sample + limits -> verdict -> standing; pure
+    Aggregate    the lease: is everything healthy, now
+    History      what polls found, packed: rows, averages, availability, events
+    Poll         a thread per resource, one writer, one overseer
+    Pages        what a person sees: charts, forms, templates
+    Style        style and script of the pages
+    Metrics      counters in shared memory, what Prometheus reads, the access log
+    Gate         the WSGI application in front of the application
+    Accounts     users, logins and what proves them, the brake on guessing
+    Actions      what can be done; pages, API and command line call these
+    API          the JSON API, and what every request to the console must pass
+    Views        the pages
+    HTTP         requests read strictly, clients with deadlines
+    Serve        waitress on the loop, and its pools
+    Workers      processes that serve on one socket
+    Commands     the command line: serve, check, seal, trust, keys
 """
 
 from __future__ import annotations
@@ -153,114 +159,30 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("healthchecker")
 
-INVENTORY_BYTES = 1 << 20       # bytes; a larger inventory is refused
-INVENTORY_DEPTH = 8             # levels of nesting
-INVENTORY_NODES = 200_000       # YAML events
 SECRET_LENGTH = 1024            # characters of a password at most: a longer one only costs time
-PASSWORD_LENGTH = 12            # characters of a user's password at least
 LAST_PORT = 65535
 NAME_CHARS = 253                # characters, the length of the longest host name
-WINRM_PORTS = {True: 5986, False: 5985}    # with TLS and without
+WINRM_PORTS = {True: 5986, False: 5985}  # with TLS and without
 SSH_PORT = 22                   # the registered port (RFC 4251)
 TOKEN_PARTS = 5                 # of a sealed secret, between dots
-RSA_BITS = 3072                 # bits, equal in strength to AES-128 (NIST SP 800-57)
 PBKDF2_ROUNDS = 220_000         # OWASP's figure for PBKDF2-HMAC-SHA512
-SALT_BYTES = 16                 # bytes, NIST SP 800-132
-BUSY_TIMEOUT = 5.0              # seconds a writer waits for another one
-OUTPUT_BYTES = 1 << 20          # bytes over stdout and stderr; a poll that prints more is ended
-RECEIVED_BYTES = 2 << 20        # bytes off the wire in a poll: the output and its wrapping
-HANDSHAKE_BYTES = 1 << 16       # bytes off the wire until the host has shown its key
-ITEMS = 64                      # things that one SSH packet may announce
-QUIET = 1.0                     # seconds without a packet after which paramiko looks whether it was closed
-WINDOW_BYTES = 1 << 18          # bytes that an SSH host may send ahead of what was read
-READ_BYTES = 1 << 16            # bytes taken from a host at once
-REASON_CHARS = 500              # characters of a reason that are kept
-SHELL_IDLE = 60                 # seconds after which a Windows host drops a forgotten shell; it takes no less
-ANSWER_MARGIN = 0.3             # seconds before the deadline at which a Windows host is to answer "not yet"
-CLOSING = 0.8                   # seconds to stop the script and delete the shell, also after the deadline
 AUTH_BACKOFF = 300.0            # seconds between attempts with a refused credential
-UNANSWERED = 3                  # logins without an outcome that count as refused
-AUTH_TURN = 1.0                 # seconds between attempts with an unproven credential while one has no outcome
-FLIPS = 10_000                  # state changes of a simulated resource between two polls at most
-FIRST_POLLS = 50.0              # first polls per second
-JITTER = 0.1                    # part of the interval by which polls are spread
-LEASE_GRACE = 2.0               # seconds added to a lease for a busy machine
-DEFAULT_TTL = 132.0             # seconds; the lease of a resource with default settings
-SWEEP = 0.5                     # seconds between two looks of the monitor
-FLUSH = 1.0                     # seconds for which the recorder gathers what it writes
-PENDING = 100_000               # rows that wait for a database that cannot be written; older ones are lost
+MONITOR_INTERVAL = 0.5          # seconds between two looks of the monitor
 STRIP = 60                      # polls of a resource that the overview shows
-DAY = 86_400                    # seconds
 QUARTER = 900                   # seconds of which an average is kept
-QUARTER_GRACE = 5.0             # seconds for the last reports of a quarter to be written
-TIDY_TURNS = 600                # flushes over which the averages of a quarter are spread
-PRUNED = 10_000                 # rows of a resource, or events, that are dropped at once
-EVENTS = 100_000                # events that are kept at most: a resource may flap for a year
-RETRY_AFTER_MAX = 3600          # seconds
-PROBES_AT_ONCE = 64             # resources that `check --probe` polls at the same time
 TOKEN_PREFIX = "HC1."           # noqa: S105  # of a sealed secret
 LOG_BYTES = 10 << 20            # bytes of a log file before it rotates
 LOG_FILES = 5                   # rotated log files that are kept
-CONNECTIONS_MAX = 100_000       # client connections, where the system knows no limit
-BACKLOG = 1024                  # connections that wait to be accepted
-HEADER_BYTES = 16 << 10         # bytes of a request's line and headers, or of what surrounds the chunks of its body
-HEADER_TIME = 5.0               # seconds from the first byte of a request to the end of its headers
-BODY_TIME = 30.0                # seconds from there to the end of its body
-FIRST_BYTE = 15.0               # seconds until a new connection sends something
-IDLE = 75.0                     # seconds a connection is kept for another request; proxies keep theirs for 60
-IDLE_PRESSED = 2.0              # seconds instead of both while no further connection can be accepted
-STALLED = 60.0                  # seconds in which a client has to take some of its answer
-SLOW_TIME = 5.0                 # seconds that a pool thread waits for a slow client while other requests starve
-SLOW_RATE = 1 << 16             # bytes per second, below which a client is one
-LINGER = 3.0                    # seconds for a refused client to take its answer
-LINGER_BYTES = 16 << 20         # bytes of a refused request that are read and thrown away meanwhile
-TURN = 1.0                      # seconds between two looks at all connections
-ACCEPT_PAUSE = 0.5              # seconds without accepting when the system has no descriptor left
-COMPLAINT = 60.0                # seconds between two complaints about the same trouble
-POOL_BUFFER = 16 << 20          # bytes of a response that wait for a slow client before its pool thread does
-SEND_BYTES = 1 << 16            # bytes of a response that the loop gathers before it sends
-QUICK = 0.005                   # seconds of CPU time of an answer that its pool thread leaves to the loop to send
-LAST_FLUSH = 1.5                # seconds for the last reports to be written when the service ends
-ASK_TIMEOUT = 90.0              # seconds that a worker waits for the main process: a poll may take long
-WORKERS_MAX = 8                 # worker processes that `auto` starts at most
-OWN_THREADS = 4                 # pool threads of a process for HealthChecker's own pages, API and metrics
-ACCEPTS = 64                    # connections accepted in one turn of the loop
-HEAD_START = 0.1                # seconds in which less busy workers may take a connection before a busier one does
-GLANCE = 0.005                  # seconds between two looks whether they did
-ORPHAN_DRAIN = 2.0              # seconds for requests in flight of a worker whose main process died
-WIRE_WAITING = 100              # messages to the main process, beyond which no lines of the access log are added
-LAST_WORDS = 0.2                # seconds in which what a dead worker said is read
-CREW_SWEEP = 0.05               # seconds between two looks at the worker processes
-CREW_NEWS = 5.0                 # seconds between two lines about a start that takes long
-WORKER_LIFE = 10.0              # seconds after which a worker's end is no sign that it can never run
-WORKER_PAUSES = (0.0, 0.5, 1, 2, 5, 10, 30)     # seconds before the 1st, 2nd, … replacement of short-lived workers
-WORKER_END = 2.0                # seconds between the end of draining and the end of the process
-LAST_ASK = 0.25                 # seconds in which clients that were answered just before may still ask then
+COMPLAINT_INTERVAL = 60.0       # seconds between two complaints about the same trouble
 POOL_END = 0.5                  # seconds for idle pool threads to end
-SESSION_KEY_BYTES = 32          # bytes of keys/session.key
 SESSION_LIFE = 8 * 3600.0       # seconds from the login to the end of a session
-SESSION_IDLE = 1800.0           # seconds without a request until it ends
-SESSION_STEP = 60.0             # seconds after which a request renews the cookie
 TOKEN_LIFE = 1200.0             # seconds of a bearer token
-LOGIN_FAILURES = 5              # of an account from an address, after which the next login waits
-LOGIN_WINDOW = 300.0            # seconds for which a failed login counts
-LOGINS_KEPT = 10_000            # accounts and addresses with failures that are remembered
-CONSOLE_BODY = 1 << 18          # bytes of a request to the pages and the API
-CHECK = 60.0                    # seconds that a request waits for a poll
-TRIAL = 30.0                    # seconds of a poll with settings that are not stored
-MAINTENANCE = 366 * 86_400.0    # seconds of maintenance at most
-# Seconds, the upper bounds of the latency histogram: close together up to where a gate is to answer (10 ms), and on
-# to what an application in the pool may take; a bound more costs a line for every outcome.
-LATENCIES = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
-METRICS_AGE = 1.0               # seconds for which the resources' part of /-/metrics is not made again
-ACCESS_FLUSH = 0.25             # seconds for which the access log gathers lines
-ACCESS_LINES = 100              # lines that it writes at once: the loop waits while they are made
-ACCESS_WAITING = 20_000         # requests that wait to be written; what comes then is dropped
-ACCESS_CHARS = 1000             # characters of a request line that are logged
-AGENT_CHARS = 200               # characters of Referer and of User-Agent that are logged
 
 
 # === Errors ==================================================================
+REASON_CHARS = 500              # characters of a reason that are kept
+
+
 class HealthCheckerError(Exception):
     """Root of what HealthChecker raises on purpose; its text is one line that a user can act on."""
 
@@ -291,7 +213,7 @@ class StorageError(HealthCheckerError):
     exit_code = 4
 
 
-class Refusal(HealthCheckerError):
+class ApiError(HealthCheckerError):
     """A request is refused: why, its HTTP status, the fields at fault with what is wrong with each, seconds to wait.
 
     It can be pickled, so that it reaches a worker process."""
@@ -323,6 +245,13 @@ class ProbeError(HealthCheckerError):
 
 
 # === Inventory ===============================================================
+INVENTORY_BYTES = 1 << 20       # bytes; a larger inventory is refused
+INVENTORY_DEPTH = 8             # levels of nesting
+INVENTORY_NODES = 200_000       # YAML events
+LEASE_GRACE = 2.0               # seconds added to a lease for a busy machine
+WORKERS_MAX = 8                 # worker processes that `auto` starts at most
+
+
 class Platform(str, Enum):
     """What a resource runs; decides its connection and its command set. `posix` is what `unix` falls back to."""
 
@@ -627,8 +556,8 @@ class ServiceSettings(Settings):
         return min(usable, WORKERS_MAX)
 
 
-SECRETS = ("password", "key_passphrase")     # what is sealed
-FILES = ("key_file", "ca_file", "certificate_file")     # read at each poll
+SECRETS = ("password", "key_passphrase")  # what is sealed
+FILES = ("key_file", "ca_file", "certificate_file")  # read at each poll
 CREDENTIALS = ("password", "password_env", "password_file", "key_file")
 PASSPHRASES = ("key_passphrase", "key_passphrase_env", "key_passphrase_file")
 ONLY_REMOTE = frozenset({"port", "username", "host_key", *CREDENTIALS, *PASSPHRASES})
@@ -969,6 +898,7 @@ def load_inventory(path: Path) -> Inventory:
 
 
 # === Vault ===================================================================
+RSA_BITS = 3072                 # bits, equal in strength to AES-128 (NIST SP 800-57)
 OAEP = padding.OAEP(padding.MGF1(hashes.SHA256()), hashes.SHA256(), b"HealthChecker/HC1")
 SPKI = serialization.PublicFormat.SubjectPublicKeyInfo
 
@@ -1111,13 +1041,17 @@ def hash_password(password: str, salt: bytes, rounds: int = PBKDF2_ROUNDS) -> by
 
 
 # === Storage =================================================================
+SALT_BYTES = 16                 # bytes, NIST SP 800-132
+BUSY_TIMEOUT = 5.0              # seconds a writer waits for another one
+
+
 class Base(DeclarativeBase):
     """Typed declarative base of all tables."""
 
 
 db = SQLAlchemy(model_class=Base, session_options={"expire_on_commit": False})
-SCHEMA = 2                  # PRAGMA user_version of a database that this program writes
-APPLICATION = 0x48434B31    # PRAGMA application_id: "HCK1"
+SCHEMA = 2                      # PRAGMA user_version of a database that this program writes
+APPLICATION = 0x48434B31        # PRAGMA application_id: "HCK1"
 
 
 class User(Base):
@@ -1175,7 +1109,7 @@ class Resource(Base):
     COLUMNS: ClassVar = ("name", "hostname", "platform", "port", "username", "interval")
 
     @property
-    def configuration(self) -> ResourceSettings:
+    def parsed_settings(self) -> ResourceSettings:
         """The settings as the inventory states them, without secrets; raises StorageError."""
         try:
             columns = {name: getattr(self, name) for name in self.COLUMNS}
@@ -1183,7 +1117,7 @@ class Resource(Base):
         except (ValueError, TypeError) as error:
             raise StorageError(f"the row of resource {self.name} cannot be read; restore the database") from error
 
-    def configure(self, settings: ResourceSettings) -> bool:
+    def take_settings(self, settings: ResourceSettings) -> bool:
         """Takes the settings over; says whether anything changed."""
         values = settings.model_dump(mode="json", exclude={"password", "key_passphrase"})
         columns = {name: values.pop(name) for name in self.COLUMNS} | {"port": settings.connect_port}
@@ -1200,7 +1134,7 @@ class Resource(Base):
         return hashlib.sha256(length_prefixed(*(str(getattr(self, name)) for name in columns))).hexdigest()
 
     @property
-    def configured(self) -> str:
+    def settings_digest(self) -> str:
         """A digest of every setting and secret."""
         return self.digest(*self.COLUMNS, "settings", "password", "key_passphrase")
 
@@ -1220,7 +1154,7 @@ class Status(Base):
 
     __tablename__ = "status"
     resource_id: Mapped[int] = mapped_column(ForeignKey("resource.id", ondelete="CASCADE"), primary_key=True)
-    configured: Mapped[str]     # Resource.configured and .credential of that time
+    settings_digest: Mapped[str] = mapped_column("configured")     # of that time; so is the next
     credential: Mapped[str]
     state: Mapped[str]
     cause: Mapped[str]
@@ -1455,7 +1389,7 @@ def update_row(row: Resource, entry: Entry, vault: Vault) -> bool:
     """Brings one row to what its entry says; says whether anything changed."""
     settings = entry.settings
     moved = (row.hostname, row.username) != (settings.hostname, settings.username)
-    changed = row.configure(settings)
+    changed = row.take_settings(settings)
     wanted = {"password": entry.password, "key_passphrase": entry.passphrase}
     if settings.platform not in REMOTE_PLATFORMS or settings.key_file is not None:
         row.password = None
@@ -1545,7 +1479,7 @@ class Target:
     password: SecretStr | None
     passphrase: SecretStr | None
     host_key: str | None
-    configured: str
+    settings_digest: str
     credential: str
 
     @property
@@ -1568,8 +1502,8 @@ def target_of(row: Resource, vault: Vault) -> Target:
         except SecretError as error:
             raise SecretError(f"{row.name}: {error}") from error
 
-    return Target(row.id, row.configuration, opened("password"), opened("key_passphrase"), row.host_key,
-                  row.configured, row.credential)
+    return Target(row.id, row.parsed_settings, opened("password"), opened("key_passphrase"), row.host_key,
+                  row.settings_digest, row.credential)
 
 
 def load_targets(session: Session, vault: Vault) -> dict[str, Target]:
@@ -1578,7 +1512,12 @@ def load_targets(session: Session, vault: Vault) -> dict[str, Target]:
             for row in session.scalars(sqlalchemy.select(Resource).order_by(Resource.id))}
 
 
-# === Transport ===============================================================
+# === Connections =============================================================
+OUTPUT_BYTES = 1 << 20          # bytes over stdout and stderr; a poll that prints more is ended
+HANDSHAKE_BYTES = 1 << 16       # bytes off the wire until the host has shown its key
+READ_BYTES = 1 << 16            # bytes taken from a host at once
+
+
 @dataclass(frozen=True)
 class CommandResult:
     """What a script printed, stdout and stderr in one; `host_key` is a key trusted on first use in this poll."""
@@ -1725,6 +1664,9 @@ def connect_tcp(resolver: Resolver, host: str, port: int, deadline: Deadline) ->
     raise ProbeError("unreachable", f"{host} port {port}: {said}") from fault
 
 
+# === Logins ==================================================================
+UNANSWERED = 3                  # logins without an outcome that count as refused
+AUTH_TURN = 1.0                 # seconds between attempts with an unproven credential while one has no outcome
 NOT_TRIED = "not tried: the same credential was refused before; check username and password"
 
 
@@ -1835,6 +1777,13 @@ class Guards:
         self._guards = {key: self._guards.get(key) or LoginGuard() for key in map(self._key, targets)}
 
 
+# === SSH =====================================================================
+RECEIVED_BYTES = 2 << 20        # bytes off the wire in a poll: the output and its wrapping
+ITEMS = 64                      # things that one SSH packet may announce
+PACKET_PATIENCE = 1.0           # seconds without a packet after which paramiko looks whether it was closed
+WINDOW_BYTES = 1 << 18          # bytes that an SSH host may send ahead of what was read
+
+
 def identity(kind: str, blob: bytes) -> str:
     """`ssh-ed25519 SHA256:…` of a public key, the fingerprint as `ssh-keygen -l` shows it."""
     return f"{kind} SHA256:{base64.b64encode(hashlib.sha256(blob).digest()).decode().rstrip('=')}"
@@ -1901,7 +1850,7 @@ def remote_identity(transport: paramiko.Transport) -> str:
     return identity(key.get_name(), key.asbytes())
 
 
-class SoberPacketizer(paramiko.packet.Packetizer):
+class BoundedPacketizer(paramiko.packet.Packetizer):
     """Refuses packets that announce more items than anybody sends: paramiko would go through all of them."""
 
     COUNTED: ClassVar = {7: 0, 60: 3}       # EXT_INFO and INFO_REQUEST: texts before the number of items
@@ -1938,7 +1887,7 @@ def ssh_fault(error: Exception, first: bytes) -> ProbeError:
 
 
 @dataclass(frozen=True)
-class Access:
+class ConnectionContext:
     """What the connections of all resources share."""
 
     known_hosts: KnownHosts
@@ -1954,7 +1903,7 @@ class SshConnection:
         "macs": ["hmac-sha1", "hmac-sha1-96", "hmac-md5", "hmac-md5-96"]}
     NEVER: ClassVar = 10 ** 6           # seconds; paramiko's own timers follow the wall clock, ours decides
 
-    def __init__(self, target: Target, guard: LoginGuard, access: Access) -> None:
+    def __init__(self, target: Target, guard: LoginGuard, access: ConnectionContext) -> None:
         self._target, self._guard, self._access = target, guard, access
         self._settings = target.settings
         self._trusted = target.host_key
@@ -1999,12 +1948,12 @@ class SshConnection:
 
         with contextlib.closing(sock), deadline.watch(abort):
             try:
-                transport = SshTransport(sock, disabled_algorithms=self.WEAK, packetizer_class=SoberPacketizer)
+                transport = SshTransport(sock, disabled_algorithms=self.WEAK, packetizer_class=BoundedPacketizer)
                 transport.banner_timeout = transport.handshake_timeout = transport.auth_timeout = self.NEVER
                 self._prefer_known_types(transport)
                 transport.start_client()
                 sock.limit = RECEIVED_BYTES
-                sock.settimeout(QUIET)      # paramiko's own 0.1 s would wake its thread all the time
+                sock.settimeout(PACKET_PATIENCE)      # paramiko's own 0.1 s would wake its thread all the time
                 yield transport
             except ProbeError:
                 raise
@@ -2116,8 +2065,11 @@ class SshConnection:
         return None
 
 
-# --- PowerShell Remoting ---
-WINRM_ANSWERS = frozenset({200, 400, 401, 500})     # 400 and 500 carry faults
+# === PowerShell ==============================================================
+SHELL_IDLE = 60                 # seconds after which a Windows host drops a forgotten shell; it takes no less
+ANSWER_MARGIN = 0.3             # seconds before the deadline at which a Windows host is to answer "not yet"
+CLOSE_TIMEOUT = 0.8             # seconds to stop the script and delete the shell, also after the deadline
+WINRM_ANSWERS = frozenset({200, 400, 401, 500})  # 400 and 500 carry faults
 HTTP_CAUSES: dict[int, Cause] = {403: "auth", 502: "unreachable", 503: "unreachable", 504: "unreachable"}
 START_WINRM = "run `winrm quickconfig` there and check port and tls"
 UNMAPPED = "the host refuses the client certificate; map it to an account there"
@@ -2157,14 +2109,14 @@ def tls_fault(error: OSError) -> ProbeError:
     return ProbeError("unreachable", f"the host closed the connection; {START_WINRM}")
 
 
-class Line(io.RawIOBase):
+class DeadlineSocket(io.RawIOBase):
     """The one TCP connection of a poll, with its deadline and byte cap.
 
     urllib3 takes it for a socket and http.client for the file to read from, so nothing waits for the host but here.
     There is no second one in a poll: NTLM and the encryption belong to the first.
     """
 
-    def __init__(self, target: Target, access: Access, deadline: Deadline) -> None:
+    def __init__(self, target: Target, access: ConnectionContext, deadline: Deadline) -> None:
         self.target, self._access, self.deadline = target, access, deadline
         self.in_step = True     # False: an answer is lost or still to come, so nothing more can be asked
         self._received = 0
@@ -2177,7 +2129,7 @@ class Line(io.RawIOBase):
             plain = self._open()
             self._sock = self._secured(plain) if self.target.settings.tls else plain
 
-    def take(self) -> Line:
+    def take(self) -> DeadlineSocket:
         """Gives the connection to urllib3, once."""
         if self._taken:
             raise ProbeError("unreachable", "the host closed the connection during the poll")
@@ -2290,7 +2242,7 @@ class Line(io.RawIOBase):
 class LineConnection(urllib3.connection.HTTPConnection):
     """urllib3's connection, over a Line."""
 
-    def __init__(self, line: Line, **settings: Any) -> None:
+    def __init__(self, line: DeadlineSocket, **settings: Any) -> None:
         super().__init__(**settings)
         self._line = line
 
@@ -2301,7 +2253,7 @@ class LineConnection(urllib3.connection.HTTPConnection):
 class LineAdapter(requests.adapters.HTTPAdapter):
     """Sends a session's requests over one Line and refuses what WinRM never answers."""
 
-    def __init__(self, line: Line) -> None:
+    def __init__(self, line: DeadlineSocket) -> None:
         super().__init__()
         settings = line.target.settings
         self._pool = urllib3.HTTPConnectionPool(settings.hostname, settings.connect_port, maxsize=1)
@@ -2329,11 +2281,11 @@ class PowerShellConnection:
     # Each new WSMan rewrites ElementTree's table of prefixes, and what other polls send just then is no XML: copied.
     WSMAN: ClassVar = WSMan("localhost")
 
-    def __init__(self, target: Target, guard: LoginGuard, access: Access) -> None:
+    def __init__(self, target: Target, guard: LoginGuard, access: ConnectionContext) -> None:
         self._target, self._guard, self._access = target, guard, access
 
     def run(self, script: str, done: bytes, deadline: Deadline) -> CommandResult:
-        line = Line(self._target, self._access, deadline)
+        line = DeadlineSocket(self._target, self._access, deadline)
         try:
             with self._explained():
                 return CommandResult(self._run(script, line).encode() + done, 0)
@@ -2344,9 +2296,9 @@ class PowerShellConnection:
         """The certificate that the host shows; nothing else is done."""
         if not self._target.settings.tls:
             raise UsageError(f"{self._target.name} has no certificate: tls is off")
-        return Line(self._target, self._access, deadline).offered()
+        return DeadlineSocket(self._target, self._access, deadline).offered()
 
-    def _run(self, script: str, line: Line) -> str:
+    def _run(self, script: str, line: DeadlineSocket) -> str:
         line.connect()      # before the guard: a host that does not answer is no login
         wsman = self._wsman(line)
         endpoint = self._target.settings.configuration_name
@@ -2366,7 +2318,7 @@ class PowerShellConnection:
                 raise ProbeError("protocol", f"the script failed: {errors[-1] if errors else 'no reason given'}")
             return "\n".join(map(str, shell.output))
         finally:
-            line.deadline = Deadline(CLOSING)
+            line.deadline = Deadline(CLOSE_TIMEOUT)
             with contextlib.suppress(Exception):    # the poll's own result must not give way to this one's error
                 if line.in_step and shell.state == PSInvocationState.RUNNING:
                     shell.stop()
@@ -2374,7 +2326,7 @@ class PowerShellConnection:
                     pool.close()
             wsman.close()
 
-    def _wsman(self, line: Line) -> WSMan:
+    def _wsman(self, line: DeadlineSocket) -> WSMan:
         settings, password = self._target.settings, self._target.password
         wsman = copy.copy(self.WSMAN)
         wsman.session_id, wsman.operation_timeout = str(uuid.uuid4()), max(1, int(settings.timeout))
@@ -2412,6 +2364,10 @@ class PowerShellConnection:
         except Exception as error:      # pypsrp lets through whatever its parsers raise
             kind = type(error).__name__
             raise ProbeError("protocol", f"the answer is not WinRM's; check port and proxies ({kind})") from error
+
+
+# === Local ===================================================================
+FLIPS = 10_000                  # state changes of a simulated resource between two polls at most
 
 
 def read_until(pipe: IO[bytes], deadline: Deadline, take: Callable[[bytes], bool]) -> bool:
@@ -2461,7 +2417,7 @@ class LocalConnection:
         SHELL = ["powershell.exe", "-NoLogo", "-NoProfile", "-NonInteractive", "-Command",
                  "Invoke-Expression (@($input) -join [char]10)"]
 
-    def __init__(self, _target: Target, _guard: LoginGuard, _access: Access) -> None:
+    def __init__(self, _target: Target, _guard: LoginGuard, _access: ConnectionContext) -> None:
         """A shell of our own needs none of them."""
 
     def run(self, script: str, done: bytes, deadline: Deadline) -> CommandResult:
@@ -2488,7 +2444,7 @@ class LocalConnection:
 class SimulatedConnection:
     """A resource that is healthy and unhealthy for exponentially distributed times, as the specification assumes."""
 
-    def __init__(self, target: Target, _guard: LoginGuard, _access: Access) -> None:
+    def __init__(self, target: Target, _guard: LoginGuard, _access: ConnectionContext) -> None:
         self._means = {True: target.settings.mean_healthy, False: target.settings.mean_unhealthy}
         self._random = random.Random(target.settings.seed)
         self._healthy = True
@@ -2506,7 +2462,7 @@ class SimulatedConnection:
         return CommandResult((b"healthy" if self._healthy else b"outage") + done, 0)
 
 
-CONNECTIONS: dict[Platform, Callable[[Target, LoginGuard, Access], Connection]] = {
+CONNECTIONS: dict[Platform, Callable[[Target, LoginGuard, ConnectionContext], Connection]] = {
     **{platform: SshConnection for platform in SSH_PLATFORMS},
     Platform.WINDOWS: PowerShellConnection,
     Platform.LOCAL: LocalConnection,
@@ -2519,10 +2475,10 @@ CONNECTIONS: dict[Platform, Callable[[Target, LoginGuard, Access], Connection]] 
 # round trip. Parsers are pure and raise ValueError, which becomes the problem shown in the metric's place.
 
 NOT_KNOWN = "not known on this platform"
-KEPT_BYTES = 4096  # bytes of text kept of a service or check; the script has this number, too
-PROBLEM_CHARS = 200  # characters of a problem's one line
-LINE_CHARS = 4096  # characters of a line of df; a longer one is nobody's mount point
-QUOTA_RATIO = 0.98  # a volume with less than this part of its pool's free space has a quota
+KEPT_BYTES = 4096               # bytes of text kept of a service or check; the script has this number, too
+PROBLEM_CHARS = 200             # characters of a problem's one line
+LINE_CHARS = 4096               # characters of a line of df; a longer one is nobody's mount point
+QUOTA_RATIO = 0.98              # a volume with less than this part of its pool's free space has a quota
 TIMED_OUT = frozenset({124, 137, 143})  # exit statuses: of timeout(1), after SIGKILL, after SIGTERM
 DETAILS = frozenset({"hostname", "os", "kernel", "uptime_seconds", "cpu_count"})
 CONTROL = dict.fromkeys([*range(9), *range(11, 32), *range(127, 160)])
@@ -2821,7 +2777,7 @@ def _launchd(status: int, text: str) -> Outcome:
 
 
 _ANY = (Probe("hostname", "uname -n", _line), Probe("kernel", "uname -sr", _line))
-_BSD = (  # and macOS
+_BSD = (                        # and macOS
     Probe("uptime_seconds", "sysctl -n kern.boottime; date +%s", _since_boot),
     Probe("cpu_count", "sysctl -n hw.ncpu", _count),
     Probe("load_per_cpu", "sysctl -n vm.loadavg hw.ncpu", _load_per_cpu),
@@ -3392,7 +3348,10 @@ def settle(standing: Standing, verdict: Verdict, settings: ResourceSettings, now
 
 
 # === Aggregate ===============================================================
-class Earliest:
+DEFAULT_TTL = 132.0             # seconds; the lease of a resource with default settings
+
+
+class LeaseHeap:
     """The earliest of many named times: a heap whose outdated items are dropped when they come up."""
 
     def __init__(self) -> None:
@@ -3450,8 +3409,8 @@ class HealthAggregator:
         self._lock = threading.Lock()               # guards all below and the writing of the lease
         self._owners: dict[str, object] = {}        # registered resources
         self._counted: dict[str, bool] = {}         # critical and not in maintenance
-        self._parts = Earliest()                    # leases of healthy, counted resources
-        self._blockers = Earliest()                 # minus the soonest recovery of unhealthy, counted resources
+        self._parts = LeaseHeap()                    # leases of healthy, counted resources
+        self._blockers = LeaseHeap()                 # minus the soonest recovery of unhealthy, counted resources
         self._reasons: dict[str, str] = {}
         self._pending: set[str] = set()             # no result yet, since the start
         self._announced = False                     # the registration of the start is over
@@ -3557,10 +3516,13 @@ class HealthAggregator:
 # at 60 s: 288,000 polls (2 days) of 40 bytes and 864,000 averages (90 days) of 58 bytes are 62 MB, as measured by
 # tests/bench_history.py. 100,000 events add 20 MB, and 144 MB the longest reasons, if everything failed for 2 days.
 
+DAY = 86_400                    # seconds
+PRUNE_ROWS = 10_000             # rows of a resource, or events, that are dropped at once
+EVENTS = 100_000                # events that are kept at most: a resource may flap for a year
 METRICS = ("cpu_percent", "memory_percent", "swap_percent", "disk_percent", "load_per_cpu", "seconds")
-MISSING = 0xFFFF    # what was not read; readings are kept in hundredths
-SAMPLE = struct.Struct("<2sI6H")    # POLLS: of the poll and of the state after it; seconds for which it counts; METRICS
-AVERAGE = struct.Struct("<2H18H")   # tenths of seconds known and healthy; averages, minima and maxima of METRICS
+MISSING = 0xFFFF                # what was not read; readings are kept in hundredths
+SAMPLE = struct.Struct("<2sI6H")  # POLLS: of the poll and of the state after it; seconds for which it counts; METRICS
+AVERAGE = struct.Struct("<2H18H")  # tenths of seconds known and healthy; averages, minima and maxima of METRICS
 POLLS: dict[str, tuple[State, Cause]] = {
     "h": ("healthy", ""), "d": ("degraded", "limit"), "l": ("unhealthy", "limit"), "c": ("unhealthy", "check"),
     "u": ("unhealthy", "unreachable"), "t": ("unhealthy", "timeout"), "a": ("unhealthy", "auth"),
@@ -3634,7 +3596,7 @@ class Report:
     def status(self) -> dict[str, Any]:
         """The row of Status, without its strip."""
         target = self.target
-        return {"resource_id": target.id, "configured": target.configured, "credential": target.credential,
+        return {"resource_id": target.id, "configured": target.settings_digest, "credential": target.credential,
                 **vars(self.standing), "polled": self.at, "seconds": self.seconds,
                 "sample": self.sample.to_json() if self.sample else "null", "packed": self.packed}
 
@@ -3748,7 +3710,7 @@ def roll_up(session: Session, resource_id: int, end: int) -> None:
 # Two for each table: both ends in one would be no range. Written out, for they run every second.
 PRUNE = tuple(sqlalchemy.text(
     f"DELETE FROM {table} WHERE resource_id = :id AND at IN (SELECT at FROM {table} "   # noqa: S608  # nobody's words
-    f"WHERE resource_id = :id AND {outside} LIMIT {PRUNED})")
+    f"WHERE resource_id = :id AND {outside} LIMIT {PRUNE_ROWS})")
     for table in ("sample", "average") for outside in (f"at < :{table}", "at > :future"))
 
 
@@ -3763,7 +3725,7 @@ def prune_events(session: Session, retention: Retention, now: float) -> None:
     """Drops what is older than `retention`, and what is more than EVENTS."""
     last = session.scalar(sqlalchemy.select(func.max(Event.id))) or 0
     doomed = sqlalchemy.select(Event.id).where(sqlalchemy.or_(
-        Event.at < now - retention.events * DAY, Event.id <= last - EVENTS)).limit(PRUNED)
+        Event.at < now - retention.events * DAY, Event.id <= last - EVENTS)).limit(PRUNE_ROWS)
     session.execute(sqlalchemy.delete(Event).where(Event.id.in_(doomed)))
 
 
@@ -3815,7 +3777,14 @@ def chart(session: Session, resource_id: int, metric: str, span: str, now: float
 
 
 # === Poll ====================================================================
-TABLES = Base.metadata.tables      # an insert of a table costs half of what one of its class does
+FIRST_POLLS = 50.0              # first polls per second
+JITTER = 0.1                    # part of the interval by which polls are spread
+FLUSH_INTERVAL = 1.0            # seconds for which the recorder gathers what it writes
+PENDING_ROWS = 100_000          # rows that wait for a database that cannot be written; older ones are lost
+QUARTER_GRACE = 5.0             # seconds for the last reports of a quarter to be written
+TIDY_FLUSHES = 600              # flushes over which the averages of a quarter are spread
+LAST_FLUSH = 1.5                # seconds for the last reports to be written when the service ends
+TABLES = Base.metadata.tables   # an insert of a table costs half of what one of its class does
 
 
 def upsert_status() -> Any:
@@ -3837,8 +3806,8 @@ class Batch:
     def __init__(self) -> None:
         self.latest: dict[int, Report] = {}     # by the resource's id
         self.keys: dict[int, str] = {}          # host keys trusted on first use
-        self.samples: collections.deque[dict[str, Any]] = collections.deque(maxlen=PENDING)
-        self.events: collections.deque[dict[str, Any]] = collections.deque(maxlen=PENDING)
+        self.samples: collections.deque[dict[str, Any]] = collections.deque(maxlen=PENDING_ROWS)
+        self.events: collections.deque[dict[str, Any]] = collections.deque(maxlen=PENDING_ROWS)
 
     def add(self, report: Report) -> None:
         resource_id = report.target.id
@@ -3894,7 +3863,7 @@ class Recorder(threading.Thread):
         self._reports.put(report)
 
     def run(self) -> None:
-        while not self._ending.wait(FLUSH):
+        while not self._ending.wait(FLUSH_INTERVAL):
             self.flush()
             self.tidy(time.time())
         self.flush()
@@ -3923,7 +3892,7 @@ class Recorder(threading.Thread):
                 with self._store.writing() as session:
                     prune_events(session, self._retention, now)
                     self._untidy, self._rolled = list(session.scalars(sqlalchemy.select(Resource.id))), end
-                self._share = len(self._untidy) // TIDY_TURNS + 1
+                self._share = len(self._untidy) // TIDY_FLUSHES + 1
             for _ in range(min(self._share, len(self._untidy))):
                 resource_id = self._untidy.pop()
                 with self._store.writing() as session:
@@ -3956,12 +3925,12 @@ class Recorder(threading.Thread):
 
 
 @dataclass(frozen=True)
-class Watch:
+class PollContext:
     """What all pollers share."""
 
     aggregator: HealthAggregator
     recorder: Recorder
-    access: Access
+    access: ConnectionContext
     random: random.Random
 
 
@@ -3981,7 +3950,7 @@ def poll_once(target: Target, connection: Connection,
 class Poller(threading.Thread):
     """Polls one resource at its own interval; a thread that waits, connects and reports."""
 
-    def __init__(self, target: Target, watch: Watch, guard: LoginGuard, standing: Standing, delay: float) -> None:
+    def __init__(self, target: Target, watch: PollContext, guard: LoginGuard, standing: Standing, delay: float) -> None:
         super().__init__(name=f"poll {target.name}", daemon=True)
         self.target, self._watch, self._guard = target, watch, guard
         self._connection = CONNECTIONS[target.settings.platform](target, guard, watch.access)
@@ -4078,7 +4047,7 @@ class Poller(threading.Thread):
 class Monitor(threading.Thread):
     """Starts, stops and reconciles the pollers; restarts dead ones; sees leases expire."""
 
-    def __init__(self, store: Store, vault: Vault, watch: Watch) -> None:
+    def __init__(self, store: Store, vault: Vault, watch: PollContext) -> None:
         super().__init__(name="monitor", daemon=True)
         self._store, self._vault, self._watch = store, vault, watch
         self._pollers: dict[str, Poller] = {}
@@ -4097,7 +4066,7 @@ class Monitor(threading.Thread):
         self.start()
 
     def run(self) -> None:
-        while not self._ending.wait(SWEEP):
+        while not self._ending.wait(MONITOR_INTERVAL):
             try:
                 self._sweep()
             except Exception as error:  # noqa: BLE001  # a thread's outermost loop: nothing may end the watch
@@ -4120,7 +4089,7 @@ class Monitor(threading.Thread):
         with self._store.reading() as session:
             wanted = revision(session)
         with self._followed:
-            self._followed.wait_for(lambda: self._revision >= wanted, 4 * SWEEP)
+            self._followed.wait_for(lambda: self._revision >= wanted, 4 * MONITOR_INTERVAL)
 
     def check_now(self, name: str, timeout: float) -> Report | None:
         """Polls a resource at once and waits until its report is written; None when there was none in `timeout`
@@ -4195,7 +4164,7 @@ class Monitor(threading.Thread):
             if poller is not None and poller.target == target:
                 continue
             standing = Standing()
-            known = poller is not None and poller.target.configured == target.configured
+            known = poller is not None and poller.target.settings_digest == target.settings_digest
             if poller is not None:
                 poller.stop()
                 standing = poller.standing if known else standing
@@ -4216,7 +4185,8 @@ class Monitor(threading.Thread):
         `expires` is that of a poller which died: dying again and again is no result."""
         guard = self._guards.of(target)
         age = time.time() - stored.polled if stored else math.inf
-        left = target.settings.ttl - age if age >= 0 and stored and stored.configured == target.configured else 0.0
+        same = stored is not None and stored.settings_digest == target.settings_digest
+        left = target.settings.ttl - age if same and age >= 0 else 0.0
         if stored and (stored.credential, stored.cause) == (target.credential, "auth") and 0 <= age < AUTH_BACKOFF:
             left = target.settings.ttl      # the state stays during the back-off
             if stored.reason != NOT_TRIED:
@@ -4238,20 +4208,18 @@ PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewp
 <title>{title}</title><body style="font:1.1rem system-ui;margin:15vh auto;max-width:32rem;padding:1rem">
 <h1>{title}</h1><p>{text}</p></body></html>
 """
-REFUSAL = PAGE.format(title="Temporarily unavailable", text="A system that this service depends on is not healthy. "
+CLOSED_PAGE = PAGE.format(title="Temporarily unavailable", text="A system that this service depends on is not healthy. "
                       "Please try again in a moment.")
 WELCOME = PAGE.format(title="The gate is open", text="HealthChecker's built-in page: put an application of your "
                       "own here with <code>service.app</code> in inventory.yaml. While a resource is unhealthy, it "
                       "answers 503.")
 
-STATES = ("unhealthy", "unknown", "degraded", "maintenance", "healthy")     # worst first, as pages sort and filter
 LABELS = {"cpu_percent": "CPU", "memory_percent": "Memory", "disk_percent": "Disk", "swap_percent": "Swap",
           "load_per_cpu": "Load per CPU", "seconds": "Duration of a poll"}
-BARS = ("cpu_percent", "memory_percent", "disk_percent")    # of the overview
 Marks = Mapping[str, Any]       # `warn` and `fail` of a limit, as JSON has them
 
 
-def lasting(seconds: float) -> str:
+def duration_text(seconds: float) -> str:
     """A duration in its two largest units: `45 s`, `12 min`, `3 h 20 min`, `4 d 2 h`."""
     minutes, hours, days = (int(seconds // size) for size in (60, 3600, 86_400))
     if days > 0:
@@ -4359,7 +4327,6 @@ class Group(NamedTuple):
     text: str = ""
 
 
-CHECK_INPUTS = ("name", "Name"), ("command", "Command"), ("timeout", "Timeout, seconds")
 FORM = (
     Group("Resource", "all", (
         Input("platform", "Platform", "select", "unix asks the host which one it is"),
@@ -4478,7 +4445,7 @@ TEMPLATES = {"layout.html": """<!doctype html>
 <section class="gate {{ 'healthy' if gate.open else 'unhealthy' }}" aria-label="Gate">
 <h2 aria-live="polite">{{ state("healthy" if gate.open else "unhealthy", "Gate " ~ word) }}</h2>
 {% if gate.since %}
-<p>for <b>{{ (now - gate.since)|lasting }}</b>, since <time>{{ gate.since|clock }}</time></p>
+<p>for <b>{{ (now - gate.since)|duration_text }}</b>, since <time>{{ gate.since|clock }}</time></p>
 {% endif %}
 {% if gate.causes %}
 <ul>
@@ -4591,7 +4558,7 @@ All <b>{{ counts.values()|sum }}</b></a>
 {% else %}no result yet{% endif %}</p>
 {% if shown.why %}<p class="why">{{ shown.why }}</p>{% endif %}
 <p class="soft">{% if shown.polled %}Last poll {{ shown.polled }}, in {{ shown.seconds }}. {% endif %}
-Polled every {{ shown.row.interval|lasting }}. Availability:
+Polled every {{ shown.row.interval|duration_text }}. Availability:
 {% for span, percent in availability.items() %}
 {{ span }} <b>{{ "%.2f %%"|format(percent) if percent is number else "unknown" }}</b>{{ "." if loop.last else "," }}
 {% endfor %}</p>
@@ -4845,11 +4812,11 @@ Polled every {{ shown.row.interval|lasting }}. Availability:
 {% endblock %}
 """}
 
+# === Style ===================================================================
 ICON = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 32 32">
 <rect width="32" height="32" rx="7" fill="#18713a"/>
 <path d="M4 17h6l3-8 6 15 3-7h6" fill="none" stroke="#fff" stroke-width="3" stroke-linejoin="round"/></svg>
 """
-
 STYLE = r"""
 :root {
   color-scheme: light dark;
@@ -5014,7 +4981,6 @@ form:not(:has([value=simulated]:checked)) .simulated { display: none; }
   .events td { display: inline; border: 0; padding: 0 .5rem 0 0; }
 }
 """
-
 PAGE_SCRIPT = r"""
 "use strict";
 const PERIOD = 2000, PATIENCE = 10000, SENDING = 90000;      // milliseconds
@@ -5149,17 +5115,29 @@ setTimeout(watch, PERIOD);
 
 
 # === Metrics =================================================================
+ACCEPTS_PER_TURN = 64           # connections accepted in one turn of the loop
+HEAD_START = 0.1                # seconds in which less busy workers may take a connection before a busier one does
+# Seconds, the upper bounds of the latency histogram: close together up to where a gate is to answer (10 ms), and on
+# to what an application in the pool may take; a bound more costs a line for every outcome.
+LATENCIES = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+METRICS_AGE = 1.0               # seconds for which the resources' part of /-/metrics is not made again
+ACCESS_FLUSH = 0.25             # seconds for which the access log gathers lines
+ACCESS_LINES = 100              # lines that it writes at once: the loop waits while they are made
+ACCESS_WAITING = 20_000         # requests that wait to be written; what comes then is dropped
+ACCESS_CHARS = 1000             # characters of a request line that are logged
+AGENT_CHARS = 200               # characters of Referer and of User-Agent that are logged
+
 Headers = list[tuple[str, str]]
 Reply = tuple[str, Headers, bytes]     # status line, headers, body
 # How a request ended: by the application's status, refused by the closed gate, shed for overload, one of
 # HealthChecker's own paths, refused by the parser, or cut short by a failure or a client that left.
 OUTCOMES = ("1xx", "2xx", "3xx", "4xx", "5xx", "refused", "shed", "own", "bad", "cut")
-OUTCOME = "healthchecker.outcome"       # key of the environ for an outcome that is not the application's status
+OUTCOME = "healthchecker.outcome"  # key of the environ for an outcome that is not the application's status
 STATUS_OUTCOMES = {outcome[0]: outcome for outcome in OUTCOMES[:5]}
-ROW = len(LATENCIES) + 2                # cells of an outcome: a count for each latency, one for more, their sum
+ROW = len(LATENCIES) + 2        # cells of an outcome: a count for each latency, one for more, their sum
 ROWS = {outcome: number * ROW for number, outcome in enumerate(OUTCOMES)}
-ACCEPTED = len(OUTCOMES) * ROW          # the cell of the connections ever accepted
-QUEUED = ACCEPTED + 1                   # the cell of the requests that wait for a pool thread
+ACCEPTED = len(OUTCOMES) * ROW  # the cell of the connections ever accepted
+QUEUED = ACCEPTED + 1           # the cell of the requests that wait for a pool thread
 SLOT = QUEUED + 1
 
 
@@ -5172,10 +5150,10 @@ class Crowd:
     def allowance(self, worker: int) -> int:
         """Connections that a worker may take without leaving the others behind; the first of a crowd are few."""
         others = [held for number, held in enumerate(self.held) if number != worker and held >= 0]
-        return min(ACCEPTS, min(others) * 5 // 4 + 4 - self.held[worker]) if others else ACCEPTS
+        return min(ACCEPTS_PER_TURN, min(others) * 5 // 4 + 4 - self.held[worker]) if others else ACCEPTS_PER_TURN
 
 
-class Share:
+class AcceptBalance:
     """A worker's share of new connections: while others hold fewer, they get a head start."""
 
     def __init__(self, crowd: Crowd, worker: int, clock: Callable[[], float] = time.monotonic) -> None:
@@ -5208,7 +5186,7 @@ class Share:
             self._left = self._clock()
             return 0
         self._left = -math.inf
-        return allowed if allowed > 0 else ACCEPTS      # the others had their time and did not come
+        return allowed if allowed > 0 else ACCEPTS_PER_TURN      # the others had their time and did not come
 
 
 class Counters:
@@ -5288,10 +5266,10 @@ RESOURCE_METRICS: Mapping[str, tuple[str, ...]] = {
     "service_good": ("1 for a service that runs.", "service"),
     "check_good": ("1 for a check that passed.", "check"),
 }
-Figure = tuple[str, tuple[str, ...], float]     # a key of RESOURCE_METRICS, values of its labels, value
+MetricValue = tuple[str, tuple[str, ...], float]     # a key of RESOURCE_METRICS, values of its labels, value
 
 
-def sample_figures(sample: Mapping[str, Any]) -> Iterator[Figure]:
+def sample_metrics(sample: Mapping[str, Any]) -> Iterator[MetricValue]:
     """What the last poll read, from Sample.to_json; a host may send words where a number belongs."""
     for key, value in (*sample["details"].items(), *sample["metrics"].items()):
         name, *part = key.split(" ", 1)
@@ -5302,7 +5280,7 @@ def sample_figures(sample: Mapping[str, Any]) -> Iterator[Figure]:
             yield f"{kind}_good", (name,), outcome["good"]
 
 
-def resource_figures(row: Any, now: float) -> Iterator[Figure]:
+def resource_metrics(row: Any, now: float) -> Iterator[MetricValue]:
     """All of one resource; a row of ResourceMetrics.ROWS. What was not read is left out and never 0."""
     for state in get_args(State):
         yield "state", (state,), state == (row.state or "unknown")
@@ -5313,7 +5291,7 @@ def resource_figures(row: Any, now: float) -> Iterator[Figure]:
         yield "poll_duration_seconds", (), row.seconds
         yield "last_poll_timestamp_seconds", (), row.polled
         if sample := json.loads(row.sample):
-            yield from sample_figures(sample)
+            yield from sample_metrics(sample)
 
 
 class ResourceMetrics:
@@ -5338,7 +5316,7 @@ class ResourceMetrics:
                     for name, (text, *labels) in RESOURCE_METRICS.items()}
         now = time.time()
         for row in rows:
-            for name, labels, value in resource_figures(row, now):
+            for name, labels, value in resource_metrics(row, now):
                 families[name].add_metric((row.name, *labels), value)
         yield from families.values()
 
@@ -5403,7 +5381,7 @@ class Metrics:
 
 
 AccessEntry = tuple[float, str, bytes, str, int, float, str, str, str]
-UNPRINTABLE = re.compile(r'[^ !#-\[\]-~]')      # and what would end a quoted text or begin an escape
+UNPRINTABLE = re.compile(r'[^ !#-\[\]-~]')  # and what would end a quoted text or begin an escape
 MONTHS = "Jan Feb Mar Apr May Jun Jul Aug Sep Oct Nov Dec".split()      # strftime would ask the locale
 
 
@@ -5460,7 +5438,7 @@ class AccessFile(logging.handlers.RotatingFileHandler):
         except OSError as error:
             if time.monotonic() >= self._quiet_until:
                 log.error("service.access_log %s cannot be written: %s", self.baseFilename, error.strerror)
-                self._quiet_until = time.monotonic() + COMPLAINT
+                self._quiet_until = time.monotonic() + COMPLAINT_INTERVAL
 
 
 class AccessLog(threading.Thread):
@@ -5510,7 +5488,7 @@ class AccessLog(threading.Thread):
             with self._lock:
                 dropped, self._dropped = self._dropped, 0
             log.warning("access log: %d requests were dropped, for it cannot be written as fast", dropped)
-            self._quiet_until = time.monotonic() + COMPLAINT
+            self._quiet_until = time.monotonic() + COMPLAINT_INTERVAL
 
     def close(self) -> None:
         """Writes the rest and ends the thread."""
@@ -5519,11 +5497,11 @@ class AccessLog(threading.Thread):
             self.join(POOL_END)
 
 
-class Tally:
+class RequestCounters:
     """What this process counts, in its slot of the counters, its share of new connections, its access log."""
 
     def __init__(self, counters: Counters, slot: int = 0, access_log: AccessLog | None = None) -> None:
-        self.share = Share(counters.crowd, slot)
+        self.share = AcceptBalance(counters.crowd, slot)
         self._counters, self._slot, self.access_log = counters, slot, access_log
         self._cells = counters.slot(slot)
         self._lock = threading.Lock()   # guards _cells against the other threads of the pool
@@ -5548,8 +5526,9 @@ class Tally:
 
 
 # === Gate ====================================================================
+RETRY_AFTER_MAX = 3600          # seconds
 NO_STORE = ("Cache-Control", "no-store")
-PREFIX = "/-/"      # everything below is HealthChecker's own
+PREFIX = "/-/"                  # everything below is HealthChecker's own
 HEALTH = "/-/health"
 METRICS_PATH = "/-/metrics"
 
@@ -5649,7 +5628,7 @@ class Gate:
         environ[OUTCOME] = "shed" if self.is_healthy() else "refused"
         retry = self._retry_after()
         if "text/html" in environ.get("HTTP_ACCEPT", ""):
-            kind, body = "text/html; charset=utf-8", REFUSAL.encode()
+            kind, body = "text/html; charset=utf-8", CLOSED_PAGE.encode()
         else:
             kind = "application/json"
             body = b'{"status": 503, "title": "Service Unavailable", "retry_after": %s}\n' % retry[1].encode()
@@ -5681,7 +5660,15 @@ def load_app(name: str, folder: Path) -> WSGIApplication:
 
 
 # === Accounts ================================================================
-FIRST_USER = ("SpiceWorks", "HealthChecker")    # of the specification; its password is to be changed
+PASSWORD_LENGTH = 12            # characters of a user's password at least
+SESSION_KEY_BYTES = 32          # bytes of keys/session.key
+SESSION_IDLE = 1800.0           # seconds without a request until it ends
+LOGIN_FAILURES = 5              # of an account from an address, after which the next login waits
+LOGIN_WINDOW = 300.0            # seconds for which a failed login counts
+LOGINS_KEPT = 10_000            # accounts and addresses with failures that are remembered
+POLL_NOW_TIMEOUT = 60.0         # seconds that a request waits for a poll
+TRIAL_TIMEOUT = 30.0            # seconds of a poll with settings that are not stored
+FIRST_USER = ("SpiceWorks", "HealthChecker")  # of the specification; its password is to be changed
 LIVES = {"session": (SESSION_LIFE, SESSION_IDLE), "token": (TOKEN_LIFE, TOKEN_LIFE)}    # seconds: in all, idle
 
 
@@ -5726,20 +5713,20 @@ class UserChange(Settings):
     role: Role | None = None
 
 
-def refusal_of(fields: Mapping[str, str]) -> Refusal:
+def field_errors(fields: Mapping[str, str]) -> ApiError:
     """Bad input, with what is wrong with each field."""
-    return Refusal("; ".join(f"{name}: {text}" for name, text in fields.items()), 422, fields)
+    return ApiError("; ".join(f"{name}: {text}" for name, text in fields.items()), 422, fields)
 
 
 M = TypeVar("M", bound=Settings)
 
 
-def checked(model: type[M], body: Mapping[str, Any], *, text: bool = False) -> M:
+def validated(model: type[M], body: Mapping[str, Any], *, text: bool = False) -> M:
     """`body` as a model; with `text` its values may be texts, as those of the inventory are. Raises Refusal."""
     try:
         return model.model_validate(body) if text else model.model_validate_json(json.dumps(body), strict=True)
     except ValidationError as error:
-        raise refusal_of({".".join(map(str, item["loc"])): message_of(cast("dict[str, Any]", item))
+        raise field_errors({".".join(map(str, item["loc"])): message_of(cast("dict[str, Any]", item))
                           for item in error.errors(include_url=False, include_input=False)}) from None
 
 
@@ -5757,7 +5744,7 @@ class SettingsReader(InventoryLoader):
         entry = self._entry(0, {name: value for name, value in given.items() if name not in defaults},
                             {name: value for name, value in stored.items() if name not in defaults})
         if entry is None or self.fields:
-            raise refusal_of(self.fields)
+            raise field_errors(self.fields)
         return entry
 
     def fault(self, path: NodePath, message: str, *, key: bool = False) -> None:
@@ -5770,7 +5757,7 @@ class SettingsReader(InventoryLoader):
 
 def stated(row: Resource) -> dict[str, Any]:
     """What a row states beside the defaults, in the inventory's names; no secrets."""
-    settings = row.configuration
+    settings = row.parsed_settings
     if settings.port == settings.model_copy(update={"port": None}).connect_port:
         settings = settings.model_copy(update={"port": None})
     return settings.model_dump(mode="json", exclude_defaults=True, exclude=set(SECRETS))
@@ -5781,7 +5768,7 @@ def apply_entry(row: Resource, entry: Entry, vault: Vault) -> bool:
     try:
         return update_row(row, entry, vault)
     except (SecretError, InventoryError) as error:
-        raise refusal_of({"password": str(error)}) from error
+        raise field_errors({"password": str(error)}) from error
 
 
 def ensure_first_user(session: Session) -> None:
@@ -5798,21 +5785,21 @@ def initial_user(session: Session) -> str | None:
 def find_resource(session: Session, name: str) -> Resource:
     row = session.scalar(sqlalchemy.select(Resource).where(Resource.name == name))
     if row is None:
-        raise Refusal("there is no such resource", 404)
+        raise ApiError("there is no such resource", 404)
     return row
 
 
 def find_user(session: Session, name: str) -> User:
     user = session.scalar(sqlalchemy.select(User).where(User.name == name))
     if user is None:
-        raise Refusal("there is no such user", 404)
+        raise ApiError("there is no such user", 404)
     return user
 
 
 def require_admin(session: Session, without: User) -> None:
     """Raises Refusal when `without` is the last admin."""
     if session.scalar(sqlalchemy.select(User).where(User.role == "admin", User.id != without.id).limit(1)) is None:
-        raise Refusal(f"{without.name} is the last admin; make another one first", 409)
+        raise ApiError(f"{without.name} is the last admin; make another one first", 409)
 
 
 def session_key(folder: Path) -> bytes:
@@ -5897,14 +5884,14 @@ class Throttle:
         self._failures.pop((name, address), None)
 
 
-def offered_key(target: Target, access: Access) -> str:
+def offered_key(target: Target, access: ConnectionContext) -> str:
     """The key that a host shows now. Raises UsageError for a resource without one, or with one that is pinned."""
     connection = CONNECTIONS[target.settings.platform](target, LoginGuard(), access)
     if not isinstance(connection, (SshConnection, PowerShellConnection)):
         raise UsageError(f"{target.name} has no host key")
     if target.settings.host_key not in (None, "strict") or target.settings.certificate_fingerprint:
         raise UsageError(f"the inventory pins the key of {target.name}; change it there")
-    return connection.offered_key(Deadline(min(target.settings.timeout, TRIAL)))
+    return connection.offered_key(Deadline(min(target.settings.timeout, TRIAL_TIMEOUT)))
 
 
 @dataclass
@@ -5914,7 +5901,7 @@ class Desk:
     store: Store
     vault: Vault
     monitor: Monitor
-    access: Access
+    access: ConnectionContext
     inventory: Path
     clock: Callable[[], float] = time.monotonic
 
@@ -5928,20 +5915,20 @@ class Desk:
     def ask(self, kind: str, **arguments: Any) -> Any:
         """Answers `Site.ask`. Raises Refusal."""
         if kind not in self.KINDS:
-            raise Refusal("there is no such question", 404)
+            raise ApiError("there is no such question", 404)
         try:
             return getattr(self, kind)(**arguments)
         except (UsageError, ProbeError) as error:
-            raise Refusal(str(error), 409) from error
+            raise ApiError(str(error), 409) from error
 
     def login(self, name: str, password: str, address: str) -> int:
         """The id of the user with this password. Raises Refusal: 401, or 429 with the seconds to wait."""
         if not self._hashing.acquire(blocking=False):
-            raise Refusal("another password is being checked; try again in a second", 429, retry=1)
+            raise ApiError("another password is being checked; try again in a second", 429, retry=1)
         try:
             wait = self._throttle.wait(name, address)
             if wait:
-                raise Refusal("too many failed logins; wait before the next", 429, retry=wait)
+                raise ApiError("too many failed logins; wait before the next", 429, retry=wait)
             with self.store.reading() as session:
                 user = session.scalar(sqlalchemy.select(User).where(User.name == name))
             if (user or self._nobody).verify(password) and user is not None:
@@ -5954,14 +5941,14 @@ class Desk:
         if failures == LOGIN_FAILURES:      # once, or an attacker would fill the database
             with self.store.writing() as session:
                 record_event(session, "login", f"{failures} failed logins", actor=name, address=address)
-        raise Refusal("user name or password is wrong", 401)
+        raise ApiError("user name or password is wrong", 401)
 
     def check(self, name: str) -> dict[str, Any]:
         """Polls a resource and waits for the result."""
         self.monitor.catch_up()
-        report = self.monitor.check_now(name, CHECK)
+        report = self.monitor.check_now(name, POLL_NOW_TIMEOUT)
         if report is None:
-            raise Refusal(f"there is no result after {CHECK:.0f} s; the poll goes on", 504)
+            raise ApiError(f"there is no result after {POLL_NOW_TIMEOUT:.0f} s; the poll goes on", 504)
         return vars(report.verdict) | {"seconds": report.seconds}
 
     def test(self, settings: Mapping[str, Any], name: str = "", *, text: bool = False) -> dict[str, Any]:
@@ -5975,7 +5962,7 @@ class Desk:
         apply_entry(trial, entry, self.vault)
         target = target_of(trial, self.vault)
         target = replace(target, settings=target.settings.model_copy(
-            update={"timeout": min(target.settings.timeout, TRIAL)}))
+            update={"timeout": min(target.settings.timeout, TRIAL_TIMEOUT)}))
         begin = time.monotonic()
         connection = CONNECTIONS[target.settings.platform](target, LoginGuard(), self.access)
         verdict, _, host_key = poll_once(target, connection, None)
@@ -5988,16 +5975,14 @@ class Desk:
         return offered_key(target_of(row, self.vault), self.access)
 
 
-# === Console =================================================================
+# === Actions =================================================================
+MAINTENANCE = 366 * 86_400.0    # seconds of maintenance at most
 API = "/-/api/"
-COOKIE = "healthchecker_session"
-CONTENT_SECURITY_POLICY = ("default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "
-                           "connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'")
 SAFE_METHODS = ("GET", "HEAD")
 
 
 @dataclass(frozen=True)
-class Site:
+class ConsoleContext:
     """What pages and API work on, in whatever process they run."""
 
     store: Store
@@ -6028,10 +6013,10 @@ class Site:
 
 
 @dataclass(frozen=True)
-class Visitor:
+class Principal:
     """Who asks, from where, and by what it is known."""
 
-    site: Site
+    site: ConsoleContext
     address: str = ""               # empty on the command line
     local: bool = True              # on the server's own machine
     ticket: Ticket | None = None
@@ -6062,7 +6047,6 @@ class Visitor:
                      at=self.site.clock())
 
 
-# --- what can be done; pages, API and command line call these ---
 def moment(at: float) -> datetime.datetime | None:
     """A Unix time, None for 0."""
     return datetime.datetime.fromtimestamp(at, datetime.timezone.utc) if at else None
@@ -6137,12 +6121,12 @@ RESOURCES = sqlalchemy.select(Resource, Status).outerjoin(Status, Status.resourc
 
 def status_of(row: Resource, status: Status | None) -> Status:
     """The status, an empty one when it is of another configuration: nothing is known of this one yet."""
-    if status and status.configured == row.configured:
+    if status and status.settings_digest == row.settings_digest:
         return status
     return Status(state="unknown", cause="", reason="", since=0.0, polled=0.0, seconds=0.0, sample="null", packed=b"")
 
 
-def resource_view(row: Resource, status: Status | None, site: Site) -> ResourceView:
+def resource_view(row: Resource, status: Status | None, site: ConsoleContext) -> ResourceView:
     known = status_of(row, status)
     columns = {name: getattr(row, name) for name in Resource.COLUMNS}
     state = {name: getattr(known, name) for name in ("state", "cause", "reason", "seconds")}
@@ -6155,37 +6139,37 @@ def resource_view(row: Resource, status: Status | None, site: Site) -> ResourceV
         "maintenance": maintenance if row.maintenance > site.clock() else None})
 
 
-def changeable(who: Visitor, session: Session, name: str) -> Resource:
+def changeable(who: Principal, session: Session, name: str) -> Resource:
     """A resource that was added here; those of the inventory change there."""
     row = find_resource(session, name)
     if row.origin == "inventory":
         place = who.site.places.get(name, who.site.inventory.path.name)
-        raise Refusal(f"{name} stands at {place}; change it there", 409)
+        raise ApiError(f"{name} stands at {place}; change it there", 409)
     return row
 
 
-def list_resources(who: Visitor) -> list[ResourceView]:
+def list_resources(who: Principal) -> list[ResourceView]:
     """All resources, by name."""
     with who.site.store.reading() as session:
         rows = session.execute(RESOURCES.order_by(Resource.name))
         return [resource_view(row, status, who.site) for row, status in rows]
 
 
-def show_resource(who: Visitor, name: str) -> ResourceView:
+def show_resource(who: Principal, name: str) -> ResourceView:
     """One resource."""
     with who.site.store.reading() as session:
         row = find_resource(session, name)
         return resource_view(row, session.get(Status, row.id), who.site)
 
 
-def add_resource(who: Visitor, body: Mapping[str, Any], *, text: bool = False) -> ResourceView:
+def add_resource(who: Principal, body: Mapping[str, Any], *, text: bool = False) -> ResourceView:
     """Adds a resource; it is watched at once."""
     vault = who.site.vault      # before the database is locked
     entry = SettingsReader(who.site.inventory.path, text=text).read(body, {})
     name = entry.settings.name
     with who.site.store.writing() as session:
         if session.scalar(sqlalchemy.select(Resource.id).where(Resource.name == name)) is not None:
-            raise Refusal("there is a resource of this name already", 409, {"name": "is taken"})
+            raise ApiError("there is a resource of this name already", 409, {"name": "is taken"})
         row = Resource(name=name, origin="api")
         apply_entry(row, entry, vault)
         session.add(row)
@@ -6194,13 +6178,13 @@ def add_resource(who: Visitor, body: Mapping[str, Any], *, text: bool = False) -
     return show_resource(who, name)
 
 
-def change_resource(who: Visitor, name: str, body: Mapping[str, Any], *, text: bool = False) -> ResourceView:
+def change_resource(who: Principal, name: str, body: Mapping[str, Any], *, text: bool = False) -> ResourceView:
     """Changes what is given; null stands for the default. Another hostname or username needs the password again."""
     vault = who.site.vault
     with who.site.store.writing() as session:
         row = changeable(who, session, name)
         if body.get("name", name) != name:
-            raise refusal_of({"name": "cannot be changed; add another resource and remove this one"})
+            raise field_errors({"name": "cannot be changed; add another resource and remove this one"})
         entry = SettingsReader(who.site.inventory.path, text=text).read(body, stated(row))
         before = stated(row)
         if apply_entry(row, entry, vault):
@@ -6211,7 +6195,7 @@ def change_resource(who: Visitor, name: str, body: Mapping[str, Any], *, text: b
     return show_resource(who, name)
 
 
-def remove_resource(who: Visitor, name: str) -> None:
+def remove_resource(who: Principal, name: str) -> None:
     """Removes a resource and its history."""
     with who.site.store.writing() as session:
         session.delete(changeable(who, session, name))
@@ -6219,31 +6203,31 @@ def remove_resource(who: Visitor, name: str) -> None:
         revise(session)
 
 
-def test_settings(who: Visitor, body: Mapping[str, Any], *, text: bool = False) -> TrialView:
+def test_settings(who: Principal, body: Mapping[str, Any], *, text: bool = False) -> TrialView:
     """Polls a resource once that is not added yet."""
     return TrialView(**who.site.ask("test", settings=dict(body), text=text))
 
 
-def test_changes(who: Visitor, name: str, body: Mapping[str, Any], *, text: bool = False) -> TrialView:
+def test_changes(who: Principal, name: str, body: Mapping[str, Any], *, text: bool = False) -> TrialView:
     """Polls a resource once with changed settings that are not stored."""
     with who.site.store.reading() as session:
         changeable(who, session, name)
     return TrialView(**who.site.ask("test", settings=dict(body), name=name, text=text))
 
 
-def check_resource(who: Visitor, name: str) -> PollView:
+def poll_now(who: Principal, name: str) -> PollView:
     """Polls a resource now and waits for the result."""
     with who.site.store.reading() as session:
         find_resource(session, name)
     return PollView(**who.site.ask("check", name=name))
 
 
-def begin_maintenance(who: Visitor, name: str, body: Mapping[str, Any]) -> ResourceView:
+def begin_maintenance(who: Principal, name: str, body: Mapping[str, Any]) -> ResourceView:
     """Lets a resource not count until a time: it is polled and shown and closes nothing."""
-    maintenance = checked(Maintenance, body)
+    maintenance = validated(Maintenance, body)
     until = maintenance.until.timestamp()
     if not 0 < until - who.site.clock() <= MAINTENANCE:
-        raise refusal_of({"until": f"must be in the future, and by no more than {MAINTENANCE / 86_400:.0f} days"})
+        raise field_errors({"until": f"must be in the future, and by no more than {MAINTENANCE / 86_400:.0f} days"})
     with who.site.store.writing() as session:
         row = find_resource(session, name)
         row.maintenance, row.maintenance_reason = until, maintenance.reason
@@ -6252,7 +6236,7 @@ def begin_maintenance(who: Visitor, name: str, body: Mapping[str, Any]) -> Resou
     return show_resource(who, name)
 
 
-def end_maintenance(who: Visitor, name: str) -> None:
+def end_maintenance(who: Principal, name: str) -> None:
     """Lets a resource count again."""
     with who.site.store.writing() as session:
         row = find_resource(session, name)
@@ -6262,14 +6246,15 @@ def end_maintenance(who: Visitor, name: str) -> None:
             revise(session)
 
 
-def trust_resource(who: Visitor, name: str, body: Mapping[str, Any]) -> ResourceView:
+def trust_resource(who: Principal, name: str, body: Mapping[str, Any]) -> ResourceView:
     """Trusts the key that the host shows now; with `host_key` only that one."""
-    wanted = checked(Trust, body).host_key
+    wanted = validated(Trust, body).host_key
     with who.site.store.reading() as session:
         find_resource(session, name)
     offered = who.site.ask("offered_key", name=name)
     if wanted not in (None, offered):
-        raise Refusal(f"the host shows another key: {offered}", 409, {"host_key": "is not the one that the host shows"})
+        raise ApiError(f"the host shows another key: {offered}", 409,
+                       {"host_key": "is not the one that the host shows"})
     with who.site.store.writing() as session:
         row = find_resource(session, name)
         who.note(session, f"trusted {offered}, before {row.host_key or 'no key'}", name)
@@ -6296,9 +6281,9 @@ class PastPollView(Settings):
     readings: dict[str, float]
 
 
-def list_samples(who: Visitor, name: str, query: Mapping[str, Any]) -> list[PastPoll]:
+def list_samples(who: Principal, name: str, query: Mapping[str, Any]) -> list[PastPoll]:
     """The last polls of a resource, oldest first."""
-    asked = checked(SamplesQuery, query, text=True)
+    asked = validated(SamplesQuery, query, text=True)
     with who.site.store.reading() as session:
         return samples(session, find_resource(session, name).id, limit=asked.limit,
                        since=asked.since.timestamp() if asked.since else 0.0)
@@ -6325,10 +6310,10 @@ class EventView(Settings):
     address: str
 
 
-def list_events(who: Visitor, query: Mapping[str, Any]) -> list[Event]:
+def list_events(who: Principal, query: Mapping[str, Any]) -> list[Event]:
     """Transitions and changes, newest first."""
     with who.site.store.reading() as session:
-        return events(session, **dict(checked(EventsQuery, query, text=True)))
+        return events(session, **dict(validated(EventsQuery, query, text=True)))
 
 
 class UserView(Settings):
@@ -6339,29 +6324,29 @@ class UserView(Settings):
     initial: bool       # the password is the documented one still
 
 
-def list_users(who: Visitor) -> list[User]:
+def list_users(who: Principal) -> list[User]:
     """All users, by name."""
     with who.site.store.reading() as session:
         return list(session.scalars(sqlalchemy.select(User).order_by(User.name)))
 
 
-def add_user(who: Visitor, body: Mapping[str, Any]) -> User:
+def add_user(who: Principal, body: Mapping[str, Any]) -> User:
     """Adds a user."""
-    new = checked(NewUser, body)
+    new = validated(NewUser, body)
     user = User.create(new.name, new.password.get_secret_value(), new.role)     # before the database is locked
     with who.site.store.writing() as session:
         if session.scalar(sqlalchemy.select(User.id).where(User.name == new.name)) is not None:
-            raise Refusal("there is a user of this name already", 409, {"name": "is taken"})
+            raise ApiError("there is a user of this name already", 409, {"name": "is taken"})
         session.add(user)
         who.note(session, f"user {new.name} added as {new.role}")
     return user
 
 
-def change_user(who: Visitor, name: str, body: Mapping[str, Any]) -> User:
+def change_user(who: Principal, name: str, body: Mapping[str, Any]) -> User:
     """Changes password or role of a user and ends the user's sessions; one's own password changes elsewhere."""
-    change = checked(UserChange, body)
+    change = validated(UserChange, body)
     if change.password and who.user and who.user.name == name:
-        raise refusal_of({"password": "change your own with the current one, at /-/api/password"})
+        raise field_errors({"password": "change your own with the current one, at /-/api/password"})
     fresh = User.create(name, change.password.get_secret_value()) if change.password else None
     with who.site.store.writing() as session:
         user = find_user(session, name)
@@ -6375,7 +6360,7 @@ def change_user(who: Visitor, name: str, body: Mapping[str, Any]) -> User:
     return user
 
 
-def remove_user(who: Visitor, name: str) -> None:
+def remove_user(who: Principal, name: str) -> None:
     """Removes a user and ends the user's sessions; the last admin stays."""
     with who.site.store.writing() as session:
         user = find_user(session, name)
@@ -6384,17 +6369,17 @@ def remove_user(who: Visitor, name: str) -> None:
         who.note(session, f"user {name} removed")
 
 
-def change_password(who: Visitor, body: Mapping[str, Any]) -> User:
+def change_password(who: Principal, body: Mapping[str, Any]) -> User:
     """Changes one's own password; every session and token of before ends."""
-    change = checked(PasswordChange, body)
+    change = validated(PasswordChange, body)
     assert who.user
     name, current, new = who.user.name, change.current.get_secret_value(), change.new.get_secret_value()
     if current == new:
-        raise refusal_of({"new": "must not be the current one"})
+        raise field_errors({"new": "must not be the current one"})
     try:
         who.site.ask("login", name=name, password=current, address=who.address)
-    except Refusal as error:
-        raise refusal_of({"current": "is wrong"}) if error.status == 401 else error from None
+    except ApiError as error:
+        raise field_errors({"current": "is wrong"}) if error.status == 401 else error from None
     fresh = User.create(name, new)
     with who.site.store.writing() as session:
         user = find_user(session, name)
@@ -6403,26 +6388,26 @@ def change_password(who: Visitor, body: Mapping[str, Any]) -> User:
     return user
 
 
-def sign_in(who: Visitor, body: Mapping[str, Any]) -> User:
+def sign_in(who: Principal, body: Mapping[str, Any]) -> User:
     """The user with these Credentials. Raises Refusal: 401, or 429 with the seconds to wait."""
-    given = checked(Credentials, body)
+    given = validated(Credentials, body)
     user_id = who.site.ask("login", name=given.username, password=given.password.get_secret_value(),
                            address=who.address)
     with who.site.store.writing() as session:
         user = session.get(User, user_id)
         if user is None:
-            raise Refusal("user name or password is wrong", 401)
+            raise ApiError("user name or password is wrong", 401)
         record_event(session, "login", "logged in", actor=user.name, address=who.address, at=who.site.clock())
     return user
 
 
-def open_ticket(site: Site, kind: str, user: User) -> str:
+def open_ticket(site: ConsoleContext, kind: str, user: User) -> str:
     """What proves a login from now on, signed."""
     now = site.clock()
     return site.tickets.write(Ticket(kind, secrets.token_urlsafe(16), user.id, user.stamp, now, now))
 
 
-def sign_out(who: Visitor) -> None:
+def sign_out(who: Principal) -> None:
     """Ends the visitor's session, also for whoever else has its cookie."""
     if who.ticket:
         with who.site.store.writing() as session:
@@ -6437,12 +6422,12 @@ class TokenView(Settings):
     expires_in: float       # seconds
 
 
-def log_in(who: Visitor, body: Mapping[str, Any]) -> TokenView:
+def log_in(who: Principal, body: Mapping[str, Any]) -> TokenView:
     """Gives a bearer token for user name and password."""
     return TokenView(token=open_ticket(who.site, "token", sign_in(who, body)), expires_in=TOKEN_LIFE)
 
 
-def health_view(who: Visitor) -> dict[str, Any]:
+def health_view(who: Principal) -> dict[str, Any]:
     """application/health+json; the resources only for those who are logged in."""
     answer: dict[str, Any] = {"status": "pass" if who.site.is_healthy else "fail"}
     if who.operator and who.may("viewer") and not who.restricted:
@@ -6453,10 +6438,16 @@ def health_view(who: Visitor) -> dict[str, Any]:
     return answer
 
 
-# --- the API ---
+# === API =====================================================================
+SESSION_STEP = 60.0             # seconds after which a request renews the cookie
+COOKIE = "healthchecker_session"
+CONTENT_SECURITY_POLICY = ("default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "
+                           "connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'")
+
+
 @dataclass(frozen=True)
 class Operation:
-    """A row of the API. `run` takes the visitor, the names in the path and, where `body` says what it must be, the
+    """A row of the API. `run` takes who asks, the names in the path and, where `body` says what it must be, the
     body of the request or, with GET, its query."""
 
     method: str
@@ -6486,7 +6477,7 @@ OPERATIONS = (
     Operation("DELETE", "resources/<name>", remove_resource),
     Operation("POST", "test", test_settings, TrialView, ResourceSettings),
     Operation("POST", "resources/<name>/test", test_changes, TrialView, ResourceSettings),
-    Operation("POST", "resources/<name>/check", check_resource, PollView),
+    Operation("POST", "resources/<name>/check", poll_now, PollView),
     Operation("POST", "resources/<name>/maintenance", begin_maintenance, ResourceView, Maintenance),
     Operation("DELETE", "resources/<name>/maintenance", end_maintenance),
     Operation("POST", "resources/<name>/trust", trust_resource, ResourceView, Trust),
@@ -6584,9 +6575,9 @@ class Route(NamedTuple):
     restricted: bool = False    # also while the documented password is to be changed first
 
 
-def visitor() -> Visitor:
+def current_principal() -> Principal:
     """Who sent the request that is being answered."""
-    return cast(Visitor, flask.g.visitor)
+    return cast(Principal, flask.g.principal)
 
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
@@ -6616,10 +6607,10 @@ def is_local(environ: WSGIEnvironment, address: str) -> bool:
     return named and ipaddress.ip_address(address).is_loopback and not environ.get("healthchecker.forwarded")
 
 
-def identify(site: Site, request: flask.Request) -> Visitor:
+def identify(site: ConsoleContext, request: flask.Request) -> Principal:
     """Who it is; an Authorization header counts before a cookie."""
     address = client_address(request.environ)
-    stranger = Visitor(site, address, is_local(request.environ, address))
+    stranger = Principal(site, address, is_local(request.environ, address))
     kind, text = "session", request.cookies.get(COOKIE, "")
     if authorization := request.headers.get("Authorization"):
         scheme, _, token = authorization.partition(" ")
@@ -6640,26 +6631,26 @@ def same_origin(request: flask.Request) -> bool | None:
     return origin == f"{request.scheme}://{request.host}" if origin else None
 
 
-def admit(site: Site, routes: Mapping[str, Route]) -> None:
+def authorize(site: ConsoleContext, routes: Mapping[str, Route]) -> None:
     """Stands before every request. Raises Refusal for those who may not."""
     request = flask.request
-    who = flask.g.visitor = identify(site, request)
+    who = flask.g.principal = identify(site, request)
     route = routes.get(request.endpoint or "")
     needs = route.needs if route else "viewer"
     if needs == "public":
         return
     if not who.operator:
-        raise Refusal("this address may not log in; see service.operators", 403)
+        raise ApiError("this address may not log in; see service.operators", 403)
     if needs and who.user is None:
-        raise Refusal("log in first", 401)
+        raise ApiError("log in first", 401)
     if request.method not in SAFE_METHODS:
         same = same_origin(request)
         if same is False or (same is None and needs and who.ticket and who.ticket.kind == "session"):
-            raise Refusal("this request does not come from a page of this service", 403)
+            raise ApiError("this request does not come from a page of this service", 403)
     if who.restricted and not (route and route.restricted):
-        raise Refusal("change the documented password first", 403)
+        raise ApiError("change the documented password first", 403)
     if needs and not who.may(needs):
-        raise Refusal("only an admin may do this", 403)
+        raise ApiError("only an admin may do this", 403)
 
 
 def give_cookie(response: Response, ticket: str) -> Response:
@@ -6671,7 +6662,7 @@ def give_cookie(response: Response, ticket: str) -> Response:
 
 def finish(response: Response) -> Response:
     """Stands behind every request: headers, and a session that goes on."""
-    who: Visitor | None = flask.g.get("visitor")
+    who: Principal | None = flask.g.get("principal")
     kept = response.headers.setdefault("Cache-Control", "no-store") != "no-store"
     response.headers["Content-Security-Policy"] = CONTENT_SECURITY_POLICY
     response.headers["X-Content-Type-Options"] = "nosniff"
@@ -6687,13 +6678,13 @@ def json_body() -> dict[str, Any]:
     """The body of the request, an object. Raises Refusal."""
     raw = flask.request.get_data(cache=False)
     if raw and flask.request.mimetype != "application/json":
-        raise Refusal("the body must be application/json", 415)
+        raise ApiError("the body must be application/json", 415)
     try:
         body = from_json(raw or b"{}", allow_inf_nan=False)
     except ValueError as error:
-        raise Refusal(f"the body is not JSON: {error}") from error
+        raise ApiError(f"the body is not JSON: {error}") from error
     if not isinstance(body, dict):
-        raise Refusal("the body must be an object")
+        raise ApiError("the body must be an object")
     return body
 
 
@@ -6702,7 +6693,7 @@ def perform(operation: Operation, **names: str) -> flask.typing.ResponseReturnVa
     taken: list[Mapping[str, Any]] = []
     if operation.body:
         taken = [flask.request.args.to_dict() if operation.method == "GET" else json_body()]
-    found = operation.run(visitor(), *names.values(), *taken)
+    found = operation.run(current_principal(), *names.values(), *taken)
     if operation.answer is None:
         return flask.Response(status=204, content_type="")
     answer = operation.adapter.validate_python(found, from_attributes=True)
@@ -6714,10 +6705,11 @@ def json_answer(content: Mapping[str, Any], status: int = 200, kind: str = "appl
 
 
 def health() -> flask.Response:
-    return json_answer(health_view(visitor()), 200 if visitor().site.is_healthy else 503, "application/health+json")
+    who = current_principal()
+    return json_answer(health_view(who), 200 if who.site.is_healthy else 503, "application/health+json")
 
 
-def problem(error: Refusal) -> flask.Response:
+def problem(error: ApiError) -> flask.Response:
     body: dict[str, Any] = {"type": "about:blank", "title": http.HTTPStatus(error.status).phrase,
                             "status": error.status, "detail": str(error)}
     if error.fields:
@@ -6734,10 +6726,14 @@ API_ROUTES = (
 
 
 # === Views ===================================================================
-EVENTS_SHOWN = 100          # of a page
-OWN_EVENTS = 20             # on the page of a resource
-EMPTY_CHECKS = 2            # rows of its form for further checks
-SQUEEZED = 1 << 14          # bytes of a page from which on it is sent compressed
+STATES = ("unhealthy", "unknown", "degraded", "maintenance", "healthy")     # worst first, as pages sort and filter
+BARS = ("cpu_percent", "memory_percent", "disk_percent")  # of the overview
+CHECK_INPUTS = ("name", "Name"), ("command", "Command"), ("timeout", "Timeout, seconds")
+CONSOLE_BODY = 1 << 18          # bytes of a request to the pages and the API
+EVENTS_SHOWN = 100              # of a page
+OWN_EVENTS = 20                 # on the page of a resource
+EMPTY_CHECKS = 2                # rows of its form for further checks
+SQUEEZED = 1 << 14              # bytes of a page from which on it is sent compressed
 ASSETS = {f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.{suffix}": (kind, text) for suffix, kind, text in (
     ("css", "text/css", STYLE), ("js", "text/javascript", PAGE_SCRIPT), ("svg", "image/svg+xml", ICON))}
 KINDS = {"gate": "Gate", "state": "States", "change": "Changes", "login": "Logins"}
@@ -6748,24 +6744,24 @@ def resource_path(name: str) -> str:
     return f"{PREFIX}resources/{quote(name, safe='')}"
 
 
-def dress(app: flask.Flask) -> None:
+def add_template_globals(app: flask.Flask) -> None:
     """Gives the application its templates and what they use."""
     app.jinja_options = {"loader": jinja2.DictLoader(TEMPLATES), "trim_blocks": True, "lstrip_blocks": True}
-    app.jinja_env.filters.update(lasting=lasting, clock=clock, page=resource_path)
+    app.jinja_env.filters.update(duration_text=duration_text, clock=clock, page=resource_path)
     app.jinja_env.globals.update(assets={name.rpartition(".")[2]: f"{PREFIX}static/{name}" for name in ASSETS})
 
 
 def asset(name: str) -> Answer:
     """Style, script or icon; its name changes with it, so that a browser may keep it."""
     if name not in ASSETS:
-        raise Refusal("there is no such file", 404)
+        raise ApiError("there is no such file", 404)
     kind, text = ASSETS[name]
     return flask.Response(text, mimetype=kind, headers={"Cache-Control": "public, max-age=31536000, immutable"})
 
 
 def page(template: str, status: int = 200, **shown: Any) -> flask.Response:
     """A page; `shown` is what its template needs beside what all of them do."""
-    who: Visitor | None = flask.g.get("visitor")
+    who: Principal | None = flask.g.get("principal")
     common: dict[str, Any] = {"user": who.user if who else None, "errors": {}, "given": {}}
     if who and who.operator:
         common |= {"now": who.site.clock(), "zone": time.strftime("%Z")}
@@ -6780,7 +6776,7 @@ def page(template: str, status: int = 200, **shown: Any) -> flask.Response:
     return response
 
 
-class Shown:
+class ResourceRow:
     """A resource as a person reads it; texts are empty where there is nothing to say."""
 
     def __init__(self, row: Resource, status: Status | None, now: float) -> None:
@@ -6791,8 +6787,8 @@ class Shown:
         self.status = known = status_of(row, status)
         self.state, self.cause, self.begun = known.state, known.cause, known.since
         self.why = f"{known.cause}: {known.reason}" if known.cause else ""
-        self.since, self.since_at = (lasting(now - known.since), clock(known.since)) if known.since else ("", "")
-        self.polled = f"{lasting(now - known.polled)} ago" if known.polled else ""
+        self.since, self.since_at = (duration_text(now - known.since), clock(known.since)) if known.since else ("", "")
+        self.polled = f"{duration_text(now - known.polled)} ago" if known.polled else ""
         self.seconds = f"{known.seconds:.2f} s" if known.polled else ""
         self.maintenance = clock(row.maintenance)[:-3] if row.maintenance > now else ""
         self.group = "maintenance" if self.maintenance else self.state
@@ -6809,7 +6805,7 @@ class Shown:
         return self.row.platform if self.row.platform in HOSTLESS else (
             f"{self.row.hostname}{port} · {self.row.platform}")
 
-    def origin(self, site: Site) -> str:
+    def origin(self, site: ConsoleContext) -> str:
         """Where the inventory states it; empty when it was added here."""
         return site.places.get(self.name, site.inventory.path.name) if self.row.origin == "inventory" else ""
 
@@ -6833,7 +6829,7 @@ class Shown:
         return (not tag or tag in self.tags) and text.casefold() in "\n".join(words).casefold()
 
 
-def gate_shown(session: Session, is_open: bool, resources: Iterable[Shown]) -> dict[str, Any]:
+def gate_shown(session: Session, is_open: bool, resources: Iterable[ResourceRow]) -> dict[str, Any]:
     """The gate, since when, and which resources close it: the first to fail stands first."""
     last = next(iter(events(session, kind="gate", limit=1)), None)
     blockers = [] if is_open else [one for one in resources if one.counts and one.state in ("unhealthy", "unknown")]
@@ -6843,11 +6839,11 @@ def gate_shown(session: Session, is_open: bool, resources: Iterable[Shown]) -> d
 
 def overview() -> Answer:
     """Every resource, worst first, and the gate."""
-    site = visitor().site
+    site = current_principal().site
     now = site.clock()
     wanted = {name: flask.request.args.get(name, "") for name in ("state", "q", "tag")}
     with site.store.reading() as session:
-        everything = [Shown(row, status, now) for row, status in session.execute(RESOURCES)]
+        everything = [ResourceRow(row, status, now) for row, status in session.execute(RESOURCES)]
         gate = gate_shown(session, site.is_healthy, everything)
     found = [one for one in everything if one.matches(wanted["q"], wanted["tag"])]
     counted = collections.Counter(one.group for one in found)
@@ -6868,7 +6864,7 @@ def amount(metric: str, value: float) -> str:
     return f"{value:.2f} s" if metric == "seconds" else f"{value:.2f}"
 
 
-def reading_rows(sample: Mapping[str, Any], one: Shown) -> list[dict[str, Any]]:
+def reading_rows(sample: Mapping[str, Any], one: ResourceRow) -> list[dict[str, Any]]:
     """Each metric that was read, has a limit, or could not be read."""
     rows = []
     for metric in Limits.model_fields:
@@ -6887,12 +6883,12 @@ def machine_rows(sample: Mapping[str, Any], host_key: str | None) -> list[tuple[
     details = sample["details"]
     rows = [(label, details.get(name)) for name, label in
             (("hostname", "Host name"), ("os", "System"), ("kernel", "Kernel"), ("cpu_count", "CPUs"))]
-    rows.append(("Up for", lasting(details["uptime_seconds"]) if "uptime_seconds" in details else None))
+    rows.append(("Up for", duration_text(details["uptime_seconds"]) if "uptime_seconds" in details else None))
     return [(label, f"{text:g}" if isinstance(text, float) else str(text))
             for label, text in (*rows, ("Host key", host_key)) if text is not None]
 
 
-def charts(session: Session, one: Shown, span: str, now: float) -> list[dict[str, Any]]:
+def charts(session: Session, one: ResourceRow, span: str, now: float) -> list[dict[str, Any]]:
     """A chart for each metric of which there is something."""
     begin, drawn = now - SPANS[span][0], []
     times = [time.strftime({"hour": "%H:%M", "day": "%H:%M"}.get(span, "%d %b"),
@@ -6914,13 +6910,13 @@ NO_SAMPLE: dict[str, Any] = {"details": {}, "metrics": {}, "services": {}, "chec
 
 def resource_page(name: str, status: int = 200, **more: Any) -> flask.Response:
     """Everything about one resource."""
-    site = visitor().site
+    site = current_principal().site
     now = site.clock()
     span = flask.request.args.get("span", "")
     span = span if span in SPANS else "hour"
     with site.store.reading() as session:
         row = find_resource(session, name)
-        one = Shown(row, session.get(Status, row.id), now)
+        one = ResourceRow(row, session.get(Status, row.id), now)
         more |= {"charts": charts(session, one, span, now), "availability": availability(session, one.row.id, now),
                  "polls": samples(session, one.row.id),
                  "events": events(session, resource=name, limit=OWN_EVENTS)}
@@ -6934,7 +6930,7 @@ def resource_page(name: str, status: int = 200, **more: Any) -> flask.Response:
 
 def polls(name: str) -> Answer:
     """For the script: time, state and reason of the polls in the strip, oldest first."""
-    with visitor().site.store.reading() as session:
+    with current_principal().site.store.reading() as session:
         number = session.scalar(sqlalchemy.select(Resource.id).where(Resource.name == name))
         found = samples(session, number) if number is not None else []
     return flask.Response(json.dumps([[clock(poll.at), poll.state, f"{poll.cause}: {poll.reason}" if poll.cause else ""]
@@ -6946,7 +6942,7 @@ def event_page() -> Answer:
     args = flask.request.args
     wanted = {name: args.get(name, "") for name in ("kind", "resource")}
     before = int(args["before"]) if re.fullmatch("[0-9]{1,18}", args.get("before", "")) else None
-    with visitor().site.store.reading() as session:
+    with current_principal().site.store.reading() as session:
         found = events(session, resource=wanted["resource"] or None, kind=wanted["kind"] or None, before=before,
                        limit=EVENTS_SHOWN)
         names = sorted(session.scalars(sqlalchemy.select(Resource.name)))
@@ -7035,7 +7031,7 @@ def form_page(name: str, given: Mapping[str, str], status: int = 200, **more: An
 
 def stored_settings(name: str) -> tuple[dict[str, str], list[str]]:
     """The texts of the form for a resource that was added here, and which secrets of it are stored."""
-    who = visitor()
+    who = current_principal()
     with who.site.store.reading() as session:
         row = changeable(who, session, name)
         return flatten(stated(row)), [kind for kind in SECRETS if getattr(row, kind)]
@@ -7055,7 +7051,7 @@ def trial_text(trial: TrialView) -> str:
 
 def resource_form(name: str = "") -> Answer:
     """Tests or saves what the form states."""
-    who, form = visitor(), flask.request.form
+    who, form = current_principal(), flask.request.form
     kept = stored_settings(name)[1] if name else []
     texts, secrets_ = posted(form)
     body = stated_by(texts) | secrets_
@@ -7066,7 +7062,7 @@ def resource_form(name: str = "") -> Answer:
             trial = test_changes(who, name, body, text=True) if name else test_settings(who, body, text=True)
             return form_page(name, given, kept=kept, outcome=trial.state, problem=trial_text(trial))
         saved = change_resource(who, name, body, text=True) if name else add_resource(who, body, text=True)
-    except Refusal as error:
+    except ApiError as error:
         return form_page(name, given, error.status, kept=kept, errors=error.fields, problem=str(error))
     return flask.redirect(resource_path(saved.name), 303)
 
@@ -7074,8 +7070,8 @@ def resource_form(name: str = "") -> Answer:
 def act(name: str, action: Callable[..., object], *given: Mapping[str, Any]) -> Answer:
     """Does something with a resource and shows it again, with what was wrong."""
     try:
-        action(visitor(), name, *given)
-    except Refusal as error:
+        action(current_principal(), name, *given)
+    except ApiError as error:
         return resource_page(name, error.status, problem=str(error))
     return flask.redirect(resource_path(name), 303)
 
@@ -7086,7 +7082,7 @@ def maintenance_form(name: str) -> Answer:
     minutes = int(form["minutes"]) if re.fullmatch("[0-9]{1,6}", form.get("minutes", "")) else 0
     if not minutes:
         return act(name, end_maintenance)
-    until = datetime.datetime.fromtimestamp(visitor().site.clock() + 60 * minutes, datetime.timezone.utc)
+    until = datetime.datetime.fromtimestamp(current_principal().site.clock() + 60 * minutes, datetime.timezone.utc)
     return act(name, begin_maintenance, {"until": until.isoformat(), "reason": form.get("reason", "")})
 
 
@@ -7095,25 +7091,25 @@ def trust_form(name: str) -> Answer:
     if key := flask.request.form.get("key"):
         return act(name, trust_resource, {"host_key": key})
     try:
-        return resource_page(name, offered=visitor().site.ask("offered_key", name=name))
-    except Refusal as error:
+        return resource_page(name, offered=current_principal().site.ask("offered_key", name=name))
+    except ApiError as error:
         return resource_page(name, error.status, problem=str(error))
 
 
 def remove_form(name: str) -> Answer:
-    remove_resource(visitor(), name)
+    remove_resource(current_principal(), name)
     return flask.redirect(PREFIX, 303)
 
 
 def user_page(status: int = 200, **more: Any) -> flask.Response:
-    return page("users.html", status, users=list_users(visitor()), roles=get_args(Role), **more)
+    return page("users.html", status, users=list_users(current_principal()), roles=get_args(Role), **more)
 
 
-def act_on_users(action: Callable[..., object], *given: str | Mapping[str, str]) -> Answer:
+def change_users(action: Callable[..., object], *given: str | Mapping[str, str]) -> Answer:
     """Changes users and shows them again, with what was wrong."""
     try:
-        action(visitor(), *given)
-    except Refusal as error:
+        action(current_principal(), *given)
+    except ApiError as error:
         return user_page(error.status, problem=str(error), errors=error.fields, given=flask.request.form)
     return flask.redirect("/-/users", 303)
 
@@ -7121,17 +7117,17 @@ def act_on_users(action: Callable[..., object], *given: str | Mapping[str, str])
 def user_form(name: str) -> Answer:
     """Changes what is not empty."""
     change = {key: text for key, text in flask.request.form.items() if text}
-    return act_on_users(change_user, name, change)
+    return change_users(change_user, name, change)
 
 
 def password_form() -> Answer:
     """Changes one's own password, and goes on with a new session."""
-    who, form = visitor(), flask.request.form.to_dict()
+    who, form = current_principal(), flask.request.form.to_dict()
     try:
         if form.pop("again", "") != form.get("new"):
-            raise refusal_of({"again": "is not the same"})
+            raise field_errors({"again": "is not the same"})
         user = change_password(who, {name: form.get(name, "") for name in ("current", "new")})
-    except Refusal as error:
+    except ApiError as error:
         return page("password.html", error.status, errors=error.fields, problem="" if error.fields else str(error))
     return give_cookie(flask.redirect(PREFIX, 303), open_ticket(who.site, "session", user))
 
@@ -7143,34 +7139,34 @@ def own_path(text: str) -> str:
 
 def login_form() -> Answer:
     """Begins a session: a new one, whatever cookie came with the request."""
-    who, form = visitor(), flask.request.form
+    who, form = current_principal(), flask.request.form
     try:
         user = sign_in(who, {name: form.get(name, "") for name in Credentials.model_fields})
-    except Refusal as refusal:
+    except ApiError as refusal:
         return page("login.html", refusal.status, problem=str(refusal), given=form)
     response = flask.redirect(own_path(flask.request.args.get("next", "")), 303)
     return give_cookie(response, open_ticket(who.site, "session", user))
 
 
 def logout_form() -> Answer:
-    sign_out(visitor())
+    sign_out(current_principal())
     return give_cookie(flask.redirect("/-/login", 303), "")
 
 
-def refusal_page(error: Refusal) -> Answer:
+def error_page(error: ApiError) -> Answer:
     """What a browser gets instead of the page; those who have to log in are led there and back."""
     if error.status == 401 and flask.request.method in SAFE_METHODS:
         return flask.redirect(f"/-/login?next={quote(flask.request.full_path.rstrip('?'))}", 303)
-    who: Visitor | None = flask.g.get("visitor")
+    who: Principal | None = flask.g.get("principal")
     if who and who.operator and who.restricted and error.status == 403 and flask.request.method in SAFE_METHODS:
         return flask.redirect("/-/password", 303)
     return page("error.html", error.status, title=http.HTTPStatus(error.status).phrase, problem=str(error))
 
 
-def refuse(error: Refusal) -> Answer:
+def refuse(error: ApiError) -> Answer:
     """The answer to a request that is refused, for programs or for people."""
     is_api = flask.request.path.startswith(API)
-    response = flask.make_response(problem(error) if is_api else refusal_page(error))
+    response = flask.make_response(problem(error) if is_api else error_page(error))
     if error.status == 401 and is_api:
         response.headers["WWW-Authenticate"] = "Bearer"
     if error.retry:
@@ -7178,17 +7174,17 @@ def refuse(error: Refusal) -> Answer:
     return response
 
 
-def refuse_http(error: HTTPException) -> Answer:
+def answer_http_error(error: HTTPException) -> Answer:
     """What Flask refuses by itself: unknown paths, methods, large or broken requests, failures."""
-    response = flask.make_response(refuse(Refusal(error.description or "", error.code or 500)))
+    response = flask.make_response(refuse(ApiError(error.description or "", error.code or 500)))
     if allowed := getattr(error, "valid_methods", None):
         response.headers["Allow"] = ", ".join(sorted(allowed))
     return response
 
 
-def refuse_database(error: sqlalchemy.exc.SQLAlchemyError) -> Answer:
+def answer_database_error(error: sqlalchemy.exc.SQLAlchemyError) -> Answer:
     log.error("the database cannot be used: %s", one_line(str(getattr(error, "orig", error))))
-    return refuse(Refusal("the database cannot be used now; see the log", 503, retry=1))
+    return refuse(ApiError("the database cannot be used now; see the log", 503, retry=1))
 
 
 PAGES = (
@@ -7199,15 +7195,15 @@ PAGES = (
     Route("POST", "/-/add", "admin", resource_form),
     Route("GET", "/-/resources/<name>/edit", "admin", edit_form),
     Route("POST", "/-/resources/<name>/edit", "admin", resource_form),
-    Route("POST", "/-/resources/<name>/check", "admin", lambda name: act(name, check_resource)),
+    Route("POST", "/-/resources/<name>/check", "admin", lambda name: act(name, poll_now)),
     Route("POST", "/-/resources/<name>/maintenance", "admin", maintenance_form),
     Route("POST", "/-/resources/<name>/trust", "admin", trust_form),
     Route("POST", "/-/resources/<name>/remove", "admin", remove_form),
     Route("GET", "/-/events", "viewer", event_page),
     Route("GET", "/-/users", "admin", user_page),
-    Route("POST", "/-/users", "admin", lambda: act_on_users(add_user, flask.request.form.to_dict())),
+    Route("POST", "/-/users", "admin", lambda: change_users(add_user, flask.request.form.to_dict())),
     Route("POST", "/-/users/<name>", "admin", user_form),
-    Route("POST", "/-/users/<name>/remove", "admin", lambda name: act_on_users(remove_user, name)),
+    Route("POST", "/-/users/<name>/remove", "admin", lambda name: change_users(remove_user, name)),
     Route("GET", "/-/static/<name>", "", asset, restricted=True),
     Route("GET", "/-/login", "", lambda: page("login.html"), restricted=True),
     Route("POST", "/-/login", "", login_form, restricted=True),
@@ -7217,24 +7213,24 @@ PAGES = (
 )
 
 
-def build_console(site: Site) -> flask.Flask:
+def build_console(site: ConsoleContext) -> flask.Flask:
     """The Flask application of everything below /-/ that is not the gate's own."""
     app = flask.Flask("healthchecker.console", static_folder=None)
     app.config.update(MAX_CONTENT_LENGTH=CONSOLE_BODY, PROVIDE_AUTOMATIC_OPTIONS=False)
     app.url_map.merge_slashes = False       # it would redirect
-    dress(app)
+    add_template_globals(app)
     routes = {f"{route.method} {route.path}": route for route in (*API_ROUTES, *PAGES)}
     for endpoint, route in routes.items():
         app.add_url_rule(route.path, endpoint, route.run, methods=[route.method])
-    app.before_request(functools.partial(admit, site, routes))
+    app.before_request(functools.partial(authorize, site, routes))
     app.after_request(finish)
-    app.register_error_handler(Refusal, refuse)
-    app.register_error_handler(HTTPException, refuse_http)
-    app.register_error_handler(sqlalchemy.exc.SQLAlchemyError, refuse_database)
+    app.register_error_handler(ApiError, refuse)
+    app.register_error_handler(HTTPException, answer_http_error)
+    app.register_error_handler(sqlalchemy.exc.SQLAlchemyError, answer_database_error)
     return app
 
 
-def build_gate(site: Site, counters: Counters) -> Gate:
+def build_gate(site: ConsoleContext, counters: Counters) -> Gate:
     """The gate in front of the application of the inventory. Raises UsageError."""
     service, folder = site.inventory.service, site.inventory.path.parent
     app = load_app(service.app, folder) if service.app else builtin_app()
@@ -7245,10 +7241,22 @@ def build_gate(site: Site, counters: Counters) -> Gate:
 
 # === HTTP ====================================================================
 # --- requests ---
+
+HEADER_BYTES = 16 << 10         # bytes of a request's line and headers, or of what surrounds the chunks of its body
+HEADER_TIME = 5.0               # seconds from the first byte of a request to the end of its headers
+BODY_TIME = 30.0                # seconds from there to the end of its body
+FIRST_BYTE = 15.0               # seconds until a new connection sends something
+KEEP_ALIVE = 75.0               # seconds a connection is kept for another request; proxies keep theirs for 60
+IDLE_PRESSED = 2.0              # seconds instead of both while no further connection can be accepted
+STALL_TIMEOUT = 60.0            # seconds in which a client has to take some of its answer
+LINGER_TIME = 3.0               # seconds for a refused client to take its answer
+LINGER_BYTES = 16 << 20         # bytes of a refused request that are read and thrown away meanwhile
+CONNECTION_SWEEP = 1.0          # seconds between two looks at all connections
+ACCEPT_PAUSE = 0.5              # seconds without accepting when the system has no descriptor left
 TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]"
 REQUEST_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Z-]{1,32}) ([!\"$-~\x80-\xff]+) HTTP/(1\.[01])")
 FIELD_NAME = re.compile(TOKEN + rb"{1,128}")
-TEXT = bytes([9, *range(32, 127), *range(128, 256)])     # what may stand in a line
+TEXT = bytes([9, *range(32, 127), *range(128, 256)])  # what may stand in a line
 BLANK_LINES = re.compile(rb"\A(?:\r\n)+")
 ABSOLUTE = re.compile(rb"(?i:https?)://([^/?]*)(.*)")
 HOST = re.compile(r"(?:[A-Za-z0-9._-]{1,255}|\[([0-9A-Fa-f:.]{2,45})\])(?::([0-9]{0,5}))?")
@@ -7259,7 +7267,7 @@ FORWARDED_ADDRESS = re.compile(r"(?:\[([0-9A-Fa-f:.]+)\]|([0-9.]+))(?::[0-9]{1,5
 IpNetworks = tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...]
 
 
-class Refused(HealthCheckerError):
+class BadRequest(HealthCheckerError):
     """A request that is answered with `status` and nothing of its own text, and whose connection then ends."""
 
     def __init__(self, status: str = "400 Bad Request") -> None:
@@ -7275,7 +7283,7 @@ class Refused(HealthCheckerError):
 def header_key(name: bytes) -> str:
     """A header's name as WSGI has it; "" for one with an underscore, which could pass for another. Raises Refused."""
     if not FIELD_NAME.fullmatch(name):
-        raise Refused
+        raise BadRequest
     return "" if b"_" in name else name.upper().replace(b"-", b"_").decode("ascii")
 
 
@@ -7306,7 +7314,7 @@ def client_behind(proxies: IpNetworks, chain: str) -> str:
             if not is_within(address, proxies):
                 break
     except ValueError:
-        raise Refused from None
+        raise BadRequest from None
     return str(address)
 
 
@@ -7341,10 +7349,10 @@ class ChunkedBody(ChunkedReceiver):    # type: ignore[misc]  # waitress carries 
         self._line += part
         self._framing += len(part)
         if self._framing > HEADER_BYTES + len(self):
-            raise Refused
+            raise BadRequest
         if self._chunk_over:
             if not b"\r\n".startswith(self._line):
-                raise Refused
+                raise BadRequest
             if len(self._line) == 2:
                 self._line, self._chunk_over, self.completed = b"", False, self._last
         elif self._line.endswith(b"\n"):
@@ -7354,10 +7362,10 @@ class ChunkedBody(ChunkedReceiver):    # type: ignore[misc]  # waitress carries 
     def _begin(self, line: bytes) -> None:
         match = CHUNK_LINE.fullmatch(line)
         if not match:
-            raise Refused
+            raise BadRequest
         self._left = int(match[1], 16)
         if len(self) + self._left > self._limit:
-            raise Refused("413 Content Too Large")
+            raise BadRequest("413 Content Too Large")
         self._chunk_over, self._last = True, not self._left
 
 
@@ -7384,7 +7392,7 @@ class GateParser(HTTPRequestParser):    # type: ignore[misc]  # waitress carries
             return 0
         try:
             return self._more_body(data) if self.headers_finished else self._more_head(data)
-        except Refused as refused:
+        except BadRequest as refused:
             self.refuse(refused.status)
         except OSError:     # there is no room for the temporary file of a large body
             self.refuse("503 Service Unavailable")
@@ -7395,7 +7403,7 @@ class GateParser(HTTPRequestParser):    # type: ignore[misc]  # waitress carries
             super().close()
 
     def refuse(self, status: str) -> None:
-        self.error, self.completed, self.expect_continue = Refused(status), True, False
+        self.error, self.completed, self.expect_continue = BadRequest(status), True, False
         self.headers = {}
 
     def _more_head(self, data: bytes) -> int:
@@ -7404,7 +7412,7 @@ class GateParser(HTTPRequestParser):    # type: ignore[misc]  # waitress carries
             head = BLANK_LINES.sub(b"", head)
         end = head.find(b"\r\n\r\n")
         if (end if end >= 0 else len(head) - 3) > HEADER_BYTES:     # three bytes of the end may be there already
-            raise Refused("431 Request Header Fields Too Large")
+            raise BadRequest("431 Request Header Fields Too Large")
         if end < 0:
             self._lines(head.removesuffix(b"\r"))
             self.header_plus = head
@@ -7429,7 +7437,7 @@ class GateParser(HTTPRequestParser):    # type: ignore[misc]  # waitress carries
         """Raises Refused where a control character or half of a line's end is in them."""
         lines = head.split(b"\r\n")
         if head.translate(None, TEXT) != b"\r\n" * (len(lines) - 1):
-            raise Refused
+            raise BadRequest
         return lines
 
     def parse_header(self, header_plus: bytes) -> None:
@@ -7438,14 +7446,14 @@ class GateParser(HTTPRequestParser):    # type: ignore[misc]  # waitress carries
         first, *fields = self._lines(header_plus)
         request = REQUEST_LINE.fullmatch(first)
         if not request:
-            raise Refused
+            raise BadRequest
         self.command, self.version = request[1].decode(), request[3].decode()
         headers = self.headers
         for field in fields:
             name, colon, value = field.partition(b":")
             key = header_key(name)
             if not colon:
-                raise Refused
+                raise BadRequest
             text = value.strip(b" \t").decode("latin-1")
             headers[key] = f"{headers[key]}, {text}" if key in headers else text
         headers.pop("", None)
@@ -7459,7 +7467,7 @@ class GateParser(HTTPRequestParser):    # type: ignore[misc]  # waitress carries
         """A second Host header stands in the first one's value by now, after a comma."""
         host = self.headers.get("HOST")
         if self.version == "1.1" if host is None else not is_host(host):
-            raise Refused
+            raise BadRequest
         connection = self.headers.get("CONNECTION", "")
         if "," in connection:       # waitress knows one option only
             options = {option.strip().lower() for option in connection.split(",")}
@@ -7471,7 +7479,7 @@ class GateParser(HTTPRequestParser):    # type: ignore[misc]  # waitress carries
         if not target.startswith(b"/") and (target, self.command) != (b"*", "OPTIONS"):
             absolute = ABSOLUTE.fullmatch(target)
             if not absolute or not is_host(absolute[1].decode("latin-1")):
-                raise Refused
+                raise BadRequest
             self.headers["HOST"] = absolute[1].decode("ascii")
             target = absolute[2] if absolute[2].startswith(b"/") else b"/" + absolute[2]
         path, _, query = target.partition(b"?")
@@ -7483,14 +7491,14 @@ class GateParser(HTTPRequestParser):    # type: ignore[misc]  # waitress carries
         coding, length = headers.pop("TRANSFER_ENCODING", None), headers.get("CONTENT_LENGTH")
         if coding is not None:
             if coding.lower() != "chunked" or length is not None or self.version == "1.0":
-                raise Refused
+                raise BadRequest
             self.chunked = True
             self.body_rcv = ChunkedBody(OverflowableBuffer(self.adj.inbuf_overflow), limit)
         elif length is not None:
             if not DIGITS.fullmatch(length):
-                raise Refused
+                raise BadRequest
             if len(length) > 16 or int(length) > limit:
-                raise Refused("413 Content Too Large")
+                raise BadRequest("413 Content Too Large")
             if int(length):
                 self.body_rcv = FixedStreamReceiver(int(length), OverflowableBuffer(self.adj.inbuf_overflow))
 
@@ -7513,11 +7521,11 @@ class ProxiedParser(GateParser):
         if "X_FORWARDED_PROTO" in headers:
             self.url_scheme = self._nearest("X_FORWARDED_PROTO").lower()
             if self.url_scheme not in ("http", "https"):
-                raise Refused
+                raise BadRequest
         if "X_FORWARDED_HOST" in headers:
             headers["HOST"] = self._nearest("X_FORWARDED_HOST")
             if not is_host(headers["HOST"]):
-                raise Refused
+                raise BadRequest
 
     def _nearest(self, key: str) -> str:
         """Of several values the last: the proxy has added it to what the client may have sent."""
@@ -7560,7 +7568,7 @@ class TimedChannel(HTTPChannel):    # type: ignore[misc]  # waitress carries no 
         self._flush_exception(self._flush_some)
         if self.connected and not self.total_outbufs_len:
             self.close_when_flushed = False
-            self._lingers_until = self.server.clock() + LINGER
+            self._lingers_until = self.server.clock() + LINGER_TIME
             try:
                 self.socket.shutdown(socket.SHUT_WR)
             except OSError:
@@ -7579,7 +7587,7 @@ class TimedChannel(HTTPChannel):    # type: ignore[misc]  # waitress carries no 
         if self.requests or self.total_outbufs_len:
             if request is not None:
                 request.begun = now     # it is not read meanwhile
-            if self.total_outbufs_len and now - self._since > STALLED:
+            if self.total_outbufs_len and now - self._since > STALL_TIMEOUT:
                 self.handle_close()
         elif request is not None and not self.lingers and (request.header_plus or request.headers_finished):
             if now - request.begun > (BODY_TIME if request.headers_finished else HEADER_TIME):
@@ -7591,7 +7599,7 @@ class TimedChannel(HTTPChannel):    # type: ignore[misc]  # waitress carries no 
         """Seconds that the connection may stay idle."""
         if pressed:
             return IDLE_PRESSED
-        return FIRST_BYTE if self._seen == self.creation_time else IDLE
+        return FIRST_BYTE if self._seen == self.creation_time else KEEP_ALIVE
 
     def _give_up(self, request: GateParser) -> None:
         with self.requests_lock:
@@ -7614,7 +7622,7 @@ class TimedServer(TcpWSGIServer):    # type: ignore[misc]  # waitress carries no
         """Whether to accept; asked in every turn of the loop."""
         now = self.clock()
         if now >= self._next_sweep:
-            self._next_sweep = now + TURN
+            self._next_sweep = now + CONNECTION_SWEEP
             pressed, self._pressed = self._pressed, False
             for channel in list(self.active_channels.values()):
                 channel.sweep(now, pressed)
@@ -7640,11 +7648,23 @@ class TimedServer(TcpWSGIServer):    # type: ignore[misc]  # waitress carries no
     def _complain(self, now: float, reason: str) -> None:
         self._pressed = True
         if now >= self._next_complaint:
-            self._next_complaint = now + COMPLAINT
+            self._next_complaint = now + COMPLAINT_INTERVAL
             log.warning("%s (%d connections); idle ones are closed sooner", reason, len(self.active_channels))
 
 
 # === Serve ===================================================================
+CONNECTIONS_MAX = 100_000       # client connections, where the system knows no limit
+BACKLOG = 1024                  # connections that wait to be accepted
+SLOW_TIME = 5.0                 # seconds that a pool thread waits for a slow client while other requests starve
+SLOW_RATE = 1 << 16             # bytes per second, below which a client is one
+POOL_BUFFER = 16 << 20          # bytes of a response that wait for a slow client before its pool thread does
+SEND_BYTES = 1 << 16            # bytes of a response that the loop gathers before it sends
+QUICK_ANSWER = 0.005            # seconds of CPU time of an answer that its pool thread leaves to the loop to send
+OWN_THREADS = 4                 # pool threads of a process for HealthChecker's own pages, API and metrics
+DEFER_INTERVAL = 0.005          # seconds between two looks whether they did
+LAST_ASK = 0.25                 # seconds in which clients that were answered just before may still ask then
+
+
 class Pool:
     """Threads that answer requests, with a bound on those that wait for one.
 
@@ -7829,7 +7849,7 @@ class GateChannel(TimedChannel):
         if head and not isinstance(data, bytes):    # a file of wsgi.file_wrapper
             super().write_soon(head)
             head = None
-        if head and len(data) == self.body_length and time.thread_time() - self.started < QUICK:
+        if head and len(data) == self.body_length and time.thread_time() - self.started < QUICK_ANSWER:
             self.adj = self.server.gathering
             try:
                 return int(super().write_soon(head + data))
@@ -7953,7 +7973,7 @@ class GateServer(TimedServer):
     _awake = False      # the loop looks at what is touched before it waits
 
     def __init__(self, gate: Gate, sock: socket.socket, service: ServiceSettings, connections: int,
-                 tally: Tally | None = None) -> None:
+                 tally: RequestCounters | None = None) -> None:
         threads = service.app_threads
         adjustments = Adjustments(
             threads=max(1, threads), connection_limit=connections, ident=None, backlog=BACKLOG,
@@ -7964,7 +7984,7 @@ class GateServer(TimedServer):
         self.gathering.send_bytes = SEND_BYTES      # the loop sends at its next turn, all answers of this one together
         self._gate, self._ready = gate, collections.deque[GateChannel]()
         gate.app_on_loop = not threads
-        self.tally = tally or Tally(Counters(1))
+        self.tally = tally or RequestCounters(Counters(1))
         self._share = self.tally.share
         self._share.hold(0)     # it is there for the others, who would take all before its first turn
         self.accepting = False
@@ -8098,7 +8118,7 @@ class GateServer(TimedServer):
         self.tally.queued(self.waiting)
         self.watch(self, selectors.EVENT_READ if self.readable() else 0)
         self._awake = False     # from here on the turn may miss what another thread leaves to it
-        wait = GLANCE if self._share.defers or self.draining else self.adj.asyncore_loop_timeout
+        wait = DEFER_INTERVAL if self._share.defers or self.draining else self.adj.asyncore_loop_timeout
         found = self._selector.select(0 if self._touched or self._ready else wait)
         self._awake = True
         for key, events in found:
@@ -8160,7 +8180,18 @@ def connection_limit(resources: int) -> int:
 
 
 # === Workers =================================================================
-class Wire:
+ASK_TIMEOUT = 90.0              # seconds that a worker waits for the main process: a poll may take long
+ORPHAN_DRAIN = 2.0              # seconds for requests in flight of a worker whose main process died
+PIPE_WAITING = 100              # messages to the main process, beyond which no lines of the access log are added
+LAST_WORDS = 0.2                # seconds in which what a dead worker said is read
+SUPERVISOR_INTERVAL = 0.05      # seconds between two looks at the worker processes
+START_NEWS = 5.0                # seconds between two lines about a start that takes long
+WORKER_LIFE = 10.0              # seconds after which a worker's end is no sign that it can never run
+WORKER_PAUSES = (0.0, 0.5, 1, 2, 5, 10, 30)  # seconds before the 1st, 2nd, … replacement of short-lived workers
+WORKER_END = 2.0                # seconds between the end of draining and the end of the process
+
+
+class MessagePipe:
     """One end of the pipe between the main process and a worker; who puts never waits for the other side.
 
     One thread sends what was put, another gives what comes to `receive`, and None when the other side has ended.
@@ -8212,10 +8243,10 @@ class Wire:
             self._pipe.close()
 
 
-class WireHandler(logging.Handler):
+class PipeLogHandler(logging.Handler):
     """Logs through the main process: one process writes the log."""
 
-    def __init__(self, wire: Wire) -> None:
+    def __init__(self, wire: MessagePipe) -> None:
         super().__init__()
         self._wire = wire
 
@@ -8227,7 +8258,7 @@ class WireHandler(logging.Handler):
 
 
 @dataclass(frozen=True)
-class Post:
+class WorkerConfig:
     """What a worker process is given."""
 
     number: int
@@ -8259,9 +8290,9 @@ def keep_out_of_collections() -> None:
 class Worker:
     """In a worker process: serves from the main process's word on until it says stop, or dies."""
 
-    def __init__(self, post: Post, inventory: Inventory) -> None:
+    def __init__(self, post: WorkerConfig, inventory: Inventory) -> None:
         self._post, self._inventory = post, inventory
-        self._wire = Wire(post.pipe, self._receive)
+        self._wire = MessagePipe(post.pipe, self._receive)
         self._told = threading.Event()      # what to do: serve, or end
         self._ending = False
         self._server: GateServer | None = None
@@ -8271,11 +8302,11 @@ class Worker:
     def run(self) -> None:
         post, service = self._post, self._inventory.service
         self._wire.open()
-        logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[WireHandler(self._wire)], force=True)
+        logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[PipeLogHandler(self._wire)], force=True)
         try:
-            site = Site(Store(post.database), self._inventory, self.ask, post.session_key, post.lease)
+            site = ConsoleContext(Store(post.database), self._inventory, self.ask, post.session_key, post.lease)
             self._server = GateServer(build_gate(site, post.counters), post.sock, service, connection_limit(0),
-                                      Tally(post.counters, post.number, self._access_log(service)))
+                                      RequestCounters(post.counters, post.number, self._access_log(service)))
         except HealthCheckerError as error:
             self._wire.put("failed", str(error))
             return
@@ -8294,7 +8325,7 @@ class Worker:
         return access_log
 
     def _send_lines(self, lines: Sequence[str]) -> None:
-        if self._wire.waiting > WIRE_WAITING:
+        if self._wire.waiting > PIPE_WAITING:
             raise BlockingIOError(errno.EAGAIN, "the main process does not read")
         self._wire.put("lines", lines)
 
@@ -8306,7 +8337,7 @@ class Worker:
         try:
             answer = answers.get(timeout=ASK_TIMEOUT)
         except queue.Empty:
-            raise Refusal("the main process does not answer; see the log", 503, retry=1) from None
+            raise ApiError("the main process does not answer; see the log", 503, retry=1) from None
         finally:
             del self._asked[number]
         if isinstance(answer, HealthCheckerError):
@@ -8362,7 +8393,7 @@ def signals_held() -> Iterator[None]:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDINGS)
 
 
-def work(post: Post) -> None:
+def work(post: WorkerConfig) -> None:
     """The main function of a worker process."""
     for number in ENDINGS:      # it ends through its pipe; SIG_IGN would be inherited by what the application starts
         signal.signal(number, lambda *_: None)
@@ -8381,14 +8412,14 @@ def work(post: Post) -> None:
         worker.close()
 
 
-class Hand:
+class WorkerProcess:
     """In the main process: one worker process, from its start to its end; `desk` answers what it asks."""
 
     def __init__(self, number: int, process: multiprocessing.process.BaseProcess, pipe: PipeConnection,
                  desk: Callable[..., Any], access_file: AccessFile | None) -> None:
         self.number, self.process, self.born = number, process, time.monotonic()
         self._desk, self._access_file = desk, access_file
-        self.wire = Wire(pipe, self._receive)
+        self.wire = MessagePipe(pipe, self._receive)
         self.ready = threading.Event()
         self.failure = ""
 
@@ -8426,19 +8457,20 @@ class Hand:
             answer = error
         except Exception:       # a thread's outermost step: the worker waits for an answer
             log.exception("what worker %d asked for (%s) failed", self.number, kind)
-            answer = Refusal("it failed in an unforeseen way; see the log", 500)
+            answer = ApiError("it failed in an unforeseen way; see the log", 500)
         self.wire.put("answer", number, answer)
 
 
-class Crew:
+class Supervisor:
     """The worker processes on one listening socket: starts them, replaces those that die, ends them."""
 
-    def __init__(self, site: Site, database: Path, sock: socket.socket, access_file: AccessFile | None = None) -> None:
+    def __init__(self, site: ConsoleContext, database: Path, sock: socket.socket,
+                 access_file: AccessFile | None = None) -> None:
         self._site, self._database, self._sock, self._access_file = site, database, sock, access_file
         sock.setblocking(False)     # on Windows each start of a worker sets this process's mode in all of them
         self._count = site.inventory.service.worker_count
         self._counters = Counters(self._count)
-        self._hands: list[Hand] = []
+        self._hands: list[WorkerProcess] = []
         self._short = [0] * self._count             # short lives in a row, by worker
         self._due: dict[int, float] = {}            # when to replace those that died or could not be started
         self._stopping = False
@@ -8448,14 +8480,14 @@ class Crew:
         for number in range(self._count):
             if not self._stopping:
                 self._hands.append(self._launch(number))    # known at once: the next one may fail
-        news = time.monotonic() + CREW_NEWS
+        news = time.monotonic() + START_NEWS
         while not self._stopping and not all(hand.ready.is_set() for hand in self._hands):
             for hand in self._hands:
                 if not hand.alive:
                     raise UsageError(hand.why)
-            time.sleep(CREW_SWEEP)
+            time.sleep(SUPERVISOR_INTERVAL)
             if time.monotonic() > news:
-                news += CREW_NEWS
+                news += START_NEWS
                 log.info("%d of %d worker processes are ready", sum(h.ready.is_set() for h in self._hands), self._count)
 
     def stop(self) -> None:
@@ -8468,7 +8500,7 @@ class Crew:
             hand.wire.put("serve")
         while not self._stopping:
             self._replace(time.monotonic())
-            time.sleep(CREW_SWEEP)
+            time.sleep(SUPERVISOR_INTERVAL)
 
     def close(self) -> None:
         """Lets the workers answer what they are at, `service.drain` seconds at most, and ends them."""
@@ -8480,22 +8512,22 @@ class Crew:
         ends = time.monotonic() + self._site.inventory.service.drain + WORKER_END
         for hand in self._hands:
             while hand.alive and time.monotonic() < ends:   # join would wait for what the application forked, too
-                time.sleep(CREW_SWEEP)
+                time.sleep(SUPERVISOR_INTERVAL)
             if hand.alive:
                 log.warning("worker %d does not end and is killed", hand.number)
                 hand.process.kill()
                 hand.process.join()
 
-    def _launch(self, number: int) -> Hand:
+    def _launch(self, number: int) -> WorkerProcess:
         context = multiprocessing.get_context("spawn")      # the same on every system
         ours, theirs = context.Pipe()
         site = self._site
-        post = Post(number, self._database, site.session_key, self._sock, site.lease, self._counters, theirs)
+        post = WorkerConfig(number, self._database, site.session_key, self._sock, site.lease, self._counters, theirs)
         process = context.Process(target=work, args=(post,), name=f"worker {number}")
         with signals_held():
             process.start()
         theirs.close()      # or the worker's end would not be seen
-        hand = Hand(number, process, ours, site.ask, self._access_file)
+        hand = WorkerProcess(number, process, ours, site.ask, self._access_file)
         hand.wire.put(site.inventory)       # a large one would keep us waiting for the process if it were given to it
         hand.wire.open()
         return hand
@@ -8526,6 +8558,7 @@ class Crew:
         log.error("%s", why)
 
 # === Commands ================================================================
+PROBES_AT_ONCE = 64             # resources that `check --probe` polls at the same time
 MINIMAL_INVENTORY = """resources:
   - {name: this-machine, platform: local}
 """
@@ -8577,12 +8610,12 @@ class Installation:
         """The keys; made when there are none and nothing is sealed yet."""
         return open_vault(self.resolve(self.service.keys), sealed_tokens(session, self.inventory))
 
-    def access(self) -> Access:
+    def access(self) -> ConnectionContext:
         try:
             known_hosts = self.resolve(self.service.known_hosts)
         except RuntimeError:        # an account without a home folder has none
             known_hosts = Path(os.devnull)
-        return Access(KnownHosts(known_hosts), Resolver())
+        return ConnectionContext(KnownHosts(known_hosts), Resolver())
 
 
 def end_by(stop: Callable[[], None]) -> None:
@@ -8591,11 +8624,12 @@ def end_by(stop: Callable[[], None]) -> None:
         signal.signal(number, lambda *_: stop())
 
 
-def front(site: Site, database: Path, sock: socket.socket, access_file: AccessFile | None) -> GateServer | Crew:
+def start_workers(site: ConsoleContext, database: Path, sock: socket.socket,
+                  access_file: AccessFile | None) -> GateServer | Supervisor:
     """What answers requests: worker processes, or this process itself. Raises UsageError for a bad `service.app`."""
     inventory = site.inventory
     if inventory.service.worker_count:
-        crew = Crew(site, database, sock, access_file)
+        crew = Supervisor(site, database, sock, access_file)
         end_by(crew.stop)       # from now on: an interrupt between two steps would leave a worker that nobody knows
         try:
             crew.start()
@@ -8609,7 +8643,7 @@ def front(site: Site, database: Path, sock: socket.socket, access_file: AccessFi
         access_log = AccessLog(access_file.write)
         access_log.start()
     server = GateServer(gate, sock, inventory.service, connection_limit(len(inventory.entries)),
-                        Tally(counters, 0, access_log))
+                        RequestCounters(counters, 0, access_log))
     end_by(server.stop)
     return server
 
@@ -8634,12 +8668,12 @@ def watch_and_serve(installation: Installation, sock: socket.socket, store: Stor
     inventory, aggregator = installation.inventory, HealthAggregator()
     (vault, lines), access = prepare(installation, store), installation.access()
     recorder = Recorder(store, aggregator, inventory.service.retention)
-    monitor = Monitor(store, vault, Watch(aggregator, recorder, access, random.Random()))
+    monitor = Monitor(store, vault, PollContext(aggregator, recorder, access, random.Random()))
     desk = Desk(store, vault, monitor, access, installation.path)
     key = session_key(installation.resolve(inventory.service.keys))
-    site = Site(store, inventory.without_secrets(), desk.ask, key, aggregator.lease)
+    site = ConsoleContext(store, inventory.without_secrets(), desk.ask, key, aggregator.lease)
     with contextlib.closing(monitor), \
-            contextlib.closing(front(site, installation.database, sock, access_file)) as server:
+            contextlib.closing(start_workers(site, installation.database, sock, access_file)) as server:
         for level, line in lines:
             log.log(level, "%s", line)
         keep_out_of_collections()
@@ -8703,11 +8737,11 @@ def print_table(rows: Sequence[Sequence[str]]) -> None:
 Probed = tuple[Verdict, "Sample | None", float]      # with the seconds that it took
 
 
-def patient(items: queue.SimpleQueue[tuple[str, Probed]]) -> tuple[str, Probed]:
+def next_item(items: queue.SimpleQueue[tuple[str, Probed]]) -> tuple[str, Probed]:
     """The next item; a main thread that waits without a timeout may never see Ctrl-C."""
     while True:
         with contextlib.suppress(queue.Empty):
-            return items.get(timeout=SWEEP)
+            return items.get(timeout=MONITOR_INTERVAL)
 
 
 def progress(total: int) -> Iterator[None]:
@@ -8719,7 +8753,7 @@ def progress(total: int) -> Iterator[None]:
             print(f"\r[{bar:.<40}] {count}/{total}", end=end, file=sys.stderr, flush=True)
 
 
-def probe(targets: Sequence[Target], access: Access) -> int:
+def probe(targets: Sequence[Target], access: ConnectionContext) -> int:
     """Polls every resource once, PROBES_AT_ONCE at a time, and prints a table; 1 when a critical one is unhealthy."""
     guards = Guards()
     waiting: queue.SimpleQueue[Target] = queue.SimpleQueue()
@@ -8737,7 +8771,7 @@ def probe(targets: Sequence[Target], access: Access) -> int:
         waiting.put(target)
     for _ in targets[:PROBES_AT_ONCE]:
         threading.Thread(target=work, daemon=True).start()      # daemons, so that Ctrl-C need not wait for them
-    results = dict(patient(done) for _ in progress(len(targets)))
+    results = dict(next_item(done) for _ in progress(len(targets)))
     rows = [["NAME", "STATE", "SECONDS", "CPU %", "MEMORY %", "DISK %", "WHY"]]
     for target in targets:
         verdict, sample, seconds = results[target.name]
@@ -8881,7 +8915,7 @@ def rotate_keys(arguments: argparse.Namespace) -> int:
             for row in session.scalars(sqlalchemy.select(Resource)):
                 for kind in SECRETS:
                     if token := getattr(row, kind):
-                        setattr(row, kind, reseal(vault, token, binding(kind, row.configuration)))
+                        setattr(row, kind, reseal(vault, token, binding(kind, row.parsed_settings)))
             revise(session)
         if tokens:
             rewrite(installation.path, document, tokens)
@@ -8901,13 +8935,13 @@ def typed_password() -> str:
 
 
 @contextlib.contextmanager
-def accounts(arguments: argparse.Namespace) -> Iterator[Visitor]:
+def accounts(arguments: argparse.Namespace) -> Iterator[Principal]:
     """Who works on the users from the command line, also while the service runs or before it ever did."""
     installation = Installation(arguments.inventory)
     with contextlib.closing(Store(installation.database)) as store:
         with store.writing() as session:
             ensure_first_user(session)
-        yield Visitor(Site(store, installation.inventory, lambda kind: None, b"", Lease()))
+        yield Principal(ConsoleContext(store, installation.inventory, lambda kind: None, b"", Lease()))
 
 
 def user_add(arguments: argparse.Namespace) -> int:

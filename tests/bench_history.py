@@ -120,7 +120,8 @@ def site(store: hc.Store) -> Mapping[str, tuple[Callable[[], object], float]]:
     with store.writing() as session:
         session.add(hc.User.create("monitor", "correct horse battery"))
     inventory = hc.Inventory(store.path.with_name("inventory.yaml"), hc.ServiceSettings(), [])
-    served = hc.Site(store, inventory, lambda kind: None, b"k" * hc.SESSION_KEY_BYTES, hc.Lease(), lambda: NOW)
+    key = b"k" * hc.SESSION_KEY_BYTES
+    served = hc.ConsoleContext(store, inventory, lambda kind: None, key, hc.Lease(), lambda: NOW)
     client = hc.build_console(served).test_client()
     with store.reading() as session:
         user = session.scalars(sqlalchemy.select(hc.User)).one()

@@ -352,7 +352,7 @@ def pages(store: hc.Store) -> Mapping[str, tuple[Callable[[], object], float]]:
         session.add(user := hc.User.create("admin", "a long password"))
         session.flush()
         inventory = hc.Inventory(path=store.path, service=hc.ServiceSettings(), entries=[])
-        site = hc.Site(store, inventory, lambda kind, **_: None, b"k" * 32, hc.Lease())
+        site = hc.ConsoleContext(store, inventory, lambda kind, **_: None, b"k" * 32, hc.Lease())
         ticket = hc.open_ticket(site, "session", user)
     client = hc.build_console(site).test_client()
     client.set_cookie(hc.COOKIE, ticket, path="/-/")

@@ -16,19 +16,19 @@ from service import Service, prepared_keys, write_inventory
 
 from healthchecker import (
     COOKIE,
-    Access,
+    ConnectionContext,
+    ConsoleContext,
     Desk,
     HealthAggregator,
     Inventory,
     KnownHosts,
     Monitor,
+    PollContext,
     Recorder,
     Resolver,
     Retention,
-    Site,
     Store,
     Vault,
-    Watch,
     build_console,
     ensure_first_user,
     find_user,
@@ -151,7 +151,7 @@ class Local:
     def __init__(self, inventory: Inventory, store: Store, desk: Desk, aggregator: HealthAggregator) -> None:
         self.store, self.clock, self.desk = store, Clock(), desk
         key = session_key(inventory.path.parent / "keys")
-        self.site = Site(store, inventory, desk.ask, key, aggregator.lease, self.clock)
+        self.site = ConsoleContext(store, inventory, desk.ask, key, aggregator.lease, self.clock)
         self.app: flask.Flask = build_console(self.site)
         self.token = self.cookie = ""
 
@@ -213,8 +213,8 @@ def local_console(folder: Path, resources: str = "", service: str = "") -> Itera
         ensure_first_user(session)
         import_inventory(session, inventory, vault)
     aggregator = HealthAggregator()
-    access = Access(KnownHosts(folder / "known_hosts"), Resolver())
-    watch = Watch(aggregator, Recorder(store, aggregator, Retention()), access, random.Random(1))
+    access = ConnectionContext(KnownHosts(folder / "known_hosts"), Resolver())
+    watch = PollContext(aggregator, Recorder(store, aggregator, Retention()), access, random.Random(1))
     monitor = Monitor(store, vault, watch)
     desk = Desk(store, vault, monitor, access, inventory.path, Clock())
     monitor.begin()

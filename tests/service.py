@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 from typing_extensions import Self  # typing has it from Python 3.11 on
 
 import healthchecker
-from healthchecker import Crew, HealthAggregator, Refusal, Site, Store, Vault, listen, load_inventory
+from healthchecker import ApiError, ConsoleContext, HealthAggregator, Store, Supervisor, Vault, listen, load_inventory
 
 PROGRAM = Path(__file__).resolve().parent.parent / "healthchecker.py"
 SERVING = re.compile(r"serving on http://(\S+):(\d+)")
@@ -303,13 +303,13 @@ class Team:
         self.address = ("127.0.0.1", int(sock.getsockname()[1]))
         self.aggregator = HealthAggregator()
         with contextlib.closing(Store(folder / "healthchecker.db")) as store:
-            site = Site(store, inventory, self._ask, bytes(32), self.aggregator.lease)
-        self.crew = Crew(site, store.path, sock)
+            site = ConsoleContext(store, inventory, self._ask, bytes(32), self.aggregator.lease)
+        self.crew = Supervisor(site, store.path, sock)
         self._thread = threading.Thread(target=self.crew.serve)
 
     @staticmethod
     def _ask(kind: str, **_: Any) -> Any:
-        raise Refusal(f"nobody is here for {kind}", 503)
+        raise ApiError(f"nobody is here for {kind}", 503)
 
     def __enter__(self) -> Self:
         """With an open gate. Raises UsageError where the application cannot be loaded."""

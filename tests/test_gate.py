@@ -160,7 +160,7 @@ def test_retry_after(gate: Gate, lease: Lease, path: str, seconds: float, header
 
 
 # what the client accepts, and whether it gets HTML
-ACCEPTS = {
+ACCEPTS_PER_TURN = {
     "": False,
     "*/*": False,
     "application/json": False,
@@ -171,7 +171,7 @@ ACCEPTS = {
 }
 
 
-@pytest.mark.parametrize(("accept", "html"), ACCEPTS.items())
+@pytest.mark.parametrize(("accept", "html"), ACCEPTS_PER_TURN.items())
 def test_kind_of_refusal(gate: Gate, lease: Lease, accept: str, html: bool) -> None:
     lease.opens.value = NOW + 7
     status, headers, body = call(gate, HTTP_ACCEPT=accept) if accept else call(gate)

@@ -56,7 +56,7 @@ class Notebook:
         with self.store.writing() as session:
             for number in range(count):
                 row = Resource(origin="inventory")
-                row.configure(healthchecker.ResourceSettings(name=f"r{number}", hostname="h", platform="local"))
+                row.take_settings(healthchecker.ResourceSettings(name=f"r{number}", hostname="h", platform="local"))
                 session.add(row)
         with self.store.reading() as session:
             self.targets = list(healthchecker.load_targets(session, Vault(folder / "keys")).values())

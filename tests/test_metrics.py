@@ -32,11 +32,11 @@ from healthchecker import (
     Gate,
     Lease,
     Metrics,
+    RequestCounters,
     Resource,
     ServingMetrics,
     Status,
     Store,
-    Tally,
     UsageError,
     db,
     read_token,
@@ -73,7 +73,7 @@ def count(cells: list[float], outcome: str) -> list[int]:
 )
 def test_latency_is_counted_at_the_bound_above_it(seconds: float, bound: float | None) -> None:
     counters = Counters(1)
-    Tally(counters).request("2xx", seconds)
+    RequestCounters(counters).request("2xx", seconds)
     where = count(counters.totals(), "2xx").index(1)
     assert ([*LATENCIES, None][where]) == bound
     assert sum(counters.totals()) == 1 + seconds
@@ -82,7 +82,7 @@ def test_latency_is_counted_at_the_bound_above_it(seconds: float, bound: float |
 def test_slots_are_summed() -> None:
     counters = Counters(3)
     for slot in range(3):
-        tally = Tally(counters, slot)
+        tally = RequestCounters(counters, slot)
         for outcome in OUTCOMES:
             tally.request(outcome, 0.002)
         tally.accepted()
@@ -99,7 +99,7 @@ def test_slots_are_summed() -> None:
 
 def test_threads_of_a_pool_lose_nothing() -> None:
     counters = Counters(1)
-    tally = Tally(counters)
+    tally = RequestCounters(counters)
     before = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)  # a switch between any two steps
     try:
@@ -122,7 +122,7 @@ def test_threads_of_a_pool_lose_nothing() -> None:
 
 def count_and_wait(counters: Counters, slot: int, requests: int, done: Any) -> None:
     """What a worker process does."""
-    tally = Tally(counters, slot)
+    tally = RequestCounters(counters, slot)
     for _ in range(requests):
         tally.request("2xx", 0.0)
     tally.share.hold(7)
@@ -184,7 +184,7 @@ def add(store: Store, name: str, state: str = "", sample: object = None, cause: 
         session.add(row)
         session.flush()
         if state:
-            session.add(Status(resource_id=row.id, configured="", credential="", state=state, cause=cause,
+            session.add(Status(resource_id=row.id, settings_digest="", credential="", state=state, cause=cause,
                                reason="secret reason", since=900.0, polled=1000.0, good=1, bad=0, seconds=0.3,
                                sample=json.dumps(sample)))  # fmt: skip
 
@@ -255,19 +255,19 @@ def test_totals_never_fall(store: Store, token_file: Path) -> None:
     for number in range(6):
         found = {kind: series(ask(workers[number % 2], kind))[key] for kind in ("", BEARER["Authorization"])}
         assert set(found.values()) == {number}
-        Tally(counters, number % 2).request("2xx", 0.1)
+        RequestCounters(counters, number % 2).request("2xx", 0.1)
 
 
 def test_gate_and_requests(store: Store) -> None:
     lease, counters = Lease(), Counters(2)
     for slot in range(2):
-        tally = Tally(counters, slot)
+        tally = RequestCounters(counters, slot)
         for seconds in (0.0005, 0.003, 99.0):
             tally.request("2xx", seconds)
         tally.request("shed", 0.0)
         tally.accepted()
-    Tally(counters, 1).share.hold(5)
-    Tally(counters, 1).queued(3)
+    RequestCounters(counters, 1).share.hold(5)
+    RequestCounters(counters, 1).queued(3)
     lease.until.value = 107.5
     serving = ServingMetrics(lease, counters, lambda: 100.0)
     found = series(ask(Metrics(serving, store, None)))

@@ -21,14 +21,15 @@ from conftest import wait_for
 import healthchecker
 from healthchecker import (
     CONNECTIONS,
-    Access,
     CommandResult,
+    ConnectionContext,
     Deadline,
     HealthAggregator,
     KnownHosts,
     LoginGuard,
     Monitor,
     Platform,
+    PollContext,
     Poller,
     ProbeError,
     Recorder,
@@ -37,7 +38,6 @@ from healthchecker import (
     Store,
     Target,
     Vault,
-    Watch,
     import_inventory,
     load_inventory,
 )
@@ -58,7 +58,7 @@ class Machines:
         self.made: list[str] = []  # connections, that is, pollers
         self.ended = threading.Event()  # lets go of whatever hangs
 
-    def connection(self, target: Target, guard: LoginGuard, access: Access) -> Machine:
+    def connection(self, target: Target, guard: LoginGuard, access: ConnectionContext) -> Machine:
         del access
         self.made.append(target.name)
         return Machine(self, target.name, guard)
@@ -156,8 +156,8 @@ class House:
     @contextlib.contextmanager
     def watching(self) -> Iterator[House]:
         self.aggregator = HealthAggregator()
-        access = Access(KnownHosts(self.folder / "known_hosts"), Resolver())
-        watch = Watch(self.aggregator, Recorder(self.store, self.aggregator), access, random.Random(1))
+        access = ConnectionContext(KnownHosts(self.folder / "known_hosts"), Resolver())
+        watch = PollContext(self.aggregator, Recorder(self.store, self.aggregator), access, random.Random(1))
         self.monitor = Monitor(self.store, self.vault, watch)
         self.monitor.begin()
         try:
@@ -855,7 +855,7 @@ def test_simulated_starts_healthy_and_repeats_with_a_seed(house: House) -> None:
     house.write(*(row(seed, number) for seed in (1, 2) for number in (1, 2)))
     with house.store.reading() as session:
         targets = healthchecker.load_targets(session, house.vault).values()
-    access = Access(KnownHosts(house.folder / "known_hosts"), Resolver())
+    access = ConnectionContext(KnownHosts(house.folder / "known_hosts"), Resolver())
     connections = [CONNECTIONS[Platform.SIMULATED](target, LoginGuard(), access) for target in targets]
     runs = []
     for _ in range(100):

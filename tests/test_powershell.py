@@ -36,7 +36,7 @@ from wsman_server import Answer, Certificate, Misbehaviour, Script, WSManServer
 
 from healthchecker import (
     AUTH_BACKOFF,
-    Access,
+    ConnectionContext,
     Deadline,
     Guards,
     KnownHosts,
@@ -62,7 +62,7 @@ if sys.platform != "win32":
 AT_ONCE = 24 if sys.platform != "win32" else 12
 TIMEOUT = 3.0  # seconds; everything that does not wait for it is over long before
 DONE = b"\ndone\n"
-ACCESS = Access(KnownHosts(Path("no such file")), Resolver())
+ACCESS = ConnectionContext(KnownHosts(Path("no such file")), Resolver())
 
 
 class Polled(NamedTuple):

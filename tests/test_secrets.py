@@ -12,7 +12,16 @@ from service import Service, write_inventory
 from sshd import Sshd
 
 import healthchecker
-from healthchecker import Access, Deadline, KnownHosts, LoginGuard, Resolver, ResourceSettings, Target, poll_once
+from healthchecker import (
+    ConnectionContext,
+    Deadline,
+    KnownHosts,
+    LoginGuard,
+    Resolver,
+    ResourceSettings,
+    Target,
+    poll_once,
+)
 
 WRONG = "cAn4ry-wr0ng-p4ssw0rd"
 
@@ -56,4 +65,4 @@ def test_traceback(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
     assert (verdict.state, verdict.cause) == ("unhealthy", "protocol")
     assert "Traceback" in caplog.text
     assert WRONG not in caplog.text + repr(target) + str(settings) + repr(LoginGuard().__dict__)
-    assert WRONG not in repr(Access(KnownHosts(tmp_path), Resolver()))
+    assert WRONG not in repr(ConnectionContext(KnownHosts(tmp_path), Resolver()))

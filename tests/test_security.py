@@ -490,7 +490,7 @@ def poison(local: Local) -> str:
             "tags": [EVIL], "checks": [{"name": name, "command": EVIL}],
             "limits": {"disk_percent": {"fail": 50}, "cpu_percent": {"fail": 50}}})  # fmt: skip
         row = Resource(name=name, origin="api", maintenance=4e9, maintenance_reason=EVIL)
-        row.configure(settings)
+        row.take_settings(settings)
         row.host_key = f"{EVIL} SHA256:x"
         session.add(row)
         session.flush()
@@ -503,7 +503,8 @@ def poison(local: Local) -> str:
         }
         packed = b"lu" + bytes(16)
         session.add(Status(
-            resource_id=row.id, configured=row.configured, credential="", state="unhealthy", cause="limit", reason=EVIL,
+            resource_id=row.id, settings_digest=row.settings_digest,
+            credential="", state="unhealthy", cause="limit", reason=EVIL,
             since=1.0, polled=2.0, good=0, bad=1, seconds=0.5, sample=json.dumps(sample), packed=packed,
             strip="hul"))  # fmt: skip
         session.add(SampleRow(resource_id=row.id, at=local.clock.now, packed=packed, reason=EVIL))

@@ -46,8 +46,8 @@ from sshd import (
 
 from healthchecker import (
     CONNECTIONS,
-    Access,
     Connection,
+    ConnectionContext,
     Deadline,
     KnownHosts,
     LocalConnection,
@@ -114,8 +114,8 @@ def target(
     return resource_of(given, password=opened[0], passphrase=opened[1], host_key=trusted)
 
 
-def access(known_hosts: Path = NOWHERE, resolver: Resolver | None = None) -> Access:
-    return Access(KnownHosts(known_hosts), resolver or Resolver())
+def access(known_hosts: Path = NOWHERE, resolver: Resolver | None = None) -> ConnectionContext:
+    return ConnectionContext(KnownHosts(known_hosts), resolver or Resolver())
 
 
 def connect(target: Target, known_hosts: Path = NOWHERE, guard: LoginGuard | None = None) -> Connection:
@@ -173,7 +173,7 @@ def restart(server: Sshd) -> None:
 
 
 @contextlib.contextmanager
-def configured(server: Sshd, settings: str) -> Iterator[None]:
+def settings_digest(server: Sshd, settings: str) -> Iterator[None]:
     """`settings` stand before the server's own: the first one counts."""
     config = server.folder / "config"
     before = config.read_text(encoding="ascii")
@@ -696,8 +696,8 @@ def test_name_server_that_hangs(sshd: Server) -> None:
         wait_for(lambda: threading.active_count() <= threads + 1)
         assert resolver.asked == 1
         resolver.answered.set()
-        patient = target(sshd, hostname="localhost", timeout=5, **good_login(sshd))
-        assert healthy(one(patient))
+        next_item = target(sshd, hostname="localhost", timeout=5, **good_login(sshd))
+        assert healthy(one(next_item))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="how a full backlog behaves differs between systems")
@@ -1155,7 +1155,7 @@ def test_configurations(own: Sshd, settings: str, login: str, cause: str, says: 
         "wrong": {"password": "not the password"},
         "key": {"key_file": own.user_key()},
     }
-    with no_leaks(), configured(own, settings):
+    with no_leaks(), settings_digest(own, settings):
         answer = poll(target(own, timeout=5, **logins[login]))
     assert answer.cause in (cause.split() or [""]), answer
     assert says in answer.reason
@@ -1163,7 +1163,7 @@ def test_configurations(own: Sshd, settings: str, login: str, cause: str, says: 
 
 @OPENSSH
 def test_a_host_that_is_too_modern_is_not_called_weak(own: Sshd) -> None:
-    with configured(own, "Ciphers chacha20-poly1305@openssh.com"):
+    with settings_digest(own, "Ciphers chacha20-poly1305@openssh.com"):
         answer = poll(target(own, **good_login(own)))
     assert answer.cause == "protocol"
     assert "weak" not in answer.reason
@@ -1174,7 +1174,7 @@ def test_a_host_that_is_too_modern_is_not_called_weak(own: Sshd) -> None:
 @pytest.mark.parametrize("right", [True, False])
 def test_keyboard_interactive_with_pam(own: Sshd, right: bool) -> None:
     """As many distributions ship it: the password is asked for in a dialogue."""
-    with configured(own, "UsePAM yes\nPasswordAuthentication no\nKbdInteractiveAuthentication yes"):
+    with settings_digest(own, "UsePAM yes\nPasswordAuthentication no\nKbdInteractiveAuthentication yes"):
         answer = poll(target(own, password=own.password + ("" if right else "x")))
     assert answer.cause == ("" if right else "auth"), answer
 

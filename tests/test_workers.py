@@ -29,7 +29,16 @@ from load import Clients, parse
 from service import OWN_CONSOLE, Service, Team, ask_to_end, command, environment, run, write_inventory
 
 import healthchecker
-from healthchecker import ACCEPTS, HEAD_START, Crowd, ServiceSettings, Share, UsageError, Wire, WireHandler
+from healthchecker import (
+    ACCEPTS_PER_TURN,
+    HEAD_START,
+    AcceptBalance,
+    Crowd,
+    MessagePipe,
+    PipeLogHandler,
+    ServiceSettings,
+    UsageError,
+)
 
 BACK = 2.0  # seconds in which a worker that was killed is replaced
 if sys.platform == "win32" and hasattr(ctypes.WinDLL("ntdll"), "wine_get_version"):
@@ -169,10 +178,10 @@ def answering_pid(service: Service) -> str:
 # === Who takes a connection ==================================================
 # what the workers hold (-1: is not there), how many the first one may take
 ALLOWANCES = [
-    ([0], ACCEPTS),
-    ([500], ACCEPTS),
-    ([0, -1], ACCEPTS),
-    ([500, -1, -1], ACCEPTS),
+    ([0], ACCEPTS_PER_TURN),
+    ([500], ACCEPTS_PER_TURN),
+    ([0, -1], ACCEPTS_PER_TURN),
+    ([500, -1, -1], ACCEPTS_PER_TURN),
     ([0, 0], 4),
     ([3, 0], 1),
     ([4, 0], 0),
@@ -181,7 +190,7 @@ ALLOWANCES = [
     ([0, 4], 9),
     ([16, 12], 3),
     ([19, 12], 0),
-    ([0, 500], ACCEPTS),
+    ([0, 500], ACCEPTS_PER_TURN),
     ([500, 400], 4),
     ([505, 400], -1),
     ([10, 400, 8], 4),
@@ -208,7 +217,7 @@ SHARES: dict[str, list[Step]] = {
         (0, MORE, True, 0),
         (0.01, MORE, False, None),
         (HEAD_START - 0.02, MORE, False, None),
-        (0.01, MORE, True, ACCEPTS),
+        (0.01, MORE, True, ACCEPTS_PER_TURN),
         (0.01, MORE, True, 0),
         (0.01, MORE, False, None),
     ],
@@ -222,18 +231,18 @@ SHARES: dict[str, list[Step]] = {
     ],
     "with turns longer than the head start nobody starves": [
         (0, MORE, True, 0),
-        (5 * HEAD_START, MORE, True, ACCEPTS),
+        (5 * HEAD_START, MORE, True, ACCEPTS_PER_TURN),
         (5 * HEAD_START, MORE, True, 0),
-        (5 * HEAD_START, MORE, True, ACCEPTS),
+        (5 * HEAD_START, MORE, True, ACCEPTS_PER_TURN),
     ],
-    "alone": [(0, (500, -1), True, ACCEPTS)] * 3,
+    "alone": [(0, (500, -1), True, ACCEPTS_PER_TURN)] * 3,
 }
 
 
 @pytest.mark.parametrize("steps", SHARES.values(), ids=SHARES)
 def test_share(steps: list[Step]) -> None:
     now, crowd = 1000.0, Crowd(2)
-    share = Share(crowd, 0, lambda: now)
+    share = AcceptBalance(crowd, 0, lambda: now)
     for number, (seconds, held, looks, taken) in enumerate(steps):
         now += seconds
         crowd.held[:] = held
@@ -244,7 +253,7 @@ def test_share(steps: list[Step]) -> None:
 
 def test_what_it_holds_is_told_to_the_others() -> None:
     crowd = Crowd(2)
-    Share(crowd, 1).hold(7)
+    AcceptBalance(crowd, 1).hold(7)
     assert list(crowd.held) == [-1, 7]
 
 
@@ -307,7 +316,7 @@ def test_a_faulty_logging_call_harms_nobody(capsys: pytest.CaptureFixture[str]) 
     """It is told on the console, as by every handler."""
     ours, theirs = multiprocessing.Pipe()
     logger = logging.Logger("shop")
-    logger.addHandler(WireHandler(wire := Wire(theirs, print)))
+    logger.addHandler(PipeLogHandler(wire := MessagePipe(theirs, print)))
     logger.warning("%d sold", "none")
     logger.warning("%d sold", 3)
     wire.open()
