@@ -19,17 +19,19 @@ Sections, in file order; a definition refers only to what stands above it:
     Aggregate    the lease: is everything healthy, now
     History      what polls found, packed: rows, averages, availability, events
     Poll         a thread per resource, one writer, one overseer
-    Pages        what a person sees: charts, forms, templates
-    Style        style and script of the pages
-    Metrics      counters in shared memory, what Prometheus reads, the access log
-    Gate         the WSGI application in front of the application
-    Accounts     users, logins and what proves them, the brake on guessing
-    Actions      what can be done; pages, API and command line call these
-    API          the JSON API, and what every request to the console must pass
-    Views        the pages
+    Counters     what a worker counts, in shared memory; the access log
+    Gate         the application's door: the WSGI application in front of the application
     HTTP         requests read strictly, clients with deadlines
     Serve        waitress on the loop, and its pools
     Workers      processes that serve on one socket
+    Accounts     users, logins and what proves them, the brake on guessing
+    Actions      what can be done; pages, API and command line call these
+    API          the JSON API, and what every request to the console must pass
+    Metrics      what Prometheus reads
+    Pages        what a person sees: charts, forms, templates
+    Style        style and script of the pages
+    Views        the pages
+    Console      the operators' door: pages and API under waitress, in the main process
     Commands     the command line: serve, check, seal, trust, keys
 """
 
@@ -101,6 +103,7 @@ try:
     import requests
     import sqlalchemy
     import urllib3
+    import waitress
     import yaml
     from cryptography.exceptions import InvalidTag, UnsupportedAlgorithm
     from cryptography.hazmat.primitives import hashes, serialization
@@ -408,7 +411,7 @@ def matching(pattern: str, message: str, longest: int = 4096) -> AfterValidator:
 
 def port_of(listen: str) -> str:
     """`listen` itself, when its port is one; raises ValueError."""
-    if int(listen.rpartition(":")[2]) > LAST_PORT:
+    if listen != "off" and int(listen.rpartition(":")[2]) > LAST_PORT:
         raise ValueError(f"the port must be at most {LAST_PORT}")
     return listen
 
@@ -449,7 +452,10 @@ Listen = Annotated[str, matching(r"(\[[\w:.%]+\]|[\w.-]+):[0-9]{1,5}", "must be 
                    AfterValidator(port_of)]
 FilePath = Annotated[Path, AfterValidator(expanded)]
 Networks = tuple[Annotated[str, AfterValidator(network_of)], ...]
-Workers = Annotated[str, matching(r"auto|[0-9]|[1-5][0-9]|6[0-4]", "must be auto or a number from 0 to 64")]
+Workers = Annotated[str, matching(r"auto|[1-9]|[1-5][0-9]|6[0-4]", "must be auto or a number from 1 to 64 "
+                                  "(serving in the main process, 0, is gone: write 1)")]
+ConsoleListen = Annotated[str, matching(r"off|(\[[\w:.%]+\]|[\w.-]+):[0-9]{1,5}",
+                                        "must be address:port, [address]:port or off"), AfterValidator(port_of)]
 AppName = Annotated[str, matching(r"[\w.]+:[\w.]+", "must be module:callable")]
 SqliteUrl = Annotated[str, matching(r"sqlite:///[^?]+", "must be sqlite:///path"),
                       AfterValidator(lambda url: SQLITE + str(expanded(url.removeprefix(SQLITE))))]
@@ -518,10 +524,11 @@ class Retention(Settings):
 class ServiceSettings(Settings):
     """The `service` part of the inventory."""
 
-    listen: Listen = "127.0.0.1:8080"
-    operators: Networks = ("127.0.0.0/8", "::1/128")    # networks that may log in
+    listen: Listen = "127.0.0.1:8080"                   # of the application
+    console: ConsoleListen = "127.0.0.1:8081"                 # of pages, API and metrics; off: there are none
+    operators: Networks = ("127.0.0.0/8", "::1/128")    # networks that the console answers
     trusted_proxy: Networks = ()                        # networks whose X-Forwarded-* headers are believed
-    workers: Workers = "auto"                           # serving processes; 0 = in the main process
+    workers: Workers = "auto"                           # serving processes
     app: AppName | None = None                          # None = the built-in page
     threads: Annotated[int, Field(ge=0, le=1000)] = 8   # pool threads for `app`; 0 = on the loop
     queue: Annotated[int, Field(ge=1, le=10_000)] = 64  # requests that wait for a pool thread of a worker
@@ -536,18 +543,13 @@ class ServiceSettings(Settings):
     log_file: FilePath | None = None
 
     @property
-    def address(self) -> tuple[str, int]:
-        host, _, port = self.listen.rpartition(":")
-        return host.strip("[]"), int(port)
-
-    @property
     def app_threads(self) -> int:
         """Pool threads for the application; the built-in page needs none."""
         return self.threads if self.app else 0
 
     @property
     def worker_count(self) -> int:
-        """Worker processes: as many as told, or one per usable CPU."""
+        """Worker processes: as many as told, or one per usable CPU, WORKERS_MAX at most."""
         if self.workers != "auto":
             return int(self.workers)
         usable = os.cpu_count() or 1
@@ -4203,7 +4205,252 @@ class Monitor(threading.Thread):
         poller.start()
 
 
-# === Pages ===================================================================
+# === Counters ================================================================
+ACCEPTS_PER_TURN = 64           # connections accepted in one turn of the loop
+HEAD_START = 0.1                # seconds in which less busy workers may take a connection before a busier one does
+ACCESS_FLUSH = 0.25             # seconds for which the access log gathers lines
+ACCESS_LINES = 100              # lines that it writes at once: the loop waits while they are made
+ACCESS_WAITING = 20_000         # requests that wait to be written; what comes then is dropped
+ACCESS_CHARS = 1000             # characters of a request line that are logged
+AGENT_CHARS = 200               # characters of Referer and of User-Agent that are logged
+Headers = list[tuple[str, str]]
+Reply = tuple[str, Headers, bytes]     # status line, headers, body
+# Seconds, the upper bounds of the latency histogram: close together up to where a gate is to answer (10 ms), and on
+# to what an application in the pool may take; a bound more costs a line for every outcome.
+LATENCIES = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+# How a request ended: by the application's status, refused by the closed gate, shed for overload, one of
+# HealthChecker's own paths, refused by the parser, or cut short by a failure or a client that left.
+OUTCOMES = ("1xx", "2xx", "3xx", "4xx", "5xx", "refused", "shed", "own", "bad", "cut")
+OUTCOME = "healthchecker.outcome"  # key of the environ for an outcome that is not the application's status
+STATUS_OUTCOMES = {outcome[0]: outcome for outcome in OUTCOMES[:5]}
+ROW = len(LATENCIES) + 2        # cells of an outcome: a count for each latency, one for more, their sum
+ROWS = {outcome: number * ROW for number, outcome in enumerate(OUTCOMES)}
+ACCEPTED = len(OUTCOMES) * ROW  # the cell of the connections ever accepted
+QUEUED = ACCEPTED + 1           # the cell of the requests that wait for a pool thread
+SLOT = QUEUED + 1
+
+
+class Crowd:
+    """How many connections each worker holds, in shared memory: each writes its own, nobody waits for anybody."""
+
+    def __init__(self, workers: int) -> None:
+        self.held = multiprocessing.RawArray(ctypes.c_long, [-1] * workers)     # -1: is not there
+
+    def allowance(self, worker: int) -> int:
+        """Connections that a worker may take without leaving the others behind; the first of a crowd are few."""
+        others = [held for number, held in enumerate(self.held) if number != worker and held >= 0]
+        return min(ACCEPTS_PER_TURN, min(others) * 5 // 4 + 4 - self.held[worker]) if others else ACCEPTS_PER_TURN
+
+
+class AcceptBalance:
+    """A worker's share of new connections: while others hold fewer, they get a head start."""
+
+    def __init__(self, crowd: Crowd, worker: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self._crowd, self._worker, self._clock = crowd, worker, clock
+        self._left = -math.inf      # when this worker last left a connection to the others
+        self._looked = False        # since then, and took none
+
+    def hold(self, connections: int) -> None:
+        """Tells the others."""
+        self._crowd.held[self._worker] = connections
+
+    @property
+    def defers(self) -> bool:
+        """Whether the others have the head start now."""
+        return self._clock() < self._left + HEAD_START and self._crowd.allowance(self._worker) <= 0
+
+    def look(self) -> bool:
+        """Whether to look for connections in this turn of the loop."""
+        if self.defers:
+            return False
+        if self._looked:    # and there was none: the others have taken what was left to them
+            self._left = -math.inf
+        self._looked = True
+        return True
+
+    def take(self) -> int:
+        """How many of the connections that wait this worker may accept now."""
+        self._looked, allowed = False, self._crowd.allowance(self._worker)
+        if allowed <= 0 and self._left == -math.inf:
+            self._left = self._clock()
+            return 0
+        self._left = -math.inf
+        return allowed if allowed > 0 else ACCEPTS_PER_TURN      # the others had their time and did not come
+
+
+class Counters:
+    """What the serving processes count, in shared memory: a slot each, written by the one process that has it.
+
+    No lock is shared, for a holder that is killed would block the others. A slot is handed on to the process that
+    replaces another, so that no total ever falls.
+    """
+
+    def __init__(self, slots: int) -> None:
+        self.crowd = Crowd(slots)
+        self._cells = multiprocessing.RawArray(ctypes.c_double, slots * SLOT)
+
+    def slot(self, index: int) -> memoryview[float]:
+        """The cells of a slot, as floats; half the price of asking ctypes."""
+        return memoryview(self._cells).cast("B").cast("d")[index * SLOT: (index + 1) * SLOT]
+
+    def vacate(self, index: int) -> None:
+        """Says that nobody serves in a slot; its totals stay."""
+        self.crowd.held[index] = -1
+        self.slot(index)[QUEUED] = 0.0
+
+    def totals(self) -> list[float]:
+        """Every cell, summed over the slots."""
+        cells = memoryview(self._cells).cast("B").cast("d")
+        return [sum(cells[cell::SLOT]) for cell in range(SLOT)]
+
+
+AccessEntry = tuple[float, str, bytes, str, int, float, str, str, str]
+UNPRINTABLE = re.compile(r'[^ !#-\[\]-~]')  # and what would end a quoted text or begin an escape
+MONTHS = "Jan Feb Mar Apr May Jun Jul Aug Sep Oct Nov Dec".split()      # strftime would ask the locale
+
+
+def escaped(text: str) -> str:
+    r"""`text` for a log, as nginx does it: whatever could end its line or its quotes becomes \xHH."""
+    if text.isascii() and text.isprintable() and '"' not in text and "\\" not in text:
+        return text     # five times as fast
+    return UNPRINTABLE.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
+
+
+@functools.lru_cache(maxsize=2)
+def log_time(second: int) -> str:
+    """Unix time as web servers log it, in local time."""
+    moment = datetime.datetime.fromtimestamp(second).astimezone()
+    return f"{moment.day:02}/{MONTHS[moment.month - 1]}/{moment:%Y:%H:%M:%S %z}"
+
+
+def access_line(entry: AccessEntry) -> str:
+    """The combined log format, then milliseconds and outcome.
+
+    The query is in it, as in the log of every web server: without it a request cannot be told from others nor asked
+    again. It may hold a token of the application's, hence the mode of AccessFile.
+    """
+    at, address, request, status, size, seconds, outcome, referer, agent = entry
+    return (f'{escaped(address).replace(" ", "_")} - - [{log_time(int(at))}] "{escaped(request.decode("latin-1"))}" '
+            f'{status} {size} "{escaped(referer)}" "{escaped(agent)}" {seconds * 1e3:.3f} {outcome}')
+
+
+class AccessFile(logging.handlers.RotatingFileHandler):
+    """The file of the access log; on UNIX for its owner and group alone. Raises UsageError."""
+
+    def __init__(self, path: Path) -> None:
+        self._quiet_until = 0.0     # no complaint before
+        try:
+            super().__init__(path, maxBytes=LOG_BYTES, backupCount=LOG_FILES, encoding="utf-8")
+        except OSError as error:
+            raise UsageError(f"service.access_log {path} cannot be written: {error.strerror}") from error
+
+    def _open(self) -> io.TextIOWrapper:
+        return open(self.baseFilename, "a", encoding="utf-8", opener=lambda name, flags: os.open(name, flags, 0o640))
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """As the base class, but what goes wrong is raised and not printed."""
+        if self.shouldRollover(record):
+            self.doRollover()
+        self.stream = self.stream or self._open()
+        self.stream.write(f"{self.format(record)}\n")
+        self.flush()
+
+    def write(self, lines: Sequence[str]) -> None:
+        """Appends lines; of a file that cannot be written any more it only complains."""
+        try:
+            self.handle(logging.makeLogRecord({"msg": "\n".join(lines)}))
+        except OSError as error:
+            if time.monotonic() >= self._quiet_until:
+                log.error("service.access_log %s cannot be written: %s", self.baseFilename, error.strerror)
+                self._quiet_until = time.monotonic() + COMPLAINT_INTERVAL
+
+
+class AccessLog(threading.Thread):
+    """Takes a note of each request and makes lines of them later, which go to `sink` in batches.
+
+    While the sink blocks, ACCESS_WAITING notes are kept; lines for which it raises OSError are dropped.
+    """
+
+    def __init__(self, sink: Callable[[Sequence[str]], None]) -> None:
+        super().__init__(name="access log", daemon=True)
+        self._sink = sink
+        self._waiting: collections.deque[AccessEntry] = collections.deque()
+        self._lock = threading.Lock()   # guards _dropped
+        self._dropped = 0               # since the last complaint
+        self._quiet_until = 0.0
+        self._ending = threading.Event()
+
+    def note(self, task: Any, outcome: str, seconds: float) -> None:
+        """Called where the request was served, hence only gathers; when the sink cannot follow, it drops."""
+        if len(self._waiting) >= ACCESS_WAITING:
+            with self._lock:
+                self._dropped += 1
+            return
+        channel = task.channel
+        request = channel.requests[0] if channel.requests else task.request
+        headers = request.headers
+        self._waiting.append((
+            time.time(), (task.environ or {}).get("REMOTE_ADDR", channel.addr[0]),
+            getattr(request, "first_line", b"")[:ACCESS_CHARS], task.status[:3],
+            channel.body_bytes, seconds, outcome, headers.get("REFERER", "-")[:AGENT_CHARS],
+            headers.get("USER_AGENT", "-")[:AGENT_CHARS]))
+
+    def run(self) -> None:
+        while not self._ending.wait(ACCESS_FLUSH):
+            self._flush()
+        self._flush()
+
+    def _flush(self) -> None:
+        for _ in range(0, len(self._waiting), ACCESS_LINES):
+            lines = [access_line(self._waiting.popleft()) for _ in range(min(ACCESS_LINES, len(self._waiting)))]
+            try:
+                self._sink(lines)
+            except OSError:
+                with self._lock:
+                    self._dropped += len(lines)
+        if self._dropped and (time.monotonic() >= self._quiet_until or self._ending.is_set()):
+            with self._lock:
+                dropped, self._dropped = self._dropped, 0
+            log.warning("access log: %d requests were dropped, for it cannot be written as fast", dropped)
+            self._quiet_until = time.monotonic() + COMPLAINT_INTERVAL
+
+    def close(self) -> None:
+        """Writes the rest and ends the thread."""
+        self._ending.set()
+        if self.is_alive():
+            self.join(POOL_END)
+
+
+class RequestCounters:
+    """What this process counts, in its slot of the counters, its share of new connections, its access log."""
+
+    def __init__(self, counters: Counters, slot: int = 0, access_log: AccessLog | None = None) -> None:
+        self.share = AcceptBalance(counters.crowd, slot)
+        self._counters, self._slot, self.access_log = counters, slot, access_log
+        self._cells = counters.slot(slot)
+        self._lock = threading.Lock()   # guards _cells against the other threads of the pool
+
+    def request(self, outcome: str, seconds: float) -> None:
+        row = ROWS[outcome]
+        with self._lock:
+            self._cells[row + bisect.bisect_left(LATENCIES, seconds)] += 1
+            self._cells[row + ROW - 1] += seconds
+
+    def accepted(self) -> None:
+        self._cells[ACCEPTED] += 1      # by the loop's thread alone
+
+    def queued(self, requests: int) -> None:
+        self._cells[QUEUED] = requests
+
+    def close(self) -> None:
+        """This process serves no more."""
+        self._counters.vacate(self._slot)
+        if self.access_log is not None:
+            self.access_log.close()
+
+
+# === Gate ====================================================================
+RETRY_AFTER_MAX = 3600          # seconds
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>{title}</title><body style="font:1.1rem system-ui;margin:15vh auto;max-width:32rem;padding:1rem">
 <h1>{title}</h1><p>{text}</p></body></html>
@@ -4212,8 +4459,2627 @@ CLOSED_PAGE = PAGE.format(title="Temporarily unavailable", text="A system that t
                       "Please try again in a moment.")
 WELCOME = PAGE.format(title="The gate is open", text="HealthChecker's built-in page: put an application of your "
                       "own here with <code>service.app</code> in inventory.yaml. While a resource is unhealthy, it "
-                      "answers 503.")
+                      "answers 503.{console}")
 
+NO_STORE = ("Cache-Control", "no-store")
+PREFIX = "/-/"                  # everything below is HealthChecker's own
+HEALTH = "/-/health"
+METRICS_PATH = "/-/metrics"
+
+
+def respond(environ: WSGIEnvironment, start_response: StartResponse, answer: Reply) -> Iterable[bytes]:
+    """Sends an answer of HealthChecker's own; text/plain unless its headers say otherwise, never cached."""
+    status, headers, body = answer
+    if body and not any(name == "Content-Type" for name, _ in headers):
+        headers = [*headers, ("Content-Type", "text/plain; charset=utf-8")]
+    if not status.startswith("204"):
+        headers = [*headers, ("Content-Length", str(len(body)))]
+    start_response(status, [*headers, NO_STORE])
+    return [] if environ["REQUEST_METHOD"] == "HEAD" else [body]
+
+
+class Gate:
+    """WSGI: the application answers while the lease holds; otherwise 503."""
+
+    def __init__(self, app: WSGIApplication, lease: Lease, clock: Callable[[], float] = time.monotonic) -> None:
+        self._app, self._lease, self._clock = app, lease, clock
+        self._until = lease.until
+        self.draining = False       # the service ends: readyz says so
+        self.loop_thread: int | None = None     # where what may block must not run
+        self.app_on_loop = False
+        self._routes: dict[str, Callable[[], Reply]] = {
+            "/-/livez": lambda: ("200 OK", [], b"ok\n"),
+            "/-/readyz": self._readyz,
+            "/-/gate": lambda: ("204 No Content", [], b"") if self.is_healthy() else ("403 Forbidden", [], b""),
+            HEALTH: self._health,
+        }
+
+    def is_healthy(self) -> bool:
+        """The gate's answer, also for the application: environ["healthchecker.is_healthy"]()."""
+        return self._clock() < self._until.value
+
+    def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        if environ["PATH_INFO"].startswith(PREFIX):
+            return self._own(environ, start_response)
+        if self._clock() < self._until.value and (self.app_on_loop or threading.get_ident() != self.loop_thread):
+            environ["healthchecker.is_healthy"] = self.is_healthy
+            return self._app(environ, start_response)
+        return self._refuse(environ, start_response)
+
+    def may_block(self, path: str) -> bool:
+        """Whether the application answers a path: all else never waits behind slow work."""
+        path = "/" + path.lstrip("/")       # as waitress does for PATH_INFO
+        return not path.startswith(PREFIX) and self.is_healthy()
+
+    def _own(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        environ[OUTCOME] = "own"
+        route = self._routes.get(environ["PATH_INFO"])
+        if route is None:
+            return respond(environ, start_response, ("404 Not Found", [], b"not found\n"))
+        if environ["PATH_INFO"] == HEALTH and environ["REQUEST_METHOD"] not in ("GET", "HEAD"):
+            return respond(environ, start_response, ("405 Method Not Allowed", [("Allow", "GET, HEAD")], b""))
+        return respond(environ, start_response, route())
+
+    def _readyz(self) -> Reply:
+        if self.draining:
+            return "503 Service Unavailable", [], b"ending\n"
+        if self.is_healthy():
+            return "200 OK", [], b"open\n"
+        return "503 Service Unavailable", [self._retry_after()], b"closed\n"
+
+    def _health(self) -> Reply:
+        healthy = self.is_healthy()
+        body = json.dumps({"status": "pass" if healthy else "fail"}).encode()
+        kind = ("Content-Type", "application/health+json")
+        return "200 OK" if healthy else "503 Service Unavailable", [kind], body
+
+    def _retry_after(self) -> tuple[str, str]:
+        """Seconds to the soonest moment at which the gate can open; 1 when it is open, and the pool full."""
+        wait = math.ceil(self._lease.opens.value - self._clock())
+        return "Retry-After", str(min(max(wait, 1), RETRY_AFTER_MAX))
+
+    def _refuse(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        environ[OUTCOME] = "shed" if self.is_healthy() else "refused"
+        retry = self._retry_after()
+        if "text/html" in environ.get("HTTP_ACCEPT", ""):
+            kind, body = "text/html; charset=utf-8", CLOSED_PAGE.encode()
+        else:
+            kind = "application/json"
+            body = b'{"status": 503, "title": "Service Unavailable", "retry_after": %s}\n' % retry[1].encode()
+        return respond(environ, start_response, ("503 Service Unavailable", [("Content-Type", kind), retry], body))
+
+
+def builtin_app(service: ServiceSettings) -> WSGIApplication:
+    """The page shown behind the gate until `service.app` names an application."""
+    app = flask.Flask("healthchecker.builtin")
+    console = "" if service.console == "off" else (
+        f' Operators: the <a href="http://{service.console}/-/">console</a>.')
+    app.add_url_rule("/", "welcome", lambda: WELCOME.format(console=console))
+    return app
+
+
+def load_app(name: str, folder: Path) -> WSGIApplication:
+    """Imports `module:callable` with `folder` first on the path; raises UsageError."""
+    module, _, attribute = name.partition(":")
+    if str(folder) not in sys.path[:1]:
+        sys.path.insert(0, str(folder))
+    try:
+        app: Any = importlib.import_module(module)
+        for part in attribute.split("."):
+            app = getattr(app, part)
+    except (Exception, SystemExit) as error:    # the user's own code may raise anything
+        reason = f"{type(error).__name__}: {one_line(str(error))}"
+        raise UsageError(f"service.app {name} cannot be imported: {reason}") from error
+    if not callable(app):
+        raise UsageError(f"service.app {name} is not callable")
+    return cast("WSGIApplication", app)
+
+
+def build_gate(service: ServiceSettings, folder: Path, lease: Lease) -> Gate:
+    """The gate in front of the application of the inventory in `folder`. Raises UsageError."""
+    return Gate(load_app(service.app, folder) if service.app else builtin_app(service), lease)
+
+
+# === HTTP ====================================================================
+# --- requests ---
+
+HEADER_BYTES = 16 << 10         # bytes of a request's line and headers, or of what surrounds the chunks of its body
+HEADER_TIME = 5.0               # seconds from the first byte of a request to the end of its headers
+BODY_TIME = 30.0                # seconds from there to the end of its body
+FIRST_BYTE = 15.0               # seconds until a new connection sends something
+KEEP_ALIVE = 75.0               # seconds a connection is kept for another request; proxies keep theirs for 60
+IDLE_PRESSED = 2.0              # seconds instead of both while no further connection can be accepted
+STALL_TIMEOUT = 60.0            # seconds in which a client has to take some of its answer
+LINGER_TIME = 3.0               # seconds for a refused client to take its answer
+LINGER_BYTES = 16 << 20         # bytes of a refused request that are read and thrown away meanwhile
+CONNECTION_SWEEP = 1.0          # seconds between two looks at all connections
+ACCEPT_PAUSE = 0.5              # seconds without accepting when the system has no descriptor left
+TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]"
+REQUEST_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Z-]{1,32}) ([!\"$-~\x80-\xff]+) HTTP/(1\.[01])")
+FIELD_NAME = re.compile(TOKEN + rb"{1,128}")
+TEXT = bytes([9, *range(32, 127), *range(128, 256)])  # what may stand in a line
+BLANK_LINES = re.compile(rb"\A(?:\r\n)+")
+ABSOLUTE = re.compile(rb"(?i:https?)://([^/?]*)(.*)")
+HOST = re.compile(r"(?:[A-Za-z0-9._-]{1,255}|\[([0-9A-Fa-f:.]{2,45})\])(?::([0-9]{0,5}))?")
+DIGITS = re.compile("[0-9]+")
+QUOTED = rb'"(?:[\t !#-\[\]-~\x80-\xff]|\\[\t -~\x80-\xff])*"'
+CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,16})(?:;%b+(?:=(?:%b+|%b))?)*\r\n" % (TOKEN, TOKEN, QUOTED))
+FORWARDED_ADDRESS = re.compile(r"(?:\[([0-9A-Fa-f:.]+)\]|([0-9.]+))(?::[0-9]{1,5})?|([0-9A-Fa-f:.]+)")
+IpNetworks = tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...]
+
+
+Address = ipaddress.IPv4Address | ipaddress.IPv6Address
+
+
+def plain_address(text: str) -> Address:
+    """An IP address; an IPv4 address written as an IPv6 one is the IPv4 address. Raises ValueError."""
+    address = ipaddress.ip_address(text)
+    return getattr(address, "ipv4_mapped", None) or address
+
+
+class BadRequest(HealthCheckerError):
+    """A request that is answered with `status` and nothing of its own text, and whose connection then ends."""
+
+    def __init__(self, status: str = "400 Bad Request") -> None:
+        super().__init__(status)
+        self.status = status
+
+    def to_response(self, _ident: str | None = None) -> tuple[str, Headers, bytes]:
+        """Status, headers and body, as waitress asks its own errors for them."""
+        return self.status, [("Content-Type", "text/plain; charset=utf-8"), NO_STORE], f"{self.status}\n".encode()
+
+
+@functools.lru_cache(1024)
+def header_key(name: bytes) -> str:
+    """A header's name as WSGI has it; "" for one with an underscore, which could pass for another. Raises Refused."""
+    if not FIELD_NAME.fullmatch(name):
+        raise BadRequest
+    return "" if b"_" in name else name.upper().replace(b"-", b"_").decode("ascii")
+
+
+@functools.lru_cache(256)
+def is_host(text: str) -> bool:
+    """Whether a text may stand in a Host header: a name or an address, perhaps with a port."""
+    match = HOST.fullmatch(text)
+    if not match or int(match[2] or 0) > LAST_PORT:
+        return False
+    with contextlib.suppress(ValueError):
+        return not match[1] or bool(ipaddress.IPv6Address(match[1]))
+    return False
+
+
+def is_within(address: Address, networks: IpNetworks) -> bool:
+    return any(address in network for network in networks)
+
+
+def client_behind(proxies: IpNetworks, chain: str) -> str:
+    """The client that X-Forwarded-For tells of: the last address in it that is not itself one of the proxies.
+
+    What stands before that came from the client and may be anything. Raises Refused.
+    """
+    try:
+        for element in reversed(chain.split(",")):
+            match = FORWARDED_ADDRESS.fullmatch(element.strip(" \t"))
+            address = plain_address(match[1] or match[2] or match[3] if match else "")
+            if not is_within(address, proxies):
+                break
+    except ValueError:
+        raise BadRequest from None
+    return str(address)
+
+
+class ChunkedBody(ChunkedReceiver):    # type: ignore[misc]  # waitress carries no types
+    """A chunked body, read strictly: no line ends but CR LF, no trailers, not much around the chunks."""
+
+    def __init__(self, buf: OverflowableBuffer, limit: int) -> None:
+        super().__init__(buf)
+        self._limit, self._framing = limit, 0
+        self._left = 0              # bytes of the chunk that are to come
+        self._line = b""
+        self._chunk_over = False    # the next line is the empty one that ends a chunk
+        self._last = False          # it is the last chunk, the one of no bytes
+
+    def received(self, data: bytes) -> int:
+        """Takes what belongs to the body, and returns how many bytes that were; raises Refused."""
+        at = 0
+        while at < len(data) and not self.completed:
+            if self._left:
+                chunk = data[at:at + self._left]
+                self.buf.append(chunk)
+                self._left -= len(chunk)
+                at += len(chunk)
+            else:
+                stop = data.find(b"\n", at) + 1 or len(data)
+                self._control(data[at:stop])
+                at = stop
+        return at
+
+    def _control(self, part: bytes) -> None:
+        """A line, or a part of one, that is not the body's own."""
+        self._line += part
+        self._framing += len(part)
+        if self._framing > HEADER_BYTES + len(self):
+            raise BadRequest
+        if self._chunk_over:
+            if not b"\r\n".startswith(self._line):
+                raise BadRequest
+            if len(self._line) == 2:
+                self._line, self._chunk_over, self.completed = b"", False, self._last
+        elif self._line.endswith(b"\n"):
+            self._begin(self._line)
+            self._line = b""
+
+    def _begin(self, line: bytes) -> None:
+        match = CHUNK_LINE.fullmatch(line)
+        if not match:
+            raise BadRequest
+        self._left = int(match[1], 16)
+        if len(self) + self._left > self._limit:
+            raise BadRequest("413 Content Too Large")
+        self._chunk_over, self._last = True, not self._left
+
+
+class GateParser(HTTPRequestParser):    # type: ignore[misc]  # waitress carries no types
+    """One request, read strictly: what two programs could understand in two ways is refused, and what is too large.
+
+    waitress's own parser lets pass much of what hides one request in another (RFC 9112, section 11.2).
+    """
+
+    version = "1.1"     # of the answer to a request that does not tell its own
+    command = path = query = request_uri = ""
+    headers: dict[str, str]
+    header_plus: bytes      # of the headers what has come so far
+    forwarded: dict[str, object] | None = None      # what goes into the WSGI environment
+
+    def __init__(self, adj: Adjustments) -> None:
+        super().__init__(adj)
+        self.url_scheme = adj.url_scheme
+        self.begun = time.monotonic()       # the headers, later the body
+
+    def received(self, data: bytes) -> int:
+        """Takes what belongs to this request, and returns how many bytes that were."""
+        if self.completed:
+            return 0
+        try:
+            return self._more_body(data) if self.headers_finished else self._more_head(data)
+        except BadRequest as refused:
+            self.refuse(refused.status)
+        except OSError:     # there is no room for the temporary file of a large body
+            self.refuse("503 Service Unavailable")
+        return len(data)
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):      # a full disk does not take the rest of the temporary file
+            super().close()
+
+    def refuse(self, status: str) -> None:
+        self.error, self.completed, self.expect_continue = BadRequest(status), True, False
+        self.headers = {}
+
+    def _more_head(self, data: bytes) -> int:
+        head = self.header_plus + data
+        if head.startswith(b"\r"):      # blank lines before a request are an old client's
+            head = BLANK_LINES.sub(b"", head)
+        end = head.find(b"\r\n\r\n")
+        if (end if end >= 0 else len(head) - 3) > HEADER_BYTES:     # three bytes of the end may be there already
+            raise BadRequest("431 Request Header Fields Too Large")
+        if end < 0:
+            self._lines(head.removesuffix(b"\r"))
+            self.header_plus = head
+            return len(data)
+        self.header_plus, self.headers_finished = b"", True
+        self.parse_header(head[:end])
+        self.completed = self.body_rcv is None
+        if not self.completed:
+            self.begun = time.monotonic()
+            self.expect_continue = self.headers.get("EXPECT", "").lower() == "100-continue" and self.version == "1.1"
+        return len(data) - (len(head) - end - 4)
+
+    def _more_body(self, data: bytes) -> int:
+        consumed: int = self.body_rcv.received(data)
+        self.completed = self.body_rcv.completed
+        if self.completed and self.chunked:
+            self.headers["CONTENT_LENGTH"] = str(len(self.body_rcv))
+        return consumed
+
+    @staticmethod
+    def _lines(head: bytes) -> list[bytes]:
+        """Raises Refused where a control character or half of a line's end is in them."""
+        lines = head.split(b"\r\n")
+        if head.translate(None, TEXT) != b"\r\n" * (len(lines) - 1):
+            raise BadRequest
+        return lines
+
+    def parse_header(self, header_plus: bytes) -> None:
+        """The request line and the headers, without the empty line after them; raises Refused."""
+        self.first_line = header_plus.partition(b"\r\n")[0]     # also of what is refused, for the access log
+        first, *fields = self._lines(header_plus)
+        request = REQUEST_LINE.fullmatch(first)
+        if not request:
+            raise BadRequest
+        self.command, self.version = request[1].decode(), request[3].decode()
+        headers = self.headers
+        for field in fields:
+            name, colon, value = field.partition(b":")
+            key = header_key(name)
+            if not colon:
+                raise BadRequest
+            text = value.strip(b" \t").decode("latin-1")
+            headers[key] = f"{headers[key]}, {text}" if key in headers else text
+        headers.pop("", None)
+        self._read_host()
+        self._read_target(request[2])
+        self._read_framing()
+        if "FORWARDED" in "".join(headers):
+            self._read_forwarded()
+
+    def _read_host(self) -> None:
+        """A second Host header stands in the first one's value by now, after a comma."""
+        host = self.headers.get("HOST")
+        if self.version == "1.1" if host is None else not is_host(host):
+            raise BadRequest
+        connection = self.headers.get("CONNECTION", "")
+        if "," in connection:       # waitress knows one option only
+            options = {option.strip().lower() for option in connection.split(",")}
+            self.headers["CONNECTION"] = next((known for known in ("close", "keep-alive") if known in options), "")
+
+    def _read_target(self, target: bytes) -> None:
+        """The path and the query; the host of an absolute target counts, not that of the header (RFC 9112, 3.2.2)."""
+        self.request_uri = target.decode("latin-1")
+        if not target.startswith(b"/") and (target, self.command) != (b"*", "OPTIONS"):
+            absolute = ABSOLUTE.fullmatch(target)
+            if not absolute or not is_host(absolute[1].decode("latin-1")):
+                raise BadRequest
+            self.headers["HOST"] = absolute[1].decode("ascii")
+            target = absolute[2] if absolute[2].startswith(b"/") else b"/" + absolute[2]
+        path, _, query = target.partition(b"?")
+        self.path, self.query = unquote_to_bytes(path).decode("latin-1"), query.decode("latin-1")
+
+    def _read_framing(self) -> None:
+        """How the body ends; two ways of telling it, or one told twice, are refused."""
+        limit, headers = self.adj.max_request_body_size, self.headers
+        coding, length = headers.pop("TRANSFER_ENCODING", None), headers.get("CONTENT_LENGTH")
+        if coding is not None:
+            if coding.lower() != "chunked" or length is not None or self.version == "1.0":
+                raise BadRequest
+            self.chunked = True
+            self.body_rcv = ChunkedBody(OverflowableBuffer(self.adj.inbuf_overflow), limit)
+        elif length is not None:
+            if not DIGITS.fullmatch(length):
+                raise BadRequest
+            if len(length) > 16 or int(length) > limit:
+                raise BadRequest("413 Content Too Large")
+            if int(length):
+                self.body_rcv = FixedStreamReceiver(int(length), OverflowableBuffer(self.adj.inbuf_overflow))
+
+    def _read_forwarded(self) -> None:
+        """From just anyone: it is dropped, and the application can tell that it was there."""
+        for key in [key for key in self.headers if key == "FORWARDED" or key.startswith("X_FORWARDED")]:
+            del self.headers[key]
+            self.forwarded = {"healthchecker.forwarded": True}
+
+
+class ProxiedParser(GateParser):
+    """A request that one of `service.trusted_proxy` hands on: its X-Forwarded-For, -Proto and -Host count."""
+
+    def _read_forwarded(self) -> None:
+        headers, self.forwarded = self.headers, {"healthchecker.forwarded": True}   # for whom, is not told yet
+        headers.pop("FORWARDED", None)      # nobody looks at it here, so it may be the client's own
+        if "X_FORWARDED_FOR" in headers:
+            client = client_behind(self.adj.proxies, headers["X_FORWARDED_FOR"])
+            self.forwarded = {"REMOTE_ADDR": client, "REMOTE_HOST": client}
+        if "X_FORWARDED_PROTO" in headers:
+            self.url_scheme = self._nearest("X_FORWARDED_PROTO").lower()
+            if self.url_scheme not in ("http", "https"):
+                raise BadRequest
+        if "X_FORWARDED_HOST" in headers:
+            headers["HOST"] = self._nearest("X_FORWARDED_HOST")
+            if not is_host(headers["HOST"]):
+                raise BadRequest
+
+    def _nearest(self, key: str) -> str:
+        """Of several values the last: the proxy has added it to what the client may have sent."""
+        return self.headers[key].rpartition(",")[2].strip(" \t")
+
+
+# --- connections ---
+class TimedChannel(HTTPChannel):    # type: ignore[misc]  # waitress carries no types
+    """A client's connection that ends when the client is too slow in asking or in taking its answer."""
+
+    parser_class = GateParser
+    will_close: bool
+    began = 0.0             # when the request was complete
+    lingers = False         # the answer is the last; what still comes is thrown away
+    _discarded = 0          # bytes of that
+    _lingers_until = math.inf
+
+    def __init__(self, server: Any, sock: socket.socket, addr: tuple[Any, ...], adj: Adjustments,
+                 map: dict[int, Any]) -> None:
+        super().__init__(server, sock, addr, adj, map)
+        if adj.proxies and is_within(plain_address(addr[0].partition("%")[0]), adj.proxies):
+            self.parser_class = ProxiedParser
+        self._seen, self._since = self.last_activity, server.clock()    # the wall clock only as a mark: it may jump
+
+    def received(self, data: bytes) -> bool:
+        if not self.lingers:
+            return bool(super().received(data))
+        self._discarded += len(data)
+        self.will_close = self.will_close or self._discarded > LINGER_BYTES
+        return False
+
+    def handle_write(self) -> None:
+        if self.lingers and self.close_when_flushed and not self.will_close:
+            self._take_leave()
+        else:
+            super().handle_write()
+
+    def _take_leave(self) -> None:
+        """Sends what is left and waits for the client's end: closing on unread bytes would destroy the answer."""
+        self._flush_exception(self._flush_some)
+        if self.connected and not self.total_outbufs_len:
+            self.close_when_flushed = False
+            self._lingers_until = self.server.clock() + LINGER_TIME
+            try:
+                self.socket.shutdown(socket.SHUT_WR)
+            except OSError:
+                self.will_close = True
+
+    def handle_close(self) -> None:
+        super().handle_close()
+        if self.request is not None:
+            self.request.close()
+
+    def sweep(self, now: float, pressed: bool) -> None:
+        """Ends the connection if something takes too long; on the loop, about once in TURN."""
+        if self.last_activity != self._seen:
+            self._seen, self._since = self.last_activity, now
+        request = self.request
+        if self.requests or self.total_outbufs_len:
+            if request is not None:
+                request.begun = now     # it is not read meanwhile
+            if self.total_outbufs_len and now - self._since > STALL_TIMEOUT:
+                self.handle_close()
+        elif request is not None and not self.lingers and (request.header_plus or request.headers_finished):
+            if now - request.begun > (BODY_TIME if request.headers_finished else HEADER_TIME):
+                self._give_up(request)
+        elif now > self._lingers_until or now - (request.begun if request else self._since) > self._patience(pressed):
+            self.handle_close()
+
+    def _patience(self, pressed: bool) -> float:
+        """Seconds that the connection may stay idle."""
+        if pressed:
+            return IDLE_PRESSED
+        return FIRST_BYTE if self._seen == self.creation_time else KEEP_ALIVE
+
+    def _give_up(self, request: GateParser) -> None:
+        with self.requests_lock:
+            self.request = None
+            request.refuse("408 Request Timeout")
+            self.requests.append(request)
+        self.began = time.perf_counter()
+        self.service()
+
+
+class TimedServer(TcpWSGIServer):    # type: ignore[misc]  # waitress carries no types
+    """waitress that watches its clients' time, and that lives on when there is no room for another one."""
+
+    clock: Callable[[], float] = staticmethod(time.monotonic)
+    _next_sweep = _accepts_at = 0.0     # by the clock
+    _next_complaint = 0.0
+    _pressed = False        # since the last sweep there was no room
+
+    def readable(self) -> bool:
+        """Whether to accept; asked in every turn of the loop."""
+        now = self.clock()
+        if now >= self._next_sweep:
+            self._next_sweep = now + CONNECTION_SWEEP
+            pressed, self._pressed = self._pressed, False
+            for channel in list(self.active_channels.values()):
+                channel.sweep(now, pressed)
+        if len(self._map) >= self.adj.connection_limit:
+            self._complain(now, "as many connections as allowed are open")
+            return False
+        return bool(self.accepting) and now >= self._accepts_at
+
+    def accept(self) -> tuple[socket.socket, Any] | None:
+        """None when nobody waits, when there is no room, and when the system refuses: then it has a moment of peace."""
+        if len(self._map) >= self.adj.connection_limit:
+            return None
+        try:
+            return cast("tuple[socket.socket, Any] | None", super().accept())
+        except ConnectionResetError:    # on Windows: this client has gone already
+            return None
+        except OSError as error:
+            now = self.clock()
+            self._accepts_at = now + ACCEPT_PAUSE
+            self._complain(now, f"a connection cannot be accepted: {error.strerror}")
+            return None
+
+    def _complain(self, now: float, reason: str) -> None:
+        self._pressed = True
+        if now >= self._next_complaint:
+            self._next_complaint = now + COMPLAINT_INTERVAL
+            log.warning("%s (%d connections); idle ones are closed sooner", reason, len(self.active_channels))
+
+
+# === Serve ===================================================================
+CONNECTIONS_MAX = 100_000       # client connections, where the system knows no limit
+BACKLOG = 1024                  # connections that wait to be accepted
+SLOW_TIME = 5.0                 # seconds that a pool thread waits for a slow client while other requests starve
+SLOW_RATE = 1 << 16             # bytes per second, below which a client is one
+POOL_BUFFER = 16 << 20          # bytes of a response that wait for a slow client before its pool thread does
+SEND_BYTES = 1 << 16            # bytes of a response that the loop gathers before it sends
+QUICK_ANSWER = 0.005            # seconds of CPU time of an answer that its pool thread leaves to the loop to send
+DEFER_INTERVAL = 0.005          # seconds between two looks whether they did
+LAST_ASK = 0.25                 # seconds in which clients that were answered just before may still ask then
+
+
+class Pool:
+    """Threads that answer requests, with a bound on those that wait for one.
+
+    One thread is woken at a time, the last that became idle, and wakes the next one if there is more to do: what it
+    answers without blocking needs no other, and each costs two changes of the interpreter lock.
+    """
+
+    def __init__(self, threads: int, bound: int) -> None:
+        self._bound = bound
+        self._tasks: collections.deque[HTTPChannel] = collections.deque()
+        self._idle: list[threading.Lock] = []       # of threads that wait for theirs to be released
+        self._waking = False    # a thread is woken, and has not begun
+        self._ending = False
+        self._threads = [threading.Thread(target=self._work, daemon=True) for _ in range(threads)]
+        for thread in self._threads:
+            thread.start()
+
+    @property
+    def waiting(self) -> int:
+        """Requests that no thread is idle for."""
+        return len(self._tasks) - len(self._idle) - self._waking
+
+    @property
+    def full(self) -> bool:
+        return self.waiting >= self._bound
+
+    def add_task(self, task: HTTPChannel) -> None:
+        self._tasks.append(task)
+        self._wake()
+
+    def shutdown(self, timeout: float) -> None:
+        """Ends the threads, within `timeout` seconds; what no thread has begun is not answered."""
+        self._ending = True
+        while self._release_one():
+            pass
+        ends = time.monotonic() + timeout
+        for thread in self._threads:
+            thread.join(max(0.0, ends - time.monotonic()))
+        while self._tasks:
+            self._tasks.popleft().cancel()
+
+    def _release_one(self) -> bool:
+        try:
+            self._idle.pop().release()
+        except IndexError:      # no thread is idle, or is any more
+            return False
+        return True
+
+    def _wake(self) -> None:
+        while self._tasks and self._idle and not self._waking:      # once more: one may have become idle meanwhile
+            self._waking = True
+            if self._release_one():
+                return
+            self._waking = False
+
+    def _work(self) -> None:
+        woken = threading.Lock()
+        woken.acquire()
+        while not self._ending:
+            try:
+                task = self._tasks.popleft()
+            except IndexError:
+                self._rest(woken)
+                continue
+            self._wake()
+            task.service()
+
+    def _rest(self, woken: threading.Lock) -> None:
+        self._idle.append(woken)
+        if self._tasks or self._ending:     # since the last look
+            with contextlib.suppress(ValueError):
+                self._idle.remove(woken)
+                return
+        woken.acquire()
+        self._waking = False
+
+
+class GateTask(WSGITask):    # type: ignore[misc]  # waitress carries no types
+    """One request; an application cannot end the service, and a service that ends says so to its clients."""
+
+    def get_environment(self) -> WSGIEnvironment:
+        environ: WSGIEnvironment = super().get_environment()
+        if self.request.forwarded:      # who asks
+            environ.update(self.request.forwarded)
+        return environ
+
+    def set_close_on_finish(self) -> None:
+        """waitress takes a 204 without Content-Length for one of unknown length."""
+        wanted = self.request.headers.get("CONNECTION", "").lower() == "close"
+        if wanted or self.has_body or self.wrote_header or self.version == "1.0":
+            super().set_close_on_finish()
+
+    def service(self) -> None:
+        outcome = "cut"
+        self.channel.started = time.thread_time()
+        try:
+            super().service()
+            outcome = self.environ.get(OUTCOME)
+            if outcome not in ROWS:
+                outcome = STATUS_OUTCOMES.get(self.status[:1], "5xx")
+        except BaseException as error:      # SystemExit and the like would end the loop or leave the client waiting
+            if not self.wrote_header:
+                outcome = ""        # waitress answers 500 by a GateErrorTask
+            elif isinstance(error, OSError):    # perhaps of a temporary file: how much waits to be sent is not known
+                self.channel.will_close = True
+            if isinstance(error, Exception):
+                raise
+            raise RuntimeError(f"the application raised {type(error).__name__}") from error
+        finally:
+            if outcome:
+                self.channel.served(self, outcome)
+
+    def build_response_header(self) -> bytes:
+        if self.channel.server.draining and self.channel.asks_no_more:
+            self.request.headers["CONNECTION"] = "close"
+        head = cast(bytes, super().build_response_header())
+        self.channel.head, self.channel.body_length = b"", self.content_length
+        return head
+
+    def finish(self) -> None:
+        super().finish()
+        self.channel.release()
+
+
+class HeadTask(GateTask):
+    """A request by HEAD, whose answer has no body, whatever the application makes."""
+
+    def get_environment(self) -> WSGIEnvironment:
+        environ = super().get_environment()
+        del environ["wsgi.file_wrapper"]    # such a file would not go through `write`
+        return environ
+
+    def write(self, _data: bytes) -> None:
+        super().write(b"")
+
+    def finish(self) -> None:
+        self.chunked_response = False       # what is not sent does not end either
+        super().finish()
+
+
+class GateErrorTask(ErrorTask):    # type: ignore[misc]  # waitress carries no types
+    """The last answer on a connection: to a request that the parser refused, or whose application failed."""
+
+    environ = None
+
+    def service(self) -> None:
+        try:
+            super().service()
+        finally:
+            self.channel.body_bytes = self.content_length or 0
+            self.channel.served(self, "5xx" if isinstance(self.request.error, InternalServerError) else "bad")
+
+    def finish(self) -> None:
+        super().finish()
+        self.channel.lingers = True
+
+
+class GateChannel(TimedChannel):
+    """Sends head and body at once, and what a pool thread answered quickly and whole together with other answers at
+    the loop's next turn: in a pool, each send hands the interpreter lock over."""
+
+    error_task_class = GateErrorTask
+    started = 0.0           # CPU time of the thread that answers, from when on it does
+    watched = 0             # what the loop waits for on it, selectors' events
+    touched = False         # the loop is to look at it
+    body_length: int | None = None      # of the answer; None: not known
+    body_bytes = 0          # of the answer, so far; with the framing of chunks
+    held = False            # its next request waits until enough of the answers before it is taken
+    _waits: tuple[float, int] | None = None     # since when a thread waits for it, and what it had taken by then
+    head: bytes | None = None   # of a response, until its body comes; b"": the next piece is the head; None: sent
+
+    @staticmethod
+    def task_class(channel: GateChannel, request: GateParser) -> GateTask:
+        return (HeadTask if request.command == "HEAD" else GateTask)(channel, request)
+
+    def write_soon(self, data: Any) -> int:
+        head, self.head = self.head, None
+        if head == b"":
+            self.head = data
+            return len(data)
+        self.body_bytes += len(data)
+        if head and not isinstance(data, bytes):    # a file of wsgi.file_wrapper
+            super().write_soon(head)
+            head = None
+        if head and len(data) == self.body_length and time.thread_time() - self.started < QUICK_ANSWER:
+            self.adj = self.server.gathering
+            try:
+                return int(super().write_soon(head + data))
+            finally:
+                self.adj = self.server.adj
+        taken = int(super().write_soon(head + data if head else data))
+        if self.writable():
+            self.server.touch(self)
+        return taken
+
+    def service(self) -> None:
+        try:
+            super().service()
+        except Exception:   # what waitress did not foresee ends neither thread nor loop, and lets no client wait
+            log.exception("a request could not be answered")
+            self.cancel()
+        request = self.request
+        if request is not None:
+            request.begun = self.server.clock()     # it was not read meanwhile
+        if self.writable() or self.requests or not self.watched & selectors.EVENT_READ:
+            self.server.touch(self)
+
+    def _flush_outbufs_below_high_watermark(self) -> None:
+        """Waits for a slow client, but never on the loop: nobody else would send what it waits for."""
+        if self.total_outbufs_len > POOL_BUFFER and not self.server.on_loop:
+            self.server.touch(self)
+            self.server.waited_for.add(self)
+            super()._flush_outbufs_below_high_watermark()
+            self.server.waited_for.discard(self)
+
+    def _flush_some(self, do_close: bool = True) -> bool:
+        if self.request is None:
+            return bool(super()._flush_some(do_close))
+        with self.outbuf_lock:      # a thread may send a 100 Continue for it while the loop sends what is left
+            return bool(super()._flush_some(do_close))
+
+    def send(self, data: bytes, do_close: bool = True) -> int:
+        if not data:
+            raise BrokenPipeError("a file that is sent was cut")
+        return int(super().send(data, do_close))
+
+    def sweep(self, now: float, pressed: bool) -> None:
+        """Also ends it when half of a pool waits for clients, others wait for the pool, and this one hardly reads."""
+        server, waits, taken = self.server, self._waits, self.body_bytes - self.total_outbufs_len
+        if self not in server.waited_for:
+            self._waits = None
+        elif waits is None:
+            self._waits = now, taken
+        elif (server.waiting and 2 * len(server.waited_for) >= server.adj.threads
+              and now - waits[0] > SLOW_TIME and taken - waits[1] < SLOW_RATE * (now - waits[0])):
+            self.handle_close()
+            return
+        super().sweep(now, pressed)
+
+    @property
+    def asks_no_more(self) -> bool:
+        """Whether nothing has come behind the request that is answered now."""
+        with self.requests_lock:
+            return len(self.requests) == 1 and self.request is None
+
+    def served(self, task: Any, outcome: str) -> None:
+        """A request is answered: counts it and takes a note of it."""
+        seconds, tally = time.perf_counter() - self.began, self.server.tally
+        tally.request(outcome, seconds)
+        if tally.access_log is not None:
+            tally.access_log.note(task, outcome, seconds)
+
+    def add_channel(self, map: Any = None) -> None:     # waitress's name
+        super().add_channel(map)
+        self.server.watch(self, selectors.EVENT_READ)
+        self.server.tally.accepted()
+
+    def del_channel(self, map: Any = None) -> None:     # waitress's name
+        self.server.watch(self, 0)
+        super().del_channel(map)
+
+    def handle_close(self) -> None:
+        if self.server.on_loop:
+            super().handle_close()
+        else:       # the loop may be at it
+            self.will_close = True
+            self.server.touch(self)
+
+    def attend(self, events: int) -> None:
+        """Does what the client is ready for, then has the loop wait for what is wanted now; on the loop.
+
+        While an answer is made, it goes on waiting for the client: it hardly ever sends anything, and no thread has
+        to wake the loop after an answer.
+        """
+        if events & selectors.EVENT_READ:
+            if self.readable():
+                wasyncore.read(self)
+            else:       # it sends ahead, and has to wait
+                self.server.watch(self, self.watched & ~selectors.EVENT_READ)
+        if events & selectors.EVENT_WRITE and self.socket and self.writable():
+            wasyncore.write(self)
+        if self.held and self.socket and self.total_outbufs_len <= POOL_BUFFER:
+            self.held = False
+            self.server.add_task(self)
+        if self.socket:
+            reading = selectors.EVENT_READ if self.readable() else self.watched & selectors.EVENT_READ
+            self.server.watch(self, selectors.EVENT_WRITE if self.writable() else reading)
+
+    def release(self) -> None:
+        """Sends a head that has no body."""
+        head, self.head = self.head, None
+        if head:
+            super().write_soon(head)
+
+
+class GateServer(TimedServer):
+    """waitress on a socket that is bound already, with our loop: serves until `stop`, then drains.
+
+    waitress's own loop asks each connection in each turn what it waits for; this one remembers it, and looks only at
+    those that something was done with.
+    """
+
+    channel_class = GateChannel
+    selector_class: type[selectors.BaseSelector] = selectors.DefaultSelector
+    watched = 0         # what the loop waits for on the listening socket
+    _awake = False      # the loop looks at what is touched before it waits
+
+    def __init__(self, gate: Gate, sock: socket.socket, service: ServiceSettings, connections: int,
+                 tally: RequestCounters | None = None) -> None:
+        threads = service.app_threads
+        adjustments = Adjustments(
+            threads=max(1, threads), connection_limit=connections, ident=None, backlog=BACKLOG,
+            clear_untrusted_proxy_headers=False,
+            outbuf_high_watermark=POOL_BUFFER, max_request_body_size=service.body_limit)
+        adjustments.proxies = tuple(map(ipaddress.ip_network, service.trusted_proxy))
+        self.gathering = copy.copy(adjustments)
+        self.gathering.send_bytes = SEND_BYTES      # the loop sends at its next turn, all answers of this one together
+        self._gate, self._ready = gate, collections.deque[GateChannel]()
+        gate.app_on_loop = not threads
+        self.tally = tally or RequestCounters(Counters(1))
+        self._share = self.tally.share
+        self._share.hold(0)     # it is there for the others, who would take all before its first turn
+        self.accepting = False
+        self._selector = self.selector_class()
+        self._touched: collections.deque[GateChannel] = collections.deque()
+        self.waited_for: set[GateChannel] = set()       # by a thread each
+        self._thread = threading.get_ident()
+        self._drain, self._ends, self._idle_end = service.drain, math.inf, math.inf
+        self.pool = Pool(threads, service.queue)
+        sockinfo = (sock.family, sock.type, sock.proto, sock.getsockname())
+        super().__init__(gate, {}, True, sock, dispatcher=self.pool, adj=adjustments, sockinfo=sockinfo,
+                         bind_socket=False)
+
+    @property
+    def draining(self) -> bool:
+        return self._gate.draining
+
+    @property
+    def on_loop(self) -> bool:
+        """Whether it is the loop that asks."""
+        return threading.get_ident() == self._thread
+
+    def set_reuse_addr(self) -> None:
+        """Nothing: the socket is bound, and on Windows the option would let another server share its port."""
+
+    @property
+    def waiting(self) -> int:
+        """Requests that wait for a thread."""
+        return max(0, self.pool.waiting)
+
+    def add_task(self, channel: GateChannel) -> None:
+        """Leaves what cannot block, or has no room to wait, to the loop's own thread, and the rest to a pool: the
+        hand-over of the interpreter lock costs more than most answers. Called with the channel's lock held."""
+        request = channel.requests[0]
+        channel.began, channel.body_bytes = time.perf_counter(), 0
+        if self._gate.app_on_loop or request.error or not self._gate.may_block(request.path) or self.pool.full:
+            channel.held = channel.total_outbufs_len > POOL_BUFFER      # what nobody takes is not made
+            if not channel.held:
+                self._ready.append(channel)
+        else:
+            self.pool.add_task(channel)
+
+    def pull_trigger(self) -> None:
+        """Nothing: waitress wakes its loop after each answer; ours is told by `touch` of what it is needed for."""
+
+    def touch(self, channel: GateChannel) -> None:
+        """Has the loop look at a channel: it has something to send, or to be read again."""
+        if not channel.touched:
+            channel.touched = True
+            self._touched.append(channel)
+            if not self._awake and not self.on_loop:
+                self._awake = True
+                self.trigger.pull_trigger()
+
+    def watch(self, channel: GateChannel | GateServer, events: int) -> None:
+        """Has the loop wait for `events` on a channel; 0 for none."""
+        if events != channel.watched:
+            before, channel.watched = channel.watched, events
+            try:
+                if not before:
+                    self._selector.register(channel.socket, events, channel)
+                elif events:
+                    self._selector.modify(channel.socket, events, channel)
+                else:
+                    self._selector.unregister(channel.socket)
+            except OSError:     # the system lacks memory: one connection ends, not all
+                channel.watched = 0
+                if isinstance(channel, GateChannel):
+                    channel.will_close = True
+                    self.touch(channel)
+
+    def readable(self) -> bool:
+        """Whether the loop is to look for new connections."""
+        return bool(super().readable()) and self._share.look()
+
+    def handle_accept(self) -> None:
+        """Takes its share of the connections that wait: waitress takes one per turn, which starves a crowd."""
+        self._accept(self._share.take())
+        self._share.hold(len(self.active_channels))
+
+    def _accept(self, most: int) -> None:
+        for _ in range(most):
+            held = len(self.active_channels)
+            super().handle_accept()
+            if len(self.active_channels) == held:
+                return
+
+    def stop(self, drain: float = math.inf) -> None:
+        """Ends `serve` once the requests in flight are answered, within `drain` and `service.drain` seconds; safe in a
+        signal handler."""
+        if not self._gate.draining:
+            self._gate.draining = True
+            self._ends = time.monotonic() + min(drain, self._drain)
+            with contextlib.suppress(OSError):      # the loop may have ended meanwhile
+                self.trigger.pull_trigger()
+
+    def serve(self) -> None:
+        """The loop."""
+        self._gate.loop_thread = self._thread = threading.get_ident()
+        with self._selector:
+            self._selector.register(self.trigger._fileno, selectors.EVENT_READ, self.trigger)
+            while not self._drained():      # asked right after all that has come was read
+                self._turn()
+            self._note_cut([channel for channel in self.active_channels.values() if channel.requests])
+            self.tally.close()
+            self.pool.shutdown(POOL_END)
+            wasyncore.close_all(self._map)
+
+    def _note_cut(self, channels: Sequence[GateChannel]) -> None:
+        """Tells whose requests the end does not wait for."""
+        for channel in channels:
+            task = GateTask(channel, channel.requests[0])
+            task.status = "000"     # it is not known whether its head was sent
+            channel.served(task, "cut")
+        if channels:
+            log.warning("requests cut, for they took longer than service.drain, %g s: %d", self._drain, len(channels))
+
+    def _turn(self) -> None:
+        """Answers what has come, sends what is to be sent, and waits."""
+        for _ in range(len(self._ready)):       # who has sent ahead takes turns with the others
+            self._ready.popleft().service()
+        while self._touched:
+            channel = self._touched.popleft()
+            channel.touched = False     # first: what comes now touches it again
+            channel.attend(selectors.EVENT_WRITE)
+        self._share.hold(len(self.active_channels))
+        self.tally.queued(self.waiting)
+        self.watch(self, selectors.EVENT_READ if self.readable() else 0)
+        self._awake = False     # from here on the turn may miss what another thread leaves to it
+        wait = DEFER_INTERVAL if self._share.defers or self.draining else self.adj.asyncore_loop_timeout
+        found = self._selector.select(0 if self._touched or self._ready else wait)
+        self._awake = True
+        for key, events in found:
+            if isinstance(key.data, GateChannel):
+                key.data.attend(events)
+            else:
+                wasyncore.read(key.data)
+
+    def _drained(self) -> bool:
+        """Once stopping: accepts nobody, soon closes idle connections; True when none is left."""
+        if not self._gate.draining:
+            return False
+        if self.accepting:      # who waits to be accepted has perhaps sent a request already
+            self.accepting = False
+            self.watch(self, 0)
+            self.del_channel()
+            self._accept(BACKLOG)
+            self.socket.close()
+            self._idle_end = time.monotonic() + LAST_ASK
+            return False
+        now = time.monotonic()
+        for channel in list(self.active_channels.values()) if now > self._idle_end else ():
+            if not (channel.requests or channel.request or channel.total_outbufs_len or channel.lingers):
+                channel.handle_close()
+        return not self.active_channels or now > self._ends
+
+
+def listen(setting: str, value: str) -> socket.socket:
+    """Binds the address:port that `setting` of the inventory names; raises UsageError."""
+    host, _, port = value.rpartition(":")
+    try:
+        answers = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, kind, protocol, _, address = answers[0]
+        sock = socket.socket(family, kind, protocol)
+        if sys.platform == "win32":
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_EXCLUSIVEADDRUSE, 1)
+        else:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(address)
+        sock.listen(BACKLOG)
+    except (OSError, UnicodeError) as error:
+        strerror = getattr(error, "strerror", None) or "not a host name"
+        raise UsageError(f"cannot listen on {value}: {one_line(strerror)}; "
+                         f"is another program using it? Set {setting}") from error
+    return sock
+
+
+def bound_address(sock: socket.socket) -> str:
+    """address:port of a socket, as a URL has it."""
+    host, port = sock.getsockname()[:2]
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def connection_limit(resources: int) -> int:
+    """Connections that may be served at once; on UNIX after raising the limit of open files as far as allowed."""
+    if sys.platform == "win32":
+        return 400      # select takes 512 sockets there
+    import resource  # noqa: PLC0415  # POSIX only
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        soft = hard
+    files = CONNECTIONS_MAX if soft == resource.RLIM_INFINITY else soft
+    return max(100, min(CONNECTIONS_MAX, files - 4 * resources - 100))      # polls and the database need some
+
+
+# === Workers =================================================================
+ORPHAN_DRAIN = 2.0              # seconds for requests in flight of a worker whose main process died
+PIPE_WAITING = 100              # messages to the main process, beyond which no lines of the access log are added
+LAST_WORDS = 0.2                # seconds in which what a dead worker said is read
+SUPERVISOR_INTERVAL = 0.05      # seconds between two looks at the worker processes
+START_NEWS = 5.0                # seconds between two lines about a start that takes long
+WORKER_LIFE = 10.0              # seconds after which a worker's end is no sign that it can never run
+WORKER_PAUSES = (0.0, 0.5, 1, 2, 5, 10, 30)  # seconds before the 1st, 2nd, … replacement of short-lived workers
+WORKER_END = 2.0                # seconds between the end of draining and the end of the process
+
+
+class MessagePipe:
+    """One end of the pipe between the main process and a worker; who puts never waits for the other side.
+
+    One thread sends what was put, another gives what comes to `receive`, and None when the other side has ended.
+    """
+
+    def __init__(self, pipe: PipeConnection, receive: Callable[[Any], None]) -> None:
+        self._pipe, self._receive = pipe, receive
+        self._out: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._ended = itertools.count()     # of both threads
+        self._threads = [threading.Thread(target=run, name="pipe", daemon=True) for run in (self._send, self._listen)]
+
+    def open(self) -> None:
+        for thread in self._threads:
+            thread.start()
+
+    @property
+    def waiting(self) -> int:
+        """Messages that were put and not sent yet."""
+        return self._out.qsize()
+
+    def put(self, *message: Any) -> None:
+        self._out.put(message)
+
+    def close(self, wait: float) -> None:
+        """Ends the sending thread after what was put."""
+        self._out.put(None)
+        self._threads[0].join(wait)
+
+    def join(self, wait: float) -> None:
+        """Waits until everything that the other side sent before its end was received."""
+        self._threads[1].join(wait)
+
+    def _send(self) -> None:
+        with contextlib.suppress(OSError):      # the other side has ended; the listener tells
+            while (message := self._out.get()) is not None:
+                self._pipe.send(message)
+        self._end()
+
+    def _listen(self) -> None:
+        with contextlib.suppress(OSError, EOFError):
+            while True:
+                self._receive(self._pipe.recv())
+        self._receive(None)
+        self._end()
+
+    def _end(self) -> None:
+        """The second thread to end closes the pipe: nobody uses it then."""
+        if next(self._ended):
+            self._pipe.close()
+
+
+class PipeLogHandler(logging.Handler):
+    """Logs through the main process: one process writes the log."""
+
+    def __init__(self, pipe: MessagePipe) -> None:
+        super().__init__()
+        self._pipe = pipe
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            self._pipe.put("log", record.levelno, self.format(record))
+        except Exception:       # noqa: BLE001  # as every handler: a faulty call must not fail whoever logs
+            self.handleError(record)
+
+
+@dataclass(frozen=True)
+class WorkerConfig:
+    """What a worker process is given."""
+
+    number: int
+    service: ServiceSettings
+    folder: Path        # of the inventory, where the application is looked for
+    sock: socket.socket
+    lease: Lease
+    counters: Counters
+    pipe: PipeConnection
+
+    def keep(self) -> None:
+        """Lets no process that the application starts have port and pipe: it may outlive the service."""
+        if sys.platform != "win32":     # where it inherits nothing by itself
+            self.sock.set_inheritable(False)
+            os.set_inheritable(self.pipe.fileno(), False)
+            os.register_at_fork(after_in_child=self.close)
+
+    def close(self) -> None:
+        self.sock.close()
+        self.pipe.close()
+
+
+def keep_out_of_collections() -> None:
+    """What was made until now stays; a look of the collector through these 100,000 objects holds all up for 60 ms."""
+    gc.collect()
+    gc.freeze()
+
+
+class Worker:
+    """In a worker process: serves from the main process's word on until it says stop, or dies."""
+
+    def __init__(self, config: WorkerConfig) -> None:
+        self._config = config
+        self._pipe = MessagePipe(config.pipe, self._receive)
+        self._told = threading.Event()      # what to do: serve, or end
+        self._ending = False
+        self._server: GateServer | None = None
+
+    def run(self) -> None:
+        config, service = self._config, self._config.service
+        self._pipe.open()
+        logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[PipeLogHandler(self._pipe)], force=True)
+        try:
+            gate = build_gate(service, config.folder, config.lease)
+            self._server = GateServer(gate, config.sock, service, connection_limit(0),
+                                      RequestCounters(config.counters, config.number, self._access_log(service)))
+        except HealthCheckerError as error:
+            self._pipe.put("failed", str(error))
+            return
+        keep_out_of_collections()
+        self._pipe.put("ready")
+        self._told.wait()
+        if not self._ending:
+            self._server.serve()
+
+    def _access_log(self, service: ServiceSettings) -> AccessLog | None:
+        """The main process writes the file."""
+        if not service.access_log:
+            return None
+        access_log = AccessLog(self._send_lines)
+        access_log.start()
+        return access_log
+
+    def _send_lines(self, lines: Sequence[str]) -> None:
+        if self._pipe.waiting > PIPE_WAITING:
+            raise BlockingIOError(errno.EAGAIN, "the main process does not read")
+        self._pipe.put("lines", lines)
+
+    def close(self) -> None:
+        """What the application left running does not keep the process."""
+        self._pipe.close(WORKER_END / 2)
+        self._end_after(0.0)
+
+    @staticmethod
+    def _end_after(seconds: float) -> None:
+        """Ends the process a little later, whatever it is at by then."""
+        ending = threading.Timer(seconds + WORKER_END / 2, os._exit, (0,))
+        ending.daemon = True
+        ending.start()
+
+    def _receive(self, message: Any) -> None:
+        """In the pipe's thread: None, the main process died."""
+        if message != ("serve",):
+            self._ending, drain = True, min(self._config.service.drain, math.inf if message else ORPHAN_DRAIN)
+            if self._server:
+                self._server.stop(drain)
+            self._end_after(drain if self._server else 0.0)
+        self._told.set()
+
+
+def quiet_libraries() -> None:
+    """They repeat what we report."""
+    for name in ("paramiko", "pypsrp", "urllib3", "spnego"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+
+
+ENDINGS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGBREAK") if hasattr(signal, name)]
+
+
+@contextlib.contextmanager
+def signals_held() -> Iterator[None]:
+    """Signals that end the service wait meanwhile; a process started here is born with them held (POSIX)."""
+    if sys.platform != "win32":
+        resource_tracker.ensure_running()   # started below, it would let the signals pass
+        signal.pthread_sigmask(signal.SIG_BLOCK, ENDINGS)
+    try:
+        yield
+    finally:
+        if sys.platform != "win32":
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDINGS)
+
+
+def run_worker(config: WorkerConfig) -> None:
+    """The main function of a worker process."""
+    for number in ENDINGS:      # it ends through its pipe; SIG_IGN would be inherited by what the application starts
+        signal.signal(number, lambda *_: None)
+    if sys.platform != "win32":
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDINGS)
+    config.keep()
+    quiet_libraries()
+    worker = Worker(config)
+    try:
+        worker.run()
+    finally:
+        worker.close()
+
+
+class WorkerProcess:
+    """In the main process: one worker process, from its start to its end."""
+
+    def __init__(self, number: int, process: multiprocessing.process.BaseProcess, pipe: PipeConnection,
+                 access_file: AccessFile | None) -> None:
+        self.number, self.process, self.born = number, process, time.monotonic()
+        self._access_file = access_file
+        self.pipe = MessagePipe(pipe, self._receive)
+        self.ready = threading.Event()
+        self.failure = ""
+
+    @property
+    def alive(self) -> bool:
+        """Whether the process runs; when not, everything it said was heard."""
+        if self.process.is_alive():
+            return True
+        self.pipe.join(LAST_WORDS)      # a child process of the application may hold the pipe open
+        return False
+
+    @property
+    def why(self) -> str:
+        return self.failure or f"worker {self.number} ended with exit code {self.process.exitcode}"
+
+    def _receive(self, message: Any) -> None:
+        """In the pipe's thread."""
+        if message is None:
+            self.pipe.close(0)
+        elif message[0] == "ready":
+            self.ready.set()
+        elif message[0] == "failed":
+            self.failure = message[1]
+        elif message[0] == "log":
+            log.log(message[1], "worker %d: %s", self.number, message[2])
+        elif message[0] == "lines" and self._access_file:
+            self._access_file.write(message[1])
+
+
+class Supervisor:
+    """The worker processes on one listening socket: starts them, replaces those that die, ends them."""
+
+    def __init__(self, service: ServiceSettings, folder: Path, sock: socket.socket, lease: Lease,
+                 access_file: AccessFile | None = None) -> None:
+        """`folder` is the inventory's, where `service.app` is looked for."""
+        self._service, self._folder, self._sock, self._lease = service, folder, sock, lease
+        self._access_file = access_file
+        sock.setblocking(False)     # on Windows each start of a worker sets this process's mode in all of them
+        self._count = service.worker_count
+        self.counters = Counters(self._count)
+        self._workers: list[WorkerProcess] = []
+        self._short = [0] * self._count             # short lives in a row, by worker
+        self._due: dict[int, float] = {}            # when to replace those that died or could not be started
+        self._stopping = False
+
+    def start(self) -> None:
+        """Starts all and waits until they can serve. Raises UsageError where the application cannot be loaded."""
+        for number in range(self._count):
+            if not self._stopping:
+                self._workers.append(self._launch(number))    # known at once: the next one may fail
+        news = time.monotonic() + START_NEWS
+        while not self._stopping and not all(worker.ready.is_set() for worker in self._workers):
+            for worker in self._workers:
+                if not worker.alive:
+                    raise UsageError(worker.why)
+            time.sleep(SUPERVISOR_INTERVAL)
+            if time.monotonic() > news:
+                news += START_NEWS
+                ready = sum(worker.ready.is_set() for worker in self._workers)
+                log.info("%d of %d worker processes are ready", ready, self._count)
+
+    def stop(self) -> None:
+        """Ends `serve`. Safe in a signal handler."""
+        self._stopping = True
+
+    def serve(self) -> None:
+        """Lets the workers serve until `stop`."""
+        for worker in self._workers:
+            worker.pipe.put("serve")
+        while not self._stopping:
+            self._replace(time.monotonic())
+            time.sleep(SUPERVISOR_INTERVAL)
+
+    def close(self) -> None:
+        """Lets the workers answer what they are at, `service.drain` seconds at most, and ends them."""
+        self._sock.close()
+        for worker in self._workers:
+            worker.pipe.put("stop")
+            if not worker.ready.is_set():     # it serves nobody, and would be at its imports for long
+                worker.process.kill()
+        ends = time.monotonic() + self._service.drain + WORKER_END
+        for worker in self._workers:
+            while worker.alive and time.monotonic() < ends:   # join would wait for what the application forked, too
+                time.sleep(SUPERVISOR_INTERVAL)
+            if worker.alive:
+                log.warning("worker %d does not end and is killed", worker.number)
+                worker.process.kill()
+                worker.process.join()
+
+    def _launch(self, number: int) -> WorkerProcess:
+        context = multiprocessing.get_context("spawn")      # the same on every system
+        ours, theirs = context.Pipe()
+        config = WorkerConfig(number, self._service, self._folder, self._sock, self._lease, self.counters, theirs)
+        process = context.Process(target=run_worker, args=(config,), name=f"worker {number}")
+        with signals_held():
+            process.start()
+        theirs.close()      # or the worker's end would not be seen
+        worker = WorkerProcess(number, process, ours, self._access_file)
+        worker.pipe.open()
+        return worker
+
+    def _replace(self, now: float) -> None:
+        for worker in self._workers:
+            number = worker.number
+            if number not in self._due and not worker.alive:
+                self.counters.vacate(number)
+                if worker.ready.is_set() and now - worker.born >= WORKER_LIFE:
+                    self._short[number] = 0
+                self._put_off(number, now, f"{worker.why}; starting another")
+        for number in [number for number, due in self._due.items() if due <= now]:
+            try:
+                worker = self._launch(number)
+            except OSError as error:    # no descriptors, memory or processes are left: that may pass
+                self._put_off(number, now, f"worker {number} cannot be started: {error.strerror}; trying again")
+                continue
+            worker.pipe.put("serve")
+            self._workers[number].process.close()
+            self._workers[number] = worker
+            del self._due[number]
+
+    def _put_off(self, number: int, now: float, why: str) -> None:
+        """Plans the next start of a worker; each in a row comes later."""
+        self._due[number] = now + WORKER_PAUSES[min(self._short[number], len(WORKER_PAUSES) - 1)]
+        self._short[number] += 1
+        log.error("%s", why)
+
+
+# === Accounts ================================================================
+PASSWORD_LENGTH = 12            # characters of a user's password at least
+SESSION_KEY_BYTES = 32          # bytes of keys/session.key
+SESSION_IDLE = 1800.0           # seconds without a request until it ends
+LOGIN_FAILURES = 5              # of an account from an address, after which the next login waits
+LOGIN_WINDOW = 300.0            # seconds for which a failed login counts
+LOGINS_KEPT = 10_000            # accounts and addresses with failures that are remembered
+POLL_NOW_TIMEOUT = 60.0         # seconds that a request waits for a poll
+TRIAL_TIMEOUT = 30.0            # seconds of a poll with settings that are not stored
+FIRST_USER = ("SpiceWorks", "HealthChecker")  # of the specification; its password is to be changed
+LIVES = {"session": (SESSION_LIFE, SESSION_IDLE), "token": (TOKEN_LIFE, TOKEN_LIFE)}    # seconds: in all, idle
+
+
+def not_documented(password: SecretStr) -> SecretStr:
+    if password.get_secret_value() == FIRST_USER[1]:
+        raise ValueError("must not be the documented one")
+    return password
+
+
+Role = Literal["admin", "viewer"]
+Password = Annotated[SecretStr, Field(min_length=PASSWORD_LENGTH, max_length=SECRET_LENGTH),
+                     AfterValidator(not_documented)]
+Claimed = Annotated[SecretStr, Field(max_length=SECRET_LENGTH)]     # a password that is to be verified
+
+
+class Credentials(Settings):
+    """What a login takes."""
+
+    username: Annotated[str, Field(max_length=NAME_CHARS)]
+    password: Claimed
+
+
+class PasswordChange(Settings):
+    """A user's own new password."""
+
+    current: Claimed
+    new: Password
+
+
+class NewUser(Settings):
+    """A user to add."""
+
+    name: Name
+    password: Password
+    role: Role = "viewer"
+
+
+class UserChange(Settings):
+    """What an admin changes of a user; what is left out stays."""
+
+    password: Password | None = None
+    role: Role | None = None
+
+
+def field_errors(fields: Mapping[str, str]) -> ApiError:
+    """Bad input, with what is wrong with each field."""
+    return ApiError("; ".join(f"{name}: {text}" for name, text in fields.items()), 422, fields)
+
+
+M = TypeVar("M", bound=Settings)
+
+
+def validated(model: type[M], body: Mapping[str, Any], *, text: bool = False) -> M:
+    """`body` as a model; with `text` its values may be texts, as those of the inventory are. Raises Refusal."""
+    try:
+        return model.model_validate(body) if text else model.model_validate_json(json.dumps(body), strict=True)
+    except ValidationError as error:
+        raise field_errors({".".join(map(str, item["loc"])): message_of(cast("dict[str, Any]", item))
+                          for item in error.errors(include_url=False, include_input=False)}) from None
+
+
+class SettingsReader(InventoryLoader):
+    """Reads one resource from a request, by the rules of the inventory; `fields` gathers what is wrong with which."""
+
+    def __init__(self, inventory: Path, *, text: bool) -> None:
+        super().__init__(inventory, Document(None, {}, {}, []))
+        self.text = text
+        self.fields: dict[str, str] = {}
+
+    def read(self, given: Mapping[str, Any], stored: Mapping[str, Any]) -> Entry:
+        """`given` over `stored`; null stands for the default. Raises Refusal."""
+        defaults = {name for name in ResourceSettings.model_fields if given.get(name, "") is None}
+        entry = self._entry(0, {name: value for name, value in given.items() if name not in defaults},
+                            {name: value for name, value in stored.items() if name not in defaults})
+        if entry is None or self.fields:
+            raise field_errors(self.fields)
+        return entry
+
+    def fault(self, path: NodePath, message: str, *, key: bool = False) -> None:
+        name = ".".join(map(str, path[1:] if path[0] == "defaults" else path[2:])) or "resource"
+        self.fields[name] = f"{self.fields[name]}; {message}" if name in self.fields else message
+
+    def parse(self, model: type[Settings], raw: Mapping[str, Any]) -> Settings:
+        return super().parse(model, raw) if self.text else model.model_validate_json(json.dumps(raw), strict=True)
+
+
+def stated(row: Resource) -> dict[str, Any]:
+    """What a row states beside the defaults, in the inventory's names; no secrets."""
+    settings = row.parsed_settings
+    if settings.port == settings.model_copy(update={"port": None}).connect_port:
+        settings = settings.model_copy(update={"port": None})
+    return settings.model_dump(mode="json", exclude_defaults=True, exclude=set(SECRETS))
+
+
+def apply_entry(row: Resource, entry: Entry, vault: Vault) -> bool:
+    """`update_row` for a request; says whether anything changed. Raises Refusal."""
+    try:
+        return update_row(row, entry, vault)
+    except (SecretError, InventoryError) as error:
+        raise field_errors({"password": str(error)}) from error
+
+
+def ensure_first_user(session: Session) -> None:
+    """The specification's first account, while there is none at all."""
+    if session.scalar(sqlalchemy.select(User).limit(1)) is None:
+        session.add(User.create(*FIRST_USER, initial=True))
+
+
+def initial_user(session: Session) -> str | None:
+    """The name of an account that still has the documented password."""
+    return session.scalar(sqlalchemy.select(User.name).where(User.initial).limit(1))
+
+
+def find_resource(session: Session, name: str) -> Resource:
+    row = session.scalar(sqlalchemy.select(Resource).where(Resource.name == name))
+    if row is None:
+        raise ApiError("there is no such resource", 404)
+    return row
+
+
+def find_user(session: Session, name: str) -> User:
+    user = session.scalar(sqlalchemy.select(User).where(User.name == name))
+    if user is None:
+        raise ApiError("there is no such user", 404)
+    return user
+
+
+def require_admin(session: Session, without: User) -> None:
+    """Raises Refusal when `without` is the last admin."""
+    if session.scalar(sqlalchemy.select(User).where(User.role == "admin", User.id != without.id).limit(1)) is None:
+        raise ApiError(f"{without.name} is the last admin; make another one first", 409)
+
+
+def session_key(folder: Path) -> bytes:
+    """What signs sessions and bearer tokens: `session.key` in `folder`, made on first start. Raises SecretError."""
+    path = folder / "session.key"
+    try:
+        with contextlib.suppress(FileExistsError):
+            if not path.exists():
+                create_private(path, secrets.token_bytes(SESSION_KEY_BYTES))
+        key = path.read_bytes()
+    except OSError as error:
+        raise SecretError(f"{path} cannot be read or made: {error.strerror}") from error
+    if len(key) < SESSION_KEY_BYTES:
+        raise SecretError(f"{path} is no session key; remove it, and the next start makes another")
+    return key
+
+
+class Ticket(NamedTuple):
+    """What a session's cookie or a bearer token says; times are Unix times."""
+
+    kind: str       # session | token
+    name: str       # its own, unguessable
+    user: int       # User.id
+    stamp: str      # User.stamp of the login
+    begun: float
+    seen: float     # the last request, give or take SESSION_STEP
+
+    @property
+    def ends(self) -> float:
+        life, idle = LIVES[self.kind]
+        return min(self.begun + life, self.seen + idle)
+
+
+class Tickets:
+    """Signs tickets and reads them; the same in every process that has the key, and after a restart."""
+
+    def __init__(self, key: bytes) -> None:
+        self._serializer = itsdangerous.URLSafeSerializer(
+            key, "healthchecker.ticket", signer_kwargs={"key_derivation": "hmac", "digest_method": hashlib.sha256})
+
+    def write(self, ticket: Ticket) -> str:
+        return str(self._serializer.dumps(ticket))
+
+    def read(self, text: str, kind: str, now: float) -> Ticket | None:
+        """The ticket, None when it is not ours, of another kind, or over."""
+        try:
+            ticket = Ticket(*self._serializer.loads(text))
+        except itsdangerous.BadData:
+            return None
+        return ticket if ticket.kind == kind and now < ticket.ends else None
+
+
+def holder(session: Session, ticket: Ticket) -> User | None:
+    """The user of a ticket; None once password or role changed, the user is gone, or the session was logged out."""
+    user = session.get(User, ticket.user)
+    valid = user is not None and hmac.compare_digest(user.stamp, ticket.stamp) and not session.get(Ended, ticket.name)
+    return user if valid else None
+
+
+class Throttle:
+    """Failed logins by account and address; LOGIN_FAILURES of them within LOGIN_WINDOW make the next one wait."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._failures: dict[tuple[str, str], list[float]] = {}     # who failed last stands last
+
+    def wait(self, name: str, address: str) -> float:
+        """Seconds until the next attempt; 0 when it may be made now."""
+        failures = self._failures.get((name, address), [])
+        return max(0.0, failures[0] + LOGIN_WINDOW - self._clock()) if len(failures) >= LOGIN_FAILURES else 0.0
+
+    def fail(self, name: str, address: str) -> int:
+        """Takes a failure down; says how many count now. Names are the attacker's choice: the oldest ones go."""
+        now = self._clock()
+        failures = [at for at in self._failures.pop((name, address), []) if now - at < LOGIN_WINDOW]
+        self._failures[name, address] = [*failures, now][-LOGIN_FAILURES:]
+        if len(self._failures) > LOGINS_KEPT:
+            del self._failures[next(iter(self._failures))]
+        return len(self._failures[name, address])
+
+    def clear(self, name: str, address: str) -> None:
+        self._failures.pop((name, address), None)
+
+
+def offered_key(target: Target, access: ConnectionContext) -> str:
+    """The key that a host shows now. Raises UsageError for a resource without one, or with one that is pinned."""
+    connection = CONNECTIONS[target.settings.platform](target, LoginGuard(), access)
+    if not isinstance(connection, (SshConnection, PowerShellConnection)):
+        raise UsageError(f"{target.name} has no host key")
+    if target.settings.host_key not in (None, "strict") or target.settings.certificate_fingerprint:
+        raise UsageError(f"the inventory pins the key of {target.name}; change it there")
+    return connection.offered_key(Deadline(min(target.settings.timeout, TRIAL_TIMEOUT)))
+
+
+# === Actions =================================================================
+MAINTENANCE = 366 * 86_400.0    # seconds of maintenance at most
+API = "/-/api/"
+SAFE_METHODS = ("GET", "HEAD")
+
+
+NOBODY = User(salt=b"", rounds=PBKDF2_ROUNDS, password_hash=b"")    # takes as long as a user that exists
+
+
+@dataclass
+class ConsoleContext:
+    """What pages, API and the user commands work on, in the main process."""
+
+    store: Store
+    inventory: Inventory
+    lease: Lease
+    session_key: bytes
+    vault: Vault
+    monitor: Monitor
+    connections: ConnectionContext
+    clock: Callable[[], float] = time.time      # Unix time
+
+    def __post_init__(self) -> None:
+        self.hashing = threading.Lock()     # one password hash at a time, for it takes a CPU 0.15 s; guards throttle
+        self.throttle = Throttle()
+
+    @functools.cached_property
+    def tickets(self) -> Tickets:
+        return Tickets(self.session_key)
+
+    @functools.cached_property
+    def places(self) -> dict[str, str]:
+        """file:line:column of the resources that the inventory states."""
+        return {entry.settings.name: entry.where for entry in self.inventory.entries}
+
+    @property
+    def is_healthy(self) -> bool:
+        """The gate's answer."""
+        return time.monotonic() < self.lease.until.value
+
+    def login(self, name: str, password: str, address: str) -> int:
+        """The id of the user with this password. Raises Refusal: 401, or 429 with the seconds to wait."""
+        if not self.hashing.acquire(blocking=False):
+            raise ApiError("another password is being checked; try again in a second", 429, retry=1)
+        try:
+            wait = self.throttle.wait(name, address)
+            if wait:
+                raise ApiError("too many failed logins; wait before the next", 429, retry=wait)
+            with self.store.reading() as session:
+                user = session.scalar(sqlalchemy.select(User).where(User.name == name))
+            if (user or NOBODY).verify(password) and user is not None:
+                self.throttle.clear(name, address)
+                return user.id
+            failures = self.throttle.fail(name, address)
+        finally:
+            self.hashing.release()
+        log.warning("login of %s from %s failed", one_line(name), address)
+        if failures == LOGIN_FAILURES:      # once, or an attacker would fill the database
+            with self.store.writing() as session:
+                record_event(session, "login", f"{failures} failed logins", actor=name, address=address)
+        raise ApiError("user name or password is wrong", 401)
+
+    def poll_now(self, name: str) -> dict[str, Any]:
+        """Polls a resource and waits for the result."""
+        self.monitor.catch_up()
+        report = self.monitor.check_now(name, POLL_NOW_TIMEOUT)
+        if report is None:
+            raise ApiError(f"there is no result after {POLL_NOW_TIMEOUT:.0f} s; the poll goes on", 504)
+        return vars(report.verdict) | {"seconds": report.seconds}
+
+    def test(self, settings: Mapping[str, Any], name: str = "", *, text: bool = False) -> dict[str, Any]:
+        """Polls once with settings that are not stored, or with changes to the stored ones of `name`, its secret
+        included; `host_key` is what would be trusted on first use."""
+        with self.store.reading() as session:
+            row = session.scalar(sqlalchemy.select(Resource).where(Resource.name == name)) if name else None
+        entry = SettingsReader(self.inventory.path, text=text).read(settings, stated(row) if row else {})
+        trial = Resource(**{column.name: getattr(row, column.name) for column in Resource.__table__.columns}
+                         if row else {"id": 0, "name": entry.settings.name})
+        apply_entry(trial, entry, self.vault)
+        target = target_of(trial, self.vault)
+        target = replace(target, settings=target.settings.model_copy(
+            update={"timeout": min(target.settings.timeout, TRIAL_TIMEOUT)}))
+        begin = time.monotonic()
+        connection = CONNECTIONS[target.settings.platform](target, LoginGuard(), self.connections)
+        verdict, _, host_key = poll_once(target, connection, None)
+        return vars(verdict) | {"seconds": time.monotonic() - begin, "host_key": host_key}
+
+    def offered_key(self, name: str) -> str:
+        """The key that the host of a resource shows now."""
+        with self.store.reading() as session:
+            row = find_resource(session, name)
+        try:
+            return offered_key(target_of(row, self.vault), self.connections)
+        except (UsageError, ProbeError) as error:
+            raise ApiError(str(error), 409) from error
+
+
+@dataclass(frozen=True)
+class Principal:
+    """Who asks, from where, and by what it is known."""
+
+    site: ConsoleContext
+    address: str = ""               # empty on the command line
+    local: bool = True              # on the server's own machine
+    ticket: Ticket | None = None
+    user: User | None = None
+
+    @property
+    def name(self) -> str:
+        return self.user.name if self.user else "command line"
+
+    @property
+    def operator(self) -> bool:
+        """Whether the address may log in at all."""
+        address = ipaddress.ip_address(self.address)
+        networks = map(ipaddress.ip_network, self.site.inventory.service.operators)
+        return (self.local or not address.is_loopback) and any(address in network for network in networks)
+
+    @property
+    def restricted(self) -> bool:
+        """The documented password still holds, and this is another machine: it can only be changed."""
+        return self.user is not None and self.user.initial and not self.local
+
+    def may(self, role: str) -> bool:
+        return self.user is not None and self.user.role in (role, "admin")
+
+    def note(self, session: Session, text: str, resource: str = "") -> None:
+        """Records a change."""
+        record_event(session, "change", text, resource=resource, actor=self.name, address=self.address,
+                     at=self.site.clock())
+
+
+def moment(at: float) -> datetime.datetime | None:
+    """A Unix time, None for 0."""
+    return datetime.datetime.fromtimestamp(at, datetime.timezone.utc) if at else None
+
+
+class Maintenance(Settings):
+    """Until when a resource does not count, and why."""
+
+    until: AwareDatetime
+    reason: TextLine
+
+
+class Trust(Settings):
+    """The key to trust; without one it is the one that the host shows now."""
+
+    host_key: TextLine | None = None
+
+
+class OutcomeView(Settings):
+    """A service or check."""
+
+    good: bool
+    text: str
+
+
+class SampleView(Settings):
+    """What the last poll read."""
+
+    details: dict[str, float | str]
+    metrics: dict[str, float]
+    services: dict[str, OutcomeView]
+    checks: dict[str, OutcomeView]
+    problems: dict[str, str]    # what could not be read, and why
+
+
+class ResourceView(ResourceSettings):
+    """A resource: its settings without secrets, and its state."""
+
+    password: None = Field(default=None, exclude=True)
+    key_passphrase: None = Field(default=None, exclude=True)
+    origin: Literal["inventory", "api"]
+    place: str | None           # where the inventory states it: file:line:column
+    has_secret: bool
+    trusted_key: str | None     # trusted on first use or by `trust`
+    maintenance: Maintenance | None
+    state: State
+    cause: Cause
+    reason: str
+    since: datetime.datetime | None
+    polled: datetime.datetime | None
+    seconds: float              # that the last poll took
+    sample: SampleView | None
+
+
+class PollView(Settings):
+    """What one poll found."""
+
+    state: State
+    cause: Cause
+    reason: str
+    seconds: float
+
+
+class TrialView(PollView):
+    """What a poll with settings that are not stored found."""
+
+    host_key: str | None        # would be trusted on first use
+
+
+RESOURCES = sqlalchemy.select(Resource, Status).outerjoin(Status, Status.resource_id == Resource.id)
+
+
+def status_of(row: Resource, status: Status | None) -> Status:
+    """The status, an empty one when it is of another configuration: nothing is known of this one yet."""
+    if status and status.settings_digest == row.settings_digest:
+        return status
+    return Status(state="unknown", cause="", reason="", since=0.0, polled=0.0, seconds=0.0, sample="null", packed=b"")
+
+
+def resource_view(row: Resource, status: Status | None, site: ConsoleContext) -> ResourceView:
+    known = status_of(row, status)
+    columns = {name: getattr(row, name) for name in Resource.COLUMNS}
+    state = {name: getattr(known, name) for name in ("state", "cause", "reason", "seconds")}
+    maintenance = {"until": moment(row.maintenance), "reason": row.maintenance_reason}
+    return ResourceView.model_validate({
+        **json.loads(row.settings), **columns, **state, "since": moment(known.since), "polled": moment(known.polled),
+        "sample": json.loads(known.sample), "origin": row.origin,
+        "place": site.places.get(row.name) if row.origin == "inventory" else None,
+        "has_secret": row.password is not None or row.key_passphrase is not None, "trusted_key": row.host_key,
+        "maintenance": maintenance if row.maintenance > site.clock() else None})
+
+
+def changeable(who: Principal, session: Session, name: str) -> Resource:
+    """A resource that was added here; those of the inventory change there."""
+    row = find_resource(session, name)
+    if row.origin == "inventory":
+        place = who.site.places.get(name, who.site.inventory.path.name)
+        raise ApiError(f"{name} stands at {place}; change it there", 409)
+    return row
+
+
+def list_resources(who: Principal) -> list[ResourceView]:
+    """All resources, by name."""
+    with who.site.store.reading() as session:
+        rows = session.execute(RESOURCES.order_by(Resource.name))
+        return [resource_view(row, status, who.site) for row, status in rows]
+
+
+def show_resource(who: Principal, name: str) -> ResourceView:
+    """One resource."""
+    with who.site.store.reading() as session:
+        row = find_resource(session, name)
+        return resource_view(row, session.get(Status, row.id), who.site)
+
+
+def add_resource(who: Principal, body: Mapping[str, Any], *, text: bool = False) -> ResourceView:
+    """Adds a resource; it is watched at once."""
+    vault = who.site.vault      # before the database is locked
+    entry = SettingsReader(who.site.inventory.path, text=text).read(body, {})
+    name = entry.settings.name
+    with who.site.store.writing() as session:
+        if session.scalar(sqlalchemy.select(Resource.id).where(Resource.name == name)) is not None:
+            raise ApiError("there is a resource of this name already", 409, {"name": "is taken"})
+        row = Resource(name=name, origin="api")
+        apply_entry(row, entry, vault)
+        session.add(row)
+        who.note(session, "added", name)
+        revise(session)
+    return show_resource(who, name)
+
+
+def change_resource(who: Principal, name: str, body: Mapping[str, Any], *, text: bool = False) -> ResourceView:
+    """Changes what is given; null stands for the default. Another hostname or username needs the password again."""
+    vault = who.site.vault
+    with who.site.store.writing() as session:
+        row = changeable(who, session, name)
+        if body.get("name", name) != name:
+            raise field_errors({"name": "cannot be changed; add another resource and remove this one"})
+        entry = SettingsReader(who.site.inventory.path, text=text).read(body, stated(row))
+        before = stated(row)
+        if apply_entry(row, entry, vault):
+            after = stated(row)
+            changed = {field for field in before.keys() | after.keys() if before.get(field) != after.get(field)}
+            who.note(session, f"changed: {', '.join(sorted(changed | (body.keys() & set(SECRETS))))}", name)
+            revise(session)
+    return show_resource(who, name)
+
+
+def remove_resource(who: Principal, name: str) -> None:
+    """Removes a resource and its history."""
+    with who.site.store.writing() as session:
+        session.delete(changeable(who, session, name))
+        who.note(session, "removed", name)
+        revise(session)
+
+
+def test_settings(who: Principal, body: Mapping[str, Any], *, text: bool = False) -> TrialView:
+    """Polls a resource once that is not added yet."""
+    return TrialView(**who.site.test(dict(body), text=text))
+
+
+def test_changes(who: Principal, name: str, body: Mapping[str, Any], *, text: bool = False) -> TrialView:
+    """Polls a resource once with changed settings that are not stored."""
+    with who.site.store.reading() as session:
+        changeable(who, session, name)
+    return TrialView(**who.site.test(dict(body), name, text=text))
+
+
+def poll_now(who: Principal, name: str) -> PollView:
+    """Polls a resource now and waits for the result."""
+    with who.site.store.reading() as session:
+        find_resource(session, name)
+    return PollView(**who.site.poll_now(name))
+
+
+def begin_maintenance(who: Principal, name: str, body: Mapping[str, Any]) -> ResourceView:
+    """Lets a resource not count until a time: it is polled and shown and closes nothing."""
+    maintenance = validated(Maintenance, body)
+    until = maintenance.until.timestamp()
+    if not 0 < until - who.site.clock() <= MAINTENANCE:
+        raise field_errors({"until": f"must be in the future, and by no more than {MAINTENANCE / 86_400:.0f} days"})
+    with who.site.store.writing() as session:
+        row = find_resource(session, name)
+        row.maintenance, row.maintenance_reason = until, maintenance.reason
+        who.note(session, f"in maintenance until {maintenance.until.isoformat()}: {maintenance.reason}", name)
+        revise(session)
+    return show_resource(who, name)
+
+
+def end_maintenance(who: Principal, name: str) -> None:
+    """Lets a resource count again."""
+    with who.site.store.writing() as session:
+        row = find_resource(session, name)
+        if row.maintenance:
+            row.maintenance, row.maintenance_reason = 0.0, ""
+            who.note(session, "maintenance ended", name)
+            revise(session)
+
+
+def trust_resource(who: Principal, name: str, body: Mapping[str, Any]) -> ResourceView:
+    """Trusts the key that the host shows now; with `host_key` only that one."""
+    wanted = validated(Trust, body).host_key
+    with who.site.store.reading() as session:
+        find_resource(session, name)
+    offered = who.site.offered_key(name)
+    if wanted not in (None, offered):
+        raise ApiError(f"the host shows another key: {offered}", 409,
+                       {"host_key": "is not the one that the host shows"})
+    with who.site.store.writing() as session:
+        row = find_resource(session, name)
+        who.note(session, f"trusted {offered}, before {row.host_key or 'no key'}", name)
+        row.host_key = offered
+        revise(session)
+    return show_resource(who, name)
+
+
+class SamplesQuery(Settings):
+    """Which polls to list."""
+
+    since: AwareDatetime | None = None
+    limit: Annotated[int, Field(ge=1, le=10_000)] = 60
+
+
+class PastPollView(Settings):
+    """A poll: what it found, the state of the resource after it, what it read."""
+
+    at: datetime.datetime
+    state: State
+    cause: Cause
+    reason: str
+    standing: State
+    readings: dict[str, float]
+
+
+def list_samples(who: Principal, name: str, query: Mapping[str, Any]) -> list[PastPoll]:
+    """The last polls of a resource, oldest first."""
+    asked = validated(SamplesQuery, query, text=True)
+    with who.site.store.reading() as session:
+        return samples(session, find_resource(session, name).id, limit=asked.limit,
+                       since=asked.since.timestamp() if asked.since else 0.0)
+
+
+class EventsQuery(Settings):
+    """Which events to list."""
+
+    resource: str | None = None
+    kind: str | None = None
+    before: Annotated[int, Field(ge=0, lt=1 << 63)] | None = None      # the id of an event
+    limit: Annotated[int, Field(ge=1, le=1000)] = 100
+
+
+class EventView(Settings):
+    """A transition or a change: when, what, who, from where."""
+
+    id: int
+    at: datetime.datetime
+    kind: str
+    resource: str
+    text: str
+    actor: str
+    address: str
+
+
+def list_events(who: Principal, query: Mapping[str, Any]) -> list[Event]:
+    """Transitions and changes, newest first."""
+    with who.site.store.reading() as session:
+        return events(session, **dict(validated(EventsQuery, query, text=True)))
+
+
+class UserView(Settings):
+    """A user."""
+
+    name: str
+    role: Role
+    initial: bool       # the password is the documented one still
+
+
+def list_users(who: Principal) -> list[User]:
+    """All users, by name."""
+    with who.site.store.reading() as session:
+        return list(session.scalars(sqlalchemy.select(User).order_by(User.name)))
+
+
+def add_user(who: Principal, body: Mapping[str, Any]) -> User:
+    """Adds a user."""
+    new = validated(NewUser, body)
+    user = User.create(new.name, new.password.get_secret_value(), new.role)     # before the database is locked
+    with who.site.store.writing() as session:
+        if session.scalar(sqlalchemy.select(User.id).where(User.name == new.name)) is not None:
+            raise ApiError("there is a user of this name already", 409, {"name": "is taken"})
+        session.add(user)
+        who.note(session, f"user {new.name} added as {new.role}")
+    return user
+
+
+def change_user(who: Principal, name: str, body: Mapping[str, Any]) -> User:
+    """Changes password or role of a user and ends the user's sessions; one's own password changes elsewhere."""
+    change = validated(UserChange, body)
+    if change.password and who.user and who.user.name == name:
+        raise field_errors({"password": "change your own with the current one, at /-/api/password"})
+    fresh = User.create(name, change.password.get_secret_value()) if change.password else None
+    with who.site.store.writing() as session:
+        user = find_user(session, name)
+        if fresh:
+            user.take_password(fresh)
+            who.note(session, f"user {name}: new password")
+        if change.role and change.role != user.role:
+            require_admin(session, without=user)
+            user.role = change.role
+            who.note(session, f"user {name}: {change.role} now")
+    return user
+
+
+def remove_user(who: Principal, name: str) -> None:
+    """Removes a user and ends the user's sessions; the last admin stays."""
+    with who.site.store.writing() as session:
+        user = find_user(session, name)
+        require_admin(session, without=user)
+        session.delete(user)
+        who.note(session, f"user {name} removed")
+
+
+def change_password(who: Principal, body: Mapping[str, Any]) -> User:
+    """Changes one's own password; every session and token of before ends."""
+    change = validated(PasswordChange, body)
+    assert who.user
+    name, current, new = who.user.name, change.current.get_secret_value(), change.new.get_secret_value()
+    if current == new:
+        raise field_errors({"new": "must not be the current one"})
+    try:
+        who.site.login(name, current, who.address)
+    except ApiError as error:
+        raise field_errors({"current": "is wrong"}) if error.status == 401 else error from None
+    fresh = User.create(name, new)
+    with who.site.store.writing() as session:
+        user = find_user(session, name)
+        user.take_password(fresh)
+        who.note(session, f"user {name}: new password")
+    return user
+
+
+def sign_in(who: Principal, body: Mapping[str, Any]) -> User:
+    """The user with these Credentials. Raises Refusal: 401, or 429 with the seconds to wait."""
+    given = validated(Credentials, body)
+    user_id = who.site.login(given.username, given.password.get_secret_value(), who.address)
+    with who.site.store.writing() as session:
+        user = session.get(User, user_id)
+        if user is None:
+            raise ApiError("user name or password is wrong", 401)
+        record_event(session, "login", "logged in", actor=user.name, address=who.address, at=who.site.clock())
+    return user
+
+
+def open_ticket(site: ConsoleContext, kind: str, user: User) -> str:
+    """What proves a login from now on, signed."""
+    now = site.clock()
+    return site.tickets.write(Ticket(kind, secrets.token_urlsafe(16), user.id, user.stamp, now, now))
+
+
+def sign_out(who: Principal) -> None:
+    """Ends the visitor's session, also for whoever else has its cookie."""
+    if who.ticket:
+        with who.site.store.writing() as session:
+            session.execute(sqlalchemy.delete(Ended).where(Ended.until < who.site.clock()))
+            session.merge(Ended(ticket=who.ticket.name, until=who.ticket.begun + SESSION_LIFE))
+
+
+class TokenView(Settings):
+    """A bearer token."""
+
+    token: str
+    expires_in: float       # seconds
+
+
+def log_in(who: Principal, body: Mapping[str, Any]) -> TokenView:
+    """Gives a bearer token for user name and password."""
+    return TokenView(token=open_ticket(who.site, "token", sign_in(who, body)), expires_in=TOKEN_LIFE)
+
+
+def health_view(who: Principal) -> dict[str, Any]:
+    """application/health+json; the resources only for those who are logged in."""
+    answer: dict[str, Any] = {"status": "pass" if who.site.is_healthy else "fail"}
+    if who.operator and who.may("viewer") and not who.restricted:
+        answer["checks"] = {f"{view.name}:state": [{
+            "componentType": "system", "observedValue": view.state, "time": view.polled and view.polled.isoformat(),
+            "status": {"healthy": "pass", "unhealthy": "fail"}.get(view.state, "warn"),
+            "output": f"{view.cause}: {view.reason}" if view.cause else ""}] for view in list_resources(who)}
+    return answer
+
+
+# === API =====================================================================
+SESSION_STEP = 60.0             # seconds after which a request renews the cookie
+COOKIE = "healthchecker_session"
+CONTENT_SECURITY_POLICY = ("default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "
+                           "connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'")
+
+
+@dataclass(frozen=True)
+class Operation:
+    """A row of the API. `run` takes who asks, the names in the path and, where `body` says what it must be, the
+    body of the request or, with GET, its query."""
+
+    method: str
+    path: str                               # below API
+    run: Callable[..., Any]
+    answer: Any = None                      # the model of what comes back, read by attributes; None: nothing, with 204
+    body: type[Settings] | None = None
+    status: int = 200
+    needs: Literal["", "viewer", "admin"] = "admin"
+
+    @property
+    def key(self) -> str:
+        return f"{self.method} {API}{self.path}"
+
+    @functools.cached_property
+    def adapter(self) -> TypeAdapter[Any]:
+        return TypeAdapter(self.answer)
+
+
+OPERATIONS = (
+    Operation("POST", "login", log_in, TokenView, Credentials, needs=""),
+    Operation("POST", "password", change_password, None, PasswordChange, needs="viewer"),
+    Operation("GET", "resources", list_resources, list[ResourceView], needs="viewer"),
+    Operation("POST", "resources", add_resource, ResourceView, ResourceSettings, status=201),
+    Operation("GET", "resources/<name>", show_resource, ResourceView, needs="viewer"),
+    Operation("PATCH", "resources/<name>", change_resource, ResourceView, ResourceSettings),
+    Operation("DELETE", "resources/<name>", remove_resource),
+    Operation("POST", "test", test_settings, TrialView, ResourceSettings),
+    Operation("POST", "resources/<name>/test", test_changes, TrialView, ResourceSettings),
+    Operation("POST", "resources/<name>/check", poll_now, PollView),
+    Operation("POST", "resources/<name>/maintenance", begin_maintenance, ResourceView, Maintenance),
+    Operation("DELETE", "resources/<name>/maintenance", end_maintenance),
+    Operation("POST", "resources/<name>/trust", trust_resource, ResourceView, Trust),
+    Operation("GET", "resources/<name>/samples", list_samples, list[PastPollView], SamplesQuery, needs="viewer"),
+    Operation("GET", "events", list_events, list[EventView], EventsQuery, needs="viewer"),
+    Operation("GET", "users", list_users, list[UserView]),
+    Operation("POST", "users", add_user, UserView, NewUser, status=201),
+    Operation("PATCH", "users/<name>", change_user, UserView, UserChange),
+    Operation("DELETE", "users/<name>", remove_user),
+)
+
+
+class FieldFault(Settings):
+    """What is wrong with a field."""
+
+    field: str
+    message: str
+
+
+class Problem(Settings):
+    """RFC 9457."""
+
+    type: Literal["about:blank"]
+    title: str
+    status: int
+    detail: str
+    errors: list[FieldFault] = []
+
+
+SCHEMAS = "#/components/schemas/"
+
+
+def resource_schema(schema: dict[str, Any]) -> None:
+    """Nothing is required where the inventory has defaults, and null stands for the default."""
+    del schema["required"]
+    for name, field in schema["properties"].items():
+        if {"type": "null"} not in field.get("anyOf", ()):
+            schema["properties"][name] = {"anyOf": [field, {"type": "null"}]}
+
+
+def describe(operation: Operation, schemas: Mapping[Any, Any]) -> dict[str, Any]:
+    """One operation in OpenAPI."""
+    where = [{"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
+             for name in re.findall("<(.+?)>", operation.path)]
+    body = schemas.get((f"{operation.key} body", "validation"))
+    wrong = {"description": "Refused", "content": {
+        "application/problem+json": {"schema": schemas["problem", "serialization"]}}}
+    right: dict[str, Any] = {"description": "Done"}
+    if operation.answer:
+        right["content"] = {"application/json": {"schema": schemas[operation.key, "serialization"]}}
+    described: dict[str, Any] = {
+        "summary": (operation.run.__doc__ or "").partition("\n")[0], "parameters": where,
+        "responses": {str(operation.status if operation.answer else 204): right, "default": wrong}}
+    if operation.method == "GET" and operation.body:
+        fields = operation.body.model_json_schema()["properties"]
+        described["parameters"] += [{"name": name, "in": "query", "schema": field} for name, field in fields.items()]
+    elif body:
+        described["requestBody"] = {"required": True, "content": {"application/json": {"schema": body}}}
+    if not operation.needs:
+        described["security"] = []
+    return described
+
+
+@functools.cache
+def openapi() -> dict[str, Any]:
+    """The description of the API, made from its models."""
+    adapters: list[tuple[str, Literal["validation", "serialization"], TypeAdapter[Any]]] = [
+        ("problem", "serialization", TypeAdapter(Problem))]
+    for operation in OPERATIONS:
+        if operation.answer:
+            adapters.append((operation.key, "serialization", operation.adapter))
+        if operation.body:
+            adapters.append((f"{operation.key} body", "validation", TypeAdapter(operation.body)))
+    schemas, components = TypeAdapter.json_schemas(adapters, ref_template=SCHEMAS + "{model}")
+    resource_schema(components["$defs"]["ResourceSettings"])
+    paths: dict[str, dict[str, Any]] = collections.defaultdict(dict)
+    for operation in OPERATIONS:
+        path = API + re.sub("<(.+?)>", r"{\1}", operation.path)
+        paths[path][operation.method.lower()] = describe(operation, schemas)
+    return {"openapi": "3.1.0", "info": {"title": "HealthChecker", "version": "1"}, "paths": paths,
+            "security": [{"bearer": []}, {"session": []}],
+            "components": {"schemas": components["$defs"], "securitySchemes": {
+                "bearer": {"type": "http", "scheme": "bearer"},
+                "session": {"type": "apiKey", "in": "cookie", "name": COOKIE}}}}
+
+
+# --- requests ---
+class Route(NamedTuple):
+    """One method of one path, who may use it, and what answers."""
+
+    method: str
+    path: str
+    needs: Literal["public", "", "viewer", "admin"]     # "": who may log in
+    run: Callable[..., flask.typing.ResponseReturnValue]
+    restricted: bool = False    # also while the documented password is to be changed first
+
+
+def current_principal() -> Principal:
+    """Who sent the request that is being answered."""
+    return cast(Principal, flask.g.principal)
+
+
+def client_address(environ: WSGIEnvironment) -> str:
+    """The client's address; 0.0.0.0 is nobody's."""
+    with contextlib.suppress(ValueError):
+        return str(plain_address(environ.get("REMOTE_ADDR", "")))
+    return "0.0.0.0"    # noqa: S104  # is not listened on
+
+
+def is_local(environ: WSGIEnvironment, address: str) -> bool:
+    """Whether a request comes from this machine itself: not through a proxy, and under a name of its own: a page of
+    anybody's site can have its name stand for 127.0.0.1, and a browser here then takes this service for that site."""
+    host = re.sub(r":\d*$", "", environ.get("HTTP_HOST", "localhost")).strip("[]").lower()
+    named = host in ("localhost", socket.gethostname().lower())
+    if not named:
+        with contextlib.suppress(ValueError):
+            named = bool(ipaddress.ip_address(host))
+    return named and ipaddress.ip_address(address).is_loopback and not environ.get("healthchecker.forwarded")
+
+
+def identify(site: ConsoleContext, request: flask.Request) -> Principal:
+    """Who it is; an Authorization header counts before a cookie."""
+    address = client_address(request.environ)
+    stranger = Principal(site, address, is_local(request.environ, address))
+    kind, text = "session", request.cookies.get(COOKIE, "")
+    if authorization := request.headers.get("Authorization"):
+        scheme, _, token = authorization.partition(" ")
+        kind, text = "token", token.strip() if scheme.lower() == "bearer" else ""
+    ticket = site.tickets.read(text, kind, site.clock())
+    if ticket is None:
+        return stranger
+    with site.store.reading() as session:
+        user = holder(session, ticket)
+    return replace(stranger, ticket=ticket, user=user) if user else stranger
+
+
+def same_origin(request: flask.Request) -> bool | None:
+    """Whether a page of this service sent the request; None when its sender does not say."""
+    fetch_site, origin = request.headers.get("Sec-Fetch-Site"), request.headers.get("Origin")
+    if fetch_site:
+        return fetch_site == "same-origin"
+    return origin == f"{request.scheme}://{request.host}" if origin else None
+
+
+def authorize(site: ConsoleContext, routes: Mapping[str, Route]) -> None:
+    """Stands before every request. Raises Refusal for those who may not."""
+    request = flask.request
+    who = flask.g.principal = identify(site, request)
+    route = routes.get(request.endpoint or "")
+    needs = route.needs if route else "viewer"
+    if needs == "public":
+        return
+    if not who.operator:
+        raise ApiError("this address may not log in; see service.operators", 403)
+    if needs and who.user is None:
+        raise ApiError("log in first", 401)
+    if request.method not in SAFE_METHODS:
+        same = same_origin(request)
+        if same is False or (same is None and needs and who.ticket and who.ticket.kind == "session"):
+            raise ApiError("this request does not come from a page of this service", 403)
+    if who.restricted and not (route and route.restricted):
+        raise ApiError("change the documented password first", 403)
+    if needs and not who.may(needs):
+        raise ApiError("only an admin may do this", 403)
+
+
+def give_cookie(response: Response, ticket: str) -> Response:
+    """Sets the session's cookie, or takes it away; the application behind the gate never sees it."""
+    response.set_cookie(COOKIE, ticket, max_age=None if ticket else 0, path=PREFIX, secure=flask.request.is_secure,
+                        httponly=True, samesite="Strict")
+    return response
+
+
+def finish(response: Response) -> Response:
+    """Stands behind every request: headers, and a session that goes on."""
+    who: Principal | None = flask.g.get("principal")
+    kept = response.headers.setdefault("Cache-Control", "no-store") != "no-store"
+    response.headers["Content-Security-Policy"] = CONTENT_SECURITY_POLICY
+    response.headers["X-Content-Type-Options"] = "nosniff"
+    response.headers["Referrer-Policy"] = "same-origin"     # with no-referrer, forms would send `Origin: null`
+    if who and who.ticket and who.ticket.kind == "session" and "Set-Cookie" not in response.headers and not kept:
+        now = who.site.clock()
+        if now - who.ticket.seen > SESSION_STEP and "X-Refresh" not in flask.request.headers:
+            give_cookie(response, who.site.tickets.write(who.ticket._replace(seen=now)))    # a refresh is no activity
+    return response
+
+
+def json_body() -> dict[str, Any]:
+    """The body of the request, an object. Raises Refusal."""
+    raw = flask.request.get_data(cache=False)
+    if raw and flask.request.mimetype != "application/json":
+        raise ApiError("the body must be application/json", 415)
+    try:
+        body = from_json(raw or b"{}", allow_inf_nan=False)
+    except ValueError as error:
+        raise ApiError(f"the body is not JSON: {error}") from error
+    if not isinstance(body, dict):
+        raise ApiError("the body must be an object")
+    return body
+
+
+def perform(operation: Operation, **names: str) -> flask.typing.ResponseReturnValue:
+    """Answers a request to the API."""
+    taken: list[Mapping[str, Any]] = []
+    if operation.body:
+        taken = [flask.request.args.to_dict() if operation.method == "GET" else json_body()]
+    found = operation.run(current_principal(), *names.values(), *taken)
+    if operation.answer is None:
+        return flask.Response(status=204, content_type="")
+    answer = operation.adapter.validate_python(found, from_attributes=True)
+    return flask.Response(operation.adapter.dump_json(answer), operation.status, mimetype="application/json")
+
+
+def json_answer(content: Mapping[str, Any], status: int = 200, kind: str = "application/json") -> flask.Response:
+    return flask.Response(json.dumps(content), status, mimetype=kind)
+
+
+def health() -> flask.Response:
+    who = current_principal()
+    return json_answer(health_view(who), 200 if who.site.is_healthy else 503, "application/health+json")
+
+
+def problem(error: ApiError) -> flask.Response:
+    body: dict[str, Any] = {"type": "about:blank", "title": http.HTTPStatus(error.status).phrase,
+                            "status": error.status, "detail": str(error)}
+    if error.fields:
+        body["errors"] = [{"field": name, "message": text} for name, text in error.fields.items()]
+    return json_answer(body, error.status, "application/problem+json")
+
+
+API_ROUTES = (
+    Route("GET", "/-/livez", "public", lambda: flask.Response("ok\n", mimetype="text/plain")),
+    Route("GET", HEALTH, "public", health),
+    Route("GET", f"{API}openapi.json", "viewer", lambda: json_answer(openapi())),
+    *(Route(operation.method, API + operation.path, operation.needs, functools.partial(perform, operation),
+            restricted=operation.path in ("login", "password")) for operation in OPERATIONS),
+)
+
+
+# === Metrics =================================================================
+METRICS_AGE = 1.0               # seconds for which the resources' part of /-/metrics is not made again
+
+def gauge(name: str, text: str, value: float | None = None, *labels: str) -> GaugeMetricFamily:
+    """A gauge of ours; with labels its values are added later."""
+    return GaugeMetricFamily(f"healthchecker_{name}", text, value, labels or None)
+
+
+class ServingMetrics:
+    """What anyone may see: the gate and totals of all workers; nothing about a resource, not even how many there are.
+
+    prometheus-client calls this a collector.
+    """
+
+    def __init__(self, lease: Lease, counters: Counters, clock: Callable[[], float] = time.monotonic) -> None:
+        self._lease, self._counters, self._clock = lease, counters, clock
+
+    def collect(self) -> Iterator[Metric]:
+        left = max(0.0, self._lease.until.value - self._clock())
+        cells, open_connections = self._counters.totals(), [n for n in self._counters.crowd.held if n >= 0]
+        yield gauge("gate_open", "1 while requests reach the application.", float(left > 0))
+        yield gauge("lease_seconds", "Seconds until the gate closes unless a poll renews the lease.", left)
+        yield gauge("workers", "Processes that serve.", len(open_connections))
+        yield gauge("connections", "Open client connections.", sum(open_connections))
+        yield gauge("queue_requests", "Requests that wait for a pool thread.", cells[QUEUED])
+        yield CounterMetricFamily("healthchecker_connections_accepted", "Client connections ever.", cells[ACCEPTED])
+        requests_ = CounterMetricFamily("healthchecker_requests", "Requests by outcome.", labels=["outcome"])
+        seconds = HistogramMetricFamily("healthchecker_request_duration_seconds", labels=["outcome"], documentation=(
+            "From a request that is complete to its answer in the send buffer, the wait for a thread included."))
+        for outcome, begin in ROWS.items():
+            counts = list(itertools.accumulate(cells[begin: begin + ROW - 1]))
+            requests_.add_metric([outcome], counts[-1])
+            seconds.add_metric([outcome], [*zip(map(str, (*LATENCIES, "+Inf")), counts, strict=True)],
+                               cells[begin + ROW - 1])
+        yield requests_
+        yield seconds
+
+
+# What a resource shows: text and labels besides its name.
+RESOURCE_METRICS: Mapping[str, tuple[str, ...]] = {
+    "state": ("1 for the state that the resource is in, 0 for the others.", "state"),
+    "cause": ("1 for the cause of its state, where there is one.", "cause"),
+    "maintenance": ("1 while the resource does not count.",),
+    "poll_duration_seconds": ("How long the last poll took.",),
+    "last_poll_timestamp_seconds": ("Unix time of the last result.",),
+    "cpu_percent": ("Busy share of the CPUs between the last two polls.",),
+    "memory_percent": ("Used share of the memory.",),
+    "swap_percent": ("Used share of the swap space.",),
+    "disk_percent": ("Used share of a filesystem.", "mount"),
+    "load_per_cpu": ("Load average per CPU.",),
+    "uptime_seconds": ("Seconds since the machine started.",),
+    "service_good": ("1 for a service that runs.", "service"),
+    "check_good": ("1 for a check that passed.", "check"),
+}
+MetricValue = tuple[str, tuple[str, ...], float]     # a key of RESOURCE_METRICS, values of its labels, value
+
+
+def sample_metrics(sample: Mapping[str, Any]) -> Iterator[MetricValue]:
+    """What the last poll read, from Sample.to_json; a host may send words where a number belongs."""
+    for key, value in (*sample["details"].items(), *sample["metrics"].items()):
+        name, *part = key.split(" ", 1)
+        if len(part) == len(RESOURCE_METRICS.get(name, ())) - 1 and isinstance(value, float):
+            yield name, tuple(part), value
+    for kind in ("service", "check"):
+        for name, outcome in sample[f"{kind}s"].items():
+            yield f"{kind}_good", (name,), outcome["good"]
+
+
+def resource_metrics(row: Any, now: float) -> Iterator[MetricValue]:
+    """All of one resource; a row of ResourceMetrics.ROWS. What was not read is left out and never 0."""
+    for state in get_args(State):
+        yield "state", (state,), state == (row.state or "unknown")
+    yield "maintenance", (), row.maintenance > now
+    if row.cause:
+        yield "cause", (row.cause,), 1.0
+    if row.polled:
+        yield "poll_duration_seconds", (), row.seconds
+        yield "last_poll_timestamp_seconds", (), row.polled
+        if sample := json.loads(row.sample):
+            yield from sample_metrics(sample)
+
+
+class ResourceMetrics:
+    """What the bearer of the token sees besides: every resource, from the rows that the recorder writes."""
+
+    ROWS: ClassVar = sqlalchemy.select(
+        Resource.name, Resource.maintenance, Status.state, Status.cause, Status.polled, Status.seconds, Status.sample,
+    ).outerjoin(Status, Status.resource_id == Resource.id).order_by(Resource.name)
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+
+    def collect(self) -> Iterator[Metric]:
+        with self._store.reading() as session:
+            rows = session.execute(self.ROWS).all()
+        states = collections.Counter(row.state or "unknown" for row in rows)
+        total = gauge("resources", "Resources by state.", None, "state")
+        for state in get_args(State):
+            total.add_metric([state], states[state])
+        yield total
+        families = {name: gauge(f"resource_{name}", text, None, "resource", *labels)
+                    for name, (text, *labels) in RESOURCE_METRICS.items()}
+        now = time.time()
+        for row in rows:
+            for name, labels, value in resource_metrics(row, now):
+                families[name].add_metric((row.name, *labels), value)
+        yield from families.values()
+
+
+def read_token(path: Path) -> bytes:
+    """The bearer token in `service.metrics_token_file`; raises UsageError."""
+    try:
+        with open(path, "rb") as file:
+            token = file.read(SECRET_LENGTH + 1).removeprefix(b"\xef\xbb\xbf").strip()
+    except OSError as error:
+        raise UsageError(f"service.metrics_token_file {path} cannot be read: {error.strerror}") from error
+    if not re.fullmatch(rb"[!-~]{1,%d}" % SECRET_LENGTH, token):
+        raise UsageError(f"service.metrics_token_file {path} is empty or not one word of ASCII; "
+                         "put a long random word into it")
+    return token
+
+
+class Metrics:
+    """The answer of /-/metrics. What it says of the resources serves for METRICS_AGE seconds, so that scrapes cannot
+    load the machine; totals are read each time, or they would fall whenever another worker answers."""
+
+    def __init__(self, serving: ServingMetrics, store: Store, token_file: Path | None) -> None:
+        self._token_file = token_file
+        self._complaint = ""        # the last one about the token file
+        self._serving, self._resources = CollectorRegistry(), CollectorRegistry()
+        self._serving.register(serving)
+        self._resources.register(ResourceMetrics(store))
+        self._lock = threading.Lock()       # guards these two, so that who asks meanwhile waits for the same text
+        self._made, self._text = -math.inf, b""
+
+    def answer(self) -> flask.Response:
+        """The whole answer to the request; takes 0.1 s for 1,000 resources."""
+        status, headers, body = self._answer(flask.request.headers.get("Authorization", ""))
+        return flask.Response(body, status, headers)
+
+    def _answer(self, authorization: str) -> Reply:
+        scheme, _, token = authorization.partition(" ")
+        bearer = scheme.lower() == "bearer"
+        if bearer and not self._admits(token.strip()):
+            return "401 Unauthorized", [("WWW-Authenticate", 'Bearer realm="metrics"')], b"wrong token\n"
+        try:
+            body = generate_latest(self._serving) + (self._resource_text() if bearer else b"")
+            return "200 OK", [("Content-Type", "text/plain; version=0.0.4; charset=utf-8")], body
+        except sqlalchemy.exc.SQLAlchemyError as error:
+            log.error("/-/metrics: the database cannot be read: %s", one_line(str(getattr(error, "orig", error))))
+            return "503 Service Unavailable", [("Retry-After", "1")], b"the database cannot be read\n"
+
+    def _admits(self, token: str) -> bool:
+        """Reads the file each time, so that a new token counts at once; one that cannot be read admits nobody."""
+        try:
+            wanted = read_token(self._token_file) if self._token_file else b""
+            complaint = ""
+        except UsageError as error:
+            wanted, complaint = b"", str(error)
+        if complaint not in ("", self._complaint):
+            log.error("%s", complaint)
+        self._complaint = complaint
+        return hmac.compare_digest(wanted, token.encode("utf-8", "replace")) and bool(wanted)
+
+    def _resource_text(self) -> bytes:
+        with self._lock:
+            if time.monotonic() - self._made > METRICS_AGE:
+                self._text = generate_latest(self._resources)
+                self._made = time.monotonic()
+            return self._text
+
+
+# === Pages ===================================================================
 LABELS = {"cpu_percent": "CPU", "memory_percent": "Memory", "disk_percent": "Disk", "swap_percent": "Swap",
           "load_per_cpu": "Load per CPU", "seconds": "Duration of a poll"}
 Marks = Mapping[str, Any]       # `warn` and `fail` of a limit, as JSON has them
@@ -4812,6 +7678,7 @@ Polled every {{ shown.row.interval|duration_text }}. Availability:
 {% endblock %}
 """}
 
+
 # === Style ===================================================================
 ICON = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 32 32">
 <rect width="32" height="32" rx="7" fill="#18713a"/>
@@ -5114,1622 +7981,10 @@ setTimeout(watch, PERIOD);
 """
 
 
-# === Metrics =================================================================
-ACCEPTS_PER_TURN = 64           # connections accepted in one turn of the loop
-HEAD_START = 0.1                # seconds in which less busy workers may take a connection before a busier one does
-# Seconds, the upper bounds of the latency histogram: close together up to where a gate is to answer (10 ms), and on
-# to what an application in the pool may take; a bound more costs a line for every outcome.
-LATENCIES = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
-METRICS_AGE = 1.0               # seconds for which the resources' part of /-/metrics is not made again
-ACCESS_FLUSH = 0.25             # seconds for which the access log gathers lines
-ACCESS_LINES = 100              # lines that it writes at once: the loop waits while they are made
-ACCESS_WAITING = 20_000         # requests that wait to be written; what comes then is dropped
-ACCESS_CHARS = 1000             # characters of a request line that are logged
-AGENT_CHARS = 200               # characters of Referer and of User-Agent that are logged
-
-Headers = list[tuple[str, str]]
-Reply = tuple[str, Headers, bytes]     # status line, headers, body
-# How a request ended: by the application's status, refused by the closed gate, shed for overload, one of
-# HealthChecker's own paths, refused by the parser, or cut short by a failure or a client that left.
-OUTCOMES = ("1xx", "2xx", "3xx", "4xx", "5xx", "refused", "shed", "own", "bad", "cut")
-OUTCOME = "healthchecker.outcome"  # key of the environ for an outcome that is not the application's status
-STATUS_OUTCOMES = {outcome[0]: outcome for outcome in OUTCOMES[:5]}
-ROW = len(LATENCIES) + 2        # cells of an outcome: a count for each latency, one for more, their sum
-ROWS = {outcome: number * ROW for number, outcome in enumerate(OUTCOMES)}
-ACCEPTED = len(OUTCOMES) * ROW  # the cell of the connections ever accepted
-QUEUED = ACCEPTED + 1           # the cell of the requests that wait for a pool thread
-SLOT = QUEUED + 1
-
-
-class Crowd:
-    """How many connections each worker holds, in shared memory: each writes its own, nobody waits for anybody."""
-
-    def __init__(self, workers: int) -> None:
-        self.held = multiprocessing.RawArray(ctypes.c_long, [-1] * workers)     # -1: is not there
-
-    def allowance(self, worker: int) -> int:
-        """Connections that a worker may take without leaving the others behind; the first of a crowd are few."""
-        others = [held for number, held in enumerate(self.held) if number != worker and held >= 0]
-        return min(ACCEPTS_PER_TURN, min(others) * 5 // 4 + 4 - self.held[worker]) if others else ACCEPTS_PER_TURN
-
-
-class AcceptBalance:
-    """A worker's share of new connections: while others hold fewer, they get a head start."""
-
-    def __init__(self, crowd: Crowd, worker: int, clock: Callable[[], float] = time.monotonic) -> None:
-        self._crowd, self._worker, self._clock = crowd, worker, clock
-        self._left = -math.inf      # when this worker last left a connection to the others
-        self._looked = False        # since then, and took none
-
-    def hold(self, connections: int) -> None:
-        """Tells the others."""
-        self._crowd.held[self._worker] = connections
-
-    @property
-    def defers(self) -> bool:
-        """Whether the others have the head start now."""
-        return self._clock() < self._left + HEAD_START and self._crowd.allowance(self._worker) <= 0
-
-    def look(self) -> bool:
-        """Whether to look for connections in this turn of the loop."""
-        if self.defers:
-            return False
-        if self._looked:    # and there was none: the others have taken what was left to them
-            self._left = -math.inf
-        self._looked = True
-        return True
-
-    def take(self) -> int:
-        """How many of the connections that wait this worker may accept now."""
-        self._looked, allowed = False, self._crowd.allowance(self._worker)
-        if allowed <= 0 and self._left == -math.inf:
-            self._left = self._clock()
-            return 0
-        self._left = -math.inf
-        return allowed if allowed > 0 else ACCEPTS_PER_TURN      # the others had their time and did not come
-
-
-class Counters:
-    """What the serving processes count, in shared memory: a slot each, written by the one process that has it.
-
-    No lock is shared, for a holder that is killed would block the others. A slot is handed on to the process that
-    replaces another, so that no total ever falls.
-    """
-
-    def __init__(self, slots: int) -> None:
-        self.crowd = Crowd(slots)
-        self._cells = multiprocessing.RawArray(ctypes.c_double, slots * SLOT)
-
-    def slot(self, index: int) -> memoryview[float]:
-        """The cells of a slot, as floats; half the price of asking ctypes."""
-        return memoryview(self._cells).cast("B").cast("d")[index * SLOT: (index + 1) * SLOT]
-
-    def vacate(self, index: int) -> None:
-        """Says that nobody serves in a slot; its totals stay."""
-        self.crowd.held[index] = -1
-        self.slot(index)[QUEUED] = 0.0
-
-    def totals(self) -> list[float]:
-        """Every cell, summed over the slots."""
-        cells = memoryview(self._cells).cast("B").cast("d")
-        return [sum(cells[cell::SLOT]) for cell in range(SLOT)]
-
-
-def gauge(name: str, text: str, value: float | None = None, *labels: str) -> GaugeMetricFamily:
-    """A gauge of ours; with labels its values are added later."""
-    return GaugeMetricFamily(f"healthchecker_{name}", text, value, labels or None)
-
-
-class ServingMetrics:
-    """What anyone may see: the gate and totals of all workers; nothing about a resource, not even how many there are.
-
-    prometheus-client calls this a collector.
-    """
-
-    def __init__(self, lease: Lease, counters: Counters, clock: Callable[[], float] = time.monotonic) -> None:
-        self._lease, self._counters, self._clock = lease, counters, clock
-
-    def collect(self) -> Iterator[Metric]:
-        left = max(0.0, self._lease.until.value - self._clock())
-        cells, open_connections = self._counters.totals(), [n for n in self._counters.crowd.held if n >= 0]
-        yield gauge("gate_open", "1 while requests reach the application.", float(left > 0))
-        yield gauge("lease_seconds", "Seconds until the gate closes unless a poll renews the lease.", left)
-        yield gauge("workers", "Processes that serve.", len(open_connections))
-        yield gauge("connections", "Open client connections.", sum(open_connections))
-        yield gauge("queue_requests", "Requests that wait for a pool thread.", cells[QUEUED])
-        yield CounterMetricFamily("healthchecker_connections_accepted", "Client connections ever.", cells[ACCEPTED])
-        requests_ = CounterMetricFamily("healthchecker_requests", "Requests by outcome.", labels=["outcome"])
-        seconds = HistogramMetricFamily("healthchecker_request_duration_seconds", labels=["outcome"], documentation=(
-            "From a request that is complete to its answer in the send buffer, the wait for a thread included."))
-        for outcome, begin in ROWS.items():
-            counts = list(itertools.accumulate(cells[begin: begin + ROW - 1]))
-            requests_.add_metric([outcome], counts[-1])
-            seconds.add_metric([outcome], [*zip(map(str, (*LATENCIES, "+Inf")), counts, strict=True)],
-                               cells[begin + ROW - 1])
-        yield requests_
-        yield seconds
-
-
-# What a resource shows: text and labels besides its name.
-RESOURCE_METRICS: Mapping[str, tuple[str, ...]] = {
-    "state": ("1 for the state that the resource is in, 0 for the others.", "state"),
-    "cause": ("1 for the cause of its state, where there is one.", "cause"),
-    "maintenance": ("1 while the resource does not count.",),
-    "poll_duration_seconds": ("How long the last poll took.",),
-    "last_poll_timestamp_seconds": ("Unix time of the last result.",),
-    "cpu_percent": ("Busy share of the CPUs between the last two polls.",),
-    "memory_percent": ("Used share of the memory.",),
-    "swap_percent": ("Used share of the swap space.",),
-    "disk_percent": ("Used share of a filesystem.", "mount"),
-    "load_per_cpu": ("Load average per CPU.",),
-    "uptime_seconds": ("Seconds since the machine started.",),
-    "service_good": ("1 for a service that runs.", "service"),
-    "check_good": ("1 for a check that passed.", "check"),
-}
-MetricValue = tuple[str, tuple[str, ...], float]     # a key of RESOURCE_METRICS, values of its labels, value
-
-
-def sample_metrics(sample: Mapping[str, Any]) -> Iterator[MetricValue]:
-    """What the last poll read, from Sample.to_json; a host may send words where a number belongs."""
-    for key, value in (*sample["details"].items(), *sample["metrics"].items()):
-        name, *part = key.split(" ", 1)
-        if len(part) == len(RESOURCE_METRICS.get(name, ())) - 1 and isinstance(value, float):
-            yield name, tuple(part), value
-    for kind in ("service", "check"):
-        for name, outcome in sample[f"{kind}s"].items():
-            yield f"{kind}_good", (name,), outcome["good"]
-
-
-def resource_metrics(row: Any, now: float) -> Iterator[MetricValue]:
-    """All of one resource; a row of ResourceMetrics.ROWS. What was not read is left out and never 0."""
-    for state in get_args(State):
-        yield "state", (state,), state == (row.state or "unknown")
-    yield "maintenance", (), row.maintenance > now
-    if row.cause:
-        yield "cause", (row.cause,), 1.0
-    if row.polled:
-        yield "poll_duration_seconds", (), row.seconds
-        yield "last_poll_timestamp_seconds", (), row.polled
-        if sample := json.loads(row.sample):
-            yield from sample_metrics(sample)
-
-
-class ResourceMetrics:
-    """What the bearer of the token sees besides: every resource, from the rows that the recorder writes."""
-
-    ROWS: ClassVar = sqlalchemy.select(
-        Resource.name, Resource.maintenance, Status.state, Status.cause, Status.polled, Status.seconds, Status.sample,
-    ).outerjoin(Status, Status.resource_id == Resource.id).order_by(Resource.name)
-
-    def __init__(self, store: Store) -> None:
-        self._store = store
-
-    def collect(self) -> Iterator[Metric]:
-        with self._store.reading() as session:
-            rows = session.execute(self.ROWS).all()
-        states = collections.Counter(row.state or "unknown" for row in rows)
-        total = gauge("resources", "Resources by state.", None, "state")
-        for state in get_args(State):
-            total.add_metric([state], states[state])
-        yield total
-        families = {name: gauge(f"resource_{name}", text, None, "resource", *labels)
-                    for name, (text, *labels) in RESOURCE_METRICS.items()}
-        now = time.time()
-        for row in rows:
-            for name, labels, value in resource_metrics(row, now):
-                families[name].add_metric((row.name, *labels), value)
-        yield from families.values()
-
-
-def read_token(path: Path) -> bytes:
-    """The bearer token in `service.metrics_token_file`; raises UsageError."""
-    try:
-        with open(path, "rb") as file:
-            token = file.read(SECRET_LENGTH + 1).removeprefix(b"\xef\xbb\xbf").strip()
-    except OSError as error:
-        raise UsageError(f"service.metrics_token_file {path} cannot be read: {error.strerror}") from error
-    if not re.fullmatch(rb"[!-~]{1,%d}" % SECRET_LENGTH, token):
-        raise UsageError(f"service.metrics_token_file {path} is empty or not one word of ASCII; "
-                         "put a long random word into it")
-    return token
-
-
-class Metrics:
-    """The answer of /-/metrics. What it says of the resources serves for METRICS_AGE seconds, so that scrapes cannot
-    load the machine; totals are read each time, or they would fall whenever another worker answers."""
-
-    def __init__(self, serving: ServingMetrics, store: Store, token_file: Path | None) -> None:
-        self._token_file = token_file
-        self._complaint = ""        # the last one about the token file
-        self._serving, self._resources = CollectorRegistry(), CollectorRegistry()
-        self._serving.register(serving)
-        self._resources.register(ResourceMetrics(store))
-        self._lock = threading.Lock()       # guards these two, so that who asks meanwhile waits for the same text
-        self._made, self._text = -math.inf, b""
-
-    def answer(self, authorization: str) -> Reply:
-        """The whole answer to a request with this Authorization header; blocks, and takes 0.1 s for 1,000 resources."""
-        scheme, _, token = authorization.partition(" ")
-        bearer = scheme.lower() == "bearer"
-        if bearer and not self._admits(token.strip()):
-            return "401 Unauthorized", [("WWW-Authenticate", 'Bearer realm="metrics"')], b"wrong token\n"
-        try:
-            body = generate_latest(self._serving) + (self._resource_text() if bearer else b"")
-            return "200 OK", [("Content-Type", "text/plain; version=0.0.4; charset=utf-8")], body
-        except sqlalchemy.exc.SQLAlchemyError as error:
-            log.error("/-/metrics: the database cannot be read: %s", one_line(str(getattr(error, "orig", error))))
-            return "503 Service Unavailable", [("Retry-After", "1")], b"the database cannot be read\n"
-
-    def _admits(self, token: str) -> bool:
-        """Reads the file each time, so that a new token counts at once; one that cannot be read admits nobody."""
-        try:
-            wanted = read_token(self._token_file) if self._token_file else b""
-            complaint = ""
-        except UsageError as error:
-            wanted, complaint = b"", str(error)
-        if complaint not in ("", self._complaint):
-            log.error("%s", complaint)
-        self._complaint = complaint
-        return hmac.compare_digest(wanted, token.encode("utf-8", "replace")) and bool(wanted)
-
-    def _resource_text(self) -> bytes:
-        with self._lock:
-            if time.monotonic() - self._made > METRICS_AGE:
-                self._text = generate_latest(self._resources)
-                self._made = time.monotonic()
-            return self._text
-
-
-AccessEntry = tuple[float, str, bytes, str, int, float, str, str, str]
-UNPRINTABLE = re.compile(r'[^ !#-\[\]-~]')  # and what would end a quoted text or begin an escape
-MONTHS = "Jan Feb Mar Apr May Jun Jul Aug Sep Oct Nov Dec".split()      # strftime would ask the locale
-
-
-def escaped(text: str) -> str:
-    r"""`text` for a log, as nginx does it: whatever could end its line or its quotes becomes \xHH."""
-    if text.isascii() and text.isprintable() and '"' not in text and "\\" not in text:
-        return text     # five times as fast
-    return UNPRINTABLE.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
-
-
-@functools.lru_cache(maxsize=2)
-def log_time(second: int) -> str:
-    """Unix time as web servers log it, in local time."""
-    moment = datetime.datetime.fromtimestamp(second).astimezone()
-    return f"{moment.day:02}/{MONTHS[moment.month - 1]}/{moment:%Y:%H:%M:%S %z}"
-
-
-def access_line(entry: AccessEntry) -> str:
-    """The combined log format, then milliseconds and outcome.
-
-    The query is in it, as in the log of every web server: without it a request cannot be told from others nor asked
-    again. It may hold a token of the application's, hence the mode of AccessFile.
-    """
-    at, address, request, status, size, seconds, outcome, referer, agent = entry
-    return (f'{escaped(address).replace(" ", "_")} - - [{log_time(int(at))}] "{escaped(request.decode("latin-1"))}" '
-            f'{status} {size} "{escaped(referer)}" "{escaped(agent)}" {seconds * 1e3:.3f} {outcome}')
-
-
-class AccessFile(logging.handlers.RotatingFileHandler):
-    """The file of the access log; on UNIX for its owner and group alone. Raises UsageError."""
-
-    def __init__(self, path: Path) -> None:
-        self._quiet_until = 0.0     # no complaint before
-        try:
-            super().__init__(path, maxBytes=LOG_BYTES, backupCount=LOG_FILES, encoding="utf-8")
-        except OSError as error:
-            raise UsageError(f"service.access_log {path} cannot be written: {error.strerror}") from error
-
-    def _open(self) -> io.TextIOWrapper:
-        return open(self.baseFilename, "a", encoding="utf-8", opener=lambda name, flags: os.open(name, flags, 0o640))
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """As the base class, but what goes wrong is raised and not printed."""
-        if self.shouldRollover(record):
-            self.doRollover()
-        self.stream = self.stream or self._open()
-        self.stream.write(f"{self.format(record)}\n")
-        self.flush()
-
-    def write(self, lines: Sequence[str]) -> None:
-        """Appends lines; of a file that cannot be written any more it only complains."""
-        try:
-            self.handle(logging.makeLogRecord({"msg": "\n".join(lines)}))
-        except OSError as error:
-            if time.monotonic() >= self._quiet_until:
-                log.error("service.access_log %s cannot be written: %s", self.baseFilename, error.strerror)
-                self._quiet_until = time.monotonic() + COMPLAINT_INTERVAL
-
-
-class AccessLog(threading.Thread):
-    """Takes a note of each request and makes lines of them later, which go to `sink` in batches.
-
-    While the sink blocks, ACCESS_WAITING notes are kept; lines for which it raises OSError are dropped.
-    """
-
-    def __init__(self, sink: Callable[[Sequence[str]], None]) -> None:
-        super().__init__(name="access log", daemon=True)
-        self._sink = sink
-        self._waiting: collections.deque[AccessEntry] = collections.deque()
-        self._lock = threading.Lock()   # guards _dropped
-        self._dropped = 0               # since the last complaint
-        self._quiet_until = 0.0
-        self._ending = threading.Event()
-
-    def note(self, task: Any, outcome: str, seconds: float) -> None:
-        """Called where the request was served, hence only gathers; when the sink cannot follow, it drops."""
-        if len(self._waiting) >= ACCESS_WAITING:
-            with self._lock:
-                self._dropped += 1
-            return
-        channel = task.channel
-        request = channel.requests[0] if channel.requests else task.request
-        headers = request.headers
-        self._waiting.append((
-            time.time(), (task.environ or {}).get("REMOTE_ADDR", channel.addr[0]),
-            getattr(request, "first_line", b"")[:ACCESS_CHARS], task.status[:3],
-            channel.body_bytes, seconds, outcome, headers.get("REFERER", "-")[:AGENT_CHARS],
-            headers.get("USER_AGENT", "-")[:AGENT_CHARS]))
-
-    def run(self) -> None:
-        while not self._ending.wait(ACCESS_FLUSH):
-            self._flush()
-        self._flush()
-
-    def _flush(self) -> None:
-        for _ in range(0, len(self._waiting), ACCESS_LINES):
-            lines = [access_line(self._waiting.popleft()) for _ in range(min(ACCESS_LINES, len(self._waiting)))]
-            try:
-                self._sink(lines)
-            except OSError:
-                with self._lock:
-                    self._dropped += len(lines)
-        if self._dropped and (time.monotonic() >= self._quiet_until or self._ending.is_set()):
-            with self._lock:
-                dropped, self._dropped = self._dropped, 0
-            log.warning("access log: %d requests were dropped, for it cannot be written as fast", dropped)
-            self._quiet_until = time.monotonic() + COMPLAINT_INTERVAL
-
-    def close(self) -> None:
-        """Writes the rest and ends the thread."""
-        self._ending.set()
-        if self.is_alive():
-            self.join(POOL_END)
-
-
-class RequestCounters:
-    """What this process counts, in its slot of the counters, its share of new connections, its access log."""
-
-    def __init__(self, counters: Counters, slot: int = 0, access_log: AccessLog | None = None) -> None:
-        self.share = AcceptBalance(counters.crowd, slot)
-        self._counters, self._slot, self.access_log = counters, slot, access_log
-        self._cells = counters.slot(slot)
-        self._lock = threading.Lock()   # guards _cells against the other threads of the pool
-
-    def request(self, outcome: str, seconds: float) -> None:
-        row = ROWS[outcome]
-        with self._lock:
-            self._cells[row + bisect.bisect_left(LATENCIES, seconds)] += 1
-            self._cells[row + ROW - 1] += seconds
-
-    def accepted(self) -> None:
-        self._cells[ACCEPTED] += 1      # by the loop's thread alone
-
-    def queued(self, requests: int) -> None:
-        self._cells[QUEUED] = requests
-
-    def close(self) -> None:
-        """This process serves no more."""
-        self._counters.vacate(self._slot)
-        if self.access_log is not None:
-            self.access_log.close()
-
-
-# === Gate ====================================================================
-RETRY_AFTER_MAX = 3600          # seconds
-NO_STORE = ("Cache-Control", "no-store")
-PREFIX = "/-/"                  # everything below is HealthChecker's own
-HEALTH = "/-/health"
-METRICS_PATH = "/-/metrics"
-
-
-def respond(environ: WSGIEnvironment, start_response: StartResponse, answer: Reply) -> Iterable[bytes]:
-    """Sends an answer of HealthChecker's own; text/plain unless its headers say otherwise, never cached."""
-    status, headers, body = answer
-    if body and not any(name == "Content-Type" for name, _ in headers):
-        headers = [*headers, ("Content-Type", "text/plain; charset=utf-8")]
-    if not status.startswith("204"):
-        headers = [*headers, ("Content-Length", str(len(body)))]
-    start_response(status, [*headers, NO_STORE])
-    return [] if environ["REQUEST_METHOD"] == "HEAD" else [body]
-
-
-class Gate:
-    """WSGI: the application answers while the lease holds; otherwise 503."""
-
-    def __init__(self, app: WSGIApplication, lease: Lease, clock: Callable[[], float] = time.monotonic,
-                 console: WSGIApplication | None = None, metrics: Callable[[str], Reply] | None = None) -> None:
-        """`console` answers HealthChecker's other paths, `metrics` makes the answer of /-/metrics to an Authorization
-        header; both may block."""
-        self._app, self._lease, self._clock = app, lease, clock
-        self._console, self._metrics = console, metrics
-        self._until = lease.until
-        self.draining = False       # the service ends: readyz says so
-        self.loop_thread: int | None = None     # where what may block must not run
-        self.app_on_loop = False
-        self._routes: dict[str, Callable[[], Reply]] = {
-            "/-/livez": lambda: ("200 OK", [], b"ok\n"),
-            "/-/readyz": self._readyz,
-            "/-/gate": lambda: ("204 No Content", [], b"") if self.is_healthy() else ("403 Forbidden", [], b""),
-            HEALTH: self._health,
-        }
-
-    def is_healthy(self) -> bool:
-        """The gate's answer, also for the application: environ["healthchecker.is_healthy"]()."""
-        return self._clock() < self._until.value
-
-    def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
-        if environ["PATH_INFO"].startswith(PREFIX):
-            return self._own(environ, start_response)
-        if self._clock() < self._until.value and (self.app_on_loop or threading.get_ident() != self.loop_thread):
-            environ["healthchecker.is_healthy"] = self.is_healthy
-            return self._app(environ, start_response)
-        return self._refuse(environ, start_response)
-
-    def pool_of(self, path: str, headers: Container[str] = ()) -> str:
-        """The pool that answers a path, "own" or "app"; "" for what cannot block: it never waits behind slow work.
-
-        Who shows a login may see more of /-/health, which takes longer."""
-        path = "/" + path.lstrip("/")       # as waitress does for PATH_INFO
-        if path.startswith(PREFIX):
-            shows_login = path == HEALTH and ("COOKIE" in headers or "AUTHORIZATION" in headers)
-            return "own" if shows_login or path not in self._routes else ""
-        return "app" if self.is_healthy() else ""
-
-    def _own(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
-        environ[OUTCOME] = "own"
-        path = environ["PATH_INFO"]
-        route = self._routes.get(path)
-        shows_login = "HTTP_COOKIE" in environ or "HTTP_AUTHORIZATION" in environ
-        if route is None or (path == HEALTH and shows_login and self._console):
-            if threading.get_ident() == self.loop_thread:
-                environ[OUTCOME] = "shed"       # its pool is full
-                busy = ("503 Service Unavailable", [("Retry-After", "1")], b"too many requests at once\n")
-                return respond(environ, start_response, busy)
-            if path == METRICS_PATH and self._metrics:
-                route = functools.partial(self._metrics, environ.get("HTTP_AUTHORIZATION", ""))
-            elif self._console:
-                return self._console(environ, start_response)
-        if route is None:
-            return respond(environ, start_response, ("404 Not Found", [], b"not found\n"))
-        if environ["REQUEST_METHOD"] not in ("GET", "HEAD"):
-            return respond(environ, start_response, ("405 Method Not Allowed", [("Allow", "GET, HEAD")], b""))
-        return respond(environ, start_response, route())
-
-    def _readyz(self) -> Reply:
-        if self.draining:
-            return "503 Service Unavailable", [], b"ending\n"
-        if self.is_healthy():
-            return "200 OK", [], b"open\n"
-        return "503 Service Unavailable", [self._retry_after()], b"closed\n"
-
-    def _health(self) -> Reply:
-        healthy = self.is_healthy()
-        body = json.dumps({"status": "pass" if healthy else "fail"}).encode()
-        kind = ("Content-Type", "application/health+json")
-        return "200 OK" if healthy else "503 Service Unavailable", [kind], body
-
-    def _retry_after(self) -> tuple[str, str]:
-        """Seconds to the soonest moment at which the gate can open; 1 when it is open, and the pool full."""
-        wait = math.ceil(self._lease.opens.value - self._clock())
-        return "Retry-After", str(min(max(wait, 1), RETRY_AFTER_MAX))
-
-    def _refuse(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
-        environ[OUTCOME] = "shed" if self.is_healthy() else "refused"
-        retry = self._retry_after()
-        if "text/html" in environ.get("HTTP_ACCEPT", ""):
-            kind, body = "text/html; charset=utf-8", CLOSED_PAGE.encode()
-        else:
-            kind = "application/json"
-            body = b'{"status": 503, "title": "Service Unavailable", "retry_after": %s}\n' % retry[1].encode()
-        return respond(environ, start_response, ("503 Service Unavailable", [("Content-Type", kind), retry], body))
-
-
-def builtin_app() -> WSGIApplication:
-    """The page shown behind the gate until `service.app` names an application."""
-    app = flask.Flask("healthchecker.builtin")
-    app.add_url_rule("/", "welcome", lambda: WELCOME)
-    return app
-
-
-def load_app(name: str, folder: Path) -> WSGIApplication:
-    """Imports `module:callable` with `folder` first on the path; raises UsageError."""
-    module, _, attribute = name.partition(":")
-    if str(folder) not in sys.path[:1]:
-        sys.path.insert(0, str(folder))
-    try:
-        app: Any = importlib.import_module(module)
-        for part in attribute.split("."):
-            app = getattr(app, part)
-    except (Exception, SystemExit) as error:    # the user's own code may raise anything
-        reason = f"{type(error).__name__}: {one_line(str(error))}"
-        raise UsageError(f"service.app {name} cannot be imported: {reason}") from error
-    if not callable(app):
-        raise UsageError(f"service.app {name} is not callable")
-    return cast("WSGIApplication", app)
-
-
-# === Accounts ================================================================
-PASSWORD_LENGTH = 12            # characters of a user's password at least
-SESSION_KEY_BYTES = 32          # bytes of keys/session.key
-SESSION_IDLE = 1800.0           # seconds without a request until it ends
-LOGIN_FAILURES = 5              # of an account from an address, after which the next login waits
-LOGIN_WINDOW = 300.0            # seconds for which a failed login counts
-LOGINS_KEPT = 10_000            # accounts and addresses with failures that are remembered
-POLL_NOW_TIMEOUT = 60.0         # seconds that a request waits for a poll
-TRIAL_TIMEOUT = 30.0            # seconds of a poll with settings that are not stored
-FIRST_USER = ("SpiceWorks", "HealthChecker")  # of the specification; its password is to be changed
-LIVES = {"session": (SESSION_LIFE, SESSION_IDLE), "token": (TOKEN_LIFE, TOKEN_LIFE)}    # seconds: in all, idle
-
-
-def not_documented(password: SecretStr) -> SecretStr:
-    if password.get_secret_value() == FIRST_USER[1]:
-        raise ValueError("must not be the documented one")
-    return password
-
-
-Role = Literal["admin", "viewer"]
-Password = Annotated[SecretStr, Field(min_length=PASSWORD_LENGTH, max_length=SECRET_LENGTH),
-                     AfterValidator(not_documented)]
-Claimed = Annotated[SecretStr, Field(max_length=SECRET_LENGTH)]     # a password that is to be verified
-
-
-class Credentials(Settings):
-    """What a login takes."""
-
-    username: Annotated[str, Field(max_length=NAME_CHARS)]
-    password: Claimed
-
-
-class PasswordChange(Settings):
-    """A user's own new password."""
-
-    current: Claimed
-    new: Password
-
-
-class NewUser(Settings):
-    """A user to add."""
-
-    name: Name
-    password: Password
-    role: Role = "viewer"
-
-
-class UserChange(Settings):
-    """What an admin changes of a user; what is left out stays."""
-
-    password: Password | None = None
-    role: Role | None = None
-
-
-def field_errors(fields: Mapping[str, str]) -> ApiError:
-    """Bad input, with what is wrong with each field."""
-    return ApiError("; ".join(f"{name}: {text}" for name, text in fields.items()), 422, fields)
-
-
-M = TypeVar("M", bound=Settings)
-
-
-def validated(model: type[M], body: Mapping[str, Any], *, text: bool = False) -> M:
-    """`body` as a model; with `text` its values may be texts, as those of the inventory are. Raises Refusal."""
-    try:
-        return model.model_validate(body) if text else model.model_validate_json(json.dumps(body), strict=True)
-    except ValidationError as error:
-        raise field_errors({".".join(map(str, item["loc"])): message_of(cast("dict[str, Any]", item))
-                          for item in error.errors(include_url=False, include_input=False)}) from None
-
-
-class SettingsReader(InventoryLoader):
-    """Reads one resource from a request, by the rules of the inventory; `fields` gathers what is wrong with which."""
-
-    def __init__(self, inventory: Path, *, text: bool) -> None:
-        super().__init__(inventory, Document(None, {}, {}, []))
-        self.text = text
-        self.fields: dict[str, str] = {}
-
-    def read(self, given: Mapping[str, Any], stored: Mapping[str, Any]) -> Entry:
-        """`given` over `stored`; null stands for the default. Raises Refusal."""
-        defaults = {name for name in ResourceSettings.model_fields if given.get(name, "") is None}
-        entry = self._entry(0, {name: value for name, value in given.items() if name not in defaults},
-                            {name: value for name, value in stored.items() if name not in defaults})
-        if entry is None or self.fields:
-            raise field_errors(self.fields)
-        return entry
-
-    def fault(self, path: NodePath, message: str, *, key: bool = False) -> None:
-        name = ".".join(map(str, path[1:] if path[0] == "defaults" else path[2:])) or "resource"
-        self.fields[name] = f"{self.fields[name]}; {message}" if name in self.fields else message
-
-    def parse(self, model: type[Settings], raw: Mapping[str, Any]) -> Settings:
-        return super().parse(model, raw) if self.text else model.model_validate_json(json.dumps(raw), strict=True)
-
-
-def stated(row: Resource) -> dict[str, Any]:
-    """What a row states beside the defaults, in the inventory's names; no secrets."""
-    settings = row.parsed_settings
-    if settings.port == settings.model_copy(update={"port": None}).connect_port:
-        settings = settings.model_copy(update={"port": None})
-    return settings.model_dump(mode="json", exclude_defaults=True, exclude=set(SECRETS))
-
-
-def apply_entry(row: Resource, entry: Entry, vault: Vault) -> bool:
-    """`update_row` for a request; says whether anything changed. Raises Refusal."""
-    try:
-        return update_row(row, entry, vault)
-    except (SecretError, InventoryError) as error:
-        raise field_errors({"password": str(error)}) from error
-
-
-def ensure_first_user(session: Session) -> None:
-    """The specification's first account, while there is none at all."""
-    if session.scalar(sqlalchemy.select(User).limit(1)) is None:
-        session.add(User.create(*FIRST_USER, initial=True))
-
-
-def initial_user(session: Session) -> str | None:
-    """The name of an account that still has the documented password."""
-    return session.scalar(sqlalchemy.select(User.name).where(User.initial).limit(1))
-
-
-def find_resource(session: Session, name: str) -> Resource:
-    row = session.scalar(sqlalchemy.select(Resource).where(Resource.name == name))
-    if row is None:
-        raise ApiError("there is no such resource", 404)
-    return row
-
-
-def find_user(session: Session, name: str) -> User:
-    user = session.scalar(sqlalchemy.select(User).where(User.name == name))
-    if user is None:
-        raise ApiError("there is no such user", 404)
-    return user
-
-
-def require_admin(session: Session, without: User) -> None:
-    """Raises Refusal when `without` is the last admin."""
-    if session.scalar(sqlalchemy.select(User).where(User.role == "admin", User.id != without.id).limit(1)) is None:
-        raise ApiError(f"{without.name} is the last admin; make another one first", 409)
-
-
-def session_key(folder: Path) -> bytes:
-    """What signs sessions and bearer tokens: `session.key` in `folder`, made on first start. Raises SecretError."""
-    path = folder / "session.key"
-    try:
-        with contextlib.suppress(FileExistsError):
-            if not path.exists():
-                create_private(path, secrets.token_bytes(SESSION_KEY_BYTES))
-        key = path.read_bytes()
-    except OSError as error:
-        raise SecretError(f"{path} cannot be read or made: {error.strerror}") from error
-    if len(key) < SESSION_KEY_BYTES:
-        raise SecretError(f"{path} is no session key; remove it, and the next start makes another")
-    return key
-
-
-class Ticket(NamedTuple):
-    """What a session's cookie or a bearer token says; times are Unix times."""
-
-    kind: str       # session | token
-    name: str       # its own, unguessable
-    user: int       # User.id
-    stamp: str      # User.stamp of the login
-    begun: float
-    seen: float     # the last request, give or take SESSION_STEP
-
-    @property
-    def ends(self) -> float:
-        life, idle = LIVES[self.kind]
-        return min(self.begun + life, self.seen + idle)
-
-
-class Tickets:
-    """Signs tickets and reads them; the same in every process that has the key, and after a restart."""
-
-    def __init__(self, key: bytes) -> None:
-        self._serializer = itsdangerous.URLSafeSerializer(
-            key, "healthchecker.ticket", signer_kwargs={"key_derivation": "hmac", "digest_method": hashlib.sha256})
-
-    def write(self, ticket: Ticket) -> str:
-        return str(self._serializer.dumps(ticket))
-
-    def read(self, text: str, kind: str, now: float) -> Ticket | None:
-        """The ticket, None when it is not ours, of another kind, or over."""
-        try:
-            ticket = Ticket(*self._serializer.loads(text))
-        except itsdangerous.BadData:
-            return None
-        return ticket if ticket.kind == kind and now < ticket.ends else None
-
-
-def holder(session: Session, ticket: Ticket) -> User | None:
-    """The user of a ticket; None once password or role changed, the user is gone, or the session was logged out."""
-    user = session.get(User, ticket.user)
-    valid = user is not None and hmac.compare_digest(user.stamp, ticket.stamp) and not session.get(Ended, ticket.name)
-    return user if valid else None
-
-
-class Throttle:
-    """Failed logins by account and address; LOGIN_FAILURES of them within LOGIN_WINDOW make the next one wait."""
-
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
-        self._failures: dict[tuple[str, str], list[float]] = {}     # who failed last stands last
-
-    def wait(self, name: str, address: str) -> float:
-        """Seconds until the next attempt; 0 when it may be made now."""
-        failures = self._failures.get((name, address), [])
-        return max(0.0, failures[0] + LOGIN_WINDOW - self._clock()) if len(failures) >= LOGIN_FAILURES else 0.0
-
-    def fail(self, name: str, address: str) -> int:
-        """Takes a failure down; says how many count now. Names are the attacker's choice: the oldest ones go."""
-        now = self._clock()
-        failures = [at for at in self._failures.pop((name, address), []) if now - at < LOGIN_WINDOW]
-        self._failures[name, address] = [*failures, now][-LOGIN_FAILURES:]
-        if len(self._failures) > LOGINS_KEPT:
-            del self._failures[next(iter(self._failures))]
-        return len(self._failures[name, address])
-
-    def clear(self, name: str, address: str) -> None:
-        self._failures.pop((name, address), None)
-
-
-def offered_key(target: Target, access: ConnectionContext) -> str:
-    """The key that a host shows now. Raises UsageError for a resource without one, or with one that is pinned."""
-    connection = CONNECTIONS[target.settings.platform](target, LoginGuard(), access)
-    if not isinstance(connection, (SshConnection, PowerShellConnection)):
-        raise UsageError(f"{target.name} has no host key")
-    if target.settings.host_key not in (None, "strict") or target.settings.certificate_fingerprint:
-        raise UsageError(f"the inventory pins the key of {target.name}; change it there")
-    return connection.offered_key(Deadline(min(target.settings.timeout, TRIAL_TIMEOUT)))
-
-
-@dataclass
-class Desk:
-    """The main process's side: what is done in one place for all processes. Arguments and answers can be pickled."""
-
-    store: Store
-    vault: Vault
-    monitor: Monitor
-    access: ConnectionContext
-    inventory: Path
-    clock: Callable[[], float] = time.monotonic
-
-    KINDS: ClassVar = frozenset({"login", "check", "test", "offered_key"})
-
-    def __post_init__(self) -> None:
-        self._hashing = threading.Lock()    # one password hash at a time, for it takes a CPU 0.15 s; guards _throttle
-        self._throttle = Throttle(self.clock)
-        self._nobody = User(salt=b"", rounds=PBKDF2_ROUNDS, password_hash=b"")  # takes as long as a user that exists
-
-    def ask(self, kind: str, **arguments: Any) -> Any:
-        """Answers `Site.ask`. Raises Refusal."""
-        if kind not in self.KINDS:
-            raise ApiError("there is no such question", 404)
-        try:
-            return getattr(self, kind)(**arguments)
-        except (UsageError, ProbeError) as error:
-            raise ApiError(str(error), 409) from error
-
-    def login(self, name: str, password: str, address: str) -> int:
-        """The id of the user with this password. Raises Refusal: 401, or 429 with the seconds to wait."""
-        if not self._hashing.acquire(blocking=False):
-            raise ApiError("another password is being checked; try again in a second", 429, retry=1)
-        try:
-            wait = self._throttle.wait(name, address)
-            if wait:
-                raise ApiError("too many failed logins; wait before the next", 429, retry=wait)
-            with self.store.reading() as session:
-                user = session.scalar(sqlalchemy.select(User).where(User.name == name))
-            if (user or self._nobody).verify(password) and user is not None:
-                self._throttle.clear(name, address)
-                return user.id
-            failures = self._throttle.fail(name, address)
-        finally:
-            self._hashing.release()
-        log.warning("login of %s from %s failed", one_line(name), address)
-        if failures == LOGIN_FAILURES:      # once, or an attacker would fill the database
-            with self.store.writing() as session:
-                record_event(session, "login", f"{failures} failed logins", actor=name, address=address)
-        raise ApiError("user name or password is wrong", 401)
-
-    def check(self, name: str) -> dict[str, Any]:
-        """Polls a resource and waits for the result."""
-        self.monitor.catch_up()
-        report = self.monitor.check_now(name, POLL_NOW_TIMEOUT)
-        if report is None:
-            raise ApiError(f"there is no result after {POLL_NOW_TIMEOUT:.0f} s; the poll goes on", 504)
-        return vars(report.verdict) | {"seconds": report.seconds}
-
-    def test(self, settings: Mapping[str, Any], name: str = "", *, text: bool = False) -> dict[str, Any]:
-        """Polls once with settings that are not stored, or with changes to the stored ones of `name`, its secret
-        included; `host_key` is what would be trusted on first use."""
-        with self.store.reading() as session:
-            row = session.scalar(sqlalchemy.select(Resource).where(Resource.name == name)) if name else None
-        entry = SettingsReader(self.inventory, text=text).read(settings, stated(row) if row else {})
-        trial = Resource(**{column.name: getattr(row, column.name) for column in Resource.__table__.columns}
-                         if row else {"id": 0, "name": entry.settings.name})
-        apply_entry(trial, entry, self.vault)
-        target = target_of(trial, self.vault)
-        target = replace(target, settings=target.settings.model_copy(
-            update={"timeout": min(target.settings.timeout, TRIAL_TIMEOUT)}))
-        begin = time.monotonic()
-        connection = CONNECTIONS[target.settings.platform](target, LoginGuard(), self.access)
-        verdict, _, host_key = poll_once(target, connection, None)
-        return vars(verdict) | {"seconds": time.monotonic() - begin, "host_key": host_key}
-
-    def offered_key(self, name: str) -> str:
-        """The key that the host of a resource shows now."""
-        with self.store.reading() as session:
-            row = find_resource(session, name)
-        return offered_key(target_of(row, self.vault), self.access)
-
-
-# === Actions =================================================================
-MAINTENANCE = 366 * 86_400.0    # seconds of maintenance at most
-API = "/-/api/"
-SAFE_METHODS = ("GET", "HEAD")
-
-
-@dataclass(frozen=True)
-class ConsoleContext:
-    """What pages and API work on, in whatever process they run."""
-
-    store: Store
-    inventory: Inventory
-    ask: Callable[..., Any]     # the main process; see Desk
-    session_key: bytes
-    lease: Lease
-    clock: Callable[[], float] = time.time      # Unix time
-
-    @functools.cached_property
-    def tickets(self) -> Tickets:
-        return Tickets(self.session_key)
-
-    @functools.cached_property
-    def vault(self) -> Vault:
-        """The keys, read when there is something to seal: it takes 0.1 s."""
-        return Vault(self.inventory.path.parent / self.inventory.service.keys)
-
-    @functools.cached_property
-    def places(self) -> dict[str, str]:
-        """file:line:column of the resources that the inventory states."""
-        return {entry.settings.name: entry.where for entry in self.inventory.entries}
-
-    @property
-    def is_healthy(self) -> bool:
-        """The gate's answer."""
-        return time.monotonic() < self.lease.until.value
-
-
-@dataclass(frozen=True)
-class Principal:
-    """Who asks, from where, and by what it is known."""
-
-    site: ConsoleContext
-    address: str = ""               # empty on the command line
-    local: bool = True              # on the server's own machine
-    ticket: Ticket | None = None
-    user: User | None = None
-
-    @property
-    def name(self) -> str:
-        return self.user.name if self.user else "command line"
-
-    @property
-    def operator(self) -> bool:
-        """Whether the address may log in at all."""
-        address = ipaddress.ip_address(self.address)
-        networks = map(ipaddress.ip_network, self.site.inventory.service.operators)
-        return (self.local or not address.is_loopback) and any(address in network for network in networks)
-
-    @property
-    def restricted(self) -> bool:
-        """The documented password still holds, and this is another machine: it can only be changed."""
-        return self.user is not None and self.user.initial and not self.local
-
-    def may(self, role: str) -> bool:
-        return self.user is not None and self.user.role in (role, "admin")
-
-    def note(self, session: Session, text: str, resource: str = "") -> None:
-        """Records a change."""
-        record_event(session, "change", text, resource=resource, actor=self.name, address=self.address,
-                     at=self.site.clock())
-
-
-def moment(at: float) -> datetime.datetime | None:
-    """A Unix time, None for 0."""
-    return datetime.datetime.fromtimestamp(at, datetime.timezone.utc) if at else None
-
-
-class Maintenance(Settings):
-    """Until when a resource does not count, and why."""
-
-    until: AwareDatetime
-    reason: TextLine
-
-
-class Trust(Settings):
-    """The key to trust; without one it is the one that the host shows now."""
-
-    host_key: TextLine | None = None
-
-
-class OutcomeView(Settings):
-    """A service or check."""
-
-    good: bool
-    text: str
-
-
-class SampleView(Settings):
-    """What the last poll read."""
-
-    details: dict[str, float | str]
-    metrics: dict[str, float]
-    services: dict[str, OutcomeView]
-    checks: dict[str, OutcomeView]
-    problems: dict[str, str]    # what could not be read, and why
-
-
-class ResourceView(ResourceSettings):
-    """A resource: its settings without secrets, and its state."""
-
-    password: None = Field(default=None, exclude=True)
-    key_passphrase: None = Field(default=None, exclude=True)
-    origin: Literal["inventory", "api"]
-    place: str | None           # where the inventory states it: file:line:column
-    has_secret: bool
-    trusted_key: str | None     # trusted on first use or by `trust`
-    maintenance: Maintenance | None
-    state: State
-    cause: Cause
-    reason: str
-    since: datetime.datetime | None
-    polled: datetime.datetime | None
-    seconds: float              # that the last poll took
-    sample: SampleView | None
-
-
-class PollView(Settings):
-    """What one poll found."""
-
-    state: State
-    cause: Cause
-    reason: str
-    seconds: float
-
-
-class TrialView(PollView):
-    """What a poll with settings that are not stored found."""
-
-    host_key: str | None        # would be trusted on first use
-
-
-RESOURCES = sqlalchemy.select(Resource, Status).outerjoin(Status, Status.resource_id == Resource.id)
-
-
-def status_of(row: Resource, status: Status | None) -> Status:
-    """The status, an empty one when it is of another configuration: nothing is known of this one yet."""
-    if status and status.settings_digest == row.settings_digest:
-        return status
-    return Status(state="unknown", cause="", reason="", since=0.0, polled=0.0, seconds=0.0, sample="null", packed=b"")
-
-
-def resource_view(row: Resource, status: Status | None, site: ConsoleContext) -> ResourceView:
-    known = status_of(row, status)
-    columns = {name: getattr(row, name) for name in Resource.COLUMNS}
-    state = {name: getattr(known, name) for name in ("state", "cause", "reason", "seconds")}
-    maintenance = {"until": moment(row.maintenance), "reason": row.maintenance_reason}
-    return ResourceView.model_validate({
-        **json.loads(row.settings), **columns, **state, "since": moment(known.since), "polled": moment(known.polled),
-        "sample": json.loads(known.sample), "origin": row.origin,
-        "place": site.places.get(row.name) if row.origin == "inventory" else None,
-        "has_secret": row.password is not None or row.key_passphrase is not None, "trusted_key": row.host_key,
-        "maintenance": maintenance if row.maintenance > site.clock() else None})
-
-
-def changeable(who: Principal, session: Session, name: str) -> Resource:
-    """A resource that was added here; those of the inventory change there."""
-    row = find_resource(session, name)
-    if row.origin == "inventory":
-        place = who.site.places.get(name, who.site.inventory.path.name)
-        raise ApiError(f"{name} stands at {place}; change it there", 409)
-    return row
-
-
-def list_resources(who: Principal) -> list[ResourceView]:
-    """All resources, by name."""
-    with who.site.store.reading() as session:
-        rows = session.execute(RESOURCES.order_by(Resource.name))
-        return [resource_view(row, status, who.site) for row, status in rows]
-
-
-def show_resource(who: Principal, name: str) -> ResourceView:
-    """One resource."""
-    with who.site.store.reading() as session:
-        row = find_resource(session, name)
-        return resource_view(row, session.get(Status, row.id), who.site)
-
-
-def add_resource(who: Principal, body: Mapping[str, Any], *, text: bool = False) -> ResourceView:
-    """Adds a resource; it is watched at once."""
-    vault = who.site.vault      # before the database is locked
-    entry = SettingsReader(who.site.inventory.path, text=text).read(body, {})
-    name = entry.settings.name
-    with who.site.store.writing() as session:
-        if session.scalar(sqlalchemy.select(Resource.id).where(Resource.name == name)) is not None:
-            raise ApiError("there is a resource of this name already", 409, {"name": "is taken"})
-        row = Resource(name=name, origin="api")
-        apply_entry(row, entry, vault)
-        session.add(row)
-        who.note(session, "added", name)
-        revise(session)
-    return show_resource(who, name)
-
-
-def change_resource(who: Principal, name: str, body: Mapping[str, Any], *, text: bool = False) -> ResourceView:
-    """Changes what is given; null stands for the default. Another hostname or username needs the password again."""
-    vault = who.site.vault
-    with who.site.store.writing() as session:
-        row = changeable(who, session, name)
-        if body.get("name", name) != name:
-            raise field_errors({"name": "cannot be changed; add another resource and remove this one"})
-        entry = SettingsReader(who.site.inventory.path, text=text).read(body, stated(row))
-        before = stated(row)
-        if apply_entry(row, entry, vault):
-            after = stated(row)
-            changed = {field for field in before.keys() | after.keys() if before.get(field) != after.get(field)}
-            who.note(session, f"changed: {', '.join(sorted(changed | (body.keys() & set(SECRETS))))}", name)
-            revise(session)
-    return show_resource(who, name)
-
-
-def remove_resource(who: Principal, name: str) -> None:
-    """Removes a resource and its history."""
-    with who.site.store.writing() as session:
-        session.delete(changeable(who, session, name))
-        who.note(session, "removed", name)
-        revise(session)
-
-
-def test_settings(who: Principal, body: Mapping[str, Any], *, text: bool = False) -> TrialView:
-    """Polls a resource once that is not added yet."""
-    return TrialView(**who.site.ask("test", settings=dict(body), text=text))
-
-
-def test_changes(who: Principal, name: str, body: Mapping[str, Any], *, text: bool = False) -> TrialView:
-    """Polls a resource once with changed settings that are not stored."""
-    with who.site.store.reading() as session:
-        changeable(who, session, name)
-    return TrialView(**who.site.ask("test", settings=dict(body), name=name, text=text))
-
-
-def poll_now(who: Principal, name: str) -> PollView:
-    """Polls a resource now and waits for the result."""
-    with who.site.store.reading() as session:
-        find_resource(session, name)
-    return PollView(**who.site.ask("check", name=name))
-
-
-def begin_maintenance(who: Principal, name: str, body: Mapping[str, Any]) -> ResourceView:
-    """Lets a resource not count until a time: it is polled and shown and closes nothing."""
-    maintenance = validated(Maintenance, body)
-    until = maintenance.until.timestamp()
-    if not 0 < until - who.site.clock() <= MAINTENANCE:
-        raise field_errors({"until": f"must be in the future, and by no more than {MAINTENANCE / 86_400:.0f} days"})
-    with who.site.store.writing() as session:
-        row = find_resource(session, name)
-        row.maintenance, row.maintenance_reason = until, maintenance.reason
-        who.note(session, f"in maintenance until {maintenance.until.isoformat()}: {maintenance.reason}", name)
-        revise(session)
-    return show_resource(who, name)
-
-
-def end_maintenance(who: Principal, name: str) -> None:
-    """Lets a resource count again."""
-    with who.site.store.writing() as session:
-        row = find_resource(session, name)
-        if row.maintenance:
-            row.maintenance, row.maintenance_reason = 0.0, ""
-            who.note(session, "maintenance ended", name)
-            revise(session)
-
-
-def trust_resource(who: Principal, name: str, body: Mapping[str, Any]) -> ResourceView:
-    """Trusts the key that the host shows now; with `host_key` only that one."""
-    wanted = validated(Trust, body).host_key
-    with who.site.store.reading() as session:
-        find_resource(session, name)
-    offered = who.site.ask("offered_key", name=name)
-    if wanted not in (None, offered):
-        raise ApiError(f"the host shows another key: {offered}", 409,
-                       {"host_key": "is not the one that the host shows"})
-    with who.site.store.writing() as session:
-        row = find_resource(session, name)
-        who.note(session, f"trusted {offered}, before {row.host_key or 'no key'}", name)
-        row.host_key = offered
-        revise(session)
-    return show_resource(who, name)
-
-
-class SamplesQuery(Settings):
-    """Which polls to list."""
-
-    since: AwareDatetime | None = None
-    limit: Annotated[int, Field(ge=1, le=10_000)] = 60
-
-
-class PastPollView(Settings):
-    """A poll: what it found, the state of the resource after it, what it read."""
-
-    at: datetime.datetime
-    state: State
-    cause: Cause
-    reason: str
-    standing: State
-    readings: dict[str, float]
-
-
-def list_samples(who: Principal, name: str, query: Mapping[str, Any]) -> list[PastPoll]:
-    """The last polls of a resource, oldest first."""
-    asked = validated(SamplesQuery, query, text=True)
-    with who.site.store.reading() as session:
-        return samples(session, find_resource(session, name).id, limit=asked.limit,
-                       since=asked.since.timestamp() if asked.since else 0.0)
-
-
-class EventsQuery(Settings):
-    """Which events to list."""
-
-    resource: str | None = None
-    kind: str | None = None
-    before: Annotated[int, Field(ge=0, lt=1 << 63)] | None = None      # the id of an event
-    limit: Annotated[int, Field(ge=1, le=1000)] = 100
-
-
-class EventView(Settings):
-    """A transition or a change: when, what, who, from where."""
-
-    id: int
-    at: datetime.datetime
-    kind: str
-    resource: str
-    text: str
-    actor: str
-    address: str
-
-
-def list_events(who: Principal, query: Mapping[str, Any]) -> list[Event]:
-    """Transitions and changes, newest first."""
-    with who.site.store.reading() as session:
-        return events(session, **dict(validated(EventsQuery, query, text=True)))
-
-
-class UserView(Settings):
-    """A user."""
-
-    name: str
-    role: Role
-    initial: bool       # the password is the documented one still
-
-
-def list_users(who: Principal) -> list[User]:
-    """All users, by name."""
-    with who.site.store.reading() as session:
-        return list(session.scalars(sqlalchemy.select(User).order_by(User.name)))
-
-
-def add_user(who: Principal, body: Mapping[str, Any]) -> User:
-    """Adds a user."""
-    new = validated(NewUser, body)
-    user = User.create(new.name, new.password.get_secret_value(), new.role)     # before the database is locked
-    with who.site.store.writing() as session:
-        if session.scalar(sqlalchemy.select(User.id).where(User.name == new.name)) is not None:
-            raise ApiError("there is a user of this name already", 409, {"name": "is taken"})
-        session.add(user)
-        who.note(session, f"user {new.name} added as {new.role}")
-    return user
-
-
-def change_user(who: Principal, name: str, body: Mapping[str, Any]) -> User:
-    """Changes password or role of a user and ends the user's sessions; one's own password changes elsewhere."""
-    change = validated(UserChange, body)
-    if change.password and who.user and who.user.name == name:
-        raise field_errors({"password": "change your own with the current one, at /-/api/password"})
-    fresh = User.create(name, change.password.get_secret_value()) if change.password else None
-    with who.site.store.writing() as session:
-        user = find_user(session, name)
-        if fresh:
-            user.take_password(fresh)
-            who.note(session, f"user {name}: new password")
-        if change.role and change.role != user.role:
-            require_admin(session, without=user)
-            user.role = change.role
-            who.note(session, f"user {name}: {change.role} now")
-    return user
-
-
-def remove_user(who: Principal, name: str) -> None:
-    """Removes a user and ends the user's sessions; the last admin stays."""
-    with who.site.store.writing() as session:
-        user = find_user(session, name)
-        require_admin(session, without=user)
-        session.delete(user)
-        who.note(session, f"user {name} removed")
-
-
-def change_password(who: Principal, body: Mapping[str, Any]) -> User:
-    """Changes one's own password; every session and token of before ends."""
-    change = validated(PasswordChange, body)
-    assert who.user
-    name, current, new = who.user.name, change.current.get_secret_value(), change.new.get_secret_value()
-    if current == new:
-        raise field_errors({"new": "must not be the current one"})
-    try:
-        who.site.ask("login", name=name, password=current, address=who.address)
-    except ApiError as error:
-        raise field_errors({"current": "is wrong"}) if error.status == 401 else error from None
-    fresh = User.create(name, new)
-    with who.site.store.writing() as session:
-        user = find_user(session, name)
-        user.take_password(fresh)
-        who.note(session, f"user {name}: new password")
-    return user
-
-
-def sign_in(who: Principal, body: Mapping[str, Any]) -> User:
-    """The user with these Credentials. Raises Refusal: 401, or 429 with the seconds to wait."""
-    given = validated(Credentials, body)
-    user_id = who.site.ask("login", name=given.username, password=given.password.get_secret_value(),
-                           address=who.address)
-    with who.site.store.writing() as session:
-        user = session.get(User, user_id)
-        if user is None:
-            raise ApiError("user name or password is wrong", 401)
-        record_event(session, "login", "logged in", actor=user.name, address=who.address, at=who.site.clock())
-    return user
-
-
-def open_ticket(site: ConsoleContext, kind: str, user: User) -> str:
-    """What proves a login from now on, signed."""
-    now = site.clock()
-    return site.tickets.write(Ticket(kind, secrets.token_urlsafe(16), user.id, user.stamp, now, now))
-
-
-def sign_out(who: Principal) -> None:
-    """Ends the visitor's session, also for whoever else has its cookie."""
-    if who.ticket:
-        with who.site.store.writing() as session:
-            session.execute(sqlalchemy.delete(Ended).where(Ended.until < who.site.clock()))
-            session.merge(Ended(ticket=who.ticket.name, until=who.ticket.begun + SESSION_LIFE))
-
-
-class TokenView(Settings):
-    """A bearer token."""
-
-    token: str
-    expires_in: float       # seconds
-
-
-def log_in(who: Principal, body: Mapping[str, Any]) -> TokenView:
-    """Gives a bearer token for user name and password."""
-    return TokenView(token=open_ticket(who.site, "token", sign_in(who, body)), expires_in=TOKEN_LIFE)
-
-
-def health_view(who: Principal) -> dict[str, Any]:
-    """application/health+json; the resources only for those who are logged in."""
-    answer: dict[str, Any] = {"status": "pass" if who.site.is_healthy else "fail"}
-    if who.operator and who.may("viewer") and not who.restricted:
-        answer["checks"] = {f"{view.name}:state": [{
-            "componentType": "system", "observedValue": view.state, "time": view.polled and view.polled.isoformat(),
-            "status": {"healthy": "pass", "unhealthy": "fail"}.get(view.state, "warn"),
-            "output": f"{view.cause}: {view.reason}" if view.cause else ""}] for view in list_resources(who)}
-    return answer
-
-
-# === API =====================================================================
-SESSION_STEP = 60.0             # seconds after which a request renews the cookie
-COOKIE = "healthchecker_session"
-CONTENT_SECURITY_POLICY = ("default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "
-                           "connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'")
-
-
-@dataclass(frozen=True)
-class Operation:
-    """A row of the API. `run` takes who asks, the names in the path and, where `body` says what it must be, the
-    body of the request or, with GET, its query."""
-
-    method: str
-    path: str                               # below API
-    run: Callable[..., Any]
-    answer: Any = None                      # the model of what comes back, read by attributes; None: nothing, with 204
-    body: type[Settings] | None = None
-    status: int = 200
-    needs: Literal["", "viewer", "admin"] = "admin"
-
-    @property
-    def key(self) -> str:
-        return f"{self.method} {API}{self.path}"
-
-    @functools.cached_property
-    def adapter(self) -> TypeAdapter[Any]:
-        return TypeAdapter(self.answer)
-
-
-OPERATIONS = (
-    Operation("POST", "login", log_in, TokenView, Credentials, needs=""),
-    Operation("POST", "password", change_password, None, PasswordChange, needs="viewer"),
-    Operation("GET", "resources", list_resources, list[ResourceView], needs="viewer"),
-    Operation("POST", "resources", add_resource, ResourceView, ResourceSettings, status=201),
-    Operation("GET", "resources/<name>", show_resource, ResourceView, needs="viewer"),
-    Operation("PATCH", "resources/<name>", change_resource, ResourceView, ResourceSettings),
-    Operation("DELETE", "resources/<name>", remove_resource),
-    Operation("POST", "test", test_settings, TrialView, ResourceSettings),
-    Operation("POST", "resources/<name>/test", test_changes, TrialView, ResourceSettings),
-    Operation("POST", "resources/<name>/check", poll_now, PollView),
-    Operation("POST", "resources/<name>/maintenance", begin_maintenance, ResourceView, Maintenance),
-    Operation("DELETE", "resources/<name>/maintenance", end_maintenance),
-    Operation("POST", "resources/<name>/trust", trust_resource, ResourceView, Trust),
-    Operation("GET", "resources/<name>/samples", list_samples, list[PastPollView], SamplesQuery, needs="viewer"),
-    Operation("GET", "events", list_events, list[EventView], EventsQuery, needs="viewer"),
-    Operation("GET", "users", list_users, list[UserView]),
-    Operation("POST", "users", add_user, UserView, NewUser, status=201),
-    Operation("PATCH", "users/<name>", change_user, UserView, UserChange),
-    Operation("DELETE", "users/<name>", remove_user),
-)
-
-
-class FieldFault(Settings):
-    """What is wrong with a field."""
-
-    field: str
-    message: str
-
-
-class Problem(Settings):
-    """RFC 9457."""
-
-    type: Literal["about:blank"]
-    title: str
-    status: int
-    detail: str
-    errors: list[FieldFault] = []
-
-
-SCHEMAS = "#/components/schemas/"
-
-
-def resource_schema(schema: dict[str, Any]) -> None:
-    """Nothing is required where the inventory has defaults, and null stands for the default."""
-    del schema["required"]
-    for name, field in schema["properties"].items():
-        if {"type": "null"} not in field.get("anyOf", ()):
-            schema["properties"][name] = {"anyOf": [field, {"type": "null"}]}
-
-
-def describe(operation: Operation, schemas: Mapping[Any, Any]) -> dict[str, Any]:
-    """One operation in OpenAPI."""
-    where = [{"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
-             for name in re.findall("<(.+?)>", operation.path)]
-    body = schemas.get((f"{operation.key} body", "validation"))
-    wrong = {"description": "Refused", "content": {
-        "application/problem+json": {"schema": schemas["problem", "serialization"]}}}
-    right: dict[str, Any] = {"description": "Done"}
-    if operation.answer:
-        right["content"] = {"application/json": {"schema": schemas[operation.key, "serialization"]}}
-    described: dict[str, Any] = {
-        "summary": (operation.run.__doc__ or "").partition("\n")[0], "parameters": where,
-        "responses": {str(operation.status if operation.answer else 204): right, "default": wrong}}
-    if operation.method == "GET" and operation.body:
-        fields = operation.body.model_json_schema()["properties"]
-        described["parameters"] += [{"name": name, "in": "query", "schema": field} for name, field in fields.items()]
-    elif body:
-        described["requestBody"] = {"required": True, "content": {"application/json": {"schema": body}}}
-    if not operation.needs:
-        described["security"] = []
-    return described
-
-
-@functools.cache
-def openapi() -> dict[str, Any]:
-    """The description of the API, made from its models."""
-    adapters: list[tuple[str, Literal["validation", "serialization"], TypeAdapter[Any]]] = [
-        ("problem", "serialization", TypeAdapter(Problem))]
-    for operation in OPERATIONS:
-        if operation.answer:
-            adapters.append((operation.key, "serialization", operation.adapter))
-        if operation.body:
-            adapters.append((f"{operation.key} body", "validation", TypeAdapter(operation.body)))
-    schemas, components = TypeAdapter.json_schemas(adapters, ref_template=SCHEMAS + "{model}")
-    resource_schema(components["$defs"]["ResourceSettings"])
-    paths: dict[str, dict[str, Any]] = collections.defaultdict(dict)
-    for operation in OPERATIONS:
-        path = API + re.sub("<(.+?)>", r"{\1}", operation.path)
-        paths[path][operation.method.lower()] = describe(operation, schemas)
-    return {"openapi": "3.1.0", "info": {"title": "HealthChecker", "version": "1"}, "paths": paths,
-            "security": [{"bearer": []}, {"session": []}],
-            "components": {"schemas": components["$defs"], "securitySchemes": {
-                "bearer": {"type": "http", "scheme": "bearer"},
-                "session": {"type": "apiKey", "in": "cookie", "name": COOKIE}}}}
-
-
-# --- requests ---
-class Route(NamedTuple):
-    """One method of one path, who may use it, and what answers."""
-
-    method: str
-    path: str
-    needs: Literal["public", "", "viewer", "admin"]     # "": who may log in
-    run: Callable[..., flask.typing.ResponseReturnValue]
-    restricted: bool = False    # also while the documented password is to be changed first
-
-
-def current_principal() -> Principal:
-    """Who sent the request that is being answered."""
-    return cast(Principal, flask.g.principal)
-
-
-Address = ipaddress.IPv4Address | ipaddress.IPv6Address
-
-
-def plain_address(text: str) -> Address:
-    """An IP address; an IPv4 address written as an IPv6 one is the IPv4 address. Raises ValueError."""
-    address = ipaddress.ip_address(text)
-    return getattr(address, "ipv4_mapped", None) or address
-
-
-def client_address(environ: WSGIEnvironment) -> str:
-    """The client's address; 0.0.0.0 is nobody's."""
-    with contextlib.suppress(ValueError):
-        return str(plain_address(environ.get("REMOTE_ADDR", "")))
-    return "0.0.0.0"    # noqa: S104  # is not listened on
-
-
-def is_local(environ: WSGIEnvironment, address: str) -> bool:
-    """Whether a request comes from this machine itself: not through a proxy, and under a name of its own: a page of
-    anybody's site can have its name stand for 127.0.0.1, and a browser here then takes this service for that site."""
-    host = re.sub(r":\d*$", "", environ.get("HTTP_HOST", "localhost")).strip("[]").lower()
-    named = host in ("localhost", socket.gethostname().lower())
-    if not named:
-        with contextlib.suppress(ValueError):
-            named = bool(ipaddress.ip_address(host))
-    return named and ipaddress.ip_address(address).is_loopback and not environ.get("healthchecker.forwarded")
-
-
-def identify(site: ConsoleContext, request: flask.Request) -> Principal:
-    """Who it is; an Authorization header counts before a cookie."""
-    address = client_address(request.environ)
-    stranger = Principal(site, address, is_local(request.environ, address))
-    kind, text = "session", request.cookies.get(COOKIE, "")
-    if authorization := request.headers.get("Authorization"):
-        scheme, _, token = authorization.partition(" ")
-        kind, text = "token", token.strip() if scheme.lower() == "bearer" else ""
-    ticket = site.tickets.read(text, kind, site.clock())
-    if ticket is None:
-        return stranger
-    with site.store.reading() as session:
-        user = holder(session, ticket)
-    return replace(stranger, ticket=ticket, user=user) if user else stranger
-
-
-def same_origin(request: flask.Request) -> bool | None:
-    """Whether a page of this service sent the request; None when its sender does not say."""
-    fetch_site, origin = request.headers.get("Sec-Fetch-Site"), request.headers.get("Origin")
-    if fetch_site:
-        return fetch_site == "same-origin"
-    return origin == f"{request.scheme}://{request.host}" if origin else None
-
-
-def authorize(site: ConsoleContext, routes: Mapping[str, Route]) -> None:
-    """Stands before every request. Raises Refusal for those who may not."""
-    request = flask.request
-    who = flask.g.principal = identify(site, request)
-    route = routes.get(request.endpoint or "")
-    needs = route.needs if route else "viewer"
-    if needs == "public":
-        return
-    if not who.operator:
-        raise ApiError("this address may not log in; see service.operators", 403)
-    if needs and who.user is None:
-        raise ApiError("log in first", 401)
-    if request.method not in SAFE_METHODS:
-        same = same_origin(request)
-        if same is False or (same is None and needs and who.ticket and who.ticket.kind == "session"):
-            raise ApiError("this request does not come from a page of this service", 403)
-    if who.restricted and not (route and route.restricted):
-        raise ApiError("change the documented password first", 403)
-    if needs and not who.may(needs):
-        raise ApiError("only an admin may do this", 403)
-
-
-def give_cookie(response: Response, ticket: str) -> Response:
-    """Sets the session's cookie, or takes it away; the application behind the gate never sees it."""
-    response.set_cookie(COOKIE, ticket, max_age=None if ticket else 0, path=PREFIX, secure=flask.request.is_secure,
-                        httponly=True, samesite="Strict")
-    return response
-
-
-def finish(response: Response) -> Response:
-    """Stands behind every request: headers, and a session that goes on."""
-    who: Principal | None = flask.g.get("principal")
-    kept = response.headers.setdefault("Cache-Control", "no-store") != "no-store"
-    response.headers["Content-Security-Policy"] = CONTENT_SECURITY_POLICY
-    response.headers["X-Content-Type-Options"] = "nosniff"
-    response.headers["Referrer-Policy"] = "same-origin"     # with no-referrer, forms would send `Origin: null`
-    if who and who.ticket and who.ticket.kind == "session" and "Set-Cookie" not in response.headers and not kept:
-        now = who.site.clock()
-        if now - who.ticket.seen > SESSION_STEP and "X-Refresh" not in flask.request.headers:
-            give_cookie(response, who.site.tickets.write(who.ticket._replace(seen=now)))    # a refresh is no activity
-    return response
-
-
-def json_body() -> dict[str, Any]:
-    """The body of the request, an object. Raises Refusal."""
-    raw = flask.request.get_data(cache=False)
-    if raw and flask.request.mimetype != "application/json":
-        raise ApiError("the body must be application/json", 415)
-    try:
-        body = from_json(raw or b"{}", allow_inf_nan=False)
-    except ValueError as error:
-        raise ApiError(f"the body is not JSON: {error}") from error
-    if not isinstance(body, dict):
-        raise ApiError("the body must be an object")
-    return body
-
-
-def perform(operation: Operation, **names: str) -> flask.typing.ResponseReturnValue:
-    """Answers a request to the API."""
-    taken: list[Mapping[str, Any]] = []
-    if operation.body:
-        taken = [flask.request.args.to_dict() if operation.method == "GET" else json_body()]
-    found = operation.run(current_principal(), *names.values(), *taken)
-    if operation.answer is None:
-        return flask.Response(status=204, content_type="")
-    answer = operation.adapter.validate_python(found, from_attributes=True)
-    return flask.Response(operation.adapter.dump_json(answer), operation.status, mimetype="application/json")
-
-
-def json_answer(content: Mapping[str, Any], status: int = 200, kind: str = "application/json") -> flask.Response:
-    return flask.Response(json.dumps(content), status, mimetype=kind)
-
-
-def health() -> flask.Response:
-    who = current_principal()
-    return json_answer(health_view(who), 200 if who.site.is_healthy else 503, "application/health+json")
-
-
-def problem(error: ApiError) -> flask.Response:
-    body: dict[str, Any] = {"type": "about:blank", "title": http.HTTPStatus(error.status).phrase,
-                            "status": error.status, "detail": str(error)}
-    if error.fields:
-        body["errors"] = [{"field": name, "message": text} for name, text in error.fields.items()]
-    return json_answer(body, error.status, "application/problem+json")
-
-
-API_ROUTES = (
-    Route("GET", HEALTH, "public", health),
-    Route("GET", f"{API}openapi.json", "viewer", lambda: json_answer(openapi())),
-    *(Route(operation.method, API + operation.path, operation.needs, functools.partial(perform, operation),
-            restricted=operation.path in ("login", "password")) for operation in OPERATIONS),
-)
-
-
 # === Views ===================================================================
 STATES = ("unhealthy", "unknown", "degraded", "maintenance", "healthy")     # worst first, as pages sort and filter
 BARS = ("cpu_percent", "memory_percent", "disk_percent")  # of the overview
 CHECK_INPUTS = ("name", "Name"), ("command", "Command"), ("timeout", "Timeout, seconds")
-CONSOLE_BODY = 1 << 18          # bytes of a request to the pages and the API
 EVENTS_SHOWN = 100              # of a page
 OWN_EVENTS = 20                 # on the page of a resource
 EMPTY_CHECKS = 2                # rows of its form for further checks
@@ -7091,7 +8346,7 @@ def trust_form(name: str) -> Answer:
     if key := flask.request.form.get("key"):
         return act(name, trust_resource, {"host_key": key})
     try:
-        return resource_page(name, offered=current_principal().site.ask("offered_key", name=name))
+        return resource_page(name, offered=current_principal().site.offered_key(name))
     except ApiError as error:
         return resource_page(name, error.status, problem=str(error))
 
@@ -7213,13 +8468,19 @@ PAGES = (
 )
 
 
-def build_console(site: ConsoleContext) -> flask.Flask:
-    """The Flask application of everything below /-/ that is not the gate's own."""
+# === Console =================================================================
+CONSOLE_THREADS = 4             # pool threads of the console
+CONSOLE_BODY = 1 << 18          # bytes of a request to the pages and the API
+
+
+def build_console(site: ConsoleContext, metrics: Metrics) -> flask.Flask:
+    """The Flask application of the operators' door."""
     app = flask.Flask("healthchecker.console", static_folder=None)
     app.config.update(MAX_CONTENT_LENGTH=CONSOLE_BODY, PROVIDE_AUTOMATIC_OPTIONS=False)
     app.url_map.merge_slashes = False       # it would redirect
     add_template_globals(app)
-    routes = {f"{route.method} {route.path}": route for route in (*API_ROUTES, *PAGES)}
+    routes = {f"{route.method} {route.path}": route for route in (
+        *API_ROUTES, *PAGES, Route("GET", METRICS_PATH, "public", metrics.answer))}
     for endpoint, route in routes.items():
         app.add_url_rule(route.path, endpoint, route.run, methods=[route.method])
     app.before_request(functools.partial(authorize, site, routes))
@@ -7230,1332 +8491,20 @@ def build_console(site: ConsoleContext) -> flask.Flask:
     return app
 
 
-def build_gate(site: ConsoleContext, counters: Counters) -> Gate:
-    """The gate in front of the application of the inventory. Raises UsageError."""
-    service, folder = site.inventory.service, site.inventory.path.parent
-    app = load_app(service.app, folder) if service.app else builtin_app()
-    token_file = service.metrics_token_file and folder / service.metrics_token_file
-    metrics = Metrics(ServingMetrics(site.lease, counters), site.store, token_file)
-    return Gate(app, site.lease, console=build_console(site), metrics=metrics.answer)
-
-
-# === HTTP ====================================================================
-# --- requests ---
-
-HEADER_BYTES = 16 << 10         # bytes of a request's line and headers, or of what surrounds the chunks of its body
-HEADER_TIME = 5.0               # seconds from the first byte of a request to the end of its headers
-BODY_TIME = 30.0                # seconds from there to the end of its body
-FIRST_BYTE = 15.0               # seconds until a new connection sends something
-KEEP_ALIVE = 75.0               # seconds a connection is kept for another request; proxies keep theirs for 60
-IDLE_PRESSED = 2.0              # seconds instead of both while no further connection can be accepted
-STALL_TIMEOUT = 60.0            # seconds in which a client has to take some of its answer
-LINGER_TIME = 3.0               # seconds for a refused client to take its answer
-LINGER_BYTES = 16 << 20         # bytes of a refused request that are read and thrown away meanwhile
-CONNECTION_SWEEP = 1.0          # seconds between two looks at all connections
-ACCEPT_PAUSE = 0.5              # seconds without accepting when the system has no descriptor left
-TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]"
-REQUEST_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Z-]{1,32}) ([!\"$-~\x80-\xff]+) HTTP/(1\.[01])")
-FIELD_NAME = re.compile(TOKEN + rb"{1,128}")
-TEXT = bytes([9, *range(32, 127), *range(128, 256)])  # what may stand in a line
-BLANK_LINES = re.compile(rb"\A(?:\r\n)+")
-ABSOLUTE = re.compile(rb"(?i:https?)://([^/?]*)(.*)")
-HOST = re.compile(r"(?:[A-Za-z0-9._-]{1,255}|\[([0-9A-Fa-f:.]{2,45})\])(?::([0-9]{0,5}))?")
-DIGITS = re.compile("[0-9]+")
-QUOTED = rb'"(?:[\t !#-\[\]-~\x80-\xff]|\\[\t -~\x80-\xff])*"'
-CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,16})(?:;%b+(?:=(?:%b+|%b))?)*\r\n" % (TOKEN, TOKEN, QUOTED))
-FORWARDED_ADDRESS = re.compile(r"(?:\[([0-9A-Fa-f:.]+)\]|([0-9.]+))(?::[0-9]{1,5})?|([0-9A-Fa-f:.]+)")
-IpNetworks = tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...]
-
-
-class BadRequest(HealthCheckerError):
-    """A request that is answered with `status` and nothing of its own text, and whose connection then ends."""
-
-    def __init__(self, status: str = "400 Bad Request") -> None:
-        super().__init__(status)
-        self.status = status
-
-    def to_response(self, _ident: str | None = None) -> tuple[str, Headers, bytes]:
-        """Status, headers and body, as waitress asks its own errors for them."""
-        return self.status, [("Content-Type", "text/plain; charset=utf-8"), NO_STORE], f"{self.status}\n".encode()
-
-
-@functools.lru_cache(1024)
-def header_key(name: bytes) -> str:
-    """A header's name as WSGI has it; "" for one with an underscore, which could pass for another. Raises Refused."""
-    if not FIELD_NAME.fullmatch(name):
-        raise BadRequest
-    return "" if b"_" in name else name.upper().replace(b"-", b"_").decode("ascii")
-
-
-@functools.lru_cache(256)
-def is_host(text: str) -> bool:
-    """Whether a text may stand in a Host header: a name or an address, perhaps with a port."""
-    match = HOST.fullmatch(text)
-    if not match or int(match[2] or 0) > LAST_PORT:
-        return False
-    with contextlib.suppress(ValueError):
-        return not match[1] or bool(ipaddress.IPv6Address(match[1]))
-    return False
-
-
-def is_within(address: Address, networks: IpNetworks) -> bool:
-    return any(address in network for network in networks)
-
-
-def client_behind(proxies: IpNetworks, chain: str) -> str:
-    """The client that X-Forwarded-For tells of: the last address in it that is not itself one of the proxies.
-
-    What stands before that came from the client and may be anything. Raises Refused.
-    """
-    try:
-        for element in reversed(chain.split(",")):
-            match = FORWARDED_ADDRESS.fullmatch(element.strip(" \t"))
-            address = plain_address(match[1] or match[2] or match[3] if match else "")
-            if not is_within(address, proxies):
-                break
-    except ValueError:
-        raise BadRequest from None
-    return str(address)
-
-
-class ChunkedBody(ChunkedReceiver):    # type: ignore[misc]  # waitress carries no types
-    """A chunked body, read strictly: no line ends but CR LF, no trailers, not much around the chunks."""
-
-    def __init__(self, buf: OverflowableBuffer, limit: int) -> None:
-        super().__init__(buf)
-        self._limit, self._framing = limit, 0
-        self._left = 0              # bytes of the chunk that are to come
-        self._line = b""
-        self._chunk_over = False    # the next line is the empty one that ends a chunk
-        self._last = False          # it is the last chunk, the one of no bytes
-
-    def received(self, data: bytes) -> int:
-        """Takes what belongs to the body, and returns how many bytes that were; raises Refused."""
-        at = 0
-        while at < len(data) and not self.completed:
-            if self._left:
-                chunk = data[at:at + self._left]
-                self.buf.append(chunk)
-                self._left -= len(chunk)
-                at += len(chunk)
-            else:
-                stop = data.find(b"\n", at) + 1 or len(data)
-                self._control(data[at:stop])
-                at = stop
-        return at
-
-    def _control(self, part: bytes) -> None:
-        """A line, or a part of one, that is not the body's own."""
-        self._line += part
-        self._framing += len(part)
-        if self._framing > HEADER_BYTES + len(self):
-            raise BadRequest
-        if self._chunk_over:
-            if not b"\r\n".startswith(self._line):
-                raise BadRequest
-            if len(self._line) == 2:
-                self._line, self._chunk_over, self.completed = b"", False, self._last
-        elif self._line.endswith(b"\n"):
-            self._begin(self._line)
-            self._line = b""
-
-    def _begin(self, line: bytes) -> None:
-        match = CHUNK_LINE.fullmatch(line)
-        if not match:
-            raise BadRequest
-        self._left = int(match[1], 16)
-        if len(self) + self._left > self._limit:
-            raise BadRequest("413 Content Too Large")
-        self._chunk_over, self._last = True, not self._left
-
-
-class GateParser(HTTPRequestParser):    # type: ignore[misc]  # waitress carries no types
-    """One request, read strictly: what two programs could understand in two ways is refused, and what is too large.
-
-    waitress's own parser lets pass much of what hides one request in another (RFC 9112, section 11.2).
-    """
-
-    version = "1.1"     # of the answer to a request that does not tell its own
-    command = path = query = request_uri = ""
-    headers: dict[str, str]
-    header_plus: bytes      # of the headers what has come so far
-    forwarded: dict[str, object] | None = None      # what goes into the WSGI environment
-
-    def __init__(self, adj: Adjustments) -> None:
-        super().__init__(adj)
-        self.url_scheme = adj.url_scheme
-        self.begun = time.monotonic()       # the headers, later the body
-
-    def received(self, data: bytes) -> int:
-        """Takes what belongs to this request, and returns how many bytes that were."""
-        if self.completed:
-            return 0
-        try:
-            return self._more_body(data) if self.headers_finished else self._more_head(data)
-        except BadRequest as refused:
-            self.refuse(refused.status)
-        except OSError:     # there is no room for the temporary file of a large body
-            self.refuse("503 Service Unavailable")
-        return len(data)
-
-    def close(self) -> None:
-        with contextlib.suppress(OSError):      # a full disk does not take the rest of the temporary file
-            super().close()
-
-    def refuse(self, status: str) -> None:
-        self.error, self.completed, self.expect_continue = BadRequest(status), True, False
-        self.headers = {}
-
-    def _more_head(self, data: bytes) -> int:
-        head = self.header_plus + data
-        if head.startswith(b"\r"):      # blank lines before a request are an old client's
-            head = BLANK_LINES.sub(b"", head)
-        end = head.find(b"\r\n\r\n")
-        if (end if end >= 0 else len(head) - 3) > HEADER_BYTES:     # three bytes of the end may be there already
-            raise BadRequest("431 Request Header Fields Too Large")
-        if end < 0:
-            self._lines(head.removesuffix(b"\r"))
-            self.header_plus = head
-            return len(data)
-        self.header_plus, self.headers_finished = b"", True
-        self.parse_header(head[:end])
-        self.completed = self.body_rcv is None
-        if not self.completed:
-            self.begun = time.monotonic()
-            self.expect_continue = self.headers.get("EXPECT", "").lower() == "100-continue" and self.version == "1.1"
-        return len(data) - (len(head) - end - 4)
-
-    def _more_body(self, data: bytes) -> int:
-        consumed: int = self.body_rcv.received(data)
-        self.completed = self.body_rcv.completed
-        if self.completed and self.chunked:
-            self.headers["CONTENT_LENGTH"] = str(len(self.body_rcv))
-        return consumed
-
-    @staticmethod
-    def _lines(head: bytes) -> list[bytes]:
-        """Raises Refused where a control character or half of a line's end is in them."""
-        lines = head.split(b"\r\n")
-        if head.translate(None, TEXT) != b"\r\n" * (len(lines) - 1):
-            raise BadRequest
-        return lines
-
-    def parse_header(self, header_plus: bytes) -> None:
-        """The request line and the headers, without the empty line after them; raises Refused."""
-        self.first_line = header_plus.partition(b"\r\n")[0]     # also of what is refused, for the access log
-        first, *fields = self._lines(header_plus)
-        request = REQUEST_LINE.fullmatch(first)
-        if not request:
-            raise BadRequest
-        self.command, self.version = request[1].decode(), request[3].decode()
-        headers = self.headers
-        for field in fields:
-            name, colon, value = field.partition(b":")
-            key = header_key(name)
-            if not colon:
-                raise BadRequest
-            text = value.strip(b" \t").decode("latin-1")
-            headers[key] = f"{headers[key]}, {text}" if key in headers else text
-        headers.pop("", None)
-        self._read_host()
-        self._read_target(request[2])
-        self._read_framing()
-        if "FORWARDED" in "".join(headers):
-            self._read_forwarded()
-
-    def _read_host(self) -> None:
-        """A second Host header stands in the first one's value by now, after a comma."""
-        host = self.headers.get("HOST")
-        if self.version == "1.1" if host is None else not is_host(host):
-            raise BadRequest
-        connection = self.headers.get("CONNECTION", "")
-        if "," in connection:       # waitress knows one option only
-            options = {option.strip().lower() for option in connection.split(",")}
-            self.headers["CONNECTION"] = next((known for known in ("close", "keep-alive") if known in options), "")
-
-    def _read_target(self, target: bytes) -> None:
-        """The path and the query; the host of an absolute target counts, not that of the header (RFC 9112, 3.2.2)."""
-        self.request_uri = target.decode("latin-1")
-        if not target.startswith(b"/") and (target, self.command) != (b"*", "OPTIONS"):
-            absolute = ABSOLUTE.fullmatch(target)
-            if not absolute or not is_host(absolute[1].decode("latin-1")):
-                raise BadRequest
-            self.headers["HOST"] = absolute[1].decode("ascii")
-            target = absolute[2] if absolute[2].startswith(b"/") else b"/" + absolute[2]
-        path, _, query = target.partition(b"?")
-        self.path, self.query = unquote_to_bytes(path).decode("latin-1"), query.decode("latin-1")
-
-    def _read_framing(self) -> None:
-        """How the body ends; two ways of telling it, or one told twice, are refused."""
-        limit, headers = self.adj.max_request_body_size, self.headers
-        coding, length = headers.pop("TRANSFER_ENCODING", None), headers.get("CONTENT_LENGTH")
-        if coding is not None:
-            if coding.lower() != "chunked" or length is not None or self.version == "1.0":
-                raise BadRequest
-            self.chunked = True
-            self.body_rcv = ChunkedBody(OverflowableBuffer(self.adj.inbuf_overflow), limit)
-        elif length is not None:
-            if not DIGITS.fullmatch(length):
-                raise BadRequest
-            if len(length) > 16 or int(length) > limit:
-                raise BadRequest("413 Content Too Large")
-            if int(length):
-                self.body_rcv = FixedStreamReceiver(int(length), OverflowableBuffer(self.adj.inbuf_overflow))
-
-    def _read_forwarded(self) -> None:
-        """From just anyone: it is dropped, and the application can tell that it was there."""
-        for key in [key for key in self.headers if key == "FORWARDED" or key.startswith("X_FORWARDED")]:
-            del self.headers[key]
-            self.forwarded = {"healthchecker.forwarded": True}
-
-
-class ProxiedParser(GateParser):
-    """A request that one of `service.trusted_proxy` hands on: its X-Forwarded-For, -Proto and -Host count."""
-
-    def _read_forwarded(self) -> None:
-        headers, self.forwarded = self.headers, {"healthchecker.forwarded": True}   # for whom, is not told yet
-        headers.pop("FORWARDED", None)      # nobody looks at it here, so it may be the client's own
-        if "X_FORWARDED_FOR" in headers:
-            client = client_behind(self.adj.proxies, headers["X_FORWARDED_FOR"])
-            self.forwarded = {"REMOTE_ADDR": client, "REMOTE_HOST": client}
-        if "X_FORWARDED_PROTO" in headers:
-            self.url_scheme = self._nearest("X_FORWARDED_PROTO").lower()
-            if self.url_scheme not in ("http", "https"):
-                raise BadRequest
-        if "X_FORWARDED_HOST" in headers:
-            headers["HOST"] = self._nearest("X_FORWARDED_HOST")
-            if not is_host(headers["HOST"]):
-                raise BadRequest
-
-    def _nearest(self, key: str) -> str:
-        """Of several values the last: the proxy has added it to what the client may have sent."""
-        return self.headers[key].rpartition(",")[2].strip(" \t")
-
-
-# --- connections ---
-class TimedChannel(HTTPChannel):    # type: ignore[misc]  # waitress carries no types
-    """A client's connection that ends when the client is too slow in asking or in taking its answer."""
-
-    parser_class = GateParser
-    will_close: bool
-    began = 0.0             # when the request was complete
-    lingers = False         # the answer is the last; what still comes is thrown away
-    _discarded = 0          # bytes of that
-    _lingers_until = math.inf
-
-    def __init__(self, server: Any, sock: socket.socket, addr: tuple[Any, ...], adj: Adjustments,
-                 map: dict[int, Any]) -> None:
-        super().__init__(server, sock, addr, adj, map)
-        if adj.proxies and is_within(plain_address(addr[0].partition("%")[0]), adj.proxies):
-            self.parser_class = ProxiedParser
-        self._seen, self._since = self.last_activity, server.clock()    # the wall clock only as a mark: it may jump
-
-    def received(self, data: bytes) -> bool:
-        if not self.lingers:
-            return bool(super().received(data))
-        self._discarded += len(data)
-        self.will_close = self.will_close or self._discarded > LINGER_BYTES
-        return False
-
-    def handle_write(self) -> None:
-        if self.lingers and self.close_when_flushed and not self.will_close:
-            self._take_leave()
-        else:
-            super().handle_write()
-
-    def _take_leave(self) -> None:
-        """Sends what is left and waits for the client's end: closing on unread bytes would destroy the answer."""
-        self._flush_exception(self._flush_some)
-        if self.connected and not self.total_outbufs_len:
-            self.close_when_flushed = False
-            self._lingers_until = self.server.clock() + LINGER_TIME
-            try:
-                self.socket.shutdown(socket.SHUT_WR)
-            except OSError:
-                self.will_close = True
-
-    def handle_close(self) -> None:
-        super().handle_close()
-        if self.request is not None:
-            self.request.close()
-
-    def sweep(self, now: float, pressed: bool) -> None:
-        """Ends the connection if something takes too long; on the loop, about once in TURN."""
-        if self.last_activity != self._seen:
-            self._seen, self._since = self.last_activity, now
-        request = self.request
-        if self.requests or self.total_outbufs_len:
-            if request is not None:
-                request.begun = now     # it is not read meanwhile
-            if self.total_outbufs_len and now - self._since > STALL_TIMEOUT:
-                self.handle_close()
-        elif request is not None and not self.lingers and (request.header_plus or request.headers_finished):
-            if now - request.begun > (BODY_TIME if request.headers_finished else HEADER_TIME):
-                self._give_up(request)
-        elif now > self._lingers_until or now - (request.begun if request else self._since) > self._patience(pressed):
-            self.handle_close()
-
-    def _patience(self, pressed: bool) -> float:
-        """Seconds that the connection may stay idle."""
-        if pressed:
-            return IDLE_PRESSED
-        return FIRST_BYTE if self._seen == self.creation_time else KEEP_ALIVE
-
-    def _give_up(self, request: GateParser) -> None:
-        with self.requests_lock:
-            self.request = None
-            request.refuse("408 Request Timeout")
-            self.requests.append(request)
-        self.began = time.perf_counter()
-        self.service()
-
-
-class TimedServer(TcpWSGIServer):    # type: ignore[misc]  # waitress carries no types
-    """waitress that watches its clients' time, and that lives on when there is no room for another one."""
-
-    clock: Callable[[], float] = staticmethod(time.monotonic)
-    _next_sweep = _accepts_at = 0.0     # by the clock
-    _next_complaint = 0.0
-    _pressed = False        # since the last sweep there was no room
-
-    def readable(self) -> bool:
-        """Whether to accept; asked in every turn of the loop."""
-        now = self.clock()
-        if now >= self._next_sweep:
-            self._next_sweep = now + CONNECTION_SWEEP
-            pressed, self._pressed = self._pressed, False
-            for channel in list(self.active_channels.values()):
-                channel.sweep(now, pressed)
-        if len(self._map) >= self.adj.connection_limit:
-            self._complain(now, "as many connections as allowed are open")
-            return False
-        return bool(self.accepting) and now >= self._accepts_at
-
-    def accept(self) -> tuple[socket.socket, Any] | None:
-        """None when nobody waits, when there is no room, and when the system refuses: then it has a moment of peace."""
-        if len(self._map) >= self.adj.connection_limit:
-            return None
-        try:
-            return cast("tuple[socket.socket, Any] | None", super().accept())
-        except ConnectionResetError:    # on Windows: this client has gone already
-            return None
-        except OSError as error:
-            now = self.clock()
-            self._accepts_at = now + ACCEPT_PAUSE
-            self._complain(now, f"a connection cannot be accepted: {error.strerror}")
-            return None
-
-    def _complain(self, now: float, reason: str) -> None:
-        self._pressed = True
-        if now >= self._next_complaint:
-            self._next_complaint = now + COMPLAINT_INTERVAL
-            log.warning("%s (%d connections); idle ones are closed sooner", reason, len(self.active_channels))
-
-
-# === Serve ===================================================================
-CONNECTIONS_MAX = 100_000       # client connections, where the system knows no limit
-BACKLOG = 1024                  # connections that wait to be accepted
-SLOW_TIME = 5.0                 # seconds that a pool thread waits for a slow client while other requests starve
-SLOW_RATE = 1 << 16             # bytes per second, below which a client is one
-POOL_BUFFER = 16 << 20          # bytes of a response that wait for a slow client before its pool thread does
-SEND_BYTES = 1 << 16            # bytes of a response that the loop gathers before it sends
-QUICK_ANSWER = 0.005            # seconds of CPU time of an answer that its pool thread leaves to the loop to send
-OWN_THREADS = 4                 # pool threads of a process for HealthChecker's own pages, API and metrics
-DEFER_INTERVAL = 0.005          # seconds between two looks whether they did
-LAST_ASK = 0.25                 # seconds in which clients that were answered just before may still ask then
-
-
-class Pool:
-    """Threads that answer requests, with a bound on those that wait for one.
-
-    One thread is woken at a time, the last that became idle, and wakes the next one if there is more to do: what it
-    answers without blocking needs no other, and each costs two changes of the interpreter lock.
-    """
-
-    def __init__(self, threads: int, bound: int) -> None:
-        self._bound = bound
-        self._tasks: collections.deque[HTTPChannel] = collections.deque()
-        self._idle: list[threading.Lock] = []       # of threads that wait for theirs to be released
-        self._waking = False    # a thread is woken, and has not begun
-        self._ending = False
-        self._threads = [threading.Thread(target=self._work, daemon=True) for _ in range(threads)]
-        for thread in self._threads:
-            thread.start()
-
-    @property
-    def waiting(self) -> int:
-        """Requests that no thread is idle for."""
-        return len(self._tasks) - len(self._idle) - self._waking
-
-    @property
-    def full(self) -> bool:
-        return self.waiting >= self._bound
-
-    def add_task(self, task: HTTPChannel) -> None:
-        self._tasks.append(task)
-        self._wake()
-
-    def shutdown(self, timeout: float) -> None:
-        """Ends the threads, within `timeout` seconds; what no thread has begun is not answered."""
-        self._ending = True
-        while self._release_one():
-            pass
-        ends = time.monotonic() + timeout
-        for thread in self._threads:
-            thread.join(max(0.0, ends - time.monotonic()))
-        while self._tasks:
-            self._tasks.popleft().cancel()
-
-    def _release_one(self) -> bool:
-        try:
-            self._idle.pop().release()
-        except IndexError:      # no thread is idle, or is any more
-            return False
-        return True
-
-    def _wake(self) -> None:
-        while self._tasks and self._idle and not self._waking:      # once more: one may have become idle meanwhile
-            self._waking = True
-            if self._release_one():
-                return
-            self._waking = False
-
-    def _work(self) -> None:
-        woken = threading.Lock()
-        woken.acquire()
-        while not self._ending:
-            try:
-                task = self._tasks.popleft()
-            except IndexError:
-                self._rest(woken)
-                continue
-            self._wake()
-            task.service()
-
-    def _rest(self, woken: threading.Lock) -> None:
-        self._idle.append(woken)
-        if self._tasks or self._ending:     # since the last look
-            with contextlib.suppress(ValueError):
-                self._idle.remove(woken)
-                return
-        woken.acquire()
-        self._waking = False
-
-
-class GateTask(WSGITask):    # type: ignore[misc]  # waitress carries no types
-    """One request; an application cannot end the service, and a service that ends says so to its clients."""
-
-    def get_environment(self) -> WSGIEnvironment:
-        environ: WSGIEnvironment = super().get_environment()
-        if self.request.forwarded:      # who asks
-            environ.update(self.request.forwarded)
-        return environ
-
-    def set_close_on_finish(self) -> None:
-        """waitress takes a 204 without Content-Length for one of unknown length."""
-        wanted = self.request.headers.get("CONNECTION", "").lower() == "close"
-        if wanted or self.has_body or self.wrote_header or self.version == "1.0":
-            super().set_close_on_finish()
-
-    def service(self) -> None:
-        outcome = "cut"
-        self.channel.started = time.thread_time()
-        try:
-            super().service()
-            outcome = self.environ.get(OUTCOME)
-            if outcome not in ROWS:
-                outcome = STATUS_OUTCOMES.get(self.status[:1], "5xx")
-        except BaseException as error:      # SystemExit and the like would end the loop or leave the client waiting
-            if not self.wrote_header:
-                outcome = ""        # waitress answers 500 by a GateErrorTask
-            elif isinstance(error, OSError):    # perhaps of a temporary file: how much waits to be sent is not known
-                self.channel.will_close = True
-            if isinstance(error, Exception):
-                raise
-            raise RuntimeError(f"the application raised {type(error).__name__}") from error
-        finally:
-            if outcome:
-                self.channel.served(self, outcome)
-
-    def build_response_header(self) -> bytes:
-        if self.channel.server.draining and self.channel.asks_no_more:
-            self.request.headers["CONNECTION"] = "close"
-        head = cast(bytes, super().build_response_header())
-        self.channel.head, self.channel.body_length = b"", self.content_length
-        return head
-
-    def finish(self) -> None:
-        super().finish()
-        self.channel.release()
-
-
-class HeadTask(GateTask):
-    """A request by HEAD, whose answer has no body, whatever the application makes."""
-
-    def get_environment(self) -> WSGIEnvironment:
-        environ = super().get_environment()
-        del environ["wsgi.file_wrapper"]    # such a file would not go through `write`
-        return environ
-
-    def write(self, _data: bytes) -> None:
-        super().write(b"")
-
-    def finish(self) -> None:
-        self.chunked_response = False       # what is not sent does not end either
-        super().finish()
-
-
-class GateErrorTask(ErrorTask):    # type: ignore[misc]  # waitress carries no types
-    """The last answer on a connection: to a request that the parser refused, or whose application failed."""
-
-    environ = None
-
-    def service(self) -> None:
-        try:
-            super().service()
-        finally:
-            self.channel.body_bytes = self.content_length or 0
-            self.channel.served(self, "5xx" if isinstance(self.request.error, InternalServerError) else "bad")
-
-    def finish(self) -> None:
-        super().finish()
-        self.channel.lingers = True
-
-
-class GateChannel(TimedChannel):
-    """Sends head and body at once, and what a pool thread answered quickly and whole together with other answers at
-    the loop's next turn: in a pool, each send hands the interpreter lock over."""
-
-    error_task_class = GateErrorTask
-    started = 0.0           # CPU time of the thread that answers, from when on it does
-    watched = 0             # what the loop waits for on it, selectors' events
-    touched = False         # the loop is to look at it
-    body_length: int | None = None      # of the answer; None: not known
-    body_bytes = 0          # of the answer, so far; with the framing of chunks
-    held = False            # its next request waits until enough of the answers before it is taken
-    _waits: tuple[float, int] | None = None     # since when a thread waits for it, and what it had taken by then
-    head: bytes | None = None   # of a response, until its body comes; b"": the next piece is the head; None: sent
-
-    @staticmethod
-    def task_class(channel: GateChannel, request: GateParser) -> GateTask:
-        return (HeadTask if request.command == "HEAD" else GateTask)(channel, request)
-
-    def write_soon(self, data: Any) -> int:
-        head, self.head = self.head, None
-        if head == b"":
-            self.head = data
-            return len(data)
-        self.body_bytes += len(data)
-        if head and not isinstance(data, bytes):    # a file of wsgi.file_wrapper
-            super().write_soon(head)
-            head = None
-        if head and len(data) == self.body_length and time.thread_time() - self.started < QUICK_ANSWER:
-            self.adj = self.server.gathering
-            try:
-                return int(super().write_soon(head + data))
-            finally:
-                self.adj = self.server.adj
-        taken = int(super().write_soon(head + data if head else data))
-        if self.writable():
-            self.server.touch(self)
-        return taken
-
-    def service(self) -> None:
-        try:
-            super().service()
-        except Exception:   # what waitress did not foresee ends neither thread nor loop, and lets no client wait
-            log.exception("a request could not be answered")
-            self.cancel()
-        request = self.request
-        if request is not None:
-            request.begun = self.server.clock()     # it was not read meanwhile
-        if self.writable() or self.requests or not self.watched & selectors.EVENT_READ:
-            self.server.touch(self)
-
-    def _flush_outbufs_below_high_watermark(self) -> None:
-        """Waits for a slow client, but never on the loop: nobody else would send what it waits for."""
-        if self.total_outbufs_len > POOL_BUFFER and not self.server.on_loop:
-            self.server.touch(self)
-            self.server.waited_for.add(self)
-            super()._flush_outbufs_below_high_watermark()
-            self.server.waited_for.discard(self)
-
-    def _flush_some(self, do_close: bool = True) -> bool:
-        if self.request is None:
-            return bool(super()._flush_some(do_close))
-        with self.outbuf_lock:      # a thread may send a 100 Continue for it while the loop sends what is left
-            return bool(super()._flush_some(do_close))
-
-    def send(self, data: bytes, do_close: bool = True) -> int:
-        if not data:
-            raise BrokenPipeError("a file that is sent was cut")
-        return int(super().send(data, do_close))
-
-    def sweep(self, now: float, pressed: bool) -> None:
-        """Also ends it when half of a pool waits for clients, others wait for the pool, and this one hardly reads."""
-        server, waits, taken = self.server, self._waits, self.body_bytes - self.total_outbufs_len
-        if self not in server.waited_for:
-            self._waits = None
-        elif waits is None:
-            self._waits = now, taken
-        elif (server.waiting and 2 * len(server.waited_for) >= server.adj.threads
-              and now - waits[0] > SLOW_TIME and taken - waits[1] < SLOW_RATE * (now - waits[0])):
-            self.handle_close()
-            return
-        super().sweep(now, pressed)
-
-    @property
-    def asks_no_more(self) -> bool:
-        """Whether nothing has come behind the request that is answered now."""
-        with self.requests_lock:
-            return len(self.requests) == 1 and self.request is None
-
-    def served(self, task: Any, outcome: str) -> None:
-        """A request is answered: counts it and takes a note of it."""
-        seconds, tally = time.perf_counter() - self.began, self.server.tally
-        tally.request(outcome, seconds)
-        if tally.access_log is not None:
-            tally.access_log.note(task, outcome, seconds)
-
-    def add_channel(self, map: Any = None) -> None:     # waitress's name
-        super().add_channel(map)
-        self.server.watch(self, selectors.EVENT_READ)
-        self.server.tally.accepted()
-
-    def del_channel(self, map: Any = None) -> None:     # waitress's name
-        self.server.watch(self, 0)
-        super().del_channel(map)
-
-    def handle_close(self) -> None:
-        if self.server.on_loop:
-            super().handle_close()
-        else:       # the loop may be at it
-            self.will_close = True
-            self.server.touch(self)
-
-    def attend(self, events: int) -> None:
-        """Does what the client is ready for, then has the loop wait for what is wanted now; on the loop.
-
-        While an answer is made, it goes on waiting for the client: it hardly ever sends anything, and no thread has
-        to wake the loop after an answer.
-        """
-        if events & selectors.EVENT_READ:
-            if self.readable():
-                wasyncore.read(self)
-            else:       # it sends ahead, and has to wait
-                self.server.watch(self, self.watched & ~selectors.EVENT_READ)
-        if events & selectors.EVENT_WRITE and self.socket and self.writable():
-            wasyncore.write(self)
-        if self.held and self.socket and self.total_outbufs_len <= POOL_BUFFER:
-            self.held = False
-            self.server.add_task(self)
-        if self.socket:
-            reading = selectors.EVENT_READ if self.readable() else self.watched & selectors.EVENT_READ
-            self.server.watch(self, selectors.EVENT_WRITE if self.writable() else reading)
-
-    def release(self) -> None:
-        """Sends a head that has no body."""
-        head, self.head = self.head, None
-        if head:
-            super().write_soon(head)
-
-
-class GateServer(TimedServer):
-    """waitress on a socket that is bound already, with our loop: serves until `stop`, then drains.
-
-    waitress's own loop asks each connection in each turn what it waits for; this one remembers it, and looks only at
-    those that something was done with.
-    """
-
-    channel_class = GateChannel
-    selector_class: type[selectors.BaseSelector] = selectors.DefaultSelector
-    watched = 0         # what the loop waits for on the listening socket
-    _awake = False      # the loop looks at what is touched before it waits
-
-    def __init__(self, gate: Gate, sock: socket.socket, service: ServiceSettings, connections: int,
-                 tally: RequestCounters | None = None) -> None:
-        threads = service.app_threads
-        adjustments = Adjustments(
-            threads=max(1, threads), connection_limit=connections, ident=None, backlog=BACKLOG,
-            clear_untrusted_proxy_headers=False,
-            outbuf_high_watermark=POOL_BUFFER, max_request_body_size=service.body_limit)
-        adjustments.proxies = tuple(map(ipaddress.ip_network, service.trusted_proxy))
-        self.gathering = copy.copy(adjustments)
-        self.gathering.send_bytes = SEND_BYTES      # the loop sends at its next turn, all answers of this one together
-        self._gate, self._ready = gate, collections.deque[GateChannel]()
-        gate.app_on_loop = not threads
-        self.tally = tally or RequestCounters(Counters(1))
-        self._share = self.tally.share
-        self._share.hold(0)     # it is there for the others, who would take all before its first turn
-        self.accepting = False
-        self._selector = self.selector_class()
-        self._touched: collections.deque[GateChannel] = collections.deque()
-        self.waited_for: set[GateChannel] = set()       # by a thread each
-        self._thread = threading.get_ident()
-        self._drain, self._ends, self._idle_end = service.drain, math.inf, math.inf
-        self.pools = {"own": Pool(OWN_THREADS, service.queue)}
-        if threads:
-            self.pools["app"] = Pool(threads, service.queue)
-        sockinfo = (sock.family, sock.type, sock.proto, sock.getsockname())
-        super().__init__(gate, {}, True, sock, dispatcher=self.pools, adj=adjustments, sockinfo=sockinfo,
-                         bind_socket=False)
-
-    @property
-    def draining(self) -> bool:
-        return self._gate.draining
-
-    @property
-    def on_loop(self) -> bool:
-        """Whether it is the loop that asks."""
-        return threading.get_ident() == self._thread
-
-    def set_reuse_addr(self) -> None:
-        """Nothing: the socket is bound, and on Windows the option would let another server share its port."""
-
-    @property
-    def waiting(self) -> int:
-        """Requests that wait for a thread."""
-        return sum(max(0, pool.waiting) for pool in self.pools.values())
-
-    def add_task(self, channel: GateChannel) -> None:
-        """Leaves what cannot block, or has no room to wait, to the loop's own thread, and the rest to a pool: the
-        hand-over of the interpreter lock costs more than most answers. Called with the channel's lock held."""
-        request = channel.requests[0]
-        channel.began, channel.body_bytes = time.perf_counter(), 0
-        pool = None if request.error else self.pools.get(self._gate.pool_of(request.path, request.headers))
-        if pool is None or pool.full:
-            channel.held = channel.total_outbufs_len > POOL_BUFFER      # what nobody takes is not made
-            if not channel.held:
-                self._ready.append(channel)
-        else:
-            pool.add_task(channel)
-
-    def pull_trigger(self) -> None:
-        """Nothing: waitress wakes its loop after each answer; ours is told by `touch` of what it is needed for."""
-
-    def touch(self, channel: GateChannel) -> None:
-        """Has the loop look at a channel: it has something to send, or to be read again."""
-        if not channel.touched:
-            channel.touched = True
-            self._touched.append(channel)
-            if not self._awake and not self.on_loop:
-                self._awake = True
-                self.trigger.pull_trigger()
-
-    def watch(self, channel: GateChannel | GateServer, events: int) -> None:
-        """Has the loop wait for `events` on a channel; 0 for none."""
-        if events != channel.watched:
-            before, channel.watched = channel.watched, events
-            try:
-                if not before:
-                    self._selector.register(channel.socket, events, channel)
-                elif events:
-                    self._selector.modify(channel.socket, events, channel)
-                else:
-                    self._selector.unregister(channel.socket)
-            except OSError:     # the system lacks memory: one connection ends, not all
-                channel.watched = 0
-                if isinstance(channel, GateChannel):
-                    channel.will_close = True
-                    self.touch(channel)
-
-    def readable(self) -> bool:
-        """Whether the loop is to look for new connections."""
-        return bool(super().readable()) and self._share.look()
-
-    def handle_accept(self) -> None:
-        """Takes its share of the connections that wait: waitress takes one per turn, which starves a crowd."""
-        self._accept(self._share.take())
-        self._share.hold(len(self.active_channels))
-
-    def _accept(self, most: int) -> None:
-        for _ in range(most):
-            held = len(self.active_channels)
-            super().handle_accept()
-            if len(self.active_channels) == held:
-                return
-
-    def stop(self, drain: float = math.inf) -> None:
-        """Ends `serve` once the requests in flight are answered, within `drain` and `service.drain` seconds; safe in a
-        signal handler."""
-        if not self._gate.draining:
-            self._gate.draining = True
-            self._ends = time.monotonic() + min(drain, self._drain)
-            with contextlib.suppress(OSError):      # the loop may have ended meanwhile
-                self.trigger.pull_trigger()
-
-    def serve(self) -> None:
-        """The loop."""
-        self._gate.loop_thread = self._thread = threading.get_ident()
-        with self._selector:
-            self._selector.register(self.trigger._fileno, selectors.EVENT_READ, self.trigger)
-            while not self._drained():      # asked right after all that has come was read
-                self._turn()
-            self._note_cut([channel for channel in self.active_channels.values() if channel.requests])
-            self.tally.close()
-            for pool in self.pools.values():
-                pool.shutdown(POOL_END)
-            wasyncore.close_all(self._map)
-
-    def _note_cut(self, channels: Sequence[GateChannel]) -> None:
-        """Tells whose requests the end does not wait for."""
-        for channel in channels:
-            task = GateTask(channel, channel.requests[0])
-            task.status = "000"     # it is not known whether its head was sent
-            channel.served(task, "cut")
-        if channels:
-            log.warning("requests cut, for they took longer than service.drain, %g s: %d", self._drain, len(channels))
-
-    def _turn(self) -> None:
-        """Answers what has come, sends what is to be sent, and waits."""
-        for _ in range(len(self._ready)):       # who has sent ahead takes turns with the others
-            self._ready.popleft().service()
-        while self._touched:
-            channel = self._touched.popleft()
-            channel.touched = False     # first: what comes now touches it again
-            channel.attend(selectors.EVENT_WRITE)
-        self._share.hold(len(self.active_channels))
-        self.tally.queued(self.waiting)
-        self.watch(self, selectors.EVENT_READ if self.readable() else 0)
-        self._awake = False     # from here on the turn may miss what another thread leaves to it
-        wait = DEFER_INTERVAL if self._share.defers or self.draining else self.adj.asyncore_loop_timeout
-        found = self._selector.select(0 if self._touched or self._ready else wait)
-        self._awake = True
-        for key, events in found:
-            if isinstance(key.data, GateChannel):
-                key.data.attend(events)
-            else:
-                wasyncore.read(key.data)
-
-    def _drained(self) -> bool:
-        """Once stopping: accepts nobody, soon closes idle connections; True when none is left."""
-        if not self._gate.draining:
-            return False
-        if self.accepting:      # who waits to be accepted has perhaps sent a request already
-            self.accepting = False
-            self.watch(self, 0)
-            self.del_channel()
-            self._accept(BACKLOG)
-            self.socket.close()
-            self._idle_end = time.monotonic() + LAST_ASK
-            return False
-        now = time.monotonic()
-        for channel in list(self.active_channels.values()) if now > self._idle_end else ():
-            if not (channel.requests or channel.request or channel.total_outbufs_len or channel.lingers):
-                channel.handle_close()
-        return not self.active_channels or now > self._ends
-
-
-def listen(service: ServiceSettings) -> socket.socket:
-    """Binds the address of the service; raises UsageError."""
-    host, port = service.address
-    try:
-        answers = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        family, kind, protocol, _, address = answers[0]
-        sock = socket.socket(family, kind, protocol)
-        if sys.platform == "win32":
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_EXCLUSIVEADDRUSE, 1)
-        else:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        sock.bind(address)
-        sock.listen(BACKLOG)
-    except (OSError, UnicodeError) as error:
-        strerror = getattr(error, "strerror", None) or "not a host name"
-        raise UsageError(f"cannot listen on {service.listen}: {one_line(strerror)}; "
-                         "is another program using it? Set service.listen") from error
-    return sock
-
-
-def connection_limit(resources: int) -> int:
-    """Connections that may be served at once; on UNIX after raising the limit of open files as far as allowed."""
-    if sys.platform == "win32":
-        return 400      # select takes 512 sockets there
-    import resource  # noqa: PLC0415  # POSIX only
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with contextlib.suppress(ValueError, OSError):
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-        soft = hard
-    files = CONNECTIONS_MAX if soft == resource.RLIM_INFINITY else soft
-    return max(100, min(CONNECTIONS_MAX, files - 4 * resources - 100))      # polls and the database need some
-
-
-# === Workers =================================================================
-ASK_TIMEOUT = 90.0              # seconds that a worker waits for the main process: a poll may take long
-ORPHAN_DRAIN = 2.0              # seconds for requests in flight of a worker whose main process died
-PIPE_WAITING = 100              # messages to the main process, beyond which no lines of the access log are added
-LAST_WORDS = 0.2                # seconds in which what a dead worker said is read
-SUPERVISOR_INTERVAL = 0.05      # seconds between two looks at the worker processes
-START_NEWS = 5.0                # seconds between two lines about a start that takes long
-WORKER_LIFE = 10.0              # seconds after which a worker's end is no sign that it can never run
-WORKER_PAUSES = (0.0, 0.5, 1, 2, 5, 10, 30)  # seconds before the 1st, 2nd, … replacement of short-lived workers
-WORKER_END = 2.0                # seconds between the end of draining and the end of the process
-
-
-class MessagePipe:
-    """One end of the pipe between the main process and a worker; who puts never waits for the other side.
-
-    One thread sends what was put, another gives what comes to `receive`, and None when the other side has ended.
-    """
-
-    def __init__(self, pipe: PipeConnection, receive: Callable[[Any], None]) -> None:
-        self._pipe, self._receive = pipe, receive
-        self._out: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self._ended = itertools.count()     # of both threads
-        self._threads = [threading.Thread(target=run, name="wire", daemon=True) for run in (self._send, self._listen)]
-
-    def open(self) -> None:
-        for thread in self._threads:
-            thread.start()
-
-    @property
-    def waiting(self) -> int:
-        """Messages that were put and not sent yet."""
-        return self._out.qsize()
-
-    def put(self, *message: Any) -> None:
-        self._out.put(message)
-
-    def close(self, wait: float) -> None:
-        """Ends the sending thread after what was put."""
-        self._out.put(None)
-        self._threads[0].join(wait)
-
-    def join(self, wait: float) -> None:
-        """Waits until everything that the other side sent before its end was received."""
-        self._threads[1].join(wait)
-
-    def _send(self) -> None:
-        with contextlib.suppress(OSError):      # the other side has ended; the listener tells
-            while (message := self._out.get()) is not None:
-                self._pipe.send(message)
-        self._end()
-
-    def _listen(self) -> None:
-        with contextlib.suppress(OSError, EOFError):
-            while True:
-                self._receive(self._pipe.recv())
-        self._receive(None)
-        self._end()
-
-    def _end(self) -> None:
-        """The second thread to end closes the pipe: nobody uses it then."""
-        if next(self._ended):
-            self._pipe.close()
-
-
-class PipeLogHandler(logging.Handler):
-    """Logs through the main process: one process writes the log."""
-
-    def __init__(self, wire: MessagePipe) -> None:
-        super().__init__()
-        self._wire = wire
-
-    def emit(self, record: logging.LogRecord) -> None:
-        try:
-            self._wire.put("log", record.levelno, self.format(record))
-        except Exception:       # noqa: BLE001  # as every handler: a faulty call must not fail whoever logs
-            self.handleError(record)
-
-
-@dataclass(frozen=True)
-class WorkerConfig:
-    """What a worker process is given."""
-
-    number: int
-    database: Path
-    session_key: bytes
-    sock: socket.socket
-    lease: Lease
-    counters: Counters
-    pipe: PipeConnection
-
-    def keep(self) -> None:
-        """Lets no process that the application starts have port and pipe: it may outlive the service."""
-        if sys.platform != "win32":     # where it inherits nothing by itself
-            self.sock.set_inheritable(False)
-            os.set_inheritable(self.pipe.fileno(), False)
-            os.register_at_fork(after_in_child=self.close)
-
-    def close(self) -> None:
-        self.sock.close()
-        self.pipe.close()
-
-
-def keep_out_of_collections() -> None:
-    """What was made until now stays; a look of the collector through these 100,000 objects holds all up for 60 ms."""
-    gc.collect()
-    gc.freeze()
-
-
-class Worker:
-    """In a worker process: serves from the main process's word on until it says stop, or dies."""
-
-    def __init__(self, post: WorkerConfig, inventory: Inventory) -> None:
-        self._post, self._inventory = post, inventory
-        self._wire = MessagePipe(post.pipe, self._receive)
-        self._told = threading.Event()      # what to do: serve, or end
-        self._ending = False
-        self._server: GateServer | None = None
-        self._numbers = itertools.count()
-        self._asked: dict[int, queue.SimpleQueue[Any]] = {}     # questions to the main process by their number
+class ConsoleServer(threading.Thread):
+    """The operators' door: plain waitress on a socket that is bound already, with a small pool of its own."""
+
+    def __init__(self, app: flask.Flask, sock: socket.socket) -> None:
+        super().__init__(name="console", daemon=True)
+        self._server = waitress.create_server(app, sockets=[sock], threads=CONSOLE_THREADS, ident=None,
+                                              max_request_body_size=CONSOLE_BODY)
 
     def run(self) -> None:
-        post, service = self._post, self._inventory.service
-        self._wire.open()
-        logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[PipeLogHandler(self._wire)], force=True)
-        try:
-            site = ConsoleContext(Store(post.database), self._inventory, self.ask, post.session_key, post.lease)
-            self._server = GateServer(build_gate(site, post.counters), post.sock, service, connection_limit(0),
-                                      RequestCounters(post.counters, post.number, self._access_log(service)))
-        except HealthCheckerError as error:
-            self._wire.put("failed", str(error))
-            return
-        keep_out_of_collections()
-        self._wire.put("ready")
-        self._told.wait()
-        if not self._ending:
-            self._server.serve()
-
-    def _access_log(self, service: ServiceSettings) -> AccessLog | None:
-        """The main process writes the file."""
-        if not service.access_log:
-            return None
-        access_log = AccessLog(self._send_lines)
-        access_log.start()
-        return access_log
-
-    def _send_lines(self, lines: Sequence[str]) -> None:
-        if self._wire.waiting > PIPE_WAITING:
-            raise BlockingIOError(errno.EAGAIN, "the main process does not read")
-        self._wire.put("lines", lines)
-
-    def ask(self, kind: str, **arguments: Any) -> Any:
-        """What Desk.ask answers in the main process. Raises HealthCheckerError."""
-        number, answers = next(self._numbers), queue.SimpleQueue[Any]()
-        self._asked[number] = answers
-        self._wire.put("ask", number, kind, arguments)
-        try:
-            answer = answers.get(timeout=ASK_TIMEOUT)
-        except queue.Empty:
-            raise ApiError("the main process does not answer; see the log", 503, retry=1) from None
-        finally:
-            del self._asked[number]
-        if isinstance(answer, HealthCheckerError):
-            raise answer
-        return answer
+        self._server.run()
 
     def close(self) -> None:
-        """What the application left running does not keep the process."""
-        self._wire.close(WORKER_END / 2)
-        self._end_after(0.0)
+        self._server.close()
 
-    @staticmethod
-    def _end_after(seconds: float) -> None:
-        """Ends the process a little later, whatever it is at by then."""
-        ending = threading.Timer(seconds + WORKER_END / 2, os._exit, (0,))
-        ending.daemon = True
-        ending.start()
-
-    def _receive(self, message: Any) -> None:
-        """In the wire's thread: None, the main process died."""
-        if message and message[0] == "answer":
-            answers = self._asked.get(message[1])
-            if answers:
-                answers.put(message[2])
-            return
-        if message != ("serve",):
-            self._ending, drain = True, min(self._inventory.service.drain, math.inf if message else ORPHAN_DRAIN)
-            if self._server:
-                self._server.stop(drain)
-            self._end_after(drain if self._server else 0.0)
-        self._told.set()
-
-
-def quiet_libraries() -> None:
-    """They repeat what we report."""
-    for name in ("paramiko", "pypsrp", "urllib3", "spnego"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
-
-
-ENDINGS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGBREAK") if hasattr(signal, name)]
-
-
-@contextlib.contextmanager
-def signals_held() -> Iterator[None]:
-    """Signals that end the service wait meanwhile; a process started here is born with them held (POSIX)."""
-    if sys.platform != "win32":
-        resource_tracker.ensure_running()   # started below, it would let the signals pass
-        signal.pthread_sigmask(signal.SIG_BLOCK, ENDINGS)
-    try:
-        yield
-    finally:
-        if sys.platform != "win32":
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDINGS)
-
-
-def work(post: WorkerConfig) -> None:
-    """The main function of a worker process."""
-    for number in ENDINGS:      # it ends through its pipe; SIG_IGN would be inherited by what the application starts
-        signal.signal(number, lambda *_: None)
-    if sys.platform != "win32":
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDINGS)
-    post.keep()
-    quiet_libraries()
-    try:
-        (inventory,) = post.pipe.recv()
-    except (EOFError, OSError):     # the main process has ended
-        return
-    worker = Worker(post, inventory)
-    try:
-        worker.run()
-    finally:
-        worker.close()
-
-
-class WorkerProcess:
-    """In the main process: one worker process, from its start to its end; `desk` answers what it asks."""
-
-    def __init__(self, number: int, process: multiprocessing.process.BaseProcess, pipe: PipeConnection,
-                 desk: Callable[..., Any], access_file: AccessFile | None) -> None:
-        self.number, self.process, self.born = number, process, time.monotonic()
-        self._desk, self._access_file = desk, access_file
-        self.wire = MessagePipe(pipe, self._receive)
-        self.ready = threading.Event()
-        self.failure = ""
-
-    @property
-    def alive(self) -> bool:
-        """Whether the process runs; when not, everything it said was heard."""
-        if self.process.is_alive():
-            return True
-        self.wire.join(LAST_WORDS)      # a child process of the application may hold the pipe open
-        return False
-
-    @property
-    def why(self) -> str:
-        return self.failure or f"worker {self.number} ended with exit code {self.process.exitcode}"
-
-    def _receive(self, message: Any) -> None:
-        """In the wire's thread."""
-        if message is None:
-            self.wire.close(0)
-        elif message[0] == "ready":
-            self.ready.set()
-        elif message[0] == "failed":
-            self.failure = message[1]
-        elif message[0] == "log":
-            log.log(message[1], "worker %d: %s", self.number, message[2])
-        elif message[0] == "lines" and self._access_file:
-            self._access_file.write(message[1])
-        elif message[0] == "ask":       # a poll takes its time; the worker has few threads that ask
-            threading.Thread(target=self._answer, args=message[1:], name="desk", daemon=True).start()
-
-    def _answer(self, number: int, kind: str, arguments: dict[str, Any]) -> None:
-        try:
-            answer = self._desk(kind, **arguments)
-        except HealthCheckerError as error:
-            answer = error
-        except Exception:       # a thread's outermost step: the worker waits for an answer
-            log.exception("what worker %d asked for (%s) failed", self.number, kind)
-            answer = ApiError("it failed in an unforeseen way; see the log", 500)
-        self.wire.put("answer", number, answer)
-
-
-class Supervisor:
-    """The worker processes on one listening socket: starts them, replaces those that die, ends them."""
-
-    def __init__(self, site: ConsoleContext, database: Path, sock: socket.socket,
-                 access_file: AccessFile | None = None) -> None:
-        self._site, self._database, self._sock, self._access_file = site, database, sock, access_file
-        sock.setblocking(False)     # on Windows each start of a worker sets this process's mode in all of them
-        self._count = site.inventory.service.worker_count
-        self._counters = Counters(self._count)
-        self._hands: list[WorkerProcess] = []
-        self._short = [0] * self._count             # short lives in a row, by worker
-        self._due: dict[int, float] = {}            # when to replace those that died or could not be started
-        self._stopping = False
-
-    def start(self) -> None:
-        """Starts all and waits until they can serve. Raises UsageError where the application cannot be loaded."""
-        for number in range(self._count):
-            if not self._stopping:
-                self._hands.append(self._launch(number))    # known at once: the next one may fail
-        news = time.monotonic() + START_NEWS
-        while not self._stopping and not all(hand.ready.is_set() for hand in self._hands):
-            for hand in self._hands:
-                if not hand.alive:
-                    raise UsageError(hand.why)
-            time.sleep(SUPERVISOR_INTERVAL)
-            if time.monotonic() > news:
-                news += START_NEWS
-                log.info("%d of %d worker processes are ready", sum(h.ready.is_set() for h in self._hands), self._count)
-
-    def stop(self) -> None:
-        """Ends `serve`. Safe in a signal handler."""
-        self._stopping = True
-
-    def serve(self) -> None:
-        """Lets the workers serve until `stop`."""
-        for hand in self._hands:
-            hand.wire.put("serve")
-        while not self._stopping:
-            self._replace(time.monotonic())
-            time.sleep(SUPERVISOR_INTERVAL)
-
-    def close(self) -> None:
-        """Lets the workers answer what they are at, `service.drain` seconds at most, and ends them."""
-        self._sock.close()
-        for hand in self._hands:
-            hand.wire.put("stop")
-            if not hand.ready.is_set():     # it serves nobody, and would be at its imports for long
-                hand.process.kill()
-        ends = time.monotonic() + self._site.inventory.service.drain + WORKER_END
-        for hand in self._hands:
-            while hand.alive and time.monotonic() < ends:   # join would wait for what the application forked, too
-                time.sleep(SUPERVISOR_INTERVAL)
-            if hand.alive:
-                log.warning("worker %d does not end and is killed", hand.number)
-                hand.process.kill()
-                hand.process.join()
-
-    def _launch(self, number: int) -> WorkerProcess:
-        context = multiprocessing.get_context("spawn")      # the same on every system
-        ours, theirs = context.Pipe()
-        site = self._site
-        post = WorkerConfig(number, self._database, site.session_key, self._sock, site.lease, self._counters, theirs)
-        process = context.Process(target=work, args=(post,), name=f"worker {number}")
-        with signals_held():
-            process.start()
-        theirs.close()      # or the worker's end would not be seen
-        hand = WorkerProcess(number, process, ours, site.ask, self._access_file)
-        hand.wire.put(site.inventory)       # a large one would keep us waiting for the process if it were given to it
-        hand.wire.open()
-        return hand
-
-    def _replace(self, now: float) -> None:
-        for hand in self._hands:
-            number = hand.number
-            if number not in self._due and not hand.alive:
-                self._counters.vacate(number)
-                if hand.ready.is_set() and now - hand.born >= WORKER_LIFE:
-                    self._short[number] = 0
-                self._put_off(number, now, f"{hand.why}; starting another")
-        for number in [number for number, due in self._due.items() if due <= now]:
-            try:
-                hand = self._launch(number)
-            except OSError as error:    # no descriptors, memory or processes are left: that may pass
-                self._put_off(number, now, f"worker {number} cannot be started: {error.strerror}; trying again")
-                continue
-            hand.wire.put("serve")
-            self._hands[number].process.close()
-            self._hands[number] = hand
-            del self._due[number]
-
-    def _put_off(self, number: int, now: float, why: str) -> None:
-        """Plans the next start of a worker; each in a row comes later."""
-        self._due[number] = now + WORKER_PAUSES[min(self._short[number], len(WORKER_PAUSES) - 1)]
-        self._short[number] += 1
-        log.error("%s", why)
 
 # === Commands ================================================================
 PROBES_AT_ONCE = 64             # resources that `check --probe` polls at the same time
@@ -8618,34 +8567,28 @@ class Installation:
         return ConnectionContext(KnownHosts(known_hosts), Resolver())
 
 
+class Doors(NamedTuple):
+    """What is bound and opened before anything is written."""
+
+    application: socket.socket
+    console: socket.socket | None
+    access_file: AccessFile | None
+
+
 def end_by(stop: Callable[[], None]) -> None:
     """Lets the signals that end the service do so by `stop`."""
     for number in ENDINGS:
         signal.signal(number, lambda *_: stop())
 
 
-def start_workers(site: ConsoleContext, database: Path, sock: socket.socket,
-                  access_file: AccessFile | None) -> GateServer | Supervisor:
-    """What answers requests: worker processes, or this process itself. Raises UsageError for a bad `service.app`."""
-    inventory = site.inventory
-    if inventory.service.worker_count:
-        crew = Supervisor(site, database, sock, access_file)
-        end_by(crew.stop)       # from now on: an interrupt between two steps would leave a worker that nobody knows
-        try:
-            crew.start()
-        except BaseException:       # whatever ends the start ends the workers
-            crew.close()
-            raise
-        return crew
-    counters = Counters(1)
-    gate, access_log = build_gate(site, counters), None
-    if access_file:
-        access_log = AccessLog(access_file.write)
-        access_log.start()
-    server = GateServer(gate, sock, inventory.service, connection_limit(len(inventory.entries)),
-                        RequestCounters(counters, 0, access_log))
-    end_by(server.stop)
-    return server
+def start_workers(supervisor: Supervisor) -> None:
+    """Starts them; whatever ends the start ends them. Raises UsageError for a bad `service.app`."""
+    end_by(supervisor.stop)     # from now on: an interrupt between two steps would leave a worker that nobody knows
+    try:
+        supervisor.start()
+    except BaseException:       # an interrupt, too
+        supervisor.close()
+        raise
 
 
 def prepare(installation: Installation, store: Store) -> tuple[Vault, list[tuple[int, str]]]:
@@ -8662,25 +8605,34 @@ def prepare(installation: Installation, store: Store) -> tuple[Vault, list[tuple
     return vault, lines
 
 
-def watch_and_serve(installation: Installation, sock: socket.socket, store: Store,
-                    access_file: AccessFile | None) -> None:
+def watch_and_serve(installation: Installation, doors: Doors, store: Store) -> None:
     """Takes the inventory over, starts the watch and serves until a signal comes."""
     inventory, aggregator = installation.inventory, HealthAggregator()
     (vault, lines), access = prepare(installation, store), installation.access()
     recorder = Recorder(store, aggregator, inventory.service.retention)
     monitor = Monitor(store, vault, PollContext(aggregator, recorder, access, random.Random()))
-    desk = Desk(store, vault, monitor, access, installation.path)
     key = session_key(installation.resolve(inventory.service.keys))
-    site = ConsoleContext(store, inventory.without_secrets(), desk.ask, key, aggregator.lease)
-    with contextlib.closing(monitor), \
-            contextlib.closing(start_workers(site, installation.database, sock, access_file)) as server:
-        for level, line in lines:
-            log.log(level, "%s", line)
-        keep_out_of_collections()
-        monitor.begin()
-        host, port = sock.getsockname()[:2]
-        log.info("serving on http://%s:%d", f"[{host}]" if ":" in host else host, port)
-        server.serve()
+    service = inventory.service.model_copy(
+        update={"console": bound_address(doors.console) if doors.console else "off"})
+    supervisor = Supervisor(service, installation.path.parent, doors.application, aggregator.lease, doors.access_file)
+    with contextlib.closing(monitor):
+        start_workers(supervisor)
+        with contextlib.closing(supervisor), contextlib.ExitStack() as stack:
+            for level, line in lines:
+                log.log(level, "%s", line)
+            if doors.console:
+                context = ConsoleContext(store, inventory.without_secrets(), aggregator.lease, key, vault, monitor,
+                                         access)
+                token_file = service.metrics_token_file and installation.resolve(service.metrics_token_file)
+                metrics = Metrics(ServingMetrics(aggregator.lease, supervisor.counters), store, token_file)
+                console = stack.enter_context(contextlib.closing(
+                    ConsoleServer(build_console(context, metrics), doors.console)))
+                console.start()
+            keep_out_of_collections()
+            monitor.begin()
+            log.info("serving on http://%s, console %s", bound_address(doors.application),
+                     f"on http://{service.console}/-/" if doors.console else "off")
+            supervisor.serve()
 
 
 def serve(arguments: argparse.Namespace) -> int:
@@ -8692,13 +8644,12 @@ def serve(arguments: argparse.Namespace) -> int:
     if service.metrics_token_file:
         read_token(installation.resolve(service.metrics_token_file))    # what cannot be used ends the start
     access_file = AccessFile(installation.resolve(service.access_log)) if service.access_log else None
-    sock = listen(service)
+    doors = Doors(listen("service.listen", service.listen),
+                  None if service.console == "off" else listen("service.console", service.console), access_file)
     inspect_database(installation.database)
-    if service.app and not service.worker_count:
-        load_app(service.app, installation.path.parent)     # a bad one ends the start before anything is written
     with contextlib.closing(lock_database(installation.database)), \
             contextlib.closing(Store(installation.database)) as store:
-        watch_and_serve(installation, sock, store, access_file)
+        watch_and_serve(installation, doors, store)
     log.info("ended")
     return 0
 
@@ -8941,7 +8892,8 @@ def accounts(arguments: argparse.Namespace) -> Iterator[Principal]:
     with contextlib.closing(Store(installation.database)) as store:
         with store.writing() as session:
             ensure_first_user(session)
-        yield Principal(ConsoleContext(store, installation.inventory, lambda kind: None, b"", Lease()))
+        nothing: Any = None     # these commands need neither keys nor pollers
+        yield Principal(ConsoleContext(store, installation.inventory, Lease(), b"", nothing, nothing, nothing))
 
 
 def user_add(arguments: argparse.Namespace) -> int:

@@ -18,16 +18,18 @@ from healthchecker import (
     COOKIE,
     ConnectionContext,
     ConsoleContext,
-    Desk,
+    Counters,
     HealthAggregator,
-    Inventory,
     KnownHosts,
+    Metrics,
     Monitor,
     PollContext,
     Recorder,
     Resolver,
     Retention,
+    ServingMetrics,
     Store,
+    Throttle,
     Vault,
     build_console,
     ensure_first_user,
@@ -129,7 +131,7 @@ def console(folder: Path, resources: str = "", service: str = "") -> Iterator[tu
     """A service whose first user has the password PASSWORD, and a client with its token."""
     prepared_keys(folder)
     with Service(write_inventory(folder, resources, service), deadline=60) as running:
-        client = Client(running.host, running.port).log_in(NAME, DOCUMENTED)
+        client = Client(*running.console).log_in(NAME, DOCUMENTED)
         assert client.api("POST", "password", {"current": DOCUMENTED, "new": PASSWORD}).status == 204
         client.token = ""
         yield running, client.log_in()
@@ -148,11 +150,10 @@ class Clock:
 class Local:
     """The console in this process, its main process's side included; asked through WSGI, from any address."""
 
-    def __init__(self, inventory: Inventory, store: Store, desk: Desk, aggregator: HealthAggregator) -> None:
-        self.store, self.clock, self.desk = store, Clock(), desk
-        key = session_key(inventory.path.parent / "keys")
-        self.site = ConsoleContext(store, inventory, desk.ask, key, aggregator.lease, self.clock)
-        self.app: flask.Flask = build_console(self.site)
+    def __init__(self, site: ConsoleContext, clock: Clock) -> None:
+        self.site, self.store, self.clock = site, site.store, clock
+        metrics = Metrics(ServingMetrics(site.lease, Counters(1)), site.store, None)
+        self.app: flask.Flask = build_console(site, metrics)
         self.token = self.cookie = ""
 
     def ask(
@@ -216,10 +217,12 @@ def local_console(folder: Path, resources: str = "", service: str = "") -> Itera
     access = ConnectionContext(KnownHosts(folder / "known_hosts"), Resolver())
     watch = PollContext(aggregator, Recorder(store, aggregator, Retention()), access, random.Random(1))
     monitor = Monitor(store, vault, watch)
-    desk = Desk(store, vault, monitor, access, inventory.path, Clock())
+    clock, key = Clock(), session_key(folder / "keys")
+    site = ConsoleContext(store, inventory, aggregator.lease, key, vault, monitor, access, clock)
+    site.throttle = Throttle(Clock())
     monitor.begin()
     try:
-        yield Local(inventory, store, desk, aggregator)
+        yield Local(site, clock)
     finally:
         monitor.close()
         store.close()

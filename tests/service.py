@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import http.client
 import importlib
@@ -24,10 +23,10 @@ from typing import Any, NamedTuple
 from typing_extensions import Self  # typing has it from Python 3.11 on
 
 import healthchecker
-from healthchecker import ApiError, ConsoleContext, HealthAggregator, Store, Supervisor, Vault, listen, load_inventory
+from healthchecker import HealthAggregator, Supervisor, Vault, listen, load_inventory
 
 PROGRAM = Path(__file__).resolve().parent.parent / "healthchecker.py"
-SERVING = re.compile(r"serving on http://(\S+):(\d+)")
+SERVING = re.compile(r"serving on http://(\S+):(\d+), console (?:off|on http://(\S+):(\d+)/-/)")
 OWN_CONSOLE = getattr(subprocess, "CREATE_NO_WINDOW", 0)  # so that Ctrl-C reaches the service and its workers only
 CTRL_C = """
 import ctypes, sys
@@ -86,13 +85,14 @@ def run(
 
 
 def write_inventory(folder: Path, resources: str = "", service: str = "", name: str = "inventory.yaml") -> Path:
-    """An inventory on a free loopback port; `resources` and `service` are YAML, each line indented by two spaces.
+    """An inventory on free loopback ports; `resources` and `service` are YAML, each line indented by two spaces.
 
-    It serves in the main process unless `service` names workers: a process costs a second of CPU."""
+    It has one worker unless `service` names more: a process costs a second of CPU."""
     path = folder / name
-    if "workers:" not in service:
-        service = f"  workers: 0\n{service}"
-    head = f"service:\n  listen: 127.0.0.1:0\n{service.rstrip()}\n".replace("\n\n", "\n")
+    for setting, value in (("workers", "1"), ("console", "127.0.0.1:0"), ("listen", "127.0.0.1:0")):
+        if f"  {setting}:" not in service:
+            service = f"  {setting}: {value}\n{service}"
+    head = f"service:\n{service.rstrip()}\n".replace("\n\n", "\n")
     body = f"resources:\n{resources.rstrip()}\n" if resources.strip() else "resources: []\n"
     path.write_text(head + body, encoding="utf-8", newline="\n")
     return path
@@ -188,6 +188,7 @@ class Service:
         self._news = threading.Condition()  # guards _lines and _ended; notified with each line and at the end
         self._ended = False
         self.host, self.port = "127.0.0.1", 0
+        self.console = ("127.0.0.1", 0)
 
     def __enter__(self) -> Self:
         self.process = subprocess.Popen(
@@ -207,6 +208,8 @@ class Service:
             found = SERVING.search(self.wait_line("serving on http://"))
             assert found, self.output
             self.host, self.port = found[1].strip("[]"), int(found[2])
+            if found[3]:
+                self.console = (found[3].strip("[]"), int(found[4]))
         except BaseException:
             self.kill()
             raise
@@ -255,7 +258,16 @@ class Service:
         return line
 
     def get(self, path: str = "/", headers: Mapping[str, str] | None = None, method: str = "GET") -> Answer:
-        connection = http.client.HTTPConnection(self.host, self.port, timeout=10)
+        """From the application's door."""
+        return self._get((self.host, self.port), path, headers, method)
+
+    def get_console(self, path: str = "/", headers: Mapping[str, str] | None = None, method: str = "GET") -> Answer:
+        """From the operators' door."""
+        return self._get(self.console, path, headers, method)
+
+    @staticmethod
+    def _get(address: tuple[str, int], path: str, headers: Mapping[str, str] | None, method: str) -> Answer:
+        connection = http.client.HTTPConnection(*address, timeout=10)
         try:
             connection.request(method, path, headers=dict(headers or {}))
             answer = connection.getresponse()
@@ -299,30 +311,24 @@ class Team:
 
     def __init__(self, folder: Path, workers: int, service: str = "", resources: str = "") -> None:
         inventory = load_inventory(write_inventory(folder, resources, f"  workers: {workers}\n{service}"))
-        sock = listen(inventory.service)
+        sock = listen("service.listen", inventory.service.listen)
         self.address = ("127.0.0.1", int(sock.getsockname()[1]))
         self.aggregator = HealthAggregator()
-        with contextlib.closing(Store(folder / "healthchecker.db")) as store:
-            site = ConsoleContext(store, inventory, self._ask, bytes(32), self.aggregator.lease)
-        self.crew = Supervisor(site, store.path, sock)
-        self._thread = threading.Thread(target=self.crew.serve)
-
-    @staticmethod
-    def _ask(kind: str, **_: Any) -> Any:
-        raise ApiError(f"nobody is here for {kind}", 503)
+        self.supervisor = Supervisor(inventory.service, folder, sock, self.aggregator.lease)
+        self._thread = threading.Thread(target=self.supervisor.serve)
 
     def __enter__(self) -> Self:
         """With an open gate. Raises UsageError where the application cannot be loaded."""
         try:
-            self.crew.start()
+            self.supervisor.start()
         except BaseException:
-            self.crew.close()
+            self.supervisor.close()
             raise
         self.aggregator.start()
         self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.crew.stop()
+        self.supervisor.stop()
         self._thread.join()
-        self.crew.close()
+        self.supervisor.close()
