@@ -73,7 +73,7 @@ GRACE = 0.5  # seconds after the deadline in which a poll has to end
 NOWHERE = Path("no such file")
 POSIX = pytest.mark.skipif(sys.platform == "win32", reason="the commands are for /bin/sh")
 OPENSSH = pytest.mark.skipif(not SSHD, reason="no sshd here")
-ACCOUNTS = pytest.mark.skipif(not ROOT or not SSHD, reason="accounts are made and changed by root, for OpenSSH")
+ACCOUNTS = pytest.mark.skipif(not ROOT or not SSHD, reason="needs root, and sshd")
 
 
 class Answer(NamedTuple):
@@ -1157,7 +1157,7 @@ def test_a_host_that_is_too_modern_is_not_called_weak(own: Sshd) -> None:
 
 
 @ACCOUNTS
-@pytest.mark.skipif(not Path("/etc/pam.d/sshd").exists(), reason="no PAM here")
+@pytest.mark.skipif(not Path("/etc/pam.d/sshd").exists(), reason="needs PAM's file for sshd")
 @pytest.mark.parametrize("right", [True, False])
 def test_keyboard_interactive_with_pam(own: Sshd, right: bool) -> None:
     """As many distributions ship it: the password is asked for in a dialogue."""
