@@ -124,15 +124,25 @@ class TestSection:
 
 def test_section_finder() -> None:
     """What the tests above see of a module: comments, what is given, what is used of whom; imports are nobody's."""
-    banner = "# === {} ".ljust(79, "=")
-    first = f"import os\nA = 1\n{banner.format('One')}\n\n# In.\n# Out.\n# Gives: b, C\n\ndef b(d): return os, A, d\n"
-    second = f"class C: pass\n{banner.format('Two')}\n# Gives: nothing\ndef f(A, x: C): return A, b, os\n[d for d in ()]\n"
+    one, two = (f"# === {name} ".ljust(BANNER_WIDTH, "=") for name in ("One", "Two"))
+    first = f"import os\nA = 1\n{one}\n\n# In.\n# Out.\n# Gives: b, C\n\ndef b(d): return os, A, d\n"
+    second = f"class C: pass\n{two}\n# Gives: nothing\ndef f(A, x: C): return A, b, os\n[d for d in ()]\n"
     found = sections(first + second)
     assert [(section.name, section.size) for section in found.values()] == [("Head", 2), ("One", 8), ("Two", 4)]
     assert [section.gives for section in found.values()] == [None, ["b", "C"], []]
     assert found["One"].comment == ["In.", "Out.", "Gives: b, C"]
     assert found["Two"].uses == {"One": {"b", "C"}}
     assert taken(found, "One") == {"b", "C"} and taken(found, "Head") == {"A"} and taken(found, "Two") == set()
+
+
+def test_script_metadata() -> None:
+    """`uv run healthchecker.py` takes the packages of requirements.txt, without pytest (PEP 723)."""
+    (block,) = re.findall(r"^# /// script\n((?:#.*\n)+?)# ///\n", SOURCE, re.MULTILINE)
+    wanted = PROGRAM.with_name("requirements.txt").read_text(encoding="utf-8").split()
+    assert SOURCE.startswith(f"# /// script\n{block}# ///\n\"\"\"")  # above the docstring, and that still is one
+    assert ast.get_docstring(TREE)
+    assert re.findall(r'^#     "(.*)",$', block, re.MULTILINE) == [one for one in wanted if "pytest" not in one]
+    assert 'requires-python = ">=3.10"' in block
 
 
 def test_no_unused_definition() -> None:
