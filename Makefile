@@ -3,12 +3,17 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: run test test-windows lint bench soak clean
+.PHONY: run test test-windows packages lint map bench soak clean
+.NOTPARALLEL:   # packages come before what uses them
 
 run: $(VENV)/run.stamp
 	$(BIN)/python healthchecker.py
 
-test: $(VENV)/test.stamp
+# What Debian has of programs that the tests use; what cannot be installed is skipped, and named at the end.
+packages:
+	@sh tests/packages.sh $(VENV)/packages.stamp
+
+test: packages $(VENV)/test.stamp
 	$(BIN)/python -m pytest -n 4 --dist loadfile $(ARGS)
 
 # What runs on Windows, too, under Windows Python in wine; exit status 77 says that it cannot be had here. Left out
@@ -17,7 +22,7 @@ SLOW := test_kill_during or first_polls_are_paced or every_poll_ends_in_time
 WINDOWS := inventory vault storage aggregate evaluate gate hostile_clients proxy poll transport powershell \
 	probes windows_probes wsman_server windows_service workers readme
 
-test-windows: $(VENV)/run.stamp
+test-windows: packages $(VENV)/run.stamp
 	$(BIN)/python tests/windows_python.py --timeout 1800 -- -m pytest -rfE -o cache_dir=.wine-python/cache \
 		-k "not ($(SLOW))" \
 		$(WINDOWS:%=tests/test_%.py) $(ARGS) || test $$? = 77
@@ -27,7 +32,11 @@ lint: $(VENV)/test.stamp
 	$(BIN)/mypy
 	$(BIN)/mypy --platform win32
 
-bench: $(VENV)/test.stamp
+# The sections of healthchecker.py: their sizes, and who uses what of whom.
+map:
+	@$(PYTHON) tests/sections.py
+
+bench: packages $(VENV)/test.stamp
 	$(BIN)/python tests/bench.py $(ARGS)
 
 soak: $(VENV)/test.stamp

@@ -1,3 +1,18 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = [
+#     "flask>=3.1,<4",
+#     "flask-sqlalchemy>=3.1,<4",
+#     "sqlalchemy>=2.0.40,<3",
+#     "paramiko>=5.1,<6",
+#     "pypsrp>=0.9,<1",
+#     "cryptography>=45",
+#     "pyyaml>=6.0,<7",
+#     "waitress~=3.0.2",
+#     "pydantic>=2.11,<3",
+#     "prometheus-client>=0.22,<1",
+# ]
+# ///
 """HealthChecker: a web application answers only while the machines it depends on are healthy.
 
 One thread per machine polls it over SSH and reports to the `HealthAggregator`; the gate in front of

@@ -1,7 +1,8 @@
-"""The promised figures, measured: `python tests/bench.py [--short] [--strict] [--write README.md]`.
+"""The promised figures, measured: `python tests/bench.py [--short] [--strict] [--write README.md] [PART ...]`.
 
-Prints one Markdown table. What is compared is measured in turn (A B A B ...); a figure is the median of the
-rounds, the lowest and the highest follow in brackets. Machines are noisy, ratios within one run are less so.
+Prints one Markdown table, always; ends with 1 when an answer was wrong or none came, not for a missed figure. What is
+compared is measured in turn (A B A B ...); a figure is the median of the rounds, the lowest and the highest follow in
+brackets. Machines are noisy, ratios within one run are less so.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import tempfile
 import threading
 import time
 import timeit
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
@@ -31,6 +33,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import bench_history
 from service import Service, write_inventory  # it imports healthchecker
 from sshd import SSHD, Sshd
 
@@ -49,6 +52,9 @@ from flask import Flask
 app = Flask(__name__)
 app.add_url_rule("/", view_func=lambda: "Hello")
 app.add_url_rule("/slow", "slow", view_func=lambda: time.sleep({SLEEP}) or "Hello")
+def bare(environ, start_response):
+    start_response("200 OK", [("Content-Type", "text/plain"), ("Content-Length", "5")])
+    return [b"Hello"]
 """
 # A Windows host as far as a poll can tell, for as long as its standard input is open.
 WINDOWS_HOST = """import sys
@@ -60,7 +66,7 @@ with WSManServer("http", "ntlm", answer=answer, shell_limit=1000) as server:
     for _ in sys.stdin:
         print(server.polls, flush=True)
 """
-SETTINGS = "  workers: 0\n  threads: 0\n  app: 'oneline:app'\n  known_hosts: known_hosts"
+SETTINGS = "  workers: 1\n  threads: 0\n  app: 'oneline:app'\n  known_hosts: known_hosts"
 # Healthy at every poll, for an outage of a millisecond is hardly ever met: what is measured is the watching.
 SIMULATED = "  - {{name: r{}, platform: simulated, interval: 10, mean_healthy: 1e6, mean_unhealthy: 0.001}}\n"
 Rounds = dict[str, list[float]]  # name -> what was measured in each round
@@ -89,7 +95,7 @@ class Row:
     good: bool | None = None
 
     def __str__(self) -> str:
-        verdict = {True: "ok", False: "**missed**", None: ""}[self.good]
+        verdict = {True: "ok", False: "MISSED", None: ""}[self.good]
         return f"| {self.figure} | {self.measured} | {self.wanted} | {verdict} |"
 
 
@@ -185,6 +191,26 @@ def gated(resources: str, status: int, settings: str = SETTINGS) -> Iterator[Ser
 
 def url(service: Service) -> str:
     return f"http://{service.host}:{service.port}/"
+
+
+def start_rows(plan: Plan) -> Iterator[Row]:
+    """From the command to the first answer of the application, and back."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "oneline.py").write_text(APP, encoding="utf-8")
+        path = write_inventory(folder, SIMULATED.format(0), SETTINGS)
+        starts, stops = [], []
+        for _ in range(plan.rounds + 1):
+            begin = time.monotonic()
+            with Service(path, deadline=90) as service:
+                service.wait_status("/", 200)
+                starts.append(time.monotonic() - begin)
+                begin = time.monotonic()
+                service.stop(60)
+                stops.append(time.monotonic() - begin)
+    figure = "A start until the application answers: the first in a folder / later"
+    yield all_at_most(figure, (starts[:1], starts[1:]), 5, "s", 2)
+    yield at_most("Its end", stops, 5, "s", 2)
 
 
 # === Many resources ==========================================================
@@ -337,8 +363,6 @@ def windows_rows(plan: Plan) -> Iterator[Row]:
 
     The service begins with FIRST_POLLS polls a second, which would come again in such waves. Intervals from 15 to 41 s
     spread them: the second polls of all hosts come evenly over 30 s, later ones a little closer.
-    A worker serves, as it does by default: with `workers: 0` polls and requests would share one interpreter lock, and
-    polls made requests wait two to three times as long.
     The gate that watches nothing is measured while the other service goes on polling, so that both have to share the
     CPUs with the same polls and with the WSMan server, which no real machine has beside its gate: what is compared is
     the gate of the process that polls with another one, not a machine that polls with one that does not.
@@ -348,14 +372,13 @@ def windows_rows(plan: Plan) -> Iterator[Row]:
     with windows_host() as (host, polled), tempfile.TemporaryDirectory() as folder:
         poll = pollers(Path(folder), f"  - {{name: one, {host}}}")["one"]
         many = "".join(f"  - {{name: w{number}, {host}, interval: {pause}}}\n" for number, pause in enumerate(spread))
-        apart = SETTINGS.replace("workers: 0", "workers: 1")
-        with gated(SIMULATED.format(0), 200, apart) as idle, gated(many, 200, apart) as busy:
+        with gated(SIMULATED.format(0), 200) as idle, gated(many, 200) as busy:
             spreads = time.monotonic() + min(spread) - HOSTS / hc.FIRST_POLLS
             spent = in_turn(plan.rounds, {"poll": lambda: client_cpu(poll, plan.polls)})["poll"]
             yield at_most("A poll of a Windows host, HTTP with NTLM: CPU of the client", spent, 25, "ms", 1)
             threading.Event().wait(max(0.0, spreads - time.monotonic()))
             begin, before = time.monotonic(), polled()
-            name = f"{HOSTS} Windows hosts at {HOSTS_INTERVAL} s, `workers: 1`"
+            name = f"{HOSTS} Windows hosts at {HOSTS_INTERVAL} s"
             yield slowed_row(f"{name}, to none: p99", busy, idle, plan)
             if HEY:
                 pace = (polled() - before) / (time.monotonic() - begin)
@@ -379,32 +402,75 @@ def table(rows: list[Row], noises: list[str]) -> str:
     return f"{head}\n\n{columns}" + "\n".join(map(str, rows)) + "\n"
 
 
+def history_rows(plan: Plan) -> Iterator[Row]:
+    """Size and pages of what `bench_history` fills."""
+    for found in bench_history.rows(plan.load == 1):
+        yield Row(*found)
+
+
+Part = Callable[[Plan], Iterator[Row]]
+
+
+PARTS: dict[str, Part] = {
+    "aggregator": aggregator_rows,
+    "gate": gate_rows,
+    "start": start_rows,
+    "watching": watching_rows,
+    "ssh": ssh_rows,
+    "windows": windows_rows,
+    "history": history_rows,
+}
+
+
+def measured(parts: Sequence[Part], plan: Plan) -> tuple[list[Row], list[str], list[str]]:
+    """Rows, noises, and the traceback of each part that ended early: an answer was wrong there, or none came."""
+    rows, noises, wrong = [], [noise()], []
+    for part in parts:
+        try:
+            for row in part(plan):
+                rows.append(row)
+                print(row, file=sys.stderr)
+        except Exception as error:  # noqa: BLE001  # the other parts still have their figures to show
+            wrong.append(traceback.format_exc())
+            rows.append(Row(f"{part.__name__} ended early", " ".join(str(error).split()).replace("|", "/"), "", False))
+        noises.append(noise())
+    return rows, noises, wrong
+
+
+def raise_limit() -> None:
+    """As many descriptors as are allowed, for the service too: a shell's usual limit is 1,024."""
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
 def main() -> int:
-    """Measures, prints, writes; 1 when --strict is given and a figure was missed."""
+    """Measures, prints, writes; 1 when an answer was wrong, with --strict also when a figure was missed."""
     parser = argparse.ArgumentParser(description="Measure what HealthChecker promises.")
     parser.add_argument("--short", action="store_true", help="fewer and shorter rounds")
     parser.add_argument("--strict", action="store_true", help="exit 1 when a figure is missed")
     parser.add_argument("--write", type=Path, metavar="FILE", help=f"replace the table in it, after {START}")
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)}, serving; default: all")
     arguments = parser.parse_args()
     text = arguments.write.read_text(encoding="utf-8") if arguments.write else f"{START}{END}"
+    raise_limit()
     before, start, rest = text.partition(START)
     _, end, after = rest.partition(END)
     if not (start and end):
         parser.error(f"{arguments.write} has no {START} ... {END}")
-    from bench_serving import history_rows, serving_rows  # noqa: PLC0415  # it imports this file
+    from bench_serving import serving_rows  # noqa: PLC0415  # it imports this file
 
-    rows: list[Row] = []
-    noises = [noise()]
-    for part in (aggregator_rows, gate_rows, serving_rows, watching_rows, ssh_rows, windows_rows, history_rows):
-        for row in part(SHORT if arguments.short else FULL):
-            rows.append(row)
-            print(row, file=sys.stderr)
-        noises.append(noise())
+    parts = PARTS | {"serving": serving_rows}
+    if unknown := set(arguments.parts) - parts.keys():
+        parser.error(f"no such part: {', '.join(unknown)}")
+    chosen = [part for name, part in parts.items() if name in (arguments.parts or parts)]
+    rows, noises, wrong = measured(chosen, SHORT if arguments.short else FULL)
     print("\n" + table(rows, noises))
-    if arguments.write:
+    if arguments.write and not wrong:
         content = f"{before}{START}\n{table(rows, noises)}{END}{after}"
         arguments.write.write_text(content, encoding="utf-8", newline="\n")
-    return int(arguments.strict and any(row.good is False for row in rows))
+    for text in wrong:
+        print(text, file=sys.stderr)
+    return int(bool(wrong) or (arguments.strict and any(row.good is False for row in rows)))
 
 
 if __name__ == "__main__":

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import re
+import resource
+import select
 import selectors
 import signal
 import socket
@@ -14,14 +16,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import bench_history
 import psutil
 from bench import (
     APP,
@@ -43,9 +44,8 @@ from bench import (
 from service import Service, environment
 from sshd import SSHD, Sshd, wait_for
 
-import healthchecker as hc
-
 CROWD = 512  # clients that keep their connection
+IDLE = 2000  # clients that do so and ask nothing
 POLLED, REAL = 500, 20  # hosts polled beside full load, and how many of them are an sshd
 REFUSING = "  - {name: bad, platform: local, checks: [{name: never, command: 'false'}]}\n"
 # What waitress.serve() does with the one-line application, but with the port told; a check that is always healthy.
@@ -112,16 +112,30 @@ def times_as_many(figure: str, rounds: Rounds, ours: str, others: Mapping[str, f
     return Row(figure, measured, f"≥ {' / '.join(f'{limit:g}' for limit in others.values())} times", good)
 
 
+def beside_granian(figure: str, ours: Sequence[Loaded], granian: Sequence[Loaded]) -> Row:
+    """How far we are from a server in Rust: nothing is promised."""
+    rates, late = ([[one[kind] for one in many] for many in (ours, granian)] for kind in (0, 1))
+    text = f"{median(rates[0]) / median(rates[1]):.2f} times ({' to '.join(shown(values) for values in rates)}), "
+    return Row(figure, text + f"p99 {' ms to '.join(shown(values, 1) for values in late)} ms")
+
+
 # === Servers =================================================================
 
 
 def settings(workers: int, threads: int) -> str:
-    return SETTINGS.replace("workers: 0", f"workers: {workers}").replace("threads: 0", f"threads: {threads}")
+    return SETTINGS.replace("workers: 1", f"workers: {workers}").replace("threads: 0", f"threads: {threads}")
 
 
-def healthy(workers: int, threads: int) -> contextlib.AbstractContextManager[Service]:
+def healthy(workers: int, threads: int, app: str = "oneline:app") -> contextlib.AbstractContextManager[Service]:
     """The service with an open gate."""
-    return gated(SIMULATED.format(0), 200, settings(workers, threads))
+    return gated(SIMULATED.format(0), 200, settings(workers, threads).replace("oneline:app", app))
+
+
+def granian(workers: int, app: str = "oneline:app") -> contextlib.AbstractContextManager[str]:
+    """Granian serving WSGI, otherwise as it comes; it cannot choose a port by itself."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    return other("-m", "granian", "--interface", "wsgi", "--port", str(port), "--workers", str(workers), app)
 
 
 @contextlib.contextmanager
@@ -133,7 +147,12 @@ def other(*arguments: str) -> Iterator[str]:
         log = Path(folder) / "log"
         with log.open("wb") as sink:
             server = subprocess.Popen(
-                [sys.executable, *arguments], cwd=folder, env=environment(), stdin=subprocess.DEVNULL, stderr=sink
+                [sys.executable, *arguments],
+                cwd=folder,
+                env=environment(),
+                stdin=subprocess.DEVNULL,
+                stdout=sink,
+                stderr=sink,
             )
         try:
             told = partial(lambda: re.search(r"Listening at: (http://\S+)", log.read_text(encoding="utf-8")))
@@ -157,11 +176,11 @@ def megabytes(process: psutil.Process) -> float:
     return int(text.partition("\nPss:")[2].split()[0]) * 1024 / 1e6
 
 
-# === One process =============================================================
+# === One worker ==============================================================
 
 
 def process_rows(plan: Plan) -> Iterator[Row]:
-    """One process: on the loop, in the pool, refusals, the question alone; waitress and gunicorn beside them."""
+    """One worker: on the loop, in the pool, refusals, the question alone; waitress and gunicorn beside it."""
     thread = "-w1", "-k", "gthread", "--threads", "8"
     with contextlib.ExitStack() as running:
         enter = running.enter_context
@@ -184,7 +203,7 @@ def process_rows(plan: Plan) -> Iterator[Row]:
             return full_load(addresses[name], plan.load, status=kinds[name]).rate
 
         rounds = in_turn(plan.rounds, {name: partial(rate, name) for name in addresses})
-        yield times_as_many("Flask in one line, gated, 1 process, `threads: 0`, to waitress as shipped / silenced",
+        yield times_as_many("Flask in one line, gated, 1 worker, `threads: 0`, to waitress as shipped / silenced",
                             rounds, "loop", {"shipped": 2, "silenced": 4})  # fmt: skip
         yield times_as_many("... `threads: 8`, to gunicorn gthread with 8", rounds, "pool", {"gthread": 1})
         yield times_as_many("A refusal to an answer", rounds, "refused", {"loop": 2})
@@ -192,6 +211,7 @@ def process_rows(plan: Plan) -> Iterator[Row]:
                             rounds, "asked", {"flask": 0, "django": 0})  # fmt: skip
         if HEY:
             yield at_half_rate(url(loop), median(rounds["loop"]), plan)
+        yield idle_row(loop, plan)
 
 
 def at_half_rate(address: str, most: float, plan: Plan) -> Row:
@@ -199,6 +219,41 @@ def at_half_rate(address: str, most: float, plan: Plan) -> Row:
     clients = 16
     taken = [slowest_percent(address, 2 * plan.load, clients, most / 2) for _ in range(plan.rounds)]
     return at_most(f"... p99 at half of that rate ({most / 2:,.0f} requests/s)", taken, 10, "ms", 1)
+
+
+def idle_row(service: Service, plan: Plan) -> Row:
+    """What many connections cost that are kept and not used."""
+    figure = f"{IDLE:,} idle keep-alive connections beside 32 busy ones, to none"
+    if resource.getrlimit(resource.RLIMIT_NOFILE)[1] < 2 * IDLE:
+        return Row(figure, "skipped: too few descriptors are allowed")
+    found: dict[str, list[Loaded]] = {"idle": [], "none": []}
+
+    def measure(name: str) -> float:
+        with idle_connections(service.host, service.port, IDLE if name == "idle" else 0):
+            found[name].append(full_load(url(service), plan.load))
+        return found[name][-1].rate
+
+    in_turn(plan.rounds, {name: partial(measure, name) for name in found})
+    return beside(figure, found["idle"][1:], found["none"][1:])
+
+
+def granian_rows(plan: Plan) -> Iterator[Row]:
+    """The distance to a server whose loop is no Python."""
+    for workers, app, figure in (
+        (1, "oneline:app", "Flask in one line, 1 worker"),
+        (2, "oneline:app", "... 2 workers"),
+        (1, "oneline:bare", "WSGI without a framework, 1 worker"),
+    ):
+        with healthy(workers, 0, app) as service, granian(workers, app) as address:
+            addresses = {"ours": url(service), "granian": address}
+            found: dict[str, list[Loaded]] = {name: [] for name in addresses}
+
+            def measure(name: str, addresses: Mapping[str, str] = addresses, found: Any = found) -> float:
+                found[name].append(full_load(addresses[name], plan.load))
+                return float(found[name][-1].rate)
+
+            in_turn(plan.rounds, {name: partial(measure, name) for name in addresses})
+        yield beside_granian(f"{figure}, to Granian with as many", found["ours"][1:], found["granian"][1:])
 
 
 # === Workers =================================================================
@@ -262,6 +317,25 @@ def crowd_apart(service: Service) -> float:
     command = [sys.executable, __file__, service.host, str(service.port)]
     said = subprocess.run(command, capture_output=True, check=True, timeout=90).stdout
     return float(said)
+
+
+@contextlib.contextmanager
+def idle_connections(host: str, port: int, count: int) -> Iterator[None]:
+    """So many connections that asked once, and are kept; an error when one was closed meanwhile."""
+    request, look = f"GET / HTTP/1.1\r\nHost: {host}\r\n\r\n".encode(), select.poll()
+    with contextlib.ExitStack() as stack:
+        for _ in range(count):
+            client = stack.enter_context(socket.create_connection((host, port), 60))
+            client.sendall(request)
+            received = b""
+            while not received.endswith(b"Hello"):
+                if not (part := client.recv(1 << 16)):
+                    raise RuntimeError("a connection was closed")
+                received += part
+            look.register(client, select.POLLIN)
+        yield
+        if closed := len(look.poll(0)):
+            raise RuntimeError(f"{closed} of {count} idle connections were closed")
 
 
 @dataclass
@@ -343,41 +417,12 @@ def beside(figure: str, busy: Sequence[Loaded], idle: Sequence[Loaded]) -> Row:
     return Row(figure, measured, "≥ 0.9 / ≤ 2 times", rate >= 0.9 and late <= 2 * calm)
 
 
-# === History =================================================================
-
-
-def pages(store: hc.Store) -> Mapping[str, tuple[Callable[[], object], float]]:
-    """The pages that show the history of a month, as an admin gets them."""
-    with store.writing() as session:
-        session.add(user := hc.User.create("admin", "a long password"))
-        session.flush()
-        inventory = hc.Inventory(path=store.path, service=hc.ServiceSettings(), entries=[])
-        site = hc.ConsoleContext(store, inventory, lambda kind, **_: None, b"k" * 32, hc.Lease())
-        ticket = hc.open_ticket(site, "session", user)
-    client = hc.build_console(site).test_client()
-    client.set_cookie(hc.COOKIE, ticket, path="/-/")
-
-    def get(path: str) -> None:
-        answer = client.get(path)
-        if answer.status_code != 200:
-            raise RuntimeError(f"{path}: {answer.status}")
-
-    month = partial(get, f"/-/resources/db{bench_history.LOOKED_AT}?span=month")
-    return {"overview": (partial(get, "/-/"), 250), "page with a month's chart": (month, 150)}
-
-
-def history_rows(plan: Plan) -> Iterator[Row]:
-    """Size and pages of what `bench_history` fills."""
-    for found in bench_history.rows(plan.load == 1, pages):
-        yield Row(*found)
-
-
 def serving_rows(plan: Plan) -> Iterator[Row]:
     """All rows of this file."""
     if not WRK:
         yield Row("Requests per second", "skipped: wrk is not installed")
         return
-    for part in (process_rows, worker_rows, polling_rows):
+    for part in (process_rows, granian_rows, worker_rows, polling_rows):
         yield from part(plan)
 
 

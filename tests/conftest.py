@@ -1,17 +1,20 @@
-"""Fixtures for all tests: SSH servers, and a watch over threads and descriptors."""
+"""Fixtures for all tests: SSH servers, a watch over threads and descriptors; at the end, what was not tested."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
 import os
+import re
+import shutil
 import sys
 import threading
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
-from sshd import SSHD, ParamikoSshd, Sshd, open_sshd, wait_for  # wait_for: for tests to import
+from sshd import SSHD, SYSTEM_PATH, ParamikoSshd, Sshd, open_sshd, wait_for  # wait_for: for tests to import
 
 # So that `import healthchecker` works from whatever folder pytest is started in.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -22,6 +25,29 @@ NO_PASSWORD_LOGIN = "password login needs root, to create a throw-away account"
 
 def pytest_report_header() -> str:
     return f"sshd: {SSHD or 'not found, a server made with paramiko takes its place'}"
+
+
+def missing_parts() -> dict[str, str]:
+    """What of packages.txt is not here: how a skipped test names it, and its package."""
+    text = Path(__file__).with_name("packages.txt").read_text(encoding="utf-8")
+    packages = re.findall(r"^([\w.-]+) +(\S+)", text, re.MULTILINE)
+    return {part: package for package, part in packages if not shutil.which(part, path=SYSTEM_PATH)}
+
+
+def not_tested(reasons: Mapping[str, int], missing: Mapping[str, str]) -> Counter[str]:
+    """Lines for the reasons of skipped tests, one for each missing part, with the number of tests."""
+    lines: Counter[str] = Counter()
+    for reason, number in reasons.items():
+        part = next((word for word in re.findall(r"[\w-]+", reason) if word in missing), "")
+        lines[f"{part} is missing (apt-get install {missing[part]})" if part else reason] += number
+    return lines
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    skipped = terminalreporter.stats.get("skipped", [])
+    reasons = Counter(str(report.longrepr[2]).removeprefix("Skipped: ") for report in skipped)
+    for line, number in sorted(not_tested(reasons, missing_parts()).items()):
+        terminalreporter.write_line(f"not tested: {line}: {number} test{'s' if number > 1 else ''}")
 
 
 @pytest.fixture(scope="session")

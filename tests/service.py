@@ -20,6 +20,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 
+from rights import without_root_rights
 from typing_extensions import Self  # typing has it from Python 3.11 on
 
 import healthchecker
@@ -37,17 +38,6 @@ kernel.SetConsoleCtrlHandler(None, True)    # it reaches this process too
 sent = joined and kernel.GenerateConsoleCtrlEvent(0, 0)
 sys.exit(0 if sent else ctypes.get_last_error() or 1)
 """
-
-LATE_MODULES = (
-    "multiprocessing.sharedctypes",
-    "multiprocessing.heap",
-    "resource",
-    "encodings.utf_8_sig",
-    "encodings.idna",
-    "sqlalchemy.dialects.sqlite",
-    "traceback",
-    "linecache",
-)
 
 
 class Answer(NamedTuple):
@@ -116,24 +106,21 @@ def fresh_processes() -> Any:
     return context
 
 
-def _main(arguments: list[str], output: str, user: int | None) -> None:
+def _main(arguments: list[str], output: str, unprivileged: bool) -> None:
     with open(output, "w", encoding="utf-8") as sink:
         os.dup2(sink.fileno(), 1)
         os.dup2(sink.fileno(), 2)
-    if user is not None and sys.platform != "win32":
-        for module in LATE_MODULES:  # another user may not be able to read them
-            importlib.import_module(module)
-        os.setgroups([])
-        os.setgid(user)
-        os.setuid(user)
-    sys.exit(healthchecker.main(arguments))
+    with without_root_rights() if unprivileged else contextlib.nullcontext():
+        sys.exit(healthchecker.main(arguments))
 
 
-def run_cheaply(*arguments: str, user: int | None = None) -> tuple[int, str]:
-    """Exit code and output of a command in a process of `fresh_processes`, for tables of many."""
+def run_cheaply(*arguments: str, unprivileged: bool = False) -> tuple[int, str]:
+    """Exit code and output of a command in a process of `fresh_processes`, for tables of many.
+
+    `unprivileged`: without root's rights over files."""
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "output"
-        process = fresh_processes().Process(target=_main, args=(list(arguments), str(output), user))
+        process = fresh_processes().Process(target=_main, args=(list(arguments), str(output), unprivileged))
         process.start()
         process.join(30)
         process.kill()

@@ -26,6 +26,7 @@ import paramiko
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from paramiko import common
+from rights import ROOT
 from typing_extensions import Self  # typing has it from Python 3.11 on
 
 T = TypeVar("T")
@@ -35,7 +36,6 @@ Answer = Callable[[paramiko.Channel, str], "int | None"]
 
 SYSTEM_PATH = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/usr/local/sbin", "/sbin"])
 SSHD = shutil.which("sshd", path=SYSTEM_PATH) if sys.platform != "win32" else None
-ROOT = sys.platform != "win32" and os.geteuid() == 0
 MARK = "HEALTHCHECKER_SSHD"  # in the environment of every command, so that orphans are found too
 CONFIG = """\
 Port {port}

@@ -6,13 +6,11 @@ import base64
 import contextlib
 import os
 import re
-import shutil
 import socket
 import sqlite3
 import stat
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
@@ -539,40 +537,26 @@ UNREADABLE: dict[str, tuple[list[str], Callable[[Path], None], set[int]]] = {
 }
 
 
-@pytest.fixture
-def open_folder() -> Iterator[Path]:
-    """A folder that another user can reach, unlike pytest's own."""
-    folder = Path(tempfile.mkdtemp())
-    folder.chmod(0o755)
-    yield folder
-    folder.chmod(0o755)
-    (folder / "keys").chmod(0o755)
-    shutil.rmtree(folder)
-
-
 @POSIX_ONLY
 @pytest.mark.parametrize("case", UNREADABLE)
-def test_without_the_right_to(case: str, open_folder: Path) -> None:
-    """One line with a fitting exit code; root has every right, so root's tests run it as nobody."""
+def test_without_the_right_to(case: str, tmp_path: Path) -> None:
+    """One line with a fitting exit code; root's tests run it without root's rights."""
     arguments, lock, codes = UNREADABLE[case]
-    path = write_inventory(open_folder, "  - {hostname: a, username: u, password: p}\n")
+    path = write_inventory(tmp_path, "  - {hostname: a, username: u, password: p}\n")
     setup = healthchecker.Installation(path)
-    vault = Vault(prepared_keys(open_folder))
+    vault = Vault(prepared_keys(tmp_path))
     with closing(healthchecker.Store(setup.database)) as store, store.writing() as session:
         healthchecker.import_inventory(session, setup.inventory, vault)
-    user = NOBODY if os.geteuid() == 0 else None
-    for item in (open_folder, *open_folder.rglob("*")) if user else ():
-        os.chown(item, NOBODY, NOBODY)
-    before = contents(open_folder)
-    lock(open_folder)
+    before = contents(tmp_path)
+    lock(tmp_path)
     try:
-        code, output = run_cheaply("--inventory", str(path), *arguments, user=user)
+        code, output = run_cheaply("--inventory", str(path), *arguments, unprivileged=True)
     finally:
-        open_folder.chmod(0o755)
-        (open_folder / "keys").chmod(0o755)
-        (open_folder / "healthchecker.db").chmod(0o644)
+        tmp_path.chmod(0o755)
+        (tmp_path / "keys").chmod(0o755)
+        (tmp_path / "healthchecker.db").chmod(0o644)
     assert code in codes and len(output.splitlines()) == 1, output
-    assert contents(open_folder) == before
+    assert contents(tmp_path) == before
 
 
 # --- secrets -------------------------------------------------------------------------------------------------

@@ -87,7 +87,7 @@ def test_nothing_is_left_behind(kind: type[Server]) -> None:
         heard(server, 5)
 
 
-@pytest.mark.skipif(not ROOT or not SSHD, reason="accounts are made by root, for OpenSSH")
+@pytest.mark.skipif(not ROOT or not SSHD, reason="needs root, and sshd")
 def test_the_account_goes_with_the_server() -> None:
     def accounts() -> str:
         return Path("/etc/passwd").read_text(encoding="utf-8") + Path("/etc/group").read_text(

@@ -29,6 +29,7 @@ from conftest import no_leaks, open_descriptors, wait_for
 from cryptography.hazmat.primitives import serialization
 from hostile import RawServer
 from pydantic import SecretStr
+from rights import without_root_rights
 from service import Service, run, write_inventory
 from sshd import (
     ROOT,
@@ -72,7 +73,7 @@ GRACE = 0.5  # seconds after the deadline in which a poll has to end
 NOWHERE = Path("no such file")
 POSIX = pytest.mark.skipif(sys.platform == "win32", reason="the commands are for /bin/sh")
 OPENSSH = pytest.mark.skipif(not SSHD, reason="no sshd here")
-ACCOUNTS = pytest.mark.skipif(not ROOT or not SSHD, reason="accounts are made and changed by root, for OpenSSH")
+ACCOUNTS = pytest.mark.skipif(not ROOT or not SSHD, reason="needs root, and sshd")
 
 
 class Answer(NamedTuple):
@@ -149,18 +150,6 @@ def meeting_place() -> Iterator[Path]:
     with tempfile.TemporaryDirectory() as folder:
         Path(folder).chmod(0o777)
         yield Path(folder)
-
-
-@contextlib.contextmanager
-def as_nobody() -> Iterator[None]:
-    """Without root's right to read everything (root can read a file of mode 0)."""
-    if sys.platform != "win32" and ROOT:
-        os.seteuid(65534)
-    try:
-        yield
-    finally:
-        if sys.platform != "win32" and ROOT:
-            os.seteuid(0)
 
 
 def restart(server: Sshd) -> None:
@@ -290,13 +279,12 @@ def test_bad_key_file(sshd: Server, tmp_path: Path, kind: str, passphrase: str) 
 
 
 @POSIX
-def test_unreadable_key_file(sshd: Server) -> None:
-    with meeting_place() as folder:
-        key = folder / "key"
-        key.write_bytes(sshd.user_key().read_bytes())
-        key.chmod(0)
-        with as_nobody():
-            answer = poll(target(sshd, key_file=key))
+def test_unreadable_key_file(sshd: Server, tmp_path: Path) -> None:
+    key = tmp_path / "key"
+    key.write_bytes(sshd.user_key().read_bytes())
+    key.chmod(0)
+    with without_root_rights():
+        answer = poll(target(sshd, key_file=key))
     assert answer.cause == "credential"
     assert "ermission denied" in answer.reason
 
@@ -593,19 +581,18 @@ def test_known_hosts_is_read_again(three_keys: Server, tmp_path: Path) -> None:
 
 @POSIX
 @pytest.mark.parametrize("kind", ["folder", "forbidden"])
-def test_unreadable_known_hosts(three_keys: Server, kind: str) -> None:
-    with meeting_place() as folder:
-        known = folder / "known_hosts"
-        if kind == "folder":
-            known.mkdir()
-        else:
-            known.write_text(three_keys.known_hosts(), encoding="ascii")
-            known.chmod(0)
-        strict = target(three_keys, host_key="strict", **good_login(three_keys))
-        stored = target(three_keys, trusted=identities(three_keys)["rsa"], **good_login(three_keys))
-        with as_nobody():
-            assert poll(strict, connect(strict, known)).cause == "host_key"
-            assert poll(stored, connect(stored, known)).cause in ("", "host_key")
+def test_unreadable_known_hosts(three_keys: Server, tmp_path: Path, kind: str) -> None:
+    known = tmp_path / "known_hosts"
+    if kind == "folder":
+        known.mkdir()
+    else:
+        known.write_text(three_keys.known_hosts(), encoding="ascii")
+        known.chmod(0)
+    strict = target(three_keys, host_key="strict", **good_login(three_keys))
+    stored = target(three_keys, trusted=identities(three_keys)["rsa"], **good_login(three_keys))
+    with without_root_rights():
+        assert poll(strict, connect(strict, known)).cause == "host_key"
+        assert poll(stored, connect(stored, known)).cause in ("", "host_key")
 
 
 # === The way to the host =====================================================
@@ -1170,7 +1157,7 @@ def test_a_host_that_is_too_modern_is_not_called_weak(own: Sshd) -> None:
 
 
 @ACCOUNTS
-@pytest.mark.skipif(not Path("/etc/pam.d/sshd").exists(), reason="no PAM here")
+@pytest.mark.skipif(not Path("/etc/pam.d/sshd").exists(), reason="needs PAM's file for sshd")
 @pytest.mark.parametrize("right", [True, False])
 def test_keyboard_interactive_with_pam(own: Sshd, right: bool) -> None:
     """As many distributions ship it: the password is asked for in a dialogue."""
