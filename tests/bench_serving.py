@@ -6,6 +6,7 @@ Every contestant serves the same Flask application. Run as a script with a port,
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import resource
 import select
@@ -16,6 +17,8 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -153,15 +156,31 @@ def other(*arguments: str) -> Iterator[str]:
                 stdin=subprocess.DEVNULL,
                 stdout=sink,
                 stderr=sink,
+                start_new_session=True,
             )
         try:
             told = partial(lambda: re.search(r"Listening at: (http://\S+)", log.read_text(encoding="utf-8")))
-            found = wait_for(told, 60)
-            assert found
-            yield found[1] + "/"
+            address = wait_for(told, 60)[1] + "/"
+            wait_for(partial(answers, address), 60)
+            yield address
         finally:
-            server.terminate()  # gunicorn's workers end with it
-            server.wait(30)
+            server.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                server.wait(10)
+            with contextlib.suppress(ProcessLookupError):  # its workers may have ended with it
+                os.killpg(server.pid, signal.SIGKILL)
+            server.wait()
+
+
+def answers(address: str) -> bool:
+    """Whether a server says anything: a port may listen before its workers do."""
+    try:
+        urllib.request.urlopen(address, timeout=5).close()
+    except urllib.error.HTTPError:
+        return True
+    except OSError:
+        return False
+    return True
 
 
 def workers(service: Service) -> list[psutil.Process]:
