@@ -450,7 +450,7 @@ def main() -> int:
     parser.add_argument("--strict", action="store_true", help="exit 1 when a figure is missed")
     parser.add_argument("--write", type=Path, metavar="FILE", help=f"replace the table in it, after {START}")
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)}, serving; default: all")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     text = arguments.write.read_text(encoding="utf-8") if arguments.write else f"{START}{END}"
     raise_limit()
     before, start, rest = text.partition(START)

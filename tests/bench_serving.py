@@ -161,7 +161,7 @@ def other(*arguments: str) -> Iterator[str]:
         try:
             told = partial(lambda: re.search(r"Listening at: (http://\S+)", log.read_text(encoding="utf-8")))
             address = wait_for(told, 60)[1] + "/"
-            wait_for(partial(answers, address), 60)
+            wait_for(partial(status_of, address), 60)
             yield address
         finally:
             server.terminate()
@@ -172,15 +172,16 @@ def other(*arguments: str) -> Iterator[str]:
             server.wait()
 
 
-def answers(address: str) -> bool:
-    """Whether a server says anything: a port may listen before its workers do."""
+def status_of(address: str) -> int:
+    """What a server answers, 0 for nothing: a port may listen before its workers do."""
     try:
-        urllib.request.urlopen(address, timeout=5).close()
-    except urllib.error.HTTPError:
-        return True
+        with urllib.request.urlopen(address, timeout=5) as answer:
+            return int(answer.status)
+    except urllib.error.HTTPError as refusal:
+        refusal.close()
+        return refusal.code
     except OSError:
-        return False
-    return True
+        return 0
 
 
 def workers(service: Service) -> list[psutil.Process]:
