@@ -223,7 +223,7 @@ def test_progress_bar_on_a_terminal(tmp_path: Path) -> None:
             stderr=side,
             check=True,
             env=environment(),
-            timeout=30,
+            timeout=120,
         )
         shown = os.read(terminal, 4096).decode()
     finally:
@@ -623,7 +623,7 @@ def test_interrupt_during_a_command(tmp_path: Path) -> None:
         with process, contextlib.closing(silent.accept()[0]):
             process.send_signal(2)
             try:
-                _, error = process.communicate(timeout=5)
+                _, error = process.communicate(timeout=60)
             finally:
                 process.kill()
     assert process.returncode == 130 and not error
