@@ -608,7 +608,7 @@ def test_no_secret_anywhere(
 def test_interrupt_during_a_command(tmp_path: Path) -> None:
     """Ctrl-C in a long probe: exit 130 and no traceback."""
     with socket.create_server(("127.0.0.1", 0)) as silent:
-        silent.settimeout(20)
+        silent.settimeout(90)
         port = silent.getsockname()[1]
         path = write_inventory(
             tmp_path, f"  - {{hostname: 127.0.0.1, username: u, password: p, port: {port}, timeout: 8}}\n"

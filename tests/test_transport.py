@@ -982,22 +982,8 @@ def test_failed_polls_leave_nothing_behind(sshd: Server) -> None:
                     (cause, cause) for cause, _ in answers
                 ]
             assert len(answers) == 200
-
-
-@POSIX
-def test_waits_without_work(sshd: Server) -> None:
-    """The CPU time of a poll does not depend on how long the commands take."""
-
-    def work(command: str) -> float:
-        check = {"name": "check", "command": command}
-        watched = target(sshd, checks=[check], **good_login(sshd))
-        begin = time.process_time()
-        assert healthy(poll(watched))
-        return time.process_time() - begin
-
-    quick = min(work("true") for _ in range(3))
-    slow = work("sleep 1")
-    assert slow < quick + 0.008, f"{slow * 1000:.1f} ms against {quick * 1000:.1f} ms"
+            frozen.thaw()  # a server of this process holds the connection that it was about to take
+            frozen.kill_sessions()
 
 
 # === How hosts are set up ====================================================
