@@ -213,6 +213,27 @@ def start_rows(plan: Plan) -> Iterator[Row]:
     yield at_most("Its end", stops, 5, "s", 2)
 
 
+def closing_rows(plan: Plan) -> Iterator[Row]:
+    """From the moment at which something is wrong to the closed gate, and back."""
+    with tempfile.TemporaryDirectory() as name:
+        up = Path(name) / "up"
+        up.touch()
+        often = "interval: 1, timeout: 10, retry_interval: 1, fall: 1, rise: 1"
+        check = f"checks: [{{name: up, command: 'test -e {up}'}}]"
+        with gated(f"  - {{name: here, platform: local, {often}, {check}}}\n", 200) as service:
+
+            def taken(change: Callable[[], None], status: int) -> float:
+                begin = time.monotonic()
+                change()
+                service.wait_status("/", status, 60)
+                return time.monotonic() - begin
+
+            measures = {"closed": partial(taken, up.unlink, 503), "open": partial(taken, up.touch, 200)}
+            rounds = in_turn(plan.rounds, measures)
+    figure = "A check fails, interval 1 s: until the gate is closed / open again"
+    yield all_at_most(figure, list(rounds.values()), 2, "s", 2)
+
+
 # === Many resources ==========================================================
 
 
@@ -415,6 +436,7 @@ PARTS: dict[str, Part] = {
     "aggregator": aggregator_rows,
     "gate": gate_rows,
     "start": start_rows,
+    "closing": closing_rows,
     "watching": watching_rows,
     "ssh": ssh_rows,
     "windows": windows_rows,
@@ -450,7 +472,7 @@ def main() -> int:
     parser.add_argument("--strict", action="store_true", help="exit 1 when a figure is missed")
     parser.add_argument("--write", type=Path, metavar="FILE", help=f"replace the table in it, after {START}")
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)}, serving; default: all")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     text = arguments.write.read_text(encoding="utf-8") if arguments.write else f"{START}{END}"
     raise_limit()
     before, start, rest = text.partition(START)

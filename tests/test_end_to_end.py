@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,6 @@ from wsman_server import Script, WSManServer
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="the commands of two of the hosts are for /bin/sh")
 RECORDED = (Path(__file__).parent / "recorded" / "windows" / "administrator.json").read_text(encoding="utf-8")
-INTERVAL = 1.0  # seconds
 
 
 class WindowsHost:
@@ -33,7 +31,7 @@ def test_a_full_disk_closes_the_gate_until_it_is_empty(sshd: Sshd | ParamikoSshd
     disk = WindowsHost()
     (tmp_path / "known_hosts").write_text(sshd.known_hosts(), encoding="ascii")
     with WSManServer("https", "negotiate", answer=disk) as windows:
-        often = f"interval: {INTERVAL:g}, retry_interval: 1, timeout: 10, fall: 1, rise: 1"
+        often = "interval: 1, retry_interval: 1, timeout: 10, fall: 1, rise: 1"
         rows = (
             f"  - {{name: linux1, platform: linux, hostname: {sshd.address}, port: {sshd.port},"
             f" username: {sshd.username}, key_file: '{sshd.user_key()}', {often}}}\n"
@@ -47,16 +45,14 @@ def test_a_full_disk_closes_the_gate_until_it_is_empty(sshd: Sshd | ParamikoSshd
             service.wait_status("/", 200)
             for name in ("linux1", "win1", "here"):
                 service.wait_line(f"{name}: unknown -> healthy")
-            disk.full, began = 97, time.monotonic()
-            service.wait_status("/", 503, 3 * INTERVAL)
-            assert time.monotonic() - began < 2 * INTERVAL
+            disk.full = 97
+            service.wait_status("/", 503)
             line = service.wait_line("healthy -> unhealthy")
             assert "win1: healthy -> unhealthy (limit" in line
             assert "disk_percent D: 97.0 > 95" in line
             assert service.get("/-/livez").status == 200
-            disk.full, began = 20, time.monotonic()
-            service.wait_status("/", 200, 3 * INTERVAL)
-            assert time.monotonic() - began < 2 * INTERVAL
+            disk.full = 20
+            service.wait_status("/", 200)
             service.wait_line("win1: unhealthy -> healthy")
             for name in ("linux1", "here"):
                 assert f"{name}: healthy ->" not in service.output

@@ -380,7 +380,7 @@ def test_leaving_ends_everything_while_a_client_hangs(scheme: str, step: str, ki
             client.start()
             assert reached.wait(10)
             began = time.monotonic()
-        assert time.monotonic() - began < 2
+        assert time.monotonic() - began < 9  # the client would wait for 10
         client.join(30)
         gc.collect()  # requests leaves the sockets of failed sessions to it
 
