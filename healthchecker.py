@@ -413,19 +413,32 @@ def port_of(listen: str) -> str:
     return listen
 
 
-def expanded(path: str | Path) -> Path:
-    """The path with ~ replaced by the home folder; raises ValueError."""
+def absolute(path: str | Path, folder: Path | None) -> Path:
+    """~ is the home folder, and what is relative is so to `folder`, the inventory's. Raises ValueError."""
     try:
         if "\0" not in str(path):
-            return Path(path).expanduser()
+            return Path(folder or "", Path(path).expanduser())
     except RuntimeError:
         pass
     raise ValueError("must be a path; its home folder must exist")
 
 
+def known_hosts_file() -> Path:
+    """OpenSSH's own; an account without a home folder has none."""
+    with contextlib.suppress(RuntimeError):
+        return Path("~/.ssh/known_hosts").expanduser()
+    return Path(os.devnull)
+
+
 def scalar_limit(value: object) -> object:
     """`90` is short for `{fail: 90}`."""
     return {"fail": value} if isinstance(value, (str, int, float)) else value
+
+
+def selectable(platform: object) -> object:
+    if platform not in SELECTABLE:
+        raise ValueError(f"must be one of {', '.join(SELECTABLE)}")
+    return platform
 
 
 Seconds = Annotated[float, Field(ge=1, le=604_800, allow_inf_nan=False)]
@@ -447,12 +460,13 @@ HostKey = Annotated[str, matching(r"strict|(([a-z0-9-]+) )?SHA256:[A-Za-z0-9+/]{
 SQLITE = "sqlite:///"
 Listen = Annotated[str, matching(r"(\[[\w:.%]+\]|[\w.-]+):[0-9]{1,5}", "must be address:port or [address]:port"),
                    AfterValidator(port_of)]
-FilePath = Annotated[Path, AfterValidator(expanded)]
+# A validation's context is the inventory's folder.
+FilePath = Annotated[Path, AfterValidator(lambda path, info: absolute(path, info.context))]
 Networks = tuple[Annotated[str, AfterValidator(network_of)], ...]
 Workers = Annotated[str, matching(r"auto|[0-9]|[1-5][0-9]|6[0-4]", "must be auto or a number from 0 to 64")]
 AppName = Annotated[str, matching(r"[\w.]+:[\w.]+", "must be module:callable")]
 SqliteUrl = Annotated[str, matching(r"sqlite:///[^?]+", "must be sqlite:///path"),
-                      AfterValidator(lambda url: SQLITE + str(expanded(url.removeprefix(SQLITE))))]
+                      AfterValidator(lambda url, info: SQLITE + str(absolute(url.removeprefix(SQLITE), info.context)))]
 
 
 class Limit(Settings):
@@ -469,10 +483,6 @@ class Limit(Settings):
             raise ValueError("warn must be below fail")
         return self
 
-
-def sqlite_path(url: str, folder: Path) -> Path:
-    """The file of a sqlite:/// URL; a relative one is relative to `folder`."""
-    return folder / Path(url.removeprefix(SQLITE)).expanduser()
 
 
 class LoadLimit(Limit):
@@ -518,6 +528,7 @@ class Retention(Settings):
 class ServiceSettings(Settings):
     """The `service` part of the inventory."""
 
+    model_config = ConfigDict(validate_default=True)    # default paths become absolute, too
     listen: Listen = "127.0.0.1:8080"
     operators: Networks = ("127.0.0.0/8", "::1/128")    # networks that may log in
     trusted_proxy: Networks = ()                        # networks whose X-Forwarded-* headers are believed
@@ -532,8 +543,12 @@ class ServiceSettings(Settings):
     retention: Retention = Retention()
     database: SqliteUrl = "sqlite:///healthchecker.db"
     keys: FilePath = Path("keys")
-    known_hosts: FilePath = Path("~/.ssh/known_hosts")
+    known_hosts: FilePath = Field(default_factory=known_hosts_file)
     log_file: FilePath | None = None
+
+    @property
+    def database_path(self) -> Path:
+        return Path(self.database.removeprefix(SQLITE))
 
     @property
     def address(self) -> tuple[str, int]:
@@ -596,7 +611,7 @@ class ResourceSettings(Settings):
     name: Name
     hostname: Hostname
     platform: Annotated[Platform, BeforeValidator(
-        lambda v: v if v in SELECTABLE else "", json_schema_input_type=Literal[SELECTABLE])] = Platform.UNIX
+        selectable, json_schema_input_type=Literal[SELECTABLE])] = Platform.UNIX
     port: Annotated[int, Field(ge=1, le=LAST_PORT)] | None = None      # None: see connect_port
     username: TextLine | None = None
     password: Secret | None = None
@@ -685,28 +700,33 @@ class Inventory:
                                             entry.where) for entry in self.entries])
 
 
-def model_at(model: type[Settings], loc: Sequence[str | int]) -> type[Settings]:
-    """The model whose field an `extra_forbidden` error names: follows the fields along `loc`."""
-    named: dict[str, type[Settings]] = {"limits": Limits, "checks": Check, "load_per_cpu": LoadLimit}
-    for part in loc[:-1]:
-        if isinstance(part, str):
-            model = named.get(part, Limit)
-    return model
+NESTED: dict[str, type[Settings]] = {"limits": Limits, "checks": Check, "retention": Retention}
 
 
-WORDING = {"missing": "is missing", "extra_forbidden": "is unknown", "path_type": "must be a path",
-           "tuple_type": "must be a list", "model_type": "must be a mapping (key: value)"}
+def known_fields(model: type[Settings], loc: NodePath) -> Iterable[str]:
+    """What could stand where an `extra_forbidden` error of `model` points to."""
+    *_, parent = ["", *(part for part in loc[:-1] if isinstance(part, str))]
+    return (NESTED.get(parent, Limit) if parent else model).model_fields
 
 
-def message_of(item: dict[str, Any]) -> str:
+WORDING = {     # pydantic's, as patterns, and ours
+    "Field required": "is missing",
+    "Extra inputs are not permitted": "is unknown",
+    "Input is not a valid path.*": "must be a path",
+    "Input should be a valid tuple": "must be a list",
+    "Input should be a valid dictionary or .*": "must be a mapping (key: value)",
+    "Value should have (.*) items? after validation.*": r"must have \1 characters",
+    "Input should be|String should be": "must be",
+    "String should": "must",
+    "Value error, ": ""}
+
+
+def message_of(error: Mapping[str, Any]) -> str:
     """pydantic's text without values and in our wording."""
-    if item["loc"] and item["loc"][-1] == "platform":
-        return f"must be one of {', '.join(SELECTABLE)}"
-    if item["type"] in WORDING:
-        return WORDING[item["type"]]
-    text = re.sub(r"^Value should have (.*) items? after validation.*", r"must have \1 characters", str(item["msg"]))
-    return re.sub(r"^(Value error, |Input should be |String should )", lambda m: "" if m[1][0] == "V" else "must be "
-                  if m[1][0] == "I" else "must ", text).replace("SecretStr", "text")
+    text = str(error["msg"]).replace("SecretStr", "text")
+    for theirs, ours in WORDING.items():
+        text = re.sub(f"^(?:{theirs})", ours, text)
+    return text
 
 
 class InventoryLoader:
@@ -714,6 +734,7 @@ class InventoryLoader:
 
     def __init__(self, path: Path, document: Document) -> None:
         self.path, self.document = path, document
+        self.folder = path.absolute().parent            # where relative paths begin
         self.faults = dict.fromkeys(document.faults)    # a dict keeps the order and drops repetitions
 
     def load(self) -> Inventory:
@@ -724,7 +745,7 @@ class InventoryLoader:
             self.fault((), "resources is missing; write `resources: []` to watch nothing")
         service = self._validate(ServiceSettings, top.get("service", {}), lambda loc: ("service", *loc))
         if isinstance(service, ServiceSettings):
-            self._tell_apart(service)
+            self._fault_shared_files(service)
         defaults = top.get("defaults", {})
         if not self._is_mapping(("defaults",), defaults, ResourceSettings.model_fields):
             defaults = {}
@@ -734,24 +755,23 @@ class InventoryLoader:
             self.fault(("resources",), "must be a list")
             items = []
         entries = [self._entry(index, own, defaults) for index, own in enumerate(items)]
-        self._unique(items, defaults)
+        self._fault_repeated_names(items, defaults)
         if self.faults or not isinstance(service, ServiceSettings):
             raise InventoryError("\n".join(self.faults))
         return Inventory(self.path, service, [entry for entry in entries if entry])
 
-    def _tell_apart(self, service: ServiceSettings) -> None:
+    def _fault_shared_files(self, service: ServiceSettings) -> None:
         """A log that is written into another file of the service would destroy it."""
-        files = {self.path: "the inventory", sqlite_path(service.database, self.path.parent): "service.database"}
+        files = {self.path: "the inventory", service.database_path: "service.database"}
         for name in ("metrics_token_file", "log_file", "access_log"):
-            if getattr(service, name):
-                path = self.resolve(getattr(service, name))
+            if path := getattr(service, name):
                 if path in files:
                     self.fault(("service", name), f"is {files[path]}, too; name another file")
                 files[path] = f"service.{name}"
 
     def parse(self, model: type[Settings], raw: Mapping[str, Any]) -> Settings:
         """Raises ValidationError."""
-        return model.model_validate(raw)
+        return model.model_validate(raw, context=self.folder)
 
     def fault(self, path: NodePath, message: str, *, key: bool = False) -> None:
         parts = path[:-1] if key else path      # an unknown key may be a slipped password: it is not shown
@@ -759,9 +779,6 @@ class InventoryLoader:
         position = self.document.position(path, key=key)
         self.faults[f"{self.path.name}:{position}: {shown or 'inventory'}: {message}"] = None
 
-    def resolve(self, path: str | Path) -> Path:
-        """Relative paths are relative to the inventory's folder. Raises ValueError."""
-        return self.path.parent / expanded(path)
 
     def _is_mapping(self, path: NodePath, value: object, known: Iterable[str] | None = None) -> bool:
         """Whether `value` is one; with `known`, other keys are faults."""
@@ -787,9 +804,9 @@ class InventoryLoader:
             for item in error.errors(include_url=False, include_input=False):
                 path = locate(tuple(item["loc"]))
                 if item["type"] == "extra_forbidden":
-                    self._unknown(path, model_at(model, item["loc"]).model_fields)
+                    self._unknown(path, known_fields(model, item["loc"]))
                 else:
-                    self.fault(path, message_of(cast("dict[str, Any]", item)))
+                    self.fault(path, message_of(item))
             return None
 
     def _entry(self, index: int, own: Any, defaults: dict[str, Any]) -> Entry | None:
@@ -805,16 +822,13 @@ class InventoryLoader:
         secrets_ = [self._secret(raw, kind, locate) for kind in SECRETS]
         for name in FILES:
             with contextlib.suppress(ValueError):       # the model reports that
-                if isinstance(raw.get(name), str) and not os.path.isfile(self.resolve(raw[name])):
+                if isinstance(raw.get(name), str) and not os.path.isfile(absolute(raw[name], self.folder)):
                     self.fault(locate((name,)), "there is no such file")
         settings = self._validate(ResourceSettings, raw, locate)
         if not isinstance(settings, ResourceSettings):
             for message in conflicts(raw, str(raw.get("platform", Platform.UNIX.value))):
                 self.fault(here, message)
             return None
-        settings = settings.model_copy(update={
-            name: self.resolve(value) for name in ("password_file", "key_passphrase_file", *FILES)
-            if (value := getattr(settings, name)) is not None})
         return Entry(settings, secrets_[0], secrets_[1], f"{self.path.name}:{self.document.position(here)}")
 
     def _merged(self, here: NodePath, own: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
@@ -858,18 +872,17 @@ class InventoryLoader:
         """The secret that `source` stands for, None when it is no text; raises ValueError for an impossible path."""
         if source.endswith("_env"):
             text = os.environ.get(text, "")
-        path = self.resolve(text) if source.endswith("_file") else None
+        path = absolute(text, self.folder) if source.endswith("_file") else None
+        if path and not os.path.isfile(path):
+            return None     # a pipe would be waited for
         try:
-            if path:
-                if not os.path.isfile(path):
-                    return None     # a pipe would be waited for
-                text = path.read_text("utf-8-sig").rstrip("\r\n")
+            text = path.read_text("utf-8-sig").rstrip("\r\n") if path else text
             text.encode()
         except (OSError, UnicodeError):
             return None
         return text
 
-    def _unique(self, items: list[Any], defaults: dict[str, Any]) -> None:
+    def _fault_repeated_names(self, items: list[Any], defaults: dict[str, Any]) -> None:
         seen: dict[str, str] = {}
         for index, own in enumerate(items):
             here: NodePath = ("resources", index)
@@ -5726,7 +5739,7 @@ def validated(model: type[M], body: Mapping[str, Any], *, text: bool = False) ->
     try:
         return model.model_validate(body) if text else model.model_validate_json(json.dumps(body), strict=True)
     except ValidationError as error:
-        raise field_errors({".".join(map(str, item["loc"])): message_of(cast("dict[str, Any]", item))
+        raise field_errors({".".join(map(str, item["loc"])): message_of(item)
                           for item in error.errors(include_url=False, include_input=False)}) from None
 
 
@@ -5752,7 +5765,9 @@ class SettingsReader(InventoryLoader):
         self.fields[name] = f"{self.fields[name]}; {message}" if name in self.fields else message
 
     def parse(self, model: type[Settings], raw: Mapping[str, Any]) -> Settings:
-        return super().parse(model, raw) if self.text else model.model_validate_json(json.dumps(raw), strict=True)
+        if self.text:
+            return super().parse(model, raw)
+        return model.model_validate_json(json.dumps(raw), strict=True, context=self.folder)
 
 
 def stated(row: Resource) -> dict[str, Any]:
@@ -5999,7 +6014,7 @@ class ConsoleContext:
     @functools.cached_property
     def vault(self) -> Vault:
         """The keys, read when there is something to seal: it takes 0.1 s."""
-        return Vault(self.inventory.path.parent / self.inventory.service.keys)
+        return Vault(self.inventory.service.keys)
 
     @functools.cached_property
     def places(self) -> dict[str, str]:
@@ -7232,10 +7247,9 @@ def build_console(site: ConsoleContext) -> flask.Flask:
 
 def build_gate(site: ConsoleContext, counters: Counters) -> Gate:
     """The gate in front of the application of the inventory. Raises UsageError."""
-    service, folder = site.inventory.service, site.inventory.path.parent
-    app = load_app(service.app, folder) if service.app else builtin_app()
-    token_file = service.metrics_token_file and folder / service.metrics_token_file
-    metrics = Metrics(ServingMetrics(site.lease, counters), site.store, token_file)
+    service = site.inventory.service
+    app = load_app(service.app, site.inventory.path.parent) if service.app else builtin_app()
+    metrics = Metrics(ServingMetrics(site.lease, counters), site.store, service.metrics_token_file)
     return Gate(app, site.lease, console=build_console(site), metrics=metrics.answer)
 
 
@@ -8601,21 +8615,14 @@ class Installation:
         self.path = path.absolute()
         self.inventory = load_inventory(self.path)
         self.service = self.inventory.service
-        self.database = sqlite_path(self.service.database, self.path.parent)
-
-    def resolve(self, path: Path) -> Path:
-        return self.path.parent / path.expanduser()
+        self.database = self.service.database_path
 
     def open_vault(self, session: Session | None) -> Vault:
         """The keys; made when there are none and nothing is sealed yet."""
-        return open_vault(self.resolve(self.service.keys), sealed_tokens(session, self.inventory))
+        return open_vault(self.service.keys, sealed_tokens(session, self.inventory))
 
     def access(self) -> ConnectionContext:
-        try:
-            known_hosts = self.resolve(self.service.known_hosts)
-        except RuntimeError:        # an account without a home folder has none
-            known_hosts = Path(os.devnull)
-        return ConnectionContext(KnownHosts(known_hosts), Resolver())
+        return ConnectionContext(KnownHosts(self.service.known_hosts), Resolver())
 
 
 def end_by(stop: Callable[[], None]) -> None:
@@ -8670,7 +8677,7 @@ def watch_and_serve(installation: Installation, sock: socket.socket, store: Stor
     recorder = Recorder(store, aggregator, inventory.service.retention)
     monitor = Monitor(store, vault, PollContext(aggregator, recorder, access, random.Random()))
     desk = Desk(store, vault, monitor, access, installation.path)
-    key = session_key(installation.resolve(inventory.service.keys))
+    key = session_key(inventory.service.keys)
     site = ConsoleContext(store, inventory.without_secrets(), desk.ask, key, aggregator.lease)
     with contextlib.closing(monitor), \
             contextlib.closing(start_workers(site, installation.database, sock, access_file)) as server:
@@ -8688,10 +8695,10 @@ def serve(arguments: argparse.Namespace) -> int:
     ensure_inventory(arguments.inventory)
     installation = Installation(arguments.inventory)
     service = installation.service
-    set_up_logging(installation.resolve(service.log_file) if service.log_file else None)
+    set_up_logging(service.log_file)
     if service.metrics_token_file:
-        read_token(installation.resolve(service.metrics_token_file))    # what cannot be used ends the start
-    access_file = AccessFile(installation.resolve(service.access_log)) if service.access_log else None
+        read_token(service.metrics_token_file)      # what cannot be used ends the start
+    access_file = AccessFile(service.access_log) if service.access_log else None
     sock = listen(service)
     inspect_database(installation.database)
     if service.app and not service.worker_count:
@@ -8711,7 +8718,7 @@ def rehearsal(installation: Installation) -> Iterator[tuple[Session, Vault, Chan
         store = Store(installation.database if inspect_database(installation.database) else scratch / "database")
         try:
             with store.writing() as session:
-                vault = Vault(installation.resolve(installation.service.keys))
+                vault = Vault(installation.service.keys)
                 require_keys(vault, sealed_tokens(session, installation.inventory))
                 if not vault.key_id:
                     vault = Vault(scratch)
