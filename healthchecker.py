@@ -2104,12 +2104,6 @@ def certificate_identity(connection: ssl.SSLSocket) -> str:
     return f"certificate SHA256:{hashlib.sha256(connection.getpeercert(True) or b'').hexdigest()}"
 
 
-@functools.cache
-def system_authorities() -> ssl.SSLContext:
-    """TLS that trusts the system's authorities; reading all of them takes 20 ms of CPU, hence once."""
-    return ssl.create_default_context()
-
-
 def tls_fault(error: OSError) -> ProbeError:
     """Our error for a broken connection or TLS handshake."""
     reason = str(getattr(error, "reason", "") or "")
@@ -2122,161 +2116,87 @@ def tls_fault(error: OSError) -> ProbeError:
     return ProbeError("unreachable", f"the host closed the connection; {START_WINRM}")
 
 
-class DeadlineSocket(io.RawIOBase):
-    """The one TCP connection of a poll, with its deadline and byte cap.
+class DeadlineSocket(socket.socket):
+    """The one connection of a poll, with its deadline and byte cap: nothing waits for the host but here."""
 
-    urllib3 takes it for a socket and http.client for the file to read from, so nothing waits for the host but here.
-    There is no second one in a poll: NTLM and the encryption belong to the first.
-    """
-
-    def __init__(self, target: Target, access: ConnectionContext, deadline: Deadline) -> None:
-        self.target, self._access, self.deadline = target, access, deadline
-        self.in_step = True     # False: an answer is lost or still to come, so nothing more can be asked
-        self._received = 0
-        self._taken = False
-        self._sock: socket.socket | None = None     # pypsrp looks here for the certificate that NTLM is bound to
-
-    def connect(self) -> None:
-        """Opens the connection, with TLS where the target says so. Raises ProbeError."""
-        with self._guarded():
-            plain = self._open()
-            self._sock = self._secured(plain) if self.target.settings.tls else plain
-
-    def take(self) -> DeadlineSocket:
-        """Gives the connection to urllib3, once."""
-        if self._taken:
-            raise ProbeError("unreachable", "the host closed the connection during the poll")
-        self._taken = True
-        return self
-
-    def offered(self) -> str:
-        """The certificate that the host shows, unchecked."""
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-        with self._guarded(), self._open() as plain:
-            plain.settimeout(self.deadline.left())
-            with context.wrap_socket(plain, server_hostname=self.target.settings.hostname) as secured:
-                return certificate_identity(secured)
-
-    def hang_up(self) -> None:
-        if self._sock:
-            self._sock.close()
-
-    def _open(self) -> socket.socket:
-        settings = self.target.settings
-        try:
-            return connect_tcp(self._access.resolver, settings.hostname, settings.connect_port, self.deadline)
-        except ProbeError as error:
-            hint = f"; {START_WINRM}" if "port" in str(error) else ""
-            raise ProbeError(error.cause, f"{error}{hint}") from error
-
-    def _secured(self, plain: socket.socket) -> ssl.SSLSocket:
-        """The connection after the handshake and the check of the certificate."""
-        settings, name = self.target.settings, self.target.name
-        pin = settings.certificate_fingerprint or self.target.host_key
-        plain.settimeout(self.deadline.left())
-        try:
-            secured = self._context(bool(pin)).wrap_socket(plain, server_hostname=settings.hostname)
-        except ssl.SSLCertVerificationError as error:
-            raise ProbeError("host_key", f"certificate not trusted ({error.verify_message}): offered {self.offered()}; "
-                             f"to accept it: trust {name}, or name its ca_file") from error
-        finally:
-            plain.close()       # after a good handshake it is detached, and this closes nothing
-        shown = certificate_identity(secured)
-        if pin and bare_fingerprint(shown) != bare_fingerprint(pin):
-            secured.close()
-            raise ProbeError("host_key", f"certificate changed: expected SHA256:{bare_fingerprint(pin)}, "
-                             f"offered {shown}; no password was sent; if the change is right: trust {name}")
-        return secured
-
-    def _context(self, pinned: bool) -> ssl.SSLContext:
-        """How the host's certificate is checked and ours shown. Raises ProbeError `credential` for unusable files."""
-        settings, phrase = self.target.settings, self.target.passphrase
-        if not (pinned or settings.ca_file or settings.certificate_file):
-            return system_authorities()
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-        try:
-            if pinned:
-                context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-            elif settings.ca_file:
-                context.load_verify_locations(settings.ca_file)
-            else:
-                context.load_default_certs()
-            if settings.certificate_file:
-                secret = phrase.get_secret_value() if phrase else ""
-                context.load_cert_chain(settings.certificate_file, settings.key_file, secret)
-        except (OSError, ValueError) as error:
-            raise ProbeError("credential", f"ca_file, certificate_file or key_file cannot be used: {error}") from error
-        return context
+    deadline: Deadline
+    in_step = True      # False: an answer is lost or still to come, so nothing more can be asked
+    taken = False
+    received = 0
 
     @contextlib.contextmanager
-    def _guarded(self) -> Iterator[Any]:
+    def guarded(self) -> Iterator[None]:
         """Turns a socket's errors into ProbeError here already: pypsrp would wait and try again."""
         try:
-            if self._sock:
-                self._sock.settimeout(self.deadline.left())
-            yield self._sock
+            self.settimeout(self.deadline.left())
+            yield
         except (OSError, ProbeError) as error:
             self.in_step = False
             raise (error if isinstance(error, ProbeError) else tls_fault(error)) from error
 
-    # what a file has
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        with self._guarded() as connection:
-            count: int = connection.recv_into(buffer)
-            self._received += count
-            if self._received > OUTPUT_BYTES:
+    def recv_into(self, buffer: Any, nbytes: int | None = None, flags: int = 0) -> int:
+        with self.guarded():
+            count = super().recv_into(buffer, nbytes or 0, flags)
+            self.received += count
+            if self.received > OUTPUT_BYTES:
                 raise ProbeError("protocol", f"the host sent more than {OUTPUT_BYTES} bytes")
         return count
 
-    def close(self) -> None:
-        """The end of a response is not the end of the line: hang_up is."""
+    def sendall(self, octets: Any, flags: int = 0) -> None:
+        with self.guarded():
+            super().sendall(octets, flags)
 
-    # what a socket has
-
-    def makefile(self, mode: str) -> io.BufferedReader:
-        return io.BufferedReader(self)
-
-    def sendall(self, octets: bytes) -> None:
-        with self._guarded() as connection:
-            connection.sendall(octets)
-
-    def settimeout(self, seconds: float | None) -> None:
-        """The deadline alone counts."""
-
-    def fileno(self) -> int:
-        return self._sock.fileno() if self._sock else -1
+    def hang_up(self) -> None:
+        """Closes it at once, also while a response that is still open holds it."""
+        with contextlib.suppress(OSError):
+            socket.close(self.detach())
 
 
-class LineConnection(urllib3.connection.HTTPConnection):
-    """urllib3's connection, over a Line."""
+class DeadlineTlsSocket(DeadlineSocket, ssl.SSLSocket):
+    """The same with TLS."""
 
-    def __init__(self, line: DeadlineSocket, **settings: Any) -> None:
+
+@functools.cache
+def system_authorities() -> ssl.SSLContext:
+    """TLS that trusts the system's authorities; reading all of them takes 20 ms of CPU, hence once."""
+    context = ssl.create_default_context()
+    context.sslsocket_class = DeadlineTlsSocket
+    return context
+
+
+class WinrmConnection(urllib3.connection.HTTPConnection):
+    """HTTP over a socket that is open and, where that is wanted, secured already; there is no second one in a poll,
+    for NTLM and the encryption belong to the first."""
+
+    def __init__(self, opened: DeadlineSocket, **settings: Any) -> None:
         super().__init__(**settings)
-        self._line = line
+        self._opened = opened
 
-    def connect(self) -> None:
-        self.sock = self._line.take()
+    def _new_conn(self) -> socket.socket:
+        if self._opened.taken:
+            raise ProbeError("unreachable", "the host closed the connection during the poll")
+        self._opened.taken = True
+        return self._opened
 
 
-class LineAdapter(requests.adapters.HTTPAdapter):
-    """Sends a session's requests over one Line and refuses what WinRM never answers."""
+class WinrmPool(urllib3.HTTPConnectionPool):
+    """urllib3's pool of that one connection."""
 
-    def __init__(self, line: DeadlineSocket) -> None:
+    ConnectionCls = WinrmConnection
+
+
+class WinrmAdapter(requests.adapters.HTTPAdapter):
+    """Sends a session's requests over one connection and refuses what WinRM never answers."""
+
+    def __init__(self, pool: WinrmPool) -> None:
         super().__init__()
-        settings = line.target.settings
-        self._pool = urllib3.HTTPConnectionPool(settings.hostname, settings.connect_port, maxsize=1)
-        self._pool.ConnectionCls = functools.partial(LineConnection, line)  # type: ignore[assignment]  # a factory
+        self._pool = pool
 
     def get_connection_with_tls_context(self, *args: Any, **settings: Any) -> urllib3.HTTPConnectionPool:
         return self._pool
 
     def cert_verify(self, *args: Any) -> None:
-        """The Line did that."""
+        """That was done when the connection was opened."""
 
     def send(self, request: Any, *args: Any, **settings: Any) -> requests.Response:
         response = super().send(request, *args, **settings)
@@ -2296,33 +2216,98 @@ class PowerShellConnection:
 
     def __init__(self, target: Target, guard: LoginGuard, access: ConnectionContext) -> None:
         self._target, self._guard, self._access = target, guard, access
+        self._settings = target.settings
 
     def run(self, script: str, done: bytes, deadline: Deadline) -> CommandResult:
-        line = DeadlineSocket(self._target, self._access, deadline)
-        try:
-            with self._explained():
-                return CommandResult(self._run(script, line).encode() + done, 0)
-        finally:
-            line.hang_up()
+        with contextlib.ExitStack() as stack, self._explained():
+            opened = self._connect(deadline)    # before the guard: a host that does not answer is no login
+            stack.callback(opened.hang_up)
+            return CommandResult(self._run(script, opened).encode() + done, 0)
 
     def offered_key(self, deadline: Deadline) -> str:
-        """The certificate that the host shows; nothing else is done."""
-        if not self._target.settings.tls:
+        """The certificate that the host shows, unchecked; nothing else is done."""
+        if not self._settings.tls:
             raise UsageError(f"{self._target.name} has no certificate: tls is off")
-        return DeadlineSocket(self._target, self._access, deadline).offered()
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+        with self._secured(context, deadline) as secured:
+            return certificate_identity(secured)
 
-    def _run(self, script: str, line: DeadlineSocket) -> str:
-        line.connect()      # before the guard: a host that does not answer is no login
-        wsman = self._wsman(line)
-        endpoint = self._target.settings.configuration_name
+    def _open(self, deadline: Deadline) -> socket.socket:
+        settings = self._settings
+        try:
+            return connect_tcp(self._access.resolver, settings.hostname, settings.connect_port, deadline)
+        except ProbeError as error:
+            hint = f"; {START_WINRM}" if "port" in str(error) else ""
+            raise ProbeError(error.cause, f"{error}{hint}") from error
+
+    def _secured(self, context: ssl.SSLContext, deadline: Deadline) -> ssl.SSLSocket:
+        """A connection after the handshake. Raises ssl.SSLCertVerificationError and ProbeError."""
+        with self._open(deadline) as plain:     # after a good handshake it is detached, and this closes nothing
+            try:
+                plain.settimeout(deadline.left())
+                return context.wrap_socket(plain, server_hostname=self._settings.hostname)
+            except ssl.SSLCertVerificationError:
+                raise
+            except OSError as error:
+                raise tls_fault(error) from error
+
+    def _connect(self, deadline: Deadline) -> DeadlineSocket:
+        """The poll's connection, its certificate checked before any secret is sent. Raises ProbeError."""
+        if self._settings.tls:
+            opened = cast(DeadlineSocket, self._verified(deadline))
+        else:
+            opened = DeadlineSocket(fileno=self._open(deadline).detach())
+        opened.deadline = deadline
+        return opened
+
+    def _verified(self, deadline: Deadline) -> ssl.SSLSocket:
+        name, pin = self._target.name, self._settings.certificate_fingerprint or self._target.host_key
+        try:
+            secured = self._secured(self._context(bool(pin)), deadline)
+        except ssl.SSLCertVerificationError as error:
+            offered = self.offered_key(deadline)
+            raise ProbeError("host_key", f"certificate not trusted ({error.verify_message}): offered {offered}; "
+                             f"to accept it: trust {name}, or name its ca_file") from error
+        shown = certificate_identity(secured)
+        if pin and bare_fingerprint(shown) != bare_fingerprint(pin):
+            secured.close()
+            raise ProbeError("host_key", f"certificate changed: expected SHA256:{bare_fingerprint(pin)}, "
+                             f"offered {shown}; no password was sent; if the change is right: trust {name}")
+        return secured
+
+    def _context(self, pinned: bool) -> ssl.SSLContext:
+        """How the host's certificate is checked and ours shown. Raises ProbeError `credential` for unusable files."""
+        settings, phrase = self._settings, self._target.passphrase
+        if not (pinned or settings.ca_file or settings.certificate_file):
+            return system_authorities()
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.sslsocket_class = DeadlineTlsSocket
+        try:
+            if pinned:
+                context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+            elif settings.ca_file:
+                context.load_verify_locations(settings.ca_file)
+            else:
+                context.load_default_certs()
+            if settings.certificate_file:
+                secret = phrase.get_secret_value() if phrase else ""
+                context.load_cert_chain(settings.certificate_file, settings.key_file, secret)
+        except (OSError, ValueError) as error:
+            raise ProbeError("credential", f"ca_file, certificate_file or key_file cannot be used: {error}") from error
+        return context
+
+    def _run(self, script: str, opened: DeadlineSocket) -> str:
+        wsman = self._wsman(opened)
+        endpoint = self._settings.configuration_name
         pool = RunspacePool(wsman, configuration_name=endpoint, idle_timeout=SHELL_IDLE)
         shell = PowerShell(pool)
         try:
-            with self._guard.attempt(self._target.name, line.deadline, self._target.key_stamp), self._explained():
+            with self._guard.attempt(self._target.name, opened.deadline, self._target.key_stamp), self._explained():
                 pool.open()
             shell.add_script(script).begin_invoke()
             while shell.state == PSInvocationState.RUNNING:
-                wait = round(line.deadline.left() - ANSWER_MARGIN, 3)
+                wait = round(opened.deadline.left() - ANSWER_MARGIN, 3)
                 if wait <= 0:
                     raise ProbeError(*WINRM_FAULTS[2150858793])
                 shell.poll_invoke(timeout=cast(int, wait))      # sent as PT9.7S, a valid duration
@@ -2331,16 +2316,16 @@ class PowerShellConnection:
                 raise ProbeError("protocol", f"the script failed: {errors[-1] if errors else 'no reason given'}")
             return "\n".join(map(str, shell.output))
         finally:
-            line.deadline = Deadline(CLOSE_TIMEOUT)
+            opened.deadline = Deadline(CLOSE_TIMEOUT)
             with contextlib.suppress(Exception):    # the poll's own result must not give way to this one's error
-                if line.in_step and shell.state == PSInvocationState.RUNNING:
+                if opened.in_step and shell.state == PSInvocationState.RUNNING:
                     shell.stop()
-                if line.in_step:
+                if opened.in_step:
                     pool.close()
             wsman.close()
 
-    def _wsman(self, line: DeadlineSocket) -> WSMan:
-        settings, password = self._target.settings, self._target.password
+    def _wsman(self, opened: DeadlineSocket) -> WSMan:
+        settings, password = self._settings, self._target.password
         wsman = copy.copy(self.WSMAN)
         wsman.session_id, wsman.operation_timeout = str(uuid.uuid4()), max(1, int(settings.timeout))
         wsman.transport = type(self.WSMAN.transport)(
@@ -2350,15 +2335,16 @@ class PowerShellConnection:
             certificate_key_pem=settings.key_file and str(settings.key_file))
         session = wsman.transport._build_session()
         session.trust_env = False       # a .netrc would replace the Authorization header
+        adapter = WinrmAdapter(WinrmPool(settings.hostname, settings.connect_port, maxsize=1, opened=opened))
         for scheme in ("http://", "https://"):
-            session.mount(scheme, LineAdapter(line))
+            session.mount(scheme, adapter)
         wsman.transport.session = session
         return wsman
 
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:
         """Our error for whatever the host's bytes make pypsrp raise: struct.error, KeyError and many more."""
-        settings = self._target.settings
+        settings = self._settings
         try:
             yield
         except ProbeError:
