@@ -14,7 +14,9 @@ Sections, in file order; a definition refers only to what stands above it:
     SSH          a fresh connection per poll, host keys verified before any secret is sent
     PowerShell   PowerShell Remoting over one watched socket
     Local        this machine's own shell, and simulated resources
-    Probes       the command sets of the platforms, as tables
+    Probes       a sample, and the command sets of the POSIX platforms, as tables
+    Windows      the PowerShell script of a poll, and what it prints
+    Collect      script, connection and parser of a platform: one poll in one round trip
     Evaluate     sample + limits -> verdict -> standing; pure
     Aggregate    the lease: is everything healthy, now
     History      what polls found, packed: rows, averages, availability, events
@@ -53,7 +55,6 @@ import gc
 import getpass
 import gzip
 import hashlib
-import heapq
 import hmac
 import http
 import importlib
@@ -2989,7 +2990,8 @@ def parse_output(text: str, nonce: str, previous: CpuTicks | None) -> Sample:
     return sample
 
 
-# --- Windows ---
+
+# === Windows =================================================================
 # For Windows PowerShell 5.1 and PowerShell 7. Prints one line of JSON, ASCII and whole numbers only, which no
 # code page or language changes. WMI takes about 5 s to refuse a plain account's network logon, so such a one
 # reads from kernel32, and nobody asks again after a refusal. In Constrained Language Mode only cmdlets work:
@@ -3205,6 +3207,7 @@ def parse_windows(text: str, _nonce: str, previous: CpuTicks | None) -> Sample:
     return sample
 
 
+# === Collect =================================================================
 def simulated_sample(text: str, _nonce: str, _previous: CpuTicks | None) -> Sample:
     """What SimulatedConnection answers, as a check."""
     good = text.startswith("healthy")
@@ -3350,42 +3353,8 @@ def settle(standing: Standing, verdict: Verdict, settings: ResourceSettings, now
 DEFAULT_TTL = 132.0             # seconds; the lease of a resource with default settings
 
 
-class LeaseHeap:
-    """The earliest of many named times: a heap whose outdated items are dropped when they come up."""
-
-    def __init__(self) -> None:
-        self._times: dict[str, float] = {}
-        self._heap: list[tuple[float, str]] = []
-
-    def __len__(self) -> int:
-        return len(self._times)
-
-    def put(self, name: str, moment: float) -> None:
-        self._times[name] = moment
-        heapq.heappush(self._heap, (moment, name))
-        if len(self._heap) > 2 * len(self._times) + 64:     # renewals of far times pile up below the top
-            self._heap = [(moment, name) for name, moment in self._times.items()]
-            heapq.heapify(self._heap)
-
-    def drop(self, name: str) -> None:
-        self._times.pop(name, None)
-
-    def first(self) -> float:
-        """The earliest time, infinity when there is none."""
-        while self._heap and self._times.get(self._heap[0][1]) != self._heap[0][0]:
-            heapq.heappop(self._heap)
-        return self._heap[0][0] if self._heap else math.inf
-
-    def first_name(self) -> str:
-        return self._heap[0][1] if self.first() < math.inf else ""
-
-    def before(self, moment: float) -> list[str]:
-        """The names whose time is not after `moment`."""
-        return [name for name, time_ in self._times.items() if time_ <= moment] if self.first() <= moment else []
-
-
 class Lease:
-    """Two floats in shared memory: until when the application is healthy, and when it can be healthy again."""
+    """Two monotonic times in shared memory: until when the application is healthy, and when it can be so again."""
 
     def __init__(self) -> None:
         self.until: ctypes.c_double = multiprocessing.RawValue(ctypes.c_double, 0.0)
@@ -3408,9 +3377,8 @@ class HealthAggregator:
         self._lock = threading.Lock()               # guards all below and the writing of the lease
         self._owners: dict[str, object] = {}        # registered resources
         self._counted: dict[str, bool] = {}         # critical and not in maintenance
-        self._parts = LeaseHeap()                    # leases of healthy, counted resources
-        self._blockers = LeaseHeap()                 # minus the soonest recovery of unhealthy, counted resources
-        self._reasons: dict[str, str] = {}
+        self._healthy: dict[str, float] = {}        # counted resource -> end of its lease, monotonic
+        self._unhealthy: dict[str, tuple[float, str]] = {}  # counted resource -> soonest recovery, monotonic; reason
         self._pending: set[str] = set()             # no result yet, since the start
         self._announced = False                     # the registration of the start is over
         self._started = False                       # every resource of the start has had a result
@@ -3456,54 +3424,52 @@ class HealthAggregator:
             self._owners.setdefault(name, owner)
             self._pending.discard(name)
             if self._counted.setdefault(name, True):
-                now = self._clock()
-                self._reasons[name] = reason
+                self._forget(name)
                 if healthy:
-                    self._blockers.drop(name)
-                    self._parts.put(name, now + ttl)
+                    self._healthy[name] = self._clock() + ttl
                 else:
-                    self._parts.drop(name)
-                    self._blockers.put(name, -(now + opens))
+                    self._unhealthy[name] = self._clock() + opens, reason
             self._renew()
 
     def is_healthy(self) -> bool:
         """Whether every counted resource is healthy now; one comparison, without a lock."""
         return self._clock() < self._until.value
 
-    def expired(self) -> list[str]:
-        """Resources whose lease ran out: nobody reported them in time."""
+    def note_expiry(self) -> list[str]:
+        """Announces that the gate has closed by a lease that ran out; gives the resources that are late."""
         with self._lock:
-            now = self._clock()
-            names = self._parts.before(now)
-            self._note(now)
-            return names
+            self._announce()
+            return self._late()
+
+    def _late(self) -> list[str]:
+        now_mono = self._clock()
+        return [name for name, until_mono in self._healthy.items() if until_mono <= now_mono]
 
     def _forget(self, name: str) -> None:
-        self._parts.drop(name)
-        self._blockers.drop(name)
-        self._reasons.pop(name, None)
+        self._healthy.pop(name, None)
+        self._unhealthy.pop(name, None)
         self._pending.discard(name)
 
     def _renew(self) -> None:
         """Writes the lease; the caller holds the lock."""
         self._started = self._started or (self._announced and not self._pending)
-        now, blocked = self._clock(), len(self._blockers) > 0
-        until = self._parts.first() if self._started and not self._pending and not blocked else 0.0
-        self.lease.opens.value = -self._blockers.first() if blocked else now
-        self._until.value = until
-        self._note(now)
+        waits = not self._started or self._pending or self._unhealthy
+        self.lease.opens.value = max(self._unhealthy.values())[0] if self._unhealthy else self._clock()
+        self._until.value = 0.0 if waits else min(self._healthy.values(), default=math.inf)
+        self._announce()
 
-    def _note(self, now: float) -> None:
-        """Announces that the gate has changed, and why."""
-        is_open = bool(now < self._until.value)
+    def _announce(self) -> None:
+        """Tells of the gate when it has opened or closed, and why."""
+        is_open = self.is_healthy()
         if is_open == self._open:
             return
         self._open, why = is_open, ""
-        if not is_open and len(self._blockers):
-            name, more = self._blockers.first_name(), len(self._blockers) - 1
-            why = f"{name}: {self._reasons[name]}" + (f" and {more} more" if more else "")
+        if not is_open and self._unhealthy:
+            name, (_, reason) = max(self._unhealthy.items(), key=lambda item: item[1])
+            more = len(self._unhealthy) - 1
+            why = f"{name}: {reason}" + (f" and {more} more" if more else "")
         elif not is_open:
-            why = f"no result of {', '.join(self._parts.before(now)[:5])}"
+            why = f"no result of {', '.join(self._late()[:5])}"
         self.transitions.put((time.time(), is_open, why))
 
     SetResource = set_resource
@@ -4108,7 +4074,7 @@ class Monitor(threading.Thread):
                 self._launch(poller.target, poller.standing, 0.0, expires=poller.expires)
             poller.expire()
         self._recount()
-        self._watch.aggregator.expired()
+        self._watch.aggregator.note_expiry()
         with self._store.reading() as session:
             current = revision(session)
         if current != self._revision:
