@@ -184,7 +184,7 @@ TOKEN_LIFE = 1200.0             # seconds of a bearer token
 # One root for what is raised on purpose; the command line turns each class into its exit code, pages and API into a
 # status. An error's text is one line that a user can act on, and never holds a secret.
 # Gives: HealthCheckerError, InventoryError, UsageError, SecretError, StorageError, ApiError, Cause, one_line,
-#   ProbeError.
+#   ProbeError
 REASON_CHARS = 500              # characters of a reason that are kept
 
 
@@ -256,7 +256,7 @@ class ProbeError(HealthCheckerError):
 # Pure but for reading files and environment; called by commands, and by threads that serve the console.
 # Gives: Platform, SELECTABLE, SSH_PLATFORMS, REMOTE_PLATFORMS, NodePath, Document, StrictReader, Settings, TextLine,
 #   Name, Limit, Limits, Check, Retention, ServiceSettings, SECRETS, HOSTLESS, foreign_fields, ResourceSettings,
-#   Entry, Inventory, message_of, InventoryLoader, read_document, load_inventory.
+#   Entry, Inventory, message_of, InventoryLoader, read_document, load_inventory
 INVENTORY_BYTES = 1 << 20       # bytes; a larger inventory is refused
 INVENTORY_DEPTH = 8             # levels of nesting
 INVENTORY_NODES = 200_000       # YAML events
@@ -925,7 +925,7 @@ def load_inventory(path: Path) -> Inventory:
 # === Vault ===================================================================
 # Secrets go in and tokens come out, and the other way round for the row that they were sealed for; passwords of
 # users are hashed here. Any thread may seal and open: keys change only while nothing else runs.
-# Gives: length_prefixed, create_private, Vault, hash_password.
+# Gives: length_prefixed, create_private, Vault, hash_password
 RSA_BITS = 3072                 # bits, equal in strength to AES-128 (NIST SP 800-57)
 OAEP = padding.OAEP(padding.MGF1(hashes.SHA256()), hashes.SHA256(), b"HealthChecker/HC1")
 SPKI = serialization.PublicFormat.SubjectPublicKeyInfo
@@ -1544,7 +1544,7 @@ def load_targets(session: Session, vault: Vault) -> dict[str, Target]:
 # What every way to a host is built from: a deadline on the monotonic clock for the whole poll, a cap of the bytes
 # that a host may send, look-up of names, TCP. What fails here raises ProbeError with a cause. Runs in the threads
 # of the pollers; the resolver has a thread for each look-up that is under way.
-# Gives: OUTPUT_BYTES, READ_BYTES, CommandResult, Deadline, Connection, OutputBuffer, Resolver, connect_tcp.
+# Gives: OUTPUT_BYTES, READ_BYTES, CommandResult, Deadline, Connection, OutputBuffer, Resolver, connect_tcp
 OUTPUT_BYTES = 1 << 20          # bytes over stdout and stderr; a poll that prints more is ended
 HANDSHAKE_BYTES = 1 << 16       # bytes off the wire until the host has shown its key
 READ_BYTES = 1 << 16            # bytes taken from a host at once
@@ -1699,7 +1699,7 @@ def connect_tcp(resolver: Resolver, host: str, port: int, deadline: Deadline) ->
 # === Logins ==================================================================
 # Asked before every login and told what came of it; answers with permission, a wait, or ProbeError `auth`. The
 # threads of the pollers share a guard for each credential; what they refused before a restart is told again.
-# Gives: NOT_TRIED, LoginGuard, Guards.
+# Gives: NOT_TRIED, LoginGuard, Guards
 UNANSWERED = 3                  # logins without an outcome that count as refused
 AUTH_TURN = 1.0                 # seconds between attempts with an unproven credential while one has no outcome
 NOT_TRIED = "not tried: the same credential was refused before; check username and password"
@@ -1816,7 +1816,7 @@ class Guards:
 # A script goes to `/bin/sh -s` of a POSIX host over paramiko, its output comes back. A connection lasts one poll:
 # TCP, key exchange, the host's key against pin and known_hosts, only then the login. In the poller's thread, with
 # paramiko's own beside it; the deadline closes the socket, since paramiko may wait for ever.
-# Gives: KnownHosts, ConnectionContext, SshConnection.
+# Gives: KnownHosts, ConnectionContext, SshConnection
 RECEIVED_BYTES = 2 << 20        # bytes off the wire in a poll: the output and its wrapping
 ITEMS = 64                      # things that one SSH packet may announce
 PACKET_PATIENCE = 1.0           # seconds without a packet after which paramiko looks whether it was closed
@@ -2108,7 +2108,7 @@ class SshConnection:
 # A script goes to a Windows host over pypsrp and comes back as text. pypsrp sends by requests, which is given one
 # socket that is open, secured and verified already: certificate before password, deadline and byte cap on every
 # read, and no second connection, whatever requests or urllib3 make of an answer. In the poller's thread.
-# Gives: PowerShellConnection.
+# Gives: PowerShellConnection
 SHELL_IDLE = 60                 # seconds after which a Windows host drops a forgotten shell; it takes no less
 ANSWER_MARGIN = 0.3             # seconds before the deadline at which a Windows host is to answer "not yet"
 CLOSE_TIMEOUT = 0.8             # seconds to stop the script and delete the shell, also after the deadline
@@ -2398,7 +2398,7 @@ class PowerShellConnection:
 # === Local ===================================================================
 # A script goes to a shell of this machine; a simulated resource answers without one. What the shell started is ended
 # with it. In the poller's thread. CONNECTIONS names the connection of each platform.
-# Gives: CONNECTIONS.
+# Gives: CONNECTIONS
 FLIPS = 10_000                  # state changes of a simulated resource between two polls at most
 
 
@@ -2507,7 +2507,7 @@ CONNECTIONS: dict[Platform, Callable[[Target, LoginGuard, ConnectionContext], Co
 # round trip; its output goes in, a sample comes out. Parsers are pure and raise ValueError, which becomes the
 # problem shown in the metric's place.
 # Gives: NOT_KNOWN, KEPT_BYTES, PROBLEM_CHARS, DETAILS, CONTROL, CpuTicks, Outcome, Sample, _percent, build_script,
-#   is_complete, last_section, parse_output.
+#   is_complete, last_section, parse_output
 
 NOT_KNOWN = "not known on this platform"
 KEPT_BYTES = 4096               # bytes of text kept of a service or check; the script has this number, too
@@ -3028,7 +3028,7 @@ def parse_output(text: str, nonce: str, previous: CpuTicks | None) -> Sample:
 # === Windows =================================================================
 # The same for Windows: one script, COLLECT, with services and checks written into it, and its answer as a sample.
 # Pure. A metric that could not be read is a problem; an answer that is not whole is none.
-# Gives: build_windows_script, parse_windows.
+# Gives: build_windows_script, parse_windows
 
 # For Windows PowerShell 5.1 and PowerShell 7. Prints one line of JSON, ASCII and whole numbers only, which no
 # code page or language changes. WMI takes about 5 s to refuse a plain account's network logon, so such a one
@@ -3248,7 +3248,7 @@ def parse_windows(text: str, _nonce: str, previous: CpuTicks | None) -> Sample:
 # === Collect =================================================================
 # One poll of a resource in one round trip, in the poller's thread: build the platform's script, run it over its
 # connection, parse what came back, and see to it that all that was asked for is answered: a sample or ProbeError.
-# Gives: collect.
+# Gives: collect
 def simulated_sample(text: str, _nonce: str, _previous: CpuTicks | None) -> Sample:
     """What SimulatedConnection answers, as a check."""
     good = text.startswith("healthy")
@@ -3315,7 +3315,7 @@ def collect(settings: ResourceSettings, connection: Connection, previous: CpuTic
 #     healthy, degraded --`fall` bad verdicts in a row, or one of a cause AT_ONCE--> unhealthy
 #     unhealthy --`rise` good verdicts in a row--> healthy | degraded
 #     healthy <--any good verdict--> degraded
-# Gives: State, Verdict, evaluate, Standing, settle.
+# Gives: State, Verdict, evaluate, Standing, settle
 State = Literal["unknown", "healthy", "degraded", "unhealthy"]
 AT_ONCE = frozenset({"auth", "host_key", "credential", "stale"})     # causes that do not wait for `fall`
 
@@ -3401,7 +3401,7 @@ def settle(standing: Standing, verdict: Verdict, settings: ResourceSettings, now
 # Every poller's standing comes in by set_resource, one answer goes out: the lease, in shared memory, which gates of
 # all processes compare with the clock. Reports come from any thread; each writes the lease anew under one lock.
 # Opening and closing is announced in `transitions`, which the recorder empties.
-# Gives: Lease, HealthAggregator.
+# Gives: Lease, HealthAggregator
 DEFAULT_TTL = 132.0             # seconds; the lease of a resource with default settings
 
 
@@ -3797,7 +3797,7 @@ def chart(session: Session, resource_id: int, metric: str, span: str, now: float
 # Rows of resources come in, reports go out: to the aggregator at once, to the database through the recorder. A
 # thread for each resource polls it, one (the recorder) writes, one (the monitor) makes pollers follow the rows,
 # replaces dead ones and sees leases and maintenance end. Names in `_mono` are monotonic times, in `_at` Unix times.
-# Gives: Recorder, PollContext, poll_once, Monitor.
+# Gives: Recorder, PollContext, poll_once, Monitor
 FIRST_POLLS = 50.0              # first polls per second
 JITTER = 0.1                    # part of the interval by which polls are spread
 FLUSH_INTERVAL = 1.0            # seconds for which the recorder gathers what it writes
