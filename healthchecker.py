@@ -241,7 +241,7 @@ def one_line(text: str) -> str:
 
 
 class ProbeError(HealthCheckerError):
-    """A poll gave no sample; `cause` is one of DESIGN's causes, the text says what to do."""
+    """A poll gave no sample; the text says what to do."""
 
     def __init__(self, cause: Cause, message: str) -> None:
         super().__init__(one_line(message))
@@ -283,23 +283,15 @@ REMOTE_PLATFORMS = SSH_PLATFORMS | {Platform.WINDOWS}
 NodePath = tuple[str | int, ...]
 
 
-class Mark(NamedTuple):
-    """A place in a file as PyYAML counts: from 0."""
-
-    line: int
-    column: int
-
-
-def offset_mark(source: str | bytes, offset: int) -> Mark:
-    """The place of an offset."""
-    before = source[:offset] if isinstance(source, str) else source[:offset].decode("utf-8", "replace")
-    lines = re.split("\r\n|[\n\r\x85\u2028\u2029]", before)      # what YAML takes for a line break
-    return Mark(len(lines) - 1, len(lines[-1]))
-
-
-def place(mark: Any) -> str:
-    """`line:column` of a mark in a YAML file, counted from 1."""
+def line_column(mark: Any) -> str:
+    """`line:column`, counted from 1."""
     return f"{mark.line + 1}:{mark.column + 1}"
+
+
+def mark_after(before: str) -> yaml.Mark:
+    """The mark behind a text."""
+    lines = re.split("\r\n|[\n\r\x85\u2028\u2029]", before)      # what YAML takes for a line break
+    return yaml.Mark("", len(before), len(lines) - 1, len(lines[-1]), None, 0)
 
 
 class Document(NamedTuple):
@@ -315,7 +307,7 @@ class Document(NamedTuple):
         node = self.keys.get(path) if key else None
         while node is None and path:
             node, path = self.nodes.get(path), path[:-1]
-        return place(node.start_mark) if node else "1:1"
+        return line_column(node.start_mark) if node else "1:1"
 
 
 SURROGATE = re.compile("[\ud800-\udfff]")
@@ -329,7 +321,7 @@ class StrictReader:
         self.faults: list[str] = []
 
     def fault(self, mark: Any, message: str) -> None:
-        self.faults.append(f"{self.name}:{place(mark)}: {message}")
+        self.faults.append(f"{self.name}:{line_column(mark)}: {message}")
 
     def read(self, source: bytes) -> Document:
         """Raises InventoryError for what is no YAML that we allow."""
@@ -341,7 +333,7 @@ class StrictReader:
             self.fault(error.problem_mark or error.context_mark,
                        "not valid YAML here (is a value with special characters unquoted?)")
         except yaml.reader.ReaderError as error:
-            self.fault(offset_mark(text, error.position), "this character is not allowed in YAML")
+            self.fault(mark_after(text[:error.position]), "this character is not allowed in YAML")
         if self.faults:
             raise InventoryError("\n".join(self.faults))
         return document._replace(value=self._convert(root, (), document)) if root else document
@@ -353,7 +345,8 @@ class StrictReader:
         try:
             return source.decode("utf-8-sig")
         except UnicodeDecodeError as error:
-            self.fault(offset_mark(source, error.start), "this byte is not UTF-8; save the file as UTF-8")
+            self.fault(mark_after(source[:error.start].decode("utf-8", "replace")),
+                       "this byte is not UTF-8; save the file as UTF-8")
             return ""
 
     def _allowed(self, text: str) -> bool:
@@ -411,11 +404,11 @@ def network_of(text: str) -> str:
 
 def matching(pattern: str, message: str, longest: int = 4096) -> AfterValidator:
     """A validator for a text that matches `pattern` as a whole; `message` says what is wanted."""
-    def check(text: str) -> str:
+    def validate(text: str) -> str:
         if len(text) > longest or not re.fullmatch(pattern, text):
             raise ValueError(message)
         return text
-    return AfterValidator(check)
+    return AfterValidator(validate)
 
 
 def port_of(listen: str) -> str:
@@ -722,15 +715,11 @@ def known_fields(model: type[Settings], loc: NodePath) -> Iterable[str]:
 
 
 WORDING = {     # pydantic's, as patterns, and ours
-    "Field required": "is missing",
-    "Extra inputs are not permitted": "is unknown",
-    "Input is not a valid path.*": "must be a path",
-    "Input should be a valid tuple": "must be a list",
+    "Field required": "is missing", "Extra inputs are not permitted": "is unknown",
+    "Input is not a valid path.*": "must be a path", "Input should be a valid tuple": "must be a list",
     "Input should be a valid dictionary or .*": "must be a mapping (key: value)",
     "Value should have (.*) items? after validation.*": r"must have \1 characters",
-    "Input should be|String should be": "must be",
-    "String should": "must",
-    "Value error, ": ""}
+    "Input should": "must", "String should": "must", "Value error, ": ""}
 
 
 def message_of(error: Mapping[str, Any]) -> str:
@@ -831,7 +820,7 @@ class InventoryLoader:
             inherited = bool(loc) and loc[0] not in own and loc[0] in defaults
             return (("defaults",) if inherited else here) + loc
 
-        secrets_ = [self._secret(raw, kind, locate) for kind in SECRETS]
+        password, passphrase = (self._secret(raw, kind, locate) for kind in SECRETS)
         for name in FILES:
             with contextlib.suppress(ValueError):       # the model reports that
                 if isinstance(raw.get(name), str) and not os.path.isfile(absolute(raw[name], self.folder)):
@@ -841,7 +830,7 @@ class InventoryLoader:
             for message in conflicts(raw, str(raw.get("platform", Platform.UNIX.value))):
                 self.fault(here, message)
             return None
-        return Entry(settings, secrets_[0], secrets_[1], f"{self.path.name}:{self.document.position(here)}")
+        return Entry(settings, password, passphrase, f"{self.path.name}:{self.document.position(here)}")
 
     def _merged(self, here: NodePath, own: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
         """`own` over `defaults`; what has no meaning on the platform is a fault in `own` and skipped in `defaults`."""
@@ -867,31 +856,31 @@ class InventoryLoader:
         source = next((name for name in (kind, f"{kind}_env", f"{kind}_file") if name in raw), kind)
         if not isinstance(raw.get(source), str):
             return None
+        text, fault = "", ""
         try:
             text = self._fetch(source, raw[source])
+        except (OSError, UnicodeError):
+            fault = "this file cannot be read as text"
         except ValueError:
             return None
-        if text is None:
-            self.fault(locate((source,)), "this file cannot be read as text")
-        elif not text and source != kind:
-            missing = "this environment variable is not set" if source.endswith("_env") else "this file is empty"
-            self.fault(locate((source,)), missing)
+        if not (text or fault) and source != kind:
+            fault = "this environment variable is not set" if source.endswith("_env") else "this file is empty"
         elif len(text) > SECRET_LENGTH and not text.startswith(TOKEN_PREFIX):
-            self.fault(locate((source,)), f"must be at most {SECRET_LENGTH} characters")
-        return SecretStr(text or "")
+            fault = f"must be at most {SECRET_LENGTH} characters"
+        if fault:
+            self.fault(locate((source,)), fault)
+        return SecretStr(text)
 
-    def _fetch(self, source: str, text: str) -> str | None:
-        """The secret that `source` stands for, None when it is no text; raises ValueError for an impossible path."""
+    def _fetch(self, source: str, text: str) -> str:
+        """The secret that `source` stands for; raises OSError, UnicodeError and, for an impossible path, ValueError."""
         if source.endswith("_env"):
             text = os.environ.get(text, "")
-        path = absolute(text, self.folder) if source.endswith("_file") else None
-        if path and not os.path.isfile(path):
-            return None     # a pipe would be waited for
-        try:
-            text = path.read_text("utf-8-sig").rstrip("\r\n") if path else text
-            text.encode()
-        except (OSError, UnicodeError):
-            return None
+        elif source.endswith("_file"):
+            path = absolute(text, self.folder)
+            if not os.path.isfile(path):
+                raise FileNotFoundError(path)   # a pipe would be waited for
+            text = path.read_text("utf-8-sig").rstrip("\r\n")
+        text.encode()
         return text
 
     def _fault_repeated_names(self, items: list[Any], defaults: dict[str, Any]) -> None:
@@ -1565,18 +1554,18 @@ class Deadline:
 
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
-        self._ends = time.monotonic() + seconds
+        self._ends_mono = time.monotonic() + seconds
         self.expired = False
 
     def left(self) -> float:
         """Seconds left; raises ProbeError when there are none."""
         if self.over:
             raise ProbeError("timeout", f"no answer within {self.seconds:g} s")
-        return self._ends - time.monotonic()
+        return self._ends_mono - time.monotonic()
 
     @property
     def over(self) -> bool:
-        return self.expired or time.monotonic() >= self._ends
+        return self.expired or time.monotonic() >= self._ends_mono
 
     @contextlib.contextmanager
     def watch(self, abort: Callable[[], object]) -> Iterator[None]:
@@ -1723,20 +1712,20 @@ class LoginGuard:
         self._accepted: set[str] = set()            # resources that were let in
         self._unanswered: dict[str, int] = {}       # logins without an outcome in a row, of those that never were
         self._suspects: set[str] = set()            # refused for the first time since the last accepted login
-        self._last = -math.inf                      # time of the last attempt, by the clock
-        self._began = -math.inf                     # the same, monotonic: it spaces attempts without an outcome
+        self._last_mono = -math.inf                 # the last attempt, by the clock that is passed in
+        self._began_mono = -math.inf                # the same, by the system's: it spaces what has no outcome
 
     def wait(self, name: str, stamp: int = 0) -> float:
         """Seconds until `name` may try; 0 = now. `stamp` tells a key file from the one that was refused."""
         with self._turn:
-            last, refused = self._refused.get(name, (-math.inf, stamp))
-            last = last if refused == stamp else -math.inf
+            last_mono, refused = self._refused.get(name, (-math.inf, stamp))
+            last_mono = last_mono if refused == stamp else -math.inf
             if len(self._suspects) > 1:
-                last = max(last, self._last)
-            return max(0.0, last + AUTH_BACKOFF - self._clock())
+                last_mono = max(last_mono, self._last_mono)
+            return max(0.0, last_mono + AUTH_BACKOFF - self._clock())
 
     def _rest(self) -> float:
-        return self._began + AUTH_TURN - time.monotonic()
+        return self._began_mono + AUTH_TURN - time.monotonic()
 
     @contextlib.contextmanager
     def attempt(self, name: str, deadline: Deadline, stamp: int = 0) -> Iterator[None]:
@@ -1747,7 +1736,7 @@ class LoginGuard:
             if self.wait(name, stamp) > 0:
                 raise ProbeError("auth", NOT_TRIED)
             self._running += 1
-            self._began, self._last = time.monotonic(), self._clock()
+            self._began_mono, self._last_mono = time.monotonic(), self._clock()
         try:
             yield
         except ProbeError as error:
@@ -1772,7 +1761,7 @@ class LoginGuard:
         with self._turn:
             if name not in self._refused:
                 self._suspects.add(name)
-            self._last = max(self._last, self._clock() - ago)
+            self._last_mono = max(self._last_mono, self._clock() - ago)
             self._refused[name] = self._clock() - ago, stamp
 
     def _accept(self, name: str) -> None:
@@ -1787,7 +1776,7 @@ class LoginGuard:
         with self._turn:
             self._refused.pop(name, None)
             self._suspects.discard(name)
-            self._last = -math.inf
+            self._last_mono = -math.inf
 
 
 class Guards:
@@ -1942,8 +1931,8 @@ class SshConnection:
         "macs": ["hmac-sha1", "hmac-sha1-96", "hmac-md5", "hmac-md5-96"]}
     NEVER: ClassVar = 10 ** 6           # seconds; paramiko's own timers follow the wall clock, ours decides
 
-    def __init__(self, target: Target, guard: LoginGuard, access: ConnectionContext) -> None:
-        self._target, self._guard, self._access = target, guard, access
+    def __init__(self, target: Target, guard: LoginGuard, context: ConnectionContext) -> None:
+        self._target, self._guard, self._context = target, guard, context
         self._settings = target.settings
         self._trusted = target.host_key
         self._learned: str | None = None    # trusted on first use and not reported yet
@@ -1975,7 +1964,7 @@ class SshConnection:
     @contextlib.contextmanager
     def _connected(self, deadline: Deadline) -> Iterator[SshTransport]:
         """A transport after the key exchange; socket, transport and thread are gone afterwards."""
-        sock = connect_tcp(self._access.resolver, self._settings.hostname, self._settings.connect_port, deadline)
+        sock = connect_tcp(self._context.resolver, self._settings.hostname, self._settings.connect_port, deadline)
         transport: SshTransport | None = None
 
         def abort() -> None:
@@ -2013,7 +2002,7 @@ class SshConnection:
         pinned = self._settings.host_key
         if pinned and pinned != "strict":
             return frozenset({pinned})
-        known, _ = self._access.known_hosts.lookup(self._settings.hostname, self._settings.connect_port)
+        known, _ = self._context.known_hosts.lookup(self._settings.hostname, self._settings.connect_port)
         return known | ({self._trusted} if self._trusted else frozenset())
 
     def _prefer_known_types(self, transport: SshTransport) -> None:
@@ -2029,7 +2018,7 @@ class SshConnection:
     def _verified(self, transport: SshTransport) -> bool:
         """Compares the host's key before any secret is sent; False asks for a connection with another type of key."""
         offered, accepted, name = remote_identity(transport), self._accepted(), self._settings.name
-        _, revoked = self._access.known_hosts.lookup(self._settings.hostname, self._settings.connect_port)
+        _, revoked = self._context.known_hosts.lookup(self._settings.hostname, self._settings.connect_port)
         if offered in revoked:
             raise ProbeError("host_key", f"host key revoked by known_hosts: offered {offered}")
         if any(same_key(key, offered) for key in accepted):
@@ -2244,8 +2233,8 @@ class PowerShellConnection:
     # Each new WSMan rewrites ElementTree's table of prefixes, and what other polls send just then is no XML: copied.
     WSMAN: ClassVar = WSMan("localhost")
 
-    def __init__(self, target: Target, guard: LoginGuard, access: ConnectionContext) -> None:
-        self._target, self._guard, self._access = target, guard, access
+    def __init__(self, target: Target, guard: LoginGuard, context: ConnectionContext) -> None:
+        self._target, self._guard, self._context = target, guard, context
         self._settings = target.settings
 
     def run(self, script: str, done: bytes, deadline: Deadline) -> CommandResult:
@@ -2266,7 +2255,7 @@ class PowerShellConnection:
     def _open(self, deadline: Deadline) -> socket.socket:
         settings = self._settings
         try:
-            return connect_tcp(self._access.resolver, settings.hostname, settings.connect_port, deadline)
+            return connect_tcp(self._context.resolver, settings.hostname, settings.connect_port, deadline)
         except ProbeError as error:
             hint = f"; {START_WINRM}" if "port" in str(error) else ""
             raise ProbeError(error.cause, f"{error}{hint}") from error
@@ -2294,7 +2283,7 @@ class PowerShellConnection:
     def _verified(self, deadline: Deadline) -> ssl.SSLSocket:
         name, pin = self._target.name, self._settings.certificate_fingerprint or self._target.host_key
         try:
-            secured = self._secured(self._context(bool(pin)), deadline)
+            secured = self._secured(self._tls_context(bool(pin)), deadline)
         except ssl.SSLCertVerificationError as error:
             offered = self.offered_key(deadline)
             raise ProbeError("host_key", f"certificate not trusted ({error.verify_message}): offered {offered}; "
@@ -2306,7 +2295,7 @@ class PowerShellConnection:
                              f"offered {shown}; no password was sent; if the change is right: trust {name}")
         return secured
 
-    def _context(self, pinned: bool) -> ssl.SSLContext:
+    def _tls_context(self, pinned: bool) -> ssl.SSLContext:
         """How the host's certificate is checked and ours shown. Raises ProbeError `credential` for unusable files."""
         settings, phrase = self._settings, self._target.passphrase
         if not (pinned or settings.ca_file or settings.certificate_file):
@@ -2449,7 +2438,7 @@ class LocalConnection:
         SHELL = ["powershell.exe", "-NoLogo", "-NoProfile", "-NonInteractive", "-Command",
                  "Invoke-Expression (@($input) -join [char]10)"]
 
-    def __init__(self, _target: Target, _guard: LoginGuard, _access: ConnectionContext) -> None:
+    def __init__(self, _target: Target, _guard: LoginGuard, _context: ConnectionContext) -> None:
         """A shell of our own needs none of them."""
 
     def run(self, script: str, done: bytes, deadline: Deadline) -> CommandResult:
@@ -2476,21 +2465,21 @@ class LocalConnection:
 class SimulatedConnection:
     """A resource that is healthy and unhealthy for exponentially distributed times, as the specification assumes."""
 
-    def __init__(self, target: Target, _guard: LoginGuard, _access: ConnectionContext) -> None:
+    def __init__(self, target: Target, _guard: LoginGuard, _context: ConnectionContext) -> None:
         self._means = {True: target.settings.mean_healthy, False: target.settings.mean_unhealthy}
         self._random = random.Random(target.settings.seed)
         self._healthy = True
-        self._flips = time.monotonic() + self._duration()
+        self._flips_mono = time.monotonic() + self._duration()
 
     def _duration(self) -> float:
         return self._random.expovariate(1 / self._means[self._healthy])
 
     def run(self, script: str, done: bytes, deadline: Deadline) -> CommandResult:
         for _ in range(FLIPS):
-            if self._flips > time.monotonic():
+            if self._flips_mono > time.monotonic():
                 break
             self._healthy = not self._healthy
-            self._flips += self._duration()
+            self._flips_mono += self._duration()
         return CommandResult((b"healthy" if self._healthy else b"outage") + done, 0)
 
 
@@ -2506,8 +2495,8 @@ CONNECTIONS: dict[Platform, Callable[[Target, LoginGuard, ConnectionContext], Co
 # A platform is a table of rows: name, command, parser. One script of sh runs a whole table, so that a poll is one
 # round trip; its output goes in, a sample comes out. Parsers are pure and raise ValueError, which becomes the
 # problem shown in the metric's place.
-# Gives: NOT_KNOWN, KEPT_BYTES, PROBLEM_CHARS, DETAILS, CONTROL, CpuTicks, Outcome, Sample, _percent, build_script,
-#   is_complete, last_section, parse_output
+# Gives: NOT_KNOWN, KEPT_BYTES, PROBLEM_CHARS, DETAILS, CONTROL, CpuTicks, cpu_percent, Outcome, Sample, percent,
+#   build_script, end_mark, last_section, not_run, parse_output
 
 NOT_KNOWN = "not known on this platform"
 KEPT_BYTES = 4096               # bytes of text kept of a service or check; the script has this number, too
@@ -2561,6 +2550,10 @@ class Sample:
     checks: Mapping[str, Outcome]
     problems: Mapping[str, str]
 
+    @property
+    def empty(self) -> bool:
+        return not (self.details or self.metrics or self.ticks or self.services or self.checks)
+
     def readings(self, metric: str) -> list[tuple[str, float]]:
         """Every reading of a metric, such as `disk_percent /` and `disk_percent /var` of disk_percent."""
         return [(name, value) for name, value in self.metrics.items() if name.partition(" ")[0] == metric]
@@ -2606,10 +2599,17 @@ def _count(text: str) -> float:
     return count
 
 
-def _percent(part: float, whole: float) -> float:
+def percent(part: float, whole: float) -> float:
     if not 0 <= part <= whole or not whole:
         raise ValueError(f"{part:g} of {whole:g} is no share")
     return 100 * part / whole
+
+
+def cpu_percent(before: CpuTicks | None, now: CpuTicks, slack: float = 0.0) -> float | None:
+    """None without an earlier count and where the counters began anew; `slack` is the part of the time by which an
+    idle machine may seem less than idle."""
+    busy, total = (now.busy - before.busy, now.total - before.total) if before else (0.0, 0.0)
+    return percent(max(busy, 0.0), total) if -slack * total <= busy <= total != 0 else None
 
 
 def _line(text: str) -> str:
@@ -2673,16 +2673,16 @@ def _linux_memory(text: str) -> float:
     named = _named(text)
     total = _sum(named, "MemTotal")
     if "MemAvailable" in named:
-        return _percent(total - _sum(named, "MemAvailable"), total)
+        return percent(total - _sum(named, "MemAvailable"), total)
     shared = _sum(named, "Shmem") if "Shmem" in named else 0  # in Cached, yet nothing can drop it
-    return _percent(total - _sum(named, "MemFree", "Buffers", "Cached") + shared, total)
+    return percent(total - _sum(named, "MemFree", "Buffers", "Cached") + shared, total)
 
 
 def _macos_memory(text: str) -> float:
     """What Activity Monitor calls used: memory of applications, wired and compressed."""
     named, page = _named(text), text.partition("page size of")[2]
     pages = _sum(named, "Anonymous pages", "Pages wired down", "Pages occupied by compressor")
-    return _percent((pages - _sum(named, "Pages purgeable")) * _number(page), _sum(named, "hw.memsize"))
+    return percent((pages - _sum(named, "Pages purgeable")) * _number(page), _sum(named, "hw.memsize"))
 
 
 def _freebsd_memory(text: str) -> float:
@@ -2692,13 +2692,13 @@ def _freebsd_memory(text: str) -> float:
     available = _sum(named, pages + "free_count", pages + "inactive_count")
     if arc + "size" in named:
         available += max(0.0, _sum(named, arc + "size") - _sum(named, arc + "c_min")) / max(page, 1)
-    return _percent(total - available, total)
+    return percent(total - available, total)
 
 
 def _linux_swap(text: str) -> float | None:
     named = _named(text)
     total = _sum(named, "SwapTotal")
-    return _percent(total - _sum(named, "SwapFree"), total) if total else None
+    return percent(total - _sum(named, "SwapFree"), total) if total else None
 
 
 def _macos_swap(text: str) -> float | None:
@@ -2706,7 +2706,7 @@ def _macos_swap(text: str) -> float | None:
     if not found:
         raise ValueError("no swap usage")
     total, used = map(_number, found.groups())
-    return _percent(used, total) if total else None
+    return percent(used, total) if total else None
 
 
 def _freebsd_swap(text: str) -> float | None:
@@ -2715,7 +2715,7 @@ def _freebsd_swap(text: str) -> float | None:
         raise ValueError("no table of swap devices")
     rows = [line.split()[-4:-2] for line in lines if not line.startswith("Total")]
     total, used = (sum(map(_number, sizes)) for sizes in zip(*rows, strict=True)) if rows else (0, 0)
-    return _percent(used, total) if total else None
+    return percent(used, total) if total else None
 
 
 class Volume(NamedTuple):
@@ -2778,9 +2778,9 @@ def _disk_percent(text: str, typed: bool) -> dict[str, float | str]:
         used, free = sum(volume.used for volume in volumes), max(volume.available for volume in volumes)
         for index, volume in enumerate(volume for volume in volumes if volume.shown):
             if index == 0:
-                shares[f"disk_percent {volume.mount}"] = _percent(used, used + free)
+                shares[f"disk_percent {volume.mount}"] = percent(used, used + free)
             elif volume.available < free * QUOTA_RATIO:
-                shares[f"disk_percent {volume.mount}"] = _percent(volume.used, volume.used + volume.available)
+                shares[f"disk_percent {volume.mount}"] = percent(volume.used, volume.used + volume.available)
     # An account without rights to somebody's private mount is no fault; a disk that answers with an error is.
     private = re.compile("[Pp]ermission denied|not permitted")
     errors = [line for line in text.splitlines() if line.startswith("df: ") and not private.search(line)]
@@ -2966,16 +2966,22 @@ def _sections(text: str, nonce: str) -> list[Section]:
     return found
 
 
-def is_complete(output: bytes | str, nonce: str) -> bool:
-    """Whether the script came to its end; what still holds the stream open need not be waited for."""
-    mark = f"\n@{nonce} done\n"
-    return mark in output if isinstance(output, str) else mark.encode() in output
+
+def end_mark(nonce: str) -> str:
+    """What the script prints last; what still holds the stream open then need not be waited for."""
+    return f"\n@{nonce} done\n"
 
 
 def last_section(text: str, nonce: str) -> str:
     """What ran when the output stopped, such as "disk_percent" or "check replication"; "" for nothing."""
     *_, last = [Section((), "", ("0",)), *_sections(text, nonce)]
     return "" if last.end else " ".join(map(unquote, last.title[:2]))
+
+
+def not_run(text: str) -> ProbeError:
+    """For output in which nothing can be read."""
+    said = " ".join(text[:KEPT_BYTES].translate(CONTROL).split())[:PROBLEM_CHARS]
+    return ProbeError("protocol", f"the script was not run; output: {said or 'none'}")
 
 
 def _readings(probe: Probe, section: Section | None, previous: CpuTicks | None) -> Mapping[str, Reading]:
@@ -2987,9 +2993,7 @@ def _readings(probe: Probe, section: Section | None, previous: CpuTicks | None) 
     value = probe.parse(section.text)
     if not isinstance(value, CpuTicks):
         return value if isinstance(value, Mapping) else {probe.name: value}
-    busy, total = (value.busy - previous.busy, value.total - previous.total) if previous else (0.0, 0.0)
-    sane = 0 <= busy <= total and total  # the counters went on
-    return {"": value, "cpu_percent": _percent(busy, total) if sane else None}
+    return {"": value, "cpu_percent": cpu_percent(previous, value)}
 
 
 def _outcomes(sections: Iterable[Section], kind: str, state: Judge) -> dict[str, Outcome]:
@@ -3019,9 +3023,8 @@ def parse_output(text: str, nonce: str, previous: CpuTicks | None) -> Sample:
         _outcomes(sections.values(), "check", _by_status),
         problems | {name: value[:PROBLEM_CHARS] for name, value in readings.items() if isinstance(value, str)},
     )
-    if not (sample.details or sample.metrics or sample.ticks or sample.services or sample.checks):
-        said = " ".join(text.translate(CONTROL).split())[:PROBLEM_CHARS]
-        raise ProbeError("protocol", f"the script was not run; output: {said or 'none'}")
+    if sample.empty:
+        raise not_run(text)
     return sample
 
 
@@ -3179,7 +3182,7 @@ Whole = Annotated[int, Field(gt=-1 << 64, lt=1 << 64)]
 AmountName = Annotated[str, Field(pattern="^(cpu|memory|swap)_percent$|^disk_percent .{1,200}$")]
 
 
-class Judged(BaseModel, strict=True):
+class ReportedOutcome(BaseModel, strict=True):
     """A service or check in what COLLECT prints."""
 
     name: str
@@ -3198,14 +3201,9 @@ class WindowsAnswer(BaseModel, strict=True):
     details: dict[str, Whole | str]
     amounts: dict[AmountName, tuple[Whole, Whole]]
     problems: dict[str, str]
-    services: list[Judged]
-    checks: list[Judged]
+    services: list[ReportedOutcome]
+    checks: list[ReportedOutcome]
 
-
-def _windows_cpu(previous: CpuTicks | None, now: CpuTicks) -> dict[str, float]:
-    """Idle time and time have two clocks: an idle machine may seem busy for a little less than nothing."""
-    busy, total = (now.busy - previous.busy, now.total - previous.total) if previous else (0.0, 0.0)
-    return {"cpu_percent": _percent(max(busy, 0.0), total)} if -total / 100 <= busy <= total != 0 else {}
 
 
 def _windows_sample(answer: WindowsAnswer, previous: CpuTicks | None) -> Sample:
@@ -3216,12 +3214,13 @@ def _windows_sample(answer: WindowsAnswer, previous: CpuTicks | None) -> Sample:
     problems |= {name: one_line(why)[:PROBLEM_CHARS] for name, why in answer.problems.items()}
     for name, (used, total) in answer.amounts.items():
         try:
-            metrics[name] = _percent(used, total)
+            metrics[name] = percent(used, total)
         except ValueError as error:
             problems[name.partition(" ")[0]] = str(error)
     if metrics.pop("cpu_percent", None) is not None:
         ticks = CpuTicks(*map(float, answer.amounts["cpu_percent"]))
-        metrics |= _windows_cpu(previous, ticks)
+        if (busy := cpu_percent(previous, ticks, 0.01)) is not None:    # idle time and time have a clock each
+            metrics["cpu_percent"] = busy
     details = {name: one_line(value) if isinstance(value, str) else float(value)
                for name, value in answer.details.items() if name in DETAILS}
     services, checks = ({row.name: row.outcome() for row in rows}
@@ -3237,10 +3236,9 @@ def parse_windows(text: str, _nonce: str, previous: CpuTicks | None) -> Sample:
         plain = json.dumps(json.loads("".join(last)), ensure_ascii=False).encode(errors="replace")
         answer = WindowsAnswer.model_validate_json(plain)
     except (ValueError, RecursionError):
-        said = " ".join(text[:KEPT_BYTES].translate(CONTROL).split())[:PROBLEM_CHARS]
-        raise ProbeError("protocol", f"the script was not run; output: {said or 'none'}") from None
+        raise not_run(text) from None
     sample = _windows_sample(answer, previous)
-    if not (sample.details or sample.metrics or sample.ticks or sample.services or sample.checks):
+    if sample.empty:
         raise ProbeError("protocol", f"nothing can be read: {'; '.join(sample.problems.values())}")
     return sample
 
@@ -3298,10 +3296,10 @@ def collect(settings: ResourceSettings, connection: Connection, previous: CpuTic
     nonce = secrets.token_hex(8)
     language = LANGUAGES[settings.platform]
     script = language.build(settings.services, settings.checks, nonce)
-    done = f"\n@{nonce} done\n"
+    done = end_mark(nonce)
     result = connection.run(script, done.encode(), Deadline(settings.timeout))
     text = result.output.decode(errors="replace")
-    if not is_complete(text, nonce):
+    if done not in text:
         error = incomplete(result, last_section(text, nonce), settings.timeout)
         error.host_key = result.host_key
         raise error
@@ -3385,7 +3383,7 @@ class Standing:
         return self.state == "unknown" or (self.good > 0) == self.healthy
 
 
-def settle(standing: Standing, verdict: Verdict, settings: ResourceSettings, now: float) -> Standing:
+def settle(standing: Standing, verdict: Verdict, settings: ResourceSettings, at: float) -> Standing:
     """The standing after one more verdict: a first result counts at once, then `rise` and `fall` in a row."""
     good = standing.good + 1 if verdict.good else 0
     bad = 0 if verdict.good else standing.bad + 1
@@ -3393,7 +3391,7 @@ def settle(standing: Standing, verdict: Verdict, settings: ResourceSettings, now
               or good >= settings.rise or bad >= settings.fall)
     if not counts:
         return replace(standing, good=good, bad=bad)
-    since = standing.since if verdict.state == standing.state else now
+    since = standing.since if verdict.state == standing.state else at
     return Standing(verdict.state, verdict.cause, verdict.reason, since, good, bad)
 
 
@@ -3971,35 +3969,36 @@ def poll_once(target: Target, connection: Connection,
 class Poller(threading.Thread):
     """Polls one resource at its own interval; a thread that waits, connects and reports."""
 
-    def __init__(self, target: Target, watch: PollContext, guard: LoginGuard, standing: Standing, delay: float) -> None:
+    def __init__(self, target: Target, context: PollContext, guard: LoginGuard, standing: Standing,
+                 delay: float) -> None:
         super().__init__(name=f"poll {target.name}", daemon=True)
-        self.target, self._watch, self._guard = target, watch, guard
-        self._connection = CONNECTIONS[target.settings.platform](target, guard, watch.access)
+        self.target, self._context, self._guard = target, context, guard
+        self._connection = CONNECTIONS[target.settings.platform](target, guard, context.access)
         self._ticks: CpuTicks | None = None
-        self._due = time.monotonic() + delay
-        self.expires = self._due + target.settings.ttl      # without a report until then it is stale
+        self._due_mono = time.monotonic() + delay
+        self.expires_mono = self._due_mono + target.settings.ttl      # without a report until then it is stale
         self._woken = threading.Event()
-        self._asked: queue.SimpleQueue[concurrent.futures.Future[Report | None]] = queue.SimpleQueue()   # see check_now
+        self._asked: queue.SimpleQueue[concurrent.futures.Future[Report | None]] = queue.SimpleQueue()   # see poll_now
         self._stopped = False
         self._lock = threading.Lock()       # guards standing and the order of reports: the monitor sets stale
         self.standing = standing
 
     def run(self) -> None:
         while True:
-            woken = self._woken.wait(max(0.0, self._due - time.monotonic()))
+            woken = self._woken.wait(max(0.0, self._due_mono - time.monotonic()))
             self._woken.clear()     # before the look at _stopped, so that a stop in between is not lost
             if self._stopped:
                 return
             if woken:
                 self._guard.clear(self.target.name)
-            waiting = [self._asked.get() for _ in range(self._asked.qsize())]
-            begin = time.monotonic()
+            asked = [self._asked.get() for _ in range(self._asked.qsize())]
+            begun_mono = time.monotonic()
             pause, report = self._poll()
-            self._due = begin + pause
-            for answer in waiting:
+            self._due_mono = begun_mono + pause
+            for answer in asked:
                 answer.set_result(report)
 
-    def check_now(self) -> concurrent.futures.Future[Report | None]:
+    def poll_now(self) -> concurrent.futures.Future[Report | None]:
         """Polls at once, whatever the back-off; gives the report of that poll."""
         answer: concurrent.futures.Future[Report | None] = concurrent.futures.Future()
         self._asked.put(answer)
@@ -4011,24 +4010,24 @@ class Poller(threading.Thread):
         self._stopped = True
         self._woken.set()
 
-    def count(self) -> None:
+    def report_again(self) -> None:
         """Tells the aggregator the standing once more, for the rest of its time."""
         with self._lock:
             if self.standing.state != "unknown":
-                self._watch.aggregator.set_resource(self.target.name, self.standing.healthy, self.standing.why,
-                                                    ttl=self.expires - time.monotonic(), owner=self)
+                self._context.aggregator.set_resource(self.target.name, self.standing.healthy, self.standing.why,
+                                                    ttl=self.expires_mono - time.monotonic(), owner=self)
 
     def expire(self) -> None:
         """Makes the resource unhealthy, cause `stale`, when there was no result in time."""
         with self._lock:
             waits = self.standing.cause == "auth" and self._guard.wait(self.target.name, self.target.key_stamp) > 0
-            late = time.monotonic() >= self.expires and not waits
+            late = time.monotonic() >= self.expires_mono and not waits
         if late:
             self._report(Verdict("unhealthy", "stale", f"no result for {self.target.settings.ttl:.0f} s"), 0.0)
 
     def _poll(self) -> tuple[float, Report | None]:
         """One poll and its report; returns the seconds from its start to the next, too."""
-        settings, begin = self.target.settings, time.monotonic()
+        settings, begun_mono = self.target.settings, time.monotonic()
         wait = self._guard.wait(settings.name, self.target.key_stamp)
         sample, host_key = None, None
         if wait > 0 and self.standing.cause == "auth":
@@ -4040,41 +4039,41 @@ class Poller(threading.Thread):
         self._ticks = sample.ticks if sample else self._ticks
         if host_key:
             self.target = replace(self.target, host_key=host_key)
-        report = self._report(verdict, time.monotonic() - begin, sample, host_key)
+        report = self._report(verdict, time.monotonic() - begun_mono, sample, host_key)
         pause = settings.interval if self.standing.decided else min(settings.interval, settings.retry_interval)
-        return pause * self._watch.random.uniform(1 - JITTER, 1 + JITTER), report
+        return pause * self._context.random.uniform(1 - JITTER, 1 + JITTER), report
 
     def _report(self, verdict: Verdict, seconds: float, sample: Sample | None = None,
                 host_key: str | None = None) -> Report | None:
-        settings, now = self.target.settings, time.time()
+        settings, at = self.target.settings, time.time()
         retry = min(settings.interval, settings.retry_interval)
         with self._lock:
-            if verdict.cause == "stale" and time.monotonic() < self.expires:
+            if verdict.cause == "stale" and time.monotonic() < self.expires_mono:
                 return None     # a result came in after all
             stopped, before = self._stopped, self.standing
-            after = self.standing = settle(before, verdict, settings, now)
+            after = self.standing = settle(before, verdict, settings, at)
             wait = retry if after.good else settings.interval
             wait = self._guard.wait(settings.name, self.target.key_stamp) if verdict.cause == "auth" else wait
-            self.expires = time.monotonic() + settings.ttl + (wait if verdict.cause == "auth" else 0.0)
-            self._watch.aggregator.set_resource(
+            self.expires_mono = time.monotonic() + settings.ttl + (wait if verdict.cause == "auth" else 0.0)
+            self._context.aggregator.set_resource(
                 settings.name, after.healthy, after.why, ttl=settings.ttl, owner=self,
                 opens=wait + retry * max(0, settings.rise - after.good - 1))
-        report = Report(self.target, before, after, verdict, now, seconds, sample, host_key)
+        report = Report(self.target, before, after, verdict, at, seconds, sample, host_key)
         if not stopped:
-            self._watch.recorder.put(report)
+            self._context.recorder.put(report)
         return report
 
 
 class Monitor(threading.Thread):
     """Starts, stops and reconciles the pollers; restarts dead ones; sees leases expire."""
 
-    def __init__(self, store: Store, vault: Vault, watch: PollContext) -> None:
+    def __init__(self, store: Store, vault: Vault, context: PollContext) -> None:
         super().__init__(name="monitor", daemon=True)
-        self._store, self._vault, self._watch = store, vault, watch
+        self._store, self._vault, self._context = store, vault, context
         self._pollers: dict[str, Poller] = {}
         self._guards = Guards()
         self._counted: dict[str, bool] = {}         # as the aggregator was told
-        self._maintenance: dict[str, float] = {}    # Unix times until which resources do not count
+        self._maintenance_ends_at: dict[str, float] = {}    # Unix times until which resources do not count
         self._revision = -1
         self._followed = threading.Condition()      # guards _revision; notified when the rows were followed
         self._ending = threading.Event()
@@ -4082,8 +4081,8 @@ class Monitor(threading.Thread):
     def begin(self) -> None:
         """Registers every resource, takes over fresh stored states and starts everything."""
         self._reconcile()
-        self._watch.aggregator.start()
-        self._watch.recorder.start()
+        self._context.aggregator.start()
+        self._context.recorder.start()
         self.start()
 
     def run(self) -> None:
@@ -4100,7 +4099,7 @@ class Monitor(threading.Thread):
             self.join(1)    # or it would take stopped pollers for dead ones
         for poller in list(self._pollers.values()):
             poller.stop()
-        self._watch.recorder.close()
+        self._context.recorder.close()
 
     def poller(self, name: str) -> Poller | None:
         return self._pollers.get(name)
@@ -4112,34 +4111,34 @@ class Monitor(threading.Thread):
         with self._followed:
             self._followed.wait_for(lambda: self._revision >= wanted, 4 * MONITOR_INTERVAL)
 
-    def check_now(self, name: str, timeout: float) -> Report | None:
+    def poll_now(self, name: str, timeout: float) -> Report | None:
         """Polls a resource at once and waits until its report is written; None when there was none in `timeout`
         seconds, or there is no such resource. For any thread."""
         poller = self._pollers.get(name)
         try:
-            report = poller.check_now().result(timeout) if poller else None
+            report = poller.poll_now().result(timeout) if poller else None
         except concurrent.futures.TimeoutError:
             return None
-        self._watch.recorder.flush()
+        self._context.recorder.flush()
         return report
 
     def _sweep(self) -> None:
         for name, poller in list(self._pollers.items()):
             if not poller.is_alive() and not self._ending.is_set():
                 log.error("%s: its poller died; starting another", name)
-                self._launch(poller.target, poller.standing, 0.0, expires=poller.expires)
+                self._launch(poller.target, poller.standing, 0.0, expires_mono=poller.expires_mono)
             poller.expire()
         self._recount()
-        self._watch.aggregator.note_expiry()
+        self._context.aggregator.note_expiry()
         with self._store.reading() as session:
             current = revision(session)
         if current != self._revision:
             self._reconcile()
-        if any(0 < until <= time.time() for until in self._maintenance.values()):
+        if any(0 < at <= time.time() for at in self._maintenance_ends_at.values()):
             self._end_maintenance(time.time())
 
     def _counts(self, target: Target) -> bool:
-        return target.settings.critical and self._maintenance[target.name] <= time.time()
+        return target.settings.critical and self._maintenance_ends_at[target.name] <= time.time()
 
     def _recount(self) -> None:
         """Takes up that maintenance has begun or is over."""
@@ -4152,19 +4151,19 @@ class Monitor(threading.Thread):
         name, counted = poller.target.name, self._counts(poller.target)
         returns = counted and self._counted.get(name) is False
         self._counted[name] = counted
-        self._watch.aggregator.register(name, counted=counted, owner=poller)
+        self._context.aggregator.register(name, counted=counted, owner=poller)
         if returns:
-            poller.count()
+            poller.report_again()
 
-    def _end_maintenance(self, now: float) -> None:
+    def _end_maintenance(self, at: float) -> None:
         """Notes that maintenance is over, also when it ended while no service ran."""
         with self._store.writing() as session:
-            over = (Resource.maintenance > 0, Resource.maintenance <= now)
+            over = (Resource.maintenance > 0, Resource.maintenance <= at)
             for row in session.scalars(sqlalchemy.select(Resource).where(*over)):
                 record_event(session, "change", "maintenance is over", resource=row.name, at=row.maintenance)
                 log.info("%s: maintenance is over", row.name)
                 row.maintenance, row.maintenance_reason = 0.0, ""
-                self._maintenance[row.name] = 0.0
+                self._maintenance_ends_at[row.name] = 0.0
 
     def _reconcile(self) -> None:
         """Makes the pollers follow the rows."""
@@ -4172,11 +4171,11 @@ class Monitor(threading.Thread):
             current, targets = revision(session), load_targets(session, self._vault)
             stored = {row.resource_id: row for row in session.scalars(sqlalchemy.select(Status))}
             ends = session.execute(sqlalchemy.select(Resource.name, Resource.maintenance))
-            self._maintenance = {name: until for name, until in ends}
+            self._maintenance_ends_at = {name: at for name, at in ends}
         self._guards.keep(targets.values())
         for name in self._pollers.keys() - targets.keys():
             self._pollers[name].stop()
-            self._watch.aggregator.deregister(name)
+            self._context.aggregator.deregister(name)
             del self._pollers[name], self._counted[name]
         self._recount()
         delay = 0.0
@@ -4200,10 +4199,10 @@ class Monitor(threading.Thread):
             log.warning("no critical resource is watched: the gate is open whatever happens")
 
     def _launch(self, target: Target, standing: Standing, delay: float, stored: Status | None = None,
-                expires: float = 0.0) -> None:
+                expires_mono: float = 0.0) -> None:
         """A poller for `target`; a stored state counts on when it is of this configuration and fresh.
 
-        `expires` is that of a poller which died: dying again and again is no result."""
+        `expires_mono` is that of a poller which died: dying again and again is no result."""
         guard = self._guards.of(target)
         age = time.time() - stored.polled if stored else math.inf
         same = stored is not None and stored.settings_digest == target.settings_digest
@@ -4215,12 +4214,12 @@ class Monitor(threading.Thread):
         if stored and left > 0:
             standing = Standing(cast(State, stored.state), cast(Cause, stored.cause), stored.reason, stored.since,
                                 stored.good, stored.bad)
-        poller = self._pollers[target.name] = Poller(target, self._watch, guard, standing, delay)
+        poller = self._pollers[target.name] = Poller(target, self._context, guard, standing, delay)
         self._register(poller)
-        poller.expires = expires or poller.expires
+        poller.expires_mono = expires_mono or poller.expires_mono
         if left > 0:
-            poller.expires = time.monotonic() + left
-            poller.count()
+            poller.expires_mono = time.monotonic() + left
+            poller.report_again()
         poller.start()
 
 
@@ -5969,7 +5968,7 @@ class Desk:
     def check(self, name: str) -> dict[str, Any]:
         """Polls a resource and waits for the result."""
         self.monitor.catch_up()
-        report = self.monitor.check_now(name, POLL_NOW_TIMEOUT)
+        report = self.monitor.poll_now(name, POLL_NOW_TIMEOUT)
         if report is None:
             raise ApiError(f"there is no result after {POLL_NOW_TIMEOUT:.0f} s; the poll goes on", 504)
         return vars(report.verdict) | {"seconds": report.seconds}
