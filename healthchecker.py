@@ -29,24 +29,24 @@ Sections, in file order; a definition refers only to what stands above it:
     SSH          a fresh connection per poll, host keys verified before any secret is sent
     PowerShell   PowerShell Remoting over one watched socket
     Local        this machine's own shell, and simulated resources
-    Probes       the command sets of the platforms, as tables
+    Probes       a sample, and the command sets of the POSIX platforms, as tables
+    Windows      the PowerShell script of a poll, and what it prints
+    Collect      script, connection and parser of a platform: one poll in one round trip
     Evaluate     sample + limits -> verdict -> standing; pure
     Aggregate    the lease: is everything healthy, now
     History      what polls found, packed: rows, averages, availability, events
     Poll         a thread per resource, one writer, one overseer
-    Counters     what a worker counts, in shared memory; the access log
-    Gate         the application's door: the WSGI application in front of the application
-    HTTP         requests read strictly, clients with deadlines
-    Serve        waitress on the loop, and its pools
-    Workers      processes that serve on one socket
+    Pages        what a person sees: charts, forms, templates
+    Style        style and script of the pages
+    Metrics      counters in shared memory, what Prometheus reads, the access log
+    Gate         the WSGI application in front of the application
     Accounts     users, logins and what proves them, the brake on guessing
     Actions      what can be done; pages, API and command line call these
     API          the JSON API, and what every request to the console must pass
-    Metrics      what Prometheus reads
-    Pages        what a person sees: charts, forms, templates
-    Style        style and script of the pages
     Views        the pages
-    Console      the operators' door: pages and API under waitress, in the main process
+    HTTP         requests read strictly, clients with deadlines
+    Serve        waitress on the loop, and its pools
+    Workers      processes that serve on one socket
     Commands     the command line: serve, check, seal, trust, keys
 """
 
@@ -70,7 +70,6 @@ import gc
 import getpass
 import gzip
 import hashlib
-import heapq
 import hmac
 import http
 import importlib
@@ -198,6 +197,10 @@ TOKEN_LIFE = 1200.0             # seconds of a bearer token
 
 
 # === Errors ==================================================================
+# One root for what is raised on purpose; the command line turns each class into its exit code, pages and API into a
+# status. An error's text is one line that a user can act on, and never holds a secret.
+# Gives: HealthCheckerError, InventoryError, UsageError, SecretError, StorageError, ApiError, Cause, one_line,
+#   ProbeError
 REASON_CHARS = 500              # characters of a reason that are kept
 
 
@@ -254,7 +257,7 @@ def one_line(text: str) -> str:
 
 
 class ProbeError(HealthCheckerError):
-    """A poll gave no sample; `cause` is one of DESIGN's causes, the text says what to do."""
+    """A poll gave no sample; the text says what to do."""
 
     def __init__(self, cause: Cause, message: str) -> None:
         super().__init__(one_line(message))
@@ -263,6 +266,13 @@ class ProbeError(HealthCheckerError):
 
 
 # === Inventory ===============================================================
+# In comes inventory.yaml (or one resource of a request), out come frozen settings in which every value is checked
+# and every path absolute, or an InventoryError with a line for each fault. Three steps: StrictReader makes nested
+# texts with a place each, the models check them, InventoryLoader merges defaults and gathers the faults.
+# Pure but for reading files and environment; called by commands, and by threads that serve the console.
+# Gives: Platform, SELECTABLE, SSH_PLATFORMS, REMOTE_PLATFORMS, NodePath, Document, StrictReader, Settings, TextLine,
+#   Name, Limit, Limits, Check, Retention, ServiceSettings, SECRETS, HOSTLESS, foreign_fields, ResourceSettings,
+#   Entry, Inventory, message_of, InventoryLoader, read_document, load_inventory
 INVENTORY_BYTES = 1 << 20       # bytes; a larger inventory is refused
 INVENTORY_DEPTH = 8             # levels of nesting
 INVENTORY_NODES = 200_000       # YAML events
@@ -289,23 +299,15 @@ REMOTE_PLATFORMS = SSH_PLATFORMS | {Platform.WINDOWS}
 NodePath = tuple[str | int, ...]
 
 
-class Mark(NamedTuple):
-    """A place in a file as PyYAML counts: from 0."""
-
-    line: int
-    column: int
-
-
-def offset_mark(source: str | bytes, offset: int) -> Mark:
-    """The place of an offset."""
-    before = source[:offset] if isinstance(source, str) else source[:offset].decode("utf-8", "replace")
-    lines = re.split("\r\n|[\n\r\x85\u2028\u2029]", before)      # what YAML takes for a line break
-    return Mark(len(lines) - 1, len(lines[-1]))
-
-
-def place(mark: Any) -> str:
-    """`line:column` of a mark in a YAML file, counted from 1."""
+def line_column(mark: Any) -> str:
+    """`line:column`, counted from 1."""
     return f"{mark.line + 1}:{mark.column + 1}"
+
+
+def mark_after(before: str) -> yaml.Mark:
+    """The mark behind a text."""
+    lines = re.split("\r\n|[\n\r\x85\u2028\u2029]", before)      # what YAML takes for a line break
+    return yaml.Mark("", len(before), len(lines) - 1, len(lines[-1]), None, 0)
 
 
 class Document(NamedTuple):
@@ -321,7 +323,7 @@ class Document(NamedTuple):
         node = self.keys.get(path) if key else None
         while node is None and path:
             node, path = self.nodes.get(path), path[:-1]
-        return place(node.start_mark) if node else "1:1"
+        return line_column(node.start_mark) if node else "1:1"
 
 
 SURROGATE = re.compile("[\ud800-\udfff]")
@@ -335,7 +337,7 @@ class StrictReader:
         self.faults: list[str] = []
 
     def fault(self, mark: Any, message: str) -> None:
-        self.faults.append(f"{self.name}:{place(mark)}: {message}")
+        self.faults.append(f"{self.name}:{line_column(mark)}: {message}")
 
     def read(self, source: bytes) -> Document:
         """Raises InventoryError for what is no YAML that we allow."""
@@ -347,7 +349,7 @@ class StrictReader:
             self.fault(error.problem_mark or error.context_mark,
                        "not valid YAML here (is a value with special characters unquoted?)")
         except yaml.reader.ReaderError as error:
-            self.fault(offset_mark(text, error.position), "this character is not allowed in YAML")
+            self.fault(mark_after(text[:error.position]), "this character is not allowed in YAML")
         if self.faults:
             raise InventoryError("\n".join(self.faults))
         return document._replace(value=self._convert(root, (), document)) if root else document
@@ -359,7 +361,8 @@ class StrictReader:
         try:
             return source.decode("utf-8-sig")
         except UnicodeDecodeError as error:
-            self.fault(offset_mark(source, error.start), "this byte is not UTF-8; save the file as UTF-8")
+            self.fault(mark_after(source[:error.start].decode("utf-8", "replace")),
+                       "this byte is not UTF-8; save the file as UTF-8")
             return ""
 
     def _allowed(self, text: str) -> bool:
@@ -417,11 +420,11 @@ def network_of(text: str) -> str:
 
 def matching(pattern: str, message: str, longest: int = 4096) -> AfterValidator:
     """A validator for a text that matches `pattern` as a whole; `message` says what is wanted."""
-    def check(text: str) -> str:
+    def validate(text: str) -> str:
         if len(text) > longest or not re.fullmatch(pattern, text):
             raise ValueError(message)
         return text
-    return AfterValidator(check)
+    return AfterValidator(validate)
 
 
 def port_of(listen: str) -> str:
@@ -431,19 +434,32 @@ def port_of(listen: str) -> str:
     return listen
 
 
-def expanded(path: str | Path) -> Path:
-    """The path with ~ replaced by the home folder; raises ValueError."""
+def absolute(path: str | Path, folder: Path | None) -> Path:
+    """~ is the home folder, and what is relative is so to `folder`, the inventory's. Raises ValueError."""
     try:
         if "\0" not in str(path):
-            return Path(path).expanduser()
+            return Path(folder or "", Path(path).expanduser())
     except RuntimeError:
         pass
     raise ValueError("must be a path; its home folder must exist")
 
 
+def known_hosts_file() -> Path:
+    """OpenSSH's own; an account without a home folder has none."""
+    with contextlib.suppress(RuntimeError):
+        return Path("~/.ssh/known_hosts").expanduser()
+    return Path(os.devnull)
+
+
 def scalar_limit(value: object) -> object:
     """`90` is short for `{fail: 90}`."""
     return {"fail": value} if isinstance(value, (str, int, float)) else value
+
+
+def selectable(platform: object) -> object:
+    if platform not in SELECTABLE:
+        raise ValueError(f"must be one of {', '.join(SELECTABLE)}")
+    return platform
 
 
 Seconds = Annotated[float, Field(ge=1, le=604_800, allow_inf_nan=False)]
@@ -465,7 +481,8 @@ HostKey = Annotated[str, matching(r"strict|(([a-z0-9-]+) )?SHA256:[A-Za-z0-9+/]{
 SQLITE = "sqlite:///"
 Listen = Annotated[str, matching(r"(\[[\w:.%]+\]|[\w.-]+):[0-9]{1,5}", "must be address:port or [address]:port"),
                    AfterValidator(port_of)]
-FilePath = Annotated[Path, AfterValidator(expanded)]
+# A validation's context is the inventory's folder.
+FilePath = Annotated[Path, AfterValidator(lambda path, info: absolute(path, info.context))]
 Networks = tuple[Annotated[str, AfterValidator(network_of)], ...]
 Workers = Annotated[str, matching(r"auto|[1-9]|[1-5][0-9]|6[0-4]", "must be auto or a number from 1 to 64 "
                                   "(serving in the main process, 0, is gone: write 1)")]
@@ -473,7 +490,7 @@ ConsoleListen = Annotated[str, matching(r"off|(\[[\w:.%]+\]|[\w.-]+):[0-9]{1,5}"
                                         "must be address:port, [address]:port or off"), AfterValidator(port_of)]
 AppName = Annotated[str, matching(r"[\w.]+:[\w.]+", "must be module:callable")]
 SqliteUrl = Annotated[str, matching(r"sqlite:///[^?]+", "must be sqlite:///path"),
-                      AfterValidator(lambda url: SQLITE + str(expanded(url.removeprefix(SQLITE))))]
+                      AfterValidator(lambda url, info: SQLITE + str(absolute(url.removeprefix(SQLITE), info.context)))]
 
 
 class Limit(Settings):
@@ -490,10 +507,6 @@ class Limit(Settings):
             raise ValueError("warn must be below fail")
         return self
 
-
-def sqlite_path(url: str, folder: Path) -> Path:
-    """The file of a sqlite:/// URL; a relative one is relative to `folder`."""
-    return folder / Path(url.removeprefix(SQLITE)).expanduser()
 
 
 class LoadLimit(Limit):
@@ -539,8 +552,9 @@ class Retention(Settings):
 class ServiceSettings(Settings):
     """The `service` part of the inventory."""
 
+    model_config = ConfigDict(validate_default=True)    # default paths become absolute, too
     listen: Listen = "127.0.0.1:8080"                   # of the application
-    console: ConsoleListen = "127.0.0.1:8081"                 # of pages, API and metrics; off: there are none
+    console: ConsoleListen = "127.0.0.1:8081"           # of pages, API and metrics; off: there are none
     operators: Networks = ("127.0.0.0/8", "::1/128")    # networks that the console answers
     trusted_proxy: Networks = ()                        # networks whose X-Forwarded-* headers are believed
     workers: Workers = "auto"                           # serving processes
@@ -554,8 +568,12 @@ class ServiceSettings(Settings):
     retention: Retention = Retention()
     database: SqliteUrl = "sqlite:///healthchecker.db"
     keys: FilePath = Path("keys")
-    known_hosts: FilePath = Path("~/.ssh/known_hosts")
+    known_hosts: FilePath = Field(default_factory=known_hosts_file)
     log_file: FilePath | None = None
+
+    @property
+    def database_path(self) -> Path:
+        return Path(self.database.removeprefix(SQLITE))
 
     @property
     def app_threads(self) -> int:
@@ -613,7 +631,7 @@ class ResourceSettings(Settings):
     name: Name
     hostname: Hostname
     platform: Annotated[Platform, BeforeValidator(
-        lambda v: v if v in SELECTABLE else "", json_schema_input_type=Literal[SELECTABLE])] = Platform.UNIX
+        selectable, json_schema_input_type=Literal[SELECTABLE])] = Platform.UNIX
     port: Annotated[int, Field(ge=1, le=LAST_PORT)] | None = None      # None: see connect_port
     username: TextLine | None = None
     password: Secret | None = None
@@ -702,28 +720,29 @@ class Inventory:
                                             entry.where) for entry in self.entries])
 
 
-def model_at(model: type[Settings], loc: Sequence[str | int]) -> type[Settings]:
-    """The model whose field an `extra_forbidden` error names: follows the fields along `loc`."""
-    named: dict[str, type[Settings]] = {"limits": Limits, "checks": Check, "load_per_cpu": LoadLimit}
-    for part in loc[:-1]:
-        if isinstance(part, str):
-            model = named.get(part, Limit)
-    return model
+NESTED: dict[str, type[Settings]] = {"limits": Limits, "checks": Check, "retention": Retention}
 
 
-WORDING = {"missing": "is missing", "extra_forbidden": "is unknown", "path_type": "must be a path",
-           "tuple_type": "must be a list", "model_type": "must be a mapping (key: value)"}
+def known_fields(model: type[Settings], loc: NodePath) -> Iterable[str]:
+    """What could stand where an `extra_forbidden` error of `model` points to."""
+    *_, parent = ["", *(part for part in loc[:-1] if isinstance(part, str))]
+    return (NESTED.get(parent, Limit) if parent else model).model_fields
 
 
-def message_of(item: dict[str, Any]) -> str:
+WORDING = {     # pydantic's, as patterns, and ours
+    "Field required": "is missing", "Extra inputs are not permitted": "is unknown",
+    "Input is not a valid path.*": "must be a path", "Input should be a valid tuple": "must be a list",
+    "Input should be a valid dictionary or .*": "must be a mapping (key: value)",
+    "Value should have (.*) items? after validation.*": r"must have \1 characters",
+    "Input should": "must", "String should": "must", "Value error, ": ""}
+
+
+def message_of(error: Mapping[str, Any]) -> str:
     """pydantic's text without values and in our wording."""
-    if item["loc"] and item["loc"][-1] == "platform":
-        return f"must be one of {', '.join(SELECTABLE)}"
-    if item["type"] in WORDING:
-        return WORDING[item["type"]]
-    text = re.sub(r"^Value should have (.*) items? after validation.*", r"must have \1 characters", str(item["msg"]))
-    return re.sub(r"^(Value error, |Input should be |String should )", lambda m: "" if m[1][0] == "V" else "must be "
-                  if m[1][0] == "I" else "must ", text).replace("SecretStr", "text")
+    text = str(error["msg"]).replace("SecretStr", "text")
+    for theirs, ours in WORDING.items():
+        text = re.sub(f"^(?:{theirs})", ours, text)
+    return text
 
 
 class InventoryLoader:
@@ -731,6 +750,7 @@ class InventoryLoader:
 
     def __init__(self, path: Path, document: Document) -> None:
         self.path, self.document = path, document
+        self.folder = path.absolute().parent            # where relative paths begin
         self.faults = dict.fromkeys(document.faults)    # a dict keeps the order and drops repetitions
 
     def load(self) -> Inventory:
@@ -741,7 +761,7 @@ class InventoryLoader:
             self.fault((), "resources is missing; write `resources: []` to watch nothing")
         service = self._validate(ServiceSettings, top.get("service", {}), lambda loc: ("service", *loc))
         if isinstance(service, ServiceSettings):
-            self._tell_apart(service)
+            self._fault_shared_files(service)
         defaults = top.get("defaults", {})
         if not self._is_mapping(("defaults",), defaults, ResourceSettings.model_fields):
             defaults = {}
@@ -751,24 +771,23 @@ class InventoryLoader:
             self.fault(("resources",), "must be a list")
             items = []
         entries = [self._entry(index, own, defaults) for index, own in enumerate(items)]
-        self._unique(items, defaults)
+        self._fault_repeated_names(items, defaults)
         if self.faults or not isinstance(service, ServiceSettings):
             raise InventoryError("\n".join(self.faults))
         return Inventory(self.path, service, [entry for entry in entries if entry])
 
-    def _tell_apart(self, service: ServiceSettings) -> None:
+    def _fault_shared_files(self, service: ServiceSettings) -> None:
         """A log that is written into another file of the service would destroy it."""
-        files = {self.path: "the inventory", sqlite_path(service.database, self.path.parent): "service.database"}
+        files = {self.path: "the inventory", service.database_path: "service.database"}
         for name in ("metrics_token_file", "log_file", "access_log"):
-            if getattr(service, name):
-                path = self.resolve(getattr(service, name))
+            if path := getattr(service, name):
                 if path in files:
                     self.fault(("service", name), f"is {files[path]}, too; name another file")
                 files[path] = f"service.{name}"
 
     def parse(self, model: type[Settings], raw: Mapping[str, Any]) -> Settings:
         """Raises ValidationError."""
-        return model.model_validate(raw)
+        return model.model_validate(raw, context=self.folder)
 
     def fault(self, path: NodePath, message: str, *, key: bool = False) -> None:
         parts = path[:-1] if key else path      # an unknown key may be a slipped password: it is not shown
@@ -776,9 +795,6 @@ class InventoryLoader:
         position = self.document.position(path, key=key)
         self.faults[f"{self.path.name}:{position}: {shown or 'inventory'}: {message}"] = None
 
-    def resolve(self, path: str | Path) -> Path:
-        """Relative paths are relative to the inventory's folder. Raises ValueError."""
-        return self.path.parent / expanded(path)
 
     def _is_mapping(self, path: NodePath, value: object, known: Iterable[str] | None = None) -> bool:
         """Whether `value` is one; with `known`, other keys are faults."""
@@ -804,9 +820,9 @@ class InventoryLoader:
             for item in error.errors(include_url=False, include_input=False):
                 path = locate(tuple(item["loc"]))
                 if item["type"] == "extra_forbidden":
-                    self._unknown(path, model_at(model, item["loc"]).model_fields)
+                    self._unknown(path, known_fields(model, item["loc"]))
                 else:
-                    self.fault(path, message_of(cast("dict[str, Any]", item)))
+                    self.fault(path, message_of(item))
             return None
 
     def _entry(self, index: int, own: Any, defaults: dict[str, Any]) -> Entry | None:
@@ -819,20 +835,17 @@ class InventoryLoader:
             inherited = bool(loc) and loc[0] not in own and loc[0] in defaults
             return (("defaults",) if inherited else here) + loc
 
-        secrets_ = [self._secret(raw, kind, locate) for kind in SECRETS]
+        password, passphrase = (self._secret(raw, kind, locate) for kind in SECRETS)
         for name in FILES:
             with contextlib.suppress(ValueError):       # the model reports that
-                if isinstance(raw.get(name), str) and not os.path.isfile(self.resolve(raw[name])):
+                if isinstance(raw.get(name), str) and not os.path.isfile(absolute(raw[name], self.folder)):
                     self.fault(locate((name,)), "there is no such file")
         settings = self._validate(ResourceSettings, raw, locate)
         if not isinstance(settings, ResourceSettings):
             for message in conflicts(raw, str(raw.get("platform", Platform.UNIX.value))):
                 self.fault(here, message)
             return None
-        settings = settings.model_copy(update={
-            name: self.resolve(value) for name in ("password_file", "key_passphrase_file", *FILES)
-            if (value := getattr(settings, name)) is not None})
-        return Entry(settings, secrets_[0], secrets_[1], f"{self.path.name}:{self.document.position(here)}")
+        return Entry(settings, password, passphrase, f"{self.path.name}:{self.document.position(here)}")
 
     def _merged(self, here: NodePath, own: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
         """`own` over `defaults`; what has no meaning on the platform is a fault in `own` and skipped in `defaults`."""
@@ -858,35 +871,34 @@ class InventoryLoader:
         source = next((name for name in (kind, f"{kind}_env", f"{kind}_file") if name in raw), kind)
         if not isinstance(raw.get(source), str):
             return None
+        text, fault = "", ""
         try:
             text = self._fetch(source, raw[source])
+        except (OSError, UnicodeError):
+            fault = "this file cannot be read as text"
         except ValueError:
             return None
-        if text is None:
-            self.fault(locate((source,)), "this file cannot be read as text")
-        elif not text and source != kind:
-            missing = "this environment variable is not set" if source.endswith("_env") else "this file is empty"
-            self.fault(locate((source,)), missing)
+        if not (text or fault) and source != kind:
+            fault = "this environment variable is not set" if source.endswith("_env") else "this file is empty"
         elif len(text) > SECRET_LENGTH and not text.startswith(TOKEN_PREFIX):
-            self.fault(locate((source,)), f"must be at most {SECRET_LENGTH} characters")
-        return SecretStr(text or "")
+            fault = f"must be at most {SECRET_LENGTH} characters"
+        if fault:
+            self.fault(locate((source,)), fault)
+        return SecretStr(text)
 
-    def _fetch(self, source: str, text: str) -> str | None:
-        """The secret that `source` stands for, None when it is no text; raises ValueError for an impossible path."""
+    def _fetch(self, source: str, text: str) -> str:
+        """The secret that `source` stands for; raises OSError, UnicodeError and, for an impossible path, ValueError."""
         if source.endswith("_env"):
             text = os.environ.get(text, "")
-        path = self.resolve(text) if source.endswith("_file") else None
-        try:
-            if path:
-                if not os.path.isfile(path):
-                    return None     # a pipe would be waited for
-                text = path.read_text("utf-8-sig").rstrip("\r\n")
-            text.encode()
-        except (OSError, UnicodeError):
-            return None
+        elif source.endswith("_file"):
+            path = absolute(text, self.folder)
+            if not os.path.isfile(path):
+                raise FileNotFoundError(path)   # a pipe would be waited for
+            text = path.read_text("utf-8-sig").rstrip("\r\n")
+        text.encode()
         return text
 
-    def _unique(self, items: list[Any], defaults: dict[str, Any]) -> None:
+    def _fault_repeated_names(self, items: list[Any], defaults: dict[str, Any]) -> None:
         seen: dict[str, str] = {}
         for index, own in enumerate(items):
             here: NodePath = ("resources", index)
@@ -915,6 +927,9 @@ def load_inventory(path: Path) -> Inventory:
 
 
 # === Vault ===================================================================
+# Secrets go in and tokens come out, and the other way round for the row that they were sealed for; passwords of
+# users are hashed here. Any thread may seal and open: keys change only while nothing else runs.
+# Gives: length_prefixed, create_private, Vault, hash_password
 RSA_BITS = 3072                 # bits, equal in strength to AES-128 (NIST SP 800-57)
 OAEP = padding.OAEP(padding.MGF1(hashes.SHA256()), hashes.SHA256(), b"HealthChecker/HC1")
 SPKI = serialization.PublicFormat.SubjectPublicKeyInfo
@@ -1530,6 +1545,10 @@ def load_targets(session: Session, vault: Vault) -> dict[str, Target]:
 
 
 # === Connections =============================================================
+# What every way to a host is built from: a deadline on the monotonic clock for the whole poll, a cap of the bytes
+# that a host may send, look-up of names, TCP. What fails here raises ProbeError with a cause. Runs in the threads
+# of the pollers; the resolver has a thread for each look-up that is under way.
+# Gives: OUTPUT_BYTES, READ_BYTES, CommandResult, Deadline, Connection, OutputBuffer, Resolver, connect_tcp
 OUTPUT_BYTES = 1 << 20          # bytes over stdout and stderr; a poll that prints more is ended
 HANDSHAKE_BYTES = 1 << 16       # bytes off the wire until the host has shown its key
 READ_BYTES = 1 << 16            # bytes taken from a host at once
@@ -1550,18 +1569,18 @@ class Deadline:
 
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
-        self._ends = time.monotonic() + seconds
+        self._ends_mono = time.monotonic() + seconds
         self.expired = False
 
     def left(self) -> float:
         """Seconds left; raises ProbeError when there are none."""
         if self.over:
             raise ProbeError("timeout", f"no answer within {self.seconds:g} s")
-        return self._ends - time.monotonic()
+        return self._ends_mono - time.monotonic()
 
     @property
     def over(self) -> bool:
-        return self.expired or time.monotonic() >= self._ends
+        return self.expired or time.monotonic() >= self._ends_mono
 
     @contextlib.contextmanager
     def watch(self, abort: Callable[[], object]) -> Iterator[None]:
@@ -1682,6 +1701,9 @@ def connect_tcp(resolver: Resolver, host: str, port: int, deadline: Deadline) ->
 
 
 # === Logins ==================================================================
+# Asked before every login and told what came of it; answers with permission, a wait, or ProbeError `auth`. The
+# threads of the pollers share a guard for each credential; what they refused before a restart is told again.
+# Gives: NOT_TRIED, LoginGuard, Guards
 UNANSWERED = 3                  # logins without an outcome that count as refused
 AUTH_TURN = 1.0                 # seconds between attempts with an unproven credential while one has no outcome
 NOT_TRIED = "not tried: the same credential was refused before; check username and password"
@@ -1705,20 +1727,20 @@ class LoginGuard:
         self._accepted: set[str] = set()            # resources that were let in
         self._unanswered: dict[str, int] = {}       # logins without an outcome in a row, of those that never were
         self._suspects: set[str] = set()            # refused for the first time since the last accepted login
-        self._last = -math.inf                      # time of the last attempt, by the clock
-        self._began = -math.inf                     # the same, monotonic: it spaces attempts without an outcome
+        self._last_mono = -math.inf                 # the last attempt, by the clock that is passed in
+        self._began_mono = -math.inf                # the same, by the system's: it spaces what has no outcome
 
     def wait(self, name: str, stamp: int = 0) -> float:
         """Seconds until `name` may try; 0 = now. `stamp` tells a key file from the one that was refused."""
         with self._turn:
-            last, refused = self._refused.get(name, (-math.inf, stamp))
-            last = last if refused == stamp else -math.inf
+            last_mono, refused = self._refused.get(name, (-math.inf, stamp))
+            last_mono = last_mono if refused == stamp else -math.inf
             if len(self._suspects) > 1:
-                last = max(last, self._last)
-            return max(0.0, last + AUTH_BACKOFF - self._clock())
+                last_mono = max(last_mono, self._last_mono)
+            return max(0.0, last_mono + AUTH_BACKOFF - self._clock())
 
     def _rest(self) -> float:
-        return self._began + AUTH_TURN - time.monotonic()
+        return self._began_mono + AUTH_TURN - time.monotonic()
 
     @contextlib.contextmanager
     def attempt(self, name: str, deadline: Deadline, stamp: int = 0) -> Iterator[None]:
@@ -1729,7 +1751,7 @@ class LoginGuard:
             if self.wait(name, stamp) > 0:
                 raise ProbeError("auth", NOT_TRIED)
             self._running += 1
-            self._began, self._last = time.monotonic(), self._clock()
+            self._began_mono, self._last_mono = time.monotonic(), self._clock()
         try:
             yield
         except ProbeError as error:
@@ -1754,7 +1776,7 @@ class LoginGuard:
         with self._turn:
             if name not in self._refused:
                 self._suspects.add(name)
-            self._last = max(self._last, self._clock() - ago)
+            self._last_mono = max(self._last_mono, self._clock() - ago)
             self._refused[name] = self._clock() - ago, stamp
 
     def _accept(self, name: str) -> None:
@@ -1769,7 +1791,7 @@ class LoginGuard:
         with self._turn:
             self._refused.pop(name, None)
             self._suspects.discard(name)
-            self._last = -math.inf
+            self._last_mono = -math.inf
 
 
 class Guards:
@@ -1795,6 +1817,10 @@ class Guards:
 
 
 # === SSH =====================================================================
+# A script goes to `/bin/sh -s` of a POSIX host over paramiko, its output comes back. A connection lasts one poll:
+# TCP, key exchange, the host's key against pin and known_hosts, only then the login. In the poller's thread, with
+# paramiko's own beside it; the deadline closes the socket, since paramiko may wait for ever.
+# Gives: KnownHosts, ConnectionContext, SshConnection
 RECEIVED_BYTES = 2 << 20        # bytes off the wire in a poll: the output and its wrapping
 ITEMS = 64                      # things that one SSH packet may announce
 PACKET_PATIENCE = 1.0           # seconds without a packet after which paramiko looks whether it was closed
@@ -1920,8 +1946,8 @@ class SshConnection:
         "macs": ["hmac-sha1", "hmac-sha1-96", "hmac-md5", "hmac-md5-96"]}
     NEVER: ClassVar = 10 ** 6           # seconds; paramiko's own timers follow the wall clock, ours decides
 
-    def __init__(self, target: Target, guard: LoginGuard, access: ConnectionContext) -> None:
-        self._target, self._guard, self._access = target, guard, access
+    def __init__(self, target: Target, guard: LoginGuard, context: ConnectionContext) -> None:
+        self._target, self._guard, self._context = target, guard, context
         self._settings = target.settings
         self._trusted = target.host_key
         self._learned: str | None = None    # trusted on first use and not reported yet
@@ -1953,7 +1979,7 @@ class SshConnection:
     @contextlib.contextmanager
     def _connected(self, deadline: Deadline) -> Iterator[SshTransport]:
         """A transport after the key exchange; socket, transport and thread are gone afterwards."""
-        sock = connect_tcp(self._access.resolver, self._settings.hostname, self._settings.connect_port, deadline)
+        sock = connect_tcp(self._context.resolver, self._settings.hostname, self._settings.connect_port, deadline)
         transport: SshTransport | None = None
 
         def abort() -> None:
@@ -1991,7 +2017,7 @@ class SshConnection:
         pinned = self._settings.host_key
         if pinned and pinned != "strict":
             return frozenset({pinned})
-        known, _ = self._access.known_hosts.lookup(self._settings.hostname, self._settings.connect_port)
+        known, _ = self._context.known_hosts.lookup(self._settings.hostname, self._settings.connect_port)
         return known | ({self._trusted} if self._trusted else frozenset())
 
     def _prefer_known_types(self, transport: SshTransport) -> None:
@@ -2007,7 +2033,7 @@ class SshConnection:
     def _verified(self, transport: SshTransport) -> bool:
         """Compares the host's key before any secret is sent; False asks for a connection with another type of key."""
         offered, accepted, name = remote_identity(transport), self._accepted(), self._settings.name
-        _, revoked = self._access.known_hosts.lookup(self._settings.hostname, self._settings.connect_port)
+        _, revoked = self._context.known_hosts.lookup(self._settings.hostname, self._settings.connect_port)
         if offered in revoked:
             raise ProbeError("host_key", f"host key revoked by known_hosts: offered {offered}")
         if any(same_key(key, offered) for key in accepted):
@@ -2083,6 +2109,10 @@ class SshConnection:
 
 
 # === PowerShell ==============================================================
+# A script goes to a Windows host over pypsrp and comes back as text. pypsrp sends by requests, which is given one
+# socket that is open, secured and verified already: certificate before password, deadline and byte cap on every
+# read, and no second connection, whatever requests or urllib3 make of an answer. In the poller's thread.
+# Gives: PowerShellConnection
 SHELL_IDLE = 60                 # seconds after which a Windows host drops a forgotten shell; it takes no less
 ANSWER_MARGIN = 0.3             # seconds before the deadline at which a Windows host is to answer "not yet"
 CLOSE_TIMEOUT = 0.8             # seconds to stop the script and delete the shell, also after the deadline
@@ -2108,12 +2138,6 @@ def certificate_identity(connection: ssl.SSLSocket) -> str:
     return f"certificate SHA256:{hashlib.sha256(connection.getpeercert(True) or b'').hexdigest()}"
 
 
-@functools.cache
-def system_authorities() -> ssl.SSLContext:
-    """TLS that trusts the system's authorities; reading all of them takes 20 ms of CPU, hence once."""
-    return ssl.create_default_context()
-
-
 def tls_fault(error: OSError) -> ProbeError:
     """Our error for a broken connection or TLS handshake."""
     reason = str(getattr(error, "reason", "") or "")
@@ -2126,161 +2150,87 @@ def tls_fault(error: OSError) -> ProbeError:
     return ProbeError("unreachable", f"the host closed the connection; {START_WINRM}")
 
 
-class DeadlineSocket(io.RawIOBase):
-    """The one TCP connection of a poll, with its deadline and byte cap.
+class DeadlineSocket(socket.socket):
+    """The one connection of a poll, with its deadline and byte cap: nothing waits for the host but here."""
 
-    urllib3 takes it for a socket and http.client for the file to read from, so nothing waits for the host but here.
-    There is no second one in a poll: NTLM and the encryption belong to the first.
-    """
-
-    def __init__(self, target: Target, access: ConnectionContext, deadline: Deadline) -> None:
-        self.target, self._access, self.deadline = target, access, deadline
-        self.in_step = True     # False: an answer is lost or still to come, so nothing more can be asked
-        self._received = 0
-        self._taken = False
-        self._sock: socket.socket | None = None     # pypsrp looks here for the certificate that NTLM is bound to
-
-    def connect(self) -> None:
-        """Opens the connection, with TLS where the target says so. Raises ProbeError."""
-        with self._guarded():
-            plain = self._open()
-            self._sock = self._secured(plain) if self.target.settings.tls else plain
-
-    def take(self) -> DeadlineSocket:
-        """Gives the connection to urllib3, once."""
-        if self._taken:
-            raise ProbeError("unreachable", "the host closed the connection during the poll")
-        self._taken = True
-        return self
-
-    def offered(self) -> str:
-        """The certificate that the host shows, unchecked."""
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-        with self._guarded(), self._open() as plain:
-            plain.settimeout(self.deadline.left())
-            with context.wrap_socket(plain, server_hostname=self.target.settings.hostname) as secured:
-                return certificate_identity(secured)
-
-    def hang_up(self) -> None:
-        if self._sock:
-            self._sock.close()
-
-    def _open(self) -> socket.socket:
-        settings = self.target.settings
-        try:
-            return connect_tcp(self._access.resolver, settings.hostname, settings.connect_port, self.deadline)
-        except ProbeError as error:
-            hint = f"; {START_WINRM}" if "port" in str(error) else ""
-            raise ProbeError(error.cause, f"{error}{hint}") from error
-
-    def _secured(self, plain: socket.socket) -> ssl.SSLSocket:
-        """The connection after the handshake and the check of the certificate."""
-        settings, name = self.target.settings, self.target.name
-        pin = settings.certificate_fingerprint or self.target.host_key
-        plain.settimeout(self.deadline.left())
-        try:
-            secured = self._context(bool(pin)).wrap_socket(plain, server_hostname=settings.hostname)
-        except ssl.SSLCertVerificationError as error:
-            raise ProbeError("host_key", f"certificate not trusted ({error.verify_message}): offered {self.offered()}; "
-                             f"to accept it: trust {name}, or name its ca_file") from error
-        finally:
-            plain.close()       # after a good handshake it is detached, and this closes nothing
-        shown = certificate_identity(secured)
-        if pin and bare_fingerprint(shown) != bare_fingerprint(pin):
-            secured.close()
-            raise ProbeError("host_key", f"certificate changed: expected SHA256:{bare_fingerprint(pin)}, "
-                             f"offered {shown}; no password was sent; if the change is right: trust {name}")
-        return secured
-
-    def _context(self, pinned: bool) -> ssl.SSLContext:
-        """How the host's certificate is checked and ours shown. Raises ProbeError `credential` for unusable files."""
-        settings, phrase = self.target.settings, self.target.passphrase
-        if not (pinned or settings.ca_file or settings.certificate_file):
-            return system_authorities()
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-        try:
-            if pinned:
-                context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-            elif settings.ca_file:
-                context.load_verify_locations(settings.ca_file)
-            else:
-                context.load_default_certs()
-            if settings.certificate_file:
-                secret = phrase.get_secret_value() if phrase else ""
-                context.load_cert_chain(settings.certificate_file, settings.key_file, secret)
-        except (OSError, ValueError) as error:
-            raise ProbeError("credential", f"ca_file, certificate_file or key_file cannot be used: {error}") from error
-        return context
+    deadline: Deadline
+    in_step = True      # False: an answer is lost or still to come, so nothing more can be asked
+    taken = False
+    received = 0
 
     @contextlib.contextmanager
-    def _guarded(self) -> Iterator[Any]:
+    def guarded(self) -> Iterator[None]:
         """Turns a socket's errors into ProbeError here already: pypsrp would wait and try again."""
         try:
-            if self._sock:
-                self._sock.settimeout(self.deadline.left())
-            yield self._sock
+            self.settimeout(self.deadline.left())
+            yield
         except (OSError, ProbeError) as error:
             self.in_step = False
             raise (error if isinstance(error, ProbeError) else tls_fault(error)) from error
 
-    # what a file has
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        with self._guarded() as connection:
-            count: int = connection.recv_into(buffer)
-            self._received += count
-            if self._received > OUTPUT_BYTES:
+    def recv_into(self, buffer: Any, nbytes: int | None = None, flags: int = 0) -> int:
+        with self.guarded():
+            count = super().recv_into(buffer, nbytes or 0, flags)
+            self.received += count
+            if self.received > OUTPUT_BYTES:
                 raise ProbeError("protocol", f"the host sent more than {OUTPUT_BYTES} bytes")
         return count
 
-    def close(self) -> None:
-        """The end of a response is not the end of the line: hang_up is."""
+    def sendall(self, octets: Any, flags: int = 0) -> None:
+        with self.guarded():
+            super().sendall(octets, flags)
 
-    # what a socket has
-
-    def makefile(self, mode: str) -> io.BufferedReader:
-        return io.BufferedReader(self)
-
-    def sendall(self, octets: bytes) -> None:
-        with self._guarded() as connection:
-            connection.sendall(octets)
-
-    def settimeout(self, seconds: float | None) -> None:
-        """The deadline alone counts."""
-
-    def fileno(self) -> int:
-        return self._sock.fileno() if self._sock else -1
+    def hang_up(self) -> None:
+        """Closes it at once, also while a response that is still open holds it."""
+        with contextlib.suppress(OSError):
+            socket.close(self.detach())
 
 
-class LineConnection(urllib3.connection.HTTPConnection):
-    """urllib3's connection, over a Line."""
+class DeadlineTlsSocket(DeadlineSocket, ssl.SSLSocket):
+    """The same with TLS."""
 
-    def __init__(self, line: DeadlineSocket, **settings: Any) -> None:
+
+@functools.cache
+def system_authorities() -> ssl.SSLContext:
+    """TLS that trusts the system's authorities; reading all of them takes 20 ms of CPU, hence once."""
+    context = ssl.create_default_context()
+    context.sslsocket_class = DeadlineTlsSocket
+    return context
+
+
+class WinrmConnection(urllib3.connection.HTTPConnection):
+    """HTTP over a socket that is open and, where that is wanted, secured already; there is no second one in a poll,
+    for NTLM and the encryption belong to the first."""
+
+    def __init__(self, opened: DeadlineSocket, **settings: Any) -> None:
         super().__init__(**settings)
-        self._line = line
+        self._opened = opened
 
-    def connect(self) -> None:
-        self.sock = self._line.take()
+    def _new_conn(self) -> socket.socket:
+        if self._opened.taken:
+            raise ProbeError("unreachable", "the host closed the connection during the poll")
+        self._opened.taken = True
+        return self._opened
 
 
-class LineAdapter(requests.adapters.HTTPAdapter):
-    """Sends a session's requests over one Line and refuses what WinRM never answers."""
+class WinrmPool(urllib3.HTTPConnectionPool):
+    """urllib3's pool of that one connection."""
 
-    def __init__(self, line: DeadlineSocket) -> None:
+    ConnectionCls = WinrmConnection
+
+
+class WinrmAdapter(requests.adapters.HTTPAdapter):
+    """Sends a session's requests over one connection and refuses what WinRM never answers."""
+
+    def __init__(self, pool: WinrmPool) -> None:
         super().__init__()
-        settings = line.target.settings
-        self._pool = urllib3.HTTPConnectionPool(settings.hostname, settings.connect_port, maxsize=1)
-        self._pool.ConnectionCls = functools.partial(LineConnection, line)  # type: ignore[assignment]  # a factory
+        self._pool = pool
 
     def get_connection_with_tls_context(self, *args: Any, **settings: Any) -> urllib3.HTTPConnectionPool:
         return self._pool
 
     def cert_verify(self, *args: Any) -> None:
-        """The Line did that."""
+        """That was done when the connection was opened."""
 
     def send(self, request: Any, *args: Any, **settings: Any) -> requests.Response:
         response = super().send(request, *args, **settings)
@@ -2298,35 +2248,100 @@ class PowerShellConnection:
     # Each new WSMan rewrites ElementTree's table of prefixes, and what other polls send just then is no XML: copied.
     WSMAN: ClassVar = WSMan("localhost")
 
-    def __init__(self, target: Target, guard: LoginGuard, access: ConnectionContext) -> None:
-        self._target, self._guard, self._access = target, guard, access
+    def __init__(self, target: Target, guard: LoginGuard, context: ConnectionContext) -> None:
+        self._target, self._guard, self._context = target, guard, context
+        self._settings = target.settings
 
     def run(self, script: str, done: bytes, deadline: Deadline) -> CommandResult:
-        line = DeadlineSocket(self._target, self._access, deadline)
-        try:
-            with self._explained():
-                return CommandResult(self._run(script, line).encode() + done, 0)
-        finally:
-            line.hang_up()
+        with contextlib.ExitStack() as stack, self._explained():
+            opened = self._connect(deadline)    # before the guard: a host that does not answer is no login
+            stack.callback(opened.hang_up)
+            return CommandResult(self._run(script, opened).encode() + done, 0)
 
     def offered_key(self, deadline: Deadline) -> str:
-        """The certificate that the host shows; nothing else is done."""
-        if not self._target.settings.tls:
+        """The certificate that the host shows, unchecked; nothing else is done."""
+        if not self._settings.tls:
             raise UsageError(f"{self._target.name} has no certificate: tls is off")
-        return DeadlineSocket(self._target, self._access, deadline).offered()
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+        with self._secured(context, deadline) as secured:
+            return certificate_identity(secured)
 
-    def _run(self, script: str, line: DeadlineSocket) -> str:
-        line.connect()      # before the guard: a host that does not answer is no login
-        wsman = self._wsman(line)
-        endpoint = self._target.settings.configuration_name
+    def _open(self, deadline: Deadline) -> socket.socket:
+        settings = self._settings
+        try:
+            return connect_tcp(self._context.resolver, settings.hostname, settings.connect_port, deadline)
+        except ProbeError as error:
+            hint = f"; {START_WINRM}" if "port" in str(error) else ""
+            raise ProbeError(error.cause, f"{error}{hint}") from error
+
+    def _secured(self, context: ssl.SSLContext, deadline: Deadline) -> ssl.SSLSocket:
+        """A connection after the handshake. Raises ssl.SSLCertVerificationError and ProbeError."""
+        with self._open(deadline) as plain:     # after a good handshake it is detached, and this closes nothing
+            try:
+                plain.settimeout(deadline.left())
+                return context.wrap_socket(plain, server_hostname=self._settings.hostname)
+            except ssl.SSLCertVerificationError:
+                raise
+            except OSError as error:
+                raise tls_fault(error) from error
+
+    def _connect(self, deadline: Deadline) -> DeadlineSocket:
+        """The poll's connection, its certificate checked before any secret is sent. Raises ProbeError."""
+        if self._settings.tls:
+            opened = cast(DeadlineSocket, self._verified(deadline))
+        else:
+            opened = DeadlineSocket(fileno=self._open(deadline).detach())
+        opened.deadline = deadline
+        return opened
+
+    def _verified(self, deadline: Deadline) -> ssl.SSLSocket:
+        name, pin = self._target.name, self._settings.certificate_fingerprint or self._target.host_key
+        try:
+            secured = self._secured(self._tls_context(bool(pin)), deadline)
+        except ssl.SSLCertVerificationError as error:
+            offered = self.offered_key(deadline)
+            raise ProbeError("host_key", f"certificate not trusted ({error.verify_message}): offered {offered}; "
+                             f"to accept it: trust {name}, or name its ca_file") from error
+        shown = certificate_identity(secured)
+        if pin and bare_fingerprint(shown) != bare_fingerprint(pin):
+            secured.close()
+            raise ProbeError("host_key", f"certificate changed: expected SHA256:{bare_fingerprint(pin)}, "
+                             f"offered {shown}; no password was sent; if the change is right: trust {name}")
+        return secured
+
+    def _tls_context(self, pinned: bool) -> ssl.SSLContext:
+        """How the host's certificate is checked and ours shown. Raises ProbeError `credential` for unusable files."""
+        settings, phrase = self._settings, self._target.passphrase
+        if not (pinned or settings.ca_file or settings.certificate_file):
+            return system_authorities()
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.sslsocket_class = DeadlineTlsSocket
+        try:
+            if pinned:
+                context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+            elif settings.ca_file:
+                context.load_verify_locations(settings.ca_file)
+            else:
+                context.load_default_certs()
+            if settings.certificate_file:
+                secret = phrase.get_secret_value() if phrase else ""
+                context.load_cert_chain(settings.certificate_file, settings.key_file, secret)
+        except (OSError, ValueError) as error:
+            raise ProbeError("credential", f"ca_file, certificate_file or key_file cannot be used: {error}") from error
+        return context
+
+    def _run(self, script: str, opened: DeadlineSocket) -> str:
+        wsman = self._wsman(opened)
+        endpoint = self._settings.configuration_name
         pool = RunspacePool(wsman, configuration_name=endpoint, idle_timeout=SHELL_IDLE)
         shell = PowerShell(pool)
         try:
-            with self._guard.attempt(self._target.name, line.deadline, self._target.key_stamp), self._explained():
+            with self._guard.attempt(self._target.name, opened.deadline, self._target.key_stamp), self._explained():
                 pool.open()
             shell.add_script(script).begin_invoke()
             while shell.state == PSInvocationState.RUNNING:
-                wait = round(line.deadline.left() - ANSWER_MARGIN, 3)
+                wait = round(opened.deadline.left() - ANSWER_MARGIN, 3)
                 if wait <= 0:
                     raise ProbeError(*WINRM_FAULTS[2150858793])
                 shell.poll_invoke(timeout=cast(int, wait))      # sent as PT9.7S, a valid duration
@@ -2335,16 +2350,16 @@ class PowerShellConnection:
                 raise ProbeError("protocol", f"the script failed: {errors[-1] if errors else 'no reason given'}")
             return "\n".join(map(str, shell.output))
         finally:
-            line.deadline = Deadline(CLOSE_TIMEOUT)
+            opened.deadline = Deadline(CLOSE_TIMEOUT)
             with contextlib.suppress(Exception):    # the poll's own result must not give way to this one's error
-                if line.in_step and shell.state == PSInvocationState.RUNNING:
+                if opened.in_step and shell.state == PSInvocationState.RUNNING:
                     shell.stop()
-                if line.in_step:
+                if opened.in_step:
                     pool.close()
             wsman.close()
 
-    def _wsman(self, line: DeadlineSocket) -> WSMan:
-        settings, password = self._target.settings, self._target.password
+    def _wsman(self, opened: DeadlineSocket) -> WSMan:
+        settings, password = self._settings, self._target.password
         wsman = copy.copy(self.WSMAN)
         wsman.session_id, wsman.operation_timeout = str(uuid.uuid4()), max(1, int(settings.timeout))
         wsman.transport = type(self.WSMAN.transport)(
@@ -2354,15 +2369,16 @@ class PowerShellConnection:
             certificate_key_pem=settings.key_file and str(settings.key_file))
         session = wsman.transport._build_session()
         session.trust_env = False       # a .netrc would replace the Authorization header
+        adapter = WinrmAdapter(WinrmPool(settings.hostname, settings.connect_port, maxsize=1, opened=opened))
         for scheme in ("http://", "https://"):
-            session.mount(scheme, LineAdapter(line))
+            session.mount(scheme, adapter)
         wsman.transport.session = session
         return wsman
 
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:
         """Our error for whatever the host's bytes make pypsrp raise: struct.error, KeyError and many more."""
-        settings = self._target.settings
+        settings = self._settings
         try:
             yield
         except ProbeError:
@@ -2384,6 +2400,9 @@ class PowerShellConnection:
 
 
 # === Local ===================================================================
+# A script goes to a shell of this machine; a simulated resource answers without one. What the shell started is ended
+# with it. In the poller's thread. CONNECTIONS names the connection of each platform.
+# Gives: CONNECTIONS
 FLIPS = 10_000                  # state changes of a simulated resource between two polls at most
 
 
@@ -2434,7 +2453,7 @@ class LocalConnection:
         SHELL = ["powershell.exe", "-NoLogo", "-NoProfile", "-NonInteractive", "-Command",
                  "Invoke-Expression (@($input) -join [char]10)"]
 
-    def __init__(self, _target: Target, _guard: LoginGuard, _access: ConnectionContext) -> None:
+    def __init__(self, _target: Target, _guard: LoginGuard, _context: ConnectionContext) -> None:
         """A shell of our own needs none of them."""
 
     def run(self, script: str, done: bytes, deadline: Deadline) -> CommandResult:
@@ -2461,21 +2480,21 @@ class LocalConnection:
 class SimulatedConnection:
     """A resource that is healthy and unhealthy for exponentially distributed times, as the specification assumes."""
 
-    def __init__(self, target: Target, _guard: LoginGuard, _access: ConnectionContext) -> None:
+    def __init__(self, target: Target, _guard: LoginGuard, _context: ConnectionContext) -> None:
         self._means = {True: target.settings.mean_healthy, False: target.settings.mean_unhealthy}
         self._random = random.Random(target.settings.seed)
         self._healthy = True
-        self._flips = time.monotonic() + self._duration()
+        self._flips_mono = time.monotonic() + self._duration()
 
     def _duration(self) -> float:
         return self._random.expovariate(1 / self._means[self._healthy])
 
     def run(self, script: str, done: bytes, deadline: Deadline) -> CommandResult:
         for _ in range(FLIPS):
-            if self._flips > time.monotonic():
+            if self._flips_mono > time.monotonic():
                 break
             self._healthy = not self._healthy
-            self._flips += self._duration()
+            self._flips_mono += self._duration()
         return CommandResult((b"healthy" if self._healthy else b"outage") + done, 0)
 
 
@@ -2488,8 +2507,11 @@ CONNECTIONS: dict[Platform, Callable[[Target, LoginGuard, ConnectionContext], Co
 
 
 # === Probes ==================================================================
-# A platform is a table of rows: name, command, parser. One script runs a whole table, so that a poll is one
-# round trip. Parsers are pure and raise ValueError, which becomes the problem shown in the metric's place.
+# A platform is a table of rows: name, command, parser. One script of sh runs a whole table, so that a poll is one
+# round trip; its output goes in, a sample comes out. Parsers are pure and raise ValueError, which becomes the
+# problem shown in the metric's place.
+# Gives: NOT_KNOWN, KEPT_BYTES, PROBLEM_CHARS, DETAILS, CONTROL, CpuTicks, cpu_percent, Outcome, Sample, percent,
+#   build_script, end_mark, last_section, not_run, parse_output
 
 NOT_KNOWN = "not known on this platform"
 KEPT_BYTES = 4096               # bytes of text kept of a service or check; the script has this number, too
@@ -2543,6 +2565,10 @@ class Sample:
     checks: Mapping[str, Outcome]
     problems: Mapping[str, str]
 
+    @property
+    def empty(self) -> bool:
+        return not (self.details or self.metrics or self.ticks or self.services or self.checks)
+
     def readings(self, metric: str) -> list[tuple[str, float]]:
         """Every reading of a metric, such as `disk_percent /` and `disk_percent /var` of disk_percent."""
         return [(name, value) for name, value in self.metrics.items() if name.partition(" ")[0] == metric]
@@ -2588,10 +2614,17 @@ def _count(text: str) -> float:
     return count
 
 
-def _percent(part: float, whole: float) -> float:
+def percent(part: float, whole: float) -> float:
     if not 0 <= part <= whole or not whole:
         raise ValueError(f"{part:g} of {whole:g} is no share")
     return 100 * part / whole
+
+
+def cpu_percent(before: CpuTicks | None, now: CpuTicks, slack: float = 0.0) -> float | None:
+    """None without an earlier count and where the counters began anew; `slack` is the part of the time by which an
+    idle machine may seem less than idle."""
+    busy, total = (now.busy - before.busy, now.total - before.total) if before else (0.0, 0.0)
+    return percent(max(busy, 0.0), total) if -slack * total <= busy <= total != 0 else None
 
 
 def _line(text: str) -> str:
@@ -2655,16 +2688,16 @@ def _linux_memory(text: str) -> float:
     named = _named(text)
     total = _sum(named, "MemTotal")
     if "MemAvailable" in named:
-        return _percent(total - _sum(named, "MemAvailable"), total)
+        return percent(total - _sum(named, "MemAvailable"), total)
     shared = _sum(named, "Shmem") if "Shmem" in named else 0  # in Cached, yet nothing can drop it
-    return _percent(total - _sum(named, "MemFree", "Buffers", "Cached") + shared, total)
+    return percent(total - _sum(named, "MemFree", "Buffers", "Cached") + shared, total)
 
 
 def _macos_memory(text: str) -> float:
     """What Activity Monitor calls used: memory of applications, wired and compressed."""
     named, page = _named(text), text.partition("page size of")[2]
     pages = _sum(named, "Anonymous pages", "Pages wired down", "Pages occupied by compressor")
-    return _percent((pages - _sum(named, "Pages purgeable")) * _number(page), _sum(named, "hw.memsize"))
+    return percent((pages - _sum(named, "Pages purgeable")) * _number(page), _sum(named, "hw.memsize"))
 
 
 def _freebsd_memory(text: str) -> float:
@@ -2674,13 +2707,13 @@ def _freebsd_memory(text: str) -> float:
     available = _sum(named, pages + "free_count", pages + "inactive_count")
     if arc + "size" in named:
         available += max(0.0, _sum(named, arc + "size") - _sum(named, arc + "c_min")) / max(page, 1)
-    return _percent(total - available, total)
+    return percent(total - available, total)
 
 
 def _linux_swap(text: str) -> float | None:
     named = _named(text)
     total = _sum(named, "SwapTotal")
-    return _percent(total - _sum(named, "SwapFree"), total) if total else None
+    return percent(total - _sum(named, "SwapFree"), total) if total else None
 
 
 def _macos_swap(text: str) -> float | None:
@@ -2688,7 +2721,7 @@ def _macos_swap(text: str) -> float | None:
     if not found:
         raise ValueError("no swap usage")
     total, used = map(_number, found.groups())
-    return _percent(used, total) if total else None
+    return percent(used, total) if total else None
 
 
 def _freebsd_swap(text: str) -> float | None:
@@ -2697,7 +2730,7 @@ def _freebsd_swap(text: str) -> float | None:
         raise ValueError("no table of swap devices")
     rows = [line.split()[-4:-2] for line in lines if not line.startswith("Total")]
     total, used = (sum(map(_number, sizes)) for sizes in zip(*rows, strict=True)) if rows else (0, 0)
-    return _percent(used, total) if total else None
+    return percent(used, total) if total else None
 
 
 class Volume(NamedTuple):
@@ -2760,9 +2793,9 @@ def _disk_percent(text: str, typed: bool) -> dict[str, float | str]:
         used, free = sum(volume.used for volume in volumes), max(volume.available for volume in volumes)
         for index, volume in enumerate(volume for volume in volumes if volume.shown):
             if index == 0:
-                shares[f"disk_percent {volume.mount}"] = _percent(used, used + free)
+                shares[f"disk_percent {volume.mount}"] = percent(used, used + free)
             elif volume.available < free * QUOTA_RATIO:
-                shares[f"disk_percent {volume.mount}"] = _percent(volume.used, volume.used + volume.available)
+                shares[f"disk_percent {volume.mount}"] = percent(volume.used, volume.used + volume.available)
     # An account without rights to somebody's private mount is no fault; a disk that answers with an error is.
     private = re.compile("[Pp]ermission denied|not permitted")
     errors = [line for line in text.splitlines() if line.startswith("df: ") and not private.search(line)]
@@ -2948,16 +2981,22 @@ def _sections(text: str, nonce: str) -> list[Section]:
     return found
 
 
-def is_complete(output: bytes | str, nonce: str) -> bool:
-    """Whether the script came to its end; what still holds the stream open need not be waited for."""
-    mark = f"\n@{nonce} done\n"
-    return mark in output if isinstance(output, str) else mark.encode() in output
+
+def end_mark(nonce: str) -> str:
+    """What the script prints last; what still holds the stream open then need not be waited for."""
+    return f"\n@{nonce} done\n"
 
 
 def last_section(text: str, nonce: str) -> str:
     """What ran when the output stopped, such as "disk_percent" or "check replication"; "" for nothing."""
     *_, last = [Section((), "", ("0",)), *_sections(text, nonce)]
     return "" if last.end else " ".join(map(unquote, last.title[:2]))
+
+
+def not_run(text: str) -> ProbeError:
+    """For output in which nothing can be read."""
+    said = " ".join(text[:KEPT_BYTES].translate(CONTROL).split())[:PROBLEM_CHARS]
+    return ProbeError("protocol", f"the script was not run; output: {said or 'none'}")
 
 
 def _readings(probe: Probe, section: Section | None, previous: CpuTicks | None) -> Mapping[str, Reading]:
@@ -2969,9 +3008,7 @@ def _readings(probe: Probe, section: Section | None, previous: CpuTicks | None) 
     value = probe.parse(section.text)
     if not isinstance(value, CpuTicks):
         return value if isinstance(value, Mapping) else {probe.name: value}
-    busy, total = (value.busy - previous.busy, value.total - previous.total) if previous else (0.0, 0.0)
-    sane = 0 <= busy <= total and total  # the counters went on
-    return {"": value, "cpu_percent": _percent(busy, total) if sane else None}
+    return {"": value, "cpu_percent": cpu_percent(previous, value)}
 
 
 def _outcomes(sections: Iterable[Section], kind: str, state: Judge) -> dict[str, Outcome]:
@@ -3001,13 +3038,16 @@ def parse_output(text: str, nonce: str, previous: CpuTicks | None) -> Sample:
         _outcomes(sections.values(), "check", _by_status),
         problems | {name: value[:PROBLEM_CHARS] for name, value in readings.items() if isinstance(value, str)},
     )
-    if not (sample.details or sample.metrics or sample.ticks or sample.services or sample.checks):
-        said = " ".join(text.translate(CONTROL).split())[:PROBLEM_CHARS]
-        raise ProbeError("protocol", f"the script was not run; output: {said or 'none'}")
+    if sample.empty:
+        raise not_run(text)
     return sample
 
 
-# --- Windows ---
+# === Windows =================================================================
+# The same for Windows: one script, COLLECT, with services and checks written into it, and its answer as a sample.
+# Pure. A metric that could not be read is a problem; an answer that is not whole is none.
+# Gives: build_windows_script, parse_windows
+
 # For Windows PowerShell 5.1 and PowerShell 7. Prints one line of JSON, ASCII and whole numbers only, which no
 # code page or language changes. WMI takes about 5 s to refuse a plain account's network logon, so such a one
 # reads from kernel32, and nobody asks again after a refusal. In Constrained Language Mode only cmdlets work:
@@ -3157,7 +3197,7 @@ Whole = Annotated[int, Field(gt=-1 << 64, lt=1 << 64)]
 AmountName = Annotated[str, Field(pattern="^(cpu|memory|swap)_percent$|^disk_percent .{1,200}$")]
 
 
-class Judged(BaseModel, strict=True):
+class ReportedOutcome(BaseModel, strict=True):
     """A service or check in what COLLECT prints."""
 
     name: str
@@ -3176,14 +3216,9 @@ class WindowsAnswer(BaseModel, strict=True):
     details: dict[str, Whole | str]
     amounts: dict[AmountName, tuple[Whole, Whole]]
     problems: dict[str, str]
-    services: list[Judged]
-    checks: list[Judged]
+    services: list[ReportedOutcome]
+    checks: list[ReportedOutcome]
 
-
-def _windows_cpu(previous: CpuTicks | None, now: CpuTicks) -> dict[str, float]:
-    """Idle time and time have two clocks: an idle machine may seem busy for a little less than nothing."""
-    busy, total = (now.busy - previous.busy, now.total - previous.total) if previous else (0.0, 0.0)
-    return {"cpu_percent": _percent(max(busy, 0.0), total)} if -total / 100 <= busy <= total != 0 else {}
 
 
 def _windows_sample(answer: WindowsAnswer, previous: CpuTicks | None) -> Sample:
@@ -3194,12 +3229,13 @@ def _windows_sample(answer: WindowsAnswer, previous: CpuTicks | None) -> Sample:
     problems |= {name: one_line(why)[:PROBLEM_CHARS] for name, why in answer.problems.items()}
     for name, (used, total) in answer.amounts.items():
         try:
-            metrics[name] = _percent(used, total)
+            metrics[name] = percent(used, total)
         except ValueError as error:
             problems[name.partition(" ")[0]] = str(error)
     if metrics.pop("cpu_percent", None) is not None:
         ticks = CpuTicks(*map(float, answer.amounts["cpu_percent"]))
-        metrics |= _windows_cpu(previous, ticks)
+        if (busy := cpu_percent(previous, ticks, 0.01)) is not None:    # idle time and time have a clock each
+            metrics["cpu_percent"] = busy
     details = {name: one_line(value) if isinstance(value, str) else float(value)
                for name, value in answer.details.items() if name in DETAILS}
     services, checks = ({row.name: row.outcome() for row in rows}
@@ -3215,14 +3251,17 @@ def parse_windows(text: str, _nonce: str, previous: CpuTicks | None) -> Sample:
         plain = json.dumps(json.loads("".join(last)), ensure_ascii=False).encode(errors="replace")
         answer = WindowsAnswer.model_validate_json(plain)
     except (ValueError, RecursionError):
-        said = " ".join(text[:KEPT_BYTES].translate(CONTROL).split())[:PROBLEM_CHARS]
-        raise ProbeError("protocol", f"the script was not run; output: {said or 'none'}") from None
+        raise not_run(text) from None
     sample = _windows_sample(answer, previous)
-    if not (sample.details or sample.metrics or sample.ticks or sample.services or sample.checks):
+    if sample.empty:
         raise ProbeError("protocol", f"nothing can be read: {'; '.join(sample.problems.values())}")
     return sample
 
 
+# === Collect =================================================================
+# One poll of a resource in one round trip, in the poller's thread: build the platform's script, run it over its
+# connection, parse what came back, and see to it that all that was asked for is answered: a sample or ProbeError.
+# Gives: collect
 def simulated_sample(text: str, _nonce: str, _previous: CpuTicks | None) -> Sample:
     """What SimulatedConnection answers, as a check."""
     good = text.startswith("healthy")
@@ -3272,10 +3311,10 @@ def collect(settings: ResourceSettings, connection: Connection, previous: CpuTic
     nonce = secrets.token_hex(8)
     language = LANGUAGES[settings.platform]
     script = language.build(settings.services, settings.checks, nonce)
-    done = f"\n@{nonce} done\n"
+    done = end_mark(nonce)
     result = connection.run(script, done.encode(), Deadline(settings.timeout))
     text = result.output.decode(errors="replace")
-    if not is_complete(text, nonce):
+    if done not in text:
         error = incomplete(result, last_section(text, nonce), settings.timeout)
         error.host_key = result.host_key
         raise error
@@ -3283,6 +3322,13 @@ def collect(settings: ResourceSettings, connection: Connection, previous: CpuTic
 
 
 # === Evaluate ================================================================
+# What a sample says (a verdict) and what becomes of the resource by it (a standing). Pure.
+#
+#     unknown --first verdict--> healthy | degraded | unhealthy
+#     healthy, degraded --`fall` bad verdicts in a row, or one of a cause AT_ONCE--> unhealthy
+#     unhealthy --`rise` good verdicts in a row--> healthy | degraded
+#     healthy <--any good verdict--> degraded
+# Gives: State, Verdict, evaluate, Standing, settle
 State = Literal["unknown", "healthy", "degraded", "unhealthy"]
 AT_ONCE = frozenset({"auth", "host_key", "credential", "stale"})     # causes that do not wait for `fall`
 
@@ -3352,7 +3398,7 @@ class Standing:
         return self.state == "unknown" or (self.good > 0) == self.healthy
 
 
-def settle(standing: Standing, verdict: Verdict, settings: ResourceSettings, now: float) -> Standing:
+def settle(standing: Standing, verdict: Verdict, settings: ResourceSettings, at: float) -> Standing:
     """The standing after one more verdict: a first result counts at once, then `rise` and `fall` in a row."""
     good = standing.good + 1 if verdict.good else 0
     bad = 0 if verdict.good else standing.bad + 1
@@ -3360,50 +3406,20 @@ def settle(standing: Standing, verdict: Verdict, settings: ResourceSettings, now
               or good >= settings.rise or bad >= settings.fall)
     if not counts:
         return replace(standing, good=good, bad=bad)
-    since = standing.since if verdict.state == standing.state else now
+    since = standing.since if verdict.state == standing.state else at
     return Standing(verdict.state, verdict.cause, verdict.reason, since, good, bad)
 
 
 # === Aggregate ===============================================================
+# Every poller's standing comes in by set_resource, one answer goes out: the lease, in shared memory, which gates of
+# all processes compare with the clock. Reports come from any thread; each writes the lease anew under one lock.
+# Opening and closing is announced in `transitions`, which the recorder empties.
+# Gives: Lease, HealthAggregator
 DEFAULT_TTL = 132.0             # seconds; the lease of a resource with default settings
 
 
-class LeaseHeap:
-    """The earliest of many named times: a heap whose outdated items are dropped when they come up."""
-
-    def __init__(self) -> None:
-        self._times: dict[str, float] = {}
-        self._heap: list[tuple[float, str]] = []
-
-    def __len__(self) -> int:
-        return len(self._times)
-
-    def put(self, name: str, moment: float) -> None:
-        self._times[name] = moment
-        heapq.heappush(self._heap, (moment, name))
-        if len(self._heap) > 2 * len(self._times) + 64:     # renewals of far times pile up below the top
-            self._heap = [(moment, name) for name, moment in self._times.items()]
-            heapq.heapify(self._heap)
-
-    def drop(self, name: str) -> None:
-        self._times.pop(name, None)
-
-    def first(self) -> float:
-        """The earliest time, infinity when there is none."""
-        while self._heap and self._times.get(self._heap[0][1]) != self._heap[0][0]:
-            heapq.heappop(self._heap)
-        return self._heap[0][0] if self._heap else math.inf
-
-    def first_name(self) -> str:
-        return self._heap[0][1] if self.first() < math.inf else ""
-
-    def before(self, moment: float) -> list[str]:
-        """The names whose time is not after `moment`."""
-        return [name for name, time_ in self._times.items() if time_ <= moment] if self.first() <= moment else []
-
-
 class Lease:
-    """Two floats in shared memory: until when the application is healthy, and when it can be healthy again."""
+    """Two monotonic times in shared memory: until when the application is healthy, and when it can be so again."""
 
     def __init__(self) -> None:
         self.until: ctypes.c_double = multiprocessing.RawValue(ctypes.c_double, 0.0)
@@ -3426,9 +3442,8 @@ class HealthAggregator:
         self._lock = threading.Lock()               # guards all below and the writing of the lease
         self._owners: dict[str, object] = {}        # registered resources
         self._counted: dict[str, bool] = {}         # critical and not in maintenance
-        self._parts = LeaseHeap()                    # leases of healthy, counted resources
-        self._blockers = LeaseHeap()                 # minus the soonest recovery of unhealthy, counted resources
-        self._reasons: dict[str, str] = {}
+        self._healthy: dict[str, float] = {}        # counted resource -> end of its lease, monotonic
+        self._unhealthy: dict[str, tuple[float, str]] = {}  # counted resource -> soonest recovery, monotonic; reason
         self._pending: set[str] = set()             # no result yet, since the start
         self._announced = False                     # the registration of the start is over
         self._started = False                       # every resource of the start has had a result
@@ -3474,54 +3489,52 @@ class HealthAggregator:
             self._owners.setdefault(name, owner)
             self._pending.discard(name)
             if self._counted.setdefault(name, True):
-                now = self._clock()
-                self._reasons[name] = reason
+                self._forget(name)
                 if healthy:
-                    self._blockers.drop(name)
-                    self._parts.put(name, now + ttl)
+                    self._healthy[name] = self._clock() + ttl
                 else:
-                    self._parts.drop(name)
-                    self._blockers.put(name, -(now + opens))
+                    self._unhealthy[name] = self._clock() + opens, reason
             self._renew()
 
     def is_healthy(self) -> bool:
         """Whether every counted resource is healthy now; one comparison, without a lock."""
         return self._clock() < self._until.value
 
-    def expired(self) -> list[str]:
-        """Resources whose lease ran out: nobody reported them in time."""
+    def note_expiry(self) -> list[str]:
+        """Announces that the gate has closed by a lease that ran out; gives the resources that are late."""
         with self._lock:
-            now = self._clock()
-            names = self._parts.before(now)
-            self._note(now)
-            return names
+            self._announce()
+            return self._late()
+
+    def _late(self) -> list[str]:
+        now_mono = self._clock()
+        return [name for name, until_mono in self._healthy.items() if until_mono <= now_mono]
 
     def _forget(self, name: str) -> None:
-        self._parts.drop(name)
-        self._blockers.drop(name)
-        self._reasons.pop(name, None)
+        self._healthy.pop(name, None)
+        self._unhealthy.pop(name, None)
         self._pending.discard(name)
 
     def _renew(self) -> None:
         """Writes the lease; the caller holds the lock."""
         self._started = self._started or (self._announced and not self._pending)
-        now, blocked = self._clock(), len(self._blockers) > 0
-        until = self._parts.first() if self._started and not self._pending and not blocked else 0.0
-        self.lease.opens.value = -self._blockers.first() if blocked else now
-        self._until.value = until
-        self._note(now)
+        waits = not self._started or self._pending or self._unhealthy
+        self.lease.opens.value = max(self._unhealthy.values())[0] if self._unhealthy else self._clock()
+        self._until.value = 0.0 if waits else min(self._healthy.values(), default=math.inf)
+        self._announce()
 
-    def _note(self, now: float) -> None:
-        """Announces that the gate has changed, and why."""
-        is_open = bool(now < self._until.value)
+    def _announce(self) -> None:
+        """Tells of the gate when it has opened or closed, and why."""
+        is_open = self.is_healthy()
         if is_open == self._open:
             return
         self._open, why = is_open, ""
-        if not is_open and len(self._blockers):
-            name, more = self._blockers.first_name(), len(self._blockers) - 1
-            why = f"{name}: {self._reasons[name]}" + (f" and {more} more" if more else "")
+        if not is_open and self._unhealthy:
+            name, (_, reason) = max(self._unhealthy.items(), key=lambda item: item[1])
+            more = len(self._unhealthy) - 1
+            why = f"{name}: {reason}" + (f" and {more} more" if more else "")
         elif not is_open:
-            why = f"no result of {', '.join(self._parts.before(now)[:5])}"
+            why = f"no result of {', '.join(self._late()[:5])}"
         self.transitions.put((time.time(), is_open, why))
 
     SetResource = set_resource
@@ -3794,6 +3807,10 @@ def chart(session: Session, resource_id: int, metric: str, span: str, now: float
 
 
 # === Poll ====================================================================
+# Rows of resources come in, reports go out: to the aggregator at once, to the database through the recorder. A
+# thread for each resource polls it, one (the recorder) writes, one (the monitor) makes pollers follow the rows,
+# replaces dead ones and sees leases and maintenance end. Names in `_mono` are monotonic times, in `_at` Unix times.
+# Gives: Recorder, PollContext, poll_once, Monitor
 FIRST_POLLS = 50.0              # first polls per second
 JITTER = 0.1                    # part of the interval by which polls are spread
 FLUSH_INTERVAL = 1.0            # seconds for which the recorder gathers what it writes
@@ -3967,35 +3984,36 @@ def poll_once(target: Target, connection: Connection,
 class Poller(threading.Thread):
     """Polls one resource at its own interval; a thread that waits, connects and reports."""
 
-    def __init__(self, target: Target, watch: PollContext, guard: LoginGuard, standing: Standing, delay: float) -> None:
+    def __init__(self, target: Target, context: PollContext, guard: LoginGuard, standing: Standing,
+                 delay: float) -> None:
         super().__init__(name=f"poll {target.name}", daemon=True)
-        self.target, self._watch, self._guard = target, watch, guard
-        self._connection = CONNECTIONS[target.settings.platform](target, guard, watch.access)
+        self.target, self._context, self._guard = target, context, guard
+        self._connection = CONNECTIONS[target.settings.platform](target, guard, context.access)
         self._ticks: CpuTicks | None = None
-        self._due = time.monotonic() + delay
-        self.expires = self._due + target.settings.ttl      # without a report until then it is stale
+        self._due_mono = time.monotonic() + delay
+        self.expires_mono = self._due_mono + target.settings.ttl      # without a report until then it is stale
         self._woken = threading.Event()
-        self._asked: queue.SimpleQueue[concurrent.futures.Future[Report | None]] = queue.SimpleQueue()   # see check_now
+        self._asked: queue.SimpleQueue[concurrent.futures.Future[Report | None]] = queue.SimpleQueue()   # see poll_now
         self._stopped = False
         self._lock = threading.Lock()       # guards standing and the order of reports: the monitor sets stale
         self.standing = standing
 
     def run(self) -> None:
         while True:
-            woken = self._woken.wait(max(0.0, self._due - time.monotonic()))
+            woken = self._woken.wait(max(0.0, self._due_mono - time.monotonic()))
             self._woken.clear()     # before the look at _stopped, so that a stop in between is not lost
             if self._stopped:
                 return
             if woken:
                 self._guard.clear(self.target.name)
-            waiting = [self._asked.get() for _ in range(self._asked.qsize())]
-            begin = time.monotonic()
+            asked = [self._asked.get() for _ in range(self._asked.qsize())]
+            begun_mono = time.monotonic()
             pause, report = self._poll()
-            self._due = begin + pause
-            for answer in waiting:
+            self._due_mono = begun_mono + pause
+            for answer in asked:
                 answer.set_result(report)
 
-    def check_now(self) -> concurrent.futures.Future[Report | None]:
+    def poll_now(self) -> concurrent.futures.Future[Report | None]:
         """Polls at once, whatever the back-off; gives the report of that poll."""
         answer: concurrent.futures.Future[Report | None] = concurrent.futures.Future()
         self._asked.put(answer)
@@ -4007,24 +4025,24 @@ class Poller(threading.Thread):
         self._stopped = True
         self._woken.set()
 
-    def count(self) -> None:
+    def report_again(self) -> None:
         """Tells the aggregator the standing once more, for the rest of its time."""
         with self._lock:
             if self.standing.state != "unknown":
-                self._watch.aggregator.set_resource(self.target.name, self.standing.healthy, self.standing.why,
-                                                    ttl=self.expires - time.monotonic(), owner=self)
+                self._context.aggregator.set_resource(self.target.name, self.standing.healthy, self.standing.why,
+                                                    ttl=self.expires_mono - time.monotonic(), owner=self)
 
     def expire(self) -> None:
         """Makes the resource unhealthy, cause `stale`, when there was no result in time."""
         with self._lock:
             waits = self.standing.cause == "auth" and self._guard.wait(self.target.name, self.target.key_stamp) > 0
-            late = time.monotonic() >= self.expires and not waits
+            late = time.monotonic() >= self.expires_mono and not waits
         if late:
             self._report(Verdict("unhealthy", "stale", f"no result for {self.target.settings.ttl:.0f} s"), 0.0)
 
     def _poll(self) -> tuple[float, Report | None]:
         """One poll and its report; returns the seconds from its start to the next, too."""
-        settings, begin = self.target.settings, time.monotonic()
+        settings, begun_mono = self.target.settings, time.monotonic()
         wait = self._guard.wait(settings.name, self.target.key_stamp)
         sample, host_key = None, None
         if wait > 0 and self.standing.cause == "auth":
@@ -4036,41 +4054,41 @@ class Poller(threading.Thread):
         self._ticks = sample.ticks if sample else self._ticks
         if host_key:
             self.target = replace(self.target, host_key=host_key)
-        report = self._report(verdict, time.monotonic() - begin, sample, host_key)
+        report = self._report(verdict, time.monotonic() - begun_mono, sample, host_key)
         pause = settings.interval if self.standing.decided else min(settings.interval, settings.retry_interval)
-        return pause * self._watch.random.uniform(1 - JITTER, 1 + JITTER), report
+        return pause * self._context.random.uniform(1 - JITTER, 1 + JITTER), report
 
     def _report(self, verdict: Verdict, seconds: float, sample: Sample | None = None,
                 host_key: str | None = None) -> Report | None:
-        settings, now = self.target.settings, time.time()
+        settings, at = self.target.settings, time.time()
         retry = min(settings.interval, settings.retry_interval)
         with self._lock:
-            if verdict.cause == "stale" and time.monotonic() < self.expires:
+            if verdict.cause == "stale" and time.monotonic() < self.expires_mono:
                 return None     # a result came in after all
             stopped, before = self._stopped, self.standing
-            after = self.standing = settle(before, verdict, settings, now)
+            after = self.standing = settle(before, verdict, settings, at)
             wait = retry if after.good else settings.interval
             wait = self._guard.wait(settings.name, self.target.key_stamp) if verdict.cause == "auth" else wait
-            self.expires = time.monotonic() + settings.ttl + (wait if verdict.cause == "auth" else 0.0)
-            self._watch.aggregator.set_resource(
+            self.expires_mono = time.monotonic() + settings.ttl + (wait if verdict.cause == "auth" else 0.0)
+            self._context.aggregator.set_resource(
                 settings.name, after.healthy, after.why, ttl=settings.ttl, owner=self,
                 opens=wait + retry * max(0, settings.rise - after.good - 1))
-        report = Report(self.target, before, after, verdict, now, seconds, sample, host_key)
+        report = Report(self.target, before, after, verdict, at, seconds, sample, host_key)
         if not stopped:
-            self._watch.recorder.put(report)
+            self._context.recorder.put(report)
         return report
 
 
 class Monitor(threading.Thread):
     """Starts, stops and reconciles the pollers; restarts dead ones; sees leases expire."""
 
-    def __init__(self, store: Store, vault: Vault, watch: PollContext) -> None:
+    def __init__(self, store: Store, vault: Vault, context: PollContext) -> None:
         super().__init__(name="monitor", daemon=True)
-        self._store, self._vault, self._watch = store, vault, watch
+        self._store, self._vault, self._context = store, vault, context
         self._pollers: dict[str, Poller] = {}
         self._guards = Guards()
         self._counted: dict[str, bool] = {}         # as the aggregator was told
-        self._maintenance: dict[str, float] = {}    # Unix times until which resources do not count
+        self._maintenance_ends_at: dict[str, float] = {}    # Unix times until which resources do not count
         self._revision = -1
         self._followed = threading.Condition()      # guards _revision; notified when the rows were followed
         self._ending = threading.Event()
@@ -4078,8 +4096,8 @@ class Monitor(threading.Thread):
     def begin(self) -> None:
         """Registers every resource, takes over fresh stored states and starts everything."""
         self._reconcile()
-        self._watch.aggregator.start()
-        self._watch.recorder.start()
+        self._context.aggregator.start()
+        self._context.recorder.start()
         self.start()
 
     def run(self) -> None:
@@ -4096,7 +4114,7 @@ class Monitor(threading.Thread):
             self.join(1)    # or it would take stopped pollers for dead ones
         for poller in list(self._pollers.values()):
             poller.stop()
-        self._watch.recorder.close()
+        self._context.recorder.close()
 
     def poller(self, name: str) -> Poller | None:
         return self._pollers.get(name)
@@ -4108,34 +4126,34 @@ class Monitor(threading.Thread):
         with self._followed:
             self._followed.wait_for(lambda: self._revision >= wanted, 4 * MONITOR_INTERVAL)
 
-    def check_now(self, name: str, timeout: float) -> Report | None:
+    def poll_now(self, name: str, timeout: float) -> Report | None:
         """Polls a resource at once and waits until its report is written; None when there was none in `timeout`
         seconds, or there is no such resource. For any thread."""
         poller = self._pollers.get(name)
         try:
-            report = poller.check_now().result(timeout) if poller else None
+            report = poller.poll_now().result(timeout) if poller else None
         except concurrent.futures.TimeoutError:
             return None
-        self._watch.recorder.flush()
+        self._context.recorder.flush()
         return report
 
     def _sweep(self) -> None:
         for name, poller in list(self._pollers.items()):
             if not poller.is_alive() and not self._ending.is_set():
                 log.error("%s: its poller died; starting another", name)
-                self._launch(poller.target, poller.standing, 0.0, expires=poller.expires)
+                self._launch(poller.target, poller.standing, 0.0, expires_mono=poller.expires_mono)
             poller.expire()
         self._recount()
-        self._watch.aggregator.expired()
+        self._context.aggregator.note_expiry()
         with self._store.reading() as session:
             current = revision(session)
         if current != self._revision:
             self._reconcile()
-        if any(0 < until <= time.time() for until in self._maintenance.values()):
+        if any(0 < at <= time.time() for at in self._maintenance_ends_at.values()):
             self._end_maintenance(time.time())
 
     def _counts(self, target: Target) -> bool:
-        return target.settings.critical and self._maintenance[target.name] <= time.time()
+        return target.settings.critical and self._maintenance_ends_at[target.name] <= time.time()
 
     def _recount(self) -> None:
         """Takes up that maintenance has begun or is over."""
@@ -4148,19 +4166,19 @@ class Monitor(threading.Thread):
         name, counted = poller.target.name, self._counts(poller.target)
         returns = counted and self._counted.get(name) is False
         self._counted[name] = counted
-        self._watch.aggregator.register(name, counted=counted, owner=poller)
+        self._context.aggregator.register(name, counted=counted, owner=poller)
         if returns:
-            poller.count()
+            poller.report_again()
 
-    def _end_maintenance(self, now: float) -> None:
+    def _end_maintenance(self, at: float) -> None:
         """Notes that maintenance is over, also when it ended while no service ran."""
         with self._store.writing() as session:
-            over = (Resource.maintenance > 0, Resource.maintenance <= now)
+            over = (Resource.maintenance > 0, Resource.maintenance <= at)
             for row in session.scalars(sqlalchemy.select(Resource).where(*over)):
                 record_event(session, "change", "maintenance is over", resource=row.name, at=row.maintenance)
                 log.info("%s: maintenance is over", row.name)
                 row.maintenance, row.maintenance_reason = 0.0, ""
-                self._maintenance[row.name] = 0.0
+                self._maintenance_ends_at[row.name] = 0.0
 
     def _reconcile(self) -> None:
         """Makes the pollers follow the rows."""
@@ -4168,11 +4186,11 @@ class Monitor(threading.Thread):
             current, targets = revision(session), load_targets(session, self._vault)
             stored = {row.resource_id: row for row in session.scalars(sqlalchemy.select(Status))}
             ends = session.execute(sqlalchemy.select(Resource.name, Resource.maintenance))
-            self._maintenance = {name: until for name, until in ends}
+            self._maintenance_ends_at = {name: at for name, at in ends}
         self._guards.keep(targets.values())
         for name in self._pollers.keys() - targets.keys():
             self._pollers[name].stop()
-            self._watch.aggregator.deregister(name)
+            self._context.aggregator.deregister(name)
             del self._pollers[name], self._counted[name]
         self._recount()
         delay = 0.0
@@ -4196,10 +4214,10 @@ class Monitor(threading.Thread):
             log.warning("no critical resource is watched: the gate is open whatever happens")
 
     def _launch(self, target: Target, standing: Standing, delay: float, stored: Status | None = None,
-                expires: float = 0.0) -> None:
+                expires_mono: float = 0.0) -> None:
         """A poller for `target`; a stored state counts on when it is of this configuration and fresh.
 
-        `expires` is that of a poller which died: dying again and again is no result."""
+        `expires_mono` is that of a poller which died: dying again and again is no result."""
         guard = self._guards.of(target)
         age = time.time() - stored.polled if stored else math.inf
         same = stored is not None and stored.settings_digest == target.settings_digest
@@ -4211,12 +4229,12 @@ class Monitor(threading.Thread):
         if stored and left > 0:
             standing = Standing(cast(State, stored.state), cast(Cause, stored.cause), stored.reason, stored.since,
                                 stored.good, stored.bad)
-        poller = self._pollers[target.name] = Poller(target, self._watch, guard, standing, delay)
+        poller = self._pollers[target.name] = Poller(target, self._context, guard, standing, delay)
         self._register(poller)
-        poller.expires = expires or poller.expires
+        poller.expires_mono = expires_mono or poller.expires_mono
         if left > 0:
-            poller.expires = time.monotonic() + left
-            poller.count()
+            poller.expires_mono = time.monotonic() + left
+            poller.report_again()
         poller.start()
 
 
@@ -5953,7 +5971,7 @@ def validated(model: type[M], body: Mapping[str, Any], *, text: bool = False) ->
     try:
         return model.model_validate(body) if text else model.model_validate_json(json.dumps(body), strict=True)
     except ValidationError as error:
-        raise field_errors({".".join(map(str, item["loc"])): message_of(cast("dict[str, Any]", item))
+        raise field_errors({".".join(map(str, item["loc"])): message_of(item)
                           for item in error.errors(include_url=False, include_input=False)}) from None
 
 
@@ -5979,7 +5997,9 @@ class SettingsReader(InventoryLoader):
         self.fields[name] = f"{self.fields[name]}; {message}" if name in self.fields else message
 
     def parse(self, model: type[Settings], raw: Mapping[str, Any]) -> Settings:
-        return super().parse(model, raw) if self.text else model.model_validate_json(json.dumps(raw), strict=True)
+        if self.text:
+            return super().parse(model, raw)
+        return model.model_validate_json(json.dumps(raw), strict=True, context=self.folder)
 
 
 def stated(row: Resource) -> dict[str, Any]:
@@ -6186,7 +6206,7 @@ class ConsoleContext:
     def poll_now(self, name: str) -> dict[str, Any]:
         """Polls a resource and waits for the result."""
         self.monitor.catch_up()
-        report = self.monitor.check_now(name, POLL_NOW_TIMEOUT)
+        report = self.monitor.poll_now(name, POLL_NOW_TIMEOUT)
         if report is None:
             raise ApiError(f"there is no result after {POLL_NOW_TIMEOUT:.0f} s; the poll goes on", 504)
         return vars(report.verdict) | {"seconds": report.seconds}
@@ -8565,21 +8585,14 @@ class Installation:
         self.path = path.absolute()
         self.inventory = load_inventory(self.path)
         self.service = self.inventory.service
-        self.database = sqlite_path(self.service.database, self.path.parent)
-
-    def resolve(self, path: Path) -> Path:
-        return self.path.parent / path.expanduser()
+        self.database = self.service.database_path
 
     def open_vault(self, session: Session | None) -> Vault:
         """The keys; made when there are none and nothing is sealed yet."""
-        return open_vault(self.resolve(self.service.keys), sealed_tokens(session, self.inventory))
+        return open_vault(self.service.keys, sealed_tokens(session, self.inventory))
 
     def access(self) -> ConnectionContext:
-        try:
-            known_hosts = self.resolve(self.service.known_hosts)
-        except RuntimeError:        # an account without a home folder has none
-            known_hosts = Path(os.devnull)
-        return ConnectionContext(KnownHosts(known_hosts), Resolver())
+        return ConnectionContext(KnownHosts(self.service.known_hosts), Resolver())
 
 
 class Doors(NamedTuple):
@@ -8626,7 +8639,7 @@ def watch_and_serve(installation: Installation, doors: Doors, store: Store) -> N
     (vault, lines), access = prepare(installation, store), installation.access()
     recorder = Recorder(store, aggregator, inventory.service.retention)
     monitor = Monitor(store, vault, PollContext(aggregator, recorder, access, random.Random()))
-    key = session_key(installation.resolve(inventory.service.keys))
+    key = session_key(inventory.service.keys)
     service = inventory.service.model_copy(
         update={"console": bound_address(doors.console) if doors.console else "off"})
     supervisor = Supervisor(service, installation.path.parent, doors.application, aggregator.lease, doors.access_file)
@@ -8638,7 +8651,7 @@ def watch_and_serve(installation: Installation, doors: Doors, store: Store) -> N
             if doors.console:
                 context = ConsoleContext(store, inventory.without_secrets(), aggregator.lease, key, vault, monitor,
                                          access)
-                token_file = service.metrics_token_file and installation.resolve(service.metrics_token_file)
+                token_file = service.metrics_token_file
                 metrics = Metrics(ServingMetrics(aggregator.lease, supervisor.counters), store, token_file)
                 console = stack.enter_context(contextlib.closing(
                     ConsoleServer(build_console(context, metrics), doors.console)))
@@ -8655,10 +8668,10 @@ def serve(arguments: argparse.Namespace) -> int:
     ensure_inventory(arguments.inventory)
     installation = Installation(arguments.inventory)
     service = installation.service
-    set_up_logging(installation.resolve(service.log_file) if service.log_file else None)
+    set_up_logging(service.log_file)
     if service.metrics_token_file:
-        read_token(installation.resolve(service.metrics_token_file))    # what cannot be used ends the start
-    access_file = AccessFile(installation.resolve(service.access_log)) if service.access_log else None
+        read_token(service.metrics_token_file)      # what cannot be used ends the start
+    access_file = AccessFile(service.access_log) if service.access_log else None
     doors = Doors(listen("service.listen", service.listen),
                   None if service.console == "off" else listen("service.console", service.console), access_file)
     inspect_database(installation.database)
@@ -8677,7 +8690,7 @@ def rehearsal(installation: Installation) -> Iterator[tuple[Session, Vault, Chan
         store = Store(installation.database if inspect_database(installation.database) else scratch / "database")
         try:
             with store.writing() as session:
-                vault = Vault(installation.resolve(installation.service.keys))
+                vault = Vault(installation.service.keys)
                 require_keys(vault, sealed_tokens(session, installation.inventory))
                 if not vault.key_id:
                     vault = Vault(scratch)

@@ -54,7 +54,7 @@ class Bench:
         if first == "start":
             self.aggregator.start()
         elif first == "sweep":
-            self.aggregator.expired()
+            self.aggregator.note_expiry()
         elif first == "wait":
             self.clock.now += float(rest[0])
         elif first[0] == "+":
@@ -213,7 +213,7 @@ def test_late_reports_of_an_old_owner(bench: Bench) -> None:
     aggregator.deregister("a")
     aggregator.set_resource("a", False, owner=new)
     assert aggregator.is_healthy()
-    assert not aggregator.expired()
+    assert not aggregator.note_expiry()
 
 
 def test_old_owner_does_not_end_the_wait_for_the_first_result(bench: Bench) -> None:
@@ -301,11 +301,11 @@ def test_transitions(bench: Bench, script: str, announced: list[str]) -> None:
 
 def test_expired_names_the_silent(bench: Bench) -> None:
     bench.run("+a; +b; +c; +d optional; start; a up 5; b up 6; c up 100; d up 5")
-    assert bench.aggregator.expired() == []
+    assert bench.aggregator.note_expiry() == []
     bench.clock.now += 6
-    assert sorted(bench.aggregator.expired()) == ["a", "b"]
+    assert sorted(bench.aggregator.note_expiry()) == ["a", "b"]
     bench.aggregator.set_resource("a", False, "stale")
-    assert bench.aggregator.expired() == ["b"]
+    assert bench.aggregator.note_expiry() == ["b"]
 
 
 # --- against a model ---
@@ -384,7 +384,7 @@ class Model(RuleBasedStateMachine):
 
     @rule()
     def sweep(self) -> None:
-        assert set(self.real.expired()) == {
+        assert set(self.real.note_expiry()) == {
             name for name, until in self.until.items() if until <= self.clock.now
         }
         self.compare_transitions()
@@ -445,7 +445,7 @@ def test_threads_that_report_and_leave(last: str) -> None:
                     name, choice.random() < 0.9, "shaky", ttl=choice.choice([0.0, 0.001, 60])
                 )
             aggregator.is_healthy()
-            aggregator.expired()
+            aggregator.note_expiry()
 
     hammer(work)
     for number in range(8):

@@ -406,7 +406,8 @@ def test_defaults_of_the_issue(folder: Path) -> None:
         2,
         2,
     )
-    assert inventory.service == ServiceSettings() and inventory.service.address == ("127.0.0.1", 8080)
+    assert inventory.service == ServiceSettings.model_validate({}, context=folder)
+    assert inventory.service.address == ("127.0.0.1", 8080)
 
 
 MERGES: dict[str, tuple[str, str, dict[str, Any]]] = {

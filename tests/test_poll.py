@@ -257,7 +257,7 @@ def test_retry_interval_while_undecided(house: House, machines: Machines) -> Non
     with house.watching():
         wait_for(lambda: house.state("db1") == ("healthy", ""))
         machines.behaviours["db1"] = unreachable
-        house.poller("db1").check_now()
+        house.poller("db1").poll_now()
         wait_for(lambda: house.state("db1") == ("unhealthy", "unreachable"))
         assert len(machines.polls) == 4  # one good, three bad
         for gap in gaps(machines.moments("db1")[1:]):
@@ -265,7 +265,7 @@ def test_retry_interval_while_undecided(house: House, machines: Machines) -> Non
         assert not machines.ended.wait(1.2), "decided: the next poll is a minute away"
         assert len(machines.polls) == 4
         machines.behaviours["db1"] = good
-        house.poller("db1").check_now()
+        house.poller("db1").poll_now()
         wait_for(lambda: house.state("db1") == ("healthy", ""))
         assert len(machines.polls) == 6
 
@@ -496,7 +496,7 @@ def test_wrong_password_stops_all_and_survives_a_restart(house: House, machines:
             assert all(house.state(name) == ("unhealthy", "auth") for name in NAMES)
     with house.watching():
         machines.logins.clear()
-        house.poller("a").check_now()
+        house.poller("a").poll_now()
         wait_for(lambda: "a" in machines.logins)
         machines.logins.clear()
         write("changed")
@@ -527,7 +527,7 @@ def test_an_accepted_login_frees_the_others(house: House, machines: Machines) ->
         wait_for(lambda: all(house.state(name) == ("unhealthy", "auth") for name in NAMES))
         assert machines.logins == ["a", "b"]
         machines.behaviours = {name: machines.login(name) for name in NAMES}
-        house.poller("a").check_now()
+        house.poller("a").poll_now()
         wait_for(lambda: machines.logins.count("a") == 2)
         wait_for(
             lambda: {"c", "d"} <= set(machines.logins), 4
@@ -629,7 +629,7 @@ def test_resources_that_come_and_go(house: House, machines: Machines) -> None:
         house.write("name: db1, critical: false")
         wait_for(lambda: house.monitor.poller("db2") is None)
         machines.behaviours["db1"] = unreachable
-        house.poller("db1").check_now()
+        house.poller("db1").poll_now()
         house.write("name: db1, critical: false, fall: 1")
         wait_for(lambda: house.state("db1")[0] == "unhealthy")
         assert house.aggregator.is_healthy()
@@ -697,7 +697,7 @@ def test_maintenance_ends_between_two_polls(house: House, machines: Machines) ->
         maintain(house, "db2", 1)
         wait_for(lambda: len(maintenance_events(house)) == 2)
         machines.behaviours["db1"] = good
-        house.poller("db1").check_now()
+        house.poller("db1").poll_now()
         wait_for(house.aggregator.is_healthy)
         assert lease_left(house) < 123 - 2, "that of db2, which was polled at the start"
         assert len(machines.moments("db2")) == 1
@@ -752,12 +752,12 @@ def test_check_now(house: House, machines: Machines) -> None:
         wait_for(house.aggregator.is_healthy)
         machines.behaviours["db1"] = unreachable
         begin = time.time()
-        report = house.monitor.check_now("db1", 5)
+        report = house.monitor.poll_now("db1", 5)
         assert report and report.at >= begin
         assert (report.standing.state, report.verdict.cause) == ("unhealthy", "unreachable")
         assert house.stored("db1") == ("unhealthy", "unreachable")
         assert len(machines.polls) == 2
-        assert house.monitor.check_now("nobody", 5) is None
+        assert house.monitor.poll_now("nobody", 5) is None
 
 
 def test_check_now_while_a_poll_runs(house: House, machines: Machines) -> None:
@@ -774,7 +774,7 @@ def test_check_now_while_a_poll_runs(house: House, machines: Machines) -> None:
     machines.behaviours["db1"] = first_slow_then_bad
     with house.watching():
         assert begun.wait(5)
-        report = house.monitor.check_now("db1", 5)
+        report = house.monitor.poll_now("db1", 5)
         assert report and report.verdict.reason == "the second poll"
 
 
@@ -783,11 +783,11 @@ def test_check_now_of_a_machine_that_hangs(house: House, machines: Machines) -> 
     machines.behaviours["db1"] = machines.hang
     with house.watching():
         begin = time.monotonic()
-        assert house.monitor.check_now("db1", 0.5) is None
+        assert house.monitor.poll_now("db1", 0.5) is None
         assert 0.5 <= time.monotonic() - begin < 0.5 + LATE
         machines.behaviours["db1"] = good
         machines.ended.set()
-        report = house.monitor.check_now("db1", 5)
+        report = house.monitor.poll_now("db1", 5)
         assert report and report.verdict.good
 
 
@@ -798,7 +798,7 @@ def test_check_now_by_many(house: House, machines: Machines) -> None:
     reports: list[object] = []
 
     def ask() -> None:
-        reports.append(house.monitor.check_now("db1", 10))
+        reports.append(house.monitor.poll_now("db1", 10))
 
     with house.watching():
         wait_for(house.aggregator.is_healthy)
@@ -816,10 +816,10 @@ def test_check_now_clears_the_wait_after_a_refused_login(house: House, machines:
     machines.behaviours["a"] = machines.login("a", refused)
     with house.watching():
         wait_for(lambda: house.state("a") == ("unhealthy", "auth"))
-        report = house.monitor.check_now("a", 5)
+        report = house.monitor.poll_now("a", 5)
         assert report and report.verdict.cause == "auth" and machines.logins == ["a", "a"]
         machines.behaviours["a"] = machines.login("a")
-        report = house.monitor.check_now("a", 5)
+        report = house.monitor.poll_now("a", 5)
         assert report and report.verdict.good
 
 
@@ -831,7 +831,7 @@ def test_check_now_with_the_settings_of_now(house: House, machines: Machines) ->
         house.write("name: db1, interval: 30", "name: db2")
         house.monitor.catch_up()
         for name in ("db1", "db2"):
-            report = house.monitor.check_now(name, 5)
+            report = house.monitor.poll_now(name, 5)
             assert report and report.target.settings.interval == (30 if name == "db1" else 60)
 
 

@@ -32,7 +32,7 @@ from healthchecker import (
     ProbeError,
     Sample,
     build_script,
-    is_complete,
+    end_mark,
     last_section,
     parse_output,
 )
@@ -290,8 +290,8 @@ def test_what_ran_when_the_output_stopped() -> None:
     assert last_section(text.rpartition(f"\n@{NONCE} end")[0], NONCE) == "check two words"
     assert last_section(text[: text.index("nginx\n") + 6], NONCE) == "service nginx"
     assert last_section("", NONCE) == ""
-    assert is_complete(text, NONCE) and is_complete(text.encode(), NONCE)
-    assert not is_complete(text[:-1], NONCE) and not is_complete(text, "0" * 16)
+    assert end_mark(NONCE) in text
+    assert end_mark(NONCE) not in text[:-1] and end_mark("0" * 16) not in text
 
 
 @pytest.mark.parametrize(
@@ -478,7 +478,7 @@ def run_script(command: list[str], script: str, seconds: float = 30.0, **environ
         assert process.stdin and process.stdout
         process.stdin.write(script.encode() + b"left over\n")  # nothing may read on
         process.stdin.close()
-        while not is_complete(received, NONCE) and time.monotonic() < began + seconds:
+        while end_mark(NONCE).encode() not in received and time.monotonic() < began + seconds:
             chunk = os.read(process.stdout.fileno(), 65536)
             if not chunk:
                 break
@@ -498,7 +498,7 @@ def test_one_round_trip_reads_this_machine(shell: str) -> None:
         text, _ = run_script(
             shell_command(shell), build_script(platform, [], [], NONCE), LC_ALL="de_DE.UTF-8"
         )
-        assert is_complete(text, NONCE)
+        assert end_mark(NONCE) in text
         sample = parse_output(text, NONCE, CpuTicks(busy=0.0, total=0.0))
         table = PROBES[Platform.POSIX if platform is Platform.POSIX else Platform.LINUX]
         assert sample.details["hostname"] == os.uname().nodename
@@ -607,7 +607,7 @@ def test_a_poll_that_is_cut_says_where() -> None:
     text, _ = run_script(
         ["sh", "-c", "timeout 2 sh -s || exit 0"], build_script(Platform.POSIX, [], [check], NONCE)
     )
-    assert not is_complete(text, NONCE)
+    assert end_mark(NONCE) not in text
     assert last_section(text, NONCE) == "check replication"
 
 
