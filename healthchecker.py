@@ -1229,21 +1229,19 @@ MIGRATIONS = (("ALTER TABLE user ADD COLUMN role VARCHAR NOT NULL DEFAULT 'admin
                "ALTER TABLE status DROP COLUMN packed",
                "ALTER TABLE sample RENAME TO packed_sample",
                "ALTER TABLE average RENAME TO packed_average"))
-# Schema 2 packed a poll and an average: what is selected, with the packed numbers last; their layout; how many of them
-# come before the readings, of which 65535 was a missing one.
-PACKED = (("sample", "resource_id, at, reason, CAST(substr(packed, 1, 1) AS TEXT), CAST(substr(packed, 2, 1) AS TEXT), "
-           "substr(packed, 3)", struct.Struct("<I6H"), 1),
-          ("average", "resource_id, at, packed", struct.Struct("<20H"), 2))
+# Schema 2 packed the numbers of a row, 65535 for a reading that is missing: what is selected, with them last.
+PACKED = {"sample": ("resource_id, at, reason, CAST(substr(packed, 1, 1) AS TEXT), CAST(substr(packed, 2, 1) AS TEXT), "
+                     "substr(packed, 3)", struct.Struct("<I6H")),
+          "average": ("resource_id, at, packed", struct.Struct("<20H"))}
 
 
 def unpack_history(connection: sqlite3.Connection) -> None:
     """Fills the tables of schema 3 from those of schema 2, row by row, for they may be millions."""
-    for table, columns, layout, first in PACKED:
-        rows = connection.execute(f"SELECT {columns} FROM packed_{table} ORDER BY resource_id, at")    # noqa: S608  # ours
-        values = ((*kept, *numbers[:first], *(None if value == 0xFFFF else value for value in numbers[first:]))
-                  for *kept, packed in rows if len(packed) == layout.size for numbers in (layout.unpack(packed),))
-        places = ", ".join("?" * len(Base.metadata.tables[table].columns))
-        connection.executemany(f"INSERT INTO {table} VALUES ({places})", values)    # noqa: S608  # ours
+    for table, (columns, layout) in PACKED.items():
+        places = ["NULLIF(?, 65535)" if column.nullable else "?" for column in Base.metadata.tables[table].columns]
+        rows = connection.execute(f"SELECT {columns} FROM packed_{table} ORDER BY resource_id, at")     # noqa: S608
+        connection.executemany(f"INSERT INTO {table} VALUES ({', '.join(places)})", (                   # noqa: S608
+            (*kept, *layout.unpack(packed)) for *kept, packed in rows if len(packed) == layout.size))
         connection.execute(f"DROP TABLE packed_{table}")
 
 
