@@ -17,7 +17,7 @@ Sections, in file order; a definition refers only to what stands above it:
     Probes       the command sets of the platforms, as tables
     Evaluate     sample + limits -> verdict -> standing; pure
     Aggregate    the lease: is everything healthy, now
-    History      what polls found, packed: rows, averages, availability, events
+    History      what polls found: rows, averages, availability, events
     Poll         a thread per resource, one writer, one overseer
     Pages        what a person sees: charts, forms, templates
     Style        style and script of the pages
@@ -898,6 +898,9 @@ def load_inventory(path: Path) -> Inventory:
 
 
 # === Vault ===================================================================
+# Secrets at rest: in come passwords and what they belong to, out go tokens, and the other way round. Called in any
+# thread of the main process; only the start and `keys rotate` write key files. A secret never shows in an error.
+# Gives: length_prefixed, create_private, Vault, hash_password
 RSA_BITS = 3072                 # bits, equal in strength to AES-128 (NIST SP 800-57)
 OAEP = padding.OAEP(padding.MGF1(hashes.SHA256()), hashes.SHA256(), b"HealthChecker/HC1")
 SPKI = serialization.PublicFormat.SubjectPublicKeyInfo
@@ -1041,6 +1044,13 @@ def hash_password(password: str, salt: bytes, rounds: int = PBKDF2_ROUNDS) -> by
 
 
 # === Storage =================================================================
+# The database: its tables, how an older one is migrated, and the import that makes its rows follow the inventory.
+# In comes an Inventory and a Vault, out go rows and, for pollers, Targets with their secrets opened. The main process
+# alone opens it, in any thread: reads see one state, writes wait for each other. Secrets are stored sealed only.
+# Everything is SQL that PostgreSQL has, too, but for opening, migrating, and the upserts of Poll.
+# Gives: Base, User, Resource, binding, Status, Event, LoginSession, Ended, inspect_database, Store, revision, revise,
+# Changes, reseal_row, update_row, import_inventory, require_keys, open_vault, sealed_tokens, Target, target_of,
+# load_targets
 SALT_BYTES = 16                 # bytes, NIST SP 800-132
 BUSY_TIMEOUT = 5.0              # seconds a writer waits for another one
 
@@ -1358,6 +1368,9 @@ class Store:
                 event.listen(db.engine, "connect", prepare_connection)
                 event.listen(db.engine, "begin", begin_transaction)
             self._migrate()
+        except StorageError:
+            self.close()
+            raise
         except (OSError, sqlite3.Error, sqlalchemy.exc.SQLAlchemyError) as error:
             self.close()
             reason = one_line(str(getattr(error, "orig", error)))
@@ -1367,10 +1380,9 @@ class Store:
         """Never under a service of an older version, which would fail from then on."""
         with self.reading() as session:
             version = session.scalar(sqlalchemy.text("PRAGMA user_version"))
-        if version and version < SCHEMA and not self._lock:
-            lock_database(self.path).close()
         if version != SCHEMA:
-            with self.writing() as session:
+            lock = None if self._lock or not version else lock_database(self.path)
+            with contextlib.closing(lock) if lock else contextlib.nullcontext(), self.writing() as session:
                 migrate(session)
 
     @contextlib.contextmanager
@@ -3584,6 +3596,12 @@ class HealthAggregator:
 
 
 # === History =================================================================
+# What polls found: in come Reports, out go rows, averages of quarters of an hour, charts and availability. Readings are
+# whole hundredths, NULL where nothing was read. The recorder's thread writes, any thread reads.
+# 100 resources at 60 s: 288,000 polls (2 days) and 864,000 averages (90 days) are 82 MB, as tests/bench_history.py
+# measures; 100,000 events add 20 MB, and 144 MB the longest reasons, if everything failed for 2 days.
+# Gives: POLLS, SPANS, SAMPLES, highest_readings, Report, record_event, events, PastPoll, samples, roll_up, prune,
+# prune_events, availability, Point, chart
 DAY = 86_400                    # seconds
 PRUNE_ROWS = 10_000             # rows of a resource, or events, that are dropped at once
 EVENTS = 100_000                # events that are kept at most: a resource may flap for a year
