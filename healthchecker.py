@@ -1029,6 +1029,9 @@ class Vault:
             raise SecretError("a sealed secret belongs to another name, hostname, port or username, or was altered; "
                               "write the password again") from error
 
+    def reseal(self, token: str, *row: str) -> str:
+        return self.seal(self.open(token, *row), *row)
+
     def require(self, key_id: str) -> None:
         """Raises SecretError unless the private key `key_id` is here; shows the id only when it is one."""
         if not re.fullmatch("[0-9a-f]{16}", key_id):
@@ -1049,7 +1052,7 @@ def hash_password(password: str, salt: bytes, rounds: int = PBKDF2_ROUNDS) -> by
 # alone opens it, in any thread: reads see one state, writes wait for each other. Secrets are stored sealed only.
 # Everything is SQL that PostgreSQL has, too, but for opening, migrating, and the upserts of Poll.
 # Gives: Base, User, Resource, binding, Status, Event, LoginSession, Ended, inspect_database, Store, revision, revise,
-# Changes, reseal_row, update_row, import_inventory, require_keys, open_vault, sealed_tokens, Target, target_of,
+# Changes, reseal, update_row, import_inventory, require_keys, open_vault, sealed_tokens, Target, target_of,
 # load_targets
 SALT_BYTES = 16                 # bytes, NIST SP 800-132
 BUSY_TIMEOUT = 5.0              # seconds a writer waits for another one
@@ -1271,11 +1274,8 @@ def migrate(session: Session) -> None:
     session.execute(sqlalchemy.text(f"PRAGMA application_id = {APPLICATION}"))
 
 
-EMPTY = "is empty"
-
-
-def database_fault(path: Path, mode: str = "ro") -> str:
-    """What keeps a SQLite file from being ours and sound; empty for nothing, EMPTY before its first transaction.
+def database_fault(path: Path, mode: str = "ro") -> str | None:
+    """What keeps a SQLite file from being ours and sound; empty for nothing, None before its first transaction.
 
     A transaction that a crash cut short is rolled back first, which needs to write."""
     try:
@@ -1289,7 +1289,7 @@ def database_fault(path: Path, mode: str = "ro") -> str:
             raise
         return database_fault(path, "rw")
     if not found:
-        return EMPTY
+        return None
     if ours[0] != APPLICATION:
         return "belongs to another program; set service.database"
     if ours[1] > SCHEMA:
@@ -1311,9 +1311,9 @@ def inspect_database(path: Path) -> bool:
         fault = database_fault(path) if known else "is no SQLite database; set service.database"
     except (OSError, sqlite3.Error) as error:
         raise StorageError(f"database {path}: {error}; restore it from a backup or set service.database") from error
-    if fault not in ("", EMPTY):
+    if fault:
         raise StorageError(f"database {path} {fault}")
-    return not fault
+    return fault is not None
 
 
 def lock_database(path: Path) -> sqlite3.Connection:
@@ -1367,23 +1367,19 @@ class Store:
             with self.app.app_context():
                 event.listen(db.engine, "connect", prepare_connection)
                 event.listen(db.engine, "begin", begin_transaction)
-            self._migrate()
-        except StorageError:
+            with self.reading() as session:
+                version = session.scalar(sqlalchemy.text("PRAGMA user_version"))
+            if version != SCHEMA:
+                # never under a service of an older version, which would fail from then on
+                lock = None if self._lock or not version else lock_database(path)
+                with contextlib.closing(lock) if lock else contextlib.nullcontext(), self.writing() as session:
+                    migrate(session)
+        except (StorageError, OSError, sqlite3.Error, sqlalchemy.exc.SQLAlchemyError) as error:
             self.close()
-            raise
-        except (OSError, sqlite3.Error, sqlalchemy.exc.SQLAlchemyError) as error:
-            self.close()
+            if isinstance(error, StorageError):
+                raise
             reason = one_line(str(getattr(error, "orig", error)))
             raise StorageError(f"database {path} cannot be opened: {reason}") from error
-
-    def _migrate(self) -> None:
-        """Never under a service of an older version, which would fail from then on."""
-        with self.reading() as session:
-            version = session.scalar(sqlalchemy.text("PRAGMA user_version"))
-        if version != SCHEMA:
-            lock = None if self._lock or not version else lock_database(self.path)
-            with contextlib.closing(lock) if lock else contextlib.nullcontext(), self.writing() as session:
-                migrate(session)
 
     @contextlib.contextmanager
     def reading(self) -> Iterator[Session]:
@@ -1445,25 +1441,24 @@ def store_secret(row: Resource, kind: str, secret: str, vault: Vault) -> bool:
     return True
 
 
-def reseal_row(session: Session, row: Resource, vault: Vault) -> None:
-    """Seals the secrets of a row anew, for what they are bound to today; its stored status stays that of its settings.
-
-    Raises SecretError."""
-    status, before = session.get(Status, row.id), (row.settings_digest, row.credential_digest)
-    for kind in SECRETS:
-        if token := getattr(row, kind):
-            bound = binding(kind, row)
-            setattr(row, kind, vault.seal(vault.open(token, *bound), *bound))
-    if status and (status.settings_digest, status.credential_digest) == before:
-        status.settings_digest, status.credential_digest = row.settings_digest, row.credential_digest
+def reseal(session: Session, rows: Iterable[Resource], vault: Vault) -> None:
+    """Seals the secrets of rows anew, for what they are bound to today; the stored status of a row stays that of its
+    settings. Raises SecretError."""
+    for row in rows:
+        status, before = session.get(Status, row.id), (row.settings_digest, row.credential_digest)
+        for kind in SECRETS:
+            if token := getattr(row, kind):
+                setattr(row, kind, vault.reseal(token, *binding(kind, row)))
+        if status and (status.settings_digest, status.credential_digest) == before:
+            status.settings_digest, status.credential_digest = row.settings_digest, row.credential_digest
 
 
 def bind_ports(session: Session, rows: Iterable[Resource], vault: Vault) -> None:
-    """Seals anew what was sealed before secrets were bound to ports."""
+    """Seals anew what is bound to no port yet; a damaged secret is a matter of its own resource."""
     for row in rows:
-        if any(token.startswith("HC1.") for token in (row.password, row.key_passphrase) if token):
-            with contextlib.suppress(SecretError):      # a damaged one is a matter of its own resource
-                reseal_row(session, row, vault)
+        if any(str(getattr(row, kind)).startswith("HC1.") for kind in SECRETS):
+            with contextlib.suppress(SecretError):
+                reseal(session, [row], vault)
 
 
 def update_row(row: Resource, entry: Entry, vault: Vault) -> bool:
@@ -3748,7 +3743,8 @@ ROLL_UP = sqlalchemy.text(f"""INSERT INTO average {PARTS}
     FROM known LEFT JOIN sample ON sample.resource_id = :id AND sample.at = known.at GROUP BY quarter""")  # noqa: S608
 AVAILABLE = sqlalchemy.text(f"""{PARTS} SELECT SUM(seconds), SUM(good) FROM (
     SELECT seconds, good * seconds AS good FROM known WHERE at >= :first UNION ALL
-    SELECT known / 10.0, healthy / 10.0 FROM average WHERE resource_id = :id AND at >= :first) AS times""")  # noqa: S608
+    SELECT known / 10.0, healthy / 10.0 FROM average WHERE resource_id = :id AND at >= :first) AS times
+    """)    # noqa: S608  # nobody's words
 CHARTS = {metric: sqlalchemy.text(f"""
     SELECT floor(at / :step) * :step, AVG(average), MIN(lowest), MAX(highest) FROM (
         SELECT at, {metric} AS average, {metric}_minimum AS lowest, {metric}_maximum AS highest
@@ -3834,15 +3830,10 @@ LAST_FLUSH = 1.5                # seconds for the last reports to be written whe
 TABLES = Base.metadata.tables   # an insert of a table costs half of what one of its class does
 
 
-def upsert_status() -> Any:
-    """Replaces a resource's last standing; `strip` is added to the one that is there."""
-    insert = sqlite.insert(TABLES["status"])
-    values: dict[str, Any] = {column.name: column for column in insert.excluded}
-    values["strip"] = func.substr(Status.strip + insert.excluded["strip"], -STRIP)
-    return insert.on_conflict_do_update(set_=values)
-
-
-UPSERT_STATUS = upsert_status()
+INSERT_STATUS = sqlite.insert(TABLES["status"])
+UPSERT_STATUS = INSERT_STATUS.on_conflict_do_update(set_={
+    **{column.name: column for column in INSERT_STATUS.excluded},
+    "strip": func.substr(Status.strip + INSERT_STATUS.excluded["strip"], -STRIP)})
 INSERT_SAMPLE = sqlite.insert(SAMPLES).on_conflict_do_nothing()
 INSERT_EVENT = sqlalchemy.insert(TABLES["event"])
 
@@ -6855,7 +6846,8 @@ class ResourceRow:
 
     @property
     def bars(self) -> list[Markup]:
-        found = highest_readings((json.loads(self.status.sample) or NO_SAMPLE)["metrics"])
+        sample = json.loads(self.status.sample)
+        found = highest_readings(sample["metrics"] if sample else {})
         return [bar_svg(found[metric], self.limit(metric)) + f"{found[metric]:.0f} %" if metric in found else Markup()
                 for metric in BARS]
 
@@ -8931,10 +8923,6 @@ def trust(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def reseal(vault: Vault, token: str, row: tuple[str, ...]) -> str:
-    return vault.seal(vault.open(token, *row), *row)
-
-
 def rotate_keys(arguments: argparse.Namespace) -> int:
     """Seals every secret with a new key. Interrupted, it leaves both keys; it is run again then."""
     installation = Installation(arguments.inventory)
@@ -8949,10 +8937,9 @@ def rotate_keys(arguments: argparse.Namespace) -> int:
             vault = installation.open_vault(session)
             if not (vault.folder / "next.pem").exists():
                 vault.create("next.pem")
-            tokens = {where: reseal(vault, value, binding(str(where[-1]), settings))
+            tokens = {where: vault.reseal(value, *binding(str(where[-1]), settings))
                       for where, value, settings in document_tokens}
-            for row in session.scalars(sqlalchemy.select(Resource)):
-                reseal_row(session, row, vault)
+            reseal(session, session.scalars(sqlalchemy.select(Resource)), vault)
             revise(session)
         if tokens:
             rewrite(installation.path, document, tokens)

@@ -127,7 +127,7 @@ def test_platform_that_changes_takes_what_has_no_meaning_there_along(client: Cli
     added = client.api("POST", "resources", {**body, "tls": False, "maintenance": None}).status
     assert added == 422     # maintenance is none of the settings
     assert client.api("POST", "resources", {**body, "tls": False, "critical": False}).json["port"] == 5985
-    changed = client.api("PATCH", "resources/one", {"platform": "linux"})
+    changed = client.api("PATCH", "resources/one", {"platform": "linux", "password": "p"})  # another port
     assert (changed.status, changed.json["tls"], changed.json["port"]) == (200, True, 22)
 
 
