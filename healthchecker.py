@@ -34,7 +34,7 @@ Sections, in file order; a definition refers only to what stands above it:
     Collect      script, connection and parser of a platform: one poll in one round trip
     Evaluate     sample + limits -> verdict -> standing; pure
     Aggregate    the lease: is everything healthy, now
-    History      what polls found, packed: rows, averages, availability, events
+    History      what polls found: rows, averages, availability, events
     Poll         a thread per resource, one writer, one overseer
     Pages        what a person sees: charts, forms, templates
     Style        style and script of the pages
@@ -187,7 +187,7 @@ AUTH_BACKOFF = 300.0            # seconds between attempts with a refused creden
 MONITOR_INTERVAL = 0.5          # seconds between two looks of the monitor
 STRIP = 60                      # polls of a resource that the overview shows
 QUARTER = 900                   # seconds of which an average is kept
-TOKEN_PREFIX = "HC1."           # noqa: S105  # of a sealed secret
+TOKEN_PREFIXES = ("HC2.", "HC1.")   # of sealed secrets; HC1 did not bind the port
 LOG_BYTES = 10 << 20            # bytes of a log file before it rotates
 LOG_FILES = 5                   # rotated log files that are kept
 COMPLAINT_INTERVAL = 60.0       # seconds between two complaints about the same trouble
@@ -880,7 +880,7 @@ class InventoryLoader:
             return None
         if not (text or fault) and source != kind:
             fault = "this environment variable is not set" if source.endswith("_env") else "this file is empty"
-        elif len(text) > SECRET_LENGTH and not text.startswith(TOKEN_PREFIX):
+        elif len(text) > SECRET_LENGTH and not text.startswith(TOKEN_PREFIXES):
             fault = f"must be at most {SECRET_LENGTH} characters"
         if fault:
             self.fault(locate((source,)), fault)
@@ -927,8 +927,8 @@ def load_inventory(path: Path) -> Inventory:
 
 
 # === Vault ===================================================================
-# Secrets go in and tokens come out, and the other way round for the row that they were sealed for; passwords of
-# users are hashed here. Any thread may seal and open: keys change only while nothing else runs.
+# Secrets at rest: in come passwords and what they belong to, out go tokens, and the other way round. Called in any
+# thread of the main process; only the start and `keys rotate` write key files. A secret never shows in an error.
 # Gives: length_prefixed, create_private, Vault, hash_password
 RSA_BITS = 3072                 # bits, equal in strength to AES-128 (NIST SP 800-57)
 OAEP = padding.OAEP(padding.MGF1(hashes.SHA256()), hashes.SHA256(), b"HealthChecker/HC1")
@@ -975,7 +975,7 @@ def create_private(path: Path, content: bytes) -> None:
 class Vault:
     """Seals secrets: AES-256-GCM with a fresh key per secret, that key under RSA-OAEP, bound to its row.
 
-    A token reads `HC1.<key id>.<wrapped key>.<nonce>.<ciphertext>`. `private.pem` seals and opens; `next.pem`
+    A token reads `HC2.<key id>.<wrapped key>.<nonce>.<ciphertext>`. `private.pem` seals and opens; `next.pem`
     exists only during `keys rotate` and then seals, while the old key still opens.
     """
 
@@ -1037,26 +1037,29 @@ class Vault:
         self.publish()
 
     def seal(self, secret: str, *row: str) -> str:
-        """The token for `secret`, which opens only with the same `row` (what it is, name, hostname, username)."""
+        """The token for `secret`, which opens only with the same `row`: see `binding`."""
         key, nonce = os.urandom(32), os.urandom(12)
         wrapped = self._keys[self.key_id].public_key().encrypt(key, OAEP)
-        bound = length_prefixed("HC1", self.key_id, *row)
+        bound = length_prefixed("HC2", self.key_id, *row)
         sealed = AESGCM(key).encrypt(nonce, secret.encode(), bound)
-        return ".".join(("HC1", self.key_id, b64(wrapped), b64(nonce), b64(sealed)))
+        return ".".join(("HC2", self.key_id, b64(wrapped), b64(nonce), b64(sealed)))
 
     def open(self, token: str, *row: str) -> str:
         """The secret of a token; raises SecretError, which never quotes it."""
         parts = token.split(".")
-        if len(parts) != TOKEN_PARTS or parts[0] != "HC1":
+        if len(parts) != TOKEN_PARTS or not token.startswith(TOKEN_PREFIXES):
             raise SecretError("a sealed secret is damaged; write the password again")
         self.require(parts[1])
         try:
             key = self._keys[parts[1]].decrypt(unb64(parts[2]), OAEP)
-            bound = length_prefixed("HC1", parts[1], *row)
+            bound = length_prefixed(*parts[:2], *(row[:-1] if parts[0] == "HC1" else row))     # the port stands last
             return AESGCM(key).decrypt(unb64(parts[3]), unb64(parts[4]), bound).decode()
         except (ValueError, InvalidTag, binascii.Error) as error:
-            raise SecretError("a sealed secret belongs to another name, hostname or username, or was altered; "
+            raise SecretError("a sealed secret belongs to another name, hostname, port or username, or was altered; "
                               "write the password again") from error
+
+    def reseal(self, token: str, *row: str) -> str:
+        return self.seal(self.open(token, *row), *row)
 
     def require(self, key_id: str) -> None:
         """Raises SecretError unless the private key `key_id` is here; shows the id only when it is one."""
@@ -1073,6 +1076,13 @@ def hash_password(password: str, salt: bytes, rounds: int = PBKDF2_ROUNDS) -> by
 
 
 # === Storage =================================================================
+# The database: its tables, how an older one is migrated, and the import that makes its rows follow the inventory.
+# In comes an Inventory and a Vault, out go rows and, for pollers, Targets with their secrets opened. The main process
+# alone opens it, in any thread: reads see one state, writes wait for each other. Secrets are stored sealed only.
+# Everything is SQL that PostgreSQL has, too, but for opening, migrating, and the upserts of Poll.
+# Gives: Base, User, Resource, binding, Status, Event, LoginSession, Ended, inspect_database, Store, revision, revise,
+# Changes, reseal, update_row, import_inventory, require_keys, open_vault, sealed_tokens, Target, target_of,
+# load_targets
 SALT_BYTES = 16                 # bytes, NIST SP 800-132
 BUSY_TIMEOUT = 5.0              # seconds a writer waits for another one
 
@@ -1082,7 +1092,7 @@ class Base(DeclarativeBase):
 
 
 db = SQLAlchemy(model_class=Base, session_options={"expire_on_commit": False})
-SCHEMA = 2                      # PRAGMA user_version of a database that this program writes
+SCHEMA = 3                      # PRAGMA user_version of a database that this program writes
 APPLICATION = 0x48434B31        # PRAGMA application_id: "HCK1"
 
 
@@ -1091,32 +1101,32 @@ class User(Base):
 
     __tablename__ = "user"
     id: Mapped[int] = mapped_column(primary_key=True)
-    name: Mapped[str] = mapped_column(unique=True)
-    password_hash: Mapped[bytes]
+    username: Mapped[str] = mapped_column(unique=True)
+    password: Mapped[bytes]     # its hash
     salt: Mapped[bytes]
     rounds: Mapped[int] = mapped_column(default=PBKDF2_ROUNDS)
     role: Mapped[str] = mapped_column(default="admin")      # admin: everything; viewer: looks
     initial: Mapped[bool] = mapped_column(default=False)    # the password is the documented one still
 
     @classmethod
-    def create(cls, name: str, password: str, role: str = "admin", *, initial: bool = False) -> User:
+    def create(cls, username: str, password: str, role: str = "admin", *, initial: bool = False) -> User:
         salt = secrets.token_bytes(SALT_BYTES)
-        return cls(name=name, salt=salt, rounds=PBKDF2_ROUNDS, password_hash=hash_password(password, salt),
+        return cls(username=username, salt=salt, rounds=PBKDF2_ROUNDS, password=hash_password(password, salt),
                    role=role, initial=initial)
 
     def verify(self, password: str) -> bool:
         """Constant-time comparison; an overlong password is wrong without being hashed."""
         return len(password) <= SECRET_LENGTH and hmac.compare_digest(
-            self.password_hash, hash_password(password, self.salt, self.rounds))
+            self.password, hash_password(password, self.salt, self.rounds))
 
     def take_password(self, other: User) -> None:
         """Takes over what stands for the password of `other`, which was chosen and is not the documented one."""
-        self.salt, self.rounds, self.password_hash, self.initial = other.salt, other.rounds, other.password_hash, False
+        self.salt, self.rounds, self.password, self.initial = other.salt, other.rounds, other.password, False
 
     @property
     def stamp(self) -> str:
         """Changes with password and role: what proved a login before does not any more."""
-        return hashlib.sha256(self.password_hash + self.salt + self.role.encode()).hexdigest()
+        return hashlib.sha256(self.password + self.salt + self.role.encode()).hexdigest()
 
 
 class Resource(Base):
@@ -1155,8 +1165,6 @@ class Resource(Base):
         columns = {name: values.pop(name) for name in self.COLUMNS} | {"port": settings.connect_port}
         columns["settings"] = json.dumps(values, sort_keys=True)
         changed = any(getattr(self, name) != value for name, value in columns.items())
-        if (self.hostname, self.port) != (columns["hostname"], columns["port"]):
-            self.host_key = None
         for name, value in columns.items():
             setattr(self, name, value)
         return changed
@@ -1171,14 +1179,15 @@ class Resource(Base):
         return self.digest(*self.COLUMNS, "settings", "password", "key_passphrase")
 
     @property
-    def credential(self) -> str:
+    def credential_digest(self) -> str:
         """A digest of the account and its sealed secret."""
         return self.digest("hostname", "username", "password", "key_passphrase")
 
 
-def binding(kind: str, row: Resource | ResourceSettings) -> tuple[str, str, str, str]:
+def binding(kind: str, row: Resource | ResourceSettings) -> tuple[str, ...]:
     """What a secret belongs to: moved anywhere else, it does not open."""
-    return kind, row.name, row.hostname, row.username or ""
+    port = row.port if isinstance(row, Resource) else row.connect_port
+    return kind, row.name, row.hostname, row.username or "", str(port)
 
 
 class Status(Base):
@@ -1186,18 +1195,17 @@ class Status(Base):
 
     __tablename__ = "status"
     resource_id: Mapped[int] = mapped_column(ForeignKey("resource.id", ondelete="CASCADE"), primary_key=True)
-    settings_digest: Mapped[str] = mapped_column("configured")     # of that time; so is the next
-    credential: Mapped[str]
+    settings_digest: Mapped[str]    # of that time; so is the next
+    credential_digest: Mapped[str]
     state: Mapped[str]
     cause: Mapped[str]
     reason: Mapped[str]
-    since: Mapped[float]        # Unix time of the last transition
-    polled: Mapped[float]       # Unix time of the last result
+    since_at: Mapped[float]     # Unix time of the last transition
+    polled_at: Mapped[float]    # Unix time of the last result
     good: Mapped[int]           # good results in a row
     bad: Mapped[int]            # bad results in a row
     seconds: Mapped[float]      # duration of the last poll
     sample: Mapped[str]         # JSON of what the last poll read, `null` when it read nothing
-    packed: Mapped[bytes] = mapped_column(default=b"")      # the same as in SampleRow: see `readings`
     strip: Mapped[str] = mapped_column(default="")      # the last STRIP polls, oldest first: a character of POLLS each
 
 
@@ -1212,6 +1220,18 @@ class Event(Base):
     text: Mapped[str]           # one line
     actor: Mapped[str]          # name of the user, empty for the service itself
     address: Mapped[str]        # the client's, empty for the service itself
+
+
+class LoginSession(Base):
+    """A login to the console that is not over."""
+
+    __tablename__ = "login_session"
+    token_hash: Mapped[str] = mapped_column(primary_key=True)   # hex SHA-256 of the token
+    kind: Mapped[str]           # session | token
+    user_id: Mapped[int] = mapped_column(ForeignKey("user.id", ondelete="CASCADE"))
+    begun_at: Mapped[float]     # Unix time, as is the next
+    seen_at: Mapped[float]
+    address: Mapped[str]        # the client's
 
 
 class Ended(Base):
@@ -1239,51 +1259,73 @@ MIGRATIONS = (("ALTER TABLE user ADD COLUMN role VARCHAR NOT NULL DEFAULT 'admin
                "ALTER TABLE status ADD COLUMN seconds FLOAT NOT NULL DEFAULT 0",
                "ALTER TABLE status ADD COLUMN sample VARCHAR NOT NULL DEFAULT 'null'",
                "ALTER TABLE status ADD COLUMN packed BLOB NOT NULL DEFAULT x''",
-               "ALTER TABLE status ADD COLUMN strip VARCHAR NOT NULL DEFAULT ''"),)
+               "ALTER TABLE status ADD COLUMN strip VARCHAR NOT NULL DEFAULT ''",
+               "CREATE TABLE sample (resource_id, at, packed, reason)",
+               "CREATE TABLE average (resource_id, at, packed)"),
+              ("ALTER TABLE user RENAME COLUMN name TO username",
+               "ALTER TABLE user RENAME COLUMN password_hash TO password",
+               "ALTER TABLE status RENAME COLUMN configured TO settings_digest",
+               "ALTER TABLE status RENAME COLUMN credential TO credential_digest",
+               "ALTER TABLE status RENAME COLUMN since TO since_at",
+               "ALTER TABLE status RENAME COLUMN polled TO polled_at",
+               "ALTER TABLE status DROP COLUMN packed",
+               "ALTER TABLE sample RENAME TO packed_sample",
+               "ALTER TABLE average RENAME TO packed_average"))
+# Schema 2 packed the numbers of a row, 65535 for a reading that is missing: what is selected, with them last.
+PACKED = {"sample": ("resource_id, at, reason, CAST(substr(packed, 1, 1) AS TEXT), CAST(substr(packed, 2, 1) AS TEXT), "
+                     "substr(packed, 3)", struct.Struct("<I6H")),
+          "average": ("resource_id, at, packed", struct.Struct("<20H"))}
+
+
+def unpack_history(connection: sqlite3.Connection) -> None:
+    """Fills the tables of schema 3 from those of schema 2, row by row, for they may be millions."""
+    for table, (columns, layout) in PACKED.items():
+        places = ["NULLIF(?, 65535)" if column.nullable else "?" for column in Base.metadata.tables[table].columns]
+        rows = connection.execute(f"SELECT {columns} FROM packed_{table} ORDER BY resource_id, at")     # noqa: S608
+        connection.executemany(f"INSERT INTO {table} VALUES ({', '.join(places)})", (                   # noqa: S608
+            (*kept, *layout.unpack(packed)) for *kept, packed in rows if len(packed) == layout.size))
+        connection.execute(f"DROP TABLE packed_{table}")
 
 
 def migrate(session: Session) -> None:
     """Brings the tables to SCHEMA, within the caller's transaction."""
+    begin = time.monotonic()
     version = session.scalar(sqlalchemy.text("PRAGMA user_version")) or SCHEMA
     for statements in MIGRATIONS[version - 1:]:
         for statement in statements:
             session.execute(sqlalchemy.text(statement))
-    Base.metadata.create_all(session.connection())
+    connection = session.connection()
+    Base.metadata.create_all(connection)
+    if version < SCHEMA:
+        unpack_history(cast(sqlite3.Connection, connection.connection.driver_connection))
+        log.info("database: migrated from schema %d to %d in %.1f s", version, SCHEMA, time.monotonic() - begin)
     session.execute(sqlalchemy.text(f"PRAGMA user_version = {SCHEMA}"))
     session.execute(sqlalchemy.text(f"PRAGMA application_id = {APPLICATION}"))
 
 
-EMPTY = "is empty"
+def database_fault(path: Path, mode: str = "ro") -> str | None:
+    """What keeps a SQLite file from being ours and sound; empty for nothing, None before its first transaction.
 
-
-def database_fault(connection: sqlite3.Connection) -> str:
-    """What keeps a SQLite database from being ours and sound; empty for nothing, EMPTY before its first transaction."""
-    def pragma(name: str) -> Any:
-        return connection.execute(f"PRAGMA {name}").fetchone()[0]
-
-    if not connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
-        return EMPTY
-    if pragma("application_id") != APPLICATION:
-        return "belongs to another program; set service.database"
-    if pragma("user_version") > SCHEMA:
-        return "was written by a newer HealthChecker; update this one"
-    lost = pragma("user_version") == SCHEMA and [
-        table.name for table in Base.metadata.sorted_tables if {column.name for column in table.columns}
-        - {row[1] for row in connection.execute(f"PRAGMA table_info({table.name})")}]
-    if lost or pragma("quick_check(1)") != "ok":
-        return "is damaged; restore it from a backup or move it away"
-    return ""
-
-
-def examine(path: Path, mode: str) -> str:
-    """`database_fault` of a file; a transaction that a crash cut short is rolled back first, which needs to write."""
+    A transaction that a crash cut short is rolled back first, which needs to write."""
     try:
         with contextlib.closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode={mode}", uri=True)) as connection:
-            return database_fault(connection)
+            found = set(connection.execute("SELECT tables.name, columns.name FROM sqlite_master AS tables, "
+                                           "pragma_table_info(tables.name) AS columns WHERE tables.type = 'table'"))
+            [ours] = connection.execute("SELECT * FROM pragma_application_id, pragma_user_version")
+            sound = connection.execute("PRAGMA quick_check(1)").fetchone() == ("ok",)
     except sqlite3.OperationalError as error:
         if mode == "rw" or "readonly" not in str(error):
             raise
-        return examine(path, "rw")
+        return database_fault(path, "rw")
+    if not found:
+        return None
+    if ours[0] != APPLICATION:
+        return "belongs to another program; set service.database"
+    if ours[1] > SCHEMA:
+        return "was written by a newer HealthChecker; update this one"
+    wanted = {(table.name, column.name) for table in Base.metadata.sorted_tables for column in table.columns}
+    lost = wanted - found if ours[1] == SCHEMA else ()
+    return "is damaged; restore it from a backup or move it away" if lost or not sound else ""
 
 
 def inspect_database(path: Path) -> bool:
@@ -1295,18 +1337,38 @@ def inspect_database(path: Path) -> bool:
             return False
         with open(path, "rb") as file:
             known = file.read(16) == b"SQLite format 3\0"
-        fault = examine(path, "ro") if known else "is no SQLite database; set service.database"
+        fault = database_fault(path) if known else "is no SQLite database; set service.database"
     except (OSError, sqlite3.Error) as error:
         raise StorageError(f"database {path}: {error}; restore it from a backup or set service.database") from error
-    if fault not in ("", EMPTY):
+    if fault:
         raise StorageError(f"database {path} {fault}")
-    return not fault
+    return fault is not None
+
+
+def lock_database(path: Path) -> sqlite3.Connection:
+    """Makes this process the only service on the database until it ends, however it ends. Raises StorageError.
+
+    SQLite's own lock on a file beside the database: the same on Windows and UNIX, and the system drops it.
+    """
+    connection = None
+    try:
+        connection = sqlite3.connect(path.with_name(path.name + ".lock"), timeout=0, check_same_thread=False,
+                                     isolation_level=None)
+        connection.execute("BEGIN EXCLUSIVE")
+    except sqlite3.Error as error:
+        if connection is None or "locked" not in str(error):
+            raise StorageError(f"database {path} cannot be used: {error}; set service.database") from error
+        connection.close()
+        raise StorageError(f"another HealthChecker is using database {path}; stop that one first") from error
+    return connection
 
 
 def prepare_connection(connection: Any, _record: object) -> None:
     connection.isolation_level = None       # SQLAlchemy's BEGIN is ours, see begin_transaction
     for pragma in ("journal_mode = WAL", "synchronous = NORMAL", "foreign_keys = ON"):
         connection.execute(f"PRAGMA {pragma}")
+    for name, count, function in (("floor", 1, math.floor), ("least", 2, min), ("greatest", 2, max)):
+        connection.create_function(name, count, function, deterministic=True)   # as others call them
 
 
 def begin_transaction(connection: sqlalchemy.Connection) -> None:
@@ -1317,27 +1379,34 @@ def begin_transaction(connection: sqlalchemy.Connection) -> None:
 class Store:
     """The database: one way in for the service, its workers and the command line."""
 
-    def __init__(self, path: Path) -> None:
-        """Opens the database at `path`, creating it when absent. Raises StorageError."""
+    def __init__(self, path: Path, *, exclusive: bool = False) -> None:
+        """Opens the database at `path`, creating it when absent and migrating an older one; an `exclusive` one is no
+        other service's until it is closed. Raises StorageError."""
         self.path = path
-        self.created = not inspect_database(path)
+        created = not inspect_database(path)
+        self._lock = lock_database(path) if exclusive else None
         self.app = flask.Flask("healthchecker")
         self.app.config["SQLALCHEMY_DATABASE_URI"] = sqlalchemy.URL.create("sqlite", database=str(path.absolute()))
         self.app.config["SQLALCHEMY_ENGINE_OPTIONS"] = {
             "connect_args": {"timeout": BUSY_TIMEOUT}, "hide_parameters": True}
         db.init_app(self.app)
         try:
-            if self.created:
+            if created:
                 os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
             with self.app.app_context():
                 event.listen(db.engine, "connect", prepare_connection)
                 event.listen(db.engine, "begin", begin_transaction)
             with self.reading() as session:
-                outdated = session.scalar(sqlalchemy.text("PRAGMA user_version")) != SCHEMA
-            if outdated:
-                with self.writing() as session:
+                version = session.scalar(sqlalchemy.text("PRAGMA user_version"))
+            if version != SCHEMA:
+                # never under a service of an older version, which would fail from then on
+                lock = None if self._lock or not version else lock_database(path)
+                with contextlib.closing(lock) if lock else contextlib.nullcontext(), self.writing() as session:
                     migrate(session)
-        except (OSError, sqlalchemy.exc.SQLAlchemyError) as error:
+        except (StorageError, OSError, sqlite3.Error, sqlalchemy.exc.SQLAlchemyError) as error:
+            self.close()
+            if isinstance(error, StorageError):
+                raise
             reason = one_line(str(getattr(error, "orig", error)))
             raise StorageError(f"database {path} cannot be opened: {reason}") from error
 
@@ -1359,24 +1428,8 @@ class Store:
     def close(self) -> None:
         with self.app.app_context():
             db.engine.dispose()
-
-
-def lock_database(path: Path) -> sqlite3.Connection:
-    """Makes this process the only service on the database until it ends, however it ends. Raises StorageError.
-
-    SQLite's own lock on a file beside the database: the same on Windows and UNIX, and the system drops it.
-    """
-    connection = None
-    try:
-        connection = sqlite3.connect(path.with_name(path.name + ".lock"), timeout=0, check_same_thread=False,
-                                     isolation_level=None)
-        connection.execute("BEGIN EXCLUSIVE")
-    except sqlite3.Error as error:
-        if connection is None or "locked" not in str(error):
-            raise StorageError(f"database {path} cannot be used: {error}; set service.database") from error
-        connection.close()
-        raise StorageError(f"another HealthChecker is using database {path}; stop that one first") from error
-    return connection
+        if self._lock:
+            self._lock.close()
 
 
 def revision(session: Session) -> int:
@@ -1408,20 +1461,42 @@ def store_secret(row: Resource, kind: str, secret: str, vault: Vault) -> bool:
     """Keeps the stored token while it holds the same secret; says whether it was replaced."""
     stored = getattr(row, kind)
     bound = binding(kind, row)
-    plain = vault.open(secret, *bound) if secret.startswith(TOKEN_PREFIX) else secret
+    plain = vault.open(secret, *bound) if secret.startswith(TOKEN_PREFIXES) else secret
     if stored is not None:
         with contextlib.suppress(SecretError):
             if hmac.compare_digest(vault.open(stored, *bound).encode(), plain.encode()):
                 return False
-    setattr(row, kind, secret if secret != plain else vault.seal(plain, *bound))
+    setattr(row, kind, vault.seal(plain, *bound))
     return True
+
+
+def reseal(session: Session, rows: Iterable[Resource], vault: Vault) -> None:
+    """Seals the secrets of rows anew, for what they are bound to today; the stored status of a row stays that of its
+    settings. Raises SecretError."""
+    for row in rows:
+        status, before = session.get(Status, row.id), (row.settings_digest, row.credential_digest)
+        for kind in SECRETS:
+            if token := getattr(row, kind):
+                setattr(row, kind, vault.reseal(token, *binding(kind, row)))
+        if status and (status.settings_digest, status.credential_digest) == before:
+            status.settings_digest, status.credential_digest = row.settings_digest, row.credential_digest
+
+
+def bind_ports(session: Session, rows: Iterable[Resource], vault: Vault) -> None:
+    """Seals anew what is bound to no port yet; a damaged secret is a matter of its own resource."""
+    for row in rows:
+        if any(str(getattr(row, kind)).startswith("HC1.") for kind in SECRETS):
+            with contextlib.suppress(SecretError):
+                reseal(session, [row], vault)
 
 
 def update_row(row: Resource, entry: Entry, vault: Vault) -> bool:
     """Brings one row to what its entry says; says whether anything changed."""
     settings = entry.settings
-    moved = (row.hostname, row.username) != (settings.hostname, settings.username)
+    address = row.hostname, row.port, row.username
     changed = row.take_settings(settings)
+    moved = address != (row.hostname, row.port, row.username)
+    row.host_key = None if moved else row.host_key
     wanted = {"password": entry.password, "key_passphrase": entry.passphrase}
     if settings.platform not in REMOTE_PLATFORMS or settings.key_file is not None:
         row.password = None
@@ -1430,7 +1505,7 @@ def update_row(row: Resource, entry: Entry, vault: Vault) -> bool:
     for kind, secret in wanted.items():
         stored = getattr(row, kind)
         if secret is None and stored is not None and moved:
-            raise SecretError("hostname or username changed: write the password again")
+            raise SecretError("hostname, port or username changed: write the password again")
         if secret is not None:
             changed |= store_secret(row, kind, secret.get_secret_value(), vault)
     if settings.platform in REMOTE_PLATFORMS and settings.key_file is None and row.password is None:
@@ -1457,12 +1532,13 @@ def import_inventory(session: Session, inventory: Inventory, vault: Vault) -> Ch
     that was added through the API or a new resource without a password.
     """
     rows = {row.name: row for row in session.scalars(sqlalchemy.select(Resource))}
+    bind_ports(session, rows.values(), vault)
     changes = Changes([], [], [], [])
     faults: list[HealthCheckerError] = []
     for entry in inventory.entries:
-        row = rows.pop(entry.settings.name, None)
+        stored = rows.pop(entry.settings.name, None)
         try:
-            getattr(changes, import_entry(session, row, entry, vault)).append(entry.settings.name)
+            getattr(changes, import_entry(session, stored, entry, vault)).append(entry.settings.name)
         except HealthCheckerError as error:
             faults.append(type(error)(f"{entry.where}: {entry.settings.name}: {error}"))
     if faults:
@@ -1498,7 +1574,7 @@ def sealed_tokens(session: Session | None, inventory: Inventory) -> Iterator[str
         yield from filter(None, (row.password, row.key_passphrase))
     for entry in inventory.entries:
         for secret in (entry.password, entry.passphrase):
-            if secret is not None and secret.get_secret_value().startswith(TOKEN_PREFIX):
+            if secret is not None and secret.get_secret_value().startswith(TOKEN_PREFIXES):
                 yield secret.get_secret_value()
 
 
@@ -1512,7 +1588,7 @@ class Target:
     passphrase: SecretStr | None
     host_key: str | None
     settings_digest: str
-    credential: str
+    credential_digest: str
 
     @property
     def name(self) -> str:
@@ -1535,7 +1611,7 @@ def target_of(row: Resource, vault: Vault) -> Target:
             raise SecretError(f"{row.name}: {error}") from error
 
     return Target(row.id, row.parsed_settings, opened("password"), opened("key_passphrase"), row.host_key,
-                  row.settings_digest, row.credential)
+                  row.settings_digest, row.credential_digest)
 
 
 def load_targets(session: Session, vault: Vault) -> dict[str, Target]:
@@ -3375,12 +3451,12 @@ def evaluate(sample: Sample, settings: ResourceSettings) -> Verdict:
 
 @dataclass(frozen=True)
 class Standing:
-    """The state of a resource after rise and fall; `since` is Unix time."""
+    """The state of a resource after rise and fall, since a Unix time."""
 
     state: State = "unknown"
     cause: Cause = ""
     reason: str = ""
-    since: float = 0.0
+    since_at: float = 0.0
     good: int = 0
     bad: int = 0
 
@@ -3406,8 +3482,8 @@ def settle(standing: Standing, verdict: Verdict, settings: ResourceSettings, at:
               or good >= settings.rise or bad >= settings.fall)
     if not counts:
         return replace(standing, good=good, bad=bad)
-    since = standing.since if verdict.state == standing.state else at
-    return Standing(verdict.state, verdict.cause, verdict.reason, since, good, bad)
+    since_at = standing.since_at if verdict.state == standing.state else at
+    return Standing(verdict.state, verdict.cause, verdict.reason, since_at, good, bad)
 
 
 # === Aggregate ===============================================================
@@ -3542,49 +3618,53 @@ class HealthAggregator:
 
 
 # === History =================================================================
-# A poll is a packed row, and so is a quarter of an hour; a row per metric would be five times as large. 100 resources
-# at 60 s: 288,000 polls (2 days) of 40 bytes and 864,000 averages (90 days) of 58 bytes are 62 MB, as measured by
-# tests/bench_history.py. 100,000 events add 20 MB, and 144 MB the longest reasons, if everything failed for 2 days.
-
+# What polls found: in come Reports, out go rows, averages of quarters of an hour, charts and availability. Readings are
+# whole hundredths, NULL where nothing was read. The recorder's thread writes, any thread reads.
+# 100 resources at 60 s: 288,000 polls (2 days) and 864,000 averages (90 days) are 82 MB, as tests/bench_history.py
+# measures; 100,000 events add 20 MB, and 144 MB the longest reasons, if everything failed for 2 days.
+# Gives: POLLS, SPANS, SAMPLES, highest_readings, Report, record_event, events, PastPoll, samples, roll_up, prune,
+# prune_events, availability, Point, chart
 DAY = 86_400                    # seconds
 PRUNE_ROWS = 10_000             # rows of a resource, or events, that are dropped at once
 EVENTS = 100_000                # events that are kept at most: a resource may flap for a year
 METRICS = ("cpu_percent", "memory_percent", "swap_percent", "disk_percent", "load_per_cpu", "seconds")
-MISSING = 0xFFFF                # what was not read; readings are kept in hundredths
-SAMPLE = struct.Struct("<2sI6H")  # POLLS: of the poll and of the state after it; seconds for which it counts; METRICS
-AVERAGE = struct.Struct("<2H18H")  # tenths of seconds known and healthy; averages, minima and maxima of METRICS
+READING_MAX = 2 ** 31 - 1       # hundredths, what an INTEGER holds
 POLLS: dict[str, tuple[State, Cause]] = {
     "h": ("healthy", ""), "d": ("degraded", "limit"), "l": ("unhealthy", "limit"), "c": ("unhealthy", "check"),
     "u": ("unhealthy", "unreachable"), "t": ("unhealthy", "timeout"), "a": ("unhealthy", "auth"),
     "k": ("unhealthy", "host_key"), "r": ("unhealthy", "credential"), "p": ("unhealthy", "protocol"),
     "s": ("unhealthy", "stale")}
-POLL_CHARACTERS = {meaning: character for character, meaning in POLLS.items()}
+POLL_MARKS = {meaning: mark for mark, meaning in POLLS.items()}
 SPANS = {"hour": (3600, 10), "day": (86_400, 300), "week": (604_800, 1800), "month": (2_592_000, 7200)}
 # seconds that a chart shows, and of a point: 360 points at most
 
 
-class SampleRow(Base):
-    """A poll, or that there was none in time."""
-
-    __tablename__ = "sample"
-    __table_args__ = {"sqlite_with_rowid": False}   # noqa: RUF012  # so the base class wants it
-    resource_id: Mapped[int] = mapped_column(ForeignKey("resource.id", ondelete="CASCADE"), primary_key=True)
-    at: Mapped[float] = mapped_column(primary_key=True)     # Unix time
-    packed: Mapped[bytes]       # SAMPLE
-    reason: Mapped[str]
-
-
-class AverageRow(Base):
-    """A quarter of an hour of which something is known."""
-
-    __tablename__ = "average"
-    __table_args__ = {"sqlite_with_rowid": False}   # noqa: RUF012  # so the base class wants it
-    resource_id: Mapped[int] = mapped_column(ForeignKey("resource.id", ondelete="CASCADE"), primary_key=True)
-    at: Mapped[int] = mapped_column(primary_key=True)       # Unix time of its begin, a multiple of QUARTER
-    packed: Mapped[bytes]       # AVERAGE
+def history_table(name: str, at: Any, columns: Mapping[str, Any]) -> sqlalchemy.Table:
+    """A table of what was with a resource at a Unix time; readings in hundredths, NULL where there are none."""
+    key = ForeignKey("resource.id", ondelete="CASCADE")
+    return sqlalchemy.Table(
+        name, Base.metadata, sqlalchemy.Column("resource_id", key, primary_key=True),
+        sqlalchemy.Column("at", at, primary_key=True),
+        *(sqlalchemy.Column(column, kind, nullable=column.startswith(METRICS)) for column, kind in columns.items()),
+        sqlite_with_rowid=False)
 
 
-Raw = tuple[float, bytes]       # `at` and `packed` of a SampleRow
+# A poll, or that there was none in time: POLLS of it and of the state after it, and the seconds for which it counts
+SAMPLES = history_table("sample", sqlalchemy.Double, dict.fromkeys(("reason", "poll", "standing"), sqlalchemy.String)
+                        | dict.fromkeys(("counts", *METRICS), sqlalchemy.Integer))
+# A quarter of an hour, by its begin, of which something is known: for tenths of seconds, and healthy for how many
+AVERAGES = history_table("average", sqlalchemy.Integer, dict.fromkeys(
+    ("known", "healthy", *(metric + end for end in ("", "_minimum", "_maximum") for metric in METRICS)),
+    sqlalchemy.Integer))
+
+
+def highest_readings(metrics: Mapping[str, float]) -> dict[str, float]:
+    """The metrics of a Sample, of several disks the fullest one."""
+    highest: dict[str, float] = {}
+    for name, value in metrics.items():
+        metric = name.partition(" ")[0]
+        highest[metric] = max(value, highest.get(metric, 0.0))
+    return highest
 
 
 @dataclass(frozen=True)
@@ -3606,35 +3686,28 @@ class Report:
         before, after = self.before, self.standing
         if (before.state, before.cause) == (after.state, after.cause):
             return ""
-        lasted = f" after {self.at - before.since:.0f} s" if before.since else ""
+        lasted = f" after {self.at - before.since_at:.0f} s" if before.since_at else ""
         return f"{before.state} -> {after.state}{f' ({after.why})' if after.why else ''}{lasted}"
 
     @functools.cached_property
-    def packed(self) -> bytes:
-        """SAMPLE; of several disks the fullest one."""
-        highest: dict[str, float] = {"seconds": self.seconds} if self.seconds else {}
-        for name, value in self.sample.metrics.items() if self.sample else ():
-            metric = name.partition(" ")[0]
-            highest[metric] = max(value, highest.get(metric, 0.0))
-        after, counts = self.standing, self.target.settings.ttl
+    def sample_row(self) -> dict[str, Any]:
+        """The row of SAMPLES."""
+        found = highest_readings(self.sample.metrics if self.sample else {})
+        found |= {"seconds": self.seconds} if self.seconds else {}
+        after, verdict, counts = self.standing, self.verdict, self.target.settings.ttl
         counts += AUTH_BACKOFF if after.cause == "auth" else 0.0
-        polls = POLL_CHARACTERS[self.verdict.state, self.verdict.cause] + POLL_CHARACTERS[after.state, after.cause]
-        return SAMPLE.pack(polls.encode(), int(counts), *(
-            min(round(highest[metric] * 100), MISSING - 1) if metric in highest else MISSING for metric in METRICS))
+        return {"resource_id": self.target.id, "at": self.at, "reason": verdict.reason, "counts": int(counts),
+                "poll": POLL_MARKS[verdict.state, verdict.cause], "standing": POLL_MARKS[after.state, after.cause],
+                **{metric: min(round(found[metric] * 100), READING_MAX) if metric in found else None
+                   for metric in METRICS}}
 
     @functools.cached_property
     def status(self) -> dict[str, Any]:
         """The row of Status, without its strip."""
         target = self.target
-        return {"resource_id": target.id, "configured": target.settings_digest, "credential": target.credential,
-                **vars(self.standing), "polled": self.at, "seconds": self.seconds,
-                "sample": self.sample.to_json() if self.sample else "null", "packed": self.packed}
-
-
-def readings(packed: bytes) -> dict[str, float]:
-    """What a poll read, by METRICS, of the `packed` of a SampleRow or Status; what it did not read is left out."""
-    values = SAMPLE.unpack(packed)[2:] if packed else ()
-    return {metric: value / 100 for metric, value in zip(METRICS, values, strict=False) if value != MISSING}
+        return {"resource_id": target.id, "settings_digest": target.settings_digest,
+                "credential_digest": target.credential_digest, **vars(self.standing), "polled_at": self.at,
+                "seconds": self.seconds, "sample": self.sample.to_json() if self.sample else "null"}
 
 
 def record_event(session: Session, kind: str, text: str, *, resource: str = "", actor: str = "",   # noqa: PLR0913
@@ -3666,75 +3739,57 @@ class PastPoll(NamedTuple):
 
 def samples(session: Session, resource_id: int, *, since: float = 0.0, limit: int = STRIP) -> list[PastPoll]:
     """The last polls of a resource, oldest first, `limit` of them, none before `since` (Unix time)."""
-    rows = session.execute(sqlalchemy.select(SampleRow.at, SampleRow.packed, SampleRow.reason)
-                           .where(SampleRow.resource_id == resource_id, SampleRow.at >= since)
-                           .order_by(SampleRow.at.desc()).limit(limit)).all()
-    return [PastPoll(at, *POLLS[chr(packed[0])], reason, POLLS[chr(packed[1])][0], readings(packed))
-            for at, packed, reason in reversed(rows)]
+    rows = session.execute(sqlalchemy.select(SAMPLES).where(SAMPLES.c.resource_id == resource_id, SAMPLES.c.at >= since)
+                           .order_by(SAMPLES.c.at.desc()).limit(limit)).mappings().all()
+    return [PastPoll(row["at"], *POLLS[row["poll"]], row["reason"], POLLS[row["standing"]][0],
+                     {metric: row[metric] / 100 for metric in METRICS if row[metric] is not None})
+            for row in reversed(rows)]
 
 
-class Quarter:
-    """What is known of a quarter of an hour."""
-
-    def __init__(self) -> None:
-        self.known = self.healthy = 0.0     # seconds
-        self._values: list[list[int]] = [[] for _ in METRICS]
-
-    def add(self, values: Iterable[int]) -> None:
-        for kept, value in zip(self._values, values, strict=True):
-            if value != MISSING:
-                kept.append(value)
-
-    def cover(self, seconds: float, state: State) -> None:
-        self.known += seconds
-        self.healthy += seconds if state != "unhealthy" else 0.0
-
-    @property
-    def packed(self) -> bytes:
-        """AVERAGE."""
-        found = [values or [MISSING] for values in self._values]
-        return AVERAGE.pack(round(self.known * 10), round(self.healthy * 10),
-                            *(round(sum(values) / len(values)) for values in found), *map(min, found), *map(max, found))
-
-
-def raw_rows(session: Session, resource_id: int, begin: float, end: float) -> list[Raw]:
-    """Polls from `begin` to `end` (Unix times), and the one before them, whose state may last into that time."""
-    query = sqlalchemy.select(SampleRow.at, SampleRow.packed).where(SampleRow.resource_id == resource_id)
-    earlier = session.execute(query.where(SampleRow.at < begin).order_by(SampleRow.at.desc()).limit(1))
-    rows = session.execute(query.where(SampleRow.at >= begin, SampleRow.at < end).order_by(SampleRow.at))
-    return [(at, packed) for result in (earlier, rows) for at, packed in result]
-
-
-def quarters(rows: Sequence[Raw], begin: float, end: float) -> dict[int, Quarter]:
-    """By the Unix time of their begin, what `rows` say of the quarters from `begin` to `end`: a poll's state lasts
-    until the next poll, but no longer than the poll counts."""
-    found: dict[int, Quarter] = collections.defaultdict(Quarter)
-    for index, (at, packed) in enumerate(rows):
-        marks, counts, *values = SAMPLE.unpack(packed)
-        if at >= begin:
-            found[int(at // QUARTER) * QUARTER].add(values)
-        state = POLLS[chr(marks[1])][0]
-        moment, last = max(at, begin), min(at + counts, rows[index + 1][0] if index + 1 < len(rows) else end, end)
-        while moment < last:
-            quarter = int(moment // QUARTER) * QUARTER
-            found[quarter].cover(min(last, quarter + QUARTER) - moment, state)
-            moment = quarter + QUARTER
-    return found
+# From :begin to :end, a poll's state lasts until the next poll, but no longer than the poll counts; that of the one
+# before :begin may last into this time. It has a part in each quarter of an hour that it lasts into.
+PARTS = f"""WITH RECURSIVE poll AS (
+    SELECT at, CASE WHEN standing IN ('h', 'd') THEN 1 ELSE 0 END AS good,
+        LEAST(at + counts, LEAD(at, 1, :end) OVER (ORDER BY at)) AS until
+    FROM sample WHERE resource_id = :id AND at < :end AND at >= COALESCE(
+        (SELECT MAX(at) FROM sample WHERE resource_id = :id AND at < :begin), :begin)
+), part AS (
+    SELECT GREATEST(at, :begin) AS at, floor(GREATEST(at, :begin) / {QUARTER}) * {QUARTER} AS quarter, until, good
+    FROM poll WHERE until > :begin
+    UNION ALL
+    SELECT quarter + {QUARTER}, quarter + {QUARTER}, until, good FROM part WHERE quarter + {QUARTER} < until
+), known AS (
+    SELECT at, quarter, LEAST(until, quarter + {QUARTER}) - at AS seconds, good FROM part
+)"""    # noqa: S608  # nobody's words
+# The part that begins with a poll is joined to its readings.
+ROLL_UP = sqlalchemy.text(f"""INSERT INTO average {PARTS}
+    SELECT :id, CAST(quarter AS INTEGER), CAST(ROUND(10 * SUM(known.seconds)) AS INTEGER),
+        CAST(ROUND(10 * SUM(good * known.seconds)) AS INTEGER),
+        {", ".join(f"CAST(ROUND(AVG(sample.{metric})) AS INTEGER)" for metric in METRICS)},
+        {", ".join(f"{end}(sample.{metric})" for end in ("MIN", "MAX") for metric in METRICS)}
+    FROM known LEFT JOIN sample ON sample.resource_id = :id AND sample.at = known.at GROUP BY quarter""")  # noqa: S608
+AVAILABLE = sqlalchemy.text(f"""{PARTS} SELECT SUM(seconds), SUM(good) FROM (
+    SELECT seconds, good * seconds AS good FROM known WHERE at >= :first UNION ALL
+    SELECT known / 10.0, healthy / 10.0 FROM average WHERE resource_id = :id AND at >= :first) AS times
+    """)    # noqa: S608  # nobody's words
+CHARTS = {metric: sqlalchemy.text(f"""
+    SELECT floor(at / :step) * :step, AVG(average), MIN(lowest), MAX(highest) FROM (
+        SELECT at, {metric} AS average, {metric}_minimum AS lowest, {metric}_maximum AS highest
+        FROM average WHERE resource_id = :id AND at >= :first AND at < :polls
+        UNION ALL SELECT at, {metric}, {metric}, {metric}
+        FROM sample WHERE resource_id = :id AND at >= :first AND at >= :polls AND at < :now) AS points
+    WHERE average IS NOT NULL GROUP BY 1 ORDER BY 1""") for metric in METRICS}   # noqa: S608  # nobody's words
 
 
 def rolled_until(session: Session, resource_id: int) -> int:
     """Unix time until which averages are made; 0 when there is none."""
-    last = session.scalar(sqlalchemy.select(func.max(AverageRow.at)).where(AverageRow.resource_id == resource_id))
+    last = session.scalar(sqlalchemy.select(func.max(AVERAGES.c.at)).where(AVERAGES.c.resource_id == resource_id))
     return 0 if last is None else last + QUARTER
 
 
 def roll_up(session: Session, resource_id: int, end: int) -> None:
     """Makes the averages that are missing until `end`, a multiple of QUARTER."""
-    begin = rolled_until(session, resource_id)
-    made = quarters(raw_rows(session, resource_id, begin, end), begin, end)
-    rows = [{"resource_id": resource_id, "at": at, "packed": quarter.packed} for at, quarter in sorted(made.items())]
-    if rows:
-        session.execute(sqlalchemy.insert(AverageRow), rows)
+    session.execute(ROLL_UP, {"id": resource_id, "begin": rolled_until(session, resource_id), "end": end})
 
 
 # Two for each table: both ends in one would be no range. Written out, for they run every second.
@@ -3762,17 +3817,11 @@ def prune_events(session: Session, retention: Retention, now: float) -> None:
 def availability(session: Session, resource_id: int, now: float) -> dict[str, float | None]:
     """Percent of the last day, week and month in which the resource was healthy or degraded; time of which nothing is
     known does not count, None: nothing is known at all."""
-    rows = session.execute(sqlalchemy.select(AverageRow.at, AverageRow.packed).where(
-        AverageRow.resource_id == resource_id, AverageRow.at >= now - SPANS["month"][0]))
-    known = [(at, *AVERAGE.unpack_from(packed)[:2]) for at, packed in rows]
-    begin = rolled_until(session, resource_id)
-    known += [(at, quarter.known * 10, quarter.healthy * 10) for at, quarter
-              in quarters(raw_rows(session, resource_id, begin, now), begin, now).items()]
-    found: dict[str, float | None] = {}
+    begin, found = rolled_until(session, resource_id), {}
     for span in ("day", "week", "month"):
-        inside = [row for row in known if row[0] >= now - SPANS[span][0]]
-        total = sum(row[1] for row in inside)
-        found[span] = 100 * sum(row[2] for row in inside) / total if total else None
+        known, healthy = session.execute(AVAILABLE, {
+            "id": resource_id, "begin": begin, "end": now, "first": now - SPANS[span][0]}).one()
+        found[span] = 100 * healthy / known if known else None
     return found
 
 
@@ -3787,23 +3836,14 @@ class Point(NamedTuple):
 
 def chart(session: Session, resource_id: int, metric: str, span: str, now: float) -> list[Point]:
     """A metric of METRICS over a span of SPANS; a point is left out when nothing was read in its time."""
-    (seconds, step), place = SPANS[span], METRICS.index(metric)
-    raw_from = session.scalar(sqlalchemy.select(func.min(SampleRow.at)).where(SampleRow.resource_id == resource_id))
-    begin = now if raw_from is None else raw_from   # of the polls; there are averages of the time before
+    seconds, step = SPANS[span]
+    first = session.scalar(sqlalchemy.select(func.min(SAMPLES.c.at)).where(SAMPLES.c.resource_id == resource_id))
+    polls = now if first is None else first     # from then on; there are averages of the time before
     if span in ("week", "month"):
-        begin = max(begin, rolled_until(session, resource_id))
-    averages = session.execute(sqlalchemy.select(AverageRow.at, AverageRow.packed).where(
-        AverageRow.resource_id == resource_id, AverageRow.at >= now - seconds, AverageRow.at < begin))
-    points: dict[int, list[tuple[int, int, int]]] = collections.defaultdict(list)
-    for at, packed in averages:
-        points[at // step * step].append(AVERAGE.unpack(packed)[2 + place::len(METRICS)])
-    begin = max(now - seconds, begin)
-    for moment, packed in raw_rows(session, resource_id, begin, now):
-        if moment >= begin:
-            points[int(moment // step) * step].append((SAMPLE.unpack(packed)[2 + place],) * 3)
-    return [Point(at, sum(row[0] for row in rows) / len(rows) / 100, min(row[1] for row in rows) / 100,
-                  max(row[2] for row in rows) / 100)
-            for at, all_rows in sorted(points.items()) if (rows := [row for row in all_rows if row[0] != MISSING])]
+        polls = max(polls, rolled_until(session, resource_id))
+    rows = session.execute(CHARTS[metric], {"id": resource_id, "step": step, "first": now - seconds, "polls": polls,
+                                            "now": now})
+    return [Point(int(at), float(average) / 100, lowest / 100, highest / 100) for at, average, lowest, highest in rows]
 
 
 # === Poll ====================================================================
@@ -3821,59 +3861,16 @@ LAST_FLUSH = 1.5                # seconds for the last reports to be written whe
 TABLES = Base.metadata.tables   # an insert of a table costs half of what one of its class does
 
 
-def upsert_status() -> Any:
-    """Replaces a resource's last standing; `strip` is added to the one that is there."""
-    insert = sqlite.insert(TABLES["status"])
-    values: dict[str, Any] = {column.name: column for column in insert.excluded}
-    values["strip"] = func.substr(Status.strip + insert.excluded["strip"], -STRIP)
-    return insert.on_conflict_do_update(set_=values)
-
-
-UPSERT_STATUS = upsert_status()
-INSERT_SAMPLE = sqlalchemy.insert(TABLES["sample"]).prefix_with("OR REPLACE")
+INSERT_STATUS = sqlite.insert(TABLES["status"])
+UPSERT_STATUS = INSERT_STATUS.on_conflict_do_update(set_={
+    **{column.name: column for column in INSERT_STATUS.excluded},
+    "strip": func.substr(Status.strip + INSERT_STATUS.excluded["strip"], -STRIP)})
+INSERT_SAMPLE = sqlite.insert(SAMPLES).on_conflict_do_nothing()
 INSERT_EVENT = sqlalchemy.insert(TABLES["event"])
 
 
-class Batch:
-    """What is not written yet."""
-
-    def __init__(self) -> None:
-        self.latest: dict[int, Report] = {}     # by the resource's id
-        self.keys: dict[int, str] = {}          # host keys trusted on first use
-        self.samples: collections.deque[dict[str, Any]] = collections.deque(maxlen=PENDING_ROWS)
-        self.events: collections.deque[dict[str, Any]] = collections.deque(maxlen=PENDING_ROWS)
-
-    def add(self, report: Report) -> None:
-        resource_id = report.target.id
-        self.latest[resource_id] = report
-        if report.host_key:
-            self.keys[resource_id] = report.host_key
-        self.samples.append({"resource_id": resource_id, "at": report.at, "packed": report.packed,
-                             "reason": report.verdict.reason})
-
-    def note(self, kind: str, text: str, at: float, resource: str = "") -> None:
-        self.events.append({"kind": kind, "text": one_line(text), "at": at, "resource": resource, "actor": "",
-                            "address": ""})
-
-    def write(self, session: Session) -> None:
-        """Within the caller's transaction; nothing of resources that were removed."""
-        alive = set(session.scalars(sqlalchemy.select(Resource.id).where(Resource.id.in_(list(self.latest)))))
-        samples = [row for row in self.samples if row["resource_id"] in alive]
-        strips: dict[int, str] = collections.defaultdict(str)
-        for row in samples:
-            strips[row["resource_id"]] += chr(row["packed"][0])
-        statuses = [report.status | {"strip": strips[number][-STRIP:]}
-                    for number, report in self.latest.items() if number in alive]
-        for statement, rows in ((UPSERT_STATUS, statuses), (INSERT_SAMPLE, samples), (INSERT_EVENT, list(self.events))):
-            if rows:
-                session.execute(statement, rows)
-        for resource_id, key in self.keys.items():
-            session.execute(sqlalchemy.update(Resource).values(host_key=key)
-                            .where(Resource.id == resource_id, Resource.host_key.is_(None)))
-
-
 class Recorder(threading.Thread):
-    """The one writer of what polls found; gathers reports for FLUSH seconds and writes them in one transaction."""
+    """The one writer of what polls found: gathers reports for FLUSH_INTERVAL, writes them in one transaction."""
 
     def __init__(self, store: Store, aggregator: HealthAggregator, retention: Retention | None = None) -> None:
         super().__init__(name="recorder", daemon=True)
@@ -3883,17 +3880,20 @@ class Recorder(threading.Thread):
         self._rolled = 0                        # Unix time until which averages are made or in the making
         self._untidy: list[int] = []            # ids of resources whose averages are to be made
         self._share = 0                         # how many of them at a time
-        self._flushing = threading.Lock()       # guards all below, and the order of what is written
-        self._gate_since = time.time()
-        self._batch = Batch()
-        self._batch.note("gate", "closed (the service starts)", self._gate_since)
+        self._flushing = threading.Lock()       # guards all below, which is not written yet, and the order of writing
+        self._latest: dict[int, Report] = {}    # by the resource's id
+        self._samples: collections.deque[dict[str, Any]] = collections.deque(maxlen=PENDING_ROWS)
+        self._events: collections.deque[dict[str, Any]] = collections.deque(maxlen=PENDING_ROWS)
+        self._keys: dict[int, str] = {}         # host keys trusted on first use
+        self._gate_at = time.time()             # when the gate last changed
+        self._note("gate", "closed (the service starts)", self._gate_at)
 
     def put(self, report: Report) -> None:
         """Takes a report; transitions are logged at once, in the caller's thread."""
         if report.transition:
             log.log(logging.INFO if report.standing.healthy else logging.WARNING, "%s: %s", report.target.name,
                     report.transition)
-        _ = report.status   # made here, one at a time: a hundred at once, in flush, would hold up requests
+        _ = report.status, report.sample_row    # made here, one at a time: a hundred in flush would hold up requests
         self._reports.put(report)
 
     def run(self) -> None:
@@ -3907,11 +3907,12 @@ class Recorder(threading.Thread):
         with self._flushing:
             try:
                 self._gather()
-                if not self._batch.latest and not self._batch.events:
+                if not self._latest and not self._events:
                     return
                 with self._store.writing() as session:
-                    self._batch.write(session)
-                self._batch = Batch()
+                    self._write(session)
+                for written in (self._latest, self._samples, self._events, self._keys):
+                    written.clear()
             except Exception as error:  # noqa: BLE001  # a thread's outermost step; the next one tries again
                 log.error("the database cannot be written: %s", one_line(str(getattr(error, "orig", error))))
 
@@ -3936,18 +3937,43 @@ class Recorder(threading.Thread):
             log.error("history cannot be summed up: %s", one_line(str(getattr(error, "orig", error))))
         return bool(self._untidy)
 
+    def _note(self, kind: str, text: str, at: float, resource: str = "") -> None:
+        self._events.append({"kind": kind, "text": one_line(text), "at": at, "resource": resource, "actor": "",
+                             "address": ""})
+
     def _gather(self) -> None:
         transitions = self._aggregator.transitions
         for at, is_open, why in (transitions.get() for _ in range(transitions.qsize())):
             text = (f"{'closed' if is_open else 'open'} -> {'open' if is_open else 'closed'}"
-                    f"{f' ({why})' if why else ''} after {at - self._gate_since:.0f} s")
+                    f"{f' ({why})' if why else ''} after {at - self._gate_at:.0f} s")
             log.warning("gate: %s", text)
-            self._batch.note("gate", text, at)
-            self._gate_since = at
+            self._note("gate", text, at)
+            self._gate_at = at
         for report in (self._reports.get() for _ in range(self._reports.qsize())):
-            self._batch.add(report)
+            resource_id = report.target.id
+            self._latest[resource_id] = report
+            self._samples.append(report.sample_row)
+            if report.host_key:
+                self._keys[resource_id] = report.host_key
             if report.transition:
-                self._batch.note("state", report.transition, report.at, report.target.name)
+                self._note("state", report.transition, report.at, report.target.name)
+
+    def _write(self, session: Session) -> None:
+        """Within the caller's transaction; nothing of resources that were removed."""
+        alive = set(session.scalars(sqlalchemy.select(Resource.id).where(Resource.id.in_(list(self._latest)))))
+        samples = [row for row in self._samples if row["resource_id"] in alive]
+        strips: dict[int, str] = collections.defaultdict(str)
+        for row in samples:
+            strips[row["resource_id"]] += row["poll"]
+        statuses = [report.status | {"strip": strips[number][-STRIP:]}
+                    for number, report in self._latest.items() if number in alive]
+        for statement, rows in ((UPSERT_STATUS, statuses), (INSERT_SAMPLE, samples),
+                                (INSERT_EVENT, list(self._events))):
+            if rows:
+                session.execute(statement, rows)
+        for resource_id, key in self._keys.items():
+            session.execute(sqlalchemy.update(Resource).values(host_key=key)
+                            .where(Resource.id == resource_id, Resource.host_key.is_(None)))
 
     def close(self) -> None:
         """Writes the rest and ends the thread."""
@@ -4219,15 +4245,16 @@ class Monitor(threading.Thread):
 
         `expires_mono` is that of a poller which died: dying again and again is no result."""
         guard = self._guards.of(target)
-        age = time.time() - stored.polled if stored else math.inf
+        age = time.time() - stored.polled_at if stored else math.inf
         same = stored is not None and stored.settings_digest == target.settings_digest
         left = target.settings.ttl - age if same and age >= 0 else 0.0
-        if stored and (stored.credential, stored.cause) == (target.credential, "auth") and 0 <= age < AUTH_BACKOFF:
+        refused = stored is not None and stored.cause == "auth" and 0 <= age < AUTH_BACKOFF
+        if stored and refused and stored.credential_digest == target.credential_digest:
             left = target.settings.ttl      # the state stays during the back-off
             if stored.reason != NOT_TRIED:
                 guard.refuse(target.name, age, target.key_stamp)
         if stored and left > 0:
-            standing = Standing(cast(State, stored.state), cast(Cause, stored.cause), stored.reason, stored.since,
+            standing = Standing(cast(State, stored.state), cast(Cause, stored.cause), stored.reason, stored.since_at,
                                 stored.good, stored.bad)
         poller = self._pollers[target.name] = Poller(target, self._context, guard, standing, delay)
         self._register(poller)
@@ -6026,7 +6053,7 @@ def ensure_first_user(session: Session) -> None:
 
 def initial_user(session: Session) -> str | None:
     """The name of an account that still has the documented password."""
-    return session.scalar(sqlalchemy.select(User.name).where(User.initial).limit(1))
+    return session.scalar(sqlalchemy.select(User.username).where(User.initial).limit(1))
 
 
 def find_resource(session: Session, name: str) -> Resource:
@@ -6037,7 +6064,7 @@ def find_resource(session: Session, name: str) -> Resource:
 
 
 def find_user(session: Session, name: str) -> User:
-    user = session.scalar(sqlalchemy.select(User).where(User.name == name))
+    user = session.scalar(sqlalchemy.select(User).where(User.username == name))
     if user is None:
         raise ApiError("there is no such user", 404)
     return user
@@ -6046,7 +6073,7 @@ def find_user(session: Session, name: str) -> User:
 def require_admin(session: Session, without: User) -> None:
     """Raises Refusal when `without` is the last admin."""
     if session.scalar(sqlalchemy.select(User).where(User.role == "admin", User.id != without.id).limit(1)) is None:
-        raise ApiError(f"{without.name} is the last admin; make another one first", 409)
+        raise ApiError(f"{without.username} is the last admin; make another one first", 409)
 
 
 def session_key(folder: Path) -> bytes:
@@ -6147,7 +6174,7 @@ API = "/-/api/"
 SAFE_METHODS = ("GET", "HEAD")
 
 
-NOBODY = User(salt=b"", rounds=PBKDF2_ROUNDS, password_hash=b"")    # takes as long as a user that exists
+NOBODY = User(salt=b"", rounds=PBKDF2_ROUNDS, password=b"")    # takes as long as a user that exists
 
 
 @dataclass
@@ -6190,7 +6217,7 @@ class ConsoleContext:
             if wait:
                 raise ApiError("too many failed logins; wait before the next", 429, retry=wait)
             with self.store.reading() as session:
-                user = session.scalar(sqlalchemy.select(User).where(User.name == name))
+                user = session.scalar(sqlalchemy.select(User).where(User.username == name))
             if (user or NOBODY).verify(password) and user is not None:
                 self.throttle.clear(name, address)
                 return user.id
@@ -6250,7 +6277,7 @@ class Principal:
 
     @property
     def name(self) -> str:
-        return self.user.name if self.user else "command line"
+        return self.user.username if self.user else "command line"
 
     @property
     def operator(self) -> bool:
@@ -6349,7 +6376,7 @@ def status_of(row: Resource, status: Status | None) -> Status:
     """The status, an empty one when it is of another configuration: nothing is known of this one yet."""
     if status and status.settings_digest == row.settings_digest:
         return status
-    return Status(state="unknown", cause="", reason="", since=0.0, polled=0.0, seconds=0.0, sample="null", packed=b"")
+    return Status(state="unknown", cause="", reason="", since_at=0.0, polled_at=0.0, seconds=0.0, sample="null")
 
 
 def resource_view(row: Resource, status: Status | None, site: ConsoleContext) -> ResourceView:
@@ -6358,8 +6385,8 @@ def resource_view(row: Resource, status: Status | None, site: ConsoleContext) ->
     state = {name: getattr(known, name) for name in ("state", "cause", "reason", "seconds")}
     maintenance = {"until": moment(row.maintenance), "reason": row.maintenance_reason}
     return ResourceView.model_validate({
-        **json.loads(row.settings), **columns, **state, "since": moment(known.since), "polled": moment(known.polled),
-        "sample": json.loads(known.sample), "origin": row.origin,
+        **json.loads(row.settings), **columns, **state, "since": moment(known.since_at),
+        "polled": moment(known.polled_at), "sample": json.loads(known.sample), "origin": row.origin,
         "place": site.places.get(row.name) if row.origin == "inventory" else None,
         "has_secret": row.password is not None or row.key_passphrase is not None, "trusted_key": row.host_key,
         "maintenance": maintenance if row.maintenance > site.clock() else None})
@@ -6405,7 +6432,7 @@ def add_resource(who: Principal, body: Mapping[str, Any], *, text: bool = False)
 
 
 def change_resource(who: Principal, name: str, body: Mapping[str, Any], *, text: bool = False) -> ResourceView:
-    """Changes what is given; null stands for the default. Another hostname or username needs the password again."""
+    """Changes what is given; null stands for the default. Another host, port or username needs the password again."""
     vault = who.site.vault
     with who.site.store.writing() as session:
         row = changeable(who, session, name)
@@ -6545,7 +6572,7 @@ def list_events(who: Principal, query: Mapping[str, Any]) -> list[Event]:
 class UserView(Settings):
     """A user."""
 
-    name: str
+    name: str = Field(validation_alias="username")
     role: Role
     initial: bool       # the password is the documented one still
 
@@ -6553,7 +6580,7 @@ class UserView(Settings):
 def list_users(who: Principal) -> list[User]:
     """All users, by name."""
     with who.site.store.reading() as session:
-        return list(session.scalars(sqlalchemy.select(User).order_by(User.name)))
+        return list(session.scalars(sqlalchemy.select(User).order_by(User.username)))
 
 
 def add_user(who: Principal, body: Mapping[str, Any]) -> User:
@@ -6561,7 +6588,7 @@ def add_user(who: Principal, body: Mapping[str, Any]) -> User:
     new = validated(NewUser, body)
     user = User.create(new.name, new.password.get_secret_value(), new.role)     # before the database is locked
     with who.site.store.writing() as session:
-        if session.scalar(sqlalchemy.select(User.id).where(User.name == new.name)) is not None:
+        if session.scalar(sqlalchemy.select(User.id).where(User.username == new.name)) is not None:
             raise ApiError("there is a user of this name already", 409, {"name": "is taken"})
         session.add(user)
         who.note(session, f"user {new.name} added as {new.role}")
@@ -6571,7 +6598,7 @@ def add_user(who: Principal, body: Mapping[str, Any]) -> User:
 def change_user(who: Principal, name: str, body: Mapping[str, Any]) -> User:
     """Changes password or role of a user and ends the user's sessions; one's own password changes elsewhere."""
     change = validated(UserChange, body)
-    if change.password and who.user and who.user.name == name:
+    if change.password and who.user and who.user.username == name:
         raise field_errors({"password": "change your own with the current one, at /-/api/password"})
     fresh = User.create(name, change.password.get_secret_value()) if change.password else None
     with who.site.store.writing() as session:
@@ -6599,7 +6626,7 @@ def change_password(who: Principal, body: Mapping[str, Any]) -> User:
     """Changes one's own password; every session and token of before ends."""
     change = validated(PasswordChange, body)
     assert who.user
-    name, current, new = who.user.name, change.current.get_secret_value(), change.new.get_secret_value()
+    name, current, new = who.user.username, change.current.get_secret_value(), change.new.get_secret_value()
     if current == new:
         raise field_errors({"new": "must not be the current one"})
     try:
@@ -6622,7 +6649,7 @@ def sign_in(who: Principal, body: Mapping[str, Any]) -> User:
         user = session.get(User, user_id)
         if user is None:
             raise ApiError("user name or password is wrong", 401)
-        record_event(session, "login", "logged in", actor=user.name, address=who.address, at=who.site.clock())
+        record_event(session, "login", "logged in", actor=user.username, address=who.address, at=who.site.clock())
     return user
 
 
@@ -7017,9 +7044,9 @@ def resource_metrics(row: Any, now: float) -> Iterator[MetricValue]:
     yield "maintenance", (), row.maintenance > now
     if row.cause:
         yield "cause", (row.cause,), 1.0
-    if row.polled:
+    if row.polled_at:
         yield "poll_duration_seconds", (), row.seconds
-        yield "last_poll_timestamp_seconds", (), row.polled
+        yield "last_poll_timestamp_seconds", (), row.polled_at
         if sample := json.loads(row.sample):
             yield from sample_metrics(sample)
 
@@ -7028,7 +7055,8 @@ class ResourceMetrics:
     """What the bearer of the token sees besides: every resource, from the rows that the recorder writes."""
 
     ROWS: ClassVar = sqlalchemy.select(
-        Resource.name, Resource.maintenance, Status.state, Status.cause, Status.polled, Status.seconds, Status.sample,
+        Resource.name, Resource.maintenance, Status.state, Status.cause, Status.polled_at, Status.seconds,
+        Status.sample,
     ).outerjoin(Status, Status.resource_id == Resource.id).order_by(Resource.name)
 
     def __init__(self, store: Store) -> None:
@@ -7284,7 +7312,7 @@ TEMPLATES = {"layout.html": """<!doctype html>
 {% endif %}
 {% endfor %}
 </nav>
-<div class="who"><a href="/-/password">{{ user.name }}<span class="hidden">: change the password</span></a>
+<div class="who"><a href="/-/password">{{ user.username }}<span class="hidden">: change the password</span></a>
 <small>{{ user.role }}</small>
 <form method="post" action="/-/logout"><button class="quiet">Log out</button></form></div>
 {% endif %}
@@ -7608,17 +7636,17 @@ Polled every {{ shown.row.interval|duration_text }}. Availability:
 {{ heads("Name", "Role", "Change") }}
 <tbody>
 {% for account in users %}
-<tr><th scope="row">{{ account.name }}{% if account.name == user.name %} <small>you</small>{% endif %}
+<tr><th scope="row">{{ account.username }}{% if account.username == user.username %} <small>you</small>{% endif %}
 {% if account.initial %} <i class="degraded">documented password</i>{% endif %}</th>
 <td>{{ account.role }}</td>
-<td><details name="user"><summary>Change<span class="hidden"> {{ account.name }}</span></summary>
-<form method="post" class="row" action="/-/users/{{ account.name|urlencode }}">
+<td><details name="user"><summary>Change<span class="hidden"> {{ account.username }}</span></summary>
+<form method="post" class="row" action="/-/users/{{ account.username|urlencode }}">
 <label>Role <select name="role">{{ options(roles, account.role) }}</select></label>
 <label>New password <input type="password" name="password" minlength="12" maxlength="1024" autocomplete="new-password"
  placeholder="unchanged"></label>
-<button>Change {{ account.name }}</button></form>
-<form method="post" action="/-/users/{{ account.name|urlencode }}/remove">
-<button class="danger">Remove {{ account.name }}</button></form></details></td></tr>
+<button>Change {{ account.username }}</button></form>
+<form method="post" action="/-/users/{{ account.username|urlencode }}/remove">
+<button class="danger">Remove {{ account.username }}</button></form></details></td></tr>
 {% endfor %}
 </tbody>
 </table>
@@ -7653,7 +7681,7 @@ Polled every {{ shown.row.interval|duration_text }}. Availability:
 <form method="post" class="panel narrow">
 <h1>Change the password</h1>
 {{ trouble() }}
-<input class="hidden" value="{{ user.name }}" autocomplete="username" tabindex="-1" aria-hidden="true" readonly>
+<input class="hidden" value="{{ user.username }}" autocomplete="username" tabindex="-1" aria-hidden="true" readonly>
 {{ password("Password until now", "current") }}
 {{ password("New password", "new", true, "12 characters or more; your other sessions end") }}
 {{ password("New password again", "again", true) }}
@@ -8075,11 +8103,12 @@ class ResourceRow:
         self.tags: list[str] = self.settings["tags"]
         self.critical: bool = self.settings["critical"]
         self.status = known = status_of(row, status)
-        self.state, self.cause, self.begun = known.state, known.cause, known.since
+        self.state, self.cause, self.begun = known.state, known.cause, known.since_at
         self.why = f"{known.cause}: {known.reason}" if known.cause else ""
-        self.since, self.since_at = (duration_text(now - known.since), clock(known.since)) if known.since else ("", "")
-        self.polled = f"{duration_text(now - known.polled)} ago" if known.polled else ""
-        self.seconds = f"{known.seconds:.2f} s" if known.polled else ""
+        self.since, self.since_at = ("", "") if not known.since_at else (
+            duration_text(now - known.since_at), clock(known.since_at))
+        self.polled = f"{duration_text(now - known.polled_at)} ago" if known.polled_at else ""
+        self.seconds = f"{known.seconds:.2f} s" if known.polled_at else ""
         self.maintenance = clock(row.maintenance)[:-3] if row.maintenance > now else ""
         self.group = "maintenance" if self.maintenance else self.state
         self.strip = strip_svg(status.strip if status else "")
@@ -8104,7 +8133,8 @@ class ResourceRow:
 
     @property
     def bars(self) -> list[Markup]:
-        found = readings(self.status.packed)
+        sample = json.loads(self.status.sample)
+        found = highest_readings(sample["metrics"] if sample else {})
         return [bar_svg(found[metric], self.limit(metric)) + f"{found[metric]:.0f} %" if metric in found else Markup()
                 for metric in BARS]
 
@@ -8675,8 +8705,7 @@ def serve(arguments: argparse.Namespace) -> int:
     doors = Doors(listen("service.listen", service.listen),
                   None if service.console == "off" else listen("service.console", service.console), access_file)
     inspect_database(installation.database)
-    with contextlib.closing(lock_database(installation.database)), \
-            contextlib.closing(Store(installation.database)) as store:
+    with contextlib.closing(Store(installation.database, exclusive=True)) as store:
         watch_and_serve(installation, doors, store)
     log.info("ended")
     return 0
@@ -8811,7 +8840,7 @@ def secret_nodes(installation: Installation, document: Document, *,
     for index, entry in enumerate(installation.inventory.entries):
         for kind in SECRETS:
             node = document.nodes.get(("resources", index, kind))
-            if node is not None and node.value.startswith(TOKEN_PREFIX) is sealed:
+            if node is not None and node.value.startswith(TOKEN_PREFIXES) is sealed:
                 yield ("resources", index, kind), node.value, entry.settings
 
 
@@ -8870,10 +8899,6 @@ def trust(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def reseal(vault: Vault, token: str, row: tuple[str, ...]) -> str:
-    return vault.seal(vault.open(token, *row), *row)
-
-
 def rotate_keys(arguments: argparse.Namespace) -> int:
     """Seals every secret with a new key. Interrupted, it leaves both keys; it is run again then."""
     installation = Installation(arguments.inventory)
@@ -8883,18 +8908,14 @@ def rotate_keys(arguments: argparse.Namespace) -> int:
     if len(list(sealed_tokens(None, installation.inventory))) > len(document_tokens):
         raise UsageError("a sealed secret stands in defaults, a password_file or a variable; "
                          "write the password at its resource first")
-    with contextlib.closing(lock_database(installation.database)), \
-            contextlib.closing(Store(installation.database)) as store:
+    with contextlib.closing(Store(installation.database, exclusive=True)) as store:
         with store.writing() as session:
             vault = installation.open_vault(session)
             if not (vault.folder / "next.pem").exists():
                 vault.create("next.pem")
-            tokens = {where: reseal(vault, value, binding(str(where[-1]), settings))
+            tokens = {where: vault.reseal(value, *binding(str(where[-1]), settings))
                       for where, value, settings in document_tokens}
-            for row in session.scalars(sqlalchemy.select(Resource)):
-                for kind in SECRETS:
-                    if token := getattr(row, kind):
-                        setattr(row, kind, reseal(vault, token, binding(kind, row.parsed_settings)))
+            reseal(session, session.scalars(sqlalchemy.select(Resource)), vault)
             revise(session)
         if tokens:
             rewrite(installation.path, document, tokens)
@@ -8952,7 +8973,7 @@ def user_list(arguments: argparse.Namespace) -> int:
     """Prints the users."""
     with accounts(arguments) as who:
         print_table([["NAME", "ROLE", "PASSWORD"], *(
-            [user.name, user.role, "the documented one" if user.initial else "own"] for user in list_users(who))])
+            [user.username, user.role, "the documented one" if user.initial else "own"] for user in list_users(who))])
     return 0
 
 

@@ -29,19 +29,19 @@ LOOKED_AT = 50  # id of the resource whose history is read
 Figure = tuple[str, str, str, bool]
 
 
-def sample_row(noise: random.Random) -> bytes:
-    return hc.SAMPLE.pack(b"hh", 132, *(noise.randrange(10_000) for _ in hc.METRICS))
+def sample_row(noise: random.Random) -> tuple[object, ...]:
+    """All but resource and time."""
+    return "", "h", "h", 132, *(noise.randrange(10_000) for _ in hc.METRICS)
 
 
-def average_row(noise: random.Random) -> bytes:
+def average_row(noise: random.Random) -> tuple[object, ...]:
     known = hc.QUARTER * 10
-    return hc.AVERAGE.pack(known, known - 3, *(noise.randrange(10_000) for _ in range(3 * len(hc.METRICS))))
+    return known, known - 3, *(noise.randrange(10_000) for _ in range(3 * len(hc.METRICS)))
 
 
 def resources(folder: Path, count: int) -> hc.Store:
     """A database with `count` resources that were polled a moment ago."""
     store = hc.Store(folder / "healthchecker.db")
-    noise = random.Random(1)
     sample = hc.Sample({"hostname": "db", "os": "Debian GNU/Linux 12"}, {"cpu_percent": 12.5, "memory_percent": 40.0,
                        "disk_percent /": 61.0, "disk_percent /var": 33.0, "load_per_cpu": 0.4}, None, {}, {}, {})
     with store.writing() as session:
@@ -49,11 +49,11 @@ def resources(folder: Path, count: int) -> hc.Store:
             settings = hc.ResourceSettings(name=f"db{number}", hostname=f"db{number}.example.com", username="monitor",
                                            tags=["database"], limits={"cpu_percent": {"warn": 80, "fail": 95}})
             row = hc.Resource(id=number, origin="inventory")
-            row.configure(settings)
+            row.take_settings(settings)
             session.add(row)
-            session.add(hc.Status(resource_id=number, configured="", credential="", state="healthy", cause="",
-                                  reason="", since=NOW - 86_400, polled=NOW, good=9, bad=0, seconds=0.1,
-                                  sample=sample.to_json(), packed=sample_row(noise), strip="h" * hc.STRIP))
+            session.add(hc.Status(resource_id=number, settings_digest="", credential_digest="", state="healthy",
+                                  cause="", reason="", since_at=NOW - 86_400, polled_at=NOW, good=9, bad=0,
+                                  seconds=0.1, sample=sample.to_json(), strip="h" * hc.STRIP))
     return store
 
 
@@ -72,16 +72,16 @@ def fill(path: Path, count: int, raw: float, averages: float) -> None:
     noise = random.Random(2)
     pool = [average_row(noise) for _ in range(997)], [sample_row(noise) for _ in range(997)]
     last = int(NOW // hc.QUARTER) * hc.QUARTER - hc.QUARTER
-    quarters = ((number, at, pool[0][(at // 900 + number) % 997])
+    quarters = ((number, at, *pool[0][(at // 900 + number) % 997])
                 for at in range(int(last - averages * 86_400) + hc.QUARTER, last + 1, hc.QUARTER)
                 for number in range(1, count + 1))
-    polls = ((number, at + number / count, pool[1][(at + number) % 997], "")
+    polls = ((number, at + number / count, *pool[1][(at + number) % 997])
              for at in range(int(NOW - raw * 86_400), int(NOW), INTERVAL) for number in range(1, count + 1))
     with contextlib.closing(sqlite3.connect(path)) as connection:
         connection.execute("PRAGMA synchronous = OFF")
         connection.execute("PRAGMA cache_size = -500000")  # KiB: every resource has a page that is written to
-        for statement, rows in (("INSERT INTO average VALUES (?, ?, ?)", quarters),
-                                ("INSERT INTO sample VALUES (?, ?, ?, ?)", polls)):
+        for table, rows in ((hc.AVERAGES, quarters), (hc.SAMPLES, polls)):
+            statement = f"INSERT INTO {table.name} VALUES ({', '.join('?' * len(table.columns))})"
             for chunk in chunks(rows):
                 with connection:
                     connection.executemany(statement, chunk)

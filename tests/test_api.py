@@ -127,7 +127,7 @@ def test_platform_that_changes_takes_what_has_no_meaning_there_along(client: Cli
     added = client.api("POST", "resources", {**body, "tls": False, "maintenance": None}).status
     assert added == 422     # maintenance is none of the settings
     assert client.api("POST", "resources", {**body, "tls": False, "critical": False}).json["port"] == 5985
-    changed = client.api("PATCH", "resources/one", {"platform": "linux"})
+    changed = client.api("PATCH", "resources/one", {"platform": "linux", "password": "p"})  # another port
     assert (changed.status, changed.json["tls"], changed.json["port"]) == (200, True, 22)
 
 
@@ -196,7 +196,7 @@ def test_passwords_go_in_and_never_come_out(service: Service, client: Client) ->
         ("GET", "openapi.json", None),
     ):
         bodies.append(client.api(method, path, change).body)
-    assert not [text for text in [*bodies, service.output] if secret in text or "HC1." in text]
+    assert not [text for text in [*bodies, service.output] if secret in text or "HC2." in text]
     assert not any("password" in view for view in client.api("GET", "resources").json)
     raw = (service.inventory.parent / "healthchecker.db").read_bytes()
     raw += (service.inventory.parent / "healthchecker.db-wal").read_bytes()
@@ -206,8 +206,8 @@ def test_passwords_go_in_and_never_come_out(service: Service, client: Client) ->
 def test_secret_stays_with_hostname_and_username(service: Service, client: Client) -> None:
     body = {"name": "one", "hostname": "127.0.0.1", "port": 1, "username": "u", "password": "p", "critical": False}
     client.api("POST", "resources", body)
-    message = {"password": "hostname or username changed: write the password again"}
-    for change in ({"hostname": "127.0.0.2"}, {"username": "v"}):
+    message = {"password": "hostname, port or username changed: write the password again"}
+    for change in ({"hostname": "127.0.0.2"}, {"username": "v"}, {"port": 2}):
         for method, path in (("PATCH", "resources/one"), ("POST", "resources/one/test")):
             reply = client.api(method, path, change)
             assert (reply.status, reply.fields) == (422, message)
@@ -220,7 +220,7 @@ def test_secret_stays_with_hostname_and_username(service: Service, client: Clien
 
 def test_secret_of_another_row_is_none(client: Client, service: Service) -> None:
     """A sealed secret that stood elsewhere does not open here."""
-    row = ("password", "other", "127.0.0.1", "u")
+    row = ("password", "other", "127.0.0.1", "u", "1")
     token = Vault(service.inventory.parent / "keys").seal("p", *row)
     body = {"hostname": "127.0.0.1", "port": 1, "username": "u", "password": token, "critical": False}
     reply = client.api("POST", "resources", {"name": "one", **body})

@@ -20,7 +20,7 @@ import yaml
 from service import PROGRAM, Service, command, environment, prepared_keys, run, run_cheaply, write_inventory
 
 import healthchecker
-from healthchecker import Vault, load_inventory, main
+from healthchecker import Vault, binding, load_inventory, main
 
 LOCAL = "  - {name: here, platform: local}\n"
 CALM = "  - {name: calm, platform: simulated, mean_healthy: 100000}\n"
@@ -310,11 +310,11 @@ def test_seal_keeps_the_layout(case: str, tmp_path: Path, capsys: pytest.Capture
     path.write_bytes(before.encode())
     assert main(["--inventory", str(path), "seal"]) == 0
     text = path.read_bytes().decode()
-    assert re.sub(r"(['\"]?)HC1\.[\w.-]+\1", "TOKEN", text) == after
+    assert re.sub(r"(['\"]?)HC2\.[\w.-]+\1", "TOKEN", text) == after
     [entry] = load_inventory(path).entries
     secret = entry.password or entry.passphrase
     kind = "password" if entry.password else "key_passphrase"
-    assert secret and vault.open(secret.get_secret_value(), kind, entry.settings.name, "a", "u") == "p w"
+    assert secret and vault.open(secret.get_secret_value(), *binding(kind, entry.settings)) == "p w"
     assert sorted(item.name for item in tmp_path.iterdir()) == ["inventory.yaml", "key", "keys"]
     capsys.readouterr()
 
@@ -328,7 +328,7 @@ def test_seal_twice_changes_nothing(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert main(["--inventory", str(path), "seal"]) == 0
     once = path.read_bytes()
     assert main(["--inventory", str(path), "seal"]) == 0
-    assert path.read_bytes() == once and once.count(b"HC1.") == 1
+    assert path.read_bytes() == once and once.count(b"HC2.") == 1
     assert capsys.readouterr().out.splitlines() == [
         "inventory.yaml: 1 secrets sealed",
         "inventory.yaml: 0 secrets sealed",
@@ -354,7 +354,7 @@ def test_seal_keeps_link_and_mode(tmp_path: Path, capsys: pytest.CaptureFixture[
     link = tmp_path / "inventory.yaml"
     link.symlink_to("real/inventory.yaml")
     assert main(["--inventory", str(link), "seal"]) == 0
-    assert link.is_symlink() and b"HC1." in target.read_bytes()
+    assert link.is_symlink() and b"HC2." in target.read_bytes()
     assert stat.S_IMODE(target.stat().st_mode) == 0o640
     assert [path.name for path in real.iterdir()] == ["inventory.yaml"]
     capsys.readouterr()
@@ -373,7 +373,7 @@ def test_seal_as_root_keeps_the_owner(tmp_path: Path, capsys: pytest.CaptureFixt
 
 def stored_password(path: Path, name: str) -> str:
     with closing(sqlite3.connect(path.parent / "healthchecker.db")) as connection:
-        query = "SELECT password, name, hostname, username FROM resource WHERE name = ?"
+        query = "SELECT password, name, hostname, username, CAST(port AS TEXT) FROM resource WHERE name = ?"
         token, *row = connection.execute(query, (name,)).fetchone()
     return Vault(path.parent / "keys").open(token, "password", *row)
 

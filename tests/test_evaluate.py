@@ -274,7 +274,7 @@ HISTORIES = {
 
 @pytest.mark.parametrize(("letters", "history"), HISTORIES.values(), ids=HISTORIES)
 def test_cause_and_since(letters: str, history: list[tuple[str, int]]) -> None:
-    assert [(standing.cause, standing.since) for standing in standings(letters)] == history
+    assert [(standing.cause, standing.since_at) for standing in standings(letters)] == history
 
 
 @pytest.mark.parametrize("letters", ["BT", "TA", "AB", "KU", "ZT", "UC", "BGT", "BGA"])
@@ -291,7 +291,7 @@ def test_reason_is_renewed() -> None:
     limits = settings()
     first = settle(Standing(), Verdict("unhealthy", "limit", "disk 96"), limits, 100.0)
     second = settle(first, Verdict("unhealthy", "limit", "disk 97"), limits, 200.0)
-    assert (second.reason, second.since) == ("disk 97", 100.0)
+    assert (second.reason, second.since_at) == ("disk 97", 100.0)
 
 
 # verdicts: whether the last one needs a soon second look

@@ -1,4 +1,4 @@
-"""History: rows that are packed, averages, charts, availability, events, and how they are written and dropped."""
+"""History: polls as rows, averages, charts, availability, events, and how they are written and dropped."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from service import Service, prepared_keys, write_inventory
 
 import healthchecker
 from healthchecker import (
-    METRICS,
+    AVERAGES,
     POLLS,
     QUARTER,
+    SAMPLES,
     SPANS,
-    AverageRow,
     HealthAggregator,
     Point,
     Recorder,
@@ -30,7 +30,6 @@ from healthchecker import (
     Resource,
     Retention,
     Sample,
-    SampleRow,
     Standing,
     Status,
     Store,
@@ -39,7 +38,6 @@ from healthchecker import (
     availability,
     chart,
     events,
-    readings,
     samples,
 )
 
@@ -92,7 +90,7 @@ class Notebook:
             turns += 1
         return turns
 
-    def count(self, table: type[SampleRow | AverageRow]) -> int:
+    def count(self, table: sqlalchemy.Table) -> int:
         with self.store.reading() as session:
             return session.scalar(sqlalchemy.select(sqlalchemy.func.count()).select_from(table)) or 0
 
@@ -127,7 +125,7 @@ def notebook(tmp_path: Path) -> Iterator[Notebook]:
 def test_every_result_has_its_character() -> None:
     """A state or cause without one would end the recorder's work."""
     assert {cause for _, cause in POLLS.values()} == set(get_args(healthchecker.Cause))
-    assert len(healthchecker.POLL_CHARACTERS) == len(POLLS)
+    assert len(healthchecker.POLL_MARKS) == len(POLLS)
 
 
 # metrics that were read, and what is kept of them
@@ -138,7 +136,7 @@ READ = {
         {"cpu_percent": 12.35, "memory_percent": 0.0, "swap_percent": 100.0, "load_per_cpu": 1.5},
     ),
     "the fullest disk": ({"disk_percent /": 40.0, "disk_percent /var": 71.5}, {"disk_percent": 71.5}),
-    "beyond what fits": ({"load_per_cpu": 1e9}, {"load_per_cpu": 655.34}),
+    "beyond what fits": ({"load_per_cpu": 1e9}, {"load_per_cpu": 21_474_836.47}),
     "of no interest": ({"fans": 3.0}, {}),
 }
 
@@ -148,8 +146,6 @@ def test_readings(read: dict[str, float], kept: dict[str, float], notebook: Note
     notebook.write(notebook.report(START, "h", **read))
     with notebook.store.reading() as session:
         [poll] = samples(session, notebook.id)
-        status = session.get(Status, notebook.id)
-        assert status and readings(status.packed) == poll.readings
     assert poll.readings == pytest.approx(kept | {"seconds": 0.25}, abs=1e-9)
     assert poll.at == START
 
@@ -159,7 +155,6 @@ def test_nothing_was_read_is_not_zero(notebook: Notebook) -> None:
     with notebook.store.reading() as session:
         [poll] = samples(session, notebook.id)
     assert poll.readings == {"seconds": 0.25}
-    assert readings(b"") == {}
 
 
 def test_samples(notebook: Notebook) -> None:
@@ -192,7 +187,7 @@ def test_strip(notebook: Notebook) -> None:
 
 # --- events ---
 def test_transitions_are_events(notebook: Notebook) -> None:
-    good, bad = Standing("healthy", since=START), Standing("unhealthy", "unreachable", "no\nroute", START + 60)
+    good, bad = Standing("healthy", since_at=START), Standing("unhealthy", "unreachable", "no\nroute", START + 60)
     for before, after in ((Standing(), good), (good, good), (good, bad), (bad, bad)):
         verdict = Verdict(after.state, after.cause, after.reason)
         notebook.write(Report(notebook.targets[0], before, after, verdict, START + 60, 0.1))
@@ -263,7 +258,7 @@ def test_availability(polls: str, seconds: int, percent: float | None, rolled: b
     now = START + seconds
     if rolled:
         notebook.tidy(now + 10)
-        assert notebook.count(AverageRow) or seconds < QUARTER or not polls
+        assert notebook.count(AVERAGES) or seconds < QUARTER or not polls
     assert notebook.available(now) == {"day": percent, "week": percent, "month": percent}
 
 
@@ -279,25 +274,25 @@ def test_an_average(notebook: Notebook) -> None:
     )
     notebook.tidy(START + QUARTER + 6)
     with notebook.store.reading() as session:
-        [row] = session.scalars(sqlalchemy.select(AverageRow))
-    assert row.at == START
-    assert healthchecker.AVERAGE.unpack(row.packed) == (
+        [row] = session.execute(sqlalchemy.select(AVERAGES))
+    assert row == (
+        *(notebook.id, START),
         *(3120, 2520),  # tenths of a second: 180 + 132 s known, 60 of them unhealthy
-        *(3000, 5000, 65535, 65535, 65535, 25),
-        *(1000, 5000, 65535, 65535, 65535, 25),
-        *(6000, 5000, 65535, 65535, 65535, 25),
+        *(3000, 5000, None, None, None, 25),
+        *(1000, 5000, None, None, None, 25),
+        *(6000, 5000, None, None, None, 25),
     )
 
 
 def test_a_quarter_is_not_summed_up_before_its_last_reports_are_written(notebook: Notebook) -> None:
     notebook.polls("h" * 16)
     notebook.tidy(START + QUARTER + 4)
-    assert notebook.count(AverageRow) == 0
+    assert notebook.count(AVERAGES) == 0
     notebook.tidy(START + QUARTER + 6)
-    assert notebook.count(AverageRow) == 1
+    assert notebook.count(AVERAGES) == 1
     notebook.tidy(START + QUARTER + 60)
     notebook.tidy(START + 2 * QUARTER + 6)
-    assert notebook.count(AverageRow) == 2
+    assert notebook.count(AVERAGES) == 2
 
 
 def test_chart_of_an_hour(notebook: Notebook) -> None:
@@ -308,8 +303,8 @@ def test_chart_of_an_hour(notebook: Notebook) -> None:
     notebook.write(notebook.report(now - 20, "u"))
     assert notebook.chart("cpu_percent", "hour", now) == [
         (now - 3590, 410, 410, 410),
-        (now - 60, 655.34, 655.34, 655.34),
-        (now - 40, 655.34, 655.34, 655.34),
+        (now - 60, 3940, 3940, 3940),
+        (now - 40, (3960 + 3969) / 2, 3960, 3969),
     ]
     assert notebook.chart("swap_percent", "hour", now) == []
     assert len(notebook.chart("seconds", "hour", now)) == 4
@@ -323,9 +318,9 @@ def test_chart_over_the_border_of_averages(span: str, notebook: Notebook) -> Non
     every = max(60, seconds / 2000)
     begin = int(now - seconds - 3 * QUARTER)
     with notebook.store.writing() as session:
-        rows = [{"resource_id": notebook.id, "at": at, "reason": "", "packed": notebook.report(
-            at, "h", cpu_percent=float((at - begin) % 90)).packed} for at in range(begin, now, int(every))]  # fmt: skip
-        session.execute(sqlalchemy.insert(SampleRow), rows)
+        rows = [notebook.report(at, "h", cpu_percent=float((at - begin) % 90)).sample_row
+                for at in range(begin, now, int(every))]  # fmt: skip
+        session.execute(sqlalchemy.insert(SAMPLES), rows)
     direct = notebook.chart("cpu_percent", span, now) if span in ("hour", "day") else None
     notebook.tidy(now)
     points = notebook.chart("cpu_percent", span, now)
@@ -336,7 +331,7 @@ def test_chart_over_the_border_of_averages(span: str, notebook: Notebook) -> Non
     assert all(0 <= point.minimum <= point.average <= point.maximum < 90 for point in points)
     kept = [point for point in points if point.at >= now - Retention().raw * DAY + QUARTER]
     if direct is None:
-        assert notebook.count(SampleRow) < len(rows), "nothing was dropped"
+        assert notebook.count(SAMPLES) < len(rows), "nothing was dropped"
         assert points[0].at < now - Retention().raw * DAY
     else:
         assert kept == direct
@@ -348,8 +343,7 @@ def test_charts_of_long_spans_are_made_of_averages(span: str, value: float, note
     """Also where the polls are still there: one a second would be 170,000 of them."""
     notebook.write(*(notebook.report(START + 60 * index, "h", cpu_percent=10.0) for index in range(15)))
     notebook.tidy(START + QUARTER + 10)
-    changed = healthchecker.AVERAGE.pack(9000, 9000, *[9900] * 3 * len(METRICS))
-    notebook.execute("UPDATE average SET packed = ?", changed)
+    notebook.execute("UPDATE average SET cpu_percent = 9900, cpu_percent_minimum = 9900, cpu_percent_maximum = 9900")
     assert {point.average for point in notebook.chart("cpu_percent", span, START + QUARTER + 10)} == {value}
 
 
@@ -363,8 +357,8 @@ def test_retention(tmp_path: Path) -> None:
     now = notebook.polls("h" * 200, every=600)  # 33 hours
     notebook.tidy(now)
     with notebook.store.reading() as session:
-        raw = session.scalars(sqlalchemy.select(SampleRow.at).order_by(SampleRow.at)).all()
-        averages = session.scalars(sqlalchemy.select(AverageRow.at).order_by(AverageRow.at)).all()
+        raw = session.scalars(sqlalchemy.select(SAMPLES.c.at).order_by(SAMPLES.c.at)).all()
+        averages = session.scalars(sqlalchemy.select(AVERAGES.c.at).order_by(AVERAGES.c.at)).all()
         left = [event.at for event in events(session, kind="state", limit=1000)]
     assert now - 0.5 * DAY <= raw[0] < now - 0.5 * DAY + 600 and raw[-1] == now - 600
     assert now - DAY <= averages[0] < now - DAY + QUARTER and len(averages) == DAY // QUARTER - 1
@@ -390,12 +384,12 @@ def test_a_clock_that_was_set_back(notebook: Notebook) -> None:
     """What is of the future goes, and averages are made again."""
     notebook.polls("h" * 32, START + 365 * DAY)
     notebook.tidy(START + 365 * DAY + 32 * 60)
-    assert notebook.count(AverageRow) == 2
+    assert notebook.count(AVERAGES) == 2
     now = notebook.polls("u" * 32)
     for moment in (now - QUARTER, now):
         notebook.tidy(moment)
     with notebook.store.reading() as session:
-        assert [row.at for row in session.scalars(sqlalchemy.select(AverageRow))] == [START, START + QUARTER]
+        assert list(session.scalars(sqlalchemy.select(AVERAGES.c.at))) == [START, START + QUARTER]
         assert {poll.state for poll in samples(session, notebook.id)} == {"unhealthy"}
     assert notebook.available(now) == {"day": 0, "week": 0, "month": 0}
 
@@ -405,11 +399,11 @@ def test_a_removed_resource_takes_its_history_along(tmp_path: Path) -> None:
     for number in range(2):
         notebook.write(*(notebook.report(START + 60 * index, "h", number=number) for index in range(16)))
     notebook.tidy(START + QUARTER + 10)
-    assert (notebook.count(SampleRow), notebook.count(AverageRow)) == (32, 2)
+    assert (notebook.count(SAMPLES), notebook.count(AVERAGES)) == (32, 2)
     with notebook.store.writing() as session:
         session.delete(session.get(Resource, notebook.id))
     notebook.write(notebook.report(START + 960, "u"))  # of a poll that ran
-    assert (notebook.count(SampleRow), notebook.count(AverageRow)) == (16, 1)
+    assert (notebook.count(SAMPLES), notebook.count(AVERAGES)) == (16, 1)
     with notebook.store.reading() as session:
         assert {event.resource for event in events(session)} == {"", "r0", "r1"}
     notebook.store.close()
@@ -422,7 +416,7 @@ def test_summing_up_goes_in_short_transactions(tmp_path: Path) -> None:
     notebook.write(*(notebook.report(START + 60 * index, "h", number=number, cpu_percent=1.0)
                      for number in range(150) for index in range(16)))  # fmt: skip
     assert notebook.tidy(START + QUARTER + 10) > 2
-    assert notebook.count(AverageRow) == 150
+    assert notebook.count(AVERAGES) == 150
     assert notebook.tidy(START + QUARTER + 11) == 1, "nothing is left to do"
     notebook.store.close()
 
@@ -432,24 +426,27 @@ def test_what_cannot_be_written_is_written_later(notebook: Notebook, caplog: pyt
     notebook.recorder.flush()
     notebook.execute("CREATE TRIGGER refuse BEFORE INSERT ON event BEGIN SELECT RAISE(ABORT, 'as the test wants'); END")
     notebook.polls("hhuuh")
-    assert (notebook.count(SampleRow), notebook.strip()) == (0, "")
+    assert (notebook.count(SAMPLES), notebook.strip()) == (0, "")
     assert "the database cannot be written: as the test wants" in caplog.text
     notebook.execute("DROP TRIGGER refuse")
     notebook.polls("t", START + 300)
-    assert (notebook.count(SampleRow), notebook.strip()) == (6, "hhuuht")
+    assert (notebook.count(SAMPLES), notebook.strip()) == (6, "hhuuht")
     with notebook.store.reading() as session:
         assert len(events(session, kind="state")) == 6
 
 
-def test_a_damaged_row_ends_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_resource_that_cannot_be_summed_up_ends_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     notebook = Notebook(tmp_path, 3)
     for number in range(3):
         notebook.write(*(notebook.report(START + 60 * index, "h", number=number) for index in range(16)))
-    notebook.execute("UPDATE sample SET packed = x'00' WHERE resource_id = ?", notebook.id)
+    notebook.execute(
+        "CREATE TRIGGER refuse BEFORE INSERT ON average WHEN NEW.resource_id = 1 "
+        "BEGIN SELECT RAISE(ABORT, 'as the test wants'); END"
+    )
     notebook.tidy(START + QUARTER + 10)
     assert "cannot be summed up" in caplog.text
     with notebook.store.reading() as session:
-        done = set(session.scalars(sqlalchemy.select(AverageRow.resource_id)))
+        done = set(session.scalars(sqlalchemy.select(AVERAGES.c.resource_id)))
     assert done == {target.id for target in notebook.targets[1:]}
     notebook.store.close()
 
@@ -483,7 +480,8 @@ def test_history_goes_on_after_a_restart(tmp_path: Path) -> None:
         wait_for(lambda: len(stored(tmp_path, "SELECT at FROM sample")) >= 3, 8)
     [first] = stored(tmp_path, "SELECT strip FROM status")
     with contextlib.closing(sqlite3.connect(tmp_path / "healthchecker.db")) as connection, connection:
-        connection.execute("INSERT INTO sample SELECT 1, ?, packed, '' FROM sample LIMIT 1", (an_hour_ago,))
+        connection.execute("INSERT INTO sample (resource_id, at, reason, poll, standing, counts, seconds) "
+                           "SELECT 1, ?, '', poll, standing, counts, seconds FROM sample LIMIT 1", (an_hour_ago,))
     with Service(path) as service:
         service.wait_status("/", 200)
         wait_for(lambda: stored(tmp_path, "SELECT at FROM average") == [str(an_hour_ago)], 8)

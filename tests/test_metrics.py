@@ -184,8 +184,8 @@ def add(store: Store, name: str, state: str = "", sample: object = None, cause: 
         session.add(row)
         session.flush()
         if state:
-            session.add(Status(resource_id=row.id, settings_digest="", credential="", state=state, cause=cause,
-                               reason="secret reason", since=900.0, polled=1000.0, good=1, bad=0, seconds=0.3,
+            session.add(Status(resource_id=row.id, settings_digest="", credential_digest="", state=state, cause=cause,
+                               reason="secret reason", since_at=900.0, polled_at=1000.0, good=1, bad=0, seconds=0.3,
                                sample=json.dumps(sample)))  # fmt: skip
 
 

@@ -200,7 +200,7 @@ class House:
             connection,
         ):
             connection.execute(
-                "UPDATE status SET polled = ? WHERE resource_id IN (SELECT id FROM resource WHERE name LIKE ?)",
+                "UPDATE status SET polled_at = ? WHERE resource_id IN (SELECT id FROM resource WHERE name LIKE ?)",
                 (time.time() - seconds, name),
             )
 
@@ -575,12 +575,12 @@ def test_stored_bad_state_keeps_counting(house: House, machines: Machines) -> No
     machines.behaviours["db1"] = unreachable
     with house.watching():
         wait_for(lambda: house.state("db1") == ("unhealthy", "unreachable"))
-        since = house.poller("db1").standing.since
+        since = house.poller("db1").standing.since_at
     machines.behaviours["db1"] = good
     with house.watching():
         wait_for(lambda: house.poller("db1").standing.good == 1)
         assert house.state("db1") == ("unhealthy", "unreachable")
-        assert house.poller("db1").standing.since == since
+        assert house.poller("db1").standing.since_at == since
         assert not house.aggregator.is_healthy()
 
 

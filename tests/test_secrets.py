@@ -43,7 +43,7 @@ def test_service_with_real_logins(sshd: Sshd, password: str, tmp_path: Path) -> 
     for secret in (password, WRONG):
         assert secret not in said
         assert secret.encode() not in written
-    assert written.count(b"HC1.") >= 2, "they are there, sealed"
+    assert written.count(b"HC2.") >= 2, "they are there, sealed"
 
 
 class Broken:

@@ -24,10 +24,10 @@ from healthchecker import (
     ASSETS,
     COOKIE,
     PAGES,
+    SAMPLES,
     Event,
     Resource,
     ResourceSettings,
-    SampleRow,
     Status,
     Ticket,
     Tickets,
@@ -256,7 +256,7 @@ def test_token_of_a_removed_user(local: Local) -> None:
     local.cookie = ""
     local.log_in_as(ADMIN[0], "token")
     with local.store.writing() as session:
-        number = session.scalar(sqlalchemy.select(User.id).where(User.name == VIEWER[0]))
+        number = session.scalar(sqlalchemy.select(User.id).where(User.username == VIEWER[0]))
     assert local.api("DELETE", f"users/{VIEWER[0]}").status == 204
     with local.store.writing() as session:
         user = User.create(*VIEWER, "admin")
@@ -501,13 +501,13 @@ def poison(local: Local) -> str:
             "checks": {name: {"good": False, "text": EVIL}},
             "problems": {"memory_percent": EVIL},
         }
-        packed = b"lu" + bytes(16)
         session.add(Status(
             resource_id=row.id, settings_digest=row.settings_digest,
-            credential="", state="unhealthy", cause="limit", reason=EVIL,
-            since=1.0, polled=2.0, good=0, bad=1, seconds=0.5, sample=json.dumps(sample), packed=packed,
+            credential_digest="", state="unhealthy", cause="limit", reason=EVIL,
+            since_at=1.0, polled_at=2.0, good=0, bad=1, seconds=0.5, sample=json.dumps(sample),
             strip="hul"))  # fmt: skip
-        session.add(SampleRow(resource_id=row.id, at=local.clock.now, packed=packed, reason=EVIL))
+        session.execute(sqlalchemy.insert(SAMPLES).values(
+            resource_id=row.id, at=local.clock.now, poll="l", standing="u", counts=0, reason=EVIL))
         for kind in ("state", "gate", "change", "login"):
             session.add(Event(at=local.clock.now, kind=kind, resource=name, text=EVIL, actor=EVIL, address=EVIL))
         session.add(User.create(name, PASSWORD))

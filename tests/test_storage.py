@@ -6,6 +6,7 @@ import contextlib
 import copy
 import functools
 import hashlib
+import json
 import logging
 import os
 import random
@@ -26,6 +27,7 @@ from typing import Any
 import pytest
 import sqlalchemy
 from service import Service, fresh_processes, prepared_keys, run, write_inventory
+from sqlalchemy.orm import Session
 
 import healthchecker
 from healthchecker import Changes, InventoryError, Resource, SecretError, StorageError, Store, User, Vault
@@ -44,6 +46,12 @@ def loaded_vault() -> Vault:
         return Vault(prepared_keys(Path(folder)))
 
 
+def rows_of(database: Path) -> dict[str, dict[str, Any]]:
+    with closing(sqlite3.connect(database)) as connection:
+        connection.row_factory = sqlite3.Row
+        return {row["name"]: dict(row) for row in connection.execute("SELECT * FROM resource")}
+
+
 class Bench:
     """A folder with an inventory, keys and a database, and an import of the inventory into it."""
 
@@ -59,13 +67,12 @@ class Bench:
             return healthchecker.import_inventory(session, setup.inventory, self.vault)
 
     def rows(self) -> dict[str, dict[str, Any]]:
-        with closing(sqlite3.connect(self.database)) as connection:
-            connection.row_factory = sqlite3.Row
-            return {row["name"]: dict(row) for row in connection.execute("SELECT * FROM resource")}
+        return rows_of(self.database)
 
     def password(self, name: str) -> str:
         row = self.rows()[name]
-        return self.vault.open(row["password"], "password", name, row["hostname"], row["username"] or "")
+        bound = "password", name, row["hostname"], row["username"] or "", str(row["port"])
+        return self.vault.open(row["password"], *bound)
 
     def execute(self, statement: str, *values: object) -> None:
         with closing(sqlite3.connect(self.database)) as connection, connection:
@@ -100,8 +107,8 @@ def test_schema(bench: Bench) -> None:
                 "maintenance_reason FROM resource LIMIT 1)"
             )
     assert {"hostname", "username", "password", "interval"} <= columns["resource"].keys()
-    assert {"name", "password_hash", "salt"} <= columns["user"].keys()
-    assert "BLOB" in columns["user"]["password_hash"] and "BLOB" in columns["user"]["salt"]
+    assert {"username", "password", "salt"} <= columns["user"].keys()
+    assert "BLOB" in columns["user"]["password"] and "BLOB" in columns["user"]["salt"]
     assert (bench.rows()["a.example.com"]["interval"], bench.rows()["b.example.com"]["interval"]) == (60, 30)
 
 
@@ -131,15 +138,158 @@ def test_database_of_the_first_version(tmp_path: Path) -> None:
     for _ in range(2):
         with closing(Store(path)) as store, store.reading() as session:
             [user] = session.scalars(sqlalchemy.select(healthchecker.User))
-            assert (user.name, user.role, user.initial) == ("SpiceWorks", "admin", True)
+            assert (user.username, user.role, user.initial) == ("SpiceWorks", "admin", True)
             [status] = session.scalars(sqlalchemy.select(healthchecker.Status))
-            assert (status.state, status.since, status.sample, status.seconds) == ("healthy", 5, "null", 0)
+            assert (status.state, status.since_at, status.sample, status.seconds) == ("healthy", 5, "null", 0)
             [row] = session.scalars(sqlalchemy.select(healthchecker.Resource))
             assert (row.name, row.host_key, row.maintenance) == ("a", "k", 0)
     with closing(sqlite3.connect(path)) as connection:
         migrated = {row[0] for row in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
         assert connection.execute("PRAGMA user_version").fetchone() == (healthchecker.SCHEMA,)
     assert migrated >= set(healthchecker.Base.metadata.tables)
+
+
+RECORDED = Path(__file__).parent / "recorded" / "schema2"
+EXPECTED = json.loads((RECORDED / "expected.json").read_text(encoding="utf-8"))
+
+
+def database_of_schema_2(folder: Path, more: str = "") -> Path:
+    """What the version before left behind: inventory, key and database."""
+    shutil.copy(RECORDED / "inventory.yaml", folder)
+    (folder / "keys").mkdir(mode=0o700)
+    shutil.copy(RECORDED / "private.pem", folder / "keys")
+    (folder / "keys" / "private.pem").chmod(0o600)
+    with closing(sqlite3.connect(folder / "healthchecker.db")) as connection:
+        connection.executescript((RECORDED / "healthchecker.sql").read_text(encoding="utf-8") + more)
+    return folder / "healthchecker.db"
+
+
+def answers(session: Session, vault: Vault) -> dict[str, Any]:
+    """What was recorded of the version before, asked of this one."""
+    now, found = EXPECTED["now"], {}
+    for name, target in healthchecker.load_targets(session, vault).items():
+        row, status = session.get(Resource, target.id), session.get(healthchecker.Status, target.id)
+        assert row
+        polls = healthchecker.samples(session, target.id, limit=1000)
+        found[name] = {
+            "samples": [list(poll) for poll in polls],
+            "availability": healthchecker.availability(session, target.id, now),
+            "charts": {
+                shown: [list(point) for point in healthchecker.chart(session, target.id, *shown.split(), now)]
+                for shown in EXPECTED["resources"][name]["charts"]
+            },
+            "status": status and [
+                *(status.state, status.cause, status.reason, status.since_at, status.polled_at, status.good),
+                *(status.bad, status.seconds, json.loads(status.sample), status.strip),
+            ],
+            "current": status and status.settings_digest == row.settings_digest,
+            "host_key": row.host_key,
+            "origin": row.origin,
+            "maintenance": [row.maintenance, row.maintenance_reason],
+            "secrets": [secret and secret.get_secret_value() for secret in (target.password, target.passphrase)],
+        }
+    events = healthchecker.events(session, limit=1000)
+    return {
+        "now": now,
+        "resources": found,
+        "events": [[one.at, one.kind, one.resource, one.text, one.actor, one.address] for one in events],
+        "users": {
+            user.username: [user.password.hex(), user.salt.hex(), user.rounds, user.role, user.initial]
+            for user in session.scalars(sqlalchemy.select(User))
+        },
+        "revision": healthchecker.revision(session),
+    }
+
+
+def rounded(found: Any) -> Any:
+    """To what an average may differ by: it is kept in tenths of seconds and in hundredths."""
+    if isinstance(found, dict):
+        return {key: rounded(value) for key, value in found.items()}
+    if isinstance(found, list):
+        return [rounded(value) for value in found]
+    return round(found, 4) if isinstance(found, float) else found
+
+
+def test_database_of_the_version_before(tmp_path: Path) -> None:
+    """It answers as that version did, its secrets open, and a resource of the file counts as unchanged."""
+    path = database_of_schema_2(tmp_path)
+    setup = healthchecker.Installation(tmp_path / "inventory.yaml")
+    for turn in range(2):
+        with closing(Store(path)) as store, store.writing() as session:
+            vault = setup.open_vault(session)
+            if turn:    # the first time, the old tokens are still there
+                assert healthchecker.import_inventory(session, setup.inventory, vault)[:3] == ([], [], [])
+            found = answers(session, vault)
+        for name, expected in EXPECTED["resources"].items():
+            for what, value in expected.items():
+                assert rounded(found["resources"][name][what]) == rounded(value), f"{what} of {name}"
+        assert {**found, "resources": {}} == {**EXPECTED, "resources": {}}
+    tokens = [token for row in rows_of(path).values() for token in (row["password"], row["key_passphrase"])]
+    assert [token[:4] for token in tokens if token] == ["HC2."] * 3
+    with closing(sqlite3.connect(path)) as connection:
+        assert connection.execute("PRAGMA foreign_key_check").fetchall() == []
+        assert not connection.execute("SELECT name FROM sqlite_master WHERE name LIKE 'packed%'").fetchall()
+
+
+def test_a_migrated_database_is_as_a_new_one(tmp_path: Path) -> None:
+    """The same tables with the same columns, types and keys."""
+    def described(path: Path) -> dict[str, list[tuple[Any, ...]]]:
+        with closing(Store(path)), closing(sqlite3.connect(path)) as connection:
+            return {table: sorted(row[1:4] + row[5:] for row in connection.execute(f"PRAGMA table_info({table})"))
+                    for table in healthchecker.Base.metadata.tables}  # fmt: skip
+
+    assert described(database_of_schema_2(tmp_path)) == described(tmp_path / "new.db")
+
+
+def test_damaged_rows_of_history_do_not_stop_the_migration(tmp_path: Path) -> None:
+    path = database_of_schema_2(tmp_path, "UPDATE sample SET packed = x'00' WHERE at = (SELECT min(at) FROM sample);")
+    with closing(Store(path)) as store, store.reading() as session:
+        count = session.scalar(sqlalchemy.text("SELECT count(*) FROM sample"))
+    assert count == sum(len(one["samples"]) for one in EXPECTED["resources"].values()) - 1
+
+
+def test_no_migration_under_a_running_service(tmp_path: Path) -> None:
+    """A service of the version before would fail from then on."""
+    path = database_of_schema_2(tmp_path)
+    before = dump(path)
+    with closing(healthchecker.lock_database(path)), pytest.raises(StorageError, match="another HealthChecker"):
+        Store(path)
+    assert dump(path) == before
+    Store(path, exclusive=True).close()
+
+
+def open_store(path: str, started: Any) -> None:
+    """For a process of its own."""
+    logging.disable()
+    started.send(None)
+    Store(Path(path), exclusive=True).close()
+
+
+MULTIPLIED = """
+INSERT INTO average WITH RECURSIVE number(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM number WHERE n < 3000)
+SELECT resource_id, at - 900 * n, packed FROM number, (SELECT * FROM average WHERE at = 1700000100);
+"""
+
+
+def test_kill_during_the_migration(tmp_path: Path) -> None:
+    """All old or all new, at every moment, and the next start makes it new."""
+    moments = random.Random(42)
+    folders = {name: tmp_path / name for name in ("old", "new", "killed")}
+    for folder in folders.values():
+        folder.mkdir()
+    old = database_of_schema_2(folders["old"], MULTIPLIED)
+    whole = killed(open_store, Path(shutil.copy(old, folders["new"])), 60)
+    states = {dump(old): "old", dump(folders["new"] / old.name): "new"}
+    outcomes = []
+    for _ in range(4 if sys.platform == "win32" else 12):
+        for leftover in folders["killed"].iterdir():
+            leftover.unlink()
+        path = Path(shutil.copy(old, folders["killed"]))
+        killed(open_store, path, moments.uniform(0, 1.1 * whole))
+        outcomes.append(states[dump(path)])
+        Store(path).close()
+        assert states[dump(path)] == "new"
+    assert "old" in outcomes, f"the kills came too late: {outcomes}"
 
 
 def test_passwords_are_sealed_for_their_rows(bench: Bench) -> None:
@@ -160,14 +310,14 @@ def test_first_user(bench: Bench) -> None:
             with store.writing() as session:
                 healthchecker.ensure_first_user(session)
     with closing(sqlite3.connect(bench.database)) as connection:
-        [(name, stored, salt, rounds)] = connection.execute("SELECT name, password_hash, salt, rounds FROM user")
+        [(name, stored, salt, rounds)] = connection.execute("SELECT username, password, salt, rounds FROM user")
     assert (name, rounds, len(salt), len(stored)) == ("SpiceWorks", 220_000, 16, 64)
     assert stored == hashlib.pbkdf2_hmac("sha512", b"HealthChecker", salt, 220_000)
 
 
 def test_users_with_the_same_password() -> None:
     first, second = User.create("a", "same"), User.create("b", "same")
-    assert first.salt != second.salt and first.password_hash != second.password_hash
+    assert first.salt != second.salt and first.password != second.password
     assert first.verify("same") and not first.verify("Same")
     assert not first.verify("") and not first.verify("x" * 1_000_000)
 
@@ -180,7 +330,7 @@ def test_an_existing_account_is_left_alone(bench: Bench) -> None:
         with store.writing() as session:
             healthchecker.ensure_first_user(session)
         with store.reading() as session:
-            assert session.scalars(sqlalchemy.select(User.name)).all() == ["operator"]
+            assert session.scalars(sqlalchemy.select(User.username)).all() == ["operator"]
 
 
 # --- import --------------------------------------------------------------------------------------------------
@@ -235,13 +385,15 @@ def test_password_left_out_keeps_the_stored_one(bench: Bench) -> None:
             "{hostname: b2.example.com, name: b.example.com, username: u,",
         ),
         ("username: u, password: pb,", "username: v,"),
+        ("username: u, password: pb,", "username: u, port: 23,"),
+        ("username: u, password: pb,", "username: u, platform: windows,"),
         ("username: u, password: pb,", "username: U,"),
         (
             "{hostname: b.example.com, username: u, password: pb,",
             "{hostname: B.example.com, name: b.example.com, username: u,",
         ),
     ],
-    ids=["hostname", "username", "case of username", "case of hostname"],
+    ids=["hostname", "username", "port", "port by platform", "case of username", "case of hostname"],
 )
 def test_moved_without_its_password(old: str, new: str, bench: Bench) -> None:
     """A password never goes to another host or account by itself: exit 3 with line and column, nothing changed."""
@@ -264,7 +416,7 @@ def test_every_fault_of_an_import_comes_at_once(bench: Bench) -> None:
 
 def test_sealed_for_another_resource(bench: Bench) -> None:
     """A token copied from one resource of the file to another is refused, with line and column."""
-    token = bench.vault.seal("pa", "password", "a.example.com", "a.example.com", "u")
+    token = bench.vault.seal("pa", "password", "a.example.com", "a.example.com", "u", "22")
     bench.load(FIRST.replace(": pa", f": {token}"))
     assert bench.password("a.example.com") == "pa"
     before = dump(bench.database)
@@ -290,11 +442,16 @@ def test_trusted_host_key_is_kept_until_the_address_changes(bench: Bench) -> Non
     bench.execute("UPDATE resource SET host_key = 'ssh-ed25519 SHA256:x'")
     bench.load(FIRST.replace(": 30", ": 31"))
     assert bench.rows()["b.example.com"]["host_key"] == "ssh-ed25519 SHA256:x"
-    bench.load(FIRST.replace(": 30", ": 31, port: 23"))
-    assert (bench.rows()["a.example.com"]["host_key"], bench.rows()["b.example.com"]["host_key"]) == (
-        "ssh-ed25519 SHA256:x",
-        None,
-    )
+    for moved in (
+        B.replace("30", "30, port: 23"),
+        B.replace(": u,", ": v,"),
+        B.replace("b.example.com", "c.example.com, name: b.example.com"),
+    ):
+        bench.load(A + moved + C)
+        keys = [bench.rows()[name]["host_key"] for name in ("a.example.com", "b.example.com")]
+        assert keys == ["ssh-ed25519 SHA256:x", None], moved
+        bench.load(FIRST)
+        bench.execute("UPDATE resource SET host_key = 'ssh-ed25519 SHA256:x'")
 
 
 def test_status_goes_with_its_resource(bench: Bench) -> None:
@@ -413,10 +570,10 @@ def import_file(path: str, started: Any) -> None:
         healthchecker.import_inventory(session, setup.inventory, vault)
 
 
-def import_killed(path: Path, seconds: float) -> float:
-    """Imports in another process and kills it after `seconds`; the time for which it ran."""
+def killed(action: Callable[[str, Any], None], path: Path, seconds: float) -> float:
+    """Runs `action` in another process and kills that after `seconds`; the time for which it ran."""
     receiver, sender = fresh_processes().Pipe(duplex=False)
-    process = fresh_processes().Process(target=import_file, args=(str(path), sender))
+    process = fresh_processes().Process(target=action, args=(str(path), sender))
     process.start()
     with receiver, sender:
         assert receiver.poll(20)
@@ -435,12 +592,12 @@ def test_kill_during_import(bench: Bench) -> None:
     texts = {interval: hosts(interval) for interval in (10, 20)}
     bench.load(texts[10])
     path = write_inventory(bench.folder, texts[20])
-    whole = import_killed(path, 30)
+    whole = killed(import_file, path, 30)
     current, outcomes = 20, {"old": 0, "new": 0}
     for _ in range(5 if sys.platform == "win32" else 24):
         wanted = 30 - current
         write_inventory(bench.folder, texts[wanted])
-        import_killed(path, moments.uniform(0, 1.1 * whole))
+        killed(import_file, path, moments.uniform(0, 1.1 * whole))
         assert healthchecker.inspect_database(bench.database)
         rows = bench.rows()
         assert len(rows) == MANY
@@ -456,11 +613,11 @@ def test_kill_during_the_first_start(bench: Bench) -> None:
     """The database is absent, empty or whole, and the next start makes it whole."""
     moments = random.Random(1147)
     path = write_inventory(bench.folder, hosts(10))
-    whole = import_killed(path, 30)
+    whole = killed(import_file, path, 30)
     for _ in range(2 if sys.platform == "win32" else 8):
         for leftover in bench.folder.glob("healthchecker.db*"):
             leftover.unlink()
-        import_killed(path, moments.uniform(0, whole))
+        killed(import_file, path, moments.uniform(0, whole))
         if healthchecker.inspect_database(bench.database):
             assert len(bench.rows()) in (0, MANY)
         bench.load(hosts(10))

@@ -31,7 +31,7 @@ import healthchecker
 from healthchecker import SecretError, Vault, open_vault
 
 SECRET = "S3cret-ü-😀"
-ROW = ("password", "db1", "db1.example.com", "monitor")
+ROW = ("password", "db1", "db1.example.com", "monitor", "22")
 POSIX_ONLY = pytest.mark.skipif(sys.platform == "win32", reason="Windows has access lists and no file modes")
 
 
@@ -50,11 +50,11 @@ def foreign(tmp_path_factory: pytest.TempPathFactory) -> Vault:
 
 
 # --- tokens --------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("secret", ["", "p", SECRET, "HC1.a.b.c.d", "x" * 1024, "line\nline\r\n\t\0"])
+@pytest.mark.parametrize("secret", ["", "p", SECRET, "HC2.a.b.c.d", "x" * 1024, "line\nline\r\n\t\0"])
 def test_round_trip(secret: str, vault: Vault) -> None:
     token = vault.seal(secret, *ROW)
     assert vault.open(token, *ROW) == secret
-    assert re.fullmatch(r"HC1\.[0-9a-f]{16}(\.[A-Za-z0-9_-]+){3}", token)
+    assert re.fullmatch(r"HC2\.[0-9a-f]{16}(\.[A-Za-z0-9_-]+){3}", token)
     assert len(secret) < 6 or secret not in token
 
 
@@ -84,24 +84,49 @@ def test_token_is_what_it_says(vault: Vault) -> None:
     [
         ("key_passphrase", *ROW[1:]),
         (ROW[0], "db2", *ROW[2:]),
-        (*ROW[:2], "db2.example.com", ROW[3]),
-        (*ROW[:3], "root"),
-        (*ROW[:3], ""),
-        ROW[:3],
+        (*ROW[:2], "db2.example.com", *ROW[3:]),
+        (*ROW[:3], "root", "22"),
+        (*ROW[:3], "", "22"),
+        (*ROW[:4], "23"),
+        (*ROW[:4], ""),
+        ROW[:4],
         (*ROW, ""),
-        ("password", "db1db1", ".example.com", "monitor"),
-        ("password", "db1", "db1.example.commonitor", ""),
+        ("password", "db1db1", ".example.com", "monitor", "22"),
+        ("password", "db1", "db1.example.commonitor", "", "22"),
+        ("password", "db1", "db1.example.com", "monitor2", "2"),
         ("", "passworddb1", *ROW[2:]),
         (),
     ],
 )
 def test_moved_token_does_not_open(row: tuple[str, ...], vault: Vault) -> None:
-    with pytest.raises(SecretError, match="belongs to another name, hostname or username"):
+    with pytest.raises(SecretError, match="belongs to another name, hostname, port or username"):
         vault.open(vault.seal(SECRET, *ROW), *row)
 
 
+RECORDED = Path(__file__).parent / "recorded" / "schema2"  # of a version that bound no port
+
+
+def test_token_of_the_version_before(tmp_path: Path) -> None:
+    """It opens for its row on any port, and nowhere else; it cannot be passed off as one that is bound to a port."""
+    (tmp_path / "keys").mkdir(mode=0o700)
+    shutil.copy(RECORDED / "private.pem", tmp_path / "keys")
+    (tmp_path / "keys" / "private.pem").chmod(0o600)
+    old = Vault(tmp_path / "keys")
+    [token] = re.findall(r"HC1\.[\w.-]+", (RECORDED / "inventory.yaml").read_text(encoding="utf-8"))
+    row = ("password", "sealed", "sealed.example.com", "monitor", "22")
+    assert old.open(token, *row) == old.open(token, *row[:4], "23") == "of the file"
+    for number, part in enumerate(row[:4]):
+        with pytest.raises(SecretError, match="belongs to another"):
+            old.open(token, *row[:number], part + "x", *row[number + 1 :])
+    for moved in (row, row[:4]):
+        with pytest.raises(SecretError, match="belongs to another"):
+            old.open(token.replace("HC1.", "HC2."), *moved)
+    with pytest.raises(SecretError, match="belongs to another"):
+        old.open(old.seal("new", *row).replace("HC2.", "HC1."), *row)
+
+
 def test_ciphertexts_of_two_rows_cannot_be_mixed(vault: Vault) -> None:
-    other = ("password", "db2", "db2.example.com", "monitor")
+    other = ("password", "db2", "db2.example.com", "monitor", "22")
     mine, theirs = vault.seal(SECRET, *ROW).split("."), vault.seal("theirs", *other).split(".")
     for mask in range(1, 8):
         token = ".".join(mine[:2] + [(theirs if mask >> n & 1 else mine)[n + 2] for n in range(3)])
@@ -129,7 +154,7 @@ TOKENS: dict[int, str] = {}
 
 
 @pytest.mark.parametrize(
-    "token", ["", "HC1", "HC1....", "HC2.a.b.c.d", "HC1.a.b.c", "HC1.a.b.c.d.e", "....", "HC1.ü.b.c.d"]
+    "token", ["", "HC2", "HC2....", "HC3.a.b.c.d", "HC2.a.b.c", "HC1.a.b.c.d", "HC2.a.b.c.d.e", "....", "HC2.ü.b.c.d"]
 )
 def test_malformed_token(token: str, vault: Vault) -> None:
     with pytest.raises(SecretError):
@@ -137,9 +162,9 @@ def test_malformed_token(token: str, vault: Vault) -> None:
 
 
 def test_password_that_looks_sealed_is_not_quoted(vault: Vault) -> None:
-    """A plain password may begin with HC1 and hold dots; the text must not show a part of it as a key's id."""
+    """A plain password may begin with HC2 and hold dots; the text must not show a part of it as a key's id."""
     with pytest.raises(SecretError) as caught:
-        vault.open("HC1.hunter2.b.c.d", *ROW)
+        vault.open("HC2.hunter2.b.c.d", *ROW)
     assert "hunter2" not in str(caught.value)
 
 
@@ -342,7 +367,7 @@ def installation(folder: Path) -> Path:
     for number in range(HOSTS):
         name = f"h{number}.example.com"
         secret = f"secret {number}"
-        sealed = vault.seal(secret, "password", name, name, "u") if number % 2 else secret
+        sealed = vault.seal(secret, "password", name, name, "u", "22") if number % 2 else secret
         lines.append(f"  - {{hostname: {name}, username: u, password: {sealed}}}  # {number}\n")
     path = write_inventory(folder, "".join(lines))
     setup = healthchecker.Installation(path)
@@ -364,9 +389,9 @@ def all_open(path: Path) -> set[str]:
     assert len(tokens) == HOSTS
     for entry in setup.inventory.entries:
         name, secret = entry.settings.name, entry.password
-        row = ("password", name, name, "u")
+        row = ("password", name, name, "u", "22")
         assert secret
-        if secret.get_secret_value().startswith("HC1."):
+        if secret.get_secret_value().startswith("HC2."):
             tokens[f"{name} in the file"] = secret.get_secret_value()
         for token in (tokens[name], tokens.get(f"{name} in the file", tokens[name])):
             assert vault.open(token, *row) == f"secret {name[1:].partition('.')[0]}"
@@ -390,7 +415,7 @@ def test_rotate(tmp_path: Path) -> None:
     assert all_open(path) == {new} != {old}
     assert sorted(item.name for item in folder.iterdir()) == [PRIVATE, PUBLIC]
     assert (folder / PRIVATE).read_bytes() != old_private
-    strip = re.compile(r"HC1\.[\w.-]+")
+    strip = re.compile(r"HC2\.[\w.-]+")
     assert strip.sub("", path.read_text(encoding="utf-8")) == strip.sub("", text)
 
 
