@@ -70,6 +70,7 @@ import gc
 import getpass
 import gzip
 import hashlib
+import heapq
 import hmac
 import http
 import importlib
@@ -3502,6 +3503,37 @@ class Lease:
         self.opens: ctypes.c_double = multiprocessing.RawValue(ctypes.c_double, 0.0)
 
 
+class LeaseHeap:
+    """Ends of leases by name, of which the earliest is at hand: a heap whose outdated items go when they come up.
+
+    Looking through 10,000 resources at each report would cost a hundred times as much.
+    """
+
+    def __init__(self) -> None:
+        self._ends: dict[str, float] = {}
+        self._heap: list[tuple[float, str]] = []
+
+    def put(self, name: str, ends_mono: float) -> None:
+        self._ends[name] = ends_mono
+        heapq.heappush(self._heap, (ends_mono, name))
+        if len(self._heap) > 2 * len(self._ends) + 64:      # renewals of far ends pile up below the top
+            self._heap = [(end, named) for named, end in self._ends.items()]
+            heapq.heapify(self._heap)
+
+    def drop(self, name: str) -> None:
+        self._ends.pop(name, None)
+
+    def earliest(self) -> float:
+        """Monotonic time; infinity when there is no lease."""
+        while self._heap and self._ends.get(self._heap[0][1]) != self._heap[0][0]:
+            heapq.heappop(self._heap)
+        return self._heap[0][0] if self._heap else math.inf
+
+    def ended(self, now_mono: float) -> list[str]:
+        """The names whose lease is over."""
+        return [name for name, end in self._ends.items() if end <= now_mono] if self.earliest() <= now_mono else []
+
+
 class HealthAggregator:
     """One answer for all resources: `SetResource` reports, `IsHealthy` asks.
 
@@ -3518,8 +3550,9 @@ class HealthAggregator:
         self._lock = threading.Lock()               # guards all below and the writing of the lease
         self._owners: dict[str, object] = {}        # registered resources
         self._counted: dict[str, bool] = {}         # critical and not in maintenance
-        self._healthy: dict[str, float] = {}        # counted resource -> end of its lease, monotonic
+        self._healthy = LeaseHeap()                 # of counted resources
         self._unhealthy: dict[str, tuple[float, str]] = {}  # counted resource -> soonest recovery, monotonic; reason
+        self._last_recovery = 0.0, ""               # the latest of these; it moves on with each report, so it is kept
         self._pending: set[str] = set()             # no result yet, since the start
         self._announced = False                     # the registration of the start is over
         self._started = False                       # every resource of the start has had a result
@@ -3567,9 +3600,10 @@ class HealthAggregator:
             if self._counted.setdefault(name, True):
                 self._forget(name)
                 if healthy:
-                    self._healthy[name] = self._clock() + ttl
+                    self._healthy.put(name, self._clock() + ttl)
                 else:
                     self._unhealthy[name] = self._clock() + opens, reason
+                    self._last_recovery = max(self._last_recovery, (self._clock() + opens, name))
             self._renew()
 
     def is_healthy(self) -> bool:
@@ -3580,23 +3614,20 @@ class HealthAggregator:
         """Announces that the gate has closed by a lease that ran out; gives the resources that are late."""
         with self._lock:
             self._announce()
-            return self._late()
-
-    def _late(self) -> list[str]:
-        now_mono = self._clock()
-        return [name for name, until_mono in self._healthy.items() if until_mono <= now_mono]
+            return self._healthy.ended(self._clock())
 
     def _forget(self, name: str) -> None:
-        self._healthy.pop(name, None)
-        self._unhealthy.pop(name, None)
+        self._healthy.drop(name)
         self._pending.discard(name)
+        if self._unhealthy.pop(name, None) and self._last_recovery[1] == name:
+            self._last_recovery = max(((at, other) for other, (at, _) in self._unhealthy.items()), default=(0.0, ""))
 
     def _renew(self) -> None:
         """Writes the lease; the caller holds the lock."""
         self._started = self._started or (self._announced and not self._pending)
         waits = not self._started or self._pending or self._unhealthy
-        self.lease.opens.value = max(self._unhealthy.values())[0] if self._unhealthy else self._clock()
-        self._until.value = 0.0 if waits else min(self._healthy.values(), default=math.inf)
+        self.lease.opens.value = self._last_recovery[0] if self._unhealthy else self._clock()
+        self._until.value = 0.0 if waits else self._healthy.earliest()
         self._announce()
 
     def _announce(self) -> None:
@@ -3606,11 +3637,10 @@ class HealthAggregator:
             return
         self._open, why = is_open, ""
         if not is_open and self._unhealthy:
-            name, (_, reason) = max(self._unhealthy.items(), key=lambda item: item[1])
-            more = len(self._unhealthy) - 1
-            why = f"{name}: {reason}" + (f" and {more} more" if more else "")
+            name, more = self._last_recovery[1], len(self._unhealthy) - 1
+            why = f"{name}: {self._unhealthy[name][1]}" + (f" and {more} more" if more else "")
         elif not is_open:
-            why = f"no result of {', '.join(self._late()[:5])}"
+            why = f"no result of {', '.join(self._healthy.ended(self._clock())[:5])}"
         self.transitions.put((time.time(), is_open, why))
 
     SetResource = set_resource
