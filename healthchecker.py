@@ -7319,10 +7319,13 @@ TEMPLATES = {"layout.html": """<!doctype html>
 <tr id="r{{ row.row.id }}" class="{{ row.shown_state }}">
 <td>{{ state(row.state) }}</td>
 <th scope="row"><a href="{{ row.href }}">{{ row.name }}</a> <small>{{ row.address }}</small>{{ labels(row) }}
-{%- if row.maintenance_until %} <i class="maintenance">maintenance until {{ row.maintenance_until }}</i>{% endif %}
+{%- if row.in_maintenance %}
+ <i class="maintenance">maintenance until {{ row.row.maintenance|local_time }}</i>{% endif %}
 {%- if row.reason %}<p>{{ row.reason }}</p>{% endif %}</th>
-<td title="{{ row.changed }}">{{ row.age }}</td>
-<td>{{ row.poll_age }}{% if row.poll_seconds %} <small>in {{ row.poll_seconds }}</small>{% endif %}</td>
+<td>{% if row.changed_at %}
+<span title="{{ row.changed_at|local_time }}">{{ (now - row.changed_at)|duration_text }}</span>{% endif %}</td>
+<td>{% if row.status.polled %}{{ (now - row.status.polled)|duration_text }} ago
+<small>in {{ "%.2f s"|format(row.status.seconds) }}</small>{% endif %}</td>
 {% for bar in row.bars %}<td>{{ bar }}</td>{% endfor %}
 <td data-polls="{{ row.href }}/polls">{{ row.strip }}</td>
 </tr>
@@ -7365,9 +7368,9 @@ TEMPLATES = {"layout.html": """<!doctype html>
 {% endif %}
 </header>
 {{ message("trouble", problem, outcome) }}
-{% if shown.maintenance_until %}
+{% if shown.in_maintenance %}
 <section class="message maintenance" aria-label="Maintenance">
-<p>{{ state("maintenance", "Maintenance") }} until {{ shown.maintenance_until }}
+<p>{{ state("maintenance", "Maintenance") }} until {{ shown.row.maintenance|local_time }}
 {%- if shown.row.maintenance_reason %}: {{ shown.row.maintenance_reason }}{% endif %}</p>
 {% if admin %}
 <form method="post" action="{{ shown.href }}/maintenance" data-inline>
@@ -7377,10 +7380,13 @@ TEMPLATES = {"layout.html": """<!doctype html>
 {% endif %}
 <section class="message now {{ shown.state }}" aria-label="State">
 <p><span aria-live="polite">{{ state(shown.state) }}</span>
-{% if shown.age %}for <b>{{ shown.age }}</b>, since <time>{{ shown.changed }}</time>
+{% if shown.changed_at %}
+for <b>{{ (now - shown.changed_at)|duration_text }}</b>, since <time>{{ shown.changed_at|local_time }}</time>
 {% else %}no result yet{% endif %}</p>
 {% if shown.reason %}<p class="why">{{ shown.reason }}</p>{% endif %}
-<p class="soft">{% if shown.poll_age %}Last poll {{ shown.poll_age }}, in {{ shown.poll_seconds }}. {% endif %}
+<p class="soft">{% if shown.status.polled %}
+Last poll {{ (now - shown.status.polled)|duration_text }} ago, in {{ "%.2f s"|format(shown.status.seconds) }}.
+{% endif %}
 Polled every {{ shown.row.interval|duration_text }}. Availability:
 {% for span, percent in availability.items() %}
 {{ span }} <b>{{ "%.2f %%"|format(percent) if percent is number else "unknown" }}</b>{{ "." if loop.last else "," }}
@@ -7475,6 +7481,7 @@ Polled every {{ shown.row.interval|duration_text }}. Availability:
 </section>
 {% endblock %}
 """, "events.html": """{% extends "layout.html" %}
+{% set title = "Events" %}
 {% block main %}
 <div class="tools">
 <h1>{{ title }}</h1>
@@ -7491,6 +7498,7 @@ Polled every {{ shown.row.interval|duration_text }}. Availability:
 {% if older %}<p><a href="{{ older }}" rel="next">Older</a></p>{% endif %}
 {% endblock %}
 """, "users.html": """{% extends "layout.html" %}
+{% set title = "Users" %}
 {% block main %}
 <div class="tools"><h1>{{ title }}</h1></div>
 {{ message("trouble", problem, outcome) }}
@@ -7531,17 +7539,19 @@ Polled every {{ shown.row.interval|duration_text }}. Availability:
 {% endcall %}
 {% endblock %}
 """, "login.html": """{% extends "layout.html" %}
+{% set title = "Log in" %}
 {% block main %}
 <form method="post" class="panel narrow" action="{{ action }}">
 <h1>{{ title }}</h1>
 {{ message("trouble", problem, outcome) }}
 {{ input(form, "username", "Name", required="", autofocus="", autocomplete="username") }}
 {{ password(form, "password", "Password") }}
-{% for name, text in typed.items() %}<input type="hidden" name="{{ name }}" value="{{ text }}">{% endfor %}
+{% for name, text in (typed or {}).items() %}<input type="hidden" name="{{ name }}" value="{{ text }}">{% endfor %}
 <button class="primary">Log in</button>
 </form>
 {% endblock %}
 """, "password.html": """{% extends "layout.html" %}
+{% set title = "Change the password" %}
 {% block main %}
 <form method="post" class="panel narrow">
 <h1>{{ title }}</h1>
@@ -7994,17 +8004,13 @@ class ResourceRow:
         self.reason = f"{known.cause}: {known.reason}" if known.cause else ""
         if settings is None or self.sample is None:
             self.reason = DAMAGED
-        self.age, self.changed = (
-            (duration_text(now - known.since), local_time(known.since)) if known.since else ("", ""))
-        self.poll_age = f"{duration_text(now - known.polled)} ago" if known.polled else ""
-        self.poll_seconds = f"{known.seconds:.2f} s" if known.polled else ""
-        self.maintenance_until = local_time(row.maintenance)[:-3] if row.maintenance > now else ""
-        self.shown_state = "maintenance" if self.maintenance_until else self.state
+        self.in_maintenance = row.maintenance > now
+        self.shown_state = "maintenance" if self.in_maintenance else self.state
         self.strip = strip_svg(status.strip if status else "")
 
     @property
     def closes_gate(self) -> bool:
-        return self.critical and not self.maintenance_until and self.state in ("unhealthy", "unknown")
+        return self.critical and not self.in_maintenance and self.state in ("unhealthy", "unknown")
 
     @property
     def address(self) -> str:
@@ -8140,11 +8146,8 @@ def resource_page(name: str, status: int = 200, **more: Any) -> flask.Response:
 
 def polls(name: str) -> Answer:
     """For the script: time, state and reason of the polls in the strip, oldest first."""
-    with current_principal().site.store.reading() as session:
-        number = session.scalar(sqlalchemy.select(Resource.id).where(Resource.name == name))
-        found = samples(session, number) if number is not None else []
     return flask.jsonify([[local_time(poll.at), poll.state, f"{poll.cause}: {poll.reason}" if poll.cause else ""]
-                          for poll in found])
+                          for poll in list_samples(current_principal(), name, {"limit": STRIP})])
 
 
 def event_page() -> Answer:
@@ -8157,7 +8160,7 @@ def event_page() -> Answer:
                        limit=EVENTS_SHOWN)
         names = sorted(session.scalars(sqlalchemy.select(Resource.name)))
     older = {**wanted, "before": str(found[-1].id)} if len(found) == EVENTS_SHOWN else {}
-    return render_page("events.html", title="Events", events=found, kinds=KINDS, filter=wanted, names=names,
+    return render_page("events.html", events=found, kinds=KINDS, filter=wanted, names=names,
                        older=query_of(older) if older else "", refresh="" if before is None else None)
 
 
@@ -8171,15 +8174,10 @@ INVENTORY_ONLY = {"password_env", "password_file", "key_file", "key_passphrase",
                   "key_passphrase_file", "ca_file", "certificate_file"}     # read the server's own files
 OTHERS = [name for name in ResourceSettings.model_fields if name not in {*INPUTS, *INVENTORY_ONLY}]
 NEW_RESOURCE = {"platform": Platform.UNIX.value, "critical": "true"}
-EXAMPLE = """For example:
-limits:
-  memory_percent: {warn: 80, fail: 95}
-  disk_percent: 90
+EXAMPLE = """limits: {memory_percent: {warn: 80, fail: 95}, disk_percent: 90}
 services: [postgresql, cron]
-checks:
-  - {name: queue, command: test ! -e /var/spool/stalled}
-tags: [database]
-timeout: 20"""
+checks: [{name: queue, command: test ! -e /var/spool/stalled}]
+tags: [database]"""
 
 
 def typed_before() -> dict[str, str]:
@@ -8192,22 +8190,23 @@ def api_error(error: HealthCheckerError) -> ApiError:
     return error if isinstance(error, ApiError) else ApiError(str(error), 409)
 
 
-def settings_yaml(row: Resource) -> str:
-    """What a resource states beside the inputs, as the text area shows it."""
-    other = {name: value for name, value in stated(row).items() if name in OTHERS}
-    short = json.loads(json.dumps(other), parse_float=lambda text: float(text) if float(text) % 1 else int(float(text)))
-    return yaml.safe_dump(short, sort_keys=False, allow_unicode=True, default_flow_style=None) if other else ""
+def form_texts(row: Resource) -> dict[str, str]:
+    """What the form shows of a resource: the inputs, and as YAML what it states besides."""
+    values = json.loads(json.dumps(stated(row)),        # 90 and not 90.0
+                        parse_float=lambda text: float(text) if float(text) % 1 else int(float(text)))
+    texts = {name: str(values[name]) for name in INPUTS if values.get(name) is not None}
+    other = {name: value for name, value in values.items() if name in OTHERS}
+    texts["settings"] = yaml.safe_dump(other, sort_keys=False, allow_unicode=True,
+                                       default_flow_style=None) if other else ""
+    return NEW_RESOURCE | texts | {"critical": "true" if values.get("critical", True) else ""}
 
 
 def edit_form(name: str) -> Answer:
     """The form of a resource that was added here."""
     who = current_principal()
     with who.site.store.reading() as session:
-        row = changeable(who, session, name)
-        inputs = {key: value for key, value in stated(row).items() if key in INPUTS}
-        inputs |= {"platform": row.platform, "interval": f"{row.interval:g}", "settings": settings_yaml(row),
-                   "critical": inputs.get("critical", True) and "true"}
-    return form_page(name, {key: str(value or "") for key, value in inputs.items()})
+        texts = form_texts(changeable(who, session, name))
+    return form_page(name, texts)
 
 
 def form_page(name: str, given: Mapping[str, str], status: int = 200, **more: Any) -> flask.Response:
@@ -8284,13 +8283,13 @@ def resource_form(name: str = "") -> Answer:
     return flask.redirect(resource_path(saved.name), 303)
 
 
-def run_action(name: str, action: Callable[..., object], *given: Mapping[str, Any]) -> Answer:
-    """Does something with a resource and shows it again, with what was wrong."""
+def run_action(name: str, action: Callable[..., object], *given: Mapping[str, Any], after: str = "") -> Answer:
+    """Does something with a resource and leads to `after`, or shows it again, with what was wrong."""
     try:
         action(current_principal(), name, *given)
     except HealthCheckerError as error:
         return resource_page(name, api_error(error).status, problem=str(error), given=flask.request.form)
-    return flask.redirect(resource_path(name), 303)
+    return flask.redirect(after or resource_path(name), 303)
 
 
 def maintenance_form(name: str) -> Answer:
@@ -8315,11 +8314,6 @@ def trust_form(name: str) -> Answer:
         return resource_page(name, api_error(error).status, problem=str(error))
 
 
-def remove_form(name: str) -> Answer:
-    remove_resource(current_principal(), name)
-    return flask.redirect(PREFIX, 303)
-
-
 def list_sessions(who: Principal) -> list[Any]:      # replaced at the merge
     return []
 
@@ -8330,7 +8324,7 @@ def revoke_session(who: Principal, number: str) -> None:      # replaced at the 
 
 def user_page(status: int = 200, **more: Any) -> flask.Response:
     who = current_principal()
-    return render_page("users.html", status, title="Users", users=list_users(who), sessions=list_sessions(who),
+    return render_page("users.html", status, users=list_users(who), sessions=list_sessions(who),
                        roles=get_args(Role), **more)
 
 
@@ -8352,10 +8346,6 @@ def user_form(name: str) -> Answer:
     return change_users(change_user, name, change)
 
 
-def password_page(status: int = 200, **more: Any) -> flask.Response:
-    return render_page("password.html", status, title="Change the password", **more)
-
-
 def password_form() -> Answer:
     """Changes one's own password, and goes on with a new session."""
     who, form = current_principal(), flask.request.form.to_dict()
@@ -8364,17 +8354,14 @@ def password_form() -> Answer:
             raise field_errors({"again": "is not the same"})
         user = change_password(who, {name: form.get(name, "") for name in ("current", "new")})
     except ApiError as error:
-        return password_page(error.status, errors=error.fields, problem="" if error.fields else str(error))
+        return render_page("password.html", error.status, errors=error.fields,
+                           problem="" if error.fields else str(error))
     return give_cookie(flask.redirect(PREFIX, 303), open_ticket(who.site, "session", user))
 
 
 def own_path(text: str) -> str:
     """`text` when it is a path of the console, or its first page: after a login nobody is sent elsewhere."""
     return text if text.startswith(PREFIX) and text.isprintable() and "\\" not in text else PREFIX
-
-
-def login_page(status: int = 200, *, typed: Mapping[str, str] | None = None, **more: Any) -> flask.Response:
-    return render_page("login.html", status, title="Log in", typed=typed or {}, **more)
 
 
 def login_again() -> flask.Response:
@@ -8386,8 +8373,8 @@ def login_again() -> flask.Response:
     typed = {TYPED + name: text for name, text in request.form.items() if kept and name not in NEVER_SHOWN}
     shown = re.match(r"/-/(add|password|users|resources/[^/]+)?", request.path)
     after = quote(request.path if typed or not shown else shown[0])
-    return login_page(401, typed=typed, outcome="degraded", action=f"/-/login?next={quote(after)}", problem=(
-        "Your session is over. Log in, and the form is there again with what was typed, but for passwords."))
+    return render_page("login.html", 401, typed=typed, outcome="degraded", action=f"/-/login?next={quote(after)}",
+                       problem="Your session is over. Log in, and what was typed is there again, but for passwords.")
 
 
 def login_form() -> Answer:
@@ -8397,7 +8384,7 @@ def login_form() -> Answer:
     try:
         user = sign_in(who, {name: form.get(name, "") for name in Credentials.model_fields})
     except ApiError as refusal:
-        return login_page(refusal.status, problem=str(refusal), given=form, typed=typed)
+        return render_page("login.html", refusal.status, problem=str(refusal), given=form, typed=typed)
     after = own_path(flask.request.args.get("next", ""))
     again = bool(typed) and RETYPABLE.fullmatch(after)      # 307 sends what was typed along, to be shown
     return give_cookie(flask.redirect(after, 307 if again else 303), open_ticket(who.site, "session", user))
@@ -8456,7 +8443,7 @@ PAGES = (
     Route("POST", "/-/resources/<name>/check", "admin", lambda name: run_action(name, poll_now)),
     Route("POST", "/-/resources/<name>/maintenance", "admin", maintenance_form),
     Route("POST", "/-/resources/<name>/trust", "admin", trust_form),
-    Route("POST", "/-/resources/<name>/remove", "admin", remove_form),
+    Route("POST", "/-/resources/<name>/remove", "admin", lambda name: run_action(name, remove_resource, after=PREFIX)),
     Route("GET", "/-/events", "viewer", event_page),
     Route("GET", "/-/users", "admin", user_page),
     Route("POST", "/-/users", "admin", lambda: change_users(add_user, flask.request.form.to_dict())),
@@ -8464,10 +8451,10 @@ PAGES = (
     Route("POST", "/-/users/<name>/remove", "admin", lambda name: change_users(remove_user, name)),
     Route("POST", "/-/sessions/<number>/end", "admin", lambda number: change_users(revoke_session, number)),
     Route("GET", "/-/static/<name>", "", asset, restricted=True),
-    Route("GET", "/-/login", "", login_page, restricted=True),
+    Route("GET", "/-/login", "", lambda: render_page("login.html"), restricted=True),
     Route("POST", "/-/login", "", login_form, restricted=True),
     Route("POST", "/-/logout", "viewer", logout_form, restricted=True),
-    Route("GET", "/-/password", "viewer", password_page, restricted=True),
+    Route("GET", "/-/password", "viewer", lambda: render_page("password.html"), restricted=True),
     Route("POST", "/-/password", "viewer", password_form, restricted=True),
 )
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 FIRST_USER, DOCUMENTED, PASSWORD = "SpiceWorks", "HealthChecker", "a long enough password"
-PATIENCE = 15_000  # milliseconds
+PATIENCE = 45_000  # milliseconds: the machine may be busy
 Scheme = Literal["dark", "light"]
 
 

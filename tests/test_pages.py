@@ -21,12 +21,11 @@ from sshd import ParamikoSshd, Sshd
 from healthchecker import Resource, Status, find_user
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Browser, Page
+    from playwright.sync_api import Browser, Locator, Page
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="the pages are the same there, but no chromium is")
 PAYLOAD = "<img src=x onerror=alert(1)>"
 VIEWER = "night shift"
-SETTINGS = "Limits, services, checks"  # begins the label of the text area
 OFTEN = "interval: 1, retry_interval: 1, rise: 1, fall: 1"
 HOSTILE = f"""  - name: 'a {PAYLOAD}'
     platform: local
@@ -63,7 +62,7 @@ def watched(browser: Browser, tmp_path_factory: pytest.TempPathFactory) -> Itera
         " critical: false, interval: 600, retry_interval: 600}\n"
     )
     path = f"{folder}:/usr/bin:/bin"
-    with Service(write_inventory(folder, rows), env={"PATH": path}) as service:
+    with Service(write_inventory(folder, rows), env={"PATH": path}, deadline=120) as service:
         context, page, _ = visit(browser, service)
         first_login(page)
         page.goto("/-/users")
@@ -89,6 +88,11 @@ def page(browser: Browser, watched: Service) -> Iterator[Page]:
 def first_login(page: Page) -> None:
     log_in(page, password=DOCUMENTED)
     change_password(page)
+
+
+def field(page: Page, name: str) -> Locator:
+    """An input of the form of a resource."""
+    return page.locator(f"main [name='{name}']")
 
 
 def until(condition: Callable[[], object]) -> None:
@@ -122,7 +126,7 @@ def test_from_the_first_login_to_the_last(
 ) -> None:
     flag = sshd.folder / "flag"
     prepared_keys(tmp_path)
-    with Service(write_inventory(tmp_path)) as service:
+    with Service(write_inventory(tmp_path), deadline=120) as service:
         context, page, faults = visit(browser, service)
         page.goto("/-/")
         assert page.url.endswith("/-/login?next=/-/")
@@ -145,9 +149,9 @@ def test_from_the_first_login_to_the_last(
                 flag.unlink()
             state(page, "healthy")
         page.get_by_role("link", name="Edit").click()
-        assert "command: 'test ! -e" in page.get_by_label(SETTINGS).input_value().replace('"', "'")
-        page.get_by_label(SETTINGS).press("End")
-        page.get_by_label(SETTINGS).type("\ntags: [one, two]\n")
+        assert "command: test ! -e" in field(page, "settings").input_value()
+        field(page, "settings").press("End")
+        field(page, "settings").type("\ntags: [one, two]\n")
         page.get_by_role("button", name="Save").click()
         page.wait_for_url("**/resources/host")
         page.get_by_text("two", exact=True).wait_for()
@@ -165,12 +169,12 @@ def test_from_the_first_login_to_the_last(
 def add_host(page: Page, sshd: Sshd | ParamikoSshd, password: str, flag: Path) -> None:
     """Through the form: with a wrong port, tested, corrected, saved."""
     page.get_by_role("link", name="Add the first one").click()
-    for label, text in {
-        "Name": "host", "Host name": sshd.address, "Port": "99999", "User name": sshd.username, "Password": password,
-        "Interval": "1", SETTINGS: "retry_interval: 1\nrise: 1\nfall: 1\n"
+    for name, text in {
+        "name": "host", "hostname": sshd.address, "port": "99999", "username": sshd.username, "password": password,
+        "interval": "1", "settings": "retry_interval: 1\nrise: 1\nfall: 1\n"
         f"checks: [{{name: flag, command: 'test ! -e {flag}'}}]\n",
     }.items():  # fmt: skip
-        page.get_by_label(label).first.fill(text)
+        field(page, name).fill(text)
     page.get_by_role("button", name="Test connection").click()
     page.get_by_text("less than or equal to 65535").first.wait_for()
     assert page.get_by_label("Port").get_attribute("aria-invalid") == "true"
@@ -234,7 +238,7 @@ def test_a_changed_host_key_is_shown_before_it_is_trusted(
     prepared_keys(tmp_path)
     ssh = f"hostname: {sshd.address}, port: {sshd.port}, username: {sshd.username}, key_file: '{sshd.user_key()}'"
     rows = f"  - {{name: host, platform: linux, {ssh}, {OFTEN}}}\n"
-    with Service(write_inventory(tmp_path, rows)) as service:
+    with Service(write_inventory(tmp_path, rows), deadline=120) as service:
         context, page, faults = visit(browser, service)
         first_login(page)
         page.goto(resource("host"))
@@ -266,14 +270,14 @@ def log_in_here(page: Page) -> None:
 def test_what_was_typed_survives_the_end_of_the_session(page: Page, button: str) -> None:
     """The login comes back, and behind it the form as it was; secrets are not kept, and the page says so."""
     page.goto("/-/add")
-    typed = {"Host name": "db9.example.com", "Password": "a secret of the host", SETTINGS: "tags: [one]\n# <kept>\n"}
-    for label, text in typed.items():
-        page.get_by_label(label).fill(text)
-    page.get_by_label("Critical").uncheck()
+    typed = {"hostname": "db9.example.com", "password": "a secret of the host", "settings": "tags: [one]\n# <kept>\n"}
+    for name, text in typed.items():
+        field(page, name).fill(text)
+    field(page, "critical").uncheck()
     page.context.clear_cookies()
     page.get_by_role("button", name=button).click()
     page.get_by_text("Your session is over").wait_for()
-    assert typed["Password"] not in page.content()
+    assert typed["password"] not in page.content()
     page.get_by_label("Name").fill("SpiceWorks")
     page.get_by_label("Password").fill("a wrong password")
     page.get_by_role("button", name="Log in").click()
@@ -281,11 +285,11 @@ def test_what_was_typed_survives_the_end_of_the_session(page: Page, button: str)
     log_in_here(page)
     page.get_by_text("passwords have to be typed again").wait_for()
     assert page.url.endswith("/-/add")
-    for label, text in typed.items():
-        assert page.get_by_label(label).input_value() == ("" if label == "Password" else text)
-    assert not page.get_by_label("Critical").is_checked()
+    for name, text in typed.items():
+        assert field(page, name).input_value() == ("" if name == "password" else text)
+    assert not field(page, "critical").is_checked()
     page.get_by_label("Platform").select_option("simulated")
-    page.get_by_label("Name", exact=False).first.fill("again")
+    field(page, "name").fill("again")
     page.get_by_role("button", name="Save").click()
     page.wait_for_url("**/resources/again")
     page.locator("summary", has_text="Remove").click()
@@ -296,7 +300,7 @@ def test_what_was_typed_survives_the_end_of_the_session(page: Page, button: str)
 def test_a_typed_reason_survives_the_end_of_the_session(page: Page) -> None:
     page.goto(resource("steady"))
     page.locator("summary", has_text="Maintenance").click()
-    page.get_by_label("For", exact=False).select_option("1 day")
+    field(page, "minutes").select_option("1 day")
     page.get_by_label("Reason").fill("a new disk")
     page.context.clear_cookies()
     page.get_by_text("Your session is over").wait_for()  # found by the refresh, which leaves the text where it is
@@ -305,59 +309,20 @@ def test_a_typed_reason_survives_the_end_of_the_session(page: Page) -> None:
     log_in_here(page)
     page.get_by_text("Nothing has been done yet").wait_for()
     assert page.get_by_label("Reason").input_value() == "a new disk"
-    assert page.get_by_label("For", exact=False).input_value() == "1440"
+    assert field(page, "minutes").input_value() == "1440"
     assert page.url.endswith("/steady")
 
 
 def test_enter_saves(page: Page) -> None:
     page.goto("/-/add")
     page.get_by_label("Platform").select_option("simulated")
-    page.get_by_label("Name", exact=False).first.fill("entered")
-    page.get_by_label("Interval").fill("5")
-    page.get_by_label("Interval").press("Enter")
+    field(page, "name").fill("entered")
+    field(page, "interval").fill("5")
+    field(page, "interval").press("Enter")
     page.wait_for_url("**/resources/entered")
     page.locator("summary", has_text="Remove").click()
     page.get_by_role("button", name="Remove entered").click()
     page.wait_for_url("**/-/")
-
-
-def test_faults_of_the_yaml_stand_at_it_with_line_and_column(page: Page) -> None:
-    page.goto("/-/add")
-    area = page.get_by_label(SETTINGS)
-    page.get_by_label("Host name").fill("db9.example.com")
-    for text, faults in {
-        "tags: [one\n": ["YAML:2:1: not valid YAML here"],
-        "tags: [one]\ntags: [two]\n": ["YAML:2:1: this key stands here twice"],
-        "just words": ["YAML:1:1: must be settings"],
-        "rise: 1\npassword: x\n": ["YAML:2:1: password has an input of its own"],
-        "limits:\n  cpu_percent: {warn: 80, fail: 101}\ntimeout: 0\nlimit: 5\n": [
-            "YAML:2:29: limits.cpu_percent.fail: ", "YAML:3:10: timeout: ", "YAML:4:1: limit: unknown setting"],
-    }.items():  # fmt: skip
-        area.fill(text)
-        page.get_by_role("button", name="Save").click()
-        for fault in faults:
-            page.locator("#e-settings").get_by_text(fault).wait_for()
-        assert area.get_attribute("aria-invalid") == "true"
-        assert area.input_value() == text
-        assert page.get_by_label("Host name").input_value() == "db9.example.com"
-
-
-def test_a_failed_change_of_a_user_leaves_the_form_to_add_one_alone(page: Page) -> None:
-    page.goto("/-/users")
-    row = page.get_by_role("row", name=VIEWER)
-    row.locator("summary").click()
-    row.get_by_label("New password").fill(DOCUMENTED)
-    row.get_by_role("button", name="Change").click()
-    page.get_by_text("must not be the documented one").wait_for()
-    form = page.locator("form.panel")
-    assert form.locator("[aria-invalid]").count() == 0
-    form.get_by_label("Name").fill("late")
-    form.get_by_label("Password").fill(PASSWORD)
-    form.get_by_role("button", name="Add user").click()
-    row = page.get_by_role("row", name="late")
-    row.locator("summary").click()
-    row.get_by_role("button", name="Remove late").click()
-    row.wait_for(state="detached")
 
 
 # === Without a browser =======================================================
@@ -433,6 +398,42 @@ def test_a_form_of_another_site_brings_nothing_along(console: Local) -> None:
     for path, status in (("/-/resources/one/remove", 303), ("/-/add", 307), ("/-/resources/one/maintenance", 307)):
         reply = console.form(f"/-/login?next={path}", login)
         assert (reply.status, reply.headers["location"]) == (status, path)
+
+
+@pytest.mark.parametrize(
+    ("text", "faults"),
+    [
+        ("tags: [one\r\n", ["YAML:2:1: not valid YAML here"]),
+        ("tags: [one]\r\ntags: [two]", ["YAML:2:1: this key stands here twice"]),
+        ("just words", ["YAML:1:1: must be settings"]),
+        ("rise: 1\r\npassword: x", ["YAML:2:1: password has an input of its own"]),
+        (
+            "limits:\r\n  cpu_percent: {warn: 80, fail: 101}\r\ntimeout: 0\r\nlimit: 5",
+            ["YAML:2:27: limits.cpu_percent.fail: ", "YAML:3:1: timeout: ", "YAML:4:1: limit: unknown setting"],
+        ),
+        ("checks:\r\n  - {name: one}\r\n", ["YAML:2:5: checks.0.command: is missing"]),
+    ],
+)
+def test_faults_of_the_yaml_stand_at_it_with_line_and_column(console: Local, text: str, faults: list[str]) -> None:
+    typed = {"hostname": "db9.example.com", "port": "0", "username": "monitor", "settings": text}
+    reply = console.form("/-/add", typed)
+    assert reply.status == 422
+    shown = re.search(r'<span class="error" id="e-settings">(.*?)</span>', reply.body, re.DOTALL)
+    assert shown and 'aria-invalid="true"' in reply.body and 'aria-describedby="e-settings"' in reply.body
+    lines = html.unescape(shown[1]).splitlines()
+    assert len(lines) == len(faults) and all(any(fault in line for line in lines) for fault in faults), lines
+    assert html.escape(text) in reply.body.replace("&#34;", "&quot;") and 'value="db9.example.com"' in reply.body
+
+
+def test_a_failed_change_of_a_user_leaves_the_form_to_add_one_alone(console: Local) -> None:
+    assert console.form("/-/users", {"name": "late", "password": PASSWORD, "role": "viewer"}).status == 303
+    reply = console.form("/-/users/late", {"password": DOCUMENTED, "role": "admin"})
+    assert reply.status == 422 and "must not be the documented one" in reply.body
+    assert '<form method="post" class="panel" action="/-/users"' in reply.body
+    assert "aria-invalid" not in reply.body
+    reply = console.form("/-/users", {"name": "<later>", "password": DOCUMENTED, "role": "admin"})
+    assert 'value="&lt;later&gt;"' in reply.body and reply.body.count("aria-invalid") == 1
+    assert reply.body.count('<option value="admin" selected>') == 2  # of the one admin there is, and of the new one
 
 
 @pytest.mark.parametrize("settings", ["", "{", "[]", "{}", '{"tags": 5, "critical": true, "limits": {}}'])
@@ -580,7 +581,7 @@ def test_without_javascript(browser: Browser, watched: Service) -> None:
     page.locator("[name=name]").fill("plain")
     page.get_by_role("button", name="Test connection").click()
     page.get_by_text("healthy in").wait_for()
-    page.get_by_label(SETTINGS).fill("tags: [without script]")
+    field(page, "settings").fill("tags: [without script]")
     page.get_by_role("button", name="Save").click()
     page.get_by_role("heading", name="plain").wait_for()
     page.locator("summary", has_text="Remove").click()
@@ -677,7 +678,7 @@ def test_a_thousand_resources(browser: Browser, tmp_path: Path) -> None:
     """The overview shows them all, finds one as one types, and goes on refreshing."""
     prepared_keys(tmp_path)
     rows = "".join(f"  - {{name: host{n}, platform: simulated, seed: {n}, interval: 600}}\n" for n in range(1000))
-    with Service(write_inventory(tmp_path, rows)) as service:
+    with Service(write_inventory(tmp_path, rows), deadline=120) as service:
         context, page, faults = visit(browser, service)
         first_login(page)
         rows_shown = page.locator(".overview tbody tr").count
