@@ -7996,17 +7996,19 @@ class ResourceRow:
         self.row, self.name, self.href = row, row.name, resource_path(row.name)
         self.status = known = status_of(row, status)
         settings = stored_mapping(row.settings, NO_SETTINGS)    # unchecked: 1,000 of them would take too long
-        self.sample = NO_SAMPLE if known.sample == "null" else stored_mapping(known.sample, NO_SAMPLE)
         self.settings = settings or NO_SETTINGS
         self.tags: list[str] = self.settings["tags"]
         self.critical: bool = self.settings["critical"]
         self.state, self.cause, self.changed_at = known.state, known.cause, known.since
-        self.reason = f"{known.cause}: {known.reason}" if known.cause else ""
-        if settings is None or self.sample is None:
-            self.reason = DAMAGED
+        self.reason = DAMAGED if settings is None else f"{known.cause}: {known.reason}" if known.cause else ""
         self.in_maintenance = row.maintenance > now
         self.shown_state = "maintenance" if self.in_maintenance else self.state
         self.strip = strip_svg(status.strip if status else "")
+
+    @property
+    def sample(self) -> dict[str, Any] | None:
+        """What the last poll read; None when it is damaged."""
+        return NO_SAMPLE if self.status.sample == "null" else stored_mapping(self.status.sample, NO_SAMPLE)
 
     @property
     def closes_gate(self) -> bool:
@@ -8082,16 +8084,16 @@ def amount(metric: str, value: float) -> str:
     return f"{value:.2f} s" if metric == "seconds" else f"{value:.2f}"
 
 
-def reading_rows(sample: Mapping[str, Any], resource: ResourceRow) -> list[dict[str, Any]]:
+def reading_rows(sample: Mapping[str, Any], resource: ResourceRow, damage: str) -> list[dict[str, Any]]:
     """Each metric that was read, has a limit, or could not be read."""
-    rows = []
+    rows: list[dict[str, Any]] = [{"label": "All of them", "limit": {}, "problem": damage}] if damage else []
     for metric in Limits.model_fields:
         limit, problem = resource.limit(metric), sample["problems"].get(metric, "")
         top = 100.0 if metric.endswith("_percent") else 1.25 * max(filter(None, limit.values()), default=0.0)
         found = [(name, value) for name, value in sample["metrics"].items() if name.partition(" ")[0] == metric]
         rows += [{"label": f"{LABELS[metric]} {name.partition(' ')[2]}", "limit": limit, "text": amount(metric, value),
                   "bar": bar_svg(value, limit, top) if top else ""} for name, value in found]
-        if problem or (limit and not found):
+        if problem or (limit and not found and not damage):
             rows.append({"label": LABELS[metric], "limit": limit, "problem": problem or "not read"})
     return rows
 
@@ -8135,9 +8137,11 @@ def resource_page(name: str, status: int = 200, **more: Any) -> flask.Response:
         more |= {"charts": charts(session, resource, span, now), "availability": availability(session, row.id, now),
                  "polls": samples(session, row.id), "events": events(session, resource=name, limit=OWN_EVENTS)}
     sample = resource.sample or NO_SAMPLE
+    damage = "damaged in the database; the next poll writes them again" if resource.sample is None else ""
     outcomes = [(kind, called, outcome) for kind in ("service", "check")
                 for called, outcome in sample[f"{kind}s"].items()]
-    return render_page("resource.html", status, shown=resource, span=span, readings=reading_rows(sample, resource),
+    return render_page("resource.html", status, shown=resource, span=span,
+                       readings=reading_rows(sample, resource, damage),
                        span_links=[(name, f"?span={name}", f"Last {name}", None) for name in SPANS],
                        machine=machine_rows(sample, row.host_key), origin=resource.origin(site),
                        refresh="" if request.method == "GET" else resource.href,

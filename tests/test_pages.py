@@ -18,6 +18,7 @@ from console import Local, local_console
 from service import Service, prepared_keys, write_inventory
 from sshd import ParamikoSshd, Sshd
 
+import healthchecker
 from healthchecker import Resource, Status, find_user
 
 if TYPE_CHECKING:
@@ -465,6 +466,23 @@ def test_a_secret_that_does_not_open_shows_in_its_place(console: Local) -> None:
     for path, fields in (("edit", {**form_of(console, "full"), "do": "test"}), ("trust", {})):
         reply = console.form(f"/-/resources/full/{path}", fields)
         assert reply.status == 409 and "full: " in reply.body, (path, reply)
+
+
+@pytest.mark.skipif(not hasattr(healthchecker, "LoginSession"), reason="there is no table of sessions yet")
+def test_sessions_are_listed_and_ended(console: Local) -> None:
+    first = console.cookie
+    console.log_in_as("SpiceWorks")
+    rows = [row for row in console.ask("GET", "/-/users").body.split("<tr>") if "/-/sessions/" in row]
+    assert len(rows) == 2 and sum("this one" in row for row in rows) == 1
+    assert all("SpiceWorks" in row and "<td>session</td>" in row and row.count("<time>") == 2 for row in rows)
+    found = re.search(r'action="(.+?)"', next(row for row in rows if "this one" not in row))
+    assert found
+    assert console.form(found[1], {}).headers["location"] == "/-/users"
+    assert console.ask("GET", "/-/").status == 200
+    reply = console.form(found[1], {})
+    assert reply.status == 404 and "there is no such session" in reply.body
+    console.cookie = first
+    assert console.ask("GET", "/-/").headers["location"].startswith("/-/login")
 
 
 # === In place =====# === In place ================================================================
