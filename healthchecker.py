@@ -8205,20 +8205,20 @@ def form_texts(row: Resource) -> dict[str, str]:
     return NEW_RESOURCE | texts | {"critical": "true" if values.get("critical", True) else ""}
 
 
-def edit_form(name: str) -> Answer:
-    """The form of a resource that was added here."""
-    who = current_principal()
-    with who.site.store.reading() as session:
-        texts = form_texts(changeable(who, session, name))
-    return form_page(name, texts)
-
-
 def form_page(name: str, given: Mapping[str, str], status: int = 200, **more: Any) -> flask.Response:
     """The form to add a resource, or to change the one called `name`."""
     return render_page("form.html", status, title=f"Edit {name}" if name else "Add a resource", given=given,
                        fixed=bool(name), platforms=[platform for platform in SELECTABLE if platform != "local"],
                        ports=f"{SSH_PORT}; Windows: {WINRM_PORTS[True]}", others=OTHERS, example=EXAMPLE,
                        back=resource_path(name) if name else PREFIX, **more)
+
+
+def edit_form(name: str) -> Answer:
+    """The form of a resource that was added here."""
+    who = current_principal()
+    with who.site.store.reading() as session:
+        texts = form_texts(changeable(who, session, name))
+    return form_page(name, texts)
 
 
 def read_yaml(text: str) -> Document:
