@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 FIRST_USER, DOCUMENTED, PASSWORD = "SpiceWorks", "HealthChecker", "a long enough password"
-PATIENCE = 15_000  # milliseconds
+PATIENCE = 45_000  # milliseconds: the machine may be busy
 Scheme = Literal["dark", "light"]
 
 
@@ -46,8 +46,8 @@ class Faults(list[str]):
 
 
 def visit(browser: Browser, service: Service, **options: Any) -> tuple[BrowserContext, Page, Faults]:
-    """A fresh visitor's page; the context's base URL is the service."""
-    context = browser.new_context(base_url=f"http://{service.host}:{service.port}", **options)
+    """A fresh visitor's page; the context's base URL is the console."""
+    context = browser.new_context(base_url="http://{}:{}".format(*service.console), **options)
     context.set_default_timeout(PATIENCE)
     page, faults = context.new_page(), Faults()
     faults.watch(page)
@@ -59,7 +59,7 @@ def log_in(page: Page, name: str = FIRST_USER, password: str = PASSWORD) -> None
     page.get_by_label("Name").fill(name)
     page.get_by_label("Password").fill(password)
     page.get_by_role("button", name="Log in").click()
-    page.wait_for_url("**/-/")
+    page.wait_for_url(lambda url: "/-/login" not in url)  # to the change of the password, with the documented one
 
 
 def change_password(page: Page, before: str = DOCUMENTED, after: str = PASSWORD) -> None:
