@@ -136,7 +136,7 @@ try:
     from waitress.adjustments import Adjustments
     from waitress.buffers import OverflowableBuffer
     from waitress.channel import HTTPChannel
-    from waitress.parser import HTTPRequestParser
+    from waitress.parser import HTTPRequestParser, ParsingError
     from waitress.receiver import ChunkedReceiver, FixedStreamReceiver
     from waitress.server import TcpWSGIServer
     from waitress.task import ErrorTask, WSGITask
@@ -6640,21 +6640,23 @@ class SessionView(Settings):
     id: str
     kind: Literal["session", "token"]
     user: str
-    begun: datetime.datetime
-    seen: datetime.datetime     # the last request, give or take a minute
+    begun_at: datetime.datetime
+    seen_at: datetime.datetime      # the last request, give or take a minute
     address: str
-    current: bool               # the one that asks
+    current: bool                   # the one that asks
 
 
-def list_sessions(who: Principal) -> list[SessionView]:
+def list_sessions(who: Principal) -> list[Any]:
     """One's own logins, for an admin everybody's; who was seen last stands first."""
-    query = sqlalchemy.select(LoginSession, User).join(User, User.id == LoginSession.user_id).where(
-        live_sessions(who.context.clock())).order_by(LoginSession.seen_at.desc())
+    own = who.session.token_hash if who.session else ""
+    query = sqlalchemy.select(
+        LoginSession.token_hash.label("id"), LoginSession.kind, User.name.label("user"), LoginSession.begun_at,
+        LoginSession.seen_at, LoginSession.address, (LoginSession.token_hash == own).label("current"),
+    ).join(User).where(live_sessions(who.context.clock())).order_by(LoginSession.seen_at.desc())
+    if not who.may("admin"):
+        query = query.where(LoginSession.user_id == (who.user.id if who.user else None))
     with who.context.store.reading() as session:
-        return [SessionView.model_construct(
-            id=row.token_hash, kind=row.kind, user=user.name, begun=utc_time(row.begun_at), seen=utc_time(row.seen_at),
-            address=row.address, current=who.session is not None and row.token_hash == who.session.token_hash)
-            for row, user in session.execute(query) if who.may("admin") or (who.user and who.user.id == user.id)]
+        return list(session.execute(query))
 
 
 def end_session(who: Principal, number: str) -> None:
@@ -6665,7 +6667,7 @@ def end_session(who: Principal, number: str) -> None:
         if row is None or user is None or not (who.may("admin") or (who.user and who.user.id == user.id)):
             raise ApiError("there is no such session", 404)
         session.delete(row)
-        who.note(session, f"user {user.name}: {row.kind} from {row.address} ended")
+        who.note(session, f"a {row.kind} from {row.address} of {user.name} ended")
 
 
 def sign_out(who: Principal) -> None:
@@ -8593,10 +8595,20 @@ class ConsoleErrorTask(ErrorTask):      # type: ignore[misc]  # waitress carries
         super().execute()
 
 
+class ConsoleParser(HTTPRequestParser):     # type: ignore[misc]  # waitress carries no types
+    """A request; what urllib takes for no URL would end waitress's connection with a line of its inside in the log."""
+
+    def parse_header(self, header_plus: bytes) -> None:
+        try:
+            super().parse_header(header_plus)
+        except ValueError as error:
+            raise ParsingError("Bad URI") from error
+
+
 class ConsoleChannel(HTTPChannel):      # type: ignore[misc]  # waitress carries no types
     """A client's connection."""
 
-    error_task_class = ConsoleErrorTask
+    parser_class, error_task_class = ConsoleParser, ConsoleErrorTask
 
 
 class ConsoleServer(threading.Thread):
