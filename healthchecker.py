@@ -5872,7 +5872,10 @@ class Supervisor:
 # Users and their logins, what requests say of users and resources, and the brake on guessing. A login is a row: the
 # browser's cookie or a program's bearer token is a random text of which only a hash is stored, so that a login can be
 # listed and ended. Runs in the console's threads and in the user commands.
-# Gives: FIRST_USER, GIVES
+# Gives: Credentials, end_sessions, ensure_first_user, field_errors, find_resource, find_user, initial_user,
+# INVENTORY_ONLY, live_sessions, LOGIN_FAILURES, LoginThrottle, NewUser, password_faults, PasswordChange, require_admin,
+# Role, SettingsReader, stated, TOKEN_BYTES, token_hash, TOKEN_LIFE, UserChange, validated
+
 PASSWORD_LENGTH = 12            # characters of a user's password at least
 SESSION_LIFE = 8 * 3600.0       # seconds from the login to the end of a session
 SESSION_IDLE = 1800.0           # seconds without a request until it ends
@@ -5884,8 +5887,6 @@ LOGIN_WINDOW = 300.0            # seconds for which a failed login counts
 LOGINS_KEPT = 10_000            # accounts and addresses with failures that are remembered
 HASH_WAIT = 2.0                 # seconds that a login waits for its turn
 FIELD_FAULTS = 50               # faults of a request that are told
-POLL_NOW_TIMEOUT = 60.0         # seconds that a request waits for a poll
-TRIAL_TIMEOUT = 30.0            # seconds of a poll with settings that are not stored
 FIRST_USER = ("SpiceWorks", "HealthChecker")  # of the specification; its password is to be changed
 LIVES = {"session": (SESSION_LIFE, SESSION_IDLE), "token": (TOKEN_LIFE, TOKEN_LIFE)}    # seconds: in all, idle
 # What reads the server's own files or environment. So does `platform: local`, which runs commands there.
@@ -6115,6 +6116,24 @@ class LoginThrottle:
             self._failures.pop((name, throttled_address(address)), None)
 
 
+# === Actions =================================================================
+# What can be done, in the console's threads and in the user commands; each takes who does it, checks what is given,
+# changes rows and notes it within one transaction, and gives rows or views. What is refused is an ApiError.
+# Gives: add_resource, add_user, API, begin_maintenance, change_password, change_resource, change_user, changeable,
+# ConsoleContext, end_maintenance, end_session, EventsQuery, EventView, list_events, list_resources, list_samples,
+# list_sessions, list_users, log_in, Maintenance, NO_SAMPLE, offered_key, open_session, PastPollView, poll_now,
+# PollView, Principal, remove_resource, remove_user, RESOURCES, ResourceView, SAFE_METHODS, SamplesQuery, SessionView,
+# show_resource, sign_in, sign_out, status_of, test_changes, test_settings, TokenView, TrialView, Trust, trust_resource,
+# UserView
+
+POLL_NOW_TIMEOUT = 60.0         # seconds that a request waits for a poll
+TRIAL_TIMEOUT = 30.0            # seconds of a poll with settings that are not stored
+MAINTENANCE = 366 * 86_400.0    # seconds of maintenance at most
+API = "/-/api/"
+SAFE_METHODS = ("GET", "HEAD")
+DAMAGED = "its row in the database cannot be read; remove it, or restore the database"
+
+
 def offered_key(target: Target, access: ConnectionContext) -> str:
     """The key that a host shows now. Raises UsageError for a resource without one, or with one that is pinned."""
     connection = CONNECTIONS[target.settings.platform](target, LoginGuard(), access)
@@ -6123,17 +6142,6 @@ def offered_key(target: Target, access: ConnectionContext) -> str:
     if target.settings.host_key not in (None, "strict") or target.settings.certificate_fingerprint:
         raise UsageError(f"the inventory pins the key of {target.name}; change it there")
     return connection.offered_key(Deadline(min(target.settings.timeout, TRIAL_TIMEOUT)))
-
-
-# === Actions =================================================================
-# What can be done, each with who does it as its first argument: pages, API and user commands call these and nothing
-# below them. They check what is given, change rows within one transaction that also notes the change, and give rows or
-# views; what is refused is an ApiError. Runs in the console's threads and in the user commands.
-# Gives: FIRST
-MAINTENANCE = 366 * 86_400.0    # seconds of maintenance at most
-API = "/-/api/"
-SAFE_METHODS = ("GET", "HEAD")
-DAMAGED = "its row in the database cannot be read; remove it, or restore the database"
 
 
 NOBODY = User(salt=b"", rounds=PBKDF2_ROUNDS, password_hash=b"")    # takes as long as a user that exists
@@ -6178,32 +6186,6 @@ class ConsoleContext:
             with self.store.writing() as session:
                 record_event(session, "login", f"{failures} failed logins", actor=name, address=address)
         raise ApiError("user name or password is wrong", 401)
-
-    def poll_now(self, name: str) -> dict[str, Any]:
-        """Polls a resource and waits for the result."""
-        self.monitor.catch_up()
-        report = self.monitor.check_now(name, POLL_NOW_TIMEOUT)
-        if report is None:
-            raise ApiError(f"there is no result after {POLL_NOW_TIMEOUT:.0f} s; the poll goes on", 504)
-        return vars(report.verdict) | {"seconds": report.seconds}
-
-    def test(self, settings: Mapping[str, Any], name: str = "", *, text: bool = False) -> dict[str, Any]:
-        """Polls once with settings that are not stored, or with changes to the stored ones of `name`, its secret
-        included; `host_key` is what would be trusted on first use."""
-        with self.store.reading() as session:
-            row = session.scalar(sqlalchemy.select(Resource).where(Resource.name == name)) if name else None
-        entry = SettingsReader(self.inventory.path, text=text).read(settings, stated(row) if row else {})
-        trial = Resource(**{column.name: getattr(row, column.name) for column in Resource.__table__.columns}
-                         if row else {"id": 0, "name": entry.settings.name})
-        with password_faults():
-            update_row(trial, entry, self.vault)
-            target = target_of(trial, self.vault)
-        target = replace(target, settings=target.settings.model_copy(
-            update={"timeout": min(target.settings.timeout, TRIAL_TIMEOUT)}))
-        begun_mono = time.monotonic()
-        connection = CONNECTIONS[target.settings.platform](target, LoginGuard(), self.connections)
-        verdict, _, host_key = poll_once(target, connection, None)
-        return vars(verdict) | {"seconds": time.monotonic() - begun_mono, "host_key": host_key}
 
     def offered_key(self, name: str) -> str:
         """The key that the host of a resource shows now."""
@@ -6414,23 +6396,44 @@ def remove_resource(who: Principal, name: str) -> None:
         revise(session)
 
 
+def trial(who: Principal, body: Mapping[str, Any], row: Resource | None, *, text: bool) -> TrialView:
+    """Polls once with settings that are not stored: new ones, or changes of a row with its secret."""
+    context = who.context
+    entry = SettingsReader(context.inventory.path, text=text).read(body, stated(row) if row else {})
+    resource = Resource(**{column.name: getattr(row, column.name) for column in Resource.__table__.columns}
+                        if row else {"id": 0, "name": entry.settings.name})
+    with password_faults():
+        update_row(resource, entry, context.vault)
+        target = target_of(resource, context.vault)
+    timeout = min(target.settings.timeout, TRIAL_TIMEOUT)
+    target = replace(target, settings=target.settings.model_copy(update={"timeout": timeout}))
+    begun_mono = time.monotonic()
+    connection = CONNECTIONS[target.settings.platform](target, LoginGuard(), context.connections)
+    verdict, _, host_key = poll_once(target, connection, None)
+    return TrialView(**vars(verdict), seconds=time.monotonic() - begun_mono, host_key=host_key)
+
+
 def test_settings(who: Principal, body: Mapping[str, Any], *, text: bool = False) -> TrialView:
     """Polls a resource once that is not added yet."""
-    return TrialView(**who.context.test(dict(body), text=text))
+    return trial(who, body, None, text=text)
 
 
 def test_changes(who: Principal, name: str, body: Mapping[str, Any], *, text: bool = False) -> TrialView:
     """Polls a resource once with changed settings that are not stored."""
     with who.context.store.reading() as session:
-        changeable(who, session, name)
-    return TrialView(**who.context.test(dict(body), name, text=text))
+        row = changeable(who, session, name)
+    return trial(who, body, row, text=text)
 
 
 def poll_now(who: Principal, name: str) -> PollView:
     """Polls a resource now and waits for the result."""
     with who.context.store.reading() as session:
         find_resource(session, name)
-    return PollView(**who.context.poll_now(name))
+    who.context.monitor.catch_up()
+    report = who.context.monitor.check_now(name, POLL_NOW_TIMEOUT)
+    if report is None:
+        raise ApiError(f"there is no result after {POLL_NOW_TIMEOUT:.0f} s; the poll goes on", 504)
+    return PollView(**vars(report.verdict), seconds=report.seconds)
 
 
 def begin_maintenance(who: Principal, name: str, body: Mapping[str, Any]) -> ResourceView:
@@ -6678,22 +6681,12 @@ def sign_out(who: Principal) -> None:
                 LoginSession.token_hash == who.session.token_hash))
 
 
-def health_view(who: Principal) -> dict[str, Any]:
-    """application/health+json; the resources only for those who are logged in."""
-    answer: dict[str, Any] = {"status": "pass" if who.context.is_healthy else "fail"}
-    if who.operator and who.may("viewer") and not who.restricted:
-        answer["checks"] = {f"{view.name}:state": [{
-            "componentType": "system", "observedValue": view.state, "time": view.polled and view.polled.isoformat(),
-            "status": {"healthy": "pass", "unhealthy": "fail"}.get(view.state, "warn"),
-            "output": f"{view.cause}: {view.reason}" if view.cause else ""}] for view in list_resources(who)}
-    return answer
-
-
 # === API =====================================================================
 # The JSON API as a table of routes, its description in OpenAPI made of the same table, and what each request to the
 # console must pass: an address of the operators, a login, a page of ours as its sender, a role. Runs in the console's
 # threads. What is refused leaves as application/problem+json.
-# Gives: FIRST
+# Gives: add_security_headers, API_ROUTES, authorize, client_address, current_principal, give_cookie, problem, Route
+
 SEEN_INTERVAL = 60.0            # seconds after which a request is noted as a session's last one
 COOKIE = "healthchecker_session"
 CONTENT_SECURITY_POLICY = ("default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "
@@ -6947,8 +6940,15 @@ def json_answer(content: Mapping[str, Any], status: int = 200, kind: str = "appl
 
 
 def health() -> flask.Response:
+    """application/health+json; the resources only for those who are logged in."""
     who = current_principal()
-    return json_answer(health_view(who), 200 if who.context.is_healthy else 503, "application/health+json")
+    answer: dict[str, Any] = {"status": "pass" if who.context.is_healthy else "fail"}
+    if who.operator and who.may("viewer") and not who.restricted:
+        answer["checks"] = {f"{view.name}:state": [{
+            "componentType": "system", "observedValue": view.state, "time": view.polled and view.polled.isoformat(),
+            "status": {"healthy": "pass", "unhealthy": "fail"}.get(view.state, "warn"),
+            "output": f"{view.cause}: {view.reason}" if view.cause else ""}] for view in list_resources(who)}
+    return json_answer(answer, 200 if who.context.is_healthy else 503, "application/health+json")
 
 
 def problem(error: ApiError) -> flask.Response:
@@ -6971,7 +6971,8 @@ API_ROUTES = (
 # What Prometheus reads: the gate and the totals of all workers for the operators' networks; with the bearer token of
 # service.metrics_token_file, from anywhere, every resource too. In come the lease, the workers' counters in shared
 # memory and the rows that the recorder writes; out goes a text. Runs in the console's threads.
-# Gives: FIRST
+# Gives: Metrics, read_token, ServingMetrics
+
 METRICS_AGE = 1.0               # seconds for which the resources' part of /-/metrics is not made again
 
 
@@ -8527,7 +8528,8 @@ PAGES = (
 # The operators' door: pages, API and metrics as a Flask application under plain waitress, in threads of the main
 # process with a pool of their own. It answers only under names that are its own, says nothing that a request held in
 # its errors, and holds few connections and small bodies, so that its clients disturb neither gate nor pollers.
-# Gives: ConsoleServer, build_console
+# Gives: build_console, ConsoleServer
+
 CONSOLE_THREADS = 8             # pool threads of the console: some wait for polls or for their turn at the login
 CONSOLE_CONNECTIONS = 100       # at once
 CONSOLE_HEADERS = 1 << 15       # bytes of a request's head

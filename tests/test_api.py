@@ -523,7 +523,10 @@ def test_bad_settings(client: Client, bad: dict[str, Any], field: str) -> None:
         assert everything(client) == before
 
 
-@pytest.mark.parametrize("old", [{"platform": "local"}, {"platform": "unix", "username": "u", "key_file": "key"}], ids=str)
+OLD = [{"platform": "local"}, {"platform": "unix", "username": "u", "key_file": "key"}]
+
+
+@pytest.mark.parametrize("old", OLD, ids=str)
 def test_row_of_an_older_version_that_reads_files_here(service: Service, client: Client, old: dict[str, Any]) -> None:
     """It keeps working; a change must take away what is of the inventory alone."""
     settings = ResourceSettings.model_validate({"name": "old", "hostname": "127.0.0.1", "critical": False, **old})
