@@ -6080,13 +6080,14 @@ class LoginThrottle:
 
     @contextlib.contextmanager
     def turn(self, name: str, address: str) -> Iterator[None]:
-        """Holds the one hash at a time; an address has one login at most that waits for it. Raises ApiError: 429."""
+        """Holds the one hash at a time. An address has one login at most that waits for it, and none while others wait
+        if logins from there failed: a flood does not stand before who comes rarely. Raises ApiError: 429."""
         where = throttled_address(address)
         with self._lock:
             if wait := self.wait(name, address):
                 raise ApiError("too many failed logins; wait before the next", 429, retry=wait)
-            if where in self._waiting:
-                raise ApiError("another login from this address waits; try again in a second", 429, retry=1)
+            if where in self._waiting or (self._waiting and (None, where) in self._failures):
+                raise ApiError("another login waits; try again in a second", 429, retry=1)
             self._waiting.add(where)
         try:
             mine = self._hashing.acquire(timeout=HASH_WAIT)
