@@ -165,9 +165,9 @@ STATED = [
 def test_rows_of_the_inventory_are_read_only(client: Client, method: str, path: str, body: Any) -> None:
     before = everything(client)
     reply = client.api(method, path, body)
-    assert (reply.status, reply.json["detail"]) == (409, "stated stands at inventory.yaml:5:5; change it there")
+    assert (reply.status, reply.json["detail"]) == (409, "stated stands at inventory.yaml:6:5; change it there")
     assert everything(client) == before
-    assert client.api("GET", "resources/stated").json["place"] == "inventory.yaml:5:5"
+    assert client.api("GET", "resources/stated").json["place"] == "inventory.yaml:6:5"
 
 
 def test_names_are_unique(client: Client) -> None:
@@ -742,4 +742,4 @@ def test_command_line_and_api_work_together(service: Service, client: Client) ->
     text = service.inventory.read_text(encoding="utf-8")
     clash.write_text(f"{text}  - {{name: one, platform: simulated}}\n", encoding="utf-8")
     done = run(clash, "check")
-    assert done.returncode == 2 and "clash.yaml:8:5: one: was added through the API already" in done.stderr
+    assert done.returncode == 2 and "clash.yaml:9:5: one: was added through the API already" in done.stderr

@@ -211,7 +211,7 @@ def metrics(store: Store, token_file: Path) -> Metrics:
 def ask(metrics: Metrics, authorization: str = "") -> str:
     answer = metrics.answer(authorization, operator=True)
     assert (answer.status_code, answer.content_type) == (200, "text/plain; version=0.0.4; charset=utf-8")
-    return answer.text
+    return answer.get_data(as_text=True)
 
 
 def test_every_resource_for_the_bearer(store: Store, metrics: Metrics) -> None:
@@ -358,10 +358,10 @@ def test_admission(store: Store, metrics: Metrics, header: str, wanted: str, ope
         return
     answer = metrics.answer(header, operator=operator)
     assert answer.status_code == int(wanted.replace("full", "200"))
-    assert ("db1" in answer.text) is (wanted == "full")
+    assert ("db1" in answer.get_data(as_text=True)) is (wanted == "full")
     if wanted == "401":
         assert answer.headers["WWW-Authenticate"] == 'Bearer realm="metrics"'
-        assert TOKEN not in answer.text
+        assert TOKEN not in answer.get_data(as_text=True)
 
 
 @pytest.mark.parametrize("header", ["Bearer ", "Bearer x", f"Bearer {TOKEN}"])
