@@ -112,7 +112,6 @@ from urllib.parse import quote, unquote, unquote_to_bytes, urlencode
 gc.disable()    # what is imported stays; to look through it again and again is a sixth of the start
 try:
     import flask
-    import itsdangerous
     import jinja2
     import paramiko
     import requests
@@ -126,7 +125,7 @@ try:
     from cryptography.hazmat.primitives.ciphers.aead import AESGCM
     from flask_sqlalchemy import SQLAlchemy
     from markupsafe import Markup
-    from prometheus_client import CollectorRegistry, generate_latest
+    from prometheus_client import generate_latest
     from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
     from pydantic import (
         AfterValidator,
@@ -152,7 +151,7 @@ try:
     from waitress.adjustments import Adjustments
     from waitress.buffers import OverflowableBuffer
     from waitress.channel import HTTPChannel
-    from waitress.parser import HTTPRequestParser
+    from waitress.parser import HTTPRequestParser, ParsingError
     from waitress.receiver import ChunkedReceiver, FixedStreamReceiver
     from waitress.server import TcpWSGIServer
     from waitress.task import ErrorTask, WSGITask
@@ -193,8 +192,6 @@ LOG_BYTES = 10 << 20            # bytes of a log file before it rotates
 LOG_FILES = 5                   # rotated log files that are kept
 COMPLAINT_INTERVAL = 60.0       # seconds between two complaints about the same trouble
 POOL_END = 0.5                  # seconds for idle pool threads to end
-SESSION_LIFE = 8 * 3600.0       # seconds from the login to the end of a session
-TOKEN_LIFE = 1200.0             # seconds of a bearer token
 
 
 # === Errors ==================================================================
@@ -1124,11 +1121,6 @@ class User(Base):
         """Takes over what stands for the password of `other`, which was chosen and is not the documented one."""
         self.salt, self.rounds, self.password, self.initial = other.salt, other.rounds, other.password, False
 
-    @property
-    def stamp(self) -> str:
-        """Changes with password and role: what proved a login before does not any more."""
-        return hashlib.sha256(self.password + self.salt + self.role.encode()).hexdigest()
-
 
 class Resource(Base):
     """A machine that is watched. Secrets are sealed tokens; `settings` is JSON of everything without its own column."""
@@ -1233,14 +1225,6 @@ class LoginSession(Base):
     begun_at: Mapped[float]     # Unix time, as is the next
     seen_at: Mapped[float]
     address: Mapped[str]        # the client's
-
-
-class Ended(Base):
-    """A session that was logged out before its time."""
-
-    __tablename__ = "ended"
-    ticket: Mapped[str] = mapped_column(primary_key=True)
-    until: Mapped[float]        # Unix time at which it would have ended anyway
 
 
 class Setting(Base):
@@ -2508,7 +2492,7 @@ def read_until(pipe: IO[bytes], deadline: Deadline, take: Callable[[bytes], bool
     return False
 
 
-def end_session(process: subprocess.Popen[bytes]) -> None:
+def end_process_group(process: subprocess.Popen[bytes]) -> None:
     """Ends a process and all that it started: `timeout` and background jobs have process groups of their own."""
     process.kill()
     if sys.platform == "win32":
@@ -2550,7 +2534,7 @@ class LocalConnection:
                 mark = done if ended and sys.platform == "win32" else b""       # the script there prints none
                 return CommandResult(bytes(buffer.output) + mark, 0 if ended else None, expired=not ended)
             finally:
-                end_session(process)
+                end_process_group(process)
                 process.wait()
 
 
@@ -3656,7 +3640,7 @@ class HealthAggregator:
 # prune_events, availability, Point, chart
 DAY = 86_400                    # seconds
 PRUNE_ROWS = 10_000             # rows of a resource, or events, that are dropped at once
-EVENTS = 100_000                # events that are kept at most: a resource may flap for a year
+EVENTS = 100_000                # events of a kind that are kept at most: a resource may flap for a year
 METRICS = ("cpu_percent", "memory_percent", "swap_percent", "disk_percent", "load_per_cpu", "seconds")
 READING_MAX = 2 ** 31 - 1       # hundredths, what an INTEGER holds
 POLLS: dict[str, tuple[State, Cause]] = {
@@ -3837,11 +3821,12 @@ def prune(session: Session, resource_id: int, retention: Retention, now: float) 
 
 
 def prune_events(session: Session, retention: Retention, now: float) -> None:
-    """Drops what is older than `retention`, and what is more than EVENTS."""
-    last = session.scalar(sqlalchemy.select(func.max(Event.id))) or 0
-    doomed = sqlalchemy.select(Event.id).where(sqlalchemy.or_(
-        Event.at < now - retention.events * DAY, Event.id <= last - EVENTS)).limit(PRUNE_ROWS)
-    session.execute(sqlalchemy.delete(Event).where(Event.id.in_(doomed)))
+    """Drops what is older than `retention`, and of each kind what is more than EVENTS: logins evict no change."""
+    for kind in session.scalars(sqlalchemy.select(Event.kind).distinct()).all():
+        last = sqlalchemy.select(Event.id).where(Event.kind == kind).order_by(Event.id.desc()).offset(EVENTS).limit(1)
+        doomed = sqlalchemy.select(Event.id).where(Event.kind == kind, sqlalchemy.or_(
+            Event.at < now - retention.events * DAY, Event.id <= last.scalar_subquery())).limit(PRUNE_ROWS)
+        session.execute(sqlalchemy.delete(Event).where(Event.id.in_(doomed)))
 
 
 def availability(session: Session, resource_id: int, now: float) -> dict[str, float | None]:
@@ -5962,16 +5947,28 @@ class Supervisor:
 
 
 # === Accounts ================================================================
+# Users and their logins, what requests say of users and resources, and the brake on guessing. A login is a row: the
+# browser's cookie or a program's bearer token is a random text of which only a hash is stored, so that a login can be
+# listed and ended. Runs in the console's threads and in the user commands.
+# Gives: Credentials, end_sessions, ensure_first_user, field_errors, find_resource, find_user, initial_user,
+# INVENTORY_ONLY, live_sessions, LOGIN_FAILURES, LoginThrottle, NewUser, password_faults, PasswordChange, require_admin,
+# Role, SettingsReader, stated, TOKEN_BYTES, token_hash, TOKEN_LIFE, UserChange, validated
+
 PASSWORD_LENGTH = 12            # characters of a user's password at least
-SESSION_KEY_BYTES = 32          # bytes of keys/session.key
+SESSION_LIFE = 8 * 3600.0       # seconds from the login to the end of a session
 SESSION_IDLE = 1800.0           # seconds without a request until it ends
+TOKEN_LIFE = 1200.0             # seconds of a bearer token
+TOKEN_BYTES = 32                # of chance in what proves a login
 LOGIN_FAILURES = 5              # of an account from an address, after which the next login waits
+ADDRESS_FAILURES = 20           # of an address, whatever the accounts
 LOGIN_WINDOW = 300.0            # seconds for which a failed login counts
 LOGINS_KEPT = 10_000            # accounts and addresses with failures that are remembered
-POLL_NOW_TIMEOUT = 60.0         # seconds that a request waits for a poll
-TRIAL_TIMEOUT = 30.0            # seconds of a poll with settings that are not stored
+HASH_WAIT = 2.0                 # seconds that a login waits for its turn
+FIELD_FAULTS = 50               # faults of a request that are told
 FIRST_USER = ("SpiceWorks", "HealthChecker")  # of the specification; its password is to be changed
 LIVES = {"session": (SESSION_LIFE, SESSION_IDLE), "token": (TOKEN_LIFE, TOKEN_LIFE)}    # seconds: in all, idle
+# What reads the server's own files or environment. So does `platform: local`, which runs commands there.
+INVENTORY_ONLY = frozenset({"password_env", "password_file", *PASSPHRASES, *FILES})
 
 
 def not_documented(password: SecretStr) -> SecretStr:
@@ -6016,20 +6013,30 @@ class UserChange(Settings):
 
 
 def field_errors(fields: Mapping[str, str]) -> ApiError:
-    """Bad input, with what is wrong with each field."""
-    return ApiError("; ".join(f"{name}: {text}" for name, text in fields.items()), 422, fields)
+    """Bad input, with what is wrong with each field; the names may be the client's, so they are cut."""
+    told = {one_line(name): one_line(text) for name, text in itertools.islice(fields.items(), FIELD_FAULTS)}
+    return ApiError("; ".join(f"{name}: {text}" for name, text in told.items()), 422, told)
 
 
 M = TypeVar("M", bound=Settings)
 
 
 def validated(model: type[M], body: Mapping[str, Any], *, text: bool = False) -> M:
-    """`body` as a model; with `text` its values may be texts, as those of the inventory are. Raises Refusal."""
+    """`body` as a model; with `text` its values may be texts, as those of the inventory are. Raises ApiError."""
     try:
         return model.model_validate(body) if text else model.model_validate_json(json.dumps(body), strict=True)
     except ValidationError as error:
         raise field_errors({".".join(map(str, item["loc"])): message_of(item)
                           for item in error.errors(include_url=False, include_input=False)}) from None
+
+
+def require_remote(settings: Mapping[str, Any]) -> None:
+    """Raises ApiError for settings that would read this machine's own files, environment or shell."""
+    barred = {name: "can be set in the inventory alone" for name in sorted(INVENTORY_ONLY & settings.keys())}
+    if settings.get("platform") == Platform.LOCAL.value:
+        barred["platform"] = "local can be set in the inventory alone"
+    if barred:
+        raise field_errors(barred)
 
 
 class SettingsReader(InventoryLoader):
@@ -6041,10 +6048,12 @@ class SettingsReader(InventoryLoader):
         self.fields: dict[str, str] = {}
 
     def read(self, given: Mapping[str, Any], stored: Mapping[str, Any]) -> Entry:
-        """`given` over `stored`; null stands for the default. Raises Refusal."""
+        """`given` over `stored`; null stands for the default. Raises ApiError."""
         defaults = {name for name in ResourceSettings.model_fields if given.get(name, "") is None}
-        entry = self._entry(0, {name: value for name, value in given.items() if name not in defaults},
-                            {name: value for name, value in stored.items() if name not in defaults})
+        given, stored = ({name: value for name, value in part.items() if name not in defaults}
+                         for part in (given, stored))
+        require_remote({**stored, **given})     # before any file is looked at
+        entry = self._entry(0, given, stored)
         if entry is None or self.fields:
             raise field_errors(self.fields)
         return entry
@@ -6067,10 +6076,11 @@ def stated(row: Resource) -> dict[str, Any]:
     return settings.model_dump(mode="json", exclude_defaults=True, exclude=set(SECRETS))
 
 
-def apply_entry(row: Resource, entry: Entry, vault: Vault) -> bool:
-    """`update_row` for a request; says whether anything changed. Raises Refusal."""
+@contextlib.contextmanager
+def password_faults() -> Iterator[None]:
+    """What is wrong with a stored or given secret is a fault of that field. Raises ApiError."""
     try:
-        return update_row(row, entry, vault)
+        yield
     except (SecretError, InventoryError) as error:
         raise field_errors({"password": str(error)}) from error
 
@@ -6101,91 +6111,108 @@ def find_user(session: Session, name: str) -> User:
 
 
 def require_admin(session: Session, without: User) -> None:
-    """Raises Refusal when `without` is the last admin."""
+    """Raises ApiError when `without` is the last admin."""
     if session.scalar(sqlalchemy.select(User).where(User.role == "admin", User.id != without.id).limit(1)) is None:
         raise ApiError(f"{without.username} is the last admin; make another one first", 409)
 
 
-def session_key(folder: Path) -> bytes:
-    """What signs sessions and bearer tokens: `session.key` in `folder`, made on first start. Raises SecretError."""
-    path = folder / "session.key"
-    try:
-        with contextlib.suppress(FileExistsError):
-            if not path.exists():
-                create_private(path, secrets.token_bytes(SESSION_KEY_BYTES))
-        key = path.read_bytes()
-    except OSError as error:
-        raise SecretError(f"{path} cannot be read or made: {error.strerror}") from error
-    if len(key) < SESSION_KEY_BYTES:
-        raise SecretError(f"{path} is no session key; remove it, and the next start makes another")
-    return key
+def end_sessions(session: Session, user: User) -> None:
+    """Ends all logins of a user, whose password or role is another one now."""
+    session.execute(sqlalchemy.delete(LoginSession).where(LoginSession.user_id == user.id))
 
 
-class Ticket(NamedTuple):
-    """What a session's cookie or a bearer token says; times are Unix times."""
-
-    kind: str       # session | token
-    name: str       # its own, unguessable
-    user: int       # User.id
-    stamp: str      # User.stamp of the login
-    begun: float
-    seen: float     # the last request, give or take SESSION_STEP
-
-    @property
-    def ends(self) -> float:
-        life, idle = LIVES[self.kind]
-        return min(self.begun + life, self.seen + idle)
+def token_hash(token: str) -> str:
+    return hashlib.sha256(token.encode()).hexdigest()
 
 
-class Tickets:
-    """Signs tickets and reads them; the same in every process that has the key, and after a restart."""
-
-    def __init__(self, key: bytes) -> None:
-        self._serializer = itsdangerous.URLSafeSerializer(
-            key, "healthchecker.ticket", signer_kwargs={"key_derivation": "hmac", "digest_method": hashlib.sha256})
-
-    def write(self, ticket: Ticket) -> str:
-        return str(self._serializer.dumps(ticket))
-
-    def read(self, text: str, kind: str, now: float) -> Ticket | None:
-        """The ticket, None when it is not ours, of another kind, or over."""
-        try:
-            ticket = Ticket(*self._serializer.loads(text))
-        except itsdangerous.BadData:
-            return None
-        return ticket if ticket.kind == kind and now < ticket.ends else None
+def live_sessions(now: float) -> sqlalchemy.ColumnElement[bool]:
+    """The logins that are not over."""
+    return sqlalchemy.or_(*(sqlalchemy.and_(
+        LoginSession.kind == kind, LoginSession.begun_at > now - life, LoginSession.seen_at > now - idle)
+        for kind, (life, idle) in LIVES.items()))
 
 
-def holder(session: Session, ticket: Ticket) -> User | None:
-    """The user of a ticket; None once password or role changed, the user is gone, or the session was logged out."""
-    user = session.get(User, ticket.user)
-    valid = user is not None and hmac.compare_digest(user.stamp, ticket.stamp) and not session.get(Ended, ticket.name)
-    return user if valid else None
+def throttled_address(address: str) -> str:
+    """What counts as one client: an address, or the /64 from which an IPv6 host takes its addresses as it likes."""
+    ip = ipaddress.ip_address(address)
+    return address if ip.version == 4 else str(ipaddress.IPv6Network((int(ip), 64), strict=False))
 
 
-class Throttle:
-    """Failed logins by account and address; LOGIN_FAILURES of them within LOGIN_WINDOW make the next one wait."""
+class LoginThrottle:
+    """Who may have a password checked now, and whose turn it is. Names are the attacker's choice, so an account is
+    only ever kept waiting at the address where it failed."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._failures: dict[tuple[str, str], list[float]] = {}     # who failed last stands last
+        self._hashing = threading.Lock()    # one password hash at a time, for it takes a CPU 0.15 s
+        self._lock = threading.Lock()       # guards the next two
+        self._waiting: set[str] = set()     # addresses with a login that waits for its turn
+        self._failures: dict[tuple[str | None, str], list[float]] = {}  # account, None: any; who failed last is last
 
     def wait(self, name: str, address: str) -> float:
         """Seconds until the next attempt; 0 when it may be made now."""
-        failures = self._failures.get((name, address), [])
-        return max(0.0, failures[0] + LOGIN_WINDOW - self._clock()) if len(failures) >= LOGIN_FAILURES else 0.0
+        where = throttled_address(address)
+        return max(self._wait((name, where), LOGIN_FAILURES), self._wait((None, where), ADDRESS_FAILURES))
+
+    def _wait(self, key: tuple[str | None, str], failures: int) -> float:
+        times = self._failures.get(key, [])
+        return max(0.0, times[-failures] + LOGIN_WINDOW - self._clock()) if len(times) >= failures else 0.0
+
+    @contextlib.contextmanager
+    def turn(self, name: str, address: str) -> Iterator[None]:
+        """Holds the one hash at a time. An address has one login at most that waits for it, and none while others wait
+        if logins from there failed: a flood does not stand before who comes rarely. Raises ApiError: 429."""
+        where = throttled_address(address)
+        with self._lock:
+            if wait := self.wait(name, address):
+                raise ApiError("too many failed logins; wait before the next", 429, retry=wait)
+            if where in self._waiting or (self._waiting and (None, where) in self._failures):
+                raise ApiError("another login waits; try again in a second", 429, retry=1)
+            self._waiting.add(where)
+        try:
+            mine = self._hashing.acquire(timeout=HASH_WAIT)
+        finally:
+            self._waiting.discard(where)
+        if not mine:
+            raise ApiError("other passwords are being checked; try again in a second", 429, retry=1)
+        try:
+            yield
+        finally:
+            self._hashing.release()
 
     def fail(self, name: str, address: str) -> int:
-        """Takes a failure down; says how many count now. Names are the attacker's choice: the oldest ones go."""
-        now = self._clock()
-        failures = [at for at in self._failures.pop((name, address), []) if now - at < LOGIN_WINDOW]
-        self._failures[name, address] = [*failures, now][-LOGIN_FAILURES:]
-        if len(self._failures) > LOGINS_KEPT:
-            del self._failures[next(iter(self._failures))]
-        return len(self._failures[name, address])
+        """Takes a failure down; says how many of this account count now. The oldest ones are forgotten."""
+        now, where = self._clock(), throttled_address(address)
+        with self._lock:
+            for key, kept in ((name, LOGIN_FAILURES), (None, ADDRESS_FAILURES)):
+                times = [at for at in self._failures.pop((key, where), []) if now - at < LOGIN_WINDOW]
+                self._failures[key, where] = [*times, now][-kept:]
+            while len(self._failures) > LOGINS_KEPT:
+                del self._failures[next(iter(self._failures))]
+            return len(self._failures[name, where])
 
     def clear(self, name: str, address: str) -> None:
-        self._failures.pop((name, address), None)
+        """Forgives an account at an address; what the address tried with others stays."""
+        with self._lock:
+            self._failures.pop((name, throttled_address(address)), None)
+
+
+# === Actions =================================================================
+# What can be done, in the console's threads and in the user commands; each takes who does it, checks what is given,
+# changes rows and notes it within one transaction, and gives rows or views. What is refused is an ApiError.
+# Gives: add_resource, add_user, API, begin_maintenance, change_password, change_resource, change_user, changeable,
+# ConsoleContext, end_maintenance, end_session, EventsQuery, EventView, list_events, list_resources, list_samples,
+# list_sessions, list_users, log_in, Maintenance, NO_SAMPLE, offered_key, open_session, PastPollView, poll_now,
+# PollView, Principal, remove_resource, remove_user, RESOURCES, ResourceView, SAFE_METHODS, SamplesQuery, SessionView,
+# show_resource, sign_in, sign_out, status_of, test_changes, test_settings, TokenView, TrialView, Trust, trust_resource,
+# UserView
+
+POLL_NOW_TIMEOUT = 60.0         # seconds that a request waits for a poll
+TRIAL_TIMEOUT = 30.0            # seconds of a poll with settings that are not stored
+MAINTENANCE = 366 * 86_400.0    # seconds of maintenance at most
+API = "/-/api/"
+SAFE_METHODS = ("GET", "HEAD")
+DAMAGED = "its row in the database cannot be read; remove it, or restore the database"
 
 
 def offered_key(target: Target, access: ConnectionContext) -> str:
@@ -6198,12 +6225,6 @@ def offered_key(target: Target, access: ConnectionContext) -> str:
     return connection.offered_key(Deadline(min(target.settings.timeout, TRIAL_TIMEOUT)))
 
 
-# === Actions =================================================================
-MAINTENANCE = 366 * 86_400.0    # seconds of maintenance at most
-API = "/-/api/"
-SAFE_METHODS = ("GET", "HEAD")
-
-
 NOBODY = User(salt=b"", rounds=PBKDF2_ROUNDS, password=b"")    # takes as long as a user that exists
 
 
@@ -6214,19 +6235,13 @@ class ConsoleContext:
     store: Store
     inventory: Inventory
     lease: Lease
-    session_key: bytes
     vault: Vault
     monitor: Monitor
     connections: ConnectionContext
     clock: Callable[[], float] = time.time      # Unix time
 
     def __post_init__(self) -> None:
-        self.hashing = threading.Lock()     # one password hash at a time, for it takes a CPU 0.15 s; guards throttle
-        self.throttle = Throttle()
-
-    @functools.cached_property
-    def tickets(self) -> Tickets:
-        return Tickets(self.session_key)
+        self.throttle = LoginThrottle()
 
     @functools.cached_property
     def places(self) -> dict[str, str]:
@@ -6238,52 +6253,20 @@ class ConsoleContext:
         """The gate's answer."""
         return time.monotonic() < self.lease.until.value
 
-    def login(self, name: str, password: str, address: str) -> int:
-        """The id of the user with this password. Raises Refusal: 401, or 429 with the seconds to wait."""
-        if not self.hashing.acquire(blocking=False):
-            raise ApiError("another password is being checked; try again in a second", 429, retry=1)
-        try:
-            wait = self.throttle.wait(name, address)
-            if wait:
-                raise ApiError("too many failed logins; wait before the next", 429, retry=wait)
+    def login(self, name: str, password: str, address: str) -> User:
+        """The user with this password. Raises ApiError: 401, or 429 with the seconds to wait."""
+        with self.throttle.turn(name, address):
             with self.store.reading() as session:
                 user = session.scalar(sqlalchemy.select(User).where(User.username == name))
             if (user or NOBODY).verify(password) and user is not None:
                 self.throttle.clear(name, address)
-                return user.id
+                return user
             failures = self.throttle.fail(name, address)
-        finally:
-            self.hashing.release()
         log.warning("login of %s from %s failed", one_line(name), address)
         if failures == LOGIN_FAILURES:      # once, or an attacker would fill the database
             with self.store.writing() as session:
                 record_event(session, "login", f"{failures} failed logins", actor=name, address=address)
         raise ApiError("user name or password is wrong", 401)
-
-    def poll_now(self, name: str) -> dict[str, Any]:
-        """Polls a resource and waits for the result."""
-        self.monitor.catch_up()
-        report = self.monitor.poll_now(name, POLL_NOW_TIMEOUT)
-        if report is None:
-            raise ApiError(f"there is no result after {POLL_NOW_TIMEOUT:.0f} s; the poll goes on", 504)
-        return vars(report.verdict) | {"seconds": report.seconds}
-
-    def test(self, settings: Mapping[str, Any], name: str = "", *, text: bool = False) -> dict[str, Any]:
-        """Polls once with settings that are not stored, or with changes to the stored ones of `name`, its secret
-        included; `host_key` is what would be trusted on first use."""
-        with self.store.reading() as session:
-            row = session.scalar(sqlalchemy.select(Resource).where(Resource.name == name)) if name else None
-        entry = SettingsReader(self.inventory.path, text=text).read(settings, stated(row) if row else {})
-        trial = Resource(**{column.name: getattr(row, column.name) for column in Resource.__table__.columns}
-                         if row else {"id": 0, "name": entry.settings.name})
-        apply_entry(trial, entry, self.vault)
-        target = target_of(trial, self.vault)
-        target = replace(target, settings=target.settings.model_copy(
-            update={"timeout": min(target.settings.timeout, TRIAL_TIMEOUT)}))
-        begin = time.monotonic()
-        connection = CONNECTIONS[target.settings.platform](target, LoginGuard(), self.connections)
-        verdict, _, host_key = poll_once(target, connection, None)
-        return vars(verdict) | {"seconds": time.monotonic() - begin, "host_key": host_key}
 
     def offered_key(self, name: str) -> str:
         """The key that the host of a resource shows now."""
@@ -6291,18 +6274,17 @@ class ConsoleContext:
             row = find_resource(session, name)
         try:
             return offered_key(target_of(row, self.vault), self.connections)
-        except (UsageError, ProbeError) as error:
+        except HealthCheckerError as error:
             raise ApiError(str(error), 409) from error
 
 
 @dataclass(frozen=True)
 class Principal:
-    """Who asks, from where, and by what it is known."""
+    """Who asks, from where, and by which login."""
 
-    site: ConsoleContext
+    context: ConsoleContext
     address: str = ""               # empty on the command line
-    local: bool = True              # on the server's own machine
-    ticket: Ticket | None = None
+    session: LoginSession | None = None
     user: User | None = None
 
     @property
@@ -6311,15 +6293,14 @@ class Principal:
 
     @property
     def operator(self) -> bool:
-        """Whether the address may log in at all."""
-        address = ipaddress.ip_address(self.address)
-        networks = map(ipaddress.ip_network, self.site.inventory.service.operators)
-        return (self.local or not address.is_loopback) and any(address in network for network in networks)
+        """Whether the console answers this address at all."""
+        networks = tuple(map(ipaddress.ip_network, self.context.inventory.service.operators))
+        return is_within(ipaddress.ip_address(self.address), networks)
 
     @property
     def restricted(self) -> bool:
-        """The documented password still holds, and this is another machine: it can only be changed."""
-        return self.user is not None and self.user.initial and not self.local
+        """The documented password still holds: it can only be changed."""
+        return self.user is not None and self.user.initial
 
     def may(self, role: str) -> bool:
         return self.user is not None and self.user.role in (role, "admin")
@@ -6327,10 +6308,10 @@ class Principal:
     def note(self, session: Session, text: str, resource: str = "") -> None:
         """Records a change."""
         record_event(session, "change", text, resource=resource, actor=self.name, address=self.address,
-                     at=self.site.clock())
+                     at=self.context.clock())
 
 
-def moment(at: float) -> datetime.datetime | None:
+def utc_time(at: float) -> datetime.datetime | None:
     """A Unix time, None for 0."""
     return datetime.datetime.fromtimestamp(at, datetime.timezone.utc) if at else None
 
@@ -6399,6 +6380,7 @@ class TrialView(PollView):
     host_key: str | None        # would be trusted on first use
 
 
+NO_SAMPLE: dict[str, Any] = {"details": {}, "metrics": {}, "services": {}, "checks": {}, "problems": {}}
 RESOURCES = sqlalchemy.select(Resource, Status).outerjoin(Status, Status.resource_id == Resource.id)
 
 
@@ -6409,52 +6391,59 @@ def status_of(row: Resource, status: Status | None) -> Status:
     return Status(state="unknown", cause="", reason="", since_at=0.0, polled_at=0.0, seconds=0.0, sample="null")
 
 
-def resource_view(row: Resource, status: Status | None, site: ConsoleContext) -> ResourceView:
+def resource_view(row: Resource, status: Status | None, context: ConsoleContext) -> ResourceView:
+    """A resource as the API shows it; of a row that cannot be read as much as there is, and that it is damaged."""
     known = status_of(row, status)
-    columns = {name: getattr(row, name) for name in Resource.COLUMNS}
-    state = {name: getattr(known, name) for name in ("state", "cause", "reason", "seconds")}
-    maintenance = {"until": moment(row.maintenance), "reason": row.maintenance_reason}
-    return ResourceView.model_validate({
-        **json.loads(row.settings), **columns, **state, "since": moment(known.since_at),
-        "polled": moment(known.polled_at), "sample": json.loads(known.sample), "origin": row.origin,
-        "place": site.places.get(row.name) if row.origin == "inventory" else None,
+    shown: dict[str, Any] = {
+        **{name: getattr(row, name) for name in Resource.COLUMNS}, "origin": row.origin,
+        "place": context.places.get(row.name) if row.origin == "inventory" else None,
         "has_secret": row.password is not None or row.key_passphrase is not None, "trusted_key": row.host_key,
-        "maintenance": maintenance if row.maintenance > site.clock() else None})
+        "maintenance": None, "since": utc_time(known.since_at), "polled": utc_time(known.polled_at),
+        **{name: getattr(known, name) for name in ("state", "cause", "reason", "seconds")}}
+    if row.maintenance > context.clock():
+        shown["maintenance"] = Maintenance.model_construct(
+            until=utc_time(row.maintenance), reason=row.maintenance_reason)
+    try:
+        return ResourceView.model_validate(json.loads(row.settings) | shown | {"sample": json.loads(known.sample)})
+    except (ValueError, TypeError):
+        return ResourceView.model_construct(
+            **shown | {"state": "unhealthy", "cause": "protocol", "reason": DAMAGED, "sample": None})
 
 
 def changeable(who: Principal, session: Session, name: str) -> Resource:
     """A resource that was added here; those of the inventory change there."""
     row = find_resource(session, name)
     if row.origin == "inventory":
-        place = who.site.places.get(name, who.site.inventory.path.name)
+        place = who.context.places.get(name, who.context.inventory.path.name)
         raise ApiError(f"{name} stands at {place}; change it there", 409)
     return row
 
 
 def list_resources(who: Principal) -> list[ResourceView]:
     """All resources, by name."""
-    with who.site.store.reading() as session:
+    with who.context.store.reading() as session:
         rows = session.execute(RESOURCES.order_by(Resource.name))
-        return [resource_view(row, status, who.site) for row, status in rows]
+        return [resource_view(row, status, who.context) for row, status in rows]
 
 
 def show_resource(who: Principal, name: str) -> ResourceView:
     """One resource."""
-    with who.site.store.reading() as session:
+    with who.context.store.reading() as session:
         row = find_resource(session, name)
-        return resource_view(row, session.get(Status, row.id), who.site)
+        return resource_view(row, session.get(Status, row.id), who.context)
 
 
 def add_resource(who: Principal, body: Mapping[str, Any], *, text: bool = False) -> ResourceView:
     """Adds a resource; it is watched at once."""
-    vault = who.site.vault      # before the database is locked
-    entry = SettingsReader(who.site.inventory.path, text=text).read(body, {})
+    vault = who.context.vault      # before the database is locked
+    entry = SettingsReader(who.context.inventory.path, text=text).read(body, {})
     name = entry.settings.name
-    with who.site.store.writing() as session:
+    with who.context.store.writing() as session:
         if session.scalar(sqlalchemy.select(Resource.id).where(Resource.name == name)) is not None:
             raise ApiError("there is a resource of this name already", 409, {"name": "is taken"})
         row = Resource(name=name, origin="api")
-        apply_entry(row, entry, vault)
+        with password_faults():
+            update_row(row, entry, vault)
         session.add(row)
         who.note(session, "added", name)
         revise(session)
@@ -6463,14 +6452,16 @@ def add_resource(who: Principal, body: Mapping[str, Any], *, text: bool = False)
 
 def change_resource(who: Principal, name: str, body: Mapping[str, Any], *, text: bool = False) -> ResourceView:
     """Changes what is given; null stands for the default. Another host, port or username needs the password again."""
-    vault = who.site.vault
-    with who.site.store.writing() as session:
+    vault = who.context.vault
+    with who.context.store.writing() as session:
         row = changeable(who, session, name)
         if body.get("name", name) != name:
             raise field_errors({"name": "cannot be changed; add another resource and remove this one"})
-        entry = SettingsReader(who.site.inventory.path, text=text).read(body, stated(row))
+        entry = SettingsReader(who.context.inventory.path, text=text).read(body, stated(row))
         before = stated(row)
-        if apply_entry(row, entry, vault):
+        with password_faults():
+            changes = update_row(row, entry, vault)
+        if changes:
             after = stated(row)
             changed = {field for field in before.keys() | after.keys() if before.get(field) != after.get(field)}
             who.note(session, f"changed: {', '.join(sorted(changed | (body.keys() & set(SECRETS))))}", name)
@@ -6480,38 +6471,59 @@ def change_resource(who: Principal, name: str, body: Mapping[str, Any], *, text:
 
 def remove_resource(who: Principal, name: str) -> None:
     """Removes a resource and its history."""
-    with who.site.store.writing() as session:
+    with who.context.store.writing() as session:
         session.delete(changeable(who, session, name))
         who.note(session, "removed", name)
         revise(session)
 
 
+def trial(who: Principal, body: Mapping[str, Any], row: Resource | None, *, text: bool) -> TrialView:
+    """Polls once with settings that are not stored: new ones, or changes of a row with its secret."""
+    context = who.context
+    entry = SettingsReader(context.inventory.path, text=text).read(body, stated(row) if row else {})
+    resource = Resource(**{column.name: getattr(row, column.name) for column in Resource.__table__.columns}
+                        if row else {"id": 0, "name": entry.settings.name})
+    with password_faults():
+        update_row(resource, entry, context.vault)
+        target = target_of(resource, context.vault)
+    timeout = min(target.settings.timeout, TRIAL_TIMEOUT)
+    target = replace(target, settings=target.settings.model_copy(update={"timeout": timeout}))
+    begun_mono = time.monotonic()
+    connection = CONNECTIONS[target.settings.platform](target, LoginGuard(), context.connections)
+    verdict, _, host_key = poll_once(target, connection, None)
+    return TrialView(**vars(verdict), seconds=time.monotonic() - begun_mono, host_key=host_key)
+
+
 def test_settings(who: Principal, body: Mapping[str, Any], *, text: bool = False) -> TrialView:
     """Polls a resource once that is not added yet."""
-    return TrialView(**who.site.test(dict(body), text=text))
+    return trial(who, body, None, text=text)
 
 
 def test_changes(who: Principal, name: str, body: Mapping[str, Any], *, text: bool = False) -> TrialView:
     """Polls a resource once with changed settings that are not stored."""
-    with who.site.store.reading() as session:
-        changeable(who, session, name)
-    return TrialView(**who.site.test(dict(body), name, text=text))
+    with who.context.store.reading() as session:
+        row = changeable(who, session, name)
+    return trial(who, body, row, text=text)
 
 
 def poll_now(who: Principal, name: str) -> PollView:
     """Polls a resource now and waits for the result."""
-    with who.site.store.reading() as session:
+    with who.context.store.reading() as session:
         find_resource(session, name)
-    return PollView(**who.site.poll_now(name))
+    who.context.monitor.catch_up()
+    report = who.context.monitor.poll_now(name, POLL_NOW_TIMEOUT)
+    if report is None:
+        raise ApiError(f"there is no result after {POLL_NOW_TIMEOUT:.0f} s; the poll goes on", 504)
+    return PollView(**vars(report.verdict), seconds=report.seconds)
 
 
 def begin_maintenance(who: Principal, name: str, body: Mapping[str, Any]) -> ResourceView:
     """Lets a resource not count until a time: it is polled and shown and closes nothing."""
     maintenance = validated(Maintenance, body)
     until = maintenance.until.timestamp()
-    if not 0 < until - who.site.clock() <= MAINTENANCE:
+    if not 0 < until - who.context.clock() <= MAINTENANCE:
         raise field_errors({"until": f"must be in the future, and by no more than {MAINTENANCE / 86_400:.0f} days"})
-    with who.site.store.writing() as session:
+    with who.context.store.writing() as session:
         row = find_resource(session, name)
         row.maintenance, row.maintenance_reason = until, maintenance.reason
         who.note(session, f"in maintenance until {maintenance.until.isoformat()}: {maintenance.reason}", name)
@@ -6521,7 +6533,7 @@ def begin_maintenance(who: Principal, name: str, body: Mapping[str, Any]) -> Res
 
 def end_maintenance(who: Principal, name: str) -> None:
     """Lets a resource count again."""
-    with who.site.store.writing() as session:
+    with who.context.store.writing() as session:
         row = find_resource(session, name)
         if row.maintenance:
             row.maintenance, row.maintenance_reason = 0.0, ""
@@ -6532,13 +6544,13 @@ def end_maintenance(who: Principal, name: str) -> None:
 def trust_resource(who: Principal, name: str, body: Mapping[str, Any]) -> ResourceView:
     """Trusts the key that the host shows now; with `host_key` only that one."""
     wanted = validated(Trust, body).host_key
-    with who.site.store.reading() as session:
+    with who.context.store.reading() as session:
         find_resource(session, name)
-    offered = who.site.offered_key(name)
+    offered = who.context.offered_key(name)
     if wanted not in (None, offered):
         raise ApiError(f"the host shows another key: {offered}", 409,
                        {"host_key": "is not the one that the host shows"})
-    with who.site.store.writing() as session:
+    with who.context.store.writing() as session:
         row = find_resource(session, name)
         who.note(session, f"trusted {offered}, before {row.host_key or 'no key'}", name)
         row.host_key = offered
@@ -6567,7 +6579,7 @@ class PastPollView(Settings):
 def list_samples(who: Principal, name: str, query: Mapping[str, Any]) -> list[PastPoll]:
     """The last polls of a resource, oldest first."""
     asked = validated(SamplesQuery, query, text=True)
-    with who.site.store.reading() as session:
+    with who.context.store.reading() as session:
         return samples(session, find_resource(session, name).id, limit=asked.limit,
                        since=asked.since.timestamp() if asked.since else 0.0)
 
@@ -6595,7 +6607,7 @@ class EventView(Settings):
 
 def list_events(who: Principal, query: Mapping[str, Any]) -> list[Event]:
     """Transitions and changes, newest first."""
-    with who.site.store.reading() as session:
+    with who.context.store.reading() as session:
         return events(session, **dict(validated(EventsQuery, query, text=True)))
 
 
@@ -6609,7 +6621,7 @@ class UserView(Settings):
 
 def list_users(who: Principal) -> list[User]:
     """All users, by name."""
-    with who.site.store.reading() as session:
+    with who.context.store.reading() as session:
         return list(session.scalars(sqlalchemy.select(User).order_by(User.username)))
 
 
@@ -6617,7 +6629,7 @@ def add_user(who: Principal, body: Mapping[str, Any]) -> User:
     """Adds a user."""
     new = validated(NewUser, body)
     user = User.create(new.name, new.password.get_secret_value(), new.role)     # before the database is locked
-    with who.site.store.writing() as session:
+    with who.context.store.writing() as session:
         if session.scalar(sqlalchemy.select(User.id).where(User.username == new.name)) is not None:
             raise ApiError("there is a user of this name already", 409, {"name": "is taken"})
         session.add(user)
@@ -6631,21 +6643,23 @@ def change_user(who: Principal, name: str, body: Mapping[str, Any]) -> User:
     if change.password and who.user and who.user.username == name:
         raise field_errors({"password": "change your own with the current one, at /-/api/password"})
     fresh = User.create(name, change.password.get_secret_value()) if change.password else None
-    with who.site.store.writing() as session:
+    with who.context.store.writing() as session:
         user = find_user(session, name)
         if fresh:
             user.take_password(fresh)
+            end_sessions(session, user)
             who.note(session, f"user {name}: new password")
         if change.role and change.role != user.role:
             require_admin(session, without=user)
             user.role = change.role
+            end_sessions(session, user)
             who.note(session, f"user {name}: {change.role} now")
     return user
 
 
 def remove_user(who: Principal, name: str) -> None:
     """Removes a user and ends the user's sessions; the last admin stays."""
-    with who.site.store.writing() as session:
+    with who.context.store.writing() as session:
         user = find_user(session, name)
         require_admin(session, without=user)
         session.delete(user)
@@ -6660,41 +6674,36 @@ def change_password(who: Principal, body: Mapping[str, Any]) -> User:
     if current == new:
         raise field_errors({"new": "must not be the current one"})
     try:
-        who.site.login(name, current, who.address)
+        who.context.login(name, current, who.address)
     except ApiError as error:
         raise field_errors({"current": "is wrong"}) if error.status == 401 else error from None
     fresh = User.create(name, new)
-    with who.site.store.writing() as session:
+    with who.context.store.writing() as session:
         user = find_user(session, name)
         user.take_password(fresh)
+        end_sessions(session, user)
         who.note(session, f"user {name}: new password")
     return user
 
 
 def sign_in(who: Principal, body: Mapping[str, Any]) -> User:
-    """The user with these Credentials. Raises Refusal: 401, or 429 with the seconds to wait."""
+    """The user with these Credentials. Raises ApiError: 401, or 429 with the seconds to wait."""
     given = validated(Credentials, body)
-    user_id = who.site.login(given.username, given.password.get_secret_value(), who.address)
-    with who.site.store.writing() as session:
-        user = session.get(User, user_id)
-        if user is None:
+    return who.context.login(given.username, given.password.get_secret_value(), who.address)
+
+
+def open_session(who: Principal, kind: str, user: User) -> str:
+    """The token that proves a login of `user` from now on. Raises ApiError."""
+    token, now = secrets.token_urlsafe(TOKEN_BYTES), who.context.clock()
+    with who.context.store.writing() as session:
+        current = session.get(User, user.id)
+        if current is None or current.salt != user.salt:    # removed or changed since the password was verified
             raise ApiError("user name or password is wrong", 401)
-        record_event(session, "login", "logged in", actor=user.username, address=who.address, at=who.site.clock())
-    return user
-
-
-def open_ticket(site: ConsoleContext, kind: str, user: User) -> str:
-    """What proves a login from now on, signed."""
-    now = site.clock()
-    return site.tickets.write(Ticket(kind, secrets.token_urlsafe(16), user.id, user.stamp, now, now))
-
-
-def sign_out(who: Principal) -> None:
-    """Ends the visitor's session, also for whoever else has its cookie."""
-    if who.ticket:
-        with who.site.store.writing() as session:
-            session.execute(sqlalchemy.delete(Ended).where(Ended.until < who.site.clock()))
-            session.merge(Ended(ticket=who.ticket.name, until=who.ticket.begun + SESSION_LIFE))
+        session.execute(sqlalchemy.delete(LoginSession).where(~live_sessions(now)))
+        session.add(LoginSession(token_hash=token_hash(token), kind=kind, user_id=user.id, begun_at=now, seen_at=now,
+                                 address=who.address))
+        record_event(session, "login", "logged in", actor=user.username, address=who.address, at=now)
+    return token
 
 
 class TokenView(Settings):
@@ -6706,69 +6715,112 @@ class TokenView(Settings):
 
 def log_in(who: Principal, body: Mapping[str, Any]) -> TokenView:
     """Gives a bearer token for user name and password."""
-    return TokenView(token=open_ticket(who.site, "token", sign_in(who, body)), expires_in=TOKEN_LIFE)
+    return TokenView(token=open_session(who, "token", sign_in(who, body)), expires_in=TOKEN_LIFE)
 
 
-def health_view(who: Principal) -> dict[str, Any]:
-    """application/health+json; the resources only for those who are logged in."""
-    answer: dict[str, Any] = {"status": "pass" if who.site.is_healthy else "fail"}
-    if who.operator and who.may("viewer") and not who.restricted:
-        answer["checks"] = {f"{view.name}:state": [{
-            "componentType": "system", "observedValue": view.state, "time": view.polled and view.polled.isoformat(),
-            "status": {"healthy": "pass", "unhealthy": "fail"}.get(view.state, "warn"),
-            "output": f"{view.cause}: {view.reason}" if view.cause else ""}] for view in list_resources(who)}
-    return answer
+class SessionView(Settings):
+    """A login that is not over."""
+
+    id: str
+    kind: Literal["session", "token"]
+    user: str
+    begun_at: datetime.datetime
+    seen_at: datetime.datetime      # the last request, give or take a minute
+    address: str
+    current: bool                   # the one that asks
+
+
+def list_sessions(who: Principal) -> list[Any]:
+    """One's own logins, for an admin everybody's; who was seen last stands first."""
+    own = who.session.token_hash if who.session else ""
+    query = sqlalchemy.select(
+        LoginSession.token_hash.label("id"), LoginSession.kind, User.username.label("user"), LoginSession.begun_at,
+        LoginSession.seen_at, LoginSession.address, (LoginSession.token_hash == own).label("current"),
+    ).join(User).where(live_sessions(who.context.clock())).order_by(LoginSession.seen_at.desc())
+    if not who.may("admin"):
+        query = query.where(LoginSession.user_id == (who.user.id if who.user else None))
+    with who.context.store.reading() as session:
+        return list(session.execute(query))
+
+
+def end_session(who: Principal, number: str) -> None:
+    """Ends a login: one's own, or as an admin anybody's."""
+    with who.context.store.writing() as session:
+        row = session.get(LoginSession, number)
+        user = session.get(User, row.user_id) if row else None
+        if row is None or user is None or not (who.may("admin") or (who.user and who.user.id == user.id)):
+            raise ApiError("there is no such session", 404)
+        session.delete(row)
+        who.note(session, f"a {row.kind} from {row.address} of {user.username} ended")
+
+
+def sign_out(who: Principal) -> None:
+    """Ends the session that asks, also for whoever else has its cookie."""
+    if who.session:
+        with who.context.store.writing() as session:
+            session.execute(sqlalchemy.delete(LoginSession).where(
+                LoginSession.token_hash == who.session.token_hash))
 
 
 # === API =====================================================================
-SESSION_STEP = 60.0             # seconds after which a request renews the cookie
+# The JSON API as a table of routes, its description in OpenAPI made of the same table, and what each request to the
+# console must pass: an address of the operators, a login, a page of ours as its sender, a role. Runs in the console's
+# threads. What is refused leaves as application/problem+json.
+# Gives: add_security_headers, API_ROUTES, authorize, client_address, current_principal, give_cookie, problem, Route
+
+SEEN_INTERVAL = 60.0            # seconds after which a request is noted as a session's last one
 COOKIE = "healthchecker_session"
 CONTENT_SECURITY_POLICY = ("default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "
                            "connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'")
 
 
 @dataclass(frozen=True)
-class Operation:
-    """A row of the API. `run` takes who asks, the names in the path and, where `body` says what it must be, the
-    body of the request or, with GET, its query."""
+class Route:
+    """One method of one path, who may use it, and what answers. An operation of the API has more: its `run` takes who
+    asks, the names in the path and, where `body` says what it must be, the body of the request or, with GET, its
+    query."""
 
     method: str
-    path: str                               # below API
+    path: str
+    needs: Literal["public", "", "viewer", "admin"]     # "": every operator, logged in or not
     run: Callable[..., Any]
     answer: Any = None                      # the model of what comes back, read by attributes; None: nothing, with 204
     body: type[Settings] | None = None
     status: int = 200
-    needs: Literal["", "viewer", "admin"] = "admin"
+    restricted: bool = False    # also while the documented password is to be changed first
 
     @property
     def key(self) -> str:
-        return f"{self.method} {API}{self.path}"
+        return f"{self.method} {self.path}"
 
     @functools.cached_property
     def adapter(self) -> TypeAdapter[Any]:
         return TypeAdapter(self.answer)
 
 
+RESOURCE = API + "resources/<name>"
 OPERATIONS = (
-    Operation("POST", "login", log_in, TokenView, Credentials, needs=""),
-    Operation("POST", "password", change_password, None, PasswordChange, needs="viewer"),
-    Operation("GET", "resources", list_resources, list[ResourceView], needs="viewer"),
-    Operation("POST", "resources", add_resource, ResourceView, ResourceSettings, status=201),
-    Operation("GET", "resources/<name>", show_resource, ResourceView, needs="viewer"),
-    Operation("PATCH", "resources/<name>", change_resource, ResourceView, ResourceSettings),
-    Operation("DELETE", "resources/<name>", remove_resource),
-    Operation("POST", "test", test_settings, TrialView, ResourceSettings),
-    Operation("POST", "resources/<name>/test", test_changes, TrialView, ResourceSettings),
-    Operation("POST", "resources/<name>/check", poll_now, PollView),
-    Operation("POST", "resources/<name>/maintenance", begin_maintenance, ResourceView, Maintenance),
-    Operation("DELETE", "resources/<name>/maintenance", end_maintenance),
-    Operation("POST", "resources/<name>/trust", trust_resource, ResourceView, Trust),
-    Operation("GET", "resources/<name>/samples", list_samples, list[PastPollView], SamplesQuery, needs="viewer"),
-    Operation("GET", "events", list_events, list[EventView], EventsQuery, needs="viewer"),
-    Operation("GET", "users", list_users, list[UserView]),
-    Operation("POST", "users", add_user, UserView, NewUser, status=201),
-    Operation("PATCH", "users/<name>", change_user, UserView, UserChange),
-    Operation("DELETE", "users/<name>", remove_user),
+    Route("POST", API + "login", "", log_in, TokenView, Credentials, restricted=True),
+    Route("POST", API + "password", "viewer", change_password, None, PasswordChange, restricted=True),
+    Route("GET", API + "sessions", "viewer", list_sessions, list[SessionView]),
+    Route("DELETE", API + "sessions/<id>", "viewer", end_session),
+    Route("GET", API + "resources", "viewer", list_resources, list[ResourceView]),
+    Route("POST", API + "resources", "admin", add_resource, ResourceView, ResourceSettings, status=201),
+    Route("GET", RESOURCE, "viewer", show_resource, ResourceView),
+    Route("PATCH", RESOURCE, "admin", change_resource, ResourceView, ResourceSettings),
+    Route("DELETE", RESOURCE, "admin", remove_resource),
+    Route("POST", API + "test", "admin", test_settings, TrialView, ResourceSettings),
+    Route("POST", RESOURCE + "/test", "admin", test_changes, TrialView, ResourceSettings),
+    Route("POST", RESOURCE + "/check", "admin", poll_now, PollView),
+    Route("POST", RESOURCE + "/maintenance", "admin", begin_maintenance, ResourceView, Maintenance),
+    Route("DELETE", RESOURCE + "/maintenance", "admin", end_maintenance),
+    Route("POST", RESOURCE + "/trust", "admin", trust_resource, ResourceView, Trust),
+    Route("GET", RESOURCE + "/samples", "viewer", list_samples, list[PastPollView], SamplesQuery),
+    Route("GET", API + "events", "viewer", list_events, list[EventView], EventsQuery),
+    Route("GET", API + "users", "admin", list_users, list[UserView]),
+    Route("POST", API + "users", "admin", add_user, UserView, NewUser, status=201),
+    Route("PATCH", API + "users/<name>", "admin", change_user, UserView, UserChange),
+    Route("DELETE", API + "users/<name>", "admin", remove_user),
 )
 
 
@@ -6793,14 +6845,16 @@ SCHEMAS = "#/components/schemas/"
 
 
 def resource_schema(schema: dict[str, Any]) -> None:
-    """Nothing is required where the inventory has defaults, and null stands for the default."""
+    """Nothing is required where the inventory has defaults, and null stands for the default; without INVENTORY_ONLY."""
     del schema["required"]
+    for name in INVENTORY_ONLY:
+        del schema["properties"][name]
     for name, field in schema["properties"].items():
         if {"type": "null"} not in field.get("anyOf", ()):
             schema["properties"][name] = {"anyOf": [field, {"type": "null"}]}
 
 
-def describe(operation: Operation, schemas: Mapping[Any, Any]) -> dict[str, Any]:
+def describe(operation: Route, schemas: Mapping[Any, Any]) -> dict[str, Any]:
     """One operation in OpenAPI."""
     where = [{"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
              for name in re.findall("<(.+?)>", operation.path)]
@@ -6837,7 +6891,7 @@ def openapi() -> dict[str, Any]:
     resource_schema(components["$defs"]["ResourceSettings"])
     paths: dict[str, dict[str, Any]] = collections.defaultdict(dict)
     for operation in OPERATIONS:
-        path = API + re.sub("<(.+?)>", r"{\1}", operation.path)
+        path = re.sub("<(.+?)>", r"{\1}", operation.path)
         paths[path][operation.method.lower()] = describe(operation, schemas)
     return {"openapi": "3.1.0", "info": {"title": "HealthChecker", "version": "1"}, "paths": paths,
             "security": [{"bearer": []}, {"session": []}],
@@ -6847,16 +6901,6 @@ def openapi() -> dict[str, Any]:
 
 
 # --- requests ---
-class Route(NamedTuple):
-    """One method of one path, who may use it, and what answers."""
-
-    method: str
-    path: str
-    needs: Literal["public", "", "viewer", "admin"]     # "": who may log in
-    run: Callable[..., flask.typing.ResponseReturnValue]
-    restricted: bool = False    # also while the documented password is to be changed first
-
-
 def current_principal() -> Principal:
     """Who sent the request that is being answered."""
     return cast(Principal, flask.g.principal)
@@ -6869,34 +6913,31 @@ def client_address(environ: WSGIEnvironment) -> str:
     return "0.0.0.0"    # noqa: S104  # is not listened on
 
 
-def is_local(environ: WSGIEnvironment, address: str) -> bool:
-    """Whether a request comes from this machine itself: not through a proxy, and under a name of its own: a page of
-    anybody's site can have its name stand for 127.0.0.1, and a browser here then takes this service for that site."""
-    host = re.sub(r":\d*$", "", environ.get("HTTP_HOST", "localhost")).strip("[]").lower()
-    named = host in ("localhost", socket.gethostname().lower())
-    if not named:
-        with contextlib.suppress(ValueError):
-            named = bool(ipaddress.ip_address(host))
-    return named and ipaddress.ip_address(address).is_loopback and not environ.get("healthchecker.forwarded")
-
-
-def identify(site: ConsoleContext, request: flask.Request) -> Principal:
-    """Who it is; an Authorization header counts before a cookie."""
-    address = client_address(request.environ)
-    stranger = Principal(site, address, is_local(request.environ, address))
-    kind, text = "session", request.cookies.get(COOKIE, "")
-    if authorization := request.headers.get("Authorization"):
-        scheme, _, token = authorization.partition(" ")
-        kind, text = "token", token.strip() if scheme.lower() == "bearer" else ""
-    ticket = site.tickets.read(text, kind, site.clock())
-    if ticket is None:
+def identify(context: ConsoleContext, request: flask.Request) -> Principal:
+    """Who it is; a bearer token counts before a cookie, other schemes are somebody else's: of a proxy, for instance."""
+    stranger = Principal(context, client_address(request.environ))
+    scheme, _, token = request.headers.get("Authorization", "").partition(" ")
+    kind, token = ("token", token.strip()) if scheme.lower() == "bearer" else (
+        "session", request.cookies.get(COOKIE, ""))
+    if not token:
         return stranger
-    with site.store.reading() as session:
-        user = holder(session, ticket)
-    return replace(stranger, ticket=ticket, user=user) if user else stranger
+    with context.store.reading() as session:
+        found = session.execute(sqlalchemy.select(LoginSession, User).join(User, User.id == LoginSession.user_id).where(
+            LoginSession.token_hash == token_hash(token), LoginSession.kind == kind,
+            live_sessions(context.clock()))).first()
+    return replace(stranger, session=found[0], user=found[1]) if found else stranger
 
 
-def same_origin(request: flask.Request) -> bool | None:
+def note_seen(who: Principal) -> None:
+    """A page that refreshes itself is no activity."""
+    now = who.context.clock()
+    if who.session and now - who.session.seen_at > SEEN_INTERVAL and "X-Refresh" not in flask.request.headers:
+        with contextlib.suppress(sqlalchemy.exc.SQLAlchemyError), who.context.store.writing() as session:
+            session.execute(sqlalchemy.update(LoginSession).values(seen_at=now).where(  # a full disk can still be read
+                LoginSession.token_hash == who.session.token_hash))
+
+
+def is_same_origin(request: flask.Request) -> bool | None:
     """Whether a page of this service sent the request; None when its sender does not say."""
     fetch_site, origin = request.headers.get("Sec-Fetch-Site"), request.headers.get("Origin")
     if fetch_site:
@@ -6904,51 +6945,52 @@ def same_origin(request: flask.Request) -> bool | None:
     return origin == f"{request.scheme}://{request.host}" if origin else None
 
 
-def authorize(site: ConsoleContext, routes: Mapping[str, Route]) -> None:
-    """Stands before every request. Raises Refusal for those who may not."""
+def require_same_origin(who: Principal, logged_in: bool) -> None:
+    """Raises ApiError where another site made a browser send this: a session's cookie may have come along."""
+    same = is_same_origin(flask.request)
+    if same is False or (same is None and logged_in and who.session and who.session.kind == "session"):
+        raise ApiError("this request does not come from a page of this service", 403)
+
+
+def authorize(context: ConsoleContext, routes: Mapping[str, Route]) -> None:
+    """Stands before every request. Raises ApiError for those who may not."""
     request = flask.request
-    who = flask.g.principal = identify(site, request)
+    who = flask.g.principal = identify(context, request)
     route = routes.get(request.endpoint or "")
     needs = route.needs if route else "viewer"
     if needs == "public":
         return
     if not who.operator:
-        raise ApiError("this address may not log in; see service.operators", 403)
+        raise ApiError("the console does not answer this address", 403)
     if needs and who.user is None:
         raise ApiError("log in first", 401)
     if request.method not in SAFE_METHODS:
-        same = same_origin(request)
-        if same is False or (same is None and needs and who.ticket and who.ticket.kind == "session"):
-            raise ApiError("this request does not come from a page of this service", 403)
+        require_same_origin(who, bool(needs))
     if who.restricted and not (route and route.restricted):
-        raise ApiError("change the documented password first", 403)
+        raise ApiError("change the documented password first: it opens nothing else", 403)
     if needs and not who.may(needs):
         raise ApiError("only an admin may do this", 403)
+    note_seen(who)
 
 
-def give_cookie(response: Response, ticket: str) -> Response:
+def give_cookie(response: Response, token: str) -> Response:
     """Sets the session's cookie, or takes it away; the application behind the gate never sees it."""
-    response.set_cookie(COOKIE, ticket, max_age=None if ticket else 0, path=PREFIX, secure=flask.request.is_secure,
+    response.set_cookie(COOKIE, token, max_age=None if token else 0, path=PREFIX, secure=flask.request.is_secure,
                         httponly=True, samesite="Strict")
     return response
 
 
-def finish(response: Response) -> Response:
-    """Stands behind every request: headers, and a session that goes on."""
-    who: Principal | None = flask.g.get("principal")
-    kept = response.headers.setdefault("Cache-Control", "no-store") != "no-store"
+def add_security_headers(response: Response) -> Response:
+    """Stands behind every request."""
+    response.headers.setdefault("Cache-Control", "no-store")
     response.headers["Content-Security-Policy"] = CONTENT_SECURITY_POLICY
     response.headers["X-Content-Type-Options"] = "nosniff"
     response.headers["Referrer-Policy"] = "same-origin"     # with no-referrer, forms would send `Origin: null`
-    if who and who.ticket and who.ticket.kind == "session" and "Set-Cookie" not in response.headers and not kept:
-        now = who.site.clock()
-        if now - who.ticket.seen > SESSION_STEP and "X-Refresh" not in flask.request.headers:
-            give_cookie(response, who.site.tickets.write(who.ticket._replace(seen=now)))    # a refresh is no activity
     return response
 
 
 def json_body() -> dict[str, Any]:
-    """The body of the request, an object. Raises Refusal."""
+    """The body of the request, an object. Raises ApiError."""
     raw = flask.request.get_data(cache=False)
     if raw and flask.request.mimetype != "application/json":
         raise ApiError("the body must be application/json", 415)
@@ -6961,7 +7003,7 @@ def json_body() -> dict[str, Any]:
     return body
 
 
-def perform(operation: Operation, **names: str) -> flask.typing.ResponseReturnValue:
+def perform(operation: Route, **names: str) -> flask.typing.ResponseReturnValue:
     """Answers a request to the API."""
     taken: list[Mapping[str, Any]] = []
     if operation.body:
@@ -6970,7 +7012,8 @@ def perform(operation: Operation, **names: str) -> flask.typing.ResponseReturnVa
     if operation.answer is None:
         return flask.Response(status=204, content_type="")
     answer = operation.adapter.validate_python(found, from_attributes=True)
-    return flask.Response(operation.adapter.dump_json(answer), operation.status, mimetype="application/json")
+    content = operation.adapter.dump_json(answer, warnings=False)   # they are of damaged rows
+    return flask.Response(content, operation.status, mimetype="application/json")
 
 
 def json_answer(content: Mapping[str, Any], status: int = 200, kind: str = "application/json") -> flask.Response:
@@ -6978,8 +7021,15 @@ def json_answer(content: Mapping[str, Any], status: int = 200, kind: str = "appl
 
 
 def health() -> flask.Response:
+    """application/health+json; the resources only for those who are logged in."""
     who = current_principal()
-    return json_answer(health_view(who), 200 if who.site.is_healthy else 503, "application/health+json")
+    answer: dict[str, Any] = {"status": "pass" if who.context.is_healthy else "fail"}
+    if who.operator and who.may("viewer") and not who.restricted:
+        answer["checks"] = {f"{view.name}:state": [{
+            "componentType": "system", "observedValue": view.state, "time": view.polled and view.polled.isoformat(),
+            "status": {"healthy": "pass", "unhealthy": "fail"}.get(view.state, "warn"),
+            "output": f"{view.cause}: {view.reason}" if view.cause else ""}] for view in list_resources(who)}
+    return json_answer(answer, 200 if who.context.is_healthy else 503, "application/health+json")
 
 
 def problem(error: ApiError) -> flask.Response:
@@ -6993,14 +7043,19 @@ def problem(error: ApiError) -> flask.Response:
 API_ROUTES = (
     Route("GET", "/-/livez", "public", lambda: flask.Response("ok\n", mimetype="text/plain")),
     Route("GET", HEALTH, "public", health),
-    Route("GET", f"{API}openapi.json", "viewer", lambda: json_answer(openapi())),
-    *(Route(operation.method, API + operation.path, operation.needs, functools.partial(perform, operation),
-            restricted=operation.path in ("login", "password")) for operation in OPERATIONS),
+    Route("GET", API + "openapi.json", "viewer", lambda: json_answer(openapi())),
+    *(replace(operation, run=functools.partial(perform, operation)) for operation in OPERATIONS),
 )
 
 
 # === Metrics =================================================================
+# What Prometheus reads: the gate and the totals of all workers for the operators' networks; with the bearer token of
+# service.metrics_token_file, from anywhere, every resource too. In come the lease, the workers' counters in shared
+# memory and the rows that the recorder writes; out goes a text. Runs in the console's threads.
+# Gives: Metrics, read_token, ServingMetrics
+
 METRICS_AGE = 1.0               # seconds for which the resources' part of /-/metrics is not made again
+
 
 def gauge(name: str, text: str, value: float | None = None, *labels: str) -> GaugeMetricFamily:
     """A gauge of ours; with labels its values are added later."""
@@ -7077,8 +7132,8 @@ def resource_metrics(row: Any, now: float) -> Iterator[MetricValue]:
     if row.polled_at:
         yield "poll_duration_seconds", (), row.seconds
         yield "last_poll_timestamp_seconds", (), row.polled_at
-        if sample := json.loads(row.sample):
-            yield from sample_metrics(sample)
+        with contextlib.suppress(ValueError, LookupError, TypeError, AttributeError):   # damaged: there is none
+            yield from sample_metrics(json.loads(row.sample) or NO_SAMPLE)
 
 
 class ResourceMetrics:
@@ -7124,33 +7179,26 @@ def read_token(path: Path) -> bytes:
 
 class Metrics:
     """The answer of /-/metrics. What it says of the resources serves for METRICS_AGE seconds, so that scrapes cannot
-    load the machine; totals are read each time, or they would fall whenever another worker answers."""
+    load the machine."""
 
     def __init__(self, serving: ServingMetrics, store: Store, token_file: Path | None) -> None:
+        self._serving, self._resources = serving, ResourceMetrics(store)
         self._token_file = token_file
         self._complaint = ""        # the last one about the token file
-        self._serving, self._resources = CollectorRegistry(), CollectorRegistry()
-        self._serving.register(serving)
-        self._resources.register(ResourceMetrics(store))
         self._lock = threading.Lock()       # guards these two, so that who asks meanwhile waits for the same text
         self._made, self._text = -math.inf, b""
 
-    def answer(self) -> flask.Response:
-        """The whole answer to the request; takes 0.1 s for 1,000 resources."""
-        status, headers, body = self._answer(flask.request.headers.get("Authorization", ""))
-        return flask.Response(body, status, headers)
-
-    def _answer(self, authorization: str) -> Reply:
+    def answer(self, authorization: str, *, operator: bool) -> flask.Response:
+        """The whole answer; takes 0.1 s for 1,000 resources. Raises ApiError."""
         scheme, _, token = authorization.partition(" ")
         bearer = scheme.lower() == "bearer"
         if bearer and not self._admits(token.strip()):
-            return "401 Unauthorized", [("WWW-Authenticate", 'Bearer realm="metrics"')], b"wrong token\n"
-        try:
-            body = generate_latest(self._serving) + (self._resource_text() if bearer else b"")
-            return "200 OK", [("Content-Type", "text/plain; version=0.0.4; charset=utf-8")], body
-        except sqlalchemy.exc.SQLAlchemyError as error:
-            log.error("/-/metrics: the database cannot be read: %s", one_line(str(getattr(error, "orig", error))))
-            return "503 Service Unavailable", [("Retry-After", "1")], b"the database cannot be read\n"
+            return flask.Response("wrong token\n", 401, {"WWW-Authenticate": 'Bearer realm="metrics"'},
+                                  mimetype="text/plain")
+        if not bearer and not operator:
+            raise ApiError("the console does not answer this address", 403)
+        text = generate_latest(self._serving) + (self._resource_text() if bearer else b"")
+        return flask.Response(text, content_type="text/plain; version=0.0.4; charset=utf-8")
 
     def _admits(self, token: str) -> bool:
         """Reads the file each time, so that a new token counts at once; one that cannot be read admits nobody."""
@@ -8056,8 +8104,8 @@ def render_page(template: str, status: int = 200, *, given: Mapping[str, str] | 
     common: dict[str, Any] = {"user": user, "admin": user and user.role == "admin",
                               "form": {"given": given or {}, "errors": errors or {}}}
     if who and who.operator:
-        common |= {"now": who.site.clock(), "zone": time.strftime("%Z")}
-        with contextlib.suppress(sqlalchemy.exc.SQLAlchemyError), who.site.store.reading() as session:
+        common |= {"now": who.context.clock(), "zone": time.strftime("%Z")}
+        with contextlib.suppress(sqlalchemy.exc.SQLAlchemyError), who.context.store.reading() as session:
             common["initial"] = initial_user(session) is not None   # the page may be to say that this fails
     text = flask.render_template(template, **(common | shown)).encode()
     response = flask.Response(text, status, mimetype="text/html")
@@ -8069,8 +8117,6 @@ def render_page(template: str, status: int = 200, *, given: Mapping[str, str] | 
 
 
 NO_SETTINGS: dict[str, Any] = {"tags": [], "critical": True, "limits": {}}
-NO_SAMPLE: dict[str, Any] = {"details": {}, "metrics": {}, "services": {}, "checks": {}, "problems": {}}
-DAMAGED = "its row in the database is damaged; restore the database, or remove it and add it again"
 
 
 def stored_mapping(text: str, empty: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -8113,9 +8159,9 @@ class ResourceRow:
         return self.row.platform if self.row.platform in HOSTLESS else (
             f"{self.row.hostname}{port} · {self.row.platform}")
 
-    def origin(self, site: ConsoleContext) -> str:
+    def origin(self, context: ConsoleContext) -> str:
         """Where the inventory states it; empty when it was added here."""
-        return site.places.get(self.name, site.inventory.path.name) if self.row.origin == "inventory" else ""
+        return context.places.get(self.name, context.inventory.path.name) if self.row.origin == "inventory" else ""
 
     def limit(self, metric: str) -> LimitValues:
         return self.settings["limits"].get(metric) or {}
@@ -8154,12 +8200,12 @@ def query_of(parts: Mapping[str, str]) -> str:
 
 def overview() -> Answer:
     """Every resource, worst first, and the gate."""
-    site = current_principal().site
-    now = site.clock()
+    context = current_principal().context
+    now = context.clock()
     wanted = {name: flask.request.args.get(name, "") for name in ("state", "q", "tag")}
-    with site.store.reading() as session:
+    with context.store.reading() as session:
         everything = [ResourceRow(row, status, now) for row, status in session.execute(RESOURCES)]
-        gate = gate_state(session, site.is_healthy, everything)
+        gate = gate_state(session, context.is_healthy, everything)
     found = [resource for resource in everything if resource.matches(wanted["q"], wanted["tag"])]
     counts = collections.Counter(resource.shown_state for resource in found)
     rows = sorted((resource for resource in found if wanted["state"] in ("", resource.shown_state)),
@@ -8221,11 +8267,11 @@ def charts(session: Session, resource: ResourceRow, span: str, now: float) -> li
 
 def resource_page(name: str, status: int = 200, **more: Any) -> flask.Response:
     """Everything about one resource."""
-    site, request = current_principal().site, flask.request
-    now = site.clock()
+    context, request = current_principal().context, flask.request
+    now = context.clock()
     span = request.args.get("span", "")
     span = span if span in SPANS else "hour"
-    with site.store.reading() as session:
+    with context.store.reading() as session:
         row = find_resource(session, name)
         resource = ResourceRow(row, session.get(Status, row.id), now)
         more |= {"charts": charts(session, resource, span, now), "availability": availability(session, row.id, now),
@@ -8237,7 +8283,7 @@ def resource_page(name: str, status: int = 200, **more: Any) -> flask.Response:
     return render_page("resource.html", status, shown=resource, span=span,
                        readings=reading_rows(sample, resource, damage),
                        span_links=[(name, f"?span={name}", f"Last {name}", None) for name in SPANS],
-                       machine=machine_rows(sample, row.host_key), origin=resource.origin(site),
+                       machine=machine_rows(sample, row.host_key), origin=resource.origin(context),
                        refresh="" if request.method == "GET" else resource.href,
                        outcomes=sorted(outcomes, key=lambda outcome: bool(outcome[2]["good"])), **more)
 
@@ -8253,7 +8299,7 @@ def event_page() -> Answer:
     args = flask.request.args
     wanted = {name: args.get(name, "") for name in ("kind", "resource")}
     before = int(args["before"]) if re.fullmatch("[0-9]{1,18}", args.get("before", "")) else None
-    with current_principal().site.store.reading() as session:
+    with current_principal().context.store.reading() as session:
         found = events(session, resource=wanted["resource"] or None, kind=wanted["kind"] or None, before=before,
                        limit=EVENTS_SHOWN)
         names = sorted(session.scalars(sqlalchemy.select(Resource.name)))
@@ -8268,8 +8314,6 @@ RETYPABLE = re.compile(r"/-/(add|users|resources/[^/]+/(edit|maintenance))")    
 UNSAVED = "You are logged in again. Nothing has been done yet; passwords have to be typed again."
 NEVER_SHOWN = ("password", "current", "new", "again")   # secrets of the forms
 INPUTS = ("platform", "name", "interval", "critical", "hostname", "port", "username", "password")
-INVENTORY_ONLY = {"password_env", "password_file", "key_file", "key_passphrase", "key_passphrase_env",
-                  "key_passphrase_file", "ca_file", "certificate_file"}     # read the server's own files
 OTHERS = [name for name in ResourceSettings.model_fields if name not in {*INPUTS, *INVENTORY_ONLY}]
 NEW_RESOURCE = {"platform": Platform.UNIX.value, "critical": "true"}
 EXAMPLE = """limits: {memory_percent: {warn: 80, fail: 95}, disk_percent: 90}
@@ -8310,7 +8354,7 @@ def form_page(name: str, given: Mapping[str, str], status: int = 200, **more: An
 def edit_form(name: str) -> Answer:
     """The form of a resource that was added here."""
     who = current_principal()
-    with who.site.store.reading() as session:
+    with who.context.store.reading() as session:
         texts = form_texts(changeable(who, session, name))
     return form_page(name, texts)
 
@@ -8398,7 +8442,7 @@ def maintenance_form(name: str) -> Answer:
     minutes = int(form["minutes"]) if re.fullmatch("[0-9]{1,6}", form.get("minutes", "")) else 0
     if not minutes:
         return run_action(name, end_maintenance)
-    until = datetime.datetime.fromtimestamp(current_principal().site.clock() + 60 * minutes, datetime.timezone.utc)
+    until = datetime.datetime.fromtimestamp(current_principal().context.clock() + 60 * minutes, datetime.timezone.utc)
     return run_action(name, begin_maintenance, {"until": until.isoformat(), "reason": form.get("reason", "")})
 
 
@@ -8407,17 +8451,9 @@ def trust_form(name: str) -> Answer:
     if key := flask.request.form.get("key"):
         return run_action(name, trust_resource, {"host_key": key})
     try:
-        return resource_page(name, offered=current_principal().site.offered_key(name))
+        return resource_page(name, offered=current_principal().context.offered_key(name))
     except HealthCheckerError as error:
         return resource_page(name, api_error(error).status, problem=str(error))
-
-
-def list_sessions(who: Principal) -> list[Any]:      # replaced at the merge
-    return []
-
-
-def revoke_session(who: Principal, number: str) -> None:      # replaced at the merge
-    raise ApiError("there is no such session", 404)
 
 
 def user_page(status: int = 200, **more: Any) -> flask.Response:
@@ -8454,7 +8490,7 @@ def password_form() -> Answer:
     except ApiError as error:
         return render_page("password.html", error.status, errors=error.fields,
                            problem="" if error.fields else str(error))
-    return give_cookie(flask.redirect(PREFIX, 303), open_ticket(who.site, "session", user))
+    return give_cookie(flask.redirect(PREFIX, 303), open_session(who, "session", user))
 
 
 def own_path(text: str) -> str:
@@ -8467,7 +8503,7 @@ def login_again() -> flask.Response:
 
     A form that another site sent brings nothing: its texts would look as if they had been typed here."""
     request = flask.request
-    kept = RETYPABLE.fullmatch(request.path) and same_origin(request)
+    kept = RETYPABLE.fullmatch(request.path) and is_same_origin(request)
     typed = {TYPED + name: text for name, text in request.form.items() if kept and name not in NEVER_SHOWN}
     shown = re.match(r"/-/(add|password|users|resources/[^/]+)?", request.path)
     after = quote(request.path if typed or not shown else shown[0])
@@ -8485,7 +8521,7 @@ def login_form() -> Answer:
         return render_page("login.html", refusal.status, problem=str(refusal), given=form, typed=typed)
     after = own_path(flask.request.args.get("next", ""))
     again = bool(typed) and RETYPABLE.fullmatch(after)      # 307 sends what was typed along, to be shown
-    return give_cookie(flask.redirect(after, 307 if again else 303), open_ticket(who.site, "session", user))
+    return give_cookie(flask.redirect(after, 307 if again else 303), open_session(who, "session", user))
 
 
 def logout_form() -> Answer:
@@ -8547,7 +8583,7 @@ PAGES = (
     Route("POST", "/-/users", "admin", lambda: change_users(add_user, flask.request.form.to_dict())),
     Route("POST", "/-/users/<name>", "admin", user_form),
     Route("POST", "/-/users/<name>/remove", "admin", lambda name: change_users(remove_user, name)),
-    Route("POST", "/-/sessions/<number>/end", "admin", lambda number: change_users(revoke_session, number)),
+    Route("POST", "/-/sessions/<number>/end", "admin", lambda number: change_users(end_session, number)),
     Route("GET", "/-/static/<name>", "", asset, restricted=True),
     Route("GET", "/-/login", "", lambda: render_page("login.html"), restricted=True),
     Route("POST", "/-/login", "", login_form, restricted=True),
@@ -8558,41 +8594,114 @@ PAGES = (
 
 
 # === Console =================================================================
-CONSOLE_THREADS = 4             # pool threads of the console
+# The operators' door: pages, API and metrics as a Flask application under plain waitress, in threads of the main
+# process with a pool of their own. It answers only under names that are its own, says nothing that a request held in
+# its errors, and holds few connections and small bodies, so that its clients disturb neither gate nor pollers.
+# Gives: build_console, ConsoleServer
+
+CONSOLE_THREADS = 8             # pool threads of the console: some wait for polls or for their turn at the login
+CONSOLE_CONNECTIONS = 100       # at once
+CONSOLE_HEADERS = 1 << 15       # bytes of a request's head
 CONSOLE_BODY = 1 << 18          # bytes of a request to the pages and the API
+CONSOLE_SILENCE = 30            # seconds for which a connection may be silent
+CONSOLE_DRAIN = 2.0             # seconds for requests in flight when the service ends
 
 
-def build_console(site: ConsoleContext, metrics: Metrics) -> flask.Flask:
+class HostCheck:
+    """Refuses requests under a name that is not the console's: anybody's site can let its name stand for this address
+    (DNS rebinding), and its pages, of one origin with us then, would log in with the documented password. An address,
+    `localhost`, this machine's name and that of `service.console` are ours; a proxy of `service.trusted_proxy` sees to
+    its names itself."""
+
+    def __init__(self, app: WSGIApplication, service: ServiceSettings) -> None:
+        self._app, self._proxies = app, tuple(map(ipaddress.ip_network, service.trusted_proxy))
+        self._names = {"localhost", socket.gethostname().lower(), service.console.rpartition(":")[0].lower()}
+
+    def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        if self._is_ours(environ):
+            return self._app(environ, start_response)
+        return respond(environ, start_response, ("421 Misdirected Request", [], (
+            b"The console does not answer to this name: use its address, localhost or a proxy of trusted_proxy.\n")))
+
+    def _is_ours(self, environ: WSGIEnvironment) -> bool:
+        host = environ.get("HTTP_HOST")
+        if host is None or is_within(ipaddress.ip_address(client_address(environ)), self._proxies):
+            return True     # without Host it is no browser
+        name = re.sub(r":\d{1,5}$", "", host).lower()
+        with contextlib.suppress(ValueError):
+            return name in self._names or bool(ipaddress.ip_address(name.strip("[]")))
+        return False
+
+
+def build_console(context: ConsoleContext, metrics: Metrics) -> flask.Flask:
     """The Flask application of the operators' door."""
     app = flask.Flask("healthchecker.console", static_folder=None)
     app.config.update(MAX_CONTENT_LENGTH=CONSOLE_BODY, PROVIDE_AUTOMATIC_OPTIONS=False)
     app.url_map.merge_slashes = False       # it would redirect
     add_template_globals(app)
-    routes = {f"{route.method} {route.path}": route for route in (
-        *API_ROUTES, *PAGES, Route("GET", METRICS_PATH, "public", metrics.answer))}
+    routes = {route.key: route for route in (*API_ROUTES, *PAGES, Route("GET", METRICS_PATH, "public", lambda: (
+        metrics.answer(flask.request.headers.get("Authorization", ""), operator=current_principal().operator))))}
     for endpoint, route in routes.items():
         app.add_url_rule(route.path, endpoint, route.run, methods=[route.method])
-    app.before_request(functools.partial(authorize, site, routes))
-    app.after_request(finish)
+    app.before_request(functools.partial(authorize, context, routes))
+    app.after_request(add_security_headers)
     app.register_error_handler(HealthCheckerError, refuse)
     app.register_error_handler(HTTPException, answer_http_error)
     app.register_error_handler(sqlalchemy.exc.SQLAlchemyError, answer_database_error)
+    app.wsgi_app = HostCheck(app.wsgi_app, context.inventory.service)   # type: ignore[method-assign]  # as Flask says
     return app
 
 
-class ConsoleServer(threading.Thread):
-    """The operators' door: plain waitress on a socket that is bound already, with a small pool of its own."""
+class ConsoleErrorTask(ErrorTask):      # type: ignore[misc]  # waitress carries no types
+    """The answer to what is no request; waitress's own would repeat parts of it."""
 
-    def __init__(self, app: flask.Flask, sock: socket.socket) -> None:
+    def execute(self) -> None:
+        self.request.error.body = "This cannot be answered."
+        super().execute()
+
+
+class ConsoleParser(HTTPRequestParser):     # type: ignore[misc]  # waitress carries no types
+    """A request; what urllib takes for no URL would end waitress's connection with a line of its inside in the log."""
+
+    def parse_header(self, header_plus: bytes) -> None:
+        try:
+            super().parse_header(header_plus)
+        except ValueError as error:
+            raise ParsingError("Bad URI") from error
+
+
+class ConsoleChannel(HTTPChannel):      # type: ignore[misc]  # waitress carries no types
+    """A client's connection."""
+
+    parser_class, error_task_class = ConsoleParser, ConsoleErrorTask
+
+
+class ConsoleServer(threading.Thread):
+    """The operators' door: plain waitress on sockets that are bound already."""
+
+    def __init__(self, app: WSGIApplication, sockets: Sequence[socket.socket]) -> None:
         super().__init__(name="console", daemon=True)
-        self._server = waitress.create_server(app, sockets=[sock], threads=CONSOLE_THREADS, ident=None,
-                                              max_request_body_size=CONSOLE_BODY)
+        self._map: dict[int, Any] = {}      # waitress's: everything that its loop watches
+        self._server = waitress.create_server(
+            app, self._map, sockets=list(sockets), threads=CONSOLE_THREADS, ident=None,
+            connection_limit=CONSOLE_CONNECTIONS, channel_timeout=CONSOLE_SILENCE, cleanup_interval=5,
+            max_request_header_size=CONSOLE_HEADERS, max_request_body_size=CONSOLE_BODY,
+            asyncore_use_poll=hasattr(selectors, "PollSelector"))   # select takes 1,024 descriptors, all pollers' too
+        self._doors = [one for one in self._map.values() if isinstance(one, TcpWSGIServer)]
+        for door in self._doors:
+            door.channel_class = ConsoleChannel
 
     def run(self) -> None:
         self._server.run()
 
     def close(self) -> None:
-        self._server.close()
+        """Ends all threads and connections; requests in flight have CONSOLE_DRAIN seconds."""
+        self._server.task_dispatcher.shutdown(timeout=CONSOLE_DRAIN)
+        if not self.is_alive():
+            wasyncore.close_all(self._map)
+            return
+        self._doors[0].trigger.pull_trigger(functools.partial(wasyncore.close_all, self._map))   # in its own thread
+        self.join(CONSOLE_DRAIN)
 
 
 # === Commands ================================================================
@@ -8693,7 +8802,6 @@ def watch_and_serve(installation: Installation, doors: Doors, store: Store) -> N
     (vault, lines), access = prepare(installation, store), installation.access()
     recorder = Recorder(store, aggregator, inventory.service.retention)
     monitor = Monitor(store, vault, PollContext(aggregator, recorder, access, random.Random()))
-    key = session_key(inventory.service.keys)
     service = inventory.service.model_copy(
         update={"console": bound_address(doors.console) if doors.console else "off"})
     supervisor = Supervisor(service, installation.path.parent, doors.application, aggregator.lease, doors.access_file)
@@ -8703,12 +8811,11 @@ def watch_and_serve(installation: Installation, doors: Doors, store: Store) -> N
             for level, line in lines:
                 log.log(level, "%s", line)
             if doors.console:
-                context = ConsoleContext(store, inventory.without_secrets(), aggregator.lease, key, vault, monitor,
-                                         access)
+                context = ConsoleContext(store, inventory.without_secrets(), aggregator.lease, vault, monitor, access)
                 token_file = service.metrics_token_file
                 metrics = Metrics(ServingMetrics(aggregator.lease, supervisor.counters), store, token_file)
                 console = stack.enter_context(contextlib.closing(
-                    ConsoleServer(build_console(context, metrics), doors.console)))
+                    ConsoleServer(build_console(context, metrics), [doors.console])))
                 console.start()
             keep_out_of_collections()
             monitor.begin()
@@ -8966,7 +9073,7 @@ def accounts(arguments: argparse.Namespace) -> Iterator[Principal]:
         with store.writing() as session:
             ensure_first_user(session)
         nothing: Any = None     # these commands need neither keys nor pollers
-        yield Principal(ConsoleContext(store, installation.inventory, Lease(), b"", nothing, nothing, nothing))
+        yield Principal(ConsoleContext(store, installation.inventory, Lease(), nothing, nothing, nothing))
 
 
 def user_add(arguments: argparse.Namespace) -> int:

@@ -16,31 +16,33 @@ from service import Service, prepared_keys, write_inventory
 
 from healthchecker import (
     COOKIE,
+    FIRST_USER,
     ConnectionContext,
     ConsoleContext,
     Counters,
     HealthAggregator,
     KnownHosts,
+    LoginThrottle,
     Metrics,
     Monitor,
     PollContext,
+    Principal,
     Recorder,
     Resolver,
     Retention,
     ServingMetrics,
     Store,
-    Throttle,
+    User,
     Vault,
     build_console,
-    ensure_first_user,
     find_user,
     import_inventory,
     load_inventory,
-    open_ticket,
-    session_key,
+    open_session,
+    sqlalchemy,
 )
 
-NAME, DOCUMENTED = "SpiceWorks", "HealthChecker"
+NAME, DOCUMENTED = FIRST_USER
 PASSWORD = "correct horse battery"
 JSON, PROBLEM, FORM = "application/json", "application/problem+json", "application/x-www-form-urlencoded"
 
@@ -150,10 +152,10 @@ class Clock:
 class Local:
     """The console in this process, its main process's side included; asked through WSGI, from any address."""
 
-    def __init__(self, site: ConsoleContext, clock: Clock) -> None:
-        self.site, self.store, self.clock = site, site.store, clock
-        metrics = Metrics(ServingMetrics(site.lease, Counters(1)), site.store, None)
-        self.app: flask.Flask = build_console(site, metrics)
+    def __init__(self, context: ConsoleContext, clock: Clock) -> None:
+        self.context, self.store, self.clock = context, context.store, clock
+        metrics = Metrics(ServingMetrics(context.lease, Counters(1)), context.store, None)
+        self.app: flask.Flask = build_console(context, metrics)
         self.token = self.cookie = ""
 
     def ask(
@@ -187,17 +189,18 @@ class Local:
     def log_in_as(self, name: str, kind: str = "session") -> Local:
         """What a login gives, without the time that it takes."""
         with self.store.reading() as session:
-            ticket = open_ticket(self.site, kind, find_user(session, name))
-        self.token, self.cookie = (ticket, "") if kind == "token" else ("", ticket)
+            user = find_user(session, name)
+        token = open_session(Principal(self.context, "127.0.0.1"), kind, user)
+        self.token, self.cookie = (token, "") if kind == "token" else ("", token)
         return self
 
-    def log_in(self, name: str = NAME, password: str = DOCUMENTED, **more: Any) -> Local:
+    def log_in(self, name: str = NAME, password: str = PASSWORD, **more: Any) -> Local:
         reply = self.api("POST", "login", {"username": name, "password": password}, **more)
         assert reply.status == 200, reply
         self.token, self.cookie = reply.json["token"], ""
         return self
 
-    def open_session(self, name: str = NAME, password: str = DOCUMENTED, **more: Any) -> Local:
+    def open_session(self, name: str = NAME, password: str = PASSWORD, **more: Any) -> Local:
         reply = self.form("/-/login", {"username": name, "password": password}, **more)
         assert reply.status == 303 and reply.cookie, reply
         self.token, self.cookie = "", reply.cookie
@@ -205,24 +208,29 @@ class Local:
 
 
 @contextlib.contextmanager
-def local_console(folder: Path, resources: str = "", service: str = "") -> Iterator[Local]:
-    """A console with everything that is behind it, pollers too; only the gate is not served."""
+def local_console(
+    folder: Path, resources: str = "", service: str = "", password: str = PASSWORD
+) -> Iterator[Local]:
+    """A console with everything that is behind it, pollers too; only the gate is not served.
+
+    Where there is no user yet, the first one has `password`, which was changed if it is not the documented one."""
     prepared_keys(folder)
     inventory = load_inventory(write_inventory(folder, resources, service))
     store, vault = Store(folder / "healthchecker.db"), Vault(folder / "keys")
     with store.writing() as session:
-        ensure_first_user(session)
+        if session.scalar(sqlalchemy.select(User).limit(1)) is None:
+            session.add(User.create(NAME, password, initial=password == DOCUMENTED))
         import_inventory(session, inventory, vault)
     aggregator = HealthAggregator()
     access = ConnectionContext(KnownHosts(folder / "known_hosts"), Resolver())
     watch = PollContext(aggregator, Recorder(store, aggregator, Retention()), access, random.Random(1))
     monitor = Monitor(store, vault, watch)
-    clock, key = Clock(), session_key(folder / "keys")
-    site = ConsoleContext(store, inventory, aggregator.lease, key, vault, monitor, access, clock)
-    site.throttle = Throttle(Clock())
+    clock = Clock()
+    context = ConsoleContext(store, inventory, aggregator.lease, vault, monitor, access, clock)
+    context.throttle = LoginThrottle(Clock())
     monitor.begin()
     try:
-        yield Local(site, clock)
+        yield Local(context, clock)
     finally:
         monitor.close()
         store.close()

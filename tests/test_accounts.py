@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
 import json
 import os
 import re
-import stat
 import subprocess
 import sys
 import threading
@@ -17,25 +17,32 @@ from typing import Any
 
 import pytest
 import service
+from conftest import wait_for
 from console import DOCUMENTED, NAME, PASSWORD, Clock, Local, Reply, console, local_console
 from service import Service, write_inventory
 
+import healthchecker
 from healthchecker import (
+    ADDRESS_FAILURES,
     ASSETS,
     LOGIN_FAILURES,
     LOGIN_WINDOW,
     LOGINS_KEPT,
+    SEEN_INTERVAL,
     SESSION_IDLE,
     SESSION_LIFE,
-    SESSION_STEP,
     TOKEN_LIFE,
-    HealthCheckerError,
-    SecretError,
-    Throttle,
-    Ticket,
-    Tickets,
+    ApiError,
+    Event,
+    LoginSession,
+    LoginThrottle,
+    Principal,
+    Retention,
     User,
-    session_key,
+    open_session,
+    prune_events,
+    record_event,
+    sqlalchemy,
 )
 
 SIMULATED = "  - {name: simulated, platform: simulated, interval: 1, mean_healthy: 100000}"
@@ -46,93 +53,31 @@ WRONG = "not the right one"
 
 @pytest.fixture
 def local(tmp_path: Path) -> Iterator[Local]:
+    """The first user's password was changed to PASSWORD."""
     with local_console(tmp_path, SIMULATED, OPERATORS) as made:
         yield made
+
+
+@pytest.fixture
+def fresh(tmp_path: Path) -> Iterator[Local]:
+    """The first user's password is the documented one."""
+    with local_console(tmp_path, SIMULATED, OPERATORS, DOCUMENTED) as made:
+        yield made
+
+
+def sessions(local: Local) -> list[LoginSession]:
+    with local.store.reading() as session:
+        return list(session.scalars(sqlalchemy.select(LoginSession)))
 
 
 def logged_in(local: Local, **more: Any) -> bool:
     return local.ask("GET", "/-/", **more).status == 200
 
 
-# --- the session key ---
-def test_session_key_is_made_once_and_private(tmp_path: Path) -> None:
-    key = session_key(tmp_path)
-    assert len(key) == 32 and session_key(tmp_path) == key
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["session.key"]
-    if sys.platform != "win32":
-        assert stat.S_IMODE((tmp_path / "session.key").stat().st_mode) == 0o600
-
-
-def test_session_key_that_several_make_at_once_is_one(tmp_path: Path) -> None:
-    keys: list[bytes] = []
-    start = threading.Barrier(8)
-
-    def make() -> None:
-        start.wait()
-        keys.append(session_key(tmp_path))
-
-    threads = [threading.Thread(target=make) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(keys) == 8 and len(set(keys)) == 1
-
-
-@pytest.mark.parametrize("content", [b"", b"short", None])
-def test_session_key_that_is_none(tmp_path: Path, content: bytes | None) -> None:
-    path = tmp_path / "session.key"
-    if content is None:
-        path.mkdir()
-    else:
-        path.write_bytes(content)
-    with pytest.raises(SecretError, match=r"session\.key"):
-        session_key(tmp_path)
-
-
-# --- tickets ---
-def ticket(kind: str = "session", begun: float = 1000.0, seen: float = 1000.0) -> Ticket:
-    return Ticket(kind, "name", 1, "stamp", begun, seen)
-
-
-def test_ticket_comes_back_as_it_was() -> None:
-    tickets = Tickets(b"k" * 32)
-    assert tickets.read(tickets.write(ticket()), "session", 1001) == ticket()
-
-
-def test_altered_ticket_is_none() -> None:
-    tickets = Tickets(b"k" * 32)
-    text = tickets.write(ticket())
-    for index, character in enumerate(text[:-1]):   # of the last one some bits are padding
-        altered = text[:index] + ("A" if character != "A" else "B") + text[index + 1 :]
-        assert tickets.read(altered, "session", 1001) is None, index
-    assert tickets.read(text, "token", 1001) is None
-    assert Tickets(b"K" * 32).read(text, "session", 1001) is None
-    for other in ("", ".", "a.b", "....", "é", "\x00", text * 2, text.partition(".")[0]):
-        assert tickets.read(other, "session", 1001) is None
-
-
-@pytest.mark.parametrize(
-    ("kind", "begun", "seen", "now", "valid"),
-    [
-        ("session", 0, 0, SESSION_IDLE - 1, True),
-        ("session", 0, 0, SESSION_IDLE, False),
-        ("session", 0, SESSION_IDLE - 1, 2 * SESSION_IDLE - 2, True),
-        ("session", 0, SESSION_LIFE - 1, SESSION_LIFE - 1, True),
-        ("session", 0, SESSION_LIFE - 1, SESSION_LIFE, False),
-        ("token", 0, 0, TOKEN_LIFE - 1, True),
-        ("token", 0, 0, TOKEN_LIFE, False),
-    ],
-)
-def test_life_of_a_ticket(kind: str, begun: float, seen: float, now: float, valid: bool) -> None:
-    tickets = Tickets(b"k" * 32)
-    assert (tickets.read(tickets.write(ticket(kind, begun, seen)), kind, now) is not None) == valid
-
-
 # --- sessions ---
 def test_cookie(local: Local) -> None:
     """For this service alone, out of reach of scripts and of other sites, encrypted where the login was."""
-    fields = {"username": NAME, "password": DOCUMENTED}
+    fields = {"username": NAME, "password": PASSWORD}
     reply = local.form("/-/login", fields)
     attributes = {part.strip().lower() for part in reply.headers["set-cookie"].split(";")[1:]}
     assert attributes == {"httponly", "samesite=strict", "path=/-/"}
@@ -144,7 +89,7 @@ def test_cookie(local: Local) -> None:
 def test_session_ends_after_half_an_hour_without_a_request(local: Local) -> None:
     local.open_session()
     local.clock.now += SESSION_IDLE - 1
-    assert logged_in(local)
+    assert logged_in(local, headers={"X-Refresh": "1"})
     local.clock.now += 1
     reply = local.ask("GET", "/-/")
     assert (reply.status, reply.headers["location"]) == (303, "/-/login?next=/-/")
@@ -155,26 +100,51 @@ def test_session_goes_on_with_requests_but_no_longer_than_eight_hours(local: Loc
     begun = local.clock.now
     while local.clock.now + SESSION_IDLE / 2 < begun + SESSION_LIFE:
         local.clock.now += SESSION_IDLE / 2
-        reply = local.ask("GET", "/-/")
-        assert reply.status == 200 and reply.cookie
-        local.cookie = reply.cookie
+        assert logged_in(local)
     local.clock.now = begun + SESSION_LIFE
     assert not logged_in(local)
 
 
-def test_page_that_refreshes_itself_is_idle(local: Local) -> None:
+def test_token_lives_for_twenty_minutes(local: Local) -> None:
+    local.log_in()
+    local.clock.now += TOKEN_LIFE - 1
+    assert local.api("GET", "resources").status == 200
+    local.clock.now += 1
+    assert local.api("GET", "resources").status == 401
+
+
+def test_requests_are_noted_once_a_minute(local: Local) -> None:
+    """A page that refreshes itself is idle, and so is who is refused."""
     local.open_session()
-    local.clock.now += SESSION_STEP + 1
-    assert local.ask("GET", "/-/", headers={"X-Refresh": "1"}).cookie == ""
-    assert local.ask("GET", "/-/").cookie != ""
+    begun = local.clock.now
+    for after, headers, seen in (
+        (SEEN_INTERVAL, {}, 0.0),
+        (SEEN_INTERVAL + 1, {"X-Refresh": "1"}, 0.0),
+        (SEEN_INTERVAL + 2, {}, SEEN_INTERVAL + 2),
+        (SEEN_INTERVAL + 50, {}, SEEN_INTERVAL + 2),
+    ):
+        local.clock.now = begun + after
+        reply = local.ask("GET", "/-/", headers=headers)
+        assert reply.status == 200 and "set-cookie" not in reply.headers
+        assert [row.seen_at - begun for row in sessions(local)] == [seen], after
 
 
 def test_answer_that_others_may_keep_sets_no_cookie(local: Local) -> None:
     """A cache on the way would hand the session on."""
     local.open_session()
-    local.clock.now += SESSION_STEP + 1
     reply = local.ask("GET", f"/-/static/{next(iter(ASSETS))}")
     assert "public" in reply.headers["cache-control"] and "set-cookie" not in reply.headers
+
+
+def test_logins_that_are_over_are_dropped(local: Local) -> None:
+    for kind in ("session", "token"):
+        local.log_in_as(NAME, kind)
+    local.clock.now += TOKEN_LIFE
+    assert [row["kind"] for row in local.log_in_as(NAME).ask("GET", "/-/api/sessions").json] == ["session"] * 2
+    assert sorted(row.kind for row in sessions(local)) == ["session"] * 2
+    local.clock.now += SESSION_LIFE
+    local.log_in_as(NAME, "token")
+    assert [row.kind for row in sessions(local)] == ["token"]
 
 
 def test_logged_out_session_is_over_for_whoever_has_its_cookie(local: Local) -> None:
@@ -191,16 +161,53 @@ def test_logged_out_session_is_over_for_whoever_has_its_cookie(local: Local) -> 
 def test_login_begins_a_new_session(local: Local) -> None:
     """Whatever cookie came with it: nobody can have another one log in to a session that they know."""
     planted = local.open_session().cookie
-    reply = local.form("/-/login", {"username": NAME, "password": DOCUMENTED})
-    assert reply.cookie not in ("", planted)
-    name = local.site.tickets.read(planted, "session", local.clock.now)
-    fresh = local.site.tickets.read(reply.cookie, "session", local.clock.now)
-    assert name and fresh and name.name != fresh.name
+    reply = local.form("/-/login", {"username": NAME, "password": PASSWORD})
+    assert reply.cookie not in ("", planted) and len(sessions(local)) == 2
+
+
+def test_sessions_are_listed_and_ended(local: Local) -> None:
+    """One's own by everybody, all of them by admins; each end is noted."""
+    with local.store.writing() as session:
+        session.add(User.create("viola", PASSWORD, "viewer"))
+    admin = local.log_in_as(NAME, "token").token
+    local.clock.now += 1
+    viola = local.log_in_as("viola").cookie
+    listed = local.ask("GET", "/-/api/sessions").json
+    assert [(row["user"], row["kind"], row["address"], row["current"]) for row in listed] == [
+        ("viola", "session", "127.0.0.1", True)
+    ]
+    local.token, local.cookie = admin, ""
+    found = {row["user"]: row for row in local.api("GET", "sessions").json}
+    assert {name: row["current"] for name, row in found.items()} == {NAME: True, "viola": False}
+    assert found["viola"]["begun_at"].startswith("2027-01-15T08:00:01")
+    local.token, local.cookie = "", viola
+    origin = {"Origin": "http://localhost"}
+    assert local.api("DELETE", f"sessions/{found[NAME]['id']}", headers=origin).status == 404, "not hers"
+    local.token, local.cookie = admin, ""
+    assert local.api("DELETE", f"sessions/{found['viola']['id']}").status == 204
+    assert local.api("DELETE", f"sessions/{found['viola']['id']}").status == 404
+    [event] = local.api("GET", "events?kind=change&limit=1").json
+    assert (event["text"], event["actor"]) == ("a session from 127.0.0.1 of viola ended", NAME)
+    local.token, local.cookie = "", viola
+    assert not logged_in(local)
+    assert local.log_in_as("viola").api("GET", "sessions").status == 200
+    own = local.ask("GET", "/-/api/sessions").json[0]["id"]
+    assert local.api("DELETE", f"sessions/{own}", headers=origin).status == 204 and not logged_in(local)
+
+
+def test_password_that_changes_during_a_login(local: Local) -> None:
+    """What was verified is not the password any more: no session begins."""
+    user = local.context.login(NAME, PASSWORD, "127.0.0.1")
+    local.log_in()
+    assert local.api("POST", "password", {"current": PASSWORD, "new": PASSWORD + "!"}).status == 204
+    with pytest.raises(ApiError) as caught:
+        open_session(Principal(local.context, "127.0.0.1"), "session", user)
+    assert caught.value.status == 401 and sessions(local) == []
 
 
 def changed_password(local: Local, name: str) -> None:
     local.log_in(name)
-    assert local.api("POST", "password", {"current": DOCUMENTED, "new": PASSWORD}).status == 204
+    assert local.api("POST", "password", {"current": PASSWORD, "new": PASSWORD + "!"}).status == 204
 
 
 def by_admin(method: str, body: Any) -> Any:
@@ -234,14 +241,15 @@ def test_what_ends_all_sessions_and_tokens_of_a_user(local: Local, act: Any) -> 
 
 def test_password_page_gives_a_new_session(local: Local) -> None:
     local.open_session()
-    reply = local.form("/-/password", {"current": DOCUMENTED, "new": PASSWORD, "again": PASSWORD})
+    new = PASSWORD + "!"
+    reply = local.form("/-/password", {"current": PASSWORD, "new": new, "again": new})
     assert reply.status == 303 and reply.cookie
     assert not logged_in(local)
     local.cookie = reply.cookie
     assert logged_in(local)
 
 
-def test_login_holds_over_a_restart_and_in_other_processes(tmp_path: Path) -> None:
+def test_login_holds_over_a_restart(tmp_path: Path) -> None:
     with local_console(tmp_path) as first:
         cookie, token = first.open_session().cookie, first.log_in().token
     with local_console(tmp_path) as second:
@@ -263,7 +271,7 @@ def test_login_holds_over_a_restart_and_in_other_processes(tmp_path: Path) -> No
     ],
 )
 def test_bad_new_password(local: Local, new: Any, message: str) -> None:
-    reply = local.log_in().api("POST", "password", {"current": DOCUMENTED, "new": new})
+    reply = local.log_in().api("POST", "password", {"current": PASSWORD, "new": new})
     assert (reply.status, reply.fields) == (422, {"new": message})
     assert reply.body.count(str(new)) == 0 or new is None
     for method, path, field in (("POST", "users", "password"), ("PATCH", "users/somebody", "password")):
@@ -275,13 +283,13 @@ def test_bad_new_password(local: Local, new: Any, message: str) -> None:
 
 @pytest.mark.parametrize("new", ["twelve chars", "x" * 1024, "ünïcödé ☃ passwörd", " leading and trailing "])
 def test_new_password(local: Local, new: str) -> None:
-    assert local.log_in().api("POST", "password", {"current": DOCUMENTED, "new": new}).status == 204
-    assert local.api("POST", "login", {"username": NAME, "password": DOCUMENTED}).status == 401
+    assert local.log_in().api("POST", "password", {"current": PASSWORD, "new": new}).status == 204
+    assert local.api("POST", "login", {"username": NAME, "password": PASSWORD}).status == 401
     local.log_in(NAME, new)
 
 
 def test_wrong_current_password_changes_nothing(local: Local) -> None:
-    reply = local.log_in().api("POST", "password", {"current": WRONG, "new": PASSWORD})
+    reply = local.log_in().api("POST", "password", {"current": WRONG, "new": PASSWORD + "!"})
     assert (reply.status, reply.fields) == (422, {"current": "is wrong"})
     reply = local.api("POST", "password", {"current": PASSWORD, "new": PASSWORD})
     assert (reply.status, reply.fields) == (422, {"new": "must not be the current one"})
@@ -298,21 +306,42 @@ def attempt(local: Local, name: str = NAME, password: str = WRONG, address: str 
     return local.api("POST", "login", {"username": name, "password": password}, address=address)
 
 
+def throttle_clock(local: Local) -> Clock:
+    clock = local.context.throttle._clock
+    assert isinstance(clock, Clock)
+    return clock
+
+
 def test_five_failures_make_the_next_wait(local: Local) -> None:
     """Per account and address; the right password does not pass either, and nothing is hashed for it."""
-    clock = local.desk.clock
-    assert isinstance(clock, Clock)
+    clock = throttle_clock(local)
     assert [attempt(local).status for _ in range(LOGIN_FAILURES)] == [401] * LOGIN_FAILURES
     clock.now += 100
-    reply = attempt(local, password=DOCUMENTED)
+    reply = attempt(local, password=PASSWORD)
     assert (reply.status, reply.headers["retry-after"]) == (429, str(int(LOGIN_WINDOW - 100)))
-    assert local.form("/-/login", {"username": NAME, "password": DOCUMENTED}).status == 429
+    assert local.form("/-/login", {"username": NAME, "password": PASSWORD}).status == 429
     assert attempt(local, name="somebody").status == 401
-    assert attempt(local, password=DOCUMENTED, address=FAR).status == 200
+    assert attempt(local, password=PASSWORD, address=FAR).status == 200
     clock.now += LOGIN_WINDOW - 101
-    assert attempt(local, password=DOCUMENTED).status == 429
+    assert attempt(local, password=PASSWORD).status == 429
     clock.now += 1
-    assert attempt(local, password=DOCUMENTED).status == 200
+    assert attempt(local, password=PASSWORD).status == 200
+
+
+def test_address_that_tries_many_accounts_waits(local: Local) -> None:
+    statuses = [attempt(local, name=f"user {number}", address=FAR).status for number in range(ADDRESS_FAILURES + 1)]
+    assert statuses == [401] * ADDRESS_FAILURES + [429]
+    assert attempt(local, password=PASSWORD, address=FAR).status == 429
+    assert attempt(local, password=PASSWORD).status == 200
+
+
+def test_hosts_of_an_ipv6_network_count_as_one() -> None:
+    """A host takes its addresses from a /64 as it likes."""
+    throttle = LoginThrottle(Clock())
+    for number in range(LOGIN_FAILURES):
+        throttle.fail(NAME, f"2001:db8::{number}")
+    assert throttle.wait(NAME, "2001:db8::ffff:1") == LOGIN_WINDOW
+    assert throttle.wait(NAME, "2001:db8:0:1::1") == throttle.wait(NAME, "::1") == 0
 
 
 def test_unknown_users_wait_like_known_ones(local: Local) -> None:
@@ -323,7 +352,7 @@ def test_unknown_users_wait_like_known_ones(local: Local) -> None:
 def test_success_forgives_failures(local: Local) -> None:
     for _ in range(2):
         assert [attempt(local).status for _ in range(LOGIN_FAILURES - 1)] == [401] * (LOGIN_FAILURES - 1)
-        assert attempt(local, password=DOCUMENTED).status == 200
+        assert attempt(local, password=PASSWORD).status == 200
 
 
 def test_guesses_at_the_current_password_count(local: Local) -> None:
@@ -346,18 +375,18 @@ def test_lockout_is_an_event_and_each_failure_a_line_of_the_log(local: Local, ca
 
 
 def test_throttle_forgets_the_oldest_when_names_are_made_up() -> None:
-    throttle = Throttle(Clock())
-    for number in range(LOGINS_KEPT + 10):
+    throttle = LoginThrottle(Clock())
+    for number in range(LOGINS_KEPT):
         for _ in range(LOGIN_FAILURES):
-            throttle.fail(f"name {number}", FAR)
-    assert throttle.wait("name 0", FAR) == 0
-    assert throttle.wait(f"name {LOGINS_KEPT + 9}", FAR) == LOGIN_WINDOW
+            throttle.fail(f"name {number}", f"2001:db8:0:{number:x}::1")
+    assert throttle.wait("name 0", "2001:db8::1") == 0
+    assert throttle.wait(f"name {LOGINS_KEPT - 1}", f"2001:db8:0:{LOGINS_KEPT - 1:x}::1") == LOGIN_WINDOW
     assert len(throttle._failures) == LOGINS_KEPT
 
 
 def test_throttle_window_slides() -> None:
     clock = Clock()
-    throttle = Throttle(clock)
+    throttle = LoginThrottle(clock)
     for _ in range(LOGIN_FAILURES):
         throttle.fail(NAME, FAR)
         clock.now += 10
@@ -369,27 +398,72 @@ def test_throttle_window_slides() -> None:
 
 
 def test_one_password_at_a_time(local: Local) -> None:
-    """Who comes meanwhile is told to come again, at once."""
-    start, statuses, waits = threading.Barrier(16), [], []
+    """An address has one login that waits for it; more of its logins are told to come again, at once."""
+    throttle = local.context.throttle
+    waits, ended = threading.Event(), threading.Event()
 
-    def work(number: int) -> None:
-        start.wait()
-        begin = time.monotonic()
-        with contextlib.suppress(HealthCheckerError):
-            local.desk.login(f"user {number}", WRONG, FAR)
-        waits.append(time.monotonic() - begin)
+    def wait() -> None:
+        waits.set()
+        with throttle.turn("another", FAR):
+            ended.set()
 
-    def count(number: int) -> None:
-        start.wait()
-        statuses.append(attempt(local, name=f"user {number}").status)
-
-    threads = [threading.Thread(target=count, args=(number,)) for number in range(16)]
-    for thread in threads:
+    with throttle.turn(NAME, FAR):
+        thread = threading.Thread(target=wait)
         thread.start()
+        assert waits.wait(10)
+        wait_for(lambda: throttle._waiting == {FAR}, 10)
+        reply = attempt(local, name="a third", address=FAR)
+        assert (reply.status, reply.headers["retry-after"]) == (429, "1")
+        assert not ended.is_set()
+    thread.join(10)
+    assert ended.is_set() and throttle._waiting == set()
+
+
+def test_turn_that_does_not_come(local: Local, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(healthchecker, "HASH_WAIT", 0.01)
+    with local.context.throttle.turn("another", FAR):
+        reply = attempt(local, password=PASSWORD)
+        assert (reply.status, reply.headers["retry-after"]) == (429, "1")
+    assert attempt(local, password=PASSWORD).status == 200
+
+
+def test_flood_does_not_stand_before_others() -> None:
+    """While a login waits, those of an address where some failed do not; one of another address does."""
+    throttle, passed = LoginThrottle(), []
+    for number in range(3):
+        throttle.fail("made up", f"192.0.2.{number}")
+
+    def login(address: str) -> None:
+        with throttle.turn(NAME, address):
+            passed.append(address)
+
+    threads = [threading.Thread(target=login, args=(address,)) for address in ("192.0.2.1", FAR)]
+    with throttle.turn("made up", "192.0.2.0"):
+        for count, thread in enumerate(threads, 1):
+            thread.start()
+            wait_for(lambda count=count: len(throttle._waiting) == count, 10)
+        with pytest.raises(ApiError) as caught, throttle.turn("made up", "192.0.2.2"):
+            pass
+        assert (caught.value.status, caught.value.retry) == (429, 1)
     for thread in threads:
-        thread.join()
-    assert set(statuses) == {401, 429}
-    assert statuses.count(429) >= 8
+        thread.join(30)
+    assert sorted(passed) == ["192.0.2.1", FAR]
+
+
+def test_successful_logins_evict_no_change(local: Local, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each kind of event has a cap of its own."""
+    monkeypatch.setattr(healthchecker, "EVENTS", 100)
+    with local.store.writing() as session:
+        record_event(session, "change", "the oldest", at=local.clock.now)
+        session.flush()
+        session.execute(sqlalchemy.insert(Event), [
+            {"at": local.clock.now, "kind": "login", "resource": "", "text": str(number), "actor": "", "address": ""}
+            for number in range(110)])  # fmt: skip
+        prune_events(session, Retention(), local.clock.now)
+        kinds = sqlalchemy.select(Event.kind, sqlalchemy.func.count()).group_by(Event.kind)
+        counts = {kind: count for kind, count in session.execute(kinds)}
+        first = session.scalar(sqlalchemy.select(Event.text).where(Event.kind == "login").order_by(Event.id).limit(1))
+    assert (counts["change"], counts["login"], first) == (1, 100, "10")
 
 
 def seconds_of(local: Local, name: str) -> float:
@@ -411,33 +485,29 @@ def test_answers_to_unknown_and_known_users_are_the_same(local: Local) -> None:
 
 # --- where from ---
 @pytest.mark.parametrize(
-    ("address", "environ", "enters"),
+    ("address", "enters"),
     [
-        ("127.0.0.1", {}, True),
-        ("127.8.8.8", {}, True),
-        ("::1", {}, True),
-        ("::ffff:127.0.0.1", {}, True),
-        (FAR, {}, True),
-        (f"::ffff:{FAR}", {}, True),
-        (FAR, {"healthchecker.forwarded": True}, True),
-        ("127.0.0.1", {"healthchecker.forwarded": True}, False),
-        ("192.0.3.1", {}, False),
-        ("2001:db8::1", {}, False),
-        ("", {}, False),
-        ("not an address", {}, False),
-        ("127.0.0.1", {"HTTP_HOST": "localhost:8080"}, True),
-        ("127.0.0.1", {"HTTP_HOST": "[::1]:8080"}, True),
-        ("127.0.0.1", {"HTTP_HOST": "127.0.0.1"}, True),
-        ("127.0.0.1", {"HTTP_HOST": "evil.example.com:8080"}, False),
-        ("127.0.0.1", {"HTTP_HOST": "127.0.0.1.evil.example.com"}, False),
-        (FAR, {"HTTP_HOST": "health.example.com"}, True),
+        ("127.0.0.1", True),
+        ("127.8.8.8", True),
+        ("::1", True),
+        ("::ffff:127.0.0.1", True),
+        (FAR, True),
+        (f"::ffff:{FAR}", True),
+        ("192.0.3.1", False),
+        ("2001:db8::1", False),
+        ("", False),
+        ("not an address", False),
     ],
 )
-def test_networks_of_the_operators(local: Local, address: str, environ: dict[str, Any], enters: bool) -> None:
+def test_networks_of_the_operators(local: Local, address: str, enters: bool) -> None:
+    """To others the console says nothing of use; how healthy it is, everybody may know."""
     for method, path, status in (("GET", "/-/login", 200), ("GET", "/-/", 303), ("GET", "/-/api/resources", 401)):
-        assert local.ask(method, path, address=address, **environ).status == (status if enters else 403)
-    reply = local.api("POST", "login", {"username": NAME, "password": DOCUMENTED}, address=address, **environ)
+        assert local.ask(method, path, address=address).status == (status if enters else 403)
+    reply = local.api("POST", "login", {"username": NAME, "password": PASSWORD}, address=address)
     assert reply.status == (200 if enters else 403)
+    assert local.ask("GET", "/-/metrics", address=address).status == (200 if enters else 403)
+    assert local.ask("GET", "/-/livez", address=address).body == "ok\n"
+    assert local.ask("GET", "/-/health", address=address).json.keys() == {"status"}
 
 
 def test_session_is_of_no_use_from_elsewhere(local: Local) -> None:
@@ -453,31 +523,32 @@ RESTRICTED = [
     ("GET", "/-/api/resources", 403),
     ("POST", "/-/api/resources", 403),
     ("GET", "/-/api/events", 403),
+    ("GET", "/-/api/sessions", 403),
     ("GET", "/-/api/openapi.json", 403),
     ("GET", "/-/api/nothing", 403),
     ("POST", "/-/api/password", 422),
     ("POST", "/-/api/login", 422),
 ]
+BEHIND_A_PROXY = {"X-Forwarded-For": "127.0.0.1", "X-Forwarded-Host": "localhost", "X-Real-IP": "127.0.0.1"}
 
 
-@pytest.mark.parametrize(
-    ("address", "environ"), [(FAR, {}), (FAR, {"HTTP_HOST": "127.0.0.1"}), (FAR, {"healthchecker.forwarded": True})]
-)
-def test_documented_password_from_another_machine(local: Local, address: str, environ: dict[str, Any]) -> None:
-    """It can only be changed; from this machine, and after that, everything can be done."""
-    local.log_in(address=address, **environ)
+@pytest.mark.parametrize("address", ["127.0.0.1", "::1", FAR])
+@pytest.mark.parametrize("headers", [{}, BEHIND_A_PROXY, {"Host": "127.0.0.1"}], ids=str)
+def test_documented_password_opens_its_change_alone(fresh: Local, address: str, headers: dict[str, str]) -> None:
+    """From everywhere: nobody is local; after that, everything can be done."""
+    fresh.log_in(NAME, DOCUMENTED, address=address, headers=headers)
+    json_type = {"Content-Type": "application/json"}
     for method, path, status in RESTRICTED:
-        reply = local.ask(method, path, "{}" if method == "POST" else "", {"Content-Type": "application/json"},
-                          address=address, **environ)
+        reply = fresh.ask(method, path, "{}" if method == "POST" else "", {**json_type, **headers}, address=address)
         assert reply.status == status, (method, path, reply)
         assert status != 303 or reply.headers["location"] == "/-/password"
-    health = local.ask("GET", "/-/health", address=address, **environ)
-    assert "checks" not in health.json
-    assert local.api("GET", "resources").status == 200
+        if status == 403 and "/api/" in path:
+            assert reply.json["detail"] == "change the documented password first: it opens nothing else"
+    assert "checks" not in fresh.ask("GET", "/-/health", address=address, headers=headers).json
     change = {"current": DOCUMENTED, "new": PASSWORD}
-    assert local.api("POST", "password", change, address=address, **environ).status == 204
-    local.log_in(NAME, PASSWORD, address=address, **environ)
-    assert local.api("GET", "resources", address=address, **environ).status == 200
+    assert fresh.api("POST", "password", change, address=address, headers=headers).status == 204
+    fresh.log_in(NAME, PASSWORD, address=address, headers=headers)
+    assert fresh.api("GET", "resources", address=address, headers=headers).status == 200
 
 
 # --- the service and its command line ---
@@ -487,7 +558,7 @@ def test_banner_in_the_log_until_the_password_is_changed(tmp_path: Path) -> None
         assert banner in running.output
     with Service(tmp_path / "inventory.yaml") as running:
         assert banner not in running.output
-    assert oct((tmp_path / "keys" / "session.key").stat().st_mode & 0o777) == "0o600" or sys.platform == "win32"
+        assert not (tmp_path / "keys" / "session.key").exists()
 
 
 def user(inventory: Path, *arguments: str, password: str = "") -> subprocess.CompletedProcess[str]:
@@ -497,7 +568,7 @@ def user(inventory: Path, *arguments: str, password: str = "") -> subprocess.Com
         capture_output=True,
         encoding="utf-8",
         env=service.environment(),
-        timeout=30,
+        timeout=120,
         check=False,
     )
     assert "Traceback" not in done.stdout + done.stderr, done
@@ -511,7 +582,7 @@ def test_users_on_the_command_line(tmp_path: Path) -> None:
     done = user(inventory, "add", "alice", "--role", "admin", password=PASSWORD)
     assert (done.returncode, done.stdout) == (0, "alice can log in now, as admin\n")
     with console(tmp_path) as (running, client):
-        alice = client.__class__(running.host, running.port).log_in("alice")
+        alice = client.__class__(*running.console).log_in("alice")
         assert user(inventory, "add", "bob", password=PASSWORD).returncode == 0
         listed = [line.split(None, 2) for line in user(inventory, "list").stdout.splitlines()]
         assert listed[1:] == [[NAME, "admin", "own"], ["alice", "admin", "own"], ["bob", "viewer", "own"]]
@@ -573,32 +644,36 @@ def test_password_at_a_terminal_is_not_shown(tmp_path: Path) -> None:
     assert PASSWORD.encode() not in output and b"alice can log in now" in output
 
 
-def test_login_flood_leaves_the_gate_alone(tmp_path: Path) -> None:
-    """16 clients at the login; the gate's requests beside them are answered as if nobody were there."""
+def test_login_flood_keeps_no_right_login_out(tmp_path: Path) -> None:
+    """Made-up names from many other addresses; each right login gets its turn, and the gate answers meanwhile."""
     with console(tmp_path, SIMULATED) as (running, client):
         running.wait_status("/", 200)
         ending, statuses = threading.Event(), []
 
         def flood(number: int) -> None:
-            body = json.dumps({"username": f"user {number}", "password": WRONG})
+            tries = 0
             while not ending.is_set():
-                reply = client.__class__(running.host, running.port).ask(
-                    "POST", "/-/api/login", body, {"Content-Type": "application/json"}
+                tries += 1
+                connection = http.client.HTTPConnection(
+                    *running.console, timeout=60, source_address=(f"127.0.0.{number + 10}", 0)
                 )
-                statuses.append(reply.status)
+                body = json.dumps({"username": f"user {number} {tries}", "password": WRONG})
+                connection.request("POST", "/-/api/login", body, {"Content-Type": "application/json"})
+                statuses.append(connection.getresponse().status)
+                connection.close()
 
-        threads = [threading.Thread(target=flood, args=(number,)) for number in range(16)]
+        threads = [threading.Thread(target=flood, args=(number,)) for number in range(12)]
         for thread in threads:
             thread.start()
-        taken = []
-        for _ in range(100):
-            begin = time.monotonic()
-            assert running.get("/").status == 200
-            taken.append(time.monotonic() - begin)
-        ending.set()
-        for thread in threads:
-            thread.join()
-        assert set(statuses) == {401, 429} and statuses.count(429) > statuses.count(401)
-        taken.sort()
-        assert taken[50] < 0.1, f"median {taken[50] * 1e3:.0f} ms, p99 {taken[98] * 1e3:.0f} ms"
-        print(f"median {taken[50] * 1e3:.1f} ms, p99 {taken[98] * 1e3:.1f} ms, {len(statuses)} logins")
+        try:
+            wait_for(lambda: 401 in statuses, 30)
+            body = {"username": NAME, "password": PASSWORD}  # a loaded machine may take 2 s for a hash or two
+            client.token = ""
+            for _ in range(6):
+                wait_for(lambda: client.api("POST", "login", body).status == 200, 60)
+                assert running.get("/").status == 200
+        finally:
+            ending.set()
+            for thread in threads:
+                thread.join()
+        assert set(statuses) == {401, 429}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import datetime
 import threading
 from collections.abc import Iterator
@@ -19,11 +20,25 @@ from service import Service, run
 from sshd import ParamikoSshd, Sshd
 
 import healthchecker
-from healthchecker import API, OPERATIONS, SELECTABLE, ResourceSettings, Vault, binding
+from healthchecker import (
+    INVENTORY_ONLY,
+    OPERATIONS,
+    SELECTABLE,
+    Entry,
+    Resource,
+    ResourceSettings,
+    Store,
+    Vault,
+    binding,
+    find_resource,
+    revise,
+    update_row,
+)
 
 INVENTORY = """\
   - {name: stated, platform: simulated, interval: 1, mean_healthy: 100000}
   - {name: shaky, platform: simulated, interval: 1, mean_healthy: 100000, critical: false}
+  - {name: local, platform: local, critical: false}
 """
 SIMULATED = {"platform": "simulated", "interval": 1, "mean_healthy": 100_000}
 
@@ -42,7 +57,7 @@ def service(running: tuple[Service, Client]) -> Service:
 @pytest.fixture
 def client(running: tuple[Service, Client]) -> Iterator[Client]:
     """A client with a fresh token; what a test adds is gone afterwards."""
-    client = Client(running[1].host, running[1].port).log_in()
+    client = Client(*running[0].console).log_in()
     yield client
     for resource in client.api("GET", "resources").json:
         if resource["origin"] == "api":
@@ -86,21 +101,28 @@ def test_life_of_a_resource(client: Client, name: str) -> None:
         assert client.api(method, resource_path(name)).status == 404
 
 
+UNREACHABLE = {"hostname": "127.0.0.1", "port": 1, "username": "u", "password": "p", "interval": 1, "fall": 1}
+
+
 def test_changes_take_effect_at_once(service: Service, client: Client) -> None:
-    """Added, it is polled; changed, it closes the gate; removed, it does not any more. Without a restart."""
+    """Added, it is polled and closes the gate; changed, it does not; removed, it is gone. Without a restart."""
     service.wait_status("/-/readyz", 200)
-    client.api("POST", "resources", {"name": "local", "platform": "local"})
-    reply = client.api("POST", "resources/local/check")
-    assert (reply.status, reply.json["state"]) == (200, "healthy")
-    shown = client.api("GET", "resources/local").json
-    assert shown["state"] == "healthy" and shown["polled"] and shown["sample"]["metrics"]["memory_percent"] > 0
-    client.api("PATCH", "resources/local", {"checks": [{"name": "never", "command": "exit 3"}]})
-    reply = client.api("POST", "resources/local/check")
-    assert (reply.json["state"], reply.json["cause"]) == ("unhealthy", "check")
+    client.api("POST", "resources", {"name": "one", **UNREACHABLE})
+    reply = client.api("POST", "resources/one/check")
+    assert (reply.status, reply.json["state"], reply.json["cause"]) == (200, "unhealthy", "unreachable")
     service.wait_status("/-/readyz", 503)
-    assert client.api("GET", "resources/local").json["sample"]["checks"]["never"]["good"] is False
-    client.api("DELETE", "resources/local")
-    service.wait_status("/-/readyz", 200, 3)
+    client.api("PATCH", "resources/one", {"platform": "simulated", "mean_healthy": 100_000, "hostname": None,
+                                          "username": None, "port": None})  # fmt: skip
+    reply = client.api("POST", "resources/one/check")
+    assert (reply.status, reply.json["state"]) == (200, "healthy")
+    service.wait_status("/-/readyz", 200)
+    shown = client.api("GET", "resources/one").json
+    assert shown["state"] == "healthy" and shown["polled"]
+    client.api("PATCH", "resources/one", {"platform": "unix", **UNREACHABLE})
+    client.api("POST", "resources/one/check")
+    service.wait_status("/-/readyz", 503)
+    client.api("DELETE", "resources/one")
+    service.wait_status("/-/readyz", 200)
 
 
 def test_defaults_come_back(client: Client) -> None:
@@ -143,9 +165,9 @@ STATED = [
 def test_rows_of_the_inventory_are_read_only(client: Client, method: str, path: str, body: Any) -> None:
     before = everything(client)
     reply = client.api(method, path, body)
-    assert (reply.status, reply.json["detail"]) == (409, "stated stands at inventory.yaml:5:5; change it there")
+    assert (reply.status, reply.json["detail"]) == (409, "stated stands at inventory.yaml:6:5; change it there")
     assert everything(client) == before
-    assert client.api("GET", "resources/stated").json["place"] == "inventory.yaml:5:5"
+    assert client.api("GET", "resources/stated").json["place"] == "inventory.yaml:6:5"
 
 
 def test_names_are_unique(client: Client) -> None:
@@ -214,7 +236,8 @@ def test_secret_stays_with_hostname_and_username(service: Service, client: Clien
     assert client.api("PATCH", "resources/one", {"hostname": "127.0.0.2", "password": "q"}).status == 200
     assert client.api("PATCH", "resources/one", {"interval": 30}).status == 200
     assert stored(service) == ["q"]
-    assert client.api("PATCH", "resources/one", {"platform": "local", "hostname": None}).status == 200
+    change = {"platform": "simulated", "hostname": None, "username": None, "port": None}
+    assert client.api("PATCH", "resources/one", change).status == 200
     assert stored(service) == []
 
 
@@ -258,8 +281,8 @@ def test_changed_host_key_is_trusted(client: Client, service: Service, host: dic
     other = f"{key.split()[0]} SHA256:{'A' * 43}"
     store = healthchecker.Store(service.inventory.parent / "healthchecker.db")
     with store.writing() as session:
-        healthchecker.find_resource(session, "host").host_key = other
-        healthchecker.revise(session)
+        find_resource(session, "host").host_key = other
+        revise(session)
     store.close()
     assert client.api("POST", "resources/host/check").json["cause"] == "host_key"
     refused = client.api("POST", "resources/host/trust", {"host_key": other})
@@ -291,19 +314,18 @@ def at(seconds: float) -> str:
 
 
 def test_maintenance_opens_the_gate(service: Service, client: Client) -> None:
-    check = [{"name": "never", "command": "exit 3"}]
-    client.api("POST", "resources", {"name": "down", "platform": "local", "checks": check})
+    client.api("POST", "resources", {"name": "down", **UNREACHABLE})
     client.api("POST", "resources/down/check")
     service.wait_status("/-/readyz", 503)
     until = at(3600)
     reply = client.api("POST", "resources/down/maintenance", {"until": until, "reason": "new disk"})
     assert (reply.status, reply.json["maintenance"]["reason"]) == (200, "new disk")
     assert last_change(client) == ("down", f"in maintenance until {until}: new disk", NAME, "127.0.0.1")
-    service.wait_status("/-/readyz", 200, 3)
+    service.wait_status("/-/readyz", 200)
     assert client.api("GET", "resources/down").json["state"] == "unhealthy"
     assert client.api("DELETE", "resources/down/maintenance").status == 204
     assert last_change(client)[:2] == ("down", "maintenance ended")
-    service.wait_status("/-/readyz", 503, 3)
+    service.wait_status("/-/readyz", 503)
     assert client.api("DELETE", "resources/down/maintenance").status == 204
 
 
@@ -328,15 +350,14 @@ def test_events_are_listed_newest_first_and_by_pages(client: Client) -> None:
 
 
 def test_samples_are_the_last_polls(client: Client) -> None:
-    client.api("POST", "resources", {"name": "one", "platform": "local"})
     for _ in range(3):
-        assert client.api("POST", "resources/one/check").status == 200
-    found = client.api("GET", "resources/one/samples").json
+        assert client.api("POST", "resources/local/check").status == 200
+    found = client.api("GET", "resources/local/samples").json
     assert len(found) >= 3 and sorted(poll["at"] for poll in found) == [poll["at"] for poll in found]
     assert {(poll["state"], poll["standing"]) for poll in found} == {("healthy", "healthy")}
     assert 0 < found[-1]["readings"]["memory_percent"] <= 100
-    assert [poll["at"] for poll in client.api("GET", "resources/one/samples?limit=1").json] == [found[-1]["at"]]
-    assert client.api("GET", f"resources/one/samples?since={at(60).replace('+', '%2B')}").json == []
+    assert [poll["at"] for poll in client.api("GET", "resources/local/samples?limit=1").json] == [found[-1]["at"]]
+    assert client.api("GET", f"resources/local/samples?since={at(60).replace('+', '%2B')}").json == []
 
 
 def test_health_for_users_names_the_resources(service: Service, client: Client) -> None:
@@ -346,7 +367,7 @@ def test_health_for_users_names_the_resources(service: Service, client: Client) 
     assert reply.json["checks"]["shaky:state"][0]["status"] == "pass"
     anonymous = service.get("/-/health")
     assert "checks" not in anonymous.body and anonymous.headers["content-type"] == "application/health+json"
-    stranger = Client(service.host, service.port)
+    stranger = Client(*service.console)
     stranger.token = "expired"
     assert "checks" not in stranger.ask("GET", "/-/health").json
 
@@ -357,7 +378,7 @@ def test_life_of_a_user(client: Client, service: Service) -> None:
     assert (added.status, added.json) == (201, {"name": "alice", "role": "viewer", "initial": False})
     assert last_change(client) == ("", "user alice added as viewer", NAME, "127.0.0.1")
     assert client.api("POST", "users", {"name": "alice", "password": PASSWORD}).status == 409
-    alice = Client(service.host, service.port).log_in("alice")
+    alice = Client(*service.console).log_in("alice")
     assert alice.api("GET", "users").status == 403
     assert client.api("PATCH", "users/alice", {"role": "admin"}).json["role"] == "admin"
     alice.token = ""
@@ -378,7 +399,7 @@ def test_last_admin_stays(client: Client) -> None:
 
 def test_two_admins_cannot_remove_each_other_at_once(client: Client, service: Service) -> None:
     client.api("POST", "users", {"name": "carol", "password": PASSWORD, "role": "admin"})
-    carol = Client(service.host, service.port).log_in("carol")
+    carol = Client(*service.console).log_in("carol")
     start, statuses = threading.Barrier(2), []
 
     def remove(by: Client, name: str) -> None:
@@ -427,13 +448,19 @@ BAD_SETTINGS: list[tuple[dict[str, Any], str]] = [
     ({"password": "x" * 1025}, "password"),
     ({"password": 5}, "password"),
     ({"password": None}, "password"),
-    ({"password_env": "THERE_IS_NO_SUCH_VARIABLE", "password": None}, "password_env"),
+    ({"password_env": "PATH", "password": None}, "password_env"),
     ({"password_file": "no-such-file", "password": None}, "password_file"),
-    ({"password_file": "inventory.yaml"}, "resource"),
-    ({"key_file": "no-such-file", "password": None}, "key_file"),
+    ({"password_file": "inventory.yaml"}, "password_file"),
+    ({"key_file": "inventory.yaml", "password": None}, "key_file"),
     ({"key_file": "a\x00b", "password": None}, "key_file"),
     ({"key_file": "~no-such-user/key", "password": None}, "key_file"),
-    ({"key_passphrase": "p"}, "resource"),
+    ({"key_file": 5, "password": None}, "key_file"),
+    ({"key_passphrase": "p"}, "key_passphrase"),
+    ({"key_passphrase_env": "PATH"}, "key_passphrase_env"),
+    ({"key_passphrase_file": "inventory.yaml"}, "key_passphrase_file"),
+    ({"ca_file": "inventory.yaml", "platform": "windows"}, "ca_file"),
+    ({"certificate_file": "inventory.yaml", "platform": "windows"}, "certificate_file"),
+    ({"platform": "local"}, "platform"),
     ({"host_key": "SHA256:x"}, "host_key"),
     ({"tls": False}, "tls"),
     ({"tls": "yes", "platform": "windows"}, "tls"),
@@ -494,6 +521,27 @@ def test_bad_settings(client: Client, bad: dict[str, Any], field: str) -> None:
         reply = client.api("PATCH", "resources/one", bad)
         assert reply.status == 422 and field in reply.fields
         assert everything(client) == before
+
+
+OLD = [{"platform": "local"}, {"platform": "unix", "username": "u", "key_file": "key"}]
+
+
+@pytest.mark.parametrize("old", OLD, ids=str)
+def test_row_of_an_older_version_that_reads_files_here(service: Service, client: Client, old: dict[str, Any]) -> None:
+    """It keeps working; a change must take away what is of the inventory alone."""
+    settings = ResourceSettings.model_validate({"name": "old", "hostname": "127.0.0.1", "critical": False, **old})
+    with contextlib.closing(Store(service.inventory.parent / "healthchecker.db")) as store, store.writing() as session:
+        row = Resource(name="old", origin="api")
+        update_row(row, Entry(settings, None, None, ""), Vault(service.inventory.parent / "keys"))
+        session.add(row)
+        revise(session)
+    field = "key_file" if "key_file" in old else "platform"
+    assert client.api("POST", "resources/old/check").status == 200
+    for method, path in (("PATCH", "resources/old"), ("POST", "resources/old/test")):
+        reply = client.api(method, path, {"interval": 30})
+        assert (reply.status, reply.fields.keys()) == (422, {field})
+    change = {"platform": "unix", "key_file": None, "username": "u", "password": "p", "port": 1}
+    assert client.api("PATCH", "resources/old", change).status == 200
 
 
 def test_name_cannot_be_changed(client: Client) -> None:
@@ -584,7 +632,7 @@ def test_bad_query(client: Client, path: str, field: str) -> None:
 def test_body_that_is_no_json_object(client: Client, method: str, path: str, raw: bytes) -> None:
     operation = next(one for one in OPERATIONS if (one.method, one.path) == (method, path))
     before = everything(client)
-    path = API + path.replace("resources/<name>", "resources/stated").replace("<name>", NAME)
+    path = path.replace("resources/<name>", "resources/stated").replace("<name>", NAME)
     if operation.body is None:
         return      # nothing is read
     reply = client.ask(method, path, raw, {"Content-Type": "application/json"})
@@ -632,9 +680,9 @@ def test_what_is_not_there(client: Client, method: str, path: str, status: int, 
 def test_description_names_every_operation(client: Client) -> None:
     described = client.api("GET", "openapi.json").json
     named = {(method.upper(), path) for path, methods in described["paths"].items() for method in methods}
-    assert named == {(one.method, API + one.path.replace("<", "{").replace(">", "}")) for one in OPERATIONS}
+    assert named == {(one.method, one.path.replace("<", "{").replace(">", "}")) for one in OPERATIONS}
     settings = described["components"]["schemas"]["ResourceSettings"]["properties"]
-    assert settings.keys() == ResourceSettings.model_fields.keys()
+    assert settings.keys() == ResourceSettings.model_fields.keys() - INVENTORY_ONLY
     assert "password" not in described["components"]["schemas"]["ResourceView"]["properties"]
 
 
@@ -663,7 +711,7 @@ def tamed(case: schemathesis.Case) -> schemathesis.Case:
 def test_answers_agree_with_the_description(client: Client, operation: Any, mode: GenerationMode) -> None:
     """Right or wrong, whatever is sent gets an answer that the description knows; what it does not allow is refused."""
     client.api("POST", "resources", {"name": "one", **SIMULATED})
-    path = API + operation.path.replace("<", "{").replace(">", "}")
+    path = operation.path.replace("<", "{").replace(">", "}")
     described = SCHEMA[path][operation.method]
     checks = CHECKS if mode is GenerationMode.POSITIVE else NEGATIVE
 
@@ -694,4 +742,4 @@ def test_command_line_and_api_work_together(service: Service, client: Client) ->
     text = service.inventory.read_text(encoding="utf-8")
     clash.write_text(f"{text}  - {{name: one, platform: simulated}}\n", encoding="utf-8")
     done = run(clash, "check")
-    assert done.returncode == 2 and "clash.yaml:7:5: one: was added through the API already" in done.stderr
+    assert done.returncode == 2 and "clash.yaml:9:5: one: was added through the API already" in done.stderr

@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import sqlalchemy
 from conftest import wait_for
+from console import local_console
 from prometheus_client.parser import text_string_to_metric_families
 from service import Service, fresh_processes, run, write_inventory
 
@@ -28,8 +29,8 @@ from healthchecker import (
     OUTCOMES,
     ROW,
     ROWS,
+    ApiError,
     Counters,
-    Gate,
     Lease,
     Metrics,
     RequestCounters,
@@ -38,6 +39,7 @@ from healthchecker import (
     Status,
     Store,
     UsageError,
+    build_console,
     db,
     read_token,
 )
@@ -207,9 +209,9 @@ def metrics(store: Store, token_file: Path) -> Metrics:
 
 
 def ask(metrics: Metrics, authorization: str = "") -> str:
-    status, headers, body = metrics.answer(authorization)
-    assert (status, headers) == ("200 OK", [("Content-Type", "text/plain; version=0.0.4; charset=utf-8")])
-    return body.decode()
+    answer = metrics.answer(authorization, operator=True)
+    assert (answer.status_code, answer.content_type) == (200, "text/plain; version=0.0.4; charset=utf-8")
+    return answer.get_data(as_text=True)
 
 
 def test_every_resource_for_the_bearer(store: Store, metrics: Metrics) -> None:
@@ -344,29 +346,36 @@ ADMISSION = {
 }
 
 
+@pytest.mark.parametrize("operator", [True, False])
 @pytest.mark.parametrize(("header", "wanted"), ADMISSION.values(), ids=ADMISSION)
-def test_admission(store: Store, metrics: Metrics, header: str, wanted: str) -> None:
+def test_admission(store: Store, metrics: Metrics, header: str, wanted: str, operator: bool) -> None:
+    """The token from anywhere; without one the totals, for the operators' networks."""
     add(store, "db1", "healthy", SAMPLE)
-    status, headers, body = metrics.answer(header)
-    assert status.partition(" ")[0] == wanted.replace("full", "200")
-    assert (b"db1" in body) is (wanted == "full")
+    if wanted == "200" and not operator:
+        with pytest.raises(ApiError) as caught:
+            metrics.answer(header, operator=False)
+        assert caught.value.status == 403
+        return
+    answer = metrics.answer(header, operator=operator)
+    assert answer.status_code == int(wanted.replace("full", "200"))
+    assert ("db1" in answer.get_data(as_text=True)) is (wanted == "full")
     if wanted == "401":
-        assert headers == [("WWW-Authenticate", 'Bearer realm="metrics"')]
-        assert TOKEN.encode() not in body
+        assert answer.headers["WWW-Authenticate"] == 'Bearer realm="metrics"'
+        assert TOKEN not in answer.get_data(as_text=True)
 
 
 @pytest.mark.parametrize("header", ["Bearer ", "Bearer x", f"Bearer {TOKEN}"])
 def test_without_a_token_nobody_is_admitted(store: Store, header: str) -> None:
     metrics = Metrics(ServingMetrics(Lease(), Counters(1)), store, None)
-    assert metrics.answer(header)[0].startswith("401")
-    assert metrics.answer("")[0].startswith("200")
+    assert metrics.answer(header, operator=True).status_code == 401
+    assert metrics.answer("", operator=True).status_code == 200
 
 
 def test_a_new_token_counts_at_once(metrics: Metrics, token_file: Path, caplog: pytest.LogCaptureFixture) -> None:
     """And one that was taken away or spoilt counts no more, which is told once."""
 
     def status(token: str) -> str:
-        return metrics.answer(f"Bearer {token}")[0][:3]
+        return str(metrics.answer(f"Bearer {token}", operator=False).status_code)
 
     assert (status(TOKEN), status("new")) == ("200", "401")
     token_file.write_bytes(b"\xef\xbb\xbfnew\r\n")
@@ -411,7 +420,7 @@ def test_unusable_token_file(tmp_path: Path, content: bytes | None, message: str
 def test_the_start_tells(tmp_path: Path, content: bytes | None) -> None:
     if content is not None:
         (tmp_path / "metrics.token").write_bytes(content)
-    done = run(write_inventory(tmp_path, "", "  workers: 0\n  metrics_token_file: metrics.token"))
+    done = run(write_inventory(tmp_path, "", "  metrics_token_file: metrics.token"))
     assert done.returncode == 2
     assert "service.metrics_token_file" in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
     assert not (tmp_path / "healthchecker.db").exists(), "nothing was touched"
@@ -448,22 +457,29 @@ def test_a_text_is_made_once_a_second(store: Store, metrics: Metrics) -> None:
     assert wait_for(lambda: "db2" in ask(metrics, BEARER["Authorization"]), METRICS_AGE + 5)
 
 
-def test_a_database_that_cannot_be_read(store: Store, metrics: Metrics, caplog: pytest.LogCaptureFixture) -> None:
-    with store.writing() as session:
-        session.execute(sqlalchemy.text("DROP TABLE status"))
-    status, headers, body = metrics.answer(BEARER["Authorization"])
-    assert (status[:3], headers) == ("503", [("Retry-After", "1")])
-    assert b"SELECT" not in body and "no such table" in caplog.messages[0]
-    assert metrics.answer("")[0].startswith("200"), "the totals need no database"
+def test_a_database_that_cannot_be_read(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "metrics.token").write_text(TOKEN, encoding="ascii")
+    with local_console(tmp_path) as local:
+        metrics = Metrics(ServingMetrics(Lease(), Counters(1)), local.store, tmp_path / "metrics.token")
+        local.app = build_console(local.context, metrics)
+        with local.store.writing() as session:
+            session.execute(sqlalchemy.text("DROP TABLE status"))
+        reply = local.ask("GET", "/-/metrics", headers=BEARER)
+        assert (reply.status, reply.headers["retry-after"]) == (503, "1")
+        assert "SELECT" not in reply.body and "no such table" in caplog.text
+        assert local.ask("GET", "/-/metrics").status == 200, "the totals need no database"
 
 
-def test_it_never_runs_on_the_loop() -> None:
-    """Whatever the gate says, and however the path is written."""
-    lease = Lease()
-    gate = Gate(lambda environ, start_response: [], lease, metrics=lambda header: ("200 OK", [], b""))
-    for lease.until.value in (0.0, float("inf")):
-        assert gate.pool_of("/-/metrics") == gate.pool_of("///-/metrics") == "own"
-        assert gate.pool_of("/-/livez") == gate.pool_of("//-/livez") == ""
+def test_damaged_sample_spoils_nothing(store: Store, metrics: Metrics) -> None:
+    for number, sample in enumerate(["[", "5", "{}", '{"details": 5}']):
+        add(store, f"odd{number}", "healthy", SAMPLE)
+        with store.writing() as session:
+            session.execute(sqlalchemy.text("UPDATE status SET sample = :sample WHERE resource_id = :id"),
+                            {"sample": sample, "id": number + 1})  # fmt: skip
+    add(store, "sound", "healthy", SAMPLE)
+    found = series(ask(metrics, BEARER["Authorization"]))
+    assert found["healthchecker_resource_uptime_seconds", "sound"] == 86400
+    assert found["healthchecker_resource_state", "odd0", "healthy"] == 1
 
 
 # === The service =============================================================
@@ -505,7 +521,7 @@ def raw(service: Service, request: bytes) -> bytes:
 
 
 def scraped(service: Service, headers: dict[str, str] | None = None) -> Series:
-    answer = service.get("/-/metrics", headers)
+    answer = service.get_console("/-/metrics", headers)
     assert answer.status == 200
     assert answer.headers["content-type"].startswith("text/plain; version=0.0.4")
     assert answer.headers["cache-control"] == "no-store"
@@ -522,7 +538,7 @@ def test_a_service_counts_what_it_does(tmp_path: Path, threads: int) -> None:
     (tmp_path / "shop.py").write_text(APP, encoding="utf-8")
     (tmp_path / "metrics.token").write_text(TOKEN, encoding="ascii")
     flag = tmp_path / "flag"
-    settings = f"  workers: 0\n  app: shop:app\n  threads: {threads}\n  metrics_token_file: metrics.token"
+    settings = f"  app: shop:app\n  threads: {threads}\n  metrics_token_file: metrics.token"
     inventory = write_inventory(tmp_path, HERE.replace("FLAG", str(flag)), settings)
     with Service(inventory) as service:
         service.wait_status("/-/readyz", 200, 8)
@@ -557,13 +573,13 @@ def test_a_service_counts_what_it_does(tmp_path: Path, threads: int) -> None:
         assert found[f"{name}_sum", "2xx"] >= 0.3
         assert found["healthchecker_connections_accepted_total",] >= 13
         assert (found["healthchecker_gate_open",], found["healthchecker_workers",]) == (0, 1)
-        wait_for(lambda: scraped(service)["healthchecker_connections",] == 1)  # the one that asks
+        wait_for(lambda: scraped(service)["healthchecker_connections",] == 0)
         wait_for(lambda: scraped(service, BEARER)["healthchecker_resource_state", "flag", "unhealthy"])
         full = scraped(service, BEARER)
         assert full["healthchecker_resource_check_good", "up", "flag"] == 0
         assert 0 < full["healthchecker_resource_memory_percent", "flag"] < 100
         assert time.time() - full["healthchecker_resource_last_poll_timestamp_seconds", "flag"] < 10
-        assert service.get("/-/metrics", {"Authorization": "Bearer wrong"}).status == 401
-        assert service.get("/-/metrics", method="POST").status == 405
-        head = service.get("/-/metrics", method="HEAD")
+        assert service.get_console("/-/metrics", {"Authorization": "Bearer wrong"}).status == 401
+        assert service.get_console("/-/metrics", method="POST").status == 405
+        head = service.get_console("/-/metrics", method="HEAD")
         assert (head.status, head.body) == (200, "") and int(head.headers["content-length"]) > 1000
