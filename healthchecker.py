@@ -36,17 +36,19 @@ Sections, in file order; a definition refers only to what stands above it:
     Aggregate    the lease: is everything healthy, now
     History      what polls found: rows, averages, availability, events
     Poll         a thread per resource, one writer, one overseer
-    Pages        what a person sees: charts, forms, templates
-    Style        style and script of the pages
-    Metrics      counters in shared memory, what Prometheus reads, the access log
-    Gate         the WSGI application in front of the application
-    Accounts     users, logins and what proves them, the brake on guessing
-    Actions      what can be done; pages, API and command line call these
-    API          the JSON API, and what every request to the console must pass
-    Views        the pages
+    Counters     what a worker counts, in shared memory; the access log
+    Gate         the application's door: the WSGI application in front of the application
     HTTP         requests read strictly, clients with deadlines
     Serve        waitress on the loop, and its pools
     Workers      processes that serve on one socket
+    Accounts     users, logins and what proves them, the brake on guessing
+    Actions      what can be done; pages, API and command line call these
+    API          the JSON API, and what every request to the console must pass
+    Metrics      what Prometheus reads
+    Pages        what a person sees: charts, forms, templates
+    Style        style and script of the pages
+    Views        the pages
+    Console      the operators' door: pages and API under waitress, in the main process
     Commands     the command line: serve, check, seal, trust, keys
 """
 
