@@ -231,7 +231,7 @@ def test_a_new_file_is_not_for_everyone(tmp_path: Path) -> None:
 def test_a_file_that_cannot_be_written(tmp_path: Path, path: str) -> None:
     with pytest.raises(UsageError, match=r"service\.access_log .* cannot be written"):
         AccessFile(tmp_path / path)
-    done = run(write_inventory(tmp_path, "", f"  workers: 0\n  access_log: {path}"))
+    done = run(write_inventory(tmp_path, "", f"  access_log: {path}"))
     assert done.returncode == 2
     assert "service.access_log" in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
     assert not (tmp_path / "healthchecker.db").exists(), "nothing was touched"
@@ -282,7 +282,7 @@ def entries(folder: Path) -> list[dict[str, str]]:
 def test_a_service_keeps_one(tmp_path: Path, threads: int) -> None:
     (tmp_path / "shop.py").write_text(APP, encoding="utf-8")
     inventory = write_inventory(
-        tmp_path, HEALTHY, f"  workers: 0\n  app: shop:app\n  threads: {threads}\n  access_log: access.log"
+        tmp_path, HEALTHY, f"  app: shop:app\n  threads: {threads}\n  access_log: access.log"
     )
     forged = b'GET /" HTTP/1.1\r\nHost: x\r\nUser-Agent: a\t"\xff\r\nReferer: \\\r\nConnection: close\r\n\r\n'
     begin = time.time()
@@ -302,7 +302,7 @@ def test_a_service_keeps_one(tmp_path: Path, threads: int) -> None:
         ("GET /chunks?length=9 HTTP/1.1", "200", "2xx"),
         ("GET /boom HTTP/1.1", "500", "5xx"),
         ("HEAD /-/livez HTTP/1.1", "200", "own"),
-        ("GET /-/nothing?query HTTP/1.1", "303", "own"),
+        ("GET /-/nothing?query HTTP/1.1", "404", "own"),
         (r"GET /\x22 HTTP/1.1", "200", "2xx"),
         ("nonsense", "400", "bad"),
         ("GET /last HTTP/1.1", "200", "2xx"),
@@ -322,7 +322,7 @@ def test_a_service_keeps_one(tmp_path: Path, threads: int) -> None:
 
 
 def test_none_by_default(tmp_path: Path) -> None:
-    with Service(write_inventory(tmp_path, HEALTHY, "  workers: 0")) as service:
+    with Service(write_inventory(tmp_path, HEALTHY)) as service:
         service.wait_status("/", 200, 8)
     assert {path.name for path in tmp_path.iterdir() if "log" in path.name} == set()
 
@@ -330,7 +330,7 @@ def test_none_by_default(tmp_path: Path) -> None:
 def test_no_request_is_missing(tmp_path: Path) -> None:
     """Of many clients at once, up to the last one before the end; the log holds them all, and as often."""
     clients, each = 8, 250
-    inventory = write_inventory(tmp_path, HEALTHY, "  workers: 0\n  access_log: access.log")
+    inventory = write_inventory(tmp_path, HEALTHY, "  access_log: access.log")
 
     def ask(number: int) -> None:
         connection = http.client.HTTPConnection(service.host, service.port, timeout=20)

@@ -128,14 +128,14 @@ def test_statuses(gate: Gate, lease: Lease, path: str, statuses: tuple[int, int]
 
 
 @pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "OPTIONS", "get"])
-def test_own_paths_are_for_reading(gate: Gate, lease: Lease, method: str) -> None:
-    for path in OWN:
-        status, headers, _ = call(gate, path, REQUEST_METHOD=method)
-        assert status.startswith("405")
-        assert headers["allow"] == "GET, HEAD"
-    assert call(gate, "/", REQUEST_METHOD=method)[0].startswith("503")
-    lease.until.value = math.inf
-    assert call(gate, "/", REQUEST_METHOD=method)[0].startswith("200")
+def test_any_method_asks_the_gate(gate: Gate, lease: Lease, method: str) -> None:
+    """Envoy and its like forward the method of the request that they ask about; only the health is for reading."""
+    for until, ready, asked in ((0.0, "503", "403"), (math.inf, "200", "204")):
+        lease.until.value = until
+        answers = {path: call(gate, path, REQUEST_METHOD=method) for path in ("/", *OWN)}
+        assert {path: answer[0][:3] for path, answer in answers.items()} == {
+            "/": ready, "/-/livez": "200", "/-/readyz": ready, "/-/gate": asked, "/-/health": "405"}  # fmt: skip
+        assert answers["/-/health"][1]["allow"] == "GET, HEAD"
 
 
 # seconds from now at which the gate can open at the soonest, the header
@@ -252,14 +252,13 @@ class Serving:
         service: ServiceSettings | None = None,
         connections: int = 100,
         sock: socket.socket | None = None,
-        console: Application | None = None,
     ) -> None:
         self.lease = Lease()
         self.lease.until.value = math.inf
         sock = sock or socket.create_server(("127.0.0.1", 0))
         self.address = ("127.0.0.1", sock.getsockname()[1])
         service = (service or ServiceSettings()).model_copy(update={"app": "a:b", "threads": threads})
-        self.server = GateServer(Gate(app, self.lease, clock, console), sock, service, connections)
+        self.server = GateServer(Gate(app, self.lease, clock), sock, service, connections)
         self.thread = threading.Thread(target=self.server.serve)
 
     def __enter__(self) -> Serving:
@@ -272,8 +271,7 @@ class Serving:
         self.thread.join(15)
         assert not self.thread.is_alive()
         wasyncore.close_all(self.server._map)  # nothing is left to close, unless the loop died of an error
-        for pool in self.server.pools.values():
-            pool.shutdown(timeout=1)
+        self.server.pool.shutdown(timeout=1)
 
     @contextlib.contextmanager
     def client(self, timeout: float = 10) -> Iterator[http.client.HTTPConnection]:
@@ -363,7 +361,7 @@ def test_methods_that_keep_the_connection(threads: int) -> None:
         for method, path in (
             ("HEAD", "/"),
             ("HEAD", "/-/livez"),
-            ("POST", "/-/livez"),
+            ("POST", "/-/health"),
             ("OPTIONS", "/-/gate"),
         ):
             with serving.client() as client:
@@ -824,16 +822,16 @@ def test_a_stream_that_pauses_makes_no_work() -> None:
 
 
 def test_an_answer_does_not_wait_for_the_one_behind_it() -> None:
-    """With the application on the loop, and a page of ours, which is made in a pool, behind its answer."""
+    """Our own, made on the loop, with one of the application behind it, which is made in a pool."""
     go = threading.Event()
 
     def page(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
         go.wait(10)
         return hello(environ, start_response)
 
-    with Serving(hello, 0, console=page) as serving, socket.create_connection(serving.address, timeout=5) as sock:
-        sock.sendall(ask() + ask("/-/pages"))
-        assert answered(sock, 5)
+    with Serving(page, 1) as serving, socket.create_connection(serving.address, timeout=5) as sock:
+        sock.sendall(ask("/-/livez") + ask())
+        assert sock.recv(1000).endswith(b"ok\n")
         assert turns(serving, 0.3) <= 10
         go.set()
         assert answered(sock, 5)

@@ -803,7 +803,7 @@ def test_no_descriptor_left(tmp_path: Path) -> None:
     """As many sockets as there are descriptors, and more: the process lives and serves again."""
     import resource  # noqa: PLC0415  # POSIX only
 
-    inventory = write_inventory(tmp_path, STEADY, "  workers: 0")
+    inventory = write_inventory(tmp_path, STEADY)
     with room_for(600), Service(inventory) as service, contextlib.ExitStack() as stack:
         service.wait_status("/", 200)
         soft, hard = resource.prlimit(service.pid, resource.RLIMIT_NOFILE, (200, 300))

@@ -24,7 +24,7 @@ from service import Team
 from test_gate import Serving, hello, reads
 from test_workers import workers
 
-from healthchecker import OWN_THREADS, POOL_BUFFER, Lease, ServiceSettings
+from healthchecker import POOL_BUFFER, Lease, ServiceSettings
 
 AT_ONCE = 0.010  # seconds in which 99 of 100 answers come that need no pool
 RECOVERED = 1.0  # seconds after which all is as before
@@ -141,7 +141,7 @@ def test_a_burst_for_which_there_is_room_is_served() -> None:
 
     request = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
     with Serving(brief, THREADS, service=SETTINGS) as serving, contextlib.ExitStack() as stack:
-        pool = serving.server.pools["app"]
+        pool = serving.server.pool
         clients = [
             stack.enter_context(socket.create_connection(serving.address, timeout=10))
             for _ in range(THREADS + QUEUE)
@@ -151,26 +151,6 @@ def test_a_burst_for_which_there_is_room_is_served() -> None:
                 client.sendall(request)
             assert {client.recv(1000)[:12] for client in clients} == {b"HTTP/1.1 200"}
             wait_for(lambda: pool.waiting == -THREADS)  # all of them are idle again
-
-
-def test_the_pool_of_our_own_is_another_one() -> None:
-    """An application that blocks keeps no page waiting; pages that block keep no application waiting."""
-    with filled(Waiting()) as serving:
-        assert measure(serving.address, "/-/nothing", 404, 50) <= 5 * AT_ONCE
-    console = Waiting()
-    with (
-        Serving(hello, THREADS, service=SETTINGS, console=console) as serving,
-        Clients(serving.address, OWN_THREADS + QUEUE, "/-/page") as inside,
-    ):
-        wait_for(lambda: serving.server.waiting == QUEUE)
-        assert measure(serving.address, "/", 200, 50) <= 5 * AT_ONCE
-        assert measure(serving.address, "/-/livez", 200) <= AT_ONCE
-        with Clients(serving.address, 1, "/-/page", pause=0.01) as outside:
-            wait_for(lambda: len(outside.answers) > 5)
-        assert {(answer.status, answer.headers["retry-after"]) for answer in outside.answers} == {(503, "1")}
-        inside.over = True
-        console.go.set()
-    assert inside.statuses == {200: OWN_THREADS + QUEUE}
 
 
 def test_pipelined_requests_keep_their_order() -> None:
