@@ -255,6 +255,7 @@ class Serving:
     ) -> None:
         self.lease = Lease()
         self.lease.until.value = math.inf
+        self.app: Any = app
         sock = sock or socket.create_server(("127.0.0.1", 0))
         self.address = ("127.0.0.1", sock.getsockname()[1])
         service = (service or ServiceSettings()).model_copy(update={"app": "a:b", "threads": threads})
@@ -734,7 +735,7 @@ def test_what_a_thread_leaves_to_a_turn_that_is_about_to_wait() -> None:
         def leaves(requests: int) -> None:
             queued(requests)
             if not left.is_set():
-                thread = threading.Thread(target=serving.server.touch, args=(channel,))
+                thread = threading.Thread(target=serving.server.loop.touch, args=(channel,))
                 thread.start()
                 thread.join()
                 left.set()
@@ -1090,7 +1091,7 @@ def test_no_task_is_forgotten() -> None:
         for number in numbers:
             pool.add_task(Task(partial(run, number)))  # type: ignore[arg-type]
             if number % 50 == 0:
-                wait_for(lambda: pool.waiting <= 0)
+                wait_for(lambda: not pool.waiting)
 
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
@@ -1102,58 +1103,9 @@ def test_no_task_is_forgotten() -> None:
             side.join(60)
         wait_for(lambda: len(done) == count, 20)
         assert sorted(done) == list(range(count))
-        wait_for(lambda: pool.waiting == -4)
+        wait_for(lambda: not pool._unfinished)
     finally:
         sys.setswitchinterval(interval)
-        pool.shutdown(5)
-
-
-class Moments(list[threading.Lock]):
-    """A pool's list of idle threads at which something happens in the very moment of a step."""
-
-    def __init__(self, items: Iterable[threading.Lock], before: Callable[[], None]) -> None:
-        super().__init__(items)
-        self.before, self.refuses = before, False
-
-    def append(self, item: threading.Lock) -> None:
-        self.before()
-        super().append(item)
-
-    def pop(self, *_: Any) -> threading.Lock:
-        if self.refuses:
-            self.refuses = False
-            raise IndexError
-        return super().pop()
-
-
-def test_a_task_put_when_a_thread_becomes_idle() -> None:
-    """It has found nothing to do, and is not in the list yet: nobody can wake it."""
-    pool, done = Pool(1, 100), threading.Semaphore(0)
-    wait_for(lambda: len(pool._idle) == 1)
-    late = iter([Task(done.release)])
-
-    def before() -> None:
-        for task in late:
-            pool.add_task(task)  # type: ignore[arg-type]
-
-    pool._idle = Moments(pool._idle, before)
-    try:
-        pool.add_task(Task(done.release))  # type: ignore[arg-type]
-        assert done.acquire(timeout=5) and done.acquire(timeout=5)
-    finally:
-        pool.shutdown(5)
-
-
-def test_a_thread_that_another_one_has_woken() -> None:
-    """Who finds no idle thread looks again: one may have become idle, and a task have come, meanwhile."""
-    pool, done = Pool(1, 100), threading.Semaphore(0)
-    wait_for(lambda: len(pool._idle) == 1)
-    pool._idle = moments = Moments(pool._idle, lambda: None)
-    moments.refuses = True
-    try:
-        pool.add_task(Task(done.release))  # type: ignore[arg-type]
-        assert done.acquire(timeout=5)
-    finally:
         pool.shutdown(5)
 
 

@@ -261,7 +261,7 @@ def is_refused(stream: bytes, status: int, request: bytes) -> None:
 def test_refused(request_: bytes, status: int) -> None:
     with serving() as server:
         is_refused(server.raw(request_), status, request_)
-        assert server.server.application._app.asked == []
+        assert server.app.asked == []
         assert server.get("/after")[0] == 200
 
 
@@ -354,7 +354,7 @@ def test_pipelined_requests_keep_their_order_and_a_refusal_ends_them() -> None:
         found = replies(server.raw(stream + REFUSED["two hosts"][0] + INNER))
         assert [reply.body for reply in found[:-1]] == bodies
         assert found[-1].status == 400
-        assert "/inner" not in server.server.application._app.asked
+        assert "/inner" not in server.app.asked
 
 
 # === The parser by itself ====================================================
@@ -508,7 +508,7 @@ def test_slow_headers(threads: int, dripping: Callable[[socket.socket, bytes, fl
         for sock in socks.values():
             is_refused(reads(sock), 408, b"")
             assert 4.9 < time.monotonic() - begin < 7.5
-        assert server.server.application._app.asked == ["/", "/meanwhile"]
+        assert server.app.asked == ["/", "/meanwhile"]
 
 
 def later(server: Serving, seconds: float) -> None:
@@ -541,7 +541,7 @@ def test_slow_bodies(threads: int, dripping: Callable[[socket.socket, bytes, flo
         later(server, 30.1)
         for sock in socks:
             is_refused(reads(sock), 408, b"")
-        assert server.server.application._app.asked == []
+        assert server.app.asked == []
 
 
 @pytest.mark.parametrize(("threads", "best"), [(0, True), (2, False)], ids=["best", "select"])
