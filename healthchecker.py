@@ -59,7 +59,6 @@ import heapq
 import hmac
 import http
 import importlib
-import inspect
 import io
 import ipaddress
 import itertools
@@ -457,7 +456,7 @@ Workers = Annotated[str, matching(r"auto|[1-9]|[1-5][0-9]|6[0-4]", "must be auto
                                   "(serving in the main process, 0, is gone: write 1)")]
 ConsoleListen = Annotated[str, matching(r"off|(\[[\w:.%]+\]|[\w.-]+):[0-9]{1,5}",
                                         "must be address:port, [address]:port or off"), AfterValidator(port_of)]
-AppName = Annotated[str, matching(r"[\w.]+:[\w.]+(\(\))?", "must be module:callable or module:factory()")]
+AppName = Annotated[str, matching(r"[\w.]+:[\w.]+", "must be module:callable")]
 SqliteUrl = Annotated[str, matching(r"sqlite:///[^?]+", "must be sqlite:///path"),
                       AfterValidator(lambda url: SQLITE + str(expanded(url.removeprefix(SQLITE))))]
 
@@ -4227,7 +4226,8 @@ ROW = len(LATENCIES) + 2        # cells of an outcome: a count for each latency,
 ROWS = {outcome: number * ROW for number, outcome in enumerate(OUTCOMES)}
 ACCEPTED = len(OUTCOMES) * ROW  # the cell of the connections ever accepted
 QUEUED = ACCEPTED + 1           # the cell of the requests that wait for a pool thread
-SLOT = QUEUED + 1
+TURNS = QUEUED + 1              # the cell of the turns of the loop: one that makes none hangs
+SLOT = TURNS + 1
 
 
 class Counters:
@@ -4245,6 +4245,10 @@ class Counters:
         """Says that nobody serves in a slot; its totals stay."""
         self.held[index] = -1
         self.slot(index)[QUEUED] = 0.0
+
+    def turns(self, index: int) -> float:
+        """Turns of its loop that the process in a slot has made, and those before it."""
+        return self.slot(index)[TURNS]
 
     def totals(self) -> list[float]:
         """Every cell, summed over the slots."""
@@ -4340,8 +4344,10 @@ class RequestCounters:
     def accepted(self) -> None:
         self._cells[ACCEPTED] += 1      # by the loop's thread alone
 
-    def queued(self, requests: int) -> None:
-        self._cells[QUEUED] = requests
+    def turn(self, queued: int) -> None:
+        """The loop turns, while `queued` requests wait for a pool thread."""
+        self._cells[QUEUED] = queued
+        self._cells[TURNS] += 1
 
     def hold(self, connections: int) -> None:
         """Tells the others how many connections this worker holds."""
@@ -4482,47 +4488,27 @@ class Gate:
 
 def builtin_app(service: ServiceSettings) -> WSGIApplication:
     """The page shown behind the gate until `service.app` names an application."""
+    app = flask.Flask("healthchecker.builtin")
     console = "" if service.console == "off" else (
         f' Operators: the <a href="http://{service.console}/-/">console</a>.')
-    page: Reply = "200 OK", [HTML], WELCOME.format(console=console).encode()
-
-    def app(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
-        found = environ["PATH_INFO"] == "/"
-        return respond(environ, start_response, page if found else ("404 Not Found", [], b"not found\n"))
-
+    app.add_url_rule("/", "welcome", lambda: WELCOME.format(console=console))
     return app
 
 
-def app_fault(app: object) -> str:
-    """Why an object cannot be a WSGI application, as far as can be told without calling it; "" when it can."""
-    if not callable(app):
-        return "is not callable"
-    if inspect.iscoroutinefunction(app) or inspect.iscoroutinefunction(type(app).__call__):
-        return "is an ASGI application; a WSGI application is needed"
-    try:
-        inspect.signature(app).bind({}, None)
-    except TypeError:
-        return "does not take (environ, start_response); for a factory without arguments write module:factory()"
-    except ValueError:      # written in C
-        pass
-    return ""
-
-
 def load_app(name: str, folder: Path) -> WSGIApplication:
-    """Imports `module:callable`, or calls `module:factory()`, with `folder` first on the path; raises UsageError."""
-    module, _, attribute = name.removesuffix("()").partition(":")
+    """Imports `module:callable` with `folder` first on the path; raises UsageError."""
+    module, _, attribute = name.partition(":")
     if str(folder) not in sys.path[:1]:
         sys.path.insert(0, str(folder))
     try:
         app: Any = importlib.import_module(module)
         for part in attribute.split("."):
             app = getattr(app, part)
-        app = app() if name.endswith("()") else app
     except (Exception, SystemExit) as error:    # the user's own code may raise anything
         reason = f"{type(error).__name__}: {one_line(str(error))}"
         raise UsageError(f"service.app {name} cannot be imported: {reason}") from error
-    if fault := app_fault(app):
-        raise UsageError(f"service.app {name} {fault}")
+    if not callable(app):
+        raise UsageError(f"service.app {name} is not callable")
     return cast("WSGIApplication", app)
 
 
@@ -4997,6 +4983,7 @@ class GateChannel(HTTPChannel):    # type: ignore[misc]  # waitress carries no t
 
     def add_channel(self, map: Any = None) -> None:     # waitress's name
         super().add_channel(map)
+        self.sockets = [self.socket]
         self.server.loop.watch(self, selectors.EVENT_READ)
         self.server.tally.accepted()
 
@@ -5174,12 +5161,13 @@ class Loop:
             return
         before, channel.watched = channel.watched, events
         try:
-            if not before:
-                self._selector.register(channel.socket, events, channel)
-            elif events:
-                self._selector.modify(channel.socket, events, channel)
-            else:
-                self._selector.unregister(channel.socket)
+            for sock in channel.sockets:
+                if not before:
+                    self._selector.register(sock, events, channel)
+                elif events:
+                    self._selector.modify(sock, events, channel)
+                else:
+                    self._selector.unregister(sock)
         except OSError:     # the system lacks memory: one connection ends, not all
             channel.watched = 0
             if isinstance(channel, GateChannel):
@@ -5249,6 +5237,7 @@ class GateServer(TcpWSGIServer):    # type: ignore[misc]  # waitress carries no 
         self.waited_for: set[GateChannel] = set()       # by a thread each
         self._ends = self._idle_end = math.inf
         self.pool = Pool(threads, service.queue)
+        self.sockets: Sequence[socket.socket] = [sock]      # more where its name has several addresses
         logging.getLogger("waitress").addFilter(on_one_line)
         sockinfo = (sock.family, sock.type, sock.proto, sock.getsockname())
         super().__init__(ForwardedHeaders(gate, service.trusted_proxy), {}, True, sock, dispatcher=self.pool,
@@ -5307,13 +5296,16 @@ class GateServer(TcpWSGIServer):    # type: ignore[misc]  # waitress carries no 
         if len(self._map) >= self.adj.connection_limit:
             return None
         try:
-            return cast("tuple[socket.socket, Any] | None", super().accept())
+            for sock in self.sockets:
+                self.socket = sock
+                if (found := super().accept()) is not None:
+                    return cast("tuple[socket.socket, Any]", found)
         except ConnectionResetError:    # on Windows: this client has gone already
-            return None
+            pass
         except OSError as error:
             self._accepts_at, self._pressed = self.clock() + ACCEPT_PAUSE, True
             self.complain(f"a connection cannot be accepted: {error.strerror}; idle ones are closed sooner")
-            return None
+        return None
 
     def complain(self, reason: str) -> None:
         """Of trouble that clients make, once in COMPLAINT_INTERVAL."""
@@ -5347,7 +5339,7 @@ class GateServer(TcpWSGIServer):    # type: ignore[misc]  # waitress carries no 
             self._ready.popleft().service()
         self.loop.attend()
         self.tally.hold(len(self.active_channels))
-        self.tally.queued(self.pool.waiting)
+        self.tally.turn(self.pool.waiting)
         self.loop.watch(self, selectors.EVENT_READ if self.readable() else 0)
         hurried = self.gate.draining or (self.loop.sending and self._cut_slow_readers(self.clock()))
         self.loop.wait(0 if self._ready else SHORT_TURN if hurried else self.adj.asyncore_loop_timeout)
@@ -5379,7 +5371,8 @@ class GateServer(TcpWSGIServer):    # type: ignore[misc]  # waitress carries no 
             self.loop.watch(self, 0)
             self.del_channel()
             self.handle_accept()
-            self.socket.close()
+            for sock in self.sockets:
+                sock.close()
             self._idle_end = time.monotonic() + LAST_ASK
             return False
         now = time.monotonic()

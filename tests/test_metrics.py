@@ -87,7 +87,7 @@ def test_slots_are_summed() -> None:
             tally.request(outcome, 0.002)
         tally.accepted()
         tally.hold(slot)
-        tally.queued(10)
+        tally.turn(10)
     assert [*counters.crowd.held] == [0, 1, 2]
     totals = counters.totals()
     assert all(count(totals, outcome) == [0, 3, *[0] * (len(LATENCIES) - 1)] for outcome in OUTCOMES)

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 from conftest import no_leaks, wait_for
-from load import Clients, Response, parse
+from load import Clients, parse
 from service import Team
 from test_gate import Serving, hello, reads
 from test_workers import workers
@@ -245,6 +245,38 @@ def test_a_large_answer_takes_no_more_memory_than_its_buffer(folder: Path, reade
             assert len(clients.answers) > seen
         assert highest - before < readers * POOL_BUFFER + THREADS * KEPT
         assert set(clients.statuses) == {200} and not clients.lost
+
+
+@pytest.mark.parametrize("kind", ["whole", "pieces"])
+def test_many_slow_readers_of_large_answers(kind: str) -> None:
+    """The slowest are cut: what waits to be sent is bounded, and who asks for little behind them gets it."""
+    size, count, limit = 50 << 20, 32, 8 << 20
+    waits: list[int] = []
+
+    def large(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
+        if environ["PATH_INFO"] == "/small":
+            return hello(environ, start_response)
+        start_response("200 OK", [("Content-Type", "text/plain"), ("Content-Length", str(size))])
+        return [bytes(size)] if kind == "whole" else (bytes(1 << 16) for _ in range(size >> 16))
+
+    service = ServiceSettings(send_buffer=limit)
+    with Serving(large, THREADS, service=service) as serving, contextlib.ExitStack() as stack:
+        for _ in range(count):
+            sock = stack.enter_context(socket.create_connection(serving.address, timeout=20))
+            sock.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+        with Clients(serving.address, 1, "/small", patience=60) as client:
+            wait_for(lambda: waits.append(total(serving)) or len(client.answers) > 5, 60)
+        assert not client.lost and set(client.statuses) == {200}
+        wait_for(lambda: total(serving) <= limit + size, 30)
+        assert max(waits) < 2 * limit + (THREADS + 2) * size < count * size
+        (lone,) = (stack.enter_context(socket.create_connection(serving.address, timeout=20)) for _ in range(1))
+        lone.sendall(b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        assert len(reads(lone)) > size, "who takes it gets an answer that is larger than all that may wait"
+
+
+def total(serving: Serving) -> int:
+    """Bytes that wait to be sent."""
+    return sum(channel.total_outbufs_len for channel in list(serving.server.active_channels.values()))
 
 
 # === With workers ============================================================

@@ -197,10 +197,10 @@ def replaced(text: str, values: Mapping[str, str]) -> str:
     return text
 
 
-def fetch(port: int, path: str = "/") -> tuple[int, bytes]:
+def fetch(port: int, path: str = "/", headers: Mapping[str, str] | None = None) -> tuple[int, bytes]:
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
     with contextlib.closing(connection):
-        connection.request("GET", path)
+        connection.request("GET", path, headers=dict(headers or {}))
         answer = connection.getresponse()
         return answer.status, answer.read()
 
@@ -247,7 +247,7 @@ def test_nginx_asks_the_gate(tmp_path: Path) -> None:
         http_block = replaced(block("nginx"), {
             "127.0.0.1:8080": f"127.0.0.1:{gate.address[1]}",
             "127.0.0.1:8000": f"127.0.0.1:{shop.address[1]}",
-            "server {": f"server {{ listen 127.0.0.1:{port};",
+            "listen 80;": f"listen 127.0.0.1:{port};",
         })  # fmt: skip
         folders = " ".join(f"{kind}_temp_path {tmp_path};" for kind in
                            ("client_body", "proxy", "fastcgi", "uwsgi", "scgi"))  # fmt: skip
@@ -263,6 +263,8 @@ def test_nginx_asks_the_gate(tmp_path: Path) -> None:
                 channels |= set(gate.server.active_channels.values())
             assert len(channels) == 1, "a 204 has to keep the connection"
             assert [fetch(port, path)[0] for path in ("/403", "/500")] == [403, 500], "its own answers stay"
+            for odd in ({"X": "x" * 20_000}, {"X" * 130: "x"}, {"X": "\x01"}):
+                assert fetch(port, headers=odd)[0] != 503, "what a client sends does not close the gate"
             gate.lease.until.value = 0.0
             assert fetch(port)[0] == 503
             assert set(gate.server.active_channels.values()) == channels, "so has a 403"
@@ -276,13 +278,13 @@ def test_nginx_asks_the_gate(tmp_path: Path) -> None:
 @pytest.mark.skipif(not HAPROXY, reason="needs haproxy")
 def test_haproxy_checks_readiness(tmp_path: Path) -> None:
     """`option httpchk` without more speaks HTTP/1.0 and sends no Host."""
-    option, default = re.findall(r"HAProxy: `(.*?)` and `(.*?)`", README)[0]
+    option, default, forward = re.findall(r"HAProxy:\n`(.*?)`, `(.*?)` and `(.*?)`", README)[0]
     port = free_port()
     with Serving(named(b"one"), 0) as one, Serving(named(b"two"), 0) as two:
         (tmp_path / "haproxy.cfg").write_text(
             "defaults\n    mode http\n    timeout connect 2s\n    timeout client 5s\n    timeout server 5s\n"
             f"frontend all\n    bind 127.0.0.1:{port}\n    default_backend shop\n"
-            f"backend shop\n    {option}\n    {default.replace('2s', '100ms')}\n"
+            f"backend shop\n    {option}\n    {forward}\n    {default.replace('2s', '100ms')}\n"
             f"    server one 127.0.0.1:{one.address[1]}\n    server two 127.0.0.1:{two.address[1]}\n", encoding="utf-8")
         assert default.count("2s") == 1
         with running([str(HAPROXY), "-db", "-f", "haproxy.cfg"], port, tmp_path):
