@@ -1090,7 +1090,8 @@ def test_the_whole_validator_of_wsgiref(threads: int, caplog: pytest.LogCaptureF
 
     service = ServiceSettings(workers="2")
     with Serving(validator(app), threads, service=service) as serving:
-        assert serving.raw(ask("/a%20b?c=d", "POST", "Content-Length: 5", "Connection: close") + b"hello").endswith(b"5")
+        request = ask("/a%20b?c=d", "POST", "Content-Length: 5", "Connection: close")
+        assert serving.raw(request + b"hello").endswith(b"5")
         serving.server.application = validator(serving.server.application)
         for path, status in {"/x": 200, "/-/livez": 200, "/-/gate": 204, "/-/health": 200, "/-/none": 404}.items():
             assert serving.get(path)[0] == status
