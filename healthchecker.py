@@ -562,6 +562,7 @@ class ServiceSettings(Settings):
     threads: Annotated[int, Field(ge=0, le=1000)] = 8   # pool threads for `app`; 0 = on the loop
     queue: Annotated[int, Field(ge=1, le=10_000)] = 64  # requests that wait for a pool thread of a worker
     body_limit: Annotated[int, Field(ge=0, le=1 << 40)] = 1 << 20   # bytes of a request's body
+    send_buffer: Annotated[int, Field(ge=1 << 20, le=1 << 40)] = 64 << 20   # bytes of answers that wait in a worker
     drain: Annotated[float, Field(ge=0, le=3600)] = 7.5     # seconds that an end waits for requests in flight
     access_log: FilePath | None = None                  # a line per request
     metrics_token_file: FilePath | None = None          # its bearer sees resources in /-/metrics
@@ -4283,15 +4284,13 @@ class Monitor(threading.Thread):
 
 
 # === Counters ================================================================
-ACCEPTS_PER_TURN = 64           # connections accepted in one turn of the loop
-HEAD_START = 0.1                # seconds in which less busy workers may take a connection before a busier one does
-ACCESS_FLUSH = 0.25             # seconds for which the access log gathers lines
-ACCESS_LINES = 100              # lines that it writes at once: the loop waits while they are made
-ACCESS_WAITING = 20_000         # requests that wait to be written; what comes then is dropped
-ACCESS_CHARS = 1000             # characters of a request line that are logged
-AGENT_CHARS = 200               # characters of Referer and of User-Agent that are logged
-Headers = list[tuple[str, str]]
-Reply = tuple[str, Headers, bytes]     # status line, headers, body
+# What the workers count, in memory shared with the main process: a slot each, which its worker alone writes, so that
+# no lock is shared whose holder may be killed. In a worker, the loop's and the pool's threads take turns at the slot.
+# The main process sums the slots up for /-/metrics, and hands the slot of a worker that died on to the next.
+# The access log: requests are noted where they were answered, a thread of the worker makes lines of them, and the main
+# process writes these into one file.
+# Gives: Counters, RequestCounters, AccessLog, AccessFile, LATENCIES, ROWS, ROW, ACCEPTED, QUEUED, OUTCOME
+LEAD = 4                        # connections that a worker may hold more than another and still take a crowd
 # Seconds, the upper bounds of the latency histogram: close together up to where a gate is to answer (10 ms), and on
 # to what an application in the pool may take; a bound more costs a line for every outcome.
 LATENCIES = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
@@ -4304,66 +4303,15 @@ ROW = len(LATENCIES) + 2        # cells of an outcome: a count for each latency,
 ROWS = {outcome: number * ROW for number, outcome in enumerate(OUTCOMES)}
 ACCEPTED = len(OUTCOMES) * ROW  # the cell of the connections ever accepted
 QUEUED = ACCEPTED + 1           # the cell of the requests that wait for a pool thread
-SLOT = QUEUED + 1
-
-
-class Crowd:
-    """How many connections each worker holds, in shared memory: each writes its own, nobody waits for anybody."""
-
-    def __init__(self, workers: int) -> None:
-        self.held = multiprocessing.RawArray(ctypes.c_long, [-1] * workers)     # -1: is not there
-
-    def allowance(self, worker: int) -> int:
-        """Connections that a worker may take without leaving the others behind; the first of a crowd are few."""
-        others = [held for number, held in enumerate(self.held) if number != worker and held >= 0]
-        return min(ACCEPTS_PER_TURN, min(others) * 5 // 4 + 4 - self.held[worker]) if others else ACCEPTS_PER_TURN
-
-
-class AcceptBalance:
-    """A worker's share of new connections: while others hold fewer, they get a head start."""
-
-    def __init__(self, crowd: Crowd, worker: int, clock: Callable[[], float] = time.monotonic) -> None:
-        self._crowd, self._worker, self._clock = crowd, worker, clock
-        self._left = -math.inf      # when this worker last left a connection to the others
-        self._looked = False        # since then, and took none
-
-    def hold(self, connections: int) -> None:
-        """Tells the others."""
-        self._crowd.held[self._worker] = connections
-
-    @property
-    def defers(self) -> bool:
-        """Whether the others have the head start now."""
-        return self._clock() < self._left + HEAD_START and self._crowd.allowance(self._worker) <= 0
-
-    def look(self) -> bool:
-        """Whether to look for connections in this turn of the loop."""
-        if self.defers:
-            return False
-        if self._looked:    # and there was none: the others have taken what was left to them
-            self._left = -math.inf
-        self._looked = True
-        return True
-
-    def take(self) -> int:
-        """How many of the connections that wait this worker may accept now."""
-        self._looked, allowed = False, self._crowd.allowance(self._worker)
-        if allowed <= 0 and self._left == -math.inf:
-            self._left = self._clock()
-            return 0
-        self._left = -math.inf
-        return allowed if allowed > 0 else ACCEPTS_PER_TURN      # the others had their time and did not come
+TURNS = QUEUED + 1              # the cell of the turns of the loop: one that makes none hangs
+SLOT = TURNS + 1
 
 
 class Counters:
-    """What the serving processes count, in shared memory: a slot each, written by the one process that has it.
-
-    No lock is shared, for a holder that is killed would block the others. A slot is handed on to the process that
-    replaces another, so that no total ever falls.
-    """
+    """What the serving processes count, a slot each. No total ever falls: a slot outlives the process that has it."""
 
     def __init__(self, slots: int) -> None:
-        self.crowd = Crowd(slots)
+        self.held = multiprocessing.RawArray(ctypes.c_long, [-1] * slots)   # connections; -1: nobody serves there
         self._cells = multiprocessing.RawArray(ctypes.c_double, slots * SLOT)
 
     def slot(self, index: int) -> memoryview[float]:
@@ -4372,8 +4320,12 @@ class Counters:
 
     def vacate(self, index: int) -> None:
         """Says that nobody serves in a slot; its totals stay."""
-        self.crowd.held[index] = -1
+        self.held[index] = -1
         self.slot(index)[QUEUED] = 0.0
+
+    def turns(self, index: int) -> float:
+        """Turns of its loop that the process in a slot has made, and those before it."""
+        return self.slot(index)[TURNS]
 
     def totals(self) -> list[float]:
         """Every cell, summed over the slots."""
@@ -4381,128 +4333,81 @@ class Counters:
         return [sum(cells[cell::SLOT]) for cell in range(SLOT)]
 
 
-AccessEntry = tuple[float, str, bytes, str, int, float, str, str, str]
+# --- the access log ---
+ACCESS_LINES = 100              # requests that are sent to the main process at once
+ACCESS_CHARS, AGENT_CHARS = 1000, 200   # characters that are logged of a request line; of Referer and User-Agent
 UNPRINTABLE = re.compile(r'[^ !#-\[\]-~]')  # and what would end a quoted text or begin an escape
 MONTHS = "Jan Feb Mar Apr May Jun Jul Aug Sep Oct Nov Dec".split()      # strftime would ask the locale
+AccessNote = tuple[float, int, float, str, str, str, str, str, str]     # see access_line
 
 
-def escaped(text: str) -> str:
-    r"""`text` for a log, as nginx does it: whatever could end its line or its quotes becomes \xHH."""
-    if text.isascii() and text.isprintable() and '"' not in text and "\\" not in text:
-        return text     # five times as fast
-    return UNPRINTABLE.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
+def access_line(note: AccessNote) -> str:
+    r"""The combined log format with its query, then milliseconds and outcome; what could end a line becomes \xHH."""
+    at, size, seconds, *texts = note
+    address, line, status, referer, agent, outcome = (
+        UNPRINTABLE.sub(lambda found: f"\\x{ord(found[0]):02x}", text) for text in texts)
+    when = datetime.datetime.fromtimestamp(int(at)).astimezone()
+    return (f'{address.replace(" ", "_")} - - [{when.day:02}/{MONTHS[when.month - 1]}/{when:%Y:%H:%M:%S %z}] "{line}" '
+            f'{status} {size} "{referer}" "{agent}" {seconds * 1e3:.3f} {outcome}\n')
 
 
-@functools.lru_cache(maxsize=2)
-def log_time(second: int) -> str:
-    """Unix time as web servers log it, in local time."""
-    moment = datetime.datetime.fromtimestamp(second).astimezone()
-    return f"{moment.day:02}/{MONTHS[moment.month - 1]}/{moment:%Y:%H:%M:%S %z}"
+class AccessLog:
+    """Notes the requests of a worker, and hands them on to `sink`; while that raises OSError, they are dropped."""
+
+    def __init__(self, sink: Callable[[Sequence[AccessNote]], None]) -> None:
+        self._sink, self._lock = sink, threading.Lock()     # guards _notes
+        self._notes: list[AccessNote] = []
+
+    def note(self, task: Any, outcome: str, seconds: float) -> None:
+        channel, (request, *_) = task.channel, task.channel.requests[:1] or [task.request]
+        address, line = (task.environ or {}).get("REMOTE_ADDR", channel.addr[0]), getattr(request, "first_line", b"")
+        texts = (request.headers.get(name, "-")[:AGENT_CHARS] for name in ("REFERER", "USER_AGENT"))
+        note = (time.time(), channel.body_bytes, seconds, address, line[:ACCESS_CHARS].decode("latin-1"),
+                task.status[:3], *texts, outcome)
+        with self._lock:
+            self._notes.append(note)
+        if len(self._notes) >= ACCESS_LINES:
+            self.flush()
+
+    def flush(self) -> None:
+        with self._lock:
+            notes, self._notes = self._notes, []
+        if notes:
+            with contextlib.suppress(OSError):
+                self._sink(notes)
 
 
-def access_line(entry: AccessEntry) -> str:
-    """The combined log format, then milliseconds and outcome.
-
-    The query is in it, as in the log of every web server: without it a request cannot be told from others nor asked
-    again. It may hold a token of the application's, hence the mode of AccessFile.
-    """
-    at, address, request, status, size, seconds, outcome, referer, agent = entry
-    return (f'{escaped(address).replace(" ", "_")} - - [{log_time(int(at))}] "{escaped(request.decode("latin-1"))}" '
-            f'{status} {size} "{escaped(referer)}" "{escaped(agent)}" {seconds * 1e3:.3f} {outcome}')
-
-
-class AccessFile(logging.handlers.RotatingFileHandler):
-    """The file of the access log; on UNIX for its owner and group alone. Raises UsageError."""
+class AccessFile(logging.handlers.WatchedFileHandler):
+    """The file, for its owner and group alone (UNIX); opened anew when it was moved away. Raises UsageError."""
 
     def __init__(self, path: Path) -> None:
         self._quiet_until = 0.0     # no complaint before
         try:
-            super().__init__(path, maxBytes=LOG_BYTES, backupCount=LOG_FILES, encoding="utf-8")
+            super().__init__(path, encoding="utf-8")
         except OSError as error:
             raise UsageError(f"service.access_log {path} cannot be written: {error.strerror}") from error
 
     def _open(self) -> io.TextIOWrapper:
         return open(self.baseFilename, "a", encoding="utf-8", opener=lambda name, flags: os.open(name, flags, 0o640))
 
-    def emit(self, record: logging.LogRecord) -> None:
-        """As the base class, but what goes wrong is raised and not printed."""
-        if self.shouldRollover(record):
-            self.doRollover()
-        self.stream = self.stream or self._open()
-        self.stream.write(f"{self.format(record)}\n")
-        self.flush()
-
-    def write(self, lines: Sequence[str]) -> None:
-        """Appends lines; of a file that cannot be written any more it only complains."""
+    def write(self, notes: Sequence[AccessNote]) -> None:
+        """Appends a line each; of a file that cannot be written any more it only complains."""
         try:
-            self.handle(logging.makeLogRecord({"msg": "\n".join(lines)}))
+            with cast(threading.RLock, self.lock):
+                self.reopenIfNeeded()
+                self.stream = self.stream or self._open()
+                self.stream.writelines(map(access_line, notes))
+                self.flush()
         except OSError as error:
             if time.monotonic() >= self._quiet_until:
                 log.error("service.access_log %s cannot be written: %s", self.baseFilename, error.strerror)
                 self._quiet_until = time.monotonic() + COMPLAINT_INTERVAL
 
 
-class AccessLog(threading.Thread):
-    """Takes a note of each request and makes lines of them later, which go to `sink` in batches.
-
-    While the sink blocks, ACCESS_WAITING notes are kept; lines for which it raises OSError are dropped.
-    """
-
-    def __init__(self, sink: Callable[[Sequence[str]], None]) -> None:
-        super().__init__(name="access log", daemon=True)
-        self._sink = sink
-        self._waiting: collections.deque[AccessEntry] = collections.deque()
-        self._lock = threading.Lock()   # guards _dropped
-        self._dropped = 0               # since the last complaint
-        self._quiet_until = 0.0
-        self._ending = threading.Event()
-
-    def note(self, task: Any, outcome: str, seconds: float) -> None:
-        """Called where the request was served, hence only gathers; when the sink cannot follow, it drops."""
-        if len(self._waiting) >= ACCESS_WAITING:
-            with self._lock:
-                self._dropped += 1
-            return
-        channel = task.channel
-        request = channel.requests[0] if channel.requests else task.request
-        headers = request.headers
-        self._waiting.append((
-            time.time(), (task.environ or {}).get("REMOTE_ADDR", channel.addr[0]),
-            getattr(request, "first_line", b"")[:ACCESS_CHARS], task.status[:3],
-            channel.body_bytes, seconds, outcome, headers.get("REFERER", "-")[:AGENT_CHARS],
-            headers.get("USER_AGENT", "-")[:AGENT_CHARS]))
-
-    def run(self) -> None:
-        while not self._ending.wait(ACCESS_FLUSH):
-            self._flush()
-        self._flush()
-
-    def _flush(self) -> None:
-        for _ in range(0, len(self._waiting), ACCESS_LINES):
-            lines = [access_line(self._waiting.popleft()) for _ in range(min(ACCESS_LINES, len(self._waiting)))]
-            try:
-                self._sink(lines)
-            except OSError:
-                with self._lock:
-                    self._dropped += len(lines)
-        if self._dropped and (time.monotonic() >= self._quiet_until or self._ending.is_set()):
-            with self._lock:
-                dropped, self._dropped = self._dropped, 0
-            log.warning("access log: %d requests were dropped, for it cannot be written as fast", dropped)
-            self._quiet_until = time.monotonic() + COMPLAINT_INTERVAL
-
-    def close(self) -> None:
-        """Writes the rest and ends the thread."""
-        self._ending.set()
-        if self.is_alive():
-            self.join(POOL_END)
-
-
 class RequestCounters:
-    """What this process counts, in its slot of the counters, its share of new connections, its access log."""
+    """What this process counts, in its slot, and its access log."""
 
     def __init__(self, counters: Counters, slot: int = 0, access_log: AccessLog | None = None) -> None:
-        self.share = AcceptBalance(counters.crowd, slot)
         self._counters, self._slot, self.access_log = counters, slot, access_log
         self._cells = counters.slot(slot)
         self._lock = threading.Lock()   # guards _cells against the other threads of the pool
@@ -4516,40 +4421,64 @@ class RequestCounters:
     def accepted(self) -> None:
         self._cells[ACCEPTED] += 1      # by the loop's thread alone
 
-    def queued(self, requests: int) -> None:
-        self._cells[QUEUED] = requests
+    def turn(self, queued: int) -> None:
+        """The loop turns, while `queued` requests wait for a pool thread."""
+        self._cells[QUEUED] = queued
+        self._cells[TURNS] += 1
+
+    def hold(self, connections: int) -> None:
+        """Tells the others how many connections this worker holds."""
+        self._counters.held[self._slot] = connections
+
+    @property
+    def ahead(self) -> bool:
+        """Whether this worker holds more connections than its share."""
+        least, *others = sorted(held for held in self._counters.held if held >= 0)
+        return bool(others) and self._counters.held[self._slot] > least + LEAD
+
+    def flush(self) -> None:
+        """Hands on what the access log has noted; about once in a second."""
+        if self.access_log is not None:
+            self.access_log.flush()
 
     def close(self) -> None:
         """This process serves no more."""
         self._counters.vacate(self._slot)
-        if self.access_log is not None:
-            self.access_log.close()
+        self.flush()
 
 
 # === Gate ====================================================================
+# The application's door, as WSGI: asks the lease on every request, and answers 503 before the application runs unless
+# it holds. `route` sorts a request by its path, without blocking; the server runs on its loop what never blocks, and
+# `admit`, the application, in the pool, where the lease is asked once more. `load_app` finds the application, in the
+# worker that is to run it.
+# Gives: Gate, build_gate, respond, Reply, Headers, NO_STORE, PREFIX, HEALTH, METRICS_PATH, HANDLER
 RETRY_AFTER_MAX = 3600          # seconds
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>{title}</title><body style="font:1.1rem system-ui;margin:15vh auto;max-width:32rem;padding:1rem">
 <h1>{title}</h1><p>{text}</p></body></html>
 """
 CLOSED_PAGE = PAGE.format(title="Temporarily unavailable", text="A system that this service depends on is not healthy. "
-                      "Please try again in a moment.")
+                      "Please try again in a moment.").encode()
 WELCOME = PAGE.format(title="The gate is open", text="HealthChecker's built-in page: put an application of your "
                       "own here with <code>service.app</code> in inventory.yaml. While a resource is unhealthy, it "
                       "answers 503.{console}")
-
 NO_STORE = ("Cache-Control", "no-store")
+HTML = ("Content-Type", "text/html; charset=utf-8")
 PREFIX = "/-/"                  # everything below is HealthChecker's own
 HEALTH = "/-/health"
 METRICS_PATH = "/-/metrics"
+HANDLER = "healthchecker.handler"   # key of the environ for what `Gate.route` has found
+Headers = list[tuple[str, str]]
+Reply = tuple[str, Headers, bytes]     # status line, headers, body
 
 
 def respond(environ: WSGIEnvironment, start_response: StartResponse, answer: Reply) -> Iterable[bytes]:
     """Sends an answer of HealthChecker's own; text/plain unless its headers say otherwise, never cached."""
     status, headers, body = answer
-    if body and not any(name == "Content-Type" for name, _ in headers):
-        headers = [*headers, ("Content-Type", "text/plain; charset=utf-8")]
     if not status.startswith("204"):
+        if not any(name == "Content-Type" for name, _ in headers):
+            headers = [*headers, ("Content-Type", "text/plain; charset=utf-8")]
         headers = [*headers, ("Content-Length", str(len(body)))]
     start_response(status, [*headers, NO_STORE])
     return [] if environ["REQUEST_METHOD"] == "HEAD" else [body]
@@ -4562,8 +4491,6 @@ class Gate:
         self._app, self._lease, self._clock = app, lease, clock
         self._until = lease.until
         self.draining = False       # the service ends: readyz says so
-        self.loop_thread: int | None = None     # where what may block must not run
-        self.app_on_loop = False
         self._routes: dict[str, Callable[[], Reply]] = {
             "/-/livez": lambda: ("200 OK", [], b"ok\n"),
             "/-/readyz": self._readyz,
@@ -4575,25 +4502,35 @@ class Gate:
         """The gate's answer, also for the application: environ["healthchecker.is_healthy"]()."""
         return self._clock() < self._until.value
 
-    def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
-        if environ["PATH_INFO"].startswith(PREFIX):
-            return self._own(environ, start_response)
-        if self._clock() < self._until.value and (self.app_on_loop or threading.get_ident() != self.loop_thread):
-            environ["healthchecker.is_healthy"] = self.is_healthy
-            return self._app(environ, start_response)
-        return self._refuse(environ, start_response)
+    def route(self, path: str) -> WSGIApplication:
+        """What answers a request for `path`: `admit`, which may block, or what never does."""
+        if path.startswith(PREFIX):
+            return self._own
+        return self.admit if self._clock() < self._until.value else self._refuse
 
-    def may_block(self, path: str) -> bool:
-        """Whether the application answers a path: all else never waits behind slow work."""
-        path = "/" + path.lstrip("/")       # as waitress does for PATH_INFO
-        return not path.startswith(PREFIX) and self.is_healthy()
+    def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        handler: WSGIApplication = environ.pop(HANDLER, None) or self.route(environ["PATH_INFO"])
+        return handler(environ, start_response)
+
+    def admit(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        """The application's answer, unless the gate has closed while the request waited for a thread."""
+        if not self.is_healthy():
+            return self._refuse(environ, start_response)
+        if environ.get("HTTP_UPGRADE", "").lower() == "websocket":
+            return respond(environ, start_response, ("501 Not Implemented", [], b"no websockets are served here\n"))
+        environ["healthchecker.is_healthy"] = self.is_healthy
+        return self._app(environ, start_response)
+
+    def shed(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        """For a request that no thread has time for."""
+        return self._refuse(environ, start_response, "shed")
 
     def _own(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         environ[OUTCOME] = "own"
         route = self._routes.get(environ["PATH_INFO"])
         if route is None:
             return respond(environ, start_response, ("404 Not Found", [], b"not found\n"))
-        if environ["PATH_INFO"] == HEALTH and environ["REQUEST_METHOD"] not in ("GET", "HEAD"):
+        if route == self._health and environ["REQUEST_METHOD"] not in ("GET", "HEAD"):
             return respond(environ, start_response, ("405 Method Not Allowed", [("Allow", "GET, HEAD")], b""))
         return respond(environ, start_response, route())
 
@@ -4615,15 +4552,15 @@ class Gate:
         wait = math.ceil(self._lease.opens.value - self._clock())
         return "Retry-After", str(min(max(wait, 1), RETRY_AFTER_MAX))
 
-    def _refuse(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
-        environ[OUTCOME] = "shed" if self.is_healthy() else "refused"
+    def _refuse(self, environ: WSGIEnvironment, start_response: StartResponse,
+                outcome: str = "refused") -> Iterable[bytes]:
+        environ[OUTCOME] = outcome
         retry = self._retry_after()
-        if "text/html" in environ.get("HTTP_ACCEPT", ""):
-            kind, body = "text/html; charset=utf-8", CLOSED_PAGE.encode()
-        else:
-            kind = "application/json"
+        kind, body = HTML, CLOSED_PAGE
+        if "text/html" not in environ.get("HTTP_ACCEPT", ""):
+            kind = ("Content-Type", "application/json")
             body = b'{"status": 503, "title": "Service Unavailable", "retry_after": %s}\n' % retry[1].encode()
-        return respond(environ, start_response, ("503 Service Unavailable", [("Content-Type", kind), retry], body))
+        return respond(environ, start_response, ("503 Service Unavailable", [kind, retry], body))
 
 
 def builtin_app(service: ServiceSettings) -> WSGIApplication:
@@ -4658,19 +4595,11 @@ def build_gate(service: ServiceSettings, folder: Path, lease: Lease) -> Gate:
 
 
 # === HTTP ====================================================================
-# --- requests ---
-
+# Requests, read more strictly than by waitress, whose own parser lets pass what hides one request in another: what two
+# programs could understand in two ways is refused, and what is too large. The loop's thread feeds the parser what has
+# come. And who asks, behind a proxy: a WSGI middleware, for the application's door and for the console's.
+# Gives: GateParser, BadRequest, ForwardedHeaders, plain_address, HEADER_BYTES
 HEADER_BYTES = 16 << 10         # bytes of a request's line and headers, or of what surrounds the chunks of its body
-HEADER_TIME = 5.0               # seconds from the first byte of a request to the end of its headers
-BODY_TIME = 30.0                # seconds from there to the end of its body
-FIRST_BYTE = 15.0               # seconds until a new connection sends something
-KEEP_ALIVE = 75.0               # seconds a connection is kept for another request; proxies keep theirs for 60
-IDLE_PRESSED = 2.0              # seconds instead of both while no further connection can be accepted
-STALL_TIMEOUT = 60.0            # seconds in which a client has to take some of its answer
-LINGER_TIME = 3.0               # seconds for a refused client to take its answer
-LINGER_BYTES = 16 << 20         # bytes of a refused request that are read and thrown away meanwhile
-CONNECTION_SWEEP = 1.0          # seconds between two looks at all connections
-ACCEPT_PAUSE = 0.5              # seconds without accepting when the system has no descriptor left
 TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]"
 REQUEST_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Z-]{1,32}) ([!\"$-~\x80-\xff]+) HTTP/(1\.[01])")
 FIELD_NAME = re.compile(TOKEN + rb"{1,128}")
@@ -4682,9 +4611,7 @@ DIGITS = re.compile("[0-9]+")
 QUOTED = rb'"(?:[\t !#-\[\]-~\x80-\xff]|\\[\t -~\x80-\xff])*"'
 CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,16})(?:;%b+(?:=(?:%b+|%b))?)*\r\n" % (TOKEN, TOKEN, QUOTED))
 FORWARDED_ADDRESS = re.compile(r"(?:\[([0-9A-Fa-f:.]+)\]|([0-9.]+))(?::[0-9]{1,5})?|([0-9A-Fa-f:.]+)")
-IpNetworks = tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...]
-
-
+FORWARDED = re.compile("HTTP_(?:X_FORWARDED.*|FORWARDED)")
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 
@@ -4697,18 +4624,18 @@ def plain_address(text: str) -> Address:
 class BadRequest(HealthCheckerError):
     """A request that is answered with `status` and nothing of its own text, and whose connection then ends."""
 
-    def __init__(self, status: str = "400 Bad Request") -> None:
-        super().__init__(status)
-        self.status = status
+    def __init__(self, status: str = "400 Bad Request", why: str = "") -> None:
+        super().__init__(why)
+        self.status, self.body = status, (f"{status}: {why}\n" if why else f"{status}\n").encode()
 
-    def to_response(self, _ident: str | None = None) -> tuple[str, Headers, bytes]:
+    def to_response(self, _ident: str | None = None) -> Reply:
         """Status, headers and body, as waitress asks its own errors for them."""
-        return self.status, [("Content-Type", "text/plain; charset=utf-8"), NO_STORE], f"{self.status}\n".encode()
+        return self.status, [("Content-Type", "text/plain; charset=utf-8"), NO_STORE], self.body
 
 
 @functools.lru_cache(1024)
 def header_key(name: bytes) -> str:
-    """A header's name as WSGI has it; "" for one with an underscore, which could pass for another. Raises Refused."""
+    """A header's name as WSGI has it; "" for one with an underscore, which could pass for another."""
     if not FIELD_NAME.fullmatch(name):
         raise BadRequest
     return "" if b"_" in name else name.upper().replace(b"-", b"_").decode("ascii")
@@ -4725,24 +4652,55 @@ def is_host(text: str) -> bool:
     return False
 
 
-def is_within(address: Address, networks: IpNetworks) -> bool:
-    return any(address in network for network in networks)
+def nearest(words: str) -> str:
+    """Of several values the last: the proxy has added it to what the client may have sent."""
+    return words.rpartition(",")[2].strip(" \t")
 
 
-def client_behind(proxies: IpNetworks, chain: str) -> str:
-    """The client that X-Forwarded-For tells of: the last address in it that is not itself one of the proxies.
+class ForwardedHeaders:
+    """WSGI: what a proxy in `networks` says of its client counts, what anybody else says of it is dropped.
 
-    What stands before that came from the client and may be anything. Raises Refused.
+    The client is the last address in X-Forwarded-For that is not itself one of the proxies: what stands before it came
+    from the client and may be anything. Of `Forwarded` nobody looks at, so it may be the client's own.
     """
-    try:
-        for element in reversed(chain.split(",")):
-            match = FORWARDED_ADDRESS.fullmatch(element.strip(" \t"))
-            address = plain_address(match[1] or match[2] or match[3] if match else "")
-            if not is_within(address, proxies):
-                break
-    except ValueError:
-        raise BadRequest from None
-    return str(address)
+
+    def __init__(self, app: WSGIApplication, networks: Iterable[str]) -> None:
+        self._app, self._networks = app, tuple(map(ipaddress.ip_network, networks))
+
+    def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        if "FORWARDED" in "".join(environ):     # cheaper than to look at each
+            said = {key: environ.pop(key) for key in list(environ) if FORWARDED.fullmatch(key)}
+            try:
+                if said and self._is_proxy(plain_address(environ["REMOTE_ADDR"].partition("%")[0])):
+                    self._believe(environ, said)
+            except ValueError:
+                environ[OUTCOME] = "bad"
+                return respond(environ, start_response, ("400 Bad Request", [], b"400 Bad Request\n"))
+        return self._app(environ, start_response)
+
+    def _is_proxy(self, address: Address) -> bool:
+        return any(address in network for network in self._networks)
+
+    def _believe(self, environ: WSGIEnvironment, said: Mapping[str, str]) -> None:
+        """Raises ValueError for what is malformed."""
+        if "HTTP_X_FORWARDED_FOR" in said:
+            for element in reversed(said["HTTP_X_FORWARDED_FOR"].split(",")):
+                match = FORWARDED_ADDRESS.fullmatch(element.strip(" \t"))
+                client = plain_address(match[1] or match[2] or match[3] if match else "")
+                if not self._is_proxy(client):
+                    break
+            environ["REMOTE_ADDR"] = environ["REMOTE_HOST"] = str(client)
+        scheme = nearest(said.get("HTTP_X_FORWARDED_PROTO", environ["wsgi.url_scheme"])).lower()
+        host = nearest(said.get("HTTP_X_FORWARDED_HOST", environ.get("HTTP_HOST", "localhost")))
+        if scheme not in ("http", "https") or not is_host(host):
+            raise ValueError("a proxy's word that is none")
+        environ["wsgi.url_scheme"] = scheme
+        if "HTTP_X_FORWARDED_HOST" in said:
+            environ["HTTP_HOST"] = host
+
+
+def too_large(limit: int) -> BadRequest:
+    return BadRequest("413 Content Too Large", f"service.body_limit is {limit} bytes")
 
 
 class ChunkedBody(ChunkedReceiver):    # type: ignore[misc]  # waitress carries no types
@@ -4757,7 +4715,7 @@ class ChunkedBody(ChunkedReceiver):    # type: ignore[misc]  # waitress carries 
         self._last = False          # it is the last chunk, the one of no bytes
 
     def received(self, data: bytes) -> int:
-        """Takes what belongs to the body, and returns how many bytes that were; raises Refused."""
+        """Takes what belongs to the body, and returns how many bytes that were; raises BadRequest."""
         at = 0
         while at < len(data) and not self.completed:
             if self._left:
@@ -4792,7 +4750,7 @@ class ChunkedBody(ChunkedReceiver):    # type: ignore[misc]  # waitress carries 
             raise BadRequest
         self._left = int(match[1], 16)
         if len(self) + self._left > self._limit:
-            raise BadRequest("413 Content Too Large")
+            raise too_large(self._limit)
         self._chunk_over, self._last = True, not self._left
 
 
@@ -4806,7 +4764,7 @@ class GateParser(HTTPRequestParser):    # type: ignore[misc]  # waitress carries
     command = path = query = request_uri = ""
     headers: dict[str, str]
     header_plus: bytes      # of the headers what has come so far
-    forwarded: dict[str, object] | None = None      # what goes into the WSGI environment
+    handler: WSGIApplication | None = None      # what answers it
 
     def __init__(self, adj: Adjustments) -> None:
         super().__init__(adj)
@@ -4820,17 +4778,17 @@ class GateParser(HTTPRequestParser):    # type: ignore[misc]  # waitress carries
         try:
             return self._more_body(data) if self.headers_finished else self._more_head(data)
         except BadRequest as refused:
-            self.refuse(refused.status)
+            self.refuse(refused)
         except OSError:     # there is no room for the temporary file of a large body
-            self.refuse("503 Service Unavailable")
+            self.refuse(BadRequest("503 Service Unavailable"))
         return len(data)
 
     def close(self) -> None:
         with contextlib.suppress(OSError):      # a full disk does not take the rest of the temporary file
             super().close()
 
-    def refuse(self, status: str) -> None:
-        self.error, self.completed, self.expect_continue = BadRequest(status), True, False
+    def refuse(self, error: BadRequest) -> None:
+        self.error, self.completed, self.expect_continue = error, True, False
         self.headers = {}
 
     def _more_head(self, data: bytes) -> int:
@@ -4861,14 +4819,14 @@ class GateParser(HTTPRequestParser):    # type: ignore[misc]  # waitress carries
 
     @staticmethod
     def _lines(head: bytes) -> list[bytes]:
-        """Raises Refused where a control character or half of a line's end is in them."""
+        """Raises BadRequest where a control character or half of a line's end is in them."""
         lines = head.split(b"\r\n")
         if head.translate(None, TEXT) != b"\r\n" * (len(lines) - 1):
             raise BadRequest
         return lines
 
     def parse_header(self, header_plus: bytes) -> None:
-        """The request line and the headers, without the empty line after them; raises Refused."""
+        """The request line and the headers, without the empty line after them; raises BadRequest."""
         self.first_line = header_plus.partition(b"\r\n")[0]     # also of what is refused, for the access log
         first, *fields = self._lines(header_plus)
         request = REQUEST_LINE.fullmatch(first)
@@ -4887,8 +4845,6 @@ class GateParser(HTTPRequestParser):    # type: ignore[misc]  # waitress carries
         self._read_host()
         self._read_target(request[2])
         self._read_framing()
-        if "FORWARDED" in "".join(headers):
-            self._read_forwarded()
 
     def _read_host(self) -> None:
         """A second Host header stands in the first one's value by now, after a comma."""
@@ -4925,247 +4881,79 @@ class GateParser(HTTPRequestParser):    # type: ignore[misc]  # waitress carries
             if not DIGITS.fullmatch(length):
                 raise BadRequest
             if len(length) > 16 or int(length) > limit:
-                raise BadRequest("413 Content Too Large")
+                raise too_large(limit)
             if int(length):
                 self.body_rcv = FixedStreamReceiver(int(length), OverflowableBuffer(self.adj.inbuf_overflow))
 
-    def _read_forwarded(self) -> None:
-        """From just anyone: it is dropped, and the application can tell that it was there."""
-        for key in [key for key in self.headers if key == "FORWARDED" or key.startswith("X_FORWARDED")]:
-            del self.headers[key]
-            self.forwarded = {"healthchecker.forwarded": True}
-
-
-class ProxiedParser(GateParser):
-    """A request that one of `service.trusted_proxy` hands on: its X-Forwarded-For, -Proto and -Host count."""
-
-    def _read_forwarded(self) -> None:
-        headers, self.forwarded = self.headers, {"healthchecker.forwarded": True}   # for whom, is not told yet
-        headers.pop("FORWARDED", None)      # nobody looks at it here, so it may be the client's own
-        if "X_FORWARDED_FOR" in headers:
-            client = client_behind(self.adj.proxies, headers["X_FORWARDED_FOR"])
-            self.forwarded = {"REMOTE_ADDR": client, "REMOTE_HOST": client}
-        if "X_FORWARDED_PROTO" in headers:
-            self.url_scheme = self._nearest("X_FORWARDED_PROTO").lower()
-            if self.url_scheme not in ("http", "https"):
-                raise BadRequest
-        if "X_FORWARDED_HOST" in headers:
-            headers["HOST"] = self._nearest("X_FORWARDED_HOST")
-            if not is_host(headers["HOST"]):
-                raise BadRequest
-
-    def _nearest(self, key: str) -> str:
-        """Of several values the last: the proxy has added it to what the client may have sent."""
-        return self.headers[key].rpartition(",")[2].strip(" \t")
-
-
-# --- connections ---
-class TimedChannel(HTTPChannel):    # type: ignore[misc]  # waitress carries no types
-    """A client's connection that ends when the client is too slow in asking or in taking its answer."""
-
-    parser_class = GateParser
-    will_close: bool
-    began = 0.0             # when the request was complete
-    lingers = False         # the answer is the last; what still comes is thrown away
-    _discarded = 0          # bytes of that
-    _lingers_until = math.inf
-
-    def __init__(self, server: Any, sock: socket.socket, addr: tuple[Any, ...], adj: Adjustments,
-                 map: dict[int, Any]) -> None:
-        super().__init__(server, sock, addr, adj, map)
-        if adj.proxies and is_within(plain_address(addr[0].partition("%")[0]), adj.proxies):
-            self.parser_class = ProxiedParser
-        self._seen, self._since = self.last_activity, server.clock()    # the wall clock only as a mark: it may jump
-
-    def received(self, data: bytes) -> bool:
-        if not self.lingers:
-            return bool(super().received(data))
-        self._discarded += len(data)
-        self.will_close = self.will_close or self._discarded > LINGER_BYTES
-        return False
-
-    def handle_write(self) -> None:
-        if self.lingers and self.close_when_flushed and not self.will_close:
-            self._take_leave()
-        else:
-            super().handle_write()
-
-    def _take_leave(self) -> None:
-        """Sends what is left and waits for the client's end: closing on unread bytes would destroy the answer."""
-        self._flush_exception(self._flush_some)
-        if self.connected and not self.total_outbufs_len:
-            self.close_when_flushed = False
-            self._lingers_until = self.server.clock() + LINGER_TIME
-            try:
-                self.socket.shutdown(socket.SHUT_WR)
-            except OSError:
-                self.will_close = True
-
-    def handle_close(self) -> None:
-        super().handle_close()
-        if self.request is not None:
-            self.request.close()
-
-    def sweep(self, now: float, pressed: bool) -> None:
-        """Ends the connection if something takes too long; on the loop, about once in TURN."""
-        if self.last_activity != self._seen:
-            self._seen, self._since = self.last_activity, now
-        request = self.request
-        if self.requests or self.total_outbufs_len:
-            if request is not None:
-                request.begun = now     # it is not read meanwhile
-            if self.total_outbufs_len and now - self._since > STALL_TIMEOUT:
-                self.handle_close()
-        elif request is not None and not self.lingers and (request.header_plus or request.headers_finished):
-            if now - request.begun > (BODY_TIME if request.headers_finished else HEADER_TIME):
-                self._give_up(request)
-        elif now > self._lingers_until or now - (request.begun if request else self._since) > self._patience(pressed):
-            self.handle_close()
-
-    def _patience(self, pressed: bool) -> float:
-        """Seconds that the connection may stay idle."""
-        if pressed:
-            return IDLE_PRESSED
-        return FIRST_BYTE if self._seen == self.creation_time else KEEP_ALIVE
-
-    def _give_up(self, request: GateParser) -> None:
-        with self.requests_lock:
-            self.request = None
-            request.refuse("408 Request Timeout")
-            self.requests.append(request)
-        self.began = time.perf_counter()
-        self.service()
-
-
-class TimedServer(TcpWSGIServer):    # type: ignore[misc]  # waitress carries no types
-    """waitress that watches its clients' time, and that lives on when there is no room for another one."""
-
-    clock: Callable[[], float] = staticmethod(time.monotonic)
-    _next_sweep = _accepts_at = 0.0     # by the clock
-    _next_complaint = 0.0
-    _pressed = False        # since the last sweep there was no room
-
-    def readable(self) -> bool:
-        """Whether to accept; asked in every turn of the loop."""
-        now = self.clock()
-        if now >= self._next_sweep:
-            self._next_sweep = now + CONNECTION_SWEEP
-            pressed, self._pressed = self._pressed, False
-            for channel in list(self.active_channels.values()):
-                channel.sweep(now, pressed)
-        if len(self._map) >= self.adj.connection_limit:
-            self._complain(now, "as many connections as allowed are open")
-            return False
-        return bool(self.accepting) and now >= self._accepts_at
-
-    def accept(self) -> tuple[socket.socket, Any] | None:
-        """None when nobody waits, when there is no room, and when the system refuses: then it has a moment of peace."""
-        if len(self._map) >= self.adj.connection_limit:
-            return None
-        try:
-            return cast("tuple[socket.socket, Any] | None", super().accept())
-        except ConnectionResetError:    # on Windows: this client has gone already
-            return None
-        except OSError as error:
-            now = self.clock()
-            self._accepts_at = now + ACCEPT_PAUSE
-            self._complain(now, f"a connection cannot be accepted: {error.strerror}")
-            return None
-
-    def _complain(self, now: float, reason: str) -> None:
-        self._pressed = True
-        if now >= self._next_complaint:
-            self._next_complaint = now + COMPLAINT_INTERVAL
-            log.warning("%s (%d connections); idle ones are closed sooner", reason, len(self.active_channels))
-
 
 # === Serve ===================================================================
+# waitress on our loop, in a worker: what cannot block runs on the loop, the application in a pool (with `threads: 0` on
+# the loop, too), and what a turn has made is sent together. Which thread may touch what:
+#   the loop's  sockets, selector, active_channels, sending, the request that is being read; it alone closes a channel
+#   the pool's  the task of requests[0] and what it writes, under outbuf_lock; of the loop only `touch`
+#   both        requests under requests_lock, waited_for and touched in single steps, counters under their lock
+# Another waitress fails first in tests/test_gate.py, which names every internal of it that is used here.
+# Gives: GateServer, connection_limit, listen, bound_address, BACKLOG
+HEADER_TIME = 5.0               # seconds from the first byte of a request to the end of its headers
+BODY_TIME = 30.0                # seconds from there to the end of its body
+FIRST_BYTE = 15.0               # seconds until a new connection sends something
+KEEP_ALIVE = 75.0               # seconds a connection is kept for another request; proxies keep theirs for 60
+IDLE_PRESSED = 2.0              # seconds instead of both while no further connection can be accepted
+STALL_TIMEOUT = 60.0            # seconds in which a client has to take some of its answer
+READER_PAUSE = 0.5              # seconds instead of that while too much waits to be sent; the more, the less
+LINGER_TIME = 3.0               # seconds for a refused client to take its answer
+LINGER_BYTES = 16 << 20         # bytes of a refused request that are read and thrown away meanwhile
+CONNECTION_SWEEP = 1.0          # seconds between two looks at all connections
+ACCEPTS_PER_TURN = 64           # connections accepted in one turn of the loop
+ACCEPT_PAUSE = 0.5              # seconds without accepting when the system has no descriptor left
 CONNECTIONS_MAX = 100_000       # client connections, where the system knows no limit
 BACKLOG = 1024                  # connections that wait to be accepted
-SLOW_TIME = 5.0                 # seconds that a pool thread waits for a slow client while other requests starve
-SLOW_RATE = 1 << 16             # bytes per second, below which a client is one
 POOL_BUFFER = 16 << 20          # bytes of a response that wait for a slow client before its pool thread does
-SEND_BYTES = 1 << 16            # bytes of a response that the loop gathers before it sends
-QUICK_ANSWER = 0.005            # seconds of CPU time of an answer that its pool thread leaves to the loop to send
-DEFER_INTERVAL = 0.005          # seconds between two looks whether they did
+SEND_BYTES = 1 << 16            # bytes of a response that are gathered before they are sent
+SHORT_TURN = 0.01               # seconds that the loop waits at most while something is to be looked at again
 LAST_ASK = 0.25                 # seconds in which clients that were answered just before may still ask then
 
 
 class Pool:
-    """Threads that answer requests, with a bound on those that wait for one.
-
-    One thread is woken at a time, the last that became idle, and wakes the next one if there is more to do: what it
-    answers without blocking needs no other, and each costs two changes of the interpreter lock.
-    """
+    """Threads that answer requests, with a bound on those that wait for one."""
 
     def __init__(self, threads: int, bound: int) -> None:
-        self._bound = bound
-        self._tasks: collections.deque[HTTPChannel] = collections.deque()
-        self._idle: list[threading.Lock] = []       # of threads that wait for theirs to be released
-        self._waking = False    # a thread is woken, and has not begun
-        self._ending = False
+        self._bound, self._unfinished, self._lock = bound, 0, threading.Lock()  # guards _unfinished
+        self._tasks: queue.SimpleQueue[GateChannel | None] = queue.SimpleQueue()
         self._threads = [threading.Thread(target=self._work, daemon=True) for _ in range(threads)]
         for thread in self._threads:
             thread.start()
 
     @property
     def waiting(self) -> int:
-        """Requests that no thread is idle for."""
-        return len(self._tasks) - len(self._idle) - self._waking
+        """Requests that no thread is free for."""
+        return max(0, self._unfinished - len(self._threads))
 
     @property
     def full(self) -> bool:
-        return self.waiting >= self._bound
+        return self._unfinished >= len(self._threads) + self._bound
 
-    def add_task(self, task: HTTPChannel) -> None:
-        self._tasks.append(task)
-        self._wake()
+    def add_task(self, task: GateChannel) -> None:
+        with self._lock:
+            self._unfinished += 1
+        self._tasks.put(task)
 
     def shutdown(self, timeout: float) -> None:
         """Ends the threads, within `timeout` seconds; what no thread has begun is not answered."""
-        self._ending = True
-        while self._release_one():
-            pass
+        with contextlib.suppress(queue.Empty):
+            while task := self._tasks.get_nowait():
+                task.cancel()
+        for _ in self._threads:
+            self._tasks.put(None)
         ends = time.monotonic() + timeout
         for thread in self._threads:
             thread.join(max(0.0, ends - time.monotonic()))
-        while self._tasks:
-            self._tasks.popleft().cancel()
-
-    def _release_one(self) -> bool:
-        try:
-            self._idle.pop().release()
-        except IndexError:      # no thread is idle, or is any more
-            return False
-        return True
-
-    def _wake(self) -> None:
-        while self._tasks and self._idle and not self._waking:      # once more: one may have become idle meanwhile
-            self._waking = True
-            if self._release_one():
-                return
-            self._waking = False
 
     def _work(self) -> None:
-        woken = threading.Lock()
-        woken.acquire()
-        while not self._ending:
-            try:
-                task = self._tasks.popleft()
-            except IndexError:
-                self._rest(woken)
-                continue
-            self._wake()
+        while task := self._tasks.get():
             task.service()
-
-    def _rest(self, woken: threading.Lock) -> None:
-        self._idle.append(woken)
-        if self._tasks or self._ending:     # since the last look
-            with contextlib.suppress(ValueError):
-                self._idle.remove(woken)
-                return
-        woken.acquire()
-        self._waking = False
+            with self._lock:
+                self._unfinished -= 1
 
 
 class GateTask(WSGITask):    # type: ignore[misc]  # waitress carries no types
@@ -5173,8 +4961,8 @@ class GateTask(WSGITask):    # type: ignore[misc]  # waitress carries no types
 
     def get_environment(self) -> WSGIEnvironment:
         environ: WSGIEnvironment = super().get_environment()
-        if self.request.forwarded:      # who asks
-            environ.update(self.request.forwarded)
+        environ.update(self.channel.server.environment)
+        environ[HANDLER] = self.request.handler
         return environ
 
     def set_close_on_finish(self) -> None:
@@ -5185,7 +4973,6 @@ class GateTask(WSGITask):    # type: ignore[misc]  # waitress carries no types
 
     def service(self) -> None:
         outcome = "cut"
-        self.channel.started = time.thread_time()
         try:
             super().service()
             outcome = self.environ.get(OUTCOME)
@@ -5204,15 +4991,10 @@ class GateTask(WSGITask):    # type: ignore[misc]  # waitress carries no types
                 self.channel.served(self, outcome)
 
     def build_response_header(self) -> bytes:
-        if self.channel.server.draining and self.channel.asks_no_more:
+        if self.channel.server.gate.draining and self.channel.asks_no_more:
             self.request.headers["CONNECTION"] = "close"
-        head = cast(bytes, super().build_response_header())
-        self.channel.head, self.channel.body_length = b"", self.content_length
-        return head
-
-    def finish(self) -> None:
-        super().finish()
-        self.channel.release()
+        self.channel.holds = True
+        return cast(bytes, super().build_response_header())
 
 
 class HeadTask(GateTask):
@@ -5237,54 +5019,61 @@ class GateErrorTask(ErrorTask):    # type: ignore[misc]  # waitress carries no t
     environ = None
 
     def service(self) -> None:
+        error, server = self.request.error, self.channel.server
         try:
             super().service()
         finally:
             self.channel.body_bytes = self.content_length or 0
-            self.channel.served(self, "5xx" if isinstance(self.request.error, InternalServerError) else "bad")
+            self.channel.served(self, "5xx" if isinstance(error, InternalServerError) else "bad")
+        if str(error).startswith("service."):
+            server.complain(f"a request was refused, for {error}")
 
     def finish(self) -> None:
         super().finish()
         self.channel.lingers = True
 
 
-class GateChannel(TimedChannel):
-    """Sends head and body at once, and what a pool thread answered quickly and whole together with other answers at
-    the loop's next turn: in a pool, each send hands the interpreter lock over."""
+class GateChannel(HTTPChannel):    # type: ignore[misc]  # waitress carries no types
+    """A client's connection: it ends when the client is too slow in asking, or in taking its answer."""
 
-    error_task_class = GateErrorTask
-    started = 0.0           # CPU time of the thread that answers, from when on it does
+    error_task_class, parser_class = GateErrorTask, GateParser
+    will_close: bool
+    close_when_flushed: bool
+    began = 0.0             # when the request was complete
+    body_bytes = 0          # of the answer, so far; with the framing of chunks
+    holds = False           # what comes next is a head, and waits for the first of its body
+    held = False            # its next request waits until enough of the answers before it is taken
     watched = 0             # what the loop waits for on it, selectors' events
     touched = False         # the loop is to look at it
-    body_length: int | None = None      # of the answer; None: not known
-    body_bytes = 0          # of the answer, so far; with the framing of chunks
-    held = False            # its next request waits until enough of the answers before it is taken
-    _waits: tuple[float, int] | None = None     # since when a thread waits for it, and what it had taken by then
-    head: bytes | None = None   # of a response, until its body comes; b"": the next piece is the head; None: sent
+    taken_at = 0.0          # when the client last took something, or was first to
+    lingers = False         # the answer is the last; what still comes is thrown away
+    _discarded = 0          # bytes of that
+    _lingers_until = math.inf
+
+    def __init__(self, server: GateServer, *arguments: Any, **named: Any) -> None:
+        super().__init__(server, *arguments, **named)
+        self._seen, self._since = self.last_activity, server.clock()    # the wall clock only as a mark: it may jump
 
     @staticmethod
     def task_class(channel: GateChannel, request: GateParser) -> GateTask:
         return (HeadTask if request.command == "HEAD" else GateTask)(channel, request)
 
-    def write_soon(self, data: Any) -> int:
-        head, self.head = self.head, None
-        if head == b"":
-            self.head = data
-            return len(data)
-        self.body_bytes += len(data)
-        if head and not isinstance(data, bytes):    # a file of wsgi.file_wrapper
-            super().write_soon(head)
-            head = None
-        if head and len(data) == self.body_length and time.thread_time() - self.started < QUICK_ANSWER:
-            self.adj = self.server.gathering
-            try:
-                return int(super().write_soon(head + data))
-            finally:
-                self.adj = self.server.adj
-        taken = int(super().write_soon(head + data if head else data))
-        if self.writable():
-            self.server.touch(self)
-        return taken
+    def add_channel(self, map: Any = None) -> None:     # waitress's name
+        super().add_channel(map)
+        self.sockets = [self.socket]
+        self.server.loop.watch(self, selectors.EVENT_READ)
+        self.server.tally.accepted()
+
+    def del_channel(self, map: Any = None) -> None:     # waitress's name
+        self.server.loop.watch(self, 0)
+        super().del_channel(map)
+
+    def received(self, data: bytes) -> bool:
+        if not self.lingers:
+            return bool(super().received(data))
+        self._discarded += len(data)
+        self.will_close = self.will_close or self._discarded > LINGER_BYTES
+        return False
 
     def service(self) -> None:
         try:
@@ -5296,12 +5085,56 @@ class GateChannel(TimedChannel):
         if request is not None:
             request.begun = self.server.clock()     # it was not read meanwhile
         if self.writable() or self.requests or not self.watched & selectors.EVENT_READ:
-            self.server.touch(self)
+            self.server.loop.touch(self)
+
+    def write_soon(self, data: Any) -> int:
+        holds, self.holds = self.holds, False
+        taken = int(super().write_soon(data))
+        if not holds:
+            self.body_bytes += taken
+            self.server.loop.touch(self)
+        return taken
+
+    def send(self, data: bytes, do_close: bool = True) -> int:
+        if not data:
+            raise BrokenPipeError("a file that is sent was cut")
+        sent = int(super().send(data, do_close))
+        if sent:
+            self.taken_at = self.server.clock()
+        return sent
+
+    def handle_write(self) -> None:
+        """As waitress, but what a task has written so far is sent, however little it is."""
+        self._flush_exception(self._flush_some_if_lockable if self.requests else self._flush_some)
+        if self.close_when_flushed and not self.total_outbufs_len and self.connected:
+            self.close_when_flushed = False
+            self._take_leave()
+        if self.will_close:
+            self.handle_close()
+
+    def _take_leave(self) -> None:
+        """Of a refused client it waits for the end: closing on unread bytes would destroy the answer."""
+        self.will_close = not self.lingers
+        if self.lingers:
+            self._lingers_until = self.server.clock() + LINGER_TIME
+            try:
+                self.socket.shutdown(socket.SHUT_WR)
+            except OSError:
+                self.will_close = True
+
+    def handle_close(self) -> None:
+        if self.server.loop.is_here:
+            super().handle_close()
+            if self.request is not None:
+                self.request.close()
+        else:       # the loop may be at it
+            self.will_close = True
+            self.server.loop.touch(self)
 
     def _flush_outbufs_below_high_watermark(self) -> None:
         """Waits for a slow client, but never on the loop: nobody else would send what it waits for."""
-        if self.total_outbufs_len > POOL_BUFFER and not self.server.on_loop:
-            self.server.touch(self)
+        if self.total_outbufs_len > self.adj.outbuf_high_watermark and not self.server.loop.is_here:
+            self.server.loop.touch(self)
             self.server.waited_for.add(self)
             super()._flush_outbufs_below_high_watermark()
             self.server.waited_for.discard(self)
@@ -5311,24 +5144,6 @@ class GateChannel(TimedChannel):
             return bool(super()._flush_some(do_close))
         with self.outbuf_lock:      # a thread may send a 100 Continue for it while the loop sends what is left
             return bool(super()._flush_some(do_close))
-
-    def send(self, data: bytes, do_close: bool = True) -> int:
-        if not data:
-            raise BrokenPipeError("a file that is sent was cut")
-        return int(super().send(data, do_close))
-
-    def sweep(self, now: float, pressed: bool) -> None:
-        """Also ends it when half of a pool waits for clients, others wait for the pool, and this one hardly reads."""
-        server, waits, taken = self.server, self._waits, self.body_bytes - self.total_outbufs_len
-        if self not in server.waited_for:
-            self._waits = None
-        elif waits is None:
-            self._waits = now, taken
-        elif (server.waiting and 2 * len(server.waited_for) >= server.adj.threads
-              and now - waits[0] > SLOW_TIME and taken - waits[1] < SLOW_RATE * (now - waits[0])):
-            self.handle_close()
-            return
-        super().sweep(now, pressed)
 
     @property
     def asks_no_more(self) -> bool:
@@ -5343,205 +5158,115 @@ class GateChannel(TimedChannel):
         if tally.access_log is not None:
             tally.access_log.note(task, outcome, seconds)
 
-    def add_channel(self, map: Any = None) -> None:     # waitress's name
-        super().add_channel(map)
-        self.server.watch(self, selectors.EVENT_READ)
-        self.server.tally.accepted()
-
-    def del_channel(self, map: Any = None) -> None:     # waitress's name
-        self.server.watch(self, 0)
-        super().del_channel(map)
-
-    def handle_close(self) -> None:
-        if self.server.on_loop:
-            super().handle_close()
-        else:       # the loop may be at it
-            self.will_close = True
-            self.server.touch(self)
-
     def attend(self, events: int) -> None:
         """Does what the client is ready for, then has the loop wait for what is wanted now; on the loop.
 
         While an answer is made, it goes on waiting for the client: it hardly ever sends anything, and no thread has
         to wake the loop after an answer.
         """
+        loop = self.server.loop
         if events & selectors.EVENT_READ:
             if self.readable():
                 wasyncore.read(self)
             else:       # it sends ahead, and has to wait
-                self.server.watch(self, self.watched & ~selectors.EVENT_READ)
+                loop.watch(self, self.watched & ~selectors.EVENT_READ)
         if events & selectors.EVENT_WRITE and self.socket and self.writable():
             wasyncore.write(self)
-        if self.held and self.socket and self.total_outbufs_len <= POOL_BUFFER:
+        if self.held and self.socket and self.total_outbufs_len <= self.adj.outbuf_high_watermark:
             self.held = False
             self.server.add_task(self)
         if self.socket:
             reading = selectors.EVENT_READ if self.readable() else self.watched & selectors.EVENT_READ
-            self.server.watch(self, selectors.EVENT_WRITE if self.writable() else reading)
+            loop.watch(self, selectors.EVENT_WRITE if self.writable() else reading)
 
-    def release(self) -> None:
-        """Sends a head that has no body."""
-        head, self.head = self.head, None
-        if head:
-            super().write_soon(head)
-
-
-class GateServer(TimedServer):
-    """waitress on a socket that is bound already, with our loop: serves until `stop`, then drains.
-
-    waitress's own loop asks each connection in each turn what it waits for; this one remembers it, and looks only at
-    those that something was done with.
-    """
-
-    channel_class = GateChannel
-    selector_class: type[selectors.BaseSelector] = selectors.DefaultSelector
-    watched = 0         # what the loop waits for on the listening socket
-    _awake = False      # the loop looks at what is touched before it waits
-
-    def __init__(self, gate: Gate, sock: socket.socket, service: ServiceSettings, connections: int,
-                 tally: RequestCounters | None = None) -> None:
-        threads = service.app_threads
-        adjustments = Adjustments(
-            threads=max(1, threads), connection_limit=connections, ident=None, backlog=BACKLOG,
-            clear_untrusted_proxy_headers=False,
-            outbuf_high_watermark=POOL_BUFFER, max_request_body_size=service.body_limit)
-        adjustments.proxies = tuple(map(ipaddress.ip_network, service.trusted_proxy))
-        self.gathering = copy.copy(adjustments)
-        self.gathering.send_bytes = SEND_BYTES      # the loop sends at its next turn, all answers of this one together
-        self._gate, self._ready = gate, collections.deque[GateChannel]()
-        gate.app_on_loop = not threads
-        self.tally = tally or RequestCounters(Counters(1))
-        self._share = self.tally.share
-        self._share.hold(0)     # it is there for the others, who would take all before its first turn
-        self.accepting = False
-        self._selector = self.selector_class()
-        self._touched: collections.deque[GateChannel] = collections.deque()
-        self.waited_for: set[GateChannel] = set()       # by a thread each
-        self._thread = threading.get_ident()
-        self._drain, self._ends, self._idle_end = service.drain, math.inf, math.inf
-        self.pool = Pool(threads, service.queue)
-        sockinfo = (sock.family, sock.type, sock.proto, sock.getsockname())
-        super().__init__(gate, {}, True, sock, dispatcher=self.pool, adj=adjustments, sockinfo=sockinfo,
-                         bind_socket=False)
-
-    @property
-    def draining(self) -> bool:
-        return self._gate.draining
-
-    @property
-    def on_loop(self) -> bool:
-        """Whether it is the loop that asks."""
-        return threading.get_ident() == self._thread
-
-    def set_reuse_addr(self) -> None:
-        """Nothing: the socket is bound, and on Windows the option would let another server share its port."""
-
-    @property
-    def waiting(self) -> int:
-        """Requests that wait for a thread."""
-        return max(0, self.pool.waiting)
-
-    def add_task(self, channel: GateChannel) -> None:
-        """Leaves what cannot block, or has no room to wait, to the loop's own thread, and the rest to a pool: the
-        hand-over of the interpreter lock costs more than most answers. Called with the channel's lock held."""
-        request = channel.requests[0]
-        channel.began, channel.body_bytes = time.perf_counter(), 0
-        if self._gate.app_on_loop or request.error or not self._gate.may_block(request.path) or self.pool.full:
-            channel.held = channel.total_outbufs_len > POOL_BUFFER      # what nobody takes is not made
-            if not channel.held:
-                self._ready.append(channel)
+    def sweep(self, now: float, pressed: bool) -> None:
+        """Ends the connection if something takes too long; on the loop, about once in CONNECTION_SWEEP."""
+        if self.last_activity != self._seen:
+            self._seen, self._since = self.last_activity, now
+        request = self.request
+        if self.requests or self.total_outbufs_len:
+            if request is not None:
+                request.begun = now     # it is not read meanwhile
+            if self.total_outbufs_len and now - self._since > STALL_TIMEOUT:
+                self.handle_close()
+        elif request is not None and not self.lingers and (request.header_plus or request.headers_finished):
+            if now - request.begun > (BODY_TIME if request.headers_finished else HEADER_TIME):
+                self._give_up(request)
         else:
-            self.pool.add_task(channel)
+            patience = FIRST_BYTE if self._seen == self.creation_time else KEEP_ALIVE
+            idle = now - (request.begun if request else self._since)
+            if now > self._lingers_until or idle > (IDLE_PRESSED if pressed else patience):
+                self.handle_close()
 
-    def pull_trigger(self) -> None:
-        """Nothing: waitress wakes its loop after each answer; ours is told by `touch` of what it is needed for."""
+    def _give_up(self, request: GateParser) -> None:
+        with self.requests_lock:
+            self.request = None
+            request.refuse(BadRequest("408 Request Timeout"))
+            self.requests.append(request)
+        self.began = time.perf_counter()
+        self.service()
+
+
+class Loop:
+    """What the loop waits for on each connection: remembered, for waitress asks each in every turn."""
+
+    def __init__(self, selector: selectors.BaseSelector, trigger: Any) -> None:
+        self._selector, self._trigger = selector, trigger
+        selector.register(trigger._fileno, selectors.EVENT_READ, trigger)
+        self.sending: set[GateChannel] = set()      # what waits for clients to take more
+        self._touched: collections.deque[GateChannel] = collections.deque()
+        self._awake = False     # the loop looks at what is touched before it waits
+        self.thread = threading.get_ident()
+
+    @property
+    def is_here(self) -> bool:
+        """Whether it is the loop's thread that asks."""
+        return threading.get_ident() == self.thread
 
     def touch(self, channel: GateChannel) -> None:
         """Has the loop look at a channel: it has something to send, or to be read again."""
         if not channel.touched:
             channel.touched = True
             self._touched.append(channel)
-            if not self._awake and not self.on_loop:
+            if not self._awake and not self.is_here:
                 self._awake = True
-                self.trigger.pull_trigger()
+                self._trigger.pull_trigger()
 
     def watch(self, channel: GateChannel | GateServer, events: int) -> None:
         """Has the loop wait for `events` on a channel; 0 for none."""
-        if events != channel.watched:
-            before, channel.watched = channel.watched, events
-            try:
+        if events == channel.watched:
+            return
+        before, channel.watched = channel.watched, events
+        try:
+            for sock in channel.sockets:
                 if not before:
-                    self._selector.register(channel.socket, events, channel)
+                    self._selector.register(sock, events, channel)
                 elif events:
-                    self._selector.modify(channel.socket, events, channel)
+                    self._selector.modify(sock, events, channel)
                 else:
-                    self._selector.unregister(channel.socket)
-            except OSError:     # the system lacks memory: one connection ends, not all
-                channel.watched = 0
-                if isinstance(channel, GateChannel):
-                    channel.will_close = True
-                    self.touch(channel)
+                    self._selector.unregister(sock)
+        except OSError:     # the system lacks memory: one connection ends, not all
+            channel.watched = 0
+            if isinstance(channel, GateChannel):
+                channel.will_close = True
+                self.touch(channel)
+        if channel.watched & selectors.EVENT_WRITE and isinstance(channel, GateChannel):
+            channel.taken_at = channel.server.clock()
+            self.sending.add(channel)
+        else:
+            self.sending.discard(cast(GateChannel, channel))
 
-    def readable(self) -> bool:
-        """Whether the loop is to look for new connections."""
-        return bool(super().readable()) and self._share.look()
-
-    def handle_accept(self) -> None:
-        """Takes its share of the connections that wait: waitress takes one per turn, which starves a crowd."""
-        self._accept(self._share.take())
-        self._share.hold(len(self.active_channels))
-
-    def _accept(self, most: int) -> None:
-        for _ in range(most):
-            held = len(self.active_channels)
-            super().handle_accept()
-            if len(self.active_channels) == held:
-                return
-
-    def stop(self, drain: float = math.inf) -> None:
-        """Ends `serve` once the requests in flight are answered, within `drain` and `service.drain` seconds; safe in a
-        signal handler."""
-        if not self._gate.draining:
-            self._gate.draining = True
-            self._ends = time.monotonic() + min(drain, self._drain)
-            with contextlib.suppress(OSError):      # the loop may have ended meanwhile
-                self.trigger.pull_trigger()
-
-    def serve(self) -> None:
-        """The loop."""
-        self._gate.loop_thread = self._thread = threading.get_ident()
-        with self._selector:
-            self._selector.register(self.trigger._fileno, selectors.EVENT_READ, self.trigger)
-            while not self._drained():      # asked right after all that has come was read
-                self._turn()
-            self._note_cut([channel for channel in self.active_channels.values() if channel.requests])
-            self.tally.close()
-            self.pool.shutdown(POOL_END)
-            wasyncore.close_all(self._map)
-
-    def _note_cut(self, channels: Sequence[GateChannel]) -> None:
-        """Tells whose requests the end does not wait for."""
-        for channel in channels:
-            task = GateTask(channel, channel.requests[0])
-            task.status = "000"     # it is not known whether its head was sent
-            channel.served(task, "cut")
-        if channels:
-            log.warning("requests cut, for they took longer than service.drain, %g s: %d", self._drain, len(channels))
-
-    def _turn(self) -> None:
-        """Answers what has come, sends what is to be sent, and waits."""
-        for _ in range(len(self._ready)):       # who has sent ahead takes turns with the others
-            self._ready.popleft().service()
+    def attend(self) -> None:
+        """Looks at what was touched."""
         while self._touched:
             channel = self._touched.popleft()
             channel.touched = False     # first: what comes now touches it again
             channel.attend(selectors.EVENT_WRITE)
-        self._share.hold(len(self.active_channels))
-        self.tally.queued(self.waiting)
-        self.watch(self, selectors.EVENT_READ if self.readable() else 0)
+
+    def wait(self, seconds: float) -> None:
+        """Until something is ready or touched, and does what it is ready for."""
         self._awake = False     # from here on the turn may miss what another thread leaves to it
-        wait = DEFER_INTERVAL if self._share.defers or self.draining else self.adj.asyncore_loop_timeout
-        found = self._selector.select(0 if self._touched or self._ready else wait)
+        found = self._selector.select(0 if self._touched else seconds)
         self._awake = True
         for key, events in found:
             if isinstance(key.data, GateChannel):
@@ -5549,16 +5274,182 @@ class GateServer(TimedServer):
             else:
                 wasyncore.read(key.data)
 
+    def close(self) -> None:
+        self._selector.close()
+
+
+def on_one_line(record: logging.LogRecord) -> bool:
+    """For waitress's log, in whose lines the path of a request may have line breaks."""
+    record.msg, record.args = one_line(record.getMessage()), ()
+    return True
+
+
+class GateServer(TcpWSGIServer):    # type: ignore[misc]  # waitress carries no types
+    """waitress on a socket that is bound already, with our loop: serves until `stop`, then drains.
+
+    It watches its clients' time, and lives on when there is no room for another one.
+    """
+
+    channel_class = GateChannel
+    selector_class: type[selectors.BaseSelector] = selectors.DefaultSelector
+    clock: Callable[[], float] = staticmethod(time.monotonic)
+    accepting: bool
+    watched = 0         # what the loop waits for on the listening socket
+    _next_sweep = _accepts_at = _next_complaint = 0.0   # by the clock
+    _pressed = False    # since the last sweep there was no room
+
+    def __init__(self, gate: Gate, sock: socket.socket, service: ServiceSettings, connections: int,
+                 tally: RequestCounters | None = None) -> None:
+        threads = service.app_threads
+        adjustments = Adjustments(
+            threads=max(1, threads), connection_limit=connections, ident=None, backlog=BACKLOG,
+            clear_untrusted_proxy_headers=False, max_request_body_size=service.body_limit,
+            outbuf_high_watermark=min(POOL_BUFFER, service.send_buffer // 2))
+        adjustments.send_bytes = SEND_BYTES
+        self.gate, self._service, self._ready = gate, service, collections.deque[GateChannel]()
+        self.environment = {"SERVER_SOFTWARE": "HealthChecker", "wsgi.multithread": threads > 1,
+                            "wsgi.multiprocess": service.worker_count > 1}
+        self.tally = tally or RequestCounters(Counters(1))
+        self.tally.hold(0)      # it is there for the others, who would take all before its first turn
+        self.waited_for: set[GateChannel] = set()       # by a thread each
+        self._ends = self._idle_end = math.inf
+        self.pool = Pool(threads, service.queue)
+        self.sockets: Sequence[socket.socket] = [sock]      # more where its name has several addresses
+        logging.getLogger("waitress").addFilter(on_one_line)
+        sockinfo = (sock.family, sock.type, sock.proto, sock.getsockname())
+        super().__init__(ForwardedHeaders(gate, service.trusted_proxy), {}, True, sock, dispatcher=self.pool,
+                         adj=adjustments, sockinfo=sockinfo, bind_socket=False)
+        self.loop = Loop(self.selector_class(), self.trigger)
+
+    def set_reuse_addr(self) -> None:
+        """Nothing: the socket is bound, and on Windows the option would let another server share its port."""
+
+    def pull_trigger(self) -> None:
+        """Nothing: waitress wakes its loop after each answer; ours is told by `touch` of what it is needed for."""
+
+    def add_task(self, channel: GateChannel) -> None:
+        """Leaves what cannot block, or has no room to wait, to the loop's own thread, and the rest to a pool: the
+        hand-over of the interpreter lock costs more than most answers. Called with the channel's lock held."""
+        request, gate = channel.requests[0], self.gate
+        channel.began, channel.body_bytes = time.perf_counter(), 0
+        if request.error is None:
+            path = request.path     # of several slashes before it waitress makes one
+            request.handler = gate.route("/" + path.lstrip("/") if path.startswith("//") else path)
+            if request.handler == gate.admit and self._service.app_threads:
+                if not self.pool.full:
+                    self.pool.add_task(channel)
+                    return
+                request.handler = gate.shed
+        channel.held = channel.total_outbufs_len > self.adj.outbuf_high_watermark   # what nobody takes is not made
+        if not channel.held:
+            self._ready.append(channel)
+
+    def readable(self) -> bool:
+        """Whether to look for new connections; asked in every turn of the loop."""
+        now = self.clock()
+        if now >= self._next_sweep:
+            self._next_sweep = now + CONNECTION_SWEEP
+            pressed, self._pressed = self._pressed, False
+            for channel in list(self.active_channels.values()):
+                channel.sweep(now, pressed)
+            self.tally.flush()
+        if len(self._map) >= self.adj.connection_limit:
+            self._pressed = True
+            self.complain("as many connections as allowed are open; idle ones are closed sooner")
+            return False
+        return bool(self.accepting) and now >= self._accepts_at
+
+    def handle_accept(self) -> None:
+        """Takes a crowd, for one per turn starves it; but one alone while others have less to do."""
+        for _ in range(ACCEPTS_PER_TURN if self.accepting else BACKLOG):
+            held = len(self.active_channels)
+            super().handle_accept()
+            self.tally.hold(len(self.active_channels))
+            if len(self.active_channels) == held or (self.accepting and self.tally.ahead):
+                return
+
+    def accept(self) -> tuple[socket.socket, Any] | None:
+        """None when nobody waits, when there is no room, and when the system refuses: then it has a moment of peace."""
+        if len(self._map) >= self.adj.connection_limit:
+            return None
+        try:
+            for sock in self.sockets:
+                self.socket = sock
+                if (found := super().accept()) is not None:
+                    return cast("tuple[socket.socket, Any]", found)
+        except ConnectionResetError:    # on Windows: this client has gone already
+            pass
+        except OSError as error:
+            self._accepts_at, self._pressed = self.clock() + ACCEPT_PAUSE, True
+            self.complain(f"a connection cannot be accepted: {error.strerror}; idle ones are closed sooner")
+        return None
+
+    def complain(self, reason: str) -> None:
+        """Of trouble that clients make, once in COMPLAINT_INTERVAL."""
+        if self.clock() >= self._next_complaint:
+            self._next_complaint = self.clock() + COMPLAINT_INTERVAL
+            log.warning("%s (%d connections)", reason, len(self.active_channels))
+
+    def stop(self, drain: float = math.inf) -> None:
+        """Ends `serve` once the requests in flight are answered, within `drain` and `service.drain` seconds; safe in a
+        signal handler."""
+        if not self.gate.draining:
+            self.gate.draining = True
+            self._ends = time.monotonic() + min(drain, self._service.drain)
+            with contextlib.suppress(OSError):      # the loop may have ended meanwhile
+                self.trigger.pull_trigger()
+
+    def serve(self) -> None:
+        """The loop."""
+        self.loop.thread = threading.get_ident()
+        with contextlib.closing(self.loop):
+            while not self._drained():      # asked right after all that has come was read
+                self._turn()
+            self._note_cut()
+            self.tally.close()
+            self.pool.shutdown(POOL_END)
+            wasyncore.close_all(self._map)
+
+    def _turn(self) -> None:
+        """Answers what has come, sends what is to be sent, and waits."""
+        for _ in range(len(self._ready)):       # who has sent ahead takes turns with the others
+            self._ready.popleft().service()
+        self.loop.attend()
+        self.tally.hold(len(self.active_channels))
+        self.tally.turn(self.pool.waiting)
+        self.loop.watch(self, selectors.EVENT_READ if self.readable() else 0)
+        hurried = self.gate.draining or (self.loop.sending and self._cut_slow_readers(self.clock()))
+        self.loop.wait(0 if self._ready else SHORT_TURN if hurried else self.adj.asyncore_loop_timeout)
+
+    def _cut_slow_readers(self, now: float) -> bool:
+        """Where more than `service.send_buffer` waits to be sent, or half of the pool waits for clients while requests
+        wait for it, cuts those who have not taken anything for longest; whether to look again soon."""
+        sending, limit = self.loop.sending, self._service.send_buffer
+        waits, blocked = sum(channel.total_outbufs_len for channel in sending), list(self.waited_for)
+        starved = bool(self.pool.waiting) and 2 * len(blocked) >= self.adj.threads
+        if waits <= limit and not starved:
+            return False
+        readers = sorted(blocked if starved else sending, key=lambda channel: channel.taken_at)
+        spared = (self.adj.threads - 1) // 2 if starved else 1      # so that a lone reader gets all of its answer
+        for channel in readers[:max(0, len(readers) - spared)]:
+            if now - channel.taken_at < READER_PAUSE * min(1.0, limit / waits) or not (starved or waits > limit):
+                break
+            waits -= channel.total_outbufs_len
+            channel.handle_close()
+            self.complain("answers that their clients hardly take are cut, see service.send_buffer")
+        return True
+
     def _drained(self) -> bool:
         """Once stopping: accepts nobody, soon closes idle connections; True when none is left."""
-        if not self._gate.draining:
+        if not self.gate.draining:
             return False
         if self.accepting:      # who waits to be accepted has perhaps sent a request already
             self.accepting = False
-            self.watch(self, 0)
+            self.loop.watch(self, 0)
             self.del_channel()
-            self._accept(BACKLOG)
-            self.socket.close()
+            self.handle_accept()
+            for sock in self.sockets:
+                sock.close()
             self._idle_end = time.monotonic() + LAST_ASK
             return False
         now = time.monotonic()
@@ -5566,6 +5457,17 @@ class GateServer(TimedServer):
             if not (channel.requests or channel.request or channel.total_outbufs_len or channel.lingers):
                 channel.handle_close()
         return not self.active_channels or now > self._ends
+
+    def _note_cut(self) -> None:
+        """Tells whose requests the end does not wait for."""
+        cut = [(channel, request) for channel in self.active_channels.values() for request in channel.requests[:1]]
+        for channel, request in cut:
+            task = GateTask(channel, request)
+            task.status = "000"     # it is not known whether its head was sent
+            channel.served(task, "cut")
+        if cut:
+            drain = self._service.drain
+            log.warning("requests cut, for they took longer than service.drain, %g s: %d", drain, len(cut))
 
 
 def listen(setting: str, value: str) -> socket.socket:
@@ -5745,11 +5647,9 @@ class Worker:
         """The main process writes the file."""
         if not service.access_log:
             return None
-        access_log = AccessLog(self._send_lines)
-        access_log.start()
-        return access_log
+        return AccessLog(self._send_lines)
 
-    def _send_lines(self, lines: Sequence[str]) -> None:
+    def _send_lines(self, lines: Sequence[AccessNote]) -> None:
         if self._pipe.waiting > PIPE_WAITING:
             raise BlockingIOError(errno.EAGAIN, "the main process does not read")
         self._pipe.put("lines", lines)
@@ -7075,7 +6975,7 @@ class ServingMetrics:
 
     def collect(self) -> Iterator[Metric]:
         left = max(0.0, self._lease.until.value - self._clock())
-        cells, open_connections = self._counters.totals(), [n for n in self._counters.crowd.held if n >= 0]
+        cells, open_connections = self._counters.totals(), [n for n in self._counters.held if n >= 0]
         yield gauge("gate_open", "1 while requests reach the application.", float(left > 0))
         yield gauge("lease_seconds", "Seconds until the gate closes unless a poll renews the lease.", left)
         yield gauge("workers", "Processes that serve.", len(open_connections))

@@ -254,6 +254,7 @@ def is_refused(stream: bytes, status: int, request: bytes) -> None:
     head = reply.head.lower()
     assert head.startswith("http/1.") and "\r\nconnection: close" in head and head.count("connection:") == 1
     assert reply.body.split()[0] == str(status).encode() and len(reply.body) < 60
+    assert (b"service.body_limit" in reply.body) is (status == 413)
     assert b"inner" not in stream and b"waitress" not in stream and b"Traceback" not in stream
 
 
@@ -261,7 +262,7 @@ def is_refused(stream: bytes, status: int, request: bytes) -> None:
 def test_refused(request_: bytes, status: int) -> None:
     with serving() as server:
         is_refused(server.raw(request_), status, request_)
-        assert server.server.application._app.asked == []
+        assert server.app.asked == []
         assert server.get("/after")[0] == 200
 
 
@@ -354,7 +355,7 @@ def test_pipelined_requests_keep_their_order_and_a_refusal_ends_them() -> None:
         found = replies(server.raw(stream + REFUSED["two hosts"][0] + INNER))
         assert [reply.body for reply in found[:-1]] == bodies
         assert found[-1].status == 400
-        assert "/inner" not in server.server.application._app.asked
+        assert "/inner" not in server.app.asked
 
 
 # === The parser by itself ====================================================
@@ -508,7 +509,7 @@ def test_slow_headers(threads: int, dripping: Callable[[socket.socket, bytes, fl
         for sock in socks.values():
             is_refused(reads(sock), 408, b"")
             assert 4.9 < time.monotonic() - begin < 7.5
-        assert server.server.application._app.asked == ["/", "/meanwhile"]
+        assert server.app.asked == ["/", "/meanwhile"]
 
 
 def later(server: Serving, seconds: float) -> None:
@@ -541,7 +542,7 @@ def test_slow_bodies(threads: int, dripping: Callable[[socket.socket, bytes, flo
         later(server, 30.1)
         for sock in socks:
             is_refused(reads(sock), 408, b"")
-        assert server.server.application._app.asked == []
+        assert server.app.asked == []
 
 
 @pytest.mark.parametrize(("threads", "best"), [(0, True), (2, False)], ids=["best", "select"])
@@ -640,8 +641,8 @@ def test_slow_readers_while_others_starve() -> None:
         return itertools.repeat(b"x" * (1 << 16), size >> 16) if large else [b"ok"]
 
     with Serving(large, 3) as server, contextlib.ExitStack() as stack:
-        silent, dripping, reading, waiting = (
-            stack.enter_context(socket.create_connection(server.address, timeout=10)) for _ in range(4)
+        silent, dripping, reading = (
+            stack.enter_context(socket.create_connection(server.address, timeout=10)) for _ in range(3)
         )
         for number, sock in enumerate((silent, dripping, reading), 1):
             sock.sendall(GET + b"\r\n")
@@ -654,9 +655,8 @@ def test_slow_readers_while_others_starve() -> None:
         dripping.recv(1000)
         later(server, 10)
         looks_around(server)
-        assert len(server.server.waited_for) == 3, "nobody is in want of their threads"
-        waiting.sendall(INNER)
-        assert waiting.recv(1000).endswith(b"ok")
+        wait_for(lambda: len(server.server.waited_for) == 3)  # nobody is in want of their threads
+        assert server.get("/inner", 20)[1] == b"ok"
         assert not all(ours[sock.getsockname()[1]].connected for sock in (silent, dripping))
         while received < size:
             received += len(reading.recv(1 << 20))
@@ -803,7 +803,7 @@ def test_no_descriptor_left(tmp_path: Path) -> None:
     """As many sockets as there are descriptors, and more: the process lives and serves again."""
     import resource  # noqa: PLC0415  # POSIX only
 
-    inventory = write_inventory(tmp_path, STEADY, "  workers: 0")
+    inventory = write_inventory(tmp_path, STEADY)
     with room_for(600), Service(inventory) as service, contextlib.ExitStack() as stack:
         service.wait_status("/", 200)
         soft, hard = resource.prlimit(service.pid, resource.RLIMIT_NOFILE, (200, 300))

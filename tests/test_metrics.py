@@ -88,8 +88,8 @@ def test_slots_are_summed() -> None:
         for outcome in OUTCOMES:
             tally.request(outcome, 0.002)
         tally.accepted()
-        tally.share.hold(slot)
-        tally.queued(10)
+        tally.hold(slot)
+        tally.turn(10)
     assert [*counters.crowd.held] == [0, 1, 2]
     totals = counters.totals()
     assert all(count(totals, outcome) == [0, 3, *[0] * (len(LATENCIES) - 1)] for outcome in OUTCOMES)
@@ -127,7 +127,7 @@ def count_and_wait(counters: Counters, slot: int, requests: int, done: Any) -> N
     tally = RequestCounters(counters, slot)
     for _ in range(requests):
         tally.request("2xx", 0.0)
-    tally.share.hold(7)
+    tally.hold(7)
     done.close()
     threading.Event().wait(60)
 

@@ -30,10 +30,6 @@ from service import OWN_CONSOLE, Service, Team, ask_to_end, command, environment
 
 import healthchecker
 from healthchecker import (
-    ACCEPTS_PER_TURN,
-    HEAD_START,
-    AcceptBalance,
-    Crowd,
     MessagePipe,
     PipeLogHandler,
     ServiceSettings,
@@ -175,88 +171,7 @@ def answering_pid(service: Service) -> str:
         return pid
 
 
-# === Who takes a connection ==================================================
-# what the workers hold (-1: is not there), how many the first one may take
-ALLOWANCES = [
-    ([0], ACCEPTS_PER_TURN),
-    ([500], ACCEPTS_PER_TURN),
-    ([0, -1], ACCEPTS_PER_TURN),
-    ([500, -1, -1], ACCEPTS_PER_TURN),
-    ([0, 0], 4),
-    ([3, 0], 1),
-    ([4, 0], 0),
-    ([9, 0], -5),
-    ([4, 4], 5),
-    ([0, 4], 9),
-    ([16, 12], 3),
-    ([19, 12], 0),
-    ([0, 500], ACCEPTS_PER_TURN),
-    ([500, 400], 4),
-    ([505, 400], -1),
-    ([10, 400, 8], 4),
-    ([10, -1, 8], 4),
-    ([10, 8, -1, 400], 4),
-]
-
-
-@pytest.mark.parametrize(("held", "allowed"), ALLOWANCES, ids=str)
-def test_allowance(held: list[int], allowed: int) -> None:
-    crowd = Crowd(len(held))
-    assert list(crowd.held) == [-1] * len(held), "nobody is there yet"
-    crowd.held[:] = held
-    assert crowd.allowance(0) == allowed
-
-
-# Scenarios of the first of two workers: seconds since the last step, what both hold, then whether it looks for
-# connections, and how many it takes where one waits (None: none waits).
-Step = tuple[float, tuple[int, int], bool, int | None]
-LESS, MORE = (0, 4), (4, 0)
-SHARES: dict[str, list[Step]] = {
-    "the less busy one takes at once": [(0, LESS, True, 9), (0, (9, 4), True, 0)],
-    "a busier one waits, and then takes what is left": [
-        (0, MORE, True, 0),
-        (0.01, MORE, False, None),
-        (HEAD_START - 0.02, MORE, False, None),
-        (0.01, MORE, True, ACCEPTS_PER_TURN),
-        (0.01, MORE, True, 0),
-        (0.01, MORE, False, None),
-    ],
-    "the others catch up meanwhile": [(0, MORE, True, 0), (0.02, (4, 4), True, 5), (0, (9, 4), True, 0)],
-    "the others took it: the next one is theirs, too": [
-        (0, MORE, True, 0),
-        (HEAD_START, MORE, True, None),
-        (0.05, MORE, True, 0),
-        (HEAD_START, MORE, True, None),
-        (60, MORE, True, 0),
-    ],
-    "with turns longer than the head start nobody starves": [
-        (0, MORE, True, 0),
-        (5 * HEAD_START, MORE, True, ACCEPTS_PER_TURN),
-        (5 * HEAD_START, MORE, True, 0),
-        (5 * HEAD_START, MORE, True, ACCEPTS_PER_TURN),
-    ],
-    "alone": [(0, (500, -1), True, ACCEPTS_PER_TURN)] * 3,
-}
-
-
-@pytest.mark.parametrize("steps", SHARES.values(), ids=SHARES)
-def test_share(steps: list[Step]) -> None:
-    now, crowd = 1000.0, Crowd(2)
-    share = AcceptBalance(crowd, 0, lambda: now)
-    for number, (seconds, held, looks, taken) in enumerate(steps):
-        now += seconds
-        crowd.held[:] = held
-        assert share.look() == looks, f"step {number}"
-        if taken is not None:
-            assert share.take() == taken, f"step {number}"
-
-
-def test_what_it_holds_is_told_to_the_others() -> None:
-    crowd = Crowd(2)
-    AcceptBalance(crowd, 1).hold(7)
-    assert list(crowd.held) == [-1, 7]
-
-
+# === How many =================================================================
 def test_automatic_count() -> None:
     """One per CPU that may be used, and no more than eight."""
     assert 1 <= ServiceSettings(workers="auto").worker_count == ServiceSettings().worker_count <= 8
