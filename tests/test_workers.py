@@ -358,7 +358,7 @@ def test_connections_spread(service: Service, at_once: bool) -> None:
 
 @pytest.mark.skipif(sys.platform == "win32", reason="select takes 512 sockets there, the ones of the test among them")
 def test_a_new_connection_among_512_busy_ones(folder: Path) -> None:
-    healthchecker.connection_limit(0)  # raises the limit of open files
+    healthchecker.connection_limit()  # raises the limit of open files
     with Team(folder, 2, f"{SHOP}\n  threads: 0") as team, Clients(team.address, 512) as crowd:
         crowd.holders_of(512)
         with Clients(team.address, 1, keep=False) as newcomer:
@@ -593,11 +593,11 @@ def test_a_start_that_lacks_descriptors(folder: Path) -> None:
         try:
             resource.setrlimit(resource.RLIMIT_NOFILE, (before + spare, limits[1]))
             with pytest.raises(OSError):
-                team.crew.start()
+                team.supervisor.start()
         finally:
             resource.setrlimit(resource.RLIMIT_NOFILE, limits)
         started = workers(os.getpid())
-        team.crew.close()
+        team.supervisor.close()
         if started:
             break
     assert started, "no limit was enough for the first one and too low for the second"
