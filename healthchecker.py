@@ -5481,12 +5481,12 @@ class GateServer(TimedServer):
 
 # === Workers =================================================================
 # The serving processes. The main process binds the doors, starts, watches, replaces and ends the workers (Supervisor,
-# with a WorkerProcess each); in each of them Worker runs the server. It runs the customer's code, so it is given sockets,
-# lease, counters, settings and a pipe, and no database, key, inventory or session. On the pipe it says `ready` or
-# `failed` and what is to be logged, in JSON; it hears stop, or end of file when the main process died.
-# That all may serve is a flag in shared memory, set once the start can no longer fail, and a replacement finds it set. If
-# each served as soon as it is ready, a start that fails would have served somebody, and one that finds everything healthy
-# would answer 503 until it has read so; a word on the pipe would be due to every replacement.
+# with a WorkerProcess each); in each of them a Worker serves. It runs the customer's code: it is given sockets, lease,
+# counters, settings and a pipe, and no database, key, inventory or session. On the pipe it says `ready` or `failed` and
+# what is to be logged, in JSON; it hears stop, or end of file when the main process died.
+# That they may serve is a flag in shared memory, set once the start can no longer fail; a replacement finds it set. If
+# each served as soon as it is ready, a start that fails would have served somebody, and one that finds all well would
+# answer 503 until it has read so; a word on the pipe would be due to every replacement.
 # Gives: ENDINGS, HANGUPS, LineFormatter, Supervisor, bound_address, keep_out_of_collections, listen
 ABSENT = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)      # this machine does not have the address, or its family
 LISTEN_FAULTS = {
@@ -5632,19 +5632,23 @@ def load_app(name: str, folder: Path) -> WSGIApplication:
 
 
 # --- the log ---
+def printable(text: str) -> str:
+    """`text` with a backslash sequence for what could end or hide a line."""
+    return text if text.isprintable() else "".join(
+        char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+
+
 class LineFormatter(logging.Formatter):
     """A record is one line, whatever a client sent; of a traceback each line is indented, so that it is no record."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:
-        text = super().formatMessage(record)
-        return text if text.isprintable() else "".join(
-            char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+        return printable(super().formatMessage(record))
 
     def formatException(self, ei: Any) -> str:
         return self.formatStack(super().formatException(ei))
 
     def formatStack(self, stack_info: str) -> str:
-        return "\n".join(f"    {line}" for line in stack_info.splitlines())
+        return "\n".join(f"    {printable(line)}" for line in stack_info.splitlines())
 
 
 class MessagePipe:
@@ -5908,7 +5912,7 @@ class Supervisor:
         news = time.monotonic() + START_NEWS
         while not self.stopping and not all(worker.ready.is_set() for worker in self._workers):
             for worker in self._workers:
-                if not worker.alive:
+                if worker.failure or not worker.alive:
                     raise UsageError(worker.why)
             time.sleep(SUPERVISOR_INTERVAL)
             if time.monotonic() > news:
@@ -5939,8 +5943,8 @@ class Supervisor:
         for worker in hanging[:1]:
             log.error("worker %d hangs: no turn of its loop for %g s; it is killed", worker.number, HANG_TIME)
             worker.process.kill()
-            for other in hanging:
-                other.turned_mono = now - HANG_TIME + HANG_SPACING
+            for other in self._workers:
+                other.turned_mono = max(other.turned_mono, now - HANG_TIME + HANG_SPACING)
         self._replace(now)
 
     def close(self) -> None:
@@ -8633,9 +8637,9 @@ class ConsoleServer(threading.Thread):
 # === Commands ================================================================
 # The command line: each command is a function of the arguments, works on an Installation and gives the exit code.
 # `serve` reads what is written down, binds both doors, looks at the database and locks it, and has the workers load the
-# application: up to here a fault ends the start, and nothing was written. Then it takes the inventory over, stored states
-# open the gate, the console answers, the workers may serve. It ends the other way round: the workers drain while the
-# pollers go on, then console, pollers and database close.
+# application: up to here a fault ends the start, and nothing was written. Then it takes the inventory over, stored
+# states open the gate, the console answers, the workers may serve. It ends the other way round: the workers drain while
+# the pollers go on, then console, pollers and database close.
 # Gives: main
 PROBES_AT_ONCE = 64             # resources that `check --probe` polls at the same time
 PROGRESS_INTERVAL = 0.1         # seconds between two looks at them; a wait without an end may never see Ctrl-C
@@ -9007,11 +9011,6 @@ def typed_password() -> str:
     return password
 
 
-def print_users(who: Principal) -> None:
-    print_table([["NAME", "ROLE", "PASSWORD"], *(
-        [user.name, user.role, "the documented one" if user.initial else "own"] for user in list_users(who))])
-
-
 # what a `user` command does; how, given its arguments; what it says then
 USER_COMMANDS: dict[str, tuple[str, Callable[[Principal, argparse.Namespace], object], str]] = {
     "add": ("add a user",
@@ -9020,7 +9019,8 @@ USER_COMMANDS: dict[str, tuple[str, Callable[[Principal, argparse.Namespace], ob
     "passwd": ("change a password", lambda who, given: change_user(who, given.name, {"password": typed_password()}),
                "{name} has a new password; earlier sessions have ended"),
     "remove": ("remove a user", lambda who, given: remove_user(who, given.name), "{name} cannot log in any more"),
-    "list": ("print the users", lambda who, _: print_users(who), ""),
+    "list": ("print the users", lambda who, _: print_table([["NAME", "ROLE", "PASSWORD"], *(
+        [user.name, user.role, "the documented one" if user.initial else "own"] for user in list_users(who))]), ""),
 }
 
 

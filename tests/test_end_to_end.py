@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -47,16 +46,14 @@ def test_a_full_disk_closes_the_gate_until_it_is_empty(sshd: Sshd | ParamikoSshd
             service.wait_status("/", 200)
             for name in ("linux1", "win1", "here"):
                 service.wait_line(f"{name}: unknown -> healthy")
-            disk.full, began = 97, time.monotonic()
-            service.wait_status("/", 503, 3 * INTERVAL)
-            assert time.monotonic() - began < 2 * INTERVAL
+            disk.full = 97
+            service.wait_status("/", 503)
             line = service.wait_line("healthy -> unhealthy")
             assert "win1: healthy -> unhealthy (limit" in line
             assert "disk_percent D: 97.0 > 95" in line
             assert service.get("/-/livez").status == 200
-            disk.full, began = 20, time.monotonic()
-            service.wait_status("/", 200, 3 * INTERVAL)
-            assert time.monotonic() - began < 2 * INTERVAL
+            disk.full = 20
+            service.wait_status("/", 200)
             service.wait_line("win1: unhealthy -> healthy")
             for name in ("linux1", "here"):
                 assert f"{name}: healthy ->" not in service.output
