@@ -5660,17 +5660,12 @@ class MessagePipe:
         self._thread = threading.Thread(target=self._send, name="pipe", daemon=True)
         self._thread.start()
 
-    @property
-    def waiting(self) -> int:
-        """Messages that were put and not sent yet."""
-        return self._out.qsize()
-
     def put(self, kind: str, *message: Any) -> None:
         self._out.put(json.dumps([kind, *message]).encode())
 
     def send_lines(self, lines: Sequence[str]) -> None:
         """Lines of the access log, whose file the main process writes; raises BlockingIOError when it does not read."""
-        if self.waiting > PIPE_WAITING:
+        if self._out.qsize() > PIPE_WAITING:
             raise BlockingIOError(errno.EAGAIN, "the main process does not read")
         self.put("lines", lines)
 
@@ -5943,6 +5938,7 @@ class Supervisor:
         for worker in hanging[:1]:
             log.error("worker %d hangs: no turn of its loop for %g s; it is killed", worker.number, HANG_TIME)
             worker.process.kill()
+            worker.turned_mono = math.inf   # once is enough
             for other in self._workers:
                 other.turned_mono = max(other.turned_mono, now - HANG_TIME + HANG_SPACING)
         self._replace(now)
