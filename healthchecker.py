@@ -5860,7 +5860,7 @@ class WorkerProcess:
                 message = self._pipe.recv_bytes()
                 try:
                     self._receive(*json.loads(message))
-                except Exception as error:  # noqa: BLE001  # a thread's outermost loop: the customer's code has the pipe
+                except Exception as error:  # noqa: BLE001  # a thread's outermost loop: the customer's code can send
                     log.error("worker %d: a message cannot be read: %s", self.number, error)
         with self._lock:
             self._pipe.close()

@@ -68,7 +68,7 @@ def command(inventory: Path, *arguments: str) -> list[str]:
 
 
 def run(
-    inventory: Path, *arguments: str, env: Mapping[str, str] | None = None, timeout: float = 30
+    inventory: Path, *arguments: str, env: Mapping[str, str] | None = None, timeout: float = 60
 ) -> subprocess.CompletedProcess[str]:
     """One command, run to its end; it never prints a traceback."""
     done = subprocess.run(
@@ -135,7 +135,7 @@ def run_cheaply(*arguments: str, user: int | None = None) -> tuple[int, str]:
         output = Path(folder) / "output"
         process = fresh_processes().Process(target=_main, args=(list(arguments), str(output), user))
         process.start()
-        process.join(30)
+        process.join(60)
         process.kill()
         process.join()
         text = output.read_text(encoding="utf-8")
@@ -180,7 +180,7 @@ class Service:
     """
 
     def __init__(
-        self, inventory: Path, *, env: Mapping[str, str] | None = None, code: int = 0, deadline: float = 20
+        self, inventory: Path, *, env: Mapping[str, str] | None = None, code: int = 0, deadline: float = 60
     ) -> None:
         self.inventory, self.code, self.deadline = inventory, code, deadline
         self._environment = environment(env)
@@ -285,7 +285,7 @@ class Service:
                 self._news.wait(0.02)
         return answer
 
-    def stop(self, deadline: float = 12) -> int:
+    def stop(self, deadline: float = 60) -> int:
         """Asks it to end, as a service manager does, and gives its exit code."""
         if self.process.poll() is None:
             ask_to_end(self.process)
