@@ -76,6 +76,7 @@ import heapq
 import hmac
 import http
 import importlib
+import inspect
 import io
 import ipaddress
 import itertools
@@ -488,7 +489,7 @@ Workers = Annotated[str, matching(r"auto|[1-9]|[1-5][0-9]|6[0-4]", "must be auto
                                   "(serving in the main process, 0, is gone: write 1)")]
 ConsoleListen = Annotated[str, matching(r"off|(\[[\w:.%]+\]|[\w.-]+):[0-9]{1,5}",
                                         "must be address:port, [address]:port or off"), AfterValidator(port_of)]
-AppName = Annotated[str, matching(r"[\w.]+:[\w.]+", "must be module:callable")]
+AppName = Annotated[str, matching(r"[\w.]+:[\w.]+(\(\))?", "must be module:callable or module:factory()")]
 SqliteUrl = Annotated[str, matching(r"sqlite:///[^?]+", "must be sqlite:///path"),
                       AfterValidator(lambda url, info: SQLITE + str(absolute(url.removeprefix(SQLITE), info.context)))]
 
@@ -4563,37 +4564,6 @@ class Gate:
         return respond(environ, start_response, ("503 Service Unavailable", [kind, retry], body))
 
 
-def builtin_app(service: ServiceSettings) -> WSGIApplication:
-    """The page shown behind the gate until `service.app` names an application."""
-    app = flask.Flask("healthchecker.builtin")
-    console = "" if service.console == "off" else (
-        f' Operators: the <a href="http://{service.console}/-/">console</a>.')
-    app.add_url_rule("/", "welcome", lambda: WELCOME.format(console=console))
-    return app
-
-
-def load_app(name: str, folder: Path) -> WSGIApplication:
-    """Imports `module:callable` with `folder` first on the path; raises UsageError."""
-    module, _, attribute = name.partition(":")
-    if str(folder) not in sys.path[:1]:
-        sys.path.insert(0, str(folder))
-    try:
-        app: Any = importlib.import_module(module)
-        for part in attribute.split("."):
-            app = getattr(app, part)
-    except (Exception, SystemExit) as error:    # the user's own code may raise anything
-        reason = f"{type(error).__name__}: {one_line(str(error))}"
-        raise UsageError(f"service.app {name} cannot be imported: {reason}") from error
-    if not callable(app):
-        raise UsageError(f"service.app {name} is not callable")
-    return cast("WSGIApplication", app)
-
-
-def build_gate(service: ServiceSettings, folder: Path, lease: Lease) -> Gate:
-    """The gate in front of the application of the inventory in `folder`. Raises UsageError."""
-    return Gate(load_app(service.app, folder) if service.app else builtin_app(service), lease)
-
-
 # === HTTP ====================================================================
 # Requests, read more strictly than by waitress, whose own parser lets pass what hides one request in another: what two
 # programs could understand in two ways is refused, and what is too large. The loop's thread feeds the parser what has
@@ -4613,6 +4583,7 @@ CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,16})(?:;%b+(?:=(?:%b+|%b))?)*\r\n" % (
 FORWARDED_ADDRESS = re.compile(r"(?:\[([0-9A-Fa-f:.]+)\]|([0-9.]+))(?::[0-9]{1,5})?|([0-9A-Fa-f:.]+)")
 FORWARDED = re.compile("HTTP_(?:X_FORWARDED.*|FORWARDED)")
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
+Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 
 def plain_address(text: str) -> Address:
@@ -4657,6 +4628,10 @@ def nearest(words: str) -> str:
     return words.rpartition(",")[2].strip(" \t")
 
 
+def is_within(address: Address, networks: Iterable[Network]) -> bool:
+    return any(address in network for network in networks)
+
+
 class ForwardedHeaders:
     """WSGI: what a proxy in `networks` says of its client counts, what anybody else says of it is dropped.
 
@@ -4671,15 +4646,12 @@ class ForwardedHeaders:
         if "FORWARDED" in "".join(environ):     # cheaper than to look at each
             said = {key: environ.pop(key) for key in list(environ) if FORWARDED.fullmatch(key)}
             try:
-                if said and self._is_proxy(plain_address(environ["REMOTE_ADDR"].partition("%")[0])):
+                if said and is_within(plain_address(environ["REMOTE_ADDR"].partition("%")[0]), self._networks):
                     self._believe(environ, said)
             except ValueError:
                 environ[OUTCOME] = "bad"
                 return respond(environ, start_response, ("400 Bad Request", [], b"400 Bad Request\n"))
         return self._app(environ, start_response)
-
-    def _is_proxy(self, address: Address) -> bool:
-        return any(address in network for network in self._networks)
 
     def _believe(self, environ: WSGIEnvironment, said: Mapping[str, str]) -> None:
         """Raises ValueError for what is malformed."""
@@ -4687,7 +4659,7 @@ class ForwardedHeaders:
             for element in reversed(said["HTTP_X_FORWARDED_FOR"].split(",")):
                 match = FORWARDED_ADDRESS.fullmatch(element.strip(" \t"))
                 client = plain_address(match[1] or match[2] or match[3] if match else "")
-                if not self._is_proxy(client):
+                if not is_within(client, self._networks):
                     break
             environ["REMOTE_ADDR"] = environ["REMOTE_HOST"] = str(client)
         scheme = nearest(said.get("HTTP_X_FORWARDED_PROTO", environ["wsgi.url_scheme"])).lower()
@@ -5470,33 +5442,99 @@ class GateServer(TcpWSGIServer):    # type: ignore[misc]  # waitress carries no 
             log.warning("requests cut, for they took longer than service.drain, %g s: %d", drain, len(cut))
 
 
-def listen(setting: str, value: str) -> socket.socket:
-    """Binds the address:port that `setting` of the inventory names; raises UsageError."""
-    host, _, port = value.rpartition(":")
+# === Workers =================================================================
+# The serving processes. The main process binds the doors, starts, watches, replaces and ends the workers (Supervisor,
+# with a WorkerProcess each); in each of them a Worker serves. It runs the customer's code: it is given sockets, lease,
+# counters, settings and a pipe, and no database, key, inventory or session. On the pipe it says `ready` or `failed` and
+# what is to be logged, in JSON; it hears stop, or end of file when the main process died.
+# That they may serve is a flag in shared memory, set once the start can no longer fail; a replacement finds it set. If
+# each served as soon as it is ready, a start that fails would have served somebody, and one that finds all well would
+# answer 503 until it has read so; a word on the pipe would be due to every replacement.
+# Gives: ENDINGS, HANGUPS, LineFormatter, Supervisor, bound_address, keep_out_of_collections, listen
+ABSENT = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)      # this machine does not have the address, or its family
+LISTEN_FAULTS = {
+    errno.EADDRINUSE: "another program uses that port; stop it, or write another port at",
+    errno.EADDRNOTAVAIL: "this machine has no such address; write one that it has, such as 127.0.0.1, or 0.0.0.0 at",
+    errno.EACCES: "the port needs rights that this account does not have; write one above 1023 at"}
+PORT_WAIT = 5.0                 # seconds for a port to become free: workers of a killed service hold theirs a moment
+READY_INTERVAL = 0.02           # seconds between two looks whether to serve
+ORPHAN_DRAIN = 0.5              # seconds for requests in flight of a worker whose main process died
+PIPE_WAITING = 100              # messages to the main process, beyond which no lines of the access log are added
+LAST_WORDS = 0.2                # seconds in which what a dead worker said is read
+SUPERVISOR_INTERVAL = 0.05      # seconds between two looks at the worker processes
+STANDSTILL = 1.0                # seconds between two looks that mean that this process, or the machine, stood still
+HANG_TIME = 10.0                # seconds without a turn of its loop after which a worker is replaced
+HANG_SPACING = 2.0              # seconds between two such replacements, so that never all are gone at once
+START_NEWS = 5.0                # seconds between two lines about a start that takes long
+WORKER_LIFE = 10.0              # seconds after which a worker's end is no sign that it can never run
+WORKER_PAUSES = (0.0, 0.5, 1, 2, 5, 10, 30)  # seconds before the 1st, 2nd, … replacement of short-lived workers
+WORKER_END = 2.0                # seconds between the end of draining and the end of the process
+ENDINGS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGBREAK") if hasattr(signal, name)]
+HANGUPS = [getattr(signal, name) for name in ("SIGHUP",) if hasattr(signal, name)]      # Windows has none
+
+
+# --- the doors ---
+def bind(family: int, address: tuple[Any, ...], *, alone: bool) -> socket.socket:
+    """A listening socket; one that is not `alone` leaves IPv4 to another."""
+    sock = socket.socket(family, socket.SOCK_STREAM)
     try:
-        answers = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        family, kind, protocol, _, address = answers[0]
-        sock = socket.socket(family, kind, protocol)
         if sys.platform == "win32":
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_EXCLUSIVEADDRUSE, 1)
         else:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6 and not alone:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         sock.bind(address)
         sock.listen(BACKLOG)
-    except (OSError, UnicodeError) as error:
-        strerror = getattr(error, "strerror", None) or "not a host name"
-        raise UsageError(f"cannot listen on {value}: {one_line(strerror)}; "
-                         f"is another program using it? Set {setting}") from error
+    except OSError:
+        sock.close()
+        raise
     return sock
 
 
-def bound_address(sock: socket.socket) -> str:
-    """address:port of a socket, as a URL has it."""
-    host, port = sock.getsockname()[:2]
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+def bind_all(host: str, port: int) -> list[socket.socket]:
+    """Listening sockets on each address of `host` that this machine has, on one port. Raises OSError, UnicodeError."""
+    answers: Any = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    addresses = sorted({(family, address) for family, _, _, _, address in answers})     # IPv4 first
+    socks: list[socket.socket] = []
+    absent: OSError | None = None
+    with contextlib.ExitStack() as stack:
+        for family, (name, _, *rest) in addresses:
+            try:
+                socks.append(stack.enter_context(bind(family, (name, port, *rest), alone=len(addresses) == 1)))
+            except OSError as error:
+                if error.errno not in ABSENT:
+                    raise
+                absent = error
+            else:
+                port = socks[0].getsockname()[1]    # for 0 the system has chosen one
+        if absent and not socks:
+            raise absent
+        stack.pop_all()
+    return socks
 
 
-def connection_limit(resources: int) -> int:
+def listen(setting: str, value: str) -> list[socket.socket]:
+    """Binds the address:port that `setting` of the inventory names; a name on all its addresses. Raises UsageError."""
+    host, _, port = value.rpartition(":")
+    ends = time.monotonic() + PORT_WAIT
+    while True:
+        try:
+            return bind_all(host.strip("[]"), int(port))
+        except (OSError, UnicodeError) as error:
+            number = getattr(error, "errno", 0)
+            if number != errno.EADDRINUSE or time.monotonic() > ends:
+                reason = f"{one_line(getattr(error, 'strerror', '') or 'not a host name')}; write another at"
+                raise UsageError(f"cannot listen on {value}: {LISTEN_FAULTS.get(number, reason)} {setting}") from error
+        time.sleep(SUPERVISOR_INTERVAL)
+
+
+def bound_address(value: str, socks: Sequence[socket.socket]) -> str:
+    """address:port as the inventory has it, with the port that the system chose for 0."""
+    return f"{value.rpartition(':')[0]}:{socks[0].getsockname()[1]}" if socks else value
+
+
+def connection_limit() -> int:
     """Connections that may be served at once; on UNIX after raising the limit of open files as far as allowed."""
     if sys.platform == "win32":
         return 400      # select takes 512 sockets there
@@ -5506,70 +5544,103 @@ def connection_limit(resources: int) -> int:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
         soft = hard
     files = CONNECTIONS_MAX if soft == resource.RLIM_INFINITY else soft
-    return max(100, min(CONNECTIONS_MAX, files - 4 * resources - 100))      # polls and the database need some
+    return max(100, min(CONNECTIONS_MAX, files - 100))      # the application needs some
 
 
-# === Workers =================================================================
-ORPHAN_DRAIN = 2.0              # seconds for requests in flight of a worker whose main process died
-PIPE_WAITING = 100              # messages to the main process, beyond which no lines of the access log are added
-LAST_WORDS = 0.2                # seconds in which what a dead worker said is read
-SUPERVISOR_INTERVAL = 0.05      # seconds between two looks at the worker processes
-START_NEWS = 5.0                # seconds between two lines about a start that takes long
-WORKER_LIFE = 10.0              # seconds after which a worker's end is no sign that it can never run
-WORKER_PAUSES = (0.0, 0.5, 1, 2, 5, 10, 30)  # seconds before the 1st, 2nd, … replacement of short-lived workers
-WORKER_END = 2.0                # seconds between the end of draining and the end of the process
+# --- the application ---
+def builtin_app(service: ServiceSettings) -> WSGIApplication:
+    """The page shown behind the gate until `service.app` names an application."""
+    app = flask.Flask("healthchecker.builtin")
+    console = "" if service.console == "off" else (
+        f' Operators: the <a href="http://{service.console}/-/">console</a>.')
+    app.add_url_rule("/", "welcome", lambda: WELCOME.format(console=console))
+    return app
+
+
+def application_fault(app: Any) -> str:
+    """Why something cannot be the WSGI application; empty where it can, as far as its signature tells."""
+    if not callable(app):
+        return "is not callable"
+    if inspect.iscoroutinefunction(app) or inspect.iscoroutinefunction(getattr(app, "__call__", None)):  # noqa: B004
+        return "is an ASGI application, and the gate serves WSGI: wrap it, for example with a2wsgi.ASGIMiddleware"
+    try:
+        parameters = inspect.signature(app).parameters.values()
+    except (TypeError, ValueError):     # written in C
+        return ""
+    places = [each for each in parameters if each.kind in (each.POSITIONAL_ONLY, each.POSITIONAL_OR_KEYWORD)]
+    needed = [each for each in places if each.default is each.empty]
+    if any(each.kind is each.VAR_POSITIONAL for each in parameters) or 0 < len(needed) <= 2 <= len(places):
+        return ""
+    return "does not take (environ, start_response)" + ("" if needed else ": for a factory write `module:factory()`")
+
+
+def load_app(name: str, folder: Path) -> WSGIApplication:
+    """Imports `module:callable`, or calls `module:factory()`, with `folder` first on the path; raises UsageError."""
+    module, _, attribute = name.partition(":")
+    if str(folder) not in sys.path[:1]:
+        sys.path.insert(0, str(folder))
+    try:
+        app: Any = importlib.import_module(module)
+        for part in attribute.removesuffix("()").split("."):
+            app = getattr(app, part)
+        if attribute.endswith("()"):
+            app = app()
+        fault = application_fault(app)
+    except (Exception, SystemExit) as error:    # the user's own code may raise anything
+        reason = f"{type(error).__name__}: {one_line(str(error))}"
+        raise UsageError(f"service.app {name} cannot be imported: {reason}") from error
+    if fault:
+        raise UsageError(f"service.app {name} {fault}")
+    return cast("WSGIApplication", app)
+
+
+# --- the log ---
+def printable(text: str) -> str:
+    """`text` with a backslash sequence for what could end or hide a line."""
+    return text if text.isprintable() else "".join(
+        char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+
+
+class LineFormatter(logging.Formatter):
+    """A record is one line, whatever a client sent; of a traceback each line is indented, so that it is no record."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        return printable(super().formatMessage(record))
+
+    def formatException(self, ei: Any) -> str:
+        return self.formatStack(super().formatException(ei))
+
+    def formatStack(self, stack_info: str) -> str:
+        return "\n".join(f"    {printable(line)}" for line in stack_info.splitlines())
 
 
 class MessagePipe:
-    """One end of the pipe between the main process and a worker; who puts never waits for the other side.
+    """A worker's end of the pipe: a thread sends, so that who puts never waits for the main process."""
 
-    One thread sends what was put, another gives what comes to `receive`, and None when the other side has ended.
-    """
+    def __init__(self, pipe: PipeConnection) -> None:
+        self._pipe = pipe
+        self._out: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._send, name="pipe", daemon=True)
+        self._thread.start()
 
-    def __init__(self, pipe: PipeConnection, receive: Callable[[Any], None]) -> None:
-        self._pipe, self._receive = pipe, receive
-        self._out: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self._ended = itertools.count()     # of both threads
-        self._threads = [threading.Thread(target=run, name="pipe", daemon=True) for run in (self._send, self._listen)]
+    def put(self, kind: str, *message: Any) -> None:
+        self._out.put(json.dumps([kind, *message]).encode())
 
-    def open(self) -> None:
-        for thread in self._threads:
-            thread.start()
-
-    @property
-    def waiting(self) -> int:
-        """Messages that were put and not sent yet."""
-        return self._out.qsize()
-
-    def put(self, *message: Any) -> None:
-        self._out.put(message)
+    def send_notes(self, notes: Sequence[AccessNote]) -> None:
+        """For the access log, whose file the main process writes; raises BlockingIOError when it does not read."""
+        if self._out.qsize() > PIPE_WAITING:
+            raise BlockingIOError(errno.EAGAIN, "the main process does not read")
+        self.put("requests", notes)
 
     def close(self, wait: float) -> None:
-        """Ends the sending thread after what was put."""
+        """Ends the thread after what was put."""
         self._out.put(None)
-        self._threads[0].join(wait)
-
-    def join(self, wait: float) -> None:
-        """Waits until everything that the other side sent before its end was received."""
-        self._threads[1].join(wait)
+        self._thread.join(wait)
 
     def _send(self) -> None:
-        with contextlib.suppress(OSError):      # the other side has ended; the listener tells
+        with contextlib.suppress(OSError):      # the other side has ended; Worker hears it
             while (message := self._out.get()) is not None:
-                self._pipe.send(message)
-        self._end()
-
-    def _listen(self) -> None:
-        with contextlib.suppress(OSError, EOFError):
-            while True:
-                self._receive(self._pipe.recv())
-        self._receive(None)
-        self._end()
-
-    def _end(self) -> None:
-        """The second thread to end closes the pipe: nobody uses it then."""
-        if next(self._ended):
-            self._pipe.close()
+                self._pipe.send_bytes(message)
 
 
 class PipeLogHandler(logging.Handler):
@@ -5578,14 +5649,17 @@ class PipeLogHandler(logging.Handler):
     def __init__(self, pipe: MessagePipe) -> None:
         super().__init__()
         self._pipe = pipe
+        self.setFormatter(LineFormatter("%(message)s"))
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
-            self._pipe.put("log", record.levelno, self.format(record))
+            message, _, trace = self.format(record).partition("\n")
+            self._pipe.put("log", record.levelno, message, trace)
         except Exception:       # noqa: BLE001  # as every handler: a faulty call must not fail whoever logs
             self.handleError(record)
 
 
+# --- in a worker process ---
 @dataclass(frozen=True)
 class WorkerConfig:
     """What a worker process is given."""
@@ -5593,21 +5667,23 @@ class WorkerConfig:
     number: int
     service: ServiceSettings
     folder: Path        # of the inventory, where the application is looked for
-    sock: socket.socket
+    socks: Sequence[socket.socket]
     lease: Lease
     counters: Counters
+    serving: ctypes.c_bool      # in shared memory: whether those that are ready may serve
     pipe: PipeConnection
 
     def keep(self) -> None:
-        """Lets no process that the application starts have port and pipe: it may outlive the service."""
+        """Lets no process that the application starts have doors and pipe: it may outlive the service."""
         if sys.platform != "win32":     # where it inherits nothing by itself
-            self.sock.set_inheritable(False)
-            os.set_inheritable(self.pipe.fileno(), False)
+            for number in [self.pipe.fileno(), *(sock.fileno() for sock in self.socks)]:
+                os.set_inheritable(number, False)
             os.register_at_fork(after_in_child=self.close)
 
     def close(self) -> None:
-        self.sock.close()
         self.pipe.close()
+        for sock in self.socks:
+            sock.close()
 
 
 def keep_out_of_collections() -> None:
@@ -5616,96 +5692,69 @@ def keep_out_of_collections() -> None:
     gc.freeze()
 
 
+def end_after(seconds: float) -> None:
+    """Ends this process a little later, whatever it is at by then."""
+    time.sleep(seconds)
+    os._exit(0)
+
+
 class Worker:
-    """In a worker process: serves from the main process's word on until it says stop, or dies."""
+    """Serves once it is ready and may, until the main process says stop, or dies."""
 
     def __init__(self, config: WorkerConfig) -> None:
         self._config = config
-        self._pipe = MessagePipe(config.pipe, self._receive)
-        self._told = threading.Event()      # what to do: serve, or end
-        self._ending = False
-        self._server: GateServer | None = None
+        self._pipe = MessagePipe(config.pipe)
+        self._server: GateServer | None = None      # once it serves
+        threading.Thread(target=self._listen, name="stop", daemon=True).start()
 
     def run(self) -> None:
-        config, service = self._config, self._config.service
-        self._pipe.open()
-        logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[PipeLogHandler(self._pipe)], force=True)
+        logging.basicConfig(level=logging.INFO, handlers=[PipeLogHandler(self._pipe)], force=True)
         try:
-            gate = build_gate(service, config.folder, config.lease)
-            self._server = GateServer(gate, config.sock, service, connection_limit(0),
-                                      RequestCounters(config.counters, config.number, self._access_log(service)))
+            server = self._build()
         except HealthCheckerError as error:
             self._pipe.put("failed", str(error))
             return
         keep_out_of_collections()
         self._pipe.put("ready")
-        self._told.wait()
-        if not self._ending:
-            self._server.serve()
-
-    def _access_log(self, service: ServiceSettings) -> AccessLog | None:
-        """The main process writes the file."""
-        if not service.access_log:
-            return None
-        return AccessLog(self._send_lines)
-
-    def _send_lines(self, lines: Sequence[AccessNote]) -> None:
-        if self._pipe.waiting > PIPE_WAITING:
-            raise BlockingIOError(errno.EAGAIN, "the main process does not read")
-        self._pipe.put("lines", lines)
+        while not self._config.serving.value:
+            time.sleep(READY_INTERVAL)
+        self._server = server
+        server.serve()
 
     def close(self) -> None:
         """What the application left running does not keep the process."""
         self._pipe.close(WORKER_END / 2)
-        self._end_after(0.0)
+        threading.Thread(target=end_after, args=(WORKER_END / 2,), daemon=True).start()
 
-    @staticmethod
-    def _end_after(seconds: float) -> None:
-        """Ends the process a little later, whatever it is at by then."""
-        ending = threading.Timer(seconds + WORKER_END / 2, os._exit, (0,))
-        ending.daemon = True
-        ending.start()
+    def _build(self) -> GateServer:
+        config, service = self._config, self._config.service
+        app = load_app(service.app, config.folder) if service.app else builtin_app(service)
+        access_log = AccessLog(self._pipe.send_notes) if service.access_log else None
+        tally = RequestCounters(config.counters, config.number, access_log)
+        server = GateServer(Gate(app, config.lease), config.socks[0], service, connection_limit(), tally)
+        server.sockets = config.socks
+        return server
 
-    def _receive(self, message: Any) -> None:
-        """In the pipe's thread: None, the main process died."""
-        if message != ("serve",):
-            self._ending, drain = True, min(self._config.service.drain, math.inf if message else ORPHAN_DRAIN)
-            if self._server:
-                self._server.stop(drain)
-            self._end_after(drain if self._server else 0.0)
-        self._told.set()
-
-
-def quiet_libraries() -> None:
-    """They repeat what we report."""
-    for name in ("paramiko", "pypsrp", "urllib3", "spnego"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
-
-
-ENDINGS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGBREAK") if hasattr(signal, name)]
-
-
-@contextlib.contextmanager
-def signals_held() -> Iterator[None]:
-    """Signals that end the service wait meanwhile; a process started here is born with them held (POSIX)."""
-    if sys.platform != "win32":
-        resource_tracker.ensure_running()   # started below, it would let the signals pass
-        signal.pthread_sigmask(signal.SIG_BLOCK, ENDINGS)
-    try:
-        yield
-    finally:
-        if sys.platform != "win32":
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDINGS)
+    def _listen(self) -> None:
+        """In a thread: hears stop, or end of file."""
+        drain = self._config.service.drain
+        try:
+            self._config.pipe.recv_bytes()
+        except (OSError, EOFError):     # the main process died: another one may wait for the port
+            drain = min(drain, ORPHAN_DRAIN)
+        if self._server is None:
+            os._exit(0)
+        self._server.stop(drain)
+        end_after(drain + WORKER_END / 2)
 
 
 def run_worker(config: WorkerConfig) -> None:
     """The main function of a worker process."""
-    for number in ENDINGS:      # it ends through its pipe; SIG_IGN would be inherited by what the application starts
+    for number in (*ENDINGS, *HANGUPS):     # it ends through its pipe; SIG_IGN would be inherited by what it starts
         signal.signal(number, lambda *_: None)
     if sys.platform != "win32":
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDINGS)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, (*ENDINGS, *HANGUPS))
     config.keep()
-    quiet_libraries()
     worker = Worker(config)
     try:
         worker.run()
@@ -5713,68 +5762,113 @@ def run_worker(config: WorkerConfig) -> None:
         worker.close()
 
 
+# --- in the main process ---
+@contextlib.contextmanager
+def signals_held() -> Iterator[None]:
+    """Signals to the service wait meanwhile; a process started here is born with them held (POSIX)."""
+    if sys.platform != "win32":
+        resource_tracker.ensure_running()   # started below, it would let the signals pass
+        signal.pthread_sigmask(signal.SIG_BLOCK, (*ENDINGS, *HANGUPS))
+    try:
+        yield
+    finally:
+        if sys.platform != "win32":
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, (*ENDINGS, *HANGUPS))
+
+
 class WorkerProcess:
-    """In the main process: one worker process, from its start to its end."""
+    """One worker process, from its start to its end."""
 
     def __init__(self, number: int, process: multiprocessing.process.BaseProcess, pipe: PipeConnection,
                  access_file: AccessFile | None) -> None:
-        self.number, self.process, self.born = number, process, time.monotonic()
-        self._access_file = access_file
-        self.pipe = MessagePipe(pipe, self._receive)
+        self.number, self.process, self.born_mono = number, process, time.monotonic()
+        self.turns, self.turned_mono = -1.0, 0.0    # of its loop, and when they last were more
         self.ready = threading.Event()
         self.failure = ""
+        self._access_file, self._pipe = access_file, pipe
+        self._lock = threading.Lock()   # guards the end of _pipe, whose descriptor is another file's afterwards
+        self._thread = threading.Thread(target=self._listen, name=f"worker {number}", daemon=True)
+        self._thread.start()
 
     @property
     def alive(self) -> bool:
         """Whether the process runs; when not, everything it said was heard."""
         if self.process.is_alive():
             return True
-        self.pipe.join(LAST_WORDS)      # a child process of the application may hold the pipe open
+        self._thread.join(LAST_WORDS)      # a child process of the application may hold the pipe open
         return False
 
     @property
     def why(self) -> str:
         return self.failure or f"worker {self.number} ended with exit code {self.process.exitcode}"
 
-    def _receive(self, message: Any) -> None:
-        """In the pipe's thread."""
-        if message is None:
-            self.pipe.close(0)
-        elif message[0] == "ready":
+    def stop(self) -> None:
+        """Lets it end; one that serves nobody yet, and would be at its imports for long, at once."""
+        with self._lock, contextlib.suppress(OSError):
+            self._pipe.send_bytes(b"stop")
+        if not self.ready.is_set():
+            self.process.kill()
+
+    def hangs(self, turns: float, now: float) -> bool:
+        """Takes note of the turns of its loop; whether there were none for too long."""
+        if turns != self.turns or not self.ready.is_set():
+            self.turns, self.turned_mono = turns, now
+        return now - self.turned_mono > HANG_TIME
+
+    def _listen(self) -> None:
+        with contextlib.suppress(OSError, EOFError):
+            while True:
+                message = self._pipe.recv_bytes()
+                try:
+                    self._receive(*json.loads(message))
+                except Exception as error:  # noqa: BLE001  # a thread's outermost loop: the customer's code can send
+                    log.error("worker %d: a message cannot be read: %s", self.number, error)
+        with self._lock:
+            self._pipe.close()
+
+    def _receive(self, kind: str, *message: Any) -> None:
+        if kind == "ready":
             self.ready.set()
-        elif message[0] == "failed":
-            self.failure = message[1]
-        elif message[0] == "log":
-            log.log(message[1], "worker %d: %s", self.number, message[2])
-        elif message[0] == "lines" and self._access_file:
-            self._access_file.write(message[1])
+        elif kind == "failed":
+            self.failure = message[0]
+        elif kind == "log":
+            level, text, trace = message
+            log.handle(logging.makeLogRecord({
+                "name": log.name, "levelno": level, "levelname": logging.getLevelName(level),
+                "msg": f"worker {self.number}: {text}", "exc_text": trace}))
+        elif kind == "requests" and self._access_file:
+            self._access_file.write(message[0])
 
 
 class Supervisor:
-    """The worker processes on one listening socket: starts them, replaces those that die, ends them."""
+    """The worker processes behind one door: starts them, replaces those that die or hang, ends them."""
 
-    def __init__(self, service: ServiceSettings, folder: Path, sock: socket.socket, lease: Lease,
+    def __init__(self, service: ServiceSettings, folder: Path, socks: Sequence[socket.socket], lease: Lease,
                  access_file: AccessFile | None = None) -> None:
         """`folder` is the inventory's, where `service.app` is looked for."""
-        self._service, self._folder, self._sock, self._lease = service, folder, sock, lease
+        self.service, self._folder, self._socks, self._lease = service, folder, socks, lease
         self._access_file = access_file
-        sock.setblocking(False)     # on Windows each start of a worker sets this process's mode in all of them
+        for sock in socks:
+            sock.setblocking(False)     # on Windows each start of a worker sets this process's mode in all of them
         self._count = service.worker_count
         self.counters = Counters(self._count)
+        self._serving = multiprocessing.RawValue(ctypes.c_bool, False)
         self._workers: list[WorkerProcess] = []
         self._short = [0] * self._count             # short lives in a row, by worker
         self._due: dict[int, float] = {}            # when to replace those that died or could not be started
-        self._stopping = False
+        self._looked_mono = math.inf
+        self.stopping = False
 
     def start(self) -> None:
-        """Starts all and waits until they can serve. Raises UsageError where the application cannot be loaded."""
+        """Starts all and waits until they can serve, or `stop`. Raises UsageError where the application cannot be
+        loaded."""
         for number in range(self._count):
-            if not self._stopping:
+            if not self.stopping:
                 self._workers.append(self._launch(number))    # known at once: the next one may fail
         news = time.monotonic() + START_NEWS
-        while not self._stopping and not all(worker.ready.is_set() for worker in self._workers):
+        while not self.stopping and not all(worker.ready.is_set() for worker in self._workers):
             for worker in self._workers:
-                if not worker.alive:
+                if worker.failure or not worker.alive:
                     raise UsageError(worker.why)
             time.sleep(SUPERVISOR_INTERVAL)
             if time.monotonic() > news:
@@ -5783,51 +5877,66 @@ class Supervisor:
                 log.info("%d of %d worker processes are ready", ready, self._count)
 
     def stop(self) -> None:
-        """Ends `serve`. Safe in a signal handler."""
-        self._stopping = True
+        """Ends `start` and `serve`. Safe in a signal handler."""
+        self.stopping = True
 
     def serve(self) -> None:
-        """Lets the workers serve until `stop`."""
-        for worker in self._workers:
-            worker.pipe.put("serve")
-        while not self._stopping:
-            self._replace(time.monotonic())
+        """Lets the workers serve until `stop`, and then end."""
+        self._serving.value = True
+        while not self.stopping:
+            self.look(time.monotonic())
             time.sleep(SUPERVISOR_INTERVAL)
+        self.close()
+
+    def look(self, now: float) -> None:
+        """Kills one that hangs, and replaces those that died."""
+        if now - self._looked_mono > STANDSTILL:    # a suspended machine: nobody is judged by that time
+            for worker in self._workers:
+                worker.turned_mono = now
+        self._looked_mono = now
+        hanging = [worker for worker in self._workers
+                   if worker.number not in self._due and worker.hangs(self.counters.turns(worker.number), now)]
+        for worker in hanging[:1]:
+            log.error("worker %d hangs: no turn of its loop for %g s; it is killed", worker.number, HANG_TIME)
+            worker.process.kill()
+            worker.turned_mono = math.inf   # once is enough
+            for other in self._workers:
+                other.turned_mono = max(other.turned_mono, now - HANG_TIME + HANG_SPACING)
+        self._replace(now)
 
     def close(self) -> None:
         """Lets the workers answer what they are at, `service.drain` seconds at most, and ends them."""
-        self._sock.close()
+        for sock in self._socks:
+            sock.close()
         for worker in self._workers:
-            worker.pipe.put("stop")
-            if not worker.ready.is_set():     # it serves nobody, and would be at its imports for long
-                worker.process.kill()
-        ends = time.monotonic() + self._service.drain + WORKER_END
-        for worker in self._workers:
+            worker.stop()
+        ends = time.monotonic() + self.service.drain + WORKER_END
+        while self._workers:
+            worker = self._workers[-1]
             while worker.alive and time.monotonic() < ends:   # join would wait for what the application forked, too
                 time.sleep(SUPERVISOR_INTERVAL)
             if worker.alive:
                 log.warning("worker %d does not end and is killed", worker.number)
                 worker.process.kill()
                 worker.process.join()
+            self._workers.pop()
 
     def _launch(self, number: int) -> WorkerProcess:
         context = multiprocessing.get_context("spawn")      # the same on every system
         ours, theirs = context.Pipe()
-        config = WorkerConfig(number, self._service, self._folder, self._sock, self._lease, self.counters, theirs)
+        config = WorkerConfig(number, self.service, self._folder, self._socks, self._lease, self.counters,
+                              self._serving, theirs)
         process = context.Process(target=run_worker, args=(config,), name=f"worker {number}")
-        with signals_held():
+        with theirs, signals_held():    # closed here, or the worker's end would not be seen
             process.start()
-        theirs.close()      # or the worker's end would not be seen
-        worker = WorkerProcess(number, process, ours, self._access_file)
-        worker.pipe.open()
-        return worker
+        return WorkerProcess(number, process, ours, self._access_file)
 
     def _replace(self, now: float) -> None:
         for worker in self._workers:
             number = worker.number
             if number not in self._due and not worker.alive:
                 self.counters.vacate(number)
-                if worker.ready.is_set() and now - worker.born >= WORKER_LIFE:
+                if worker.ready.is_set() and now - worker.born_mono >= WORKER_LIFE:
                     self._short[number] = 0
                 self._put_off(number, now, f"{worker.why}; starting another")
         for number in [number for number, due in self._due.items() if due <= now]:
@@ -5836,7 +5945,6 @@ class Supervisor:
             except OSError as error:    # no descriptors, memory or processes are left: that may pass
                 self._put_off(number, now, f"worker {number} cannot be started: {error.strerror}; trying again")
                 continue
-            worker.pipe.put("serve")
             self._workers[number].process.close()
             self._workers[number] = worker
             del self._due[number]
@@ -8550,7 +8658,9 @@ def build_console(context: ConsoleContext, metrics: Metrics) -> flask.Flask:
     app.register_error_handler(HealthCheckerError, refuse)
     app.register_error_handler(HTTPException, answer_http_error)
     app.register_error_handler(sqlalchemy.exc.SQLAlchemyError, answer_database_error)
-    app.wsgi_app = HostCheck(app.wsgi_app, context.inventory.service)   # type: ignore[method-assign]  # as Flask says
+    service = context.inventory.service
+    forwarded = ForwardedHeaders(app.wsgi_app, service.trusted_proxy)
+    app.wsgi_app = HostCheck(forwarded, service)    # type: ignore[method-assign]  # as Flask says
     return app
 
 
@@ -8586,8 +8696,8 @@ class ConsoleServer(threading.Thread):
         self._map: dict[int, Any] = {}      # waitress's: everything that its loop watches
         self._server = waitress.create_server(
             app, self._map, sockets=list(sockets), threads=CONSOLE_THREADS, ident=None,
-            connection_limit=CONSOLE_CONNECTIONS, channel_timeout=CONSOLE_SILENCE, cleanup_interval=5,
-            max_request_header_size=CONSOLE_HEADERS, max_request_body_size=CONSOLE_BODY,
+            clear_untrusted_proxy_headers=False, connection_limit=CONSOLE_CONNECTIONS, channel_timeout=CONSOLE_SILENCE,
+            cleanup_interval=5, max_request_header_size=CONSOLE_HEADERS, max_request_body_size=CONSOLE_BODY,
             asyncore_use_poll=hasattr(selectors, "PollSelector"))   # select takes 1,024 descriptors, all pollers' too
         self._doors = [one for one in self._map.values() if isinstance(one, TcpWSGIServer)]
         for door in self._doors:
@@ -8607,10 +8717,23 @@ class ConsoleServer(threading.Thread):
 
 
 # === Commands ================================================================
+# The command line: each command is a function of the arguments, works on an Installation and gives the exit code.
+# `serve` reads what is written down, binds both doors, looks at the database and locks it, and has the workers load the
+# application: up to here a fault ends the start, and nothing was written. Then it takes the inventory over, stored
+# states open the gate, the console answers, the workers may serve. It ends the other way round: the workers drain while
+# the pollers go on, then console, pollers and database close.
+# Gives: main
 PROBES_AT_ONCE = 64             # resources that `check --probe` polls at the same time
+PROGRESS_INTERVAL = 0.1         # seconds between two looks at them; a wait without an end may never see Ctrl-C
 MINIMAL_INVENTORY = """resources:
   - {name: this-machine, platform: local}
 """
+
+
+def quiet_libraries() -> None:
+    """They repeat what we report."""
+    for name in ("paramiko", "pypsrp", "urllib3", "spnego"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
 def ensure_inventory(path: Path) -> None:
@@ -8630,17 +8753,45 @@ def ensure_inventory(path: Path) -> None:
         raise InventoryError(f"{path.name}: cannot be written: {error.strerror}") from error
 
 
+class LogFile(logging.handlers.RotatingFileHandler):
+    """The log file; it rotates by size. Raises UsageError."""
+
+    stale = False       # set from a signal handler, which may interrupt a write: somebody has moved the file away
+
+    def __init__(self, path: Path) -> None:
+        try:
+            super().__init__(path, maxBytes=LOG_BYTES, backupCount=LOG_FILES, encoding="utf-8")
+        except OSError as error:
+            raise UsageError(f"service.log_file {path} cannot be written: {error.strerror}") from error
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if self.stale:
+            self.stale = False
+            self.close()    # and it is opened again
+        super().emit(record)
+
+
 def set_up_logging(log_file: Path | None) -> None:
     """One line an event to the console, and to a rotating file where the inventory names one."""
-    handlers: list[logging.Handler] = [logging.StreamHandler()]
-    if log_file is not None:
-        try:
-            handlers.append(logging.handlers.RotatingFileHandler(
-                log_file, maxBytes=LOG_BYTES, backupCount=LOG_FILES, encoding="utf-8"))
-        except OSError as error:
-            raise UsageError(f"service.log_file {log_file} cannot be written: {error.strerror}") from error
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", handlers=handlers,
-                        force=True)
+    handlers: list[logging.Handler] = [logging.StreamHandler(), *([LogFile(log_file)] if log_file else [])]
+    for handler in handlers:
+        handler.setFormatter(LineFormatter("%(asctime)s %(levelname)s %(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=handlers, force=True)
+
+
+def reopen_logs() -> None:
+    """Has log files opened anew; safe in a signal handler."""
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler, LogFile):
+            handler.stale = True
+
+
+def handle_signals(stop: Callable[[], None]) -> None:
+    """Lets the signals that end the service do so by `stop`; SIGHUP reopens the logs."""
+    for number in ENDINGS:
+        signal.signal(number, lambda *_: stop())
+    for number in HANGUPS:
+        signal.signal(number, lambda *_: reopen_logs())
 
 
 class Installation:
@@ -8652,94 +8803,84 @@ class Installation:
         self.service = self.inventory.service
         self.database = self.service.database_path
 
-    def open_vault(self, session: Session | None) -> Vault:
+    @contextlib.contextmanager
+    def store(self, *, scratch: bool = False, alone: bool = False) -> Iterator[Store]:
+        """The database, made when there is none; `scratch`: then only for this once; `alone`: while no service runs."""
+        with contextlib.ExitStack() as stack:
+            path = self.database
+            if not inspect_database(path) and scratch:
+                path = Path(stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True))) / path.name
+            yield stack.enter_context(contextlib.closing(Store(path, exclusive=alone)))
+
+    def open_vault(self, session: Session) -> Vault:
         """The keys; made when there are none and nothing is sealed yet."""
         return open_vault(self.service.keys, sealed_tokens(session, self.inventory))
 
     def access(self) -> ConnectionContext:
         return ConnectionContext(KnownHosts(self.service.known_hosts), Resolver())
 
-
-class Doors(NamedTuple):
-    """What is bound and opened before anything is written."""
-
-    application: socket.socket
-    console: socket.socket | None
-    access_file: AccessFile | None
-
-
-def end_by(stop: Callable[[], None]) -> None:
-    """Lets the signals that end the service do so by `stop`."""
-    for number in ENDINGS:
-        signal.signal(number, lambda *_: stop())
+    def bind(self) -> tuple[list[socket.socket], list[socket.socket]]:
+        """Both doors: the application's and the operators', which may be off. Raises UsageError."""
+        listen_at, console_at = self.service.listen, self.service.console
+        if listen_at == console_at and not listen_at.endswith(":0"):
+            raise UsageError(f"service.console {console_at} is the address of service.listen; write another port, "
+                             "or off")
+        doors = listen("service.listen", listen_at)
+        return doors, [] if console_at == "off" else listen("service.console", console_at)
 
 
-def start_workers(supervisor: Supervisor) -> None:
-    """Starts them; whatever ends the start ends them. Raises UsageError for a bad `service.app`."""
-    end_by(supervisor.stop)     # from now on: an interrupt between two steps would leave a worker that nobody knows
-    try:
-        supervisor.start()
-    except BaseException:       # an interrupt, too
-        supervisor.close()
-        raise
-
-
-def prepare(installation: Installation, store: Store) -> tuple[Vault, list[tuple[int, str]]]:
-    """Brings database and keys to what the inventory says, all or nothing; and what the log is to say once it runs."""
+def prepare(installation: Installation, store: Store) -> Vault:
+    """Brings database and keys to what the inventory says, all or nothing, and says what is to be known."""
     with store.writing() as session:
         vault = installation.open_vault(session)
         ensure_first_user(session)
         changes = import_inventory(session, installation.inventory, vault)
         initial = initial_user(session)
-    lines = [(logging.INFO, f"inventory: {changes}")]
+    log.info("inventory: %s", changes)
     if initial:
-        lines.append((logging.WARNING, f"the password of {initial} is the documented one: change it at /-/password "
-                                       "or by `user passwd`"))
-    return vault, lines
+        log.warning("the password of %s is the documented one: change it at /-/password or by `user passwd`", initial)
+    return vault
 
 
-def watch_and_serve(installation: Installation, doors: Doors, store: Store) -> None:
-    """Takes the inventory over, starts the watch and serves until a signal comes."""
-    inventory, aggregator = installation.inventory, HealthAggregator()
-    (vault, lines), access = prepare(installation, store), installation.access()
-    recorder = Recorder(store, aggregator, inventory.service.retention)
-    monitor = Monitor(store, vault, PollContext(aggregator, recorder, access, random.Random()))
-    service = inventory.service.model_copy(
-        update={"console": bound_address(doors.console) if doors.console else "off"})
-    supervisor = Supervisor(service, installation.path.parent, doors.application, aggregator.lease, doors.access_file)
-    with contextlib.closing(monitor):
-        start_workers(supervisor)
-        with contextlib.closing(supervisor), contextlib.ExitStack() as stack:
-            for level, line in lines:
-                log.log(level, "%s", line)
-            if doors.console:
-                context = ConsoleContext(store, inventory.without_secrets(), aggregator.lease, vault, monitor, access)
-                token_file = service.metrics_token_file
-                metrics = Metrics(ServingMetrics(aggregator.lease, supervisor.counters), store, token_file)
-                console = stack.enter_context(contextlib.closing(
-                    ConsoleServer(build_console(context, metrics), [doors.console])))
-                console.start()
-            keep_out_of_collections()
-            monitor.begin()
-            log.info("serving on http://%s, console %s", bound_address(doors.application),
-                     f"on http://{service.console}/-/" if doors.console else "off")
-            supervisor.serve()
+def watch(installation: Installation, console: Sequence[socket.socket], supervisor: Supervisor,
+          aggregator: HealthAggregator) -> None:
+    """Takes the inventory over, watches it and lets the workers serve until a signal comes."""
+    inventory, service, access = installation.inventory, supervisor.service, installation.access()
+    with installation.store() as store, contextlib.ExitStack() as stack:
+        vault = prepare(installation, store)
+        recorder = Recorder(store, aggregator, service.retention)
+        monitor = Monitor(store, vault, PollContext(aggregator, recorder, access, random.Random()))
+        stack.enter_context(contextlib.closing(monitor)).begin()
+        if console:
+            context = ConsoleContext(store, inventory.without_secrets(), aggregator.lease, vault, monitor, access)
+            metrics = Metrics(ServingMetrics(aggregator.lease, supervisor.counters), store, service.metrics_token_file)
+            server = ConsoleServer(build_console(context, metrics), console)
+            stack.enter_context(contextlib.closing(server)).start()
+        keep_out_of_collections()
+        log.info("serving on http://%s, console %s", service.listen,
+                 f"on http://{service.console}/-/" if console else "off")
+        supervisor.serve()
 
 
 def serve(arguments: argparse.Namespace) -> int:
     """Runs the service until a signal ends it."""
     ensure_inventory(arguments.inventory)
     installation = Installation(arguments.inventory)
-    service = installation.service
+    service, aggregator = installation.service, HealthAggregator()
     set_up_logging(service.log_file)
     if service.metrics_token_file:
-        read_token(service.metrics_token_file)      # what cannot be used ends the start
+        read_token(service.metrics_token_file)    # what cannot be used ends the start
     access_file = AccessFile(service.access_log) if service.access_log else None
-    doors = Doors(listen("service.listen", service.listen),
-                  None if service.console == "off" else listen("service.console", service.console), access_file)
+    doors, console = installation.bind()
+    service = service.model_copy(update={
+        "listen": bound_address(service.listen, doors), "console": bound_address(service.console, console)})
     inspect_database(installation.database)
-    with contextlib.closing(Store(installation.database, exclusive=True)) as store:
-        watch_and_serve(installation, doors, store)
+    supervisor = Supervisor(service, installation.path.parent, doors, aggregator.lease, access_file)
+    with contextlib.closing(lock_database(installation.database)), contextlib.closing(supervisor):
+        handle_signals(supervisor.stop)     # from here on: an interrupt would leave a worker that nobody knows
+        supervisor.start()
+        if not supervisor.stopping:
+            watch(installation, console, supervisor, aggregator)
     log.info("ended")
     return 0
 
@@ -8747,23 +8888,18 @@ def serve(arguments: argparse.Namespace) -> int:
 @contextlib.contextmanager
 def rehearsal(installation: Installation) -> Iterator[tuple[Session, Vault, Changes]]:
     """The import as a start would do it, rolled back at the end; without a database or keys on scratch ones."""
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        scratch = Path(folder)
-        store = Store(installation.database if inspect_database(installation.database) else scratch / "database")
-        try:
-            with store.writing() as session:
-                vault = Vault(installation.service.keys)
-                require_keys(vault, sealed_tokens(session, installation.inventory))
-                if not vault.key_id:
-                    vault = Vault(scratch)
-                    vault.create()
-                yield session, vault, import_inventory(session, installation.inventory, vault)
-                session.rollback()
-        finally:
-            store.close()
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder, installation.store(scratch=True) as store, \
+            store.writing() as session:
+        vault = Vault(installation.service.keys)
+        require_keys(vault, sealed_tokens(session, installation.inventory))
+        if not vault.key_id:
+            vault = Vault(Path(folder))
+            vault.create()
+        yield session, vault, import_inventory(session, installation.inventory, vault)
+        session.rollback()
 
 
-def figure(sample: Sample | None, metric: str) -> str:
+def peak(sample: Sample | None, metric: str) -> str:
     """The highest reading of a metric, a dash where there is none (the CPU needs two polls)."""
     values = [value for _, value in sample.readings(metric)] if sample else []
     return f"{max(values):.0f}" if values else "-"
@@ -8775,52 +8911,42 @@ def print_table(rows: Sequence[Sequence[str]]) -> None:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
-Probed = tuple[Verdict, "Sample | None", float]      # with the seconds that it took
-
-
-def next_item(items: queue.SimpleQueue[tuple[str, Probed]]) -> tuple[str, Probed]:
-    """The next item; a main thread that waits without a timeout may never see Ctrl-C."""
-    while True:
-        with contextlib.suppress(queue.Empty):
-            return items.get(timeout=MONITOR_INTERVAL)
-
-
-def progress(total: int) -> Iterator[None]:
-    """Yields `total` times and shows a bar on a terminal."""
-    for count in range(1, total + 1):
-        yield
-        if sys.stderr.isatty():
-            bar, end = "#" * (count * 40 // total), "\n" if count == total else ""
-            print(f"\r[{bar:.<40}] {count}/{total}", end=end, file=sys.stderr, flush=True)
+def show_progress(count: int, total: int) -> None:
+    """A bar on a terminal."""
+    if sys.stderr.isatty():
+        bar, end = "#" * (count * 40 // total), "\n" if count == total else ""
+        print(f"\r[{bar:.<40}] {count}/{total}", end=end, file=sys.stderr, flush=True)
 
 
 def probe(targets: Sequence[Target], access: ConnectionContext) -> int:
     """Polls every resource once, PROBES_AT_ONCE at a time, and prints a table; 1 when a critical one is unhealthy."""
-    guards = Guards()
-    waiting: queue.SimpleQueue[Target] = queue.SimpleQueue()
-    done: queue.SimpleQueue[tuple[str, Probed]] = queue.SimpleQueue()
+    guards, room = Guards(), threading.Semaphore(PROBES_AT_ONCE)
+    rows: dict[str, list[str]] = {}     # by name; each thread adds one
+    bad: list[str] = []
 
-    def work() -> None:
-        with contextlib.suppress(queue.Empty):
-            while True:
-                target, begin = waiting.get_nowait(), time.monotonic()
-                connection = CONNECTIONS[target.settings.platform](target, guards.of(target), access)
-                verdict, sample, _ = poll_once(target, connection, None)
-                done.put((target.name, (verdict, sample, time.monotonic() - begin)))
+    def run(target: Target) -> None:
+        with room:
+            began = time.monotonic()
+            connection = CONNECTIONS[target.settings.platform](target, guards.of(target), access)
+            verdict, sample, _ = poll_once(target, connection, None)
+        if target.settings.critical and not verdict.good:
+            bad.append(target.name)
+        rows[target.name] = [
+            target.name, verdict.state, f"{time.monotonic() - began:.2f}",
+            *(peak(sample, metric) for metric in ("cpu_percent", "memory_percent", "disk_percent")),
+            f"{verdict.cause}: {verdict.reason}" if verdict.cause else ""]
 
-    for target in targets:
-        waiting.put(target)
-    for _ in targets[:PROBES_AT_ONCE]:
-        threading.Thread(target=work, daemon=True).start()      # daemons, so that Ctrl-C need not wait for them
-    results = dict(next_item(done) for _ in progress(len(targets)))
-    rows = [["NAME", "STATE", "SECONDS", "CPU %", "MEMORY %", "DISK %", "WHY"]]
-    for target in targets:
-        verdict, sample, seconds = results[target.name]
-        rows.append([target.name, verdict.state, f"{seconds:.2f}", *(
-            figure(sample, metric) for metric in ("cpu_percent", "memory_percent", "disk_percent")),
-            f"{verdict.cause}: {verdict.reason}" if verdict.cause else ""])
-    print_table(rows)
-    return int(any(t.settings.critical and not results[t.name][0].good for t in targets))
+    # daemons, so that Ctrl-C need not wait for them
+    threads = [threading.Thread(target=run, args=(target,), daemon=True) for target in targets]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        while thread.is_alive():
+            thread.join(PROGRESS_INTERVAL)
+            show_progress(len(rows), len(threads))
+    heading = ["NAME", "STATE", "SECONDS", "CPU %", "MEMORY %", "DISK %", "WHY"]
+    print_table([heading, *(rows[target.name] for target in targets)])
+    return int(bool(bad))
 
 
 def check(arguments: argparse.Namespace) -> int:
@@ -8877,25 +9003,11 @@ def secret_nodes(installation: Installation, document: Document, *,
                 yield ("resources", index, kind), node.value, entry.settings
 
 
-@contextlib.contextmanager
-def existing_session(installation: Installation) -> Iterator[Session | None]:
-    """A session on the database, None when there is none yet."""
-    if not inspect_database(installation.database):
-        yield None
-        return
-    store = Store(installation.database)
-    try:
-        with store.reading() as session:
-            yield session
-    finally:
-        store.close()
-
-
 def seal(arguments: argparse.Namespace) -> int:
     """Replaces the plain secrets in the file by sealed ones."""
     installation = Installation(arguments.inventory)
     document = read_document(installation.path)
-    with existing_session(installation) as session:
+    with installation.store(scratch=True) as store, store.reading() as session:
         vault = installation.open_vault(session)
     tokens = {where: vault.seal(value, *binding(str(where[-1]), settings))
               for where, value, settings in secret_nodes(installation, document, sealed=False)}
@@ -8914,8 +9026,7 @@ def trust(arguments: argparse.Namespace) -> int:
     installation = Installation(arguments.inventory)
     if not inspect_database(installation.database):
         raise UsageError("there is no database yet; start the service first")
-    store = Store(installation.database)
-    try:
+    with installation.store() as store:
         with store.reading() as session:
             targets = load_targets(session, installation.open_vault(session))
         target = targets.get(arguments.name)
@@ -8926,8 +9037,6 @@ def trust(arguments: argparse.Namespace) -> int:
         with store.writing() as session:
             session.execute(sqlalchemy.update(Resource).values(host_key=offered).where(Resource.id == target.id))
             revise(session)
-    finally:
-        store.close()
     print(f"{target.name}: trusted was {target.host_key or 'no key'}, trusted is {offered}")
     return 0
 
@@ -8935,13 +9044,12 @@ def trust(arguments: argparse.Namespace) -> int:
 def rotate_keys(arguments: argparse.Namespace) -> int:
     """Seals every secret with a new key. Interrupted, it leaves both keys; it is run again then."""
     installation = Installation(arguments.inventory)
-    inspect_database(installation.database)
     document = read_document(installation.path)
     document_tokens = list(secret_nodes(installation, document, sealed=True))
     if len(list(sealed_tokens(None, installation.inventory))) > len(document_tokens):
         raise UsageError("a sealed secret stands in defaults, a password_file or a variable; "
                          "write the password at its resource first")
-    with contextlib.closing(Store(installation.database, exclusive=True)) as store:
+    with installation.store(alone=True) as store:
         with store.writing() as session:
             vault = installation.open_vault(session)
             if not (vault.folder / "next.pem").exists():
@@ -8967,56 +9075,41 @@ def typed_password() -> str:
     return password
 
 
-@contextlib.contextmanager
-def accounts(arguments: argparse.Namespace) -> Iterator[Principal]:
-    """Who works on the users from the command line, also while the service runs or before it ever did."""
+# what a `user` command does; how, given its arguments; what it says then
+USER_COMMANDS: dict[str, tuple[str, Callable[[Principal, argparse.Namespace], object], str]] = {
+    "add": ("add a user",
+            lambda who, given: add_user(who, {"name": given.name, "password": typed_password(), "role": given.role}),
+            "{name} can log in now, as {role}"),
+    "passwd": ("change a password", lambda who, given: change_user(who, given.name, {"password": typed_password()}),
+               "{name} has a new password; earlier sessions have ended"),
+    "remove": ("remove a user", lambda who, given: remove_user(who, given.name), "{name} cannot log in any more"),
+    "list": ("print the users", lambda who, _: print_table([["NAME", "ROLE", "PASSWORD"], *(
+        [user.username, user.role, "the documented one" if user.initial else "own"] for user in list_users(who))]), ""),
+}
+
+
+def manage_users(arguments: argparse.Namespace) -> int:
+    """A `user` command, also while the service runs or before it ever did."""
     installation = Installation(arguments.inventory)
-    with contextlib.closing(Store(installation.database)) as store:
+    _, run, said = USER_COMMANDS[arguments.action]
+    with installation.store() as store:
         with store.writing() as session:
             ensure_first_user(session)
         nothing: Any = None     # these commands need neither keys nor pollers
-        yield Principal(ConsoleContext(store, installation.inventory, Lease(), nothing, nothing, nothing))
-
-
-def user_add(arguments: argparse.Namespace) -> int:
-    """Adds a user."""
-    with accounts(arguments) as who:
-        add_user(who, {"name": arguments.name, "password": typed_password(), "role": arguments.role})
-    print(f"{arguments.name} can log in now, as {arguments.role}")
-    return 0
-
-
-def user_passwd(arguments: argparse.Namespace) -> int:
-    """Changes a password."""
-    with accounts(arguments) as who:
-        change_user(who, arguments.name, {"password": typed_password()})
-    print(f"{arguments.name} has a new password; earlier sessions have ended")
-    return 0
-
-
-def user_remove(arguments: argparse.Namespace) -> int:
-    """Removes a user."""
-    with accounts(arguments) as who:
-        remove_user(who, arguments.name)
-    print(f"{arguments.name} cannot log in any more")
-    return 0
-
-
-def user_list(arguments: argparse.Namespace) -> int:
-    """Prints the users."""
-    with accounts(arguments) as who:
-        print_table([["NAME", "ROLE", "PASSWORD"], *(
-            [user.username, user.role, "the documented one" if user.initial else "own"] for user in list_users(who))])
+        context = ConsoleContext(store, installation.inventory, Lease(), nothing, nothing, nothing)
+        run(Principal(context), arguments)
+    if said:
+        print(said.format_map(vars(arguments)))
     return 0
 
 
 def add_user_commands(users: Any) -> None:
-    for name, run in (("add", user_add), ("passwd", user_passwd), ("remove", user_remove), ("list", user_list)):
-        command = users.add_parser(name, help=(run.__doc__ or "").lower().rstrip("."))
-        command.set_defaults(run=run)
-        if name != "list":
+    for action, (what, _, _) in USER_COMMANDS.items():
+        command = users.add_parser(action, help=what)
+        command.set_defaults(run=manage_users, action=action)
+        if action != "list":
             command.add_argument("name", metavar="NAME")
-        if name == "add":
+        if action == "add":
             command.add_argument("--role", choices=get_args(Role), default="viewer", help="default: viewer, who looks")
 
 

@@ -299,10 +299,10 @@ class Team:
 
     def __init__(self, folder: Path, workers: int, service: str = "", resources: str = "") -> None:
         inventory = load_inventory(write_inventory(folder, resources, f"  workers: {workers}\n{service}"))
-        sock = listen("service.listen", inventory.service.listen)
-        self.address = ("127.0.0.1", int(sock.getsockname()[1]))
+        socks = listen("service.listen", inventory.service.listen)
+        self.address = ("127.0.0.1", int(socks[0].getsockname()[1]))
         self.aggregator = HealthAggregator()
-        self.supervisor = Supervisor(inventory.service, folder, sock, self.aggregator.lease)
+        self.supervisor = Supervisor(inventory.service, folder, socks, self.aggregator.lease)
         self._thread = threading.Thread(target=self.supervisor.serve)
 
     def __enter__(self) -> Self:

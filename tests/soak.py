@@ -3,7 +3,8 @@
 Every answer has to be right for the lease at its time: a refusal only if the gate was closed at some moment between
 request and answer, the application's answer only if it was open. None may be lost, and neither threads nor
 descriptors nor memory may grow in the workers or in the main process, which is this one. Prints one line of progress
-and a verdict; exit code 1 if something was wrong.
+and a verdict; exit code 1 if something was wrong. Then the main process is killed some hundred times, at any moment of
+its start and after: nothing may be left of it two seconds later, and the next one gets its port.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import psutil
 from load import Clients, Response
 from service import Team
-from test_workers import workers
+from test_workers import APP as SHOP
+from test_workers import kill_at_random, workers
 
 APP = """
 import flask
@@ -170,13 +172,20 @@ def main() -> int:
     parser.add_argument("--workers", type=int, default=2, help="default: %(default)s")
     parser.add_argument("--threads", type=int, default=4, help="pool threads; 0 = on the loop; default: %(default)s")
     parser.add_argument("--clients", type=int, default=32, help="keep-alive connections; default: %(default)s")
+    parser.add_argument("--kills", type=int, default=300, help="of the main process; default: %(default)s")
     parser.add_argument("--clients-of", nargs=3, metavar=("PORT", "COUNT", "FILE"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.clients_of:
         port, count, path = options.clients_of
         return be_clients(int(port), int(count), Path(path))
     with tempfile.TemporaryDirectory() as folder:
-        return soak(options, Path(folder))
+        code = soak(options, Path(folder))
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "shop.py").write_text(SHOP, encoding="utf-8")
+        seed = time.time_ns()
+        kill_at_random(Path(folder), options.kills, seed, orphaned=2.0)
+        print(f"{options.kills} kills of the main process left nothing (seed {seed})")
+    return code
 
 
 if __name__ == "__main__":

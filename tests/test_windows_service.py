@@ -127,7 +127,7 @@ def test_a_killed_one_leaves_nothing_in_the_way(tmp_path: Path) -> None:
         wait_for(lambda: stored_states(tmp_path) == ["healthy"])
         service.kill()
         service.code = service.process.returncode
-    text = path.read_text(encoding="utf-8").replace("127.0.0.1:0", f"127.0.0.1:{service.port}")
+    text = path.read_text(encoding="utf-8").replace("listen: 127.0.0.1:0", f"listen: 127.0.0.1:{service.port}")
     path.write_text(text, encoding="utf-8")
     with Service(path) as service:
         assert statuses(service) == OPEN

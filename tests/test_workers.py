@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import http.client
 import importlib
+import io
 import itertools
 import json
 import logging
 import math
 import multiprocessing
+import operator
 import os
+import random
 import signal
 import socket
 import statistics
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Container, Iterator
@@ -30,17 +33,25 @@ from service import OWN_CONSOLE, Service, Team, ask_to_end, command, environment
 
 import healthchecker
 from healthchecker import (
+    HANG_SPACING,
+    HANG_TIME,
+    Lease,
+    LineFormatter,
     MessagePipe,
     PipeLogHandler,
     ServiceSettings,
+    Supervisor,
     UsageError,
+    WorkerProcess,
+    listen,
+    load_app,
+    load_inventory,
 )
 
-BACK = 2.0  # seconds in which a worker that was killed is replaced
-if sys.platform == "win32" and hasattr(ctypes.WinDLL("ntdll"), "wine_get_version"):
-    BACK = 20.0  # its processes take seconds to start
-ORPHANED = 5.0  # seconds for which a worker outlives its main process
-ENDED = 10.0  # seconds that the end may take
+BACK = 60.0  # seconds in which a worker that was killed is replaced, however busy the machine is
+ORPHANED = 10.0  # seconds after which a worker that outlives its main process is a fault; two where nobody else works
+ENDED = 60.0  # seconds that the end may take
+NUMBERS = itertools.count()
 FAIR = 0.65  # of the connections, what one of two workers may hold
 SHOP = "  app: shop:app"
 POSIX = pytest.mark.skipif(sys.platform == "win32", reason="signals are POSIX's: on Windows they are no processes'")
@@ -94,6 +105,8 @@ def app(environ, start_response):
         body = same(environ)
     elif path == "/collected":
         body = json.dumps([gc.get_freeze_count(), len(gc.get_objects())])
+    elif path.startswith("/tell"):
+        logging.getLogger("shop").warning("told: %s", path)
     elif path in ("/write", "/leave"):
         body = write() if path == "/write" else leave()
     start_response("200 OK", [("Content-Type", "text/plain"), ("Content-Length", str(len(body)))])
@@ -175,7 +188,7 @@ def answering_pid(service: Service) -> str:
 def test_automatic_count() -> None:
     """One per CPU that may be used, and no more than eight."""
     assert 1 <= ServiceSettings(workers="auto").worker_count == ServiceSettings().worker_count <= 8
-    assert [ServiceSettings(workers=count).worker_count for count in ("0", "1", "20")] == [0, 1, 20]
+    assert [ServiceSettings(workers=count).worker_count for count in ("1", "20")] == [1, 20]
     if sys.platform == "linux":
         usable = os.sched_getaffinity(0)
         assert ServiceSettings().worker_count == min(len(usable), 8)
@@ -209,38 +222,71 @@ def test_the_application_has_the_same_module(service: Service) -> None:
     assert json.loads(service.get("/same").body) == [True, True, 1]
 
 
-@pytest.mark.parametrize("count", [0, 1])
-def test_collections_do_not_look_through_what_stays(folder: Path, count: int) -> None:
+def test_collections_do_not_look_through_what_stays(service: Service) -> None:
     """Each of them would hold the requests up for 60 ms."""
-    with Service(inventory(folder, workers=count), deadline=60) as service:
-        kept, looked_through = json.loads(service.wait_status("/collected", 200).body)
+    kept, looked_through = json.loads(service.get("/collected").body)
     assert kept > 50_000 and looked_through < kept / 10
 
 
-def test_what_workers_log_is_in_the_main_log(service: Service) -> None:
-    """Also what the application logs."""
-    assert service.get("/write").body == "written"
-    line = service.wait_line("3 sold by")
-    pid = int(line.split()[-1])
-    assert pid in workers(service.pid)
-    assert f" INFO worker {list(workers(service.pid)).index(pid)}: 3 sold by " in line
-    assert "never seen" not in service.output
+def test_a_worker_is_given_no_database_and_no_key(service: Service) -> None:
+    """Nor a pipe to another worker, or the console's port."""
+    for worker in workers(service.pid).values():
+        assert not [file.path for file in worker.open_files() if "healthchecker.db" in file.path or ".pem" in file.path]
+        ports = {found.laddr.port for found in worker.net_connections("tcp") if found.status == psutil.CONN_LISTEN}
+        assert ports == {service.port}
+
+
+def test_no_record_spans_lines(service: Service) -> None:
+    """The application logs a path with a line break."""
+    assert service.get("/tell/%0a2026-01-01%20ERROR%20forged%0d%1b%5b31m%e2%80%a8").status == 200
+    line = service.wait_line("told: ")
+    assert r"/tell/\n2026-01-01 ERROR forged\r\x1b[31m" in line
+    assert not [line for line in service.output.splitlines() if line.startswith("2026-01-01")]
+
+
+def test_no_line_of_a_traceback_looks_like_a_record() -> None:
+    stream = io.StringIO()
+    handler = logging.StreamHandler(stream)
+    handler.setFormatter(LineFormatter("%(levelname)s %(message)s"))
+    logger = logging.Logger("shop")
+    logger.addHandler(handler)
+    try:
+        raise ValueError("/\nERROR forged\x1b\u2028ERROR forged\rERROR forged")
+    except ValueError:
+        logger.exception("while serving %s", "/\n", stack_info=True)
+    first, *lines = stream.getvalue().splitlines()
+    assert first == r"ERROR while serving /\n" and len(lines) > 5
+    assert all(line.startswith("    ") and line.isprintable() for line in lines)
 
 
 def test_a_faulty_logging_call_harms_nobody(capsys: pytest.CaptureFixture[str]) -> None:
-    """It is told on the console, as by every handler."""
+    """It is told on the console, as by every handler; what cannot be shown goes through the pipe as text."""
     ours, theirs = multiprocessing.Pipe()
     logger = logging.Logger("shop")
-    logger.addHandler(PipeLogHandler(wire := MessagePipe(theirs, print)))
+    logger.addHandler(PipeLogHandler(pipe := MessagePipe(theirs)))
     logger.warning("%d sold", "none")
-    logger.warning("%d sold", 3)
-    wire.open()
-    assert ours.poll(5) and ours.recv() == ("log", logging.WARNING, "3 sold")
-    ours.close()
-    wire.close(5)
-    wire.join(5)
-    assert theirs.closed
+    logger.warning("%d sold\n\udcff", 3)
+    assert ours.poll(5) and json.loads(ours.recv_bytes()) == ["log", logging.WARNING, r"3 sold\n\udcff", ""]
+    pipe.close(5)
     assert "Message: '%d sold'" in capsys.readouterr().err
+
+
+def test_what_the_main_process_cannot_read(caplog: pytest.LogCaptureFixture) -> None:
+    """A message of whatever kind ends neither the thread that reads nor the worker."""
+    ours, theirs = multiprocessing.Pipe()
+    process = multiprocessing.get_context("spawn").Process()
+    worker = WorkerProcess(3, process, ours, None)
+    messages = (b"\x80\x04K.", b"\xff", b"5", b"[", b"[[" * 5000, b'["log", "high", 1, 2]', b'["log"]', b'["new", 1]')
+    with caplog.at_level(logging.INFO):
+        for message in (*messages, b'["log", 20, "3 sold", ""]', b'["ready"]'):
+            theirs.send_bytes(message)
+        assert worker.ready.wait(5)
+        assert worker.failure == ""
+        theirs.close()
+        wait_for(lambda: ours.closed)
+        worker.stop()  # and nobody hears it
+    assert caplog.messages.count("worker 3: 3 sold") == 1
+    assert sum("worker 3: a message cannot be read" in text for text in caplog.messages) == len(messages) - 1
 
 
 @POSIX
@@ -273,7 +319,7 @@ def test_connections_spread(service: Service, at_once: bool) -> None:
 
 @pytest.mark.skipif(sys.platform == "win32", reason="select takes 512 sockets there, the ones of the test among them")
 def test_a_new_connection_among_512_busy_ones(folder: Path) -> None:
-    healthchecker.connection_limit(0)  # raises the limit of open files
+    healthchecker.connection_limit()  # raises the limit of open files
     with Team(folder, 2, f"{SHOP}\n  threads: 0") as team, Clients(team.address, 512) as crowd:
         crowd.holders_of(512)
         with Clients(team.address, 1, keep=False) as newcomer:
@@ -301,7 +347,7 @@ def test_the_gate_of_each_worker_follows_the_lease(folder: Path) -> None:
 
 # === One that dies ===========================================================
 def test_a_killed_worker_is_back(folder: Path) -> None:
-    """Within 2 s; clients of the other see nothing of it; killed again at once, it is started with pauses."""
+    """Clients of the other see nothing of it; killed again at once, it is started with pauses."""
     with Service(inventory(folder), deadline=60) as service:
         service.wait_status("/", 200)
         with Clients(address(service), 16, pause=0.01) as clients:
@@ -309,17 +355,15 @@ def test_a_killed_worker_is_back(folder: Path) -> None:
             before, main = workers(service.pid), psutil.Process(service.pid)
             victim = min(before)
             with Clients(address(service), 1, keep=False, pause=0.01) as prober:
-                killed = time.monotonic()
                 before[victim].kill()
                 known = {str(pid).encode() for pid in before}
-                back = wait_for(lambda: [a for a in list(prober.answers) if a.body not in known], 20)[0]
-        assert back.received - killed < BACK
+                wait_for(lambda: [a for a in list(prober.answers) if a.body not in known], BACK)
         assert not [lost for lost in clients.lost if int(lost.last or victim) != victim]
         assert len(clients.lost) <= 16 and set(clients.statuses) == set(prober.statuses) == {200}
         descriptors = descriptors_of(main)
-        assert pauses_after_kills(service.pid, before, 2) == pytest.approx([0.5, 1], abs=0.4)
+        assert all(map(operator.ge, pauses_after_kills(service.pid, before, 2), (0.5, 1)))
         with Clients(address(service), 8, keep=False, pause=0.02) as clients:
-            wait_for(lambda: len({answer.body for answer in list(clients.answers)}) == 2, 20)
+            wait_for(lambda: len({answer.body for answer in list(clients.answers)}) == 2, BACK)
         assert not clients.lost
         assert descriptors_of(main) <= descriptors + (20 if sys.platform == "win32" else 0)
         assert service.output.count("exit code") == 3
@@ -335,25 +379,97 @@ def pauses_after_kills(main: int, before: Container[int], times: int) -> list[fl
         known = workers(main)
         begin = time.monotonic()
         victim.kill()
-        wait_for(lambda: new_ones(main, known), 10)  # noqa: B023
+        wait_for(lambda: new_ones(main, known), BACK)  # noqa: B023
         pauses.append(time.monotonic() - begin)
     return pauses
 
 
-def test_a_large_inventory_keeps_nobody_waiting(folder: Path) -> None:
-    """More than a pipe takes: two workers start side by side, and one that dies meanwhile is no harm."""
-    rows = [f"  - {{name: r{number}, platform: local, tags: [{'x' * 60}]}}\n" for number in range(300)]
-    with Team(folder, 2, SHOP, "".join(rows)) as team:
-        for _ in range(2):
-            before = workers(os.getpid())
-            for worker in before.values():
-                worker.kill()
-            after = wait_for(lambda: new if len(new := new_ones(os.getpid(), before)) == 2 else None, 10)  # noqa: B023
-            began = sorted(worker.create_time() for worker in after)
-            assert began[1] - began[0] < 0.5
-        with Clients(team.address, 4, pause=0.02) as clients:
-            clients.holders_of(4, 20)
-        assert set(clients.statuses) == {200}
+@contextlib.contextmanager
+def started(folder: Path, count: int) -> Iterator[Supervisor]:
+    """Worker processes that are ready; time goes on for them as the test says, by `look`."""
+    settings = load_inventory(write_inventory(folder, "", f"{SHOP}\n  workers: {count}")).service
+    with contextlib.closing(Supervisor(settings, folder, listen("listen", settings.listen), Lease())) as supervisor:
+        supervisor.start()
+        yield supervisor
+
+
+def look_on(supervisor: Supervisor, begin: float, end: float) -> None:
+    for half in range(int(2 * begin), int(2 * end) + 1):
+        supervisor.look(half / 2)
+
+
+def test_what_makes_no_turns_is_replaced(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """After HANG_TIME, one by one. (They may not serve, so that none turns its loop.)"""
+    with started(folder, 2) as supervisor:
+        before = workers(os.getpid())
+        look_on(supervisor, 1000, 1000 + HANG_TIME)
+        assert workers(os.getpid()) == before
+        look_on(supervisor, 1000.5 + HANG_TIME, 1000 + HANG_TIME + HANG_SPACING)
+        assert "worker 0 hangs" in caplog.text and "worker 1 hangs" not in caplog.text
+        wait_for(lambda: len(workers(os.getpid())) < 2, BACK)
+        look_on(supervisor, 1000.5 + HANG_TIME + HANG_SPACING, 1001 + HANG_TIME + HANG_SPACING)
+        assert "worker 1 hangs" in caplog.text
+        seconds = itertools.count(1014)
+        wait_for(lambda: supervisor.look(next(seconds)) or len(new_ones(os.getpid(), before)) == 2, BACK)
+
+
+def test_nobody_is_judged_by_a_standstill(folder: Path) -> None:
+    """Of a machine that was suspended, or of a whole service: the main process may be the first to go on."""
+    with started(folder, 1) as supervisor:
+        before = workers(os.getpid())
+        look_on(supervisor, 1000, 1009)
+        supervisor.look(5000.0)
+        look_on(supervisor, 5000, 5000 + HANG_TIME)
+        assert workers(os.getpid()) == before
+        look_on(supervisor, 5000 + HANG_TIME, 5001 + HANG_TIME)
+        assert not left_after(list(before.values()), BACK)
+
+
+@POSIX
+def test_workers_that_hang_are_replaced(folder: Path) -> None:
+    """One is in a request on its loop, the other one is stopped."""
+    with Service(inventory(folder, threads=0), deadline=60) as service, socket.socket() as hanging:
+        service.wait_status("/", 200)
+        hanging.connect(address(service))
+        hanging.sendall(b"GET /hang HTTP/1.1\r\nHost: x\r\n\r\n")
+        (came,) = wait_for(lambda: list(folder.glob("came-*")))
+        before = workers(service.pid)
+        (other,) = before.keys() - {int(came.name.split("-")[1])}
+        before[other].suspend()
+        wait_for(lambda: len(new_ones(service.pid, before)) == 2, BACK)
+        with Clients(address(service), 1, keep=False) as client:
+            wait_for(lambda: 200 in client.statuses, BACK)
+        assert service.output.count("no turn of its loop for 10 s; it is killed") == 2
+        hanging.settimeout(BACK)
+        assert hanging.recv(1) == b""
+
+
+def kill_at_random(folder: Path, times: int, seed: int, orphaned: float = ORPHANED) -> None:
+    """Kills the main process at moments of its start and soon after, and starts it again at once: on the same port, and
+    nothing is left of the one before. Raises AssertionError."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    settings = f"{SHOP}\n  workers: 2\n  listen: 127.0.0.1:{port}"
+    path, chosen = write_inventory(folder, "", settings), random.Random(seed)
+    for _ in range(times):
+        moment = chosen.uniform(0, 3)
+        with psutil.Popen(command(path), env=environment(), creationflags=OWN_CONSOLE, stdout=-3, stderr=-1) as main:
+            with contextlib.suppress(psutil.TimeoutExpired):
+                main.wait(moment)
+            assert main.returncode is None, main.stderr.read()
+            main.suspend()  # so that it starts no other one meanwhile
+            family = main.children(recursive=True)
+            main.kill()
+            left = left_after(family, orphaned)
+            for process in left:
+                process.kill()
+        assert not left, f"seed {seed}, after {moment:.3f} s"
+    with Service(path, deadline=60) as service:
+        service.wait_status("/", 200)
+
+
+def test_kills_of_the_main_process_leave_nothing(folder: Path) -> None:
+    kill_at_random(folder, 30, 11)
 
 
 def test_a_killed_main_process_leaves_nothing(folder: Path) -> None:
@@ -368,7 +484,7 @@ def test_a_killed_main_process_leaves_nothing(folder: Path) -> None:
         hang = "import pathlib, threading\npathlib.Path(__file__).with_name('began').touch()\n"
         (folder / "shop.py").write_text(f"{hang}threading.Event().wait()\n", encoding="utf-8")
         next(worker for pid, worker in workers(service.pid).items() if pid != at_work).kill()
-        wait_for((folder / "began").is_file, 20)
+        wait_for((folder / "began").is_file, BACK)
         family = main.children(recursive=True)
         assert len(workers(service.pid)) == 2
         service.process.kill()
@@ -389,9 +505,9 @@ def test_an_application_that_breaks_while_serving(folder: Path) -> None:
         with Clients(address(service), 8, pause=0.01) as clients:
             clients.holders_of(8)
             before[victim].kill()
-            wait_for(lambda: service.output.count("RuntimeError: shop closed") == 1, 20)
+            wait_for(lambda: service.output.count("RuntimeError: shop closed") == 1, BACK)
             tried = time.monotonic()
-            wait_for(lambda: service.output.count("RuntimeError: shop closed") == 2, 20)
+            wait_for(lambda: service.output.count("RuntimeError: shop closed") == 2, BACK)
             assert time.monotonic() - tried >= 0.5
             (folder / "shop.py").write_text(APP, encoding="utf-8")
             answered = len(clients.answers)
@@ -400,7 +516,7 @@ def test_an_application_that_breaks_while_serving(folder: Path) -> None:
         assert not [lost for lost in clients.lost if int(lost.last or victim) != victim]
         assert set(clients.statuses) == {200}
         with Clients(address(service), 8, keep=False, pause=0.02) as clients:
-            wait_for(lambda: len({answer.body for answer in list(clients.answers)}) == 2, 20)
+            wait_for(lambda: len({answer.body for answer in list(clients.answers)}) == 2, BACK)
         assert "Traceback" not in service.output
 
 
@@ -417,17 +533,57 @@ def test_a_replacement_that_cannot_be_started_now(folder: Path) -> None:
         service.wait_line("Too many open files")
         assert service.get().status == 200
         resource.prlimit(service.pid, resource.RLIMIT_NOFILE, limits)
-        wait_for(lambda: len(workers(service.pid)) == 2, 10)
+        wait_for(lambda: len(workers(service.pid)) == 2, BACK)
 
 
 # === The start ===============================================================
-# what the application does when it is imported, what is said about it
-BAD = {
-    "there is none": (None, "ModuleNotFoundError: No module named 'shop'"),
-    "raises": ("raise RuntimeError('shop\\nclosed')", "RuntimeError: shop closed"),
-    "SystemExit": ("raise SystemExit('bye')", "SystemExit: bye"),
-    "has no such name": ("application = 1", "module 'shop' has no attribute 'app'"),
-    "is not callable": ("app = 1", "service.app shop:app is not callable"),
+# what the application does when it is imported, its name, what is said about it ("": nothing)
+ASGI = "is an ASGI application"
+NOT_WSGI = "does not take (environ, start_response)"
+FACTORY = f"{NOT_WSGI}: for a factory write `module:factory()`"
+APPLICATIONS = {
+    "there is none": (None, "app", "ModuleNotFoundError: No module named"),
+    "raises": ("raise RuntimeError('shop\\nclosed')", "app", "RuntimeError: shop closed"),
+    "exits": ("raise SystemExit('bye')", "app", "SystemExit: bye"),
+    "syntax": ("def app(:", "app", "SyntaxError"),
+    "own import missing": ("import nothing_there", "app", "No module named 'nothing_there'"),
+    "has no such name": ("application = 1", "app", "has no attribute 'app'"),
+    "is not callable": ("app = 1", "app", "is not callable"),
+    "function": ("def app(environ, start_response): ...", "app", ""),
+    "nested": ("class A:\n def app(self, environ, start_response): ...\na = A()", "a.app", ""),
+    "class": ("class App:\n def __init__(self, environ, start_response): ...", "App", ""),
+    "more that it may be given": ("def app(environ, start_response, more=None): ...", "app", ""),
+    "whatever it is given": ("def app(*given): ...", "app", ""),
+    "Flask": ("import flask\napp = flask.Flask(__name__)", "app", ""),
+    "Flask in a factory": ("import flask\ndef create_app(): return flask.Flask(__name__)", "create_app()", ""),
+    "factory": ("def create_app(): ...", "create_app", FACTORY),
+    "factory with defaults": ("def create_app(config=None, name=None): ...", "create_app", FACTORY),
+    "factory that wants something": ("def create_app(config): ...", "create_app", NOT_WSGI),
+    "factory that raises": ("def create_app(): raise OSError('full')", "create_app()", "OSError: full"),
+    "factory of nothing": ("def create_app(): ...", "create_app()", "is not callable"),
+    "ASGI function": ("async def app(scope, receive, send): ...", "app", ASGI),
+    "ASGI object": ("class A:\n async def __call__(self, scope, receive, send): ...\napp = A()", "app", ASGI),
+    "ASGI in a factory": ("async def app(*given): ...\ndef create_app(): return app", "create_app()", ASGI),
+}
+
+
+@pytest.mark.parametrize(("source", "name", "said"), APPLICATIONS.values(), ids=APPLICATIONS)
+def test_load_app(tmp_path: Path, source: str | None, name: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = f"shop_{next(NUMBERS)}"
+    monkeypatch.setattr(sys, "path", sys.path[:])
+    if source:
+        (tmp_path / f"{module}.py").write_text(source, encoding="utf-8")
+    service = ServiceSettings(app=f"{module}:{name}")
+    if not said:
+        assert callable(load_app(service.app or "", tmp_path))
+        return
+    with pytest.raises(UsageError) as caught:
+        load_app(service.app or "", tmp_path)
+    assert said in str(caught.value) and str(caught.value).startswith(f"service.app {module}:{name} ")
+    assert "\n" not in str(caught.value)
+
+
+ENDS = {
     "ends the process": ("import os; os._exit(3)", "worker 0 ended with exit code 3"),
     "leaves a thread": (
         "import threading\nthreading.Thread(target=threading.Event().wait).start()\napp = 1",
@@ -436,26 +592,24 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize(("source", "said"), BAD.values(), ids=BAD)
-def test_bad_application(tmp_path: Path, source: str | None, said: str) -> None:
-    if source:
-        (tmp_path / "shop.py").write_text(source, encoding="utf-8")
-    begin = time.monotonic()
+@pytest.mark.parametrize(("source", "said"), ENDS.values(), ids=ENDS)
+def test_bad_application(tmp_path: Path, source: str, said: str) -> None:
+    (tmp_path / "shop.py").write_text(source, encoding="utf-8")
     with pytest.raises(UsageError) as caught, Team(tmp_path, 1, SHOP):
         pass
     assert said in str(caught.value) and "\n" not in str(caught.value)
     assert not workers(os.getpid())
-    assert time.monotonic() - begin < ENDED, "nobody waited in vain"
 
 
 def test_bad_application_ends_the_start(tmp_path: Path) -> None:
     """With one line and exit code 2. That `run` returns says that nobody is left who holds its output."""
     (tmp_path / "shop.py").write_text("raise SystemExit(0)", encoding="utf-8")
-    ended = run(inventory(tmp_path))
+    ended = run(inventory(tmp_path), timeout=ENDED)
     assert ended.returncode == 2, ended.stderr
     *started, last = ended.stderr.splitlines()
     assert last.startswith("service.app shop:app ")
     assert all(line.endswith("of 2 worker processes are ready") for line in started), "this machine is slow at most"
+    assert not (tmp_path / "healthchecker.db").exists() and not (tmp_path / "keys").exists()
 
 
 @POSIX
@@ -486,9 +640,7 @@ def test_the_end_of_a_start_that_takes_long(folder: Path) -> None:
             assert line.endswith("INFO 0 of 2 worker processes are ready\n")
             family = main.children(recursive=True)
             ask_to_end(main)
-            begin = time.monotonic()
-            assert main.wait(BACK + 5) == 0
-            assert time.monotonic() - begin < BACK + 2
+            assert main.wait(ENDED) == 0
             assert not left_after(family, 5)
         finally:
             with contextlib.suppress(psutil.NoSuchProcess):
@@ -502,22 +654,20 @@ def test_a_start_that_lacks_descriptors(folder: Path) -> None:
     with Team(folder, 1, SHOP):
         pass  # so that what all processes share is open already
     limits, before = resource.getrlimit(resource.RLIMIT_NOFILE), open_descriptors()
-    begin = time.monotonic()
     for spare in range(6, 40):
         team = Team(folder, 2, SHOP)
         try:
             resource.setrlimit(resource.RLIMIT_NOFILE, (before + spare, limits[1]))
             with pytest.raises(OSError):
-                team.crew.start()
+                team.supervisor.start()
         finally:
             resource.setrlimit(resource.RLIMIT_NOFILE, limits)
         started = workers(os.getpid())
-        team.crew.close()
+        team.supervisor.close()
         if started:
             break
     assert started, "no limit was enough for the first one and too low for the second"
     assert not workers(os.getpid())
-    assert time.monotonic() - begin < ENDED
 
 
 # === The end =================================================================
@@ -555,7 +705,6 @@ def test_the_end_loses_no_request(folder: Path, end: Callable[[Service], None], 
         stopped = time.monotonic()
         late.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
         assert service.process.wait(ENDED) == 0
-        assert time.monotonic() - stopped < ENDED
         for clients in loads:
             clients.join(10)
         assert [clients.lost for clients in loads] == [[], [], []]
@@ -568,20 +717,17 @@ def test_the_end_loses_no_request(folder: Path, end: Callable[[Service], None], 
         assert not left_after(family, 5)
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_what_the_end_does_not_wait_for(folder: Path, workers: int) -> None:
+def test_what_the_end_does_not_wait_for(folder: Path) -> None:
     """Requests that take longer than `drain` are cut, and told of in both logs."""
-    settings = f"  app: shop:app\n  workers: {workers}\n  drain: 0.5\n  access_log: access.log"
+    settings = "  app: shop:app\n  drain: 0.5\n  access_log: access.log"
     with Service(write_inventory(folder, "", settings), deadline=60) as service, contextlib.ExitStack() as stack:
         service.wait_status("/", 200)
         socks = [stack.enter_context(socket.create_connection(address(service), timeout=10)) for _ in range(3)]
         for sock, seconds in zip(socks, (60, 60, 0.1), strict=True):
             sock.sendall(b"GET /slow?%g HTTP/1.1\r\nHost: x\r\n\r\n" % seconds)
         wait_for(lambda: len(list(folder.glob("came-*"))) == 3)
-        begin = time.monotonic()
         ask_to_end(service.process)
         assert service.process.wait(ENDED) == 0
-        assert time.monotonic() - begin < 4
         assert [sock.recv(15) for sock in socks] == [b"", b"", b"HTTP/1.1 200 OK"]
         service.wait_line("requests cut, for they took longer than service.drain, 0.5 s: 2")
     lines = (folder / "access.log").read_text(encoding="utf-8").splitlines()
@@ -611,10 +757,8 @@ def test_the_end_of_workers_that_hang(folder: Path) -> None:
         for pid, worker in workers(service.pid).items():
             if pid != int(came.name.split("-")[1]):
                 worker.suspend()
-        begin = time.monotonic()
         ask_to_end(service.process)
-        assert service.process.wait(ENDED + 5) == 0
-        assert time.monotonic() - begin < ENDED + 1, "it waits as long as requests in flight may take"
+        assert service.process.wait(ENDED) == 0
         assert service.output.count("does not end and is killed") == 1
         assert not left_after(family, 1)
 
@@ -634,15 +778,11 @@ def test_what_an_application_leaves_does_not_keep_the_service(folder: Path) -> N
         try:
             victim = int(next(iter(left)))
             before = workers(service.pid)
-            killed = time.monotonic()
             before[victim].kill()
-            wait_for(lambda: new_ones(service.pid, before), BACK + 8)
-            assert time.monotonic() - killed < BACK
+            wait_for(lambda: new_ones(service.pid, before), BACK)
             wait_for(lambda: answering_pid(service) not in left, 30)  # on Windows one that starts complains of its end
-            begin = time.monotonic()
             ask_to_end(service.process)
             assert service.process.wait(ENDED) == 0
-            assert time.monotonic() - begin < ENDED / 2
             assert not left_after(list(before.values()), 1)
             socket.create_server(address(service)).close()
             if sys.platform != "win32":  # where the event that ends the service goes to all of its console
@@ -651,3 +791,54 @@ def test_what_an_application_leaves_does_not_keep_the_service(folder: Path) -> N
             for orphan in orphans:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     orphan.kill()
+
+
+# === The doors ===============================================================
+def has_ipv6() -> bool:
+    with contextlib.suppress(OSError), socket.socket(socket.AF_INET6) as sock:
+        sock.bind(("::1", 0))
+        return True
+    return False
+
+
+def test_a_name_listens_on_all_its_addresses(folder: Path) -> None:
+    """localhost: of both families, at both doors; none of its connections is lost at the end."""
+    both = "  listen: localhost:0\n  console: localhost:0\n  workers: 1\n  app: shop:app"
+    families = {found[0] for found in socket.getaddrinfo("localhost", 0, type=socket.SOCK_STREAM)}
+    expected = ["127.0.0.1", *(["::1"] if has_ipv6() and socket.AF_INET6 in families else [])]
+    with Service(write_inventory(folder, "", both), deadline=60) as service:
+        assert service.host == service.console[0] == "localhost"
+        service.wait_status("/", 200)
+        for host in expected:
+            for port, path in ((service.port, "/"), (service.console[1], "/-/livez")):
+                connection = http.client.HTTPConnection(host, port, timeout=10)
+                with contextlib.closing(connection):
+                    connection.request("GET", path)
+                    assert connection.getresponse().status == 200, (host, port)
+        for host in expected:
+            with socket.create_connection((host, service.port), timeout=10) as slow:
+                slow.sendall(b"GET /slow?0.5 HTTP/1.1\r\nHost: x\r\n\r\n")
+                if host == expected[-1]:
+                    wait_for(lambda: len(list(folder.glob("came-*"))) == len(expected))
+                    ask_to_end(service.process)
+                assert slow.recv(12) == b"HTTP/1.1 200"
+
+
+def test_one_port_for_all_addresses() -> None:
+    socks = listen("service.listen", "localhost:0")
+    try:
+        assert len({sock.getsockname()[1] for sock in socks}) == 1
+        assert len({sock.family for sock in socks}) == len(socks)
+    finally:
+        for sock in socks:
+            sock.close()
+
+
+def test_a_port_that_becomes_free() -> None:
+    """Workers of a service that was killed just now hold it a moment longer."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        threading.Timer(0.3, taken.close).start()
+        (sock,) = listen("service.listen", f"127.0.0.1:{port}")
+    with sock:
+        assert sock.getsockname()[1] == port
