@@ -580,6 +580,6 @@ def test_a_service_counts_what_it_does(tmp_path: Path, threads: int) -> None:
         assert 0 < full["healthchecker_resource_memory_percent", "flag"] < 100
         assert time.time() - full["healthchecker_resource_last_poll_timestamp_seconds", "flag"] < 10
         assert service.get_console("/-/metrics", {"Authorization": "Bearer wrong"}).status == 401
-        assert service.get_console("/-/metrics", method="POST").status == 405
+        assert service.get_console("/-/metrics", method="POST").status == 401  # like all that is not there
         head = service.get_console("/-/metrics", method="HEAD")
         assert (head.status, head.body) == (200, "") and int(head.headers["content-length"]) > 1000
