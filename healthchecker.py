@@ -4891,7 +4891,7 @@ class Pool:
 
     def __init__(self, threads: int, bound: int) -> None:
         self._bound, self._unfinished, self._lock = bound, 0, threading.Lock()  # guards _unfinished
-        self._tasks: queue.SimpleQueue[GateChannel | None] = queue.SimpleQueue()
+        self._tasks: queue.SimpleQueue[HTTPChannel | None] = queue.SimpleQueue()
         self._threads = [threading.Thread(target=self._work, daemon=True) for _ in range(threads)]
         for thread in self._threads:
             thread.start()
@@ -4905,7 +4905,7 @@ class Pool:
     def full(self) -> bool:
         return self._unfinished >= len(self._threads) + self._bound
 
-    def add_task(self, task: GateChannel) -> None:
+    def add_task(self, task: HTTPChannel) -> None:
         with self._lock:
             self._unfinished += 1
         self._tasks.put(task)
@@ -5022,7 +5022,7 @@ class GateChannel(HTTPChannel):    # type: ignore[misc]  # waitress carries no t
     _discarded = 0          # bytes of that
     _lingers_until = math.inf
 
-    def __init__(self, server: GateServer, *arguments: Any, **named: Any) -> None:
+    def __init__(self, server: Any, *arguments: Any, **named: Any) -> None:
         super().__init__(server, *arguments, **named)
         self._seen, self._since = self.last_activity, server.clock()    # the wall clock only as a mark: it may jump
 
@@ -5204,7 +5204,7 @@ class Loop:
                 self._awake = True
                 self._trigger.pull_trigger()
 
-    def watch(self, channel: GateChannel | GateServer, events: int) -> None:
+    def watch(self, channel: Any, events: int) -> None:
         """Has the loop wait for `events` on a channel; 0 for none."""
         if events == channel.watched:
             return
@@ -5226,7 +5226,7 @@ class Loop:
             channel.taken_at = channel.server.clock()
             self.sending.add(channel)
         else:
-            self.sending.discard(cast(GateChannel, channel))
+            self.sending.discard(channel)
 
     def attend(self) -> None:
         """Looks at what was touched."""
