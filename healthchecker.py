@@ -36,7 +36,7 @@ Sections, in file order; a definition refers only to what stands above it:
     Aggregate    the lease: is everything healthy, now
     History      what polls found: rows, averages, availability, events
     Poll         a thread per resource, one writer, one overseer
-    Counters     what a worker counts, in shared memory; the access log
+    Counters     what a worker counts, in shared memory
     Gate         the application's door: the WSGI application in front of the application
     HTTP         requests read strictly, clients with deadlines
     Serve        waitress on the loop, and its pools
@@ -565,7 +565,6 @@ class ServiceSettings(Settings):
     body_limit: Annotated[int, Field(ge=0, le=1 << 40)] = 1 << 20   # bytes of a request's body
     send_buffer: Annotated[int, Field(ge=1 << 20, le=1 << 40)] = 64 << 20   # bytes of answers that wait in a worker
     drain: Annotated[float, Field(ge=0, le=3600)] = 7.5     # seconds that an end waits for requests in flight
-    access_log: FilePath | None = None                  # a line per request
     metrics_token_file: FilePath | None = None          # its bearer sees resources in /-/metrics
     retention: Retention = Retention()
     database: SqliteUrl = "sqlite:///healthchecker.db"
@@ -781,7 +780,7 @@ class InventoryLoader:
     def _fault_shared_files(self, service: ServiceSettings) -> None:
         """A log that is written into another file of the service would destroy it."""
         files = {self.path: "the inventory", service.database_path: "service.database"}
-        for name in ("metrics_token_file", "log_file", "access_log"):
+        for name in ("metrics_token_file", "log_file"):
             if path := getattr(service, name):
                 if path in files:
                     self.fault(("service", name), f"is {files[path]}, too; name another file")
@@ -4288,9 +4287,7 @@ class Monitor(threading.Thread):
 # What the workers count, in memory shared with the main process: a slot each, which its worker alone writes, so that
 # no lock is shared whose holder may be killed. In a worker, the loop's and the pool's threads take turns at the slot.
 # The main process sums the slots up for /-/metrics, and hands the slot of a worker that died on to the next.
-# The access log: requests are noted where they were answered, a thread of the worker makes lines of them, and the main
-# process writes these into one file.
-# Gives: Counters, RequestCounters, AccessLog, AccessFile, LATENCIES, ROWS, ROW, ACCEPTED, QUEUED, OUTCOME
+# Gives: Counters, RequestCounters, LATENCIES, STATUS_OUTCOMES, ROWS, ROW, ACCEPTED, QUEUED, OUTCOME
 LEAD = 4                        # connections that a worker may hold more than another and still take a crowd
 # Seconds, the upper bounds of the latency histogram: close together up to where a gate is to answer (10 ms), and on
 # to what an application in the pool may take; a bound more costs a line for every outcome.
@@ -4334,82 +4331,11 @@ class Counters:
         return [sum(cells[cell::SLOT]) for cell in range(SLOT)]
 
 
-# --- the access log ---
-ACCESS_LINES = 100              # requests that are sent to the main process at once
-ACCESS_CHARS, AGENT_CHARS = 1000, 200   # characters that are logged of a request line; of Referer and User-Agent
-UNPRINTABLE = re.compile(r'[^ !#-\[\]-~]')  # and what would end a quoted text or begin an escape
-MONTHS = "Jan Feb Mar Apr May Jun Jul Aug Sep Oct Nov Dec".split()      # strftime would ask the locale
-AccessNote = tuple[float, int, float, str, str, str, str, str, str]     # see access_line
-
-
-def access_line(note: AccessNote) -> str:
-    r"""The combined log format with its query, then milliseconds and outcome; what could end a line becomes \xHH."""
-    at, size, seconds, *texts = note
-    address, line, status, referer, agent, outcome = (
-        UNPRINTABLE.sub(lambda found: f"\\x{ord(found[0]):02x}", text) for text in texts)
-    when = datetime.datetime.fromtimestamp(int(at)).astimezone()
-    return (f'{address.replace(" ", "_")} - - [{when.day:02}/{MONTHS[when.month - 1]}/{when:%Y:%H:%M:%S %z}] "{line}" '
-            f'{status} {size} "{referer}" "{agent}" {seconds * 1e3:.3f} {outcome}\n')
-
-
-class AccessLog:
-    """Notes the requests of a worker, and hands them on to `sink`; while that raises OSError, they are dropped."""
-
-    def __init__(self, sink: Callable[[Sequence[AccessNote]], None]) -> None:
-        self._sink, self._lock = sink, threading.Lock()     # guards _notes
-        self._notes: list[AccessNote] = []
-
-    def note(self, task: Any, outcome: str, seconds: float) -> None:
-        channel, (request, *_) = task.channel, task.channel.requests[:1] or [task.request]
-        address, line = (task.environ or {}).get("REMOTE_ADDR", channel.addr[0]), getattr(request, "first_line", b"")
-        texts = (request.headers.get(name, "-")[:AGENT_CHARS] for name in ("REFERER", "USER_AGENT"))
-        note = (time.time(), channel.body_bytes, seconds, address, line[:ACCESS_CHARS].decode("latin-1"),
-                task.status[:3], *texts, outcome)
-        with self._lock:
-            self._notes.append(note)
-        if len(self._notes) >= ACCESS_LINES:
-            self.flush()
-
-    def flush(self) -> None:
-        with self._lock:
-            notes, self._notes = self._notes, []
-        if notes:
-            with contextlib.suppress(OSError):
-                self._sink(notes)
-
-
-class AccessFile(logging.handlers.WatchedFileHandler):
-    """The file, for its owner and group alone (UNIX); opened anew when it was moved away. Raises UsageError."""
-
-    def __init__(self, path: Path) -> None:
-        self._quiet_until = 0.0     # no complaint before
-        try:
-            super().__init__(path, encoding="utf-8")
-        except OSError as error:
-            raise UsageError(f"service.access_log {path} cannot be written: {error.strerror}") from error
-
-    def _open(self) -> io.TextIOWrapper:
-        return open(self.baseFilename, "a", encoding="utf-8", opener=lambda name, flags: os.open(name, flags, 0o640))
-
-    def write(self, notes: Sequence[AccessNote]) -> None:
-        """Appends a line each; of a file that cannot be written any more it only complains."""
-        try:
-            with cast(threading.RLock, self.lock):
-                self.reopenIfNeeded()
-                self.stream = self.stream or self._open()
-                self.stream.writelines(map(access_line, notes))
-                self.flush()
-        except OSError as error:
-            if time.monotonic() >= self._quiet_until:
-                log.error("service.access_log %s cannot be written: %s", self.baseFilename, error.strerror)
-                self._quiet_until = time.monotonic() + COMPLAINT_INTERVAL
-
-
 class RequestCounters:
-    """What this process counts, in its slot, and its access log."""
+    """What this process counts, in its slot."""
 
-    def __init__(self, counters: Counters, slot: int = 0, access_log: AccessLog | None = None) -> None:
-        self._counters, self._slot, self.access_log = counters, slot, access_log
+    def __init__(self, counters: Counters, slot: int = 0) -> None:
+        self._counters, self._slot = counters, slot
         self._cells = counters.slot(slot)
         self._lock = threading.Lock()   # guards _cells against the other threads of the pool
 
@@ -4437,15 +4363,9 @@ class RequestCounters:
         least, *others = sorted(held for held in self._counters.held if held >= 0)
         return bool(others) and self._counters.held[self._slot] > least + LEAD
 
-    def flush(self) -> None:
-        """Hands on what the access log has noted; about once in a second."""
-        if self.access_log is not None:
-            self.access_log.flush()
-
     def close(self) -> None:
         """This process serves no more."""
         self._counters.vacate(self._slot)
-        self.flush()
 
 
 # === Gate ====================================================================
@@ -4799,7 +4719,6 @@ class GateParser(HTTPRequestParser):    # type: ignore[misc]  # waitress carries
 
     def parse_header(self, header_plus: bytes) -> None:
         """The request line and the headers, without the empty line after them; raises BadRequest."""
-        self.first_line = header_plus.partition(b"\r\n")[0]     # also of what is refused, for the access log
         first, *fields = self._lines(header_plus)
         request = REQUEST_LINE.fullmatch(first)
         if not request:
@@ -4865,7 +4784,7 @@ class GateParser(HTTPRequestParser):    # type: ignore[misc]  # waitress carries
 #   the pool's  the task of requests[0] and what it writes, under outbuf_lock; of the loop only `touch`
 #   both        requests under requests_lock, waited_for and touched in single steps, counters under their lock
 # Another waitress fails first in tests/test_gate.py, which names every internal of it that is used here.
-# Gives: GateServer, connection_limit, listen, bound_address, BACKLOG
+# Gives: GateServer, BACKLOG, CONNECTIONS_MAX
 HEADER_TIME = 5.0               # seconds from the first byte of a request to the end of its headers
 BODY_TIME = 30.0                # seconds from there to the end of its body
 FIRST_BYTE = 15.0               # seconds until a new connection sends something
@@ -4935,7 +4854,22 @@ class GateTask(WSGITask):    # type: ignore[misc]  # waitress carries no types
         environ: WSGIEnvironment = super().get_environment()
         environ.update(self.channel.server.environment)
         environ[HANDLER] = self.request.handler
+        if self.is_head:
+            del environ["wsgi.file_wrapper"]    # such a file would not go through `write`
         return environ
+
+    @property
+    def is_head(self) -> bool:
+        """Whether the answer has no body, whatever the application makes."""
+        return cast(bool, self.request.command == "HEAD")
+
+    def write(self, data: bytes) -> None:
+        super().write(b"" if self.is_head else data)
+
+    def finish(self) -> None:
+        if self.is_head:
+            self.chunked_response = False   # what is not sent does not end either
+        super().finish()
 
     def set_close_on_finish(self) -> None:
         """waitress takes a 204 without Content-Length for one of unknown length."""
@@ -4960,59 +4894,39 @@ class GateTask(WSGITask):    # type: ignore[misc]  # waitress carries no types
             raise RuntimeError(f"the application raised {type(error).__name__}") from error
         finally:
             if outcome:
-                self.channel.served(self, outcome)
+                self.channel.served(outcome)
 
     def build_response_header(self) -> bytes:
-        if self.channel.server.gate.draining and self.channel.asks_no_more:
-            self.request.headers["CONNECTION"] = "close"
-        self.channel.holds = True
+        channel = self.channel
+        if channel.server.gate.draining:
+            with channel.requests_lock:
+                if len(channel.requests) == 1 and channel.request is None:  # nothing has come behind it
+                    self.request.headers["CONNECTION"] = "close"
+        channel.holds = True
         return cast(bytes, super().build_response_header())
-
-
-class HeadTask(GateTask):
-    """A request by HEAD, whose answer has no body, whatever the application makes."""
-
-    def get_environment(self) -> WSGIEnvironment:
-        environ = super().get_environment()
-        del environ["wsgi.file_wrapper"]    # such a file would not go through `write`
-        return environ
-
-    def write(self, _data: bytes) -> None:
-        super().write(b"")
-
-    def finish(self) -> None:
-        self.chunked_response = False       # what is not sent does not end either
-        super().finish()
 
 
 class GateErrorTask(ErrorTask):    # type: ignore[misc]  # waitress carries no types
     """The last answer on a connection: to a request that the parser refused, or whose application failed."""
 
-    environ = None
-
     def service(self) -> None:
-        error, server = self.request.error, self.channel.server
+        error, channel = self.request.error, self.channel
+        channel.lingers = True
         try:
             super().service()
         finally:
-            self.channel.body_bytes = self.content_length or 0
-            self.channel.served(self, "5xx" if isinstance(error, InternalServerError) else "bad")
+            channel.served("5xx" if isinstance(error, InternalServerError) else "bad")
         if str(error).startswith("service."):
-            server.complain(f"a request was refused, for {error}")
-
-    def finish(self) -> None:
-        super().finish()
-        self.channel.lingers = True
+            channel.server.complain(f"a request was refused, for {error}")
 
 
 class GateChannel(HTTPChannel):    # type: ignore[misc]  # waitress carries no types
     """A client's connection: it ends when the client is too slow in asking, or in taking its answer."""
 
-    error_task_class, parser_class = GateErrorTask, GateParser
+    task_class, error_task_class, parser_class = GateTask, GateErrorTask, GateParser
     will_close: bool
     close_when_flushed: bool
     began = 0.0             # when the request was complete
-    body_bytes = 0          # of the answer, so far; with the framing of chunks
     holds = False           # what comes next is a head, and waits for the first of its body
     held = False            # its next request waits until enough of the answers before it is taken
     watched = 0             # what the loop waits for on it, selectors' events
@@ -5025,10 +4939,6 @@ class GateChannel(HTTPChannel):    # type: ignore[misc]  # waitress carries no t
     def __init__(self, server: Any, *arguments: Any, **named: Any) -> None:
         super().__init__(server, *arguments, **named)
         self._seen, self._since = self.last_activity, server.clock()    # the wall clock only as a mark: it may jump
-
-    @staticmethod
-    def task_class(channel: GateChannel, request: GateParser) -> GateTask:
-        return (HeadTask if request.command == "HEAD" else GateTask)(channel, request)
 
     def add_channel(self, map: Any = None) -> None:     # waitress's name
         super().add_channel(map)
@@ -5063,7 +4973,6 @@ class GateChannel(HTTPChannel):    # type: ignore[misc]  # waitress carries no t
         holds, self.holds = self.holds, False
         taken = int(super().write_soon(data))
         if not holds:
-            self.body_bytes += taken
             self.server.loop.touch(self)
         return taken
 
@@ -5117,18 +5026,9 @@ class GateChannel(HTTPChannel):    # type: ignore[misc]  # waitress carries no t
         with self.outbuf_lock:      # a thread may send a 100 Continue for it while the loop sends what is left
             return bool(super()._flush_some(do_close))
 
-    @property
-    def asks_no_more(self) -> bool:
-        """Whether nothing has come behind the request that is answered now."""
-        with self.requests_lock:
-            return len(self.requests) == 1 and self.request is None
-
-    def served(self, task: Any, outcome: str) -> None:
-        """A request is answered: counts it and takes a note of it."""
-        seconds, tally = time.perf_counter() - self.began, self.server.tally
-        tally.request(outcome, seconds)
-        if tally.access_log is not None:
-            tally.access_log.note(task, outcome, seconds)
+    def served(self, outcome: str) -> None:
+        """A request is answered."""
+        self.server.tally.request(outcome, time.perf_counter() - self.began)
 
     def attend(self, events: int) -> None:
         """Does what the client is ready for, then has the loop wait for what is wanted now; on the loop.
@@ -5270,7 +5170,7 @@ class GateServer(TcpWSGIServer):    # type: ignore[misc]  # waitress carries no 
     _next_sweep = _accepts_at = _next_complaint = 0.0   # by the clock
     _pressed = False    # since the last sweep there was no room
 
-    def __init__(self, gate: Gate, sock: socket.socket, service: ServiceSettings, connections: int,
+    def __init__(self, gate: Gate, socks: Sequence[socket.socket], service: ServiceSettings, connections: int,
                  tally: RequestCounters | None = None) -> None:
         threads = service.app_threads
         adjustments = Adjustments(
@@ -5286,7 +5186,7 @@ class GateServer(TcpWSGIServer):    # type: ignore[misc]  # waitress carries no 
         self.waited_for: set[GateChannel] = set()       # by a thread each
         self._ends = self._idle_end = math.inf
         self.pool = Pool(threads, service.queue)
-        self.sockets: Sequence[socket.socket] = [sock]      # more where its name has several addresses
+        self.sockets, sock = socks, socks[0]    # several where its name has several addresses
         logging.getLogger("waitress").addFilter(on_one_line)
         sockinfo = (sock.family, sock.type, sock.proto, sock.getsockname())
         super().__init__(ForwardedHeaders(gate, service.trusted_proxy), {}, True, sock, dispatcher=self.pool,
@@ -5303,7 +5203,7 @@ class GateServer(TcpWSGIServer):    # type: ignore[misc]  # waitress carries no 
         """Leaves what cannot block, or has no room to wait, to the loop's own thread, and the rest to a pool: the
         hand-over of the interpreter lock costs more than most answers. Called with the channel's lock held."""
         request, gate = channel.requests[0], self.gate
-        channel.began, channel.body_bytes = time.perf_counter(), 0
+        channel.began = time.perf_counter()
         if request.error is None:
             path = request.path     # of several slashes before it waitress makes one
             request.handler = gate.route("/" + path.lstrip("/") if path.startswith("//") else path)
@@ -5324,7 +5224,6 @@ class GateServer(TcpWSGIServer):    # type: ignore[misc]  # waitress carries no 
             pressed, self._pressed = self._pressed, False
             for channel in list(self.active_channels.values()):
                 channel.sweep(now, pressed)
-            self.tally.flush()
         if len(self._map) >= self.adj.connection_limit:
             self._pressed = True
             self.complain("as many connections as allowed are open; idle ones are closed sooner")
@@ -5432,11 +5331,9 @@ class GateServer(TcpWSGIServer):    # type: ignore[misc]  # waitress carries no 
 
     def _note_cut(self) -> None:
         """Tells whose requests the end does not wait for."""
-        cut = [(channel, request) for channel in self.active_channels.values() for request in channel.requests[:1]]
-        for channel, request in cut:
-            task = GateTask(channel, request)
-            task.status = "000"     # it is not known whether its head was sent
-            channel.served(task, "cut")
+        cut = [channel for channel in self.active_channels.values() if channel.requests]
+        for channel in cut:
+            channel.served("cut")
         if cut:
             drain = self._service.drain
             log.warning("requests cut, for they took longer than service.drain, %g s: %d", drain, len(cut))
@@ -5459,7 +5356,6 @@ LISTEN_FAULTS = {
 PORT_WAIT = 5.0                 # seconds for a port to become free: workers of a killed service hold theirs a moment
 READY_INTERVAL = 0.02           # seconds between two looks whether to serve
 ORPHAN_DRAIN = 0.5              # seconds for requests in flight of a worker whose main process died
-PIPE_WAITING = 100              # messages to the main process, beyond which no lines of the access log are added
 LAST_WORDS = 0.2                # seconds in which what a dead worker said is read
 SUPERVISOR_INTERVAL = 0.05      # seconds between two looks at the worker processes
 STANDSTILL = 1.0                # seconds between two looks that mean that this process, or the machine, stood still
@@ -5614,10 +5510,12 @@ class LineFormatter(logging.Formatter):
         return "\n".join(f"    {printable(line)}" for line in stack_info.splitlines())
 
 
-class MessagePipe:
-    """A worker's end of the pipe: a thread sends, so that who puts never waits for the main process."""
+class MessagePipe(logging.Handler):
+    """What a worker says and logs. A thread sends, so that nobody waits for the main process."""
 
     def __init__(self, pipe: PipeConnection) -> None:
+        super().__init__()
+        self.setFormatter(LineFormatter("%(message)s"))
         self._pipe = pipe
         self._out: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._send, name="pipe", daemon=True)
@@ -5626,13 +5524,14 @@ class MessagePipe:
     def put(self, kind: str, *message: Any) -> None:
         self._out.put(json.dumps([kind, *message]).encode())
 
-    def send_notes(self, notes: Sequence[AccessNote]) -> None:
-        """For the access log, whose file the main process writes; raises BlockingIOError when it does not read."""
-        if self._out.qsize() > PIPE_WAITING:
-            raise BlockingIOError(errno.EAGAIN, "the main process does not read")
-        self.put("requests", notes)
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            message, _, trace = self.format(record).partition("\n")
+            self.put("log", record.levelno, message, trace)
+        except Exception:       # noqa: BLE001  # as every handler: a faulty call must not fail whoever logs
+            self.handleError(record)
 
-    def close(self, wait: float) -> None:
+    def finish(self, wait: float) -> None:
         """Ends the thread after what was put."""
         self._out.put(None)
         self._thread.join(wait)
@@ -5643,49 +5542,7 @@ class MessagePipe:
                 self._pipe.send_bytes(message)
 
 
-class PipeLogHandler(logging.Handler):
-    """Logs through the main process: one process writes the log."""
-
-    def __init__(self, pipe: MessagePipe) -> None:
-        super().__init__()
-        self._pipe = pipe
-        self.setFormatter(LineFormatter("%(message)s"))
-
-    def emit(self, record: logging.LogRecord) -> None:
-        try:
-            message, _, trace = self.format(record).partition("\n")
-            self._pipe.put("log", record.levelno, message, trace)
-        except Exception:       # noqa: BLE001  # as every handler: a faulty call must not fail whoever logs
-            self.handleError(record)
-
-
 # --- in a worker process ---
-@dataclass(frozen=True)
-class WorkerConfig:
-    """What a worker process is given."""
-
-    number: int
-    service: ServiceSettings
-    folder: Path        # of the inventory, where the application is looked for
-    socks: Sequence[socket.socket]
-    lease: Lease
-    counters: Counters
-    serving: ctypes.c_bool      # in shared memory: whether those that are ready may serve
-    pipe: PipeConnection
-
-    def keep(self) -> None:
-        """Lets no process that the application starts have doors and pipe: it may outlive the service."""
-        if sys.platform != "win32":     # where it inherits nothing by itself
-            for number in [self.pipe.fileno(), *(sock.fileno() for sock in self.socks)]:
-                os.set_inheritable(number, False)
-            os.register_at_fork(after_in_child=self.close)
-
-    def close(self) -> None:
-        self.pipe.close()
-        for sock in self.socks:
-            sock.close()
-
-
 def keep_out_of_collections() -> None:
     """What was made until now stays; a look of the collector through these 100,000 objects holds all up for 60 ms."""
     gc.collect()
@@ -5698,68 +5555,67 @@ def end_after(seconds: float) -> None:
     os._exit(0)
 
 
+@dataclass
 class Worker:
-    """Serves once it is ready and may, until the main process says stop, or dies."""
+    """What a worker process is given; `run` serves there, until the main process says stop, or dies."""
 
-    def __init__(self, config: WorkerConfig) -> None:
-        self._config = config
-        self._pipe = MessagePipe(config.pipe)
-        self._server: GateServer | None = None      # once it serves
-        threading.Thread(target=self._listen, name="stop", daemon=True).start()
+    number: int
+    service: ServiceSettings
+    folder: Path        # of the inventory, where the application is looked for
+    socks: Sequence[socket.socket]
+    lease: Lease
+    counters: Counters
+    serving: ctypes.c_bool      # in shared memory: whether those that are ready may serve
+    pipe: PipeConnection
+    server: GateServer | None = None    # once it serves
 
     def run(self) -> None:
-        logging.basicConfig(level=logging.INFO, handlers=[PipeLogHandler(self._pipe)], force=True)
+        for number in (*ENDINGS, *HANGUPS):     # it ends through its pipe; SIG_IGN would be inherited by what it starts
+            signal.signal(number, lambda *_: None)
+        if sys.platform != "win32":
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, (*ENDINGS, *HANGUPS))
+            for number in [self.pipe.fileno(), *(sock.fileno() for sock in self.socks)]:
+                os.set_inheritable(number, False)   # what the application starts may outlive the service
+            os.register_at_fork(after_in_child=self._close)
+        messages = MessagePipe(self.pipe)
+        logging.basicConfig(level=logging.INFO, handlers=[messages], force=True)
+        threading.Thread(target=self._listen, name="stop", daemon=True).start()
         try:
-            server = self._build()
+            self._serve(messages)
         except HealthCheckerError as error:
-            self._pipe.put("failed", str(error))
-            return
+            messages.put("failed", str(error))
+        finally:    # what the application left running does not keep the process
+            messages.finish(WORKER_END / 2)
+            threading.Thread(target=end_after, args=(WORKER_END / 2,), daemon=True).start()
+
+    def _serve(self, messages: MessagePipe) -> None:
+        service = self.service
+        app = load_app(service.app, self.folder) if service.app else builtin_app(service)
+        tally = RequestCounters(self.counters, self.number)
+        server = GateServer(Gate(app, self.lease), self.socks, service, connection_limit(), tally)
         keep_out_of_collections()
-        self._pipe.put("ready")
-        while not self._config.serving.value:
+        messages.put("ready")
+        while not self.serving.value:
             time.sleep(READY_INTERVAL)
-        self._server = server
+        self.server = server
         server.serve()
-
-    def close(self) -> None:
-        """What the application left running does not keep the process."""
-        self._pipe.close(WORKER_END / 2)
-        threading.Thread(target=end_after, args=(WORKER_END / 2,), daemon=True).start()
-
-    def _build(self) -> GateServer:
-        config, service = self._config, self._config.service
-        app = load_app(service.app, config.folder) if service.app else builtin_app(service)
-        access_log = AccessLog(self._pipe.send_notes) if service.access_log else None
-        tally = RequestCounters(config.counters, config.number, access_log)
-        server = GateServer(Gate(app, config.lease), config.socks[0], service, connection_limit(), tally)
-        server.sockets = config.socks
-        return server
 
     def _listen(self) -> None:
         """In a thread: hears stop, or end of file."""
-        drain = self._config.service.drain
+        drain = self.service.drain
         try:
-            self._config.pipe.recv_bytes()
+            self.pipe.recv_bytes()
         except (OSError, EOFError):     # the main process died: another one may wait for the port
             drain = min(drain, ORPHAN_DRAIN)
-        if self._server is None:
+        if self.server is None:
             os._exit(0)
-        self._server.stop(drain)
+        self.server.stop(drain)
         end_after(drain + WORKER_END / 2)
 
-
-def run_worker(config: WorkerConfig) -> None:
-    """The main function of a worker process."""
-    for number in (*ENDINGS, *HANGUPS):     # it ends through its pipe; SIG_IGN would be inherited by what it starts
-        signal.signal(number, lambda *_: None)
-    if sys.platform != "win32":
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, (*ENDINGS, *HANGUPS))
-    config.keep()
-    worker = Worker(config)
-    try:
-        worker.run()
-    finally:
-        worker.close()
+    def _close(self) -> None:
+        self.pipe.close()
+        for sock in self.socks:
+            sock.close()
 
 
 # --- in the main process ---
@@ -5779,13 +5635,12 @@ def signals_held() -> Iterator[None]:
 class WorkerProcess:
     """One worker process, from its start to its end."""
 
-    def __init__(self, number: int, process: multiprocessing.process.BaseProcess, pipe: PipeConnection,
-                 access_file: AccessFile | None) -> None:
+    def __init__(self, number: int, process: multiprocessing.process.BaseProcess, pipe: PipeConnection) -> None:
         self.number, self.process, self.born_mono = number, process, time.monotonic()
         self.turns, self.turned_mono = -1.0, 0.0    # of its loop, and when they last were more
         self.ready = threading.Event()
         self.failure = ""
-        self._access_file, self._pipe = access_file, pipe
+        self._pipe = pipe
         self._lock = threading.Lock()   # guards the end of _pipe, whose descriptor is another file's afterwards
         self._thread = threading.Thread(target=self._listen, name=f"worker {number}", daemon=True)
         self._thread.start()
@@ -5836,18 +5691,14 @@ class WorkerProcess:
             log.handle(logging.makeLogRecord({
                 "name": log.name, "levelno": level, "levelname": logging.getLevelName(level),
                 "msg": f"worker {self.number}: {text}", "exc_text": trace}))
-        elif kind == "requests" and self._access_file:
-            self._access_file.write(message[0])
 
 
 class Supervisor:
     """The worker processes behind one door: starts them, replaces those that die or hang, ends them."""
 
-    def __init__(self, service: ServiceSettings, folder: Path, socks: Sequence[socket.socket], lease: Lease,
-                 access_file: AccessFile | None = None) -> None:
+    def __init__(self, service: ServiceSettings, folder: Path, socks: Sequence[socket.socket], lease: Lease) -> None:
         """`folder` is the inventory's, where `service.app` is looked for."""
         self.service, self._folder, self._socks, self._lease = service, folder, socks, lease
-        self._access_file = access_file
         for sock in socks:
             sock.setblocking(False)     # on Windows each start of a worker sets this process's mode in all of them
         self._count = service.worker_count
@@ -5924,12 +5775,12 @@ class Supervisor:
     def _launch(self, number: int) -> WorkerProcess:
         context = multiprocessing.get_context("spawn")      # the same on every system
         ours, theirs = context.Pipe()
-        config = WorkerConfig(number, self.service, self._folder, self._socks, self._lease, self.counters,
-                              self._serving, theirs)
-        process = context.Process(target=run_worker, args=(config,), name=f"worker {number}")
+        worker = Worker(number, self.service, self._folder, self._socks, self._lease, self.counters, self._serving,
+                        theirs)
+        process = context.Process(target=worker.run, name=f"worker {number}")
         with theirs, signals_held():    # closed here, or the worker's end would not be seen
             process.start()
-        return WorkerProcess(number, process, ours, self._access_file)
+        return WorkerProcess(number, process, ours)
 
     def _replace(self, now: float) -> None:
         for worker in self._workers:
@@ -8870,12 +8721,11 @@ def serve(arguments: argparse.Namespace) -> int:
     set_up_logging(service.log_file)
     if service.metrics_token_file:
         read_token(service.metrics_token_file)    # what cannot be used ends the start
-    access_file = AccessFile(service.access_log) if service.access_log else None
     doors, console = installation.bind()
     service = service.model_copy(update={
         "listen": bound_address(service.listen, doors), "console": bound_address(service.console, console)})
     inspect_database(installation.database)
-    supervisor = Supervisor(service, installation.path.parent, doors, aggregator.lease, access_file)
+    supervisor = Supervisor(service, installation.path.parent, doors, aggregator.lease)
     with contextlib.closing(lock_database(installation.database)), contextlib.closing(supervisor):
         handle_signals(supervisor.stop)     # from here on: an interrupt would leave a worker that nobody knows
         supervisor.start()

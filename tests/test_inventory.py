@@ -89,23 +89,19 @@ FAULTS: dict[str, tuple[str, str]] = {
         "service: unknown setting; did you mean threads?",
     ),
     "proxies are a text": ("service: {trusted_proxy: ¦192.0.2.1}\nresources: []", "trusted_proxy: must be a list"),
-    "log is a list": ("service: {access_log: ¦[a]}\nresources: []", "service.access_log: must be a path"),
+    "log is a list": ("service: {log_file: ¦[a]}\nresources: []", "service.log_file: must be a path"),
     "retention is a number": ("service: {retention: ¦5}\nresources: []", "retention: must be a mapping (key: value)"),
     "log into the inventory": (
-        "service: {access_log: ¦inventory.yaml}\nresources: []",
-        "service.access_log: is the inventory, too; name another file",
+        "service: {log_file: ¦inventory.yaml}\nresources: []",
+        "service.log_file: is the inventory, too; name another file",
     ),
     "log into the database": (
         "service: {log_file: ¦health.db, database: 'sqlite:///health.db'}\nresources: []",
         "service.log_file: is service.database, too",
     ),
-    "two logs in one": (
-        "service: {log_file: a.log, access_log: ¦a.log}\nresources: []",
-        "service.access_log: is service.log_file, too",
-    ),
     "log into the token": (
-        "service: {access_log: ¦token, metrics_token_file: token}\nresources: []",
-        "service.access_log: is service.metrics_token_file, too",
+        "service: {log_file: ¦token, metrics_token_file: token}\nresources: []",
+        "service.log_file: is service.metrics_token_file, too",
     ),
     "drain that never ends": ("service: {drain: ¦.inf}\nresources: []", "service.drain: must be a valid number"),
     "drain inf": ("service: {drain: ¦inf}\nresources: []", "service.drain: must be"),
