@@ -5117,16 +5117,23 @@ class Loop:
                     self._selector.modify(sock, events, channel)
                 else:
                     self._selector.unregister(sock)
-        except OSError:     # the system lacks memory: one connection ends, not all
-            channel.watched = 0
-            if isinstance(channel, GateChannel):
-                channel.will_close = True
-                self.touch(channel)
-        if channel.watched & selectors.EVENT_WRITE and isinstance(channel, GateChannel):
+        except OSError:
+            self._forget(channel)
+        if channel.watched & selectors.EVENT_WRITE:
             channel.taken_at = channel.server.clock()
             self.sending.add(channel)
         else:
             self.sending.discard(channel)
+
+    def _forget(self, channel: Any) -> None:
+        """The system lacks memory: this connection ends, not all; a door is tried again."""
+        channel.watched = 0
+        for sock in channel.sockets:
+            with contextlib.suppress(KeyError):     # that one was not registered
+                self._selector.unregister(sock)
+        if isinstance(channel, GateChannel):
+            channel.will_close = True
+            self.touch(channel)
 
     def attend(self) -> None:
         """Looks at what was touched."""
@@ -5145,9 +5152,6 @@ class Loop:
                 key.data.attend(events)
             else:
                 wasyncore.read(key.data)
-
-    def close(self) -> None:
-        self._selector.close()
 
 
 def on_one_line(record: logging.LogRecord) -> bool:
@@ -5191,7 +5195,8 @@ class GateServer(TcpWSGIServer):    # type: ignore[misc]  # waitress carries no 
         sockinfo = (sock.family, sock.type, sock.proto, sock.getsockname())
         super().__init__(ForwardedHeaders(gate, service.trusted_proxy), {}, True, sock, dispatcher=self.pool,
                          adj=adjustments, sockinfo=sockinfo, bind_socket=False)
-        self.loop = Loop(self.selector_class(), self.trigger)
+        self._selector = self.selector_class()
+        self.loop = Loop(self._selector, self.trigger)
 
     def set_reuse_addr(self) -> None:
         """Nothing: the socket is bound, and on Windows the option would let another server share its port."""
@@ -5273,7 +5278,7 @@ class GateServer(TcpWSGIServer):    # type: ignore[misc]  # waitress carries no 
     def serve(self) -> None:
         """The loop."""
         self.loop.thread = threading.get_ident()
-        with contextlib.closing(self.loop):
+        with contextlib.closing(self._selector):
             while not self._drained():      # asked right after all that has come was read
                 self._turn()
             self._note_cut()
@@ -8576,15 +8581,6 @@ class ConsoleServer(threading.Thread):
 # Gives: main
 PROBES_AT_ONCE = 64             # resources that `check --probe` polls at the same time
 PROGRESS_INTERVAL = 0.1         # seconds between two looks at them; a wait without an end may never see Ctrl-C
-MINIMAL_INVENTORY = """resources:
-  - {name: this-machine, platform: local}
-"""
-
-
-def quiet_libraries() -> None:
-    """They repeat what we report."""
-    for name in ("paramiko", "pypsrp", "urllib3", "spnego"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
 def ensure_inventory(path: Path) -> None:
@@ -8595,11 +8591,11 @@ def ensure_inventory(path: Path) -> None:
             return
         if example.is_file():
             shutil.copyfile(example, path)
-            print(f"{path.name} was not there: copied from {example.name}; it watches this machine. "
-                  "Edit it and restart.")
+            origin = f"copied from {example.name}; it watches this machine."
         else:
-            path.write_text(MINIMAL_INVENTORY, encoding="utf-8")
-            print(f"{path.name} was not there: written one that watches this machine. Edit it and restart.")
+            path.write_text("resources:\n  - {name: this-machine, platform: local}\n", encoding="utf-8")
+            origin = "written one that watches this machine."
+        print(f"{path.name} was not there: {origin} Edit it and restart.")
     except OSError as error:
         raise InventoryError(f"{path.name}: cannot be written: {error.strerror}") from error
 
@@ -8630,19 +8626,17 @@ def set_up_logging(log_file: Path | None) -> None:
     logging.basicConfig(level=logging.INFO, handlers=handlers, force=True)
 
 
-def reopen_logs() -> None:
-    """Has log files opened anew; safe in a signal handler."""
-    for handler in logging.getLogger().handlers:
-        if isinstance(handler, LogFile):
-            handler.stale = True
-
-
 def handle_signals(stop: Callable[[], None]) -> None:
-    """Lets the signals that end the service do so by `stop`; SIGHUP reopens the logs."""
+    """Lets the signals that end the service do so by `stop`; SIGHUP has the log file opened anew."""
+    def reopen(*_: object) -> None:
+        for handler in logging.getLogger().handlers:
+            if isinstance(handler, LogFile):
+                handler.stale = True
+
     for number in ENDINGS:
         signal.signal(number, lambda *_: stop())
     for number in HANGUPS:
-        signal.signal(number, lambda *_: reopen_logs())
+        signal.signal(number, reopen)
 
 
 class Installation:
@@ -8653,6 +8647,8 @@ class Installation:
         self.inventory = load_inventory(self.path)
         self.service = self.inventory.service
         self.database = self.service.database_path
+        if self.service.listen == (console := self.service.console) and not console.endswith(":0"):
+            raise UsageError(f"service.console {console} is the address of service.listen; write another port, or off")
 
     @contextlib.contextmanager
     def store(self, *, scratch: bool = False, alone: bool = False) -> Iterator[Store]:
@@ -8672,12 +8668,9 @@ class Installation:
 
     def bind(self) -> tuple[list[socket.socket], list[socket.socket]]:
         """Both doors: the application's and the operators', which may be off. Raises UsageError."""
-        listen_at, console_at = self.service.listen, self.service.console
-        if listen_at == console_at and not listen_at.endswith(":0"):
-            raise UsageError(f"service.console {console_at} is the address of service.listen; write another port, "
-                             "or off")
-        doors = listen("service.listen", listen_at)
-        return doors, [] if console_at == "off" else listen("service.console", console_at)
+        console = self.service.console
+        doors = listen("service.listen", self.service.listen)
+        return doors, [] if console == "off" else listen("service.console", console)
 
 
 def prepare(installation: Installation, store: Store) -> Vault:
@@ -8990,7 +8983,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(encoding="utf-8", errors="backslashreplace")
     arguments = command_line().parse_args(argv)
-    quiet_libraries()
+    for name in ("paramiko", "pypsrp", "urllib3", "spnego"):    # they repeat what we report
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
         return int(arguments.run(arguments))
     except HealthCheckerError as error:

@@ -483,6 +483,13 @@ BAD_STARTS: dict[str, tuple[str, int, str]] = {
 }
 
 
+def test_check_tells_of_equal_doors(tmp_path: Path) -> None:
+    """As a start does."""
+    done = run(write_inventory(tmp_path, "", "  listen: 127.0.0.1:8081\n  console: 127.0.0.1:8081"), "check")
+    assert done.returncode == 2
+    assert done.stderr.startswith("service.console 127.0.0.1:8081 is the address of service.listen; write another port")
+
+
 @pytest.mark.parametrize("case", BAD_STARTS)
 def test_start_that_cannot_be(case: str, tmp_path: Path) -> None:
     setting, code, message = BAD_STARTS[case]

@@ -1034,6 +1034,31 @@ def test_a_connection_that_cannot_be_waited_for(known: bool, monkeypatch: pytest
         assert serving.get() == (200, b"hello")
 
 
+def test_an_address_that_cannot_be_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a door with several: all of them are tried again."""
+
+    class RefusesOnce(selectors.DefaultSelector):
+        refused: socket.socket | None
+
+        def register(self, fileobj: Any, events: int, data: Any = None) -> selectors.SelectorKey:
+            if fileobj is RefusesOnce.refused:
+                RefusesOnce.refused = None
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return super().register(fileobj, events, data)
+
+    monkeypatch.setattr(GateServer, "selector_class", RefusesOnce)
+    with contextlib.ExitStack() as stack:
+        socks = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(2)]
+        RefusesOnce.refused = socks[1]
+        server = GateServer(Gate(hello, Lease()), socks, ServiceSettings(), 100)
+        stack.callback(wasyncore.close_all, server._map)
+        stack.enter_context(contextlib.closing(server._selector))
+        server.loop.watch(server, selectors.EVENT_READ)
+        assert not server.watched
+        server.loop.watch(server, selectors.EVENT_READ)
+        assert {key.fileobj for key in server._selector.get_map().values()} >= set(socks)
+
+
 class Resets(socket.socket):
     """A listening socket on which the first connection is reset before it is accepted, as Windows tells."""
 
