@@ -4373,7 +4373,7 @@ class RequestCounters:
 # it holds. `route` sorts a request by its path, without blocking; the server runs on its loop what never blocks, and
 # `admit`, the application, in the pool, where the lease is asked once more. `load_app` finds the application, in the
 # worker that is to run it.
-# Gives: Gate, build_gate, respond, Reply, Headers, NO_STORE, PREFIX, HEALTH, METRICS_PATH, HANDLER
+# Gives: Gate, respond, Reply, NO_STORE, PREFIX, HEALTH, METRICS_PATH, HANDLER, WELCOME
 RETRY_AFTER_MAX = 3600          # seconds
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>{title}</title><body style="font:1.1rem system-ui;margin:15vh auto;max-width:32rem;padding:1rem">
@@ -4488,7 +4488,7 @@ class Gate:
 # Requests, read more strictly than by waitress, whose own parser lets pass what hides one request in another: what two
 # programs could understand in two ways is refused, and what is too large. The loop's thread feeds the parser what has
 # come. And who asks, behind a proxy: a WSGI middleware, for the application's door and for the console's.
-# Gives: GateParser, BadRequest, ForwardedHeaders, plain_address, HEADER_BYTES
+# Gives: GateParser, BadRequest, ForwardedHeaders, is_within, plain_address
 HEADER_BYTES = 16 << 10         # bytes of a request's line and headers, or of what surrounds the chunks of its body
 TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]"
 REQUEST_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Z-]{1,32}) ([!\"$-~\x80-\xff]+) HTTP/(1\.[01])")
@@ -8578,7 +8578,7 @@ class ConsoleServer(threading.Thread):
 # application: up to here a fault ends the start, and nothing was written. Then it takes the inventory over, stored
 # states open the gate, the console answers, the workers may serve. It ends the other way round: the workers drain while
 # the pollers go on, then console, pollers and database close.
-# Gives: main
+# Gives: nothing
 PROBES_AT_ONCE = 64             # resources that `check --probe` polls at the same time
 PROGRESS_INTERVAL = 0.1         # seconds between two looks at them; a wait without an end may never see Ctrl-C
 
