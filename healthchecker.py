@@ -72,7 +72,6 @@ import gc
 import getpass
 import gzip
 import hashlib
-import heapq
 import hmac
 import http
 import importlib
@@ -507,7 +506,6 @@ class Limit(Settings):
         if self.warn is not None and self.fail is not None and self.warn >= self.fail:
             raise ValueError("warn must be below fail")
         return self
-
 
 
 class LoadLimit(Limit):
@@ -1635,7 +1633,6 @@ class Deadline:
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
         self._ends_mono = time.monotonic() + seconds
-        self.expired = False
 
     def left(self) -> float:
         """Seconds left; raises ProbeError when there are none."""
@@ -1645,13 +1642,13 @@ class Deadline:
 
     @property
     def over(self) -> bool:
-        return self.expired or time.monotonic() >= self._ends_mono
+        return time.monotonic() >= self._ends_mono
 
     @contextlib.contextmanager
     def watch(self, abort: Callable[[], object]) -> Iterator[None]:
         """Calls `abort` at the deadline while the block runs: what blocks in a library has no other way out."""
         def expire() -> None:
-            self.expired = True
+            self._ends_mono = time.monotonic()      # a timer may be early by a tick
             abort()
 
         timer = threading.Timer(self.left(), expire)
@@ -1707,12 +1704,11 @@ class Resolver:
 
     def _lookup(self, host: str, port: int) -> concurrent.futures.Future[list[Any]]:
         with self._lock:
-            future = self._pending.get((host, port))
-            if future is None:
-                future = concurrent.futures.Future()
+            if (host, port) not in self._pending:
+                future: concurrent.futures.Future[list[Any]] = concurrent.futures.Future()
                 threading.Thread(target=self._work, args=(host, port, future), daemon=True).start()
                 self._pending[host, port] = future      # only now: without a thread nobody would take it out again
-            return future
+            return self._pending[host, port]
 
     def _work(self, host: str, port: int, future: concurrent.futures.Future[list[Any]]) -> None:
         try:
@@ -1787,10 +1783,9 @@ class LoginGuard:
         self._clock = clock
         self._turn = threading.Condition()          # guards all below, reentrant; notified when an attempt ends
         self._running = 0
-        self._proven = False
         self._refused: dict[str, tuple[float, int]] = {}    # resource -> time of its last refusal, stamp of its key
         self._accepted: set[str] = set()            # resources that were let in
-        self._unanswered: dict[str, int] = {}       # logins without an outcome in a row, of those that never were
+        self._unanswered: collections.Counter[str] = collections.Counter()  # logins without an outcome of the others
         self._suspects: set[str] = set()            # refused for the first time since the last accepted login
         self._last_mono = -math.inf                 # the last attempt, by the clock that is passed in
         self._began_mono = -math.inf                # the same, by the system's: it spaces what has no outcome
@@ -1804,14 +1799,12 @@ class LoginGuard:
                 last_mono = max(last_mono, self._last_mono)
             return max(0.0, last_mono + AUTH_BACKOFF - self._clock())
 
-    def _rest(self) -> float:
-        return self._began_mono + AUTH_TURN - time.monotonic()
-
     @contextlib.contextmanager
     def attempt(self, name: str, deadline: Deadline, stamp: int = 0) -> Iterator[None]:
         """Around one login: an error of cause `auth` counts as refused, the end of the block as accepted."""
         with self._turn:
-            while self._running and (self._suspects or not self._proven) and (rest := self._rest()) > 0:
+            while (self._running and (self._suspects or not self._accepted)
+                   and (rest := self._began_mono + AUTH_TURN - time.monotonic()) > 0):
                 self._turn.wait(min(rest, deadline.left()))
             if self.wait(name, stamp) > 0:
                 raise ProbeError("auth", NOT_TRIED)
@@ -1820,21 +1813,21 @@ class LoginGuard:
         try:
             yield
         except ProbeError as error:
-            if error.cause == "auth" or self._lost(name):
-                self.refuse(name, stamp=stamp)
+            with self._turn:    # no outcome is one, too, in the end: a host may refuse more slowly than we wait
+                self._unanswered[name] += error.cause != "auth" and name not in self._accepted
+                if error.cause == "auth" or self._unanswered[name] >= UNANSWERED:
+                    self.refuse(name, stamp=stamp)
             raise
         else:
-            self._accept(name)
+            with self._turn:
+                self._accepted.add(name)
+                self._unanswered.pop(name, None)
+                self._suspects.clear()
+                self._refused.pop(name, None)
         finally:
             with self._turn:
                 self._running -= 1
                 self._turn.notify_all()
-
-    def _lost(self, name: str) -> bool:
-        """Whether a login without an outcome counts as refused: a host may refuse more slowly than we wait."""
-        with self._turn:
-            self._unanswered[name] = 0 if name in self._accepted else self._unanswered.get(name, 0) + 1
-            return self._unanswered[name] >= UNANSWERED
 
     def refuse(self, name: str, ago: float = 0.0, stamp: int = 0) -> None:
         """Notes a refusal `ago` seconds ago (before a restart)."""
@@ -1843,13 +1836,6 @@ class LoginGuard:
                 self._suspects.add(name)
             self._last_mono = max(self._last_mono, self._clock() - ago)
             self._refused[name] = self._clock() - ago, stamp
-
-    def _accept(self, name: str) -> None:
-        with self._turn:
-            self._proven = True
-            self._accepted.add(name)
-            self._suspects.clear()
-            self._refused.pop(name, None)
 
     def clear(self, name: str) -> None:
         """Lets `name` try at once, whatever it is that stops the others."""
@@ -1919,37 +1905,34 @@ class KnownHosts:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._lock = threading.Lock()       # guards all below
-        self._stamp: tuple[int, int] | None = None
-        self._lines: list[tuple[str, str, str]] = []                        # marker, hosts, identity
-        self._found: dict[str, tuple[frozenset[str], frozenset[str]]] = {}    # by name: accepted, revoked
+        self._lines = functools.lru_cache(1)(self._read)        # of the file as it is now
+        self._keys = functools.lru_cache(1 << 14)(self._find)   # hashed names cost an HMAC for each line
 
     def lookup(self, host: str, port: int) -> tuple[frozenset[str], frozenset[str]]:
         """The keys of a host that are accepted and those that are revoked. Raises ProbeError."""
-        name = host if port == SSH_PORT else f"[{host}]:{port}"
         try:
             stat = self._path.stat()
-            with self._lock:
-                if (stat.st_mtime_ns, stat.st_size) != self._stamp:
-                    self._lines, self._stamp = list(self._read()), (stat.st_mtime_ns, stat.st_size)
-                    self._found = {}
-                if name not in self._found:
-                    keys = [(marker, key) for marker, hosts, key in self._lines if names_host(hosts, name)]
-                    self._found[name] = (frozenset(key for marker, key in keys if not marker),
-                                         frozenset(key for marker, key in keys if marker == "@revoked"))
-                return self._found[name]
+            return self._keys(host if port == SSH_PORT else f"[{host}]:{port}", (stat.st_mtime_ns, stat.st_size))
         except FileNotFoundError:
             return frozenset(), frozenset()
         except OSError as error:
             raise ProbeError("host_key", f"known_hosts {self._path} cannot be read: {error.strerror}") from error
 
-    def _read(self) -> Iterator[tuple[str, str, str]]:
+    def _find(self, name: str, stamp: tuple[int, int]) -> tuple[frozenset[str], frozenset[str]]:
+        keys = [(marker, key) for marker, hosts, key in self._lines(stamp) if names_host(hosts, name)]
+        return (frozenset(key for marker, key in keys if not marker),
+                frozenset(key for marker, key in keys if marker == "@revoked"))
+
+    def _read(self, _stamp: tuple[int, int]) -> list[tuple[str, str, str]]:
+        """Marker, hosts and identity of each line."""
+        lines = []
         for line in self._path.read_text(encoding="utf-8", errors="replace").splitlines():
             words = line.split()
             marker = words.pop(0) if words and words[0].startswith("@") else ""
             with contextlib.suppress(ValueError, IndexError):
                 if not words[0].startswith("#"):
-                    yield marker, words[0], identity(words[1], base64.b64decode(words[2], validate=True))
+                    lines.append((marker, words[0], identity(words[1], base64.b64decode(words[2], validate=True))))
+        return lines
 
 
 def remote_identity(transport: paramiko.Transport) -> str:
@@ -2045,37 +2028,32 @@ class SshConnection:
     def _connected(self, deadline: Deadline) -> Iterator[SshTransport]:
         """A transport after the key exchange; socket, transport and thread are gone afterwards."""
         sock = connect_tcp(self._context.resolver, self._settings.hostname, self._settings.connect_port, deadline)
-        transport: SshTransport | None = None
+        transport = SshTransport(sock, disabled_algorithms=self.WEAK, packetizer_class=BoundedPacketizer)
+        transport.banner_timeout = transport.handshake_timeout = transport.auth_timeout = self.NEVER
 
-        def abort() -> None:
+        def hang_up() -> None:
             with contextlib.suppress(OSError):
-                sock.shutdown(socket.SHUT_RDWR)
+                sock.shutdown(socket.SHUT_RDWR)     # wakes the thread that reads
+            transport.close()
             sock.close()
-            if transport is not None:
-                transport.close()
 
-        with contextlib.closing(sock), deadline.watch(abort):
-            try:
-                transport = SshTransport(sock, disabled_algorithms=self.WEAK, packetizer_class=BoundedPacketizer)
-                transport.banner_timeout = transport.handshake_timeout = transport.auth_timeout = self.NEVER
+        try:
+            with deadline.watch(hang_up):
                 self._prefer_known_types(transport)
                 transport.start_client()
                 sock.limit = RECEIVED_BYTES
                 sock.settimeout(PACKET_PATIENCE)      # paramiko's own 0.1 s would wake its thread all the time
                 yield transport
-            except ProbeError:
-                raise
-            except Exception as error:      # paramiko lets through whatever its parsers raise
-                deadline.left()
-                raise ssh_fault(error, sock.first) from error
-            finally:
-                if transport is not None:
-                    with contextlib.suppress(OSError):
-                        sock.shutdown(socket.SHUT_RDWR)     # wakes the thread that reads
-                    transport.close()
-                    transport.packetizer.complete_handshake()   # ends a timer of paramiko's that close() leaves
-                    if transport.is_alive():
-                        transport.join(1)
+        except ProbeError:
+            raise
+        except Exception as error:      # paramiko lets through whatever its parsers raise
+            deadline.left()
+            raise ssh_fault(error, sock.first) from error
+        finally:
+            hang_up()
+            transport.packetizer.complete_handshake()   # ends a timer of paramiko's that close() leaves
+            if transport.is_alive():
+                transport.join(1)
 
     def _accepted(self) -> frozenset[str]:
         """The keys that the host may show; empty before the first contact."""
@@ -2220,7 +2198,6 @@ class DeadlineSocket(socket.socket):
 
     deadline: Deadline
     in_step = True      # False: an answer is lost or still to come, so nothing more can be asked
-    taken = False
     received = 0
 
     @contextlib.contextmanager
@@ -2263,25 +2240,18 @@ def system_authorities() -> ssl.SSLContext:
     return context
 
 
-class WinrmConnection(urllib3.connection.HTTPConnection):
-    """HTTP over a socket that is open and, where that is wanted, secured already; there is no second one in a poll,
-    for NTLM and the encryption belong to the first."""
+class WinrmPool(urllib3.HTTPConnectionPool):
+    """urllib3's pool of one connection, which is open and, where that is wanted, secured already; there is no second
+    one in a poll, for NTLM and the encryption belong to the first."""
 
-    def __init__(self, opened: DeadlineSocket, **settings: Any) -> None:
-        super().__init__(**settings)
+    def __init__(self, host: str, port: int, opened: DeadlineSocket) -> None:
+        super().__init__(host, port)
         self._opened = opened
 
-    def _new_conn(self) -> socket.socket:
-        if self._opened.taken:
-            raise ProbeError("unreachable", "the host closed the connection during the poll")
-        self._opened.taken = True
-        return self._opened
-
-
-class WinrmPool(urllib3.HTTPConnectionPool):
-    """urllib3's pool of that one connection."""
-
-    ConnectionCls = WinrmConnection
+    def _new_conn(self) -> urllib3.connection.HTTPConnection:
+        connection = urllib3.connection.HTTPConnection(self.host, self.port)
+        connection.sock, connection.auto_open = self._opened, 0
+        return connection
 
 
 class WinrmAdapter(requests.adapters.HTTPAdapter):
@@ -2293,9 +2263,6 @@ class WinrmAdapter(requests.adapters.HTTPAdapter):
 
     def get_connection_with_tls_context(self, *args: Any, **settings: Any) -> urllib3.HTTPConnectionPool:
         return self._pool
-
-    def cert_verify(self, *args: Any) -> None:
-        """That was done when the connection was opened."""
 
     def send(self, request: Any, *args: Any, **settings: Any) -> requests.Response:
         response = super().send(request, *args, **settings)
@@ -2319,7 +2286,7 @@ class PowerShellConnection:
 
     def run(self, script: str, done: bytes, deadline: Deadline) -> CommandResult:
         with contextlib.ExitStack() as stack, self._explained():
-            opened = self._connect(deadline)    # before the guard: a host that does not answer is no login
+            opened = self._verified(deadline)   # before the guard: a host that does not answer is no login
             stack.callback(opened.hang_up)
             return CommandResult(self._run(script, opened).encode() + done, 0)
 
@@ -2329,51 +2296,44 @@ class PowerShellConnection:
             raise UsageError(f"{self._target.name} has no certificate: tls is off")
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-        with self._secured(context, deadline) as secured:
+        with self._open(context, deadline) as secured:
             return certificate_identity(secured)
 
-    def _open(self, deadline: Deadline) -> socket.socket:
+    def _open(self, context: ssl.SSLContext | None, deadline: Deadline) -> Any:
+        """The poll's connection, after the TLS handshake. Raises ssl.SSLCertVerificationError and ProbeError."""
         settings = self._settings
         try:
-            return connect_tcp(self._context.resolver, settings.hostname, settings.connect_port, deadline)
+            plain = connect_tcp(self._context.resolver, settings.hostname, settings.connect_port, deadline)
         except ProbeError as error:
             hint = f"; {START_WINRM}" if "port" in str(error) else ""
             raise ProbeError(error.cause, f"{error}{hint}") from error
-
-    def _secured(self, context: ssl.SSLContext, deadline: Deadline) -> ssl.SSLSocket:
-        """A connection after the handshake. Raises ssl.SSLCertVerificationError and ProbeError."""
-        with self._open(deadline) as plain:     # after a good handshake it is detached, and this closes nothing
+        with plain:     # after a good handshake it is detached, and this closes nothing
+            if context is None:
+                return DeadlineSocket(fileno=plain.detach())
             try:
                 plain.settimeout(deadline.left())
-                return context.wrap_socket(plain, server_hostname=self._settings.hostname)
+                return context.wrap_socket(plain, server_hostname=settings.hostname)
             except ssl.SSLCertVerificationError:
                 raise
             except OSError as error:
                 raise tls_fault(error) from error
 
-    def _connect(self, deadline: Deadline) -> DeadlineSocket:
-        """The poll's connection, its certificate checked before any secret is sent. Raises ProbeError."""
-        if self._settings.tls:
-            opened = cast(DeadlineSocket, self._verified(deadline))
-        else:
-            opened = DeadlineSocket(fileno=self._open(deadline).detach())
-        opened.deadline = deadline
-        return opened
-
-    def _verified(self, deadline: Deadline) -> ssl.SSLSocket:
+    def _verified(self, deadline: Deadline) -> DeadlineSocket:
+        """A connection whose certificate is checked before any secret is sent. Raises ProbeError."""
         name, pin = self._target.name, self._settings.certificate_fingerprint or self._target.host_key
         try:
-            secured = self._secured(self._tls_context(bool(pin)), deadline)
+            opened: Any = self._open(self._tls_context(bool(pin)) if self._settings.tls else None, deadline)
         except ssl.SSLCertVerificationError as error:
             offered = self.offered_key(deadline)
             raise ProbeError("host_key", f"certificate not trusted ({error.verify_message}): offered {offered}; "
                              f"to accept it: trust {name}, or name its ca_file") from error
-        shown = certificate_identity(secured)
-        if pin and bare_fingerprint(shown) != bare_fingerprint(pin):
-            secured.close()
+        opened.deadline = deadline
+        shown = certificate_identity(opened) if self._settings.tls and pin else ""
+        if shown and pin and bare_fingerprint(shown) != bare_fingerprint(pin):
+            opened.close()
             raise ProbeError("host_key", f"certificate changed: expected SHA256:{bare_fingerprint(pin)}, "
                              f"offered {shown}; no password was sent; if the change is right: trust {name}")
-        return secured
+        return cast(DeadlineSocket, opened)
 
     def _tls_context(self, pinned: bool) -> ssl.SSLContext:
         """How the host's certificate is checked and ours shown. Raises ProbeError `credential` for unusable files."""
@@ -2434,7 +2394,8 @@ class PowerShellConnection:
             certificate_key_pem=settings.key_file and str(settings.key_file))
         session = wsman.transport._build_session()
         session.trust_env = False       # a .netrc would replace the Authorization header
-        adapter = WinrmAdapter(WinrmPool(settings.hostname, settings.connect_port, maxsize=1, opened=opened))
+        session.verify = False          # the connection is verified
+        adapter = WinrmAdapter(WinrmPool(settings.hostname, settings.connect_port, opened))
         for scheme in ("http://", "https://"):
             session.mount(scheme, adapter)
         wsman.transport.session = session
@@ -2591,7 +2552,8 @@ NO_DISK = re.compile(
     r"squashfs|erofs|cramfs|romfs|iso9660|udf|cd9660|(dev)?tmpfs|ramfs|overlay|(au|union|null|ecrypt|auto)fs"
     r"|fuse(fs|\..*)?|9p|virtiofs|vboxsf|nfs4?|cifs|smb3"
 )
-# Parts of macOS itself: they count in their pool but are not shown.
+# They count in their pool but are not shown: volumes with one of these flags, and parts of macOS itself.
+HIDDEN = frozenset({"read-only", "quarantine"})
 MACOS_PARTS = re.compile(r"/System/Volumes/(?!Data$)|/private/var/vm$")
 
 
@@ -2799,35 +2761,18 @@ def _freebsd_swap(text: str) -> float | None:
 
 
 class Volume(NamedTuple):
-    """A row of df with sizes in KiB; on macOS mount(8) adds flags, of which the first is the type."""
+    """A row of df with sizes in KiB."""
 
     device: str
-    kind: str
+    pool: str           # volumes of ZFS and APFS share the free space of one; any other is its own
     used: float
     available: float
     mount: str
-    flags: Container[str]
-
-    @property
-    def on_disk(self) -> bool:
-        """By what it sits on: a list of good types would silently miss the next filesystem there is."""
-        device = self.kind == "zfs" or re.match("/(?!/)", self.device)
-        return bool(device and not NO_DISK.fullmatch(self.kind))
-
-    @property
-    def shown(self) -> bool:
-        return not ("read-only" in self.flags or "quarantine" in self.flags or MACOS_PARTS.match(self.mount))
-
-    @property
-    def pool(self) -> str:
-        """Volumes of ZFS and APFS share the free space of a pool; any other is a pool of its own."""
-        pattern = {"zfs": r"[^/]+", "apfs": r"/dev/disk[0-9]+"}.get(self.kind, ".+")
-        found = re.match(pattern, self.device)
-        return found[0] if found else self.device
+    shown: bool
 
 
 def _volumes(text: str, typed: bool) -> Iterator[Volume]:
-    """The rows of `df -Pk` (typed: with -T) that have sizes, recognised by three numbers and a percent sign,
+    """The disks in `df -Pk` (typed: with -T): rows that have sizes, recognised by three numbers and a percent sign,
     for devices and mount points may hold blanks. Lines of mount(8) read `device on /mount (apfs, local)`."""
     mounts = (line[:-1].rpartition(" (") for line in text.splitlines() if line.endswith(")"))
     flags = {left.partition(" on ")[2]: right.split(", ") for left, _, right in mounts}
@@ -2839,10 +2784,15 @@ def _volumes(text: str, typed: bool) -> Iterator[Volume]:
             sizes = [word for word, _ in words[at - 3 : at]]
             if words[at][0].endswith("%") and all(re.fullmatch("-?[0-9]{1,18}", size) for size in sizes):
                 mount = line[words[at + 1][1] :].replace("\\040", " ")
-                kind = words[at - 4][0] if typed else flags.get(mount, [""])[0]
-                available = max(0.0, float(sizes[2]))  # below 0 where the reserve of UFS is in use
+                flag = flags.get(mount, [""])   # the first is the type
+                kind = words[at - 4][0] if typed else flag[0]
                 device = line[: words[at - 3 - typed][1]].strip()
-                yield Volume(device, kind, float(sizes[1]), available, mount, flags.get(mount, ()))
+                # By what it sits on: a list of good types would silently miss the next filesystem there is.
+                if (kind == "zfs" or re.match("/(?!/)", device)) and not NO_DISK.fullmatch(kind):
+                    pool = re.sub({"zfs": "/.*", "apfs": "(?<=[0-9])s.*"}.get(kind, "$^"), "", device)
+                    available = max(0.0, float(sizes[2]))   # below 0 where the reserve of UFS is in use
+                    shown = not (HIDDEN.intersection(flag) or MACOS_PARTS.match(mount))
+                    yield Volume(device, pool, float(sizes[1]), available, mount, shown)
                 break
 
 
@@ -2850,7 +2800,7 @@ def _disk_percent(text: str, typed: bool) -> dict[str, float | str]:
     """used / (used + available) of each pool under its shortest mount point, and of volumes with a quota."""
     pools: dict[str, dict[str, Volume]] = {}
     for volume in sorted(_volumes(text, typed), key=lambda volume: len(volume.mount)):
-        if volume.on_disk and volume.used + volume.available > 0:
+        if volume.used + volume.available > 0:
             pools.setdefault(volume.pool, {}).setdefault(volume.device, volume)  # no bind mounts
     shares: dict[str, float | str] = {}
     for pool in pools.values():
@@ -3044,7 +2994,6 @@ def _sections(text: str, nonce: str) -> list[Section]:
         elif word == "end" and found:
             found[-1] = found[-1]._replace(end=tuple(words))
     return found
-
 
 
 def end_mark(nonce: str) -> str:
@@ -3285,7 +3234,6 @@ class WindowsAnswer(BaseModel, strict=True):
     checks: list[ReportedOutcome]
 
 
-
 def _windows_sample(answer: WindowsAnswer, previous: CpuTicks | None) -> Sample:
     metrics: dict[str, float] = {}
     ticks = None
@@ -3480,7 +3428,6 @@ def settle(standing: Standing, verdict: Verdict, settings: ResourceSettings, at:
 # all processes compare with the clock. Reports come from any thread; each writes the lease anew under one lock.
 # Opening and closing is announced in `transitions`, which the recorder empties.
 # Gives: Lease, HealthAggregator
-DEFAULT_TTL = 132.0             # seconds; the lease of a resource with default settings
 
 
 class Lease:
@@ -3489,37 +3436,6 @@ class Lease:
     def __init__(self) -> None:
         self.until: ctypes.c_double = multiprocessing.RawValue(ctypes.c_double, 0.0)
         self.opens: ctypes.c_double = multiprocessing.RawValue(ctypes.c_double, 0.0)
-
-
-class LeaseHeap:
-    """Ends of leases by name, of which the earliest is at hand: a heap whose outdated items go when they come up.
-
-    Looking through 10,000 resources at each report would cost a hundred times as much.
-    """
-
-    def __init__(self) -> None:
-        self._ends: dict[str, float] = {}
-        self._heap: list[tuple[float, str]] = []
-
-    def put(self, name: str, ends_mono: float) -> None:
-        self._ends[name] = ends_mono
-        heapq.heappush(self._heap, (ends_mono, name))
-        if len(self._heap) > 2 * len(self._ends) + 64:      # renewals of far ends pile up below the top
-            self._heap = [(end, named) for named, end in self._ends.items()]
-            heapq.heapify(self._heap)
-
-    def drop(self, name: str) -> None:
-        self._ends.pop(name, None)
-
-    def earliest(self) -> float:
-        """Monotonic time; infinity when there is no lease."""
-        while self._heap and self._ends.get(self._heap[0][1]) != self._heap[0][0]:
-            heapq.heappop(self._heap)
-        return self._heap[0][0] if self._heap else math.inf
-
-    def ended(self, now_mono: float) -> list[str]:
-        """The names whose lease is over."""
-        return [name for name, end in self._ends.items() if end <= now_mono] if self.earliest() <= now_mono else []
 
 
 class HealthAggregator:
@@ -3534,13 +3450,12 @@ class HealthAggregator:
         self.lease = lease or Lease()
         self.transitions: queue.SimpleQueue[tuple[float, bool, str]] = queue.SimpleQueue()  # Unix time, open, why
         self._clock = clock
-        self._until = self.lease.until
         self._lock = threading.Lock()               # guards all below and the writing of the lease
         self._owners: dict[str, object] = {}        # registered resources
         self._counted: dict[str, bool] = {}         # critical and not in maintenance
-        self._healthy = LeaseHeap()                 # of counted resources
-        self._unhealthy: dict[str, tuple[float, str]] = {}  # counted resource -> soonest recovery, monotonic; reason
-        self._last_recovery = 0.0, ""               # the latest of these; it moves on with each report, so it is kept
+        # Of counted resources. All are looked through at a report: 0.1 ms for 1,000, and a poll takes much longer.
+        self._healthy: dict[str, float] = {}        # ends of leases, monotonic
+        self._unhealthy: dict[str, tuple[float, str]] = {}  # soonest recovery, monotonic; reason
         self._pending: set[str] = set()             # no result yet, since the start
         self._announced = False                     # the registration of the start is over
         self._started = False                       # every resource of the start has had a result
@@ -3575,8 +3490,8 @@ class HealthAggregator:
 
     # The specification's three arguments, and ours by keyword.
     def set_resource(self, name: str, healthy: bool, reason: str = "", *,   # noqa: PLR0913
-                     ttl: float = DEFAULT_TTL, opens: float = 0.0, owner: object = None) -> None:
-        """Reports a resource; the report counts for `ttl` seconds. `opens`: seconds until it can be healthy again.
+                     ttl: float = 132.0, opens: float = 0.0, owner: object = None) -> None:
+        """Reports a resource. Seconds: `ttl`, for which the report counts; `opens`, until it can be healthy again.
 
         A name that was never registered is registered as counted, unless the report names an owner."""
         with self._lock:
@@ -3588,34 +3503,35 @@ class HealthAggregator:
             if self._counted.setdefault(name, True):
                 self._forget(name)
                 if healthy:
-                    self._healthy.put(name, self._clock() + ttl)
+                    self._healthy[name] = self._clock() + ttl
                 else:
                     self._unhealthy[name] = self._clock() + opens, reason
-                    self._last_recovery = max(self._last_recovery, (self._clock() + opens, name))
             self._renew()
 
     def is_healthy(self) -> bool:
         """Whether every counted resource is healthy now; one comparison, without a lock."""
-        return self._clock() < self._until.value
+        return self._clock() < self.lease.until.value
 
     def note_expiry(self) -> list[str]:
         """Announces that the gate has closed by a lease that ran out; gives the resources that are late."""
         with self._lock:
             self._announce()
-            return self._healthy.ended(self._clock())
+            return self._late()
+
+    def _late(self) -> list[str]:
+        return [name for name, ends_mono in self._healthy.items() if ends_mono <= self._clock()]
 
     def _forget(self, name: str) -> None:
-        self._healthy.drop(name)
+        self._healthy.pop(name, None)
+        self._unhealthy.pop(name, None)
         self._pending.discard(name)
-        if self._unhealthy.pop(name, None) and self._last_recovery[1] == name:
-            self._last_recovery = max(((at, other) for other, (at, _) in self._unhealthy.items()), default=(0.0, ""))
 
     def _renew(self) -> None:
         """Writes the lease; the caller holds the lock."""
         self._started = self._started or (self._announced and not self._pending)
         waits = not self._started or self._pending or self._unhealthy
-        self.lease.opens.value = self._last_recovery[0] if self._unhealthy else self._clock()
-        self._until.value = 0.0 if waits else self._healthy.earliest()
+        self.lease.opens.value = max((at for at, _ in self._unhealthy.values()), default=self._clock())
+        self.lease.until.value = 0.0 if waits else min(self._healthy.values(), default=math.inf)
         self._announce()
 
     def _announce(self) -> None:
@@ -3625,10 +3541,11 @@ class HealthAggregator:
             return
         self._open, why = is_open, ""
         if not is_open and self._unhealthy:
-            name, more = self._last_recovery[1], len(self._unhealthy) - 1
-            why = f"{name}: {self._unhealthy[name][1]}" + (f" and {more} more" if more else "")
+            (_, reason), name = max((found, name) for name, found in self._unhealthy.items())
+            more = len(self._unhealthy) - 1
+            why = f"{name}: {reason}" + (f" and {more} more" if more else "")
         elif not is_open:
-            why = f"no result of {', '.join(self._healthy.ended(self._clock())[:5])}"
+            why = f"no result of {', '.join(self._late()[:5])}"
         self.transitions.put((time.time(), is_open, why))
 
     SetResource = set_resource
