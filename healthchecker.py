@@ -1613,7 +1613,6 @@ def load_targets(session: Session, vault: Vault) -> dict[str, Target]:
 # of the pollers; the resolver has a thread for each look-up that is under way.
 # Gives: OUTPUT_BYTES, READ_BYTES, CommandResult, Deadline, Connection, OutputBuffer, Resolver, connect_tcp
 OUTPUT_BYTES = 1 << 20          # bytes over stdout and stderr; a poll that prints more is ended
-HANDSHAKE_BYTES = 1 << 16       # bytes off the wire until the host has shown its key
 READ_BYTES = 1 << 16            # bytes taken from a host at once
 
 
@@ -1623,7 +1622,6 @@ class CommandResult:
 
     output: bytes
     exit_status: int | None = None      # None: no end was seen
-    expired: bool = False               # the deadline ended it
     host_key: str | None = None
 
 
@@ -1724,7 +1722,7 @@ class CappedSocket(socket.socket):
     """A socket that a hostile host cannot use to fill the memory: paramiko stores a packet of any announced size."""
 
     received = 0
-    limit = HANDSHAKE_BYTES
+    limit = 1 << 16     # bytes off the wire until the host has shown its key
     first = b""     # what came first
 
     def recv(self, size: int, flags: int = 0, /) -> bytes:
@@ -1872,20 +1870,11 @@ class Guards:
 # TCP, key exchange, the host's key against pin and known_hosts, only then the login. In the poller's thread, with
 # paramiko's own beside it; the deadline closes the socket, since paramiko may wait for ever.
 # Gives: KnownHosts, ConnectionContext, SshConnection
-RECEIVED_BYTES = 2 << 20        # bytes off the wire in a poll: the output and its wrapping
-ITEMS = 64                      # things that one SSH packet may announce
-PACKET_PATIENCE = 1.0           # seconds without a packet after which paramiko looks whether it was closed
-WINDOW_BYTES = 1 << 18          # bytes that an SSH host may send ahead of what was read
 
 
 def identity(kind: str, blob: bytes) -> str:
     """`ssh-ed25519 SHA256:…` of a public key, the fingerprint as `ssh-keygen -l` shows it."""
     return f"{kind} SHA256:{base64.b64encode(hashlib.sha256(blob).digest()).decode().rstrip('=')}"
-
-
-def same_key(accepted: str, offered: str) -> bool:
-    """`accepted` may leave out the type of the key."""
-    return accepted.rstrip("=").rpartition(" ")[2] == offered.rpartition(" ")[2]
 
 
 def names_host(patterns: str, name: str) -> bool:
@@ -1952,7 +1941,7 @@ class BoundedPacketizer(paramiko.packet.Packetizer):
             look = paramiko.Message(message.asbytes())
             for _ in range(self.COUNTED[kind]):
                 look.get_binary()
-            if look.get_int() > ITEMS:
+            if look.get_int() > 64:
                 raise paramiko.SSHException("a packet with too many items")
         return kind, message
 
@@ -2012,7 +2001,7 @@ class SshConnection:
                         self._login(transport, deadline)
                     buffer = OutputBuffer(done)
                     status = self._execute(transport, script, buffer, deadline)
-                    return CommandResult(bytes(buffer.output), status, deadline.over, self._learned)
+                    return CommandResult(bytes(buffer.output), status, self._learned)
         except ProbeError as error:
             error.host_key = self._learned
             raise
@@ -2041,8 +2030,8 @@ class SshConnection:
             with deadline.watch(hang_up):
                 self._prefer_known_types(transport)
                 transport.start_client()
-                sock.limit = RECEIVED_BYTES
-                sock.settimeout(PACKET_PATIENCE)      # paramiko's own 0.1 s would wake its thread all the time
+                sock.limit = 2 << 20    # bytes in a poll: the output and its wrapping
+                sock.settimeout(1)      # paramiko's own 0.1 s would wake its thread all the time
                 yield transport
         except ProbeError:
             raise
@@ -2079,9 +2068,9 @@ class SshConnection:
         _, revoked = self._context.known_hosts.lookup(self._settings.hostname, self._settings.connect_port)
         if offered in revoked:
             raise ProbeError("host_key", f"host key revoked by known_hosts: offered {offered}")
-        if any(same_key(key, offered) for key in accepted):
+        kind, fingerprint = offered.split()
+        if any(key.rstrip("=").endswith(fingerprint) for key in accepted):
             return True
-        kind = offered.split()[0]
         if any(" " not in key for key in accepted) and kind not in self._tried:
             self._tried.append(kind)    # a pin without a type may be that of another key of the host
             return False
@@ -2130,7 +2119,7 @@ class SshConnection:
 
     def _execute(self, transport: SshTransport, script: str, buffer: OutputBuffer, deadline: Deadline) -> int | None:
         """Feeds the script to a POSIX shell, whatever the account's login shell is; returns its exit status."""
-        channel = transport.open_session(window_size=WINDOW_BYTES, timeout=self.NEVER)
+        channel = transport.open_session(window_size=1 << 18, timeout=self.NEVER)
         try:
             channel.set_combine_stderr(True)
             channel.exec_command("exec /bin/sh -s")
@@ -2156,10 +2145,6 @@ class SshConnection:
 # socket that is open, secured and verified already: certificate before password, deadline and byte cap on every
 # read, and no second connection, whatever requests or urllib3 make of an answer. In the poller's thread.
 # Gives: PowerShellConnection
-SHELL_IDLE = 60                 # seconds after which a Windows host drops a forgotten shell; it takes no less
-ANSWER_MARGIN = 0.3             # seconds before the deadline at which a Windows host is to answer "not yet"
-CLOSE_TIMEOUT = 0.8             # seconds to stop the script and delete the shell, also after the deadline
-WINRM_ANSWERS = frozenset({200, 400, 401, 500})  # 400 and 500 carry faults
 HTTP_CAUSES: dict[int, Cause] = {403: "auth", 502: "unreachable", 503: "unreachable", 504: "unreachable"}
 START_WINRM = "run `winrm quickconfig` there and check port and tls"
 UNMAPPED = "the host refuses the client certificate; map it to an account there"
@@ -2169,11 +2154,6 @@ WINRM_FAULTS: dict[int, tuple[Cause, str]] = {
     2150859173: ("protocol", "the account has too many shells open there; close them or raise MaxShellsPerUser"),
     2150858843: ("protocol", "the host closed the shell during the poll; see the event log of WinRM there"),
 }
-
-
-def bare_fingerprint(text: str) -> str:
-    """Lower-case hexadecimal digits, whichever way a SHA-256 fingerprint is written."""
-    return text.rpartition("SHA256:")[2].replace(":", "").lower()
 
 
 def certificate_identity(connection: ssl.SSLSocket) -> str:
@@ -2222,11 +2202,6 @@ class DeadlineSocket(socket.socket):
         with self.guarded():
             super().sendall(octets, flags)
 
-    def hang_up(self) -> None:
-        """Closes it at once, also while a response that is still open holds it."""
-        with contextlib.suppress(OSError):
-            socket.close(self.detach())
-
 
 class DeadlineTlsSocket(DeadlineSocket, ssl.SSLSocket):
     """The same with TLS."""
@@ -2266,7 +2241,7 @@ class WinrmAdapter(requests.adapters.HTTPAdapter):
 
     def send(self, request: Any, *args: Any, **settings: Any) -> requests.Response:
         response = super().send(request, *args, **settings)
-        if response.status_code not in WINRM_ANSWERS:
+        if response.status_code not in (200, 400, 401, 500):    # 400 and 500 carry faults
             cause = HTTP_CAUSES.get(response.status_code, "protocol")
             raise ProbeError(cause, f"HTTP {response.status_code}, which WinRM never answers; {START_WINRM}")
         if "Content-Encoding" in response.headers:  # 64 KB can unpack to 64 MB
@@ -2285,10 +2260,13 @@ class PowerShellConnection:
         self._settings = target.settings
 
     def run(self, script: str, done: bytes, deadline: Deadline) -> CommandResult:
-        with contextlib.ExitStack() as stack, self._explained():
+        with self._explained():
             opened = self._verified(deadline)   # before the guard: a host that does not answer is no login
-            stack.callback(opened.hang_up)
-            return CommandResult(self._run(script, opened).encode() + done, 0)
+            try:
+                return CommandResult(self._run(script, opened).encode() + done, 0)
+            finally:
+                with contextlib.suppress(OSError):      # at once, also while a response that is still open holds it
+                    socket.close(opened.detach())
 
     def offered_key(self, deadline: Deadline) -> str:
         """The certificate that the host shows, unchecked; nothing else is done."""
@@ -2320,7 +2298,8 @@ class PowerShellConnection:
 
     def _verified(self, deadline: Deadline) -> DeadlineSocket:
         """A connection whose certificate is checked before any secret is sent. Raises ProbeError."""
-        name, pin = self._target.name, self._settings.certificate_fingerprint or self._target.host_key
+        name, pin = self._target.name, self._settings.certificate_fingerprint or self._target.host_key or ""
+        pin = pin.rpartition("SHA256:")[2].replace(":", "").lower()     # whichever way it is written
         try:
             opened: Any = self._open(self._tls_context(bool(pin)) if self._settings.tls else None, deadline)
         except ssl.SSLCertVerificationError as error:
@@ -2328,11 +2307,10 @@ class PowerShellConnection:
             raise ProbeError("host_key", f"certificate not trusted ({error.verify_message}): offered {offered}; "
                              f"to accept it: trust {name}, or name its ca_file") from error
         opened.deadline = deadline
-        shown = certificate_identity(opened) if self._settings.tls and pin else ""
-        if shown and pin and bare_fingerprint(shown) != bare_fingerprint(pin):
+        if self._settings.tls and pin and (shown := certificate_identity(opened)) != f"certificate SHA256:{pin}":
             opened.close()
-            raise ProbeError("host_key", f"certificate changed: expected SHA256:{bare_fingerprint(pin)}, "
-                             f"offered {shown}; no password was sent; if the change is right: trust {name}")
+            raise ProbeError("host_key", f"certificate changed: expected SHA256:{pin}, offered {shown}; "
+                             f"no password was sent; if the change is right: trust {name}")
         return cast(DeadlineSocket, opened)
 
     def _tls_context(self, pinned: bool) -> ssl.SSLContext:
@@ -2358,15 +2336,15 @@ class PowerShellConnection:
 
     def _run(self, script: str, opened: DeadlineSocket) -> str:
         wsman = self._wsman(opened)
-        endpoint = self._settings.configuration_name
-        pool = RunspacePool(wsman, configuration_name=endpoint, idle_timeout=SHELL_IDLE)
+        # A host drops a forgotten shell after 60 seconds, and takes no less.
+        pool = RunspacePool(wsman, configuration_name=self._settings.configuration_name, idle_timeout=60)
         shell = PowerShell(pool)
         try:
             with self._guard.attempt(self._target.name, opened.deadline, self._target.key_stamp), self._explained():
                 pool.open()
             shell.add_script(script).begin_invoke()
             while shell.state == PSInvocationState.RUNNING:
-                wait = round(opened.deadline.left() - ANSWER_MARGIN, 3)
+                wait = round(opened.deadline.left() - 0.3, 3)   # then it is to answer "not yet"
                 if wait <= 0:
                     raise ProbeError(*WINRM_FAULTS[2150858793])
                 shell.poll_invoke(timeout=cast(int, wait))      # sent as PT9.7S, a valid duration
@@ -2375,7 +2353,7 @@ class PowerShellConnection:
                 raise ProbeError("protocol", f"the script failed: {errors[-1] if errors else 'no reason given'}")
             return "\n".join(map(str, shell.output))
         finally:
-            opened.deadline = Deadline(CLOSE_TIMEOUT)
+            opened.deadline = Deadline(0.8)     # also after that of the poll: to delete the shell
             with contextlib.suppress(Exception):    # the poll's own result must not give way to this one's error
                 if opened.in_step and shell.state == PSInvocationState.RUNNING:
                     shell.stop()
@@ -2429,7 +2407,6 @@ class PowerShellConnection:
 # A script goes to a shell of this machine; a simulated resource answers without one. What the shell started is ended
 # with it. In the poller's thread. CONNECTIONS names the connection of each platform.
 # Gives: CONNECTIONS
-FLIPS = 10_000                  # state changes of a simulated resource between two polls at most
 
 
 def read_until(pipe: IO[bytes], deadline: Deadline, take: Callable[[bytes], bool]) -> bool:
@@ -2497,7 +2474,7 @@ class LocalConnection:
             try:
                 ended = read_until(output, deadline, buffer.take)
                 mark = done if ended and sys.platform == "win32" else b""       # the script there prints none
-                return CommandResult(bytes(buffer.output) + mark, 0 if ended else None, expired=not ended)
+                return CommandResult(bytes(buffer.output) + mark, 0 if ended else None)
             finally:
                 end_process_group(process)
                 process.wait()
@@ -2509,18 +2486,15 @@ class SimulatedConnection:
     def __init__(self, target: Target, _guard: LoginGuard, _context: ConnectionContext) -> None:
         self._means = {True: target.settings.mean_healthy, False: target.settings.mean_unhealthy}
         self._random = random.Random(target.settings.seed)
-        self._healthy = True
-        self._flips_mono = time.monotonic() + self._duration()
-
-    def _duration(self) -> float:
-        return self._random.expovariate(1 / self._means[self._healthy])
+        self._healthy = False       # it turns healthy at the first poll
+        self._flips_mono = time.monotonic()
 
     def run(self, script: str, done: bytes, deadline: Deadline) -> CommandResult:
-        for _ in range(FLIPS):
+        for _ in range(10_000):     # state changes between two polls at most
             if self._flips_mono > time.monotonic():
                 break
             self._healthy = not self._healthy
-            self._flips_mono += self._duration()
+            self._flips_mono += self._random.expovariate(1 / self._means[self._healthy])
         return CommandResult((b"healthy" if self._healthy else b"outage") + done, 0)
 
 
@@ -2536,15 +2510,12 @@ CONNECTIONS: dict[Platform, Callable[[Target, LoginGuard, ConnectionContext], Co
 # A platform is a table of rows: name, command, parser. One script of sh runs a whole table, so that a poll is one
 # round trip; its output goes in, a sample comes out. Parsers are pure and raise ValueError, which becomes the
 # problem shown in the metric's place.
-# Gives: NOT_KNOWN, KEPT_BYTES, PROBLEM_CHARS, DETAILS, CONTROL, CpuTicks, cpu_percent, Outcome, Sample, percent,
+# Gives: NOT_KNOWN, PROBLEM_CHARS, kept, DETAILS, CONTROL, CpuTicks, cpu_percent, Outcome, Sample, percent,
 #   build_script, end_mark, last_section, not_run, parse_output
 
 NOT_KNOWN = "not known on this platform"
 KEPT_BYTES = 4096               # bytes of text kept of a service or check; the script has this number, too
 PROBLEM_CHARS = 200             # characters of a problem's one line
-LINE_CHARS = 4096               # characters of a line of df; a longer one is nobody's mount point
-QUOTA_RATIO = 0.98              # a volume with less than this part of its pool's free space has a quota
-TIMED_OUT = frozenset({124, 137, 143})  # exit statuses: of timeout(1), after SIGKILL, after SIGTERM
 DETAILS = frozenset({"hostname", "os", "kernel", "uptime_seconds", "cpu_count"})
 CONTROL = dict.fromkeys([*range(9), *range(11, 32), *range(127, 160)])
 # No disks, though they may sit on a path: images that are always full, and views of another filesystem.
@@ -2606,8 +2577,7 @@ class Sample:
                           default=vars)
 
 
-@dataclass(frozen=True)
-class Probe:
+class Probe(NamedTuple):
     """A row of a table."""
 
     name: str
@@ -2615,8 +2585,7 @@ class Probe:
     parse: Callable[[str], Reading]
 
 
-@dataclass(frozen=True)
-class CommandSet:
+class CommandSet(NamedTuple):
     """A platform's table: its `uname -s` (a pattern of sh), its rows, and how to ask for a service: {} is the
     quoted name, `state` judges exit status and output."""
 
@@ -2777,7 +2746,7 @@ def _volumes(text: str, typed: bool) -> Iterator[Volume]:
     mounts = (line[:-1].rpartition(" (") for line in text.splitlines() if line.endswith(")"))
     flags = {left.partition(" on ")[2]: right.split(", ") for left, _, right in mounts}
     for line in text.splitlines():
-        if len(line) > LINE_CHARS:
+        if len(line) > 4096:    # nobody's mount point
             raise ValueError(f"a line of {len(line)} characters")
         words = [(word[0], word.start()) for word in re.finditer(r"\S+", line)]
         for at in range(4 + typed, len(words) - 1):
@@ -2809,7 +2778,7 @@ def _disk_percent(text: str, typed: bool) -> dict[str, float | str]:
         for index, volume in enumerate(volume for volume in volumes if volume.shown):
             if index == 0:
                 shares[f"disk_percent {volume.mount}"] = percent(used, used + free)
-            elif volume.available < free * QUOTA_RATIO:
+            elif volume.available < free * 0.98:    # it has a quota
                 shares[f"disk_percent {volume.mount}"] = percent(volume.used, volume.used + volume.available)
     # An account without rights to somebody's private mount is no fault; a disk that answers with an error is.
     private = re.compile("[Pp]ermission denied|not permitted")
@@ -2963,6 +2932,10 @@ def build_script(platform: Platform, services: Sequence[str], checks: Sequence[C
     return head + branches + middle + limited + tail
 
 
+def kept(text: str) -> str:
+    return text.encode(errors="replace")[:KEPT_BYTES].decode(errors="ignore")
+
+
 class Section(NamedTuple):
     """What stands between the marks of one command. The end has exit status and, of a check, seconds; it is
     empty when the output was cut off."""
@@ -2979,9 +2952,10 @@ class Section(NamedTuple):
         """A service's or check's, as `state` sees it, of a length to be kept."""
         judged = state(self.status, self.text)
         text, seconds = judged.text, [word for word in self.title[2:3] + self.end[1:2] if word.isdecimal()]
-        if self.status in TIMED_OUT and len(seconds) == 2 and float(seconds[1]) >= float(seconds[0]):
+        timed_out = self.status in (124, 137, 143)      # of timeout(1), after SIGKILL, after SIGTERM
+        if timed_out and len(seconds) == 2 and float(seconds[1]) >= float(seconds[0]):
             text = f"no end in {seconds[0]} s: {self.text}".rstrip(": \n")
-        return Outcome(judged.good, text.encode(errors="replace")[:KEPT_BYTES].decode(errors="ignore"))
+        return Outcome(judged.good, kept(text))
 
 
 def _sections(text: str, nonce: str) -> list[Section]:
@@ -3218,10 +3192,6 @@ class ReportedOutcome(BaseModel, strict=True):
     good: bool
     text: str
 
-    def outcome(self) -> Outcome:
-        text = self.text.translate(CONTROL).strip().encode()[:KEPT_BYTES].decode(errors="ignore")
-        return Outcome(self.good, text)
-
 
 class WindowsAnswer(BaseModel, strict=True):
     """What COLLECT prints. `amounts` are so much of so much, of cpu_percent since the start of the machine. A
@@ -3251,7 +3221,7 @@ def _windows_sample(answer: WindowsAnswer, previous: CpuTicks | None) -> Sample:
             metrics["cpu_percent"] = busy
     details = {name: one_line(value) if isinstance(value, str) else float(value)
                for name, value in answer.details.items() if name in DETAILS}
-    services, checks = ({row.name: row.outcome() for row in rows}
+    services, checks = ({row.name: Outcome(row.good, kept(row.text.translate(CONTROL).strip())) for row in rows}
                         for rows in (answer.services, answer.checks))
     return Sample(details, metrics, ticks, services, checks, problems)
 
@@ -3308,11 +3278,11 @@ def complete(sample: Sample, settings: ResourceSettings, lacks: Iterable[str]) -
                    problems={name: why for name, why in problems.items() if why != NOT_KNOWN or name in limited})
 
 
-def incomplete(result: CommandResult, running: str, timeout: float) -> ProbeError:
+def incomplete(result: CommandResult, running: str, deadline: Deadline) -> ProbeError:
     """Why a script's output has no end."""
     during = f" while {running} ran" if running else ""
-    if result.expired:
-        return ProbeError("timeout", f"no end within {timeout:g} s{during}")
+    if deadline.over:
+        return ProbeError("timeout", f"no end within {deadline.seconds:g} s{during}")
     if result.exit_status is None:
         return ProbeError("unreachable", f"connection lost{during}")
     said = result.output[:PROBLEM_CHARS].decode(errors="replace")
@@ -3324,11 +3294,11 @@ def collect(settings: ResourceSettings, connection: Connection, previous: CpuTic
     nonce = secrets.token_hex(8)
     language = LANGUAGES[settings.platform]
     script = language.build(settings.services, settings.checks, nonce)
-    done = end_mark(nonce)
-    result = connection.run(script, done.encode(), Deadline(settings.timeout))
+    done, deadline = end_mark(nonce), Deadline(settings.timeout)
+    result = connection.run(script, done.encode(), deadline)
     text = result.output.decode(errors="replace")
     if done not in text:
-        error = incomplete(result, last_section(text, nonce), settings.timeout)
+        error = incomplete(result, last_section(text, nonce), deadline)
         error.host_key = result.host_key
         raise error
     return complete(language.parse(text.removesuffix(done), nonce, previous), settings, language.lacks), result.host_key
