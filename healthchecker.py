@@ -1616,8 +1616,7 @@ OUTPUT_BYTES = 1 << 20          # bytes over stdout and stderr; a poll that prin
 READ_BYTES = 1 << 16            # bytes taken from a host at once
 
 
-@dataclass(frozen=True)
-class CommandResult:
+class CommandResult(NamedTuple):
     """What a script printed, stdout and stderr in one; `host_key` is a key trusted on first use in this poll."""
 
     output: bytes
@@ -1693,20 +1692,18 @@ class Resolver:
         try:
             if ":" in host or host.replace(".", "").isdigit():
                 return socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)
-            return self._lookup(host, port).result(deadline.left())
+            with self._lock:
+                if (host, port) not in self._pending:
+                    future: concurrent.futures.Future[list[Any]] = concurrent.futures.Future()
+                    threading.Thread(target=self._work, args=(host, port, future), daemon=True).start()
+                    self._pending[host, port] = future      # only now: without a thread nobody would take it out
+                future = self._pending[host, port]
+            return future.result(deadline.left())
         except concurrent.futures.TimeoutError as error:
             raise ProbeError("timeout", f"the name {host} was not resolved within {deadline.seconds:g} s") from error
         except (OSError, UnicodeError) as error:
             reason = getattr(error, "strerror", None) or "not a valid name"
             raise ProbeError("unreachable", f"{host} does not resolve ({reason}); check hostname and DNS") from error
-
-    def _lookup(self, host: str, port: int) -> concurrent.futures.Future[list[Any]]:
-        with self._lock:
-            if (host, port) not in self._pending:
-                future: concurrent.futures.Future[list[Any]] = concurrent.futures.Future()
-                threading.Thread(target=self._work, args=(host, port, future), daemon=True).start()
-                self._pending[host, port] = future      # only now: without a thread nobody would take it out again
-            return self._pending[host, port]
 
     def _work(self, host: str, port: int, future: concurrent.futures.Future[list[Any]]) -> None:
         try:
@@ -1966,8 +1963,7 @@ def ssh_fault(error: Exception, first: bytes) -> ProbeError:
     return ProbeError("protocol", f"no SSH server there: {error or type(error).__name__}")
 
 
-@dataclass(frozen=True)
-class ConnectionContext:
+class ConnectionContext(NamedTuple):
     """What the connections of all resources share."""
 
     known_hosts: KnownHosts
@@ -2528,8 +2524,7 @@ HIDDEN = frozenset({"read-only", "quarantine"})
 MACOS_PARTS = re.compile(r"/System/Volumes/(?!Data$)|/private/var/vm$")
 
 
-@dataclass(frozen=True)
-class CpuTicks:
+class CpuTicks(NamedTuple):
     """Counters since the start of the machine; cpu_percent needs the difference of two."""
 
     busy: float
