@@ -72,7 +72,6 @@ import gc
 import getpass
 import gzip
 import hashlib
-import heapq
 import hmac
 import http
 import importlib
@@ -507,7 +506,6 @@ class Limit(Settings):
         if self.warn is not None and self.fail is not None and self.warn >= self.fail:
             raise ValueError("warn must be below fail")
         return self
-
 
 
 class LoadLimit(Limit):
@@ -1614,17 +1612,14 @@ def load_targets(session: Session, vault: Vault) -> dict[str, Target]:
 # of the pollers; the resolver has a thread for each look-up that is under way.
 # Gives: OUTPUT_BYTES, READ_BYTES, CommandResult, Deadline, Connection, OutputBuffer, Resolver, connect_tcp
 OUTPUT_BYTES = 1 << 20          # bytes over stdout and stderr; a poll that prints more is ended
-HANDSHAKE_BYTES = 1 << 16       # bytes off the wire until the host has shown its key
 READ_BYTES = 1 << 16            # bytes taken from a host at once
 
 
-@dataclass(frozen=True)
-class CommandResult:
+class CommandResult(NamedTuple):
     """What a script printed, stdout and stderr in one; `host_key` is a key trusted on first use in this poll."""
 
     output: bytes
     exit_status: int | None = None      # None: no end was seen
-    expired: bool = False               # the deadline ended it
     host_key: str | None = None
 
 
@@ -1634,7 +1629,6 @@ class Deadline:
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
         self._ends_mono = time.monotonic() + seconds
-        self.expired = False
 
     def left(self) -> float:
         """Seconds left; raises ProbeError when there are none."""
@@ -1644,13 +1638,13 @@ class Deadline:
 
     @property
     def over(self) -> bool:
-        return self.expired or time.monotonic() >= self._ends_mono
+        return time.monotonic() >= self._ends_mono
 
     @contextlib.contextmanager
     def watch(self, abort: Callable[[], object]) -> Iterator[None]:
         """Calls `abort` at the deadline while the block runs: what blocks in a library has no other way out."""
         def expire() -> None:
-            self.expired = True
+            self._ends_mono = time.monotonic()      # a timer may be early by a tick
             abort()
 
         timer = threading.Timer(self.left(), expire)
@@ -1697,21 +1691,18 @@ class Resolver:
         try:
             if ":" in host or host.replace(".", "").isdigit():
                 return socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)
-            return self._lookup(host, port).result(deadline.left())
+            with self._lock:
+                if (host, port) not in self._pending:
+                    future: concurrent.futures.Future[list[Any]] = concurrent.futures.Future()
+                    threading.Thread(target=self._work, args=(host, port, future), daemon=True).start()
+                    self._pending[host, port] = future      # only now: without a thread nobody would take it out
+                future = self._pending[host, port]
+            return future.result(deadline.left())
         except concurrent.futures.TimeoutError as error:
             raise ProbeError("timeout", f"the name {host} was not resolved within {deadline.seconds:g} s") from error
         except (OSError, UnicodeError) as error:
             reason = getattr(error, "strerror", None) or "not a valid name"
             raise ProbeError("unreachable", f"{host} does not resolve ({reason}); check hostname and DNS") from error
-
-    def _lookup(self, host: str, port: int) -> concurrent.futures.Future[list[Any]]:
-        with self._lock:
-            future = self._pending.get((host, port))
-            if future is None:
-                future = concurrent.futures.Future()
-                threading.Thread(target=self._work, args=(host, port, future), daemon=True).start()
-                self._pending[host, port] = future      # only now: without a thread nobody would take it out again
-            return future
 
     def _work(self, host: str, port: int, future: concurrent.futures.Future[list[Any]]) -> None:
         try:
@@ -1727,7 +1718,7 @@ class CappedSocket(socket.socket):
     """A socket that a hostile host cannot use to fill the memory: paramiko stores a packet of any announced size."""
 
     received = 0
-    limit = HANDSHAKE_BYTES
+    limit = 1 << 16     # bytes off the wire until the host has shown its key
     first = b""     # what came first
 
     def recv(self, size: int, flags: int = 0, /) -> bytes:
@@ -1786,10 +1777,9 @@ class LoginGuard:
         self._clock = clock
         self._turn = threading.Condition()          # guards all below, reentrant; notified when an attempt ends
         self._running = 0
-        self._proven = False
         self._refused: dict[str, tuple[float, int]] = {}    # resource -> time of its last refusal, stamp of its key
         self._accepted: set[str] = set()            # resources that were let in
-        self._unanswered: dict[str, int] = {}       # logins without an outcome in a row, of those that never were
+        self._unanswered: collections.Counter[str] = collections.Counter()  # logins without an outcome of the others
         self._suspects: set[str] = set()            # refused for the first time since the last accepted login
         self._last_mono = -math.inf                 # the last attempt, by the clock that is passed in
         self._began_mono = -math.inf                # the same, by the system's: it spaces what has no outcome
@@ -1803,14 +1793,12 @@ class LoginGuard:
                 last_mono = max(last_mono, self._last_mono)
             return max(0.0, last_mono + AUTH_BACKOFF - self._clock())
 
-    def _rest(self) -> float:
-        return self._began_mono + AUTH_TURN - time.monotonic()
-
     @contextlib.contextmanager
     def attempt(self, name: str, deadline: Deadline, stamp: int = 0) -> Iterator[None]:
         """Around one login: an error of cause `auth` counts as refused, the end of the block as accepted."""
         with self._turn:
-            while self._running and (self._suspects or not self._proven) and (rest := self._rest()) > 0:
+            while (self._running and (self._suspects or not self._accepted)
+                   and (rest := self._began_mono + AUTH_TURN - time.monotonic()) > 0):
                 self._turn.wait(min(rest, deadline.left()))
             if self.wait(name, stamp) > 0:
                 raise ProbeError("auth", NOT_TRIED)
@@ -1819,21 +1807,21 @@ class LoginGuard:
         try:
             yield
         except ProbeError as error:
-            if error.cause == "auth" or self._lost(name):
-                self.refuse(name, stamp=stamp)
+            with self._turn:    # no outcome is one, too, in the end: a host may refuse more slowly than we wait
+                self._unanswered[name] += error.cause != "auth" and name not in self._accepted
+                if error.cause == "auth" or self._unanswered[name] >= UNANSWERED:
+                    self.refuse(name, stamp=stamp)
             raise
         else:
-            self._accept(name)
+            with self._turn:
+                self._accepted.add(name)
+                self._unanswered.pop(name, None)
+                self._suspects.clear()
+                self._refused.pop(name, None)
         finally:
             with self._turn:
                 self._running -= 1
                 self._turn.notify_all()
-
-    def _lost(self, name: str) -> bool:
-        """Whether a login without an outcome counts as refused: a host may refuse more slowly than we wait."""
-        with self._turn:
-            self._unanswered[name] = 0 if name in self._accepted else self._unanswered.get(name, 0) + 1
-            return self._unanswered[name] >= UNANSWERED
 
     def refuse(self, name: str, ago: float = 0.0, stamp: int = 0) -> None:
         """Notes a refusal `ago` seconds ago (before a restart)."""
@@ -1842,13 +1830,6 @@ class LoginGuard:
                 self._suspects.add(name)
             self._last_mono = max(self._last_mono, self._clock() - ago)
             self._refused[name] = self._clock() - ago, stamp
-
-    def _accept(self, name: str) -> None:
-        with self._turn:
-            self._proven = True
-            self._accepted.add(name)
-            self._suspects.clear()
-            self._refused.pop(name, None)
 
     def clear(self, name: str) -> None:
         """Lets `name` try at once, whatever it is that stops the others."""
@@ -1885,20 +1866,11 @@ class Guards:
 # TCP, key exchange, the host's key against pin and known_hosts, only then the login. In the poller's thread, with
 # paramiko's own beside it; the deadline closes the socket, since paramiko may wait for ever.
 # Gives: KnownHosts, ConnectionContext, SshConnection
-RECEIVED_BYTES = 2 << 20        # bytes off the wire in a poll: the output and its wrapping
-ITEMS = 64                      # things that one SSH packet may announce
-PACKET_PATIENCE = 1.0           # seconds without a packet after which paramiko looks whether it was closed
-WINDOW_BYTES = 1 << 18          # bytes that an SSH host may send ahead of what was read
 
 
 def identity(kind: str, blob: bytes) -> str:
     """`ssh-ed25519 SHA256:…` of a public key, the fingerprint as `ssh-keygen -l` shows it."""
     return f"{kind} SHA256:{base64.b64encode(hashlib.sha256(blob).digest()).decode().rstrip('=')}"
-
-
-def same_key(accepted: str, offered: str) -> bool:
-    """`accepted` may leave out the type of the key."""
-    return accepted.rstrip("=").rpartition(" ")[2] == offered.rpartition(" ")[2]
 
 
 def names_host(patterns: str, name: str) -> bool:
@@ -1918,37 +1890,34 @@ class KnownHosts:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._lock = threading.Lock()       # guards all below
-        self._stamp: tuple[int, int] | None = None
-        self._lines: list[tuple[str, str, str]] = []                        # marker, hosts, identity
-        self._found: dict[str, tuple[frozenset[str], frozenset[str]]] = {}    # by name: accepted, revoked
+        self._lines = functools.lru_cache(1)(self._read)        # of the file as it is now
+        self._keys = functools.lru_cache(1 << 14)(self._find)   # hashed names cost an HMAC for each line
 
     def lookup(self, host: str, port: int) -> tuple[frozenset[str], frozenset[str]]:
         """The keys of a host that are accepted and those that are revoked. Raises ProbeError."""
-        name = host if port == SSH_PORT else f"[{host}]:{port}"
         try:
             stat = self._path.stat()
-            with self._lock:
-                if (stat.st_mtime_ns, stat.st_size) != self._stamp:
-                    self._lines, self._stamp = list(self._read()), (stat.st_mtime_ns, stat.st_size)
-                    self._found = {}
-                if name not in self._found:
-                    keys = [(marker, key) for marker, hosts, key in self._lines if names_host(hosts, name)]
-                    self._found[name] = (frozenset(key for marker, key in keys if not marker),
-                                         frozenset(key for marker, key in keys if marker == "@revoked"))
-                return self._found[name]
+            return self._keys(host if port == SSH_PORT else f"[{host}]:{port}", (stat.st_mtime_ns, stat.st_size))
         except FileNotFoundError:
             return frozenset(), frozenset()
         except OSError as error:
             raise ProbeError("host_key", f"known_hosts {self._path} cannot be read: {error.strerror}") from error
 
-    def _read(self) -> Iterator[tuple[str, str, str]]:
+    def _find(self, name: str, stamp: tuple[int, int]) -> tuple[frozenset[str], frozenset[str]]:
+        keys = [(marker, key) for marker, hosts, key in self._lines(stamp) if names_host(hosts, name)]
+        return (frozenset(key for marker, key in keys if not marker),
+                frozenset(key for marker, key in keys if marker == "@revoked"))
+
+    def _read(self, _stamp: tuple[int, int]) -> list[tuple[str, str, str]]:
+        """Marker, hosts and identity of each line."""
+        lines = []
         for line in self._path.read_text(encoding="utf-8", errors="replace").splitlines():
             words = line.split()
             marker = words.pop(0) if words and words[0].startswith("@") else ""
             with contextlib.suppress(ValueError, IndexError):
                 if not words[0].startswith("#"):
-                    yield marker, words[0], identity(words[1], base64.b64decode(words[2], validate=True))
+                    lines.append((marker, words[0], identity(words[1], base64.b64decode(words[2], validate=True))))
+        return lines
 
 
 def remote_identity(transport: paramiko.Transport) -> str:
@@ -1968,7 +1937,7 @@ class BoundedPacketizer(paramiko.packet.Packetizer):
             look = paramiko.Message(message.asbytes())
             for _ in range(self.COUNTED[kind]):
                 look.get_binary()
-            if look.get_int() > ITEMS:
+            if look.get_int() > 64:
                 raise paramiko.SSHException("a packet with too many items")
         return kind, message
 
@@ -1993,8 +1962,7 @@ def ssh_fault(error: Exception, first: bytes) -> ProbeError:
     return ProbeError("protocol", f"no SSH server there: {error or type(error).__name__}")
 
 
-@dataclass(frozen=True)
-class ConnectionContext:
+class ConnectionContext(NamedTuple):
     """What the connections of all resources share."""
 
     known_hosts: KnownHosts
@@ -2028,7 +1996,7 @@ class SshConnection:
                         self._login(transport, deadline)
                     buffer = OutputBuffer(done)
                     status = self._execute(transport, script, buffer, deadline)
-                    return CommandResult(bytes(buffer.output), status, deadline.over, self._learned)
+                    return CommandResult(bytes(buffer.output), status, self._learned)
         except ProbeError as error:
             error.host_key = self._learned
             raise
@@ -2044,37 +2012,32 @@ class SshConnection:
     def _connected(self, deadline: Deadline) -> Iterator[SshTransport]:
         """A transport after the key exchange; socket, transport and thread are gone afterwards."""
         sock = connect_tcp(self._context.resolver, self._settings.hostname, self._settings.connect_port, deadline)
-        transport: SshTransport | None = None
+        transport = SshTransport(sock, disabled_algorithms=self.WEAK, packetizer_class=BoundedPacketizer)
+        transport.banner_timeout = transport.handshake_timeout = transport.auth_timeout = self.NEVER
 
-        def abort() -> None:
+        def hang_up() -> None:
             with contextlib.suppress(OSError):
-                sock.shutdown(socket.SHUT_RDWR)
+                sock.shutdown(socket.SHUT_RDWR)     # wakes the thread that reads
+            transport.close()
             sock.close()
-            if transport is not None:
-                transport.close()
 
-        with contextlib.closing(sock), deadline.watch(abort):
-            try:
-                transport = SshTransport(sock, disabled_algorithms=self.WEAK, packetizer_class=BoundedPacketizer)
-                transport.banner_timeout = transport.handshake_timeout = transport.auth_timeout = self.NEVER
+        try:
+            with deadline.watch(hang_up):
                 self._prefer_known_types(transport)
                 transport.start_client()
-                sock.limit = RECEIVED_BYTES
-                sock.settimeout(PACKET_PATIENCE)      # paramiko's own 0.1 s would wake its thread all the time
+                sock.limit = 2 << 20    # bytes in a poll: the output and its wrapping
+                sock.settimeout(1)      # paramiko's own 0.1 s would wake its thread all the time
                 yield transport
-            except ProbeError:
-                raise
-            except Exception as error:      # paramiko lets through whatever its parsers raise
-                deadline.left()
-                raise ssh_fault(error, sock.first) from error
-            finally:
-                if transport is not None:
-                    with contextlib.suppress(OSError):
-                        sock.shutdown(socket.SHUT_RDWR)     # wakes the thread that reads
-                    transport.close()
-                    transport.packetizer.complete_handshake()   # ends a timer of paramiko's that close() leaves
-                    if transport.is_alive():
-                        transport.join(1)
+        except ProbeError:
+            raise
+        except Exception as error:      # paramiko lets through whatever its parsers raise
+            deadline.left()
+            raise ssh_fault(error, sock.first) from error
+        finally:
+            hang_up()
+            transport.packetizer.complete_handshake()   # ends a timer of paramiko's that close() leaves
+            if transport.is_alive():
+                transport.join(1)
 
     def _accepted(self) -> frozenset[str]:
         """The keys that the host may show; empty before the first contact."""
@@ -2100,9 +2063,9 @@ class SshConnection:
         _, revoked = self._context.known_hosts.lookup(self._settings.hostname, self._settings.connect_port)
         if offered in revoked:
             raise ProbeError("host_key", f"host key revoked by known_hosts: offered {offered}")
-        if any(same_key(key, offered) for key in accepted):
+        kind, fingerprint = offered.split()
+        if any(key.rstrip("=").endswith(fingerprint) for key in accepted):
             return True
-        kind = offered.split()[0]
         if any(" " not in key for key in accepted) and kind not in self._tried:
             self._tried.append(kind)    # a pin without a type may be that of another key of the host
             return False
@@ -2151,7 +2114,7 @@ class SshConnection:
 
     def _execute(self, transport: SshTransport, script: str, buffer: OutputBuffer, deadline: Deadline) -> int | None:
         """Feeds the script to a POSIX shell, whatever the account's login shell is; returns its exit status."""
-        channel = transport.open_session(window_size=WINDOW_BYTES, timeout=self.NEVER)
+        channel = transport.open_session(window_size=1 << 18, timeout=self.NEVER)
         try:
             channel.set_combine_stderr(True)
             channel.exec_command("exec /bin/sh -s")
@@ -2177,10 +2140,6 @@ class SshConnection:
 # socket that is open, secured and verified already: certificate before password, deadline and byte cap on every
 # read, and no second connection, whatever requests or urllib3 make of an answer. In the poller's thread.
 # Gives: PowerShellConnection
-SHELL_IDLE = 60                 # seconds after which a Windows host drops a forgotten shell; it takes no less
-ANSWER_MARGIN = 0.3             # seconds before the deadline at which a Windows host is to answer "not yet"
-CLOSE_TIMEOUT = 0.8             # seconds to stop the script and delete the shell, also after the deadline
-WINRM_ANSWERS = frozenset({200, 400, 401, 500})  # 400 and 500 carry faults
 HTTP_CAUSES: dict[int, Cause] = {403: "auth", 502: "unreachable", 503: "unreachable", 504: "unreachable"}
 START_WINRM = "run `winrm quickconfig` there and check port and tls"
 UNMAPPED = "the host refuses the client certificate; map it to an account there"
@@ -2190,11 +2149,6 @@ WINRM_FAULTS: dict[int, tuple[Cause, str]] = {
     2150859173: ("protocol", "the account has too many shells open there; close them or raise MaxShellsPerUser"),
     2150858843: ("protocol", "the host closed the shell during the poll; see the event log of WinRM there"),
 }
-
-
-def bare_fingerprint(text: str) -> str:
-    """Lower-case hexadecimal digits, whichever way a SHA-256 fingerprint is written."""
-    return text.rpartition("SHA256:")[2].replace(":", "").lower()
 
 
 def certificate_identity(connection: ssl.SSLSocket) -> str:
@@ -2219,7 +2173,6 @@ class DeadlineSocket(socket.socket):
 
     deadline: Deadline
     in_step = True      # False: an answer is lost or still to come, so nothing more can be asked
-    taken = False
     received = 0
 
     @contextlib.contextmanager
@@ -2244,11 +2197,6 @@ class DeadlineSocket(socket.socket):
         with self.guarded():
             super().sendall(octets, flags)
 
-    def hang_up(self) -> None:
-        """Closes it at once, also while a response that is still open holds it."""
-        with contextlib.suppress(OSError):
-            socket.close(self.detach())
-
 
 class DeadlineTlsSocket(DeadlineSocket, ssl.SSLSocket):
     """The same with TLS."""
@@ -2262,25 +2210,18 @@ def system_authorities() -> ssl.SSLContext:
     return context
 
 
-class WinrmConnection(urllib3.connection.HTTPConnection):
-    """HTTP over a socket that is open and, where that is wanted, secured already; there is no second one in a poll,
-    for NTLM and the encryption belong to the first."""
+class WinrmPool(urllib3.HTTPConnectionPool):
+    """urllib3's pool of one connection, which is open and, where that is wanted, secured already; there is no second
+    one in a poll, for NTLM and the encryption belong to the first."""
 
-    def __init__(self, opened: DeadlineSocket, **settings: Any) -> None:
-        super().__init__(**settings)
+    def __init__(self, host: str, port: int, opened: DeadlineSocket) -> None:
+        super().__init__(host, port)
         self._opened = opened
 
-    def _new_conn(self) -> socket.socket:
-        if self._opened.taken:
-            raise ProbeError("unreachable", "the host closed the connection during the poll")
-        self._opened.taken = True
-        return self._opened
-
-
-class WinrmPool(urllib3.HTTPConnectionPool):
-    """urllib3's pool of that one connection."""
-
-    ConnectionCls = WinrmConnection
+    def _new_conn(self) -> urllib3.connection.HTTPConnection:
+        connection = urllib3.connection.HTTPConnection(self.host, self.port)
+        connection.sock, connection.auto_open = self._opened, 0
+        return connection
 
 
 class WinrmAdapter(requests.adapters.HTTPAdapter):
@@ -2293,12 +2234,9 @@ class WinrmAdapter(requests.adapters.HTTPAdapter):
     def get_connection_with_tls_context(self, *args: Any, **settings: Any) -> urllib3.HTTPConnectionPool:
         return self._pool
 
-    def cert_verify(self, *args: Any) -> None:
-        """That was done when the connection was opened."""
-
     def send(self, request: Any, *args: Any, **settings: Any) -> requests.Response:
         response = super().send(request, *args, **settings)
-        if response.status_code not in WINRM_ANSWERS:
+        if response.status_code not in (200, 400, 401, 500):    # 400 and 500 carry faults
             cause = HTTP_CAUSES.get(response.status_code, "protocol")
             raise ProbeError(cause, f"HTTP {response.status_code}, which WinRM never answers; {START_WINRM}")
         if "Content-Encoding" in response.headers:  # 64 KB can unpack to 64 MB
@@ -2317,10 +2255,13 @@ class PowerShellConnection:
         self._settings = target.settings
 
     def run(self, script: str, done: bytes, deadline: Deadline) -> CommandResult:
-        with contextlib.ExitStack() as stack, self._explained():
-            opened = self._connect(deadline)    # before the guard: a host that does not answer is no login
-            stack.callback(opened.hang_up)
-            return CommandResult(self._run(script, opened).encode() + done, 0)
+        with self._explained():
+            opened = self._verified(deadline)   # before the guard: a host that does not answer is no login
+            try:
+                return CommandResult(self._run(script, opened).encode() + done, 0)
+            finally:
+                with contextlib.suppress(OSError):      # at once, also while a response that is still open holds it
+                    socket.close(opened.detach())
 
     def offered_key(self, deadline: Deadline) -> str:
         """The certificate that the host shows, unchecked; nothing else is done."""
@@ -2328,51 +2269,44 @@ class PowerShellConnection:
             raise UsageError(f"{self._target.name} has no certificate: tls is off")
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-        with self._secured(context, deadline) as secured:
+        with self._open(context, deadline) as secured:
             return certificate_identity(secured)
 
-    def _open(self, deadline: Deadline) -> socket.socket:
+    def _open(self, context: ssl.SSLContext | None, deadline: Deadline) -> Any:
+        """The poll's connection, after the TLS handshake. Raises ssl.SSLCertVerificationError and ProbeError."""
         settings = self._settings
         try:
-            return connect_tcp(self._context.resolver, settings.hostname, settings.connect_port, deadline)
+            plain = connect_tcp(self._context.resolver, settings.hostname, settings.connect_port, deadline)
         except ProbeError as error:
             hint = f"; {START_WINRM}" if "port" in str(error) else ""
             raise ProbeError(error.cause, f"{error}{hint}") from error
-
-    def _secured(self, context: ssl.SSLContext, deadline: Deadline) -> ssl.SSLSocket:
-        """A connection after the handshake. Raises ssl.SSLCertVerificationError and ProbeError."""
-        with self._open(deadline) as plain:     # after a good handshake it is detached, and this closes nothing
+        with plain:     # after a good handshake it is detached, and this closes nothing
+            if context is None:
+                return DeadlineSocket(fileno=plain.detach())
             try:
                 plain.settimeout(deadline.left())
-                return context.wrap_socket(plain, server_hostname=self._settings.hostname)
+                return context.wrap_socket(plain, server_hostname=settings.hostname)
             except ssl.SSLCertVerificationError:
                 raise
             except OSError as error:
                 raise tls_fault(error) from error
 
-    def _connect(self, deadline: Deadline) -> DeadlineSocket:
-        """The poll's connection, its certificate checked before any secret is sent. Raises ProbeError."""
-        if self._settings.tls:
-            opened = cast(DeadlineSocket, self._verified(deadline))
-        else:
-            opened = DeadlineSocket(fileno=self._open(deadline).detach())
-        opened.deadline = deadline
-        return opened
-
-    def _verified(self, deadline: Deadline) -> ssl.SSLSocket:
-        name, pin = self._target.name, self._settings.certificate_fingerprint or self._target.host_key
+    def _verified(self, deadline: Deadline) -> DeadlineSocket:
+        """A connection whose certificate is checked before any secret is sent. Raises ProbeError."""
+        name, pin = self._target.name, self._settings.certificate_fingerprint or self._target.host_key or ""
+        pin = pin.rpartition("SHA256:")[2].replace(":", "").lower()     # whichever way it is written
         try:
-            secured = self._secured(self._tls_context(bool(pin)), deadline)
+            opened: Any = self._open(self._tls_context(bool(pin)) if self._settings.tls else None, deadline)
         except ssl.SSLCertVerificationError as error:
             offered = self.offered_key(deadline)
             raise ProbeError("host_key", f"certificate not trusted ({error.verify_message}): offered {offered}; "
                              f"to accept it: trust {name}, or name its ca_file") from error
-        shown = certificate_identity(secured)
-        if pin and bare_fingerprint(shown) != bare_fingerprint(pin):
-            secured.close()
-            raise ProbeError("host_key", f"certificate changed: expected SHA256:{bare_fingerprint(pin)}, "
-                             f"offered {shown}; no password was sent; if the change is right: trust {name}")
-        return secured
+        opened.deadline = deadline
+        if self._settings.tls and pin and (shown := certificate_identity(opened)) != f"certificate SHA256:{pin}":
+            opened.close()
+            raise ProbeError("host_key", f"certificate changed: expected SHA256:{pin}, offered {shown}; "
+                             f"no password was sent; if the change is right: trust {name}")
+        return cast(DeadlineSocket, opened)
 
     def _tls_context(self, pinned: bool) -> ssl.SSLContext:
         """How the host's certificate is checked and ours shown. Raises ProbeError `credential` for unusable files."""
@@ -2397,15 +2331,15 @@ class PowerShellConnection:
 
     def _run(self, script: str, opened: DeadlineSocket) -> str:
         wsman = self._wsman(opened)
-        endpoint = self._settings.configuration_name
-        pool = RunspacePool(wsman, configuration_name=endpoint, idle_timeout=SHELL_IDLE)
+        # A host drops a forgotten shell after 60 seconds, and takes no less.
+        pool = RunspacePool(wsman, configuration_name=self._settings.configuration_name, idle_timeout=60)
         shell = PowerShell(pool)
         try:
             with self._guard.attempt(self._target.name, opened.deadline, self._target.key_stamp), self._explained():
                 pool.open()
             shell.add_script(script).begin_invoke()
             while shell.state == PSInvocationState.RUNNING:
-                wait = round(opened.deadline.left() - ANSWER_MARGIN, 3)
+                wait = round(opened.deadline.left() - 0.3, 3)   # then it is to answer "not yet"
                 if wait <= 0:
                     raise ProbeError(*WINRM_FAULTS[2150858793])
                 shell.poll_invoke(timeout=cast(int, wait))      # sent as PT9.7S, a valid duration
@@ -2414,7 +2348,7 @@ class PowerShellConnection:
                 raise ProbeError("protocol", f"the script failed: {errors[-1] if errors else 'no reason given'}")
             return "\n".join(map(str, shell.output))
         finally:
-            opened.deadline = Deadline(CLOSE_TIMEOUT)
+            opened.deadline = Deadline(0.8)     # also after that of the poll: to delete the shell
             with contextlib.suppress(Exception):    # the poll's own result must not give way to this one's error
                 if opened.in_step and shell.state == PSInvocationState.RUNNING:
                     shell.stop()
@@ -2433,7 +2367,8 @@ class PowerShellConnection:
             certificate_key_pem=settings.key_file and str(settings.key_file))
         session = wsman.transport._build_session()
         session.trust_env = False       # a .netrc would replace the Authorization header
-        adapter = WinrmAdapter(WinrmPool(settings.hostname, settings.connect_port, maxsize=1, opened=opened))
+        session.verify = False          # the connection is verified
+        adapter = WinrmAdapter(WinrmPool(settings.hostname, settings.connect_port, opened))
         for scheme in ("http://", "https://"):
             session.mount(scheme, adapter)
         wsman.transport.session = session
@@ -2467,7 +2402,6 @@ class PowerShellConnection:
 # A script goes to a shell of this machine; a simulated resource answers without one. What the shell started is ended
 # with it. In the poller's thread. CONNECTIONS names the connection of each platform.
 # Gives: CONNECTIONS
-FLIPS = 10_000                  # state changes of a simulated resource between two polls at most
 
 
 def read_until(pipe: IO[bytes], deadline: Deadline, take: Callable[[bytes], bool]) -> bool:
@@ -2535,7 +2469,7 @@ class LocalConnection:
             try:
                 ended = read_until(output, deadline, buffer.take)
                 mark = done if ended and sys.platform == "win32" else b""       # the script there prints none
-                return CommandResult(bytes(buffer.output) + mark, 0 if ended else None, expired=not ended)
+                return CommandResult(bytes(buffer.output) + mark, 0 if ended else None)
             finally:
                 end_process_group(process)
                 process.wait()
@@ -2547,18 +2481,15 @@ class SimulatedConnection:
     def __init__(self, target: Target, _guard: LoginGuard, _context: ConnectionContext) -> None:
         self._means = {True: target.settings.mean_healthy, False: target.settings.mean_unhealthy}
         self._random = random.Random(target.settings.seed)
-        self._healthy = True
-        self._flips_mono = time.monotonic() + self._duration()
-
-    def _duration(self) -> float:
-        return self._random.expovariate(1 / self._means[self._healthy])
+        self._healthy = False       # it turns healthy at the first poll
+        self._flips_mono = time.monotonic()
 
     def run(self, script: str, done: bytes, deadline: Deadline) -> CommandResult:
-        for _ in range(FLIPS):
+        for _ in range(10_000):     # state changes between two polls at most
             if self._flips_mono > time.monotonic():
                 break
             self._healthy = not self._healthy
-            self._flips_mono += self._duration()
+            self._flips_mono += self._random.expovariate(1 / self._means[self._healthy])
         return CommandResult((b"healthy" if self._healthy else b"outage") + done, 0)
 
 
@@ -2574,15 +2505,12 @@ CONNECTIONS: dict[Platform, Callable[[Target, LoginGuard, ConnectionContext], Co
 # A platform is a table of rows: name, command, parser. One script of sh runs a whole table, so that a poll is one
 # round trip; its output goes in, a sample comes out. Parsers are pure and raise ValueError, which becomes the
 # problem shown in the metric's place.
-# Gives: NOT_KNOWN, KEPT_BYTES, PROBLEM_CHARS, DETAILS, CONTROL, CpuTicks, cpu_percent, Outcome, Sample, percent,
+# Gives: NOT_KNOWN, PROBLEM_CHARS, kept, DETAILS, CONTROL, CpuTicks, cpu_percent, Outcome, Sample, percent,
 #   build_script, end_mark, last_section, not_run, parse_output
 
 NOT_KNOWN = "not known on this platform"
 KEPT_BYTES = 4096               # bytes of text kept of a service or check; the script has this number, too
 PROBLEM_CHARS = 200             # characters of a problem's one line
-LINE_CHARS = 4096               # characters of a line of df; a longer one is nobody's mount point
-QUOTA_RATIO = 0.98              # a volume with less than this part of its pool's free space has a quota
-TIMED_OUT = frozenset({124, 137, 143})  # exit statuses: of timeout(1), after SIGKILL, after SIGTERM
 DETAILS = frozenset({"hostname", "os", "kernel", "uptime_seconds", "cpu_count"})
 CONTROL = dict.fromkeys([*range(9), *range(11, 32), *range(127, 160)])
 # No disks, though they may sit on a path: images that are always full, and views of another filesystem.
@@ -2590,12 +2518,12 @@ NO_DISK = re.compile(
     r"squashfs|erofs|cramfs|romfs|iso9660|udf|cd9660|(dev)?tmpfs|ramfs|overlay|(au|union|null|ecrypt|auto)fs"
     r"|fuse(fs|\..*)?|9p|virtiofs|vboxsf|nfs4?|cifs|smb3"
 )
-# Parts of macOS itself: they count in their pool but are not shown.
+# They count in their pool but are not shown: volumes with one of these flags, and parts of macOS itself.
+HIDDEN = frozenset({"read-only", "quarantine"})
 MACOS_PARTS = re.compile(r"/System/Volumes/(?!Data$)|/private/var/vm$")
 
 
-@dataclass(frozen=True)
-class CpuTicks:
+class CpuTicks(NamedTuple):
     """Counters since the start of the machine; cpu_percent needs the difference of two."""
 
     busy: float
@@ -2643,8 +2571,7 @@ class Sample:
                           default=vars)
 
 
-@dataclass(frozen=True)
-class Probe:
+class Probe(NamedTuple):
     """A row of a table."""
 
     name: str
@@ -2652,8 +2579,7 @@ class Probe:
     parse: Callable[[str], Reading]
 
 
-@dataclass(frozen=True)
-class CommandSet:
+class CommandSet(NamedTuple):
     """A platform's table: its `uname -s` (a pattern of sh), its rows, and how to ask for a service: {} is the
     quoted name, `state` judges exit status and output."""
 
@@ -2798,50 +2724,38 @@ def _freebsd_swap(text: str) -> float | None:
 
 
 class Volume(NamedTuple):
-    """A row of df with sizes in KiB; on macOS mount(8) adds flags, of which the first is the type."""
+    """A row of df with sizes in KiB."""
 
     device: str
-    kind: str
+    pool: str           # volumes of ZFS and APFS share the free space of one; any other is its own
     used: float
     available: float
     mount: str
-    flags: Container[str]
-
-    @property
-    def on_disk(self) -> bool:
-        """By what it sits on: a list of good types would silently miss the next filesystem there is."""
-        device = self.kind == "zfs" or re.match("/(?!/)", self.device)
-        return bool(device and not NO_DISK.fullmatch(self.kind))
-
-    @property
-    def shown(self) -> bool:
-        return not ("read-only" in self.flags or "quarantine" in self.flags or MACOS_PARTS.match(self.mount))
-
-    @property
-    def pool(self) -> str:
-        """Volumes of ZFS and APFS share the free space of a pool; any other is a pool of its own."""
-        pattern = {"zfs": r"[^/]+", "apfs": r"/dev/disk[0-9]+"}.get(self.kind, ".+")
-        found = re.match(pattern, self.device)
-        return found[0] if found else self.device
+    shown: bool
 
 
 def _volumes(text: str, typed: bool) -> Iterator[Volume]:
-    """The rows of `df -Pk` (typed: with -T) that have sizes, recognised by three numbers and a percent sign,
+    """The disks in `df -Pk` (typed: with -T): rows that have sizes, recognised by three numbers and a percent sign,
     for devices and mount points may hold blanks. Lines of mount(8) read `device on /mount (apfs, local)`."""
     mounts = (line[:-1].rpartition(" (") for line in text.splitlines() if line.endswith(")"))
     flags = {left.partition(" on ")[2]: right.split(", ") for left, _, right in mounts}
     for line in text.splitlines():
-        if len(line) > LINE_CHARS:
+        if len(line) > 4096:    # nobody's mount point
             raise ValueError(f"a line of {len(line)} characters")
         words = [(word[0], word.start()) for word in re.finditer(r"\S+", line)]
         for at in range(4 + typed, len(words) - 1):
             sizes = [word for word, _ in words[at - 3 : at]]
             if words[at][0].endswith("%") and all(re.fullmatch("-?[0-9]{1,18}", size) for size in sizes):
                 mount = line[words[at + 1][1] :].replace("\\040", " ")
-                kind = words[at - 4][0] if typed else flags.get(mount, [""])[0]
-                available = max(0.0, float(sizes[2]))  # below 0 where the reserve of UFS is in use
+                flag = flags.get(mount, [""])   # the first is the type
+                kind = words[at - 4][0] if typed else flag[0]
                 device = line[: words[at - 3 - typed][1]].strip()
-                yield Volume(device, kind, float(sizes[1]), available, mount, flags.get(mount, ()))
+                # By what it sits on: a list of good types would silently miss the next filesystem there is.
+                if (kind == "zfs" or re.match("/(?!/)", device)) and not NO_DISK.fullmatch(kind):
+                    pool = re.sub({"zfs": "/.*", "apfs": "(?<=[0-9])s.*"}.get(kind, "$^"), "", device)
+                    available = max(0.0, float(sizes[2]))   # below 0 where the reserve of UFS is in use
+                    shown = not (HIDDEN.intersection(flag) or MACOS_PARTS.match(mount))
+                    yield Volume(device, pool, float(sizes[1]), available, mount, shown)
                 break
 
 
@@ -2849,7 +2763,7 @@ def _disk_percent(text: str, typed: bool) -> dict[str, float | str]:
     """used / (used + available) of each pool under its shortest mount point, and of volumes with a quota."""
     pools: dict[str, dict[str, Volume]] = {}
     for volume in sorted(_volumes(text, typed), key=lambda volume: len(volume.mount)):
-        if volume.on_disk and volume.used + volume.available > 0:
+        if volume.used + volume.available > 0:
             pools.setdefault(volume.pool, {}).setdefault(volume.device, volume)  # no bind mounts
     shares: dict[str, float | str] = {}
     for pool in pools.values():
@@ -2858,7 +2772,7 @@ def _disk_percent(text: str, typed: bool) -> dict[str, float | str]:
         for index, volume in enumerate(volume for volume in volumes if volume.shown):
             if index == 0:
                 shares[f"disk_percent {volume.mount}"] = percent(used, used + free)
-            elif volume.available < free * QUOTA_RATIO:
+            elif volume.available < free * 0.98:    # it has a quota
                 shares[f"disk_percent {volume.mount}"] = percent(volume.used, volume.used + volume.available)
     # An account without rights to somebody's private mount is no fault; a disk that answers with an error is.
     private = re.compile("[Pp]ermission denied|not permitted")
@@ -3012,6 +2926,10 @@ def build_script(platform: Platform, services: Sequence[str], checks: Sequence[C
     return head + branches + middle + limited + tail
 
 
+def kept(text: str) -> str:
+    return text.encode(errors="replace")[:KEPT_BYTES].decode(errors="ignore")
+
+
 class Section(NamedTuple):
     """What stands between the marks of one command. The end has exit status and, of a check, seconds; it is
     empty when the output was cut off."""
@@ -3028,9 +2946,10 @@ class Section(NamedTuple):
         """A service's or check's, as `state` sees it, of a length to be kept."""
         judged = state(self.status, self.text)
         text, seconds = judged.text, [word for word in self.title[2:3] + self.end[1:2] if word.isdecimal()]
-        if self.status in TIMED_OUT and len(seconds) == 2 and float(seconds[1]) >= float(seconds[0]):
+        timed_out = self.status in (124, 137, 143)      # of timeout(1), after SIGKILL, after SIGTERM
+        if timed_out and len(seconds) == 2 and float(seconds[1]) >= float(seconds[0]):
             text = f"no end in {seconds[0]} s: {self.text}".rstrip(": \n")
-        return Outcome(judged.good, text.encode(errors="replace")[:KEPT_BYTES].decode(errors="ignore"))
+        return Outcome(judged.good, kept(text))
 
 
 def _sections(text: str, nonce: str) -> list[Section]:
@@ -3043,7 +2962,6 @@ def _sections(text: str, nonce: str) -> list[Section]:
         elif word == "end" and found:
             found[-1] = found[-1]._replace(end=tuple(words))
     return found
-
 
 
 def end_mark(nonce: str) -> str:
@@ -3268,10 +3186,6 @@ class ReportedOutcome(BaseModel, strict=True):
     good: bool
     text: str
 
-    def outcome(self) -> Outcome:
-        text = self.text.translate(CONTROL).strip().encode()[:KEPT_BYTES].decode(errors="ignore")
-        return Outcome(self.good, text)
-
 
 class WindowsAnswer(BaseModel, strict=True):
     """What COLLECT prints. `amounts` are so much of so much, of cpu_percent since the start of the machine. A
@@ -3282,7 +3196,6 @@ class WindowsAnswer(BaseModel, strict=True):
     problems: dict[str, str]
     services: list[ReportedOutcome]
     checks: list[ReportedOutcome]
-
 
 
 def _windows_sample(answer: WindowsAnswer, previous: CpuTicks | None) -> Sample:
@@ -3302,7 +3215,7 @@ def _windows_sample(answer: WindowsAnswer, previous: CpuTicks | None) -> Sample:
             metrics["cpu_percent"] = busy
     details = {name: one_line(value) if isinstance(value, str) else float(value)
                for name, value in answer.details.items() if name in DETAILS}
-    services, checks = ({row.name: row.outcome() for row in rows}
+    services, checks = ({row.name: Outcome(row.good, kept(row.text.translate(CONTROL).strip())) for row in rows}
                         for rows in (answer.services, answer.checks))
     return Sample(details, metrics, ticks, services, checks, problems)
 
@@ -3359,11 +3272,11 @@ def complete(sample: Sample, settings: ResourceSettings, lacks: Iterable[str]) -
                    problems={name: why for name, why in problems.items() if why != NOT_KNOWN or name in limited})
 
 
-def incomplete(result: CommandResult, running: str, timeout: float) -> ProbeError:
+def incomplete(result: CommandResult, running: str, deadline: Deadline) -> ProbeError:
     """Why a script's output has no end."""
     during = f" while {running} ran" if running else ""
-    if result.expired:
-        return ProbeError("timeout", f"no end within {timeout:g} s{during}")
+    if deadline.over:
+        return ProbeError("timeout", f"no end within {deadline.seconds:g} s{during}")
     if result.exit_status is None:
         return ProbeError("unreachable", f"connection lost{during}")
     said = result.output[:PROBLEM_CHARS].decode(errors="replace")
@@ -3375,11 +3288,11 @@ def collect(settings: ResourceSettings, connection: Connection, previous: CpuTic
     nonce = secrets.token_hex(8)
     language = LANGUAGES[settings.platform]
     script = language.build(settings.services, settings.checks, nonce)
-    done = end_mark(nonce)
-    result = connection.run(script, done.encode(), Deadline(settings.timeout))
+    done, deadline = end_mark(nonce), Deadline(settings.timeout)
+    result = connection.run(script, done.encode(), deadline)
     text = result.output.decode(errors="replace")
     if done not in text:
-        error = incomplete(result, last_section(text, nonce), settings.timeout)
+        error = incomplete(result, last_section(text, nonce), deadline)
         error.host_key = result.host_key
         raise error
     return complete(language.parse(text.removesuffix(done), nonce, previous), settings, language.lacks), result.host_key
@@ -3479,7 +3392,6 @@ def settle(standing: Standing, verdict: Verdict, settings: ResourceSettings, at:
 # all processes compare with the clock. Reports come from any thread; each writes the lease anew under one lock.
 # Opening and closing is announced in `transitions`, which the recorder empties.
 # Gives: Lease, HealthAggregator
-DEFAULT_TTL = 132.0             # seconds; the lease of a resource with default settings
 
 
 class Lease:
@@ -3488,37 +3400,6 @@ class Lease:
     def __init__(self) -> None:
         self.until: ctypes.c_double = multiprocessing.RawValue(ctypes.c_double, 0.0)
         self.opens: ctypes.c_double = multiprocessing.RawValue(ctypes.c_double, 0.0)
-
-
-class LeaseHeap:
-    """Ends of leases by name, of which the earliest is at hand: a heap whose outdated items go when they come up.
-
-    Looking through 10,000 resources at each report would cost a hundred times as much.
-    """
-
-    def __init__(self) -> None:
-        self._ends: dict[str, float] = {}
-        self._heap: list[tuple[float, str]] = []
-
-    def put(self, name: str, ends_mono: float) -> None:
-        self._ends[name] = ends_mono
-        heapq.heappush(self._heap, (ends_mono, name))
-        if len(self._heap) > 2 * len(self._ends) + 64:      # renewals of far ends pile up below the top
-            self._heap = [(end, named) for named, end in self._ends.items()]
-            heapq.heapify(self._heap)
-
-    def drop(self, name: str) -> None:
-        self._ends.pop(name, None)
-
-    def earliest(self) -> float:
-        """Monotonic time; infinity when there is no lease."""
-        while self._heap and self._ends.get(self._heap[0][1]) != self._heap[0][0]:
-            heapq.heappop(self._heap)
-        return self._heap[0][0] if self._heap else math.inf
-
-    def ended(self, now_mono: float) -> list[str]:
-        """The names whose lease is over."""
-        return [name for name, end in self._ends.items() if end <= now_mono] if self.earliest() <= now_mono else []
 
 
 class HealthAggregator:
@@ -3533,13 +3414,12 @@ class HealthAggregator:
         self.lease = lease or Lease()
         self.transitions: queue.SimpleQueue[tuple[float, bool, str]] = queue.SimpleQueue()  # Unix time, open, why
         self._clock = clock
-        self._until = self.lease.until
         self._lock = threading.Lock()               # guards all below and the writing of the lease
         self._owners: dict[str, object] = {}        # registered resources
         self._counted: dict[str, bool] = {}         # critical and not in maintenance
-        self._healthy = LeaseHeap()                 # of counted resources
-        self._unhealthy: dict[str, tuple[float, str]] = {}  # counted resource -> soonest recovery, monotonic; reason
-        self._last_recovery = 0.0, ""               # the latest of these; it moves on with each report, so it is kept
+        # Of counted resources. All are looked through at a report: 0.1 ms for 1,000, and a poll takes much longer.
+        self._healthy: dict[str, float] = {}        # ends of leases, monotonic
+        self._unhealthy: dict[str, tuple[float, str]] = {}  # soonest recovery, monotonic; reason
         self._pending: set[str] = set()             # no result yet, since the start
         self._announced = False                     # the registration of the start is over
         self._started = False                       # every resource of the start has had a result
@@ -3574,8 +3454,8 @@ class HealthAggregator:
 
     # The specification's three arguments, and ours by keyword.
     def set_resource(self, name: str, healthy: bool, reason: str = "", *,   # noqa: PLR0913
-                     ttl: float = DEFAULT_TTL, opens: float = 0.0, owner: object = None) -> None:
-        """Reports a resource; the report counts for `ttl` seconds. `opens`: seconds until it can be healthy again.
+                     ttl: float = 132.0, opens: float = 0.0, owner: object = None) -> None:
+        """Reports a resource. Seconds: `ttl`, for which the report counts; `opens`, until it can be healthy again.
 
         A name that was never registered is registered as counted, unless the report names an owner."""
         with self._lock:
@@ -3587,34 +3467,35 @@ class HealthAggregator:
             if self._counted.setdefault(name, True):
                 self._forget(name)
                 if healthy:
-                    self._healthy.put(name, self._clock() + ttl)
+                    self._healthy[name] = self._clock() + ttl
                 else:
                     self._unhealthy[name] = self._clock() + opens, reason
-                    self._last_recovery = max(self._last_recovery, (self._clock() + opens, name))
             self._renew()
 
     def is_healthy(self) -> bool:
         """Whether every counted resource is healthy now; one comparison, without a lock."""
-        return self._clock() < self._until.value
+        return self._clock() < self.lease.until.value
 
     def note_expiry(self) -> list[str]:
         """Announces that the gate has closed by a lease that ran out; gives the resources that are late."""
         with self._lock:
             self._announce()
-            return self._healthy.ended(self._clock())
+            return self._late()
+
+    def _late(self) -> list[str]:
+        return [name for name, ends_mono in self._healthy.items() if ends_mono <= self._clock()]
 
     def _forget(self, name: str) -> None:
-        self._healthy.drop(name)
+        self._healthy.pop(name, None)
+        self._unhealthy.pop(name, None)
         self._pending.discard(name)
-        if self._unhealthy.pop(name, None) and self._last_recovery[1] == name:
-            self._last_recovery = max(((at, other) for other, (at, _) in self._unhealthy.items()), default=(0.0, ""))
 
     def _renew(self) -> None:
         """Writes the lease; the caller holds the lock."""
         self._started = self._started or (self._announced and not self._pending)
         waits = not self._started or self._pending or self._unhealthy
-        self.lease.opens.value = self._last_recovery[0] if self._unhealthy else self._clock()
-        self._until.value = 0.0 if waits else self._healthy.earliest()
+        self.lease.opens.value = max((at for at, _ in self._unhealthy.values()), default=self._clock())
+        self.lease.until.value = 0.0 if waits else min(self._healthy.values(), default=math.inf)
         self._announce()
 
     def _announce(self) -> None:
@@ -3624,10 +3505,11 @@ class HealthAggregator:
             return
         self._open, why = is_open, ""
         if not is_open and self._unhealthy:
-            name, more = self._last_recovery[1], len(self._unhealthy) - 1
-            why = f"{name}: {self._unhealthy[name][1]}" + (f" and {more} more" if more else "")
+            (_, reason), name = max((found, name) for name, found in self._unhealthy.items())
+            more = len(self._unhealthy) - 1
+            why = f"{name}: {reason}" + (f" and {more} more" if more else "")
         elif not is_open:
-            why = f"no result of {', '.join(self._healthy.ended(self._clock())[:5])}"
+            why = f"no result of {', '.join(self._late()[:5])}"
         self.transitions.put((time.time(), is_open, why))
 
     SetResource = set_resource

@@ -139,8 +139,9 @@ def poll(resource: Target, guard: LoginGuard | None = None, before: Polled | Non
 
 def send(server: WSManServer, script: str, seconds: float = TIMEOUT, **changes: Any) -> str:
     """The output of a script of our own."""
-    result = connection_to(target(server, **changes)).run(script, DONE, Deadline(seconds))
-    assert (result.output[-len(DONE) :], result.exit_status, result.expired) == (DONE, 0, False)
+    deadline = Deadline(seconds)
+    result = connection_to(target(server, **changes)).run(script, DONE, deadline)
+    assert (result.output[-len(DONE) :], result.exit_status, deadline.over) == (DONE, 0, False)
     return result.output[: -len(DONE)].decode()
 
 
