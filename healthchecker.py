@@ -72,6 +72,7 @@ import gc
 import getpass
 import gzip
 import hashlib
+import heapq
 import hmac
 import http
 import importlib
@@ -3392,6 +3393,7 @@ def settle(standing: Standing, verdict: Verdict, settings: ResourceSettings, at:
 # all processes compare with the clock. Reports come from any thread; each writes the lease anew under one lock.
 # Opening and closing is announced in `transitions`, which the recorder empties.
 # Gives: Lease, HealthAggregator
+DEFAULT_TTL = 132.0             # seconds; the lease of a resource with default settings
 
 
 class Lease:
@@ -3400,6 +3402,37 @@ class Lease:
     def __init__(self) -> None:
         self.until: ctypes.c_double = multiprocessing.RawValue(ctypes.c_double, 0.0)
         self.opens: ctypes.c_double = multiprocessing.RawValue(ctypes.c_double, 0.0)
+
+
+class LeaseHeap:
+    """Ends of leases by name, of which the earliest is at hand: a heap whose outdated items go when they come up.
+
+    Looking through 10,000 resources at each report would cost a hundred times as much.
+    """
+
+    def __init__(self) -> None:
+        self._ends: dict[str, float] = {}
+        self._heap: list[tuple[float, str]] = []
+
+    def put(self, name: str, ends_mono: float) -> None:
+        self._ends[name] = ends_mono
+        heapq.heappush(self._heap, (ends_mono, name))
+        if len(self._heap) > 2 * len(self._ends) + 64:      # renewals of far ends pile up below the top
+            self._heap = [(end, named) for named, end in self._ends.items()]
+            heapq.heapify(self._heap)
+
+    def drop(self, name: str) -> None:
+        self._ends.pop(name, None)
+
+    def earliest(self) -> float:
+        """Monotonic time; infinity when there is no lease."""
+        while self._heap and self._ends.get(self._heap[0][1]) != self._heap[0][0]:
+            heapq.heappop(self._heap)
+        return self._heap[0][0] if self._heap else math.inf
+
+    def ended(self, now_mono: float) -> list[str]:
+        """The names whose lease is over."""
+        return [name for name, end in self._ends.items() if end <= now_mono] if self.earliest() <= now_mono else []
 
 
 class HealthAggregator:
@@ -3414,12 +3447,13 @@ class HealthAggregator:
         self.lease = lease or Lease()
         self.transitions: queue.SimpleQueue[tuple[float, bool, str]] = queue.SimpleQueue()  # Unix time, open, why
         self._clock = clock
+        self._until = self.lease.until
         self._lock = threading.Lock()               # guards all below and the writing of the lease
         self._owners: dict[str, object] = {}        # registered resources
         self._counted: dict[str, bool] = {}         # critical and not in maintenance
-        # Of counted resources. All are looked through at a report: 0.1 ms for 1,000, and a poll takes much longer.
-        self._healthy: dict[str, float] = {}        # ends of leases, monotonic
-        self._unhealthy: dict[str, tuple[float, str]] = {}  # soonest recovery, monotonic; reason
+        self._healthy = LeaseHeap()                 # of counted resources
+        self._unhealthy: dict[str, tuple[float, str]] = {}  # counted resource -> soonest recovery, monotonic; reason
+        self._last_recovery = 0.0, ""               # the latest of these; it moves on with each report, so it is kept
         self._pending: set[str] = set()             # no result yet, since the start
         self._announced = False                     # the registration of the start is over
         self._started = False                       # every resource of the start has had a result
@@ -3454,8 +3488,8 @@ class HealthAggregator:
 
     # The specification's three arguments, and ours by keyword.
     def set_resource(self, name: str, healthy: bool, reason: str = "", *,   # noqa: PLR0913
-                     ttl: float = 132.0, opens: float = 0.0, owner: object = None) -> None:
-        """Reports a resource. Seconds: `ttl`, for which the report counts; `opens`, until it can be healthy again.
+                     ttl: float = DEFAULT_TTL, opens: float = 0.0, owner: object = None) -> None:
+        """Reports a resource; the report counts for `ttl` seconds. `opens`: seconds until it can be healthy again.
 
         A name that was never registered is registered as counted, unless the report names an owner."""
         with self._lock:
@@ -3467,35 +3501,34 @@ class HealthAggregator:
             if self._counted.setdefault(name, True):
                 self._forget(name)
                 if healthy:
-                    self._healthy[name] = self._clock() + ttl
+                    self._healthy.put(name, self._clock() + ttl)
                 else:
                     self._unhealthy[name] = self._clock() + opens, reason
+                    self._last_recovery = max(self._last_recovery, (self._clock() + opens, name))
             self._renew()
 
     def is_healthy(self) -> bool:
         """Whether every counted resource is healthy now; one comparison, without a lock."""
-        return self._clock() < self.lease.until.value
+        return self._clock() < self._until.value
 
     def note_expiry(self) -> list[str]:
         """Announces that the gate has closed by a lease that ran out; gives the resources that are late."""
         with self._lock:
             self._announce()
-            return self._late()
-
-    def _late(self) -> list[str]:
-        return [name for name, ends_mono in self._healthy.items() if ends_mono <= self._clock()]
+            return self._healthy.ended(self._clock())
 
     def _forget(self, name: str) -> None:
-        self._healthy.pop(name, None)
-        self._unhealthy.pop(name, None)
+        self._healthy.drop(name)
         self._pending.discard(name)
+        if self._unhealthy.pop(name, None) and self._last_recovery[1] == name:
+            self._last_recovery = max(((at, other) for other, (at, _) in self._unhealthy.items()), default=(0.0, ""))
 
     def _renew(self) -> None:
         """Writes the lease; the caller holds the lock."""
         self._started = self._started or (self._announced and not self._pending)
         waits = not self._started or self._pending or self._unhealthy
-        self.lease.opens.value = max((at for at, _ in self._unhealthy.values()), default=self._clock())
-        self.lease.until.value = 0.0 if waits else min(self._healthy.values(), default=math.inf)
+        self.lease.opens.value = self._last_recovery[0] if self._unhealthy else self._clock()
+        self._until.value = 0.0 if waits else self._healthy.earliest()
         self._announce()
 
     def _announce(self) -> None:
@@ -3505,11 +3538,10 @@ class HealthAggregator:
             return
         self._open, why = is_open, ""
         if not is_open and self._unhealthy:
-            (_, reason), name = max((found, name) for name, found in self._unhealthy.items())
-            more = len(self._unhealthy) - 1
-            why = f"{name}: {reason}" + (f" and {more} more" if more else "")
+            name, more = self._last_recovery[1], len(self._unhealthy) - 1
+            why = f"{name}: {self._unhealthy[name][1]}" + (f" and {more} more" if more else "")
         elif not is_open:
-            why = f"no result of {', '.join(self._late()[:5])}"
+            why = f"no result of {', '.join(self._healthy.ended(self._clock())[:5])}"
         self.transitions.put((time.time(), is_open, why))
 
     SetResource = set_resource
