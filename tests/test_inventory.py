@@ -407,7 +407,7 @@ def test_defaults_of_the_issue(folder: Path) -> None:
         2,
     )
     assert inventory.service == ServiceSettings.model_validate({}, context=folder)
-    assert inventory.service.address == ("127.0.0.1", 8080)
+    assert inventory.service.listen == "127.0.0.1:8080"
 
 
 MERGES: dict[str, tuple[str, str, dict[str, Any]]] = {
