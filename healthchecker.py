@@ -1295,11 +1295,15 @@ def database_fault(path: Path, mode: str = "ro") -> str | None:
 
 def inspect_database(path: Path) -> bool:
     """Whether a usable database of ours is there; reads only. Raises StorageError for anything else at `path`."""
-    if not path.exists() and (path.parent.is_dir() or not path.parent.exists()):
-        return False
     try:
-        fault = database_fault(path)
-    except sqlite3.Error as error:
+        if path.parent.exists() and not path.parent.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, "its folder is a file")
+        if not path.exists() or (path.is_file() and path.stat().st_size == 0):
+            return False
+        with open(path, "rb") as file:
+            known = file.read(16) == b"SQLite format 3\0"
+        fault = database_fault(path) if known else "is no SQLite database; set service.database"
+    except (OSError, sqlite3.Error) as error:
         raise StorageError(f"database {path}: {error}; restore it from a backup or set service.database") from error
     if fault:
         raise StorageError(f"database {path} {fault}")
