@@ -184,7 +184,6 @@ LAST_PORT = 65535
 NAME_CHARS = 253                # characters, the length of the longest host name
 WINRM_PORTS = {True: 5986, False: 5985}  # with TLS and without
 SSH_PORT = 22                   # the registered port (RFC 4251)
-TOKEN_PARTS = 5                 # of a sealed secret, between dots
 PBKDF2_ROUNDS = 220_000         # OWASP's figure for PBKDF2-HMAC-SHA512
 AUTH_BACKOFF = 300.0            # seconds between attempts with a refused credential
 MONITOR_INTERVAL = 0.5          # seconds between two looks of the monitor
@@ -236,9 +235,7 @@ class StorageError(HealthCheckerError):
 
 
 class ApiError(HealthCheckerError):
-    """A request is refused: why, its HTTP status, the fields at fault with what is wrong with each, seconds to wait.
-
-    It can be pickled, so that it reaches a worker process."""
+    """A request is refused: why, its HTTP status, the fields at fault with what is wrong with each, seconds to wait."""
 
     exit_code = 2
 
@@ -268,10 +265,10 @@ class ProbeError(HealthCheckerError):
 
 # === Inventory ===============================================================
 # In comes inventory.yaml (or one resource of a request), out come frozen settings in which every value is checked
-# and every path absolute, or an InventoryError with a line for each fault. Three steps: StrictReader makes nested
+# and every path absolute, or an InventoryError with a line for each fault. Three steps: Document makes nested
 # texts with a place each, the models check them, InventoryLoader merges defaults and gathers the faults.
 # Pure but for reading files and environment; called by commands, and by threads that serve the console.
-# Gives: Platform, SELECTABLE, SSH_PLATFORMS, REMOTE_PLATFORMS, NodePath, Document, StrictReader, Settings, TextLine,
+# Gives: Platform, SELECTABLE, SSH_PLATFORMS, REMOTE_PLATFORMS, NodePath, Document, Settings, TextLine,
 #   Name, Limit, Limits, Check, Retention, ServiceSettings, SECRETS, HOSTLESS, foreign_fields, ResourceSettings,
 #   Entry, Inventory, message_of, InventoryLoader, read_document, load_inventory
 INVENTORY_BYTES = 1 << 20       # bytes; a larger inventory is refused
@@ -311,13 +308,34 @@ def mark_after(before: str) -> yaml.Mark:
     return yaml.Mark("", len(before), len(lines) - 1, len(lines[-1]), None, 0)
 
 
-class Document(NamedTuple):
-    """A strictly read YAML file: nested dicts, lists and texts, with the node of every path and of every key."""
+SURROGATE = re.compile("[\ud800-\udfff]")
 
-    value: Any
-    nodes: dict[NodePath, yaml.Node]
-    keys: dict[NodePath, yaml.Node]
-    faults: list[str]       # what is wrong with keys and values that could be read all the same
+
+class Document:
+    """A YAML file, read as nested dicts, lists and texts, with the node of every path and of every key: no tags,
+    anchors, aliases, merges or duplicate keys. Never quotes the source."""
+
+    def __init__(self, name: str = "", source: bytes = b"") -> None:
+        """Raises InventoryError for what is no YAML that we allow."""
+        self.name = name
+        self.nodes: dict[NodePath, yaml.Node] = {}
+        self.keys: dict[NodePath, yaml.Node] = {}
+        self.faults: list[str] = []     # what is wrong with keys and values that could be read all the same
+        root, text = None, self._decode(source)
+        try:
+            if not self.faults and self._allowed(text):
+                root = yaml.compose(text, Loader=yaml.SafeLoader)
+        except yaml.MarkedYAMLError as error:
+            self.fault(error.problem_mark or error.context_mark,
+                       "not valid YAML here (is a value with special characters unquoted?)")
+        except yaml.reader.ReaderError as error:
+            self.fault(mark_after(text[:error.position]), "this character is not allowed in YAML")
+        if self.faults:
+            raise InventoryError("\n".join(self.faults))
+        self.value = self._convert(root, ()) if root else None
+
+    def fault(self, mark: Any, message: str) -> None:
+        self.faults.append(f"{self.name}:{line_column(mark)}: {message}")
 
     def position(self, path: NodePath, *, key: bool = False) -> str:
         """`line:column`, counted from 1, of the key `path` or of the nearest value at or above it."""
@@ -326,45 +344,15 @@ class Document(NamedTuple):
             node, path = self.nodes.get(path), path[:-1]
         return line_column(node.start_mark) if node else "1:1"
 
-
-SURROGATE = re.compile("[\ud800-\udfff]")
-
-
-class StrictReader:
-    """Reads YAML as text scalars: no tags, anchors, aliases, merges or duplicate keys; never quotes the source."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.faults: list[str] = []
-
-    def fault(self, mark: Any, message: str) -> None:
-        self.faults.append(f"{self.name}:{line_column(mark)}: {message}")
-
-    def read(self, source: bytes) -> Document:
-        """Raises InventoryError for what is no YAML that we allow."""
-        document = Document(None, {}, {}, self.faults)
-        text = self._decode(source)
-        try:
-            root = yaml.compose(text, Loader=yaml.SafeLoader) if not self.faults and self._allowed(text) else None
-        except yaml.MarkedYAMLError as error:
-            self.fault(error.problem_mark or error.context_mark,
-                       "not valid YAML here (is a value with special characters unquoted?)")
-        except yaml.reader.ReaderError as error:
-            self.fault(mark_after(text[:error.position]), "this character is not allowed in YAML")
-        if self.faults:
-            raise InventoryError("\n".join(self.faults))
-        return document._replace(value=self._convert(root, (), document)) if root else document
-
     def _decode(self, source: bytes) -> str:
-        if len(source) > INVENTORY_BYTES:
-            self.faults.append(f"{self.name}: the file is larger than {INVENTORY_BYTES} bytes")
-            return ""
         try:
-            return source.decode("utf-8-sig")
+            if len(source) <= INVENTORY_BYTES:
+                return source.decode("utf-8-sig")
+            self.faults.append(f"{self.name}: the file is larger than {INVENTORY_BYTES} bytes")
         except UnicodeDecodeError as error:
             self.fault(mark_after(source[:error.start].decode("utf-8", "replace")),
                        "this byte is not UTF-8; save the file as UTF-8")
-            return ""
+        return ""
 
     def _allowed(self, text: str) -> bool:
         """Looks at the events before anything is built, so that nothing hostile is."""
@@ -386,12 +374,12 @@ class StrictReader:
                 return False
         return not self.faults
 
-    def _convert(self, node: yaml.Node, path: NodePath, document: Document) -> Any:
-        document.nodes[path] = node
+    def _convert(self, node: yaml.Node, path: NodePath) -> Any:
+        self.nodes[path] = node
         if isinstance(node, yaml.ScalarNode):
             return node.value
         if isinstance(node, yaml.SequenceNode):
-            return [self._convert(item, (*path, index), document) for index, item in enumerate(node.value)]
+            return [self._convert(item, (*path, index)) for index, item in enumerate(node.value)]
         mapping: dict[str, Any] = {}
         for key, value in node.value:
             if not isinstance(key, yaml.ScalarNode) or key.value == "<<":
@@ -400,8 +388,8 @@ class StrictReader:
                 self.fault(key.start_mark, "this key stands here twice")
             else:
                 where = (*path, key.value)
-                document.keys[where] = key
-                mapping[key.value] = self._convert(value, where, document)
+                self.keys[where] = key
+                mapping[key.value] = self._convert(value, where)
         return mapping
 
 
@@ -600,16 +588,15 @@ ONLY_WINDOWS = frozenset({
     "tls", "auth", "ca_file", "certificate_file", "certificate_fingerprint", "configuration_name"})
 ONLY_SIMULATED = frozenset({"mean_healthy", "mean_unhealthy", "seed"})
 HOSTLESS = (Platform.LOCAL, Platform.SIMULATED)
-FOREIGN = {Platform.LOCAL: ONLY_REMOTE | ONLY_WINDOWS | ONLY_SIMULATED, Platform.SIMULATED: ONLY_REMOTE | ONLY_WINDOWS,
-           Platform.WINDOWS: ONLY_SIMULATED | {"host_key"}}
+FOREIGN: dict[str, frozenset[str]] = {
+    Platform.LOCAL: ONLY_REMOTE | ONLY_WINDOWS | ONLY_SIMULATED,
+    Platform.SIMULATED: ONLY_REMOTE | ONLY_WINDOWS,
+    Platform.WINDOWS: ONLY_SIMULATED | {"host_key"}}
 
 
 def foreign_fields(platform: str) -> frozenset[str]:
     """Settings that have no meaning on a platform."""
-    return FOREIGN.get(cast(Platform, platform), ONLY_SIMULATED | ONLY_WINDOWS)
-
-
-PLACEHOLDERS = {"name": "any", "hostname": "any", "username": "any"}     # to look at the defaults alone
+    return FOREIGN.get(platform, ONLY_SIMULATED | ONLY_WINDOWS)
 
 
 def conflicts(given: Container[str], platform: object) -> list[str]:
@@ -714,11 +701,6 @@ class Inventory:
     service: ServiceSettings
     entries: list[Entry]
 
-    def without_secrets(self) -> Inventory:
-        """For processes that talk to strangers."""
-        return replace(self, entries=[Entry(entry.settings.model_copy(update=dict.fromkeys(SECRETS)), None, None,
-                                            entry.where) for entry in self.entries])
-
 
 NESTED: dict[str, type[Settings]] = {"limits": Limits, "checks": Check, "retention": Retention}
 
@@ -752,26 +734,30 @@ class InventoryLoader:
         self.path, self.document = path, document
         self.folder = path.absolute().parent            # where relative paths begin
         self.faults = dict.fromkeys(document.faults)    # a dict keeps the order and drops repetitions
+        self.names: dict[str, str] = {}                 # of resources so far, with their position
 
     def load(self) -> Inventory:
         top = {} if self.document.value is None else self.document.value
-        if not self._is_mapping((), top, ("service", "defaults", "resources")):
+        if not self._is_mapping((), top):
             raise InventoryError("\n".join(self.faults))
+        known = ("service", "defaults", "resources")
+        for key in [key for key in top if key not in known]:
+            self._unknown((key,), known)
         if "resources" not in top and not self.faults:
             self.fault((), "resources is missing; write `resources: []` to watch nothing")
         service = self._validate(ServiceSettings, top.get("service", {}), lambda loc: ("service", *loc))
         if isinstance(service, ServiceSettings):
             self._fault_shared_files(service)
         defaults = top.get("defaults", {})
-        if not self._is_mapping(("defaults",), defaults, ResourceSettings.model_fields):
+        if not self._is_mapping(("defaults",), defaults):
             defaults = {}
-        self._validate(ResourceSettings, PLACEHOLDERS | defaults, lambda loc: ("defaults", *loc))
+        missing = dict.fromkeys(("name", "hostname", "username"), "any")     # to look at the defaults alone
+        self._validate(ResourceSettings, missing | defaults, lambda loc: ("defaults", *loc))
         items = top.get("resources", [])
         if not isinstance(items, list):
             self.fault(("resources",), "must be a list")
             items = []
         entries = [self._entry(index, own, defaults) for index, own in enumerate(items)]
-        self._fault_repeated_names(items, defaults)
         if self.faults or not isinstance(service, ServiceSettings):
             raise InventoryError("\n".join(self.faults))
         return Inventory(self.path, service, [entry for entry in entries if entry])
@@ -795,16 +781,11 @@ class InventoryLoader:
         position = self.document.position(path, key=key)
         self.faults[f"{self.path.name}:{position}: {shown or 'inventory'}: {message}"] = None
 
-
-    def _is_mapping(self, path: NodePath, value: object, known: Iterable[str] | None = None) -> bool:
-        """Whether `value` is one; with `known`, other keys are faults."""
-        if not isinstance(value, dict):
-            self.fault(path, "must be a mapping (key: value)")
-            return False
-        for key in value if known is not None else ():
-            if key not in (known or ()):
-                self._unknown((*path, key), known or ())
-        return True
+    def _is_mapping(self, path: NodePath, value: object) -> bool:
+        if isinstance(value, dict):
+            return True
+        self.fault(path, "must be a mapping (key: value)")
+        return False
 
     def _unknown(self, path: NodePath, known: Iterable[str]) -> None:
         near = difflib.get_close_matches(str(path[-1]), list(known), 1)
@@ -835,6 +816,11 @@ class InventoryLoader:
             inherited = bool(loc) and loc[0] not in own and loc[0] in defaults
             return (("defaults",) if inherited else here) + loc
 
+        where = self.document.position(here)
+        first = self.names.setdefault(raw["name"], where) if isinstance(raw["name"], str) else where
+        if first != where:
+            source = "name" if "name" in own or "name" in defaults else "hostname"
+            self.fault(locate((source,)), f"the resource at {self.path.name}:{first} has this name; names are unique")
         password, passphrase = (self._secret(raw, kind, locate) for kind in SECRETS)
         for name in FILES:
             with contextlib.suppress(ValueError):       # the model reports that
@@ -845,7 +831,7 @@ class InventoryLoader:
             for message in conflicts(raw, str(raw.get("platform", Platform.UNIX.value))):
                 self.fault(here, message)
             return None
-        return Entry(settings, password, passphrase, f"{self.path.name}:{self.document.position(here)}")
+        return Entry(settings, password, passphrase, f"{self.path.name}:{where}")
 
     def _merged(self, here: NodePath, own: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
         """`own` over `defaults`; what has no meaning on the platform is a fault in `own` and skipped in `defaults`."""
@@ -863,7 +849,8 @@ class InventoryLoader:
         if platform in HOSTLESS:
             raw.setdefault("hostname", "localhost")
         hostname = raw.get("hostname")
-        raw.setdefault("name", hostname if isinstance(hostname, str) and HOSTNAME.fullmatch(hostname) else "unnamed")
+        usable = isinstance(hostname, str) and HOSTNAME.fullmatch(hostname)
+        raw.setdefault("name", hostname if usable else f"unnamed {here[1]}")
         return raw
 
     def _secret(self, raw: dict[str, Any], kind: str, locate: Callable[[NodePath], NodePath]) -> SecretStr | None:
@@ -898,16 +885,6 @@ class InventoryLoader:
         text.encode()
         return text
 
-    def _fault_repeated_names(self, items: list[Any], defaults: dict[str, Any]) -> None:
-        seen: dict[str, str] = {}
-        for index, own in enumerate(items):
-            here: NodePath = ("resources", index)
-            key = "name" if isinstance(own, dict) and "name" in own else "hostname"
-            name = own.get(key, defaults.get(key)) if isinstance(own, dict) else None
-            first = seen.setdefault(name, self.document.position(here)) if isinstance(name, str) else ""
-            if first not in ("", self.document.position(here)):
-                self.fault((*here, key), f"the resource at {self.path.name}:{first} has this name; names are unique")
-
 
 def read_document(path: Path) -> Document:
     """The strictly read file; raises InventoryError."""
@@ -918,7 +895,7 @@ def read_document(path: Path) -> Document:
         raise InventoryError(f"{path.name}: is a directory, not a file") from None
     except OSError as error:
         raise InventoryError(f"{path.name}: cannot be read: {error.strerror}") from error
-    return StrictReader(path.name).read(source)
+    return Document(path.name, source)
 
 
 def load_inventory(path: Path) -> Inventory:
@@ -933,6 +910,7 @@ def load_inventory(path: Path) -> Inventory:
 RSA_BITS = 3072                 # bits, equal in strength to AES-128 (NIST SP 800-57)
 OAEP = padding.OAEP(padding.MGF1(hashes.SHA256()), hashes.SHA256(), b"HealthChecker/HC1")
 SPKI = serialization.PublicFormat.SubjectPublicKeyInfo
+SEALED = re.compile(r"HC[12]\.([0-9a-f]{16})(?:\.[^.]*){3}")    # of a sealed secret, with the id of its key
 
 
 def b64(raw: bytes) -> str:
@@ -1046,10 +1024,10 @@ class Vault:
 
     def open(self, token: str, *row: str) -> str:
         """The secret of a token; raises SecretError, which never quotes it."""
-        parts = token.split(".")
-        if len(parts) != TOKEN_PARTS or not token.startswith(TOKEN_PREFIXES):
+        if not SEALED.fullmatch(token):
             raise SecretError("a sealed secret is damaged; write the password again")
-        self.require(parts[1])
+        self.require([token])
+        parts = token.split(".")
         try:
             key = self._keys[parts[1]].decrypt(unb64(parts[2]), OAEP)
             bound = length_prefixed(*parts[:2], *(row[:-1] if parts[0] == "HC1" else row))     # the port stands last
@@ -1061,13 +1039,12 @@ class Vault:
     def reseal(self, token: str, *row: str) -> str:
         return self.seal(self.open(token, *row), *row)
 
-    def require(self, key_id: str) -> None:
-        """Raises SecretError unless the private key `key_id` is here; shows the id only when it is one."""
-        if not re.fullmatch("[0-9a-f]{16}", key_id):
-            raise SecretError("a sealed secret is damaged; write the password again")
-        if key_id not in self._keys:
-            raise SecretError(f"secrets are sealed with key {key_id}, but {self.folder} holds "
-                              f"{', '.join(self._keys) or 'no private key'}; put private.pem back")
+    def require(self, tokens: Iterable[str]) -> None:
+        """Raises SecretError when a token names a private key that is not here; a damaged one names none."""
+        for found in map(SEALED.fullmatch, tokens):
+            if found and found[1] not in self._keys:
+                raise SecretError(f"secrets are sealed with key {found[1]}, but {self.folder} holds "
+                                  f"{', '.join(self._keys) or 'no private key'}; put private.pem back")
 
 
 def hash_password(password: str, salt: bytes, rounds: int = PBKDF2_ROUNDS) -> bytes:
@@ -1081,7 +1058,7 @@ def hash_password(password: str, salt: bytes, rounds: int = PBKDF2_ROUNDS) -> by
 # alone opens it, in any thread: reads see one state, writes wait for each other. Secrets are stored sealed only.
 # Everything is SQL that PostgreSQL has, too, but for opening, migrating, and the upserts of Poll.
 # Gives: Base, User, Resource, binding, Status, Event, LoginSession, Ended, inspect_database, Store, revision, revise,
-# Changes, reseal, update_row, import_inventory, require_keys, open_vault, sealed_tokens, Target, target_of,
+# Changes, reseal, update_row, import_inventory, open_vault, sealed_tokens, Target, target_of,
 # load_targets
 SALT_BYTES = 16                 # bytes, NIST SP 800-132
 BUSY_TIMEOUT = 5.0              # seconds a writer waits for another one
@@ -1484,12 +1461,11 @@ def update_row(row: Resource, entry: Entry, vault: Vault) -> bool:
     changed = row.take_settings(settings)
     moved = address != (row.hostname, row.port, row.username)
     row.host_key = None if moved else row.host_key
-    wanted = {"password": entry.password, "key_passphrase": entry.passphrase}
     if settings.platform not in REMOTE_PLATFORMS or settings.key_file is not None:
         row.password = None
     if settings.key_file is None:
         row.key_passphrase = None
-    for kind, secret in wanted.items():
+    for kind, secret in zip(SECRETS, (entry.password, entry.passphrase), strict=True):
         stored = getattr(row, kind)
         if secret is None and stored is not None and moved:
             raise SecretError("hostname, port or username changed: write the password again")
@@ -1498,18 +1474,6 @@ def update_row(row: Resource, entry: Entry, vault: Vault) -> bool:
     if settings.platform in REMOTE_PLATFORMS and settings.key_file is None and row.password is None:
         raise InventoryError("password, password_env, password_file or key_file is missing")
     return changed
-
-
-def import_entry(session: Session, row: Resource | None, entry: Entry, vault: Vault) -> str:
-    """Adds or updates the row of one entry; says which field of Changes it belongs to."""
-    if row is None:
-        row = Resource(name=entry.settings.name, origin="inventory")
-        update_row(row, entry, vault)
-        session.add(row)
-        return "added"
-    if row.origin != "inventory":
-        raise InventoryError("was added through the API already; choose another name")
-    return "changed" if update_row(row, entry, vault) else "kept"
 
 
 def import_inventory(session: Session, inventory: Inventory, vault: Vault) -> Changes:
@@ -1523,11 +1487,16 @@ def import_inventory(session: Session, inventory: Inventory, vault: Vault) -> Ch
     changes = Changes([], [], [], [])
     faults: list[HealthCheckerError] = []
     for entry in inventory.entries:
-        stored = rows.pop(entry.settings.name, None)
+        name = entry.settings.name
+        row = rows.pop(name, None) or Resource(name=name, origin="inventory")
         try:
-            getattr(changes, import_entry(session, stored, entry, vault)).append(entry.settings.name)
+            if row.origin != "inventory":
+                raise InventoryError("was added through the API already; choose another name")
+            changed = update_row(row, entry, vault)
+            (changes.added if row.id is None else changes.changed if changed else changes.kept).append(name)
+            session.add(row)
         except HealthCheckerError as error:
-            faults.append(type(error)(f"{entry.where}: {entry.settings.name}: {error}"))
+            faults.append(type(error)(f"{entry.where}: {name}: {error}"))
     if faults:
         raise type(faults[0])("\n".join(map(str, faults)))
     for name, row in rows.items():
@@ -1539,16 +1508,10 @@ def import_inventory(session: Session, inventory: Inventory, vault: Vault) -> Ch
     return changes
 
 
-def require_keys(vault: Vault, sealed: Iterable[str]) -> None:
-    """Raises SecretError when a token names a key that is not there."""
-    for key_id in dict.fromkeys(token.split(".")[1] for token in sealed if token.count(".") == TOKEN_PARTS - 1):
-        vault.require(key_id)
-
-
 def open_vault(folder: Path, sealed: Iterable[str]) -> Vault:
     """The keys in `folder`, made on first start; never while secrets are sealed with keys that are missing."""
     vault = Vault(folder)
-    require_keys(vault, sealed)
+    vault.require(sealed)
     if not vault.key_id:
         vault.create()
     vault.publish()
@@ -1576,6 +1539,7 @@ class Target:
     host_key: str | None
     settings_digest: str
     credential_digest: str
+    fault: tuple[Cause, str] | None = None      # what keeps it from being polled
 
     @property
     def name(self) -> str:
@@ -1590,21 +1554,31 @@ class Target:
 
 
 def target_of(row: Resource, vault: Vault) -> Target:
-    """A row with its secrets opened. Raises SecretError."""
+    """A row with its secrets opened. Raises StorageError and SecretError."""
     def opened(kind: str) -> SecretStr | None:
-        try:
-            return SecretStr(vault.open(getattr(row, kind), *binding(kind, row))) if getattr(row, kind) else None
-        except SecretError as error:
-            raise SecretError(f"{row.name}: {error}") from error
+        token = getattr(row, kind)
+        return SecretStr(vault.open(token, *binding(kind, row))) if token else None
 
-    return Target(row.id, row.parsed_settings, opened("password"), opened("key_passphrase"), row.host_key,
-                  row.settings_digest, row.credential_digest)
+    settings = row.parsed_settings
+    try:
+        return Target(row.id, settings, opened("password"), opened("key_passphrase"), row.host_key,
+                      row.settings_digest, row.credential_digest)
+    except SecretError as error:
+        raise SecretError(f"{row.name}: {error}") from error
 
 
 def load_targets(session: Session, vault: Vault) -> dict[str, Target]:
-    """All resources by name."""
-    return {row.name: target_of(row, vault)
-            for row in session.scalars(sqlalchemy.select(Resource).order_by(Resource.id))}
+    """All resources by name; one whose row or secret is damaged has a fault, and settings that say no more."""
+    targets = {}
+    for row in session.scalars(sqlalchemy.select(Resource).order_by(Resource.id)):
+        try:
+            targets[row.name] = target_of(row, vault)
+        except (StorageError, SecretError) as error:
+            cause: Cause = "credential" if isinstance(error, SecretError) else "protocol"
+            settings = ResourceSettings.model_construct(name=row.name, hostname=row.hostname, platform=Platform.LOCAL)
+            targets[row.name] = Target(row.id, settings, None, None, row.host_key, row.settings_digest,
+                                       row.credential_digest, (cause, str(error)))
+    return targets
 
 
 # === Connections =============================================================
@@ -3561,10 +3535,8 @@ EVENTS = 100_000                # events of a kind that are kept at most: a reso
 METRICS = ("cpu_percent", "memory_percent", "swap_percent", "disk_percent", "load_per_cpu", "seconds")
 READING_MAX = 2 ** 31 - 1       # hundredths, what an INTEGER holds
 POLLS: dict[str, tuple[State, Cause]] = {
-    "h": ("healthy", ""), "d": ("degraded", "limit"), "l": ("unhealthy", "limit"), "c": ("unhealthy", "check"),
-    "u": ("unhealthy", "unreachable"), "t": ("unhealthy", "timeout"), "a": ("unhealthy", "auth"),
-    "k": ("unhealthy", "host_key"), "r": ("unhealthy", "credential"), "p": ("unhealthy", "protocol"),
-    "s": ("unhealthy", "stale")}
+    "h": ("healthy", ""), "d": ("degraded", "limit"),
+    **{mark: ("unhealthy", cause) for mark, cause in zip("lcutakrps", get_args(Cause)[1:], strict=True)}}
 POLL_MARKS = {meaning: mark for mark, meaning in POLLS.items()}
 SPANS = {"hour": (3600, 10), "day": (86_400, 300), "week": (604_800, 1800), "month": (2_592_000, 7200)}
 # seconds that a chart shows, and of a point: 360 points at most
@@ -3930,6 +3902,8 @@ def poll_once(target: Target, connection: Connection,
               ticks: CpuTicks | None) -> tuple[Verdict, Sample | None, str | None]:
     """One poll of one resource: its verdict, what was read, and a host key trusted on first use."""
     try:
+        if target.fault:
+            raise ProbeError(*target.fault)
         sample, host_key = collect(target.settings, connection, ticks)
     except ProbeError as error:
         return Verdict("unhealthy", error.cause, str(error)), None, error.host_key
@@ -3942,9 +3916,9 @@ def poll_once(target: Target, connection: Connection,
 class Poller(threading.Thread):
     """Polls one resource at its own interval; a thread that waits, connects and reports."""
 
-    def __init__(self, target: Target, context: PollContext, guard: LoginGuard, standing: Standing,
-                 delay: float) -> None:
+    def __init__(self, target: Target, context: PollContext, guard: LoginGuard, delay: float) -> None:
         super().__init__(name=f"poll {target.name}", daemon=True)
+        self.counted: bool | None = None    # as the aggregator was told by the monitor
         self.target, self._context, self._guard = target, context, guard
         self._connection = CONNECTIONS[target.settings.platform](target, guard, context.access)
         self._ticks: CpuTicks | None = None
@@ -3954,7 +3928,7 @@ class Poller(threading.Thread):
         self._asked: queue.SimpleQueue[concurrent.futures.Future[Report | None]] = queue.SimpleQueue()   # see poll_now
         self._stopped = False
         self._lock = threading.Lock()       # guards standing and the order of reports: the monitor sets stale
-        self.standing = standing
+        self.standing = Standing()
 
     def run(self) -> None:
         while True:
@@ -4045,7 +4019,6 @@ class Monitor(threading.Thread):
         self._store, self._vault, self._context = store, vault, context
         self._pollers: dict[str, Poller] = {}
         self._guards = Guards()
-        self._counted: dict[str, bool] = {}         # as the aggregator was told
         self._maintenance_ends_at: dict[str, float] = {}    # Unix times until which resources do not count
         self._revision = -1
         self._followed = threading.Condition()      # guards _revision; notified when the rows were followed
@@ -4097,10 +4070,10 @@ class Monitor(threading.Thread):
 
     def _sweep(self) -> None:
         for name, poller in list(self._pollers.items()):
+            poller.expire()
             if not poller.is_alive() and not self._ending.is_set():
                 log.error("%s: its poller died; starting another", name)
-                self._launch(poller.target, poller.standing, 0.0, expires_mono=poller.expires_mono)
-            poller.expire()
+                self._launch(poller.target, 0.0, poller)
         self._recount()
         self._context.aggregator.note_expiry()
         with self._store.reading() as session:
@@ -4110,23 +4083,16 @@ class Monitor(threading.Thread):
         if any(0 < at <= time.time() for at in self._maintenance_ends_at.values()):
             self._end_maintenance(time.time())
 
-    def _counts(self, target: Target) -> bool:
-        return target.settings.critical and self._maintenance_ends_at[target.name] <= time.time()
-
     def _recount(self) -> None:
-        """Takes up that maintenance has begun or is over."""
+        """Starts what is new, and takes up that maintenance has begun or is over: the state that is known counts."""
         for name, poller in self._pollers.items():
-            if self._counts(poller.target) != self._counted[name]:
-                self._register(poller)
-
-    def _register(self, poller: Poller) -> None:
-        """Tells the aggregator whether a resource counts; one whose maintenance is over counts as it stands."""
-        name, counted = poller.target.name, self._counts(poller.target)
-        returns = counted and self._counted.get(name) is False
-        self._counted[name] = counted
-        self._context.aggregator.register(name, counted=counted, owner=poller)
-        if returns:
-            poller.report_again()
+            counted = poller.target.settings.critical and self._maintenance_ends_at[name] <= time.time()
+            if counted is not poller.counted:
+                poller.counted = counted
+                self._context.aggregator.register(name, counted=counted, owner=poller)
+                poller.report_again()
+            if poller.ident is None:
+                poller.start()
 
     def _end_maintenance(self, at: float) -> None:
         """Notes that maintenance is over, also when it ended while no service ran."""
@@ -4147,54 +4113,49 @@ class Monitor(threading.Thread):
             self._maintenance_ends_at = {name: at for name, at in ends}
         self._guards.keep(targets.values())
         for name in self._pollers.keys() - targets.keys():
-            self._pollers[name].stop()
+            self._pollers.pop(name).stop()
             self._context.aggregator.deregister(name)
-            del self._pollers[name], self._counted[name]
-        self._recount()
         delay = 0.0
         for name, target in targets.items():
-            poller = self._pollers.get(name)
-            if poller is not None and poller.target == target:
-                continue
-            standing = Standing()
-            known = poller is not None and poller.target.settings_digest == target.settings_digest
-            if poller is not None:
-                poller.stop()
-                standing = poller.standing if known else standing
-            if known and poller is not None and target.host_key is None:
-                target = replace(target, host_key=poller.target.host_key)   # learned and not written yet
-            self._launch(target, standing, delay, None if known else stored.get(target.id))
-            delay += 1 / FIRST_POLLS
+            before = self._pollers.get(name)
+            if before is None or before.target != target:
+                self._launch(target, delay, before, stored.get(target.id))
+                delay += 1 / FIRST_POLLS
+        self._recount()
         with self._followed:
             self._revision = current
             self._followed.notify_all()
         if not any(target.settings.critical for target in targets.values()):
             log.warning("no critical resource is watched: the gate is open whatever happens")
 
-    def _launch(self, target: Target, standing: Standing, delay: float, stored: Status | None = None,
-                expires_mono: float = 0.0) -> None:
-        """A poller for `target`; a stored state counts on when it is of this configuration and fresh.
+    def _launch(self, target: Target, delay: float, before: Poller | None, stored: Status | None = None) -> None:
+        """A poller for `target`; it goes on as the one `before` it with these settings, or from the stored state."""
+        if before:
+            before.stop()
+        if before and before.target.settings_digest == target.settings_digest:
+            key = target.host_key or before.target.host_key     # learned and not written yet
+            poller = Poller(replace(target, host_key=key), self._context, self._guards.of(target), delay)
+            # dying again and again is no result
+            poller.standing, poller.expires_mono = before.standing, before.expires_mono
+        else:
+            poller = Poller(target, self._context, self._guards.of(target), delay)
+            if stored:
+                self._restore(poller, stored)
+        self._pollers[target.name] = poller
 
-        `expires_mono` is that of a poller which died: dying again and again is no result."""
-        guard = self._guards.of(target)
-        age = time.time() - stored.polled_at if stored else math.inf
-        same = stored is not None and stored.settings_digest == target.settings_digest
-        left = target.settings.ttl - age if same and age >= 0 else 0.0
-        refused = stored is not None and stored.cause == "auth" and 0 <= age < AUTH_BACKOFF
-        if stored and refused and stored.credential_digest == target.credential_digest:
-            left = target.settings.ttl      # the state stays during the back-off
+    def _restore(self, poller: Poller, stored: Status) -> None:
+        """A stored state counts on when it is of these settings and fresh, a refused login during its back-off."""
+        target, age = poller.target, time.time() - stored.polled_at
+        left = target.settings.ttl - age if age >= 0 and stored.settings_digest == target.settings_digest else 0.0
+        refused = stored.cause == "auth" and 0 <= age < AUTH_BACKOFF
+        if refused and stored.credential_digest == target.credential_digest:
+            left = target.settings.ttl
             if stored.reason != NOT_TRIED:
-                guard.refuse(target.name, age, target.key_stamp)
-        if stored and left > 0:
-            standing = Standing(cast(State, stored.state), cast(Cause, stored.cause), stored.reason, stored.since_at,
-                                stored.good, stored.bad)
-        poller = self._pollers[target.name] = Poller(target, self._context, guard, standing, delay)
-        self._register(poller)
-        poller.expires_mono = expires_mono or poller.expires_mono
+                self._guards.of(target).refuse(target.name, age, target.key_stamp)
         if left > 0:
+            poller.standing = Standing(cast(State, stored.state), cast(Cause, stored.cause), stored.reason,
+                                       stored.since_at, stored.good, stored.bad)
             poller.expires_mono = time.monotonic() + left
-            poller.report_again()
-        poller.start()
 
 
 # === Counters ================================================================
@@ -5823,7 +5784,7 @@ class SettingsReader(InventoryLoader):
     """Reads one resource from a request, by the rules of the inventory; `fields` gathers what is wrong with which."""
 
     def __init__(self, inventory: Path, *, text: bool) -> None:
-        super().__init__(inventory, Document(None, {}, {}, []))
+        super().__init__(inventory, Document())
         self.text = text
         self.fields: dict[str, str] = {}
 
@@ -8142,7 +8103,7 @@ def edit_form(name: str) -> Answer:
 def read_yaml(text: str) -> Document:
     """The text area, strictly read. Raises ApiError with lines and columns."""
     try:
-        document = StrictReader("YAML").read(text.encode())
+        document = Document("YAML", text.encode())
     except InventoryError as error:
         raise field_errors({"settings": str(error)}) from None
     faults = list(document.faults)
@@ -8191,7 +8152,7 @@ def resource_form(name: str = "") -> Answer:
     who, form = current_principal(), flask.request.form
     if typed := typed_before():
         return form_page(name, typed, problem=UNSAVED, outcome="degraded")
-    document = Document(None, {}, {}, [])
+    document = Document()
     try:
         document = read_yaml(form.get("settings", ""))
         body = form_settings(form, document.value or {})
@@ -8610,7 +8571,7 @@ def watch(installation: Installation, console: Sequence[socket.socket], supervis
         monitor = Monitor(store, vault, PollContext(aggregator, recorder, access, random.Random()))
         stack.enter_context(contextlib.closing(monitor)).begin()
         if console:
-            context = ConsoleContext(store, inventory.without_secrets(), aggregator.lease, vault, monitor, access)
+            context = ConsoleContext(store, inventory, aggregator.lease, vault, monitor, access)
             metrics = Metrics(ServingMetrics(aggregator.lease, supervisor.counters), store, service.metrics_token_file)
             server = ConsoleServer(build_console(context, metrics), console)
             stack.enter_context(contextlib.closing(server)).start()
@@ -8648,7 +8609,7 @@ def rehearsal(installation: Installation) -> Iterator[tuple[Session, Vault, Chan
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder, installation.store(scratch=True) as store, \
             store.writing() as session:
         vault = Vault(installation.service.keys)
-        require_keys(vault, sealed_tokens(session, installation.inventory))
+        vault.require(sealed_tokens(session, installation.inventory))
         if not vault.key_id:
             vault = Vault(Path(folder))
             vault.create()
@@ -8733,7 +8694,7 @@ def rewrite(path: Path, document: Document, replacements: Mapping[NodePath, str]
             kept = (head[1] or "" if head else "") + (tail[0] if tail else "")
         text = text[:begin] + replacements[where] + kept + text[end:]
     content = (b"\xef\xbb\xbf" if raw.startswith(b"\xef\xbb\xbf") else b"") + text.encode()
-    if scalars(StrictReader(path.name).read(content)) != {**scalars(document), **replacements}:
+    if scalars(Document(path.name, content)) != {**scalars(document), **replacements}:
         raise InventoryError(f"{path.name}: its layout is too unusual to be rewritten; nothing was changed")
     real = path.resolve()       # a symbolic link stays one
     temporary = real.with_name(f".{real.name}.{secrets.token_hex(4)}")

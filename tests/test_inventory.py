@@ -403,7 +403,7 @@ def test_defaults_of_the_issue(folder: Path) -> None:
         2,
     )
     assert inventory.service == ServiceSettings.model_validate({}, context=folder)
-    assert inventory.service.address == ("127.0.0.1", 8080)
+    assert inventory.service.listen == "127.0.0.1:8080"
 
 
 MERGES: dict[str, tuple[str, str, dict[str, Any]]] = {
@@ -514,7 +514,7 @@ def test_a_thousand_hosts_load_fast(folder: Path) -> None:
 
 
 FULL = """\
-service: {listen: 127.0.0.1:0, workers: 0, app: a:b, threads: 4,
+service: {listen: 127.0.0.1:0, workers: 1, app: a:b, threads: 4,
   database: sqlite:///x.db, keys: keys, known_hosts: k, log_file: l}
 defaults: {interval: 60, username: u}
 resources:
