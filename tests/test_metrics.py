@@ -269,7 +269,7 @@ def test_gate_and_requests(store: Store) -> None:
         tally.request("shed", 0.0)
         tally.accepted()
     RequestCounters(counters, 1).hold(5)
-    RequestCounters(counters, 1).queued(3)
+    RequestCounters(counters, 1).turn(3)
     lease.until.value = 107.5
     serving = ServingMetrics(lease, counters, lambda: 100.0)
     found = series(ask(Metrics(serving, store, None)))
