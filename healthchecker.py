@@ -5966,9 +5966,9 @@ class Supervisor:
 # Users and their logins, what requests say of users and resources, and the brake on guessing. A login is a row: the
 # browser's cookie or a program's bearer token is a random text of which only a hash is stored, so that a login can be
 # listed and ended. Runs in the console's threads and in the user commands.
-# Gives: Credentials, ensure_first_user, field_errors, find_resource, find_user, initial_user,
-# INVENTORY_ONLY, live_sessions, LOGIN_FAILURES, LoginThrottle, NewUser, password_faults, PasswordChange, require_admin,
-# Role, SettingsReader, stated, token_hash, TOKEN_LIFE, UserChange, validated
+# Gives: Credentials, ensure_first_user, field_errors, find_resource, find_user, initial_user, INVENTORY_ONLY,
+# live_sessions, LOGIN_FAILURES, LoginThrottle, NewUser, PasswordChange, require_admin, Role, SettingsReader, stated,
+# token_hash, TOKEN_LIFE, UserChange, validated
 
 SESSION_LIFE = 8 * 3600.0       # seconds from the login to the end of a session
 SESSION_IDLE = 1800.0           # seconds without a request until it ends
@@ -6194,11 +6194,11 @@ class LoginThrottle:
 # What can be done, in the console's threads and in the user commands; each takes who does it, checks what is given,
 # changes rows and notes it within one transaction, and gives rows or views. What is refused is an ApiError.
 # Gives: add_resource, add_user, API, begin_maintenance, change_password, change_resource, change_user, changeable,
-# ConsoleContext, end_maintenance, end_session, EventsQuery, EventView, list_events, list_resources, list_samples,
-# list_sessions, list_users, log_in, Maintenance, NO_SAMPLE, offered_key, open_session, PastPollView, poll_now,
-# PollView, Principal, remove_resource, remove_user, RESOURCES, ResourceView, SAFE_METHODS, SamplesQuery, SessionView,
-# show_resource, sign_in, sign_out, status_of, test_changes, test_settings, TokenView, TrialView, Trust, trust_resource,
-# UserView
+# ConsoleContext, DAMAGED, end_maintenance, end_session, EventsQuery, list_events, list_resources, list_samples,
+# list_sessions, list_users, log_in, Maintenance, NO_SAMPLE, offered_key, open_session, PAST_EVENTS, PAST_POLLS,
+# poll_now, PollView, Principal, remove_resource, remove_user, RESOURCES, ResourceView, SAFE_METHODS, SamplesQuery,
+# SessionView, show_resource, sign_in, sign_out, status_of, test_changes, test_settings, TokenView, TrialView, Trust,
+# trust_resource, UserView
 
 POLL_NOW_TIMEOUT = 60.0         # seconds that a request waits for a poll
 TRIAL_TIMEOUT = 30.0            # seconds of a poll with settings that are not stored
@@ -6394,7 +6394,7 @@ def show_resource(who: Principal, name: str) -> ResourceView:
         return resource_view(row, session.get(Status, row.id), who.context)
 
 
-def take_settings(context: ConsoleContext, row: Resource, body: Mapping[str, Any], *, text: bool) -> bool:
+def apply_settings(context: ConsoleContext, row: Resource, body: Mapping[str, Any], *, text: bool) -> bool:
     """Brings a row to what `body` says, over what it states if it is not new; says whether it changed."""
     stored = stated(row, context.inventory) if row.name else {}
     entry = SettingsReader(context.inventory, text=text).read(body, stored)
@@ -6407,7 +6407,7 @@ def take_settings(context: ConsoleContext, row: Resource, body: Mapping[str, Any
 def add_resource(who: Principal, body: Mapping[str, Any], *, text: bool = False) -> ResourceView:
     """Adds a resource; it is watched at once."""
     row = Resource(origin="api")
-    take_settings(who.context, row, body, text=text)
+    apply_settings(who.context, row, body, text=text)
     with who.context.store.writing() as session:
         if session.scalar(sqlalchemy.select(Resource.id).where(Resource.name == row.name)) is not None:
             raise ApiError("there is a resource of this name already", 409, {"name": "is taken"})
@@ -6423,7 +6423,7 @@ def change_resource(who: Principal, name: str, body: Mapping[str, Any], *, text:
         if body.get("name", name) != name:
             raise field_errors({"name": "cannot be changed; add another resource and remove this one"})
         before = stated(row, who.context.inventory)
-        if take_settings(who.context, row, body, text=text):
+        if apply_settings(who.context, row, body, text=text):
             after = stated(row, who.context.inventory)
             changed = {field for field in before.keys() | after.keys() if before.get(field) != after.get(field)}
             who.note(session, f"changed: {', '.join(sorted(changed | (body.keys() & set(SECRETS))))}", name)
@@ -6441,7 +6441,7 @@ def test_settings(who: Principal, body: Mapping[str, Any], *, text: bool = False
                   row: Resource | None = None) -> TrialView:
     """Polls a resource once that is not added yet."""
     row = row or Resource(id=0)
-    take_settings(who.context, row, body, text=text)
+    apply_settings(who.context, row, body, text=text)
     target = target_of(row, who.context.vault)
     timeout = min(target.settings.timeout, TRIAL_TIMEOUT)
     target = replace(target, settings=target.settings.model_copy(update={"timeout": timeout}))
@@ -6517,7 +6517,7 @@ def list_of(name: str, fields: Mapping[str, Any]) -> Any:
 
 
 PAST_POLLS = list_of("PastPollView", type_hints(PastPoll))
-EVENTS = list_of("EventView", {column.name: column.type.python_type for column in Event.__table__.columns})
+PAST_EVENTS = list_of("EventView", {column.name: column.type.python_type for column in Event.__table__.columns})
 
 
 def list_samples(who: Principal, name: str, query: Mapping[str, Any]) -> list[PastPoll]:
@@ -6708,7 +6708,8 @@ def sign_out(who: Principal) -> None:
 # The JSON API as a table of routes, its description in OpenAPI made of the same table, and what each request to the
 # console must pass: an address of the operators, a login, a page of ours as its sender, a role. Runs in the console's
 # threads. What is refused leaves as application/problem+json.
-# Gives: add_security_headers, API_ROUTES, authorize, client_address, current_principal, give_cookie, problem, Route
+# Gives: add_security_headers, API_ROUTES, authorize, client_address, current_principal, give_cookie, is_same_origin,
+# problem, Route
 
 SEEN_INTERVAL = 60.0            # seconds after which a request is noted as a session's last one
 COOKIE = "healthchecker_session"
@@ -6758,7 +6759,7 @@ OPERATIONS = (
     Route("DELETE", RESOURCE + "/maintenance", "admin", end_maintenance),
     Route("POST", RESOURCE + "/trust", "admin", trust_resource, ResourceView, Trust),
     Route("GET", RESOURCE + "/samples", "viewer", list_samples, PAST_POLLS, SamplesQuery),
-    Route("GET", API + "events", "viewer", list_events, EVENTS, EventsQuery),
+    Route("GET", API + "events", "viewer", list_events, PAST_EVENTS, EventsQuery),
     Route("GET", API + "users", "admin", list_users, list[UserView]),
     Route("POST", API + "users", "admin", add_user, UserView, NewUser, status=201),
     Route("PATCH", API + "users/<name>", "admin", change_user, UserView, UserChange),
