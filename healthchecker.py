@@ -8430,7 +8430,7 @@ def login_again() -> flask.Response:
     kept = RETYPABLE.fullmatch(request.path) and is_same_origin(request)
     typed = {TYPED + name: text for name, text in request.form.items() if kept and name not in NEVER_SHOWN}
     shown = re.match(r"/-/(add|password|users|resources/[^/]+)?", request.path)
-    after = quote(request.path if typed or not shown else shown[0])
+    after = quote(request.path if typed else shown[0] if shown else PREFIX)
     return render_page("login.html", 401, typed=typed, outcome="degraded", action=f"/-/login?next={quote(after)}",
                        problem="Your session is over. Log in, and what was typed is there again, but for passwords.")
 
@@ -8575,6 +8575,11 @@ def build_console(context: ConsoleContext, metrics: Metrics) -> flask.Flask:
 
 class ConsoleParser(GateParser):
     """A request, read strictly; what is wrong with it is no setting's fault."""
+
+    def parse_header(self, header_plus: bytes) -> None:
+        super().parse_header(header_plus)
+        if not self.request_uri.isascii():      # Flask would take it for UTF-8
+            raise BadRequest
 
     def refuse(self, error: BadRequest) -> None:
         super().refuse(BadRequest(error.status))
