@@ -106,10 +106,13 @@ import time
 import uuid
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from dataclasses import field as dataclass_field
 from enum import Enum
 from multiprocessing import resource_tracker
 from pathlib import Path
+from types import GenericAlias
 from typing import IO, TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, Protocol, TypeVar, cast, get_args
+from typing import get_type_hints as type_hints
 from urllib.parse import quote, unquote, unquote_to_bytes, urlencode
 
 gc.disable()    # what is imported stays; to look through it again and again is a sixth of the start
@@ -140,6 +143,7 @@ try:
         SecretStr,
         TypeAdapter,
         ValidationError,
+        create_model,
         model_validator,
     )
     from pydantic_core import from_json
@@ -154,7 +158,7 @@ try:
     from waitress.adjustments import Adjustments
     from waitress.buffers import OverflowableBuffer
     from waitress.channel import HTTPChannel
-    from waitress.parser import HTTPRequestParser, ParsingError
+    from waitress.parser import HTTPRequestParser
     from waitress.receiver import ChunkedReceiver, FixedStreamReceiver
     from waitress.server import TcpWSGIServer
     from waitress.task import ErrorTask, WSGITask
@@ -700,6 +704,7 @@ class Inventory:
     path: Path
     service: ServiceSettings
     entries: list[Entry]
+    defaults: Mapping[str, Any] = dataclass_field(default_factory=dict)   # without secrets
 
 
 NESTED: dict[str, type[Settings]] = {"limits": Limits, "checks": Check, "retention": Retention}
@@ -752,15 +757,16 @@ class InventoryLoader:
         if not self._is_mapping(("defaults",), defaults):
             defaults = {}
         missing = dict.fromkeys(("name", "hostname", "username"), "any")     # to look at the defaults alone
-        self._validate(ResourceSettings, missing | defaults, lambda loc: ("defaults", *loc))
+        usual = self._validate(ResourceSettings, missing | defaults, lambda loc: ("defaults", *loc))
         items = top.get("resources", [])
         if not isinstance(items, list):
             self.fault(("resources",), "must be a list")
             items = []
         entries = [self._entry(index, own, defaults) for index, own in enumerate(items)]
-        if self.faults or not isinstance(service, ServiceSettings):
+        if self.faults or not isinstance(service, ServiceSettings) or not usual:
             raise InventoryError("\n".join(self.faults))
-        return Inventory(self.path, service, [entry for entry in entries if entry])
+        return Inventory(self.path, service, [entry for entry in entries if entry],
+                         usual.model_dump(mode="json", include=set(defaults), exclude=set(SECRETS)))
 
     def _fault_shared_files(self, service: ServiceSettings) -> None:
         """A log that is written into another file of the service would destroy it."""
@@ -5691,21 +5697,18 @@ class Supervisor:
 # Users and their logins, what requests say of users and resources, and the brake on guessing. A login is a row: the
 # browser's cookie or a program's bearer token is a random text of which only a hash is stored, so that a login can be
 # listed and ended. Runs in the console's threads and in the user commands.
-# Gives: Credentials, end_sessions, ensure_first_user, field_errors, find_resource, find_user, initial_user,
-# INVENTORY_ONLY, live_sessions, LOGIN_FAILURES, LoginThrottle, NewUser, password_faults, PasswordChange, require_admin,
-# Role, SettingsReader, stated, TOKEN_BYTES, token_hash, TOKEN_LIFE, UserChange, validated
+# Gives: Credentials, ensure_first_user, field_errors, find_resource, find_user, initial_user, INVENTORY_ONLY,
+# live_sessions, LOGIN_FAILURES, LoginThrottle, NewUser, PasswordChange, require_admin, Role, SettingsReader, stated,
+# token_hash, TOKEN_LIFE, UserChange, validated
 
-PASSWORD_LENGTH = 12            # characters of a user's password at least
 SESSION_LIFE = 8 * 3600.0       # seconds from the login to the end of a session
 SESSION_IDLE = 1800.0           # seconds without a request until it ends
 TOKEN_LIFE = 1200.0             # seconds of a bearer token
-TOKEN_BYTES = 32                # of chance in what proves a login
 LOGIN_FAILURES = 5              # of an account from an address, after which the next login waits
 ADDRESS_FAILURES = 20           # of an address, whatever the accounts
 LOGIN_WINDOW = 300.0            # seconds for which a failed login counts
 LOGINS_KEPT = 10_000            # accounts and addresses with failures that are remembered
 HASH_WAIT = 2.0                 # seconds that a login waits for its turn
-FIELD_FAULTS = 50               # faults of a request that are told
 FIRST_USER = ("SpiceWorks", "HealthChecker")  # of the specification; its password is to be changed
 LIVES = {"session": (SESSION_LIFE, SESSION_IDLE), "token": (TOKEN_LIFE, TOKEN_LIFE)}    # seconds: in all, idle
 # What reads the server's own files or environment. So does `platform: local`, which runs commands there.
@@ -5719,28 +5722,21 @@ def not_documented(password: SecretStr) -> SecretStr:
 
 
 Role = Literal["admin", "viewer"]
-Password = Annotated[SecretStr, Field(min_length=PASSWORD_LENGTH, max_length=SECRET_LENGTH),
-                     AfterValidator(not_documented)]
+Password = Annotated[SecretStr, Field(min_length=12, max_length=SECRET_LENGTH), AfterValidator(not_documented)]
 Claimed = Annotated[SecretStr, Field(max_length=SECRET_LENGTH)]     # a password that is to be verified
 
 
 class Credentials(Settings):
-    """What a login takes."""
-
     username: Annotated[str, Field(max_length=NAME_CHARS)]
     password: Claimed
 
 
 class PasswordChange(Settings):
-    """A user's own new password."""
-
     current: Claimed
     new: Password
 
 
 class NewUser(Settings):
-    """A user to add."""
-
     name: Name
     password: Password
     role: Role = "viewer"
@@ -5755,7 +5751,7 @@ class UserChange(Settings):
 
 def field_errors(fields: Mapping[str, str]) -> ApiError:
     """Bad input, with what is wrong with each field; the names may be the client's, so they are cut."""
-    told = {one_line(name): one_line(text) for name, text in itertools.islice(fields.items(), FIELD_FAULTS)}
+    told = {one_line(name): one_line(text) for name, text in itertools.islice(fields.items(), 50)}
     return ApiError("; ".join(f"{name}: {text}" for name, text in told.items()), 422, told)
 
 
@@ -5771,30 +5767,29 @@ def validated(model: type[M], body: Mapping[str, Any], *, text: bool = False) ->
                           for item in error.errors(include_url=False, include_input=False)}) from None
 
 
-def require_remote(settings: Mapping[str, Any]) -> None:
-    """Raises ApiError for settings that would read this machine's own files, environment or shell."""
-    barred = {name: "can be set in the inventory alone" for name in sorted(INVENTORY_ONLY & settings.keys())}
-    if settings.get("platform") == Platform.LOCAL.value:
-        barred["platform"] = "local can be set in the inventory alone"
-    if barred:
-        raise field_errors(barred)
+def shared_defaults(inventory: Inventory) -> dict[str, Any]:
+    """The defaults of the inventory for what is added here: its secrets go to no other hosts than its own."""
+    return {name: value for name, value in inventory.defaults.items() if name not in INVENTORY_ONLY}
 
 
 class SettingsReader(InventoryLoader):
     """Reads one resource from a request, by the rules of the inventory; `fields` gathers what is wrong with which."""
 
-    def __init__(self, inventory: Path, *, text: bool) -> None:
-        super().__init__(inventory, Document())
-        self.text = text
+    def __init__(self, inventory: Inventory, *, text: bool) -> None:
+        super().__init__(inventory.path, Document())
+        self.defaults, self.text = shared_defaults(inventory), text
         self.fields: dict[str, str] = {}
 
     def read(self, given: Mapping[str, Any], stored: Mapping[str, Any]) -> Entry:
         """`given` over `stored`; null stands for the default. Raises ApiError."""
-        defaults = {name for name in ResourceSettings.model_fields if given.get(name, "") is None}
-        given, stored = ({name: value for name, value in part.items() if name not in defaults}
+        nulls = {name for name in ResourceSettings.model_fields if given.get(name, "") is None}
+        given, stored = ({name: value for name, value in part.items() if name not in nulls}
                          for part in (given, stored))
-        require_remote({**stored, **given})     # before any file is looked at
-        entry = self._entry(0, given, stored)
+        stored = self.defaults | stored
+        self.fields |= dict.fromkeys(INVENTORY_ONLY & given.keys(), "can be set in the inventory alone")
+        if given.get("platform", stored.get("platform")) == Platform.LOCAL.value:
+            self.fields["platform"] = "local can be set in the inventory alone"
+        entry = None if self.fields else self._entry(0, given, stored)  # which looks at files
         if entry is None or self.fields:
             raise field_errors(self.fields)
         return entry
@@ -5809,21 +5804,16 @@ class SettingsReader(InventoryLoader):
         return model.model_validate_json(json.dumps(raw), strict=True, context=self.folder)
 
 
-def stated(row: Resource) -> dict[str, Any]:
+def stated(row: Resource, inventory: Inventory) -> dict[str, Any]:
     """What a row states beside the defaults, in the inventory's names; no secrets."""
-    settings = row.parsed_settings
-    if settings.port == settings.model_copy(update={"port": None}).connect_port:
-        settings = settings.model_copy(update={"port": None})
-    return settings.model_dump(mode="json", exclude_defaults=True, exclude=set(SECRETS))
-
-
-@contextlib.contextmanager
-def password_faults() -> Iterator[None]:
-    """What is wrong with a stored or given secret is a fault of that field. Raises ApiError."""
-    try:
-        yield
-    except (SecretError, InventoryError) as error:
-        raise field_errors({"password": str(error)}) from error
+    settings, defaults = row.parsed_settings, shared_defaults(inventory)
+    without = settings.model_copy(update={"port": None})
+    if settings.port == without.connect_port and "port" not in defaults:
+        settings = without
+    values, plain = (settings.model_dump(mode="json", exclude=set(SECRETS), exclude_defaults=short)
+                     for short in (False, True))
+    return {name: plain.get(name, value) for name, value in values.items()
+            if (value not in (None, defaults[name]) if name in defaults else name in plain)}
 
 
 def ensure_first_user(session: Session) -> None:
@@ -5857,11 +5847,6 @@ def require_admin(session: Session, without: User) -> None:
         raise ApiError(f"{without.username} is the last admin; make another one first", 409)
 
 
-def end_sessions(session: Session, user: User) -> None:
-    """Ends all logins of a user, whose password or role is another one now."""
-    session.execute(sqlalchemy.delete(LoginSession).where(LoginSession.user_id == user.id))
-
-
 def token_hash(token: str) -> str:
     return hashlib.sha256(token.encode()).hexdigest()
 
@@ -5888,16 +5873,14 @@ class LoginThrottle:
         self._hashing = threading.Lock()    # one password hash at a time, for it takes a CPU 0.15 s
         self._lock = threading.Lock()       # guards the next two
         self._waiting: set[str] = set()     # addresses with a login that waits for its turn
-        self._failures: dict[tuple[str | None, str], list[float]] = {}  # account, None: any; who failed last is last
+        self._failures: dict[tuple[str | None, str], collections.deque[float]] = {}     # of an account, of all (None)
 
     def wait(self, name: str, address: str) -> float:
         """Seconds until the next attempt; 0 when it may be made now."""
         where = throttled_address(address)
-        return max(self._wait((name, where), LOGIN_FAILURES), self._wait((None, where), ADDRESS_FAILURES))
-
-    def _wait(self, key: tuple[str | None, str], failures: int) -> float:
-        times = self._failures.get(key, [])
-        return max(0.0, times[-failures] + LOGIN_WINDOW - self._clock()) if len(times) >= failures else 0.0
+        found = [self._failures.get(key) for key in ((name, where), (None, where))]
+        oldest = [times[0] for times in found if times and len(times) == times.maxlen]
+        return max(0.0, max(oldest, default=-math.inf) + LOGIN_WINDOW - self._clock())
 
     @contextlib.contextmanager
     def turn(self, name: str, address: str) -> Iterator[None]:
@@ -5926,11 +5909,11 @@ class LoginThrottle:
         now, where = self._clock(), throttled_address(address)
         with self._lock:
             for key, kept in ((name, LOGIN_FAILURES), (None, ADDRESS_FAILURES)):
-                times = [at for at in self._failures.pop((key, where), []) if now - at < LOGIN_WINDOW]
-                self._failures[key, where] = [*times, now][-kept:]
+                times = self._failures.pop((key, where), ())    # who failed last is last
+                self._failures[key, where] = collections.deque((*times, now), kept)
             while len(self._failures) > LOGINS_KEPT:
                 del self._failures[next(iter(self._failures))]
-            return len(self._failures[name, where])
+            return sum(now - at < LOGIN_WINDOW for at in self._failures[name, where])
 
     def clear(self, name: str, address: str) -> None:
         """Forgives an account at an address; what the address tried with others stays."""
@@ -5942,11 +5925,11 @@ class LoginThrottle:
 # What can be done, in the console's threads and in the user commands; each takes who does it, checks what is given,
 # changes rows and notes it within one transaction, and gives rows or views. What is refused is an ApiError.
 # Gives: add_resource, add_user, API, begin_maintenance, change_password, change_resource, change_user, changeable,
-# ConsoleContext, end_maintenance, end_session, EventsQuery, EventView, list_events, list_resources, list_samples,
-# list_sessions, list_users, log_in, Maintenance, NO_SAMPLE, offered_key, open_session, PastPollView, poll_now,
-# PollView, Principal, remove_resource, remove_user, RESOURCES, ResourceView, SAFE_METHODS, SamplesQuery, SessionView,
-# show_resource, sign_in, sign_out, status_of, test_changes, test_settings, TokenView, TrialView, Trust, trust_resource,
-# UserView
+# ConsoleContext, DAMAGED, end_maintenance, end_session, EventsQuery, list_events, list_resources, list_samples,
+# list_sessions, list_users, log_in, Maintenance, NO_SAMPLE, offered_key, open_session, PAST_EVENTS, PAST_POLLS,
+# poll_now, PollView, Principal, remove_resource, remove_user, RESOURCES, ResourceView, SAFE_METHODS, SamplesQuery,
+# SessionView, show_resource, sign_in, sign_out, status_of, test_changes, test_settings, TokenView, TrialView, Trust,
+# trust_resource, UserView
 
 POLL_NOW_TIMEOUT = 60.0         # seconds that a request waits for a poll
 TRIAL_TIMEOUT = 30.0            # seconds of a poll with settings that are not stored
@@ -5966,9 +5949,6 @@ def offered_key(target: Target, access: ConnectionContext) -> str:
     return connection.offered_key(Deadline(min(target.settings.timeout, TRIAL_TIMEOUT)))
 
 
-NOBODY = User(salt=b"", rounds=PBKDF2_ROUNDS, password=b"")    # takes as long as a user that exists
-
-
 @dataclass
 class ConsoleContext:
     """What pages, API and the user commands work on, in the main process."""
@@ -5980,9 +5960,7 @@ class ConsoleContext:
     monitor: Monitor
     connections: ConnectionContext
     clock: Callable[[], float] = time.time      # Unix time
-
-    def __post_init__(self) -> None:
-        self.throttle = LoginThrottle()
+    throttle: LoginThrottle = dataclass_field(default_factory=LoginThrottle)
 
     @functools.cached_property
     def places(self) -> dict[str, str]:
@@ -5994,29 +5972,11 @@ class ConsoleContext:
         """The gate's answer."""
         return time.monotonic() < self.lease.until.value
 
-    def login(self, name: str, password: str, address: str) -> User:
-        """The user with this password. Raises ApiError: 401, or 429 with the seconds to wait."""
-        with self.throttle.turn(name, address):
-            with self.store.reading() as session:
-                user = session.scalar(sqlalchemy.select(User).where(User.username == name))
-            if (user or NOBODY).verify(password) and user is not None:
-                self.throttle.clear(name, address)
-                return user
-            failures = self.throttle.fail(name, address)
-        log.warning("login of %s from %s failed", one_line(name), address)
-        if failures == LOGIN_FAILURES:      # once, or an attacker would fill the database
-            with self.store.writing() as session:
-                record_event(session, "login", f"{failures} failed logins", actor=name, address=address)
-        raise ApiError("user name or password is wrong", 401)
-
     def offered_key(self, name: str) -> str:
         """The key that the host of a resource shows now."""
         with self.store.reading() as session:
             row = find_resource(session, name)
-        try:
-            return offered_key(target_of(row, self.vault), self.connections)
-        except HealthCheckerError as error:
-            raise ApiError(str(error), 409) from error
+        return offered_key(target_of(row, self.vault), self.connections)
 
 
 @dataclass(frozen=True)
@@ -6047,9 +6007,11 @@ class Principal:
         return self.user is not None and self.user.role in (role, "admin")
 
     def note(self, session: Session, text: str, resource: str = "") -> None:
-        """Records a change."""
+        """Records a change; one of a resource is told to the pollers."""
         record_event(session, "change", text, resource=resource, actor=self.name, address=self.address,
                      at=self.context.clock())
+        if resource:
+            revise(session)
 
 
 def utc_time(at: float) -> datetime.datetime | None:
@@ -6070,24 +6032,32 @@ class Trust(Settings):
     host_key: TextLine | None = None
 
 
-class OutcomeView(Settings):
-    """A service or check."""
-
-    good: bool
-    text: str
-
-
 class SampleView(Settings):
     """What the last poll read."""
 
     details: dict[str, float | str]
     metrics: dict[str, float]
-    services: dict[str, OutcomeView]
-    checks: dict[str, OutcomeView]
+    services: dict[str, Outcome]
+    checks: dict[str, Outcome]
     problems: dict[str, str]    # what could not be read, and why
 
 
-class ResourceView(ResourceSettings):
+class PollView(Settings):
+    """What one poll found."""
+
+    state: State
+    cause: Cause
+    reason: str
+    seconds: float              # that it took
+
+
+class TrialView(PollView):
+    """What a poll with settings that are not stored found."""
+
+    host_key: str | None        # would be trusted on first use
+
+
+class ResourceView(ResourceSettings, PollView):
     """A resource: its settings without secrets, and its state."""
 
     password: None = Field(default=None, exclude=True)
@@ -6097,28 +6067,9 @@ class ResourceView(ResourceSettings):
     has_secret: bool
     trusted_key: str | None     # trusted on first use or by `trust`
     maintenance: Maintenance | None
-    state: State
-    cause: Cause
-    reason: str
     since: datetime.datetime | None
     polled: datetime.datetime | None
-    seconds: float              # that the last poll took
     sample: SampleView | None
-
-
-class PollView(Settings):
-    """What one poll found."""
-
-    state: State
-    cause: Cause
-    reason: str
-    seconds: float
-
-
-class TrialView(PollView):
-    """What a poll with settings that are not stored found."""
-
-    host_key: str | None        # would be trusted on first use
 
 
 NO_SAMPLE: dict[str, Any] = {"details": {}, "metrics": {}, "services": {}, "checks": {}, "problems": {}}
@@ -6174,39 +6125,39 @@ def show_resource(who: Principal, name: str) -> ResourceView:
         return resource_view(row, session.get(Status, row.id), who.context)
 
 
+def apply_settings(context: ConsoleContext, row: Resource, body: Mapping[str, Any], *, text: bool) -> bool:
+    """Brings a row to what `body` says, over what it states if it is not new; says whether it changed."""
+    stored = stated(row, context.inventory) if row.name else {}
+    entry = SettingsReader(context.inventory, text=text).read(body, stored)
+    try:
+        return update_row(row, entry, context.vault)
+    except (SecretError, InventoryError) as error:
+        raise field_errors({"password": str(error)}) from error
+
+
 def add_resource(who: Principal, body: Mapping[str, Any], *, text: bool = False) -> ResourceView:
     """Adds a resource; it is watched at once."""
-    vault = who.context.vault      # before the database is locked
-    entry = SettingsReader(who.context.inventory.path, text=text).read(body, {})
-    name = entry.settings.name
+    row = Resource(origin="api")
+    apply_settings(who.context, row, body, text=text)
     with who.context.store.writing() as session:
-        if session.scalar(sqlalchemy.select(Resource.id).where(Resource.name == name)) is not None:
+        if session.scalar(sqlalchemy.select(Resource.id).where(Resource.name == row.name)) is not None:
             raise ApiError("there is a resource of this name already", 409, {"name": "is taken"})
-        row = Resource(name=name, origin="api")
-        with password_faults():
-            update_row(row, entry, vault)
         session.add(row)
-        who.note(session, "added", name)
-        revise(session)
-    return show_resource(who, name)
+        who.note(session, "added", row.name)
+    return show_resource(who, row.name)
 
 
 def change_resource(who: Principal, name: str, body: Mapping[str, Any], *, text: bool = False) -> ResourceView:
     """Changes what is given; null stands for the default. Another host, port or username needs the password again."""
-    vault = who.context.vault
     with who.context.store.writing() as session:
         row = changeable(who, session, name)
         if body.get("name", name) != name:
             raise field_errors({"name": "cannot be changed; add another resource and remove this one"})
-        entry = SettingsReader(who.context.inventory.path, text=text).read(body, stated(row))
-        before = stated(row)
-        with password_faults():
-            changes = update_row(row, entry, vault)
-        if changes:
-            after = stated(row)
+        before = stated(row, who.context.inventory)
+        if apply_settings(who.context, row, body, text=text):
+            after = stated(row, who.context.inventory)
             changed = {field for field in before.keys() | after.keys() if before.get(field) != after.get(field)}
             who.note(session, f"changed: {', '.join(sorted(changed | (body.keys() & set(SECRETS))))}", name)
-            revise(session)
     return show_resource(who, name)
 
 
@@ -6215,36 +6166,27 @@ def remove_resource(who: Principal, name: str) -> None:
     with who.context.store.writing() as session:
         session.delete(changeable(who, session, name))
         who.note(session, "removed", name)
-        revise(session)
 
 
-def trial(who: Principal, body: Mapping[str, Any], row: Resource | None, *, text: bool) -> TrialView:
-    """Polls once with settings that are not stored: new ones, or changes of a row with its secret."""
-    context = who.context
-    entry = SettingsReader(context.inventory.path, text=text).read(body, stated(row) if row else {})
-    resource = Resource(**{column.name: getattr(row, column.name) for column in Resource.__table__.columns}
-                        if row else {"id": 0, "name": entry.settings.name})
-    with password_faults():
-        update_row(resource, entry, context.vault)
-        target = target_of(resource, context.vault)
+def test_settings(who: Principal, body: Mapping[str, Any], *, text: bool = False,
+                  row: Resource | None = None) -> TrialView:
+    """Polls a resource once that is not added yet."""
+    row = row or Resource(id=0)
+    apply_settings(who.context, row, body, text=text)
+    target = target_of(row, who.context.vault)
     timeout = min(target.settings.timeout, TRIAL_TIMEOUT)
     target = replace(target, settings=target.settings.model_copy(update={"timeout": timeout}))
     begun_mono = time.monotonic()
-    connection = CONNECTIONS[target.settings.platform](target, LoginGuard(), context.connections)
+    connection = CONNECTIONS[target.settings.platform](target, LoginGuard(), who.context.connections)
     verdict, _, host_key = poll_once(target, connection, None)
     return TrialView(**vars(verdict), seconds=time.monotonic() - begun_mono, host_key=host_key)
-
-
-def test_settings(who: Principal, body: Mapping[str, Any], *, text: bool = False) -> TrialView:
-    """Polls a resource once that is not added yet."""
-    return trial(who, body, None, text=text)
 
 
 def test_changes(who: Principal, name: str, body: Mapping[str, Any], *, text: bool = False) -> TrialView:
     """Polls a resource once with changed settings that are not stored."""
     with who.context.store.reading() as session:
         row = changeable(who, session, name)
-    return trial(who, body, row, text=text)
+    return test_settings(who, body, text=text, row=row)     # which changes no more than this copy of it
 
 
 def poll_now(who: Principal, name: str) -> PollView:
@@ -6268,7 +6210,6 @@ def begin_maintenance(who: Principal, name: str, body: Mapping[str, Any]) -> Res
         row = find_resource(session, name)
         row.maintenance, row.maintenance_reason = until, maintenance.reason
         who.note(session, f"in maintenance until {maintenance.until.isoformat()}: {maintenance.reason}", name)
-        revise(session)
     return show_resource(who, name)
 
 
@@ -6279,14 +6220,11 @@ def end_maintenance(who: Principal, name: str) -> None:
         if row.maintenance:
             row.maintenance, row.maintenance_reason = 0.0, ""
             who.note(session, "maintenance ended", name)
-            revise(session)
 
 
 def trust_resource(who: Principal, name: str, body: Mapping[str, Any]) -> ResourceView:
     """Trusts the key that the host shows now; with `host_key` only that one."""
     wanted = validated(Trust, body).host_key
-    with who.context.store.reading() as session:
-        find_resource(session, name)
     offered = who.context.offered_key(name)
     if wanted not in (None, offered):
         raise ApiError(f"the host shows another key: {offered}", 409,
@@ -6295,26 +6233,22 @@ def trust_resource(who: Principal, name: str, body: Mapping[str, Any]) -> Resour
         row = find_resource(session, name)
         who.note(session, f"trusted {offered}, before {row.host_key or 'no key'}", name)
         row.host_key = offered
-        revise(session)
     return show_resource(who, name)
 
 
 class SamplesQuery(Settings):
-    """Which polls to list."""
-
     since: AwareDatetime | None = None
     limit: Annotated[int, Field(ge=1, le=10_000)] = 60
 
 
-class PastPollView(Settings):
-    """A poll: what it found, the state of the resource after it, what it read."""
+def list_of(name: str, fields: Mapping[str, Any]) -> Any:
+    """The type of a list of what has these fields, as the API gives it; `at` is a time then."""
+    given = {field: (datetime.datetime if field == "at" else kind, ...) for field, kind in fields.items()}
+    return GenericAlias(list, (create_model(name, __base__=Settings, **cast(Any, given)),))
 
-    at: datetime.datetime
-    state: State
-    cause: Cause
-    reason: str
-    standing: State
-    readings: dict[str, float]
+
+PAST_POLLS = list_of("PastPollView", type_hints(PastPoll))
+PAST_EVENTS = list_of("EventView", {column.name: column.type.python_type for column in Event.__table__.columns})
 
 
 def list_samples(who: Principal, name: str, query: Mapping[str, Any]) -> list[PastPoll]:
@@ -6326,24 +6260,10 @@ def list_samples(who: Principal, name: str, query: Mapping[str, Any]) -> list[Pa
 
 
 class EventsQuery(Settings):
-    """Which events to list."""
-
     resource: str | None = None
     kind: str | None = None
     before: Annotated[int, Field(ge=0, lt=1 << 63)] | None = None      # the id of an event
     limit: Annotated[int, Field(ge=1, le=1000)] = 100
-
-
-class EventView(Settings):
-    """A transition or a change: when, what, who, from where."""
-
-    id: int
-    at: datetime.datetime
-    kind: str
-    resource: str
-    text: str
-    actor: str
-    address: str
 
 
 def list_events(who: Principal, query: Mapping[str, Any]) -> list[Event]:
@@ -6353,8 +6273,6 @@ def list_events(who: Principal, query: Mapping[str, Any]) -> list[Event]:
 
 
 class UserView(Settings):
-    """A user."""
-
     name: str = Field(validation_alias="username")
     role: Role
     initial: bool       # the password is the documented one still
@@ -6378,6 +6296,14 @@ def add_user(who: Principal, body: Mapping[str, Any]) -> User:
     return user
 
 
+def renew(who: Principal, session: Session, user: User, fresh: User) -> User:
+    """Gives a user the password of `fresh`; every session and token of before ends."""
+    user.take_password(fresh)
+    session.execute(sqlalchemy.delete(LoginSession).filter_by(user_id=user.id))
+    who.note(session, f"user {user.username}: new password")
+    return user
+
+
 def change_user(who: Principal, name: str, body: Mapping[str, Any]) -> User:
     """Changes password or role of a user and ends the user's sessions; one's own password changes elsewhere."""
     change = validated(UserChange, body)
@@ -6387,13 +6313,11 @@ def change_user(who: Principal, name: str, body: Mapping[str, Any]) -> User:
     with who.context.store.writing() as session:
         user = find_user(session, name)
         if fresh:
-            user.take_password(fresh)
-            end_sessions(session, user)
-            who.note(session, f"user {name}: new password")
+            renew(who, session, user, fresh)
         if change.role and change.role != user.role:
             require_admin(session, without=user)
             user.role = change.role
-            end_sessions(session, user)
+            session.execute(sqlalchemy.delete(LoginSession).filter_by(user_id=user.id))
             who.note(session, f"user {name}: {change.role} now")
     return user
 
@@ -6407,6 +6331,27 @@ def remove_user(who: Principal, name: str) -> None:
         who.note(session, f"user {name} removed")
 
 
+NOBODY = User(salt=b"", rounds=PBKDF2_ROUNDS, password=b"")    # takes as long as a user that exists
+
+
+def sign_in(who: Principal, body: Mapping[str, Any]) -> User:
+    """The user with these Credentials. Raises ApiError: 401, or 429 with the seconds to wait."""
+    given = validated(Credentials, body)
+    name, context = given.username, who.context
+    with context.throttle.turn(name, who.address):
+        with context.store.reading() as session:
+            user = session.scalar(sqlalchemy.select(User).where(User.username == name))
+        if (user or NOBODY).verify(given.password.get_secret_value()) and user is not None:
+            context.throttle.clear(name, who.address)
+            return user
+        failures = context.throttle.fail(name, who.address)
+    log.warning("login of %s from %s failed", one_line(name), who.address)
+    if failures == LOGIN_FAILURES:      # once, or an attacker would fill the database
+        with context.store.writing() as session:
+            record_event(session, "login", f"{failures} failed logins", actor=name, address=who.address)
+    raise ApiError("user name or password is wrong", 401)
+
+
 def change_password(who: Principal, body: Mapping[str, Any]) -> User:
     """Changes one's own password; every session and token of before ends."""
     change = validated(PasswordChange, body)
@@ -6415,27 +6360,17 @@ def change_password(who: Principal, body: Mapping[str, Any]) -> User:
     if current == new:
         raise field_errors({"new": "must not be the current one"})
     try:
-        who.context.login(name, current, who.address)
+        sign_in(who, {"username": name, "password": current})
     except ApiError as error:
         raise field_errors({"current": "is wrong"}) if error.status == 401 else error from None
     fresh = User.create(name, new)
     with who.context.store.writing() as session:
-        user = find_user(session, name)
-        user.take_password(fresh)
-        end_sessions(session, user)
-        who.note(session, f"user {name}: new password")
-    return user
-
-
-def sign_in(who: Principal, body: Mapping[str, Any]) -> User:
-    """The user with these Credentials. Raises ApiError: 401, or 429 with the seconds to wait."""
-    given = validated(Credentials, body)
-    return who.context.login(given.username, given.password.get_secret_value(), who.address)
+        return renew(who, session, find_user(session, name), fresh)
 
 
 def open_session(who: Principal, kind: str, user: User) -> str:
     """The token that proves a login of `user` from now on. Raises ApiError."""
-    token, now = secrets.token_urlsafe(TOKEN_BYTES), who.context.clock()
+    token, now = secrets.token_urlsafe(32), who.context.clock()
     with who.context.store.writing() as session:
         current = session.get(User, user.id)
         if current is None or current.salt != user.salt:    # removed or changed since the password was verified
@@ -6448,8 +6383,6 @@ def open_session(who: Principal, kind: str, user: User) -> str:
 
 
 class TokenView(Settings):
-    """A bearer token."""
-
     token: str
     expires_in: float       # seconds
 
@@ -6499,15 +6432,15 @@ def sign_out(who: Principal) -> None:
     """Ends the session that asks, also for whoever else has its cookie."""
     if who.session:
         with who.context.store.writing() as session:
-            session.execute(sqlalchemy.delete(LoginSession).where(
-                LoginSession.token_hash == who.session.token_hash))
+            session.execute(sqlalchemy.delete(LoginSession).filter_by(token_hash=who.session.token_hash))
 
 
 # === API =====================================================================
 # The JSON API as a table of routes, its description in OpenAPI made of the same table, and what each request to the
 # console must pass: an address of the operators, a login, a page of ours as its sender, a role. Runs in the console's
 # threads. What is refused leaves as application/problem+json.
-# Gives: add_security_headers, API_ROUTES, authorize, client_address, current_principal, give_cookie, problem, Route
+# Gives: add_security_headers, API_ROUTES, authorize, client_address, current_principal, give_cookie, is_same_origin,
+# problem, Route
 
 SEEN_INTERVAL = 60.0            # seconds after which a request is noted as a session's last one
 COOKIE = "healthchecker_session"
@@ -6556,20 +6489,13 @@ OPERATIONS = (
     Route("POST", RESOURCE + "/maintenance", "admin", begin_maintenance, ResourceView, Maintenance),
     Route("DELETE", RESOURCE + "/maintenance", "admin", end_maintenance),
     Route("POST", RESOURCE + "/trust", "admin", trust_resource, ResourceView, Trust),
-    Route("GET", RESOURCE + "/samples", "viewer", list_samples, list[PastPollView], SamplesQuery),
-    Route("GET", API + "events", "viewer", list_events, list[EventView], EventsQuery),
+    Route("GET", RESOURCE + "/samples", "viewer", list_samples, PAST_POLLS, SamplesQuery),
+    Route("GET", API + "events", "viewer", list_events, PAST_EVENTS, EventsQuery),
     Route("GET", API + "users", "admin", list_users, list[UserView]),
     Route("POST", API + "users", "admin", add_user, UserView, NewUser, status=201),
     Route("PATCH", API + "users/<name>", "admin", change_user, UserView, UserChange),
     Route("DELETE", API + "users/<name>", "admin", remove_user),
 )
-
-
-class FieldFault(Settings):
-    """What is wrong with a field."""
-
-    field: str
-    message: str
 
 
 class Problem(Settings):
@@ -6579,10 +6505,7 @@ class Problem(Settings):
     title: str
     status: int
     detail: str
-    errors: list[FieldFault] = []
-
-
-SCHEMAS = "#/components/schemas/"
+    errors: list[dict[Literal["field", "message"], str]] = []
 
 
 def resource_schema(schema: dict[str, Any]) -> None:
@@ -6595,27 +6518,26 @@ def resource_schema(schema: dict[str, Any]) -> None:
             schema["properties"][name] = {"anyOf": [field, {"type": "null"}]}
 
 
+def content(kind: str, schema: Any) -> dict[str, Any]:
+    """A body in OpenAPI; nothing where there is none."""
+    return {"content": {kind: {"schema": schema}}} if schema else {}
+
+
 def describe(operation: Route, schemas: Mapping[Any, Any]) -> dict[str, Any]:
     """One operation in OpenAPI."""
-    where = [{"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
-             for name in re.findall("<(.+?)>", operation.path)]
-    body = schemas.get((f"{operation.key} body", "validation"))
-    wrong = {"description": "Refused", "content": {
-        "application/problem+json": {"schema": schemas["problem", "serialization"]}}}
-    right: dict[str, Any] = {"description": "Done"}
-    if operation.answer:
-        right["content"] = {"application/json": {"schema": schemas[operation.key, "serialization"]}}
-    described: dict[str, Any] = {
-        "summary": (operation.run.__doc__ or "").partition("\n")[0], "parameters": where,
-        "responses": {str(operation.status if operation.answer else 204): right, "default": wrong}}
+    answer, body = (schemas.get((operation.key, mode)) for mode in ("serialization", "validation"))
+    parameters = [{"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
+                  for name in re.findall("<(.+?)>", operation.path)]
+    described: dict[str, Any] = {} if operation.needs else {"security": []}
     if operation.method == "GET" and operation.body:
         fields = operation.body.model_json_schema()["properties"]
-        described["parameters"] += [{"name": name, "in": "query", "schema": field} for name, field in fields.items()]
+        parameters += [{"name": name, "in": "query", "schema": field} for name, field in fields.items()]
     elif body:
-        described["requestBody"] = {"required": True, "content": {"application/json": {"schema": body}}}
-    if not operation.needs:
-        described["security"] = []
-    return described
+        described["requestBody"] = {"required": True, **content("application/json", body)}
+    right = {"description": "Done", **content("application/json", answer)}
+    wrong = {"description": "Refused", **content("application/problem+json", schemas["problem", "serialization"])}
+    return described | {"summary": (operation.run.__doc__ or "").partition("\n")[0], "parameters": parameters,
+                        "responses": {str(operation.status if answer else 204): right, "default": wrong}}
 
 
 @functools.cache
@@ -6623,12 +6545,10 @@ def openapi() -> dict[str, Any]:
     """The description of the API, made from its models."""
     adapters: list[tuple[str, Literal["validation", "serialization"], TypeAdapter[Any]]] = [
         ("problem", "serialization", TypeAdapter(Problem))]
-    for operation in OPERATIONS:
-        if operation.answer:
-            adapters.append((operation.key, "serialization", operation.adapter))
-        if operation.body:
-            adapters.append((f"{operation.key} body", "validation", TypeAdapter(operation.body)))
-    schemas, components = TypeAdapter.json_schemas(adapters, ref_template=SCHEMAS + "{model}")
+    adapters += [(operation.key, "serialization", operation.adapter) for operation in OPERATIONS if operation.answer]
+    adapters += [(operation.key, "validation", TypeAdapter(operation.body))
+                 for operation in OPERATIONS if operation.body]
+    schemas, components = TypeAdapter.json_schemas(adapters, ref_template="#/components/schemas/{model}")
     resource_schema(components["$defs"]["ResourceSettings"])
     paths: dict[str, dict[str, Any]] = collections.defaultdict(dict)
     for operation in OPERATIONS:
@@ -6647,16 +6567,16 @@ def current_principal() -> Principal:
     return cast(Principal, flask.g.principal)
 
 
-def client_address(environ: WSGIEnvironment) -> str:
+def client_address(environ: WSGIEnvironment) -> Address:
     """The client's address; 0.0.0.0 is nobody's."""
     with contextlib.suppress(ValueError):
-        return str(plain_address(environ.get("REMOTE_ADDR", "")))
-    return "0.0.0.0"    # noqa: S104  # is not listened on
+        return plain_address(environ.get("REMOTE_ADDR", ""))
+    return ipaddress.IPv4Address(0)
 
 
 def identify(context: ConsoleContext, request: flask.Request) -> Principal:
     """Who it is; a bearer token counts before a cookie, other schemes are somebody else's: of a proxy, for instance."""
-    stranger = Principal(context, client_address(request.environ))
+    stranger = Principal(context, str(client_address(request.environ)))
     scheme, _, token = request.headers.get("Authorization", "").partition(" ")
     kind, token = ("token", token.strip()) if scheme.lower() == "bearer" else (
         "session", request.cookies.get(COOKIE, ""))
@@ -6674,8 +6594,9 @@ def note_seen(who: Principal) -> None:
     now = who.context.clock()
     if who.session and now - who.session.seen_at > SEEN_INTERVAL and "X-Refresh" not in flask.request.headers:
         with contextlib.suppress(sqlalchemy.exc.SQLAlchemyError), who.context.store.writing() as session:
-            session.execute(sqlalchemy.update(LoginSession).values(seen_at=now).where(  # a full disk can still be read
-                LoginSession.token_hash == who.session.token_hash))
+            # a full disk can still be read
+            session.execute(sqlalchemy.update(LoginSession).values(seen_at=now)
+                            .filter_by(token_hash=who.session.token_hash))
 
 
 def is_same_origin(request: flask.Request) -> bool | None:
@@ -6684,13 +6605,6 @@ def is_same_origin(request: flask.Request) -> bool | None:
     if fetch_site:
         return fetch_site == "same-origin"
     return origin == f"{request.scheme}://{request.host}" if origin else None
-
-
-def require_same_origin(who: Principal, logged_in: bool) -> None:
-    """Raises ApiError where another site made a browser send this: a session's cookie may have come along."""
-    same = is_same_origin(flask.request)
-    if same is False or (same is None and logged_in and who.session and who.session.kind == "session"):
-        raise ApiError("this request does not come from a page of this service", 403)
 
 
 def authorize(context: ConsoleContext, routes: Mapping[str, Route]) -> None:
@@ -6705,8 +6619,9 @@ def authorize(context: ConsoleContext, routes: Mapping[str, Route]) -> None:
         raise ApiError("the console does not answer this address", 403)
     if needs and who.user is None:
         raise ApiError("log in first", 401)
-    if request.method not in SAFE_METHODS:
-        require_same_origin(who, bool(needs))
+    by_cookie = bool(needs and who.session and who.session.kind == "session")   # another site's page may send it, too
+    if request.method not in SAFE_METHODS and is_same_origin(request) in ((False, None) if by_cookie else (False,)):
+        raise ApiError("this request does not come from a page of this service", 403)
     if who.restricted and not (route and route.restricted):
         raise ApiError("change the documented password first: it opens nothing else", 403)
     if needs and not who.may(needs):
@@ -6803,18 +6718,18 @@ def gauge(name: str, text: str, value: float | None = None, *labels: str) -> Gau
     return GaugeMetricFamily(f"healthchecker_{name}", text, value, labels or None)
 
 
+@dataclass(frozen=True)
 class ServingMetrics:
     """What anyone may see: the gate and totals of all workers; nothing about a resource, not even how many there are.
+    prometheus-client calls this a collector."""
 
-    prometheus-client calls this a collector.
-    """
-
-    def __init__(self, lease: Lease, counters: Counters, clock: Callable[[], float] = time.monotonic) -> None:
-        self._lease, self._counters, self._clock = lease, counters, clock
+    lease: Lease
+    counters: Counters
+    clock: Callable[[], float] = time.monotonic
 
     def collect(self) -> Iterator[Metric]:
-        left = max(0.0, self._lease.until.value - self._clock())
-        cells, open_connections = self._counters.totals(), [n for n in self._counters.held if n >= 0]
+        left = max(0.0, self.lease.until.value - self.clock())
+        cells, open_connections = self.counters.totals(), [n for n in self.counters.held if n >= 0]
         yield gauge("gate_open", "1 while requests reach the application.", float(left > 0))
         yield gauge("lease_seconds", "Seconds until the gate closes unless a poll renews the lease.", left)
         yield gauge("workers", "Processes that serve.", len(open_connections))
@@ -6864,7 +6779,7 @@ def sample_metrics(sample: Mapping[str, Any]) -> Iterator[MetricValue]:
 
 
 def resource_metrics(row: Any, now: float) -> Iterator[MetricValue]:
-    """All of one resource; a row of ResourceMetrics.ROWS. What was not read is left out and never 0."""
+    """All of one resource; a row of METRIC_ROWS. What was not read is left out and never 0."""
     for state in get_args(State):
         yield "state", (state,), state == (row.state or "unknown")
     yield "maintenance", (), row.maintenance > now
@@ -6877,20 +6792,19 @@ def resource_metrics(row: Any, now: float) -> Iterator[MetricValue]:
             yield from sample_metrics(json.loads(row.sample) or NO_SAMPLE)
 
 
+METRIC_ROWS = RESOURCES.with_only_columns(Resource.name, Resource.maintenance, Status.state, Status.cause,
+                                          Status.polled_at, Status.seconds, Status.sample).order_by(Resource.name)
+
+
+@dataclass(frozen=True)
 class ResourceMetrics:
     """What the bearer of the token sees besides: every resource, from the rows that the recorder writes."""
 
-    ROWS: ClassVar = sqlalchemy.select(
-        Resource.name, Resource.maintenance, Status.state, Status.cause, Status.polled_at, Status.seconds,
-        Status.sample,
-    ).outerjoin(Status, Status.resource_id == Resource.id).order_by(Resource.name)
-
-    def __init__(self, store: Store) -> None:
-        self._store = store
+    store: Store
 
     def collect(self) -> Iterator[Metric]:
-        with self._store.reading() as session:
-            rows = session.execute(self.ROWS).all()
+        with self.store.reading() as session:
+            rows = session.execute(METRIC_ROWS).all()
         states = collections.Counter(row.state or "unknown" for row in rows)
         total = gauge("resources", "Resources by state.", None, "state")
         for state in get_args(State):
@@ -8073,9 +7987,9 @@ def api_error(error: HealthCheckerError) -> ApiError:
     return error if isinstance(error, ApiError) else ApiError(str(error), 409)
 
 
-def form_texts(row: Resource) -> dict[str, str]:
+def form_texts(row: Resource, inventory: Inventory) -> dict[str, str]:
     """What the form shows of a resource: the inputs, and as YAML what it states besides."""
-    values = json.loads(json.dumps(stated(row)),        # 90 and not 90.0
+    values = json.loads(json.dumps(stated(row, inventory)),        # 90 and not 90.0
                         parse_float=lambda text: float(text) if float(text) % 1 else int(float(text)))
     texts = {name: str(values[name]) for name in INPUTS if values.get(name) is not None}
     other = {name: value for name, value in values.items() if name in OTHERS}
@@ -8096,7 +8010,7 @@ def edit_form(name: str) -> Answer:
     """The form of a resource that was added here."""
     who = current_principal()
     with who.context.store.reading() as session:
-        texts = form_texts(changeable(who, session, name))
+        texts = form_texts(changeable(who, session, name), who.context.inventory)
     return form_page(name, texts)
 
 
@@ -8247,7 +8161,7 @@ def login_again() -> flask.Response:
     kept = RETYPABLE.fullmatch(request.path) and is_same_origin(request)
     typed = {TYPED + name: text for name, text in request.form.items() if kept and name not in NEVER_SHOWN}
     shown = re.match(r"/-/(add|password|users|resources/[^/]+)?", request.path)
-    after = quote(request.path if typed or not shown else shown[0])
+    after = quote(request.path if typed else shown[0] if shown else PREFIX)
     return render_page("login.html", 401, typed=typed, outcome="degraded", action=f"/-/login?next={quote(after)}",
                        problem="Your session is over. Log in, and what was typed is there again, but for passwords.")
 
@@ -8340,38 +8254,33 @@ PAGES = (
 # its errors, and holds few connections and small bodies, so that its clients disturb neither gate nor pollers.
 # Gives: build_console, ConsoleServer
 
-CONSOLE_THREADS = 8             # pool threads of the console: some wait for polls or for their turn at the login
 CONSOLE_CONNECTIONS = 100       # at once
-CONSOLE_HEADERS = 1 << 15       # bytes of a request's head
 CONSOLE_BODY = 1 << 18          # bytes of a request to the pages and the API
-CONSOLE_SILENCE = 30            # seconds for which a connection may be silent
 CONSOLE_DRAIN = 2.0             # seconds for requests in flight when the service ends
 
 
-class HostCheck:
-    """Refuses requests under a name that is not the console's: anybody's site can let its name stand for this address
-    (DNS rebinding), and its pages, of one origin with us then, would log in with the documented password. An address,
-    `localhost`, this machine's name and that of `service.console` are ours; a proxy of `service.trusted_proxy` sees to
-    its names itself."""
+def check_host(app: WSGIApplication, service: ServiceSettings) -> WSGIApplication:
+    """WSGI: refuses requests under a name that is not the console's: anybody's site can let its name stand for this
+    address (DNS rebinding), and its pages, of one origin with us then, would log in with the documented password. An
+    address, `localhost`, this machine's name and that of `service.console` are ours; a proxy of
+    `service.trusted_proxy` sees to its names itself."""
+    proxies = tuple(map(ipaddress.ip_network, service.trusted_proxy))
+    names = {"localhost", socket.gethostname().lower(), service.console.rpartition(":")[0].lower()}
 
-    def __init__(self, app: WSGIApplication, service: ServiceSettings) -> None:
-        self._app, self._proxies = app, tuple(map(ipaddress.ip_network, service.trusted_proxy))
-        self._names = {"localhost", socket.gethostname().lower(), service.console.rpartition(":")[0].lower()}
+    def is_ours(host: str) -> bool:
+        name = re.sub(r":\d{1,5}$", "", host).lower()
+        with contextlib.suppress(ValueError):
+            return name in names or bool(ipaddress.ip_address(name.strip("[]")))
+        return False
 
-    def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
-        if self._is_ours(environ):
-            return self._app(environ, start_response)
+    def answer(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        host = environ.get("HTTP_HOST")     # without it, it is no browser
+        if host is None or is_within(client_address(environ), proxies) or is_ours(host):
+            return app(environ, start_response)
         return respond(environ, start_response, ("421 Misdirected Request", [], (
             b"The console does not answer to this name: use its address, localhost or a proxy of trusted_proxy.\n")))
 
-    def _is_ours(self, environ: WSGIEnvironment) -> bool:
-        host = environ.get("HTTP_HOST")
-        if host is None or is_within(ipaddress.ip_address(client_address(environ)), self._proxies):
-            return True     # without Host it is no browser
-        name = re.sub(r":\d{1,5}$", "", host).lower()
-        with contextlib.suppress(ValueError):
-            return name in self._names or bool(ipaddress.ip_address(name.strip("[]")))
-        return False
+    return answer
 
 
 def build_console(context: ConsoleContext, metrics: Metrics) -> flask.Flask:
@@ -8391,51 +8300,43 @@ def build_console(context: ConsoleContext, metrics: Metrics) -> flask.Flask:
     app.register_error_handler(sqlalchemy.exc.SQLAlchemyError, answer_database_error)
     service = context.inventory.service
     forwarded = ForwardedHeaders(app.wsgi_app, service.trusted_proxy)
-    app.wsgi_app = HostCheck(forwarded, service)    # type: ignore[method-assign]  # as Flask says
+    app.wsgi_app = check_host(forwarded, service)   # type: ignore[assignment,method-assign]  # as Flask says
     return app
 
 
-class ConsoleErrorTask(ErrorTask):      # type: ignore[misc]  # waitress carries no types
-    """The answer to what is no request; waitress's own would repeat parts of it."""
-
-    def execute(self) -> None:
-        self.request.error.body = "This cannot be answered."
-        super().execute()
-
-
-class ConsoleParser(HTTPRequestParser):     # type: ignore[misc]  # waitress carries no types
-    """A request; what urllib takes for no URL would end waitress's connection with a line of its inside in the log."""
+class ConsoleParser(GateParser):
+    """A request, read strictly; what is wrong with it is no setting's fault."""
 
     def parse_header(self, header_plus: bytes) -> None:
-        try:
-            super().parse_header(header_plus)
-        except ValueError as error:
-            raise ParsingError("Bad URI") from error
+        super().parse_header(header_plus)
+        if not self.request_uri.isascii():      # Flask would take it for UTF-8
+            raise BadRequest
+
+    def refuse(self, error: BadRequest) -> None:
+        super().refuse(BadRequest(error.status))
 
 
 class ConsoleChannel(HTTPChannel):      # type: ignore[misc]  # waitress carries no types
     """A client's connection."""
 
-    parser_class, error_task_class = ConsoleParser, ConsoleErrorTask
+    parser_class = ConsoleParser
 
 
 class ConsoleServer(threading.Thread):
     """The operators' door: plain waitress on sockets that are bound already."""
 
     def __init__(self, app: WSGIApplication, sockets: Sequence[socket.socket]) -> None:
-        super().__init__(name="console", daemon=True)
         self._map: dict[int, Any] = {}      # waitress's: everything that its loop watches
         self._server = waitress.create_server(
-            app, self._map, sockets=list(sockets), threads=CONSOLE_THREADS, ident=None,
-            clear_untrusted_proxy_headers=False, connection_limit=CONSOLE_CONNECTIONS, channel_timeout=CONSOLE_SILENCE,
-            cleanup_interval=5, max_request_header_size=CONSOLE_HEADERS, max_request_body_size=CONSOLE_BODY,
+            app, self._map, sockets=list(sockets), ident=None, clear_untrusted_proxy_headers=False,
+            threads=8,      # some wait for polls or for their turn at the login
+            connection_limit=CONSOLE_CONNECTIONS, channel_timeout=30, cleanup_interval=5,
+            max_request_body_size=CONSOLE_BODY,
             asyncore_use_poll=hasattr(selectors, "PollSelector"))   # select takes 1,024 descriptors, all pollers' too
         self._doors = [one for one in self._map.values() if isinstance(one, TcpWSGIServer)]
         for door in self._doors:
             door.channel_class = ConsoleChannel
-
-    def run(self) -> None:
-        self._server.run()
+        super().__init__(target=self._server.run, name="console", daemon=True)
 
     def close(self) -> None:
         """Ends all threads and connections; requests in flight have CONSOLE_DRAIN seconds."""

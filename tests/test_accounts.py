@@ -42,6 +42,7 @@ from healthchecker import (
     open_session,
     prune_events,
     record_event,
+    sign_in,
     sqlalchemy,
 )
 
@@ -197,7 +198,7 @@ def test_sessions_are_listed_and_ended(local: Local) -> None:
 
 def test_password_that_changes_during_a_login(local: Local) -> None:
     """What was verified is not the password any more: no session begins."""
-    user = local.context.login(NAME, PASSWORD, "127.0.0.1")
+    user = sign_in(Principal(local.context, "127.0.0.1"), {"username": NAME, "password": PASSWORD})
     local.log_in()
     assert local.api("POST", "password", {"current": PASSWORD, "new": PASSWORD + "!"}).status == 204
     with pytest.raises(ApiError) as caught:

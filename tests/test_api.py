@@ -7,6 +7,7 @@ import contextlib
 import datetime
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
@@ -14,7 +15,7 @@ import hypothesis
 import pytest
 import schemathesis
 from conftest import wait_for
-from console import NAME, PASSWORD, Client, console, resource_path
+from console import NAME, PASSWORD, Client, console, local_console, resource_path
 from schemathesis import GenerationMode
 from service import Service, run
 from sshd import ParamikoSshd, Sshd
@@ -239,6 +240,35 @@ def test_secret_stays_with_hostname_and_username(service: Service, client: Clien
     change = {"platform": "simulated", "hostname": None, "username": None, "port": None}
     assert client.api("PATCH", "resources/one", change).status == 200
     assert stored(service) == []
+
+
+DEFAULTS = """
+defaults: {interval: 7, rise: 3, tags: [all], limits: {cpu_percent: 80}, username: u, password: of the inventory}
+"""
+
+
+def test_defaults_of_the_inventory_count_here_too(tmp_path: Path) -> None:
+    """All but its secrets, which would go to whatever host is named here; and null stands for them."""
+    with local_console(tmp_path, "", DEFAULTS) as local:
+        local.log_in_as(NAME, "token")
+
+        def shown(method: str, path: str, body: dict[str, Any]) -> list[Any]:
+            reply = local.api(method, path, body)
+            assert reply.status < 300, reply
+            limits = {name: limit["fail"] for name, limit in reply.json["limits"].items() if limit}
+            return [*(reply.json[name] for name in ("interval", "rise", "tags", "username")), limits]
+
+        body = {"name": "one", "hostname": "127.0.0.1", "port": 1, "critical": False}
+        refused = local.api("POST", "resources", body)
+        assert (refused.status, list(refused.fields)) == (422, ["password"])
+        added = shown("POST", "resources", {**body, "password": "p", "rise": 1})
+        assert added == [7, 1, ["all"], "u", {"cpu_percent": 80}]
+        changed = shown("PATCH", "resources/one", {"interval": 60, "tags": [], "limits": {"memory_percent": 90}})
+        assert changed == [60, 1, [], "u", {"cpu_percent": 80, "memory_percent": 90}]
+        assert shown("PATCH", "resources/one", {"rise": 2}) == [60, 2, [], *changed[3:]], "what was stated stays"
+        assert 'name="interval" value="60"' in local.ask("GET", "/-/resources/one/edit").body
+        asked = dict.fromkeys(("interval", "rise", "tags", "limits"))
+        assert shown("PATCH", "resources/one", asked) == [7, 3, *added[2:]]
 
 
 def test_secret_of_another_row_is_none(client: Client, service: Service) -> None:

@@ -90,13 +90,13 @@ def test_slots_are_summed() -> None:
         tally.accepted()
         tally.hold(slot)
         tally.turn(10)
-    assert [*counters.crowd.held] == [0, 1, 2]
+    assert [*counters.held] == [0, 1, 2]
     totals = counters.totals()
     assert all(count(totals, outcome) == [0, 3, *[0] * (len(LATENCIES) - 1)] for outcome in OUTCOMES)
-    assert totals[-2:] == [3.0, 30.0]
+    assert totals[-3:] == [3.0, 30.0, 3.0]
     counters.vacate(1)
-    assert [*counters.crowd.held] == [0, -1, 2]
-    assert counters.totals() == [*totals[:-1], 20.0], "what was counted stays"
+    assert [*counters.held] == [0, -1, 2]
+    assert counters.totals() == [*totals[:-2], 20.0, 3.0], "what was counted stays"
 
 
 def test_threads_of_a_pool_lose_nothing() -> None:
@@ -153,13 +153,13 @@ def test_totals_outlive_the_process_that_counted_them() -> None:
     try:
         first = start(0, 300)
         start(1, 20)
-        assert (sum(counters.totals()), [*counters.crowd.held]) == (320, [7, 7])
+        assert (sum(counters.totals()), [*counters.held]) == (320, [7, 7])
         os.kill(first.pid, signal.SIGKILL)
         first.join(10)
         counters.vacate(0)
-        assert (sum(counters.totals()), [*counters.crowd.held]) == (320, [-1, 7])
+        assert (sum(counters.totals()), [*counters.held]) == (320, [-1, 7])
         start(0, 1)
-        assert (sum(counters.totals()), [*counters.crowd.held]) == (321, [7, 7])
+        assert (sum(counters.totals()), [*counters.held]) == (321, [7, 7])
     finally:
         for process in running:
             process.kill()
@@ -268,8 +268,8 @@ def test_gate_and_requests(store: Store) -> None:
             tally.request("2xx", seconds)
         tally.request("shed", 0.0)
         tally.accepted()
-    RequestCounters(counters, 1).share.hold(5)
-    RequestCounters(counters, 1).queued(3)
+    RequestCounters(counters, 1).hold(5)
+    RequestCounters(counters, 1).turn(3)
     lease.until.value = 107.5
     serving = ServingMetrics(lease, counters, lambda: 100.0)
     found = series(ask(Metrics(serving, store, None)))
