@@ -375,7 +375,8 @@ def test_a_form_that_is_saved_as_it_came_changes_nothing(console: Local) -> None
 
 def test_what_is_taken_out_of_the_form_is_the_default_again(console: Local) -> None:
     add_full(console)
-    fields = form_of(console, "full") | {"settings": "limits: {cpu_percent: 70}", "interval": "", "port": ""}
+    taken = {"interval": "", "port": "", "password": "again"}  # for another port
+    fields = form_of(console, "full") | {"settings": "limits: {cpu_percent: 70}"} | taken
     assert console.form("/-/resources/full/edit", fields).status == 303
     after = console.api("GET", "resources/full").json
     assert after["limits"]["cpu_percent"]["fail"] == 70 and after["limits"]["disk_percent"] is None
