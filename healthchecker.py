@@ -70,7 +70,6 @@ import fnmatch
 import functools
 import gc
 import getpass
-import gzip
 import hashlib
 import heapq
 import hmac
@@ -6900,18 +6899,13 @@ def local_time(at: float) -> str:
     return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(at))
 
 
-def crossed(value: float, limit: LimitValues) -> str:
-    """Which state a reading makes by its limit."""
-    for state, kind in (("unhealthy", "fail"), ("degraded", "warn")):
-        if limit.get(kind) is not None and value > limit[kind]:
-            return state
-    return "healthy"
+CROSSED = {"fail": "unhealthy", "warn": "degraded"}     # which state a reading makes that is above a limit
 
 
 def limit_marks(limit: LimitValues, top: float, line: str) -> str:
     """The limits drawn across a picture of 100 by 100; `line` is a path with {} for where."""
-    return "".join(f'<path class="{kind}" d="{line.format(round(100 * limit[kind] / top, 1))}"/>'
-                   for kind in ("warn", "fail") if limit.get(kind) is not None)
+    return "".join(f'<path class="limit {state}" d="{line.format(round(100 * limit[kind] / top, 1))}"/>'
+                   for kind, state in CROSSED.items() if limit.get(kind) is not None)
 
 
 def svg(kind: str, size: str, content: str, label: str = "") -> Markup:
@@ -6924,7 +6918,8 @@ def svg(kind: str, size: str, content: str, label: str = "") -> Markup:
 def bar_svg(value: float, limit: LimitValues, top: float = 100.0) -> Markup:
     """A reading as a bar from 0 to `top` with its limits marked; the colour says which of them it crossed."""
     width = round(100 * min(value / top, 1), 1)
-    return svg("bar", "100 8", f'<path d="M0 4h100"/><path class="{crossed(value, limit)}" d="M0 4h{width}"/>'
+    crossed = (state for kind, state in CROSSED.items() if limit.get(kind) is not None and value > limit[kind])
+    return svg("bar", "100 8", f'<path d="M0 4h100"/><path class="{next(crossed, "healthy")}" d="M0 4h{width}"/>'
                + limit_marks(limit, top, "M{} 0v8"))
 
 
@@ -6964,17 +6959,16 @@ def unbroken(points: Sequence[Point]) -> Iterator[Sequence[Point]]:
 def chart_svg(points: Sequence[Point], limit: LimitValues, begin: float, end: float, top: float) -> Markup:
     """Averages as a line in the band from minimum to maximum, over a picture of 100 by 100, with the limits."""
     def path(at: float, value: float) -> str:
-        return f"{100 * (at - begin) / (end - begin):.2f} {100 - 100 * min(value / top, 1):.1f}"
+        return f"{100 * (at - begin) / (end - begin):.2f} {100 * min(value / top, 1):.1f}"
 
     line, band = "", ""
     for stretch in unbroken(points):
         line += "M" + "L".join(path(point[0], point[1]) for point in stretch) + ("h.4" if len(stretch) == 1 else "")
         upper = [path(point[0], point[3]) for point in stretch]
         band += "M" + "L".join(upper + [path(point[0], point[2]) for point in reversed(stretch)]) + "z"
-    marks = limit_marks({kind: top - mark for kind, mark in limit.items() if mark is not None and mark <= top},
-                        top, "M0 {}h100")       # from the top down
+    # From below upwards: the style sheet turns it over.
     return svg("graph", "100 100", '<path d="M0 0h100M0 50h100M0 100h100M25 0v100M50 0v100M75 0v100"/>'
-               f'<path class="band" d="{band}"/><path class="line" d="{line}"/>{marks}')
+               f'<path class="band" d="{band}"/><path class="line" d="{line}"/>' + limit_marks(limit, top, "M0 {}h100"))
 
 
 TEMPLATES = {"layout.html": """<!doctype html>
@@ -7003,16 +6997,14 @@ TEMPLATES = {"layout.html": """<!doctype html>
 <form method="post" action="/-/logout"><button class="quiet">Log out</button></form></div>
 {% endif %}
 </header>
-{% if initial %}
-<p class="notice"><b>The first account still has its documented password.</b>
-<a href="/-/password">Change it now</a>: anyone who can reach this page can log in with it.</p>
+{% if user.initial %}
+<p class="notice"><b>This account still has its documented password</b>, which opens nothing but its own change.</p>
 {% endif %}
 <p class="notice lost" id="lost" role="alert" hidden></p>
 <main id="main" tabindex="-1"{% if refresh is string %} data-refresh="{{ refresh }}"{% endif %}>
 {% block main %}{% endblock %}
 </main>
 {% if user %}<footer class="soft">Times are the server's own, {{ zone }}.</footer>{% endif %}
-<div class="tip" id="tip" hidden></div>
 </body>
 </html>
 """, "macros.html": """
@@ -7122,8 +7114,8 @@ TEMPLATES = {"layout.html": """<!doctype html>
 <span title="{{ row.changed_at|local_time }}">{{ (now - row.changed_at)|duration_text }}</span>{% endif %}</td>
 <td>{% if row.status.polled_at %}{{ (now - row.status.polled_at)|duration_text }} ago
 <small>in {{ "%.2f s"|format(row.status.seconds) }}</small>{% endif %}</td>
-{% for bar in row.bars %}<td>{{ bar }}</td>{% endfor %}
-<td data-polls="{{ row.href }}/polls">{{ row.strip }}</td>
+{% for label, bar in row.bars %}<td data-label="{{ label }}">{{ bar }}</td>{% endfor %}
+<td>{{ row.strip }}</td>
 </tr>
 {% endfor %}
 {% endcall %}
@@ -7187,7 +7179,7 @@ Polled every {{ shown.row.interval|duration_text }}. Availability:
 {% for span, percent in availability.items() %}
 {{ span }} <b>{{ "%.2f %%"|format(percent) if percent is number else "unknown" }}</b>{{ "." if loop.last else "," }}
 {% endfor %}</p>
-<div data-polls="{{ shown.href }}/polls">{{ shown.strip }}</div>
+{{ shown.strip }}
 <details id="polls"><summary>Last polls</summary>
 {% call table("Last polls, newest first", ("Time", "State", "Seconds", "Reason")) %}
 {% for poll in polls|reverse %}
@@ -7425,24 +7417,23 @@ body { overflow-wrap: anywhere; }
 main { outline: none; } footer { padding-block: 1.5rem; font-size: .8125rem; }
 h1 { font-size: 1.5rem; line-height: 1.25; } h2 { font-size: 1rem; }
 a { color: var(--link); text-decoration-thickness: 1px; text-underline-offset: .15em; }
-nav a, th a, .brand, .who a, .button { text-decoration: none; }
-th a:hover, nav a:hover, .who a:hover { text-decoration: underline; }
-:focus-visible { outline: 2px solid var(--link); outline-offset: 2px; border-radius: 3px; }
+:is(nav, th, .who) a:not(:hover), .brand, .button { text-decoration: none; }
 small, .soft, th, dt, figcaption { color: var(--soft); font-weight: 400; }
 small { font-size: .8125rem; } b { font-weight: 600; } time { white-space: nowrap; }
-[hidden] { display: none !important; }
 .hidden:not(:focus) { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%);
   white-space: nowrap; }
 .skip:focus { position: fixed; inset: .5rem auto auto .5rem; z-index: 3; padding: .5rem; background: var(--surface); }
 .healthy { --state: var(--healthy); } .degraded { --state: var(--degraded); } .unhealthy { --state: var(--unhealthy); }
 .unknown { --state: var(--unknown); } .maintenance { --state: var(--maintenance); }
 
-.top { display: flex; flex-wrap: wrap; align-items: center; gap: .25rem 1.5rem; min-height: 3rem;
-  padding-block: .375rem; background: var(--surface); border-bottom: 1px solid var(--line); }
+.top, .who, .gate, .tools, .chips, .filter, .title, .actions, .row, .buttons { display: flex; flex-wrap: wrap;
+  align-items: center; gap: .5rem 1rem; }
+table, dl, figure, .empty, .panel { background: var(--surface); border: 1px solid var(--line); }
+.top { min-height: 3rem; padding-block: .375rem; background: var(--surface); border-bottom: 1px solid var(--line); }
 .brand { color: inherit; font-weight: 650; }
 .top nav { display: flex; gap: 1.25rem; flex: 1; } .top nav a { color: var(--soft); padding: .25rem 0; }
 .top nav a[aria-current] { color: var(--text); box-shadow: 0 2px var(--link); }
-.who { display: flex; align-items: center; gap: .5rem; }
+.who, .chips, .filter, .actions, .row { gap: .5rem; }
 .notice { padding-block: .625rem; background: color-mix(in srgb, var(--degraded) 16%, var(--page)); }
 .lost { position: sticky; top: 0; z-index: 2; background: var(--unhealthy); color: var(--surface); }
 
@@ -7453,18 +7444,17 @@ small { font-size: .8125rem; } b { font-weight: 600; } time { white-space: nowra
 .gate, .message { padding: .75rem 1rem; border: 1px solid color-mix(in srgb, var(--state) 35%, var(--line));
   border-left: 4px solid var(--state); border-radius: 6px;
   background: color-mix(in srgb, var(--state) 7%, var(--surface)); }
-.gate { display: flex; flex-wrap: wrap; align-items: baseline; gap: .25rem 1rem; margin-top: 1rem; }
+.gate { align-items: baseline; margin-top: 1rem; row-gap: .25rem; }
 .gate h2 { font-size: 1.375rem; } .gate ul { flex-basis: 100%; list-style: none; } .gate li { padding-top: .25rem; }
 .message { margin-top: .75rem; } .message > * + *, .panel > * + * { margin-top: .5rem; }
 .now > p .state { font-size: 1.25rem; margin-right: .5rem; }
 [role=alert]:not(.lost, :has(p)) { display: none; } .why { font-size: 1.0625rem; }
 
-.tools { display: flex; flex-wrap: wrap; align-items: center; gap: .5rem 1rem; margin: 1rem 0 .625rem; }
-.chips { display: flex; flex-wrap: wrap; gap: .375rem; flex: 1 1 auto; }
+.tools { margin: 1rem 0 .625rem; } .chips { flex: 1 1 auto; }
 .chips a { padding: .1875rem .625rem; border: 1px solid var(--line); border-radius: 1rem; background: var(--surface);
   color: var(--state, var(--text)); white-space: nowrap; }
 .chips a[aria-current] { border-color: currentColor; box-shadow: inset 0 0 0 1px currentColor; }
-.filter { display: flex; gap: .5rem; min-width: 0; } .filter select { max-width: 14rem; }
+.filter { flex-wrap: nowrap; min-width: 0; } .filter select { max-width: 14rem; }
 input, select, textarea, button, .button { font: inherit; color: inherit; padding: .3125rem .625rem; max-width: 100%;
   border: 1px solid light-dark(#8b96a5, #5d6b7c); border-radius: 5px; background: var(--surface); }
 button, .button { cursor: pointer; white-space: nowrap; color: var(--link); font-weight: 500; }
@@ -7473,9 +7463,9 @@ button:hover, .button:hover { background: var(--sunken); }
 .primary { background: var(--link); border-color: var(--link); color: var(--surface); }
 .primary:hover { background: color-mix(in srgb, var(--link) 85%, var(--text)); }
 .danger { color: var(--unhealthy); border-color: var(--unhealthy); }
-[aria-busy] button { opacity: .6; cursor: progress; }
+button:disabled { opacity: .6; cursor: progress; }
 
-table { width: 100%; border-collapse: collapse; background: var(--surface); border: 1px solid var(--line); }
+table { width: 100%; border-collapse: collapse; }
 th, td { padding: .375rem .625rem; text-align: left; vertical-align: top; border-top: 1px solid var(--line); }
 tbody th { min-width: 5rem; } thead th { border: 0; white-space: nowrap; font-size: .8125rem; }
 i { display: inline-block; padding: 0 .375rem; border: 1px solid var(--line); border-radius: 3px; font-style: normal;
@@ -7488,54 +7478,48 @@ i.maintenance, i.degraded { color: var(--state); }
 .overview tbody th a { font-weight: 600; margin-right: .25rem; }
 .overview tbody th p { color: var(--state); font-size: .875rem; }
 .overview tr.unhealthy { box-shadow: inset 3px 0 var(--unhealthy); }
-.empty { padding: 3rem 1rem; text-align: center; background: var(--surface); border: 1px solid var(--line); }
+.empty { padding: 3rem 1rem; text-align: center; }
 .bar { width: 6rem; max-width: 40%; height: .5rem; margin-right: .5rem; vertical-align: baseline; }
 .overview .bar { width: 4rem; max-width: none; }
 .bar path { stroke: var(--fill); stroke-width: 8; fill: none; } .bar path:first-child { stroke: var(--track); }
-.bar .degraded, .bar .unhealthy { stroke: var(--state); }
-.bar .warn, .bar .fail { stroke: var(--degraded); stroke-width: 2; vector-effect: non-scaling-stroke; }
-.bar .fail { stroke: var(--unhealthy); }
+.bar .degraded, .bar .unhealthy, .graph .limit { stroke: var(--state); }
+.bar .limit { stroke-width: 2; vector-effect: non-scaling-stroke; } .graph .limit { stroke-dasharray: 5 4; }
 .strip { display: block; width: 15rem; height: 1.25rem; }
 .strip path { stroke: var(--state); stroke-width: 20; stroke-dasharray: .72 .28; fill: none; }
 .strip path:first-child { stroke: var(--track); stroke-width: 2; transform: translateY(9px); }
 .strip .healthy { stroke-width: 9; transform: translateY(5.5px); }
 .strip .degraded { stroke-width: 14; transform: translateY(3px); }
 .message .strip { width: 100%; max-width: 60rem; height: 1.5rem; }
-.tip { position: fixed; z-index: 3; max-width: min(32rem, 100vw - 1rem); padding: .25rem .625rem; border-radius: 4px;
-  background: var(--text); color: var(--page); font-size: .8125rem; pointer-events: none; }
 
-.title { display: flex; flex-wrap: wrap; justify-content: space-between; gap: .75rem 1rem; margin-top: 1rem; }
-.actions { position: relative; display: flex; flex-wrap: wrap; align-items: start; gap: .5rem; }
+.title { align-items: start; justify-content: space-between; margin-top: 1rem; }
+.actions { align-items: start; position: relative; }
 .actions summary { list-style: none; } summary { cursor: pointer; color: var(--link); }
-.panel { margin-top: 1rem; padding: 1rem; background: var(--surface); border: 1px solid var(--line);
-  border-radius: 6px; }
+.panel { margin-top: 1rem; padding: 1rem; border-radius: 6px; }
 .actions .panel { position: absolute; right: 0; z-index: 2; width: 30rem; max-width: calc(100vw - 2rem);
   margin-top: .375rem; box-shadow: 0 6px 24px #0004; }
 .narrow { display: grid; gap: .75rem; max-width: 24rem; margin: 8vh auto 0; } .narrow > * { margin: 0 !important; }
 .columns { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(22rem, 100%), 1fr)); gap: 0 1.5rem; }
 .columns h2, h2#events { margin: 1.25rem 0 .5rem; }
-dl { display: grid; grid-template-columns: max-content 1fr; gap: .375rem 1rem; padding: .625rem;
-  background: var(--surface); border: 1px solid var(--line); }
-code, pre { font: .8125rem/1.45 ui-monospace, "SF Mono", Consolas, "DejaVu Sans Mono", monospace; }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: .375rem 1rem; padding: .625rem; }
+code, pre, textarea { font: .8125rem/1.45 ui-monospace, "SF Mono", Consolas, "DejaVu Sans Mono", monospace; }
 pre { margin: .25rem 0 0; padding: .5rem .625rem; max-height: 20rem; overflow: auto; white-space: pre-wrap;
   background: var(--sunken); }
 .charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(27rem, 100%), 1fr)); gap: 1rem; }
-figure { padding: .625rem .75rem; background: var(--surface); border: 1px solid var(--line); }
+figure { padding: .625rem .75rem; }
 figcaption b { color: var(--text); margin-right: .375rem; }
 .plot { display: flex; gap: .375rem; height: 8rem; margin-top: .75rem; }
 .scale, .times { display: flex; justify-content: space-between; list-style: none; color: var(--soft);
   font-size: .75rem; }
 .scale { flex-direction: column; min-width: 2rem; margin-block: -.375rem; text-align: right; line-height: 1; }
 .times { margin: .375rem 0 0 2.375rem; } .graph { flex: 1; width: 100%; min-width: 0; height: 100%; overflow: visible; }
+.graph { transform: scaleY(-1); }
 .graph path { fill: none; stroke: var(--track); vector-effect: non-scaling-stroke; }
 .graph .band { fill: color-mix(in srgb, var(--link) 22%, transparent); stroke: none; }
 .graph .line { stroke: var(--link); stroke-width: 1.5; stroke-linejoin: round; stroke-linecap: round; }
-.graph .warn, .graph .fail { stroke: var(--degraded); stroke-dasharray: 5 4; }
-.graph .fail { stroke: var(--unhealthy); }
 
 form.resource, form:has(> .inputs) { max-width: 68rem; }
 .inputs { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(15rem, 100%), 1fr)); gap: .75rem 1rem; }
-.row { display: flex; flex-wrap: wrap; align-items: end; gap: .5rem; padding: .5rem 0; }
+.row { align-items: end; padding: .5rem 0; }
 label { display: block; }
 label > input:not([type=checkbox]), label > select, label > textarea { display: block; width: 100%;
   margin-top: .125rem; }
@@ -7545,11 +7529,10 @@ label.checkbox { align-self: center; }
 [aria-invalid] { border-color: var(--unhealthy); box-shadow: 0 0 0 1px var(--unhealthy); }
 ::placeholder { color: var(--soft); opacity: 1; } fieldset { min-width: 0; }
 legend { float: left; width: 100%; padding: 0 0 .5rem; font-weight: 600; } legend + * { clear: both; }
-.buttons { position: sticky; bottom: 0; display: flex; flex-wrap: wrap; align-items: center; gap: .5rem 1rem;
-  margin-top: 1rem; padding: .75rem 0; background: var(--page); border-top: 1px solid var(--line); }
+.buttons { position: sticky; bottom: 0; margin-top: 1rem; padding: .75rem 0; background: var(--page);
+  border-top: 1px solid var(--line); }
 #result { flex: 1 1 20rem; } #result .message { margin: 0; padding: .375rem .75rem; }
 form:has([value=simulated]:checked) .remote { display: none; }
-textarea { font-family: ui-monospace, "SF Mono", Consolas, "DejaVu Sans Mono", monospace; }
 
 @media (max-width: 60rem) {
   .overview thead { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
@@ -7558,10 +7541,9 @@ textarea { font-family: ui-monospace, "SF Mono", Consolas, "DejaVu Sans Mono", m
     padding: .5rem .75rem; border-top: 1px solid var(--line); }
   .overview td, .overview tbody th { border: 0; padding: 0; min-width: 0; width: auto; }
   .overview tbody th { grid-column: 1 / -1; order: -1; } .overview td:nth-child(3)::before { content: "for "; }
-  .overview td:nth-child(n+5):nth-child(-n+7)::before { display: block; font-size: .75rem; color: var(--soft); }
-  .overview td:nth-child(5)::before { content: "CPU"; } .overview td:nth-child(6)::before { content: "Memory"; }
-  .overview td:nth-child(7)::before { content: "Disk"; }
-  .overview td:empty::before { content: none !important; } .overview td:last-child { grid-column: 1 / -1; }
+  [data-label]:not(:empty)::before { content: attr(data-label); display: block; font-size: .75rem;
+    color: var(--soft); }
+  .overview td:empty::before { content: none; } .overview td:last-child { grid-column: 1 / -1; }
   .overview .strip { width: 100%; } .overview .bar { width: calc(100% - 3.25rem); }
   .overview td small { display: none; }
   .filter { flex: 1 1 100%; } .filter input, .filter select { flex: 1; min-width: 0; }
@@ -7573,10 +7555,14 @@ textarea { font-family: ui-monospace, "SF Mono", Consolas, "DejaVu Sans Mono", m
 PAGE_SCRIPT = r"""
 "use strict";
 const PERIOD = 2000, PATIENCE = 10000, SENDING = 90000;      // milliseconds
-const [main, lost, tip] = ["main", "lost", "tip"].map(id => document.getElementById(id));
+const [main, lost] = ["main", "lost"].map(id => document.getElementById(id));
 let attended = true;    // somebody is here: only that keeps a session alive
 let turn = 0;           // counts questions; the answer to an earlier one than the last is dropped
-let sending = 0;        // forms under way
+
+function warn(text) {
+  lost.textContent = text;
+  lost.hidden = false;
+}
 
 // Makes `old` like `next` in place: focus, selection, scrolling, typed text and opened details stay as they are,
 // and what is marked data-keep, unless a form was sent.
@@ -7619,55 +7605,44 @@ function show(page, sent) {
 function leave() {
   if ([...main.querySelectorAll("[data-keep] input")].every(input => input.value === input.defaultValue))
     location.reload();
-  lost.textContent = "Your session is over. Send the form, and log in again.";
-  lost.hidden = false;
+  warn("Your session is over. Send the form, and log in again.");
 }
 
 async function refresh() {
-  const begin = performance.now();
   try {
     const { answer, page, late } = await ask(location.href);
-    if (answer.redirected || [401, 403, 404].includes(answer.status)) { leave(); return 0; }
+    if (answer.redirected || [401, 403, 404].includes(answer.status)) return leave();
     if (!answer.ok) throw new Error(answer.statusText);
     if (!late) show(page);
     lost.hidden = true;
   } catch {
-    if (lost.hidden) lost.textContent = `No answer since ${new Date().toLocaleTimeString()}. What is shown is old.`;
-    lost.hidden = false;
+    if (lost.hidden) warn(`No answer since ${new Date().toLocaleTimeString()}. What is shown is old.`);
   }
-  return performance.now() - begin;
 }
 
 // A busy server is asked less often: the pause is ten times as long as the answer took.
 async function watch() {
-  const idle = document.hidden || sending || !("refresh" in main.dataset);
-  const took = idle ? 0 : await refresh();
-  setTimeout(watch, Math.max(PERIOD, 10 * took));
+  const begin = performance.now();
+  if (!document.hidden && !main.querySelector("button:disabled") && "refresh" in main.dataset) await refresh();
+  setTimeout(watch, Math.max(PERIOD, 10 * (performance.now() - begin)));
 }
 
 // Sends a form without leaving the page, which stays as it was but for what the answer changes.
 async function send(form, button) {
   const body = new URLSearchParams(new FormData(form, button));
   attended = true;
-  sending++;
   button.disabled = true;
-  form.setAttribute("aria-busy", "true");
   try {
-    const url = form.getAttribute("action") || location.href;
-    let { answer, page } = await ask(url, { method: "POST", body, signal: AbortSignal.timeout(SENDING) });
+    const { answer, page } = await ask(form.action, { method: "POST", body, signal: AbortSignal.timeout(SENDING) });
     const elsewhere = answer.redirected && new URL(answer.url).pathname !== location.pathname;
     if (elsewhere) { location.assign(answer.url); return; }
     if (answer.status === 401) { form.submit(); return; }     // the login, which brings what was typed back
-    if (answer.redirected) page = (await ask(location.href)).page;
     if (answer.ok) form.closest("details")?.removeAttribute("open");
     show(page, true);
   } catch {
-    lost.textContent = "No answer: it may not have been done.";
-    lost.hidden = false;
+    warn("No answer: it may not have been done.");
   } finally {
-    sending--;
     button.disabled = false;
-    form.removeAttribute("aria-busy");
   }
 }
 
@@ -7686,28 +7661,8 @@ addEventListener("input", event => {
   refresh();
 });
 
-// Over a strip: when that poll was, and what it found.
-let polls = { at: 0 };
-addEventListener("pointermove", async event => {
-  attended = true;
-  const strip = event.target.closest?.("[data-polls]")?.querySelector(".strip");
-  if (!strip) { tip.hidden = true; return; }
-  const url = strip.parentElement.dataset.polls, { clientX, clientY } = event;
-  if (polls.url !== url || performance.now() - polls.at > PATIENCE)
-    polls = { url, at: performance.now(),
-      list: fetch(url, { headers: { "X-Refresh": "1" } }).then(answer => answer.json()) };
-  const list = await polls.list.catch(() => []), area = strip.getBoundingClientRect();
-  const poll = list[list.length - 1 - Math.floor((area.right - clientX) / area.width * strip.viewBox.baseVal.width)];
-  tip.hidden = !poll;
-  if (!poll) return;
-  tip.textContent = poll.join("  ");
-  tip.style.left = `${Math.max(8, Math.min(clientX + 12, innerWidth - tip.offsetWidth - 8))}px`;
-  tip.style.top = `${clientY + 18 + tip.offsetHeight < innerHeight ? clientY + 18 : clientY - tip.offsetHeight - 8}px`;
-}, { passive: true });
-
-for (const kind of ["keydown", "pointerdown", "wheel"])
+for (const kind of ["keydown", "pointerdown", "pointermove", "wheel"])
   addEventListener(kind, () => { attended = true; }, { passive: true });
-addEventListener("visibilitychange", () => { if (!document.hidden && "refresh" in main.dataset) refresh(); });
 if (main.dataset.refresh) history.replaceState(null, "", main.dataset.refresh);     // a form was sent to elsewhere
 setTimeout(watch, PERIOD);
 """
@@ -7717,12 +7672,9 @@ setTimeout(watch, PERIOD);
 # The pages: a request that `authorize` let through comes in, a page or a redirect goes out. Rows are read in one
 # session, what is to be done is asked of Actions, and templates draw it. Runs in the console's threads; nothing is
 # kept between requests. A form that fails shows again what was typed, whatever was wrong; secrets never come back.
-# Gives: PAGES, add_template_globals, answer_database_error, answer_http_error, refuse
+# Gives: PAGES, add_template_globals, refuse
 STATES = ("unhealthy", "unknown", "degraded", "maintenance", "healthy")     # worst first, as pages sort and filter
-BARS = ("cpu_percent", "memory_percent", "disk_percent")  # of the overview
 EVENTS_SHOWN = 100              # of a page
-OWN_EVENTS = 20                 # on the page of a resource
-COMPRESSED_FROM = 1 << 14       # bytes of a page from which on it is sent compressed
 ASSETS = {f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.{suffix}": (kind, text) for suffix, kind, text in (
     ("css", "text/css", STYLE), ("js", "text/javascript", PAGE_SCRIPT), ("svg", "image/svg+xml", ICON))}
 KINDS = {"gate": "Gate", "state": "States", "change": "Changes", "login": "Logins"}
@@ -7745,9 +7697,7 @@ def add_template_globals(app: flask.Flask) -> None:
 
 def asset(name: str) -> Answer:
     """Style, script or icon; its name changes with it, so that a browser may keep it."""
-    if name not in ASSETS:
-        raise ApiError("there is no such file", 404)
-    kind, text = ASSETS[name]
+    kind, text = ASSETS.get(name) or flask.abort(404)
     return flask.Response(text, mimetype=kind, headers={"Cache-Control": "public, max-age=31536000, immutable"})
 
 
@@ -7760,15 +7710,7 @@ def render_page(template: str, status: int = 200, *, given: Mapping[str, str] | 
                               "form": {"given": given or {}, "errors": errors or {}}}
     if who and who.operator:
         common |= {"now": who.context.clock(), "zone": time.strftime("%Z")}
-        with contextlib.suppress(sqlalchemy.exc.SQLAlchemyError), who.context.store.reading() as session:
-            common["initial"] = initial_user(session) is not None   # the page may be to say that this fails
-    text = flask.render_template(template, **(common | shown)).encode()
-    response = flask.Response(text, status, mimetype="text/html")
-    if len(text) > COMPRESSED_FROM and flask.request.accept_encodings.quality("gzip"):
-        response.data = gzip.compress(text, 1)
-        response.headers["Content-Encoding"] = "gzip"
-    response.headers["Vary"] = "Accept-Encoding"
-    return response
+    return flask.Response(flask.render_template(template, **(common | shown)), status, mimetype="text/html")
 
 
 NO_SETTINGS: dict[str, Any] = {"tags": [], "critical": True, "limits": {}}
@@ -7805,28 +7747,20 @@ class ResourceRow:
         return NO_SAMPLE if self.status.sample == "null" else stored_mapping(self.status.sample, NO_SAMPLE)
 
     @property
-    def closes_gate(self) -> bool:
-        return self.critical and not self.in_maintenance and self.state in ("unhealthy", "unknown")
-
-    @property
     def address(self) -> str:
         port = "" if self.row.port in (SSH_PORT, *WINRM_PORTS.values()) else f":{self.row.port}"
         return self.row.platform if self.row.platform in HOSTLESS else (
             f"{self.row.hostname}{port} · {self.row.platform}")
 
-    def origin(self, context: ConsoleContext) -> str:
-        """Where the inventory states it; empty when it was added here."""
-        return context.places.get(self.name, context.inventory.path.name) if self.row.origin == "inventory" else ""
-
     def limit(self, metric: str) -> LimitValues:
         return self.settings["limits"].get(metric) or {}
 
     @property
-    def bars(self) -> list[Markup]:
-        sample = json.loads(self.status.sample)
-        found = highest_readings(sample["metrics"] if sample else {})
-        return [bar_svg(found[metric], self.limit(metric)) + f"{found[metric]:.0f} %" if metric in found else Markup()
-                for metric in BARS]
+    def bars(self) -> list[tuple[str, Markup]]:
+        found = highest_readings((self.sample or NO_SAMPLE)["metrics"])
+        return [(LABELS[metric], bar_svg(found[metric], self.limit(metric)) + f"{found[metric]:.0f} %"
+                 if metric in found else Markup())
+                for metric in ("cpu_percent", "memory_percent", "disk_percent")]
 
     @property
     def sort_key(self) -> tuple[int, bool, float, str]:
@@ -7842,7 +7776,8 @@ class ResourceRow:
 def gate_state(session: Session, is_open: bool, resources: Iterable[ResourceRow]) -> dict[str, Any]:
     """The gate, since when, and which resources close it: the first to fail stands first."""
     last = next(iter(events(session, kind="gate", limit=1)), None)
-    blockers = [] if is_open else [resource for resource in resources if resource.closes_gate]
+    blockers = [] if is_open else [resource for resource in resources
+                                   if resource.critical and resource.shown_state in ("unhealthy", "unknown")]
     return {"open": is_open, "changed_at": last.at if last else 0.0,
             "reason": last.text if last and not is_open else "",
             "blockers": sorted(blockers, key=lambda resource: resource.changed_at)}
@@ -7893,21 +7828,24 @@ def reading_rows(sample: Mapping[str, Any], resource: ResourceRow, damage: str) 
     return rows
 
 
+MACHINE = {"hostname": "Host name", "os": "System", "kernel": "Kernel", "cpu_count": "CPUs",
+           "uptime_seconds": "Up for", "host_key": "Host key"}
+
+
 def machine_rows(sample: Mapping[str, Any], host_key: str | None) -> list[tuple[str, str]]:
     """What is known of the machine itself."""
-    details = sample["details"]
-    rows = [(label, details.get(name)) for name, label in
-            (("hostname", "Host name"), ("os", "System"), ("kernel", "Kernel"), ("cpu_count", "CPUs"))]
-    rows.append(("Up for", duration_text(details["uptime_seconds"]) if "uptime_seconds" in details else None))
+    details = {**sample["details"], "host_key": host_key}
+    if "uptime_seconds" in details:
+        details["uptime_seconds"] = duration_text(details["uptime_seconds"])
     return [(label, f"{text:g}" if isinstance(text, float) else str(text))
-            for label, text in (*rows, ("Host key", host_key)) if text is not None]
+            for name, label in MACHINE.items() if (text := details.get(name)) is not None]
 
 
 def charts(session: Session, resource: ResourceRow, span: str, now: float) -> list[dict[str, Any]]:
     """A chart for each metric of which there is something."""
     begin, drawn = now - SPANS[span][0], []
-    times = [time.strftime({"hour": "%H:%M", "day": "%H:%M"}.get(span, "%d %b"),
-                           time.localtime(begin + part * SPANS[span][0] / 4)) for part in range(5)]
+    written = "%H:%M" if span in ("hour", "day") else "%d %b"
+    times = [time.strftime(written, time.localtime(begin + part * SPANS[span][0] / 4)) for part in range(5)]
     for metric, label in LABELS.items():
         points, limit = chart(session, resource.row.id, metric, span, now), resource.limit(metric)
         if points:
@@ -7920,7 +7858,7 @@ def charts(session: Session, resource: ResourceRow, span: str, now: float) -> li
     return drawn
 
 
-def resource_page(name: str, status: int = 200, **more: Any) -> flask.Response:
+def resource_page(name: str, **more: Any) -> flask.Response:
     """Everything about one resource."""
     context, request = current_principal().context, flask.request
     now = context.clock()
@@ -7930,23 +7868,18 @@ def resource_page(name: str, status: int = 200, **more: Any) -> flask.Response:
         row = find_resource(session, name)
         resource = ResourceRow(row, session.get(Status, row.id), now)
         more |= {"charts": charts(session, resource, span, now), "availability": availability(session, row.id, now),
-                 "polls": samples(session, row.id), "events": events(session, resource=name, limit=OWN_EVENTS)}
+                 "polls": samples(session, row.id), "events": events(session, resource=name, limit=20)}
     sample = resource.sample or NO_SAMPLE
     damage = "damaged in the database; the next poll writes them again" if resource.sample is None else ""
     outcomes = [(kind, called, outcome) for kind in ("service", "check")
                 for called, outcome in sample[f"{kind}s"].items()]
-    return render_page("resource.html", status, shown=resource, span=span,
+    return render_page("resource.html", shown=resource, span=span,
                        readings=reading_rows(sample, resource, damage),
                        span_links=[(name, f"?span={name}", f"Last {name}", None) for name in SPANS],
-                       machine=machine_rows(sample, row.host_key), origin=resource.origin(context),
+                       machine=machine_rows(sample, row.host_key),
+                       origin=row.origin == "inventory" and context.places.get(name, context.inventory.path.name),
                        refresh="" if request.method == "GET" else resource.href,
                        outcomes=sorted(outcomes, key=lambda outcome: bool(outcome[2]["good"])), **more)
-
-
-def polls(name: str) -> Answer:
-    """For the script: time, state and reason of the polls in the strip, oldest first."""
-    return flask.jsonify([[local_time(poll.at), poll.state, f"{poll.cause}: {poll.reason}" if poll.cause else ""]
-                          for poll in list_samples(current_principal(), name, {"limit": STRIP})])
 
 
 def event_page() -> Answer:
@@ -7977,14 +7910,16 @@ checks: [{name: queue, command: test ! -e /var/spool/stalled}]
 tags: [database]"""
 
 
-def typed_before() -> dict[str, str]:
-    """What was typed into a form before the session was over, and comes again from behind the login."""
-    return {name.removeprefix(TYPED): text for name, text in flask.request.form.items() if name.startswith(TYPED)}
-
-
-def api_error(error: HealthCheckerError) -> ApiError:
-    """`error` as a refusal: keys, secrets and rows that cannot be read are said to the operator in so many words."""
-    return error if isinstance(error, ApiError) else ApiError(str(error), 409)
+def api_error(error: Exception) -> ApiError:
+    """A failure as a refusal; keys, secrets and rows that cannot be read are said to the operator in so many words."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, HTTPException):    # Flask's: unknown paths, methods, large or broken requests, failures
+        return ApiError(error.description or "", error.code or 500)
+    if isinstance(error, sqlalchemy.exc.SQLAlchemyError):
+        log.error("the database cannot be used: %s", one_line(str(getattr(error, "orig", error))))
+        return ApiError("the database cannot be used now; see the log", 503, retry=1)
+    return ApiError(str(error), 409)
 
 
 def form_texts(row: Resource, inventory: Inventory) -> dict[str, str]:
@@ -7998,20 +7933,20 @@ def form_texts(row: Resource, inventory: Inventory) -> dict[str, str]:
     return NEW_RESOURCE | texts | {"critical": "true" if values.get("critical", True) else ""}
 
 
-def form_page(name: str, given: Mapping[str, str], status: int = 200, **more: Any) -> flask.Response:
+def form_page(name: str = "", **more: Any) -> flask.Response:
     """The form to add a resource, or to change the one called `name`."""
-    return render_page("form.html", status, title=f"Edit {name}" if name else "Add a resource", given=given,
-                       fixed=bool(name), platforms=[platform for platform in SELECTABLE if platform != "local"],
+    return render_page("form.html", title=f"Edit {name}" if name else "Add a resource", fixed=bool(name),
+                       platforms=[platform for platform in SELECTABLE if platform != "local"],
                        ports=f"{SSH_PORT}; Windows: {WINRM_PORTS[True]}", others=OTHERS, example=EXAMPLE,
                        back=resource_path(name) if name else PREFIX, **more)
 
 
-def edit_form(name: str) -> Answer:
+def edit_page(name: str) -> Answer:
     """The form of a resource that was added here."""
     who = current_principal()
     with who.context.store.reading() as session:
         texts = form_texts(changeable(who, session, name), who.context.inventory)
-    return form_page(name, texts)
+    return form_page(name, given=texts)
 
 
 def read_yaml(text: str) -> Document:
@@ -8054,103 +7989,84 @@ def at_fields(error: ApiError, document: Document) -> ApiError:
     return ApiError(str(error), error.status, fields)
 
 
-def trial_text(trial: TrialView) -> str:
-    """What *test connection* found, in a line."""
-    reason = f": {trial.reason}" if trial.reason else ""
-    key = f"; it would trust {trial.host_key}" if trial.host_key else ""
-    return f"{trial.state} in {trial.seconds:.2f} s{reason}{key}"
-
-
-def resource_form(name: str = "") -> Answer:
+def resource_form(who: Principal, name: str = "") -> Answer:
     """Tests or saves what the form states."""
-    who, form = current_principal(), flask.request.form
-    if typed := typed_before():
-        return form_page(name, typed, problem=UNSAVED, outcome="degraded")
-    document = Document()
+    form, document = flask.request.form, Document()
     try:
         document = read_yaml(form.get("settings", ""))
         body = form_settings(form, document.value or {})
         if form.get("do") == "test":
             trial = test_changes(who, name, body, text=True) if name else test_settings(who, body, text=True)
-            return form_page(name, form, outcome=trial.state, problem=trial_text(trial))
+            found = f"{trial.state} in {trial.seconds:.2f} s"
+            found += f": {trial.reason}" if trial.reason else ""
+            found += f"; it would trust {trial.host_key}" if trial.host_key else ""
+            return form_page(name, given=form, outcome=trial.state, problem=found)
         saved = change_resource(who, name, body, text=True) if name else add_resource(who, body, text=True)
-    except HealthCheckerError as error:
-        refusal = at_fields(api_error(error), document)
-        return form_page(name, form, refusal.status, errors=refusal.fields, problem=str(refusal))
+    except ApiError as error:
+        raise at_fields(error, document) from None
     return flask.redirect(resource_path(saved.name), 303)
 
 
-def run_action(name: str, action: Callable[..., object], *given: Mapping[str, Any], after: str = "") -> Answer:
-    """Does something with a resource and leads to `after`, or shows it again, with what was wrong."""
-    try:
-        action(current_principal(), name, *given)
-    except HealthCheckerError as error:
-        return resource_page(name, api_error(error).status, problem=str(error), given=flask.request.form)
-    return flask.redirect(after or resource_path(name), 303)
-
-
-def maintenance_form(name: str) -> Answer:
+def maintenance_form(who: Principal, name: str) -> None:
     """Begins maintenance for a number of minutes, or ends it."""
     form = flask.request.form
-    if typed := typed_before():
-        return resource_page(name, given=typed, problem=UNSAVED, outcome="degraded")
     minutes = int(form["minutes"]) if re.fullmatch("[0-9]{1,6}", form.get("minutes", "")) else 0
     if not minutes:
-        return run_action(name, end_maintenance)
-    until = datetime.datetime.fromtimestamp(current_principal().context.clock() + 60 * minutes, datetime.timezone.utc)
-    return run_action(name, begin_maintenance, {"until": until.isoformat(), "reason": form.get("reason", "")})
+        return end_maintenance(who, name)
+    until = datetime.datetime.fromtimestamp(who.context.clock() + 60 * minutes, datetime.timezone.utc)
+    begin_maintenance(who, name, {"until": until.isoformat(), "reason": form.get("reason", "")})
 
 
-def trust_form(name: str) -> Answer:
+def trust_form(who: Principal, name: str) -> Answer | None:
     """Shows the key that the host offers now, or trusts the one that was shown."""
     if key := flask.request.form.get("key"):
-        return run_action(name, trust_resource, {"host_key": key})
-    try:
-        return resource_page(name, offered=current_principal().context.offered_key(name))
-    except HealthCheckerError as error:
-        return resource_page(name, api_error(error).status, problem=str(error))
+        trust_resource(who, name, {"host_key": key})
+        return None
+    return resource_page(name, offered=who.context.offered_key(name))
 
 
-def user_page(status: int = 200, **more: Any) -> flask.Response:
+def user_page(name: str = "", number: str = "", **more: Any) -> flask.Response:
+    """Users and sessions; the form to add one shows what was wrong with it, and not what was with others."""
     who = current_principal()
-    return render_page("users.html", status, users=list_users(who), sessions=list_sessions(who),
-                       roles=get_args(Role), **more)
+    if name or number:
+        more = {**more, "given": {}, "errors": {}}
+    return render_page("users.html", users=list_users(who), sessions=list_sessions(who), roles=get_args(Role), **more)
 
 
-def change_users(action: Callable[..., object], *given: str | Mapping[str, str]) -> Answer:
-    """Changes users and their sessions and shows them again, with what was wrong."""
-    if typed := typed_before():
-        return user_page(given=typed, problem=UNSAVED, outcome="degraded")
-    try:
-        action(current_principal(), *given)
-    except ApiError as error:
-        adding = {"errors": error.fields, "given": flask.request.form} if action is add_user else {}
-        return user_page(error.status, problem=str(error), **adding)
-    return flask.redirect("/-/users", 303)
+def user_form(who: Principal, name: str = "") -> None:
+    """Adds a user, or changes of the one called `name` what is not empty."""
+    given = {key: text for key, text in flask.request.form.items() if text}
+    if name:
+        change_user(who, name, given)
+    else:
+        add_user(who, given)
 
 
-def user_form(name: str) -> Answer:
-    """Changes what is not empty."""
-    change = {key: text for key, text in flask.request.form.items() if text}
-    return change_users(change_user, name, change)
-
-
-def password_form() -> Answer:
+def password_form(who: Principal) -> Answer:
     """Changes one's own password, and goes on with a new session."""
-    who, form = current_principal(), flask.request.form.to_dict()
-    try:
-        if form.pop("again", "") != form.get("new"):
-            raise field_errors({"again": "is not the same"})
-        user = change_password(who, {name: form.get(name, "") for name in ("current", "new")})
-    except ApiError as error:
-        return render_page("password.html", error.status, errors=error.fields,
-                           problem="" if error.fields else str(error))
+    form = flask.request.form
+    if form.get("again") != form.get("new"):
+        raise field_errors({"again": "is not the same"})
+    user = change_password(who, {name: form.get(name, "") for name in ("current", "new")})
     return give_cookie(flask.redirect(PREFIX, 303), open_session(who, "session", user))
 
 
-def own_path(text: str) -> str:
-    """`text` when it is a path of the console, or its first page: after a login nobody is sent elsewhere."""
-    return text if text.startswith(PREFIX) and text.isprintable() and "\\" not in text else PREFIX
+def form_route(path: str, page: Callable[..., flask.Response], action: Callable[..., object],
+               after: str = "") -> Route:
+    """A form: `action` answers it, or it leads to `after` (the resource); `page` shows what was wrong with it, or
+    what was typed into it before a login."""
+    def answer(**names: str) -> Answer:
+        form = flask.request.form
+        if typed := {name.removeprefix(TYPED): text for name, text in form.items() if name.startswith(TYPED)}:
+            return page(**names, given=typed, problem=UNSAVED, outcome="degraded")
+        try:
+            done = action(current_principal(), *names.values())
+        except HealthCheckerError as failure:
+            error = api_error(failure)
+            return page(**names, status=error.status, given=form, errors=error.fields, problem=str(error))
+        return done if isinstance(done, flask.Response) else flask.redirect(after or resource_path(**names), 303)
+
+    return Route("POST", path, "admin", answer)
 
 
 def login_again() -> flask.Response:
@@ -8174,7 +8090,9 @@ def login_form() -> Answer:
         user = sign_in(who, {name: form.get(name, "") for name in Credentials.model_fields})
     except ApiError as refusal:
         return render_page("login.html", refusal.status, problem=str(refusal), given=form, typed=typed)
-    after = own_path(flask.request.args.get("next", ""))
+    after = flask.request.args.get("next", "")
+    if not after.startswith(PREFIX) or not after.isprintable() or "\\" in after:
+        after = PREFIX      # after a login nobody is sent elsewhere
     again = bool(typed) and RETYPABLE.fullmatch(after)      # 307 sends what was typed along, to be shown
     return give_cookie(flask.redirect(after, 307 if again else 303), open_session(who, "session", user))
 
@@ -8196,7 +8114,7 @@ def error_page(error: ApiError) -> Answer:
     return render_page("error.html", error.status, title=http.HTTPStatus(error.status).phrase, problem=str(error))
 
 
-def refuse(failure: HealthCheckerError) -> Answer:
+def refuse(failure: Exception) -> Answer:
     """The answer to a request that is refused, for programs or for people."""
     error = api_error(failure)
     is_api = flask.request.path.startswith(API)
@@ -8205,46 +8123,36 @@ def refuse(failure: HealthCheckerError) -> Answer:
         response.headers["WWW-Authenticate"] = "Bearer"
     if error.retry:
         response.headers["Retry-After"] = str(math.ceil(error.retry))
-    return response
-
-
-def answer_http_error(error: HTTPException) -> Answer:
-    """What Flask refuses by itself: unknown paths, methods, large or broken requests, failures."""
-    response = flask.make_response(refuse(ApiError(error.description or "", error.code or 500)))
-    if allowed := getattr(error, "valid_methods", None):
+    if allowed := getattr(failure, "valid_methods", None):
         response.headers["Allow"] = ", ".join(sorted(allowed))
     return response
 
 
-def answer_database_error(error: sqlalchemy.exc.SQLAlchemyError) -> Answer:
-    log.error("the database cannot be used: %s", one_line(str(getattr(error, "orig", error))))
-    return refuse(ApiError("the database cannot be used now; see the log", 503, retry=1))
-
-
+RESOURCE_PAGE, USERS = "/-/resources/<name>", "/-/users"
 PAGES = (
     Route("GET", "/-/", "viewer", overview),
-    Route("GET", "/-/resources/<name>", "viewer", resource_page),
-    Route("GET", "/-/resources/<name>/polls", "viewer", polls),
-    Route("GET", "/-/add", "admin", lambda: form_page("", NEW_RESOURCE)),
-    Route("POST", "/-/add", "admin", resource_form),
-    Route("GET", "/-/resources/<name>/edit", "admin", edit_form),
-    Route("POST", "/-/resources/<name>/edit", "admin", resource_form),
-    Route("POST", "/-/resources/<name>/check", "admin", lambda name: run_action(name, poll_now)),
-    Route("POST", "/-/resources/<name>/maintenance", "admin", maintenance_form),
-    Route("POST", "/-/resources/<name>/trust", "admin", trust_form),
-    Route("POST", "/-/resources/<name>/remove", "admin", lambda name: run_action(name, remove_resource, after=PREFIX)),
+    Route("GET", RESOURCE_PAGE, "viewer", resource_page),
+    Route("GET", "/-/add", "admin", lambda: form_page(given=NEW_RESOURCE)),
+    form_route("/-/add", form_page, resource_form),
+    Route("GET", RESOURCE_PAGE + "/edit", "admin", edit_page),
+    form_route(RESOURCE_PAGE + "/edit", form_page, resource_form),
+    form_route(RESOURCE_PAGE + "/check", resource_page, poll_now),
+    form_route(RESOURCE_PAGE + "/maintenance", resource_page, maintenance_form),
+    form_route(RESOURCE_PAGE + "/trust", resource_page, trust_form),
+    form_route(RESOURCE_PAGE + "/remove", resource_page, remove_resource, PREFIX),
     Route("GET", "/-/events", "viewer", event_page),
-    Route("GET", "/-/users", "admin", user_page),
-    Route("POST", "/-/users", "admin", lambda: change_users(add_user, flask.request.form.to_dict())),
-    Route("POST", "/-/users/<name>", "admin", user_form),
-    Route("POST", "/-/users/<name>/remove", "admin", lambda name: change_users(remove_user, name)),
-    Route("POST", "/-/sessions/<number>/end", "admin", lambda number: change_users(end_session, number)),
+    Route("GET", USERS, "admin", user_page),
+    form_route(USERS, user_page, user_form, USERS),
+    form_route(USERS + "/<name>", user_page, user_form, USERS),
+    form_route(USERS + "/<name>/remove", user_page, remove_user, USERS),
+    form_route("/-/sessions/<number>/end", user_page, end_session, USERS),
     Route("GET", "/-/static/<name>", "", asset, restricted=True),
     Route("GET", "/-/login", "", lambda: render_page("login.html"), restricted=True),
     Route("POST", "/-/login", "", login_form, restricted=True),
     Route("POST", "/-/logout", "viewer", logout_form, restricted=True),
     Route("GET", "/-/password", "viewer", lambda: render_page("password.html"), restricted=True),
-    Route("POST", "/-/password", "viewer", password_form, restricted=True),
+    replace(form_route("/-/password", functools.partial(render_page, "password.html"), password_form),
+            needs="viewer", restricted=True),
 )
 
 
@@ -8295,9 +8203,8 @@ def build_console(context: ConsoleContext, metrics: Metrics) -> flask.Flask:
         app.add_url_rule(route.path, endpoint, route.run, methods=[route.method])
     app.before_request(functools.partial(authorize, context, routes))
     app.after_request(add_security_headers)
-    app.register_error_handler(HealthCheckerError, refuse)
-    app.register_error_handler(HTTPException, answer_http_error)
-    app.register_error_handler(sqlalchemy.exc.SQLAlchemyError, answer_database_error)
+    for kind in (HealthCheckerError, HTTPException, sqlalchemy.exc.SQLAlchemyError):
+        app.register_error_handler(kind, refuse)
     service = context.inventory.service
     forwarded = ForwardedHeaders(app.wsgi_app, service.trusted_proxy)
     app.wsgi_app = check_host(forwarded, service)   # type: ignore[assignment,method-assign]  # as Flask says

@@ -54,7 +54,6 @@ VIEWERS = {
     "GET /-/events",
     "GET /-/password",
     "GET /-/resources/<name>",
-    "GET /-/resources/<name>/polls",
     "POST /-/logout",
     "POST /-/password",
     "GET /-/api/openapi.json",
