@@ -271,9 +271,9 @@ class ProbeError(HealthCheckerError):
 # and every path absolute, or an InventoryError with a line for each fault. Three steps: Document makes nested
 # texts with a place each, the models check them, InventoryLoader merges defaults and gathers the faults.
 # Pure but for reading files and environment; called by commands, and by threads that serve the console.
-# Gives: Platform, SELECTABLE, SSH_PLATFORMS, REMOTE_PLATFORMS, NodePath, Document, Settings, TextLine,
-#   Name, Limit, Limits, Check, Retention, ServiceSettings, SECRETS, HOSTLESS, foreign_fields, ResourceSettings,
-#   Entry, Inventory, message_of, InventoryLoader, read_document, load_inventory
+# Gives: Check, Document, Entry, FILES, foreign_fields, HOSTLESS, Inventory, InventoryLoader, Limit, Limits,
+# load_inventory, message_of, Name, NodePath, PASSPHRASES, Platform, read_document, REMOTE_PLATFORMS,
+# ResourceSettings, Retention, SECRETS, SELECTABLE, ServiceSettings, Settings, SSH_PLATFORMS, TextLine
 INVENTORY_BYTES = 1 << 20       # bytes; a larger inventory is refused
 INVENTORY_DEPTH = 8             # levels of nesting
 INVENTORY_NODES = 200_000       # YAML events
@@ -1062,9 +1062,8 @@ def hash_password(password: str, salt: bytes, rounds: int = PBKDF2_ROUNDS) -> by
 # In comes an Inventory and a Vault, out go rows and, for pollers, Targets with their secrets opened. The main process
 # alone opens it, in any thread: reads see one state, writes wait for each other. Secrets are stored sealed only.
 # Everything is SQL that PostgreSQL has, too, but for opening, migrating, and the upserts of Poll.
-# Gives: Base, User, Resource, binding, Status, Event, LoginSession, Ended, inspect_database, Store, revision, revise,
-# Changes, reseal, update_row, import_inventory, open_vault, sealed_tokens, Target, target_of,
-# load_targets
+# Gives: Base, binding, Changes, Event, import_inventory, inspect_database, load_targets, lock_database, LoginSession,
+# open_vault, reseal, Resource, revise, revision, sealed_tokens, Status, Store, Target, target_of, update_row, User
 SALT_BYTES = 16                 # bytes, NIST SP 800-132
 BUSY_TIMEOUT = 5.0              # seconds a writer waits for another one
 
@@ -1348,12 +1347,11 @@ def begin_transaction(connection: sqlalchemy.Connection) -> None:
 class Store:
     """The database: one way in for the service, its workers and the command line."""
 
-    def __init__(self, path: Path, *, exclusive: bool = False) -> None:
-        """Opens the database at `path`, creating it when absent and migrating an older one; an `exclusive` one is no
-        other service's until it is closed. Raises StorageError."""
-        self.path = path
+    def __init__(self, path: Path, lock: sqlite3.Connection | None = None) -> None:
+        """Opens the database at `path`, creating it when absent and migrating an older one; `lock` is what
+        lock_database gave to who holds it already, and ends with it. Raises StorageError."""
+        self.path, self._lock = path, lock
         created = not inspect_database(path)
-        self._lock = lock_database(path) if exclusive else None
         self.app = flask.Flask("healthchecker")
         self.app.config["SQLALCHEMY_DATABASE_URI"] = sqlalchemy.URL.create("sqlite", database=str(path.absolute()))
         self.app.config["SQLALCHEMY_ENGINE_OPTIONS"] = {
@@ -4368,7 +4366,7 @@ class Gate:
 # Requests, read more strictly than by waitress, whose own parser lets pass what hides one request in another: what two
 # programs could understand in two ways is refused, and what is too large. The loop's thread feeds the parser what has
 # come. And who asks, behind a proxy: a WSGI middleware, for the application's door and for the console's.
-# Gives: GateParser, BadRequest, ForwardedHeaders, is_within, plain_address
+# Gives: Address, BadRequest, ForwardedHeaders, GateParser, is_within, plain_address
 HEADER_BYTES = 16 << 10         # bytes of a request's line and headers, or of what surrounds the chunks of its body
 TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]"
 REQUEST_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Z-]{1,32}) ([!\"$-~\x80-\xff]+) HTTP/(1\.[01])")
@@ -5583,7 +5581,7 @@ class Supervisor:
 
     def __init__(self, service: ServiceSettings, folder: Path, socks: Sequence[socket.socket], lease: Lease) -> None:
         """`folder` is the inventory's, where `service.app` is looked for."""
-        self.service, self._folder, self._socks, self._lease = service, folder, socks, lease
+        self.service, self._folder, self._socks, self.lease = service, folder, socks, lease
         for sock in socks:
             sock.setblocking(False)     # on Windows each start of a worker sets this process's mode in all of them
         self._count = service.worker_count
@@ -5660,7 +5658,7 @@ class Supervisor:
     def _launch(self, number: int) -> WorkerProcess:
         context = multiprocessing.get_context("spawn")      # the same on every system
         ours, theirs = context.Pipe()
-        worker = Worker(number, self.service, self._folder, self._socks, self._lease, self.counters, self._serving,
+        worker = Worker(number, self.service, self._folder, self._socks, self.lease, self.counters, self._serving,
                         theirs)
         process = context.Process(target=worker.run, name=f"worker {number}")
         with theirs, signals_held():    # closed here, or the worker's end would not be seen
@@ -8334,13 +8332,13 @@ class Installation:
             raise UsageError(f"service.console {console} is the address of service.listen; write another port, or off")
 
     @contextlib.contextmanager
-    def store(self, *, scratch: bool = False, alone: bool = False) -> Iterator[Store]:
-        """The database, made when there is none; `scratch`: then only for this once; `alone`: while no service runs."""
+    def store(self, *, scratch: bool = False, lock: sqlite3.Connection | None = None) -> Iterator[Store]:
+        """The database, made when there is none; `scratch`: then only for this once; `lock`: see Store."""
         with contextlib.ExitStack() as stack:
             path = self.database
             if not inspect_database(path) and scratch:
                 path = Path(stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True))) / path.name
-            yield stack.enter_context(contextlib.closing(Store(path, exclusive=alone)))
+            yield stack.enter_context(contextlib.closing(Store(path, lock)))
 
     def open_vault(self, session: Session) -> Vault:
         """The keys; made when there are none and nothing is sealed yet."""
@@ -8369,11 +8367,11 @@ def prepare(installation: Installation, store: Store) -> Vault:
     return vault
 
 
-def watch(installation: Installation, console: Sequence[socket.socket], supervisor: Supervisor,
-          aggregator: HealthAggregator) -> None:
+def watch(installation: Installation, store: Store, console: Sequence[socket.socket], supervisor: Supervisor) -> None:
     """Takes the inventory over, watches it and lets the workers serve until a signal comes."""
     inventory, service, access = installation.inventory, supervisor.service, installation.access()
-    with installation.store() as store, contextlib.ExitStack() as stack:
+    aggregator = HealthAggregator(supervisor.lease)
+    with contextlib.ExitStack() as stack:
         vault = prepare(installation, store)
         recorder = Recorder(store, aggregator, service.retention)
         monitor = Monitor(store, vault, PollContext(aggregator, recorder, access, random.Random()))
@@ -8393,7 +8391,7 @@ def serve(arguments: argparse.Namespace) -> int:
     """Runs the service until a signal ends it."""
     ensure_inventory(arguments.inventory)
     installation = Installation(arguments.inventory)
-    service, aggregator = installation.service, HealthAggregator()
+    service = installation.service
     set_up_logging(service.log_file)
     if service.metrics_token_file:
         read_token(service.metrics_token_file)    # what cannot be used ends the start
@@ -8401,12 +8399,13 @@ def serve(arguments: argparse.Namespace) -> int:
     service = service.model_copy(update={
         "listen": bound_address(service.listen, doors), "console": bound_address(service.console, console)})
     inspect_database(installation.database)
-    supervisor = Supervisor(service, installation.path.parent, doors, aggregator.lease)
-    with contextlib.closing(lock_database(installation.database)), contextlib.closing(supervisor):
+    supervisor = Supervisor(service, installation.path.parent, doors, Lease())
+    with contextlib.closing(lock_database(installation.database)) as lock, contextlib.closing(supervisor):
         handle_signals(supervisor.stop)     # from here on: an interrupt would leave a worker that nobody knows
         supervisor.start()
         if not supervisor.stopping:
-            watch(installation, console, supervisor, aggregator)
+            with installation.store(lock=lock) as store:
+                watch(installation, store, console, supervisor)
     log.info("ended")
     return 0
 
@@ -8575,7 +8574,7 @@ def rotate_keys(arguments: argparse.Namespace) -> int:
     if len(list(sealed_tokens(None, installation.inventory))) > len(document_tokens):
         raise UsageError("a sealed secret stands in defaults, a password_file or a variable; "
                          "write the password at its resource first")
-    with installation.store(alone=True) as store:
+    with installation.store(lock=lock_database(installation.database)) as store:
         with store.writing() as session:
             vault = installation.open_vault(session)
             if not (vault.folder / "next.pem").exists():

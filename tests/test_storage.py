@@ -255,14 +255,14 @@ def test_no_migration_under_a_running_service(tmp_path: Path) -> None:
     with closing(healthchecker.lock_database(path)), pytest.raises(StorageError, match="another HealthChecker"):
         Store(path)
     assert dump(path) == before
-    Store(path, exclusive=True).close()
+    Store(path, healthchecker.lock_database(path)).close()
 
 
 def open_store(path: str, started: Any) -> None:
     """For a process of its own."""
     logging.disable()
     started.send(None)
-    Store(Path(path), exclusive=True).close()
+    Store(Path(path), healthchecker.lock_database(Path(path))).close()
 
 
 MULTIPLIED = """
