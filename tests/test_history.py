@@ -474,7 +474,7 @@ def test_history_goes_on_after_a_restart(tmp_path: Path) -> None:
     """Strip and events go on; what the first run has left to sum up, the second one sums up."""
     rows = "  - {name: here, platform: simulated, interval: 1, mean_healthy: 1e6, mean_unhealthy: 0.001}"
     prepared_keys(tmp_path)
-    path = write_inventory(tmp_path, rows, "  workers: 0\n")
+    path = write_inventory(tmp_path, rows)
     an_hour_ago = int(time.time() // QUARTER - 4) * QUARTER
     with Service(path):
         wait_for(lambda: len(stored(tmp_path, "SELECT at FROM sample")) >= 3, 8)

@@ -22,6 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from service import Service, write_inventory
 from test_gate import POOL, Serving, reads
+from test_workers import workers
 from waitress.adjustments import Adjustments
 
 from healthchecker import ROW, ROWS, GateParser, GateServer, Lease, ServiceSettings
@@ -806,7 +807,8 @@ def test_no_descriptor_left(tmp_path: Path) -> None:
     inventory = write_inventory(tmp_path, STEADY)
     with room_for(600), Service(inventory) as service, contextlib.ExitStack() as stack:
         service.wait_status("/", 200)
-        soft, hard = resource.prlimit(service.pid, resource.RLIMIT_NOFILE, (200, 300))
+        (worker,) = workers(service.pid)
+        soft, hard = resource.prlimit(worker, resource.RLIMIT_NOFILE, (200, 300))
         socks = connect(stack, (service.host, service.port), 400)
         service.wait_line("a connection cannot be accepted")
         for sock in socks[:150]:  # busy ones stay, idle ones give way
