@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import sqlalchemy
 
@@ -119,13 +120,14 @@ def site(store: hc.Store) -> Mapping[str, tuple[Callable[[], object], float]]:
     """The pages as they are sent, and what one of them reads."""
     with store.writing() as session:
         session.add(hc.User.create("monitor", "correct horse battery"))
-    inventory = hc.Inventory(store.path.with_name("inventory.yaml"), hc.ServiceSettings(), [])
-    key = b"k" * hc.SESSION_KEY_BYTES
-    served = hc.ConsoleContext(store, inventory, lambda kind: None, key, hc.Lease(), lambda: NOW)
-    client = hc.build_console(served).test_client()
+    inventory = hc.Inventory(store.path.with_name("inventory.yaml"), hc.ServiceSettings(), [], {})
+    nothing: Any = None  # these pages need neither keys nor pollers
+    context = hc.ConsoleContext(store, inventory, hc.Lease(), nothing, nothing, nothing, lambda: NOW)
+    metrics = hc.Metrics(hc.ServingMetrics(context.lease, hc.Counters(1)), store, None)
+    client = hc.build_console(context, metrics).test_client()
     with store.reading() as session:
         user = session.scalars(sqlalchemy.select(hc.User)).one()
-        client.set_cookie(hc.COOKIE, hc.open_ticket(served, "session", user), path=hc.PREFIX)
+    client.set_cookie(hc.COOKIE, hc.open_session(hc.Principal(context), "session", user), path=hc.PREFIX)
 
     def ask(path: str, found: bytes) -> None:
         assert found in client.get(hc.PREFIX + path, environ_base={"REMOTE_ADDR": "127.0.0.1"}).data

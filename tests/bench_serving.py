@@ -204,7 +204,7 @@ def process_rows(plan: Plan) -> Iterator[Row]:
     thread = "-w1", "-k", "gthread", "--threads", "8"
     with contextlib.ExitStack() as running:
         enter = running.enter_context
-        loop, pool = enter(healthy(0, 0)), enter(healthy(0, 8))
+        loop, pool = enter(healthy(1, 0)), enter(healthy(1, 8))
         closed = enter(gated(REFUSING, 503))
         addresses = {
             "loop": url(loop),

@@ -538,7 +538,7 @@ def test_slow_bodies(threads: int, dripping: Callable[[socket.socket, bytes, flo
         for sock, start in zip(socks, starts, strict=True):
             sock.sendall(start)
         dripping(socks[0], b"x" * 500, 0.1)
-        later(server, 26)
+        later(server, 20)
         assert still_open(socks[0]) and not select.select(socks, [], [], 0)[0]
         later(server, 30.1)
         for sock in socks:

@@ -227,6 +227,7 @@ def test_collections_do_not_look_through_what_stays(service: Service) -> None:
     assert kept > 50_000 and looked_through < kept / 10
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="wine tells no sockets of another process")
 def test_a_worker_is_given_no_database_and_no_key(service: Service) -> None:
     """Nor a pipe to another worker, or the console's port."""
     for worker in workers(service.pid).values():
@@ -405,7 +406,7 @@ def test_what_makes_no_turns_is_replaced(folder: Path, caplog: pytest.LogCapture
         assert workers(os.getpid()) == before
         look_on(supervisor, 1000.5 + HANG_TIME, 1000 + HANG_TIME + HANG_SPACING)
         assert "worker 0 hangs" in caplog.text and "worker 1 hangs" not in caplog.text
-        wait_for(lambda: len(workers(os.getpid())) < 2, BACK)
+        wait_for(lambda: workers(os.getpid()).keys() != before.keys(), BACK)
         look_on(supervisor, 1000.5 + HANG_TIME + HANG_SPACING, 1001 + HANG_TIME + HANG_SPACING)
         assert "worker 1 hangs" in caplog.text
         seconds = itertools.count(1014)
@@ -818,6 +819,7 @@ def test_a_name_listens_on_all_its_addresses(folder: Path) -> None:
                     wait_for(lambda: len(list(folder.glob("came-*"))) == len(expected))
                     ask_to_end(service.process)
                 assert slow.recv(12) == b"HTTP/1.1 200"
+        service.process.wait(60)
 
 
 def test_one_port_for_all_addresses() -> None:
