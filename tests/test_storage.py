@@ -786,6 +786,7 @@ def snapshot(folder: Path) -> dict[str, object]:
 @pytest.fixture(scope="module")
 def starts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Future[tuple[Any, ...]]]]:
     """Runs them two at a time."""
+    loaded_vault()  # before there are two threads, or each would make keys of its own
 
     def start(make: Callable[[Path], Path], folder: Path) -> tuple[Any, ...]:
         path = make(folder)
