@@ -4674,6 +4674,7 @@ LINGER_TIME = 3.0               # seconds for a refused client to take its answe
 LINGER_BYTES = 16 << 20         # bytes of a refused request that are read and thrown away meanwhile
 CONNECTION_SWEEP = 1.0          # seconds between two looks at all connections
 ACCEPTS_PER_TURN = 64           # connections accepted in one turn of the loop
+HEAD_START = 0.1                # seconds in which less busy workers may take a connection before a busier one does
 ACCEPT_PAUSE = 0.5              # seconds without accepting when the system has no descriptor left
 CONNECTIONS_MAX = 100_000       # client connections, where the system knows no limit
 BACKLOG = 1024                  # connections that wait to be accepted
@@ -5114,12 +5115,16 @@ class GateServer(TcpWSGIServer):    # type: ignore[misc]  # waitress carries no 
         return bool(self.accepting) and now >= self._accepts_at
 
     def handle_accept(self) -> None:
-        """Takes a crowd, for one per turn starves it; but one alone while others have less to do."""
+        """Takes a crowd, for one per turn starves it; once it is ahead of the others, they have HEAD_START to come."""
+        alone = self.tally.ahead    # they had it and did not come
         for _ in range(ACCEPTS_PER_TURN if self.accepting else BACKLOG):
             held = len(self.active_channels)
             super().handle_accept()
             self.tally.hold(len(self.active_channels))
-            if len(self.active_channels) == held or (self.accepting and self.tally.ahead):
+            if len(self.active_channels) == held:
+                return
+            if self.accepting and self.tally.ahead and not alone:
+                self._accepts_at = self.clock() + HEAD_START
                 return
 
     def accept(self) -> tuple[socket.socket, Any] | None:
@@ -5172,7 +5177,9 @@ class GateServer(TcpWSGIServer):    # type: ignore[misc]  # waitress carries no 
         self.tally.hold(len(self.active_channels))
         self.tally.turn(self.pool.waiting)
         self.loop.watch(self, selectors.EVENT_READ if self.readable() else 0)
-        hurried = self.gate.draining or (self.loop.sending and self._cut_slow_readers(self.clock()))
+        now = self.clock()
+        slow = self.loop.sending and self._cut_slow_readers(now)
+        hurried = slow or self.gate.draining or now < self._accepts_at
         self.loop.wait(0 if self._ready else SHORT_TURN if hurried else self.adj.asyncore_loop_timeout)
 
     def _cut_slow_readers(self, now: float) -> bool:
