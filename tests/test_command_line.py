@@ -6,6 +6,7 @@ import base64
 import contextlib
 import os
 import re
+import signal
 import socket
 import sqlite3
 import stat
@@ -599,6 +600,8 @@ def test_no_secret_anywhere(
 @pytest.mark.skipif(sys.platform == "win32", reason="SIGINT cannot be sent to another process there")
 def test_interrupt_during_a_command(tmp_path: Path) -> None:
     """Ctrl-C in a long probe: exit 130 and no traceback."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # of a shell's background job; a child would inherit it
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         silent.settimeout(90)
         port = silent.getsockname()[1]
