@@ -295,7 +295,7 @@ def pollers(folder: Path, resources: str) -> dict[str, Callable[[], None]]:
         connection = hc.CONNECTIONS[target.settings.platform](target, guards.of(target), access)
 
         def poll() -> None:
-            verdict, _, _ = hc.poll_once(target, connection, None)
+            verdict, _ = hc.poll_once(target, connection, None)
             if not verdict.good:
                 raise RuntimeError(verdict.reason)
 

@@ -26,10 +26,11 @@ from healthchecker import (
     KEPT_BYTES,
     NOT_KNOWN,
     Check,
-    CommandResult,
+    Connection,
     CpuTicks,
     Deadline,
     Outcome,
+    Output,
     ProbeError,
     ResourceSettings,
     Sample,
@@ -333,23 +334,21 @@ def test_no_page_file_is_no_problem() -> None:
     assert sample.readings("swap_percent") == [] and sample.problems == {}
 
 
-class Recording:
+class Recording(Connection):
     """A connection whose host answers with a recording."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str) -> None:  # a recording has no target, and shows no key
         self._output = recorded(name).encode()
 
-    def run(self, script: str, done: bytes, deadline: Deadline) -> CommandResult:
-        return CommandResult(self._output + done, 0)
+    def run(self, script: str, output: Output, deadline: Deadline) -> bool:
+        return output.take(self._output + output.mark)
 
 
 def collected(name: str, **asked: object) -> tuple[ResourceSettings, Sample]:
     """What a poll of a resource gives that asks for more than its host answers, or for less."""
     resource = {"name": "a", "hostname": "a", "platform": "windows", "username": "u", **asked}
     wanted = ResourceSettings.model_validate(resource)
-    sample, host_key = collect(wanted, Recording(name), None)
-    assert host_key is None
-    return wanted, sample
+    return wanted, collect(wanted, Recording(name), None)
 
 
 def test_load_is_missed_only_where_it_has_a_limit() -> None:
