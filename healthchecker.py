@@ -2149,11 +2149,11 @@ class WinrmAdapter(requests.adapters.HTTPAdapter):
     """Sends a session's requests over a connection that is open, and secured where that is wanted, and refuses what
     WinRM never answers. There is no second one in a poll, for NTLM and the encryption belong to the first."""
 
-    def __init__(self, opened: WinrmSocket) -> None:
+    def __init__(self, host: str, port: int, opened: WinrmSocket) -> None:
         super().__init__()
-        connection = urllib3.connection.HTTPConnection("")
+        connection = urllib3.connection.HTTPConnection(host, port)
         connection.sock, connection.auto_open = opened, 0
-        self._pool = urllib3.HTTPConnectionPool("")
+        self._pool = urllib3.HTTPConnectionPool(host, port)
         self._pool.ConnectionCls = lambda **_: connection  # type: ignore[assignment]  # a factory
 
     def get_connection_with_tls_context(self, *args: Any, **settings: Any) -> urllib3.HTTPConnectionPool:
@@ -2289,8 +2289,8 @@ class PowerShellConnection(Connection):
         session = wsman.transport._build_session()
         session.trust_env = False       # a .netrc would replace the Authorization header
         session.verify = False          # the connection is verified
-        for scheme in ("http://", "https://"):
-            session.mount(scheme, WinrmAdapter(opened))
+        session.adapters.clear()
+        session.mount("http", WinrmAdapter(settings.hostname, settings.connect_port, opened))
         wsman.transport.session = session
         return wsman
 
