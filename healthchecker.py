@@ -2188,9 +2188,7 @@ class PowerShellConnection(Connection):
         """The certificate that the host shows, unchecked; nothing else is done."""
         if not self._settings.tls:
             raise UsageError(f"{self._target.name} has no certificate: tls is off")
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-        with self._open(context, deadline) as secured:
+        with self._open(self._tls_context(pinned=True), deadline) as secured:
             return certificate_identity(secured)
 
     def _open(self, context: ssl.SSLContext | None, deadline: Deadline) -> Any:
@@ -2436,6 +2434,9 @@ NO_DISK = re.compile(
     r"squashfs|erofs|cramfs|romfs|iso9660|udf|cd9660|(dev)?tmpfs|ramfs|overlay|(au|union|null|ecrypt|auto)fs"
     r"|fuse(fs|\..*)?|9p|virtiofs|vboxsf|nfs4?|cifs|smb3"
 )
+# A row of df: device, type, size, used, available, mount point. Word by word, or a long line would take a second.
+DF_ROW = r"\s*(\S+(?:\s+\S+)*?)%s\s+-?[0-9]{1,18}\s+(-?[0-9]{1,18})\s+(-?[0-9]{1,18})\s+\S*%%\s+(\S.*)"
+DF, DF_TYPED = re.compile(DF_ROW % "()"), re.compile(DF_ROW % r"\s+(\S+)")
 # They count in their pool but are not shown: volumes with one of these flags, and parts of macOS itself.
 HIDDEN = frozenset({"read-only", "quarantine"})
 MACOS_PARTS = re.compile(r"/System/Volumes/(?!Data$)|/private/var/vm$")
@@ -2528,11 +2529,33 @@ def percent(part: float, whole: float) -> float:
     return 100 * part / whole
 
 
-def cpu_percent(before: CpuTicks | None, now: CpuTicks, slack: float = 0.0) -> float | None:
-    """None without an earlier count and where the counters began anew; `slack` is the part of the time by which an
-    idle machine may seem less than idle."""
+def cpu_percent(before: CpuTicks | None, now: CpuTicks) -> float | None:
+    """None without an earlier count and where the counters began anew. An idle machine may seem less than idle by a
+    hundredth, for time and idle time may have a clock each."""
     busy, total = (now.busy - before.busy, now.total - before.total) if before else (0.0, 0.0)
-    return percent(max(busy, 0.0), total) if -slack * total <= busy <= total != 0 else None
+    return percent(max(busy, 0.0), total) if -0.01 * total <= busy <= total != 0 else None
+
+
+def make_sample(rows: Mapping[str, Callable[[], Reading]], problems: dict[str, str], previous: CpuTicks | None,
+                services: Mapping[str, Outcome], checks: Mapping[str, Outcome]) -> Sample:
+    """A sample of what `rows` give, details and metrics; a ValueError is one more of the problems."""
+    readings: dict[str, Reading] = {}
+    ticks = None
+    for name, read in rows.items():
+        try:
+            value = read()
+        except ValueError as error:
+            problems[name.partition(" ")[0]] = " ".join(str(error).split())[:PROBLEM_CHARS]
+            continue
+        if isinstance(value, CpuTicks):
+            ticks, value = value, cpu_percent(previous, value)
+        readings.update(value if isinstance(value, Mapping) else {name: value})
+    details = {name: readings.pop(name) for name in [*readings] if name in DETAILS}
+    problems |= {name: value[:PROBLEM_CHARS] for name, value in readings.items() if isinstance(value, str)}
+    return Sample(
+        {name: value for name, value in details.items() if isinstance(value, (str, float))},
+        {name: value for name, value in readings.items() if isinstance(value, float)},
+        ticks, services, checks, problems)
 
 
 def _line(text: str) -> str:
@@ -2660,21 +2683,18 @@ def _volumes(text: str, typed: bool) -> Iterator[Volume]:
     for line in text.splitlines():
         if len(line) > 4096:    # nobody's mount point
             raise ValueError(f"a line of {len(line)} characters")
-        words = [(word[0], word.start()) for word in re.finditer(r"\S+", line)]
-        for at in range(4 + typed, len(words) - 1):
-            sizes = [word for word, _ in words[at - 3 : at]]
-            if words[at][0].endswith("%") and all(re.fullmatch("-?[0-9]{1,18}", size) for size in sizes):
-                mount = line[words[at + 1][1] :].replace("\\040", " ")
-                flag = flags.get(mount, [""])   # the first is the type
-                kind = words[at - 4][0] if typed else flag[0]
-                device = line[: words[at - 3 - typed][1]].strip()
-                # By what it sits on: a list of good types would silently miss the next filesystem there is.
-                if (kind == "zfs" or re.match("/(?!/)", device)) and not NO_DISK.fullmatch(kind):
-                    pool = re.sub({"zfs": "/.*", "apfs": "(?<=[0-9])s.*"}.get(kind, "$^"), "", device)
-                    available = max(0.0, float(sizes[2]))   # below 0 where the reserve of UFS is in use
-                    shown = not (HIDDEN.intersection(flag) or MACOS_PARTS.match(mount))
-                    yield Volume(device, pool, float(sizes[1]), available, mount, shown)
-                break
+        if not (row := (DF_TYPED if typed else DF).match(line)):
+            continue
+        device, kind, used, free, mount = row.groups()
+        mount = mount.replace("\\040", " ")
+        flag = flags.get(mount, [""])   # the first is the type
+        kind = kind or flag[0]
+        # By what it sits on: a list of good types would silently miss the next filesystem there is.
+        if (kind == "zfs" or re.match("/(?!/)", device)) and not NO_DISK.fullmatch(kind):
+            pool = re.sub({"zfs": "/.*", "apfs": "(?<=[0-9])s.*"}.get(kind, "$^"), "", device)
+            available = max(0.0, float(free))   # below 0 where the reserve of UFS is in use
+            shown = not (HIDDEN.intersection(flag) or MACOS_PARTS.match(mount))
+            yield Volume(device, pool, float(used), available, mount, shown)
 
 
 def _disk_percent(text: str, typed: bool) -> dict[str, float | str]:
@@ -2899,16 +2919,12 @@ def not_run(text: str) -> ProbeError:
     return ProbeError("protocol", f"the script was not run; output: {said or 'none'}")
 
 
-def _readings(probe: Probe, section: Section | None, previous: CpuTicks | None) -> Mapping[str, Reading]:
-    """What a row read, by name; ticks under ""."""
+def _reading(probe: Probe, section: Section | None) -> Reading:
     if section is None or not section.end:
         raise ValueError("no answer")
     if section.status:
         raise ValueError(f"exit status {section.status}: {section.text.partition(chr(10))[0]}")
-    value = probe.parse(section.text)
-    if not isinstance(value, CpuTicks):
-        return value if isinstance(value, Mapping) else {probe.name: value}
-    return {"": value, "cpu_percent": cpu_percent(previous, value)}
+    return probe.parse(section.text)
 
 
 def _outcomes(sections: Iterable[Section], kind: str, state: Judge) -> dict[str, Outcome]:
@@ -2920,24 +2936,12 @@ def parse_output(text: str, nonce: str, previous: CpuTicks | None) -> Sample:
     """The sample in the script's output; raises ProbeError (`protocol`) when nothing in it can be read."""
     sections = {section.title[:2]: section for section in _sections(text, nonce)}
     table = next((table for key, table in PROBES.items() if ("platform", key.value) in sections), None)
-    readings: dict[str, Reading] = {}
-    rows = table.probes if table else ()
-    problems = dict.fromkeys(Limits.model_fields.keys() - {probe.name for probe in rows}, NOT_KNOWN)
-    for probe in rows:
-        try:
-            readings.update(_readings(probe, sections.get((probe.name,)), previous))
-        except ValueError as error:
-            problems[probe.name] = " ".join(str(error).split())[:PROBLEM_CHARS]
-    ticks = readings.pop("", None)
-    details = {name: readings.pop(name) for name in [*readings] if name in DETAILS}
-    sample = Sample(
-        {name: value for name, value in details.items() if isinstance(value, (str, float))},
-        {name: value for name, value in readings.items() if isinstance(value, float)},
-        ticks if isinstance(ticks, CpuTicks) else None,
+    rows = {probe.name: functools.partial(_reading, probe, sections.get((probe.name,)))
+            for probe in (table.probes if table else ())}
+    sample = make_sample(
+        rows, dict.fromkeys(Limits.model_fields.keys() - rows.keys(), NOT_KNOWN), previous,
         _outcomes(sections.values(), "service", table.state if table else _by_status),
-        _outcomes(sections.values(), "check", _by_status),
-        problems | {name: value[:PROBLEM_CHARS] for name, value in readings.items() if isinstance(value, str)},
-    )
+        _outcomes(sections.values(), "check", _by_status))
     if sample.empty:
         raise not_run(text)
     return sample
@@ -3116,26 +3120,23 @@ class WindowsAnswer(BaseModel, strict=True):
     checks: list[ReportedOutcome]
 
 
+def _windows_reading(name: str, reported: str | int | tuple[int, int]) -> Reading:
+    if isinstance(reported, tuple):
+        share = percent(*reported)
+        return CpuTicks(*map(float, reported)) if name == "cpu_percent" else share
+    return one_line(reported) if isinstance(reported, str) else float(reported)
+
+
 def _windows_sample(answer: WindowsAnswer, previous: CpuTicks | None) -> Sample:
-    metrics: dict[str, float] = {}
-    ticks = None
-    problems = {name: "no answer" for name in ("cpu_percent", "memory_percent", "disk_percent")
-                if not any(key.startswith(name) for key in answer.amounts)}
+    details = {name: value for name, value in answer.details.items() if name in DETAILS}
+    rows = {name: functools.partial(_windows_reading, name, reported)
+            for name, reported in {**details, **answer.amounts}.items()}
+    silent = {"cpu_percent", "memory_percent", "disk_percent"} - {name.partition(" ")[0] for name in rows}
+    problems = {"load_per_cpu": NOT_KNOWN} | dict.fromkeys(silent, "no answer")
     problems |= {name: one_line(why)[:PROBLEM_CHARS] for name, why in answer.problems.items()}
-    for name, (used, total) in answer.amounts.items():
-        try:
-            metrics[name] = percent(used, total)
-        except ValueError as error:
-            problems[name.partition(" ")[0]] = str(error)
-    if metrics.pop("cpu_percent", None) is not None:
-        ticks = CpuTicks(*map(float, answer.amounts["cpu_percent"]))
-        if (busy := cpu_percent(previous, ticks, 0.01)) is not None:    # idle time and time have a clock each
-            metrics["cpu_percent"] = busy
-    details = {name: one_line(value) if isinstance(value, str) else float(value)
-               for name, value in answer.details.items() if name in DETAILS}
-    services, checks = ({row.name: Outcome(row.good, kept(row.text.translate(CONTROL).strip())) for row in rows}
-                        for rows in (answer.services, answer.checks))
-    return Sample(details, metrics, ticks, services, checks, problems)
+    services, checks = ({row.name: Outcome(row.good, kept(row.text.translate(CONTROL).strip())) for row in said}
+                        for said in (answer.services, answer.checks))
+    return make_sample(rows, problems, previous, services, checks)
 
 
 def parse_windows(text: str, _nonce: str, previous: CpuTicks | None) -> Sample:
@@ -3164,14 +3165,13 @@ def simulated_sample(text: str, _nonce: str, _previous: CpuTicks | None) -> Samp
 
 
 class Language(NamedTuple):
-    """How a poll is asked for and read; `lacks` are metrics that the platform does not have."""
+    """How a poll is asked for and read."""
 
     build: Callable[[Sequence[str], Sequence[Check], str], str]
     parse: Callable[[str, str, CpuTicks | None], Sample]
-    lacks: tuple[str, ...] = ()
 
 
-POWERSHELL = Language(build_windows_script, parse_windows, ("load_per_cpu",))
+POWERSHELL = Language(build_windows_script, parse_windows)
 LANGUAGES = {platform: Language(functools.partial(build_script, platform), parse_output) for platform in Platform}
 LANGUAGES |= {Platform.WINDOWS: POWERSHELL,
               Platform.SIMULATED: Language(lambda *_: "", simulated_sample)}     # it answers without being asked
@@ -3179,15 +3179,14 @@ if sys.platform == "win32":
     LANGUAGES[Platform.LOCAL] = POWERSHELL
 
 
-def complete(sample: Sample, settings: ResourceSettings, lacks: Iterable[str]) -> Sample:
+def complete(sample: Sample, settings: ResourceSettings) -> Sample:
     """What was asked for and not answered is bad, too; what nobody asked for is no problem."""
     silent = Outcome(False, "no answer")
     services = {name: sample.services.get(name, silent) for name in settings.services}
     checks = {check.name: sample.checks.get(check.name, silent) for check in settings.checks}
-    limited = settings.limits.by_metric()
-    problems = {**dict.fromkeys(lacks, NOT_KNOWN), **sample.problems}
-    return replace(sample, services=services, checks={**sample.checks, **checks},
-                   problems={name: why for name, why in problems.items() if why != NOT_KNOWN or name in limited})
+    problems = {name: why for name, why in sample.problems.items()
+                if why != NOT_KNOWN or name in settings.limits.by_metric()}
+    return replace(sample, services=services, checks={**sample.checks, **checks}, problems=problems)
 
 
 def collect(settings: ResourceSettings, connection: Connection, previous: CpuTicks | None) -> Sample:
@@ -3199,7 +3198,7 @@ def collect(settings: ResourceSettings, connection: Connection, previous: CpuTic
     ended = connection.run(script, output, deadline)
     text, done, _ = output.printed.decode(errors="replace").partition(end_mark(nonce))
     if done:
-        return complete(language.parse(text, nonce, previous), settings, language.lacks)
+        return complete(language.parse(text, nonce, previous), settings)
     running = last_section(text, nonce)
     during = f" while {running} ran" if running else ""
     if deadline.over:
@@ -3230,7 +3229,7 @@ class Verdict:
     reason: str = ""
 
     @property
-    def good(self) -> bool:
+    def healthy(self) -> bool:
         return self.state in ("healthy", "degraded")
 
 
@@ -3262,19 +3261,13 @@ def evaluate(sample: Sample, settings: ResourceSettings) -> Verdict:
 
 
 @dataclass(frozen=True)
-class Standing:
-    """The state of a resource after rise and fall, since a Unix time."""
+class Standing(Verdict):
+    """The verdict that counts after rise and fall, since a Unix time; how many good or bad ones came in a row."""
 
     state: State = "unknown"
-    cause: Cause = ""
-    reason: str = ""
     since_at: float = 0.0
     good: int = 0
     bad: int = 0
-
-    @property
-    def healthy(self) -> bool:
-        return self.state in ("healthy", "degraded")
 
     @property
     def why(self) -> str:
@@ -3288,9 +3281,9 @@ class Standing:
 
 def settle(standing: Standing, verdict: Verdict, settings: ResourceSettings, at: float) -> Standing:
     """The standing after one more verdict: a first result counts at once, then `rise` and `fall` in a row."""
-    good = standing.good + 1 if verdict.good else 0
-    bad = 0 if verdict.good else standing.bad + 1
-    counts = (standing.state == "unknown" or verdict.good == standing.healthy or verdict.cause in AT_ONCE
+    good = standing.good + 1 if verdict.healthy else 0
+    bad = 0 if verdict.healthy else standing.bad + 1
+    counts = (standing.state == "unknown" or verdict.healthy == standing.healthy or verdict.cause in AT_ONCE
               or good >= settings.rise or bad >= settings.fall)
     if not counts:
         return replace(standing, good=good, bad=bad)
@@ -8394,7 +8387,7 @@ def probe(targets: Sequence[Target], access: ConnectionContext) -> int:
             began = time.monotonic()
             connection = CONNECTIONS[target.settings.platform](target, guards.of(target), access)
             verdict, sample = poll_once(target, connection, None)
-        if target.settings.critical and not verdict.good:
+        if target.settings.critical and not verdict.healthy:
             bad.append(target.name)
         rows[target.name] = [
             target.name, verdict.state, f"{time.monotonic() - began:.2f}",

@@ -296,7 +296,7 @@ def pollers(folder: Path, resources: str) -> dict[str, Callable[[], None]]:
 
         def poll() -> None:
             verdict, _ = hc.poll_once(target, connection, None)
-            if not verdict.good:
+            if not verdict.healthy:
                 raise RuntimeError(verdict.reason)
 
         return poll

@@ -803,7 +803,7 @@ def test_check_now_of_a_machine_that_hangs(house: House, machines: Machines) -> 
         machines.behaviours["db1"] = good
         machines.ended.set()
         report = house.monitor.poll_now("db1", 5)
-        assert report and report.verdict.good
+        assert report and report.verdict.healthy
 
 
 def test_check_now_by_many(house: House, machines: Machines) -> None:
@@ -835,7 +835,7 @@ def test_check_now_clears_the_wait_after_a_refused_login(house: House, machines:
         assert report and report.verdict.cause == "auth" and machines.logins == ["a", "a"]
         machines.behaviours["a"] = machines.login("a")
         report = house.monitor.poll_now("a", 5)
-        assert report and report.verdict.good
+        assert report and report.verdict.healthy
 
 
 def test_check_now_with_the_settings_of_now(house: House, machines: Machines) -> None:
