@@ -1611,7 +1611,7 @@ class Deadline:
 
 
 class Output:
-    """What a script printed so far, stdout and stderr in one, OUTPUT_BYTES at most; `mark` is its last line."""
+    """What a script printed so far on both streams, OUTPUT_BYTES at most; `mark` ends it."""
 
     def __init__(self, mark: str) -> None:
         self.mark = mark.encode()
@@ -1627,7 +1627,7 @@ class Output:
 
 
 class Resolver:
-    """Looks names up beside the poll, since the system's resolver has no deadline; one look-up per name at a time."""
+    """Looks names up beside the poll, since the system's resolver has no deadline; each name once at a time."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()   # guards _pending
@@ -1662,8 +1662,8 @@ class Resolver:
 
 
 class HostSocket(socket.socket):
-    """The one connection of a poll: nothing waits beyond its deadline, and a host cannot fill the memory, though
-    libraries store whatever one announces."""
+    """A poll's one connection. Nothing waits beyond the deadline, and no host can fill the memory: libraries store
+    what it announces."""
 
     deadline: Deadline
     received = 0
@@ -1753,7 +1753,7 @@ class LoginGuard:
 
     @contextlib.contextmanager
     def attempt(self, name: str, deadline: Deadline, stamp: int = 0) -> Iterator[None]:
-        """Around one login: an error of cause `auth` counts as refused, the end of the block as accepted."""
+        """Around one login: a ProbeError `auth` counts as refused, the end of the block as accepted."""
         with self._turn:
             while (self._running and (self._suspects or not self._accepted)
                    and (rest := self._began_mono + AUTH_TURN - time.monotonic()) > 0):
@@ -1805,7 +1805,7 @@ class Guards:
         self._guards: dict[bytes, LoginGuard] = {}
 
     def _key(self, target: Target) -> bytes:
-        """Equal for resources that log in as the same user with the same secret; does not give the secret away."""
+        """Equal for the same user with the same secret; does not give the secret away."""
         secret = target.password.get_secret_value() if target.password else str(target.settings.key_file)
         user = target.settings.username or str(target.settings.certificate_file or target.name)
         parts = length_prefixed(user, secret)
@@ -1832,7 +1832,7 @@ def identity(kind: str, blob: bytes) -> str:
 
 
 def names_host(patterns: str, name: str) -> bool:
-    """Whether the host field of a known_hosts line (sshd(8)) names a host: hashed, or patterns with * ? and !."""
+    """Whether the host field of a line of known_hosts, hashed or patterns (sshd(8)), names a host."""
     if patterns.startswith("|1|"):
         with contextlib.suppress(ValueError):
             salt, digest = (base64.b64decode(part, validate=True) for part in patterns[3:].split("|"))
@@ -1872,7 +1872,7 @@ class KnownHosts:
 
 
 class BoundedPacketizer(paramiko.packet.Packetizer):
-    """Refuses packets that announce more items than anybody sends: paramiko would go through all of them."""
+    """Refuses packets with more items than anybody sends: paramiko would go through all of them."""
 
     COUNTED: ClassVar = {7: 0, 60: 3}       # EXT_INFO and INFO_REQUEST: texts before the number of items
 
@@ -1891,7 +1891,7 @@ class BoundedPacketizer(paramiko.packet.Packetizer):
 
 
 class SshTransport(paramiko.Transport):
-    """Knows whether the host said goodbye: after a password that means refused, where a lost connection does not."""
+    """Knows whether the host said goodbye: after a password that means refused, a lost connection does not."""
 
     dismissed = False
 
@@ -1926,7 +1926,7 @@ class Connection:
         self.host_key = target.host_key     # what the host is known by; SSH learns it at the first contact
 
     def run(self, script: str, output: Output, deadline: Deadline) -> bool:
-        """Runs `script` until its mark is in `output`, it ends, or the deadline is there; whether it was seen to end.
+        """Runs `script` until `output` is whole, it ends, or the deadline is there; says whether it was seen to end.
         Raises ProbeError."""
         raise NotImplementedError
 
@@ -1958,7 +1958,7 @@ class SshConnection(Connection):
 
     @contextlib.contextmanager
     def _connected(self, deadline: Deadline) -> Iterator[tuple[SshTransport, str]]:
-        """A transport after the key exchange and the key that the host showed; thread and socket end with the block."""
+        """A transport and the key that the host showed; thread and socket end with the block."""
         sock = connect_tcp(self._context.resolver, self._settings.hostname, self._settings.connect_port, deadline)
         transport = SshTransport(sock, disabled_algorithms=self.WEAK, packetizer_class=BoundedPacketizer)
         transport.banner_timeout = transport.auth_timeout = self.NEVER
@@ -1990,7 +1990,7 @@ class SshConnection(Connection):
         return known | ({self.host_key} if self.host_key else set()), revoked
 
     def _prefer_known_types(self, transport: SshTransport) -> None:
-        """A host has keys of several types; ask for one that we can compare, and for an untried one at last."""
+        """A host has keys of several types: asks for one that we can compare, at last for an untried one."""
         accepted, _ = self._known()
         wanted = tuple(key.split()[0].replace("ssh-rsa", "rsa-sha2") for key in accepted if " " in key)
         tried = tuple(kind.replace("ssh-rsa", "rsa-sha2") for kind in self._tried)
@@ -2001,7 +2001,7 @@ class SshConnection(Connection):
             bool(tried) and name.startswith(tried), not name.startswith(wanted)))
 
     def _verified(self, offered: str) -> bool:
-        """Compares the host's key before any secret is sent; False asks for a connection with another type of key."""
+        """Compares the host's key before any secret is sent; False: connect again, for another type of key."""
         (accepted, revoked), name = self._known(), self._settings.name
         if offered in revoked:
             raise ProbeError("host_key", f"host key revoked by known_hosts: offered {offered}")
@@ -2055,8 +2055,7 @@ class SshConnection(Connection):
         return self._key[1]
 
     def _execute(self, transport: SshTransport, script: str, output: Output) -> bool:
-        """Feeds the script to a POSIX shell, whatever the account's login shell is; False when the connection ends
-        first, at the deadline or before."""
+        """Feeds the script to a POSIX shell, whatever the login shell is; False when the connection ended first."""
         channel = transport.open_session(window_size=1 << 18, timeout=self.NEVER)
         with contextlib.suppress(paramiko.SSHException, OSError, EOFError):
             channel.set_combine_stderr(True)
@@ -2146,8 +2145,8 @@ def system_authorities() -> ssl.SSLContext:
 
 
 class WinrmAdapter(requests.adapters.HTTPAdapter):
-    """Sends a session's requests over a connection that is open, and secured where that is wanted, and refuses what
-    WinRM never answers. There is no second one in a poll, for NTLM and the encryption belong to the first."""
+    """Sends a session's requests over one open connection, for NTLM and the encryption belong to it, and refuses
+    what WinRM never answers."""
 
     def __init__(self, host: str, port: int, opened: WinrmSocket) -> None:
         super().__init__()
@@ -2192,7 +2191,7 @@ class PowerShellConnection(Connection):
             return certificate_identity(secured)
 
     def _open(self, context: ssl.SSLContext | None, deadline: Deadline) -> Any:
-        """The poll's connection, after the TLS handshake. Raises ssl.SSLCertVerificationError and ProbeError."""
+        """A connection after the TLS handshake. Raises SSLCertVerificationError and ProbeError."""
         settings = self._settings
         try:
             plain = connect_tcp(self._context.resolver, settings.hostname, settings.connect_port, deadline)
@@ -2228,7 +2227,7 @@ class PowerShellConnection(Connection):
         return cast(WinrmSocket, opened)
 
     def _tls_context(self, pinned: bool) -> ssl.SSLContext:
-        """How the host's certificate is checked and ours shown. Raises ProbeError `credential` for unusable files."""
+        """How the host's certificate is checked and ours shown. Raises ProbeError."""
         settings, phrase = self._settings, self._target.passphrase
         if not (pinned or settings.ca_file or settings.certificate_file):
             return system_authorities()
@@ -2294,7 +2293,7 @@ class PowerShellConnection(Connection):
 
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:
-        """Our error for whatever the host's bytes make pypsrp raise: struct.error, KeyError and many more."""
+        """Our error for whatever the host's bytes make pypsrp raise."""
         settings = self._settings
         try:
             yield
@@ -2348,7 +2347,7 @@ def read_until(pipe: IO[bytes], deadline: Deadline, take: Callable[[bytes], bool
 
 
 def end_process_group(process: subprocess.Popen[bytes]) -> None:
-    """Ends a process and all that it started: `timeout` and background jobs have process groups of their own."""
+    """Ends a process and all of its session: `timeout` and background jobs have groups of their own."""
     process.kill()
     if sys.platform == "win32":
         subprocess.run(["taskkill", "/T", "/F", "/PID", str(process.pid)], capture_output=True, check=False)
@@ -2391,7 +2390,7 @@ class LocalConnection(Connection):
 
 
 class SimulatedConnection(Connection):
-    """A resource that is healthy and unhealthy for exponentially distributed times, as the specification assumes."""
+    """A resource that is healthy and unhealthy for exponentially distributed times."""
 
     def __init__(self, target: Target, guard: LoginGuard, context: ConnectionContext) -> None:
         super().__init__(target, guard, context)
@@ -2421,7 +2420,7 @@ CONNECTIONS: dict[Platform, type[Connection]] = {
 # A platform is a table of rows: name, command, parser. One script of sh runs a whole table, so that a poll is one
 # round trip; its output goes in, a sample comes out. Parsers are pure and raise ValueError, which becomes the
 # problem shown in the metric's place.
-# Gives: NOT_KNOWN, PROBLEM_CHARS, kept, DETAILS, CONTROL, CpuTicks, cpu_percent, Outcome, Sample, percent,
+# Gives: NOT_KNOWN, PROBLEM_CHARS, kept, DETAILS, CONTROL, CpuTicks, Reading, Outcome, Sample, percent, make_sample,
 #   build_script, end_mark, last_section, not_run, parse_output
 
 NOT_KNOWN = "not known on this platform"
@@ -2530,8 +2529,8 @@ def percent(part: float, whole: float) -> float:
 
 
 def cpu_percent(before: CpuTicks | None, now: CpuTicks) -> float | None:
-    """None without an earlier count and where the counters began anew. An idle machine may seem less than idle by a
-    hundredth, for time and idle time may have a clock each."""
+    """None without an earlier count and where the counters began anew. Idle time may have a clock of its own: up to
+    a hundredth less than idle is idle."""
     busy, total = (now.busy - before.busy, now.total - before.total) if before else (0.0, 0.0)
     return percent(max(busy, 0.0), total) if -0.01 * total <= busy <= total != 0 else None
 
@@ -3164,19 +3163,14 @@ def simulated_sample(text: str, _nonce: str, _previous: CpuTicks | None) -> Samp
     return Sample({}, {}, None, {}, {"simulation": Outcome(good, "" if good else "simulated outage")}, {})
 
 
-class Language(NamedTuple):
-    """How a poll is asked for and read."""
-
-    build: Callable[[Sequence[str], Sequence[Check], str], str]
-    parse: Callable[[str, str, CpuTicks | None], Sample]
-
-
-POWERSHELL = Language(build_windows_script, parse_windows)
-LANGUAGES = {platform: Language(functools.partial(build_script, platform), parse_output) for platform in Platform}
-LANGUAGES |= {Platform.WINDOWS: POWERSHELL,
-              Platform.SIMULATED: Language(lambda *_: "", simulated_sample)}     # it answers without being asked
+Builder = Callable[[Sequence[str], Sequence[Check], str], str]
+Parser = Callable[[str, str, CpuTicks | None], Sample]
+LANGUAGES: dict[Platform, tuple[Builder, Parser]] = {
+    **{platform: (functools.partial(build_script, platform), parse_output) for platform in Platform},
+    Platform.WINDOWS: (build_windows_script, parse_windows),
+    Platform.SIMULATED: (lambda *_: "", simulated_sample)}      # it answers without being asked
 if sys.platform == "win32":
-    LANGUAGES[Platform.LOCAL] = POWERSHELL
+    LANGUAGES[Platform.LOCAL] = LANGUAGES[Platform.WINDOWS]
 
 
 def complete(sample: Sample, settings: ResourceSettings) -> Sample:
@@ -3192,13 +3186,12 @@ def complete(sample: Sample, settings: ResourceSettings) -> Sample:
 def collect(settings: ResourceSettings, connection: Connection, previous: CpuTicks | None) -> Sample:
     """One poll in one round trip. Raises ProbeError."""
     nonce = secrets.token_hex(8)
-    language = LANGUAGES[settings.platform]
-    script = language.build(settings.services, settings.checks, nonce)
+    build, parse = LANGUAGES[settings.platform]
     output, deadline = Output(end_mark(nonce)), Deadline(settings.timeout)
-    ended = connection.run(script, output, deadline)
+    ended = connection.run(build(settings.services, settings.checks, nonce), output, deadline)
     text, done, _ = output.printed.decode(errors="replace").partition(end_mark(nonce))
     if done:
-        return complete(language.parse(text, nonce, previous), settings)
+        return complete(parse(text, nonce, previous), settings)
     running = last_section(text, nonce)
     during = f" while {running} ran" if running else ""
     if deadline.over:
@@ -3262,7 +3255,7 @@ def evaluate(sample: Sample, settings: ResourceSettings) -> Verdict:
 
 @dataclass(frozen=True)
 class Standing(Verdict):
-    """The verdict that counts after rise and fall, since a Unix time; how many good or bad ones came in a row."""
+    """The verdict that counts, since a Unix time; `good` or `bad` ones came in a row."""
 
     state: State = "unknown"
     since_at: float = 0.0
