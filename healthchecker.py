@@ -1822,7 +1822,7 @@ class Guards:
 # === SSH =====================================================================
 # A script goes to `/bin/sh -s` of a POSIX host over paramiko, its output comes back. A connection lasts one poll:
 # TCP, key exchange, the host's key against pin and known_hosts, only then the login. In the poller's thread, with
-# paramiko's own beside it; the deadline closes the socket, since paramiko may wait for ever.
+# paramiko's own beside it, which ends at the socket's deadline and wakes whoever waits.
 # Gives: KnownHosts, ConnectionContext, Connection, SshConnection
 
 
@@ -2072,9 +2072,9 @@ class SshConnection(Connection):
 
 
 # === PowerShell ==============================================================
-# A script goes to a Windows host over pypsrp and comes back as text. pypsrp sends by requests, which is given one
-# socket that is open, secured and verified already: certificate before password, deadline and byte cap on every
-# read, and no second connection, whatever requests or urllib3 make of an answer. In the poller's thread.
+# A script goes to a Windows host over pypsrp, text comes back. pypsrp sends by requests, which is given one socket
+# that is open, secured and verified: certificate before password, deadline and cap on every read, and no second
+# connection, whatever requests or urllib3 make of an answer. In the poller's thread.
 # Gives: PowerShellConnection
 HTTP_CAUSES: dict[int, Cause] = {403: "auth", 502: "unreachable", 503: "unreachable", 504: "unreachable"}
 START_WINRM = "run `winrm quickconfig` there and check port and tls"
@@ -2187,7 +2187,9 @@ class PowerShellConnection(Connection):
         """The certificate that the host shows, unchecked; nothing else is done."""
         if not self._settings.tls:
             raise UsageError(f"{self._target.name} has no certificate: tls is off")
-        with self._open(self._tls_context(pinned=True), deadline) as secured:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+        with self._open(context, deadline) as secured:
             return certificate_identity(secured)
 
     def _open(self, context: ssl.SSLContext | None, deadline: Deadline) -> Any:
@@ -3154,8 +3156,8 @@ def parse_windows(text: str, _nonce: str, previous: CpuTicks | None) -> Sample:
 
 
 # === Collect =================================================================
-# One poll of a resource in one round trip, in the poller's thread: build the platform's script, run it over its
-# connection, parse what came back, and see to it that all that was asked for is answered: a sample or ProbeError.
+# One poll of a resource, in the poller's thread: build the platform's script, run it over the connection, parse
+# what came back, and see to it that all that was asked for is answered: a sample or ProbeError.
 # Gives: collect
 def simulated_sample(text: str, _nonce: str, _previous: CpuTicks | None) -> Sample:
     """What SimulatedConnection answers, as a check."""
