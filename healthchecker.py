@@ -1584,9 +1584,9 @@ def load_targets(session: Session, vault: Vault) -> dict[str, Target]:
 
 
 # === Connections =============================================================
-# What every way to a host is built from: a deadline on the monotonic clock for the whole poll, a cap of the bytes
-# that a host may send, look-up of names, TCP. What fails here raises ProbeError with a cause. Runs in the threads
-# of the pollers; the resolver has a thread for each look-up that is under way.
+# What every way to a host is built from: a deadline on the monotonic clock for the whole poll, a cap of what a host
+# may send, look-up of names, TCP. What fails raises ProbeError with a cause. Runs in the threads of the pollers;
+# the resolver has a thread for each look-up that is under way.
 # Gives: OUTPUT_BYTES, READ_BYTES, Deadline, Output, Resolver, HostSocket, connect_tcp
 OUTPUT_BYTES = 1 << 20          # bytes over stdout and stderr; a poll that prints more is ended
 READ_BYTES = 1 << 16            # bytes taken from a host at once
@@ -1642,7 +1642,7 @@ class Resolver:
                 if (host, port) not in self._pending:
                     future: concurrent.futures.Future[list[Any]] = concurrent.futures.Future()
                     threading.Thread(target=self._work, args=(host, port, future), daemon=True).start()
-                    self._pending[host, port] = future      # only now: without a thread nobody would take it out
+                    self._pending[host, port] = future      # only now that a thread will take it out
                 future = self._pending[host, port]
             return future.result(deadline.left())
         except concurrent.futures.TimeoutError as error:
@@ -1696,7 +1696,7 @@ def connect_tcp(resolver: Resolver, host: str, port: int, deadline: Deadline) ->
             try:
                 sock = stack.enter_context(HostSocket(family, kind, protocol))
                 sock.deadline = deadline
-                sock.settimeout(deadline.left() / (len(addresses) - index))     # a dead one leaves the others a share
+                sock.settimeout(deadline.left() / (len(addresses) - index))     # the others have a share, too
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 sock.connect(address)
                 stack.pop_all()
@@ -1725,10 +1725,9 @@ NOT_TRIED = "not tried: the same credential was refused before; check username a
 class LoginGuard:
     """Keeps a wrong password from locking an account; the resources with the same credential share one guard.
 
-    A resource that was refused waits AUTH_BACKOFF. While nobody was accepted, or since somebody was refused, logins
-    go one after the other; two refused resources without an accepted one between them stop all of them, then one
-    attempt per AUTH_BACKOFF is made. An accepted login shows that the credential is good and frees the others, so
-    that one odd host never blinds its siblings.
+    A refused resource waits AUTH_BACKOFF. While nobody was accepted, or since somebody was refused, logins go one
+    after the other; two refused resources with no accepted one between them stop all, then one attempt is made per
+    AUTH_BACKOFF. An accepted login frees the others, so that one odd host never blinds its siblings.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -1765,7 +1764,7 @@ class LoginGuard:
         try:
             yield
         except ProbeError as error:
-            with self._turn:    # no outcome is one, too, in the end: a host may refuse more slowly than we wait
+            with self._turn:    # in the end no outcome is one: a host may refuse more slowly than we wait
                 self._unanswered[name] += error.cause != "auth" and name not in self._accepted
                 if error.cause == "auth" or self._unanswered[name] >= UNANSWERED:
                     self.refuse(name, stamp=stamp)
@@ -2171,7 +2170,7 @@ class WinrmAdapter(requests.adapters.HTTPAdapter):
 class PowerShellConnection(Connection):
     """One resource over PowerShell Remoting (pypsrp), a fresh runspace per run."""
 
-    # Each new WSMan rewrites ElementTree's table of prefixes, and what other polls send just then is no XML: copied.
+    # Copied, for each new one rewrites ElementTree's table of prefixes: what others send just then is no XML.
     WSMAN: ClassVar = WSMan("localhost")
 
     def run(self, script: str, output: Output, deadline: Deadline) -> bool:
@@ -2269,7 +2268,7 @@ class PowerShellConnection(Connection):
             return "\n".join(map(str, shell.output))
         finally:
             opened.deadline = Deadline(0.8)     # also after that of the poll: to delete the shell
-            with contextlib.suppress(Exception):    # the poll's own result must not give way to this one's error
+            with contextlib.suppress(Exception):    # the poll's own result does not give way to this error
                 if opened.in_step and shell.state == PSInvocationState.RUNNING:
                     shell.stop()
                 if opened.in_step:
@@ -2318,8 +2317,8 @@ class PowerShellConnection(Connection):
 
 
 # === Local ===================================================================
-# A script goes to a shell of this machine; a simulated resource answers without one. What the shell started is ended
-# with it. In the poller's thread. CONNECTIONS names the connection of each platform.
+# A script goes to a shell of this machine, and what it started ends with it; a simulated resource answers without
+# one. In the poller's thread. CONNECTIONS names the connection of each platform.
 # Gives: CONNECTIONS
 
 
@@ -2366,7 +2365,7 @@ class LocalConnection(Connection):
     """This machine, through its own shell."""
 
     SHELL: ClassVar = ["/bin/sh", "-s"]
-    if sys.platform == "win32":     # a script on stdin meets no execution policy and no limit of the command line
+    if sys.platform == "win32":     # on stdin there is no execution policy and no limit of length
         SHELL = ["powershell.exe", "-NoLogo", "-NoProfile", "-NonInteractive", "-Command",
                  "Invoke-Expression (@($input) -join [char]10)"]
 
@@ -2500,8 +2499,8 @@ class Probe(NamedTuple):
 
 
 class CommandSet(NamedTuple):
-    """A platform's table: its `uname -s` (a pattern of sh), its rows, and how to ask for a service: {} is the
-    quoted name, `state` judges exit status and output."""
+    """A platform's table: its `uname -s` (a pattern of sh), its rows, how to ask for a service (the quoted name is
+    {}) and how to judge exit status and output."""
 
     uname: str
     probes: tuple[Probe, ...]
@@ -2633,7 +2632,7 @@ def _macos_memory(text: str) -> float:
 
 
 def _freebsd_memory(text: str) -> float:
-    """Free and inactive pages and the ARC above its floor are available; laundry has to be written first."""
+    """Free and inactive pages and the ARC above its floor are available; laundry must be written first."""
     named, pages, arc = _named(text), "vm.stats.vm.v_", "kstat.zfs.misc.arcstats."
     page, total = _sum(named, "hw.pagesize"), _sum(named, pages + "page_count")
     available = _sum(named, pages + "free_count", pages + "inactive_count")
@@ -2677,8 +2676,8 @@ class Volume(NamedTuple):
 
 
 def _volumes(text: str, typed: bool) -> Iterator[Volume]:
-    """The disks in `df -Pk` (typed: with -T): rows that have sizes, recognised by three numbers and a percent sign,
-    for devices and mount points may hold blanks. Lines of mount(8) read `device on /mount (apfs, local)`."""
+    """The disks in `df -Pk` (typed: with -T): rows with three numbers and a percent sign, for devices and mount
+    points may hold blanks. Lines of mount(8) read `device on /mount (apfs, local)`."""
     mounts = (line[:-1].rpartition(" (") for line in text.splitlines() if line.endswith(")"))
     flags = {left.partition(" on ")[2]: right.split(", ") for left, _, right in mounts}
     for line in text.splitlines():
@@ -3090,8 +3089,8 @@ $json
 
 
 def build_windows_script(services: Sequence[str], checks: Sequence[Check], _nonce: str) -> str:
-    """The whole poll, ASCII only. What the operator wrote goes in as JSON inside one literal in single quotes
-    and without any of those: it cannot end the literal, and nothing in it is expanded. One line needs no marks."""
+    """The whole poll, ASCII only. What the operator wrote goes in as JSON in one literal in single quotes and has
+    none of those: it cannot end the literal, nothing in it is expanded. One line needs no marks."""
     commands = [{"name": check.name, "command": check.command, "milliseconds": round(1000 * check.timeout)}
                 for check in checks]
     wanted = json.dumps({"services": list(services), "checks": commands})
@@ -3275,7 +3274,7 @@ class Standing(Verdict):
 
 
 def settle(standing: Standing, verdict: Verdict, settings: ResourceSettings, at: float) -> Standing:
-    """The standing after one more verdict: a first result counts at once, then `rise` and `fall` in a row."""
+    """The standing after one more verdict: the first counts at once, then `rise` and `fall` in a row."""
     good = standing.good + 1 if verdict.healthy else 0
     bad = 0 if verdict.healthy else standing.bad + 1
     counts = (standing.state == "unknown" or verdict.healthy == standing.healthy or verdict.cause in AT_ONCE
