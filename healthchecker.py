@@ -110,7 +110,7 @@ from enum import Enum
 from multiprocessing import resource_tracker
 from pathlib import Path
 from types import GenericAlias
-from typing import IO, TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, Protocol, TypeVar, cast, get_args
+from typing import IO, TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, TypeVar, cast, get_args
 from typing import get_type_hints as type_hints
 from urllib.parse import quote, unquote, unquote_to_bytes, urlencode
 
@@ -263,7 +263,6 @@ class ProbeError(HealthCheckerError):
     def __init__(self, cause: Cause, message: str) -> None:
         super().__init__(one_line(message))
         self.cause: Cause = cause
-        self.host_key: str | None = None    # trusted on first use before the poll failed
 
 
 # === Inventory ===============================================================
@@ -1585,20 +1584,12 @@ def load_targets(session: Session, vault: Vault) -> dict[str, Target]:
 
 
 # === Connections =============================================================
-# What every way to a host is built from: a deadline on the monotonic clock for the whole poll, a cap of the bytes
-# that a host may send, look-up of names, TCP. What fails here raises ProbeError with a cause. Runs in the threads
-# of the pollers; the resolver has a thread for each look-up that is under way.
-# Gives: OUTPUT_BYTES, READ_BYTES, CommandResult, Deadline, Connection, OutputBuffer, Resolver, connect_tcp
+# What every way to a host is built from: a deadline on the monotonic clock for the whole poll, a cap of what a host
+# may send, look-up of names, TCP. What fails raises ProbeError with a cause. Runs in the threads of the pollers;
+# the resolver has a thread for each look-up that is under way.
+# Gives: OUTPUT_BYTES, READ_BYTES, Deadline, Output, Resolver, HostSocket, connect_tcp
 OUTPUT_BYTES = 1 << 20          # bytes over stdout and stderr; a poll that prints more is ended
 READ_BYTES = 1 << 16            # bytes taken from a host at once
-
-
-class CommandResult(NamedTuple):
-    """What a script printed, stdout and stderr in one; `host_key` is a key trusted on first use in this poll."""
-
-    output: bytes
-    exit_status: int | None = None      # None: no end was seen
-    host_key: str | None = None
 
 
 class Deadline:
@@ -1618,47 +1609,25 @@ class Deadline:
     def over(self) -> bool:
         return time.monotonic() >= self._ends_mono
 
-    @contextlib.contextmanager
-    def watch(self, abort: Callable[[], object]) -> Iterator[None]:
-        """Calls `abort` at the deadline while the block runs: what blocks in a library has no other way out."""
-        def expire() -> None:
-            self._ends_mono = time.monotonic()      # a timer may be early by a tick
-            abort()
 
-        timer = threading.Timer(self.left(), expire)
-        timer.daemon = True
-        timer.start()
-        try:
-            yield
-        finally:
-            timer.cancel()
+class Output:
+    """What a script printed so far on both streams, OUTPUT_BYTES at most; `mark` ends it."""
 
-
-class Connection(Protocol):
-    """The way to one resource; each `run` opens a fresh connection and closes everything it opened."""
-
-    def run(self, script: str, done: bytes, deadline: Deadline) -> CommandResult:
-        """Runs `script` until it prints `done`, ends, or the deadline is there. Raises ProbeError."""
-
-
-class OutputBuffer:
-    """Output so far, capped at OUTPUT_BYTES; knows whether the end mark is in it."""
-
-    def __init__(self, done: bytes) -> None:
-        self.output = bytearray()
-        self._done = done
+    def __init__(self, mark: str) -> None:
+        self.mark = mark.encode()
+        self.printed = bytearray()
 
     def take(self, chunk: bytes) -> bool:
-        """Adds a chunk; True once the end mark was seen. Raises ProbeError above the cap."""
-        start = max(0, len(self.output) - len(self._done))
-        self.output += chunk
-        if len(self.output) > OUTPUT_BYTES:
+        """Adds a chunk; True once the mark was seen. Raises ProbeError above the cap."""
+        start = max(0, len(self.printed) - len(self.mark))
+        self.printed += chunk
+        if len(self.printed) > OUTPUT_BYTES:
             raise ProbeError("protocol", f"the host sent more than {OUTPUT_BYTES} bytes")
-        return self.output.find(self._done, start) >= 0
+        return self.printed.find(self.mark, start) >= 0
 
 
 class Resolver:
-    """Looks names up beside the poll, since the system's resolver has no deadline; one look-up per name at a time."""
+    """Looks names up beside the poll, since the system's resolver has no deadline; each name once at a time."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()   # guards _pending
@@ -1673,7 +1642,7 @@ class Resolver:
                 if (host, port) not in self._pending:
                     future: concurrent.futures.Future[list[Any]] = concurrent.futures.Future()
                     threading.Thread(target=self._work, args=(host, port, future), daemon=True).start()
-                    self._pending[host, port] = future      # only now: without a thread nobody would take it out
+                    self._pending[host, port] = future      # only now that a thread will take it out
                 future = self._pending[host, port]
             return future.result(deadline.left())
         except concurrent.futures.TimeoutError as error:
@@ -1692,31 +1661,42 @@ class Resolver:
                 del self._pending[host, port]
 
 
-class CappedSocket(socket.socket):
-    """A socket that a hostile host cannot use to fill the memory: paramiko stores a packet of any announced size."""
+class HostSocket(socket.socket):
+    """A poll's one connection. Nothing waits beyond the deadline, and no host can fill the memory: libraries store
+    what it announces."""
 
+    deadline: Deadline
     received = 0
     limit = 1 << 16     # bytes off the wire until the host has shown its key
     first = b""     # what came first
 
     def recv(self, size: int, flags: int = 0, /) -> bytes:
+        self.settimeout(self.deadline.left())
         chunk = super().recv(min(size, READ_BYTES), flags)
         self.first = self.first or chunk
-        self.received += len(chunk)
-        if self.received > self.limit:
-            raise OSError(errno.EMSGSIZE, f"the host sent more than {self.limit} bytes")
+        self.count(len(chunk))
         return chunk
 
+    def send(self, octets: Any, flags: int = 0, /) -> int:
+        self.settimeout(self.deadline.left())
+        return super().send(octets, flags)
 
-def connect_tcp(resolver: Resolver, host: str, port: int, deadline: Deadline) -> CappedSocket:
+    def count(self, octets: int) -> None:
+        self.received += octets
+        if self.received > self.limit:
+            raise ProbeError("protocol", f"the host sent more than {self.limit} bytes")
+
+
+def connect_tcp(resolver: Resolver, host: str, port: int, deadline: Deadline) -> HostSocket:
     """A TCP connection without Nagle's delay to the first address that answers. Raises ProbeError."""
     addresses = resolver.resolve(host, port, deadline)
     fault: OSError = OSError("no address")
     for index, (family, kind, protocol, _, address) in enumerate(addresses):
         with contextlib.ExitStack() as stack:
             try:
-                sock = stack.enter_context(CappedSocket(family, kind, protocol))
-                sock.settimeout(deadline.left() / (len(addresses) - index))     # a dead one leaves the others a share
+                sock = stack.enter_context(HostSocket(family, kind, protocol))
+                sock.deadline = deadline
+                sock.settimeout(deadline.left() / (len(addresses) - index))     # the others have a share, too
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 sock.connect(address)
                 stack.pop_all()
@@ -1745,10 +1725,9 @@ NOT_TRIED = "not tried: the same credential was refused before; check username a
 class LoginGuard:
     """Keeps a wrong password from locking an account; the resources with the same credential share one guard.
 
-    A resource that was refused waits AUTH_BACKOFF. While nobody was accepted, or since somebody was refused, logins
-    go one after the other; two refused resources without an accepted one between them stop all of them, then one
-    attempt per AUTH_BACKOFF is made. An accepted login shows that the credential is good and frees the others, so
-    that one odd host never blinds its siblings.
+    A refused resource waits AUTH_BACKOFF. While nobody was accepted, or since somebody was refused, logins go one
+    after the other; two refused resources with no accepted one between them stop all, then one attempt is made per
+    AUTH_BACKOFF. An accepted login frees the others, so that one odd host never blinds its siblings.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -1773,7 +1752,7 @@ class LoginGuard:
 
     @contextlib.contextmanager
     def attempt(self, name: str, deadline: Deadline, stamp: int = 0) -> Iterator[None]:
-        """Around one login: an error of cause `auth` counts as refused, the end of the block as accepted."""
+        """Around one login: a ProbeError `auth` counts as refused, the end of the block as accepted."""
         with self._turn:
             while (self._running and (self._suspects or not self._accepted)
                    and (rest := self._began_mono + AUTH_TURN - time.monotonic()) > 0):
@@ -1785,7 +1764,7 @@ class LoginGuard:
         try:
             yield
         except ProbeError as error:
-            with self._turn:    # no outcome is one, too, in the end: a host may refuse more slowly than we wait
+            with self._turn:    # in the end no outcome is one: a host may refuse more slowly than we wait
                 self._unanswered[name] += error.cause != "auth" and name not in self._accepted
                 if error.cause == "auth" or self._unanswered[name] >= UNANSWERED:
                     self.refuse(name, stamp=stamp)
@@ -1825,7 +1804,7 @@ class Guards:
         self._guards: dict[bytes, LoginGuard] = {}
 
     def _key(self, target: Target) -> bytes:
-        """Equal for resources that log in as the same user with the same secret; does not give the secret away."""
+        """Equal for the same user with the same secret; does not give the secret away."""
         secret = target.password.get_secret_value() if target.password else str(target.settings.key_file)
         user = target.settings.username or str(target.settings.certificate_file or target.name)
         parts = length_prefixed(user, secret)
@@ -1842,8 +1821,8 @@ class Guards:
 # === SSH =====================================================================
 # A script goes to `/bin/sh -s` of a POSIX host over paramiko, its output comes back. A connection lasts one poll:
 # TCP, key exchange, the host's key against pin and known_hosts, only then the login. In the poller's thread, with
-# paramiko's own beside it; the deadline closes the socket, since paramiko may wait for ever.
-# Gives: KnownHosts, ConnectionContext, SshConnection
+# paramiko's own beside it, which ends at the socket's deadline and wakes whoever waits.
+# Gives: KnownHosts, ConnectionContext, Connection, SshConnection
 
 
 def identity(kind: str, blob: bytes) -> str:
@@ -1852,7 +1831,7 @@ def identity(kind: str, blob: bytes) -> str:
 
 
 def names_host(patterns: str, name: str) -> bool:
-    """Whether the host field of a known_hosts line (sshd(8)) names a host: hashed, or patterns with * ? and !."""
+    """Whether the host field of a line of known_hosts, hashed or patterns (sshd(8)), names a host."""
     if patterns.startswith("|1|"):
         with contextlib.suppress(ValueError):
             salt, digest = (base64.b64decode(part, validate=True) for part in patterns[3:].split("|"))
@@ -1868,46 +1847,36 @@ class KnownHosts:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._lines = functools.lru_cache(1)(self._read)        # of the file as it is now
-        self._keys = functools.lru_cache(1 << 14)(self._find)   # hashed names cost an HMAC for each line
+        self._keys = functools.lru_cache(1 << 14)(self._read)   # hashed names cost an HMAC for each line
 
-    def lookup(self, host: str, port: int) -> tuple[frozenset[str], frozenset[str]]:
+    def lookup(self, host: str, port: int) -> tuple[set[str], set[str]]:
         """The keys of a host that are accepted and those that are revoked. Raises ProbeError."""
         try:
             stat = self._path.stat()
-            return self._keys(host if port == SSH_PORT else f"[{host}]:{port}", (stat.st_mtime_ns, stat.st_size))
+            return self._keys(host if port == SSH_PORT else f"[{host}]:{port}", stat.st_mtime_ns, stat.st_size)
         except FileNotFoundError:
-            return frozenset(), frozenset()
+            return set(), set()
         except OSError as error:
             raise ProbeError("host_key", f"known_hosts {self._path} cannot be read: {error.strerror}") from error
 
-    def _find(self, name: str, stamp: tuple[int, int]) -> tuple[frozenset[str], frozenset[str]]:
-        keys = [(marker, key) for marker, hosts, key in self._lines(stamp) if names_host(hosts, name)]
-        return (frozenset(key for marker, key in keys if not marker),
-                frozenset(key for marker, key in keys if marker == "@revoked"))
-
-    def _read(self, _stamp: tuple[int, int]) -> list[tuple[str, str, str]]:
-        """Marker, hosts and identity of each line."""
-        lines = []
+    def _read(self, name: str, *_stamp: int) -> tuple[set[str], set[str]]:
+        keys: dict[str, set[str]] = collections.defaultdict(set)    # by marker
         for line in self._path.read_text(encoding="utf-8", errors="replace").splitlines():
             words = line.split()
             marker = words.pop(0) if words and words[0].startswith("@") else ""
             with contextlib.suppress(ValueError, IndexError):
-                if not words[0].startswith("#"):
-                    lines.append((marker, words[0], identity(words[1], base64.b64decode(words[2], validate=True))))
-        return lines
-
-
-def remote_identity(transport: paramiko.Transport) -> str:
-    """The key that a host showed."""
-    key = transport.get_remote_server_key()
-    return identity(key.get_name(), key.asbytes())
+                if not words[0].startswith("#") and names_host(words[0], name):
+                    keys[marker].add(identity(words[1], base64.b64decode(words[2], validate=True)))
+        return keys[""], keys["@revoked"]
 
 
 class BoundedPacketizer(paramiko.packet.Packetizer):
-    """Refuses packets that announce more items than anybody sends: paramiko would go through all of them."""
+    """Refuses packets with more items than anybody sends: paramiko would go through all of them."""
 
     COUNTED: ClassVar = {7: 0, 60: 3}       # EXT_INFO and INFO_REQUEST: texts before the number of items
+
+    def start_handshake(self, timeout: float) -> None:
+        """No thread with a timer, for the socket knows the deadline."""
 
     def read_message(self) -> tuple[int, paramiko.Message]:
         kind, message = super().read_message()
@@ -1921,7 +1890,7 @@ class BoundedPacketizer(paramiko.packet.Packetizer):
 
 
 class SshTransport(paramiko.Transport):
-    """Knows whether the host said goodbye: after a password that means refused, where a lost connection does not."""
+    """Knows whether the host said goodbye: after a password that means refused, a lost connection does not."""
 
     dismissed = False
 
@@ -1947,8 +1916,22 @@ class ConnectionContext(NamedTuple):
     resolver: Resolver
 
 
-class SshConnection:
-    """One resource over SSH (paramiko), a fresh connection per run."""
+class Connection:
+    """The way to one resource; each `run` opens a fresh connection and closes everything it opened."""
+
+    def __init__(self, target: Target, guard: LoginGuard, context: ConnectionContext) -> None:
+        self._target, self._guard, self._context = target, guard, context
+        self._settings = target.settings
+        self.host_key = target.host_key     # what the host is known by; SSH learns it at the first contact
+
+    def run(self, script: str, output: Output, deadline: Deadline) -> bool:
+        """Runs `script` until `output` is whole, it ends, or the deadline is there; says whether it was seen to end.
+        Raises ProbeError."""
+        raise NotImplementedError
+
+
+class SshConnection(Connection):
+    """One resource over SSH (paramiko)."""
 
     WEAK: ClassVar = {
         "ciphers": ["aes128-cbc", "aes192-cbc", "aes256-cbc", "3des-cbc"],
@@ -1956,78 +1939,59 @@ class SshConnection:
         "macs": ["hmac-sha1", "hmac-sha1-96", "hmac-md5", "hmac-md5-96"]}
     NEVER: ClassVar = 10 ** 6           # seconds; paramiko's own timers follow the wall clock, ours decides
 
-    def __init__(self, target: Target, guard: LoginGuard, context: ConnectionContext) -> None:
-        self._target, self._guard, self._context = target, guard, context
-        self._settings = target.settings
-        self._trusted = target.host_key
-        self._learned: str | None = None    # trusted on first use and not reported yet
-        self._tried: list[str] = []         # types of key that the host showed and that a pin without type is not
-        self._key: tuple[int, paramiko.PKey] | None = None      # mtime of the key file and what it held
+    _tried: Sequence[str] = ()      # types of key that the host showed and that a pin without type is not
+    _key: tuple[int, paramiko.PKey] | None = None       # mtime of the key file and what it held
 
-    def run(self, script: str, done: bytes, deadline: Deadline) -> CommandResult:
-        try:
-            while True:
-                with self._connected(deadline) as transport:
-                    if not self._verified(transport):
-                        continue
+    def run(self, script: str, output: Output, deadline: Deadline) -> bool:
+        while True:
+            with self._connected(deadline) as (transport, offered):
+                if self._verified(offered):
                     with self._guard.attempt(self._settings.name, deadline, self._target.key_stamp):
                         self._login(transport, deadline)
-                    buffer = OutputBuffer(done)
-                    status = self._execute(transport, script, buffer, deadline)
-                    return CommandResult(bytes(buffer.output), status, self._learned)
-        except ProbeError as error:
-            error.host_key = self._learned
-            raise
-        finally:
-            self._learned = None
+                    return self._execute(transport, script, output)
 
     def offered_key(self, deadline: Deadline) -> str:
         """The key that the host shows; nothing else is done."""
-        with self._connected(deadline) as transport:
-            return remote_identity(transport)
+        with self._connected(deadline) as (_, offered):
+            return offered
 
     @contextlib.contextmanager
-    def _connected(self, deadline: Deadline) -> Iterator[SshTransport]:
-        """A transport after the key exchange; socket, transport and thread are gone afterwards."""
+    def _connected(self, deadline: Deadline) -> Iterator[tuple[SshTransport, str]]:
+        """A transport and the key that the host showed; thread and socket end with the block."""
         sock = connect_tcp(self._context.resolver, self._settings.hostname, self._settings.connect_port, deadline)
         transport = SshTransport(sock, disabled_algorithms=self.WEAK, packetizer_class=BoundedPacketizer)
-        transport.banner_timeout = transport.handshake_timeout = transport.auth_timeout = self.NEVER
-
-        def hang_up() -> None:
-            with contextlib.suppress(OSError):
-                sock.shutdown(socket.SHUT_RDWR)     # wakes the thread that reads
-            transport.close()
-            sock.close()
-
+        transport.banner_timeout = transport.auth_timeout = self.NEVER
         try:
-            with deadline.watch(hang_up):
-                self._prefer_known_types(transport)
-                transport.start_client()
-                sock.limit = 2 << 20    # bytes in a poll: the output and its wrapping
-                sock.settimeout(1)      # paramiko's own 0.1 s would wake its thread all the time
-                yield transport
+            self._prefer_known_types(transport)
+            transport.start_client()
+            sock.limit = 2 << 20    # bytes in a poll: the output and its wrapping
+            key = transport.get_remote_server_key()
+            yield transport, identity(key.get_name(), key.asbytes())
         except ProbeError:
             raise
         except Exception as error:      # paramiko lets through whatever its parsers raise
             deadline.left()
             raise ssh_fault(error, sock.first) from error
         finally:
-            hang_up()
-            transport.packetizer.complete_handshake()   # ends a timer of paramiko's that close() leaves
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)     # wakes the thread that reads
+            transport.close()
+            sock.close()
             if transport.is_alive():
                 transport.join(1)
 
-    def _accepted(self) -> frozenset[str]:
-        """The keys that the host may show; empty before the first contact."""
-        pinned = self._settings.host_key
-        if pinned and pinned != "strict":
-            return frozenset({pinned})
-        known, _ = self._context.known_hosts.lookup(self._settings.hostname, self._settings.connect_port)
-        return known | ({self._trusted} if self._trusted else frozenset())
+    def _known(self) -> tuple[set[str], set[str]]:
+        """The keys that the host may show, none before the first contact, and those that are revoked."""
+        settings = self._settings
+        known, revoked = self._context.known_hosts.lookup(settings.hostname, settings.connect_port)
+        if settings.host_key and settings.host_key != "strict":
+            return {settings.host_key}, revoked
+        return known | ({self.host_key} if self.host_key else set()), revoked
 
     def _prefer_known_types(self, transport: SshTransport) -> None:
-        """A host has keys of several types; ask for one that we can compare, and for an untried one at last."""
-        wanted = tuple(key.split()[0].replace("ssh-rsa", "rsa-sha2") for key in self._accepted() if " " in key)
+        """A host has keys of several types: asks for one that we can compare, at last for an untried one."""
+        accepted, _ = self._known()
+        wanted = tuple(key.split()[0].replace("ssh-rsa", "rsa-sha2") for key in accepted if " " in key)
         tried = tuple(kind.replace("ssh-rsa", "rsa-sha2") for kind in self._tried)
         options = transport.get_security_options()
         # With GCM paramiko's packets need no HMAC, which it compares byte by byte in Python.
@@ -2035,25 +1999,24 @@ class SshConnection:
         options.key_types = sorted(options.key_types, key=lambda name: (
             bool(tried) and name.startswith(tried), not name.startswith(wanted)))
 
-    def _verified(self, transport: SshTransport) -> bool:
-        """Compares the host's key before any secret is sent; False asks for a connection with another type of key."""
-        offered, accepted, name = remote_identity(transport), self._accepted(), self._settings.name
-        _, revoked = self._context.known_hosts.lookup(self._settings.hostname, self._settings.connect_port)
+    def _verified(self, offered: str) -> bool:
+        """Compares the host's key before any secret is sent; False: connect again, for another type of key."""
+        (accepted, revoked), name = self._known(), self._settings.name
         if offered in revoked:
             raise ProbeError("host_key", f"host key revoked by known_hosts: offered {offered}")
         kind, fingerprint = offered.split()
         if any(key.rstrip("=").endswith(fingerprint) for key in accepted):
             return True
         if any(" " not in key for key in accepted) and kind not in self._tried:
-            self._tried.append(kind)    # a pin without a type may be that of another key of the host
+            self._tried = *self._tried, kind  # a pin without a type may be that of another key of the host
             return False
-        self._tried.clear()
+        self._tried = ()
         if accepted:
             raise ProbeError("host_key", f"host key changed: expected {' or '.join(sorted(accepted))}, "
                              f"offered {offered}; no password was sent; if the change is right: trust {name}")
         if self._settings.host_key == "strict":
             raise ProbeError("host_key", f"host key unknown: offered {offered}; to accept it: trust {name}")
-        self._trusted = self._learned = offered
+        self.host_key = offered
         return True
 
     def _login(self, transport: SshTransport, deadline: Deadline) -> None:
@@ -2090,33 +2053,27 @@ class SshConnection:
             raise ProbeError("credential", f"key_file {path} does not open; check format and key_passphrase") from error
         return self._key[1]
 
-    def _execute(self, transport: SshTransport, script: str, buffer: OutputBuffer, deadline: Deadline) -> int | None:
-        """Feeds the script to a POSIX shell, whatever the account's login shell is; returns its exit status."""
+    def _execute(self, transport: SshTransport, script: str, output: Output) -> bool:
+        """Feeds the script to a POSIX shell, whatever the login shell is; False when the connection ended first."""
         channel = transport.open_session(window_size=1 << 18, timeout=self.NEVER)
-        try:
+        with contextlib.suppress(paramiko.SSHException, OSError, EOFError):
             channel.set_combine_stderr(True)
             channel.exec_command("exec /bin/sh -s")
             with contextlib.suppress(OSError):      # a shell that ended before may have said why
                 channel.sendall(script.encode())
                 channel.shutdown_write()
             while chunk := channel.recv(READ_BYTES):
-                if buffer.take(chunk):
-                    return 0
-            channel.status_event.wait(deadline.left())
-            return channel.exit_status if channel.exit_status >= 0 else None
-        except (paramiko.SSHException, OSError, EOFError) as error:
-            if not deadline.over:
-                raise ProbeError("unreachable", "connection lost while the commands ran") from error
-        except ProbeError:
-            if not deadline.over:
-                raise
-        return None
+                if output.take(chunk):
+                    return True
+            channel.status_event.wait()
+            return channel.exit_status >= 0
+        return False
 
 
 # === PowerShell ==============================================================
-# A script goes to a Windows host over pypsrp and comes back as text. pypsrp sends by requests, which is given one
-# socket that is open, secured and verified already: certificate before password, deadline and byte cap on every
-# read, and no second connection, whatever requests or urllib3 make of an answer. In the poller's thread.
+# A script goes to a Windows host over pypsrp, text comes back. pypsrp sends by requests, which is given one socket
+# that is open, secured and verified: certificate before password, deadline and cap on every read, and no second
+# connection, whatever requests or urllib3 make of an answer. In the poller's thread.
 # Gives: PowerShellConnection
 HTTP_CAUSES: dict[int, Cause] = {403: "auth", 502: "unreachable", 503: "unreachable", 504: "unreachable"}
 START_WINRM = "run `winrm quickconfig` there and check port and tls"
@@ -2146,16 +2103,14 @@ def tls_fault(error: OSError) -> ProbeError:
     return ProbeError("unreachable", f"the host closed the connection; {START_WINRM}")
 
 
-class DeadlineSocket(socket.socket):
-    """The one connection of a poll, with its deadline and byte cap: nothing waits for the host but here."""
+class WinrmSocket(HostSocket):
+    """Turns a socket's errors into ProbeError here already: pypsrp would wait and try again."""
 
-    deadline: Deadline
+    limit = OUTPUT_BYTES
     in_step = True      # False: an answer is lost or still to come, so nothing more can be asked
-    received = 0
 
     @contextlib.contextmanager
     def guarded(self) -> Iterator[None]:
-        """Turns a socket's errors into ProbeError here already: pypsrp would wait and try again."""
         try:
             self.settimeout(self.deadline.left())
             yield
@@ -2166,9 +2121,7 @@ class DeadlineSocket(socket.socket):
     def recv_into(self, buffer: Any, nbytes: int | None = None, flags: int = 0) -> int:
         with self.guarded():
             count = super().recv_into(buffer, nbytes or 0, flags)
-            self.received += count
-            if self.received > OUTPUT_BYTES:
-                raise ProbeError("protocol", f"the host sent more than {OUTPUT_BYTES} bytes")
+            self.count(count)
         return count
 
     def sendall(self, octets: Any, flags: int = 0) -> None:
@@ -2176,38 +2129,30 @@ class DeadlineSocket(socket.socket):
             super().sendall(octets, flags)
 
 
-class DeadlineTlsSocket(DeadlineSocket, ssl.SSLSocket):
-    """The same with TLS."""
+class WinrmTlsSocket(WinrmSocket, ssl.SSLSocket):
+    """The same with TLS, which calls these before there is a deadline."""
+
+    recv, send = ssl.SSLSocket.recv, ssl.SSLSocket.send
 
 
 @functools.cache
 def system_authorities() -> ssl.SSLContext:
     """TLS that trusts the system's authorities; reading all of them takes 20 ms of CPU, hence once."""
     context = ssl.create_default_context()
-    context.sslsocket_class = DeadlineTlsSocket
+    context.sslsocket_class = WinrmTlsSocket
     return context
 
 
-class WinrmPool(urllib3.HTTPConnectionPool):
-    """urllib3's pool of one connection, which is open and, where that is wanted, secured already; there is no second
-    one in a poll, for NTLM and the encryption belong to the first."""
-
-    def __init__(self, host: str, port: int, opened: DeadlineSocket) -> None:
-        super().__init__(host, port)
-        self._opened = opened
-
-    def _new_conn(self) -> urllib3.connection.HTTPConnection:
-        connection = urllib3.connection.HTTPConnection(self.host, self.port)
-        connection.sock, connection.auto_open = self._opened, 0
-        return connection
-
-
 class WinrmAdapter(requests.adapters.HTTPAdapter):
-    """Sends a session's requests over one connection and refuses what WinRM never answers."""
+    """Sends a session's requests over one open connection, for NTLM and the encryption belong to it, and refuses
+    what WinRM never answers."""
 
-    def __init__(self, pool: WinrmPool) -> None:
+    def __init__(self, host: str, port: int, opened: WinrmSocket) -> None:
         super().__init__()
-        self._pool = pool
+        connection = urllib3.connection.HTTPConnection(host, port)
+        connection.sock, connection.auto_open = opened, 0
+        self._pool = urllib3.HTTPConnectionPool(host, port)
+        self._pool.ConnectionCls = lambda **_: connection  # type: ignore[assignment]  # a factory
 
     def get_connection_with_tls_context(self, *args: Any, **settings: Any) -> urllib3.HTTPConnectionPool:
         return self._pool
@@ -2222,21 +2167,17 @@ class WinrmAdapter(requests.adapters.HTTPAdapter):
         return response
 
 
-class PowerShellConnection:
+class PowerShellConnection(Connection):
     """One resource over PowerShell Remoting (pypsrp), a fresh runspace per run."""
 
-    # Each new WSMan rewrites ElementTree's table of prefixes, and what other polls send just then is no XML: copied.
+    # Copied, for each new one rewrites ElementTree's table of prefixes: what others send just then is no XML.
     WSMAN: ClassVar = WSMan("localhost")
 
-    def __init__(self, target: Target, guard: LoginGuard, context: ConnectionContext) -> None:
-        self._target, self._guard, self._context = target, guard, context
-        self._settings = target.settings
-
-    def run(self, script: str, done: bytes, deadline: Deadline) -> CommandResult:
+    def run(self, script: str, output: Output, deadline: Deadline) -> bool:
         with self._explained():
             opened = self._verified(deadline)   # before the guard: a host that does not answer is no login
             try:
-                return CommandResult(self._run(script, opened).encode() + done, 0)
+                return output.take(self._run(script, opened).encode() + output.mark)
             finally:
                 with contextlib.suppress(OSError):      # at once, also while a response that is still open holds it
                     socket.close(opened.detach())
@@ -2251,7 +2192,7 @@ class PowerShellConnection:
             return certificate_identity(secured)
 
     def _open(self, context: ssl.SSLContext | None, deadline: Deadline) -> Any:
-        """The poll's connection, after the TLS handshake. Raises ssl.SSLCertVerificationError and ProbeError."""
+        """A connection after the TLS handshake. Raises SSLCertVerificationError and ProbeError."""
         settings = self._settings
         try:
             plain = connect_tcp(self._context.resolver, settings.hostname, settings.connect_port, deadline)
@@ -2260,7 +2201,7 @@ class PowerShellConnection:
             raise ProbeError(error.cause, f"{error}{hint}") from error
         with plain:     # after a good handshake it is detached, and this closes nothing
             if context is None:
-                return DeadlineSocket(fileno=plain.detach())
+                return WinrmSocket(fileno=plain.detach())
             try:
                 plain.settimeout(deadline.left())
                 return context.wrap_socket(plain, server_hostname=settings.hostname)
@@ -2269,7 +2210,7 @@ class PowerShellConnection:
             except OSError as error:
                 raise tls_fault(error) from error
 
-    def _verified(self, deadline: Deadline) -> DeadlineSocket:
+    def _verified(self, deadline: Deadline) -> WinrmSocket:
         """A connection whose certificate is checked before any secret is sent. Raises ProbeError."""
         name, pin = self._target.name, self._settings.certificate_fingerprint or self._target.host_key or ""
         pin = pin.rpartition("SHA256:")[2].replace(":", "").lower()     # whichever way it is written
@@ -2284,15 +2225,15 @@ class PowerShellConnection:
             opened.close()
             raise ProbeError("host_key", f"certificate changed: expected SHA256:{pin}, offered {shown}; "
                              f"no password was sent; if the change is right: trust {name}")
-        return cast(DeadlineSocket, opened)
+        return cast(WinrmSocket, opened)
 
     def _tls_context(self, pinned: bool) -> ssl.SSLContext:
-        """How the host's certificate is checked and ours shown. Raises ProbeError `credential` for unusable files."""
+        """How the host's certificate is checked and ours shown. Raises ProbeError."""
         settings, phrase = self._settings, self._target.passphrase
         if not (pinned or settings.ca_file or settings.certificate_file):
             return system_authorities()
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-        context.sslsocket_class = DeadlineTlsSocket
+        context.sslsocket_class = WinrmTlsSocket
         try:
             if pinned:
                 context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
@@ -2307,7 +2248,7 @@ class PowerShellConnection:
             raise ProbeError("credential", f"ca_file, certificate_file or key_file cannot be used: {error}") from error
         return context
 
-    def _run(self, script: str, opened: DeadlineSocket) -> str:
+    def _run(self, script: str, opened: WinrmSocket) -> str:
         wsman = self._wsman(opened)
         # A host drops a forgotten shell after 60 seconds, and takes no less.
         pool = RunspacePool(wsman, configuration_name=self._settings.configuration_name, idle_timeout=60)
@@ -2327,14 +2268,14 @@ class PowerShellConnection:
             return "\n".join(map(str, shell.output))
         finally:
             opened.deadline = Deadline(0.8)     # also after that of the poll: to delete the shell
-            with contextlib.suppress(Exception):    # the poll's own result must not give way to this one's error
+            with contextlib.suppress(Exception):    # the poll's own result does not give way to this error
                 if opened.in_step and shell.state == PSInvocationState.RUNNING:
                     shell.stop()
                 if opened.in_step:
                     pool.close()
             wsman.close()
 
-    def _wsman(self, opened: DeadlineSocket) -> WSMan:
+    def _wsman(self, opened: WinrmSocket) -> WSMan:
         settings, password = self._settings, self._target.password
         wsman = copy.copy(self.WSMAN)
         wsman.session_id, wsman.operation_timeout = str(uuid.uuid4()), max(1, int(settings.timeout))
@@ -2346,15 +2287,14 @@ class PowerShellConnection:
         session = wsman.transport._build_session()
         session.trust_env = False       # a .netrc would replace the Authorization header
         session.verify = False          # the connection is verified
-        adapter = WinrmAdapter(WinrmPool(settings.hostname, settings.connect_port, opened))
-        for scheme in ("http://", "https://"):
-            session.mount(scheme, adapter)
+        session.adapters.clear()
+        session.mount("http", WinrmAdapter(settings.hostname, settings.connect_port, opened))
         wsman.transport.session = session
         return wsman
 
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:
-        """Our error for whatever the host's bytes make pypsrp raise: struct.error, KeyError and many more."""
+        """Our error for whatever the host's bytes make pypsrp raise."""
         settings = self._settings
         try:
             yield
@@ -2377,8 +2317,8 @@ class PowerShellConnection:
 
 
 # === Local ===================================================================
-# A script goes to a shell of this machine; a simulated resource answers without one. What the shell started is ended
-# with it. In the poller's thread. CONNECTIONS names the connection of each platform.
+# A script goes to a shell of this machine, and what it started ends with it; a simulated resource answers without
+# one. In the poller's thread. CONNECTIONS names the connection of each platform.
 # Gives: CONNECTIONS
 
 
@@ -2408,7 +2348,7 @@ def read_until(pipe: IO[bytes], deadline: Deadline, take: Callable[[bytes], bool
 
 
 def end_process_group(process: subprocess.Popen[bytes]) -> None:
-    """Ends a process and all that it started: `timeout` and background jobs have process groups of their own."""
+    """Ends a process and all of its session: `timeout` and background jobs have groups of their own."""
     process.kill()
     if sys.platform == "win32":
         subprocess.run(["taskkill", "/T", "/F", "/PID", str(process.pid)], capture_output=True, check=False)
@@ -2421,19 +2361,15 @@ def end_process_group(process: subprocess.Popen[bytes]) -> None:
                     os.kill(pid, signal.SIGKILL)
 
 
-class LocalConnection:
+class LocalConnection(Connection):
     """This machine, through its own shell."""
 
     SHELL: ClassVar = ["/bin/sh", "-s"]
-    if sys.platform == "win32":     # a script on stdin meets no execution policy and no limit of the command line
+    if sys.platform == "win32":     # on stdin there is no execution policy and no limit of length
         SHELL = ["powershell.exe", "-NoLogo", "-NoProfile", "-NonInteractive", "-Command",
                  "Invoke-Expression (@($input) -join [char]10)"]
 
-    def __init__(self, _target: Target, _guard: LoginGuard, _context: ConnectionContext) -> None:
-        """A shell of our own needs none of them."""
-
-    def run(self, script: str, done: bytes, deadline: Deadline) -> CommandResult:
-        buffer = OutputBuffer(done)
+    def run(self, script: str, output: Output, deadline: Deadline) -> bool:
         try:
             with tempfile.TemporaryFile() as feed:      # a pipe could block on a shell that does not read
                 feed.write(script.encode())
@@ -2443,35 +2379,37 @@ class LocalConnection:
         except OSError as error:
             raise ProbeError("protocol", f"{self.SHELL[0]} does not start: {error.strerror}") from error
         assert process.stdout
-        with process.stdout as output:
+        with process.stdout as pipe:
             try:
-                ended = read_until(output, deadline, buffer.take)
-                mark = done if ended and sys.platform == "win32" else b""       # the script there prints none
-                return CommandResult(bytes(buffer.output) + mark, 0 if ended else None)
+                ended = read_until(pipe, deadline, output.take)
+                if ended and sys.platform == "win32":
+                    output.take(output.mark)    # the script there prints none
+                return ended
             finally:
                 end_process_group(process)
                 process.wait()
 
 
-class SimulatedConnection:
-    """A resource that is healthy and unhealthy for exponentially distributed times, as the specification assumes."""
+class SimulatedConnection(Connection):
+    """A resource that is healthy and unhealthy for exponentially distributed times."""
 
-    def __init__(self, target: Target, _guard: LoginGuard, _context: ConnectionContext) -> None:
-        self._means = {True: target.settings.mean_healthy, False: target.settings.mean_unhealthy}
+    def __init__(self, target: Target, guard: LoginGuard, context: ConnectionContext) -> None:
+        super().__init__(target, guard, context)
         self._random = random.Random(target.settings.seed)
         self._healthy = False       # it turns healthy at the first poll
         self._flips_mono = time.monotonic()
 
-    def run(self, script: str, done: bytes, deadline: Deadline) -> CommandResult:
+    def run(self, script: str, output: Output, deadline: Deadline) -> bool:
         for _ in range(10_000):     # state changes between two polls at most
             if self._flips_mono > time.monotonic():
                 break
             self._healthy = not self._healthy
-            self._flips_mono += self._random.expovariate(1 / self._means[self._healthy])
-        return CommandResult((b"healthy" if self._healthy else b"outage") + done, 0)
+            mean = self._settings.mean_healthy if self._healthy else self._settings.mean_unhealthy
+            self._flips_mono += self._random.expovariate(1 / mean)
+        return output.take((b"healthy" if self._healthy else b"outage") + output.mark)
 
 
-CONNECTIONS: dict[Platform, Callable[[Target, LoginGuard, ConnectionContext], Connection]] = {
+CONNECTIONS: dict[Platform, type[Connection]] = {
     **{platform: SshConnection for platform in SSH_PLATFORMS},
     Platform.WINDOWS: PowerShellConnection,
     Platform.LOCAL: LocalConnection,
@@ -2483,7 +2421,7 @@ CONNECTIONS: dict[Platform, Callable[[Target, LoginGuard, ConnectionContext], Co
 # A platform is a table of rows: name, command, parser. One script of sh runs a whole table, so that a poll is one
 # round trip; its output goes in, a sample comes out. Parsers are pure and raise ValueError, which becomes the
 # problem shown in the metric's place.
-# Gives: NOT_KNOWN, PROBLEM_CHARS, kept, DETAILS, CONTROL, CpuTicks, cpu_percent, Outcome, Sample, percent,
+# Gives: NOT_KNOWN, PROBLEM_CHARS, kept, DETAILS, CONTROL, CpuTicks, Reading, Outcome, Sample, percent, make_sample,
 #   build_script, end_mark, last_section, not_run, parse_output
 
 NOT_KNOWN = "not known on this platform"
@@ -2496,6 +2434,9 @@ NO_DISK = re.compile(
     r"squashfs|erofs|cramfs|romfs|iso9660|udf|cd9660|(dev)?tmpfs|ramfs|overlay|(au|union|null|ecrypt|auto)fs"
     r"|fuse(fs|\..*)?|9p|virtiofs|vboxsf|nfs4?|cifs|smb3"
 )
+# A row of df: device, type, size, used, available, mount point. Word by word, or a long line would take a second.
+DF_ROW = r"\s*(\S+(?:\s+\S+)*?)%s\s+-?[0-9]{1,18}\s+(-?[0-9]{1,18})\s+(-?[0-9]{1,18})\s+\S*%%\s+(\S.*)"
+DF, DF_TYPED = re.compile(DF_ROW % "()"), re.compile(DF_ROW % r"\s+(\S+)")
 # They count in their pool but are not shown: volumes with one of these flags, and parts of macOS itself.
 HIDDEN = frozenset({"read-only", "quarantine"})
 MACOS_PARTS = re.compile(r"/System/Volumes/(?!Data$)|/private/var/vm$")
@@ -2558,8 +2499,8 @@ class Probe(NamedTuple):
 
 
 class CommandSet(NamedTuple):
-    """A platform's table: its `uname -s` (a pattern of sh), its rows, and how to ask for a service: {} is the
-    quoted name, `state` judges exit status and output."""
+    """A platform's table: its `uname -s` (a pattern of sh), its rows, how to ask for a service (the quoted name is
+    {}) and how to judge exit status and output."""
 
     uname: str
     probes: tuple[Probe, ...]
@@ -2588,11 +2529,33 @@ def percent(part: float, whole: float) -> float:
     return 100 * part / whole
 
 
-def cpu_percent(before: CpuTicks | None, now: CpuTicks, slack: float = 0.0) -> float | None:
-    """None without an earlier count and where the counters began anew; `slack` is the part of the time by which an
-    idle machine may seem less than idle."""
+def cpu_percent(before: CpuTicks | None, now: CpuTicks) -> float | None:
+    """None without an earlier count and where the counters began anew. Idle time may have a clock of its own: up to
+    a hundredth less than idle is idle."""
     busy, total = (now.busy - before.busy, now.total - before.total) if before else (0.0, 0.0)
-    return percent(max(busy, 0.0), total) if -slack * total <= busy <= total != 0 else None
+    return percent(max(busy, 0.0), total) if -0.01 * total <= busy <= total != 0 else None
+
+
+def make_sample(rows: Mapping[str, Callable[[], Reading]], problems: dict[str, str], previous: CpuTicks | None,
+                services: Mapping[str, Outcome], checks: Mapping[str, Outcome]) -> Sample:
+    """A sample of what `rows` give, details and metrics; a ValueError is one more of the problems."""
+    readings: dict[str, Reading] = {}
+    ticks = None
+    for name, read in rows.items():
+        try:
+            value = read()
+        except ValueError as error:
+            problems[name.partition(" ")[0]] = " ".join(str(error).split())[:PROBLEM_CHARS]
+            continue
+        if isinstance(value, CpuTicks):
+            ticks, value = value, cpu_percent(previous, value)
+        readings.update(value if isinstance(value, Mapping) else {name: value})
+    details = {name: readings.pop(name) for name in [*readings] if name in DETAILS}
+    problems |= {name: value[:PROBLEM_CHARS] for name, value in readings.items() if isinstance(value, str)}
+    return Sample(
+        {name: value for name, value in details.items() if isinstance(value, (str, float))},
+        {name: value for name, value in readings.items() if isinstance(value, float)},
+        ticks, services, checks, problems)
 
 
 def _line(text: str) -> str:
@@ -2669,7 +2632,7 @@ def _macos_memory(text: str) -> float:
 
 
 def _freebsd_memory(text: str) -> float:
-    """Free and inactive pages and the ARC above its floor are available; laundry has to be written first."""
+    """Free and inactive pages and the ARC above its floor are available; laundry must be written first."""
     named, pages, arc = _named(text), "vm.stats.vm.v_", "kstat.zfs.misc.arcstats."
     page, total = _sum(named, "hw.pagesize"), _sum(named, pages + "page_count")
     available = _sum(named, pages + "free_count", pages + "inactive_count")
@@ -2713,28 +2676,25 @@ class Volume(NamedTuple):
 
 
 def _volumes(text: str, typed: bool) -> Iterator[Volume]:
-    """The disks in `df -Pk` (typed: with -T): rows that have sizes, recognised by three numbers and a percent sign,
-    for devices and mount points may hold blanks. Lines of mount(8) read `device on /mount (apfs, local)`."""
+    """The disks in `df -Pk` (typed: with -T): rows with three numbers and a percent sign, for devices and mount
+    points may hold blanks. Lines of mount(8) read `device on /mount (apfs, local)`."""
     mounts = (line[:-1].rpartition(" (") for line in text.splitlines() if line.endswith(")"))
     flags = {left.partition(" on ")[2]: right.split(", ") for left, _, right in mounts}
     for line in text.splitlines():
         if len(line) > 4096:    # nobody's mount point
             raise ValueError(f"a line of {len(line)} characters")
-        words = [(word[0], word.start()) for word in re.finditer(r"\S+", line)]
-        for at in range(4 + typed, len(words) - 1):
-            sizes = [word for word, _ in words[at - 3 : at]]
-            if words[at][0].endswith("%") and all(re.fullmatch("-?[0-9]{1,18}", size) for size in sizes):
-                mount = line[words[at + 1][1] :].replace("\\040", " ")
-                flag = flags.get(mount, [""])   # the first is the type
-                kind = words[at - 4][0] if typed else flag[0]
-                device = line[: words[at - 3 - typed][1]].strip()
-                # By what it sits on: a list of good types would silently miss the next filesystem there is.
-                if (kind == "zfs" or re.match("/(?!/)", device)) and not NO_DISK.fullmatch(kind):
-                    pool = re.sub({"zfs": "/.*", "apfs": "(?<=[0-9])s.*"}.get(kind, "$^"), "", device)
-                    available = max(0.0, float(sizes[2]))   # below 0 where the reserve of UFS is in use
-                    shown = not (HIDDEN.intersection(flag) or MACOS_PARTS.match(mount))
-                    yield Volume(device, pool, float(sizes[1]), available, mount, shown)
-                break
+        if not (row := (DF_TYPED if typed else DF).match(line)):
+            continue
+        device, kind, used, free, mount = row.groups()
+        mount = mount.replace("\\040", " ")
+        flag = flags.get(mount, [""])   # the first is the type
+        kind = kind or flag[0]
+        # By what it sits on: a list of good types would silently miss the next filesystem there is.
+        if (kind == "zfs" or re.match("/(?!/)", device)) and not NO_DISK.fullmatch(kind):
+            pool = re.sub({"zfs": "/.*", "apfs": "(?<=[0-9])s.*"}.get(kind, "$^"), "", device)
+            available = max(0.0, float(free))   # below 0 where the reserve of UFS is in use
+            shown = not (HIDDEN.intersection(flag) or MACOS_PARTS.match(mount))
+            yield Volume(device, pool, float(used), available, mount, shown)
 
 
 def _disk_percent(text: str, typed: bool) -> dict[str, float | str]:
@@ -2959,16 +2919,12 @@ def not_run(text: str) -> ProbeError:
     return ProbeError("protocol", f"the script was not run; output: {said or 'none'}")
 
 
-def _readings(probe: Probe, section: Section | None, previous: CpuTicks | None) -> Mapping[str, Reading]:
-    """What a row read, by name; ticks under ""."""
+def _reading(probe: Probe, section: Section | None) -> Reading:
     if section is None or not section.end:
         raise ValueError("no answer")
     if section.status:
         raise ValueError(f"exit status {section.status}: {section.text.partition(chr(10))[0]}")
-    value = probe.parse(section.text)
-    if not isinstance(value, CpuTicks):
-        return value if isinstance(value, Mapping) else {probe.name: value}
-    return {"": value, "cpu_percent": cpu_percent(previous, value)}
+    return probe.parse(section.text)
 
 
 def _outcomes(sections: Iterable[Section], kind: str, state: Judge) -> dict[str, Outcome]:
@@ -2980,24 +2936,12 @@ def parse_output(text: str, nonce: str, previous: CpuTicks | None) -> Sample:
     """The sample in the script's output; raises ProbeError (`protocol`) when nothing in it can be read."""
     sections = {section.title[:2]: section for section in _sections(text, nonce)}
     table = next((table for key, table in PROBES.items() if ("platform", key.value) in sections), None)
-    readings: dict[str, Reading] = {}
-    rows = table.probes if table else ()
-    problems = dict.fromkeys(Limits.model_fields.keys() - {probe.name for probe in rows}, NOT_KNOWN)
-    for probe in rows:
-        try:
-            readings.update(_readings(probe, sections.get((probe.name,)), previous))
-        except ValueError as error:
-            problems[probe.name] = " ".join(str(error).split())[:PROBLEM_CHARS]
-    ticks = readings.pop("", None)
-    details = {name: readings.pop(name) for name in [*readings] if name in DETAILS}
-    sample = Sample(
-        {name: value for name, value in details.items() if isinstance(value, (str, float))},
-        {name: value for name, value in readings.items() if isinstance(value, float)},
-        ticks if isinstance(ticks, CpuTicks) else None,
+    rows = {probe.name: functools.partial(_reading, probe, sections.get((probe.name,)))
+            for probe in (table.probes if table else ())}
+    sample = make_sample(
+        rows, dict.fromkeys(Limits.model_fields.keys() - rows.keys(), NOT_KNOWN), previous,
         _outcomes(sections.values(), "service", table.state if table else _by_status),
-        _outcomes(sections.values(), "check", _by_status),
-        problems | {name: value[:PROBLEM_CHARS] for name, value in readings.items() if isinstance(value, str)},
-    )
+        _outcomes(sections.values(), "check", _by_status))
     if sample.empty:
         raise not_run(text)
     return sample
@@ -3145,8 +3089,8 @@ $json
 
 
 def build_windows_script(services: Sequence[str], checks: Sequence[Check], _nonce: str) -> str:
-    """The whole poll, ASCII only. What the operator wrote goes in as JSON inside one literal in single quotes
-    and without any of those: it cannot end the literal, and nothing in it is expanded. One line needs no marks."""
+    """The whole poll, ASCII only. What the operator wrote goes in as JSON in one literal in single quotes and has
+    none of those: it cannot end the literal, nothing in it is expanded. One line needs no marks."""
     commands = [{"name": check.name, "command": check.command, "milliseconds": round(1000 * check.timeout)}
                 for check in checks]
     wanted = json.dumps({"services": list(services), "checks": commands})
@@ -3176,26 +3120,23 @@ class WindowsAnswer(BaseModel, strict=True):
     checks: list[ReportedOutcome]
 
 
+def _windows_reading(name: str, reported: str | int | tuple[int, int]) -> Reading:
+    if isinstance(reported, tuple):
+        share = percent(*reported)
+        return CpuTicks(*map(float, reported)) if name == "cpu_percent" else share
+    return one_line(reported) if isinstance(reported, str) else float(reported)
+
+
 def _windows_sample(answer: WindowsAnswer, previous: CpuTicks | None) -> Sample:
-    metrics: dict[str, float] = {}
-    ticks = None
-    problems = {name: "no answer" for name in ("cpu_percent", "memory_percent", "disk_percent")
-                if not any(key.startswith(name) for key in answer.amounts)}
+    details = {name: value for name, value in answer.details.items() if name in DETAILS}
+    rows = {name: functools.partial(_windows_reading, name, reported)
+            for name, reported in {**details, **answer.amounts}.items()}
+    silent = {"cpu_percent", "memory_percent", "disk_percent"} - {name.partition(" ")[0] for name in rows}
+    problems = {"load_per_cpu": NOT_KNOWN} | dict.fromkeys(silent, "no answer")
     problems |= {name: one_line(why)[:PROBLEM_CHARS] for name, why in answer.problems.items()}
-    for name, (used, total) in answer.amounts.items():
-        try:
-            metrics[name] = percent(used, total)
-        except ValueError as error:
-            problems[name.partition(" ")[0]] = str(error)
-    if metrics.pop("cpu_percent", None) is not None:
-        ticks = CpuTicks(*map(float, answer.amounts["cpu_percent"]))
-        if (busy := cpu_percent(previous, ticks, 0.01)) is not None:    # idle time and time have a clock each
-            metrics["cpu_percent"] = busy
-    details = {name: one_line(value) if isinstance(value, str) else float(value)
-               for name, value in answer.details.items() if name in DETAILS}
-    services, checks = ({row.name: Outcome(row.good, kept(row.text.translate(CONTROL).strip())) for row in rows}
-                        for rows in (answer.services, answer.checks))
-    return Sample(details, metrics, ticks, services, checks, problems)
+    services, checks = ({row.name: Outcome(row.good, kept(row.text.translate(CONTROL).strip())) for row in said}
+                        for said in (answer.services, answer.checks))
+    return make_sample(rows, problems, previous, services, checks)
 
 
 def parse_windows(text: str, _nonce: str, previous: CpuTicks | None) -> Sample:
@@ -3214,8 +3155,8 @@ def parse_windows(text: str, _nonce: str, previous: CpuTicks | None) -> Sample:
 
 
 # === Collect =================================================================
-# One poll of a resource in one round trip, in the poller's thread: build the platform's script, run it over its
-# connection, parse what came back, and see to it that all that was asked for is answered: a sample or ProbeError.
+# One poll of a resource, in the poller's thread: build the platform's script, run it over the connection, parse
+# what came back, and see to it that all that was asked for is answered: a sample or ProbeError.
 # Gives: collect
 def simulated_sample(text: str, _nonce: str, _previous: CpuTicks | None) -> Sample:
     """What SimulatedConnection answers, as a check."""
@@ -3223,57 +3164,42 @@ def simulated_sample(text: str, _nonce: str, _previous: CpuTicks | None) -> Samp
     return Sample({}, {}, None, {}, {"simulation": Outcome(good, "" if good else "simulated outage")}, {})
 
 
-class Language(NamedTuple):
-    """How a poll is asked for and read; `lacks` are metrics that the platform does not have."""
-
-    build: Callable[[Sequence[str], Sequence[Check], str], str]
-    parse: Callable[[str, str, CpuTicks | None], Sample]
-    lacks: tuple[str, ...] = ()
-
-
-POWERSHELL = Language(build_windows_script, parse_windows, ("load_per_cpu",))
-LANGUAGES = {platform: Language(functools.partial(build_script, platform), parse_output) for platform in Platform}
-LANGUAGES |= {Platform.WINDOWS: POWERSHELL,
-              Platform.SIMULATED: Language(lambda *_: "", simulated_sample)}     # it answers without being asked
+Builder = Callable[[Sequence[str], Sequence[Check], str], str]
+Parser = Callable[[str, str, CpuTicks | None], Sample]
+LANGUAGES: dict[Platform, tuple[Builder, Parser]] = {
+    **{platform: (functools.partial(build_script, platform), parse_output) for platform in Platform},
+    Platform.WINDOWS: (build_windows_script, parse_windows),
+    Platform.SIMULATED: (lambda *_: "", simulated_sample)}      # it answers without being asked
 if sys.platform == "win32":
-    LANGUAGES[Platform.LOCAL] = POWERSHELL
+    LANGUAGES[Platform.LOCAL] = LANGUAGES[Platform.WINDOWS]
 
 
-def complete(sample: Sample, settings: ResourceSettings, lacks: Iterable[str]) -> Sample:
+def complete(sample: Sample, settings: ResourceSettings) -> Sample:
     """What was asked for and not answered is bad, too; what nobody asked for is no problem."""
     silent = Outcome(False, "no answer")
     services = {name: sample.services.get(name, silent) for name in settings.services}
     checks = {check.name: sample.checks.get(check.name, silent) for check in settings.checks}
-    limited = settings.limits.by_metric()
-    problems = {**dict.fromkeys(lacks, NOT_KNOWN), **sample.problems}
-    return replace(sample, services=services, checks={**sample.checks, **checks},
-                   problems={name: why for name, why in problems.items() if why != NOT_KNOWN or name in limited})
+    problems = {name: why for name, why in sample.problems.items()
+                if why != NOT_KNOWN or name in settings.limits.by_metric()}
+    return replace(sample, services=services, checks={**sample.checks, **checks}, problems=problems)
 
 
-def incomplete(result: CommandResult, running: str, deadline: Deadline) -> ProbeError:
-    """Why a script's output has no end."""
+def collect(settings: ResourceSettings, connection: Connection, previous: CpuTicks | None) -> Sample:
+    """One poll in one round trip. Raises ProbeError."""
+    nonce = secrets.token_hex(8)
+    build, parse = LANGUAGES[settings.platform]
+    output, deadline = Output(end_mark(nonce)), Deadline(settings.timeout)
+    ended = connection.run(build(settings.services, settings.checks, nonce), output, deadline)
+    text, done, _ = output.printed.decode(errors="replace").partition(end_mark(nonce))
+    if done:
+        return complete(parse(text, nonce, previous), settings)
+    running = last_section(text, nonce)
     during = f" while {running} ran" if running else ""
     if deadline.over:
-        return ProbeError("timeout", f"no end within {deadline.seconds:g} s{during}")
-    if result.exit_status is None:
-        return ProbeError("unreachable", f"connection lost{during}")
-    said = result.output[:PROBLEM_CHARS].decode(errors="replace")
-    return ProbeError("protocol", f"the account's shell did not run the commands; it said: {said}")
-
-
-def collect(settings: ResourceSettings, connection: Connection, previous: CpuTicks | None) -> tuple[Sample, str | None]:
-    """One poll in one round trip: the sample, and a host key trusted on first use. Raises ProbeError."""
-    nonce = secrets.token_hex(8)
-    language = LANGUAGES[settings.platform]
-    script = language.build(settings.services, settings.checks, nonce)
-    done, deadline = end_mark(nonce), Deadline(settings.timeout)
-    result = connection.run(script, done.encode(), deadline)
-    text = result.output.decode(errors="replace")
-    if done not in text:
-        error = incomplete(result, last_section(text, nonce), deadline)
-        error.host_key = result.host_key
-        raise error
-    return complete(language.parse(text.removesuffix(done), nonce, previous), settings, language.lacks), result.host_key
+        raise ProbeError("timeout", f"no end within {deadline.seconds:g} s{during}")
+    if not ended:
+        raise ProbeError("unreachable", f"connection lost{during}")
+    raise ProbeError("protocol", f"the account's shell did not run the commands; it said: {text[:PROBLEM_CHARS]}")
 
 
 # === Evaluate ================================================================
@@ -3297,7 +3223,7 @@ class Verdict:
     reason: str = ""
 
     @property
-    def good(self) -> bool:
+    def healthy(self) -> bool:
         return self.state in ("healthy", "degraded")
 
 
@@ -3329,19 +3255,13 @@ def evaluate(sample: Sample, settings: ResourceSettings) -> Verdict:
 
 
 @dataclass(frozen=True)
-class Standing:
-    """The state of a resource after rise and fall, since a Unix time."""
+class Standing(Verdict):
+    """The verdict that counts, since a Unix time; `good` or `bad` ones came in a row."""
 
     state: State = "unknown"
-    cause: Cause = ""
-    reason: str = ""
     since_at: float = 0.0
     good: int = 0
     bad: int = 0
-
-    @property
-    def healthy(self) -> bool:
-        return self.state in ("healthy", "degraded")
 
     @property
     def why(self) -> str:
@@ -3354,10 +3274,10 @@ class Standing:
 
 
 def settle(standing: Standing, verdict: Verdict, settings: ResourceSettings, at: float) -> Standing:
-    """The standing after one more verdict: a first result counts at once, then `rise` and `fall` in a row."""
-    good = standing.good + 1 if verdict.good else 0
-    bad = 0 if verdict.good else standing.bad + 1
-    counts = (standing.state == "unknown" or verdict.good == standing.healthy or verdict.cause in AT_ONCE
+    """The standing after one more verdict: the first counts at once, then `rise` and `fall` in a row."""
+    good = standing.good + 1 if verdict.healthy else 0
+    bad = 0 if verdict.healthy else standing.bad + 1
+    counts = (standing.state == "unknown" or verdict.healthy == standing.healthy or verdict.cause in AT_ONCE
               or good >= settings.rise or bad >= settings.fall)
     if not counts:
         return replace(standing, good=good, bad=bad)
@@ -3901,19 +3821,18 @@ class PollContext:
     random: random.Random
 
 
-def poll_once(target: Target, connection: Connection,
-              ticks: CpuTicks | None) -> tuple[Verdict, Sample | None, str | None]:
-    """One poll of one resource: its verdict, what was read, and a host key trusted on first use."""
+def poll_once(target: Target, connection: Connection, ticks: CpuTicks | None) -> tuple[Verdict, Sample | None]:
+    """One poll of one resource: its verdict, and what was read."""
     try:
         if target.fault:
             raise ProbeError(*target.fault)
-        sample, host_key = collect(target.settings, connection, ticks)
+        sample = collect(target.settings, connection, ticks)
     except ProbeError as error:
-        return Verdict("unhealthy", error.cause, str(error)), None, error.host_key
+        return Verdict("unhealthy", error.cause, str(error)), None
     except Exception:   # a thread's outermost step: whatever a host makes a library raise must not end its watch
         log.exception("%s: the poll failed in an unforeseen way", target.name)
-        return Verdict("unhealthy", "protocol", "the poll failed in an unforeseen way; see the log"), None, None
-    return evaluate(sample, target.settings), sample, host_key
+        return Verdict("unhealthy", "protocol", "the poll failed in an unforeseen way; see the log"), None
+    return evaluate(sample, target.settings), sample
 
 
 class Poller(threading.Thread):
@@ -3979,17 +3898,17 @@ class Poller(threading.Thread):
         """One poll and its report; returns the seconds from its start to the next, too."""
         settings, begun_mono = self.target.settings, time.monotonic()
         wait = self._guard.wait(settings.name, self.target.key_stamp)
-        sample, host_key = None, None
+        sample, host_key = None, self.target.host_key
         if wait > 0 and self.standing.cause == "auth":
             return min(wait, settings.interval), None   # a sibling's success may free this one sooner
         if wait > 0:
             verdict = Verdict("unhealthy", "auth", NOT_TRIED)
         else:
-            verdict, sample, host_key = poll_once(self.target, self._connection, self._ticks)
+            verdict, sample = poll_once(self.target, self._connection, self._ticks)
         self._ticks = sample.ticks if sample else self._ticks
-        if host_key:
-            self.target = replace(self.target, host_key=host_key)
-        report = self._report(verdict, time.monotonic() - begun_mono, sample, host_key)
+        self.target = replace(self.target, host_key=self._connection.host_key)
+        learned = None if self.target.host_key == host_key else self.target.host_key
+        report = self._report(verdict, time.monotonic() - begun_mono, sample, learned)
         pause = settings.interval if self.standing.decided else min(settings.interval, settings.retry_interval)
         return pause * self._context.random.uniform(1 - JITTER, 1 + JITTER), report
 
@@ -6182,8 +6101,9 @@ def test_settings(who: Principal, body: Mapping[str, Any], *, text: bool = False
     target = replace(target, settings=target.settings.model_copy(update={"timeout": timeout}))
     begun_mono = time.monotonic()
     connection = CONNECTIONS[target.settings.platform](target, LoginGuard(), who.context.connections)
-    verdict, _, host_key = poll_once(target, connection, None)
-    return TrialView(**vars(verdict), seconds=time.monotonic() - begun_mono, host_key=host_key)
+    verdict, _ = poll_once(target, connection, None)
+    learned = None if connection.host_key == target.host_key else connection.host_key
+    return TrialView(**vars(verdict), seconds=time.monotonic() - begun_mono, host_key=learned)
 
 
 def test_changes(who: Principal, name: str, body: Mapping[str, Any], *, text: bool = False) -> TrialView:
@@ -8460,8 +8380,8 @@ def probe(targets: Sequence[Target], access: ConnectionContext) -> int:
         with room:
             began = time.monotonic()
             connection = CONNECTIONS[target.settings.platform](target, guards.of(target), access)
-            verdict, sample, _ = poll_once(target, connection, None)
-        if target.settings.critical and not verdict.good:
+            verdict, sample = poll_once(target, connection, None)
+        if target.settings.critical and not verdict.healthy:
             bad.append(target.name)
         rows[target.name] = [
             target.name, verdict.state, f"{time.monotonic() - began:.2f}",

@@ -296,8 +296,8 @@ def pollers(folder: Path, resources: str) -> dict[str, Callable[[], None]]:
         connection = hc.CONNECTIONS[target.settings.platform](target, guards.of(target), access)
 
         def poll() -> None:
-            verdict, _, _ = hc.poll_once(target, connection, None)
-            if not verdict.good:
+            verdict, _ = hc.poll_once(target, connection, None)
+            if not verdict.healthy:
                 raise RuntimeError(verdict.reason)
 
         return poll

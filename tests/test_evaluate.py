@@ -155,7 +155,7 @@ def test_verdict(limits: dict[str, Any], read: Sample, state: str, named: list[s
     verdict = evaluate(read, settings(limits=limits))
     bad = state.startswith("unhealthy")
     assert (f"{verdict.state}: {verdict.cause}" if bad else verdict.state) == state
-    assert verdict.good is not bad
+    assert verdict.healthy is not bad
     assert bool(verdict.reason) == (state != "healthy")
     for word in named:
         assert (word.lstrip("!") in verdict.reason) is not word.startswith("!"), verdict.reason

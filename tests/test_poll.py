@@ -22,13 +22,14 @@ from conftest import wait_for
 import healthchecker
 from healthchecker import (
     CONNECTIONS,
-    CommandResult,
+    Connection,
     ConnectionContext,
     Deadline,
     HealthAggregator,
     KnownHosts,
     LoginGuard,
     Monitor,
+    Output,
     Platform,
     PollContext,
     Poller,
@@ -60,9 +61,8 @@ class Machines:
         self.ended = threading.Event()  # lets go of whatever hangs
 
     def connection(self, target: Target, guard: LoginGuard, access: ConnectionContext) -> Machine:
-        del access
         self.made.append(target.name)
-        return Machine(self, target.name, guard)
+        return Machine(self, target, guard, access)
 
     def moments(self, name: str) -> list[float]:
         return [moment for polled, moment in self.polls if polled == name]
@@ -87,19 +87,20 @@ class Machines:
         return attempt
 
 
-class Machine:
+class Machine(Connection):
     """A connection: the machine prints the least that the POSIX table's parser takes for an answer."""
 
-    def __init__(self, machines: Machines, name: str, guard: LoginGuard) -> None:
-        self._machines, self._name, self._guard = machines, name, guard
+    def __init__(self, machines: Machines, target: Target, guard: LoginGuard, access: ConnectionContext) -> None:
+        super().__init__(target, guard, access)
+        self._machines = machines
 
-    def run(self, script: str, done: bytes, deadline: Deadline) -> CommandResult:
+    def run(self, script: str, output: Output, deadline: Deadline) -> bool:
         del script
-        self._machines.polls.append((self._name, time.monotonic()))
-        self._machines.behaviours.get(self._name, good)(self._guard, deadline)
-        mark = done.rpartition(b" ")[0].decode()  # "\n@nonce"
+        self._machines.polls.append((self._target.name, time.monotonic()))
+        self._machines.behaviours.get(self._target.name, good)(self._guard, deadline)
+        mark = output.mark.rpartition(b" ")[0].decode()  # "\n@nonce"
         sections = f"{mark} begin platform freebsd\n{mark} end 0\n{mark} begin hostname\nbox\n{mark} end 0\n"
-        return CommandResult(sections.encode() + done, 0)
+        return output.take(sections.encode() + output.mark)
 
 
 def good(guard: LoginGuard, deadline: Deadline) -> None:
@@ -802,7 +803,7 @@ def test_check_now_of_a_machine_that_hangs(house: House, machines: Machines) -> 
         machines.behaviours["db1"] = good
         machines.ended.set()
         report = house.monitor.poll_now("db1", 5)
-        assert report and report.verdict.good
+        assert report and report.verdict.healthy
 
 
 def test_check_now_by_many(house: House, machines: Machines) -> None:
@@ -834,7 +835,7 @@ def test_check_now_clears_the_wait_after_a_refused_login(house: House, machines:
         assert report and report.verdict.cause == "auth" and machines.logins == ["a", "a"]
         machines.behaviours["a"] = machines.login("a")
         report = house.monitor.poll_now("a", 5)
-        assert report and report.verdict.good
+        assert report and report.verdict.healthy
 
 
 def test_check_now_with_the_settings_of_now(house: House, machines: Machines) -> None:
@@ -871,7 +872,10 @@ def test_simulated_starts_healthy_and_repeats_with_a_seed(house: House) -> None:
     connections = [CONNECTIONS[Platform.SIMULATED](target, LoginGuard(), access) for target in targets]
     runs = []
     for _ in range(100):
-        runs.append([connection.run("", b"", Deadline(1)).output for connection in connections])
+        outputs = [Output("") for _ in connections]
+        for connection, output in zip(connections, outputs, strict=True):
+            connection.run("", output, Deadline(1))
+        runs.append([output.printed for output in outputs])
         threading.Event().wait(0.01)
     assert runs[0] == [b"healthy"] * 4
     differences = [sum(run[one] != run[other] for run in runs) for one, other in ((0, 1), (2, 3), (0, 2))]

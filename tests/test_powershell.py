@@ -41,6 +41,7 @@ from healthchecker import (
     Guards,
     KnownHosts,
     LoginGuard,
+    Output,
     PowerShellConnection,
     ProbeError,
     Resolver,
@@ -62,7 +63,7 @@ if sys.platform != "win32":
 AT_ONCE = 24 if sys.platform != "win32" else 12
 LATE = 10  # seconds that a busy machine may add
 TIMEOUT = 3.0  # seconds; everything that does not wait for it is over long before
-DONE = b"\ndone\n"
+DONE = "\ndone\n"
 ACCESS = ConnectionContext(KnownHosts(Path("no such file")), Resolver())
 
 
@@ -128,10 +129,11 @@ def poll(resource: Target, guard: LoginGuard | None = None, before: Polled | Non
     """One poll, which ends with its timeout and gives one line that holds no secret."""
     begin = time.monotonic()
     ticks = before.sample.ticks if before and before.sample else None
-    verdict, sample, host_key = poll_once(resource, connection_to(resource, guard), ticks)
+    connection = connection_to(resource, guard)
+    verdict, sample = poll_once(resource, connection, ticks)
     seconds = time.monotonic() - begin
     assert seconds < resource.settings.timeout + LATE
-    assert host_key is None
+    assert connection.host_key == resource.host_key
     assert "\n" not in verdict.reason
     assert not resource.password or resource.password.get_secret_value() not in verdict.reason
     return Polled(verdict, sample, seconds)
@@ -140,9 +142,11 @@ def poll(resource: Target, guard: LoginGuard | None = None, before: Polled | Non
 def send(server: WSManServer, script: str, seconds: float = TIMEOUT, **changes: Any) -> str:
     """The output of a script of our own."""
     deadline = Deadline(seconds)
-    result = connection_to(target(server, **changes)).run(script, DONE, deadline)
-    assert (result.output[-len(DONE) :], result.exit_status, deadline.over) == (DONE, 0, False)
-    return result.output[: -len(DONE)].decode()
+    output = Output(DONE)
+    assert connection_to(target(server, **changes)).run(script, output, deadline) and not deadline.over
+    text, done, rest = output.printed.decode().partition(DONE)
+    assert done and not rest
+    return text
 
 
 # === Good polls ==============================================================
@@ -181,7 +185,7 @@ def test_each_poll_has_a_runspace_of_its_own() -> None:
     with CountingServer("https", "ntlm", answer=lambda script: script) as server:
         connection = connection_to(target(server))
         for number in range(1, 4):
-            connection.run("", DONE, Deadline(TIMEOUT))
+            connection.run("", Output(DONE), Deadline(TIMEOUT))
             assert (server.requests["Create"], server.requests["Delete"], server.shells) == (number, number, {})
             assert server.logins == 3 * number  # a request without a token and two with one: nothing is kept
 
@@ -436,7 +440,7 @@ def test_200_failed_polls_leave_nothing_behind() -> None:
 
     def fail(resource: Target) -> str:
         with pytest.raises(ProbeError) as caught:
-            connection_to(resource).run("Get-Date", DONE, Deadline(0.5))
+            connection_to(resource).run("Get-Date", Output(DONE), Deadline(0.5))
         return caught.value.cause
 
     with no_leaks(), contextlib.ExitStack() as stack:

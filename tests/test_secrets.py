@@ -13,10 +13,12 @@ from sshd import Sshd
 
 import healthchecker
 from healthchecker import (
+    Connection,
     ConnectionContext,
     Deadline,
     KnownHosts,
     LoginGuard,
+    Output,
     Resolver,
     ResourceSettings,
     Target,
@@ -46,23 +48,21 @@ def test_service_with_real_logins(sshd: Sshd, password: str, tmp_path: Path) -> 
     assert written.count(b"HC2.") >= 2, "they are there, sealed"
 
 
-class Broken:
+class Broken(Connection):
     """A connection that fails as no one foresaw, with the secret in reach of the traceback."""
 
-    def __init__(self, target: Target) -> None:
-        self._target = target
-
-    def run(self, script: str, done: bytes, deadline: Deadline) -> healthchecker.CommandResult:
-        del script, done, deadline
+    def run(self, script: str, output: Output, deadline: Deadline) -> bool:
+        del script, output, deadline
         raise KeyError(self._target)
 
 
 def test_traceback(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
     settings = ResourceSettings.model_validate({"name": "a", "hostname": "a", "username": "u", "password": WRONG})
     target = Target(1, settings, SecretStr(WRONG), SecretStr(WRONG), None, "", "")
+    context = ConnectionContext(KnownHosts(tmp_path), Resolver())
     with caplog.at_level(logging.DEBUG):
-        verdict, _, _ = poll_once(target, Broken(target), None)
+        verdict, _ = poll_once(target, Broken(target, LoginGuard(), context), None)
     assert (verdict.state, verdict.cause) == ("unhealthy", "protocol")
     assert "Traceback" in caplog.text
     assert WRONG not in caplog.text + repr(target) + str(settings) + repr(LoginGuard().__dict__)
-    assert WRONG not in repr(ConnectionContext(KnownHosts(tmp_path), Resolver()))
+    assert WRONG not in repr(context)

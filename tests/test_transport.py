@@ -53,6 +53,7 @@ from healthchecker import (
     KnownHosts,
     LocalConnection,
     LoginGuard,
+    Output,
     ProbeError,
     Resolver,
     ResourceSettings,
@@ -77,7 +78,7 @@ ACCOUNTS = pytest.mark.skipif(not ROOT or not SSHD, reason="needs root, and sshd
 
 
 class Answer(NamedTuple):
-    """What poll_once gave, and how long it took."""
+    """What poll_once gave, a host key that was new, and how long it took."""
 
     verdict: Verdict
     sample: Sample | None
@@ -125,8 +126,11 @@ def connect(target: Target, known_hosts: Path = NOWHERE, guard: LoginGuard | Non
 
 def poll(target: Target, connection: Connection | None = None) -> Answer:
     """One poll; whatever comes of it, it is in time, in one line, and without a secret."""
-    begin = time.monotonic()
-    answer = Answer(*poll_once(target, connection or connect(target), None), time.monotonic() - begin)
+    connection = connection or connect(target)
+    known, begin = connection.host_key, time.monotonic()
+    verdict, sample = poll_once(target, connection, None)
+    learned = None if connection.host_key == known else connection.host_key
+    answer = Answer(verdict, sample, learned, time.monotonic() - begin)
     assert answer.seconds <= target.settings.timeout + GRACE, answer
     assert answer.verdict.reason.isprintable()
     assert len(answer.verdict.reason) <= 500
@@ -1184,7 +1188,9 @@ def local(**settings: Any) -> Target:
 def run_local(script: str, seconds: float = 1.0) -> bytes:
     """What a script of the test's own printed."""
     watched = local()
-    return LocalConnection(watched, LoginGuard(), access()).run(script, b"\n@done\n", Deadline(seconds)).output
+    output = Output("\n@done\n")
+    LocalConnection(watched, LoginGuard(), access()).run(script, output, Deadline(seconds))
+    return bytes(output.printed)
 
 
 @pytest.fixture
@@ -1319,7 +1325,12 @@ def simulations(seeds: range, mean_healthy: float, mean_unhealthy: float) -> lis
     def one(seed: int) -> Callable[[], bool]:
         watched = simulated(seed=seed, mean_healthy=mean_healthy, mean_unhealthy=mean_unhealthy)
         connection = SimulatedConnection(watched, LoginGuard(), access())
-        return lambda: connection.run("", b"", Deadline(5)).output == b"healthy"
+
+        def look() -> bool:
+            connection.run("", output := Output(""), Deadline(5))
+            return output.printed == b"healthy"
+
+        return look
 
     return [one(seed) for seed in seeds]
 

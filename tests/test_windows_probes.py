@@ -26,10 +26,11 @@ from healthchecker import (
     KEPT_BYTES,
     NOT_KNOWN,
     Check,
-    CommandResult,
+    Connection,
     CpuTicks,
     Deadline,
     Outcome,
+    Output,
     ProbeError,
     ResourceSettings,
     Sample,
@@ -58,6 +59,7 @@ HOSTILE = [
     "WANTED",
 ]
 CONSTRAINED = "Access denied (Constrained Language Mode)"
+LACKS = {"load_per_cpu": NOT_KNOWN}  # nobody hears of it who set no limit
 NO_MANAGER = (
     "cannot be read: Cannot open Service Control Manager on computer '.'. "
     "This operation might require other privileges."
@@ -82,7 +84,7 @@ EXPECTED = {
         ticks=CpuTicks(busy=134059464000000000.0, total=134066376000000000.0),
         services={"Spooler": Outcome(True, "Running"), "MSSQL$PAYROLL": Outcome(True, "Running")},
         checks={"replication": Outcome(True, "12 jobs, the oldest is Monday's")},
-        problems={},
+        problems=LACKS,
     ),
     "plain-user": Sample(
         details={
@@ -96,7 +98,7 @@ EXPECTED = {
         ticks=CpuTicks(busy=3456000000000.0, total=34560000000000.0),
         services={"Spooler": Outcome(False, NO_MANAGER)},
         checks={"backup": Outcome(False, "False"), "slow": Outcome(False, "no end in 2.5 s")},
-        problems={"swap_percent": "only an administrator may read the page file"},
+        problems=LACKS | {"swap_percent": "only an administrator may read the page file"},
     ),
     "constrained-language": Sample(
         details={
@@ -114,7 +116,8 @@ EXPECTED = {
                 "Cannot invoke method. Method invocation is supported only on core types in this language mode.",
             )
         },
-        problems=dict.fromkeys(
+        problems=LACKS
+        | dict.fromkeys(
             ["uptime_seconds", "memory_percent", "swap_percent", "disk_percent", "cpu_percent"], CONSTRAINED
         ),
     ),
@@ -135,7 +138,8 @@ EXPECTED = {
             ),
             "Prüfungen": Outcome(True, "3,14 Prüfungen <offen> 😀"),
         },
-        problems={
+        problems=LACKS
+        | {
             "cpu_percent": "Ungültige Klasse",
             "disk_percent": "E: has no size: locked or not formatted",
         },
@@ -155,7 +159,7 @@ EXPECTED = {
             "queue": Outcome(False, "Attempted to divide by zero."),
             "site": Outcome(True, "it's <up> & 'fine'"),
         },
-        problems={},
+        problems=LACKS,
     ),
 }
 
@@ -275,7 +279,7 @@ def test_the_same_reading_twice() -> None:
     """CPU stays unknown and is no problem; nothing else is missing."""
     first = parse_windows(recorded("administrator"), NONCE, None)
     assert parse_windows(recorded("administrator"), NONCE, first.ticks) == first
-    assert not first.problems
+    assert first.problems == LACKS
 
 
 def test_output_around_the_answer() -> None:
@@ -317,7 +321,7 @@ def test_cpu_between_two_polls(used: int, total: int, percent: float | None) -> 
     """1 s after the first reading, in units of 100 ns / 10; unknown is no problem."""
     sample = cpu(used, total, (1_000_000, 10_000_000))
     assert sample.metrics.get("cpu_percent") == percent
-    assert sample.problems == {}
+    assert sample.problems == LACKS
 
 
 def test_cpu_counts_idle_time_from_a_filetime() -> None:
@@ -330,26 +334,24 @@ def test_cpu_counts_idle_time_from_a_filetime() -> None:
 def test_no_page_file_is_no_problem() -> None:
     amounts = {"cpu_percent": [1, 2], "memory_percent": [1, 2], "disk_percent C:": [1, 2]}
     sample = parse_windows(answer(amounts=amounts), NONCE, None)
-    assert sample.readings("swap_percent") == [] and sample.problems == {}
+    assert sample.readings("swap_percent") == [] and sample.problems == LACKS
 
 
-class Recording:
+class Recording(Connection):
     """A connection whose host answers with a recording."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str) -> None:  # a recording has no target, and shows no key
         self._output = recorded(name).encode()
 
-    def run(self, script: str, done: bytes, deadline: Deadline) -> CommandResult:
-        return CommandResult(self._output + done, 0)
+    def run(self, script: str, output: Output, deadline: Deadline) -> bool:
+        return output.take(self._output + output.mark)
 
 
 def collected(name: str, **asked: object) -> tuple[ResourceSettings, Sample]:
     """What a poll of a resource gives that asks for more than its host answers, or for less."""
     resource = {"name": "a", "hostname": "a", "platform": "windows", "username": "u", **asked}
     wanted = ResourceSettings.model_validate(resource)
-    sample, host_key = collect(wanted, Recording(name), None)
-    assert host_key is None
-    return wanted, sample
+    return wanted, collect(wanted, Recording(name), None)
 
 
 def test_load_is_missed_only_where_it_has_a_limit() -> None:
@@ -397,7 +399,7 @@ def test_what_a_plain_user_may_not_read_degrades_only_where_it_has_a_limit() -> 
 )  # fmt: skip
 def test_amounts_that_are_none(amounts: object, problems: set[str]) -> None:
     sample = parse_windows(answer(amounts=amounts), NONCE, None)
-    assert set(sample.problems) == problems
+    assert sample.problems.keys() - LACKS.keys() == problems
     assert all(0 < value <= 100 for value in sample.metrics.values())
 
 
