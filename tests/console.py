@@ -9,8 +9,9 @@ import http.client
 import json
 import os
 import random
+import socket
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote, urlencode
@@ -25,6 +26,7 @@ from healthchecker import (
     FIRST_USER,
     ConnectionContext,
     ConsoleContext,
+    ConsoleServer,
     Counters,
     HealthAggregator,
     KnownHosts,
@@ -183,6 +185,8 @@ class Clock:
 class Local:
     """The console in this process, its main process's side included; asked through WSGI, from any address."""
 
+    console = ("", 0)  # where it is served
+
     def __init__(self, context: ConsoleContext, clock: Clock) -> None:
         self.context, self.store, self.clock = context, context.store, clock
         metrics = Metrics(ServingMetrics(context.lease, Counters(1)), context.store, None)
@@ -254,11 +258,16 @@ def prepared_vault(folder: Path) -> Vault:
 
 @contextlib.contextmanager
 def local_console(
-    folder: Path, resources: str = "", service: str = "", password: str = PASSWORD
+    folder: Path,
+    resources: str = "",
+    service: str = "",
+    password: str = PASSWORD,
+    clock: Callable[[], float] | None = None,
 ) -> Iterator[Local]:
     """A console with everything that is behind it, pollers too; only the gate is not served.
 
-    Where there is no user yet, the first one has `password`, which was changed if it is not the documented one."""
+    Where there is no user yet, the first one has `password`, which was changed if it is not the documented one.
+    Time goes by as `clock` says, and otherwise as the test says."""
     inventory = load_inventory(write_inventory(folder, resources, service))
     store, vault = Store(folder / "healthchecker.db"), prepared_vault(folder)
     with store.writing() as session:
@@ -269,7 +278,7 @@ def local_console(
     access = ConnectionContext(KnownHosts(folder / "known_hosts"), Resolver())
     watch = PollContext(aggregator, Recorder(store, aggregator, Retention()), access, random.Random(1))
     monitor = Monitor(store, vault, watch)
-    clock = Clock()
+    clock = clock or Clock()
     context = ConsoleContext(store, inventory, aggregator.lease, vault, monitor, access, clock)
     context.throttle = LoginThrottle(Clock())
     monitor.begin()
@@ -278,3 +287,16 @@ def local_console(
     finally:
         monitor.close()
         store.close()
+
+
+@contextlib.contextmanager
+def served(local: Local) -> Iterator[Local]:
+    """`local` on a socket, as in the service."""
+    sock = socket.create_server(("127.0.0.1", 0))
+    server = ConsoleServer(local.app, [sock])
+    server.start()
+    local.console = sock.getsockname()
+    try:
+        yield local
+    finally:
+        server.close()

@@ -17,7 +17,18 @@ from urllib.parse import quote, urlsplit
 
 import pytest
 from conftest import no_leaks, wait_for
-from console import FORM, JSON, NAME, PASSWORD, Client, Local, Reply, console, local_console
+from console import (
+    FORM,
+    JSON,
+    NAME,
+    PASSWORD,
+    Client,
+    Local,
+    Reply,
+    console,
+    local_console,
+    served,
+)
 from service import Service
 
 from healthchecker import (
@@ -103,8 +114,8 @@ def filled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("filled")
     with local_console(folder, STATED, OPERATORS) as made:
         with made.store.writing() as session:
-            session.add(User.create(*VIEWER, "viewer"))
-            session.add(User.create(*ADMIN, "admin"))
+            session.add(make_user(*VIEWER, "viewer"))
+            session.add(make_user(*ADMIN))
         made.log_in(*ADMIN)
         assert made.api("POST", "resources", {"name": "one", "platform": "simulated"}).status == 201
     return folder
@@ -197,7 +208,7 @@ def test_anonymous_do_not_learn_what_is_there(local: Local, path: str) -> None:
 
 def test_anonymous_health_names_nothing(local: Local) -> None:
     """Also to somebody who shows a login that is none, or one that may not enter from there."""
-    wait_for(lambda: local.context.is_healthy, 5)
+    wait_for(lambda: local.context.is_healthy)
     assert local.ask("GET", "/-/health").json == {"status": "pass"}
     for token in ("x", "", "a.b.c"):
         assert local.ask("GET", "/-/health", headers={"Authorization": f"Bearer {token}"}).json == {"status": "pass"}
@@ -270,7 +281,7 @@ def test_token_of_a_removed_user(local: Local) -> None:
         number = session.scalar(sqlalchemy.select(User.id).where(User.username == VIEWER[0]))
     assert local.api("DELETE", f"users/{VIEWER[0]}").status == 204
     with local.store.writing() as session:
-        user = User.create(*VIEWER, "admin")
+        user = make_user(*VIEWER)
         user.id = number
         session.add(user)
     local.token = token
@@ -392,50 +403,58 @@ def test_redirects_to_the_login_stay_here(local: Local, path: str) -> None:
     assert "\n" not in reply.headers["location"] and "192.0.2.1" not in location.netloc
 
 
+@pytest.fixture(scope="module")
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Service, Client]]:
+    """A service, as it is reached over the wire, and an admin's client."""
+    check = json.dumps([{"name": "evil", "command": f"echo {shlex.quote(EVIL)}; exit 1"}])
+    stated = f"{STATED}\n  - {{name: one, platform: local, critical: false, checks: {check}}}"
+    with console(tmp_path_factory.mktemp("running"), stated) as made:
+        yield made
+
+
 def raw(service: Service, request: bytes) -> bytes:
     """The answer to bytes as they are."""
-    with socket.create_connection(service.console, timeout=10) as connection:
+    with socket.create_connection(service.console, timeout=60) as connection:
         connection.sendall(request)
-        connection.settimeout(10)
         answer = b""
         while chunk := connection.recv(65536):
             answer += chunk
     return answer
 
 
-def test_paths_that_mean_the_same(tmp_path: Path) -> None:
+def test_paths_that_mean_the_same(running: tuple[Service, Client]) -> None:
     """Over the wire, where nothing cleans them up before: none of them gets around the login."""
-    with console(tmp_path, STATED) as (service, client):
-        client.api("POST", "resources", {"name": "secret-name", "platform": "simulated"})
-        for path in (
-            "/-/api/resources",
-            "//-/api/resources",
-            "/-//api/resources",
-            "/-/api//resources",
-            "/-/./api/resources",
-            "/x/../-/api/resources",
-            "/-/%61pi/resources",
-            "/%2d/api/resources",
-            "/-%2fapi/resources",
-            "/-/api/resources/",
-            "/-/api/resources;a=b",
-            "/-/api/resources%00",
-            "/-/api/resources?token=x",
-            "/-/api/resources#x",
-            "/-/login/../api/resources",
-            "/-/static/../api/resources",
-            "/-/static/..%2fapi%2fresources",
-            "/-/livez/../api/resources",
-            "http://127.0.0.1/-/api/resources",
-            "/-/API/resources",
-        ):
-            answer = raw(service, f"GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode())
-            status = int(answer.split()[1])
-            assert b"secret-name" not in answer
-            assert status in (303, 400, 401, 404) or not path.lstrip("/").startswith("-"), (path, answer)
-        tricks = "X-Original-URL: /-/api/resources\r\nX-Rewrite-URL: /-/api/resources\r\nConnection: close"
-        answer = raw(service, f"GET /-/login HTTP/1.1\r\nHost: localhost\r\n{tricks}\r\n\r\n".encode())
-        assert answer.startswith(b"HTTP/1.1 200") and b"secret-name" not in answer
+    service, client = running
+    client.api("POST", "resources", {"name": "secret-name", "platform": "simulated"})
+    for path in (
+        "/-/api/resources",
+        "//-/api/resources",
+        "/-//api/resources",
+        "/-/api//resources",
+        "/-/./api/resources",
+        "/x/../-/api/resources",
+        "/-/%61pi/resources",
+        "/%2d/api/resources",
+        "/-%2fapi/resources",
+        "/-/api/resources/",
+        "/-/api/resources;a=b",
+        "/-/api/resources%00",
+        "/-/api/resources?token=x",
+        "/-/api/resources#x",
+        "/-/login/../api/resources",
+        "/-/static/../api/resources",
+        "/-/static/..%2fapi%2fresources",
+        "/-/livez/../api/resources",
+        "http://127.0.0.1/-/api/resources",
+        "/-/API/resources",
+    ):
+        answer = raw(service, f"GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode())
+        status = int(answer.split()[1])
+        assert b"secret-name" not in answer
+        assert status in (303, 400, 401, 404) or not path.lstrip("/").startswith("-"), (path, answer)
+    tricks = "X-Original-URL: /-/api/resources\r\nX-Rewrite-URL: /-/api/resources\r\nConnection: close"
+    answer = raw(service, f"GET /-/login HTTP/1.1\r\nHost: localhost\r\n{tricks}\r\n\r\n".encode())
+    assert answer.startswith(b"HTTP/1.1 200") and b"secret-name" not in answer
 
 
 # --- what every answer says ---
@@ -521,7 +540,7 @@ def poison(local: Local) -> str:
             resource_id=row.id, at=local.clock.now, poll="l", standing="u", counts=0, reason=EVIL))
         for kind in ("state", "gate", "change", "login"):
             session.add(Event(at=local.clock.now, kind=kind, resource=name, text=EVIL, actor=EVIL, address=EVIL))
-        session.add(User.create(name, PASSWORD))
+        session.add(make_user(name))
         revise(session)
     return name
 
@@ -569,19 +588,17 @@ def test_nothing_that_a_form_sends_acts_in_its_answer(local: Local) -> None:
             assert "5ecret-of-somebody" not in reply.body, path
 
 
-def test_hostile_output_of_a_real_check(tmp_path: Path) -> None:
+def test_hostile_output_of_a_real_check(running: tuple[Service, Client]) -> None:
     """From a command's output, over poll and database, to the pages."""
-    check = json.dumps([{"name": "evil", "command": f"echo {shlex.quote(EVIL)}; exit 1"}])
-    stated = f"  - {{name: one, platform: local, critical: false, checks: {check}}}"
-    with console(tmp_path, stated) as (service, client):
-        wait_for(lambda: client.api("POST", "resources/one/check").json.get("cause") == "check", 30)
-        browser = Client(*service.console).open_session(NAME, PASSWORD)
-        shown = ""
-        for path in ("/-/", "/-/resources/one", "/-/events"):
-            reply = browser.ask("GET", path)
-            assert not Page(reply.body).wrong
-            shown += "".join(Page(reply.body).texts)
-        assert "x-evil" in shown
+    service, client = running
+    wait_for(lambda: client.api("POST", "resources/one/check").json.get("cause") == "check")
+    browser = Client(*service.console).open_session(NAME, PASSWORD)
+    shown = ""
+    for path in ("/-/", "/-/resources/one", "/-/events"):
+        reply = browser.ask("GET", path)
+        assert not Page(reply.body).wrong
+        shown += "".join(Page(reply.body).texts)
+    assert "x-evil" in shown
 
 
 # --- bad input to the pages' forms ---
@@ -678,49 +695,44 @@ def test_names_of_the_console(filled: Path, tmp_path: Path, host: str, answers: 
         assert reply.status in (200, 400), "a proxy of ours sees to its names itself"
 
 
-def test_page_of_the_application_cannot_act_in_the_console(tmp_path: Path) -> None:
+def test_page_of_the_application_cannot_act_in_the_console(running: tuple[Service, Client]) -> None:
     """Its port is another origin, though a browser sends the cookie along: cookies know no ports."""
-    with console(tmp_path, STATED) as (service, client):
-        browser = Client(*service.console).open_session(NAME, PASSWORD)
-        origin = f"http://{service.host}:{service.port}"
-        for headers in ({"Origin": origin, "Sec-Fetch-Site": "same-site"}, {"Origin": origin}, {}):
-            for kind in (JSON, FORM, "text/plain"):
-                body = json.dumps({"name": "planted", "platform": "simulated"})
-                reply = browser.ask("POST", "/-/api/resources", body, {"Content-Type": kind, **headers})
-                assert reply.status == 403
-                fields = "name=planted&platform=simulated"
-                reply = browser.ask("POST", "/-/add", fields, {"Content-Type": kind, **headers})
-                assert reply.status == 403
-        reply = browser.ask("OPTIONS", "/-/api/resources", headers={"Origin": origin, "Sec-Fetch-Site": "same-site"})
-        assert reply.status in (403, 405)
-        assert not [name for name in reply.headers if name.startswith("access-control")]
-        reply = browser.ask("GET", "/-/api/resources", headers={"Origin": origin, "Sec-Fetch-Site": "same-site"})
-        assert not [name for name in reply.headers if name.startswith("access-control")], "a script cannot read it"
-        assert "planted" not in client.ask("GET", "/-/api/resources").body
+    service, client = running
+    browser = Client(*service.console).open_session(NAME, PASSWORD)
+    origin = f"http://{service.host}:{service.port}"
+    for headers in ({"Origin": origin, "Sec-Fetch-Site": "same-site"}, {"Origin": origin}, {}):
+        for kind in (JSON, FORM, "text/plain"):
+            body = json.dumps({"name": "planted", "platform": "simulated"})
+            reply = browser.ask("POST", "/-/api/resources", body, {"Content-Type": kind, **headers})
+            assert reply.status == 403
+            fields = "name=planted&platform=simulated"
+            reply = browser.ask("POST", "/-/add", fields, {"Content-Type": kind, **headers})
+            assert reply.status == 403
+    reply = browser.ask("OPTIONS", "/-/api/resources", headers={"Origin": origin, "Sec-Fetch-Site": "same-site"})
+    assert reply.status in (403, 405)
+    assert not [name for name in reply.headers if name.startswith("access-control")]
+    reply = browser.ask("GET", "/-/api/resources", headers={"Origin": origin, "Sec-Fetch-Site": "same-site"})
+    assert not [name for name in reply.headers if name.startswith("access-control")], "a script cannot read it"
+    assert "planted" not in client.ask("GET", "/-/api/resources").body
 
 
-def test_session_does_not_reach_the_application(tmp_path: Path) -> None:
+def test_session_does_not_reach_the_application(running: tuple[Service, Client]) -> None:
     """A browser sends the cookie below /-/ alone; the gate in front of the application needs none."""
-    with console(tmp_path, STATED) as (service, _):
-        connection = http.client.HTTPConnection(*service.console, timeout=10)
-        body = f"username={NAME}&password=correct+horse+battery"
-        connection.request("POST", "/-/login", body, {"Content-Type": FORM})
-        cookie = connection.getresponse().headers["Set-Cookie"]
-        connection.close()
-        assert cookie.startswith(f"{COOKIE}=") and "Path=/-/" in cookie and "Domain" not in cookie
+    service = running[0]
+    connection = http.client.HTTPConnection(*service.console, timeout=60)
+    body = f"username={NAME}&password=correct+horse+battery"
+    connection.request("POST", "/-/login", body, {"Content-Type": FORM})
+    cookie = connection.getresponse().headers["Set-Cookie"]
+    connection.close()
+    assert cookie.startswith(f"{COOKIE}=") and "Path=/-/" in cookie and "Domain" not in cookie
 
 
 # --- over a raw socket ---
 @pytest.fixture
-def served(local: Local) -> Iterator[tuple[str, int]]:
-    """The console on a socket, as in the service."""
-    sock = socket.create_server(("127.0.0.1", 0))
-    server = ConsoleServer(local.app, [sock])
-    server.start()
-    try:
-        yield sock.getsockname()
-    finally:
-        server.close()
+def address(local: Local) -> Iterator[tuple[str, int]]:
+    """Where the console is served."""
+    with served(local):
+        yield local.console
 
 
 def exchange(address: tuple[str, int], request: bytes) -> bytes:
@@ -776,25 +788,25 @@ def check_answer(request: bytes, answer: bytes) -> None:
     assert b"Traceback" not in answer and b".py" not in answer
 
 
-def test_raw_byte_in_the_query(served: tuple[str, int]) -> None:
+def test_raw_byte_in_the_query(address: tuple[str, int]) -> None:
     for target in (b"/-/?\xff", b"/-/events?a=\xff", b"/-/api/resources?\xff", b"/-/nothing?\xff", b"/-/\xff?\xff"):
-        answer = exchange(served, b"GET " + target + b" HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+        answer = exchange(address, b"GET " + target + b" HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
         assert 300 <= int(answer.split()[1]) < 500, answer
         check_answer(target, answer)
 
 
-def test_whatever_a_request_holds(served: tuple[str, int], caplog: pytest.LogCaptureFixture) -> None:
+def test_whatever_a_request_holds(address: tuple[str, int], caplog: pytest.LogCaptureFixture) -> None:
     """Requests of chance, the same in each run, over a raw socket."""
     chance = random.Random(11)
     answered = 0
     for _ in range(400):
         request = made_request(chance)
-        if answer := exchange(served, request):
+        if answer := exchange(address, request):
             check_answer(request, answer)
             answered += 1
     assert answered > 300
     assert not [record for record in caplog.records if record.exc_info or "uncaptured" in record.getMessage()]
-    check_answer(b"", exchange(served, b"GET /-/livez HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"))
+    check_answer(b"", exchange(address, b"GET /-/livez HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"))
 
 
 def test_names_of_fields_are_cut(local: Local) -> None:
