@@ -27,6 +27,7 @@ from console import (
     Reply,
     console,
     local_console,
+    make_user,
     served,
 )
 from service import Service
