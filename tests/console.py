@@ -39,20 +39,25 @@ from healthchecker import (
     Resolver,
     Retention,
     ServingMetrics,
+    Setting,
     Store,
     User,
     Vault,
     build_console,
+    db,
     find_user,
     hash_password,
     import_inventory,
     load_inventory,
     open_session,
+    revise,
+    revision,
     sqlalchemy,
 )
 
 NAME, DOCUMENTED = FIRST_USER
 PASSWORD = "correct horse battery"
+TABLES = db.metadata.sorted_tables
 FEW = 1000  # rounds of PBKDF2: what the real number costs is not what most tests show
 JSON, PROBLEM, FORM = "application/json", "application/problem+json", "application/x-www-form-urlencoded"
 
@@ -192,6 +197,33 @@ class Local:
         metrics = Metrics(ServingMetrics(context.lease, Counters(1)), context.store, None)
         self.app: flask.Flask = build_console(context, metrics)
         self.token = self.cookie = ""
+
+    def keep(self) -> Local:
+        """From now on `restore` leads back to here."""
+        with self.store.reading() as session:
+            self._kept = {table: session.execute(table.select()).mappings().all() for table in TABLES}
+            self._revision = revision(session)
+        return self
+
+    def restore(self) -> Local:
+        """As it was when it was kept, whatever a test has done since; nobody is logged in."""
+        self.token = self.cookie = ""
+        self.context.throttle = LoginThrottle(Clock())
+        self.clock.now = Clock().now
+        with self.store.writing() as session:
+            before = revision(session)
+            for table in reversed(TABLES):
+                session.execute(table.delete())
+            for table in TABLES:
+                if self._kept[table]:
+                    session.execute(table.insert(), [dict(row) for row in self._kept[table]])
+            session.flush()
+            if before != self._revision:
+                session.merge(Setting(name="revision", value=before))
+                revise(session)
+                self._revision = before + 1
+        self.context.monitor.catch_up()
+        return self
 
     def ask(
         self,

@@ -54,11 +54,17 @@ FAR = "192.0.2.10"
 WRONG = "not the right one"
 
 
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Local]:
+    with local_console(tmp_path_factory.mktemp("shared"), SIMULATED, OPERATORS) as made:
+        yield made.keep()
+
+
 @pytest.fixture
-def local(tmp_path: Path) -> Iterator[Local]:
+def local(shared: Local) -> Iterator[Local]:
     """The first user's password was changed to PASSWORD."""
-    with few_rounds(), local_console(tmp_path, SIMULATED, OPERATORS) as made:
-        yield made
+    with few_rounds():
+        yield shared.restore()
 
 
 @pytest.fixture

@@ -15,12 +15,12 @@ from urllib.parse import quote
 import pytest
 from browser import DOCUMENTED, FIRST_USER, PASSWORD, PATIENCE, Scheme, change_password, chromium, enter, log_in, visit
 from conftest import wait_for
-from console import Local, local_console, make_user, prepared_database, served
+from console import Local, few_rounds, local_console, make_user, prepared_database, served
 from service import Service, prepared_keys, write_inventory
 from sshd import ParamikoSshd, Sshd
 
 import healthchecker
-from healthchecker import DAMAGED, Resource, Status, User, find_user
+from healthchecker import DAMAGED, Resource, Status
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Locator, Page
@@ -314,13 +314,17 @@ def test_enter_saves(page: Page) -> None:
 
 
 # === Without a browser =======================================================
-@pytest.fixture
-def console(tmp_path: Path) -> Iterator[Local]:
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Local]:
     rows = "".join(f"  - {{name: {name}, platform: simulated, seed: 1}}\n" for name in ("one", "two"))
-    with local_console(tmp_path, rows) as console:
-        with console.store.writing() as session:
-            find_user(session, "SpiceWorks").take_password(User.create("SpiceWorks", PASSWORD))
-        yield console.log_in_as("SpiceWorks")
+    with local_console(tmp_path_factory.mktemp("shared"), rows, password=PASSWORD) as made:
+        yield made.keep()
+
+
+@pytest.fixture
+def console(shared: Local) -> Iterator[Local]:
+    with few_rounds():
+        yield shared.restore().log_in_as("SpiceWorks")
 
 
 def form_of(console: Local, name: str) -> dict[str, str]:
