@@ -753,7 +753,7 @@ def test_answers_agree_with_the_description(client: Client, operation: Any, mode
     checks = checks_of(mode)
 
     @hypothesis.settings(
-        max_examples=12,
+        max_examples=8,
         deadline=None,
         derandomize=True,
         database=None,
