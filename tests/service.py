@@ -152,7 +152,8 @@ def prepared_keys(folder: Path) -> Path:
 def ask_to_end(process: subprocess.Popen[str]) -> None:
     """SIGTERM; on Windows, where that kills, a Ctrl-C sent by a process that joins its console for it."""
     if sys.platform == "win32":
-        subprocess.run([sys.executable, "-c", CTRL_C, str(process.pid)], stdin=subprocess.DEVNULL, check=True)
+        sender = [sys.executable, "-c", CTRL_C, str(process.pid)]
+        subprocess.run(sender, stdin=subprocess.DEVNULL, check=True, timeout=60)
     else:
         process.terminate()
 
@@ -318,5 +319,6 @@ class Team:
 
     def __exit__(self, *_: object) -> None:
         self.supervisor.stop()
-        self._thread.join()
+        self._thread.join(120)
         self.supervisor.close()
+        assert not self._thread.is_alive(), "the supervisor does not end"

@@ -676,5 +676,5 @@ def test_login_flood_keeps_no_right_login_out(tmp_path: Path) -> None:
         finally:
             ending.set()
             for thread in threads:
-                thread.join()
+                thread.join(60)
         assert set(statuses) == {401, 429}

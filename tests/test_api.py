@@ -430,7 +430,7 @@ def test_last_admin_stays(client: Client) -> None:
 def test_two_admins_cannot_remove_each_other_at_once(client: Client, service: Service) -> None:
     client.api("POST", "users", {"name": "carol", "password": PASSWORD, "role": "admin"})
     carol = Client(*service.console).log_in("carol")
-    start, statuses = threading.Barrier(2), []
+    start, statuses = threading.Barrier(2, timeout=30), []
 
     def remove(by: Client, name: str) -> None:
         start.wait()
@@ -440,7 +440,7 @@ def test_two_admins_cannot_remove_each_other_at_once(client: Client, service: Se
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join()
+        thread.join(60)
     assert sorted(statuses) in ([200, 401], [200, 403], [200, 409])
     left = client if client.api("GET", "users").status == 200 else carol
     assert left.api("PATCH", f"users/{NAME}", {"role": "admin"}).status == 200

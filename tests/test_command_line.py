@@ -45,8 +45,9 @@ def files(folder: Path) -> dict[str, bytes]:
 
 # --- usage ---------------------------------------------------------------------------------------------------
 def test_help_of_the_program() -> None:
+    program = [sys.executable, str(PROGRAM), "--help"]
     done = subprocess.run(
-        [sys.executable, str(PROGRAM), "--help"], capture_output=True, encoding="utf-8", env=environment(), check=True
+        program, capture_output=True, encoding="utf-8", env=environment(), check=True, timeout=60
     )
     for word in ("check", "seal", "trust", "keys", "--inventory"):
         assert word in done.stdout

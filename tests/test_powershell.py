@@ -403,7 +403,7 @@ def peak(work: Callable[[], object]) -> int:
         work()
     finally:
         done.set()
-        sampler.join()
+        sampler.join(30)
     return max(sampled) - before
 
 
@@ -695,7 +695,7 @@ def test_a_host_without_an_answer_is_no_login() -> None:
             assert dead.reached.wait(8)
             polled = poll(target(server), guard)
             assert (polled.cause, waiting.done()) == ("", False)
-            assert waiting.result().cause == "timeout"
+            assert waiting.result(60).cause == "timeout"
         guard = LoginGuard()
         for name in ("one", "two"):
             guard.refuse(name, ago=AUTH_BACKOFF)

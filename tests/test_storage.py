@@ -499,7 +499,7 @@ def test_fifty_writers(bench: Bench) -> None:
 
         with ThreadPoolExecutor(50) as pool:
             for future in [pool.submit(write, number) for number in range(50)]:
-                future.result()
+                future.result(120)
         with store.reading() as session:
             assert healthchecker.revision(session) == 200
             ports = session.scalars(sqlalchemy.select(Resource.port)).all()
@@ -541,7 +541,7 @@ def test_check_while_others_write(bench: Bench, capsys: pytest.CaptureFixture[st
             assert healthchecker.main(["--inventory", str(path), "check"]) == 0
     finally:
         ended.set()
-        thread.join()
+        thread.join(60)
     assert not faults and written[0] > 10
     assert "120 changed" in capsys.readouterr().out
     assert bench.password("h7.example.com") == "p"
@@ -803,7 +803,7 @@ def starts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Futur
 def test_failed_start(case: str, starts: dict[str, Future[tuple[Any, ...]]]) -> None:
     """One line, the right exit code, and no file changed or added."""
     _, code, message = STARTS[case]
-    done, before, after = starts[case].result()
+    done, before, after = starts[case].result(240)
     assert done.returncode == code, done.stderr
     told = [line for line in done.stderr.splitlines() if " INFO " not in line]  # of a start that takes its time
     assert len(told) == 1

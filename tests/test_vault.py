@@ -231,7 +231,7 @@ def test_two_first_starts_at_once_agree(tmp_path: Path) -> None:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join()
+        thread.join(60)
     assert vaults and {vault.key_id for vault in vaults} == {Vault(tmp_path / "keys").key_id}
 
 

@@ -454,12 +454,14 @@ def kill_at_random(folder: Path, times: int, seed: int, orphaned: float = ORPHAN
     for _ in range(times):
         moment = chosen.uniform(0, 3)
         with psutil.Popen(command(path), env=environment(), creationflags=OWN_CONSOLE, stdout=-3, stderr=-1) as main:
-            with contextlib.suppress(psutil.TimeoutExpired):
-                main.wait(moment)
-            assert main.returncode is None, main.stderr.read()
-            main.suspend()  # so that it starts no other one meanwhile
-            family = main.children(recursive=True)
-            main.kill()
+            try:
+                with contextlib.suppress(psutil.TimeoutExpired):
+                    main.wait(moment)
+                assert main.returncode is None, main.stderr.read()
+                main.suspend()  # so that it starts no other one meanwhile
+                family = main.children(recursive=True)
+            finally:
+                main.kill()
             left = left_after(family, orphaned)
             for process in left:
                 process.kill()
@@ -492,7 +494,7 @@ def test_a_killed_main_process_leaves_nothing(folder: Path) -> None:
         for process in left:
             process.kill()
         assert not left
-        service.code = service.process.wait()
+        service.code = service.process.wait(ENDED)
 
 
 def test_an_application_that_breaks_while_serving(folder: Path) -> None:
