@@ -1,16 +1,23 @@
 """Starts healthchecker.py as a process of its own, as a service or for one command, and collects what it prints.
 
-`Team` starts worker processes alone: what the main process does with them, the test does itself."""
+`Program` is the service as a service manager starts it: for tests of what a start imports, inherits and reads.
+`Service` has the modules already, so that it costs a seventh of the processor time: for tests of what a running service
+does. `Team` starts worker processes alone: what the main process does with them, the test does itself."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import http.client
 import importlib
+import itertools
+import logging
 import multiprocessing
+import multiprocessing.util
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -30,6 +37,7 @@ from healthchecker import HealthAggregator, Supervisor, Vault, listen, load_inve
 PROGRAM = Path(__file__).resolve().parent.parent / "healthchecker.py"
 SERVING = re.compile(r"serving on http://(\S+):(\d+), console (?:off|on http://(\S+):(\d+)/-/)")
 OWN_CONSOLE = getattr(subprocess, "CREATE_NO_WINDOW", 0)  # so that Ctrl-C reaches the service and its workers only
+_spawn = multiprocessing.util.spawnv_passfds
 CTRL_C = """
 import ctypes, sys
 kernel = ctypes.WinDLL("kernel32", use_last_error=True)
@@ -158,10 +166,84 @@ def ask_to_end(process: subprocess.Popen[str]) -> None:
         process.terminate()
 
 
-class Service:
+def _run_worker(path: bytes, arguments: list[Any], kept: list[int]) -> int:
+    """In place of `multiprocessing.util.spawnv_passfds`: the same, but with the modules of the process that calls."""
+    spawn = importlib.import_module("multiprocessing.spawn")
+    given = re.search(r"tracker_fd=(\d+), pipe_handle=(\d+)", " ".join(map(str, arguments)))
+    if not given:
+        return _spawn(path, arguments, kept)
+    if pid := os.fork():
+        return pid
+    code, _kept = 1, logging.root.handlers  # one that ended here would close what has its number by then
+    try:
+        logging.root.handlers = []
+        bounds = [2, *sorted(kept), os.sysconf("SC_OPEN_MAX")]
+        for low, high in itertools.pairwise(bounds):
+            os.closerange(low + 1, high)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, signal.SIG_DFL)
+        sys.argv[1:] = ["--multiprocessing-fork"]
+        spawn.spawn_main(tracker_fd=int(given[1]), pipe_handle=int(given[2]))
+    except SystemExit as end:
+        code = int(end.code or 0)
+    except BaseException:  # noqa: BLE001  # as an interpreter's outermost level
+        sys.excepthook(*sys.exc_info())
+    finally:
+        os._exit(code)
+
+
+def _serve(arguments: list[str], folder: str, environ: dict[str, str], output: Any) -> None:
+    """The life of a `QuickProcess`."""
+    gc.freeze()  # what is shared stays as it is
+    os.setsid()
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ.update(environ)
+    for number in (1, 2):
+        os.dup2(output.fileno(), number)
+    output.close()
+    lines: dict[str, Any] = {"mode": "w", "buffering": 1, "encoding": "utf-8", "closefd": False}
+    sys.stdout, sys.stderr = open(1, **lines), open(2, **lines)  # noqa: SIM115
+    sys.argv[:] = [str(PROGRAM), *arguments]
+    multiprocessing.util.spawnv_passfds = _run_worker
+    sys.exit(healthchecker.main(arguments))
+
+
+class QuickProcess:
+    """A process of `fresh_processes` that serves, with what `Service` uses of Popen."""
+
+    def __init__(self, inventory: Path, environ: dict[str, str]) -> None:
+        reader, writer = fresh_processes().Pipe(duplex=False)
+        with reader, writer:
+            given = (["--inventory", str(inventory)], os.getcwd(), environ, writer)
+            self._process = fresh_processes().Process(target=_serve, args=given)
+            self._process.start()
+            self.stdout = os.fdopen(os.dup(reader.fileno()), encoding="utf-8", errors="replace")
+        self.pid = self._process.pid
+        self.kill, self.terminate = self._process.kill, self._process.terminate
+
+    @property
+    def returncode(self) -> int | None:
+        return self.poll()
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def wait(self, timeout: float | None = None) -> int:
+        self._process.join(timeout)
+        if (code := self.poll()) is None:
+            raise subprocess.TimeoutExpired("healthchecker", timeout or 0)
+        return code
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+
+class Program:
     """`healthchecker.py --inventory FILE` as a process; the inventory listens on port 0.
 
-    with Service(inventory) as service:
+    with Program(inventory) as service:
         assert service.get("/-/livez").status == 200
 
     At the end of the block it is stopped and its exit code is compared with `code`; however the block ends,
@@ -179,8 +261,8 @@ class Service:
         self.host, self.port = "127.0.0.1", 0
         self.console = ("127.0.0.1", 0)
 
-    def __enter__(self) -> Self:
-        self.process = subprocess.Popen(
+    def _start(self) -> Any:
+        return subprocess.Popen(
             command(self.inventory),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -191,6 +273,9 @@ class Service:
             creationflags=OWN_CONSOLE,
             start_new_session=True,  # a group of its own: Ctrl-C at the tests is not Ctrl-C at the service
         )
+
+    def __enter__(self) -> Self:
+        self.process = self._start()
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
         try:
@@ -289,6 +374,18 @@ class Service:
         self._reader.join(5)
         if self.process.stdout and self._ended:  # a process that was left behind would make this wait
             self.process.stdout.close()
+
+
+class Service(Program):
+    """The same of modules that are there already (POSIX), with a key pair that was made before. Its processes have no
+    other difference but that they share the memory of what was imported."""
+
+    def _start(self) -> Any:
+        if sys.platform == "win32":
+            return super()._start()
+        if not any((self.inventory.parent / name).exists() for name in ("keys", "healthchecker.db")):
+            prepared_keys(self.inventory.parent)
+        return QuickProcess(self.inventory, self._environment)
 
 
 class Team:

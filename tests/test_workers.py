@@ -29,7 +29,7 @@ import psutil
 import pytest
 from conftest import open_descriptors, wait_for
 from load import Clients, parse
-from service import OWN_CONSOLE, Service, Team, ask_to_end, command, environment, run, write_inventory
+from service import OWN_CONSOLE, Program, Service, Team, ask_to_end, command, environment, run, write_inventory
 
 import healthchecker
 from healthchecker import (
@@ -130,10 +130,10 @@ def address(service: Service) -> tuple[str, int]:
 
 def workers(main: int) -> dict[int, psutil.Process]:
     """The worker processes of a main process, by process id."""
-    found = {}
-    for process in psutil.Process(main).children():
+    found, parent = {}, psutil.Process(main)
+    for process in parent.children():
         with contextlib.suppress(psutil.Error):  # it ended meanwhile
-            if "--multiprocessing-fork" in process.cmdline():
+            if "--multiprocessing-fork" in process.cmdline() or process.cmdline() == parent.cmdline():
                 found[process.pid] = process
     return found
 
@@ -204,7 +204,7 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     """Two workers that nobody kills."""
     folder = tmp_path_factory.mktemp("pair")
     (folder / "shop.py").write_text(APP, encoding="utf-8")
-    with Service(inventory(folder), deadline=60) as service:
+    with Program(inventory(folder), deadline=60) as service:
         service.wait_status("/", 200)
         yield service
 
@@ -348,7 +348,7 @@ def test_the_gate_of_each_worker_follows_the_lease(folder: Path) -> None:
 # === One that dies ===========================================================
 def test_a_killed_worker_is_back(folder: Path) -> None:
     """Clients of the other see nothing of it; killed again at once, it is started with pauses."""
-    with Service(inventory(folder), deadline=60) as service:
+    with Program(inventory(folder), deadline=60) as service:
         service.wait_status("/", 200)
         with Clients(address(service), 16, pause=0.01) as clients:
             clients.holders_of(16)
@@ -476,7 +476,7 @@ def test_kills_of_the_main_process_leave_nothing(folder: Path) -> None:
 
 def test_a_killed_main_process_leaves_nothing(folder: Path) -> None:
     """Whatever its workers are at: one hangs in a request on its loop, the other while it starts."""
-    with Service(inventory(folder, threads=0), deadline=60) as service, socket.socket() as hanging:
+    with Program(inventory(folder, threads=0), deadline=60) as service, socket.socket() as hanging:
         service.wait_status("/", 200)
         main = psutil.Process(service.pid)
         hanging.connect(address(service))
@@ -764,7 +764,7 @@ def test_the_end_of_workers_that_hang(folder: Path) -> None:
 
 def test_what_an_application_leaves_does_not_keep_the_service(folder: Path) -> None:
     """A thread, a process, and a fork that has every descriptor of its worker."""
-    with Service(inventory(folder), deadline=60) as service:
+    with Program(inventory(folder), deadline=60) as service:
         service.wait_status("/", 200)
         with contextlib.ExitStack() as stack:
             left: dict[str, list[int]] = {}
