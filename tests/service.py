@@ -23,7 +23,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -172,12 +173,16 @@ def _run_worker(path: bytes, arguments: list[Any], kept: list[int]) -> int:
     given = re.search(r"tracker_fd=(\d+), pipe_handle=(\d+)", " ".join(map(str, arguments)))
     if not given:
         return _spawn(path, arguments, kept)
-    if pid := os.fork():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of threads, which hold no lock that a worker needs
+        pid = os.fork()
+    if pid:
         return pid
+    gc.freeze()  # what is shared stays as it is
     code, _kept = 1, logging.root.handlers  # one that ended here would close what has its number by then
     try:
         logging.root.handlers = []
-        bounds = [2, *sorted(kept), os.sysconf("SC_OPEN_MAX")]
+        bounds = [2, *sorted(kept), 1 << 20]
         for low, high in itertools.pairwise(bounds):
             os.closerange(low + 1, high)
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -193,6 +198,17 @@ def _run_worker(path: bytes, arguments: list[Any], kept: list[int]) -> int:
         os._exit(code)
 
 
+@contextlib.contextmanager
+def quick_workers() -> Iterator[None]:
+    """Worker processes that are started meanwhile have the modules already (POSIX)."""
+    if sys.platform != "win32":
+        multiprocessing.util.spawnv_passfds = _run_worker
+    try:
+        yield
+    finally:
+        multiprocessing.util.spawnv_passfds = _spawn
+
+
 def _serve(arguments: list[str], folder: str, environ: dict[str, str], output: Any) -> None:
     """The life of a `QuickProcess`."""
     gc.freeze()  # what is shared stays as it is
@@ -206,8 +222,8 @@ def _serve(arguments: list[str], folder: str, environ: dict[str, str], output: A
     lines: dict[str, Any] = {"mode": "w", "buffering": 1, "encoding": "utf-8", "closefd": False}
     sys.stdout, sys.stderr = open(1, **lines), open(2, **lines)  # noqa: SIM115
     sys.argv[:] = [str(PROGRAM), *arguments]
-    multiprocessing.util.spawnv_passfds = _run_worker
-    sys.exit(healthchecker.main(arguments))
+    with quick_workers():
+        sys.exit(healthchecker.main(arguments))
 
 
 class QuickProcess:
@@ -395,8 +411,10 @@ class Team:
         team.aggregator.SetResource("db1", False)
     """
 
-    def __init__(self, folder: Path, workers: int, service: str = "", resources: str = "") -> None:
-        inventory = load_inventory(write_inventory(folder, resources, f"  workers: {workers}\n{service}"))
+    def __init__(self, folder: Path, workers: int, service: str = "", *, quick: bool = True) -> None:
+        """Not `quick`: they share no memory with this process."""
+        self._quick = quick
+        inventory = load_inventory(write_inventory(folder, "", f"  workers: {workers}\n{service}"))
         socks = listen("service.listen", inventory.service.listen)
         self.address = ("127.0.0.1", int(socks[0].getsockname()[1]))
         self.aggregator = HealthAggregator()
@@ -406,7 +424,8 @@ class Team:
     def __enter__(self) -> Self:
         """With an open gate. Raises UsageError where the application cannot be loaded."""
         try:
-            self.supervisor.start()
+            with quick_workers() if self._quick else contextlib.nullcontext():
+                self.supervisor.start()
         except BaseException:
             self.supervisor.close()
             raise

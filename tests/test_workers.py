@@ -29,7 +29,18 @@ import psutil
 import pytest
 from conftest import open_descriptors, wait_for
 from load import Clients, parse
-from service import OWN_CONSOLE, Program, Service, Team, ask_to_end, command, environment, run, write_inventory
+from service import (
+    OWN_CONSOLE,
+    Program,
+    Service,
+    Team,
+    ask_to_end,
+    command,
+    environment,
+    quick_workers,
+    run,
+    write_inventory,
+)
 
 import healthchecker
 from healthchecker import (
@@ -388,7 +399,8 @@ def pauses_after_kills(main: int, before: Container[int], times: int) -> list[fl
 def started(folder: Path, count: int) -> Iterator[Supervisor]:
     """Worker processes that are ready; time goes on for them as the test says, by `look`."""
     settings = load_inventory(write_inventory(folder, "", f"{SHOP}\n  workers: {count}")).service
-    with contextlib.closing(Supervisor(settings, folder, listen("listen", settings.listen), Lease())) as supervisor:
+    supervisor = Supervisor(settings, folder, listen("listen", settings.listen), Lease())
+    with contextlib.closing(supervisor), quick_workers():
         supervisor.start()
         yield supervisor
 
@@ -661,7 +673,7 @@ def test_a_start_that_lacks_descriptors(folder: Path) -> None:
         team = Team(folder, 2, SHOP)
         try:
             resource.setrlimit(resource.RLIMIT_NOFILE, (before + spare, limits[1]))
-            with pytest.raises(OSError):
+            with pytest.raises(OSError), quick_workers():
                 team.supervisor.start()
         finally:
             resource.setrlimit(resource.RLIMIT_NOFILE, limits)
