@@ -6,6 +6,7 @@ import base64
 import contextlib
 import os
 import re
+import select
 import signal
 import socket
 import sqlite3
@@ -19,7 +20,7 @@ from pathlib import Path
 import pytest
 import yaml
 from console import prepared_vault
-from service import PROGRAM, Service, command, environment, prepared_keys, run_cheaply, write_inventory
+from service import PROGRAM, Program, Service, command, environment, prepared_keys, run_cheaply, write_inventory
 
 import healthchecker
 from healthchecker import Vault, binding, load_inventory, main
@@ -54,13 +55,9 @@ def stored(path: Path) -> None:
 
 # --- usage ---------------------------------------------------------------------------------------------------
 def test_help_of_the_program() -> None:
+    program = [sys.executable, str(PROGRAM), "--help"]
     done = subprocess.run(
-        [sys.executable, str(PROGRAM), "--help"],
-        capture_output=True,
-        encoding="utf-8",
-        env=environment(),
-        check=True,
-        timeout=120,
+        program, capture_output=True, encoding="utf-8", env=environment(), check=True, timeout=60
     )
     for word in ("check", "seal", "trust", "keys", "--inventory"):
         assert word in done.stdout
@@ -100,7 +97,7 @@ def test_command_without_inventory(arguments: list[str], tmp_path: Path, capsys:
 def test_first_start_copies_the_example(tmp_path: Path) -> None:
     example = tmp_path / "inventory.example.yaml"
     example.write_text(f"# an example\nservice:\n  listen: 127.0.0.1:0\nresources:\n{CALM}", encoding="utf-8")
-    with Service(tmp_path / "inventory.yaml") as service:
+    with Program(tmp_path / "inventory.yaml") as service:
         service.wait_status("/-/readyz", 200)
         service.wait_line("copied from inventory.example.yaml")
     assert (tmp_path / "inventory.yaml").read_bytes() == example.read_bytes()
@@ -240,12 +237,14 @@ def test_progress_bar_on_a_terminal(tmp_path: Path) -> None:
             env=environment(),
             timeout=120,
         )
-        os.set_blocking(terminal, False)
-        shown = os.read(terminal, 4096).decode()
+        shown = ""
+        while not shown.rstrip().endswith("] 2/2"):
+            assert select.select([terminal], [], [], 60)[0], f"no end of {shown!r}"
+            shown += os.read(terminal, 4096).decode()
     finally:
         os.close(side)
         os.close(terminal)
-    assert shown.startswith("\r[") and shown.rstrip().endswith("] 2/2")
+    assert shown.startswith("\r[")
 
 
 # --- seal ----------------------------------------------------------------------------------------------------
@@ -466,7 +465,7 @@ def test_app_behind_the_gate(tmp_path: Path) -> None:
     """It comes from the inventory's folder, may ask for the health, and imports the running program."""
     (tmp_path / "mysite.py").write_text(APP, encoding="utf-8")
     prepared_keys(tmp_path)
-    with Service(write_inventory(tmp_path, CALM, service="  app: mysite:app")) as service:
+    with Program(write_inventory(tmp_path, CALM, service="  app: mysite:app")) as service:
         service.wait_status("/-/readyz", 200)
         assert service.get("/a/b").body == '[true, true, "/a/b"]'
 

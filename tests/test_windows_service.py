@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 from conftest import wait_for
-from service import Service, prepared_keys, run, run_cheaply, write_inventory
+from service import Program, Service, prepared_keys, run, run_cheaply, write_inventory
 
 import healthchecker
 
@@ -81,7 +81,7 @@ def test_texts_are_utf8_whatever_the_code_page(tmp_path: Path) -> None:
     path = write_inventory(tmp_path, STEADY.replace("steady", name), "  log_file: service.log")
     done = run(path, "check", "--probe", env=narrow)
     assert (done.returncode, f"added: {name}" in done.stdout, f"\n{name}  healthy" in done.stdout) == (0, True, True)
-    with Service(path, env=narrow, deadline=60) as service:
+    with Program(path, env=narrow, deadline=60) as service:
         line = service.wait_line(f"{name}: unknown -> healthy")
         wait_for(lambda: stored_states(tmp_path) == ["healthy"])
     assert line in (tmp_path / "service.log").read_text(encoding="utf-8")
@@ -130,7 +130,7 @@ def test_whoever_comes_after_one_that_was_killed_or_ended_serves_at_once(tmp_pat
     """Nothing is in the way: neither its lock on the database nor workers that hold its address."""
     prepared_keys(tmp_path)
     path = write_inventory(tmp_path, STEADY)
-    with Service(path) as service:
+    with Program(path) as service:
         service.wait_status("/", 200)
         wait_for(lambda: stored_states(tmp_path) == ["healthy"])
         service.kill()

@@ -397,7 +397,7 @@ def poll_once(shell: PowerShell) -> None:
 def test_leaving_ends_idle_connections_and_waiting_scripts() -> None:
     with nothing_left_behind():
         with WSManServer("http", "ntlm", answer=Answer(delay=float("inf"))) as server:
-            idle = socket.create_connection(("127.0.0.1", server.port))
+            idle = socket.create_connection(("127.0.0.1", server.port), 30)
             wsman = WSMan("127.0.0.1", **settings_for(server))
             pool = RunspacePool(wsman)
             pool.open()
