@@ -8365,7 +8365,7 @@ def print_table(rows: Sequence[Sequence[str]]) -> None:
 
 def show_progress(count: int, total: int) -> None:
     """A bar on a terminal."""
-    if sys.stderr.isatty():
+    if total and sys.stderr.isatty():
         bar, end = "#" * (count * 40 // total), "\n" if count == total else ""
         print(f"\r[{bar:.<40}] {count}/{total}", end=end, file=sys.stderr, flush=True)
 
@@ -8392,10 +8392,10 @@ def probe(targets: Sequence[Target], access: ConnectionContext) -> int:
     threads = [threading.Thread(target=run, args=(target,), daemon=True) for target in targets]
     for thread in threads:
         thread.start()
-    for thread in threads:
-        while thread.is_alive():
-            thread.join(PROGRESS_INTERVAL)
-            show_progress(len(rows), len(threads))
+    while running := [thread for thread in threads if thread.is_alive()]:
+        show_progress(len(threads) - len(running), len(threads))
+        running[0].join(PROGRESS_INTERVAL)
+    show_progress(len(threads), len(threads))
     heading = ["NAME", "STATE", "SECONDS", "CPU %", "MEMORY %", "DISK %", "WHY"]
     print_table([heading, *(rows[target.name] for target in targets)])
     return int(bool(bad))

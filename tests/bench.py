@@ -35,7 +35,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import bench_history
-from service import Service, write_inventory  # it imports healthchecker
+from service import Program, write_inventory  # it imports healthchecker
 from sshd import SSHD, Sshd
 
 import healthchecker as hc
@@ -181,16 +181,16 @@ def gate_rows(_: Plan) -> Iterator[Row]:
 
 
 @contextlib.contextmanager
-def gated(resources: str, status: int, settings: str = SETTINGS) -> Iterator[Service]:
+def gated(resources: str, status: int, settings: str = SETTINGS) -> Iterator[Program]:
     """The service in front of the one-line application, once it answers with `status`."""
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "oneline.py").write_text(APP, encoding="utf-8")
-        with Service(write_inventory(Path(folder), resources, settings), deadline=90) as service:
+        with Program(write_inventory(Path(folder), resources, settings), deadline=90) as service:
             service.wait_status("/", status)
             yield service
 
 
-def url(service: Service) -> str:
+def url(service: Program) -> str:
     return f"http://{service.host}:{service.port}/"
 
 
@@ -203,7 +203,7 @@ def start_rows(plan: Plan) -> Iterator[Row]:
         starts, stops = [], []
         for _ in range(plan.rounds + 1):
             begin = time.monotonic()
-            with Service(path, deadline=90) as service:
+            with Program(path, deadline=90) as service:
                 service.wait_status("/", 200)
                 starts.append(time.monotonic() - begin)
                 begin = time.monotonic()
@@ -254,7 +254,7 @@ def slowest_percent(address: str, seconds: int, clients: int = 4, rate: float = 
     return sorted(float(answer["response-time"]) for answer in answers)[len(answers) * 99 // 100] * 1e3
 
 
-def slowed_row(figure: str, busy: Service, idle: Service, plan: Plan) -> Row:
+def slowed_row(figure: str, busy: Program, idle: Program, plan: Plan) -> Row:
     """A row that wants the slowest requests of `busy` to take twice as long as those of `idle` at most."""
     if not HEY:
         return Row(figure, "skipped: hey is not installed")

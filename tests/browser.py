@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
+import signal
+import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import pytest
+from console import Client, Local
 from service import Service
+
+from healthchecker import COOKIE
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, BrowserContext, ConsoleMessage, Page
@@ -16,7 +23,20 @@ if TYPE_CHECKING:
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 FIRST_USER, DOCUMENTED, PASSWORD = "SpiceWorks", "HealthChecker", "a long enough password"
 PATIENCE = 45_000  # milliseconds: the machine may be busy
+LIFETIME = 900.0  # seconds of a browser: some calls of playwright wait without a deadline for one that hangs
 Scheme = Literal["dark", "light"]
+
+
+def children() -> set[int]:
+    """Processes that this one has started."""
+    files = Path("/proc/self/task").glob("*/children")
+    return {int(number) for file in files for number in file.read_text(encoding="ascii").split()}
+
+
+def end(processes: set[int]) -> None:
+    for number in processes:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(number, signal.SIGKILL)
 
 
 @contextlib.contextmanager
@@ -25,11 +45,18 @@ def chromium() -> Iterator[Browser]:
     playwright = pytest.importorskip("playwright.sync_api", reason="the pages need the package playwright")
     if CHROMIUM is None:
         pytest.skip("the pages need chromium")
+    before = children()
     with playwright.sync_playwright() as running:
-        # Without a sandbox: a container's root has none, and every page is our own.
-        browser = running.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
+        deadline = threading.Timer(LIFETIME, end, [children() - before])
+        deadline.daemon = True
+        deadline.start()
+        try:
+            # Without a sandbox: a container's root has none, and every page is our own.
+            browser = running.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+            yield browser
+            browser.close()
+        finally:
+            deadline.cancel()
 
 
 class Faults(list[str]):
@@ -45,13 +72,19 @@ class Faults(list[str]):
             self.append(message.text)
 
 
-def visit(browser: Browser, service: Service, **options: Any) -> tuple[BrowserContext, Page, Faults]:
+def visit(browser: Browser, service: Service | Local, **options: Any) -> tuple[BrowserContext, Page, Faults]:
     """A fresh visitor's page; the context's base URL is the console."""
     context = browser.new_context(base_url="http://{}:{}".format(*service.console), **options)
     context.set_default_timeout(PATIENCE)
     page, faults = context.new_page(), Faults()
     faults.watch(page)
     return context, page, faults
+
+
+def enter(page: Page, service: Service | Local, name: str = FIRST_USER) -> None:
+    """A login without its form."""
+    client = Client(*service.console).open_session(name, PASSWORD)
+    page.context.add_cookies([{"name": COOKIE, "value": client.cookie, "url": f"{client.origin}/-/"}])
 
 
 def log_in(page: Page, name: str = FIRST_USER, password: str = PASSWORD) -> None:

@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import functools
 import http.client
 import json
+import os
 import random
-from collections.abc import Iterator, Mapping
+import socket
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote, urlencode
 
 import flask
+import pytest
 from service import Service, prepared_keys, write_inventory
 
+import healthchecker
 from healthchecker import (
     COOKIE,
     FIRST_USER,
     ConnectionContext,
     ConsoleContext,
+    ConsoleServer,
     Counters,
     HealthAggregator,
     KnownHosts,
@@ -31,19 +39,26 @@ from healthchecker import (
     Resolver,
     Retention,
     ServingMetrics,
+    Setting,
     Store,
     User,
     Vault,
     build_console,
+    db,
     find_user,
+    hash_password,
     import_inventory,
     load_inventory,
     open_session,
+    revise,
+    revision,
     sqlalchemy,
 )
 
 NAME, DOCUMENTED = FIRST_USER
 PASSWORD = "correct horse battery"
+TABLES = db.metadata.sorted_tables
+FEW = 1000  # rounds of PBKDF2: what the real number costs is not what most tests show
 JSON, PROBLEM, FORM = "application/json", "application/problem+json", "application/x-www-form-urlencoded"
 
 
@@ -128,15 +143,38 @@ def resource_path(name: str) -> str:
     return f"resources/{quote(name, safe='')}"
 
 
+def make_user(name: str = NAME, password: str = PASSWORD, role: str = "admin") -> User:
+    """As User.create makes it, but hashed with few rounds: each login of it is cheap.
+
+    `initial` where the password is the documented one."""
+    salt = os.urandom(16)
+    hashed = hash_password(password, salt, FEW)
+    return User(username=name, salt=salt, rounds=FEW, password=hashed, role=role, initial=password == DOCUMENTED)
+
+
+@contextlib.contextmanager
+def few_rounds() -> Iterator[None]:
+    """In this process every new password is hashed with few rounds, and the one of a user that does not exist, too."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(healthchecker, "PBKDF2_ROUNDS", FEW)
+        patch.setattr(healthchecker.hash_password, "__defaults__", (FEW,))
+        patch.setattr(healthchecker.NOBODY, "rounds", FEW)
+        yield
+
+
+def prepared_database(folder: Path, *users: User) -> None:
+    """Puts keys and a database with these users, or with NAME whose password is PASSWORD, into `folder`."""
+    prepared_keys(folder)
+    with contextlib.closing(Store(folder / "healthchecker.db")) as store, store.writing() as session:
+        session.add_all(users or [make_user()])
+
+
 @contextlib.contextmanager
 def console(folder: Path, resources: str = "", service: str = "") -> Iterator[tuple[Service, Client]]:
     """A service whose first user has the password PASSWORD, and a client with its token."""
-    prepared_keys(folder)
+    prepared_database(folder)
     with Service(write_inventory(folder, resources, service), deadline=60) as running:
-        client = Client(*running.console).log_in(NAME, DOCUMENTED)
-        assert client.api("POST", "password", {"current": DOCUMENTED, "new": PASSWORD}).status == 204
-        client.token = ""
-        yield running, client.log_in()
+        yield running, Client(*running.console).log_in()
 
 
 class Clock:
@@ -152,11 +190,40 @@ class Clock:
 class Local:
     """The console in this process, its main process's side included; asked through WSGI, from any address."""
 
+    console = ("", 0)  # where it is served
+
     def __init__(self, context: ConsoleContext, clock: Clock) -> None:
         self.context, self.store, self.clock = context, context.store, clock
         metrics = Metrics(ServingMetrics(context.lease, Counters(1)), context.store, None)
         self.app: flask.Flask = build_console(context, metrics)
         self.token = self.cookie = ""
+
+    def keep(self) -> Local:
+        """From now on `restore` leads back to here."""
+        with self.store.reading() as session:
+            self._kept = {table: session.execute(table.select()).mappings().all() for table in TABLES}
+            self._revision = revision(session)
+        return self
+
+    def restore(self) -> Local:
+        """As it was when it was kept, whatever a test has done since; nobody is logged in."""
+        self.token = self.cookie = ""
+        self.context.throttle = LoginThrottle(Clock())
+        self.clock.now = Clock().now
+        with self.store.writing() as session:
+            before = revision(session)
+            for table in reversed(TABLES):
+                session.execute(table.delete())
+            for table in TABLES:
+                if self._kept[table]:
+                    session.execute(table.insert(), [dict(row) for row in self._kept[table]])
+            session.flush()
+            if before != self._revision:
+                session.merge(Setting(name="revision", value=before))
+                revise(session)
+                self._revision = before + 1
+        self.context.monitor.catch_up()
+        return self
 
     def ask(
         self,
@@ -207,25 +274,43 @@ class Local:
         return self
 
 
+@functools.cache
+def _loaded_vault() -> Vault:
+    """Of the prepared keys: to load them takes longer than most tests."""
+    with tempfile.TemporaryDirectory() as folder:
+        return Vault(prepared_keys(Path(folder)))
+
+
+def prepared_vault(folder: Path) -> Vault:
+    """A vault with the prepared keys, which are put into `folder`/keys."""
+    vault = copy.copy(_loaded_vault())
+    vault.folder = prepared_keys(folder)
+    return vault
+
+
 @contextlib.contextmanager
 def local_console(
-    folder: Path, resources: str = "", service: str = "", password: str = PASSWORD
+    folder: Path,
+    resources: str = "",
+    service: str = "",
+    password: str = PASSWORD,
+    clock: Callable[[], float] | None = None,
 ) -> Iterator[Local]:
     """A console with everything that is behind it, pollers too; only the gate is not served.
 
-    Where there is no user yet, the first one has `password`, which was changed if it is not the documented one."""
-    prepared_keys(folder)
+    Where there is no user yet, the first one has `password`, which was changed if it is not the documented one.
+    Time goes by as `clock` says, and otherwise as the test says."""
     inventory = load_inventory(write_inventory(folder, resources, service))
-    store, vault = Store(folder / "healthchecker.db"), Vault(folder / "keys")
+    store, vault = Store(folder / "healthchecker.db"), prepared_vault(folder)
     with store.writing() as session:
         if session.scalar(sqlalchemy.select(User).limit(1)) is None:
-            session.add(User.create(NAME, password, initial=password == DOCUMENTED))
+            session.add(make_user(NAME, password))
         import_inventory(session, inventory, vault)
     aggregator = HealthAggregator()
     access = ConnectionContext(KnownHosts(folder / "known_hosts"), Resolver())
     watch = PollContext(aggregator, Recorder(store, aggregator, Retention()), access, random.Random(1))
     monitor = Monitor(store, vault, watch)
-    clock = Clock()
+    clock = clock or Clock()
     context = ConsoleContext(store, inventory, aggregator.lease, vault, monitor, access, clock)
     context.throttle = LoginThrottle(Clock())
     monitor.begin()
@@ -234,3 +319,16 @@ def local_console(
     finally:
         monitor.close()
         store.close()
+
+
+@contextlib.contextmanager
+def served(local: Local) -> Iterator[Local]:
+    """`local` on a socket, as in the service."""
+    sock = socket.create_server(("127.0.0.1", 0))
+    server = ConsoleServer(local.app, [sock])
+    server.start()
+    local.console = sock.getsockname()
+    try:
+        yield local
+    finally:
+        server.close()

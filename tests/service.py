@@ -1,22 +1,30 @@
 """Starts healthchecker.py as a process of its own, as a service or for one command, and collects what it prints.
 
-`Team` starts worker processes alone: what the main process does with them, the test does itself."""
+`Program` is the service as a service manager starts it: for tests of what a start imports, inherits and reads.
+`Service` has the modules already, so that it costs a seventh of the processor time: for tests of what a running service
+does. `Team` starts worker processes alone: what the main process does with them, the test does itself."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import http.client
 import importlib
+import itertools
+import logging
 import multiprocessing
+import multiprocessing.util
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -30,6 +38,7 @@ from healthchecker import HealthAggregator, Supervisor, Vault, listen, load_inve
 PROGRAM = Path(__file__).resolve().parent.parent / "healthchecker.py"
 SERVING = re.compile(r"serving on http://(\S+):(\d+), console (?:off|on http://(\S+):(\d+)/-/)")
 OWN_CONSOLE = getattr(subprocess, "CREATE_NO_WINDOW", 0)  # so that Ctrl-C reaches the service and its workers only
+_spawn = multiprocessing.util.spawnv_passfds
 CTRL_C = """
 import ctypes, sys
 kernel = ctypes.WinDLL("kernel32", use_last_error=True)
@@ -152,15 +161,105 @@ def prepared_keys(folder: Path) -> Path:
 def ask_to_end(process: subprocess.Popen[str]) -> None:
     """SIGTERM; on Windows, where that kills, a Ctrl-C sent by a process that joins its console for it."""
     if sys.platform == "win32":
-        subprocess.run([sys.executable, "-c", CTRL_C, str(process.pid)], stdin=subprocess.DEVNULL, check=True)
+        sender = [sys.executable, "-c", CTRL_C, str(process.pid)]
+        subprocess.run(sender, stdin=subprocess.DEVNULL, check=True, timeout=60)
     else:
         process.terminate()
 
 
-class Service:
+def _run_worker(path: bytes, arguments: list[Any], kept: list[int]) -> int:
+    """In place of `multiprocessing.util.spawnv_passfds`: the same, but with the modules of the process that calls."""
+    spawn = importlib.import_module("multiprocessing.spawn")
+    given = re.search(r"tracker_fd=(\d+), pipe_handle=(\d+)", " ".join(map(str, arguments)))
+    if not given:
+        return _spawn(path, arguments, kept)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of threads, which hold no lock that a worker needs
+        pid = os.fork()
+    if pid:
+        return pid
+    gc.freeze()  # what is shared stays as it is
+    code, _kept = 1, logging.root.handlers  # one that ended here would close what has its number by then
+    try:
+        logging.root.handlers = []
+        bounds = [2, *sorted(kept), 1 << 20]
+        for low, high in itertools.pairwise(bounds):
+            os.closerange(low + 1, high)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, signal.SIG_DFL)
+        sys.argv[1:] = ["--multiprocessing-fork"]
+        spawn.spawn_main(tracker_fd=int(given[1]), pipe_handle=int(given[2]))
+    except SystemExit as end:
+        code = int(end.code or 0)
+    except BaseException:  # noqa: BLE001  # as an interpreter's outermost level
+        sys.excepthook(*sys.exc_info())
+    finally:
+        os._exit(code)
+
+
+@contextlib.contextmanager
+def quick_workers() -> Iterator[None]:
+    """Worker processes that are started meanwhile have the modules already (POSIX)."""
+    if sys.platform != "win32":
+        multiprocessing.util.spawnv_passfds = _run_worker
+    try:
+        yield
+    finally:
+        multiprocessing.util.spawnv_passfds = _spawn
+
+
+def _serve(arguments: list[str], folder: str, environ: dict[str, str], output: Any) -> None:
+    """The life of a `QuickProcess`."""
+    gc.freeze()  # what is shared stays as it is
+    os.setsid()
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ.update(environ)
+    for number in (1, 2):
+        os.dup2(output.fileno(), number)
+    output.close()
+    lines: dict[str, Any] = {"mode": "w", "buffering": 1, "encoding": "utf-8", "closefd": False}
+    sys.stdout, sys.stderr = open(1, **lines), open(2, **lines)  # noqa: SIM115
+    sys.argv[:] = [str(PROGRAM), *arguments]
+    with quick_workers():
+        sys.exit(healthchecker.main(arguments))
+
+
+class QuickProcess:
+    """A process of `fresh_processes` that serves, with what `Service` uses of Popen."""
+
+    def __init__(self, inventory: Path, environ: dict[str, str]) -> None:
+        reader, writer = fresh_processes().Pipe(duplex=False)
+        with reader, writer:
+            given = (["--inventory", str(inventory)], os.getcwd(), environ, writer)
+            self._process = fresh_processes().Process(target=_serve, args=given)
+            self._process.start()
+            self.stdout = os.fdopen(os.dup(reader.fileno()), encoding="utf-8", errors="replace")
+        self.pid = self._process.pid
+        self.kill, self.terminate = self._process.kill, self._process.terminate
+
+    @property
+    def returncode(self) -> int | None:
+        return self.poll()
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def wait(self, timeout: float | None = None) -> int:
+        self._process.join(timeout)
+        if (code := self.poll()) is None:
+            raise subprocess.TimeoutExpired("healthchecker", timeout or 0)
+        return code
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+
+class Program:
     """`healthchecker.py --inventory FILE` as a process; the inventory listens on port 0.
 
-    with Service(inventory) as service:
+    with Program(inventory) as service:
         assert service.get("/-/livez").status == 200
 
     At the end of the block it is stopped and its exit code is compared with `code`; however the block ends,
@@ -178,8 +277,8 @@ class Service:
         self.host, self.port = "127.0.0.1", 0
         self.console = ("127.0.0.1", 0)
 
-    def __enter__(self) -> Self:
-        self.process = subprocess.Popen(
+    def _start(self) -> Any:
+        return subprocess.Popen(
             command(self.inventory),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -190,6 +289,9 @@ class Service:
             creationflags=OWN_CONSOLE,
             start_new_session=True,  # a group of its own: Ctrl-C at the tests is not Ctrl-C at the service
         )
+
+    def __enter__(self) -> Self:
+        self.process = self._start()
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
         try:
@@ -290,6 +392,18 @@ class Service:
             self.process.stdout.close()
 
 
+class Service(Program):
+    """The same of modules that are there already (POSIX), with a key pair that was made before. Its processes have no
+    other difference but that they share the memory of what was imported."""
+
+    def _start(self) -> Any:
+        if sys.platform == "win32":
+            return super()._start()
+        if not any((self.inventory.parent / name).exists() for name in ("keys", "healthchecker.db")):
+            prepared_keys(self.inventory.parent)
+        return QuickProcess(self.inventory, self._environment)
+
+
 class Team:
     """Worker processes on a free port; this process is their main process.
 
@@ -297,8 +411,10 @@ class Team:
         team.aggregator.SetResource("db1", False)
     """
 
-    def __init__(self, folder: Path, workers: int, service: str = "", resources: str = "") -> None:
-        inventory = load_inventory(write_inventory(folder, resources, f"  workers: {workers}\n{service}"))
+    def __init__(self, folder: Path, workers: int, service: str = "", *, quick: bool = True) -> None:
+        """Not `quick`: they share no memory with this process."""
+        self._quick = quick
+        inventory = load_inventory(write_inventory(folder, "", f"  workers: {workers}\n{service}"))
         socks = listen("service.listen", inventory.service.listen)
         self.address = ("127.0.0.1", int(socks[0].getsockname()[1]))
         self.aggregator = HealthAggregator()
@@ -308,7 +424,8 @@ class Team:
     def __enter__(self) -> Self:
         """With an open gate. Raises UsageError where the application cannot be loaded."""
         try:
-            self.supervisor.start()
+            with quick_workers() if self._quick else contextlib.nullcontext():
+                self.supervisor.start()
         except BaseException:
             self.supervisor.close()
             raise
@@ -318,5 +435,6 @@ class Team:
 
     def __exit__(self, *_: object) -> None:
         self.supervisor.stop()
-        self._thread.join()
+        self._thread.join(120)
         self.supervisor.close()
+        assert not self._thread.is_alive(), "the supervisor does not end"

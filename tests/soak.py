@@ -139,7 +139,7 @@ def soak(options: argparse.Namespace, folder: Path) -> int:
     (folder / "oneline.py").write_text(APP, encoding="utf-8")
     settings = f"  app: oneline:app\n  threads: {options.threads}\n  queue: {max(64, options.clients)}"
     path = folder / "answers"
-    with Team(folder, options.workers, settings) as team:
+    with Team(folder, options.workers, settings, quick=False) as team:
         processes = [psutil.Process(), *workers(psutil.Process().pid).values()]
         seen: dict[psutil.Process, list[Usage]] = {process: [] for process in processes}
         begin = time.monotonic()

@@ -148,7 +148,7 @@ class SshServer:
 def processes() -> dict[int, tuple[int, str]]:
     """The living processes of this machine: id -> (parent's id, state, where T is stopped)."""
     if not Path("/proc/self/stat").exists():
-        listing = subprocess.run(["ps", "-A", "-o", "pid=,ppid=,state="], capture_output=True, check=True)
+        listing = subprocess.run(["ps", "-A", "-o", "pid=,ppid=,state="], capture_output=True, check=True, timeout=60)
         rows = [line.split() for line in listing.stdout.decode("ascii").splitlines()]
     else:
         rows = []
@@ -182,13 +182,14 @@ def throwaway_account(home: Path) -> Iterator[tuple[str, str]]:
     name, password = f"hctest-{secrets.token_hex(4)}", secrets.token_urlsafe(12)
     useradd = ["useradd", "--system", "--no-create-home", "--home-dir", str(home), "--shell", "/bin/sh", name]
     environ = {**os.environ, "PATH": SYSTEM_PATH}
-    subprocess.run(useradd, env=environ, check=True, capture_output=True)
+    options: dict[str, Any] = {"env": environ, "check": True, "capture_output": True, "timeout": 60}
+    subprocess.run(useradd, **options)
     try:
         chpasswd, line = ["chpasswd", "-c", "SHA512"], f"{name}:{password}\n".encode()
-        subprocess.run(chpasswd, env=environ, check=True, capture_output=True, input=line)
+        subprocess.run(chpasswd, input=line, **options)
         yield name, password
     finally:
-        subprocess.run(["userdel", "--force", name], env=environ, check=True, capture_output=True)
+        subprocess.run(["userdel", "--force", name], **options)
 
 
 class Sshd(SshServer):
@@ -287,7 +288,7 @@ class Sshd(SshServer):
 
 def _version() -> tuple[int, ...]:
     """OpenSSH's version; sshd has no option for it that old ones know, but its usage tells."""
-    usage = subprocess.run([str(SSHD), "-?"], capture_output=True, check=False).stderr
+    usage = subprocess.run([str(SSHD), "-?"], capture_output=True, check=False, timeout=60).stderr
     found = re.search(rb"OpenSSH_(\d+)\.(\d+)", usage)
     return tuple(map(int, found.groups())) if found else (0,)
 
@@ -372,8 +373,8 @@ class Listener:
         """Cut every connection and close the port; returns when all threads have ended."""
         self.closing.set()
         self.thaw()
-        socket.create_connection((self.address, self.port)).close()  # wakes accept() on every system
-        self._thread.join()
+        socket.create_connection((self.address, self.port), 30).close()  # wakes accept() on every system
+        self._thread.join(30)
         self._listening.close()
         self.kill_sessions()
 
@@ -392,7 +393,7 @@ def run_shell(channel: paramiko.Channel, command: str) -> int | None:
         for thread in (stdin, out, err):
             thread.start()
         wait_for(
-            lambda: channel.closed or not (process.poll() is None or out.is_alive() or err.is_alive()), 3600
+            lambda: channel.closed or not (process.poll() is None or out.is_alive() or err.is_alive()), 300
         )
         if sys.platform != "win32":
             with contextlib.suppress(ProcessLookupError):

@@ -748,7 +748,7 @@ def test_what_a_thread_leaves_to_a_turn_that_is_about_to_wait() -> None:
             if not left.is_set():
                 thread = threading.Thread(target=serving.server.loop.touch, args=(channel,))
                 thread.start()
-                thread.join()
+                thread.join(30)
                 left.set()
 
         tally.turn = leaves

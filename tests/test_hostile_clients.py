@@ -745,11 +745,11 @@ def test_five_hundred_slow_headers(tmp_path: Path) -> None:
         while time.monotonic() - begin < 4:
             for sock in socks[::10]:
                 sock.sendall(b"o")
-            assert timed(service) < 1
+            assert timed(service) < 3
         for sock in socks:
             is_refused(reads(sock), 408, b"")
-        assert time.monotonic() - begin < 5 + 3
-        assert timed(service) < 1
+        assert time.monotonic() - begin < 5 + 20
+        assert timed(service) < 3
 
 
 def test_two_thousand_idle_sockets(tmp_path: Path) -> None:
@@ -760,9 +760,9 @@ def test_two_thousand_idle_sockets(tmp_path: Path) -> None:
         last.sendall(GET + b"\r\n")
         assert last.recv(1000).startswith(b"HTTP/1.1 200"), "all are accepted"
         for _ in range(5):
-            assert timed(service) < 1
+            assert timed(service) < 3
         stack.close()
-        assert timed(service) < 2
+        assert timed(service) < 5
 
 
 class CountingSocket(socket.socket):

@@ -224,7 +224,8 @@ def test_a_slow_client_never_stops_the_loop() -> None:
 def test_a_large_answer_takes_no_more_memory_than_its_buffer(folder: Path, readers: int) -> None:
     """100 MB to clients that do not read, and then do; others are served meanwhile."""
     request = b"GET /large HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
-    with Team(folder, 1, f"  app: shop:app\n  threads: {THREADS}") as team, contextlib.ExitStack() as stack:
+    settings = f"  app: shop:app\n  threads: {THREADS}"
+    with Team(folder, 1, settings, quick=False) as team, contextlib.ExitStack() as stack:
         with Clients(team.address, 2, pause=0.01) as clients:
             wait_for(lambda: len(clients.answers) > 50, 20)
             (worker,) = workers(os.getpid()).values()

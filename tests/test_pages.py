@@ -6,20 +6,21 @@ import contextlib
 import html
 import re
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import quote
 
 import pytest
-from browser import DOCUMENTED, PASSWORD, PATIENCE, Scheme, change_password, chromium, log_in, visit
+from browser import DOCUMENTED, FIRST_USER, PASSWORD, PATIENCE, Scheme, change_password, chromium, enter, log_in, visit
 from conftest import wait_for
-from console import Local, local_console
+from console import Local, few_rounds, local_console, make_user, prepared_database, served
 from service import Service, prepared_keys, write_inventory
 from sshd import ParamikoSshd, Sshd
 
 import healthchecker
-from healthchecker import DAMAGED, Resource, Status, User, find_user
+from healthchecker import DAMAGED, Resource, Status
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Locator, Page
@@ -49,11 +50,11 @@ def browser() -> Iterator[Browser]:
 
 
 @pytest.fixture(scope="module")
-def watched(browser: Browser, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    """A service that watches a machine whose every answer is hostile, one that is healthy and one that is away; its
-    first password is changed, and there is a viewer."""
+def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    """A service that watches a machine whose every answer is hostile, one that is healthy and one that is away; there
+    is an admin and a viewer."""
     folder = tmp_path_factory.mktemp("watched")
-    prepared_keys(folder)
+    prepared_database(folder, make_user(FIRST_USER, PASSWORD), make_user(VIEWER, PASSWORD, "viewer"))
     for name, script in FAKES.items():
         (folder / name).write_text(f"#!/bin/sh\n{script}\n", encoding="utf-8")
         (folder / name).chmod(0o755)
@@ -64,14 +65,6 @@ def watched(browser: Browser, tmp_path_factory: pytest.TempPathFactory) -> Itera
     )
     path = f"{folder}:/usr/bin:/bin"
     with Service(write_inventory(folder, rows), env={"PATH": path}, deadline=120) as service:
-        context, page, _ = visit(browser, service)
-        first_login(page)
-        page.goto("/-/users")
-        page.locator("form.panel").get_by_label("Name").fill(VIEWER)
-        page.locator("form.panel").get_by_label("Password").fill(PASSWORD)
-        page.get_by_role("button", name="Add user").click()
-        page.get_by_role("row", name=VIEWER).wait_for()
-        context.close()
         service.wait_line("away: unknown -> unhealthy")
         yield service
 
@@ -80,15 +73,10 @@ def watched(browser: Browser, tmp_path_factory: pytest.TempPathFactory) -> Itera
 def page(browser: Browser, watched: Service) -> Iterator[Page]:
     """An admin's page on `watched`, which no script and no policy complains about."""
     context, page, faults = visit(browser, watched)
-    log_in(page)
+    enter(page, watched)
     yield page
     context.close()
     assert not faults
-
-
-def first_login(page: Page) -> None:
-    log_in(page, password=DOCUMENTED)
-    change_password(page)
 
 
 def field(page: Page, name: str) -> Locator:
@@ -236,12 +224,11 @@ def test_users(page: Page, browser: Browser, watched: Service) -> None:
 def test_a_changed_host_key_is_shown_before_it_is_trusted(
     browser: Browser, sshd: Sshd | ParamikoSshd, tmp_path: Path
 ) -> None:
-    prepared_keys(tmp_path)
     ssh = f"hostname: {sshd.address}, port: {sshd.port}, username: {sshd.username}, key_file: '{sshd.user_key()}'"
     rows = f"  - {{name: host, platform: linux, {ssh}, {OFTEN}}}\n"
-    with Service(write_inventory(tmp_path, rows), deadline=120) as service:
-        context, page, faults = visit(browser, service)
-        first_login(page)
+    with local_console(tmp_path, rows, password=PASSWORD, clock=time.time) as local, served(local):
+        context, page, faults = visit(browser, local)
+        enter(page, local)
         page.goto(resource("host"))
         state(page, "healthy")
         before = sshd.fingerprint()
@@ -327,13 +314,17 @@ def test_enter_saves(page: Page) -> None:
 
 
 # === Without a browser =======================================================
-@pytest.fixture
-def console(tmp_path: Path) -> Iterator[Local]:
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Local]:
     rows = "".join(f"  - {{name: {name}, platform: simulated, seed: 1}}\n" for name in ("one", "two"))
-    with local_console(tmp_path, rows) as console:
-        with console.store.writing() as session:
-            find_user(session, "SpiceWorks").take_password(User.create("SpiceWorks", PASSWORD))
-        yield console.log_in_as("SpiceWorks")
+    with local_console(tmp_path_factory.mktemp("shared"), rows, password=PASSWORD) as made:
+        yield made.keep()
+
+
+@pytest.fixture
+def console(shared: Local) -> Iterator[Local]:
+    with few_rounds():
+        yield shared.restore().log_in_as("SpiceWorks")
 
 
 def form_of(console: Local, name: str) -> dict[str, str]:
@@ -543,7 +534,8 @@ def test_a_session_that_is_over_leads_to_the_login_and_back(page: Page) -> None:
 def test_what_is_old_says_so(page: Page, watched: Service, browser: Browser) -> None:
     """While the service does not answer, the page says since when; when it does again, nothing is left of that."""
     context, page, _ = visit(browser, watched)  # of its own: the failed requests are in its console
-    log_in(page)
+    enter(page, watched)
+    page.goto("/-/")
     with never_reloaded(page):
         context.set_offline(True)
         page.get_by_text("No answer since").wait_for()
@@ -609,7 +601,7 @@ def test_without_javascript(browser: Browser, watched: Service) -> None:
 def test_a_viewer_looks(browser: Browser, watched: Service) -> None:
     """There is nothing to press, and what is sent all the same is refused."""
     context, page, _ = visit(browser, watched)
-    log_in(page, VIEWER)
+    enter(page, watched, VIEWER)
     for path in ("/-/", resource("steady"), resource("away"), "/-/events"):
         page.goto(path)
         assert page.get_by_role("heading", level=1).count() == 1
@@ -653,14 +645,14 @@ PATHS = ("/-/login", "/-/", HOSTILE_PAGE, resource("steady"), "/-/events", "/-/u
          resource("none"))  # fmt: skip
 
 
-@pytest.mark.parametrize("width", [360, 1440])
-@pytest.mark.parametrize("scheme", ["light", "dark"])
+# The one changes no colour, and the other no width.
+@pytest.mark.parametrize(("scheme", "width"), [("light", 1440), ("dark", 360)])
 def test_accessible(browser: Browser, watched: Service, scheme: Scheme, width: int) -> None:
     """axe-core finds nothing, contrast included, and nothing is wider than the window."""
     axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()
     options = {"color_scheme": scheme, "viewport": {"width": width, "height": 740}}
     context, page, faults = visit(browser, watched, **options)
-    log_in(page)
+    enter(page, watched)
     for path in PATHS:
         page.goto(path)
         for button in page.locator(".actions summary").all()[:1]:
@@ -691,11 +683,11 @@ def test_by_keyboard(page: Page) -> None:
 # === Many ====================================================================
 def test_a_thousand_resources(browser: Browser, tmp_path: Path) -> None:
     """The overview shows them all, finds one as one types, and goes on refreshing."""
-    prepared_keys(tmp_path)
     rows = "".join(f"  - {{name: host{n}, platform: simulated, seed: {n}, interval: 600}}\n" for n in range(1000))
-    with Service(write_inventory(tmp_path, rows), deadline=120) as service:
-        context, page, faults = visit(browser, service)
-        first_login(page)
+    with local_console(tmp_path, rows, password=PASSWORD, clock=time.time) as local, served(local):
+        context, page, faults = visit(browser, local)
+        enter(page, local)
+        page.goto("/-/")
         rows_shown = page.locator(".overview tbody tr").count
         assert rows_shown() == 1000
         with never_reloaded(page):

@@ -12,6 +12,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -477,16 +478,19 @@ def run_script(command: list[str], script: str, seconds: float = 30.0, **environ
         env={**os.environ, **environ},
     ) as process:
         assert process.stdin and process.stdout
-        process.stdin.write(script.encode() + b"left over\n")  # nothing may read on
-        process.stdin.close()
-        while end_mark(NONCE).encode() not in received and time.monotonic() < began + seconds:
-            chunk = os.read(process.stdout.fileno(), 65536)
-            if not chunk:
-                break
-            received += chunk
-        took = time.monotonic() - began
-        process.stdout.close()
-        assert process.wait(5) == 0
+        overdue = threading.Timer(seconds, process.kill)
+        overdue.start()
+        try:
+            process.stdin.write(script.encode() + b"left over\n")  # nothing may read on
+            process.stdin.close()
+            while end_mark(NONCE).encode() not in received and (chunk := os.read(process.stdout.fileno(), 65536)):
+                received += chunk
+            took = time.monotonic() - began
+            process.stdout.close()
+            assert process.wait(5) == 0
+        finally:
+            overdue.cancel()
+            process.kill()
     return received.decode(errors="replace"), took
 
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path, PureWindowsPath
+from typing import Any
 
 import pytest
 from conftest import wait_for
@@ -29,7 +30,8 @@ FOLDER = "/opt/healthchecker"
 def pasted() -> dict[str, str]:
     """What root would run, and the text that would go into each command."""
     (block,) = SHELL
-    done = subprocess.run(["/bin/sh"], input=SUDO + block, capture_output=True, encoding="utf-8", check=True)
+    options: dict[str, Any] = {"encoding": "utf-8", "capture_output": True, "timeout": 60}
+    done = subprocess.run(["/bin/sh"], input=SUDO + block, check=True, **options)
     assert done.stderr == ""
     return dict(re.findall(r"^\+ (.*)\n((?:(?!\+ ).*\n)*)", done.stdout, re.MULTILINE))
 
@@ -52,7 +54,7 @@ def complaints(text: str, folder: Path) -> list[str]:
     path = folder / "healthchecker.service"
     path.write_text(text.replace(FOLDER, str(folder)), encoding="utf-8")
     command = ["systemd-analyze", "--man=no", "verify", str(path)]
-    done = subprocess.run(command, capture_output=True, encoding="utf-8", check=False)
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", check=False, timeout=60)
     return [line for line in done.stderr.splitlines() if path.name in line]
 
 
@@ -99,7 +101,7 @@ def end(process: subprocess.Popen[bytes]) -> None:
     """Ends it as its service manager does: by a SIGTERM that it answers in time, on Windows at once."""
     process.terminate()
     if sys.platform == "win32":
-        process.wait()
+        process.wait(60)
     else:
         assert process.wait(float(shown("^TimeoutStopSec=(.*)$", unit()))) == 0
 

@@ -6,9 +6,8 @@ import logging
 from pathlib import Path
 
 import pytest
-from conftest import wait_for
 from pydantic import SecretStr
-from service import Service, write_inventory
+from service import Service, prepared_keys, write_inventory
 from sshd import Sshd
 
 import healthchecker
@@ -35,10 +34,11 @@ def test_service_with_real_logins(sshd: Sshd, password: str, tmp_path: Path) -> 
         tmp_path,
         f"  - {{name: right, {host}, password: '{password}'}}\n  - {{name: wrong, {host}, password: '{WRONG}'}}\n",
     )
+    prepared_keys(tmp_path)
     assert healthchecker.main(["--inventory", str(path), "seal"]) == 0
     with Service(path) as service:
-        wait_for(lambda: "right: unknown -> healthy" in service.output, 10)
-        wait_for(lambda: "wrong: unknown -> unhealthy (auth" in service.output, 10)
+        service.wait_line("right: unknown -> healthy")
+        service.wait_line("wrong: unknown -> unhealthy (auth")
         answers = [service.get(url) for url in ("/", "/-/health", "/-/readyz", "/-/gate", "/-/livez", "/-/nothing")]
     said = service.output + "".join(f"{answer.headers}{answer.body!r}" for answer in answers)
     written = b"".join(file.read_bytes() for file in tmp_path.rglob("*") if file.is_file())

@@ -7,7 +7,6 @@ import http.client
 import json
 import random
 import shlex
-import shutil
 import socket
 from collections.abc import Iterator
 from html.parser import HTMLParser
@@ -17,7 +16,19 @@ from urllib.parse import quote, urlsplit
 
 import pytest
 from conftest import no_leaks, wait_for
-from console import FORM, JSON, NAME, PASSWORD, Client, Local, Reply, console, local_console
+from console import (
+    FORM,
+    JSON,
+    NAME,
+    PASSWORD,
+    Client,
+    Local,
+    Reply,
+    console,
+    local_console,
+    make_user,
+    served,
+)
 from service import Service
 
 from healthchecker import (
@@ -97,24 +108,30 @@ ALL = sorted(PUBLIC | BEFORE_LOGIN | VIEWERS | ADMINS)
 WRITES = [key for key in ALL if not key.startswith("GET") and key not in BEFORE_LOGIN]
 
 
-@pytest.fixture(scope="module")
-def filled(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a console with a viewer, an admin, and a resource that was added through it."""
-    folder = tmp_path_factory.mktemp("filled")
-    with local_console(folder, STATED, OPERATORS) as made:
+@contextlib.contextmanager
+def filled(folder: Path, service: str = OPERATORS) -> Iterator[Local]:
+    """A console with a viewer, an admin, and a resource that was added through it."""
+    with local_console(folder, STATED, service) as made:
         with made.store.writing() as session:
-            session.add(User.create(*VIEWER, "viewer"))
-            session.add(User.create(*ADMIN, "admin"))
+            session.add(make_user(*VIEWER, "viewer"))
+            session.add(make_user(*ADMIN))
         made.log_in(*ADMIN)
-        assert made.api("POST", "resources", {"name": "one", "platform": "simulated"}).status == 201
-    return folder
+        one = {"name": "one", "platform": "simulated", "mean_healthy": 100_000}
+        assert made.api("POST", "resources", one).status == 201
+        for name in ("stated", "one"):  # the first polls must not come in between
+            assert made.api("POST", f"resources/{name}/check").status == 200
+        yield made.keep()
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Local]:
+    with filled(tmp_path_factory.mktemp("shared")) as made:
+        yield made
 
 
 @pytest.fixture
-def local(filled: Path, tmp_path: Path) -> Iterator[Local]:
-    shutil.copytree(filled, tmp_path, dirs_exist_ok=True)
-    with local_console(tmp_path, STATED, OPERATORS) as made:
-        yield made
+def local(shared: Local) -> Local:
+    return shared.restore()
 
 
 def target(key: str, name: str = "one") -> tuple[str, str]:
@@ -168,7 +185,6 @@ def test_who_may_use_a_route(local: Local, key: str) -> None:
 @pytest.mark.parametrize("key", [key for key in ALL if key.startswith("GET")])
 def test_head_is_like_get(local: Local, key: str) -> None:
     _, path = target(key)
-    wait_for(lambda: local.ask("GET", "/-/health").status == 200)  # the first polls must not come in between
     assert local.ask("HEAD", path).status == local.ask("GET", path).status
     local.log_in_as(VIEWER[0])
     reply = local.ask("HEAD", path)
@@ -197,7 +213,7 @@ def test_anonymous_do_not_learn_what_is_there(local: Local, path: str) -> None:
 
 def test_anonymous_health_names_nothing(local: Local) -> None:
     """Also to somebody who shows a login that is none, or one that may not enter from there."""
-    wait_for(lambda: local.context.is_healthy, 5)
+    wait_for(lambda: local.context.is_healthy)
     assert local.ask("GET", "/-/health").json == {"status": "pass"}
     for token in ("x", "", "a.b.c"):
         assert local.ask("GET", "/-/health", headers={"Authorization": f"Bearer {token}"}).json == {"status": "pass"}
@@ -270,7 +286,7 @@ def test_token_of_a_removed_user(local: Local) -> None:
         number = session.scalar(sqlalchemy.select(User.id).where(User.username == VIEWER[0]))
     assert local.api("DELETE", f"users/{VIEWER[0]}").status == 204
     with local.store.writing() as session:
-        user = User.create(*VIEWER, "admin")
+        user = make_user(*VIEWER)
         user.id = number
         session.add(user)
     local.token = token
@@ -392,50 +408,58 @@ def test_redirects_to_the_login_stay_here(local: Local, path: str) -> None:
     assert "\n" not in reply.headers["location"] and "192.0.2.1" not in location.netloc
 
 
+@pytest.fixture(scope="module")
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Service, Client]]:
+    """A service, as it is reached over the wire, and an admin's client."""
+    check = json.dumps([{"name": "evil", "command": f"echo {shlex.quote(EVIL)}; exit 1"}])
+    stated = f"{STATED}\n  - {{name: one, platform: local, critical: false, checks: {check}}}"
+    with console(tmp_path_factory.mktemp("running"), stated) as made:
+        yield made
+
+
 def raw(service: Service, request: bytes) -> bytes:
     """The answer to bytes as they are."""
-    with socket.create_connection(service.console, timeout=10) as connection:
+    with socket.create_connection(service.console, timeout=60) as connection:
         connection.sendall(request)
-        connection.settimeout(10)
         answer = b""
         while chunk := connection.recv(65536):
             answer += chunk
     return answer
 
 
-def test_paths_that_mean_the_same(tmp_path: Path) -> None:
+def test_paths_that_mean_the_same(running: tuple[Service, Client]) -> None:
     """Over the wire, where nothing cleans them up before: none of them gets around the login."""
-    with console(tmp_path, STATED) as (service, client):
-        client.api("POST", "resources", {"name": "secret-name", "platform": "simulated"})
-        for path in (
-            "/-/api/resources",
-            "//-/api/resources",
-            "/-//api/resources",
-            "/-/api//resources",
-            "/-/./api/resources",
-            "/x/../-/api/resources",
-            "/-/%61pi/resources",
-            "/%2d/api/resources",
-            "/-%2fapi/resources",
-            "/-/api/resources/",
-            "/-/api/resources;a=b",
-            "/-/api/resources%00",
-            "/-/api/resources?token=x",
-            "/-/api/resources#x",
-            "/-/login/../api/resources",
-            "/-/static/../api/resources",
-            "/-/static/..%2fapi%2fresources",
-            "/-/livez/../api/resources",
-            "http://127.0.0.1/-/api/resources",
-            "/-/API/resources",
-        ):
-            answer = raw(service, f"GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode())
-            status = int(answer.split()[1])
-            assert b"secret-name" not in answer
-            assert status in (303, 400, 401, 404) or not path.lstrip("/").startswith("-"), (path, answer)
-        tricks = "X-Original-URL: /-/api/resources\r\nX-Rewrite-URL: /-/api/resources\r\nConnection: close"
-        answer = raw(service, f"GET /-/login HTTP/1.1\r\nHost: localhost\r\n{tricks}\r\n\r\n".encode())
-        assert answer.startswith(b"HTTP/1.1 200") and b"secret-name" not in answer
+    service, client = running
+    client.api("POST", "resources", {"name": "secret-name", "platform": "simulated"})
+    for path in (
+        "/-/api/resources",
+        "//-/api/resources",
+        "/-//api/resources",
+        "/-/api//resources",
+        "/-/./api/resources",
+        "/x/../-/api/resources",
+        "/-/%61pi/resources",
+        "/%2d/api/resources",
+        "/-%2fapi/resources",
+        "/-/api/resources/",
+        "/-/api/resources;a=b",
+        "/-/api/resources%00",
+        "/-/api/resources?token=x",
+        "/-/api/resources#x",
+        "/-/login/../api/resources",
+        "/-/static/../api/resources",
+        "/-/static/..%2fapi%2fresources",
+        "/-/livez/../api/resources",
+        "http://127.0.0.1/-/api/resources",
+        "/-/API/resources",
+    ):
+        answer = raw(service, f"GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode())
+        status = int(answer.split()[1])
+        assert b"secret-name" not in answer
+        assert status in (303, 400, 401, 404) or not path.lstrip("/").startswith("-"), (path, answer)
+    tricks = "X-Original-URL: /-/api/resources\r\nX-Rewrite-URL: /-/api/resources\r\nConnection: close"
+    answer = raw(service, f"GET /-/login HTTP/1.1\r\nHost: localhost\r\n{tricks}\r\n\r\n".encode())
+    assert answer.startswith(b"HTTP/1.1 200") and b"secret-name" not in answer
 
 
 # --- what every answer says ---
@@ -460,7 +484,7 @@ def test_headers(local: Local, key: str, account: tuple[str, str] | None) -> Non
 
 
 # --- what hosts and operators write ---
-EVIL = "\"'><x-evil onload=alert(1)>{{7*7}}</x-evil><!--"
+EVIL = "\"'><x-evil onload=alert(1)>{{911*613}}</x-evil><!--"
 REFERENCES = ("href", "src", "action", "formaction", "xlink:href")
 
 
@@ -521,8 +545,9 @@ def poison(local: Local) -> str:
             resource_id=row.id, at=local.clock.now, poll="l", standing="u", counts=0, reason=EVIL))
         for kind in ("state", "gate", "change", "login"):
             session.add(Event(at=local.clock.now, kind=kind, resource=name, text=EVIL, actor=EVIL, address=EVIL))
-        session.add(User.create(name, PASSWORD))
+        session.add(make_user(name))
         revise(session)
+    local.context.monitor.catch_up()
     return name
 
 
@@ -543,8 +568,8 @@ def test_nothing_that_others_write_acts_in_a_page(local: Local) -> None:
         if kind == "text/html":
             page = Page(reply.body)
             assert not page.wrong, (path, page.wrong)
-            assert "49" not in "".join(page.texts).split(), "a template was evaluated"
-            seen += "".join(page.texts).count("{{7*7}}")
+            assert "558443" not in "".join(page.texts), "a template was evaluated"
+            seen += "".join(page.texts).count("{{911*613}}")
         else:
             assert kind in ("application/json", "application/health+json", "text/plain"), path
     assert seen > 20, "the pages show none of it"
@@ -569,19 +594,17 @@ def test_nothing_that_a_form_sends_acts_in_its_answer(local: Local) -> None:
             assert "5ecret-of-somebody" not in reply.body, path
 
 
-def test_hostile_output_of_a_real_check(tmp_path: Path) -> None:
+def test_hostile_output_of_a_real_check(running: tuple[Service, Client]) -> None:
     """From a command's output, over poll and database, to the pages."""
-    check = json.dumps([{"name": "evil", "command": f"echo {shlex.quote(EVIL)}; exit 1"}])
-    stated = f"  - {{name: one, platform: local, critical: false, checks: {check}}}"
-    with console(tmp_path, stated) as (service, client):
-        wait_for(lambda: client.api("POST", "resources/one/check").json.get("cause") == "check", 30)
-        browser = Client(*service.console).open_session(NAME, PASSWORD)
-        shown = ""
-        for path in ("/-/", "/-/resources/one", "/-/events"):
-            reply = browser.ask("GET", path)
-            assert not Page(reply.body).wrong
-            shown += "".join(Page(reply.body).texts)
-        assert "x-evil" in shown
+    service, client = running
+    wait_for(lambda: client.api("POST", "resources/one/check").json.get("cause") == "check")
+    browser = Client(*service.console).open_session(NAME, PASSWORD)
+    shown = ""
+    for path in ("/-/", "/-/resources/one", "/-/events"):
+        reply = browser.ask("GET", path)
+        assert not Page(reply.body).wrong
+        shown += "".join(Page(reply.body).texts)
+    assert "x-evil" in shown
 
 
 # --- bad input to the pages' forms ---
@@ -645,6 +668,15 @@ def test_secret_that_does_not_open_shows_in_its_place(local: Local) -> None:
     assert local.api("PATCH", "resources/two", {"password": "q"}).status == 200
 
 
+@pytest.fixture(scope="module")
+def named(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Local]:
+    """A console that has a name, and a proxy in front of it."""
+    service = f"{OPERATORS}\n  console: health.example.com:8081\n  trusted_proxy: [192.0.2.77]"
+    with filled(tmp_path_factory.mktemp("named"), service) as made:
+        made.token = ""
+        yield made
+
+
 @pytest.mark.parametrize(
     ("host", "answers"),
     [
@@ -663,64 +695,56 @@ def test_secret_that_does_not_open_shows_in_its_place(local: Local) -> None:
         (socket.gethostname(), True),
     ],
 )
-def test_names_of_the_console(filled: Path, tmp_path: Path, host: str, answers: bool) -> None:
+def test_names_of_the_console(named: Local, host: str, answers: bool) -> None:
     """A site whose name stands for this address (DNS rebinding) is of one origin with itself, and gets nowhere: the
     documented password would open to it the change of itself."""
-    shutil.copytree(filled, tmp_path, dirs_exist_ok=True)
-    service = f"{OPERATORS}\n  console: health.example.com:8081\n  trusted_proxy: [192.0.2.77]"
-    with local_console(tmp_path, STATED, service) as local:
-        headers = {"Origin": f"http://{host}", "Sec-Fetch-Site": "same-origin", "Content-Type": JSON}
-        body = json.dumps({"username": ADMIN[0], "password": ADMIN[1]})
-        reply = local.ask("POST", "/-/api/login", body, headers, HTTP_HOST=host)
-        assert (reply.status, "token" in reply.body) == ((200, True) if answers else (421, False))
-        assert answers or (host or "-") not in reply.body
-        reply = local.ask("GET", "/-/login", headers={"Host": host}, address="192.0.2.77")
-        assert reply.status in (200, 400), "a proxy of ours sees to its names itself"
+    headers = {"Origin": f"http://{host}", "Sec-Fetch-Site": "same-origin", "Content-Type": JSON}
+    body = json.dumps({"username": ADMIN[0], "password": ADMIN[1]})
+    reply = named.ask("POST", "/-/api/login", body, headers, HTTP_HOST=host)
+    assert (reply.status, "token" in reply.body) == ((200, True) if answers else (421, False))
+    assert answers or (host or "-") not in reply.body
+    reply = named.ask("GET", "/-/login", headers={"Host": host}, address="192.0.2.77")
+    assert reply.status in (200, 400), "a proxy of ours sees to its names itself"
 
 
-def test_page_of_the_application_cannot_act_in_the_console(tmp_path: Path) -> None:
+def test_page_of_the_application_cannot_act_in_the_console(running: tuple[Service, Client]) -> None:
     """Its port is another origin, though a browser sends the cookie along: cookies know no ports."""
-    with console(tmp_path, STATED) as (service, client):
-        browser = Client(*service.console).open_session(NAME, PASSWORD)
-        origin = f"http://{service.host}:{service.port}"
-        for headers in ({"Origin": origin, "Sec-Fetch-Site": "same-site"}, {"Origin": origin}, {}):
-            for kind in (JSON, FORM, "text/plain"):
-                body = json.dumps({"name": "planted", "platform": "simulated"})
-                reply = browser.ask("POST", "/-/api/resources", body, {"Content-Type": kind, **headers})
-                assert reply.status == 403
-                fields = "name=planted&platform=simulated"
-                reply = browser.ask("POST", "/-/add", fields, {"Content-Type": kind, **headers})
-                assert reply.status == 403
-        reply = browser.ask("OPTIONS", "/-/api/resources", headers={"Origin": origin, "Sec-Fetch-Site": "same-site"})
-        assert reply.status in (403, 405)
-        assert not [name for name in reply.headers if name.startswith("access-control")]
-        reply = browser.ask("GET", "/-/api/resources", headers={"Origin": origin, "Sec-Fetch-Site": "same-site"})
-        assert not [name for name in reply.headers if name.startswith("access-control")], "a script cannot read it"
-        assert "planted" not in client.ask("GET", "/-/api/resources").body
+    service, client = running
+    browser = Client(*service.console).open_session(NAME, PASSWORD)
+    origin = f"http://{service.host}:{service.port}"
+    for headers in ({"Origin": origin, "Sec-Fetch-Site": "same-site"}, {"Origin": origin}, {}):
+        for kind in (JSON, FORM, "text/plain"):
+            body = json.dumps({"name": "planted", "platform": "simulated"})
+            reply = browser.ask("POST", "/-/api/resources", body, {"Content-Type": kind, **headers})
+            assert reply.status == 403
+            fields = "name=planted&platform=simulated"
+            reply = browser.ask("POST", "/-/add", fields, {"Content-Type": kind, **headers})
+            assert reply.status == 403
+    reply = browser.ask("OPTIONS", "/-/api/resources", headers={"Origin": origin, "Sec-Fetch-Site": "same-site"})
+    assert reply.status in (403, 405)
+    assert not [name for name in reply.headers if name.startswith("access-control")]
+    reply = browser.ask("GET", "/-/api/resources", headers={"Origin": origin, "Sec-Fetch-Site": "same-site"})
+    assert not [name for name in reply.headers if name.startswith("access-control")], "a script cannot read it"
+    assert "planted" not in client.ask("GET", "/-/api/resources").body
 
 
-def test_session_does_not_reach_the_application(tmp_path: Path) -> None:
+def test_session_does_not_reach_the_application(running: tuple[Service, Client]) -> None:
     """A browser sends the cookie below /-/ alone; the gate in front of the application needs none."""
-    with console(tmp_path, STATED) as (service, _):
-        connection = http.client.HTTPConnection(*service.console, timeout=10)
-        body = f"username={NAME}&password=correct+horse+battery"
-        connection.request("POST", "/-/login", body, {"Content-Type": FORM})
-        cookie = connection.getresponse().headers["Set-Cookie"]
-        connection.close()
-        assert cookie.startswith(f"{COOKIE}=") and "Path=/-/" in cookie and "Domain" not in cookie
+    service = running[0]
+    connection = http.client.HTTPConnection(*service.console, timeout=60)
+    body = f"username={NAME}&password=correct+horse+battery"
+    connection.request("POST", "/-/login", body, {"Content-Type": FORM})
+    cookie = connection.getresponse().headers["Set-Cookie"]
+    connection.close()
+    assert cookie.startswith(f"{COOKIE}=") and "Path=/-/" in cookie and "Domain" not in cookie
 
 
 # --- over a raw socket ---
 @pytest.fixture
-def served(local: Local) -> Iterator[tuple[str, int]]:
-    """The console on a socket, as in the service."""
-    sock = socket.create_server(("127.0.0.1", 0))
-    server = ConsoleServer(local.app, [sock])
-    server.start()
-    try:
-        yield sock.getsockname()
-    finally:
-        server.close()
+def address(local: Local) -> Iterator[tuple[str, int]]:
+    """Where the console is served."""
+    with served(local):
+        yield local.console
 
 
 def exchange(address: tuple[str, int], request: bytes) -> bytes:
@@ -776,25 +800,25 @@ def check_answer(request: bytes, answer: bytes) -> None:
     assert b"Traceback" not in answer and b".py" not in answer
 
 
-def test_raw_byte_in_the_query(served: tuple[str, int]) -> None:
+def test_raw_byte_in_the_query(address: tuple[str, int]) -> None:
     for target in (b"/-/?\xff", b"/-/events?a=\xff", b"/-/api/resources?\xff", b"/-/nothing?\xff", b"/-/\xff?\xff"):
-        answer = exchange(served, b"GET " + target + b" HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+        answer = exchange(address, b"GET " + target + b" HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
         assert 300 <= int(answer.split()[1]) < 500, answer
         check_answer(target, answer)
 
 
-def test_whatever_a_request_holds(served: tuple[str, int], caplog: pytest.LogCaptureFixture) -> None:
+def test_whatever_a_request_holds(address: tuple[str, int], caplog: pytest.LogCaptureFixture) -> None:
     """Requests of chance, the same in each run, over a raw socket."""
     chance = random.Random(11)
     answered = 0
     for _ in range(400):
         request = made_request(chance)
-        if answer := exchange(served, request):
+        if answer := exchange(address, request):
             check_answer(request, answer)
             answered += 1
     assert answered > 300
     assert not [record for record in caplog.records if record.exc_info or "uncaptured" in record.getMessage()]
-    check_answer(b"", exchange(served, b"GET /-/livez HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"))
+    check_answer(b"", exchange(address, b"GET /-/livez HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"))
 
 
 def test_names_of_fields_are_cut(local: Local) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 from conftest import wait_for
-from service import PROGRAM, Service, ask_to_end, write_inventory
+from service import PROGRAM, Program, Service, ask_to_end, write_inventory
 
 HERE = "  - {name: here, platform: local, interval: 1, timeout: 10}"
 EXAMPLE = PROGRAM.with_name("inventory.example.yaml")
@@ -81,7 +81,7 @@ def test_serves_at_the_first_start(tmp_path: Path) -> None:
         (tmp_path / EXAMPLE.name).write_text(text, encoding="utf-8")
     else:
         write_inventory(tmp_path, "  - {name: this-machine, platform: local}")
-    with Service(path, deadline=60) as service:
+    with Program(path, deadline=60) as service:
         service.wait_status("/", 200)
         for own, status in {"/-/livez": 200, "/-/readyz": 200, "/-/gate": 204, "/-/health": 200}.items():
             assert service.get(own).status == status
@@ -170,7 +170,7 @@ def test_flips_seen_by_a_client_within_one_poll(tmp_path: Path) -> None:
     ("number", "threads"), [(signal.SIGTERM, 2), (signal.SIGINT, 0)], ids=["pool", "loop"]
 )
 def test_a_request_in_flight_is_answered(tmp_path: Path, application: str, number: int, threads: int) -> None:
-    with Service(write_inventory(tmp_path, HERE, f"{application}\n  threads: {threads}")) as service:
+    with Program(write_inventory(tmp_path, HERE, f"{application}\n  threads: {threads}")) as service:
         service.wait_status("/", 200)
         idle, request = Request(service, "/"), Request(service, "/slow")
         with contextlib.closing(idle.connection):
@@ -209,7 +209,7 @@ def test_what_never_ends_is_cut_off(tmp_path: Path, application: str) -> None:
 
 
 def test_a_signal_right_after_the_start(tmp_path: Path) -> None:
-    with Service(write_inventory(tmp_path, HERE)) as service:
+    with Program(write_inventory(tmp_path, HERE)) as service:
         os.kill(service.pid, signal.SIGTERM)
         assert service.process.wait(ENDED) == 0, service.output
 

@@ -44,7 +44,7 @@ class Debian:
         path = f"{self.folder}{os.pathsep}{os.environ['PATH']}"
         command = ["/bin/sh", str(SCRIPT), str(self.folder / "new" / "stamp")]
         done = subprocess.run(
-            command, env={**os.environ, "PATH": path}, capture_output=True, encoding="utf-8", check=True
+            command, env={**os.environ, "PATH": path}, capture_output=True, encoding="utf-8", check=True, timeout=120
         )
         assert done.stderr == ""
         return done.stdout.splitlines()

@@ -75,10 +75,10 @@ def test_nothing_is_left_behind(kind: type[Server]) -> None:
     with no_leaks(), kind() as server:
         with login(server) as client:
             assert run(client, "cat; echo oops >&2; exit 3", "hello") == ("hello", "oops\n", 3)
-            orphan = int(client.exec_command(SLEEP)[1].readline())
+            orphan = int(client.exec_command(SLEEP, timeout=30)[1].readline())
             assert orphan in processes()
         with login(server) as client:
-            victim = int(client.exec_command(SLEEP)[1].readline())
+            victim = int(client.exec_command(SLEEP, timeout=30)[1].readline())
             server.kill_sessions()
             assert victim not in processes()
     assert orphan not in processes()
@@ -144,7 +144,7 @@ def test_ssh_command(kind: type[Server]) -> None:
 @pytest.mark.parametrize("kind", SERVERS)
 def test_freeze(kind: type[Server]) -> None:
     with no_leaks(), kind() as server, login(server) as client:
-        writer, out, _ = client.exec_command("cat")
+        writer, out, _ = client.exec_command("cat", timeout=30)
         writer.write("before\n")
         assert out.readline() == "before\n"
         server.freeze()

@@ -18,15 +18,15 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 import sqlalchemy
-from service import Service, fresh_processes, prepared_keys, run, write_inventory
+from service import Service, fresh_processes, prepared_keys, run_cheaply, write_inventory
 from sqlalchemy.orm import Session
 
 import healthchecker
@@ -499,7 +499,7 @@ def test_fifty_writers(bench: Bench) -> None:
 
         with ThreadPoolExecutor(50) as pool:
             for future in [pool.submit(write, number) for number in range(50)]:
-                future.result()
+                future.result(120)
         with store.reading() as session:
             assert healthchecker.revision(session) == 200
             ports = session.scalars(sqlalchemy.select(Resource.port)).all()
@@ -541,7 +541,7 @@ def test_check_while_others_write(bench: Bench, capsys: pytest.CaptureFixture[st
             assert healthchecker.main(["--inventory", str(path), "check"]) == 0
     finally:
         ended.set()
-        thread.join()
+        thread.join(60)
     assert not faults and written[0] > 10
     assert "120 changed" in capsys.readouterr().out
     assert bench.password("h7.example.com") == "p"
@@ -783,41 +783,26 @@ def snapshot(folder: Path) -> dict[str, object]:
     return shown
 
 
-@pytest.fixture(scope="module")
-def starts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Future[tuple[Any, ...]]]]:
-    """Runs them two at a time."""
-    loaded_vault()  # before there are two threads, or each would make keys of its own
-
-    def start(make: Callable[[Path], Path], folder: Path) -> tuple[Any, ...]:
-        path = make(folder)
-        before = snapshot(folder)
-        return run(path), before, snapshot(folder)
-
-    with ThreadPoolExecutor(2) as pool:
-        yield {
-            case: pool.submit(start, make, tmp_path_factory.mktemp("start")) for case, (make, _, _) in STARTS.items()
-        }
-
-
-@pytest.mark.parametrize("case", STARTS)
-def test_failed_start(case: str, starts: dict[str, Future[tuple[Any, ...]]]) -> None:
+@pytest.mark.parametrize(("make", "code", "message"), STARTS.values(), ids=STARTS)
+def test_failed_start(make: Callable[[Path], Path], code: int, message: str, tmp_path: Path) -> None:
     """One line, the right exit code, and no file changed or added."""
-    _, code, message = STARTS[case]
-    done, before, after = starts[case].result()
-    assert done.returncode == code, done.stderr
-    told = [line for line in done.stderr.splitlines() if " INFO " not in line]  # of a start that takes its time
+    path = make(tmp_path)
+    before = snapshot(tmp_path)
+    exit_code, output = run_cheaply("--inventory", str(path))
+    assert exit_code == code, output
+    told = [line for line in output.splitlines() if " INFO " not in line]  # of a start that takes its time
     assert len(told) == 1
     assert re.search(message.replace("KEY", loaded_vault().key_id), told[0])
-    assert after == before
+    assert snapshot(tmp_path) == before
 
 
 def test_second_service_on_one_database(bench: Bench) -> None:
     """It ends with one line; the first goes on."""
     path = write_inventory(bench.folder, C)
     with Service(path) as service:
-        second = run(path)
-        assert second.returncode == 4 and len(second.stderr.splitlines()) == 1
-        assert "another HealthChecker" in second.stderr
+        code, said = run_cheaply("--inventory", str(path))
+        assert code == 4 and len(said.splitlines()) == 1
+        assert "another HealthChecker" in said
         assert service.get("/-/livez").status == 200
         log = re.findall("inventory: .*", service.output)
     assert log == ["inventory: 1 added, 0 changed, 0 removed, 0 kept; added: c"]

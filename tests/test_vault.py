@@ -231,7 +231,7 @@ def test_two_first_starts_at_once_agree(tmp_path: Path) -> None:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join()
+        thread.join(120)
     assert vaults and {vault.key_id for vault in vaults} == {Vault(tmp_path / "keys").key_id}
 
 
@@ -435,7 +435,7 @@ def test_rotate_killed_at_any_moment(tmp_path: Path) -> None:
             process.join(0.001)
         process.join(moments.uniform(0, 0.12))
         process.kill()
-        process.join()
+        process.join(60)
         unfinished += (folder / PRIVATE).read_bytes() == before
         process.close()
         all_open(path)

@@ -18,7 +18,7 @@ SCRIPT = REQUIREMENTS.with_name("windows_python.py")
 def test_without_wine_or_compiler_it_says_what_is_missing(tmp_path: Path) -> None:
     command = [sys.executable, str(SCRIPT), "--folder", str(tmp_path), "--", "-c", "print('not reached')"]
     environment = {**os.environ, "PATH": str(tmp_path)}
-    done = subprocess.run(command, env=environment, capture_output=True, encoding="utf-8", check=False)
+    done = subprocess.run(command, env=environment, capture_output=True, encoding="utf-8", check=False, timeout=60)
     assert (done.returncode, done.stderr) == (SKIPPED, "")
     assert re.fullmatch(rf"skipped: \S+ was not found; {re.escape(INSTALL)}\n", done.stdout)
 

@@ -16,7 +16,9 @@ from pathlib import Path
 
 import pytest
 from conftest import wait_for
-from service import Service, run, write_inventory
+from service import Program, Service, prepared_keys, run, run_cheaply, write_inventory
+
+import healthchecker
 
 STEADY = "  - {name: steady, platform: simulated, mean_healthy: 1000000, seed: 1, interval: 20}"
 # With this seed it is healthy and unhealthy in turns of 2.9 to 4 s: a poll in each second sees every turn.
@@ -60,8 +62,9 @@ def stored_states(folder: Path) -> list[str]:
 
 
 def test_the_gate_follows_a_resource(tmp_path: Path) -> None:
+    prepared_keys(tmp_path)
     with Service(write_inventory(tmp_path, f"{STEADY}\n{FLIPS}")) as service:
-        for status in (200, 503, 200, 503):
+        for status in (200, 503, 200):
             answer = service.wait_status("/", status)
             assert statuses(service) == (OPEN if status == 200 else CLOSED)
             assert ("retry-after" in answer.headers) == (status == 503)
@@ -74,10 +77,11 @@ def test_texts_are_utf8_whatever_the_code_page(tmp_path: Path) -> None:
     """On streams, in files and in the database: names, also those that no code page of one byte has."""
     narrow = {"PYTHONUTF8": "0", "PYTHONIOENCODING": "cp1252", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C"}
     name = "Zürich-東京"
+    prepared_keys(tmp_path)
     path = write_inventory(tmp_path, STEADY.replace("steady", name), "  log_file: service.log")
     done = run(path, "check", "--probe", env=narrow)
     assert (done.returncode, f"added: {name}" in done.stdout, f"\n{name}  healthy" in done.stdout) == (0, True, True)
-    with Service(path, env=narrow, deadline=60) as service:
+    with Program(path, env=narrow, deadline=60) as service:
         line = service.wait_line(f"{name}: unknown -> healthy")
         wait_for(lambda: stored_states(tmp_path) == ["healthy"])
     assert line in (tmp_path / "service.log").read_text(encoding="utf-8")
@@ -85,49 +89,54 @@ def test_texts_are_utf8_whatever_the_code_page(tmp_path: Path) -> None:
         assert connection.execute("SELECT name FROM resource").fetchall() == [(name,)]
 
 
-def test_more_clients_than_select_takes(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def steady(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    folder = tmp_path_factory.mktemp("steady")
+    prepared_keys(folder)
+    with Service(write_inventory(folder, STEADY)) as service:
+        service.wait_status("/", 200)
+        yield service
+
+
+def test_more_clients_than_select_takes(steady: Service) -> None:
     """512 on Windows, where a server that watches more than that dies; the others wait their turn."""
-    with Service(write_inventory(tmp_path, STEADY), deadline=60) as service:
-        service.wait_status("/", 200)
-        with ExitStack() as stack:
-            address = (service.host, service.port)
-            first = stack.enter_context(closing(HTTPConnection(*address, timeout=10)))
-            first.connect()
-            clients = [stack.enter_context(socket.create_connection(address, timeout=10)) for _ in range(560)]
-            for client in clients:
-                client.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
-            assert {client.recv(12) for client in clients[:300]} == {b"HTTP/1.1 200"}
-            for _ in range(300):  # the server accepts while it answers
-                first.request("GET", "/-/livez")
-                assert first.getresponse().read()
-            for client in clients[:300]:
-                client.close()
-            assert {client.recv(12) for client in clients[300:]} == {b"HTTP/1.1 200"}
+    with ExitStack() as stack:
+        address = (steady.host, steady.port)
+        first = stack.enter_context(closing(HTTPConnection(*address, timeout=60)))
+        first.connect()
+        clients = [stack.enter_context(socket.create_connection(address, timeout=60)) for _ in range(560)]
+        for client in clients:
+            client.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert {client.recv(12) for client in clients[:300]} == {b"HTTP/1.1 200"}
+        for _ in range(300):  # the server accepts while it answers
+            first.request("GET", "/-/livez")
+            assert first.getresponse().read()
+        for client in clients[:300]:
+            client.close()
+        assert {client.recv(12) for client in clients[300:]} == {b"HTTP/1.1 200"}
 
 
-def test_a_second_one_is_refused_and_a_restart_serves_at_once(tmp_path: Path) -> None:
+def test_a_second_one_is_refused(steady: Service, capsys: pytest.CaptureFixture[str]) -> None:
+    """A command that only reads is not."""
+    assert healthchecker.main(["--inventory", str(steady.inventory), "check"]) == 0
+    assert "1 kept" in capsys.readouterr().out
+    code, output = run_cheaply("--inventory", str(steady.inventory))
+    assert code == 4
+    assert "another HealthChecker is using database" in output
+    assert steady.get("/").status == 200
+
+
+def test_whoever_comes_after_one_that_was_killed_or_ended_serves_at_once(tmp_path: Path) -> None:
+    """Nothing is in the way: neither its lock on the database nor workers that hold its address."""
+    prepared_keys(tmp_path)
     path = write_inventory(tmp_path, STEADY)
-    with Service(path) as service:
-        service.wait_status("/", 200)
-        assert run(path, "check").returncode == 0
-        second = run(path)
-        assert second.returncode == 4
-        assert "another HealthChecker is using database" in second.stderr
-        assert service.get("/").status == 200
-        wait_for(lambda: stored_states(tmp_path) == ["healthy"])
-    with Service(path) as service:
-        assert statuses(service) == OPEN
-
-
-def test_a_killed_one_leaves_nothing_in_the_way(tmp_path: Path) -> None:
-    """Neither its lock on the database nor workers that hold its address."""
-    path = write_inventory(tmp_path, STEADY)
-    with Service(path) as service:
+    with Program(path) as service:
         service.wait_status("/", 200)
         wait_for(lambda: stored_states(tmp_path) == ["healthy"])
         service.kill()
         service.code = service.process.returncode
     text = path.read_text(encoding="utf-8").replace("listen: 127.0.0.1:0", f"listen: 127.0.0.1:{service.port}")
     path.write_text(text, encoding="utf-8")
-    with Service(path) as service:
-        assert statuses(service) == OPEN
+    for _ in range(2):
+        with Service(path) as service:
+            assert statuses(service) == OPEN

@@ -29,7 +29,18 @@ import psutil
 import pytest
 from conftest import open_descriptors, wait_for
 from load import Clients, parse
-from service import OWN_CONSOLE, Service, Team, ask_to_end, command, environment, run, write_inventory
+from service import (
+    OWN_CONSOLE,
+    Program,
+    Service,
+    Team,
+    ask_to_end,
+    command,
+    environment,
+    quick_workers,
+    run,
+    write_inventory,
+)
 
 import healthchecker
 from healthchecker import (
@@ -130,10 +141,10 @@ def address(service: Service) -> tuple[str, int]:
 
 def workers(main: int) -> dict[int, psutil.Process]:
     """The worker processes of a main process, by process id."""
-    found = {}
-    for process in psutil.Process(main).children():
+    found, parent = {}, psutil.Process(main)
+    for process in parent.children():
         with contextlib.suppress(psutil.Error):  # it ended meanwhile
-            if "--multiprocessing-fork" in process.cmdline():
+            if "--multiprocessing-fork" in process.cmdline() or process.cmdline() == parent.cmdline():
                 found[process.pid] = process
     return found
 
@@ -204,7 +215,7 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     """Two workers that nobody kills."""
     folder = tmp_path_factory.mktemp("pair")
     (folder / "shop.py").write_text(APP, encoding="utf-8")
-    with Service(inventory(folder), deadline=60) as service:
+    with Program(inventory(folder), deadline=60) as service:
         service.wait_status("/", 200)
         yield service
 
@@ -348,7 +359,7 @@ def test_the_gate_of_each_worker_follows_the_lease(folder: Path) -> None:
 # === One that dies ===========================================================
 def test_a_killed_worker_is_back(folder: Path) -> None:
     """Clients of the other see nothing of it; killed again at once, it is started with pauses."""
-    with Service(inventory(folder), deadline=60) as service:
+    with Program(inventory(folder), deadline=60) as service:
         service.wait_status("/", 200)
         with Clients(address(service), 16, pause=0.01) as clients:
             clients.holders_of(16)
@@ -388,7 +399,8 @@ def pauses_after_kills(main: int, before: Container[int], times: int) -> list[fl
 def started(folder: Path, count: int) -> Iterator[Supervisor]:
     """Worker processes that are ready; time goes on for them as the test says, by `look`."""
     settings = load_inventory(write_inventory(folder, "", f"{SHOP}\n  workers: {count}")).service
-    with contextlib.closing(Supervisor(settings, folder, listen("listen", settings.listen), Lease())) as supervisor:
+    supervisor = Supervisor(settings, folder, listen("listen", settings.listen), Lease())
+    with contextlib.closing(supervisor), quick_workers():
         supervisor.start()
         yield supervisor
 
@@ -445,21 +457,23 @@ def test_workers_that_hang_are_replaced(folder: Path) -> None:
 
 
 def kill_at_random(folder: Path, times: int, seed: int, orphaned: float = ORPHANED) -> None:
-    """Kills the main process at moments of its start and soon after, and starts it again at once: on the same port, and
-    nothing is left of the one before. Raises AssertionError."""
+    """Kills the main process at moments all over its start and soon after, and starts it again at once: on the same
+    port, and nothing is left of the one before. Raises AssertionError."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     settings = f"{SHOP}\n  workers: 2\n  listen: 127.0.0.1:{port}"
     path, chosen = write_inventory(folder, "", settings), random.Random(seed)
-    for _ in range(times):
-        moment = chosen.uniform(0, 3)
+    for number in chosen.sample(range(times), times):
+        moment = (number + chosen.random()) * 3 / times
         with psutil.Popen(command(path), env=environment(), creationflags=OWN_CONSOLE, stdout=-3, stderr=-1) as main:
-            with contextlib.suppress(psutil.TimeoutExpired):
-                main.wait(moment)
-            assert main.returncode is None, main.stderr.read()
-            main.suspend()  # so that it starts no other one meanwhile
-            family = main.children(recursive=True)
-            main.kill()
+            try:
+                with contextlib.suppress(psutil.TimeoutExpired):
+                    main.wait(moment)
+                assert main.returncode is None, main.stderr.read()
+                main.suspend()  # so that it starts no other one meanwhile
+                family = main.children(recursive=True)
+            finally:
+                main.kill()
             left = left_after(family, orphaned)
             for process in left:
                 process.kill()
@@ -469,12 +483,13 @@ def kill_at_random(folder: Path, times: int, seed: int, orphaned: float = ORPHAN
 
 
 def test_kills_of_the_main_process_leave_nothing(folder: Path) -> None:
-    kill_at_random(folder, 30, 11)
+    """(Some hundred of them: make soak.)"""
+    kill_at_random(folder, 8, 11)
 
 
 def test_a_killed_main_process_leaves_nothing(folder: Path) -> None:
     """Whatever its workers are at: one hangs in a request on its loop, the other while it starts."""
-    with Service(inventory(folder, threads=0), deadline=60) as service, socket.socket() as hanging:
+    with Program(inventory(folder, threads=0), deadline=60) as service, socket.socket() as hanging:
         service.wait_status("/", 200)
         main = psutil.Process(service.pid)
         hanging.connect(address(service))
@@ -492,7 +507,7 @@ def test_a_killed_main_process_leaves_nothing(folder: Path) -> None:
         for process in left:
             process.kill()
         assert not left
-        service.code = service.process.wait()
+        service.code = service.process.wait(ENDED)
 
 
 def test_an_application_that_breaks_while_serving(folder: Path) -> None:
@@ -658,7 +673,7 @@ def test_a_start_that_lacks_descriptors(folder: Path) -> None:
         team = Team(folder, 2, SHOP)
         try:
             resource.setrlimit(resource.RLIMIT_NOFILE, (before + spare, limits[1]))
-            with pytest.raises(OSError):
+            with pytest.raises(OSError), quick_workers():
                 team.supervisor.start()
         finally:
             resource.setrlimit(resource.RLIMIT_NOFILE, limits)
@@ -762,7 +777,7 @@ def test_the_end_of_workers_that_hang(folder: Path) -> None:
 
 def test_what_an_application_leaves_does_not_keep_the_service(folder: Path) -> None:
     """A thread, a process, and a fork that has every descriptor of its worker."""
-    with Service(inventory(folder), deadline=60) as service:
+    with Program(inventory(folder), deadline=60) as service:
         service.wait_status("/", 200)
         with contextlib.ExitStack() as stack:
             left: dict[str, list[int]] = {}

@@ -158,7 +158,8 @@ def man_in_the_middle(server: WSManServer, mirror: WSManServer) -> Generator[int
     def serve() -> None:
         with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
             accepted = stack.enter_context(listener.accept()[0])
-            upstream = stack.enter_context(socket.create_connection(("127.0.0.1", server.port)))
+            accepted.settimeout(60)
+            upstream = stack.enter_context(socket.create_connection(("127.0.0.1", server.port), timeout=60))
             trusting = ssl.create_default_context(cafile=server.ca_file)
             trusting.maximum_version = ssl.TLSVersion.TLSv1_2  # no tickets that are readable yet no data
             client = stack.enter_context(mirror.tls.wrap_socket(accepted, server_side=True))
@@ -175,13 +176,15 @@ def man_in_the_middle(server: WSManServer, mirror: WSManServer) -> Generator[int
 
     ended = threading.Event()
     with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.settimeout(60)
         relay = threading.Thread(target=serve)
         relay.start()
         try:
             yield listener.getsockname()[1]
         finally:
             ended.set()
-            relay.join()
+            relay.join(90)
+            assert not relay.is_alive()
 
 
 @pytest.mark.parametrize("bound", [True, False])
@@ -372,16 +375,16 @@ def test_leaving_ends_everything_while_a_client_hangs(scheme: str, step: str, ki
 
     def hang(server: WSManServer) -> None:
         with contextlib.suppress(Exception):  # whatever the hang ends in
-            invoke(server, read_timeout=10, connection_timeout=10)
+            invoke(server, read_timeout=90, connection_timeout=90)
 
     with nothing_left_behind():
         with Watched(scheme, "ntlm", misbehave={step: kind}) as server:
             client = threading.Thread(target=hang, args=(server,))
             client.start()
-            assert reached.wait(10)
+            assert reached.wait(60)
             began = time.monotonic()
-        assert time.monotonic() - began < 9  # the client would wait for 10
-        client.join(30)
+        assert time.monotonic() - began < 60  # the client would wait for 90
+        client.join(60)
         gc.collect()  # requests leaves the sockets of failed sessions to it
 
 
@@ -394,7 +397,7 @@ def poll_once(shell: PowerShell) -> None:
 def test_leaving_ends_idle_connections_and_waiting_scripts() -> None:
     with nothing_left_behind():
         with WSManServer("http", "ntlm", answer=Answer(delay=float("inf"))) as server:
-            idle = socket.create_connection(("127.0.0.1", server.port))
+            idle = socket.create_connection(("127.0.0.1", server.port), 30)
             wsman = WSMan("127.0.0.1", **settings_for(server))
             pool = RunspacePool(wsman)
             pool.open()
@@ -404,7 +407,7 @@ def test_leaving_ends_idle_connections_and_waiting_scripts() -> None:
             waiting.start()
             wait_for(lambda: server.requests["Receive"] == 1)
         idle.close()
-        waiting.join()
+        waiting.join(60)
         wsman.close()
         del shell, pool, wsman
         gc.collect()

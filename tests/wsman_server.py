@@ -825,7 +825,7 @@ class WSManServer:
     def __exit__(self, *error: object) -> None:
         self.closing.set()
         self._listener.shutdown()
-        self._thread.join()
+        self._thread.join(60)
         self._listener.close_connections()
         for shell in list(self.shells.values()):
             with shell.changed:
