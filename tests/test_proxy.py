@@ -169,7 +169,7 @@ def test_the_setting_of_the_service(tmp_path: Path) -> None:
     )
     for trusted, seen in (("[127.0.0.1, 198.51.100.0/24]", "192.0.2.7"), ("[192.0.2.0/24]", "127.0.0.1")):
         settings = f"  app: shop:app\n  trusted_proxy: {trusted}\n  body_limit: 10"
-        with Service(write_inventory(tmp_path, STEADY, settings), deadline=60) as service:
+        with Service(write_inventory(tmp_path, STEADY, settings)) as service:
             service.wait_status("/", 200)
             assert service.get("/", {FOR: "192.0.2.7, 198.51.100.3"}).body == seen
             assert service.get("/", {"Content-Length": "11"}).status == 413
