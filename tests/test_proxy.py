@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import yaml
 from conftest import no_leaks, wait_for
-from service import PROGRAM, Service, environment, write_inventory
+from service import PROGRAM, Service, environment, fresh_processes, write_inventory
 from test_gate import POOL, Serving, hello
 
 from healthchecker import Lease, ServiceSettings, load_inventory
@@ -33,6 +33,7 @@ NGINX, HAPROXY = shutil.which("nginx", path=SBIN), shutil.which("haproxy", path=
 @pytest.fixture(autouse=True)
 def _nothing_left() -> Iterator[None]:
     Lease()
+    fresh_processes()  # stays, too
     with no_leaks():
         yield
 
