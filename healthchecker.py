@@ -4184,7 +4184,7 @@ SLOT = BEAT + 1
 
 
 class Counters:
-    """What the serving processes count, a slot each. No total ever falls: a slot outlives the process that has it."""
+    """All slots. No total ever falls: a slot outlives the process that has it."""
 
     def __init__(self, slots: int) -> None:
         self.held = multiprocessing.RawArray(ctypes.c_long, [-1] * slots)   # connections; -1: nobody serves there
@@ -4255,7 +4255,6 @@ WELCOME = PAGE.format(title="The gate is open", text="HealthChecker's built-in p
                       "own here with <code>service.app</code> in inventory.yaml. While a resource is unhealthy, it "
                       "answers 503.{console}")
 NO_STORE = ("Cache-Control", "no-store")
-HTML = ("Content-Type", "text/html; charset=utf-8")
 PREFIX = "/-/"                  # everything below is HealthChecker's own
 HEALTH = "/-/health"
 METRICS_PATH = "/-/metrics"
@@ -4318,11 +4317,11 @@ class Gate:
         """For a closed gate; "shed" is a request that no thread has time for."""
         environ[OUTCOME] = outcome
         retry = self._retry_after()
-        kind, body = HTML, CLOSED_PAGE
+        kind, body = "text/html; charset=utf-8", CLOSED_PAGE
         if "text/html" not in environ.get("HTTP_ACCEPT", ""):
-            kind = ("Content-Type", "application/json")
+            kind = "application/json"
             body = b'{"status": 503, "title": "Service Unavailable", "retry_after": %s}\n' % retry[1].encode()
-        return respond(environ, start_response, (UNAVAILABLE, [kind, retry], body))
+        return respond(environ, start_response, (UNAVAILABLE, [("Content-Type", kind), retry], body))
 
     def _own(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         environ[OUTCOME] = "own"
@@ -4509,10 +4508,7 @@ class ChunkedBody(ChunkedReceiver):    # type: ignore[misc]  # waitress carries 
 
 
 class GateParser(HTTPRequestParser):    # type: ignore[misc]  # waitress carries no types
-    """One request, read strictly: what two programs could understand in two ways is refused, and what is too large.
-
-    waitress's own parser lets pass much of what hides one request in another (RFC 9112, section 11.2).
-    """
+    """One request, read strictly (RFC 9112, section 11.2)."""
 
     version = "1.1"     # of the answer to a request that does not tell its own
     command = path = query = request_uri = ""
@@ -4987,10 +4983,7 @@ class Loop:
 
 
 class GateServer(TcpWSGIServer):    # type: ignore[misc]  # waitress carries no types
-    """waitress on a socket that is bound already, with our loop: serves until `stop`, then drains.
-
-    It watches its clients' time, and lives on when there is no room for another one.
-    """
+    """waitress on bound sockets, with our loop: serves until `stop`, then drains."""
 
     channel_class = GateChannel
     selector_class: type[selectors.BaseSelector] = selectors.DefaultSelector
@@ -8343,7 +8336,7 @@ def peak(sample: Sample | None, metric: str) -> str:
 
 
 def print_table(rows: Sequence[Sequence[str]]) -> None:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
