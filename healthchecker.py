@@ -160,7 +160,7 @@ try:
     from waitress.parser import HTTPRequestParser
     from waitress.receiver import ChunkedReceiver, FixedStreamReceiver
     from waitress.server import TcpWSGIServer
-    from waitress.task import ErrorTask, WSGITask
+    from waitress.task import ErrorTask, ThreadedTaskDispatcher, WSGITask
     from waitress.utilities import InternalServerError
     from werkzeug.exceptions import HTTPException
     from werkzeug.wrappers import Response
@@ -4084,7 +4084,7 @@ class Monitor(threading.Thread):
 # What the workers count, in memory shared with the main process: a slot each, which its worker alone writes, so that
 # no lock is shared whose holder may be killed. In a worker, the loop's and the pool's threads take turns at the slot.
 # The main process sums the slots up for /-/metrics, and hands the slot of a worker that died on to the next.
-# Gives: Counters, RequestCounters, LATENCIES, STATUS_OUTCOMES, ROWS, ROW, ACCEPTED, QUEUED, OUTCOME
+# Gives: Counters, RequestCounters, LATENCIES, STATUS_OUTCOMES, ROWS, ROW, ACCEPTED, QUEUED, BEAT, OUTCOME
 LEAD = 4                        # connections that a worker may hold more than another and still take a crowd
 # Seconds, the upper bounds of the latency histogram: close together up to where a gate is to answer (10 ms), and on
 # to what an application in the pool may take; a bound more costs a line for every outcome.
@@ -4098,12 +4098,12 @@ ROW = len(LATENCIES) + 2        # cells of an outcome: a count for each latency,
 ROWS = {outcome: number * ROW for number, outcome in enumerate(OUTCOMES)}
 ACCEPTED = len(OUTCOMES) * ROW  # the cell of the connections ever accepted
 QUEUED = ACCEPTED + 1           # the cell of the requests that wait for a pool thread
-TURNS = QUEUED + 1              # the cell of the turns of the loop: one that makes none hangs
-SLOT = TURNS + 1
+BEAT = QUEUED + 1               # the cell of the last turn of the loop, its monotonic time
+SLOT = BEAT + 1
 
 
 class Counters:
-    """What the serving processes count, a slot each. No total ever falls: a slot outlives the process that has it."""
+    """All slots. No total ever falls: a slot outlives the process that has it."""
 
     def __init__(self, slots: int) -> None:
         self.held = multiprocessing.RawArray(ctypes.c_long, [-1] * slots)   # connections; -1: nobody serves there
@@ -4117,10 +4117,6 @@ class Counters:
         """Says that nobody serves in a slot; its totals stay."""
         self.held[index] = -1
         self.slot(index)[QUEUED] = 0.0
-
-    def turns(self, index: int) -> float:
-        """Turns of its loop that the process in a slot has made, and those before it."""
-        return self.slot(index)[TURNS]
 
     def totals(self) -> list[float]:
         """Every cell, summed over the slots."""
@@ -4148,7 +4144,7 @@ class RequestCounters:
     def turn(self, queued: int) -> None:
         """The loop turns, while `queued` requests wait for a pool thread."""
         self._cells[QUEUED] = queued
-        self._cells[TURNS] += 1
+        self._cells[BEAT] = time.monotonic()
 
     def hold(self, connections: int) -> None:
         """Tells the others how many connections this worker holds."""
@@ -4157,12 +4153,8 @@ class RequestCounters:
     @property
     def ahead(self) -> bool:
         """Whether this worker holds more connections than its share."""
-        least, *others = sorted(held for held in self._counters.held if held >= 0)
-        return bool(others) and self._counters.held[self._slot] > least + LEAD
-
-    def close(self) -> None:
-        """This process serves no more."""
-        self._counters.vacate(self._slot)
+        held = self._counters.held
+        return held[self._slot] > LEAD + min(count for count in held if count >= 0)
 
 
 # === Gate ====================================================================
@@ -4182,13 +4174,13 @@ WELCOME = PAGE.format(title="The gate is open", text="HealthChecker's built-in p
                       "own here with <code>service.app</code> in inventory.yaml. While a resource is unhealthy, it "
                       "answers 503.{console}")
 NO_STORE = ("Cache-Control", "no-store")
-HTML = ("Content-Type", "text/html; charset=utf-8")
 PREFIX = "/-/"                  # everything below is HealthChecker's own
 HEALTH = "/-/health"
 METRICS_PATH = "/-/metrics"
 HANDLER = "healthchecker.handler"   # key of the environ for what `Gate.route` has found
 Headers = list[tuple[str, str]]
 Reply = tuple[str, Headers, bytes]     # status line, headers, body
+UNAVAILABLE = "503 Service Unavailable"
 
 
 def respond(environ: WSGIEnvironment, start_response: StartResponse, answer: Reply) -> Iterable[bytes]:
@@ -4224,7 +4216,7 @@ class Gate:
         """What answers a request for `path`: `admit`, which may block, or what never does."""
         if path.startswith(PREFIX):
             return self._own
-        return self.admit if self._clock() < self._until.value else self._refuse
+        return self.admit if self._clock() < self._until.value else self.refuse
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         handler: WSGIApplication = environ.pop(HANDLER, None) or self.route(environ["PATH_INFO"])
@@ -4232,53 +4224,51 @@ class Gate:
 
     def admit(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         """The application's answer, unless the gate has closed while the request waited for a thread."""
-        if not self.is_healthy():
-            return self._refuse(environ, start_response)
-        if environ.get("HTTP_UPGRADE", "").lower() == "websocket":
+        if self._clock() >= self._until.value:
+            return self.refuse(environ, start_response)
+        if "HTTP_UPGRADE" in environ and environ["HTTP_UPGRADE"].lower() == "websocket":
             return respond(environ, start_response, ("501 Not Implemented", [], b"no websockets are served here\n"))
         environ["healthchecker.is_healthy"] = self.is_healthy
         return self._app(environ, start_response)
 
-    def shed(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
-        """For a request that no thread has time for."""
-        return self._refuse(environ, start_response, "shed")
+    def refuse(self, environ: WSGIEnvironment, start_response: StartResponse,
+               outcome: str = "refused") -> Iterable[bytes]:
+        """For a closed gate; "shed" is a request that no thread has time for."""
+        environ[OUTCOME] = outcome
+        retry = self._retry_after()
+        kind, body = "text/html; charset=utf-8", CLOSED_PAGE
+        if "text/html" not in environ.get("HTTP_ACCEPT", ""):
+            kind = "application/json"
+            body = b'{"status": 503, "title": "Service Unavailable", "retry_after": %s}\n' % retry[1].encode()
+        return respond(environ, start_response, (UNAVAILABLE, [("Content-Type", kind), retry], body))
 
     def _own(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         environ[OUTCOME] = "own"
-        route = self._routes.get(environ["PATH_INFO"])
-        if route is None:
-            return respond(environ, start_response, ("404 Not Found", [], b"not found\n"))
-        if route == self._health and environ["REQUEST_METHOD"] not in ("GET", "HEAD"):
-            return respond(environ, start_response, ("405 Method Not Allowed", [("Allow", "GET, HEAD")], b""))
-        return respond(environ, start_response, route())
+        path = environ["PATH_INFO"]
+        answer: Reply = "404 Not Found", [], b"not found\n"
+        if path == HEALTH and environ["REQUEST_METHOD"] not in ("GET", "HEAD"):
+            answer = "405 Method Not Allowed", [("Allow", "GET, HEAD")], b""
+        elif path in self._routes:
+            answer = self._routes[path]()
+        return respond(environ, start_response, answer)
 
     def _readyz(self) -> Reply:
         if self.draining:
-            return "503 Service Unavailable", [], b"ending\n"
+            return UNAVAILABLE, [], b"ending\n"
         if self.is_healthy():
             return "200 OK", [], b"open\n"
-        return "503 Service Unavailable", [self._retry_after()], b"closed\n"
+        return UNAVAILABLE, [self._retry_after()], b"closed\n"
 
     def _health(self) -> Reply:
-        healthy = self.is_healthy()
-        body = json.dumps({"status": "pass" if healthy else "fail"}).encode()
         kind = ("Content-Type", "application/health+json")
-        return "200 OK" if healthy else "503 Service Unavailable", [kind], body
+        if self.is_healthy():
+            return "200 OK", [kind], b'{"status": "pass"}'
+        return UNAVAILABLE, [kind], b'{"status": "fail"}'
 
     def _retry_after(self) -> tuple[str, str]:
         """Seconds to the soonest moment at which the gate can open; 1 when it is open, and the pool full."""
         wait = math.ceil(self._lease.opens.value - self._clock())
         return "Retry-After", str(min(max(wait, 1), RETRY_AFTER_MAX))
-
-    def _refuse(self, environ: WSGIEnvironment, start_response: StartResponse,
-                outcome: str = "refused") -> Iterable[bytes]:
-        environ[OUTCOME] = outcome
-        retry = self._retry_after()
-        kind, body = HTML, CLOSED_PAGE
-        if "text/html" not in environ.get("HTTP_ACCEPT", ""):
-            kind = ("Content-Type", "application/json")
-            body = b'{"status": 503, "title": "Service Unavailable", "retry_after": %s}\n' % retry[1].encode()
-        return respond(environ, start_response, ("503 Service Unavailable", [kind, retry], body))
 
 
 # === HTTP ====================================================================
@@ -4296,7 +4286,8 @@ ABSOLUTE = re.compile(rb"(?i:https?)://([^/?]*)(.*)")
 HOST = re.compile(r"(?:[A-Za-z0-9._-]{1,255}|\[([0-9A-Fa-f:.]{2,45})\])(?::([0-9]{0,5}))?")
 DIGITS = re.compile("[0-9]+")
 QUOTED = rb'"(?:[\t !#-\[\]-~\x80-\xff]|\\[\t -~\x80-\xff])*"'
-CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,16})(?:;%b+(?:=(?:%b+|%b))?)*\r\n" % (TOKEN, TOKEN, QUOTED))
+CHUNK_LINE = rb"([0-9A-Fa-f]{1,16})(?:;%b+(?:=(?:%b+|%b))?)*\r\n" % (TOKEN, TOKEN, QUOTED)
+FRAMING = re.compile(rb"\r\n(?:%b(\r\n)?)?" % CHUNK_LINE)  # the end of a chunk, the size of the next, the end of all
 FORWARDED_ADDRESS = re.compile(r"(?:\[([0-9A-Fa-f:.]+)\]|([0-9.]+))(?::[0-9]{1,5})?|([0-9A-Fa-f:.]+)")
 FORWARDED = re.compile("HTTP_(?:X_FORWARDED.*|FORWARDED)")
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
@@ -4399,9 +4390,7 @@ class ChunkedBody(ChunkedReceiver):    # type: ignore[misc]  # waitress carries 
         super().__init__(buf)
         self._limit, self._framing = limit, 0
         self._left = 0              # bytes of the chunk that are to come
-        self._line = b""
-        self._chunk_over = False    # the next line is the empty one that ends a chunk
-        self._last = False          # it is the last chunk, the one of no bytes
+        self._between = b"\r\n"     # what has come since the last chunk; the first one stands as behind another
 
     def received(self, data: bytes) -> int:
         """Takes what belongs to the body, and returns how many bytes that were; raises BadRequest."""
@@ -4420,34 +4409,25 @@ class ChunkedBody(ChunkedReceiver):    # type: ignore[misc]  # waitress carries 
 
     def _control(self, part: bytes) -> None:
         """A line, or a part of one, that is not the body's own."""
-        self._line += part
+        self._between += part
         self._framing += len(part)
         if self._framing > HEADER_BYTES + len(self):
             raise BadRequest
-        if self._chunk_over:
-            if not b"\r\n".startswith(self._line):
-                raise BadRequest
-            if len(self._line) == 2:
-                self._line, self._chunk_over, self.completed = b"", False, self._last
-        elif self._line.endswith(b"\n"):
-            self._begin(self._line)
-            self._line = b""
-
-    def _begin(self, line: bytes) -> None:
-        match = CHUNK_LINE.fullmatch(line)
+        if not part.endswith(b"\n"):
+            return
+        match = FRAMING.fullmatch(self._between)
         if not match:
             raise BadRequest
-        self._left = int(match[1], 16)
+        self._left = int(match[1] or b"0", 16)
         if len(self) + self._left > self._limit:
             raise too_large(self._limit)
-        self._chunk_over, self._last = True, not self._left
+        if self._left:
+            self._between = b""
+        self.completed = match[2] is not None
 
 
 class GateParser(HTTPRequestParser):    # type: ignore[misc]  # waitress carries no types
-    """One request, read strictly: what two programs could understand in two ways is refused, and what is too large.
-
-    waitress's own parser lets pass much of what hides one request in another (RFC 9112, section 11.2).
-    """
+    """One request, read strictly (RFC 9112, section 11.2)."""
 
     version = "1.1"     # of the answer to a request that does not tell its own
     command = path = query = request_uri = ""
@@ -4603,46 +4583,28 @@ SHORT_TURN = 0.01               # seconds that the loop waits at most while some
 LAST_ASK = 0.25                 # seconds in which clients that were answered just before may still ask then
 
 
-class Pool:
+class Pool(ThreadedTaskDispatcher):     # type: ignore[misc]  # waitress carries no types
     """Threads that answer requests, with a bound on those that wait for one."""
 
     def __init__(self, threads: int, bound: int) -> None:
-        self._bound, self._unfinished, self._lock = bound, 0, threading.Lock()  # guards _unfinished
-        self._tasks: queue.SimpleQueue[HTTPChannel | None] = queue.SimpleQueue()
-        self._threads = [threading.Thread(target=self._work, daemon=True) for _ in range(threads)]
-        for thread in self._threads:
-            thread.start()
+        super().__init__()
+        self._bound = bound
+        self.set_thread_count(threads)
 
     @property
     def waiting(self) -> int:
         """Requests that no thread is free for."""
-        return max(0, self._unfinished - len(self._threads))
+        with self.lock:
+            return max(0, len(self.queue) + int(self.active_count) - len(self.threads))
 
     @property
     def full(self) -> bool:
-        return self._unfinished >= len(self._threads) + self._bound
+        return self.waiting >= self._bound
 
     def add_task(self, task: HTTPChannel) -> None:
-        with self._lock:
-            self._unfinished += 1
-        self._tasks.put(task)
-
-    def shutdown(self, timeout: float) -> None:
-        """Ends the threads, within `timeout` seconds; what no thread has begun is not answered."""
-        with contextlib.suppress(queue.Empty):
-            while task := self._tasks.get_nowait():
-                task.cancel()
-        for _ in self._threads:
-            self._tasks.put(None)
-        ends = time.monotonic() + timeout
-        for thread in self._threads:
-            thread.join(max(0.0, ends - time.monotonic()))
-
-    def _work(self) -> None:
-        while task := self._tasks.get():
-            task.service()
-            with self._lock:
-                self._unfinished -= 1
+        with self.lock:     # as waitress, without a line in the log for each request that waits
+            self.queue.append(task)
+            self.queue_cv.notify()
 
 
 class GateTask(WSGITask):    # type: ignore[misc]  # waitress carries no types
@@ -4663,6 +4625,8 @@ class GateTask(WSGITask):    # type: ignore[misc]  # waitress carries no types
 
     def write(self, data: bytes) -> None:
         super().write(b"" if self.is_head else data)
+        if data:
+            self.channel.server.loop.touch(self.channel)
 
     def finish(self) -> None:
         if self.is_head:
@@ -4700,7 +4664,6 @@ class GateTask(WSGITask):    # type: ignore[misc]  # waitress carries no types
             with channel.requests_lock:
                 if len(channel.requests) == 1 and channel.request is None:  # nothing has come behind it
                     self.request.headers["CONNECTION"] = "close"
-        channel.holds = True
         return cast(bytes, super().build_response_header())
 
 
@@ -4725,7 +4688,6 @@ class GateChannel(HTTPChannel):    # type: ignore[misc]  # waitress carries no t
     will_close: bool
     close_when_flushed: bool
     began = 0.0             # when the request was complete
-    holds = False           # what comes next is a head, and waits for the first of its body
     held = False            # its next request waits until enough of the answers before it is taken
     watched = 0             # what the loop waits for on it, selectors' events
     touched = False         # the loop is to look at it
@@ -4767,13 +4729,6 @@ class GateChannel(HTTPChannel):    # type: ignore[misc]  # waitress carries no t
         if self.writable() or self.requests or not self.watched & selectors.EVENT_READ:
             self.server.loop.touch(self)
 
-    def write_soon(self, data: Any) -> int:
-        holds, self.holds = self.holds, False
-        taken = int(super().write_soon(data))
-        if not holds:
-            self.server.loop.touch(self)
-        return taken
-
     def send(self, data: bytes, do_close: bool = True) -> int:
         if not data:
             raise BrokenPipeError("a file that is sent was cut")
@@ -4783,8 +4738,8 @@ class GateChannel(HTTPChannel):    # type: ignore[misc]  # waitress carries no t
         return sent
 
     def handle_write(self) -> None:
-        """As waitress, but what a task has written so far is sent, however little it is."""
-        self._flush_exception(self._flush_some_if_lockable if self.requests else self._flush_some)
+        """As waitress, but what a task has written so far is sent, however little it is, and never by two at once."""
+        self._flush_exception(self._flush_some_if_lockable)
         if self.close_when_flushed and not self.total_outbufs_len and self.connected:
             self.close_when_flushed = False
             self._take_leave()
@@ -4817,12 +4772,6 @@ class GateChannel(HTTPChannel):    # type: ignore[misc]  # waitress carries no t
             self.server.waited_for.add(self)
             super()._flush_outbufs_below_high_watermark()
             self.server.waited_for.discard(self)
-
-    def _flush_some(self, do_close: bool = True) -> bool:
-        if self.request is None:
-            return bool(super()._flush_some(do_close))
-        with self.outbuf_lock:      # a thread may send a 100 Continue for it while the loop sends what is left
-            return bool(super()._flush_some(do_close))
 
     def served(self, outcome: str) -> None:
         """A request is answered."""
@@ -4952,17 +4901,8 @@ class Loop:
                 wasyncore.read(key.data)
 
 
-def on_one_line(record: logging.LogRecord) -> bool:
-    """For waitress's log, in whose lines the path of a request may have line breaks."""
-    record.msg, record.args = one_line(record.getMessage()), ()
-    return True
-
-
 class GateServer(TcpWSGIServer):    # type: ignore[misc]  # waitress carries no types
-    """waitress on a socket that is bound already, with our loop: serves until `stop`, then drains.
-
-    It watches its clients' time, and lives on when there is no room for another one.
-    """
+    """waitress on bound sockets, with our loop: serves until `stop`, then drains."""
 
     channel_class = GateChannel
     selector_class: type[selectors.BaseSelector] = selectors.DefaultSelector
@@ -4989,7 +4929,6 @@ class GateServer(TcpWSGIServer):    # type: ignore[misc]  # waitress carries no 
         self._ends = self._idle_end = math.inf
         self.pool = Pool(threads, service.queue)
         self.sockets, sock = socks, socks[0]    # several where its name has several addresses
-        logging.getLogger("waitress").addFilter(on_one_line)
         sockinfo = (sock.family, sock.type, sock.proto, sock.getsockname())
         super().__init__(ForwardedHeaders(gate, service.trusted_proxy), {}, True, sock, dispatcher=self.pool,
                          adj=adjustments, sockinfo=sockinfo, bind_socket=False)
@@ -5014,7 +4953,7 @@ class GateServer(TcpWSGIServer):    # type: ignore[misc]  # waitress carries no 
                 if not self.pool.full:
                     self.pool.add_task(channel)
                     return
-                request.handler = gate.shed
+                request.handler = functools.partial(gate.refuse, outcome="shed")
         channel.held = channel.total_outbufs_len > self.adj.outbuf_high_watermark   # what nobody takes is not made
         if not channel.held:
             self._ready.append(channel)
@@ -5084,8 +5023,7 @@ class GateServer(TcpWSGIServer):    # type: ignore[misc]  # waitress carries no 
             while not self._drained():      # asked right after all that has come was read
                 self._turn()
             self._note_cut()
-            self.tally.close()
-            self.pool.shutdown(POOL_END)
+            self.pool.shutdown(timeout=POOL_END)
             wasyncore.close_all(self._map)
 
     def _turn(self) -> None:
@@ -5162,6 +5100,7 @@ LISTEN_FAULTS = {
     errno.EADDRINUSE: "another program uses that port; stop it, or write another port at",
     errno.EADDRNOTAVAIL: "this machine has no such address; write one that it has, such as 127.0.0.1, or 0.0.0.0 at",
     errno.EACCES: "the port needs rights that this account does not have; write one above 1023 at"}
+BIND_OPTION = getattr(socket, "SO_EXCLUSIVEADDRUSE", socket.SO_REUSEADDR)   # the former on Windows
 PORT_WAIT = 5.0                 # seconds for a port to become free: workers of a killed service hold theirs a moment
 READY_INTERVAL = 0.02           # seconds between two looks whether to serve
 ORPHAN_DRAIN = 0.5              # seconds for requests in flight of a worker whose main process died
@@ -5179,43 +5118,31 @@ HANGUPS = [getattr(signal, name) for name in ("SIGHUP",) if hasattr(signal, name
 
 
 # --- the doors ---
-def bind(family: int, address: tuple[Any, ...], *, alone: bool) -> socket.socket:
-    """A listening socket; one that is not `alone` leaves IPv4 to another."""
-    sock = socket.socket(family, socket.SOCK_STREAM)
-    try:
-        if sys.platform == "win32":
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_EXCLUSIVEADDRUSE, 1)
-        else:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if family == socket.AF_INET6 and not alone:
-            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        sock.bind(address)
-        sock.listen(BACKLOG)
-    except OSError:
-        sock.close()
-        raise
-    return sock
-
-
-def bind_all(host: str, port: int) -> list[socket.socket]:
+def bind(host: str, port: int) -> list[socket.socket]:
     """Listening sockets on each address of `host` that this machine has, on one port. Raises OSError, UnicodeError."""
     answers: Any = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     addresses = sorted({(family, address) for family, _, _, _, address in answers})     # IPv4 first
-    socks: list[socket.socket] = []
-    absent: OSError | None = None
-    with contextlib.ExitStack() as stack:
+    socks, absent = [], OSError()
+    with contextlib.ExitStack() as bound:
         for family, (name, _, *rest) in addresses:
             try:
-                socks.append(stack.enter_context(bind(family, (name, port, *rest), alone=len(addresses) == 1)))
+                with contextlib.ExitStack() as stack:
+                    sock = stack.enter_context(socket.socket(family, socket.SOCK_STREAM))
+                    sock.setsockopt(socket.SOL_SOCKET, BIND_OPTION, 1)
+                    if family == socket.AF_INET6 and len(addresses) > 1:    # IPv4 has a socket of its own
+                        sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+                    sock.bind((name, port, *rest))
+                    sock.listen(BACKLOG)
+                    bound.push(stack.pop_all())
+                socks.append(sock)
+                port = sock.getsockname()[1]    # for 0 the system has chosen one
             except OSError as error:
                 if error.errno not in ABSENT:
                     raise
                 absent = error
-            else:
-                port = socks[0].getsockname()[1]    # for 0 the system has chosen one
-        if absent and not socks:
+        if not socks:
             raise absent
-        stack.pop_all()
+        bound.pop_all()
     return socks
 
 
@@ -5225,7 +5152,7 @@ def listen(setting: str, value: str) -> list[socket.socket]:
     ends = time.monotonic() + PORT_WAIT
     while True:
         try:
-            return bind_all(host.strip("[]"), int(port))
+            return bind(host.strip("[]"), int(port))
         except (OSError, UnicodeError) as error:
             number = getattr(error, "errno", 0)
             if number != errno.EADDRINUSE or time.monotonic() > ends:
@@ -5312,42 +5239,34 @@ class LineFormatter(logging.Formatter):
     def formatMessage(self, record: logging.LogRecord) -> str:
         return printable(super().formatMessage(record))
 
-    def formatException(self, ei: Any) -> str:
-        return self.formatStack(super().formatException(ei))
-
-    def formatStack(self, stack_info: str) -> str:
-        return "\n".join(f"    {printable(line)}" for line in stack_info.splitlines())
+    def format(self, record: logging.LogRecord) -> str:
+        first, *trace = super().format(record).split("\n")
+        return "\n".join([first, *(f"    {printable(line)}" for line in trace)])
 
 
-class MessagePipe(logging.Handler):
+class MessagePipe(logging.handlers.QueueHandler):
     """What a worker says and logs. A thread sends, so that nobody waits for the main process."""
 
+    queue: queue.SimpleQueue[bytes]
+
     def __init__(self, pipe: PipeConnection) -> None:
-        super().__init__()
-        self.setFormatter(LineFormatter("%(message)s"))
+        super().__init__(queue.SimpleQueue())
         self._pipe = pipe
-        self._out: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._send, name="pipe", daemon=True)
         self._thread.start()
 
-    def put(self, kind: str, *message: Any) -> None:
-        self._out.put(json.dumps([kind, *message]).encode())
-
-    def emit(self, record: logging.LogRecord) -> None:
-        try:
-            message, _, trace = self.format(record).partition("\n")
-            self.put("log", record.levelno, message, trace)
-        except Exception:       # noqa: BLE001  # as every handler: a faulty call must not fail whoever logs
-            self.handleError(record)
+    def prepare(self, record: logging.LogRecord) -> bytes:
+        trace = self.format(record)[len(record.message) + 1:]
+        return json.dumps(["log", record.levelno, record.message, trace]).encode()
 
     def finish(self, wait: float) -> None:
         """Ends the thread after what was put."""
-        self._out.put(None)
+        self.queue.put(b"")
         self._thread.join(wait)
 
     def _send(self) -> None:
         with contextlib.suppress(OSError):      # the other side has ended; Worker hears it
-            while (message := self._out.get()) is not None:
+            while message := self.queue.get():
                 self._pipe.send_bytes(message)
 
 
@@ -5392,7 +5311,7 @@ class Worker:
         try:
             self._serve(messages)
         except HealthCheckerError as error:
-            messages.put("failed", str(error))
+            messages.queue.put(json.dumps(["failed", str(error)]).encode())
         finally:    # what the application left running does not keep the process
             messages.finish(WORKER_END / 2)
             threading.Thread(target=end_after, args=(WORKER_END / 2,), daemon=True).start()
@@ -5403,7 +5322,8 @@ class Worker:
         tally = RequestCounters(self.counters, self.number)
         server = GateServer(Gate(app, self.lease), self.socks, service, connection_limit(), tally)
         keep_out_of_collections()
-        messages.put("ready")
+        tally.turn(0)       # the first beat; it is no hang to wait from here
+        messages.queue.put(b'["ready"]')
         while not self.serving.value:
             time.sleep(READY_INTERVAL)
         self.server = server
@@ -5444,26 +5364,24 @@ def signals_held() -> Iterator[None]:
 class WorkerProcess:
     """One worker process, from its start to its end."""
 
-    def __init__(self, number: int, process: multiprocessing.process.BaseProcess, pipe: PipeConnection) -> None:
+    def __init__(self, number: int, process: multiprocessing.process.BaseProcess, pipe: PipeConnection,
+                 short: int = 0) -> None:
         self.number, self.process, self.born_mono = number, process, time.monotonic()
-        self.turns, self.turned_mono = -1.0, 0.0    # of its loop, and when they last were more
         self.ready = threading.Event()
         self.failure = ""
+        self.short = short          # short lives in a row before its own
+        self.due_mono = math.inf    # when to start another one in its place
         self._pipe = pipe
         self._lock = threading.Lock()   # guards the end of _pipe, whose descriptor is another file's afterwards
         self._thread = threading.Thread(target=self._listen, name=f"worker {number}", daemon=True)
         self._thread.start()
 
     @property
-    def alive(self) -> bool:
-        """Whether the process runs; when not, everything it said was heard."""
+    def ended(self) -> str:
+        """Why the process has ended, everything that it said was heard then; empty while it runs."""
         if self.process.is_alive():
-            return True
+            return ""
         self._thread.join(LAST_WORDS)      # a child process of the application may hold the pipe open
-        return False
-
-    @property
-    def why(self) -> str:
         return self.failure or f"worker {self.number} ended with exit code {self.process.exitcode}"
 
     def stop(self) -> None:
@@ -5473,11 +5391,11 @@ class WorkerProcess:
         if not self.ready.is_set():
             self.process.kill()
 
-    def hangs(self, turns: float, now: float) -> bool:
-        """Takes note of the turns of its loop; whether there were none for too long."""
-        if turns != self.turns or not self.ready.is_set():
-            self.turns, self.turned_mono = turns, now
-        return now - self.turned_mono > HANG_TIME
+    def put_off(self, why: str) -> None:
+        """Plans the start of the next one; each in a row comes later."""
+        self.due_mono = time.monotonic() + WORKER_PAUSES[min(self.short, len(WORKER_PAUSES) - 1)]
+        self.short += 1
+        log.error("%s", why)
 
     def _listen(self) -> None:
         with contextlib.suppress(OSError, EOFError):
@@ -5514,9 +5432,7 @@ class Supervisor:
         self.counters = Counters(self._count)
         self._serving = multiprocessing.RawValue(ctypes.c_bool, False)
         self._workers: list[WorkerProcess] = []
-        self._short = [0] * self._count             # short lives in a row, by worker
-        self._due: dict[int, float] = {}            # when to replace those that died or could not be started
-        self._looked_mono = math.inf
+        self._looked_mono, self._judges_mono = -math.inf, 0.0   # the last look; from when on one that hangs is killed
         self.stopping = False
 
     def start(self) -> None:
@@ -5528,8 +5444,8 @@ class Supervisor:
         news = time.monotonic() + START_NEWS
         while not self.stopping and not all(worker.ready.is_set() for worker in self._workers):
             for worker in self._workers:
-                if worker.failure or not worker.alive:
-                    raise UsageError(worker.why)
+                if fault := worker.failure or worker.ended:
+                    raise UsageError(fault)
             time.sleep(SUPERVISOR_INTERVAL)
             if time.monotonic() > news:
                 news += START_NEWS
@@ -5551,18 +5467,16 @@ class Supervisor:
     def look(self, now: float) -> None:
         """Kills one that hangs, and replaces those that died."""
         if now - self._looked_mono > STANDSTILL:    # a suspended machine: nobody is judged by that time
-            for worker in self._workers:
-                worker.turned_mono = now
+            self._judges_mono = now + HANG_TIME
         self._looked_mono = now
-        hanging = [worker for worker in self._workers
-                   if worker.number not in self._due and worker.hangs(self.counters.turns(worker.number), now)]
-        for worker in hanging[:1]:
-            log.error("worker %d hangs: no turn of its loop for %g s; it is killed", worker.number, HANG_TIME)
-            worker.process.kill()
-            worker.turned_mono = math.inf   # once is enough
-            for other in self._workers:
-                other.turned_mono = max(other.turned_mono, now - HANG_TIME + HANG_SPACING)
-        self._replace(now)
+        for number, worker in enumerate(self._workers):
+            serves = worker.ready.is_set() and not worker.failure and worker.due_mono == math.inf
+            if serves and now > self._judges_mono and self.counters.slot(number)[BEAT] < now - HANG_TIME:
+                worker.failure = f"worker {number} hung"
+                log.error("worker %d hangs: no turn of its loop for %g s; it is killed", number, HANG_TIME)
+                worker.process.kill()
+                self._judges_mono = now + HANG_SPACING
+            self._replace(worker, now)
 
     def close(self) -> None:
         """Lets the workers answer what they are at, `service.drain` seconds at most, and ends them."""
@@ -5573,15 +5487,15 @@ class Supervisor:
         ends = time.monotonic() + self.service.drain + WORKER_END
         while self._workers:
             worker = self._workers[-1]
-            while worker.alive and time.monotonic() < ends:   # join would wait for what the application forked, too
+            while not worker.ended and time.monotonic() < ends:     # join would wait for what it has forked, too
                 time.sleep(SUPERVISOR_INTERVAL)
-            if worker.alive:
+            if not worker.ended:
                 log.warning("worker %d does not end and is killed", worker.number)
                 worker.process.kill()
                 worker.process.join()
             self._workers.pop()
 
-    def _launch(self, number: int) -> WorkerProcess:
+    def _launch(self, number: int, short: int = 0) -> WorkerProcess:
         context = multiprocessing.get_context("spawn")      # the same on every system
         ours, theirs = context.Pipe()
         worker = Worker(number, self.service, self._folder, self._socks, self.lease, self.counters, self._serving,
@@ -5589,31 +5503,22 @@ class Supervisor:
         process = context.Process(target=worker.run, name=f"worker {number}")
         with theirs, signals_held():    # closed here, or the worker's end would not be seen
             process.start()
-        return WorkerProcess(number, process, ours)
+        return WorkerProcess(number, process, ours, short)
 
-    def _replace(self, now: float) -> None:
-        for worker in self._workers:
-            number = worker.number
-            if number not in self._due and not worker.alive:
-                self.counters.vacate(number)
-                if worker.ready.is_set() and now - worker.born_mono >= WORKER_LIFE:
-                    self._short[number] = 0
-                self._put_off(number, now, f"{worker.why}; starting another")
-        for number in [number for number, due in self._due.items() if due <= now]:
+    def _replace(self, worker: WorkerProcess, now: float) -> None:
+        """Starts another one in the place of a worker that has ended, when that is due."""
+        number = worker.number
+        if worker.due_mono == math.inf and worker.ended:
+            self.counters.vacate(number)
+            if worker.ready.is_set() and now - worker.born_mono >= WORKER_LIFE:
+                worker.short = 0
+            worker.put_off(f"{worker.ended}; starting another")
+        if worker.due_mono <= now:
             try:
-                worker = self._launch(number)
+                self._workers[number] = self._launch(number, worker.short)
+                worker.process.close()
             except OSError as error:    # no descriptors, memory or processes are left: that may pass
-                self._put_off(number, now, f"worker {number} cannot be started: {error.strerror}; trying again")
-                continue
-            self._workers[number].process.close()
-            self._workers[number] = worker
-            del self._due[number]
-
-    def _put_off(self, number: int, now: float, why: str) -> None:
-        """Plans the next start of a worker; each in a row comes later."""
-        self._due[number] = now + WORKER_PAUSES[min(self._short[number], len(WORKER_PAUSES) - 1)]
-        self._short[number] += 1
-        log.error("%s", why)
+                worker.put_off(f"worker {number} cannot be started: {error.strerror}; trying again")
 
 
 # === Accounts ================================================================
@@ -8194,18 +8099,16 @@ PROGRESS_INTERVAL = 0.1         # seconds between two looks at them; a wait with
 def ensure_inventory(path: Path) -> None:
     """On first start: copies inventory.example.yaml, or writes an inventory that watches this machine."""
     example = path.with_name("inventory.example.yaml")
+    content, origin = b"resources:\n  - {name: this-machine, platform: local}\n", "written one that"
     try:
         if path.exists():
             return
         if example.is_file():
-            shutil.copyfile(example, path)
-            origin = f"copied from {example.name}; it watches this machine."
-        else:
-            path.write_text("resources:\n  - {name: this-machine, platform: local}\n", encoding="utf-8")
-            origin = "written one that watches this machine."
-        print(f"{path.name} was not there: {origin} Edit it and restart.")
+            content, origin = example.read_bytes(), f"copied from {example.name}; it"
+        path.write_bytes(content)
     except OSError as error:
         raise InventoryError(f"{path.name}: cannot be written: {error.strerror}") from error
+    print(f"{path.name} was not there: {origin} watches this machine. Edit it and restart.")
 
 
 class LogFile(logging.handlers.RotatingFileHandler):
@@ -8274,12 +8177,6 @@ class Installation:
     def access(self) -> ConnectionContext:
         return ConnectionContext(KnownHosts(self.service.known_hosts), Resolver())
 
-    def bind(self) -> tuple[list[socket.socket], list[socket.socket]]:
-        """Both doors: the application's and the operators', which may be off. Raises UsageError."""
-        console = self.service.console
-        doors = listen("service.listen", self.service.listen)
-        return doors, [] if console == "off" else listen("service.console", console)
-
 
 def prepare(installation: Installation, store: Store) -> Vault:
     """Brings database and keys to what the inventory says, all or nothing, and says what is to be known."""
@@ -8322,7 +8219,8 @@ def serve(arguments: argparse.Namespace) -> int:
     set_up_logging(service.log_file)
     if service.metrics_token_file:
         read_token(service.metrics_token_file)    # what cannot be used ends the start
-    doors, console = installation.bind()
+    doors = listen("service.listen", service.listen)
+    console = [] if service.console == "off" else listen("service.console", service.console)
     service = service.model_copy(update={
         "listen": bound_address(service.listen, doors), "console": bound_address(service.console, console)})
     inspect_database(installation.database)
@@ -8358,7 +8256,7 @@ def peak(sample: Sample | None, metric: str) -> str:
 
 
 def print_table(rows: Sequence[Sequence[str]]) -> None:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 

@@ -34,7 +34,7 @@ from waitress.channel import HTTPChannel
 from waitress.parser import HTTPRequestParser
 from waitress.receiver import ChunkedReceiver
 from waitress.server import TcpWSGIServer
-from waitress.task import ErrorTask, WSGITask
+from waitress.task import ErrorTask, ThreadedTaskDispatcher, WSGITask
 
 from healthchecker import (
     POOL_BUFFER,
@@ -45,6 +45,7 @@ from healthchecker import (
     GateServer,
     HealthAggregator,
     Lease,
+    LineFormatter,
     Pool,
     RequestCounters,
     ServiceSettings,
@@ -1170,7 +1171,9 @@ def test_no_path_begins_a_line_of_the_log(threads: int, caplog: pytest.LogCaptur
     with Serving(broken, threads) as serving:
         assert serving.get("/%0aERROR%20forged")[0] == 500
     (record,) = (record for record in caplog.records if record.name == "waitress")
-    assert "\n" not in record.getMessage() and "ERROR forged" in record.getMessage() and record.exc_info
+    first, *lines = LineFormatter().format(record).splitlines()  # as workers log
+    assert r"\nERROR forged" in first and record.exc_info
+    assert lines and all(line.startswith("    ") for line in lines)
 
 
 @POOL
@@ -1234,8 +1237,8 @@ def test_a_share_of_the_connections() -> None:
 INTERNALS = {
     HTTPChannel: "request requests requests_lock outbuf_lock outbufs total_outbufs_len will_close close_when_flushed "
     "last_activity creation_time connected addr adj server task_class error_task_class parser_class "
-    "received service write_soon send readable writable handle_write handle_close cancel add_channel del_channel "
-    "_flush_exception _flush_some _flush_some_if_lockable _flush_outbufs_below_high_watermark",
+    "received service send readable writable handle_write handle_close cancel add_channel del_channel "
+    "_flush_exception _flush_some_if_lockable _flush_outbufs_below_high_watermark",
     TcpWSGIServer: "application adj channel_class active_channels trigger accepting _map socket readable accept "
     "handle_accept set_reuse_addr pull_trigger add_task del_channel",
     WSGITask: "channel request version status wrote_header has_body chunked_response environ "
@@ -1243,6 +1246,7 @@ INTERNALS = {
     ErrorTask: "request channel service",
     HTTPRequestParser: "completed headers_finished header_plus error body_rcv chunked expect_continue empty headers "
     "received close parse_header",
+    ThreadedTaskDispatcher: "queue queue_cv lock threads active_count set_thread_count add_task shutdown",
     Adjustments: "asyncore_loop_timeout connection_limit outbuf_high_watermark send_bytes inbuf_overflow "
     "max_request_body_size url_scheme threads",
     ChunkedReceiver: "buf completed received",
@@ -1256,6 +1260,7 @@ def test_every_internal_of_waitress_is_there() -> None:
         (channel,) = serving.server.active_channels.values()
         objects = {HTTPChannel: channel, TcpWSGIServer: serving.server, Adjustments: channel.adj}
         objects[HTTPRequestParser] = HTTPRequestParser(channel.adj)
+        objects[ThreadedTaskDispatcher] = ThreadedTaskDispatcher()
         objects[WSGITask], objects[ErrorTask] = WSGITask(channel, channel.request), ErrorTask(channel, channel.request)
         objects[ChunkedReceiver] = ChunkedReceiver(OverflowableBuffer(1))
         missing = [f"{kind.__name__}.{name}" for kind, names in INTERNALS.items() for name in names.split()
@@ -1301,10 +1306,10 @@ def test_no_task_is_forgotten() -> None:
             side.join(60)
         wait_for(lambda: len(done) == count, 20)
         assert sorted(done) == list(range(count))
-        wait_for(lambda: not pool._unfinished)
+        wait_for(lambda: not pool.queue and not pool.active_count)
     finally:
         sys.setswitchinterval(interval)
-        pool.shutdown(5)
+        pool.shutdown(timeout=5)
 
 
 def test_tasks_that_block_get_a_thread_each() -> None:
@@ -1314,7 +1319,7 @@ def test_tasks_that_block_get_a_thread_each() -> None:
             pool.add_task(Task(lambda: together.wait(10) and None))  # type: ignore[arg-type]
         together.wait(10)
     finally:
-        pool.shutdown(5)
+        pool.shutdown(timeout=5)
 
 
 def test_the_end_of_a_pool() -> None:
@@ -1333,9 +1338,9 @@ def test_the_end_of_a_pool() -> None:
     pool.add_task(late)  # type: ignore[arg-type]
     assert pool.waiting == 1
     before = time.monotonic()
-    pool.shutdown(0.1)
+    pool.shutdown(timeout=0.1)
     assert time.monotonic() - before < 2
     assert late.cancelled and not any(task.cancelled for task in first)
     go.set()
-    wait_for(lambda: not any(thread.is_alive() for thread in pool._threads))
+    wait_for(lambda: not pool.threads)
     assert not began.acquire(blocking=False)

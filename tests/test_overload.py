@@ -140,7 +140,7 @@ def test_a_burst_for_which_there_is_room_is_served() -> None:
             for client in clients:
                 client.sendall(request)
             assert {client.recv(1000)[:12] for client in clients} == {b"HTTP/1.1 200"}
-            wait_for(lambda: not pool._unfinished)  # all of them are idle again
+            wait_for(lambda: not pool.queue and not pool.active_count)  # all of them are idle again
 
 
 def test_pipelined_requests_keep_their_order() -> None:
