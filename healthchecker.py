@@ -5755,7 +5755,8 @@ class UserChange(Settings):
 
 def field_errors(fields: Mapping[str, str]) -> ApiError:
     """Bad input, with what is wrong with each field; the names may be the client's, so they are cut."""
-    told = {one_line(name): one_line(text) for name, text in itertools.islice(fields.items(), 50)}
+    told = {one_line(name): "\n".join(map(one_line, text.split("\n", 50)[:50]))
+            for name, text in itertools.islice(fields.items(), 50)}
     return ApiError("; ".join(f"{name}: {text}" for name, text in told.items()), 422, told)
 
 
@@ -5777,12 +5778,13 @@ def shared_defaults(inventory: Inventory) -> dict[str, Any]:
 
 
 class SettingsReader(InventoryLoader):
-    """Reads one resource from a request, by the rules of the inventory; `fields` gathers what is wrong with which."""
+    """Reads one resource of a request by the rules of the inventory: of JSON, or of a form with a `document`, the YAML
+    in it. `fields` gathers what is wrong with which; what stands in the document is wrong with `settings`."""
 
-    def __init__(self, inventory: Inventory, *, text: bool) -> None:
-        super().__init__(inventory.path, Document())
-        self.defaults, self.text = shared_defaults(inventory), text
-        self.fields: dict[str, str] = {}
+    def __init__(self, inventory: Inventory, document: Document | None) -> None:
+        super().__init__(inventory.path, document or Document())
+        self.defaults, self.is_form = shared_defaults(inventory), document is not None
+        self.fields: dict[str, list[str]] = collections.defaultdict(list)
 
     def read(self, given: Mapping[str, Any], stored: Mapping[str, Any]) -> Entry:
         """`given` over `stored`; null stands for the default. Raises ApiError."""
@@ -5790,20 +5792,25 @@ class SettingsReader(InventoryLoader):
         given, stored = ({name: value for name, value in part.items() if name not in nulls}
                          for part in (given, stored))
         stored = self.defaults | stored
-        self.fields |= dict.fromkeys(INVENTORY_ONLY & given.keys(), "can be set in the inventory alone")
+        for name in INVENTORY_ONLY & given.keys():
+            self.fault(("defaults", name), "can be set in the inventory alone")
         if given.get("platform", stored.get("platform")) == Platform.LOCAL.value:
-            self.fields["platform"] = "local can be set in the inventory alone"
+            self.fault(("defaults", "platform"), "local can be set in the inventory alone")
         entry = None if self.fields else self._entry(0, given, stored)  # which looks at files
         if entry is None or self.fields:
-            raise field_errors(self.fields)
+            raise field_errors({name: "\n".join(texts) for name, texts in self.fields.items()})
         return entry
 
     def fault(self, path: NodePath, message: str, *, key: bool = False) -> None:
-        name = ".".join(map(str, path[1:] if path[0] == "defaults" else path[2:])) or "resource"
-        self.fields[name] = f"{self.fields[name]}; {message}" if name in self.fields else message
+        path = path[1:] if path[0] == "defaults" else path[2:]
+        name = ".".join(map(str, path)) or "resource"
+        if path[:1] in self.document.keys:
+            position = self.document.position(path, key=True)
+            name, message = "settings", f"{self.document.name}:{position}: {name}: {message}"
+        self.fields[name].append(message)
 
     def parse(self, model: type[Settings], raw: Mapping[str, Any]) -> Settings:
-        if self.text:
+        if self.is_form:
             return super().parse(model, raw)
         return model.model_validate_json(json.dumps(raw), strict=True, context=self.folder)
 
@@ -6129,20 +6136,20 @@ def show_resource(who: Principal, name: str) -> ResourceView:
         return resource_view(row, session.get(Status, row.id), who.context)
 
 
-def apply_settings(context: ConsoleContext, row: Resource, body: Mapping[str, Any], *, text: bool) -> bool:
+def apply_settings(context: ConsoleContext, row: Resource, body: Mapping[str, Any], form: Document | None) -> bool:
     """Brings a row to what `body` says, over what it states if it is not new; says whether it changed."""
     stored = stated(row, context.inventory) if row.name else {}
-    entry = SettingsReader(context.inventory, text=text).read(body, stored)
+    entry = SettingsReader(context.inventory, form).read(body, stored)
     try:
         return update_row(row, entry, context.vault)
     except (SecretError, InventoryError) as error:
         raise field_errors({"password": str(error)}) from error
 
 
-def add_resource(who: Principal, body: Mapping[str, Any], *, text: bool = False) -> ResourceView:
+def add_resource(who: Principal, body: Mapping[str, Any], form: Document | None = None) -> ResourceView:
     """Adds a resource; it is watched at once."""
     row = Resource(origin="api")
-    apply_settings(who.context, row, body, text=text)
+    apply_settings(who.context, row, body, form)
     with who.context.store.writing() as session:
         if session.scalar(sqlalchemy.select(Resource.id).where(Resource.name == row.name)) is not None:
             raise ApiError("there is a resource of this name already", 409, {"name": "is taken"})
@@ -6151,14 +6158,14 @@ def add_resource(who: Principal, body: Mapping[str, Any], *, text: bool = False)
     return show_resource(who, row.name)
 
 
-def change_resource(who: Principal, name: str, body: Mapping[str, Any], *, text: bool = False) -> ResourceView:
+def change_resource(who: Principal, name: str, body: Mapping[str, Any], form: Document | None = None) -> ResourceView:
     """Changes what is given; null stands for the default. Another host, port or username needs the password again."""
     with who.context.store.writing() as session:
         row = changeable(who, session, name)
         if body.get("name", name) != name:
             raise field_errors({"name": "cannot be changed; add another resource and remove this one"})
         before = stated(row, who.context.inventory)
-        if apply_settings(who.context, row, body, text=text):
+        if apply_settings(who.context, row, body, form):
             after = stated(row, who.context.inventory)
             changed = {field for field in before.keys() | after.keys() if before.get(field) != after.get(field)}
             who.note(session, f"changed: {', '.join(sorted(changed | (body.keys() & set(SECRETS))))}", name)
@@ -6172,11 +6179,11 @@ def remove_resource(who: Principal, name: str) -> None:
         who.note(session, "removed", name)
 
 
-def test_settings(who: Principal, body: Mapping[str, Any], *, text: bool = False,
+def test_settings(who: Principal, body: Mapping[str, Any], form: Document | None = None,
                   row: Resource | None = None) -> TrialView:
     """Polls a resource once that is not added yet."""
     row = row or Resource(id=0)
-    apply_settings(who.context, row, body, text=text)
+    apply_settings(who.context, row, body, form)
     target = target_of(row, who.context.vault)
     timeout = min(target.settings.timeout, TRIAL_TIMEOUT)
     target = replace(target, settings=target.settings.model_copy(update={"timeout": timeout}))
@@ -6186,11 +6193,11 @@ def test_settings(who: Principal, body: Mapping[str, Any], *, text: bool = False
     return TrialView(**vars(verdict), seconds=time.monotonic() - begun_mono, host_key=host_key)
 
 
-def test_changes(who: Principal, name: str, body: Mapping[str, Any], *, text: bool = False) -> TrialView:
+def test_changes(who: Principal, name: str, body: Mapping[str, Any], form: Document | None = None) -> TrialView:
     """Polls a resource once with changed settings that are not stored."""
     with who.context.store.reading() as session:
         row = changeable(who, session, name)
-    return test_settings(who, body, text=text, row=row)     # which changes no more than this copy of it
+    return test_settings(who, body, form, row)      # which changes no more than this copy of it
 
 
 def poll_now(who: Principal, name: str) -> PollView:
@@ -7927,9 +7934,12 @@ def api_error(error: Exception) -> ApiError:
     return ApiError(str(error), 409)
 
 
-def form_texts(row: Resource, inventory: Inventory) -> dict[str, str]:
-    """What the form shows of a resource: the inputs, and as YAML what it states besides."""
-    values = json.loads(json.dumps(stated(row, inventory)),        # 90 and not 90.0
+def form_texts(name: str) -> dict[str, str]:
+    """What the form shows of a resource that was added here: the inputs, and as YAML what it states besides."""
+    who = current_principal()
+    with who.context.store.reading() as session:
+        values = stated(changeable(who, session, name), who.context.inventory)
+    values = json.loads(json.dumps(values),     # 90 and not 90.0
                         parse_float=lambda text: float(text) if float(text) % 1 else int(float(text)))
     texts = {name: str(values[name]) for name in INPUTS if values.get(name) is not None}
     other = {name: value for name, value in values.items() if name in OTHERS}
@@ -7938,40 +7948,25 @@ def form_texts(row: Resource, inventory: Inventory) -> dict[str, str]:
     return NEW_RESOURCE | texts | {"critical": "true" if values.get("critical", True) else ""}
 
 
-def form_page(name: str = "", **more: Any) -> flask.Response:
+def form_page(name: str = "", given: Mapping[str, str] | None = None, **more: Any) -> flask.Response:
     """The form to add a resource, or to change the one called `name`."""
-    return render_page("form.html", title=f"Edit {name}" if name else "Add a resource", fixed=bool(name),
+    if given is None:
+        given = form_texts(name) if name else NEW_RESOURCE
+    return render_page("form.html", title=f"Edit {name}" if name else "Add a resource", fixed=bool(name), given=given,
                        platforms=[platform for platform in SELECTABLE if platform != "local"],
                        ports=f"{SSH_PORT}; Windows: {WINRM_PORTS[True]}", others=OTHERS, example=EXAMPLE,
                        back=resource_path(name) if name else PREFIX, **more)
 
 
-def edit_page(name: str) -> Answer:
-    """The form of a resource that was added here."""
-    who = current_principal()
-    with who.context.store.reading() as session:
-        texts = form_texts(changeable(who, session, name), who.context.inventory)
-    return form_page(name, given=texts)
-
-
-def read_yaml(text: str) -> Document:
-    """The text area, strictly read. Raises ApiError with lines and columns."""
-    try:
-        document = Document("YAML", text.encode())
-    except InventoryError as error:
-        raise field_errors({"settings": str(error)}) from None
-    faults = list(document.faults)
-    if not isinstance(document.value or {}, dict):
-        faults.append("YAML:1:1: must be settings (name: value)")
-    faults += [f"YAML:{document.position((name,), key=True)}: {name} has an input of its own"
-               for name in INPUTS if (name,) in document.keys]
-    if faults:
-        raise field_errors({"settings": "\n".join(faults)})
-    return document
-
-
-def form_settings(form: Mapping[str, str], other: dict[str, Any]) -> dict[str, Any]:
+def form_settings(form: Mapping[str, str], document: Document) -> dict[str, Any]:
     """The settings in the inventory's names, of the inputs and the text area; None stands for the default."""
+    other = document.value or {}
+    if not isinstance(other, dict):
+        raise InventoryError(f"{document.name}:1:1: must be settings (name: value)")
+    faults = [f"{document.name}:{document.position((name,), key=True)}: {name} has an input of its own"
+              for name in INPUTS if name in other]
+    if faults or document.faults:
+        raise InventoryError("\n".join(document.faults + faults))
     inputs = {name: form.get(name, "").strip() or None for name in INPUTS} | {"critical": form.get("critical", "false")}
     if inputs["password"] is None:
         del inputs["password"]      # the stored one stays
@@ -7981,34 +7976,21 @@ def form_settings(form: Mapping[str, str], other: dict[str, Any]) -> dict[str, A
     return {**dict.fromkeys(OTHERS), **inputs, **dict.fromkeys(foreign & inputs.keys()), **other}
 
 
-def at_fields(error: ApiError, document: Document) -> ApiError:
-    """The error with what is wrong with the YAML at the text area, each with its line and column."""
-    fields: dict[str, str] = {}
-    for name, text in error.fields.items():
-        path = tuple(int(part) if part.isdigit() else part for part in name.split("."))
-        if path[0] in ("resource", "settings", *INPUTS):
-            fields[name] = text
-        else:
-            line = f"YAML:{document.position(path, key=True)}: {name}: {text}"
-            fields["settings"] = "\n".join(filter(None, (fields.get("settings"), line)))
-    return ApiError(str(error), error.status, fields)
-
-
 def resource_form(who: Principal, name: str = "") -> Answer:
     """Tests or saves what the form states."""
-    form, document = flask.request.form, Document()
+    form = flask.request.form
     try:
-        document = read_yaml(form.get("settings", ""))
-        body = form_settings(form, document.value or {})
-        if form.get("do") == "test":
-            trial = test_changes(who, name, body, text=True) if name else test_settings(who, body, text=True)
-            found = f"{trial.state} in {trial.seconds:.2f} s"
-            found += f": {trial.reason}" if trial.reason else ""
-            found += f"; it would trust {trial.host_key}" if trial.host_key else ""
-            return form_page(name, given=form, outcome=trial.state, problem=found)
-        saved = change_resource(who, name, body, text=True) if name else add_resource(who, body, text=True)
-    except ApiError as error:
-        raise at_fields(error, document) from None
+        document = Document("YAML", form.get("settings", "").encode())
+        body = form_settings(form, document)
+    except InventoryError as error:
+        raise field_errors({"settings": str(error)}) from None
+    if form.get("do") == "test":
+        trial = test_changes(who, name, body, document) if name else test_settings(who, body, document)
+        found = f"{trial.state} in {trial.seconds:.2f} s"
+        found += f": {trial.reason}" if trial.reason else ""
+        found += f"; it would trust {trial.host_key}" if trial.host_key else ""
+        return form_page(name, form, outcome=trial.state, problem=found)
+    saved = change_resource(who, name, body, document) if name else add_resource(who, body, document)
     return flask.redirect(resource_path(saved.name), 303)
 
 
@@ -8137,9 +8119,9 @@ RESOURCE_PAGE, USERS = "/-/resources/<name>", "/-/users"
 PAGES = (
     Route("GET", "/-/", "viewer", overview),
     Route("GET", RESOURCE_PAGE, "viewer", resource_page),
-    Route("GET", "/-/add", "admin", lambda: form_page(given=NEW_RESOURCE)),
+    Route("GET", "/-/add", "admin", form_page),
     form_route("/-/add", form_page, resource_form),
-    Route("GET", RESOURCE_PAGE + "/edit", "admin", edit_page),
+    Route("GET", RESOURCE_PAGE + "/edit", "admin", form_page),
     form_route(RESOURCE_PAGE + "/edit", form_page, resource_form),
     form_route(RESOURCE_PAGE + "/check", resource_page, poll_now),
     form_route(RESOURCE_PAGE + "/maintenance", resource_page, maintenance_form),
