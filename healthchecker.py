@@ -6554,11 +6554,10 @@ def describe(operation: Route, schemas: Mapping[Any, Any]) -> dict[str, Any]:
 @functools.cache
 def openapi() -> dict[str, Any]:
     """The description of the API, made from its models."""
-    adapters: list[tuple[str, Literal["validation", "serialization"], TypeAdapter[Any]]] = [
-        ("problem", "serialization", TypeAdapter(Problem))]
-    adapters += [(operation.key, "serialization", operation.adapter) for operation in OPERATIONS if operation.answer]
-    adapters += [(operation.key, "validation", TypeAdapter(operation.body))
-                 for operation in OPERATIONS if operation.body]
+    adapters: list[Any] = [("problem", "serialization", TypeAdapter(Problem))]
+    for operation in OPERATIONS:
+        adapters += [(operation.key, mode, TypeAdapter(model)) for mode, model in (
+            ("serialization", operation.answer), ("validation", operation.body)) if model]
     schemas, components = TypeAdapter.json_schemas(adapters, ref_template="#/components/schemas/{model}")
     resource_schema(components["$defs"]["ResourceSettings"])
     paths: dict[str, dict[str, Any]] = collections.defaultdict(dict)
@@ -6588,15 +6587,15 @@ def client_address(environ: WSGIEnvironment) -> Address:
 def identify(context: ConsoleContext, request: flask.Request) -> Principal:
     """Who it is; a bearer token counts before a cookie, other schemes are somebody else's: of a proxy, for instance."""
     stranger = Principal(context, str(client_address(request.environ)))
-    scheme, _, token = request.headers.get("Authorization", "").partition(" ")
-    kind, token = ("token", token.strip()) if scheme.lower() == "bearer" else (
-        "session", request.cookies.get(COOKIE, ""))
+    kind, token = "session", request.cookies.get(COOKIE)
+    if request.authorization and request.authorization.type == "bearer":
+        kind, token = "token", request.authorization.token
     if not token:
         return stranger
+    query = sqlalchemy.select(LoginSession, User).join(User).where(
+        LoginSession.token_hash == token_hash(token), LoginSession.kind == kind, live_sessions(context.clock()))
     with context.store.reading() as session:
-        found = session.execute(sqlalchemy.select(LoginSession, User).join(User, User.id == LoginSession.user_id).where(
-            LoginSession.token_hash == token_hash(token), LoginSession.kind == kind,
-            live_sessions(context.clock()))).first()
+        found = session.execute(query).first()
     return replace(stranger, session=found[0], user=found[1]) if found else stranger
 
 
@@ -6700,11 +6699,9 @@ def health() -> flask.Response:
 
 
 def problem(error: ApiError) -> flask.Response:
-    body: dict[str, Any] = {"type": "about:blank", "title": http.HTTPStatus(error.status).phrase,
-                            "status": error.status, "detail": str(error)}
-    if error.fields:
-        body["errors"] = [{"field": name, "message": text} for name, text in error.fields.items()]
-    return json_answer(body, error.status, "application/problem+json")
+    errors = [{"field": name, "message": text} for name, text in error.fields.items()]
+    return json_answer({"type": "about:blank", "title": http.HTTPStatus(error.status).phrase, "status": error.status,
+                        "detail": str(error), "errors": errors}, error.status, "application/problem+json")
 
 
 API_ROUTES = (
@@ -6799,35 +6796,12 @@ def resource_metrics(row: Any, now: float) -> Iterator[MetricValue]:
     if row.polled_at:
         yield "poll_duration_seconds", (), row.seconds
         yield "last_poll_timestamp_seconds", (), row.polled_at
-        with contextlib.suppress(ValueError, LookupError, TypeError, AttributeError):   # damaged: there is none
+        with contextlib.suppress(ValueError, LookupError, TypeError, AttributeError):   # of a damaged row
             yield from sample_metrics(json.loads(row.sample) or NO_SAMPLE)
 
 
 METRIC_ROWS = RESOURCES.with_only_columns(Resource.name, Resource.maintenance, Status.state, Status.cause,
                                           Status.polled_at, Status.seconds, Status.sample).order_by(Resource.name)
-
-
-@dataclass(frozen=True)
-class ResourceMetrics:
-    """What the bearer of the token sees besides: every resource, from the rows that the recorder writes."""
-
-    store: Store
-
-    def collect(self) -> Iterator[Metric]:
-        with self.store.reading() as session:
-            rows = session.execute(METRIC_ROWS).all()
-        states = collections.Counter(row.state or "unknown" for row in rows)
-        total = gauge("resources", "Resources by state.", None, "state")
-        for state in get_args(State):
-            total.add_metric([state], states[state])
-        yield total
-        families = {name: gauge(f"resource_{name}", text, None, "resource", *labels)
-                    for name, (text, *labels) in RESOURCE_METRICS.items()}
-        now = time.time()
-        for row in rows:
-            for name, labels, value in resource_metrics(row, now):
-                families[name].add_metric((row.name, *labels), value)
-        yield from families.values()
 
 
 def read_token(path: Path) -> bytes:
@@ -6844,12 +6818,11 @@ def read_token(path: Path) -> bytes:
 
 
 class Metrics:
-    """The answer of /-/metrics. What it says of the resources serves for METRICS_AGE seconds, so that scrapes cannot
-    load the machine."""
+    """The answer of /-/metrics, and the collector of what the bearer of the token sees besides: every resource, from
+    the rows that the recorder writes. That part serves for METRICS_AGE seconds: scrapes cannot load the machine."""
 
     def __init__(self, serving: ServingMetrics, store: Store, token_file: Path | None) -> None:
-        self._serving, self._resources = serving, ResourceMetrics(store)
-        self._token_file = token_file
+        self._serving, self._store, self._token_file = serving, store, token_file
         self._complaint = ""        # the last one about the token file
         self._lock = threading.Lock()       # guards these two, so that who asks meanwhile waits for the same text
         self._made, self._text = -math.inf, b""
@@ -6868,11 +6841,11 @@ class Metrics:
 
     def _admits(self, token: str) -> bool:
         """Reads the file each time, so that a new token counts at once; one that cannot be read admits nobody."""
+        wanted, complaint = b"", ""
         try:
             wanted = read_token(self._token_file) if self._token_file else b""
-            complaint = ""
         except UsageError as error:
-            wanted, complaint = b"", str(error)
+            complaint = str(error)
         if complaint not in ("", self._complaint):
             log.error("%s", complaint)
         self._complaint = complaint
@@ -6881,9 +6854,25 @@ class Metrics:
     def _resource_text(self) -> bytes:
         with self._lock:
             if time.monotonic() - self._made > METRICS_AGE:
-                self._text = generate_latest(self._resources)
+                self._text = generate_latest(self)
                 self._made = time.monotonic()
             return self._text
+
+    def collect(self) -> Iterator[Metric]:
+        with self._store.reading() as session:
+            rows = session.execute(METRIC_ROWS).all()
+        total = gauge("resources", "Resources by state.", None, "state")
+        states = collections.Counter(row.state or "unknown" for row in rows)
+        for state in get_args(State):
+            total.add_metric([state], states[state])
+        yield total
+        families = {name: gauge(f"resource_{name}", text, None, "resource", *labels)
+                    for name, (text, *labels) in RESOURCE_METRICS.items()}
+        now = time.time()
+        for row in rows:
+            for name, labels, value in resource_metrics(row, now):
+                families[name].add_metric((row.name, *labels), value)
+        yield from families.values()
 
 
 # === Pages ===================================================================
@@ -6930,8 +6919,8 @@ def svg(kind: str, size: str, content: str, label: str = "") -> Markup:
 def bar_svg(value: float, limit: LimitValues, top: float = 100.0) -> Markup:
     """A reading as a bar from 0 to `top` with its limits marked; the colour says which of them it crossed."""
     width = round(100 * min(value / top, 1), 1)
-    crossed = (state for kind, state in CROSSED.items() if limit.get(kind) is not None and value > limit[kind])
-    return svg("bar", "100 8", f'<path d="M0 4h100"/><path class="{next(crossed, "healthy")}" d="M0 4h{width}"/>'
+    crossed = [state for kind, state in CROSSED.items() if limit.get(kind) is not None and value > limit[kind]]
+    return svg("bar", "100 8", f'<path d="M0 4h100"/><path class="{[*crossed, "healthy"][0]}" d="M0 4h{width}"/>'
                + limit_marks(limit, top, "M{} 0v8"))
 
 
@@ -6998,15 +6987,14 @@ TEMPLATES = {"layout.html": """<!doctype html>
 <a class="brand" href="/-/">HealthChecker</a>
 {% if user %}
 <nav aria-label="Pages">
-{% for href, label in [("/-/", "Overview"), ("/-/events", "Events"), ("/-/users", "Users")] %}
-{% if label != "Users" or admin %}
+{% for label, href in {"Overview": "/-/", "Events": "/-/events", "Users": "/-/users"}.items()
+   if admin or label != "Users" %}
 <a href="{{ href }}"{% if request.path == href %} aria-current="page"{% endif %}>{{ label }}</a>
-{% endif %}
 {% endfor %}
 </nav>
 <div class="who"><a href="/-/password">{{ user.username }}<span class="hidden">: change the password</span></a>
 <small>{{ user.role }}</small>
-<form method="post" action="/-/logout"><button class="quiet">Log out</button></form></div>
+<form method="post" action="/-/logout"><button>Log out</button></form></div>
 {% endif %}
 </header>
 {% if user.initial %}
@@ -7026,10 +7014,6 @@ TEMPLATES = {"layout.html": """<!doctype html>
 <thead><tr>{% for name in heads %}<th scope="col">{{ name }}</th>{% endfor %}</tr></thead>
 <tbody>{{ caller() }}</tbody>
 </table>
-{% endmacro %}
-{% macro labels(resource) %}
-{% for tag in resource.tags %} <i>{{ tag }}</i>{% endfor %}
-{% if not resource.critical %} <i>not critical</i>{% endif %}
 {% endmacro %}
 {% macro message(id, text, kind) %}
 <div id="{{ id }}" role="alert" data-keep>{% if text %}<p class="message {{ kind or 'unhealthy' }}">{{ text }}</p>
@@ -7117,16 +7101,17 @@ TEMPLATES = {"layout.html": """<!doctype html>
                                          "Last 60 polls"), "overview") %}
 {% for row in rows %}
 <tr id="r{{ row.row.id }}" class="{{ row.shown_state }}">
-<td>{{ state(row.state) }}</td>
-<th scope="row"><a href="{{ row.href }}">{{ row.name }}</a> <small>{{ row.address }}</small>{{ labels(row) }}
+<td><b class="state {{ row.status.state }}">{{ row.status.state }}</b></td>
+<th scope="row"><a href="{{ row.href }}">{{ row.name }}</a> <small>{{ row.address }}</small>
+{%- for label in row.labels %} <i>{{ label }}</i>{% endfor %}
 {%- if row.in_maintenance %}
  <i class="maintenance">maintenance until {{ row.row.maintenance|local_time }}</i>{% endif %}
 {%- if row.reason %}<p>{{ row.reason }}</p>{% endif %}</th>
-<td>{% if row.changed_at %}
-<span title="{{ row.changed_at|local_time }}">{{ (now - row.changed_at)|duration_text }}</span>{% endif %}</td>
+<td>{% if row.status.since_at %}<span title="{{ row.status.since_at|local_time }}">
+{{- (now - row.status.since_at)|duration_text }}</span>{% endif %}</td>
 <td>{% if row.status.polled_at %}{{ (now - row.status.polled_at)|duration_text }} ago
 <small>in {{ "%.2f s"|format(row.status.seconds) }}</small>{% endif %}</td>
-{% for label, bar in row.bars %}<td data-label="{{ label }}">{{ bar }}</td>{% endfor %}
+{{ row.bars }}
 <td>{{ row.strip }}</td>
 </tr>
 {% endfor %}
@@ -7139,11 +7124,11 @@ TEMPLATES = {"layout.html": """<!doctype html>
 {% endif %}
 {% endblock %}
 """, "resource.html": """{% extends "layout.html" %}
-{% block title %}{{ shown.name }}: {{ shown.state }}{% endblock %}
+{% block title %}{{ shown.name }}: {{ shown.status.state }}{% endblock %}
 {% block main %}
 <header class="title">
 <div><h1>{{ shown.name }}</h1>
-<p class="soft">{{ shown.address }}{{ labels(shown) }}
+<p class="soft">{{ shown.address }}{% for label in shown.labels %} <i>{{ label }}</i>{% endfor %}
  · {{ "from " ~ origin ~ ", read-only here" if origin else "added here" }}</p></div>
 {% if admin %}
 <div class="actions" data-keep>
@@ -7178,10 +7163,10 @@ TEMPLATES = {"layout.html": """<!doctype html>
 {% endif %}
 </section>
 {% endif %}
-<section class="message now {{ shown.state }}" aria-label="State">
-<p><span aria-live="polite">{{ state(shown.state) }}</span>
-{% if shown.changed_at %}
-for <b>{{ (now - shown.changed_at)|duration_text }}</b>, since <time>{{ shown.changed_at|local_time }}</time>
+<section class="message now {{ shown.status.state }}" aria-label="State">
+<p><span aria-live="polite">{{ state(shown.status.state) }}</span>
+{% if shown.status.since_at %}
+for <b>{{ (now - shown.status.since_at)|duration_text }}</b>, since <time>{{ shown.status.since_at|local_time }}</time>
 {% else %}no result yet{% endif %}</p>
 {% if shown.reason %}<p class="why">{{ shown.reason }}</p>{% endif %}
 <p class="soft">{% if shown.status.polled_at %}
@@ -7200,7 +7185,7 @@ Polled every {{ shown.row.interval|duration_text }}. Availability:
 <td>{{ poll.cause }}{% if poll.reason %}: {{ poll.reason }}{% endif %}</td></tr>
 {% endfor %}
 {% endcall %}</details>
-{% if shown.cause == "host_key" and admin %}
+{% if shown.status.cause == "host_key" and admin %}
 <form method="post" action="{{ shown.href }}/trust" id="trust" data-inline data-keep>
 {% if offered %}
 <p>Trusted: <code>{{ shown.row.host_key }}</code><br>Offered: <code>{{ offered }}</code></p>
@@ -7463,15 +7448,13 @@ table, dl, figure, .empty, .panel { background: var(--surface); border: 1px soli
 [role=alert]:not(.lost, :has(p)) { display: none; } .why { font-size: 1.0625rem; }
 
 .tools { margin: 1rem 0 .625rem; } .chips { flex: 1 1 auto; }
-.chips a { padding: .1875rem .625rem; border: 1px solid var(--line); border-radius: 1rem; background: var(--surface);
-  color: var(--state, var(--text)); white-space: nowrap; }
-.chips a[aria-current] { border-color: currentColor; box-shadow: inset 0 0 0 1px currentColor; }
 .filter { flex-wrap: nowrap; min-width: 0; } .filter select { max-width: 14rem; }
-input, select, textarea, button, .button { font: inherit; color: inherit; padding: .3125rem .625rem; max-width: 100%;
-  border: 1px solid light-dark(#8b96a5, #5d6b7c); border-radius: 5px; background: var(--surface); }
+input, select, textarea, button, .button, .chips a { padding: .3125rem .625rem; max-width: 100%;
+  font: inherit; color: inherit; background: var(--surface); border-radius: 5px;
+  border: 1px solid light-dark(#8b96a5, #5d6b7c); }
 button, .button { cursor: pointer; white-space: nowrap; color: var(--link); font-weight: 500; }
+.chips a { color: var(--state, var(--text)); } .chips [aria-current] { box-shadow: inset 0 0 0 1px currentColor; }
 button:hover, .button:hover { background: var(--sunken); }
-.quiet { border-color: transparent; background: none; color: var(--soft); font-weight: 400; padding-inline: .375rem; }
 .primary { background: var(--link); border-color: var(--link); color: var(--surface); }
 .primary:hover { background: color-mix(in srgb, var(--link) 85%, var(--text)); }
 .danger { color: var(--unhealthy); border-color: var(--unhealthy); }
@@ -7718,10 +7701,8 @@ def render_page(template: str, status: int = 200, *, given: Mapping[str, str] | 
     """A page. Its form shows `given`, and `errors` at the fields; `shown` is what else its template needs."""
     who: Principal | None = flask.g.get("principal")
     user = who.user if who else None
-    common: dict[str, Any] = {"user": user, "admin": user and user.role == "admin",
-                              "form": {"given": given or {}, "errors": errors or {}}}
-    if who and who.operator:
-        common |= {"now": who.context.clock(), "zone": time.strftime("%Z")}
+    common = {"user": user, "admin": user and user.role == "admin", "zone": time.strftime("%Z"),
+              "now": who.context.clock() if who else 0.0, "form": {"given": given or {}, "errors": errors or {}}}
     return flask.Response(flask.render_template(template, **(common | shown)), status, mimetype="text/html")
 
 
@@ -7745,12 +7726,9 @@ class ResourceRow:
         self.status = known = status_of(row, status)
         settings = stored_mapping(row.settings, NO_SETTINGS)    # unchecked: 1,000 of them would take too long
         self.settings = settings or NO_SETTINGS
-        self.tags: list[str] = self.settings["tags"]
-        self.critical: bool = self.settings["critical"]
-        self.state, self.cause, self.changed_at = known.state, known.cause, known.since_at
         self.reason = DAMAGED if settings is None else f"{known.cause}: {known.reason}" if known.cause else ""
         self.in_maintenance = row.maintenance > now
-        self.shown_state = "maintenance" if self.in_maintenance else self.state
+        self.shown_state = "maintenance" if self.in_maintenance else known.state
         self.strip = strip_svg(status.strip if status else "")
 
     @property
@@ -7764,35 +7742,44 @@ class ResourceRow:
         return self.row.platform if self.row.platform in HOSTLESS else (
             f"{self.row.hostname}{port} · {self.row.platform}")
 
+    @property
+    def labels(self) -> list[str]:
+        tags: list[str] = self.settings["tags"]
+        return tags if self.settings["critical"] else [*tags, "not critical"]
+
     def limit(self, metric: str) -> LimitValues:
         return self.settings["limits"].get(metric) or {}
 
     @property
-    def bars(self) -> list[tuple[str, Markup]]:
-        found = highest_readings((self.sample or NO_SAMPLE)["metrics"])
-        return [(LABELS[metric], bar_svg(found[metric], self.limit(metric)) + f"{found[metric]:.0f} %"
-                 if metric in found else Markup())
-                for metric in ("cpu_percent", "memory_percent", "disk_percent")]
+    def bars(self) -> Markup:
+        """The cells of the overview's readings, in one piece: three for 1,000 rows each would be escaped once more."""
+        cells, found = "", highest_readings((self.sample or NO_SAMPLE)["metrics"])
+        for metric in ("cpu_percent", "memory_percent", "disk_percent"):
+            value = found.get(metric)
+            bar = "" if value is None else f"{bar_svg(value, self.limit(metric))}{value:.0f} %"
+            cells += f'<td data-label="{LABELS[metric]}">{bar}</td>'
+        return Markup(cells)    # noqa: S704  # numbers and our own words
 
     @property
     def sort_key(self) -> tuple[int, bool, float, str]:
         """Worst first; among those not healthy, what the gate depends on, and what happened last."""
-        newest_first = 0.0 if self.shown_state == "healthy" else -self.changed_at
-        return STATES.index(self.shown_state), not self.critical, newest_first, self.name
+        newest_first = 0.0 if self.shown_state == "healthy" else -self.status.since_at
+        return STATES.index(self.shown_state), not self.settings["critical"], newest_first, self.name
 
     def matches(self, text: str, tag: str) -> bool:
-        words = (self.name, self.row.hostname, self.row.platform, self.reason, *self.tags)
-        return (not tag or tag in self.tags) and text.casefold() in "\n".join(words).casefold()
+        tags = self.settings["tags"]
+        words = (self.name, self.row.hostname, self.row.platform, self.reason, *tags)
+        return (not tag or tag in tags) and text.casefold() in "\n".join(words).casefold()
 
 
 def gate_state(session: Session, is_open: bool, resources: Iterable[ResourceRow]) -> dict[str, Any]:
     """The gate, since when, and which resources close it: the first to fail stands first."""
     last = next(iter(events(session, kind="gate", limit=1)), None)
-    blockers = [] if is_open else [resource for resource in resources
-                                   if resource.critical and resource.shown_state in ("unhealthy", "unknown")]
+    blockers = [] if is_open else [resource for resource in resources if resource.settings["critical"]
+                                   and resource.shown_state in ("unhealthy", "unknown")]
     return {"open": is_open, "changed_at": last.at if last else 0.0,
             "reason": last.text if last and not is_open else "",
-            "blockers": sorted(blockers, key=lambda resource: resource.changed_at)}
+            "blockers": sorted(blockers, key=lambda resource: resource.status.since_at)}
 
 
 def query_of(parts: Mapping[str, str]) -> str:
@@ -7815,7 +7802,7 @@ def overview() -> Answer:
     links = [(state, query_of(wanted | {"state": state}), state.capitalize() or "All", counts[state] or len(found))
              for state in ("", *STATES) if counts[state] or state in ("", wanted["state"])]
     return render_page("overview.html", gate=gate, rows=rows, counts=counts, state_links=links, filter=wanted,
-                       tags=sorted({tag for resource in everything for tag in resource.tags}),
+                       tags=sorted({tag for resource in everything for tag in resource.settings["tags"]}),
                        empty=not everything, refresh="")
 
 
@@ -7896,22 +7883,19 @@ def resource_page(name: str, **more: Any) -> flask.Response:
 
 def event_page() -> Answer:
     """What happened, newest first."""
-    args = flask.request.args
-    wanted = {name: args.get(name, "") for name in ("kind", "resource")}
-    before = int(args["before"]) if re.fullmatch("[0-9]{1,18}", args.get("before", "")) else None
-    with current_principal().context.store.reading() as session:
-        found = events(session, resource=wanted["resource"] or None, kind=wanted["kind"] or None, before=before,
-                       limit=EVENTS_SHOWN)
+    who, args = current_principal(), flask.request.args
+    wanted = {name: args.get(name, "") for name in ("kind", "resource", "before")}
+    found = list_events(who, {"limit": EVENTS_SHOWN} | {name: text for name, text in wanted.items() if text})
+    with who.context.store.reading() as session:
         names = sorted(session.scalars(sqlalchemy.select(Resource.name)))
-    older = {**wanted, "before": str(found[-1].id)} if len(found) == EVENTS_SHOWN else {}
-    return render_page("events.html", events=found, kinds=KINDS, filter=wanted, names=names,
-                       older=query_of(older) if older else "", refresh="" if before is None else None)
+    older = query_of(wanted | {"before": str(found[-1].id)}) if len(found) == EVENTS_SHOWN else ""
+    return render_page("events.html", events=found, kinds=KINDS, filter=wanted, names=names, older=older,
+                       refresh=None if wanted["before"] else "")
 
 
 # --- forms ---
 TYPED = "typed."                # begins the names of what was typed into a form before the login
 RETYPABLE = re.compile(r"/-/(add|users|resources/[^/]+/(edit|maintenance))")    # forms that show it again
-UNSAVED = "You are logged in again. Nothing has been done yet; passwords have to be typed again."
 NEVER_SHOWN = ("password", "current", "new", "again")   # secrets of the forms
 INPUTS = ("platform", "name", "interval", "critical", "hostname", "port", "username", "password")
 OTHERS = [name for name in ResourceSettings.model_fields if name not in {*INPUTS, *INVENTORY_ONLY}]
@@ -8020,13 +8004,9 @@ def user_page(name: str = "", number: str = "", **more: Any) -> flask.Response:
     return render_page("users.html", users=list_users(who), sessions=list_sessions(who), roles=get_args(Role), **more)
 
 
-def user_form(who: Principal, name: str = "") -> None:
-    """Adds a user, or changes of the one called `name` what is not empty."""
-    given = {key: text for key, text in flask.request.form.items() if text}
-    if name:
-        change_user(who, name, given)
-    else:
-        add_user(who, given)
+def filled() -> dict[str, str]:
+    """What the form says; what is left empty stays as it is."""
+    return {name: text for name, text in flask.request.form.items() if text}
 
 
 def password_form(who: Principal) -> Answer:
@@ -8045,7 +8025,8 @@ def form_route(path: str, page: Callable[..., flask.Response], action: Callable[
     def answer(**names: str) -> Answer:
         form = flask.request.form
         if typed := {name.removeprefix(TYPED): text for name, text in form.items() if name.startswith(TYPED)}:
-            return page(**names, given=typed, problem=UNSAVED, outcome="degraded")
+            return page(**names, given=typed, outcome="degraded", problem="You are logged in again. Nothing has been "
+                        "done yet; passwords have to be typed again.")
         try:
             done = action(current_principal(), *names.values())
         except HealthCheckerError as failure:
@@ -8129,8 +8110,8 @@ PAGES = (
     form_route(RESOURCE_PAGE + "/remove", resource_page, remove_resource, PREFIX),
     Route("GET", "/-/events", "viewer", event_page),
     Route("GET", USERS, "admin", user_page),
-    form_route(USERS, user_page, user_form, USERS),
-    form_route(USERS + "/<name>", user_page, user_form, USERS),
+    form_route(USERS, user_page, lambda who: add_user(who, filled()), USERS),
+    form_route(USERS + "/<name>", user_page, lambda who, name: change_user(who, name, filled()), USERS),
     form_route(USERS + "/<name>/remove", user_page, remove_user, USERS),
     form_route("/-/sessions/<number>/end", user_page, end_session, USERS),
     Route("GET", "/-/static/<name>", "", asset, restricted=True),
@@ -8152,6 +8133,7 @@ PAGES = (
 CONSOLE_CONNECTIONS = 100       # at once
 CONSOLE_BODY = 1 << 18          # bytes of a request to the pages and the API
 CONSOLE_DRAIN = 2.0             # seconds for requests in flight when the service ends
+ADDRESS_AS_HOST = re.compile(r"(\d+(\.\d+){3}|\[[\da-f:.]+\])(:\d{1,5})?")     # no name ends in a number
 
 
 def check_host(app: WSGIApplication, service: ServiceSettings) -> WSGIApplication:
@@ -8162,15 +8144,10 @@ def check_host(app: WSGIApplication, service: ServiceSettings) -> WSGIApplicatio
     proxies = tuple(map(ipaddress.ip_network, service.trusted_proxy))
     names = {"localhost", socket.gethostname().lower(), service.console.rpartition(":")[0].lower()}
 
-    def is_ours(host: str) -> bool:
-        name = re.sub(r":\d{1,5}$", "", host).lower()
-        with contextlib.suppress(ValueError):
-            return name in names or bool(ipaddress.ip_address(name.strip("[]")))
-        return False
-
     def answer(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
-        host = environ.get("HTTP_HOST")     # without it, it is no browser
-        if host is None or is_within(client_address(environ), proxies) or is_ours(host):
+        host = environ.get("HTTP_HOST", "localhost").lower()    # without one, it is no browser
+        ours = re.sub(r":\d{1,5}$", "", host) in names or ADDRESS_AS_HOST.fullmatch(host)
+        if ours or is_within(client_address(environ), proxies):
             return app(environ, start_response)
         return respond(environ, start_response, ("421 Misdirected Request", [], (
             b"The console does not answer to this name: use its address, localhost or a proxy of trusted_proxy.\n")))
@@ -8210,12 +8187,6 @@ class ConsoleParser(GateParser):
         super().refuse(BadRequest(error.status))
 
 
-class ConsoleChannel(HTTPChannel):      # type: ignore[misc]  # waitress carries no types
-    """A client's connection."""
-
-    parser_class = ConsoleParser
-
-
 class ConsoleServer(threading.Thread):
     """The operators' door: plain waitress on sockets that are bound already."""
 
@@ -8229,7 +8200,7 @@ class ConsoleServer(threading.Thread):
             asyncore_use_poll=hasattr(selectors, "PollSelector"))   # select takes 1,024 descriptors, all pollers' too
         self._doors = [one for one in self._map.values() if isinstance(one, TcpWSGIServer)]
         for door in self._doors:
-            door.channel_class = ConsoleChannel
+            door.channel_class = type("ConsoleChannel", (HTTPChannel,), {"parser_class": ConsoleParser})
         super().__init__(target=self._server.run, name="console", daemon=True)
 
     def close(self) -> None:
