@@ -5933,14 +5933,13 @@ class LoginThrottle:
 
 
 # === Actions =================================================================
-# What can be done, in the console's threads and in the user commands; each takes who does it, checks what is given,
-# changes rows and notes it within one transaction, and gives rows or views. What is refused is an ApiError.
+# What can be done, in the console's threads and in the user commands, and the table of it that the API serves. Each
+# operation takes who does it, checks what is given, changes rows and notes it within one transaction, and gives rows
+# or views. What is refused is an ApiError.
 # Gives: add_resource, add_user, API, begin_maintenance, change_password, change_resource, change_user, changeable,
-# ConsoleContext, DAMAGED, end_maintenance, end_session, EventsQuery, list_events, list_resources, list_samples,
-# list_sessions, list_users, log_in, Maintenance, NO_SAMPLE, offered_key, open_session, PAST_EVENTS, PAST_POLLS,
-# poll_now, PollView, Principal, remove_resource, remove_user, RESOURCES, ResourceView, SAFE_METHODS, SamplesQuery,
-# SessionView, show_resource, sign_in, sign_out, status_of, test_changes, test_settings, TokenView, TrialView, Trust,
-# trust_resource, UserView
+# ConsoleContext, DAMAGED, end_maintenance, end_session, list_events, list_resources, list_sessions, list_users,
+# NO_SAMPLE, offered_key, open_session, OPERATIONS, poll_now, Principal, remove_resource, remove_user, RESOURCES, Route,
+# SAFE_METHODS, sign_in, sign_out, status_of, test_changes, test_settings, trust_resource
 
 POLL_NOW_TIMEOUT = 60.0         # seconds that a request waits for a poll
 TRIAL_TIMEOUT = 30.0            # seconds of a poll with settings that are not stored
@@ -6446,19 +6445,6 @@ def sign_out(who: Principal) -> None:
             session.execute(sqlalchemy.delete(LoginSession).filter_by(token_hash=who.session.token_hash))
 
 
-# === API =====================================================================
-# The JSON API as a table of routes, its description in OpenAPI made of the same table, and what each request to the
-# console must pass: an address of the operators, a login, a page of ours as its sender, a role. Runs in the console's
-# threads. What is refused leaves as application/problem+json.
-# Gives: add_security_headers, API_ROUTES, authorize, client_address, current_principal, give_cookie, is_same_origin,
-# problem, Route
-
-SEEN_INTERVAL = 60.0            # seconds after which a request is noted as a session's last one
-COOKIE = "healthchecker_session"
-CONTENT_SECURITY_POLICY = ("default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "
-                           "connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'")
-
-
 @dataclass(frozen=True)
 class Route:
     """One method of one path, who may use it, and what answers. An operation of the API has more: its `run` takes who
@@ -6509,6 +6495,19 @@ OPERATIONS = (
 )
 
 
+# === API =====================================================================
+# The JSON API: what serves an operation, the description in OpenAPI, made of the same table, and what each request to
+# the console must pass: an address of the operators, a login, a page of ours as its sender, a role. Runs in the
+# console's threads. What is refused leaves as application/problem+json.
+# Gives: add_security_headers, API_ROUTES, authorize, client_address, current_principal, give_cookie, is_same_origin,
+# problem
+
+SEEN_INTERVAL = 60.0            # seconds after which a request is noted as a session's last one
+COOKIE = "healthchecker_session"
+CONTENT_SECURITY_POLICY = ("default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "
+                           "connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'")
+
+
 class Problem(Settings):
     """RFC 9457."""
 
@@ -6517,16 +6516,6 @@ class Problem(Settings):
     status: int
     detail: str
     errors: list[dict[Literal["field", "message"], str]] = []
-
-
-def resource_schema(schema: dict[str, Any]) -> None:
-    """Nothing is required where the inventory has defaults, and null stands for the default; without INVENTORY_ONLY."""
-    del schema["required"]
-    for name in INVENTORY_ONLY:
-        del schema["properties"][name]
-    for name, field in schema["properties"].items():
-        if {"type": "null"} not in field.get("anyOf", ()):
-            schema["properties"][name] = {"anyOf": [field, {"type": "null"}]}
 
 
 def content(kind: str, schema: Any) -> dict[str, Any]:
@@ -6559,7 +6548,13 @@ def openapi() -> dict[str, Any]:
         adapters += [(operation.key, mode, TypeAdapter(model)) for mode, model in (
             ("serialization", operation.answer), ("validation", operation.body)) if model]
     schemas, components = TypeAdapter.json_schemas(adapters, ref_template="#/components/schemas/{model}")
-    resource_schema(components["$defs"]["ResourceSettings"])
+    sent = components["$defs"]["ResourceSettings"]
+    del sent["required"]        # nothing is where the inventory has defaults, and null stands for the default
+    for name, field in list(sent["properties"].items()):
+        if name in INVENTORY_ONLY:
+            del sent["properties"][name]
+        elif {"type": "null"} not in field.get("anyOf", ()):
+            sent["properties"][name] = {"anyOf": [field, {"type": "null"}]}
     paths: dict[str, dict[str, Any]] = collections.defaultdict(dict)
     for operation in OPERATIONS:
         path = re.sub("<(.+?)>", r"{\1}", operation.path)
