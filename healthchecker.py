@@ -5757,7 +5757,7 @@ def field_errors(fields: Mapping[str, str]) -> ApiError:
     """Bad input, with what is wrong with each field; the names may be the client's, so they are cut."""
     told = {one_line(name): "\n".join(map(one_line, text.split("\n", 50)[:50]))
             for name, text in itertools.islice(fields.items(), 50)}
-    return ApiError("; ".join(f"{name}: {text}" for name, text in told.items()), 422, told)
+    return ApiError("; ".join(f"{name}: {one_line(text)}" for name, text in told.items()), 422, told)
 
 
 M = TypeVar("M", bound=Settings)
@@ -5985,8 +5985,8 @@ class ConsoleContext:
     def offered_key(self, name: str) -> str:
         """The key that the host of a resource shows now."""
         with self.store.reading() as session:
-            row = find_resource(session, name)
-        return offered_key(target_of(row, self.vault), self.connections)
+            target = target_of(find_resource(session, name), self.vault)
+        return offered_key(target, self.connections)
 
 
 @dataclass(frozen=True)
@@ -6524,7 +6524,6 @@ def content(kind: str, schema: Any) -> dict[str, Any]:
 
 
 def describe(operation: Route, schemas: Mapping[Any, Any]) -> dict[str, Any]:
-    """One operation in OpenAPI."""
     answer, body = (schemas.get((operation.key, mode)) for mode in ("serialization", "validation"))
     parameters = [{"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
                   for name in re.findall("<(.+?)>", operation.path)]
@@ -6665,7 +6664,6 @@ def json_body() -> dict[str, Any]:
 
 
 def perform(operation: Route, **names: str) -> flask.typing.ResponseReturnValue:
-    """Answers a request to the API."""
     taken: list[Mapping[str, Any]] = []
     if operation.body:
         taken = [flask.request.args.to_dict() if operation.method == "GET" else json_body()]
@@ -7676,7 +7674,6 @@ def resource_path(name: str) -> str:
 
 
 def add_template_globals(app: flask.Flask) -> None:
-    """Gives the application its templates and what they use."""
     app.jinja_options = {"loader": jinja2.DictLoader(TEMPLATES), "trim_blocks": True, "lstrip_blocks": True}
     env = app.jinja_env
     env.filters.update(duration_text=duration_text, local_time=local_time, resource_path=resource_path)
@@ -7802,7 +7799,6 @@ def overview() -> Answer:
 
 
 def amount(metric: str, value: float) -> str:
-    """A reading with its unit."""
     if metric.endswith("_percent"):
         return f"{value:.1f} %"
     return f"{value:.2f} s" if metric == "seconds" else f"{value:.2f}"
@@ -7827,7 +7823,6 @@ MACHINE = {"hostname": "Host name", "os": "System", "kernel": "Kernel", "cpu_cou
 
 
 def machine_rows(sample: Mapping[str, Any], host_key: str | None) -> list[tuple[str, str]]:
-    """What is known of the machine itself."""
     details = {**sample["details"], "host_key": host_key}
     if "uptime_seconds" in details:
         details["uptime_seconds"] = duration_text(details["uptime_seconds"])
@@ -7836,7 +7831,6 @@ def machine_rows(sample: Mapping[str, Any], host_key: str | None) -> list[tuple[
 
 
 def charts(session: Session, resource: ResourceRow, span: str, now: float) -> list[dict[str, Any]]:
-    """A chart for each metric of which there is something."""
     begin, drawn = now - SPANS[span][0], []
     written = "%H:%M" if span in ("hour", "day") else "%d %b"
     times = [time.strftime(written, time.localtime(begin + part * SPANS[span][0] / 4)) for part in range(5)]
@@ -7853,7 +7847,6 @@ def charts(session: Session, resource: ResourceRow, span: str, now: float) -> li
 
 
 def resource_page(name: str, **more: Any) -> flask.Response:
-    """Everything about one resource."""
     context, request = current_principal().context, flask.request
     now = context.clock()
     span = request.args.get("span", "")
@@ -7956,7 +7949,6 @@ def form_settings(form: Mapping[str, str], document: Document) -> dict[str, Any]
 
 
 def resource_form(who: Principal, name: str = "") -> Answer:
-    """Tests or saves what the form states."""
     form = flask.request.form
     try:
         document = Document("YAML", form.get("settings", "").encode())
@@ -8056,8 +8048,8 @@ def login_form() -> Answer:
     after = flask.request.args.get("next", "")
     if not after.startswith(PREFIX) or not after.isprintable() or "\\" in after:
         after = PREFIX      # after a login nobody is sent elsewhere
-    again = bool(typed) and RETYPABLE.fullmatch(after)      # 307 sends what was typed along, to be shown
-    return give_cookie(flask.redirect(after, 307 if again else 303), open_session(who, "session", user))
+    status = 307 if typed and RETYPABLE.fullmatch(after) else 303       # 307 sends what was typed along, to be shown
+    return give_cookie(flask.redirect(after, status), open_session(who, "session", user))
 
 
 def logout_form() -> Answer:
@@ -8151,7 +8143,6 @@ def check_host(app: WSGIApplication, service: ServiceSettings) -> WSGIApplicatio
 
 
 def build_console(context: ConsoleContext, metrics: Metrics) -> flask.Flask:
-    """The Flask application of the operators' door."""
     app = flask.Flask("healthchecker.console", static_folder=None)
     app.config.update(MAX_CONTENT_LENGTH=CONSOLE_BODY, PROVIDE_AUTOMATIC_OPTIONS=False)
     app.url_map.merge_slashes = False       # it would redirect
