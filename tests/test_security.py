@@ -460,7 +460,7 @@ def test_headers(local: Local, key: str, account: tuple[str, str] | None) -> Non
 
 
 # --- what hosts and operators write ---
-EVIL = "\"'><x-evil onload=alert(1)>{{7*7}}</x-evil><!--"
+EVIL = "\"'><x-evil onload=alert(1)>{{7*191}}</x-evil><!--"
 REFERENCES = ("href", "src", "action", "formaction", "xlink:href")
 
 
@@ -543,8 +543,8 @@ def test_nothing_that_others_write_acts_in_a_page(local: Local) -> None:
         if kind == "text/html":
             page = Page(reply.body)
             assert not page.wrong, (path, page.wrong)
-            assert "49" not in "".join(page.texts).split(), "a template was evaluated"
-            seen += "".join(page.texts).count("{{7*7}}")
+            assert "1337" not in "".join(page.texts).split(), "a template was evaluated"
+            seen += "".join(page.texts).count("{{7*191}}")
         else:
             assert kind in ("application/json", "application/health+json", "text/plain"), path
     assert seen > 20, "the pages show none of it"
