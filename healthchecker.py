@@ -5579,8 +5579,9 @@ class UserChange(Settings):
 
 def field_errors(fields: Mapping[str, str]) -> ApiError:
     """Bad input, with what is wrong with each field; the names may be the client's, so they are cut."""
-    told = {one_line(name): one_line(text) for name, text in itertools.islice(fields.items(), 50)}
-    return ApiError("; ".join(f"{name}: {text}" for name, text in told.items()), 422, told)
+    told = {one_line(name): "\n".join(map(one_line, text.split("\n", 50)[:50]))
+            for name, text in itertools.islice(fields.items(), 50)}
+    return ApiError("; ".join(f"{name}: {one_line(text)}" for name, text in told.items()), 422, told)
 
 
 M = TypeVar("M", bound=Settings)
@@ -5601,12 +5602,13 @@ def shared_defaults(inventory: Inventory) -> dict[str, Any]:
 
 
 class SettingsReader(InventoryLoader):
-    """Reads one resource from a request, by the rules of the inventory; `fields` gathers what is wrong with which."""
+    """Reads one resource of a request by the rules of the inventory: of JSON, or of a form with a `document`, the YAML
+    in it. `fields` gathers what is wrong with which; what stands in the document is wrong with `settings`."""
 
-    def __init__(self, inventory: Inventory, *, text: bool) -> None:
-        super().__init__(inventory.path, Document())
-        self.defaults, self.text = shared_defaults(inventory), text
-        self.fields: dict[str, str] = {}
+    def __init__(self, inventory: Inventory, document: Document | None) -> None:
+        super().__init__(inventory.path, document or Document())
+        self.defaults, self.is_form = shared_defaults(inventory), document is not None
+        self.fields: dict[str, list[str]] = collections.defaultdict(list)
 
     def read(self, given: Mapping[str, Any], stored: Mapping[str, Any]) -> Entry:
         """`given` over `stored`; null stands for the default. Raises ApiError."""
@@ -5614,20 +5616,25 @@ class SettingsReader(InventoryLoader):
         given, stored = ({name: value for name, value in part.items() if name not in nulls}
                          for part in (given, stored))
         stored = self.defaults | stored
-        self.fields |= dict.fromkeys(INVENTORY_ONLY & given.keys(), "can be set in the inventory alone")
+        for name in INVENTORY_ONLY & given.keys():
+            self.fault(("defaults", name), "can be set in the inventory alone")
         if given.get("platform", stored.get("platform")) == Platform.LOCAL.value:
-            self.fields["platform"] = "local can be set in the inventory alone"
+            self.fault(("defaults", "platform"), "local can be set in the inventory alone")
         entry = None if self.fields else self._entry(0, given, stored)  # which looks at files
         if entry is None or self.fields:
-            raise field_errors(self.fields)
+            raise field_errors({name: "\n".join(texts) for name, texts in self.fields.items()})
         return entry
 
     def fault(self, path: NodePath, message: str, *, key: bool = False) -> None:
-        name = ".".join(map(str, path[1:] if path[0] == "defaults" else path[2:])) or "resource"
-        self.fields[name] = f"{self.fields[name]}; {message}" if name in self.fields else message
+        path = path[1:] if path[0] == "defaults" else path[2:]
+        name = ".".join(map(str, path)) or "resource"
+        if path[:1] in self.document.keys:
+            position = self.document.position(path, key=True)
+            name, message = "settings", f"{self.document.name}:{position}: {name}: {message}"
+        self.fields[name].append(message)
 
     def parse(self, model: type[Settings], raw: Mapping[str, Any]) -> Settings:
-        if self.text:
+        if self.is_form:
             return super().parse(model, raw)
         return model.model_validate_json(json.dumps(raw), strict=True, context=self.folder)
 
@@ -5750,14 +5757,13 @@ class LoginThrottle:
 
 
 # === Actions =================================================================
-# What can be done, in the console's threads and in the user commands; each takes who does it, checks what is given,
-# changes rows and notes it within one transaction, and gives rows or views. What is refused is an ApiError.
+# What can be done, in the console's threads and in the user commands, and the table of it that the API serves. Each
+# operation takes who does it, checks what is given, changes rows and notes it within one transaction, and gives rows
+# or views. What is refused is an ApiError.
 # Gives: add_resource, add_user, API, begin_maintenance, change_password, change_resource, change_user, changeable,
-# ConsoleContext, DAMAGED, end_maintenance, end_session, EventsQuery, list_events, list_resources, list_samples,
-# list_sessions, list_users, log_in, Maintenance, NO_SAMPLE, offered_key, open_session, PAST_EVENTS, PAST_POLLS,
-# poll_now, PollView, Principal, remove_resource, remove_user, RESOURCES, ResourceView, SAFE_METHODS, SamplesQuery,
-# SessionView, show_resource, sign_in, sign_out, status_of, test_changes, test_settings, TokenView, TrialView, Trust,
-# trust_resource, UserView
+# ConsoleContext, DAMAGED, end_maintenance, end_session, list_events, list_resources, list_sessions, list_users,
+# NO_SAMPLE, offered_key, open_session, OPERATIONS, poll_now, Principal, remove_resource, remove_user, RESOURCES, Route,
+# SAFE_METHODS, sign_in, sign_out, status_of, test_changes, test_settings, trust_resource
 
 POLL_NOW_TIMEOUT = 60.0         # seconds that a request waits for a poll
 TRIAL_TIMEOUT = 30.0            # seconds of a poll with settings that are not stored
@@ -5803,8 +5809,8 @@ class ConsoleContext:
     def offered_key(self, name: str) -> str:
         """The key that the host of a resource shows now."""
         with self.store.reading() as session:
-            row = find_resource(session, name)
-        return offered_key(target_of(row, self.vault), self.connections)
+            target = target_of(find_resource(session, name), self.vault)
+        return offered_key(target, self.connections)
 
 
 @dataclass(frozen=True)
@@ -5953,20 +5959,20 @@ def show_resource(who: Principal, name: str) -> ResourceView:
         return resource_view(row, session.get(Status, row.id), who.context)
 
 
-def apply_settings(context: ConsoleContext, row: Resource, body: Mapping[str, Any], *, text: bool) -> bool:
+def apply_settings(context: ConsoleContext, row: Resource, body: Mapping[str, Any], form: Document | None) -> bool:
     """Brings a row to what `body` says, over what it states if it is not new; says whether it changed."""
     stored = stated(row, context.inventory) if row.name else {}
-    entry = SettingsReader(context.inventory, text=text).read(body, stored)
+    entry = SettingsReader(context.inventory, form).read(body, stored)
     try:
         return update_row(row, entry, context.vault)
     except (SecretError, InventoryError) as error:
         raise field_errors({"password": str(error)}) from error
 
 
-def add_resource(who: Principal, body: Mapping[str, Any], *, text: bool = False) -> ResourceView:
+def add_resource(who: Principal, body: Mapping[str, Any], form: Document | None = None) -> ResourceView:
     """Adds a resource; it is watched at once."""
     row = Resource(origin="api")
-    apply_settings(who.context, row, body, text=text)
+    apply_settings(who.context, row, body, form)
     with who.context.store.writing() as session:
         if session.scalar(sqlalchemy.select(Resource.id).where(Resource.name == row.name)) is not None:
             raise ApiError("there is a resource of this name already", 409, {"name": "is taken"})
@@ -5975,14 +5981,14 @@ def add_resource(who: Principal, body: Mapping[str, Any], *, text: bool = False)
     return show_resource(who, row.name)
 
 
-def change_resource(who: Principal, name: str, body: Mapping[str, Any], *, text: bool = False) -> ResourceView:
+def change_resource(who: Principal, name: str, body: Mapping[str, Any], form: Document | None = None) -> ResourceView:
     """Changes what is given; null stands for the default. Another host, port or username needs the password again."""
     with who.context.store.writing() as session:
         row = changeable(who, session, name)
         if body.get("name", name) != name:
             raise field_errors({"name": "cannot be changed; add another resource and remove this one"})
         before = stated(row, who.context.inventory)
-        if apply_settings(who.context, row, body, text=text):
+        if apply_settings(who.context, row, body, form):
             after = stated(row, who.context.inventory)
             changed = {field for field in before.keys() | after.keys() if before.get(field) != after.get(field)}
             who.note(session, f"changed: {', '.join(sorted(changed | (body.keys() & set(SECRETS))))}", name)
@@ -5996,11 +6002,11 @@ def remove_resource(who: Principal, name: str) -> None:
         who.note(session, "removed", name)
 
 
-def test_settings(who: Principal, body: Mapping[str, Any], *, text: bool = False,
+def test_settings(who: Principal, body: Mapping[str, Any], form: Document | None = None,
                   row: Resource | None = None) -> TrialView:
     """Polls a resource once that is not added yet."""
     row = row or Resource(id=0)
-    apply_settings(who.context, row, body, text=text)
+    apply_settings(who.context, row, body, form)
     target = target_of(row, who.context.vault)
     timeout = min(target.settings.timeout, TRIAL_TIMEOUT)
     target = replace(target, settings=target.settings.model_copy(update={"timeout": timeout}))
@@ -6011,11 +6017,11 @@ def test_settings(who: Principal, body: Mapping[str, Any], *, text: bool = False
     return TrialView(**vars(verdict), seconds=time.monotonic() - begun_mono, host_key=learned)
 
 
-def test_changes(who: Principal, name: str, body: Mapping[str, Any], *, text: bool = False) -> TrialView:
+def test_changes(who: Principal, name: str, body: Mapping[str, Any], form: Document | None = None) -> TrialView:
     """Polls a resource once with changed settings that are not stored."""
     with who.context.store.reading() as session:
         row = changeable(who, session, name)
-    return test_settings(who, body, text=text, row=row)     # which changes no more than this copy of it
+    return test_settings(who, body, form, row)      # which changes no more than this copy of it
 
 
 def poll_now(who: Principal, name: str) -> PollView:
@@ -6264,19 +6270,6 @@ def sign_out(who: Principal) -> None:
             session.execute(sqlalchemy.delete(LoginSession).filter_by(token_hash=who.session.token_hash))
 
 
-# === API =====================================================================
-# The JSON API as a table of routes, its description in OpenAPI made of the same table, and what each request to the
-# console must pass: an address of the operators, a login, a page of ours as its sender, a role. Runs in the console's
-# threads. What is refused leaves as application/problem+json.
-# Gives: add_security_headers, API_ROUTES, authorize, client_address, current_principal, give_cookie, is_same_origin,
-# problem, Route
-
-SEEN_INTERVAL = 60.0            # seconds after which a request is noted as a session's last one
-COOKIE = "healthchecker_session"
-CONTENT_SECURITY_POLICY = ("default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "
-                           "connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'")
-
-
 @dataclass(frozen=True)
 class Route:
     """One method of one path, who may use it, and what answers. An operation of the API has more: its `run` takes who
@@ -6327,6 +6320,19 @@ OPERATIONS = (
 )
 
 
+# === API =====================================================================
+# The JSON API: what serves an operation, the description in OpenAPI, made of the same table, and what each request to
+# the console must pass: an address of the operators, a login, a page of ours as its sender, a role. Runs in the
+# console's threads. What is refused leaves as application/problem+json.
+# Gives: add_security_headers, API_ROUTES, authorize, client_address, current_principal, give_cookie, is_same_origin,
+# problem
+
+SEEN_INTERVAL = 60.0            # seconds after which a request is noted as a session's last one
+COOKIE = "healthchecker_session"
+CONTENT_SECURITY_POLICY = ("default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "
+                           "connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'")
+
+
 class Problem(Settings):
     """RFC 9457."""
 
@@ -6337,23 +6343,12 @@ class Problem(Settings):
     errors: list[dict[Literal["field", "message"], str]] = []
 
 
-def resource_schema(schema: dict[str, Any]) -> None:
-    """Nothing is required where the inventory has defaults, and null stands for the default; without INVENTORY_ONLY."""
-    del schema["required"]
-    for name in INVENTORY_ONLY:
-        del schema["properties"][name]
-    for name, field in schema["properties"].items():
-        if {"type": "null"} not in field.get("anyOf", ()):
-            schema["properties"][name] = {"anyOf": [field, {"type": "null"}]}
-
-
 def content(kind: str, schema: Any) -> dict[str, Any]:
     """A body in OpenAPI; nothing where there is none."""
     return {"content": {kind: {"schema": schema}}} if schema else {}
 
 
 def describe(operation: Route, schemas: Mapping[Any, Any]) -> dict[str, Any]:
-    """One operation in OpenAPI."""
     answer, body = (schemas.get((operation.key, mode)) for mode in ("serialization", "validation"))
     parameters = [{"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
                   for name in re.findall("<(.+?)>", operation.path)]
@@ -6372,13 +6367,18 @@ def describe(operation: Route, schemas: Mapping[Any, Any]) -> dict[str, Any]:
 @functools.cache
 def openapi() -> dict[str, Any]:
     """The description of the API, made from its models."""
-    adapters: list[tuple[str, Literal["validation", "serialization"], TypeAdapter[Any]]] = [
-        ("problem", "serialization", TypeAdapter(Problem))]
-    adapters += [(operation.key, "serialization", operation.adapter) for operation in OPERATIONS if operation.answer]
-    adapters += [(operation.key, "validation", TypeAdapter(operation.body))
-                 for operation in OPERATIONS if operation.body]
+    adapters: list[Any] = [("problem", "serialization", TypeAdapter(Problem))]
+    for operation in OPERATIONS:
+        adapters += [(operation.key, mode, TypeAdapter(model)) for mode, model in (
+            ("serialization", operation.answer), ("validation", operation.body)) if model]
     schemas, components = TypeAdapter.json_schemas(adapters, ref_template="#/components/schemas/{model}")
-    resource_schema(components["$defs"]["ResourceSettings"])
+    sent = components["$defs"]["ResourceSettings"]
+    del sent["required"]        # nothing is where the inventory has defaults, and null stands for the default
+    for name, field in list(sent["properties"].items()):
+        if name in INVENTORY_ONLY:
+            del sent["properties"][name]
+        elif {"type": "null"} not in field.get("anyOf", ()):
+            sent["properties"][name] = {"anyOf": [field, {"type": "null"}]}
     paths: dict[str, dict[str, Any]] = collections.defaultdict(dict)
     for operation in OPERATIONS:
         path = re.sub("<(.+?)>", r"{\1}", operation.path)
@@ -6406,15 +6406,15 @@ def client_address(environ: WSGIEnvironment) -> Address:
 def identify(context: ConsoleContext, request: flask.Request) -> Principal:
     """Who it is; a bearer token counts before a cookie, other schemes are somebody else's: of a proxy, for instance."""
     stranger = Principal(context, str(client_address(request.environ)))
-    scheme, _, token = request.headers.get("Authorization", "").partition(" ")
-    kind, token = ("token", token.strip()) if scheme.lower() == "bearer" else (
-        "session", request.cookies.get(COOKIE, ""))
+    kind, token = "session", request.cookies.get(COOKIE)
+    if request.authorization and request.authorization.type == "bearer":
+        kind, token = "token", request.authorization.token
     if not token:
         return stranger
+    query = sqlalchemy.select(LoginSession, User).join(User).where(
+        LoginSession.token_hash == token_hash(token), LoginSession.kind == kind, live_sessions(context.clock()))
     with context.store.reading() as session:
-        found = session.execute(sqlalchemy.select(LoginSession, User).join(User, User.id == LoginSession.user_id).where(
-            LoginSession.token_hash == token_hash(token), LoginSession.kind == kind,
-            live_sessions(context.clock()))).first()
+        found = session.execute(query).first()
     return replace(stranger, session=found[0], user=found[1]) if found else stranger
 
 
@@ -6489,7 +6489,6 @@ def json_body() -> dict[str, Any]:
 
 
 def perform(operation: Route, **names: str) -> flask.typing.ResponseReturnValue:
-    """Answers a request to the API."""
     taken: list[Mapping[str, Any]] = []
     if operation.body:
         taken = [flask.request.args.to_dict() if operation.method == "GET" else json_body()]
@@ -6518,11 +6517,9 @@ def health() -> flask.Response:
 
 
 def problem(error: ApiError) -> flask.Response:
-    body: dict[str, Any] = {"type": "about:blank", "title": http.HTTPStatus(error.status).phrase,
-                            "status": error.status, "detail": str(error)}
-    if error.fields:
-        body["errors"] = [{"field": name, "message": text} for name, text in error.fields.items()]
-    return json_answer(body, error.status, "application/problem+json")
+    errors = [{"field": name, "message": text} for name, text in error.fields.items()]
+    return json_answer({"type": "about:blank", "title": http.HTTPStatus(error.status).phrase, "status": error.status,
+                        "detail": str(error), "errors": errors}, error.status, "application/problem+json")
 
 
 API_ROUTES = (
@@ -6617,35 +6614,12 @@ def resource_metrics(row: Any, now: float) -> Iterator[MetricValue]:
     if row.polled_at:
         yield "poll_duration_seconds", (), row.seconds
         yield "last_poll_timestamp_seconds", (), row.polled_at
-        with contextlib.suppress(ValueError, LookupError, TypeError, AttributeError):   # damaged: there is none
+        with contextlib.suppress(ValueError, LookupError, TypeError, AttributeError):   # of a damaged row
             yield from sample_metrics(json.loads(row.sample) or NO_SAMPLE)
 
 
 METRIC_ROWS = RESOURCES.with_only_columns(Resource.name, Resource.maintenance, Status.state, Status.cause,
                                           Status.polled_at, Status.seconds, Status.sample).order_by(Resource.name)
-
-
-@dataclass(frozen=True)
-class ResourceMetrics:
-    """What the bearer of the token sees besides: every resource, from the rows that the recorder writes."""
-
-    store: Store
-
-    def collect(self) -> Iterator[Metric]:
-        with self.store.reading() as session:
-            rows = session.execute(METRIC_ROWS).all()
-        states = collections.Counter(row.state or "unknown" for row in rows)
-        total = gauge("resources", "Resources by state.", None, "state")
-        for state in get_args(State):
-            total.add_metric([state], states[state])
-        yield total
-        families = {name: gauge(f"resource_{name}", text, None, "resource", *labels)
-                    for name, (text, *labels) in RESOURCE_METRICS.items()}
-        now = time.time()
-        for row in rows:
-            for name, labels, value in resource_metrics(row, now):
-                families[name].add_metric((row.name, *labels), value)
-        yield from families.values()
 
 
 def read_token(path: Path) -> bytes:
@@ -6662,12 +6636,11 @@ def read_token(path: Path) -> bytes:
 
 
 class Metrics:
-    """The answer of /-/metrics. What it says of the resources serves for METRICS_AGE seconds, so that scrapes cannot
-    load the machine."""
+    """The answer of /-/metrics, and the collector of what the bearer of the token sees besides: every resource, from
+    the rows that the recorder writes. That part serves for METRICS_AGE seconds: scrapes cannot load the machine."""
 
     def __init__(self, serving: ServingMetrics, store: Store, token_file: Path | None) -> None:
-        self._serving, self._resources = serving, ResourceMetrics(store)
-        self._token_file = token_file
+        self._serving, self._store, self._token_file = serving, store, token_file
         self._complaint = ""        # the last one about the token file
         self._lock = threading.Lock()       # guards these two, so that who asks meanwhile waits for the same text
         self._made, self._text = -math.inf, b""
@@ -6686,11 +6659,11 @@ class Metrics:
 
     def _admits(self, token: str) -> bool:
         """Reads the file each time, so that a new token counts at once; one that cannot be read admits nobody."""
+        wanted, complaint = b"", ""
         try:
             wanted = read_token(self._token_file) if self._token_file else b""
-            complaint = ""
         except UsageError as error:
-            wanted, complaint = b"", str(error)
+            complaint = str(error)
         if complaint not in ("", self._complaint):
             log.error("%s", complaint)
         self._complaint = complaint
@@ -6699,9 +6672,25 @@ class Metrics:
     def _resource_text(self) -> bytes:
         with self._lock:
             if time.monotonic() - self._made > METRICS_AGE:
-                self._text = generate_latest(self._resources)
+                self._text = generate_latest(self)
                 self._made = time.monotonic()
             return self._text
+
+    def collect(self) -> Iterator[Metric]:
+        with self._store.reading() as session:
+            rows = session.execute(METRIC_ROWS).all()
+        total = gauge("resources", "Resources by state.", None, "state")
+        states = collections.Counter(row.state or "unknown" for row in rows)
+        for state in get_args(State):
+            total.add_metric([state], states[state])
+        yield total
+        families = {name: gauge(f"resource_{name}", text, None, "resource", *labels)
+                    for name, (text, *labels) in RESOURCE_METRICS.items()}
+        now = time.time()
+        for row in rows:
+            for name, labels, value in resource_metrics(row, now):
+                families[name].add_metric((row.name, *labels), value)
+        yield from families.values()
 
 
 # === Pages ===================================================================
@@ -6748,8 +6737,8 @@ def svg(kind: str, size: str, content: str, label: str = "") -> Markup:
 def bar_svg(value: float, limit: LimitValues, top: float = 100.0) -> Markup:
     """A reading as a bar from 0 to `top` with its limits marked; the colour says which of them it crossed."""
     width = round(100 * min(value / top, 1), 1)
-    crossed = (state for kind, state in CROSSED.items() if limit.get(kind) is not None and value > limit[kind])
-    return svg("bar", "100 8", f'<path d="M0 4h100"/><path class="{next(crossed, "healthy")}" d="M0 4h{width}"/>'
+    crossed = [state for kind, state in CROSSED.items() if limit.get(kind) is not None and value > limit[kind]]
+    return svg("bar", "100 8", f'<path d="M0 4h100"/><path class="{[*crossed, "healthy"][0]}" d="M0 4h{width}"/>'
                + limit_marks(limit, top, "M{} 0v8"))
 
 
@@ -6816,15 +6805,14 @@ TEMPLATES = {"layout.html": """<!doctype html>
 <a class="brand" href="/-/">HealthChecker</a>
 {% if user %}
 <nav aria-label="Pages">
-{% for href, label in [("/-/", "Overview"), ("/-/events", "Events"), ("/-/users", "Users")] %}
-{% if label != "Users" or admin %}
+{% for label, href in {"Overview": "/-/", "Events": "/-/events", "Users": "/-/users"}.items()
+   if admin or label != "Users" %}
 <a href="{{ href }}"{% if request.path == href %} aria-current="page"{% endif %}>{{ label }}</a>
-{% endif %}
 {% endfor %}
 </nav>
 <div class="who"><a href="/-/password">{{ user.username }}<span class="hidden">: change the password</span></a>
 <small>{{ user.role }}</small>
-<form method="post" action="/-/logout"><button class="quiet">Log out</button></form></div>
+<form method="post" action="/-/logout"><button>Log out</button></form></div>
 {% endif %}
 </header>
 {% if user.initial %}
@@ -6844,10 +6832,6 @@ TEMPLATES = {"layout.html": """<!doctype html>
 <thead><tr>{% for name in heads %}<th scope="col">{{ name }}</th>{% endfor %}</tr></thead>
 <tbody>{{ caller() }}</tbody>
 </table>
-{% endmacro %}
-{% macro labels(resource) %}
-{% for tag in resource.tags %} <i>{{ tag }}</i>{% endfor %}
-{% if not resource.critical %} <i>not critical</i>{% endif %}
 {% endmacro %}
 {% macro message(id, text, kind) %}
 <div id="{{ id }}" role="alert" data-keep>{% if text %}<p class="message {{ kind or 'unhealthy' }}">{{ text }}</p>
@@ -6935,16 +6919,17 @@ TEMPLATES = {"layout.html": """<!doctype html>
                                          "Last 60 polls"), "overview") %}
 {% for row in rows %}
 <tr id="r{{ row.row.id }}" class="{{ row.shown_state }}">
-<td>{{ state(row.state) }}</td>
-<th scope="row"><a href="{{ row.href }}">{{ row.name }}</a> <small>{{ row.address }}</small>{{ labels(row) }}
+<td><b class="state {{ row.status.state }}">{{ row.status.state }}</b></td>
+<th scope="row"><a href="{{ row.href }}">{{ row.name }}</a> <small>{{ row.address }}</small>
+{%- for label in row.labels %} <i>{{ label }}</i>{% endfor %}
 {%- if row.in_maintenance %}
  <i class="maintenance">maintenance until {{ row.row.maintenance|local_time }}</i>{% endif %}
 {%- if row.reason %}<p>{{ row.reason }}</p>{% endif %}</th>
-<td>{% if row.changed_at %}
-<span title="{{ row.changed_at|local_time }}">{{ (now - row.changed_at)|duration_text }}</span>{% endif %}</td>
+<td>{% if row.status.since_at %}<span title="{{ row.status.since_at|local_time }}">
+{{- (now - row.status.since_at)|duration_text }}</span>{% endif %}</td>
 <td>{% if row.status.polled_at %}{{ (now - row.status.polled_at)|duration_text }} ago
 <small>in {{ "%.2f s"|format(row.status.seconds) }}</small>{% endif %}</td>
-{% for label, bar in row.bars %}<td data-label="{{ label }}">{{ bar }}</td>{% endfor %}
+{{ row.bars }}
 <td>{{ row.strip }}</td>
 </tr>
 {% endfor %}
@@ -6957,11 +6942,11 @@ TEMPLATES = {"layout.html": """<!doctype html>
 {% endif %}
 {% endblock %}
 """, "resource.html": """{% extends "layout.html" %}
-{% block title %}{{ shown.name }}: {{ shown.state }}{% endblock %}
+{% block title %}{{ shown.name }}: {{ shown.status.state }}{% endblock %}
 {% block main %}
 <header class="title">
 <div><h1>{{ shown.name }}</h1>
-<p class="soft">{{ shown.address }}{{ labels(shown) }}
+<p class="soft">{{ shown.address }}{% for label in shown.labels %} <i>{{ label }}</i>{% endfor %}
  · {{ "from " ~ origin ~ ", read-only here" if origin else "added here" }}</p></div>
 {% if admin %}
 <div class="actions" data-keep>
@@ -6996,10 +6981,10 @@ TEMPLATES = {"layout.html": """<!doctype html>
 {% endif %}
 </section>
 {% endif %}
-<section class="message now {{ shown.state }}" aria-label="State">
-<p><span aria-live="polite">{{ state(shown.state) }}</span>
-{% if shown.changed_at %}
-for <b>{{ (now - shown.changed_at)|duration_text }}</b>, since <time>{{ shown.changed_at|local_time }}</time>
+<section class="message now {{ shown.status.state }}" aria-label="State">
+<p><span aria-live="polite">{{ state(shown.status.state) }}</span>
+{% if shown.status.since_at %}
+for <b>{{ (now - shown.status.since_at)|duration_text }}</b>, since <time>{{ shown.status.since_at|local_time }}</time>
 {% else %}no result yet{% endif %}</p>
 {% if shown.reason %}<p class="why">{{ shown.reason }}</p>{% endif %}
 <p class="soft">{% if shown.status.polled_at %}
@@ -7018,7 +7003,7 @@ Polled every {{ shown.row.interval|duration_text }}. Availability:
 <td>{{ poll.cause }}{% if poll.reason %}: {{ poll.reason }}{% endif %}</td></tr>
 {% endfor %}
 {% endcall %}</details>
-{% if shown.cause == "host_key" and admin %}
+{% if shown.status.cause == "host_key" and admin %}
 <form method="post" action="{{ shown.href }}/trust" id="trust" data-inline data-keep>
 {% if offered %}
 <p>Trusted: <code>{{ shown.row.host_key }}</code><br>Offered: <code>{{ offered }}</code></p>
@@ -7281,15 +7266,13 @@ table, dl, figure, .empty, .panel { background: var(--surface); border: 1px soli
 [role=alert]:not(.lost, :has(p)) { display: none; } .why { font-size: 1.0625rem; }
 
 .tools { margin: 1rem 0 .625rem; } .chips { flex: 1 1 auto; }
-.chips a { padding: .1875rem .625rem; border: 1px solid var(--line); border-radius: 1rem; background: var(--surface);
-  color: var(--state, var(--text)); white-space: nowrap; }
-.chips a[aria-current] { border-color: currentColor; box-shadow: inset 0 0 0 1px currentColor; }
 .filter { flex-wrap: nowrap; min-width: 0; } .filter select { max-width: 14rem; }
-input, select, textarea, button, .button { font: inherit; color: inherit; padding: .3125rem .625rem; max-width: 100%;
-  border: 1px solid light-dark(#8b96a5, #5d6b7c); border-radius: 5px; background: var(--surface); }
+input, select, textarea, button, .button, .chips a { padding: .3125rem .625rem; max-width: 100%;
+  font: inherit; color: inherit; background: var(--surface); border-radius: 5px;
+  border: 1px solid light-dark(#8b96a5, #5d6b7c); }
 button, .button { cursor: pointer; white-space: nowrap; color: var(--link); font-weight: 500; }
+.chips a { color: var(--state, var(--text)); } .chips [aria-current] { box-shadow: inset 0 0 0 1px currentColor; }
 button:hover, .button:hover { background: var(--sunken); }
-.quiet { border-color: transparent; background: none; color: var(--soft); font-weight: 400; padding-inline: .375rem; }
 .primary { background: var(--link); border-color: var(--link); color: var(--surface); }
 .primary:hover { background: color-mix(in srgb, var(--link) 85%, var(--text)); }
 .danger { color: var(--unhealthy); border-color: var(--unhealthy); }
@@ -7516,7 +7499,6 @@ def resource_path(name: str) -> str:
 
 
 def add_template_globals(app: flask.Flask) -> None:
-    """Gives the application its templates and what they use."""
     app.jinja_options = {"loader": jinja2.DictLoader(TEMPLATES), "trim_blocks": True, "lstrip_blocks": True}
     env = app.jinja_env
     env.filters.update(duration_text=duration_text, local_time=local_time, resource_path=resource_path)
@@ -7536,10 +7518,8 @@ def render_page(template: str, status: int = 200, *, given: Mapping[str, str] | 
     """A page. Its form shows `given`, and `errors` at the fields; `shown` is what else its template needs."""
     who: Principal | None = flask.g.get("principal")
     user = who.user if who else None
-    common: dict[str, Any] = {"user": user, "admin": user and user.role == "admin",
-                              "form": {"given": given or {}, "errors": errors or {}}}
-    if who and who.operator:
-        common |= {"now": who.context.clock(), "zone": time.strftime("%Z")}
+    common = {"user": user, "admin": user and user.role == "admin", "zone": time.strftime("%Z"),
+              "now": who.context.clock() if who else 0.0, "form": {"given": given or {}, "errors": errors or {}}}
     return flask.Response(flask.render_template(template, **(common | shown)), status, mimetype="text/html")
 
 
@@ -7563,12 +7543,9 @@ class ResourceRow:
         self.status = known = status_of(row, status)
         settings = stored_mapping(row.settings, NO_SETTINGS)    # unchecked: 1,000 of them would take too long
         self.settings = settings or NO_SETTINGS
-        self.tags: list[str] = self.settings["tags"]
-        self.critical: bool = self.settings["critical"]
-        self.state, self.cause, self.changed_at = known.state, known.cause, known.since_at
         self.reason = DAMAGED if settings is None else f"{known.cause}: {known.reason}" if known.cause else ""
         self.in_maintenance = row.maintenance > now
-        self.shown_state = "maintenance" if self.in_maintenance else self.state
+        self.shown_state = "maintenance" if self.in_maintenance else known.state
         self.strip = strip_svg(status.strip if status else "")
 
     @property
@@ -7582,35 +7559,44 @@ class ResourceRow:
         return self.row.platform if self.row.platform in HOSTLESS else (
             f"{self.row.hostname}{port} · {self.row.platform}")
 
+    @property
+    def labels(self) -> list[str]:
+        tags: list[str] = self.settings["tags"]
+        return tags if self.settings["critical"] else [*tags, "not critical"]
+
     def limit(self, metric: str) -> LimitValues:
         return self.settings["limits"].get(metric) or {}
 
     @property
-    def bars(self) -> list[tuple[str, Markup]]:
-        found = highest_readings((self.sample or NO_SAMPLE)["metrics"])
-        return [(LABELS[metric], bar_svg(found[metric], self.limit(metric)) + f"{found[metric]:.0f} %"
-                 if metric in found else Markup())
-                for metric in ("cpu_percent", "memory_percent", "disk_percent")]
+    def bars(self) -> Markup:
+        """The cells of the overview's readings, in one piece: three for 1,000 rows each would be escaped once more."""
+        cells, found = "", highest_readings((self.sample or NO_SAMPLE)["metrics"])
+        for metric in ("cpu_percent", "memory_percent", "disk_percent"):
+            value = found.get(metric)
+            bar = "" if value is None else f"{bar_svg(value, self.limit(metric))}{value:.0f} %"
+            cells += f'<td data-label="{LABELS[metric]}">{bar}</td>'
+        return Markup(cells)    # noqa: S704  # numbers and our own words
 
     @property
     def sort_key(self) -> tuple[int, bool, float, str]:
         """Worst first; among those not healthy, what the gate depends on, and what happened last."""
-        newest_first = 0.0 if self.shown_state == "healthy" else -self.changed_at
-        return STATES.index(self.shown_state), not self.critical, newest_first, self.name
+        newest_first = 0.0 if self.shown_state == "healthy" else -self.status.since_at
+        return STATES.index(self.shown_state), not self.settings["critical"], newest_first, self.name
 
     def matches(self, text: str, tag: str) -> bool:
-        words = (self.name, self.row.hostname, self.row.platform, self.reason, *self.tags)
-        return (not tag or tag in self.tags) and text.casefold() in "\n".join(words).casefold()
+        tags = self.settings["tags"]
+        words = (self.name, self.row.hostname, self.row.platform, self.reason, *tags)
+        return (not tag or tag in tags) and text.casefold() in "\n".join(words).casefold()
 
 
 def gate_state(session: Session, is_open: bool, resources: Iterable[ResourceRow]) -> dict[str, Any]:
     """The gate, since when, and which resources close it: the first to fail stands first."""
     last = next(iter(events(session, kind="gate", limit=1)), None)
-    blockers = [] if is_open else [resource for resource in resources
-                                   if resource.critical and resource.shown_state in ("unhealthy", "unknown")]
+    blockers = [] if is_open else [resource for resource in resources if resource.settings["critical"]
+                                   and resource.shown_state in ("unhealthy", "unknown")]
     return {"open": is_open, "changed_at": last.at if last else 0.0,
             "reason": last.text if last and not is_open else "",
-            "blockers": sorted(blockers, key=lambda resource: resource.changed_at)}
+            "blockers": sorted(blockers, key=lambda resource: resource.status.since_at)}
 
 
 def query_of(parts: Mapping[str, str]) -> str:
@@ -7633,12 +7619,11 @@ def overview() -> Answer:
     links = [(state, query_of(wanted | {"state": state}), state.capitalize() or "All", counts[state] or len(found))
              for state in ("", *STATES) if counts[state] or state in ("", wanted["state"])]
     return render_page("overview.html", gate=gate, rows=rows, counts=counts, state_links=links, filter=wanted,
-                       tags=sorted({tag for resource in everything for tag in resource.tags}),
+                       tags=sorted({tag for resource in everything for tag in resource.settings["tags"]}),
                        empty=not everything, refresh="")
 
 
 def amount(metric: str, value: float) -> str:
-    """A reading with its unit."""
     if metric.endswith("_percent"):
         return f"{value:.1f} %"
     return f"{value:.2f} s" if metric == "seconds" else f"{value:.2f}"
@@ -7663,7 +7648,6 @@ MACHINE = {"hostname": "Host name", "os": "System", "kernel": "Kernel", "cpu_cou
 
 
 def machine_rows(sample: Mapping[str, Any], host_key: str | None) -> list[tuple[str, str]]:
-    """What is known of the machine itself."""
     details = {**sample["details"], "host_key": host_key}
     if "uptime_seconds" in details:
         details["uptime_seconds"] = duration_text(details["uptime_seconds"])
@@ -7672,7 +7656,6 @@ def machine_rows(sample: Mapping[str, Any], host_key: str | None) -> list[tuple[
 
 
 def charts(session: Session, resource: ResourceRow, span: str, now: float) -> list[dict[str, Any]]:
-    """A chart for each metric of which there is something."""
     begin, drawn = now - SPANS[span][0], []
     written = "%H:%M" if span in ("hour", "day") else "%d %b"
     times = [time.strftime(written, time.localtime(begin + part * SPANS[span][0] / 4)) for part in range(5)]
@@ -7689,7 +7672,6 @@ def charts(session: Session, resource: ResourceRow, span: str, now: float) -> li
 
 
 def resource_page(name: str, **more: Any) -> flask.Response:
-    """Everything about one resource."""
     context, request = current_principal().context, flask.request
     now = context.clock()
     span = request.args.get("span", "")
@@ -7714,22 +7696,19 @@ def resource_page(name: str, **more: Any) -> flask.Response:
 
 def event_page() -> Answer:
     """What happened, newest first."""
-    args = flask.request.args
-    wanted = {name: args.get(name, "") for name in ("kind", "resource")}
-    before = int(args["before"]) if re.fullmatch("[0-9]{1,18}", args.get("before", "")) else None
-    with current_principal().context.store.reading() as session:
-        found = events(session, resource=wanted["resource"] or None, kind=wanted["kind"] or None, before=before,
-                       limit=EVENTS_SHOWN)
+    who, args = current_principal(), flask.request.args
+    wanted = {name: args.get(name, "") for name in ("kind", "resource", "before")}
+    found = list_events(who, {"limit": EVENTS_SHOWN} | {name: text for name, text in wanted.items() if text})
+    with who.context.store.reading() as session:
         names = sorted(session.scalars(sqlalchemy.select(Resource.name)))
-    older = {**wanted, "before": str(found[-1].id)} if len(found) == EVENTS_SHOWN else {}
-    return render_page("events.html", events=found, kinds=KINDS, filter=wanted, names=names,
-                       older=query_of(older) if older else "", refresh="" if before is None else None)
+    older = query_of(wanted | {"before": str(found[-1].id)}) if len(found) == EVENTS_SHOWN else ""
+    return render_page("events.html", events=found, kinds=KINDS, filter=wanted, names=names, older=older,
+                       refresh=None if wanted["before"] else "")
 
 
 # --- forms ---
 TYPED = "typed."                # begins the names of what was typed into a form before the login
 RETYPABLE = re.compile(r"/-/(add|users|resources/[^/]+/(edit|maintenance))")    # forms that show it again
-UNSAVED = "You are logged in again. Nothing has been done yet; passwords have to be typed again."
 NEVER_SHOWN = ("password", "current", "new", "again")   # secrets of the forms
 INPUTS = ("platform", "name", "interval", "critical", "hostname", "port", "username", "password")
 OTHERS = [name for name in ResourceSettings.model_fields if name not in {*INPUTS, *INVENTORY_ONLY}]
@@ -7752,9 +7731,12 @@ def api_error(error: Exception) -> ApiError:
     return ApiError(str(error), 409)
 
 
-def form_texts(row: Resource, inventory: Inventory) -> dict[str, str]:
-    """What the form shows of a resource: the inputs, and as YAML what it states besides."""
-    values = json.loads(json.dumps(stated(row, inventory)),        # 90 and not 90.0
+def form_texts(name: str) -> dict[str, str]:
+    """What the form shows of a resource that was added here: the inputs, and as YAML what it states besides."""
+    who = current_principal()
+    with who.context.store.reading() as session:
+        values = stated(changeable(who, session, name), who.context.inventory)
+    values = json.loads(json.dumps(values),     # 90 and not 90.0
                         parse_float=lambda text: float(text) if float(text) % 1 else int(float(text)))
     texts = {name: str(values[name]) for name in INPUTS if values.get(name) is not None}
     other = {name: value for name, value in values.items() if name in OTHERS}
@@ -7763,40 +7745,25 @@ def form_texts(row: Resource, inventory: Inventory) -> dict[str, str]:
     return NEW_RESOURCE | texts | {"critical": "true" if values.get("critical", True) else ""}
 
 
-def form_page(name: str = "", **more: Any) -> flask.Response:
+def form_page(name: str = "", given: Mapping[str, str] | None = None, **more: Any) -> flask.Response:
     """The form to add a resource, or to change the one called `name`."""
-    return render_page("form.html", title=f"Edit {name}" if name else "Add a resource", fixed=bool(name),
+    if given is None:
+        given = form_texts(name) if name else NEW_RESOURCE
+    return render_page("form.html", title=f"Edit {name}" if name else "Add a resource", fixed=bool(name), given=given,
                        platforms=[platform for platform in SELECTABLE if platform != "local"],
                        ports=f"{SSH_PORT}; Windows: {WINRM_PORTS[True]}", others=OTHERS, example=EXAMPLE,
                        back=resource_path(name) if name else PREFIX, **more)
 
 
-def edit_page(name: str) -> Answer:
-    """The form of a resource that was added here."""
-    who = current_principal()
-    with who.context.store.reading() as session:
-        texts = form_texts(changeable(who, session, name), who.context.inventory)
-    return form_page(name, given=texts)
-
-
-def read_yaml(text: str) -> Document:
-    """The text area, strictly read. Raises ApiError with lines and columns."""
-    try:
-        document = Document("YAML", text.encode())
-    except InventoryError as error:
-        raise field_errors({"settings": str(error)}) from None
-    faults = list(document.faults)
-    if not isinstance(document.value or {}, dict):
-        faults.append("YAML:1:1: must be settings (name: value)")
-    faults += [f"YAML:{document.position((name,), key=True)}: {name} has an input of its own"
-               for name in INPUTS if (name,) in document.keys]
-    if faults:
-        raise field_errors({"settings": "\n".join(faults)})
-    return document
-
-
-def form_settings(form: Mapping[str, str], other: dict[str, Any]) -> dict[str, Any]:
+def form_settings(form: Mapping[str, str], document: Document) -> dict[str, Any]:
     """The settings in the inventory's names, of the inputs and the text area; None stands for the default."""
+    other = document.value or {}
+    if not isinstance(other, dict):
+        raise InventoryError(f"{document.name}:1:1: must be settings (name: value)")
+    faults = [f"{document.name}:{document.position((name,), key=True)}: {name} has an input of its own"
+              for name in INPUTS if name in other]
+    if faults or document.faults:
+        raise InventoryError("\n".join(document.faults + faults))
     inputs = {name: form.get(name, "").strip() or None for name in INPUTS} | {"critical": form.get("critical", "false")}
     if inputs["password"] is None:
         del inputs["password"]      # the stored one stays
@@ -7806,34 +7773,20 @@ def form_settings(form: Mapping[str, str], other: dict[str, Any]) -> dict[str, A
     return {**dict.fromkeys(OTHERS), **inputs, **dict.fromkeys(foreign & inputs.keys()), **other}
 
 
-def at_fields(error: ApiError, document: Document) -> ApiError:
-    """The error with what is wrong with the YAML at the text area, each with its line and column."""
-    fields: dict[str, str] = {}
-    for name, text in error.fields.items():
-        path = tuple(int(part) if part.isdigit() else part for part in name.split("."))
-        if path[0] in ("resource", "settings", *INPUTS):
-            fields[name] = text
-        else:
-            line = f"YAML:{document.position(path, key=True)}: {name}: {text}"
-            fields["settings"] = "\n".join(filter(None, (fields.get("settings"), line)))
-    return ApiError(str(error), error.status, fields)
-
-
 def resource_form(who: Principal, name: str = "") -> Answer:
-    """Tests or saves what the form states."""
-    form, document = flask.request.form, Document()
+    form = flask.request.form
     try:
-        document = read_yaml(form.get("settings", ""))
-        body = form_settings(form, document.value or {})
-        if form.get("do") == "test":
-            trial = test_changes(who, name, body, text=True) if name else test_settings(who, body, text=True)
-            found = f"{trial.state} in {trial.seconds:.2f} s"
-            found += f": {trial.reason}" if trial.reason else ""
-            found += f"; it would trust {trial.host_key}" if trial.host_key else ""
-            return form_page(name, given=form, outcome=trial.state, problem=found)
-        saved = change_resource(who, name, body, text=True) if name else add_resource(who, body, text=True)
-    except ApiError as error:
-        raise at_fields(error, document) from None
+        document = Document("YAML", form.get("settings", "").encode())
+        body = form_settings(form, document)
+    except InventoryError as error:
+        raise field_errors({"settings": str(error)}) from None
+    if form.get("do") == "test":
+        trial = test_changes(who, name, body, document) if name else test_settings(who, body, document)
+        found = f"{trial.state} in {trial.seconds:.2f} s"
+        found += f": {trial.reason}" if trial.reason else ""
+        found += f"; it would trust {trial.host_key}" if trial.host_key else ""
+        return form_page(name, form, outcome=trial.state, problem=found)
+    saved = change_resource(who, name, body, document) if name else add_resource(who, body, document)
     return flask.redirect(resource_path(saved.name), 303)
 
 
@@ -7863,13 +7816,9 @@ def user_page(name: str = "", number: str = "", **more: Any) -> flask.Response:
     return render_page("users.html", users=list_users(who), sessions=list_sessions(who), roles=get_args(Role), **more)
 
 
-def user_form(who: Principal, name: str = "") -> None:
-    """Adds a user, or changes of the one called `name` what is not empty."""
-    given = {key: text for key, text in flask.request.form.items() if text}
-    if name:
-        change_user(who, name, given)
-    else:
-        add_user(who, given)
+def filled() -> dict[str, str]:
+    """What the form says; what is left empty stays as it is."""
+    return {name: text for name, text in flask.request.form.items() if text}
 
 
 def password_form(who: Principal) -> Answer:
@@ -7888,7 +7837,8 @@ def form_route(path: str, page: Callable[..., flask.Response], action: Callable[
     def answer(**names: str) -> Answer:
         form = flask.request.form
         if typed := {name.removeprefix(TYPED): text for name, text in form.items() if name.startswith(TYPED)}:
-            return page(**names, given=typed, problem=UNSAVED, outcome="degraded")
+            return page(**names, given=typed, outcome="degraded", problem="You are logged in again. Nothing has been "
+                        "done yet; passwords have to be typed again.")
         try:
             done = action(current_principal(), *names.values())
         except HealthCheckerError as failure:
@@ -7923,8 +7873,8 @@ def login_form() -> Answer:
     after = flask.request.args.get("next", "")
     if not after.startswith(PREFIX) or not after.isprintable() or "\\" in after:
         after = PREFIX      # after a login nobody is sent elsewhere
-    again = bool(typed) and RETYPABLE.fullmatch(after)      # 307 sends what was typed along, to be shown
-    return give_cookie(flask.redirect(after, 307 if again else 303), open_session(who, "session", user))
+    status = 307 if typed and RETYPABLE.fullmatch(after) else 303       # 307 sends what was typed along, to be shown
+    return give_cookie(flask.redirect(after, status), open_session(who, "session", user))
 
 
 def logout_form() -> Answer:
@@ -7962,9 +7912,9 @@ RESOURCE_PAGE, USERS = "/-/resources/<name>", "/-/users"
 PAGES = (
     Route("GET", "/-/", "viewer", overview),
     Route("GET", RESOURCE_PAGE, "viewer", resource_page),
-    Route("GET", "/-/add", "admin", lambda: form_page(given=NEW_RESOURCE)),
+    Route("GET", "/-/add", "admin", form_page),
     form_route("/-/add", form_page, resource_form),
-    Route("GET", RESOURCE_PAGE + "/edit", "admin", edit_page),
+    Route("GET", RESOURCE_PAGE + "/edit", "admin", form_page),
     form_route(RESOURCE_PAGE + "/edit", form_page, resource_form),
     form_route(RESOURCE_PAGE + "/check", resource_page, poll_now),
     form_route(RESOURCE_PAGE + "/maintenance", resource_page, maintenance_form),
@@ -7972,8 +7922,8 @@ PAGES = (
     form_route(RESOURCE_PAGE + "/remove", resource_page, remove_resource, PREFIX),
     Route("GET", "/-/events", "viewer", event_page),
     Route("GET", USERS, "admin", user_page),
-    form_route(USERS, user_page, user_form, USERS),
-    form_route(USERS + "/<name>", user_page, user_form, USERS),
+    form_route(USERS, user_page, lambda who: add_user(who, filled()), USERS),
+    form_route(USERS + "/<name>", user_page, lambda who, name: change_user(who, name, filled()), USERS),
     form_route(USERS + "/<name>/remove", user_page, remove_user, USERS),
     form_route("/-/sessions/<number>/end", user_page, end_session, USERS),
     Route("GET", "/-/static/<name>", "", asset, restricted=True),
@@ -7995,6 +7945,7 @@ PAGES = (
 CONSOLE_CONNECTIONS = 100       # at once
 CONSOLE_BODY = 1 << 18          # bytes of a request to the pages and the API
 CONSOLE_DRAIN = 2.0             # seconds for requests in flight when the service ends
+ADDRESS_AS_HOST = re.compile(r"(\d+(\.\d+){3}|\[[\da-f:.]+\])(:\d{1,5})?")     # no name ends in a number
 
 
 def check_host(app: WSGIApplication, service: ServiceSettings) -> WSGIApplication:
@@ -8005,15 +7956,10 @@ def check_host(app: WSGIApplication, service: ServiceSettings) -> WSGIApplicatio
     proxies = tuple(map(ipaddress.ip_network, service.trusted_proxy))
     names = {"localhost", socket.gethostname().lower(), service.console.rpartition(":")[0].lower()}
 
-    def is_ours(host: str) -> bool:
-        name = re.sub(r":\d{1,5}$", "", host).lower()
-        with contextlib.suppress(ValueError):
-            return name in names or bool(ipaddress.ip_address(name.strip("[]")))
-        return False
-
     def answer(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
-        host = environ.get("HTTP_HOST")     # without it, it is no browser
-        if host is None or is_within(client_address(environ), proxies) or is_ours(host):
+        host = environ.get("HTTP_HOST", "localhost").lower()    # without one, it is no browser
+        ours = re.sub(r":\d{1,5}$", "", host) in names or ADDRESS_AS_HOST.fullmatch(host)
+        if ours or is_within(client_address(environ), proxies):
             return app(environ, start_response)
         return respond(environ, start_response, ("421 Misdirected Request", [], (
             b"The console does not answer to this name: use its address, localhost or a proxy of trusted_proxy.\n")))
@@ -8022,7 +7968,6 @@ def check_host(app: WSGIApplication, service: ServiceSettings) -> WSGIApplicatio
 
 
 def build_console(context: ConsoleContext, metrics: Metrics) -> flask.Flask:
-    """The Flask application of the operators' door."""
     app = flask.Flask("healthchecker.console", static_folder=None)
     app.config.update(MAX_CONTENT_LENGTH=CONSOLE_BODY, PROVIDE_AUTOMATIC_OPTIONS=False)
     app.url_map.merge_slashes = False       # it would redirect
@@ -8053,12 +7998,6 @@ class ConsoleParser(GateParser):
         super().refuse(BadRequest(error.status))
 
 
-class ConsoleChannel(HTTPChannel):      # type: ignore[misc]  # waitress carries no types
-    """A client's connection."""
-
-    parser_class = ConsoleParser
-
-
 class ConsoleServer(threading.Thread):
     """The operators' door: plain waitress on sockets that are bound already."""
 
@@ -8072,7 +8011,7 @@ class ConsoleServer(threading.Thread):
             asyncore_use_poll=hasattr(selectors, "PollSelector"))   # select takes 1,024 descriptors, all pollers' too
         self._doors = [one for one in self._map.values() if isinstance(one, TcpWSGIServer)]
         for door in self._doors:
-            door.channel_class = ConsoleChannel
+            door.channel_class = type("ConsoleChannel", (HTTPChannel,), {"parser_class": ConsoleParser})
         super().__init__(target=self._server.run, name="console", daemon=True)
 
     def close(self) -> None:
