@@ -3426,26 +3426,22 @@ class HealthAggregator:
         self._clock = clock
         self._until = self.lease.until
         self._lock = threading.Lock()               # guards all below and the writing of the lease
-        self._owners: dict[str, object] = {}        # registered resources
-        self._counted: dict[str, bool] = {}         # critical and not in maintenance
-        self._healthy = LeaseHeap()                 # of counted resources
-        self._unhealthy: dict[str, tuple[float, str]] = {}  # counted resource -> soonest recovery, monotonic; reason
+        self._owners: dict[str, object] = {}        # of the resources that count: critical and not in maintenance
+        self._healthy = LeaseHeap()
+        self._unhealthy: dict[str, tuple[float, str]] = {}  # resource -> soonest recovery, monotonic; reason
         self._last_recovery = 0.0, ""               # the latest of these; it moves on with each report, so it is kept
         self._pending: set[str] = set()             # no result yet, since the start
         self._announced = False                     # the registration of the start is over
         self._started = False                       # every resource of the start has had a result
         self._open = False
 
-    def register(self, name: str, *, counted: bool = True, owner: object = None) -> None:
-        """Announces a resource. Before the first decision it blocks until its first result, later it does not.
+    def register(self, name: str, owner: object = None) -> None:
+        """The resource counts. Before the first decision it blocks until its first result, later it does not.
 
         Reports of another `owner` are dropped from now on."""
         with self._lock:
             self._owners[name] = owner
-            if self._counted.get(name) != counted:
-                self._forget(name)
-            self._counted[name] = counted
-            if not self._started and counted:
+            if not self._started:
                 self._pending.add(name)
             self._renew()
 
@@ -3454,7 +3450,6 @@ class HealthAggregator:
         with self._lock:
             self._forget(name)
             self._owners.pop(name, None)
-            self._counted.pop(name, None)
             self._renew()
 
     def start(self) -> None:
@@ -3468,20 +3463,18 @@ class HealthAggregator:
                      ttl: float = DEFAULT_TTL, opens: float = 0.0, owner: object = None) -> None:
         """Reports a resource; the report counts for `ttl` seconds. `opens`: seconds until it can be healthy again.
 
-        A name that was never registered is registered as counted, unless the report names an owner."""
+        A name that is not registered is registered by a report without an owner."""
         with self._lock:
             if owner is not None and self._owners.get(name) is not owner:
-                return      # a late report of a poller that was stopped
+                return      # it does not count, or its poller was stopped
             self._announced = self._announced or name not in self._owners
             self._owners.setdefault(name, owner)
-            self._pending.discard(name)
-            if self._counted.setdefault(name, True):
-                self._forget(name)
-                if healthy:
-                    self._healthy.put(name, self._clock() + ttl)
-                else:
-                    self._unhealthy[name] = self._clock() + opens, reason
-                    self._last_recovery = max(self._last_recovery, (self._clock() + opens, name))
+            self._forget(name)
+            if healthy:
+                self._healthy.put(name, self._clock() + ttl)
+            else:
+                self._unhealthy[name] = self._clock() + opens, reason
+                self._last_recovery = max(self._last_recovery, (self._clock() + opens, name))
             self._renew()
 
     def is_healthy(self) -> bool:
@@ -3503,7 +3496,7 @@ class HealthAggregator:
     def _renew(self) -> None:
         """Writes the lease; the caller holds the lock."""
         self._started = self._started or (self._announced and not self._pending)
-        waits = not self._started or self._pending or self._unhealthy
+        waits = not self._started or self._unhealthy
         self.lease.opens.value = self._last_recovery[0] if self._unhealthy else self._clock()
         self._until.value = 0.0 if waits else self._healthy.earliest()
         self._announce()
@@ -3763,17 +3756,15 @@ JITTER = 0.1                    # part of the interval by which polls are spread
 FLUSH_INTERVAL = 1.0            # seconds for which the recorder gathers what it writes
 PENDING_ROWS = 100_000          # rows that wait for a database that cannot be written; older ones are lost
 QUARTER_GRACE = 5.0             # seconds for the last reports of a quarter to be written
-TIDY_FLUSHES = 600              # flushes over which the averages of a quarter are spread
+TIDY_AT_ONCE = 15               # resources whose averages are made after a flush: 10,000 take less than a quarter
 LAST_FLUSH = 1.5                # seconds for the last reports to be written when the service ends
-TABLES = Base.metadata.tables   # an insert of a table costs half of what one of its class does
 
-
-INSERT_STATUS = sqlite.insert(TABLES["status"])
+# An insert of a table costs half of what one of its class does.
+INSERT_STATUS = sqlite.insert(Base.metadata.tables["status"])
 UPSERT_STATUS = INSERT_STATUS.on_conflict_do_update(set_={
     **{column.name: column for column in INSERT_STATUS.excluded},
     "strip": func.substr(Status.strip + INSERT_STATUS.excluded["strip"], -STRIP)})
 INSERT_SAMPLE = sqlite.insert(SAMPLES).on_conflict_do_nothing()
-INSERT_EVENT = sqlalchemy.insert(TABLES["event"])
 
 
 class Recorder(threading.Thread):
@@ -3786,7 +3777,6 @@ class Recorder(threading.Thread):
         self._ending = threading.Event()
         self._rolled = 0                        # Unix time until which averages are made or in the making
         self._untidy: list[int] = []            # ids of resources whose averages are to be made
-        self._share = 0                         # how many of them at a time
         self._flushing = threading.Lock()       # guards all below, which is not written yet, and the order of writing
         self._latest: dict[int, Report] = {}    # by the resource's id
         self._samples: collections.deque[dict[str, Any]] = collections.deque(maxlen=PENDING_ROWS)
@@ -3834,8 +3824,7 @@ class Recorder(threading.Thread):
                 with self._store.writing() as session:
                     prune_events(session, self._retention, now)
                     self._untidy, self._rolled = list(session.scalars(sqlalchemy.select(Resource.id))), end
-                self._share = len(self._untidy) // TIDY_FLUSHES + 1
-            for _ in range(min(self._share, len(self._untidy))):
+            for _ in range(min(TIDY_AT_ONCE, len(self._untidy))):
                 resource_id = self._untidy.pop()
                 with self._store.writing() as session:
                     roll_up(session, resource_id, self._rolled)
@@ -3845,8 +3834,7 @@ class Recorder(threading.Thread):
         return bool(self._untidy)
 
     def _note(self, kind: str, text: str, at: float, resource: str = "") -> None:
-        self._events.append({"kind": kind, "text": one_line(text), "at": at, "resource": resource, "actor": "",
-                             "address": ""})
+        self._events.append({"kind": kind, "text": text, "at": at, "resource": resource})
 
     def _gather(self) -> None:
         transitions = self._aggregator.transitions
@@ -3874,10 +3862,11 @@ class Recorder(threading.Thread):
             strips[row["resource_id"]] += row["poll"]
         statuses = [report.status | {"strip": strips[number][-STRIP:]}
                     for number, report in self._latest.items() if number in alive]
-        for statement, rows in ((UPSERT_STATUS, statuses), (INSERT_SAMPLE, samples),
-                                (INSERT_EVENT, list(self._events))):
+        for statement, rows in ((UPSERT_STATUS, statuses), (INSERT_SAMPLE, samples)):
             if rows:
                 session.execute(statement, rows)
+        for event in self._events:
+            record_event(session, **event)
         for resource_id, key in self._keys.items():
             session.execute(sqlalchemy.update(Resource).values(host_key=key)
                             .where(Resource.id == resource_id, Resource.host_key.is_(None)))
@@ -3969,10 +3958,8 @@ class Poller(threading.Thread):
 
     def expire(self) -> None:
         """Makes the resource unhealthy, cause `stale`, when there was no result in time."""
-        with self._lock:
-            waits = self.standing.cause == "auth" and self._guard.wait(self.target.name, self.target.key_stamp) > 0
-            late = time.monotonic() >= self.expires_mono and not waits
-        if late:
+        waits = self.standing.cause == "auth" and self._guard.wait(self.target.name, self.target.key_stamp) > 0
+        if not waits:
             self._report(Verdict("unhealthy", "stale", f"no result for {self.target.settings.ttl:.0f} s"), 0.0)
 
     def _poll(self) -> tuple[float, Report | None]:
@@ -3999,7 +3986,7 @@ class Poller(threading.Thread):
         retry = min(settings.interval, settings.retry_interval)
         with self._lock:
             if verdict.cause == "stale" and time.monotonic() < self.expires_mono:
-                return None     # a result came in after all
+                return None
             stopped, before = self._stopped, self.standing
             after = self.standing = settle(before, verdict, settings, at)
             wait = retry if after.good else settings.interval
@@ -4020,7 +4007,7 @@ class Monitor(threading.Thread):
     def __init__(self, store: Store, vault: Vault, context: PollContext) -> None:
         super().__init__(name="monitor", daemon=True)
         self._store, self._vault, self._context = store, vault, context
-        self._pollers: dict[str, Poller] = {}
+        self.pollers: dict[str, Poller] = {}
         self._guards = Guards()
         self._maintenance_ends_at: dict[str, float] = {}    # Unix times until which resources do not count
         self._revision = -1
@@ -4046,12 +4033,9 @@ class Monitor(threading.Thread):
         self._ending.set()
         if self.is_alive():
             self.join(1)    # or it would take stopped pollers for dead ones
-        for poller in list(self._pollers.values()):
+        for poller in list(self.pollers.values()):
             poller.stop()
         self._context.recorder.close()
-
-    def poller(self, name: str) -> Poller | None:
-        return self._pollers.get(name)
 
     def catch_up(self) -> None:
         """Waits until the pollers follow the rows as they are now. For any thread."""
@@ -4063,7 +4047,7 @@ class Monitor(threading.Thread):
     def poll_now(self, name: str, timeout: float) -> Report | None:
         """Polls a resource at once and waits until its report is written; None when there was none in `timeout`
         seconds, or there is no such resource. For any thread."""
-        poller = self._pollers.get(name)
+        poller = self.pollers.get(name)
         try:
             report = poller.poll_now().result(timeout) if poller else None
         except concurrent.futures.TimeoutError:
@@ -4072,7 +4056,7 @@ class Monitor(threading.Thread):
         return report
 
     def _sweep(self) -> None:
-        for name, poller in list(self._pollers.items()):
+        for name, poller in list(self.pollers.items()):
             poller.expire()
             if not poller.is_alive() and not self._ending.is_set():
                 log.error("%s: its poller died; starting another", name)
@@ -4084,23 +4068,26 @@ class Monitor(threading.Thread):
         if current != self._revision:
             self._reconcile()
         if any(0 < at <= time.time() for at in self._maintenance_ends_at.values()):
-            self._end_maintenance(time.time())
+            self._end_maintenance()
 
     def _recount(self) -> None:
         """Starts what is new, and takes up that maintenance has begun or is over: the state that is known counts."""
-        for name, poller in self._pollers.items():
+        for name, poller in self.pollers.items():
             counted = poller.target.settings.critical and self._maintenance_ends_at[name] <= time.time()
             if counted is not poller.counted:
                 poller.counted = counted
-                self._context.aggregator.register(name, counted=counted, owner=poller)
+                if counted:
+                    self._context.aggregator.register(name, poller)
+                else:
+                    self._context.aggregator.deregister(name)
                 poller.report_again()
             if poller.ident is None:
                 poller.start()
 
-    def _end_maintenance(self, at: float) -> None:
+    def _end_maintenance(self) -> None:
         """Notes that maintenance is over, also when it ended while no service ran."""
         with self._store.writing() as session:
-            over = (Resource.maintenance > 0, Resource.maintenance <= at)
+            over = (Resource.maintenance > 0, Resource.maintenance <= time.time())
             for row in session.scalars(sqlalchemy.select(Resource).where(*over)):
                 record_event(session, "change", "maintenance is over", resource=row.name, at=row.maintenance)
                 log.info("%s: maintenance is over", row.name)
@@ -4115,12 +4102,12 @@ class Monitor(threading.Thread):
             ends = session.execute(sqlalchemy.select(Resource.name, Resource.maintenance))
             self._maintenance_ends_at = {name: at for name, at in ends}
         self._guards.keep(targets.values())
-        for name in self._pollers.keys() - targets.keys():
-            self._pollers.pop(name).stop()
+        for name in self.pollers.keys() - targets.keys():
+            self.pollers.pop(name).stop()
             self._context.aggregator.deregister(name)
         delay = 0.0
         for name, target in targets.items():
-            before = self._pollers.get(name)
+            before = self.pollers.get(name)
             if before is None or before.target != target:
                 self._launch(target, delay, before, stored.get(target.id))
                 delay += 1 / FIRST_POLLS
@@ -4144,7 +4131,7 @@ class Monitor(threading.Thread):
             poller = Poller(target, self._context, self._guards.of(target), delay)
             if stored:
                 self._restore(poller, stored)
-        self._pollers[target.name] = poller
+        self.pollers[target.name] = poller
 
     def _restore(self, poller: Poller, stored: Status) -> None:
         """A stored state counts on when it is of these settings and fresh, a refused login during its back-off."""
