@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 from conftest import wait_for
-from pydantic import SecretStr
 from service import Service, write_inventory
 from sshd import Sshd
 
@@ -58,8 +57,9 @@ class Broken:
 
 
 def test_traceback(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
-    settings = ResourceSettings.model_validate({"name": "a", "hostname": "a", "username": "u", "password": WRONG})
-    target = Target(1, settings, SecretStr(WRONG), SecretStr(WRONG), None, "", "")
+    secrets = {"password": WRONG, "key_passphrase": WRONG}
+    settings = ResourceSettings.model_validate({"name": "a", "hostname": "a", "username": "u", **secrets})
+    target = Target(1, settings, None, "", "")
     with caplog.at_level(logging.DEBUG):
         verdict, _, _ = poll_once(target, Broken(target), None)
     assert (verdict.state, verdict.cause) == ("unhealthy", "protocol")
