@@ -114,10 +114,10 @@ def target(
     server: WSManServer, *, password: str = PASSWORD, passphrase: str = "", trusted: str = "", **changes: Any
 ) -> Target:
     """A row as it comes from the database; what a connection does not look at is empty."""
-    opened = {"password": password, "key_passphrase": passphrase}
-    settings = windows(server, **changes) | {kind: secret for kind, secret in opened.items() if secret}
+    opened = {"password": SecretStr(password), "key_passphrase": SecretStr(passphrase) if passphrase else None}
+    settings = ResourceSettings.model_validate(windows(server, **changes)).model_copy(update=opened)
     known: dict[str, Any] = {field.name: "" for field in fields(Target)}
-    return Target(**known | {"settings": ResourceSettings.model_validate(settings), "host_key": trusted or None})
+    return Target(**known | {"settings": settings, "host_key": trusted or None})
 
 
 def connection_to(resource: Target, guard: LoginGuard | None = None) -> PowerShellConnection:
