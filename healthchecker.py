@@ -6086,6 +6086,8 @@ def test_settings(who: Principal, body: Mapping[str, Any], *, text: bool = False
     row = row or Resource(id=0)
     apply_settings(who.context, row, body, text=text)
     target = target_of(row, who.context.vault)
+    if target.fault:
+        raise UsageError(target.fault[1])
     timeout = min(target.settings.timeout, TRIAL_TIMEOUT)
     target = replace(target, settings=target.settings.model_copy(update={"timeout": timeout}))
     begun_mono = time.monotonic()
