@@ -103,7 +103,7 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from dataclasses import field as dataclass_field
 from enum import Enum
@@ -210,19 +210,15 @@ REASON_CHARS = 500              # characters of a reason that are kept
 class HealthCheckerError(Exception):
     """Root of what HealthChecker raises on purpose; its text is one line that a user can act on."""
 
-    exit_code: ClassVar[int] = 1
+    exit_code: ClassVar[int] = 2
 
 
 class InventoryError(HealthCheckerError):
     """The inventory cannot be used; the text has a line for each fault."""
 
-    exit_code = 2
-
 
 class UsageError(HealthCheckerError):
     """The command line, the address to listen on or `service.app` cannot be used."""
-
-    exit_code = 2
 
 
 class SecretError(HealthCheckerError):
@@ -239,8 +235,6 @@ class StorageError(HealthCheckerError):
 
 class ApiError(HealthCheckerError):
     """A request is refused: why, its HTTP status, the fields at fault with what is wrong with each, seconds to wait."""
-
-    exit_code = 2
 
     def __init__(self, detail: str, status: int = 400, fields: Mapping[str, str] | None = None,
                  retry: float = 0.0) -> None:
@@ -260,6 +254,8 @@ def one_line(text: str) -> str:
 class ProbeError(HealthCheckerError):
     """A poll gave no sample; the text says what to do."""
 
+    exit_code = 1
+
     def __init__(self, cause: Cause, message: str) -> None:
         super().__init__(one_line(message))
         self.cause: Cause = cause
@@ -270,8 +266,8 @@ class ProbeError(HealthCheckerError):
 # and every path absolute, or an InventoryError with a line for each fault. Three steps: Document makes nested
 # texts with a place each, the models check them, InventoryLoader merges defaults and gathers the faults.
 # Pure but for reading files and environment; called by commands, and by threads that serve the console.
-# Gives: Check, Document, Entry, FILES, foreign_fields, HOSTLESS, Inventory, InventoryLoader, Limit, Limits,
-# load_inventory, message_of, Name, NodePath, PASSPHRASES, Platform, read_document, REMOTE_PLATFORMS,
+# Gives: Check, Document, FILES, foreign_fields, HOSTLESS, Inventory, InventoryLoader, Limit, Limits,
+# load_inventory, M, message_of, Name, NodePath, PASSPHRASES, Platform, read_document, REMOTE_PLATFORMS,
 # ResourceSettings, Retention, SECRETS, SELECTABLE, ServiceSettings, Settings, SSH_PLATFORMS, TextLine
 INVENTORY_BYTES = 1 << 20       # bytes; a larger inventory is refused
 INVENTORY_DEPTH = 8             # levels of nesting
@@ -427,24 +423,28 @@ def port_of(listen: str) -> str:
 
 def absolute(path: str | Path, folder: Path | None) -> Path:
     """~ is the home folder, and what is relative is so to `folder`, the inventory's. Raises ValueError."""
-    try:
-        if "\0" not in str(path):
-            return Path(folder or "", Path(path).expanduser())
-    except RuntimeError:
-        pass
-    raise ValueError("must be a path; its home folder must exist")
+    expanded = os.path.expanduser(path)
+    if "\0" in expanded or expanded.startswith("~"):
+        raise ValueError("must be a path; its home folder must exist")
+    return Path(folder or "", expanded)
 
 
 def known_hosts_file() -> Path:
     """OpenSSH's own; an account without a home folder has none."""
-    with contextlib.suppress(RuntimeError):
-        return Path("~/.ssh/known_hosts").expanduser()
-    return Path(os.devnull)
+    path = os.path.expanduser("~/.ssh/known_hosts")
+    return Path(os.devnull if path.startswith("~") else path)
 
 
 def scalar_limit(value: object) -> object:
     """`90` is short for `{fail: 90}`."""
     return {"fail": value} if isinstance(value, (str, int, float)) else value
+
+
+def not_too_long(secret: SecretStr) -> SecretStr:
+    """A sealed secret is longer than what it holds."""
+    if len(secret) > SECRET_LENGTH and not secret.get_secret_value().startswith(TOKEN_PREFIXES):
+        raise ValueError(f"must be at most {SECRET_LENGTH} characters")
+    return secret
 
 
 def selectable(platform: object) -> object:
@@ -458,7 +458,7 @@ Days = Annotated[float, Field(ge=0.1, le=3660, allow_inf_nan=False)]
 Percent = Annotated[float, Field(gt=0, le=100, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, le=1_000_000, allow_inf_nan=False)]
 Times = Annotated[int, Field(ge=1, le=1000)]
-Secret = Annotated[SecretStr, Field(min_length=1, max_length=8 * SECRET_LENGTH)]
+Secret = Annotated[SecretStr, Field(min_length=1, max_length=8 * SECRET_LENGTH), AfterValidator(not_too_long)]
 TextLine = Annotated[str, matching(r"[^\x00-\x1f\x7f]+", "must be one line of text and not empty")]
 Name = Annotated[str, matching(r"(?!\.\.?$)[^\s/\\\x00-\x1f\x7f]+( [^\s/\\\x00-\x1f\x7f]+)*",
                                f"must be 1 to {NAME_CHARS} characters without slashes", NAME_CHARS)]
@@ -470,15 +470,15 @@ Fingerprint = Annotated[str, matching(r"(SHA256:)?[0-9A-Fa-f]{2}(:?[0-9A-Fa-f]{2
 HostKey = Annotated[str, matching(r"strict|(([a-z0-9-]+) )?SHA256:[A-Za-z0-9+/]{43}=?",
                                   "must be `strict` or a fingerprint such as SHA256:… (43 characters)")]
 SQLITE = "sqlite:///"
-Listen = Annotated[str, matching(r"(\[[\w:.%]+\]|[\w.-]+):[0-9]{1,5}", "must be address:port or [address]:port"),
-                   AfterValidator(port_of)]
+ADDRESS = r"(\[[\w:.%]+\]|[\w.-]+):[0-9]{1,5}"
+Listen = Annotated[str, matching(ADDRESS, "must be address:port or [address]:port"), AfterValidator(port_of)]
+ConsoleListen = Annotated[str, matching("off|" + ADDRESS, "must be address:port, [address]:port or off"),
+                          AfterValidator(port_of)]
 # A validation's context is the inventory's folder.
 FilePath = Annotated[Path, AfterValidator(lambda path, info: absolute(path, info.context))]
 Networks = tuple[Annotated[str, AfterValidator(network_of)], ...]
 Workers = Annotated[str, matching(r"auto|[1-9]|[1-5][0-9]|6[0-4]", "must be auto or a number from 1 to 64 "
                                   "(serving in the main process, 0, is gone: write 1)")]
-ConsoleListen = Annotated[str, matching(r"off|(\[[\w:.%]+\]|[\w.-]+):[0-9]{1,5}",
-                                        "must be address:port, [address]:port or off"), AfterValidator(port_of)]
 AppName = Annotated[str, matching(r"[\w.]+:[\w.]+(\(\))?", "must be module:callable or module:factory()")]
 SqliteUrl = Annotated[str, matching(r"sqlite:///[^?]+", "must be sqlite:///path"),
                       AfterValidator(lambda url, info: SQLITE + str(absolute(url.removeprefix(SQLITE), info.context)))]
@@ -585,33 +585,29 @@ SECRETS = ("password", "key_passphrase")  # what is sealed
 FILES = ("key_file", "ca_file", "certificate_file")  # read at each poll
 CREDENTIALS = ("password", "password_env", "password_file", "key_file")
 PASSPHRASES = ("key_passphrase", "key_passphrase_env", "key_passphrase_file")
-ONLY_REMOTE = frozenset({"port", "username", "host_key", *CREDENTIALS, *PASSPHRASES})
-ONLY_WINDOWS = frozenset({
-    "tls", "auth", "ca_file", "certificate_file", "certificate_fingerprint", "configuration_name"})
-ONLY_SIMULATED = frozenset({"mean_healthy", "mean_unhealthy", "seed"})
 HOSTLESS = (Platform.LOCAL, Platform.SIMULATED)
-FOREIGN: dict[str, frozenset[str]] = {
-    Platform.LOCAL: ONLY_REMOTE | ONLY_WINDOWS | ONLY_SIMULATED,
-    Platform.SIMULATED: ONLY_REMOTE | ONLY_WINDOWS,
-    Platform.WINDOWS: ONLY_SIMULATED | {"host_key"}}
+ONLY = (    # settings that have a meaning on these platforms alone
+    (REMOTE_PLATFORMS, ("port", "username", *CREDENTIALS, *PASSPHRASES)),
+    (SSH_PLATFORMS, ("host_key",)),
+    ((Platform.WINDOWS,), ("tls", "auth", "ca_file", "certificate_file", "certificate_fingerprint",
+                           "configuration_name")),
+    ((Platform.SIMULATED,), ("mean_healthy", "mean_unhealthy", "seed")))
 
 
 def foreign_fields(platform: str) -> frozenset[str]:
     """Settings that have no meaning on a platform."""
-    return FOREIGN.get(platform, ONLY_SIMULATED | ONLY_WINDOWS)
+    return frozenset(name for platforms, names in ONLY if platform not in platforms for name in names)
 
 
-def conflicts(given: Container[str], platform: object) -> list[str]:
-    """What is wrong with a set of settings by their mere presence."""
-    faults = []
+def conflicts(given: Mapping[str, Any]) -> Iterator[str]:
+    """What is wrong with the mere presence of settings."""
     for group in (CREDENTIALS, PASSPHRASES):
         if sum(name in given for name in group) > 1:
-            faults.append(f"use one of {', '.join(group)}")
+            yield f"use one of {', '.join(group)}"
     if any(name in given for name in PASSPHRASES) and "key_file" not in given:
-        faults.append("key_passphrase needs key_file")
-    if platform in SSH_PLATFORMS and "username" not in given:
-        faults.append("username is missing")
-    return faults
+        yield "key_passphrase needs key_file"
+    if str(given.get("platform", Platform.UNIX.value)) in SSH_PLATFORMS and "username" not in given:
+        yield "username is missing"
 
 
 class ResourceSettings(Settings):
@@ -654,9 +650,7 @@ class ResourceSettings(Settings):
     @model_validator(mode="after")
     def _consistent(self) -> ResourceSettings:
         names = [check.name for check in self.checks]
-        faults = conflicts({name for name, value in self if value is not None}, self.platform)
-        if self.platform is Platform.WINDOWS:
-            faults += self._windows_faults()
+        faults = self._windows_faults() if self.platform is Platform.WINDOWS else []
         if len(set(names)) < len(names):
             faults.append("two checks have the same name")
         if faults:
@@ -680,19 +674,14 @@ class ResourceSettings(Settings):
         return self.port or (WINRM_PORTS[self.tls] if self.platform is Platform.WINDOWS else SSH_PORT)
 
     @property
+    def secrets(self) -> dict[str, str]:
+        """What is known of SECRETS, plain or sealed."""
+        return {kind: secret.get_secret_value() for kind in SECRETS if (secret := getattr(self, kind))}
+
+    @property
     def ttl(self) -> float:
         """Seconds for which a report counts: two intervals, a poll and some grace."""
         return 2 * self.interval + self.timeout + LEASE_GRACE
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A resource of the inventory; `password` and `passphrase` are plain or sealed, None keeps the stored one."""
-
-    settings: ResourceSettings
-    password: SecretStr | None
-    passphrase: SecretStr | None
-    where: str      # inventory.yaml:line:column
 
 
 @dataclass(frozen=True)
@@ -701,11 +690,22 @@ class Inventory:
 
     path: Path
     service: ServiceSettings
-    entries: list[Entry]
-    defaults: Mapping[str, Any] = dataclass_field(default_factory=dict)   # without secrets
+    resources: list[ResourceSettings]
+    places: Mapping[str, str]       # of the resources: file:line:column
+    defaults: Mapping[str, Any]     # without secrets
 
 
-NESTED: dict[str, type[Settings]] = {"limits": Limits, "checks": Check, "retention": Retention}
+class InventoryFile(Settings):
+    """The parts of the file; a resource is looked at together with the defaults."""
+
+    service: ServiceSettings = Field(default=cast(Any, {}), validate_default=True)
+    defaults: dict[str, Any] = {}
+    resources: list[dict[str, Any]] = []
+
+
+M = TypeVar("M", bound=Settings)
+NESTED: dict[str, type[Settings]] = {
+    "service": ServiceSettings, "limits": Limits, "checks": Check, "retention": Retention}
 
 
 def known_fields(model: type[Settings], loc: NodePath) -> Iterable[str]:
@@ -716,8 +716,8 @@ def known_fields(model: type[Settings], loc: NodePath) -> Iterable[str]:
 
 WORDING = {     # pydantic's, as patterns, and ours
     "Field required": "is missing", "Extra inputs are not permitted": "is unknown",
-    "Input is not a valid path.*": "must be a path", "Input should be a valid tuple": "must be a list",
-    "Input should be a valid dictionary or .*": "must be a mapping (key: value)",
+    "Input is not a valid path.*": "must be a path", "Input should be a valid (tuple|list)": "must be a list",
+    "Input should be a valid dictionary.*": "must be a mapping (key: value)",
     "Value should have (.*) items? after validation.*": r"must have \1 characters",
     "Input should": "must", "String should": "must", "Value error, ": ""}
 
@@ -737,33 +737,24 @@ class InventoryLoader:
         self.path, self.document = path, document
         self.folder = path.absolute().parent            # where relative paths begin
         self.faults = dict.fromkeys(document.faults)    # a dict keeps the order and drops repetitions
-        self.names: dict[str, str] = {}                 # of resources so far, with their position
+        self.places: dict[str, str] = {}                # of the resources so far, by name
 
     def load(self) -> Inventory:
         top = {} if self.document.value is None else self.document.value
-        if not self._is_mapping((), top):
-            raise InventoryError("\n".join(self.faults))
-        known = ("service", "defaults", "resources")
-        for key in [key for key in top if key not in known]:
-            self._unknown((key,), known)
-        if "resources" not in top and not self.faults:
-            self.fault((), "resources is missing; write `resources: []` to watch nothing")
-        service = self._validate(ServiceSettings, top.get("service", {}), lambda loc: ("service", *loc))
-        if isinstance(service, ServiceSettings):
-            self._fault_shared_files(service)
-        defaults = top.get("defaults", {})
-        if not self._is_mapping(("defaults",), defaults):
-            defaults = {}
+        file = self._validate(InventoryFile, top, lambda loc: loc)
+        parts = top if isinstance(top, dict) else {}
+        defaults = parts["defaults"] if isinstance(parts.get("defaults"), dict) else {}
+        items = parts["resources"] if isinstance(parts.get("resources"), list) else []
+        if file:
+            self._fault_shared_files(file.service)
+            if "resources" not in file.model_fields_set:
+                self.fault((), "resources is missing; write `resources: []` to watch nothing")
         missing = dict.fromkeys(("name", "hostname", "username"), "any")     # to look at the defaults alone
         usual = self._validate(ResourceSettings, missing | defaults, lambda loc: ("defaults", *loc))
-        items = top.get("resources", [])
-        if not isinstance(items, list):
-            self.fault(("resources",), "must be a list")
-            items = []
-        entries = [self._entry(index, own, defaults) for index, own in enumerate(items)]
-        if self.faults or not isinstance(service, ServiceSettings) or not usual:
+        resources = [self._resource(index, own, defaults) for index, own in enumerate(items) if isinstance(own, dict)]
+        if self.faults or not file or not usual:
             raise InventoryError("\n".join(self.faults))
-        return Inventory(self.path, service, [entry for entry in entries if entry],
+        return Inventory(self.path, file.service, [resource for resource in resources if resource], self.places,
                          usual.model_dump(mode="json", include=set(defaults), exclude=set(SECRETS)))
 
     def _fault_shared_files(self, service: ServiceSettings) -> None:
@@ -775,7 +766,7 @@ class InventoryLoader:
                     self.fault(("service", name), f"is {files[path]}, too; name another file")
                 files[path] = f"service.{name}"
 
-    def parse(self, model: type[Settings], raw: Mapping[str, Any]) -> Settings:
+    def parse(self, model: type[M], raw: object) -> M:
         """Raises ValidationError."""
         return model.model_validate(raw, context=self.folder)
 
@@ -785,22 +776,14 @@ class InventoryLoader:
         position = self.document.position(path, key=key)
         self.faults[f"{self.path.name}:{position}: {shown or 'inventory'}: {message}"] = None
 
-    def _is_mapping(self, path: NodePath, value: object) -> bool:
-        if isinstance(value, dict):
-            return True
-        self.fault(path, "must be a mapping (key: value)")
-        return False
-
     def _unknown(self, path: NodePath, known: Iterable[str]) -> None:
         near = difflib.get_close_matches(str(path[-1]), list(known), 1)
         self.fault(path, f"unknown setting; did you mean {near[0]}?" if near
                    else f"unknown setting; known are {', '.join(known)}", key=True)
 
-    def _validate(self, model: type[Settings], raw: object, locate: Callable[[NodePath], NodePath]) -> Settings | None:
-        if not self._is_mapping(locate(()), raw):
-            return None
+    def _validate(self, model: type[M], raw: object, locate: Callable[[NodePath], NodePath]) -> M | None:
         try:
-            return self.parse(model, cast("dict[str, Any]", raw))
+            return self.parse(model, raw)
         except ValidationError as error:
             for item in error.errors(include_url=False, include_input=False):
                 path = locate(tuple(item["loc"]))
@@ -810,32 +793,32 @@ class InventoryLoader:
                     self.fault(path, message_of(item))
             return None
 
-    def _entry(self, index: int, own: Any, defaults: dict[str, Any]) -> Entry | None:
+    def _resource(self, index: int, own: dict[str, Any], defaults: dict[str, Any]) -> ResourceSettings | None:
         here: NodePath = ("resources", index)
-        if not self._is_mapping(here, own):
-            return None
         raw = self._merged(here, own, defaults)
+        sources = {kind: source for kind in SECRETS for source in (f"{kind}_env", f"{kind}_file")
+                   if isinstance(raw.get(source), str)}
 
         def locate(loc: NodePath) -> NodePath:
+            loc = (*(sources.get(str(part), part) for part in loc[:1]), *loc[1:])
             inherited = bool(loc) and loc[0] not in own and loc[0] in defaults
             return (("defaults",) if inherited else here) + loc
 
-        where = self.document.position(here)
-        first = self.names.setdefault(raw["name"], where) if isinstance(raw["name"], str) else where
-        if first != where:
+        place = f"{self.path.name}:{self.document.position(here)}"
+        first = self.places.setdefault(raw["name"], place) if isinstance(raw["name"], str) else place
+        if first != place:
             source = "name" if "name" in own or "name" in defaults else "hostname"
-            self.fault(locate((source,)), f"the resource at {self.path.name}:{first} has this name; names are unique")
-        password, passphrase = (self._secret(raw, kind, locate) for kind in SECRETS)
+            self.fault(locate((source,)), f"the resource at {first} has this name; names are unique")
         for name in FILES:
             with contextlib.suppress(ValueError):       # the model reports that
                 if isinstance(raw.get(name), str) and not os.path.isfile(absolute(raw[name], self.folder)):
                     self.fault(locate((name,)), "there is no such file")
-        settings = self._validate(ResourceSettings, raw, locate)
-        if not isinstance(settings, ResourceSettings):
-            for message in conflicts(raw, str(raw.get("platform", Platform.UNIX.value))):
-                self.fault(here, message)
-            return None
-        return Entry(settings, password, passphrase, f"{self.path.name}:{where}")
+        for kind, source in sources.items():
+            try:
+                raw[kind] = self._fetch(source, raw[source])
+            except ValueError as error:
+                self.fault(locate((source,)), str(error))
+        return self._validate(ResourceSettings, raw, locate)
 
     def _merged(self, here: NodePath, own: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
         """`own` over `defaults`; what has no meaning on the platform is a fault in `own` and skipped in `defaults`."""
@@ -843,13 +826,12 @@ class InventoryLoader:
         foreign = foreign_fields(platform)
         for key in foreign & own.keys() if platform in SELECTABLE else ():
             self.fault((*here, key), f"{key} has no meaning with platform {platform}", key=True)
-        skipped = set(foreign)
-        for group in (CREDENTIALS, PASSPHRASES):
-            if own.keys() & group:
-                skipped |= set(group)
+        skipped = foreign.union(*(group for group in (CREDENTIALS, PASSPHRASES) if own.keys() & group))
         raw = {key: value for key, value in defaults.items() if key not in skipped} | own
         if isinstance(own.get("limits"), dict) and isinstance(defaults.get("limits"), dict):
             raw["limits"] = defaults["limits"] | own["limits"]
+        for message in conflicts(raw):
+            self.fault(here, message)
         if platform in HOSTLESS:
             raw.setdefault("hostname", "localhost")
         hostname = raw.get("hostname")
@@ -857,37 +839,23 @@ class InventoryLoader:
         raw.setdefault("name", hostname if usable else f"unnamed {here[1]}")
         return raw
 
-    def _secret(self, raw: dict[str, Any], kind: str, locate: Callable[[NodePath], NodePath]) -> SecretStr | None:
-        """The secret from the file itself, the environment or another file; what the model reports is passed over."""
-        source = next((name for name in (kind, f"{kind}_env", f"{kind}_file") if name in raw), kind)
-        if not isinstance(raw.get(source), str):
-            return None
-        text, fault = "", ""
-        try:
-            text = self._fetch(source, raw[source])
-        except (OSError, UnicodeError):
-            fault = "this file cannot be read as text"
-        except ValueError:
-            return None
-        if not (text or fault) and source != kind:
-            fault = "this environment variable is not set" if source.endswith("_env") else "this file is empty"
-        elif len(text) > SECRET_LENGTH and not text.startswith(TOKEN_PREFIXES):
-            fault = f"must be at most {SECRET_LENGTH} characters"
-        if fault:
-            self.fault(locate((source,)), fault)
-        return SecretStr(text)
-
     def _fetch(self, source: str, text: str) -> str:
-        """The secret that `source` stands for; raises OSError, UnicodeError and, for an impossible path, ValueError."""
-        if source.endswith("_env"):
-            text = os.environ.get(text, "")
-        elif source.endswith("_file"):
-            path = absolute(text, self.folder)
-            if not os.path.isfile(path):
-                raise FileNotFoundError(path)   # a pipe would be waited for
-            text = path.read_text("utf-8-sig").rstrip("\r\n")
-        text.encode()
-        return text
+        """The secret of an environment variable or a file. Raises ValueError."""
+        try:
+            if source.endswith("_env"):
+                found = os.environ.get(text, "")
+            else:
+                path = absolute(text, self.folder)
+                if not os.path.isfile(path):
+                    raise FileNotFoundError(path)       # a pipe would be waited for
+                found = path.read_text("utf-8-sig").rstrip("\r\n")
+            found.encode()
+        except (OSError, UnicodeError):
+            raise ValueError("this file cannot be read as text") from None
+        if not found:
+            what = "environment variable is not set" if source.endswith("_env") else "file is empty"
+            raise ValueError(f"this {what}")
+        return found
 
 
 def read_document(path: Path) -> Document:
@@ -917,14 +885,6 @@ SPKI = serialization.PublicFormat.SubjectPublicKeyInfo
 SEALED = re.compile(r"HC[12]\.([0-9a-f]{16})(?:\.[^.]*){3}")    # of a sealed secret, with the id of its key
 
 
-def b64(raw: bytes) -> str:
-    return base64.urlsafe_b64encode(raw).rstrip(b"=").decode()
-
-
-def unb64(text: str) -> bytes:
-    return base64.b64decode(text + "=" * (-len(text) % 4), altchars=b"-_", validate=True)
-
-
 def length_prefixed(*parts: str) -> bytes:
     """The parts in one byte string that no other parts give."""
     return b"".join(len(part.encode()).to_bytes(4, "big") + part.encode() for part in parts)
@@ -936,7 +896,7 @@ def restrict(path: Path) -> None:
         done = subprocess.run(["icacls", str(path), "/inheritance:r", "/grant:r", "*S-1-3-4:F", "*S-1-5-18:F",
                                "*S-1-5-32-544:F"], capture_output=True, check=False)
         if done.returncode:
-            raise OSError(errno.EACCES, "icacls failed to restrict it")
+            raise OSError(errno.EACCES, "icacls failed to restrict it", str(path))
 
 
 def create_private(path: Path, content: bytes) -> None:
@@ -954,6 +914,15 @@ def create_private(path: Path, content: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def key_files_written() -> Iterator[None]:
+    """Around what writes key files: raises SecretError."""
+    try:
+        yield
+    except OSError as error:
+        raise SecretError(f"{error.filename} cannot be written: {error.strerror}") from error
+
+
 class Vault:
     """Seals secrets: AES-256-GCM with a fresh key per secret, that key under RSA-OAEP, bound to its row.
 
@@ -965,56 +934,46 @@ class Vault:
         self.folder = folder
         self._keys: dict[str, rsa.RSAPrivateKey] = {}
         self.key_id = ""    # first 16 hex digits of the SHA-256 of the public key (DER) that seals; empty without keys
-        for path in (folder / "private.pem", folder / "next.pem"):
-            try:
-                path.stat()
-                self.key_id = self._load(path)
-            except FileNotFoundError:
-                continue
-            except OSError as error:
-                raise SecretError(f"{path} cannot be read: {error.strerror}") from error
+        for name in ("private.pem", "next.pem"):
+            self._load(folder / name)
 
-    def _load(self, path: Path) -> str:
+    def _load(self, path: Path) -> None:
+        """Seals with a private key from now on; one that is not there is passed over."""
         try:
             key = serialization.load_pem_private_key(path.read_bytes(), None)
+        except FileNotFoundError:
+            return
         except (OSError, ValueError, TypeError, UnsupportedAlgorithm) as error:
             raise SecretError(f"{path} cannot be read as a private key; put the right one back") from error
         if not isinstance(key, rsa.RSAPrivateKey):
             raise SecretError(f"{path} is not an RSA key; put the right one back")
         if sys.platform != "win32" and path.stat().st_mode & 0o077:
             log.warning("%s can be read by other users; run: chmod 600 %s", path, path)
-        name = hashlib.sha256(key.public_key().public_bytes(serialization.Encoding.DER, SPKI)).hexdigest()[:16]
-        self._keys[name] = key
-        return name
+        public = key.public_key().public_bytes(serialization.Encoding.DER, SPKI)
+        self.key_id = hashlib.sha256(public).hexdigest()[:16]
+        self._keys[self.key_id] = key
 
+    @key_files_written()
     def create(self, name: str = "private.pem") -> None:
-        """Makes an RSA key pair; an existing private key is never overwritten. Raises SecretError."""
+        """Makes an RSA key; an existing one is never overwritten. Raises SecretError."""
         key = rsa.generate_private_key(65537, RSA_BITS)
-        try:
-            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            create_private(self.folder / name, key.private_bytes(
-                serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()))
-        except OSError as error:
-            raise SecretError(f"keys cannot be written to {self.folder}: {error.strerror}") from error
-        self.key_id = self._load(self.folder / name)
-        self.publish()
+        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        create_private(self.folder / name, key.private_bytes(
+            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()))
+        self._load(self.folder / name)
 
+    @key_files_written()
     def publish(self) -> None:
         """Makes public.pem follow private.pem."""
-        path = self.folder / "public.pem"
-        public = self._keys[next(iter(self._keys))].public_key().public_bytes(serialization.Encoding.PEM, SPKI)
-        try:
-            if not path.exists() or path.read_bytes() != public:
-                path.write_bytes(public)
-        except OSError as error:
-            raise SecretError(f"{path} cannot be written: {error.strerror}") from error
+        path, key = self.folder / "public.pem", next(iter(self._keys.values()))
+        public = key.public_key().public_bytes(serialization.Encoding.PEM, SPKI)
+        if not path.exists() or path.read_bytes() != public:
+            path.write_bytes(public)
 
+    @key_files_written()
     def retire(self) -> None:
         """Ends a rotation: `next.pem` becomes `private.pem`."""
-        try:
-            os.replace(self.folder / "next.pem", self.folder / "private.pem")
-        except OSError as error:
-            raise SecretError(f"{self.folder} cannot be changed: {error.strerror}; run it again") from error
+        os.replace(self.folder / "next.pem", self.folder / "private.pem")
         self._keys = {self.key_id: self._keys[self.key_id]}
         self.publish()
 
@@ -1024,18 +983,21 @@ class Vault:
         wrapped = self._keys[self.key_id].public_key().encrypt(key, OAEP)
         bound = length_prefixed("HC2", self.key_id, *row)
         sealed = AESGCM(key).encrypt(nonce, secret.encode(), bound)
-        return ".".join(("HC2", self.key_id, b64(wrapped), b64(nonce), b64(sealed)))
+        parts = (base64.urlsafe_b64encode(part).rstrip(b"=").decode() for part in (wrapped, nonce, sealed))
+        return ".".join(("HC2", self.key_id, *parts))
 
     def open(self, token: str, *row: str) -> str:
         """The secret of a token; raises SecretError, which never quotes it."""
         if not SEALED.fullmatch(token):
             raise SecretError("a sealed secret is damaged; write the password again")
         self.require([token])
-        parts = token.split(".")
+        version, key_id, *parts = token.split(".")
+        bound = length_prefixed(version, key_id, *(row[:-1] if version == "HC1" else row))      # the port stands last
         try:
-            key = self._keys[parts[1]].decrypt(unb64(parts[2]), OAEP)
-            bound = length_prefixed(*parts[:2], *(row[:-1] if parts[0] == "HC1" else row))     # the port stands last
-            return AESGCM(key).decrypt(unb64(parts[3]), unb64(parts[4]), bound).decode()
+            wrapped, nonce, sealed = (
+                base64.b64decode(part + "=" * (-len(part) % 4), altchars=b"-_", validate=True) for part in parts)
+            key = self._keys[key_id].decrypt(wrapped, OAEP)
+            return AESGCM(key).decrypt(nonce, sealed, bound).decode()
         except (ValueError, InvalidTag, binascii.Error) as error:
             raise SecretError("a sealed secret belongs to another name, hostname, port or username, or was altered; "
                               "write the password again") from error
@@ -1136,7 +1098,7 @@ class Resource(Base):
 
     def take_settings(self, settings: ResourceSettings) -> bool:
         """Takes the settings over; says whether anything changed."""
-        values = settings.model_dump(mode="json", exclude={"password", "key_passphrase"})
+        values = settings.model_dump(mode="json", exclude=set(SECRETS))
         columns = {name: values.pop(name) for name in self.COLUMNS} | {"port": settings.connect_port}
         columns["settings"] = json.dumps(values, sort_keys=True)
         changed = any(getattr(self, name) != value for name, value in columns.items())
@@ -1270,46 +1232,35 @@ def migrate(session: Session) -> None:
     session.execute(sqlalchemy.text(f"PRAGMA application_id = {APPLICATION}"))
 
 
-def database_fault(path: Path, mode: str = "ro") -> str | None:
-    """What keeps a SQLite file from being ours and sound; empty for nothing, None before its first transaction.
-
-    A transaction that a crash cut short is rolled back first, which needs to write."""
+def inspect_database(path: Path) -> int:
+    """The schema of the database at `path`, 0 while there is none. Raises StorageError for what is not ours and sound.
+    Nothing changes, but that what a crash cut short is rolled back."""
     try:
-        with contextlib.closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode={mode}", uri=True)) as connection:
+        with open(path, "rb") as file:
+            if file.read(16) not in (b"", b"SQLite format 3\0"):    # SQLite takes a short text for an empty database
+                raise sqlite3.DatabaseError("it is no SQLite database")
+        with contextlib.closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=rw", uri=True)) as connection:
             found = set(connection.execute("SELECT tables.name, columns.name FROM sqlite_master AS tables, "
                                            "pragma_table_info(tables.name) AS columns WHERE tables.type = 'table'"))
             [ours] = connection.execute("SELECT * FROM pragma_application_id, pragma_user_version")
             sound = connection.execute("PRAGMA quick_check(1)").fetchone() == ("ok",)
-    except sqlite3.OperationalError as error:
-        if mode == "rw" or "readonly" not in str(error):
-            raise
-        return database_fault(path, "rw")
-    if not found:
-        return None
-    if ours[0] != APPLICATION:
-        return "belongs to another program; set service.database"
-    if ours[1] > SCHEMA:
-        return "was written by a newer HealthChecker; update this one"
-    wanted = {(table.name, column.name) for table in Base.metadata.sorted_tables for column in table.columns}
-    lost = wanted - found if ours[1] == SCHEMA else ()
-    return "is damaged; restore it from a backup or move it away" if lost or not sound else ""
-
-
-def inspect_database(path: Path) -> bool:
-    """Whether a usable database of ours is there; reads only. Raises StorageError for anything else at `path`."""
-    try:
-        if path.parent.exists() and not path.parent.is_dir():
-            raise NotADirectoryError(errno.ENOTDIR, "its folder is a file")
-        if not path.exists() or (path.is_file() and path.stat().st_size == 0):
-            return False
-        with open(path, "rb") as file:
-            known = file.read(16) == b"SQLite format 3\0"
-        fault = database_fault(path) if known else "is no SQLite database; set service.database"
+    except FileNotFoundError:
+        return 0
     except (OSError, sqlite3.Error) as error:
         raise StorageError(f"database {path}: {error}; restore it from a backup or set service.database") from error
-    if fault:
-        raise StorageError(f"database {path} {fault}")
-    return fault is not None
+    if not found:
+        return 0
+    application, version = ours
+    wanted = {(table.name, column.name) for table in Base.metadata.sorted_tables for column in table.columns}
+    if application != APPLICATION:
+        fault = "belongs to another program; set service.database"
+    elif version > SCHEMA:
+        fault = "was written by a newer HealthChecker; update this one"
+    elif not sound or (version == SCHEMA and not wanted <= found):
+        fault = "is damaged; restore it from a backup or move it away"
+    else:
+        return int(version)
+    raise StorageError(f"database {path} {fault}")
 
 
 def lock_database(path: Path) -> sqlite3.Connection:
@@ -1319,8 +1270,7 @@ def lock_database(path: Path) -> sqlite3.Connection:
     """
     connection = None
     try:
-        connection = sqlite3.connect(path.with_name(path.name + ".lock"), timeout=0, check_same_thread=False,
-                                     isolation_level=None)
+        connection = sqlite3.connect(f"{path}.lock", timeout=0, check_same_thread=False, isolation_level=None)
         connection.execute("BEGIN EXCLUSIVE")
     except sqlite3.Error as error:
         if connection is None or "locked" not in str(error):
@@ -1346,33 +1296,28 @@ def begin_transaction(connection: sqlalchemy.Connection) -> None:
 class Store:
     """The database: one way in for the service, its workers and the command line."""
 
-    def __init__(self, path: Path, lock: sqlite3.Connection | None = None) -> None:
-        """Opens the database at `path`, creating it when absent and migrating an older one; `lock` is what
-        lock_database gave to who holds it already, and ends with it. Raises StorageError."""
-        self.path, self._lock = path, lock
-        created = not inspect_database(path)
+    def __init__(self, path: Path, *, locked: bool = False) -> None:
+        """Opens the database at `path`, creating it when absent and migrating an older one; `locked`: this process has
+        called lock_database. Raises StorageError."""
+        self.path, version = path, inspect_database(path)
         self.app = flask.Flask("healthchecker")
         self.app.config["SQLALCHEMY_DATABASE_URI"] = sqlalchemy.URL.create("sqlite", database=str(path.absolute()))
         self.app.config["SQLALCHEMY_ENGINE_OPTIONS"] = {
             "connect_args": {"timeout": BUSY_TIMEOUT}, "hide_parameters": True}
         db.init_app(self.app)
+        with self.app.app_context():
+            event.listen(db.engine, "connect", prepare_connection)
+            event.listen(db.engine, "begin", begin_transaction)
+        if version == SCHEMA:
+            return
+        # never under a service of an older version, which would fail from then on
+        lock = contextlib.nullcontext() if locked or not version else contextlib.closing(lock_database(path))
         try:
-            if created:
-                os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
-            with self.app.app_context():
-                event.listen(db.engine, "connect", prepare_connection)
-                event.listen(db.engine, "begin", begin_transaction)
-            with self.reading() as session:
-                version = session.scalar(sqlalchemy.text("PRAGMA user_version"))
-            if version != SCHEMA:
-                # never under a service of an older version, which would fail from then on
-                lock = None if self._lock or not version else lock_database(path)
-                with contextlib.closing(lock) if lock else contextlib.nullcontext(), self.writing() as session:
-                    migrate(session)
-        except (StorageError, OSError, sqlite3.Error, sqlalchemy.exc.SQLAlchemyError) as error:
+            os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+            with lock, self.writing() as session:
+                migrate(session)
+        except (OSError, sqlite3.Error, sqlalchemy.exc.SQLAlchemyError) as error:
             self.close()
-            if isinstance(error, StorageError):
-                raise
             reason = one_line(str(getattr(error, "orig", error)))
             raise StorageError(f"database {path} cannot be opened: {reason}") from error
 
@@ -1394,8 +1339,6 @@ class Store:
     def close(self) -> None:
         with self.app.app_context():
             db.engine.dispose()
-        if self._lock:
-            self._lock.close()
 
 
 def revision(session: Session) -> int:
@@ -1425,13 +1368,11 @@ class Changes(NamedTuple):
 
 def store_secret(row: Resource, kind: str, secret: str, vault: Vault) -> bool:
     """Keeps the stored token while it holds the same secret; says whether it was replaced."""
-    stored = getattr(row, kind)
-    bound = binding(kind, row)
+    stored, bound = getattr(row, kind), binding(kind, row)
     plain = vault.open(secret, *bound) if secret.startswith(TOKEN_PREFIXES) else secret
-    if stored is not None:
-        with contextlib.suppress(SecretError):
-            if hmac.compare_digest(vault.open(stored, *bound).encode(), plain.encode()):
-                return False
+    with contextlib.suppress(SecretError):
+        if stored and hmac.compare_digest(vault.open(stored, *bound).encode(), plain.encode()):
+            return False
     setattr(row, kind, vault.seal(plain, *bound))
     return True
 
@@ -1456,24 +1397,22 @@ def bind_ports(session: Session, rows: Iterable[Resource], vault: Vault) -> None
                 reseal(session, [row], vault)
 
 
-def update_row(row: Resource, entry: Entry, vault: Vault) -> bool:
-    """Brings one row to what its entry says; says whether anything changed."""
-    settings = entry.settings
+def update_row(row: Resource, settings: ResourceSettings, vault: Vault) -> bool:
+    """Brings one row to what its settings say; a secret that they leave out stays. Says whether anything changed."""
     address = row.hostname, row.port, row.username
     changed = row.take_settings(settings)
     moved = address != (row.hostname, row.port, row.username)
     row.host_key = None if moved else row.host_key
-    if settings.platform not in REMOTE_PLATFORMS or settings.key_file is not None:
-        row.password = None
-    if settings.key_file is None:
-        row.key_passphrase = None
-    for kind, secret in zip(SECRETS, (entry.password, entry.passphrase), strict=True):
-        stored = getattr(row, kind)
-        if secret is None and stored is not None and moved:
+    has_key, given = settings.key_file is not None, settings.secrets
+    needs_password = settings.platform in REMOTE_PLATFORMS and not has_key
+    for kind, used in (("password", needs_password), ("key_passphrase", has_key)):
+        if not used:
+            setattr(row, kind, None)
+        elif kind in given:
+            changed |= store_secret(row, kind, given[kind], vault)
+        elif moved and getattr(row, kind) is not None:
             raise SecretError("hostname, port or username changed: write the password again")
-        if secret is not None:
-            changed |= store_secret(row, kind, secret.get_secret_value(), vault)
-    if settings.platform in REMOTE_PLATFORMS and settings.key_file is None and row.password is None:
+    if needs_password and row.password is None:
         raise InventoryError("password, password_env, password_file or key_file is missing")
     return changed
 
@@ -1488,17 +1427,17 @@ def import_inventory(session: Session, inventory: Inventory, vault: Vault) -> Ch
     bind_ports(session, rows.values(), vault)
     changes = Changes([], [], [], [])
     faults: list[HealthCheckerError] = []
-    for entry in inventory.entries:
-        name = entry.settings.name
+    for settings in inventory.resources:
+        name = settings.name
         row = rows.pop(name, None) or Resource(name=name, origin="inventory")
         try:
             if row.origin != "inventory":
                 raise InventoryError("was added through the API already; choose another name")
-            changed = update_row(row, entry, vault)
+            changed = update_row(row, settings, vault)
             (changes.added if row.id is None else changes.changed if changed else changes.kept).append(name)
             session.add(row)
         except HealthCheckerError as error:
-            faults.append(type(error)(f"{entry.where}: {name}: {error}"))
+            faults.append(type(error)(f"{inventory.places[name]}: {name}: {error}"))
     if faults:
         raise type(faults[0])("\n".join(map(str, faults)))
     for name, row in rows.items():
@@ -1524,10 +1463,8 @@ def sealed_tokens(session: Session | None, inventory: Inventory) -> Iterator[str
     """Every sealed secret of the database, if there is one, and of the file."""
     for row in session.scalars(sqlalchemy.select(Resource)) if session else ():
         yield from filter(None, (row.password, row.key_passphrase))
-    for entry in inventory.entries:
-        for secret in (entry.password, entry.passphrase):
-            if secret is not None and secret.get_secret_value().startswith(TOKEN_PREFIXES):
-                yield secret.get_secret_value()
+    for settings in inventory.resources:
+        yield from (secret for secret in settings.secrets.values() if secret.startswith(TOKEN_PREFIXES))
 
 
 @dataclass(frozen=True)
@@ -1536,8 +1473,6 @@ class Target:
 
     id: int
     settings: ResourceSettings
-    password: SecretStr | None
-    passphrase: SecretStr | None
     host_key: str | None
     settings_digest: str
     credential_digest: str
@@ -1556,31 +1491,25 @@ class Target:
 
 
 def target_of(row: Resource, vault: Vault) -> Target:
-    """A row with its secrets opened. Raises StorageError and SecretError."""
-    def opened(kind: str) -> SecretStr | None:
-        token = getattr(row, kind)
-        return SecretStr(vault.open(token, *binding(kind, row))) if token else None
-
-    settings = row.parsed_settings
+    """A row with its secrets opened; one that is damaged has a fault, and settings that say no more than they can."""
+    settings = ResourceSettings.model_construct(name=row.name, hostname=row.hostname, platform=Platform.LOCAL)
+    fault: tuple[Cause, str] | None = None
     try:
-        return Target(row.id, settings, opened("password"), opened("key_passphrase"), row.host_key,
-                      row.settings_digest, row.credential_digest)
+        settings = row.parsed_settings
+        settings = settings.model_copy(update={
+            kind: SecretStr(vault.open(token, *binding(kind, row)))
+            for kind in SECRETS if (token := getattr(row, kind))})
     except SecretError as error:
-        raise SecretError(f"{row.name}: {error}") from error
+        fault = "credential", f"{row.name}: {error}"
+    except StorageError as error:
+        fault = "protocol", str(error)
+    return Target(row.id, settings, row.host_key, row.settings_digest, row.credential_digest, fault)
 
 
 def load_targets(session: Session, vault: Vault) -> dict[str, Target]:
-    """All resources by name; one whose row or secret is damaged has a fault, and settings that say no more."""
-    targets = {}
-    for row in session.scalars(sqlalchemy.select(Resource).order_by(Resource.id)):
-        try:
-            targets[row.name] = target_of(row, vault)
-        except (StorageError, SecretError) as error:
-            cause: Cause = "credential" if isinstance(error, SecretError) else "protocol"
-            settings = ResourceSettings.model_construct(name=row.name, hostname=row.hostname, platform=Platform.LOCAL)
-            targets[row.name] = Target(row.id, settings, None, None, row.host_key, row.settings_digest,
-                                       row.credential_digest, (cause, str(error)))
-    return targets
+    """All resources by name."""
+    rows = session.scalars(sqlalchemy.select(Resource).order_by(Resource.id))
+    return {row.name: target_of(row, vault) for row in rows}
 
 
 # === Connections =============================================================
@@ -1805,7 +1734,7 @@ class Guards:
 
     def _key(self, target: Target) -> bytes:
         """Equal for the same user with the same secret; does not give the secret away."""
-        secret = target.password.get_secret_value() if target.password else str(target.settings.key_file)
+        secret = target.settings.secrets.get("password") or str(target.settings.key_file)
         user = target.settings.username or str(target.settings.certificate_file or target.name)
         parts = length_prefixed(user, secret)
         return hashlib.blake2b(parts, key=self._salt).digest()
@@ -2020,13 +1949,12 @@ class SshConnection(Connection):
         return True
 
     def _login(self, transport: SshTransport, deadline: Deadline) -> None:
-        settings, password = self._settings, self._target.password
+        settings = self._settings
         try:
             if settings.key_file is not None:
                 missing = transport.auth_publickey(settings.username or "", self._load_key(settings.key_file))
             else:
-                plain = password.get_secret_value() if password else ""
-                missing = transport.auth_password(settings.username or "", plain)
+                missing = transport.auth_password(settings.username or "", settings.secrets.get("password", ""))
         except paramiko.BadAuthenticationType as error:
             allowed = ", ".join(error.allowed_types)
             raise ProbeError("auth", f"the host allows only {allowed} for {settings.username}") from error
@@ -2041,7 +1969,7 @@ class SshConnection(Connection):
 
     def _load_key(self, path: Path) -> paramiko.PKey:
         """The private key, read again when the file changes (unlocking an encrypted one takes 0.1 s)."""
-        phrase = self._target.passphrase
+        phrase = self._settings.key_passphrase
         try:
             stamp = path.stat().st_mtime_ns
             if self._key is None or self._key[0] != stamp:
@@ -2229,7 +2157,7 @@ class PowerShellConnection(Connection):
 
     def _tls_context(self, pinned: bool) -> ssl.SSLContext:
         """How the host's certificate is checked and ours shown. Raises ProbeError."""
-        settings, phrase = self._settings, self._target.passphrase
+        settings, phrase = self._settings, self._settings.key_passphrase
         if not (pinned or settings.ca_file or settings.certificate_file):
             return system_authorities()
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
@@ -2276,12 +2204,12 @@ class PowerShellConnection(Connection):
             wsman.close()
 
     def _wsman(self, opened: WinrmSocket) -> WSMan:
-        settings, password = self._settings, self._target.password
+        settings = self._settings
         wsman = copy.copy(self.WSMAN)
         wsman.session_id, wsman.operation_timeout = str(uuid.uuid4()), max(1, int(settings.timeout))
         wsman.transport = type(self.WSMAN.transport)(
             settings.hostname, settings.connect_port, settings.username,
-            password.get_secret_value() if password else None, settings.tls, auth=settings.auth, no_proxy=True,
+            settings.secrets.get("password"), settings.tls, auth=settings.auth, no_proxy=True,
             certificate_pem=settings.certificate_file and str(settings.certificate_file),
             certificate_key_pem=settings.key_file and str(settings.key_file))
         session = wsman.transport._build_session()
@@ -3346,26 +3274,22 @@ class HealthAggregator:
         self._clock = clock
         self._until = self.lease.until
         self._lock = threading.Lock()               # guards all below and the writing of the lease
-        self._owners: dict[str, object] = {}        # registered resources
-        self._counted: dict[str, bool] = {}         # critical and not in maintenance
-        self._healthy = LeaseHeap()                 # of counted resources
-        self._unhealthy: dict[str, tuple[float, str]] = {}  # counted resource -> soonest recovery, monotonic; reason
+        self._owners: dict[str, object] = {}        # of the resources that count: critical and not in maintenance
+        self._healthy = LeaseHeap()
+        self._unhealthy: dict[str, tuple[float, str]] = {}  # resource -> soonest recovery, monotonic; reason
         self._last_recovery = 0.0, ""               # the latest of these; it moves on with each report, so it is kept
         self._pending: set[str] = set()             # no result yet, since the start
         self._announced = False                     # the registration of the start is over
         self._started = False                       # every resource of the start has had a result
         self._open = False
 
-    def register(self, name: str, *, counted: bool = True, owner: object = None) -> None:
-        """Announces a resource. Before the first decision it blocks until its first result, later it does not.
+    def register(self, name: str, owner: object = None) -> None:
+        """The resource counts. Before the first decision it blocks until its first result, later it does not.
 
         Reports of another `owner` are dropped from now on."""
         with self._lock:
             self._owners[name] = owner
-            if self._counted.get(name) != counted:
-                self._forget(name)
-            self._counted[name] = counted
-            if not self._started and counted:
+            if not self._started:
                 self._pending.add(name)
             self._renew()
 
@@ -3374,7 +3298,6 @@ class HealthAggregator:
         with self._lock:
             self._forget(name)
             self._owners.pop(name, None)
-            self._counted.pop(name, None)
             self._renew()
 
     def start(self) -> None:
@@ -3388,20 +3311,18 @@ class HealthAggregator:
                      ttl: float = DEFAULT_TTL, opens: float = 0.0, owner: object = None) -> None:
         """Reports a resource; the report counts for `ttl` seconds. `opens`: seconds until it can be healthy again.
 
-        A name that was never registered is registered as counted, unless the report names an owner."""
+        A name that is not registered is registered by a report without an owner."""
         with self._lock:
             if owner is not None and self._owners.get(name) is not owner:
-                return      # a late report of a poller that was stopped
+                return      # it does not count, or its poller was stopped
             self._announced = self._announced or name not in self._owners
             self._owners.setdefault(name, owner)
-            self._pending.discard(name)
-            if self._counted.setdefault(name, True):
-                self._forget(name)
-                if healthy:
-                    self._healthy.put(name, self._clock() + ttl)
-                else:
-                    self._unhealthy[name] = self._clock() + opens, reason
-                    self._last_recovery = max(self._last_recovery, (self._clock() + opens, name))
+            self._forget(name)
+            if healthy:
+                self._healthy.put(name, self._clock() + ttl)
+            else:
+                self._unhealthy[name] = self._clock() + opens, reason
+                self._last_recovery = max(self._last_recovery, (self._clock() + opens, name))
             self._renew()
 
     def is_healthy(self) -> bool:
@@ -3423,7 +3344,7 @@ class HealthAggregator:
     def _renew(self) -> None:
         """Writes the lease; the caller holds the lock."""
         self._started = self._started or (self._announced and not self._pending)
-        waits = not self._started or self._pending or self._unhealthy
+        waits = not self._started or self._unhealthy
         self.lease.opens.value = self._last_recovery[0] if self._unhealthy else self._clock()
         self._until.value = 0.0 if waits else self._healthy.earliest()
         self._announce()
@@ -3448,8 +3369,7 @@ class HealthAggregator:
 # === History =================================================================
 # What polls found: in come Reports, out go rows, averages of quarters of an hour, charts and availability. Readings are
 # whole hundredths, NULL where nothing was read. The recorder's thread writes, any thread reads.
-# 100 resources at 60 s: 288,000 polls (2 days) and 864,000 averages (90 days) are 82 MB, as tests/bench_history.py
-# measures; 100,000 events add 20 MB, and 144 MB the longest reasons, if everything failed for 2 days.
+# 100 resources at 60 s: 288,000 polls and 864,000 averages are 82 MB; 100,000 events add 20 MB.
 # Gives: POLLS, SPANS, SAMPLES, highest_readings, Report, record_event, events, PastPoll, samples, roll_up, prune,
 # prune_events, availability, Point, chart
 DAY = 86_400                    # seconds
@@ -3683,17 +3603,15 @@ JITTER = 0.1                    # part of the interval by which polls are spread
 FLUSH_INTERVAL = 1.0            # seconds for which the recorder gathers what it writes
 PENDING_ROWS = 100_000          # rows that wait for a database that cannot be written; older ones are lost
 QUARTER_GRACE = 5.0             # seconds for the last reports of a quarter to be written
-TIDY_FLUSHES = 600              # flushes over which the averages of a quarter are spread
+TIDY_AT_ONCE = 15               # resources whose averages are made after a flush: 10,000 take less than a quarter
 LAST_FLUSH = 1.5                # seconds for the last reports to be written when the service ends
-TABLES = Base.metadata.tables   # an insert of a table costs half of what one of its class does
 
-
-INSERT_STATUS = sqlite.insert(TABLES["status"])
+# An insert of a table costs half of what one of its class does.
+INSERT_STATUS = sqlite.insert(Base.metadata.tables["status"])
 UPSERT_STATUS = INSERT_STATUS.on_conflict_do_update(set_={
     **{column.name: column for column in INSERT_STATUS.excluded},
     "strip": func.substr(Status.strip + INSERT_STATUS.excluded["strip"], -STRIP)})
 INSERT_SAMPLE = sqlite.insert(SAMPLES).on_conflict_do_nothing()
-INSERT_EVENT = sqlalchemy.insert(TABLES["event"])
 
 
 class Recorder(threading.Thread):
@@ -3706,7 +3624,6 @@ class Recorder(threading.Thread):
         self._ending = threading.Event()
         self._rolled = 0                        # Unix time until which averages are made or in the making
         self._untidy: list[int] = []            # ids of resources whose averages are to be made
-        self._share = 0                         # how many of them at a time
         self._flushing = threading.Lock()       # guards all below, which is not written yet, and the order of writing
         self._latest: dict[int, Report] = {}    # by the resource's id
         self._samples: collections.deque[dict[str, Any]] = collections.deque(maxlen=PENDING_ROWS)
@@ -3754,8 +3671,7 @@ class Recorder(threading.Thread):
                 with self._store.writing() as session:
                     prune_events(session, self._retention, now)
                     self._untidy, self._rolled = list(session.scalars(sqlalchemy.select(Resource.id))), end
-                self._share = len(self._untidy) // TIDY_FLUSHES + 1
-            for _ in range(min(self._share, len(self._untidy))):
+            for _ in range(min(TIDY_AT_ONCE, len(self._untidy))):
                 resource_id = self._untidy.pop()
                 with self._store.writing() as session:
                     roll_up(session, resource_id, self._rolled)
@@ -3765,8 +3681,7 @@ class Recorder(threading.Thread):
         return bool(self._untidy)
 
     def _note(self, kind: str, text: str, at: float, resource: str = "") -> None:
-        self._events.append({"kind": kind, "text": one_line(text), "at": at, "resource": resource, "actor": "",
-                             "address": ""})
+        self._events.append({"kind": kind, "text": text, "at": at, "resource": resource})
 
     def _gather(self) -> None:
         transitions = self._aggregator.transitions
@@ -3794,10 +3709,11 @@ class Recorder(threading.Thread):
             strips[row["resource_id"]] += row["poll"]
         statuses = [report.status | {"strip": strips[number][-STRIP:]}
                     for number, report in self._latest.items() if number in alive]
-        for statement, rows in ((UPSERT_STATUS, statuses), (INSERT_SAMPLE, samples),
-                                (INSERT_EVENT, list(self._events))):
+        for statement, rows in ((UPSERT_STATUS, statuses), (INSERT_SAMPLE, samples)):
             if rows:
                 session.execute(statement, rows)
+        for event in self._events:
+            record_event(session, **event)
         for resource_id, key in self._keys.items():
             session.execute(sqlalchemy.update(Resource).values(host_key=key)
                             .where(Resource.id == resource_id, Resource.host_key.is_(None)))
@@ -3888,10 +3804,8 @@ class Poller(threading.Thread):
 
     def expire(self) -> None:
         """Makes the resource unhealthy, cause `stale`, when there was no result in time."""
-        with self._lock:
-            waits = self.standing.cause == "auth" and self._guard.wait(self.target.name, self.target.key_stamp) > 0
-            late = time.monotonic() >= self.expires_mono and not waits
-        if late:
+        waits = self.standing.cause == "auth" and self._guard.wait(self.target.name, self.target.key_stamp) > 0
+        if not waits:
             self._report(Verdict("unhealthy", "stale", f"no result for {self.target.settings.ttl:.0f} s"), 0.0)
 
     def _poll(self) -> tuple[float, Report | None]:
@@ -3918,7 +3832,7 @@ class Poller(threading.Thread):
         retry = min(settings.interval, settings.retry_interval)
         with self._lock:
             if verdict.cause == "stale" and time.monotonic() < self.expires_mono:
-                return None     # a result came in after all
+                return None
             stopped, before = self._stopped, self.standing
             after = self.standing = settle(before, verdict, settings, at)
             wait = retry if after.good else settings.interval
@@ -3939,7 +3853,7 @@ class Monitor(threading.Thread):
     def __init__(self, store: Store, vault: Vault, context: PollContext) -> None:
         super().__init__(name="monitor", daemon=True)
         self._store, self._vault, self._context = store, vault, context
-        self._pollers: dict[str, Poller] = {}
+        self.pollers: dict[str, Poller] = {}
         self._guards = Guards()
         self._maintenance_ends_at: dict[str, float] = {}    # Unix times until which resources do not count
         self._revision = -1
@@ -3965,12 +3879,9 @@ class Monitor(threading.Thread):
         self._ending.set()
         if self.is_alive():
             self.join(1)    # or it would take stopped pollers for dead ones
-        for poller in list(self._pollers.values()):
+        for poller in list(self.pollers.values()):
             poller.stop()
         self._context.recorder.close()
-
-    def poller(self, name: str) -> Poller | None:
-        return self._pollers.get(name)
 
     def catch_up(self) -> None:
         """Waits until the pollers follow the rows as they are now. For any thread."""
@@ -3982,7 +3893,7 @@ class Monitor(threading.Thread):
     def poll_now(self, name: str, timeout: float) -> Report | None:
         """Polls a resource at once and waits until its report is written; None when there was none in `timeout`
         seconds, or there is no such resource. For any thread."""
-        poller = self._pollers.get(name)
+        poller = self.pollers.get(name)
         try:
             report = poller.poll_now().result(timeout) if poller else None
         except concurrent.futures.TimeoutError:
@@ -3991,7 +3902,7 @@ class Monitor(threading.Thread):
         return report
 
     def _sweep(self) -> None:
-        for name, poller in list(self._pollers.items()):
+        for name, poller in list(self.pollers.items()):
             poller.expire()
             if not poller.is_alive() and not self._ending.is_set():
                 log.error("%s: its poller died; starting another", name)
@@ -4003,23 +3914,26 @@ class Monitor(threading.Thread):
         if current != self._revision:
             self._reconcile()
         if any(0 < at <= time.time() for at in self._maintenance_ends_at.values()):
-            self._end_maintenance(time.time())
+            self._end_maintenance()
 
     def _recount(self) -> None:
         """Starts what is new, and takes up that maintenance has begun or is over: the state that is known counts."""
-        for name, poller in self._pollers.items():
+        for name, poller in self.pollers.items():
             counted = poller.target.settings.critical and self._maintenance_ends_at[name] <= time.time()
             if counted is not poller.counted:
                 poller.counted = counted
-                self._context.aggregator.register(name, counted=counted, owner=poller)
+                if counted:
+                    self._context.aggregator.register(name, poller)
+                else:
+                    self._context.aggregator.deregister(name)
                 poller.report_again()
             if poller.ident is None:
                 poller.start()
 
-    def _end_maintenance(self, at: float) -> None:
+    def _end_maintenance(self) -> None:
         """Notes that maintenance is over, also when it ended while no service ran."""
         with self._store.writing() as session:
-            over = (Resource.maintenance > 0, Resource.maintenance <= at)
+            over = (Resource.maintenance > 0, Resource.maintenance <= time.time())
             for row in session.scalars(sqlalchemy.select(Resource).where(*over)):
                 record_event(session, "change", "maintenance is over", resource=row.name, at=row.maintenance)
                 log.info("%s: maintenance is over", row.name)
@@ -4034,12 +3948,12 @@ class Monitor(threading.Thread):
             ends = session.execute(sqlalchemy.select(Resource.name, Resource.maintenance))
             self._maintenance_ends_at = {name: at for name, at in ends}
         self._guards.keep(targets.values())
-        for name in self._pollers.keys() - targets.keys():
-            self._pollers.pop(name).stop()
+        for name in self.pollers.keys() - targets.keys():
+            self.pollers.pop(name).stop()
             self._context.aggregator.deregister(name)
         delay = 0.0
         for name, target in targets.items():
-            before = self._pollers.get(name)
+            before = self.pollers.get(name)
             if before is None or before.target != target:
                 self._launch(target, delay, before, stored.get(target.id))
                 delay += 1 / FIRST_POLLS
@@ -4063,7 +3977,7 @@ class Monitor(threading.Thread):
             poller = Poller(target, self._context, self._guards.of(target), delay)
             if stored:
                 self._restore(poller, stored)
-        self._pollers[target.name] = poller
+        self.pollers[target.name] = poller
 
     def _restore(self, poller: Poller, stored: Status) -> None:
         """A stored state counts on when it is of these settings and fresh, a refused login during its back-off."""
@@ -5584,9 +5498,6 @@ def field_errors(fields: Mapping[str, str]) -> ApiError:
     return ApiError("; ".join(f"{name}: {one_line(text)}" for name, text in told.items()), 422, told)
 
 
-M = TypeVar("M", bound=Settings)
-
-
 def validated(model: type[M], body: Mapping[str, Any], *, text: bool = False) -> M:
     """`body` as a model; with `text` its values may be texts, as those of the inventory are. Raises ApiError."""
     try:
@@ -5610,7 +5521,7 @@ class SettingsReader(InventoryLoader):
         self.defaults, self.is_form = shared_defaults(inventory), document is not None
         self.fields: dict[str, list[str]] = collections.defaultdict(list)
 
-    def read(self, given: Mapping[str, Any], stored: Mapping[str, Any]) -> Entry:
+    def read(self, given: Mapping[str, Any], stored: Mapping[str, Any]) -> ResourceSettings:
         """`given` over `stored`; null stands for the default. Raises ApiError."""
         nulls = {name for name in ResourceSettings.model_fields if given.get(name, "") is None}
         given, stored = ({name: value for name, value in part.items() if name not in nulls}
@@ -5620,10 +5531,10 @@ class SettingsReader(InventoryLoader):
             self.fault(("defaults", name), "can be set in the inventory alone")
         if given.get("platform", stored.get("platform")) == Platform.LOCAL.value:
             self.fault(("defaults", "platform"), "local can be set in the inventory alone")
-        entry = None if self.fields else self._entry(0, given, stored)  # which looks at files
-        if entry is None or self.fields:
+        settings = None if self.fields else self._resource(0, given, stored)    # which looks at files
+        if settings is None or self.fields:
             raise field_errors({name: "\n".join(texts) for name, texts in self.fields.items()})
-        return entry
+        return settings
 
     def fault(self, path: NodePath, message: str, *, key: bool = False) -> None:
         path = path[1:] if path[0] == "defaults" else path[2:]
@@ -5633,7 +5544,7 @@ class SettingsReader(InventoryLoader):
             name, message = "settings", f"{self.document.name}:{position}: {name}: {message}"
         self.fields[name].append(message)
 
-    def parse(self, model: type[Settings], raw: Mapping[str, Any]) -> Settings:
+    def parse(self, model: type[M], raw: object) -> M:
         if self.is_form:
             return super().parse(model, raw)
         return model.model_validate_json(json.dumps(raw), strict=True, context=self.folder)
@@ -5775,6 +5686,8 @@ DAMAGED = "its row in the database cannot be read; remove it, or restore the dat
 
 def offered_key(target: Target, access: ConnectionContext) -> str:
     """The key that a host shows now. Raises UsageError for a resource without one, or with one that is pinned."""
+    if target.fault:
+        raise UsageError(target.fault[1])
     connection = CONNECTIONS[target.settings.platform](target, LoginGuard(), access)
     if not isinstance(connection, (SshConnection, PowerShellConnection)):
         raise UsageError(f"{target.name} has no host key")
@@ -5795,11 +5708,6 @@ class ConsoleContext:
     connections: ConnectionContext
     clock: Callable[[], float] = time.time      # Unix time
     throttle: LoginThrottle = dataclass_field(default_factory=LoginThrottle)
-
-    @functools.cached_property
-    def places(self) -> dict[str, str]:
-        """file:line:column of the resources that the inventory states."""
-        return {entry.settings.name: entry.where for entry in self.inventory.entries}
 
     @property
     def is_healthy(self) -> bool:
@@ -5922,7 +5830,7 @@ def resource_view(row: Resource, status: Status | None, context: ConsoleContext)
     known = status_of(row, status)
     shown: dict[str, Any] = {
         **{name: getattr(row, name) for name in Resource.COLUMNS}, "origin": row.origin,
-        "place": context.places.get(row.name) if row.origin == "inventory" else None,
+        "place": context.inventory.places.get(row.name) if row.origin == "inventory" else None,
         "has_secret": row.password is not None or row.key_passphrase is not None, "trusted_key": row.host_key,
         "maintenance": None, "since": utc_time(known.since_at), "polled": utc_time(known.polled_at),
         **{name: getattr(known, name) for name in ("state", "cause", "reason", "seconds")}}
@@ -5940,7 +5848,7 @@ def changeable(who: Principal, session: Session, name: str) -> Resource:
     """A resource that was added here; those of the inventory change there."""
     row = find_resource(session, name)
     if row.origin == "inventory":
-        place = who.context.places.get(name, who.context.inventory.path.name)
+        place = who.context.inventory.places.get(name, who.context.inventory.path.name)
         raise ApiError(f"{name} stands at {place}; change it there", 409)
     return row
 
@@ -5962,9 +5870,9 @@ def show_resource(who: Principal, name: str) -> ResourceView:
 def apply_settings(context: ConsoleContext, row: Resource, body: Mapping[str, Any], form: Document | None) -> bool:
     """Brings a row to what `body` says, over what it states if it is not new; says whether it changed."""
     stored = stated(row, context.inventory) if row.name else {}
-    entry = SettingsReader(context.inventory, form).read(body, stored)
+    settings = SettingsReader(context.inventory, form).read(body, stored)
     try:
-        return update_row(row, entry, context.vault)
+        return update_row(row, settings, context.vault)
     except (SecretError, InventoryError) as error:
         raise field_errors({"password": str(error)}) from error
 
@@ -6008,6 +5916,8 @@ def test_settings(who: Principal, body: Mapping[str, Any], form: Document | None
     row = row or Resource(id=0)
     apply_settings(who.context, row, body, form)
     target = target_of(row, who.context.vault)
+    if target.fault:
+        raise UsageError(target.fault[1])
     timeout = min(target.settings.timeout, TRIAL_TIMEOUT)
     target = replace(target, settings=target.settings.model_copy(update={"timeout": timeout}))
     begun_mono = time.monotonic()
@@ -7673,7 +7583,7 @@ def charts(session: Session, resource: ResourceRow, span: str, now: float) -> li
 
 def resource_page(name: str, **more: Any) -> flask.Response:
     context, request = current_principal().context, flask.request
-    now = context.clock()
+    places, now = context.inventory.places, context.clock()
     span = request.args.get("span", "")
     span = span if span in SPANS else "hour"
     with context.store.reading() as session:
@@ -7689,7 +7599,7 @@ def resource_page(name: str, **more: Any) -> flask.Response:
                        readings=reading_rows(sample, resource, damage),
                        span_links=[(name, f"?span={name}", f"Last {name}", None) for name in SPANS],
                        machine=machine_rows(sample, row.host_key),
-                       origin=row.origin == "inventory" and context.places.get(name, context.inventory.path.name),
+                       origin=row.origin == "inventory" and places.get(name, context.inventory.path.name),
                        refresh="" if request.method == "GET" else resource.href,
                        outcomes=sorted(outcomes, key=lambda outcome: bool(outcome[2]["good"])), **more)
 
@@ -8101,13 +8011,13 @@ class Installation:
             raise UsageError(f"service.console {console} is the address of service.listen; write another port, or off")
 
     @contextlib.contextmanager
-    def store(self, *, scratch: bool = False, lock: sqlite3.Connection | None = None) -> Iterator[Store]:
-        """The database, made when there is none; `scratch`: then only for this once; `lock`: see Store."""
+    def store(self, *, scratch: bool = False, locked: bool = False) -> Iterator[Store]:
+        """The database, made when there is none; `scratch`: then only for this once; `locked`: see Store."""
         with contextlib.ExitStack() as stack:
             path = self.database
             if not inspect_database(path) and scratch:
                 path = Path(stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True))) / path.name
-            yield stack.enter_context(contextlib.closing(Store(path, lock)))
+            yield stack.enter_context(contextlib.closing(Store(path, locked=locked)))
 
     def open_vault(self, session: Session) -> Vault:
         """The keys; made when there are none and nothing is sealed yet."""
@@ -8164,11 +8074,11 @@ def serve(arguments: argparse.Namespace) -> int:
         "listen": bound_address(service.listen, doors), "console": bound_address(service.console, console)})
     inspect_database(installation.database)
     supervisor = Supervisor(service, installation.path.parent, doors, Lease())
-    with contextlib.closing(lock_database(installation.database)) as lock, contextlib.closing(supervisor):
+    with contextlib.closing(lock_database(installation.database)), contextlib.closing(supervisor):
         handle_signals(supervisor.stop)     # from here on: an interrupt would leave a worker that nobody knows
         supervisor.start()
         if not supervisor.stopping:
-            with installation.store(lock=lock) as store:
+            with installation.store(locked=True) as store:
                 watch(installation, store, console, supervisor)
     log.info("ended")
     return 0
@@ -8285,11 +8195,11 @@ def rewrite(path: Path, document: Document, replacements: Mapping[NodePath, str]
 def secret_nodes(installation: Installation, document: Document, *,
                  sealed: bool) -> Iterator[tuple[NodePath, str, ResourceSettings]]:
     """Paths and values of the secrets that stand in the file, sealed or plain ones, with their resource."""
-    for index, entry in enumerate(installation.inventory.entries):
+    for index, settings in enumerate(installation.inventory.resources):
         for kind in SECRETS:
             node = document.nodes.get(("resources", index, kind))
             if node is not None and node.value.startswith(TOKEN_PREFIXES) is sealed:
-                yield ("resources", index, kind), node.value, entry.settings
+                yield ("resources", index, kind), node.value, settings
 
 
 def seal(arguments: argparse.Namespace) -> int:
@@ -8338,7 +8248,7 @@ def rotate_keys(arguments: argparse.Namespace) -> int:
     if len(list(sealed_tokens(None, installation.inventory))) > len(document_tokens):
         raise UsageError("a sealed secret stands in defaults, a password_file or a variable; "
                          "write the password at its resource first")
-    with installation.store(lock=lock_database(installation.database)) as store:
+    with contextlib.closing(lock_database(installation.database)), installation.store(locked=True) as store:
         with store.writing() as session:
             vault = installation.open_vault(session)
             if not (vault.folder / "next.pem").exists():

@@ -120,7 +120,7 @@ def site(store: hc.Store) -> Mapping[str, tuple[Callable[[], object], float]]:
     """The pages as they are sent, and what one of them reads."""
     with store.writing() as session:
         session.add(hc.User.create("monitor", "correct horse battery"))
-    inventory = hc.Inventory(store.path.with_name("inventory.yaml"), hc.ServiceSettings(), [], {})
+    inventory = hc.Inventory(store.path.with_name("inventory.yaml"), hc.ServiceSettings(), [], {}, {})
     nothing: Any = None  # these pages need neither keys nor pollers
     context = hc.ConsoleContext(store, inventory, hc.Lease(), nothing, nothing, nothing, lambda: NOW)
     metrics = hc.Metrics(hc.ServingMetrics(context.lease, hc.Counters(1)), store, None)

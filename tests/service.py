@@ -144,7 +144,9 @@ def run_cheaply(*arguments: str, unprivileged: bool = False) -> tuple[int, str]:
 def _key_pair() -> dict[str, bytes]:
     """Files of a key pair, made once in a test run: making one takes up to a second."""
     with tempfile.TemporaryDirectory() as folder:
-        Vault(Path(folder) / "keys").create()
+        vault = Vault(Path(folder) / "keys")
+        vault.create()
+        vault.publish()
         return {path.name: path.read_bytes() for path in (Path(folder) / "keys").iterdir()}
 
 

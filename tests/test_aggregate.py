@@ -9,7 +9,7 @@ import queue
 import random
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import pytest
 from conftest import wait_for
@@ -20,6 +20,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from healthchecker import Gate, HealthAggregator, Lease, ResourceSettings
 
 START = 1000.0  # seconds, where the clock of a test begins
+POLLER = object()  # reports for a resource that is not registered, since it does not count
 
 
 class Clock:
@@ -47,6 +48,7 @@ class Bench:
 
     clock: Clock
     aggregator: HealthAggregator
+    owner: dict[str, object] = field(default_factory=dict)  # of the reports
 
     def step(self, line: str) -> None:
         """`+a`, `+a optional`, `start`, `a up`, `a up 5`, `a down`, `-a`, `wait 3`, `sweep`."""
@@ -58,12 +60,14 @@ class Bench:
         elif first == "wait":
             self.clock.now += float(rest[0])
         elif first[0] == "+":
-            self.aggregator.register(first[1:], counted="optional" not in rest)
+            self.owner[first[1:]] = POLLER if "optional" in rest else None
+            (self.aggregator.deregister if "optional" in rest else self.aggregator.register)(first[1:])
         elif first[0] == "-":
             self.aggregator.deregister(first[1:])
         else:
             ttl = {"ttl": float(rest[1])} if len(rest) > 1 else {}
-            self.aggregator.set_resource(first, rest[0] == "up", f"{first} is {rest[0]}", **ttl)
+            owner = self.owner.get(first)
+            self.aggregator.set_resource(first, rest[0] == "up", f"{first} is {rest[0]}", owner=owner, **ttl)
 
     def run(self, script: str) -> list[str]:
         """Runs `step; step = open; …` and gives the claims after `=` that are not so."""
@@ -252,7 +256,7 @@ def test_opens(bench: Bench, script: str, seconds: list[float], moment: float) -
     for line in map(str.strip, script.split(";")):
         name, _, what = line.partition(" ")
         if what == "down":
-            bench.aggregator.set_resource(name, False, opens=next(left))
+            bench.aggregator.set_resource(name, False, opens=next(left), owner=bench.owner.get(name))
         else:
             bench.step(line)
     assert bench.aggregator.lease.opens.value == START + moment
@@ -321,7 +325,6 @@ class Model(RuleBasedStateMachine):
         self.clock = Clock()
         self.real = HealthAggregator(clock=self.clock)
         self.owners: dict[str, object] = {}
-        self.counted: dict[str, bool] = {}
         self.until: dict[str, float] = {}  # of those that were reported healthy
         self.opens: dict[str, float] = {}  # of those that were reported unhealthy
         self.waiting: set[str] = set()
@@ -341,15 +344,12 @@ class Model(RuleBasedStateMachine):
         self.opens.pop(name, None)
         self.waiting.discard(name)
 
-    @rule(name=NAMES, counted=st.booleans())
-    def register(self, name: str, counted: bool) -> None:
+    @rule(name=NAMES)
+    def register(self, name: str) -> None:
         self.owners[name] = object()
-        if self.counted.get(name) is not counted:
-            self.forget(name)
-        self.counted[name] = counted
-        if counted and not self.decided:
+        if not self.decided:
             self.waiting.add(name)
-        self.real.register(name, counted=counted, owner=self.owners[name])
+        self.real.register(name, self.owners[name])
         self.settle()
 
     @precondition(lambda self: not self.begun)
@@ -363,7 +363,6 @@ class Model(RuleBasedStateMachine):
     def deregister(self, name: str) -> None:
         self.forget(name)
         self.owners.pop(name, None)
-        self.counted.pop(name, None)
         self.real.deregister(name)
         self.settle()
 
@@ -371,10 +370,8 @@ class Model(RuleBasedStateMachine):
     def report(self, name: str, healthy: bool, span: float, late: bool) -> None:
         owner = object() if late else self.owners.get(name, object())
         if owner is self.owners.get(name):
-            self.waiting.discard(name)
-            if self.counted[name]:
-                self.forget(name)
-                (self.until if healthy else self.opens)[name] = self.clock.now + span
+            self.forget(name)
+            (self.until if healthy else self.opens)[name] = self.clock.now + span
             self.settle()
         self.real.set_resource(name, healthy, f"{name} is down", ttl=span, opens=span, owner=owner)
 
@@ -437,7 +434,7 @@ def test_threads_that_report_and_leave(last: str) -> None:
             name = f"r{choice.randrange(8)}"
             what = choice.randrange(4)
             if what == 0:
-                aggregator.register(name, counted=choice.random() < 0.8)
+                aggregator.register(name)
             elif what == 1:
                 aggregator.deregister(name)
             else:

@@ -25,7 +25,6 @@ from healthchecker import (
     INVENTORY_ONLY,
     OPERATIONS,
     SELECTABLE,
-    Entry,
     Resource,
     ResourceSettings,
     Store,
@@ -567,7 +566,7 @@ def test_row_of_an_older_version_that_reads_files_here(service: Service, client:
     settings = ResourceSettings.model_validate({"name": "old", "hostname": "127.0.0.1", "critical": False, **old})
     with contextlib.closing(Store(service.inventory.parent / "healthchecker.db")) as store, store.writing() as session:
         row = Resource(name="old", origin="api")
-        update_row(row, Entry(settings, None, None, ""), Vault(service.inventory.parent / "keys"))
+        update_row(row, settings, Vault(service.inventory.parent / "keys"))
         session.add(row)
         revise(session)
     field = "key_file" if "key_file" in old else "platform"

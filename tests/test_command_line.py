@@ -112,7 +112,7 @@ def test_first_start_copies_the_example(tmp_path: Path) -> None:
 def test_without_example_this_machine_is_watched(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "inventory.yaml"
     healthchecker.ensure_inventory(path)
-    assert [entry.settings.platform.value for entry in load_inventory(path).entries] == ["local"]
+    assert [resource.platform.value for resource in load_inventory(path).resources] == ["local"]
     path.write_text("resources: []\n", encoding="utf-8")
     healthchecker.ensure_inventory(path)
     assert path.read_text(encoding="utf-8") == "resources: []\n"
@@ -123,7 +123,7 @@ def test_the_example_as_shipped() -> None:
     """It is valid, watches this machine and asks for no credentials; every setting is in it, if only as a comment."""
     path = PROGRAM.with_name("inventory.example.yaml")
     inventory = load_inventory(path)
-    assert [entry.settings.platform.value for entry in inventory.entries] == ["local"]
+    assert [resource.platform.value for resource in inventory.resources] == ["local"]
     text = path.read_text(encoding="utf-8")
     missing = {
         name
@@ -326,10 +326,9 @@ def test_seal_keeps_the_layout(case: str, tmp_path: Path, capsys: pytest.Capture
     assert main(["--inventory", str(path), "seal"]) == 0
     text = path.read_bytes().decode()
     assert re.sub(r"(['\"]?)HC2\.[\w.-]+\1", "TOKEN", text) == after
-    [entry] = load_inventory(path).entries
-    secret = entry.password or entry.passphrase
-    kind = "password" if entry.password else "key_passphrase"
-    assert secret and vault.open(secret.get_secret_value(), *binding(kind, entry.settings)) == "p w"
+    [resource] = load_inventory(path).resources
+    [(kind, secret)] = resource.secrets.items()
+    assert vault.open(secret, *binding(kind, resource)) == "p w"
     assert sorted(item.name for item in tmp_path.iterdir()) == ["inventory.yaml", "key", "keys"]
     capsys.readouterr()
 

@@ -335,7 +335,7 @@ def test_unreadable_file(case: str, tmp_path: Path) -> None:
 
 def test_one_mebibyte_is_read(folder: Path) -> None:
     content = b"resources: []\n#"
-    assert load(folder, content + b"-" * ((1 << 20) - len(content))).entries == []
+    assert load(folder, content + b"-" * ((1 << 20) - len(content))).resources == []
 
 
 # --- what is valid -------------------------------------------------------------------------------------------
@@ -360,13 +360,12 @@ def test_one_mebibyte_is_read(folder: Path) -> None:
     ],
 )
 def test_scalars_are_texts(scalar: str, folder: Path) -> None:
-    entry = load(folder, one(f"password: {scalar}")).entries[0]
-    assert entry.password and entry.password.get_secret_value() == scalar
+    assert load(folder, one(f"password: {scalar}")).resources[0].secrets == {"password": scalar}
 
 
 def test_no_representation_shows_a_secret(folder: Path) -> None:
     inventory = load(folder, one(f"password: {CANARY}") + f"  - {{hostname: b, username: u, password: {CANARY}}}\n")
-    assert CANARY not in f"{inventory} {inventory.entries!r} {inventory.entries[0].settings.model_dump_json()}"
+    assert CANARY not in f"{inventory} {inventory.resources!r} {inventory.resources[0].model_dump_json()}"
 
 
 @pytest.mark.parametrize(
@@ -382,13 +381,12 @@ def test_no_representation_shows_a_secret(folder: Path) -> None:
     ],
 )
 def test_styles_of_text(text: str, secret: str, folder: Path) -> None:
-    password = load(folder, one(f"password: {text}")).entries[0].password
-    assert password and password.get_secret_value() == secret
+    assert load(folder, one(f"password: {text}")).resources[0].secrets == {"password": secret}
 
 
 def test_defaults_of_the_issue(folder: Path) -> None:
     inventory = load(folder, "resources: [{hostname: db1.example.com, username: u, password: p}]")
-    resource = inventory.entries[0].settings
+    resource = inventory.resources[0]
     assert (resource.name, resource.platform, resource.connect_port, resource.critical) == (
         "db1.example.com",
         Platform.UNIX,
@@ -419,7 +417,7 @@ MERGES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "own credential replaces another kind": (
         "password: d",
         "hostname: a, username: u, password_env: PATH",
-        {"password": None, "password_env": "PATH"},
+        {"password": "**********", "password_env": "PATH"},
     ),
     "what local does not know": (
         "username: u, password: p, port: 23",
@@ -437,7 +435,7 @@ MERGES: dict[str, tuple[str, str, dict[str, Any]]] = {
 def test_merge_of_defaults(case: str, folder: Path) -> None:
     defaults, own, expected = MERGES[case]
     (folder / "key").write_bytes(b"")
-    settings = load(folder, f"defaults: {{{defaults}}}\nresources:\n  - {{{own}}}\n").entries[0].settings
+    settings = load(folder, f"defaults: {{{defaults}}}\nresources:\n  - {{{own}}}\n").resources[0]
     dumped = settings.model_dump(mode="json", exclude_none=True)
     dumped["limits"] = {
         name: settings.limits.by_metric()[name].model_dump(exclude_none=True) for name in settings.limits.by_metric()
@@ -458,18 +456,19 @@ def test_secrets_from_elsewhere(folder: Path, monkeypatch: pytest.MonkeyPatch) -
         "  - {hostname: b, username: u, password_file: plain}\n  - {hostname: c, username: u, password_file: windows}\n"
         "  - {hostname: d, username: u, key_file: key, key_passphrase_file: plain}\n",
     )
-    secrets = [entry.password.get_secret_value() if entry.password else None for entry in inventory.entries]
-    assert secrets == [" from the environment ", "from a file", "from Windows", None]
-    phrase = inventory.entries[3].passphrase
-    assert phrase and phrase.get_secret_value() == "from a file"
-    assert inventory.entries[3].settings.key_file == folder / "key"
+    assert [resource.secrets for resource in inventory.resources] == [
+        {"password": " from the environment "},
+        {"password": "from a file"},
+        {"password": "from Windows"},
+        {"key_passphrase": "from a file"},
+    ]
+    assert inventory.resources[3].key_file == folder / "key"
 
 
 def test_password_file_saved_by_notepad(folder: Path) -> None:
     """Its byte order mark is no part of the password, as it is none of the inventory."""
     (folder / "bom").write_bytes(b"\xef\xbb\xbfsecret\r\n")
-    password = load(folder, one("password_file: bom")).entries[0].password
-    assert password and password.get_secret_value() == "secret"
+    assert load(folder, one("password_file: bom")).resources[0].secrets == {"password": "secret"}
 
 
 @pytest.mark.parametrize(
@@ -477,7 +476,7 @@ def test_password_file_saved_by_notepad(folder: Path) -> None:
 )
 def test_hostnames(host: str, folder: Path) -> None:
     assert (
-        load(folder, f"resources: [{{hostname: '{host}', username: u, password: p}}]").entries[0].settings.hostname
+        load(folder, f"resources: [{{hostname: '{host}', username: u, password: p}}]").resources[0].hostname
         == host
     )
 
@@ -509,7 +508,7 @@ def test_a_thousand_hosts_load_fast(folder: Path) -> None:
         for n in range(1000)
     )
     begin = time.process_time()
-    assert len(load(folder, "resources:\n" + hosts).entries) == 1000
+    assert len(load(folder, "resources:\n" + hosts).resources) == 1000
     assert time.process_time() - begin < 4
 
 

@@ -169,7 +169,7 @@ class House:
             self.monitor.join(5)
 
     def poller(self, name: str) -> Poller:
-        found = self.monitor.poller(name)
+        found = self.monitor.pollers.get(name)
         assert found is not None
         return found
 
@@ -609,7 +609,7 @@ def test_changes_by_another_process(house: House, machines: Machines) -> None:
         assert machines.made == ["db1", "db2", "db1"], "only what changed starts anew"
         assert not house.aggregator.is_healthy()
         house.elsewhere("DELETE FROM resource WHERE name = 'db2'")
-        wait_for(lambda: house.monitor.poller("db2") is None)
+        wait_for(lambda: "db2" not in house.monitor.pollers)
         assert house.aggregator.is_healthy()
         house.elsewhere("UPDATE resource SET host_key = 'ssh-ed25519 SHA256:x' WHERE name = 'db1'")
         wait_for(lambda: house.poller("db1").target.host_key)
@@ -626,7 +626,7 @@ def test_resources_that_come_and_go(house: House, machines: Machines) -> None:
         wait_for(lambda: machines.moments("db2"))
         assert house.aggregator.is_healthy(), "it counts from its first result on"
         house.write("name: db1, critical: false")
-        wait_for(lambda: house.monitor.poller("db2") is None)
+        wait_for(lambda: "db2" not in house.monitor.pollers)
         machines.behaviours["db1"] = unreachable
         house.poller("db1").poll_now()
         house.write("name: db1, critical: false, fall: 1")
@@ -658,7 +658,7 @@ def test_a_damaged_row_costs_its_resource_alone(house: House, machines: Machines
         wait_for(lambda: house.state("db2") == ("unhealthy", cause))
         assert house.state("db1") == ("healthy", "") and not house.aggregator.is_healthy()
         house.elsewhere("DELETE FROM resource WHERE name = 'db2'")
-        wait_for(lambda: house.monitor.poller("db2") is None)
+        wait_for(lambda: "db2" not in house.monitor.pollers)
         wait_for(house.aggregator.is_healthy)
 
 

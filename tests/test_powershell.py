@@ -114,10 +114,10 @@ def target(
     server: WSManServer, *, password: str = PASSWORD, passphrase: str = "", trusted: str = "", **changes: Any
 ) -> Target:
     """A row as it comes from the database; what a connection does not look at is empty."""
+    opened = {"password": SecretStr(password), "key_passphrase": SecretStr(passphrase) if passphrase else None}
+    settings = ResourceSettings.model_validate(windows(server, **changes)).model_copy(update=opened)
     known: dict[str, Any] = {field.name: "" for field in fields(Target)}
-    known |= {"settings": ResourceSettings.model_validate(windows(server, **changes)), "host_key": trusted or None}
-    known |= {"password": SecretStr(password), "passphrase": SecretStr(passphrase) if passphrase else None}
-    return Target(**known)
+    return Target(**known | {"settings": settings, "host_key": trusted or None})
 
 
 def connection_to(resource: Target, guard: LoginGuard | None = None) -> PowerShellConnection:
@@ -134,7 +134,7 @@ def poll(resource: Target, guard: LoginGuard | None = None, before: Polled | Non
     assert seconds < resource.settings.timeout + LATE
     assert connection.host_key == resource.host_key
     assert "\n" not in verdict.reason
-    assert not resource.password or resource.password.get_secret_value() not in verdict.reason
+    assert not any(secret in verdict.reason for secret in resource.settings.secrets.values())
     return Polled(verdict, sample, seconds)
 
 
@@ -671,7 +671,9 @@ def test_a_wrong_password_is_tried_once(scheme: str, auth: str) -> None:
     with CountingServer(scheme, auth, answer=RECORDED) as server:
         guards = Guards()
         win, other = (target(server, password="wrong", name=name) for name in ("win", "other"))
-        unix = ResourceSettings(name="unix", hostname="unix.example.com", username="monitor")
+        unix = ResourceSettings(
+            name="unix", hostname="unix.example.com", username="monitor", password=SecretStr("wrong")
+        )
         guard = guards.of(win)
         assert guards.of(other) is guard
         assert guards.of(Target(**{**vars(win), "settings": unix})) is guard

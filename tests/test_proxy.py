@@ -346,4 +346,4 @@ def test_the_inventory_that_the_readme_shows(tmp_path: Path, monkeypatch: pytest
     path.write_text(text, encoding="utf-8")
     (tmp_path / "db1.password").write_text("secret", encoding="utf-8")
     monkeypatch.setenv("FILES_PASSWORD", "secret")
-    assert [entry.settings.platform.value for entry in load_inventory(path).entries] == ["linux", "windows"]
+    assert [resource.platform.value for resource in load_inventory(path).resources] == ["linux", "windows"]

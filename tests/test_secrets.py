@@ -6,7 +6,6 @@ import logging
 from pathlib import Path
 
 import pytest
-from pydantic import SecretStr
 from service import Service, prepared_keys, write_inventory
 from sshd import Sshd
 
@@ -57,8 +56,9 @@ class Broken(Connection):
 
 
 def test_traceback(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
-    settings = ResourceSettings.model_validate({"name": "a", "hostname": "a", "username": "u", "password": WRONG})
-    target = Target(1, settings, SecretStr(WRONG), SecretStr(WRONG), None, "", "")
+    secrets = {"password": WRONG, "key_passphrase": WRONG}
+    settings = ResourceSettings.model_validate({"name": "a", "hostname": "a", "username": "u", **secrets})
+    target = Target(1, settings, None, "", "")
     context = ConnectionContext(KnownHosts(tmp_path), Resolver())
     with caplog.at_level(logging.DEBUG):
         verdict, _ = poll_once(target, Broken(target, LoginGuard(), context), None)

@@ -186,7 +186,7 @@ def answers(session: Session, vault: Vault) -> dict[str, Any]:
             "host_key": row.host_key,
             "origin": row.origin,
             "maintenance": [row.maintenance, row.maintenance_reason],
-            "secrets": [secret and secret.get_secret_value() for secret in (target.password, target.passphrase)],
+            "secrets": [target.settings.secrets.get(kind) for kind in ("password", "key_passphrase")],
         }
     events = healthchecker.events(session, limit=1000)
     return {
@@ -255,14 +255,16 @@ def test_no_migration_under_a_running_service(tmp_path: Path) -> None:
     with closing(healthchecker.lock_database(path)), pytest.raises(StorageError, match="another HealthChecker"):
         Store(path)
     assert dump(path) == before
-    Store(path, healthchecker.lock_database(path)).close()
+    with closing(healthchecker.lock_database(path)):
+        Store(path, locked=True).close()
 
 
 def open_store(path: str, started: Any) -> None:
     """For a process of its own."""
     logging.disable()
     started.send(None)
-    Store(Path(path), healthchecker.lock_database(Path(path))).close()
+    with closing(healthchecker.lock_database(Path(path))):
+        Store(Path(path), locked=True).close()
 
 
 MULTIPLIED = """

@@ -28,7 +28,6 @@ import pytest
 from conftest import no_leaks, open_descriptors, wait_for
 from cryptography.hazmat.primitives import serialization
 from hostile import RawServer
-from pydantic import SecretStr
 from rights import without_root_rights
 from service import Service, run, run_cheaply, write_inventory
 from sshd import (
@@ -102,7 +101,7 @@ def good_login(server: SshServer) -> dict[str, Any]:
 def resource_of(settings: Mapping[str, Any], **known: Any) -> Target:
     """A row as it comes from the database; what a connection does not look at is empty."""
     values = {"id": 1, "settings": ResourceSettings.model_validate(settings), **known}
-    values |= dict.fromkeys({"password", "passphrase", "host_key"} - values.keys())
+    values.setdefault("host_key", None)
     return Target(**{field.name: values.get(field.name, "") for field in fields(Target)})
 
 
@@ -111,9 +110,9 @@ def target(
 ) -> Target:
     """A resource on `server`."""
     where = {"hostname": server.address, "port": server.port, "username": getattr(server, "username", "monitor")}
-    opened = [SecretStr(secret) if secret else None for secret in (password, passphrase)]
-    given = {"name": "host", **where, **settings}
-    return resource_of(given, password=opened[0], passphrase=opened[1], host_key=trusted)
+    opened = {"password": password, "key_passphrase": passphrase}
+    given = {"name": "host", **where, **settings, **{kind: secret for kind, secret in opened.items() if secret}}
+    return resource_of(given, host_key=trusted)
 
 
 def access(known_hosts: Path = NOWHERE, resolver: Resolver | None = None) -> ConnectionContext:
@@ -135,8 +134,8 @@ def poll(target: Target, connection: Connection | None = None) -> Answer:
     assert answer.verdict.reason.isprintable()
     assert len(answer.verdict.reason) <= 500
     assert "unforeseen" not in answer.verdict.reason
-    for secret in (target.password, target.passphrase):
-        assert not secret or secret.get_secret_value() not in answer.verdict.reason
+    for secret in target.settings.secrets.values():
+        assert secret not in answer.verdict.reason
     return answer
 
 

@@ -387,12 +387,11 @@ def all_open(path: Path) -> set[str]:
     vault = Vault(path.parent / "keys")
     tokens = stored(path)
     assert len(tokens) == HOSTS
-    for entry in setup.inventory.entries:
-        name, secret = entry.settings.name, entry.password
+    for resource in setup.inventory.resources:
+        name, secret = resource.name, resource.secrets["password"]
         row = ("password", name, name, "u", "22")
-        assert secret
-        if secret.get_secret_value().startswith("HC2."):
-            tokens[f"{name} in the file"] = secret.get_secret_value()
+        if secret.startswith("HC2."):
+            tokens[f"{name} in the file"] = secret
         for token in (tokens[name], tokens.get(f"{name} in the file", tokens[name])):
             assert vault.open(token, *row) == f"secret {name[1:].partition('.')[0]}"
     return {token.split(".")[1] for token in tokens.values()}
