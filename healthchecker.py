@@ -1232,6 +1232,20 @@ def migrate(session: Session) -> None:
     session.execute(sqlalchemy.text(f"PRAGMA application_id = {APPLICATION}"))
 
 
+def read_schema(path: Path, mode: str = "ro") -> tuple[set[tuple[str, str]], int, int, bool]:
+    """Its tables' columns, whose it is (application_id), its version, and whether it is sound."""
+    try:
+        with contextlib.closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode={mode}", uri=True)) as connection:
+            columns = set(connection.execute("SELECT tables.name, columns.name FROM sqlite_master AS tables, "
+                                             "pragma_table_info(tables.name) AS columns WHERE tables.type = 'table'"))
+            [ours] = connection.execute("SELECT * FROM pragma_application_id, pragma_user_version")
+            return columns, *ours, connection.execute("PRAGMA quick_check(1)").fetchone() == ("ok",)
+    except sqlite3.OperationalError:
+        if mode == "rw":
+            raise
+        return read_schema(path, "rw")      # which rolls back what a crash cut short
+
+
 def inspect_database(path: Path) -> int:
     """The schema of the database at `path`, 0 while there is none. Raises StorageError for what is not ours and sound.
     Nothing changes, but that what a crash cut short is rolled back."""
@@ -1239,18 +1253,13 @@ def inspect_database(path: Path) -> int:
         with open(path, "rb") as file:
             if file.read(16) not in (b"", b"SQLite format 3\0"):    # SQLite takes a short text for an empty database
                 raise sqlite3.DatabaseError("it is no SQLite database")
-        with contextlib.closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=rw", uri=True)) as connection:
-            found = set(connection.execute("SELECT tables.name, columns.name FROM sqlite_master AS tables, "
-                                           "pragma_table_info(tables.name) AS columns WHERE tables.type = 'table'"))
-            [ours] = connection.execute("SELECT * FROM pragma_application_id, pragma_user_version")
-            sound = connection.execute("PRAGMA quick_check(1)").fetchone() == ("ok",)
+        found, application, version, sound = read_schema(path)
     except FileNotFoundError:
         return 0
     except (OSError, sqlite3.Error) as error:
         raise StorageError(f"database {path}: {error}; restore it from a backup or set service.database") from error
     if not found:
         return 0
-    application, version = ours
     wanted = {(table.name, column.name) for table in Base.metadata.sorted_tables for column in table.columns}
     if application != APPLICATION:
         fault = "belongs to another program; set service.database"

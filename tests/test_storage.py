@@ -679,9 +679,28 @@ DATABASES: dict[str, Callable[[Path], object]] = {
 }
 
 
+def crashed(path: Path, *statements: str) -> None:
+    """What a kill leaves behind: the last transactions stand in the log beside the file alone."""
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as connection:
+        for statement in ("PRAGMA journal_mode = WAL", *statements):
+            connection.execute(statement)
+        files = {found: found.read_bytes() for found in (path, path.with_name(path.name + "-wal"))}
+    for found, content in files.items():
+        found.write_bytes(content)
+
+
+DATABASES |= {
+    "newer schema, crashed": then(
+        good, lambda path: crashed(path, f"PRAGMA user_version = {healthchecker.SCHEMA + 1}")
+    ),
+    "another program's, crashed": lambda path: crashed(path, "CREATE TABLE song (title TEXT)"),
+}
+
+
 def picture(path: Path) -> object:
     """What must not change."""
-    return sorted(path.iterdir()) if path.is_dir() else path.read_bytes()
+    log = path.with_name(path.name + "-wal")
+    return sorted(path.iterdir()) if path.is_dir() else (path.read_bytes(), log.read_bytes() if log.exists() else b"")
 
 
 @pytest.mark.parametrize("command", [["check"], ["seal"], ["keys", "rotate"], ["trust", "c"]], ids=" ".join)
