@@ -19,6 +19,7 @@ from urllib.parse import quote, urlencode
 import flask
 import pytest
 from service import Service, prepared_keys, write_inventory
+from sshd import wait_for
 
 import healthchecker
 from healthchecker import (
@@ -222,7 +223,13 @@ class Local:
                 session.merge(Setting(name="revision", value=before))
                 revise(session)
                 self._revision = before + 1
-        self.context.monitor.catch_up()
+        return self.follow()
+
+    def follow(self) -> Local:
+        """Waits, longer than a request does, until the pollers follow the rows."""
+        with self.store.reading() as session:
+            wanted = revision(session)
+        wait_for(lambda: self.context.monitor._revision >= wanted, 60)
         return self
 
     def ask(

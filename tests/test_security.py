@@ -547,7 +547,7 @@ def poison(local: Local) -> str:
             session.add(Event(at=local.clock.now, kind=kind, resource=name, text=EVIL, actor=EVIL, address=EVIL))
         session.add(make_user(name))
         revise(session)
-    local.context.monitor.catch_up()
+    local.follow()
     return name
 
 
