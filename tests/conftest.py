@@ -89,7 +89,7 @@ def open_descriptors() -> int:
 
 
 @contextlib.contextmanager
-def no_leaks(deadline: float = 30.0, slack: int = 20 if sys.platform == "win32" else 0) -> Iterator[None]:
+def no_leaks(deadline: float = 60.0, slack: int = 20 if sys.platform == "win32" else 0) -> Iterator[None]:
     """Fail if there are more threads or descriptors `deadline` seconds after the block than before it."""
     threads, descriptors = threading.active_count(), open_descriptors()
     yield

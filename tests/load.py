@@ -135,7 +135,7 @@ class Clients(threading.Thread):
         *,
         keep: bool = True,
         pause: float = 0.0,
-        patience: float = 10.0,
+        patience: float = 60.0,
     ) -> None:
         super().__init__(name="clients", daemon=True)
         self.address, self.keep, self.pause, self.over = address, keep, pause, False
@@ -175,7 +175,7 @@ class Clients(threading.Thread):
         """How many open connections were last answered with each body."""
         return Counter(client.last for client in list(self._clients) if client.open)
 
-    def holders_of(self, count: int, deadline: float = 10.0) -> Counter[bytes]:
+    def holders_of(self, count: int, deadline: float = 60.0) -> Counter[bytes]:
         """`holders` once so many connections are open and were answered."""
         wait_for(lambda: not self.holders[b""] and self.holders.total() == count, deadline)
         return self.holders

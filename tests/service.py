@@ -267,7 +267,7 @@ class Program:
     """
 
     def __init__(
-        self, inventory: Path, *, env: Mapping[str, str] | None = None, code: int = 0, deadline: float = 90
+        self, inventory: Path, *, env: Mapping[str, str] | None = None, code: int = 0, deadline: float = 120
     ) -> None:
         self.inventory, self.code, self.deadline = inventory, code, deadline
         self._environment = environment(env)
@@ -387,7 +387,7 @@ class Program:
         """Ends it at once."""
         self.process.kill()
         self.process.wait()
-        self._reader.join(5)
+        self._reader.join(30)
         if self.process.stdout and self._ended:  # a process that was left behind would make this wait
             self.process.stdout.close()
 

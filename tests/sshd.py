@@ -59,7 +59,7 @@ PrintLastLog no
 """
 
 
-def wait_for(condition: Callable[[], T], deadline: float = 30.0) -> T:
+def wait_for(condition: Callable[[], T], deadline: float = 60.0) -> T:
     """The first true value of `condition()`; AssertionError after `deadline` seconds."""
     end = time.monotonic() + deadline
     while not (value := condition()):

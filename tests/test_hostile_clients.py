@@ -20,7 +20,7 @@ import pytest
 from conftest import no_leaks, wait_for
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from service import Service, write_inventory
+from service import Service, fresh_processes, write_inventory
 from test_gate import POOL, Serving, reads
 from test_workers import workers
 from waitress.adjustments import Adjustments
@@ -38,6 +38,7 @@ HEADER = 16 << 10  # bytes of the request line and the headers
 @pytest.fixture(autouse=True)
 def _nothing_left() -> Iterator[None]:
     Lease()
+    fresh_processes()  # stays, too
     with no_leaks():
         yield
 

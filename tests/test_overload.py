@@ -96,7 +96,7 @@ def filled(app: Waiting, count: int = THREADS + QUEUE, **options: Any) -> Iterat
 def answers(address: tuple[str, int], path: str, status: int, count: int = 300) -> None:
     """So many answers one after the other, all with that status."""
     with Clients(address, 1, path) as client:
-        wait_for(lambda: len(client.answers) >= count, 20)
+        wait_for(lambda: len(client.answers) >= count)
     assert not client.lost and set(client.statuses) == {status}
 
 
@@ -105,7 +105,7 @@ def test_beyond_the_bound_is_refused_at_once() -> None:
     """With all threads asleep and as many requests waiting as may."""
     with filled(Waiting()) as serving:
         with Clients(serving.address, 4, pause=0.002) as outside:
-            wait_for(lambda: len(outside.answers) > 400, 20)
+            wait_for(lambda: len(outside.answers) > 400)
         assert not outside.lost and set(outside.statuses) == {503}
         assert {answer.headers["retry-after"] for answer in outside.answers} == {"1"}
         assert {json.loads(answer.body)["status"] for answer in outside.answers} == {503}
@@ -213,7 +213,7 @@ def test_a_slow_client_never_stops_the_loop() -> None:
         greedy.settimeout(10)
         greedy.connect(serving.address)
         greedy.sendall(b"".join(f"GET {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode() for path in paths))
-        wait_for(lambda: left() < 0, 10)
+        wait_for(lambda: left() < 0)
         assert serving.get("/-/livez", 2) == (200, b"ok\n")
         received = bytearray()
         while received.count(b"HTTP/1.1 200") < len(paths) or not received.endswith(b"ok\n"):
@@ -227,7 +227,7 @@ def test_a_large_answer_takes_no_more_memory_than_its_buffer(folder: Path, reade
     settings = f"  app: shop:app\n  threads: {THREADS}"
     with Team(folder, 1, settings, quick=False) as team, contextlib.ExitStack() as stack:
         with Clients(team.address, 2, pause=0.01) as clients:
-            wait_for(lambda: len(clients.answers) > 50, 20)
+            wait_for(lambda: len(clients.answers) > 50)
             (worker,) = workers(os.getpid()).values()
             before = worker.memory_full_info().uss
             slow = [
@@ -268,7 +268,7 @@ def test_many_slow_readers_of_large_answers(kind: str) -> None:
         with Clients(serving.address, 1, "/small", patience=60) as client:
             wait_for(lambda: waits.append(total(serving)) or len(client.answers) > 5, 60)
         assert not client.lost and set(client.statuses) == {200}
-        wait_for(lambda: total(serving) <= limit + size, 30)
+        wait_for(lambda: total(serving) <= limit + size)
         assert max(waits) < 2 * limit + (THREADS + 2) * size < count * size
         (lone,) = (stack.enter_context(socket.create_connection(serving.address, timeout=20)) for _ in range(1))
         lone.sendall(b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
@@ -299,7 +299,7 @@ def test_after_the_load_all_is_as_before(folder: Path) -> None:
     settings = f"  app: shop:app\n  threads: {THREADS}\n  queue: {QUEUE}"
     with Team(folder, 2, settings) as team:
         with Clients(team.address, 64, "/slow") as crowd:
-            wait_for(lambda: crowd.statuses[200] > 100 and crowd.statuses[503] > 100, 20)
+            wait_for(lambda: crowd.statuses[200] > 100 and crowd.statuses[503] > 100)
         with Clients(team.address, 4, "/slow", keep=False) as clients:
             wait_for(lambda: len(clients.answers) >= 40)
     assert not crowd.lost and not clients.lost

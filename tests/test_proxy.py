@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import yaml
 from conftest import no_leaks, wait_for
-from service import PROGRAM, Service, environment, write_inventory
+from service import PROGRAM, Service, environment, fresh_processes, write_inventory
 from test_gate import POOL, Serving, hello
 
 from healthchecker import Lease, ServiceSettings, load_inventory
@@ -33,6 +33,7 @@ NGINX, HAPROXY = shutil.which("nginx", path=SBIN), shutil.which("haproxy", path=
 @pytest.fixture(autouse=True)
 def _nothing_left() -> Iterator[None]:
     Lease()
+    fresh_processes()  # stays, too
     with no_leaks():
         yield
 
@@ -169,7 +170,7 @@ def test_the_setting_of_the_service(tmp_path: Path) -> None:
     )
     for trusted, seen in (("[127.0.0.1, 198.51.100.0/24]", "192.0.2.7"), ("[192.0.2.0/24]", "127.0.0.1")):
         settings = f"  app: shop:app\n  trusted_proxy: {trusted}\n  body_limit: 10"
-        with Service(write_inventory(tmp_path, STEADY, settings), deadline=60) as service:
+        with Service(write_inventory(tmp_path, STEADY, settings)) as service:
             service.wait_status("/", 200)
             assert service.get("/", {FOR: "192.0.2.7, 198.51.100.3"}).body == seen
             assert service.get("/", {"Content-Length": "11"}).status == 413

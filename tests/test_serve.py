@@ -81,7 +81,7 @@ def test_serves_at_the_first_start(tmp_path: Path) -> None:
         (tmp_path / EXAMPLE.name).write_text(text, encoding="utf-8")
     else:
         write_inventory(tmp_path, "  - {name: this-machine, platform: local}")
-    with Program(path, deadline=60) as service:
+    with Program(path) as service:
         service.wait_status("/", 200)
         for own, status in {"/-/livez": 200, "/-/readyz": 200, "/-/gate": 204, "/-/health": 200}.items():
             assert service.get(own).status == status
@@ -94,7 +94,7 @@ def test_serves_at_the_first_start(tmp_path: Path) -> None:
 
 
 def test_without_a_console(tmp_path: Path) -> None:
-    with Service(write_inventory(tmp_path, HERE, "  console: off"), deadline=60) as service:
+    with Service(write_inventory(tmp_path, HERE, "  console: off")) as service:
         service.wait_status("/", 200)
         assert service.wait_line("serving on").endswith(", console off\n")
         assert "console" not in service.get("/").body
@@ -103,7 +103,7 @@ def test_without_a_console(tmp_path: Path) -> None:
 def test_a_hangup_reopens_the_log(tmp_path: Path) -> None:
     """It was moved away, as logrotate does; nothing ends, and nothing is lost."""
     log, moved = tmp_path / "service.log", tmp_path / "moved.log"
-    with Service(write_inventory(tmp_path, HERE, "  log_file: service.log"), deadline=60) as service:
+    with Service(write_inventory(tmp_path, HERE, "  log_file: service.log")) as service:
         service.wait_status("/", 200)
         log.rename(moved)
         os.killpg(service.pid, signal.SIGHUP)  # as the end of a terminal does: to the workers, too
