@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+unexport PYTHONDONTWRITEBYTECODE    # each process of a test would compile all modules anew
 
 .PHONY: run test test-windows packages lint map bench soak clean
 .NOTPARALLEL:   # packages come before what uses them
