@@ -14,6 +14,7 @@ import io
 import os
 import platform
 import random
+import re
 import resource
 import shutil
 import subprocess
@@ -423,6 +424,12 @@ def table(rows: list[Row], noises: list[str]) -> str:
     return f"{head}\n\n{columns}" + "\n".join(map(str, rows)) + "\n"
 
 
+def quoted(rows: list[Row], text: str) -> list[Row]:
+    """What a file's table quotes: the figures that it names already, and every one that was missed."""
+    named = re.findall(r"^\| (?!figure )(.+?) \|", text, re.MULTILINE)
+    return [row for row in rows if not named or row.figure in named or row.good is False]
+
+
 def history_rows(plan: Plan) -> Iterator[Row]:
     """Size and pages of what `bench_history` fills."""
     for found in bench_history.rows(plan.load == 1):
@@ -470,13 +477,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Measure what HealthChecker promises.")
     parser.add_argument("--short", action="store_true", help="fewer and shorter rounds")
     parser.add_argument("--strict", action="store_true", help="exit 1 when a figure is missed")
-    parser.add_argument("--write", type=Path, metavar="FILE", help=f"replace the table in it, after {START}")
+    parser.add_argument("--write", type=Path, metavar="FILE", help=f"measure anew what its table quotes, after {START}")
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)}, serving; default: all")
     arguments = parser.parse_intermixed_args()
     text = arguments.write.read_text(encoding="utf-8") if arguments.write else f"{START}{END}"
     raise_limit()
     before, start, rest = text.partition(START)
-    _, end, after = rest.partition(END)
+    old, end, after = rest.partition(END)
     if not (start and end):
         parser.error(f"{arguments.write} has no {START} ... {END}")
     from bench_serving import serving_rows  # noqa: PLC0415  # it imports this file
@@ -488,7 +495,7 @@ def main() -> int:
     rows, noises, wrong = measured(chosen, SHORT if arguments.short else FULL)
     print("\n" + table(rows, noises))
     if arguments.write and not wrong:
-        content = f"{before}{START}\n{table(rows, noises)}{END}{after}"
+        content = f"{before}{START}\n{table(quoted(rows, old), noises)}{END}{after}"
         arguments.write.write_text(content, encoding="utf-8", newline="\n")
     for text in wrong:
         print(text, file=sys.stderr)
