@@ -52,9 +52,9 @@ def resources(folder: Path, count: int) -> hc.Store:
             row = hc.Resource(id=number, origin="inventory")
             row.take_settings(settings)
             session.add(row)
-            session.add(hc.Status(resource_id=number, settings_digest="", credential_digest="", state="healthy",
-                                  cause="", reason="", since_at=NOW - 86_400, polled_at=NOW, good=9, bad=0,
-                                  seconds=0.1, sample=sample.to_json(), strip="h" * hc.STRIP))
+            session.add(hc.Status(resource_id=number, settings_digest=row.settings_digest, credential_digest="",
+                                  state="healthy", cause="", reason="", since_at=NOW - 86_400, polled_at=NOW, good=9,
+                                  bad=0, seconds=0.1, sample=sample.to_json(), strip="h" * hc.STRIP))
     return store
 
 
