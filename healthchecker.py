@@ -4967,13 +4967,15 @@ class GateServer(TcpWSGIServer):    # type: ignore[misc]  # waitress carries no 
         wait for it, cuts those who have not taken anything for longest; whether to look again soon."""
         sending, limit = self.loop.sending, self._service.send_buffer
         waits, blocked = sum(channel.total_outbufs_len for channel in sending), list(self.waited_for)
-        starved = bool(self.pool.waiting) and 2 * len(blocked) >= self.adj.threads
+        queued, threads = self.pool.waiting, self.adj.threads
+        starved = queued > 0 and 2 * len(blocked) >= threads
         if waits <= limit and not starved:
             return False
         readers = sorted(blocked if starved else sending, key=lambda channel: channel.taken_at)
-        spared = (self.adj.threads - 1) // 2 if starved else 1      # so that a lone reader gets all of its answer
+        spared = (threads - 1) // 2 if starved else 1       # so that a lone reader gets all of its answer
         for channel in readers[:max(0, len(readers) - spared)]:
-            if now - channel.taken_at < READER_PAUSE * min(1.0, limit / waits) or not (starved or waits > limit):
+            pause = READER_PAUSE / max(1.0, waits / limit, queued / threads)
+            if now - channel.taken_at < pause or not (starved or waits > limit):
                 break
             waits -= channel.total_outbufs_len
             channel.handle_close()

@@ -275,6 +275,27 @@ def test_many_slow_readers_of_large_answers(kind: str) -> None:
         assert len(reads(lone)) > size, "who takes it gets an answer that is larger than all that may wait"
 
 
+def test_behind_a_crowd_that_takes_nothing() -> None:
+    """The more wait for a thread, the sooner those are cut who keep one: nobody honest waits for all of them."""
+
+    def large(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
+        if environ["PATH_INFO"] == "/small":
+            return hello(environ, start_response)
+        start_response("200 OK", [("Content-Type", "text/plain")])
+        return (bytes(1 << 16) for _ in range(200))
+
+    service = ServiceSettings(send_buffer=4 << 20)
+    with Serving(large, THREADS, service=service) as serving, contextlib.ExitStack() as stack:
+        for _ in range(16 * THREADS):
+            sock = stack.enter_context(socket.create_connection(serving.address, timeout=20))
+            sock.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+        wait_for(lambda: serving.server.pool.waiting > 14 * THREADS)
+        begin = time.monotonic()
+        with Clients(serving.address, 1, "/small", patience=60) as client:
+            wait_for(lambda: client.answers, 60)
+        assert not client.lost and time.monotonic() - begin < 5, "at half a second for each it is 10 s"
+
+
 def total(serving: Serving) -> int:
     """Bytes that wait to be sent."""
     return sum(channel.total_outbufs_len for channel in list(serving.server.active_channels.values()))
