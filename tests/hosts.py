@@ -89,8 +89,8 @@ def host_names() -> list[str]:
 def untyped(table: str) -> str:
     """What df prints without -T: the same rows, less the second column."""
     row = re.compile(r"^(.*?\S)( +\S+)((?: +[\d-]+){3,4} +(?:[\d-]+%|-) .*)$")
-    head, *rows = table.splitlines()
-    return "\n".join([re.sub(" +Type", "", head, count=1), *(row.sub(r"\1\3", line) for line in rows), ""])
+    lines = [re.sub("^Filesystem +Type", "Filesystem", row.sub(r"\1\3", line)) for line in table.splitlines()]
+    return "\n".join([*lines, ""])
 
 
 def df_answers(answers: dict[str, Answer]) -> dict[str, Answer]:
@@ -101,14 +101,18 @@ def df_answers(answers: dict[str, Answer]) -> dict[str, Answer]:
         if re.fullmatch("df( -[A-Za-z]+)?", command):
             found["".join(sorted(command[4:]))] = answer
     for letters, answer in list(found.items()):
-        if "T" in letters and answer.status == 0:
-            found.setdefault(letters.replace("T", ""), Answer(untyped(answer.text)))
+        if re.search("^Filesystem +Type", answer.text, re.MULTILINE):
+            found.setdefault(letters.replace("T", ""), Answer(untyped(answer.text), answer.status))
     for letters, answer in list(found.items()):
         if "l" not in letters:
             found.setdefault("".join(sorted(letters + "l")), answer)
     return found
 
 
+# All of a table of df or, where mount points are given, their rows.
+ROWS = """awk -v "wanted=$rest" '
+BEGIN { for (n = split(wanted, list, "\\n"); n > 0; n--) if (list[n] != "") only[list[n]] = ++some }
+{ mount = $0; sub(/^.*([0-9]%|-) +/, "", mount) } /^Filesystem/ || !some || mount in only'"""
 KEY = {
     # Letters in any order and number of words, sorted; what is no option is left alone.
     "df": r"""
@@ -116,8 +120,10 @@ known='%s' complaint=%s letters= rest=
 for word; do
     case $word in
     --help) rest="$rest --help" ;;
+    --) ;;
     -[A-Za-z]*) letters=$letters${word#-} ;;
-    *) rest="$rest $word" ;;
+    *) rest="$rest
+$word" ;;
     esac
 done
 sorted=
@@ -129,10 +135,14 @@ for letter in B H I P T Y a b c g h i k l m n t x; do
         esac ;;
     esac
 done
-key=$sorted$rest
+key=$sorted
+[ "${rest#" --help"}" != "$rest" ] && key=--help rest=
 """,
     "systemctl": r"""
-key=; for word; do case $word in -*|LoadState|ActiveState|SubState|Result|Type|show) ;; *) key="show $word" ;; esac; done
+key=
+for word; do
+    case $word in -*|*State|Result|Type|*PID|*Status|show) ;; *) key="show $word" ;; esac
+done
 """,
 }
 SYSCTL = r"""
@@ -162,11 +172,12 @@ def stub(name: str, answers: dict[str, Answer], folder: Path) -> str:
     if name == "df":
         known, _, complaint = answers.get("df --options", Answer(GNU_DF)).text.strip().partition("\n")
         before = before % (known, shlex.quote(complaint))
-        keys = df_answers(answers) | {" --help": answers.get("df --help", Answer("Usage: df [-PTahiklm] [--local]\n"))}
+        keys = df_answers(answers) | {"--help": answers.get("df --help", Answer("Usage: df [-PTahiklm] [--local]\n"))}
     for number, (key, answer) in enumerate(keys.items()):
         stored = folder / f"{name}.{number}"
         stored.write_text(answer.text, encoding="utf-8")
-        choices += f"{shlex.quote(key)}) cat {shlex.quote(str(stored))}; exit {answer.status};;\n"
+        show = ROWS if name == "df" else "cat"
+        choices += f"{shlex.quote(key)}) {show} {shlex.quote(str(stored))}; exit {answer.status};;\n"
     real = shutil.which(name) if name in TOOLS else None
     other = f'exec {real} "$@"' if real else f'echo "{name}: not recorded: $*" >&2; exit 64'
     return f"#!/bin/sh{before}case $key in\n{choices}esac\n{other}\n"
