@@ -1,7 +1,7 @@
 """Machines that we do not have, played from what they print: tests/recorded/<system>/<host>.transcript.
 
-A transcript is what a terminal would show: lines `$ command`, what it prints (standard error first), and `[3]` where
-its exit status is not 0. Lines that begin with `##` are comments; the first ones say which system and version it is
+A transcript is what a terminal would show: lines `$ command`, what it prints (lines that begin with its name and a colon
+on standard error), and `[3]` where its exit status is not 0. Lines that begin with `##` are comments; the first ones say which system and version it is
 and where the shape was found. Names and numbers are our own, made so that shares are round. Besides,
 
     $ cat /proc/mounts      makes that file; `$ ls -d /run/systemd/system` that folder
@@ -174,10 +174,13 @@ def stub(name: str, answers: dict[str, Answer], folder: Path) -> str:
         before = before % (known, shlex.quote(complaint))
         keys = df_answers(answers) | {"--help": answers.get("df --help", Answer("Usage: df [-PTahiklm] [--local]\n"))}
     for number, (key, answer) in enumerate(keys.items()):
-        stored = folder / f"{name}.{number}"
-        stored.write_text(answer.text, encoding="utf-8")
+        stored, complaints = folder / f"{name}.{number}", folder / f"{name}.{number}.stderr"
+        lines = answer.text.splitlines(keepends=True)
+        complaints.write_text("".join(line for line in lines if line.startswith(f"{name}: ")), encoding="utf-8")
+        stored.write_text("".join(line for line in lines if not line.startswith(f"{name}: ")), encoding="utf-8")
         show = ROWS if name == "df" else "cat"
-        choices += f"{shlex.quote(key)}) {show} {shlex.quote(str(stored))}; exit {answer.status};;\n"
+        said = f"cat {shlex.quote(str(complaints))} >&2; {show} {shlex.quote(str(stored))}"
+        choices += f"{shlex.quote(key)}) {said}; exit {answer.status};;\n"
     real = shutil.which(name) if name in TOOLS else None
     other = f'exec {real} "$@"' if real else f'echo "{name}: not recorded: $*" >&2; exit 64'
     return f"#!/bin/sh{before}case $key in\n{choices}esac\n{other}\n"
