@@ -1,8 +1,9 @@
 """Machines that we do not have, played from what they print: tests/recorded/<system>/<host>.transcript.
 
-A transcript is what a terminal would show: lines `$ command`, what it prints (lines that begin with its name and a colon
-on standard error), and `[3]` where its exit status is not 0. Lines that begin with `##` are comments; the first ones say which system and version it is
-and where the shape was found. Names and numbers are our own, made so that shares are round. Besides,
+A transcript is what a terminal would show: lines `$ command`, what it prints (on standard error where a line begins
+with its name and a colon), and `[3]` where its exit status is not 0. Lines that begin with `##` are comments; the first
+ones say which system and version it is and where the shape was found. Names and numbers are our own, made so that
+shares are round. Besides,
 
     $ cat /proc/mounts      makes that file; `$ ls -d /run/systemd/system` that folder
     $ sysctl -a             answers any `sysctl` of these variables
