@@ -309,6 +309,9 @@ def left_over(mark: str) -> list[str]:
     return found
 
 
+STARTED: list[subprocess.Popen[bytes]] = []  # by the test that runs, and not waited for yet
+
+
 @pytest.fixture
 def mark(request: pytest.FixtureRequest) -> Iterator[str]:
     name = re.sub(r"\W", "_", request.node.name)
@@ -316,6 +319,8 @@ def mark(request: pytest.FixtureRequest) -> Iterator[str]:
     for line in left_over(name):
         with contextlib.suppress(OSError):
             os.kill(int(line.split()[0]), signal.SIGKILL)
+    while STARTED:
+        STARTED.pop().wait(10)
 
 
 def in_folder(folder: Path, **scripts: str) -> str:
@@ -333,6 +338,7 @@ def partial(command: list[str], script: str, seconds: float, environ: dict[str, 
     """What a poll reads until its deadline; then it goes away, as a closed channel does."""
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                                env={**os.environ, **environ}, start_new_session=True)
+    STARTED.append(process)
     assert process.stdin and process.stdout
     process.stdin.write(script.encode())
     process.stdin.close()
@@ -362,8 +368,10 @@ def test_hanging_dfs_do_not_pile_up(tmp_path: Path, mark: str) -> None:
     script = build_script(Platform.LINUX, [], [], NONCE)
     for _ in range(3):
         partial([shutil.which("dash") or "sh", "-s"], script, 2, {"PATH": path, MARK: mark})
-    time.sleep(2)  # for what ends by itself
-    assert len([line for line in left_over(mark) if "sleep 60" in line]) <= 1
+    until = time.monotonic() + 10  # for what ends by itself
+    while len(stuck := [line for line in left_over(mark) if "sleep 60" in line]) > 1 and time.monotonic() < until:
+        time.sleep(0.2)
+    assert len(stuck) <= 1
 
 
 @fault("LocalConnection ends what a poll started by means of `ps`; without one it ends nothing but the shell")
@@ -378,7 +386,8 @@ def test_the_local_connection_ends_everything_where_there_is_no_ps(
     assert left_over(mark) == []
 
 
-BARE_TOOLS = ("uname", "date", "dd", "sleep", "getconf", "df", "uptime", "printf", "cat")
+# No timeout(1). yash wants even what it has built in to be found there, as POSIX says.
+BARE_TOOLS = "uname date dd sleep getconf df uptime printf cat echo test [ true kill".split()
 NO_JOB_CONTROL = "without timeout(1) the watcher's `sleep` outlives the check (limit: kill reaches the subshell alone)"
 LEAVES = {"dash", "busybox", "zsh", "yash"}
 
@@ -392,19 +401,9 @@ def test_a_check_leaves_nothing_behind_without_timeout_1(shell: str, tmp_path: P
     command = command_of(shell)
     script = without_path(build_script(Platform.POSIX, [], [Check(name="good", command="echo 1", timeout=77)], NONCE))
     text, _ = run_script(command, script, **{"PATH": str(tmp_path), MARK: mark})
-    assert "begin check good" in text
+    assert parse_output(text, NONCE, None).checks["good"].good
     time.sleep(2)  # a watcher may sleep a second more
     assert left_over(mark) == []
-
-
-@fault("without timeout(1) yash gives no exit status: a good check is bad")
-def test_a_check_in_yash_without_timeout_1(tmp_path: Path, mark: str) -> None:
-    for name in BARE_TOOLS:
-        (tmp_path / name).symlink_to(shutil.which(name) or pytest.fail(name))
-    command = command_of("yash")
-    script = without_path(build_script(Platform.POSIX, [], [Check(name="good", command="echo 1", timeout=7)], NONCE))
-    text, _ = run_script(command, script, **{"PATH": str(tmp_path), MARK: mark})
-    assert parse_output(text, NONCE, None).checks["good"].good
 
 
 # --- Checks with the exit codes of Nagios ------------------------------------
