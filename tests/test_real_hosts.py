@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from test_probes import assert_sound
 
 from healthchecker import (
+    OUTPUT_BYTES,
     PROBES,
     CommandResult,
     CpuTicks,
@@ -230,6 +231,25 @@ def test_nothing_vanishes(name: str) -> None:
         space = re.sub(r"/.*" if kind == "zfs" else r"(?<=[0-9])s[0-9].*" if kind == "apfs" else "$^", "", device)
         listed = [word for word in (mount, kind) if word and re.search(rf"(?<![\w/]){re.escape(word)}(?![\w/])", told)]
         assert mount in shown or listed or (space in spaces and kind != "tmpfs"), f"{mount} ({device}, {kind})"
+
+
+def test_a_node_with_a_thousand_pods_stays_below_what_is_read() -> None:
+    """Each pod has a root and volumes; their lines in /proc/mounts are long, and most are no disk."""
+    host = hosts.host("debian/12-inodes")
+    mounts, table = host.files["proc/mounts"], host.said("df -PkT")
+    for number in range(1000):
+        pod = f"/var/lib/kubelet/pods/0b0b0b0b-0000-4000-8000-{number:012}/volumes"
+        root = f"/run/containerd/io.containerd.runtime.v2.task/k8s.io/{number:064}/rootfs"
+        layers = ":".join(f"/var/lib/containerd/snapshots/{number + layer}/fs" for layer in range(12))
+        mounts += f"overlay {root} overlay rw,relatime,lowerdir={layers} 0 0\n"
+        mounts += f"tmpfs {pod}/kubernetes.io~projected/token tmpfs rw,relatime,size=4000000k,inode64 0 0\n"
+        table += f"overlay overlay 40000000 10000000 30000000 25% {root}\n"
+        table += f"tmpfs tmpfs 4000000 12 3999988 1% {pod}/kubernetes.io~projected/token\n"
+    played = host._replace(files={**host.files, "proc/mounts": mounts},
+                           answers={**host.answers, "df -PkT": hosts.Answer(table)})  # fmt: skip
+    text = hosts.play(played, build_script(Platform.UNIX, [], [], NONCE))
+    assert len(text) < OUTPUT_BYTES / 2
+    assert readings(parse_output(text, NONCE, None), "disk_percent").keys() == DISKS["debian/12-inodes"].keys()
 
 
 # --- Read-only filesystems ---------------------------------------------------
