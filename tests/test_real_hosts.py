@@ -398,6 +398,11 @@ def test_counters_that_stand_still_are_a_problem_at_the_third_poll(name: str) ->
     assert fourth.startswith("degraded")
 
 
+def test_what_a_machine_does_not_have_is_no_missing_reading() -> None:
+    """A limit of swap_percent on a machine without swap stays good, at the fourth poll, too."""
+    assert polls("openwrt/23", 4, {"swap_percent": "90"}) == ["healthy "] * 4
+
+
 # --- Services ----------------------------------------------------------------
 SERVICES = {
     "alpine/3.20 nginx": True,
