@@ -464,7 +464,7 @@ Name = Annotated[str, matching(r"(?!\.\.?$)[^\s/\\\x00-\x1f\x7f]+( [^\s/\\\x00-\
                                f"must be 1 to {NAME_CHARS} characters without slashes", NAME_CHARS)]
 HOSTNAME = re.compile(r"(?!-|\.\.?$)[\w.:%-]{1,253}")
 Hostname = Annotated[str, matching(HOSTNAME.pattern, "must be a host name or an IP address")]
-ServiceName = Annotated[str, matching(r"(?!-)[\w@.:+\\ -]+", "must be the name of a service", 200)]
+ServiceName = Annotated[str, matching(r"(?!-)[^/\x00-\x1f\x7f]+", "must be the name of a service", 256)]
 Fingerprint = Annotated[str, matching(r"(SHA256:)?[0-9A-Fa-f]{2}(:?[0-9A-Fa-f]{2}){31}",
                                       "must be a SHA-256 fingerprint: 64 hexadecimal digits")]
 HostKey = Annotated[str, matching(r"strict|(([a-z0-9-]+) )?SHA256:[A-Za-z0-9+/]{43}=?",
@@ -2546,10 +2546,10 @@ def _ps_cpu(text: str) -> float:
 
 
 def _load_per_cpu(text: str) -> float:
-    """A line with the load of 1, 5 and 15 minutes, bare or of uptime(1), then the number of CPUs."""
+    """The number of CPUs, then a line with the load of 1, 5 and 15 minutes, bare or of uptime(1)."""
     lines = text.splitlines() or [""]
-    load = lines[0].rpartition("average")[2].lstrip("s:{ ").partition(" ")[0]
-    return _number(load.rstrip(",")) / _count(lines[-1])
+    load = lines[-1].rpartition("average")[2].lstrip("s:{ ").partition(" ")[0]
+    return _number(load.rstrip(",")) / _count(lines[0])
 
 
 def _linux_memory(text: str) -> float:
@@ -2683,23 +2683,24 @@ _ANY = (Probe("hostname", "uname -n", _line), Probe("kernel", "uname -sr", _line
 _BSD = (                        # and macOS
     Probe("uptime_seconds", "sysctl -n kern.boottime; date +%s", _since_boot),
     Probe("cpu_count", "sysctl -n hw.ncpu", _count),
-    Probe("load_per_cpu", "sysctl -n vm.loadavg hw.ncpu", _load_per_cpu),
+    Probe("load_per_cpu", "sysctl -n hw.ncpu vm.loadavg", _load_per_cpu),
 )
-_CPUS = "getconf _NPROCESSORS_ONLN"
-_LINUX_CPUS = f"{_CPUS} 2>/dev/null || grep -c '^cpu[0-9]' /proc/stat"
+# What may fail comes first, so that a problem shows its words.
+_CPUS = "{ getconf NPROCESSORS_ONLN 2>/dev/null || getconf _NPROCESSORS_ONLN; }"
+_LINUX_CPUS = "{ getconf _NPROCESSORS_ONLN 2>/dev/null || grep -c '^cpu[0-9]' /proc/stat; }"
 PROBES: dict[Platform, CommandSet] = {
     Platform.LINUX: CommandSet("Linux", (
         *_ANY,
-        Probe("os", '(. /etc/os-release; echo "${PRETTY_NAME:?}") 2>/dev/null || cat /etc/redhat-release',
-              _line),
+        Probe("os", '{ (. /etc/os-release; echo "${PRETTY_NAME:?}") || cat /etc/redhat-release; } 2>/dev/null'
+              " || uname -sr", _line),
         Probe("uptime_seconds", "cat /proc/uptime", _number),
         Probe("cpu_count", _LINUX_CPUS, _count),
         Probe("cpu_percent", "grep '^cpu ' /proc/stat", _linux_ticks),
         Probe("memory_percent", "grep -E '^(Mem|Buffers|Cached|Shmem:)' /proc/meminfo", _linux_memory),
         Probe("swap_percent", "grep ^Swap /proc/meminfo", _linux_swap),
-        Probe("load_per_cpu", f"cat /proc/loadavg; {_LINUX_CPUS}", _load_per_cpu),
+        Probe("load_per_cpu", f"{_LINUX_CPUS} && cat /proc/loadavg", _load_per_cpu),
         # Without -l a dead NFS server holds df up for ever; busybox has no -l.
-        Probe("disk_percent", "case $(df --help 2>&1) in *--local*) df -PklT;; *) df -PkT;; esac; :",
+        Probe("disk_percent", 'h=$(df --help 2>&1); l=; [ "${h#*--local}" = "$h" ] || l=l; df -PkT$l; :',
               functools.partial(_disk_percent, typed=True)),
     ), "if [ -d /run/systemd/system ]; then systemctl show -p LoadState -p ActiveState -p SubState -- {};"
        " else service {} status; fi", _systemd),
@@ -2725,7 +2726,7 @@ PROBES: dict[Platform, CommandSet] = {
         *_ANY,
         Probe("os", "uname -sr", _line),
         Probe("cpu_count", _CPUS, _count),
-        Probe("load_per_cpu", f"uptime; {_CPUS}", _load_per_cpu),
+        Probe("load_per_cpu", f"{_CPUS} && uptime", _load_per_cpu),
         Probe("disk_percent", "df -Pk; :", functools.partial(_disk_percent, typed=False)),
     ), ":", lambda status, text: Outcome(False, "services are not supported on this platform")),
 }  # fmt: skip
@@ -2789,8 +2790,8 @@ def build_script(platform: Platform, services: Sequence[str], checks: Sequence[C
             rows.append((f"service {quote(name, '')}", table.service.replace("{}", shlex.quote(name))))
         # Each write is a packet that costs us 0.2 ms: they are gathered until a command comes that may hang.
         sections = "".join(
-            f"b {shlex.quote(title)}; {'f; ' if title.startswith(('disk', 'service ')) else ''}O=$(\n{command}\n); e\n"
-            for title, command in rows)
+            f"b {shlex.quote(title)}; {'f; ' if title.startswith(('disk', 'service ')) else ''}"
+            f"O=$(\nexec 2>&1\n{command}\n); e\n" for title, command in rows)
         branches += f"{table.uname if len(chosen) > 1 else '*'})\n{sections};;\n"
     limited = ""
     for check in checks:
@@ -3030,7 +3031,8 @@ def build_windows_script(services: Sequence[str], checks: Sequence[Check], _nonc
     none of those: it cannot end the literal, nothing in it is expanded. One line needs no marks."""
     commands = [{"name": check.name, "command": check.command, "milliseconds": round(1000 * check.timeout)}
                 for check in checks]
-    wanted = json.dumps({"services": list(services), "checks": commands})
+    names = [re.sub(r"([][*?`])", r"`\1", name) for name in services]      # or Get-Service takes them for patterns
+    wanted = json.dumps({"services": names, "checks": commands})
     return COLLECT.replace("WANTED", wanted.replace("'", r"\u0027"), 1)
 
 
@@ -3073,7 +3075,8 @@ def _windows_sample(answer: WindowsAnswer, previous: CpuTicks | None) -> Sample:
     problems |= {name: one_line(why)[:PROBLEM_CHARS] for name, why in answer.problems.items()}
     services, checks = ({row.name: Outcome(row.good, kept(row.text.translate(CONTROL).strip())) for row in said}
                         for said in (answer.services, answer.checks))
-    return make_sample(rows, problems, previous, services, checks)
+    asked = {re.sub("`(.)", r"\1", name): outcome for name, outcome in services.items()}
+    return make_sample(rows, problems, previous, asked, checks)
 
 
 def parse_windows(text: str, _nonce: str, previous: CpuTicks | None) -> Sample:

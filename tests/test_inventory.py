@@ -195,6 +195,9 @@ FAULTS: dict[str, tuple[str, str]] = {
         "two checks have the same name",
     ),
     "check without command": (more("checks:\n      - ¦name: a"), "resources[0].checks[0].command: is missing"),
+    "service with a slash": (more("services: [¦a/b]"), "resources[0].services[0]"),
+    "service of two lines": (more('services: [¦"a\\nb"]'), "resources[0].services[0]"),
+    "service with a long name": (more(f"services: [¦{'a' * 257}]"), "resources[0].services[0]"),
     "service with a blank start": (more("services: [¦'-rf']"), "resources[0].services[0]"),
     "setting of another platform": (more("¦seed: 1"), "has no meaning with platform"),
     "password for local": (

@@ -21,10 +21,10 @@ from test_probes import assert_sound
 from healthchecker import (
     OUTPUT_BYTES,
     PROBES,
-    CommandResult,
     CpuTicks,
     Deadline,
     Limits,
+    Output,
     Platform,
     ProbeError,
     ResourceSettings,
@@ -74,11 +74,11 @@ class Played:
     def __init__(self, host: hosts.Host) -> None:
         self.host = host
 
-    def run(self, script: str, done: bytes, deadline: Deadline) -> CommandResult:
+    def run(self, script: str, output: Output, deadline: Deadline) -> bool:
         del deadline
         text = hosts.play(self.host, script)
-        assert done.decode() in text, text[-500:]
-        return CommandResult(text.encode(), 0)
+        assert output.mark.decode() in text, text[-500:]
+        return output.take(text.encode())
 
 
 def resource(**changed: Any) -> ResourceSettings:
@@ -282,7 +282,7 @@ def test_a_filesystem_that_turns_read_only_between_two_polls() -> None:
     after = before._replace(files={**before.files, "proc/mounts": mounts})
     settings_, kept = resource(limits={"disk_percent": "90"}), None
     for host in (before, after, after):
-        sample, _ = collect(settings_, Played(host), kept)
+        sample = collect(settings_, Played(host), kept)
         kept = sample.ticks  # whatever is handed on to the next poll
     assert any("read-only" in why and "/var/spool" in why for why in sample.problems.values())
 
@@ -357,17 +357,14 @@ def test_swap(name: str, expected: float | None) -> None:
 CPUS = {"aix/7": 4, "alpine/3.20": 4, "android/14": 4, "busybox/1.01": 1, "illumos/omnios": 4,
         "illumos/smartos-zone": 4, "netbsd/10": 4, "openbsd/7": 4, "openwrt/23": 4, "qnap/5": 4, "solaris/11": 4,
         "macos/12-intel": 8, "freebsd/14-zfs": 4, "container/docker-cgroup2": 8}  # fmt: skip
-ONLINE = "getconf _NPROCESSORS_ONLN is unknown there; NPROCESSORS_ONLN is what it has"
 
 
-@pytest.mark.parametrize(("name", "expected"), rows(CPUS, dict.fromkeys(
-    ["illumos/omnios", "illumos/smartos-zone", "netbsd/10", "solaris/11"], ONLINE)))
+@pytest.mark.parametrize(("name", "expected"), rows(CPUS, {}))
 def test_cpus_and_load(name: str, expected: int) -> None:
     assert sample_of(name).details["cpu_count"] == expected
     assert sample_of(name).metrics["load_per_cpu"] == pytest.approx(0.2 if name.startswith("container") else 0.1)
 
 
-@fault("the problem shows uptime's line, the first of the output, instead of the error")
 def test_a_problem_shows_what_failed() -> None:
     host = hosts.host("netbsd/10")
     unknown = hosts.Answer("getconf: NPROCESSORS_ONLN: unknown variable\n", 1)
@@ -381,7 +378,7 @@ def polls(name: str, count: int, limits: dict[str, Any]) -> list[str]:
     """States of as many polls in a row of a machine whose figures stand still."""
     settings_, kept, states = resource(limits=limits), None, []
     for _ in range(count):
-        sample, _ = collect(settings_, Played(hosts.host(name)), kept)
+        sample = collect(settings_, Played(hosts.host(name)), kept)
         kept = sample.ticks
         verdict = evaluate(sample, settings_)
         states.append(f"{verdict.state} {verdict.reason}")
@@ -510,7 +507,6 @@ def test_a_service_that_cannot_be_seen_says_so(service: str) -> None:
     assert "see_other_uids" in sample_of("freebsd/14-zfs").services[service].text
 
 
-@fault("the inventory refuses what Windows allows in a service's name")
 @pytest.mark.parametrize("name", ["MSSQL$PAYROLL", "SQLAgent$A(1)", "a & b", "it's", "x[1]", "c#", "100%", "a;b"])
 def test_names_of_services(name: str) -> None:
     assert resource(services=[name]).services == [name]

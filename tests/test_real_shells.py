@@ -28,10 +28,10 @@ from test_real_hosts import fault, resource
 from healthchecker import (
     PROBES,
     Check,
-    CommandResult,
     CpuTicks,
     Deadline,
     LocalConnection,
+    Output,
     Platform,
     build_script,
     collect,
@@ -46,8 +46,6 @@ MARK = "HEALTHCHECKER_REAL_SHELLS"  # in the environment of all that a test star
 ODD = [Check(name="odd", command="case $x in a) echo 'it''s)';; esac # it's )", timeout=5)]
 SCRIPTS = {platform.value: build_script(platform, ["a b", "it's (x)", "$y"], ODD, NONCE)
            for platform in (*PROBES, Platform.UNIX, Platform.LOCAL)}  # fmt: skip
-BARE = "`$(case … in pattern) …)`: the bare `)` ends the substitution in bash 3.2 (disk_percent of linux)"
-NOT_MACOS = {"linux", "unix", "local"}
 
 
 # --- The script's text -------------------------------------------------------
@@ -126,9 +124,7 @@ def test_the_model_of_bash_3_2(text: str, expected: list[str]) -> None:
     assert substitutions(text) == expected
 
 
-@pytest.mark.parametrize(
-    "platform", [pytest.param(name, marks=fault(BARE) if name in NOT_MACOS else []) for name in SCRIPTS]
-)
+@pytest.mark.parametrize("platform", SCRIPTS)
 def test_each_substitution_is_whole_in_the_eyes_of_bash_3_2(platform: str) -> None:
     script = SCRIPTS[platform]
     assert parses(script)
@@ -138,9 +134,7 @@ def test_each_substitution_is_whole_in_the_eyes_of_bash_3_2(platform: str) -> No
     assert not [text for text in found if re.search(r"(^|\s)#", text)], "a quote in a comment would not end there"
 
 
-@pytest.mark.parametrize(
-    "platform", [pytest.param(name, marks=fault(BARE) if name in NOT_MACOS else []) for name in SCRIPTS]
-)
+@pytest.mark.parametrize("platform", SCRIPTS)
 def test_posh_parses_the_script(platform: str) -> None:
     if not shutil.which("posh"):
         pytest.skip("posh is not installed (apt-get install posh)")
@@ -382,7 +376,7 @@ def test_the_local_connection_ends_everything_where_there_is_no_ps(
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setenv(MARK, mark)
     connection: Any = LocalConnection(None, None, None)  # type: ignore[arg-type]  # it looks at none of them
-    connection.run("sleep 61; echo\n", b"never", Deadline(1.0))
+    connection.run("sleep 61; echo\n", Output("never"), Deadline(1.0))
     assert left_over(mark) == []
 
 
@@ -410,10 +404,10 @@ def test_a_check_leaves_nothing_behind_without_timeout_1(shell: str, tmp_path: P
 class Shell:
     """This machine's sh as a connection, with a PATH of its own."""
 
-    def run(self, script: str, done: bytes, deadline: Deadline) -> CommandResult:
+    def run(self, script: str, output: Output, deadline: Deadline) -> bool:
         text, _ = run_script(["sh", "-s"], script, deadline.seconds)
-        assert done.decode() in text
-        return CommandResult(text.encode(), 0)
+        assert output.mark.decode() in text
+        return output.take(text.encode())
 
 
 PLUGINS = Path("/usr/lib/nagios/plugins")
@@ -445,7 +439,7 @@ STATES = {0: "healthy", 1: "degraded", 2: "unhealthy", 3: "degraded"}
 def nagios(command: str, **limits: Any) -> Any:
     settings_ = resource(platform="posix" if "posix" in limits else "unix", limits=limits.get("limits", {}),
                          checks=[{"name": "x", "command": command, "exit": "nagios"}], timeout="30")
-    sample, _ = collect(settings_, Shell(), None)
+    sample = collect(settings_, Shell(), None)
     return sample, evaluate(sample, settings_)
 
 
