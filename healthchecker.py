@@ -2661,20 +2661,37 @@ def _by_status(status: int, text: str) -> Outcome:
     return Outcome(status == 0, text or (f"exit status {status}" if status >= 0 else "no exit status"))
 
 
+# A service that has ended, in the words of Upstart, Red Hat's and Debian's scripts, OpenRC, runit and procd: their
+# exit status is 0 all the same. Not the bare word "stopped", which may be in a name or of something else.
+NOT_RUNNING = re.compile(
+    r"\b(start|stop)/(?!running)\S+|\b(is|are) (stopped|dead)|\bnot running|\bdead but"
+    r"|\bstatus: (stopped|crashed|inactive)|^(down:|inactive)|\bfailed!", re.IGNORECASE | re.MULTILINE)
+
+
+def _service(status: int, text: str) -> Outcome:
+    ended = status == 0 and NOT_RUNNING.search(text)
+    return Outcome(False, text) if ended else _by_status(status, text)
+
+
 def _systemd(status: int, text: str) -> Outcome:
     fields = {key: value for key, _, value in (line.partition("=") for line in text.splitlines())}
     active = fields.get("ActiveState", "")
     if not active:  # another init, or a systemd that does not answer
-        return _by_status(status, text)
+        return _service(status, text)
     if fields.get("LoadState") == "not-found":
         return Outcome(False, "no such unit")
-    return Outcome(active in ("active", "reloading"), f"{active} ({fields.get('SubState', '')})")
+    return Outcome(active in ("active", "reloading", "refreshing"), f"{active} ({fields.get('SubState', '')})")
 
 
 def _launchd(status: int, text: str) -> Outcome:
-    """The first state is the job's own; those further down belong to its sockets and endpoints."""
+    """The first state is the job's own; those further down belong to its sockets and endpoints. A job on demand
+    that ended well waits for the next demand."""
     state = re.search(r"^[ \t]*state = (.*)$", text, re.MULTILINE)
     if status == 0 and state:
+        ended_well = re.search(r"^[ \t]*last exit code = (0|\(never exited\))$", text, re.MULTILINE)
+        kept_alive = re.search(r"^[ \t]*properties = .*keepalive", text, re.MULTILINE)
+        if state[1] == "not running" and ended_well and not kept_alive:
+            return Outcome(True, "not running (on demand)")
         return Outcome(state[1] == "running", state[1])
     return Outcome(False, "no such service" if status == 113 else _by_status(status, text).text)
 
@@ -2721,7 +2738,9 @@ PROBES: dict[Platform, CommandSet] = {
               _freebsd_memory),
         Probe("swap_percent", "swapinfo -k", _freebsd_swap),
         Probe("disk_percent", "df -PklT; :", functools.partial(_disk_percent, typed=True)),
-    ), "service {} onestatus", _by_status),
+    ), 'service {} onestatus || { s=$?; [ "$(id -u)" = 0 ] || [ "$(sysctl -n security.bsd.see_other_uids)" = 1 ] ||'
+       ' echo "this account may not see the processes of others: security.bsd.see_other_uids is 0"; (exit $s); }',
+       _service),
     Platform.POSIX: CommandSet("*", (
         *_ANY,
         Probe("os", "uname -sr", _line),

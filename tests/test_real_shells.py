@@ -281,7 +281,6 @@ def test_the_script_with_other_tools(toolbox: Path, shell: str, plain: bool) -> 
     assert {"memory_percent", "load_per_cpu"} <= sample.metrics.keys() and "cpu_count" in sample.details
 
 
-@fault("status 0 is good whatever a SysV script says")
 @pytest.mark.parametrize("toolbox", ["busybox", "toybox"], indirect=True)
 def test_a_service_that_says_that_it_is_stopped(toolbox: Path) -> None:
     if Path("/run/systemd/system").exists():
