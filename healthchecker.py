@@ -103,7 +103,7 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from dataclasses import field as dataclass_field
 from enum import Enum
@@ -2364,18 +2364,21 @@ CONNECTIONS: dict[Platform, type[Connection]] = {
 NOT_KNOWN = "not known on this platform"
 KEPT_BYTES = 4096               # bytes of text kept of a service or check; the script has this number, too
 PROBLEM_CHARS = 200             # characters of a problem's one line
-DETAILS = frozenset({"hostname", "os", "kernel", "uptime_seconds", "cpu_count"})
+DETAILS = frozenset({"hostname", "os", "kernel", "uptime_seconds", "cpu_count", "skipped_filesystems",
+                     "hidden_filesystems"})
 CONTROL = dict.fromkeys([*range(9), *range(11, 32), *range(127, 160)])
-# No disks, though they may sit on a path: images that are always full, and views of another filesystem.
+# No disks: what lies in memory, images that are always full, views of another filesystem, and other machines'.
 NO_DISK = re.compile(
-    r"squashfs|erofs|cramfs|romfs|iso9660|udf|cd9660|(dev)?tmpfs|ramfs|overlay|(au|union|null|ecrypt|auto)fs"
-    r"|fuse(fs|\..*)?|9p|virtiofs|vboxsf|nfs4?|cifs|smb3"
+    r"squashfs|erofs|cramfs|romfs|iso9660|udf|cd9660|(dev)?tmpfs|ramfs|rootfs|mfs|efivarfs|overlay(fs)?|fuse.*"
+    r"|(au|union|null|ecrypt|auto|lo|name|mnt|ct|obj|share|kern|pty|dev|fdesc|lin?sys)fs|map|dev|fd|none|(lin)?procfs?"
+    r"|9p|virtiofs|vboxsf|drvfs|nfs[0-9]*|cifs|smb3|smbfs|afpfs|ceph|lustre|gpfs"
 )
-# A row of df: device, type, size, used, available, mount point. Word by word, or a long line would take a second.
-DF_ROW = r"\s*(\S+(?:\s+\S+)*?)%s\s+-?[0-9]{1,18}\s+(-?[0-9]{1,18})\s+(-?[0-9]{1,18})\s+\S*%%\s+(\S.*)"
-DF, DF_TYPED = re.compile(DF_ROW % "()"), re.compile(DF_ROW % r"\s+(\S+)")
+# A row of df: device, used, available, used and free inodes, mount point. Word by word, or a long line would take
+# a second.
+DF_ROW = re.compile(r"\s*(\S+(?:\s+\S+)*?)\s+[0-9]{1,18}\s+(-?[0-9]{1,18})\s+(-?[0-9]{1,18})\s+[0-9]+%"
+                    r"(?:\s+([0-9]{1,18})\s+([0-9]{1,18})\s+[0-9-]+%?)?\s+(/.*)")
 # They count in their pool but are not shown: volumes with one of these flags, and parts of macOS itself.
-HIDDEN = frozenset({"read-only", "quarantine"})
+READ_ONLY = frozenset({"ro", "read-only"})
 MACOS_PARTS = re.compile(r"/System/Volumes/(?!Data$)|/private/var/vm$")
 
 
@@ -2601,6 +2604,18 @@ def _freebsd_swap(text: str) -> float | None:
     return percent(used, total) if total else None
 
 
+class Mount(NamedTuple):
+    """A line of a machine's table of what is mounted."""
+
+    point: str
+    kind: str           # the filesystem's type
+    flags: frozenset[str]
+
+    @property
+    def hidden(self) -> bool:
+        return bool({*READ_ONLY, "quarantine"} & self.flags or MACOS_PARTS.match(self.point))
+
+
 class Volume(NamedTuple):
     """A row of df with sizes in KiB."""
 
@@ -2608,53 +2623,93 @@ class Volume(NamedTuple):
     pool: str           # volumes of ZFS and APFS share the free space of one; any other is its own
     used: float
     available: float
-    mount: str
-    shown: bool
+    mount: Mount
 
 
-def _volumes(text: str, typed: bool) -> Iterator[Volume]:
-    """The disks in `df -Pk` (typed: with -T): rows with three numbers and a percent sign, for devices and mount
-    points may hold blanks. Lines of mount(8) read `device on /mount (apfs, local)`."""
-    mounts = (line[:-1].rpartition(" (") for line in text.splitlines() if line.endswith(")"))
-    flags = {left.partition(" on ")[2]: right.split(", ") for left, _, right in mounts}
+def _mounts(text: str) -> list[Mount]:
+    """/proc/mounts, /etc/mnttab, fstab and AIX' mount(8) have columns, of which the second is the mount point; BSDs
+    print `device on /mount type ffs (local)` or `device on /mount (ufs, local)`."""
+    found = []
     for line in text.splitlines():
+        words = line.split()
+        left, _, right = line.rstrip(" )").rpartition(" (")
+        if " on " in left and line.endswith(")"):
+            point, _, kind = left.partition(" on ")[2].partition(" type ")
+            flags = right.split(", ")
+            found.append(Mount(point, kind or flags[0], frozenset(flags)))
+        elif len(words) > 3:
+            point, kind, *rest = words[2:] if words[2].startswith("/") else words[1:]   # AIX names a server first
+            found.append(Mount(point.replace("\\040", " "), kind, frozenset(",".join(rest).split(","))))
+    return found
+
+
+def _volumes(text: str, mounts: Mapping[str, Mount]) -> Iterator[Volume]:
+    """The rows of `df -Pk` that have sizes; a long device may stand on a line of its own."""
+    for line in re.sub(r"(?m)^(\S+)\n +", r"\1 ", text).splitlines():
         if len(line) > 4096:    # nobody's mount point
             raise ValueError(f"a line of {len(line)} characters")
-        if not (row := (DF_TYPED if typed else DF).match(line)):
+        if not (row := DF_ROW.fullmatch(line)):
             continue
-        device, kind, used, free, mount = row.groups()
-        mount = mount.replace("\\040", " ")
-        flag = flags.get(mount, [""])   # the first is the type
-        kind = kind or flag[0]
-        # By what it sits on: a list of good types would silently miss the next filesystem there is.
-        if (kind == "zfs" or re.match("/(?!/)", device)) and not NO_DISK.fullmatch(kind):
-            pool = re.sub({"zfs": "/.*", "apfs": "(?<=[0-9])s.*"}.get(kind, "$^"), "", device)
+        device, used, free, _, _, point = row.groups()
+        point = point.replace("\\040", " ")
+        mount = mounts.get(point, Mount(point, device, frozenset()))    # a device called tmpfs is one
+        # By what it is: a list of good types would silently miss the next filesystem there is.
+        if not NO_DISK.fullmatch(mount.kind):
+            # What is no path may be the same word in every row, such as AIX' Global.
+            device = device if device.startswith("/") or mount.kind == "zfs" else point
+            pool = re.sub({"zfs": "/.*", "apfs": "(?<=[0-9])s.*"}.get(mount.kind, "$^"), "", device)
             available = max(0.0, float(free))   # below 0 where the reserve of UFS is in use
-            shown = not (HIDDEN.intersection(flag) or MACOS_PARTS.match(mount))
-            yield Volume(device, pool, float(used), available, mount, shown)
+            yield Volume(device, pool, float(used), available, mount)
 
 
-def _disk_percent(text: str, typed: bool) -> dict[str, float | str]:
-    """used / (used + available) of each pool under its shortest mount point, and of volumes with a quota."""
+def _pools(volumes: Iterable[Volume]) -> Iterator[list[Volume]]:
+    """Those that share their space, that with the shortest mount point first, and none twice (a bind mount)."""
     pools: dict[str, dict[str, Volume]] = {}
-    for volume in sorted(_volumes(text, typed), key=lambda volume: len(volume.mount)):
+    for volume in sorted(volumes, key=lambda volume: len(volume.mount.point)):
         if volume.used + volume.available > 0:
-            pools.setdefault(volume.pool, {}).setdefault(volume.device, volume)  # no bind mounts
-    shares: dict[str, float | str] = {}
+            pools.setdefault(volume.pool, {}).setdefault(volume.device, volume)
     for pool in pools.values():
-        volumes = list(pool.values())
-        used, free = sum(volume.used for volume in volumes), max(volume.available for volume in volumes)
-        for index, volume in enumerate(volume for volume in volumes if volume.shown):
-            if index == 0:
-                shares[f"disk_percent {volume.mount}"] = percent(used, used + free)
-            elif volume.available < free * 0.98:    # it has a quota
-                shares[f"disk_percent {volume.mount}"] = percent(volume.used, volume.used + volume.available)
+        yield list(pool.values())
+
+
+def _told(shares: dict[str, float | str], mounts: Iterable[Mount], broken: Collection[str],
+          text: str) -> dict[str, float | str]:
+    """The shares, what is not among them, and what is wrong."""
+    kinds = collections.Counter(mount.kind for mount in mounts if NO_DISK.fullmatch(mount.kind))
+    skipped = ", ".join(f"{kind} ({count})" if count > 1 else kind for kind, count in sorted(kinds.items()))
+    hidden = ", ".join(sorted(
+        mount.point for mount in mounts
+        if mount.hidden and mount.point not in broken and not NO_DISK.fullmatch(mount.kind)))
     # An account without rights to somebody's private mount is no fault; a disk that answers with an error is.
     private = re.compile("[Pp]ermission denied|not permitted")
     errors = [line for line in text.splitlines() if line.startswith("df: ") and not private.search(line)]
     if not shares:
-        raise ValueError(f"no local filesystem {' '.join(errors)}")
-    return shares | ({"disk_percent": errors[0]} if errors else {})
+        raise ValueError(" ".join(["no local filesystem", f"(skipped: {skipped or 'nothing'})", *errors]))
+    if broken:
+        errors.insert(0, f"became read-only: {', '.join(sorted(broken))}")
+    told = {"disk_percent": errors[:1], "skipped_filesystems": [skipped], "hidden_filesystems": [hidden]}
+    return shares | {name: text for name, texts in told.items() for text in texts if text}
+
+
+def _disk_percent(text: str) -> dict[str, float | str]:
+    """used / (used + available) of each pool under its shortest mount point, and of volumes with a quota. In comes
+    the table of mounts and, after a line with its name, what each further command printed."""
+    mounted, *rest = re.split(r"(?m)^@(?=fstab$|space$)", text)
+    parts = dict(part.partition("\n")[::2] for part in rest)
+    mounts = {mount.point: mount for mount in _mounts(mounted)}
+    meant = {mount.point for mount in _mounts(parts.get("fstab", "")) if not mount.flags & {"ro", "noauto"}}
+    broken = {point for point, mount in mounts.items()
+              if "emergency_ro" in mount.flags or ("ro" in mount.flags and point in meant)}
+    mounts |= {point: mounts[point]._replace(flags=frozenset()) for point in broken}
+    shares: dict[str, float | str] = {}
+    for volumes in _pools(_volumes(parts.get("space", ""), mounts)):
+        used, free = sum(volume.used for volume in volumes), max(volume.available for volume in volumes)
+        for index, volume in enumerate(volume for volume in volumes if not volume.mount.hidden):
+            if index == 0:
+                shares[f"disk_percent {volume.mount.point}"] = percent(used, used + free)
+            elif volume.available < free * 0.98:    # it has a quota
+                shares[f"disk_percent {volume.mount.point}"] = percent(volume.used, volume.used + volume.available)
+    return _told(shares, _mounts(mounted), broken, parts.get("space", ""))
 
 
 def _by_status(status: int, text: str) -> Outcome:
@@ -2705,6 +2760,20 @@ _BSD = (                        # and macOS
 # What may fail comes first, so that a problem shows its words.
 _CPUS = "{ getconf NPROCESSORS_ONLN 2>/dev/null || getconf _NPROCESSORS_ONLN; }"
 _LINUX_CPUS = "{ getconf _NPROCESSORS_ONLN 2>/dev/null || grep -c '^cpu[0-9]' /proc/stat; }"
+# Lines whose device is called as its type (thousands of overlays and tmpfs on a node of Kubernetes) are sent as the
+# type alone. Without -l a dead NFS server holds df up for ever; BusyBox has no -l, its oldest no -P. A name with a
+# colon is a server's for GNU's -l, so what else has one is asked for by its mount point.
+LINUX_DISKS = r"""
+M=$(sed 's,^\([^ ]*\) [^ ]* \1 .*,\1 - \1 -,' /proc/mounts); echo "$M"; echo @fstab; cat /etc/fstab 2>/dev/null
+echo @space; h=$(df --help 2>&1); l=; [ "${h#*--local}" = "$h" ] || l=l
+r=$(df -Pk$l); [ "${r#*%}" != "$r" ] || r=$(df -k); echo "$r"
+set -f; a= b= m=
+for c in $M; do
+  [ "${a#*:}" = "$a" ] || [ "$c" != bcachefs -a "$c" != ubifs ] || m="$m $b"
+  a=$b b=$c
+done
+[ ! "$l" ] || [ ! "$m" ] || df -Pk $m
+:"""
 PROBES: dict[Platform, CommandSet] = {
     Platform.LINUX: CommandSet("Linux", (
         *_ANY,
@@ -2716,9 +2785,7 @@ PROBES: dict[Platform, CommandSet] = {
         Probe("memory_percent", "grep -E '^(Mem|Buffers|Cached|Shmem:)' /proc/meminfo", _linux_memory),
         Probe("swap_percent", "grep ^Swap /proc/meminfo", _linux_swap),
         Probe("load_per_cpu", f"{_LINUX_CPUS} && cat /proc/loadavg", _load_per_cpu),
-        # Without -l a dead NFS server holds df up for ever; busybox has no -l.
-        Probe("disk_percent", 'h=$(df --help 2>&1); l=; [ "${h#*--local}" = "$h" ] || l=l; df -PkT$l; :',
-              functools.partial(_disk_percent, typed=True)),
+        Probe("disk_percent", LINUX_DISKS, _disk_percent),
     ), "if [ -d /run/systemd/system ]; then systemctl show -p LoadState -p ActiveState -p SubState -- {};"
        " else service {} status; fi", _systemd),
     Platform.MACOS: CommandSet("Darwin", (
@@ -2727,7 +2794,7 @@ PROBES: dict[Platform, CommandSet] = {
         Probe("cpu_percent", "sysctl -n hw.ncpu; ps -A -o %cpu=", _ps_cpu),
         Probe("memory_percent", "vm_stat; sysctl hw.memsize", _macos_memory),
         Probe("swap_percent", "sysctl -n vm.swapusage", _macos_swap),
-        Probe("disk_percent", "df -Pkl; mount", functools.partial(_disk_percent, typed=False)),
+        Probe("disk_percent", "mount; echo @space; df -Pkl; :", _disk_percent),
     ), "launchctl print system/{}", _launchd),
     Platform.FREEBSD: CommandSet("FreeBSD", (
         *_ANY, *_BSD,
@@ -2737,7 +2804,7 @@ PROBES: dict[Platform, CommandSet] = {
               " vm.stats.vm.v_inactive_count kstat.zfs.misc.arcstats.size kstat.zfs.misc.arcstats.c_min",
               _freebsd_memory),
         Probe("swap_percent", "swapinfo -k", _freebsd_swap),
-        Probe("disk_percent", "df -PklT; :", functools.partial(_disk_percent, typed=True)),
+        Probe("disk_percent", "mount; echo @space; df -Pkl; :", _disk_percent),
     ), 'service {} onestatus || { s=$?; [ "$(id -u)" = 0 ] || [ "$(sysctl -n security.bsd.see_other_uids)" = 1 ] ||'
        ' echo "this account may not see the processes of others: security.bsd.see_other_uids is 0"; (exit $s); }',
        _service),
@@ -2746,7 +2813,7 @@ PROBES: dict[Platform, CommandSet] = {
         Probe("os", "uname -sr", _line),
         Probe("cpu_count", _CPUS, _count),
         Probe("load_per_cpu", f"{_CPUS} && uptime", _load_per_cpu),
-        Probe("disk_percent", "df -Pk; :", functools.partial(_disk_percent, typed=False)),
+        Probe("disk_percent", "cat /etc/mnttab 2>/dev/null || mount; echo @space; df -Pk; :", _disk_percent),
     ), ":", lambda status, text: Outcome(False, "services are not supported on this platform")),
 }  # fmt: skip
 

@@ -161,33 +161,13 @@ DISKS: dict[str, dict[str, float]] = {
 }
 # Windows' own drives: a disk or a view of another machine's, as one sees it; if not shown, they are listed.
 WINDOWS_DRIVES = {"/mnt/c", "/mnt/d"}
-NO_SLASH = "a row whose device does not begin with a slash vanishes (_volumes: re.match('/(?!/)', device))"
-NO_TYPE = "this df knows no -T: no disk at all (PROBES: `df -PkT` for all that is Linux)"
-FULL_BY_DESIGN = "a read-only filesystem that is full by design counts (_volumes: no flags of mounts on Linux)"
-DISK_FAULTS = {
-    "aix/7-wpar": NO_SLASH,
-    "android/14": NO_TYPE,
-    "balena/2": FULL_BY_DESIGN,
-    "bcachefs/6": "`/dev/a:/dev/b` is a server's name for GNU df -l, so the filesystem vanishes",
-    "busybox/1.01": "this df knows neither -T nor -P: no disk at all",
-    "debian/12-remounted": FULL_BY_DESIGN,
-    "flatcar/3975": FULL_BY_DESIGN,
-    "illumos/omnios": NO_SLASH,
-    "illumos/smartos-zone": f"{NO_SLASH}; what the global zone lends (lofs) is shown instead",
-    "macos/15-apple-silicon": "columns of inodes are taken for a part of the mount point",
-    "netbsd/10": NO_SLASH,
-    "openwrt/23": NO_SLASH,
-    "qnap/5": NO_TYPE,
-    "solaris/11": NO_SLASH,
-    "wsl/1": NO_SLASH,
-}
 
 
 def test_every_host_is_in_the_table() -> None:
     assert DISKS.keys() == set(HOSTS)
 
 
-@pytest.mark.parametrize(("name", "expected"), rows(DISKS, DISK_FAULTS))
+@pytest.mark.parametrize(("name", "expected"), rows(DISKS, {}))
 def test_disks(name: str, expected: dict[str, float]) -> None:
     found = readings(sample_of(name), "disk_percent")
     found = {mount: value for mount, value in found.items() if mount in expected or mount not in WINDOWS_DRIVES}
@@ -214,10 +194,7 @@ def mounted(host: hosts.Host) -> dict[str, tuple[str, str]]:
     return {row[6]: (row[1], kinds.get(row[6], row[2] or "")) for row in found_rows}
 
 
-VANISHING = "what is skipped as no disk is not listed in the details"
-
-
-@pytest.mark.parametrize("name", [pytest.param(name, marks=fault(VANISHING)) for name in HOSTS])
+@pytest.mark.parametrize("name", HOSTS)
 def test_nothing_vanishes(name: str) -> None:
     """Each row of df is shown, shares the space of one that is shown, is named as a problem, or is listed by its type
     or mount point among the details."""
@@ -256,10 +233,8 @@ def test_a_node_with_a_thousand_pods_stays_below_what_is_read() -> None:
 @pytest.mark.parametrize(
     ("name", "bad", "meant"),
     [
-        pytest.param("debian/12-remounted", ["/", "/srv/data"], ["/srv/www"],
-                     marks=fault("flags of mounts are not read on Linux: errors=remount-ro goes unnoticed")),
-        pytest.param("debian/13-emergency", ["/srv/data"], ["/"],
-                     marks=fault("emergency_ro (kernel 6.15 and later, behind `rw`) is not known")),
+        ("debian/12-remounted", ["/", "/srv/data"], ["/srv/www"]),
+        ("debian/13-emergency", ["/srv/data"], ["/"]),
         ("balena/2", [], ["/mnt/sysroot/active", "/mnt/sysroot/inactive"]),
         ("flatcar/3975", [], ["/usr"]),
         ("wsl/2", [], ["/usr/lib/wsl/drivers"]),
@@ -340,7 +315,7 @@ def test_memory(name: str, expected: float) -> None:
 @fault("the details do not say which memory is meant")
 @pytest.mark.parametrize("name", ["container/docker-cgroup1", "container/docker-cgroup2"])
 def test_the_details_say_that_a_limit_is_meant(name: str) -> None:
-    assert re.search("limit|cgroup", str(sample_of(name).details))
+    assert re.search("limit of [0-9]+", str(sample_of(name).details))
 
 
 SWAP = {"alpine/3.20": 10, "rhel/6": 50, "rhel/7": 25, "raspberry/12": 25, "freebsd/13-ufs": 25, "macos/12-intel": 25,
@@ -574,7 +549,6 @@ def test_any_output_gives_numbers_within_bounds_or_a_named_problem(
     assert_nothing_made_up(text)
 
 
-@fault("a mount point that is none, such as `427000 2000000000 0% /`, becomes a metric's name")
 @settings(max_examples=20, deadline=None)
 @given(st.just("macos/15-apple-silicon"), st.integers(0, 3000))
 @example("macos/15-apple-silicon", 0)
