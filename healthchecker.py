@@ -2365,7 +2365,7 @@ NOT_KNOWN = "not known on this platform"
 KEPT_BYTES = 4096               # bytes of text kept of a service or check; the script has this number, too
 PROBLEM_CHARS = 200             # characters of a problem's one line
 DETAILS = frozenset({"hostname", "os", "kernel", "uptime_seconds", "cpu_count", "skipped_filesystems",
-                     "hidden_filesystems"})
+                     "hidden_filesystems", "memory_limit"})
 CONTROL = dict.fromkeys([*range(9), *range(11, 32), *range(127, 160)])
 # No disks: what lies in memory, images that are always full, views of another filesystem, and other machines'.
 NO_DISK = re.compile(
@@ -2548,6 +2548,12 @@ def _ps_cpu(text: str) -> float:
     return min(100.0, sum(map(_number, shares)) / _count(count))
 
 
+CGROUPS = (     # limit, used, and what of it is cache: version 2 and 1
+    ("memory.max", "memory.current", "inactive_file"),
+    ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+)
+
+
 def _load_per_cpu(text: str) -> float:
     """The number of CPUs, then a line with the load of 1, 5 and 15 minutes, bare or of uptime(1)."""
     lines = text.splitlines() or [""]
@@ -2555,13 +2561,28 @@ def _load_per_cpu(text: str) -> float:
     return _number(load.rstrip(",")) / _count(lines[0])
 
 
-def _linux_memory(text: str) -> float:
-    named = _named(text)
+def _linux_memory(text: str) -> Reading:
+    """Of the container (what docker and podman call used) where it has a limit below the machine's memory, else of
+    the machine. The ARC of ZFS above its floor is available; in a container it is the host's."""
+    named = {}
+    for line in text.splitlines():      # such as `/proc/meminfo:MemTotal: 16 kB` and `…/arcstats:size 4 123`
+        words = line.removesuffix(" kB").rpartition("/")[2].replace(":", " ").split()
+        if len(words) > 1:
+            named[words[len(words) > 2]] = words[-1]
     total = _sum(named, "MemTotal")
+    for limit, used, cache in CGROUPS:
+        # "no limit" is a word, or more than _number() takes
+        if re.fullmatch("[0-9]{1,18}", named.get(limit, "")) and _number(named[limit]) < total * 1024:
+            most = _number(named[limit])
+            share = percent(min(most, max(0.0, _sum(named, used) - _sum(named, cache))), most)
+            return {"memory_percent": share, "memory_limit": f"the container's limit of {most / (1 << 20):.0f} MiB"}
     if "MemAvailable" in named:
-        return percent(total - _sum(named, "MemAvailable"), total)
-    shared = _sum(named, "Shmem") if "Shmem" in named else 0  # in Cached, yet nothing can drop it
-    return percent(total - _sum(named, "MemFree", "Buffers", "Cached") + shared, total)
+        available = _sum(named, "MemAvailable")
+    else:       # Shmem is in Cached, yet nothing can drop it
+        available = _sum(named, "MemFree", "Buffers", "Cached") - (_sum(named, "Shmem") if "Shmem" in named else 0)
+    if "size" in named and (cached := (_sum(named, "size") - _sum(named, "c_min")) / 1024) > 0:
+        available = min(total, available + cached) if _sum(named, "size") < total * 1024 else available
+    return percent(total - available, total)
 
 
 def _macos_memory(text: str) -> float:
@@ -2774,6 +2795,13 @@ for c in $M; do
 done
 [ ! "$l" ] || [ ! "$m" ] || df -Pk $m
 :"""
+# One command for all that may be there.
+LINUX_MEMORY = r"""
+c=/sys/fs/cgroup
+grep -sE '^(Mem|Buffers|Cached|Shmem:|[0-9]+$|(total_)?inactive_file |(size|c_min) )' /proc/meminfo \
+  $c/memory.max $c/memory.current $c/memory.stat $c/memory/memory.limit_in_bytes \
+  $c/memory/memory.usage_in_bytes $c/memory/memory.stat /proc/spl/kstat/zfs/arcstats
+:"""
 PROBES: dict[Platform, CommandSet] = {
     Platform.LINUX: CommandSet("Linux", (
         *_ANY,
@@ -2782,7 +2810,7 @@ PROBES: dict[Platform, CommandSet] = {
         Probe("uptime_seconds", "cat /proc/uptime", _number),
         Probe("cpu_count", _LINUX_CPUS, _count),
         Probe("cpu_percent", "grep '^cpu ' /proc/stat", _linux_ticks),
-        Probe("memory_percent", "grep -E '^(Mem|Buffers|Cached|Shmem:)' /proc/meminfo", _linux_memory),
+        Probe("memory_percent", LINUX_MEMORY, _linux_memory),
         Probe("swap_percent", "grep ^Swap /proc/meminfo", _linux_swap),
         Probe("load_per_cpu", f"{_LINUX_CPUS} && cat /proc/loadavg", _load_per_cpu),
         Probe("disk_percent", LINUX_DISKS, _disk_percent),
@@ -7652,7 +7680,8 @@ def reading_rows(sample: Mapping[str, Any], resource: ResourceRow, damage: str) 
 
 
 MACHINE = {"hostname": "Host name", "os": "System", "kernel": "Kernel", "cpu_count": "CPUs",
-           "uptime_seconds": "Up for", "host_key": "Host key"}
+           "uptime_seconds": "Up for", "host_key": "Host key", "memory_limit": "Memory is that of",
+           "skipped_filesystems": "Filesystems skipped", "hidden_filesystems": "Filesystems hidden"}
 
 
 def machine_rows(sample: Mapping[str, Any], host_key: str | None) -> list[tuple[str, str]]:
