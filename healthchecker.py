@@ -516,6 +516,7 @@ class Limits(Settings):
     memory_percent: PercentLimit | None = None
     swap_percent: PercentLimit | None = None
     disk_percent: PercentLimit | None = None
+    inode_percent: PercentLimit | None = None
     load_per_cpu: Annotated[
         LoadLimit, BeforeValidator(scalar_limit, json_schema_input_type=LoadLimit | Positive)] | None = None
 
@@ -2645,6 +2646,7 @@ class Volume(NamedTuple):
     used: float
     available: float
     mount: Mount
+    inodes: tuple[float, float]     # used and free
 
 
 def _mounts(text: str) -> list[Mount]:
@@ -2664,14 +2666,15 @@ def _mounts(text: str) -> list[Mount]:
     return found
 
 
-def _volumes(text: str, mounts: Mapping[str, Mount]) -> Iterator[Volume]:
-    """The rows of `df -Pk` that have sizes; a long device may stand on a line of its own."""
+def _volumes(text: str, mounts: Mapping[str, Mount], inodes: Mapping[str, tuple[float, float]]) -> Iterator[Volume]:
+    """The rows of `df -Pk` that have sizes; a long device may stand on a line of its own. `inodes` by mount point
+    are those of another table, where the rows have none."""
     for line in re.sub(r"(?m)^(\S+)\n +", r"\1 ", text).splitlines():
         if len(line) > 4096:    # nobody's mount point
             raise ValueError(f"a line of {len(line)} characters")
         if not (row := DF_ROW.fullmatch(line)):
             continue
-        device, used, free, _, _, point = row.groups()
+        device, used, free, taken, left, point = row.groups()
         point = point.replace("\\040", " ")
         mount = mounts.get(point, Mount(point, device, frozenset()))    # a device called tmpfs is one
         # By what it is: a list of good types would silently miss the next filesystem there is.
@@ -2680,7 +2683,8 @@ def _volumes(text: str, mounts: Mapping[str, Mount]) -> Iterator[Volume]:
             device = device if device.startswith("/") or mount.kind == "zfs" else point
             pool = re.sub({"zfs": "/.*", "apfs": "(?<=[0-9])s.*"}.get(mount.kind, "$^"), "", device)
             available = max(0.0, float(free))   # below 0 where the reserve of UFS is in use
-            yield Volume(device, pool, float(used), available, mount)
+            counts = (float(taken), float(left)) if left else inodes.get(point, (0.0, 0.0))
+            yield Volume(device, pool, float(used), available, mount, counts)
 
 
 def _pools(volumes: Iterable[Volume]) -> Iterator[list[Volume]]:
@@ -2715,7 +2719,7 @@ def _told(shares: dict[str, float | str], mounts: Iterable[Mount], broken: Colle
 def _disk_percent(text: str) -> dict[str, float | str]:
     """used / (used + available) of each pool under its shortest mount point, and of volumes with a quota. In comes
     the table of mounts and, after a line with its name, what each further command printed."""
-    mounted, *rest = re.split(r"(?m)^@(?=fstab$|space$)", text)
+    mounted, *rest = re.split(r"(?m)^@(?=fstab$|space$|inodes$)", text)
     parts = dict(part.partition("\n")[::2] for part in rest)
     mounts = {mount.point: mount for mount in _mounts(mounted)}
     meant = {mount.point for mount in _mounts(parts.get("fstab", "")) if not mount.flags & {"ro", "noauto"}}
@@ -2723,14 +2727,19 @@ def _disk_percent(text: str) -> dict[str, float | str]:
               if "emergency_ro" in mount.flags or ("ro" in mount.flags and point in meant)}
     mounts |= {point: mounts[point]._replace(flags=frozenset()) for point in broken}
     shares: dict[str, float | str] = {}
-    for volumes in _pools(_volumes(parts.get("space", ""), mounts)):
+    inodes = {volume.mount.point: (volume.used, volume.available)
+              for volume in _volumes(parts.get("inodes", ""), mounts, {})}
+    for volumes in _pools(_volumes(parts.get("space", ""), mounts, inodes)):
         used, free = sum(volume.used for volume in volumes), max(volume.available for volume in volumes)
         for index, volume in enumerate(volume for volume in volumes if not volume.mount.hidden):
             if index == 0:
                 shares[f"disk_percent {volume.mount.point}"] = percent(used, used + free)
+                if sum(volume.inodes) and volume.mount.kind not in ("apfs", "zfs"):     # they make what they need
+                    shares[f"inode_percent {volume.mount.point}"] = percent(volume.inodes[0], sum(volume.inodes))
             elif volume.available < free * 0.98:    # it has a quota
                 shares[f"disk_percent {volume.mount.point}"] = percent(volume.used, volume.used + volume.available)
-    return _told(shares, _mounts(mounted), broken, parts.get("space", ""))
+    told = _told(shares, _mounts(mounted), broken, parts.get("space", ""))
+    return told if "inodes" in parts else {"inode_percent": NOT_KNOWN, **told}
 
 
 def _by_status(status: int, text: str) -> Outcome:
@@ -2794,6 +2803,7 @@ for c in $M; do
   a=$b b=$c
 done
 [ ! "$l" ] || [ ! "$m" ] || df -Pk $m
+echo @inodes; df -Pi$l
 :"""
 # One command for all that may be there.
 LINUX_MEMORY = r"""
@@ -2832,7 +2842,7 @@ PROBES: dict[Platform, CommandSet] = {
               " vm.stats.vm.v_inactive_count kstat.zfs.misc.arcstats.size kstat.zfs.misc.arcstats.c_min",
               _freebsd_memory),
         Probe("swap_percent", "swapinfo -k", _freebsd_swap),
-        Probe("disk_percent", "mount; echo @space; df -Pkl; :", _disk_percent),
+        Probe("disk_percent", "mount; echo @space; df -Pkli; echo @inodes", _disk_percent),
     ), 'service {} onestatus || { s=$?; [ "$(id -u)" = 0 ] || [ "$(sysctl -n security.bsd.see_other_uids)" = 1 ] ||'
        ' echo "this account may not see the processes of others: security.bsd.see_other_uids is 0"; (exit $s); }',
        _service),
@@ -2990,12 +3000,15 @@ def parse_output(text: str, nonce: str, previous: CpuTicks | None) -> Sample:
     table = next((table for key, table in PROBES.items() if ("platform", key.value) in sections), None)
     rows = {probe.name: functools.partial(_reading, probe, sections.get((probe.name,)))
             for probe in (table.probes if table else ())}
+    problems = dict.fromkeys(Limits.model_fields.keys() - rows.keys() - {"inode_percent"}, NOT_KNOWN)
     sample = make_sample(
-        rows, dict.fromkeys(Limits.model_fields.keys() - rows.keys(), NOT_KNOWN), previous,
+        rows, problems, previous,
         _outcomes(sections.values(), "service", table.state if table else _by_status),
         _outcomes(sections.values(), "check", _by_status))
     if sample.empty:
         raise not_run(text)
+    if not sample.readings("disk_percent"):     # they come with the disks
+        problems["inode_percent"] = problems.get("disk_percent", NOT_KNOWN)
     return sample
 
 
@@ -3185,7 +3198,7 @@ def _windows_sample(answer: WindowsAnswer, previous: CpuTicks | None) -> Sample:
     rows = {name: functools.partial(_windows_reading, name, reported)
             for name, reported in {**details, **answer.amounts}.items()}
     silent = {"cpu_percent", "memory_percent", "disk_percent"} - {name.partition(" ")[0] for name in rows}
-    problems = {"load_per_cpu": NOT_KNOWN} | dict.fromkeys(silent, "no answer")
+    problems = dict.fromkeys(("load_per_cpu", "inode_percent"), NOT_KNOWN) | dict.fromkeys(silent, "no answer")
     problems |= {name: one_line(why)[:PROBLEM_CHARS] for name, why in answer.problems.items()}
     services, checks = ({row.name: Outcome(row.good, kept(row.text.translate(CONTROL).strip())) for row in said}
                         for said in (answer.services, answer.checks))
@@ -6621,6 +6634,7 @@ RESOURCE_METRICS: Mapping[str, tuple[str, ...]] = {
     "memory_percent": ("Used share of the memory.",),
     "swap_percent": ("Used share of the swap space.",),
     "disk_percent": ("Used share of a filesystem.", "mount"),
+    "inode_percent": ("Used share of a filesystem's inodes.", "mount"),
     "load_per_cpu": ("Load average per CPU.",),
     "uptime_seconds": ("Seconds since the machine started.",),
     "service_good": ("1 for a service that runs.", "service"),
@@ -6735,6 +6749,7 @@ class Metrics:
 # (their keys end in .html); Markup is made of numbers and of our own words alone.
 # Gives: LABELS, LimitValues, TEMPLATES, bar_svg, chart_svg, duration_text, local_time, scale_top, strip_svg
 LABELS = {"cpu_percent": "CPU", "memory_percent": "Memory", "disk_percent": "Disk", "swap_percent": "Swap",
+          "inode_percent": "Inodes",
           "load_per_cpu": "Load per CPU", "seconds": "Duration of a poll"}
 LimitValues = Mapping[str, Any]     # `warn` and `fail` of a limit, as JSON has them
 

@@ -278,7 +278,6 @@ INODES = {
 }
 
 
-@fault("there is no metric inode_percent")
 @pytest.mark.parametrize(("name", "expected"), rows(INODES, {}))
 def test_inodes(name: str, expected: dict[str, float]) -> None:
     """Of the disks that have any: what makes them as it needs them (btrfs) or has none (vfat) cannot run out."""
@@ -287,7 +286,6 @@ def test_inodes(name: str, expected: dict[str, float]) -> None:
     assert "inode_percent" not in sample_of(name).problems
 
 
-@fault("there is no limit for inode_percent")
 def test_a_disk_without_inodes_left_is_unhealthy() -> None:
     verdict = evaluate(sample_of("debian/12-inodes"), resource(limits={"inode_percent": {"warn": "90", "fail": "98"}}))
     assert verdict.state == "unhealthy" and "inode_percent /var/spool" in verdict.reason

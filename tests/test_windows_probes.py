@@ -59,7 +59,7 @@ HOSTILE = [
     "WANTED",
 ]
 CONSTRAINED = "Access denied (Constrained Language Mode)"
-LACKS = {"load_per_cpu": NOT_KNOWN}  # nobody hears of it who set no limit
+LACKS = {"load_per_cpu": NOT_KNOWN, "inode_percent": NOT_KNOWN}  # nobody hears of it who set no limit
 NO_MANAGER = (
     "cannot be read: Cannot open Service Control Manager on computer '.'. "
     "This operation might require other privileges."
