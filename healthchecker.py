@@ -2416,6 +2416,9 @@ class Sample:
     services: Mapping[str, Outcome]
     checks: Mapping[str, Outcome]
     problems: Mapping[str, str]
+    # For the next poll: polls in a row whose CPU counters gave no cpu_percent, and mount points that were writable.
+    still: int = dataclass_field(default=0, compare=False)
+    writable: frozenset[str] = dataclass_field(default=frozenset(), compare=False)
 
     @property
     def empty(self) -> bool:
@@ -2426,9 +2429,9 @@ class Sample:
         return [(name, value) for name, value in self.metrics.items() if name.partition(" ")[0] == metric]
 
     def to_json(self) -> str:
-        """All but the ticks, for the pages: an object with the names of the fields."""
-        return json.dumps({field: getattr(self, field) for field in self.__dataclass_fields__ if field != "ticks"},
-                          default=vars)
+        """For the pages: an object with the names of the fields; without what only the next poll needs."""
+        fields = self.__dataclass_fields__.keys() - {"ticks", "still", "writable"}
+        return json.dumps({field: getattr(self, field) for field in fields}, default=vars)
 
 
 class Probe(NamedTuple):
@@ -3241,6 +3244,25 @@ if sys.platform == "win32":
     LANGUAGES[Platform.LOCAL] = LANGUAGES[Platform.WINDOWS]
 
 
+STILL_POLLS = 3                 # without a reading, of counters that should move
+
+
+def since(sample: Sample, previous: Sample | None) -> Sample:
+    """What shows only from poll to poll is a problem, too: counters that stand still, and a filesystem that was
+    writable and is no longer."""
+    problems, writable = dict(sample.problems), previous.writable if previous else ()
+    turned = sorted(set(writable).intersection(str(sample.details.get("hidden_filesystems", "")).split(", ")))
+    if turned:
+        problems["disk_percent"] = f"became read-only: {', '.join(turned)}"[:PROBLEM_CHARS]
+    still = 0
+    if sample.ticks and "cpu_percent" not in sample.metrics:
+        still = previous.still + 1 if previous else 1
+        if still >= STILL_POLLS:
+            problems.setdefault("cpu_percent", f"no reading in {still} polls: its counters stand still")
+    shown = frozenset(name.partition(" ")[2] for name, _ in sample.readings("disk_percent"))
+    return replace(sample, problems=problems, still=still, writable=shown.union(turned))
+
+
 def complete(sample: Sample, settings: ResourceSettings) -> Sample:
     """What was asked for and not answered is bad, too; what nobody asked for is no problem."""
     silent = Outcome(False, "no answer")
@@ -3251,15 +3273,15 @@ def complete(sample: Sample, settings: ResourceSettings) -> Sample:
     return replace(sample, services=services, checks={**sample.checks, **checks}, problems=problems)
 
 
-def collect(settings: ResourceSettings, connection: Connection, previous: CpuTicks | None) -> Sample:
-    """One poll in one round trip. Raises ProbeError."""
+def collect(settings: ResourceSettings, connection: Connection, previous: Sample | None) -> Sample:
+    """One poll in one round trip, after the one before it. Raises ProbeError."""
     nonce = secrets.token_hex(8)
     build, parse = LANGUAGES[settings.platform]
     output, deadline = Output(end_mark(nonce)), Deadline(settings.timeout)
     ended = connection.run(build(settings.services, settings.checks, nonce), output, deadline)
     text, done, _ = output.printed.decode(errors="replace").partition(end_mark(nonce))
     if done:
-        return complete(parse(text, nonce, previous), settings)
+        return complete(since(parse(text, nonce, previous.ticks if previous else None), previous), settings)
     running = last_section(text, nonce)
     during = f" while {running} ran" if running else ""
     if deadline.over:
@@ -3876,12 +3898,12 @@ class PollContext:
     random: random.Random
 
 
-def poll_once(target: Target, connection: Connection, ticks: CpuTicks | None) -> tuple[Verdict, Sample | None]:
+def poll_once(target: Target, connection: Connection, previous: Sample | None) -> tuple[Verdict, Sample | None]:
     """One poll of one resource: its verdict, and what was read."""
     try:
         if target.fault:
             raise ProbeError(*target.fault)
-        sample = collect(target.settings, connection, ticks)
+        sample = collect(target.settings, connection, previous)
     except ProbeError as error:
         return Verdict("unhealthy", error.cause, str(error)), None
     except Exception:   # a thread's outermost step: whatever a host makes a library raise must not end its watch
@@ -3898,7 +3920,7 @@ class Poller(threading.Thread):
         self.counted: bool | None = None    # as the aggregator was told by the monitor
         self.target, self._context, self._guard = target, context, guard
         self._connection = CONNECTIONS[target.settings.platform](target, guard, context.access)
-        self._ticks: CpuTicks | None = None
+        self._previous: Sample | None = None
         self._due_mono = time.monotonic() + delay
         self.expires_mono = self._due_mono + target.settings.ttl      # without a report until then it is stale
         self._woken = threading.Event()
@@ -3957,8 +3979,8 @@ class Poller(threading.Thread):
         if wait > 0:
             verdict = Verdict("unhealthy", "auth", NOT_TRIED)
         else:
-            verdict, sample = poll_once(self.target, self._connection, self._ticks)
-        self._ticks = sample.ticks if sample else self._ticks
+            verdict, sample = poll_once(self.target, self._connection, self._previous)
+        self._previous = sample or self._previous
         self.target = replace(self.target, host_key=self._connection.host_key)
         learned = None if self.target.host_key == host_key else self.target.host_key
         report = self._report(verdict, time.monotonic() - begun_mono, sample, learned)
