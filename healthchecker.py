@@ -2292,8 +2292,12 @@ def end_process_group(process: subprocess.Popen[bytes]) -> None:
         subprocess.run(["taskkill", "/T", "/F", "/PID", str(process.pid)], capture_output=True, check=False)
         return
     with contextlib.suppress(OSError):
-        listed = subprocess.run(["ps", "-A", "-o", "pid="], capture_output=True, encoding="ascii", check=False)
-        for pid in map(int, listed.stdout.split()):
+        if os.path.isdir("/proc/self"):     # an image may have no ps
+            listed = os.listdir("/proc")
+        else:
+            listed = subprocess.run(["ps", "-A", "-o", "pid="], capture_output=True, encoding="ascii",
+                                    check=False).stdout.split()
+        for pid in map(int, filter(str.isdecimal, listed)):
             with contextlib.suppress(OSError):
                 if os.getsid(pid) == process.pid:
                     os.kill(pid, signal.SIGKILL)
@@ -2799,14 +2803,16 @@ _LINUX_CPUS = "{ getconf _NPROCESSORS_ONLN 2>/dev/null || grep -c '^cpu[0-9]' /p
 LINUX_DISKS = r"""
 M=$(sed 's,^\([^ ]*\) [^ ]* \1 .*,\1 - \1 -,' /proc/mounts); echo "$M"; echo @fstab; cat /etc/fstab 2>/dev/null
 echo @space; h=$(df --help 2>&1); l=; [ "${h#*--local}" = "$h" ] || l=l
-r=$(df -Pk$l); [ "${r#*%}" != "$r" ] || r=$(df -k); echo "$r"
+r=$(d -Pk$l); s=$?
+[ "${r#*%}" != "$r" ] || [ $s -ge 124 ] || r=$(d -k)
+echo "$r"; [ $s -lt 124 ] || exit 0
 set -f; a= b= m=
 for c in $M; do
   [ "${a#*:}" = "$a" ] || [ "$c" != bcachefs -a "$c" != ubifs ] || m="$m $b"
   a=$b b=$c
 done
-[ ! "$l" ] || [ ! "$m" ] || df -Pk $m
-echo @inodes; df -Pi$l
+[ ! "$l" ] || [ ! "$m" ] || d -Pk $m
+echo @inodes; d -Pi$l
 :"""
 # One command for all that may be there.
 LINUX_MEMORY = r"""
@@ -2835,7 +2841,7 @@ PROBES: dict[Platform, CommandSet] = {
         Probe("cpu_percent", "sysctl -n hw.ncpu; ps -A -o %cpu=", _ps_cpu),
         Probe("memory_percent", "vm_stat; sysctl hw.memsize", _macos_memory),
         Probe("swap_percent", "sysctl -n vm.swapusage", _macos_swap),
-        Probe("disk_percent", "mount; echo @space; df -Pkl; :", _disk_percent),
+        Probe("disk_percent", "mount; echo @space; d -Pkl; :", _disk_percent),
     ), "launchctl print system/{}", _launchd),
     Platform.FREEBSD: CommandSet("FreeBSD", (
         *_ANY, *_BSD,
@@ -2845,7 +2851,7 @@ PROBES: dict[Platform, CommandSet] = {
               " vm.stats.vm.v_inactive_count kstat.zfs.misc.arcstats.size kstat.zfs.misc.arcstats.c_min",
               _freebsd_memory),
         Probe("swap_percent", "swapinfo -k", _freebsd_swap),
-        Probe("disk_percent", "mount; echo @space; df -Pkli; echo @inodes", _disk_percent),
+        Probe("disk_percent", "mount; echo @space; d -Pkli; echo @inodes", _disk_percent),
     ), 'service {} onestatus || { s=$?; [ "$(id -u)" = 0 ] || [ "$(sysctl -n security.bsd.see_other_uids)" = 1 ] ||'
        ' echo "this account may not see the processes of others: security.bsd.see_other_uids is 0"; (exit $s); }',
        _service),
@@ -2854,7 +2860,7 @@ PROBES: dict[Platform, CommandSet] = {
         Probe("os", "uname -sr", _line),
         Probe("cpu_count", _CPUS, _count),
         Probe("load_per_cpu", f"{_CPUS} && uptime", _load_per_cpu),
-        Probe("disk_percent", "cat /etc/mnttab 2>/dev/null || mount; echo @space; df -Pk; :", _disk_percent),
+        Probe("disk_percent", "cat /etc/mnttab 2>/dev/null || mount; echo @space; d -Pk; :", _disk_percent),
     ), ":", lambda status, text: Outcome(False, "services are not supported on this platform")),
 }  # fmt: skip
 
@@ -2872,17 +2878,24 @@ e() { E="$E$O
 @NONCE end $?"; }
 f() { printf '%s' "$E"; E=; }
 limit() {
-  if [ "$T" ]; then timeout -k 1 "$1" /bin/sh -c "$2" 2>&1; return; fi
+  n=$1; shift
+  if [ "$T" ]; then timeout -k 1 $n "$@" 2>&1; return; fi
   command set -m || :
-  /bin/sh -c "$2" 2>&1 & p=$!
-  { sleep "$1"; kill -TERM -$p || kill -TERM $p; sleep 1; kill -KILL -$p || kill -KILL $p
-  } >/dev/null & w=$!
+  "$@" 2>&1 & p=$!
+  { while [ $n -gt 0 ] && kill -0 $p; do sleep 1; n=$((n - 1)); done
+    if kill -0 $p; then kill -TERM -$p || kill -TERM $p; sleep 1; kill -KILL -$p || kill -KILL $p; fi
+  } >/dev/null 2>&1 & w=$!
   wait $p; s=$?
   kill -TERM -$w || kill -TERM $w
   return $s
 }
+d() {
+  limit 5 df "$@"; s=$?
+  [ $s -lt 124 ] || echo "df: no end in 5 s"
+  return $s
+}
 run() {
-  { t=$(date +%s); limit "$1" "$2"; s=$?; [ $s -le 255 ] || s=$((128 + s % 128))
+  { t=$(date +%s); limit "$1" /bin/sh -c "$2"; s=$?; [ $s -le 255 ] || s=$((128 + s % 128))
     printf '\n@NONCE status %s %s .\n' $s $(($(date +%s) - t)); } 2>/dev/null | keep
 }
 keep() {
@@ -2900,7 +2913,9 @@ keep() {
 case $(uname -s) in
 BRANCHESesac
 T=; timeout -k 1 1 true >/dev/null 2>&1 && T=y
-CHECKSf; printf '\n@NONCE done\n'
+CHECKScase $(uname -s) in
+DISKSesac
+f; printf '\n@NONCE done\n'
 exit 0
 } </dev/null 2>&1
 """
@@ -2910,23 +2925,24 @@ def build_script(platform: Platform, services: Sequence[str], checks: Sequence[C
     """The whole poll for `/bin/sh -s`; `unix` and `local` ask uname which table to run. The nonce (hex, new
     for every poll) marks the sections, so that no output can pass for a mark."""
     chosen = {platform: PROBES[platform]} if platform in PROBES else PROBES
-    branches = ""
+    first = last = ""
     for key, table in chosen.items():
         rows = [(f"platform {key.value}", ":"), *((probe.name, probe.command) for probe in table.probes)]
         for name in services:
             rows.append((f"service {quote(name, '')}", table.service.replace("{}", shlex.quote(name))))
         # Each write is a packet that costs us 0.2 ms: they are gathered until a command comes that may hang.
-        sections = "".join(
-            f"b {shlex.quote(title)}; {'f; ' if title.startswith(('disk', 'service ')) else ''}"
-            f"O=$(\nexec 2>&1\n{command}\n); e\n" for title, command in rows)
-        branches += f"{table.uname if len(chosen) > 1 else '*'})\n{sections};;\n"
+        sections = {title: f"b {shlex.quote(title)}; {'f; ' if title.startswith(('disk', 'service ')) else ''}"
+                           f"O=$(\nexec 2>&1\n{command}\n); e\n" for title, command in rows}
+        pattern = table.uname if len(chosen) > 1 else "*"
+        last += f"{pattern})\n{sections.pop('disk_percent')};;\n"     # a df that hangs costs nothing else its answer
+        first += f"{pattern})\n{''.join(sections.values())};;\n"
     limited = ""
     for check in checks:
         seconds = math.ceil(check.timeout)
         title = shlex.quote(f"check {quote(check.name, '')} {seconds}")
         limited += f"b {title}; f; run {seconds} {shlex.quote(check.command)}\n"
-    head, middle, tail = re.split("BRANCHES|CHECKS", SCRIPT.replace("NONCE", nonce))
-    return head + branches + middle + limited + tail
+    parts = re.split("BRANCHES|CHECKS|DISKS", SCRIPT.replace("NONCE", nonce))
+    return "".join(itertools.chain(*zip(parts, (first, limited, last, ""), strict=True)))
 
 
 def kept(text: str) -> str:
@@ -3280,9 +3296,10 @@ def collect(settings: ResourceSettings, connection: Connection, previous: Sample
     output, deadline = Output(end_mark(nonce)), Deadline(settings.timeout)
     ended = connection.run(build(settings.services, settings.checks, nonce), output, deadline)
     text, done, _ = output.printed.decode(errors="replace").partition(end_mark(nonce))
-    if done:
-        return complete(since(parse(text, nonce, previous.ticks if previous else None), previous), settings)
+    # What comes last hangs where a disk does: all else was answered.
     running = last_section(text, nonce)
+    if done or (deadline.over and running == "disk_percent"):
+        return complete(since(parse(text, nonce, previous.ticks if previous else None), previous), settings)
     during = f" while {running} ran" if running else ""
     if deadline.over:
         raise ProbeError("timeout", f"no end within {deadline.seconds:g} s{during}")

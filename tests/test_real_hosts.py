@@ -10,6 +10,7 @@ import functools
 import ipaddress
 import re
 import sys
+import time
 from typing import Any
 
 import hosts
@@ -364,6 +365,24 @@ def test_counters_that_stand_still_are_a_problem_at_the_third_poll(name: str) ->
 def test_what_a_machine_does_not_have_is_no_missing_reading() -> None:
     """A limit of swap_percent on a machine without swap stays good, at the fourth poll, too."""
     assert polls("openwrt/23", 4, {"swap_percent": "90"}) == ["healthy "] * 4
+
+
+class Stuck(Played):
+    """The same, whose df nothing can end."""
+
+    def run(self, script: str, output: Output, deadline: Deadline) -> bool:
+        text = hosts.play(self.host, script)
+        output.take(text[: re.search("begin disk_percent\n", text).end()].encode())  # type: ignore[union-attr]
+        time.sleep(deadline.left())
+        return False
+
+
+def test_a_disk_that_answers_never_costs_no_other_answer() -> None:
+    asked = resource(services=["cron"], limits={"disk_percent": "90", "inode_percent": "90"}, timeout="1")
+    sample = collect(asked, Stuck(hosts.host("ubuntu/14.04")), None)
+    assert sample.services["cron"].good and "memory_percent" in sample.metrics
+    assert sample.problems == {"disk_percent": "no answer", "inode_percent": "no answer"}
+    assert evaluate(sample, asked).state == "degraded"
 
 
 # --- Services ----------------------------------------------------------------
