@@ -142,6 +142,7 @@ try:
         SecretStr,
         TypeAdapter,
         ValidationError,
+        WrapSerializer,
         create_model,
         model_validator,
     )
@@ -267,7 +268,7 @@ class ProbeError(HealthCheckerError):
 # texts with a place each, the models check them, InventoryLoader merges defaults and gathers the faults.
 # Pure but for reading files and environment; called by commands, and by threads that serve the console.
 # Gives: Check, Document, FILES, foreign_fields, HOSTLESS, Inventory, InventoryLoader, Limit, Limits,
-# load_inventory, M, message_of, Name, NodePath, PASSPHRASES, Platform, read_document, REMOTE_PLATFORMS,
+# load_inventory, M, matching_key, message_of, Name, NodePath, PASSPHRASES, Platform, read_document, REMOTE_PLATFORMS,
 # ResourceSettings, Retention, SECRETS, SELECTABLE, ServiceSettings, Settings, SSH_PLATFORMS, TextLine
 INVENTORY_BYTES = 1 << 20       # bytes; a larger inventory is refused
 INVENTORY_DEPTH = 8             # levels of nesting
@@ -440,6 +441,16 @@ def scalar_limit(value: object) -> object:
     return {"fail": value} if isinstance(value, (str, int, float)) else value
 
 
+def limit_or_off(value: object) -> object:
+    return None if value == "off" else scalar_limit(value)
+
+
+def matching_key(patterns: Iterable[str], mount: str) -> str | None:
+    """Which pattern holds for a mount point: itself, or else the first that it matches."""
+    found = [pattern for pattern in patterns if pattern == mount or fnmatch.fnmatchcase(mount, pattern)]
+    return mount if mount in found else next(iter(found), None)
+
+
 def not_too_long(secret: SecretStr) -> SecretStr:
     """A sealed secret is longer than what it holds."""
     if len(secret) > SECRET_LENGTH and not secret.get_secret_value().startswith(TOKEN_PREFIXES):
@@ -498,6 +509,11 @@ class Limit(Settings):
             raise ValueError("warn must be below fail")
         return self
 
+    def at(self, mount: str) -> Limit | None:
+        """The limit of a reading of this mount point; "" where a metric has none."""
+        del mount
+        return self
+
 
 class LoadLimit(Limit):
     """A limit that is no percentage: processes waiting per CPU."""
@@ -507,6 +523,24 @@ class LoadLimit(Limit):
 
 
 PercentLimit = Annotated[Limit, BeforeValidator(scalar_limit, json_schema_input_type=Limit | Percent)]
+LimitOrOff = Annotated[
+    Limit | None, BeforeValidator(limit_or_off, json_schema_input_type=Limit | Percent | Literal["off"]),
+    WrapSerializer(lambda limit, plain: plain(limit) if limit else "off", return_type=Any)]
+MountPattern = Annotated[str, Field(min_length=1, max_length=4096)]
+
+
+class MountLimit(Limit):
+    """A limit of filesystems; some, by mount point or pattern, have their own or none."""
+
+    mounts: Annotated[dict[MountPattern, LimitOrOff], Field(max_length=100)] | None = None
+
+    def at(self, mount: str) -> Limit | None:
+        mounts = self.mounts or {}
+        key = matching_key(mounts, mount)
+        return self if key is None else mounts[key]
+
+
+DiskLimit = Annotated[MountLimit, BeforeValidator(scalar_limit, json_schema_input_type=MountLimit | Percent)]
 
 
 class Limits(Settings):
@@ -515,8 +549,8 @@ class Limits(Settings):
     cpu_percent: PercentLimit | None = None
     memory_percent: PercentLimit | None = None
     swap_percent: PercentLimit | None = None
-    disk_percent: PercentLimit | None = None
-    inode_percent: PercentLimit | None = None
+    disk_percent: DiskLimit | None = None
+    inode_percent: DiskLimit | None = None
     load_per_cpu: Annotated[
         LoadLimit, BeforeValidator(scalar_limit, json_schema_input_type=LoadLimit | Positive)] | None = None
 
@@ -3336,8 +3370,11 @@ class Verdict:
 def judge_limits(sample: Sample, limits: Mapping[str, Limit]) -> tuple[list[str], list[str]]:
     """Readings above `fail` and, in the second list, above `warn` or not readable."""
     failed, warned = [], []
-    for metric, limit in limits.items():
+    for metric, common in limits.items():
         for name, value in sample.readings(metric):
+            limit = common.at(name.partition(" ")[2])
+            if limit is None:
+                continue
             if limit.fail is not None and value > limit.fail:
                 failed.append(f"{name} {value:.1f} > {limit.fail:g}")
             elif limit.warn is not None and value > limit.warn:
@@ -7654,8 +7691,11 @@ class ResourceRow:
         tags: list[str] = self.settings["tags"]
         return tags if self.settings["critical"] else [*tags, "not critical"]
 
-    def limit(self, metric: str) -> LimitValues:
-        return self.settings["limits"].get(metric) or {}
+    def limit(self, metric: str, mount: str = "") -> LimitValues:
+        limit = self.settings["limits"].get(metric) or {}
+        key = matching_key(limit.get("mounts") or (), mount)
+        own = limit if key is None else limit["mounts"][key]
+        return own if isinstance(own, dict) else {}     # or off
 
     @property
     def bars(self) -> Markup:
@@ -7726,8 +7766,11 @@ def reading_rows(sample: Mapping[str, Any], resource: ResourceRow, damage: str) 
         limit, problem = resource.limit(metric), sample["problems"].get(metric, "")
         top = 100.0 if metric.endswith("_percent") else 1.25 * max(filter(None, limit.values()), default=0.0)
         found = [(name, value) for name, value in sample["metrics"].items() if name.partition(" ")[0] == metric]
-        rows += [{"label": f"{LABELS[metric]} {name.partition(' ')[2]}", "limit": limit, "text": amount(metric, value),
-                  "bar": bar_svg(value, limit, top) if top else ""} for name, value in found]
+        for name, value in found:
+            mount = name.partition(" ")[2]
+            own = resource.limit(metric, mount)
+            rows.append({"label": f"{LABELS[metric]} {mount}", "limit": own, "text": amount(metric, value),
+                         "bar": bar_svg(value, own, top) if top else ""})
         if problem or (limit and not found and not damage):
             rows.append({"label": LABELS[metric], "limit": limit, "problem": problem or "not read"})
     return rows

@@ -496,7 +496,6 @@ MOUNTS = {
 }
 
 
-@fault("limits cannot be given by mount point")
 @pytest.mark.parametrize("metric", ["disk_percent", "inode_percent"])
 @pytest.mark.parametrize(("title", "case"), rows(MOUNTS, {}))
 def test_limits_by_mount_point(title: str, case: tuple[dict[str, float], str], metric: str) -> None:
@@ -506,7 +505,6 @@ def test_limits_by_mount_point(title: str, case: tuple[dict[str, float], str], m
     assert evaluate(Sample({}, metrics, None, {}, {}, {}), settings_).state == state, title
 
 
-@fault("a bad bound of a mount point is not looked at, for there are none")
 @pytest.mark.parametrize("mounts", [{"/": "101"}, {"/": {"warn": "90", "fail": "80"}}, {"/": "on"}, {"": "off"}])
 def test_limits_by_mount_point_have_bounds(mounts: dict[str, Any]) -> None:
     assert Limits.model_validate({"disk_percent": {"fail": "90", "mounts": {"/": "off"}}})
