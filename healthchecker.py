@@ -103,7 +103,7 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from dataclasses import field as dataclass_field
 from enum import Enum
@@ -142,6 +142,7 @@ try:
         SecretStr,
         TypeAdapter,
         ValidationError,
+        WrapSerializer,
         create_model,
         model_validator,
     )
@@ -267,7 +268,7 @@ class ProbeError(HealthCheckerError):
 # texts with a place each, the models check them, InventoryLoader merges defaults and gathers the faults.
 # Pure but for reading files and environment; called by commands, and by threads that serve the console.
 # Gives: Check, Document, FILES, foreign_fields, HOSTLESS, Inventory, InventoryLoader, Limit, Limits,
-# load_inventory, M, message_of, Name, NodePath, PASSPHRASES, Platform, read_document, REMOTE_PLATFORMS,
+# load_inventory, M, matching_key, message_of, Name, NodePath, PASSPHRASES, Platform, read_document, REMOTE_PLATFORMS,
 # ResourceSettings, Retention, SECRETS, SELECTABLE, ServiceSettings, Settings, SSH_PLATFORMS, TextLine
 INVENTORY_BYTES = 1 << 20       # bytes; a larger inventory is refused
 INVENTORY_DEPTH = 8             # levels of nesting
@@ -440,6 +441,16 @@ def scalar_limit(value: object) -> object:
     return {"fail": value} if isinstance(value, (str, int, float)) else value
 
 
+def limit_or_off(value: object) -> object:
+    return None if value == "off" else scalar_limit(value)
+
+
+def matching_key(patterns: Iterable[str], mount: str) -> str | None:
+    """Which pattern holds for a mount point: itself, or else the first that it matches."""
+    found = [pattern for pattern in patterns if pattern == mount or fnmatch.fnmatchcase(mount, pattern)]
+    return mount if mount in found else next(iter(found), None)
+
+
 def not_too_long(secret: SecretStr) -> SecretStr:
     """A sealed secret is longer than what it holds."""
     if len(secret) > SECRET_LENGTH and not secret.get_secret_value().startswith(TOKEN_PREFIXES):
@@ -464,7 +475,7 @@ Name = Annotated[str, matching(r"(?!\.\.?$)[^\s/\\\x00-\x1f\x7f]+( [^\s/\\\x00-\
                                f"must be 1 to {NAME_CHARS} characters without slashes", NAME_CHARS)]
 HOSTNAME = re.compile(r"(?!-|\.\.?$)[\w.:%-]{1,253}")
 Hostname = Annotated[str, matching(HOSTNAME.pattern, "must be a host name or an IP address")]
-ServiceName = Annotated[str, matching(r"(?!-)[\w@.:+\\ -]+", "must be the name of a service", 200)]
+ServiceName = Annotated[str, matching(r"(?!-)[^/\x00-\x1f\x7f]+", "must be the name of a service", 256)]
 Fingerprint = Annotated[str, matching(r"(SHA256:)?[0-9A-Fa-f]{2}(:?[0-9A-Fa-f]{2}){31}",
                                       "must be a SHA-256 fingerprint: 64 hexadecimal digits")]
 HostKey = Annotated[str, matching(r"strict|(([a-z0-9-]+) )?SHA256:[A-Za-z0-9+/]{43}=?",
@@ -498,6 +509,11 @@ class Limit(Settings):
             raise ValueError("warn must be below fail")
         return self
 
+    def at(self, mount: str) -> Limit | None:
+        """The limit of a reading of this mount point; "" where a metric has none."""
+        del mount
+        return self
+
 
 class LoadLimit(Limit):
     """A limit that is no percentage: processes waiting per CPU."""
@@ -507,6 +523,24 @@ class LoadLimit(Limit):
 
 
 PercentLimit = Annotated[Limit, BeforeValidator(scalar_limit, json_schema_input_type=Limit | Percent)]
+LimitOrOff = Annotated[
+    Limit | None, BeforeValidator(limit_or_off, json_schema_input_type=Limit | Percent | Literal["off"]),
+    WrapSerializer(lambda limit, plain: plain(limit) if limit else "off", return_type=Any)]
+MountPattern = Annotated[str, Field(min_length=1, max_length=4096)]
+
+
+class MountLimit(Limit):
+    """A limit of filesystems; some, by mount point or pattern, have their own or none."""
+
+    mounts: Annotated[dict[MountPattern, LimitOrOff], Field(max_length=100)] | None = None
+
+    def at(self, mount: str) -> Limit | None:
+        mounts = self.mounts or {}
+        key = matching_key(mounts, mount)
+        return self if key is None else mounts[key]
+
+
+DiskLimit = Annotated[MountLimit, BeforeValidator(scalar_limit, json_schema_input_type=MountLimit | Percent)]
 
 
 class Limits(Settings):
@@ -515,7 +549,8 @@ class Limits(Settings):
     cpu_percent: PercentLimit | None = None
     memory_percent: PercentLimit | None = None
     swap_percent: PercentLimit | None = None
-    disk_percent: PercentLimit | None = None
+    disk_percent: DiskLimit | None = None
+    inode_percent: DiskLimit | None = None
     load_per_cpu: Annotated[
         LoadLimit, BeforeValidator(scalar_limit, json_schema_input_type=LoadLimit | Positive)] | None = None
 
@@ -2291,8 +2326,12 @@ def end_process_group(process: subprocess.Popen[bytes]) -> None:
         subprocess.run(["taskkill", "/T", "/F", "/PID", str(process.pid)], capture_output=True, check=False)
         return
     with contextlib.suppress(OSError):
-        listed = subprocess.run(["ps", "-A", "-o", "pid="], capture_output=True, encoding="ascii", check=False)
-        for pid in map(int, listed.stdout.split()):
+        if os.path.isdir("/proc/self"):     # an image may have no ps
+            listed = os.listdir("/proc")
+        else:
+            listed = subprocess.run(["ps", "-A", "-o", "pid="], capture_output=True, encoding="ascii",
+                                    check=False).stdout.split()
+        for pid in map(int, filter(str.isdecimal, listed)):
             with contextlib.suppress(OSError):
                 if os.getsid(pid) == process.pid:
                     os.kill(pid, signal.SIGKILL)
@@ -2364,18 +2403,21 @@ CONNECTIONS: dict[Platform, type[Connection]] = {
 NOT_KNOWN = "not known on this platform"
 KEPT_BYTES = 4096               # bytes of text kept of a service or check; the script has this number, too
 PROBLEM_CHARS = 200             # characters of a problem's one line
-DETAILS = frozenset({"hostname", "os", "kernel", "uptime_seconds", "cpu_count"})
+DETAILS = frozenset({"hostname", "os", "kernel", "uptime_seconds", "cpu_count", "skipped_filesystems",
+                     "hidden_filesystems", "memory_limit"})
 CONTROL = dict.fromkeys([*range(9), *range(11, 32), *range(127, 160)])
-# No disks, though they may sit on a path: images that are always full, and views of another filesystem.
+# No disks: what lies in memory, images that are always full, views of another filesystem, and other machines'.
 NO_DISK = re.compile(
-    r"squashfs|erofs|cramfs|romfs|iso9660|udf|cd9660|(dev)?tmpfs|ramfs|overlay|(au|union|null|ecrypt|auto)fs"
-    r"|fuse(fs|\..*)?|9p|virtiofs|vboxsf|nfs4?|cifs|smb3"
+    r"squashfs|erofs|cramfs|romfs|iso9660|udf|cd9660|(dev)?tmpfs|ramfs|rootfs|mfs|efivarfs|overlay(fs)?|fuse.*"
+    r"|(au|union|null|ecrypt|auto|lo|name|mnt|ct|obj|share|kern|pty|dev|fdesc|lin?sys)fs|map|dev|fd|none|(lin)?procfs?"
+    r"|9p|virtiofs|vboxsf|drvfs|nfs[0-9]*|cifs|smb3|smbfs|afpfs|ceph|lustre|gpfs"
 )
-# A row of df: device, type, size, used, available, mount point. Word by word, or a long line would take a second.
-DF_ROW = r"\s*(\S+(?:\s+\S+)*?)%s\s+-?[0-9]{1,18}\s+(-?[0-9]{1,18})\s+(-?[0-9]{1,18})\s+\S*%%\s+(\S.*)"
-DF, DF_TYPED = re.compile(DF_ROW % "()"), re.compile(DF_ROW % r"\s+(\S+)")
+# A row of df: device, used, available, used and free inodes, mount point. Word by word, or a long line would take
+# a second.
+DF_ROW = re.compile(r"\s*(\S+(?:\s+\S+)*?)\s+[0-9]{1,18}\s+(-?[0-9]{1,18})\s+(-?[0-9]{1,18})\s+[0-9]+%"
+                    r"(?:\s+([0-9]{1,18})\s+([0-9]{1,18})\s+[0-9-]+%?)?\s+(/.*)")
 # They count in their pool but are not shown: volumes with one of these flags, and parts of macOS itself.
-HIDDEN = frozenset({"read-only", "quarantine"})
+READ_ONLY = frozenset({"ro", "read-only"})
 MACOS_PARTS = re.compile(r"/System/Volumes/(?!Data$)|/private/var/vm$")
 
 
@@ -2412,6 +2454,9 @@ class Sample:
     services: Mapping[str, Outcome]
     checks: Mapping[str, Outcome]
     problems: Mapping[str, str]
+    # For the next poll: polls in a row whose CPU counters gave no cpu_percent, and mount points that were writable.
+    still: int = dataclass_field(default=0, compare=False)
+    writable: frozenset[str] = dataclass_field(default=frozenset(), compare=False)
 
     @property
     def empty(self) -> bool:
@@ -2422,9 +2467,9 @@ class Sample:
         return [(name, value) for name, value in self.metrics.items() if name.partition(" ")[0] == metric]
 
     def to_json(self) -> str:
-        """All but the ticks, for the pages: an object with the names of the fields."""
-        return json.dumps({field: getattr(self, field) for field in self.__dataclass_fields__ if field != "ticks"},
-                          default=vars)
+        """For the pages: an object with the names of the fields; without what only the next poll needs."""
+        fields = self.__dataclass_fields__.keys() - {"ticks", "still", "writable"}
+        return json.dumps({field: getattr(self, field) for field in fields}, default=vars)
 
 
 class Probe(NamedTuple):
@@ -2545,20 +2590,41 @@ def _ps_cpu(text: str) -> float:
     return min(100.0, sum(map(_number, shares)) / _count(count))
 
 
+CGROUPS = (     # limit, used, and what of it is cache: version 2 and 1
+    ("memory.max", "memory.current", "inactive_file"),
+    ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+)
+
+
 def _load_per_cpu(text: str) -> float:
-    """A line with the load of 1, 5 and 15 minutes, bare or of uptime(1), then the number of CPUs."""
+    """The number of CPUs, then a line with the load of 1, 5 and 15 minutes, bare or of uptime(1)."""
     lines = text.splitlines() or [""]
-    load = lines[0].rpartition("average")[2].lstrip("s:{ ").partition(" ")[0]
-    return _number(load.rstrip(",")) / _count(lines[-1])
+    load = lines[-1].rpartition("average")[2].lstrip("s:{ ").partition(" ")[0]
+    return _number(load.rstrip(",")) / _count(lines[0])
 
 
-def _linux_memory(text: str) -> float:
-    named = _named(text)
+def _linux_memory(text: str) -> Reading:
+    """Of the container (what docker and podman call used) where it has a limit below the machine's memory, else of
+    the machine. The ARC of ZFS above its floor is available; in a container it is the host's."""
+    named = {}
+    for line in text.splitlines():      # such as `/proc/meminfo:MemTotal: 16 kB` and `…/arcstats:size 4 123`
+        words = line.removesuffix(" kB").rpartition("/")[2].replace(":", " ").split()
+        if len(words) > 1:
+            named[words[len(words) > 2]] = words[-1]
     total = _sum(named, "MemTotal")
+    for limit, used, cache in CGROUPS:
+        # "no limit" is a word, or more than _number() takes
+        if re.fullmatch("[0-9]{1,18}", named.get(limit, "")) and _number(named[limit]) < total * 1024:
+            most = _number(named[limit])
+            share = percent(min(most, max(0.0, _sum(named, used) - _sum(named, cache))), most)
+            return {"memory_percent": share, "memory_limit": f"the container's limit of {most / (1 << 20):.0f} MiB"}
     if "MemAvailable" in named:
-        return percent(total - _sum(named, "MemAvailable"), total)
-    shared = _sum(named, "Shmem") if "Shmem" in named else 0  # in Cached, yet nothing can drop it
-    return percent(total - _sum(named, "MemFree", "Buffers", "Cached") + shared, total)
+        available = _sum(named, "MemAvailable")
+    else:       # Shmem is in Cached, yet nothing can drop it
+        available = _sum(named, "MemFree", "Buffers", "Cached") - (_sum(named, "Shmem") if "Shmem" in named else 0)
+    if "size" in named and (cached := (_sum(named, "size") - _sum(named, "c_min")) / 1024) > 0:
+        available = min(total, available + cached) if _sum(named, "size") < total * 1024 else available
+    return percent(total - available, total)
 
 
 def _macos_memory(text: str) -> float:
@@ -2601,6 +2667,18 @@ def _freebsd_swap(text: str) -> float | None:
     return percent(used, total) if total else None
 
 
+class Mount(NamedTuple):
+    """A line of a machine's table of what is mounted."""
+
+    point: str
+    kind: str           # the filesystem's type
+    flags: frozenset[str]
+
+    @property
+    def hidden(self) -> bool:
+        return bool({*READ_ONLY, "quarantine"} & self.flags or MACOS_PARTS.match(self.point))
+
+
 class Volume(NamedTuple):
     """A row of df with sizes in KiB."""
 
@@ -2608,73 +2686,138 @@ class Volume(NamedTuple):
     pool: str           # volumes of ZFS and APFS share the free space of one; any other is its own
     used: float
     available: float
-    mount: str
-    shown: bool
+    mount: Mount
+    inodes: tuple[float, float]     # used and free
 
 
-def _volumes(text: str, typed: bool) -> Iterator[Volume]:
-    """The disks in `df -Pk` (typed: with -T): rows with three numbers and a percent sign, for devices and mount
-    points may hold blanks. Lines of mount(8) read `device on /mount (apfs, local)`."""
-    mounts = (line[:-1].rpartition(" (") for line in text.splitlines() if line.endswith(")"))
-    flags = {left.partition(" on ")[2]: right.split(", ") for left, _, right in mounts}
+def _mounts(text: str) -> list[Mount]:
+    """/proc/mounts, /etc/mnttab, fstab and AIX' mount(8) have columns, of which the second is the mount point; BSDs
+    print `device on /mount type ffs (local)` or `device on /mount (ufs, local)`."""
+    found = []
     for line in text.splitlines():
+        words = line.split()
+        left, _, right = line.rstrip(" )").rpartition(" (")
+        if " on " in left and line.endswith(")"):
+            point, _, kind = left.partition(" on ")[2].partition(" type ")
+            flags = right.split(", ")
+            found.append(Mount(point, kind or flags[0], frozenset(flags)))
+        elif len(words) > 3:
+            point, kind, *rest = words[2:] if words[2].startswith("/") else words[1:]   # AIX names a server first
+            found.append(Mount(point.replace("\\040", " "), kind, frozenset(",".join(rest).split(","))))
+    return found
+
+
+def _volumes(text: str, mounts: Mapping[str, Mount], inodes: Mapping[str, tuple[float, float]]) -> Iterator[Volume]:
+    """The rows of `df -Pk` that have sizes; a long device may stand on a line of its own. `inodes` by mount point
+    are those of another table, where the rows have none."""
+    for line in re.sub(r"(?m)^(\S+)\n +", r"\1 ", text).splitlines():
         if len(line) > 4096:    # nobody's mount point
             raise ValueError(f"a line of {len(line)} characters")
-        if not (row := (DF_TYPED if typed else DF).match(line)):
+        if not (row := DF_ROW.fullmatch(line)):
             continue
-        device, kind, used, free, mount = row.groups()
-        mount = mount.replace("\\040", " ")
-        flag = flags.get(mount, [""])   # the first is the type
-        kind = kind or flag[0]
-        # By what it sits on: a list of good types would silently miss the next filesystem there is.
-        if (kind == "zfs" or re.match("/(?!/)", device)) and not NO_DISK.fullmatch(kind):
-            pool = re.sub({"zfs": "/.*", "apfs": "(?<=[0-9])s.*"}.get(kind, "$^"), "", device)
+        device, used, free, taken, left, point = row.groups()
+        point = point.replace("\\040", " ")
+        mount = mounts.get(point, Mount(point, device, frozenset()))    # a device called tmpfs is one
+        # By what it is: a list of good types would silently miss the next filesystem there is.
+        if not NO_DISK.fullmatch(mount.kind):
+            # What is no path may be the same word in every row, such as AIX' Global.
+            device = device if device.startswith("/") or mount.kind == "zfs" else point
+            pool = re.sub({"zfs": "/.*", "apfs": "(?<=[0-9])s.*"}.get(mount.kind, "$^"), "", device)
             available = max(0.0, float(free))   # below 0 where the reserve of UFS is in use
-            shown = not (HIDDEN.intersection(flag) or MACOS_PARTS.match(mount))
-            yield Volume(device, pool, float(used), available, mount, shown)
+            counts = (float(taken), float(left)) if left else inodes.get(point, (0.0, 0.0))
+            yield Volume(device, pool, float(used), available, mount, counts)
 
 
-def _disk_percent(text: str, typed: bool) -> dict[str, float | str]:
-    """used / (used + available) of each pool under its shortest mount point, and of volumes with a quota."""
+def _pools(volumes: Iterable[Volume]) -> Iterator[list[Volume]]:
+    """Those that share their space, that with the shortest mount point first, and none twice (a bind mount)."""
     pools: dict[str, dict[str, Volume]] = {}
-    for volume in sorted(_volumes(text, typed), key=lambda volume: len(volume.mount)):
+    for volume in sorted(volumes, key=lambda volume: len(volume.mount.point)):
         if volume.used + volume.available > 0:
-            pools.setdefault(volume.pool, {}).setdefault(volume.device, volume)  # no bind mounts
-    shares: dict[str, float | str] = {}
+            pools.setdefault(volume.pool, {}).setdefault(volume.device, volume)
     for pool in pools.values():
-        volumes = list(pool.values())
-        used, free = sum(volume.used for volume in volumes), max(volume.available for volume in volumes)
-        for index, volume in enumerate(volume for volume in volumes if volume.shown):
-            if index == 0:
-                shares[f"disk_percent {volume.mount}"] = percent(used, used + free)
-            elif volume.available < free * 0.98:    # it has a quota
-                shares[f"disk_percent {volume.mount}"] = percent(volume.used, volume.used + volume.available)
+        yield list(pool.values())
+
+
+def _told(shares: dict[str, float | str], mounts: Iterable[Mount], broken: Collection[str],
+          text: str) -> dict[str, float | str]:
+    """The shares, what is not among them, and what is wrong."""
+    kinds = collections.Counter(mount.kind for mount in mounts if NO_DISK.fullmatch(mount.kind))
+    skipped = ", ".join(f"{kind} ({count})" if count > 1 else kind for kind, count in sorted(kinds.items()))
+    hidden = ", ".join(sorted(
+        mount.point for mount in mounts
+        if mount.hidden and mount.point not in broken and not NO_DISK.fullmatch(mount.kind)))
     # An account without rights to somebody's private mount is no fault; a disk that answers with an error is.
     private = re.compile("[Pp]ermission denied|not permitted")
     errors = [line for line in text.splitlines() if line.startswith("df: ") and not private.search(line)]
     if not shares:
-        raise ValueError(f"no local filesystem {' '.join(errors)}")
-    return shares | ({"disk_percent": errors[0]} if errors else {})
+        raise ValueError(" ".join(["no local filesystem", f"(skipped: {skipped or 'nothing'})", *errors]))
+    if broken:
+        errors.insert(0, f"became read-only: {', '.join(sorted(broken))}")
+    told = {"disk_percent": errors[:1], "skipped_filesystems": [skipped], "hidden_filesystems": [hidden]}
+    return shares | {name: text for name, texts in told.items() for text in texts if text}
+
+
+def _disk_percent(text: str) -> dict[str, float | str]:
+    """used / (used + available) of each pool under its shortest mount point, and of volumes with a quota. In comes
+    the table of mounts and, after a line with its name, what each further command printed."""
+    mounted, *rest = re.split(r"(?m)^@(?=fstab$|space$|inodes$)", text)
+    parts = dict(part.partition("\n")[::2] for part in rest)
+    mounts = {mount.point: mount for mount in _mounts(mounted)}
+    meant = {mount.point for mount in _mounts(parts.get("fstab", "")) if not mount.flags & {"ro", "noauto"}}
+    broken = {point for point, mount in mounts.items()
+              if "emergency_ro" in mount.flags or ("ro" in mount.flags and point in meant)}
+    mounts |= {point: mounts[point]._replace(flags=frozenset()) for point in broken}
+    shares: dict[str, float | str] = {}
+    inodes = {volume.mount.point: (volume.used, volume.available)
+              for volume in _volumes(parts.get("inodes", ""), mounts, {})}
+    for volumes in _pools(_volumes(parts.get("space", ""), mounts, inodes)):
+        used, free = sum(volume.used for volume in volumes), max(volume.available for volume in volumes)
+        for index, volume in enumerate(volume for volume in volumes if not volume.mount.hidden):
+            if index == 0:
+                shares[f"disk_percent {volume.mount.point}"] = percent(used, used + free)
+                if sum(volume.inodes) and volume.mount.kind not in ("apfs", "zfs"):     # they make what they need
+                    shares[f"inode_percent {volume.mount.point}"] = percent(volume.inodes[0], sum(volume.inodes))
+            elif volume.available < free * 0.98:    # it has a quota
+                shares[f"disk_percent {volume.mount.point}"] = percent(volume.used, volume.used + volume.available)
+    told = _told(shares, _mounts(mounted), broken, parts.get("space", ""))
+    return told if "inodes" in parts else {"inode_percent": NOT_KNOWN, **told}
 
 
 def _by_status(status: int, text: str) -> Outcome:
     return Outcome(status == 0, text or (f"exit status {status}" if status >= 0 else "no exit status"))
 
 
+# A service that has ended, in the words of Upstart, Red Hat's and Debian's scripts, OpenRC, runit and procd: their
+# exit status is 0 all the same. Not the bare word "stopped", which may be in a name or of something else.
+NOT_RUNNING = re.compile(
+    r"\b(start|stop)/(?!running)\S+|\b(is|are) (stopped|dead)|\bnot running|\bdead but"
+    r"|\bstatus: (stopped|crashed|inactive)|^(down:|inactive)|\bfailed!", re.IGNORECASE | re.MULTILINE)
+
+
+def _service(status: int, text: str) -> Outcome:
+    ended = status == 0 and NOT_RUNNING.search(text)
+    return Outcome(False, text) if ended else _by_status(status, text)
+
+
 def _systemd(status: int, text: str) -> Outcome:
     fields = {key: value for key, _, value in (line.partition("=") for line in text.splitlines())}
     active = fields.get("ActiveState", "")
     if not active:  # another init, or a systemd that does not answer
-        return _by_status(status, text)
+        return _service(status, text)
     if fields.get("LoadState") == "not-found":
         return Outcome(False, "no such unit")
-    return Outcome(active in ("active", "reloading"), f"{active} ({fields.get('SubState', '')})")
+    return Outcome(active in ("active", "reloading", "refreshing"), f"{active} ({fields.get('SubState', '')})")
 
 
 def _launchd(status: int, text: str) -> Outcome:
-    """The first state is the job's own; those further down belong to its sockets and endpoints."""
+    """The first state is the job's own; those further down belong to its sockets and endpoints. A job on demand
+    that ended well waits for the next demand."""
     state = re.search(r"^[ \t]*state = (.*)$", text, re.MULTILINE)
     if status == 0 and state:
+        ended_well = re.search(r"^[ \t]*last exit code = (0|\(never exited\))$", text, re.MULTILINE)
+        kept_alive = re.search(r"^[ \t]*properties = .*keepalive", text, re.MULTILINE)
+        if state[1] == "not running" and ended_well and not kept_alive:
+            return Outcome(True, "not running (on demand)")
         return Outcome(state[1] == "running", state[1])
     return Outcome(False, "no such service" if status == 113 else _by_status(status, text).text)
 
@@ -2683,24 +2826,47 @@ _ANY = (Probe("hostname", "uname -n", _line), Probe("kernel", "uname -sr", _line
 _BSD = (                        # and macOS
     Probe("uptime_seconds", "sysctl -n kern.boottime; date +%s", _since_boot),
     Probe("cpu_count", "sysctl -n hw.ncpu", _count),
-    Probe("load_per_cpu", "sysctl -n vm.loadavg hw.ncpu", _load_per_cpu),
+    Probe("load_per_cpu", "sysctl -n hw.ncpu vm.loadavg", _load_per_cpu),
 )
-_CPUS = "getconf _NPROCESSORS_ONLN"
-_LINUX_CPUS = f"{_CPUS} 2>/dev/null || grep -c '^cpu[0-9]' /proc/stat"
+# What may fail comes first, so that a problem shows its words.
+_CPUS = "{ getconf NPROCESSORS_ONLN 2>/dev/null || getconf _NPROCESSORS_ONLN; }"
+_LINUX_CPUS = "{ getconf _NPROCESSORS_ONLN 2>/dev/null || grep -c '^cpu[0-9]' /proc/stat; }"
+# Lines whose device is called as its type (thousands of overlays and tmpfs on a node of Kubernetes) are sent as the
+# type alone. Without -l a dead NFS server holds df up for ever; BusyBox has no -l, its oldest no -P. A name with a
+# colon is a server's for GNU's -l, so what else has one is asked for by its mount point.
+LINUX_DISKS = r"""
+M=$(sed 's,^\([^ ]*\) [^ ]* \1 .*,\1 - \1 -,' /proc/mounts); echo "$M"; echo @fstab; cat /etc/fstab 2>/dev/null
+echo @space; h=$(df --help 2>&1); l=; [ "${h#*--local}" = "$h" ] || l=l
+r=$(d -Pk$l); s=$?
+[ "${r#*%}" != "$r" ] || [ $s -ge 124 ] || r=$(d -k)
+echo "$r"; [ $s -lt 124 ] || exit 0
+set -f; a= b= m=
+for c in $M; do
+  [ "${a#*:}" = "$a" ] || [ "$c" != bcachefs -a "$c" != ubifs ] || m="$m $b"
+  a=$b b=$c
+done
+[ ! "$l" ] || [ ! "$m" ] || d -Pk $m
+echo @inodes; d -Pi$l
+:"""
+# One command for all that may be there.
+LINUX_MEMORY = r"""
+c=/sys/fs/cgroup
+grep -sE '^(Mem|Buffers|Cached|Shmem:|[0-9]+$|(total_)?inactive_file |(size|c_min) )' /proc/meminfo \
+  $c/memory.max $c/memory.current $c/memory.stat $c/memory/memory.limit_in_bytes \
+  $c/memory/memory.usage_in_bytes $c/memory/memory.stat /proc/spl/kstat/zfs/arcstats
+:"""
 PROBES: dict[Platform, CommandSet] = {
     Platform.LINUX: CommandSet("Linux", (
         *_ANY,
-        Probe("os", '(. /etc/os-release; echo "${PRETTY_NAME:?}") 2>/dev/null || cat /etc/redhat-release',
-              _line),
+        Probe("os", '{ (. /etc/os-release; echo "${PRETTY_NAME:?}") || cat /etc/redhat-release; } 2>/dev/null'
+              " || uname -sr", _line),
         Probe("uptime_seconds", "cat /proc/uptime", _number),
         Probe("cpu_count", _LINUX_CPUS, _count),
         Probe("cpu_percent", "grep '^cpu ' /proc/stat", _linux_ticks),
-        Probe("memory_percent", "grep -E '^(Mem|Buffers|Cached|Shmem:)' /proc/meminfo", _linux_memory),
+        Probe("memory_percent", LINUX_MEMORY, _linux_memory),
         Probe("swap_percent", "grep ^Swap /proc/meminfo", _linux_swap),
-        Probe("load_per_cpu", f"cat /proc/loadavg; {_LINUX_CPUS}", _load_per_cpu),
-        # Without -l a dead NFS server holds df up for ever; busybox has no -l.
-        Probe("disk_percent", "case $(df --help 2>&1) in *--local*) df -PklT;; *) df -PkT;; esac; :",
-              functools.partial(_disk_percent, typed=True)),
+        Probe("load_per_cpu", f"{_LINUX_CPUS} && cat /proc/loadavg", _load_per_cpu),
+        Probe("disk_percent", LINUX_DISKS, _disk_percent),
     ), "if [ -d /run/systemd/system ]; then systemctl show -p LoadState -p ActiveState -p SubState -- {};"
        " else service {} status; fi", _systemd),
     Platform.MACOS: CommandSet("Darwin", (
@@ -2709,7 +2875,7 @@ PROBES: dict[Platform, CommandSet] = {
         Probe("cpu_percent", "sysctl -n hw.ncpu; ps -A -o %cpu=", _ps_cpu),
         Probe("memory_percent", "vm_stat; sysctl hw.memsize", _macos_memory),
         Probe("swap_percent", "sysctl -n vm.swapusage", _macos_swap),
-        Probe("disk_percent", "df -Pkl; mount", functools.partial(_disk_percent, typed=False)),
+        Probe("disk_percent", "mount; echo @space; d -Pkl; :", _disk_percent),
     ), "launchctl print system/{}", _launchd),
     Platform.FREEBSD: CommandSet("FreeBSD", (
         *_ANY, *_BSD,
@@ -2719,14 +2885,16 @@ PROBES: dict[Platform, CommandSet] = {
               " vm.stats.vm.v_inactive_count kstat.zfs.misc.arcstats.size kstat.zfs.misc.arcstats.c_min",
               _freebsd_memory),
         Probe("swap_percent", "swapinfo -k", _freebsd_swap),
-        Probe("disk_percent", "df -PklT; :", functools.partial(_disk_percent, typed=True)),
-    ), "service {} onestatus", _by_status),
+        Probe("disk_percent", "mount; echo @space; d -Pkli; echo @inodes", _disk_percent),
+    ), 'service {} onestatus || { s=$?; [ "$(id -u)" = 0 ] || [ "$(sysctl -n security.bsd.see_other_uids)" = 1 ] ||'
+       ' echo "this account may not see the processes of others: security.bsd.see_other_uids is 0"; (exit $s); }',
+       _service),
     Platform.POSIX: CommandSet("*", (
         *_ANY,
         Probe("os", "uname -sr", _line),
         Probe("cpu_count", _CPUS, _count),
-        Probe("load_per_cpu", f"uptime; {_CPUS}", _load_per_cpu),
-        Probe("disk_percent", "df -Pk; :", functools.partial(_disk_percent, typed=False)),
+        Probe("load_per_cpu", f"{_CPUS} && uptime", _load_per_cpu),
+        Probe("disk_percent", "cat /etc/mnttab 2>/dev/null || mount; echo @space; d -Pk; :", _disk_percent),
     ), ":", lambda status, text: Outcome(False, "services are not supported on this platform")),
 }  # fmt: skip
 
@@ -2744,17 +2912,24 @@ e() { E="$E$O
 @NONCE end $?"; }
 f() { printf '%s' "$E"; E=; }
 limit() {
-  if [ "$T" ]; then timeout -k 1 "$1" /bin/sh -c "$2" 2>&1; return; fi
+  n=$1; shift
+  if [ "$T" ]; then timeout -k 1 $n "$@" 2>&1; return; fi
   command set -m || :
-  /bin/sh -c "$2" 2>&1 & p=$!
-  { sleep "$1"; kill -TERM -$p || kill -TERM $p; sleep 1; kill -KILL -$p || kill -KILL $p
-  } >/dev/null & w=$!
+  "$@" 2>&1 & p=$!
+  { while [ $n -gt 0 ] && kill -0 $p; do sleep 1; n=$((n - 1)); done
+    if kill -0 $p; then kill -TERM -$p || kill -TERM $p; sleep 1; kill -KILL -$p || kill -KILL $p; fi
+  } >/dev/null 2>&1 & w=$!
   wait $p; s=$?
   kill -TERM -$w || kill -TERM $w
   return $s
 }
+d() {
+  limit 5 df "$@"; s=$?
+  [ $s -lt 124 ] || echo "df: no end in 5 s"
+  return $s
+}
 run() {
-  { t=$(date +%s); limit "$1" "$2"; s=$?; [ $s -le 255 ] || s=$((128 + s % 128))
+  { t=$(date +%s); limit "$1" /bin/sh -c "$2"; s=$?; [ $s -le 255 ] || s=$((128 + s % 128))
     printf '\n@NONCE status %s %s .\n' $s $(($(date +%s) - t)); } 2>/dev/null | keep
 }
 keep() {
@@ -2772,7 +2947,9 @@ keep() {
 case $(uname -s) in
 BRANCHESesac
 T=; timeout -k 1 1 true >/dev/null 2>&1 && T=y
-CHECKSf; printf '\n@NONCE done\n'
+CHECKScase $(uname -s) in
+DISKSesac
+f; printf '\n@NONCE done\n'
 exit 0
 } </dev/null 2>&1
 """
@@ -2782,23 +2959,24 @@ def build_script(platform: Platform, services: Sequence[str], checks: Sequence[C
     """The whole poll for `/bin/sh -s`; `unix` and `local` ask uname which table to run. The nonce (hex, new
     for every poll) marks the sections, so that no output can pass for a mark."""
     chosen = {platform: PROBES[platform]} if platform in PROBES else PROBES
-    branches = ""
+    first = last = ""
     for key, table in chosen.items():
         rows = [(f"platform {key.value}", ":"), *((probe.name, probe.command) for probe in table.probes)]
         for name in services:
             rows.append((f"service {quote(name, '')}", table.service.replace("{}", shlex.quote(name))))
         # Each write is a packet that costs us 0.2 ms: they are gathered until a command comes that may hang.
-        sections = "".join(
-            f"b {shlex.quote(title)}; {'f; ' if title.startswith(('disk', 'service ')) else ''}O=$(\n{command}\n); e\n"
-            for title, command in rows)
-        branches += f"{table.uname if len(chosen) > 1 else '*'})\n{sections};;\n"
+        sections = {title: f"b {shlex.quote(title)}; {'f; ' if title.startswith(('disk', 'service ')) else ''}"
+                           f"O=$(\nexec 2>&1\n{command}\n); e\n" for title, command in rows}
+        pattern = table.uname if len(chosen) > 1 else "*"
+        last += f"{pattern})\n{sections.pop('disk_percent')};;\n"     # a df that hangs costs nothing else its answer
+        first += f"{pattern})\n{''.join(sections.values())};;\n"
     limited = ""
     for check in checks:
         seconds = math.ceil(check.timeout)
         title = shlex.quote(f"check {quote(check.name, '')} {seconds}")
         limited += f"b {title}; f; run {seconds} {shlex.quote(check.command)}\n"
-    head, middle, tail = re.split("BRANCHES|CHECKS", SCRIPT.replace("NONCE", nonce))
-    return head + branches + middle + limited + tail
+    parts = re.split("BRANCHES|CHECKS|DISKS", SCRIPT.replace("NONCE", nonce))
+    return "".join(itertools.chain(*zip(parts, (first, limited, last, ""), strict=True)))
 
 
 def kept(text: str) -> str:
@@ -2875,12 +3053,15 @@ def parse_output(text: str, nonce: str, previous: CpuTicks | None) -> Sample:
     table = next((table for key, table in PROBES.items() if ("platform", key.value) in sections), None)
     rows = {probe.name: functools.partial(_reading, probe, sections.get((probe.name,)))
             for probe in (table.probes if table else ())}
+    problems = dict.fromkeys(Limits.model_fields.keys() - rows.keys() - {"inode_percent"}, NOT_KNOWN)
     sample = make_sample(
-        rows, dict.fromkeys(Limits.model_fields.keys() - rows.keys(), NOT_KNOWN), previous,
+        rows, problems, previous,
         _outcomes(sections.values(), "service", table.state if table else _by_status),
         _outcomes(sections.values(), "check", _by_status))
     if sample.empty:
         raise not_run(text)
+    if not sample.readings("disk_percent"):     # they come with the disks
+        problems["inode_percent"] = problems.get("disk_percent", NOT_KNOWN)
     return sample
 
 
@@ -3030,7 +3211,8 @@ def build_windows_script(services: Sequence[str], checks: Sequence[Check], _nonc
     none of those: it cannot end the literal, nothing in it is expanded. One line needs no marks."""
     commands = [{"name": check.name, "command": check.command, "milliseconds": round(1000 * check.timeout)}
                 for check in checks]
-    wanted = json.dumps({"services": list(services), "checks": commands})
+    names = [re.sub(r"([][*?`])", r"`\1", name) for name in services]      # or Get-Service takes them for patterns
+    wanted = json.dumps({"services": names, "checks": commands})
     return COLLECT.replace("WANTED", wanted.replace("'", r"\u0027"), 1)
 
 
@@ -3069,11 +3251,12 @@ def _windows_sample(answer: WindowsAnswer, previous: CpuTicks | None) -> Sample:
     rows = {name: functools.partial(_windows_reading, name, reported)
             for name, reported in {**details, **answer.amounts}.items()}
     silent = {"cpu_percent", "memory_percent", "disk_percent"} - {name.partition(" ")[0] for name in rows}
-    problems = {"load_per_cpu": NOT_KNOWN} | dict.fromkeys(silent, "no answer")
+    problems = dict.fromkeys(("load_per_cpu", "inode_percent"), NOT_KNOWN) | dict.fromkeys(silent, "no answer")
     problems |= {name: one_line(why)[:PROBLEM_CHARS] for name, why in answer.problems.items()}
     services, checks = ({row.name: Outcome(row.good, kept(row.text.translate(CONTROL).strip())) for row in said}
                         for said in (answer.services, answer.checks))
-    return make_sample(rows, problems, previous, services, checks)
+    asked = {re.sub("`(.)", r"\1", name): outcome for name, outcome in services.items()}
+    return make_sample(rows, problems, previous, asked, checks)
 
 
 def parse_windows(text: str, _nonce: str, previous: CpuTicks | None) -> Sample:
@@ -3111,6 +3294,25 @@ if sys.platform == "win32":
     LANGUAGES[Platform.LOCAL] = LANGUAGES[Platform.WINDOWS]
 
 
+STILL_POLLS = 3                 # without a reading, of counters that should move
+
+
+def since(sample: Sample, previous: Sample | None) -> Sample:
+    """What shows only from poll to poll is a problem, too: counters that stand still, and a filesystem that was
+    writable and is no longer."""
+    problems, writable = dict(sample.problems), previous.writable if previous else ()
+    turned = sorted(set(writable).intersection(str(sample.details.get("hidden_filesystems", "")).split(", ")))
+    if turned:
+        problems["disk_percent"] = f"became read-only: {', '.join(turned)}"[:PROBLEM_CHARS]
+    still = 0
+    if sample.ticks and "cpu_percent" not in sample.metrics:
+        still = previous.still + 1 if previous else 1
+        if still >= STILL_POLLS:
+            problems.setdefault("cpu_percent", f"no reading in {still} polls: its counters stand still")
+    shown = frozenset(name.partition(" ")[2] for name, _ in sample.readings("disk_percent"))
+    return replace(sample, problems=problems, still=still, writable=shown.union(turned))
+
+
 def complete(sample: Sample, settings: ResourceSettings) -> Sample:
     """What was asked for and not answered is bad, too; what nobody asked for is no problem."""
     silent = Outcome(False, "no answer")
@@ -3121,16 +3323,17 @@ def complete(sample: Sample, settings: ResourceSettings) -> Sample:
     return replace(sample, services=services, checks={**sample.checks, **checks}, problems=problems)
 
 
-def collect(settings: ResourceSettings, connection: Connection, previous: CpuTicks | None) -> Sample:
-    """One poll in one round trip. Raises ProbeError."""
+def collect(settings: ResourceSettings, connection: Connection, previous: Sample | None) -> Sample:
+    """One poll in one round trip, after the one before it. Raises ProbeError."""
     nonce = secrets.token_hex(8)
     build, parse = LANGUAGES[settings.platform]
     output, deadline = Output(end_mark(nonce)), Deadline(settings.timeout)
     ended = connection.run(build(settings.services, settings.checks, nonce), output, deadline)
     text, done, _ = output.printed.decode(errors="replace").partition(end_mark(nonce))
-    if done:
-        return complete(parse(text, nonce, previous), settings)
+    # What comes last hangs where a disk does: all else was answered.
     running = last_section(text, nonce)
+    if done or (deadline.over and running == "disk_percent"):
+        return complete(since(parse(text, nonce, previous.ticks if previous else None), previous), settings)
     during = f" while {running} ran" if running else ""
     if deadline.over:
         raise ProbeError("timeout", f"no end within {deadline.seconds:g} s{during}")
@@ -3167,8 +3370,11 @@ class Verdict:
 def judge_limits(sample: Sample, limits: Mapping[str, Limit]) -> tuple[list[str], list[str]]:
     """Readings above `fail` and, in the second list, above `warn` or not readable."""
     failed, warned = [], []
-    for metric, limit in limits.items():
+    for metric, common in limits.items():
         for name, value in sample.readings(metric):
+            limit = common.at(name.partition(" ")[2])
+            if limit is None:
+                continue
             if limit.fail is not None and value > limit.fail:
                 failed.append(f"{name} {value:.1f} > {limit.fail:g}")
             elif limit.warn is not None and value > limit.warn:
@@ -3746,12 +3952,12 @@ class PollContext:
     random: random.Random
 
 
-def poll_once(target: Target, connection: Connection, ticks: CpuTicks | None) -> tuple[Verdict, Sample | None]:
+def poll_once(target: Target, connection: Connection, previous: Sample | None) -> tuple[Verdict, Sample | None]:
     """One poll of one resource: its verdict, and what was read."""
     try:
         if target.fault:
             raise ProbeError(*target.fault)
-        sample = collect(target.settings, connection, ticks)
+        sample = collect(target.settings, connection, previous)
     except ProbeError as error:
         return Verdict("unhealthy", error.cause, str(error)), None
     except Exception:   # a thread's outermost step: whatever a host makes a library raise must not end its watch
@@ -3768,7 +3974,7 @@ class Poller(threading.Thread):
         self.counted: bool | None = None    # as the aggregator was told by the monitor
         self.target, self._context, self._guard = target, context, guard
         self._connection = CONNECTIONS[target.settings.platform](target, guard, context.access)
-        self._ticks: CpuTicks | None = None
+        self._previous: Sample | None = None
         self._due_mono = time.monotonic() + delay
         self.expires_mono = self._due_mono + target.settings.ttl      # without a report until then it is stale
         self._woken = threading.Event()
@@ -3827,8 +4033,8 @@ class Poller(threading.Thread):
         if wait > 0:
             verdict = Verdict("unhealthy", "auth", NOT_TRIED)
         else:
-            verdict, sample = poll_once(self.target, self._connection, self._ticks)
-        self._ticks = sample.ticks if sample else self._ticks
+            verdict, sample = poll_once(self.target, self._connection, self._previous)
+        self._previous = sample or self._previous
         self.target = replace(self.target, host_key=self._connection.host_key)
         learned = None if self.target.host_key == host_key else self.target.host_key
         report = self._report(verdict, time.monotonic() - begun_mono, sample, learned)
@@ -6506,6 +6712,7 @@ RESOURCE_METRICS: Mapping[str, tuple[str, ...]] = {
     "memory_percent": ("Used share of the memory.",),
     "swap_percent": ("Used share of the swap space.",),
     "disk_percent": ("Used share of a filesystem.", "mount"),
+    "inode_percent": ("Used share of a filesystem's inodes.", "mount"),
     "load_per_cpu": ("Load average per CPU.",),
     "uptime_seconds": ("Seconds since the machine started.",),
     "service_good": ("1 for a service that runs.", "service"),
@@ -6620,6 +6827,7 @@ class Metrics:
 # (their keys end in .html); Markup is made of numbers and of our own words alone.
 # Gives: LABELS, LimitValues, TEMPLATES, bar_svg, chart_svg, duration_text, local_time, scale_top, strip_svg
 LABELS = {"cpu_percent": "CPU", "memory_percent": "Memory", "disk_percent": "Disk", "swap_percent": "Swap",
+          "inode_percent": "Inodes",
           "load_per_cpu": "Load per CPU", "seconds": "Duration of a poll"}
 LimitValues = Mapping[str, Any]     # `warn` and `fail` of a limit, as JSON has them
 
@@ -7485,8 +7693,11 @@ class ResourceRow:
         tags: list[str] = self.settings["tags"]
         return tags if self.settings["critical"] else [*tags, "not critical"]
 
-    def limit(self, metric: str) -> LimitValues:
-        return self.settings["limits"].get(metric) or {}
+    def limit(self, metric: str, mount: str = "") -> LimitValues:
+        limit = self.settings["limits"].get(metric) or {}
+        key = matching_key(limit.get("mounts") or (), mount)
+        own = limit if key is None else limit["mounts"][key]
+        return own if isinstance(own, dict) else {}     # or off
 
     @property
     def bars(self) -> Markup:
@@ -7557,15 +7768,19 @@ def reading_rows(sample: Mapping[str, Any], resource: ResourceRow, damage: str) 
         limit, problem = resource.limit(metric), sample["problems"].get(metric, "")
         top = 100.0 if metric.endswith("_percent") else 1.25 * max(filter(None, limit.values()), default=0.0)
         found = [(name, value) for name, value in sample["metrics"].items() if name.partition(" ")[0] == metric]
-        rows += [{"label": f"{LABELS[metric]} {name.partition(' ')[2]}", "limit": limit, "text": amount(metric, value),
-                  "bar": bar_svg(value, limit, top) if top else ""} for name, value in found]
+        for name, value in found:
+            mount = name.partition(" ")[2]
+            own = resource.limit(metric, mount)
+            rows.append({"label": f"{LABELS[metric]} {mount}", "limit": own, "text": amount(metric, value),
+                         "bar": bar_svg(value, own, top) if top else ""})
         if problem or (limit and not found and not damage):
             rows.append({"label": LABELS[metric], "limit": limit, "problem": problem or "not read"})
     return rows
 
 
 MACHINE = {"hostname": "Host name", "os": "System", "kernel": "Kernel", "cpu_count": "CPUs",
-           "uptime_seconds": "Up for", "host_key": "Host key"}
+           "uptime_seconds": "Up for", "host_key": "Host key", "memory_limit": "Memory is that of",
+           "skipped_filesystems": "Filesystems skipped", "hidden_filesystems": "Filesystems hidden"}
 
 
 def machine_rows(sample: Mapping[str, Any], host_key: str | None) -> list[tuple[str, str]]:

@@ -132,7 +132,7 @@ def test_defaults_come_back(client: Client) -> None:
     client.api("PATCH", "resources/one", {"limits": {"cpu_percent": {"warn": 50, "fail": 60}, "disk_percent": 70}})
     changed = client.api("PATCH", "resources/one", {"rise": None, "limits": {"cpu_percent": None}}).json
     assert changed["rise"] == 2 and changed["limits"]["cpu_percent"] is None
-    assert changed["limits"]["disk_percent"] == {"warn": None, "fail": 70.0}
+    assert changed["limits"]["disk_percent"] == {"warn": None, "fail": 70.0, "mounts": None}
     assert client.api("PATCH", "resources/one", {"limits": None}).json["limits"]["disk_percent"] is None
 
 
@@ -521,7 +521,7 @@ BAD_SETTINGS: list[tuple[dict[str, Any], str]] = [
     ({"limits": {"cpu_percent": {}}}, "limits.cpu_percent"),
     ({"limits": {"load_per_cpu": 0}}, "limits.load_per_cpu.fail"),
     ({"services": ["-x"]}, "services.0"),
-    ({"services": ["a;b"]}, "services.0"),
+    ({"services": ["a/b"]}, "services.0"),
     ({"checks": [{"name": "a"}]}, "checks.0.command"),
     ({"checks": [{"name": "a", "command": ""}]}, "checks.0.command"),
     ({"checks": [{"name": "a", "command": "x", "timeout": 0}]}, "checks.0.timeout"),

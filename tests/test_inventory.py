@@ -118,6 +118,14 @@ FAULTS: dict[str, tuple[str, str]] = {
     "unknown key in a check": (more("checks: [{name: a, command: b, ¦timeuot: 3}]"), "did you mean timeout?"),
     "percent over 100": (more("limits: {cpu_percent: ¦101}"), "resources[0].limits.cpu_percent"),
     "percent over 100, nested": (more("limits:\n      disk_percent: {warn: 5, fail: ¦100.1}"), "disk_percent.fail"),
+    "percent over 100 of a mount point": (
+        more("limits:\n      disk_percent: {fail: 90, mounts: {/srv: 5, /boot: {fail: ¦101}}}"),
+        "resources[0].limits.disk_percent.mounts./boot.fail",
+    ),
+    "neither a number nor off": (
+        more("limits: {inode_percent: {fail: 90, mounts: {/boot: ¦on}}}"), "inode_percent.mounts./boot",
+    ),
+    "mounts of a metric without": (more("limits: {cpu_percent: {fail: 90, ¦mounts: {/: off}}}"), "unknown setting"),
     "percent 0": (more("limits: {swap_percent: ¦0}"), "swap_percent"),
     "percent inf": (more("limits: {cpu_percent: ¦inf}"), "resources[0].limits.cpu_percent"),
     "percent nan": (more("limits: {cpu_percent: ¦nan}"), "resources[0].limits.cpu_percent"),
@@ -195,6 +203,9 @@ FAULTS: dict[str, tuple[str, str]] = {
         "two checks have the same name",
     ),
     "check without command": (more("checks:\n      - ¦name: a"), "resources[0].checks[0].command: is missing"),
+    "service with a slash": (more("services: [¦a/b]"), "resources[0].services[0]"),
+    "service of two lines": (more('services: [¦"a\\nb"]'), "resources[0].services[0]"),
+    "service with a long name": (more(f"services: [¦{'a' * 257}]"), "resources[0].services[0]"),
     "service with a blank start": (more("services: [¦'-rf']"), "resources[0].services[0]"),
     "setting of another platform": (more("¦seed: 1"), "has no meaning with platform"),
     "password for local": (

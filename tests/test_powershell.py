@@ -127,9 +127,9 @@ def connection_to(resource: Target, guard: LoginGuard | None = None) -> PowerShe
 def poll(resource: Target, guard: LoginGuard | None = None, before: Polled | None = None) -> Polled:
     """One poll, which ends with its timeout and gives one line that holds no secret."""
     begin = time.monotonic()
-    ticks = before.sample.ticks if before and before.sample else None
+    previous = before.sample if before else None
     connection = connection_to(resource, guard)
-    verdict, sample = poll_once(resource, connection, ticks)
+    verdict, sample = poll_once(resource, connection, previous)
     seconds = time.monotonic() - begin
     assert seconds < resource.settings.timeout + LATE
     assert connection.host_key == resource.host_key

@@ -59,7 +59,7 @@ HOSTILE = [
     "WANTED",
 ]
 CONSTRAINED = "Access denied (Constrained Language Mode)"
-LACKS = {"load_per_cpu": NOT_KNOWN}  # nobody hears of it who set no limit
+LACKS = {"load_per_cpu": NOT_KNOWN, "inode_percent": NOT_KNOWN}  # nobody hears of it who set no limit
 NO_MANAGER = (
     "cannot be read: Cannot open Service Control Manager on computer '.'. "
     "This operation might require other privileges."
@@ -223,7 +223,7 @@ def test_names_and_commands_are_one_literal(grammar: str) -> None:
     inside = text(literals[0])[1:-1]
     assert b"'" not in inside and inside.isascii() and not re.search(rb"[\x00-\x1f]", inside)
     wanted = json.loads(inside)
-    assert wanted["services"] == HOSTILE
+    assert [re.sub("(?s)`(.)", r"\1", name) for name in wanted["services"]] == HOSTILE
     assert [check["command"] for check in wanted["checks"]] == HOSTILE
     assert {check["milliseconds"] for check in wanted["checks"]} == {2500}
 
@@ -362,6 +362,17 @@ def test_load_is_missed_only_where_it_has_a_limit() -> None:
     assert (verdict.state, verdict.reason) == ("degraded", f"load_per_cpu cannot be read: {NOT_KNOWN}")
     wanted, sample = collected("administrator", limits={"cpu_percent": "90"})
     assert (sample.problems, evaluate(sample, wanted).state) == ({}, "healthy")
+
+
+def test_names_of_services_are_no_patterns() -> None:
+    """Get-Service takes wildcards; a service is asked for by its name alone, and answered under it."""
+    name = "a`*[b]?$(1)"
+    asked = re.search(r"\$wanted = '(.*)' \|", build_windows_script([name], [], NONCE))
+    assert asked
+    escaped = json.loads(asked[1])["services"]
+    assert escaped == ["a```*`[b`]`?$(1)"]
+    reported = answer(services=[{"name": escaped[0], "good": True, "text": "Running"}], details={"cpu_count": 1})
+    assert parse_windows(reported, NONCE, None).services == {name: Outcome(True, "Running")}
 
 
 def test_nothing_readable_is_no_sample() -> None:
