@@ -188,7 +188,6 @@ NAME_CHARS = 253                # characters, the length of the longest host nam
 WINRM_PORTS = {True: 5986, False: 5985}  # with TLS and without
 SSH_PORT = 22                   # the registered port (RFC 4251)
 PBKDF2_ROUNDS = 220_000         # OWASP's figure for PBKDF2-HMAC-SHA512
-AUTH_BACKOFF = 300.0            # seconds between attempts with a refused credential
 MONITOR_INTERVAL = 0.5          # seconds between two looks of the monitor
 STRIP = 60                      # polls of a resource that the overview shows
 QUARTER = 900                   # seconds of which an average is kept
@@ -1491,13 +1490,6 @@ class Target:
     def name(self) -> str:
         return self.settings.name
 
-    @property
-    def key_stamp(self) -> int:
-        """When key_file was changed, in nanoseconds; 0 without one. A new key is a new credential."""
-        with contextlib.suppress(OSError):
-            return self.settings.key_file.stat().st_mtime_ns if self.settings.key_file else 0
-        return 0
-
 
 def target_of(row: Resource, vault: Vault) -> Target:
     """A row with its secrets opened; one that is damaged has a fault, and settings that say no more than they can."""
@@ -1652,108 +1644,161 @@ def connect_tcp(resolver: Resolver, host: str, port: int, deadline: Deadline) ->
 
 
 # === Logins ==================================================================
-# Asked before every login and told what came of it; answers with permission, a wait, or ProbeError `auth`. The
-# threads of the pollers share a guard for each credential; what they refused before a restart is told again.
-# Gives: NOT_TRIED, LoginGuard, Guards
-UNANSWERED = 3                  # logins without an outcome that count as refused
-AUTH_TURN = 1.0                 # seconds between attempts with an unproven credential while one has no outcome
-NOT_TRIED = "not tried: the same credential was refused before; check username and password"
+# Asked before every login with a password and told what came of it; answers with permission, a wait, or ProbeError
+# `auth`. The threads of the pollers share a guard for each credential; what happened before a restart is told again.
+# Gives: AUTH_BACKOFF, LOCKOUT_WINDOW, NOT_TRIED, LoginGuard, Guards
+AUTH_BACKOFF = 300.0            # seconds between attempts with a refused credential
+AUTH_RETRY = 60.0               # seconds until the second attempt where the credential was accepted lately
+ACCEPTED_LATELY = 3600.0        # seconds for which an accepted login proves the credential
+REFUSALS = 3                    # of a host or a credential, after which nothing is tried for LOCKOUT_WINDOW ...
+REFUSALS_ASKED = 4              # ... and by somebody who asks for it: the common policy locks at the fifth
+LOCKOUT_WINDOW = 31 * 60.0      # seconds without a wrong password after which directories count anew, and a bit
+NOT_TRIED = "not tried: "       # begins the reason of what was no login
 
 
 class LoginGuard:
     """Keeps a wrong password from locking an account; the resources with the same credential share one guard.
 
-    A refused resource waits AUTH_BACKOFF. While nobody was accepted, or since somebody was refused, logins go one
-    after the other; two refused resources with no accepted one between them stop all, then one attempt is made per
-    AUTH_BACKOFF. An accepted login frees the others, so that one odd host never blinds its siblings.
+    Only what a host says to a login counts. After its first refusal a host waits AUTH_RETRY where the credential was
+    accepted lately, else AUTH_BACKOFF, then always AUTH_BACKOFF. An accepted login proves the credential: what others
+    were refused before it concerns them alone. REFUSALS in a row, of one host or without an accepted one between,
+    stop the host or all. As many logins may be without outcome as could be refused; one where nothing is proven.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
+    def __init__(self, clock: Callable[[], float] = time.monotonic, *, locks: bool = True) -> None:
+        self._clock, self._locks = clock, locks     # nothing counts a key that is refused
         self._turn = threading.Condition()          # guards all below, reentrant; notified when an attempt ends
         self._running = 0
-        self._refused: dict[str, tuple[float, int]] = {}    # resource -> time of its last refusal, stamp of its key
-        self._accepted: set[str] = set()            # resources that were let in
-        self._unanswered: collections.Counter[str] = collections.Counter()  # logins without an outcome of the others
-        self._suspects: set[str] = set()            # refused for the first time since the last accepted login
-        self._last_mono = -math.inf                 # the last attempt, by the clock that is passed in
-        self._began_mono = -math.inf                # the same, by the system's: it spaces what has no outcome
+        self._refused: dict[str, list[float]] = {}  # resource -> times of its refusals since it was accepted
+        self._wrong: list[float] = []               # times of the refusals since the credential was accepted
+        self._accepted_mono = -math.inf             # the last accepted login
+        self._asked: set[str] = set()               # resources that somebody wants to be tried now
 
-    def wait(self, name: str, stamp: int = 0) -> float:
-        """Seconds until `name` may try; 0 = now. `stamp` tells a key file from the one that was refused."""
+    @property
+    def refusals(self) -> int:
+        """How many are in a directory's count."""
         with self._turn:
-            last_mono, refused = self._refused.get(name, (-math.inf, stamp))
-            last_mono = last_mono if refused == stamp else -math.inf
-            if len(self._suspects) > 1:
-                last_mono = max(last_mono, self._last_mono)
-            return max(0.0, last_mono + AUTH_BACKOFF - self._clock())
+            return len(self._counted(self._wrong))
+
+    def _counted(self, times: list[float]) -> list[float]:
+        """Those that still count; the others are dropped."""
+        if times and self._clock() - times[-1] >= LOCKOUT_WINDOW:
+            times.clear()
+        return times
+
+    def wait(self, name: str) -> float:
+        """Seconds until `name` may try; 0 = now."""
+        with self._turn:
+            own, wrong = self._counted(self._refused.get(name, [])), self._counted(self._wrong)
+            asked = name in self._asked
+            ends_mono = -math.inf
+            for times in (own, wrong):
+                if len(times) >= (REFUSALS_ASKED if asked else REFUSALS):
+                    ends_mono = max(ends_mono, times[-1] + LOCKOUT_WINDOW)
+            if own and not asked:
+                lately = len(own) == 1 and own[0] - self._accepted_mono < ACCEPTED_LATELY
+                ends_mono = max(ends_mono, own[-1] + (AUTH_RETRY if lately else AUTH_BACKOFF))
+            return max(0.0, ends_mono - self._clock()) if self._locks else 0.0
+
+    def why(self, name: str) -> str:
+        """Why `name` has to wait."""
+        return (f"{NOT_TRIED}the same credential was refused before; check username and password; "
+                f"next attempt in {math.ceil(self.wait(name))} s")
+
+    def ask(self, name: str) -> None:
+        """Lets `name` try now, as far as that cannot lock the account."""
+        with self._turn:
+            self._asked.add(name)
+
+    def count_with(self, other: LoginGuard) -> None:
+        """Counts the refusals of `other`, too: they are of the same user."""
+        with other._turn:
+            wrong = [*other._counted(other._wrong)]
+        with self._turn:
+            self._wrong = sorted({*self._counted(self._wrong), *wrong})
+
+    def _has_room(self) -> bool:
+        proven = not self._wrong and self._clock() - self._accepted_mono < ACCEPTED_LATELY
+        return not self._locks or self._running < (REFUSALS if proven else 1)
 
     @contextlib.contextmanager
-    def attempt(self, name: str, deadline: Deadline, stamp: int = 0) -> Iterator[None]:
+    def attempt(self, name: str, deadline: Deadline) -> Iterator[None]:
         """Around one login: a ProbeError `auth` counts as refused, the end of the block as accepted."""
         with self._turn:
-            while (self._running and (self._suspects or not self._accepted)
-                   and (rest := self._began_mono + AUTH_TURN - time.monotonic()) > 0):
-                self._turn.wait(min(rest, deadline.left()))
-            if self.wait(name, stamp) > 0:
-                raise ProbeError("auth", NOT_TRIED)
+            # what is left must do for the login: one that comes too late for an answer could be refused, too
+            if not self._turn.wait_for(self._has_room, deadline.left() - deadline.seconds / 2):
+                raise ProbeError("auth", f"{NOT_TRIED}others log in with the same credential, and wait for an answer")
+            if self.wait(name) > 0:
+                raise ProbeError("auth", self.why(name))
+            self._asked.discard(name)
             self._running += 1
-            self._began_mono, self._last_mono = time.monotonic(), self._clock()
         try:
             yield
         except ProbeError as error:
-            with self._turn:    # in the end no outcome is one: a host may refuse more slowly than we wait
-                self._unanswered[name] += error.cause != "auth" and name not in self._accepted
-                if error.cause == "auth" or self._unanswered[name] >= UNANSWERED:
-                    self.refuse(name, stamp=stamp)
+            if error.cause == "auth":
+                self.refuse(name)
             raise
         else:
-            with self._turn:
-                self._accepted.add(name)
-                self._unanswered.pop(name, None)
-                self._suspects.clear()
-                self._refused.pop(name, None)
+            self.accept(name)
         finally:
             with self._turn:
                 self._running -= 1
                 self._turn.notify_all()
 
-    def refuse(self, name: str, ago: float = 0.0, stamp: int = 0) -> None:
-        """Notes a refusal `ago` seconds ago (before a restart)."""
+    def accept(self, name: str, ago: float = 0.0) -> None:
+        """Notes that the credential was accepted `ago` seconds ago (before a restart)."""
         with self._turn:
-            if name not in self._refused:
-                self._suspects.add(name)
-            self._last_mono = max(self._last_mono, self._clock() - ago)
-            self._refused[name] = self._clock() - ago, stamp
-
-    def clear(self, name: str) -> None:
-        """Lets `name` try at once, whatever it is that stops the others."""
-        with self._turn:
+            self._accepted_mono = max(self._accepted_mono, self._clock() - ago)
+            self._wrong = [at for at in self._wrong if at > self._accepted_mono]
             self._refused.pop(name, None)
-            self._suspects.discard(name)
-            self._last_mono = -math.inf
+
+    def refuse(self, name: str, ago: float = 0.0, times: int = 1) -> None:
+        """Notes a refusal, or that a host refused several `times` in a row and last `ago` seconds ago."""
+        with self._turn:
+            at, own = self._clock() - ago, self._counted(self._refused.setdefault(name, []))
+            is_odd = bool(own) and own[-1] <= self._accepted_mono    # others were accepted since
+            own += [at] * times
+            if not is_odd and at >= self._accepted_mono:
+                self._wrong = sorted(self._counted(self._wrong) + [at] * times)
 
 
 class Guards:
-    """A guard per credential."""
+    """A guard per credential, of the resources that are watched and of what somebody tries."""
 
     def __init__(self) -> None:
         self._salt = secrets.token_bytes(16)
-        self._guards: dict[bytes, LoginGuard] = {}
+        self._guards: dict[tuple[str, bytes], LoginGuard] = {}      # by user and credential
+        self._typed: dict[str, LoginGuard] = {}     # by user: whoever guesses has a new password each time
 
-    def _key(self, target: Target) -> bytes:
+    def _key(self, target: Target) -> tuple[str, bytes]:
         """Equal for the same user with the same secret; does not give the secret away."""
-        secret = target.settings.secrets.get("password") or str(target.settings.key_file)
-        user = target.settings.username or str(target.settings.certificate_file or target.name)
-        parts = length_prefixed(user, secret)
-        return hashlib.blake2b(parts, key=self._salt).digest()
+        user = target.settings.username or ""
+        secret = length_prefixed(target.settings.secrets.get("password", ""))
+        return user, hashlib.blake2b(secret, key=self._salt).digest()
 
     def of(self, target: Target) -> LoginGuard:
+        if target.settings.key_file or target.settings.certificate_file:
+            return LoginGuard(locks=False)
         return self._guards.setdefault(self._key(target), LoginGuard())
+
+    def trial(self, target: Target) -> LoginGuard:
+        """The guard of what somebody tries now: that of the credential if it is watched, else of all tries of its
+        user, which count together with what is watched."""
+        user, _ = key = self._key(target)
+        if target.settings.key_file or target.settings.certificate_file or key in self._guards:
+            guard = self.of(target)
+        else:
+            guard = self._typed.setdefault(user, LoginGuard())
+            for (watched, _), other in list(self._guards.items()):
+                if watched == user:
+                    guard.count_with(other)
+        guard.ask(target.name)
+        return guard
 
     def keep(self, targets: Iterable[Target]) -> None:
         """Forgets the credentials of all others."""
         self._guards = {key: self._guards.get(key) or LoginGuard() for key in map(self._key, targets)}
+        self._typed = {user: guard for user, guard in list(self._typed.items()) if guard.refusals}
 
 
 # === SSH =====================================================================
@@ -1884,7 +1929,7 @@ class SshConnection(Connection):
         while True:
             with self._connected(deadline) as (transport, offered):
                 if self._verified(offered):
-                    with self._guard.attempt(self._settings.name, deadline, self._target.key_stamp):
+                    with self._guard.attempt(self._settings.name, deadline):
                         self._login(transport, deadline)
                     return self._execute(transport, script, output)
 
@@ -2191,7 +2236,7 @@ class PowerShellConnection(Connection):
         pool = RunspacePool(wsman, configuration_name=self._settings.configuration_name, idle_timeout=60)
         shell = PowerShell(pool)
         try:
-            with self._guard.attempt(self._target.name, opened.deadline, self._target.key_stamp), self._explained():
+            with self._guard.attempt(self._target.name, opened.deadline), self._explained():
                 pool.open()
             shell.add_script(script).begin_invoke()
             while shell.state == PSInvocationState.RUNNING:
@@ -3148,7 +3193,7 @@ def collect(settings: ResourceSettings, connection: Connection, previous: CpuTic
 #     healthy <--any good verdict--> degraded
 # Gives: State, Verdict, evaluate, Standing, settle
 State = Literal["unknown", "healthy", "degraded", "unhealthy"]
-AT_ONCE = frozenset({"auth", "host_key", "credential", "stale"})     # causes that do not wait for `fall`
+AT_ONCE = frozenset({"host_key", "credential", "stale"})     # causes that do not wait for `fall`
 
 
 @dataclass(frozen=True)
@@ -3379,7 +3424,7 @@ class HealthAggregator:
 # What polls found: in come Reports, out go rows, averages of quarters of an hour, charts and availability. Readings are
 # whole hundredths, NULL where nothing was read. The recorder's thread writes, any thread reads.
 # 100 resources at 60 s: 288,000 polls and 864,000 averages are 82 MB; 100,000 events add 20 MB.
-# Gives: POLLS, SPANS, SAMPLES, highest_readings, Report, record_event, events, PastPoll, samples, roll_up, prune,
+# Gives: POLLS, POLL_MARKS, SPANS, SAMPLES, highest_readings, Report, record_event, events, PastPoll, samples, roll_up, prune,
 # prune_events, availability, Point, chart
 DAY = 86_400                    # seconds
 PRUNE_ROWS = 10_000             # rows of a resource, or events, that are dropped at once
@@ -3434,6 +3479,7 @@ class Report:
     seconds: float
     sample: Sample | None = None
     host_key: str | None = None
+    waits: float = 0.0              # seconds until the next login
 
     @property
     def transition(self) -> str:
@@ -3449,8 +3495,7 @@ class Report:
         """The row of SAMPLES."""
         found = highest_readings(self.sample.metrics if self.sample else {})
         found |= {"seconds": self.seconds} if self.seconds else {}
-        after, verdict, counts = self.standing, self.verdict, self.target.settings.ttl
-        counts += AUTH_BACKOFF if after.cause == "auth" else 0.0
+        after, verdict, counts = self.standing, self.verdict, self.target.settings.ttl + self.waits
         return {"resource_id": self.target.id, "at": self.at, "reason": verdict.reason, "counts": int(counts),
                 "poll": POLL_MARKS[verdict.state, verdict.cause], "standing": POLL_MARKS[after.state, after.cause],
                 **{metric: min(round(found[metric] * 100), READING_MAX) if metric in found else None
@@ -3613,6 +3658,9 @@ FLUSH_INTERVAL = 1.0            # seconds for which the recorder gathers what it
 PENDING_ROWS = 100_000          # rows that wait for a database that cannot be written; older ones are lost
 QUARTER_GRACE = 5.0             # seconds for the last reports of a quarter to be written
 TIDY_AT_ONCE = 15               # resources whose averages are made after a flush: 10,000 take less than a quarter
+LOGGED_IN_MARKS = tuple(POLL_MARKS[meaning] for meaning in (
+    ("healthy", ""), ("degraded", "limit"), ("unhealthy", "limit"), ("unhealthy", "check")))
+REFUSED_MARK = POLL_MARKS["unhealthy", "auth"]
 LAST_FLUSH = 1.5                # seconds for the last reports to be written when the service ends
 
 # An insert of a table costs half of what one of its class does.
@@ -3772,29 +3820,29 @@ class Poller(threading.Thread):
         self._due_mono = time.monotonic() + delay
         self.expires_mono = self._due_mono + target.settings.ttl      # without a report until then it is stale
         self._woken = threading.Event()
-        self._asked: queue.SimpleQueue[concurrent.futures.Future[Report | None]] = queue.SimpleQueue()   # see poll_now
+        self._asked: queue.SimpleQueue[concurrent.futures.Future[Report]] = queue.SimpleQueue()     # see poll_now
         self._stopped = False
         self._lock = threading.Lock()       # guards standing and the order of reports: the monitor sets stale
         self.standing = Standing()
 
     def run(self) -> None:
         while True:
-            woken = self._woken.wait(max(0.0, self._due_mono - time.monotonic()))
+            self._woken.wait(max(0.0, self._due_mono - time.monotonic()))
             self._woken.clear()     # before the look at _stopped, so that a stop in between is not lost
             if self._stopped:
                 return
-            if woken:
-                self._guard.clear(self.target.name)
             asked = [self._asked.get() for _ in range(self._asked.qsize())]
+            if asked:
+                self._guard.ask(self.target.name)
             begun_mono = time.monotonic()
             pause, report = self._poll()
             self._due_mono = begun_mono + pause
             for answer in asked:
                 answer.set_result(report)
 
-    def poll_now(self) -> concurrent.futures.Future[Report | None]:
-        """Polls at once, whatever the back-off; gives the report of that poll."""
-        answer: concurrent.futures.Future[Report | None] = concurrent.futures.Future()
+    def poll_now(self) -> concurrent.futures.Future[Report]:
+        """Polls at once, as far as no account can be locked by it; gives the report of that poll."""
+        answer: concurrent.futures.Future[Report] = concurrent.futures.Future()
         self._asked.put(answer)
         self._woken.set()
         return answer
@@ -3813,44 +3861,52 @@ class Poller(threading.Thread):
 
     def expire(self) -> None:
         """Makes the resource unhealthy, cause `stale`, when there was no result in time."""
-        waits = self.standing.cause == "auth" and self._guard.wait(self.target.name, self.target.key_stamp) > 0
-        if not waits:
-            self._report(Verdict("unhealthy", "stale", f"no result for {self.target.settings.ttl:.0f} s"), 0.0)
+        name, ttl = self.target.name, self.target.settings.ttl
+        waits = self._guard.wait(name) > 0
+        if not (waits and self.standing.cause == "auth"):
+            why = f"; {self._guard.why(name)}" if waits else ""
+            self._report(Verdict("unhealthy", "stale", f"no result for {ttl:.0f} s{why}"), 0.0)
 
-    def _poll(self) -> tuple[float, Report | None]:
+    def _poll(self) -> tuple[float, Report]:
         """One poll and its report; returns the seconds from its start to the next, too."""
         settings, begun_mono = self.target.settings, time.monotonic()
-        wait = self._guard.wait(settings.name, self.target.key_stamp)
-        sample, host_key = None, self.target.host_key
-        if wait > 0 and self.standing.cause == "auth":
-            return min(wait, settings.interval), None   # a sibling's success may free this one sooner
+        sample, host_key, wait = None, self.target.host_key, self._guard.wait(settings.name)
+        retry = min(settings.interval, settings.retry_interval)
         if wait > 0:
-            verdict = Verdict("unhealthy", "auth", NOT_TRIED)
+            verdict = Verdict("unhealthy", "auth", self._guard.why(settings.name))
         else:
             verdict, sample = poll_once(self.target, self._connection, self._ticks)
         self._ticks = sample.ticks if sample else self._ticks
         self.target = replace(self.target, host_key=self._connection.host_key)
+        seconds = time.monotonic() - begun_mono
+        if verdict.reason.startswith(NOT_TRIED) and not (wait > 0 and self.standing.state == "unknown"):
+            # no result: the standing holds, and a sibling's success may free this one sooner
+            report = Report(self.target, self.standing, self.standing, verdict, time.time(), seconds)
+            return min(wait or retry, settings.interval), report
         learned = None if self.target.host_key == host_key else self.target.host_key
-        report = self._report(verdict, time.monotonic() - begun_mono, sample, learned)
-        pause = settings.interval if self.standing.decided else min(settings.interval, settings.retry_interval)
+        report = self._report(verdict, seconds, sample, learned)
+        wait = self._guard.wait(settings.name) if verdict.cause == "auth" else 0.0
+        pause = settings.interval if self.standing.decided else min(settings.interval, max(retry, wait))
         return pause * self._context.random.uniform(1 - JITTER, 1 + JITTER), report
 
     def _report(self, verdict: Verdict, seconds: float, sample: Sample | None = None,
-                host_key: str | None = None) -> Report | None:
-        settings, at = self.target.settings, time.time()
+                host_key: str | None = None) -> Report:
+        settings, at, ttl = self.target.settings, time.time(), self.target.settings.ttl
         retry = min(settings.interval, settings.retry_interval)
         with self._lock:
-            if verdict.cause == "stale" and time.monotonic() < self.expires_mono:
-                return None
             stopped, before = self._stopped, self.standing
+            if verdict.cause == "stale" and time.monotonic() < self.expires_mono:
+                return Report(self.target, before, before, verdict, at, seconds)
             after = self.standing = settle(before, verdict, settings, at)
-            wait = retry if after.good else settings.interval
-            wait = self._guard.wait(settings.name, self.target.key_stamp) if verdict.cause == "auth" else wait
-            self.expires_mono = time.monotonic() + settings.ttl + (wait if verdict.cause == "auth" else 0.0)
+            waits = self._guard.wait(settings.name) if verdict.cause == "auth" else 0.0
+            if waits <= AUTH_BACKOFF:       # until the next attempt has an outcome
+                ttl = max(ttl, waits + settings.timeout + 2)
+            self.expires_mono = time.monotonic() + ttl + (waits if after.cause == "auth" else 0.0)
+            wait = waits or (retry if after.good else settings.interval)
             self._context.aggregator.set_resource(
-                settings.name, after.healthy, after.why, ttl=settings.ttl, owner=self,
+                settings.name, after.healthy, after.why, ttl=ttl, owner=self,
                 opens=wait + retry * max(0, settings.rise - after.good - 1))
-        report = Report(self.target, before, after, verdict, at, seconds, sample, host_key)
+        report = Report(self.target, before, after, verdict, at, seconds, sample, host_key, waits)
         if not stopped:
             self._context.recorder.put(report)
         return report
@@ -3863,7 +3919,7 @@ class Monitor(threading.Thread):
         super().__init__(name="monitor", daemon=True)
         self._store, self._vault, self._context = store, vault, context
         self.pollers: dict[str, Poller] = {}
-        self._guards = Guards()
+        self.guards = Guards()
         self._maintenance_ends_at: dict[str, float] = {}    # Unix times until which resources do not count
         self._revision = -1
         self._followed = threading.Condition()      # guards _revision; notified when the rows were followed
@@ -3909,6 +3965,11 @@ class Monitor(threading.Thread):
             return None
         self._context.recorder.flush()
         return report
+
+    def login_wait(self, name: str) -> float:
+        """Seconds until a resource that was refused may log in again; 0 for any other. For any thread."""
+        poller = self.pollers.get(name)
+        return self.guards.of(poller.target).wait(name) if poller else 0.0
 
     def _sweep(self) -> None:
         for name, poller in list(self.pollers.items()):
@@ -3956,7 +4017,7 @@ class Monitor(threading.Thread):
             stored = {row.resource_id: row for row in session.scalars(sqlalchemy.select(Status))}
             ends = session.execute(sqlalchemy.select(Resource.name, Resource.maintenance))
             self._maintenance_ends_at = {name: at for name, at in ends}
-        self._guards.keep(targets.values())
+        self.guards.keep(targets.values())
         for name in self.pollers.keys() - targets.keys():
             self.pollers.pop(name).stop()
             self._context.aggregator.deregister(name)
@@ -3979,11 +4040,11 @@ class Monitor(threading.Thread):
             before.stop()
         if before and before.target.settings_digest == target.settings_digest:
             key = target.host_key or before.target.host_key     # learned and not written yet
-            poller = Poller(replace(target, host_key=key), self._context, self._guards.of(target), delay)
+            poller = Poller(replace(target, host_key=key), self._context, self.guards.of(target), delay)
             # dying again and again is no result
             poller.standing, poller.expires_mono = before.standing, before.expires_mono
         else:
-            poller = Poller(target, self._context, self._guards.of(target), delay)
+            poller = Poller(target, self._context, self.guards.of(target), delay)
             if stored:
                 self._restore(poller, stored)
         self.pollers[target.name] = poller
@@ -3992,15 +4053,22 @@ class Monitor(threading.Thread):
         """A stored state counts on when it is of these settings and fresh, a refused login during its back-off."""
         target, age = poller.target, time.time() - stored.polled_at
         left = target.settings.ttl - age if age >= 0 and stored.settings_digest == target.settings_digest else 0.0
-        refused = stored.cause == "auth" and 0 <= age < AUTH_BACKOFF
-        if refused and stored.credential_digest == target.credential_digest:
-            left = target.settings.ttl
-            if stored.reason != NOT_TRIED:
-                self._guards.of(target).refuse(target.name, age, target.key_stamp)
+        if stored.credential_digest == target.credential_digest and 0 <= age < LOCKOUT_WINDOW:
+            self._restore_logins(target, stored, age)
+            if stored.cause == "auth":
+                left = target.settings.ttl
         if left > 0:
             poller.standing = Standing(cast(State, stored.state), cast(Cause, stored.cause), stored.reason,
                                        stored.since_at, stored.good, stored.bad)
             poller.expires_mono = time.monotonic() + left
+
+    def _restore_logins(self, target: Target, stored: Status, age: float) -> None:
+        """Tells the guard what the last polls say of the credential."""
+        guard, before = self.guards.of(target), stored.strip.rstrip(REFUSED_MARK)
+        if before.endswith(LOGGED_IN_MARKS):    # of the refusals after it only the last one's time is known
+            guard.accept(target.name, age + (target.settings.interval if stored.strip != before else 0.0))
+        if stored.strip != before and not stored.reason.startswith(NOT_TRIED):
+            guard.refuse(target.name, age, len(stored.strip) - len(before))
 
 
 # === Counters ================================================================
@@ -5930,7 +5998,8 @@ def test_settings(who: Principal, body: Mapping[str, Any], form: Document | None
     timeout = min(target.settings.timeout, TRIAL_TIMEOUT)
     target = replace(target, settings=target.settings.model_copy(update={"timeout": timeout}))
     begun_mono = time.monotonic()
-    connection = CONNECTIONS[target.settings.platform](target, LoginGuard(), who.context.connections)
+    guard = who.context.monitor.guards.trial(target)
+    connection = CONNECTIONS[target.settings.platform](target, guard, who.context.connections)
     verdict, _ = poll_once(target, connection, None)
     learned = None if connection.host_key == target.host_key else connection.host_key
     return TrialView(**vars(verdict), seconds=time.monotonic() - begun_mono, host_key=learned)
@@ -6909,7 +6978,10 @@ for <b>{{ (now - shown.status.since_at)|duration_text }}</b>, since <time>{{ sho
 <p class="soft">{% if shown.status.polled_at %}
 Last poll {{ (now - shown.status.polled_at)|duration_text }} ago, in {{ "%.2f s"|format(shown.status.seconds) }}.
 {% endif %}
-Polled every {{ shown.row.interval|duration_text }}. Availability:
+Polled every {{ shown.row.interval|duration_text }}.
+{% if login_wait %}Next login in {{ login_wait|duration_text }}, at {{ (now + login_wait)|local_time }}.
+{% endif %}
+Availability:
 {% for span, percent in availability.items() %}
 {{ span }} <b>{{ "%.2f %%"|format(percent) if percent is number else "unknown" }}</b>{{ "." if loop.last else "," }}
 {% endfor %}</p>
@@ -7607,7 +7679,7 @@ def resource_page(name: str, **more: Any) -> flask.Response:
     return render_page("resource.html", shown=resource, span=span,
                        readings=reading_rows(sample, resource, damage),
                        span_links=[(name, f"?span={name}", f"Last {name}", None) for name in SPANS],
-                       machine=machine_rows(sample, row.host_key),
+                       machine=machine_rows(sample, row.host_key), login_wait=context.monitor.login_wait(name),
                        origin=row.origin == "inventory" and places.get(name, context.inventory.path.name),
                        refresh="" if request.method == "GET" else resource.href,
                        outcomes=sorted(outcomes, key=lambda outcome: bool(outcome[2]["good"])), **more)
