@@ -126,7 +126,7 @@ try:
     import yaml
     from cryptography.exceptions import InvalidTag, UnsupportedAlgorithm
     from cryptography.hazmat.primitives import hashes, serialization
-    from cryptography.hazmat.primitives.asymmetric import padding, rsa
+    from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa
     from cryptography.hazmat.primitives.ciphers.aead import AESGCM
     from flask_sqlalchemy import SQLAlchemy
     from markupsafe import Markup
@@ -842,7 +842,7 @@ class InventoryLoader:
         """The secret of an environment variable or a file. Raises ValueError."""
         try:
             if source.endswith("_env"):
-                found = os.environ.get(text, "")
+                found = os.environ.get(text, "").rstrip("\r\n")
             else:
                 path = absolute(text, self.folder)
                 if not os.path.isfile(path):
@@ -1520,6 +1520,7 @@ def load_targets(session: Session, vault: Vault) -> dict[str, Target]:
 # Gives: OUTPUT_BYTES, READ_BYTES, Deadline, Output, Resolver, HostSocket, connect_tcp
 OUTPUT_BYTES = 1 << 20          # bytes over stdout and stderr; a poll that prints more is ended
 READ_BYTES = 1 << 16            # bytes taken from a host at once
+FIRST_BYTES = 1 << 11           # bytes that are kept of what a host says first
 
 
 class Deadline:
@@ -1598,12 +1599,13 @@ class HostSocket(socket.socket):
     deadline: Deadline
     received = 0
     limit = 1 << 16     # bytes off the wire until the host has shown its key
-    first = b""     # what came first
+    first = b""     # what came first, FIRST_BYTES at most
 
     def recv(self, size: int, flags: int = 0, /) -> bytes:
         self.settimeout(self.deadline.left())
         chunk = super().recv(min(size, READ_BYTES), flags)
-        self.first = self.first or chunk
+        if len(self.first) < FIRST_BYTES:
+            self.first += chunk[:FIRST_BYTES]
         self.count(len(chunk))
         return chunk
 
@@ -1815,13 +1817,14 @@ def identity(kind: str, blob: bytes) -> str:
 
 def names_host(patterns: str, name: str) -> bool:
     """Whether the host field of a line of known_hosts, hashed or patterns (sshd(8)), names a host."""
+    name = name.lower()     # as OpenSSH hashes it
     if patterns.startswith("|1|"):
         with contextlib.suppress(ValueError):
             salt, digest = (base64.b64decode(part, validate=True) for part in patterns[3:].split("|"))
             return hmac.compare_digest(hmac.digest(salt, name.encode(), "sha1"), digest)
         return False
     matched = [pattern for pattern in patterns.lower().split(",")
-               if fnmatch.fnmatchcase(name.lower(), pattern.lstrip("!").replace("[", "[[]"))]
+               if fnmatch.fnmatchcase(name, pattern.lstrip("!").replace("[", "[[]"))]
     return bool(matched) and not any(pattern.startswith("!") for pattern in matched)
 
 
@@ -1876,20 +1879,36 @@ class SshTransport(paramiko.Transport):
     """Knows whether the host said goodbye: after a password that means refused, a lost connection does not."""
 
     dismissed = False
+    theirs: Mapping[str, Sequence[str]] = dict[str, Sequence[str]]()      # the algorithms that the host names, by kind
+
+    def _really_parse_kex_init(self, *message: Any, **how: Any) -> Any:
+        found = super()._really_parse_kex_init(*message, **how)     # type: ignore[misc]  # the stubs lack it
+        self.theirs = {kind: tuple(names) for kind, names in found.items() if kind.endswith("_list")}
+        return found
+
+    def mismatches(self) -> list[str]:
+        """What both sides have of each kind of which they have none in common."""
+        kinds = {"kex_algo_list": self.preferred_kex, "server_key_algo_list": self.preferred_keys,
+                 "server_encrypt_algo_list": self.preferred_ciphers, "server_mac_algo_list": self.preferred_macs}
+        return [f"the host has {', '.join(theirs)}, here are {', '.join(ours)}" for kind, ours in kinds.items()
+                if (theirs := self.theirs.get(kind, ())) and not set(theirs) & set(ours)]
 
     def _parse_disconnect(self, message: paramiko.Message) -> None:
         self.dismissed = True
 
 
-def ssh_fault(error: Exception, first: bytes) -> ProbeError:
+def ssh_fault(error: Exception, first: bytes, mismatches: Sequence[str]) -> ProbeError:
     """Our error for what paramiko raises around the key exchange; `first` is what the host said first."""
+    before = one_line(re.split(r"^SSH-", first.decode(errors="replace"), maxsplit=1, flags=re.MULTILINE)[0])
+    said = f"; it said: {before}" if before else ""
     if isinstance(error, paramiko.ssh_exception.IncompatiblePeer):
-        return ProbeError("protocol", f"no algorithm in common with the host: {error}")
+        return ProbeError("protocol", f"no algorithm in common: {'; '.join(mismatches) or error}")
     if isinstance(error, paramiko.ChannelException):
         return ProbeError("unreachable", "the host refuses a session; are too many open (MaxSessions)?")
     if not first or first.startswith(b"Exceeded MaxStartups") or isinstance(error, (EOFError, ConnectionError)):
-        return ProbeError("unreachable", "the host closed the connection; is it an SSH server with free sessions?")
-    return ProbeError("protocol", f"no SSH server there: {error or type(error).__name__}")
+        why = "the host closed the connection; is it an SSH server with free sessions?"
+        return ProbeError("unreachable", f"{why}{said}")
+    return ProbeError("protocol", f"no SSH server there: {error or type(error).__name__}{said}")
 
 
 class ConnectionContext(NamedTuple):
@@ -1923,7 +1942,7 @@ class SshConnection(Connection):
     NEVER: ClassVar = 10 ** 6           # seconds; paramiko's own timers follow the wall clock, ours decides
 
     _tried: Sequence[str] = ()      # types of key that the host showed and that a pin without type is not
-    _key: tuple[int, paramiko.PKey] | None = None       # mtime of the key file and what it held
+    _keys: tuple[list[int], list[paramiko.PKey]] | None = None      # times of change of the files and what they held
 
     def run(self, script: str, output: Output, deadline: Deadline) -> bool:
         while True:
@@ -1954,7 +1973,7 @@ class SshConnection(Connection):
             raise
         except Exception as error:      # paramiko lets through whatever its parsers raise
             deadline.left()
-            raise ssh_fault(error, sock.first) from error
+            raise ssh_fault(error, sock.first, transport.mismatches()) from error
         finally:
             with contextlib.suppress(OSError):
                 sock.shutdown(socket.SHUT_RDWR)     # wakes the thread that reads
@@ -2004,36 +2023,88 @@ class SshConnection(Connection):
 
     def _login(self, transport: SshTransport, deadline: Deadline) -> None:
         settings = self._settings
+        user, kind = settings.username or "", "key_file" if settings.key_file else "password"
         try:
             if settings.key_file is not None:
-                missing = transport.auth_publickey(settings.username or "", self._load_key(settings.key_file))
+                missing = self._show_keys(transport, self._load_keys(settings.key_file))
             else:
-                missing = transport.auth_password(settings.username or "", settings.secrets.get("password", ""))
+                missing = self._give_password(transport, settings.secrets.get("password", ""))
         except paramiko.BadAuthenticationType as error:
-            allowed = ", ".join(error.allowed_types)
-            raise ProbeError("auth", f"the host allows only {allowed} for {settings.username}") from error
+            raise ProbeError("auth", f"the host allows only {', '.join(error.allowed_types)} for {user}") from error
         except paramiko.AuthenticationException as error:
             deadline.left()
             if not transport.is_active() and not transport.dismissed:
                 raise ProbeError("unreachable", "connection lost while logging in") from error
-            raise ProbeError("auth", f"login as {settings.username} refused; check username and "
-                             + ("key_file" if settings.key_file else "password")) from error
+            raise ProbeError("auth", f"login as {user} refused; check username and {kind}") from error
+        except paramiko.SSHException as error:
+            if "info request" not in str(error):    # message 60: after a password it asks for another one
+                raise
+            raise ProbeError("auth", f"the password of {user} has expired; the host wants a new one") from error
         if missing:
             raise ProbeError("auth", f"the host asks for more than one proof: {', '.join(missing)}")
 
-    def _load_key(self, path: Path) -> paramiko.PKey:
-        """The private key, read again when the file changes (unlocking an encrypted one takes 0.1 s)."""
-        phrase = self._settings.key_passphrase
+    def _show_keys(self, transport: SshTransport, keys: Sequence[paramiko.PKey]) -> list[str]:
+        """Tries the certificate first, then the plain key, as OpenSSH does."""
+        for key in keys[:-1]:
+            with contextlib.suppress(paramiko.AuthenticationException):
+                return transport.auth_publickey(self._settings.username or "", key)
+        return transport.auth_publickey(self._settings.username or "", keys[-1])
+
+    def _give_password(self, transport: SshTransport, password: str) -> list[str]:
+        """Logs in by password, or by a dialogue that asks for nothing else."""
+        user, asked = self._settings.username or "", list[tuple[str, bool]]()
+
+        def answer(title: str, instructions: str, prompts: list[tuple[str, bool]]) -> list[str]:
+            texts = one_line(" ".join([title, instructions, *(text for text, _ in prompts)]))
+            if prompts and re.search("new password|expired|change", texts, re.IGNORECASE):
+                raise ProbeError("auth", f"the password of {user} has expired; the host says: {texts}")
+            if len(prompts) > 1 or (prompts and asked):
+                raise ProbeError("auth", f"login as {user} refused; the host asks for more than a password: {texts}")
+            asked.extend(prompts)
+            return [password for _ in prompts]
+
         try:
-            stamp = path.stat().st_mtime_ns
-            if self._key is None or self._key[0] != stamp:
-                secret = cast(Any, phrase and phrase.get_secret_value().encode())
-                self._key = stamp, paramiko.PKey.from_path(path, secret)
+            return transport.auth_password(user, password, fallback=False)
+        except paramiko.BadAuthenticationType as error:
+            try:
+                if "keyboard-interactive" in error.allowed_types:
+                    return transport.auth_interactive(user, answer)
+            except paramiko.AuthenticationException:
+                if asked or not transport.is_active():
+                    raise
+            raise       # it asked nothing: no password was given
+
+    def _load_keys(self, path: Path) -> list[paramiko.PKey]:
+        """The private key, before it the one with a certificate that is beside it, read again when a file changes
+        (unlocking an encrypted one takes 0.1 s)."""
+        try:
+            certificate = path.with_name(f"{path.name}-cert.pub")
+            stamp = [file.stat().st_mtime_ns for file in (path, certificate) if file.exists() or file == path]
+            if self._keys is None or self._keys[0] != stamp:
+                plain = self._open_key(path)
+                keys = [plain]
+                if len(stamp) > 1:
+                    keys.insert(0, copy.copy(plain))
+                    keys[0].load_certificate(str(certificate))
+                self._keys = stamp, keys
         except OSError as error:
             raise ProbeError("credential", f"key_file {path} cannot be read: {error.strerror}") from error
         except Exception as error:  # paramiko lets through whatever its parsers and cryptography raise
             raise ProbeError("credential", f"key_file {path} does not open; check format and key_passphrase") from error
-        return self._key[1]
+        return self._keys[1]
+
+    def _open_key(self, path: Path) -> paramiko.PKey:
+        """A private key in any format that `ssh` reads: cryptography knows more of them than paramiko."""
+        phrase, raw = self._settings.key_passphrase, path.read_bytes()
+        secret = phrase.get_secret_value().encode() if phrase else None
+        load = (serialization.load_ssh_private_key if b"BEGIN OPENSSH PRIVATE KEY" in raw
+                else serialization.load_pem_private_key)
+        key: Any = load(raw, secret)
+        kind = (paramiko.RSAKey if isinstance(key, rsa.RSAPrivateKey) else
+                paramiko.ECDSAKey if isinstance(key, ec.EllipticCurvePrivateKey) else paramiko.Ed25519Key)
+        text = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.OpenSSH,
+                                 serialization.NoEncryption()).decode()
+        return kind.from_private_key(io.StringIO(text))
 
     def _execute(self, transport: SshTransport, script: str, output: Output) -> bool:
         """Feeds the script to a POSIX shell, whatever the login shell is; False when the connection ended first."""
@@ -3424,8 +3495,8 @@ class HealthAggregator:
 # What polls found: in come Reports, out go rows, averages of quarters of an hour, charts and availability. Readings are
 # whole hundredths, NULL where nothing was read. The recorder's thread writes, any thread reads.
 # 100 resources at 60 s: 288,000 polls and 864,000 averages are 82 MB; 100,000 events add 20 MB.
-# Gives: POLLS, POLL_MARKS, SPANS, SAMPLES, highest_readings, Report, record_event, events, PastPoll, samples, roll_up, prune,
-# prune_events, availability, Point, chart
+# Gives: POLLS, POLL_MARKS, SPANS, SAMPLES, highest_readings, Report, record_event, events, PastPoll, samples, roll_up,
+# prune, prune_events, availability, Point, chart
 DAY = 86_400                    # seconds
 PRUNE_ROWS = 10_000             # rows of a resource, or events, that are dropped at once
 EVENTS = 100_000                # events of a kind that are kept at most: a resource may flap for a year
@@ -8301,8 +8372,20 @@ def seal(arguments: argparse.Namespace) -> int:
     return int(bool(shared))
 
 
+def confirm(offered: str, arguments: argparse.Namespace) -> None:
+    """Asks whether the key is the right one, unless an option says so. Raises UsageError."""
+    if arguments.key:
+        if arguments.key.partition("SHA256:")[2] != offered.partition("SHA256:")[2]:
+            raise UsageError(f"the host shows another key: {offered}; nothing was changed")
+    elif not arguments.yes:
+        if not sys.stdin.isatty():
+            raise UsageError("there is no terminal to ask at; compare the key and name it: --key SHA256:..., or --yes")
+        if input("Is that what the machine itself shows? [y/N] ").strip().lower() not in ("y", "yes"):
+            raise UsageError("nothing was changed")
+
+
 def trust(arguments: argparse.Namespace) -> int:
-    """Accepts the key that a host shows now."""
+    """Shows the key that a host was known by and the one that it shows now, and accepts that one when told so."""
     installation = Installation(arguments.inventory)
     if not inspect_database(installation.database):
         raise UsageError("there is no database yet; start the service first")
@@ -8314,10 +8397,14 @@ def trust(arguments: argparse.Namespace) -> int:
             near = difflib.get_close_matches(arguments.name, targets, 1)
             raise UsageError(f"no such resource{f'; did you mean {near[0]}?' if near else ''}")
         offered = offered_key(target, installation.access())
+        print(f"{target.name}: trusted was {target.host_key or 'no key'}, offered is {offered}", flush=True)
+        confirm(offered, arguments)
         with store.writing() as session:
             session.execute(sqlalchemy.update(Resource).values(host_key=offered).where(Resource.id == target.id))
+            record_event(session, "change", f"trusted {offered}, before {target.host_key or 'no key'}",
+                         resource=target.name, actor="command line")
             revise(session)
-    print(f"{target.name}: trusted was {target.host_key or 'no key'}, trusted is {offered}")
+    print(f"{target.name}: trusted is {offered}")
     return 0
 
 
@@ -8406,6 +8493,8 @@ def command_line() -> argparse.ArgumentParser:
     commands.add_parser("seal", help="replace plain passwords in the inventory by sealed ones").set_defaults(run=seal)
     command = commands.add_parser("trust", help="accept the changed host key of a resource")
     command.add_argument("name", metavar="NAME")
+    command.add_argument("--key", metavar="SHA256:...", help="accept this key only, without a question")
+    command.add_argument("--yes", action="store_true", help="accept whatever key it shows, without a question")
     command.set_defaults(run=trust)
     users = commands.add_parser("user", help="`user add|passwd|remove|list`: who can log in")
     add_user_commands(users.add_subparsers(metavar="add|passwd|remove|list", required=True))

@@ -755,13 +755,13 @@ def test_certificates_and_passwords_in_the_service(tmp_path: Path, capsys: pytes
             line = service.wait_line("win: unknown -> unhealthy (host_key")
             assert old in line and "trust win" in line
             assert (service.get("/-/readyz").status, server.logins) == (503, 0)
-            code, said = run_cheaply("--inventory", str(inventory), "trust", "win")
+            code, said = run_cheaply("--inventory", str(inventory), "trust", "win", "--yes")
             assert (code, old in said, "no key" in said) == (0, True, True)
             service.wait_status("/-/readyz", 200)
             server.rotate_certificate()
             line = service.wait_line("win: healthy -> unhealthy (host_key")
             assert old in line and server.fingerprint in line
-            code, again = run_cheaply("--inventory", str(inventory), "trust", "win")
+            code, again = run_cheaply("--inventory", str(inventory), "trust", "win", "--yes")
             assert (code, old in again, server.fingerprint in again) == (0, True, True)
             service.wait_status("/-/readyz", 200)
             service.wait_line("odd: unknown -> unhealthy (auth")

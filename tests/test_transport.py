@@ -10,6 +10,7 @@ import secrets
 import shutil
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import tempfile
@@ -20,7 +21,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import hostile
 import paramiko
@@ -34,6 +35,7 @@ from sshd import (
     ROOT,
     SSHD,
     SYSTEM_PATH,
+    Login,
     ParamikoSshd,
     Sshd,
     SshServer,
@@ -1139,6 +1141,150 @@ def test_keyboard_interactive_with_pam(own: Sshd, right: bool) -> None:
     with settings_digest(own, "UsePAM yes\nPasswordAuthentication no\nKbdInteractiveAuthentication yes"):
         answer = poll(target(own, password=own.password + ("" if right else "x")))
     assert answer.cause == ("" if right else "auth"), answer
+    assert ("check username and password" in answer.reason) is not right
+
+
+# --- dialogues ---
+class Dialogue(Login):
+    """A server that allows nothing but keyboard-interactive, and asks one question after the other."""
+
+    questions: list[list[str]]
+    pause: float
+
+    def get_allowed_auths(self, username: str) -> str:
+        return "keyboard-interactive"
+
+    def check_auth_password(self, username: str, password: str) -> int:
+        return paramiko.AUTH_FAILED
+
+    def _ask(self) -> Any:
+        questions = self.left.pop(0)
+        return paramiko.InteractiveQuery("", "", *((text, False) for text in questions))
+
+    def check_auth_interactive(self, username: str, submethods: str) -> Any:
+        threading.Event().wait(self.pause)
+        self.left = list(self.questions)
+        return self._ask()
+
+    def check_auth_interactive_response(self, responses: list[str]) -> Any:
+        if responses and responses != [self.server.password]:
+            return paramiko.AUTH_FAILED
+        return self._ask() if self.left else paramiko.AUTH_SUCCESSFUL
+
+
+class DialogueSshd(ParamikoSshd):
+    def __init__(self, questions: list[list[str]], pause: float) -> None:
+        self.login = type("Asking", (Dialogue,), {"questions": questions, "pause": pause})
+        super().__init__()
+
+
+# the questions of the host, the password that is given, what comes of it
+DIALOGUES = {
+    "one question": ([["Password: "]], "", ("", "")),
+    "a wrong password": ([["Password: "]], "x", ("auth", "check username and password")),
+    "a notice after it": ([["Password: "], []], "", ("", "")),
+    "expired": ([["Password: "], ["New password: "]], "", ("auth", "has expired")),
+    "a second factor": ([["Password: "], ["Verification code: "]], "", ("auth", "Verification code")),
+    "both at once": ([["Password: ", "Token: "]], "", ("auth", "Token")),
+}
+
+
+@pytest.mark.parametrize(("questions", "more", "expected"), DIALOGUES.values(), ids=DIALOGUES)
+def test_dialogues(questions: list[list[str]], more: str, expected: tuple[str, str]) -> None:
+    with DialogueSshd(questions, 0.0) as server:
+        answer = poll(target(server, password=server.password + more, timeout=DEADLINE))
+    cause, says = expected
+    assert (answer.cause, says in answer.reason) == (cause, True), answer
+
+
+def test_a_dialogue_slower_than_the_deadline() -> None:
+    with DialogueSshd([["Password: "]], 3.0) as server:
+        assert poll(target(server, password=server.password, timeout=1)).cause == "timeout"
+
+
+# --- what a host says first ---
+@pytest.mark.parametrize("lines", [1, 500])
+def test_what_a_host_says_before_its_banner_is_part_of_the_reason(lines: int) -> None:
+    def refuse(connection: socket.socket, closing: threading.Event) -> None:
+        connection.sendall(b"Not allowed at this time\r\n" * lines)
+
+    with RawServer(refuse) as server:
+        answer = poll(target(server, timeout=DEADLINE))
+    assert "it said: Not allowed at this time" in answer.reason and len(answer.reason) <= 500
+
+
+@OPENSSH
+def test_algorithms_of_both_sides(own: Sshd) -> None:
+    with settings_digest(own, "Ciphers aes128-cbc"):
+        answer = poll(target(own, **good_login(own)))
+    assert answer.cause == "protocol"
+    assert "the host has aes128-cbc, here are aes" in answer.reason
+
+
+# --- key files ---
+COMMANDS = {
+    "genpkey RSA": "openssl genpkey -algorithm RSA -out key",
+    "genpkey RSA encrypted": "openssl genpkey -algorithm RSA -aes256 -pass pass:secret -out key",
+    "genpkey EC": "openssl genpkey -algorithm EC -pkeyopt ec_paramgen_curve:P-256 -out key",
+    "genpkey Ed25519": "openssl genpkey -algorithm ED25519 -out key",
+    "genpkey Ed25519 encrypted": "openssl genpkey -algorithm ED25519 -aes256 -pass pass:secret -out key",
+    "genrsa": "openssl genrsa -out key 2048",
+    "genrsa traditional": "openssl genrsa -traditional -aes256 -passout pass:secret -out key 2048",
+    "ssh-keygen PKCS8": "ssh-keygen -q -t rsa -m PKCS8 -N secret -f key",
+    "ssh-keygen PKCS8 ECDSA": "ssh-keygen -q -t ecdsa -b 521 -m PKCS8 -N '' -f key",
+    "ssh-keygen PEM": "ssh-keygen -q -t ecdsa -m PEM -N secret -f key",
+    "ssh-keygen": "ssh-keygen -q -t ed25519 -N secret -f key",
+}
+
+
+@OPENSSH
+@pytest.mark.skipif(not shutil.which("openssl"), reason="needs openssl")
+@pytest.mark.parametrize("command", COMMANDS.values(), ids=COMMANDS)
+def test_every_format_of_a_key(sshd: Server, tmp_path: Path, command: str) -> None:
+    subprocess.run(command, shell=True, cwd=tmp_path, check=True, capture_output=True)
+    secret = "secret" if "secret" in command else ""
+    loaded = (serialization.load_ssh_private_key if " ed25519 " in command else serialization.load_pem_private_key)(
+        (tmp_path / "key").read_bytes(), secret.encode() or None)  # fmt: skip
+    with (sshd.folder / "authorized_keys").open("a", encoding="ascii") as authorized:
+        authorized.write(public_line(cast(Any, loaded)) + "\n")
+    phrase = {"key_passphrase": secret} if secret else {}
+    assert healthy(poll(target(sshd, key_file=tmp_path / "key", **phrase)))
+
+
+@OPENSSH
+def test_certificates_of_a_key(own: Sshd, tmp_path: Path) -> None:
+    """A renewed one is read again; beside one that has expired the plain key is tried."""
+    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", tmp_path / "authority"], check=True)
+    shutil.copy(tmp_path / "authority.pub", own.folder / "authorities")
+    write_private(tmp_path / "key", made := make_key("ed25519"))
+    (tmp_path / "key.pub").write_text(public_line(made) + "\n", encoding="ascii")
+
+    def certify(validity: str) -> None:
+        command = ["ssh-keygen", "-q", "-s", "authority", "-I", "x", "-n", own.username, "-V", validity, "key.pub"]
+        subprocess.run(command, cwd=tmp_path, check=True)
+        os.utime(tmp_path / "key-cert.pub", ns=(0, time.monotonic_ns()))
+
+    with settings_digest(own, f"TrustedUserCAKeys {own.folder}/authorities"):
+        watched = target(own, key_file=tmp_path / "key")
+        connection = connect(watched, guard=Guards().of(watched))
+        assert poll(watched, connection).cause == "auth"
+        for validity, cause in (("-2h:-1h", "auth"), ("-1h:+1h", ""), ("-2h:-1h", "auth")):
+            certify(validity)
+            assert poll(watched, connection).cause == cause, validity
+        with (own.folder / "authorized_keys").open("a", encoding="ascii") as authorized:
+            authorized.write(public_line(made) + "\n")
+        assert healthy(poll(watched, connection))
+
+
+@pytest.mark.parametrize("named", ["DB1.Example.com", "db1.example.com"])
+@pytest.mark.parametrize("port", [22, 2222])
+def test_hashed_names_are_lower_case(tmp_path: Path, named: str, port: int) -> None:
+    known = tmp_path / "known_hosts"
+    name = "db1.example.com" if port == 22 else f"[db1.example.com]:{port}"
+    known.write_text(f"{name} {public_line(make_key('ed25519'))}\n", encoding="ascii")
+    subprocess.run(["ssh-keygen", "-q", "-H", "-f", known], check=True, capture_output=True)
+    keys, revoked = KnownHosts(known).lookup(named, port)
+    assert (len(keys), revoked) == (1, set())
 
 
 def test_what_the_client_offers() -> None:
@@ -1393,8 +1539,15 @@ def test_host_keys_and_credentials_in_the_service(tmp_path: Path) -> None:
             service.wait_status("/-/readyz", 503)
             assert no_attempt(server)
             code, said = run_cheaply("--inventory", str(inventory), "trust", "db1")
+            assert (code, old in said, new in said, "--key" in said) == (2, True, True, True)  # there is no terminal
+            code, _ = run_cheaply("--inventory", str(inventory), "trust", "db1", "--key", old.split()[1])
+            assert (code, service.get("/-/readyz").status) == (2, 503)
+            code, said = run_cheaply("--inventory", str(inventory), "trust", "db1", "--key", new.split()[1])
             assert (code, old in said, new in said) == (0, True, True)
             service.wait_status("/-/readyz", 200)
+            with contextlib.closing(sqlite3.connect(tmp_path / "healthchecker.db")) as database:
+                [[text]] = database.execute("SELECT text FROM event WHERE actor = 'command line'").fetchall()
+                assert old in text and new in text
         everything = first + service.output + said
         assert server.password not in everything
         assert wrong not in everything
