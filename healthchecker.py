@@ -124,7 +124,7 @@ try:
     import urllib3
     import waitress
     import yaml
-    from cryptography.exceptions import InvalidTag, UnsupportedAlgorithm
+    from cryptography.exceptions import InvalidSignature, InvalidTag, UnsupportedAlgorithm
     from cryptography.hazmat.primitives import hashes, serialization
     from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa
     from cryptography.hazmat.primitives.ciphers.aead import AESGCM
@@ -1829,23 +1829,24 @@ def names_host(patterns: str, name: str) -> bool:
 
 
 class KnownHosts:
-    """OpenSSH's known_hosts, read again when it changes; @cert-authority lines are passed over."""
+    """OpenSSH's known_hosts, read again when it changes."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._keys = functools.lru_cache(1 << 14)(self._read)   # hashed names cost an HMAC for each line
 
-    def lookup(self, host: str, port: int) -> tuple[set[str], set[str]]:
-        """The keys of a host that are accepted and those that are revoked. Raises ProbeError."""
+    def lookup(self, host: str, port: int) -> tuple[set[str], set[str], set[str]]:
+        """The keys of a host that are accepted, those that are revoked, and those of authorities that may certify it.
+        Raises ProbeError."""
         try:
             stat = self._path.stat()
             return self._keys(host if port == SSH_PORT else f"[{host}]:{port}", stat.st_mtime_ns, stat.st_size)
         except FileNotFoundError:
-            return set(), set()
+            return set(), set(), set()
         except OSError as error:
             raise ProbeError("host_key", f"known_hosts {self._path} cannot be read: {error.strerror}") from error
 
-    def _read(self, name: str, *_stamp: int) -> tuple[set[str], set[str]]:
+    def _read(self, name: str, *_stamp: int) -> tuple[set[str], set[str], set[str]]:
         keys: dict[str, set[str]] = collections.defaultdict(set)    # by marker
         for line in self._path.read_text(encoding="utf-8", errors="replace").splitlines():
             words = line.split()
@@ -1853,7 +1854,25 @@ class KnownHosts:
             with contextlib.suppress(ValueError, IndexError):
                 if not words[0].startswith("#") and names_host(words[0], name):
                     keys[marker].add(identity(words[1], base64.b64decode(words[2], validate=True)))
-        return keys[""], keys["@revoked"]
+        return keys[""], keys["@revoked"], keys["@cert-authority"]
+
+
+def certifier(blob: bytes, host: str) -> str | None:
+    """Who certified a host's key, when that holds for `host` now; None for anything else."""
+    kind = paramiko.Message(blob).get_text()
+    with contextlib.suppress(ValueError, UnsupportedAlgorithm, InvalidSignature):
+        found = serialization.load_ssh_public_identity(f"{kind} {base64.b64encode(blob).decode()}".encode())
+        if not isinstance(found, serialization.SSHCertificate):
+            return None
+        found.verify_cert_signature()
+        names = [pattern.decode().lower() for pattern in found.valid_principals]
+        if (found.type is serialization.SSHCertificateType.HOST and not found.critical_options
+                and found.valid_after <= time.time() < found.valid_before
+                and any(fnmatch.fnmatchcase(host.lower(), name) for name in names)):
+            line = found.signature_key().public_bytes(serialization.Encoding.OpenSSH,
+                                                      serialization.PublicFormat.OpenSSH).decode()
+            return identity(line.split()[0], base64.b64decode(line.split()[1]))
+    return None
 
 
 class BoundedPacketizer(paramiko.packet.Packetizer):
@@ -1947,7 +1966,7 @@ class SshConnection(Connection):
     def run(self, script: str, output: Output, deadline: Deadline) -> bool:
         while True:
             with self._connected(deadline) as (transport, offered):
-                if self._verified(offered):
+                if self._verified(offered, transport):
                     with self._guard.attempt(self._settings.name, deadline):
                         self._login(transport, deadline)
                     return self._execute(transport, script, output)
@@ -1982,17 +2001,18 @@ class SshConnection(Connection):
             if transport.is_alive():
                 transport.join(1)
 
-    def _known(self) -> tuple[set[str], set[str]]:
-        """The keys that the host may show, none before the first contact, and those that are revoked."""
+    def _known(self) -> tuple[set[str], set[str], set[str]]:
+        """The keys that the host may show, none before the first contact, those that are revoked, and those of
+        authorities."""
         settings = self._settings
-        known, revoked = self._context.known_hosts.lookup(settings.hostname, settings.connect_port)
+        known, revoked, authorities = self._context.known_hosts.lookup(settings.hostname, settings.connect_port)
         if settings.host_key and settings.host_key != "strict":
-            return {settings.host_key}, revoked
-        return known | ({self.host_key} if self.host_key else set()), revoked
+            return {settings.host_key}, revoked, set()
+        return known | ({self.host_key} if self.host_key else set()), revoked, authorities
 
     def _prefer_known_types(self, transport: SshTransport) -> None:
         """A host has keys of several types: asks for one that we can compare, at last for an untried one."""
-        accepted, _ = self._known()
+        accepted, _, authorities = self._known()
         wanted = tuple(key.split()[0].replace("ssh-rsa", "rsa-sha2") for key in accepted if " " in key)
         tried = tuple(kind.replace("ssh-rsa", "rsa-sha2") for kind in self._tried)
         options = transport.get_security_options()
@@ -2000,12 +2020,18 @@ class SshConnection(Connection):
         options.ciphers = sorted(options.ciphers, key=lambda name: "gcm" not in name)
         options.key_types = sorted(options.key_types, key=lambda name: (
             bool(tried) and name.startswith(tried), not name.startswith(wanted)))
+        if authorities:
+            options.key_types = [*(f"{name}-cert-v01@openssh.com" for name in options.key_types), *options.key_types]
 
-    def _verified(self, offered: str) -> bool:
+    def _verified(self, offered: str, transport: SshTransport) -> bool:
         """Compares the host's key before any secret is sent; False: connect again, for another type of key."""
-        (accepted, revoked), name = self._known(), self._settings.name
-        if offered in revoked:
+        (accepted, revoked, authorities), name = self._known(), self._settings.name
+        certificate = transport.get_remote_server_key().public_blob
+        authority = certificate and certifier(certificate.key_blob, self._settings.hostname)
+        if offered in revoked or authority in revoked:
             raise ProbeError("host_key", f"host key revoked by known_hosts: offered {offered}")
+        if authority in authorities:
+            return True
         kind, fingerprint = offered.split()
         if any(key.rstrip("=").endswith(fingerprint) for key in accepted):
             return True

@@ -553,7 +553,7 @@ def test_known_hosts_at_the_registered_port(tmp_path: Path) -> None:
     hosts = KnownHosts(known)
     assert hosts.lookup("db1.example.com", 22) == hosts.lookup("192.0.2.7", 22)
     assert hosts.lookup("192.0.2.7", 22)[0]
-    assert hosts.lookup("db1.example.com", 2222) == hosts.lookup("db2.example.com", 22) == (frozenset(), frozenset())
+    assert hosts.lookup("db1.example.com", 2222) == hosts.lookup("db2.example.com", 22) == (set(), set(), set())
 
 
 @POSIX
@@ -1283,8 +1283,42 @@ def test_hashed_names_are_lower_case(tmp_path: Path, named: str, port: int) -> N
     name = "db1.example.com" if port == 22 else f"[db1.example.com]:{port}"
     known.write_text(f"{name} {public_line(make_key('ed25519'))}\n", encoding="ascii")
     subprocess.run(["ssh-keygen", "-q", "-H", "-f", known], check=True, capture_output=True)
-    keys, revoked = KnownHosts(known).lookup(named, port)
-    assert (len(keys), revoked) == (1, set())
+    keys, revoked, authorities = KnownHosts(known).lookup(named, port)
+    assert (len(keys), revoked, authorities) == (1, set(), set())
+
+
+# how the host's key is certified, what known_hosts has more, the cause
+CERTIFICATES = {
+    "good": ("-h -n 127.0.0.1 -V -1h:+1h", "", ""),
+    "one of several names": ("-h -n db1,127.0.0.* -V -1h:+1h", "", ""),
+    "expired": ("-h -n 127.0.0.1 -V -2h:-1h", "", "host_key"),
+    "not yet": ("-h -n 127.0.0.1 -V +1h:+2h", "", "host_key"),
+    "of another host": ("-h -n 127.0.0.2 -V -1h:+1h", "", "host_key"),
+    "of a user": ("-n 127.0.0.1 -V -1h:+1h", "", "host_key"),
+    "the authority is revoked": ("-h -n 127.0.0.1 -V -1h:+1h", "@revoked * {authority}", "host_key"),
+    "of another authority": ("-h -n 127.0.0.1 -V -1h:+1h", "another", "host_key"),
+    "expired, and the plain key is known": ("-h -n 127.0.0.1 -V -2h:-1h", "{plain}", ""),
+    "the plain key is revoked": ("-h -n 127.0.0.1 -V -1h:+1h", "@revoked * {key}", "host_key"),
+}
+
+
+@OPENSSH
+@pytest.mark.parametrize(("how", "more", "cause"), CERTIFICATES.values(), ids=CERTIFICATES)
+def test_certified_host_keys(own: Sshd, tmp_path: Path, how: str, more: str, cause: str) -> None:
+    subprocess.run(["ssh-keygen", "-q", "-t", "ecdsa", "-N", "", "-f", tmp_path / "authority"], check=True)
+    key = public_line(own.host_keys["ed25519"])
+    (own.folder / "host.pub").write_text(key + "\n", encoding="ascii")
+    sign = ["ssh-keygen", "-q", "-s", tmp_path / "authority", "-I", "x", *how.split(), own.folder / "host.pub"]
+    subprocess.run(sign, check=True)
+    authority = " ".join((tmp_path / "authority.pub").read_text(encoding="ascii").split()[:2])
+    known = tmp_path / "known_hosts"
+    trusted = public_line(make_key("ecdsa")) if more == "another" else authority
+    rest = more.replace("another", "").format(authority=authority, key=key, plain=own.known_hosts())
+    known.write_text(f"@cert-authority [127.0.0.*]:* {trusted}\n{rest}\n", encoding="ascii")
+    with settings_digest(own, f"HostCertificate {own.folder}/host-cert.pub"):
+        watched = target(own, host_key="strict", **good_login(own))
+        answer = poll(watched, connect(watched, known))
+    assert (answer.cause, answer.host_key) == (cause, None), answer
 
 
 def test_what_the_client_offers() -> None:
