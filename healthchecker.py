@@ -124,9 +124,9 @@ try:
     import urllib3
     import waitress
     import yaml
-    from cryptography.exceptions import InvalidTag, UnsupportedAlgorithm
+    from cryptography.exceptions import InvalidSignature, InvalidTag, UnsupportedAlgorithm
     from cryptography.hazmat.primitives import hashes, serialization
-    from cryptography.hazmat.primitives.asymmetric import padding, rsa
+    from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa
     from cryptography.hazmat.primitives.ciphers.aead import AESGCM
     from flask_sqlalchemy import SQLAlchemy
     from markupsafe import Markup
@@ -189,7 +189,6 @@ NAME_CHARS = 253                # characters, the length of the longest host nam
 WINRM_PORTS = {True: 5986, False: 5985}  # with TLS and without
 SSH_PORT = 22                   # the registered port (RFC 4251)
 PBKDF2_ROUNDS = 220_000         # OWASP's figure for PBKDF2-HMAC-SHA512
-AUTH_BACKOFF = 300.0            # seconds between attempts with a refused credential
 MONITOR_INTERVAL = 0.5          # seconds between two looks of the monitor
 STRIP = 60                      # polls of a resource that the overview shows
 QUARTER = 900                   # seconds of which an average is kept
@@ -878,7 +877,7 @@ class InventoryLoader:
         """The secret of an environment variable or a file. Raises ValueError."""
         try:
             if source.endswith("_env"):
-                found = os.environ.get(text, "")
+                found = os.environ.get(text, "").rstrip("\r\n")
             else:
                 path = absolute(text, self.folder)
                 if not os.path.isfile(path):
@@ -1269,6 +1268,9 @@ def migrate(session: Session) -> None:
 
 def read_schema(path: Path, mode: str = "ro") -> tuple[set[tuple[str, str]], int, int, bool]:
     """Its tables' columns, whose it is (application_id), its version, and whether it is sound."""
+    with open(path, "rb") as file:
+        if file.read(16) not in (b"", b"SQLite format 3\0"):    # SQLite takes a short text for an empty database
+            raise sqlite3.DatabaseError("it is no SQLite database")
     try:
         with contextlib.closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode={mode}", uri=True)) as connection:
             columns = set(connection.execute("SELECT tables.name, columns.name FROM sqlite_master AS tables, "
@@ -1285,11 +1287,10 @@ def inspect_database(path: Path) -> int:
     """The schema of the database at `path`, 0 while there is none. Raises StorageError for what is not ours and sound.
     Nothing changes, but that what a crash cut short is rolled back."""
     try:
-        with open(path, "rb") as file:
-            if file.read(16) not in (b"", b"SQLite format 3\0"):    # SQLite takes a short text for an empty database
-                raise sqlite3.DatabaseError("it is no SQLite database")
         found, application, version, sound = read_schema(path)
     except FileNotFoundError:
+        if path.parent.is_file():       # to Windows it is the same
+            raise StorageError(f"database {path}: its folder is a file; set service.database") from None
         return 0
     except (OSError, sqlite3.Error) as error:
         raise StorageError(f"database {path}: {error}; restore it from a backup or set service.database") from error
@@ -1526,13 +1527,6 @@ class Target:
     def name(self) -> str:
         return self.settings.name
 
-    @property
-    def key_stamp(self) -> int:
-        """When key_file was changed, in nanoseconds; 0 without one. A new key is a new credential."""
-        with contextlib.suppress(OSError):
-            return self.settings.key_file.stat().st_mtime_ns if self.settings.key_file else 0
-        return 0
-
 
 def target_of(row: Resource, vault: Vault) -> Target:
     """A row with its secrets opened; one that is damaged has a fault, and settings that say no more than they can."""
@@ -1563,6 +1557,7 @@ def load_targets(session: Session, vault: Vault) -> dict[str, Target]:
 # Gives: OUTPUT_BYTES, READ_BYTES, Deadline, Output, Resolver, HostSocket, connect_tcp
 OUTPUT_BYTES = 1 << 20          # bytes over stdout and stderr; a poll that prints more is ended
 READ_BYTES = 1 << 16            # bytes taken from a host at once
+FIRST_BYTES = 1 << 11           # bytes that are kept of what a host says first
 
 
 class Deadline:
@@ -1641,12 +1636,13 @@ class HostSocket(socket.socket):
     deadline: Deadline
     received = 0
     limit = 1 << 16     # bytes off the wire until the host has shown its key
-    first = b""     # what came first
+    first = b""     # what came first, FIRST_BYTES at most
 
     def recv(self, size: int, flags: int = 0, /) -> bytes:
         self.settimeout(self.deadline.left())
         chunk = super().recv(min(size, READ_BYTES), flags)
-        self.first = self.first or chunk
+        if len(self.first) < FIRST_BYTES:
+            self.first += chunk[:FIRST_BYTES]
         self.count(len(chunk))
         return chunk
 
@@ -1687,108 +1683,161 @@ def connect_tcp(resolver: Resolver, host: str, port: int, deadline: Deadline) ->
 
 
 # === Logins ==================================================================
-# Asked before every login and told what came of it; answers with permission, a wait, or ProbeError `auth`. The
-# threads of the pollers share a guard for each credential; what they refused before a restart is told again.
-# Gives: NOT_TRIED, LoginGuard, Guards
-UNANSWERED = 3                  # logins without an outcome that count as refused
-AUTH_TURN = 1.0                 # seconds between attempts with an unproven credential while one has no outcome
-NOT_TRIED = "not tried: the same credential was refused before; check username and password"
+# Asked before every login with a password and told what came of it; answers with permission, a wait, or ProbeError
+# `auth`. The threads of the pollers share a guard for each credential; what happened before a restart is told again.
+# Gives: AUTH_BACKOFF, LOCKOUT_WINDOW, NOT_TRIED, LoginGuard, Guards
+AUTH_BACKOFF = 300.0            # seconds between attempts with a refused credential
+AUTH_RETRY = 60.0               # seconds until the second attempt where the credential was accepted lately
+ACCEPTED_LATELY = 3600.0        # seconds for which an accepted login proves the credential
+REFUSALS = 3                    # of a host or a credential, after which nothing is tried for LOCKOUT_WINDOW ...
+REFUSALS_ASKED = 4              # ... and by somebody who asks for it: the common policy locks at the fifth
+LOCKOUT_WINDOW = 31 * 60.0      # seconds without a wrong password after which directories count anew, and a bit
+NOT_TRIED = "not tried: "       # begins the reason of what was no login
 
 
 class LoginGuard:
     """Keeps a wrong password from locking an account; the resources with the same credential share one guard.
 
-    A refused resource waits AUTH_BACKOFF. While nobody was accepted, or since somebody was refused, logins go one
-    after the other; two refused resources with no accepted one between them stop all, then one attempt is made per
-    AUTH_BACKOFF. An accepted login frees the others, so that one odd host never blinds its siblings.
+    Only what a host says to a login counts. After its first refusal a host waits AUTH_RETRY where the credential was
+    accepted lately, else AUTH_BACKOFF, then always AUTH_BACKOFF. An accepted login proves the credential: what others
+    were refused before it concerns them alone. REFUSALS in a row, of one host or without an accepted one between,
+    stop the host or all. As many logins may be without outcome as could be refused; one where nothing is proven.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
+    def __init__(self, clock: Callable[[], float] = time.monotonic, *, locks: bool = True) -> None:
+        self._clock, self._locks = clock, locks     # nothing counts a key that is refused
         self._turn = threading.Condition()          # guards all below, reentrant; notified when an attempt ends
         self._running = 0
-        self._refused: dict[str, tuple[float, int]] = {}    # resource -> time of its last refusal, stamp of its key
-        self._accepted: set[str] = set()            # resources that were let in
-        self._unanswered: collections.Counter[str] = collections.Counter()  # logins without an outcome of the others
-        self._suspects: set[str] = set()            # refused for the first time since the last accepted login
-        self._last_mono = -math.inf                 # the last attempt, by the clock that is passed in
-        self._began_mono = -math.inf                # the same, by the system's: it spaces what has no outcome
+        self._refused: dict[str, list[float]] = {}  # resource -> times of its refusals since it was accepted
+        self._wrong: list[float] = []               # times of the refusals since the credential was accepted
+        self._accepted_mono = -math.inf             # the last accepted login
+        self._asked: set[str] = set()               # resources that somebody wants to be tried now
 
-    def wait(self, name: str, stamp: int = 0) -> float:
-        """Seconds until `name` may try; 0 = now. `stamp` tells a key file from the one that was refused."""
+    @property
+    def refusals(self) -> int:
+        """How many are in a directory's count."""
         with self._turn:
-            last_mono, refused = self._refused.get(name, (-math.inf, stamp))
-            last_mono = last_mono if refused == stamp else -math.inf
-            if len(self._suspects) > 1:
-                last_mono = max(last_mono, self._last_mono)
-            return max(0.0, last_mono + AUTH_BACKOFF - self._clock())
+            return len(self._counted(self._wrong))
+
+    def _counted(self, times: list[float]) -> list[float]:
+        """Those that still count; the others are dropped."""
+        if times and self._clock() - times[-1] >= LOCKOUT_WINDOW:
+            times.clear()
+        return times
+
+    def wait(self, name: str) -> float:
+        """Seconds until `name` may try; 0 = now."""
+        with self._turn:
+            own, wrong = self._counted(self._refused.get(name, [])), self._counted(self._wrong)
+            asked = name in self._asked
+            ends_mono = -math.inf
+            for times in (own, wrong):
+                if len(times) >= (REFUSALS_ASKED if asked else REFUSALS):
+                    ends_mono = max(ends_mono, times[-1] + LOCKOUT_WINDOW)
+            if own and not asked:
+                lately = len(own) == 1 and own[0] - self._accepted_mono < ACCEPTED_LATELY
+                ends_mono = max(ends_mono, own[-1] + (AUTH_RETRY if lately else AUTH_BACKOFF))
+            return max(0.0, ends_mono - self._clock()) if self._locks else 0.0
+
+    def why(self, name: str) -> str:
+        """Why `name` has to wait."""
+        return (f"{NOT_TRIED}the same credential was refused before; check username and password; "
+                f"next attempt in {math.ceil(self.wait(name))} s")
+
+    def ask(self, name: str) -> None:
+        """Lets `name` try now, as far as that cannot lock the account."""
+        with self._turn:
+            self._asked.add(name)
+
+    def count_with(self, other: LoginGuard) -> None:
+        """Counts the refusals of `other`, too: they are of the same user."""
+        with other._turn:
+            wrong = [*other._counted(other._wrong)]
+        with self._turn:
+            self._wrong = sorted({*self._counted(self._wrong), *wrong})
+
+    def _has_room(self) -> bool:
+        proven = not self._wrong and self._clock() - self._accepted_mono < ACCEPTED_LATELY
+        return not self._locks or self._running < (REFUSALS if proven else 1)
 
     @contextlib.contextmanager
-    def attempt(self, name: str, deadline: Deadline, stamp: int = 0) -> Iterator[None]:
+    def attempt(self, name: str, deadline: Deadline) -> Iterator[None]:
         """Around one login: a ProbeError `auth` counts as refused, the end of the block as accepted."""
         with self._turn:
-            while (self._running and (self._suspects or not self._accepted)
-                   and (rest := self._began_mono + AUTH_TURN - time.monotonic()) > 0):
-                self._turn.wait(min(rest, deadline.left()))
-            if self.wait(name, stamp) > 0:
-                raise ProbeError("auth", NOT_TRIED)
+            # what is left must do for the login: one that comes too late for an answer could be refused, too
+            if not self._turn.wait_for(self._has_room, deadline.left() - deadline.seconds / 2):
+                raise ProbeError("auth", f"{NOT_TRIED}others log in with the same credential, and wait for an answer")
+            if self.wait(name) > 0:
+                raise ProbeError("auth", self.why(name))
+            self._asked.discard(name)
             self._running += 1
-            self._began_mono, self._last_mono = time.monotonic(), self._clock()
         try:
             yield
         except ProbeError as error:
-            with self._turn:    # in the end no outcome is one: a host may refuse more slowly than we wait
-                self._unanswered[name] += error.cause != "auth" and name not in self._accepted
-                if error.cause == "auth" or self._unanswered[name] >= UNANSWERED:
-                    self.refuse(name, stamp=stamp)
+            if error.cause == "auth":
+                self.refuse(name)
             raise
         else:
-            with self._turn:
-                self._accepted.add(name)
-                self._unanswered.pop(name, None)
-                self._suspects.clear()
-                self._refused.pop(name, None)
+            self.accept(name)
         finally:
             with self._turn:
                 self._running -= 1
                 self._turn.notify_all()
 
-    def refuse(self, name: str, ago: float = 0.0, stamp: int = 0) -> None:
-        """Notes a refusal `ago` seconds ago (before a restart)."""
+    def accept(self, name: str, ago: float = 0.0) -> None:
+        """Notes that the credential was accepted `ago` seconds ago (before a restart)."""
         with self._turn:
-            if name not in self._refused:
-                self._suspects.add(name)
-            self._last_mono = max(self._last_mono, self._clock() - ago)
-            self._refused[name] = self._clock() - ago, stamp
-
-    def clear(self, name: str) -> None:
-        """Lets `name` try at once, whatever it is that stops the others."""
-        with self._turn:
+            self._accepted_mono = max(self._accepted_mono, self._clock() - ago)
+            self._wrong = [at for at in self._wrong if at > self._accepted_mono]
             self._refused.pop(name, None)
-            self._suspects.discard(name)
-            self._last_mono = -math.inf
+
+    def refuse(self, name: str, ago: float = 0.0, times: int = 1) -> None:
+        """Notes a refusal, or that a host refused several `times` in a row and last `ago` seconds ago."""
+        with self._turn:
+            at, own = self._clock() - ago, self._counted(self._refused.setdefault(name, []))
+            is_odd = bool(own) and own[-1] <= self._accepted_mono    # others were accepted since
+            own += [at] * times
+            if not is_odd and at >= self._accepted_mono:
+                self._wrong = sorted(self._counted(self._wrong) + [at] * times)
 
 
 class Guards:
-    """A guard per credential."""
+    """A guard per credential, of the resources that are watched and of what somebody tries."""
 
     def __init__(self) -> None:
         self._salt = secrets.token_bytes(16)
-        self._guards: dict[bytes, LoginGuard] = {}
+        self._guards: dict[tuple[str, bytes], LoginGuard] = {}      # by user and credential
+        self._typed: dict[str, LoginGuard] = {}     # by user: whoever guesses has a new password each time
 
-    def _key(self, target: Target) -> bytes:
+    def _key(self, target: Target) -> tuple[str, bytes]:
         """Equal for the same user with the same secret; does not give the secret away."""
-        secret = target.settings.secrets.get("password") or str(target.settings.key_file)
-        user = target.settings.username or str(target.settings.certificate_file or target.name)
-        parts = length_prefixed(user, secret)
-        return hashlib.blake2b(parts, key=self._salt).digest()
+        user = target.settings.username or ""
+        secret = length_prefixed(target.settings.secrets.get("password", ""))
+        return user, hashlib.blake2b(secret, key=self._salt).digest()
 
     def of(self, target: Target) -> LoginGuard:
+        if target.settings.key_file or target.settings.certificate_file:
+            return LoginGuard(locks=False)
         return self._guards.setdefault(self._key(target), LoginGuard())
+
+    def trial(self, target: Target) -> LoginGuard:
+        """The guard of what somebody tries now: that of the credential if it is watched, else of all tries of its
+        user, which count together with what is watched."""
+        user, _ = key = self._key(target)
+        if target.settings.key_file or target.settings.certificate_file or key in self._guards:
+            guard = self.of(target)
+        else:
+            guard = self._typed.setdefault(user, LoginGuard())
+            for (watched, _), other in list(self._guards.items()):
+                if watched == user:
+                    guard.count_with(other)
+        guard.ask(target.name)
+        return guard
 
     def keep(self, targets: Iterable[Target]) -> None:
         """Forgets the credentials of all others."""
         self._guards = {key: self._guards.get(key) or LoginGuard() for key in map(self._key, targets)}
+        self._typed = {user: guard for user, guard in list(self._typed.items()) if guard.refusals}
 
 
 # === SSH =====================================================================
@@ -1805,34 +1854,36 @@ def identity(kind: str, blob: bytes) -> str:
 
 def names_host(patterns: str, name: str) -> bool:
     """Whether the host field of a line of known_hosts, hashed or patterns (sshd(8)), names a host."""
+    name = name.lower()     # as OpenSSH hashes it
     if patterns.startswith("|1|"):
         with contextlib.suppress(ValueError):
             salt, digest = (base64.b64decode(part, validate=True) for part in patterns[3:].split("|"))
             return hmac.compare_digest(hmac.digest(salt, name.encode(), "sha1"), digest)
         return False
     matched = [pattern for pattern in patterns.lower().split(",")
-               if fnmatch.fnmatchcase(name.lower(), pattern.lstrip("!").replace("[", "[[]"))]
+               if fnmatch.fnmatchcase(name, pattern.lstrip("!").replace("[", "[[]"))]
     return bool(matched) and not any(pattern.startswith("!") for pattern in matched)
 
 
 class KnownHosts:
-    """OpenSSH's known_hosts, read again when it changes; @cert-authority lines are passed over."""
+    """OpenSSH's known_hosts, read again when it changes."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._keys = functools.lru_cache(1 << 14)(self._read)   # hashed names cost an HMAC for each line
 
-    def lookup(self, host: str, port: int) -> tuple[set[str], set[str]]:
-        """The keys of a host that are accepted and those that are revoked. Raises ProbeError."""
+    def lookup(self, host: str, port: int) -> tuple[set[str], set[str], set[str]]:
+        """The keys of a host that are accepted, those that are revoked, and those of authorities that may certify it.
+        Raises ProbeError."""
         try:
             stat = self._path.stat()
             return self._keys(host if port == SSH_PORT else f"[{host}]:{port}", stat.st_mtime_ns, stat.st_size)
         except FileNotFoundError:
-            return set(), set()
+            return set(), set(), set()
         except OSError as error:
             raise ProbeError("host_key", f"known_hosts {self._path} cannot be read: {error.strerror}") from error
 
-    def _read(self, name: str, *_stamp: int) -> tuple[set[str], set[str]]:
+    def _read(self, name: str, *_stamp: int) -> tuple[set[str], set[str], set[str]]:
         keys: dict[str, set[str]] = collections.defaultdict(set)    # by marker
         for line in self._path.read_text(encoding="utf-8", errors="replace").splitlines():
             words = line.split()
@@ -1840,7 +1891,25 @@ class KnownHosts:
             with contextlib.suppress(ValueError, IndexError):
                 if not words[0].startswith("#") and names_host(words[0], name):
                     keys[marker].add(identity(words[1], base64.b64decode(words[2], validate=True)))
-        return keys[""], keys["@revoked"]
+        return keys[""], keys["@revoked"], keys["@cert-authority"]
+
+
+def certifier(blob: bytes, host: str) -> str | None:
+    """Who certified a host's key, when that holds for `host` now; None for anything else."""
+    kind = paramiko.Message(blob).get_text()
+    with contextlib.suppress(ValueError, UnsupportedAlgorithm, InvalidSignature):
+        found = serialization.load_ssh_public_identity(f"{kind} {base64.b64encode(blob).decode()}".encode())
+        if not isinstance(found, serialization.SSHCertificate):
+            return None
+        found.verify_cert_signature()
+        names = [pattern.decode().lower() for pattern in found.valid_principals]
+        if (found.type is serialization.SSHCertificateType.HOST and not found.critical_options
+                and found.valid_after <= time.time() < found.valid_before
+                and any(fnmatch.fnmatchcase(host.lower(), name) for name in names)):
+            line = found.signature_key().public_bytes(serialization.Encoding.OpenSSH,
+                                                      serialization.PublicFormat.OpenSSH).decode()
+            return identity(line.split()[0], base64.b64decode(line.split()[1]))
+    return None
 
 
 class BoundedPacketizer(paramiko.packet.Packetizer):
@@ -1866,20 +1935,36 @@ class SshTransport(paramiko.Transport):
     """Knows whether the host said goodbye: after a password that means refused, a lost connection does not."""
 
     dismissed = False
+    theirs: Mapping[str, Sequence[str]] = dict[str, Sequence[str]]()      # the algorithms that the host names, by kind
+
+    def _really_parse_kex_init(self, *message: Any, **how: Any) -> Any:
+        found = super()._really_parse_kex_init(*message, **how)     # type: ignore[misc]  # the stubs lack it
+        self.theirs = {kind: tuple(names) for kind, names in found.items() if kind.endswith("_list")}
+        return found
+
+    def mismatches(self) -> list[str]:
+        """What both sides have of each kind of which they have none in common."""
+        kinds = {"kex_algo_list": self.preferred_kex, "server_key_algo_list": self.preferred_keys,
+                 "server_encrypt_algo_list": self.preferred_ciphers, "server_mac_algo_list": self.preferred_macs}
+        return [f"the host has {', '.join(theirs)}, here are {', '.join(ours)}" for kind, ours in kinds.items()
+                if (theirs := self.theirs.get(kind, ())) and not set(theirs) & set(ours)]
 
     def _parse_disconnect(self, message: paramiko.Message) -> None:
         self.dismissed = True
 
 
-def ssh_fault(error: Exception, first: bytes) -> ProbeError:
+def ssh_fault(error: Exception, first: bytes, mismatches: Sequence[str]) -> ProbeError:
     """Our error for what paramiko raises around the key exchange; `first` is what the host said first."""
+    before = one_line(re.split(r"^SSH-", first.decode(errors="replace"), maxsplit=1, flags=re.MULTILINE)[0])
+    said = f"; it said: {before}" if before else ""
     if isinstance(error, paramiko.ssh_exception.IncompatiblePeer):
-        return ProbeError("protocol", f"no algorithm in common with the host: {error}")
+        return ProbeError("protocol", f"no algorithm in common: {'; '.join(mismatches) or error}")
     if isinstance(error, paramiko.ChannelException):
         return ProbeError("unreachable", "the host refuses a session; are too many open (MaxSessions)?")
     if not first or first.startswith(b"Exceeded MaxStartups") or isinstance(error, (EOFError, ConnectionError)):
-        return ProbeError("unreachable", "the host closed the connection; is it an SSH server with free sessions?")
-    return ProbeError("protocol", f"no SSH server there: {error or type(error).__name__}")
+        why = "the host closed the connection; is it an SSH server with free sessions?"
+        return ProbeError("unreachable", f"{why}{said}")
+    return ProbeError("protocol", f"no SSH server there: {error or type(error).__name__}{said}")
 
 
 class ConnectionContext(NamedTuple):
@@ -1913,13 +1998,13 @@ class SshConnection(Connection):
     NEVER: ClassVar = 10 ** 6           # seconds; paramiko's own timers follow the wall clock, ours decides
 
     _tried: Sequence[str] = ()      # types of key that the host showed and that a pin without type is not
-    _key: tuple[int, paramiko.PKey] | None = None       # mtime of the key file and what it held
+    _keys: tuple[list[int], list[paramiko.PKey]] | None = None      # times of change of the files and what they held
 
     def run(self, script: str, output: Output, deadline: Deadline) -> bool:
         while True:
             with self._connected(deadline) as (transport, offered):
-                if self._verified(offered):
-                    with self._guard.attempt(self._settings.name, deadline, self._target.key_stamp):
+                if self._verified(offered, transport):
+                    with self._guard.attempt(self._settings.name, deadline):
                         self._login(transport, deadline)
                     return self._execute(transport, script, output)
 
@@ -1944,7 +2029,7 @@ class SshConnection(Connection):
             raise
         except Exception as error:      # paramiko lets through whatever its parsers raise
             deadline.left()
-            raise ssh_fault(error, sock.first) from error
+            raise ssh_fault(error, sock.first, transport.mismatches()) from error
         finally:
             with contextlib.suppress(OSError):
                 sock.shutdown(socket.SHUT_RDWR)     # wakes the thread that reads
@@ -1953,17 +2038,18 @@ class SshConnection(Connection):
             if transport.is_alive():
                 transport.join(1)
 
-    def _known(self) -> tuple[set[str], set[str]]:
-        """The keys that the host may show, none before the first contact, and those that are revoked."""
+    def _known(self) -> tuple[set[str], set[str], set[str]]:
+        """The keys that the host may show, none before the first contact, those that are revoked, and those of
+        authorities."""
         settings = self._settings
-        known, revoked = self._context.known_hosts.lookup(settings.hostname, settings.connect_port)
+        known, revoked, authorities = self._context.known_hosts.lookup(settings.hostname, settings.connect_port)
         if settings.host_key and settings.host_key != "strict":
-            return {settings.host_key}, revoked
-        return known | ({self.host_key} if self.host_key else set()), revoked
+            return {settings.host_key}, revoked, set()
+        return known | ({self.host_key} if self.host_key else set()), revoked, authorities
 
     def _prefer_known_types(self, transport: SshTransport) -> None:
         """A host has keys of several types: asks for one that we can compare, at last for an untried one."""
-        accepted, _ = self._known()
+        accepted, _, authorities = self._known()
         wanted = tuple(key.split()[0].replace("ssh-rsa", "rsa-sha2") for key in accepted if " " in key)
         tried = tuple(kind.replace("ssh-rsa", "rsa-sha2") for kind in self._tried)
         options = transport.get_security_options()
@@ -1971,12 +2057,18 @@ class SshConnection(Connection):
         options.ciphers = sorted(options.ciphers, key=lambda name: "gcm" not in name)
         options.key_types = sorted(options.key_types, key=lambda name: (
             bool(tried) and name.startswith(tried), not name.startswith(wanted)))
+        if authorities:
+            options.key_types = [*(f"{name}-cert-v01@openssh.com" for name in options.key_types), *options.key_types]
 
-    def _verified(self, offered: str) -> bool:
+    def _verified(self, offered: str, transport: SshTransport) -> bool:
         """Compares the host's key before any secret is sent; False: connect again, for another type of key."""
-        (accepted, revoked), name = self._known(), self._settings.name
-        if offered in revoked:
+        (accepted, revoked, authorities), name = self._known(), self._settings.name
+        certificate = transport.get_remote_server_key().public_blob
+        authority = certificate and certifier(certificate.key_blob, self._settings.hostname)
+        if offered in revoked or authority in revoked:
             raise ProbeError("host_key", f"host key revoked by known_hosts: offered {offered}")
+        if authority in authorities:
+            return True
         kind, fingerprint = offered.split()
         if any(key.rstrip("=").endswith(fingerprint) for key in accepted):
             return True
@@ -1994,36 +2086,88 @@ class SshConnection(Connection):
 
     def _login(self, transport: SshTransport, deadline: Deadline) -> None:
         settings = self._settings
+        user, kind = settings.username or "", "key_file" if settings.key_file else "password"
         try:
             if settings.key_file is not None:
-                missing = transport.auth_publickey(settings.username or "", self._load_key(settings.key_file))
+                missing = self._show_keys(transport, self._load_keys(settings.key_file))
             else:
-                missing = transport.auth_password(settings.username or "", settings.secrets.get("password", ""))
+                missing = self._give_password(transport, settings.secrets.get("password", ""))
         except paramiko.BadAuthenticationType as error:
-            allowed = ", ".join(error.allowed_types)
-            raise ProbeError("auth", f"the host allows only {allowed} for {settings.username}") from error
+            raise ProbeError("auth", f"the host allows only {', '.join(error.allowed_types)} for {user}") from error
         except paramiko.AuthenticationException as error:
             deadline.left()
             if not transport.is_active() and not transport.dismissed:
                 raise ProbeError("unreachable", "connection lost while logging in") from error
-            raise ProbeError("auth", f"login as {settings.username} refused; check username and "
-                             + ("key_file" if settings.key_file else "password")) from error
+            raise ProbeError("auth", f"login as {user} refused; check username and {kind}") from error
+        except paramiko.SSHException as error:
+            if "info request" not in str(error):    # message 60: after a password it asks for another one
+                raise
+            raise ProbeError("auth", f"the password of {user} has expired; the host wants a new one") from error
         if missing:
             raise ProbeError("auth", f"the host asks for more than one proof: {', '.join(missing)}")
 
-    def _load_key(self, path: Path) -> paramiko.PKey:
-        """The private key, read again when the file changes (unlocking an encrypted one takes 0.1 s)."""
-        phrase = self._settings.key_passphrase
+    def _show_keys(self, transport: SshTransport, keys: Sequence[paramiko.PKey]) -> list[str]:
+        """Tries the certificate first, then the plain key, as OpenSSH does."""
+        for key in keys[:-1]:
+            with contextlib.suppress(paramiko.AuthenticationException):
+                return transport.auth_publickey(self._settings.username or "", key)
+        return transport.auth_publickey(self._settings.username or "", keys[-1])
+
+    def _give_password(self, transport: SshTransport, password: str) -> list[str]:
+        """Logs in by password, or by a dialogue that asks for nothing else."""
+        user, asked = self._settings.username or "", list[tuple[str, bool]]()
+
+        def answer(title: str, instructions: str, prompts: list[tuple[str, bool]]) -> list[str]:
+            texts = one_line(" ".join([title, instructions, *(text for text, _ in prompts)]))
+            if prompts and re.search("new password|expired|change", texts, re.IGNORECASE):
+                raise ProbeError("auth", f"the password of {user} has expired; the host says: {texts}")
+            if len(prompts) > 1 or (prompts and asked):
+                raise ProbeError("auth", f"login as {user} refused; the host asks for more than a password: {texts}")
+            asked.extend(prompts)
+            return [password for _ in prompts]
+
         try:
-            stamp = path.stat().st_mtime_ns
-            if self._key is None or self._key[0] != stamp:
-                secret = cast(Any, phrase and phrase.get_secret_value().encode())
-                self._key = stamp, paramiko.PKey.from_path(path, secret)
+            return transport.auth_password(user, password, fallback=False)
+        except paramiko.BadAuthenticationType as error:
+            try:
+                if "keyboard-interactive" in error.allowed_types:
+                    return transport.auth_interactive(user, answer)
+            except paramiko.AuthenticationException:
+                if asked or not transport.is_active():
+                    raise
+            raise       # it asked nothing: no password was given
+
+    def _load_keys(self, path: Path) -> list[paramiko.PKey]:
+        """The private key, before it the one with a certificate that is beside it, read again when a file changes
+        (unlocking an encrypted one takes 0.1 s)."""
+        try:
+            certificate = path.with_name(f"{path.name}-cert.pub")
+            stamp = [file.stat().st_mtime_ns for file in (path, certificate) if file.exists() or file == path]
+            if self._keys is None or self._keys[0] != stamp:
+                plain = self._open_key(path)
+                keys = [plain]
+                if len(stamp) > 1:
+                    keys.insert(0, copy.copy(plain))
+                    keys[0].load_certificate(str(certificate))
+                self._keys = stamp, keys
         except OSError as error:
             raise ProbeError("credential", f"key_file {path} cannot be read: {error.strerror}") from error
         except Exception as error:  # paramiko lets through whatever its parsers and cryptography raise
             raise ProbeError("credential", f"key_file {path} does not open; check format and key_passphrase") from error
-        return self._key[1]
+        return self._keys[1]
+
+    def _open_key(self, path: Path) -> paramiko.PKey:
+        """A private key in any format that `ssh` reads: cryptography knows more of them than paramiko."""
+        phrase, raw = self._settings.key_passphrase, path.read_bytes()
+        secret = phrase.get_secret_value().encode() if phrase else None
+        load = (serialization.load_ssh_private_key if b"BEGIN OPENSSH PRIVATE KEY" in raw
+                else serialization.load_pem_private_key)
+        key: Any = load(raw, secret)
+        kind = (paramiko.RSAKey if isinstance(key, rsa.RSAPrivateKey) else
+                paramiko.ECDSAKey if isinstance(key, ec.EllipticCurvePrivateKey) else paramiko.Ed25519Key)
+        text = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.OpenSSH,
+                                 serialization.NoEncryption()).decode()
+        return kind.from_private_key(io.StringIO(text))
 
     def _execute(self, transport: SshTransport, script: str, output: Output) -> bool:
         """Feeds the script to a POSIX shell, whatever the login shell is; False when the connection ended first."""
@@ -2226,7 +2370,7 @@ class PowerShellConnection(Connection):
         pool = RunspacePool(wsman, configuration_name=self._settings.configuration_name, idle_timeout=60)
         shell = PowerShell(pool)
         try:
-            with self._guard.attempt(self._target.name, opened.deadline, self._target.key_stamp), self._explained():
+            with self._guard.attempt(self._target.name, opened.deadline), self._explained():
                 pool.open()
             shell.add_script(script).begin_invoke()
             while shell.state == PSInvocationState.RUNNING:
@@ -3351,7 +3495,7 @@ def collect(settings: ResourceSettings, connection: Connection, previous: Sample
 #     healthy <--any good verdict--> degraded
 # Gives: State, Verdict, evaluate, Standing, settle
 State = Literal["unknown", "healthy", "degraded", "unhealthy"]
-AT_ONCE = frozenset({"auth", "host_key", "credential", "stale"})     # causes that do not wait for `fall`
+AT_ONCE = frozenset({"host_key", "credential", "stale"})     # causes that do not wait for `fall`
 
 
 @dataclass(frozen=True)
@@ -3585,8 +3729,8 @@ class HealthAggregator:
 # What polls found: in come Reports, out go rows, averages of quarters of an hour, charts and availability. Readings are
 # whole hundredths, NULL where nothing was read. The recorder's thread writes, any thread reads.
 # 100 resources at 60 s: 288,000 polls and 864,000 averages are 82 MB; 100,000 events add 20 MB.
-# Gives: POLLS, SPANS, SAMPLES, highest_readings, Report, record_event, events, PastPoll, samples, roll_up, prune,
-# prune_events, availability, Point, chart
+# Gives: POLLS, POLL_MARKS, SPANS, SAMPLES, highest_readings, Report, record_event, events, PastPoll, samples, roll_up,
+# prune, prune_events, availability, Point, chart
 DAY = 86_400                    # seconds
 PRUNE_ROWS = 10_000             # rows of a resource, or events, that are dropped at once
 EVENTS = 100_000                # events of a kind that are kept at most: a resource may flap for a year
@@ -3640,6 +3784,7 @@ class Report:
     seconds: float
     sample: Sample | None = None
     host_key: str | None = None
+    waits: float = 0.0              # seconds until the next login
 
     @property
     def transition(self) -> str:
@@ -3655,8 +3800,7 @@ class Report:
         """The row of SAMPLES."""
         found = highest_readings(self.sample.metrics if self.sample else {})
         found |= {"seconds": self.seconds} if self.seconds else {}
-        after, verdict, counts = self.standing, self.verdict, self.target.settings.ttl
-        counts += AUTH_BACKOFF if after.cause == "auth" else 0.0
+        after, verdict, counts = self.standing, self.verdict, self.target.settings.ttl + self.waits
         return {"resource_id": self.target.id, "at": self.at, "reason": verdict.reason, "counts": int(counts),
                 "poll": POLL_MARKS[verdict.state, verdict.cause], "standing": POLL_MARKS[after.state, after.cause],
                 **{metric: min(round(found[metric] * 100), READING_MAX) if metric in found else None
@@ -3819,6 +3963,9 @@ FLUSH_INTERVAL = 1.0            # seconds for which the recorder gathers what it
 PENDING_ROWS = 100_000          # rows that wait for a database that cannot be written; older ones are lost
 QUARTER_GRACE = 5.0             # seconds for the last reports of a quarter to be written
 TIDY_AT_ONCE = 15               # resources whose averages are made after a flush: 10,000 take less than a quarter
+LOGGED_IN_MARKS = tuple(POLL_MARKS[meaning] for meaning in (
+    ("healthy", ""), ("degraded", "limit"), ("unhealthy", "limit"), ("unhealthy", "check")))
+REFUSED_MARK = POLL_MARKS["unhealthy", "auth"]
 LAST_FLUSH = 1.5                # seconds for the last reports to be written when the service ends
 
 # An insert of a table costs half of what one of its class does.
@@ -3978,29 +4125,29 @@ class Poller(threading.Thread):
         self._due_mono = time.monotonic() + delay
         self.expires_mono = self._due_mono + target.settings.ttl      # without a report until then it is stale
         self._woken = threading.Event()
-        self._asked: queue.SimpleQueue[concurrent.futures.Future[Report | None]] = queue.SimpleQueue()   # see poll_now
+        self._asked: queue.SimpleQueue[concurrent.futures.Future[Report]] = queue.SimpleQueue()     # see poll_now
         self._stopped = False
         self._lock = threading.Lock()       # guards standing and the order of reports: the monitor sets stale
         self.standing = Standing()
 
     def run(self) -> None:
         while True:
-            woken = self._woken.wait(max(0.0, self._due_mono - time.monotonic()))
+            self._woken.wait(max(0.0, self._due_mono - time.monotonic()))
             self._woken.clear()     # before the look at _stopped, so that a stop in between is not lost
             if self._stopped:
                 return
-            if woken:
-                self._guard.clear(self.target.name)
             asked = [self._asked.get() for _ in range(self._asked.qsize())]
+            if asked:
+                self._guard.ask(self.target.name)
             begun_mono = time.monotonic()
             pause, report = self._poll()
             self._due_mono = begun_mono + pause
             for answer in asked:
                 answer.set_result(report)
 
-    def poll_now(self) -> concurrent.futures.Future[Report | None]:
-        """Polls at once, whatever the back-off; gives the report of that poll."""
-        answer: concurrent.futures.Future[Report | None] = concurrent.futures.Future()
+    def poll_now(self) -> concurrent.futures.Future[Report]:
+        """Polls at once, as far as no account can be locked by it; gives the report of that poll."""
+        answer: concurrent.futures.Future[Report] = concurrent.futures.Future()
         self._asked.put(answer)
         self._woken.set()
         return answer
@@ -4019,44 +4166,52 @@ class Poller(threading.Thread):
 
     def expire(self) -> None:
         """Makes the resource unhealthy, cause `stale`, when there was no result in time."""
-        waits = self.standing.cause == "auth" and self._guard.wait(self.target.name, self.target.key_stamp) > 0
-        if not waits:
-            self._report(Verdict("unhealthy", "stale", f"no result for {self.target.settings.ttl:.0f} s"), 0.0)
+        name, ttl = self.target.name, self.target.settings.ttl
+        waits = self._guard.wait(name) > 0
+        if not (waits and self.standing.cause == "auth"):
+            why = f"; {self._guard.why(name)}" if waits else ""
+            self._report(Verdict("unhealthy", "stale", f"no result for {ttl:.0f} s{why}"), 0.0)
 
-    def _poll(self) -> tuple[float, Report | None]:
+    def _poll(self) -> tuple[float, Report]:
         """One poll and its report; returns the seconds from its start to the next, too."""
         settings, begun_mono = self.target.settings, time.monotonic()
-        wait = self._guard.wait(settings.name, self.target.key_stamp)
-        sample, host_key = None, self.target.host_key
-        if wait > 0 and self.standing.cause == "auth":
-            return min(wait, settings.interval), None   # a sibling's success may free this one sooner
+        sample, host_key, wait = None, self.target.host_key, self._guard.wait(settings.name)
+        retry = min(settings.interval, settings.retry_interval)
         if wait > 0:
-            verdict = Verdict("unhealthy", "auth", NOT_TRIED)
+            verdict = Verdict("unhealthy", "auth", self._guard.why(settings.name))
         else:
             verdict, sample = poll_once(self.target, self._connection, self._previous)
         self._previous = sample or self._previous
         self.target = replace(self.target, host_key=self._connection.host_key)
+        seconds = time.monotonic() - begun_mono
+        if verdict.reason.startswith(NOT_TRIED) and not (wait > 0 and self.standing.state == "unknown"):
+            # no result: the standing holds, and a sibling's success may free this one sooner
+            report = Report(self.target, self.standing, self.standing, verdict, time.time(), seconds)
+            return min(wait or retry, settings.interval), report
         learned = None if self.target.host_key == host_key else self.target.host_key
-        report = self._report(verdict, time.monotonic() - begun_mono, sample, learned)
-        pause = settings.interval if self.standing.decided else min(settings.interval, settings.retry_interval)
+        report = self._report(verdict, seconds, sample, learned)
+        wait = self._guard.wait(settings.name) if verdict.cause == "auth" else 0.0
+        pause = settings.interval if self.standing.decided else min(settings.interval, max(retry, wait))
         return pause * self._context.random.uniform(1 - JITTER, 1 + JITTER), report
 
     def _report(self, verdict: Verdict, seconds: float, sample: Sample | None = None,
-                host_key: str | None = None) -> Report | None:
-        settings, at = self.target.settings, time.time()
+                host_key: str | None = None) -> Report:
+        settings, at, ttl = self.target.settings, time.time(), self.target.settings.ttl
         retry = min(settings.interval, settings.retry_interval)
         with self._lock:
-            if verdict.cause == "stale" and time.monotonic() < self.expires_mono:
-                return None
             stopped, before = self._stopped, self.standing
+            if verdict.cause == "stale" and time.monotonic() < self.expires_mono:
+                return Report(self.target, before, before, verdict, at, seconds)
             after = self.standing = settle(before, verdict, settings, at)
-            wait = retry if after.good else settings.interval
-            wait = self._guard.wait(settings.name, self.target.key_stamp) if verdict.cause == "auth" else wait
-            self.expires_mono = time.monotonic() + settings.ttl + (wait if verdict.cause == "auth" else 0.0)
+            waits = self._guard.wait(settings.name) if verdict.cause == "auth" else 0.0
+            if waits <= AUTH_BACKOFF:       # until the next attempt has an outcome
+                ttl = max(ttl, waits + settings.timeout + 2)
+            self.expires_mono = time.monotonic() + ttl + (waits if after.cause == "auth" else 0.0)
+            wait = waits or (retry if after.good else settings.interval)
             self._context.aggregator.set_resource(
-                settings.name, after.healthy, after.why, ttl=settings.ttl, owner=self,
+                settings.name, after.healthy, after.why, ttl=ttl, owner=self,
                 opens=wait + retry * max(0, settings.rise - after.good - 1))
-        report = Report(self.target, before, after, verdict, at, seconds, sample, host_key)
+        report = Report(self.target, before, after, verdict, at, seconds, sample, host_key, waits)
         if not stopped:
             self._context.recorder.put(report)
         return report
@@ -4069,7 +4224,7 @@ class Monitor(threading.Thread):
         super().__init__(name="monitor", daemon=True)
         self._store, self._vault, self._context = store, vault, context
         self.pollers: dict[str, Poller] = {}
-        self._guards = Guards()
+        self.guards = Guards()
         self._maintenance_ends_at: dict[str, float] = {}    # Unix times until which resources do not count
         self._revision = -1
         self._followed = threading.Condition()      # guards _revision; notified when the rows were followed
@@ -4115,6 +4270,11 @@ class Monitor(threading.Thread):
             return None
         self._context.recorder.flush()
         return report
+
+    def login_wait(self, name: str) -> float:
+        """Seconds until a resource that was refused may log in again; 0 for any other. For any thread."""
+        poller = self.pollers.get(name)
+        return self.guards.of(poller.target).wait(name) if poller else 0.0
 
     def _sweep(self) -> None:
         for name, poller in list(self.pollers.items()):
@@ -4162,7 +4322,7 @@ class Monitor(threading.Thread):
             stored = {row.resource_id: row for row in session.scalars(sqlalchemy.select(Status))}
             ends = session.execute(sqlalchemy.select(Resource.name, Resource.maintenance))
             self._maintenance_ends_at = {name: at for name, at in ends}
-        self._guards.keep(targets.values())
+        self.guards.keep(targets.values())
         for name in self.pollers.keys() - targets.keys():
             self.pollers.pop(name).stop()
             self._context.aggregator.deregister(name)
@@ -4185,11 +4345,11 @@ class Monitor(threading.Thread):
             before.stop()
         if before and before.target.settings_digest == target.settings_digest:
             key = target.host_key or before.target.host_key     # learned and not written yet
-            poller = Poller(replace(target, host_key=key), self._context, self._guards.of(target), delay)
+            poller = Poller(replace(target, host_key=key), self._context, self.guards.of(target), delay)
             # dying again and again is no result
             poller.standing, poller.expires_mono = before.standing, before.expires_mono
         else:
-            poller = Poller(target, self._context, self._guards.of(target), delay)
+            poller = Poller(target, self._context, self.guards.of(target), delay)
             if stored:
                 self._restore(poller, stored)
         self.pollers[target.name] = poller
@@ -4198,15 +4358,22 @@ class Monitor(threading.Thread):
         """A stored state counts on when it is of these settings and fresh, a refused login during its back-off."""
         target, age = poller.target, time.time() - stored.polled_at
         left = target.settings.ttl - age if age >= 0 and stored.settings_digest == target.settings_digest else 0.0
-        refused = stored.cause == "auth" and 0 <= age < AUTH_BACKOFF
-        if refused and stored.credential_digest == target.credential_digest:
-            left = target.settings.ttl
-            if stored.reason != NOT_TRIED:
-                self._guards.of(target).refuse(target.name, age, target.key_stamp)
+        if stored.credential_digest == target.credential_digest and 0 <= age < LOCKOUT_WINDOW:
+            self._restore_logins(target, stored, age)
+            if stored.cause == "auth":
+                left = target.settings.ttl
         if left > 0:
             poller.standing = Standing(cast(State, stored.state), cast(Cause, stored.cause), stored.reason,
                                        stored.since_at, stored.good, stored.bad)
             poller.expires_mono = time.monotonic() + left
+
+    def _restore_logins(self, target: Target, stored: Status, age: float) -> None:
+        """Tells the guard what the last polls say of the credential."""
+        guard, before = self.guards.of(target), stored.strip.rstrip(REFUSED_MARK)
+        if before.endswith(LOGGED_IN_MARKS):    # of the refusals after it only the last one's time is known
+            guard.accept(target.name, age + (target.settings.interval if stored.strip != before else 0.0))
+        if stored.strip != before and not stored.reason.startswith(NOT_TRIED):
+            guard.refuse(target.name, age, len(stored.strip) - len(before))
 
 
 # === Counters ================================================================
@@ -5382,6 +5549,7 @@ class MessagePipe(logging.handlers.QueueHandler):
 
     def __init__(self, pipe: PipeConnection) -> None:
         super().__init__(queue.SimpleQueue())
+        self.setFormatter(logging.Formatter("%(message)s"))     # what follows the message is the traceback
         self._pipe = pipe
         self._thread = threading.Thread(target=self._send, name="pipe", daemon=True)
         self._thread.start()
@@ -6138,7 +6306,8 @@ def test_settings(who: Principal, body: Mapping[str, Any], form: Document | None
     timeout = min(target.settings.timeout, TRIAL_TIMEOUT)
     target = replace(target, settings=target.settings.model_copy(update={"timeout": timeout}))
     begun_mono = time.monotonic()
-    connection = CONNECTIONS[target.settings.platform](target, LoginGuard(), who.context.connections)
+    guard = who.context.monitor.guards.trial(target)
+    connection = CONNECTIONS[target.settings.platform](target, guard, who.context.connections)
     verdict, _ = poll_once(target, connection, None)
     learned = None if connection.host_key == target.host_key else connection.host_key
     return TrialView(**vars(verdict), seconds=time.monotonic() - begun_mono, host_key=learned)
@@ -7119,7 +7288,10 @@ for <b>{{ (now - shown.status.since_at)|duration_text }}</b>, since <time>{{ sho
 <p class="soft">{% if shown.status.polled_at %}
 Last poll {{ (now - shown.status.polled_at)|duration_text }} ago, in {{ "%.2f s"|format(shown.status.seconds) }}.
 {% endif %}
-Polled every {{ shown.row.interval|duration_text }}. Availability:
+Polled every {{ shown.row.interval|duration_text }}.
+{% if login_wait %}Next login in {{ login_wait|duration_text }}, at {{ (now + login_wait)|local_time }}.
+{% endif %}
+Availability:
 {% for span, percent in availability.items() %}
 {{ span }} <b>{{ "%.2f %%"|format(percent) if percent is number else "unknown" }}</b>{{ "." if loop.last else "," }}
 {% endfor %}</p>
@@ -7824,7 +7996,7 @@ def resource_page(name: str, **more: Any) -> flask.Response:
     return render_page("resource.html", shown=resource, span=span,
                        readings=reading_rows(sample, resource, damage),
                        span_links=[(name, f"?span={name}", f"Last {name}", None) for name in SPANS],
-                       machine=machine_rows(sample, row.host_key),
+                       machine=machine_rows(sample, row.host_key), login_wait=context.monitor.login_wait(name),
                        origin=row.origin == "inventory" and places.get(name, context.inventory.path.name),
                        refresh="" if request.method == "GET" else resource.href,
                        outcomes=sorted(outcomes, key=lambda outcome: bool(outcome[2]["good"])), **more)
@@ -8446,8 +8618,20 @@ def seal(arguments: argparse.Namespace) -> int:
     return int(bool(shared))
 
 
+def confirm(offered: str, arguments: argparse.Namespace) -> None:
+    """Asks whether the key is the right one, unless an option says so. Raises UsageError."""
+    if arguments.key:
+        if arguments.key.partition("SHA256:")[2] != offered.partition("SHA256:")[2]:
+            raise UsageError(f"the host shows another key: {offered}; nothing was changed")
+    elif not arguments.yes:
+        if not sys.stdin.isatty():
+            raise UsageError("there is no terminal to ask at; compare the key and name it: --key SHA256:..., or --yes")
+        if input("Is that what the machine itself shows? [y/N] ").strip().lower() not in ("y", "yes"):
+            raise UsageError("nothing was changed")
+
+
 def trust(arguments: argparse.Namespace) -> int:
-    """Accepts the key that a host shows now."""
+    """Shows the key that a host was known by and the one that it shows now, and accepts that one when told so."""
     installation = Installation(arguments.inventory)
     if not inspect_database(installation.database):
         raise UsageError("there is no database yet; start the service first")
@@ -8459,10 +8643,14 @@ def trust(arguments: argparse.Namespace) -> int:
             near = difflib.get_close_matches(arguments.name, targets, 1)
             raise UsageError(f"no such resource{f'; did you mean {near[0]}?' if near else ''}")
         offered = offered_key(target, installation.access())
+        print(f"{target.name}: trusted was {target.host_key or 'no key'}, offered is {offered}", flush=True)
+        confirm(offered, arguments)
         with store.writing() as session:
             session.execute(sqlalchemy.update(Resource).values(host_key=offered).where(Resource.id == target.id))
+            record_event(session, "change", f"trusted {offered}, before {target.host_key or 'no key'}",
+                         resource=target.name, actor="command line")
             revise(session)
-    print(f"{target.name}: trusted was {target.host_key or 'no key'}, trusted is {offered}")
+    print(f"{target.name}: trusted is {offered}")
     return 0
 
 
@@ -8551,6 +8739,8 @@ def command_line() -> argparse.ArgumentParser:
     commands.add_parser("seal", help="replace plain passwords in the inventory by sealed ones").set_defaults(run=seal)
     command = commands.add_parser("trust", help="accept the changed host key of a resource")
     command.add_argument("name", metavar="NAME")
+    command.add_argument("--key", metavar="SHA256:...", help="accept this key only, without a question")
+    command.add_argument("--yes", action="store_true", help="accept whatever key it shows, without a question")
     command.set_defaults(run=trust)
     users = commands.add_parser("user", help="`user add|passwd|remove|list`: who can log in")
     add_user_commands(users.add_subparsers(metavar="add|passwd|remove|list", required=True))

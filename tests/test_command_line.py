@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import io
 import os
 import re
 import select
@@ -23,7 +24,7 @@ from console import prepared_vault
 from service import PROGRAM, Program, Service, command, environment, prepared_keys, run_cheaply, write_inventory
 
 import healthchecker
-from healthchecker import Vault, binding, load_inventory, main
+from healthchecker import UsageError, Vault, binding, load_inventory, main
 
 LOCAL = "  - {name: here, platform: local}\n"
 CALM = "  - {name: calm, platform: simulated, mean_healthy: 100000}\n"
@@ -436,6 +437,35 @@ def test_trust(
     assert main(["--inventory", str(path), "trust", name]) == code
     error = capsys.readouterr().err
     assert message in error and len(error.splitlines()) == 1
+
+
+OFFERED = "ssh-ed25519 SHA256:" + "k" * 43
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(
+    ("given", "typed", "refusal"),
+    [
+        (["--key", OFFERED.split()[1]], None, ""),
+        (["--key", OFFERED], None, ""),
+        (["--key", "SHA256:" + "x" * 43], "y", "another key"),
+        (["--key", ""], None, "no terminal"),
+        (["--yes"], None, ""),
+        ([], None, "no terminal"),
+        ([], "yes\n", ""),
+        ([], "\n", "nothing was changed"),
+        ([], "n\n", "nothing was changed"),
+    ],
+)
+def test_trust_asks(given: list[str], typed: str | None, refusal: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO() if typed is None else Terminal(typed))
+    arguments = healthchecker.command_line().parse_args(["trust", "x", *given])
+    with pytest.raises(UsageError, match=refusal) if refusal else contextlib.nullcontext():
+        healthchecker.confirm(OFFERED, arguments)
 
 
 def one_line(output: str) -> str:

@@ -232,12 +232,12 @@ SEQUENCES = {
     "a timeout waits for fall": (2, 2, "GT", "hh"),
     "unreachable waits for fall": (2, 2, "GU", "hh"),
     "protocol waits for fall": (2, 2, "GP", "hh"),
-    "auth counts at once": (2, 9, "GA", "hu"),
+    "auth counts by fall": (2, 2, "GAA", "hhu"),
     "host_key counts at once": (2, 9, "GK", "hu"),
     "credential counts at once": (2, 9, "GS", "hu"),
     "stale counts at once": (2, 9, "GZ", "hu"),
-    "auth, and up again": (2, 2, "GAGG", "huuh"),
-    "auth from a warning": (2, 9, "DA", "du"),
+    "auth, and up again": (2, 2, "GAAGG", "hhuuh"),
+    "auth from a warning": (2, 1, "DA", "du"),
 }
 
 
@@ -297,7 +297,7 @@ def test_reason_is_renewed() -> None:
 # verdicts: whether the last one needs a soon second look
 @pytest.mark.parametrize(
     ("letters", "decided"),
-    [("G", True), ("B", True), ("GB", False), ("GBB", True), ("BG", False), ("BGG", True), ("GBG", True), ("GA", True),
+    [("G", True), ("B", True), ("GB", False), ("GBB", True), ("BG", False), ("BGG", True), ("GBG", True), ("GA", False),
      ("D", True), ("DB", False), ("BD", False), ("BGB", True)],
 )  # fmt: skip
 def test_decided(letters: str, decided: bool) -> None:

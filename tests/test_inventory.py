@@ -476,6 +476,12 @@ def test_secrets_from_elsewhere(folder: Path, monkeypatch: pytest.MonkeyPatch) -
     assert inventory.resources[3].key_file == folder / "key"
 
 
+@pytest.mark.parametrize("end", ["", "\n", "\r\n"])
+def test_password_env_with_a_line_end(folder: Path, monkeypatch: pytest.MonkeyPatch, end: str) -> None:
+    monkeypatch.setenv("HEALTHCHECKER_LINE", " secret " + end)
+    assert load(folder, one("password_env: HEALTHCHECKER_LINE")).resources[0].secrets == {"password": " secret "}
+
+
 def test_password_file_saved_by_notepad(folder: Path) -> None:
     """Its byte order mark is no part of the password, as it is none of the inventory."""
     (folder / "bom").write_bytes(b"\xef\xbb\xbfsecret\r\n")

@@ -10,6 +10,7 @@ import secrets
 import shutil
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import tempfile
@@ -20,7 +21,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import hostile
 import paramiko
@@ -34,6 +35,7 @@ from sshd import (
     ROOT,
     SSHD,
     SYSTEM_PATH,
+    Login,
     ParamikoSshd,
     Sshd,
     SshServer,
@@ -49,6 +51,7 @@ from healthchecker import (
     Connection,
     ConnectionContext,
     Deadline,
+    Guards,
     KnownHosts,
     LocalConnection,
     LoginGuard,
@@ -303,12 +306,11 @@ def put(path: Path, content: bytes) -> None:
 def test_key_file_changed_on_disk(sshd: Server, tmp_path: Path) -> None:
     key, other = tmp_path / "key", tmp_path / "other"
     write_private(other, make_key("ed25519"))
-    watched, guard = target(sshd, key_file=key), LoginGuard()
-    connection = connect(watched, guard=guard)
+    watched = target(sshd, key_file=key)
+    connection = connect(watched, guard=Guards().of(watched))  # a key that is refused locks nothing
 
     def after(content: bytes) -> Answer:
         put(key, content)
-        guard.clear("host")  # the back-off is not the point here
         return poll(watched, connection)
 
     assert healthy(after(sshd.user_key().read_bytes()))
@@ -318,18 +320,6 @@ def test_key_file_changed_on_disk(sshd: Server, tmp_path: Path) -> None:
     assert healthy(after(sshd.user_key().read_bytes()))
     key.unlink()
     assert poll(watched, connection).cause == "credential"
-
-
-@POSIX
-def test_new_key_file_ends_the_back_off(sshd: Server, tmp_path: Path) -> None:
-    """A changed credential is tried at once, where a key file holds it too."""
-    key = tmp_path / "key"
-    write_private(key, make_key("ed25519"))
-    watched = target(sshd, key_file=key)
-    connection = connect(watched)
-    assert poll(watched, connection).cause == "auth"
-    put(key, sshd.user_key().read_bytes())
-    assert healthy(poll(watched, connection))
 
 
 @POSIX
@@ -410,11 +400,9 @@ def test_key_trusted_in_a_failed_poll_is_reported(sshd: Server, tmp_path: Path, 
     with meeting_place() as folder:
         slow = {"name": "slow", "command": f"test -e {folder}/quick || sleep 30", "timeout": 30}
         watched = target(sshd, key_file=key, timeout=1.5, checks=[slow])
-        guard = LoginGuard()
-        connection = connect(watched, guard=guard)
+        connection = connect(watched, guard=Guards().of(watched))
         failed = poll(watched, connection)
         assert failed.cause == first
-        guard.clear("host")  # as "check now" does
         (folder / "quick").touch()
         put(key, sshd.user_key().read_bytes())
         good = poll(watched, connection)
@@ -565,7 +553,7 @@ def test_known_hosts_at_the_registered_port(tmp_path: Path) -> None:
     hosts = KnownHosts(known)
     assert hosts.lookup("db1.example.com", 22) == hosts.lookup("192.0.2.7", 22)
     assert hosts.lookup("192.0.2.7", 22)[0]
-    assert hosts.lookup("db1.example.com", 2222) == hosts.lookup("db2.example.com", 22) == (frozenset(), frozenset())
+    assert hosts.lookup("db1.example.com", 2222) == hosts.lookup("db2.example.com", 22) == (set(), set(), set())
 
 
 @POSIX
@@ -760,8 +748,8 @@ class FreezeAtLogin(LoginGuard):
         self.server, self.after = server, after
 
     @contextlib.contextmanager
-    def attempt(self, name: str, deadline: Deadline, stamp: int = 0) -> Iterator[None]:
-        with super().attempt(name, deadline, stamp):
+    def attempt(self, name: str, deadline: Deadline) -> Iterator[None]:
+        with super().attempt(name, deadline):
             if not self.after:
                 self.server.freeze()
             yield
@@ -1153,6 +1141,184 @@ def test_keyboard_interactive_with_pam(own: Sshd, right: bool) -> None:
     with settings_digest(own, "UsePAM yes\nPasswordAuthentication no\nKbdInteractiveAuthentication yes"):
         answer = poll(target(own, password=own.password + ("" if right else "x")))
     assert answer.cause == ("" if right else "auth"), answer
+    assert ("check username and password" in answer.reason) is not right
+
+
+# --- dialogues ---
+class Dialogue(Login):
+    """A server that allows nothing but keyboard-interactive, and asks one question after the other."""
+
+    questions: list[list[str]]
+    pause: float
+
+    def get_allowed_auths(self, username: str) -> str:
+        return "keyboard-interactive"
+
+    def check_auth_password(self, username: str, password: str) -> int:
+        return paramiko.AUTH_FAILED
+
+    def _ask(self) -> Any:
+        questions = self.left.pop(0)
+        return paramiko.InteractiveQuery("", "", *((text, False) for text in questions))
+
+    def check_auth_interactive(self, username: str, submethods: str) -> Any:
+        threading.Event().wait(self.pause)
+        self.left = list(self.questions)
+        return self._ask()
+
+    def check_auth_interactive_response(self, responses: list[str]) -> Any:
+        if responses and responses != [self.server.password]:
+            return paramiko.AUTH_FAILED
+        return self._ask() if self.left else paramiko.AUTH_SUCCESSFUL
+
+
+class DialogueSshd(ParamikoSshd):
+    def __init__(self, questions: list[list[str]], pause: float) -> None:
+        self.login = type("Asking", (Dialogue,), {"questions": questions, "pause": pause})
+        super().__init__()
+
+
+# the questions of the host, the password that is given, what comes of it
+DIALOGUES = {
+    "one question": ([["Password: "]], "", ("", "")),
+    "a wrong password": ([["Password: "]], "x", ("auth", "check username and password")),
+    "a notice after it": ([["Password: "], []], "", ("", "")),
+    "expired": ([["Password: "], ["New password: "]], "", ("auth", "has expired")),
+    "a second factor": ([["Password: "], ["Verification code: "]], "", ("auth", "Verification code")),
+    "both at once": ([["Password: ", "Token: "]], "", ("auth", "Token")),
+}
+
+
+@pytest.mark.parametrize(("questions", "more", "expected"), DIALOGUES.values(), ids=DIALOGUES)
+def test_dialogues(questions: list[list[str]], more: str, expected: tuple[str, str]) -> None:
+    with DialogueSshd(questions, 0.0) as server:
+        answer = poll(target(server, password=server.password + more, timeout=DEADLINE))
+    cause, says = expected
+    assert (answer.cause, says in answer.reason) == (cause, True), answer
+
+
+def test_a_dialogue_slower_than_the_deadline() -> None:
+    with DialogueSshd([["Password: "]], 3.0) as server:
+        assert poll(target(server, password=server.password, timeout=1)).cause == "timeout"
+
+
+# --- what a host says first ---
+@pytest.mark.parametrize("lines", [1, 500])
+def test_what_a_host_says_before_its_banner_is_part_of_the_reason(lines: int) -> None:
+    def refuse(connection: socket.socket, closing: threading.Event) -> None:
+        connection.sendall(b"Not allowed at this time\r\n" * lines)
+
+    with RawServer(refuse) as server:
+        answer = poll(target(server, timeout=DEADLINE))
+    assert "it said: Not allowed at this time" in answer.reason and len(answer.reason) <= 500
+
+
+@OPENSSH
+def test_algorithms_of_both_sides(own: Sshd) -> None:
+    with settings_digest(own, "Ciphers aes128-cbc"):
+        answer = poll(target(own, **good_login(own)))
+    assert answer.cause == "protocol"
+    assert "the host has aes128-cbc, here are aes" in answer.reason
+
+
+# --- key files ---
+COMMANDS = {
+    "genpkey RSA": "openssl genpkey -algorithm RSA -out key",
+    "genpkey RSA encrypted": "openssl genpkey -algorithm RSA -aes256 -pass pass:secret -out key",
+    "genpkey EC": "openssl genpkey -algorithm EC -pkeyopt ec_paramgen_curve:P-256 -out key",
+    "genpkey Ed25519": "openssl genpkey -algorithm ED25519 -out key",
+    "genpkey Ed25519 encrypted": "openssl genpkey -algorithm ED25519 -aes256 -pass pass:secret -out key",
+    "genrsa": "openssl genrsa -out key 2048",
+    "genrsa traditional": "openssl genrsa -traditional -aes256 -passout pass:secret -out key 2048",
+    "ssh-keygen PKCS8": "ssh-keygen -q -t rsa -m PKCS8 -N secret -f key",
+    "ssh-keygen PKCS8 ECDSA": "ssh-keygen -q -t ecdsa -b 521 -m PKCS8 -N '' -f key",
+    "ssh-keygen PEM": "ssh-keygen -q -t ecdsa -m PEM -N secret -f key",
+    "ssh-keygen": "ssh-keygen -q -t ed25519 -N secret -f key",
+}
+
+
+@OPENSSH
+@pytest.mark.skipif(not shutil.which("openssl"), reason="needs openssl")
+@pytest.mark.parametrize("command", COMMANDS.values(), ids=COMMANDS)
+def test_every_format_of_a_key(sshd: Server, tmp_path: Path, command: str) -> None:
+    subprocess.run(command, shell=True, cwd=tmp_path, check=True, capture_output=True)
+    secret = "secret" if "secret" in command else ""
+    loaded = (serialization.load_ssh_private_key if " ed25519 " in command else serialization.load_pem_private_key)(
+        (tmp_path / "key").read_bytes(), secret.encode() or None)  # fmt: skip
+    with (sshd.folder / "authorized_keys").open("a", encoding="ascii") as authorized:
+        authorized.write(public_line(cast(Any, loaded)) + "\n")
+    phrase = {"key_passphrase": secret} if secret else {}
+    assert healthy(poll(target(sshd, key_file=tmp_path / "key", **phrase)))
+
+
+@OPENSSH
+def test_certificates_of_a_key(own: Sshd, tmp_path: Path) -> None:
+    """A renewed one is read again; beside one that has expired the plain key is tried."""
+    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", tmp_path / "authority"], check=True)
+    shutil.copy(tmp_path / "authority.pub", own.folder / "authorities")
+    write_private(tmp_path / "key", made := make_key("ed25519"))
+    (tmp_path / "key.pub").write_text(public_line(made) + "\n", encoding="ascii")
+
+    def certify(validity: str) -> None:
+        command = ["ssh-keygen", "-q", "-s", "authority", "-I", "x", "-n", own.username, "-V", validity, "key.pub"]
+        subprocess.run(command, cwd=tmp_path, check=True)
+        os.utime(tmp_path / "key-cert.pub", ns=(0, time.monotonic_ns()))
+
+    with settings_digest(own, f"TrustedUserCAKeys {own.folder}/authorities"):
+        watched = target(own, key_file=tmp_path / "key")
+        connection = connect(watched, guard=Guards().of(watched))
+        assert poll(watched, connection).cause == "auth"
+        for validity, cause in (("-2h:-1h", "auth"), ("-1h:+1h", ""), ("-2h:-1h", "auth")):
+            certify(validity)
+            assert poll(watched, connection).cause == cause, validity
+        with (own.folder / "authorized_keys").open("a", encoding="ascii") as authorized:
+            authorized.write(public_line(made) + "\n")
+        assert healthy(poll(watched, connection))
+
+
+@pytest.mark.parametrize("named", ["DB1.Example.com", "db1.example.com"])
+@pytest.mark.parametrize("port", [22, 2222])
+def test_hashed_names_are_lower_case(tmp_path: Path, named: str, port: int) -> None:
+    known = tmp_path / "known_hosts"
+    name = "db1.example.com" if port == 22 else f"[db1.example.com]:{port}"
+    known.write_text(f"{name} {public_line(make_key('ed25519'))}\n", encoding="ascii")
+    subprocess.run(["ssh-keygen", "-q", "-H", "-f", known], check=True, capture_output=True)
+    keys, revoked, authorities = KnownHosts(known).lookup(named, port)
+    assert (len(keys), revoked, authorities) == (1, set(), set())
+
+
+# how the host's key is certified, what known_hosts has more, the cause
+CERTIFICATES = {
+    "good": ("-h -n 127.0.0.1 -V -1h:+1h", "", ""),
+    "one of several names": ("-h -n db1,127.0.0.* -V -1h:+1h", "", ""),
+    "expired": ("-h -n 127.0.0.1 -V -2h:-1h", "", "host_key"),
+    "not yet": ("-h -n 127.0.0.1 -V +1h:+2h", "", "host_key"),
+    "of another host": ("-h -n 127.0.0.2 -V -1h:+1h", "", "host_key"),
+    "of a user": ("-n 127.0.0.1 -V -1h:+1h", "", "host_key"),
+    "the authority is revoked": ("-h -n 127.0.0.1 -V -1h:+1h", "@revoked * {authority}", "host_key"),
+    "of another authority": ("-h -n 127.0.0.1 -V -1h:+1h", "another", "host_key"),
+    "expired, and the plain key is known": ("-h -n 127.0.0.1 -V -2h:-1h", "{plain}", ""),
+    "the plain key is revoked": ("-h -n 127.0.0.1 -V -1h:+1h", "@revoked * {key}", "host_key"),
+}
+
+
+@OPENSSH
+@pytest.mark.parametrize(("how", "more", "cause"), CERTIFICATES.values(), ids=CERTIFICATES)
+def test_certified_host_keys(own: Sshd, tmp_path: Path, how: str, more: str, cause: str) -> None:
+    subprocess.run(["ssh-keygen", "-q", "-t", "ecdsa", "-N", "", "-f", tmp_path / "authority"], check=True)
+    key = public_line(own.host_keys["ed25519"])
+    (own.folder / "host.pub").write_text(key + "\n", encoding="ascii")
+    sign = ["ssh-keygen", "-q", "-s", tmp_path / "authority", "-I", "x", *how.split(), own.folder / "host.pub"]
+    subprocess.run(sign, check=True)
+    authority = " ".join((tmp_path / "authority.pub").read_text(encoding="ascii").split()[:2])
+    known = tmp_path / "known_hosts"
+    trusted = public_line(make_key("ecdsa")) if more == "another" else authority
+    rest = more.replace("another", "").format(authority=authority, key=key, plain=own.known_hosts())
+    known.write_text(f"@cert-authority [127.0.0.*]:* {trusted}\n{rest}\n", encoding="ascii")
+    with settings_digest(own, f"HostCertificate {own.folder}/host-cert.pub"):
+        watched = target(own, host_key="strict", **good_login(own))
+        answer = poll(watched, connect(watched, known))
+    assert (answer.cause, answer.host_key) == (cause, None), answer
 
 
 def test_what_the_client_offers() -> None:
@@ -1407,8 +1573,15 @@ def test_host_keys_and_credentials_in_the_service(tmp_path: Path) -> None:
             service.wait_status("/-/readyz", 503)
             assert no_attempt(server)
             code, said = run_cheaply("--inventory", str(inventory), "trust", "db1")
+            assert (code, old in said, new in said, "--key" in said) == (2, True, True, True)  # there is no terminal
+            code, _ = run_cheaply("--inventory", str(inventory), "trust", "db1", "--key", old.split()[1])
+            assert (code, service.get("/-/readyz").status) == (2, 503)
+            code, said = run_cheaply("--inventory", str(inventory), "trust", "db1", "--key", new.split()[1])
             assert (code, old in said, new in said) == (0, True, True)
             service.wait_status("/-/readyz", 200)
+            with contextlib.closing(sqlite3.connect(tmp_path / "healthchecker.db")) as database:
+                [[text]] = database.execute("SELECT text FROM event WHERE actor = 'command line'").fetchall()
+                assert old in text and new in text
         everything = first + service.output + said
         assert server.password not in everything
         assert wrong not in everything

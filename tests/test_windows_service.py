@@ -104,9 +104,10 @@ def test_more_clients_than_select_takes(steady: Service) -> None:
         address = (steady.host, steady.port)
         first = stack.enter_context(closing(HTTPConnection(*address, timeout=60)))
         first.connect()
-        clients = [stack.enter_context(socket.create_connection(address, timeout=60)) for _ in range(560)]
-        for client in clients:
-            client.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        clients = []
+        for _ in range(560):    # each asks at once: where no room is left, who says nothing is soon sent away
+            clients.append(stack.enter_context(socket.create_connection(address, timeout=60)))
+            clients[-1].sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
         assert {client.recv(12) for client in clients[:300]} == {b"HTTP/1.1 200"}
         for _ in range(300):  # the server accepts while it answers
             first.request("GET", "/-/livez")

@@ -275,6 +275,8 @@ def test_a_faulty_logging_call_harms_nobody(capsys: pytest.CaptureFixture[str]) 
     ours, theirs = multiprocessing.Pipe()
     logger = logging.Logger("shop")
     logger.addHandler(pipe := MessagePipe(theirs))
+    if pipe.formatter is None:  # what basicConfig does
+        pipe.setFormatter(logging.Formatter(logging.BASIC_FORMAT))
     logger.warning("%d sold", "none")
     logger.warning("%d sold\n\udcff", 3)
     assert ours.poll(5) and json.loads(ours.recv_bytes()) == ["log", logging.WARNING, "3 sold\n\udcff", ""]
