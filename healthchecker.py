@@ -4994,6 +4994,7 @@ class GateChannel(HTTPChannel):    # type: ignore[misc]  # waitress carries no t
 
     def __init__(self, server: Any, *arguments: Any, **named: Any) -> None:
         super().__init__(server, *arguments, **named)
+        self.sendbuf_len = SEND_BYTES       # of what waits in a file, that much is read for each try to send
         self._seen, self._since = self.last_activity, server.clock()    # the wall clock only as a mark: it may jump
 
     def add_channel(self, map: Any = None) -> None:     # waitress's name

@@ -1266,6 +1266,7 @@ def test_every_internal_of_waitress_is_there() -> None:
         missing = [f"{kind.__name__}.{name}" for kind, names in INTERNALS.items() for name in names.split()
                    if not hasattr(objects[kind], name)]  # fmt: skip
     assert not missing
+    assert "sendbuf_len" in HTTPChannel._flush_some.__code__.co_names, "ours is set, whether it is read or not"
     assert callable(wasyncore.read) and callable(wasyncore.write) and callable(wasyncore.close_all)
 
 

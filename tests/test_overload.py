@@ -23,7 +23,7 @@ from service import Team
 from test_gate import Serving, hello, reads
 from test_workers import workers
 
-from healthchecker import POOL_BUFFER, Lease, ServiceSettings
+from healthchecker import POOL_BUFFER, SEND_BYTES, Lease, ServiceSettings
 
 KEPT = 12 << 20  # bytes that the allocator of C keeps for a thread that has sent a large answer
 THREADS, QUEUE = 4, 8
@@ -290,6 +290,8 @@ def test_behind_a_crowd_that_takes_nothing() -> None:
             sock = stack.enter_context(socket.create_connection(serving.address, timeout=20))
             sock.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
         wait_for(lambda: serving.server.pool.waiting > 14 * THREADS)
+        channels = list(serving.server.active_channels.values())
+        assert max(channel.sendbuf_len for channel in channels) <= SEND_BYTES, "each try reads so much of a file again"
         begin = time.monotonic()
         with Clients(serving.address, 1, "/small", patience=60) as client:
             wait_for(lambda: client.answers, 60)
