@@ -3729,8 +3729,8 @@ class HealthAggregator:
 # What polls found: in come Reports, out go rows, averages of quarters of an hour, charts and availability. Readings are
 # whole hundredths, NULL where nothing was read. The recorder's thread writes, any thread reads.
 # 100 resources at 60 s: 288,000 polls and 864,000 averages are 82 MB; 100,000 events add 20 MB.
-# Gives: POLLS, POLL_MARKS, SPANS, SAMPLES, highest_readings, Report, record_event, events, PastPoll, samples, roll_up,
-# prune, prune_events, availability, Point, chart
+# Gives: METRICS, POLLS, POLL_MARKS, SPANS, SAMPLES, highest_readings, Report, record_event, events, PastPoll, samples,
+# roll_up, prune, prune_events, availability, Point, chart
 DAY = 86_400                    # seconds
 PRUNE_ROWS = 10_000             # rows of a resource, or events, that are dropped at once
 EVENTS = 100_000                # events of a kind that are kept at most: a resource may flap for a year
@@ -7969,8 +7969,9 @@ def charts(session: Session, resource: ResourceRow, span: str, now: float) -> li
     written = "%H:%M" if span in ("hour", "day") else "%d %b"
     times = [time.strftime(written, time.localtime(begin + part * SPANS[span][0] / 4)) for part in range(5)]
     for metric, label in LABELS.items():
-        points, limit = chart(session, resource.row.id, metric, span, now), resource.limit(metric)
+        points = chart(session, resource.row.id, metric, span, now) if metric in METRICS else []
         if points:
+            limit = resource.limit(metric)
             highest = max(point.maximum for point in points)
             top = 100.0 if metric.endswith("_percent") else scale_top([highest, *filter(None, limit.values())])
             average = sum(point.average for point in points) / len(points)

@@ -443,11 +443,16 @@ def test_a_damaged_row_shows_in_its_place(console: Local, settings: str) -> None
 @pytest.mark.parametrize("sample", ["", "{", "[]", "{}"])
 def test_a_damaged_sample_shows_in_its_place(console: Local, sample: str) -> None:
     assert console.form("/-/resources/one/check", {}).status == 303
-    with console.store.writing() as session:
-        session.execute(Status.__table__.update().values(sample=sample, strip="h?h"))
-    reply = console.ask("GET", "/-/resources/one")
-    assert reply.status == 200 and "damaged" in reply.body
-    assert console.ask("GET", "/-/").status == 200
+
+    def shows() -> bool:
+        """A poll that ends meanwhile writes the sample anew."""
+        with console.store.writing() as session:
+            session.execute(Status.__table__.update().values(sample=sample, strip="h?h"))
+        reply = console.ask("GET", "/-/resources/one")
+        assert reply.status == 200 and console.ask("GET", "/-/").status == 200
+        return "damaged" in reply.body
+
+    wait_for(shows)
 
 
 def test_a_secret_that_does_not_open_shows_in_its_place(console: Local) -> None:
