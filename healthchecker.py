@@ -1131,14 +1131,16 @@ class Resource(Base):
             raise StorageError(f"the row of resource {self.name} cannot be read; restore the database") from error
 
     def take_settings(self, settings: ResourceSettings) -> bool:
-        """Takes the settings over; says whether anything changed."""
-        values = settings.model_dump(mode="json", exclude=set(SECRETS))
-        columns = {name: values.pop(name) for name in self.COLUMNS} | {"port": settings.connect_port}
-        columns["settings"] = json.dumps(values, sort_keys=True)
-        changed = any(getattr(self, name) != value for name, value in columns.items())
-        for name, value in columns.items():
-            setattr(self, name, value)
-        return changed
+        """Takes the settings over; says whether anything changed: a version with a setting more changes no row."""
+        wanted = settings.model_copy(update={"port": settings.connect_port, **dict.fromkeys(SECRETS)})
+        with contextlib.suppress(StorageError):     # what cannot be read is written anew
+            if self.parsed_settings == wanted:
+                return False
+        values = wanted.model_dump(mode="json", exclude=set(SECRETS))
+        for name in self.COLUMNS:
+            setattr(self, name, values.pop(name))
+        self.settings = json.dumps(values, sort_keys=True)
+        return True
 
     def digest(self, *columns: str) -> str:
         """Changes with the columns' values: what was stored for others does not count."""
