@@ -1191,9 +1191,11 @@ DIALOGUES = {
 
 @pytest.mark.parametrize(("questions", "more", "expected"), DIALOGUES.values(), ids=DIALOGUES)
 def test_dialogues(questions: list[list[str]], more: str, expected: tuple[str, str]) -> None:
+    cause, says = expected
+    if sys.platform == "win32" and not cause:
+        pytest.skip("the commands are for /bin/sh")
     with DialogueSshd(questions, 0.0) as server:
         answer = poll(target(server, password=server.password + more, timeout=DEADLINE))
-    cause, says = expected
     assert (answer.cause, says in answer.reason) == (cause, True), answer
 
 
@@ -1276,13 +1278,14 @@ def test_certificates_of_a_key(own: Sshd, tmp_path: Path) -> None:
         assert healthy(poll(watched, connection))
 
 
+@OPENSSH
 @pytest.mark.parametrize("named", ["DB1.Example.com", "db1.example.com"])
 @pytest.mark.parametrize("port", [22, 2222])
 def test_hashed_names_are_lower_case(tmp_path: Path, named: str, port: int) -> None:
     known = tmp_path / "known_hosts"
     name = "db1.example.com" if port == 22 else f"[db1.example.com]:{port}"
     known.write_text(f"{name} {public_line(make_key('ed25519'))}\n", encoding="ascii")
-    subprocess.run(["ssh-keygen", "-q", "-H", "-f", known], check=True, capture_output=True)
+    subprocess.run(["ssh-keygen", "-q", "-H", "-f", known], check=True, capture_output=True, timeout=60)
     keys, revoked, authorities = KnownHosts(known).lookup(named, port)
     assert (len(keys), revoked, authorities) == (1, set(), set())
 
