@@ -954,7 +954,7 @@ def key_files_written() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise SecretError(f"{error.filename} cannot be written: {error.strerror}") from error
+        raise SecretError(f"{error.filename or 'a file in keys'} cannot be written: {error.strerror}") from error
 
 
 class Vault:
@@ -1739,7 +1739,7 @@ class LoginGuard:
             if own and not asked:
                 lately = len(own) == 1 and own[0] - self._accepted_mono < ACCEPTED_LATELY
                 ends_mono = max(ends_mono, own[-1] + (AUTH_RETRY if lately else AUTH_BACKOFF))
-            return max(0.0, ends_mono - self._clock()) if self._locks else 0.0
+            return max(0.0, ends_mono - self._clock())
 
     def why(self, name: str) -> str:
         """Why `name` has to wait."""
@@ -1795,6 +1795,8 @@ class LoginGuard:
 
     def refuse(self, name: str, ago: float = 0.0, times: int = 1) -> None:
         """Notes a refusal, or that a host refused several `times` in a row and last `ago` seconds ago."""
+        if not self._locks:
+            return
         with self._turn:
             at, own = self._clock() - ago, self._counted(self._refused.setdefault(name, []))
             is_odd = bool(own) and own[-1] <= self._accepted_mono    # others were accepted since
@@ -2908,7 +2910,8 @@ def _disk_percent(text: str) -> dict[str, float | str]:
     the table of mounts and, after a line with its name, what each further command printed."""
     mounted, *rest = re.split(r"(?m)^@(?=fstab$|space$|inodes$)", text)
     parts = dict(part.partition("\n")[::2] for part in rest)
-    mounts = {mount.point: mount for mount in _mounts(mounted)}
+    listed = _mounts(mounted)
+    mounts = {mount.point: mount for mount in listed}
     meant = {mount.point for mount in _mounts(parts.get("fstab", "")) if not mount.flags & {"ro", "noauto"}}
     broken = {point for point, mount in mounts.items()
               if "emergency_ro" in mount.flags or ("ro" in mount.flags and point in meant)}
@@ -2925,7 +2928,7 @@ def _disk_percent(text: str) -> dict[str, float | str]:
                     shares[f"inode_percent {volume.mount.point}"] = percent(volume.inodes[0], sum(volume.inodes))
             elif volume.available < free * 0.98:    # it has a quota
                 shares[f"disk_percent {volume.mount.point}"] = percent(volume.used, volume.used + volume.available)
-    told = _told(shares, _mounts(mounted), broken, parts.get("space", ""))
+    told = _told(shares, listed, broken, parts.get("space", ""))
     return told if "inodes" in parts else {"inode_percent": NOT_KNOWN, **told}
 
 
@@ -4168,6 +4171,8 @@ class Poller(threading.Thread):
 
     def expire(self) -> None:
         """Makes the resource unhealthy, cause `stale`, when there was no result in time."""
+        if time.monotonic() < self.expires_mono:    # asked twice a second; _report looks again under the lock
+            return
         name, ttl = self.target.name, self.target.settings.ttl
         waits = self._guard.wait(name) > 0
         if not (waits and self.standing.cause == "auth"):
@@ -6999,8 +7004,7 @@ class Metrics:
 # (their keys end in .html); Markup is made of numbers and of our own words alone.
 # Gives: LABELS, LimitValues, TEMPLATES, bar_svg, chart_svg, duration_text, local_time, scale_top, strip_svg
 LABELS = {"cpu_percent": "CPU", "memory_percent": "Memory", "disk_percent": "Disk", "swap_percent": "Swap",
-          "inode_percent": "Inodes",
-          "load_per_cpu": "Load per CPU", "seconds": "Duration of a poll"}
+          "inode_percent": "Inodes", "load_per_cpu": "Load per CPU", "seconds": "Duration of a poll"}
 LimitValues = Mapping[str, Any]     # `warn` and `fail` of a limit, as JSON has them
 
 

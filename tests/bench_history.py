@@ -121,8 +121,9 @@ def site(store: hc.Store) -> Mapping[str, tuple[Callable[[], object], float]]:
     with store.writing() as session:
         session.add(hc.User.create("monitor", "correct horse battery"))
     inventory = hc.Inventory(store.path.with_name("inventory.yaml"), hc.ServiceSettings(), [], {}, {})
-    nothing: Any = None  # these pages need neither keys nor pollers
-    context = hc.ConsoleContext(store, inventory, hc.Lease(), nothing, nothing, nothing, lambda: NOW)
+    nothing: Any = None  # these pages need no keys, and the monitor has no poller
+    monitor = hc.Monitor(store, nothing, nothing)
+    context = hc.ConsoleContext(store, inventory, hc.Lease(), nothing, monitor, nothing, lambda: NOW)
     metrics = hc.Metrics(hc.ServingMetrics(context.lease, hc.Counters(1)), store, None)
     client = hc.build_console(context, metrics).test_client()
     with store.reading() as session:
@@ -130,7 +131,8 @@ def site(store: hc.Store) -> Mapping[str, tuple[Callable[[], object], float]]:
     client.set_cookie(hc.COOKIE, hc.open_session(hc.Principal(context), "session", user), path=hc.PREFIX)
 
     def ask(path: str, found: bytes) -> None:
-        assert found in client.get(hc.PREFIX + path, environ_base={"REMOTE_ADDR": "127.0.0.1"}).data
+        answer = client.get(hc.PREFIX + path, environ_base={"REMOTE_ADDR": "127.0.0.1"})
+        assert answer.status_code == 200 and found in answer.data, answer.status
 
     return {"overview": (lambda: ask("", b"db1000"), 250),
             "page of one with the charts of a month": (lambda: ask(f"resources/db{LOOKED_AT}?span=month", b"CPU"), 250),

@@ -373,8 +373,14 @@ class Listener:
         """Cut every connection and close the port; returns when all threads have ended."""
         self.closing.set()
         self.thaw()
-        socket.create_connection((self.address, self.port), 30).close()  # wakes accept() on every system
-        self._thread.join(30)
+
+        def ended() -> bool:
+            with contextlib.suppress(OSError):  # a busy machine may reset it
+                socket.create_connection((self.address, self.port), 30).close()  # wakes accept() on every system
+            self._thread.join(1)
+            return not self._thread.is_alive()
+
+        wait_for(ended)
         self._listening.close()
         self.kill_sessions()
 
