@@ -1406,6 +1406,11 @@ class Changes(NamedTuple):
     removed: list[str]
     kept: list[str]
 
+    @property
+    def alarming(self) -> bool:
+        """More than two and more than a third of the resources go: a slip of the editor, more likely than meant."""
+        return len(self.removed) > max(2, (len(self.changed) + len(self.removed) + len(self.kept)) / 3)
+
     def __str__(self) -> str:
         counts = ", ".join(f"{len(names)} {what}" for what, names in zip(self._fields, self, strict=True))
         named = [f"{what}: {', '.join(names[:10])}{', …' if len(names) > 10 else ''}"
@@ -8348,16 +8353,21 @@ class ConsoleServer(threading.Thread):
 # the pollers go on, then console, pollers and database close.
 # Gives: nothing
 PROBES_AT_ONCE = 64             # resources that `check --probe` polls at the same time
+INVENTORY = Path(__file__).absolute().with_name("inventory.yaml")
 PROGRESS_INTERVAL = 0.1         # seconds between two looks at them; a wait without an end may never see Ctrl-C
 
 
 def ensure_inventory(path: Path) -> None:
-    """On first start: copies inventory.example.yaml, or writes an inventory that watches this machine."""
+    """On first start: copies inventory.example.yaml, or writes an inventory that watches this machine. Never where a
+    service has run before: that would forget what it watched, and open its gate."""
     example = path.with_name("inventory.example.yaml")
     content, origin = b"resources:\n  - {name: this-machine, platform: local}\n", "written one that"
     try:
         if path.exists():
             return
+        if left := [*path.parent.glob("healthchecker.db"), *path.parent.glob("keys/private.pem")]:
+            raise InventoryError(f"{path.name} is not there, but {left[0].name} of an earlier start is: "
+                                 "bring it back, or name another one by --inventory")
         if example.is_file():
             content, origin = example.read_bytes(), f"copied from {example.name}; it"
         path.write_bytes(content)
@@ -8408,8 +8418,8 @@ def handle_signals(stop: Callable[[], None]) -> None:
 class Installation:
     """What every command works on: the inventory, its folder, the database and the keys."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path.absolute()
+    def __init__(self, path: Path, *, accepts_removals: bool = False) -> None:
+        self.path, self._accepts_removals = path.absolute(), accepts_removals
         self.inventory = load_inventory(self.path)
         self.service = self.inventory.service
         self.database = self.service.database_path
@@ -8432,6 +8442,12 @@ class Installation:
     def access(self) -> ConnectionContext:
         return ConnectionContext(KnownHosts(self.service.known_hosts), Resolver())
 
+    def review(self, changes: Changes) -> None:
+        """Raises InventoryError where so much would go that it has to be said twice."""
+        if changes.alarming and not self._accepts_removals:
+            raise InventoryError(f"{self.path.name}: {len(changes.removed)} resources are not in it any more "
+                                 f"({', '.join(changes.removed[:10])}); if that is meant: --accept-removals")
+
 
 def prepare(installation: Installation, store: Store) -> Vault:
     """Brings database and keys to what the inventory says, all or nothing, and says what is to be known."""
@@ -8439,6 +8455,7 @@ def prepare(installation: Installation, store: Store) -> Vault:
         vault = installation.open_vault(session)
         ensure_first_user(session)
         changes = import_inventory(session, installation.inventory, vault)
+        installation.review(changes)
         initial = initial_user(session)
     log.info("inventory: %s", changes)
     if initial:
@@ -8468,8 +8485,9 @@ def watch(installation: Installation, store: Store, console: Sequence[socket.soc
 
 def serve(arguments: argparse.Namespace) -> int:
     """Runs the service until a signal ends it."""
-    ensure_inventory(arguments.inventory)
-    installation = Installation(arguments.inventory)
+    if arguments.inventory == INVENTORY:
+        ensure_inventory(INVENTORY)
+    installation = Installation(arguments.inventory, accepts_removals=arguments.accept_removals)
     service = installation.service
     set_up_logging(service.log_file)
     if service.metrics_token_file:
@@ -8556,9 +8574,10 @@ def probe(targets: Sequence[Target], access: ConnectionContext) -> int:
 
 def check(arguments: argparse.Namespace) -> int:
     """Validates the inventory and says what a start would change; changes nothing."""
-    installation = Installation(arguments.inventory)
+    installation = Installation(arguments.inventory, accepts_removals=arguments.accept_removals)
     with rehearsal(installation) as (session, vault, changes):
         print(f"{installation.path.name} is valid; a start would make: {changes}")
+        installation.review(changes)
         targets = list(load_targets(session, vault).values()) if arguments.probe else []
     return probe(targets, installation.access()) if arguments.probe else 0
 
@@ -8737,8 +8756,10 @@ def add_user_commands(users: Any) -> None:
 def command_line() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="healthchecker.py", description=(
         "A web application answers only while the machines it depends on are healthy. Without a command: serve."))
-    parser.add_argument("--inventory", type=Path, default=Path(__file__).absolute().with_name("inventory.yaml"),
-                        metavar="FILE", help="default: inventory.yaml beside healthchecker.py")
+    parser.add_argument("--inventory", type=Path, default=INVENTORY, metavar="FILE",
+                        help="default: inventory.yaml beside healthchecker.py, which a first start makes")
+    parser.add_argument("--accept-removals", action="store_true", help=(
+        "start (or check) although more than a third of the resources are not in the inventory any more"))
     parser.set_defaults(run=serve)
     commands = parser.add_subparsers(metavar="COMMAND")
     command = commands.add_parser("check", help="validate the inventory and say what a start would change")
