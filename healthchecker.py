@@ -1733,6 +1733,12 @@ class LoginGuard:
         with self._turn:
             return len(self._counted(self._wrong))
 
+    @property
+    def is_used(self) -> bool:
+        """Whether it knows, or is about to be told, what must not be forgotten."""
+        with self._turn:
+            return bool(self._asked or self._running or self.refusals)
+
     def _counted(self, times: list[float]) -> list[float]:
         """Those that still count; the others are dropped."""
         if times and self._clock() - times[-1] >= LOCKOUT_WINDOW:
@@ -1824,6 +1830,7 @@ class Guards:
         self._salt = secrets.token_bytes(16)
         self._guards: dict[tuple[str, bytes], LoginGuard] = {}      # by user and credential
         self._typed: dict[str, LoginGuard] = {}     # by user: whoever guesses has a new password each time
+        self._lock = threading.Lock()               # guards which ones there are
 
     def _key(self, target: Target) -> tuple[str, bytes]:
         """Equal for the same user with the same secret; does not give the secret away."""
@@ -1840,20 +1847,22 @@ class Guards:
         """The guard of what somebody tries now: that of the credential if it is watched, else of all tries of its
         user, which count together with what is watched."""
         user, _ = key = self._key(target)
-        if target.settings.key_file or target.settings.certificate_file or key in self._guards:
-            guard = self.of(target)
-        else:
-            guard = self._typed.setdefault(user, LoginGuard())
-            for (watched, _), other in list(self._guards.items()):
-                if watched == user:
-                    guard.count_with(other)
-        guard.ask(target.name)
+        with self._lock:
+            if target.settings.key_file or target.settings.certificate_file or key in self._guards:
+                guard = self.of(target)
+            else:
+                guard = self._typed.setdefault(user, LoginGuard())
+                for (watched, _), other in list(self._guards.items()):
+                    if watched == user:
+                        guard.count_with(other)
+            guard.ask(target.name)
         return guard
 
     def keep(self, targets: Iterable[Target]) -> None:
         """Forgets the credentials of all others."""
-        self._guards = {key: self._guards.get(key) or LoginGuard() for key in map(self._key, targets)}
-        self._typed = {user: guard for user, guard in list(self._typed.items()) if guard.refusals}
+        with self._lock:
+            self._guards = {key: self._guards.get(key) or LoginGuard() for key in map(self._key, targets)}
+            self._typed = {user: guard for user, guard in self._typed.items() if guard.is_used}
 
 
 # === SSH =====================================================================
@@ -3991,6 +4000,7 @@ LOGGED_IN_MARKS = tuple(POLL_MARKS[meaning] for meaning in (
     ("healthy", ""), ("degraded", "limit"), ("unhealthy", "limit"), ("unhealthy", "check")))
 REFUSED_MARK = POLL_MARKS["unhealthy", "auth"]
 LAST_FLUSH = 1.5                # seconds for the last reports to be written when the service ends
+FOLLOW_WAIT = 20.0              # seconds for the pollers to follow the rows, on a machine that is busy
 CLOCK_STEP = 60.0               # seconds by which a clock that was set differs from one that is only adjusted
 
 # An insert of a table costs half of what one of its class does.
@@ -4304,7 +4314,7 @@ class Monitor(threading.Thread):
         with self._store.reading() as session:
             wanted = revision(session)
         with self._followed:
-            self._followed.wait_for(lambda: self._revision >= wanted, 4 * MONITOR_INTERVAL)
+            self._followed.wait_for(lambda: self._revision >= wanted, FOLLOW_WAIT)
 
     def poll_now(self, name: str, timeout: float) -> Report | None:
         """Polls a resource at once and waits until its report is written; None when there was none in `timeout`

@@ -28,6 +28,7 @@ from healthchecker import (
     Connection,
     ConnectionContext,
     Deadline,
+    Guards,
     HealthAggregator,
     KnownHosts,
     LoginGuard,
@@ -435,6 +436,22 @@ def test_a_key_locks_nothing() -> None:
         with contextlib.suppress(ProbeError), guard.attempt("a", Deadline(5)):
             raise ProbeError("auth", "refused")
     assert guard.wait("a") == 0 and guard.refusals == 0, "one more for each poll would fill the memory"
+
+
+def test_who_tries_is_counted_whatever_changes_meanwhile(house: House) -> None:
+    """A change of any resource between the question and the host's refusal: a guess that nobody counts."""
+    house.write("name: a")
+    with house.store.reading() as session:
+        [target] = healthchecker.load_targets(session, house.vault).values()
+    guards = Guards()
+    for wrong in range(1, 4):
+        guard = guards.trial(target)
+        guards.keep([])
+        with contextlib.suppress(ProbeError), guard.attempt("a", Deadline(5)):
+            guards.keep([])
+            raise ProbeError("auth", "refused")
+        guards.keep([])
+        assert guards.trial(target).refusals == wrong
 
 
 class Directory:
