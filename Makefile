@@ -27,7 +27,7 @@ WINDOWS := inventory vault storage aggregate evaluate gate hostile_clients proxy
 	probes windows_probes wsman_server windows_service workers readme
 
 test-windows: packages $(VENV)/run.stamp
-	$(BIN)/python tests/windows_python.py --timeout 1800 -- -m pytest $(LIMIT) -rfE -o cache_dir=.wine-python/cache \
+	$(BIN)/python tests/windows_python.py --timeout 1800 -- -m pytest -n 2 --dist loadfile $(LIMIT) -rfE -o cache_dir=.wine-python/cache \
 		-k "not ($(SLOW))" \
 		$(WINDOWS:%=tests/test_%.py) $(ARGS) || test $$? = 77
 

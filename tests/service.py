@@ -63,8 +63,8 @@ def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
     return {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONUTF8": "1", **(extra or {})}
 
 
-def command(inventory: Path, *arguments: str) -> list[str]:
-    return [sys.executable, str(PROGRAM), "--inventory", str(inventory), *arguments]
+def command(inventory: Path, *arguments: str, program: Path = PROGRAM) -> list[str]:
+    return [sys.executable, str(program), "--inventory", str(inventory), *arguments]
 
 
 def run(
@@ -269,9 +269,15 @@ class Program:
     """
 
     def __init__(
-        self, inventory: Path, *, env: Mapping[str, str] | None = None, code: int = 0, deadline: float = 120
+        self,
+        inventory: Path,
+        *,
+        env: Mapping[str, str] | None = None,
+        code: int = 0,
+        deadline: float = 120,
+        program: Path = PROGRAM,
     ) -> None:
-        self.inventory, self.code, self.deadline = inventory, code, deadline
+        self.inventory, self.code, self.deadline, self._program = inventory, code, deadline, program
         self._environment = environment(env)
         self._lines: list[str] = []
         self._news = threading.Condition()  # guards _lines and _ended; notified with each line and at the end
@@ -281,7 +287,7 @@ class Program:
 
     def _start(self) -> Any:
         return subprocess.Popen(
-            command(self.inventory),
+            command(self.inventory, program=self._program),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,

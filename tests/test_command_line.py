@@ -8,6 +8,7 @@ import io
 import os
 import re
 import select
+import shutil
 import signal
 import socket
 import sqlite3
@@ -21,7 +22,7 @@ from pathlib import Path
 import pytest
 import yaml
 from console import prepared_vault
-from service import PROGRAM, Program, Service, command, environment, prepared_keys, run_cheaply, write_inventory
+from service import PROGRAM, Program, Service, command, environment, prepared_keys, run, run_cheaply, write_inventory
 
 import healthchecker
 from healthchecker import UsageError, Vault, binding, load_inventory, main
@@ -98,7 +99,8 @@ def test_command_without_inventory(arguments: list[str], tmp_path: Path, capsys:
 def test_first_start_copies_the_example(tmp_path: Path) -> None:
     example = tmp_path / "inventory.example.yaml"
     example.write_text(f"# an example\nservice:\n  listen: 127.0.0.1:0\nresources:\n{CALM}", encoding="utf-8")
-    with Program(tmp_path / "inventory.yaml") as service:
+    program = Path(shutil.copy(PROGRAM, tmp_path))
+    with Program(tmp_path / "inventory.yaml", program=program) as service:
         service.wait_status("/-/readyz", 200)
         service.wait_line("copied from inventory.example.yaml")
     assert (tmp_path / "inventory.yaml").read_bytes() == example.read_bytes()
@@ -108,6 +110,47 @@ def test_first_start_copies_the_example(tmp_path: Path) -> None:
     if sys.platform != "win32":
         assert stat.S_IMODE((tmp_path / "keys" / "private.pem").stat().st_mode) == 0o600
         assert stat.S_IMODE((tmp_path / "healthchecker.db").stat().st_mode) == 0o600
+
+
+def test_many_removals_are_said_twice(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A cut or a merge gone wrong would forget most machines, and open the gate on the rest."""
+    hosts = [f"  - {{name: h{number}, platform: simulated}}\n" for number in range(9)]
+    with Service(write_inventory(tmp_path, "".join(hosts))):
+        pass
+    path = write_inventory(tmp_path, "".join(hosts[:5]))
+    refusal = "inventory.yaml: 4 resources are not in it any more (h5, h6, h7, h8); if that is meant: --accept-removals"
+    assert main(["--inventory", str(path), "check"]) == 2
+    out, err = capsys.readouterr()
+    assert "0 added, 0 changed, 4 removed, 5 kept" in out and err == refusal + "\n"
+    assert main(["--inventory", str(path), "--accept-removals", "check"]) == 0
+    done = run(path)
+    assert done.returncode == 2 and refusal in done.stdout + done.stderr
+    with closing(healthchecker.Store(tmp_path / "healthchecker.db")) as store, store.reading() as session:
+        assert session.query(healthchecker.Resource).count() == 9
+    write_inventory(tmp_path, "".join(hosts[:6]))   # a third may go
+    with Service(path) as service:
+        service.wait_line("3 removed, 6 kept")
+    write_inventory(tmp_path, "".join(hosts[:4]))   # and two, whatever part that is
+    assert main(["--inventory", str(path), "check"]) == 0
+
+
+@pytest.mark.parametrize("left", ["healthchecker.db", "keys/private.pem"])
+def test_an_inventory_that_has_gone_is_not_replaced(left: str, tmp_path: Path) -> None:
+    """The example would forget every resource, serve the built-in page and open the gate."""
+    (tmp_path / left).parent.mkdir(exist_ok=True)
+    (tmp_path / left).write_bytes(b"")
+    before = files(tmp_path)
+    with pytest.raises(healthchecker.InventoryError, match=r"not there, but .* of an earlier start is"):
+        healthchecker.ensure_inventory(tmp_path / "inventory.yaml")
+    assert files(tmp_path) == before
+
+
+def test_a_named_inventory_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A typo in a unit file: it must not watch this machine alone instead."""
+    (tmp_path / "inventory.example.yaml").write_text(f"resources:\n{CALM}", encoding="utf-8")
+    assert main(["--inventory", str(tmp_path / "invent0ry.yaml")]) == 2
+    assert re.fullmatch(r"invent0ry\.yaml: cannot be read: .*\n", capsys.readouterr().err)
+    assert [path.name for path in tmp_path.iterdir()] == ["inventory.example.yaml"]
 
 
 def test_without_example_this_machine_is_watched(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
