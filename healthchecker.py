@@ -3267,10 +3267,7 @@ $wmi = @{ use = $true; refused = '' }
 $r = @{ details = @{ hostname = [string]$env:COMPUTERNAME }; amounts = @{}; problems = @{} }
 function Fault($Name, $Why) { $r.problems[$Name] = (@($r.problems[$Name]) + $Why -ne $null) -join '; ' }
 function Part($Name, $Body) { try { $null = & $Body } catch { Fault $Name "$_$note" } }
-function Put($Name, $Total, $Free) {
-    if ($Total) { $r.amounts[$Name] = @(([int64]$Total - [int64]$Free), [int64]$Total) }
-    else { throw 'Windows tells no size' }
-}
+function Put($Name, $Total, $Free) { $r.amounts[$Name] = @(([int64]$Total - [int64]$Free), [int64]$Total) }
 function Disk($Path, $Total, $Free) {
     $name = $Path.TrimEnd('\')
     if ($Total) { Put "disk_percent $name" $Total $Free; return }
@@ -3279,11 +3276,10 @@ function Disk($Path, $Total, $Free) {
     Fault 'disk_percent' "$name has no size: $why"
 }
 function Reason($Exception) {    # by number: texts are in the language of Windows
-    switch -Regex ('{0:x8}' -f $Exception.HResult) {
-        '^80070005' { return 'access denied' }
-        '^800703ed' { return 'not formatted' }
-        '^803[17]0000' { return 'locked by BitLocker' }
-    }
+    $known = @{ '80070005' = 'access denied'; '800703ed' = 'not formatted' }
+    $known['80310000'] = $known['80370000'] = 'locked by BitLocker'    # the second in .NET Framework
+    $why = $known['{0:x8}' -f $Exception.HResult]
+    if ($why) { return $why }
     if ($full) { $Exception.Message } else { "locked, not formatted, or access denied$note" }
 }
 function Rows($Query) {
@@ -3301,7 +3297,7 @@ function Native {    # kernel32 without a compiler: once a process, which rememb
             $type = $builder.DefineDynamicModule('HealthChecker').DefineType('HealthChecker.Native', 'Public')
             $out = [int64].MakeByRefType()
             $takes = @{ GetTickCount64 = @(); GetSystemTimes = $out, $out, $out
-                GetDiskFreeSpaceExW = [string], $out, $out, $out; K32GetPerformanceInfo = [byte[]], [uint32] }
+                GetDiskFreeSpaceExW = [string], $out, $out, $out; K32GetPerformanceInfo = [IntPtr[]], [uint32] }
             foreach ($name in $takes.Keys) {
                 $returns = if ($name -eq 'GetTickCount64') { [uint64] } else { [bool] }
                 $type.DefinePInvokeMethod($name, 'kernel32', 'Public, Static, PinvokeImpl', 'Standard', $returns,
@@ -3314,13 +3310,10 @@ function Native {    # kernel32 without a compiler: once a process, which rememb
     if ($found -is [string]) { throw $found }
     $found
 }
-function Pages($First, $Second) {    # two of PERFORMANCE_INFORMATION's numbers of pages, each as wide as a pointer
-    [byte[]]$info = @(0) * 104
-    if (-not (Native)::K32GetPerformanceInfo($info, 104)) { throw 'K32GetPerformanceInfo failed' }
-    foreach ($place in $First, $Second) {
-        if ([IntPtr]::Size -eq 8) { [BitConverter]::ToInt64($info, 8 * $place) }
-        else { [BitConverter]::ToUInt32($info, 4 * $place) }
-    }
+function Pages {    # PERFORMANCE_INFORMATION, which has numbers as wide as a pointer, in pages
+    $info = [IntPtr[]](@(0) * 14)
+    if (-not (Native)::K32GetPerformanceInfo($info, 14 * [IntPtr]::Size)) { throw 'K32GetPerformanceInfo failed' }
+    $info | ForEach-Object { $_.ToInt64() }
 }
 function Inline($Command) {
     $ErrorActionPreference = 'Continue'
@@ -3399,7 +3392,7 @@ if ($wmi.use) {
     }
 } else {
     Part 'uptime_seconds' { $r.details.uptime_seconds = [int64]((Native)::GetTickCount64() / 1000) }
-    Part 'memory_percent' { $total, $free = Pages 4 5; Put 'memory_percent' $total $free }
+    Part 'memory_percent' { $pages = Pages; Put 'memory_percent' $pages[4] $pages[5] }
     Part 'swap_percent' { throw 'only an administrator may read the page file' }
     Part 'disk_percent' {
         [IO.DriveInfo]::GetDrives() | Where-Object { [string]$_.DriveType -eq 'Fixed' } |
@@ -3417,7 +3410,7 @@ if ($wmi.use) {
     }
 }
 Part 'commit_percent' {
-    if ($full) { $used, $total = Pages 1 2; Put 'commit_percent' $total ($total - $used) } else {
+    if ($full) { $pages = Pages; Put 'commit_percent' $pages[2] ($pages[2] - $pages[1]) } else {
         $os = Rows 'SELECT TotalVirtualMemorySize, FreeVirtualMemory FROM Win32_OperatingSystem'
         Put 'commit_percent' $os.TotalVirtualMemorySize $os.FreeVirtualMemory
     }

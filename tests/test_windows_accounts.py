@@ -114,7 +114,7 @@ def test_constrained_language_reads_cim(engine: Engine, constrained: WSManServer
 def test_commit_charge_that_cannot_be_read(constrained: WSManServer) -> None:
     polled = poll(target(constrained, timeout=TIMEOUT, limits={"commit_percent": "70"}))
     assert polled.verdict.state == "degraded"
-    assert polled.reason == "commit_percent cannot be read: Windows tells no size (Constrained Language Mode)"
+    assert polled.reason == "commit_percent cannot be read: 0 of 0 is no share"
 
 
 # --- plain accounts ---
