@@ -452,9 +452,12 @@ def limit_or_off(value: object) -> object:
 
 
 def matching_key(patterns: Iterable[str], mount: str) -> str | None:
-    """Which pattern holds for a mount point: itself, or else the first that it matches."""
-    found = [pattern for pattern in patterns if pattern == mount or fnmatch.fnmatchcase(mount, pattern)]
-    return mount if mount in found else next(iter(found), None)
+    """Which pattern holds for a mount point: itself, or else the first that it matches. On Windows, which has a colon
+    in each, case is nothing, and neither is a last backslash."""
+    plain = (lambda name: name.rstrip("\\").casefold()) if mount[1:2] == ":" else str
+    found = [pattern for pattern in patterns if plain(pattern) == plain(mount)
+             or fnmatch.fnmatchcase(plain(mount), plain(pattern))]
+    return next((key for key in found if plain(key) == plain(mount)), next(iter(found), None))
 
 
 def not_too_long(secret: SecretStr) -> SecretStr:
@@ -565,6 +568,7 @@ class Limits(Settings):
     cpu_percent: PercentLimit | None = None
     memory_percent: PercentLimit | None = None
     swap_percent: PercentLimit | None = None
+    commit_percent: PercentLimit | None = None
     disk_percent: DiskLimit | None = None
     inode_percent: DiskLimit | None = None
     load_per_cpu: Annotated[
@@ -3188,7 +3192,8 @@ exit 0
 """
 
 
-def build_script(platform: Platform, services: Sequence[str], checks: Sequence[Check], nonce: str) -> str:
+def build_script(platform: Platform, services: Sequence[str], checks: Sequence[Check], nonce: str,
+                 _mounts: Iterable[str] = ()) -> str:
     """The whole poll for `/bin/sh -s`; `unix` and `local` ask uname which table to run. The nonce (hex, new
     for every poll) marks the sections, so that no output can pass for a mark."""
     chosen = {platform: PROBES[platform]} if platform in PROBES else PROBES
@@ -3304,6 +3309,14 @@ def parse_output(text: str, nonce: str, previous: CpuTicks | None) -> Sample:
 # code page or language changes. WMI takes about 5 s to refuse a plain account's network logon, so such a one
 # reads from kernel32, and nobody asks again after a refusal. In Constrained Language Mode only cmdlets work:
 # WMI for everyone, and checks that nothing ends but the poll's own deadline.
+# What an endpoint (JEA) has to allow, beside *-Object, ConvertFrom-Json, ConvertTo-Json and Out-String:
+#   os: Get-ItemProperty, of HKLM:\SOFTWARE\Microsoft\Windows NT\CurrentVersion
+#   uptime, memory, swap, disk, cpu: Get-CimInstance, as administrator, of root/cimv2's Win32_OperatingSystem (for the
+#     commit charge, too, where language is constrained), Win32_PageFileUsage, Win32_Volume and Win32_PerfRawData_…:
+#     Counters_ProcessorInformation, PerfOS_Processor. Else, and for the commit charge: full language, and no right
+#   services: Get-Service, with SC_MANAGER_CONNECT, SC_MANAGER_ENUMERATE_SERVICE and, of each, SERVICE_QUERY_STATUS (and
+#     in PowerShell 7 SERVICE_QUERY_CONFIG); Get-ItemProperty of HKLM:\SYSTEM\CurrentControlSet\Services for hidden ones
+#   checks: Invoke-Expression, and whatever they call
 COLLECT = r"""
 $ErrorActionPreference = 'Stop'
 $ProgressPreference = $WarningPreference = 'SilentlyContinue'
@@ -3312,11 +3325,22 @@ $full = [string]$ExecutionContext.SessionState.LanguageMode -eq 'FullLanguage'
 $note = if ($full) { '' } else { ' (Constrained Language Mode)' }
 $wmi = @{ use = $true; refused = '' }
 $r = @{ details = @{ hostname = [string]$env:COMPUTERNAME }; amounts = @{}; problems = @{} }
-function Part($Name, $Body) { try { $null = & $Body } catch { $r.problems[$Name] = "$_$note" } }
+function Fault($Name, $Why) { $r.problems[$Name] = (@($r.problems[$Name]) + $Why -ne $null) -join '; ' }
+function Part($Name, $Body) { try { $null = & $Body } catch { Fault $Name "$_$note" } }
 function Put($Name, $Total, $Free) { $r.amounts[$Name] = @(([int64]$Total - [int64]$Free), [int64]$Total) }
-function Disk($Name, $Total, $Free) {
-    if ($Total) { Put "disk_percent $Name" $Total $Free }
-    else { $r.problems.disk_percent = "$Name has no size: locked or not formatted" }
+function Disk($Path, $Total, $Free) {
+    $name = $Path.TrimEnd('\')
+    if ($Total) { Put "disk_percent $name" $Total $Free; return }
+    $why = 'locked or not formatted'    # a list of its names needs the right that its size needs
+    try { $null = [IO.Directory]::GetFileSystemEntries("$name\") } catch { $why = Reason $_.Exception.InnerException }
+    Fault 'disk_percent' "$name has no size: $why"
+}
+function Reason($Exception) {    # by number: texts are in the language of Windows
+    $known = @{ '80070005' = 'access denied'; '800703ed' = 'not formatted' }
+    $known['80310000'] = $known['80370000'] = 'locked by BitLocker'    # the second in .NET Framework
+    $why = $known['{0:x8}' -f $Exception.HResult]
+    if ($why) { return $why }
+    if ($full) { $Exception.Message } else { "locked, not formatted, or access denied$note" }
 }
 function Rows($Query) {
     if ($wmi.refused) { throw $wmi.refused }
@@ -3325,13 +3349,31 @@ function Rows($Query) {
         throw
     }
 }
-function Native {
-    if (-not $wmi.api) { $wmi.api = Add-Type -Namespace Health -Name Native -PassThru -MemberDefinition '
-    [DllImport("kernel32")] public static extern ulong GetTickCount64();
-    [DllImport("kernel32")] public static extern bool GlobalMemoryStatusEx(byte[] status);
-    [DllImport("kernel32")] public static extern bool GetSystemTimes(out long i, out long k, out long u);
-    ' }
-    $wmi.api
+function Native {    # kernel32 without a compiler: once a process, which remembers a failure, too
+    $found = [AppDomain]::CurrentDomain.GetData('HealthChecker.Native')
+    if (-not $found) {
+        try {
+            $builder = [Reflection.Emit.AssemblyBuilder]::DefineDynamicAssembly('HealthChecker', 'Run')
+            $type = $builder.DefineDynamicModule('HealthChecker').DefineType('HealthChecker.Native', 'Public')
+            $out = [int64].MakeByRefType()
+            $takes = @{ GetTickCount64 = @(); GetSystemTimes = $out, $out, $out
+                GetDiskFreeSpaceExW = [string], $out, $out, $out; K32GetPerformanceInfo = [IntPtr[]], [uint32] }
+            foreach ($name in $takes.Keys) {
+                $returns = if ($name -eq 'GetTickCount64') { [uint64] } else { [bool] }
+                $type.DefinePInvokeMethod($name, 'kernel32', 'Public, Static, PinvokeImpl', 'Standard', $returns,
+                    [type[]]$takes[$name], 'Winapi', 'Unicode').SetImplementationFlags('PreserveSig')
+            }
+            $found = $type.CreateType()
+        } catch { $found = "kernel32 cannot be called: $_" }
+        [AppDomain]::CurrentDomain.SetData('HealthChecker.Native', $found)
+    }
+    if ($found -is [string]) { throw $found }
+    $found
+}
+function Pages {    # PERFORMANCE_INFORMATION, which has numbers as wide as a pointer, in pages
+    $info = [IntPtr[]](@(0) * 14)
+    if (-not (Native)::K32GetPerformanceInfo($info, 14 * [IntPtr]::Size)) { throw 'K32GetPerformanceInfo failed' }
+    $info | ForEach-Object { $_.ToInt64() }
 }
 function Inline($Command) {
     $ErrorActionPreference = 'Continue'
@@ -3393,26 +3435,33 @@ if ($wmi.use) {
             ForEach-Object { $size += $_.AllocatedBaseSize; $used += $_.CurrentUsage }
         if ($size) { Put 'swap_percent' $size ($size - $used) }
     }
-    Part 'disk_percent' {
-        Rows 'SELECT DeviceID, Size, FreeSpace FROM Win32_LogicalDisk WHERE DriveType = 3' |
-            ForEach-Object { Disk $_.DeviceID $_.Size $_.FreeSpace }
+    Part 'disk_percent' {    # what has neither letter nor path is the system's own
+        Rows 'SELECT Name, Capacity, FreeSpace FROM Win32_Volume WHERE DriveType = 3' |
+            Where-Object { $_.Name -notlike '\\?\*' } | ForEach-Object { Disk $_.Name $_.Capacity $_.FreeSpace }
     }
-    Part 'cpu_percent' {    # an inverse counter: in spite of its name it counts idle time
-        $class = 'Win32_PerfRawData_PerfOS_Processor'
-        $cpu = Rows "SELECT PercentProcessorTime, Timestamp_Sys100NS FROM $class WHERE Name = '_Total'"
-        Put 'cpu_percent' $cpu.Timestamp_Sys100NS $cpu.PercentProcessorTime
+    Part 'cpu_percent' {    # an inverse counter: in spite of its name it counts idle time, in 100 ns
+        $query = 'SELECT PercentProcessorTime, Timestamp_PerfTime, Frequency_PerfTime FROM Win32_PerfRawData_{0}' +
+            " WHERE Name = '_Total'"
+        $cpu = $null
+        try { $cpu = Rows ($query -f 'Counters_ProcessorInformation') } catch {
+            if ($_.CategoryInfo.Category -ne 'MetadataError') { throw }    # there is no such class
+        }
+        if (-not $cpu) { $cpu = Rows ($query -f 'PerfOS_Processor') }    # which sees no more than 64 CPUs
+        if (-not $cpu.Frequency_PerfTime) { throw 'the performance counters have no _Total' }
+        Put 'cpu_percent' ([int64](1e7 * $cpu.Timestamp_PerfTime / $cpu.Frequency_PerfTime)) $cpu.PercentProcessorTime
     }
 } else {
     Part 'uptime_seconds' { $r.details.uptime_seconds = [int64]((Native)::GetTickCount64() / 1000) }
-    Part 'memory_percent' {
-        [byte[]]$status = @(64) + @(0) * 63    # MEMORYSTATUSEX, which begins with its own size
-        if (-not (Native)::GlobalMemoryStatusEx($status)) { throw 'GlobalMemoryStatusEx failed' }
-        Put 'memory_percent' ([BitConverter]::ToInt64($status, 8)) ([BitConverter]::ToInt64($status, 16))
-    }
+    Part 'memory_percent' { $pages = Pages; Put 'memory_percent' $pages[4] $pages[5] }
     Part 'swap_percent' { throw 'only an administrator may read the page file' }
     Part 'disk_percent' {
         [IO.DriveInfo]::GetDrives() | Where-Object { [string]$_.DriveType -eq 'Fixed' } |
-            ForEach-Object { Disk $_.Name.TrimEnd('\') $_.TotalSize $_.TotalFreeSpace }
+            ForEach-Object { Disk $_.Name $_.TotalSize $_.TotalFreeSpace }
+        foreach ($path in $wanted.mounts) {
+            $mine = $size = $free = [int64]0
+            $null = (Native)::GetDiskFreeSpaceExW("$path\", [ref]$mine, [ref]$size, [ref]$free)
+            Disk $path $size $free
+        }
     }
     Part 'cpu_percent' {
         $idle = $kernel = $user = [int64]0    # kernel time contains idle time
@@ -3420,11 +3469,28 @@ if ($wmi.use) {
         Put 'cpu_percent' ($kernel + $user) $idle
     }
 }
+Part 'commit_percent' {
+    if ($full) { $pages = Pages; Put 'commit_percent' $pages[2] ($pages[2] - $pages[1]) } else {
+        $os = Rows 'SELECT TotalVirtualMemorySize, FreeVirtualMemory FROM Win32_OperatingSystem'
+        Put 'commit_percent' $os.TotalVirtualMemorySize $os.FreeVirtualMemory
+    }
+}
+$sdset = 'README: sc.exe sdset'
 $r.services = @(foreach ($name in $wanted.services) {
     try { $state = [string](Get-Service -Name $name -ErrorAction Stop).Status } catch {
+        $id = [string]$_.FullyQualifiedErrorId
         $state = "cannot be read: $_"
-        if ($_.FullyQualifiedErrorId -like 'NoServiceFound*') { $state = 'no such service' }
+        if ($id -like 'NoServiceFound*') {
+            $state = 'no such service'    # or hidden from this account; what has a type below 16 is a driver
+            $key = "HKLM:\SYSTEM\CurrentControlSet\Services\$($name -replace '`(.)', '$1')"
+            if ((Get-ItemProperty -LiteralPath $key -ErrorAction SilentlyContinue).Type -ge 16) { $state = '' }
+        } elseif ($_.Exception.InnerException.NativeErrorCode -eq 5) {
+            $right = 'SC_MANAGER_CONNECT or SC_MANAGER_ENUMERATE_SERVICE'
+            if ($id -like 'CouldNotGetServiceInfo*') { $right = 'its SERVICE_QUERY_CONFIG' }    # PowerShell 7
+            $state = "cannot be read: the account lacks $right ($sdset). $_"
+        }
     }
+    if (-not $state) { $state = "cannot be read: the account lacks its SERVICE_QUERY_STATUS ($sdset)" }
     @{ name = [string]$name; good = $state -eq 'Running'; text = $state }
 })
 $r.checks = @(foreach ($check in $wanted.checks) { Judge $check })
@@ -3436,18 +3502,23 @@ $json
 """
 
 
-def build_windows_script(services: Sequence[str], checks: Sequence[Check], _nonce: str) -> str:
+WINDOWS_PATH = re.compile(r"[A-Za-z]:\\[^*?[]+")      # no drive, which is found anyway, and no pattern
+
+
+def build_windows_script(services: Sequence[str], checks: Sequence[Check], _nonce: str,
+                         mounts: Iterable[str] = ()) -> str:
     """The whole poll, ASCII only. What the operator wrote goes in as JSON in one literal in single quotes and has
     none of those: it cannot end the literal, nothing in it is expanded. One line needs no marks."""
     commands = [{"name": check.name, "command": check.command, "milliseconds": round(1000 * check.timeout)}
                 for check in checks]
     names = [re.sub(r"([][*?`])", r"`\1", name) for name in services]      # or Get-Service takes them for patterns
-    wanted = json.dumps({"services": names, "checks": commands})
+    wanted = json.dumps({"services": names, "checks": commands,
+                         "mounts": [path for path in mounts if WINDOWS_PATH.fullmatch(path)]})
     return COLLECT.replace("WANTED", wanted.replace("'", r"\u0027"), 1)
 
 
 Whole = Annotated[int, Field(gt=-1 << 64, lt=1 << 64)]
-AmountName = Annotated[str, Field(pattern="^(cpu|memory|swap)_percent$|^disk_percent .{1,200}$")]
+AmountName = Annotated[str, Field(pattern="^(cpu|memory|swap|commit)_percent$|^disk_percent .+$")]
 
 
 class ReportedOutcome(BaseModel, strict=True):
@@ -3470,6 +3541,8 @@ class WindowsAnswer(BaseModel, strict=True):
 
 
 def _windows_reading(name: str, reported: str | int | tuple[int, int]) -> Reading:
+    if len(name) > 4096:    # nobody's mount point
+        raise ValueError(f"a name of {len(name)} characters")
     if isinstance(reported, tuple):
         share = percent(*reported)
         return CpuTicks(*map(float, reported)) if name == "cpu_percent" else share
@@ -3480,7 +3553,8 @@ def _windows_sample(answer: WindowsAnswer, previous: CpuTicks | None) -> Sample:
     details = {name: value for name, value in answer.details.items() if name in DETAILS}
     rows = {name: functools.partial(_windows_reading, name, reported)
             for name, reported in {**details, **answer.amounts}.items()}
-    silent = {"cpu_percent", "memory_percent", "disk_percent"} - {name.partition(" ")[0] for name in rows}
+    wanted = {"cpu_percent", "memory_percent", "commit_percent", "disk_percent"}
+    silent = wanted - {name.partition(" ")[0] for name in rows}
     problems = dict.fromkeys(("load_per_cpu", "inode_percent"), NOT_KNOWN) | dict.fromkeys(silent, "no answer")
     problems |= {name: one_line(why)[:PROBLEM_CHARS] for name, why in answer.problems.items()}
     services, checks = ({row.name: Outcome(row.good, kept(row.text.translate(CONTROL).strip())) for row in said}
@@ -3514,7 +3588,7 @@ def simulated_sample(text: str, _nonce: str, _previous: CpuTicks | None) -> Samp
     return Sample({}, {}, None, {}, {"simulation": Outcome(good, "" if good else "simulated outage")}, {})
 
 
-Builder = Callable[[Sequence[str], Sequence[Check], str], str]
+Builder = Callable[[Sequence[str], Sequence[Check], str, Iterable[str]], str]
 Parser = Callable[[str, str, CpuTicks | None], Sample]
 LANGUAGES: dict[Platform, tuple[Builder, Parser]] = {
     **{platform: (functools.partial(build_script, platform), parse_output) for platform in Platform},
@@ -3558,7 +3632,9 @@ def collect(settings: ResourceSettings, connection: Connection, previous: Sample
     nonce = secrets.token_hex(8)
     build, parse = LANGUAGES[settings.platform]
     output, deadline = Output(end_mark(nonce)), Deadline(settings.timeout)
-    ended = connection.run(build(settings.services, settings.checks, nonce), output, deadline)
+    disk = settings.limits.disk_percent
+    mounts = [mount for mount, limit in ((disk and disk.mounts) or {}).items() if limit]
+    ended = connection.run(build(settings.services, settings.checks, nonce, mounts), output, deadline)
     text, done, _ = output.printed.decode(errors="replace").partition(end_mark(nonce))
     # What comes last hangs where a disk does: all else was answered.
     running = last_section(text, nonce)
@@ -7049,6 +7125,7 @@ RESOURCE_METRICS: Mapping[str, tuple[str, ...]] = {
     "cpu_percent": ("Busy share of the CPUs between the last two polls.",),
     "memory_percent": ("Used share of the memory.",),
     "swap_percent": ("Used share of the swap space.",),
+    "commit_percent": ("Promised share of what Windows can promise of memory and page files.",),
     "disk_percent": ("Used share of a filesystem.", "mount"),
     "inode_percent": ("Used share of a filesystem's inodes.", "mount"),
     "load_per_cpu": ("Load average per CPU.",),
@@ -7165,7 +7242,8 @@ class Metrics:
 # (their keys end in .html); Markup is made of numbers and of our own words alone.
 # Gives: LABELS, LimitValues, TEMPLATES, bar_svg, chart_svg, duration_text, local_time, scale_top, strip_svg
 LABELS = {"cpu_percent": "CPU", "memory_percent": "Memory", "disk_percent": "Disk", "swap_percent": "Swap",
-          "inode_percent": "Inodes", "load_per_cpu": "Load per CPU", "seconds": "Duration of a poll"}
+          "commit_percent": "Commit charge", "inode_percent": "Inodes", "load_per_cpu": "Load per CPU",
+          "seconds": "Duration of a poll"}
 LimitValues = Mapping[str, Any]     # `warn` and `fail` of a limit, as JSON has them
 
 

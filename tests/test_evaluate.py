@@ -75,6 +75,12 @@ VERDICTS: dict[str, tuple[dict[str, Any], Sample, str, list[str]]] = {
         ["swap"],
     ),
     "fail alone never warns": ({"swap_percent": {"fail": 99}}, sample({"swap_percent": 98.0}), "healthy", []),
+    "on Windows case is nothing": (
+        {"disk_percent": {"fail": "90", "mounts": {"c:\\Mnt\\*": "off", "c:\\MNT\\data\\": "80", "d:": "off"}}},
+        sample({"disk_percent C:\\mnt\\data": 85.0, "disk_percent C:\\mnt\\b": 99.0, "disk_percent D:": 99.0}),
+        "unhealthy: limit",
+        ["disk_percent C:\\mnt\\data 85.0 > 80"],
+    ),
     "load is no percentage": (
         {"load_per_cpu": "250"},
         sample({"load_per_cpu": 251.0}),

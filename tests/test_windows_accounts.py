@@ -1,0 +1,203 @@
+"""What accounts may read of a Windows host, in a real PowerShell: metrics and services, with rights and without.
+
+The host is tests/wsman_server.py with tests/pwsh.py behind it. Its account is an administrator; a plain one differs
+in what IsInRole says, which `as_plain` changes in the script. CIM's answers are a stand-in's (tests/modules).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from pwsh import CONSTRAINED, ROWS, Engine, open_engine
+from test_powershell import poll, send, target
+from wsman_server import WSManServer
+
+from healthchecker import COLLECT, Check, CpuTicks, Outcome, Sample, build_windows_script, parse_windows
+
+TIMEOUT = 120.0  # seconds; wine may be slow, and the first poll of a run starts PowerShell for the first time
+NONCE = "5eed5eed5eed5eed"
+PROCESSORS = "Win32_PerfRawData_Counters_ProcessorInformation"
+OLD_PROCESSORS = "Win32_PerfRawData_PerfOS_Processor"
+ROLE = "$wmi.use = $me.IsInRole("
+COUNT = "@([AppDomain]::CurrentDomain.GetAssemblies() | Where-Object { $_.GetName().Name -eq 'HealthChecker' }).Count"
+REFUSED = "(New-Object InvalidOperationException 'Kein Zugriff', (New-Object ComponentModel.Win32Exception 5))"
+
+
+@pytest.fixture(scope="module")
+def engine() -> Iterator[Engine]:
+    with open_engine() as engine:
+        yield engine
+
+
+@pytest.fixture(autouse=True)
+def rows(engine: Engine) -> Iterator[None]:
+    yield
+    engine.set_rows()
+
+
+@pytest.fixture(scope="module")
+def host(engine: Engine) -> Iterator[WSManServer]:
+    with WSManServer("https", "negotiate", open_shell=engine.opener()) as server:
+        yield server
+        assert server.shells == {}
+
+
+@pytest.fixture(scope="module")
+def constrained(engine: Engine) -> Iterator[WSManServer]:
+    with WSManServer("https", "negotiate", open_shell=engine.opener(CONSTRAINED)) as server:
+        yield server
+
+
+def as_plain(script: str) -> str:
+    """The script, to whom no account is an administrator."""
+    assert script.count(ROLE) == 1
+    return script.replace(ROLE, "$wmi.use = $false -and $me.IsInRole(")
+
+
+def lines(server: WSManServer, script: str) -> list[str]:
+    """What a script prints."""
+    return send(server, script, TIMEOUT, timeout=TIMEOUT).splitlines()
+
+
+def sample_of(server: WSManServer, **settings: Any) -> Sample:
+    polled = poll(target(server, timeout=TIMEOUT, **settings))
+    assert polled.sample, polled.verdict
+    return polled.sample
+
+
+def disks(sample: Sample) -> dict[str, float]:
+    return {name.partition(" ")[2]: round(value, 2) for name, value in sample.readings("disk_percent")}
+
+
+# --- administrators ---
+def test_volumes_have_letters_or_paths_and_processors_their_own_clock(engine: Engine, host: WSManServer) -> None:
+    total = {"Name": "_Total", "PercentProcessorTime": 90_000_000, "Timestamp_Sys100NS": 134085787645000000,
+             "Timestamp_PerfTime": 30_000_000, "Frequency_PerfTime": 3_000_000}  # fmt: skip
+    engine.set_rows(**{PROCESSORS: [total, {**total, "Name": "0,_Total"}], OLD_PROCESSORS: "denied"})
+    sample = sample_of(host)
+    assert disks(sample) == {"C:": 40.16, "C:\\mnt\\sqldata": 97.0, "C:\\ClusterStorage\\Volume1": 45.0}
+    assert sample.ticks == CpuTicks(busy=10_000_000.0, total=100_000_000.0)  # 1 of 10 s
+    assert 0 < sample.metrics["commit_percent"] < 100
+    assert sample.problems == {}
+
+
+def test_processors_of_an_older_windows_and_volumes_without_size(engine: Engine, host: WSManServer) -> None:
+    lost = [{**ROWS["Win32_Volume"][0], "Name": "Q:\\", "Capacity": None}, {**ROWS["Win32_Volume"][0], "Name": "R:\\",
+                                                                          "Capacity": None}]  # fmt: skip
+    engine.set_rows(**{PROCESSORS: None, "Win32_Volume": [*ROWS["Win32_Volume"], *lost]})
+    sample = sample_of(host)
+    assert sample.ticks and sample.ticks.total == 4989310221187.0
+    assert disks(sample)["C:"] == 40.16
+    assert re.fullmatch(r"Q: has no size: .*Q:\\.*; R: has no size: .*R:\\.*", sample.problems["disk_percent"])
+
+
+def test_denied_processors_are_asked_for_once(engine: Engine, host: WSManServer) -> None:
+    engine.set_rows(**{PROCESSORS: "denied"})
+    sample = sample_of(host)
+    assert sample.ticks is None and sample.problems == {"cpu_percent": "Access denied"}
+
+
+def test_constrained_language_reads_cim(engine: Engine, constrained: WSManServer) -> None:
+    volume = {**ROWS["Win32_Volume"][0], "Name": "Q:\\", "Capacity": None}
+    system = {**ROWS["Win32_OperatingSystem"][0], "TotalVirtualMemorySize": 20_000_000, "FreeVirtualMemory": 5_000_000}
+    engine.set_rows(Win32_OperatingSystem=[system], Win32_Volume=[*ROWS["Win32_Volume"], volume])
+    sample = sample_of(constrained, limits={"commit_percent": "70"})
+    assert sample.metrics["commit_percent"] == 75.0
+    assert disks(sample) == {"C:": 40.16, "C:\\mnt\\sqldata": 97.0, "C:\\ClusterStorage\\Volume1": 45.0}
+    why = "Q: has no size: locked, not formatted, or access denied (Constrained Language Mode)"
+    assert sample.problems == {"disk_percent": why}
+
+
+def test_commit_charge_that_cannot_be_read(constrained: WSManServer) -> None:
+    polled = poll(target(constrained, timeout=TIMEOUT, limits={"commit_percent": "70"}))
+    assert polled.verdict.state == "degraded"
+    assert polled.reason == "commit_percent cannot be read: 0 of 0 is no share"
+
+
+# --- plain accounts ---
+def test_plain_accounts_ask_kernel32(engine: Engine, host: WSManServer) -> None:
+    engine.set_rows(**dict.fromkeys(ROWS, "denied"))  # WMI would take 5 s to refuse
+    script = as_plain(build_windows_script([], [], NONCE, ["C:\\windows", "C:\\no\\such"]))
+    sample = parse_windows(lines(host, script)[-1], NONCE, None)
+    found = disks(sample)
+    assert found["C:\\windows"] == pytest.approx(found["C:"], abs=1)
+    assert 0 < sample.metrics["memory_percent"] < 100 and 0 < sample.metrics["commit_percent"] < 100
+    assert sample.ticks and 0 < sample.ticks.busy < sample.ticks.total
+    assert float(sample.details["uptime_seconds"]) > 0
+    problems = {name: why for name, why in sample.problems.items() if name in ("disk_percent", "swap_percent")}
+    assert re.fullmatch(r"C:\\no\\such has no size: .*'C:\\no\\such'\.", problems.pop("disk_percent"))
+    assert problems == {"swap_percent": "only an administrator may read the page file"}
+    assert "Add-Type" not in script
+
+
+def test_functions_are_defined_once_a_process(host: WSManServer) -> None:
+    script = as_plain(build_windows_script([], [], NONCE))
+    first, second, count = lines(host, f"& {{ {script} }}; & {{ {script} }}; {COUNT}")
+    for text in (first, second):
+        assert parse_windows(text, NONCE, None).problems.keys() == {"swap_percent", "load_per_cpu", "inode_percent"}
+    assert count == "1"
+
+
+def test_functions_that_cannot_be_defined_are_not_tried_again(host: WSManServer) -> None:
+    script = as_plain(build_windows_script([], [], NONCE))
+    broken = script.replace(".CreateType()", ".NoSuchMethod()")
+    assert broken != script
+    first, second = lines(host, f"& {{ {broken} }}; & {{ {script} }}")
+    for text in (first, second):
+        sample = parse_windows(text, NONCE, None)
+        why = sample.problems["memory_percent"]
+        assert why.startswith("kernel32 cannot be called: ") and "NoSuchMethod" in why
+        assert sample.problems["commit_percent"] == why
+        assert disks(sample)  # for which it takes nothing of that
+
+
+def test_sizes_are_missed_by_number(host: WSManServer) -> None:
+    """What Windows says of a drive, as the exceptions that .NET makes of it: of .NET Framework and of today's."""
+    function = re.search(r"function Reason.*?\n}\n", COLLECT, re.DOTALL)
+    assert function
+    codes = {0x80070005: "access denied", 0x800703ED: "not formatted", 0x80310000: "locked by BitLocker",
+             0x80370000: "locked by BitLocker", 0x80070015: "Das Gerät"}  # fmt: skip
+    text = "$full = $true\n" + function[0] + "".join(
+        f"Reason (New-Object IO.IOException 'Das Ger\u00e4t', {code - (1 << 32)})\n" for code in codes)
+    assert lines(host, text) == list(codes.values())
+
+
+# --- services ---
+def test_a_hidden_service_is_told_from_none(host: WSManServer) -> None:
+    """One that the account may not query is left out of the list of services; the registry shows it to everyone."""
+    key = "'HKLM:\\SYSTEM\\CurrentControlSet\\Services\\HealthChecker$Hidden'"
+    put = f"$null = New-Item -Force {key}; $null = New-ItemProperty {key} -Name Type -PropertyType DWord -Value "
+    script = build_windows_script(["Eventlog", "HealthChecker$Hidden", "No$Such"], [], NONCE)
+    remove = f"Remove-Item -LiteralPath {key}"
+    told = lines(host, f"{put}16; & {{ {script} }}; {put}1; & {{ {script} }}; {remove}")
+    hidden, driver = (parse_windows(line, NONCE, None).services for line in told)
+    right = "cannot be read: the account lacks its SERVICE_QUERY_STATUS (README: sc.exe sdset)"
+    assert [outcome.text for outcome in hidden.values()] == ["Running", right, "no such service"]
+    assert [outcome.text for outcome in driver.values()] == ["Running", "no such service", "no such service"]
+
+
+RIGHTS = {
+    f"throw {REFUSED}": "the account lacks SC_MANAGER_CONNECT or SC_MANAGER_ENUMERATE_SERVICE (README: sc.exe sdset). "
+    "Kein Zugriff",
+    "@{ Status = $null }": "the account lacks its SERVICE_QUERY_STATUS (README: sc.exe sdset)",
+    f"Write-Error -Exception {REFUSED} -ErrorId CouldNotGetServiceInfo -ErrorAction Stop":
+    "the account lacks its SERVICE_QUERY_CONFIG (README: sc.exe sdset). Kein Zugriff",
+    "throw 'the RPC server is unavailable'": "the RPC server is unavailable",
+}  # fmt: skip
+
+
+def test_missing_rights_are_named(host: WSManServer) -> None:
+    """wine grants every right: a function takes the place of Get-Service, and fails as it does without."""
+    script = build_windows_script(["Spooler"], [], NONCE)
+    told = lines(host, ";".join(f"& {{ function Get-Service {{ {body} }}\n{script} }}" for body in RIGHTS))
+    said = [parse_windows(line, NONCE, None).services["Spooler"] for line in told]
+    assert said == [Outcome(False, f"cannot be read: {why}") for why in RIGHTS.values()]
+
+
+def test_the_text_that_is_sent_is_the_same_at_each_poll() -> None:
+    """Windows logs suspicious words with the text around them: an event of each text that there is."""
+    asked = (["a"], [Check(name="b", command="c")])
+    assert build_windows_script(*asked, "0" * 16, ["C:\\x"]) == build_windows_script(*asked, "f" * 16, ["C:\\x"])
