@@ -21,6 +21,7 @@ the application asks `IsHealthy()` on every request: 2XX while every resource is
 Sections, in file order; a definition refers only to what stands above it:
 
     Errors       one root, an exit code each
+    Bastions     hosts behind others, and what ~/.ssh/config says of a host
     Inventory    strict YAML -> validated settings, every fault with line and column
     Vault        AES-256-GCM data keys under RSA-OAEP, bound to the row they belong to
     Storage      SQLite through Flask-SQLAlchemy; the rows follow the inventory
@@ -266,6 +267,118 @@ class ProbeError(HealthCheckerError):
     def __init__(self, cause: Cause, message: str) -> None:
         super().__init__(one_line(message))
         self.cause: Cause = cause
+
+
+# === Bastions ================================================================
+# How hosts behind others are named: in come words of the inventory and OpenSSH's configuration of its client, out go
+# bastions as resources' names or addresses, and what that file says of a host. Pure but for reading it, at a start.
+# Gives: hop_address, jump_fault, SshConfig, ssh_config_path, stated_hops, with_ssh_config
+HOP = re.compile(r"(?:(\S+)@)?(?:\[([\w.:%]+)\]|([\w.%-]+))(?::([0-9]{1,5}))?")     # user, address, name, port
+HOPS = 8                        # bastions on the way to a resource
+
+
+def hop_address(hop: str) -> tuple[str | None, str, int] | None:
+    """User, host and port of a bastion that is an address; a word alone is a resource's name."""
+    found = HOP.fullmatch(hop)
+    return (found[1], found[2] or found[3], int(found[4] or SSH_PORT)) if found and (found[1] or found[4]) else None
+
+
+def stated_hops(text: str) -> str | None:
+    """Bastions without blanks; `none` is none of them, also where the defaults name one. Raises ValueError."""
+    hops = [hop.strip() for hop in text.split(",")]
+    ports = [address[2] for address in map(hop_address, hops) if address]
+    if len(hops) > HOPS or not all(hops) or not all(0 < port <= LAST_PORT for port in ports):
+        raise ValueError(f"must be a resource's name or [user@]host:port, or up to {HOPS} of them with commas between")
+    return None if hops == ["none"] else ",".join(hops)
+
+
+def jump_fault(name: str, ways: Mapping[str, Sequence[str] | None]) -> str | None:
+    """What is wrong with the bastions of a resource; `ways` has those of all, None for what is no SSH host."""
+    for hop in ways[name] or ():
+        if hop in ways and ways[hop] is None:
+            return f"{hop} is no SSH host"
+        if hop not in ways and not hop_address(hop):
+            near = difflib.get_close_matches(hop, ways, 1)
+            hint = f"did you mean {near[0]}?" if near else "write an address as user@host or host:port"
+            return f"no resource has this name; {hint}"
+    seen, hops = {name}, ways[name]
+    while hops:
+        if again := seen.intersection(hops):
+            return f"the way leads through {min(again)} twice; write `proxy_jump: none` at the first bastion"
+        seen.update(hops)
+        hops = ways.get(hops[0])
+    return None
+
+
+def ssh_config_path(value: object) -> object:
+    """`true` is the file of the account that runs this."""
+    return "~/.ssh/config" if value == "true" else None if value == "false" else value
+
+
+class SshConfig(paramiko.SSHConfig):
+    """OpenSSH's configuration of its client; it runs nothing, whatever the file says."""
+
+    MATCHED: ClassVar = {"all", "canonical", "final", "host", "originalhost", "user", "localuser"}
+    SAID: ClassVar = {"hostname": "hostname", "port": "port", "username": "user", "proxy_jump": "proxyjump",
+                      "host_key_alias": "hostkeyalias"}
+
+    def __init__(self, path: Path, user: object = None) -> None:
+        """Reads the file, whose User gives way to `user`. Raises ValueError."""
+        super().__init__()
+        try:
+            text = path.read_text(encoding="utf-8-sig")
+            seed = f"User {user}\n" if re.fullmatch(r"[^\s\"]+", str(user or "")) else ""
+            self.parse(io.StringIO(seed + text))
+        except OSError as error:
+            raise ValueError(f"this file cannot be read: {error.strerror}") from None
+        except (UnicodeError, paramiko.SSHException):
+            raise ValueError("this is no configuration of OpenSSH's client") from None
+        if re.search(r"^\s*include\b", text, re.IGNORECASE | re.MULTILINE):
+            raise ValueError("Include is not followed; name the file that it includes, or write its lines there")
+
+    def _get_matches(self, match: str) -> Any:
+        found = super()._get_matches(match)     # type: ignore[misc]  # the stubs lack it
+        if {one["type"] for one in found} - self.MATCHED:
+            raise ValueError("Match is by host, originalhost, user and localuser alone; `exec` would run a command")
+        return found
+
+    def of(self, host: str) -> tuple[dict[str, str], list[str], bool]:
+        """What the file says of a host, in our names; its IdentityFiles; whether ProxyCommand leads there. Raises
+        ValueError."""
+        try:
+            said = self.lookup(host)
+        except Exception as error:  # paramiko lets through whatever its look-ups raise
+            raise ValueError(f"this file says nothing clear of the host ({type(error).__name__})") from error
+        jump = said.get("proxyjump") or "none"
+        return ({ours: said[theirs] for ours, theirs in self.SAID.items() if said.get(theirs) not in (None, "none")},
+                [name for name in said.get("identityfile", []) if os.path.isfile(os.path.expanduser(name))],
+                jump == "none" and said.get("proxycommand") is not None)
+
+    def hop(self, hop: str, user: str, keys: Sequence[str]) -> str:
+        """A bastion as an address, for a login as `user` with `keys` of this file. Raises ValueError."""
+        found = HOP.fullmatch(hop)
+        if not found:
+            return hop
+        said, own_keys, command = self.of(found[2] or found[3])
+        if command or {"proxy_jump", "host_key_alias"} & said.keys() or (keys and own_keys[:1] != keys[:1]):
+            raise ValueError("a bastion has a key, an alias or a way of its own in this file: add it as a resource")
+        host = f"[{said['hostname']}]" if ":" in said["hostname"] else said["hostname"]
+        return f"{found[1] or said.get('username', user)}@{host}:{found[4] or said.get('port', SSH_PORT)}"
+
+
+def with_ssh_config(raw: dict[str, Any], path: Path, names: Collection[str], *, keyless: bool) -> dict[str, Any]:
+    """A resource with what the file says and `raw` does not; `keyless`: a key, too. Raises ValueError."""
+    said, keys, command = SshConfig(path, raw.get("username")).of(raw["hostname"])
+    if command and "proxy_jump" not in raw:
+        raise ValueError("ProxyCommand is not run; write ProxyJump, or proxy_jump here")
+    keys = keys[:1] if keyless else []
+    stated = dict.fromkeys(["key_file"][:len(keys)], *keys) | said | raw
+    stated["hostname"] = said.get("hostname", raw["hostname"])
+    hops = [hop.strip() for hop in str(stated.get("proxy_jump", "none")).split(",")]
+    user, config = str(stated.get("username", "")), SshConfig(path)
+    stated["proxy_jump"] = ",".join(hop if hop == "none" or hop in names else config.hop(hop, user, keys)
+                                    for hop in hops)
+    return stated
 
 
 # === Inventory ===============================================================
@@ -654,7 +767,7 @@ PASSPHRASES = ("key_passphrase", "key_passphrase_env", "key_passphrase_file")
 HOSTLESS = (Platform.LOCAL, Platform.SIMULATED)
 ONLY = (    # settings that have a meaning on these platforms alone
     (REMOTE_PLATFORMS, ("port", "username", *CREDENTIALS, *PASSPHRASES)),
-    (SSH_PLATFORMS, ("host_key",)),
+    (SSH_PLATFORMS, ("host_key", "host_key_alias", "proxy_jump", "ssh_config")),
     ((Platform.WINDOWS,), ("tls", "auth", "ca_file", "certificate_file", "certificate_fingerprint",
                            "configuration_name")),
     ((Platform.SIMULATED,), ("mean_healthy", "mean_unhealthy", "seed")))
@@ -693,6 +806,9 @@ class ResourceSettings(Settings):
     key_passphrase_env: TextLine | None = None
     key_passphrase_file: FilePath | None = None
     host_key: HostKey | None = None
+    host_key_alias: Hostname | None = None      # the name in known_hosts and in certificates
+    proxy_jump: Annotated[TextLine, AfterValidator(stated_hops)] | None = None      # see hops
+    ssh_config: Annotated[FilePath | None, BeforeValidator(ssh_config_path)] = None     # what it said stands above
     tls: bool = True                    # windows only, like the next five
     auth: Literal["negotiate", "ntlm", "kerberos", "basic", "certificate", "credssp"] = "negotiate"
     ca_file: FilePath | None = None
@@ -738,6 +854,16 @@ class ResourceSettings(Settings):
     def connect_port(self) -> int:
         """`port`, or the registered one of the protocol."""
         return self.port or (WINRM_PORTS[self.tls] if self.platform is Platform.WINDOWS else SSH_PORT)
+
+    @property
+    def hops(self) -> list[str]:
+        """The bastions on the way, the first one first: names of resources, or addresses with a user or a port."""
+        return self.proxy_jump.split(",") if self.proxy_jump else []
+
+    @property
+    def way(self) -> list[str] | None:
+        """The same; None where nothing can be behind it."""
+        return self.hops if self.platform in SSH_PLATFORMS else None
 
     @property
     def secrets(self) -> dict[str, str]:
@@ -804,6 +930,7 @@ class InventoryLoader:
         self.folder = path.absolute().parent            # where relative paths begin
         self.faults = dict.fromkeys(document.faults)    # a dict keeps the order and drops repetitions
         self.places: dict[str, str] = {}                # of the resources so far, by name
+        self.names: set[str] = set()                    # of all resources
 
     def load(self) -> Inventory:
         top = {} if self.document.value is None else self.document.value
@@ -817,10 +944,17 @@ class InventoryLoader:
                 self.fault((), "resources is missing; write `resources: []` to watch nothing")
         missing = dict.fromkeys(("name", "hostname", "username"), "any")     # to look at the defaults alone
         usual = self._validate(ResourceSettings, missing | defaults, lambda loc: ("defaults", *loc))
-        resources = [self._resource(index, own, defaults) for index, own in enumerate(items) if isinstance(own, dict)]
+        self.names = {str(own.get("name", own.get("hostname"))) for own in items if isinstance(own, dict)}
+        found = {index: self._resource(index, own, defaults)
+                 for index, own in enumerate(items) if isinstance(own, dict)}
+        resources = [resource for resource in found.values() if resource]
+        ways = {name: list[str]() for name in self.names} | {resource.name: resource.way for resource in resources}
+        for index, resource in found.items():
+            if resource and (why := jump_fault(resource.name, ways)):
+                self.fault(("resources", index, "proxy_jump"), why)
         if self.faults or not file or not usual:
             raise InventoryError("\n".join(self.faults))
-        return Inventory(self.path, file.service, [resource for resource in resources if resource], self.places,
+        return Inventory(self.path, file.service, resources, self.places,
                          usual.model_dump(mode="json", include=set(defaults), exclude=set(SECRETS)))
 
     def _fault_shared_files(self, service: ServiceSettings) -> None:
@@ -896,13 +1030,20 @@ class InventoryLoader:
         raw = {key: value for key, value in defaults.items() if key not in skipped} | own
         if isinstance(own.get("limits"), dict) and isinstance(defaults.get("limits"), dict):
             raw["limits"] = defaults["limits"] | own["limits"]
-        for message in conflicts(raw):
-            self.fault(here, message)
         if platform in HOSTLESS:
             raw.setdefault("hostname", "localhost")
         hostname = raw.get("hostname")
         usable = isinstance(hostname, str) and HOSTNAME.fullmatch(hostname)
         raw.setdefault("name", hostname if usable else f"unnamed {here[1]}")
+        path = ssh_config_path(raw.get("ssh_config"))
+        if usable and isinstance(path, str):
+            keyless = not raw.keys() & {*CREDENTIALS}
+            try:
+                raw = with_ssh_config(raw, absolute(path, self.folder), self.names, keyless=keyless)
+            except ValueError as error:
+                self.fault((*here, "ssh_config"), str(error))
+        for message in conflicts(raw):
+            self.fault(here, message)
         return raw
 
     def _fetch(self, source: str, text: str) -> str:
@@ -1567,6 +1708,15 @@ class Target:
     def name(self) -> str:
         return self.settings.name
 
+    def bastions(self) -> list[Target]:
+        """Those of its bastions that are addresses: where its own credential is shown, and whose keys are not learned,
+        for there is no row to keep them in."""
+        places = {hop: address for hop in self.settings.hops if (address := hop_address(hop))}
+        return [replace(self, host_key=None, settings=self.settings.model_copy(update={
+            "name": hop, "hostname": host, "port": port, "username": user or self.settings.username,
+            "proxy_jump": None, "host_key": "strict", "host_key_alias": None}))
+            for hop, (user, host, port) in places.items()]
+
 
 def target_of(row: Resource, vault: Vault) -> Target:
     """A row with its secrets opened; one that is damaged has a fault, and settings that say no more than they can."""
@@ -1594,7 +1744,7 @@ def load_targets(session: Session, vault: Vault) -> dict[str, Target]:
 # What every way to a host is built from: a deadline on the monotonic clock for the whole poll, a cap of what a host
 # may send, look-up of names, TCP. What fails raises ProbeError with a cause. Runs in the threads of the pollers;
 # the resolver has a thread for each look-up that is under way.
-# Gives: OUTPUT_BYTES, READ_BYTES, Deadline, Output, Resolver, HostSocket, connect_tcp
+# Gives: OUTPUT_BYTES, READ_BYTES, FIRST_BYTES, Deadline, Output, Resolver, HostSocket, connect_tcp
 OUTPUT_BYTES = 1 << 20          # bytes over stdout and stderr; a poll that prints more is ended
 READ_BYTES = 1 << 16            # bytes taken from a host at once
 FIRST_BYTES = 1 << 11           # bytes that are kept of what a host says first
@@ -1886,8 +2036,9 @@ class Guards:
 
     def keep(self, targets: Iterable[Target]) -> None:
         """Forgets the credentials of all others."""
+        shown = [one for target in targets for one in (target, *target.bastions())]
         with self._lock:
-            self._guards = {key: self._guards.get(key) or LoginGuard() for key in map(self._key, targets)}
+            self._guards = {key: self._guards.get(key) or LoginGuard() for key in map(self._key, shown)}
             self._typed = {user: guard for user, guard in self._typed.items() if guard.is_used}
 
 
@@ -2018,11 +2169,54 @@ def ssh_fault(error: Exception, first: bytes, mismatches: Sequence[str]) -> Prob
     return ProbeError("protocol", f"no SSH server there: {error or type(error).__name__}{said}")
 
 
-class ConnectionContext(NamedTuple):
+@dataclass(frozen=True)
+class ConnectionContext:
     """What the connections of all resources share."""
 
     known_hosts: KnownHosts
     resolver: Resolver
+    guards: Guards = dataclass_field(default_factory=Guards)
+    watched: dict[str, Any] = dataclass_field(default_factory=dict)     # connections by resource, for bastions
+    is_trial: bool = False      # somebody tries settings
+
+    def guard_of(self, target: Target) -> LoginGuard:
+        return (self.guards.trial if self.is_trial else self.guards.of)(target)
+
+
+class HostChannel:
+    """A connection that a bastion made, as paramiko's transport wants one. Deadline and cap are those of the socket
+    to the first bastion."""
+
+    _closed = False
+    limit = 0
+    first = b""     # as a HostSocket's
+
+    def __init__(self, channel: paramiko.Channel) -> None:
+        self._channel = channel
+        self.send, self.settimeout = channel.send, channel.settimeout
+
+    def recv(self, size: int) -> bytes:
+        chunk = self._channel.recv(size)
+        if len(self.first) < FIRST_BYTES:
+            self.first += chunk[:FIRST_BYTES]
+        return chunk
+
+    def shutdown(self, _how: int) -> None:
+        self.close()
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError, EOFError):    # the bastion may be gone
+            self._channel.close()
+
+
+def bastion_fault(name: str, error: ProbeError) -> ProbeError:
+    """The error of a bastion as that of a host behind it, whose own login it is not."""
+    said = str(error)
+    if said.removeprefix(NOT_TRIED).startswith("bastion "):
+        return error
+    note = NOT_TRIED if said.startswith(NOT_TRIED) else ""
+    cause: Cause = "unreachable" if error.cause == "auth" else error.cause
+    return ProbeError(cause, f"{note}bastion {name}: {said.removeprefix(NOT_TRIED)}")
 
 
 class Connection:
@@ -2039,101 +2233,10 @@ class Connection:
         raise NotImplementedError
 
 
-class SshConnection(Connection):
-    """One resource over SSH (paramiko)."""
+class SshLogin(Connection):
+    """How SSH logs in to one host, by key or password."""
 
-    WEAK: ClassVar = {
-        "ciphers": ["aes128-cbc", "aes192-cbc", "aes256-cbc", "3des-cbc"],
-        "kex": ["diffie-hellman-group-exchange-sha256"],
-        "macs": ["hmac-sha1", "hmac-sha1-96", "hmac-md5", "hmac-md5-96"]}
-    NEVER: ClassVar = 10 ** 6           # seconds; paramiko's own timers follow the wall clock, ours decides
-
-    _tried: Sequence[str] = ()      # types of key that the host showed and that a pin without type is not
     _keys: tuple[list[int], list[paramiko.PKey]] | None = None      # times of change of the files and what they held
-
-    def run(self, script: str, output: Output, deadline: Deadline) -> bool:
-        while True:
-            with self._connected(deadline) as (transport, offered):
-                if self._verified(offered, transport):
-                    with self._guard.attempt(self._settings.name, deadline):
-                        self._login(transport, deadline)
-                    return self._execute(transport, script, output)
-
-    def offered_key(self, deadline: Deadline) -> str:
-        """The key that the host shows; nothing else is done."""
-        with self._connected(deadline) as (_, offered):
-            return offered
-
-    @contextlib.contextmanager
-    def _connected(self, deadline: Deadline) -> Iterator[tuple[SshTransport, str]]:
-        """A transport and the key that the host showed; thread and socket end with the block."""
-        sock = connect_tcp(self._context.resolver, self._settings.hostname, self._settings.connect_port, deadline)
-        transport = SshTransport(sock, disabled_algorithms=self.WEAK, packetizer_class=BoundedPacketizer)
-        transport.banner_timeout = transport.auth_timeout = self.NEVER
-        try:
-            self._prefer_known_types(transport)
-            transport.start_client()
-            sock.limit = 2 << 20    # bytes in a poll: the output and its wrapping
-            key = transport.get_remote_server_key()
-            yield transport, identity(key.get_name(), key.asbytes())
-        except ProbeError:
-            raise
-        except Exception as error:      # paramiko lets through whatever its parsers raise
-            deadline.left()
-            raise ssh_fault(error, sock.first, transport.mismatches()) from error
-        finally:
-            with contextlib.suppress(OSError):
-                sock.shutdown(socket.SHUT_RDWR)     # wakes the thread that reads
-            transport.close()
-            sock.close()
-            if transport.is_alive():
-                transport.join(1)
-
-    def _known(self) -> tuple[set[str], set[str], set[str]]:
-        """The keys that the host may show, none before the first contact, those that are revoked, and those of
-        authorities."""
-        settings = self._settings
-        known, revoked, authorities = self._context.known_hosts.lookup(settings.hostname, settings.connect_port)
-        if settings.host_key and settings.host_key != "strict":
-            return {settings.host_key}, revoked, set()
-        return known | ({self.host_key} if self.host_key else set()), revoked, authorities
-
-    def _prefer_known_types(self, transport: SshTransport) -> None:
-        """A host has keys of several types: asks for one that we can compare, at last for an untried one."""
-        accepted, _, authorities = self._known()
-        wanted = tuple(key.split()[0].replace("ssh-rsa", "rsa-sha2") for key in accepted if " " in key)
-        tried = tuple(kind.replace("ssh-rsa", "rsa-sha2") for kind in self._tried)
-        options = transport.get_security_options()
-        # With GCM paramiko's packets need no HMAC, which it compares byte by byte in Python.
-        options.ciphers = sorted(options.ciphers, key=lambda name: "gcm" not in name)
-        options.key_types = sorted(options.key_types, key=lambda name: (
-            bool(tried) and name.startswith(tried), not name.startswith(wanted)))
-        if authorities:
-            options.key_types = [*(f"{name}-cert-v01@openssh.com" for name in options.key_types), *options.key_types]
-
-    def _verified(self, offered: str, transport: SshTransport) -> bool:
-        """Compares the host's key before any secret is sent; False: connect again, for another type of key."""
-        (accepted, revoked, authorities), name = self._known(), self._settings.name
-        certificate = transport.get_remote_server_key().public_blob
-        authority = certificate and certifier(certificate.key_blob, self._settings.hostname)
-        if offered in revoked or authority in revoked:
-            raise ProbeError("host_key", f"host key revoked by known_hosts: offered {offered}")
-        if authority in authorities:
-            return True
-        kind, fingerprint = offered.split()
-        if any(key.rstrip("=").endswith(fingerprint) for key in accepted):
-            return True
-        if any(" " not in key for key in accepted) and kind not in self._tried:
-            self._tried = *self._tried, kind  # a pin without a type may be that of another key of the host
-            return False
-        self._tried = ()
-        if accepted:
-            raise ProbeError("host_key", f"host key changed: expected {' or '.join(sorted(accepted))}, "
-                             f"offered {offered}; no password was sent; if the change is right: trust {name}")
-        if self._settings.host_key == "strict":
-            raise ProbeError("host_key", f"host key unknown: offered {offered}; to accept it: trust {name}")
-        self.host_key = offered
-        return True
 
     def _login(self, transport: SshTransport, deadline: Deadline) -> None:
         settings = self._settings
@@ -2219,6 +2322,160 @@ class SshConnection(Connection):
         text = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.OpenSSH,
                                  serialization.NoEncryption()).decode()
         return kind.from_private_key(io.StringIO(text))
+
+
+class SshConnection(SshLogin):
+    """One resource over SSH (paramiko)."""
+
+    WEAK: ClassVar = {
+        "ciphers": ["aes128-cbc", "aes192-cbc", "aes256-cbc", "3des-cbc"],
+        "kex": ["diffie-hellman-group-exchange-sha256"],
+        "macs": ["hmac-sha1", "hmac-sha1-96", "hmac-md5", "hmac-md5-96"]}
+    NEVER: ClassVar = 10 ** 6           # seconds; paramiko's own timers follow the wall clock, ours decides
+
+    def __init__(self, target: Target, guard: LoginGuard, context: ConnectionContext) -> None:
+        super().__init__(target, guard, context)
+        self._advice = f"trust {target.name}"
+        self._learning = threading.Lock()   # guards host_key: those behind a bastion may be the first that see it
+        self._bastions = {hop.name: SshConnection(hop, context.guard_of(hop), context) for hop in target.bastions()}
+        for bastion in self._bastions.values():
+            bastion._advice = "add the bastion as a resource, or its key to known_hosts"
+
+    def run(self, script: str, output: Output, deadline: Deadline) -> bool:
+        with self._logged_in(deadline, self._chain()) as transport:
+            return self._execute(transport, script, output)
+
+    def offered_key(self, deadline: Deadline) -> str:
+        """The key that the host shows; nothing else is done."""
+        with self._connected(deadline, self._chain()) as (_, offered):
+            return offered
+
+    def _chain(self, behind: Sequence[str] = ()) -> list[SshConnection]:
+        """The bastions on the way, as they are now. Raises ProbeError."""
+        chain: list[SshConnection] = []
+        for hop in self._settings.hops:
+            bastion = self._context.watched.get(hop) or self._bastions.get(hop)
+            if not isinstance(bastion, SshConnection) or hop in behind:
+                why = "the way to it leads through itself" if hop in behind else "there is no such resource"
+                raise ProbeError("credential", f"bastion {hop}: {why}; correct proxy_jump")
+            chain += [bastion] if chain else [*bastion._chain((*behind, hop)), bastion]
+        return chain
+
+    def _reach(self, stack: contextlib.ExitStack, deadline: Deadline, chain: Sequence[SshConnection],
+               ) -> HostSocket | HostChannel:
+        """TCP to the host; or a channel of the last bastion, which stays logged in as long as `stack`."""
+        host, port = self._settings.hostname, self._settings.connect_port
+        if not chain:
+            return connect_tcp(self._context.resolver, host, port, deadline)
+        bastion, name = chain[-1], chain[-1]._settings.name
+        try:
+            if bastion._target.fault:
+                raise ProbeError(*bastion._target.fault)
+            if bastion._guard.wait(name) > 0:
+                raise ProbeError("auth", bastion._guard.why(name))
+            transport = stack.enter_context(bastion._logged_in(deadline, chain[:-1]))
+            return HostChannel(transport.open_channel("direct-tcpip", (host, port), ("127.0.0.1", 0),
+                                                      timeout=self.NEVER))
+        except ProbeError as error:
+            raise bastion_fault(name, error) from error
+        except Exception as error:      # paramiko lets through whatever its parsers raise
+            deadline.left()
+            refused = isinstance(error, paramiko.ChannelException)
+            said = (f"it refuses a connection to {host} port {port}: {one_line(error.args[1])}" if refused
+                    else "it closed the connection")
+            raise ProbeError("unreachable", f"bastion {name}: {said}") from error
+
+    @contextlib.contextmanager
+    def _logged_in(self, deadline: Deadline, chain: Sequence[SshConnection]) -> Iterator[SshTransport]:
+        """A transport after key check and login."""
+        tried: list[str] = []   # types of key that the host showed and that a pin without type is not
+        while True:
+            with self._connected(deadline, chain, tried) as (transport, offered):
+                if self._verified(offered, transport, tried):
+                    with self._guard.attempt(self._settings.name, deadline):
+                        self._login(transport, deadline)
+                    yield transport
+                    return
+
+    @contextlib.contextmanager
+    def _connected(self, deadline: Deadline, chain: Sequence[SshConnection], tried: Sequence[str] = (),
+                   ) -> Iterator[tuple[SshTransport, str]]:
+        """A transport and the key that the host showed; thread and socket end with the block."""
+        with contextlib.ExitStack() as stack:
+            sock = self._reach(stack, deadline, chain)
+            with self._transport(sock, deadline, tried) as found:
+                yield found
+
+    @contextlib.contextmanager
+    def _transport(self, sock: Any, deadline: Deadline, tried: Sequence[str]) -> Iterator[tuple[SshTransport, str]]:
+        transport = SshTransport(sock, disabled_algorithms=self.WEAK, packetizer_class=BoundedPacketizer)
+        transport.banner_timeout = transport.auth_timeout = self.NEVER
+        try:
+            self._prefer_known_types(transport, tried)
+            transport.start_client()
+            sock.limit = 2 << 20    # bytes in a poll: the output and its wrapping
+            key = transport.get_remote_server_key()
+            yield transport, identity(key.get_name(), key.asbytes())
+        except ProbeError:
+            raise
+        except Exception as error:      # paramiko lets through whatever its parsers raise
+            deadline.left()
+            raise ssh_fault(error, sock.first, transport.mismatches()) from error
+        finally:
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)     # wakes the thread that reads
+            transport.close()
+            sock.close()
+            if transport.is_alive():
+                transport.join(1)
+
+    def _known(self) -> tuple[set[str], set[str], set[str]]:
+        """The keys that the host may show, none before the first contact, those that are revoked, and those of
+        authorities."""
+        settings = self._settings
+        alias = settings.host_key_alias
+        place = (alias, SSH_PORT) if alias else (settings.hostname, settings.connect_port)
+        known, revoked, authorities = self._context.known_hosts.lookup(*place)
+        if settings.host_key and settings.host_key != "strict":
+            return {settings.host_key}, revoked, set()
+        return known | ({self.host_key} if self.host_key else set()), revoked, authorities
+
+    def _prefer_known_types(self, transport: SshTransport, already: Sequence[str]) -> None:
+        """A host has keys of several types: asks for one that we can compare, at last for an untried one."""
+        accepted, _, authorities = self._known()
+        wanted = tuple(key.split()[0].replace("ssh-rsa", "rsa-sha2") for key in accepted if " " in key)
+        tried = tuple(kind.replace("ssh-rsa", "rsa-sha2") for kind in already)
+        options = transport.get_security_options()
+        # With GCM paramiko's packets need no HMAC, which it compares byte by byte in Python.
+        options.ciphers = sorted(options.ciphers, key=lambda name: "gcm" not in name)
+        options.key_types = sorted(options.key_types, key=lambda name: (
+            bool(tried) and name.startswith(tried), not name.startswith(wanted)))
+        if authorities:
+            options.key_types = [*(f"{name}-cert-v01@openssh.com" for name in options.key_types), *options.key_types]
+
+    def _verified(self, offered: str, transport: SshTransport, tried: list[str]) -> bool:
+        """Compares the host's key before any secret is sent; False: connect again, for another type of key."""
+        (accepted, revoked, authorities), settings = self._known(), self._settings
+        certificate = transport.get_remote_server_key().public_blob
+        authority = certificate and certifier(certificate.key_blob, settings.host_key_alias or settings.hostname)
+        if offered in revoked or authority in revoked:
+            raise ProbeError("host_key", f"host key revoked by known_hosts: offered {offered}")
+        if authority in authorities:
+            return True
+        kind, fingerprint = offered.split()
+        if any(key.rstrip("=").endswith(fingerprint) for key in accepted):
+            return True
+        if any(" " not in key for key in accepted) and kind not in tried:
+            tried.append(kind)  # a pin without a type may be that of another key of the host
+            return False
+        if accepted:
+            raise ProbeError("host_key", f"host key changed: expected {' or '.join(sorted(accepted))}, "
+                             f"offered {offered}; no password was sent; if the change is right: {self._advice}")
+        if settings.host_key == "strict":
+            raise ProbeError("host_key", f"host key unknown: offered {offered}; to accept it: {self._advice}")
+        with self._learning:
+            self.host_key = self.host_key or offered
+        return self.host_key == offered or self._verified(offered, transport, tried)
 
     def _execute(self, transport: SshTransport, script: str, output: Output) -> bool:
         """Feeds the script to a POSIX shell, whatever the login shell is; False when the connection ended first."""
@@ -4287,7 +4544,10 @@ def poll_once(target: Target, connection: Connection, previous: Sample | None) -
             raise ProbeError(*target.fault)
         sample = collect(target.settings, connection, previous)
     except ProbeError as error:
-        return Verdict("unhealthy", error.cause, str(error)), None
+        why, way = str(error), ", ".join(target.settings.hops)
+        if way and error.cause in ("unreachable", "timeout") and "bastion " not in why:
+            why += f" (through bastion {way})"
+        return Verdict("unhealthy", error.cause, why), None
     except Exception:   # a thread's outermost step: whatever a host makes a library raise must not end its watch
         log.exception("%s: the poll failed in an unforeseen way", target.name)
         return Verdict("unhealthy", "protocol", "the poll failed in an unforeseen way; see the log"), None
@@ -4302,6 +4562,7 @@ class Poller(threading.Thread):
         self.counted: bool | None = None    # as the aggregator was told by the monitor
         self.target, self._context, self._guard = target, context, guard
         self._connection = CONNECTIONS[target.settings.platform](target, guard, context.access)
+        context.access.watched[target.name] = self._connection
         self._previous: Sample | None = None
         self._due_mono = time.monotonic() + delay
         self.expires_mono = lease_clock() + delay + target.settings.ttl     # without a report until then it is stale
@@ -4416,7 +4677,7 @@ class Monitor(threading.Thread):
         super().__init__(name="monitor", daemon=True)
         self._store, self._vault, self._context, self._wall = store, vault, context, wall
         self.pollers: dict[str, Poller] = {}
-        self.guards = Guards()
+        self.guards = context.access.guards
         self._zero_at = wall() - lease_clock()  # the Unix time of lease_clock's 0, by which stored times are read
         self.clock_step = 0.0, ""   # when the clock was set the last time, and how
         # Until when resources do not count, as stored and by lease_clock: a clock that is set ends nothing.
@@ -4549,6 +4810,7 @@ class Monitor(threading.Thread):
         self.guards.keep(targets.values())
         for name in self.pollers.keys() - targets.keys():
             self.pollers.pop(name).stop()
+            self._context.access.watched.pop(name, None)
             self._context.aggregator.deregister(name)
         delay = 0.0
         for name, target in targets.items():
@@ -6084,7 +6346,7 @@ HASH_WAIT = 2.0                 # seconds that a login waits for its turn
 FIRST_USER = ("SpiceWorks", "HealthChecker")  # of the specification; its password is to be changed
 LIVES = {"session": (SESSION_LIFE, SESSION_IDLE), "token": (TOKEN_LIFE, TOKEN_LIFE)}    # seconds: in all, idle
 # What reads the server's own files or environment. So does `platform: local`, which runs commands there.
-INVENTORY_ONLY = frozenset({"password_env", "password_file", *PASSPHRASES, *FILES})
+INVENTORY_ONLY = frozenset({"password_env", "password_file", "ssh_config", *PASSPHRASES, *FILES})
 
 
 def not_documented(password: SecretStr) -> SecretStr:
@@ -6501,6 +6763,11 @@ def apply_settings(context: ConsoleContext, row: Resource, body: Mapping[str, An
     """Brings a row to what `body` says, over what it states if it is not new; says whether it changed."""
     stored = stated(row, context.inventory) if row.name else {}
     settings = SettingsReader(context.inventory, form).read(body, stored)
+    if settings.hops:
+        with context.store.reading() as session:
+            ways = {name: target.settings.way for name, target in load_targets(session, context.vault).items()}
+        if why := jump_fault(settings.name, ways | {settings.name: settings.hops}):
+            raise field_errors({"proxy_jump": why})
     try:
         return update_row(row, settings, context.vault)
     except (SecretError, InventoryError) as error:
@@ -6551,8 +6818,8 @@ def test_settings(who: Principal, body: Mapping[str, Any], form: Document | None
     timeout = min(target.settings.timeout, TRIAL_TIMEOUT)
     target = replace(target, settings=target.settings.model_copy(update={"timeout": timeout}))
     begun_mono = time.monotonic()
-    guard = who.context.monitor.guards.trial(target)
-    connection = CONNECTIONS[target.settings.platform](target, guard, who.context.connections)
+    trial = replace(who.context.connections, is_trial=True)
+    connection = CONNECTIONS[target.settings.platform](target, trial.guard_of(target), trial)
     verdict, _ = poll_once(target, connection, None)
     learned = None if connection.host_key == target.host_key else connection.host_key
     return TrialView(**vars(verdict), seconds=time.monotonic() - begun_mono, host_key=learned)
@@ -8793,17 +9060,23 @@ def show_progress(count: int, total: int) -> None:
         print(f"\r[{bar:.<40}] {count}/{total}", end=end, file=sys.stderr, flush=True)
 
 
+def make_connections(targets: Iterable[Target], access: ConnectionContext) -> None:
+    """The connections to all resources, some of which are bastions of others."""
+    for target in targets:
+        access.watched[target.name] = CONNECTIONS[target.settings.platform](target, access.guard_of(target), access)
+
+
 def probe(targets: Sequence[Target], access: ConnectionContext) -> int:
     """Polls every resource once, PROBES_AT_ONCE at a time, and prints a table; 1 when a critical one is unhealthy."""
-    guards, room = Guards(), threading.Semaphore(PROBES_AT_ONCE)
+    room = threading.Semaphore(PROBES_AT_ONCE)
+    make_connections(targets, access)
     rows: dict[str, list[str]] = {}     # by name; each thread adds one
     bad: list[str] = []
 
     def run(target: Target) -> None:
         with room:
             began = time.monotonic()
-            connection = CONNECTIONS[target.settings.platform](target, guards.of(target), access)
-            verdict, sample = poll_once(target, connection, None)
+            verdict, sample = poll_once(target, access.watched[target.name], None)
         if target.settings.critical and not verdict.healthy:
             bad.append(target.name)
         rows[target.name] = [
@@ -8830,6 +9103,11 @@ def check(arguments: argparse.Namespace) -> int:
     with rehearsal(installation) as (session, vault, changes):
         print(f"{installation.path.name} is valid; a start would make: {changes}")
         installation.review(changes)
+        for settings in installation.inventory.resources:
+            if settings.ssh_config:
+                said = {name: getattr(settings, name) for name in (*SshConfig.SAID, "key_file")}
+                told = (f"{name} {value}" for name, value in said.items() if value is not None)
+                print(f"{settings.name}, with {settings.ssh_config.name}: {', '.join(told)}")
         targets = list(load_targets(session, vault).values()) if arguments.probe else []
     return probe(targets, installation.access()) if arguments.probe else 0
 
@@ -8921,7 +9199,9 @@ def trust(arguments: argparse.Namespace) -> int:
         if target is None:
             near = difflib.get_close_matches(arguments.name, targets, 1)
             raise UsageError(f"no such resource{f'; did you mean {near[0]}?' if near else ''}")
-        offered = offered_key(target, installation.access())
+        access = installation.access()
+        make_connections(targets.values(), access)
+        offered = offered_key(target, access)
         print(f"{target.name}: trusted was {target.host_key or 'no key'}, offered is {offered}", flush=True)
         confirm(offered, arguments)
         with store.writing() as session:
