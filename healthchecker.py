@@ -3056,14 +3056,14 @@ PROBES: dict[Platform, CommandSet] = {
 # A check's output ends at its own status line and not at end of file, which a daemon it leaves behind would
 # hold off for ever; what is beyond KEPT_BYTES is read and dropped, so that nothing dies of SIGPIPE.
 SCRIPT = r"""{
-LC_ALL=C; export LC_ALL; unset LANGUAGE
+LC_ALL=C; export LC_ALL; unset LANGUAGE N; N=NONCE
 PATH=$PATH:/usr/sbin:/sbin:/usr/local/sbin:/usr/local/bin; export PATH
 E=
 b() { E="$E
-@NONCE begin $1
+@$N begin $1
 "; }
 e() { E="$E$O
-@NONCE end $?"; }
+@$N end $?"; }
 f() { printf '%s' "$E"; E=; }
 limit() {
   n=$1; shift
@@ -3084,26 +3084,26 @@ d() {
 }
 run() {
   { t=$(date +%s); limit "$1" /bin/sh -c "$2"; s=$?; [ $s -le 255 ] || s=$((128 + s % 128))
-    printf '\n@NONCE status %s %s .\n' $s $(($(date +%s) - t)); } 2>/dev/null | keep
+    printf '\n@%s status %s %s .\n' $N $s $(($(date +%s) - t)); } 2>/dev/null | keep
 }
 keep() {
-  kept= last= s=lost
+  kept= last= s=lost m="@$N status "
   while :; do
     new=$(dd bs=4096 count=1 2>/dev/null; echo .); new=${new%.}
     [ "$new" ] || break
     [ ${#kept} -gt 4300 ] || kept=$kept$new
     last=$last$new
-    case $last in *'@NONCE status '*' .'*) s=${last#*'@NONCE status '}; s=${s%% .*}; break;; esac
+    case $last in *"$m"*' .'*) s=${last#*$m}; s=${s%% .*}; break;; esac
     last=$new
   done 2>/dev/null
-  printf '%.4096s\n@NONCE end %s\n' "${kept%%'@NONCE status '*}" "$s"
+  printf '%.4096s\n@%s end %s\n' "${kept%%$m*}" $N "$s"
 }
 case $(uname -s) in
 BRANCHESesac
 T=; timeout -k 1 1 true >/dev/null 2>&1 && T=y
 CHECKScase $(uname -s) in
 DISKSesac
-f; printf '\n@NONCE done\n'
+f; printf '\n@%s done\n' $N
 exit 0
 } </dev/null 2>&1
 """
