@@ -6,10 +6,20 @@ import os
 import re
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
-from windows_python import EMBEDDED, EMBEDDED_SHA256, INSTALL, REQUIREMENTS, SKIPPED
+from windows_python import (
+    EMBEDDED,
+    EMBEDDED_SHA256,
+    INSTALL,
+    NO_POWERSHELL,
+    REQUIREMENTS,
+    SKIPPED,
+    Unavailable,
+    unpack_powershell,
+)
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="wine is for UNIX")
 SCRIPT = REQUIREMENTS.with_name("windows_python.py")
@@ -31,3 +41,20 @@ def test_whatever_is_downloaded_is_pinned_by_hash() -> None:
     assert [line for line in lines if not pinned.fullmatch(line)] == []
     assert re.fullmatch(r"[\w-]+==[\d.]+", EMBEDDED)
     assert re.fullmatch("[0-9a-f]{64}", EMBEDDED_SHA256)
+
+
+def test_powershell_is_what_is_named_or_an_archive_unpacked_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("HEALTHCHECKER_PWSH", raising=False)
+    with pytest.raises(Unavailable, match=NO_POWERSHELL):
+        unpack_powershell(tmp_path, tmp_path)
+    (tmp_path / "pwsh.exe").write_bytes(b"MZ")
+    with tarfile.open(tmp_path / "pwsh-7.tar.xz", "w:xz") as archive:
+        archive.add(tmp_path / "pwsh.exe", "pwsh.exe")
+    program = unpack_powershell(tmp_path, tmp_path)
+    assert program == tmp_path / "pwsh" / "pwsh.exe" and program.read_bytes() == b"MZ"
+    (tmp_path / "pwsh-7.tar.xz").unlink()
+    assert unpack_powershell(tmp_path, tmp_path) == program
+    monkeypatch.setenv("HEALTHCHECKER_PWSH", str(tmp_path / "other.exe"))
+    assert unpack_powershell(tmp_path, tmp_path) == tmp_path / "other.exe"

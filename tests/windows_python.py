@@ -1,4 +1,4 @@
-"""Windows CPython 3.11 in wine: builds it once in a folder of its own, then runs a command under it.
+"""Windows CPython 3.11 and PowerShell in wine: builds both once in a folder of their own, then runs a command under it.
 
     python tests/windows_python.py -- -m pytest -q tests/test_vault.py
     python tests/windows_python.py --pin requirements.txt     # makes windows-requirements.txt again
@@ -6,13 +6,13 @@
 Everything downloaded is pinned by hash, and nothing of it runs outside of wine. The exit code is the
 command's own; SKIPPED (and a line "skipped: ..." with what is missing) where Windows Python cannot be had;
 TIMED_OUT after --timeout seconds. Every process of the wine prefix has ended when this returns.
+Without PowerShell (see unpack_powershell) it runs all the same, and tests that need it are skipped.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import fcntl
 import hashlib
 import io
 import json
@@ -21,18 +21,25 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import tempfile
 import threading
 import time
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
+if sys.platform != "win32":
+    import fcntl
+
 REQUIREMENTS = Path(__file__).resolve().with_name("windows-requirements.txt")
-FOLDER = REQUIREMENTS.parent.parent / ".wine-python"
+ROOT = REQUIREMENTS.parent.parent
+FOLDER = ROOT / ".wine-python"
+POWERSHELL_ARCHIVES = ROOT.parent / "shared" / "windows"
 SKIPPED = 77  # exit code, the one automake gives a skipped test
 TIMED_OUT = 124  # exit code, the one of timeout(1)
+NO_POWERSHELL = "no PowerShell for Windows: HEALTHCHECKER_PWSH names none, ../shared/windows has no archive"
 INSTALL = "on Debian: apt-get install wine64 gcc-mingw-w64-x86-64"
 COMPILER = "x86_64-w64-mingw32-gcc"
 
@@ -65,7 +72,7 @@ __declspec(dllexport) BOOL WINAPI ProcessPrng(PBYTE buffer, SIZE_T size)
 
 
 class Unavailable(Exception):
-    """Windows Python cannot be had here; the message says what is missing."""
+    """A part of Windows cannot be had here; the message says what is missing."""
 
 
 class Wine:
@@ -78,12 +85,15 @@ class Wine:
         self.server = find_program(str(beside / "wineserver"), "wineserver", "/usr/lib/wine/wineserver")
         # The caller's settings of Python would count there too, and a display would be asked for windows.
         kept = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON") and k != "DISPLAY"}
-        self.environment: Mapping[str, str] = {
+        self.environment: dict[str, str] = {
             **kept,
             "WINEPREFIX": str(prefix),
             "WINEARCH": "win64",
             "WINEDEBUG": "-all",
-            "WINEDLLOVERRIDES": "mscoree=d;mshtml=d;winemenubuilder.exe=d;winedbg.exe=d",
+            "WINEDLLOVERRIDES": "mshtml=d;winemenubuilder.exe=d;winedbg.exe=d",
+            "DOTNET_EnableWriteXorExecute": "0",  # or .NET ends with "Internal CLR error"
+            "POWERSHELL_TELEMETRY_OPTOUT": "1",
+            "POWERSHELL_UPDATECHECK": "Off",
             # Not beside the sources: a Python 3.11 of this system would take these files for its own.
             "PYTHONPYCACHEPREFIX": f"Z:{prefix.with_name('cache')}",
         }
@@ -223,7 +233,11 @@ def build_stub(library: Path) -> None:
 
 
 def build_prefix(wine: Wine) -> None:
-    """Makes the wine prefix and gives back the 650 MB that its copies of wine's own libraries take."""
+    """Makes the wine prefix, once, and gives back the 650 MB that its copies of wine's own libraries take."""
+    whole = wine.prefix / "whole"
+    if whole.exists():
+        return
+    shutil.rmtree(wine.prefix, ignore_errors=True)
     wine.prefix.mkdir(parents=True)
     output = io.BytesIO()
     code = wine.run(["wineboot", "--init"], 300, output)
@@ -236,6 +250,48 @@ def build_prefix(wine: Wine) -> None:
         if original.is_file() and not copy.is_symlink() and copy.read_bytes() == original.read_bytes():
             copy.unlink()
             copy.symlink_to(original)
+    whole.touch()
+
+
+def unpack_powershell(folder: Path, archives: Path = POWERSHELL_ARCHIVES) -> Path:
+    """The pwsh.exe that HEALTHCHECKER_PWSH names, or that of an archive, unpacked once. Raises Unavailable."""
+    if named := os.environ.get("HEALTHCHECKER_PWSH"):
+        return Path(named).resolve()
+    home = folder / "pwsh"
+    if not home.exists():
+        archive = next(archives.glob("pwsh-*.tar.xz"), None)
+        if archive is None:
+            raise Unavailable(NO_POWERSHELL)
+        fresh = home.with_suffix(".new")
+        shutil.rmtree(fresh, ignore_errors=True)
+        with tarfile.open(archive) as bundle:
+            bundle.extraction_filter = getattr(tarfile, "data_filter", lambda member, _: member)
+            bundle.extractall(fresh)
+        fresh.rename(home)
+    return home / "pwsh.exe"
+
+
+def as_windows(path: Path) -> str:
+    """How programs in wine call a file of this system."""
+    return "Z:" + str(path).replace("/", "\\")
+
+
+def find_powershell(folder: Path) -> str:
+    """Where programs in wine find PowerShell; nowhere, where there is none."""
+    try:
+        return as_windows(unpack_powershell(folder))
+    except Unavailable:
+        return ""
+
+
+@contextlib.contextmanager
+def locked(folder: Path, *, alone: bool) -> Iterator[None]:
+    """Those who use the prefix side by side, or whoever builds in it or ends all that runs there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w", encoding="ascii") as lock:
+        if sys.platform != "win32":
+            fcntl.flock(lock, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
+        yield
 
 
 def build(folder: Path) -> Wine:
@@ -244,14 +300,14 @@ def build(folder: Path) -> Wine:
     find_program(COMPILER)
     wanted = hashlib.sha256(Path(__file__).read_bytes() + REQUIREMENTS.read_bytes()).hexdigest()
     wine.end()  # what a killed run may have left
+    build_prefix(wine)
     if stamp.is_file() and stamp.read_text(encoding="ascii") == wanted:
         return wine
     print(f"building Windows Python in {folder}", flush=True)
-    for old in (python, wine.prefix, folder / "cache"):
+    for old in (python, folder / "cache"):
         shutil.rmtree(old, ignore_errors=True)
     build_python(python)
     build_stub(python / "bcryptprimitives.dll")
-    build_prefix(wine)
     stamp.write_text(wanted, encoding="ascii")
     return wine
 
@@ -285,10 +341,9 @@ def main() -> int:
     try:
         if options.pin:
             return pin(options.pin)
-        folder.mkdir(parents=True, exist_ok=True)
-        with (folder / "lock").open("w", encoding="ascii") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # in turns: the end of a run ends every process of the prefix
+        with locked(folder, alone=True):
             wine = build(folder)
+            wine.environment |= {"HEALTHCHECKER_PWSH": find_powershell(folder)}
             command = [str(folder / "python" / "python.exe"), *options.command]
             return wine.run(command, options.timeout, sys.stdout.buffer)
     except Unavailable as missing:

@@ -1,7 +1,8 @@
 """A loopback WSMan/PSRP server: what a Windows host answers, as far as an unmodified pypsrp can tell.
 
-It runs no PowerShell. A script comes in over real sockets, TLS, NTLM and encryption, and `answer` says what
-came of it. Each step of the conversation can be made to misbehave, before or while the server runs.
+It runs no PowerShell, unless `open_shell` gives it one (tests/pwsh.py). A script comes in over real sockets, TLS, NTLM
+and encryption, and `answer` says what came of it. Each step of the conversation can be made to misbehave, before or
+while the server runs.
 Sections: certificates, answers, shells, messages, connections, the server.
 """
 
@@ -228,8 +229,9 @@ class Pipeline:
 class Shell:
     """A runspace pool on the server. `changed` guards everything in it (psrpcore has no locks of its own)."""
 
-    def __init__(self, resource_uri: str, idle_timeout: str) -> None:
+    def __init__(self, owner: WSManServer, resource_uri: str, idle_timeout: str) -> None:
         self.id = ""
+        self.owner = owner
         self.resource_uri = resource_uri
         self.configuration_name = resource_uri.rpartition("/")[2]
         self.idle_timeout = idle_timeout  # as sent, an XML duration such as PT60S
@@ -246,13 +248,50 @@ class Shell:
             sent.extend(stream_fragments(self._pool.data_to_send()))
         self._opening.extend((sent[:-1], sent[-1:]))
 
-    def receive_opening(self) -> list[bytes]:
-        """Give the next messages of the opening; none when all were sent."""
+    def send(self, user: str, command_id: str, fragments: bytes) -> None:
+        """Take a part of a command; what is complete gets its answer."""
         with self.changed:
-            return self._opening.popleft() if self._opening else []
+            for event in self._receive_fragments(command_id, fragments):
+                script = Script("; ".join(map(str, event.pipeline.commands)))
+                script.user, script.configuration_name = user, self.configuration_name
+                self.pipelines[command_id].start(self.owner.answer_to(script))
+            self.changed.notify_all()
 
-    def receive_fragments(self, command_id: str, fragments: bytes) -> list[CreatePipelineEvent]:
-        """Take a part of a command; give the complete pipelines that came of it. `changed` is held."""
+    def receive(self, command_id: str, ends: float) -> tuple[list[bytes], bool]:
+        """Give what the shell (no id) or a command has to say until a moment, and whether that is all."""
+        with self.changed:
+            if not command_id:
+                return (self._opening.popleft() if self._opening else []), False
+            pipeline = self.pipelines.get(command_id)
+            if not pipeline:
+                raise FAULTS["shell gone"]
+            while (now := time.monotonic()) < pipeline.ready_at:
+                self.may_wait(now, ends)
+                self.changed.wait(min(ends, pipeline.ready_at) - now)
+            return pipeline.next_batch(CHUNK_SIZE)
+
+    def may_wait(self, now: float, ends: float) -> None:
+        """Raise what a client hears that has waited long enough, or whose server ends."""
+        if self.owner.closing.is_set():
+            raise Hangup
+        if now >= ends:
+            raise FAULTS["operation timeout"]
+
+    def signal(self, command_id: str, terminate: bool) -> None:
+        """Stop a command, or forget it."""
+        with self.changed:
+            if terminate:
+                self.pipelines.pop(command_id, None)
+            elif command_id in self.pipelines:
+                self.pipelines[command_id].stop()
+            self.changed.notify_all()
+
+    def close(self) -> None:
+        """Wake whoever waits for it."""
+        with self.changed:
+            self.changed.notify_all()
+
+    def _receive_fragments(self, command_id: str, fragments: bytes) -> list[CreatePipelineEvent]:
         if command_id not in self.pipelines:
             self.pipelines[command_id] = Pipeline(
                 self._pool, command_id
@@ -561,7 +600,9 @@ class Connection(SecuredConnection):
             self._reply(*reply.parts)
 
     def _on_create(self, message: Message) -> str:
-        shell = Shell(message.resource_uri, message.text("s:Body/rsp:Shell/rsp:IdleTimeOut"))
+        shell = self.owner.open_shell(
+            self.owner, message.resource_uri, message.text("s:Body/rsp:Shell/rsp:IdleTimeOut")
+        )
         shell.id = message.attribute("s:Body/rsp:Shell", "ShellId").upper()
         shell.create(base64.b64decode(message.text("s:Body/rsp:Shell/p:creationXml")))
         self.owner.add_shell(shell)
@@ -584,47 +625,21 @@ class Connection(SecuredConnection):
         return "<rsp:SendResponse/>"
 
     def _take_fragments(self, message: Message, command_id: str, fragments: str) -> None:
-        shell = self.owner.find_shell(message)
-        with shell.changed:
-            for event in shell.receive_fragments(command_id, base64.b64decode(fragments)):
-                script = Script("; ".join(map(str, event.pipeline.commands)))
-                script.user, script.configuration_name = self.user, shell.configuration_name
-                shell.pipelines[command_id].start(self.owner.answer_to(script))
-            shell.changed.notify_all()
+        self.owner.find_shell(message).send(self.user, command_id, base64.b64decode(fragments))
 
     def _on_receive(self, message: Message) -> str:
         shell, command_id = self.owner.find_shell(message), message.receiving_command
-        if not command_id:
-            return receive_body(shell.receive_opening(), "", False)
-        with shell.changed:
-            pipeline = shell.pipelines.get(command_id)
-            if not pipeline:
-                raise FAULTS["shell gone"]
-            self._wait_for(shell, pipeline, time.monotonic() + message.operation_timeout)
-            fragments, done = pipeline.next_batch(CHUNK_SIZE)
-            return receive_body(fragments, command_id, done)
-
-    def _wait_for(self, shell: Shell, pipeline: Pipeline, ends: float) -> None:
-        while (now := time.monotonic()) < pipeline.ready_at:
-            if self.owner.closing.is_set():
-                raise Hangup
-            if now >= ends:
-                raise FAULTS["operation timeout"]
-            shell.changed.wait(min(ends, pipeline.ready_at) - now)
+        fragments, done = shell.receive(command_id, time.monotonic() + message.operation_timeout)
+        return receive_body(fragments, command_id, done)
 
     def _on_signal(self, message: Message) -> str:
-        shell = self.owner.find_shell(message)
         command_id = message.attribute("s:Body/rsp:Signal", "CommandId").upper()
-        with shell.changed:
-            if message.text("s:Body/rsp:Signal/rsp:Code").endswith("Terminate"):
-                shell.pipelines.pop(command_id, None)
-            elif command_id in shell.pipelines:
-                shell.pipelines[command_id].stop()
-            shell.changed.notify_all()
+        code = message.text("s:Body/rsp:Signal/rsp:Code")
+        self.owner.find_shell(message).signal(command_id, code.endswith("Terminate"))
         return "<rsp:SignalResponse/>"
 
     def _on_delete(self, message: Message) -> str:
-        self.owner.remove_shell(message)
+        self.owner.remove_shell(message).close()
         return ""
 
     # --- misbehaviour
@@ -799,6 +814,7 @@ class WSManServer:
     users: dict[str, str] = field(default_factory=lambda: {"monitor": "correct horse"})
     channel_binding: bool = True
     shell_limit: int = SHELL_LIMIT
+    open_shell: Callable[[WSManServer, str, str], Shell] = Shell  # of a server, a resource URI and an idle time
 
     def __post_init__(self) -> None:
         self.polls = 0  # scripts answered
@@ -828,8 +844,7 @@ class WSManServer:
         self._thread.join(60)
         self._listener.close_connections()
         for shell in list(self.shells.values()):
-            with shell.changed:
-                shell.changed.notify_all()
+            shell.close()
         self._listener.server_close()
         ACCOUNTS.end()
         self._folder.cleanup()
@@ -893,10 +908,10 @@ class WSManServer:
         with self._lock:
             return self.shells.get(message.shell_id) or _raise(FAULTS["shell gone"])
 
-    def remove_shell(self, message: Message) -> None:
-        """Close the shell that a message is for."""
+    def remove_shell(self, message: Message) -> Shell:
+        """Take out the shell that a message is for."""
         with self._lock:
-            return None if self.shells.pop(message.shell_id, None) else _raise(FAULTS["shell gone"])
+            return self.shells.pop(message.shell_id, None) or _raise(FAULTS["shell gone"])
 
     def new_context(self, bindings: GssChannelBindings | None) -> Any:
         """Make a connection's side of NTLM, in Python on every system: SSPI knows nothing of `users`."""

@@ -1,0 +1,215 @@
+"""A Windows host with a real PowerShell: a shell of tests/wsman_server.py that is a process `pwsh.exe -s`.
+
+PowerShell's own remoting server speaks PSRP over its standard streams, an XML element a line: fragments are passed on
+as they come, and nothing here knows what they say. Anything but Windows needs wine64 and PowerShell's archive (see
+tests/windows_python.py); HEALTHCHECKER_PWSH names another pwsh.exe, or Windows' own powershell.exe.
+"""
+
+from __future__ import annotations
+
+import base64
+import collections
+import contextlib
+import functools
+import itertools
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from windows_python import FOLDER, Unavailable, Wine, as_windows, build_prefix, locked, unpack_powershell
+from wsman_server import CHUNK_SIZE, FAULTS, Shell, WSManServer
+
+MODULES = Path(__file__).with_name("modules")  # a stand-in for CIM, which wine has not
+ROWS: dict[str, Any] = json.loads((MODULES / "CimCmdlets" / "cim.json").read_text(encoding="utf-8"))
+NOBODY = "00000000-0000-0000-0000-000000000000"  # the shell itself, in place of a command
+ELEMENT = re.compile(r"<(\w+)(?: Stream='\w+')? PSGuid='([^']+)'\s*(?:/>|>([^<]*)<)")
+ANSWER_TIME = 120.0  # seconds in which the engine acknowledges a command, at its first start, too
+CLOSING_TIME = 2.0  # seconds in which it ends by itself
+SESSION = "@{ SchemaVersion = '2.0.0.0'; GUID = '6f3a2a0e-5c7e-4f6c-9b3e-0d1c2b3a4f5e'; "
+FULL = ""
+CONSTRAINED = f"{SESSION}SessionType = 'Default'; LanguageMode = 'ConstrainedLanguage' }}"
+RESTRICTED = f"{SESSION}SessionType = 'Default'; LanguageMode = 'RestrictedLanguage' }}"
+NO_LANGUAGE = f"{SESSION}SessionType = 'RestrictedRemoteServer' }}"
+
+# === The engine ==============================================================
+
+
+class Engine:
+    """How to start PowerShell. One process is always on its way, for wine's services end with its last one.
+
+    `folder` is where a test puts what the engine shall see."""
+
+    def __init__(self, folder: Path, program: Path, wine: Wine | None) -> None:
+        self.folder, self.wine = folder, wine
+        self.command = [wine.program, str(program)] if wine else [str(program)]
+        self.five = program.name.lower() == "powershell.exe"  # which has no -ConfigurationFile
+        self.environment = dict(os.environ)
+        if wine:
+            self.environment = {**wine.environment, "PSModulePath": as_windows(MODULES)}
+            self.environment["HC_CIM"] = as_windows(folder / "cim.json")
+            self.set_rows()
+        self._sessions = itertools.count()
+        self._lock = threading.Lock()  # guards _spare
+        self._spare: dict[tuple[str, ...], subprocess.Popen[bytes]] = {}
+
+    def set_rows(self, **changes: Any) -> None:
+        """What CIM answers from now on: a class with its rows, "denied", or None where there is no such class."""
+        rows = {name: value for name, value in (ROWS | changes).items() if value is not None}
+        (self.folder / "cim.json").write_text(json.dumps(rows), encoding="utf-8")
+
+    def path(self, file: Path) -> str:
+        """How the engine calls a file."""
+        return as_windows(file) if self.wine else str(file)
+
+    def write(self, name: str, text: str) -> str:
+        """Put a file there; how the engine calls it."""
+        (self.folder / name).write_text(text, encoding="utf-8")
+        return self.path(self.folder / name)
+
+    def opener(self, session: str = FULL) -> Callable[[WSManServer, str, str], Shell]:
+        """For WSManServer's `open_shell`: shells with a session configuration, the text of a .pssc file."""
+        arguments: tuple[str, ...] = ()
+        if session:
+            if self.five:
+                pytest.skip("Windows PowerShell takes session configurations from Register-PSSessionConfiguration only")
+            arguments = ("-ConfigurationFile", self.write(f"{next(self._sessions)}.pssc", session))
+        return functools.partial(EngineShell, lambda: self._take(arguments))
+
+    def close(self) -> None:
+        """End the processes that nobody took."""
+        for process in self._spare.values():
+            process.kill()
+            process.communicate()
+
+    def _take(self, arguments: tuple[str, ...]) -> subprocess.Popen[bytes]:
+        """The process that was started for these arguments the last time; the next one is started."""
+        with self._lock:
+            taken, self._spare[arguments] = self._spare.pop(arguments, None), self._start(arguments)
+        return taken or self._start(arguments)
+
+    def _start(self, arguments: tuple[str, ...]) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(
+            [*self.command, "-s", "-NoProfile", "-NoLogo", *arguments],
+            env=self.environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+        )
+
+
+@contextlib.contextmanager
+def open_engine() -> Iterator[Engine]:
+    """The engine for a run of tests; skips them where it cannot be had."""
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True)))
+        try:
+            wine = stack.enter_context(_prefix()) if sys.platform != "win32" else None
+            engine = Engine(folder, unpack_powershell(FOLDER), wine)
+        except Unavailable as missing:
+            pytest.skip(str(missing))
+        stack.callback(engine.close)
+        yield engine
+
+
+@contextlib.contextmanager
+def _prefix() -> Iterator[Wine]:
+    """The wine prefix, with all that is in it, beside others who use it."""
+    wine = Wine(FOLDER / "prefix")
+    unpacked = "HEALTHCHECKER_PWSH" in os.environ or (FOLDER / "pwsh").exists()
+    if not (unpacked and (wine.prefix / "whole").exists()):
+        with locked(FOLDER, alone=True):
+            unpack_powershell(FOLDER)
+            build_prefix(wine)
+    with locked(FOLDER, alone=False):
+        yield wine
+
+
+# === A shell =================================================================
+
+
+class EngineShell(Shell):
+    """A shell that is a process. `changed` guards what came of it and what is written to it."""
+
+    def __init__(self, start: Callable[[], subprocess.Popen[bytes]], owner: WSManServer, uri: str, idle: str) -> None:
+        super().__init__(owner, uri, idle)
+        self.process = start()
+        self.alive = True
+        self._fragments: dict[str, collections.deque[bytes]] = collections.defaultdict(collections.deque)
+        self._begun: set[str] = set()
+        self._acknowledged: set[str] = set()
+        self._reader = threading.Thread(target=self._read, name="pwsh")
+        self._reader.start()
+
+    def create(self, fragments: bytes) -> None:
+        self.send("", NOBODY, fragments)
+
+    def send(self, user: str, command_id: str, fragments: bytes) -> None:
+        command_id = command_id or NOBODY  # what is for the pool itself has none
+        with self.changed:
+            if not self.alive:
+                raise FAULTS["shell gone"]
+            if command_id not in self._begun | {NOBODY}:
+                self._begun.add(command_id)
+                self._write(f"<Command PSGuid='{command_id.lower()}' />")
+                self.changed.wait_for(lambda: not self.alive or command_id in self._acknowledged, ANSWER_TIME)
+            text = base64.b64encode(fragments).decode()
+            self._write(f"<Data Stream='Default' PSGuid='{command_id.lower()}'>{text}</Data>")
+
+    def receive(self, command_id: str, ends: float) -> tuple[list[bytes], bool]:
+        with self.changed:
+            waiting, taken = self._fragments[command_id or NOBODY], list[bytes]()
+            while not waiting:
+                if not self.alive:
+                    raise FAULTS["shell gone"]
+                self.may_wait(time.monotonic(), ends)
+                self.changed.wait(max(0, ends - time.monotonic()))
+            while waiting and sum(map(len, taken)) + len(waiting[0]) <= CHUNK_SIZE:
+                taken.append(waiting.popleft())
+            return taken, False  # pypsrp reads the end from the fragments
+
+    def signal(self, command_id: str, terminate: bool) -> None:
+        with self.changed:
+            self._write(f"<{'Close' if terminate else 'Signal'} PSGuid='{command_id.lower()}' />")
+
+    def close(self) -> None:
+        with self.changed:
+            self._write(f"<Close PSGuid='{NOBODY}' />")
+            with contextlib.suppress(OSError):  # it may have died
+                assert self.process.stdin
+                self.process.stdin.close()  # or it would wait for another Create
+            self.changed.notify_all()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(CLOSING_TIME)
+        self.process.kill()
+        self.process.wait()
+        self._reader.join()
+
+    def _write(self, element: str) -> None:
+        assert self.process.stdin
+        with contextlib.suppress(OSError, ValueError):  # a process that died or was closed is seen by whoever receives
+            self.process.stdin.write(element.encode() + b"\n")
+            self.process.stdin.flush()
+
+    def _read(self) -> None:
+        assert self.process.stdout
+        with self.process.stdout as lines:
+            for element in filter(None, (ELEMENT.match(line.decode()) for line in lines)):
+                kind, who = element[1], element[2].upper()
+                with self.changed:
+                    if kind == "Data":
+                        self._fragments[who].append(base64.b64decode(element[3]))
+                    elif kind == "CommandAck":
+                        self._acknowledged.add(who)
+                    self.changed.notify_all()
+        with self.changed:
+            self.alive = False
+            self.changed.notify_all()
