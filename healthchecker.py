@@ -184,6 +184,12 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("healthchecker")
 
+# The clock of the lease counts the time of a suspended machine, or its gate would be open on answers that are hours
+# old: so do CLOCK_BOOTTIME of Linux, CLOCK_MONOTONIC of macOS and what Windows has.
+lease_clock: Callable[[], float] = time.monotonic
+if sys.platform != "win32":
+    lease_clock = functools.partial(time.clock_gettime, getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
+
 SECRET_LENGTH = 1024            # characters of a password at most: a longer one only costs time
 LAST_PORT = 65535
 NAME_CHARS = 253                # characters, the length of the longest host name
@@ -1060,7 +1066,8 @@ def hash_password(password: str, salt: bytes, rounds: int = PBKDF2_ROUNDS) -> by
 # alone opens it, in any thread: reads see one state, writes wait for each other. Secrets are stored sealed only.
 # Everything is SQL that PostgreSQL has, too, but for opening, migrating, and the upserts of Poll.
 # Gives: Base, binding, Changes, Event, import_inventory, inspect_database, load_targets, lock_database, LoginSession,
-# open_vault, reseal, Resource, revise, revision, sealed_tokens, Status, Store, Target, target_of, update_row, User
+# open_vault, reseal, Resource, revise, revision, sealed_tokens, Setting, Status, Store, Target, target_of, update_row,
+# User
 SALT_BYTES = 16                 # bytes, NIST SP 800-132
 BUSY_TIMEOUT = 5.0              # seconds a writer waits for another one
 
@@ -1190,7 +1197,7 @@ class Event(Base):
     __tablename__ = "event"
     id: Mapped[int] = mapped_column(primary_key=True)
     at: Mapped[float] = mapped_column(index=True)       # Unix time
-    kind: Mapped[str]           # gate | state | change | login
+    kind: Mapped[str]           # gate | state | change | login | clock
     resource: Mapped[str]       # its name, empty for none; outlives the resource
     text: Mapped[str]           # one line
     actor: Mapped[str]          # name of the user, empty for the service itself
@@ -1730,6 +1737,12 @@ class LoginGuard:
         with self._turn:
             return len(self._counted(self._wrong))
 
+    @property
+    def is_used(self) -> bool:
+        """Whether it knows, or is about to be told, what must not be forgotten."""
+        with self._turn:
+            return bool(self._asked or self._running or self.refusals)
+
     def _counted(self, times: list[float]) -> list[float]:
         """Those that still count; the others are dropped."""
         if times and self._clock() - times[-1] >= LOCKOUT_WINDOW:
@@ -1821,6 +1834,7 @@ class Guards:
         self._salt = secrets.token_bytes(16)
         self._guards: dict[tuple[str, bytes], LoginGuard] = {}      # by user and credential
         self._typed: dict[str, LoginGuard] = {}     # by user: whoever guesses has a new password each time
+        self._lock = threading.Lock()               # guards which ones there are
 
     def _key(self, target: Target) -> tuple[str, bytes]:
         """Equal for the same user with the same secret; does not give the secret away."""
@@ -1837,20 +1851,22 @@ class Guards:
         """The guard of what somebody tries now: that of the credential if it is watched, else of all tries of its
         user, which count together with what is watched."""
         user, _ = key = self._key(target)
-        if target.settings.key_file or target.settings.certificate_file or key in self._guards:
-            guard = self.of(target)
-        else:
-            guard = self._typed.setdefault(user, LoginGuard())
-            for (watched, _), other in list(self._guards.items()):
-                if watched == user:
-                    guard.count_with(other)
-        guard.ask(target.name)
+        with self._lock:
+            if target.settings.key_file or target.settings.certificate_file or key in self._guards:
+                guard = self.of(target)
+            else:
+                guard = self._typed.setdefault(user, LoginGuard())
+                for (watched, _), other in list(self._guards.items()):
+                    if watched == user:
+                        guard.count_with(other)
+            guard.ask(target.name)
         return guard
 
     def keep(self, targets: Iterable[Target]) -> None:
         """Forgets the credentials of all others."""
-        self._guards = {key: self._guards.get(key) or LoginGuard() for key in map(self._key, targets)}
-        self._typed = {user: guard for user, guard in list(self._typed.items()) if guard.refusals}
+        with self._lock:
+            self._guards = {key: self._guards.get(key) or LoginGuard() for key in map(self._key, targets)}
+            self._typed = {user: guard for user, guard in self._typed.items() if guard.is_used}
 
 
 # === SSH =====================================================================
@@ -3677,7 +3693,7 @@ DEFAULT_TTL = 132.0             # seconds; the lease of a resource with default 
 
 
 class Lease:
-    """Two monotonic times in shared memory: until when the application is healthy, and when it can be so again."""
+    """Two times of lease_clock in shared memory: until when the application is healthy, and when it can be so again."""
 
     def __init__(self) -> None:
         self.until: ctypes.c_double = multiprocessing.RawValue(ctypes.c_double, 0.0)
@@ -3718,12 +3734,12 @@ class LeaseHeap:
 class HealthAggregator:
     """One answer for all resources: `SetResource` reports, `IsHealthy` asks.
 
-    The answer is a lease: the monotonic time until which everything is known to be healthy. A report renews its
+    The answer is a lease: the time of lease_clock until which everything is known to be healthy. A report renews its
     resource's part for `ttl` seconds, the earliest part is the lease, and it is 0 while a resource is unhealthy or,
     at the start, without a result. So nobody who stops reporting is taken for healthy.
     """
 
-    def __init__(self, lease: Lease | None = None, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, lease: Lease | None = None, clock: Callable[[], float] = lease_clock) -> None:
         self.lease = lease or Lease()
         self.transitions: queue.SimpleQueue[tuple[float, bool, str]] = queue.SimpleQueue()  # Unix time, open, why
         self._clock = clock
@@ -3828,7 +3844,9 @@ class HealthAggregator:
 # Gives: METRICS, POLLS, POLL_MARKS, SPANS, SAMPLES, highest_readings, Report, record_event, events, PastPoll, samples,
 # roll_up, prune, prune_events, availability, Point, chart
 DAY = 86_400                    # seconds
-PRUNE_ROWS = 10_000             # rows of a resource, or events, that are dropped at once
+PRUNE_ROWS = 10, 10_000         # rows of a resource, or events, that are dropped at once, at least and at most
+PRUNE_PART = 50                 # of how many rows one is dropped at once: a clock that is wrong takes half a day to
+                                # drop half of them, and an ordinary quarter drops fewer
 EVENTS = 100_000                # events of a kind that are kept at most: a resource may flap for a year
 METRICS = ("cpu_percent", "memory_percent", "swap_percent", "disk_percent", "load_per_cpu", "seconds")
 READING_MAX = 2 ** 31 - 1       # hundredths, what an INTEGER holds
@@ -3938,10 +3956,12 @@ class PastPoll(NamedTuple):
     readings: dict[str, float]
 
 
-def samples(session: Session, resource_id: int, *, since: float = 0.0, limit: int = STRIP) -> list[PastPoll]:
-    """The last polls of a resource, oldest first, `limit` of them, none before `since` (Unix time)."""
-    rows = session.execute(sqlalchemy.select(SAMPLES).where(SAMPLES.c.resource_id == resource_id, SAMPLES.c.at >= since)
-                           .order_by(SAMPLES.c.at.desc()).limit(limit)).mappings().all()
+def samples(session: Session, resource_id: int, now: float, *, since: float = 0.0,
+            limit: int = STRIP) -> list[PastPoll]:
+    """The last polls of a resource until `now`, oldest first, `limit` of them, none before `since` (Unix times)."""
+    rows = session.execute(sqlalchemy.select(SAMPLES).where(
+        SAMPLES.c.resource_id == resource_id, SAMPLES.c.at.between(since, now)
+    ).order_by(SAMPLES.c.at.desc()).limit(limit)).mappings().all()
     return [PastPoll(row["at"], *POLLS[row["poll"]], row["reason"], POLLS[row["standing"]][0],
                      {metric: row[metric] / 100 for metric in METRICS if row[metric] is not None})
             for row in reversed(rows)]
@@ -3996,12 +4016,13 @@ def roll_up(session: Session, resource_id: int, end: int) -> None:
 # Two for each table: both ends in one would be no range. Written out, for they run every second.
 PRUNE = tuple(sqlalchemy.text(
     f"DELETE FROM {table} WHERE resource_id = :id AND at IN (SELECT at FROM {table} "   # noqa: S608  # nobody's words
-    f"WHERE resource_id = :id AND {outside} LIMIT {PRUNE_ROWS})")
+    f"WHERE resource_id = :id AND {outside} LIMIT GREATEST({PRUNE_ROWS[0]}, LEAST({PRUNE_ROWS[1]}, "
+    f"(SELECT COUNT(*) / {PRUNE_PART} FROM {table} WHERE resource_id = :id))))")
     for table in ("sample", "average") for outside in (f"at < :{table}", "at > :future"))
 
 
 def prune(session: Session, resource_id: int, retention: Retention, now: float) -> None:
-    """Drops what is older than `retention`, PRUNED rows at most, and what is of a future that a clock once showed."""
+    """Drops what is older than `retention`, a part at most, and what is of a future that a clock once showed."""
     for statement in PRUNE:
         session.execute(statement, {"id": resource_id, "sample": now - retention.raw * DAY,
                                     "average": now - retention.averages * DAY, "future": now + QUARTER})
@@ -4009,11 +4030,13 @@ def prune(session: Session, resource_id: int, retention: Retention, now: float) 
 
 def prune_events(session: Session, retention: Retention, now: float) -> None:
     """Drops what is older than `retention`, and of each kind what is more than EVENTS: logins evict no change."""
-    for kind in session.scalars(sqlalchemy.select(Event.kind).distinct()).all():
-        last = sqlalchemy.select(Event.id).where(Event.kind == kind).order_by(Event.id.desc()).offset(EVENTS).limit(1)
-        doomed = sqlalchemy.select(Event.id).where(Event.kind == kind, sqlalchemy.or_(
-            Event.at < now - retention.events * DAY, Event.id <= last.scalar_subquery())).limit(PRUNE_ROWS)
-        session.execute(sqlalchemy.delete(Event).where(Event.id.in_(doomed)))
+    for kind, count in session.execute(sqlalchemy.select(Event.kind, func.count()).group_by(Event.kind)).all():
+        of_kind = sqlalchemy.select(Event.id).where(Event.kind == kind)
+        last = of_kind.order_by(Event.id.desc()).offset(EVENTS).limit(1)
+        old = of_kind.where(Event.at < now - retention.events * DAY).order_by(Event.id)
+        for doomed in (of_kind.where(Event.id <= last.scalar_subquery()).limit(PRUNE_ROWS[1]),
+                       old.limit(max(PRUNE_ROWS[0], count // PRUNE_PART))):
+            session.execute(sqlalchemy.delete(Event).where(Event.id.in_(doomed)))
 
 
 def availability(session: Session, resource_id: int, now: float) -> dict[str, float | None]:
@@ -4063,6 +4086,8 @@ LOGGED_IN_MARKS = tuple(POLL_MARKS[meaning] for meaning in (
     ("healthy", ""), ("degraded", "limit"), ("unhealthy", "limit"), ("unhealthy", "check")))
 REFUSED_MARK = POLL_MARKS["unhealthy", "auth"]
 LAST_FLUSH = 1.5                # seconds for the last reports to be written when the service ends
+FOLLOW_WAIT = 20.0              # seconds for the pollers to follow the rows, on a machine that is busy
+CLOCK_STEP = 60.0               # seconds by which a clock that was set differs from one that is only adjusted
 
 # An insert of a table costs half of what one of its class does.
 INSERT_STATUS = sqlite.insert(Base.metadata.tables["status"])
@@ -4219,7 +4244,7 @@ class Poller(threading.Thread):
         self._connection = CONNECTIONS[target.settings.platform](target, guard, context.access)
         self._previous: Sample | None = None
         self._due_mono = time.monotonic() + delay
-        self.expires_mono = self._due_mono + target.settings.ttl      # without a report until then it is stale
+        self.expires_mono = lease_clock() + delay + target.settings.ttl     # without a report until then it is stale
         self._woken = threading.Event()
         self._asked: queue.SimpleQueue[concurrent.futures.Future[Report]] = queue.SimpleQueue()     # see poll_now
         self._stopped = False
@@ -4258,11 +4283,11 @@ class Poller(threading.Thread):
         with self._lock:
             if self.standing.state != "unknown":
                 self._context.aggregator.set_resource(self.target.name, self.standing.healthy, self.standing.why,
-                                                    ttl=self.expires_mono - time.monotonic(), owner=self)
+                                                    ttl=self.expires_mono - lease_clock(), owner=self)
 
     def expire(self) -> None:
         """Makes the resource unhealthy, cause `stale`, when there was no result in time."""
-        if time.monotonic() < self.expires_mono:    # asked twice a second; _report looks again under the lock
+        if lease_clock() < self.expires_mono:   # asked twice a second; _report looks again under the lock
             return
         name, ttl = self.target.name, self.target.settings.ttl
         waits = self._guard.wait(name) > 0
@@ -4298,13 +4323,13 @@ class Poller(threading.Thread):
         retry = min(settings.interval, settings.retry_interval)
         with self._lock:
             stopped, before = self._stopped, self.standing
-            if verdict.cause == "stale" and time.monotonic() < self.expires_mono:
+            if verdict.cause == "stale" and lease_clock() < self.expires_mono:
                 return Report(self.target, before, before, verdict, at, seconds)
             after = self.standing = settle(before, verdict, settings, at)
             waits = self._guard.wait(settings.name) if verdict.cause == "auth" else 0.0
             if waits <= AUTH_BACKOFF:       # until the next attempt has an outcome
                 ttl = max(ttl, waits + settings.timeout + 2)
-            self.expires_mono = time.monotonic() + ttl + (waits if after.cause == "auth" else 0.0)
+            self.expires_mono = lease_clock() + ttl + (waits if after.cause == "auth" else 0.0)
             wait = waits or (retry if after.good else settings.interval)
             self._context.aggregator.set_resource(
                 settings.name, after.healthy, after.why, ttl=ttl, owner=self,
@@ -4315,22 +4340,41 @@ class Poller(threading.Thread):
         return report
 
 
-class Monitor(threading.Thread):
-    """Starts, stops and reconciles the pollers; restarts dead ones; sees leases expire."""
+def boot_number() -> int:
+    """Another one after each start of the machine; 0 where the system tells none."""
+    try:
+        return int(Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").replace("-", "")[:15], 16)
+    except (OSError, ValueError):
+        return 0
 
-    def __init__(self, store: Store, vault: Vault, context: PollContext) -> None:
+
+class Monitor(threading.Thread):
+    """Starts, stops and reconciles the pollers; restarts dead ones; sees leases expire, and that a clock was set."""
+
+    def __init__(self, store: Store, vault: Vault, context: PollContext,
+                 wall: Callable[[], float] = time.time) -> None:
         super().__init__(name="monitor", daemon=True)
-        self._store, self._vault, self._context = store, vault, context
+        self._store, self._vault, self._context, self._wall = store, vault, context, wall
         self.pollers: dict[str, Poller] = {}
         self.guards = Guards()
-        self._maintenance_ends_at: dict[str, float] = {}    # Unix times until which resources do not count
+        self._begun_mono = lease_clock()
+        self._zero_at = wall() - self._begun_mono   # the Unix time of lease_clock's 0, by which stored times are read
+        self.clock_step = 0.0, ""   # when the clock was set the last time, and how
+        # Until when resources do not count, as stored and by lease_clock: a clock that is set ends nothing.
+        self._maintenance: dict[str, tuple[float, float]] = {}
         self._revision = -1
         self._followed = threading.Condition()      # guards _revision; notified when the rows were followed
         self._ending = threading.Event()
 
     def begin(self) -> None:
         """Registers every resource, takes over fresh stored states and starts everything."""
+        now_at = self._zero_at
+        with self._store.reading() as session:
+            before = {row.name: row.value for row in session.scalars(sqlalchemy.select(Setting))}
+        if before.get("boot", 0) == boot_number() != 0:     # whatever became of the clock since
+            self._zero_at = before["clock"] / 1000
         self._reconcile()
+        self._take_clock(now_at)
         self._context.aggregator.start()
         self._context.recorder.start()
         self.start()
@@ -4356,7 +4400,7 @@ class Monitor(threading.Thread):
         with self._store.reading() as session:
             wanted = revision(session)
         with self._followed:
-            self._followed.wait_for(lambda: self._revision >= wanted, 4 * MONITOR_INTERVAL)
+            self._followed.wait_for(lambda: self._revision >= wanted, FOLLOW_WAIT)
 
     def poll_now(self, name: str, timeout: float) -> Report | None:
         """Polls a resource at once and waits until its report is written; None when there was none in `timeout`
@@ -4382,17 +4426,37 @@ class Monitor(threading.Thread):
                 self._launch(poller.target, 0.0, poller)
         self._recount()
         self._context.aggregator.note_expiry()
+        zero_at = self._wall() - lease_clock()
+        if abs(zero_at - self._zero_at) > CLOCK_STEP:
+            self._take_clock(zero_at)
         with self._store.reading() as session:
             current = revision(session)
         if current != self._revision:
             self._reconcile()
-        if any(0 < at <= time.time() for at in self._maintenance_ends_at.values()):
+        if any(at > 0 and self._is_over(name) for name, (at, _) in self._maintenance.items()):
             self._end_maintenance()
+
+    def _take_clock(self, zero_at: float) -> None:
+        """Takes down how the clock stands, for the next start, and notes that it was set."""
+        moved = zero_at - self._zero_at
+        self._zero_at = zero_at
+        with self._store.writing() as session:
+            for name, value in (("boot", boot_number()), ("clock", round(1000 * zero_at))):
+                session.merge(Setting(name=name, value=value))
+            if abs(moved) > CLOCK_STEP:
+                how = f"the clock was set {'forward' if moved > 0 else 'back'} by {abs(moved):,.0f} s"
+                self.clock_step = self._wall(), how
+                log.warning("%s", how)
+                record_event(session, "clock", how, at=self._wall())
+
+    def _is_over(self, name: str) -> bool:
+        """Whether there is no maintenance of a resource now."""
+        return self._maintenance[name][1] <= lease_clock()
 
     def _recount(self) -> None:
         """Starts what is new, and takes up that maintenance has begun or is over: the state that is known counts."""
         for name, poller in self.pollers.items():
-            counted = poller.target.settings.critical and self._maintenance_ends_at[name] <= time.time()
+            counted = poller.target.settings.critical and self._is_over(name)
             if counted is not poller.counted:
                 poller.counted = counted
                 if counted:
@@ -4406,12 +4470,12 @@ class Monitor(threading.Thread):
     def _end_maintenance(self) -> None:
         """Notes that maintenance is over, also when it ended while no service ran."""
         with self._store.writing() as session:
-            over = (Resource.maintenance > 0, Resource.maintenance <= time.time())
-            for row in session.scalars(sqlalchemy.select(Resource).where(*over)):
-                record_event(session, "change", "maintenance is over", resource=row.name, at=row.maintenance)
-                log.info("%s: maintenance is over", row.name)
-                row.maintenance, row.maintenance_reason = 0.0, ""
-                self._maintenance_ends_at[row.name] = 0.0
+            for row in session.scalars(sqlalchemy.select(Resource).where(Resource.maintenance > 0)):
+                if self._maintenance.get(row.name, ())[:1] == (row.maintenance,) and self._is_over(row.name):
+                    record_event(session, "change", "maintenance is over", resource=row.name, at=row.maintenance)
+                    log.info("%s: maintenance is over", row.name)
+                    row.maintenance, row.maintenance_reason = 0.0, ""
+                    self._maintenance[row.name] = 0.0, 0.0
 
     def _reconcile(self) -> None:
         """Makes the pollers follow the rows."""
@@ -4419,7 +4483,10 @@ class Monitor(threading.Thread):
             current, targets = revision(session), load_targets(session, self._vault)
             stored = {row.resource_id: row for row in session.scalars(sqlalchemy.select(Status))}
             ends = session.execute(sqlalchemy.select(Resource.name, Resource.maintenance))
-            self._maintenance_ends_at = {name: at for name, at in ends}
+            elapsed = lease_clock() - self._wall()
+            known = self._maintenance
+            self._maintenance = {name: known[name] if known.get(name, ())[:1] == (at,) else (at, at and at + elapsed)
+                                 for name, at in ends}
         self.guards.keep(targets.values())
         for name in self.pollers.keys() - targets.keys():
             self.pollers.pop(name).stop()
@@ -4454,7 +4521,7 @@ class Monitor(threading.Thread):
 
     def _restore(self, poller: Poller, stored: Status) -> None:
         """A stored state counts on when it is of these settings and fresh, a refused login during its back-off."""
-        target, age = poller.target, time.time() - stored.polled_at
+        target, age = poller.target, lease_clock() + self._zero_at - stored.polled_at
         left = target.settings.ttl - age if age >= 0 and stored.settings_digest == target.settings_digest else 0.0
         if stored.credential_digest == target.credential_digest and 0 <= age < LOCKOUT_WINDOW:
             self._restore_logins(target, stored, age)
@@ -4463,7 +4530,7 @@ class Monitor(threading.Thread):
         if left > 0:
             poller.standing = Standing(cast(State, stored.state), cast(Cause, stored.cause), stored.reason,
                                        stored.since_at, stored.good, stored.bad)
-            poller.expires_mono = time.monotonic() + left
+            poller.expires_mono = lease_clock() + left
 
     def _restore_logins(self, target: Target, stored: Status, age: float) -> None:
         """Tells the guard what the last polls say of the credential."""
@@ -4591,7 +4658,7 @@ def respond(environ: WSGIEnvironment, start_response: StartResponse, answer: Rep
 class Gate:
     """WSGI: the application answers while the lease holds; otherwise 503."""
 
-    def __init__(self, app: WSGIApplication, lease: Lease, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, app: WSGIApplication, lease: Lease, clock: Callable[[], float] = lease_clock) -> None:
         self._app, self._lease, self._clock = app, lease, clock
         self._until = lease.until
         self.draining = False       # the service ends: readyz says so
@@ -6196,7 +6263,7 @@ class ConsoleContext:
     @property
     def is_healthy(self) -> bool:
         """The gate's answer."""
-        return time.monotonic() < self.lease.until.value
+        return lease_clock() < self.lease.until.value
 
     def offered_key(self, name: str) -> str:
         """The key that the host of a resource shows now."""
@@ -6485,7 +6552,7 @@ def list_samples(who: Principal, name: str, query: Mapping[str, Any]) -> list[Pa
     """The last polls of a resource, oldest first."""
     asked = validated(SamplesQuery, query, text=True)
     with who.context.store.reading() as session:
-        return samples(session, find_resource(session, name).id, limit=asked.limit,
+        return samples(session, find_resource(session, name).id, who.context.clock(), limit=asked.limit,
                        since=asked.since.timestamp() if asked.since else 0.0)
 
 
@@ -6946,7 +7013,7 @@ class ServingMetrics:
 
     lease: Lease
     counters: Counters
-    clock: Callable[[], float] = time.monotonic
+    clock: Callable[[], float] = lease_clock
 
     def collect(self) -> Iterator[Metric]:
         left = max(0.0, self.lease.until.value - self.clock())
@@ -7298,6 +7365,9 @@ TEMPLATES = {"layout.html": """<!doctype html>
 </ul>
 {% elif gate.reason %}<p>{{ gate.reason }}</p>{% endif %}
 </section>
+{% if now - clock_step[0] < 86400 %}
+<p class="notice">At {{ clock_step[0]|local_time }} {{ clock_step[1] }}: times before and after do not fit together.</p>
+{% endif %}
 <div class="tools">
 {{ chips("Filter by state", state_links, filter.state) }}
 <form class="filter" role="search" data-live data-keep>
@@ -7889,7 +7959,7 @@ STATES = ("unhealthy", "unknown", "degraded", "maintenance", "healthy")     # wo
 EVENTS_SHOWN = 100              # of a page
 ASSETS = {f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.{suffix}": (kind, text) for suffix, kind, text in (
     ("css", "text/css", STYLE), ("js", "text/javascript", PAGE_SCRIPT), ("svg", "image/svg+xml", ICON))}
-KINDS = {"gate": "Gate", "state": "States", "change": "Changes", "login": "Logins"}
+KINDS = {"gate": "Gate", "state": "States", "change": "Changes", "login": "Logins", "clock": "Clock"}
 Answer = flask.typing.ResponseReturnValue
 
 
@@ -8022,7 +8092,7 @@ def overview() -> Answer:
              for state in ("", *STATES) if counts[state] or state in ("", wanted["state"])]
     return render_page("overview.html", gate=gate, rows=rows, counts=counts, state_links=links, filter=wanted,
                        tags=sorted({tag for resource in everything for tag in resource.settings["tags"]}),
-                       empty=not everything, refresh="")
+                       clock_step=context.monitor.clock_step, empty=not everything, refresh="")
 
 
 def amount(metric: str, value: float) -> str:
@@ -8087,7 +8157,7 @@ def resource_page(name: str, **more: Any) -> flask.Response:
         row = find_resource(session, name)
         resource = ResourceRow(row, session.get(Status, row.id), now)
         more |= {"charts": charts(session, resource, span, now), "availability": availability(session, row.id, now),
-                 "polls": samples(session, row.id), "events": events(session, resource=name, limit=20)}
+                 "polls": samples(session, row.id, now), "events": events(session, resource=name, limit=20)}
     sample = resource.sample or NO_SAMPLE
     damage = "damaged in the database; the next poll writes them again" if resource.sample is None else ""
     outcomes = [(kind, called, outcome) for kind in ("service", "check")

@@ -295,7 +295,7 @@ def test_connection_is_tested_before_it_is_saved(client: Client, host: dict[str,
     assert found.json["state"] == "healthy" and found.json["host_key"].startswith("ssh-")
     for number in range(6):  # a new password each time, of the same user: the account is not locked by it
         tried = client.api("POST", "test", {**host, "password": f"wrong{number}"}).json
-        assert (tried["cause"], "not tried" in tried["reason"]) == ("auth", number > 3)
+        assert (tried["cause"], "not tried" in tried["reason"]) == ("auth", number > 3), (number, tried)
     assert client.api("POST", "test", {**host, "port": 1}).json["cause"] == "unreachable"
     assert everything(client) == before
     assert client.api("POST", "resources", host).status == 201

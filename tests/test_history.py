@@ -43,6 +43,7 @@ from healthchecker import (
 
 START = 1_700_000_100 // QUARTER * QUARTER  # Unix time of the begin of a quarter
 DAY = 86_400  # seconds
+LATER = START + 1000 * DAY
 TTL = 132  # seconds for which a poll counts, of a resource with default settings
 
 
@@ -145,7 +146,7 @@ READ = {
 def test_readings(read: dict[str, float], kept: dict[str, float], notebook: Notebook) -> None:
     notebook.write(notebook.report(START, "h", **read))
     with notebook.store.reading() as session:
-        [poll] = samples(session, notebook.id)
+        [poll] = samples(session, notebook.id, LATER)
     assert poll.readings == pytest.approx(kept | {"seconds": 0.25}, abs=1e-9)
     assert poll.at == START
 
@@ -153,7 +154,7 @@ def test_readings(read: dict[str, float], kept: dict[str, float], notebook: Note
 def test_nothing_was_read_is_not_zero(notebook: Notebook) -> None:
     notebook.write(notebook.report(START, "u"))
     with notebook.store.reading() as session:
-        [poll] = samples(session, notebook.id)
+        [poll] = samples(session, notebook.id, LATER)
     assert poll.readings == {"seconds": 0.25}
 
 
@@ -162,9 +163,9 @@ def test_samples(notebook: Notebook) -> None:
     notebook.write(*(notebook.report(START + 60 * index, poll, after) for index, (poll, after)
                      in enumerate([("h", "h"), ("u", "h"), ("t", "t"), ("d", "t")])))  # fmt: skip
     with notebook.store.reading() as session:
-        found = samples(session, notebook.id)
-        assert samples(session, notebook.id, limit=2) == found[2:]
-        assert samples(session, notebook.id, since=START + 60) == found[1:]
+        found = samples(session, notebook.id, LATER)
+        assert samples(session, notebook.id, LATER, limit=2) == found[2:]
+        assert samples(session, notebook.id, LATER, since=START + 60) == found[1:]
     assert [poll[1:5] for poll in found] == [
         ("healthy", "", "", "healthy"),
         ("unhealthy", "unreachable", "because of u", "healthy"),
@@ -354,14 +355,16 @@ def test_points_fit_a_screen() -> None:
 # --- what is dropped ---
 def test_retention(tmp_path: Path) -> None:
     notebook = Notebook(tmp_path, retention=Retention(raw=0.5, averages=1, events=1))
-    now = notebook.polls("h" * 200, every=600)  # 33 hours
-    notebook.tidy(now)
+    end = notebook.polls("h" * 200, every=600)  # 33 hours
+    now = end + 20 * QUARTER
+    for turn in range(21):  # a part at each
+        notebook.tidy(end + turn * QUARTER)
     with notebook.store.reading() as session:
         raw = session.scalars(sqlalchemy.select(SAMPLES.c.at).order_by(SAMPLES.c.at)).all()
         averages = session.scalars(sqlalchemy.select(AVERAGES.c.at).order_by(AVERAGES.c.at)).all()
         left = [event.at for event in events(session, kind="state", limit=1000)]
-    assert now - 0.5 * DAY <= raw[0] < now - 0.5 * DAY + 600 and raw[-1] == now - 600
-    assert now - DAY <= averages[0] < now - DAY + QUARTER and len(averages) == DAY // QUARTER - 1
+    assert now - 0.5 * DAY <= raw[0] < now - 0.5 * DAY + 600 and raw[-1] == end - 600
+    assert now - DAY <= averages[0] < now - DAY + QUARTER and averages[-1] + QUARTER > end - 600
     assert left and min(left) >= now - DAY
     notebook.store.close()
 
@@ -386,12 +389,25 @@ def test_a_clock_that_was_set_back(notebook: Notebook) -> None:
     notebook.tidy(START + 365 * DAY + 32 * 60)
     assert notebook.count(AVERAGES) == 2
     now = notebook.polls("u" * 32)
-    for moment in (now - QUARTER, now):
-        notebook.tidy(moment)
+    for turn in range(5):  # a part at each
+        notebook.tidy(now - QUARTER + turn * QUARTER)
     with notebook.store.reading() as session:
-        assert list(session.scalars(sqlalchemy.select(AVERAGES.c.at))) == [START, START + QUARTER]
-        assert {poll.state for poll in samples(session, notebook.id)} == {"unhealthy"}
+        assert list(session.scalars(sqlalchemy.select(AVERAGES.c.at)))[:2] == [START, START + QUARTER]
+        assert {poll.state for poll in samples(session, notebook.id, now)} == {"unhealthy"}
     assert notebook.available(now) == {"day": 0, "week": 0, "month": 0}
+
+
+@pytest.mark.parametrize("days", [-120, 120])
+def test_a_wrong_clock_drops_little(days: int, notebook: Notebook) -> None:
+    """A dead battery, or a typo in `date`: an hour of it must not cost the history."""
+    every = 10.0
+    end = notebook.polls("h" * 8640, every=every)
+    notebook.tidy(end)
+    before = notebook.count(SAMPLES), notebook.count(AVERAGES)
+    for turn in range(4):
+        notebook.tidy(end + days * DAY + turn * QUARTER)
+    assert before[0] * 0.9 < notebook.count(SAMPLES) < before[0]
+    assert notebook.count(AVERAGES) >= before[1] - 4 * healthchecker.PRUNE_ROWS[0]
 
 
 def test_a_removed_resource_takes_its_history_along(tmp_path: Path) -> None:

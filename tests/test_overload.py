@@ -23,6 +23,7 @@ from service import Team
 from test_gate import Serving, hello, reads
 from test_workers import workers
 
+import healthchecker
 from healthchecker import POOL_BUFFER, SEND_BYTES, Lease, ServiceSettings
 
 KEPT = 12 << 20  # bytes that the allocator of C keeps for a thread that has sent a large answer
@@ -84,12 +85,14 @@ def folder(tmp_path: Path) -> Path:
 @contextlib.contextmanager
 def filled(app: Waiting, count: int = THREADS + QUEUE, **options: Any) -> Iterator[Serving]:
     """A server in which `count` requests of the application are, each of which gets its answer at the end."""
-    with Serving(app, THREADS, service=SETTINGS, **options) as serving, Clients(serving.address, count) as inside:
-        wait_for(lambda: serving.server.pool.waiting == max(0, count - THREADS))
-        yield serving
-        assert not inside.answers, "nobody was refused who had room"
-        inside.over = True
-        app.go.set()
+    with Serving(app, THREADS, service=SETTINGS, **options) as serving:
+        wait_for(lambda: not serving.server.pool.active_count)  # all threads have begun
+        with Clients(serving.address, count) as inside:
+            wait_for(lambda: serving.server.pool.waiting == max(0, count - THREADS))
+            yield serving
+            assert not inside.answers, "somebody was refused although there was room"
+            inside.over = True
+            app.go.set()
     assert not inside.lost and inside.statuses == {200: count}
 
 
@@ -119,7 +122,7 @@ def test_our_own_answers_come_at_once_all_the_same() -> None:
             answers(serving.address, path, status)
         serving.lease.until.value = 0.0
         answers(serving.address, "/", 503)
-        serving.lease.until.value = time.monotonic() + 60
+        serving.lease.until.value = healthchecker.lease_clock() + 60
 
 
 def test_a_burst_for_which_there_is_room_is_served() -> None:

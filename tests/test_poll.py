@@ -28,6 +28,7 @@ from healthchecker import (
     Connection,
     ConnectionContext,
     Deadline,
+    Guards,
     HealthAggregator,
     KnownHosts,
     LoginGuard,
@@ -159,11 +160,11 @@ class House:
             import_inventory(session, load_inventory(path), self.vault)
 
     @contextlib.contextmanager
-    def watching(self) -> Iterator[House]:
+    def watching(self, wall: Callable[[], float] = time.time) -> Iterator[House]:
         self.aggregator = HealthAggregator()
         access = ConnectionContext(KnownHosts(self.folder / "known_hosts"), Resolver())
         watch = PollContext(self.aggregator, Recorder(self.store, self.aggregator), access, random.Random(1))
-        self.monitor = Monitor(self.store, self.vault, watch)
+        self.monitor = Monitor(self.store, self.vault, watch, wall)
         self.monitor.begin()
         try:
             yield self
@@ -435,6 +436,22 @@ def test_a_key_locks_nothing() -> None:
         with contextlib.suppress(ProbeError), guard.attempt("a", Deadline(5)):
             raise ProbeError("auth", "refused")
     assert guard.wait("a") == 0 and guard.refusals == 0, "one more for each poll would fill the memory"
+
+
+def test_who_tries_is_counted_whatever_changes_meanwhile(house: House) -> None:
+    """A change of any resource between the question and the host's refusal: a guess that nobody counts."""
+    house.write("name: a")
+    with house.store.reading() as session:
+        [target] = healthchecker.load_targets(session, house.vault).values()
+    guards = Guards()
+    for wrong in range(1, 4):
+        guard = guards.trial(target)
+        guards.keep([])
+        with contextlib.suppress(ProbeError), guard.attempt("a", Deadline(5)):
+            guards.keep([])
+            raise ProbeError("auth", "refused")
+        guards.keep([])
+        assert guards.trial(target).refusals == wrong
 
 
 class Directory:
@@ -885,6 +902,46 @@ def test_maintenance_of_the_only_one_at_the_start(house: House, machines: Machin
         assert house.aggregator.is_healthy(), "a resource that is added counts from its first result on"
         machines.ended.set()
         wait_for(lambda: not house.aggregator.is_healthy())
+
+
+# --- a clock that is set ---
+def clock_events(house: House) -> list[str]:
+    with house.store.reading() as session:
+        return [event.text for event in healthchecker.events(session, kind="clock")]
+
+
+def test_a_clock_that_is_set_ends_nothing(house: House, machines: Machines) -> None:
+    house.write("name: db1", "name: db2")
+    machines.behaviours["db1"] = unreachable
+    ahead = [0.0]
+    with house.watching(lambda: time.time() + ahead[-1]):
+        wait_for(lambda: house.state("db1")[0] == "unhealthy" and house.state("db2")[0] == "healthy")
+        maintain(house, "db1", 600)
+        wait_for(house.aggregator.is_healthy)
+        for seconds, told in ((7200.0, "forward by 7,200 s"), (-86400.0, "back by 93,600 s")):
+            ahead.append(seconds)
+            wait_for(lambda told=told: told in "".join(clock_events(house)[:1]))
+            assert told in house.monitor.clock_step[1]
+            assert house.aggregator.is_healthy() and maintenance_events(house) == []
+        ahead.append(ahead[-1] + 30)  # that is an adjustment
+        maintain(house, "db1", ahead[-1] + 1)  # by the clock as it is now
+        wait_for(lambda: maintenance_events(house) == ["db1: maintenance is over"])
+        assert len(clock_events(house)) == 2
+
+
+@pytest.mark.skipif(not healthchecker.boot_number(), reason="the system numbers no boots")
+def test_a_clock_that_is_set_between_two_starts(house: House, machines: Machines) -> None:
+    """What a poll found counts by the time since boot; after another boot only the clock is left."""
+    house.write("name: db1, fall: 1")
+    with house.watching():
+        wait_for(lambda: house.stored("db1")[0] == "healthy")
+    machines.behaviours["db1"] = machines.hang
+    with house.watching(lambda: time.time() + 3600):
+        assert house.aggregator.is_healthy()
+        wait_for(lambda: clock_events(house) == ["the clock was set forward by 3,600 s"])
+    house.elsewhere("UPDATE setting SET value = value + 1 WHERE name = 'boot'")
+    with house.watching(lambda: time.time() + 3600):
+        assert not house.aggregator.is_healthy()
 
 
 # --- a poll on demand ---

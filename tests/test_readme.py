@@ -120,7 +120,7 @@ def test_the_service_starts_as_shown(tmp_path: Path) -> None:
         as_shown(), cwd=tmp_path, creationflags=getattr(subprocess, "DETACHED_PROCESS", 0), **streams
     )
     try:
-        wait_for(lambda: "Zürich-東京: unknown -> healthy" in log(), 60)
+        wait_for(lambda: "Zürich-東京: unknown -> healthy" in log(), 180)
         found = wait_for(lambda: SERVING.search(log()))
         connection = http.client.HTTPConnection(found[1], int(found[2]), timeout=10)
         connection.request("GET", "/")

@@ -307,7 +307,7 @@ STARTED: list[subprocess.Popen[bytes]] = []  # by the test that runs, and not wa
 
 @pytest.fixture
 def mark(request: pytest.FixtureRequest) -> Iterator[str]:
-    name = re.sub(r"\W", "_", request.node.name)
+    name = re.sub(r"\W", "_", f"{request.node.name}_{os.getpid()}")  # others may run the same test
     yield name
     for line in left_over(name):
         with contextlib.suppress(OSError):

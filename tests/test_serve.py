@@ -6,6 +6,7 @@ import contextlib
 import http.client
 import os
 import re
+import shutil
 import signal
 import socket
 import sqlite3
@@ -81,7 +82,7 @@ def test_serves_at_the_first_start(tmp_path: Path) -> None:
         (tmp_path / EXAMPLE.name).write_text(text, encoding="utf-8")
     else:
         write_inventory(tmp_path, "  - {name: this-machine, platform: local}")
-    with Program(path) as service:
+    with Program(path, program=Path(shutil.copy(PROGRAM, tmp_path))) as service:
         service.wait_status("/", 200)
         for own, status in {"/-/livez": 200, "/-/readyz": 200, "/-/gate": 204, "/-/health": 200}.items():
             assert service.get(own).status == status

@@ -8,6 +8,7 @@ import functools
 import hashlib
 import json
 import logging
+import math
 import os
 import random
 import re
@@ -170,7 +171,7 @@ def answers(session: Session, vault: Vault) -> dict[str, Any]:
     for name, target in healthchecker.load_targets(session, vault).items():
         row, status = session.get(Resource, target.id), session.get(healthchecker.Status, target.id)
         assert row
-        polls = healthchecker.samples(session, target.id, limit=1000)
+        polls = healthchecker.samples(session, target.id, math.inf, limit=1000)
         found[name] = {
             "samples": [list(poll) for poll in polls],
             "availability": healthchecker.availability(session, target.id, now),
