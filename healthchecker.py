@@ -33,6 +33,7 @@ Sections, in file order; a definition refers only to what stands above it:
     Outcomes     what an exit status and an output say of a service or check
     Probes       a sample, and the command sets of the POSIX platforms, as tables
     Windows      the PowerShell script of a poll, and what it prints
+    Endpoints    what a host keeps that is sent no code, and what its answer counts for
     Collect      script, connection and parser of a platform: one poll in one round trip
     Evaluate     sample + limits -> verdict -> standing; pure
     Aggregate    the lease: is everything healthy, now
@@ -51,7 +52,7 @@ Sections, in file order; a definition refers only to what stands above it:
     Style        style and script of the pages
     Views        the pages
     Console      the operators' door: pages and API under waitress, in the main process
-    Commands     the command line: serve, check, seal, trust, keys
+    Commands     the command line: serve, check, seal, endpoint, trust, keys
 """
 
 from __future__ import annotations
@@ -766,7 +767,7 @@ CREDENTIALS = ("password", "password_env", "password_file", "key_file")
 PASSPHRASES = ("key_passphrase", "key_passphrase_env", "key_passphrase_file")
 HOSTLESS = (Platform.LOCAL, Platform.SIMULATED)
 ONLY = (    # settings that have a meaning on these platforms alone
-    (REMOTE_PLATFORMS, ("port", "username", *CREDENTIALS, *PASSPHRASES)),
+    (REMOTE_PLATFORMS, ("port", "username", "endpoint", *CREDENTIALS, *PASSPHRASES)),
     (SSH_PLATFORMS, ("host_key", "host_key_alias", "proxy_jump", "ssh_config")),
     ((Platform.WINDOWS,), ("tls", "auth", "ca_file", "certificate_file", "certificate_fingerprint",
                            "configuration_name")),
@@ -809,6 +810,7 @@ class ResourceSettings(Settings):
     host_key_alias: Hostname | None = None      # the name in known_hosts and in certificates
     proxy_jump: Annotated[TextLine, AfterValidator(stated_hops)] | None = None      # see hops
     ssh_config: Annotated[FilePath | None, BeforeValidator(ssh_config_path)] = None     # what it said stands above
+    endpoint: bool = False              # True: no code is sent; the host keeps what `endpoint NAME` printed
     tls: bool = True                    # windows only, like the next five
     auth: Literal["negotiate", "ntlm", "kerberos", "basic", "certificate", "credssp"] = "negotiate"
     ca_file: FilePath | None = None
@@ -1631,6 +1633,8 @@ def update_row(row: Resource, settings: ResourceSettings, vault: Vault) -> bool:
     row.host_key = None if moved else row.host_key
     has_key, given = settings.key_file is not None, settings.secrets
     needs_password = settings.platform in REMOTE_PLATFORMS and not has_key
+    if settings.endpoint and needs_password and settings.platform in SSH_PLATFORMS:
+        raise InventoryError("endpoint needs key_file: sshd binds a forced command to a key")
     for kind, used in (("password", needs_password), ("key_passphrase", has_key)):
         if not used:
             setattr(row, kind, None)
@@ -2243,7 +2247,7 @@ class SshLogin(Connection):
         user, kind = settings.username or "", "key_file" if settings.key_file else "password"
         try:
             if settings.key_file is not None:
-                missing = self._show_keys(transport, self._load_keys(settings.key_file))
+                missing = self._show_keys(transport, self.load_keys(settings.key_file))
             else:
                 missing = self._give_password(transport, settings.secrets.get("password", ""))
         except paramiko.BadAuthenticationType as error:
@@ -2291,9 +2295,9 @@ class SshLogin(Connection):
                     raise
             raise       # it asked nothing: no password was given
 
-    def _load_keys(self, path: Path) -> list[paramiko.PKey]:
+    def load_keys(self, path: Path) -> list[paramiko.PKey]:
         """The private key, before it the one with a certificate that is beside it, read again when a file changes
-        (unlocking an encrypted one takes 0.1 s)."""
+        (unlocking an encrypted one takes 0.1 s). Raises ProbeError."""
         try:
             certificate = path.with_name(f"{path.name}-cert.pub")
             stamp = [file.stat().st_mtime_ns for file in (path, certificate) if file.exists() or file == path]
@@ -2480,11 +2484,12 @@ class SshConnection(SshLogin):
     def _execute(self, transport: SshTransport, script: str, output: Output) -> bool:
         """Feeds the script to a POSIX shell, whatever the login shell is; False when the connection ended first."""
         channel = transport.open_session(window_size=1 << 18, timeout=self.NEVER)
+        command, fed = (script, "") if self._settings.endpoint else ("exec /bin/sh -s", script)
         with contextlib.suppress(paramiko.SSHException, OSError, EOFError):
             channel.set_combine_stderr(True)
-            channel.exec_command("exec /bin/sh -s")
+            channel.exec_command(command)
             with contextlib.suppress(OSError):      # a shell that ended before may have said why
-                channel.sendall(script.encode())
+                channel.sendall(fed.encode())
                 channel.shutdown_write()
             while chunk := channel.recv(READ_BYTES):
                 if output.take(chunk):
@@ -2954,6 +2959,7 @@ class Sample:
     # For the next poll: polls in a row whose CPU counters gave no cpu_percent, and mount points that were writable.
     still: int = dataclass_field(default=0, compare=False)
     writable: frozenset[str] = dataclass_field(default=frozenset(), compare=False)
+    endpoint: str = dataclass_field(default="", compare=False)      # what an endpoint says of itself
 
     @property
     def empty(self) -> bool:
@@ -2964,8 +2970,8 @@ class Sample:
         return [(name, value) for name, value in self.metrics.items() if name.partition(" ")[0] == metric]
 
     def to_json(self) -> str:
-        """For the pages: an object with the names of the fields; without what only the next poll needs."""
-        fields = self.__dataclass_fields__.keys() - {"ticks", "still", "writable"}
+        """For the pages: an object with the names of the fields; without what only a poll needs."""
+        fields = self.__dataclass_fields__.keys() - {"ticks", "still", "writable", "endpoint"}
         return json.dumps({field: getattr(self, field) for field in fields}, default=vars)
 
 
@@ -3396,14 +3402,14 @@ PROBES: dict[Platform, CommandSet] = {
 # A check's output ends at its own status line and not at end of file, which a daemon it leaves behind would
 # hold off for ever; what is beyond KEPT_BYTES is read and dropped, so that nothing dies of SIGPIPE.
 SCRIPT = r"""{
-LC_ALL=C; export LC_ALL; unset LANGUAGE
+LC_ALL=C; export LC_ALL; unset LANGUAGE N; N=NONCE
 PATH=$PATH:/usr/sbin:/sbin:/usr/local/sbin:/usr/local/bin; export PATH
 E=
 b() { E="$E
-@NONCE begin $1
+@$N begin $1
 "; }
 e() { E="$E$O
-@NONCE end $?"; }
+@$N end $?"; }
 f() { printf '%s' "$E"; E=; }
 limit() {
   n=$1; shift
@@ -3424,26 +3430,26 @@ d() {
 }
 run() {
   { t=$(date +%s); limit "$1" /bin/sh -c "$2"; s=$?; [ $s -le 255 ] || s=$((128 + s % 128))
-    printf '\n@NONCE status %s %s .\n' $s $(($(date +%s) - t)); } 2>/dev/null | keep
+    printf '\n@%s status %s %s .\n' $N $s $(($(date +%s) - t)); } 2>/dev/null | keep
 }
 keep() {
-  kept= last= s=lost
+  kept= last= s=lost m="@$N status "
   while :; do
     new=$(dd bs=4096 count=1 2>/dev/null; echo .); new=${new%.}
     [ "$new" ] || break
     [ ${#kept} -gt 4300 ] || kept=$kept$new
     last=$last$new
-    case $last in *'@NONCE status '*' .'*) s=${last#*'@NONCE status '}; s=${s%% .*}; break;; esac
+    case $last in *"$m"*' .'*) s=${last#*$m}; s=${s%% .*}; break;; esac
     last=$new
   done 2>/dev/null
-  printf '%.4096s\n@NONCE end %s\n' "${kept%%'@NONCE status '*}" "$s"
+  printf '%.4096s\n@%s end %s\n' "${kept%%$m*}" $N "$s"
 }
 case $(uname -s) in
 BRANCHESesac
 T=; timeout -k 1 1 true >/dev/null 2>&1 && T=y
 CHECKScase $(uname -s) in
 DISKSesac
-f; printf '\n@NONCE done\n'
+f; printf '\n@%s done\n' $N
 exit 0
 } </dev/null 2>&1
 """
@@ -3554,7 +3560,7 @@ def parse_output(text: str, nonce: str, previous: CpuTicks | None) -> Sample:
         raise not_run(text)
     if not sample.readings("disk_percent"):     # they come with the disks
         problems["inode_percent"] = problems.get("disk_percent", NOT_KNOWN)
-    return sample
+    return replace(sample, endpoint=sections["endpoint",].text) if ("endpoint",) in sections else sample
 
 
 # === Windows =================================================================
@@ -3835,6 +3841,78 @@ def parse_windows(text: str, _nonce: str, previous: CpuTicks | None) -> Sample:
     return sample
 
 
+# === Endpoints ===============================================================
+# A host with an endpoint keeps its script, with services and checks in it, and is sent a nonce alone: a login that can
+# do nothing else. In go settings, out comes the text to install there; and of its answer, in the poller's thread, what
+# the inventory still says so. An answer begins with its format and a digest for each service and check.
+# Gives: judge_endpoint, NOT_RESTRICTED, SUSPECT, unix_endpoint
+ENDPOINT_FORMAT = 1             # of the answers; those of every format ever printed are read
+OUTDATED = "not answered by the endpoint: install it again"
+NOT_RESTRICTED = "not restricted: the login runs something else than what `endpoint {}` prints; it said: {}"
+# A check that may hold a secret, which whoever reads the installed text reads.
+SUSPECT = re.compile(r"passw|passphrase|pwd=|secret|token|api.?key|bearer|://[^/\s:@]+:[^/\s@]+@"
+                     r"|\b(?=[a-z]*[0-9])(?=[0-9]*[a-z])\w{24,}\b", re.IGNORECASE)
+UNIX_ENDPOINT = r"""#!/bin/sh
+# HealthChecker's endpoint of TITLE: answers polls and nothing else. As root, on that host:
+#  1. Keep this as /usr/local/sbin/healthchecker-endpoint, owned by root and written by nobody else (chmod 755).
+#  2. Let the account's authorized_keys hold this line alone, with HealthChecker's own address:
+#     command="/bin/sh /usr/local/sbin/healthchecker-endpoint",restrict,from="192.0.2.1" KEY
+# Print and install it again when services or checks change, or HealthChecker says so.
+LC_ALL=C; unset n; n=$SSH_ORIGINAL_COMMAND; unset SSH_ORIGINAL_COMMAND
+case ${#n}:$n in *:*[!0123456789abcdef]*) n= ;; 1[6-9]:*|[2-5][0-9]:*|6[0-4]:*) ;; *) n= ;; esac
+why="this login answers HealthChecker's polls (endpoint: true) and nothing else"
+[ ! -w "$0" ] || [ "$(id -u)" = 0 ] || { n=; why="this account may write to $0"; }
+[ "$n" ] || { echo "$why" >&2; exit 1; }
+printf '\n@%s begin endpoint\n%s\n@%s end 0\n' $n HOLDS $n
+"""
+
+
+class Installed(BaseModel, strict=True):
+    """What an endpoint says of itself."""
+
+    format: int
+    digests: dict[str, str]     # of each service and check
+
+
+def digests(settings: ResourceSettings) -> dict[str, str]:
+    """For each service and check what changes with it; a setting that a later version adds changes none."""
+    asked: dict[str, Any] = {f"service {name}": name for name in settings.services}
+    asked |= {f"check {check.name}": check.model_dump(mode="json", exclude={"name"}, exclude_defaults=True)
+              for check in settings.checks}
+    return {name: hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:16]
+            for name, said in asked.items()}
+
+
+def installed(settings: ResourceSettings) -> str:
+    """What an endpoint made of these settings says of itself: JSON, ASCII."""
+    return json.dumps({"format": ENDPOINT_FORMAT, "digests": digests(settings)})
+
+
+def judge_endpoint(sample: Sample, settings: ResourceSettings) -> Sample:
+    """The sample that an endpoint answered: what it holds otherwise than the inventory is a problem and no verdict.
+    Raises ProbeError."""
+    try:
+        found = Installed.model_validate_json(sample.endpoint)
+    except ValueError:
+        raise ProbeError("protocol", NOT_RESTRICTED.format(settings.name, "another answer")) from None
+    wanted, problems = digests(settings), dict(sample.problems)
+    if found.format != ENDPOINT_FORMAT:
+        problems["endpoint"] = f"it has format {found.format}, not {ENDPOINT_FORMAT}: install it again"
+    same = {name for name in wanted if found.digests.get(name) == wanted[name]}
+    problems |= dict.fromkeys(wanted.keys() - same, OUTDATED)
+    services, checks = ({name: outcome for name, outcome in outcomes.items() if f"{kind} {name}" in same}
+                        for kind, outcomes in (("service", sample.services), ("check", sample.checks)))
+    return replace(sample, services=services, checks=checks, problems=problems)
+
+
+def unix_endpoint(settings: ResourceSettings, key: paramiko.PKey) -> str:
+    """The script to install, and in its comments how."""
+    words = {"TITLE": settings.name, "KEY": f"{key.get_name()} {key.get_base64()}",
+             "HOLDS": shlex.quote(installed(settings))}
+    head = re.sub("TITLE|KEY|HOLDS", lambda found: words[found[0]], UNIX_ENDPOINT)
+    return head + build_script(settings.platform, settings.services, settings.checks, "$n")
+
+
 # === Collect =================================================================
 # One poll of a resource, in the poller's thread: build the platform's script, run it over the connection, parse
 # what came back, and see to it that all that was asked for is answered: a sample or ProbeError.
@@ -3877,8 +3955,10 @@ def since(sample: Sample, previous: Sample | None) -> Sample:
 def complete(sample: Sample, settings: ResourceSettings) -> Sample:
     """What was asked for and not answered is bad, too; what nobody asked for is no problem."""
     silent = Outcome(False, "no answer")
-    services = {name: sample.services.get(name, silent) for name in settings.services}
-    checks = {check.name: sample.checks.get(check.name, silent) for check in settings.checks}
+    services = {name: sample.services.get(name, silent) for name in settings.services
+                if f"service {name}" not in sample.problems}
+    checks = {check.name: sample.checks.get(check.name, silent) for check in settings.checks
+              if f"check {check.name}" not in sample.problems}
     problems = {name: why for name, why in sample.problems.items()
                 if why != NOT_KNOWN or name in settings.limits.by_metric()}
     return replace(sample, services=services, checks={**sample.checks, **checks}, problems=problems)
@@ -3891,17 +3971,21 @@ def collect(settings: ResourceSettings, connection: Connection, previous: Sample
     output, deadline = Output(end_mark(nonce)), Deadline(settings.timeout)
     disk = settings.limits.disk_percent
     mounts = [mount for mount, limit in ((disk and disk.mounts) or {}).items() if limit]
-    ended = connection.run(build(settings.services, settings.checks, nonce, mounts), output, deadline)
+    script = nonce if settings.endpoint else build(settings.services, settings.checks, nonce, mounts)
+    ended = connection.run(script, output, deadline)
     text, done, _ = output.printed.decode(errors="replace").partition(end_mark(nonce))
     # What comes last hangs where a disk does: all else was answered.
     running = last_section(text, nonce)
     if done or (deadline.over and running == "disk_percent"):
-        return complete(since(parse(text, nonce, previous.ticks if previous else None), previous), settings)
+        sample = since(parse(text, nonce, previous.ticks if previous else None), previous)
+        return complete(judge_endpoint(sample, settings) if settings.endpoint else sample, settings)
     during = f" while {running} ran" if running else ""
     if deadline.over:
         raise ProbeError("timeout", f"no end within {deadline.seconds:g} s{during}")
     if not ended:
         raise ProbeError("unreachable", f"connection lost{during}")
+    if settings.endpoint:
+        raise ProbeError("protocol", NOT_RESTRICTED.format(settings.name, text[:PROBLEM_CHARS] or "nothing"))
     raise ProbeError("protocol", f"the account's shell did not run the commands; it said: {text[:PROBLEM_CHARS]}")
 
 
@@ -3959,6 +4043,8 @@ def judge_limits(sample: Sample, settings: ResourceSettings) -> tuple[list[str],
 def evaluate(sample: Sample, settings: ResourceSettings) -> Verdict:
     """A sample against the limits, services and checks of its resource."""
     failed, warned = judge_limits(sample, settings)
+    warned += [f"{name}: {why}" for name, why in sample.problems.items()
+               if name.partition(" ")[0] in ("endpoint", "service", "check")]
     bad, doubtful = ([f"{kind} {name}: {outcome.text.strip() or 'failed'}"
                       for kind, outcomes in (("service", sample.services), ("check", sample.checks))
                       for name, outcome in outcomes.items() if (outcome.good, outcome.degraded) == wanted]
@@ -9175,6 +9261,31 @@ def seal(arguments: argparse.Namespace) -> int:
     return int(bool(shared))
 
 
+def find_target(targets: Mapping[str, Target], name: str) -> Target:
+    """Raises UsageError."""
+    if name in targets:
+        return targets[name]
+    near = difflib.get_close_matches(name, targets, 1)
+    raise UsageError(f"no such resource{f'; did you mean {near[0]}?' if near else ''}")
+
+
+def endpoint(arguments: argparse.Namespace) -> int:
+    """Prints what a host needs that shall answer polls and nothing else."""
+    installation = Installation(arguments.inventory)
+    with rehearsal(installation) as (session, vault, _):
+        target = find_target(load_targets(session, vault), arguments.name)
+    settings = target.settings
+    if not settings.endpoint:
+        raise UsageError(f"{target.name} has no `endpoint: true`; write it there first")
+    for check in settings.checks:
+        if SUSPECT.search(check.command):
+            print(f"{target.name}: check {check.name} seems to hold a secret, which whoever reads the endpoint there "
+                  "can read; have the command read it from a file of its own", file=sys.stderr)
+    connection = SshConnection(target, LoginGuard(), installation.access())
+    print(unix_endpoint(settings, connection.load_keys(cast(Path, settings.key_file))[-1]), end="")
+    return 0
+
+
 def confirm(offered: str, arguments: argparse.Namespace) -> None:
     """Asks whether the key is the right one, unless an option says so. Raises UsageError."""
     if arguments.key:
@@ -9195,11 +9306,7 @@ def trust(arguments: argparse.Namespace) -> int:
     with installation.store() as store:
         with store.reading() as session:
             targets = load_targets(session, installation.open_vault(session))
-        target = targets.get(arguments.name)
-        if target is None:
-            near = difflib.get_close_matches(arguments.name, targets, 1)
-            raise UsageError(f"no such resource{f'; did you mean {near[0]}?' if near else ''}")
-        access = installation.access()
+        target, access = find_target(targets, arguments.name), installation.access()
         make_connections(targets.values(), access)
         offered = offered_key(target, access)
         print(f"{target.name}: trusted was {target.host_key or 'no key'}, offered is {offered}", flush=True)
@@ -9298,6 +9405,9 @@ def command_line() -> argparse.ArgumentParser:
     command.add_argument("--probe", action="store_true", help="also poll every resource once and print a table")
     command.set_defaults(run=check)
     commands.add_parser("seal", help="replace plain passwords in the inventory by sealed ones").set_defaults(run=seal)
+    command = commands.add_parser("endpoint", help="print what a host needs that shall answer polls and nothing else")
+    command.add_argument("name", metavar="NAME")
+    command.set_defaults(run=endpoint)
     command = commands.add_parser("trust", help="accept the changed host key of a resource")
     command.add_argument("name", metavar="NAME")
     command.add_argument("--key", metavar="SHA256:...", help="accept this key only, without a question")
@@ -9314,7 +9424,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code: 0 done, 1 a check failed, 2 inventory or usage, 3 keys, 4 database."""
     for stream in (sys.stdout, sys.stderr):     # a pipe has the code page of the machine; pythonw has no stream
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace", newline="\n")     # /bin/sh knows no \r
     arguments = command_line().parse_args(argv)
     for name in ("paramiko", "pypsrp", "urllib3", "spnego"):    # they repeat what we report
         logging.getLogger(name).setLevel(logging.CRITICAL)
