@@ -22,7 +22,8 @@ Sections, in file order; a definition refers only to what stands above it:
 
     Errors       one root, an exit code each
     Bastions     hosts behind others, and what ~/.ssh/config says of a host
-    Inventory    strict YAML -> validated settings, every fault with line and column
+    Documents    YAML read strictly, every value with its place
+    Inventory    texts -> validated settings, every fault with line and column
     Vault        AES-256-GCM data keys under RSA-OAEP, bound to the row they belong to
     Storage      SQLite through Flask-SQLAlchemy; the rows follow the inventory
     Connections  deadlines, byte caps, name look-up, TCP: what every connection needs
@@ -382,37 +383,14 @@ def with_ssh_config(raw: dict[str, Any], path: Path, names: Collection[str], *, 
     return stated
 
 
-# === Inventory ===============================================================
-# In comes inventory.yaml (or one resource of a request), out come frozen settings in which every value is checked
-# and every path absolute, or an InventoryError with a line for each fault. Three steps: Document makes nested
-# texts with a place each, the models check them, InventoryLoader merges defaults and gathers the faults.
-# Pure but for reading files and environment; called by commands, and by threads that serve the console.
-# Gives: Check, Document, FILES, foreign_fields, HOSTLESS, Inventory, InventoryLoader, Limit, Limits,
-# load_inventory, M, matching_key, message_of, Name, NodePath, PASSPHRASES, Platform, read_document, REMOTE_PLATFORMS,
-# ResourceSettings, Retention, SECRETS, SELECTABLE, ServiceSettings, Settings, SSH_PLATFORMS, TextLine
+# === Documents ===============================================================
+# The inventory's text, read more strictly than YAML: every scalar stays the text that was written, no key comes twice,
+# aliases, tags and merges are refused, and each value has its place. In comes a file or what was typed into a form, out
+# goes a Document, or an InventoryError with line and column. Pure but for reading files; for any thread.
+# Gives: Document, NodePath, read_document
 INVENTORY_BYTES = 1 << 20       # bytes; a larger inventory is refused
 INVENTORY_DEPTH = 8             # levels of nesting
 INVENTORY_NODES = 200_000       # YAML events
-LEASE_GRACE = 2.0               # seconds added to a lease for a busy machine
-WORKERS_MAX = 8                 # worker processes that `auto` starts at most
-
-
-class Platform(str, Enum):
-    """What a resource runs; decides its connection and its command set. `posix` is what `unix` falls back to."""
-
-    UNIX = "unix"
-    LINUX = "linux"
-    MACOS = "macos"
-    FREEBSD = "freebsd"
-    POSIX = "posix"
-    WINDOWS = "windows"
-    LOCAL = "local"
-    SIMULATED = "simulated"
-
-
-SELECTABLE = ("unix", "linux", "macos", "freebsd", "windows", "local", "simulated")
-SSH_PLATFORMS = frozenset({Platform.UNIX, Platform.LINUX, Platform.MACOS, Platform.FREEBSD})
-REMOTE_PLATFORMS = SSH_PLATFORMS | {Platform.WINDOWS}
 NodePath = tuple[str | int, ...]
 
 
@@ -512,6 +490,46 @@ class Document:
         return mapping
 
 
+def read_document(path: Path) -> Document:
+    """The strictly read file; raises InventoryError."""
+    try:
+        with open(path, "rb") as file:
+            source = file.read(INVENTORY_BYTES + 1)
+    except IsADirectoryError:
+        raise InventoryError(f"{path.name}: is a directory, not a file") from None
+    except OSError as error:
+        raise InventoryError(f"{path.name}: cannot be read: {error.strerror}") from error
+    return Document(path.name, source)
+
+
+# === Inventory ===============================================================
+# In comes inventory.yaml (or one resource of a request), out come frozen settings in which every value is checked
+# and every path absolute, or an InventoryError with a line for each fault. Three steps: Document makes nested
+# texts with a place each, the models check them, InventoryLoader merges defaults and gathers the faults.
+# Pure but for reading files and environment; called by commands, and by threads that serve the console.
+# Gives: Check, FILES, foreign_fields, HOSTLESS, Inventory, InventoryLoader, Limit, Limits,
+# load_inventory, M, matching_key, message_of, Name, PASSPHRASES, Platform, REMOTE_PLATFORMS,
+# ResourceSettings, Retention, SECRETS, SELECTABLE, ServiceSettings, Settings, SSH_PLATFORMS, TextLine
+LEASE_GRACE = 2.0               # seconds added to a lease for a busy machine
+WORKERS_MAX = 8                 # worker processes that `auto` starts at most
+
+
+class Platform(str, Enum):
+    """What a resource runs; decides its connection and its command set. `posix` is what `unix` falls back to."""
+
+    UNIX = "unix"
+    LINUX = "linux"
+    MACOS = "macos"
+    FREEBSD = "freebsd"
+    POSIX = "posix"
+    WINDOWS = "windows"
+    LOCAL = "local"
+    SIMULATED = "simulated"
+
+
+SELECTABLE = ("unix", "linux", "macos", "freebsd", "windows", "local", "simulated")
+SSH_PLATFORMS = frozenset({Platform.UNIX, Platform.LINUX, Platform.MACOS, Platform.FREEBSD})
+REMOTE_PLATFORMS = SSH_PLATFORMS | {Platform.WINDOWS}
 class Settings(BaseModel):
     """Base of all settings: unknown keys are faults, values never show in an error, nothing changes later."""
 
@@ -1065,18 +1083,6 @@ class InventoryLoader:
             what = "environment variable is not set" if source.endswith("_env") else "file is empty"
             raise ValueError(f"this {what}")
         return found
-
-
-def read_document(path: Path) -> Document:
-    """The strictly read file; raises InventoryError."""
-    try:
-        with open(path, "rb") as file:
-            source = file.read(INVENTORY_BYTES + 1)
-    except IsADirectoryError:
-        raise InventoryError(f"{path.name}: is a directory, not a file") from None
-    except OSError as error:
-        raise InventoryError(f"{path.name}: cannot be read: {error.strerror}") from error
-    return Document(path.name, source)
 
 
 def load_inventory(path: Path) -> Inventory:
@@ -5962,9 +5968,8 @@ class GateServer(TcpWSGIServer):    # type: ignore[misc]  # waitress carries no 
 # with a WorkerProcess each); in each of them a Worker serves. It runs the customer's code: it is given sockets, lease,
 # counters, settings and a pipe, and no database, key, inventory or session. On the pipe it says `ready` or `failed` and
 # what is to be logged, in JSON; it hears stop, or end of file when the main process died.
-# That they may serve is a flag in shared memory, set once the start can no longer fail; a replacement finds it set. If
-# each served as soon as it is ready, a start that fails would have served somebody, and one that finds all well would
-# answer 503 until it has read so; a word on the pipe would be due to every replacement.
+# That they may serve is a flag in shared memory, set once the start can no longer fail; a replacement finds it set: if
+# each served as soon as it is ready, a start that fails would have served somebody.
 # Gives: ENDINGS, HANGUPS, LineFormatter, Supervisor, bound_address, bound_port, handed_over, keep_out_of_collections,
 #   listen
 ABSENT = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)      # this machine does not have the address, or its family
