@@ -29,6 +29,7 @@ Sections, in file order; a definition refers only to what stands above it:
     SSH          a fresh connection per poll, host keys verified before any secret is sent
     PowerShell   PowerShell Remoting over one watched socket
     Local        this machine's own shell, and simulated resources
+    Outcomes     what an exit status and an output say of a service or check
     Probes       a sample, and the command sets of the POSIX platforms, as tables
     Windows      the PowerShell script of a poll, and what it prints
     Collect      script, connection and parser of a platform: one poll in one round trip
@@ -569,6 +570,7 @@ class Check(Settings):
     name: Name
     command: Annotated[str, Field(min_length=1, max_length=4096)]
     timeout: Seconds = 5.0      # seconds
+    exit: Literal["plain", "nagios"] = "plain"      # nagios: 1 is degraded, 3 too, other numbers are bad
 
 
 class Retention(Settings):
@@ -2562,19 +2564,75 @@ CONNECTIONS: dict[Platform, type[Connection]] = {
 }
 
 
+# === Outcomes ================================================================
+# How a service or a check turned out: an exit status and what was printed go in, an Outcome comes out. Pure, and the
+# same for every platform.
+# Gives: KEPT_BYTES, CONTROL, Outcome, Judge, printed, kept, by_status, JUDGES
+KEPT_BYTES = 4096               # bytes of text kept of a service or check; the script has this number, too
+CONTROL = dict.fromkeys([*range(9), *range(11, 32), *range(127, 160)])
+LABELS_MAX = 64                 # labels of a check that are kept, of 100 characters each at most
+# A word of performance data, 'label'=value[UOM];warn;crit;min;max, else anything up to the next word. Each part has a
+# longest length, or a long line would take a second.
+PERFORMANCE = re.compile(
+    r"(?:'((?:[^']|''){1,100})'|([^\s='][^\s=]{0,99}))=(-?(?:[0-9]{1,18}(?:\.[0-9]{0,18})?|\.[0-9]{1,18}))"
+    r"[^\W\d_]{0,9}%?(?:;\S*)?(?!\S)|'(?:[^']|'')*(?:'\S*|\Z)|\S+")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A service or check: good or not, its state or output (KEPT_BYTES at most), whether it is good with a warning,
+    and the numbers of its performance data by label: a name space of its own, so that none passes for another."""
+
+    good: bool
+    text: str
+    degraded: bool = False
+    metrics: Mapping[str, float] = dataclass_field(default_factory=dict)
+
+
+Judge = Callable[[int, str], Outcome]  # of an exit status and output
+
+
+def printed(text: str) -> str:
+    """Without control characters; what was cut at KEPT_BYTES says so, for a number at its end is half a number."""
+    return text.translate(CONTROL).strip() + ("…" if len(text.encode(errors="replace")) >= KEPT_BYTES else "")
+
+
+def kept(text: str) -> str:
+    return text.encode(errors="replace")[:KEPT_BYTES].decode(errors="ignore")
+
+
+def by_status(status: int, text: str) -> Outcome:
+    return Outcome(status == 0, text or (f"exit status {status}" if status >= 0 else "no exit status"))
+
+
+def by_nagios(status: int, text: str) -> Outcome:
+    """As the Monitoring Plugins guidelines have it: 0 good, 1 and 3 (it cannot tell) degraded, all else bad. What
+    follows a `|` in the first line, and a further one in those after it, is performance data."""
+    first, _, after = text.partition("\n")
+    shown, _, data = first.partition("|")
+    more, _, rest = after.partition("|")
+    found: dict[str, float] = {}
+    for quoted, plain, value in PERFORMANCE.findall(f"{data}\n{rest}") if 0 <= status <= 3 else ():
+        if value and len(found) < LABELS_MAX:
+            found.setdefault(quoted.replace("''", "'") or plain, float(value))
+    told = by_status(status, f"{shown.strip()}\n{more}".strip())
+    return Outcome(status in (0, 1, 3), told.text, status in (1, 3), found)
+
+
+JUDGES: Mapping[str, Judge] = {"plain": by_status, "nagios": by_nagios}    # of checks, by their `exit`
+
+
 # === Probes ==================================================================
 # A platform is a table of rows: name, command, parser. One script of sh runs a whole table, so that a poll is one
 # round trip; its output goes in, a sample comes out. Parsers are pure and raise ValueError, which becomes the
 # problem shown in the metric's place.
-# Gives: NOT_KNOWN, PROBLEM_CHARS, kept, DETAILS, CONTROL, CpuTicks, Reading, Outcome, Sample, percent, make_sample,
-#   build_script, end_mark, last_section, not_run, parse_output
+# Gives: NOT_KNOWN, PROBLEM_CHARS, DETAILS, CpuTicks, Reading, Sample, percent, make_sample, build_script, end_mark,
+# last_section, not_run, parse_output
 
 NOT_KNOWN = "not known on this platform"
-KEPT_BYTES = 4096               # bytes of text kept of a service or check; the script has this number, too
 PROBLEM_CHARS = 200             # characters of a problem's one line
 DETAILS = frozenset({"hostname", "os", "kernel", "uptime_seconds", "cpu_count", "skipped_filesystems",
                      "hidden_filesystems", "memory_limit"})
-CONTROL = dict.fromkeys([*range(9), *range(11, 32), *range(127, 160)])
 # No disks: what lies in memory, images that are always full, views of another filesystem, and other machines'.
 NO_DISK = re.compile(
     r"squashfs|erofs|cramfs|romfs|iso9660|udf|cd9660|(dev)?tmpfs|ramfs|rootfs|mfs|efivarfs|overlay(fs)?|fuse.*"
@@ -2599,17 +2657,6 @@ class CpuTicks(NamedTuple):
 
 # None: this machine has no such thing. In a mapping of metrics a text is a problem.
 Reading = str | float | None | CpuTicks | Mapping[str, float | str]
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """A service or check: good or not, and its state or output (KEPT_BYTES at most)."""
-
-    good: bool
-    text: str
-
-
-Judge = Callable[[int, str], Outcome]  # of an exit status and output
 
 
 @dataclass(frozen=True)
@@ -2953,10 +3000,6 @@ def _disk_percent(text: str) -> dict[str, float | str]:
     return told if "inodes" in parts else {"inode_percent": NOT_KNOWN, **told}
 
 
-def _by_status(status: int, text: str) -> Outcome:
-    return Outcome(status == 0, text or (f"exit status {status}" if status >= 0 else "no exit status"))
-
-
 # A service that has ended, in the words of Upstart, Red Hat's and Debian's scripts, OpenRC, runit and procd: their
 # exit status is 0 all the same. Not the bare word "stopped", which may be in a name or of something else.
 NOT_RUNNING = re.compile(
@@ -2966,7 +3009,7 @@ NOT_RUNNING = re.compile(
 
 def _service(status: int, text: str) -> Outcome:
     ended = status == 0 and NOT_RUNNING.search(text)
-    return Outcome(False, text) if ended else _by_status(status, text)
+    return Outcome(False, text) if ended else by_status(status, text)
 
 
 def _systemd(status: int, text: str) -> Outcome:
@@ -2989,7 +3032,7 @@ def _launchd(status: int, text: str) -> Outcome:
         if state[1] == "not running" and ended_well and not kept_alive:
             return Outcome(True, "not running (on demand)")
         return Outcome(state[1] == "running", state[1])
-    return Outcome(False, "no such service" if status == 113 else _by_status(status, text).text)
+    return Outcome(False, "no such service" if status == 113 else by_status(status, text).text)
 
 
 _ANY = (Probe("hostname", "uname -n", _line), Probe("kernel", "uname -sr", _line))
@@ -3143,14 +3186,10 @@ def build_script(platform: Platform, services: Sequence[str], checks: Sequence[C
     limited = ""
     for check in checks:
         seconds = math.ceil(check.timeout)
-        title = shlex.quote(f"check {quote(check.name, '')} {seconds}")
+        title = shlex.quote(f"check {quote(check.name, '')} {seconds} {check.exit}".removesuffix(" plain"))
         limited += f"b {title}; f; run {seconds} {shlex.quote(check.command)}\n"
     parts = re.split("BRANCHES|CHECKS|DISKS", SCRIPT.replace("NONCE", nonce))
     return "".join(itertools.chain(*zip(parts, (first, limited, last, ""), strict=True)))
-
-
-def kept(text: str) -> str:
-    return text.encode(errors="replace")[:KEPT_BYTES].decode(errors="ignore")
 
 
 class Section(NamedTuple):
@@ -3166,22 +3205,23 @@ class Section(NamedTuple):
         return int(self.end[0]) if self.end and re.fullmatch("[0-9]{1,3}", self.end[0]) else -1
 
     def outcome(self, state: Judge) -> Outcome:
-        """A service's or check's, as `state` sees it, of a length to be kept."""
-        judged = state(self.status, self.text)
+        """A service's as `state` sees it, or a check's by its `exit`, of a length to be kept."""
+        judged = JUDGES.get("".join(self.title[3:4]), state)(self.status, self.text)
         text, seconds = judged.text, [word for word in self.title[2:3] + self.end[1:2] if word.isdecimal()]
         timed_out = self.status in (124, 137, 143)      # of timeout(1), after SIGKILL, after SIGTERM
         if timed_out and len(seconds) == 2 and float(seconds[1]) >= float(seconds[0]):
             text = f"no end in {seconds[0]} s: {self.text}".rstrip(": \n")
-        return Outcome(judged.good, kept(text))
+        return replace(judged, text=kept(text))
 
 
-def _sections(text: str, nonce: str) -> list[Section]:
+def _sections(output: str, nonce: str) -> list[Section]:
     found: list[Section] = []
-    for part in ("\n" + text).split(f"\n@{nonce} ")[1:]:
+    for part in ("\n" + output).split(f"\n@{nonce} ")[1:]:
         header, _, body = part.partition("\n")
         word, *words = header.split(" ")
         if word == "begin" and words:
-            found.append(Section(tuple(words), body.translate(CONTROL).strip()))
+            text = printed(body) if words[0] == "check" else body.translate(CONTROL).strip()
+            found.append(Section(tuple(words), text))
         elif word == "end" and found:
             found[-1] = found[-1]._replace(end=tuple(words))
     return found
@@ -3226,8 +3266,8 @@ def parse_output(text: str, nonce: str, previous: CpuTicks | None) -> Sample:
     problems = dict.fromkeys(Limits.model_fields.keys() - rows.keys() - {"inode_percent"}, NOT_KNOWN)
     sample = make_sample(
         rows, problems, previous,
-        _outcomes(sections.values(), "service", table.state if table else _by_status),
-        _outcomes(sections.values(), "check", _by_status))
+        _outcomes(sections.values(), "service", table.state if table else by_status),
+        _outcomes(sections.values(), "check", by_status))
     if sample.empty:
         raise not_run(text)
     if not sample.readings("disk_percent"):     # they come with the disks
@@ -3557,13 +3597,14 @@ def judge_limits(sample: Sample, limits: Mapping[str, Limit]) -> tuple[list[str]
 def evaluate(sample: Sample, settings: ResourceSettings) -> Verdict:
     """A sample against the limits, services and checks of its resource."""
     failed, warned = judge_limits(sample, settings.limits.by_metric())
-    bad = [f"{kind} {name}: {outcome.text.strip() or 'failed'}"
-           for kind, outcomes in (("service", sample.services), ("check", sample.checks))
-           for name, outcome in outcomes.items() if not outcome.good]
+    bad, doubtful = ([f"{kind} {name}: {outcome.text.strip() or 'failed'}"
+                      for kind, outcomes in (("service", sample.services), ("check", sample.checks))
+                      for name, outcome in outcomes.items() if (outcome.good, outcome.degraded) == wanted]
+                     for wanted in ((False, False), (True, True)))
     if failed or bad:
         return Verdict("unhealthy", "limit" if failed else "check", one_line("; ".join(failed + bad)))
-    if warned:
-        return Verdict("degraded", "limit", one_line("; ".join(warned)))
+    if warned or doubtful:
+        return Verdict("degraded", "limit" if warned else "check", one_line("; ".join(warned + doubtful)))
     return Verdict("healthy")
 
 
@@ -3765,7 +3806,7 @@ EVENTS = 100_000                # events of a kind that are kept at most: a reso
 METRICS = ("cpu_percent", "memory_percent", "swap_percent", "disk_percent", "load_per_cpu", "seconds")
 READING_MAX = 2 ** 31 - 1       # hundredths, what an INTEGER holds
 POLLS: dict[str, tuple[State, Cause]] = {
-    "h": ("healthy", ""), "d": ("degraded", "limit"),
+    "h": ("healthy", ""), "d": ("degraded", "limit"), "w": ("degraded", "check"),     # all that are good: PARTS
     **{mark: ("unhealthy", cause) for mark, cause in zip("lcutakrps", get_args(Cause)[1:], strict=True)}}
 POLL_MARKS = {meaning: mark for mark, meaning in POLLS.items()}
 SPANS = {"hour": (3600, 10), "day": (86_400, 300), "week": (604_800, 1800), "month": (2_592_000, 7200)}
@@ -3884,7 +3925,7 @@ def samples(session: Session, resource_id: int, now: float, *, since: float = 0.
 # From :begin to :end, a poll's state lasts until the next poll, but no longer than the poll counts; that of the one
 # before :begin may last into this time. It has a part in each quarter of an hour that it lasts into.
 PARTS = f"""WITH RECURSIVE poll AS (
-    SELECT at, CASE WHEN standing IN ('h', 'd') THEN 1 ELSE 0 END AS good,
+    SELECT at, CASE WHEN standing IN ('h', 'd', 'w') THEN 1 ELSE 0 END AS good,
         LEAST(at + counts, LEAD(at, 1, :end) OVER (ORDER BY at)) AS until
     FROM sample WHERE resource_id = :id AND at < :end AND at >= COALESCE(
         (SELECT MAX(at) FROM sample WHERE resource_id = :id AND at < :begin), :begin)
@@ -3997,7 +4038,7 @@ PENDING_ROWS = 100_000          # rows that wait for a database that cannot be w
 QUARTER_GRACE = 5.0             # seconds for the last reports of a quarter to be written
 TIDY_AT_ONCE = 15               # resources whose averages are made after a flush: 10,000 take less than a quarter
 LOGGED_IN_MARKS = tuple(POLL_MARKS[meaning] for meaning in (
-    ("healthy", ""), ("degraded", "limit"), ("unhealthy", "limit"), ("unhealthy", "check")))
+    ("healthy", ""), ("degraded", "limit"), ("degraded", "check"), ("unhealthy", "limit"), ("unhealthy", "check")))
 REFUSED_MARK = POLL_MARKS["unhealthy", "auth"]
 LAST_FLUSH = 1.5                # seconds for the last reports to be written when the service ends
 FOLLOW_WAIT = 20.0              # seconds for the pollers to follow the rows, on a machine that is busy

@@ -302,3 +302,18 @@ def test_reason_is_renewed() -> None:
 )  # fmt: skip
 def test_decided(letters: str, decided: bool) -> None:
     assert standings(letters)[-1].decided is decided
+
+
+@pytest.mark.parametrize(("outcome", "state", "named"), [
+    (Outcome(True, "WARNING - so so", degraded=True), "degraded: check", "so so"),
+    (Outcome(False, "CRITICAL", degraded=False), "unhealthy: check", "CRITICAL"),
+    (Outcome(True, "OK"), "healthy", ""),
+])  # fmt: skip
+def test_a_check_that_warns_is_degraded(outcome: Outcome, state: str, named: str) -> None:
+    verdict = evaluate(sample(checks={"x": outcome}), settings())
+    assert ": ".join(filter(None, (verdict.state, verdict.cause))) == state and named in verdict.reason
+
+
+def test_a_warning_of_a_check_is_not_named_beside_what_is_bad() -> None:
+    verdict = evaluate(sample(checks={"x": Outcome(True, "so so", degraded=True), **outcomes(bad="gone")}), settings())
+    assert verdict.state == "unhealthy" and verdict.reason == "check bad: gone"
