@@ -474,6 +474,7 @@ Seconds = Annotated[float, Field(ge=1, le=604_800, allow_inf_nan=False)]
 Days = Annotated[float, Field(ge=0.1, le=3660, allow_inf_nan=False)]
 Percent = Annotated[float, Field(gt=0, le=100, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, le=1_000_000, allow_inf_nan=False)]
+Amount = Annotated[float, Field(ge=-1e18, le=1e18, allow_inf_nan=False)]
 Times = Annotated[int, Field(ge=1, le=1000)]
 Secret = Annotated[SecretStr, Field(min_length=1, max_length=8 * SECRET_LENGTH), AfterValidator(not_too_long)]
 TextLine = Annotated[str, matching(r"[^\x00-\x1f\x7f]+", "must be one line of text and not empty")]
@@ -504,6 +505,7 @@ SqliteUrl = Annotated[str, matching(r"sqlite:///[^?]+", "must be sqlite:///path"
 class Limit(Settings):
     """A reading above `warn` makes a resource degraded, above `fail` unhealthy."""
 
+    shown: ClassVar[str] = ".1f"    # how a reason writes a reading
     warn: Percent | None = None
     fail: Percent | None = None
 
@@ -526,6 +528,14 @@ class LoadLimit(Limit):
 
     warn: Positive | None = None
     fail: Positive | None = None
+
+
+class AmountLimit(Limit):
+    """A limit of a number of a check's performance data, in the plug-in's own unit."""
+
+    shown = "g"
+    warn: Amount | None = None
+    fail: Amount | None = None
 
 
 PercentLimit = Annotated[Limit, BeforeValidator(scalar_limit, json_schema_input_type=Limit | Percent)]
@@ -571,6 +581,16 @@ class Check(Settings):
     command: Annotated[str, Field(min_length=1, max_length=4096)]
     timeout: Seconds = 5.0      # seconds
     exit: Literal["plain", "nagios"] = "plain"      # nagios: 1 is degraded, 3 too, other numbers are bad
+    # By label of its performance data, which only `exit: nagios` reads.
+    limits: Annotated[dict[Annotated[str, Field(min_length=1, max_length=100)], Annotated[
+        AmountLimit, BeforeValidator(scalar_limit, json_schema_input_type=AmountLimit | Amount)]],
+        Field(max_length=64)] = {}
+
+    @model_validator(mode="after")
+    def _labelled(self) -> Check:
+        if self.limits and self.exit != "nagios":
+            raise ValueError("limits of a check need `exit: nagios`")
+        return self
 
 
 class Retention(Settings):
@@ -2574,8 +2594,8 @@ LABELS_MAX = 64                 # labels of a check that are kept, of 100 charac
 # A word of performance data, 'label'=value[UOM];warn;crit;min;max, else anything up to the next word. Each part has a
 # longest length, or a long line would take a second.
 PERFORMANCE = re.compile(
-    r"(?:'((?:[^']|''){1,100})'|([^\s='][^\s=]{0,99}))=(-?(?:[0-9]{1,18}(?:\.[0-9]{0,18})?|\.[0-9]{1,18}))"
-    r"[^\W\d_]{0,9}%?(?:;\S*)?(?!\S)|'(?:[^']|'')*(?:'\S*|\Z)|\S+")
+    r"(?:'((?:[^'\n]|''){1,100})'|([^\s=']{1,100}))=(-?(?:[0-9]{1,18}(?:\.[0-9]{0,18})?|\.[0-9]{1,18}))"
+    r"[^\W\d_]{0,9}%?(?:;\S*)?(?!\S)|'(?:[^'\n]|'')*(?:'\S*|(?=\n)|\Z)|\S+")
 
 
 @dataclass(frozen=True)
@@ -3577,26 +3597,35 @@ class Verdict:
         return self.state in ("healthy", "degraded")
 
 
-def judge_limits(sample: Sample, limits: Mapping[str, Limit]) -> tuple[list[str], list[str]]:
+def limited(sample: Sample, settings: ResourceSettings) -> Iterator[tuple[str, float | str, Limit | None]]:
+    """What has limits: its name, the reading or why there is none, and the limit."""
+    for metric, common in settings.limits.by_metric().items():
+        for name, value in sample.readings(metric):
+            yield name, value, common.at(name.partition(" ")[2])
+        if metric in sample.problems:
+            yield metric, sample.problems[metric], common
+    for check in settings.checks:
+        found = sample.checks[check.name].metrics if check.name in sample.checks else {}
+        for label, limit in check.limits.items():
+            yield f"{check.name}/{label}", found.get(label, "no such performance data"), limit
+
+
+def judge_limits(sample: Sample, settings: ResourceSettings) -> tuple[list[str], list[str]]:
     """Readings above `fail` and, in the second list, above `warn` or not readable."""
     failed, warned = [], []
-    for metric, common in limits.items():
-        for name, value in sample.readings(metric):
-            limit = common.at(name.partition(" ")[2])
-            if limit is None:
-                continue
-            if limit.fail is not None and value > limit.fail:
-                failed.append(f"{name} {value:.1f} > {limit.fail:g}")
-            elif limit.warn is not None and value > limit.warn:
-                warned.append(f"{name} {value:.1f} > {limit.warn:g}")
-        if metric in sample.problems:
-            warned.append(f"{metric} cannot be read: {sample.problems[metric]}")
+    for name, value, limit in limited(sample, settings):
+        if isinstance(value, str):
+            warned.append(f"{name} cannot be read: {value}")
+        elif limit and limit.fail is not None and value > limit.fail:
+            failed.append(f"{name} {value:{limit.shown}} > {limit.fail:g}")
+        elif limit and limit.warn is not None and value > limit.warn:
+            warned.append(f"{name} {value:{limit.shown}} > {limit.warn:g}")
     return failed, warned
 
 
 def evaluate(sample: Sample, settings: ResourceSettings) -> Verdict:
     """A sample against the limits, services and checks of its resource."""
-    failed, warned = judge_limits(sample, settings.limits.by_metric())
+    failed, warned = judge_limits(sample, settings)
     bad, doubtful = ([f"{kind} {name}: {outcome.text.strip() or 'failed'}"
                       for kind, outcomes in (("service", sample.services), ("check", sample.checks))
                       for name, outcome in outcomes.items() if (outcome.good, outcome.degraded) == wanted]
@@ -7479,10 +7508,11 @@ Availability:
 <h2>Services and checks</h2>
 {% call table("Services and checks", ("Result", "Service or check")) %}
 {% for kind, name, outcome in outcomes %}
-<tr><td>{{ state("healthy", "good") if outcome.good else state("unhealthy", "bad") }}</td>
+<tr><td>{{ state("unhealthy", "bad") if not outcome.good else state("degraded", "warning") if outcome.degraded
+else state("healthy", "good") }}</td>
 <td>{{ name }} <small>{{ kind }}</small>
 {% if outcome.text|length > 80 or "\\n" in outcome.text.strip() %}
-<details id="{{ kind }}-{{ name|urlencode }}"{% if not outcome.good %} open{% endif %}>
+<details id="{{ kind }}-{{ name|urlencode }}"{% if outcome.degraded or not outcome.good %} open{% endif %}>
 <summary>Output</summary><pre tabindex="0">{{ outcome.text }}</pre></details>
 {% else %}
 <p>{{ outcome.text }}</p>
@@ -8012,6 +8042,10 @@ class ResourceRow:
         own = limit if key is None else limit["mounts"][key]
         return own if isinstance(own, dict) else {}     # or off
 
+    def check_limits(self, name: str) -> Mapping[str, LimitValues]:
+        return next((check["limits"] for check in self.settings.get("checks", ()) if check["name"] == name
+                     and "limits" in check), {})
+
     @property
     def bars(self) -> Markup:
         """The cells of the overview's readings, in one piece: three for 1,000 rows each would be escaped once more."""
@@ -8088,6 +8122,11 @@ def reading_rows(sample: Mapping[str, Any], resource: ResourceRow, damage: str) 
                          "bar": bar_svg(value, own, top) if top else ""})
         if problem or (limit and not found and not damage):
             rows.append({"label": LABELS[metric], "limit": limit, "problem": problem or "not read"})
+    for check, outcome in sample["checks"].items():
+        numbers, limits = outcome.get("metrics", {}), resource.check_limits(check)
+        rows += [{"label": f"{check}/{label}", "limit": limits.get(label, {}),
+                  **({"text": f"{numbers[label]:g}"} if label in numbers else {"problem": "not read"})}
+                 for label in {**numbers, **limits}]
     return rows
 
 
@@ -8133,15 +8172,16 @@ def resource_page(name: str, **more: Any) -> flask.Response:
                  "polls": samples(session, row.id, now), "events": events(session, resource=name, limit=20)}
     sample = resource.sample or NO_SAMPLE
     damage = "damaged in the database; the next poll writes them again" if resource.sample is None else ""
-    outcomes = [(kind, called, outcome) for kind in ("service", "check")
-                for called, outcome in sample[f"{kind}s"].items()]
+    outcomes = sorted(((kind, called, outcome) for kind in ("service", "check")
+                       for called, outcome in sample[f"{kind}s"].items()),
+                      key=lambda row: (bool(row[2]["good"]), not row[2].get("degraded")))     # worst first
     return render_page("resource.html", shown=resource, span=span,
                        readings=reading_rows(sample, resource, damage),
                        span_links=[(name, f"?span={name}", f"Last {name}", None) for name in SPANS],
                        machine=machine_rows(sample, row.host_key), login_wait=context.monitor.login_wait(name),
                        origin=row.origin == "inventory" and places.get(name, context.inventory.path.name),
                        refresh="" if request.method == "GET" else resource.href,
-                       outcomes=sorted(outcomes, key=lambda outcome: bool(outcome[2]["good"])), **more)
+                       outcomes=outcomes, **more)
 
 
 def event_page() -> Answer:

@@ -116,6 +116,17 @@ FAULTS: dict[str, tuple[str, str]] = {
     ),
     "unknown key in a limit": (more("limits: {cpu_percent: {¦wran: 9, fail: 20}}"), "did you mean warn?"),
     "unknown key in a check": (more("checks: [{name: a, command: b, ¦timeuot: 3}]"), "did you mean timeout?"),
+    "exit of a check": (more("checks: [{name: a, command: b, exit: ¦nagois}]"), "resources[0].checks[0].exit"),
+    "limit of a check that reads no numbers": (
+        more("checks: [¦{name: a, command: b, limits: {load1: 5}}]"), "limits of a check need `exit: nagios`",
+    ),
+    "infinite limit of a check": (
+        more("checks: [{name: a, command: b, exit: nagios, limits: {load1: ¦inf}}]"), "checks[0].limits.load1",
+    ),
+    "unknown key in a limit of a check": (
+        more("checks: [{name: a, command: b, exit: nagios, limits: {load1: {¦wran: 9, fail: 20}}}]"),
+        "did you mean warn?",
+    ),
     "percent over 100": (more("limits: {cpu_percent: ¦101}"), "resources[0].limits.cpu_percent"),
     "percent over 100, nested": (more("limits:\n      disk_percent: {warn: 5, fail: ¦100.1}"), "disk_percent.fail"),
     "percent over 100 of a mount point": (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import html
+import json
 import re
 import sys
 import time
@@ -453,6 +454,29 @@ def test_a_damaged_sample_shows_in_its_place(console: Local, sample: str) -> Non
         return "damaged" in reply.body
 
     wait_for(shows)
+
+
+def test_performance_data_stands_beside_its_limits(console: Local) -> None:
+    limits = {"load1": {"warn": 4, "fail": 8}, "gone": 1}
+    check = {"name": "load", "command": "check_load", "exit": "nagios", "limits": limits}
+    added = {"name": "three", "platform": "simulated", "hostname": "three.example.com", "seed": 1, "checks": [check]}
+    assert console.api("POST", "resources", added, headers={"Origin": "http://localhost"}).status == 201
+    outcome = {"good": True, "degraded": True, "text": "WARNING - so so", "metrics": {PAYLOAD: 1.5, "load1": 5e9}}
+    sample = {"details": {}, "metrics": {}, "services": {}, "checks": {"load": outcome}, "problems": {}}
+
+    def shows() -> bool:
+        """A poll that ends meanwhile writes the sample anew."""
+        with console.store.writing() as session:
+            session.execute(Status.__table__.update().values(sample=json.dumps(sample)))
+        return "WARNING - so so" in console.ask("GET", "/-/resources/three").body
+
+    console.form("/-/resources/three/check", {})
+    wait_for(shows)
+    text = " ".join(re.sub(r"<[^>]+>", " ", console.ask("GET", "/-/resources/three").body).split())
+    assert f"load/{html.escape(PAYLOAD)} 1.5" in text and "load/load1 5e+09 4 8" in text
+    assert "load/gone not read 1" in text and "warning load check" in text
+    shown = console.api("GET", "resources/three").json
+    assert shown["sample"]["checks"]["load"] == outcome and shown["checks"][0]["limits"]["load1"]["warn"] == 4
 
 
 def test_a_secret_that_does_not_open_shows_in_its_place(console: Local) -> None:

@@ -2,8 +2,7 @@
 
 No bash 3.2 (/bin/sh of every Mac), ksh88 or BusyBox 1.01 can be had. In their place stand a model of how bash 3.2
 finds the end of `$(`, which only counts parentheses, a list of what none of the three can parse, and posh, a shell of
-the same descent as the clones of ksh88, which trips over the same text. A test marked with `fault` names what is not
-true yet.
+the same descent as the clones of ksh88, which trips over the same text.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from typing import Any
 
 import pytest
 from test_probes import SHELLS, assert_sound, run_script
-from test_real_hosts import fault, resource
+from test_real_hosts import resource
 
 from healthchecker import (
     PROBES,
@@ -429,8 +428,8 @@ STATES = {0: "healthy", 1: "degraded", 2: "unhealthy", 3: "degraded"}
 
 
 def nagios(command: str, **limits: Any) -> Any:
-    settings_ = resource(platform="posix" if "posix" in limits else "unix", limits=limits.get("limits", {}),
-                         checks=[{"name": "x", "command": command, "exit": "nagios"}], timeout="30")
+    checks = [{"name": "x", "command": command, "exit": "nagios", "timeout": "20", "limits": limits}]
+    settings_ = resource(checks=checks, timeout="30")
     sample = collect(settings_, Shell(), None)
     return sample, evaluate(sample, settings_)
 
@@ -455,7 +454,14 @@ def test_the_packaged_plug_ins_work_as_they_are() -> None:
             assert sample.checks["x"].metrics.keys() == {"load1", "load5", "load15"}
 
 
-@fault("performance data are no metrics, so that they cannot be limited")
-def test_performance_data_may_be_limited() -> None:
-    _, verdict = nagios("echo 'OK | queue=120;;;0'", limits={"x queue": {"fail": "100"}})
-    assert verdict.state == "unhealthy" and "queue" in verdict.reason
+@pytest.mark.parametrize(("output", "state", "named"), [
+    ("OK | queue=120;;;0", "unhealthy", "x/queue 120 > 100"),
+    ("OK | queue=90;;;0", "degraded", "x/queue 90 > 50"),
+    ("OK | queue=50", "healthy", ""),
+    ("OK | queue=U", "degraded", "x/queue cannot be read"),
+    ("OK | queue=120,5", "degraded", "x/queue cannot be read"),
+    ("OK", "degraded", "x/queue cannot be read"),
+])  # fmt: skip
+def test_performance_data_may_be_limited(output: str, state: str, named: str) -> None:
+    _, verdict = nagios(f"echo '{output}'", queue={"warn": "50", "fail": "100"})
+    assert verdict.state == state and named in verdict.reason
