@@ -2962,9 +2962,11 @@ class Sample:
     services: Mapping[str, Outcome]
     checks: Mapping[str, Outcome]
     problems: Mapping[str, str]
-    # For the next poll: polls in a row whose CPU counters gave no cpu_percent, and mount points that were writable.
+    # For the next poll: polls in a row whose CPU counters gave no cpu_percent, mount points that were writable, and
+    # number and begin of a df that had not ended.
     still: int = dataclass_field(default=0, compare=False)
     writable: frozenset[str] = dataclass_field(default=frozenset(), compare=False)
+    stuck: tuple[str, ...] = dataclass_field(default=(), compare=False)
     endpoint: str = dataclass_field(default="", compare=False)      # what an endpoint says of itself
 
     @property
@@ -2977,7 +2979,7 @@ class Sample:
 
     def to_json(self) -> str:
         """For the pages: an object with the names of the fields; without what only a poll needs."""
-        fields = self.__dataclass_fields__.keys() - {"ticks", "still", "writable", "endpoint"}
+        fields = self.__dataclass_fields__.keys() - {"ticks", "still", "writable", "stuck", "endpoint"}
         return json.dumps({field: getattr(self, field) for field in fields}, default=vars)
 
 
@@ -3406,7 +3408,9 @@ PROBES: dict[Platform, CommandSet] = {
 
 # The script goes to `sh -s` on stdin: one group, read whole before a command could eat the rest.
 # A check's output ends at its own status line and not at end of file, which a daemon it leaves behind would
-# hold off for ever; what is beyond KEPT_BYTES is read and dropped, so that nothing dies of SIGPIPE.
+# hold off for ever; what is beyond KEPT_BYTES is read and dropped, so that nothing dies of SIGPIPE. Nothing ends a df
+# that waits for a dead disk: it says who it is past what gathers its output, and where `hangs` still finds it, the
+# poll starts no other.
 SCRIPT = r"""{
 LC_ALL=C; export LC_ALL; unset LANGUAGE N; N=NONCE
 PATH=$PATH:/usr/sbin:/sbin:/usr/local/sbin:/usr/local/bin; export PATH
@@ -3430,9 +3434,16 @@ limit() {
   return $s
 }
 d() {
-  limit 5 df "$@"; s=$?
+  limit 5 /bin/sh -c 'printf "\n@%s df %s %s\n" "$0" $$ "$(date "+%d %b %H:%M")" >&3; exec df "$@" 3>&-' "$N" "$@"; s=$?
   [ $s -lt 124 ] || echo "df: no end in 5 s"
   return $s
+}
+hangs() {
+  [ "$1" ] && kill -0 $1 2>/dev/null || return 1
+  case $({ cat /proc/$1/stat || ps -o stat= -o comm= -p $1; } 2>/dev/null) in
+  (''|*'(df) '[!Z]*|[!Z]*df) printf '\n@%s df %s %s\n' $N $1 "$2";;
+  (*) return 1;;
+  esac
 }
 run() {
   { t=$(date +%s); limit "$1" /bin/sh -c "$2"; s=$?; [ $s -le 255 ] || s=$((128 + s % 128))
@@ -3462,9 +3473,9 @@ exit 0
 
 
 def build_script(platform: Platform, services: Sequence[str], checks: Sequence[Check], nonce: str,
-                 _mounts: Iterable[str] = ()) -> str:
+                 _mounts: Iterable[str] = (), stuck: Sequence[str] = ()) -> str:
     """The whole poll for `/bin/sh -s`; `unix` and `local` ask uname which table to run. The nonce (hex, new
-    for every poll) marks the sections, so that no output can pass for a mark."""
+    for every poll) marks the sections, so that no output can pass for a mark. `stuck` is Sample's."""
     chosen = {platform: PROBES[platform]} if platform in PROBES else PROBES
     first = last = ""
     for key, table in chosen.items():
@@ -3475,7 +3486,8 @@ def build_script(platform: Platform, services: Sequence[str], checks: Sequence[C
         sections = {title: f"b {shlex.quote(title)}; {'f; ' if title.startswith(('disk', 'service ')) else ''}"
                            f"O=$(\nexec 2>&1\n{command}\n); e\n" for title, command in rows}
         pattern = table.uname if len(chosen) > 1 else "*"
-        last += f"{pattern})\n{sections.pop('disk_percent')};;\n"     # a df that hangs costs nothing else its answer
+        begin, ask = sections.pop("disk_percent").split("; f; ")    # a df that hangs costs nothing else its answer
+        last += f"{pattern})\n{begin}; f; hangs {shlex.join(stuck)} || {{ {ask}}} 3>&1;;\n"
         first += f"{pattern})\n{''.join(sections.values())};;\n"
     limited = ""
     for check in checks:
@@ -3488,11 +3500,12 @@ def build_script(platform: Platform, services: Sequence[str], checks: Sequence[C
 
 class Section(NamedTuple):
     """What stands between the marks of one command. The end has exit status and, of a check, seconds; it is
-    empty when the output was cut off."""
+    empty when the output was cut off. `df` has number and begin of the last one."""
 
     title: tuple[str, ...]
     text: str
     end: tuple[str, ...] = ()
+    df: tuple[str, ...] = ()
 
     @property
     def status(self) -> int:
@@ -3516,6 +3529,8 @@ def _sections(output: str, nonce: str) -> list[Section]:
         if word == "begin" and words:
             text = printed(body) if words[0] == "check" else body.translate(CONTROL).strip()
             found.append(Section(tuple(words), text))
+        elif word == "df" and found and re.fullmatch("[0-9]{1,9} [0-9A-Za-z: ]{1,20}", " ".join(words)):
+            found[-1] = found[-1]._replace(text=body.translate(CONTROL).strip(), df=(words[0], " ".join(words[1:])))
         elif word == "end" and found:
             found[-1] = found[-1]._replace(end=tuple(words))
     return found
@@ -3540,7 +3555,8 @@ def not_run(text: str) -> ProbeError:
 
 def _reading(probe: Probe, section: Section | None) -> Reading:
     if section is None or not section.end:
-        raise ValueError("no answer")
+        raise ValueError("df from {1} still hangs (process {0})".format(*section.df) if section and section.df
+                         else "no answer")
     if section.status:
         raise ValueError(f"exit status {section.status}: {section.text.partition(chr(10))[0]}")
     return probe.parse(section.text)
@@ -3566,7 +3582,9 @@ def parse_output(text: str, nonce: str, previous: CpuTicks | None) -> Sample:
         raise not_run(text)
     if not sample.readings("disk_percent"):     # they come with the disks
         problems["inode_percent"] = problems.get("disk_percent", NOT_KNOWN)
-    return replace(sample, endpoint=sections["endpoint",].text) if ("endpoint",) in sections else sample
+    disks, endpoint = sections.get(("disk_percent",)), sections.get(("endpoint",))
+    return replace(sample, stuck=disks.df if disks and not disks.end else (),
+                   endpoint=endpoint.text if endpoint else "")
 
 
 # === Windows =================================================================
@@ -3775,7 +3793,7 @@ WINDOWS_PATH = re.compile(r"[A-Za-z]:\\[^*?[]+")      # no drive, which is found
 
 
 def build_windows_script(services: Sequence[str], checks: Sequence[Check], _nonce: str,
-                         mounts: Iterable[str] = ()) -> str:
+                         mounts: Iterable[str] = (), _stuck: Sequence[str] = ()) -> str:
     """The whole poll, ASCII only. What the operator wrote goes in as JSON in one literal in single quotes and has
     none of those: it cannot end the literal, nothing in it is expanded. One line needs no marks."""
     commands = [{"name": check.name, "command": check.command, "milliseconds": round(1000 * check.timeout)}
@@ -3929,7 +3947,7 @@ def simulated_sample(text: str, _nonce: str, _previous: CpuTicks | None) -> Samp
     return Sample({}, {}, None, {}, {"simulation": Outcome(good, "" if good else "simulated outage")}, {})
 
 
-Builder = Callable[[Sequence[str], Sequence[Check], str, Iterable[str]], str]
+Builder = Callable[[Sequence[str], Sequence[Check], str, Iterable[str], Sequence[str]], str]
 Parser = Callable[[str, str, CpuTicks | None], Sample]
 LANGUAGES: dict[Platform, tuple[Builder, Parser]] = {
     **{platform: (functools.partial(build_script, platform), parse_output) for platform in Platform},
@@ -3977,7 +3995,8 @@ def collect(settings: ResourceSettings, connection: Connection, previous: Sample
     output, deadline = Output(end_mark(nonce)), Deadline(settings.timeout)
     disk = settings.limits.disk_percent
     mounts = [mount for mount, limit in ((disk and disk.mounts) or {}).items() if limit]
-    script = nonce if settings.endpoint else build(settings.services, settings.checks, nonce, mounts)
+    stuck = previous.stuck if previous else ()
+    script = nonce if settings.endpoint else build(settings.services, settings.checks, nonce, mounts, stuck)
     ended = connection.run(script, output, deadline)
     text, done, _ = output.printed.decode(errors="replace").partition(end_mark(nonce))
     # What comes last hangs where a disk does: all else was answered.

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import wait_for
 from test_probes import SHELLS, assert_sound, run_script
 from test_real_hosts import resource
 
@@ -34,7 +35,6 @@ from healthchecker import (
     Platform,
     build_script,
     collect,
-    end_mark,
     evaluate,
     parse_output,
 )
@@ -326,8 +326,8 @@ def in_folder(folder: Path, **scripts: str) -> str:
 HANGS = "trap '' TERM\ncase $* in *--help*) echo 'Usage: df --local'; exit;; esac\nexec sleep 60"
 
 
-def partial(command: list[str], script: str, seconds: float, environ: dict[str, str]) -> str:
-    """What a poll reads until its deadline; then it goes away, as a closed channel does."""
+def partial(command: list[str], script: str, seconds: float, environ: dict[str, str], seen: str = "\0") -> str:
+    """What a poll reads until its deadline, or has `seen` this; then it goes away, as a closed channel does."""
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                                env={**os.environ, **environ}, start_new_session=True)
     STARTED.append(process)
@@ -336,7 +336,7 @@ def partial(command: list[str], script: str, seconds: float, environ: dict[str, 
     process.stdin.close()
     os.set_blocking(process.stdout.fileno(), False)
     received, until = b"", time.monotonic() + seconds
-    while time.monotonic() < until and end_mark(NONCE).encode() not in received:
+    while time.monotonic() < until and not any(mark in received for mark in (b" done\n", seen.encode())):
         received += process.stdout.read() or b""
         time.sleep(0.02)
     process.stdout.close()
@@ -362,6 +362,69 @@ def test_hanging_dfs_do_not_pile_up(tmp_path: Path, mark: str) -> None:
     while len(stuck := [line for line in left_over(mark) if "sleep 60" in line]) > 1 and time.monotonic() < until:
         time.sleep(0.2)
     assert len(stuck) <= 1
+
+
+class Leaving:
+    """A connection to this machine that leaves a df behind as soon as it runs, or stays to the end."""
+
+    def __init__(self, place: str, **environ: str) -> None:
+        self.place, self.environ = place, environ
+
+    def run(self, script: str, output: Output, deadline: Deadline) -> bool:
+        shell = [shutil.which("dash") or "sh", "-s"]
+        without = script.replace("/proc/$1/", "/nowhere/") if self.place != "proc" else script
+        nonce = output.mark.decode().split("@")[1].split()[0]
+        text = partial(shell, without, 60, self.environ, seen=f"@{nonce} df ")
+        while output.mark.decode() not in text and not deadline.over:
+            time.sleep(0.02)
+        return output.take(text.encode())
+
+
+@pytest.mark.parametrize("place", ["proc", "ps", "neither"])
+def test_beside_a_df_that_cannot_be_ended_no_other_is_started(place: str, tmp_path: Path, mark: str) -> None:
+    """A stand-in for one that waits for a dead disk in the kernel: a timeout(1) whose signals have no effect."""
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real" / "df").symlink_to(shutil.which("sleep") or "")
+    commands = {
+        "timeout": 'shift 3; exec "$@"', "service": "echo $1 is running",
+        **({"ps": "exit 1"} if place == "neither" else {}),
+        "df": f"case $* in *--help*) echo 'Usage: df --local'; exit;; esac\necho >>{tmp_path}/started\n"
+              f"exec {tmp_path}/real/df 60",
+    }  # fmt: skip
+    path = in_folder(tmp_path, **commands)
+    settings = resource(timeout="1", limits={"disk_percent": "90"}, services=["nginx"], platform="linux",
+                        checks=[{"name": "good", "command": "echo fine"}])
+    connection, sample = Leaving(place, PATH=path, **{MARK: mark}), None
+    stuck = set()
+    for _ in range(3):
+        sample = collect(settings, connection, sample)
+        assert sample.checks["good"].good and sample.services["nginx"].text and "memory_percent" in sample.metrics
+        verdict = evaluate(sample, settings)
+        assert verdict.state == ("degraded" if sample.services["nginx"].good else "unhealthy")
+        problem = sample.problems["disk_percent"]
+        found = re.fullmatch(r"df from \d\d \w{3} \d\d:\d\d still hangs \(process (\d+)\)", problem)
+        assert found, problem
+        stuck.add(int(found[1]))
+        assert len(stuck) == 1
+    assert len((tmp_path / "started").read_text(encoding="ascii").splitlines()) == 1
+    os.kill(stuck.pop(), signal.SIGKILL)    # the disk is back
+    wait_for(lambda: not any(line.endswith("/real/df 60 ") for line in left_over(mark)))
+    (tmp_path / "df").unlink()
+    assert collect(resource(timeout="60", platform="linux"), Shell(), sample).readings("disk_percent")
+
+
+def test_a_number_that_is_no_df_any_more_hangs_nowhere(mark: str) -> None:
+    """Another process with its number, and one that has ended and that nobody waits for."""
+    other = subprocess.Popen(["sleep", "60"], env={**os.environ, MARK: mark})
+    STARTED.append(other)
+    ended = subprocess.Popen(["true"], env={**os.environ, MARK: mark})
+    STARTED.append(ended)
+    for number in (other.pid, ended.pid, 2 ** 30):
+        for place in ("/proc/$1/", "/nowhere/"):
+            script = build_script(Platform.LINUX, [], [], NONCE, (str(number), "26 Nov 12:00"))
+            script = script.replace("/proc/$1/", place)
+            text, _ = run_script(["sh", "-s"], script)
+            assert parse_output(text, NONCE, None).readings("disk_percent")
 
 
 def test_the_local_connection_ends_everything_where_there_is_no_ps(
