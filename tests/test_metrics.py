@@ -25,15 +25,18 @@ from service import Service, fresh_processes, prepared_keys, run_cheaply, write_
 
 from healthchecker import (
     ACCEPTED,
+    LABELS,
     LATENCIES,
     METRICS_AGE,
     OUTCOMES,
     QUEUED,
+    RESOURCE_METRICS,
     ROW,
     ROWS,
     ApiError,
     Counters,
     Lease,
+    Limits,
     Metrics,
     RequestCounters,
     Resource,
@@ -179,6 +182,10 @@ SAMPLE: dict[str, Any] = {
     "checks": {"replication": {"good": False, "text": "secret output"}},
     "problems": {"swap_percent": "not known"},
 }  # fmt: skip
+
+
+def test_every_metric_that_may_have_a_limit_is_shown() -> None:
+    assert Limits.model_fields.keys() <= RESOURCE_METRICS.keys() & LABELS.keys()
 
 
 def add(store: Store, name: str, state: str = "", sample: object = None, cause: str = "", until: float = 0.0) -> None:

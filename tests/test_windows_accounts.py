@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -195,6 +196,17 @@ def test_missing_rights_are_named(host: WSManServer) -> None:
     told = lines(host, ";".join(f"& {{ function Get-Service {{ {body} }}\n{script} }}" for body in RIGHTS))
     said = [parse_windows(line, NONCE, None).services["Spooler"] for line in told]
     assert said == [Outcome(False, f"cannot be read: {why}") for why in RIGHTS.values()]
+
+
+def test_readme_gives_the_rights(host: WSManServer) -> None:
+    """Its line as PowerShell understands it; sc.exe prints an empty line first, and would refuse a bad descriptor."""
+    readme = Path(__file__).parent.parent.joinpath("README.md").read_text(encoding="utf-8")
+    line = re.search(r"`(sc\.exe sdset X .*?)`", readme)
+    assert line
+    put = line[1].replace(" X", " scmanager")
+    tool = "if ($args[0] -eq 'sdshow') { ''; 'D:(A;;CC;;;AU)(A;;KA;;;BA)S:(AU;FA;KA;;;WD)' } else { $args -join ' ' }"
+    assert lines(host, f"$sid = 'S-1-5-21-1-2-3-1001'; function sc.exe {{ {tool} }}; {put}") == [
+        "sdset scmanager D:(A;;CCLC;;;S-1-5-21-1-2-3-1001)(A;;CC;;;AU)(A;;KA;;;BA)S:(AU;FA;KA;;;WD)"]  # fmt: skip
 
 
 def test_the_text_that_is_sent_is_the_same_at_each_poll() -> None:
