@@ -1,4 +1,4 @@
-"""Hosts behind others, over real sshds: key check, login guard and deadline of each hop, and who is named in a fault."""
+"""Hosts behind others, over real sshds: key check, login guard and deadline of each hop, which a fault names."""
 
 from __future__ import annotations
 
