@@ -78,7 +78,7 @@ import hashlib
 import heapq
 import hmac
 import http
-import importlib
+import importlib.util
 import inspect
 import io
 import ipaddress
@@ -128,6 +128,7 @@ try:
     import urllib3
     import waitress
     import yaml
+    from cryptography import x509
     from cryptography.exceptions import InvalidSignature, InvalidTag, UnsupportedAlgorithm
     from cryptography.hazmat.primitives import hashes, serialization
     from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa
@@ -1648,7 +1649,7 @@ def update_row(row: Resource, settings: ResourceSettings, vault: Vault) -> bool:
             changed |= store_secret(row, kind, given[kind], vault)
         elif moved and getattr(row, kind) is not None:
             raise SecretError("hostname, port or username changed: write the password again")
-    if needs_password and row.password is None:
+    if needs_password and row.password is None and settings.auth != "kerberos":     # which may have a keytab
         raise InventoryError("password, password_env, password_file or key_file is missing")
     return changed
 
@@ -2509,10 +2510,11 @@ class SshConnection(SshLogin):
 # A script goes to a Windows host over pypsrp, text comes back. pypsrp sends by requests, which is given one socket
 # that is open, secured and verified: certificate before password, deadline and cap on every read, and no second
 # connection, whatever requests or urllib3 make of an answer. In the poller's thread.
-# Gives: PowerShellConnection
+# Gives: missing_package, PowerShellConnection
 HTTP_CAUSES: dict[int, Cause] = {403: "auth", 502: "unreachable", 503: "unreachable", 504: "unreachable"}
 START_WINRM = "run `winrm quickconfig` there and check port and tls"
 UNMAPPED = "the host refuses the client certificate; map it to an account there"
+EXTRAS = {"credssp": ["requests_credssp"], "kerberos": [] if sys.platform == "win32" else ["gssapi", "krb5"]}
 WINRM_FAULTS: dict[int, tuple[Cause, str]] = {
     5: ("auth", "access denied: add the account to Remote Management Users, or correct configuration_name"),
     2150858793: ("timeout", "the script did not end in time; raise timeout"),
@@ -2524,6 +2526,21 @@ WINRM_FAULTS: dict[int, tuple[Cause, str]] = {
 def certificate_identity(connection: ssl.SSLSocket) -> str:
     """`certificate SHA256:…`, hexadecimal as Windows and openssl show it."""
     return f"certificate SHA256:{hashlib.sha256(connection.getpeercert(True) or b'').hexdigest()}"
+
+
+def unbound(opened: object) -> str:
+    """Why a login could not be bound to its TLS connection (RFC 5929); empty where it was, or there is none."""
+    shown = opened.getpeercert(True) if isinstance(opened, ssl.SSLSocket) else None
+    with contextlib.suppress(UnsupportedAlgorithm):
+        if not shown or x509.load_der_x509_certificate(shown).signature_hash_algorithm:
+            return ""
+    return "; no channel binding could be sent, for the signature of the host's certificate names no hash"
+
+
+def missing_package(auth: str) -> str | None:
+    """What to do where the package of a way to log in is missing."""
+    absent = any(importlib.util.find_spec(name) is None for name in EXTRAS.get(auth, ()))
+    return f"auth {auth} needs a package: pip install pypsrp[{auth}]" if absent else None
 
 
 def tls_fault(error: OSError) -> ProbeError:
@@ -2677,6 +2694,7 @@ class PowerShellConnection(Connection):
             else:
                 context.load_default_certs()
             if settings.certificate_file:
+                context.post_handshake_auth = True      # WinRM asks for it once it has the request
                 secret = phrase.get_secret_value() if phrase else ""
                 context.load_cert_chain(settings.certificate_file, settings.key_file, secret)
         except (OSError, ValueError) as error:
@@ -2689,7 +2707,7 @@ class PowerShellConnection(Connection):
         pool = RunspacePool(wsman, configuration_name=self._settings.configuration_name, idle_timeout=60)
         shell = PowerShell(pool)
         try:
-            with self._guard.attempt(self._target.name, opened.deadline), self._explained():
+            with self._guard.attempt(self._target.name, opened.deadline), self._explained(opened):
                 pool.open()
             shell.add_script(script).begin_invoke()
             while shell.state == PSInvocationState.RUNNING:
@@ -2728,7 +2746,7 @@ class PowerShellConnection(Connection):
         return wsman
 
     @contextlib.contextmanager
-    def _explained(self) -> Iterator[None]:
+    def _explained(self, opened: WinrmSocket | None = None) -> Iterator[None]:
         """Our error for whatever the host's bytes make pypsrp raise."""
         settings = self._settings
         try:
@@ -2736,10 +2754,9 @@ class PowerShellConnection(Connection):
         except ProbeError:
             raise
         except ImportError as error:
-            extra = f"pypsrp[{settings.auth}]"
-            raise ProbeError("credential", f"auth {settings.auth} needs a package: pip install {extra}") from error
+            raise ProbeError("credential", missing_package(settings.auth) or one_line(str(error))) from error
         except AuthenticationError as error:
-            refused = f"login as {settings.username} refused; check username, password and auth"
+            refused = f"login as {settings.username} refused; check username, password and auth{unbound(opened)}"
             raise ProbeError("auth", UNMAPPED if settings.auth == "certificate" else refused) from error
         except WSManFaultError as error:
             unknown: tuple[Cause, str] = ("protocol", f"WinRM fault {error.code}: {error.reason}")
@@ -5987,10 +6004,10 @@ class GateServer(TcpWSGIServer):    # type: ignore[misc]  # waitress carries no 
 # with a WorkerProcess each); in each of them a Worker serves. It runs the customer's code: it is given sockets, lease,
 # counters, settings and a pipe, and no database, key, inventory or session. On the pipe it says `ready` or `failed` and
 # what is to be logged, in JSON; it hears stop, or end of file when the main process died.
-# That they may serve is a flag in shared memory, set once the start can no longer fail; a replacement finds it set: if
-# each served as soon as it is ready, a start that fails would have served somebody.
+# That they may serve is a flag in shared memory, set once the start can no longer fail; a replacement finds it set. If
+# each served as soon as it is ready, a start that fails would serve, and a good one would answer 503 for a moment.
 # Gives: ENDINGS, HANGUPS, LineFormatter, Supervisor, bound_address, bound_port, handed_over, keep_out_of_collections,
-#   listen
+# listen
 ABSENT = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)      # this machine does not have the address, or its family
 LISTEN_FAULTS = {
     errno.EADDRINUSE: "another program uses that port; stop it, or write another port at",
@@ -9218,6 +9235,8 @@ def check(arguments: argparse.Namespace) -> int:
                 said = {name: getattr(settings, name) for name in (*SshConfig.SAID, "key_file")}
                 told = (f"{name} {value}" for name, value in said.items() if value is not None)
                 print(f"{settings.name}, with {settings.ssh_config.name}: {', '.join(told)}")
+            if settings.platform is Platform.WINDOWS and (missing := missing_package(settings.auth)):
+                print(f"{settings.name}: {missing}")
         targets = list(load_targets(session, vault).values()) if arguments.probe else []
     return probe(targets, installation.access()) if arguments.probe else 0
 

@@ -343,6 +343,25 @@ def test_ways_that_cannot_be_gone(tmp_path: Path) -> None:
     assert net.poll(resource_of({"name": "f", "proxy_jump": "e", **given})).reason == "bastion e: e: does not open"
 
 
+@OPENSSH
+def test_the_forced_command_of_the_readme(servers: tuple[Sshd, Sshd, Sshd], tmp_path: Path) -> None:
+    """It polls, opens no way to another host, and yet runs what it is sent."""
+    server, key = servers[0], make_key("ed25519")
+    readme = Path(__file__).parents[1].joinpath("README.md").read_text(encoding="utf-8")
+    forced = " ".join(readme.split()).partition("`command=")[2].partition(" ssh-ed25519 ")[0]
+    write_private(tmp_path / "key", key)
+    with (server.folder / "authorized_keys").open("a", encoding="ascii") as authorized:
+        authorized.write(f"command={forced} {public_line(key)}\n")
+    echo = {"name": "echo", "command": "echo $SSH_ORIGINAL_COMMAND"}
+    login = {"key_file": tmp_path / "key", "timeout": AMPLE, "checks": [echo]}
+    answer = poll(target(server, **login))
+    assert healthy(answer) and answer.sample
+    assert answer.sample.checks["echo"].text == "exec /bin/sh -s"
+    net = Net(tmp_path / "known", *servers)
+    net.add(target(server, name="b1", key_file=tmp_path / "key"))
+    assert "bastion b1: it refuses a connection to" in net.poll(behind(servers[1], "b1")).reason
+
+
 # --- in the service -------------------------------------------------------------
 
 

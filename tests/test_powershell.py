@@ -16,6 +16,7 @@ import json
 import logging
 import re
 import socket
+import ssl
 import sys
 import threading
 import time
@@ -636,6 +637,35 @@ def test_client_certificates() -> None:
             polled = poll(unusable)
             assert polled.cause == "credential", polled
             assert "sesame" not in polled.reason
+
+
+def test_a_certificate_that_is_asked_for_after_the_handshake() -> None:
+    """As WinRM's listener does under TLS 1.3: it looks at the request first."""
+    with WSManServer("https", "certificate", answer=RECORDED) as server:
+        server.tls.post_handshake_auth = True
+        server.tls.minimum_version = ssl.TLSVersion.TLSv1_3
+        assert poll(target(server)).cause == ""
+
+
+@pytest.mark.parametrize(("hashed", "says"), [(True, "check username, password and auth"), (False, "channel binding")])
+def test_a_refused_login_says_that_it_was_not_bound_to_the_channel(hashed: bool, says: str) -> None:
+    """A certificate whose signature names no hash has no binding (RFC 5929): a host that demands one refuses."""
+    with WSManServer("https", "ntlm", answer=RECORDED) as server:
+        server.rotate_certificate(hashed=hashed)
+        refused = poll(target(server, password="not the password"))
+        assert (refused.cause, says in refused.reason) == ("auth", True)
+        assert ("channel binding" in refused.reason) is not hashed
+
+
+def test_kerberos_needs_no_password(tmp_path: Path) -> None:
+    """A keytab does (KRB5_CLIENT_KTNAME); `check` says which package is missing."""
+    row = "  - {{name: {0}, hostname: {0}, platform: windows, username: monitor, auth: {0}{1}}}\n"
+    rows = row.format("kerberos", "") + row.format("credssp", ", password: p")
+    code, said = run_cheaply("--inventory", str(write_inventory(tmp_path, rows)), "check")
+    assert code == 0
+    for auth, package in (("kerberos", "krb5"), ("credssp", "requests_credssp")):
+        absent = importlib.util.find_spec(package) is None and not (auth == "kerberos" and sys.platform == "win32")
+        assert (f"{auth}: auth {auth} needs a package: pip install pypsrp[{auth}]" in said) is absent
 
 
 def test_a_refused_certificate_locks_nothing() -> None:

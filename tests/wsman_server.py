@@ -38,7 +38,7 @@ from xml.sax.saxutils import escape
 import spnego
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 from psrpcore import CreatePipelineEvent, PSRPPayload, ServerPipeline, ServerRunspacePool, StreamType
 from psrpcore.types import ErrorCategoryInfo, ErrorRecord, NETException, PipelineState, PSInvocationState
 from spnego.channel_bindings import GssChannelBindings
@@ -63,9 +63,12 @@ class Certificate(NamedTuple):
     fingerprint: str
 
 
-def make_certificate(folder: Path, name: str, address: str = HOST, days: int = 1) -> Certificate:
-    """Make a certificate for `localhost` and an address that is its own authority; it ends in so many days."""
-    key = ec.generate_private_key(ec.SECP256R1())
+def make_certificate(
+    folder: Path, name: str, address: str = HOST, days: int = 1, *, hashed: bool = True
+) -> Certificate:
+    """Make a certificate for `localhost` and an address that is its own authority; it ends in so many days. Without
+    `hashed` its signature names no hash."""
+    key: Any = ec.generate_private_key(ec.SECP256R1()) if hashed else ed25519.Ed25519PrivateKey.generate()
     subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name)])
     now = datetime.datetime.now(datetime.timezone.utc)
     names = [x509.DNSName("localhost"), x509.IPAddress(ipaddress.ip_address(address))]
@@ -77,7 +80,7 @@ def make_certificate(folder: Path, name: str, address: str = HOST, days: int = 1
     builder = builder.add_extension(
         x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False
     )
-    certificate = builder.sign(key, hashes.SHA256())
+    certificate = builder.sign(key, hashes.SHA256() if hashed else None)
     made = Certificate(
         folder / f"{name}.crt", folder / f"{name}.key", certificate.fingerprint(hashes.SHA256()).hex()
     )
@@ -459,7 +462,22 @@ class SecuredConnection(http.server.BaseHTTPRequestHandler):
         return user if scheme == "Basic" and user and self.owner.users.get(user) == password else ""
 
     def _peer_certificate(self) -> bytes | None:
-        return self.connection.getpeercert(True) if isinstance(self.connection, ssl.SSLSocket) else None
+        if not isinstance(self.connection, ssl.SSLSocket):
+            return None
+        if self.owner.tls.post_handshake_auth and self.connection.getpeercert(True) is None:
+            with contextlib.suppress(ssl.SSLError):  # the client said that it would show none
+                self.connection.verify_client_post_handshake()
+                self._read_certificate(self.connection)
+        return self.connection.getpeercert(True)
+
+    def _read_certificate(self, connection: ssl.SSLSocket) -> None:
+        """As IIS does: asks once it has the request, and answers that when it has the certificate."""
+        connection.do_handshake()
+        connection.settimeout(0.1)
+        while not self.owner.closing.is_set() and connection.getpeercert(True) is None:
+            with contextlib.suppress(TimeoutError, ssl.SSLWantReadError):
+                connection.recv(1)
+        connection.settimeout(None)
 
     def _step(self, token: bytes) -> None:
         bindings = self._bindings()
@@ -864,10 +882,10 @@ class WSManServer:
         """The SHA-256 of the server's certificate, 64 hexadecimal digits."""
         return self.certificate.fingerprint
 
-    def rotate_certificate(self, address: str = HOST, days: int = 1) -> None:
+    def rotate_certificate(self, address: str = HOST, days: int = 1, *, hashed: bool = True) -> None:
         """Show new connections another certificate, for an address and so many days."""
         self._serial += 1
-        self.certificate = make_certificate(self.folder, f"server-{self._serial}", address, days)
+        self.certificate = make_certificate(self.folder, f"server-{self._serial}", address, days, hashed=hashed)
         tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         tls.load_cert_chain(self.certificate.certificate_file, self.certificate.key_file)
         if self.auth == "certificate":
