@@ -628,8 +628,8 @@ CREDENTIALS = ("password", "password_env", "password_file", "key_file")
 PASSPHRASES = ("key_passphrase", "key_passphrase_env", "key_passphrase_file")
 HOSTLESS = (Platform.LOCAL, Platform.SIMULATED)
 ONLY = (    # settings that have a meaning on these platforms alone
-    (REMOTE_PLATFORMS, ("port", "username", "endpoint", *CREDENTIALS, *PASSPHRASES)),
-    (SSH_PLATFORMS, ("host_key",)),
+    (REMOTE_PLATFORMS, ("port", "username", *CREDENTIALS, *PASSPHRASES)),
+    (SSH_PLATFORMS, ("host_key", "endpoint")),
     ((Platform.WINDOWS,), ("tls", "auth", "ca_file", "certificate_file", "certificate_fingerprint",
                            "configuration_name")),
     ((Platform.SIMULATED,), ("mean_healthy", "mean_unhealthy", "seed")))
