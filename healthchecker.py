@@ -4357,8 +4357,7 @@ class Monitor(threading.Thread):
         self._store, self._vault, self._context, self._wall = store, vault, context, wall
         self.pollers: dict[str, Poller] = {}
         self.guards = Guards()
-        self._begun_mono = lease_clock()
-        self._zero_at = wall() - self._begun_mono   # the Unix time of lease_clock's 0, by which stored times are read
+        self._zero_at = wall() - lease_clock()  # the Unix time of lease_clock's 0, by which stored times are read
         self.clock_step = 0.0, ""   # when the clock was set the last time, and how
         # Until when resources do not count, as stored and by lease_clock: a clock that is set ends nothing.
         self._maintenance: dict[str, tuple[float, float]] = {}
@@ -5610,9 +5609,28 @@ def bind(host: str, port: int) -> list[socket.socket]:
     return socks
 
 
+@functools.cache
+def handed_over() -> list[socket.socket]:
+    """The listening sockets that systemd has for this process (sd_listen_fds(3)). They outlive it: clients of a restart
+    wait, and nobody is refused."""
+    count = int(os.environ["LISTEN_FDS"]) if os.environ.get("LISTEN_PID") == str(os.getpid()) else 0
+    socks = [socket.socket(fileno=number) for number in range(3, 3 + count)]
+    for sock in socks:
+        sock.set_inheritable(False)
+        sock.listen(BACKLOG)
+    return socks
+
+
+def bound_port(sock: socket.socket) -> int:
+    return cast(int, sock.getsockname()[1]) if sock.family in (socket.AF_INET, socket.AF_INET6) else 0
+
+
 def listen(setting: str, value: str) -> list[socket.socket]:
-    """Binds the address:port that `setting` of the inventory names; a name on all its addresses. Raises UsageError."""
+    """Binds the address:port that `setting` of the inventory names, a name on all its addresses, or takes what systemd
+    has bound. Raises UsageError."""
     host, _, port = value.rpartition(":")
+    if given := [sock for sock in handed_over() if bound_port(sock) == int(port)]:
+        return given
     ends = time.monotonic() + PORT_WAIT
     while True:
         try:
@@ -8650,6 +8668,10 @@ def serve(arguments: argparse.Namespace) -> int:
         read_token(service.metrics_token_file)    # what cannot be used ends the start
     doors = listen("service.listen", service.listen)
     console = [] if service.console == "off" else listen("service.console", service.console)
+    for sock in handed_over():
+        if sock not in (*doors, *console):      # whose clients nobody would answer
+            raise UsageError(f"systemd listens on port {bound_port(sock)}, which is not that of service.listen or "
+                             "service.console; correct its ListenStream")
     service = service.model_copy(update={
         "listen": bound_address(service.listen, doors), "console": bound_address(service.console, console)})
     inspect_database(installation.database)

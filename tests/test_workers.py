@@ -17,11 +17,13 @@ import random
 import signal
 import socket
 import statistics
+import subprocess
 import sys
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Container, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,7 @@ from service import (
     ask_to_end,
     command,
     environment,
+    prepared_keys,
     quick_workers,
     run,
     write_inventory,
@@ -861,3 +864,65 @@ def test_a_port_that_becomes_free() -> None:
         (sock,) = listen("service.listen", f"127.0.0.1:{port}")
     with sock:
         assert sock.getsockname()[1] == port
+
+
+def adopting(folder: Path, port: int, sock: socket.socket) -> subprocess.Popen[bytes]:
+    """A service on `port` that gets `sock` as systemd gives it: as descriptor 3, with its own process id."""
+    path = write_inventory(folder, "  - {name: calm, platform: simulated}", f"  workers: 1\n  listen: 127.0.0.1:{port}")
+    code = (
+        f"import os, sys; os.dup2({sock.fileno()}, 3); os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS='1')\n"
+        "os.execv(sys.executable, sys.argv[1:])"
+    )
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *command(path)],
+        pass_fds=[sock.fileno()],
+        env=environment(None),
+        stderr=subprocess.PIPE,
+    )
+
+
+@POSIX
+def test_a_restart_refuses_nobody(tmp_path: Path) -> None:
+    """Whoever comes while no process is there waits for the next one: the socket is systemd's."""
+    prepared_keys(tmp_path)
+    over, statuses = threading.Event(), list[int]()
+
+    def ask(address: tuple[str, int]) -> None:
+        while not over.is_set():
+            connection = http.client.HTTPConnection(*address, timeout=120)
+            with contextlib.closing(connection):
+                connection.request("GET", "/-/livez")
+                statuses.append(connection.getresponse().status)
+
+    with (
+        socket.create_server(("127.0.0.1", 0)) as sock,
+        ThreadPoolExecutor(8) as pool,
+        contextlib.ExitStack() as ending,
+    ):
+        ending.callback(over.set)
+        address = sock.getsockname()
+        clients = [pool.submit(ask, address) for _ in range(8)]
+        for last in (False, False, True):
+            with adopting(tmp_path, address[1], sock) as process, contextlib.ExitStack() as stack:
+                stack.callback(process.kill)
+                assert process.stderr
+                wait_for(lambda said=process.stderr: b"serving on" in said.readline())
+                before = len(statuses)
+                wait_for(lambda before=before: len(statuses) > before + 50)
+                if last:
+                    over.set()
+                    assert [client.result(120) for client in clients] == [None] * 8, "nobody was refused"
+                process.terminate()
+                assert b"Traceback" not in process.stderr.read() and process.wait(60) == 0
+    assert set(statuses) == {200}
+
+
+@POSIX
+def test_a_socket_that_nobody_would_answer(tmp_path: Path) -> None:
+    prepared_keys(tmp_path)
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        port = sock.getsockname()[1]
+        process = adopting(tmp_path, 0, sock)
+        _, said = process.communicate(timeout=60)
+    expected = f"systemd listens on port {port}, which is not that of service.listen or service.console"
+    assert process.returncode == 2 and said.decode() == f"{expected}; correct its ListenStream\n"
