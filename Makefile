@@ -23,7 +23,7 @@ test: packages $(VENV)/test.stamp
 # What runs on Windows, too, under Windows Python in wine; exit status 77 says that it cannot be had here. Left out
 # are tests of moments (of a kill, of a first poll, of megabytes before a deadline) that wine is too slow to keep.
 SLOW := test_kill_during or first_polls_are_paced or every_poll_ends_in_time
-WINDOWS := inventory vault storage aggregate evaluate gate hostile_clients proxy poll transport powershell \
+WINDOWS := inventory endpoints vault storage aggregate evaluate gate hostile_clients proxy poll transport powershell \
 	probes windows_probes wsman_server windows_service workers readme
 
 test-windows: packages $(VENV)/run.stamp

@@ -152,7 +152,7 @@ try:
         model_validator,
     )
     from pydantic_core import from_json
-    from pypsrp.complex_objects import PSInvocationState
+    from pypsrp.complex_objects import PSInvocationState, RunspacePoolState
     from pypsrp.exceptions import AuthenticationError, WSManFaultError
     from pypsrp.powershell import PowerShell, RunspacePool
     from pypsrp.wsman import WSMan
@@ -835,7 +835,7 @@ class ResourceSettings(Settings):
     ca_file: FilePath | None = None
     certificate_file: FilePath | None = None
     certificate_fingerprint: Fingerprint | None = None
-    configuration_name: TextLine = "Microsoft.PowerShell"
+    configuration_name: TextLine = "Microsoft.PowerShell"      # see session_configuration
     interval: Seconds = 60.0            # seconds
     timeout: Seconds = 10.0             # seconds, the whole poll
     retry_interval: Seconds = 5.0       # seconds, while undecided
@@ -885,6 +885,18 @@ class ResourceSettings(Settings):
     def way(self) -> list[str] | None:
         """The same; None where nothing can be behind it."""
         return self.hops if self.platform in SSH_PLATFORMS else None
+
+    @property
+    def session_configuration(self) -> str:
+        """`configuration_name`; an endpoint is never at the one that every host has."""
+        usual = self.configuration_name == "Microsoft.PowerShell"
+        return "HealthChecker" if self.endpoint and usual else self.configuration_name
+
+    @property
+    def limited_mounts(self) -> list[str]:
+        """Mount points and patterns that have a limit of their own."""
+        disk = self.limits.disk_percent
+        return [mount for mount, limit in ((disk and disk.mounts) or {}).items() if limit]
 
     @property
     def secrets(self) -> dict[str, str]:
@@ -1782,17 +1794,27 @@ class Deadline:
 class Output:
     """What a script printed so far on both streams, OUTPUT_BYTES at most; `mark` ends it."""
 
+    whole = False
+    due_mono = math.inf     # until when the script has to say more, or it is stopped
+
     def __init__(self, mark: str) -> None:
         self.mark = mark.encode()
         self.printed = bytearray()
 
     def take(self, chunk: bytes) -> bool:
-        """Adds a chunk; True once the mark was seen. Raises ProbeError above the cap."""
+        """Adds a chunk; True once the script need not say more. Raises ProbeError above the cap."""
         start = max(0, len(self.printed) - len(self.mark))
         self.printed += chunk
         if len(self.printed) > OUTPUT_BYTES:
             raise ProbeError("protocol", f"the host sent more than {OUTPUT_BYTES} bytes")
-        return self.printed.find(self.mark, start) >= 0
+        self.whole = self.printed.find(self.mark, start) >= 0
+        return self.whole
+
+    def rest(self, code: int | None, fault: ProbeError | None) -> str:
+        """What to run after a script that ended (with an exit code, where that is known) or was stopped."""
+        if fault:
+            raise fault
+        return ""
 
 
 class Resolver:
@@ -2523,6 +2545,17 @@ WINRM_FAULTS: dict[int, tuple[Cause, str]] = {
 }
 
 
+def script_fault(errors: Sequence[Any], settings: ResourceSettings) -> ProbeError:
+    """Our error for what failed before it answered; `errors` are pypsrp's."""
+    said, ids = str(errors[-1]) if errors else "no reason given", " ".join(str(error.fq_error) for error in errors)
+    where, how = settings.session_configuration, f"register what `endpoint {settings.name}` prints"
+    if settings.endpoint and "CommandNotFoundException" in ids:
+        said = f"not restricted, or to something else (JEA): the endpoint {where} has no Get-Health; {how} there"
+    elif "ScriptsNotAllowed" in ids or "InDataSection" in ids:
+        said = f"the endpoint {where} is restricted (JEA); {how}, and write `endpoint: true`; it said: {said}"
+    return ProbeError("protocol", said if how in said else f"the script failed: {said}")
+
+
 def certificate_identity(connection: ssl.SSLSocket) -> str:
     """`certificate SHA256:…`, hexadecimal as Windows and openssl show it."""
     return f"certificate SHA256:{hashlib.sha256(connection.getpeercert(True) or b'').hexdigest()}"
@@ -2619,8 +2652,48 @@ class WinrmAdapter(requests.adapters.HTTPAdapter):
         return response
 
 
+class Pipeline(PowerShell):
+    """A script in a runspace pool, which is read while it runs."""
+
+    exit_code: int | None = None    # what `exit` in it said: that is told the session's host, which is us
+
+    def follow(self, script: str, output: Output, deadline: Deadline, settings: ResourceSettings) -> None:
+        """Until the script ends, or need not say more, or is late; then it is stopped. Raises ProbeError, and what
+        pypsrp raises."""
+        if settings.endpoint:
+            nonce, _, first = script.partition(" ")
+            self.add_cmdlet("Get-Health").add_parameters({"Nonce": nonce, "First": int(first or 0)})
+        else:
+            self.add_script(script, use_local_scope=True)       # or the next one in its runspace saw it all
+        self.begin_invoke()
+        taken, enough, wait = 0, False, 1.0
+        while wait > 0 and not enough and (taken < len(self.output) or self.state == PSInvocationState.RUNNING):
+            if taken < len(self.output):
+                enough = output.take(f"{self.output[taken]}\n".encode())
+                taken += 1
+                continue
+            wait = round(min(output.due_mono - time.monotonic(), deadline.left() - 0.3), 3)   # then to answer "not yet"
+            if wait > 0:
+                self.poll_invoke(timeout=cast(int, wait))   # sent as PT9.7S, a valid duration
+        if self.state == PSInvocationState.RUNNING and not output.whole:
+            wsman = self.runspace_pool.connection
+            seconds, wsman.operation_timeout = wsman.operation_timeout, 1   # what cannot be stopped is left alone
+            with contextlib.suppress(Exception):    # that it is late is what counts
+                self.stop()
+            wsman.operation_timeout = seconds
+        if wait <= 0:
+            raise ProbeError(*WINRM_FAULTS[2150858793])
+        if self.state == PSInvocationState.FAILED:
+            raise script_fault(self.streams.error, settings)
+
+    def _process_pipeline_host_call(self, message: Any) -> Any:
+        if str(message.data.mi) == "SetShouldExit":
+            self.exit_code = message.data.mp[0]
+        return super()._process_pipeline_host_call(message)
+
+
 class PowerShellConnection(Connection):
-    """One resource over PowerShell Remoting (pypsrp), a fresh runspace per run."""
+    """One resource over PowerShell Remoting (pypsrp), a fresh runspace pool per run."""
 
     # Copied, for each new one rewrites ElementTree's table of prefixes: what others send just then is no XML.
     WSMAN: ClassVar = WSMan("localhost")
@@ -2629,7 +2702,8 @@ class PowerShellConnection(Connection):
         with self._explained():
             opened = self._verified(deadline)   # before the guard: a host that does not answer is no login
             try:
-                return output.take(self._run(script, opened).encode() + output.mark)
+                self._run(script, output, opened)
+                return True
             finally:
                 with contextlib.suppress(OSError):      # at once, also while a response that is still open holds it
                     socket.close(opened.detach())
@@ -2701,32 +2775,42 @@ class PowerShellConnection(Connection):
             raise ProbeError("credential", f"ca_file, certificate_file or key_file cannot be used: {error}") from error
         return context
 
-    def _run(self, script: str, opened: WinrmSocket) -> str:
+    def _run(self, script: str, output: Output, opened: WinrmSocket) -> None:
+        """One shell for all scripts; a shell that one of them takes along is replaced."""
         wsman = self._wsman(opened)
-        # A host drops a forgotten shell after 60 seconds, and takes no less.
-        pool = RunspacePool(wsman, configuration_name=self._settings.configuration_name, idle_timeout=60)
-        shell = PowerShell(pool)
+        pool = self._pool(wsman)
         try:
             with self._guard.attempt(self._target.name, opened.deadline), self._explained(opened):
                 pool.open()
-            shell.add_script(script).begin_invoke()
-            while shell.state == PSInvocationState.RUNNING:
-                wait = round(opened.deadline.left() - 0.3, 3)   # then it is to answer "not yet"
-                if wait <= 0:
-                    raise ProbeError(*WINRM_FAULTS[2150858793])
-                shell.poll_invoke(timeout=cast(int, wait))      # sent as PT9.7S, a valid duration
-            if shell.state != PSInvocationState.COMPLETED:
-                errors = [str(error) for error in shell.streams.error]
-                raise ProbeError("protocol", f"the script failed: {errors[-1] if errors else 'no reason given'}")
-            return "\n".join(map(str, shell.output))
+            while script:
+                pipeline, fault = Pipeline(pool), None
+                try:
+                    with self._explained():
+                        if pool.state != RunspacePoolState.OPENED:
+                            pool.open()
+                        pipeline.follow(script, output, opened.deadline, self._settings)
+                except ProbeError as error:
+                    if not opened.in_step:
+                        raise
+                    fault = error
+                script = output.rest(pipeline.exit_code, fault)
+                if script and fault and fault.cause != "timeout":
+                    with contextlib.suppress(WSManFaultError):
+                        pool.close()
+                    pool = self._pool(wsman)
         finally:
             opened.deadline = Deadline(0.8)     # also after that of the poll: to delete the shell
             with contextlib.suppress(Exception):    # the poll's own result does not give way to this error
-                if opened.in_step and shell.state == PSInvocationState.RUNNING:
-                    shell.stop()
                 if opened.in_step:
                     pool.close()
             wsman.close()
+
+    def _pool(self, wsman: WSMan) -> RunspacePool:
+        """Room for a script behind each check that cannot be stopped. A host drops a forgotten shell after 60 seconds,
+        and takes no less."""
+        settings = self._settings
+        return RunspacePool(wsman, configuration_name=settings.session_configuration, idle_timeout=60,
+                            max_runspaces=1 + len(settings.checks))
 
     def _wsman(self, opened: WinrmSocket) -> WSMan:
         settings = self._settings
@@ -2774,8 +2858,8 @@ class PowerShellConnection(Connection):
 # Gives: CONNECTIONS
 
 
-def read_until(pipe: IO[bytes], deadline: Deadline, take: Callable[[bytes], bool]) -> bool:
-    """Gives what a pipe holds to `take` until that is content or the pipe ends; False at the deadline."""
+def read_into(output: Output, pipe: IO[bytes], deadline: Deadline) -> bool:
+    """Reads a pipe until its end or enough was said; False where that is late."""
     if sys.platform == "win32":     # select knows no pipes there; the thread ends with the process
         chunks: queue.SimpleQueue[bytes] = queue.SimpleQueue()
 
@@ -2786,15 +2870,15 @@ def read_until(pipe: IO[bytes], deadline: Deadline, take: Callable[[bytes], bool
 
         threading.Thread(target=pump, daemon=True).start()
         with contextlib.suppress(queue.Empty):
-            while not deadline.over:
-                if not (chunk := chunks.get(timeout=deadline.left())) or take(chunk):
+            while not deadline.over and (wait := output.due_mono - time.monotonic()) > 0:
+                if not (chunk := chunks.get(timeout=min(wait, deadline.left()))) or output.take(chunk):
                     return True
         return False
     with selectors.DefaultSelector() as selector:
         selector.register(pipe, selectors.EVENT_READ)
         while not deadline.over and selector.select(deadline.left()):
             chunk = os.read(pipe.fileno(), READ_BYTES)
-            if not chunk or take(chunk):
+            if not chunk or output.take(chunk):
                 return True
     return False
 
@@ -2821,26 +2905,32 @@ class LocalConnection(Connection):
     """This machine, through its own shell."""
 
     SHELL: ClassVar = ["/bin/sh", "-s"]
+    FLAGS = getattr(subprocess, "CREATE_NO_WINDOW", 0)      # on Windows a console of its own, which nobody sees
     if sys.platform == "win32":     # on stdin there is no execution policy and no limit of length
         SHELL = ["powershell.exe", "-NoLogo", "-NoProfile", "-NonInteractive", "-Command",
                  "Invoke-Expression (@($input) -join [char]10)"]
 
     def run(self, script: str, output: Output, deadline: Deadline) -> bool:
+        while script:
+            code = self._run(script, output, deadline)
+            script = output.rest(code, None)
+        return code is not None
+
+    def _run(self, script: str, output: Output, deadline: Deadline) -> int | None:
+        """The exit code; None where it did not end by itself in time."""
         try:
             with tempfile.TemporaryFile() as feed:      # a pipe could block on a shell that does not read
                 feed.write(script.encode())
                 feed.seek(0)
                 process = subprocess.Popen(self.SHELL, stdin=feed, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                                           start_new_session=True)
+                                           start_new_session=True, creationflags=self.FLAGS)
         except OSError as error:
             raise ProbeError("protocol", f"{self.SHELL[0]} does not start: {error.strerror}") from error
         assert process.stdout
         with process.stdout as pipe:
             try:
-                ended = read_until(pipe, deadline, output.take)
-                if ended and sys.platform == "win32":
-                    output.take(output.mark)    # the script there prints none
-                return ended
+                ended = read_into(output, pipe, deadline)
+                return process.poll() or 0 if ended else None
             finally:
                 end_process_group(process)
                 process.wait()
@@ -2876,7 +2966,7 @@ CONNECTIONS: dict[Platform, type[Connection]] = {
 # === Outcomes ================================================================
 # How a service or a check turned out: an exit status and what was printed go in, an Outcome comes out. Pure, and the
 # same for every platform.
-# Gives: KEPT_BYTES, CONTROL, Outcome, Judge, printed, kept, by_status, JUDGES
+# Gives: KEPT_BYTES, CONTROL, Outcome, Judge, printed, kept, by_status, by_nagios, JUDGES
 KEPT_BYTES = 4096               # bytes of text kept of a service or check; the script has this number, too
 CONTROL = dict.fromkeys([*range(9), *range(11, 32), *range(127, 160)])
 LABELS_MAX = 64                 # labels of a check that are kept, of 100 characters each at most
@@ -2935,8 +3025,8 @@ JUDGES: Mapping[str, Judge] = {"plain": by_status, "nagios": by_nagios}    # of 
 # A platform is a table of rows: name, command, parser. One script of sh runs a whole table, so that a poll is one
 # round trip; its output goes in, a sample comes out. Parsers are pure and raise ValueError, which becomes the
 # problem shown in the metric's place.
-# Gives: NOT_KNOWN, PROBLEM_CHARS, DETAILS, CpuTicks, Reading, Sample, percent, make_sample, build_script, end_mark,
-# last_section, not_run, parse_output
+# Gives: INSTALLED, NOT_KNOWN, PROBLEM_CHARS, DETAILS, CpuTicks, Reading, Sample, percent, make_sample, build_script,
+# end_mark, last_section, not_run, parse_output
 
 NOT_KNOWN = "not known on this platform"
 PROBLEM_CHARS = 200             # characters of a problem's one line
@@ -2966,6 +3056,10 @@ class CpuTicks(NamedTuple):
 
 # None: this machine has no such thing. In a mapping of metrics a text is a problem.
 Reading = str | float | None | CpuTicks | Mapping[str, float | str]
+
+
+# What an endpoint says of itself: its format and a digest of each `service NAME` and `check NAME`, in their order.
+INSTALLED: TypeAdapter[tuple[int, dict[str, str]]] = TypeAdapter(tuple[int, dict[str, str]])
 
 
 @dataclass(frozen=True)
@@ -3564,10 +3658,13 @@ def last_section(text: str, nonce: str) -> str:
     return "" if last.end else " ".join(map(unquote, last.title[:2]))
 
 
-def not_run(text: str) -> ProbeError:
+def not_run(text: str, settings: ResourceSettings | None = None) -> ProbeError:
     """For output in which nothing can be read."""
-    said = " ".join(text[:KEPT_BYTES].translate(CONTROL).split())[:PROBLEM_CHARS]
-    return ProbeError("protocol", f"the script was not run; output: {said or 'none'}")
+    said = " ".join(text[:KEPT_BYTES].translate(CONTROL).split())[:PROBLEM_CHARS] or "none"
+    if settings and settings.endpoint:
+        return ProbeError("protocol", "not restricted: the login runs something else than what "
+                          f"`endpoint {settings.name}` prints; output: {said}")
+    return ProbeError("protocol", f"the script was not run; output: {said}")
 
 
 def _reading(probe: Probe, section: Section | None) -> Reading:
@@ -3607,12 +3704,13 @@ def parse_output(text: str, nonce: str, previous: CpuTicks | None) -> Sample:
 # === Windows =================================================================
 # The same for Windows: one script, COLLECT, with services and checks written into it, and its answer as a sample.
 # Pure. A metric that could not be read is a problem; an answer that is not whole is none.
-# Gives: build_windows_script, parse_windows
+# Gives: build_windows_script, WindowsOutput, parse_windows
 
-# For Windows PowerShell 5.1 and PowerShell 7. Prints one line of JSON, ASCII and whole numbers only, which no
-# code page or language changes. WMI takes about 5 s to refuse a plain account's network logon, so such a one
-# reads from kernel32, and nobody asks again after a refusal. In Constrained Language Mode only cmdlets work:
-# WMI for everyone, and checks that nothing ends but the poll's own deadline.
+# For Windows PowerShell 5.1 and PowerShell 7. Prints a line of JSON for itself and one for each check from number
+# $first on, ASCII and whole numbers only, which no code page or language changes. A check that does not end, or ends
+# all, is seen where its line is missed. WMI takes about 5 s to refuse a plain account's network logon, so such a one
+# reads from kernel32, and nobody asks again after a refusal. In Constrained Language Mode only cmdlets work: WMI for
+# everyone.
 # What an endpoint (JEA) has to allow, beside *-Object, ConvertFrom-Json, ConvertTo-Json and Out-String:
 #   os: Get-ItemProperty, of HKLM:\SOFTWARE\Microsoft\Windows NT\CurrentVersion
 #   uptime, memory, swap, disk, cpu: Get-CimInstance, as administrator, of root/cimv2's Win32_OperatingSystem (for the
@@ -3625,6 +3723,50 @@ COLLECT = r"""
 $ErrorActionPreference = 'Stop'
 $ProgressPreference = $WarningPreference = 'SilentlyContinue'
 $wanted = 'WANTED' | ConvertFrom-Json
+function Row($Number, $Answer) {
+    $Answer.number = $Number
+    if ($nonce) { $Answer.nonce = $nonce; if (-not $Number) { $Answer.endpoint = $endpoint } }    # in an endpoint
+    $json = ConvertTo-Json -InputObject $Answer -Depth 5 -Compress
+    while ($json -cmatch '[^\x00-\x7f]') {
+        $json = $json.Replace($Matches[0], ('\u{0:x4}' -f [int][char]$Matches[0]))
+    }
+    $json
+}
+function Judge($Number, $Check) {
+    $global:LASTEXITCODE = $null
+    $seen = @{ name = [string]$Check.name; good = $true; text = ''; code = $null; then = 'exit' }
+    $kept = @{ last = $null; lines = 0 }
+    try {    # a stray `break` ends the loop; behind Invoke-Expression alone nothing is merged in constrained language
+        $ErrorActionPreference = 'Continue'
+        foreach ($once in 1) {
+            & { Invoke-Expression $args[0] } $Check.command *>&1 | ForEach-Object {
+                $types = "$($_.PSTypeNames)"
+                if ($types -like '*.Automation.*Record *') {    # a program's stderr is no error
+                    if ($types -like '*.ErrorRecord *' -and $_.FullyQualifiedErrorId -notlike 'NativeCommandError*') {
+                        $seen.good = $false
+                    }
+                    $item = "$_"
+                } else { $item = $kept.last = $_ }
+                if ($item -is [string] -and $item.Length -gt 4096) { $item.Substring(0, 4096) } else { $item }
+            } | Out-String -Stream -Width 200 | ForEach-Object {
+                $kept.lines++
+                if ($seen.text.Length -lt 4096) { $seen.text += "$_`n" }
+                if ($kept.lines -gt 1000) {    # who is stopped here takes along the program that prints
+                    $seen.good = $false; $seen.text = 'prints more than 1,000 lines'; $seen.then = 'stop'
+                    Row $Number $seen
+                    Start-Sleep -Seconds 86400
+                }
+            }
+        }
+        if ($null -ne $global:LASTEXITCODE) { $seen.code = [int]$global:LASTEXITCODE }
+        $seen.then = ''
+    } catch { $seen.good = $false; $seen.text += "$_"; $seen.then = '' } finally {
+        if ($kept.last -is [bool] -and -not $kept.last) { $seen.good = $false }
+        if ($seen.text.Length -gt 4096) { $seen.text = $seen.text.Substring(0, 4096) }
+        Row $Number $seen
+    }
+}
+if ($first) { Row ($first - 1) @{} } else { $first = 1; Row 0 (& {
 $full = [string]$ExecutionContext.SessionState.LanguageMode -eq 'FullLanguage'
 $note = if ($full) { '' } else { ' (Constrained Language Mode)' }
 $wmi = @{ use = $true; refused = '' }
@@ -3678,37 +3820,6 @@ function Pages {    # PERFORMANCE_INFORMATION, which has numbers as wide as a po
     $info = [IntPtr[]](@(0) * 14)
     if (-not (Native)::K32GetPerformanceInfo($info, 14 * [IntPtr]::Size)) { throw 'K32GetPerformanceInfo failed' }
     $info | ForEach-Object { $_.ToInt64() }
-}
-function Inline($Command) {
-    $ErrorActionPreference = 'Continue'
-    foreach ($once in 1) { Invoke-Expression $Command 2>&1 }    # a stray `break` ends this, no loop of ours
-}
-function Bounded($Command, $Milliseconds) {
-    $shell = [powershell]::Create()
-    $run = $shell.AddScript($Command).BeginInvoke()
-    $watch = [Diagnostics.Stopwatch]::StartNew()
-    while (-not $run.IsCompleted -and $watch.ElapsedMilliseconds -lt $Milliseconds) {
-        $null = $run.AsyncWaitHandle.WaitOne(100)    # short: only in between can the poll itself be stopped
-    }
-    if (-not $run.IsCompleted) {
-        $null = $shell.BeginStop($null, $null).AsyncWaitHandle.WaitOne(500)    # Stop() may never return
-        throw "no end in $($Milliseconds / 1000) s"
-    }
-    if ($shell.InvocationStateInfo.Reason) { throw $shell.InvocationStateInfo.Reason.Message }
-    $shell.EndInvoke($run)
-    $shell.Streams.Error
-}
-function Judge($Check) {
-    try {
-        $said = @(if ($full) { Bounded $Check.command $Check.milliseconds } else { Inline $Check.command })
-        $last = $said | Select-Object -Last 1
-        $failed = { $_.PSTypeNames -contains 'System.Management.Automation.ErrorRecord' }
-        $text = @($said | ForEach-Object { if (& $failed) { "$_" } else { $_ } } |
-            Out-String -Stream -Width 200 | Select-Object -First 200) -join "`n"
-        $good = -not @($said | Where-Object $failed) -and -not ($last -is [bool] -and -not $last)
-    } catch { $good = $false; $text = "$_" }
-    if ($text.Length -gt 4096) { $text = $text.Substring(0, 4096) }
-    @{ name = [string]$Check.name; good = $good; text = $text }
 }
 Part 'os' {
     $r.details.cpu_count = [int]$env:NUMBER_OF_PROCESSORS
@@ -3797,12 +3908,9 @@ $r.services = @(foreach ($name in $wanted.services) {
     if (-not $state) { $state = "cannot be read: the account lacks its SERVICE_QUERY_STATUS ($sdset)" }
     @{ name = [string]$name; good = $state -eq 'Running'; text = $state }
 })
-$r.checks = @(foreach ($check in $wanted.checks) { Judge $check })
-$json = ConvertTo-Json -InputObject $r -Depth 5 -Compress
-while ($json -cmatch '[^\x00-\x7f]') {
-    $json = $json.Replace($Matches[0], ('\u{0:x4}' -f [int][char]$Matches[0]))
-}
-$json
+$r
+}) }
+for ($number = $first; $number -le $wanted.checks.Count; $number++) { Judge $number $wanted.checks[$number - 1] }
 """
 
 
@@ -3810,15 +3918,98 @@ WINDOWS_PATH = re.compile(r"[A-Za-z]:\\[^*?[]+")      # no drive, which is found
 
 
 def build_windows_script(services: Sequence[str], checks: Sequence[Check], _nonce: str,
-                         mounts: Iterable[str] = (), _stuck: Sequence[str] = ()) -> str:
-    """The whole poll, ASCII only. What the operator wrote goes in as JSON in one literal in single quotes and has
-    none of those: it cannot end the literal, nothing in it is expanded. One line needs no marks."""
-    commands = [{"name": check.name, "command": check.command, "milliseconds": round(1000 * check.timeout)}
-                for check in checks]
+                         mounts: Iterable[str] = (), _stuck: Sequence[str] = (), first: int = 0) -> str:
+    """The whole poll, or the checks from a number on. ASCII only. What the operator wrote goes in as JSON in one
+    literal in single quotes and has none of those: it cannot end the literal, nothing in it is expanded."""
+    commands = [{"name": check.name, "command": check.command} for check in checks]
     names = [re.sub(r"([][*?`])", r"`\1", name) for name in services]      # or Get-Service takes them for patterns
     wanted = json.dumps({"services": names, "checks": commands,
                          "mounts": [path for path in mounts if WINDOWS_PATH.fullmatch(path)]})
-    return COLLECT.replace("WANTED", wanted.replace("'", r"\u0027"), 1)
+    return f"$first = {first}" + COLLECT.replace("WANTED", wanted.replace("'", r"\u0027"), 1)
+
+
+class WindowsOutput(Output):
+    """What COLLECT prints. Here is seen which check does not end, or ends the script: that gets a line all the same,
+    and those behind it another script."""
+
+    def __init__(self, settings: ResourceSettings, mark: str, deadline: Deadline) -> None:
+        super().__init__(mark)
+        self._settings, self._deadline = settings, deadline
+        self._rows: list[dict[str, Any]] = []
+        self._next = 0      # number of the row that is expected
+        self._then = "begin"    # what the script does: it begins, runs checks (""), ends by "exit", or waits for "stop"
+        self._line = b""        # that is not whole
+        self._nonce = mark.split(None, 1)[0][1:] if settings.endpoint else ""
+        self._build: Callable[[int], str] = (
+            functools.partial("{} {}".format, self._nonce) if settings.endpoint
+            else functools.partial(build_windows_script, settings.services, settings.checks, "",
+                                   settings.limited_mounts, ()))
+
+    def take(self, chunk: bytes) -> bool:
+        super().take(chunk)
+        *lines, self._line = (self._line + chunk).split(b"\n")
+        for line in lines:
+            with contextlib.suppress(ValueError, RecursionError):   # a check may print past its output
+                row = json.loads(line) if line.startswith(b"{") else {}
+                wanted = self._next <= len(self._settings.checks) and row.get("nonce", "") == self._nonce
+                if wanted and row.get("number") == self._next - (self._then == "begin" and bool(self._rows)):
+                    self._add(row)
+        return self._end()
+
+    def rest(self, code: int | None, fault: ProbeError | None) -> str:
+        """Raises ProbeError where not even the first row came."""
+        if self.whole:
+            return ""
+        late = fault.cause == "timeout" if fault else code is None and (self._over or time.monotonic() > self.due_mono)
+        if not self._rows:
+            slow = ProbeError("timeout", f"no end within {self._deadline.seconds:g} s")
+            raise fault or (slow if late else not_run(self.printed.decode(errors="replace"), self._settings))
+        if self._then == "exit":
+            unknown = {"good": False, "text": "ended by exit, whose code cannot be had"}
+            self._add({"number": self._next - 1, **(unknown if code is None else {"code": code})})
+        elif self._then != "stop" and not (self._then == "begin" and self._over):
+            timeout = self._settings.checks[self._next - 1].timeout
+            why = "no end when the poll's time was over" if self._over else f"no end in {timeout:g} s"
+            self._miss(why if late else str(fault or "ended the script"), code)
+        self._then = ""
+        while self._over and self._next <= len(self._settings.checks):
+            self._miss(f"not run: the poll's {self._deadline.seconds:g} s were over")
+        if self._end():
+            return ""
+        self._then, self.due_mono = "begin", math.inf
+        return self._build(self._next)
+
+    @property
+    def _over(self) -> bool:
+        return self._deadline.over or self._deadline.left() < 0.5   # nothing can begin now
+
+    def _add(self, row: dict[str, Any]) -> None:
+        if held := row.get("endpoint"):     # the host runs the checks that it holds, not those of the inventory
+            known = {check.name: check for check in self._settings.checks}
+            titles = [title.partition(" ") for title in INSTALLED.validate_json(held)[1]]
+            checks = [known.get(name) or Check(name=name, command="unknown")
+                      for kind, _, name in titles if kind == "check"]
+            self._settings = self._settings.model_copy(update={"checks": checks})
+        checks = self._settings.checks
+        if row["number"]:
+            row["exit"] = checks[row["number"] - 1].exit
+        self._rows.append(row)
+        self._then, self._next = str(row.get("then", "")), row["number"] + 1
+        if checks:
+            self.due_mono = time.monotonic() + checks[min(self._next, len(checks)) - 1].timeout
+
+    def _miss(self, why: str, code: int | None = None) -> None:
+        """A row for a check that printed none."""
+        said = {"good": True, "text": ""} if code is not None else {"good": False, "text": why}
+        name = self._settings.checks[self._next - 1].name
+        self._add({"number": self._next, "name": name, "code": code, **said})
+
+    def _end(self) -> bool:
+        """Whether the script need not say more."""
+        if self._rows and not self._then and self._next > len(self._settings.checks):
+            self.printed[:] = "\n".join(map(json.dumps, self._rows)).encode() + self.mark
+            self.whole = True
+        return self.whole or self._then == "stop"
 
 
 Whole = Annotated[int, Field(gt=-1 << 64, lt=1 << 64)]
@@ -3831,6 +4022,15 @@ class ReportedOutcome(BaseModel, strict=True):
     name: str
     good: bool
     text: str
+    code: int | None = None     # of the last program, or of `exit`
+    exit: str = "plain"         # as the check has it
+
+    @property
+    def outcome(self) -> Outcome:
+        if self.good and self.exit == "nagios":
+            return by_nagios(self.code or 0, printed(self.text))
+        text = (f"exit code {self.code}\n" if self.code else "") + self.text.translate(CONTROL)
+        return Outcome(self.good and not self.code, kept(text.strip()))
 
 
 class WindowsAnswer(BaseModel, strict=True):
@@ -3842,6 +4042,7 @@ class WindowsAnswer(BaseModel, strict=True):
     problems: dict[str, str]
     services: list[ReportedOutcome]
     checks: list[ReportedOutcome]
+    endpoint: str = ""          # what it says of itself
 
 
 def _windows_reading(name: str, reported: str | int | tuple[int, int]) -> Reading:
@@ -3861,8 +4062,7 @@ def _windows_sample(answer: WindowsAnswer, previous: CpuTicks | None) -> Sample:
     silent = wanted - {name.partition(" ")[0] for name in rows}
     problems = dict.fromkeys(("load_per_cpu", "inode_percent"), NOT_KNOWN) | dict.fromkeys(silent, "no answer")
     problems |= {name: one_line(why)[:PROBLEM_CHARS] for name, why in answer.problems.items()}
-    services, checks = ({row.name: Outcome(row.good, kept(row.text.translate(CONTROL).strip())) for row in said}
-                        for said in (answer.services, answer.checks))
+    services, checks = ({row.name: row.outcome for row in said} for said in (answer.services, answer.checks))
     asked = {re.sub("`(.)", r"\1", name): outcome for name, outcome in services.items()}
     return make_sample(rows, problems, previous, asked, checks)
 
@@ -3870,26 +4070,28 @@ def _windows_sample(answer: WindowsAnswer, previous: CpuTicks | None) -> Sample:
 def parse_windows(text: str, _nonce: str, previous: CpuTicks | None) -> Sample:
     """The sample in COLLECT's output. Raises ProbeError (`protocol`)
     when it is anything else: half an answer could lack the one check that is bad."""
-    try:    # the last line: a check may print past its output. Bytes drop halves of surrogate pairs.
-        last = [line for line in text.split("\n") if line.startswith("{")][-1:]
-        plain = json.dumps(json.loads("".join(last)), ensure_ascii=False).encode(errors="replace")
+    try:    # bytes drop halves of surrogate pairs
+        rows: dict[int, dict[str, Any]] = {}
+        for row in [json.loads(line) for line in text.split("\n") if line.startswith("{")]:
+            rows.setdefault(row["number"], {}).update(row)      # what was seen from outside adds to what a check said
+        first = rows.pop(0)
+        plain = json.dumps({**first, "checks": list(rows.values())}, ensure_ascii=False).encode(errors="replace")
         answer = WindowsAnswer.model_validate_json(plain)
-    except (ValueError, RecursionError):
+    except (ValueError, LookupError, TypeError, RecursionError):
         raise not_run(text) from None
     sample = _windows_sample(answer, previous)
     if sample.empty:
         raise ProbeError("protocol", f"nothing can be read: {'; '.join(sample.problems.values())}")
-    return sample
+    return replace(sample, endpoint=answer.endpoint)
 
 
 # === Endpoints ===============================================================
 # A host with an endpoint keeps its script, with services and checks in it, and is sent a nonce alone: a login that can
 # do nothing else. In go settings, out comes the text to install there; and of its answer, in the poller's thread, what
 # the inventory still says so. An answer begins with its format and a digest for each service and check.
-# Gives: judge_endpoint, NOT_RESTRICTED, SUSPECT, unix_endpoint
+# Gives: judge_endpoint, SUSPECT, unix_endpoint, windows_endpoint
 ENDPOINT_FORMAT = 1             # of the answers; those of every format ever printed are read
 OUTDATED = "not answered by the endpoint: install it again"
-NOT_RESTRICTED = "not restricted: the login runs something else than what `endpoint {}` prints; it said: {}"
 # A check that may hold a secret, which whoever reads the installed text reads.
 SUSPECT = re.compile(r"passw|passphrase|pwd=|secret|token|api.?key|bearer|://[^/\s:@]+:[^/\s@]+@"
                      r"|\b(?=[a-z]*[0-9])(?=[0-9]*[a-z])\w{24,}\b", re.IGNORECASE)
@@ -3908,17 +4110,41 @@ printf '\n@%s begin endpoint\n%s\n@%s end 0\n' $n HOLDS $n
 """
 
 
-class Installed(BaseModel, strict=True):
-    """What an endpoint says of itself."""
-
-    format: int
-    digests: dict[str, str]     # of each service and check
+# RunAs... is read by Register-PSSessionConfiguration alone. Some cmdlets are lesser ones in a restricted session.
+WINDOWS_ENDPOINT = r"""# HealthChecker's endpoint of TITLE: answers polls and nothing else. On that host, keep this
+# as HealthChecker.pssc in a folder of the administrators, and register it in an administrator's PowerShell:
+#   $sid = ([Security.Principal.NTAccount]'ACCOUNT').Translate([Security.Principal.SecurityIdentifier])
+#   Register-PSSessionConfiguration -Name 'CONFIGURATION' -Path HealthChecker.pssc -AccessMode Remote -Force `
+#       -SecurityDescriptorSddl "O:NSG:BAD:P(A;;GXGR;;;$sid)(A;;GA;;;BA)S:P(AU;FA;GA;;;WD)(AU;SA;GXGW;;;WD)"
+# That is for this account and administrators; it restarts WinRM, which ends the sessions that others have there.
+# Print it, unregister the old one and register it again when services or checks change, or HealthChecker says so.
+@{
+SchemaVersion = '2.0.0.0'
+GUID = 'IDENTITY'
+SessionType = 'RestrictedRemoteServer'
+# What polls run as: a local administrator that lives as long as the session. On a domain controller that is an
+# administrator of the DOMAIN: name groups there, or a group managed service account in its place.
+RunAsVirtualAccount = $true
+# RunAsVirtualAccountGroups = 'Performance Monitor Users', 'Event Log Readers'
+# GroupManagedServiceAccount = 'EXAMPLE\health$'
+ModulesToImport = 'CimCmdlets', 'Microsoft.PowerShell.Management', 'Microsoft.PowerShell.Utility'
+VisibleFunctions = 'Get-Health'
+FunctionDefinitions = @{ Name = 'Get-Health'; ScriptBlock = {
+param([Parameter(Mandatory)][ValidatePattern('^[0-9a-f]{16,64}\z', Options = 'None')][string]$Nonce, [int]$First)
+$endpoint = 'HOLDS'
+$language = [string][runspace]::DefaultRunspace.InitialSessionState.LanguageMode
+if ($language -ne 'NoLanguage') { throw "not restricted: a session here speaks $language" }
+foreach ($name in 'Select-Object', 'Measure-Object') { Set-Alias $name "Microsoft.PowerShell.Utility\$name" }
+foreach ($name in 'Get-Command', 'Get-Help') { Set-Alias $name "Microsoft.PowerShell.Core\$name" }
+COLLECT} }
+}
+"""
 
 
 def digests(settings: ResourceSettings) -> dict[str, str]:
     """For each service and check what changes with it; a setting that a later version adds changes none."""
     asked: dict[str, Any] = {f"service {name}": name for name in settings.services}
-    asked |= {f"check {check.name}": check.model_dump(mode="json", exclude={"name"}, exclude_defaults=True)
+    asked |= {f"check {check.name}": check.model_dump(mode="json", exclude={"name", "limits"}, exclude_defaults=True)
               for check in settings.checks}
     return {name: hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:16]
             for name, said in asked.items()}
@@ -3926,20 +4152,20 @@ def digests(settings: ResourceSettings) -> dict[str, str]:
 
 def installed(settings: ResourceSettings) -> str:
     """What an endpoint made of these settings says of itself: JSON, ASCII."""
-    return json.dumps({"format": ENDPOINT_FORMAT, "digests": digests(settings)})
+    return json.dumps([ENDPOINT_FORMAT, digests(settings)])
 
 
 def judge_endpoint(sample: Sample, settings: ResourceSettings) -> Sample:
     """The sample that an endpoint answered: what it holds otherwise than the inventory is a problem and no verdict.
     Raises ProbeError."""
     try:
-        found = Installed.model_validate_json(sample.endpoint)
+        number, held = INSTALLED.validate_json(sample.endpoint)
     except ValueError:
-        raise ProbeError("protocol", NOT_RESTRICTED.format(settings.name, "another answer")) from None
+        raise not_run("another answer", settings) from None
     wanted, problems = digests(settings), dict(sample.problems)
-    if found.format != ENDPOINT_FORMAT:
-        problems["endpoint"] = f"it has format {found.format}, not {ENDPOINT_FORMAT}: install it again"
-    same = {name for name in wanted if found.digests.get(name) == wanted[name]}
+    if number != ENDPOINT_FORMAT:
+        problems["endpoint"] = f"it has format {number}, not {ENDPOINT_FORMAT}: install it again"
+    same = {name for name in wanted if held.get(name) == wanted[name]}
     problems |= dict.fromkeys(wanted.keys() - same, OUTDATED)
     services, checks = ({name: outcome for name, outcome in outcomes.items() if f"{kind} {name}" in same}
                         for kind, outcomes in (("service", sample.services), ("check", sample.checks)))
@@ -3954,6 +4180,17 @@ def unix_endpoint(settings: ResourceSettings, key: paramiko.PKey) -> str:
     return head + build_script(settings.platform, settings.services, settings.checks, "$n")
 
 
+def windows_endpoint(settings: ResourceSettings) -> str:
+    """The session configuration to register, ASCII, and in its comments how."""
+    _, _, script = build_windows_script(    # without its $first
+        settings.services, settings.checks, "", settings.limited_mounts).partition("\n")
+    words = {"TITLE": settings.name, "ACCOUNT": settings.username or "the account of the certificate",
+             "CONFIGURATION": settings.session_configuration, "HOLDS": installed(settings).replace("'", r"\u0027"),
+             "IDENTITY": str(uuid.uuid5(uuid.NAMESPACE_DNS, settings.hostname)), "COLLECT": script}
+    text = re.sub("|".join(words), lambda found: words[found[0]], WINDOWS_ENDPOINT)
+    return text.encode("ascii", "backslashreplace").decode()
+
+
 # === Collect =================================================================
 # One poll of a resource, in the poller's thread: build the platform's script, run it over the connection, parse
 # what came back, and see to it that all that was asked for is answered: a sample or ProbeError.
@@ -3964,12 +4201,17 @@ def simulated_sample(text: str, _nonce: str, _previous: CpuTicks | None) -> Samp
     return Sample({}, {}, None, {}, {"simulation": Outcome(good, "" if good else "simulated outage")}, {})
 
 
+def plain_output(_settings: ResourceSettings, mark: str, _deadline: Deadline) -> Output:
+    return Output(mark)
+
+
 Builder = Callable[[Sequence[str], Sequence[Check], str, Iterable[str], Sequence[str]], str]
+Reader = Callable[[ResourceSettings, str, Deadline], Output]
 Parser = Callable[[str, str, CpuTicks | None], Sample]
-LANGUAGES: dict[Platform, tuple[Builder, Parser]] = {
-    **{platform: (functools.partial(build_script, platform), parse_output) for platform in Platform},
-    Platform.WINDOWS: (build_windows_script, parse_windows),
-    Platform.SIMULATED: (lambda *_: "", simulated_sample)}      # it answers without being asked
+LANGUAGES: dict[Platform, tuple[Builder, Reader, Parser]] = {
+    **{platform: (functools.partial(build_script, platform), plain_output, parse_output) for platform in Platform},
+    Platform.WINDOWS: (build_windows_script, WindowsOutput, parse_windows),
+    Platform.SIMULATED: (lambda *_: "", plain_output, simulated_sample)}      # it answers without being asked
 if sys.platform == "win32":
     LANGUAGES[Platform.LOCAL] = LANGUAGES[Platform.WINDOWS]
 
@@ -4008,12 +4250,12 @@ def complete(sample: Sample, settings: ResourceSettings) -> Sample:
 def collect(settings: ResourceSettings, connection: Connection, previous: Sample | None) -> Sample:
     """One poll in one round trip, after the one before it. Raises ProbeError."""
     nonce = secrets.token_hex(8)
-    build, parse = LANGUAGES[settings.platform]
-    output, deadline = Output(end_mark(nonce)), Deadline(settings.timeout)
-    disk = settings.limits.disk_percent
-    mounts = [mount for mount, limit in ((disk and disk.mounts) or {}).items() if limit]
+    build, read, parse = LANGUAGES[settings.platform]
+    deadline = Deadline(settings.timeout)
+    output = read(settings, end_mark(nonce), deadline)
     stuck = previous.stuck if previous else ()
-    script = nonce if settings.endpoint else build(settings.services, settings.checks, nonce, mounts, stuck)
+    script = nonce if settings.endpoint else build(
+        settings.services, settings.checks, nonce, settings.limited_mounts, stuck)
     ended = connection.run(script, output, deadline)
     text, done, _ = output.printed.decode(errors="replace").partition(end_mark(nonce))
     # What comes last hangs where a disk does: all else was answered.
@@ -4027,7 +4269,7 @@ def collect(settings: ResourceSettings, connection: Connection, previous: Sample
     if not ended:
         raise ProbeError("unreachable", f"connection lost{during}")
     if settings.endpoint:
-        raise ProbeError("protocol", NOT_RESTRICTED.format(settings.name, text[:PROBLEM_CHARS] or "nothing"))
+        raise not_run(text, settings)
     raise ProbeError("protocol", f"the account's shell did not run the commands; it said: {text[:PROBLEM_CHARS]}")
 
 
@@ -9324,8 +9566,11 @@ def endpoint(arguments: argparse.Namespace) -> int:
         if SUSPECT.search(check.command):
             print(f"{target.name}: check {check.name} seems to hold a secret, which whoever reads the endpoint there "
                   "can read; have the command read it from a file of its own", file=sys.stderr)
-    connection = SshConnection(target, LoginGuard(), installation.access())
-    print(unix_endpoint(settings, connection.load_keys(cast(Path, settings.key_file))[-1]), end="")
+    if settings.platform is Platform.WINDOWS:
+        print(windows_endpoint(settings), end="")
+    else:
+        connection = SshConnection(target, LoginGuard(), installation.access())
+        print(unix_endpoint(settings, connection.load_keys(cast(Path, settings.key_file))[-1]), end="")
     return 0
 
 

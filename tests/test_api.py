@@ -580,6 +580,15 @@ def test_row_of_an_older_version_that_reads_files_here(service: Service, client:
     assert client.api("PATCH", "resources/old", change).status == 200
 
 
+def test_an_endpoint_is_no_setting_of_the_inventory_alone(client: Client) -> None:
+    """On UNIX it is by what it needs: a key, which is a file here."""
+    login = {"hostname": "127.0.0.1", "port": 1, "username": "u", "password": "p", "critical": False, "endpoint": True}
+    reply = client.api("POST", "resources", {"name": "jea", "platform": "linux", **login})
+    assert (reply.status, reply.fields.keys()) == (422, {"password"}) and "endpoint needs key_file" in reply.body
+    assert client.api("POST", "resources", {"name": "jea", "platform": "windows", **login}).status == 201
+    assert client.api("GET", "resources/jea").json["endpoint"] is True
+
+
 def test_name_cannot_be_changed(client: Client) -> None:
     client.api("POST", "resources", {"name": "one", **SIMULATED})
     reply = client.api("PATCH", "resources/one", {"name": "two", "rise": 3})

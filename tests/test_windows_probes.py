@@ -176,6 +176,11 @@ def recorded(name: str) -> str:
     return (RECORDED / f"{name}.json").read_text(encoding="utf-8")
 
 
+def rows(name: str) -> list[dict[str, Any]]:
+    """Of a recording: that of the script, and one for each check."""
+    return [json.loads(line) for line in recorded(name).splitlines()[1:]]
+
+
 def nodes(node: Node) -> Iterator[Node]:
     yield node
     for child in node.children:
@@ -233,7 +238,6 @@ def test_names_and_commands_are_one_literal(grammar: str) -> None:
     wanted = json.loads(inside)
     assert [re.sub("(?s)`(.)", r"\1", name) for name in wanted["services"]] == HOSTILE
     assert [check["command"] for check in wanted["checks"]] == HOSTILE
-    assert {check["milliseconds"] for check in wanted["checks"]} == {2500}
 
 
 @pytest.mark.parametrize("grammar", GRAMMARS)
@@ -253,16 +257,18 @@ def test_script_is_plain() -> None:
 
 def test_recordings_use_the_names_of_the_script() -> None:
     details = set(re.findall(r"\$r\.details\.(\w+)", COLLECT)) | {"hostname"}
-    assert set(json.loads(recorded("administrator"))["details"]) == details
-    amounts = {name.partition(" ")[0] for name in json.loads(recorded("administrator"))["amounts"]}
+    assert set(rows("administrator")[0]["details"]) == details
+    amounts = {name.partition(" ")[0] for name in rows("administrator")[0]["amounts"]}
     assert amounts == set(re.findall(r"Put ['\"](\w+)", COLLECT))
     for name in EXPECTED:
-        answer = json.loads(recorded(name))
-        assert set(answer) == {"details", "amounts", "problems", "services", "checks"}
-        assert set(answer) == set(re.findall(r"\$r\.(\w+)", COLLECT))
-        assert {key for row in answer["services"] + answer["checks"] for key in row} == {"name", "good", "text"}
+        answer, *checks = rows(name)
+        assert set(answer) == {"details", "amounts", "problems", "services", "number"}
+        assert set(answer) == {*re.findall(r"\$r\.(\w+)", COLLECT), "number"}
+        assert {key for row in answer["services"] for key in row} == {"name", "good", "text"}
+        assert all(set(row) == {"name", "good", "text", "code", "then", "number"} for row in checks)
+        assert [row["number"] for row in checks] == list(range(1, 1 + len(checks)))
         assert set(answer["problems"]) <= set(re.findall(r"Part '(\w+)'", COLLECT))
-        assert recorded(name).isascii() and recorded(name).count("\n") == 1
+        assert recorded(name).isascii() and recorded(name).startswith("# Recorded of ")  # and why
     metrics = {"cpu_percent", "memory_percent", "swap_percent", "commit_percent", "disk_percent"}
     assert set(re.findall(r"Part '(\w+)'", COLLECT)) == metrics | {"os", "role", "uptime_seconds"}
     assert set(EXPECTED) == {path.stem for path in RECORDED.iterdir()}
@@ -283,14 +289,17 @@ def test_the_same_reading_twice() -> None:
 
 def test_output_around_the_answer() -> None:
     """What a check printed past its output, and the line ends of Windows."""
-    noise = '#< CLIXML\r\n{"details":{}}\r\nWARNING: {}\r\n'
-    text = noise + recorded("administrator").replace("\n", "\r\n")
-    assert parse_windows(text, NONCE, None) == EXPECTED["administrator"]
+    noise = '#< CLIXML\r\n{"details":{}}\r\nWARNING: {}\r\n{"number":7}\r\n{\r\n'
+    text = noise + recorded("administrator").replace("\n", f"\r\n{noise}")
+    _, sample = collected("administrator", text, checks=[{"name": "replication", "command": "x"}])
+    assert sample.checks == EXPECTED["administrator"].checks and sample.metrics == EXPECTED["administrator"].metrics
 
 
 def answer(**parts: object) -> str:
     """What COLLECT prints, with other parts."""
-    return json.dumps(json.loads(recorded("administrator")) | parts)
+    first, *recorded_checks = rows("administrator")
+    checks: Any = parts.pop("checks", recorded_checks)
+    return "\n".join(map(json.dumps, [first | parts, *({"number": n, **row} for n, row in enumerate(checks, 1))]))
 
 
 def test_a_long_path_is_a_path() -> None:
@@ -332,7 +341,7 @@ def test_cpu_between_two_polls(used: int, total: int, percent: float | None) -> 
 
 def test_cpu_between_polls_of_a_host_that_is_up_for_days() -> None:
     """The counters as Windows gives them: 60 s later, 45 s of them idle."""
-    now = json.loads(recorded("administrator"))["amounts"]["cpu_percent"]
+    now = rows("administrator")[0]["amounts"]["cpu_percent"]
     later = cpu(now[0] + 15 * 10**7, now[1] + 60 * 10**7, (float(now[0]), float(now[1])))
     assert later.metrics["cpu_percent"] == pytest.approx(25.0, abs=1e-3)
 
@@ -346,19 +355,21 @@ def test_no_page_file_is_no_problem() -> None:
 class Recording(Connection):
     """A connection whose host answers with a recording."""
 
-    def __init__(self, name: str) -> None:  # a recording has no target, and shows no key
-        self._output = recorded(name).encode()
+    def __init__(self, text: str) -> None:  # a recording has no target, and shows no key
+        self._output = text.encode()
 
     def run(self, script: str, output: Output, deadline: Deadline) -> bool:
         self.script = script
-        return output.take(self._output + output.mark)
+        output.take(self._output)
+        output.rest(None, None)  # or what was asked for and is missing would be waited for
+        return True
 
 
-def collected(name: str, **asked: object) -> tuple[ResourceSettings, Sample]:
+def collected(name: str, text: str = "", **asked: object) -> tuple[ResourceSettings, Sample]:
     """What a poll of a resource gives that asks for more than its host answers, or for less."""
     resource = {"name": "a", "hostname": "a", "platform": "windows", "username": "u", **asked}
     wanted = ResourceSettings.model_validate(resource)
-    return wanted, collect(wanted, Recording(name), None)
+    return wanted, collect(wanted, Recording(text or recorded(name)), None)
 
 
 def test_load_is_missed_only_where_it_has_a_limit() -> None:
@@ -404,7 +415,7 @@ def test_what_was_asked_for_and_not_answered_is_bad() -> None:
     checks = [{"name": "replication", "command": "x"}, {"name": "other", "command": "x"}]
     _, sample = collected("administrator", services=["Spooler", "W3SVC"], checks=checks)
     assert sample.services == {"Spooler": Outcome(True, "Running"), "W3SVC": Outcome(False, "no answer")}
-    assert sample.checks["other"] == Outcome(False, "no answer")
+    assert sample.checks["other"] == Outcome(False, "ended the script")
     assert sample.checks["replication"].good
 
 
@@ -440,6 +451,7 @@ def test_amounts_that_are_none(amounts: object, problems: set[str]) -> None:
         pytest.param("", id="nothing"),
         pytest.param("{", id="cut off"),
         pytest.param(recorded("administrator")[:-40], id="cut off later"),
+        pytest.param(recorded("administrator").partition("\n{")[0], id="no first row"),
         pytest.param("[]", id="a list"),
         pytest.param("{}", id="empty"),
         pytest.param("x" * (1 << 20), id="1 MiB of nonsense"),
@@ -474,9 +486,9 @@ def test_not_an_answer(text: str) -> None:
 
 
 def test_texts_are_kept_short_and_clean() -> None:
-    rows = [{"name": "long", "good": True, "text": "ä" * 9000},
-            {"name": "odd", "good": True, "text": "\x1b[1ma\ud83d\x00\n\tb\r"}]  # fmt: skip
-    sample = parse_windows(answer(checks=rows, problems={"role": "a\nb" * 999}), NONCE, None)
+    checks = [{"name": "long", "good": True, "text": "ä" * 9000},
+              {"name": "odd", "good": True, "text": "\x1b[1ma\ud83d\x00\n\tb\r"}]  # fmt: skip
+    sample = parse_windows(answer(checks=checks, problems={"role": "a\nb" * 999}), NONCE, None)
     assert len(sample.checks["long"].text.encode()) == KEPT_BYTES
     assert sample.checks["odd"].text == "[1ma?\n\tb"
     assert sample.problems["role"].startswith("a ba b") and len(sample.problems["role"]) <= 200
@@ -500,7 +512,7 @@ ANSWERS = st.fixed_dictionaries({
     "amounts": st.dictionaries(NAMES, st.lists(NUMBERS, min_size=2, max_size=2)) | VALUES,
     "problems": st.dictionaries(NAMES, st.text()) | VALUES,
     "services": ROWS | VALUES,
-    "checks": ROWS | VALUES,
+    "number": st.just(0) | VALUES,
 })  # fmt: skip
 
 
@@ -518,15 +530,16 @@ def check_sample(text: str) -> None:
 
 
 @settings(max_examples=300, deadline=None)
-@given(ANSWERS)
-def test_any_answer(said: object) -> None:
-    check_sample(json.dumps(said))
+@given(ANSWERS, ROWS | st.lists(st.dictionaries(st.text(), VALUES), max_size=2))
+def test_any_answer(said: dict[str, object], checks: list[dict[str, object]]) -> None:
+    numbered = [{"number": number, **row} for number, row in enumerate(checks, 1)]
+    check_sample("\n".join(map(json.dumps, [said, *numbered])))
 
 
 @settings(max_examples=200, deadline=None)
 @given(st.integers(0, 2000), st.integers(0, 40), st.text(max_size=10))
 def test_damaged_answer(at: int, length: int, put: str) -> None:
-    text = recorded("administrator")
+    text = recorded("administrator").partition("\n")[2]
     check_sample(text[:at] + put + text[at + length :])
 
 
