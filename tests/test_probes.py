@@ -147,7 +147,8 @@ def test_recording_that_is_a_problem(name: str) -> None:
 
 
 def test_every_row_has_a_recording_and_every_recording_a_test() -> None:
-    files = {path.relative_to(RECORDED).with_suffix("").as_posix() for path in RECORDED.glob("*/*.txt")}
+    files = {path.relative_to(RECORDED).with_suffix("").as_posix() for path in RECORDED.glob("*/*.txt")
+             if path.parent.name != "endpoint"}  # which tests/test_endpoints.py reads
     rows = {f"{platform.value}/{probe.name}" for platform, table in PROBES.items() for probe in table.probes}
     assert files == EXPECTED.keys() | PROBLEMS.keys()
     assert rows == {name.partition(".")[0] for name in EXPECTED}

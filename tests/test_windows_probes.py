@@ -387,7 +387,7 @@ def test_paths_that_a_limit_names_are_asked_for() -> None:
     mounts = {"D:": "9", "E:\\": "9", "C:\\mnt\\it's": "9", "c:\\Clusterstorage\\*": "9", "C:\\off": "off", "/x": "9"}
     resource = {"name": "a", "hostname": "a", "platform": "windows", "username": "u"}
     limits = {"disk_percent": {"fail": "95", "mounts": mounts}}
-    connection = Recording("administrator")
+    connection = Recording(recorded("administrator"))
     collect(ResourceSettings.model_validate({**resource, "limits": limits}), connection, None)
     asked = re.search(r"\$wanted = '(.*)' \|", connection.script)
     assert asked and json.loads(asked[1])["mounts"] == ["C:\\mnt\\it's"]
