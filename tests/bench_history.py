@@ -122,8 +122,11 @@ def site(store: hc.Store) -> Mapping[str, tuple[Callable[[], object], float]]:
         session.add(hc.User.create("monitor", "correct horse battery"))
     inventory = hc.Inventory(store.path.with_name("inventory.yaml"), hc.ServiceSettings(), [], {}, {})
     nothing: Any = None  # these pages need no keys, and the monitor has no poller
-    monitor = hc.Monitor(store, nothing, nothing)
-    context = hc.ConsoleContext(store, inventory, hc.Lease(), nothing, monitor, nothing, lambda: NOW)
+    access = hc.ConnectionContext(hc.KnownHosts(store.path.with_name("known_hosts")), hc.Resolver())
+    aggregator = hc.HealthAggregator()
+    watch = hc.PollContext(aggregator, hc.Recorder(store, aggregator), access, random.Random(1))
+    monitor = hc.Monitor(store, nothing, watch)
+    context = hc.ConsoleContext(store, inventory, aggregator.lease, nothing, monitor, access, lambda: NOW)
     metrics = hc.Metrics(hc.ServingMetrics(context.lease, hc.Counters(1)), store, None)
     client = hc.build_console(context, metrics).test_client()
     with store.reading() as session:
@@ -134,7 +137,7 @@ def site(store: hc.Store) -> Mapping[str, tuple[Callable[[], object], float]]:
         answer = client.get(hc.PREFIX + path, environ_base={"REMOTE_ADDR": "127.0.0.1"})
         assert answer.status_code == 200 and found in answer.data, answer.status
 
-    return {"overview": (lambda: ask("", b"db1000"), 250),
+    return {"overview": (lambda: ask("", f"db{LOOKED_AT}".encode()), 250),
             "page of one with the charts of a month": (lambda: ask(f"resources/db{LOOKED_AT}?span=month", b"CPU"), 250),
             **charts(store)}
 

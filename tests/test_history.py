@@ -12,7 +12,7 @@ from typing import get_args
 
 import pytest
 import sqlalchemy
-from bench_history import NOW, fill, milliseconds, resources
+from bench_history import LOOKED_AT, NOW, fill, milliseconds, resources, site
 from conftest import wait_for
 from service import Service, prepared_keys, write_inventory
 
@@ -423,6 +423,15 @@ def test_a_removed_resource_takes_its_history_along(tmp_path: Path) -> None:
     with notebook.store.reading() as session:
         assert {event.resource for event in events(session)} == {"", "r0", "r1"}
     notebook.store.close()
+
+
+def test_the_pages_that_the_bench_times(tmp_path: Path) -> None:
+    """They are pages, or `make bench` would end there."""
+    store = resources(tmp_path, LOOKED_AT)
+    for name, (call, _) in site(store).items():
+        if "page" in name or name == "overview":
+            call()
+    store.close()
 
 
 # --- one writer, in small transactions ---
