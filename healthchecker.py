@@ -156,6 +156,7 @@ try:
     from pypsrp.exceptions import AuthenticationError, WSManFaultError
     from pypsrp.powershell import PowerShell, RunspacePool
     from pypsrp.wsman import WSMan
+    from spnego.exceptions import SpnegoError
     from sqlalchemy import ForeignKey, event, func
     from sqlalchemy.dialects import sqlite
     from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
@@ -276,7 +277,7 @@ class ProbeError(HealthCheckerError):
 # How hosts behind others are named: in come words of the inventory and OpenSSH's configuration of its client, out go
 # bastions as resources' names or addresses, and what that file says of a host. Pure but for reading it, at a start.
 # Gives: hop_address, jump_fault, SshConfig, ssh_config_path, stated_hops, with_ssh_config
-HOP = re.compile(r"(?:(\S+)@)?(?:\[([\w.:%]+)\]|([\w.%-]+))(?::([0-9]{1,5}))?")     # user, address, name, port
+HOP = re.compile(r"(?:([^\s/]+)@)?(?:\[([\w.:%]+)\]|([\w.%-]+))(?::([0-9]{1,5}))?")     # user, address, name, port
 HOPS = 8                        # bastions on the way to a resource
 
 
@@ -287,12 +288,12 @@ def hop_address(hop: str) -> tuple[str | None, str, int] | None:
 
 
 def stated_hops(text: str) -> str | None:
-    """Bastions without blanks; `none` is none of them, also where the defaults name one. Raises ValueError."""
+    """Bastions without blanks; `none` alone is none of them, also where the defaults name one. Raises ValueError."""
     hops = [hop.strip() for hop in text.split(",")]
     ports = [address[2] for address in map(hop_address, hops) if address]
     if len(hops) > HOPS or not all(hops) or not all(0 < port <= LAST_PORT for port in ports):
         raise ValueError(f"must be a resource's name or [user@]host:port, or up to {HOPS} of them with commas between")
-    return None if hops == ["none"] else ",".join(hops)
+    return ",".join(hops)
 
 
 def jump_fault(name: str, ways: Mapping[str, Sequence[str] | None]) -> str | None:
@@ -363,7 +364,8 @@ class SshConfig(paramiko.SSHConfig):
         if not found:
             return hop
         said, own_keys, command = self.of(found[2] or found[3])
-        if command or {"proxy_jump", "host_key_alias"} & said.keys() or (keys and own_keys[:1] != keys[:1]):
+        own_keys = [os.path.expanduser(name) for name in own_keys[:1]]
+        if command or {"proxy_jump", "host_key_alias"} & said.keys() or (own_keys or keys) != keys:
             raise ValueError("a bastion has a key, an alias or a way of its own in this file: add it as a resource")
         host = f"[{said['hostname']}]" if ":" in said["hostname"] else said["hostname"]
         return f"{found[1] or said.get('username', user)}@{host}:{found[4] or said.get('port', SSH_PORT)}"
@@ -379,6 +381,7 @@ def with_ssh_config(raw: dict[str, Any], path: Path, names: Collection[str], *, 
     stated["hostname"] = said.get("hostname", raw["hostname"])
     hops = [hop.strip() for hop in str(stated.get("proxy_jump", "none")).split(",")]
     user, config = str(stated.get("username", "")), SshConfig(path)
+    keys = [os.path.expanduser(stated["key_file"])] if "key_file" in stated else []
     stated["proxy_jump"] = ",".join(hop if hop == "none" or hop in names else config.hop(hop, user, keys)
                                     for hop in hops)
     return stated
@@ -531,6 +534,8 @@ class Platform(str, Enum):
 SELECTABLE = ("unix", "linux", "macos", "freebsd", "windows", "local", "simulated")
 SSH_PLATFORMS = frozenset({Platform.UNIX, Platform.LINUX, Platform.MACOS, Platform.FREEBSD})
 REMOTE_PLATFORMS = SSH_PLATFORMS | {Platform.WINDOWS}
+
+
 class Settings(BaseModel):
     """Base of all settings: unknown keys are faults, values never show in an error, nothing changes later."""
 
@@ -879,7 +884,7 @@ class ResourceSettings(Settings):
     @property
     def hops(self) -> list[str]:
         """The bastions on the way, the first one first: names of resources, or addresses with a user or a port."""
-        return self.proxy_jump.split(",") if self.proxy_jump else []
+        return [] if self.proxy_jump in (None, "none") else self.proxy_jump.split(",")
 
     @property
     def way(self) -> list[str] | None:
@@ -1337,6 +1342,14 @@ class Resource(Base):
         self.settings = json.dumps(values, sort_keys=True)
         return True
 
+    @property
+    def way(self) -> tuple[str | None, ...] | None:
+        """What decides which machine is shown the password, besides the address; None where nothing is known of it."""
+        with contextlib.suppress(StorageError):
+            settings = self.parsed_settings
+            return settings.proxy_jump, settings.host_key_alias, settings.host_key
+        return None
+
     def digest(self, *columns: str) -> str:
         """Changes with the columns' values: what was stored for others does not count."""
         return hashlib.sha256(length_prefixed(*(str(getattr(self, name)) for name in columns))).hexdigest()
@@ -1646,9 +1659,10 @@ def bind_ports(session: Session, rows: Iterable[Resource], vault: Vault) -> None
 
 def update_row(row: Resource, settings: ResourceSettings, vault: Vault) -> bool:
     """Brings one row to what its settings say; a secret that they leave out stays. Says whether anything changed."""
-    address = row.hostname, row.port, row.username
+    address, way = (row.hostname, row.port, row.username), row.way
     changed = row.take_settings(settings)
     moved = address != (row.hostname, row.port, row.username)
+    rerouted = moved or (way is not None and way != row.way)
     row.host_key = None if moved else row.host_key
     has_key, given = settings.key_file is not None, settings.secrets
     needs_password = settings.platform in REMOTE_PLATFORMS and not has_key
@@ -1659,9 +1673,11 @@ def update_row(row: Resource, settings: ResourceSettings, vault: Vault) -> bool:
             setattr(row, kind, None)
         elif kind in given:
             changed |= store_secret(row, kind, given[kind], vault)
-        elif moved and getattr(row, kind) is not None:
-            raise SecretError("hostname, port or username changed: write the password again")
-    if needs_password and row.password is None and settings.auth != "kerberos":     # which may have a keytab
+        elif rerouted and getattr(row, kind) is not None:
+            what = "hostname, port or username" if moved else "the way to the host, or its key,"
+            raise SecretError(f"{what} changed: write the password again")
+    has_keytab = settings.auth == "kerberos" and row.origin == "inventory"      # the service's own: for nobody else
+    if needs_password and row.password is None and not has_keytab:
         raise InventoryError("password, password_env, password_file or key_file is missing")
     return changed
 
@@ -2390,7 +2406,7 @@ class SshConnection(SshLogin):
             bastion = self._context.watched.get(hop) or self._bastions.get(hop)
             if not isinstance(bastion, SshConnection) or hop in behind:
                 why = "the way to it leads through itself" if hop in behind else "there is no such resource"
-                raise ProbeError("credential", f"bastion {hop}: {why}; correct proxy_jump")
+                raise ProbeError("unreachable", f"bastion {hop}: {why}; correct proxy_jump")
             chain += [bastion] if chain else [*bastion._chain((*behind, hop)), bastion]
         return chain
 
@@ -2561,13 +2577,13 @@ def certificate_identity(connection: ssl.SSLSocket) -> str:
     return f"certificate SHA256:{hashlib.sha256(connection.getpeercert(True) or b'').hexdigest()}"
 
 
-def unbound(opened: object) -> str:
-    """Why a login could not be bound to its TLS connection (RFC 5929); empty where it was, or there is none."""
-    shown = opened.getpeercert(True) if isinstance(opened, ssl.SSLSocket) else None
-    with contextlib.suppress(UnsupportedAlgorithm):
-        if not shown or x509.load_der_x509_certificate(shown).signature_hash_algorithm:
-            return ""
-    return "; no channel binding could be sent, for the signature of the host's certificate names no hash"
+def guessed_binding(opened: object) -> str:
+    """That a login was bound to its TLS connection by a guess, which a host that insists on it refuses (RFC 5929)."""
+    with contextlib.suppress(UnsupportedAlgorithm, AttributeError, OSError, ValueError):
+        shown = opened.getpeercert(True) if isinstance(opened, ssl.SSLSocket) else None     # raises if closed meanwhile
+        if shown and not x509.load_der_x509_certificate(shown).signature_hash_algorithm:
+            return "; the channel binding was a guess, for the signature of the host's certificate names no hash"
+    return ""
 
 
 def missing_package(auth: str) -> str | None:
@@ -2840,8 +2856,11 @@ class PowerShellConnection(Connection):
         except ImportError as error:
             raise ProbeError("credential", missing_package(settings.auth) or one_line(str(error))) from error
         except AuthenticationError as error:
-            refused = f"login as {settings.username} refused; check username, password and auth{unbound(opened)}"
+            bound = guessed_binding(opened) if settings.auth in ("negotiate", "ntlm", "kerberos") else ""
+            refused = f"login as {settings.username} refused; check username, password and auth{bound}"
             raise ProbeError("auth", UNMAPPED if settings.auth == "certificate" else refused) from error
+        except SpnegoError as error:    # of Kerberos: no ticket, or a password that the KDC refuses
+            raise ProbeError("auth", f"no login as {settings.username}: {one_line(str(error))}") from error
         except WSManFaultError as error:
             unknown: tuple[Cause, str] = ("protocol", f"WinRM fault {error.code}: {error.reason}")
             raise ProbeError(*WINRM_FAULTS.get(error.code or 0, unknown)) from error
@@ -2929,8 +2948,11 @@ class LocalConnection(Connection):
         assert process.stdout
         with process.stdout as pipe:
             try:
-                ended = read_into(output, pipe, deadline)
-                return process.poll() or 0 if ended else None
+                if not read_into(output, pipe, deadline):
+                    return None
+                with contextlib.suppress(subprocess.TimeoutExpired):    # the output ends before the process does
+                    return process.wait(0 if output.whole else 0.5)
+                return 0 if output.whole else None
             finally:
                 end_process_group(process)
                 process.wait()
@@ -3704,7 +3726,7 @@ def parse_output(text: str, nonce: str, previous: CpuTicks | None) -> Sample:
 # === Windows =================================================================
 # The same for Windows: one script, COLLECT, with services and checks written into it, and its answer as a sample.
 # Pure. A metric that could not be read is a problem; an answer that is not whole is none.
-# Gives: build_windows_script, WindowsOutput, parse_windows
+# Gives: build_windows_script, WINDOWS_PATH, WindowsOutput, parse_windows
 
 # For Windows PowerShell 5.1 and PowerShell 7. Prints a line of JSON for itself and one for each check from number
 # $first on, ASCII and whole numbers only, which no code page or language changes. A check that does not end, or ends
@@ -3730,10 +3752,11 @@ function Row($Number, $Answer) {
     while ($json -cmatch '[^\x00-\x7f]') {
         $json = $json.Replace($Matches[0], ('\u{0:x4}' -f [int][char]$Matches[0]))
     }
-    $json
+    "`n$json"    # behind whatever a check left there
 }
 function Judge($Number, $Check) {
     $global:LASTEXITCODE = $null
+    $OFS = ' '
     $seen = @{ name = [string]$Check.name; good = $true; text = ''; code = $null; then = 'exit' }
     $kept = @{ last = $null; lines = 0 }
     try {    # a stray `break` ends the loop; behind Invoke-Expression alone nothing is merged in constrained language
@@ -3952,7 +3975,8 @@ class WindowsOutput(Output):
             with contextlib.suppress(ValueError, RecursionError):   # a check may print past its output
                 row = json.loads(line) if line.startswith(b"{") else {}
                 wanted = self._next <= len(self._settings.checks) and row.get("nonce", "") == self._nonce
-                if wanted and row.get("number") == self._next - (self._then == "begin" and bool(self._rows)):
+                expected = self._next - (self._then == "begin" and bool(self._rows))
+                if wanted and type(row.get("number")) is int and row["number"] == expected:
                     self._add(row)
         return self._end()
 
@@ -3970,7 +3994,7 @@ class WindowsOutput(Output):
         elif self._then != "stop" and not (self._then == "begin" and self._over):
             timeout = self._settings.checks[self._next - 1].timeout
             why = "no end when the poll's time was over" if self._over else f"no end in {timeout:g} s"
-            self._miss(why if late else str(fault or "ended the script"), code)
+            self._miss(why if late else str(fault or "ended the script"))
         self._then = ""
         while self._over and self._next <= len(self._settings.checks):
             self._miss(f"not run: the poll's {self._deadline.seconds:g} s were over")
@@ -3984,7 +4008,8 @@ class WindowsOutput(Output):
         return self._deadline.over or self._deadline.left() < 0.5   # nothing can begin now
 
     def _add(self, row: dict[str, Any]) -> None:
-        if held := row.get("endpoint"):     # the host runs the checks that it holds, not those of the inventory
+        held = None if row["number"] else row.get("endpoint")
+        if held:    # the host runs the checks that it holds, not those of the inventory
             known = {check.name: check for check in self._settings.checks}
             titles = [title.partition(" ") for title in INSTALLED.validate_json(held)[1]]
             checks = [known.get(name) or Check(name=name, command="unknown")
@@ -3998,11 +4023,10 @@ class WindowsOutput(Output):
         if checks:
             self.due_mono = time.monotonic() + checks[min(self._next, len(checks)) - 1].timeout
 
-    def _miss(self, why: str, code: int | None = None) -> None:
-        """A row for a check that printed none."""
-        said = {"good": True, "text": ""} if code is not None else {"good": False, "text": why}
+    def _miss(self, why: str) -> None:
+        """A row for a check that printed none; an exit code would be that of another one."""
         name = self._settings.checks[self._next - 1].name
-        self._add({"number": self._next, "name": name, "code": code, **said})
+        self._add({"number": self._next, "name": name, "good": False, "text": why})
 
     def _end(self) -> bool:
         """Whether the script need not say more."""
@@ -4061,15 +4085,16 @@ def _windows_sample(answer: WindowsAnswer, previous: CpuTicks | None) -> Sample:
     wanted = {"cpu_percent", "memory_percent", "commit_percent", "disk_percent"}
     silent = wanted - {name.partition(" ")[0] for name in rows}
     problems = dict.fromkeys(("load_per_cpu", "inode_percent"), NOT_KNOWN) | dict.fromkeys(silent, "no answer")
-    problems |= {name: one_line(why)[:PROBLEM_CHARS] for name, why in answer.problems.items()}
+    problems |= {name: one_line(why)[:PROBLEM_CHARS] for name, why in answer.problems.items()
+                 if name.partition(" ")[0] not in ("endpoint", "service", "check")}     # which are ours to say
     services, checks = ({row.name: row.outcome for row in said} for said in (answer.services, answer.checks))
     asked = {re.sub("`(.)", r"\1", name): outcome for name, outcome in services.items()}
     return make_sample(rows, problems, previous, asked, checks)
 
 
 def parse_windows(text: str, _nonce: str, previous: CpuTicks | None) -> Sample:
-    """The sample in COLLECT's output. Raises ProbeError (`protocol`)
-    when it is anything else: half an answer could lack the one check that is bad."""
+    """The sample in COLLECT's output. Raises ProbeError (`protocol`) when it is anything else: half an answer could
+    lack the one check that is bad."""
     try:    # bytes drop halves of surrogate pairs
         rows: dict[int, dict[str, Any]] = {}
         for row in [json.loads(line) for line in text.split("\n") if line.startswith("{")]:
@@ -4101,7 +4126,9 @@ UNIX_ENDPOINT = r"""#!/bin/sh
 #  2. Let the account's authorized_keys hold this line alone, with HealthChecker's own address:
 #     command="/bin/sh /usr/local/sbin/healthchecker-endpoint",restrict,from="192.0.2.1" KEY
 # Print and install it again when services or checks change, or HealthChecker says so.
-LC_ALL=C; unset n; n=$SSH_ORIGINAL_COMMAND; unset SSH_ORIGINAL_COMMAND
+LC_ALL=C; unset n P; n=$SSH_ORIGINAL_COMMAND; unset SSH_ORIGINAL_COMMAND
+P=${n#* }; [ "$P" != "$n" ] || P=; n=${n%% *}    # the number of a df that hung, if there was one
+case $P in *[!0123456789]*|??????????*) n= ;; esac
 case ${#n}:$n in *:*[!0123456789abcdef]*) n= ;; 1[6-9]:*|[2-5][0-9]:*|6[0-4]:*) ;; *) n= ;; esac
 why="this login answers HealthChecker's polls (endpoint: true) and nothing else"
 [ ! -w "$0" ] || [ "$(id -u)" = 0 ] || { n=; why="this account may write to $0"; }
@@ -4113,8 +4140,8 @@ printf '\n@%s begin endpoint\n%s\n@%s end 0\n' $n HOLDS $n
 # RunAs... is read by Register-PSSessionConfiguration alone. Some cmdlets are lesser ones in a restricted session.
 WINDOWS_ENDPOINT = r"""# HealthChecker's endpoint of TITLE: answers polls and nothing else. On that host, keep this
 # as HealthChecker.pssc in a folder of the administrators, and register it in an administrator's PowerShell:
-#   $sid = ([Security.Principal.NTAccount]'ACCOUNT').Translate([Security.Principal.SecurityIdentifier])
-#   Register-PSSessionConfiguration -Name 'CONFIGURATION' -Path HealthChecker.pssc -AccessMode Remote -Force `
+#   $sid = ([Security.Principal.NTAccount](ACCOUNT)).Translate([Security.Principal.SecurityIdentifier])
+#   Register-PSSessionConfiguration -Name (CONFIGURATION) -Path HealthChecker.pssc -AccessMode Remote -Force `
 #       -SecurityDescriptorSddl "O:NSG:BAD:P(A;;GXGR;;;$sid)(A;;GA;;;BA)S:P(AU;FA;GA;;;WD)(AU;SA;GXGW;;;WD)"
 # That is for this account and administrators; it restarts WinRM, which ends the sessions that others have there.
 # Print it, unregister the old one and register it again when services or checks change, or HealthChecker says so.
@@ -4177,16 +4204,25 @@ def unix_endpoint(settings: ResourceSettings, key: paramiko.PKey) -> str:
     words = {"TITLE": settings.name, "KEY": f"{key.get_name()} {key.get_base64()}",
              "HOLDS": shlex.quote(installed(settings))}
     head = re.sub("TITLE|KEY|HOLDS", lambda found: words[found[0]], UNIX_ENDPOINT)
-    return head + build_script(settings.platform, settings.services, settings.checks, "$n")
+    stuck = "$P", "an earlier poll"
+    script = build_script(settings.platform, settings.services, settings.checks, "$n", (), stuck)
+    return head + script.replace("hangs '$P'", 'hangs "$P"')
+
+
+def literal(text: str) -> str:
+    """An expression of PowerShell that is this text; ASCII, for other quotes than ours end a literal there, too."""
+    return "'" + re.sub(r"[^ -~]", lambda found: f"'+[char]::ConvertFromUtf32({ord(found[0])})+'",
+                        text.replace("'", "''")) + "'"
 
 
 def windows_endpoint(settings: ResourceSettings) -> str:
     """The session configuration to register, ASCII, and in its comments how."""
     _, _, script = build_windows_script(    # without its $first
         settings.services, settings.checks, "", settings.limited_mounts).partition("\n")
-    words = {"TITLE": settings.name, "ACCOUNT": settings.username or "the account of the certificate",
-             "CONFIGURATION": settings.session_configuration, "HOLDS": installed(settings).replace("'", r"\u0027"),
-             "IDENTITY": str(uuid.uuid5(uuid.NAMESPACE_DNS, settings.hostname)), "COLLECT": script}
+    words = {"TITLE": settings.name, "ACCOUNT": literal(settings.username or "the account of the certificate"),
+             "CONFIGURATION": literal(settings.session_configuration),
+             "HOLDS": installed(settings).replace("'", r"\u0027"), "COLLECT": script,
+             "IDENTITY": str(uuid.uuid5(uuid.NAMESPACE_DNS, settings.hostname))}
     text = re.sub("|".join(words), lambda found: words[found[0]], WINDOWS_ENDPOINT)
     return text.encode("ascii", "backslashreplace").decode()
 
@@ -4232,7 +4268,7 @@ def since(sample: Sample, previous: Sample | None) -> Sample:
         if still >= STILL_POLLS:
             problems.setdefault("cpu_percent", f"no reading in {still} polls: its counters stand still")
     shown = frozenset(name.partition(" ")[2] for name, _ in sample.readings("disk_percent"))
-    return replace(sample, problems=problems, still=still, writable=shown.union(turned))
+    return replace(sample, problems=problems, still=still, writable=(shown or frozenset(writable)).union(turned))
 
 
 def complete(sample: Sample, settings: ResourceSettings) -> Sample:
@@ -4244,6 +4280,10 @@ def complete(sample: Sample, settings: ResourceSettings) -> Sample:
               if f"check {check.name}" not in sample.problems}
     problems = {name: why for name, why in sample.problems.items()
                 if why != NOT_KNOWN or name in settings.limits.by_metric()}
+    read = [name.partition(" ")[2] for name, _ in sample.readings("disk_percent")]
+    if lost := [path for path in settings.limited_mounts
+                if WINDOWS_PATH.fullmatch(path) and not any(matching_key([path], mount) for mount in read)]:
+        problems.setdefault("disk_percent", f"not there: {', '.join(lost)}"[:PROBLEM_CHARS])
     return replace(sample, services=services, checks={**sample.checks, **checks}, problems=problems)
 
 
@@ -4254,7 +4294,7 @@ def collect(settings: ResourceSettings, connection: Connection, previous: Sample
     deadline = Deadline(settings.timeout)
     output = read(settings, end_mark(nonce), deadline)
     stuck = previous.stuck if previous else ()
-    script = nonce if settings.endpoint else build(
+    script = " ".join([nonce, *stuck[:1]]) if settings.endpoint else build(
         settings.services, settings.checks, nonce, settings.limited_mounts, stuck)
     ended = connection.run(script, output, deadline)
     text, done, _ = output.printed.decode(errors="replace").partition(end_mark(nonce))
@@ -4327,12 +4367,12 @@ def judge_limits(sample: Sample, settings: ResourceSettings) -> tuple[list[str],
 def evaluate(sample: Sample, settings: ResourceSettings) -> Verdict:
     """A sample against the limits, services and checks of its resource."""
     failed, warned = judge_limits(sample, settings)
-    warned += [f"{name}: {why}" for name, why in sample.problems.items()
-               if name.partition(" ")[0] in ("endpoint", "service", "check")]
     bad, doubtful = ([f"{kind} {name}: {outcome.text.strip() or 'failed'}"
                       for kind, outcomes in (("service", sample.services), ("check", sample.checks))
                       for name, outcome in outcomes.items() if (outcome.good, outcome.degraded) == wanted]
                      for wanted in ((False, False), (True, True)))
+    doubtful += [f"{name}: {why}" for name, why in sample.problems.items()
+                 if name.partition(" ")[0] in ("endpoint", "service", "check")]
     if failed or bad:
         return Verdict("unhealthy", "limit" if failed else "check", one_line("; ".join(failed + bad)))
     if warned or doubtful:
@@ -4533,7 +4573,7 @@ class HealthAggregator:
 DAY = 86_400                    # seconds
 PRUNE_ROWS = 10, 10_000         # rows of a resource, or events, that are dropped at once, at least and at most
 PRUNE_PART = 50                 # of how many rows one is dropped at once: a clock that is wrong takes half a day to
-                                # drop half of them, and an ordinary quarter drops fewer
+                                # drop half of them, and of 12 hours or more an ordinary quarter drops fewer
 EVENTS = 100_000                # events of a kind that are kept at most: a resource may flap for a year
 METRICS = ("cpu_percent", "memory_percent", "swap_percent", "disk_percent", "load_per_cpu", "seconds")
 READING_MAX = 2 ** 31 - 1       # hundredths, what an INTEGER holds
@@ -4774,6 +4814,7 @@ LOGGED_IN_MARKS = tuple(POLL_MARKS[meaning] for meaning in (
 REFUSED_MARK = POLL_MARKS["unhealthy", "auth"]
 LAST_FLUSH = 1.5                # seconds for the last reports to be written when the service ends
 FOLLOW_WAIT = 20.0              # seconds for the pollers to follow the rows, on a machine that is busy
+CLOCK_DRIFT = 0.5               # seconds by which a clock may differ from what is written down of it
 CLOCK_STEP = 60.0               # seconds by which a clock that was set differs from one that is only adjusted
 
 # An insert of a table costs half of what one of its class does.
@@ -4985,6 +5026,7 @@ class Poller(threading.Thread):
         if not (waits and self.standing.cause == "auth"):
             why = f"; {self._guard.why(name)}" if waits else ""
             self._report(Verdict("unhealthy", "stale", f"no result for {ttl:.0f} s{why}"), 0.0)
+            self._woken.set()   # it may be due since long: what waits stood still with a suspended machine
 
     def _poll(self) -> tuple[float, Report]:
         """One poll and its report; returns the seconds from its start to the next, too."""
@@ -5117,19 +5159,18 @@ class Monitor(threading.Thread):
         self._recount()
         self._context.aggregator.note_expiry()
         zero_at = self._wall() - lease_clock()
-        if abs(zero_at - self._zero_at) > CLOCK_STEP:
-            self._take_clock(zero_at)
         with self._store.reading() as session:
             current = revision(session)
         if current != self._revision:
             self._reconcile()
         if any(at > 0 and self._is_over(name) for name, (at, _) in self._maintenance.items()):
             self._end_maintenance()
+        if abs(zero_at - self._zero_at) > CLOCK_DRIFT:
+            self._take_clock(zero_at)
 
     def _take_clock(self, zero_at: float) -> None:
         """Takes down how the clock stands, for the next start, and notes that it was set."""
         moved = zero_at - self._zero_at
-        self._zero_at = zero_at
         with self._store.writing() as session:
             for name, value in (("boot", boot_number()), ("clock", round(1000 * zero_at))):
                 session.merge(Setting(name=name, value=value))
@@ -5138,6 +5179,7 @@ class Monitor(threading.Thread):
                 self.clock_step = self._wall(), how
                 log.warning("%s", how)
                 record_event(session, "clock", how, at=self._wall())
+        self._zero_at = zero_at
 
     def _is_over(self, name: str) -> bool:
         """Whether there is no maintenance of a resource now."""
@@ -5173,8 +5215,7 @@ class Monitor(threading.Thread):
             current, targets = revision(session), load_targets(session, self._vault)
             stored = {row.resource_id: row for row in session.scalars(sqlalchemy.select(Status))}
             ends = session.execute(sqlalchemy.select(Resource.name, Resource.maintenance))
-            elapsed = lease_clock() - self._wall()
-            known = self._maintenance
+            elapsed, known = -self._zero_at, self._maintenance
             self._maintenance = {name: known[name] if known.get(name, ())[:1] == (at,) else (at, at and at + elapsed)
                                  for name, at in ends}
         self.guards.keep(targets.values())
@@ -6248,7 +6289,7 @@ class GateServer(TcpWSGIServer):    # type: ignore[misc]  # waitress carries no 
 # what is to be logged, in JSON; it hears stop, or end of file when the main process died.
 # That they may serve is a flag in shared memory, set once the start can no longer fail; a replacement finds it set. If
 # each served as soon as it is ready, a start that fails would serve, and a good one would answer 503 for a moment.
-# Gives: ENDINGS, HANGUPS, LineFormatter, Supervisor, bound_address, bound_port, handed_over, keep_out_of_collections,
+# Gives: ENDINGS, HANGUPS, LineFormatter, Supervisor, bound_address, handed_over, keep_out_of_collections,
 # listen
 ABSENT = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)      # this machine does not have the address, or its family
 LISTEN_FAULTS = {
@@ -6313,16 +6354,15 @@ def handed_over() -> list[socket.socket]:
     return socks
 
 
-def bound_port(sock: socket.socket) -> int:
-    return cast(int, sock.getsockname()[1]) if sock.family in (socket.AF_INET, socket.AF_INET6) else 0
-
-
 def listen(setting: str, value: str) -> list[socket.socket]:
     """Binds the address:port that `setting` of the inventory names, a name on all its addresses, or takes what systemd
     has bound. Raises UsageError."""
     host, _, port = value.rpartition(":")
-    if given := [sock for sock in handed_over() if bound_port(sock) == int(port)]:
-        return given
+    with contextlib.suppress(OSError, UnicodeError):
+        found: Any = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        wanted = [address[:2] for *_, address in found]
+        if given := [sock for sock in handed_over() if sock.getsockname()[:2] in wanted]:
+            return given
     ends = time.monotonic() + PORT_WAIT
     while True:
         try:
@@ -9380,7 +9420,7 @@ def serve(arguments: argparse.Namespace) -> int:
     console = [] if service.console == "off" else listen("service.console", service.console)
     for sock in handed_over():
         if sock not in (*doors, *console):      # whose clients nobody would answer
-            raise UsageError(f"systemd listens on port {bound_port(sock)}, which is not that of service.listen or "
+            raise UsageError(f"systemd listens on {sock.getsockname()}, which is neither service.listen nor "
                              "service.console; correct its ListenStream")
     service = service.model_copy(update={
         "listen": bound_address(service.listen, doors), "console": bound_address(service.console, console)})

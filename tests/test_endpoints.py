@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
 import shlex
 import shutil
@@ -92,6 +93,10 @@ def script_file(folder: Path, settings: ResourceSettings) -> Path:
         ("5éèd5eed5eed5eed", False),
         ("????????????????", False),
         ("exec /bin/sh -s", False),
+        (f"{NONCE} 4711", True),  # the number of a df that still hung
+        (f"{NONCE} 4711 4712", False),
+        (f"{NONCE} -1", False),
+        (f"{NONCE} 1234567890", False),
     ],
 )
 def test_a_nonce_is_checked_before_anything_uses_it(shell: str, nonce: str, good: bool, tmp_path: Path) -> None:
@@ -105,6 +110,7 @@ def test_a_nonce_is_checked_before_anything_uses_it(shell: str, nonce: str, good
                           check=False)  # fmt: skip
     assert not (tmp_path / "made").exists()
     if good:
+        nonce = nonce.partition(" ")[0]
         assert done.stdout.decode().startswith(f"\n@{nonce} begin endpoint\n")
         assert done.stdout.decode().endswith(end_mark(nonce))
     else:
@@ -171,6 +177,21 @@ class Canned:
         return True
 
 
+def test_beside_a_df_that_hangs_an_endpoint_starts_no_other(tmp_path: Path) -> None:
+    """It is told by number, as it is told nothing else; `df` is a stand-in that sleeps."""
+    (tmp_path / "df").symlink_to(shutil.which("sleep") or "")
+    path = script_file(tmp_path, resource(endpoint=True, platform="linux"))
+    with subprocess.Popen(["df", "600"], executable=tmp_path / "df") as hung:
+        try:
+            env = {"PATH": os.environ["PATH"], "SSH_ORIGINAL_COMMAND": f"{NONCE} {hung.pid}"}
+            done = subprocess.run(["sh", path], env=env, capture_output=True, timeout=60, check=True)
+        finally:
+            hung.kill()
+    sample = parse_output(done.stdout.decode(), NONCE, None)
+    assert sample.problems["disk_percent"] == f"df from an earlier poll still hangs (process {hung.pid})"
+    assert sample.stuck[0] == str(hung.pid)
+
+
 def judged(text: str, settings: ResourceSettings) -> tuple[Sample, Verdict]:
     sample = collect(settings, Canned(text), None)  # type: ignore[arg-type]
     return sample, evaluate(sample, settings)
@@ -201,7 +222,7 @@ def test_what_differs_is_a_problem_and_no_verdict(changed: dict[str, Any]) -> No
     wanted = asked("a", **changed)
     sample, verdict = judged(reported(asked("a"), good=False), wanted)
     assert (sample.checks, of_the_endpoint(sample)) == ({}, {"check a": OUTDATED})
-    assert verdict == Verdict("degraded", "limit", f"check a: {OUTDATED}")
+    assert verdict == Verdict("degraded", "check", f"check a: {OUTDATED}")
 
 
 def test_what_is_missing_is_a_problem() -> None:

@@ -34,6 +34,7 @@ from healthchecker import (
     ProbeError,
     ResourceSettings,
     Sample,
+    WindowsOutput,
     build_windows_script,
     collect,
     evaluate,
@@ -391,6 +392,61 @@ def test_paths_that_a_limit_names_are_asked_for() -> None:
     collect(ResourceSettings.model_validate({**resource, "limits": limits}), connection, None)
     asked = re.search(r"\$wanted = '(.*)' \|", connection.script)
     assert asked and json.loads(asked[1])["mounts"] == ["C:\\mnt\\it's"]
+
+
+def test_a_mount_point_that_a_limit_names_and_nobody_read() -> None:
+    """It is not there, or an endpoint was made before the limit."""
+    mounts = dict.fromkeys(["C:\\mnt\\data", "c:\\clusterstorage\\Volume1", "C:\\mnt\\*", "D:"], "100")
+    settings, sample = collected("administrator", limits={"disk_percent": {"fail": "100", "mounts": mounts}})
+    here = [name.partition(" ")[2].casefold() for name in sample.metrics if name.startswith("disk_percent ")]
+    lost = [mount for mount in list(mounts)[:2] if mount.casefold() not in here]
+    assert lost and sample.problems["disk_percent"] == f"not there: {', '.join(lost)}"
+    assert evaluate(sample, settings).state == "degraded"
+
+
+def test_a_host_names_no_problem_that_is_ours() -> None:
+    """A service or check that is missing would count as one that an endpoint does not know."""
+    problems = {"service S": NOT_KNOWN, "check a": NOT_KNOWN, "endpoint": "x"}
+    text = answer(problems=problems, services=[], checks=[])
+    settings, sample = collected("", text + "\n", services=["S"], checks=[{"name": "a", "command": "c"}])
+    assert not sample.services["S"].good and not sample.checks["a"].good and "endpoint" not in sample.problems
+    assert evaluate(sample, settings).state == "unhealthy"
+
+
+def watched(*lines: str, checks: str = "ab") -> WindowsOutput:
+    """An output that got these lines, of a resource with checks of these names."""
+    wanted = {"name": "a", "hostname": "a", "platform": "windows", "username": "u",
+              "checks": [{"name": name, "command": "c"} for name in checks]}  # fmt: skip
+    output = WindowsOutput(ResourceSettings.model_validate(wanted), "mark", Deadline(60))
+    output.take("".join(f"{line}\n" for line in [json.dumps({"number": 0}), *lines]).encode())
+    return output
+
+
+def good_checks(output: WindowsOutput) -> dict[str, bool]:
+    shown = [json.loads(line) for line in output.printed.removesuffix(b"mark").decode().split("\n")]
+    return {row["name"]: row["good"] and not row.get("code") for row in shown if row["number"]}
+
+
+RAN = json.dumps({"number": 1, "name": "a", "good": True, "text": "", "code": None, "then": ""})
+
+
+def test_a_check_that_nobody_saw_end_is_never_good() -> None:
+    """Whatever exit code is known: it is that of the shell, or of a check before it."""
+    lost = watched(f"x{RAN}", checks="a")
+    assert lost.rest(0, None) == "" and good_checks(lost) == {"a": False}
+    late = watched(RAN)
+    assert late.rest(0, ProbeError("timeout", "no end in 5 s")) == "" and good_checks(late) == {"a": True, "b": False}
+    never = watched(checks="abc")
+    for number in range(3):
+        assert bool(never.rest(0, None)) is (number < 2)
+    assert good_checks(never) == {"a": False, "b": False, "c": False}
+
+
+def test_rows_that_are_none() -> None:
+    """What a check prints past its output, or a host makes up."""
+    made_up = ['{"number": 1.0}', '{"number": true}', '{"number": 1e999}', '{"number": null}', "{}", '{"number": 2}']
+    output = watched(*made_up, RAN, checks="a")
+    assert output.whole and good_checks(output) == {"a": True}
 
 
 def test_names_of_services_are_no_patterns() -> None:

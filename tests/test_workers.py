@@ -921,8 +921,8 @@ def test_a_restart_refuses_nobody(tmp_path: Path) -> None:
 def test_a_socket_that_nobody_would_answer(tmp_path: Path) -> None:
     prepared_keys(tmp_path)
     with socket.create_server(("127.0.0.1", 0)) as sock:
-        port = sock.getsockname()[1]
+        address = sock.getsockname()
         process = adopting(tmp_path, 0, sock)
         _, said = process.communicate(timeout=60)
-    expected = f"systemd listens on port {port}, which is not that of service.listen or service.console"
+    expected = f"systemd listens on {address}, which is neither service.listen nor service.console"
     assert process.returncode == 2 and said.decode() == f"{expected}; correct its ListenStream\n"
