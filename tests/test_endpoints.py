@@ -255,7 +255,7 @@ def test_what_it_holds_and_does_not_answer_is_bad_as_ever() -> None:
 def test_another_format_is_read_and_degraded(number: int) -> None:
     settings = asked("a")
     sample, verdict = judged(reported(settings, number=number), settings)
-    assert verdict == Verdict("degraded", "limit", f"endpoint: it has format {number}, not 1: install it again")
+    assert verdict == Verdict("degraded", "check", f"endpoint: it has format {number}, not 1: install it again")
     assert sample.checks["a"].good
     _, verdict = judged(reported(settings, good=False, number=number), settings)
     assert verdict.state == "unhealthy"

@@ -904,6 +904,19 @@ def test_maintenance_of_the_only_one_at_the_start(house: House, machines: Machin
         wait_for(lambda: not house.aggregator.is_healthy())
 
 
+def test_check_now_of_what_is_replaced_just_then(house: House, machines: Machines) -> None:
+    """A change and a click at once: the new poller answers, and nobody waits for one that has ended."""
+    house.write("name: db1")
+    with house.watching():
+        wait_for(house.aggregator.is_healthy)
+        old = house.poller("db1")
+        old.stop()
+        assert old.poll_now().cancelled() or wait_for(lambda: not old.is_alive())
+        assert old.poll_now().cancelled()
+        report = house.monitor.poll_now("db1", 60)  # which the monitor has replaced by then
+        assert report and report.verdict.healthy and house.poller("db1") is not old
+
+
 # --- a clock that is set ---
 def clock_events(house: House) -> list[str]:
     with house.store.reading() as session:

@@ -279,7 +279,7 @@ def test_nginx_asks_the_gate(tmp_path: Path) -> None:
 @pytest.mark.skipif(not HAPROXY, reason="needs haproxy")
 def test_haproxy_checks_readiness(tmp_path: Path) -> None:
     """`option httpchk` without more speaks HTTP/1.0 and sends no Host."""
-    option, default, forward = re.findall(r"HAProxy:\n`(.*?)`, `(.*?)` and `(.*?)`", README)[0]
+    option, default, forward = re.findall(r"HAProxy:\s+`(.*?)`,\s+`(.*?)`\s+and\s+`(.*?)`", README)[0]
     port = free_port()
     with Serving(named(b"one"), 0) as one, Serving(named(b"two"), 0) as two:
         (tmp_path / "haproxy.cfg").write_text(
