@@ -59,8 +59,8 @@ def as_plain(script: str) -> str:
 
 
 def lines(server: WSManServer, script: str) -> list[str]:
-    """What a script prints."""
-    return send(server, script, TIMEOUT, timeout=TIMEOUT).splitlines()
+    """What a script prints, without the empty lines that a row begins with."""
+    return list(filter(None, send(server, script, TIMEOUT, timeout=TIMEOUT).splitlines()))
 
 
 def sample_of(server: WSManServer, **settings: Any) -> Sample:

@@ -68,8 +68,8 @@ def test_what_the_command_prints(tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == windows_endpoint(resource(services=["Eventlog"]))
     for line in (
-        r"#   \$sid = \(\[Security.Principal.NTAccount\]'EXAMPLE\\monitor'\)\.Translate\(.*\)",
-        "#   Register-PSSessionConfiguration -Name 'HealthChecker' -Path HealthChecker.pssc .* -Force `",
+        r"#   \$sid = \(\[Security.Principal.NTAccount\]\('EXAMPLE\\monitor'\)\)\.Translate\(.*\)",
+        r"#   Register-PSSessionConfiguration -Name \('HealthChecker'\) -Path HealthChecker.pssc .* -Force `",
         "# .*restarts WinRM.*",
         "# .*domain controller.*",
         r"RunAsVirtualAccount = \$true",
