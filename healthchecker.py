@@ -5468,10 +5468,10 @@ class GateServer(TcpWSGIServer):    # type: ignore[misc]  # waitress carries no 
 # with a WorkerProcess each); in each of them a Worker serves. It runs the customer's code: it is given sockets, lease,
 # counters, settings and a pipe, and no database, key, inventory or session. On the pipe it says `ready` or `failed` and
 # what is to be logged, in JSON; it hears stop, or end of file when the main process died.
-# That they may serve is a flag in shared memory, set once the start can no longer fail; a replacement finds it set. If
-# each served as soon as it is ready, a start that fails would have served somebody, and one that finds all well would
-# answer 503 until it has read so; a word on the pipe would be due to every replacement.
-# Gives: ENDINGS, HANGUPS, LineFormatter, Supervisor, bound_address, keep_out_of_collections, listen
+# That they may serve is a flag in shared memory, set once the start can no longer fail; a replacement finds it set: if
+# each served as soon as it is ready, a start that fails would have served somebody.
+# Gives: ENDINGS, HANGUPS, LineFormatter, Supervisor, bound_address, bound_port, handed_over, keep_out_of_collections,
+#   listen
 ABSENT = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)      # this machine does not have the address, or its family
 LISTEN_FAULTS = {
     errno.EADDRINUSE: "another program uses that port; stop it, or write another port at",
