@@ -4170,6 +4170,7 @@ class Poller(threading.Thread):
             self._woken.wait(max(0.0, self._due_mono - time.monotonic()))
             self._woken.clear()     # before the look at _stopped, so that a stop in between is not lost
             if self._stopped:
+                self._drop_asked()
                 return
             asked = [self._asked.get() for _ in range(self._asked.qsize())]
             if asked:
@@ -4181,11 +4182,18 @@ class Poller(threading.Thread):
                 answer.set_result(report)
 
     def poll_now(self) -> concurrent.futures.Future[Report]:
-        """Polls at once, as far as no account can be locked by it; gives the report of that poll."""
+        """Polls at once, as far as no account can be locked by it; gives the report of that poll, or is cancelled."""
         answer: concurrent.futures.Future[Report] = concurrent.futures.Future()
         self._asked.put(answer)
         self._woken.set()
+        if self._stopped:       # the thread may have looked for the last time
+            self._drop_asked()
         return answer
+
+    def _drop_asked(self) -> None:
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self._asked.get_nowait().cancel()
 
     def stop(self) -> None:
         """Ends the thread after the poll that runs; its report is dropped when the resource is deregistered."""
@@ -4318,12 +4326,13 @@ class Monitor(threading.Thread):
     def poll_now(self, name: str, timeout: float) -> Report | None:
         """Polls a resource at once and waits until its report is written; None when there was none in `timeout`
         seconds, or there is no such resource. For any thread."""
-        poller = self.pollers.get(name)
-        try:
-            report = poller.poll_now().result(timeout) if poller else None
-        except concurrent.futures.TimeoutError:
-            return None
-        self._context.recorder.flush()
+        ends_mono, report = time.monotonic() + timeout, None
+        while report is None and (left := ends_mono - time.monotonic()) > 0 and (poller := self.pollers.get(name)):
+            with contextlib.suppress(concurrent.futures.TimeoutError, concurrent.futures.CancelledError):
+                report = poller.poll_now().result(left)
+                self._context.recorder.flush()
+            if report is None:      # it was replaced just then
+                self._ending.wait(MONITOR_INTERVAL / 10)
         return report
 
     def login_wait(self, name: str) -> float:

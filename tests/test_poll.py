@@ -754,8 +754,7 @@ def test_changes_by_another_process(house: House, machines: Machines) -> None:
         assert machines.made == ["db1", "db2", "db1"], "only what changed starts anew"
         assert not house.aggregator.is_healthy()
         house.elsewhere("DELETE FROM resource WHERE name = 'db2'")
-        wait_for(lambda: "db2" not in house.monitor.pollers)
-        assert house.aggregator.is_healthy()
+        wait_for(lambda: "db2" not in house.monitor.pollers and house.aggregator.is_healthy())
         house.elsewhere("UPDATE resource SET host_key = 'ssh-ed25519 SHA256:x' WHERE name = 'db1'")
         wait_for(lambda: house.poller("db1").target.host_key)
         assert house.aggregator.is_healthy(), "a change never closes a gate that is open"
@@ -902,6 +901,19 @@ def test_maintenance_of_the_only_one_at_the_start(house: House, machines: Machin
         assert house.aggregator.is_healthy(), "a resource that is added counts from its first result on"
         machines.ended.set()
         wait_for(lambda: not house.aggregator.is_healthy())
+
+
+def test_check_now_of_what_is_replaced_just_then(house: House, machines: Machines) -> None:
+    """A change and a click at once: the new poller answers, and nobody waits for one that has ended."""
+    house.write("name: db1")
+    with house.watching():
+        wait_for(house.aggregator.is_healthy)
+        old = house.poller("db1")
+        old.stop()
+        assert old.poll_now().cancelled() or wait_for(lambda: not old.is_alive())
+        assert old.poll_now().cancelled()
+        report = house.monitor.poll_now("db1", 60)  # which the monitor has replaced by then
+        assert report and report.verdict.healthy and house.poller("db1") is not old
 
 
 # --- a clock that is set ---
