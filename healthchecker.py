@@ -3760,7 +3760,7 @@ class HealthAggregator:
 DAY = 86_400                    # seconds
 PRUNE_ROWS = 10, 10_000         # rows of a resource, or events, that are dropped at once, at least and at most
 PRUNE_PART = 50                 # of how many rows one is dropped at once: a clock that is wrong takes half a day to
-                                # drop half of them, and an ordinary quarter drops fewer
+                                # drop half of them, and of 12 hours or more an ordinary quarter drops fewer
 EVENTS = 100_000                # events of a kind that are kept at most: a resource may flap for a year
 METRICS = ("cpu_percent", "memory_percent", "swap_percent", "disk_percent", "load_per_cpu", "seconds")
 READING_MAX = 2 ** 31 - 1       # hundredths, what an INTEGER holds
@@ -4001,6 +4001,7 @@ LOGGED_IN_MARKS = tuple(POLL_MARKS[meaning] for meaning in (
 REFUSED_MARK = POLL_MARKS["unhealthy", "auth"]
 LAST_FLUSH = 1.5                # seconds for the last reports to be written when the service ends
 FOLLOW_WAIT = 20.0              # seconds for the pollers to follow the rows, on a machine that is busy
+CLOCK_DRIFT = 0.5               # seconds by which a clock may differ from what is written down of it
 CLOCK_STEP = 60.0               # seconds by which a clock that was set differs from one that is only adjusted
 
 # An insert of a table costs half of what one of its class does.
@@ -4216,6 +4217,7 @@ class Poller(threading.Thread):
         if not (waits and self.standing.cause == "auth"):
             why = f"; {self._guard.why(name)}" if waits else ""
             self._report(Verdict("unhealthy", "stale", f"no result for {ttl:.0f} s{why}"), 0.0)
+            self._woken.set()   # it may be due since long: what waits stood still with a suspended machine
 
     def _poll(self) -> tuple[float, Report]:
         """One poll and its report; returns the seconds from its start to the next, too."""
@@ -4348,20 +4350,19 @@ class Monitor(threading.Thread):
                 self._launch(poller.target, 0.0, poller)
         self._recount()
         self._context.aggregator.note_expiry()
-        zero_at = self._wall() - lease_clock()
-        if abs(zero_at - self._zero_at) > CLOCK_STEP:
-            self._take_clock(zero_at)
         with self._store.reading() as session:
             current = revision(session)
         if current != self._revision:
             self._reconcile()
         if any(at > 0 and self._is_over(name) for name, (at, _) in self._maintenance.items()):
             self._end_maintenance()
+        zero_at = self._wall() - lease_clock()
+        if abs(zero_at - self._zero_at) > CLOCK_DRIFT:
+            self._take_clock(zero_at)
 
     def _take_clock(self, zero_at: float) -> None:
         """Takes down how the clock stands, for the next start, and notes that it was set."""
         moved = zero_at - self._zero_at
-        self._zero_at = zero_at
         with self._store.writing() as session:
             for name, value in (("boot", boot_number()), ("clock", round(1000 * zero_at))):
                 session.merge(Setting(name=name, value=value))
@@ -4370,6 +4371,7 @@ class Monitor(threading.Thread):
                 self.clock_step = self._wall(), how
                 log.warning("%s", how)
                 record_event(session, "clock", how, at=self._wall())
+        self._zero_at = zero_at     # now that it is written
 
     def _is_over(self, name: str) -> bool:
         """Whether there is no maintenance of a resource now."""
@@ -4405,10 +4407,10 @@ class Monitor(threading.Thread):
             current, targets = revision(session), load_targets(session, self._vault)
             stored = {row.resource_id: row for row in session.scalars(sqlalchemy.select(Status))}
             ends = session.execute(sqlalchemy.select(Resource.name, Resource.maintenance))
-            elapsed = lease_clock() - self._wall()
             known = self._maintenance
-            self._maintenance = {name: known[name] if known.get(name, ())[:1] == (at,) else (at, at and at + elapsed)
-                                 for name, at in ends}
+            self._maintenance = {
+                name: known[name] if known.get(name, ())[:1] == (at,) else (at, at and at - self._zero_at)
+                for name, at in ends}
         self.guards.keep(targets.values())
         for name in self.pollers.keys() - targets.keys():
             self.pollers.pop(name).stop()
@@ -5479,8 +5481,7 @@ class GateServer(TcpWSGIServer):    # type: ignore[misc]  # waitress carries no 
 # what is to be logged, in JSON; it hears stop, or end of file when the main process died.
 # That they may serve is a flag in shared memory, set once the start can no longer fail; a replacement finds it set: if
 # each served as soon as it is ready, a start that fails would have served somebody.
-# Gives: ENDINGS, HANGUPS, LineFormatter, Supervisor, bound_address, bound_port, handed_over, keep_out_of_collections,
-#   listen
+# Gives: ENDINGS, HANGUPS, LineFormatter, Supervisor, bound_address, handed_over, keep_out_of_collections, listen
 ABSENT = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)      # this machine does not have the address, or its family
 LISTEN_FAULTS = {
     errno.EADDRINUSE: "another program uses that port; stop it, or write another port at",
@@ -5544,16 +5545,15 @@ def handed_over() -> list[socket.socket]:
     return socks
 
 
-def bound_port(sock: socket.socket) -> int:
-    return cast(int, sock.getsockname()[1]) if sock.family in (socket.AF_INET, socket.AF_INET6) else 0
-
-
 def listen(setting: str, value: str) -> list[socket.socket]:
     """Binds the address:port that `setting` of the inventory names, a name on all its addresses, or takes what systemd
     has bound. Raises UsageError."""
     host, _, port = value.rpartition(":")
-    if given := [sock for sock in handed_over() if bound_port(sock) == int(port)]:
-        return given
+    with contextlib.suppress(OSError, UnicodeError):
+        found: Any = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        wanted = [address[:2] for *_, address in found]
+        if given := [sock for sock in handed_over() if sock.getsockname()[:2] in wanted]:
+            return given
     ends = time.monotonic() + PORT_WAIT
     while True:
         try:
@@ -8593,7 +8593,7 @@ def serve(arguments: argparse.Namespace) -> int:
     console = [] if service.console == "off" else listen("service.console", service.console)
     for sock in handed_over():
         if sock not in (*doors, *console):      # whose clients nobody would answer
-            raise UsageError(f"systemd listens on port {bound_port(sock)}, which is not that of service.listen or "
+            raise UsageError(f"systemd listens on {sock.getsockname()}, which is neither service.listen nor "
                              "service.console; correct its ListenStream")
     service = service.model_copy(update={
         "listen": bound_address(service.listen, doors), "console": bound_address(service.console, console)})

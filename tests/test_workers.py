@@ -866,16 +866,20 @@ def test_a_port_that_becomes_free() -> None:
         assert sock.getsockname()[1] == port
 
 
-def adopting(folder: Path, port: int, sock: socket.socket) -> subprocess.Popen[bytes]:
-    """A service on `port` that gets `sock` as systemd gives it: as descriptor 3, with its own process id."""
-    path = write_inventory(folder, "  - {name: calm, platform: simulated}", f"  workers: 1\n  listen: 127.0.0.1:{port}")
+def adopting(folder: Path, port: int, *socks: socket.socket, more: str = "") -> subprocess.Popen[bytes]:
+    """A service on `port` that gets `socks` as systemd gives them: from descriptor 3 on, with its own process id."""
+    listens = f"  workers: 1\n  listen: 127.0.0.1:{port}{more}"
+    path = write_inventory(folder, "  - {name: calm, platform: simulated}", listens)
+    numbers = [sock.fileno() for sock in socks]
     code = (
-        f"import os, sys; os.dup2({sock.fileno()}, 3); os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS='1')\n"
+        f"import fcntl, os, sys; kept = [fcntl.fcntl(number, fcntl.F_DUPFD, 100) for number in {numbers}]\n"
+        "for place, number in enumerate(kept, 3): os.dup2(number, place)\n"
+        "os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS=str(len(kept)))\n"
         "os.execv(sys.executable, sys.argv[1:])"
     )
     return subprocess.Popen(
         [sys.executable, "-c", code, *command(path)],
-        pass_fds=[sock.fileno()],
+        pass_fds=numbers,
         env=environment(None),
         stderr=subprocess.PIPE,
     )
@@ -921,8 +925,29 @@ def test_a_restart_refuses_nobody(tmp_path: Path) -> None:
 def test_a_socket_that_nobody_would_answer(tmp_path: Path) -> None:
     prepared_keys(tmp_path)
     with socket.create_server(("127.0.0.1", 0)) as sock:
-        port = sock.getsockname()[1]
+        address = sock.getsockname()
         process = adopting(tmp_path, 0, sock)
         _, said = process.communicate(timeout=60)
-    expected = f"systemd listens on port {port}, which is not that of service.listen or service.console"
+    expected = f"systemd listens on {address}, which is neither service.listen nor service.console"
     assert process.returncode == 2 and said.decode() == f"{expected}; correct its ListenStream\n"
+
+
+@POSIX
+def test_two_doors_on_one_port(tmp_path: Path) -> None:
+    """Of two addresses: each socket belongs to its own door, or clients would reach the console."""
+    prepared_keys(tmp_path)
+    with socket.create_server(("127.0.0.1", 0)) as door:
+        port = door.getsockname()[1]
+        with socket.create_server(("127.0.0.2", port)) as console:
+            more = f"\n  console: 127.0.0.2:{port}"
+            with adopting(tmp_path, port, console, door, more=more) as process, contextlib.ExitStack() as stack:
+                stack.callback(process.kill)
+                assert process.stderr
+                wait_for(lambda said=process.stderr: b"serving on" in said.readline())
+                found = {}
+                for address in ("127.0.0.1", "127.0.0.2"):
+                    connection = http.client.HTTPConnection(address, port, timeout=60)
+                    with contextlib.closing(connection):
+                        connection.request("GET", "/-/login")
+                        found[address] = connection.getresponse().status
+    assert found == {"127.0.0.1": 404, "127.0.0.2": 200}
