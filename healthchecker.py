@@ -4000,7 +4000,6 @@ LOGGED_IN_MARKS = tuple(POLL_MARKS[meaning] for meaning in (
     ("healthy", ""), ("degraded", "limit"), ("unhealthy", "limit"), ("unhealthy", "check")))
 REFUSED_MARK = POLL_MARKS["unhealthy", "auth"]
 LAST_FLUSH = 1.5                # seconds for the last reports to be written when the service ends
-FOLLOW_WAIT = 20.0              # seconds for the pollers to follow the rows, on a machine that is busy
 CLOCK_DRIFT = 0.5               # seconds by which a clock may differ from what is written down of it
 CLOCK_STEP = 60.0               # seconds by which a clock that was set differs from one that is only adjusted
 
@@ -4323,7 +4322,7 @@ class Monitor(threading.Thread):
         with self._store.reading() as session:
             wanted = revision(session)
         with self._followed:
-            self._followed.wait_for(lambda: self._revision >= wanted, FOLLOW_WAIT)
+            self._followed.wait_for(lambda: self._revision >= wanted, 4 * MONITOR_INTERVAL)
 
     def poll_now(self, name: str, timeout: float) -> Report | None:
         """Polls a resource at once and waits until its report is written; None when there was none in `timeout`
