@@ -5496,7 +5496,7 @@ STANDSTILL = 1.0                # seconds between two looks that mean that this 
 HANG_TIME = 10.0                # seconds without a turn of its loop after which a worker is replaced
 HANG_SPACING = 2.0              # seconds between two such replacements, so that never all are gone at once
 START_NEWS = 5.0                # seconds between two lines about a start that takes long
-WORKER_LIFE = 10.0              # seconds after which a worker's end is no sign that it can never run
+WORKER_LIFE = 10.0              # seconds of serving after which a worker's end is no sign that it can never run
 WORKER_PAUSES = (0.0, 0.5, 1, 2, 5, 10, 30)  # seconds before the 1st, 2nd, … replacement of short-lived workers
 WORKER_END = 2.0                # seconds between the end of draining and the end of the process
 ENDINGS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGBREAK") if hasattr(signal, name)]
@@ -5771,8 +5771,8 @@ class WorkerProcess:
 
     def __init__(self, number: int, process: multiprocessing.process.BaseProcess, pipe: PipeConnection,
                  short: int = 0) -> None:
-        self.number, self.process, self.born_mono = number, process, time.monotonic()
-        self.ready = threading.Event()
+        self.number, self.process = number, process
+        self.ready, self.ready_mono = threading.Event(), math.inf
         self.failure = ""
         self.short = short          # short lives in a row before its own
         self.due_mono = math.inf    # when to start another one in its place
@@ -5815,6 +5815,7 @@ class WorkerProcess:
 
     def _receive(self, kind: str, *message: Any) -> None:
         if kind == "ready":
+            self.ready_mono = time.monotonic()
             self.ready.set()
         elif kind == "failed":
             self.failure = message[0]
@@ -5915,7 +5916,7 @@ class Supervisor:
         number = worker.number
         if worker.due_mono == math.inf and worker.ended:
             self.counters.vacate(number)
-            if worker.ready.is_set() and now - worker.born_mono >= WORKER_LIFE:
+            if now - worker.ready_mono >= WORKER_LIFE:
                 worker.short = 0
             worker.put_off(f"{worker.ended}; starting another")
         if worker.due_mono <= now:

@@ -543,6 +543,23 @@ def test_an_application_that_breaks_while_serving(folder: Path) -> None:
         assert "Traceback" not in service.output
 
 
+def test_an_application_that_loads_slowly_and_dies_at_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The time that it takes to load is no sign that it can live: its replacements come with pauses as well."""
+    monkeypatch.setattr(healthchecker, "WORKER_LIFE", 3)
+    (folder / "shop.py").write_text(f"import time\ntime.sleep(3.2)\n{APP}", encoding="utf-8")
+    pauses = []
+    with Team(folder, 1, SHOP) as team, Clients(team.address, 1, keep=False, pause=0.01) as client:
+        for _ in range(2):
+            known = {answer.body for answer in client.answers}
+            wait_for(lambda: client.answers and client.answers[-1].body not in known, BACK)  # noqa: B023
+            (worker,) = workers(os.getpid()).values()
+            died = time.monotonic()
+            worker.kill()
+            wait_for(lambda: new_ones(os.getpid(), {worker.pid}), BACK)  # noqa: B023
+            pauses.append(time.monotonic() - died)
+    assert pauses[1] >= 0.5
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux lets one process lower the limits of another")
 def test_a_replacement_that_cannot_be_started_now(folder: Path) -> None:
     """No descriptors, memory or processes left: the main process goes on, and tries again."""
