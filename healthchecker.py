@@ -4814,7 +4814,6 @@ LOGGED_IN_MARKS = tuple(POLL_MARKS[meaning] for meaning in (
     ("healthy", ""), ("degraded", "limit"), ("degraded", "check"), ("unhealthy", "limit"), ("unhealthy", "check")))
 REFUSED_MARK = POLL_MARKS["unhealthy", "auth"]
 LAST_FLUSH = 1.5                # seconds for the last reports to be written when the service ends
-FOLLOW_WAIT = 20.0              # seconds for the pollers to follow the rows, on a machine that is busy
 CLOCK_DRIFT = 0.5               # seconds by which a clock may differ from what is written down of it
 CLOCK_STEP = 60.0               # seconds by which a clock that was set differs from one that is only adjusted
 
@@ -5141,7 +5140,7 @@ class Monitor(threading.Thread):
         with self._store.reading() as session:
             wanted = revision(session)
         with self._followed:
-            self._followed.wait_for(lambda: self._revision >= wanted, FOLLOW_WAIT)
+            self._followed.wait_for(lambda: self._revision >= wanted, 4 * MONITOR_INTERVAL)
 
     def poll_now(self, name: str, timeout: float) -> Report | None:
         """Polls a resource at once and waits until its report is written; None when there was none in `timeout`
@@ -5168,13 +5167,13 @@ class Monitor(threading.Thread):
                 self._launch(poller.target, 0.0, poller)
         self._recount()
         self._context.aggregator.note_expiry()
-        zero_at = self._wall() - lease_clock()
         with self._store.reading() as session:
             current = revision(session)
         if current != self._revision:
             self._reconcile()
         if any(at > 0 and self._is_over(name) for name, (at, _) in self._maintenance.items()):
             self._end_maintenance()
+        zero_at = self._wall() - lease_clock()
         if abs(zero_at - self._zero_at) > CLOCK_DRIFT:
             self._take_clock(zero_at)
 
@@ -5189,7 +5188,7 @@ class Monitor(threading.Thread):
                 self.clock_step = self._wall(), how
                 log.warning("%s", how)
                 record_event(session, "clock", how, at=self._wall())
-        self._zero_at = zero_at
+        self._zero_at = zero_at     # now that it is written
 
     def _is_over(self, name: str) -> bool:
         """Whether there is no maintenance of a resource now."""
@@ -5225,9 +5224,10 @@ class Monitor(threading.Thread):
             current, targets = revision(session), load_targets(session, self._vault)
             stored = {row.resource_id: row for row in session.scalars(sqlalchemy.select(Status))}
             ends = session.execute(sqlalchemy.select(Resource.name, Resource.maintenance))
-            elapsed, known = -self._zero_at, self._maintenance
-            self._maintenance = {name: known[name] if known.get(name, ())[:1] == (at,) else (at, at and at + elapsed)
-                                 for name, at in ends}
+            known = self._maintenance
+            self._maintenance = {
+                name: known[name] if known.get(name, ())[:1] == (at,) else (at, at and at - self._zero_at)
+                for name, at in ends}
         self.guards.keep(targets.values())
         for name in self.pollers.keys() - targets.keys():
             self.pollers.pop(name).stop()
@@ -6297,10 +6297,9 @@ class GateServer(TcpWSGIServer):    # type: ignore[misc]  # waitress carries no 
 # with a WorkerProcess each); in each of them a Worker serves. It runs the customer's code: it is given sockets, lease,
 # counters, settings and a pipe, and no database, key, inventory or session. On the pipe it says `ready` or `failed` and
 # what is to be logged, in JSON; it hears stop, or end of file when the main process died.
-# That they may serve is a flag in shared memory, set once the start can no longer fail; a replacement finds it set. If
-# each served as soon as it is ready, a start that fails would serve, and a good one would answer 503 for a moment.
-# Gives: ENDINGS, HANGUPS, LineFormatter, Supervisor, bound_address, handed_over, keep_out_of_collections,
-# listen
+# That they may serve is a flag in shared memory, set once the start can no longer fail; a replacement finds it set: if
+# each served as soon as it is ready, a start that fails would have served somebody.
+# Gives: ENDINGS, HANGUPS, LineFormatter, Supervisor, bound_address, handed_over, keep_out_of_collections, listen
 ABSENT = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)      # this machine does not have the address, or its family
 LISTEN_FAULTS = {
     errno.EADDRINUSE: "another program uses that port; stop it, or write another port at",
@@ -6316,7 +6315,7 @@ STANDSTILL = 1.0                # seconds between two looks that mean that this 
 HANG_TIME = 10.0                # seconds without a turn of its loop after which a worker is replaced
 HANG_SPACING = 2.0              # seconds between two such replacements, so that never all are gone at once
 START_NEWS = 5.0                # seconds between two lines about a start that takes long
-WORKER_LIFE = 10.0              # seconds after which a worker's end is no sign that it can never run
+WORKER_LIFE = 10.0              # seconds of serving after which a worker's end is no sign that it can never run
 WORKER_PAUSES = (0.0, 0.5, 1, 2, 5, 10, 30)  # seconds before the 1st, 2nd, … replacement of short-lived workers
 WORKER_END = 2.0                # seconds between the end of draining and the end of the process
 ENDINGS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGBREAK") if hasattr(signal, name)]
@@ -6591,8 +6590,8 @@ class WorkerProcess:
 
     def __init__(self, number: int, process: multiprocessing.process.BaseProcess, pipe: PipeConnection,
                  short: int = 0) -> None:
-        self.number, self.process, self.born_mono = number, process, time.monotonic()
-        self.ready = threading.Event()
+        self.number, self.process = number, process
+        self.ready, self.ready_mono = threading.Event(), math.inf
         self.failure = ""
         self.short = short          # short lives in a row before its own
         self.due_mono = math.inf    # when to start another one in its place
@@ -6635,6 +6634,7 @@ class WorkerProcess:
 
     def _receive(self, kind: str, *message: Any) -> None:
         if kind == "ready":
+            self.ready_mono = time.monotonic()
             self.ready.set()
         elif kind == "failed":
             self.failure = message[0]
@@ -6735,7 +6735,7 @@ class Supervisor:
         number = worker.number
         if worker.due_mono == math.inf and worker.ended:
             self.counters.vacate(number)
-            if worker.ready.is_set() and now - worker.born_mono >= WORKER_LIFE:
+            if now - worker.ready_mono >= WORKER_LIFE:
                 worker.short = 0
             worker.put_off(f"{worker.ended}; starting another")
         if worker.due_mono <= now:

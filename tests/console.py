@@ -219,8 +219,8 @@ class Local:
                 if self._kept[table]:
                     session.execute(table.insert(), [dict(row) for row in self._kept[table]])
             session.flush()
+            session.merge(Setting(name="revision", value=before))  # it never falls, or `follow` would wait for nothing
             if before != self._revision:
-                session.merge(Setting(name="revision", value=before))
                 revise(session)
                 self._revision = before + 1
         return self.follow()

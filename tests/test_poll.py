@@ -941,6 +941,61 @@ def test_a_clock_that_is_set_ends_nothing(house: House, machines: Machines) -> N
         assert len(clock_events(house)) == 2
 
 
+def test_a_step_that_cannot_be_written_down_is_written_later(house: House, machines: Machines) -> None:
+    """And holds up nothing else."""
+    house.write("name: db1")
+    house.elsewhere("CREATE TRIGGER refuse BEFORE INSERT ON event WHEN NEW.kind = 'clock' "
+                    "BEGIN SELECT RAISE(ABORT, 'as the test wants'); END")  # fmt: skip
+    ahead = [0.0]
+    with house.watching(lambda: time.time() + ahead[-1]):
+        wait_for(house.aggregator.is_healthy)
+        ahead.append(7200.0)
+        house.write("name: db1", "name: db2")
+        wait_for(lambda: "db2" in house.monitor.pollers)
+        assert clock_events(house) == []
+        house.elsewhere("DROP TRIGGER refuse")
+        wait_for(lambda: clock_events(house) == ["the clock was set forward by 7,200 s"])
+
+
+def test_after_a_suspension_everything_is_polled_at_once(house: House, machines: Machines) -> None:
+    """All leases have ended by then, and what waits for the next poll stood still, too."""
+    house.write("name: db1, interval: 600")
+    with house.watching():
+        wait_for(house.aggregator.is_healthy)
+        house.poller("db1").expires_mono = 0.0
+        wait_for(lambda: house.stored("db1") == ("unhealthy", "stale"))
+        wait_for(house.aggregator.is_healthy)
+
+
+@pytest.mark.skipif(not healthchecker.boot_number(), reason="the system numbers no boots")
+def test_a_small_step_is_known_at_the_next_start(house: House, machines: Machines) -> None:
+    """A machine boots with a clock that is 20 s slow and put right soon: no event, and what polls found counts."""
+    house.write("name: db1, fall: 1")
+    behind = [20.0]
+    with house.watching(lambda: time.time() - behind[-1]):
+        behind.append(0.0)
+        wait_for(lambda: house.stored("db1")[0] == "healthy")
+        wait_for(lambda: abs(house.monitor._zero_at - (time.time() - healthchecker.lease_clock())) < 1)
+        assert clock_events(house) == []
+    machines.behaviours["db1"] = machines.hang
+    with house.watching():
+        assert house.aggregator.is_healthy()
+
+
+@pytest.mark.skipif(not healthchecker.boot_number(), reason="the system numbers no boots")
+def test_maintenance_and_a_clock_that_is_set_between_two_starts(house: House, machines: Machines) -> None:
+    house.write("name: db1, fall: 1", "name: db2")
+    machines.behaviours["db1"] = unreachable
+    with house.watching():
+        wait_for(lambda: house.stored("db1")[0] == "unhealthy" and house.stored("db2")[0] == "healthy")
+        maintain(house, "db1", 600)
+        wait_for(house.aggregator.is_healthy)
+    with house.watching(lambda: time.time() + 3600):
+        assert house.aggregator.is_healthy()
+        wait_for(lambda: clock_events(house) != [])
+        assert house.aggregator.is_healthy() and maintenance_events(house) == []
+
+
 @pytest.mark.skipif(not healthchecker.boot_number(), reason="the system numbers no boots")
 def test_a_clock_that_is_set_between_two_starts(house: House, machines: Machines) -> None:
     """What a poll found counts by the time since boot; after another boot only the clock is left."""

@@ -575,6 +575,13 @@ def test_nothing_that_others_write_acts_in_a_page(local: Local) -> None:
     assert seen > 20, "the pages show none of it"
 
 
+def test_restored_twice(local: Local) -> None:
+    """The harness itself: what a test adds after two restores is followed before it goes on."""
+    poison(local.restore())
+    local.restore().restore()
+    assert poison(local) in local.context.monitor.pollers
+
+
 def test_nothing_that_a_form_sends_acts_in_its_answer(local: Local) -> None:
     """Forms that are wrong are shown again with what was written into them, but no secrets."""
     name = poison(local)

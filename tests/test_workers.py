@@ -543,6 +543,23 @@ def test_an_application_that_breaks_while_serving(folder: Path) -> None:
         assert "Traceback" not in service.output
 
 
+def test_an_application_that_loads_slowly_and_dies_at_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The time that it takes to load is no sign that it can live: its replacements come with pauses as well."""
+    monkeypatch.setattr(healthchecker, "WORKER_LIFE", 3)
+    (folder / "shop.py").write_text(f"import time\ntime.sleep(3.2)\n{APP}", encoding="utf-8")
+    pauses = []
+    with Team(folder, 1, SHOP) as team, Clients(team.address, 1, keep=False, pause=0.01) as client:
+        for _ in range(2):
+            known = {answer.body for answer in client.answers}
+            wait_for(lambda: client.answers and client.answers[-1].body not in known, BACK)  # noqa: B023
+            (worker,) = workers(os.getpid()).values()
+            died = time.monotonic()
+            worker.kill()
+            wait_for(lambda: new_ones(os.getpid(), {worker.pid}), BACK)  # noqa: B023
+            pauses.append(time.monotonic() - died)
+    assert pauses[1] >= 0.5
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux lets one process lower the limits of another")
 def test_a_replacement_that_cannot_be_started_now(folder: Path) -> None:
     """No descriptors, memory or processes left: the main process goes on, and tries again."""
@@ -866,16 +883,20 @@ def test_a_port_that_becomes_free() -> None:
         assert sock.getsockname()[1] == port
 
 
-def adopting(folder: Path, port: int, sock: socket.socket) -> subprocess.Popen[bytes]:
-    """A service on `port` that gets `sock` as systemd gives it: as descriptor 3, with its own process id."""
-    path = write_inventory(folder, "  - {name: calm, platform: simulated}", f"  workers: 1\n  listen: 127.0.0.1:{port}")
+def adopting(folder: Path, port: int, *socks: socket.socket, more: str = "") -> subprocess.Popen[bytes]:
+    """A service on `port` that gets `socks` as systemd gives them: from descriptor 3 on, with its own process id."""
+    listens = f"  workers: 1\n  listen: 127.0.0.1:{port}{more}"
+    path = write_inventory(folder, "  - {name: calm, platform: simulated}", listens)
+    numbers = [sock.fileno() for sock in socks]
     code = (
-        f"import os, sys; os.dup2({sock.fileno()}, 3); os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS='1')\n"
+        f"import fcntl, os, sys; kept = [fcntl.fcntl(number, fcntl.F_DUPFD, 100) for number in {numbers}]\n"
+        "for place, number in enumerate(kept, 3): os.dup2(number, place)\n"
+        "os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS=str(len(kept)))\n"
         "os.execv(sys.executable, sys.argv[1:])"
     )
     return subprocess.Popen(
         [sys.executable, "-c", code, *command(path)],
-        pass_fds=[sock.fileno()],
+        pass_fds=numbers,
         env=environment(None),
         stderr=subprocess.PIPE,
     )
@@ -926,3 +947,24 @@ def test_a_socket_that_nobody_would_answer(tmp_path: Path) -> None:
         _, said = process.communicate(timeout=60)
     expected = f"systemd listens on {address}, which is neither service.listen nor service.console"
     assert process.returncode == 2 and said.decode() == f"{expected}; correct its ListenStream\n"
+
+
+@POSIX
+def test_two_doors_on_one_port(tmp_path: Path) -> None:
+    """Of two addresses: each socket belongs to its own door, or clients would reach the console."""
+    prepared_keys(tmp_path)
+    with socket.create_server(("127.0.0.1", 0)) as door:
+        port = door.getsockname()[1]
+        with socket.create_server(("127.0.0.2", port)) as console:
+            more = f"\n  console: 127.0.0.2:{port}"
+            with adopting(tmp_path, port, console, door, more=more) as process, contextlib.ExitStack() as stack:
+                stack.callback(process.kill)
+                assert process.stderr
+                wait_for(lambda said=process.stderr: b"serving on" in said.readline())
+                found = {}
+                for address in ("127.0.0.1", "127.0.0.2"):
+                    connection = http.client.HTTPConnection(address, port, timeout=60)
+                    with contextlib.closing(connection):
+                        connection.request("GET", "/-/login")
+                        found[address] = connection.getresponse().status
+    assert found == {"127.0.0.1": 404, "127.0.0.2": 200}
