@@ -101,6 +101,21 @@ def test_denied_processors_are_asked_for_once(engine: Engine, host: WSManServer)
     assert sample.ticks is None and sample.problems == {"cpu_percent": "Access denied"}
 
 
+@pytest.mark.parametrize("mode", ["host", "constrained"])
+def test_each_class_may_be_missing_or_denied(engine: Engine, mode: str, request: pytest.FixtureRequest) -> None:
+    """What is no class costs its own metric; whoever is denied one asks for none behind it."""
+    server, note = request.getfixturevalue(mode), " (Constrained Language Mode)" if mode == "constrained" else ""
+    engine.set_rows(**dict.fromkeys(("Win32_Volume", "Win32_PageFileUsage", PROCESSORS, OLD_PROCESSORS)))
+    sample = sample_of(server)
+    names = ("disk_percent", "swap_percent", "cpu_percent")
+    assert [sample.problems.get(name) for name in names] == [f"Invalid class{note}"] * 3
+    assert 0 < sample.metrics["memory_percent"] < 100
+    engine.set_rows(Win32_Volume="denied")
+    sample = sample_of(server)
+    assert [sample.problems.get(name) for name in names] == [f"Access denied{note}", None, f"Access denied{note}"]
+    assert 0 < sample.metrics["swap_percent"] < 100
+
+
 def test_constrained_language_reads_cim(engine: Engine, constrained: WSManServer) -> None:
     volume = {**ROWS["Win32_Volume"][0], "Name": "Q:\\", "Capacity": None}
     system = {**ROWS["Win32_OperatingSystem"][0], "TotalVirtualMemorySize": 20_000_000, "FreeVirtualMemory": 5_000_000}
@@ -167,6 +182,22 @@ def test_sizes_are_missed_by_number(host: WSManServer) -> None:
 
 
 # --- services ---
+def test_a_service_with_a_dollar_in_its_name(host: WSManServer, constrained: WSManServer) -> None:
+    """As each instance of SQL Server has it; one of a like name, which a pattern or a variable would make of it, is no
+    answer."""
+    name = "HealthChecker$Test"
+    path = "C:\\windows\\system32\\services.exe"
+    lines(host, f"$null = New-Service -Name '{name}' -BinaryPathName {path} -StartupType Manual")
+    try:
+        for server in (host, constrained):
+            services = sample_of(server, services=[name, "HealthChecker", "Event*", "Eventlog"]).services
+            said = [(outcome.good, outcome.text) for outcome in services.values()]
+            none = (False, "no such service")
+            assert said == [(False, "Stopped"), none, none, (True, "Running")]
+    finally:
+        lines(host, f"Get-Service -Name '{name}' | Remove-Service")
+
+
 def test_a_hidden_service_is_told_from_none(host: WSManServer) -> None:
     """One that the account may not query is left out of the list of services; the registry shows it to everyone."""
     key = "'HKLM:\\SYSTEM\\CurrentControlSet\\Services\\HealthChecker$Hidden'"
