@@ -3741,7 +3741,7 @@ def parse_output(text: str, nonce: str, previous: CpuTicks | None) -> Sample:
 #     Counters_ProcessorInformation, PerfOS_Processor. Else, and for the commit charge: full language, and no right
 #   services: Get-Service, with SC_MANAGER_CONNECT, SC_MANAGER_ENUMERATE_SERVICE and, of each, SERVICE_QUERY_STATUS (and
 #     in PowerShell 7 SERVICE_QUERY_CONFIG); Get-ItemProperty of HKLM:\SYSTEM\CurrentControlSet\Services for hidden ones
-#   checks: Invoke-Expression, and whatever they call
+#   checks: Invoke-Expression, Get-Process, Stop-Process, and whatever they call
 COLLECT = r"""
 $ErrorActionPreference = 'Stop'
 $ProgressPreference = $WarningPreference = 'SilentlyContinue'
@@ -3775,7 +3775,8 @@ function Judge($Number, $Check) {
             } | Out-String -Stream -Width 200 | ForEach-Object {
                 $kept.lines++
                 if ($seen.text.Length -lt 4096) { $seen.text += "$_`n" }
-                if ($kept.lines -gt 1000) {    # who is stopped here takes along the program that prints
+                if ($kept.lines -gt 1000) {    # who is stopped here leaves the program that prints (seen in 7)
+                    Get-Process | Where-Object { $_.Parent.Id -eq $PID } | Stop-Process -Force
                     $seen.good = $false; $seen.text = 'prints more than 1,000 lines'; $seen.then = 'stop'
                     Row $Number $seen
                     Start-Sleep -Seconds 86400

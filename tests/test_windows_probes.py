@@ -373,6 +373,22 @@ def collected(name: str, text: str = "", **asked: object) -> tuple[ResourceSetti
     return wanted, collect(wanted, Recording(text or recorded(name)), None)
 
 
+def test_what_the_poll_has_no_time_for_is_bad_and_says_so() -> None:
+    checks = [{"name": name, "command": name, "timeout": 600} for name in ("replication", "sleeps", "last")]
+    resource = {"name": "a", "hostname": "a", "platform": "windows", "username": "u", "timeout": 20, "checks": checks}
+    over = Deadline(0)
+    over.seconds = 20
+    output = WindowsOutput(ResourceSettings.model_validate(resource), "@mark", over)
+    assert not output.take(recorded("administrator").encode())
+    assert output.rest(None, ProbeError("timeout", "late")) == ""
+    said = parse_windows(output.printed.decode().removesuffix("@mark"), NONCE, None).checks
+    assert list(said.values()) == [
+        EXPECTED["administrator"].checks["replication"],
+        Outcome(False, "no end when the poll's time was over"),
+        Outcome(False, "not run: the poll's 20 s were over"),
+    ]
+
+
 def test_load_is_missed_only_where_it_has_a_limit() -> None:
     limits = {"load_per_cpu": "4", "cpu_percent": "90"}
     wanted, sample = collected("administrator", limits=limits)
