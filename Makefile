@@ -24,7 +24,7 @@ test: packages $(VENV)/test.stamp
 # are tests of moments (of a kill, of a first poll, of megabytes before a deadline) that wine is too slow to keep.
 SLOW := test_kill_during or first_polls_are_paced or every_poll_ends_in_time
 WINDOWS := inventory endpoints vault storage aggregate evaluate gate hostile_clients proxy poll transport powershell \
-	probes windows_probes wsman_server windows_service workers readme
+	probes windows_probes wsman_server windows_service workers reload readme
 
 test-windows: packages $(VENV)/run.stamp
 	$(BIN)/python tests/windows_python.py --timeout 1800 -- -m pytest -n 2 --dist loadfile $(LIMIT) -rfE -o cache_dir=.wine-python/cache \

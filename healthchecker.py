@@ -159,7 +159,7 @@ try:
     from spnego.exceptions import SpnegoError
     from sqlalchemy import ForeignKey, event, func
     from sqlalchemy.dialects import sqlite
-    from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
+    from sqlalchemy.orm import DeclarativeBase, Mapped, ORMExecuteState, Session, mapped_column, with_loader_criteria
     from waitress import wasyncore
     from waitress.adjustments import Adjustments
     from waitress.buffers import OverflowableBuffer
@@ -187,6 +187,7 @@ if TYPE_CHECKING:
     else:
         from multiprocessing.connection import Connection as PipeConnection
 
+__version__ = "1.0.0"
 log = logging.getLogger("healthchecker")
 
 # The clock of the lease counts the time of a suspended machine, or its gate would be open on answers that are hours
@@ -818,6 +819,7 @@ class ResourceSettings(Settings):
     """One resource; every default and bound of the inventory stands here."""
 
     name: Name
+    was: Name | None = None             # its name before: history and trust are its own then
     hostname: Hostname
     platform: Annotated[Platform, BeforeValidator(
         selectable, json_schema_input_type=Literal[SELECTABLE])] = Platform.UNIX
@@ -986,6 +988,7 @@ class InventoryLoader:
         found = {index: self._resource(index, own, defaults)
                  for index, own in enumerate(items) if isinstance(own, dict)}
         resources = [resource for resource in found.values() if resource]
+        self._fault_former_names(found)
         ways = {name: list[str]() for name in self.names} | {resource.name: resource.way for resource in resources}
         for index, resource in found.items():
             if resource and (why := jump_fault(resource.name, ways)):
@@ -993,7 +996,16 @@ class InventoryLoader:
         if self.faults or not file or not usual:
             raise InventoryError("\n".join(self.faults))
         return Inventory(self.path, file.service, resources, self.places,
-                         usual.model_dump(mode="json", include=set(defaults), exclude=set(SECRETS)))
+                         usual.model_dump(mode="json", include=set(defaults), exclude=set(SECRETS), exclude_none=True))
+
+    def _fault_former_names(self, found: Mapping[int, ResourceSettings | None]) -> None:
+        """What was one resource became one other."""
+        taken = set(self.names)
+        for index, resource in found.items():
+            if resource and resource.was:
+                if resource.was in taken:
+                    self.fault(("resources", index, "was"), "a resource has this name, or had it, too")
+                taken.add(resource.was)
 
     def _fault_shared_files(self, service: ServiceSettings) -> None:
         """A log that is written into another file of the service would destroy it."""
@@ -1235,15 +1247,13 @@ class Vault:
             raise SecretError("a sealed secret belongs to another name, hostname, port or username, or was altered; "
                               "write the password again") from error
 
-    def reseal(self, token: str, *row: str) -> str:
-        return self.seal(self.open(token, *row), *row)
-
     def require(self, tokens: Iterable[str]) -> None:
         """Raises SecretError when a token names a private key that is not here; a damaged one names none."""
         for found in map(SEALED.fullmatch, tokens):
             if found and found[1] not in self._keys:
                 raise SecretError(f"secrets are sealed with key {found[1]}, but {self.folder} holds "
-                                  f"{', '.join(self._keys) or 'no private key'}; put private.pem back")
+                                  f"{', '.join(self._keys) or 'no private key'}; put private.pem back, or if it is "
+                                  "lost, write every password in the inventory again and run `keys replace`")
 
 
 def hash_password(password: str, salt: bytes, rounds: int = PBKDF2_ROUNDS) -> bytes:
@@ -1257,8 +1267,8 @@ def hash_password(password: str, salt: bytes, rounds: int = PBKDF2_ROUNDS) -> by
 # alone opens it, in any thread: reads see one state, writes wait for each other. Secrets are stored sealed only.
 # Everything is SQL that PostgreSQL has, too, but for opening, migrating, and the upserts of Poll.
 # Gives: Base, binding, Changes, Event, import_inventory, inspect_database, load_targets, lock_database, LoginSession,
-# open_vault, reseal, Resource, revise, revision, sealed_tokens, Setting, Status, Store, Target, target_of, update_row,
-# User
+# open_stated, open_vault, REMOVED, reseal, Resource, revise, revision, sealed_tokens, Setting, Status, Store, Target,
+# target_of, update_row, User
 SALT_BYTES = 16                 # bytes, NIST SP 800-132
 BUSY_TIMEOUT = 5.0              # seconds a writer waits for another one
 
@@ -1268,8 +1278,9 @@ class Base(DeclarativeBase):
 
 
 db = SQLAlchemy(model_class=Base, session_options={"expire_on_commit": False})
-SCHEMA = 3                      # PRAGMA user_version of a database that this program writes
+SCHEMA = 4                      # PRAGMA user_version of a database that this program writes
 APPLICATION = 0x48434B31        # PRAGMA application_id: "HCK1"
+REMOVED = "removed"             # origin of what the inventory had: it is kept while there is history of it
 
 
 class User(Base):
@@ -1314,7 +1325,8 @@ class Resource(Base):
     key_passphrase: Mapped[str | None]
     interval: Mapped[float] = mapped_column(default=60.0)
     settings: Mapped[str]
-    origin: Mapped[str] = mapped_column(default="inventory")
+    origin: Mapped[str] = mapped_column(default="inventory")        # inventory | api | REMOVED
+    place: Mapped[str] = mapped_column(default="")  # where the inventory states it: file:line:column
     host_key: Mapped[str | None]    # trusted on first use or by `trust`: "ssh-ed25519 SHA256:…"
     maintenance: Mapped[float] = mapped_column(default=0.0)         # Unix time until which it does not count
     maintenance_reason: Mapped[str] = mapped_column(default="")
@@ -1332,7 +1344,7 @@ class Resource(Base):
 
     def take_settings(self, settings: ResourceSettings) -> bool:
         """Takes the settings over; says whether anything changed: a version with a setting more changes no row."""
-        wanted = settings.model_copy(update={"port": settings.connect_port, **dict.fromkeys(SECRETS)})
+        wanted = settings.model_copy(update={"port": settings.connect_port, **dict.fromkeys(("was", *SECRETS))})
         with contextlib.suppress(StorageError):     # what cannot be read is written anew
             if self.parsed_settings == wanted:
                 return False
@@ -1363,6 +1375,15 @@ class Resource(Base):
     def credential_digest(self) -> str:
         """A digest of the account and its sealed secret."""
         return self.digest("hostname", "username", "password", "key_passphrase")
+
+
+def hide_removed(state: ORMExecuteState) -> None:
+    """Who asks for resources is given those that are watched; with the option `removed` all."""
+    if state.is_select and not state.is_column_load and not state.execution_options.get("removed"):
+        state.statement = state.statement.options(with_loader_criteria(Resource, Resource.origin != REMOVED))
+
+
+event.listen(Session, "do_orm_execute", hide_removed)
 
 
 def binding(kind: str, row: Resource | ResourceSettings) -> tuple[str, ...]:
@@ -1396,7 +1417,7 @@ class Event(Base):
     __tablename__ = "event"
     id: Mapped[int] = mapped_column(primary_key=True)
     at: Mapped[float] = mapped_column(index=True)       # Unix time
-    kind: Mapped[str]           # gate | state | change | login | clock
+    kind: Mapped[str]           # service | gate | state | change | login | attempt | clock
     resource: Mapped[str]       # its name, empty for none; outlives the resource
     text: Mapped[str]           # one line
     actor: Mapped[str]          # name of the user, empty for the service itself
@@ -1416,11 +1437,13 @@ class LoginSession(Base):
 
 
 class Setting(Base):
-    """What the service remembers about itself; `revision` rises with every change of configuration."""
+    """What the service remembers about itself: `revision` rises with every change of configuration; `defaults` and
+    `service` are those of the inventory, in JSON, as imported last and as it was started with."""
 
     __tablename__ = "setting"
     name: Mapped[str] = mapped_column(primary_key=True)
-    value: Mapped[int]
+    value: Mapped[int] = mapped_column(default=0)
+    text: Mapped[str] = mapped_column(default="")
 
 
 # What brings a database of schema 1, 2, … to the next; the tables that are missing are made afterwards.
@@ -1443,7 +1466,9 @@ MIGRATIONS = (("ALTER TABLE user ADD COLUMN role VARCHAR NOT NULL DEFAULT 'admin
                "ALTER TABLE status RENAME COLUMN polled TO polled_at",
                "ALTER TABLE status DROP COLUMN packed",
                "ALTER TABLE sample RENAME TO packed_sample",
-               "ALTER TABLE average RENAME TO packed_average"))
+               "ALTER TABLE average RENAME TO packed_average"),
+              ("ALTER TABLE setting ADD COLUMN text VARCHAR NOT NULL DEFAULT ''",
+               "ALTER TABLE resource ADD COLUMN place VARCHAR NOT NULL DEFAULT ''"))
 # Schema 2 packed the numbers of a row, 65535 for a reading that is missing: what is selected, with them last.
 PACKED = {"sample": ("resource_id, at, reason, CAST(substr(packed, 1, 1) AS TEXT), CAST(substr(packed, 2, 1) AS TEXT), "
                      "substr(packed, 3)", struct.Struct("<I6H")),
@@ -1469,8 +1494,9 @@ def migrate(session: Session) -> None:
             session.execute(sqlalchemy.text(statement))
     connection = session.connection()
     Base.metadata.create_all(connection)
-    if version < SCHEMA:
+    if version < 3:
         unpack_history(cast(sqlite3.Connection, connection.connection.driver_connection))
+    if version < SCHEMA:
         log.info("database: migrated from schema %d to %d in %.1f s", version, SCHEMA, time.monotonic() - begin)
     session.execute(sqlalchemy.text(f"PRAGMA user_version = {SCHEMA}"))
     session.execute(sqlalchemy.text(f"PRAGMA application_id = {APPLICATION}"))
@@ -1626,10 +1652,20 @@ class Changes(NamedTuple):
         return "; ".join([counts, *named])
 
 
-def store_secret(row: Resource, kind: str, secret: str, vault: Vault) -> bool:
+def open_stated(settings: ResourceSettings, kind: str, vault: Vault) -> str:
+    """The secret that settings state; sealed for the name before, it opens as well. Raises SecretError."""
+    secret = settings.secrets[kind]
+    if not secret.startswith(TOKEN_PREFIXES):
+        return secret
+    with contextlib.suppress(SecretError):
+        if settings.was:
+            return vault.open(secret, *binding(kind, settings.model_copy(update={"name": settings.was})))
+    return vault.open(secret, *binding(kind, settings))
+
+
+def store_secret(row: Resource, kind: str, plain: str, vault: Vault) -> bool:
     """Keeps the stored token while it holds the same secret; says whether it was replaced."""
     stored, bound = getattr(row, kind), binding(kind, row)
-    plain = vault.open(secret, *bound) if secret.startswith(TOKEN_PREFIXES) else secret
     with contextlib.suppress(SecretError):
         if stored and hmac.compare_digest(vault.open(stored, *bound).encode(), plain.encode()):
             return False
@@ -1637,14 +1673,15 @@ def store_secret(row: Resource, kind: str, secret: str, vault: Vault) -> bool:
     return True
 
 
-def reseal(session: Session, rows: Iterable[Resource], vault: Vault) -> None:
-    """Seals the secrets of rows anew, for what they are bound to today; the stored status of a row stays that of its
-    settings. Raises SecretError."""
+def reseal(session: Session, rows: Iterable[Resource], vault: Vault, name: str | None = None) -> None:
+    """Seals the secrets of rows anew, for what they are bound to today, a new `name` if there is one; the stored status
+    of a row stays that of its settings. Raises SecretError."""
     for row in rows:
         status, before = session.get(Status, row.id), (row.settings_digest, row.credential_digest)
-        for kind in SECRETS:
-            if token := getattr(row, kind):
-                setattr(row, kind, vault.reseal(token, *binding(kind, row)))
+        plain = {kind: vault.open(token, *binding(kind, row)) for kind in SECRETS if (token := getattr(row, kind))}
+        row.name = name or row.name
+        for kind, secret in plain.items():
+            setattr(row, kind, vault.seal(secret, *binding(kind, row)))
         if status and (status.settings_digest, status.credential_digest) == before:
             status.settings_digest, status.credential_digest = row.settings_digest, row.credential_digest
 
@@ -1672,7 +1709,7 @@ def update_row(row: Resource, settings: ResourceSettings, vault: Vault) -> bool:
         if not used:
             setattr(row, kind, None)
         elif kind in given:
-            changed |= store_secret(row, kind, given[kind], vault)
+            changed |= store_secret(row, kind, open_stated(settings, kind, vault), vault)
         elif rerouted and getattr(row, kind) is not None:
             what = "hostname, port or username" if moved else "the way to the host, or its key,"
             raise SecretError(f"{what} changed: write the password again")
@@ -1682,24 +1719,49 @@ def update_row(row: Resource, settings: ResourceSettings, vault: Vault) -> bool:
     return changed
 
 
+def claim_row(session: Session, rows: dict[str, Resource], settings: ResourceSettings) -> Resource:
+    """Takes out of `rows` what belongs to a resource of the inventory: the row of its name, of its name before, or one
+    that was removed while its host was the same; else it is a new one. Raises InventoryError."""
+    row, before = rows.pop(settings.name, None), rows.get(settings.was or "")
+    if row and row.origin == "api":
+        raise InventoryError("was added through the API already; choose another name")
+    if row and row.origin == REMOVED and ((before and before.origin != "api") or row.hostname != settings.hostname):
+        session.delete(row)
+        session.flush()     # before another row has its name
+        row = None
+    if row is None and before and before.origin != "api":
+        return rows.pop(before.name)
+    return row or Resource(name=settings.name, origin=REMOVED)
+
+
+def retire_row(row: Resource) -> None:
+    """What is not in the inventory any more is not watched, and its secrets go; the rest stays as long as history."""
+    row.origin, row.place, row.maintenance, row.maintenance_reason = REMOVED, "", 0.0, ""
+    row.password = row.key_passphrase = None
+
+
 def import_inventory(session: Session, inventory: Inventory, vault: Vault) -> Changes:
     """Makes the inventory's rows follow the file, within the caller's transaction.
 
     Raises SecretError, a line per fault, where a password has to be written again, and InventoryError for a name
     that was added through the API or a new resource without a password.
     """
-    rows = {row.name: row for row in session.scalars(sqlalchemy.select(Resource))}
+    every = sqlalchemy.select(Resource).execution_options(removed=True)
+    rows = {row.name: row for row in session.scalars(every)}
     bind_ports(session, rows.values(), vault)
     changes = Changes([], [], [], [])
     faults: list[HealthCheckerError] = []
     for settings in inventory.resources:
         name = settings.name
-        row = rows.pop(name, None) or Resource(name=name, origin="inventory")
         try:
-            if row.origin != "inventory":
-                raise InventoryError("was added through the API already; choose another name")
-            changed = update_row(row, settings, vault)
-            (changes.added if row.id is None else changes.changed if changed else changes.kept).append(name)
+            row = claim_row(session, rows, settings)
+            is_new, old = row.origin == REMOVED, row.name
+            if old != name:
+                reseal(session, [row], vault, name)
+                session.execute(sqlalchemy.update(Event).values(resource=name).where(Event.resource == old))
+            row.origin, row.place = "inventory", inventory.places[name]
+            changed = update_row(row, settings, vault) or old != name
+            (changes.added if is_new else changes.changed if changed else changes.kept).append(name)
             session.add(row)
         except HealthCheckerError as error:
             faults.append(type(error)(f"{inventory.places[name]}: {name}: {error}"))
@@ -1707,8 +1769,9 @@ def import_inventory(session: Session, inventory: Inventory, vault: Vault) -> Ch
         raise type(faults[0])("\n".join(map(str, faults)))
     for name, row in rows.items():
         if row.origin == "inventory":
-            session.delete(row)
+            retire_row(row)
             changes.removed.append(name)
+    session.merge(Setting(name="defaults", text=json.dumps(dict(inventory.defaults))))
     if changes.added or changes.changed or changes.removed:
         revise(session)
     return changes
@@ -4667,11 +4730,21 @@ def record_event(session: Session, kind: str, text: str, *, resource: str = "", 
 
 def events(session: Session, *, resource: str | None = None, kind: str | None = None, before: int | None = None,
            limit: int = 100) -> list[Event]:
-    """The newest events first, `limit` of them, or of those before the event of the id `before`."""
-    query = sqlalchemy.select(Event).order_by(Event.id.desc()).limit(limit)
+    """The newest events first, `limit` of them, or of those before the event of the id `before`: in the order of their
+    times, for some are written a second late, but for those from before the clock was set, which stand last."""
+    query = sqlalchemy.select(Event).order_by(Event.at.desc(), Event.id.desc())
     for column, value in ((Event.resource, resource), (Event.kind, kind)):
         query = query if value is None else query.where(column == value)
-    return list(session.scalars(query if before is None else query.where(Event.id < before)))
+    set_clock = sqlalchemy.select(Event.id).where(Event.kind == "clock").order_by(Event.id.desc()).limit(1)
+    last, found = session.scalar(set_clock) or 0, list[Event]()
+    for era in (Event.id >= last, Event.id < last)[before is not None and before < last:]:
+        part = query.where(era)
+        if before is not None:
+            at = sqlalchemy.select(Event.at).where(Event.id == before).scalar_subquery()
+            part = part.where(sqlalchemy.tuple_(Event.at, Event.id) < sqlalchemy.tuple_(at, before))
+            before = None       # the other era stands before it as a whole
+        found += session.scalars(part.limit(limit - len(found)))
+    return found
 
 
 class PastPoll(NamedTuple):
@@ -4748,11 +4821,15 @@ PRUNE = tuple(sqlalchemy.text(
     f"WHERE resource_id = :id AND {outside} LIMIT GREATEST({PRUNE_ROWS[0]}, LEAST({PRUNE_ROWS[1]}, "
     f"(SELECT COUNT(*) / {PRUNE_PART} FROM {table} WHERE resource_id = :id))))")
     for table in ("sample", "average") for outside in (f"at < :{table}", "at > :future"))
+# What was removed goes when nothing is left of its history.
+DROP = sqlalchemy.text(f"DELETE FROM resource WHERE id = :id AND origin = '{REMOVED}' AND NOT EXISTS "  # noqa: S608
+                       "(SELECT 1 FROM sample WHERE resource_id = :id UNION ALL "
+                       "SELECT 1 FROM average WHERE resource_id = :id)")
 
 
 def prune(session: Session, resource_id: int, retention: Retention, now: float) -> None:
     """Drops what is older than `retention`, a part at most, and what is of a future that a clock once showed."""
-    for statement in PRUNE:
+    for statement in (*PRUNE, DROP):
         session.execute(statement, {"id": resource_id, "sample": now - retention.raw * DAY,
                                     "average": now - retention.averages * DAY, "future": now + QUARTER})
 
@@ -4842,7 +4919,7 @@ class Recorder(threading.Thread):
         self._events: collections.deque[dict[str, Any]] = collections.deque(maxlen=PENDING_ROWS)
         self._keys: dict[int, str] = {}         # host keys trusted on first use
         self._gate_at = time.time()             # when the gate last changed
-        self._note("gate", "closed (the service starts)", self._gate_at)
+        self.note("gate", "closed (the service starts)", self._gate_at)
 
     def put(self, report: Report) -> None:
         """Takes a report; transitions are logged at once, in the caller's thread."""
@@ -4882,7 +4959,8 @@ class Recorder(threading.Thread):
             if not self._untidy:
                 with self._store.writing() as session:
                     prune_events(session, self._retention, now)
-                    self._untidy, self._rolled = list(session.scalars(sqlalchemy.select(Resource.id))), end
+                    every = sqlalchemy.select(Resource.id).execution_options(removed=True)
+                    self._untidy, self._rolled = list(session.scalars(every)), end
             for _ in range(min(TIDY_AT_ONCE, len(self._untidy))):
                 resource_id = self._untidy.pop()
                 with self._store.writing() as session:
@@ -4892,7 +4970,8 @@ class Recorder(threading.Thread):
             log.error("history cannot be summed up: %s", one_line(str(getattr(error, "orig", error))))
         return bool(self._untidy)
 
-    def _note(self, kind: str, text: str, at: float, resource: str = "") -> None:
+    def note(self, kind: str, text: str, at: float, resource: str = "") -> None:
+        """Adds an event to what is written next."""
         self._events.append({"kind": kind, "text": text, "at": at, "resource": resource})
 
     def _gather(self) -> None:
@@ -4901,7 +4980,7 @@ class Recorder(threading.Thread):
             text = (f"{'closed' if is_open else 'open'} -> {'open' if is_open else 'closed'}"
                     f"{f' ({why})' if why else ''} after {at - self._gate_at:.0f} s")
             log.warning("gate: %s", text)
-            self._note("gate", text, at)
+            self.note("gate", text, at)
             self._gate_at = at
         for report in (self._reports.get() for _ in range(self._reports.qsize())):
             resource_id = report.target.id
@@ -4910,7 +4989,7 @@ class Recorder(threading.Thread):
             if report.host_key:
                 self._keys[resource_id] = report.host_key
             if report.transition:
-                self._note("state", report.transition, report.at, report.target.name)
+                self.note("state", report.transition, report.at, report.target.name)
 
     def _write(self, session: Session) -> None:
         """Within the caller's transaction; nothing of resources that were removed."""
@@ -6752,7 +6831,7 @@ class Supervisor:
 # browser's cookie or a program's bearer token is a random text of which only a hash is stored, so that a login can be
 # listed and ended. Runs in the console's threads and in the user commands.
 # Gives: Credentials, ensure_first_user, field_errors, find_resource, find_user, initial_user, INVENTORY_ONLY,
-# live_sessions, LOGIN_FAILURES, LoginThrottle, NewUser, PasswordChange, require_admin, Role, SettingsReader, stated,
+# live_sessions, LoginThrottle, NewUser, PasswordChange, require_admin, Role, SettingsReader, shared_defaults, stated,
 # token_hash, TOKEN_LIFE, UserChange, validated
 
 SESSION_LIFE = 8 * 3600.0       # seconds from the login to the end of a session
@@ -6765,8 +6844,8 @@ LOGINS_KEPT = 10_000            # accounts and addresses with failures that are 
 HASH_WAIT = 2.0                 # seconds that a login waits for its turn
 FIRST_USER = ("SpiceWorks", "HealthChecker")  # of the specification; its password is to be changed
 LIVES = {"session": (SESSION_LIFE, SESSION_IDLE), "token": (TOKEN_LIFE, TOKEN_LIFE)}    # seconds: in all, idle
-# What reads the server's own files or environment. So does `platform: local`, which runs commands there.
-INVENTORY_ONLY = frozenset({"password_env", "password_file", "ssh_config", *PASSPHRASES, *FILES})
+# What reads the server's own files or environment, as `platform: local` does, which runs commands there; and renames.
+INVENTORY_ONLY = frozenset({"was", "password_env", "password_file", "ssh_config", *PASSPHRASES, *FILES})
 
 
 def not_documented(password: SecretStr) -> SecretStr:
@@ -6868,10 +6947,10 @@ def stated(row: Resource, inventory: Inventory) -> dict[str, Any]:
     without = settings.model_copy(update={"port": None})
     if settings.port == without.connect_port and "port" not in defaults:
         settings = without
-    values, plain = (settings.model_dump(mode="json", exclude=set(SECRETS), exclude_defaults=short)
+    values, plain = (settings.model_dump(mode="json", exclude=set(SECRETS), exclude_none=True, exclude_defaults=short)
                      for short in (False, True))
     return {name: plain.get(name, value) for name, value in values.items()
-            if (value not in (None, defaults[name]) if name in defaults else name in plain)}
+            if (value != defaults[name] if name in defaults else name in plain)}
 
 
 def ensure_first_user(session: Session) -> None:
@@ -7022,6 +7101,13 @@ class ConsoleContext:
     throttle: LoginThrottle = dataclass_field(default_factory=LoginThrottle)
 
     @property
+    def imported(self) -> Inventory:
+        """The inventory with the defaults that were taken over last, maybe by another process."""
+        with self.store.reading() as session:
+            row = session.get(Setting, "defaults")
+        return replace(self.inventory, defaults=json.loads(row.text)) if row else self.inventory
+
+    @property
     def is_healthy(self) -> bool:
         """The gate's answer."""
         return lease_clock() < self.lease.until.value
@@ -7116,6 +7202,7 @@ class ResourceView(ResourceSettings, PollView):
 
     password: None = Field(default=None, exclude=True)
     key_passphrase: None = Field(default=None, exclude=True)
+    was: None = Field(default=None, exclude=True)
     origin: Literal["inventory", "api"]
     place: str | None           # where the inventory states it: file:line:column
     has_secret: bool
@@ -7142,7 +7229,7 @@ def resource_view(row: Resource, status: Status | None, context: ConsoleContext)
     known = status_of(row, status)
     shown: dict[str, Any] = {
         **{name: getattr(row, name) for name in Resource.COLUMNS}, "origin": row.origin,
-        "place": context.inventory.places.get(row.name) if row.origin == "inventory" else None,
+        "place": row.place or None,
         "has_secret": row.password is not None or row.key_passphrase is not None, "trusted_key": row.host_key,
         "maintenance": None, "since": utc_time(known.since_at), "polled": utc_time(known.polled_at),
         **{name: getattr(known, name) for name in ("state", "cause", "reason", "seconds")}}
@@ -7160,8 +7247,7 @@ def changeable(who: Principal, session: Session, name: str) -> Resource:
     """A resource that was added here; those of the inventory change there."""
     row = find_resource(session, name)
     if row.origin == "inventory":
-        place = who.context.inventory.places.get(name, who.context.inventory.path.name)
-        raise ApiError(f"{name} stands at {place}; change it there", 409)
+        raise ApiError(f"{name} stands at {row.place or who.context.inventory.path.name}; change it there", 409)
     return row
 
 
@@ -7181,8 +7267,9 @@ def show_resource(who: Principal, name: str) -> ResourceView:
 
 def apply_settings(context: ConsoleContext, row: Resource, body: Mapping[str, Any], form: Document | None) -> bool:
     """Brings a row to what `body` says, over what it states if it is not new; says whether it changed."""
-    stored = stated(row, context.inventory) if row.name else {}
-    settings = SettingsReader(context.inventory, form).read(body, stored)
+    inventory = context.imported
+    stored = stated(row, inventory) if row.name else {}
+    settings = SettingsReader(inventory, form).read(body, stored)
     if settings.hops:
         with context.store.reading() as session:
             ways = {name: target.settings.way for name, target in load_targets(session, context.vault).items()}
@@ -7199,9 +7286,18 @@ def add_resource(who: Principal, body: Mapping[str, Any], form: Document | None 
     row = Resource(origin="api")
     apply_settings(who.context, row, body, form)
     with who.context.store.writing() as session:
-        if session.scalar(sqlalchemy.select(Resource.id).where(Resource.name == row.name)) is not None:
+        before = session.scalar(
+            sqlalchemy.select(Resource).where(Resource.name == row.name).execution_options(removed=True))
+        if before and before.origin != REMOVED:
             raise ApiError("there is a resource of this name already", 409, {"name": "is taken"})
-        session.add(row)
+        if before and before.hostname == row.hostname:      # it comes back, with its history
+            address = "port", "username"
+            row.id = before.id
+            row.host_key = before.host_key if before.digest(*address) == row.digest(*address) else None
+        elif before:
+            session.delete(before)
+            session.flush()
+        session.merge(row)
         who.note(session, "added", row.name)
     return show_resource(who, row.name)
 
@@ -7212,9 +7308,10 @@ def change_resource(who: Principal, name: str, body: Mapping[str, Any], form: Do
         row = changeable(who, session, name)
         if body.get("name", name) != name:
             raise field_errors({"name": "cannot be changed; add another resource and remove this one"})
-        before = stated(row, who.context.inventory)
+        inventory = who.context.imported
+        before = stated(row, inventory)
         if apply_settings(who.context, row, body, form):
-            after = stated(row, who.context.inventory)
+            after = stated(row, inventory)
             changed = {field for field in before.keys() | after.keys() if before.get(field) != after.get(field)}
             who.note(session, f"changed: {', '.join(sorted(changed | (body.keys() & set(SECRETS))))}", name)
     return show_resource(who, name)
@@ -7409,9 +7506,9 @@ def sign_in(who: Principal, body: Mapping[str, Any]) -> User:
             return user
         failures = context.throttle.fail(name, who.address)
     log.warning("login of %s from %s failed", one_line(name), who.address)
-    if failures == LOGIN_FAILURES:      # once, or an attacker would fill the database
-        with context.store.writing() as session:
-            record_event(session, "login", f"{failures} failed logins", actor=name, address=who.address)
+    with context.store.writing() as session:    # as many as the throttle lets through, and they evict no other kind
+        record_event(session, "attempt", f"failed login, {failures} in a row", actor=name, address=who.address,
+                     at=context.clock())
     raise ApiError("user name or password is wrong", 401)
 
 
@@ -8728,7 +8825,8 @@ STATES = ("unhealthy", "unknown", "degraded", "maintenance", "healthy")     # wo
 EVENTS_SHOWN = 100              # of a page
 ASSETS = {f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.{suffix}": (kind, text) for suffix, kind, text in (
     ("css", "text/css", STYLE), ("js", "text/javascript", PAGE_SCRIPT), ("svg", "image/svg+xml", ICON))}
-KINDS = {"gate": "Gate", "state": "States", "change": "Changes", "login": "Logins", "clock": "Clock"}
+KINDS = {"service": "Service", "gate": "Gate", "state": "States", "change": "Changes", "login": "Logins",
+         "attempt": "Failed logins", "clock": "Clock"}
 Answer = flask.typing.ResponseReturnValue
 
 
@@ -8928,7 +9026,7 @@ def charts(session: Session, resource: ResourceRow, span: str, now: float) -> li
 
 def resource_page(name: str, **more: Any) -> flask.Response:
     context, request = current_principal().context, flask.request
-    places, now = context.inventory.places, context.clock()
+    now = context.clock()
     span = request.args.get("span", "")
     span = span if span in SPANS else "hour"
     with context.store.reading() as session:
@@ -8945,7 +9043,7 @@ def resource_page(name: str, **more: Any) -> flask.Response:
                        readings=reading_rows(sample, resource, damage),
                        span_links=[(name, f"?span={name}", f"Last {name}", None) for name in SPANS],
                        machine=machine_rows(sample, row.host_key), login_wait=context.monitor.login_wait(name),
-                       origin=row.origin == "inventory" and places.get(name, context.inventory.path.name),
+                       origin=row.origin == "inventory" and (row.place or context.inventory.path.name),
                        refresh="" if request.method == "GET" else resource.href,
                        outcomes=outcomes, **more)
 
@@ -8988,10 +9086,13 @@ def api_error(error: Exception) -> ApiError:
 
 
 def form_texts(name: str) -> dict[str, str]:
-    """What the form shows of a resource that was added here: the inputs, and as YAML what it states besides."""
-    who = current_principal()
+    """What the form shows of a resource that was added here: the inputs, and as YAML what it states besides; of a new
+    one the defaults."""
+    who, inventory = current_principal(), current_principal().context.imported
     with who.context.store.reading() as session:
-        values = stated(changeable(who, session, name), who.context.inventory)
+        values = stated(changeable(who, session, name), inventory) if name else {
+            field: value for field, value in shared_defaults(inventory).items()
+            if field in INPUTS or field not in foreign_fields("")}
     values = json.loads(json.dumps(values),     # 90 and not 90.0
                         parse_float=lambda text: float(text) if float(text) % 1 else int(float(text)))
     texts = {name: str(values[name]) for name in INPUTS if values.get(name) is not None}
@@ -9004,14 +9105,14 @@ def form_texts(name: str) -> dict[str, str]:
 def form_page(name: str = "", given: Mapping[str, str] | None = None, **more: Any) -> flask.Response:
     """The form to add a resource, or to change the one called `name`."""
     if given is None:
-        given = form_texts(name) if name else NEW_RESOURCE
+        given = form_texts(name)
     return render_page("form.html", title=f"Edit {name}" if name else "Add a resource", fixed=bool(name), given=given,
                        platforms=[platform for platform in SELECTABLE if platform != "local"],
                        ports=f"{SSH_PORT}; Windows: {WINRM_PORTS[True]}", others=OTHERS, example=EXAMPLE,
                        back=resource_path(name) if name else PREFIX, **more)
 
 
-def form_settings(form: Mapping[str, str], document: Document) -> dict[str, Any]:
+def form_settings(form: Mapping[str, str], document: Document, *, is_new: bool) -> dict[str, Any]:
     """The settings in the inventory's names, of the inputs and the text area; None stands for the default."""
     other = document.value or {}
     if not isinstance(other, dict):
@@ -9024,7 +9125,7 @@ def form_settings(form: Mapping[str, str], document: Document) -> dict[str, Any]
     if inputs["password"] is None:
         del inputs["password"]      # the stored one stays
     foreign = foreign_fields(inputs["platform"] or Platform.UNIX.value)     # what stands in hidden inputs
-    if isinstance(other.get("limits"), dict):
+    if isinstance(other.get("limits"), dict) and not is_new:
         other["limits"] = dict.fromkeys(Limits.model_fields) | other["limits"]     # what is not given goes
     return {**dict.fromkeys(OTHERS), **inputs, **dict.fromkeys(foreign & inputs.keys()), **other}
 
@@ -9033,7 +9134,7 @@ def resource_form(who: Principal, name: str = "") -> Answer:
     form = flask.request.form
     try:
         document = Document("YAML", form.get("settings", "").encode())
-        body = form_settings(form, document)
+        body = form_settings(form, document, is_new=not name)
     except InventoryError as error:
         raise field_errors({"settings": str(error)}) from None
     if form.get("do") == "test":
@@ -9337,12 +9438,13 @@ def set_up_logging(log_file: Path | None) -> None:
     logging.basicConfig(level=logging.INFO, handlers=handlers, force=True)
 
 
-def handle_signals(stop: Callable[[], None]) -> None:
-    """Lets the signals that end the service do so by `stop`; SIGHUP has the log file opened anew."""
+def handle_signals(stop: Callable[[], None], hangups: queue.SimpleQueue[bool]) -> None:
+    """Lets the signals that end the service do so by `stop`; SIGHUP has the log file opened anew, and is told."""
     def reopen(*_: object) -> None:
         for handler in logging.getLogger().handlers:
             if isinstance(handler, LogFile):
                 handler.stale = True
+        hangups.put(True)   # which a handler may that interrupts another one
 
     for number in ENDINGS:
         signal.signal(number, lambda *_: stop())
@@ -9383,14 +9485,33 @@ class Installation:
             raise InventoryError(f"{self.path.name}: {len(changes.removed)} resources are not in it any more "
                                  f"({', '.join(changes.removed[:10])}); if that is meant: --accept-removals")
 
+    def take_over(self, session: Session, vault: Vault, actor: str = "") -> Changes:
+        """Has the rows follow the inventory, within the caller's transaction, and notes what changed."""
+        changes = import_inventory(session, self.inventory, vault)
+        self.review(changes)
+        if changes.added or changes.changed or changes.removed:
+            record_event(session, "change", f"inventory: {changes}", actor=actor)
+        return changes
+
+    def keep_service(self, session: Session) -> None:
+        """Takes down with which settings of its own the service runs."""
+        session.merge(Setting(name="service", text=self.service.model_dump_json(exclude_unset=True)))
+
+    def changed_service(self, session: Session) -> list[str]:
+        """Names of the service's own settings that are not those with which it was started."""
+        now, row = self.service.model_dump(mode="json", exclude_unset=True), session.get(Setting, "service")
+        before = json.loads(row.text) if row else now
+        return [f"service.{name}" for name in sorted(before.keys() | now) if before.get(name) != now.get(name)]
+
 
 def prepare(installation: Installation, store: Store) -> Vault:
     """Brings database and keys to what the inventory says, all or nothing, and says what is to be known."""
     with store.writing() as session:
         vault = installation.open_vault(session)
         ensure_first_user(session)
-        changes = import_inventory(session, installation.inventory, vault)
-        installation.review(changes)
+        record_event(session, "service", f"started, version {__version__}")
+        installation.keep_service(session)
+        changes = installation.take_over(session, vault)
         initial = initial_user(session)
     log.info("inventory: %s", changes)
     if initial:
@@ -9398,7 +9519,43 @@ def prepare(installation: Installation, store: Store) -> Vault:
     return vault
 
 
-def watch(installation: Installation, store: Store, console: Sequence[socket.socket], supervisor: Supervisor) -> None:
+def take_over_again(installation: Installation, store: Store, actor: str = "") -> Iterator[str]:
+    """Has the rows follow an edited inventory while the service runs, all or nothing, and gives what is to be known;
+    the service itself follows the rows. Raises HealthCheckerError."""
+    with store.writing() as session:
+        waiting = installation.changed_service(session)
+        if fixed := [name for name in waiting if name in ("service.database", "service.keys")]:
+            raise UsageError(f"{installation.path.name}: {', '.join(fixed)} changed: restart the service")
+        changes = installation.take_over(session, installation.open_vault(session), actor)
+    yield f"inventory: {changes}"
+    if waiting:
+        yield f"{', '.join(waiting)} changed: that needs a restart"
+
+
+def follow_hangups(installation: Installation, store: Store, hangups: queue.SimpleQueue[bool]) -> None:
+    """A thread: takes the inventory over again at each SIGHUP, until there is False."""
+    while hangups.get():
+        try:
+            for line in take_over_again(Installation(installation.path), store):
+                log.info("%s", line)
+        except Exception as error:  # noqa: BLE001  # a thread's outermost loop: the next one may be better
+            for line in str(getattr(error, "orig", error)).splitlines():
+                log.error("the inventory was not taken over: %s", one_line(line))
+
+
+def reload(arguments: argparse.Namespace) -> int:
+    """Has a running service take an edited inventory over."""
+    installation = Installation(arguments.inventory, accepts_removals=arguments.accept_removals)
+    if not inspect_database(installation.database):
+        raise UsageError(f"there is no database {installation.database} yet; start the service first")
+    with installation.store() as store:
+        for line in take_over_again(installation, store, "command line"):
+            print(line)
+    return 0
+
+
+def watch(installation: Installation, store: Store, console: Sequence[socket.socket], supervisor: Supervisor,
+          hangups: queue.SimpleQueue[bool]) -> None:
     """Takes the inventory over, watches it and lets the workers serve until a signal comes."""
     inventory, service, access = installation.inventory, supervisor.service, installation.access()
     aggregator = HealthAggregator(supervisor.lease)
@@ -9412,6 +9569,11 @@ def watch(installation: Installation, store: Store, console: Sequence[socket.soc
             metrics = Metrics(ServingMetrics(aggregator.lease, supervisor.counters), store, service.metrics_token_file)
             server = ConsoleServer(build_console(context, metrics), console)
             stack.enter_context(contextlib.closing(server)).start()
+        reloads = threading.Thread(target=follow_hangups, args=(installation, store, hangups), name="reloads")
+        reloads.start()
+        for step in (reloads.join, functools.partial(hangups.put, False)):      # which come the other way round
+            stack.callback(step)
+        stack.callback(lambda: recorder.note("service", "stopped", time.time()))
         keep_out_of_collections()
         log.info("serving on http://%s, console %s", service.listen,
                  f"on http://{service.console}/-/" if console else "off")
@@ -9438,11 +9600,12 @@ def serve(arguments: argparse.Namespace) -> int:
     inspect_database(installation.database)
     supervisor = Supervisor(service, installation.path.parent, doors, Lease())
     with contextlib.closing(lock_database(installation.database)), contextlib.closing(supervisor):
-        handle_signals(supervisor.stop)     # from here on: an interrupt would leave a worker that nobody knows
+        hangups: queue.SimpleQueue[bool] = queue.SimpleQueue()
+        handle_signals(supervisor.stop, hangups)    # from here on: an interrupt would leave a worker that nobody knows
         supervisor.start()
         if not supervisor.stopping:
             with installation.store(locked=True) as store:
-                watch(installation, store, console, supervisor)
+                watch(installation, store, console, supervisor, hangups)
     log.info("ended")
     return 0
 
@@ -9672,13 +9835,40 @@ def rotate_keys(arguments: argparse.Namespace) -> int:
             vault = installation.open_vault(session)
             if not (vault.folder / "next.pem").exists():
                 vault.create("next.pem")
-            tokens = {where: vault.reseal(value, *binding(str(where[-1]), settings))
-                      for where, value, settings in document_tokens}
+            tokens = {where: vault.seal(open_stated(settings, kind, vault), *binding(kind, settings))
+                      for where, _, settings in document_tokens for kind in map(str, where[-1:])}
             reseal(session, session.scalars(sqlalchemy.select(Resource)), vault)
+            record_event(session, "change", f"secrets are sealed with key {vault.key_id} now", actor="command line")
             revise(session)
         if tokens:
             rewrite(installation.path, document, tokens)
         vault.retire()
+    print(f"secrets are sealed with key {vault.key_id} now")
+    return 0
+
+
+def replace_keys(arguments: argparse.Namespace) -> int:
+    """Makes a key in place of a lost one: what only that one opens is forgotten, and the inventory states it again."""
+    installation = Installation(arguments.inventory, accepts_removals=arguments.accept_removals)
+    with contextlib.closing(lock_database(installation.database)), installation.store(locked=True) as store, \
+            store.writing() as session:
+        vault, forgotten = Vault(installation.service.keys), []
+        vault.require(sealed_tokens(None, installation.inventory))
+        for row in session.scalars(sqlalchemy.select(Resource)):
+            for kind in SECRETS:
+                try:
+                    vault.require(filter(None, [getattr(row, kind)]))
+                except SecretError:
+                    setattr(row, kind, None)
+                    forgotten.append(row)
+        if not forgotten:
+            raise UsageError("no secret is sealed with a key that is lost; `keys rotate` makes a new key")
+        vault = installation.open_vault(session)
+        installation.take_over(session, vault, "command line")
+        record_event(session, "change", f"key {vault.key_id} in place of a lost one", actor="command line")
+        revise(session)
+    for name in sorted({row.name for row in forgotten if row.origin == "api"}):
+        print(f"{name}: write its password again, in the console")
     print(f"secrets are sealed with key {vault.key_id} now")
     return 0
 
@@ -9754,8 +9944,12 @@ def command_line() -> argparse.ArgumentParser:
     command.set_defaults(run=trust)
     users = commands.add_parser("user", help="`user add|passwd|remove|list`: who can log in")
     add_user_commands(users.add_subparsers(metavar="add|passwd|remove|list", required=True))
-    keys = commands.add_parser("keys", help="`keys rotate`: seal every secret with a new key; stop the service first")
-    keys.add_subparsers(metavar="rotate", required=True).add_parser("rotate").set_defaults(run=rotate_keys)
+    commands.add_parser("reload", help="have a running service take an edited inventory over").set_defaults(run=reload)
+    keys = commands.add_parser("keys", help="seal every secret with a new key: `keys rotate`, or `keys replace` where "
+                                            "the old one is lost; stop the service first")
+    changes = keys.add_subparsers(metavar="rotate|replace", required=True)
+    changes.add_parser("rotate").set_defaults(run=rotate_keys)
+    changes.add_parser("replace").set_defaults(run=replace_keys)
     return parser
 
 

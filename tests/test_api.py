@@ -17,7 +17,7 @@ import hypothesis
 import pytest
 from conftest import wait_for
 from console import NAME, PASSWORD, Client, console, local_console, resource_path
-from service import Service
+from service import Service, write_inventory
 from sshd import ParamikoSshd, Sshd
 
 import healthchecker
@@ -69,7 +69,7 @@ def client(running: tuple[Service, Client]) -> Iterator[Client]:
 
 def everything(client: Client) -> Any:
     """What a request that is refused must not change."""
-    fields = {*ResourceSettings.model_fields, "maintenance", "trusted_key"} - {"password", "key_passphrase"}
+    fields = {*ResourceSettings.model_fields, "maintenance", "trusted_key"} - {"password", "key_passphrase", "was"}
     kept = [{name: resource[name] for name in fields} for resource in client.api("GET", "resources").json]
     return kept, client.api("GET", "users").json, client.api("GET", "events?limit=1&kind=change").json
 
@@ -268,6 +268,49 @@ def test_defaults_of_the_inventory_count_here_too(tmp_path: Path) -> None:
         assert 'name="interval" value="60"' in local.ask("GET", "/-/resources/one/edit").body
         asked = dict.fromkeys(("interval", "rise", "tags", "limits"))
         assert shown("PATCH", "resources/one", asked) == [7, 3, *added[2:]]
+
+
+def test_defaults_that_were_taken_over_later(tmp_path: Path) -> None:
+    """By whichever process: they count for what is added from then on, and for nothing that was stored before."""
+    with local_console(tmp_path, "", "\ndefaults: {interval: 7}\n") as local:
+        local.log_in_as(NAME, "token")
+        origin = {"headers": {"Origin": "http://localhost"}}
+        body = {"hostname": "192.0.2.1", "platform": "simulated"}
+        assert local.api("POST", "resources", {"name": "one", **body}).status == 201
+        before = local.api("GET", "resources/one").json
+        later = "\ndefaults: {interval: 9, limits: {disk_percent: 90}}\n"
+        inventory = healthchecker.load_inventory(write_inventory(tmp_path, "", later))
+        with local.store.writing() as session:
+            healthchecker.import_inventory(session, inventory, local.context.vault)
+        assert local.api("POST", "resources", {"name": "two", **body}).status == 201
+        two = local.api("GET", "resources/two").json
+        assert (two["interval"], two["limits"]["disk_percent"]["fail"]) == (9, 90)
+        reply = local.api("PATCH", "resources/one", {"rise": 3})
+        kept = {name: before[name] for name in ("interval", "limits", "timeout")}
+        assert {name: reply.json[name] for name in kept} == kept and reply.json["rise"] == 3
+        assert local.api("PATCH", "resources/one", {"rise": None, "interval": None}, **origin).json["interval"] == 9
+
+
+@pytest.mark.parametrize("host", ["same", "other"])
+def test_what_the_inventory_had_can_be_added_here(tmp_path: Path, host: str) -> None:
+    """The same host comes back with its history, another one of that name begins anew."""
+    with local_console(tmp_path, "  - {name: one, hostname: same, platform: simulated}\n") as local:
+        local.log_in_as(NAME, "token")
+        with local.store.writing() as session:
+            row = find_resource(session, "one")
+            row.host_key, poll = "a key", {"reason": "long ago", "poll": "h", "standing": "h", "counts": 1}
+            session.execute(healthchecker.SAMPLES.insert().values(resource_id=row.id, at=1.0, **poll))
+            inventory = healthchecker.load_inventory(write_inventory(tmp_path))
+            healthchecker.import_inventory(session, inventory, local.context.vault)
+        assert local.api("GET", "resources/one").status == 404
+        body = {"name": "one", "hostname": host, "platform": "simulated"}
+        assert local.api("POST", "resources", body).status == 201
+        assert local.api("POST", "resources", body).status == 409
+        shown = local.api("GET", "resources/one").json
+        assert (shown["origin"], shown["trusted_key"]) == ("api", "a key" if host == "same" else None)
+        with local.store.reading() as session:
+            past = healthchecker.samples(session, find_resource(session, "one").id, local.clock.now)
+        assert ("long ago" in [poll.reason for poll in past]) is (host == "same")
 
 
 def test_secret_of_another_row_is_none(client: Client, service: Service) -> None:

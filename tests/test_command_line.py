@@ -455,6 +455,46 @@ def test_seal_start_rotate_start(tmp_path: Path, closed_port: int, capsys: pytes
         assert main(["--inventory", str(path), "keys", "rotate"]) == 4, "the service runs"
 
 
+@pytest.mark.parametrize("sealed", [False, True])
+def test_a_lost_key(
+    sealed: bool, tmp_path: Path, closed_port: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The way back, with every secret of the inventory plain again: accounts and history stay."""
+    prepared_keys(tmp_path)
+    host = f"hostname: 127.0.0.1, username: u, port: {closed_port}"
+    path = write_inventory(tmp_path, f"  - {{name: a, {host}, password: 'p w'}}\n" + CALM)
+    plain = path.read_bytes()
+    stored(path)
+    with closing(healthchecker.Store(tmp_path / "healthchecker.db")) as store, store.writing() as session:
+        session.add(healthchecker.User.create("operator", "a good password"))
+        vault, row = Vault(tmp_path / "keys"), healthchecker.Resource(origin="api")
+        settings = {"name": "added", "hostname": "127.0.0.1", "username": "u", "password": "p", "port": closed_port}
+        healthchecker.update_row(row, healthchecker.ResourceSettings.model_validate(settings), vault)
+        session.add(row)
+        healthchecker.record_event(session, "change", "before", resource="a")
+    if sealed:
+        assert main(["--inventory", str(path), "seal"]) == 0
+    assert main(["--inventory", str(path), "keys", "replace"]) == 2, "no key is lost"
+    (tmp_path / "keys" / "private.pem").unlink()
+    assert main(["--inventory", str(path), "check"]) == 3
+    assert "write every password in the inventory again and run `keys replace`" in capsys.readouterr().err
+    if sealed:
+        assert main(["--inventory", str(path), "keys", "replace"]) == 3
+        assert "write every password in the inventory again" in capsys.readouterr().err
+        assert not (tmp_path / "keys" / "private.pem").exists()
+        path.write_bytes(plain)
+    assert main(["--inventory", str(path), "keys", "replace"]) == 0
+    assert re.fullmatch(r"added: write its password again, in the console\nsecrets are sealed with key [0-9a-f]{16} "
+                        r"now\n", capsys.readouterr().out)
+    assert stored_password(path, "a") == "p w" and main(["--inventory", str(path), "keys", "rotate"]) == 0
+    with closing(healthchecker.Store(tmp_path / "healthchecker.db")) as store, store.reading() as session:
+        assert healthchecker.find_user(session, "operator").verify("a good password")
+        texts = [event.text.partition(" sealed")[0] for event in healthchecker.events(session)]
+        assert texts[0] == "secrets are" and "in place of a lost one" in texts[1] and texts[-1] == "before"
+    with Service(path) as service:
+        service.wait_line("added: unknown -> unhealthy (")
+
+
 # --- trust ---------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("name", "code", "message"),

@@ -196,13 +196,13 @@ def test_transitions_are_events(notebook: Notebook) -> None:
     notebook.aggregator.set_resource("r0", False, "down")
     notebook.recorder.flush()
     with notebook.store.reading() as session:
-        found = [(event.kind, event.resource, event.text) for event in events(session)]
+        found = [(one.kind, one.resource, one.text) for kind in ("gate", "state") for one in events(session, kind=kind)]
         assert [event.at for event in events(session, kind="state")] == [START + 60] * 2
     assert found[:2] == [("gate", "", "open -> closed (r0: down) after 0 s"), ("gate", "", "closed -> open after 0 s")]
     assert found[2:] == [
+        ("gate", "", "closed (the service starts)"),
         ("state", "r0", "healthy -> unhealthy (unreachable: no route) after 60 s"),
         ("state", "r0", "unknown -> healthy"),
-        ("gate", "", "closed (the service starts)"),
     ]
 
 
@@ -221,6 +221,27 @@ def test_looking_through_events(notebook: Notebook) -> None:
             "43210", "86420", "975")  # fmt: skip
         page = events(session, limit=4)
         assert found(limit=4) == "9876" and found(before=page[-1].id, limit=4) == "5432"
+
+
+def test_events_stand_in_the_order_of_time(notebook: Notebook) -> None:
+    """The recorder writes a second late. When the clock was set, what is newer stands first whatever its time."""
+    with notebook.store.writing() as session:
+        for kind, text, at in (
+            ("change", "2", 20), ("state", "1", 10), ("state", "far", 9000), ("change", "far too", 8999),
+            ("clock", "back", 30), ("change", "4", 50), ("state", "3", 40),
+        ):  # fmt: skip
+            healthchecker.record_event(session, kind, text, at=START + at)
+            session.flush()
+    with notebook.store.reading() as session:
+        order = ["4", "3", "back", "far", "far too", "2", "1"]
+        assert [event.text for event in events(session)] == order
+        pages, page = list[str](), events(session, limit=1)
+        while page:
+            pages += [event.text for event in page]
+            page = events(session, limit=1, before=page[-1].id)
+        assert pages == order
+        assert [event.text for event in events(session, kind="state", limit=2)] == ["3", "far"]
+        assert events(session, kind="clock", before=events(session, limit=2)[-1].id)[0].text == "back"
 
 
 def test_an_event_is_one_line(notebook: Notebook) -> None:

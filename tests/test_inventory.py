@@ -176,6 +176,22 @@ FAULTS: dict[str, tuple[str, str]] = {
         f"resources:\n  - {{{HOST}, name: x}}\n  - {{hostname: b, username: u, password: p, name: ¦x}}\n",
         "resources[1].name: the resource at inventory.yaml:2:5 has this name",
     ),
+    "two that are unnamed": (
+        "resources:\n  - {platform: simulated}\n  - ¦{platform: simulated}\n",
+        "resources[1].hostname: the resource at inventory.yaml:2:5 has this name",
+    ),
+    "name in defaults": (
+        "defaults: {name: ¦x}\nresources:\n  - {platform: simulated}\n  - {platform: simulated}\n",
+        "defaults.name: the resource at inventory.yaml:3:5 has this name",
+    ),
+    "was a resource that there is": (
+        "resources:\n  - {platform: simulated, name: x}\n  - {platform: simulated, name: y, was: ¦x}\n",
+        "resources[1].was: a resource has this name, or had it, too",
+    ),
+    "was another one, too": (
+        "resources:\n  - {platform: simulated, name: x, was: z}\n  - {platform: simulated, name: y, was: ¦z}\n",
+        "resources[1].was: a resource has this name, or had it, too",
+    ),
     "same hostname": (
         f"resources:\n  - {{{HOST}}}\n  - {{hostname: ¦a, username: u, password: p}}\n",
         "resources[1].hostname: the resource at inventory.yaml:2:5",

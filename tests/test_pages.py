@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import quote
 
 import pytest
+import yaml
 from browser import DOCUMENTED, FIRST_USER, PASSWORD, PATIENCE, Scheme, change_password, chromium, enter, log_in, visit
 from conftest import wait_for
 from console import Local, few_rounds, local_console, make_user, prepared_database, served
@@ -328,9 +329,9 @@ def console(shared: Local) -> Iterator[Local]:
         yield shared.restore().log_in_as("SpiceWorks")
 
 
-def form_of(console: Local, name: str) -> dict[str, str]:
-    """What the form to change a resource shows."""
-    text = console.ask("GET", f"/-/resources/{name}/edit").body
+def form_of(console: Local, name: str = "") -> dict[str, str]:
+    """What the form to change a resource shows, or to add one."""
+    text = console.ask("GET", f"/-/resources/{name}/edit" if name else "/-/add").body
     inputs = re.findall(r'<input type="text" name="(\w+)" value="(.*?)"', text)
     settings = re.search(r"<textarea[^>]*>\n(.*?)</textarea>", text, re.DOTALL)
     assert settings
@@ -363,6 +364,22 @@ def test_a_form_that_is_saved_as_it_came_changes_nothing(console: Local) -> None
     settings = set(FULL) - {"password"}
     assert {name: after[name] for name in settings} == {name: before[name] for name in settings}
     assert after["has_secret"]
+
+
+@pytest.mark.parametrize("typed", ["as it came", "nothing", "limits: {cpu_percent: 70}"])
+def test_the_form_of_a_new_resource_shows_the_defaults(typed: str, tmp_path: Path) -> None:
+    """They count where nothing is typed, too; what has no meaning everywhere is not shown, for it would be a fault."""
+    defaults = "\ndefaults: {interval: 7, tls: false, critical: false, tags: [all], limits: {disk_percent: 90}}\n"
+    with local_console(tmp_path, "", defaults) as local:
+        local.open_session()
+        shown = form_of(local)
+        assert (shown["interval"], shown.get("critical")) == ("7", None)
+        assert yaml.safe_load(shown["settings"]) == {"tags": ["all"], "limits": {"disk_percent": {"fail": 90}}}
+        settings = {"as it came": shown["settings"], "nothing": ""}.get(typed, typed)
+        fields = shown | {"name": "one", "hostname": "192.0.2.1", "platform": "simulated", "settings": settings}
+        assert local.form("/-/add", fields).status == 303
+        row = local.api("GET", "resources/one").json
+        assert (row["limits"]["disk_percent"]["fail"], row["interval"], row["critical"]) == (90, 7, False)
 
 
 def test_what_is_taken_out_of_the_form_is_the_default_again(console: Local) -> None:

@@ -23,7 +23,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import sqlalchemy
@@ -49,9 +49,11 @@ def loaded_vault() -> Vault:
 
 
 def rows_of(database: Path) -> dict[str, dict[str, Any]]:
+    """What is watched, but for the lines where it is stated."""
     with closing(sqlite3.connect(database)) as connection:
         connection.row_factory = sqlite3.Row
-        return {row["name"]: dict(row) for row in connection.execute("SELECT * FROM resource")}
+        rows = [dict(row) for row in connection.execute("SELECT * FROM resource WHERE origin != 'removed'")]
+    return {row["name"]: {name: row[name] for name in row if name != "place"} for row in rows}
 
 
 class Bench:
@@ -105,7 +107,7 @@ def test_schema(bench: Bench) -> None:
         with pytest.raises(sqlite3.IntegrityError):
             connection.execute(
                 "INSERT INTO resource SELECT NULL, * FROM (SELECT name, hostname, platform, port, username,"
-                "password, key_passphrase, interval, settings, origin, host_key, maintenance,"
+                "password, key_passphrase, interval, settings, origin, place, host_key, maintenance,"
                 "maintenance_reason FROM resource LIMIT 1)"
             )
     assert {"hostname", "username", "password", "interval"} <= columns["resource"].keys()
@@ -225,7 +227,8 @@ def test_database_of_the_version_before(tmp_path: Path) -> None:
         for name, expected in EXPECTED["resources"].items():
             for what, value in expected.items():
                 assert rounded(found["resources"][name][what]) == rounded(value), f"{what} of {name}"
-        assert {**found, "resources": {}} == {**EXPECTED, "resources": {}}
+        in_time = sorted(EXPECTED["events"], key=lambda event: event[0], reverse=True)
+        assert {**found, "resources": {}} == {**EXPECTED, "resources": {}, "events": in_time}
     tokens = [token for row in rows_of(path).values() for token in (row["password"], row["key_passphrase"])]
     assert [token[:4] for token in tokens if token] == ["HC2."] * 3
     with closing(sqlite3.connect(path)) as connection:
@@ -241,6 +244,16 @@ def test_a_migrated_database_is_as_a_new_one(tmp_path: Path) -> None:
                     for table in healthchecker.Base.metadata.tables}  # fmt: skip
 
     assert described(database_of_schema_2(tmp_path)) == described(tmp_path / "new.db")
+
+
+def test_database_of_schema_3(bench: Bench) -> None:
+    """It lacks two columns, and nothing else changes."""
+    bench.load(FIRST)
+    before = bench.rows()
+    executed(bench.database, "ALTER TABLE setting DROP COLUMN text", "ALTER TABLE resource DROP COLUMN place",
+             "PRAGMA user_version = 3")  # fmt: skip
+    Store(bench.database).close()
+    assert bench.rows() == before and bench.load(FIRST)[:3] == ([], [], [])
 
 
 def test_damaged_rows_of_history_do_not_stop_the_migration(tmp_path: Path) -> None:
@@ -458,13 +471,141 @@ def test_trusted_host_key_is_kept_until_the_address_changes(bench: Bench) -> Non
         bench.execute("UPDATE resource SET host_key = 'ssh-ed25519 SHA256:x'")
 
 
-def test_status_goes_with_its_resource(bench: Bench) -> None:
+# --- what is removed, and what has another name ---------------------------------------------------------------
+POLLED = 1_800_000_000  # when each resource was polled once
+DAY = 86_400
+
+
+def polled(bench: Bench) -> None:
+    """Each row has a status of its settings, history, an event and a trusted key."""
+    with closing(Store(bench.database)) as store, store.writing() as session:
+        for row in session.scalars(sqlalchemy.select(Resource)):
+            row.host_key = f"ssh-ed25519 SHA256:{row.name}"
+            session.add(healthchecker.Status(
+                resource_id=row.id, settings_digest=row.settings_digest, credential_digest=row.credential_digest,
+                state="healthy", cause="", reason="", since_at=POLLED, polled_at=POLLED, good=1, bad=0, seconds=0,
+                sample="null"))  # fmt: skip
+            session.execute(healthchecker.SAMPLES.insert().values(
+                resource_id=row.id, at=POLLED, reason=row.name, poll="h", standing="h", counts=60))  # fmt: skip
+            healthchecker.record_event(session, "state", f"of {row.name}", resource=row.name, at=POLLED)
+
+
+class Past(NamedTuple):
+    """What is known of a resource."""
+
+    id: int
+    host_key: str | None
+    history: list[str]
+    events: list[str]
+    is_current: bool  # the stored state is one of these settings
+
+
+def past(bench: Bench) -> dict[str, Past]:
+    """Of what is watched, by name."""
+    with closing(Store(bench.database)) as store, store.reading() as session:
+        return {row.name: Past(
+            row.id, row.host_key, [poll.reason for poll in healthchecker.samples(session, row.id, math.inf)],
+            [event.text for event in healthchecker.events(session, resource=row.name)],
+            healthchecker.status_of(row, status).state == "healthy")
+            for row, status in session.execute(healthchecker.RESOURCES)}  # fmt: skip
+
+
+def test_what_was_removed_comes_back_with_its_past(bench: Bench) -> None:
+    """With the same name and host; meanwhile nothing shows it, and its secret has gone."""
     bench.load(FIRST)
-    others = len(healthchecker.Status.__table__.columns) - 1
-    bench.execute(f"INSERT INTO status SELECT id{', 0' * others} FROM resource")
-    bench.load(B)
+    polled(bench)
+    bench.execute("UPDATE resource SET maintenance = 9e9")
+    before = past(bench)
+    assert bench.load(B + C).removed == ["a.example.com"]
+    assert past(bench).keys() == {"b.example.com", "c"}
+    with closing(Store(bench.database)) as store, store.reading() as session:
+        assert healthchecker.load_targets(session, bench.vault).keys() == {"b.example.com", "c"}
+        assert session.scalar(sqlalchemy.select(sqlalchemy.func.count()).select_from(Resource)) == 2
+        assert "a.example.com" not in [name for name, *_ in session.execute(healthchecker.METRIC_ROWS)]
+    assert bench.load(B + C) == ([], [], [], ["b.example.com", "c"])
     with closing(sqlite3.connect(bench.database)) as connection:
-        assert connection.execute("SELECT count(*) FROM status").fetchone() == (1,)
+        [row] = connection.execute("SELECT password, place FROM resource WHERE name = 'a.example.com'")
+        assert row == (None, "")
+    with pytest.raises(InventoryError, match=r"^inventory\.yaml:6:5: .*password.* is missing"):
+        bench.load(A.replace(", password: pa", "") + B + C)
+    assert bench.load(FIRST) == (["a.example.com"], [], [], ["b.example.com", "c"])
+    assert past(bench)["a.example.com"] == before["a.example.com"]._replace(is_current=False)
+    assert bench.password("a.example.com") == "pa" and bench.rows()["a.example.com"]["maintenance"] == 0
+
+
+def test_another_host_of_the_same_name_begins_anew(bench: Bench) -> None:
+    bench.load(FIRST)
+    polled(bench)
+    bench.load(B + C)
+    bench.load("  - {hostname: other.example.com, name: a.example.com, username: u, password: p}\n" + B + C)
+    found = past(bench)["a.example.com"]
+    assert (found.host_key, found.history, found.is_current) == (None, [], False)
+
+
+def test_what_was_removed_goes_with_its_history(bench: Bench) -> None:
+    """When retention has taken its last poll and its last average; what is watched stays."""
+    bench.load(FIRST)
+    polled(bench)
+    ids = {one.id: name for name, one in past(bench).items()}
+    bench.load(B + C)
+    with closing(Store(bench.database)) as store, store.writing() as session:
+        everything = sqlalchemy.select(Resource.name).execution_options(removed=True)
+        for days in (1, 3, 80, 91):
+            now = POLLED + days * DAY
+            for number in ids:
+                healthchecker.roll_up(session, number, POLLED + 900 * (days > 1))
+                healthchecker.prune(session, number, healthchecker.Retention(), now)
+            left = session.scalars(everything).all()
+            assert ("a.example.com" in left) is (days < 90), days
+    assert left == ["b.example.com", "c"] and len(past(bench)) == 2
+
+
+def renamed(line: str, name: str, was: str) -> str:
+    return line.replace("- {", f"- {{name: {name}, was: {was}, ")
+
+
+@pytest.mark.parametrize("source", ["password: pa", "sealed", "left out"])
+@pytest.mark.parametrize("removed_before", [False, True])
+def test_renamed(source: str, removed_before: bool, bench: Bench) -> None:
+    """History, trust, events and password follow, and the stored state counts on: the gate sees nothing of it."""
+    bench.load(FIRST)
+    polled(bench)
+    before = past(bench)["a.example.com"]
+    if removed_before:
+        bench.load(B + C)
+        if source == "left out":
+            pytest.skip("the password has gone with it")
+    token = bench.vault.seal("pa", "password", "a.example.com", "a.example.com", "u", "22")
+    stated = {"sealed": f", password: {token}", "left out": ""}.get(source, ", password: pa")
+    text = renamed(A, "new", "a.example.com").replace(", password: pa", stated) + B + C
+    changes = bench.load(text)
+    assert (changes.added, changes.changed)[not removed_before] == ["new"] and changes.removed == []
+    found = past(bench)
+    assert found.keys() == {"new", "b.example.com", "c"} and bench.password("new") == "pa"
+    assert found["new"] == before._replace(is_current=not removed_before)
+    assert bench.load(text)[:3] == ([], [], []), "it can stay in the file"
+    assert bench.load(text.replace(", was: a.example.com", "").replace(token, "pa"))[:3] == ([], [], [])
+
+
+def test_renamed_to_what_was_removed(bench: Bench) -> None:
+    """The past of the one that is watched stays; and a name that nobody had changes nothing."""
+    bench.load(FIRST)
+    polled(bench)
+    before = past(bench)["b.example.com"]
+    bench.load(B + C)
+    bench.load(renamed(B, "a.example.com", "b.example.com") + C)
+    assert past(bench)["a.example.com"] == before._replace(events=[*before.events, "of a.example.com"])
+    assert bench.load(renamed(B, "a.example.com", "nobody") + C)[:3] == ([], [], [])
+
+
+def test_renamed_without_its_key(bench: Bench) -> None:
+    """What is sealed for another host does not open by a rename."""
+    bench.load(FIRST)
+    token = bench.vault.seal("pb", "password", "b.example.com", "b.example.com", "u", "22")
+    before = dump(bench.database)
+    with pytest.raises(SecretError, match=r"^inventory\.yaml:6:5: new: .*belongs to another name"):
+        bench.load(renamed(A, "new", "b.example.com").replace(": pa", f": {token}") + C)
+    assert dump(bench.database) == before
 
 
 def test_revision_rises_with_a_change_only(bench: Bench) -> None:

@@ -1,0 +1,194 @@
+"""Reload: a running service takes an edited inventory over, and what it does is told in its events."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from console import Client, prepared_database, prepared_keys
+from service import Service, run, write_inventory
+from sshd import wait_for
+
+import healthchecker
+from healthchecker import Store, events, main
+
+CALM = "platform: simulated, mean_healthy: 100000, interval: 1"
+HOSTS = [f"  - {{name: h{number}, {CALM}}}\n" for number in range(9)]
+STORMY = "  - {name: stormy, platform: simulated, mean_healthy: 0.000001, mean_unhealthy: 1000000, interval: 1}\n"
+HANGUP = pytest.param(
+    "SIGHUP", marks=pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGHUP")
+)
+WAYS = ["reload", HANGUP]
+
+
+def told(folder: Path, *kinds: str) -> list[tuple[str, str]]:
+    """What the events of these kinds say, oldest first, and who did it."""
+    with contextlib.closing(Store(folder / "healthchecker.db")) as store, store.reading() as session:
+        found = [event for event in events(session, limit=1000) if event.kind in kinds]
+    return [(event.text, event.actor) for event in reversed(found)]
+
+
+def reload(service: Service, way: str, line: str, code: int = 0) -> None:
+    """Has the inventory taken over, and waits for what is said of it: `line`."""
+    if way == "SIGHUP":
+        os.kill(service.pid, signal.Signals["SIGHUP"])
+        service.wait_line(line)
+        return
+    done = run(service.inventory, "reload")
+    assert done.returncode == code and line in (done.stderr if code else done.stdout), done
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_running_service_takes_the_inventory_over(way: str, tmp_path: Path) -> None:
+    """The pollers follow, the console too, and a setting of the service itself is named and waits."""
+    prepared_database(tmp_path)
+    path = write_inventory(tmp_path, "".join(HOSTS[:4]))
+    with Service(path) as service:
+        service.wait_status("/-/readyz", 200)
+        client = Client(*service.console).log_in()
+        assert [one["name"] for one in client.api("GET", "resources").json] == ["h0", "h1", "h2", "h3"]
+        defaults = "  drain: 5\ndefaults: {rise: 3, limits: {disk_percent: 91}}\n"
+        write_inventory(tmp_path, "".join(HOSTS[1:4]) + STORMY, defaults)
+        reload(service, way, "inventory: 1 added, 3 changed, 1 removed, 0 kept")
+        service.wait_status("/-/readyz", 503)
+        shown = {one["name"]: one for one in client.api("GET", "resources").json}
+        assert shown.keys() == {"h1", "h2", "h3", "stormy"} and shown["h1"]["rise"] == 3
+        assert re.fullmatch(r"inventory\.yaml:\d+:5", shown["stormy"]["place"])
+        body = {"name": "added", "hostname": "192.0.2.1", "platform": "simulated", "mean_healthy": 100000}
+        added = client.api("POST", "resources", body)
+        assert added.json["limits"]["disk_percent"]["fail"] == 91 and added.json["rise"] == 3
+        reload(service, way, "service.drain changed: that needs a restart")
+        write_inventory(tmp_path, "".join(HOSTS[1:4]))
+        reload(service, way, "inventory: 0 added, 3 changed, 1 removed, 0 kept")
+        service.wait_status("/-/readyz", 200)
+    who = "" if way == "SIGHUP" else "command line"
+    assert [one for one in told(tmp_path, "change") if one[0].startswith("inventory: ")][1:] == [
+        ("inventory: 1 added, 3 changed, 1 removed, 0 kept; added: stormy; changed: h1, h2, h3; removed: h0", who),
+        ("inventory: 0 added, 3 changed, 1 removed, 0 kept; changed: h1, h2, h3; removed: stormy", who),
+    ]
+
+
+def garbled(path: Path) -> None:
+    path.write_text(path.read_text(encoding="utf-8") + "  - {name: x, platform: simulatd}\n", encoding="utf-8")
+
+
+def gone(path: Path) -> None:
+    path.unlink()
+
+
+def cut(path: Path) -> None:
+    write_inventory(path.parent, HOSTS[0])
+
+
+def unsealed(path: Path) -> None:
+    write_inventory(path.parent, "".join(HOSTS) + "  - {hostname: 192.0.2.1, username: u, password: HC2.damaged}\n")
+
+
+def moved(path: Path) -> None:
+    write_inventory(path.parent, "".join(HOSTS[1:]), "  keys: elsewhere\n")
+
+
+FAULTS: dict[str, tuple[Callable[[Path], object], int, str]] = {
+    "a fault": (garbled, 2, "resources[9].platform: must be one of"),
+    "no file": (gone, 2, "inventory.yaml: cannot be read"),
+    "too little left": (cut, 2, "8 resources are not in it any more"),
+    "a damaged secret": (unsealed, 3, "a sealed secret is damaged"),
+    "other keys": (moved, 2, "service.keys changed: restart the service"),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_faulty_inventory_changes_nothing(way: str, tmp_path: Path) -> None:
+    """Each fault is said, with its exit code, and the service goes on as before."""
+    prepared_keys(tmp_path)
+    with Service(write_inventory(tmp_path, "".join(HOSTS))) as service:
+        service.wait_status("/-/readyz", 200)
+        before = told(tmp_path, "change")
+        for spoil, code, message in FAULTS.values():
+            write_inventory(tmp_path, "".join(HOSTS))
+            spoil(service.inventory)
+            reload(service, way, message, code)
+        write_inventory(tmp_path, "".join(HOSTS))
+        reload(service, way, "0 added, 0 changed, 0 removed, 9 kept")
+        assert service.get("/-/readyz").status == 200
+        if way == "SIGHUP":
+            assert all("not taken over: " in service.wait_line(message) for _, _, message in FAULTS.values())
+    assert told(tmp_path, "change") == before
+    assert not (tmp_path / "elsewhere").exists()
+
+
+def test_removals_are_accepted_where_they_are_meant(tmp_path: Path) -> None:
+    with Service(write_inventory(tmp_path, "".join(HOSTS))) as service:
+        write_inventory(tmp_path, HOSTS[0])
+        done = run(service.inventory, "--accept-removals", "reload")
+        assert done.returncode == 0 and "8 removed, 1 kept" in done.stdout
+
+
+def test_reload_before_the_first_start(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_inventory(tmp_path, HOSTS[0])
+    assert main(["--inventory", str(path), "reload"]) == 2
+    assert "start the service first" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["inventory.yaml"]
+
+
+def test_reload_of_a_service_that_does_not_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its next start finds it done."""
+    path = write_inventory(tmp_path, HOSTS[0])
+    with Service(path):
+        pass
+    write_inventory(tmp_path, "".join(HOSTS[:2]))
+    assert main(["--inventory", str(path), "reload"]) == 0
+    assert capsys.readouterr().out == "inventory: 1 added, 0 changed, 0 removed, 1 kept; added: h1\n"
+    with Service(path) as service:
+        service.wait_line("inventory: 0 added, 0 changed, 0 removed, 2 kept")
+
+
+def test_start_and_stop_are_events(tmp_path: Path) -> None:
+    """With the version; all in the order of time, and nothing of a start that failed."""
+    path = write_inventory(tmp_path, HOSTS[0])
+    with Service(path) as service:
+        service.wait_status("/-/readyz", 200)
+    kinds = "service", "change", "gate"
+    lines = [text.partition(" after")[0] for text, _ in told(tmp_path, *kinds)]
+    assert lines == [
+        f"started, version {healthchecker.__version__}",
+        "inventory: 1 added, 0 changed, 0 removed, 0 kept; added: h0",
+        "closed (the service starts)",
+        "closed -> open",
+        "stopped",
+    ]
+    for resources, service_settings in (
+        ("  - {hostname: 192.0.2.1, username: u, password: HC2.damaged}\n", ""),
+        (HOSTS[0], "  app: missing:app\n"),
+        ("  - {hostname: 192.0.2.1, username: u}\n", ""),
+    ):
+        write_inventory(tmp_path, resources, service_settings)
+        assert run(path).returncode in (2, 3)
+    assert [text.partition(" after")[0] for text, _ in told(tmp_path, *kinds)] == lines
+    with contextlib.closing(Store(tmp_path / "healthchecker.db")) as store, store.reading() as session:
+        times = [event.at for event in events(session)]
+    assert times == sorted(times, reverse=True)
+
+
+def test_a_renamed_resource_goes_on(tmp_path: Path) -> None:
+    """In a running service: the gate does not close, and its page shows what was before."""
+    prepared_database(tmp_path)
+    with Service(write_inventory(tmp_path, f"  - {{name: old, {CALM}}}\n")) as service:
+        service.wait_status("/-/readyz", 200)
+        client = Client(*service.console).log_in()
+        wait_for(lambda: client.api("GET", "resources/old/samples").json)
+        write_inventory(tmp_path, f"  - {{name: new, was: old, {CALM}}}\n")
+        reload(service, "reload", "0 added, 1 changed, 0 removed, 0 kept; changed: new")
+        assert client.api("GET", "resources/old").status == 404
+        assert len(client.api("GET", "resources/new/samples").json) >= 1
+        wait_for(lambda: client.api("GET", "resources/new").json["state"] == "healthy")
+        assert service.get("/-/readyz").status == 200
+        assert client.api("GET", "events?resource=new&kind=state").json[-1]["text"] == "unknown -> healthy"
+    gate = [text.partition(" after")[0] for text, _ in told(tmp_path, "gate")]
+    assert gate == ["closed (the service starts)", "closed -> open"]
