@@ -113,7 +113,7 @@ from dataclasses import field as dataclass_field
 from enum import Enum
 from multiprocessing import resource_tracker
 from pathlib import Path
-from types import GenericAlias
+from types import GenericAlias, MappingProxyType
 from typing import IO, TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, TypeVar, cast, get_args
 from typing import get_type_hints as type_hints
 from urllib.parse import quote, unquote, unquote_to_bytes, urlencode
@@ -1239,11 +1239,11 @@ class Vault:
         return self.seal(self.open(token, *row), *row)
 
     def require(self, tokens: Iterable[str]) -> None:
-        """Raises SecretError when a token names a private key that is not here; a damaged one names none."""
-        for found in map(SEALED.fullmatch, tokens):
-            if found and found[1] not in self._keys:
-                raise SecretError(f"secrets are sealed with key {found[1]}, but {self.folder} holds "
-                                  f"{', '.join(self._keys) or 'no private key'}; put private.pem back")
+        """Raises SecretError when tokens name private keys, none of which is here; a damaged one names none."""
+        named = {found[1] for token in tokens if (found := SEALED.fullmatch(token))}
+        if named and not named & self._keys.keys():
+            raise SecretError(f"secrets are sealed with key {', '.join(sorted(named))}, but {self.folder} holds "
+                              f"{', '.join(self._keys) or 'no private key'}; put private.pem back")
 
 
 def hash_password(password: str, salt: bytes, rounds: int = PBKDF2_ROUNDS) -> bytes:
@@ -1261,14 +1261,44 @@ def hash_password(password: str, salt: bytes, rounds: int = PBKDF2_ROUNDS) -> by
 # User
 SALT_BYTES = 16                 # bytes, NIST SP 800-132
 BUSY_TIMEOUT = 5.0              # seconds a writer waits for another one
+YEAR_3000 = 32_503_680_000      # Unix time, the last one that Windows can show
+
+
+class StoredText(sqlalchemy.TypeDecorator[str]):
+    """Reads what is no text, which SQLite lets anybody write into the column, as one."""
+
+    impl, cache_ok = sqlalchemy.String, True
+
+    def process_result_value(self, value: Any, _dialect: object) -> Any:
+        return value.decode("utf-8", "replace") if isinstance(value, bytes) else value
+
+
+class StoredNumber(sqlalchemy.TypeDecorator[float]):
+    """Reads what is no number, or no time in any calendar, as 0: no setting can be that."""
+
+    impl, cache_ok = sqlalchemy.Double, True
+
+    def process_result_value(self, value: Any, _dialect: object) -> Any:
+        return value if isinstance(value, (int, float)) and abs(value) < YEAR_3000 else 0.0
+
+
+class StoredInteger(sqlalchemy.TypeDecorator[int]):
+    """The same of a whole number."""
+
+    impl, cache_ok = sqlalchemy.Integer, True
+
+    def process_result_value(self, value: Any, _dialect: object) -> Any:
+        return value if isinstance(value, int) or value is None else 0
 
 
 class Base(DeclarativeBase):
     """Typed declarative base of all tables."""
 
 
+Base.registry.update_type_annotation_map({str: StoredText, float: StoredNumber, int: StoredInteger})
+
 db = SQLAlchemy(model_class=Base, session_options={"expire_on_commit": False})
-SCHEMA = 3                      # PRAGMA user_version of a database that this program writes
+SCHEMA = 4                      # PRAGMA user_version of a database that this program writes
 APPLICATION = 0x48434B31        # PRAGMA application_id: "HCK1"
 
 
@@ -1304,6 +1334,7 @@ class Resource(Base):
     """A machine that is watched. Secrets are sealed tokens; `settings` is JSON of everything without its own column."""
 
     __tablename__ = "resource"
+    __table_args__ = ({"sqlite_autoincrement": True},)      # or what is queued for one that was removed met another
     id: Mapped[int] = mapped_column(primary_key=True)
     name: Mapped[str] = mapped_column(unique=True)
     hostname: Mapped[str]
@@ -1326,7 +1357,7 @@ class Resource(Base):
         """The settings as the inventory states them, without secrets; raises StorageError."""
         try:
             columns = {name: getattr(self, name) for name in self.COLUMNS}
-            return ResourceSettings.model_validate(json.loads(self.settings) | columns)
+            return ResourceSettings.model_validate(from_json(self.settings) | columns)
         except (ValueError, TypeError) as error:
             raise StorageError(f"the row of resource {self.name} cannot be read; restore the database") from error
 
@@ -1443,7 +1474,8 @@ MIGRATIONS = (("ALTER TABLE user ADD COLUMN role VARCHAR NOT NULL DEFAULT 'admin
                "ALTER TABLE status RENAME COLUMN polled TO polled_at",
                "ALTER TABLE status DROP COLUMN packed",
                "ALTER TABLE sample RENAME TO packed_sample",
-               "ALTER TABLE average RENAME TO packed_average"))
+               "ALTER TABLE average RENAME TO packed_average"),
+              ())
 # Schema 2 packed the numbers of a row, 65535 for a reading that is missing: what is selected, with them last.
 PACKED = {"sample": ("resource_id, at, reason, CAST(substr(packed, 1, 1) AS TEXT), CAST(substr(packed, 2, 1) AS TEXT), "
                      "substr(packed, 3)", struct.Struct("<I6H")),
@@ -1460,8 +1492,18 @@ def unpack_history(connection: sqlite3.Connection) -> None:
         connection.execute(f"DROP TABLE packed_{table}")
 
 
+def number_anew(connection: sqlalchemy.Connection) -> None:
+    """Makes the table of resources once more, as it is today: AUTOINCREMENT cannot be added to one."""
+    old = Base.metadata.tables["resource"]
+    new, columns = old.to_metadata(sqlalchemy.MetaData(), name="new_resource"), ", ".join(old.columns.keys())
+    new.create(connection)
+    for statement in (f"INSERT INTO new_resource ({columns}) SELECT {columns} FROM resource",   # noqa: S608
+                      "DROP TABLE resource", "ALTER TABLE new_resource RENAME TO resource"):
+        connection.execute(sqlalchemy.text(statement))
+
+
 def migrate(session: Session) -> None:
-    """Brings the tables to SCHEMA, within the caller's transaction."""
+    """Brings the tables to SCHEMA, within the caller's transaction, which checks no foreign keys."""
     begin = time.monotonic()
     version = session.scalar(sqlalchemy.text("PRAGMA user_version")) or SCHEMA
     for statements in MIGRATIONS[version - 1:]:
@@ -1469,15 +1511,17 @@ def migrate(session: Session) -> None:
             session.execute(sqlalchemy.text(statement))
     connection = session.connection()
     Base.metadata.create_all(connection)
-    if version < SCHEMA:
+    if version < 3:
         unpack_history(cast(sqlite3.Connection, connection.connection.driver_connection))
+    if version < SCHEMA:
+        number_anew(connection)
         log.info("database: migrated from schema %d to %d in %.1f s", version, SCHEMA, time.monotonic() - begin)
     session.execute(sqlalchemy.text(f"PRAGMA user_version = {SCHEMA}"))
     session.execute(sqlalchemy.text(f"PRAGMA application_id = {APPLICATION}"))
 
 
-def read_schema(path: Path, mode: str = "ro") -> tuple[set[tuple[str, str]], int, int, bool]:
-    """Its tables' columns, whose it is (application_id), its version, and whether it is sound."""
+def read_schema(path: Path, *, whole: bool, mode: str = "ro") -> tuple[set[tuple[str, str]], int, int, bool]:
+    """Its tables' columns, whose it is (application_id), its version, and whether it is sound; `whole`: all of it."""
     with open(path, "rb") as file:
         if file.read(16) not in (b"", b"SQLite format 3\0"):    # SQLite takes a short text for an empty database
             raise sqlite3.DatabaseError("it is no SQLite database")
@@ -1486,18 +1530,19 @@ def read_schema(path: Path, mode: str = "ro") -> tuple[set[tuple[str, str]], int
             columns = set(connection.execute("SELECT tables.name, columns.name FROM sqlite_master AS tables, "
                                              "pragma_table_info(tables.name) AS columns WHERE tables.type = 'table'"))
             [ours] = connection.execute("SELECT * FROM pragma_application_id, pragma_user_version")
-            return columns, *ours, connection.execute("PRAGMA quick_check(1)").fetchone() == ("ok",)
+            return columns, *ours, not whole or connection.execute("PRAGMA quick_check(1)").fetchone() == ("ok",)
     except sqlite3.OperationalError:
         if mode == "rw":
             raise
-        return read_schema(path, "rw")      # which rolls back what a crash cut short
+        return read_schema(path, mode="rw", whole=whole)    # which rolls back what a crash cut short
 
 
-def inspect_database(path: Path) -> int:
-    """The schema of the database at `path`, 0 while there is none. Raises StorageError for what is not ours and sound.
-    Nothing changes, but that what a crash cut short is rolled back."""
+def inspect_database(path: Path, *, whole: bool = True) -> int:
+    """The schema of the database at `path`, 0 while there is none. Raises StorageError for what is not ours and sound;
+    not `whole`: that was looked at already, which takes a second for 200 MB. Nothing changes, but that what a crash
+    cut short is rolled back."""
     try:
-        found, application, version, sound = read_schema(path)
+        found, application, version, sound = read_schema(path, whole=whole)
     except FileNotFoundError:
         if path.parent.is_file():       # to Windows it is the same
             raise StorageError(f"database {path}: its folder is a file; set service.database") from None
@@ -1537,6 +1582,7 @@ def lock_database(path: Path) -> sqlite3.Connection:
 
 def prepare_connection(connection: Any, _record: object) -> None:
     connection.isolation_level = None       # SQLAlchemy's BEGIN is ours, see begin_transaction
+    connection.text_factory = lambda text: text.decode("utf-8", "replace")
     for pragma in ("journal_mode = WAL", "synchronous = NORMAL", "foreign_keys = ON"):
         connection.execute(f"PRAGMA {pragma}")
     for name, count, function in (("floor", 1, math.floor), ("least", 2, min), ("greatest", 2, max)):
@@ -1544,8 +1590,10 @@ def prepare_connection(connection: Any, _record: object) -> None:
 
 
 def begin_transaction(connection: sqlalchemy.Connection) -> None:
-    immediate = connection.get_execution_options().get("immediate")
-    connection.exec_driver_sql("BEGIN IMMEDIATE" if immediate else "BEGIN")
+    options = connection.get_execution_options()
+    if options.get("migrates"):     # it cannot be said later; a table that is made anew would take its children along
+        connection.exec_driver_sql("PRAGMA foreign_keys = OFF")
+    connection.exec_driver_sql("BEGIN IMMEDIATE" if options.get("immediate") else "BEGIN")
 
 
 class Store:
@@ -1554,7 +1602,7 @@ class Store:
     def __init__(self, path: Path, *, locked: bool = False) -> None:
         """Opens the database at `path`, creating it when absent and migrating an older one; `locked`: this process has
         called lock_database. Raises StorageError."""
-        self.path, version = path, inspect_database(path)
+        self.path, version = path, inspect_database(path, whole=False)
         self.app = flask.Flask("healthchecker")
         self.app.config["SQLALCHEMY_DATABASE_URI"] = sqlalchemy.URL.create("sqlite", database=str(path.absolute()))
         self.app.config["SQLALCHEMY_ENGINE_OPTIONS"] = {
@@ -1569,8 +1617,9 @@ class Store:
         lock = contextlib.nullcontext() if locked or not version else contextlib.closing(lock_database(path))
         try:
             os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
-            with lock, self.writing() as session:
+            with lock, self.writing(migrates=True) as session:
                 migrate(session)
+            self.close()        # from the next connection on foreign keys are checked
         except (OSError, sqlite3.Error, sqlalchemy.exc.SQLAlchemyError) as error:
             self.close()
             reason = one_line(str(getattr(error, "orig", error)))
@@ -1583,13 +1632,20 @@ class Store:
             yield cast(Session, db.session())
 
     @contextlib.contextmanager
-    def writing(self) -> Iterator[Session]:
+    def writing(self, *, migrates: bool = False) -> Iterator[Session]:
         """A session in BEGIN IMMEDIATE (a deferred one that reads first fails when another writes); all or nothing."""
         with self.app.app_context():
             session = cast(Session, db.session())
-            session.connection(execution_options={"immediate": True})
+            session.connection(execution_options={"immediate": True, "migrates": migrates})
             yield session
             session.commit()
+
+    def checkpoint(self) -> None:
+        """Brings to the disk what was committed, the last of which a loss of power might take. Raises StorageError."""
+        with self.app.app_context(), db.engine.connect() as connection:
+            connection.exec_driver_sql("COMMIT")
+            if connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)").scalar():
+                raise StorageError(f"database {self.path} is being read by another program; try again")
 
     def close(self) -> None:
         with self.app.app_context():
@@ -1644,7 +1700,10 @@ def reseal(session: Session, rows: Iterable[Resource], vault: Vault) -> None:
         status, before = session.get(Status, row.id), (row.settings_digest, row.credential_digest)
         for kind in SECRETS:
             if token := getattr(row, kind):
-                setattr(row, kind, vault.reseal(token, *binding(kind, row)))
+                try:
+                    setattr(row, kind, vault.reseal(token, *binding(kind, row)))
+                except SecretError as error:
+                    raise SecretError(f"{row.name}: {error}, or remove it") from error
         if status and (status.settings_digest, status.credential_digest) == before:
             status.settings_digest, status.credential_digest = row.settings_digest, row.credential_digest
 
@@ -1757,8 +1816,11 @@ class Target:
             for hop, (user, host, port) in places.items()]
 
 
-def target_of(row: Resource, vault: Vault) -> Target:
-    """A row with its secrets opened; one that is damaged has a fault, and settings that say no more than they can."""
+def target_of(row: Resource, vault: Vault, known: Target | None = None) -> Target:
+    """A row with its secrets opened, if it is not as `known`: that takes 2 ms each. One that is damaged has a fault,
+    and settings that say no more than they can."""
+    if known and (known.id, known.settings_digest) == (row.id, row.settings_digest):
+        return replace(known, host_key=row.host_key)
     settings = ResourceSettings.model_construct(name=row.name, hostname=row.hostname, platform=Platform.LOCAL)
     fault: tuple[Cause, str] | None = None
     try:
@@ -1773,10 +1835,11 @@ def target_of(row: Resource, vault: Vault) -> Target:
     return Target(row.id, settings, row.host_key, row.settings_digest, row.credential_digest, fault)
 
 
-def load_targets(session: Session, vault: Vault) -> dict[str, Target]:
-    """All resources by name."""
+def load_targets(session: Session, vault: Vault, known: Mapping[str, Target] = MappingProxyType({})
+                 ) -> dict[str, Target]:
+    """All resources by name; those that are as in `known` are taken from there."""
     rows = session.scalars(sqlalchemy.select(Resource).order_by(Resource.id))
-    return {row.name: target_of(row, vault) for row in rows}
+    return {row.name: target_of(row, vault, known.get(row.name)) for row in rows}
 
 
 # === Connections =============================================================
@@ -4815,6 +4878,7 @@ LOGGED_IN_MARKS = tuple(POLL_MARKS[meaning] for meaning in (
     ("healthy", ""), ("degraded", "limit"), ("degraded", "check"), ("unhealthy", "limit"), ("unhealthy", "check")))
 REFUSED_MARK = POLL_MARKS["unhealthy", "auth"]
 LAST_FLUSH = 1.5                # seconds for the last reports to be written when the service ends
+FOLLOW_INTERVAL = 50.0          # seconds after which the rows are looked at in any case: they may be changed by hand
 CLOCK_DRIFT = 0.5               # seconds by which a clock may differ from what is written down of it
 CLOCK_STEP = 60.0               # seconds by which a clock that was set differs from one that is only adjusted
 
@@ -5098,12 +5162,13 @@ class Monitor(threading.Thread):
         super().__init__(name="monitor", daemon=True)
         self._store, self._vault, self._context, self._wall = store, vault, context, wall
         self.pollers: dict[str, Poller] = {}
+        self.targets: dict[str, Target] = {}    # as the rows were when they were followed
         self.guards = context.access.guards
         self._zero_at = wall() - lease_clock()  # the Unix time of lease_clock's 0, by which stored times are read
         self.clock_step = 0.0, ""   # when the clock was set the last time, and how
         # Until when resources do not count, as stored and by lease_clock: a clock that is set ends nothing.
         self._maintenance: dict[str, tuple[float, float]] = {}
-        self._revision = -1
+        self._revision, self._looked_mono = -1, -math.inf   # of the rows that were followed, and when
         self._followed = threading.Condition()      # guards _revision; notified when the rows were followed
         self._ending = threading.Event()
 
@@ -5170,7 +5235,7 @@ class Monitor(threading.Thread):
         self._context.aggregator.note_expiry()
         with self._store.reading() as session:
             current = revision(session)
-        if current != self._revision:
+        if current != self._revision or lease_clock() - self._looked_mono > FOLLOW_INTERVAL:
             self._reconcile()
         if any(at > 0 and self._is_over(name) for name, (at, _) in self._maintenance.items()):
             self._end_maintenance()
@@ -5222,8 +5287,10 @@ class Monitor(threading.Thread):
     def _reconcile(self) -> None:
         """Makes the pollers follow the rows."""
         with self._store.reading() as session:
-            current, targets = revision(session), load_targets(session, self._vault)
-            stored = {row.resource_id: row for row in session.scalars(sqlalchemy.select(Status))}
+            current, targets = revision(session), load_targets(session, self._vault, self.targets)
+            is_known = current == self._revision and targets == self.targets
+            stored = {} if is_known else {
+                row.resource_id: row for row in session.scalars(sqlalchemy.select(Status))}
             ends = session.execute(sqlalchemy.select(Resource.name, Resource.maintenance))
             known = self._maintenance
             self._maintenance = {
@@ -5242,9 +5309,9 @@ class Monitor(threading.Thread):
                 delay += 1 / FIRST_POLLS
         self._recount()
         with self._followed:
-            self._revision = current
+            self._revision, self._looked_mono, self.targets = current, lease_clock(), targets
             self._followed.notify_all()
-        if not any(target.settings.critical for target in targets.values()):
+        if not is_known and not any(target.settings.critical for target in targets.values()):
             log.warning("no critical resource is watched: the gate is open whatever happens")
 
     def _launch(self, target: Target, delay: float, before: Poller | None, stored: Status | None = None) -> None:
@@ -5270,7 +5337,7 @@ class Monitor(threading.Thread):
             self._restore_logins(target, stored, age)
             if stored.cause == "auth":
                 left = target.settings.ttl
-        if left > 0:
+        if left > 0 and (stored.state, stored.cause) in POLL_MARKS:
             poller.standing = Standing(cast(State, stored.state), cast(Cause, stored.cause), stored.reason,
                                        stored.since_at, stored.good, stored.bad)
             poller.expires_mono = lease_clock() + left
@@ -7150,7 +7217,7 @@ def resource_view(row: Resource, status: Status | None, context: ConsoleContext)
         shown["maintenance"] = Maintenance.model_construct(
             until=utc_time(row.maintenance), reason=row.maintenance_reason)
     try:
-        return ResourceView.model_validate(json.loads(row.settings) | shown | {"sample": json.loads(known.sample)})
+        return ResourceView.model_validate(from_json(row.settings) | shown | {"sample": from_json(known.sample)})
     except (ValueError, TypeError):
         return ResourceView.model_construct(
             **shown | {"state": "unhealthy", "cause": "protocol", "reason": DAMAGED, "sample": None})
@@ -7185,7 +7252,8 @@ def apply_settings(context: ConsoleContext, row: Resource, body: Mapping[str, An
     settings = SettingsReader(context.inventory, form).read(body, stored)
     if settings.hops:
         with context.store.reading() as session:
-            ways = {name: target.settings.way for name, target in load_targets(session, context.vault).items()}
+            ways = {name: target.settings.way for name, target in load_targets(
+                session, context.vault, context.monitor.targets).items()}
         if why := jump_fault(settings.name, ways | {settings.name: settings.hops}):
             raise field_errors({"proxy_jump": why})
     try:
@@ -7845,7 +7913,7 @@ def resource_metrics(row: Any, now: float) -> Iterator[MetricValue]:
         yield "poll_duration_seconds", (), row.seconds
         yield "last_poll_timestamp_seconds", (), row.polled_at
         with contextlib.suppress(ValueError, LookupError, TypeError, AttributeError):   # of a damaged row
-            yield from sample_metrics(json.loads(row.sample) or NO_SAMPLE)
+            yield from sample_metrics(from_json(row.sample) or NO_SAMPLE)
 
 
 METRIC_ROWS = RESOURCES.with_only_columns(Resource.name, Resource.maintenance, Status.state, Status.cause,
@@ -8767,7 +8835,7 @@ NO_SETTINGS: dict[str, Any] = {"tags": [], "critical": True, "limits": {}}
 def stored_mapping(text: str, empty: Mapping[str, Any]) -> dict[str, Any] | None:
     """A mapping of the database with at least what `empty` has; None when it is damaged."""
     try:
-        found = json.loads(text)
+        found = from_json(text)
         return found if all(type(found[name]) is type(value) for name, value in empty.items()) else None
     except (ValueError, TypeError, KeyError):
         return None
@@ -9366,7 +9434,7 @@ class Installation:
         """The database, made when there is none; `scratch`: then only for this once; `locked`: see Store."""
         with contextlib.ExitStack() as stack:
             path = self.database
-            if not inspect_database(path) and scratch:
+            if not inspect_database(path, whole=not locked) and scratch:
                 path = Path(stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True))) / path.name
             yield stack.enter_context(contextlib.closing(Store(path, locked=locked)))
 
@@ -9640,7 +9708,7 @@ def confirm(offered: str, arguments: argparse.Namespace) -> None:
 def trust(arguments: argparse.Namespace) -> int:
     """Shows the key that a host was known by and the one that it shows now, and accepts that one when told so."""
     installation = Installation(arguments.inventory)
-    if not inspect_database(installation.database):
+    if not inspect_database(installation.database, whole=False):
         raise UsageError("there is no database yet; start the service first")
     with installation.store() as store:
         with store.reading() as session:
@@ -9667,6 +9735,7 @@ def rotate_keys(arguments: argparse.Namespace) -> int:
     if len(list(sealed_tokens(None, installation.inventory))) > len(document_tokens):
         raise UsageError("a sealed secret stands in defaults, a password_file or a variable; "
                          "write the password at its resource first")
+    inspect_database(installation.database)
     with contextlib.closing(lock_database(installation.database)), installation.store(locked=True) as store:
         with store.writing() as session:
             vault = installation.open_vault(session)
@@ -9678,6 +9747,7 @@ def rotate_keys(arguments: argparse.Namespace) -> int:
             revise(session)
         if tokens:
             rewrite(installation.path, document, tokens)
+        store.checkpoint()
         vault.retire()
     print(f"secrets are sealed with key {vault.key_id} now")
     return 0

@@ -781,6 +781,16 @@ def test_resources_that_come_and_go(house: House, machines: Machines) -> None:
 DAMAGES = {
     "platform": ("platform = 'amiga'", "protocol"),
     "settings": ("settings = '{'", "protocol"),
+    "settings that are none": ("settings = '[]'", "protocol"),
+    "settings without an end": (f"settings = '{'[' * 100_000}'", "protocol"),
+    "setting of a later version": ("settings = json_set(settings, '$.later', 1)", "protocol"),
+    "words for a number": ("interval = 'soon'", "protocol"),
+    "port": ("port = 'ssh'", "protocol"),
+    "never": ("interval = 9e999", "protocol"),
+    "not UTF-8": ("platform = CAST(x'ff' AS TEXT)", "protocol"),
+    "bytes": ("hostname = x'ff'", "protocol"),
+    "bytes for a token": ("password = x'ff'", "credential"),
+    "name": ("password = NULL, settings = '{}', username = CAST(x'ff' AS TEXT), platform = x'00'", "protocol"),
     "moved": ("hostname = '192.0.2.2'", "credential"),
     "token": ("password = 'HC2.0'", "credential"),
     "key": ("password = replace(password, substr(password, 5, 16), '0123456789abcdef')", "credential"),
@@ -804,6 +814,68 @@ def test_a_damaged_row_costs_its_resource_alone(house: House, machines: Machines
         house.elsewhere("DELETE FROM resource WHERE name = 'db2'")
         wait_for(lambda: "db2" not in house.monitor.pollers)
         wait_for(house.aggregator.is_healthy)
+
+
+@pytest.mark.parametrize("damage", ["maintenance = 'soon'", "maintenance = 9e999", "maintenance = 1e12"])
+def test_a_damaged_maintenance_is_none(house: House, machines: Machines, damage: str) -> None:
+    house.write("name: db1", "name: db2")
+    with house.watching():
+        wait_for(house.aggregator.is_healthy)
+        house.elsewhere(f"UPDATE resource SET {damage} WHERE name = 'db2'", "DELETE FROM resource WHERE name = 'db1'")
+        wait_for(lambda: "db1" not in house.monitor.pollers)
+        machines.behaviours["db2"] = unreachable
+        house.poller("db2").poll_now()
+        wait_for(lambda: not house.aggregator.is_healthy())
+
+
+STATUS_DAMAGES = ["state = 'odd'", "cause = 'odd'", "polled_at = 'soon'", "since_at = 'then'", "good = 'many'",
+                  "strip = x'ff'", "sample = '{'", "reason = CAST(x'ff' AS TEXT)", "state = x'00'"]  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", STATUS_DAMAGES)
+def test_a_damaged_status_stops_no_start(house: House, machines: Machines, damage: str) -> None:
+    house.write("name: db1, interval: 1", "name: db2, interval: 1")
+    with house.watching():
+        wait_for(lambda: house.stored("db1") == house.stored("db2") == ("healthy", ""))
+    house.elsewhere(f"UPDATE status SET {damage} WHERE resource_id = 2")
+    with house.watching():
+        wait_for(lambda: all(poller.standing.good for poller in house.monitor.pollers.values()))
+        machines.behaviours["db2"] = unreachable
+        wait_for(lambda: house.stored("db2") == ("unhealthy", "unreachable"))
+        assert house.state("db1") == ("healthy", "")
+
+
+def test_a_change_by_hand_is_noticed(house: House, machines: Machines, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a raised revision, too, within a minute; what did not change goes on."""
+    assert healthchecker.FOLLOW_INTERVAL <= 60
+    monkeypatch.setattr(healthchecker, "FOLLOW_INTERVAL", 0.1)
+    house.write("name: db1", "name: db2")
+    with house.watching():
+        wait_for(house.aggregator.is_healthy)
+        with contextlib.closing(sqlite3.connect(house.folder / "database", timeout=5)) as connection, connection:
+            connection.execute("UPDATE resource SET interval = 30 WHERE name = 'db1'")
+        wait_for(lambda: house.poller("db1").target.settings.interval == 30)
+        assert machines.made == ["db1", "db2", "db1"]
+
+
+def test_a_secret_is_opened_once(house: House, machines: Machines) -> None:
+    """5,000 of them would take seconds at each change."""
+    opened: list[str] = []
+
+    class Counting(Vault):
+        def open(self, token: str, *row: str) -> str:
+            opened.append(row[1])
+            return super().open(token, *row)
+
+    house.write("name: db1", "name: db2", "name: db3")
+    house.vault = Counting(house.vault.folder)
+    with house.watching():
+        wait_for(house.aggregator.is_healthy)
+        assert opened == ["db1", "db2", "db3"]
+        house.elsewhere("UPDATE resource SET interval = 30 WHERE name = 'db2'")
+        wait_for(lambda: house.poller("db2").target.settings.interval == 30)
+        assert opened == ["db1", "db2", "db3", "db2"]
+        assert house.poller("db2").target.settings.secrets["password"] == "secret"
 
 
 # --- maintenance ---
