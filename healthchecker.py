@@ -4592,6 +4592,12 @@ class HealthAggregator:
         """Whether every counted resource is healthy now; one comparison, without a lock."""
         return self._clock() < self._until.value
 
+    def beat(self, name: str, ttl: float = DEFAULT_TTL) -> None:
+        """Notes that one lives who watches the others: it has a lease, and no standing."""
+        with self._lock:
+            self._healthy.put(name, self._clock() + ttl)
+            self._renew()
+
     def note_expiry(self) -> list[str]:
         """Announces that the gate has closed by a lease that ran out; gives the resources that are late."""
         with self._lock:
@@ -4878,6 +4884,7 @@ LOGGED_IN_MARKS = tuple(POLL_MARKS[meaning] for meaning in (
     ("healthy", ""), ("degraded", "limit"), ("degraded", "check"), ("unhealthy", "limit"), ("unhealthy", "check")))
 REFUSED_MARK = POLL_MARKS["unhealthy", "auth"]
 LAST_FLUSH = 1.5                # seconds for the last reports to be written when the service ends
+POLLER_LIFE = 3600.0            # seconds after which the death of a poller is a new one
 FOLLOW_INTERVAL = 50.0          # seconds after which the rows are looked at in any case: they may be changed by hand
 CLOCK_DRIFT = 0.5               # seconds by which a clock may differ from what is written down of it
 CLOCK_STEP = 60.0               # seconds by which a clock that was set differs from one that is only adjusted
@@ -4890,6 +4897,39 @@ UPSERT_STATUS = INSERT_STATUS.on_conflict_do_update(set_={
 INSERT_SAMPLE = sqlite.insert(SAMPLES).on_conflict_do_nothing()
 
 
+class Trouble:
+    """Tells of a step that fails again and again: once in COMPLAINT_INTERVAL, and when that is over."""
+
+    def __init__(self, what: str) -> None:
+        self._what, self._count, self._is_told, self._told_mono = what, 0, False, -math.inf
+
+    @contextlib.contextmanager
+    def caught(self) -> Iterator[None]:
+        """Around a thread's outermost step: the next one is taken whatever happens."""
+        try:
+            yield
+        except BaseException as error:  # noqa: BLE001  # a thread that nobody joins would end in silence
+            self._count += 1
+            if time.monotonic() - self._told_mono >= COMPLAINT_INTERVAL:
+                self._is_told, self._told_mono = True, time.monotonic()
+                why = getattr(error, "orig", None) or f"{type(error).__name__}: {error}"
+                log.error("%s: %s", self._what, one_line(str(why)))
+        else:
+            if self._is_told:
+                log.info("%s: that is over, after %d failures", self._what, self._count)
+            self._count, self._is_told = 0, False
+
+
+def first_polls(left: Sequence[float], settings: Sequence[ResourceSettings]) -> list[float]:
+    """Seconds until the first poll of each, of whose lease so many are `left`, 0 where nothing is known: the shortest
+    one first, and so fast that each is polled while it lasts, but by no more than twice the usual pace."""
+    order = sorted(range(len(left)), key=left.__getitem__)
+    due = max((rank / max(1.0, left[number] - settings[number].timeout)
+               for rank, number in enumerate(order) if left[number] > 0), default=0.0)
+    pace = max(FIRST_POLLS, min(due, 2 * sum(1 / one.interval for one in settings)))
+    return [rank / pace for _, rank in sorted((number, rank) for rank, number in enumerate(order))]
+
+
 class Recorder(threading.Thread):
     """The one writer of what polls found: gathers reports for FLUSH_INTERVAL, writes them in one transaction."""
 
@@ -4898,6 +4938,9 @@ class Recorder(threading.Thread):
         self._store, self._aggregator, self._retention = store, aggregator, retention or Retention()
         self._reports: queue.SimpleQueue[Report] = queue.SimpleQueue()
         self._ending = threading.Event()
+        self._trouble = Trouble("the recorder stopped and goes on")
+        self._unwritten = Trouble("the database cannot be written")
+        self._unsummed = Trouble("history cannot be summed up")
         self._rolled = 0                        # Unix time until which averages are made or in the making
         self._untidy: list[int] = []            # ids of resources whose averages are to be made
         self._flushing = threading.Lock()       # guards all below, which is not written yet, and the order of writing
@@ -4917,24 +4960,25 @@ class Recorder(threading.Thread):
         self._reports.put(report)
 
     def run(self) -> None:
-        while not self._ending.wait(FLUSH_INTERVAL):
-            self.flush()
-            self.tidy(time.time())
+        while not self._ending.is_set():
+            with self._trouble.caught():
+                if not self._ending.wait(FLUSH_INTERVAL):
+                    self._aggregator.beat("the recorder")
+                    if self.flush():        # or what is kept would come too late for its average
+                        self.tidy(time.time())
         self.flush()
 
-    def flush(self) -> None:
-        """Writes what was gathered; what cannot be written is kept."""
-        with self._flushing:
-            try:
-                self._gather()
-                if not self._latest and not self._events:
-                    return
+    def flush(self) -> bool:
+        """Writes what was gathered; what cannot be written is kept. Says whether all is written."""
+        with self._flushing, self._unwritten.caught():
+            self._gather()
+            if self._latest or self._events:
                 with self._store.writing() as session:
                     self._write(session)
                 for written in (self._latest, self._samples, self._events, self._keys):
                     written.clear()
-            except Exception as error:  # noqa: BLE001  # a thread's outermost step; the next one tries again
-                log.error("the database cannot be written: %s", one_line(str(getattr(error, "orig", error))))
+            return True
+        return False
 
     def tidy(self, now: float) -> bool:
         """Makes averages of the quarters that are over and drops what is too old, for a few resources at a time, since
@@ -4942,7 +4986,7 @@ class Recorder(threading.Thread):
         end = int((now - QUARTER_GRACE) // QUARTER) * QUARTER
         if not self._untidy and end == self._rolled:
             return False
-        try:
+        with self._unsummed.caught():
             if not self._untidy:
                 with self._store.writing() as session:
                     prune_events(session, self._retention, now)
@@ -4952,8 +4996,6 @@ class Recorder(threading.Thread):
                 with self._store.writing() as session:
                     roll_up(session, resource_id, self._rolled)
                     prune(session, resource_id, self._retention, now)
-        except Exception as error:  # noqa: BLE001  # a thread's outermost step; the next resource follows
-            log.error("history cannot be summed up: %s", one_line(str(getattr(error, "orig", error))))
         return bool(self._untidy)
 
     def _note(self, kind: str, text: str, at: float, resource: str = "") -> None:
@@ -5042,6 +5084,8 @@ class Poller(threading.Thread):
         self._previous: Sample | None = None
         self._due_mono = time.monotonic() + delay
         self.expires_mono = lease_clock() + delay + target.settings.ttl     # without a report until then it is stale
+        self.lease_mono = 0.0       # until when what was known before it counts
+        self._begun_mono, self._died, self.deaths = lease_clock(), "", 0    # of what; in a row, with those before it
         self._woken = threading.Event()
         self._asked: queue.SimpleQueue[concurrent.futures.Future[Report]] = queue.SimpleQueue()     # see poll_now
         self._stopped = False
@@ -5049,6 +5093,25 @@ class Poller(threading.Thread):
         self.standing = Standing()
 
     def run(self) -> None:
+        try:
+            self._poll_until_stopped()
+        except BaseException as error:  # noqa: BLE001  # the monitor tells of it, once, and starts another
+            self._died = one_line(f"{type(error).__name__} {error}")
+
+    def put_off(self, delay: float) -> None:
+        """Lets the first poll wait; before the thread is started."""
+        self._due_mono += delay
+        if self.standing.state == "unknown":
+            self.expires_mono += delay
+
+    def bury(self) -> float:
+        """Tells that it died; where that happens again and again, once. Seconds until another one is to poll."""
+        self.deaths = 1 if lease_clock() - self._begun_mono > POLLER_LIFE else self.deaths + 1
+        if self.deaths == 1:
+            log.error("%s: its poller died (%s); starting another", self.target.name, self._died)
+        return self.target.settings.interval if self.deaths > 1 else 0.0
+
+    def _poll_until_stopped(self) -> None:
         while True:
             self._woken.wait(max(0.0, self._due_mono - time.monotonic()))
             self._woken.clear()     # before the look at _stopped, so that a stop in between is not lost
@@ -5146,6 +5209,13 @@ class Poller(threading.Thread):
         return report
 
 
+def spread(pollers: Sequence[Poller]) -> None:
+    """Puts off the first polls of those that are not started yet."""
+    left = [max(0.0, poller.lease_mono - lease_clock()) for poller in pollers]
+    for poller, delay in zip(pollers, first_polls(left, [one.target.settings for one in pollers]), strict=True):
+        poller.put_off(delay)
+
+
 def boot_number() -> int:
     """Another one after each start of the machine; 0 where the system tells none."""
     try:
@@ -5171,6 +5241,7 @@ class Monitor(threading.Thread):
         self._revision, self._looked_mono = -1, -math.inf   # of the rows that were followed, and when
         self._followed = threading.Condition()      # guards _revision; notified when the rows were followed
         self._ending = threading.Event()
+        self._trouble = Trouble("the configuration cannot be taken over")
 
     def begin(self) -> None:
         """Registers every resource, takes over fresh stored states and starts everything."""
@@ -5186,11 +5257,10 @@ class Monitor(threading.Thread):
         self.start()
 
     def run(self) -> None:
-        while not self._ending.wait(MONITOR_INTERVAL):
-            try:
-                self._sweep()
-            except Exception as error:  # noqa: BLE001  # a thread's outermost loop: nothing may end the watch
-                log.error("the configuration cannot be taken over: %s: %s", type(error).__name__, one_line(str(error)))
+        while not self._ending.is_set():
+            with self._trouble.caught():
+                if not self._ending.wait(MONITOR_INTERVAL):
+                    self._sweep()
 
     def close(self) -> None:
         """Ends all threads; polls that still run are left to their deadline."""
@@ -5226,12 +5296,12 @@ class Monitor(threading.Thread):
         return self.guards.of(poller.target).wait(name) if poller else 0.0
 
     def _sweep(self) -> None:
-        for name, poller in list(self.pollers.items()):
+        for poller in list(self.pollers.values()):
             poller.expire()
             if not poller.is_alive() and not self._ending.is_set():
-                log.error("%s: its poller died; starting another", name)
-                self._launch(poller.target, 0.0, poller)
+                self._launch(poller.target, poller.bury(), poller)
         self._recount()
+        self._context.aggregator.beat("the monitor")
         self._context.aggregator.note_expiry()
         with self._store.reading() as session:
             current = revision(session)
@@ -5301,12 +5371,13 @@ class Monitor(threading.Thread):
             self.pollers.pop(name).stop()
             self._context.access.watched.pop(name, None)
             self._context.aggregator.deregister(name)
-        delay = 0.0
+        fresh = []
         for name, target in targets.items():
             before = self.pollers.get(name)
             if before is None or before.target != target:
-                self._launch(target, delay, before, stored.get(target.id))
-                delay += 1 / FIRST_POLLS
+                self._launch(target, 0.0, before, stored.get(target.id))
+                fresh.append(self.pollers[name])
+        spread(fresh)
         self._recount()
         with self._followed:
             self._revision, self._looked_mono, self.targets = current, lease_clock(), targets
@@ -5327,6 +5398,8 @@ class Monitor(threading.Thread):
             poller = Poller(target, self._context, self.guards.of(target), delay)
             if stored:
                 self._restore(poller, stored)
+        if before:
+            poller.lease_mono, poller.deaths = before.expires_mono, before.deaths
         self.pollers[target.name] = poller
 
     def _restore(self, poller: Poller, stored: Status) -> None:
@@ -5340,7 +5413,7 @@ class Monitor(threading.Thread):
         if left > 0 and (stored.state, stored.cause) in POLL_MARKS:
             poller.standing = Standing(cast(State, stored.state), cast(Cause, stored.cause), stored.reason,
                                        stored.since_at, stored.good, stored.bad)
-            poller.expires_mono = lease_clock() + left
+            poller.expires_mono = poller.lease_mono = lease_clock() + left
 
     def _restore_logins(self, target: Target, stored: Status, age: float) -> None:
         """Tells the guard what the last polls say of the credential."""

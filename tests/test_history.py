@@ -453,6 +453,9 @@ def test_what_cannot_be_written_is_written_later(notebook: Notebook, caplog: pyt
     notebook.polls("hhuuh")
     assert (notebook.count(SAMPLES), notebook.strip()) == (0, "")
     assert "the database cannot be written: as the test wants" in caplog.text
+    for _ in range(5):
+        assert not notebook.recorder.flush(), "so that nothing is summed up before it is there"
+    assert caplog.text.count("cannot be written") == 1, "a full disk must not fill the log"
     notebook.execute("DROP TRIGGER refuse")
     notebook.polls("t", START + 300)
     assert (notebook.count(SAMPLES), notebook.strip()) == (6, "hhuuht")
