@@ -8086,8 +8086,10 @@ def duration_text(seconds: float) -> str:
 
 
 def local_time(at: float) -> str:
-    """A Unix time as the log writes it, in the server's own time zone."""
-    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(at))
+    """A Unix time as the log writes it, in the server's own time zone, which is named where it is not that of now."""
+    then = time.localtime(at)
+    zone = "" if then.tm_gmtoff == time.localtime().tm_gmtoff else f" {then.tm_zone}"
+    return time.strftime("%Y-%m-%d %H:%M:%S", then) + zone
 
 
 CROSSED = {"fail": "unhealthy", "warn": "degraded"}     # which state a reading makes that is above a limit
