@@ -113,7 +113,7 @@ from dataclasses import field as dataclass_field
 from enum import Enum
 from multiprocessing import resource_tracker
 from pathlib import Path
-from types import GenericAlias
+from types import GenericAlias, MappingProxyType
 from typing import IO, TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, TypeVar, cast, get_args
 from typing import get_type_hints as type_hints
 from urllib.parse import quote, unquote, unquote_to_bytes, urlencode
@@ -1248,12 +1248,12 @@ class Vault:
                               "write the password again") from error
 
     def require(self, tokens: Iterable[str]) -> None:
-        """Raises SecretError when a token names a private key that is not here; a damaged one names none."""
-        for found in map(SEALED.fullmatch, tokens):
-            if found and found[1] not in self._keys:
-                raise SecretError(f"secrets are sealed with key {found[1]}, but {self.folder} holds "
-                                  f"{', '.join(self._keys) or 'no private key'}; put private.pem back, or if it is "
-                                  "lost, write every password in the inventory again and run `keys replace`")
+        """Raises SecretError when tokens name private keys, none of which is here; a damaged one names none."""
+        named = {found[1] for token in tokens if (found := SEALED.fullmatch(token))}
+        if named and not named & self._keys.keys():
+            raise SecretError(f"secrets are sealed with key {', '.join(sorted(named))}, but {self.folder} holds "
+                              f"{', '.join(self._keys) or 'no private key'}; put private.pem back, or if it is "
+                              "lost, write every password in the inventory again and run `keys replace`")
 
 
 def hash_password(password: str, salt: bytes, rounds: int = PBKDF2_ROUNDS) -> bytes:
@@ -1271,11 +1271,41 @@ def hash_password(password: str, salt: bytes, rounds: int = PBKDF2_ROUNDS) -> by
 # target_of, update_row, User
 SALT_BYTES = 16                 # bytes, NIST SP 800-132
 BUSY_TIMEOUT = 5.0              # seconds a writer waits for another one
+YEAR_3000 = 32_503_680_000      # Unix time, the last one that Windows can show
+
+
+class StoredText(sqlalchemy.TypeDecorator[str]):
+    """Reads what is no text, which SQLite lets anybody write into the column, as one."""
+
+    impl, cache_ok = sqlalchemy.String, True
+
+    def process_result_value(self, value: Any, _dialect: object) -> Any:
+        return value.decode("utf-8", "replace") if isinstance(value, bytes) else value
+
+
+class StoredNumber(sqlalchemy.TypeDecorator[float]):
+    """Reads what is no number, or no time in any calendar, as 0: no setting can be that."""
+
+    impl, cache_ok = sqlalchemy.Double, True
+
+    def process_result_value(self, value: Any, _dialect: object) -> Any:
+        return value if isinstance(value, (int, float)) and abs(value) < YEAR_3000 else 0.0
+
+
+class StoredInteger(sqlalchemy.TypeDecorator[int]):
+    """The same of a whole number."""
+
+    impl, cache_ok = sqlalchemy.Integer, True
+
+    def process_result_value(self, value: Any, _dialect: object) -> Any:
+        return value if isinstance(value, int) or value is None else 0
 
 
 class Base(DeclarativeBase):
     """Typed declarative base of all tables."""
 
+
+Base.registry.update_type_annotation_map({str: StoredText, float: StoredNumber, int: StoredInteger})
 
 db = SQLAlchemy(model_class=Base, session_options={"expire_on_commit": False})
 SCHEMA = 4                      # PRAGMA user_version of a database that this program writes
@@ -1315,6 +1345,7 @@ class Resource(Base):
     """A machine that is watched. Secrets are sealed tokens; `settings` is JSON of everything without its own column."""
 
     __tablename__ = "resource"
+    __table_args__ = ({"sqlite_autoincrement": True},)      # or what is queued for one that was removed met another
     id: Mapped[int] = mapped_column(primary_key=True)
     name: Mapped[str] = mapped_column(unique=True)
     hostname: Mapped[str]
@@ -1338,7 +1369,7 @@ class Resource(Base):
         """The settings as the inventory states them, without secrets; raises StorageError."""
         try:
             columns = {name: getattr(self, name) for name in self.COLUMNS}
-            return ResourceSettings.model_validate(json.loads(self.settings) | columns)
+            return ResourceSettings.model_validate(from_json(self.settings) | columns)
         except (ValueError, TypeError) as error:
             raise StorageError(f"the row of resource {self.name} cannot be read; restore the database") from error
 
@@ -1488,8 +1519,18 @@ def unpack_history(connection: sqlite3.Connection) -> None:
         connection.execute(f"DROP TABLE packed_{table}")
 
 
+def number_anew(connection: sqlalchemy.Connection) -> None:
+    """Makes the table of resources once more, as it is today: AUTOINCREMENT cannot be added to one."""
+    old = Base.metadata.tables["resource"]
+    new, columns = old.to_metadata(sqlalchemy.MetaData(), name="new_resource"), ", ".join(old.columns.keys())
+    new.create(connection)
+    for statement in (f"INSERT INTO new_resource ({columns}) SELECT {columns} FROM resource",   # noqa: S608
+                      "DROP TABLE resource", "ALTER TABLE new_resource RENAME TO resource"):
+        connection.execute(sqlalchemy.text(statement))
+
+
 def migrate(session: Session) -> None:
-    """Brings the tables to SCHEMA, within the caller's transaction."""
+    """Brings the tables to SCHEMA, within the caller's transaction, which checks no foreign keys."""
     begin = time.monotonic()
     version = session.scalar(sqlalchemy.text("PRAGMA user_version")) or SCHEMA
     for statements in MIGRATIONS[version - 1:]:
@@ -1500,13 +1541,14 @@ def migrate(session: Session) -> None:
     if version < 3:
         unpack_history(cast(sqlite3.Connection, connection.connection.driver_connection))
     if version < SCHEMA:
+        number_anew(connection)
         log.info("database: migrated from schema %d to %d in %.1f s", version, SCHEMA, time.monotonic() - begin)
     session.execute(sqlalchemy.text(f"PRAGMA user_version = {SCHEMA}"))
     session.execute(sqlalchemy.text(f"PRAGMA application_id = {APPLICATION}"))
 
 
-def read_schema(path: Path, mode: str = "ro") -> tuple[set[tuple[str, str]], int, int, bool]:
-    """Its tables' columns, whose it is (application_id), its version, and whether it is sound."""
+def read_schema(path: Path, *, whole: bool, mode: str = "ro") -> tuple[set[tuple[str, str]], int, int, bool]:
+    """Its tables' columns, whose it is (application_id), its version, and whether it is sound; `whole`: all of it."""
     with open(path, "rb") as file:
         if file.read(16) not in (b"", b"SQLite format 3\0"):    # SQLite takes a short text for an empty database
             raise sqlite3.DatabaseError("it is no SQLite database")
@@ -1515,18 +1557,19 @@ def read_schema(path: Path, mode: str = "ro") -> tuple[set[tuple[str, str]], int
             columns = set(connection.execute("SELECT tables.name, columns.name FROM sqlite_master AS tables, "
                                              "pragma_table_info(tables.name) AS columns WHERE tables.type = 'table'"))
             [ours] = connection.execute("SELECT * FROM pragma_application_id, pragma_user_version")
-            return columns, *ours, connection.execute("PRAGMA quick_check(1)").fetchone() == ("ok",)
+            return columns, *ours, not whole or connection.execute("PRAGMA quick_check(1)").fetchone() == ("ok",)
     except sqlite3.OperationalError:
         if mode == "rw":
             raise
-        return read_schema(path, "rw")      # which rolls back what a crash cut short
+        return read_schema(path, mode="rw", whole=whole)    # which rolls back what a crash cut short
 
 
-def inspect_database(path: Path) -> int:
-    """The schema of the database at `path`, 0 while there is none. Raises StorageError for what is not ours and sound.
-    Nothing changes, but that what a crash cut short is rolled back."""
+def inspect_database(path: Path, *, whole: bool = True) -> int:
+    """The schema of the database at `path`, 0 while there is none. Raises StorageError for what is not ours and sound;
+    not `whole`: that was looked at already, which takes a second for 200 MB. Nothing changes, but that what a crash
+    cut short is rolled back."""
     try:
-        found, application, version, sound = read_schema(path)
+        found, application, version, sound = read_schema(path, whole=whole)
     except FileNotFoundError:
         if path.parent.is_file():       # to Windows it is the same
             raise StorageError(f"database {path}: its folder is a file; set service.database") from None
@@ -1566,6 +1609,7 @@ def lock_database(path: Path) -> sqlite3.Connection:
 
 def prepare_connection(connection: Any, _record: object) -> None:
     connection.isolation_level = None       # SQLAlchemy's BEGIN is ours, see begin_transaction
+    connection.text_factory = lambda text: text.decode("utf-8", "replace")
     for pragma in ("journal_mode = WAL", "synchronous = NORMAL", "foreign_keys = ON"):
         connection.execute(f"PRAGMA {pragma}")
     for name, count, function in (("floor", 1, math.floor), ("least", 2, min), ("greatest", 2, max)):
@@ -1573,8 +1617,10 @@ def prepare_connection(connection: Any, _record: object) -> None:
 
 
 def begin_transaction(connection: sqlalchemy.Connection) -> None:
-    immediate = connection.get_execution_options().get("immediate")
-    connection.exec_driver_sql("BEGIN IMMEDIATE" if immediate else "BEGIN")
+    options = connection.get_execution_options()
+    if options.get("migrates"):     # it cannot be said later; a table that is made anew would take its children along
+        connection.exec_driver_sql("PRAGMA foreign_keys = OFF")
+    connection.exec_driver_sql("BEGIN IMMEDIATE" if options.get("immediate") else "BEGIN")
 
 
 class Store:
@@ -1583,7 +1629,7 @@ class Store:
     def __init__(self, path: Path, *, locked: bool = False) -> None:
         """Opens the database at `path`, creating it when absent and migrating an older one; `locked`: this process has
         called lock_database. Raises StorageError."""
-        self.path, version = path, inspect_database(path)
+        self.path, version = path, inspect_database(path, whole=False)
         self.app = flask.Flask("healthchecker")
         self.app.config["SQLALCHEMY_DATABASE_URI"] = sqlalchemy.URL.create("sqlite", database=str(path.absolute()))
         self.app.config["SQLALCHEMY_ENGINE_OPTIONS"] = {
@@ -1598,8 +1644,9 @@ class Store:
         lock = contextlib.nullcontext() if locked or not version else contextlib.closing(lock_database(path))
         try:
             os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
-            with lock, self.writing() as session:
+            with lock, self.writing(migrates=True) as session:
                 migrate(session)
+            self.close()        # from the next connection on foreign keys are checked
         except (OSError, sqlite3.Error, sqlalchemy.exc.SQLAlchemyError) as error:
             self.close()
             reason = one_line(str(getattr(error, "orig", error)))
@@ -1612,13 +1659,20 @@ class Store:
             yield cast(Session, db.session())
 
     @contextlib.contextmanager
-    def writing(self) -> Iterator[Session]:
+    def writing(self, *, migrates: bool = False) -> Iterator[Session]:
         """A session in BEGIN IMMEDIATE (a deferred one that reads first fails when another writes); all or nothing."""
         with self.app.app_context():
             session = cast(Session, db.session())
-            session.connection(execution_options={"immediate": True})
+            session.connection(execution_options={"immediate": True, "migrates": migrates})
             yield session
             session.commit()
+
+    def checkpoint(self) -> None:
+        """Brings to the disk what was committed, the last of which a loss of power might take. Raises StorageError."""
+        with self.app.app_context(), db.engine.connect() as connection:
+            connection.exec_driver_sql("COMMIT")
+            if connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)").scalar():
+                raise StorageError(f"database {self.path} is being read by another program; try again")
 
     def close(self) -> None:
         with self.app.app_context():
@@ -1686,9 +1740,9 @@ def reseal(session: Session, rows: Iterable[Resource], vault: Vault, name: str |
             try:
                 if token := getattr(row, kind):
                     plain[kind] = vault.open(token, *binding(kind, row))
-            except SecretError:
+            except SecretError as error:
                 if name is None:
-                    raise
+                    raise SecretError(f"{row.name}: {error}, or remove it") from error
                 setattr(row, kind, None)    # the inventory states it again, or says that it is missing
         row.name = name or row.name
         for kind, secret in plain.items():
@@ -1836,8 +1890,11 @@ class Target:
             for hop, (user, host, port) in places.items()]
 
 
-def target_of(row: Resource, vault: Vault) -> Target:
-    """A row with its secrets opened; one that is damaged has a fault, and settings that say no more than they can."""
+def target_of(row: Resource, vault: Vault, known: Target | None = None) -> Target:
+    """A row with its secrets opened, if it is not as `known`: that takes 2 ms each. One that is damaged has a fault,
+    and settings that say no more than they can."""
+    if known and (known.id, known.settings_digest) == (row.id, row.settings_digest):
+        return replace(known, host_key=row.host_key)
     settings = ResourceSettings.model_construct(name=row.name, hostname=row.hostname, platform=Platform.LOCAL)
     fault: tuple[Cause, str] | None = None
     try:
@@ -1854,10 +1911,11 @@ def target_of(row: Resource, vault: Vault) -> Target:
     return Target(row.id, settings, row.host_key, row.settings_digest, row.credential_digest, fault)
 
 
-def load_targets(session: Session, vault: Vault) -> dict[str, Target]:
-    """All resources by name."""
+def load_targets(session: Session, vault: Vault, known: Mapping[str, Target] = MappingProxyType({})
+                 ) -> dict[str, Target]:
+    """All resources by name; those that are as in `known` are taken from there."""
     rows = session.scalars(sqlalchemy.select(Resource).order_by(Resource.id))
-    return {row.name: target_of(row, vault) for row in rows}
+    return {row.name: target_of(row, vault, known.get(row.name)) for row in rows}
 
 
 # === Connections =============================================================
@@ -4610,6 +4668,12 @@ class HealthAggregator:
         """Whether every counted resource is healthy now; one comparison, without a lock."""
         return self._clock() < self._until.value
 
+    def beat(self, name: str, ttl: float = DEFAULT_TTL) -> None:
+        """Notes that one lives who watches the others: it has a lease, and no standing."""
+        with self._lock:
+            self._healthy.put(name, self._clock() + ttl)
+            self._renew()
+
     def note_expiry(self) -> list[str]:
         """Announces that the gate has closed by a lease that ran out; gives the resources that are late."""
         with self._lock:
@@ -4910,6 +4974,8 @@ LOGGED_IN_MARKS = tuple(POLL_MARKS[meaning] for meaning in (
     ("healthy", ""), ("degraded", "limit"), ("degraded", "check"), ("unhealthy", "limit"), ("unhealthy", "check")))
 REFUSED_MARK = POLL_MARKS["unhealthy", "auth"]
 LAST_FLUSH = 1.5                # seconds for the last reports to be written when the service ends
+POLLER_LIFE = 3600.0            # seconds after which the death of a poller is a new one
+FOLLOW_INTERVAL = 50.0          # seconds after which the rows are looked at in any case: they may be changed by hand
 CLOCK_DRIFT = 0.5               # seconds by which a clock may differ from what is written down of it
 CLOCK_STEP = 60.0               # seconds by which a clock that was set differs from one that is only adjusted
 
@@ -4921,6 +4987,39 @@ UPSERT_STATUS = INSERT_STATUS.on_conflict_do_update(set_={
 INSERT_SAMPLE = sqlite.insert(SAMPLES).on_conflict_do_nothing()
 
 
+class Trouble:
+    """Tells of a step that fails again and again: once in COMPLAINT_INTERVAL, and when that is over."""
+
+    def __init__(self, what: str) -> None:
+        self._what, self._count, self._is_told, self._told_mono = what, 0, False, -math.inf
+
+    @contextlib.contextmanager
+    def caught(self) -> Iterator[None]:
+        """Around a thread's outermost step: the next one is taken whatever happens."""
+        try:
+            yield
+        except BaseException as error:  # noqa: BLE001  # a thread that nobody joins would end in silence
+            self._count += 1
+            if time.monotonic() - self._told_mono >= COMPLAINT_INTERVAL:
+                self._is_told, self._told_mono = True, time.monotonic()
+                why = getattr(error, "orig", None) or f"{type(error).__name__}: {error}"
+                log.error("%s: %s", self._what, one_line(str(why)))
+        else:
+            if self._is_told:
+                log.info("%s: that is over, after %d failures", self._what, self._count)
+            self._count, self._is_told = 0, False
+
+
+def first_polls(left: Sequence[float], settings: Sequence[ResourceSettings]) -> list[float]:
+    """Seconds until the first poll of each, of whose lease so many are `left`, 0 where nothing is known: the shortest
+    one first, and so fast that each is polled while it lasts, but by no more than twice the usual pace."""
+    order = sorted(range(len(left)), key=left.__getitem__)
+    due = max((rank / max(1.0, left[number] - settings[number].timeout)
+               for rank, number in enumerate(order) if left[number] > 0), default=0.0)
+    pace = max(FIRST_POLLS, min(due, 2 * sum(1 / one.interval for one in settings)))
+    return [rank / pace for _, rank in sorted((number, rank) for rank, number in enumerate(order))]
+
+
 class Recorder(threading.Thread):
     """The one writer of what polls found: gathers reports for FLUSH_INTERVAL, writes them in one transaction."""
 
@@ -4929,6 +5028,9 @@ class Recorder(threading.Thread):
         self._store, self._aggregator, self._retention = store, aggregator, retention or Retention()
         self._reports: queue.SimpleQueue[Report] = queue.SimpleQueue()
         self._ending = threading.Event()
+        self._trouble = Trouble("the recorder stopped and goes on")
+        self._unwritten = Trouble("the database cannot be written")
+        self._unsummed = Trouble("history cannot be summed up")
         self._rolled = 0                        # Unix time until which averages are made or in the making
         self._untidy: list[int] = []            # ids of resources whose averages are to be made
         self._flushing = threading.Lock()       # guards all below, which is not written yet, and the order of writing
@@ -4948,24 +5050,25 @@ class Recorder(threading.Thread):
         self._reports.put(report)
 
     def run(self) -> None:
-        while not self._ending.wait(FLUSH_INTERVAL):
-            self.flush()
-            self.tidy(time.time())
+        while not self._ending.is_set():
+            with self._trouble.caught():
+                if not self._ending.wait(FLUSH_INTERVAL):
+                    self._aggregator.beat("the recorder")
+                    if self.flush():        # or what is kept would come too late for its average
+                        self.tidy(time.time())
         self.flush()
 
-    def flush(self) -> None:
-        """Writes what was gathered; what cannot be written is kept."""
-        with self._flushing:
-            try:
-                self._gather()
-                if not self._latest and not self._events:
-                    return
+    def flush(self) -> bool:
+        """Writes what was gathered; what cannot be written is kept. Says whether all is written."""
+        with self._flushing, self._unwritten.caught():
+            self._gather()
+            if self._latest or self._events:
                 with self._store.writing() as session:
                     self._write(session)
                 for written in (self._latest, self._samples, self._events, self._keys):
                     written.clear()
-            except Exception as error:  # noqa: BLE001  # a thread's outermost step; the next one tries again
-                log.error("the database cannot be written: %s", one_line(str(getattr(error, "orig", error))))
+            return True
+        return False
 
     def tidy(self, now: float) -> bool:
         """Makes averages of the quarters that are over and drops what is too old, for a few resources at a time, since
@@ -4973,7 +5076,7 @@ class Recorder(threading.Thread):
         end = int((now - QUARTER_GRACE) // QUARTER) * QUARTER
         if not self._untidy and end == self._rolled:
             return False
-        try:
+        with self._unsummed.caught():
             if not self._untidy:
                 with self._store.writing() as session:
                     prune_events(session, self._retention, now)
@@ -4984,8 +5087,6 @@ class Recorder(threading.Thread):
                 with self._store.writing() as session:
                     roll_up(session, resource_id, self._rolled)
                     prune(session, resource_id, self._retention, now)
-        except Exception as error:  # noqa: BLE001  # a thread's outermost step; the next resource follows
-            log.error("history cannot be summed up: %s", one_line(str(getattr(error, "orig", error))))
         return bool(self._untidy)
 
     def note(self, kind: str, text: str, at: float, resource: str = "") -> None:
@@ -5075,6 +5176,8 @@ class Poller(threading.Thread):
         self._previous: Sample | None = None
         self._due_mono = time.monotonic() + delay
         self.expires_mono = lease_clock() + delay + target.settings.ttl     # without a report until then it is stale
+        self.lease_mono = 0.0       # until when what was known before it counts
+        self._begun_mono, self._died, self.deaths = lease_clock(), "", 0    # of what; in a row, with those before it
         self._woken = threading.Event()
         self._asked: queue.SimpleQueue[concurrent.futures.Future[Report]] = queue.SimpleQueue()     # see poll_now
         self._stopped = False
@@ -5082,6 +5185,25 @@ class Poller(threading.Thread):
         self.standing = Standing()
 
     def run(self) -> None:
+        try:
+            self._poll_until_stopped()
+        except BaseException as error:  # noqa: BLE001  # the monitor tells of it, once, and starts another
+            self._died = one_line(f"{type(error).__name__} {error}")
+
+    def put_off(self, delay: float) -> None:
+        """Lets the first poll wait; before the thread is started."""
+        self._due_mono += delay
+        if self.standing.state == "unknown":
+            self.expires_mono += delay
+
+    def bury(self) -> float:
+        """Tells that it died; where that happens again and again, once. Seconds until another one is to poll."""
+        self.deaths = 1 if lease_clock() - self._begun_mono > POLLER_LIFE else self.deaths + 1
+        if self.deaths == 1:
+            log.error("%s: its poller died (%s); starting another", self.target.name, self._died)
+        return self.target.settings.interval if self.deaths > 1 else 0.0
+
+    def _poll_until_stopped(self) -> None:
         while True:
             self._woken.wait(max(0.0, self._due_mono - time.monotonic()))
             self._woken.clear()     # before the look at _stopped, so that a stop in between is not lost
@@ -5179,6 +5301,13 @@ class Poller(threading.Thread):
         return report
 
 
+def spread(pollers: Sequence[Poller]) -> None:
+    """Puts off the first polls of those that are not started yet."""
+    left = [max(0.0, poller.lease_mono - lease_clock()) for poller in pollers]
+    for poller, delay in zip(pollers, first_polls(left, [one.target.settings for one in pollers]), strict=True):
+        poller.put_off(delay)
+
+
 def boot_number() -> int:
     """Another one after each start of the machine; 0 where the system tells none."""
     try:
@@ -5195,14 +5324,16 @@ class Monitor(threading.Thread):
         super().__init__(name="monitor", daemon=True)
         self._store, self._vault, self._context, self._wall = store, vault, context, wall
         self.pollers: dict[str, Poller] = {}
+        self.targets: dict[str, Target] = {}    # as the rows were when they were followed
         self.guards = context.access.guards
         self._zero_at = wall() - lease_clock()  # the Unix time of lease_clock's 0, by which stored times are read
         self.clock_step = 0.0, ""   # when the clock was set the last time, and how
         # Until when resources do not count, as stored and by lease_clock: a clock that is set ends nothing.
         self._maintenance: dict[str, tuple[float, float]] = {}
-        self._revision = -1
+        self._revision, self._looked_mono = -1, -math.inf   # of the rows that were followed, and when
         self._followed = threading.Condition()      # guards _revision; notified when the rows were followed
         self._ending = threading.Event()
+        self._trouble = Trouble("the configuration cannot be taken over")
 
     def begin(self) -> None:
         """Registers every resource, takes over fresh stored states and starts everything."""
@@ -5218,11 +5349,10 @@ class Monitor(threading.Thread):
         self.start()
 
     def run(self) -> None:
-        while not self._ending.wait(MONITOR_INTERVAL):
-            try:
-                self._sweep()
-            except Exception as error:  # noqa: BLE001  # a thread's outermost loop: nothing may end the watch
-                log.error("the configuration cannot be taken over: %s: %s", type(error).__name__, one_line(str(error)))
+        while not self._ending.is_set():
+            with self._trouble.caught():
+                if not self._ending.wait(MONITOR_INTERVAL):
+                    self._sweep()
 
     def close(self) -> None:
         """Ends all threads; polls that still run are left to their deadline."""
@@ -5258,16 +5388,16 @@ class Monitor(threading.Thread):
         return self.guards.of(poller.target).wait(name) if poller else 0.0
 
     def _sweep(self) -> None:
-        for name, poller in list(self.pollers.items()):
+        for poller in list(self.pollers.values()):
             poller.expire()
             if not poller.is_alive() and not self._ending.is_set():
-                log.error("%s: its poller died; starting another", name)
-                self._launch(poller.target, 0.0, poller)
+                self._launch(poller.target, poller.bury(), poller)
         self._recount()
+        self._context.aggregator.beat("the monitor")
         self._context.aggregator.note_expiry()
         with self._store.reading() as session:
             current = revision(session)
-        if current != self._revision:
+        if current != self._revision or lease_clock() - self._looked_mono > FOLLOW_INTERVAL:
             self._reconcile()
         if any(at > 0 and self._is_over(name) for name, (at, _) in self._maintenance.items()):
             self._end_maintenance()
@@ -5319,8 +5449,10 @@ class Monitor(threading.Thread):
     def _reconcile(self) -> None:
         """Makes the pollers follow the rows."""
         with self._store.reading() as session:
-            current, targets = revision(session), load_targets(session, self._vault)
-            stored = {row.resource_id: row for row in session.scalars(sqlalchemy.select(Status))}
+            current, targets = revision(session), load_targets(session, self._vault, self.targets)
+            is_known = current == self._revision and targets == self.targets
+            stored = {} if is_known else {
+                row.resource_id: row for row in session.scalars(sqlalchemy.select(Status))}
             ends = session.execute(sqlalchemy.select(Resource.name, Resource.maintenance))
             known = self._maintenance
             self._maintenance = {
@@ -5331,17 +5463,18 @@ class Monitor(threading.Thread):
             self.pollers.pop(name).stop()
             self._context.access.watched.pop(name, None)
             self._context.aggregator.deregister(name)
-        delay = 0.0
+        fresh = []
         for name, target in targets.items():
             before = self.pollers.get(name)
             if before is None or before.target != target:
-                self._launch(target, delay, before, stored.get(target.id))
-                delay += 1 / FIRST_POLLS
+                self._launch(target, 0.0, before, stored.get(target.id))
+                fresh.append(self.pollers[name])
+        spread(fresh)
         self._recount()
         with self._followed:
-            self._revision = current
+            self._revision, self._looked_mono, self.targets = current, lease_clock(), targets
             self._followed.notify_all()
-        if not any(target.settings.critical for target in targets.values()):
+        if not is_known and not any(target.settings.critical for target in targets.values()):
             log.warning("no critical resource is watched: the gate is open whatever happens")
 
     def _launch(self, target: Target, delay: float, before: Poller | None, stored: Status | None = None) -> None:
@@ -5357,6 +5490,8 @@ class Monitor(threading.Thread):
             poller = Poller(target, self._context, self.guards.of(target), delay)
             if stored:
                 self._restore(poller, stored)
+        if before:
+            poller.lease_mono, poller.deaths = before.expires_mono, before.deaths
         self.pollers[target.name] = poller
 
     def _restore(self, poller: Poller, stored: Status) -> None:
@@ -5367,10 +5502,10 @@ class Monitor(threading.Thread):
             self._restore_logins(target, stored, age)
             if stored.cause == "auth":
                 left = target.settings.ttl
-        if left > 0:
+        if left > 0 and (stored.state, stored.cause) in POLL_MARKS:
             poller.standing = Standing(cast(State, stored.state), cast(Cause, stored.cause), stored.reason,
                                        stored.since_at, stored.good, stored.bad)
-            poller.expires_mono = lease_clock() + left
+            poller.expires_mono = poller.lease_mono = lease_clock() + left
 
     def _restore_logins(self, target: Target, stored: Status, age: float) -> None:
         """Tells the guard what the last polls say of the credential."""
@@ -7258,7 +7393,7 @@ def resource_view(row: Resource, status: Status | None, context: ConsoleContext)
         shown["maintenance"] = Maintenance.model_construct(
             until=utc_time(row.maintenance), reason=row.maintenance_reason)
     try:
-        return ResourceView.model_validate(json.loads(row.settings) | shown | {"sample": json.loads(known.sample)})
+        return ResourceView.model_validate(from_json(row.settings) | shown | {"sample": from_json(known.sample)})
     except (ValueError, TypeError):
         return ResourceView.model_construct(
             **shown | {"state": "unhealthy", "cause": "protocol", "reason": DAMAGED, "sample": None})
@@ -7293,7 +7428,8 @@ def apply_settings(context: ConsoleContext, row: Resource, body: Mapping[str, An
     settings = SettingsReader(inventory, form).read(body, stored)
     if settings.hops:
         with context.store.reading() as session:
-            ways = {name: target.settings.way for name, target in load_targets(session, context.vault).items()}
+            ways = {name: target.settings.way for name, target in load_targets(
+                session, context.vault, context.monitor.targets).items()}
         if why := jump_fault(settings.name, ways | {settings.name: settings.hops}):
             raise field_errors({"proxy_jump": why})
     try:
@@ -7963,7 +8099,7 @@ def resource_metrics(row: Any, now: float) -> Iterator[MetricValue]:
         yield "poll_duration_seconds", (), row.seconds
         yield "last_poll_timestamp_seconds", (), row.polled_at
         with contextlib.suppress(ValueError, LookupError, TypeError, AttributeError):   # of a damaged row
-            yield from sample_metrics(json.loads(row.sample) or NO_SAMPLE)
+            yield from sample_metrics(from_json(row.sample) or NO_SAMPLE)
 
 
 METRIC_ROWS = RESOURCES.with_only_columns(Resource.name, Resource.maintenance, Status.state, Status.cause,
@@ -8063,8 +8199,10 @@ def duration_text(seconds: float) -> str:
 
 
 def local_time(at: float) -> str:
-    """A Unix time as the log writes it, in the server's own time zone."""
-    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(at))
+    """A Unix time as the log writes it, in the server's own time zone, which is named where it is not that of now."""
+    then = time.localtime(at)
+    zone = "" if then.tm_gmtoff == time.localtime().tm_gmtoff else f" {then.tm_zone}"
+    return time.strftime("%Y-%m-%d %H:%M:%S", then) + zone
 
 
 CROSSED = {"fail": "unhealthy", "warn": "degraded"}     # which state a reading makes that is above a limit
@@ -8886,7 +9024,7 @@ NO_SETTINGS: dict[str, Any] = {"tags": [], "critical": True, "limits": {}}
 def stored_mapping(text: str, empty: Mapping[str, Any]) -> dict[str, Any] | None:
     """A mapping of the database with at least what `empty` has; None when it is damaged."""
     try:
-        found = json.loads(text)
+        found = from_json(text)
         return found if all(type(found[name]) is type(value) for name, value in empty.items()) else None
     except (ValueError, TypeError, KeyError):
         return None
@@ -9489,7 +9627,7 @@ class Installation:
         """The database, made when there is none; `scratch`: then only for this once; `locked`: see Store."""
         with contextlib.ExitStack() as stack:
             path = self.database
-            if not inspect_database(path) and scratch:
+            if not inspect_database(path, whole=not locked) and scratch:
                 path = Path(stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True))) / path.name
             yield stack.enter_context(contextlib.closing(Store(path, locked=locked)))
 
@@ -9824,7 +9962,7 @@ def confirm(offered: str, arguments: argparse.Namespace) -> None:
 def trust(arguments: argparse.Namespace) -> int:
     """Shows the key that a host was known by and the one that it shows now, and accepts that one when told so."""
     installation = Installation(arguments.inventory)
-    if not inspect_database(installation.database):
+    if not inspect_database(installation.database, whole=False):
         raise UsageError("there is no database yet; start the service first")
     with installation.store() as store:
         with store.reading() as session:
@@ -9851,6 +9989,7 @@ def rotate_keys(arguments: argparse.Namespace) -> int:
     if len(list(sealed_tokens(None, installation.inventory))) > len(document_tokens):
         raise UsageError("a sealed secret stands in defaults, a password_file or a variable; "
                          "write the password at its resource first")
+    inspect_database(installation.database)
     with contextlib.closing(lock_database(installation.database)), installation.store(locked=True) as store:
         with store.writing() as session:
             vault = installation.open_vault(session)
@@ -9863,6 +10002,7 @@ def rotate_keys(arguments: argparse.Namespace) -> int:
             revise(session)
         if tokens:
             rewrite(installation.path, document, tokens)
+        store.checkpoint()
         vault.retire()
     print(f"secrets are sealed with key {vault.key_id} now")
     return 0

@@ -4,7 +4,9 @@ Every answer has to be right for the lease at its time: a refusal only if the ga
 request and answer, the application's answer only if it was open. None may be lost, and neither threads nor
 descriptors nor memory may grow in the workers or in the main process, which is this one. Prints one line of progress
 and a verdict; exit code 1 if something was wrong. Then the main process is killed some hundred times, at any moment of
-its start and after: nothing may be left of it two seconds later, and the next one gets its port.
+its start and after: nothing may be left of it two seconds later, and the next one gets its port. Before that the
+database is locked for a minute, processes are stopped for 20 seconds, and first starts, imports, service, migrations
+and rotations are killed a thousand times: nothing may be half.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import psutil
 from load import Clients, Response
 from service import Team
+from test_crashes import kill_anywhere, lock_for, stand_still
 from test_workers import APP as SHOP
 from test_workers import kill_at_random, workers
 
@@ -173,6 +176,7 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=4, help="pool threads; 0 = on the loop; default: %(default)s")
     parser.add_argument("--clients", type=int, default=32, help="keep-alive connections; default: %(default)s")
     parser.add_argument("--kills", type=int, default=300, help="of the main process; default: %(default)s")
+    parser.add_argument("--crashes", type=int, default=1000, help="kills at other moments; default: %(default)s")
     parser.add_argument("--clients-of", nargs=3, metavar=("PORT", "COUNT", "FILE"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.clients_of:
@@ -180,6 +184,14 @@ def main() -> int:
         return be_clients(int(port), int(count), Path(path))
     with tempfile.TemporaryDirectory() as folder:
         code = soak(options, Path(folder))
+    for name, seconds, action in (("locked", 60, lock_for), ("stopped", 20, stand_still)):
+        with tempfile.TemporaryDirectory() as folder:
+            action(Path(folder), seconds)
+            print(f"{name} for {seconds} s: passed", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        seed = time.time_ns()
+        kill_anywhere(Path(folder), options.crashes, seed, orphaned=6.0)
+        print(f"{options.crashes} kills left nothing half (seed {seed})", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "shop.py").write_text(SHOP, encoding="utf-8")
         seed = time.time_ns()

@@ -657,6 +657,7 @@ BAD_BODIES: list[tuple[str, str, Any, str]] = [
     ("PATCH", f"users/{NAME}", {"password_hash": "x"}, "password_hash"),
     ("POST", "resources/stated/maintenance", {}, "until"),
     ("POST", "resources/stated/maintenance", {"until": "2020-01-01T00:00:00Z", "reason": "x"}, "until"),
+    ("POST", "resources/stated/maintenance", {"until": "2099-12-31T23:59:60Z", "reason": "x"}, "until"),
     ("POST", "resources/stated/maintenance", {"until": "9999-12-31T23:59:59-14:00", "reason": "x"}, "until"),
     ("POST", "resources/stated/maintenance", {"until": "0001-01-01T00:00:00+14:00", "reason": "x"}, "until"),
     ("POST", "resources/stated/maintenance", {"until": "2099-01-01T00:00:00", "reason": "x"}, "until"),

@@ -332,6 +332,57 @@ def test_chart_of_an_hour(notebook: Notebook) -> None:
     assert len(notebook.chart("seconds", "hour", now)) == 4
 
 
+# --- odd times ---
+def test_beyond_2038(notebook: Notebook) -> None:
+    """Times of more than 31 bits are written, summed up, charted and shown as all others."""
+    begin = 2**31 // QUARTER * QUARTER - QUARTER
+    end = notebook.polls("hhuhh" * 12, begin)
+    notebook.tidy(end + 10)
+    assert notebook.count(AVERAGES) == 4
+    with notebook.store.reading() as session:
+        polls = samples(session, notebook.id, end)
+        assert [poll.at for poll in polls][-1] > 2**31 and len(polls) == 60
+        assert availability(session, notebook.id, end)["day"] == 80
+        assert max(event.at for event in events(session)) > 2**31
+        status = session.get(Status, notebook.id)
+        assert status and status.polled_at == end - 60
+    assert healthchecker.utc_time(2**31).isoformat() == "2038-01-19T03:14:08+00:00"
+    assert healthchecker.local_time(2**31)[:5] == "2038-"
+
+
+def test_the_second_that_comes_twice(notebook: Notebook) -> None:
+    """A leap second as Unix time has it: every poll is kept that is not of the very same time, in its order."""
+    leap = 1_483_228_800
+    times = [leap - 1.5, leap - 0.5, leap - 0.4, leap - 0.5, leap + 0.5]
+    for at in times:
+        notebook.write(notebook.report(at))
+    with notebook.store.reading() as session:
+        assert [poll.at for poll in samples(session, notebook.id, leap + 60)] == [*times[:3], times[-1]]
+        assert availability(session, notebook.id, leap + 1)["day"] == 100
+
+
+@pytest.mark.skipif(not hasattr(time, "tzset"), reason="Windows takes no time zone from the environment")
+def test_the_hour_that_comes_twice(notebook: Notebook, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the one that does not come: shown apart; what is computed knows no time zone."""
+    monkeypatch.setenv("TZ", "CET-1CEST,M3.5.0,M10.5.0/3")
+    time.tzset()
+    try:
+        second = 1_792_891_800      # 2026-10-25 02:30 CET
+        shown = [healthchecker.local_time(at) for at in (second - 3600, second)]
+        assert shown[0] != shown[1] and {text[:19] for text in shown} == {"2026-10-25 02:30:00"}
+        assert any(text.endswith((" CET", " CEST")) for text in shown)
+        assert healthchecker.local_time(1_774_746_000)[:19] == "2026-03-29 03:00:00"    # a second after 01:59:59
+        assert healthchecker.local_time(1_774_745_999)[:19] == "2026-03-29 01:59:59"
+        for change in (second - 1800, 1_774_746_000):
+            end = notebook.polls("hh" * 60, change - 3600)
+            with notebook.store.reading() as session:
+                assert availability(session, notebook.id, end)["day"] == 100
+                assert len(chart(session, notebook.id, "seconds", "day", end)) == 120 * 60 // 300
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+
+
 @pytest.mark.parametrize("span", SPANS)
 def test_chart_over_the_border_of_averages(span: str, notebook: Notebook) -> None:
     """Averages first, polls after them: every moment once, and never more points than a screen has."""
@@ -474,6 +525,9 @@ def test_what_cannot_be_written_is_written_later(notebook: Notebook, caplog: pyt
     notebook.polls("hhuuh")
     assert (notebook.count(SAMPLES), notebook.strip()) == (0, "")
     assert "the database cannot be written: as the test wants" in caplog.text
+    for _ in range(5):
+        assert not notebook.recorder.flush(), "so that nothing is summed up before it is there"
+    assert caplog.text.count("cannot be written") == 1, "a full disk must not fill the log"
     notebook.execute("DROP TRIGGER refuse")
     notebook.polls("t", START + 300)
     assert (notebook.count(SAMPLES), notebook.strip()) == (6, "hhuuht")

@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import cast
 
 import pytest
 import sqlalchemy
@@ -39,6 +40,7 @@ from healthchecker import (
     Poller,
     ProbeError,
     Recorder,
+    Report,
     Resolver,
     Status,
     Store,
@@ -257,6 +259,39 @@ def test_first_polls_are_paced_and_dead_machines_hold_up_nobody(house: House, ma
         assert -0.02 < late < LATE, (name, late)
 
 
+@pytest.mark.parametrize(("count", "interval", "outage"), [(1000, 10, 8), (3000, 60, 30), (1, 60, 100), (0, 60, 0)])
+def test_first_polls_come_before_the_leases_end(count: int, interval: float, outage: float) -> None:
+    """Of a restart with known states: of polls that were spread over the interval before it."""
+    one = healthchecker.ResourceSettings.model_construct(interval=interval, timeout=10)
+    left = [one.ttl - outage - interval * number / max(1, count) for number in range(count)]
+    random.Random(1).shuffle(left)
+    delays = healthchecker.first_polls(left, [one] * count)
+    assert all(delay + one.timeout <= lease for delay, lease in zip(delays, left, strict=True))
+    gaps_between = gaps(sorted(delays))
+    assert not gaps_between or min(gaps_between) > interval / count / 2 * 0.99, "no more than twice the usual load"
+
+
+def test_first_polls_of_what_is_not_known() -> None:
+    """They come first, for the gate waits for them."""
+    one = healthchecker.ResourceSettings.model_construct(interval=60, timeout=10)
+    assert healthchecker.first_polls([50, 0, 20, 0], [one] * 4) == [0.06, 0, 0.04, 0.02]
+
+
+def test_the_shortest_lease_is_polled_first(house: House, machines: Machines) -> None:
+    names = [f"m{number}" for number in range(8)]
+    house.write(*(f"name: {name}" for name in names))
+    with house.watching():
+        wait_for(lambda: all(house.stored(name)[0] == "healthy" for name in names))
+    for number, name in enumerate(names):
+        house.age(10 * number, name)
+    machines.polls.clear()
+    with house.watching():
+        wait_for(lambda: len(machines.polls) == len(names))
+        due = {name: house.poller(name).lease_mono for name in names}
+    assert sorted(names, key=due.__getitem__) == names[::-1]
+    assert machines.polls[0][0] == names[-1]
+
+
 def test_retry_interval_while_undecided(house: House, machines: Machines) -> None:
     house.write("name: db1, interval: 60, retry_interval: 1, rise: 2, fall: 3")
     with house.watching():
@@ -309,6 +344,90 @@ def test_dead_and_hanging_pollers(house: House, machines: Machines) -> None:
         assert {name: house.stored(name) for name in names} == expected
         machines.behaviours["dying"] = good
         wait_for(lambda: house.state("dying") == ("healthy", ""))
+
+
+def test_one_that_dies_again_and_again(house: House, machines: Machines, caplog: pytest.LogCaptureFixture) -> None:
+    """One line, one attempt at once, and then at its usual interval."""
+    house.write("name: db1")
+    with house.watching():
+        wait_for(lambda: house.state("db1")[0] == "healthy")
+        machines.behaviours["db1"] = dies
+        house.poller("db1").poll_now()
+        wait_for(lambda: len(machines.polls) == 3)
+        wait_for(lambda: machines.made.count("db1") == 3)
+        assert not machines.ended.wait(2), "nothing happens meanwhile"
+        assert len(machines.polls) == 3 and machines.made.count("db1") == 3
+        machines.behaviours["db1"] = good
+        assert house.monitor.poll_now("db1", 20)
+    assert caplog.text.count("its poller died") == caplog.text.count("its poller died (SystemExit)") == 1
+
+
+class Deadly:
+    """What kills the thread that looks at it."""
+
+    @property
+    def target(self) -> Target:
+        raise SystemExit
+
+
+def test_recorder_and_monitor_go_on(house: House, machines: Machines, caplog: pytest.LogCaptureFixture) -> None:
+    """Whatever ends a step of theirs, and it is told."""
+    deadly = threading.Event()
+
+    def wall() -> float:
+        if deadly.is_set() and threading.current_thread().name == "monitor":
+            deadly.clear()
+            raise SystemExit
+        return time.time()
+
+    house.write("name: db1, interval: 1, fall: 1")
+    with house.watching(wall):
+        wait_for(lambda: house.stored("db1") == ("healthy", ""))
+        house.monitor._context.recorder._reports.put(cast(Report, Deadly()))
+        deadly.set()
+        wait_for(lambda: caplog.text.count("SystemExit") == 2)
+        machines.behaviours["db1"] = unreachable
+        wait_for(lambda: house.stored("db1") == ("unhealthy", "unreachable"))
+        house.write("name: db1, interval: 1, fall: 1", "name: db2")
+        wait_for(lambda: house.stored("db2") == ("healthy", ""))
+
+
+@pytest.mark.parametrize("hanging", ["", "recorder", "monitor"])
+def test_the_gate_closes_when_nobody_watches(house: House, machines: Machines, hanging: str) -> None:
+    """Polls go on, and their leases last; the one of who writes them, and of who sees them end, does not."""
+    let_go, hangs = threading.Event(), threading.Event()
+
+    def wall() -> float:
+        if hanging == "monitor" and threading.current_thread().name == "monitor":
+            hangs.set()
+            let_go.wait(60)
+        return time.time()
+
+    house.write("name: db1, interval: 100")
+    with house.watching(wall):
+        wait_for(house.aggregator.is_healthy)
+        recorder = house.monitor._context.recorder
+        with recorder._flushing if hanging == "recorder" else contextlib.nullcontext():
+            if hanging == "monitor":
+                assert hangs.wait(20)
+            beats = house.aggregator._healthy._ends
+            if hanging:     # its last one is over
+                name = f"the {hanging}"
+                wait_for(lambda: name in beats)
+                settled(lambda: beats[name])
+            house.aggregator._clock = lambda: healthchecker.lease_clock() + 140
+            wait_for(lambda: house.aggregator.is_healthy() is not bool(hanging))
+            assert not machines.ended.wait(1.5)
+            assert house.aggregator.is_healthy() is not bool(hanging)
+            let_go.set()
+        wait_for(house.aggregator.is_healthy)
+
+
+def settled(read: Callable[[], float]) -> None:
+    """Waits until it does not change for longer than a step takes."""
+    before = math.nan
+    while before != (before := read()):
+        threading.Event().wait(1.5)
 
 
 def test_hanging_first_poll_after_a_restart(house: House, machines: Machines) -> None:
@@ -781,6 +900,16 @@ def test_resources_that_come_and_go(house: House, machines: Machines) -> None:
 DAMAGES = {
     "platform": ("platform = 'amiga'", "protocol"),
     "settings": ("settings = '{'", "protocol"),
+    "settings that are none": ("settings = '[]'", "protocol"),
+    "settings without an end": (f"settings = '{'[' * 100_000}'", "protocol"),
+    "setting of a later version": ("settings = json_set(settings, '$.later', 1)", "protocol"),
+    "words for a number": ("interval = 'soon'", "protocol"),
+    "port": ("port = 'ssh'", "protocol"),
+    "never": ("interval = 9e999", "protocol"),
+    "not UTF-8": ("platform = CAST(x'ff' AS TEXT)", "protocol"),
+    "bytes": ("hostname = x'ff'", "protocol"),
+    "bytes for a token": ("password = x'ff'", "credential"),
+    "name": ("password = NULL, settings = '{}', username = CAST(x'ff' AS TEXT), platform = x'00'", "protocol"),
     "moved": ("hostname = '192.0.2.2'", "credential"),
     "token": ("password = 'HC2.0'", "credential"),
     "key": ("password = replace(password, substr(password, 5, 16), '0123456789abcdef')", "credential"),
@@ -804,6 +933,68 @@ def test_a_damaged_row_costs_its_resource_alone(house: House, machines: Machines
         house.elsewhere("DELETE FROM resource WHERE name = 'db2'")
         wait_for(lambda: "db2" not in house.monitor.pollers)
         wait_for(house.aggregator.is_healthy)
+
+
+@pytest.mark.parametrize("damage", ["maintenance = 'soon'", "maintenance = 9e999", "maintenance = 1e12"])
+def test_a_damaged_maintenance_is_none(house: House, machines: Machines, damage: str) -> None:
+    house.write("name: db1", "name: db2")
+    with house.watching():
+        wait_for(house.aggregator.is_healthy)
+        house.elsewhere(f"UPDATE resource SET {damage} WHERE name = 'db2'", "DELETE FROM resource WHERE name = 'db1'")
+        wait_for(lambda: "db1" not in house.monitor.pollers)
+        machines.behaviours["db2"] = unreachable
+        house.poller("db2").poll_now()
+        wait_for(lambda: not house.aggregator.is_healthy())
+
+
+STATUS_DAMAGES = ["state = 'odd'", "cause = 'odd'", "polled_at = 'soon'", "since_at = 'then'", "good = 'many'",
+                  "strip = x'ff'", "sample = '{'", "reason = CAST(x'ff' AS TEXT)", "state = x'00'"]  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", STATUS_DAMAGES)
+def test_a_damaged_status_stops_no_start(house: House, machines: Machines, damage: str) -> None:
+    house.write("name: db1, interval: 1", "name: db2, interval: 1")
+    with house.watching():
+        wait_for(lambda: house.stored("db1") == house.stored("db2") == ("healthy", ""))
+    house.elsewhere(f"UPDATE status SET {damage} WHERE resource_id = 2")
+    with house.watching():
+        wait_for(lambda: all(poller.standing.good for poller in house.monitor.pollers.values()))
+        machines.behaviours["db2"] = unreachable
+        wait_for(lambda: house.stored("db2") == ("unhealthy", "unreachable"))
+        assert house.state("db1") == ("healthy", "")
+
+
+def test_a_change_by_hand_is_noticed(house: House, machines: Machines, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a raised revision, too, within a minute; what did not change goes on."""
+    assert healthchecker.FOLLOW_INTERVAL <= 60
+    monkeypatch.setattr(healthchecker, "FOLLOW_INTERVAL", 0.1)
+    house.write("name: db1", "name: db2")
+    with house.watching():
+        wait_for(house.aggregator.is_healthy)
+        with contextlib.closing(sqlite3.connect(house.folder / "database", timeout=5)) as connection, connection:
+            connection.execute("UPDATE resource SET interval = 30 WHERE name = 'db1'")
+        wait_for(lambda: house.poller("db1").target.settings.interval == 30)
+        assert machines.made == ["db1", "db2", "db1"]
+
+
+def test_a_secret_is_opened_once(house: House, machines: Machines) -> None:
+    """5,000 of them would take seconds at each change."""
+    opened: list[str] = []
+
+    class Counting(Vault):
+        def open(self, token: str, *row: str) -> str:
+            opened.append(row[1])
+            return super().open(token, *row)
+
+    house.write("name: db1", "name: db2", "name: db3")
+    house.vault = Counting(house.vault.folder)
+    with house.watching():
+        wait_for(house.aggregator.is_healthy)
+        assert opened == ["db1", "db2", "db3"]
+        house.elsewhere("UPDATE resource SET interval = 30 WHERE name = 'db2'")
+        wait_for(lambda: house.poller("db2").target.settings.interval == 30)
+        assert opened == ["db1", "db2", "db3", "db2"]
+        assert house.poller("db2").target.settings.secrets["password"] == "secret"
 
 
 # --- maintenance ---

@@ -236,6 +236,42 @@ def test_database_of_the_version_before(tmp_path: Path) -> None:
         assert not connection.execute("SELECT name FROM sqlite_master WHERE name LIKE 'packed%'").fetchall()
 
 
+def test_an_id_is_never_used_again(tmp_path: Path) -> None:
+    """Or what is queued for a resource that was removed, a host key say, would meet another one."""
+    for path in (tmp_path / "new.db", database_of_schema_2(tmp_path)):
+        with closing(Store(path)) as store:
+            ids = []
+            for name in ("first", "second"):
+                with store.writing() as session:
+                    session.add(Resource(name=name, hostname="h", platform="local", port=1, settings="{}"))
+                with store.writing() as session:
+                    row = session.scalars(sqlalchemy.select(Resource).where(Resource.name == name)).one()
+                    ids.append(row.id)
+                    session.delete(row)
+            assert ids[1] > ids[0]
+            with store.reading() as session:    # a migration turns it off
+                assert session.scalar(sqlalchemy.text("PRAGMA foreign_keys")) == 1
+
+
+def test_a_database_is_read_through_once(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a service that starts, and by each command; whatever opens it then relies on that."""
+    bench.load(FIRST)
+    seen: list[str] = []
+
+    def connect(*arguments: Any, **options: Any) -> sqlite3.Connection:
+        connection = genuine(*arguments, **options)
+        connection.set_trace_callback(seen.append)
+        return connection
+
+    genuine = sqlite3.connect
+    monkeypatch.setattr(sqlite3, "connect", connect)
+    path = write_inventory(bench.folder, FIRST)
+    for command in (["check"], ["keys", "rotate"], ["user", "list"]):
+        seen.clear()
+        assert healthchecker.main(["--inventory", str(path), *command]) == 0
+        assert sum("quick_check" in statement for statement in seen) == 1, command
+
+
 def test_a_migrated_database_is_as_a_new_one(tmp_path: Path) -> None:
     """The same tables with the same columns, types and keys."""
     def described(path: Path) -> dict[str, list[tuple[Any, ...]]]:

@@ -18,6 +18,7 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
+import sqlalchemy
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
@@ -355,6 +356,11 @@ def test_missing_key_is_named_and_none_is_made(here: str, vault: Vault, foreign:
     assert not folder.exists() if here == "none" else Vault(folder).key_id == foreign.key_id
 
 
+def test_a_secret_of_another_key_costs_its_resource_alone(vault: Vault, foreign: Vault) -> None:
+    tokens = [vault.seal(SECRET, *ROW), foreign.seal(SECRET, *ROW)]
+    assert open_vault(vault.folder, tokens).open(tokens[0], *ROW) == SECRET
+
+
 # --- keys rotate ---------------------------------------------------------------------------------------------
 HOSTS = 6
 
@@ -482,6 +488,57 @@ def test_rotate_interrupted_between_its_steps(stage: int, rotation: tuple[Path, 
         assert healthchecker.main(["--inventory", str(path), "keys", "rotate"]) == 0
     assert all_open(path) == {public_id(before / "keys")}
     assert sorted(item.name for item in (before / "keys").iterdir()) == [PRIVATE, PUBLIC]
+
+
+def rotate_until_the_old_key_goes(path: str) -> None:
+    """For a process of its own, which ends where a loss of power hurts most."""
+    sys.addaudithook(lambda name, given: os._exit(9) if name == "os.rename" and "next.pem" in str(given[0]) else None)
+    rotate(path)
+
+
+def test_rotated_rows_are_on_the_disk_before_the_old_key_goes(tmp_path: Path) -> None:
+    """What stands in the database's log alone may be lost with the power."""
+    path = installation(tmp_path)
+    process = fresh_processes().Process(target=rotate_until_the_old_key_goes, args=(str(path),))
+    process.start()
+    process.join(60)
+    assert process.exitcode == 9
+    for log in tmp_path.glob("healthchecker.db-*"):
+        log.unlink()
+    assert {token.split(".")[1] for token in stored(path).values()} == {Vault(tmp_path / "keys").key_id}
+
+
+def test_rotate_keeps_what_is_known(tmp_path: Path) -> None:
+    """A start after it goes on with the states of before."""
+    path = installation(tmp_path)
+    setup = healthchecker.Installation(path)
+    digests = []
+    for turn in range(2):
+        with closing(healthchecker.Store(setup.database)) as store, store.writing() as session:
+            row = session.scalars(sqlalchemy.select(healthchecker.Resource)).first()
+            assert row
+            digests.append(row.settings_digest)
+            if turn == 0:
+                session.add(healthchecker.Status(
+                    resource_id=row.id, settings_digest=row.settings_digest, state="healthy", cause="", reason="",
+                    credential_digest=row.credential_digest, since_at=1, polled_at=1, good=1, bad=0, seconds=0,
+                    sample="null"))  # fmt: skip
+            else:
+                status = session.get(healthchecker.Status, row.id)
+                assert status and status.settings_digest == row.settings_digest != digests[0]
+                assert status.credential_digest == row.credential_digest
+        if turn == 0:
+            assert healthchecker.main(["--inventory", str(path), "keys", "rotate"]) == 0
+
+
+def test_rotate_names_what_does_not_open(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = installation(tmp_path)
+    with closing(sqlite3.connect(tmp_path / "healthchecker.db")) as connection, connection:
+        connection.execute("UPDATE resource SET hostname = 'moved' WHERE name = 'h2.example.com'")
+    before = stored(path)
+    assert healthchecker.main(["--inventory", str(path), "keys", "rotate"]) == 3
+    assert capsys.readouterr().err.startswith("h2.example.com: a sealed secret belongs to another")
+    assert stored(path) == before and (tmp_path / "keys" / PRIVATE).exists()
 
 
 def test_rotate_refuses_beside_a_service(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

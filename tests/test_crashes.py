@@ -1,0 +1,206 @@
+"""Crashes: whatever is killed, stopped or locked, and whenever: nothing is half, and the gate is right or closed."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import sqlite3
+import sys
+import threading
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from conftest import wait_for
+from service import QuickProcess, Service, environment, fresh_processes, write_inventory
+from test_storage import database_of_schema_2
+from test_vault import rotate
+from test_workers import ORPHANED, left_after, workers
+
+import healthchecker
+
+pytestmark = pytest.mark.skipif(
+    sys.platform == "win32",
+    reason="signals and forks are POSIX's; test_storage and test_vault kill import, rotation and migration",
+)
+HOSTS = 12
+MOMENTS = {"first start": 3.0, "serve": 2.0, "migrate": 2.0, "rotate": 0.5}  # seconds in which one is killed
+
+
+# --- kill -9 -------------------------------------------------------------------------------------------------
+def inventory(folder: Path, interval: int) -> Path:
+    """Hosts that nobody reaches and nobody waits for."""
+    lines = (
+        f"  - {{name: h{number}, hostname: 127.0.0.1, port: 1, username: u, password: p{number}, platform: linux,"
+        f" interval: {interval}, critical: false}}\n"
+        for number in range(HOSTS)
+    )
+    return write_inventory(folder, "".join(lines))
+
+
+def prepare(folder: Path, action: str, interval: int) -> Path:
+    """What `action` finds; gives the inventory."""
+    if action == "migrate":
+        shutil.rmtree(folder)
+        folder.mkdir()
+        database_of_schema_2(folder)
+        path = folder / "inventory.yaml"
+        path.write_text(
+            path.read_text(encoding="utf-8").replace("service:", "service:\n  console: 127.0.0.1:0\n  workers: 1"),
+            encoding="utf-8",
+        )
+        return path
+    if action == "first start":
+        shutil.rmtree(folder)
+        folder.mkdir()
+    return inventory(folder, interval)
+
+
+def killed_at(action: str, path: Path, seconds: float, orphaned: float) -> list[psutil.Process]:
+    """Runs `action` and kills it after `seconds`; what is left of it."""
+    process: Any
+    if action == "rotate":
+        process = fresh_processes().Process(target=rotate, args=(str(path),))
+        process.start()
+    else:
+        process = QuickProcess(path, environment())
+    threading.Event().wait(seconds)
+    family: list[psutil.Process] = []
+    if action != "rotate":
+        assert process.poll() is None, process.stdout.read()
+        main = psutil.Process(process.pid)
+        main.suspend()  # so that it starts no other one meanwhile
+        family = main.children(recursive=True)
+    process.kill()
+    if action == "rotate":
+        process.join()
+        return []
+    process.wait()
+    left = left_after(family, orphaned)
+    for one in left:
+        one.kill()
+    process.stdout.close()
+    return left
+
+
+def assert_usable(folder: Path, scratch: Path) -> None:
+    """A start finds all rows of one version or none, every secret opens, and nothing is damaged."""
+    shutil.rmtree(scratch, ignore_errors=True)
+    shutil.copytree(folder, scratch)
+    database = scratch / "healthchecker.db"
+    if database.exists():
+        with closing(sqlite3.connect(database)) as connection:
+            assert connection.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+            assert not connection.execute("PRAGMA foreign_key_check").fetchall()
+    setup = healthchecker.Installation(scratch / "inventory.yaml")
+    with setup.store() as store, store.writing() as session:
+        vault = setup.open_vault(session)
+        for turn in range(2):
+            targets = healthchecker.load_targets(session, vault)
+            assert not any(target.fault for target in targets.values())
+            hosts = [target for target in targets.values() if target.name.startswith("h")]
+            assert len(hosts) in (0, HOSTS) and len({host.settings.interval for host in hosts}) <= 1
+            assert all(host.settings.secrets["password"] == f"p{host.name[1:]}" for host in hosts)
+            if turn == 0:
+                healthchecker.import_inventory(session, setup.inventory, vault)
+        assert targets.keys() >= {resource.name for resource in setup.inventory.resources}
+
+
+def kill_anywhere(folder: Path, times: int, seed: int, orphaned: float) -> None:
+    """Kills first starts, imports, service, migrations and rotations, at any moment. Raises AssertionError."""
+    chosen, current, old = random.Random(seed), folder / "current", folder / "old"
+    for place in (current, old):
+        place.mkdir()
+    for number in range(times):
+        action = list(MOMENTS)[number % len(MOMENTS)]
+        place = old if action == "migrate" else current
+        path = prepare(place, action, 10 + 10 * (number // 2 % 2))
+        moment = chosen.uniform(0, MOMENTS[action])
+        where = f"seed {seed}, kill {number}: {action} after {moment:.3f} s"
+        assert not killed_at(action, path, moment, orphaned), where
+        try:
+            assert_usable(place, folder / "scratch")
+        except Exception as error:
+            raise AssertionError(where) from error
+    with Service(inventory(current, 10)) as service:
+        service.wait_status("/", 200)
+
+
+def test_kills_leave_nothing_half(tmp_path: Path) -> None:
+    """(A thousand of them: make soak.)"""
+    kill_anywhere(tmp_path, 8, 13, ORPHANED)
+
+
+# --- a database that is locked, processes that stand still ---------------------------------------------------
+def flagged(folder: Path, more: str = "", service: str = "") -> tuple[Path, Path]:
+    """An inventory of this machine, which is unhealthy while a flag is there; and the flag."""
+    flag = folder / "trouble"
+    check = f"checks: [{{name: flag, command: 'test ! -e {flag}'}}]"
+    text = f"  - {{name: db1, platform: local, interval: 1, timeout: 2, rise: 1, fall: 1, {check}}}{more}"
+    return write_inventory(folder, text, service), flag
+
+
+def lock_for(folder: Path, seconds: float) -> None:
+    """The gate goes on, the log tells once, and afterwards history has no hole. Raises AssertionError."""
+    path, flag = flagged(folder)
+    with Service(path) as service:
+        service.wait_status("/", 200)
+        with closing(sqlite3.connect(folder / "healthchecker.db", timeout=20, isolation_level=None)) as other:
+            other.execute("BEGIN EXCLUSIVE")
+            flag.touch()
+            service.wait_status("/", 503)
+            flag.unlink()
+            service.wait_status("/", 200)
+            threading.Event().wait(seconds)
+            service.wait_line("the database cannot be written: database is locked")
+            assert service.get("/").status == 200
+            other.execute("ROLLBACK")
+            service.wait_line("the database cannot be written: that is over")
+            assert service.output.count("cannot be written: database is locked") <= 1 + seconds // 60
+
+            def states() -> list[str]:
+                found = other.execute("SELECT text FROM event WHERE kind = 'state' ORDER BY at")
+                return [text.split(" (")[0].split(" after")[0] for (text,) in found]
+
+            wait_for(lambda: states() == ["unknown -> healthy", "healthy -> unhealthy", "unhealthy -> healthy"])
+            times = [at for (at,) in other.execute("SELECT at FROM sample ORDER BY at")]
+            assert len(times) > seconds / 2, "polls went on meanwhile, and none was lost"
+
+
+def test_a_database_that_is_locked(tmp_path: Path) -> None:
+    """Longer than a writer waits for it. (A minute: make soak.)"""
+    lock_for(tmp_path, 1)
+
+
+def stand_still(folder: Path, seconds: float) -> None:
+    """Main process, then a worker: closed or right meanwhile, and as before afterwards. Raises AssertionError."""
+    path, flag = flagged(folder, service="  workers: 2")
+    with Service(path) as service:
+        service.wait_status("/", 200)
+        os.kill(service.pid, signal.SIGSTOP)
+        flag.touch()
+        service.wait_status("/", 503)  # by the lease: nobody looks at the flag
+        threading.Event().wait(seconds)
+        assert service.get("/").status == 503
+        os.kill(service.pid, signal.SIGCONT)
+        service.wait_line("db1: healthy -> unhealthy")
+        flag.unlink()
+        service.wait_status("/", 200)
+        before = workers(service.pid)
+        os.kill(next(iter(before)), signal.SIGSTOP)
+        threading.Event().wait(seconds)
+        with_one = [worker for worker in workers(service.pid).values() if worker.status() != psutil.STATUS_STOPPED]
+        assert with_one, "the other one serves"
+        if next(iter(before)) in workers(service.pid):
+            os.kill(next(iter(before)), signal.SIGCONT)
+        wait_for(lambda: len(workers(service.pid)) == 2)
+        service.wait_status("/", 200)
+
+
+def test_processes_that_stand_still(tmp_path: Path) -> None:
+    """(20 seconds each: make soak.)"""
+    stand_still(tmp_path, 0.5)
