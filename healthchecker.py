@@ -511,10 +511,12 @@ def read_document(path: Path) -> Document:
 # and every path absolute, or an InventoryError with a line for each fault. Three steps: Document makes nested
 # texts with a place each, the models check them, InventoryLoader merges defaults and gathers the faults.
 # Pure but for reading files and environment; called by commands, and by threads that serve the console.
-# Gives: Check, FILES, foreign_fields, HOSTLESS, Inventory, InventoryLoader, Limit, Limits,
+# Gives: Check, COMPANIONS, FILES, foreign_fields, HOSTLESS, Inventory, InventoryLoader, Limit, Limits,
 # load_inventory, M, matching_key, message_of, Name, PASSPHRASES, Platform, REMOTE_PLATFORMS,
 # ResourceSettings, Retention, SECRETS, SELECTABLE, ServiceSettings, Settings, SSH_PLATFORMS, TextLine
 LEASE_GRACE = 2.0               # seconds added to a lease for a busy machine
+KEY_FILES = ("private.pem", "public.pem", "next.pem")
+COMPANIONS = ("-wal", "-shm", "-journal", ".lock")      # files beside the database
 WORKERS_MAX = 8                 # worker processes that `auto` starts at most
 
 
@@ -960,6 +962,16 @@ def message_of(error: Mapping[str, Any]) -> str:
     return text
 
 
+def identities(path: Path) -> tuple[object, ...]:
+    """What two names of one file have in common: where links lead, and the file itself where there is one."""
+    real = os.path.normcase(os.path.realpath(path))
+    try:
+        found = os.stat(real)
+    except OSError:
+        return (real,)
+    return (real, (found.st_dev, found.st_ino)) if found.st_ino else (real,)
+
+
 class InventoryLoader:
     """Turns a Document into an Inventory and gathers all faults on the way."""
 
@@ -976,16 +988,16 @@ class InventoryLoader:
         parts = top if isinstance(top, dict) else {}
         defaults = parts["defaults"] if isinstance(parts.get("defaults"), dict) else {}
         items = parts["resources"] if isinstance(parts.get("resources"), list) else []
-        if file:
-            self._fault_shared_files(file.service)
-            if "resources" not in file.model_fields_set:
-                self.fault((), "resources is missing; write `resources: []` to watch nothing")
+        if file and "resources" not in file.model_fields_set:
+            self.fault((), "resources is missing; write `resources: []` to watch nothing")
         missing = dict.fromkeys(("name", "hostname", "username"), "any")     # to look at the defaults alone
         usual = self._validate(ResourceSettings, missing | defaults, lambda loc: ("defaults", *loc))
         self.names = {str(own.get("name", own.get("hostname"))) for own in items if isinstance(own, dict)}
         found = {index: self._resource(index, own, defaults)
                  for index, own in enumerate(items) if isinstance(own, dict)}
         resources = [resource for resource in found.values() if resource]
+        if file:
+            self._fault_shared_files(file.service, found)
         ways = {name: list[str]() for name in self.names} | {resource.name: resource.way for resource in resources}
         for index, resource in found.items():
             if resource and (why := jump_fault(resource.name, ways)):
@@ -995,14 +1007,27 @@ class InventoryLoader:
         return Inventory(self.path, file.service, resources, self.places,
                          usual.model_dump(mode="json", include=set(defaults), exclude=set(SECRETS)))
 
-    def _fault_shared_files(self, service: ServiceSettings) -> None:
-        """A log that is written into another file of the service would destroy it."""
-        files = {self.path: "the inventory", service.database_path: "service.database"}
-        for name in ("metrics_token_file", "log_file"):
-            if path := getattr(service, name):
-                if path in files:
-                    self.fault(("service", name), f"is {files[path]}, too; name another file")
-                files[path] = f"service.{name}"
+    def _fault_shared_files(self, service: ServiceSettings, resources: Mapping[int, ResourceSettings | None]) -> None:
+        """A log that is written into another file of the service would destroy it, by whatever name it is called."""
+        database, log_file = service.database_path, service.log_file
+        ours = [("", "the inventory", self.path), ("", "the program", Path(__file__)),
+                *(("", f"{service.keys.name}/{name}", service.keys / name) for name in KEY_FILES),
+                ("database", "service.database", database),
+                *(("", database.name + end, Path(f"{database}{end}")) for end in COMPANIONS)]
+        if service.metrics_token_file:
+            ours.append(("metrics_token_file", "service.metrics_token_file", service.metrics_token_file))
+        for number in range(LOG_FILES + 1) if log_file else ():
+            ours.append(("log_file", "service.log_file", Path(f"{log_file}{f'.{number}' if number else ''}")))
+        known: dict[object, str] = {}
+        for setting, what, path in ours:
+            found = {known.setdefault(identity, what) for identity in identities(path)} - {what}
+            if found and setting:
+                self.fault(("service", setting), f"is {min(found)}, too; name another file")
+        looked_up = functools.cache(identities)     # many may share one
+        for index, resource in resources.items():
+            for name, value in resource or ():
+                if isinstance(value, Path) and (which := [*filter(None, map(known.get, looked_up(value)))]):
+                    self.fault(("resources", index, name), f"is {which[0]}, too; name another file")
 
     def parse(self, model: type[M], raw: object) -> M:
         """Raises ValidationError."""
@@ -1111,10 +1136,12 @@ def load_inventory(path: Path) -> Inventory:
 # === Vault ===================================================================
 # Secrets at rest: in come passwords and what they belong to, out go tokens, and the other way round. Called in any
 # thread of the main process; only the start and `keys rotate` write key files. A secret never shows in an error.
-# Gives: length_prefixed, create_private, Vault, hash_password
+# Gives: length_prefixed, create_private, ensure_private, give, take_place, Vault, hash_password
 RSA_BITS = 3072                 # bits, equal in strength to AES-128 (NIST SP 800-57)
 OAEP = padding.OAEP(padding.MGF1(hashes.SHA256()), hashes.SHA256(), b"HealthChecker/HC1")
 SPKI = serialization.PublicFormat.SubjectPublicKeyInfo
+EVERYBODY = ("*S-1-1-0", "*S-1-5-11", "*S-1-5-4", "*S-1-5-2", "*S-1-5-32-545", "*S-1-5-32-546", "*S-1-3-0")
+NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
 SEALED = re.compile(r"HC[12]\.([0-9a-f]{16})(?:\.[^.]*){3}")    # of a sealed secret, with the id of its key
 
 
@@ -1124,27 +1151,77 @@ def length_prefixed(*parts: str) -> bytes:
 
 
 def restrict(path: Path) -> None:
-    """Windows knows no file mode: its owner, SYSTEM and the administrators keep access, inherited rights go."""
+    """Windows knows no file mode: a file keeps the accounts that its folder was given for, and loses everybody else."""
     if sys.platform == "win32":
-        done = subprocess.run(["icacls", str(path), "/inheritance:r", "/grant:r", "*S-1-3-4:F", "*S-1-5-18:F",
-                               "*S-1-5-32-544:F"], capture_output=True, check=False)
+        done = subprocess.run(["icacls", str(path), "/inheritance:d", "/grant:r", "*S-1-3-4:F", "*S-1-5-18:F",
+                               "*S-1-5-32-544:F", "/remove:g", *EVERYBODY], capture_output=True, check=False)
         if done.returncode:
             raise OSError(errno.EACCES, "icacls failed to restrict it", str(path))
 
 
-def create_private(path: Path, content: bytes) -> None:
-    """Creates a file that only its owner can read; the whole file or none, and never over another one."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
+def give(path: Path | int, like: Path) -> None:
+    """What root makes becomes that of the owner of `like`, its folder: or the service's account could not read it."""
+    if sys.platform != "win32" and os.geteuid() == 0:
+        with contextlib.suppress(PermissionError):      # a root without that right
+            os.chown(path, like.stat().st_uid, like.stat().st_gid)
+
+
+def put_name(temporary: Path, path: Path) -> None:
+    """Gives a file its name, unless that is taken: FileExistsError. By a link where there are such, not on FAT."""
+    if sys.platform == "win32":
+        os.rename(temporary, path)      # never over another one there
+        return
     try:
-        with open(os.open(temporary, flags, 0o600), "wb") as file:
+        os.link(temporary, path)
+    except OSError as error:
+        if error.errno not in NO_LINKS:
+            raise
+        if os.path.lexists(path):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path)) from None
+        os.replace(temporary, path)
+
+
+@contextlib.contextmanager
+def private_file(path: Path) -> Iterator[IO[bytes]]:
+    """A file to be written that only its owner can read; the whole file or none, and never over another one."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
+    try:
+        with open(os.open(temporary, flags, 0o600), "w+b") as file:
             restrict(temporary)
-            file.write(content)
+            give(file.fileno(), path.parent)
+            yield file
             file.flush()
             os.fsync(file.fileno())
-        os.link(temporary, path)
+        put_name(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def create_private(path: Path, content: bytes = b"") -> None:
+    with private_file(path) as file:
+        file.write(content)
+
+
+def ensure_private(path: Path) -> None:
+    """Makes an empty file where there is none."""
+    if not path.exists():
+        with contextlib.suppress(FileExistsError):      # of another process, just now
+            create_private(path)
+
+
+def take_place(new: Path, old: Path) -> None:
+    """Puts one file in the place of another, whose owner, group, mode and access list it takes. Raises OSError, and
+    changes nothing, where this account cannot give it away: the service could not read it then."""
+    if sys.platform == "win32":
+        if not ctypes.windll.kernel32.ReplaceFileW(str(old), str(new), None, 0, None, None):
+            raise ctypes.WinError()
+        return
+    found = old.stat()
+    os.chown(new, found.st_uid, found.st_gid)
+    shutil.copystat(old, new)
+    os.utime(new)
+    os.replace(new, old)
 
 
 @contextlib.contextmanager
@@ -1190,7 +1267,9 @@ class Vault:
     def create(self, name: str = "private.pem") -> None:
         """Makes an RSA key; an existing one is never overwritten. Raises SecretError."""
         key = rsa.generate_private_key(65537, RSA_BITS)
-        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if not self.folder.exists():
+            self.folder.mkdir(mode=0o700, parents=True)
+            give(self.folder, self.folder.parent)
         create_private(self.folder / name, key.private_bytes(
             serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()))
         self._load(self.folder / name)
@@ -1200,13 +1279,16 @@ class Vault:
         """Makes public.pem follow private.pem."""
         path, key = self.folder / "public.pem", next(iter(self._keys.values()))
         public = key.public_key().public_bytes(serialization.Encoding.PEM, SPKI)
-        if not path.exists() or path.read_bytes() != public:
+        if not path.exists():
+            path.write_bytes(public)
+            give(path, self.folder)
+        elif path.read_bytes() != public:
             path.write_bytes(public)
 
     @key_files_written()
     def retire(self) -> None:
         """Ends a rotation: `next.pem` becomes `private.pem`."""
-        os.replace(self.folder / "next.pem", self.folder / "private.pem")
+        take_place(self.folder / "next.pem", self.folder / "private.pem")
         self._keys = {self.key_id: self._keys[self.key_id]}
         self.publish()
 
@@ -1525,9 +1607,13 @@ def lock_database(path: Path) -> sqlite3.Connection:
     """
     connection = None
     try:
-        connection = sqlite3.connect(f"{path}.lock", timeout=0, check_same_thread=False, isolation_level=None)
+        lock = Path(f"{path}.lock")
+        ensure_private(lock)
+        with contextlib.suppress(PermissionError):
+            lock.chmod(0o600)       # an earlier version's; whoever could read it could hold a lock, too
+        connection = sqlite3.connect(lock, timeout=0, check_same_thread=False, isolation_level=None)
         connection.execute("BEGIN EXCLUSIVE")
-    except sqlite3.Error as error:
+    except (OSError, sqlite3.Error) as error:
         if connection is None or "locked" not in str(error):
             raise StorageError(f"database {path} cannot be used: {error}; set service.database") from error
         connection.close()
@@ -1563,12 +1649,14 @@ class Store:
         with self.app.app_context():
             event.listen(db.engine, "connect", prepare_connection)
             event.listen(db.engine, "begin", begin_transaction)
+        for end in COMPANIONS[:2] if sys.platform == "win32" else ():   # they would have their folder's rights
+            ensure_private(Path(f"{path}{end}"))
         if version == SCHEMA:
             return
         # never under a service of an older version, which would fail from then on
         lock = contextlib.nullcontext() if locked or not version else contextlib.closing(lock_database(path))
         try:
-            os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+            ensure_private(path)
             with lock, self.writing() as session:
                 migrate(session)
         except (OSError, sqlite3.Error, sqlalchemy.exc.SQLAlchemyError) as error:
@@ -9305,7 +9393,9 @@ def ensure_inventory(path: Path) -> None:
                                  "bring it back, or name another one by --inventory")
         if example.is_file():
             content, origin = example.read_bytes(), f"copied from {example.name}; it"
-        path.write_bytes(content)
+        create_private(path, content)
+    except FileExistsError:
+        return      # another start was faster
     except OSError as error:
         raise InventoryError(f"{path.name}: cannot be written: {error.strerror}") from error
     print(f"{path.name} was not there: {origin} watches this machine. Edit it and restart.")
@@ -9321,6 +9411,13 @@ class LogFile(logging.handlers.RotatingFileHandler):
             super().__init__(path, maxBytes=LOG_BYTES, backupCount=LOG_FILES, encoding="utf-8")
         except OSError as error:
             raise UsageError(f"service.log_file {path} cannot be written: {error.strerror}") from error
+
+    def _open(self) -> io.TextIOWrapper:
+        is_new = not os.path.exists(self.baseFilename)
+        stream = super()._open()
+        if is_new:
+            give(stream.fileno(), Path(self.baseFilename).parent)
+        return stream
 
     def emit(self, record: logging.LogRecord) -> None:
         if self.stale:
@@ -9558,13 +9655,10 @@ def rewrite(path: Path, document: Document, replacements: Mapping[NodePath, str]
     temporary = real.with_name(f".{real.name}.{secrets.token_hex(4)}")
     try:
         create_private(temporary, content)
-        shutil.copymode(real, temporary)
-        if sys.platform != "win32":
-            with contextlib.suppress(PermissionError):      # only root can give a file away
-                os.chown(temporary, real.stat().st_uid, real.stat().st_gid)
-        os.replace(temporary, real)
+        take_place(temporary, real)
     except OSError as error:
-        raise InventoryError(f"{path.name}: cannot be replaced: {error.strerror}; is it open elsewhere?") from error
+        raise InventoryError(f"{path.name}: cannot be replaced: {error.strerror}; is it open elsewhere, or another "
+                             "account's?") from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -9764,6 +9858,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):     # a pipe has the code page of the machine; pythonw has no stream
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(encoding="utf-8", errors="backslashreplace", newline="\n")     # /bin/sh knows no \r
+    os.umask(os.umask(0o077) | 0o022)   # nothing that is made here is for others to write
     arguments = command_line().parse_args(argv)
     for name in ("paramiko", "pypsrp", "urllib3", "spnego"):    # they repeat what we report
         logging.getLogger(name).setLevel(logging.CRITICAL)
