@@ -106,6 +106,7 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 import uuid
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -513,7 +514,7 @@ def read_document(path: Path) -> Document:
 # Pure but for reading files and environment; called by commands, and by threads that serve the console.
 # Gives: Check, COMPANIONS, FILES, foreign_fields, HOSTLESS, Inventory, InventoryLoader, Limit, Limits,
 # load_inventory, M, matching_key, message_of, Name, PASSPHRASES, Platform, REMOTE_PLATFORMS,
-# ResourceSettings, Retention, SECRETS, SELECTABLE, ServiceSettings, Settings, SSH_PLATFORMS, TextLine
+# ResourceSettings, Retention, SECRETS, SELECTABLE, ServiceSettings, Settings, SSH_PLATFORMS, take_variable, TextLine
 LEASE_GRACE = 2.0               # seconds added to a lease for a busy machine
 KEY_FILES = ("private.pem", "public.pem", "next.pem")
 COMPANIONS = ("-wal", "-shm", "-journal", ".lock")      # files beside the database
@@ -962,6 +963,26 @@ def message_of(error: Mapping[str, Any]) -> str:
     return text
 
 
+@functools.cache
+def taken_variables() -> dict[str, str]:
+    """Secrets that stood in the environment, by their variables: the inventory may be read again."""
+    return {}
+
+
+def take_variable(name: str) -> None:
+    """Takes a secret out of the environment, of what is started here and of what /proc shows of this process."""
+    value = os.environ.get(name)
+    if value is None:
+        return
+    taken_variables()[name] = value
+    if sys.platform != "win32":
+        getenv = ctypes.CDLL(None).getenv
+        getenv.restype = ctypes.c_void_p
+        if place := getenv(os.fsencode(name)):
+            ctypes.memset(place, 0, len(os.fsencode(value)))
+    del os.environ[name]
+
+
 def identities(path: Path) -> tuple[object, ...]:
     """What two names of one file have in common: where links lead, and the file itself where there is one."""
     real = os.path.normcase(os.path.realpath(path))
@@ -1113,7 +1134,7 @@ class InventoryLoader:
         """The secret of an environment variable or a file. Raises ValueError."""
         try:
             if source.endswith("_env"):
-                found = os.environ.get(text, "").rstrip("\r\n")
+                found = (os.environ.get(text) or taken_variables().get(text, "")).rstrip("\r\n")
             else:
                 path = absolute(text, self.folder)
                 if not os.path.isfile(path):
@@ -6388,7 +6409,8 @@ class GateServer(TcpWSGIServer):    # type: ignore[misc]  # waitress carries no 
 # what is to be logged, in JSON; it hears stop, or end of file when the main process died.
 # That they may serve is a flag in shared memory, set once the start can no longer fail; a replacement finds it set: if
 # each served as soon as it is ready, a start that fails would have served somebody.
-# Gives: ENDINGS, HANGUPS, LineFormatter, Supervisor, bound_address, handed_over, keep_out_of_collections, listen
+# Gives: ENDINGS, HANGUPS, LineFormatter, Supervisor, bound_address, handed_over, keep_out_of_collections, listen,
+#   try_app
 ABSENT = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)      # this machine does not have the address, or its family
 LISTEN_FAULTS = {
     errno.EADDRINUSE: "another program uses that port; stop it, or write another port at",
@@ -6452,16 +6474,16 @@ def handed_over() -> list[socket.socket]:
     return socks
 
 
-def listen(setting: str, value: str) -> list[socket.socket]:
+def listen(setting: str, value: str, wait: float = PORT_WAIT) -> list[socket.socket]:
     """Binds the address:port that `setting` of the inventory names, a name on all its addresses, or takes what systemd
-    has bound. Raises UsageError."""
+    has bound; one in use may become free for `wait` seconds. Raises UsageError."""
     host, _, port = value.rpartition(":")
     with contextlib.suppress(OSError, UnicodeError):
         found: Any = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         wanted = [address[:2] for *_, address in found]
         if given := [sock for sock in handed_over() if sock.getsockname()[:2] in wanted]:
             return given
-    ends = time.monotonic() + PORT_WAIT
+    ends = time.monotonic() + wait
     while True:
         try:
             return bind(host.strip("[]"), int(port))
@@ -6536,6 +6558,25 @@ def load_app(name: str, folder: Path) -> WSGIApplication:
     if fault:
         raise UsageError(f"service.app {name} {fault}")
     return cast("WSGIApplication", app)
+
+
+def try_app(name: str, folder: Path) -> None:
+    """Loads the application and ends the process; of what goes wrong in it, the frames that are its own."""
+    code = 0
+    try:
+        load_app(name, folder)
+    except UsageError as error:
+        if cause := error.__cause__:
+            trace = cause.__traceback__
+            while trace and trace.tb_frame.f_code.co_filename.startswith((__file__, "<frozen", os.path.dirname(
+                    importlib.__file__))):
+                trace = trace.tb_next
+            traceback.print_exception(cause.with_traceback(trace))
+        print(error, file=sys.stderr)
+        code = error.exit_code
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)      # whatever the application left running
 
 
 # --- the log ---
@@ -6615,8 +6656,9 @@ class Worker:
             signal.signal(number, lambda *_: None)
         if sys.platform != "win32":
             signal.pthread_sigmask(signal.SIG_UNBLOCK, (*ENDINGS, *HANGUPS))
-            for number in [self.pipe.fileno(), *(sock.fileno() for sock in self.socks)]:
-                os.set_inheritable(number, False)   # what the application starts may outlive the service
+            for number in map(int, os.listdir("/dev/fd")):      # pipe, sockets, and the lease's shared memory
+                with contextlib.suppress(OSError):      # what has listed them is closed
+                    os.set_inheritable(number, number < 3)      # what the application starts may outlive the service
             os.register_at_fork(after_in_child=self._close)
         messages = MessagePipe(self.pipe)
         logging.basicConfig(level=logging.INFO, handlers=[messages], force=True)
@@ -9375,6 +9417,7 @@ class ConsoleServer(threading.Thread):
 # states open the gate, the console answers, the workers may serve. It ends the other way round: the workers drain while
 # the pollers go on, then console, pollers and database close.
 # Gives: nothing
+APP_WAIT = 120.0                # seconds for the application to be loaded by `check`
 PROBES_AT_ONCE = 64             # resources that `check --probe` polls at the same time
 INVENTORY = Path(__file__).absolute().with_name("inventory.yaml")
 PROGRESS_INTERVAL = 0.1         # seconds between two looks at them; a wait without an end may never see Ctrl-C
@@ -9453,6 +9496,9 @@ class Installation:
     def __init__(self, path: Path, *, accepts_removals: bool = False) -> None:
         self.path, self._accepts_removals = path.absolute(), accepts_removals
         self.inventory = load_inventory(self.path)
+        for settings in self.inventory.resources:
+            for name in filter(None, (settings.password_env, settings.key_passphrase_env)):
+                take_variable(name)
         self.service = self.inventory.service
         self.database = self.service.database_path
         if self.service.listen == (console := self.service.console) and not console.endswith(":0"):
@@ -9583,10 +9629,10 @@ def make_connections(targets: Iterable[Target], access: ConnectionContext) -> No
         access.watched[target.name] = CONNECTIONS[target.settings.platform](target, access.guard_of(target), access)
 
 
-def probe(targets: Sequence[Target], access: ConnectionContext) -> int:
-    """Polls every resource once, PROBES_AT_ONCE at a time, and prints a table; 1 when a critical one is unhealthy."""
+def probe(targets: Mapping[str, Target], chosen: Sequence[Target], access: ConnectionContext) -> int:
+    """Polls each once, PROBES_AT_ONCE at a time, and prints a table; 1 when a critical one is unhealthy."""
     room = threading.Semaphore(PROBES_AT_ONCE)
-    make_connections(targets, access)
+    make_connections(targets.values(), access)
     rows: dict[str, list[str]] = {}     # by name; each thread adds one
     bad: list[str] = []
 
@@ -9602,7 +9648,7 @@ def probe(targets: Sequence[Target], access: ConnectionContext) -> int:
             f"{verdict.cause}: {verdict.reason}" if verdict.cause else ""]
 
     # daemons, so that Ctrl-C need not wait for them
-    threads = [threading.Thread(target=run, args=(target,), daemon=True) for target in targets]
+    threads = [threading.Thread(target=run, args=(target,), daemon=True) for target in chosen]
     for thread in threads:
         thread.start()
     while running := [thread for thread in threads if thread.is_alive()]:
@@ -9610,15 +9656,88 @@ def probe(targets: Sequence[Target], access: ConnectionContext) -> int:
         running[0].join(PROGRESS_INTERVAL)
     show_progress(len(threads), len(threads))
     heading = ["NAME", "STATE", "SECONDS", "CPU %", "MEMORY %", "DISK %", "WHY"]
-    print_table([heading, *(rows[target.name] for target in targets)])
+    print_table([heading, *(rows[target.name] for target in chosen)])
     return int(bool(bad))
 
 
+def find_target(targets: Mapping[str, Target], name: str) -> Target:
+    """Raises UsageError."""
+    if name in targets:
+        return targets[name]
+    near = difflib.get_close_matches(name, targets, 1)
+    raise UsageError(f"no such resource{f'; did you mean {near[0]}?' if near else ''}")
+
+
+def is_running(database: Path) -> bool:
+    """Whether a service is on the database, as far as can be told without a change of anything."""
+    if not os.path.exists(f"{database}.lock"):
+        return False
+    try:
+        lock_database(database).close()
+    except StorageError as error:
+        return "another HealthChecker" in str(error)
+    return False
+
+
+def check_doors(installation: Installation) -> Iterator[HealthCheckerError]:
+    """What a start would say of its ports, its log and the word of the metrics."""
+    service = installation.service
+    for setting, value in (("service.listen", service.listen), ("service.console", service.console)):
+        try:
+            for sock in listen(setting, value, 0.0) if value != "off" else ():
+                sock.close()
+        except UsageError as error:
+            in_use = getattr(error.__cause__, "errno", 0) == errno.EADDRINUSE
+            if in_use and is_running(installation.database):
+                print(f"{setting} {value} is in use: by the service that runs, if it is not new there")
+            else:
+                yield error
+    path = service.log_file
+    if path and (path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK)):
+        yield UsageError(f"service.log_file {path} cannot be written")
+    try:
+        _ = service.metrics_token_file and read_token(service.metrics_token_file)
+    except HealthCheckerError as error:
+        yield error
+
+
+def check_app(installation: Installation) -> int:
+    """Loads the application in a process of its own, as a worker does; gives an exit code."""
+    if not (name := installation.service.app):
+        return 0
+    process = multiprocessing.get_context("spawn").Process(target=try_app, args=(name, installation.path.parent))
+    process.start()
+    process.join(APP_WAIT)
+    if process.exitcode not in (0, UsageError.exit_code):
+        print(f"service.app {name} ended its process with exit code {process.exitcode}" if not process.is_alive()
+              else f"service.app {name} is not loaded after {APP_WAIT:.0f} s", file=sys.stderr)
+    process.kill()
+    return UsageError.exit_code if process.exitcode else 0
+
+
+def show_readable(installation: Installation) -> None:
+    """Names the files with secrets that every account of this machine can read (POSIX)."""
+    inventory = installation.inventory
+    files = {installation.service.metrics_token_file, installation.database if installation.database.exists() else None}
+    for each in inventory.resources:
+        files |= {each.password_file, each.key_passphrase_file, each.key_file}
+        files |= {installation.path} if each.secrets and not (each.password_file or each.password_env) else set()
+    for path in sorted(filter(None, files)) if sys.platform != "win32" else ():
+        if path.stat().st_mode & 0o007:
+            print(f"{path} holds secrets, and is open to other users; run: chmod o= {path}")
+
+
 def check(arguments: argparse.Namespace) -> int:
-    """Validates the inventory and says what a start would change; changes nothing."""
+    """Says what a start would say, and what it would change; changes nothing."""
     installation = Installation(arguments.inventory, accepts_removals=arguments.accept_removals)
+    code = 0
+    for fault in check_doors(installation):
+        print(fault, file=sys.stderr)
+        code = fault.exit_code
+    code = check_app(installation) or code
     with rehearsal(installation) as (session, vault, changes):
         print(f"{installation.path.name} is valid; a start would make: {changes}")
+        show_readable(installation)
         installation.review(changes)
         for settings in installation.inventory.resources:
             if settings.ssh_config:
@@ -9627,8 +9746,9 @@ def check(arguments: argparse.Namespace) -> int:
                 print(f"{settings.name}, with {settings.ssh_config.name}: {', '.join(told)}")
             if settings.platform is Platform.WINDOWS and (missing := missing_package(settings.auth)):
                 print(f"{settings.name}: {missing}")
-        targets = list(load_targets(session, vault).values()) if arguments.probe else []
-    return probe(targets, installation.access()) if arguments.probe else 0
+        targets = {} if arguments.probe is None else load_targets(session, vault)
+    chosen = [find_target(targets, name) for name in arguments.probe or targets]
+    return code or (0 if arguments.probe is None else probe(targets, chosen, installation.access()))
 
 
 def scalars(document: Document) -> dict[NodePath, str]:
@@ -9689,14 +9809,6 @@ def seal(arguments: argparse.Namespace) -> int:
         print(f"defaults.{shared[0]} stays plain, for a sealed secret belongs to one resource; "
               f"use {shared[0]}_file, or write it at each resource", file=sys.stderr)
     return int(bool(shared))
-
-
-def find_target(targets: Mapping[str, Target], name: str) -> Target:
-    """Raises UsageError."""
-    if name in targets:
-        return targets[name]
-    near = difflib.get_close_matches(name, targets, 1)
-    raise UsageError(f"no such resource{f'; did you mean {near[0]}?' if near else ''}")
 
 
 def endpoint(arguments: argparse.Namespace) -> int:
@@ -9835,7 +9947,8 @@ def command_line() -> argparse.ArgumentParser:
     parser.set_defaults(run=serve)
     commands = parser.add_subparsers(metavar="COMMAND")
     command = commands.add_parser("check", help="validate the inventory and say what a start would change")
-    command.add_argument("--probe", action="store_true", help="also poll every resource once and print a table")
+    command.add_argument("--probe", nargs="*", metavar="NAME",
+                         help="also poll every resource, or those named, once and print a table")
     command.set_defaults(run=check)
     commands.add_parser("seal", help="replace plain passwords in the inventory by sealed ones").set_defaults(run=seal)
     command = commands.add_parser("endpoint", help="print what a host needs that shall answer polls and nothing else")
@@ -9853,12 +9966,20 @@ def command_line() -> argparse.ArgumentParser:
     return parser
 
 
+def be_discreet() -> None:
+    """Nothing that this process makes is for others to write, and none of its secrets goes into a core dump."""
+    os.umask(os.umask(0o077) | 0o022)
+    if sys.platform != "win32":
+        import resource  # noqa: PLC0415  # POSIX only
+        resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code: 0 done, 1 a check failed, 2 inventory or usage, 3 keys, 4 database."""
     for stream in (sys.stdout, sys.stderr):     # a pipe has the code page of the machine; pythonw has no stream
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(encoding="utf-8", errors="backslashreplace", newline="\n")     # /bin/sh knows no \r
-    os.umask(os.umask(0o077) | 0o022)   # nothing that is made here is for others to write
+    be_discreet()
     arguments = command_line().parse_args(argv)
     for name in ("paramiko", "pypsrp", "urllib3", "spnego"):    # they repeat what we report
         logging.getLogger(name).setLevel(logging.CRITICAL)
