@@ -106,6 +106,7 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 import uuid
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -512,10 +513,12 @@ def read_document(path: Path) -> Document:
 # and every path absolute, or an InventoryError with a line for each fault. Three steps: Document makes nested
 # texts with a place each, the models check them, InventoryLoader merges defaults and gathers the faults.
 # Pure but for reading files and environment; called by commands, and by threads that serve the console.
-# Gives: Check, FILES, foreign_fields, HOSTLESS, Inventory, InventoryLoader, Limit, Limits,
+# Gives: Check, COMPANIONS, FILES, foreign_fields, HOSTLESS, Inventory, InventoryLoader, Limit, Limits,
 # load_inventory, M, matching_key, message_of, Name, PASSPHRASES, Platform, REMOTE_PLATFORMS,
-# ResourceSettings, Retention, SECRETS, SELECTABLE, ServiceSettings, Settings, SSH_PLATFORMS, TextLine
+# ResourceSettings, Retention, SECRETS, SELECTABLE, ServiceSettings, Settings, SSH_PLATFORMS, take_variable, TextLine
 LEASE_GRACE = 2.0               # seconds added to a lease for a busy machine
+KEY_FILES = ("private.pem", "public.pem", "next.pem")
+COMPANIONS = ("-wal", "-shm", "-journal", ".lock")      # files beside the database
 WORKERS_MAX = 8                 # worker processes that `auto` starts at most
 
 
@@ -962,6 +965,36 @@ def message_of(error: Mapping[str, Any]) -> str:
     return text
 
 
+@functools.cache
+def taken_variables() -> dict[str, str]:
+    """Secrets that stood in the environment, by their variables: the inventory may be read again."""
+    return {}
+
+
+def take_variable(name: str) -> None:
+    """Takes a secret out of the environment, of what is started here and of what /proc shows of this process."""
+    value = os.environ.get(name)
+    if value is None:
+        return
+    taken_variables()[name] = value
+    if sys.platform != "win32":
+        getenv = ctypes.CDLL(None).getenv
+        getenv.restype = ctypes.c_void_p
+        if place := getenv(os.fsencode(name)):
+            ctypes.memset(place, 0, len(os.fsencode(value)))
+    del os.environ[name]
+
+
+def identities(path: Path) -> tuple[object, ...]:
+    """What two names of one file have in common: where links lead, and the file itself where there is one."""
+    real = os.path.normcase(os.path.realpath(path))
+    try:
+        found = os.stat(real)
+    except OSError:
+        return (real,)
+    return (real, (found.st_dev, found.st_ino)) if found.st_ino else (real,)
+
+
 class InventoryLoader:
     """Turns a Document into an Inventory and gathers all faults on the way."""
 
@@ -978,10 +1011,8 @@ class InventoryLoader:
         parts = top if isinstance(top, dict) else {}
         defaults = parts["defaults"] if isinstance(parts.get("defaults"), dict) else {}
         items = parts["resources"] if isinstance(parts.get("resources"), list) else []
-        if file:
-            self._fault_shared_files(file.service)
-            if "resources" not in file.model_fields_set:
-                self.fault((), "resources is missing; write `resources: []` to watch nothing")
+        if file and "resources" not in file.model_fields_set:
+            self.fault((), "resources is missing; write `resources: []` to watch nothing")
         missing = dict.fromkeys(("name", "hostname", "username"), "any")     # to look at the defaults alone
         usual = self._validate(ResourceSettings, missing | defaults, lambda loc: ("defaults", *loc))
         self.names = {str(own.get("name", own.get("hostname"))) for own in items if isinstance(own, dict)}
@@ -989,6 +1020,8 @@ class InventoryLoader:
                  for index, own in enumerate(items) if isinstance(own, dict)}
         resources = [resource for resource in found.values() if resource]
         self._fault_former_names(found)
+        if file:
+            self._fault_shared_files(file.service, found)
         ways = {name: list[str]() for name in self.names} | {resource.name: resource.way for resource in resources}
         for index, resource in found.items():
             if resource and (why := jump_fault(resource.name, ways)):
@@ -1007,14 +1040,27 @@ class InventoryLoader:
                     self.fault(("resources", index, "was"), "a resource has this name, or had it, too")
                 taken.add(resource.was)
 
-    def _fault_shared_files(self, service: ServiceSettings) -> None:
-        """A log that is written into another file of the service would destroy it."""
-        files = {self.path: "the inventory", service.database_path: "service.database"}
-        for name in ("metrics_token_file", "log_file"):
-            if path := getattr(service, name):
-                if path in files:
-                    self.fault(("service", name), f"is {files[path]}, too; name another file")
-                files[path] = f"service.{name}"
+    def _fault_shared_files(self, service: ServiceSettings, resources: Mapping[int, ResourceSettings | None]) -> None:
+        """A log that is written into another file of the service would destroy it, by whatever name it is called."""
+        database, log_file = service.database_path, service.log_file
+        ours = [("", "the inventory", self.path), ("", "the program", Path(__file__)),
+                *(("", f"{service.keys.name}/{name}", service.keys / name) for name in KEY_FILES),
+                ("database", "service.database", database),
+                *(("", database.name + end, Path(f"{database}{end}")) for end in COMPANIONS)]
+        if service.metrics_token_file:
+            ours.append(("metrics_token_file", "service.metrics_token_file", service.metrics_token_file))
+        for number in range(LOG_FILES + 1) if log_file else ():
+            ours.append(("log_file", "service.log_file", Path(f"{log_file}{f'.{number}' if number else ''}")))
+        known: dict[object, str] = {}
+        for setting, what, path in ours:
+            found = {known.setdefault(identity, what) for identity in identities(path)} - {what}
+            if found and setting:
+                self.fault(("service", setting), f"is {min(found)}, too; name another file")
+        looked_up = functools.cache(identities)     # many may share one
+        for index, resource in resources.items():
+            for name, value in resource or ():
+                if isinstance(value, Path) and (which := [*filter(None, map(known.get, looked_up(value)))]):
+                    self.fault(("resources", index, name), f"is {which[0]}, too; name another file")
 
     def parse(self, model: type[M], raw: object) -> M:
         """Raises ValidationError."""
@@ -1100,7 +1146,7 @@ class InventoryLoader:
         """The secret of an environment variable or a file. Raises ValueError."""
         try:
             if source.endswith("_env"):
-                found = os.environ.get(text, "").rstrip("\r\n")
+                found = (os.environ.get(text) or taken_variables().get(text, "")).rstrip("\r\n")
             else:
                 path = absolute(text, self.folder)
                 if not os.path.isfile(path):
@@ -1123,10 +1169,12 @@ def load_inventory(path: Path) -> Inventory:
 # === Vault ===================================================================
 # Secrets at rest: in come passwords and what they belong to, out go tokens, and the other way round. Called in any
 # thread of the main process; only the start and `keys rotate` write key files. A secret never shows in an error.
-# Gives: length_prefixed, create_private, Vault, hash_password
+# Gives: length_prefixed, create_private, ensure_private, give, take_place, Vault, hash_password
 RSA_BITS = 3072                 # bits, equal in strength to AES-128 (NIST SP 800-57)
 OAEP = padding.OAEP(padding.MGF1(hashes.SHA256()), hashes.SHA256(), b"HealthChecker/HC1")
 SPKI = serialization.PublicFormat.SubjectPublicKeyInfo
+EVERYBODY = ("*S-1-1-0", "*S-1-5-11", "*S-1-5-4", "*S-1-5-2", "*S-1-5-32-545", "*S-1-5-32-546", "*S-1-3-0")
+NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
 SEALED = re.compile(r"HC[12]\.([0-9a-f]{16})(?:\.[^.]*){3}")    # of a sealed secret, with the id of its key
 
 
@@ -1136,27 +1184,77 @@ def length_prefixed(*parts: str) -> bytes:
 
 
 def restrict(path: Path) -> None:
-    """Windows knows no file mode: its owner, SYSTEM and the administrators keep access, inherited rights go."""
+    """Windows knows no file mode: a file keeps the accounts that its folder was given for, and loses everybody else."""
     if sys.platform == "win32":
-        done = subprocess.run(["icacls", str(path), "/inheritance:r", "/grant:r", "*S-1-3-4:F", "*S-1-5-18:F",
-                               "*S-1-5-32-544:F"], capture_output=True, check=False)
+        done = subprocess.run(["icacls", str(path), "/inheritance:d", "/grant:r", "*S-1-3-4:F", "*S-1-5-18:F",
+                               "*S-1-5-32-544:F", "/remove:g", *EVERYBODY], capture_output=True, check=False)
         if done.returncode:
             raise OSError(errno.EACCES, "icacls failed to restrict it", str(path))
 
 
-def create_private(path: Path, content: bytes) -> None:
-    """Creates a file that only its owner can read; the whole file or none, and never over another one."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
+def give(path: Path | int, like: Path) -> None:
+    """What root makes becomes that of the owner of `like`, its folder: or the service's account could not read it."""
+    if sys.platform != "win32" and os.geteuid() == 0:
+        with contextlib.suppress(PermissionError):      # a root without that right
+            os.chown(path, like.stat().st_uid, like.stat().st_gid)
+
+
+def put_name(temporary: Path, path: Path) -> None:
+    """Gives a file its name, unless that is taken: FileExistsError. By a link where there are such, not on FAT."""
+    if sys.platform == "win32":
+        os.rename(temporary, path)      # never over another one there
+        return
     try:
-        with open(os.open(temporary, flags, 0o600), "wb") as file:
+        os.link(temporary, path)
+    except OSError as error:
+        if error.errno not in NO_LINKS:
+            raise
+        if os.path.lexists(path):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path)) from None
+        os.replace(temporary, path)
+
+
+@contextlib.contextmanager
+def private_file(path: Path) -> Iterator[IO[bytes]]:
+    """A file to be written that only its owner can read; the whole file or none, and never over another one."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
+    try:
+        with open(os.open(temporary, flags, 0o600), "w+b") as file:
             restrict(temporary)
-            file.write(content)
+            give(file.fileno(), path.parent)
+            yield file
             file.flush()
             os.fsync(file.fileno())
-        os.link(temporary, path)
+        put_name(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def create_private(path: Path, content: bytes = b"") -> None:
+    with private_file(path) as file:
+        file.write(content)
+
+
+def ensure_private(path: Path) -> None:
+    """Makes an empty file where there is none."""
+    if not path.exists():
+        with contextlib.suppress(FileExistsError):      # of another process, just now
+            create_private(path)
+
+
+def take_place(new: Path, old: Path) -> None:
+    """Puts one file in the place of another, whose owner, group, mode and access list it takes. Raises OSError, and
+    changes nothing, where this account cannot give it away: the service could not read it then."""
+    if sys.platform == "win32":
+        if not ctypes.windll.kernel32.ReplaceFileW(str(old), str(new), None, 0, None, None):
+            raise ctypes.WinError()
+        return
+    found = old.stat()
+    os.chown(new, found.st_uid, found.st_gid)
+    shutil.copystat(old, new)
+    os.utime(new)
+    os.replace(new, old)
 
 
 @contextlib.contextmanager
@@ -1202,7 +1300,9 @@ class Vault:
     def create(self, name: str = "private.pem") -> None:
         """Makes an RSA key; an existing one is never overwritten. Raises SecretError."""
         key = rsa.generate_private_key(65537, RSA_BITS)
-        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if not self.folder.exists():
+            self.folder.mkdir(mode=0o700, parents=True)
+            give(self.folder, self.folder.parent)
         create_private(self.folder / name, key.private_bytes(
             serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()))
         self._load(self.folder / name)
@@ -1212,13 +1312,16 @@ class Vault:
         """Makes public.pem follow private.pem."""
         path, key = self.folder / "public.pem", next(iter(self._keys.values()))
         public = key.public_key().public_bytes(serialization.Encoding.PEM, SPKI)
-        if not path.exists() or path.read_bytes() != public:
+        if not path.exists():
+            path.write_bytes(public)
+            give(path, self.folder)
+        elif path.read_bytes() != public:
             path.write_bytes(public)
 
     @key_files_written()
     def retire(self) -> None:
         """Ends a rotation: `next.pem` becomes `private.pem`."""
-        os.replace(self.folder / "next.pem", self.folder / "private.pem")
+        take_place(self.folder / "next.pem", self.folder / "private.pem")
         self._keys = {self.key_id: self._keys[self.key_id]}
         self.publish()
 
@@ -1597,9 +1700,13 @@ def lock_database(path: Path) -> sqlite3.Connection:
     """
     connection = None
     try:
-        connection = sqlite3.connect(f"{path}.lock", timeout=0, check_same_thread=False, isolation_level=None)
+        lock = Path(f"{path}.lock")
+        ensure_private(lock)
+        with contextlib.suppress(PermissionError):
+            lock.chmod(0o600)       # an earlier version's; whoever could read it could hold a lock, too
+        connection = sqlite3.connect(lock, timeout=0, check_same_thread=False, isolation_level=None)
         connection.execute("BEGIN EXCLUSIVE")
-    except sqlite3.Error as error:
+    except (OSError, sqlite3.Error) as error:
         if connection is None or "locked" not in str(error):
             raise StorageError(f"database {path} cannot be used: {error}; set service.database") from error
         connection.close()
@@ -1638,12 +1745,14 @@ class Store:
         with self.app.app_context():
             event.listen(db.engine, "connect", prepare_connection)
             event.listen(db.engine, "begin", begin_transaction)
+        for end in COMPANIONS[:2] if sys.platform == "win32" else ():   # they would have their folder's rights
+            ensure_private(Path(f"{path}{end}"))
         if version == SCHEMA:
             return
         # never under a service of an older version, which would fail from then on
         lock = contextlib.nullcontext() if locked or not version else contextlib.closing(lock_database(path))
         try:
-            os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+            ensure_private(path)
             with lock, self.writing(migrates=True) as session:
                 migrate(session)
             self.close()        # from the next connection on foreign keys are checked
@@ -6535,7 +6644,8 @@ class GateServer(TcpWSGIServer):    # type: ignore[misc]  # waitress carries no 
 # what is to be logged, in JSON; it hears stop, or end of file when the main process died.
 # That they may serve is a flag in shared memory, set once the start can no longer fail; a replacement finds it set: if
 # each served as soon as it is ready, a start that fails would have served somebody.
-# Gives: ENDINGS, HANGUPS, LineFormatter, Supervisor, bound_address, handed_over, keep_out_of_collections, listen
+# Gives: ENDINGS, HANGUPS, LineFormatter, Supervisor, bound_address, handed_over, keep_out_of_collections, listen,
+#   try_app
 ABSENT = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)      # this machine does not have the address, or its family
 LISTEN_FAULTS = {
     errno.EADDRINUSE: "another program uses that port; stop it, or write another port at",
@@ -6599,16 +6709,16 @@ def handed_over() -> list[socket.socket]:
     return socks
 
 
-def listen(setting: str, value: str) -> list[socket.socket]:
+def listen(setting: str, value: str, wait: float = PORT_WAIT) -> list[socket.socket]:
     """Binds the address:port that `setting` of the inventory names, a name on all its addresses, or takes what systemd
-    has bound. Raises UsageError."""
+    has bound; one in use may become free for `wait` seconds. Raises UsageError."""
     host, _, port = value.rpartition(":")
     with contextlib.suppress(OSError, UnicodeError):
         found: Any = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         wanted = [address[:2] for *_, address in found]
         if given := [sock for sock in handed_over() if sock.getsockname()[:2] in wanted]:
             return given
-    ends = time.monotonic() + PORT_WAIT
+    ends = time.monotonic() + wait
     while True:
         try:
             return bind(host.strip("[]"), int(port))
@@ -6683,6 +6793,25 @@ def load_app(name: str, folder: Path) -> WSGIApplication:
     if fault:
         raise UsageError(f"service.app {name} {fault}")
     return cast("WSGIApplication", app)
+
+
+def try_app(name: str, folder: Path) -> None:
+    """Loads the application and ends the process; of what goes wrong in it, the frames that are its own."""
+    code = 0
+    try:
+        load_app(name, folder)
+    except UsageError as error:
+        if cause := error.__cause__:
+            trace = cause.__traceback__
+            while trace and trace.tb_frame.f_code.co_filename.startswith((__file__, "<frozen", os.path.dirname(
+                    importlib.__file__))):
+                trace = trace.tb_next
+            traceback.print_exception(cause.with_traceback(trace))
+        print(error, file=sys.stderr)
+        code = error.exit_code
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)      # whatever the application left running
 
 
 # --- the log ---
@@ -6762,8 +6891,9 @@ class Worker:
             signal.signal(number, lambda *_: None)
         if sys.platform != "win32":
             signal.pthread_sigmask(signal.SIG_UNBLOCK, (*ENDINGS, *HANGUPS))
-            for number in [self.pipe.fileno(), *(sock.fileno() for sock in self.socks)]:
-                os.set_inheritable(number, False)   # what the application starts may outlive the service
+            for number in map(int, os.listdir("/dev/fd")):      # pipe, sockets, and the lease's shared memory
+                with contextlib.suppress(OSError):      # what has listed them is closed
+                    os.set_inheritable(number, number < 3)      # what the application starts may outlive the service
             os.register_at_fork(after_in_child=self._close)
         messages = MessagePipe(self.pipe)
         logging.basicConfig(level=logging.INFO, handlers=[messages], force=True)
@@ -9547,6 +9677,7 @@ class ConsoleServer(threading.Thread):
 # states open the gate, the console answers, the workers may serve. It ends the other way round: the workers drain while
 # the pollers go on, then console, pollers and database close.
 # Gives: nothing
+APP_WAIT = 120.0                # seconds for the application to be loaded by `check`
 PROBES_AT_ONCE = 64             # resources that `check --probe` polls at the same time
 INVENTORY = Path(__file__).absolute().with_name("inventory.yaml")
 PROGRESS_INTERVAL = 0.1         # seconds between two looks at them; a wait without an end may never see Ctrl-C
@@ -9565,7 +9696,9 @@ def ensure_inventory(path: Path) -> None:
                                  "bring it back, or name another one by --inventory")
         if example.is_file():
             content, origin = example.read_bytes(), f"copied from {example.name}; it"
-        path.write_bytes(content)
+        create_private(path, content)
+    except FileExistsError:
+        return      # another start was faster
     except OSError as error:
         raise InventoryError(f"{path.name}: cannot be written: {error.strerror}") from error
     print(f"{path.name} was not there: {origin} watches this machine. Edit it and restart.")
@@ -9581,6 +9714,13 @@ class LogFile(logging.handlers.RotatingFileHandler):
             super().__init__(path, maxBytes=LOG_BYTES, backupCount=LOG_FILES, encoding="utf-8")
         except OSError as error:
             raise UsageError(f"service.log_file {path} cannot be written: {error.strerror}") from error
+
+    def _open(self) -> io.TextIOWrapper:
+        is_new = not os.path.exists(self.baseFilename)
+        stream = super()._open()
+        if is_new:
+            give(stream.fileno(), Path(self.baseFilename).parent)
+        return stream
 
     def emit(self, record: logging.LogRecord) -> None:
         if self.stale:
@@ -9617,6 +9757,9 @@ class Installation:
     def __init__(self, path: Path, *, accepts_removals: bool = False) -> None:
         self.path, self._accepts_removals = path.absolute(), accepts_removals
         self.inventory = load_inventory(self.path)
+        for settings in self.inventory.resources:
+            for name in filter(None, (settings.password_env, settings.key_passphrase_env)):
+                take_variable(name)
         self.service = self.inventory.service
         self.database = self.service.database_path
         if self.service.listen == (console := self.service.console) and not console.endswith(":0"):
@@ -9808,10 +9951,10 @@ def make_connections(targets: Iterable[Target], access: ConnectionContext) -> No
         access.watched[target.name] = CONNECTIONS[target.settings.platform](target, access.guard_of(target), access)
 
 
-def probe(targets: Sequence[Target], access: ConnectionContext) -> int:
-    """Polls every resource once, PROBES_AT_ONCE at a time, and prints a table; 1 when a critical one is unhealthy."""
+def probe(targets: Mapping[str, Target], chosen: Sequence[Target], access: ConnectionContext) -> int:
+    """Polls each once, PROBES_AT_ONCE at a time, and prints a table; 1 when a critical one is unhealthy."""
     room = threading.Semaphore(PROBES_AT_ONCE)
-    make_connections(targets, access)
+    make_connections(targets.values(), access)
     rows: dict[str, list[str]] = {}     # by name; each thread adds one
     bad: list[str] = []
 
@@ -9827,7 +9970,7 @@ def probe(targets: Sequence[Target], access: ConnectionContext) -> int:
             f"{verdict.cause}: {verdict.reason}" if verdict.cause else ""]
 
     # daemons, so that Ctrl-C need not wait for them
-    threads = [threading.Thread(target=run, args=(target,), daemon=True) for target in targets]
+    threads = [threading.Thread(target=run, args=(target,), daemon=True) for target in chosen]
     for thread in threads:
         thread.start()
     while running := [thread for thread in threads if thread.is_alive()]:
@@ -9835,15 +9978,88 @@ def probe(targets: Sequence[Target], access: ConnectionContext) -> int:
         running[0].join(PROGRESS_INTERVAL)
     show_progress(len(threads), len(threads))
     heading = ["NAME", "STATE", "SECONDS", "CPU %", "MEMORY %", "DISK %", "WHY"]
-    print_table([heading, *(rows[target.name] for target in targets)])
+    print_table([heading, *(rows[target.name] for target in chosen)])
     return int(bool(bad))
 
 
+def find_target(targets: Mapping[str, Target], name: str) -> Target:
+    """Raises UsageError."""
+    if name in targets:
+        return targets[name]
+    near = difflib.get_close_matches(name, targets, 1)
+    raise UsageError(f"no such resource{f'; did you mean {near[0]}?' if near else ''}")
+
+
+def is_running(database: Path) -> bool:
+    """Whether a service is on the database, as far as can be told without a change of anything."""
+    if not os.path.exists(f"{database}.lock"):
+        return False
+    try:
+        lock_database(database).close()
+    except StorageError as error:
+        return "another HealthChecker" in str(error)
+    return False
+
+
+def check_doors(installation: Installation) -> Iterator[HealthCheckerError]:
+    """What a start would say of its ports, its log and the word of the metrics."""
+    service = installation.service
+    for setting, value in (("service.listen", service.listen), ("service.console", service.console)):
+        try:
+            for sock in listen(setting, value, 0.0) if value != "off" else ():
+                sock.close()
+        except UsageError as error:
+            in_use = getattr(error.__cause__, "errno", 0) == errno.EADDRINUSE
+            if in_use and is_running(installation.database):
+                print(f"{setting} {value} is in use: by the service that runs, if it is not new there")
+            else:
+                yield error
+    path = service.log_file
+    if path and (path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK)):
+        yield UsageError(f"service.log_file {path} cannot be written")
+    try:
+        _ = service.metrics_token_file and read_token(service.metrics_token_file)
+    except HealthCheckerError as error:
+        yield error
+
+
+def check_app(installation: Installation) -> int:
+    """Loads the application in a process of its own, as a worker does; gives an exit code."""
+    if not (name := installation.service.app):
+        return 0
+    process = multiprocessing.get_context("spawn").Process(target=try_app, args=(name, installation.path.parent))
+    process.start()
+    process.join(APP_WAIT)
+    if process.exitcode not in (0, UsageError.exit_code):
+        print(f"service.app {name} ended its process with exit code {process.exitcode}" if not process.is_alive()
+              else f"service.app {name} is not loaded after {APP_WAIT:.0f} s", file=sys.stderr)
+    process.kill()
+    return UsageError.exit_code if process.exitcode else 0
+
+
+def show_readable(installation: Installation) -> None:
+    """Names the files with secrets that every account of this machine can read (POSIX)."""
+    inventory = installation.inventory
+    files = {installation.service.metrics_token_file, installation.database if installation.database.exists() else None}
+    for each in inventory.resources:
+        files |= {each.password_file, each.key_passphrase_file, each.key_file}
+        files |= {installation.path} if each.secrets and not (each.password_file or each.password_env) else set()
+    for path in sorted(filter(None, files)) if sys.platform != "win32" else ():
+        if path.stat().st_mode & 0o007:
+            print(f"{path} holds secrets, and is open to other users; run: chmod o= {path}")
+
+
 def check(arguments: argparse.Namespace) -> int:
-    """Validates the inventory and says what a start would change; changes nothing."""
+    """Says what a start would say, and what it would change; changes nothing."""
     installation = Installation(arguments.inventory, accepts_removals=arguments.accept_removals)
+    code = 0
+    for fault in check_doors(installation):
+        print(fault, file=sys.stderr)
+        code = fault.exit_code
+    code = check_app(installation) or code
     with rehearsal(installation) as (session, vault, changes):
         print(f"{installation.path.name} is valid; a start would make: {changes}")
+        show_readable(installation)
         installation.review(changes)
         for settings in installation.inventory.resources:
             if settings.ssh_config:
@@ -9852,8 +10068,9 @@ def check(arguments: argparse.Namespace) -> int:
                 print(f"{settings.name}, with {settings.ssh_config.name}: {', '.join(told)}")
             if settings.platform is Platform.WINDOWS and (missing := missing_package(settings.auth)):
                 print(f"{settings.name}: {missing}")
-        targets = list(load_targets(session, vault).values()) if arguments.probe else []
-    return probe(targets, installation.access()) if arguments.probe else 0
+        targets = {} if arguments.probe is None else load_targets(session, vault)
+    chosen = [find_target(targets, name) for name in arguments.probe or targets]
+    return code or (0 if arguments.probe is None else probe(targets, chosen, installation.access()))
 
 
 def scalars(document: Document) -> dict[NodePath, str]:
@@ -9880,13 +10097,10 @@ def rewrite(path: Path, document: Document, replacements: Mapping[NodePath, str]
     temporary = real.with_name(f".{real.name}.{secrets.token_hex(4)}")
     try:
         create_private(temporary, content)
-        shutil.copymode(real, temporary)
-        if sys.platform != "win32":
-            with contextlib.suppress(PermissionError):      # only root can give a file away
-                os.chown(temporary, real.stat().st_uid, real.stat().st_gid)
-        os.replace(temporary, real)
+        take_place(temporary, real)
     except OSError as error:
-        raise InventoryError(f"{path.name}: cannot be replaced: {error.strerror}; is it open elsewhere?") from error
+        raise InventoryError(f"{path.name}: cannot be replaced: {error.strerror}; is it open elsewhere, or another "
+                             "account's?") from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -9917,14 +10131,6 @@ def seal(arguments: argparse.Namespace) -> int:
         print(f"defaults.{shared[0]} stays plain, for a sealed secret belongs to one resource; "
               f"use {shared[0]}_file, or write it at each resource", file=sys.stderr)
     return int(bool(shared))
-
-
-def find_target(targets: Mapping[str, Target], name: str) -> Target:
-    """Raises UsageError."""
-    if name in targets:
-        return targets[name]
-    near = difflib.get_close_matches(name, targets, 1)
-    raise UsageError(f"no such resource{f'; did you mean {near[0]}?' if near else ''}")
 
 
 def endpoint(arguments: argparse.Namespace) -> int:
@@ -10092,7 +10298,8 @@ def command_line() -> argparse.ArgumentParser:
     parser.set_defaults(run=serve)
     commands = parser.add_subparsers(metavar="COMMAND")
     command = commands.add_parser("check", help="validate the inventory and say what a start would change")
-    command.add_argument("--probe", action="store_true", help="also poll every resource once and print a table")
+    command.add_argument("--probe", nargs="*", metavar="NAME",
+                         help="also poll every resource, or those named, once and print a table")
     command.set_defaults(run=check)
     commands.add_parser("seal", help="replace plain passwords in the inventory by sealed ones").set_defaults(run=seal)
     command = commands.add_parser("endpoint", help="print what a host needs that shall answer polls and nothing else")
@@ -10114,11 +10321,20 @@ def command_line() -> argparse.ArgumentParser:
     return parser
 
 
+def be_discreet() -> None:
+    """Nothing that this process makes is for others to write, and none of its secrets goes into a core dump."""
+    os.umask(os.umask(0o077) | 0o022)
+    if sys.platform != "win32":
+        import resource  # noqa: PLC0415  # POSIX only
+        resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code: 0 done, 1 a check failed, 2 inventory or usage, 3 keys, 4 database."""
     for stream in (sys.stdout, sys.stderr):     # a pipe has the code page of the machine; pythonw has no stream
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(encoding="utf-8", errors="backslashreplace", newline="\n")     # /bin/sh knows no \r
+    be_discreet()
     arguments = command_line().parse_args(argv)
     for name in ("paramiko", "pypsrp", "urllib3", "spnego"):    # they repeat what we report
         logging.getLogger(name).setLevel(logging.CRITICAL)

@@ -75,7 +75,7 @@ def test_help_of_the_program() -> None:
         (["keys", "rotat"], 2),
         (["trust"], 2),
         (["--inventory"], 2),
-        (["check", "--prob", "x"], 2),
+        (["check", "--pprobe", "x"], 2),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -224,6 +224,88 @@ def test_check_of_a_bad_inventory(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert all(re.match(r"inventory\.yaml:\d+:\d+: resources\[\d\]", line) for line in lines)
     assert {"6:51", "7:19", "7:54"} <= {line.split(": ")[0].partition(":")[2] for line in lines}
     assert [path.name for path in tmp_path.iterdir()] == ["inventory.yaml"]
+
+
+BROKEN = """
+import threading
+print("loaded")
+def begin():
+    raise LookupError("their own words")
+begin()
+"""
+HANGS = """
+import threading
+threading.Thread(target=threading.Event().wait).start()
+def app(environ, start_response): ...
+"""
+
+
+def test_check_loads_the_application(tmp_path: Path) -> None:
+    """In a process of its own, with the traceback of what went wrong in theirs and nothing of ours."""
+    (tmp_path / "shop.py").write_text(BROKEN, encoding="utf-8")
+    path = write_inventory(tmp_path, CALM, "  app: shop:app")
+    done = subprocess.run(
+        command(path, "check"), capture_output=True, encoding="utf-8", env=environment(), check=False, timeout=120
+    )
+    assert done.returncode == 2
+    assert "service.app shop:app cannot be imported: LookupError: their own words" in done.stderr.splitlines()
+    assert "in begin\n" in done.stderr and "healthchecker.py" not in done.stderr and "importlib" not in done.stderr
+    assert "inventory.yaml is valid" in done.stdout, "the rest is said, too"
+    assert not (tmp_path / "healthchecker.db").exists()
+
+
+@pytest.mark.parametrize(("text", "code"), [(HANGS, 0), ("def app(): ...", 2), ("import os; os._exit(9)", 2)])
+def test_check_of_an_application(text: str, code: int, tmp_path: Path) -> None:
+    """Threads that it leaves running keep nobody; what it may not be is said as at a start."""
+    (tmp_path / "shop.py").write_text(text, encoding="utf-8")
+    assert run_cheaply("--inventory", str(write_inventory(tmp_path, CALM, "  app: shop:app")), "check")[0] == code
+
+
+@pytest.mark.parametrize("door", ["listen", "console"])
+def test_check_looks_at_the_ports(door: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        path = write_inventory(tmp_path, CALM, f"  {door}: 127.0.0.1:{taken.getsockname()[1]}")
+        assert main(["--inventory", str(path), "check"]) == 2
+    output = capsys.readouterr()
+    assert re.fullmatch(rf"cannot listen on 127.*another program uses that port.*service\.{door}\n", output.err)
+    assert main(["--inventory", str(path), "check"]) == 0, "it holds no port afterwards"
+    capsys.readouterr()
+
+
+def test_check_beside_the_service(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its ports are in use, and that is right."""
+    with Service(write_inventory(tmp_path, CALM)) as service:
+        path = write_inventory(tmp_path, CALM, f"  listen: 127.0.0.1:{service.port}")
+        assert main(["--inventory", str(path), "check"]) == 0
+        assert f"127.0.0.1:{service.port} is in use: by the service that runs" in capsys.readouterr().out
+
+
+@POSIX_ONLY
+def test_check_looks_at_who_can_read_secrets(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = ("word", "key", "token", "inventory.yaml")
+    for name in names[:3]:
+        (tmp_path / name).write_text("0123456789abcdef" * 2, encoding="utf-8")
+    path = write_inventory(
+        tmp_path,
+        "  - {hostname: a, username: u, password_file: word}\n"
+        "  - {hostname: b, username: u, key_file: key}\n  - {hostname: c, username: u, password: p}\n",
+        "  metrics_token_file: token",
+    )
+    for mode, warned in ((0o644, True), (0o640, False), (0o604, True), (0o600, False)):
+        for name in names:
+            (tmp_path / name).chmod(mode)
+        assert main(["--inventory", str(path), "check"]) == 0
+        told = [line for line in capsys.readouterr().out.splitlines() if "other users" in line]
+        assert len(told) == (len(names) if warned else 0), told
+        assert all(f"chmod o= {tmp_path / name}" in "\n".join(told) for name in names) or not warned
+
+
+def test_a_probe_of_some(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_inventory(tmp_path, CALM + STORMY)
+    assert main(["--inventory", str(path), "check", "--probe", "calm"]) == 0
+    assert "stormy" not in capsys.readouterr().out.partition("NAME")[2]
+    assert main(["--inventory", str(path), "check", "--probe", "clam"]) == 2
+    assert "no such resource; did you mean calm?" in capsys.readouterr().err
 
 
 def rows(output: str) -> dict[str, list[str]]:
@@ -377,12 +459,15 @@ def test_seal_keeps_the_layout(case: str, tmp_path: Path, capsys: pytest.Capture
     capsys.readouterr()
 
 
-def test_seal_twice_changes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_seal_twice_changes_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     prepared_keys(tmp_path)
     path = write_inventory(
         tmp_path,
-        "  - {hostname: a, username: u, password: p}\n  - {hostname: b, username: u, password_env: PATH}\n" + CALM,
+        "  - {hostname: a, username: u, password: p}\n  - {hostname: b, username: u, password_env: SEAL}\n" + CALM,
     )
+    monkeypatch.setenv("SEAL", "word")
     assert main(["--inventory", str(path), "seal"]) == 0
     once = path.read_bytes()
     assert main(["--inventory", str(path), "seal"]) == 0
@@ -622,6 +707,18 @@ def test_check_tells_of_equal_doors(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 
 @pytest.mark.parametrize("case", BAD_STARTS)
+def test_check_of_a_start_that_cannot_be(case: str, tmp_path: Path) -> None:
+    """It says what the start would say, and leaves nothing behind."""
+    setting, code, message = BAD_STARTS[case]
+    if not setting.startswith("keys"):
+        prepared_keys(tmp_path)
+    path = write_inventory(tmp_path, CALM, service=f"  {setting}")
+    before = files(tmp_path)
+    got, output = run_cheaply("--inventory", str(path), "check")
+    assert got == code and message in output and files(tmp_path) == before
+
+
+@pytest.mark.parametrize("case", BAD_STARTS)
 def test_start_that_cannot_be(case: str, tmp_path: Path) -> None:
     setting, code, message = BAD_STARTS[case]
     if not setting.startswith("keys"):
@@ -702,7 +799,7 @@ def test_no_secret_anywhere(
     )
     arguments = ["--inventory", str(path)]
     assert main([*arguments, "check", "--probe"]) == 1
-    with Service(path) as service:
+    with Service(path, env={"HEALTHCHECKER_CANARY": CANARIES["env"]}) as service:
         service.wait_line("plain: unknown -> unhealthy")
         service.wait_line("phrase: unknown -> unhealthy")
         answers = [service.get(target) for target in ("/", "/-/health", "/-/readyz", "/-/gate", "/-/nothing")]

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import sys
+import traceback
 from pathlib import Path
 
 import pytest
-from service import Service, prepared_keys, write_inventory
+from service import Program, Service, prepared_keys, write_inventory
 from sshd import Sshd
 
 import healthchecker
@@ -66,3 +69,55 @@ def test_traceback(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
     assert "Traceback" in caplog.text
     assert WRONG not in caplog.text + repr(target) + str(settings) + repr(LoginGuard().__dict__)
     assert WRONG not in repr(context)
+
+
+SPY = """
+import json, os, subprocess, sys
+CODE = "import json, os; print(json.dumps([dict(os.environ), os.listdir('/proc/self/fd')]))"
+
+def app(environ, start_response):
+    started = subprocess.run([sys.executable, "-c", CODE], close_fds=False, capture_output=True, text=True)
+    told = {"worker": dict(os.environ), "child": json.loads(started.stdout)}
+    start_response("200 OK", [("Content-Type", "application/json")])
+    return [json.dumps(told).encode()]
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+def test_what_the_application_starts_inherits_nothing(tmp_path: Path) -> None:
+    """No secret of the environment, neither in that of the main process; no socket and no shared memory; no core."""
+    (tmp_path / "spy.py").write_text(SPY, encoding="utf-8")
+    prepared_keys(tmp_path)
+    path = write_inventory(
+        tmp_path,
+        "  - {name: calm, platform: simulated, mean_healthy: 100000}\n"
+        "  - {hostname: 127.0.0.1, username: u, port: 9, password_env: CANARY, critical: false}\n"
+        "  - {name: twice, hostname: 127.0.0.1, username: u, port: 9, password_env: CANARY, critical: false}\n",
+        "  app: spy:app",
+    )
+    with Program(path, env={"CANARY": WRONG, "KEPT": "kept"}) as service:
+        service.wait_status("/-/readyz", 200)
+        body = service.get("/").body
+        told = json.loads(body)
+        assert WRONG not in body and "CANARY" not in body and told["worker"]["KEPT"] == "kept"
+        descriptors = told["child"][1]
+        assert len(descriptors) == 4, descriptors   # three streams, and the folder that it lists
+        children = Path(f"/proc/{service.pid}/task/{service.pid}/children").read_text(encoding="ascii")
+        family = [service.pid, *map(int, children.split())]
+        assert len(family) > 1
+        for pid in family:
+            seen = Path(f"/proc/{pid}/environ").read_bytes() + Path(f"/proc/{pid}/cmdline").read_bytes()
+            assert WRONG.encode() not in seen and b"KEPT=kept" in seen
+        limits = Path(f"/proc/{service.pid}/limits").read_text(encoding="ascii")
+        assert [line.split()[4] for line in limits.splitlines() if line.startswith("Max core")] == ["0"]
+
+
+def test_local_variables(tmp_path: Path) -> None:
+    """What shows the variables of each frame of a failed poll shows no secret."""
+    settings = ResourceSettings.model_validate({"name": "a", "hostname": "a", "username": "u", "password": WRONG})
+    target = Target(1, settings, None, "", "")
+    connection = Broken(target, LoginGuard(), ConnectionContext(KnownHosts(tmp_path), Resolver()))
+    with pytest.raises(KeyError) as caught:
+        connection.run("", Output("mark"), Deadline(1.0))
+    trace = traceback.TracebackException.from_exception(caught.value, capture_locals=True)
+    assert "target" in "".join(trace.format()) and WRONG not in "".join(trace.format())

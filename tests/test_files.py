@@ -1,0 +1,266 @@
+"""The files of a service: who can read and write them, whoever made them, by whatever name they are called."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import shutil
+import stat
+import struct
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import wait_for
+from rights import NOBODY, ROOT
+from service import PROGRAM, Program, command, environment, run_cheaply, write_inventory
+
+import healthchecker
+from healthchecker import InventoryError, load_inventory
+
+CALM = "  - {name: calm, platform: simulated, mean_healthy: 100000}\n"
+HOST = "  - {hostname: 127.0.0.1, name: a, username: u, password: p, port: 9}\n"
+POSIX = pytest.mark.skipif(sys.platform == "win32", reason="Windows has no file modes of this kind")
+AS_ROOT = pytest.mark.skipif(not ROOT, reason="only root can give a file away")
+
+
+def modes(folder: Path) -> dict[str, int]:
+    """Of all files, by their paths."""
+    found = (path for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
+    return {path.relative_to(folder).as_posix(): stat.S_IMODE(path.stat().st_mode) for path in found}
+
+
+# --- modes ---------------------------------------------------------------------------------------------------
+@POSIX
+def test_nothing_is_writable_for_others(tmp_path: Path) -> None:
+    """Whatever umask a service manager or a shell leaves."""
+    before = os.umask(0)
+    try:
+        shutil.copy(PROGRAM, tmp_path)
+        service = "{listen: 127.0.0.1:0, console: 127.0.0.1:0, log_file: log, workers: 1}"
+        text = f"service: {service}\nresources:\n{CALM}"
+        (tmp_path / "inventory.example.yaml").write_text(text, encoding="utf-8")
+        given = modes(tmp_path)
+        with Program(tmp_path / "inventory.yaml", program=tmp_path / PROGRAM.name) as service:
+            service.wait_status("/-/readyz", 200)
+            found = {name: mode for name, mode in modes(tmp_path).items() if name not in given}
+    finally:
+        os.umask(before)
+    private = {name for name in found if name.startswith("healthchecker.db")} | {"inventory.yaml", "keys/private.pem"}
+    assert found.keys() == private | {"log", "keys/public.pem"} and {"healthchecker.db-wal"} < private
+    assert {name: oct(mode) for name, mode in found.items() if mode & 0o022} == {}
+    assert {name: oct(found[name]) for name in private} == dict.fromkeys(private, "0o600")
+
+
+@POSIX
+def test_a_lock_of_an_earlier_version_is_closed(tmp_path: Path) -> None:
+    """Who can read it can hold it, and stop a start."""
+    lock = tmp_path / "x.db.lock"
+    lock.write_bytes(b"")
+    lock.chmod(0o644)
+    healthchecker.lock_database(tmp_path / "x.db").close()
+    assert stat.S_IMODE(lock.stat().st_mode) == 0o600
+
+
+def strangers(folder: Path) -> set[str]:
+    """Files and folders that are not NOBODY's."""
+    found = {path.name: path.stat() for path in folder.rglob("*")}
+    return {name for name, stated in found.items() if (stated.st_uid, stated.st_gid) != (NOBODY, NOBODY)}
+
+
+# --- owners --------------------------------------------------------------------------------------------------
+@AS_ROOT
+@pytest.mark.parametrize("arguments", [[], ["check"], ["seal"], ["user", "list"], ["keys", "rotate"]], ids=" ".join)
+def test_what_root_makes_belongs_to_the_service(arguments: list[str], tmp_path: Path) -> None:
+    """An administrator types a command; the service's account must be able to read all that it left."""
+    os.chown(tmp_path, NOBODY, NOBODY)
+    path = write_inventory(tmp_path, HOST, "  log_file: log")
+    os.chown(path, NOBODY, NOBODY)
+    if arguments:
+        code, output = run_cheaply("--inventory", str(path), *arguments)
+        assert code == 0, output
+    else:
+        with Program(path) as service:
+            service.wait_line("serving on")
+            assert {"log", "keys/public.pem", "healthchecker.db-wal"} <= modes(tmp_path).keys()
+            assert strangers(tmp_path) == set()
+    assert strangers(tmp_path) == set()
+
+
+@AS_ROOT
+def test_what_root_replaces_keeps_its_owner(tmp_path: Path) -> None:
+    """Also where the folder is somebody else's."""
+    path = write_inventory(tmp_path, HOST)
+    assert run_cheaply("--inventory", str(path), "seal")[0] == 0
+    files = [path, tmp_path / "keys" / "private.pem", tmp_path / "keys" / "public.pem"]
+    for file in files:
+        os.chown(file, NOBODY, NOBODY)
+        file.chmod(0o640)
+    before = [file.read_bytes() for file in files]
+    assert run_cheaply("--inventory", str(path), "keys", "rotate")[0] == 0
+    assert [(file.stat().st_uid, file.stat().st_gid, stat.S_IMODE(file.stat().st_mode)) for file in files] == [
+        (NOBODY, NOBODY, 0o640)] * 3
+    assert all(file.read_bytes() != content for file, content in zip(files, before, strict=True))
+
+
+@AS_ROOT
+@pytest.mark.skipif(sys.platform != "linux", reason="needs the capabilities of Linux")
+def test_what_cannot_be_given_away_is_not_replaced(tmp_path: Path) -> None:
+    """Sealed by a colleague who may write into the folder, it would be one that the service cannot read."""
+    path = write_inventory(tmp_path, HOST)
+    os.chown(path, NOBODY, NOBODY)
+    path.chmod(0o666)
+    before = path.read_bytes()
+    code, output = run_cheaply("--inventory", str(path), "seal", unprivileged=True)
+    assert (code, path.read_bytes()) == (2, before)
+    assert re.fullmatch(r"inventory\.yaml: cannot be replaced: .*another account's\?\n", output)
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+@POSIX
+@pytest.mark.skipif(not hasattr(os, "setxattr"), reason="needs the access lists of Linux")
+def test_an_access_list_stays(tmp_path: Path) -> None:
+    path = write_inventory(tmp_path, HOST)
+    entries = ((1, 6, 0xFFFFFFFF), (2, 4, 65534), (4, 4, 0xFFFFFFFF), (16, 4, 0xFFFFFFFF), (32, 0, 0xFFFFFFFF))
+    listed = struct.pack("<I", 2) + b"".join(struct.pack("<HHI", *entry) for entry in entries)
+    try:
+        os.setxattr(path, "system.posix_acl_access", listed)
+    except OSError:
+        pytest.skip("this filesystem has no access lists")
+    assert run_cheaply("--inventory", str(path), "seal")[0] == 0
+    assert b"HC2." in path.read_bytes()
+    assert os.getxattr(path, "system.posix_acl_access") == listed
+
+
+# --- names ---------------------------------------------------------------------------------------------------
+def hard(name: str, of: str) -> Callable[[Path], None]:
+    return lambda folder: os.link(folder / of, folder / name)
+
+
+def soft(name: str, to: str) -> Callable[[Path], None]:
+    return lambda folder: os.symlink(to, folder / name)
+
+
+def nothing(folder: Path) -> None:
+    del folder
+
+
+SAME: dict[str, tuple[str, Callable[[Path], None], str]] = {
+    "log is the private key": ("log_file: keys/private.pem", nothing, "service.log_file: is keys/private.pem"),
+    "log is a new key": ("log_file: keys/next.pem", nothing, "service.log_file: is keys/next.pem"),
+    "a way around": ("log_file: sub/../inventory.yaml", nothing, "service.log_file: is the inventory"),
+    "log is the lock": ("log_file: healthchecker.db.lock", nothing, "service.log_file: is healthchecker.db.lock"),
+    "log is a companion": ("log_file: healthchecker.db-wal", nothing, "service.log_file: is healthchecker.db-wal"),
+    "a link": ("log_file: link", soft("link", "inventory.yaml"), "service.log_file: is the inventory"),
+    "a link to what is not there": (
+        "log_file: link", soft("link", "healthchecker.db"), "service.log_file: is service.database"),
+    "a linked folder": ("log_file: other/private.pem", soft("other", "keys"), "service.log_file: is keys/private.pem"),
+    "a hard link": ("log_file: link", hard("link", "inventory.yaml"), "service.log_file: is the inventory"),
+    "the program": (f"log_file: '{PROGRAM}'", nothing, "service.log_file: is the program"),
+    "a rotated log": ("log_file: log\n  metrics_token_file: log.1", nothing, "service.log_file: is"),
+    "database is the inventory": (
+        "database: sqlite:///./inventory.yaml", nothing, "service.database: is the inventory"),
+    "database is a key": ("database: sqlite:///keys/private.pem", nothing, "service.database: is keys/private.pem"),
+    "token is a key": (
+        "metrics_token_file: keys/private.pem", nothing, "service.metrics_token_file: is keys/private.pem"),
+}
+
+
+@pytest.mark.parametrize("case", SAME)
+def test_no_file_has_two_names(case: str, tmp_path: Path) -> None:
+    setting, make, message = SAME[case]
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "keys").mkdir()
+    path = write_inventory(tmp_path, CALM, f"  {setting}")
+    try:
+        make(tmp_path)
+    except OSError as error:
+        pytest.skip(f"links cannot be made here: {error.strerror}")
+    with pytest.raises(InventoryError, match=re.escape(message)) as caught:
+        load_inventory(path)
+    line = path.read_text(encoding="utf-8").splitlines().index(f"  {setting}".splitlines()[0]) + 1
+    assert str(caught.value).startswith(f"inventory.yaml:{line}:") and str(caught.value).count("\n") == 0
+
+
+@pytest.mark.parametrize("name", ["key_file", "password_file"])
+def test_no_resource_names_a_file_of_ours(name: str, tmp_path: Path) -> None:
+    (tmp_path / "log").write_bytes(b"")
+    path = write_inventory(tmp_path, f"  - {{hostname: a, username: u, {name}: ./sub/../log}}", "  log_file: log")
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "log").write_text("x", encoding="utf-8")
+    with pytest.raises(InventoryError, match=rf"yaml:7:\d+: resources\[0\]\.{name}: is service\.log_file, too"):
+        load_inventory(path)
+
+
+# --- names that are taken ------------------------------------------------------------------------------------
+WITHOUT_LINKS = """
+import ctypes, pathlib, struct, sys
+sys.path.insert(0, sys.argv[2])
+import healthchecker
+# a filter of seccomp: of the system calls, link and linkat fail with EPERM, as they do on FAT
+calls = {"x86_64": (86, 265), "aarch64": (37, 37)}[sys.argv[3]]
+rules = [(0x20, 0, 0, 0), (0x15, 1, 0, calls[0]), (0x15, 0, 1, calls[1]), (6, 0, 0, 0x50001), (6, 0, 0, 0x7FFF0000)]
+code = ctypes.create_string_buffer(b"".join(struct.pack("=HBBI", *rule) for rule in rules))
+program = struct.pack("@HP", len(rules), ctypes.addressof(code))
+prctl = ctypes.CDLL(None, use_errno=True).prctl
+if prctl(38, 1, 0, 0, 0) or prctl(22, 2, ctypes.c_char_p(program), 0, 0):
+    sys.exit(77)
+path = pathlib.Path(sys.argv[1])
+try:
+    path.with_name("x").hardlink_to(__file__)
+except PermissionError:
+    pass
+healthchecker.create_private(path, b"one")
+try:
+    healthchecker.create_private(path, b"two")
+except FileExistsError:
+    print("kept")
+"""
+
+
+@pytest.mark.skipif(
+    sys.platform != "linux" or platform.machine() not in ("x86_64", "aarch64"), reason="needs seccomp of Linux"
+)
+def test_where_there_are_no_links(tmp_path: Path) -> None:
+    """FAT has none, some network filesystems neither."""
+    script, path = tmp_path / "script.py", tmp_path / "private.pem"
+    script.write_text(WITHOUT_LINKS, encoding="utf-8")
+    given = [sys.executable, str(script), str(path), str(PROGRAM.parent), platform.machine()]
+    done = subprocess.run(given, capture_output=True, encoding="utf-8", check=False, timeout=60)
+    if done.returncode == 77:
+        pytest.skip("seccomp cannot be used here")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "kept\n", "")
+    assert path.read_bytes() == b"one" and sorted(item.name for item in tmp_path.iterdir()) == [path.name, script.name]
+
+
+def test_two_first_starts_at_the_same_moment(tmp_path: Path) -> None:
+    """One serves; the other one says who is there."""
+    shutil.copy(PROGRAM, tmp_path)
+    text = f"service: {{listen: 127.0.0.1:0, console: 'off', workers: 1}}\nresources:\n{CALM}"
+    (tmp_path / "inventory.example.yaml").write_text(text, encoding="utf-8")
+    path = tmp_path / "inventory.yaml"
+    with Program(path, program=tmp_path / PROGRAM.name, code=0) as one:
+        del one
+    assert path.read_text(encoding="utf-8") == text
+    for name in ("inventory.yaml", "healthchecker.db", "healthchecker.db.lock"):
+        (tmp_path / name).unlink()
+    shutil.rmtree(tmp_path / "keys")
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "encoding": "utf-8", "env": environment()}
+    both = [subprocess.Popen(command(path, program=tmp_path / PROGRAM.name), **options) for _ in range(2)]
+    try:
+        ended = wait_for(lambda: next((process for process in both if process.poll() is not None), None), 120)
+        said = ended.communicate(timeout=60)[0]
+        other = both[1 - both.index(ended)]
+        line = ""
+        while "serving on" not in line:
+            line = other.stdout.readline()
+            assert line, "neither serves"
+    finally:
+        for process in both:
+            process.kill()
+            process.communicate()
+    assert ended.returncode == 4 and "another HealthChecker is using database" in said, said
+    assert "Traceback" not in said
