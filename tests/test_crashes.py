@@ -9,6 +9,7 @@ import signal
 import sqlite3
 import sys
 import threading
+import time
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ pytestmark = pytest.mark.skipif(
     reason="signals and forks are POSIX's; test_storage and test_vault kill import, rotation and migration",
 )
 HOSTS = 12
-MOMENTS = {"first start": 3.0, "serve": 2.0, "migrate": 2.0, "rotate": 0.5}  # seconds in which one is killed
+PLACES = {"serve": "current", "first start": "new", "rotate": "current", "migrate": "old"}  # where each is killed
 
 
 # --- kill -9 -------------------------------------------------------------------------------------------------
@@ -66,19 +67,17 @@ def killed_at(action: str, path: Path, seconds: float, orphaned: float) -> list[
     if action == "rotate":
         process = fresh_processes().Process(target=rotate, args=(str(path),))
         process.start()
-    else:
-        process = QuickProcess(path, environment())
-    threading.Event().wait(seconds)
-    family: list[psutil.Process] = []
-    if action != "rotate":
-        assert process.poll() is None, process.stdout.read()
-        main = psutil.Process(process.pid)
-        main.suspend()  # so that it starts no other one meanwhile
-        family = main.children(recursive=True)
-    process.kill()
-    if action == "rotate":
+        process.join(seconds)
+        process.kill()
         process.join()
         return []
+    process = QuickProcess(path, environment())
+    threading.Event().wait(seconds)
+    assert process.poll() is None, process.stdout.read()
+    main = psutil.Process(process.pid)
+    main.suspend()  # so that it starts no other one meanwhile
+    family = main.children(recursive=True)
+    process.kill()
     process.wait()
     left = left_after(family, orphaned)
     for one in left:
@@ -112,27 +111,34 @@ def assert_usable(folder: Path, scratch: Path) -> None:
 
 def kill_anywhere(folder: Path, times: int, seed: int, orphaned: float) -> None:
     """Kills first starts, imports, service, migrations and rotations, at any moment. Raises AssertionError."""
-    chosen, current, old = random.Random(seed), folder / "current", folder / "old"
-    for place in (current, old):
-        place.mkdir()
+    chosen = random.Random(seed)
+    for place in PLACES.values():
+        (folder / place).mkdir(exist_ok=True)
+    current, begun = inventory(folder / "current", 10), time.monotonic()
+    with Service(current) as service:
+        service.wait_status("/", 200)
+        whole = time.monotonic() - begun  # with the making of keys
+    begun = time.monotonic()
+    killed_at("rotate", current, 60, orphaned)
+    spans = dict.fromkeys(PLACES, 1.2 * whole) | {"rotate": 1.2 * (time.monotonic() - begun)}
     for number in range(times):
-        action = list(MOMENTS)[number % len(MOMENTS)]
-        place = old if action == "migrate" else current
-        path = prepare(place, action, 10 + 10 * (number // 2 % 2))
-        moment = chosen.uniform(0, MOMENTS[action])
+        action = list(PLACES)[number % len(PLACES)]
+        place = folder / PLACES[action]
+        path = prepare(place, action, 20 - 10 * (number // len(PLACES) % 2))
+        moment = chosen.uniform(0, spans[action])
         where = f"seed {seed}, kill {number}: {action} after {moment:.3f} s"
         assert not killed_at(action, path, moment, orphaned), where
         try:
             assert_usable(place, folder / "scratch")
         except Exception as error:
             raise AssertionError(where) from error
-    with Service(inventory(current, 10)) as service:
+    with Service(current) as service:
         service.wait_status("/", 200)
 
 
 def test_kills_leave_nothing_half(tmp_path: Path) -> None:
     """(A thousand of them: make soak.)"""
-    kill_anywhere(tmp_path, 8, 13, ORPHANED)
+    kill_anywhere(tmp_path, 4, 13, ORPHANED)
 
 
 # --- a database that is locked, processes that stand still ---------------------------------------------------

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import quote
 
 import pytest
+import sqlalchemy
 import yaml
 from browser import DOCUMENTED, FIRST_USER, PASSWORD, PATIENCE, Scheme, change_password, chromium, enter, log_in, visit
 from conftest import wait_for
@@ -504,6 +505,23 @@ def test_a_secret_that_does_not_open_shows_in_its_place(console: Local) -> None:
     for path, fields in (("edit", {**form_of(console, "full"), "do": "test"}), ("trust", {})):
         reply = console.form(f"/-/resources/full/{path}", fields)
         assert reply.status in (409, 422) and "message unhealthy" in reply.body, (path, reply)
+
+
+@pytest.mark.parametrize("way", ["page", "API"])
+def test_a_damaged_row_can_be_removed(console: Local, way: str) -> None:
+    """Whatever is wrong with it, and the overview shows the others meanwhile."""
+    add_full(console)
+    with console.store.writing() as session:
+        session.execute(sqlalchemy.text("UPDATE resource SET settings = '{', port = 'ssh', interval = 'soon', "
+                                        "maintenance = 9e999, password = x'ff', platform = CAST(x'ff' AS TEXT) "
+                                        "WHERE name = 'full'"))  # fmt: skip
+    assert console.ask("GET", "/-/").status == 200 == console.api("GET", "resources").status
+    if way == "page":
+        assert console.form("/-/resources/full/remove", {}).status == 303
+    else:
+        reply = console.api("DELETE", "resources/full", headers={"Origin": "http://localhost"})
+        assert reply.status == 204
+    assert console.ask("GET", "/-/resources/full").status == 404
 
 
 @pytest.mark.skipif(not hasattr(healthchecker, "LoginSession"), reason="there is no table of sessions yet")
