@@ -5418,7 +5418,7 @@ class Monitor(threading.Thread):
 # no lock is shared whose holder may be killed. In a worker, the loop's and the pool's threads take turns at the slot.
 # The main process sums the slots up for /-/metrics, and hands the slot of a worker that died on to the next.
 # Gives: Counters, RequestCounters, LATENCIES, STATUS_OUTCOMES, ROWS, ROW, ACCEPTED, QUEUED, BEAT, OUTCOME
-LEAD = 4                        # connections that a worker may hold more than another and still take a crowd
+LEAD, SHARE = 4, 1.5            # a worker may hold LEAD + SHARE * N connections, where another has N, and take more
 # Seconds, the upper bounds of the latency histogram: close together up to where a gate is to answer (10 ms), and on
 # to what an application in the pool may take; a bound more costs a line for every outcome.
 LATENCIES = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
@@ -5487,7 +5487,7 @@ class RequestCounters:
     def ahead(self) -> bool:
         """Whether this worker holds more connections than its share."""
         held = self._counters.held
-        return held[self._slot] > LEAD + min(count for count in held if count >= 0)
+        return held[self._slot] > LEAD + SHARE * min(count for count in held if count >= 0)
 
 
 # === Gate ====================================================================
@@ -6243,8 +6243,9 @@ class GateServer(TcpWSGIServer):    # type: ignore[misc]  # waitress carries no 
     clock: Callable[[], float] = staticmethod(time.monotonic)
     accepting: bool
     watched = 0         # what the loop waits for on the listening socket
-    _next_sweep = _accepts_at = _next_complaint = 0.0   # by the clock
+    _next_sweep = _accepts_at = _yields_until = _next_complaint = 0.0   # by the clock
     _pressed = False    # since the last sweep there was no room
+    _alone = False      # in this turn the others do not come before it
 
     def __init__(self, gate: Gate, socks: Sequence[socket.socket], service: ServiceSettings, connections: int,
                  tally: RequestCounters | None = None) -> None:
@@ -6304,19 +6305,19 @@ class GateServer(TcpWSGIServer):    # type: ignore[misc]  # waitress carries no 
             self._pressed = True
             self.complain("as many connections as allowed are open; idle ones are closed sooner")
             return False
-        return bool(self.accepting) and now >= self._accepts_at
+        yields = now < self._yields_until and self.tally.ahead
+        return bool(self.accepting) and now >= self._accepts_at and not yields
 
     def handle_accept(self) -> None:
-        """Takes a crowd, for one per turn starves it; once it is ahead of the others, they have HEAD_START to come."""
-        alone = self.tally.ahead    # they had it and did not come
+        """Takes a crowd, for one per turn starves it; while it is ahead of the others, they have HEAD_START to come."""
         for _ in range(ACCEPTS_PER_TURN if self.accepting else BACKLOG):
+            if self.accepting and self.tally.ahead and not self._alone:
+                self._yields_until = self.clock() + HEAD_START
+                return
             held = len(self.active_channels)
             super().handle_accept()
             self.tally.hold(len(self.active_channels))
             if len(self.active_channels) == held:
-                return
-            if self.accepting and self.tally.ahead and not alone:
-                self._accepts_at = self.clock() + HEAD_START
                 return
 
     def accept(self) -> tuple[socket.socket, Any] | None:
@@ -6367,11 +6368,13 @@ class GateServer(TcpWSGIServer):    # type: ignore[misc]  # waitress carries no 
         self.loop.attend()
         self.tally.hold(len(self.active_channels))
         self.tally.turn(self.pool.waiting)
-        self.loop.watch(self, selectors.EVENT_READ if self.readable() else 0)
-        now = self.clock()
+        now = self.clock()      # before it is asked whether to accept: a pause that ends in between ends no turn later
+        accepts = self.readable()
+        self._alone = accepts and not self.watched and self.tally.ahead     # who waits now, waited for others in vain
+        self.loop.watch(self, selectors.EVENT_READ if accepts else 0)
         slow = self.loop.sending and self._cut_slow_readers(now)
-        hurried = slow or self.gate.draining or now < self._accepts_at
-        self.loop.wait(0 if self._ready else SHORT_TURN if hurried else self.adj.asyncore_loop_timeout)
+        hurried = slow or self.gate.draining or now < max(self._accepts_at, self._yields_until)
+        self.loop.wait(0 if self._ready or self._alone else SHORT_TURN if hurried else self.adj.asyncore_loop_timeout)
 
     def _cut_slow_readers(self, now: float) -> bool:
         """Where more than `service.send_buffer` waits to be sent, or half of the pool waits for clients while requests

@@ -75,14 +75,16 @@ class Engine:
         (self.folder / name).write_text(text, encoding="utf-8")
         return self.path(self.folder / name)
 
-    def opener(self, session: str = FULL) -> Callable[[WSManServer, str, str], Shell]:
+    def opener(
+        self, session: str = FULL, kind: type[EngineShell] | None = None
+    ) -> Callable[[WSManServer, str, str], Shell]:
         """For WSManServer's `open_shell`: shells with a session configuration, the text of a .pssc file."""
         arguments: tuple[str, ...] = ()
         if session:
             if self.five:
                 pytest.skip("Windows PowerShell takes session configurations from Register-PSSessionConfiguration only")
             arguments = ("-ConfigurationFile", self.write(f"{next(self._sessions)}.pssc", session))
-        return functools.partial(EngineShell, lambda: self._take(arguments))
+        return functools.partial(kind or EngineShell, lambda: self._take(arguments))
 
     def close(self) -> None:
         """End the processes that nobody took."""
@@ -146,7 +148,7 @@ class EngineShell(Shell):
         self._fragments: dict[str, collections.deque[bytes]] = collections.defaultdict(collections.deque)
         self._begun: set[str] = set()
         self._acknowledged: set[str] = set()
-        self._reader = threading.Thread(target=self._read, name="pwsh")
+        self._reader = threading.Thread(target=self._read, name="pwsh", daemon=True)
         self._reader.start()
 
     def create(self, fragments: bytes) -> None:
@@ -191,7 +193,7 @@ class EngineShell(Shell):
             self.process.wait(CLOSING_TIME)
         self.process.kill()
         self.process.wait()
-        self._reader.join()
+        self._reader.join(CLOSING_TIME)  # a program that outlives the shell holds its streams
 
     def _write(self, element: str) -> None:
         assert self.process.stdin

@@ -37,6 +37,7 @@ from waitress.server import TcpWSGIServer
 from waitress.task import ErrorTask, ThreadedTaskDispatcher, WSGITask
 
 from healthchecker import (
+    HEAD_START,
     POOL_BUFFER,
     Counters,
     Gate,
@@ -264,6 +265,7 @@ class Serving:
         service: ServiceSettings | None = None,
         connections: int = 100,
         sock: socket.socket | None = None,
+        tally: RequestCounters | None = None,
     ) -> None:
         self.lease = Lease()
         self.lease.until.value = math.inf
@@ -271,7 +273,7 @@ class Serving:
         sock = sock or socket.create_server(("127.0.0.1", 0))
         self.address = ("127.0.0.1", sock.getsockname()[1])
         service = (service or ServiceSettings()).model_copy(update={"app": "a:b", "threads": threads})
-        self.server = GateServer(Gate(app, self.lease, clock), [sock], service, connections)
+        self.server = GateServer(Gate(app, self.lease, clock), [sock], service, connections, tally)
         self.thread = threading.Thread(target=self.server.serve)
 
     def __enter__(self) -> Serving:
@@ -1231,6 +1233,34 @@ def test_a_share_of_the_connections() -> None:
     for held, ahead in ((4, False), (5, True), (0, False)):
         one.hold(held)
         assert one.ahead is ahead
+
+
+def test_who_is_ahead_lets_the_others_come_first() -> None:
+    """Each time, and not only when it gets ahead: one of two workers took all new connections of a busy machine."""
+    now, counters, sock = [1000.0], Counters(2), socket.create_server(("127.0.0.1", 0))
+    with Serving(hello, 0, sock=sock, tally=RequestCounters(counters, 0)) as serving, contextlib.ExitStack() as stack:
+        server, other = serving.server, RequestCounters(counters, 1)
+        server.clock = lambda: now[0]
+        other.hold(0)
+
+        def come(number: int, until: int) -> None:
+            for _ in range(number):
+                stack.enter_context(socket.create_connection(serving.address, timeout=10))
+            wait_for(lambda: not server.readable())
+            assert len(server.active_channels) == until
+            now[0] += HEAD_START
+            wait_for(lambda: len(server.active_channels) == until + number, 10)
+
+        for _ in range(5):
+            stack.enter_context(socket.create_connection(serving.address, timeout=10))
+        wait_for(lambda: len(server.active_channels) == 5)
+        come(3, 5)
+        now[0] += 10
+        come(2, 8)
+        other.hold(20)
+        now[0] += 10
+        stack.enter_context(socket.create_connection(serving.address, timeout=10))
+        wait_for(lambda: len(server.active_channels) == 11)
 
 
 # What is used of waitress inside: of an object of that class, which name. Another version fails here first.

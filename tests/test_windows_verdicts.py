@@ -5,25 +5,36 @@ The host is tests/wsman_server.py with tests/pwsh.py behind it; the poll is the 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import NamedTuple
+import contextlib
+import os
+import re
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
 
+import psutil
 import pytest
-from pwsh import CONSTRAINED, FULL, Engine, open_engine
+from conftest import wait_for
+from pwsh import CONSTRAINED, FULL, Engine, EngineShell, open_engine
 from test_powershell import Polled, poll, target
 from wsman_server import WSManServer
 
 TIMEOUT = 120.0  # seconds; wine may be slow, and the first poll of a run starts PowerShell for the first time
 CMD = "C:\\windows\\system32\\cmd.exe"  # PowerShell in wine finds no program without its path
+WATCHED = pytest.mark.skipif(sys.platform == "win32", reason="/proc is read")
 
 
 class Case(NamedTuple):
-    """A check: its command, and what it has to say."""
+    """A check: its command, and what it has to say. Plugins of Nagios are called so."""
 
     name: str
     command: str
     good: bool
     text: str
+    degraded: bool = False
 
 
 CASES = (
@@ -56,6 +67,12 @@ CASES = (
     Case("long", "'x' * 100000", True, "x" * 200),
     Case("host", "Write-Host shown; Write-Warning w", True, "shown"),
     Case("table", "Get-Service Eventlog", True, "Running"),
+    Case("nagios script", "& WARNING", True, "slow", degraded=True),
+    Case("nagios program", "CMD /c exit 2", False, "exit status 2"),
+    Case("nagios exit", "'lost'; exit 3", True, "lost", degraded=True),
+    Case("nagios script 3", "& PLUGIN", True, "some output", degraded=True),
+    Case("nagios good", "'fine | load=1'", True, "fine"),
+    Case("nagios error", "Write-Error 'no plugin'; exit 1", False, "no plugin"),
 )
 
 
@@ -72,10 +89,32 @@ def host(engine: Engine, request: pytest.FixtureRequest) -> Iterator[WSManServer
         assert server.shells == {}
 
 
-def ask(host: WSManServer, checks: dict[str, str], *, seconds: float = 30.0, timeout: float = TIMEOUT) -> Polled:
+def rows(checks: dict[str, str], **seconds: float) -> list[dict[str, Any]]:
+    """Checks as the inventory has them; some with a timeout of their own."""
+    return [
+        {
+            "name": name,
+            "command": command,
+            "timeout": seconds.get(name, 60.0),
+            "exit": "nagios" if "nagios" in name else "plain",
+        }
+        for name, command in checks.items()
+    ]
+
+
+def commands(write: Callable[[str, str], str]) -> dict[str, str]:
+    """Those of the cases, whose scripts are written first."""
+    paths = {
+        "PLUGIN": write("plugin.ps1", "'some output'\nexit 3\n"),
+        "WARNING": write("warning.ps1", "'slow|time=3s'\nexit 1\n"),
+        "CMD": CMD,
+    }
+    return {case.name: re.sub("|".join(paths), lambda found: paths[found[0]], case.command) for case in CASES}
+
+
+def ask(host: WSManServer, checks: dict[str, str], **seconds: float) -> Polled:
     """One poll with these checks."""
-    rows = [{"name": name, "command": command, "timeout": seconds} for name, command in checks.items()]
-    polled = poll(target(host, checks=rows, services=["Eventlog"], timeout=timeout))
+    polled = poll(target(host, checks=rows(checks, **seconds), services=["Eventlog"], timeout=TIMEOUT))
     assert polled.sample, polled.verdict
     assert polled.sample.services["Eventlog"].good
     assert polled.sample.metrics["disk_percent C:"] == pytest.approx(40.16, abs=0.01)
@@ -90,14 +129,15 @@ def outcomes(polled: Polled) -> dict[str, tuple[bool, str]]:
 @pytest.fixture(scope="module")
 def polled(host: WSManServer, engine: Engine) -> Polled:
     """All cases as the checks of one poll."""
-    plugin = engine.write("plugin.ps1", "'some output'\nexit 3\n")
-    return ask(host, {case.name: case.command.replace("PLUGIN", plugin).replace("CMD", CMD) for case in CASES})
+    return ask(host, commands(engine.write))
 
 
 @pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
 def test_verdict(case: Case, polled: Polled) -> None:
-    good, text = outcomes(polled)[case.name]
-    assert (good, case.text in text) == (case.good, True), text
+    assert polled.sample
+    outcome = polled.sample.checks[case.name]
+    found = (outcome.good, outcome.degraded, case.text in outcome.text)
+    assert found == (case.good, case.degraded, True), outcome
 
 
 def test_each_bad_check_is_a_reason(polled: Polled) -> None:
@@ -105,11 +145,119 @@ def test_each_bad_check_is_a_reason(polled: Polled) -> None:
     assert polled.reason.startswith("check exit code: exit code 3; check exit code, output: exit code 3 done; ")
 
 
+def test_plugins_have_performance_data(polled: Polled) -> None:
+    assert polled.sample
+    assert polled.sample.checks["nagios script"].metrics == {"time": 3.0}
+    assert polled.sample.checks["nagios good"].metrics == {"load": 1.0}
+
+
 def test_a_stuck_check_delays_no_other_and_not_the_next_poll(host: WSManServer) -> None:
     """Nor does one that ends its own shell: the lines that came count."""
     checks = {"first": "$true", "sleeps": "Start-Sleep 600", "kills": "Stop-Process -Id $PID -Force", "last": "'x'"}
     for _ in range(2):
-        said = outcomes(ask(host, checks, seconds=5))
-        assert said["sleeps"] == (False, "no end in 5 s")
+        said = outcomes(ask(host, checks, sleeps=2))
+        assert said["sleeps"] == (False, "no end in 2 s")
         assert said["kills"][0] is False and "closed the shell" in said["kills"][1]
         assert (said["first"], said["last"]) == ((True, "True"), (True, "x"))
+
+
+class Cost(NamedTuple):
+    """What the process of a poll's shell took by its end: bytes of memory at most, seconds of CPU time."""
+
+    memory: int
+    cpu: float
+
+
+def watch_shells(host: WSManServer, done: threading.Event) -> Cost:
+    """Look at the host's one shell again and again."""
+    cost = Cost(0, 0)
+    while not done.wait(0.02):
+        for shell in list(host.shells.values()):
+            assert isinstance(shell, EngineShell)
+            with contextlib.suppress(OSError, IndexError):  # it has just ended
+                folder = Path(f"/proc/{shell.process.pid}")
+                peak = (folder / "status").read_text(encoding="utf-8").partition("VmHWM:")[2].split()[0]
+                ticks = (folder / "stat").read_text(encoding="utf-8").rpartition(")")[2].split()[11:13]
+                cost = Cost(int(peak) << 10, sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK"))
+    return cost
+
+
+def cost_of(host: WSManServer, checks: dict[str, str], **seconds: float) -> tuple[Polled, Cost]:
+    """A poll with these checks, and what it took."""
+    done = threading.Event()
+    with ThreadPoolExecutor(1) as pool:
+        watched = pool.submit(watch_shells, host, done)
+        try:
+            polled = ask(host, checks, **seconds)
+        finally:
+            done.set()
+        return polled, watched.result()
+
+
+ENDLESS = {
+    "lines": "while ($true) { 'x' * 1000 }",
+    "long": "while ($true) { 'x' * 100KB }",
+    "objects": "while ($true) { Get-Item C:\\windows }",
+    "program": f'{CMD} /c "for /L %i in (1,0,2) do @echo hc-endless"',
+}
+SILENT = f'{CMD} /c "for /L %i in (1,0,2) do @rem hc-endless"'
+
+
+@WATCHED
+def test_what_many_checks_and_endless_ones_cost(host: WSManServer) -> None:
+    """CPU time: a limit of seconds would not hold while other tests run."""
+    _, one = cost_of(host, {"check": "$true"})
+    polled, forty = cost_of(host, {f"check {number}": "$true" for number in range(40)})
+    assert list(outcomes(polled).values()) == [(True, "True")] * 40
+    assert forty.cpu - one.cpu < 1.2
+    polled, endless = cost_of(host, {**ENDLESS, "silent": SILENT, "last": "'x'"}, silent=2)
+    cut = (False, "prints more than 1,000 lines")
+    late = (False, "no end in 2 s")
+    assert outcomes(polled) == {**dict.fromkeys(ENDLESS, cut), "silent": late, "last": (True, "x")}
+    assert (endless.memory - forty.memory) >> 20 < 50
+    wait_for(lambda: not programs(), TIMEOUT)
+
+
+def programs() -> list[psutil.Process]:
+    """Those that never end."""
+    return [process for process in psutil.process_iter(["cmdline"]) if "hc-endless" in str(process.info["cmdline"])]
+
+
+# === Hosts that are worse off ================================================
+
+
+class DyingShell(EngineShell):
+    """One that is killed when a script arrives."""
+
+    def send(self, user: str, command_id: str, fragments: bytes) -> None:
+        if command_id:
+            self.process.kill()
+        super().send(user, command_id, fragments)
+
+
+class FrozenShell(EngineShell):
+    """One that takes a script, never answers and never ends."""
+
+    def send(self, user: str, command_id: str, fragments: bytes) -> None:
+        if command_id:
+            psutil.Process(self.process.pid).suspend()
+        super().send(user, command_id, fragments)
+
+
+@pytest.mark.parametrize(
+    ("kind", "seconds", "cause", "reason"),
+    [
+        (DyingShell, TIMEOUT, "protocol", "the host closed the shell during the poll"),
+        (FrozenShell, 5.0, "timeout", ""),
+    ],
+)
+def test_a_shell_that_dies_or_never_ends(
+    engine: Engine, kind: type[EngineShell], seconds: float, cause: str, reason: str
+) -> None:
+    """And the next poll of the same host is as ever."""
+    with WSManServer("https", "negotiate", open_shell=engine.opener(FULL, kind)) as server:
+        polled = poll(target(server, timeout=seconds))
+        assert (polled.verdict.state, polled.cause) == ("unhealthy", cause)
+        assert polled.reason.startswith(reason)
+        server.open_shell = engine.opener()
+        assert outcomes(ask(server, {"check": "$true"})) == {"check": (True, "True")}
