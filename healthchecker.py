@@ -53,6 +53,7 @@ Sections, in file order; a definition refers only to what stands above it:
     Style        style and script of the pages
     Views        the pages
     Console      the operators' door: pages and API under waitress, in the main process
+    Backup       database, keys and inventory in one archive
     Commands     the command line: serve, check, seal, endpoint, trust, keys
 """
 
@@ -74,6 +75,7 @@ import fnmatch
 import functools
 import gc
 import getpass
+import gzip
 import hashlib
 import heapq
 import hmac
@@ -103,11 +105,13 @@ import ssl
 import struct
 import subprocess
 import sys
+import tarfile
 import tempfile
 import threading
 import time
 import traceback
 import uuid
+import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from dataclasses import field as dataclass_field
@@ -188,7 +192,6 @@ if TYPE_CHECKING:
     else:
         from multiprocessing.connection import Connection as PipeConnection
 
-__version__ = "1.0.0"
 log = logging.getLogger("healthchecker")
 
 # The clock of the lease counts the time of a suspended machine, or its gate would be open on answers that are hours
@@ -197,6 +200,8 @@ lease_clock: Callable[[], float] = time.monotonic
 if sys.platform != "win32":
     lease_clock = functools.partial(time.clock_gettime, getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
 
+VERSION = "1.0.0"
+INVENTORY = Path(__file__).absolute().with_name("inventory.yaml")
 SECRET_LENGTH = 1024            # characters of a password at most: a longer one only costs time
 LAST_PORT = 65535
 NAME_CHARS = 253                # characters, the length of the longest host name
@@ -393,7 +398,7 @@ def with_ssh_config(raw: dict[str, Any], path: Path, names: Collection[str], *, 
 # The inventory's text, read more strictly than YAML: every scalar stays the text that was written, no key comes twice,
 # aliases, tags and merges are refused, and each value has its place. In comes a file or what was typed into a form, out
 # goes a Document, or an InventoryError with line and column. Pure but for reading files; for any thread.
-# Gives: Document, NodePath, read_document
+# Gives: Document, INVENTORY_BYTES, NodePath, read_document
 INVENTORY_BYTES = 1 << 20       # bytes; a larger inventory is refused
 INVENTORY_DEPTH = 8             # levels of nesting
 INVENTORY_NODES = 200_000       # YAML events
@@ -513,9 +518,10 @@ def read_document(path: Path) -> Document:
 # and every path absolute, or an InventoryError with a line for each fault. Three steps: Document makes nested
 # texts with a place each, the models check them, InventoryLoader merges defaults and gathers the faults.
 # Pure but for reading files and environment; called by commands, and by threads that serve the console.
-# Gives: Check, COMPANIONS, FILES, foreign_fields, HOSTLESS, Inventory, InventoryLoader, Limit, Limits,
-# load_inventory, M, matching_key, message_of, Name, PASSPHRASES, Platform, REMOTE_PLATFORMS,
-# ResourceSettings, Retention, SECRETS, SELECTABLE, ServiceSettings, Settings, SSH_PLATFORMS, take_variable, TextLine
+# Gives: Check, COMPANIONS, FILES, KEY_FILES, foreign_fields, HOSTLESS, Inventory, InventoryFile,
+# InventoryLoader, Limit, Limits, load_inventory, M, matching_key, message_of, Name, PASSPHRASES, Platform,
+# REMOTE_PLATFORMS, ResourceSettings, Retention, SECRETS, SELECTABLE, ServiceSettings, Settings, SSH_PLATFORMS,
+# take_variable, TextLine
 LEASE_GRACE = 2.0               # seconds added to a lease for a busy machine
 KEY_FILES = ("private.pem", "public.pem", "next.pem")
 COMPANIONS = ("-wal", "-shm", "-journal", ".lock")      # files beside the database
@@ -1169,7 +1175,8 @@ def load_inventory(path: Path) -> Inventory:
 # === Vault ===================================================================
 # Secrets at rest: in come passwords and what they belong to, out go tokens, and the other way round. Called in any
 # thread of the main process; only the start and `keys rotate` write key files. A secret never shows in an error.
-# Gives: length_prefixed, create_private, ensure_private, give, take_place, Vault, hash_password
+# Gives: length_prefixed, create_private, ensure_private, give, make_folder, private_file, take_place, Vault,
+#   hash_password
 RSA_BITS = 3072                 # bits, equal in strength to AES-128 (NIST SP 800-57)
 OAEP = padding.OAEP(padding.MGF1(hashes.SHA256()), hashes.SHA256(), b"HealthChecker/HC1")
 SPKI = serialization.PublicFormat.SubjectPublicKeyInfo
@@ -1212,6 +1219,13 @@ def put_name(temporary: Path, path: Path) -> None:
         if os.path.lexists(path):
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path)) from None
         os.replace(temporary, path)
+
+
+def make_folder(path: Path) -> None:
+    """A folder for its owner alone, unless it is there."""
+    if not path.exists():
+        path.mkdir(mode=0o700, parents=True)
+        give(path, path.parent)
 
 
 @contextlib.contextmanager
@@ -1300,9 +1314,7 @@ class Vault:
     def create(self, name: str = "private.pem") -> None:
         """Makes an RSA key; an existing one is never overwritten. Raises SecretError."""
         key = rsa.generate_private_key(65537, RSA_BITS)
-        if not self.folder.exists():
-            self.folder.mkdir(mode=0o700, parents=True)
-            give(self.folder, self.folder.parent)
+        make_folder(self.folder)
         create_private(self.folder / name, key.private_bytes(
             serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()))
         self._load(self.folder / name)
@@ -1369,10 +1381,11 @@ def hash_password(password: str, salt: bytes, rounds: int = PBKDF2_ROUNDS) -> by
 # In comes an Inventory and a Vault, out go rows and, for pollers, Targets with their secrets opened. The main process
 # alone opens it, in any thread: reads see one state, writes wait for each other. Secrets are stored sealed only.
 # Everything is SQL that PostgreSQL has, too, but for opening, migrating, and the upserts of Poll.
-# Gives: Base, binding, Changes, Event, import_inventory, inspect_database, load_targets, lock_database, LoginSession,
-# open_stated, open_vault, REMOVED, reseal, Resource, revise, revision, sealed_tokens, Setting, Status, Store, Target,
-# target_of, update_row, User
+# Gives: Base, binding, BUSY_TIMEOUT, Changes, Event, import_inventory, inspect_database, load_targets, lock_database,
+# LoginSession, open_stated, open_vault, REMOVED, reseal, Resource, revise, revision, sealed_tokens, Setting, Status,
+# Store, Target, target_of, update_row, User
 SALT_BYTES = 16                 # bytes, NIST SP 800-132
+MIN_ROOM = 1 << 17              # bytes of a disk that is as good as full: what SQLite needs to open a database
 BUSY_TIMEOUT = 5.0              # seconds a writer waits for another one
 YEAR_3000 = 32_503_680_000      # Unix time, the last one that Windows can show
 
@@ -1667,6 +1680,14 @@ def read_schema(path: Path, *, whole: bool, mode: str = "ro") -> tuple[set[tuple
         return read_schema(path, mode="rw", whole=whole)    # which rolls back what a crash cut short
 
 
+def reason_of(error: Exception, path: Path) -> str:
+    """Why a database cannot be used, and what to do."""
+    no_room = isinstance(error, sqlite3.OperationalError) and shutil.disk_usage(path.parent).free < MIN_ROOM
+    if no_room or getattr(error, "errno", 0) == errno.ENOSPC:
+        return "the disk is full; make room on it"
+    return f"{error}; " + ("restore it from a backup or " if path.exists() else "") + "set service.database"
+
+
 def inspect_database(path: Path, *, whole: bool = True) -> int:
     """The schema of the database at `path`, 0 while there is none. Raises StorageError for what is not ours and sound;
     not `whole`: that was looked at already, which takes a second for 200 MB. Nothing changes, but that what a crash
@@ -1678,7 +1699,7 @@ def inspect_database(path: Path, *, whole: bool = True) -> int:
             raise StorageError(f"database {path}: its folder is a file; set service.database") from None
         return 0
     except (OSError, sqlite3.Error) as error:
-        raise StorageError(f"database {path}: {error}; restore it from a backup or set service.database") from error
+        raise StorageError(f"database {path}: {reason_of(error, path)}") from error
     if not found:
         return 0
     wanted = {(table.name, column.name) for table in Base.metadata.sorted_tables for column in table.columns}
@@ -1708,7 +1729,7 @@ def lock_database(path: Path) -> sqlite3.Connection:
         connection.execute("BEGIN EXCLUSIVE")
     except (OSError, sqlite3.Error) as error:
         if connection is None or "locked" not in str(error):
-            raise StorageError(f"database {path} cannot be used: {error}; set service.database") from error
+            raise StorageError(f"database {path} cannot be used: {reason_of(error, path)}") from error
         connection.close()
         raise StorageError(f"another HealthChecker is using database {path}; stop that one first") from error
     return connection
@@ -8121,6 +8142,7 @@ def health() -> flask.Response:
     who = current_principal()
     answer: dict[str, Any] = {"status": "pass" if who.context.is_healthy else "fail"}
     if who.operator and who.may("viewer") and not who.restricted:
+        answer["releaseId"] = VERSION
         answer["checks"] = {f"{view.name}:state": [{
             "componentType": "system", "observedValue": view.state, "time": view.polled and view.polled.isoformat(),
             "status": {"healthy": "pass", "unhealthy": "fail"}.get(view.state, "warn"),
@@ -8439,7 +8461,7 @@ TEMPLATES = {"layout.html": """<!doctype html>
 <main id="main" tabindex="-1"{% if refresh is string %} data-refresh="{{ refresh }}"{% endif %}>
 {% block main %}{% endblock %}
 </main>
-{% if user %}<footer class="soft">Times are the server's own, {{ zone }}.</footer>{% endif %}
+{% if user %}<footer class="soft">Times are the server's, {{ zone }}. HealthChecker {{ version }}.</footer>{% endif %}
 </body>
 </html>
 """, "macros.html": """
@@ -9143,7 +9165,7 @@ def render_page(template: str, status: int = 200, *, given: Mapping[str, str] | 
     """A page. Its form shows `given`, and `errors` at the fields; `shown` is what else its template needs."""
     who: Principal | None = flask.g.get("principal")
     user = who.user if who else None
-    common = {"user": user, "admin": user and user.role == "admin", "zone": time.strftime("%Z"),
+    common = {"user": user, "admin": user and user.role == "admin", "zone": time.strftime("%Z"), "version": VERSION,
               "now": who.context.clock() if who else 0.0, "form": {"given": given or {}, "errors": errors or {}}}
     return flask.Response(flask.render_template(template, **(common | shown)), status, mimetype="text/html")
 
@@ -9670,6 +9692,77 @@ class ConsoleServer(threading.Thread):
         self.join(CONSOLE_DRAIN)
 
 
+# === Backup ==================================================================
+# Database, keys and inventory in one archive, while the service runs, and back where there are none. In the process of
+# the command; what it reads fits each other, and what it writes is its owner's alone.
+# Gives: backup, restore
+DATABASE = "healthchecker.db"   # in a backup, wherever it stands
+def stated_service(path: Path, document: Document) -> ServiceSettings:
+    """The `service` part alone: neither backup nor restore needs passwords, or the files that the rest names."""
+    try:
+        return InventoryLoader(path, document).parse(InventoryFile, document.value or {}).service
+    except ValidationError as error:
+        raise InventoryError(f"{path.name}: it is not valid; see `check`") from error
+
+
+def key_contents(folder: Path) -> dict[str, bytes]:
+    return {f"keys/{name}": path.read_bytes() for name in KEY_FILES if (path := folder / name).exists()}
+
+
+def backup(arguments: argparse.Namespace) -> int:
+    """Writes database, keys and inventory into one archive, each as of one moment and fitting each other."""
+    path = arguments.inventory.absolute()
+    service = stated_service(path, read_document(path))
+    if not inspect_database(service.database_path):
+        raise UsageError("there is no database yet; start the service first")
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True)))
+        copied = folder / DATABASE
+        kept: dict[str, bytes] = {}
+        while kept != (kept := key_contents(service.keys)):     # a rotation that begins or ends just now
+            with contextlib.closing(sqlite3.connect(service.database_path, timeout=BUSY_TIMEOUT)) as source, \
+                    contextlib.closing(sqlite3.connect(copied)) as target:
+                source.backup(target)
+            kept_inventory = path.read_bytes()
+        with private_file(arguments.file.absolute()) as file, tarfile.open(fileobj=file, mode="w:gz") as archive:
+            for name, content in {INVENTORY.name: kept_inventory, **kept}.items():
+                member = tarfile.TarInfo(name)
+                member.size, member.mode, member.mtime = len(content), 0o600, time.time()
+                archive.addfile(member, io.BytesIO(content))
+            archive.add(copied, DATABASE)
+    print(f"{arguments.file.name} holds the private key, too: keep it as secret as keys")
+    return 0
+
+
+def restore(arguments: argparse.Namespace) -> int:
+    """Brings database, keys and inventory back where there are none; all or nothing."""
+    path = arguments.inventory.absolute()
+    try:
+        with tarfile.open(arguments.file, "r:gz") as archive, contextlib.ExitStack() as undo:
+            members = {member.name: member for member in archive if member.isfile()}
+            content = cast(IO[bytes], archive.extractfile(members[INVENTORY.name])).read(INVENTORY_BYTES + 1)
+            service = stated_service(path, Document(path.name, content))
+            places = {DATABASE: service.database_path,
+                      **{f"keys/{name}": service.keys / name for name in KEY_FILES}, INVENTORY.name: path}
+            if left := [place for place in places.values() if place.exists()]:
+                raise UsageError(f"{left[0]} is there already; restore into a folder without one")
+            make_folder(service.keys)
+            for name, place in places.items():      # the inventory last: without it nothing starts
+                if name in members:
+                    with private_file(place) as file:
+                        shutil.copyfileobj(cast(IO[bytes], archive.extractfile(members[name])), file)
+                    undo.callback(place.unlink, missing_ok=True)
+            inspect_database(service.database_path)
+            undo.pop_all()
+    except FileNotFoundError as error:
+        raise UsageError(f"{error.filename}: there is no such file") from error
+    except (tarfile.TarError, EOFError, KeyError, zlib.error, gzip.BadGzipFile) as error:
+        raise UsageError(f"{arguments.file.name} is no backup, or a damaged one") from error
+    print(f"restored: {path.name}, {service.database_path.name} and {service.keys.name}; files that the inventory "
+          "names, and variables, are not in a backup")
+    return 0
+
+
 # === Commands ================================================================
 # The command line: each command is a function of the arguments, works on an Installation and gives the exit code.
 # `serve` reads what is written down, binds both doors, looks at the database and locks it, and has the workers load the
@@ -9679,7 +9772,6 @@ class ConsoleServer(threading.Thread):
 # Gives: nothing
 APP_WAIT = 120.0                # seconds for the application to be loaded by `check`
 PROBES_AT_ONCE = 64             # resources that `check --probe` polls at the same time
-INVENTORY = Path(__file__).absolute().with_name("inventory.yaml")
 PROGRESS_INTERVAL = 0.1         # seconds between two looks at them; a wait without an end may never see Ctrl-C
 
 
@@ -9707,6 +9799,7 @@ def ensure_inventory(path: Path) -> None:
 class LogFile(logging.handlers.RotatingFileHandler):
     """The log file; it rotates by size. Raises UsageError."""
 
+    _complains_mono = 0.0
     stale = False       # set from a signal handler, which may interrupt a write: somebody has moved the file away
 
     def __init__(self, path: Path) -> None:
@@ -9721,6 +9814,13 @@ class LogFile(logging.handlers.RotatingFileHandler):
         if is_new:
             give(stream.fileno(), Path(self.baseFilename).parent)
         return stream
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """The console has the line already; that the file has not is said once in COMPLAINT_INTERVAL."""
+        del record
+        if time.monotonic() >= self._complains_mono:
+            self._complains_mono = time.monotonic() + COMPLAINT_INTERVAL
+            print(f"{self.baseFilename} cannot be written: {one_line(str(sys.exc_info()[1]))}", file=sys.stderr)
 
     def emit(self, record: logging.LogRecord) -> None:
         if self.stale:
@@ -9811,7 +9911,7 @@ def prepare(installation: Installation, store: Store) -> Vault:
     with store.writing() as session:
         vault = installation.open_vault(session)
         ensure_first_user(session)
-        record_event(session, "service", f"started, version {__version__}")
+        record_event(session, "service", f"started, version {VERSION}")
         installation.keep_service(session)
         changes = installation.take_over(session, vault)
         initial = initial_user(session)
@@ -9877,6 +9977,7 @@ def watch(installation: Installation, store: Store, console: Sequence[socket.soc
             stack.callback(step)
         stack.callback(lambda: recorder.note("service", "stopped", time.time()))
         keep_out_of_collections()
+        log.info("HealthChecker %s", VERSION)
         log.info("serving on http://%s, console %s", service.listen,
                  f"on http://{service.console}/-/" if console else "off")
         supervisor.serve()
@@ -10291,6 +10392,7 @@ def add_user_commands(users: Any) -> None:
 def command_line() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="healthchecker.py", description=(
         "A web application answers only while the machines it depends on are healthy. Without a command: serve."))
+    parser.add_argument("--version", action="version", version=f"HealthChecker {VERSION}")
     parser.add_argument("--inventory", type=Path, default=INVENTORY, metavar="FILE",
                         help="default: inventory.yaml beside healthchecker.py, which a first start makes")
     parser.add_argument("--accept-removals", action="store_true", help=(
@@ -10310,6 +10412,11 @@ def command_line() -> argparse.ArgumentParser:
     command.add_argument("--key", metavar="SHA256:...", help="accept this key only, without a question")
     command.add_argument("--yes", action="store_true", help="accept whatever key it shows, without a question")
     command.set_defaults(run=trust)
+    for run, what in ((backup, "write database, keys and inventory into one archive, also while the service runs"),
+                      (restore, "bring them back, where there are none")):
+        command = commands.add_parser(run.__name__, help=what)
+        command.add_argument("file", type=Path, metavar="FILE")
+        command.set_defaults(run=run)
     users = commands.add_parser("user", help="`user add|passwd|remove|list`: who can log in")
     add_user_commands(users.add_subparsers(metavar="add|passwd|remove|list", required=True))
     commands.add_parser("reload", help="have a running service take an edited inventory over").set_defaults(run=reload)

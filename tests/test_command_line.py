@@ -87,6 +87,12 @@ def test_usage(arguments: list[str], code: int, capsys: pytest.CaptureFixture[st
     assert output.out.startswith("usage: ") if code == 0 else output.err.startswith("usage: ")
 
 
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["--version"])
+    assert caught.value.code == 0 and capsys.readouterr().out == f"HealthChecker {healthchecker.VERSION}\n"
+
+
 @pytest.mark.parametrize("arguments", [["check"], ["seal"], ["trust", "x"], ["keys", "rotate"]], ids=" ".join)
 def test_command_without_inventory(arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Only a start makes one."""

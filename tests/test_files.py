@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import re
@@ -10,13 +11,23 @@ import stat
 import struct
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 from conftest import wait_for
 from rights import NOBODY, ROOT
-from service import PROGRAM, Program, command, environment, run_cheaply, write_inventory
+from service import (
+    PROGRAM,
+    Program,
+    Service,
+    command,
+    environment,
+    prepared_keys,
+    run_cheaply,
+    write_inventory,
+)
 
 import healthchecker
 from healthchecker import InventoryError, load_inventory
@@ -264,3 +275,53 @@ def test_two_first_starts_at_the_same_moment(tmp_path: Path) -> None:
             process.communicate()
     assert ended.returncode == 4 and "another HealthChecker is using database" in said, said
     assert "Traceback" not in said
+
+
+# --- a full disk ---------------------------------------------------------------------------------------------
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 2 MiB."""
+    if sys.platform != "linux" or not ROOT:
+        pytest.skip("only root can mount a small disk")
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", folder], check=False).returncode:
+        pytest.skip("nothing can be mounted here")
+    yield folder
+    subprocess.run(["umount", "-l", folder], check=True)
+
+
+def fill(folder: Path) -> None:
+    with contextlib.suppress(OSError), open(folder / "filler", "wb", buffering=0) as file:
+        while file.write(bytes(4096)):
+            pass
+
+
+@pytest.mark.parametrize("known", [False, True], ids=["first start", "database is there"])
+def test_a_start_on_a_full_disk(small_disk: Path, known: bool) -> None:
+    """It is no damaged database: nobody must bring back an old one for that."""
+    path = write_inventory(small_disk, CALM)
+    prepared_keys(small_disk)
+    if known:
+        with closing(healthchecker.Store(small_disk / "healthchecker.db")):
+            pass
+    fill(small_disk)
+    code, output = run_cheaply("--inventory", str(path))
+    said = [line for line in output.splitlines() if "worker processes are ready" not in line]
+    assert code == 4 and len(said) == 1 and "the disk is full" in said[0] and "backup" not in said[0]
+    (small_disk / "filler").unlink()
+    with Service(path) as service:
+        service.wait_status("/-/readyz", 200)
+
+
+def test_a_disk_that_becomes_full(small_disk: Path) -> None:
+    """The gate goes on; the console says a line and no traceback of the log that cannot be written."""
+    path = write_inventory(small_disk, CALM.replace("}", ", interval: 1}"), "  log_file: log")
+    with Service(path) as service:
+        service.wait_status("/-/readyz", 200)
+        with open(small_disk / "log", "ab") as log:
+            log.write(b"x" * (-log.tell() % 4096) + b"\n")
+        fill(small_disk)
+        service.wait_line("database cannot be written")
+        assert service.get("/-/readyz").status == 200
+    assert service.output.count(f"{small_disk / 'log'} cannot be written") <= 1

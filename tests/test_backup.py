@@ -1,0 +1,116 @@
+"""Backup and restore: one archive of database, keys and inventory, made while the service runs."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import stat
+import sys
+import tarfile
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+from conftest import wait_for
+from service import Service, prepared_keys, run_cheaply, write_inventory
+
+import healthchecker
+from healthchecker import Vault, main
+
+RESOURCES = """\
+  - {hostname: 127.0.0.1, name: a, username: u, password: 'p w', port: 9, critical: false}
+  - {hostname: 127.0.0.1, name: b, username: u, password_file: word, port: 9, critical: false}
+  - {name: calm, platform: simulated, mean_healthy: 100000, interval: 1}
+"""
+
+
+def passwords(folder: Path) -> dict[str, str]:
+    """What the keys of a folder open of its database."""
+    setup = healthchecker.Installation(folder / "inventory.yaml")
+    with closing(healthchecker.Store(setup.database)) as store, store.reading() as session:
+        targets = healthchecker.load_targets(session, Vault(setup.service.keys))
+        return {name: target.settings.secrets.get("password", "") for name, target in targets.items()}
+
+
+def count(folder: Path, table: str) -> int:
+    with closing(sqlite3.connect(folder / "healthchecker.db")) as connection:
+        return int(connection.execute(f"SELECT COUNT(*) FROM {table}").fetchone()[0])
+
+
+@pytest.fixture
+def served(tmp_path: Path) -> Path:
+    """The folder of a service that has run; while it did, it was saved to saved.tgz."""
+    folder = tmp_path / "old"
+    folder.mkdir()
+    (folder / "word").write_text("from a file", encoding="utf-8")
+    path = write_inventory(folder, RESOURCES)
+    with Service(path) as service:
+        service.wait_status("/-/readyz", 200)
+        wait_for(lambda: count(folder, "event"))
+        assert main(["--inventory", str(path), "backup", str(tmp_path / "saved.tgz")]) == 0
+    return folder
+
+
+def test_there_and_back(served: Path, tmp_path: Path) -> None:
+    """What was saved while serving starts in another folder: accounts, trust, history and secrets."""
+    saved, folder = tmp_path / "saved.tgz", tmp_path / "new"
+    if sys.platform != "win32":
+        assert stat.S_IMODE(saved.stat().st_mode) == 0o600
+    folder.mkdir()
+    path = folder / "inventory.yaml"
+    assert main(["--inventory", str(path), "restore", str(saved)]) == 0
+    assert path.read_bytes() == (served / "inventory.yaml").read_bytes()
+    files = {"inventory.yaml", "healthchecker.db", "private.pem", "public.pem"}
+    found = {file.name for file in folder.rglob("*") if file.is_file()}
+    assert files <= found <= files | {"healthchecker.db-wal", "healthchecker.db-shm"}
+    if sys.platform != "win32":
+        assert {stat.S_IMODE(file.stat().st_mode) for file in folder.rglob("*") if file.is_file()} == {0o600}
+    (folder / "word").write_text("from a file", encoding="utf-8")   # not in it: README says so
+    assert passwords(folder) == {"a": "p w", "b": "from a file", "calm": ""}
+    assert count(folder, "user") == 1 and count(folder, "event") > 0
+    with Service(path) as service:
+        service.wait_line("inventory: 0 added, 1 changed, 0 removed, 2 kept; changed: b")  # its file is here now
+        service.wait_status("/-/readyz", 200)
+
+
+def test_nothing_is_overwritten(served: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    saved = tmp_path / "saved.tgz"
+    before = saved.read_bytes()
+    inventory = ["--inventory", str(served / "inventory.yaml")]
+    assert main([*inventory, "backup", str(saved)]) != 0 and saved.read_bytes() == before
+    assert "saved.tgz" in capsys.readouterr().err
+    files = {path: path.read_bytes() for path in served.rglob("*") if path.is_file()}
+    assert main([*inventory, "restore", str(saved)]) == 2
+    assert "is there already" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in served.rglob("*") if path.is_file()} == files
+
+
+@pytest.mark.parametrize("part", ["", "cut", "no archive", "other", "gone"])
+def test_a_damaged_backup(part: str, served: Path, tmp_path: Path) -> None:
+    """Half of one brings nothing back."""
+    del served
+    saved, folder = tmp_path / "saved.tgz", tmp_path / "new"
+    content = saved.read_bytes()
+    if part == "other":
+        saved.unlink()
+        with tarfile.open(saved, "w:gz") as archive:
+            archive.add(__file__, "../evil")
+    else:
+        saved.write_bytes({"cut": content[: len(content) // 2], "no archive": b"x" * 5000}.get(part, b""))
+    if part == "gone":
+        saved.unlink()
+    folder.mkdir()
+    code, output = run_cheaply("--inventory", str(folder / "inventory.yaml"), "restore", str(saved))
+    assert code == 2 and len(output.splitlines()) == 1 and "saved.tgz" in output
+    assert [path for path in folder.rglob("*") if path.is_file()] == []
+    assert not (tmp_path / "evil").exists()
+
+
+def test_a_backup_needs_a_database_and_no_passwords(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    prepared_keys(tmp_path)
+    text = "  - {hostname: a, username: u, password_env: HEALTHCHECKER_UNSET}\n"
+    arguments = ["--inventory", str(write_inventory(tmp_path, text)), "backup", str(tmp_path / "x")]
+    assert main(arguments) == 2 and "no database yet" in capsys.readouterr().err
+    with closing(healthchecker.Store(tmp_path / "healthchecker.db")):
+        assert main(arguments) == 0
+    assert os.path.getsize(tmp_path / "x") > 0
