@@ -6912,9 +6912,12 @@ class Worker:
             signal.signal(number, lambda *_: None)
         if sys.platform != "win32":
             signal.pthread_sigmask(signal.SIG_UNBLOCK, (*ENDINGS, *HANGUPS))
-            for number in map(int, os.listdir("/dev/fd")):      # pipe, sockets, and the lease's shared memory
+            numbers = [self.pipe.fileno(), *(sock.fileno() for sock in self.socks)]
+            with contextlib.suppress(OSError):      # where there is such a folder: the lease's shared memory, too
+                numbers += [number for number in map(int, os.listdir("/dev/fd")) if number > 2]
+            for number in numbers:
                 with contextlib.suppress(OSError):      # what has listed them is closed
-                    os.set_inheritable(number, number < 3)      # what the application starts may outlive the service
+                    os.set_inheritable(number, False)   # what the application starts may outlive the service
             os.register_at_fork(after_in_child=self._close)
         messages = MessagePipe(self.pipe)
         logging.basicConfig(level=logging.INFO, handlers=[messages], force=True)

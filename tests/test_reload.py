@@ -157,7 +157,7 @@ def test_start_and_stop_are_events(tmp_path: Path) -> None:
     kinds = "service", "change", "gate"
     lines = [text.partition(" after")[0] for text, _ in told(tmp_path, *kinds)]
     assert lines == [
-        f"started, version {healthchecker.__version__}",
+        f"started, version {healthchecker.VERSION}",
         "inventory: 1 added, 0 changed, 0 removed, 0 kept; added: h0",
         "closed (the service starts)",
         "closed -> open",

@@ -194,13 +194,14 @@ def cost_of(host: WSManServer, checks: dict[str, str], **seconds: float) -> tupl
         return polled, watched.result()
 
 
+MARK = f"hc-endless-{os.getpid()}"
 ENDLESS = {
     "lines": "while ($true) { 'x' * 1000 }",
     "long": "while ($true) { 'x' * 100KB }",
     "objects": "while ($true) { Get-Item C:\\windows }",
-    "program": f'{CMD} /c "for /L %i in (1,0,2) do @echo hc-endless"',
+    "program": f'{CMD} /c "for /L %i in (1,0,2) do @echo {MARK}"',
 }
-SILENT = f'{CMD} /c "for /L %i in (1,0,2) do @rem hc-endless"'
+SILENT = f'{CMD} /c "for /L %i in (1,0,2) do @rem {MARK}"'
 
 
 @WATCHED
@@ -210,17 +211,21 @@ def test_what_many_checks_and_endless_ones_cost(host: WSManServer) -> None:
     polled, forty = cost_of(host, {f"check {number}": "$true" for number in range(40)})
     assert list(outcomes(polled).values()) == [(True, "True")] * 40
     assert forty.cpu - one.cpu < 1.2
-    polled, endless = cost_of(host, {**ENDLESS, "silent": SILENT, "last": "'x'"}, silent=2)
-    cut = (False, "prints more than 1,000 lines")
-    late = (False, "no end in 2 s")
-    assert outcomes(polled) == {**dict.fromkeys(ENDLESS, cut), "silent": late, "last": (True, "x")}
-    assert (endless.memory - forty.memory) >> 20 < 50
-    wait_for(lambda: not programs(), TIMEOUT)
+    try:
+        polled, endless = cost_of(host, {**ENDLESS, "silent": SILENT, "last": "'x'"}, silent=2)
+        cut = (False, "prints more than 1,000 lines")
+        late = (False, "no end in 2 s")
+        assert outcomes(polled) == {**dict.fromkeys(ENDLESS, cut), "silent": late, "last": (True, "x")}
+        assert (endless.memory - forty.memory) >> 20 < 50
+        wait_for(lambda: not programs(), TIMEOUT)
+    finally:
+        for process in programs():
+            process.kill()
 
 
 def programs() -> list[psutil.Process]:
     """Those that never end."""
-    return [process for process in psutil.process_iter(["cmdline"]) if "hc-endless" in str(process.info["cmdline"])]
+    return [process for process in psutil.process_iter(["cmdline"]) if MARK in str(process.info["cmdline"])]
 
 
 # === Hosts that are worse off ================================================
