@@ -538,6 +538,9 @@ def test_slow_bodies(threads: int, dripping: Callable[[socket.socket, bytes, flo
         socks = [stack.enter_context(socket.create_connection(server.address, timeout=10)) for _ in starts]
         for sock, start in zip(socks, starts, strict=True):
             sock.sendall(start)
+        channels = server.server.active_channels
+        wait_for(lambda: [bool(each.request and each.request.headers_finished) for each in list(channels.values())]
+                 == [True] * 3)  # fmt: skip
         dripping(socks[0], b"x" * 500, 0.1)
         later(server, 20)
         assert still_open(socks[0]) and not select.select(socks, [], [], 0)[0]
