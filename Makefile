@@ -4,11 +4,15 @@ VENV := .venv
 BIN := $(VENV)/bin
 unexport PYTHONDONTWRITEBYTECODE    # each process of a test would compile all modules anew
 
-.PHONY: run test test-windows packages lint map bench soak clean
+.PHONY: run install test test-windows packages lint map bench soak clean
 .NOTPARALLEL:   # packages come before what uses them
 
 run: $(VENV)/run.stamp
 	$(BIN)/python healthchecker.py
+
+# For a service: all that its account has to read, whatever the umask, and nothing is started.
+install: $(VENV)/run.stamp
+	chmod -R go+rX $(VENV)
 
 # What Debian has of programs that the tests use; what cannot be installed is skipped, and named at the end.
 packages:
