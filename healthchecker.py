@@ -1202,7 +1202,7 @@ def restrict(path: Path) -> None:
 def give(path: Path | int, like: Path) -> None:
     """What root makes becomes that of the owner of `like`, its folder: or the service's account could not read it."""
     if sys.platform != "win32" and os.geteuid() == 0:
-        with contextlib.suppress(PermissionError):      # a root without that right
+        with contextlib.suppress(OSError):      # a root without that right, or in a namespace without that owner
             os.chown(path, like.stat().st_uid, like.stat().st_gid)
 
 
@@ -1381,9 +1381,9 @@ def hash_password(password: str, salt: bytes, rounds: int = PBKDF2_ROUNDS) -> by
 # In comes an Inventory and a Vault, out go rows and, for pollers, Targets with their secrets opened. The main process
 # alone opens it, in any thread: reads see one state, writes wait for each other. Secrets are stored sealed only.
 # Everything is SQL that PostgreSQL has, too, but for opening, migrating, and the upserts of Poll.
-# Gives: Base, binding, BUSY_TIMEOUT, Changes, Event, import_inventory, inspect_database, load_targets, lock_database,
-# LoginSession, open_stated, open_vault, REMOVED, reseal, Resource, revise, revision, sealed_tokens, Setting, Status,
-# Store, Target, target_of, update_row, User
+# Gives: Base, binding, BUSY_TIMEOUT, Changes, Event, import_inventory, inspect_database, is_running, load_targets,
+# lock_database, LoginSession, open_stated, open_vault, REMOVED, reseal, Resource, revise, revision, sealed_tokens,
+# Setting, Status, Store, Target, target_of, update_row, User
 SALT_BYTES = 16                 # bytes, NIST SP 800-132
 MIN_ROOM = 1 << 17              # bytes of a disk that is as good as full: what SQLite needs to open a database
 BUSY_TIMEOUT = 5.0              # seconds a writer waits for another one
@@ -1735,6 +1735,17 @@ def lock_database(path: Path) -> sqlite3.Connection:
     return connection
 
 
+def is_running(database: Path) -> bool:
+    """Whether a service is on the database, as far as can be told without a change of anything."""
+    if not os.path.exists(f"{database}.lock"):
+        return False
+    try:
+        lock_database(database).close()
+    except StorageError as error:
+        return "another HealthChecker" in str(error)
+    return False
+
+
 def prepare_connection(connection: Any, _record: object) -> None:
     connection.isolation_level = None       # SQLAlchemy's BEGIN is ours, see begin_transaction
     connection.text_factory = lambda text: text.decode("utf-8", "replace")
@@ -1766,8 +1777,7 @@ class Store:
         with self.app.app_context():
             event.listen(db.engine, "connect", prepare_connection)
             event.listen(db.engine, "begin", begin_transaction)
-        for end in COMPANIONS[:2] if sys.platform == "win32" else ():   # they would have their folder's rights
-            ensure_private(Path(f"{path}{end}"))
+        self._ensure_companions()
         if version == SCHEMA:
             return
         # never under a service of an older version, which would fail from then on
@@ -1777,10 +1787,15 @@ class Store:
             with lock, self.writing(migrates=True) as session:
                 migrate(session)
             self.close()        # from the next connection on foreign keys are checked
+            self._ensure_companions()       # which went with the last connection
         except (OSError, sqlite3.Error, sqlalchemy.exc.SQLAlchemyError) as error:
             self.close()
             reason = one_line(str(getattr(error, "orig", error)))
             raise StorageError(f"database {path} cannot be opened: {reason}") from error
+
+    def _ensure_companions(self) -> None:
+        for end in COMPANIONS[:2] if sys.platform == "win32" else ():   # they would have their folder's rights
+            ensure_private(Path(f"{self.path}{end}"))
 
     @contextlib.contextmanager
     def reading(self) -> Iterator[Session]:
@@ -5163,7 +5178,7 @@ class Recorder(threading.Thread):
         self._unsummed = Trouble("history cannot be summed up")
         self._rolled = 0                        # Unix time until which averages are made or in the making
         self._untidy: list[int] = []            # ids of resources whose averages are to be made
-        self._flushing = threading.Lock()       # guards all below, which is not written yet, and the order of writing
+        self._flushing = threading.RLock()      # guards all below, which is not written yet, and the order of writing
         self._latest: dict[int, Report] = {}    # by the resource's id
         self._samples: collections.deque[dict[str, Any]] = collections.deque(maxlen=PENDING_ROWS)
         self._events: collections.deque[dict[str, Any]] = collections.deque(maxlen=PENDING_ROWS)
@@ -5221,7 +5236,8 @@ class Recorder(threading.Thread):
 
     def note(self, kind: str, text: str, at: float, resource: str = "") -> None:
         """Adds an event to what is written next."""
-        self._events.append({"kind": kind, "text": text, "at": at, "resource": resource})
+        with self._flushing:
+            self._events.append({"kind": kind, "text": text, "at": at, "resource": resource})
 
     def _gather(self) -> None:
         transitions = self._aggregator.transitions
@@ -5446,6 +5462,11 @@ def boot_number() -> int:
         return 0
 
 
+def follows(poller: Poller, target: Target) -> bool:
+    """Whether it polls what the row says; a host key that it has learned may not be written yet."""
+    return poller.target in (target, replace(target, host_key=target.host_key or poller.target.host_key))
+
+
 class Monitor(threading.Thread):
     """Starts, stops and reconciles the pollers; restarts dead ones; sees leases expire, and that a clock was set."""
 
@@ -5479,10 +5500,9 @@ class Monitor(threading.Thread):
         self.start()
 
     def run(self) -> None:
-        while not self._ending.is_set():
+        while not self._ending.wait(MONITOR_INTERVAL):
             with self._trouble.caught():
-                if not self._ending.wait(MONITOR_INTERVAL):
-                    self._sweep()
+                self._sweep()
 
     def close(self) -> None:
         """Ends all threads; polls that still run are left to their deadline."""
@@ -5589,18 +5609,20 @@ class Monitor(threading.Thread):
                 name: known[name] if known.get(name, ())[:1] == (at,) else (at, at and at - self._zero_at)
                 for name, at in ends}
         self.guards.keep(targets.values())
-        for name in self.pollers.keys() - targets.keys():
-            self.pollers.pop(name).stop()
+        gone = {name: self.pollers.pop(name) for name in self.pollers.keys() - targets.keys()}
+        for name, poller in gone.items():
+            poller.stop()
             self._context.access.watched.pop(name, None)
-            self._context.aggregator.deregister(name)
-        fresh = []
+        former, fresh = {poller.target.id: poller for poller in gone.values()}, []
         for name, target in targets.items():
-            before = self.pollers.get(name)
-            if before is None or before.target != target:
+            before = self.pollers.get(name) or former.get(target.id)
+            if before is None or not follows(before, target):
                 self._launch(target, 0.0, before, stored.get(target.id))
                 fresh.append(self.pollers[name])
         spread(fresh)
         self._recount()
+        for name in gone:       # only now: what has another name would open the gate in between
+            self._context.aggregator.deregister(name)
         with self._followed:
             self._revision, self._looked_mono, self.targets = current, lease_clock(), targets
             self._followed.notify_all()
@@ -5614,12 +5636,13 @@ class Monitor(threading.Thread):
         if before and before.target.settings_digest == target.settings_digest:
             key = target.host_key or before.target.host_key     # learned and not written yet
             poller = Poller(replace(target, host_key=key), self._context, self.guards.of(target), delay)
-            # dying again and again is no result
             poller.standing, poller.expires_mono = before.standing, before.expires_mono
         else:
             poller = Poller(target, self._context, self.guards.of(target), delay)
             if stored:
                 self._restore(poller, stored)
+            if before and before.target.name != target.name and poller.standing.state == "unknown":     # renamed
+                poller.standing, poller.expires_mono = before.standing, before.expires_mono
         if before:
             poller.lease_mono, poller.deaths = before.expires_mono, before.deaths
         self.pollers[target.name] = poller
@@ -6479,6 +6502,7 @@ class GateServer(TcpWSGIServer):    # type: ignore[misc]  # waitress carries no 
     _next_sweep = _accepts_at = _yields_until = _next_complaint = 0.0   # by the clock
     _pressed = False    # since the last sweep there was no room
     _alone = False      # in this turn the others do not come before it
+    _left = False       # a whole crowd was taken: more may wait
 
     def __init__(self, gate: Gate, socks: Sequence[socket.socket], service: ServiceSettings, connections: int,
                  tally: RequestCounters | None = None) -> None:
@@ -6552,6 +6576,7 @@ class GateServer(TcpWSGIServer):    # type: ignore[misc]  # waitress carries no 
             self.tally.hold(len(self.active_channels))
             if len(self.active_channels) == held:
                 return
+        self._left = True
 
     def accept(self) -> tuple[socket.socket, Any] | None:
         """None when nobody waits, when there is no room, and when the system refuses: then it has a moment of peace."""
@@ -6602,9 +6627,9 @@ class GateServer(TcpWSGIServer):    # type: ignore[misc]  # waitress carries no 
         self.tally.hold(len(self.active_channels))
         self.tally.turn(self.pool.waiting)
         now = self.clock()      # before it is asked whether to accept: a pause that ends in between ends no turn later
-        accepts = self.readable()
-        self._alone = accepts and not self.watched and self.tally.ahead     # who waits now, waited for others in vain
-        self.loop.watch(self, selectors.EVENT_READ if accepts else 0)
+        waited, self._left = not self.watched or (self._left and self._alone), False
+        self.loop.watch(self, selectors.EVENT_READ if self.readable() else 0)
+        self._alone = bool(self.watched) and waited and self.tally.ahead    # who waits now, waited for others in vain
         slow = self.loop.sending and self._cut_slow_readers(now)
         hurried = slow or self.gate.draining or now < max(self._accepts_at, self._yields_until)
         self.loop.wait(0 if self._ready or self._alone else SHORT_TURN if hurried else self.adj.asyncore_loop_timeout)
@@ -9715,20 +9740,22 @@ def key_contents(folder: Path) -> dict[str, bytes]:
 def backup(arguments: argparse.Namespace) -> int:
     """Writes database, keys and inventory into one archive, each as of one moment and fitting each other."""
     path = arguments.inventory.absolute()
+    if arguments.file.exists():
+        raise UsageError(f"{arguments.file} is there already; name another file")
     service = stated_service(path, read_document(path))
     if not inspect_database(service.database_path):
         raise UsageError("there is no database yet; start the service first")
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True)))
         copied = folder / DATABASE
-        kept: dict[str, bytes] = {}
+        kept: dict[str, bytes] | None = None
         while kept != (kept := key_contents(service.keys)):     # a rotation that begins or ends just now
             with contextlib.closing(sqlite3.connect(service.database_path, timeout=BUSY_TIMEOUT)) as source, \
                     contextlib.closing(sqlite3.connect(copied)) as target:
                 source.backup(target)
             kept_inventory = path.read_bytes()
         with private_file(arguments.file.absolute()) as file, tarfile.open(fileobj=file, mode="w:gz") as archive:
-            for name, content in {INVENTORY.name: kept_inventory, **kept}.items():
+            for name, content in {INVENTORY.name: kept_inventory, **(kept or {})}.items():
                 member = tarfile.TarInfo(name)
                 member.size, member.mode, member.mtime = len(content), 0o600, time.time()
                 archive.addfile(member, io.BytesIO(content))
@@ -9747,7 +9774,9 @@ def restore(arguments: argparse.Namespace) -> int:
             service = stated_service(path, Document(path.name, content))
             places = {DATABASE: service.database_path,
                       **{f"keys/{name}": service.keys / name for name in KEY_FILES}, INVENTORY.name: path}
-            if left := [place for place in places.values() if place.exists()]:
+            stale = [Path(f"{service.database_path}{end}") for end in ("-wal", "-journal")]     # it would be played in
+            if left := [*(place for place in places.values() if place.exists()),
+                        *(place for place in stale if place.exists() and place.stat().st_size)]:
                 raise UsageError(f"{left[0]} is there already; restore into a folder without one")
             make_folder(service.keys)
             for name, place in places.items():      # the inventory last: without it nothing starts
@@ -9775,6 +9804,7 @@ def restore(arguments: argparse.Namespace) -> int:
 # Gives: nothing
 APP_WAIT = 120.0                # seconds for the application to be loaded by `check`
 PROBES_AT_ONCE = 64             # resources that `check --probe` polls at the same time
+RELOAD_END = 2.0                # seconds that the end of the service waits for one
 PROGRESS_INTERVAL = 0.1         # seconds between two looks at them; a wait without an end may never see Ctrl-C
 
 
@@ -9974,10 +10004,11 @@ def watch(installation: Installation, store: Store, console: Sequence[socket.soc
             metrics = Metrics(ServingMetrics(aggregator.lease, supervisor.counters), store, service.metrics_token_file)
             server = ConsoleServer(build_console(context, metrics), console)
             stack.enter_context(contextlib.closing(server)).start()
-        reloads = threading.Thread(target=follow_hangups, args=(installation, store, hangups), name="reloads")
+        reloads = threading.Thread(target=follow_hangups, args=(installation, store, hangups), name="reloads",
+                                   daemon=True)
         reloads.start()
-        for step in (reloads.join, functools.partial(hangups.put, False)):      # which come the other way round
-            stack.callback(step)
+        stack.callback(reloads.join, RELOAD_END)        # after this, for they come the other way round
+        stack.callback(hangups.put, False)
         stack.callback(lambda: recorder.note("service", "stopped", time.time()))
         keep_out_of_collections()
         log.info("HealthChecker %s", VERSION)
@@ -10094,17 +10125,6 @@ def find_target(targets: Mapping[str, Target], name: str) -> Target:
     raise UsageError(f"no such resource{f'; did you mean {near[0]}?' if near else ''}")
 
 
-def is_running(database: Path) -> bool:
-    """Whether a service is on the database, as far as can be told without a change of anything."""
-    if not os.path.exists(f"{database}.lock"):
-        return False
-    try:
-        lock_database(database).close()
-    except StorageError as error:
-        return "another HealthChecker" in str(error)
-    return False
-
-
 def check_doors(installation: Installation) -> Iterator[HealthCheckerError]:
     """What a start would say of its ports, its log and the word of the metrics."""
     service = installation.service
@@ -10138,6 +10158,7 @@ def check_app(installation: Installation) -> int:
         print(f"service.app {name} ended its process with exit code {process.exitcode}" if not process.is_alive()
               else f"service.app {name} is not loaded after {APP_WAIT:.0f} s", file=sys.stderr)
     process.kill()
+    process.join()      # before that it has no exit code
     return UsageError.exit_code if process.exitcode else 0
 
 
@@ -10149,7 +10170,7 @@ def show_readable(installation: Installation) -> None:
         files |= {each.password_file, each.key_passphrase_file, each.key_file}
         files |= {installation.path} if each.secrets and not (each.password_file or each.password_env) else set()
     for path in sorted(filter(None, files)) if sys.platform != "win32" else ():
-        if path.stat().st_mode & 0o007:
+        if path.exists() and path.stat().st_mode & 0o007:
             print(f"{path} holds secrets, and is open to other users; run: chmod o= {path}")
 
 
@@ -10453,7 +10474,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except HealthCheckerError as error:
         print(error, file=sys.stderr)
         return error.exit_code
-    except sqlalchemy.exc.SQLAlchemyError as error:
+    except (sqlalchemy.exc.SQLAlchemyError, sqlite3.Error) as error:
         print(f"the database cannot be used: {one_line(str(getattr(error, 'orig', error)))}", file=sys.stderr)
         return StorageError.exit_code
     except OSError as error:

@@ -77,12 +77,27 @@ def test_nothing_is_overwritten(served: Path, tmp_path: Path, capsys: pytest.Cap
     saved = tmp_path / "saved.tgz"
     before = saved.read_bytes()
     inventory = ["--inventory", str(served / "inventory.yaml")]
-    assert main([*inventory, "backup", str(saved)]) != 0 and saved.read_bytes() == before
-    assert "saved.tgz" in capsys.readouterr().err
+    assert main([*inventory, "backup", str(saved)]) == 2 and saved.read_bytes() == before
+    assert "saved.tgz is there already; name another file" in capsys.readouterr().err
     files = {path: path.read_bytes() for path in served.rglob("*") if path.is_file()}
     assert main([*inventory, "restore", str(saved)]) == 2
     assert "is there already" in capsys.readouterr().err
     assert {path: path.read_bytes() for path in served.rglob("*") if path.is_file()} == files
+
+
+def test_nothing_is_played_into_what_is_restored(
+    served: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What a crash left beside a database that was moved away, SQLite would take for the restored one's."""
+    for name in ("healthchecker.db", "inventory.yaml", "keys/private.pem", "keys/public.pem"):
+        (served / name).rename(tmp_path / Path(name).name)
+    log = served / "healthchecker.db-wal"
+    log.write_bytes(b"left by a crash")
+    arguments = ["--inventory", str(served / "inventory.yaml"), "restore", str(tmp_path / "saved.tgz")]
+    assert main(arguments) == 2
+    assert f"{log} is there already" in capsys.readouterr().err
+    log.write_bytes(b"")
+    assert main(arguments) == 0
 
 
 @pytest.mark.parametrize("part", ["", "cut", "no archive", "other", "gone"])
@@ -114,3 +129,12 @@ def test_a_backup_needs_a_database_and_no_passwords(tmp_path: Path, capsys: pyte
     with closing(healthchecker.Store(tmp_path / "healthchecker.db")):
         assert main(arguments) == 0
     assert os.path.getsize(tmp_path / "x") > 0
+
+
+def test_a_backup_without_keys(served: Path, tmp_path: Path) -> None:
+    """They are lost, and all the more the rest is to be saved."""
+    for path in (served / "keys").iterdir():
+        path.unlink()
+    assert main(["--inventory", str(served / "inventory.yaml"), "backup", str(tmp_path / "rest.tgz")]) == 0
+    with tarfile.open(tmp_path / "rest.tgz") as archive:
+        assert sorted(archive.getnames()) == ["healthchecker.db", "inventory.yaml"]

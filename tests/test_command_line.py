@@ -267,6 +267,24 @@ def test_check_of_an_application(text: str, code: int, tmp_path: Path) -> None:
     assert run_cheaply("--inventory", str(write_inventory(tmp_path, CALM, "  app: shop:app")), "check")[0] == code
 
 
+def test_check_of_an_application_that_never_loads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(healthchecker, "APP_WAIT", 3)
+    (tmp_path / "shop.py").write_text("import time; time.sleep(600)", encoding="utf-8")
+    assert main(["--inventory", str(write_inventory(tmp_path, CALM, "  app: shop:app")), "check"]) == 2
+    assert "is not loaded after 3 s" in capsys.readouterr().err
+
+
+def test_check_goes_on_without_a_token(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_inventory(tmp_path, "  - {hostname: a, username: u, password: p}\n", "  metrics_token_file: gone")
+    path.chmod(0o644)
+    assert main(["--inventory", str(path), "check"]) == 2
+    output = capsys.readouterr()
+    assert "gone" in output.err and "inventory.yaml is valid" in output.out
+    assert "Traceback" not in output.err and "Errno" not in output.err
+
+
 @pytest.mark.parametrize("door", ["listen", "console"])
 def test_check_looks_at_the_ports(door: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:

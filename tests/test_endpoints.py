@@ -177,6 +177,7 @@ class Canned:
         return True
 
 
+@POSIX
 def test_beside_a_df_that_hangs_an_endpoint_starts_no_other(tmp_path: Path) -> None:
     """It is told by number, as it is told nothing else; `df` is a stand-in that sleeps."""
     (tmp_path / "df").symlink_to(shutil.which("sleep") or "")

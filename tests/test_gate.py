@@ -1257,10 +1257,12 @@ def test_who_is_ahead_lets_the_others_come_first() -> None:
         come(3, 5)
         now[0] += 10
         come(2, 8)
-        other.hold(20)
+        now[0] += 10
+        come(70, 10)  # more than it takes in a turn
+        other.hold(60)
         now[0] += 10
         stack.enter_context(socket.create_connection(serving.address, timeout=10))
-        wait_for(lambda: len(server.active_channels) == 11)
+        wait_for(lambda: len(server.active_channels) == 81)
 
 
 # What is used of waitress inside: of an object of that class, which name. Another version fails here first.

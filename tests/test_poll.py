@@ -277,19 +277,18 @@ def test_first_polls_of_what_is_not_known() -> None:
     assert healthchecker.first_polls([50, 0, 20, 0], [one] * 4) == [0.06, 0, 0.04, 0.02]
 
 
-def test_the_shortest_lease_is_polled_first(house: House, machines: Machines) -> None:
-    names = [f"m{number}" for number in range(8)]
+def test_the_shortest_lease_is_polled_first(house: House, machines: Machines, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = [f"m{number}" for number in range(6)]
     house.write(*(f"name: {name}" for name in names))
     with house.watching():
         wait_for(lambda: all(house.stored(name)[0] == "healthy" for name in names))
     for number, name in enumerate(names):
         house.age(10 * number, name)
     machines.polls.clear()
+    monkeypatch.setattr(healthchecker, "FIRST_POLLS", 1.5)  # so slow that a busy machine changes no order
     with house.watching():
         wait_for(lambda: len(machines.polls) == len(names))
-        due = {name: house.poller(name).lease_mono for name in names}
-    assert sorted(names, key=due.__getitem__) == names[::-1]
-    assert machines.polls[0][0] == names[-1]
+    assert [poll[0] for poll in machines.polls] == names[::-1]
 
 
 def test_retry_interval_while_undecided(house: House, machines: Machines) -> None:
@@ -901,7 +900,7 @@ DAMAGES = {
     "platform": ("platform = 'amiga'", "protocol"),
     "settings": ("settings = '{'", "protocol"),
     "settings that are none": ("settings = '[]'", "protocol"),
-    "settings without an end": (f"settings = '{'[' * 100_000}'", "protocol"),
+    "settings without an end": ("settings = replace(hex(zeroblob(100000)), '00', '[')", "protocol"),
     "setting of a later version": ("settings = json_set(settings, '$.later', 1)", "protocol"),
     "words for a number": ("interval = 'soon'", "protocol"),
     "port": ("port = 'ssh'", "protocol"),

@@ -192,3 +192,16 @@ def test_a_renamed_resource_goes_on(tmp_path: Path) -> None:
         assert client.api("GET", "events?resource=new&kind=state").json[-1]["text"] == "unknown -> healthy"
     gate = [text.partition(" after")[0] for text, _ in told(tmp_path, "gate")]
     assert gate == ["closed (the service starts)", "closed -> open"]
+
+
+def test_a_renamed_resource_that_is_down_keeps_the_gate_closed(tmp_path: Path) -> None:
+    """Also where another setting changes at the same time, by which its stored state does not count."""
+    prepared_database(tmp_path)
+    down = "hostname: 127.0.0.1, port: 9, username: u, password: p, fall: 1, interval: 600"
+    with Service(write_inventory(tmp_path, f"  - {{name: old, {down}}}\n")) as service:
+        client = Client(*service.console).log_in()
+        wait_for(lambda: client.api("GET", "resources/old").json["state"] == "unhealthy")
+        write_inventory(tmp_path, f"  - {{name: new, was: old, {down}, timeout: 29}}\n")
+        reload(service, "reload", "0 added, 1 changed, 0 removed, 0 kept; changed: new")
+        wait_for(lambda: client.api("GET", "resources/new").json["state"] == "unhealthy")
+    assert [text for text, _ in told(tmp_path, "gate")] == ["closed (the service starts)"]
