@@ -282,7 +282,7 @@ def deadlines(cause: str, number: int) -> Iterator[float]:
 
     No two deadlines are the same: several dozen threads that end at one moment would all be late.
     """
-    for seconds in (1.5, 3, 6, 12) if cause == "timeout" else (20,):
+    for seconds in (1.5, 3, 6, 12) if cause == "timeout" else (90,):
         yield seconds + 0.05 * (number % AT_ONCE)
 
 
