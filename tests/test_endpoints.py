@@ -434,7 +434,7 @@ class Machine:
     def __init__(self, server: Sshd, folder: Path, settings: ResourceSettings) -> None:
         self.server, self.place = server, server.folder / "machine"
         self.place.mkdir()
-        root, path = self.place / "root", f"PATH={self.place}/root/bin"
+        root, path = self.place / "tree", f"PATH={self.place}/tree/bin"
         (self.place / "sent").write_text(
             f"sed -E -e {shlex.quote(FILTER % root)} -e 's/^PATH=.*$/:/' | {path} /bin/sh -s\n", encoding="utf-8")
         script = re.sub(r"^PATH=.*$", ":", printed(settings), flags=re.MULTILINE)
@@ -444,9 +444,9 @@ class Machine:
         self.kept = authorize(server, folder, f'command="{path} exec /bin/sh {self.place}/kept",restrict KEY')
 
     def become(self, host: hosts.Host) -> None:
-        shutil.rmtree(self.place / "root", ignore_errors=True)
-        (self.place / "root").mkdir(0o755)
-        hosts.install(host, self.place / "root")
+        shutil.rmtree(self.place / "tree", ignore_errors=True)
+        (self.place / "tree").mkdir(0o755)
+        hosts.install(host, self.place / "tree")
 
 
 @pytest.fixture
