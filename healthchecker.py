@@ -9930,11 +9930,11 @@ class Installation:
 
     def keep_service(self, session: Session) -> None:
         """Takes down with which settings of its own the service runs."""
-        session.merge(Setting(name="service", text=self.service.model_dump_json(exclude_unset=True)))
+        session.merge(Setting(name="service", text=self.service.model_dump_json()))
 
     def changed_service(self, session: Session) -> list[str]:
         """Names of the service's own settings that are not those with which it was started."""
-        now, row = self.service.model_dump(mode="json", exclude_unset=True), session.get(Setting, "service")
+        now, row = self.service.model_dump(mode="json"), session.get(Setting, "service")
         before = json.loads(row.text) if row else now
         return [f"service.{name}" for name in sorted(before.keys() | now) if before.get(name) != now.get(name)]
 

@@ -205,3 +205,14 @@ def test_a_renamed_resource_that_is_down_keeps_the_gate_closed(tmp_path: Path) -
         reload(service, "reload", "0 added, 1 changed, 0 removed, 0 kept; changed: new")
         wait_for(lambda: client.api("GET", "resources/new").json["state"] == "unhealthy")
     assert [text for text, _ in told(tmp_path, "gate")] == ["closed (the service starts)"]
+
+
+def test_a_default_that_is_stated_or_not_is_no_change(tmp_path: Path) -> None:
+    prepared_database(tmp_path)
+    with Service(write_inventory(tmp_path, HOSTS[0], "  drain: 7.5\n  queue: 90")) as service:
+        service.wait_status("/-/readyz", 200)
+        text = service.inventory.read_text(encoding="utf-8")
+        service.inventory.write_text(text.replace("  drain: 7.5\n  queue: 90", "  body_limit: 1"), encoding="utf-8")
+        done = run(service.inventory, "reload")
+    waiting = [line for line in done.stdout.splitlines() if "needs a restart" in line]
+    assert waiting == ["service.body_limit, service.queue changed: that needs a restart"]
