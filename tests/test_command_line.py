@@ -730,13 +730,18 @@ def test_check_tells_of_equal_doors(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert error.startswith("service.console 127.0.0.1:8081 is the address of service.listen; write another port")
 
 
+def bad_start(case: str, folder: Path) -> tuple[Path, int, str]:
+    """An inventory, and the exit code and words with which its start ends."""
+    setting, code, message = BAD_STARTS[case]
+    if not setting.startswith("keys"):
+        prepared_keys(folder)
+    return write_inventory(folder, CALM, service=f"  {setting}"), code, message
+
+
 @pytest.mark.parametrize("case", BAD_STARTS)
 def test_check_of_a_start_that_cannot_be(case: str, tmp_path: Path) -> None:
     """It says what the start would say, and leaves nothing behind."""
-    setting, code, message = BAD_STARTS[case]
-    if not setting.startswith("keys"):
-        prepared_keys(tmp_path)
-    path = write_inventory(tmp_path, CALM, service=f"  {setting}")
+    path, code, message = bad_start(case, tmp_path)
     before = files(tmp_path)
     got, output = run_cheaply("--inventory", str(path), "check")
     assert got == code and message in output and files(tmp_path) == before
@@ -744,10 +749,7 @@ def test_check_of_a_start_that_cannot_be(case: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("case", BAD_STARTS)
 def test_start_that_cannot_be(case: str, tmp_path: Path) -> None:
-    setting, code, message = BAD_STARTS[case]
-    if not setting.startswith("keys"):
-        prepared_keys(tmp_path)
-    path = write_inventory(tmp_path, CALM, service=f"  {setting}")
+    path, code, message = bad_start(case, tmp_path)
     got, output = run_cheaply("--inventory", str(path))
     assert got == code and message in one_line(output)
 
