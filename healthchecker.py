@@ -4816,7 +4816,7 @@ class HealthAggregator:
     def beat(self, name: str, ttl: float = DEFAULT_TTL) -> None:
         """Notes that one lives who watches the others: it has a lease, and no standing."""
         with self._lock:
-            self._healthy.put(name, self._clock() + ttl)
+            self._healthy.put(f"/{name}", self._clock() + ttl)    # no resource has a slash in its name
             self._renew()
 
     def note_expiry(self) -> list[str]:
@@ -5195,12 +5195,11 @@ class Recorder(threading.Thread):
         self._reports.put(report)
 
     def run(self) -> None:
-        while not self._ending.is_set():
+        while not self._ending.wait(FLUSH_INTERVAL):
             with self._trouble.caught():
-                if not self._ending.wait(FLUSH_INTERVAL):
-                    self._aggregator.beat("the recorder")
-                    if self.flush():        # or what is kept would come too late for its average
-                        self.tidy(time.time())
+                self._aggregator.beat("recorder")
+                if self.flush():        # or what is kept would come too late for its average
+                    self.tidy(time.time())
         self.flush()
 
     def flush(self) -> bool:
@@ -5543,7 +5542,7 @@ class Monitor(threading.Thread):
             if not poller.is_alive() and not self._ending.is_set():
                 self._launch(poller.target, poller.bury(), poller)
         self._recount()
-        self._context.aggregator.beat("the monitor")
+        self._context.aggregator.beat("monitor")
         self._context.aggregator.note_expiry()
         with self._store.reading() as session:
             current = revision(session)
@@ -9725,6 +9724,8 @@ class ConsoleServer(threading.Thread):
 # the command; what it reads fits each other, and what it writes is its owner's alone.
 # Gives: backup, restore
 DATABASE = "healthchecker.db"   # in a backup, wherever it stands
+
+
 def stated_service(path: Path, document: Document) -> ServiceSettings:
     """The `service` part alone: neither backup nor restore needs passwords, or the files that the rest names."""
     try:
@@ -9981,7 +9982,7 @@ def follow_hangups(installation: Installation, store: Store, hangups: queue.Simp
 def reload(arguments: argparse.Namespace) -> int:
     """Has a running service take an edited inventory over."""
     installation = Installation(arguments.inventory, accepts_removals=arguments.accept_removals)
-    if not inspect_database(installation.database):
+    if not inspect_database(installation.database, whole=False):
         raise UsageError(f"there is no database {installation.database} yet; start the service first")
     with installation.store() as store:
         for line in take_over_again(installation, store, "command line"):

@@ -475,3 +475,16 @@ def test_a_bad_one_is_never_overlooked_between_threads() -> None:
     aggregator.set_resource("down", True)
     assert wait_for(aggregator.is_healthy)
     assert aggregator.lease.until.value < math.inf
+
+
+def test_no_resource_has_the_lease_of_who_watches() -> None:
+    now = [1000.0]
+    aggregator = HealthAggregator(clock=lambda: now[0])
+    aggregator.start()
+    for name in ("monitor", "the monitor"):
+        aggregator.SetResource(name, True)
+    now[0] += 131
+    aggregator.beat("the monitor")
+    aggregator.beat("monitor")
+    now[0] += 100
+    assert not aggregator.IsHealthy(), "their own leases are over"

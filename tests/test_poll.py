@@ -411,7 +411,7 @@ def test_the_gate_closes_when_nobody_watches(house: House, machines: Machines, h
                 assert hangs.wait(20)
             beats = house.aggregator._healthy._ends
             if hanging:     # its last one is over
-                name = f"the {hanging}"
+                name = f"/{hanging}"
                 wait_for(lambda: name in beats)
                 settled(lambda: beats[name])
             house.aggregator._clock = lambda: healthchecker.lease_clock() + 140
