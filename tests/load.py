@@ -29,9 +29,11 @@ class Response(NamedTuple):
 
 
 class Lost(NamedTuple):
-    """A request without a whole answer: when it was sent, the body of the last answer before it, what happened."""
+    """A request without a whole answer: when it was sent, and its connection begun, the body of the last answer
+    before it, what happened."""
 
     sent: float
+    opened: float
     last: bytes
     why: str
 
@@ -57,7 +59,7 @@ class Client:
         self.wakes: float | None = None  # when it asks again
         self.asking = False  # a request is out
         self.refused = False
-        self._received, self._sent = b"", 0.0
+        self._received, self._sent, self._opened = b"", 0.0, time.monotonic()
         self.socket = socket.socket()
         self.socket.setblocking(False)
         if self.socket.connect_ex(clients.address) in UNDER_WAY:
@@ -107,7 +109,7 @@ class Client:
 
     def end(self, why: str) -> None:
         if self.asking:
-            self.clients.lost.append(Lost(self._sent, self.last, why))
+            self.clients.lost.append(Lost(self._sent, self._opened, self.last, why))
         self.close()
 
     def close(self) -> None:

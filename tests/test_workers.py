@@ -172,6 +172,11 @@ def left_after(processes: list[psutil.Process], seconds: float) -> list[psutil.P
     return [process for process in processes if running(process)]
 
 
+def family_of(main: int) -> list[psutil.Process]:
+    """All that it started; on Windows without the host of its console, which the system ends in its own time."""
+    return [one for one in psutil.Process(main).children(recursive=True) if one.name() != "conhost.exe"]
+
+
 def new_ones(main: int, before: Container[int]) -> list[psutil.Process]:
     """The worker processes of a main process that were not there before."""
     return [worker for pid, worker in workers(main).items() if pid not in before]
@@ -383,7 +388,7 @@ def test_a_killed_worker_is_back(folder: Path) -> None:
         assert not clients.lost
         assert descriptors_of(main) <= descriptors + (20 if sys.platform == "win32" else 0)
         assert service.output.count("exit code") == 3
-        family = main.children(recursive=True)
+        family = family_of(main.pid)
     assert not left_after(family, 5)
 
 
@@ -479,7 +484,7 @@ def kill_at_random(folder: Path, times: int, seed: int, orphaned: float = ORPHAN
                     main.wait(moment)
                 assert main.returncode is None, main.stderr.read()
                 main.suspend()  # so that it starts no other one meanwhile
-                family = main.children(recursive=True)
+                family = family_of(main.pid)
             finally:
                 main.kill()
             left = left_after(family, orphaned)
@@ -508,7 +513,7 @@ def test_a_killed_main_process_leaves_nothing(folder: Path) -> None:
         (folder / "shop.py").write_text(f"{hang}threading.Event().wait()\n", encoding="utf-8")
         next(worker for pid, worker in workers(service.pid).items() if pid != at_work).kill()
         wait_for((folder / "began").is_file, BACK)
-        family = main.children(recursive=True)
+        family = family_of(main.pid)
         assert len(workers(service.pid)) == 2
         service.process.kill()
         left = left_after(family, ORPHANED)
@@ -678,7 +683,7 @@ def test_the_end_of_a_start_that_takes_long(folder: Path) -> None:
         try:
             line = main.stderr.readline()
             assert line.endswith("INFO 0 of 2 worker processes are ready\n")
-            family = main.children(recursive=True)
+            family = family_of(main.pid)
             ask_to_end(main)
             assert main.wait(ENDED) == 0
             assert not left_after(family, 5)
@@ -740,14 +745,16 @@ def test_the_end_loses_no_request(folder: Path, end: Callable[[Service], None], 
         came = len(list(folder.glob("came-*")))
         pipeline.sendall(b"GET /slow?0.1 HTTP/1.1\r\nHost: x\r\n\r\n" * 3)
         wait_for(lambda: len(list(folder.glob("came-*"))) > came + 12)
-        pids, family = workers(service.pid), psutil.Process(service.pid).children(recursive=True)
+        pids, family = workers(service.pid), family_of(service.pid)
+        asked = time.monotonic()
         end(service)
         stopped = time.monotonic()
         late.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
         assert service.process.wait(ENDED) == 0
         for clients in loads:
             clients.join(60)
-        assert [clients.lost for clients in loads] == [[], [], []]
+        # Between a worker's last look at its door and closing that, the system may connect somebody, whom it resets.
+        assert not [lost for clients in loads for lost in clients.lost if lost.opened < asked]
         assert set().union(*(clients.statuses for clients in loads)) == {200}
         in_flight = [answer for answer in loads[0].answers if answer.sent < stopped < answer.received]
         assert {int(answer.body) for answer in in_flight} == set(pids)
@@ -790,7 +797,7 @@ def test_the_end_of_workers_that_hang(folder: Path) -> None:
         hanging.connect(address(service))
         hanging.sendall(b"GET /hang HTTP/1.1\r\nHost: x\r\n\r\n")
         (came,) = wait_for(lambda: list(folder.glob("came-*")))
-        family = psutil.Process(service.pid).children(recursive=True)
+        family = family_of(service.pid)
         for pid, worker in workers(service.pid).items():
             if pid != int(came.name.split("-")[1]):
                 worker.suspend()
