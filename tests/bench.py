@@ -83,7 +83,7 @@ class Plan:
     polls: int
 
 
-FULL, SHORT = Plan(rounds=9, load=2, watch=30, polls=20), Plan(rounds=3, load=1, watch=15, polls=8)
+FULL, SHORT = Plan(rounds=9, load=2, watch=30, polls=20), Plan(rounds=1, load=1, watch=5, polls=4)
 
 
 @dataclass(frozen=True)
