@@ -21,8 +21,9 @@ packages:
 # A test that hangs fails at LIMIT, with the stacks of all threads; one that no signal reaches ends its process a minute
 # later (.pytest.ini), and xdist begins it again: once.
 LIMIT := --timeout 300
+DIST := --dist loadfile --no-loadscope-reorder    # tests/conftest.py puts long files first
 test: packages $(VENV)/test.stamp
-	$(BIN)/python -m pytest -n 4 --dist loadfile --max-worker-restart 1 $(LIMIT) $(ARGS)
+	$(BIN)/python -m pytest -n 4 $(DIST) --max-worker-restart 1 $(LIMIT) $(ARGS)
 
 # What runs on Windows, too, under Windows Python in wine; exit status 77 says that it cannot be had here. Left out
 # are tests of moments (of a kill, of a first poll, of megabytes before a deadline) that wine is too slow to keep.
@@ -31,7 +32,7 @@ WINDOWS := inventory endpoints vault storage aggregate evaluate gate hostile_cli
 	probes windows_probes wsman_server windows_service workers reload readme
 
 test-windows: packages $(VENV)/run.stamp
-	$(BIN)/python tests/windows_python.py --timeout 1800 -- -m pytest -n 2 --dist loadfile $(LIMIT) -rfE -o cache_dir=.wine-python/cache \
+	$(BIN)/python tests/windows_python.py --timeout 1800 -- -m pytest -n 2 $(DIST) $(LIMIT) -rfE -o cache_dir=.wine-python/cache \
 		-k "not ($(SLOW))" \
 		$(WINDOWS:%=tests/test_%.py) $(ARGS) || test $$? = 77
 
