@@ -21,18 +21,19 @@ packages:
 # A test that hangs fails at LIMIT, with the stacks of all threads; one that no signal reaches ends its process a minute
 # later (.pytest.ini), and xdist begins it again: once.
 LIMIT := --timeout 300
+DIST := --dist loadfile --no-loadscope-reorder    # tests/conftest.py puts long files first
 test: packages $(VENV)/test.stamp
-	$(BIN)/python -m pytest -n 4 --dist loadfile --max-worker-restart 1 $(LIMIT) $(ARGS)
+	$(BIN)/python -m pytest -n 4 $(DIST) --max-worker-restart 1 $(LIMIT) $(ARGS)
 
 # What runs on Windows, too, under Windows Python in wine; exit status 77 says that it cannot be had here. Left out
 # are tests of moments (of a kill, of a first poll, of megabytes before a deadline) that wine is too slow to keep.
 SLOW := test_kill_during or first_polls_are_paced or every_poll_ends_in_time
-# Four at once, for in wine they wait for one another's servers more than they compute; those that take longest first.
-WINDOWS := workers windows_service reload hostile_clients gate poll powershell transport storage windows_probes vault \
-	endpoints inventory proxy probes wsman_server aggregate evaluate readme
+# Four at once: in wine they wait more than they compute.
+WINDOWS := inventory endpoints vault storage aggregate evaluate gate hostile_clients proxy poll transport powershell \
+	probes windows_probes wsman_server windows_service workers reload readme
 
 test-windows: packages $(VENV)/run.stamp
-	$(BIN)/python tests/windows_python.py --timeout 1800 -- -m pytest -n 4 --dist loadfile --no-loadscope-reorder $(LIMIT) -rfE -o cache_dir=.wine-python/cache \
+	$(BIN)/python tests/windows_python.py --timeout 1800 -- -m pytest -n 4 $(DIST) $(LIMIT) -rfE -o cache_dir=.wine-python/cache \
 		-k "not ($(SLOW))" \
 		$(WINDOWS:%=tests/test_%.py) $(ARGS) || test $$? = 77
 

@@ -1,4 +1,6 @@
-"""Fixtures for all tests: SSH servers, a watch over threads and descriptors; at the end, what was not tested."""
+"""Fixtures for all tests: SSH servers, a watch over threads and descriptors; at the end, what was not tested.
+
+What is random, or shows only when it is repeated, runs a few times, and with `--soak` (make soak) alone and in full."""
 
 from __future__ import annotations
 
@@ -10,9 +12,10 @@ import shutil
 import sys
 import threading
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
+import hypothesis
 import pytest
 from sshd import SSHD, SYSTEM_PATH, ParamikoSshd, Sshd, open_sshd, wait_for  # wait_for: for tests to import
 
@@ -20,7 +23,36 @@ from sshd import SSHD, SYSTEM_PATH, ParamikoSshd, Sshd, open_sshd, wait_for  # w
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 __all__ = ["NO_PASSWORD_LOGIN", "no_leaks", "open_descriptors", "wait_for"]
+# The files that take longest are begun first: one of them would be left alone at the end.
+LONG = (
+    "windows_verdicts workers pages windows_endpoints poll windows_accounts powershell command_line transport serve "
+    "real_shells files reload hostile_clients history windows_service storage bastions overload crashes readme vault"
+).split()
 NO_PASSWORD_LOGIN = "password login needs root, to create a throw-away account"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--soak", action="store_true", help="only tests that repeat something, in full")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    examples = 400 if config.getoption("soak") else 50
+    hypothesis.settings.register_profile("healthchecker", max_examples=examples, deadline=None)
+    hypothesis.settings.load_profile("healthchecker")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    places = {f"test_{name}.py": place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: places.get(item.path.name, len(places)))
+    if config.getoption("soak"):
+        items[:] = [item for item in items if "often" in item.fixturenames or item.get_closest_marker("hypothesis")]
+
+
+@pytest.fixture(scope="session")
+def often(request: pytest.FixtureRequest) -> Callable[[int, int], int]:
+    """The first number in the suite, the second one with `--soak`."""
+    return lambda few, many: many if request.config.getoption("soak") else few
 
 
 def pytest_report_header() -> str:

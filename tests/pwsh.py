@@ -11,15 +11,16 @@ import base64
 import collections
 import contextlib
 import functools
-import itertools
 import json
 import os
 import re
+import struct
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,9 @@ ROWS: dict[str, Any] = json.loads((MODULES / "CimCmdlets" / "cim.json").read_tex
 NOBODY = "00000000-0000-0000-0000-000000000000"  # the shell itself, in place of a command
 ELEMENT = re.compile(r"<(\w+)(?: Stream='\w+')? PSGuid='([^']+)'\s*(?:/>|>([^<]*)<)")
 ANSWER_TIME = 120.0  # seconds in which the engine acknowledges a command, at its first start, too
-CLOSING_TIME = 2.0  # seconds in which it ends by itself
+CLOSING_TIME = 2.0  # seconds in which it closes a shell
+FRAGMENT = struct.Struct(">QQBI")  # PSRP's: which message, which part of it, first or last, bytes that follow
+PIPELINE_STATE = (0x00041006).to_bytes(4, "little")  # the type of a command's last message, behind its destination
 SESSION = "@{ SchemaVersion = '2.0.0.0'; GUID = '6f3a2a0e-5c7e-4f6c-9b3e-0d1c2b3a4f5e'; "
 FULL = ""
 CONSTRAINED = f"{SESSION}SessionType = 'Default'; LanguageMode = 'ConstrainedLanguage' }}"
@@ -44,9 +47,9 @@ NO_LANGUAGE = f"{SESSION}SessionType = 'RestrictedRemoteServer' }}"
 
 
 class Engine:
-    """How to start PowerShell. One process is always on its way, for wine's services end with its last one.
-
-    `folder` is where a test puts what the engine shall see."""
+    """How to start PowerShell. A process whose shell was closed waits for the next one: to start it costs seconds of
+    CPU time, and to compile what it runs. Nothing that a session can change outlasts its runspace but the process's
+    own: assemblies, environment, priority. `folder` is where a test puts what the engine shall see."""
 
     def __init__(self, folder: Path, program: Path, wine: Wine | None) -> None:
         self.folder, self.wine = folder, wine
@@ -57,9 +60,10 @@ class Engine:
             self.environment = {**wine.environment, "PSModulePath": as_windows(MODULES)}
             self.environment["HC_CIM"] = as_windows(folder / "cim.json")
             self.set_rows()
-        self._sessions = itertools.count()
-        self._lock = threading.Lock()  # guards _spare
-        self._spare: dict[tuple[str, ...], subprocess.Popen[bytes]] = {}
+        self._lock = threading.Lock()  # guards _idle
+        self._idle: list[tuple[tuple[str, ...], subprocess.Popen[bytes]]] = []
+        if wine:  # whose services end with its last process
+            self._idle.append((("cmd",), self._popen(wine.program, "cmd")))
 
     def set_rows(self, **changes: Any) -> None:
         """What CIM answers from now on: a class with its rows, "denied", or None where there is no such class."""
@@ -76,36 +80,40 @@ class Engine:
         return self.path(self.folder / name)
 
     def opener(
-        self, session: str = FULL, kind: type[EngineShell] | None = None
+        self, session: str = FULL, kind: type[EngineShell] | None = None, *, fresh: bool = False
     ) -> Callable[[WSManServer, str, str], Shell]:
-        """For WSManServer's `open_shell`: shells with a session configuration, the text of a .pssc file."""
+        """For WSManServer's `open_shell`: shells with a session configuration, the text of a .pssc file; each a `fresh`
+        process, as on a host."""
         arguments: tuple[str, ...] = ()
         if session:
             if self.five:
                 pytest.skip("Windows PowerShell takes session configurations from Register-PSSessionConfiguration only")
-            arguments = ("-ConfigurationFile", self.write(f"{next(self._sessions)}.pssc", session))
-        return functools.partial(kind or EngineShell, lambda: self._take(arguments))
+            arguments = ("-ConfigurationFile", self.write(f"{zlib.crc32(session.encode())}.pssc", session))
+        return functools.partial(kind or EngineShell, self, arguments, fresh)
+
+    def take(self, arguments: tuple[str, ...], *, fresh: bool = False) -> subprocess.Popen[bytes]:
+        """A process with these arguments that has no shell."""
+        with self._lock:
+            for found in self._idle if not fresh else ():
+                if found[0] == arguments and found[1].poll() is None:
+                    self._idle.remove(found)
+                    return found[1]
+        return self._popen(*self.command, "-s", "-NoProfile", "-NoLogo", *arguments)
+
+    def give_back(self, arguments: tuple[str, ...], process: subprocess.Popen[bytes]) -> None:
+        """Its shell is closed, and it waits for the next one."""
+        with self._lock:
+            self._idle.append((arguments, process))
 
     def close(self) -> None:
-        """End the processes that nobody took."""
-        for process in self._spare.values():
+        """End the processes that wait."""
+        for _, process in self._idle:
             process.kill()
             process.communicate()
 
-    def _take(self, arguments: tuple[str, ...]) -> subprocess.Popen[bytes]:
-        """The process that was started for these arguments the last time; the next one is started."""
-        with self._lock:
-            taken, self._spare[arguments] = self._spare.pop(arguments, None), self._start(arguments)
-        return taken or self._start(arguments)
-
-    def _start(self, arguments: tuple[str, ...]) -> subprocess.Popen[bytes]:
-        return subprocess.Popen(
-            [*self.command, "-s", "-NoProfile", "-NoLogo", *arguments],
-            env=self.environment,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-        )
+    def _popen(self, *command: str) -> subprocess.Popen[bytes]:
+        pipe, null = subprocess.PIPE, subprocess.DEVNULL
+        return subprocess.Popen(command, env=self.environment, stdin=pipe, stdout=pipe, stderr=null)
 
 
 @contextlib.contextmanager
@@ -138,15 +146,29 @@ def _prefix() -> Iterator[Wine]:
 # === A shell =================================================================
 
 
-class EngineShell(Shell):
-    """A shell that is a process. `changed` guards what came of it and what is written to it."""
+def ends(fragments: bytes) -> bool:
+    """Whether the last message of a command begins in them."""
+    while fragments:
+        size = FRAGMENT.unpack_from(fragments)[3]
+        message, fragments = fragments[FRAGMENT.size :][:size], fragments[FRAGMENT.size + size :]
+        if message[4:8] == PIPELINE_STATE:
+            return True
+    return False
 
-    def __init__(self, start: Callable[[], subprocess.Popen[bytes]], owner: WSManServer, uri: str, idle: str) -> None:
+
+class EngineShell(Shell):
+    """A shell that has a process. `changed` guards what came of it and what is written to it."""
+
+    def __init__(
+        self, engine: Engine, arguments: tuple[str, ...], fresh: bool, owner: WSManServer, uri: str, idle: str
+    ) -> None:
         super().__init__(owner, uri, idle)
-        self.process = start()
-        self.alive = True
+        self.process = engine.take(arguments, fresh=fresh)
+        self._give_back = None if fresh else functools.partial(engine.give_back, arguments, self.process)
+        self.alive, self._closed = True, False
         self._fragments: dict[str, collections.deque[bytes]] = collections.defaultdict(collections.deque)
-        self._begun: set[str] = set()
+        self._begun: set[str] = set()  # and not closed since their end
+        self._ended: set[str] = set()
         self._acknowledged: set[str] = set()
         self._reader = threading.Thread(target=self._read, name="pwsh", daemon=True)
         self._reader.start()
@@ -180,20 +202,27 @@ class EngineShell(Shell):
 
     def signal(self, command_id: str, terminate: bool) -> None:
         with self.changed:
+            if terminate and command_id in self._ended:
+                self._begun.discard(command_id)
             self._write(f"<{'Close' if terminate else 'Signal'} PSGuid='{command_id.lower()}' />")
 
     def close(self) -> None:
         with self.changed:
-            self._write(f"<Close PSGuid='{NOBODY}' />")
-            with contextlib.suppress(OSError):  # it may have died
-                assert self.process.stdin
-                self.process.stdin.close()  # or it would wait for another Create
+            for command_id in (*self._begun, NOBODY):  # it waits for the end of those that were begun
+                self._write(f"<Close PSGuid='{command_id.lower()}' />")
             self.changed.notify_all()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self.process.wait(CLOSING_TIME)
+        self._reader.join(CLOSING_TIME)
+        if self._closed and self._give_back and self._begun <= self._ended:  # what is cut off may go on for a while
+            self._give_back()
+            return
         self.process.kill()
         self.process.wait()
         self._reader.join(CLOSING_TIME)  # a program that outlives the shell holds its streams
+        assert self.process.stdin and self.process.stdout
+        with contextlib.suppress(OSError):
+            self.process.stdin.close()
+        if not self._reader.is_alive():
+            self.process.stdout.close()
 
     def _write(self, element: str) -> None:
         assert self.process.stdin
@@ -202,16 +231,23 @@ class EngineShell(Shell):
             self.process.stdin.flush()
 
     def _read(self) -> None:
+        """Until the shell is closed or the process ends."""
         assert self.process.stdout
-        with self.process.stdout as lines:
-            for element in filter(None, (ELEMENT.match(line.decode()) for line in lines)):
-                kind, who = element[1], element[2].upper()
-                with self.changed:
-                    if kind == "Data":
-                        self._fragments[who].append(base64.b64decode(element[3]))
-                    elif kind == "CommandAck":
-                        self._acknowledged.add(who)
-                    self.changed.notify_all()
+        for element in filter(None, (ELEMENT.match(line.decode()) for line in self.process.stdout)):
+            kind, who = element[1], element[2].upper()
+            with self.changed:
+                if kind == "Data":
+                    self._fragments[who].append(fragments := base64.b64decode(element[3]))
+                    if ends(fragments):
+                        self._ended.add(who)
+                elif kind == "CommandAck":
+                    self._acknowledged.add(who)
+                self._closed = kind == "CloseAck" and who == NOBODY
+                self.changed.notify_all()
+            if self._closed:
+                break
+        else:
+            self.process.stdout.close()
         with self.changed:
             self.alive = False
             self.changed.notify_all()

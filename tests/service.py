@@ -120,7 +120,7 @@ def _main(arguments: list[str], output: str, unprivileged: bool) -> None:
     with open(output, "w", encoding="utf-8") as sink:
         os.dup2(sink.fileno(), 1)
         os.dup2(sink.fileno(), 2)
-    with without_root_rights() if unprivileged else contextlib.nullcontext():
+    with quick_workers(), without_root_rights() if unprivileged else contextlib.nullcontext():
         sys.exit(healthchecker.main(arguments))
 
 
@@ -285,7 +285,8 @@ class Program:
         self.host, self.port = "127.0.0.1", 0
         self.console = ("127.0.0.1", 0)
 
-    def _start(self) -> Any:
+    def launch(self) -> Any:
+        """The process, for which nobody waits until it serves; its output goes to a pipe."""
         return subprocess.Popen(
             command(self.inventory, program=self._program),
             stdout=subprocess.PIPE,
@@ -299,7 +300,7 @@ class Program:
         )
 
     def __enter__(self) -> Self:
-        self.process = self._start()
+        self.process = self.launch()
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
         try:
@@ -404,12 +405,14 @@ class Service(Program):
     """The same of modules that are there already (POSIX), with a key pair that was made before. Its processes have no
     other difference but that they share the memory of what was imported."""
 
-    def _start(self) -> Any:
-        if sys.platform == "win32":
-            return super()._start()
-        if not any((self.inventory.parent / name).exists() for name in ("keys", "healthchecker.db")):
-            prepared_keys(self.inventory.parent)
-        return QuickProcess(self.inventory, self._environment)
+    def __enter__(self) -> Self:
+        folder = self.inventory.parent
+        if sys.platform != "win32" and not any((folder / name).exists() for name in ("keys", "healthchecker.db")):
+            prepared_keys(folder)
+        return super().__enter__()
+
+    def launch(self) -> Any:
+        return super().launch() if sys.platform == "win32" else QuickProcess(self.inventory, self._environment)
 
 
 class Team:

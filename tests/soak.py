@@ -4,9 +4,10 @@ Every answer has to be right for the lease at its time: a refusal only if the ga
 request and answer, the application's answer only if it was open. None may be lost, and neither threads nor
 descriptors nor memory may grow in the workers or in the main process, which is this one. Prints one line of progress
 and a verdict; exit code 1 if something was wrong. Then the main process is killed some hundred times, at any moment of
-its start and after: nothing may be left of it two seconds later, and the next one gets its port. Before that the
-database is locked for a minute, processes are stopped for 20 seconds, and first starts, imports, service, migrations
-and rotations are killed a thousand times: nothing may be half.
+its start and after: nothing may be left of it two seconds later, and the next one gets its port. Before that tests run
+in full of which the suite has a few rounds (pytest --soak), the database is locked for a minute, processes are stopped
+for 20 seconds, and first starts, imports, service, migrations and rotations are killed a thousand times: nothing may be
+half.
 """
 
 from __future__ import annotations
@@ -184,6 +185,8 @@ def main() -> int:
         return be_clients(int(port), int(count), Path(path))
     with tempfile.TemporaryDirectory() as folder:
         code = soak(options, Path(folder))
+    tests = [sys.executable, "-m", "pytest", "--soak"]
+    code |= subprocess.run(tests, cwd=Path(__file__).parent.parent, check=False).returncode
     for name, seconds, action in (("locked", 60, lock_for), ("stopped", 20, stand_still)):
         with tempfile.TemporaryDirectory() as folder:
             action(Path(folder), seconds)

@@ -60,11 +60,14 @@ PrintLastLog no
 
 
 def wait_for(condition: Callable[[], T], deadline: float = 60.0) -> T:
-    """The first true value of `condition()`; AssertionError after `deadline` seconds."""
-    end = time.monotonic() + deadline
+    """The first true value of `condition()`; AssertionError after `deadline` seconds.
+
+    What lasts is asked for less often: to ask takes a processor that what is waited for needs."""
+    end, pause = time.monotonic() + deadline, 0.005
     while not (value := condition()):
         assert time.monotonic() < end, f"still not so after {deadline} s"
-        threading.Event().wait(0.005)
+        threading.Event().wait(pause)
+        pause = min(0.05, pause * 1.1)
     return value
 
 

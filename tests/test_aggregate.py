@@ -408,9 +408,7 @@ class Model(RuleBasedStateMachine):
 
 
 TestModel = Model.TestCase
-TestModel.settings = hypothesis_settings(
-    max_examples=120, stateful_step_count=30, deadline=None, derandomize=True, database=None
-)
+TestModel.settings = hypothesis_settings(stateful_step_count=30, derandomize=True, database=None)
 
 
 # --- threads ---

@@ -41,6 +41,7 @@ from healthchecker import (
     evaluate,
     installed,
     judge_endpoint,
+    main,
     parse_output,
     unix_endpoint,
 )
@@ -519,11 +520,13 @@ def test_what_the_command_prints(tmp_path: Path) -> None:
          r"inventory\.yaml:\d+:\d+: resources\[0\]: endpoint has no meaning with platform local\n"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_printed(changed: dict[str, str], code: int, said: str, tmp_path: Path) -> None:
+def test_what_cannot_be_printed(
+    changed: dict[str, str], code: int, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with inventory(tmp_path, **changed) as path:
-        done = run(path, "endpoint", "db1")
-    assert (done.returncode, done.stdout) == (code, "")
-    assert re.fullmatch(said, done.stderr), done.stderr
+        assert main(["--inventory", str(path), "endpoint", "db1"]) == code
+    printed, errors = capsys.readouterr()
+    assert printed == "" and re.fullmatch(said, errors), errors
 
 
 @pytest.mark.parametrize(
@@ -549,10 +552,10 @@ def test_a_check_that_may_hold_a_secret(command: str, suspect: bool) -> None:
     assert bool(SUSPECT.search(command)) is suspect
 
 
-def test_a_secret_in_a_check_is_warned_about(tmp_path: Path) -> None:
+def test_a_secret_in_a_check_is_warned_about(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     checks = '[{name: a, command: "mysql --password=hunter2"}, {name: b, command: "true"}]'
     with inventory(tmp_path, checks=checks) as path:
-        done = run(path, "endpoint", "db1")
-    assert done.returncode == 0 and done.stdout.startswith("#!/bin/sh\n")
-    assert re.fullmatch("db1: check a seems to hold a secret, .*\n", done.stderr)
-    assert "hunter2" not in done.stderr
+        assert main(["--inventory", str(path), "endpoint", "db1"]) == 0
+    printed, errors = capsys.readouterr()
+    assert printed.startswith("#!/bin/sh\n")
+    assert re.fullmatch("db1: check a seems to hold a secret, .*\n", errors) and "hunter2" not in errors

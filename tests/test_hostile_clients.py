@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import pytest
 from conftest import no_leaks, wait_for
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from service import Service, fresh_processes, write_inventory
 from test_gate import POOL, Serving, reads
@@ -397,7 +397,6 @@ Edits = list[tuple[float, int, bytes]]  # where, how many bytes go there, what c
 
 
 @given(SEEDS, st.lists(EDIT, max_size=5), st.integers(1, 50))
-@settings(max_examples=400, deadline=None)
 def test_anything_is_served_refused_or_waited_for(request: bytes, edits: Edits, size: int) -> None:
     """However it is mutilated and cut: no error of Python's, and always the same outcome."""
     for where, gone, put in edits:

@@ -645,9 +645,7 @@ TREE = st.one_of(
         {"resources": st.lists(RESOURCE, max_size=3)}, optional={"defaults": RESOURCE, "service": VALUES}
     ),
 )
-FAST = settings(
-    max_examples=120, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True, database=None
-)
+FAST = settings(suppress_health_check=list(HealthCheck), derandomize=True, database=None)
 
 
 def only_our_error(folder: Path, content: bytes) -> None:

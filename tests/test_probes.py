@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from healthchecker import (
@@ -407,7 +407,6 @@ BODIES = (
 )
 
 
-@settings(max_examples=400, deadline=None)
 @given(st.sampled_from(list(PROBES)), st.lists(HEADERS | BODIES, max_size=12), st.booleans())
 def test_any_output_gives_a_sound_sample_or_a_protocol_error(
     platform: Platform, parts: list[str], known: bool
@@ -420,7 +419,6 @@ def test_any_output_gives_a_sound_sample_or_a_protocol_error(
         assert error.cause == "protocol"
 
 
-@settings(max_examples=300, deadline=None)
 @given(
     st.sampled_from([(platform, probe.name) for platform, table in PROBES.items() for probe in table.probes]),
     BODIES,

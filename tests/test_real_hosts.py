@@ -549,7 +549,6 @@ EDITS = st.lists(st.tuples(st.integers(0, 4000), st.integers(0, 400), st.sampled
      f"\n@{NONCE} begin disk_percent\n", "\u0663", "x" * 5000]) | st.text(max_size=8)), max_size=6)
 
 
-@settings(max_examples=200, deadline=None)
 @given(st.sampled_from(SOUND), st.sampled_from(SOUND), EDITS, st.integers(0, 20000))
 def test_any_output_gives_numbers_within_bounds_or_a_named_problem(
     name: str, other: str, edits: list[tuple[int, int, str]], cut: int

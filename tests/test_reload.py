@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import re
 import signal
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from console import Client, prepared_database, prepared_keys
-from service import Service, run, write_inventory
+from service import Service, run, run_cheaply, write_inventory
 from sshd import wait_for
 
 import healthchecker
@@ -34,14 +35,20 @@ def told(folder: Path, *kinds: str) -> list[tuple[str, str]]:
     return [(event.text, event.actor) for event in reversed(found)]
 
 
+def said_by(inventory: Path, *arguments: str, code: int = 0) -> str:
+    """What a command prints that ends with this exit code: of an error to standard error, and else to the output."""
+    with contextlib.redirect_stdout(io.StringIO()) as output, contextlib.redirect_stderr(io.StringIO()) as errors:
+        assert main(["--inventory", str(inventory), *arguments]) == code
+    return (errors if code else output).getvalue()
+
+
 def reload(service: Service, way: str, line: str, code: int = 0) -> None:
     """Has the inventory taken over, and waits for what is said of it: `line`."""
     if way == "SIGHUP":
         os.kill(service.pid, signal.Signals["SIGHUP"])
         service.wait_line(line)
         return
-    done = run(service.inventory, "reload")
-    assert done.returncode == code and line in (done.stderr if code else done.stdout), done
+    assert line in said_by(service.inventory, "reload", code=code)
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -169,7 +176,7 @@ def test_start_and_stop_are_events(tmp_path: Path) -> None:
         ("  - {hostname: 192.0.2.1, username: u}\n", ""),
     ):
         write_inventory(tmp_path, resources, service_settings)
-        assert run(path).returncode in (2, 3)
+        assert run_cheaply("--inventory", str(path))[0] in (2, 3)
     assert [text.partition(" after")[0] for text, _ in told(tmp_path, *kinds)] == lines
     with contextlib.closing(Store(tmp_path / "healthchecker.db")) as store, store.reading() as session:
         times = [event.at for event in events(session)]
@@ -213,6 +220,6 @@ def test_a_default_that_is_stated_or_not_is_no_change(tmp_path: Path) -> None:
         service.wait_status("/-/readyz", 200)
         text = service.inventory.read_text(encoding="utf-8")
         service.inventory.write_text(text.replace("  drain: 7.5\n  queue: 90", "  body_limit: 1"), encoding="utf-8")
-        done = run(service.inventory, "reload")
-    waiting = [line for line in done.stdout.splitlines() if "needs a restart" in line]
+        lines = said_by(service.inventory, "reload").splitlines()
+    waiting = [line for line in lines if "needs a restart" in line]
     assert waiting == ["service.body_limit, service.queue changed: that needs a restart"]

@@ -171,7 +171,7 @@ def test_flips_seen_by_a_client_within_one_poll(tmp_path: Path) -> None:
     ("number", "threads"), [(signal.SIGTERM, 2), (signal.SIGINT, 0)], ids=["pool", "loop"]
 )
 def test_a_request_in_flight_is_answered(tmp_path: Path, application: str, number: int, threads: int) -> None:
-    with Program(write_inventory(tmp_path, HERE, f"{application}\n  threads: {threads}")) as service:
+    with Service(write_inventory(tmp_path, HERE, f"{application}\n  threads: {threads}")) as service:
         service.wait_status("/", 200)
         idle, request = Request(service, "/"), Request(service, "/slow")
         with contextlib.closing(idle.connection):
@@ -210,7 +210,7 @@ def test_what_never_ends_is_cut_off(tmp_path: Path, application: str) -> None:
 
 
 def test_a_signal_right_after_the_start(tmp_path: Path) -> None:
-    with Program(write_inventory(tmp_path, HERE)) as service:
+    with Service(write_inventory(tmp_path, HERE)) as service:
         os.kill(service.pid, signal.SIGTERM)
         assert service.process.wait(ENDED) == 0, service.output
 

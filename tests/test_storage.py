@@ -324,7 +324,7 @@ SELECT resource_id, at - 900 * n, packed FROM number, (SELECT * FROM average WHE
 """
 
 
-def test_kill_during_the_migration(tmp_path: Path) -> None:
+def test_kill_during_the_migration(tmp_path: Path, often: Callable[[int, int], int]) -> None:
     """All old or all new, at every moment, and the next start makes it new."""
     moments = random.Random(42)
     folders = {name: tmp_path / name for name in ("old", "new", "killed")}
@@ -334,11 +334,11 @@ def test_kill_during_the_migration(tmp_path: Path) -> None:
     whole = killed(open_store, Path(shutil.copy(old, folders["new"])), 60)
     states = {dump(old): "old", dump(folders["new"] / old.name): "new"}
     outcomes = []
-    for _ in range(4 if sys.platform == "win32" else 12):
+    for part in (0.0, *(moments.uniform(0, 1.1) for _ in range(often(3, 24)))):
         for leftover in folders["killed"].iterdir():
             leftover.unlink()
         path = Path(shutil.copy(old, folders["killed"]))
-        killed(open_store, path, moments.uniform(0, 1.1 * whole))
+        killed(open_store, path, part * whole)
         outcomes.append(states[dump(path)])
         Store(path).close()
         assert states[dump(path)] == "new"
@@ -778,7 +778,7 @@ def killed(action: Callable[[str, Any], None], path: Path, seconds: float) -> fl
     return ran
 
 
-def test_kill_during_import(bench: Bench) -> None:
+def test_kill_during_import(bench: Bench, often: Callable[[int, int], int]) -> None:
     """All old or all new, at every moment, and every row complete."""
     moments = random.Random(4711)
     texts = {interval: hosts(interval) for interval in (10, 20)}
@@ -786,10 +786,10 @@ def test_kill_during_import(bench: Bench) -> None:
     path = write_inventory(bench.folder, texts[20])
     whole = killed(import_file, path, 30)
     current, outcomes = 20, {"old": 0, "new": 0}
-    for _ in range(5 if sys.platform == "win32" else 24):
+    for part in (0.0, 60.0, *(moments.uniform(0, 1.1) for _ in range(often(4, 48)))):  # at once, and never
         wanted = 30 - current
         write_inventory(bench.folder, texts[wanted])
-        killed(import_file, path, moments.uniform(0, 1.1 * whole))
+        killed(import_file, path, part * whole)
         assert healthchecker.inspect_database(bench.database)
         rows = bench.rows()
         assert len(rows) == MANY
@@ -801,12 +801,12 @@ def test_kill_during_import(bench: Bench) -> None:
     assert outcomes["old"] and outcomes["new"], f"the kills came too early or too late: {outcomes}"
 
 
-def test_kill_during_the_first_start(bench: Bench) -> None:
+def test_kill_during_the_first_start(bench: Bench, often: Callable[[int, int], int]) -> None:
     """The database is absent, empty or whole, and the next start makes it whole."""
     moments = random.Random(1147)
     path = write_inventory(bench.folder, hosts(10))
     whole = killed(import_file, path, 30)
-    for _ in range(2 if sys.platform == "win32" else 8):
+    for _ in range(often(2, 16)):
         for leftover in bench.folder.glob("healthchecker.db*"):
             leftover.unlink()
         killed(import_file, path, moments.uniform(0, whole))

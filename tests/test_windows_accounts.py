@@ -157,11 +157,12 @@ def test_functions_are_defined_once_a_process(host: WSManServer) -> None:
     assert count == "1"
 
 
-def test_functions_that_cannot_be_defined_are_not_tried_again(host: WSManServer) -> None:
+def test_functions_that_cannot_be_defined_are_not_tried_again(engine: Engine) -> None:
     script = as_plain(build_windows_script([], [], NONCE))
     broken = script.replace(".CreateType()", ".NoSuchMethod()")
     assert broken != script
-    first, second = lines(host, f"& {{ {broken} }}; & {{ {script} }}")
+    with WSManServer("https", "negotiate", open_shell=engine.opener(fresh=True)) as host:
+        first, second = lines(host, f"& {{ {broken} }}; & {{ {script} }}")
     for text in (first, second):
         sample = parse_windows(text, NONCE, None)
         why = sample.problems["memory_percent"]

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import tree_sitter_powershell
 import tree_sitter_pwsh
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tree_sitter import Language, Node, Parser
 
@@ -601,21 +601,18 @@ def check_sample(text: str) -> None:
         assert sample.readings(metric) or metric in sample.problems
 
 
-@settings(max_examples=300, deadline=None)
 @given(ANSWERS, ROWS | st.lists(st.dictionaries(st.text(), VALUES), max_size=2))
 def test_any_answer(said: dict[str, object], checks: list[dict[str, object]]) -> None:
     numbered = [{"number": number, **row} for number, row in enumerate(checks, 1)]
     check_sample("\n".join(map(json.dumps, [said, *numbered])))
 
 
-@settings(max_examples=200, deadline=None)
 @given(st.integers(0, 2000), st.integers(0, 40), st.text(max_size=10))
 def test_damaged_answer(at: int, length: int, put: str) -> None:
     text = recorded("administrator").partition("\n")[2]
     check_sample(text[:at] + put + text[at + length :])
 
 
-@settings(max_examples=200, deadline=None)
 @given(st.text() | st.binary().map(lambda raw: raw.decode(errors="replace")))
 def test_any_text(text: str) -> None:
     check_sample(text)

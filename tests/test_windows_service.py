@@ -131,7 +131,7 @@ def test_whoever_comes_after_one_that_was_killed_or_ended_serves_at_once(tmp_pat
     """Nothing is in the way: neither its lock on the database nor workers that hold its address."""
     prepared_keys(tmp_path)
     path = write_inventory(tmp_path, STEADY)
-    with Program(path) as service:
+    with Service(path) as service:
         service.wait_status("/", 200)
         wait_for(lambda: stored_states(tmp_path) == ["healthy"])
         service.kill()
