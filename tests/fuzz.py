@@ -14,6 +14,7 @@ import contextlib
 import faulthandler
 import functools
 import importlib
+import logging
 import math
 import random
 import re
@@ -391,13 +392,13 @@ def wsman() -> Iterator[Opened]:
         WSManServer("https", "basic", spoil=spoiler) as encrypted,
         WSManServer("http", "negotiate", spoil=spoiler) as sealed,
     ):
-        made = {id(server): target(server, timeout=1, services=["Spooler"]) for server in (encrypted, sealed)}
+        made = {id(server): target(server, timeout=3, services=["Spooler"]) for server in (encrypted, sealed)}
         good = windows_seeds()[0]
 
         def feed(chance: Chance, data: bytes) -> bool:
             server = chance.choice((encrypted, encrypted, sealed))
-            server.answer = chance.choice((good, data)).decode(errors="replace")
-            spoiler.chance, spoiler.left = chance, chance.randint(1, 20)
+            server.answer = chance.choice((good, good, good, data)).decode(errors="replace")
+            spoiler.chance, spoiler.left = chance, chance.randint(1, 30)
             verdict = poll(made[id(server)]).verdict
             assert "unforeseen" not in verdict.reason
             wait_for(lambda: not server._listener.sockets, 60)
@@ -526,6 +527,8 @@ def fuzz(name: str, seed: int, first: int = 0, inputs: float = math.inf, seconds
 def fuzz_all(names: Sequence[str], seconds: float, seed: int) -> int:
     """Feeds the targets for so long in all; says how many inputs there were."""
     total = 0
+    for name in ("urllib3", "spnego", "pypsrp"):  # as the service has it
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     for name in names:
         found = fuzz(name, seed, seconds=seconds / len(names))
         total += found.inputs
