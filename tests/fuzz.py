@@ -4,7 +4,8 @@
     python tests/fuzz.py NAME --seed 1 --number 4711                 one input again: a fault names these
 
 `TARGETS` says what is fed with which seeds, and which errors are documented for it. An input depends on target, seed
-and number alone. Each has SECONDS_EACH of CPU, and all inputs of a target together MEMORY. Part of `make soak`.
+and number alone, but for tokens, which are other ones each time: what is damaged is the same place of them. Each has
+SECONDS_EACH of CPU, and all inputs of a target together MEMORY. Part of `make soak`.
 """
 
 from __future__ import annotations
