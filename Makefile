@@ -49,6 +49,7 @@ map:
 bench: packages $(VENV)/test.stamp
 	$(BIN)/python tests/bench.py $(ARGS)
 
+# All of it takes hours; make soak ARGS="--only fuzz restarts" is a part (tests/soak.py lists them).
 soak: $(VENV)/test.stamp
 	$(BIN)/python tests/soak.py $(ARGS)
 

@@ -4317,7 +4317,10 @@ class WindowsOutput(Output):
     def _end(self) -> bool:
         """Whether the script need not say more."""
         if self._rows and not self._then and self._next > len(self._settings.checks):
-            self.printed[:] = "\n".join(map(json.dumps, self._rows)).encode() + self.mark
+            try:
+                self.printed[:] = "\n".join(map(json.dumps, self._rows)).encode() + self.mark
+            except RecursionError:      # as deep as can just be read
+                raise not_run(self.printed.decode(errors="replace"), self._settings) from None
             self.whole = True
         return self.whole or self._then == "stop"
 
@@ -8064,11 +8067,13 @@ def client_address(environ: WSGIEnvironment) -> Address:
 
 
 def identify(context: ConsoleContext, request: flask.Request) -> Principal:
-    """Who it is; a bearer token counts before a cookie, other schemes are somebody else's: of a proxy, for instance."""
+    """Who it is; a bearer token counts before a cookie, other schemes are somebody else's: of a proxy, for instance.
+    Nobody looks into those: what cannot be read there makes werkzeug's own parser raise."""
     stranger = Principal(context, str(client_address(request.environ)))
     kind, token = "session", request.cookies.get(COOKIE)
-    if request.authorization and request.authorization.type == "bearer":
-        kind, token = "token", request.authorization.token
+    scheme, _, bearer = request.headers.get("Authorization", "").partition(" ")
+    if scheme.lower() == "bearer":
+        kind, token = "token", bearer.strip()
     if not token:
         return stranger
     query = sqlalchemy.select(LoginSession, User).join(User).where(

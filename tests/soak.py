@@ -1,13 +1,15 @@
-"""A minute at full load while a resource flips every second: `python tests/soak.py [--seconds 60] [--threads 4]`.
+"""What takes long: `python tests/soak.py [--only PART ...] [--seconds 60] [--threads 4] [--fuzz 1200]`; see PARTS.
+
+A minute at full load while a resource flips every second.
 
 Every answer has to be right for the lease at its time: a refusal only if the gate was closed at some moment between
 request and answer, the application's answer only if it was open. None may be lost, and neither threads nor
 descriptors nor memory may grow in the workers or in the main process, which is this one. Prints one line of progress
-and a verdict; exit code 1 if something was wrong. Then the main process is killed some hundred times, at any moment of
-its start and after: nothing may be left of it two seconds later, and the next one gets its port. Before that tests run
-in full of which the suite has a few rounds (pytest --soak), the database is locked for a minute, processes are stopped
-for 20 seconds, and first starts, imports, service, migrations and rotations are killed a thousand times: nothing may be
-half.
+and a verdict; exit code 1 if something was wrong. Then tests run in full of which the suite has a few rounds (pytest
+--soak), the database is locked for a minute, processes are stopped for 20 seconds, and first starts, imports, service, migrations and rotations are killed a thousand times: nothing may be
+half. The main process is killed some hundred times, at any moment of its start and after: nothing may be left of it two
+seconds later, and the next one gets its port. Ten restarts on a socket of systemd's refuse none of 20,000 requests, and
+20 minutes of damaged inputs (tests/fuzz.py) give only documented errors.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import median
 from typing import NamedTuple
@@ -31,11 +33,12 @@ from typing import NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import psutil
+from fuzz import TARGETS, fuzz_all
 from load import Clients, Response
 from service import Team
 from test_crashes import kill_anywhere, lock_for, stand_still
 from test_workers import APP as SHOP
-from test_workers import kill_at_random, workers
+from test_workers import kill_at_random, restart_often, workers
 
 APP = """
 import flask
@@ -170,36 +173,75 @@ def soak(options: argparse.Namespace, folder: Path) -> int:
     return 0 if good else 1
 
 
+def repeated(_options: argparse.Namespace, _folder: Path) -> int:
+    tests = [sys.executable, "-m", "pytest", "--soak"]
+    return subprocess.run(tests, cwd=Path(__file__).parent.parent, check=False).returncode
+
+
+def locked(_options: argparse.Namespace, folder: Path) -> int:
+    lock_for(folder, 60)
+    print("locked for 60 s: passed", flush=True)
+    return 0
+
+
+def stopped(_options: argparse.Namespace, folder: Path) -> int:
+    stand_still(folder, 20)
+    print("stopped for 20 s: passed", flush=True)
+    return 0
+
+
+def crashes(options: argparse.Namespace, folder: Path) -> int:
+    seed = time.time_ns()
+    kill_anywhere(folder, options.crashes, seed, orphaned=6.0)
+    print(f"{options.crashes} kills left nothing half (seed {seed})", flush=True)
+    return 0
+
+
+def kills(options: argparse.Namespace, folder: Path) -> int:
+    (folder / "shop.py").write_text(SHOP, encoding="utf-8")
+    seed = time.time_ns()
+    kill_at_random(folder, options.kills, seed, orphaned=2.0)
+    print(f"{options.kills} kills of the main process left nothing (seed {seed})", flush=True)
+    return 0
+
+
+def restarts(options: argparse.Namespace, folder: Path) -> int:
+    asked = restart_often(folder, options.restarts, 2000 * options.restarts)
+    print(f"{asked:,} requests over {options.restarts} restarts: none was refused", flush=True)
+    return 0
+
+
+def fuzzed(options: argparse.Namespace, _folder: Path) -> int:
+    print(f"{fuzz_all(list(TARGETS), options.fuzz, time.time_ns()):,} damaged inputs gave only documented errors")
+    return 0
+
+
+PARTS: dict[str, Callable[[argparse.Namespace, Path], int]] = {
+    "load": soak, "tests": repeated, "locked": locked, "stopped": stopped, "crashes": crashes, "kills": kills, "restarts": restarts,
+    "fuzz": fuzzed}  # fmt: skip
+
+
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Full load while a resource flips every second.")
-    parser.add_argument("--seconds", type=float, default=60, help="default: %(default)s")
+    parser = argparse.ArgumentParser(description="What takes long; by default all of it.")
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART",
+                        help=f"of {', '.join(PARTS)}")  # fmt: skip
+    parser.add_argument("--seconds", type=float, default=60, help="of full load; default: %(default)s")
     parser.add_argument("--workers", type=int, default=2, help="default: %(default)s")
     parser.add_argument("--threads", type=int, default=4, help="pool threads; 0 = on the loop; default: %(default)s")
     parser.add_argument("--clients", type=int, default=32, help="keep-alive connections; default: %(default)s")
     parser.add_argument("--kills", type=int, default=300, help="of the main process; default: %(default)s")
     parser.add_argument("--crashes", type=int, default=1000, help="kills at other moments; default: %(default)s")
+    parser.add_argument("--restarts", type=int, default=10, help="with 2,000 requests each; default: %(default)s")
+    parser.add_argument("--fuzz", type=float, default=1200, help="seconds of damaged inputs; default: %(default)s")
     parser.add_argument("--clients-of", nargs=3, metavar=("PORT", "COUNT", "FILE"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.clients_of:
         port, count, path = options.clients_of
         return be_clients(int(port), int(count), Path(path))
-    with tempfile.TemporaryDirectory() as folder:
-        code = soak(options, Path(folder))
-    tests = [sys.executable, "-m", "pytest", "--soak"]
-    code |= subprocess.run(tests, cwd=Path(__file__).parent.parent, check=False).returncode
-    for name, seconds, action in (("locked", 60, lock_for), ("stopped", 20, stand_still)):
+    code = 0
+    for name in options.only:
         with tempfile.TemporaryDirectory() as folder:
-            action(Path(folder), seconds)
-            print(f"{name} for {seconds} s: passed", flush=True)
-    with tempfile.TemporaryDirectory() as folder:
-        seed = time.time_ns()
-        kill_anywhere(Path(folder), options.crashes, seed, orphaned=6.0)
-        print(f"{options.crashes} kills left nothing half (seed {seed})", flush=True)
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "shop.py").write_text(SHOP, encoding="utf-8")
-        seed = time.time_ns()
-        kill_at_random(Path(folder), options.kills, seed, orphaned=2.0)
-        print(f"{options.kills} kills of the main process left nothing (seed {seed})")
+            code |= PARTS[name](options, Path(folder))
     return code
 
 

@@ -17,6 +17,8 @@ from conftest import wait_for
 from service import PROGRAM, SERVING, write_inventory
 from test_windows_probes import GRAMMARS, nodes, tree
 
+from healthchecker import ServiceSettings
+
 README = (PROGRAM.parent / "README.md").read_text(encoding="utf-8")
 SHELL = re.findall(r"^```sh\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
 POWERSHELL = re.findall(r"^```powershell\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
@@ -36,22 +38,29 @@ def pasted() -> dict[str, str]:
     return dict(re.findall(r"^\+ (.*)\n((?:(?!\+ ).*\n)*)", done.stdout, re.MULTILINE))
 
 
-def unit() -> str:
-    return pasted()["tee /etc/systemd/system/healthchecker.service"]
+def unit(kind: str = "service") -> str:
+    return pasted()[f"tee /etc/systemd/system/healthchecker.{kind}"]
 
 
 @POSIX
 def test_what_the_shell_makes_of_its_block() -> None:
-    assert [command.split()[0] for command in pasted()] == ["useradd", "chown", "tee", "systemctl"]
+    assert [command.split()[0] for command in pasted()] == ["useradd", "chown", "tee", "tee", "systemctl"]
     user = re.search(r"^User=(\w+)$", unit(), re.MULTILINE)
     assert user
-    assert [command.split()[-1] for command in pasted()][::3] == [user[1], "healthchecker"]
+    assert [command.split()[-1] for command in pasted()][::4] == [user[1], "healthchecker"]
     assert f"chown -R {user[1]} {FOLDER}" in pasted()
 
 
-def complaints(text: str, folder: Path) -> list[str]:
+@POSIX
+def test_the_socket_is_the_service_s() -> None:
+    """By its name, its address and at the start of the machine: another address would end the service."""
+    assert f"\nListenStream={ServiceSettings().listen}\n" in unit("socket")
+    assert "systemctl enable --now healthchecker.socket healthchecker" in pasted()
+
+
+def complaints(text: str, folder: Path, kind: str = "service") -> list[str]:
     """What systemd has to say about a unit, but not about those of this machine."""
-    path = folder / "healthchecker.service"
+    path = folder / f"healthchecker.{kind}"
     path.write_text(text.replace(FOLDER, str(folder)), encoding="utf-8")
     command = ["systemd-analyze", "--man=no", "verify", str(path)]
     done = subprocess.run(command, capture_output=True, encoding="utf-8", check=False, timeout=60)
@@ -67,6 +76,10 @@ def test_systemd_takes_the_unit(tmp_path: Path) -> None:
     for right, wrong in {"Restart=always": "Restart=forever", "User=": "Users=", "/bin/python": "/bin/pyhton"}.items():
         assert right in unit()
         assert complaints(unit().replace(right, wrong), tmp_path) != [], wrong
+    assert complaints(unit(), tmp_path) == []  # of which the socket is
+    assert complaints(unit("socket"), tmp_path, "socket") == []
+    for right, wrong in {"127.0.0.1:8080": "x:y", "[Socket]": "[Sockets]"}.items():
+        assert complaints(unit("socket").replace(right, wrong), tmp_path, "socket") != [], wrong
 
 
 @pytest.mark.parametrize("grammar", GRAMMARS)

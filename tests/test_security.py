@@ -267,7 +267,7 @@ def test_wrong_bearer(local: Local, authorization: str) -> None:
     assert local.ask("GET", "/-/api/resources", headers={"Authorization": authorization}).status == 401
 
 
-@pytest.mark.parametrize("authorization", ["Basic YWRhbTpjb3JyZWN0", "Digest x", "Negotiate x", "x", " "])
+@pytest.mark.parametrize("authorization", ["Basic YWRhbTpjb3JyZWN0", "Basic é", "Digest x", "Negotiate x", "x", " "])
 def test_authorization_of_a_proxy(local: Local, authorization: str) -> None:
     """It is not ours: it neither logs in nor out."""
     headers = {"Authorization": authorization}

@@ -7,6 +7,7 @@ escapes ' < > &), with numbers and names of our own. A test holds them to the na
 
 from __future__ import annotations
 
+import bisect
 import json
 import re
 from collections.abc import Iterator
@@ -617,3 +618,20 @@ def test_damaged_answer(at: int, length: int, put: str) -> None:
 def test_any_text(text: str) -> None:
     check_sample(text)
     check_sample("{" + text)
+
+
+def readable(depth: int) -> bool:
+    """Whether Python reads JSON of such a depth."""
+    try:
+        json.loads("[" * depth + "]" * depth)
+    except RecursionError:
+        return False
+    return True
+
+
+def test_an_answer_that_can_just_be_read_is_none() -> None:
+    """A little less deep, it is read and cannot be written any more."""
+    deepest = bisect.bisect_left(range(200_000), 1, key=lambda depth: not readable(depth))
+    for depth in range(deepest - 60, deepest + 10):
+        with pytest.raises(ProbeError, match="the script was not run; output: "):
+            collected("", f'{{"number": 0, "details": {{}}, "x": {"[" * depth}{"]" * depth}}}\n')

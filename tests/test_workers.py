@@ -906,10 +906,10 @@ def adopting(folder: Path, port: int, *socks: socket.socket, more: str = "") -> 
     )
 
 
-@POSIX
-def test_a_restart_refuses_nobody(tmp_path: Path) -> None:
-    """Whoever comes while no process is there waits for the next one: the socket is systemd's."""
-    prepared_keys(tmp_path)
+def restart_often(folder: Path, restarts: int, requests: int) -> int:
+    """Whoever comes while no process is there waits for the next one: the socket is systemd's. So many requests or some
+    more are sent; gives their number. Raises AssertionError, or what a client was refused with."""
+    prepared_keys(folder)
     over, statuses = threading.Event(), list[int]()
 
     def ask(address: tuple[str, int]) -> None:
@@ -927,19 +927,27 @@ def test_a_restart_refuses_nobody(tmp_path: Path) -> None:
         ending.callback(over.set)
         address = sock.getsockname()
         clients = [pool.submit(ask, address) for _ in range(8)]
-        for last in (False, True):
-            with adopting(tmp_path, address[1], sock) as process, contextlib.ExitStack() as stack:
+        for number in range(1, restarts + 1):
+            with adopting(folder, address[1], sock) as process, contextlib.ExitStack() as stack:
                 stack.callback(process.kill)
                 assert process.stderr
-                wait_for(lambda said=process.stderr: b"serving on" in said.readline())
-                before = len(statuses)
-                wait_for(lambda before=before: len(statuses) > before + 50)
-                if last:
+                said = list(itertools.takewhile(lambda line: b"serving on" not in line, process.stderr))
+                assert process.poll() is None, said
+                wanted = max(len(statuses) + 50, requests * number // restarts)
+                wait_for(lambda wanted=wanted: len(statuses) > wanted or any(client.done() for client in clients), 600)
+                if number == restarts:
                     over.set()
                     assert [client.result(120) for client in clients] == [None] * 8, "nobody was refused"
                 process.terminate()
                 assert b"Traceback" not in process.stderr.read() and process.wait(60) == 0
     assert set(statuses) == {200}
+    return len(statuses)
+
+
+@POSIX
+def test_a_restart_refuses_nobody(tmp_path: Path) -> None:
+    """(Ten restarts, 20,000 requests: make soak.)"""
+    assert restart_often(tmp_path, 3, 150) > 150
 
 
 @POSIX

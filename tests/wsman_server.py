@@ -16,6 +16,7 @@ import functools
 import gzip
 import hashlib
 import http.server
+import io
 import ipaddress
 import os
 import re
@@ -531,11 +532,12 @@ class SecuredConnection(http.server.BaseHTTPRequestHandler):
         return body, f'multipart/encrypted;protocol="{protocol}";boundary="Encrypted Boundary"'
 
     def _reply_soap(self, status: int, message: Message | None, body: str) -> None:
-        xml = envelope(message, body)
+        xml = self.owner.spoil(envelope(message, body))
         payload, content_type = self._seal(xml) if self.sealed else (xml, SOAP)
         self._reply(status, payload, content_type, {})
 
     def _reply(self, status: int, body: bytes, content_type: str, headers: dict[str, str]) -> None:
+        sent, self.wfile = self.wfile, io.BytesIO()
         self.send_response(status)
         if self.token:
             headers["WWW_Authenticate"] = f"Negotiate {base64.b64encode(self.token).decode()}"
@@ -545,7 +547,10 @@ class SecuredConnection(http.server.BaseHTTPRequestHandler):
             self.send_header(name.replace("_", "-"), value)
         self.end_headers()
         self.wfile.write(body)
-        self.token = None
+        response, self.wfile, self.token = self.wfile.getvalue(), sent, None
+        spoiled = self.owner.spoil(response)
+        self.close_connection |= spoiled != response  # or the client would wait for what is missing
+        self.wfile.write(spoiled)
 
 
 # Misbehaviour as bytes: what comes first, what comes again and again after it, and the seconds between.
@@ -648,7 +653,7 @@ class Connection(SecuredConnection):
     def _on_receive(self, message: Message) -> str:
         shell, command_id = self.owner.find_shell(message), message.receiving_command
         fragments, done = shell.receive(command_id, time.monotonic() + message.operation_timeout)
-        return receive_body(fragments, command_id, done)
+        return receive_body([*map(self.owner.spoil, fragments)], command_id, done)
 
     def _on_signal(self, message: Message) -> str:
         command_id = message.attribute("s:Body/rsp:Signal", "CommandId").upper()
@@ -833,6 +838,7 @@ class WSManServer:
     channel_binding: bool = True
     shell_limit: int = SHELL_LIMIT
     open_shell: Callable[[WSManServer, str, str], Shell] = Shell  # of a server, a resource URI and an idle time
+    spoil: Callable[[bytes], bytes] = bytes  # what becomes of a fragment, of the envelope around it, of a response
 
     def __post_init__(self) -> None:
         self.polls = 0  # scripts answered
