@@ -8149,9 +8149,7 @@ def json_body() -> dict[str, Any]:
 
 
 def perform(operation: Route, **names: str) -> flask.typing.ResponseReturnValue:
-    taken: list[Mapping[str, Any]] = []
-    if operation.body:
-        taken = [flask.request.args.to_dict() if operation.method == "GET" else json_body()]
+    taken = [flask.request.args.to_dict() if operation.method == "GET" else json_body()] if operation.body else []
     found = operation.run(current_principal(), *names.values(), *taken)
     if operation.answer is None:
         return flask.Response(status=204, content_type="")
@@ -8160,11 +8158,7 @@ def perform(operation: Route, **names: str) -> flask.typing.ResponseReturnValue:
     return flask.Response(content, operation.status, mimetype="application/json")
 
 
-def json_answer(content: Mapping[str, Any], status: int = 200, kind: str = "application/json") -> flask.Response:
-    return flask.Response(json.dumps(content), status, mimetype=kind)
-
-
-def health() -> flask.Response:
+def health() -> flask.typing.ResponseReturnValue:
     """application/health+json; the resources only for those who are logged in."""
     who = current_principal()
     answer: dict[str, Any] = {"status": "pass" if who.context.is_healthy else "fail"}
@@ -8174,19 +8168,19 @@ def health() -> flask.Response:
             "componentType": "system", "observedValue": view.state, "time": view.polled and view.polled.isoformat(),
             "status": {"healthy": "pass", "unhealthy": "fail"}.get(view.state, "warn"),
             "output": f"{view.cause}: {view.reason}" if view.cause else ""}] for view in list_resources(who)}
-    return json_answer(answer, 200 if who.context.is_healthy else 503, "application/health+json")
+    return answer, 200 if who.context.is_healthy else 503, {"Content-Type": "application/health+json"}
 
 
-def problem(error: ApiError) -> flask.Response:
+def problem(error: ApiError) -> flask.typing.ResponseReturnValue:
     errors = [{"field": name, "message": text} for name, text in error.fields.items()]
-    return json_answer({"type": "about:blank", "title": http.HTTPStatus(error.status).phrase, "status": error.status,
-                        "detail": str(error), "errors": errors}, error.status, "application/problem+json")
+    return {"type": "about:blank", "title": http.HTTPStatus(error.status).phrase, "status": error.status,
+            "detail": str(error), "errors": errors}, error.status, {"Content-Type": "application/problem+json"}
 
 
 API_ROUTES = (
     Route("GET", "/-/livez", "public", lambda: flask.Response("ok\n", mimetype="text/plain")),
     Route("GET", HEALTH, "public", health),
-    Route("GET", API + "openapi.json", "viewer", lambda: json_answer(openapi())),
+    Route("GET", API + "openapi.json", "viewer", openapi),
     *(replace(operation, run=functools.partial(perform, operation)) for operation in OPERATIONS),
 )
 
@@ -8548,25 +8542,25 @@ TEMPLATES = {"layout.html": """<!doctype html>
 {% endfor %}
 {% endmacro %}
 """, "overview.html": """{% extends "layout.html" %}
-{% set word = "open" if gate.open else "closed" %}
+{% set word, colour = ("open", "healthy") if is_open else ("closed", "unhealthy") %}
 {% block title %}{% if counts.unhealthy %}{{ counts.unhealthy }} unhealthy, {% endif %}gate {{ word }}{% endblock %}
 {% block main %}
 <h1 class="hidden">Overview</h1>
-<section class="gate {{ 'healthy' if gate.open else 'unhealthy' }}" aria-label="Gate">
-<h2 aria-live="polite">{{ state("healthy" if gate.open else "unhealthy", "Gate " ~ word) }}</h2>
-{% if gate.changed_at %}
-<p>for <b>{{ (now - gate.changed_at)|duration_text }}</b>, since <time>{{ gate.changed_at|local_time }}</time></p>
+<section class="gate {{ colour }}" aria-label="Gate">
+<h2 aria-live="polite">{{ state(colour, "Gate " ~ word) }}</h2>
+{% if last %}
+<p>for <b>{{ (now - last.at)|duration_text }}</b>, since <time>{{ last.at|local_time }}</time></p>
 {% endif %}
-{% if gate.blockers %}
+{% if blockers %}
 <ul>
-{% for blocker in gate.blockers[:5] %}
+{% for blocker in blockers[:5] %}
 <li><a href="{{ blocker.href }}">{{ blocker.name }}</a> {{ blocker.reason or "no result yet" }}</li>
 {% endfor %}
-{% if gate.blockers|length > 5 %}
-<li><a href="?state=unhealthy">and {{ gate.blockers|length - 5 }} more</a></li>
+{% if blockers|length > 5 %}
+<li><a href="?state=unhealthy">and {{ blockers|length - 5 }} more</a></li>
 {% endif %}
 </ul>
-{% elif gate.reason %}<p>{{ gate.reason }}</p>{% endif %}
+{% elif last and not is_open %}<p>{{ last.text }}</p>{% endif %}
 </section>
 {% if now - clock_step[0] < 86400 %}
 <p class="notice">At {{ clock_step[0]|local_time }} {{ clock_step[1] }}: times before and after do not fit together.</p>
@@ -8726,8 +8720,9 @@ else state("healthy", "good") }}</td>
 <section>
 <h2>Machine</h2>
 <dl>
-{% for label, text in machine %}
-<dt>{{ label }}</dt><dd>{{ text }}</dd>
+{% for name, label in machine.items() if details.get(name) is not none %}
+<dt>{{ label }}</dt><dd>{{ details[name]|duration_text if name == "uptime_seconds"
+else "%g"|format(details[name]) if details[name] is number else details[name] }}</dd>
 {% else %}
 <dt>Nothing is known yet.</dt><dd></dd>
 {% endfor %}
@@ -9270,16 +9265,6 @@ class ResourceRow:
         return (not tag or tag in tags) and text.casefold() in "\n".join(words).casefold()
 
 
-def gate_state(session: Session, is_open: bool, resources: Iterable[ResourceRow]) -> dict[str, Any]:
-    """The gate, since when, and which resources close it: the first to fail stands first."""
-    last = next(iter(events(session, kind="gate", limit=1)), None)
-    blockers = [] if is_open else [resource for resource in resources if resource.settings["critical"]
-                                   and resource.shown_state in ("unhealthy", "unknown")]
-    return {"open": is_open, "changed_at": last.at if last else 0.0,
-            "reason": last.text if last and not is_open else "",
-            "blockers": sorted(blockers, key=lambda resource: resource.status.since_at)}
-
-
 def query_of(parts: Mapping[str, str]) -> str:
     """The query of a link, without what is empty."""
     return "?" + urlencode({name: value for name, value in parts.items() if value})
@@ -9292,14 +9277,18 @@ def overview() -> Answer:
     wanted = {name: flask.request.args.get(name, "") for name in ("state", "q", "tag")}
     with context.store.reading() as session:
         everything = [ResourceRow(row, status, now) for row, status in session.execute(RESOURCES)]
-        gate = gate_state(session, context.is_healthy, everything)
+        is_open, last = context.is_healthy, next(iter(events(session, kind="gate", limit=1)), None)
+    blockers = [] if is_open else sorted((
+        resource for resource in everything if resource.settings["critical"]
+        and resource.shown_state in ("unhealthy", "unknown")), key=lambda resource: resource.status.since_at)
     found = [resource for resource in everything if resource.matches(wanted["q"], wanted["tag"])]
     counts = collections.Counter(resource.shown_state for resource in found)
     rows = sorted((resource for resource in found if wanted["state"] in ("", resource.shown_state)),
                   key=lambda resource: resource.sort_key)
     links = [(state, query_of(wanted | {"state": state}), state.capitalize() or "All", counts[state] or len(found))
              for state in ("", *STATES) if counts[state] or state in ("", wanted["state"])]
-    return render_page("overview.html", gate=gate, rows=rows, counts=counts, state_links=links, filter=wanted,
+    return render_page("overview.html", is_open=is_open, last=last, blockers=blockers, rows=rows, counts=counts,
+                       state_links=links, filter=wanted,
                        tags=sorted({tag for resource in everything for tag in resource.settings["tags"]}),
                        clock_step=context.monitor.clock_step, empty=not everything, refresh="")
 
@@ -9337,14 +9326,6 @@ MACHINE = {"hostname": "Host name", "os": "System", "kernel": "Kernel", "cpu_cou
            "skipped_filesystems": "Filesystems skipped", "hidden_filesystems": "Filesystems hidden"}
 
 
-def machine_rows(sample: Mapping[str, Any], host_key: str | None) -> list[tuple[str, str]]:
-    details = {**sample["details"], "host_key": host_key}
-    if "uptime_seconds" in details:
-        details["uptime_seconds"] = duration_text(details["uptime_seconds"])
-    return [(label, f"{text:g}" if isinstance(text, float) else str(text))
-            for name, label in MACHINE.items() if (text := details.get(name)) is not None]
-
-
 def charts(session: Session, resource: ResourceRow, span: str, now: float) -> list[dict[str, Any]]:
     begin, drawn = now - SPANS[span][0], []
     written = "%H:%M" if span in ("hour", "day") else "%d %b"
@@ -9380,7 +9361,8 @@ def resource_page(name: str, **more: Any) -> flask.Response:
     return render_page("resource.html", shown=resource, span=span,
                        readings=reading_rows(sample, resource, damage),
                        span_links=[(name, f"?span={name}", f"Last {name}", None) for name in SPANS],
-                       machine=machine_rows(sample, row.host_key), login_wait=context.monitor.login_wait(name),
+                       machine=MACHINE, details={**sample["details"], "host_key": row.host_key},
+                       login_wait=context.monitor.login_wait(name),
                        origin=row.origin == "inventory" and (row.place or context.inventory.path.name),
                        refresh="" if request.method == "GET" else resource.href,
                        outcomes=outcomes, **more)
@@ -9404,7 +9386,6 @@ RETYPABLE = re.compile(r"/-/(add|users|resources/[^/]+/(edit|maintenance))")    
 NEVER_SHOWN = ("password", "current", "new", "again")   # secrets of the forms
 INPUTS = ("platform", "name", "interval", "critical", "hostname", "port", "username", "password")
 OTHERS = [name for name in ResourceSettings.model_fields if name not in {*INPUTS, *INVENTORY_ONLY}]
-NEW_RESOURCE = {"platform": Platform.UNIX.value, "critical": "true"}
 EXAMPLE = """limits: {memory_percent: {warn: 80, fail: 95}, disk_percent: 90}
 services: [postgresql, cron]
 checks: [{name: queue, command: test ! -e /var/spool/stalled}]
@@ -9437,7 +9418,7 @@ def form_texts(name: str) -> dict[str, str]:
     other = {name: value for name, value in values.items() if name in OTHERS}
     texts["settings"] = yaml.safe_dump(other, sort_keys=False, allow_unicode=True,
                                        default_flow_style=None) if other else ""
-    return NEW_RESOURCE | texts | {"critical": "true" if values.get("critical", True) else ""}
+    return {"platform": Platform.UNIX.value, **texts, "critical": "true" if values.get("critical", True) else ""}
 
 
 def form_page(name: str = "", given: Mapping[str, str] | None = None, **more: Any) -> flask.Response:
