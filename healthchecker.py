@@ -7443,11 +7443,9 @@ class ConsoleContext:
 
     @property
     def is_healthy(self) -> bool:
-        """The gate's answer."""
         return lease_clock() < self.lease.until.value
 
     def offered_key(self, name: str) -> str:
-        """The key that the host of a resource shows now."""
         with self.store.reading() as session:
             target = target_of(find_resource(session, name), self.vault)
         return offered_key(target, self.connections)
@@ -8026,7 +8024,6 @@ def describe(operation: Route, schemas: Mapping[Any, Any]) -> dict[str, Any]:
 
 @functools.cache
 def openapi() -> dict[str, Any]:
-    """The description of the API, made from its models."""
     adapters: list[Any] = [("problem", "serialization", TypeAdapter(Problem))]
     for operation in OPERATIONS:
         adapters += [(operation.key, mode, TypeAdapter(model)) for mode, model in (
@@ -8052,7 +8049,6 @@ def openapi() -> dict[str, Any]:
 
 # --- requests ---
 def current_principal() -> Principal:
-    """Who sent the request that is being answered."""
     return cast(Principal, flask.g.principal)
 
 
@@ -8454,7 +8450,7 @@ TEMPLATES = {"layout.html": """<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{% block title %}{{ title }}{% endblock %} · HealthChecker</title>
+<title>{{ title }} · HealthChecker</title>
 <link rel="icon" href="{{ assets.svg }}" type="image/svg+xml">
 <link rel="stylesheet" href="{{ assets.css }}">
 <script src="{{ assets.js }}" defer></script>
@@ -8480,7 +8476,7 @@ TEMPLATES = {"layout.html": """<!doctype html>
 {% endif %}
 <p class="notice lost" id="lost" role="alert" hidden></p>
 <main id="main" tabindex="-1"{% if refresh is string %} data-refresh="{{ refresh }}"{% endif %}>
-{% block main %}{% endblock %}
+{% include page ~ ".html" %}
 </main>
 {% if user %}<footer class="soft">Times are the server's, {{ zone }}. HealthChecker {{ version }}.</footer>{% endif %}
 </body>
@@ -8541,10 +8537,7 @@ TEMPLATES = {"layout.html": """<!doctype html>
 <tr><td colspan="5" class="soft">None.</td></tr>
 {% endfor %}
 {% endmacro %}
-""", "overview.html": """{% extends "layout.html" %}
-{% set word, colour = ("open", "healthy") if is_open else ("closed", "unhealthy") %}
-{% block title %}{% if counts.unhealthy %}{{ counts.unhealthy }} unhealthy, {% endif %}gate {{ word }}{% endblock %}
-{% block main %}
+""", "overview.html": """{% set word, colour = ("open", "healthy") if is_open else ("closed", "unhealthy") %}
 <h1 class="hidden">Overview</h1>
 <section class="gate {{ colour }}" aria-label="Gate">
 <h2 aria-live="polite">{{ state(colour, "Gate " ~ word) }}</h2>
@@ -8603,11 +8596,7 @@ TEMPLATES = {"layout.html": """<!doctype html>
 <p class="empty">No resource is watched: the gate is open whatever happens.
 {% if admin %}<a href="/-/add">Add the first one</a>{% endif %}</p>
 {% endif %}
-{% endblock %}
-""", "resource.html": """{% extends "layout.html" %}
-{% block title %}{{ shown.name }}: {{ shown.status.state }}{% endblock %}
-{% block main %}
-<header class="title">
+""", "resource.html": """<header class="title">
 <div><h1>{{ shown.name }}</h1>
 <p class="soft">{{ shown.address }}{% for label in shown.labels %} <i>{{ label }}</i>{% endfor %}
  · {{ "from " ~ origin ~ ", read-only here" if origin else "added here" }}</p></div>
@@ -8750,11 +8739,7 @@ else "%g"|format(details[name]) if details[name] is number else details[name] }}
 {% call table("Events", ("Time", "Kind", "What", "Who"), "events") %}{{ event_rows(events, own=true) }}{% endcall %}
 <p><a href="/-/events?resource={{ shown.name|urlencode }}">All events of {{ shown.name }}</a></p>
 </section>
-{% endblock %}
-""", "events.html": """{% extends "layout.html" %}
-{% set title = "Events" %}
-{% block main %}
-<div class="tools">
+""", "events.html": """<div class="tools">
 <h1>{{ title }}</h1>
 <form class="filter" role="search" data-live data-keep>
 <select name="kind" aria-label="Kind"><option value="">Every kind</option>{{ options(kinds, filter.kind) }}</select>
@@ -8767,11 +8752,7 @@ else "%g"|format(details[name]) if details[name] is number else details[name] }}
 {{ event_rows(events) }}
 {% endcall %}
 {% if older %}<p><a href="{{ older }}" rel="next">Older</a></p>{% endif %}
-{% endblock %}
-""", "users.html": """{% extends "layout.html" %}
-{% set title = "Users" %}
-{% block main %}
-<div class="tools"><h1>{{ title }}</h1></div>
+""", "users.html": """<div class="tools"><h1>{{ title }}</h1></div>
 {{ message("trouble", problem, outcome) }}
 {% call table("Users", ("Name", "Role", "Change")) %}
 {% for account in users %}
@@ -8808,11 +8789,7 @@ else "%g"|format(details[name]) if details[name] is number else details[name] }}
 <button>End<span class="hidden"> this {{ login.kind }} of {{ login.user }}</span></button></form></td></tr>
 {% endfor %}
 {% endcall %}
-{% endblock %}
-""", "login.html": """{% extends "layout.html" %}
-{% set title = "Log in" %}
-{% block main %}
-<form method="post" class="panel narrow" action="{{ action }}">
+""", "log in.html": """<form method="post" class="panel narrow" action="{{ action }}">
 <h1>{{ title }}</h1>
 {{ message("trouble", problem, outcome) }}
 {{ input(form, "username", "Name", required="", autofocus="", autocomplete="username") }}
@@ -8820,11 +8797,7 @@ else "%g"|format(details[name]) if details[name] is number else details[name] }}
 {% for name, text in (typed or {}).items() %}<input type="hidden" name="{{ name }}" value="{{ text }}">{% endfor %}
 <button class="primary">Log in</button>
 </form>
-{% endblock %}
-""", "password.html": """{% extends "layout.html" %}
-{% set title = "Change the password" %}
-{% block main %}
-<form method="post" class="panel narrow">
+""", "change the password.html": """<form method="post" class="panel narrow">
 <h1>{{ title }}</h1>
 {{ message("trouble", problem) }}
 <input class="hidden" value="{{ user.username }}" autocomplete="username" tabindex="-1" aria-hidden="true" readonly>
@@ -8833,16 +8806,13 @@ else "%g"|format(details[name]) if details[name] is number else details[name] }}
 {{ password(form, "again", "New password again", "the same") }}
 <button class="primary">Change the password</button>
 </form>
-{% endblock %}
-""", "form.html": """{% extends "layout.html" %}
-{% block main %}
-<form method="post" class="resource" autocomplete="off">
+""", "form.html": """<form method="post" class="resource" autocomplete="off">
 <div class="tools"><h1>{{ title }}</h1></div>
 <fieldset class="panel"><legend>Resource</legend>
 <div class="inputs">
 <label>Platform <select name="platform">{{ options(platforms, form.given.platform) }}</select>
 <span class="hint">unix asks the host which one it is</span></label>
-{{ input(form, "name", "Name", "unique; default: the host name", readonly="" if fixed) }}
+{{ input(form, "name", "Name", "unique; default: the host name", readonly="" if name) }}
 {{ input(form, "interval", "Interval, seconds", "between two polls", inputmode="decimal", placeholder="60") }}
 <label class="checkbox">
 <input type="checkbox" name="critical" value="true"{% if form.given.critical %} checked{% endif %}>
@@ -8854,7 +8824,7 @@ Critical: while it is unhealthy, the gate is closed</label>
 {{ input(form, "port", "Port", inputmode="numeric", placeholder=ports) }}
 {{ input(form, "username", "User name") }}
 {{ input(form, "password", "Password", "sealed, and never shown again", "password", autocomplete="new-password",
-         placeholder="unchanged" if fixed) }}
+         placeholder="unchanged" if name) }}
 </div></fieldset>
 <fieldset class="panel"><legend>Everything else</legend>
 {{ input(form, "settings", "Limits, services, checks and other settings: none is needed", "YAML as in the inventory: "
@@ -8863,15 +8833,12 @@ Critical: while it is unhealthy, the gate is closed</label>
 <div class="buttons">
 <button name="do" value="save" class="primary">Save</button>
 <button name="do" value="test" data-inline>Test connection</button>
-<a href="{{ back }}">Cancel</a>
+<a href="{{ name|resource_path if name else "/-/" }}">Cancel</a>
 {{ message("result", problem, outcome) }}
 </div>
 </form>
-{% endblock %}
-""", "error.html": """{% extends "layout.html" %}
-{% block main %}
+""", "error.html": """
 <section class="panel narrow"><h1>{{ title }}</h1><p>{{ problem }}</p><p><a href="/-/">Overview</a></p></section>
-{% endblock %}
 """}
 
 
@@ -8890,24 +8857,24 @@ STYLE = r"""
   --text: light-dark(#19212c, #dee5ed); --soft: light-dark(#566070, #98a5b5); --line: light-dark(#dadfe6, #2b3440);
   --link: light-dark(#0a58a8, #74b5f7); --track: light-dark(#e1e5ea, #2b3440); --fill: light-dark(#6f8096, #7e90a5);
   --healthy: light-dark(#18713a, #55c57c); --degraded: light-dark(#855400, #e3b04b);
-  --unhealthy: light-dark(#b91f29, #ff8078); --maintenance: light-dark(#5443c2, #b0a4ff); --unknown: var(--soft);
+  --unhealthy: light-dark(#b91f29, #ff8078); --maintenance: light-dark(#5443c2, #b0a4ff);
   font: 14px/1.45 Inter, system-ui, "Segoe UI", Roboto, "Noto Sans", sans-serif;
   font-variant-numeric: tabular-nums; background: var(--page); color: var(--text);
 }
 * { box-sizing: border-box; } body, h1, h2, p, ul, ol, dl, dd, figure, fieldset { margin: 0; padding: 0; }
 body { overflow-wrap: anywhere; }
 .top, .notice, main, footer { padding: 0 max(1rem, 50vw - 52rem); }
-main { outline: none; } footer { padding-block: 1.5rem; font-size: .8125rem; }
+main { outline: none; } footer { padding-block: 1.5rem; }
 h1 { font-size: 1.5rem; line-height: 1.25; } h2 { font-size: 1rem; }
 a { color: var(--link); text-decoration-thickness: 1px; text-underline-offset: .15em; }
 :is(nav, th, .who) a:not(:hover), .brand, .button { text-decoration: none; }
 small, .soft, th, dt, figcaption { color: var(--soft); font-weight: 400; }
-small { font-size: .8125rem; } b { font-weight: 600; } time { white-space: nowrap; }
+small, footer, thead th, .hint, .error { font-size: .8125rem; } b { font-weight: 600; } time { white-space: nowrap; }
 .hidden:not(:focus) { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%);
   white-space: nowrap; }
 .skip:focus { position: fixed; inset: .5rem auto auto .5rem; z-index: 3; padding: .5rem; background: var(--surface); }
 .healthy { --state: var(--healthy); } .degraded { --state: var(--degraded); } .unhealthy { --state: var(--unhealthy); }
-.unknown { --state: var(--unknown); } .maintenance { --state: var(--maintenance); }
+.unknown { --state: var(--soft); } .maintenance { --state: var(--maintenance); }
 
 .top, .who, .gate, .tools, .chips, .filter, .title, .actions, .row, .buttons { display: flex; flex-wrap: wrap;
   align-items: center; gap: .5rem 1rem; }
@@ -8948,7 +8915,7 @@ button:disabled { opacity: .6; cursor: progress; }
 
 table { width: 100%; border-collapse: collapse; }
 th, td { padding: .375rem .625rem; text-align: left; vertical-align: top; border-top: 1px solid var(--line); }
-tbody th { min-width: 5rem; } thead th { border: 0; white-space: nowrap; font-size: .8125rem; }
+tbody th { min-width: 5rem; } thead th { border: 0; white-space: nowrap; }
 i { display: inline-block; padding: 0 .375rem; border: 1px solid var(--line); border-radius: 3px; font-style: normal;
   font-size: .75rem; line-height: 1.3; background: var(--sunken); color: var(--soft); }
 i.maintenance, i.degraded { color: var(--state); }
@@ -8960,7 +8927,7 @@ i.maintenance, i.degraded { color: var(--state); }
 .overview tbody th p { color: var(--state); font-size: .875rem; }
 .overview tr.unhealthy { box-shadow: inset 3px 0 var(--unhealthy); }
 .empty { padding: 3rem 1rem; text-align: center; }
-.bar { width: 6rem; max-width: 40%; height: .5rem; margin-right: .5rem; vertical-align: baseline; }
+.bar { width: 6rem; max-width: 40%; height: .5rem; margin-right: .5rem; }
 .overview .bar { width: 4rem; max-width: none; }
 .bar path { stroke: var(--fill); stroke-width: 8; fill: none; } .bar path:first-child { stroke: var(--track); }
 .bar .degraded, .bar .unhealthy, .graph .limit { stroke: var(--state); }
@@ -8980,32 +8947,32 @@ i.maintenance, i.degraded { color: var(--state); }
   margin-top: .375rem; box-shadow: 0 6px 24px #0004; }
 .narrow { display: grid; gap: .75rem; max-width: 24rem; margin: 8vh auto 0; } .narrow > * { margin: 0 !important; }
 .columns { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(22rem, 100%), 1fr)); gap: 0 1.5rem; }
+.charts, .inputs { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(var(--width), 100%), 1fr));
+  gap: .75rem 1rem; }
 .columns h2, h2#events { margin: 1.25rem 0 .5rem; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .375rem 1rem; padding: .625rem; }
 code, pre, textarea { font: .8125rem/1.45 ui-monospace, "SF Mono", Consolas, "DejaVu Sans Mono", monospace; }
 pre { margin: .25rem 0 0; padding: .5rem .625rem; max-height: 20rem; overflow: auto; white-space: pre-wrap;
   background: var(--sunken); }
-.charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(27rem, 100%), 1fr)); gap: 1rem; }
-figure { padding: .625rem .75rem; }
+.charts { --width: 27rem; row-gap: 1rem; } figure { padding: .625rem .75rem; }
 figcaption b { color: var(--text); margin-right: .375rem; }
 .plot { display: flex; gap: .375rem; height: 8rem; margin-top: .75rem; }
 .scale, .times { display: flex; justify-content: space-between; list-style: none; color: var(--soft);
   font-size: .75rem; }
 .scale { flex-direction: column; min-width: 2rem; margin-block: -.375rem; text-align: right; line-height: 1; }
-.times { margin: .375rem 0 0 2.375rem; } .graph { flex: 1; width: 100%; min-width: 0; height: 100%; overflow: visible; }
-.graph { transform: scaleY(-1); }
+.times { margin: .375rem 0 0 2.375rem; }
+.graph { flex: 1; min-width: 0; overflow: visible; transform: scaleY(-1); }
 .graph path { fill: none; stroke: var(--track); vector-effect: non-scaling-stroke; }
 .graph .band { fill: color-mix(in srgb, var(--link) 22%, transparent); stroke: none; }
 .graph .line { stroke: var(--link); stroke-width: 1.5; stroke-linejoin: round; stroke-linecap: round; }
 
 form.resource, form:has(> .inputs) { max-width: 68rem; }
-.inputs { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(15rem, 100%), 1fr)); gap: .75rem 1rem; }
-.row { align-items: end; padding: .5rem 0; }
+.inputs { --width: 15rem; } .row { align-items: end; padding: .5rem 0; }
 label { display: block; }
 label > input:not([type=checkbox]), label > select, label > textarea { display: block; width: 100%;
   margin-top: .125rem; }
 label.checkbox { align-self: center; }
-.hint, .error { display: block; margin-top: .125rem; font-size: .8125rem; color: var(--soft); }
+.hint, .error { display: block; margin-top: .125rem; color: var(--soft); }
 .error { color: var(--unhealthy); white-space: pre-line; }
 [aria-invalid] { border-color: var(--unhealthy); box-shadow: 0 0 0 1px var(--unhealthy); }
 ::placeholder { color: var(--soft); opacity: 1; } fieldset { min-width: 0; }
@@ -9040,10 +9007,7 @@ const [main, lost] = ["main", "lost"].map(id => document.getElementById(id));
 let attended = true;    // somebody is here: only that keeps a session alive
 let turn = 0;           // counts questions; the answer to an earlier one than the last is dropped
 
-function warn(text) {
-  lost.textContent = text;
-  lost.hidden = false;
-}
+const warn = text => Object.assign(lost, { textContent: text, hidden: false });
 
 // Makes `old` like `next` in place: focus, selection, scrolling, typed text and opened details stay as they are,
 // and what is marked data-keep, unless a form was sent.
@@ -9115,9 +9079,8 @@ async function send(form, button) {
   button.disabled = true;
   try {
     const { answer, page } = await ask(form.action, { method: "POST", body, signal: AbortSignal.timeout(SENDING) });
-    const elsewhere = answer.redirected && new URL(answer.url).pathname !== location.pathname;
-    if (elsewhere) { location.assign(answer.url); return; }
-    if (answer.status === 401) { form.submit(); return; }     // the login, which brings what was typed back
+    if (answer.redirected && new URL(answer.url).pathname !== location.pathname) return location.assign(answer.url);
+    if (answer.status === 401) return form.submit();     // the login, which brings what was typed back
     if (answer.ok) form.closest("details")?.removeAttribute("open");
     show(page, true);
   } catch {
@@ -9182,14 +9145,16 @@ def asset(name: str) -> Answer:
     return flask.Response(text, mimetype=kind, headers={"Cache-Control": "public, max-age=31536000, immutable"})
 
 
-def render_page(template: str, status: int = 200, *, given: Mapping[str, str] | None = None,
+def render_page(page: str, status: int = 200, *, given: Mapping[str, str] | None = None,
                 errors: Mapping[str, str] | None = None, **shown: Any) -> flask.Response:
-    """A page. Its form shows `given`, and `errors` at the fields; `shown` is what else its template needs."""
+    """A page. Its form shows `given`, and `errors` at the fields; `shown` is what else its template needs, and its
+    title where that is not the template's name."""
     who: Principal | None = flask.g.get("principal")
     user = who.user if who else None
-    common = {"user": user, "admin": user and user.role == "admin", "zone": time.strftime("%Z"), "version": VERSION,
-              "now": who.context.clock() if who else 0.0, "form": {"given": given or {}, "errors": errors or {}}}
-    return flask.Response(flask.render_template(template, **(common | shown)), status, mimetype="text/html")
+    common = {"page": page, "title": page.capitalize(), "zone": time.strftime("%Z"), "version": VERSION,
+              "user": user, "admin": user and user.role == "admin", "now": who.context.clock() if who else 0.0,
+              "form": {"given": given or {}, "errors": errors or {}}}
+    return flask.Response(flask.render_template("layout.html", **(common | shown)), status, mimetype="text/html")
 
 
 NO_SETTINGS: dict[str, Any] = {"tags": [], "critical": True, "limits": {}}
@@ -9287,8 +9252,9 @@ def overview() -> Answer:
                   key=lambda resource: resource.sort_key)
     links = [(state, query_of(wanted | {"state": state}), state.capitalize() or "All", counts[state] or len(found))
              for state in ("", *STATES) if counts[state] or state in ("", wanted["state"])]
-    return render_page("overview.html", is_open=is_open, last=last, blockers=blockers, rows=rows, counts=counts,
-                       state_links=links, filter=wanted,
+    title = f"{counts['unhealthy']} unhealthy, gate " if counts["unhealthy"] else "gate "
+    return render_page("overview", title=title + ("open" if is_open else "closed"), is_open=is_open, last=last,
+                       blockers=blockers, rows=rows, state_links=links, filter=wanted,
                        tags=sorted({tag for resource in everything for tag in resource.settings["tags"]}),
                        clock_step=context.monitor.clock_step, empty=not everything, refresh="")
 
@@ -9358,7 +9324,7 @@ def resource_page(name: str, **more: Any) -> flask.Response:
     outcomes = sorted(((kind, called, outcome) for kind in ("service", "check")
                        for called, outcome in sample[f"{kind}s"].items()),
                       key=lambda row: (bool(row[2]["good"]), not row[2].get("degraded")))     # worst first
-    return render_page("resource.html", shown=resource, span=span,
+    return render_page("resource", title=f"{name}: {resource.status.state}", shown=resource, span=span,
                        readings=reading_rows(sample, resource, damage),
                        span_links=[(name, f"?span={name}", f"Last {name}", None) for name in SPANS],
                        machine=MACHINE, details={**sample["details"], "host_key": row.host_key},
@@ -9369,14 +9335,13 @@ def resource_page(name: str, **more: Any) -> flask.Response:
 
 
 def event_page() -> Answer:
-    """What happened, newest first."""
     who, args = current_principal(), flask.request.args
     wanted = {name: args.get(name, "") for name in ("kind", "resource", "before")}
     found = list_events(who, {"limit": EVENTS_SHOWN} | {name: text for name, text in wanted.items() if text})
     with who.context.store.reading() as session:
         names = sorted(session.scalars(sqlalchemy.select(Resource.name)))
     older = query_of(wanted | {"before": str(found[-1].id)}) if len(found) == EVENTS_SHOWN else ""
-    return render_page("events.html", events=found, kinds=KINDS, filter=wanted, names=names, older=older,
+    return render_page("events", events=found, kinds=KINDS, filter=wanted, names=names, older=older,
                        refresh=None if wanted["before"] else "")
 
 
@@ -9425,10 +9390,10 @@ def form_page(name: str = "", given: Mapping[str, str] | None = None, **more: An
     """The form to add a resource, or to change the one called `name`."""
     if given is None:
         given = form_texts(name)
-    return render_page("form.html", title=f"Edit {name}" if name else "Add a resource", fixed=bool(name), given=given,
+    return render_page("form", title=f"Edit {name}" if name else "Add a resource", name=name, given=given,
+                       others=OTHERS, example=EXAMPLE,
                        platforms=[platform for platform in SELECTABLE if platform != "local"],
-                       ports=f"{SSH_PORT}; Windows: {WINRM_PORTS[True]}", others=OTHERS, example=EXAMPLE,
-                       back=resource_path(name) if name else PREFIX, **more)
+                       ports=f"{SSH_PORT}; Windows: {WINRM_PORTS[True]}", **more)
 
 
 def form_settings(form: Mapping[str, str], document: Document, *, is_new: bool) -> dict[str, Any]:
@@ -9467,7 +9432,6 @@ def resource_form(who: Principal, name: str = "") -> Answer:
 
 
 def maintenance_form(who: Principal, name: str) -> None:
-    """Begins maintenance for a number of minutes, or ends it."""
     form = flask.request.form
     minutes = int(form["minutes"]) if re.fullmatch("[0-9]{1,6}", form.get("minutes", "")) else 0
     if not minutes:
@@ -9489,7 +9453,7 @@ def user_page(name: str = "", number: str = "", **more: Any) -> flask.Response:
     who = current_principal()
     if name or number:
         more = {**more, "given": {}, "errors": {}}
-    return render_page("users.html", users=list_users(who), sessions=list_sessions(who), roles=get_args(Role), **more)
+    return render_page("users", users=list_users(who), sessions=list_sessions(who), roles=get_args(Role), **more)
 
 
 def filled() -> dict[str, str]:
@@ -9534,7 +9498,7 @@ def login_again() -> flask.Response:
     typed = {TYPED + name: text for name, text in request.form.items() if kept and name not in NEVER_SHOWN}
     shown = re.match(r"/-/(add|password|users|resources/[^/]+)?", request.path)
     after = quote(request.path if typed else shown[0] if shown else PREFIX)
-    return render_page("login.html", 401, typed=typed, outcome="degraded", action=f"/-/login?next={quote(after)}",
+    return render_page("log in", 401, typed=typed, outcome="degraded", action=f"/-/login?next={quote(after)}",
                        problem="Your session is over. Log in, and what was typed is there again, but for passwords.")
 
 
@@ -9545,7 +9509,7 @@ def login_form() -> Answer:
     try:
         user = sign_in(who, {name: form.get(name, "") for name in Credentials.model_fields})
     except ApiError as refusal:
-        return render_page("login.html", refusal.status, problem=str(refusal), given=form, typed=typed)
+        return render_page("log in", refusal.status, problem=str(refusal), given=form, typed=typed)
     after = flask.request.args.get("next", "")
     if not after.startswith(PREFIX) or not after.isprintable() or "\\" in after:
         after = PREFIX      # after a login nobody is sent elsewhere
@@ -9567,7 +9531,7 @@ def error_page(error: ApiError) -> Answer:
     who: Principal | None = flask.g.get("principal")
     if who and who.operator and who.restricted and error.status == 403 and not is_form:
         return flask.redirect("/-/password", 303)
-    return render_page("error.html", error.status, title=http.HTTPStatus(error.status).phrase, problem=str(error))
+    return render_page("error", error.status, title=http.HTTPStatus(error.status).phrase, problem=str(error))
 
 
 def refuse(failure: Exception) -> Answer:
@@ -9603,11 +9567,11 @@ PAGES = (
     form_route(USERS + "/<name>/remove", user_page, remove_user, USERS),
     form_route("/-/sessions/<number>/end", user_page, end_session, USERS),
     Route("GET", "/-/static/<name>", "", asset, restricted=True),
-    Route("GET", "/-/login", "", lambda: render_page("login.html"), restricted=True),
+    Route("GET", "/-/login", "", lambda: render_page("log in"), restricted=True),
     Route("POST", "/-/login", "", login_form, restricted=True),
     Route("POST", "/-/logout", "viewer", logout_form, restricted=True),
-    Route("GET", "/-/password", "viewer", lambda: render_page("password.html"), restricted=True),
-    replace(form_route("/-/password", functools.partial(render_page, "password.html"), password_form),
+    Route("GET", "/-/password", "viewer", lambda: render_page("change the password"), restricted=True),
+    replace(form_route("/-/password", functools.partial(render_page, "change the password"), password_form),
             needs="viewer", restricted=True),
 )
 
