@@ -7563,11 +7563,10 @@ def resource_view(row: Resource, status: Status | None, context: ConsoleContext)
         **{name: getattr(row, name) for name in Resource.COLUMNS}, "origin": row.origin,
         "place": row.place or None,
         "has_secret": row.password is not None or row.key_passphrase is not None, "trusted_key": row.host_key,
-        "maintenance": None, "since": utc_time(known.since_at), "polled": utc_time(known.polled_at),
+        "since": utc_time(known.since_at), "polled": utc_time(known.polled_at),
+        "maintenance": Maintenance.model_construct(until=utc_time(row.maintenance), reason=row.maintenance_reason)
+        if row.maintenance > context.clock() else None,
         **{name: getattr(known, name) for name in ("state", "cause", "reason", "seconds")}}
-    if row.maintenance > context.clock():
-        shown["maintenance"] = Maintenance.model_construct(
-            until=utc_time(row.maintenance), reason=row.maintenance_reason)
     try:
         return ResourceView.model_validate(from_json(row.settings) | shown | {"sample": from_json(known.sample)})
     except (ValueError, TypeError):
@@ -8446,7 +8445,62 @@ def chart_svg(points: Sequence[Point], limit: LimitValues, begin: float, end: fl
                f'<path class="band" d="{band}"/><path class="line" d="{line}"/>' + limit_marks(limit, top, "M0 {}h100"))
 
 
-TEMPLATES = {"layout.html": """<!doctype html>
+TEMPLATES = {"layout.html": """{% macro table(label, heads, class="") %}
+<table aria-label="{{ label }}" class="{{ class }}">
+<thead><tr>{% for name in heads %}<th scope="col">{{ name }}</th>{% endfor %}</tr></thead>
+<tbody>{{ caller() }}</tbody>
+</table>
+{% endmacro %}
+{% macro state(name, what="") %}<b class="state {{ name }}">{{ what or name }}</b>{% endmacro %}
+{% macro message(id, text, kind) %}
+<div id="{{ id }}" role="alert" data-keep>{% if text %}<p class="message {{ kind or 'unhealthy' }}">{{ text }}</p>
+{% endif %}</div>
+{% endmacro %}
+{% macro chips(label, links, chosen) %}
+<nav class="chips" aria-label="{{ label }}">
+{% for name, href, text, count in links %}
+<a class="{{ name }}" href="{{ href }}"{% if name == chosen %} aria-current="true"{% endif %}>{{ text }}
+{% if count is not none %}<b>{{ count }}</b>{% endif %}</a>
+{% endfor %}
+</nav>
+{% endmacro %}
+{% macro options(values, chosen) %}
+{% for value in values %}
+<option value="{{ value }}"{% if value == chosen %} selected{% endif %}>
+{{- values[value] if values is mapping else value }}</option>
+{% endfor %}
+{% endmacro %}
+{% macro input(name, label, hint="", type="text") %}
+{% set error = errors[name] %}
+{% set invalid = {"aria-invalid": "true", "aria-describedby": "e-" ~ name} if error else {} %}
+<label class="{{ type }}">{{ label }}
+{% if type == "textarea" %}
+<textarea name="{{ name }}"{{ dict(kwargs, **invalid)|xmlattr }}>
+{{ given[name] }}</textarea>
+{% else %}
+<input type="{{ type }}" name="{{ name }}"{% if type != "password" %} value="{{ given[name] }}"{% endif %}
+{{- dict(kwargs, **invalid)|xmlattr }}>
+{% endif %}
+{% if hint %}<span class="hint">{{ hint }}</span>{% endif %}
+{% if error %}<span class="error" id="e-{{ name }}">{{ error }}</span>{% endif %}
+</label>
+{% endmacro %}
+{% macro password(name, label, hint="") %}
+{{ input(name, label, hint, "password", required="", maxlength="1024", minlength="12" if hint,
+         autocomplete="new-password" if hint else "current-password") }}
+{% endmacro %}
+{% macro event_rows(events, own=false) %}
+{% for event in events %}
+<tr><td><time>{{ event.at|local_time }}</time></td><td>{{ event.kind }}</td>
+{% if not own %}
+<td>{% if event.resource %}<a href="{{ event.resource|resource_path }}">{{ event.resource }}</a>{% endif %}</td>
+{% endif %}
+<td>{{ event.text }}</td><td>{{ event.actor }} <small>{{ event.address }}</small></td></tr>
+{% else %}
+<tr><td colspan="5" class="soft">None.</td></tr>
+{% endfor %}
+{% endmacro %}
+<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
@@ -8481,62 +8535,6 @@ TEMPLATES = {"layout.html": """<!doctype html>
 {% if user %}<footer class="soft">Times are the server's, {{ zone }}. HealthChecker {{ version }}.</footer>{% endif %}
 </body>
 </html>
-""", "macros.html": """
-{% macro state(name, what="") %}<b class="state {{ name }}">{{ what or name }}</b>{% endmacro %}
-{% macro table(label, heads, class="") %}
-<table aria-label="{{ label }}" class="{{ class }}">
-<thead><tr>{% for name in heads %}<th scope="col">{{ name }}</th>{% endfor %}</tr></thead>
-<tbody>{{ caller() }}</tbody>
-</table>
-{% endmacro %}
-{% macro message(id, text, kind) %}
-<div id="{{ id }}" role="alert" data-keep>{% if text %}<p class="message {{ kind or 'unhealthy' }}">{{ text }}</p>
-{% endif %}</div>
-{% endmacro %}
-{% macro chips(label, links, chosen) %}
-<nav class="chips" aria-label="{{ label }}">
-{% for name, href, text, count in links %}
-<a class="{{ name }}" href="{{ href }}"{% if name == chosen %} aria-current="true"{% endif %}>{{ text }}
-{% if count is not none %}<b>{{ count }}</b>{% endif %}</a>
-{% endfor %}
-</nav>
-{% endmacro %}
-{% macro options(values, chosen) %}
-{% for value in values %}
-<option value="{{ value }}"{% if value == chosen %} selected{% endif %}>
-{{- values[value] if values is mapping else value }}</option>
-{% endfor %}
-{% endmacro %}
-{% macro input(form, name, label, hint="", type="text") %}
-{% set error = form.errors[name] %}
-{% set invalid = {"aria-invalid": "true", "aria-describedby": "e-" ~ name} if error else {} %}
-<label class="{{ type }}">{{ label }}
-{% if type == "textarea" %}
-<textarea name="{{ name }}"{{ dict(kwargs, **invalid)|xmlattr }}>
-{{ form.given[name] }}</textarea>
-{% else %}
-<input type="{{ type }}" name="{{ name }}"{% if type != "password" %} value="{{ form.given[name] }}"{% endif %}
-{{- dict(kwargs, **invalid)|xmlattr }}>
-{% endif %}
-{% if hint %}<span class="hint">{{ hint }}</span>{% endif %}
-{% if error %}<span class="error" id="e-{{ name }}">{{ error }}</span>{% endif %}
-</label>
-{% endmacro %}
-{% macro password(form, name, label, hint="") %}
-{{ input(form, name, label, hint, "password", required="", maxlength="1024", minlength="12" if hint,
-         autocomplete="new-password" if hint else "current-password") }}
-{% endmacro %}
-{% macro event_rows(events, own=false) %}
-{% for event in events %}
-<tr><td><time>{{ event.at|local_time }}</time></td><td>{{ event.kind }}</td>
-{% if not own %}
-<td>{% if event.resource %}<a href="{{ event.resource|resource_path }}">{{ event.resource }}</a>{% endif %}</td>
-{% endif %}
-<td>{{ event.text }}</td><td>{{ event.actor }} <small>{{ event.address }}</small></td></tr>
-{% else %}
-<tr><td colspan="5" class="soft">None.</td></tr>
-{% endfor %}
-{% endmacro %}
 """, "overview.html": """{% set word, colour = ("open", "healthy") if is_open else ("closed", "unhealthy") %}
 <h1 class="hidden">Overview</h1>
 <section class="gate {{ colour }}" aria-label="Gate">
@@ -8603,11 +8601,11 @@ TEMPLATES = {"layout.html": """<!doctype html>
 {% if admin %}
 <div class="actions" data-keep>
 <form method="post" action="{{ shown.href }}/check" data-inline><button>Check now</button></form>
-<details name="action"{% if form.given.reason %} open{% endif %}><summary class="button">Maintenance</summary>
+<details name="action"{% if given.reason %} open{% endif %}><summary class="button">Maintenance</summary>
 <form method="post" action="{{ shown.href }}/maintenance" data-inline class="panel">
 <p><label>For <select name="minutes">{{ options({"30": "30 minutes", "60": "1 hour", "240": "4 hours",
-"1440": "1 day", "10080": "1 week"}, form.given.minutes) }}</select></label></p>
-{{ input(form, "reason", "Reason", maxlength="200", required="") }}
+"1440": "1 day", "10080": "1 week"}, given.minutes) }}</select></label></p>
+{{ input("reason", "Reason", maxlength="200", required="") }}
 <p class="soft">Meanwhile it is polled and shown, and does not close the gate.</p>
 <button class="primary">Begin maintenance</button>
 </form></details>
@@ -8772,10 +8770,10 @@ else "%g"|format(details[name]) if details[name] is number else details[name] }}
 <form method="post" class="panel" action="/-/users" aria-labelledby="new">
 <h2 id="new">Add a user</h2>
 <div class="inputs">
-{{ input(form, "name", "Name", required="", autocomplete="off") }}
-<label>Role <select name="role">{{ options(roles|reverse, form.given.role) }}</select>
+{{ input("name", "Name", required="", autocomplete="off") }}
+<label>Role <select name="role">{{ options(roles|reverse, given.role) }}</select>
 <span class="hint">admin: everything; viewer: looks</span></label>
-{{ password(form, "password", "Password", "12 characters or more") }}
+{{ password("password", "Password", "12 characters or more") }}
 </div>
 <button class="primary">Add user</button>
 </form>
@@ -8792,8 +8790,8 @@ else "%g"|format(details[name]) if details[name] is number else details[name] }}
 """, "log in.html": """<form method="post" class="panel narrow" action="{{ action }}">
 <h1>{{ title }}</h1>
 {{ message("trouble", problem, outcome) }}
-{{ input(form, "username", "Name", required="", autofocus="", autocomplete="username") }}
-{{ password(form, "password", "Password") }}
+{{ input("username", "Name", required="", autofocus="", autocomplete="username") }}
+{{ password("password", "Password") }}
 {% for name, text in (typed or {}).items() %}<input type="hidden" name="{{ name }}" value="{{ text }}">{% endfor %}
 <button class="primary">Log in</button>
 </form>
@@ -8801,33 +8799,33 @@ else "%g"|format(details[name]) if details[name] is number else details[name] }}
 <h1>{{ title }}</h1>
 {{ message("trouble", problem) }}
 <input class="hidden" value="{{ user.username }}" autocomplete="username" tabindex="-1" aria-hidden="true" readonly>
-{{ password(form, "current", "Password until now") }}
-{{ password(form, "new", "New password", "12 characters or more; your other sessions end") }}
-{{ password(form, "again", "New password again", "the same") }}
+{{ password("current", "Password until now") }}
+{{ password("new", "New password", "12 characters or more; your other sessions end") }}
+{{ password("again", "New password again", "the same") }}
 <button class="primary">Change the password</button>
 </form>
 """, "form.html": """<form method="post" class="resource" autocomplete="off">
 <div class="tools"><h1>{{ title }}</h1></div>
 <fieldset class="panel"><legend>Resource</legend>
 <div class="inputs">
-<label>Platform <select name="platform">{{ options(platforms, form.given.platform) }}</select>
+<label>Platform <select name="platform">{{ options(platforms, given.platform) }}</select>
 <span class="hint">unix asks the host which one it is</span></label>
-{{ input(form, "name", "Name", "unique; default: the host name", readonly="" if name) }}
-{{ input(form, "interval", "Interval, seconds", "between two polls", inputmode="decimal", placeholder="60") }}
+{{ input("name", "Name", "unique; default: the host name", readonly="" if name) }}
+{{ input("interval", "Interval, seconds", "between two polls", inputmode="decimal", placeholder="60") }}
 <label class="checkbox">
-<input type="checkbox" name="critical" value="true"{% if form.given.critical %} checked{% endif %}>
+<input type="checkbox" name="critical" value="true"{% if given.critical %} checked{% endif %}>
 Critical: while it is unhealthy, the gate is closed</label>
 </div></fieldset>
 <fieldset class="panel remote"><legend>Connection</legend>
 <div class="inputs">
-{{ input(form, "hostname", "Host name or address") }}
-{{ input(form, "port", "Port", inputmode="numeric", placeholder=ports) }}
-{{ input(form, "username", "User name") }}
-{{ input(form, "password", "Password", "sealed, and never shown again", "password", autocomplete="new-password",
+{{ input("hostname", "Host name or address") }}
+{{ input("port", "Port", inputmode="numeric", placeholder=ports) }}
+{{ input("username", "User name") }}
+{{ input("password", "Password", "sealed, and never shown again", "password", autocomplete="new-password",
          placeholder="unchanged" if name) }}
 </div></fieldset>
 <fieldset class="panel"><legend>Everything else</legend>
-{{ input(form, "settings", "Limits, services, checks and other settings: none is needed", "YAML as in the inventory: "
+{{ input("settings", "Limits, services, checks and other settings: none is needed", "YAML as in the inventory: "
          ~ others|join(", "), "textarea", rows="9", spellcheck="false", placeholder=example) }}
 </fieldset>
 <div class="buttons">
@@ -9135,8 +9133,6 @@ def add_template_globals(app: flask.Flask) -> None:
     env = app.jinja_env
     env.filters.update(duration_text=duration_text, local_time=local_time, resource_path=resource_path)
     env.globals.update(assets={name.rpartition(".")[2]: f"{PREFIX}static/{name}" for name in ASSETS})
-    macros = vars(env.get_template("macros.html").module)
-    env.globals.update({name: macro for name, macro in macros.items() if not name.startswith("_")})
 
 
 def asset(name: str) -> Answer:
@@ -9145,15 +9141,13 @@ def asset(name: str) -> Answer:
     return flask.Response(text, mimetype=kind, headers={"Cache-Control": "public, max-age=31536000, immutable"})
 
 
-def render_page(page: str, status: int = 200, *, given: Mapping[str, str] | None = None,
-                errors: Mapping[str, str] | None = None, **shown: Any) -> flask.Response:
-    """A page. Its form shows `given`, and `errors` at the fields; `shown` is what else its template needs, and its
-    title where that is not the template's name."""
+def render_page(page: str, status: int = 200, **shown: Any) -> flask.Response:
+    """A page, `shown` in its template; its form shows `given`, and `errors` at the fields."""
     who: Principal | None = flask.g.get("principal")
     user = who.user if who else None
-    common = {"page": page, "title": page.capitalize(), "zone": time.strftime("%Z"), "version": VERSION,
-              "user": user, "admin": user and user.role == "admin", "now": who.context.clock() if who else 0.0,
-              "form": {"given": given or {}, "errors": errors or {}}}
+    common: dict[str, Any] = {
+        "page": page, "title": page.capitalize(), "zone": time.strftime("%Z"), "version": VERSION, "user": user,
+        "admin": user and user.role == "admin", "now": who.context.clock() if who else 0.0, "given": {}, "errors": {}}
     return flask.Response(flask.render_template("layout.html", **(common | shown)), status, mimetype="text/html")
 
 
@@ -9203,10 +9197,6 @@ class ResourceRow:
         key = matching_key(limit.get("mounts") or (), mount)
         own = limit if key is None else limit["mounts"][key]
         return own if isinstance(own, dict) else {}     # or off
-
-    def check_limits(self, name: str) -> Mapping[str, LimitValues]:
-        return next((check["limits"] for check in self.settings.get("checks", ()) if check["name"] == name
-                     and "limits" in check), {})
 
     @property
     def bars(self) -> Markup:
@@ -9279,8 +9269,9 @@ def reading_rows(sample: Mapping[str, Any], resource: ResourceRow, damage: str) 
                          "bar": bar_svg(value, own, top) if top else ""})
         if problem or (limit and not found and not damage):
             rows.append({"label": LABELS[metric], "limit": limit, "problem": problem or "not read"})
+    limits_of = {check["name"]: check.get("limits", {}) for check in resource.settings.get("checks", ())}
     for check, outcome in sample["checks"].items():
-        numbers, limits = outcome.get("metrics", {}), resource.check_limits(check)
+        numbers, limits = outcome.get("metrics", {}), limits_of.get(check, {})
         rows += [{"label": f"{check}/{label}", "limit": limits.get(label, {}),
                   **({"text": f"{numbers[label]:g}"} if label in numbers else {"problem": "not read"})}
                  for label in {**numbers, **limits}]
