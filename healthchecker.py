@@ -8242,22 +8242,11 @@ RESOURCE_METRICS: Mapping[str, tuple[str, ...]] = {
     "service_good": ("1 for a service that runs.", "service"),
     "check_good": ("1 for a check that passed.", "check"),
 }
-MetricValue = tuple[str, tuple[str, ...], float]     # a key of RESOURCE_METRICS, values of its labels, value
 
 
-def sample_metrics(sample: Mapping[str, Any]) -> Iterator[MetricValue]:
-    """What the last poll read, from Sample.to_json; a host may send words where a number belongs."""
-    for key, value in (*sample["details"].items(), *sample["metrics"].items()):
-        name, *part = key.split(" ", 1)
-        if len(part) == len(RESOURCE_METRICS.get(name, ())) - 1 and isinstance(value, float):
-            yield name, tuple(part), value
-    for kind in ("service", "check"):
-        for name, outcome in sample[f"{kind}s"].items():
-            yield f"{kind}_good", (name,), outcome["good"]
-
-
-def resource_metrics(row: Any, now: float) -> Iterator[MetricValue]:
-    """All of one resource; a row of METRIC_ROWS. What was not read is left out and never 0."""
+def resource_metrics(row: Any, now: float) -> Iterator[tuple[str, tuple[str, ...], float]]:
+    """All of one resource, a row of METRIC_ROWS: keys of RESOURCE_METRICS, with values of the labels. What was not
+    read is left out and never 0; a host may send words where a number belongs."""
     for state in get_args(State):
         yield "state", (state,), state == (row.state or "unknown")
     yield "maintenance", (), row.maintenance > now
@@ -8267,7 +8256,14 @@ def resource_metrics(row: Any, now: float) -> Iterator[MetricValue]:
         yield "poll_duration_seconds", (), row.seconds
         yield "last_poll_timestamp_seconds", (), row.polled_at
         with contextlib.suppress(ValueError, LookupError, TypeError, AttributeError):   # of a damaged row
-            yield from sample_metrics(from_json(row.sample) or NO_SAMPLE)
+            sample = from_json(row.sample) or NO_SAMPLE
+            for key, value in (*sample["details"].items(), *sample["metrics"].items()):
+                name, *part = key.split(" ", 1)
+                if len(part) == len(RESOURCE_METRICS.get(name, ())) - 1 and isinstance(value, float):
+                    yield name, tuple(part), value
+            for kind in ("service", "check"):
+                for name, outcome in sample[f"{kind}s"].items():
+                    yield f"{kind}_good", (name,), outcome["good"]
 
 
 METRIC_ROWS = RESOURCES.with_only_columns(Resource.name, Resource.maintenance, Status.state, Status.cause,
