@@ -8448,9 +8448,9 @@ TEMPLATES = {"layout.html": """{% macro table(label, heads, class="") %}
 </table>
 {% endmacro %}
 {% macro state(name, what="") %}<b class="state {{ name }}">{{ what or name }}</b>{% endmacro %}
-{% macro message(id, text, kind) %}
-<div id="{{ id }}" role="alert" data-keep>{% if text %}<p class="message {{ kind or 'unhealthy' }}">{{ text }}</p>
-{% endif %}</div>
+{% macro message(id) %}
+<div id="{{ id }}" role="alert" data-keep>{% if problem %}<p class="message {{ outcome or 'unhealthy' }}">
+{{- problem }}</p>{% endif %}</div>
 {% endmacro %}
 {% macro chips(label, links, chosen) %}
 <nav class="chips" aria-label="{{ label }}">
@@ -8616,7 +8616,7 @@ TEMPLATES = {"layout.html": """{% macro table(label, heads, class="") %}
 </div>
 {% endif %}
 </header>
-{{ message("trouble", problem, outcome) }}
+{{ message("trouble") }}
 {% if shown.in_maintenance %}
 <section class="message maintenance" aria-label="Maintenance">
 <p>{{ state("maintenance", "Maintenance") }} until {{ shown.row.maintenance|local_time }}
@@ -8747,7 +8747,7 @@ else "%g"|format(details[name]) if details[name] is number else details[name] }}
 {% endcall %}
 {% if older %}<p><a href="{{ older }}" rel="next">Older</a></p>{% endif %}
 """, "users.html": """<div class="tools"><h1>{{ title }}</h1></div>
-{{ message("trouble", problem, outcome) }}
+{{ message("trouble") }}
 {% call table("Users", ("Name", "Role", "Change")) %}
 {% for account in users %}
 <tr><th scope="row">{{ account.username }}{% if account.username == user.username %} <small>you</small>{% endif %}
@@ -8785,7 +8785,7 @@ else "%g"|format(details[name]) if details[name] is number else details[name] }}
 {% endcall %}
 """, "log in.html": """<form method="post" class="panel narrow" action="{{ action }}">
 <h1>{{ title }}</h1>
-{{ message("trouble", problem, outcome) }}
+{{ message("trouble") }}
 {{ input("username", "Name", required="", autofocus="", autocomplete="username") }}
 {{ password("password", "Password") }}
 {% for name, text in (typed or {}).items() %}<input type="hidden" name="{{ name }}" value="{{ text }}">{% endfor %}
@@ -8793,7 +8793,7 @@ else "%g"|format(details[name]) if details[name] is number else details[name] }}
 </form>
 """, "change the password.html": """<form method="post" class="panel narrow">
 <h1>{{ title }}</h1>
-{{ message("trouble", problem) }}
+{{ message("trouble") }}
 <input class="hidden" value="{{ user.username }}" autocomplete="username" tabindex="-1" aria-hidden="true" readonly>
 {{ password("current", "Password until now") }}
 {{ password("new", "New password", "12 characters or more; your other sessions end") }}
@@ -8828,7 +8828,7 @@ Critical: while it is unhealthy, the gate is closed</label>
 <button name="do" value="save" class="primary">Save</button>
 <button name="do" value="test" data-inline>Test connection</button>
 <a href="{{ name|resource_path if name else "/-/" }}">Cancel</a>
-{{ message("result", problem, outcome) }}
+{{ message("result") }}
 </div>
 </form>
 """, "error.html": """
