@@ -7446,11 +7446,9 @@ class ConsoleContext:
 
     @property
     def is_healthy(self) -> bool:
-        """The gate's answer."""
         return lease_clock() < self.lease.until.value
 
     def offered_key(self, name: str) -> str:
-        """The key that the host of a resource shows now."""
         with self.store.reading() as session:
             target = target_of(find_resource(session, name), self.vault)
         return offered_key(target, self.connections)
@@ -7568,11 +7566,10 @@ def resource_view(row: Resource, status: Status | None, context: ConsoleContext)
         **{name: getattr(row, name) for name in Resource.COLUMNS}, "origin": row.origin,
         "place": row.place or None,
         "has_secret": row.password is not None or row.key_passphrase is not None, "trusted_key": row.host_key,
-        "maintenance": None, "since": utc_time(known.since_at), "polled": utc_time(known.polled_at),
+        "since": utc_time(known.since_at), "polled": utc_time(known.polled_at),
+        "maintenance": Maintenance.model_construct(until=utc_time(row.maintenance), reason=row.maintenance_reason)
+        if row.maintenance > context.clock() else None,
         **{name: getattr(known, name) for name in ("state", "cause", "reason", "seconds")}}
-    if row.maintenance > context.clock():
-        shown["maintenance"] = Maintenance.model_construct(
-            until=utc_time(row.maintenance), reason=row.maintenance_reason)
     try:
         return ResourceView.model_validate(from_json(row.settings) | shown | {"sample": from_json(known.sample)})
     except (ValueError, TypeError):
@@ -8029,7 +8026,6 @@ def describe(operation: Route, schemas: Mapping[Any, Any]) -> dict[str, Any]:
 
 @functools.cache
 def openapi() -> dict[str, Any]:
-    """The description of the API, made from its models."""
     adapters: list[Any] = [("problem", "serialization", TypeAdapter(Problem))]
     for operation in OPERATIONS:
         adapters += [(operation.key, mode, TypeAdapter(model)) for mode, model in (
@@ -8055,7 +8051,6 @@ def openapi() -> dict[str, Any]:
 
 # --- requests ---
 def current_principal() -> Principal:
-    """Who sent the request that is being answered."""
     return cast(Principal, flask.g.principal)
 
 
@@ -8154,9 +8149,7 @@ def json_body() -> dict[str, Any]:
 
 
 def perform(operation: Route, **names: str) -> flask.typing.ResponseReturnValue:
-    taken: list[Mapping[str, Any]] = []
-    if operation.body:
-        taken = [flask.request.args.to_dict() if operation.method == "GET" else json_body()]
+    taken = [flask.request.args.to_dict() if operation.method == "GET" else json_body()] if operation.body else []
     found = operation.run(current_principal(), *names.values(), *taken)
     if operation.answer is None:
         return flask.Response(status=204, content_type="")
@@ -8165,11 +8158,7 @@ def perform(operation: Route, **names: str) -> flask.typing.ResponseReturnValue:
     return flask.Response(content, operation.status, mimetype="application/json")
 
 
-def json_answer(content: Mapping[str, Any], status: int = 200, kind: str = "application/json") -> flask.Response:
-    return flask.Response(json.dumps(content), status, mimetype=kind)
-
-
-def health() -> flask.Response:
+def health() -> flask.typing.ResponseReturnValue:
     """application/health+json; the resources only for those who are logged in."""
     who = current_principal()
     answer: dict[str, Any] = {"status": "pass" if who.context.is_healthy else "fail"}
@@ -8179,19 +8168,19 @@ def health() -> flask.Response:
             "componentType": "system", "observedValue": view.state, "time": view.polled and view.polled.isoformat(),
             "status": {"healthy": "pass", "unhealthy": "fail"}.get(view.state, "warn"),
             "output": f"{view.cause}: {view.reason}" if view.cause else ""}] for view in list_resources(who)}
-    return json_answer(answer, 200 if who.context.is_healthy else 503, "application/health+json")
+    return answer, 200 if who.context.is_healthy else 503, {"Content-Type": "application/health+json"}
 
 
-def problem(error: ApiError) -> flask.Response:
+def problem(error: ApiError) -> flask.typing.ResponseReturnValue:
     errors = [{"field": name, "message": text} for name, text in error.fields.items()]
-    return json_answer({"type": "about:blank", "title": http.HTTPStatus(error.status).phrase, "status": error.status,
-                        "detail": str(error), "errors": errors}, error.status, "application/problem+json")
+    return {"type": "about:blank", "title": http.HTTPStatus(error.status).phrase, "status": error.status,
+            "detail": str(error), "errors": errors}, error.status, {"Content-Type": "application/problem+json"}
 
 
 API_ROUTES = (
     Route("GET", "/-/livez", "public", lambda: flask.Response("ok\n", mimetype="text/plain")),
     Route("GET", HEALTH, "public", health),
-    Route("GET", API + "openapi.json", "viewer", lambda: json_answer(openapi())),
+    Route("GET", API + "openapi.json", "viewer", openapi),
     *(replace(operation, run=functools.partial(perform, operation)) for operation in OPERATIONS),
 )
 
@@ -8258,22 +8247,11 @@ RESOURCE_METRICS: Mapping[str, tuple[str, ...]] = {
     "service_good": ("1 for a service that runs.", "service"),
     "check_good": ("1 for a check that passed.", "check"),
 }
-MetricValue = tuple[str, tuple[str, ...], float]     # a key of RESOURCE_METRICS, values of its labels, value
 
 
-def sample_metrics(sample: Mapping[str, Any]) -> Iterator[MetricValue]:
-    """What the last poll read, from Sample.to_json; a host may send words where a number belongs."""
-    for key, value in (*sample["details"].items(), *sample["metrics"].items()):
-        name, *part = key.split(" ", 1)
-        if len(part) == len(RESOURCE_METRICS.get(name, ())) - 1 and isinstance(value, float):
-            yield name, tuple(part), value
-    for kind in ("service", "check"):
-        for name, outcome in sample[f"{kind}s"].items():
-            yield f"{kind}_good", (name,), outcome["good"]
-
-
-def resource_metrics(row: Any, now: float) -> Iterator[MetricValue]:
-    """All of one resource; a row of METRIC_ROWS. What was not read is left out and never 0."""
+def resource_metrics(row: Any, now: float) -> Iterator[tuple[str, tuple[str, ...], float]]:
+    """All of one resource, a row of METRIC_ROWS: keys of RESOURCE_METRICS, with values of the labels. What was not
+    read is left out and never 0; a host may send words where a number belongs."""
     for state in get_args(State):
         yield "state", (state,), state == (row.state or "unknown")
     yield "maintenance", (), row.maintenance > now
@@ -8283,7 +8261,14 @@ def resource_metrics(row: Any, now: float) -> Iterator[MetricValue]:
         yield "poll_duration_seconds", (), row.seconds
         yield "last_poll_timestamp_seconds", (), row.polled_at
         with contextlib.suppress(ValueError, LookupError, TypeError, AttributeError):   # of a damaged row
-            yield from sample_metrics(from_json(row.sample) or NO_SAMPLE)
+            sample = from_json(row.sample) or NO_SAMPLE
+            for key, value in (*sample["details"].items(), *sample["metrics"].items()):
+                name, *part = key.split(" ", 1)
+                if len(part) == len(RESOURCE_METRICS.get(name, ())) - 1 and isinstance(value, float):
+                    yield name, tuple(part), value
+            for kind in ("service", "check"):
+                for name, outcome in sample[f"{kind}s"].items():
+                    yield f"{kind}_good", (name,), outcome["good"]
 
 
 METRIC_ROWS = RESOURCES.with_only_columns(Resource.name, Resource.maintenance, Status.state, Status.cause,
@@ -8461,11 +8446,66 @@ def chart_svg(points: Sequence[Point], limit: LimitValues, begin: float, end: fl
                f'<path class="band" d="{band}"/><path class="line" d="{line}"/>' + limit_marks(limit, top, "M0 {}h100"))
 
 
-TEMPLATES = {"layout.html": """<!doctype html>
+TEMPLATES = {"layout.html": """{% macro table(label, heads, class="") %}
+<table aria-label="{{ label }}" class="{{ class }}">
+<thead><tr>{% for name in heads %}<th scope="col">{{ name }}</th>{% endfor %}</tr></thead>
+<tbody>{{ caller() }}</tbody>
+</table>
+{% endmacro %}
+{% macro state(name, what="") %}<b class="state {{ name }}">{{ what or name }}</b>{% endmacro %}
+{% macro message(id) %}
+<div id="{{ id }}" role="alert" data-keep>{% if problem %}<p class="message {{ outcome or 'unhealthy' }}">
+{{- problem }}</p>{% endif %}</div>
+{% endmacro %}
+{% macro chips(label, links, chosen) %}
+<nav class="chips" aria-label="{{ label }}">
+{% for name, href, text, count in links %}
+<a class="{{ name }}" href="{{ href }}"{% if name == chosen %} aria-current="true"{% endif %}>{{ text }}
+{% if count is not none %}<b>{{ count }}</b>{% endif %}</a>
+{% endfor %}
+</nav>
+{% endmacro %}
+{% macro options(values, chosen) %}
+{% for value in values %}
+<option value="{{ value }}"{% if value == chosen %} selected{% endif %}>
+{{- values[value] if values is mapping else value }}</option>
+{% endfor %}
+{% endmacro %}
+{% macro input(name, label, hint="", type="text") %}
+{% set error = errors[name] %}
+{% set invalid = {"aria-invalid": "true", "aria-describedby": "e-" ~ name} if error else {} %}
+<label class="{{ type }}">{{ label }}
+{% if type == "textarea" %}
+<textarea name="{{ name }}"{{ dict(kwargs, **invalid)|xmlattr }}>
+{{ given[name] }}</textarea>
+{% else %}
+<input type="{{ type }}" name="{{ name }}"{% if type != "password" %} value="{{ given[name] }}"{% endif %}
+{{- dict(kwargs, **invalid)|xmlattr }}>
+{% endif %}
+{% if hint %}<span class="hint">{{ hint }}</span>{% endif %}
+{% if error %}<span class="error" id="e-{{ name }}">{{ error }}</span>{% endif %}
+</label>
+{% endmacro %}
+{% macro password(name, label, hint="") %}
+{{ input(name, label, hint, "password", required="", maxlength="1024", minlength="12" if hint,
+         autocomplete="new-password" if hint else "current-password") }}
+{% endmacro %}
+{% macro event_rows(events, own=false) %}
+{% for event in events %}
+<tr><td><time>{{ event.at|local_time }}</time></td><td>{{ event.kind }}</td>
+{% if not own %}
+<td>{% if event.resource %}<a href="{{ event.resource|resource_path }}">{{ event.resource }}</a>{% endif %}</td>
+{% endif %}
+<td>{{ event.text }}</td><td>{{ event.actor }} <small>{{ event.address }}</small></td></tr>
+{% else %}
+<tr><td colspan="5" class="soft">None.</td></tr>
+{% endfor %}
+{% endmacro %}
+<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{% block title %}{{ title }}{% endblock %} · HealthChecker</title>
+<title>{{ title }} · HealthChecker</title>
 <link rel="icon" href="{{ assets.svg }}" type="image/svg+xml">
 <link rel="stylesheet" href="{{ assets.css }}">
 <script src="{{ assets.js }}" defer></script>
@@ -8491,87 +8531,28 @@ TEMPLATES = {"layout.html": """<!doctype html>
 {% endif %}
 <p class="notice lost" id="lost" role="alert" hidden></p>
 <main id="main" tabindex="-1"{% if refresh is string %} data-refresh="{{ refresh }}"{% endif %}>
-{% block main %}{% endblock %}
+{% include page ~ ".html" %}
 </main>
 {% if user %}<footer class="soft">Times are the server's, {{ zone }}. HealthChecker {{ version }}.</footer>{% endif %}
 </body>
 </html>
-""", "macros.html": """
-{% macro state(name, what="") %}<b class="state {{ name }}">{{ what or name }}</b>{% endmacro %}
-{% macro table(label, heads, class="") %}
-<table aria-label="{{ label }}" class="{{ class }}">
-<thead><tr>{% for name in heads %}<th scope="col">{{ name }}</th>{% endfor %}</tr></thead>
-<tbody>{{ caller() }}</tbody>
-</table>
-{% endmacro %}
-{% macro message(id, text, kind) %}
-<div id="{{ id }}" role="alert" data-keep>{% if text %}<p class="message {{ kind or 'unhealthy' }}">{{ text }}</p>
-{% endif %}</div>
-{% endmacro %}
-{% macro chips(label, links, chosen) %}
-<nav class="chips" aria-label="{{ label }}">
-{% for name, href, text, count in links %}
-<a class="{{ name }}" href="{{ href }}"{% if name == chosen %} aria-current="true"{% endif %}>{{ text }}
-{% if count is not none %}<b>{{ count }}</b>{% endif %}</a>
-{% endfor %}
-</nav>
-{% endmacro %}
-{% macro options(values, chosen) %}
-{% for value in values %}
-<option value="{{ value }}"{% if value == chosen %} selected{% endif %}>
-{{- values[value] if values is mapping else value }}</option>
-{% endfor %}
-{% endmacro %}
-{% macro input(form, name, label, hint="", type="text") %}
-{% set error = form.errors[name] %}
-{% set invalid = {"aria-invalid": "true", "aria-describedby": "e-" ~ name} if error else {} %}
-<label class="{{ type }}">{{ label }}
-{% if type == "textarea" %}
-<textarea name="{{ name }}"{{ dict(kwargs, **invalid)|xmlattr }}>
-{{ form.given[name] }}</textarea>
-{% else %}
-<input type="{{ type }}" name="{{ name }}"{% if type != "password" %} value="{{ form.given[name] }}"{% endif %}
-{{- dict(kwargs, **invalid)|xmlattr }}>
-{% endif %}
-{% if hint %}<span class="hint">{{ hint }}</span>{% endif %}
-{% if error %}<span class="error" id="e-{{ name }}">{{ error }}</span>{% endif %}
-</label>
-{% endmacro %}
-{% macro password(form, name, label, hint="") %}
-{{ input(form, name, label, hint, "password", required="", maxlength="1024", minlength="12" if hint,
-         autocomplete="new-password" if hint else "current-password") }}
-{% endmacro %}
-{% macro event_rows(events, own=false) %}
-{% for event in events %}
-<tr><td><time>{{ event.at|local_time }}</time></td><td>{{ event.kind }}</td>
-{% if not own %}
-<td>{% if event.resource %}<a href="{{ event.resource|resource_path }}">{{ event.resource }}</a>{% endif %}</td>
-{% endif %}
-<td>{{ event.text }}</td><td>{{ event.actor }} <small>{{ event.address }}</small></td></tr>
-{% else %}
-<tr><td colspan="5" class="soft">None.</td></tr>
-{% endfor %}
-{% endmacro %}
-""", "overview.html": """{% extends "layout.html" %}
-{% set word = "open" if gate.open else "closed" %}
-{% block title %}{% if counts.unhealthy %}{{ counts.unhealthy }} unhealthy, {% endif %}gate {{ word }}{% endblock %}
-{% block main %}
+""", "overview.html": """{% set word, colour = ("open", "healthy") if is_open else ("closed", "unhealthy") %}
 <h1 class="hidden">Overview</h1>
-<section class="gate {{ 'healthy' if gate.open else 'unhealthy' }}" aria-label="Gate">
-<h2 aria-live="polite">{{ state("healthy" if gate.open else "unhealthy", "Gate " ~ word) }}</h2>
-{% if gate.changed_at %}
-<p>for <b>{{ (now - gate.changed_at)|duration_text }}</b>, since <time>{{ gate.changed_at|local_time }}</time></p>
+<section class="gate {{ colour }}" aria-label="Gate">
+<h2 aria-live="polite">{{ state(colour, "Gate " ~ word) }}</h2>
+{% if last %}
+<p>for <b>{{ (now - last.at)|duration_text }}</b>, since <time>{{ last.at|local_time }}</time></p>
 {% endif %}
-{% if gate.blockers %}
+{% if blockers %}
 <ul>
-{% for blocker in gate.blockers[:5] %}
+{% for blocker in blockers[:5] %}
 <li><a href="{{ blocker.href }}">{{ blocker.name }}</a> {{ blocker.reason or "no result yet" }}</li>
 {% endfor %}
-{% if gate.blockers|length > 5 %}
-<li><a href="?state=unhealthy">and {{ gate.blockers|length - 5 }} more</a></li>
+{% if blockers|length > 5 %}
+<li><a href="?state=unhealthy">and {{ blockers|length - 5 }} more</a></li>
 {% endif %}
 </ul>
-{% elif gate.reason %}<p>{{ gate.reason }}</p>{% endif %}
+{% elif last and not is_open %}<p>{{ last.text }}</p>{% endif %}
 </section>
 {% if now - clock_step[0] < 86400 %}
 <p class="notice">At {{ clock_step[0]|local_time }} {{ clock_step[1] }}: times before and after do not fit together.</p>
@@ -8614,22 +8595,18 @@ TEMPLATES = {"layout.html": """<!doctype html>
 <p class="empty">No resource is watched: the gate is open whatever happens.
 {% if admin %}<a href="/-/add">Add the first one</a>{% endif %}</p>
 {% endif %}
-{% endblock %}
-""", "resource.html": """{% extends "layout.html" %}
-{% block title %}{{ shown.name }}: {{ shown.status.state }}{% endblock %}
-{% block main %}
-<header class="title">
+""", "resource.html": """<header class="title">
 <div><h1>{{ shown.name }}</h1>
 <p class="soft">{{ shown.address }}{% for label in shown.labels %} <i>{{ label }}</i>{% endfor %}
  · {{ "from " ~ origin ~ ", read-only here" if origin else "added here" }}</p></div>
 {% if admin %}
 <div class="actions" data-keep>
 <form method="post" action="{{ shown.href }}/check" data-inline><button>Check now</button></form>
-<details name="action"{% if form.given.reason %} open{% endif %}><summary class="button">Maintenance</summary>
+<details name="action"{% if given.reason %} open{% endif %}><summary class="button">Maintenance</summary>
 <form method="post" action="{{ shown.href }}/maintenance" data-inline class="panel">
 <p><label>For <select name="minutes">{{ options({"30": "30 minutes", "60": "1 hour", "240": "4 hours",
-"1440": "1 day", "10080": "1 week"}, form.given.minutes) }}</select></label></p>
-{{ input(form, "reason", "Reason", maxlength="200", required="") }}
+"1440": "1 day", "10080": "1 week"}, given.minutes) }}</select></label></p>
+{{ input("reason", "Reason", maxlength="200", required="") }}
 <p class="soft">Meanwhile it is polled and shown, and does not close the gate.</p>
 <button class="primary">Begin maintenance</button>
 </form></details>
@@ -8644,7 +8621,7 @@ TEMPLATES = {"layout.html": """<!doctype html>
 </div>
 {% endif %}
 </header>
-{{ message("trouble", problem, outcome) }}
+{{ message("trouble") }}
 {% if shown.in_maintenance %}
 <section class="message maintenance" aria-label="Maintenance">
 <p>{{ state("maintenance", "Maintenance") }} until {{ shown.row.maintenance|local_time }}
@@ -8731,8 +8708,9 @@ else state("healthy", "good") }}</td>
 <section>
 <h2>Machine</h2>
 <dl>
-{% for label, text in machine %}
-<dt>{{ label }}</dt><dd>{{ text }}</dd>
+{% for name, label in machine.items() if details.get(name) is not none %}
+<dt>{{ label }}</dt><dd>{{ details[name]|duration_text if name == "uptime_seconds"
+else "%g"|format(details[name]) if details[name] is number else details[name] }}</dd>
 {% else %}
 <dt>Nothing is known yet.</dt><dd></dd>
 {% endfor %}
@@ -8760,11 +8738,7 @@ else state("healthy", "good") }}</td>
 {% call table("Events", ("Time", "Kind", "What", "Who"), "events") %}{{ event_rows(events, own=true) }}{% endcall %}
 <p><a href="/-/events?resource={{ shown.name|urlencode }}">All events of {{ shown.name }}</a></p>
 </section>
-{% endblock %}
-""", "events.html": """{% extends "layout.html" %}
-{% set title = "Events" %}
-{% block main %}
-<div class="tools">
+""", "events.html": """<div class="tools">
 <h1>{{ title }}</h1>
 <form class="filter" role="search" data-live data-keep>
 <select name="kind" aria-label="Kind"><option value="">Every kind</option>{{ options(kinds, filter.kind) }}</select>
@@ -8777,12 +8751,8 @@ else state("healthy", "good") }}</td>
 {{ event_rows(events) }}
 {% endcall %}
 {% if older %}<p><a href="{{ older }}" rel="next">Older</a></p>{% endif %}
-{% endblock %}
-""", "users.html": """{% extends "layout.html" %}
-{% set title = "Users" %}
-{% block main %}
-<div class="tools"><h1>{{ title }}</h1></div>
-{{ message("trouble", problem, outcome) }}
+""", "users.html": """<div class="tools"><h1>{{ title }}</h1></div>
+{{ message("trouble") }}
 {% call table("Users", ("Name", "Role", "Change")) %}
 {% for account in users %}
 <tr><th scope="row">{{ account.username }}{% if account.username == user.username %} <small>you</small>{% endif %}
@@ -8801,10 +8771,10 @@ else state("healthy", "good") }}</td>
 <form method="post" class="panel" action="/-/users" aria-labelledby="new">
 <h2 id="new">Add a user</h2>
 <div class="inputs">
-{{ input(form, "name", "Name", required="", autocomplete="off") }}
-<label>Role <select name="role">{{ options(roles|reverse, form.given.role) }}</select>
+{{ input("name", "Name", required="", autocomplete="off") }}
+<label>Role <select name="role">{{ options(roles|reverse, given.role) }}</select>
 <span class="hint">admin: everything; viewer: looks</span></label>
-{{ password(form, "password", "Password", "12 characters or more") }}
+{{ password("password", "Password", "12 characters or more") }}
 </div>
 <button class="primary">Add user</button>
 </form>
@@ -8818,70 +8788,56 @@ else state("healthy", "good") }}</td>
 <button>End<span class="hidden"> this {{ login.kind }} of {{ login.user }}</span></button></form></td></tr>
 {% endfor %}
 {% endcall %}
-{% endblock %}
-""", "login.html": """{% extends "layout.html" %}
-{% set title = "Log in" %}
-{% block main %}
-<form method="post" class="panel narrow" action="{{ action }}">
+""", "log in.html": """<form method="post" class="panel narrow" action="{{ action }}">
 <h1>{{ title }}</h1>
-{{ message("trouble", problem, outcome) }}
-{{ input(form, "username", "Name", required="", autofocus="", autocomplete="username") }}
-{{ password(form, "password", "Password") }}
+{{ message("trouble") }}
+{{ input("username", "Name", required="", autofocus="", autocomplete="username") }}
+{{ password("password", "Password") }}
 {% for name, text in (typed or {}).items() %}<input type="hidden" name="{{ name }}" value="{{ text }}">{% endfor %}
 <button class="primary">Log in</button>
 </form>
-{% endblock %}
-""", "password.html": """{% extends "layout.html" %}
-{% set title = "Change the password" %}
-{% block main %}
-<form method="post" class="panel narrow">
+""", "change the password.html": """<form method="post" class="panel narrow">
 <h1>{{ title }}</h1>
-{{ message("trouble", problem) }}
+{{ message("trouble") }}
 <input class="hidden" value="{{ user.username }}" autocomplete="username" tabindex="-1" aria-hidden="true" readonly>
-{{ password(form, "current", "Password until now") }}
-{{ password(form, "new", "New password", "12 characters or more; your other sessions end") }}
-{{ password(form, "again", "New password again", "the same") }}
+{{ password("current", "Password until now") }}
+{{ password("new", "New password", "12 characters or more; your other sessions end") }}
+{{ password("again", "New password again", "the same") }}
 <button class="primary">Change the password</button>
 </form>
-{% endblock %}
-""", "form.html": """{% extends "layout.html" %}
-{% block main %}
-<form method="post" class="resource" autocomplete="off">
+""", "form.html": """<form method="post" class="resource" autocomplete="off">
 <div class="tools"><h1>{{ title }}</h1></div>
 <fieldset class="panel"><legend>Resource</legend>
 <div class="inputs">
-<label>Platform <select name="platform">{{ options(platforms, form.given.platform) }}</select>
+<label>Platform <select name="platform">{{ options(platforms, given.platform) }}</select>
 <span class="hint">unix asks the host which one it is</span></label>
-{{ input(form, "name", "Name", "unique; default: the host name", readonly="" if fixed) }}
-{{ input(form, "interval", "Interval, seconds", "between two polls", inputmode="decimal", placeholder="60") }}
+{{ input("name", "Name", "unique; default: the host name", readonly="" if name) }}
+{{ input("interval", "Interval, seconds", "between two polls", inputmode="decimal", placeholder="60") }}
 <label class="checkbox">
-<input type="checkbox" name="critical" value="true"{% if form.given.critical %} checked{% endif %}>
+<input type="checkbox" name="critical" value="true"{% if given.critical %} checked{% endif %}>
 Critical: while it is unhealthy, the gate is closed</label>
 </div></fieldset>
 <fieldset class="panel remote"><legend>Connection</legend>
 <div class="inputs">
-{{ input(form, "hostname", "Host name or address") }}
-{{ input(form, "port", "Port", inputmode="numeric", placeholder=ports) }}
-{{ input(form, "username", "User name") }}
-{{ input(form, "password", "Password", "sealed, and never shown again", "password", autocomplete="new-password",
-         placeholder="unchanged" if fixed) }}
+{{ input("hostname", "Host name or address") }}
+{{ input("port", "Port", inputmode="numeric", placeholder=ports) }}
+{{ input("username", "User name") }}
+{{ input("password", "Password", "sealed, and never shown again", "password", autocomplete="new-password",
+         placeholder="unchanged" if name) }}
 </div></fieldset>
 <fieldset class="panel"><legend>Everything else</legend>
-{{ input(form, "settings", "Limits, services, checks and other settings: none is needed", "YAML as in the inventory: "
+{{ input("settings", "Limits, services, checks and other settings: none is needed", "YAML as in the inventory: "
          ~ others|join(", "), "textarea", rows="9", spellcheck="false", placeholder=example) }}
 </fieldset>
 <div class="buttons">
 <button name="do" value="save" class="primary">Save</button>
 <button name="do" value="test" data-inline>Test connection</button>
-<a href="{{ back }}">Cancel</a>
-{{ message("result", problem, outcome) }}
+<a href="{{ name|resource_path if name else "/-/" }}">Cancel</a>
+{{ message("result") }}
 </div>
 </form>
-{% endblock %}
-""", "error.html": """{% extends "layout.html" %}
-{% block main %}
+""", "error.html": """
 <section class="panel narrow"><h1>{{ title }}</h1><p>{{ problem }}</p><p><a href="/-/">Overview</a></p></section>
-{% endblock %}
 """}
 
 
@@ -8900,24 +8856,24 @@ STYLE = r"""
   --text: light-dark(#19212c, #dee5ed); --soft: light-dark(#566070, #98a5b5); --line: light-dark(#dadfe6, #2b3440);
   --link: light-dark(#0a58a8, #74b5f7); --track: light-dark(#e1e5ea, #2b3440); --fill: light-dark(#6f8096, #7e90a5);
   --healthy: light-dark(#18713a, #55c57c); --degraded: light-dark(#855400, #e3b04b);
-  --unhealthy: light-dark(#b91f29, #ff8078); --maintenance: light-dark(#5443c2, #b0a4ff); --unknown: var(--soft);
+  --unhealthy: light-dark(#b91f29, #ff8078); --maintenance: light-dark(#5443c2, #b0a4ff);
   font: 14px/1.45 Inter, system-ui, "Segoe UI", Roboto, "Noto Sans", sans-serif;
   font-variant-numeric: tabular-nums; background: var(--page); color: var(--text);
 }
 * { box-sizing: border-box; } body, h1, h2, p, ul, ol, dl, dd, figure, fieldset { margin: 0; padding: 0; }
 body { overflow-wrap: anywhere; }
 .top, .notice, main, footer { padding: 0 max(1rem, 50vw - 52rem); }
-main { outline: none; } footer { padding-block: 1.5rem; font-size: .8125rem; }
+main { outline: none; } footer { padding-block: 1.5rem; }
 h1 { font-size: 1.5rem; line-height: 1.25; } h2 { font-size: 1rem; }
 a { color: var(--link); text-decoration-thickness: 1px; text-underline-offset: .15em; }
 :is(nav, th, .who) a:not(:hover), .brand, .button { text-decoration: none; }
 small, .soft, th, dt, figcaption { color: var(--soft); font-weight: 400; }
-small { font-size: .8125rem; } b { font-weight: 600; } time { white-space: nowrap; }
+small, footer, thead th, .hint, .error { font-size: .8125rem; } b { font-weight: 600; } time { white-space: nowrap; }
 .hidden:not(:focus) { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%);
   white-space: nowrap; }
 .skip:focus { position: fixed; inset: .5rem auto auto .5rem; z-index: 3; padding: .5rem; background: var(--surface); }
 .healthy { --state: var(--healthy); } .degraded { --state: var(--degraded); } .unhealthy { --state: var(--unhealthy); }
-.unknown { --state: var(--unknown); } .maintenance { --state: var(--maintenance); }
+.unknown { --state: var(--soft); } .maintenance { --state: var(--maintenance); }
 
 .top, .who, .gate, .tools, .chips, .filter, .title, .actions, .row, .buttons { display: flex; flex-wrap: wrap;
   align-items: center; gap: .5rem 1rem; }
@@ -8958,7 +8914,7 @@ button:disabled { opacity: .6; cursor: progress; }
 
 table { width: 100%; border-collapse: collapse; }
 th, td { padding: .375rem .625rem; text-align: left; vertical-align: top; border-top: 1px solid var(--line); }
-tbody th { min-width: 5rem; } thead th { border: 0; white-space: nowrap; font-size: .8125rem; }
+tbody th { min-width: 5rem; } thead th { border: 0; white-space: nowrap; }
 i { display: inline-block; padding: 0 .375rem; border: 1px solid var(--line); border-radius: 3px; font-style: normal;
   font-size: .75rem; line-height: 1.3; background: var(--sunken); color: var(--soft); }
 i.maintenance, i.degraded { color: var(--state); }
@@ -8970,7 +8926,7 @@ i.maintenance, i.degraded { color: var(--state); }
 .overview tbody th p { color: var(--state); font-size: .875rem; }
 .overview tr.unhealthy { box-shadow: inset 3px 0 var(--unhealthy); }
 .empty { padding: 3rem 1rem; text-align: center; }
-.bar { width: 6rem; max-width: 40%; height: .5rem; margin-right: .5rem; vertical-align: baseline; }
+.bar { width: 6rem; max-width: 40%; height: .5rem; margin-right: .5rem; }
 .overview .bar { width: 4rem; max-width: none; }
 .bar path { stroke: var(--fill); stroke-width: 8; fill: none; } .bar path:first-child { stroke: var(--track); }
 .bar .degraded, .bar .unhealthy, .graph .limit { stroke: var(--state); }
@@ -8990,32 +8946,32 @@ i.maintenance, i.degraded { color: var(--state); }
   margin-top: .375rem; box-shadow: 0 6px 24px #0004; }
 .narrow { display: grid; gap: .75rem; max-width: 24rem; margin: 8vh auto 0; } .narrow > * { margin: 0 !important; }
 .columns { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(22rem, 100%), 1fr)); gap: 0 1.5rem; }
+.charts, .inputs { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(var(--width), 100%), 1fr));
+  gap: .75rem 1rem; }
 .columns h2, h2#events { margin: 1.25rem 0 .5rem; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .375rem 1rem; padding: .625rem; }
 code, pre, textarea { font: .8125rem/1.45 ui-monospace, "SF Mono", Consolas, "DejaVu Sans Mono", monospace; }
 pre { margin: .25rem 0 0; padding: .5rem .625rem; max-height: 20rem; overflow: auto; white-space: pre-wrap;
   background: var(--sunken); }
-.charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(27rem, 100%), 1fr)); gap: 1rem; }
-figure { padding: .625rem .75rem; }
+.charts { --width: 27rem; row-gap: 1rem; } figure { padding: .625rem .75rem; }
 figcaption b { color: var(--text); margin-right: .375rem; }
 .plot { display: flex; gap: .375rem; height: 8rem; margin-top: .75rem; }
 .scale, .times { display: flex; justify-content: space-between; list-style: none; color: var(--soft);
   font-size: .75rem; }
 .scale { flex-direction: column; min-width: 2rem; margin-block: -.375rem; text-align: right; line-height: 1; }
-.times { margin: .375rem 0 0 2.375rem; } .graph { flex: 1; width: 100%; min-width: 0; height: 100%; overflow: visible; }
-.graph { transform: scaleY(-1); }
+.times { margin: .375rem 0 0 2.375rem; }
+.graph { flex: 1; min-width: 0; overflow: visible; transform: scaleY(-1); }
 .graph path { fill: none; stroke: var(--track); vector-effect: non-scaling-stroke; }
 .graph .band { fill: color-mix(in srgb, var(--link) 22%, transparent); stroke: none; }
 .graph .line { stroke: var(--link); stroke-width: 1.5; stroke-linejoin: round; stroke-linecap: round; }
 
 form.resource, form:has(> .inputs) { max-width: 68rem; }
-.inputs { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(15rem, 100%), 1fr)); gap: .75rem 1rem; }
-.row { align-items: end; padding: .5rem 0; }
+.inputs { --width: 15rem; } .row { align-items: end; padding: .5rem 0; }
 label { display: block; }
 label > input:not([type=checkbox]), label > select, label > textarea { display: block; width: 100%;
   margin-top: .125rem; }
 label.checkbox { align-self: center; }
-.hint, .error { display: block; margin-top: .125rem; font-size: .8125rem; color: var(--soft); }
+.hint, .error { display: block; margin-top: .125rem; color: var(--soft); }
 .error { color: var(--unhealthy); white-space: pre-line; }
 [aria-invalid] { border-color: var(--unhealthy); box-shadow: 0 0 0 1px var(--unhealthy); }
 ::placeholder { color: var(--soft); opacity: 1; } fieldset { min-width: 0; }
@@ -9050,10 +9006,7 @@ const [main, lost] = ["main", "lost"].map(id => document.getElementById(id));
 let attended = true;    // somebody is here: only that keeps a session alive
 let turn = 0;           // counts questions; the answer to an earlier one than the last is dropped
 
-function warn(text) {
-  lost.textContent = text;
-  lost.hidden = false;
-}
+const warn = text => Object.assign(lost, { textContent: text, hidden: false });
 
 // Makes `old` like `next` in place: focus, selection, scrolling, typed text and opened details stay as they are,
 // and what is marked data-keep, unless a form was sent.
@@ -9125,9 +9078,8 @@ async function send(form, button) {
   button.disabled = true;
   try {
     const { answer, page } = await ask(form.action, { method: "POST", body, signal: AbortSignal.timeout(SENDING) });
-    const elsewhere = answer.redirected && new URL(answer.url).pathname !== location.pathname;
-    if (elsewhere) { location.assign(answer.url); return; }
-    if (answer.status === 401) { form.submit(); return; }     // the login, which brings what was typed back
+    if (answer.redirected && new URL(answer.url).pathname !== location.pathname) return location.assign(answer.url);
+    if (answer.status === 401) return form.submit();     // the login, which brings what was typed back
     if (answer.ok) form.closest("details")?.removeAttribute("open");
     show(page, true);
   } catch {
@@ -9182,8 +9134,6 @@ def add_template_globals(app: flask.Flask) -> None:
     env = app.jinja_env
     env.filters.update(duration_text=duration_text, local_time=local_time, resource_path=resource_path)
     env.globals.update(assets={name.rpartition(".")[2]: f"{PREFIX}static/{name}" for name in ASSETS})
-    macros = vars(env.get_template("macros.html").module)
-    env.globals.update({name: macro for name, macro in macros.items() if not name.startswith("_")})
 
 
 def asset(name: str) -> Answer:
@@ -9192,14 +9142,14 @@ def asset(name: str) -> Answer:
     return flask.Response(text, mimetype=kind, headers={"Cache-Control": "public, max-age=31536000, immutable"})
 
 
-def render_page(template: str, status: int = 200, *, given: Mapping[str, str] | None = None,
-                errors: Mapping[str, str] | None = None, **shown: Any) -> flask.Response:
-    """A page. Its form shows `given`, and `errors` at the fields; `shown` is what else its template needs."""
+def render_page(page: str, status: int = 200, **shown: Any) -> flask.Response:
+    """A page, `shown` in its template; its form shows `given`, and `errors` at the fields."""
     who: Principal | None = flask.g.get("principal")
     user = who.user if who else None
-    common = {"user": user, "admin": user and user.role == "admin", "zone": time.strftime("%Z"), "version": VERSION,
-              "now": who.context.clock() if who else 0.0, "form": {"given": given or {}, "errors": errors or {}}}
-    return flask.Response(flask.render_template(template, **(common | shown)), status, mimetype="text/html")
+    common: dict[str, Any] = {
+        "page": page, "title": page.capitalize(), "zone": time.strftime("%Z"), "version": VERSION, "user": user,
+        "admin": user and user.role == "admin", "now": who.context.clock() if who else 0.0, "given": {}, "errors": {}}
+    return flask.Response(flask.render_template("layout.html", **(common | shown)), status, mimetype="text/html")
 
 
 NO_SETTINGS: dict[str, Any] = {"tags": [], "critical": True, "limits": {}}
@@ -9249,10 +9199,6 @@ class ResourceRow:
         own = limit if key is None else limit["mounts"][key]
         return own if isinstance(own, dict) else {}     # or off
 
-    def check_limits(self, name: str) -> Mapping[str, LimitValues]:
-        return next((check["limits"] for check in self.settings.get("checks", ()) if check["name"] == name
-                     and "limits" in check), {})
-
     @property
     def bars(self) -> Markup:
         """The cells of the overview's readings, in one piece: three for 1,000 rows each would be escaped once more."""
@@ -9275,16 +9221,6 @@ class ResourceRow:
         return (not tag or tag in tags) and text.casefold() in "\n".join(words).casefold()
 
 
-def gate_state(session: Session, is_open: bool, resources: Iterable[ResourceRow]) -> dict[str, Any]:
-    """The gate, since when, and which resources close it: the first to fail stands first."""
-    last = next(iter(events(session, kind="gate", limit=1)), None)
-    blockers = [] if is_open else [resource for resource in resources if resource.settings["critical"]
-                                   and resource.shown_state in ("unhealthy", "unknown")]
-    return {"open": is_open, "changed_at": last.at if last else 0.0,
-            "reason": last.text if last and not is_open else "",
-            "blockers": sorted(blockers, key=lambda resource: resource.status.since_at)}
-
-
 def query_of(parts: Mapping[str, str]) -> str:
     """The query of a link, without what is empty."""
     return "?" + urlencode({name: value for name, value in parts.items() if value})
@@ -9297,14 +9233,19 @@ def overview() -> Answer:
     wanted = {name: flask.request.args.get(name, "") for name in ("state", "q", "tag")}
     with context.store.reading() as session:
         everything = [ResourceRow(row, status, now) for row, status in session.execute(RESOURCES)]
-        gate = gate_state(session, context.is_healthy, everything)
+        is_open, last = context.is_healthy, next(iter(events(session, kind="gate", limit=1)), None)
+    blockers = [] if is_open else sorted((
+        resource for resource in everything if resource.settings["critical"]
+        and resource.shown_state in ("unhealthy", "unknown")), key=lambda resource: resource.status.since_at)
     found = [resource for resource in everything if resource.matches(wanted["q"], wanted["tag"])]
     counts = collections.Counter(resource.shown_state for resource in found)
     rows = sorted((resource for resource in found if wanted["state"] in ("", resource.shown_state)),
                   key=lambda resource: resource.sort_key)
     links = [(state, query_of(wanted | {"state": state}), state.capitalize() or "All", counts[state] or len(found))
              for state in ("", *STATES) if counts[state] or state in ("", wanted["state"])]
-    return render_page("overview.html", gate=gate, rows=rows, counts=counts, state_links=links, filter=wanted,
+    title = f"{counts['unhealthy']} unhealthy, gate " if counts["unhealthy"] else "gate "
+    return render_page("overview", title=title + ("open" if is_open else "closed"), is_open=is_open, last=last,
+                       blockers=blockers, rows=rows, state_links=links, filter=wanted,
                        tags=sorted({tag for resource in everything for tag in resource.settings["tags"]}),
                        clock_step=context.monitor.clock_step, empty=not everything, refresh="")
 
@@ -9329,8 +9270,9 @@ def reading_rows(sample: Mapping[str, Any], resource: ResourceRow, damage: str) 
                          "bar": bar_svg(value, own, top) if top else ""})
         if problem or (limit and not found and not damage):
             rows.append({"label": LABELS[metric], "limit": limit, "problem": problem or "not read"})
+    limits_of = {check["name"]: check.get("limits", {}) for check in resource.settings.get("checks", ())}
     for check, outcome in sample["checks"].items():
-        numbers, limits = outcome.get("metrics", {}), resource.check_limits(check)
+        numbers, limits = outcome.get("metrics", {}), limits_of.get(check, {})
         rows += [{"label": f"{check}/{label}", "limit": limits.get(label, {}),
                   **({"text": f"{numbers[label]:g}"} if label in numbers else {"problem": "not read"})}
                  for label in {**numbers, **limits}]
@@ -9340,14 +9282,6 @@ def reading_rows(sample: Mapping[str, Any], resource: ResourceRow, damage: str) 
 MACHINE = {"hostname": "Host name", "os": "System", "kernel": "Kernel", "cpu_count": "CPUs",
            "uptime_seconds": "Up for", "host_key": "Host key", "memory_limit": "Memory is that of",
            "skipped_filesystems": "Filesystems skipped", "hidden_filesystems": "Filesystems hidden"}
-
-
-def machine_rows(sample: Mapping[str, Any], host_key: str | None) -> list[tuple[str, str]]:
-    details = {**sample["details"], "host_key": host_key}
-    if "uptime_seconds" in details:
-        details["uptime_seconds"] = duration_text(details["uptime_seconds"])
-    return [(label, f"{text:g}" if isinstance(text, float) else str(text))
-            for name, label in MACHINE.items() if (text := details.get(name)) is not None]
 
 
 def charts(session: Session, resource: ResourceRow, span: str, now: float) -> list[dict[str, Any]]:
@@ -9382,24 +9316,24 @@ def resource_page(name: str, **more: Any) -> flask.Response:
     outcomes = sorted(((kind, called, outcome) for kind in ("service", "check")
                        for called, outcome in sample[f"{kind}s"].items()),
                       key=lambda row: (bool(row[2]["good"]), not row[2].get("degraded")))     # worst first
-    return render_page("resource.html", shown=resource, span=span,
+    return render_page("resource", title=f"{name}: {resource.status.state}", shown=resource, span=span,
                        readings=reading_rows(sample, resource, damage),
                        span_links=[(name, f"?span={name}", f"Last {name}", None) for name in SPANS],
-                       machine=machine_rows(sample, row.host_key), login_wait=context.monitor.login_wait(name),
+                       machine=MACHINE, details={**sample["details"], "host_key": row.host_key},
+                       login_wait=context.monitor.login_wait(name),
                        origin=row.origin == "inventory" and (row.place or context.inventory.path.name),
                        refresh="" if request.method == "GET" else resource.href,
                        outcomes=outcomes, **more)
 
 
 def event_page() -> Answer:
-    """What happened, newest first."""
     who, args = current_principal(), flask.request.args
     wanted = {name: args.get(name, "") for name in ("kind", "resource", "before")}
     found = list_events(who, {"limit": EVENTS_SHOWN} | {name: text for name, text in wanted.items() if text})
     with who.context.store.reading() as session:
         names = sorted(session.scalars(sqlalchemy.select(Resource.name)))
     older = query_of(wanted | {"before": str(found[-1].id)}) if len(found) == EVENTS_SHOWN else ""
-    return render_page("events.html", events=found, kinds=KINDS, filter=wanted, names=names, older=older,
+    return render_page("events", events=found, kinds=KINDS, filter=wanted, names=names, older=older,
                        refresh=None if wanted["before"] else "")
 
 
@@ -9409,7 +9343,6 @@ RETYPABLE = re.compile(r"/-/(add|users|resources/[^/]+/(edit|maintenance))")    
 NEVER_SHOWN = ("password", "current", "new", "again")   # secrets of the forms
 INPUTS = ("platform", "name", "interval", "critical", "hostname", "port", "username", "password")
 OTHERS = [name for name in ResourceSettings.model_fields if name not in {*INPUTS, *INVENTORY_ONLY}]
-NEW_RESOURCE = {"platform": Platform.UNIX.value, "critical": "true"}
 EXAMPLE = """limits: {memory_percent: {warn: 80, fail: 95}, disk_percent: 90}
 services: [postgresql, cron]
 checks: [{name: queue, command: test ! -e /var/spool/stalled}]
@@ -9442,17 +9375,17 @@ def form_texts(name: str) -> dict[str, str]:
     other = {name: value for name, value in values.items() if name in OTHERS}
     texts["settings"] = yaml.safe_dump(other, sort_keys=False, allow_unicode=True,
                                        default_flow_style=None) if other else ""
-    return NEW_RESOURCE | texts | {"critical": "true" if values.get("critical", True) else ""}
+    return {"platform": Platform.UNIX.value, **texts, "critical": "true" if values.get("critical", True) else ""}
 
 
 def form_page(name: str = "", given: Mapping[str, str] | None = None, **more: Any) -> flask.Response:
     """The form to add a resource, or to change the one called `name`."""
     if given is None:
         given = form_texts(name)
-    return render_page("form.html", title=f"Edit {name}" if name else "Add a resource", fixed=bool(name), given=given,
+    return render_page("form", title=f"Edit {name}" if name else "Add a resource", name=name, given=given,
+                       others=OTHERS, example=EXAMPLE,
                        platforms=[platform for platform in SELECTABLE if platform != "local"],
-                       ports=f"{SSH_PORT}; Windows: {WINRM_PORTS[True]}", others=OTHERS, example=EXAMPLE,
-                       back=resource_path(name) if name else PREFIX, **more)
+                       ports=f"{SSH_PORT}; Windows: {WINRM_PORTS[True]}", **more)
 
 
 def form_settings(form: Mapping[str, str], document: Document, *, is_new: bool) -> dict[str, Any]:
@@ -9491,7 +9424,6 @@ def resource_form(who: Principal, name: str = "") -> Answer:
 
 
 def maintenance_form(who: Principal, name: str) -> None:
-    """Begins maintenance for a number of minutes, or ends it."""
     form = flask.request.form
     minutes = int(form["minutes"]) if re.fullmatch("[0-9]{1,6}", form.get("minutes", "")) else 0
     if not minutes:
@@ -9513,7 +9445,7 @@ def user_page(name: str = "", number: str = "", **more: Any) -> flask.Response:
     who = current_principal()
     if name or number:
         more = {**more, "given": {}, "errors": {}}
-    return render_page("users.html", users=list_users(who), sessions=list_sessions(who), roles=get_args(Role), **more)
+    return render_page("users", users=list_users(who), sessions=list_sessions(who), roles=get_args(Role), **more)
 
 
 def filled() -> dict[str, str]:
@@ -9558,7 +9490,7 @@ def login_again() -> flask.Response:
     typed = {TYPED + name: text for name, text in request.form.items() if kept and name not in NEVER_SHOWN}
     shown = re.match(r"/-/(add|password|users|resources/[^/]+)?", request.path)
     after = quote(request.path if typed else shown[0] if shown else PREFIX)
-    return render_page("login.html", 401, typed=typed, outcome="degraded", action=f"/-/login?next={quote(after)}",
+    return render_page("log in", 401, typed=typed, outcome="degraded", action=f"/-/login?next={quote(after)}",
                        problem="Your session is over. Log in, and what was typed is there again, but for passwords.")
 
 
@@ -9569,7 +9501,7 @@ def login_form() -> Answer:
     try:
         user = sign_in(who, {name: form.get(name, "") for name in Credentials.model_fields})
     except ApiError as refusal:
-        return render_page("login.html", refusal.status, problem=str(refusal), given=form, typed=typed)
+        return render_page("log in", refusal.status, problem=str(refusal), given=form, typed=typed)
     after = flask.request.args.get("next", "")
     if not after.startswith(PREFIX) or not after.isprintable() or "\\" in after:
         after = PREFIX      # after a login nobody is sent elsewhere
@@ -9591,7 +9523,7 @@ def error_page(error: ApiError) -> Answer:
     who: Principal | None = flask.g.get("principal")
     if who and who.operator and who.restricted and error.status == 403 and not is_form:
         return flask.redirect("/-/password", 303)
-    return render_page("error.html", error.status, title=http.HTTPStatus(error.status).phrase, problem=str(error))
+    return render_page("error", error.status, title=http.HTTPStatus(error.status).phrase, problem=str(error))
 
 
 def refuse(failure: Exception) -> Answer:
@@ -9627,11 +9559,11 @@ PAGES = (
     form_route(USERS + "/<name>/remove", user_page, remove_user, USERS),
     form_route("/-/sessions/<number>/end", user_page, end_session, USERS),
     Route("GET", "/-/static/<name>", "", asset, restricted=True),
-    Route("GET", "/-/login", "", lambda: render_page("login.html"), restricted=True),
+    Route("GET", "/-/login", "", lambda: render_page("log in"), restricted=True),
     Route("POST", "/-/login", "", login_form, restricted=True),
     Route("POST", "/-/logout", "viewer", logout_form, restricted=True),
-    Route("GET", "/-/password", "viewer", lambda: render_page("password.html"), restricted=True),
-    replace(form_route("/-/password", functools.partial(render_page, "password.html"), password_form),
+    Route("GET", "/-/password", "viewer", lambda: render_page("change the password"), restricted=True),
+    replace(form_route("/-/password", functools.partial(render_page, "change the password"), password_form),
             needs="viewer", restricted=True),
 )
 
