@@ -6,10 +6,11 @@ Every answer has to be right for the lease at its time: a refusal only if the ga
 request and answer, the application's answer only if it was open. None may be lost, and neither threads nor
 descriptors nor memory may grow in the workers or in the main process, which is this one. Prints one line of progress
 and a verdict; exit code 1 if something was wrong. Then tests run in full of which the suite has a few rounds (pytest
---soak), the database is locked for a minute, processes are stopped for 20 seconds, and first starts, imports, service, migrations and rotations are killed a thousand times: nothing may be
-half. The main process is killed some hundred times, at any moment of its start and after: nothing may be left of it two
-seconds later, and the next one gets its port. Ten restarts on a socket of systemd's refuse none of 20,000 requests, and
-20 minutes of damaged inputs (tests/fuzz.py) give only documented errors.
+--soak), the database is locked for a minute, processes are stopped for 20 seconds, and first starts, imports, service,
+migrations and rotations are killed a thousand times: nothing may be half. The main process is killed some hundred
+times, at any moment of its start and after: nothing may be left of it two seconds later, and the next one gets its
+port. Ten restarts on a socket of systemd's refuse none of 20,000 requests, and 20 minutes of damaged inputs
+(tests/fuzz.py) give only documented errors.
 """
 
 from __future__ import annotations
@@ -217,8 +218,8 @@ def fuzzed(options: argparse.Namespace, _folder: Path) -> int:
 
 
 PARTS: dict[str, Callable[[argparse.Namespace, Path], int]] = {
-    "load": soak, "tests": repeated, "locked": locked, "stopped": stopped, "crashes": crashes, "kills": kills, "restarts": restarts,
-    "fuzz": fuzzed}  # fmt: skip
+    "load": soak, "tests": repeated, "locked": locked, "stopped": stopped, "crashes": crashes, "kills": kills,
+    "restarts": restarts, "fuzz": fuzzed}  # fmt: skip
 
 
 def main() -> int:
