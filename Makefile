@@ -28,12 +28,12 @@ test: packages $(VENV)/test.stamp
 # What runs on Windows, too, under Windows Python in wine; exit status 77 says that it cannot be had here. Left out
 # are tests of moments (of a kill, of a first poll, of megabytes before a deadline) that wine is too slow to keep.
 SLOW := test_kill_during or first_polls_are_paced or every_poll_ends_in_time
-# Four at once: in wine they wait more than they compute.
+# Three at once: in wine they wait more than they compute.
 WINDOWS := inventory endpoints vault storage aggregate evaluate gate hostile_clients proxy poll transport powershell \
 	probes windows_probes wsman_server windows_service workers reload readme
 
 test-windows: packages $(VENV)/run.stamp
-	$(BIN)/python tests/windows_python.py --timeout 1800 -- -m pytest -n 4 $(DIST) $(LIMIT) -rfE -o cache_dir=.wine-python/cache \
+	$(BIN)/python tests/windows_python.py --timeout 1800 -- -m pytest -n 3 $(DIST) $(LIMIT) -rfE -o cache_dir=.wine-python/cache \
 		-k "not ($(SLOW))" \
 		$(WINDOWS:%=tests/test_%.py) $(ARGS) || test $$? = 77
 

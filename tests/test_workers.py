@@ -172,8 +172,8 @@ def left_after(processes: list[psutil.Process], seconds: float) -> list[psutil.P
 
 
 def family_of(main: int) -> list[psutil.Process]:
-    """All that it started; on Windows without the host of its console, which the system ends in its own time."""
-    return [one for one in psutil.Process(main).children(recursive=True) if one.name() != "conhost.exe"]
+    """All that it started; on Windows its workers alone: the host of its console ends when the system comes to it."""
+    return list(workers(main).values()) if sys.platform == "win32" else psutil.Process(main).children(recursive=True)
 
 
 def new_ones(main: int, before: Container[int]) -> list[psutil.Process]:
