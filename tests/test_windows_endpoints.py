@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pwsh import NO_LANGUAGE, RESTRICTED, ROWS, Engine, open_engine
+from pwsh import ANSWER_TIME, NO_LANGUAGE, RESTRICTED, ROWS, Engine, open_engine
 from pypsrp.powershell import PowerShell, RunspacePool
 from pypsrp.wsman import WSMan
 from service import write_inventory
@@ -187,9 +187,10 @@ def changed_rows() -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def endpoint(engine: Engine) -> Iterator[RunspacePool]:
     """A login at the endpoint, by a client that may send what it likes."""
+    seconds = int(ANSWER_TIME)
     with (
         serving(engine, configuration()) as server,
-        WSMan("127.0.0.1", **settings_for(server)) as wsman,
+        WSMan("127.0.0.1", **settings_for(server, operation_timeout=seconds, read_timeout=seconds + 30)) as wsman,
         RunspacePool(wsman, idle_timeout=60) as pool,
     ):
         yield pool
