@@ -2082,13 +2082,19 @@ class Deadline:
 
     def left(self) -> float:
         """Seconds left; raises ProbeError when there are none."""
-        if self.over:
+        left = self.remaining   # one look at the clock: a socket takes 0 for "do not wait", and less for an error
+        if left <= 0:
             raise ProbeError("timeout", f"no answer within {self.seconds:g} s")
+        return left
+
+    @property
+    def remaining(self) -> float:
+        """Seconds left, 0 or less when there are none."""
         return self._ends_mono - time.monotonic()
 
     @property
     def over(self) -> bool:
-        return time.monotonic() >= self._ends_mono
+        return self.remaining <= 0
 
 
 class Output:
@@ -3180,7 +3186,7 @@ def read_into(output: Output, pipe: IO[bytes], deadline: Deadline) -> bool:
         return False
     with selectors.DefaultSelector() as selector:
         selector.register(pipe, selectors.EVENT_READ)
-        while not deadline.over and selector.select(deadline.left()):
+        while (seconds := deadline.remaining) > 0 and selector.select(seconds):
             chunk = os.read(pipe.fileno(), READ_BYTES)
             if not chunk or output.take(chunk):
                 return True
@@ -4291,7 +4297,7 @@ class WindowsOutput(Output):
 
     @property
     def _over(self) -> bool:
-        return self._deadline.over or self._deadline.left() < 0.5   # nothing can begin now
+        return self._deadline.remaining < 0.5   # nothing can begin now
 
     def _add(self, row: dict[str, Any]) -> None:
         held = None if row["number"] else row.get("endpoint")

@@ -1620,3 +1620,12 @@ def test_first_use_is_remembered_though_the_first_poll_failed(tmp_path: Path) ->
             wait_for(lambda: "host_key" in service.output or not no_attempt(server))
             assert no_attempt(server)
             assert old in service.wait_line("host_key")
+
+
+def test_a_deadline_has_seconds_left_or_is_over() -> None:
+    """Never 0 or less, which a socket takes for another wish, whatever time passes in the middle of the question."""
+    for _ in range(300):
+        deadline = Deadline(1e-5)
+        with pytest.raises(ProbeError, match="no answer within"):
+            while deadline.left() > 0:
+                pass
