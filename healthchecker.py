@@ -3106,7 +3106,7 @@ class PowerShellConnection(Connection):
                         pool.close()
                     pool = self._pool(wsman)
         finally:
-            opened.deadline = Deadline(0.8)     # also after that of the poll: to delete the shell
+            opened.deadline = Deadline(max(0.8, opened.deadline.remaining))     # to delete the shell, also behind it
             with contextlib.suppress(Exception):    # the poll's own result does not give way to this error
                 if opened.in_step:
                     pool.close()
