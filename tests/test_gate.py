@@ -1242,26 +1242,30 @@ def test_who_is_ahead_lets_the_others_come_first() -> None:
         server.clock = lambda: now[0]
         other.hold(0)
 
+        def holds(number: int) -> bool:
+            held = len(server.active_channels)
+            return held == number and not server._alone  # who comes in a turn in which it has so many is taken, too
+
         def come(number: int, until: int) -> None:
             for _ in range(number):
                 stack.enter_context(socket.create_connection(serving.address, timeout=10))
-            wait_for(lambda: not server.readable())
+            wait_for(lambda: not server.watched)
             assert len(server.active_channels) == until
             now[0] += HEAD_START
-            wait_for(lambda: len(server.active_channels) == until + number, 10)
+            wait_for(lambda: holds(until + number))
 
         for _ in range(5):
             stack.enter_context(socket.create_connection(serving.address, timeout=10))
         wait_for(lambda: len(server.active_channels) == 5)
         come(3, 5)
-        now[0] += 10
+        now[0] += 1
         come(2, 8)
-        now[0] += 10
+        now[0] += 1
         come(70, 10)  # more than it takes in a turn
         other.hold(60)
-        now[0] += 10
+        now[0] += 1
         stack.enter_context(socket.create_connection(serving.address, timeout=10))
-        wait_for(lambda: len(server.active_channels) == 81)
+        wait_for(lambda: holds(81))
 
 
 # What is used of waitress inside: of an object of that class, which name. Another version fails here first.
