@@ -688,6 +688,11 @@ def turns(serving: Serving, seconds: float) -> int:
     return count
 
 
+def rests(serving: Serving) -> None:
+    """Soon: what was in the middle of its turn may go on for some."""
+    wait_for(lambda: turns(serving, 0.3) <= 10)
+
+
 def answered(sock: socket.socket, size: int) -> bool:
     """Whether a whole answer of so many bytes comes."""
     found = b""
@@ -714,7 +719,7 @@ def test_a_client_that_sends_ahead(pieces: int) -> None:
         sock.sendall(b"GET /1 HTTP/1.1\r\nHost: x\r\n\r\n")
         assert app.asked.acquire(timeout=5)
         sock.sendall(b"GET /2 HTTP/1.1\r\nHost: x\r\n\r\n")
-        assert turns(serving, 0.3) <= 10
+        rests(serving)
         app.go.release(2)
         assert answered(sock, size) and answered(sock, size)
 
@@ -730,7 +735,7 @@ def test_a_client_that_leaves_while_its_answer_is_made() -> None:
                 assert app.asked.acquire(timeout=5)
                 if resets:
                     sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-            assert turns(serving, 0.2) <= 10
+            rests(serving)
             app.go.release()
             wait_for(lambda: not serving.server.active_channels)
         assert app.asked.acquire(blocking=False) is False
@@ -771,7 +776,7 @@ def test_a_slow_reader_makes_no_work(threads: int) -> None:
         sock.sendall(b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
         sock.recv(1)
         wait_for(lambda: all(channel.total_outbufs_len for channel in serving.server.active_channels.values()))
-        assert turns(serving, 0.3) <= 10
+        rests(serving)
         assert len(reads(sock).partition(b"\r\n\r\n")[2]) == size
 
 
@@ -826,11 +831,11 @@ def test_a_stream_that_pauses_makes_no_work() -> None:
     with Serving(pauses, 2) as serving, socket.create_connection(serving.address, timeout=10) as sock:
         sock.sendall(ask())
         wait_for(lambda: left(serving))
-        assert turns(serving, 0.3) <= 10
+        rests(serving)
         received = b""
         while len(received) < size:
             received += sock.recv(1 << 20)
-        assert turns(serving, 0.3) <= 10
+        rests(serving)
         go.set()
         while not received.endswith(b"hello"):
             received += sock.recv(1000)
@@ -847,7 +852,7 @@ def test_an_answer_does_not_wait_for_the_one_behind_it() -> None:
     with Serving(page, 1) as serving, socket.create_connection(serving.address, timeout=5) as sock:
         sock.sendall(ask("/-/livez") + ask())
         assert sock.recv(1000).endswith(b"ok\n")
-        assert turns(serving, 0.3) <= 10
+        rests(serving)
         go.set()
         assert answered(sock, 5)
 
@@ -887,7 +892,7 @@ def test_answers_that_nobody_takes_are_not_made() -> None:
     with Serving(app, 0) as serving, socket.create_connection(serving.address, timeout=10) as sock:
         sock.sendall(ask() * (count - 1) + LAST)
         wait_for(lambda: left(serving) > POOL_BUFFER)
-        wait_for(lambda: turns(serving, 0.3) <= 10)
+        rests(serving)
         assert POOL_BUFFER < left(serving) <= POOL_BUFFER + size + 200
         assert asked < count
         assert len(reads(sock)) > count * size and asked == count
@@ -900,7 +905,7 @@ def test_a_large_answer_with_a_request_behind_it() -> None:
     with Serving(of_size(size), 2) as serving, socket.create_connection(serving.address, timeout=5) as sock:
         sock.sendall(ask() + LAST)
         wait_for(lambda: left(serving) > POOL_BUFFER)
-        assert turns(serving, 0.3) <= 10
+        rests(serving)
         assert len(reads(sock)) > 2 * size
 
 
@@ -965,7 +970,7 @@ def test_an_answer_that_the_disk_has_no_room_for(
         with contextlib.suppress(ConnectionError):
             serving.raw(ask())
         wait_for(lambda: not serving.server.active_channels)
-        assert turns(serving, 0.3) <= 10
+        rests(serving)
 
 
 @POOL
@@ -1086,13 +1091,12 @@ def test_a_client_that_is_gone_before_it_is_accepted(caplog: pytest.LogCaptureFi
 @POOL
 def test_what_nobody_foresaw(threads: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     """It ends the connection, not the thread, nor the loop."""
-    faults = iter([RuntimeError("unforeseen")] * 3)
-    close = GateParser.close
+    faulty, close = [True], GateParser.close
 
     def fails(request: GateParser) -> None:
         close(request)
-        for fault in faults:
-            raise fault
+        if faulty:
+            raise RuntimeError("unforeseen")
 
     monkeypatch.setattr(GateParser, "close", fails)
     with Serving(hello, threads) as serving:
@@ -1100,8 +1104,9 @@ def test_what_nobody_foresaw(threads: int, monkeypatch: pytest.MonkeyPatch, capl
             with socket.create_connection(serving.address, timeout=10) as sock:
                 sock.sendall(ask() * 2)
                 assert len(reads(sock)) < 1000
+        faulty.clear()
         assert serving.get() == (200, b"hello")
-    assert caplog.text.count("RuntimeError: unforeseen") == 3
+    assert 3 <= caplog.text.count("a request could not be answered") <= 6  # the second of two may be known or not
 
 
 # === What a server owes its application and its clients ======================
