@@ -2841,6 +2841,7 @@ class SshConnection(SshLogin):
 # connection, whatever requests or urllib3 make of an answer. In the poller's thread.
 # Gives: missing_package, PowerShellConnection
 HTTP_CAUSES: dict[int, Cause] = {403: "auth", 502: "unreachable", 503: "unreachable", 504: "unreachable"}
+SHELL_END = 0.8, 5.0             # seconds for the host to delete a poll's shell: behind its deadline, at most
 START_WINRM = "run `winrm quickconfig` there and check port and tls"
 UNMAPPED = "the host refuses the client certificate; map it to an account there"
 EXTRAS = {"credssp": ["requests_credssp"], "kerberos": [] if sys.platform == "win32" else ["gssapi", "krb5"]}
@@ -3106,7 +3107,8 @@ class PowerShellConnection(Connection):
                         pool.close()
                     pool = self._pool(wsman)
         finally:
-            opened.deadline = Deadline(max(0.8, opened.deadline.remaining))     # to delete the shell, also behind it
+            late, most = SHELL_END
+            opened.deadline = Deadline(min(max(late, opened.deadline.remaining), most))
             with contextlib.suppress(Exception):    # the poll's own result does not give way to this error
                 if opened.in_step:
                     pool.close()
@@ -3180,8 +3182,8 @@ def read_into(output: Output, pipe: IO[bytes], deadline: Deadline) -> bool:
 
         threading.Thread(target=pump, daemon=True).start()
         with contextlib.suppress(queue.Empty):
-            while not deadline.over and (wait := output.due_mono - time.monotonic()) > 0:
-                if not (chunk := chunks.get(timeout=min(wait, deadline.left()))) or output.take(chunk):
+            while (wait := min(output.due_mono - time.monotonic(), deadline.remaining)) > 0:
+                if not (chunk := chunks.get(timeout=wait)) or output.take(chunk):
                     return True
         return False
     with selectors.DefaultSelector() as selector:
