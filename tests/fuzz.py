@@ -171,8 +171,6 @@ class Opened(NamedTuple):
     feed: Feed
 
 
-
-
 class Target(NamedTuple):
     open: Callable[[], AbstractContextManager[Opened]]
     documented: tuple[type[Exception], ...]
