@@ -49,6 +49,7 @@ bench: packages $(VENV)/test.stamp
 
 soak: $(VENV)/test.stamp
 	$(BIN)/python tests/soak.py $(ARGS)
+	$(BIN)/python tests/soak_sessions.py
 
 clean:
 	rm -rf $(VENV) .wine-python .pytest_cache .mypy_cache .ruff_cache .hypothesis __pycache__ tests/__pycache__
