@@ -219,6 +219,20 @@ COMPLAINT_INTERVAL = 60.0       # seconds between two complaints about the same 
 POOL_END = 0.5                  # seconds for idle pool threads to end
 
 
+def allow_files(wanted: float = math.inf) -> float:
+    """How many files may be open, after raising the limit to as many as are wanted, as far as that is allowed."""
+    if sys.platform == "win32":
+        return math.inf     # sockets are none there
+    import resource  # noqa: PLC0415  # POSIX only
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    soft, hard = (math.inf if limit == resource.RLIM_INFINITY else limit for limit in limits)
+    raised = max(soft, min(wanted, hard))
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limits[1] if raised == hard else int(raised), limits[1]))
+        soft = raised
+    return soft
+
+
 # === Errors ==================================================================
 # One root for what is raised on purpose; the command line turns each class into its exit code, pages and API into a
 # status. An error's text is one line that a user can act on, and never holds a secret.
@@ -5748,6 +5762,7 @@ LOGGED_IN_MARKS = tuple(POLL_MARKS[meaning] for meaning in (
     ("healthy", ""), ("degraded", "limit"), ("degraded", "check"), ("unhealthy", "limit"), ("unhealthy", "check")))
 REFUSED_MARK = POLL_MARKS["unhealthy", "auth"]
 LAST_SESSIONS = 1.0             # seconds for what is open to hosts to end with the service
+OWN_FILES, HOST_FILES = 100, 2  # that are open: database, console, workers; for a host, whose connection is made anew
 LAST_FLUSH = 1.5                # seconds for the last reports to be written when the service ends
 POLLER_LIFE = 3600.0            # seconds after which the death of a poller is a new one
 FOLLOW_INTERVAL = 50.0          # seconds after which the rows are looked at in any case: they may be changed by hand
@@ -6115,6 +6130,14 @@ def restore_logins(guard: LoginGuard, target: Target, stored: Status, age: float
         guard.refuse(target.name, age, len(stored.strip) - len(before))
 
 
+def require_files(hosts: int) -> None:
+    """Says so where not as many files may be open as are needed."""
+    wanted = OWN_FILES + HOST_FILES * hosts
+    if (allowed := allow_files(wanted)) < wanted:
+        log.warning("%.0f files may be open, which is too few for %d hosts: set LimitNOFILE (ulimit -n) to %d",
+                    allowed, hosts, wanted)
+
+
 class Monitor(threading.Thread):
     """Starts, stops and reconciles the pollers; restarts dead ones; sees leases expire, and that a clock was set."""
 
@@ -6142,6 +6165,7 @@ class Monitor(threading.Thread):
         if before.get("boot", 0) == boot_number() != 0:     # whatever became of the clock since
             self._zero_at = before["clock"] / 1000
         self._reconcile()
+        require_files(sum(target.settings.platform is not Platform.SIMULATED for target in self.targets.values()))
         self._take_clock(now_at)
         self._context.aggregator.start()
         self._context.recorder.start()
@@ -7425,16 +7449,10 @@ def bound_address(value: str, socks: Sequence[socket.socket]) -> str:
 
 
 def connection_limit() -> int:
-    """Connections that may be served at once; on UNIX after raising the limit of open files as far as allowed."""
+    """Connections that may be served at once."""
     if sys.platform == "win32":
         return 400      # select takes 512 sockets there
-    import resource  # noqa: PLC0415  # POSIX only
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with contextlib.suppress(ValueError, OSError):
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-        soft = hard
-    files = CONNECTIONS_MAX if soft == resource.RLIM_INFINITY else soft
-    return max(100, min(CONNECTIONS_MAX, files - 100))      # the application needs some
+    return int(max(100, min(CONNECTIONS_MAX, allow_files() - 100)))     # the application needs some
 
 
 # --- the application ---
