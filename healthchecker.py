@@ -2172,9 +2172,10 @@ class Resolver:
             raise ProbeError("unreachable", f"{host} does not resolve ({reason}); check hostname and DNS") from error
 
     def moved(self, host: str, port: int, address: str) -> bool:
-        """Whether an address is not the host's any more; False where that is not known soon."""
+        """Whether an address is not the host's any more; False where none is known, or not soon."""
         with contextlib.suppress(ProbeError):
-            return all(address != found[4][0] for found in self.resolve(host, port, Deadline(LOOKUP_SECONDS)))
+            return bool(address) and all(
+                address != found[4][0] for found in self.resolve(host, port, Deadline(LOOKUP_SECONDS)))
         return False
 
     def _work(self, host: str, port: int, future: concurrent.futures.Future[list[Any]]) -> None:
@@ -2192,6 +2193,7 @@ class Wire:
     memory: libraries store what it announces."""
 
     deadline: Deadline
+    address = ""    # of the host, where it is known
     received = 0
     limit: float = 1 << 16      # bytes off the wire until the host has shown its key, then in a poll
     first = b""     # what came first, FIRST_BYTES at most
@@ -2246,6 +2248,7 @@ def connect_tcp(resolver: Resolver, host: str, port: int, deadline: Deadline) ->
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 sock.connect(address)
                 stack.pop_all()
+                sock.address = address[0]
                 return sock
             except OSError as error:
                 fault = error
@@ -2660,6 +2663,15 @@ class Connection:
         if self._guard.wait(self._target.name) > 0:
             raise ProbeError("auth", self._guard.why(self._target.name))
 
+    def _made_from(self) -> list[Any]:
+        """What a login depends on. Raises ProbeError."""
+        raise NotImplementedError
+
+    def _changes(self, wire: Wire) -> Callable[[], bool]:
+        """Tells whether a new login would be another one."""
+        before, place = self._made_from(), (self._settings.hostname, self._settings.connect_port)
+        return lambda: self._made_from() != before or self._context.resolver.moved(*place, wire.address)
+
     def open_session(self, deadline: Deadline) -> HostSession:
         """Logs in, within `_login_attempt`; the session before is still open as `keeper.session`. Raises ProbeError."""
         raise NotImplementedError
@@ -3048,9 +3060,9 @@ class SshLogin(Connection):
 class SshSession(HostSession):
     """A transport after the login, with a channel for each script."""
 
-    def __init__(self, transport: SshTransport, stack: contextlib.ExitStack, changed: Callable[[], bool],
-                 endpoint: bool) -> None:
-        self._transport, self._stack, self._changed, self._endpoint = transport, stack, changed, endpoint
+    def __init__(self, transport: SshTransport, changed: Callable[[], bool], endpoint: bool,
+                 stack: contextlib.ExitStack) -> None:
+        self._transport, self._changed, self._endpoint, self._stack = transport, changed, endpoint, stack
         self._packetizer = cast(BoundedPacketizer, transport.packetizer)
 
     @property
@@ -3151,22 +3163,17 @@ class SshConnection(SshLogin):
         return super().keeps and all(bastion._settings.keep for bastion in self._chain())
 
     def open_session(self, deadline: Deadline) -> SshSession:
+        return self._opened(SshSession, deadline, self._chain())
+
+    def _opened(self, kind: type[SshSession], deadline: Deadline, chain: Sequence[SshConnection]) -> SshSession:
         with contextlib.ExitStack() as stack:
-            transport = stack.enter_context(self._logged_in(deadline, self._chain()))
-            changes = self._changes(transport)
-            return SshSession(transport, stack.pop_all(), changes, self._settings.endpoint)
+            transport = stack.enter_context(self._logged_in(deadline, chain))
+            return kind(transport, self._changes(cast(Wire, transport.sock)), self._settings.endpoint, stack.pop_all())
 
     def _made_from(self) -> list[Any]:
-        """What a login depends on, the bastions' too. Raises ProbeError."""
+        """The bastions', too."""
         return [(hop, hop._known(), (key_file := hop._settings.key_file) and hop.load_keys(key_file))
                 for hop in (*self._chain(), self)]
-
-    def _changes(self, transport: SshTransport) -> Callable[[], bool]:
-        """Tells whether a new login would be another one."""
-        before, sock, place = self._made_from(), transport.sock, (self._settings.hostname, self._settings.connect_port)
-        with transport.explained():     # it may have ended already
-            address = sock.getpeername()[0] if isinstance(sock, HostSocket) else ""
-        return lambda: self._made_from() != before or bool(address and self._context.resolver.moved(*place, address))
 
     def close(self) -> None:
         super().close()
@@ -3176,13 +3183,18 @@ class SshConnection(SshLogin):
     @contextlib.contextmanager
     def _lent(self, deadline: Deadline, chain: Sequence[SshConnection]) -> Iterator[SshTransport]:
         """The transport for all behind it. Raises ProbeError, for all who waited for the login that failed."""
+        def log_in() -> HostSession:
+            self._require_no_wait()
+            return self._opened(Relay, deadline, chain)
+
         begun_mono = time.monotonic()
         while not self._turn.acquire(timeout=deadline.left()):
             pass
         try:
             if self._failed[0] > begun_mono:
                 raise self._failed[1]
-            relay = self._borrowed(deadline, chain)
+            while not (relay := cast(Relay, self._relay.get(log_in, deadline))).take():
+                pass
         except ProbeError as error:
             self._failed = time.monotonic(), error
             raise
@@ -3190,19 +3202,6 @@ class SshConnection(SshLogin):
             self._turn.release()
         with relay.taken() as transport:
             yield transport
-
-    def _borrowed(self, deadline: Deadline, chain: Sequence[SshConnection]) -> Relay:
-        def log_in() -> Relay:
-            self._require_no_wait()
-            with contextlib.ExitStack() as stack:
-                transport = stack.enter_context(self._logged_in(deadline, chain))
-                changes = self._changes(transport)
-                return Relay(transport, stack.pop_all(), changes, False)
-
-        while True:
-            relay = cast(Relay, self._relay.get(log_in, deadline))
-            if relay.take():
-                return relay
 
     def offered_key(self, deadline: Deadline) -> str:
         """The key that the host shows; nothing else is done."""
@@ -3520,23 +3519,14 @@ class WinrmSession(HostSession):
 
     alive = True        # the next login finds out what became of the shell
 
-    def __init__(self, opened: WinrmSocket, pool: RunspacePool, settings: ResourceSettings, keeps: bool) -> None:
-        self.opened, self.pool, self._settings, self._keeps = opened, pool, settings, keeps
-        self._wsman, self._made_from = pool.connection, self._files()
-        self._used = False
-
-    def _files(self) -> list[int]:
-        """When those changed that a login is made from."""
-        files = filter(None, (getattr(self._settings, name) for name in FILES))
-        return [file.stat().st_mtime_ns if file.exists() else 0 for file in files]
-
-    @property
-    def changed(self) -> bool:
-        return self._files() != self._made_from
+    def __init__(self, opened: WinrmSocket, pool: RunspacePool, changed: Callable[[], bool], settings: ResourceSettings,
+                 keeps: bool) -> None:
+        self.opened, self.pool, self.changed, self._settings, self._keeps = opened, pool, changed, settings, keeps
+        self._wsman, self._used = pool.connection, False
 
     @property
     def stale(self) -> bool:
-        return self.changed or self.hung_up
+        return self.hung_up or self.changed()
 
     @property
     def hung_up(self) -> bool:
@@ -3617,22 +3607,26 @@ class PowerShellConnection(Connection):
             wsman = copy.copy(before.pool.connection if before else self.WSMAN)
             wsman.transport = self._transport(opened)
             with self._login_attempt(deadline), explained(settings, opened):
-                pool = self._resumed(before, wsman) if before else None
-                if pool is None:
+                pool = (before and self._resumed(before, wsman)) or new_pool(wsman, settings, self.keeps)
+                session = WinrmSession(opened, pool, self._changes(opened), settings, self.keeps)
+                if pool.state != RunspacePoolState.OPENED:
                     wsman.session_id, wsman.operation_timeout = str(uuid.uuid4()), max(1, int(settings.timeout))
-                    pool = new_pool(wsman, settings, self.keeps)
-                    stack.callback(WinrmSession(opened, pool, settings, self.keeps).close)
+                    stack.callback(session.close)
                     pool.open()
             stack.pop_all()
             opened.logged_in, self._left = True, None
-            return WinrmSession(opened, pool, settings, self.keeps)
+            return session
+
+    def _made_from(self) -> list[Any]:
+        files = filter(None, (getattr(self._settings, name) for name in FILES))
+        return [file.stat().st_mtime_ns if file.exists() else 0 for file in files]
 
     def _resumed(self, before: WinrmSession, wsman: WSMan) -> RunspacePool | None:
         """The shell of the last login, if it is still there and fit; one that is not is deleted."""
         pool, shell = before.pool, copy.copy(before.pool.shell)
         shell.wsman = wsman
         try:
-            if before.fit and not before.changed:
+            if before.fit and not before.changed():
                 shell._get_shell()      # until it answers the one before goes on with it
                 pool.connection = pool.shell.wsman = wsman
                 return pool
@@ -3660,11 +3654,12 @@ class PowerShellConnection(Connection):
             hint = f"; {START_WINRM}" if "port" in str(error) else ""
             raise ProbeError(error.cause, f"{error}{hint}") from error
         with plain:     # after a good handshake it is detached, and this closes nothing
-            if context is None:
-                return WinrmSocket(fileno=plain.detach())
             try:
                 plain.settimeout(deadline.left())
-                return context.wrap_socket(plain, server_hostname=settings.hostname)
+                secured: Any = context.wrap_socket(plain, server_hostname=settings.hostname) if context else \
+                    WinrmSocket(fileno=plain.detach())
+                secured.address = plain.address
+                return secured
             except ssl.SSLCertVerificationError:
                 raise
             except OSError as error:

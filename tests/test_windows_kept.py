@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import socket
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -24,8 +25,10 @@ from wsman_server import Answer, Script, WSManServer
 
 from healthchecker import (
     Check,
+    Deadline,
     LoginGuard,
     PowerShellConnection,
+    Resolver,
     Sample,
     Verdict,
     WinrmSession,
@@ -144,6 +147,26 @@ def test_a_password_that_is_changed_is_found_out_by_the_next_login() -> None:
         assert verdict.cause == "auth" and kept.guard.refusals == 1
         kept.server.users["monitor"] = PASSWORD  # so that the shell can go
         kept.guard.ask("win")
+
+
+def test_a_host_that_moves() -> None:
+    """Its shell ends where it was."""
+
+    class Names(Resolver):
+        answers = socket.getaddrinfo("127.0.0.1", 0, type=socket.SOCK_STREAM)
+
+        def resolve(self, host: str, port: int, deadline: Deadline) -> list[Any]:
+            return [(*found[:4], (found[4][0], port)) for found in self.answers]
+
+    with keeping(counting()) as kept:
+        names = Names()
+        kept.connection._context = replace(kept.connection._context, resolver=names)
+        kept.good()
+        kept.good()
+        names.answers = socket.getaddrinfo("127.0.0.2", 0, type=socket.SOCK_STREAM)
+        assert kept.poll()[0].cause == "unreachable"  # nobody is there
+        wait_for(lambda: not kept.server.shells)
+        assert kept.connection.record.outcomes == {"accepted": 1}
 
 
 def forget_shell(kept: Kept) -> None:
