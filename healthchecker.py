@@ -3301,6 +3301,7 @@ class SshConnection(SshLogin):
 # connection, whatever requests or urllib3 make of an answer. In the poller's thread.
 # Gives: missing_package, PowerShellConnection
 HTTP_CAUSES: dict[int, Cause] = {403: "auth", 502: "unreachable", 503: "unreachable", 504: "unreachable"}
+SHELL_END = 0.8                 # seconds for a shell to be deleted
 START_WINRM = "run `winrm quickconfig` there and check port and tls"
 UNMAPPED = "the host refuses the client certificate; map it to an account there"
 EXTRAS = {"credssp": ["requests_credssp"], "kerberos": [] if sys.platform == "win32" else ["gssapi", "krb5"]}
@@ -3570,7 +3571,7 @@ class WinrmSession(HostSession):
         return None
 
     def close(self) -> None:
-        self.opened.begin(Deadline(0.8))    # also after that of the poll: to delete the shell
+        self.opened.begin(Deadline(SHELL_END))      # also after that of the poll
         with contextlib.suppress(Exception):    # the poll's own result does not give way to this error
             if self.opened.in_step and self.pool.connection is self._wsman:     # no other login has it
                 self.pool.close()
@@ -3595,7 +3596,7 @@ class PowerShellConnection(Connection):
         self.drop()
         if self._left:
             with contextlib.suppress(ProbeError):
-                self.keeper.session = self.open_session(Deadline(1.5))
+                self.keeper.session = self.open_session(Deadline(2 * SHELL_END))
             self.drop()
 
     def open_session(self, deadline: Deadline) -> WinrmSession:

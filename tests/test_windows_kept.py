@@ -23,6 +23,7 @@ from test_powershell import ACCESS, PASSWORD, RECORDED, CountingServer, target
 from test_wsman_server import settings_for
 from wsman_server import Answer, Script, WSManServer
 
+import healthchecker
 from healthchecker import (
     Check,
     Deadline,
@@ -39,6 +40,12 @@ from healthchecker import (
 TIMEOUT = 120.0  # seconds; wine may be slow, and the first poll of a run starts PowerShell for the first time
 CLEAN = json.dumps({**json.loads(RECORDED.partition("\n")[0]), "clean": True})
 CMD = "C:\\windows\\system32\\cmd.exe"  # PowerShell in wine finds no program without its path
+
+
+@pytest.fixture(autouse=True)
+def _ample(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A busy machine has time to delete a shell."""
+    monkeypatch.setattr(healthchecker, "SHELL_END", 60.0)
 
 
 class Kept:
