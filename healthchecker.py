@@ -28,7 +28,8 @@ Sections, in file order; a definition refers only to what stands above it:
     Storage      SQLite through Flask-SQLAlchemy; the rows follow the inventory
     Connections  deadlines, byte caps, name look-up, TCP: what every connection needs
     Logins       the guard that keeps a wrong password from locking an account
-    SSH          a fresh connection per poll, host keys verified before any secret is sent
+    Sessions     what stays open between polls, and when it is made anew
+    SSH          host keys verified before any secret is sent, a channel per poll
     PowerShell   PowerShell Remoting over one watched socket
     Local        this machine's own shell, and simulated resources
     Outcomes     what an exit status and an output say of a service or check
@@ -216,6 +217,20 @@ LOG_BYTES = 10 << 20            # bytes of a log file before it rotates
 LOG_FILES = 5                   # rotated log files that are kept
 COMPLAINT_INTERVAL = 60.0       # seconds between two complaints about the same trouble
 POOL_END = 0.5                  # seconds for idle pool threads to end
+
+
+def allow_files(wanted: float = math.inf) -> float:
+    """How many files may be open, after raising the limit to as many as are wanted, as far as that is allowed."""
+    if sys.platform == "win32":
+        return math.inf     # sockets are none there
+    import resource  # noqa: PLC0415  # POSIX only
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    soft, hard = (math.inf if limit == resource.RLIM_INFINITY else limit for limit in limits)
+    raised = max(soft, min(wanted, hard))
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limits[1] if raised == hard else int(raised), limits[1]))
+        soft = raised
+    return soft
 
 
 # === Errors ==================================================================
@@ -622,6 +637,7 @@ def selectable(platform: object) -> object:
 
 
 Seconds = Annotated[float, Field(ge=1, le=604_800, allow_inf_nan=False)]
+Relogin = Annotated[float, Field(ge=0, le=604_800, allow_inf_nan=False)]
 Days = Annotated[float, Field(ge=0.1, le=3660, allow_inf_nan=False)]
 Percent = Annotated[float, Field(gt=0, le=100, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, le=1_000_000, allow_inf_nan=False)]
@@ -795,6 +811,7 @@ class ServiceSettings(Settings):
         return min(usable, WORKERS_MAX)
 
 
+KEPT_INTERVAL = 300.0       # seconds; with longer ones each poll opens anew
 SECRETS = ("password", "key_passphrase")  # what is sealed
 FILES = ("key_file", "ca_file", "certificate_file")  # read at each poll
 CREDENTIALS = ("password", "password_env", "password_file", "key_file")
@@ -805,6 +822,7 @@ ONLY = (    # settings that have a meaning on these platforms alone
     (SSH_PLATFORMS, ("host_key", "host_key_alias", "proxy_jump", "ssh_config")),
     ((Platform.WINDOWS,), ("tls", "auth", "ca_file", "certificate_file", "certificate_fingerprint",
                            "configuration_name")),
+    ((*REMOTE_PLATFORMS, Platform.LOCAL), ("keep", "relogin")),
     ((Platform.SIMULATED,), ("mean_healthy", "mean_unhealthy", "seed")))
 
 
@@ -855,6 +873,8 @@ class ResourceSettings(Settings):
     interval: Seconds = 60.0            # seconds
     timeout: Seconds = 10.0             # seconds, the whole poll
     retry_interval: Seconds = 5.0       # seconds, while undecided
+    keep: bool = True                   # what a poll opened stays open for the next; see keeps
+    relogin: Relogin = 900.0            # seconds until a kept connection is made anew; 0 = never
     rise: Times = 2
     fall: Times = 2
     critical: bool = True               # False: shown, never closes the gate
@@ -918,6 +938,11 @@ class ResourceSettings(Settings):
     def secrets(self) -> dict[str, str]:
         """What is known of SECRETS, plain or sealed."""
         return {kind: secret.get_secret_value() for kind in SECRETS if (secret := getattr(self, kind))}
+
+    @property
+    def keeps(self) -> bool:
+        """`keep`, unless a poll comes so rarely that a login costs nothing."""
+        return self.keep and self.interval <= KEPT_INTERVAL
 
     @property
     def ttl(self) -> float:
@@ -2067,10 +2092,13 @@ def load_targets(session: Session, vault: Vault, known: Mapping[str, Target] = M
 # What every way to a host is built from: a deadline on the monotonic clock for the whole poll, a cap of what a host
 # may send, look-up of names, TCP. What fails raises ProbeError with a cause. Runs in the threads of the pollers;
 # the resolver has a thread for each look-up that is under way.
-# Gives: OUTPUT_BYTES, READ_BYTES, FIRST_BYTES, Deadline, Output, Resolver, HostSocket, connect_tcp
+# Gives: OUTPUT_BYTES, READ_BYTES, Deadline, Output, Resolver, Wire, HostSocket, connect_tcp
 OUTPUT_BYTES = 1 << 20          # bytes over stdout and stderr; a poll that prints more is ended
 READ_BYTES = 1 << 16            # bytes taken from a host at once
 FIRST_BYTES = 1 << 11           # bytes that are kept of what a host says first
+LOOKUP_SECONDS = 0.2            # for the look-up of a host that is connected: a late one changes nothing
+IDLE = 1e6                      # seconds, for ever: what is open and serves no poll
+SEND_SECONDS = 30.0             # for a host to take something at all, where no poll's deadline ends it
 
 
 class Deadline:
@@ -2101,6 +2129,7 @@ class Output:
     """What a script printed so far on both streams, OUTPUT_BYTES at most; `mark` ends it."""
 
     whole = False
+    clean = True            # what ran left nothing that the next script could see
     due_mono = math.inf     # until when the script has to say more, or it is stopped
 
     def __init__(self, mark: str) -> None:
@@ -2148,6 +2177,13 @@ class Resolver:
             reason = getattr(error, "strerror", None) or "not a valid name"
             raise ProbeError("unreachable", f"{host} does not resolve ({reason}); check hostname and DNS") from error
 
+    def moved(self, host: str, port: int, address: str) -> bool:
+        """Whether an address is not the host's any more; False where none is known, or not soon."""
+        with contextlib.suppress(ProbeError):
+            return bool(address) and all(
+                address != found[4][0] for found in self.resolve(host, port, Deadline(LOOKUP_SECONDS)))
+        return False
+
     def _work(self, host: str, port: int, future: concurrent.futures.Future[list[Any]]) -> None:
         try:
             future.set_result(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
@@ -2158,31 +2194,51 @@ class Resolver:
                 del self._pending[host, port]
 
 
-class HostSocket(socket.socket):
-    """A poll's one connection. Nothing waits beyond the deadline, and no host can fill the memory: libraries store
-    what it announces."""
+class Wire:
+    """Bytes from a host, for one poll after the other. Nothing waits beyond the deadline, and no host can fill the
+    memory: libraries store what it announces."""
 
     deadline: Deadline
+    address = ""    # of the host, where it is known
     received = 0
-    limit = 1 << 16     # bytes off the wire until the host has shown its key
+    limit: float = 1 << 16      # bytes off the wire until the host has shown its key, then in a poll
     first = b""     # what came first, FIRST_BYTES at most
 
-    def recv(self, size: int, flags: int = 0, /) -> bytes:
-        self.settimeout(self.deadline.left())
-        chunk = super().recv(min(size, READ_BYTES), flags)
+    def begin(self, deadline: Deadline) -> None:
+        """From here on it serves a poll."""
+        self.deadline, self.received = deadline, 0
+
+    def pause(self) -> None:
+        """From here on it serves none; what comes until the next one counts with the last."""
+        self.deadline = Deadline(IDLE)
+
+    def note(self, chunk: bytes) -> bytes:
         if len(self.first) < FIRST_BYTES:
             self.first += chunk[:FIRST_BYTES]
         self.count(len(chunk))
         return chunk
 
-    def send(self, octets: Any, flags: int = 0, /) -> int:
-        self.settimeout(self.deadline.left())
-        return super().send(octets, flags)
-
     def count(self, octets: int) -> None:
         self.received += octets
         if self.received > self.limit:
             raise ProbeError("protocol", f"the host sent more than {self.limit} bytes")
+
+
+class HostSocket(Wire, socket.socket):
+    """A connection by TCP. Who waits in recv() when a poll begins learns of its deadline with the first byte."""
+
+    def recv(self, size: int, flags: int = 0, /) -> bytes:
+        self.settimeout(self.deadline.left())
+        return self.note(super().recv(min(size, READ_BYTES), flags))
+
+    def send(self, octets: Any, flags: int = 0, /) -> int:
+        self.settimeout(min(self.deadline.left(), SEND_SECONDS))
+        try:
+            return super().send(octets, flags)
+        except TimeoutError as error:
+            if self.deadline.seconds < IDLE:
+                raise
+            raise ConnectionError("the host takes nothing") from error
 
 
 def connect_tcp(resolver: Resolver, host: str, port: int, deadline: Deadline) -> HostSocket:
@@ -2198,6 +2254,7 @@ def connect_tcp(resolver: Resolver, host: str, port: int, deadline: Deadline) ->
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 sock.connect(address)
                 stack.pop_all()
+                sock.address = address[0]
                 return sock
             except OSError as error:
                 fault = error
@@ -2381,11 +2438,12 @@ class Guards:
             self._typed = {user: guard for user, guard in self._typed.items() if guard.is_used}
 
 
-# === SSH =====================================================================
-# A script goes to `/bin/sh -s` of a POSIX host over paramiko, its output comes back. A connection lasts one poll:
-# TCP, key exchange, the host's key against pin and known_hosts, only then the login. In the poller's thread, with
-# paramiko's own beside it, which ends at the socket's deadline and wakes whoever waits.
-# Gives: KnownHosts, ConnectionContext, Connection, SshConnection
+# === Sessions ================================================================
+# What is open to a host after a login stays open between polls, and a poll over it is no login: it neither proves a
+# credential nor clears a refusal. After `relogin` seconds a new one is logged in first, then the old one ends; after
+# anything unexpected it ends at once. Here are also the keys that hosts are known by, and what all connections share.
+# In the threads of the pollers; a keeper serves one at a time.
+# Gives: identity, KnownHosts, HostSession, SessionKeeper, ConnectionContext, Connection
 
 
 def identity(kind: str, blob: bytes) -> str:
@@ -2435,6 +2493,240 @@ class KnownHosts:
         return keys[""], keys["@revoked"], keys["@cert-authority"]
 
 
+class HostSession:
+    """What a login opened; polls run over it one after the other."""
+
+    fit = True      # False: a poll left something in it, and no other may use it
+
+    @property
+    def alive(self) -> bool:
+        """False once it is seen to be dead."""
+        raise NotImplementedError
+
+    @property
+    def stale(self) -> bool:
+        """Whether anything came that nobody asked for, or what it was made from is not the same any more; then no
+        poll uses it. Raises ProbeError where that cannot be found out."""
+        raise NotImplementedError
+
+    def run(self, script: str, output: Output, deadline: Deadline) -> bool:
+        """As Connection.run. Where it is silent for a third of the deadline from the start on, it is dead."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Ends it, also a dead one, and raises nothing."""
+        raise NotImplementedError
+
+
+@dataclass
+class LoginRecord:
+    """How often a resource was logged in to; outlives the connection, which each change of the resource replaces."""
+
+    outcomes: collections.Counter[str] = dataclass_field(default_factory=collections.Counter)   # accepted, refused
+    second_tries: int = 0
+    _hours: collections.Counter[int] = dataclass_field(default_factory=collections.Counter)
+
+    def count(self, outcome: str) -> None:
+        hour = int(time.monotonic() // 3600)
+        self.outcomes[outcome] += 1
+        self._hours[hour] += 1
+        for past in [past for past in self._hours if past <= hour - 24]:
+            del self._hours[past]
+
+    @property
+    def last_day(self) -> int:
+        """Logins of the last 24 hours, refused ones too."""
+        first = int(time.monotonic() // 3600) - 24
+        return sum(count for hour, count in list(self._hours.items()) if hour > first)
+
+
+class SessionKeeper:
+    """The session that is open, if there is one, and when it is made anew."""
+
+    def __init__(self, relogin: float) -> None:
+        self._relogin = relogin
+        self.session: HostSession | None = None
+        self.reused = False         # whether the last one that was given is of a poll before
+        self.opened_at = 0.0        # Unix time; and monotonic
+        self.opened_mono = 0.0
+        self.complaint = ""         # of the login that should have replaced it
+        self._due_mono = self._ends_mono = math.inf
+
+    @property
+    def lives(self) -> bool:
+        """Whether a poll can do without a login."""
+        return self.session is not None and self.session.alive and time.monotonic() < self._ends_mono
+
+    def get(self, open_session: Callable[[], HostSession], deadline: Deadline) -> HostSession:
+        """The session that is open, or a new one. Raises ProbeError where there is neither."""
+        old = self.session
+        usable = old is not None and self.lives and not old.stale
+        self.reused = usable and time.monotonic() < self._due_mono
+        if old and self.reused:
+            return old
+        try:
+            self._take(open_session())
+        except ProbeError as error:
+            if not (old and usable and old.alive) or deadline.over or not self._goes_on(error):
+                raise
+            self.reused = True
+            return old
+        assert self.session
+        return self.session
+
+    def _goes_on(self, error: ProbeError) -> bool:
+        """Whether the old one serves on: while the guard says no, and until a refusal is confirmed."""
+        if str(error).startswith(NOT_TRIED):
+            return True
+        first = not self.complaint and error.cause not in ("host_key", "credential")
+        self.complaint = str(error)
+        return first
+
+    def _take(self, session: HostSession) -> None:
+        old, self.session, self.complaint = self.session, session, ""
+        self.opened_at, self.opened_mono = time.time(), time.monotonic()
+        if self._relogin:
+            self._due_mono = self.opened_mono + self._relogin * random.uniform(0.5, 1)
+            self._ends_mono = self.opened_mono + 2 * self._relogin
+        if old:
+            old.close()
+
+    def drop(self) -> None:
+        """Ends what is open."""
+        session, self.session, self.complaint = self.session, None, ""
+        if session:
+            session.close()
+
+
+@dataclass(frozen=True)
+class ConnectionContext:
+    """What the connections of all resources share."""
+
+    known_hosts: KnownHosts
+    resolver: Resolver
+    guards: Guards = dataclass_field(default_factory=Guards)
+    watched: dict[str, Any] = dataclass_field(default_factory=dict)     # connections by resource, for bastions
+    records: dict[str, LoginRecord] = dataclass_field(default_factory=dict)     # by resource
+    is_trial: bool = False      # somebody tries settings
+    keeps: bool = False         # sessions stay open between polls
+
+    def guard_of(self, target: Target) -> LoginGuard:
+        return (self.guards.trial if self.is_trial else self.guards.of)(target)
+
+
+class Connection:
+    """The way to one resource. What it opens stays open for the next poll where that is wanted, else `run` ends it."""
+
+    DEAD_IN_A_ROW = 3       # kept sessions found dead, after which each poll opens anew ...
+    FRESH = 86_400.0        # ... for so many seconds: something between here and there ends what is idle
+
+    def __init__(self, target: Target, guard: LoginGuard, context: ConnectionContext) -> None:
+        self._target, self._guard, self._context = target, guard, context
+        self._settings = target.settings
+        self.host_key = target.host_key     # what the host is known by; SSH learns it at the first contact
+        self.keeper = SessionKeeper(target.settings.relogin)
+        self.record = context.records.setdefault(target.name, LoginRecord())
+        self.second_try = ""                # why the last poll needed one
+        self._failure = ""                  # what is tried once more
+        self._deaths = 0                    # kept sessions in a row
+        self._fresh_until_mono = -math.inf
+
+    @property
+    def keeps(self) -> bool:
+        """Whether what is open stays open."""
+        return self._context.keeps and self._settings.keeps and not self.found_dead
+
+    @property
+    def found_dead(self) -> bool:
+        """Whether each poll opens anew, for what was kept was found dead again and again."""
+        return time.monotonic() < self._fresh_until_mono
+
+    def run(self, script: str, output: Output, deadline: Deadline) -> bool:
+        """Runs `script` until `output` is whole, it ends, or the deadline is there; says whether it was seen to end.
+        Raises ProbeError."""
+        self.second_try, self._failure, self.keeper.reused = self._failure, "", False
+        if self.keeper.session and not self.keeper.session.alive:
+            self._note_dead()
+        keeps = self.keeps
+        try:
+            session = self.keeper.get(functools.partial(self._admitted, deadline), deadline)
+            ended = session.run(script, output, deadline)
+            if self.keeper.reused and output.whole:
+                self._deaths = 0
+            return ended
+        finally:
+            if not (keeps and output.whole and self.keeper.session and self.keeper.session.fit):
+                self.drop()
+
+    def _admitted(self, deadline: Deadline) -> HostSession:
+        """A new session; where there is one that can serve on, not while the guard says no to its login."""
+        if self.keeper.lives:
+            self._require_no_wait()
+        return self.open_session(deadline)
+
+    def _require_no_wait(self) -> None:
+        """Raises ProbeError while the guard says no."""
+        if self._guard.wait(self._target.name) > 0:
+            raise ProbeError("auth", self._guard.why(self._target.name))
+
+    def _made_from(self) -> list[Any]:
+        """What a login depends on. Raises ProbeError."""
+        raise NotImplementedError
+
+    def _changes(self, wire: Wire) -> Callable[[], bool]:
+        """Tells whether a new login would be another one."""
+        before, place = self._made_from(), (self._settings.hostname, self._settings.connect_port)
+        return lambda: self._made_from() != before or self._context.resolver.moved(*place, wire.address)
+
+    def open_session(self, deadline: Deadline) -> HostSession:
+        """Logs in, within `_login_attempt`; the session before is still open as `keeper.session`. Raises ProbeError."""
+        raise NotImplementedError
+
+    @contextlib.contextmanager
+    def _login_attempt(self, deadline: Deadline) -> Iterator[None]:
+        """Around a login: asks the guard, and tells it and the record what came of it."""
+        try:
+            with self._guard.attempt(self._target.name, deadline):
+                yield
+        except ProbeError as error:
+            if error.cause == "auth" and not str(error).startswith(NOT_TRIED):
+                self.record.count("refused")
+            raise
+        self.record.count("accepted")
+
+    def drop(self) -> None:
+        """Ends what is open between polls."""
+        self.keeper.drop()
+
+    def begins_again(self, error: ProbeError, deadline: Deadline) -> bool:
+        """Ends what is open after a poll that failed; says whether that poll may try once more: where what failed was
+        open before it, and there is time."""
+        reused, self.keeper.reused = self.keeper.reused, False
+        self.drop()
+        if not reused or deadline.over:
+            return False
+        self._note_dead()
+        self.record.second_tries += 1
+        self._failure = str(error)
+        return True
+
+    def _note_dead(self) -> None:
+        self._deaths += 1
+        if self._deaths >= self.DEAD_IN_A_ROW:
+            self._deaths, self._fresh_until_mono = 0, time.monotonic() + self.FRESH
+
+    def close(self) -> None:
+        """Ends all that is open; for the thread of the poller, at its end."""
+        self.drop()
+
+
+# === SSH =====================================================================
+# A script goes to `/bin/sh -s` of a POSIX host over paramiko, its output comes back: a channel for each poll of a
+# transport. TCP, key exchange, the host's key against pin and known_hosts, only then the login. In the poller's thread,
+# with paramiko's own beside it, which ends at the socket's deadline and wakes whoever waits.
+# Gives: SshConnection
+
+
 def certifier(blob: bytes, host: str) -> str | None:
     """Who certified a host's key, when that holds for `host` now; None for anything else."""
     kind = paramiko.Message(blob).get_text()
@@ -2457,12 +2749,16 @@ class BoundedPacketizer(paramiko.packet.Packetizer):
     """Refuses packets with more items than anybody sends: paramiko would go through all of them."""
 
     COUNTED: ClassVar = {7: 0, 60: 3}       # EXT_INFO and INFO_REQUEST: texts before the number of items
+    # Between polls: what says nothing, key exchange, `are you there`, and how the last command ends.
+    ROUTINE: ClassVar = {2, 3, 4, 20, 21, *range(30, 50), 80, 81, 82, *range(93, 101)}
+    resting = uninvited = False     # no poll runs; something else came then
 
     def start_handshake(self, timeout: float) -> None:
         """No thread with a timer, for the socket knows the deadline."""
 
     def read_message(self) -> tuple[int, paramiko.Message]:
         kind, message = super().read_message()
+        self.uninvited |= self.resting and kind not in self.ROUTINE
         if kind in self.COUNTED:
             look = paramiko.Message(message.asbytes())
             for _ in range(self.COUNTED[kind]):
@@ -2472,10 +2768,45 @@ class BoundedPacketizer(paramiko.packet.Packetizer):
         return kind, message
 
 
+def ssh_fault(error: Exception, first: bytes, mismatches: Sequence[str]) -> ProbeError:
+    """Our error for what paramiko raises around the key exchange; `first` is what the host said first."""
+    before = one_line(re.split(r"^SSH-", first.decode(errors="replace"), maxsplit=1, flags=re.MULTILINE)[0])
+    said = f"; it said: {before}" if before else ""
+    if isinstance(error, paramiko.ssh_exception.IncompatiblePeer):
+        return ProbeError("protocol", f"no algorithm in common: {'; '.join(mismatches) or error}")
+    if isinstance(error, paramiko.ChannelException):
+        return ProbeError("unreachable", "the host refuses a session; are too many open (MaxSessions)?")
+    if not first or first.startswith(b"Exceeded MaxStartups") or isinstance(error, (EOFError, ConnectionError)):
+        why = "the host closed the connection; is it an SSH server with free sessions?"
+        return ProbeError("unreachable", f"{why}{said}")
+    return ProbeError("protocol", f"no SSH server there: {error or type(error).__name__}{said}")
+
+
+class Patience(float):
+    """How long paramiko waits for a channel: it adds seconds to the time of the wall clock, which may be set meanwhile,
+    and compares; by this it is the deadline that counts, or where the transport is old a third of it without a byte."""
+
+    deadline: Deadline
+    silence: Deadline
+    wire: Wire
+    received: int
+
+    @property
+    def over(self) -> bool:
+        return self.deadline.over or (self.silence.over and self.wire.received == self.received)
+
+    def __radd__(self, _begun: float) -> Patience:
+        return self
+
+    def __lt__(self, _now: float) -> bool:
+        return self.over
+
+
 class SshTransport(paramiko.Transport):
     """Knows whether the host said goodbye: after a password that means refused, a lost connection does not."""
 
     dismissed = False
+    is_old = False      # it has served
     theirs: Mapping[str, Sequence[str]] = dict[str, Sequence[str]]()      # the algorithms that the host names, by kind
 
     def _really_parse_kex_init(self, *message: Any, **how: Any) -> Any:
@@ -2493,52 +2824,82 @@ class SshTransport(paramiko.Transport):
     def _parse_disconnect(self, message: paramiko.Message) -> None:
         self.dismissed = True
 
+    def _parse_channel_open_success(self, message: paramiko.Message) -> None:
+        """A channel that nobody waits for any more is closed: behind a bastion it holds a connection."""
+        ours, theirs = message.get_int(), message.get_int()
+        if self._channels.get(ours) is None:    # type: ignore[attr-defined]  # the stubs lack it
+            close = paramiko.Message()
+            close.add_byte(b"a")    # SSH_MSG_CHANNEL_CLOSE
+            close.add_int(theirs)
+            self._send_message(close)   # type: ignore[attr-defined]  # the stubs lack it
+        else:
+            message.rewind()
+            super()._parse_channel_open_success(message)    # type: ignore[misc]  # the stubs lack it
 
-def ssh_fault(error: Exception, first: bytes, mismatches: Sequence[str]) -> ProbeError:
-    """Our error for what paramiko raises around the key exchange; `first` is what the host said first."""
-    before = one_line(re.split(r"^SSH-", first.decode(errors="replace"), maxsplit=1, flags=re.MULTILINE)[0])
-    said = f"; it said: {before}" if before else ""
-    if isinstance(error, paramiko.ssh_exception.IncompatiblePeer):
-        return ProbeError("protocol", f"no algorithm in common: {'; '.join(mismatches) or error}")
-    if isinstance(error, paramiko.ChannelException):
-        return ProbeError("unreachable", "the host refuses a session; are too many open (MaxSessions)?")
-    if not first or first.startswith(b"Exceeded MaxStartups") or isinstance(error, (EOFError, ConnectionError)):
-        why = "the host closed the connection; is it an SSH server with free sessions?"
-        return ProbeError("unreachable", f"{why}{said}")
-    return ProbeError("protocol", f"no SSH server there: {error or type(error).__name__}{said}")
+    def open_in_time(self, kind: str, place: tuple[str, int] | None, deadline: Deadline) -> paramiko.Channel:
+        """A channel. Raises ProbeError once the deadline is over; an old transport that is silent for a third of it is
+        dead, and ends."""
+        patience = Patience()
+        patience.deadline, patience.wire = deadline, cast(Wire, self.sock)
+        patience.silence, patience.received = Deadline(deadline.left() / 3), patience.wire.received
+        if not self.is_old:
+            patience.silence = deadline
+        elif place:     # which may be long in coming
+            self._are_you_there()
+        self.is_old = True
+        try:
+            return self.open_channel(kind, place, ("127.0.0.1", 0), 1 << 18, timeout=patience)
+        except paramiko.SSHException as error:
+            if isinstance(error, paramiko.ChannelException) or not patience.over:
+                raise
+            deadline.left()
+            self.end()
+            raise ProbeError("unreachable", "no sign of life on the open connection") from error
+
+    def _are_you_there(self) -> None:
+        """Makes a living host say something, if only that it does not know this."""
+        ask = paramiko.Message()
+        ask.add_byte(b"P")      # SSH_MSG_GLOBAL_REQUEST
+        ask.add_string("keepalive@openssh.com")
+        ask.add_boolean(True)
+        self._send_user_message(ask)    # type: ignore[attr-defined]  # the stubs lack it
+
+    def end(self) -> None:
+        """At once, whatever is under way."""
+        with contextlib.suppress(OSError):
+            self.sock.shutdown(socket.SHUT_RDWR)     # wakes the thread that reads
+
+    @contextlib.contextmanager
+    def explained(self) -> Iterator[None]:
+        """Our error for whatever the host's bytes make paramiko raise."""
+        try:
+            yield
+        except ProbeError:
+            raise
+        except Exception as error:      # paramiko lets through whatever its parsers raise
+            wire = cast(Wire, self.sock)
+            wire.deadline.left()
+            raise ssh_fault(error, wire.first, self.mismatches()) from error
 
 
-@dataclass(frozen=True)
-class ConnectionContext:
-    """What the connections of all resources share."""
-
-    known_hosts: KnownHosts
-    resolver: Resolver
-    guards: Guards = dataclass_field(default_factory=Guards)
-    watched: dict[str, Any] = dataclass_field(default_factory=dict)     # connections by resource, for bastions
-    is_trial: bool = False      # somebody tries settings
-
-    def guard_of(self, target: Target) -> LoginGuard:
-        return (self.guards.trial if self.is_trial else self.guards.of)(target)
-
-
-class HostChannel:
-    """A connection that a bastion made, as paramiko's transport wants one. Deadline and cap are those of the socket
-    to the first bastion."""
+class HostChannel(Wire):
+    """A connection that a bastion made, as paramiko's transport wants one."""
 
     _closed = False
-    limit = 0
-    first = b""     # as a HostSocket's
 
-    def __init__(self, channel: paramiko.Channel) -> None:
-        self._channel = channel
-        self.send, self.settimeout = channel.send, channel.settimeout
+    def __init__(self, channel: paramiko.Channel, deadline: Deadline) -> None:
+        self._channel, self.deadline = channel, deadline
+
+    def settimeout(self, _seconds: float) -> None:
+        """What counts is the deadline."""
 
     def recv(self, size: int) -> bytes:
-        chunk = self._channel.recv(size)
-        if len(self.first) < FIRST_BYTES:
-            self.first += chunk[:FIRST_BYTES]
-        return chunk
+        self._channel.settimeout(self.deadline.left())
+        return self.note(self._channel.recv(size))
+
+    def send(self, octets: bytes) -> int:
+        self._channel.settimeout(self.deadline.left())
+        return self._channel.send(octets)
 
     def shutdown(self, _how: int) -> None:
         self.close()
@@ -2558,24 +2919,63 @@ def bastion_fault(name: str, error: ProbeError) -> ProbeError:
     return ProbeError(cause, f"{note}bastion {name}: {said.removeprefix(NOT_TRIED)}")
 
 
-class Connection:
-    """The way to one resource; each `run` opens a fresh connection and closes everything it opened."""
-
-    def __init__(self, target: Target, guard: LoginGuard, context: ConnectionContext) -> None:
-        self._target, self._guard, self._context = target, guard, context
-        self._settings = target.settings
-        self.host_key = target.host_key     # what the host is known by; SSH learns it at the first contact
-
-    def run(self, script: str, output: Output, deadline: Deadline) -> bool:
-        """Runs `script` until `output` is whole, it ends, or the deadline is there; says whether it was seen to end.
-        Raises ProbeError."""
-        raise NotImplementedError
-
-
 class SshLogin(Connection):
-    """How SSH logs in to one host, by key or password."""
+    """How SSH checks the key of one host and logs in to it, by key or password."""
 
     _keys: tuple[list[int], list[paramiko.PKey]] | None = None      # times of change of the files and what they held
+
+    def __init__(self, target: Target, guard: LoginGuard, context: ConnectionContext) -> None:
+        super().__init__(target, guard, context)
+        self._advice = f"trust {target.name}"
+        self._learning = threading.Lock()   # guards host_key: those behind a bastion may be the first that see it
+
+    def _known(self) -> tuple[set[str], set[str], set[str]]:
+        """The keys that the host may show, none before the first contact, those that are revoked, and those of
+        authorities."""
+        settings = self._settings
+        alias = settings.host_key_alias
+        place = (alias, SSH_PORT) if alias else (settings.hostname, settings.connect_port)
+        known, revoked, authorities = self._context.known_hosts.lookup(*place)
+        if settings.host_key and settings.host_key != "strict":
+            return {settings.host_key}, revoked, set()
+        return known | ({self.host_key} if self.host_key else set()), revoked, authorities
+
+    def _prefer_known_types(self, transport: SshTransport, already: Sequence[str]) -> None:
+        """A host has keys of several types: asks for one that we can compare, at last for an untried one."""
+        accepted, _, authorities = self._known()
+        wanted = tuple(key.split()[0].replace("ssh-rsa", "rsa-sha2") for key in accepted if " " in key)
+        tried = tuple(kind.replace("ssh-rsa", "rsa-sha2") for kind in already)
+        options = transport.get_security_options()
+        # With GCM paramiko's packets need no HMAC, which it compares byte by byte in Python.
+        options.ciphers = sorted(options.ciphers, key=lambda name: "gcm" not in name)
+        options.key_types = sorted(options.key_types, key=lambda name: (
+            bool(tried) and name.startswith(tried), not name.startswith(wanted)))
+        if authorities:
+            options.key_types = [*(f"{name}-cert-v01@openssh.com" for name in options.key_types), *options.key_types]
+
+    def _verified(self, offered: str, transport: SshTransport, tried: list[str]) -> bool:
+        """Compares the host's key before any secret is sent; False: connect again, for another type of key."""
+        (accepted, revoked, authorities), settings = self._known(), self._settings
+        certificate = transport.get_remote_server_key().public_blob
+        authority = certificate and certifier(certificate.key_blob, settings.host_key_alias or settings.hostname)
+        if offered in revoked or authority in revoked:
+            raise ProbeError("host_key", f"host key revoked by known_hosts: offered {offered}")
+        if authority in authorities:
+            return True
+        kind, fingerprint = offered.split()
+        if any(key.rstrip("=").endswith(fingerprint) for key in accepted):
+            return True
+        if any(" " not in key for key in accepted) and kind not in tried:
+            tried.append(kind)  # a pin without a type may be that of another key of the host
+            return False
+        if accepted:
+            raise ProbeError("host_key", f"host key changed: expected {' or '.join(sorted(accepted))}, "
+                             f"offered {offered}; no password was sent; if the change is right: {self._advice}")
+        if settings.host_key == "strict":
+            raise ProbeError("host_key", f"host key unknown: offered {offered}; to accept it: {self._advice}")
+        with self._learning:
+            self.host_key = self.host_key or offered
+        return self.host_key == offered or self._verified(offered, transport, tried)
 
     def _login(self, transport: SshTransport, deadline: Deadline) -> None:
         settings = self._settings
@@ -2663,6 +3063,89 @@ class SshLogin(Connection):
         return kind.from_private_key(io.StringIO(text))
 
 
+class SshSession(HostSession):
+    """A transport after the login, with a channel for each script."""
+
+    def __init__(self, transport: SshTransport, changed: Callable[[], bool], endpoint: bool,
+                 stack: contextlib.ExitStack) -> None:
+        self._transport, self._changed, self._endpoint, self._stack = transport, changed, endpoint, stack
+        self._packetizer = cast(BoundedPacketizer, transport.packetizer)
+
+    @property
+    def alive(self) -> bool:
+        return self._transport.is_active()
+
+    @property
+    def stale(self) -> bool:
+        return self._packetizer.uninvited or self._changed()
+
+    def run(self, script: str, output: Output, deadline: Deadline) -> bool:
+        transport = self._transport
+        wire = cast(Wire, transport.sock)
+        wire.begin(deadline)
+        self._packetizer.resting = False
+        try:
+            with transport.explained():
+                return self._execute(transport.open_in_time("session", None, deadline), script, output)
+        finally:
+            self._packetizer.resting = True
+            wire.pause()
+
+    def _execute(self, channel: paramiko.Channel, script: str, output: Output) -> bool:
+        """Feeds the script to a POSIX shell, whatever the login shell is; False when the connection ended first."""
+        command, fed = (script, "") if self._endpoint else ("exec /bin/sh -s", script)
+        with contextlib.suppress(paramiko.SSHException, OSError, EOFError), contextlib.closing(channel):
+            channel.set_combine_stderr(True)
+            channel.exec_command(command)
+            with contextlib.suppress(OSError):      # a shell that ended before may have said why
+                channel.sendall(fed.encode())
+                channel.shutdown_write()
+            while chunk := channel.recv(READ_BYTES):
+                if output.take(chunk):
+                    return True
+            channel.status_event.wait()
+            return channel.exit_status >= 0
+        return False
+
+    def end(self) -> None:
+        """At once, for any thread; to be closed nevertheless."""
+        self._transport.end()
+
+    def close(self) -> None:
+        self._stack.close()
+
+
+class Relay(SshSession):
+    """The session of a bastion on which those behind it stand; it ends with the last of them."""
+
+    def __init__(self, *made: Any) -> None:
+        super().__init__(*made)
+        self._users, self._counting = 0, threading.Lock()   # guards _users: -1 once it has ended
+        wire = cast(Wire, self._transport.sock)
+        wire.limit = math.inf       # each of them has a cap of its own
+        wire.pause()
+
+    def take(self) -> bool:
+        """Adds a user; False where it has ended just now."""
+        with self._counting:
+            self._users += self._users >= 0
+            return self._users > 0
+
+    @contextlib.contextmanager
+    def taken(self) -> Iterator[SshTransport]:
+        """Until the end of the block for the user that was added."""
+        try:
+            yield self._transport
+        finally:
+            with self._counting:
+                self._users = self._users - 1 or -1
+            if self._users < 0:
+                super().close()
+
+    def close(self) -> None:
+        """It is not used for anyone else; there is always one who does, and then ends it."""
+
+
 class SshConnection(SshLogin):
     """One resource over SSH (paramiko)."""
 
@@ -2674,15 +3157,57 @@ class SshConnection(SshLogin):
 
     def __init__(self, target: Target, guard: LoginGuard, context: ConnectionContext) -> None:
         super().__init__(target, guard, context)
-        self._advice = f"trust {target.name}"
-        self._learning = threading.Lock()   # guards host_key: those behind a bastion may be the first that see it
+        self._relay = SessionKeeper(target.settings.relogin)
+        self._turn = threading.Lock()       # guards these two: those behind it wait while one of them logs in for all
+        self._failed: tuple[float, ProbeError] = -math.inf, ProbeError("unreachable", "")     # when, and how
         self._bastions = {hop.name: SshConnection(hop, context.guard_of(hop), context) for hop in target.bastions()}
         for bastion in self._bastions.values():
             bastion._advice = "add the bastion as a resource, or its key to known_hosts"
 
-    def run(self, script: str, output: Output, deadline: Deadline) -> bool:
-        with self._logged_in(deadline, self._chain()) as transport:
-            return self._execute(transport, script, output)
+    @property
+    def keeps(self) -> bool:
+        return super().keeps and all(bastion._settings.keep for bastion in self._chain())
+
+    def open_session(self, deadline: Deadline) -> SshSession:
+        return self._opened(SshSession, deadline, self._chain())
+
+    def _opened(self, kind: type[SshSession], deadline: Deadline, chain: Sequence[SshConnection]) -> SshSession:
+        with contextlib.ExitStack() as stack:
+            transport = stack.enter_context(self._logged_in(deadline, chain))
+            return kind(transport, self._changes(cast(Wire, transport.sock)), self._settings.endpoint, stack.pop_all())
+
+    def _made_from(self) -> list[Any]:
+        """The bastions', too."""
+        return [(hop, hop._known(), (key_file := hop._settings.key_file) and hop.load_keys(key_file))
+                for hop in (*self._chain(), self)]
+
+    def close(self) -> None:
+        super().close()
+        if isinstance(relay := self._relay.session, Relay):
+            relay.end()     # those behind it begin again, with what this is replaced by
+
+    @contextlib.contextmanager
+    def _lent(self, deadline: Deadline, chain: Sequence[SshConnection]) -> Iterator[SshTransport]:
+        """The transport for all behind it. Raises ProbeError, for all who waited for the login that failed."""
+        def log_in() -> HostSession:
+            self._require_no_wait()
+            return self._opened(Relay, deadline, chain)
+
+        begun_mono = time.monotonic()
+        while not self._turn.acquire(timeout=deadline.left()):
+            pass
+        try:
+            if self._failed[0] > begun_mono:
+                raise self._failed[1]
+            while not (relay := cast(Relay, self._relay.get(log_in, deadline))).take():
+                pass
+        except ProbeError as error:
+            self._failed = time.monotonic(), error
+            raise
+        finally:
+            self._turn.release()
+        with relay.taken() as transport:
+            yield transport
 
     def offered_key(self, deadline: Deadline) -> str:
         """The key that the host shows; nothing else is done."""
@@ -2711,11 +3236,7 @@ class SshConnection(SshLogin):
         try:
             if bastion._target.fault:
                 raise ProbeError(*bastion._target.fault)
-            if bastion._guard.wait(name) > 0:
-                raise ProbeError("auth", bastion._guard.why(name))
-            transport = stack.enter_context(bastion._logged_in(deadline, chain[:-1]))
-            return HostChannel(transport.open_channel("direct-tcpip", (host, port), ("127.0.0.1", 0),
-                                                      timeout=self.NEVER))
+            return HostChannel(self._channel(stack, bastion, deadline, chain[:-1]), deadline)
         except ProbeError as error:
             raise bastion_fault(name, error) from error
         except Exception as error:      # paramiko lets through whatever its parsers raise
@@ -2725,6 +3246,21 @@ class SshConnection(SshLogin):
                     else "it closed the connection")
             raise ProbeError("unreachable", f"bastion {name}: {said}") from error
 
+    def _channel(self, stack: contextlib.ExitStack, bastion: SshConnection, deadline: Deadline,
+                 chain: Sequence[SshConnection]) -> paramiko.Channel:
+        """To the host; where the bastion's transport turns out to be dead, once more over a new one."""
+        place, keeps = (self._settings.hostname, self._settings.connect_port), self.keeps
+        if not keeps:
+            bastion._require_no_wait()
+        transport = stack.enter_context((bastion._lent if keeps else bastion._logged_in)(deadline, chain))
+        was_old = transport.is_old
+        try:
+            return transport.open_in_time("direct-tcpip", place, deadline)
+        except (ProbeError, paramiko.SSHException):
+            if not (keeps and was_old) or deadline.over or transport.is_active():
+                raise
+        return stack.enter_context(bastion._lent(deadline, chain)).open_in_time("direct-tcpip", place, deadline)
+
     @contextlib.contextmanager
     def _logged_in(self, deadline: Deadline, chain: Sequence[SshConnection]) -> Iterator[SshTransport]:
         """A transport after key check and login."""
@@ -2732,7 +3268,7 @@ class SshConnection(SshLogin):
         while True:
             with self._connected(deadline, chain, tried) as (transport, offered):
                 if self._verified(offered, transport, tried):
-                    with self._guard.attempt(self._settings.name, deadline):
+                    with self._login_attempt(deadline):
                         self._login(transport, deadline)
                     yield transport
                     return
@@ -2751,88 +3287,18 @@ class SshConnection(SshLogin):
         transport = SshTransport(sock, disabled_algorithms=self.WEAK, packetizer_class=BoundedPacketizer)
         transport.banner_timeout = transport.auth_timeout = self.NEVER
         try:
-            self._prefer_known_types(transport, tried)
-            transport.start_client()
-            sock.limit = 2 << 20    # bytes in a poll: the output and its wrapping
-            key = transport.get_remote_server_key()
-            yield transport, identity(key.get_name(), key.asbytes())
-        except ProbeError:
-            raise
-        except Exception as error:      # paramiko lets through whatever its parsers raise
-            deadline.left()
-            raise ssh_fault(error, sock.first, transport.mismatches()) from error
+            with transport.explained():
+                self._prefer_known_types(transport, tried)
+                transport.start_client()
+                sock.limit = 2 << 20    # the output and its wrapping
+                key = transport.get_remote_server_key()
+                yield transport, identity(key.get_name(), key.asbytes())
         finally:
-            with contextlib.suppress(OSError):
-                sock.shutdown(socket.SHUT_RDWR)     # wakes the thread that reads
+            transport.end()
             transport.close()
             sock.close()
             if transport.is_alive():
                 transport.join(1)
-
-    def _known(self) -> tuple[set[str], set[str], set[str]]:
-        """The keys that the host may show, none before the first contact, those that are revoked, and those of
-        authorities."""
-        settings = self._settings
-        alias = settings.host_key_alias
-        place = (alias, SSH_PORT) if alias else (settings.hostname, settings.connect_port)
-        known, revoked, authorities = self._context.known_hosts.lookup(*place)
-        if settings.host_key and settings.host_key != "strict":
-            return {settings.host_key}, revoked, set()
-        return known | ({self.host_key} if self.host_key else set()), revoked, authorities
-
-    def _prefer_known_types(self, transport: SshTransport, already: Sequence[str]) -> None:
-        """A host has keys of several types: asks for one that we can compare, at last for an untried one."""
-        accepted, _, authorities = self._known()
-        wanted = tuple(key.split()[0].replace("ssh-rsa", "rsa-sha2") for key in accepted if " " in key)
-        tried = tuple(kind.replace("ssh-rsa", "rsa-sha2") for kind in already)
-        options = transport.get_security_options()
-        # With GCM paramiko's packets need no HMAC, which it compares byte by byte in Python.
-        options.ciphers = sorted(options.ciphers, key=lambda name: "gcm" not in name)
-        options.key_types = sorted(options.key_types, key=lambda name: (
-            bool(tried) and name.startswith(tried), not name.startswith(wanted)))
-        if authorities:
-            options.key_types = [*(f"{name}-cert-v01@openssh.com" for name in options.key_types), *options.key_types]
-
-    def _verified(self, offered: str, transport: SshTransport, tried: list[str]) -> bool:
-        """Compares the host's key before any secret is sent; False: connect again, for another type of key."""
-        (accepted, revoked, authorities), settings = self._known(), self._settings
-        certificate = transport.get_remote_server_key().public_blob
-        authority = certificate and certifier(certificate.key_blob, settings.host_key_alias or settings.hostname)
-        if offered in revoked or authority in revoked:
-            raise ProbeError("host_key", f"host key revoked by known_hosts: offered {offered}")
-        if authority in authorities:
-            return True
-        kind, fingerprint = offered.split()
-        if any(key.rstrip("=").endswith(fingerprint) for key in accepted):
-            return True
-        if any(" " not in key for key in accepted) and kind not in tried:
-            tried.append(kind)  # a pin without a type may be that of another key of the host
-            return False
-        if accepted:
-            raise ProbeError("host_key", f"host key changed: expected {' or '.join(sorted(accepted))}, "
-                             f"offered {offered}; no password was sent; if the change is right: {self._advice}")
-        if settings.host_key == "strict":
-            raise ProbeError("host_key", f"host key unknown: offered {offered}; to accept it: {self._advice}")
-        with self._learning:
-            self.host_key = self.host_key or offered
-        return self.host_key == offered or self._verified(offered, transport, tried)
-
-    def _execute(self, transport: SshTransport, script: str, output: Output) -> bool:
-        """Feeds the script to a POSIX shell, whatever the login shell is; False when the connection ended first."""
-        channel = transport.open_session(window_size=1 << 18, timeout=self.NEVER)
-        command, fed = (script, "") if self._settings.endpoint else ("exec /bin/sh -s", script)
-        with contextlib.suppress(paramiko.SSHException, OSError, EOFError):
-            channel.set_combine_stderr(True)
-            channel.exec_command(command)
-            with contextlib.suppress(OSError):      # a shell that ended before may have said why
-                channel.sendall(fed.encode())
-                channel.shutdown_write()
-            while chunk := channel.recv(READ_BYTES):
-                if output.take(chunk):
-                    return True
-            channel.status_event.wait()
-            return channel.exit_status >= 0
-        return False
 
 
 # === PowerShell ==============================================================
@@ -2841,7 +3307,7 @@ class SshConnection(SshLogin):
 # connection, whatever requests or urllib3 make of an answer. In the poller's thread.
 # Gives: missing_package, PowerShellConnection
 HTTP_CAUSES: dict[int, Cause] = {403: "auth", 502: "unreachable", 503: "unreachable", 504: "unreachable"}
-SHELL_END = 0.8, 5.0             # seconds for the host to delete a poll's shell: behind its deadline, at most
+SHELL_END = 0.8                 # seconds for a shell to be deleted
 START_WINRM = "run `winrm quickconfig` there and check port and tls"
 UNMAPPED = "the host refuses the client certificate; map it to an account there"
 EXTRAS = {"credssp": ["requests_credssp"], "kerberos": [] if sys.platform == "win32" else ["gssapi", "krb5"]}
@@ -2901,6 +3367,7 @@ class WinrmSocket(HostSocket):
 
     limit = OUTPUT_BYTES
     in_step = True      # False: an answer is lost or still to come, so nothing more can be asked
+    logged_in = False
 
     @contextlib.contextmanager
     def guarded(self) -> Iterator[None]:
@@ -2911,10 +3378,16 @@ class WinrmSocket(HostSocket):
             self.in_step = False
             raise (error if isinstance(error, ProbeError) else tls_fault(error)) from error
 
+    def end(self) -> None:
+        """At once, also while a response that is still open holds it."""
+        with contextlib.suppress(OSError):
+            socket.close(self.detach())
+
     def recv_into(self, buffer: Any, nbytes: int | None = None, flags: int = 0) -> int:
         with self.guarded():
             count = super().recv_into(buffer, nbytes or 0, flags)
             self.count(count)
+            self.in_step = self.in_step and count > 0
         return count
 
     def sendall(self, octets: Any, flags: int = 0) -> None:
@@ -2942,6 +3415,7 @@ class WinrmAdapter(requests.adapters.HTTPAdapter):
 
     def __init__(self, host: str, port: int, opened: WinrmSocket) -> None:
         super().__init__()
+        self._opened = opened
         connection = urllib3.connection.HTTPConnection(host, port)
         connection.sock, connection.auto_open = opened, 0
         self._pool = urllib3.HTTPConnectionPool(host, port)
@@ -2952,6 +3426,9 @@ class WinrmAdapter(requests.adapters.HTTPAdapter):
 
     def send(self, request: Any, *args: Any, **settings: Any) -> requests.Response:
         response = super().send(request, *args, **settings)
+        if response.status_code == 401 and self._opened.logged_in:      # or it would be done unasked
+            self._opened.in_step = False
+            raise AuthenticationError("the host wants another login")
         if response.status_code not in (200, 400, 401, 500):    # 400 and 500 carry faults
             cause = HTTP_CAUSES.get(response.status_code, "protocol")
             raise ProbeError(cause, f"HTTP {response.status_code}, which WinRM never answers; {START_WINRM}")
@@ -2965,15 +3442,18 @@ class Pipeline(PowerShell):
 
     exit_code: int | None = None    # what `exit` in it said: that is told the session's host, which is us
 
-    def follow(self, script: str, output: Output, deadline: Deadline, settings: ResourceSettings) -> None:
-        """Until the script ends, or need not say more, or is late; then it is stopped. Raises ProbeError, and what
-        pypsrp raises."""
+    def begin(self, script: str, settings: ResourceSettings) -> None:
+        """Until the host has the script. Raises what pypsrp raises."""
         if settings.endpoint:
             nonce, _, first = script.partition(" ")
             self.add_cmdlet("Get-Health").add_parameters({"Nonce": nonce, "First": int(first or 0)})
         else:
             self.add_script(script, use_local_scope=True)       # or the next one in its runspace saw it all
         self.begin_invoke()
+
+    def follow(self, output: Output, deadline: Deadline, settings: ResourceSettings) -> None:
+        """Until the script ends, or need not say more, or is late; then it is stopped. Raises ProbeError, and what
+        pypsrp raises."""
         taken, enough, wait = 0, False, 1.0
         while wait > 0 and not enough and (taken < len(self.output) or self.state == PSInvocationState.RUNNING):
             if taken < len(self.output):
@@ -2994,27 +3474,174 @@ class Pipeline(PowerShell):
         if self.state == PSInvocationState.FAILED:
             raise script_fault(self.streams.error, settings)
 
+    def ends(self) -> bool:
+        """Whether it ends by itself, now that it has said all; the host forgets it. Raises what pypsrp raises."""
+        for _ in range(3):      # what it says meanwhile is no use
+            if self.state == PSInvocationState.RUNNING:
+                self.poll_invoke(timeout=1)
+        self.close()
+        return bool(self.state == PSInvocationState.COMPLETED)
+
     def _process_pipeline_host_call(self, message: Any) -> Any:
         if str(message.data.mi) == "SetShouldExit":
             self.exit_code = message.data.mp[0]
         return super()._process_pipeline_host_call(message)
 
 
+@contextlib.contextmanager
+def explained(settings: ResourceSettings, opened: WinrmSocket | None = None) -> Iterator[None]:
+    """Our error for whatever the host's bytes make pypsrp raise."""
+    try:
+        yield
+    except ProbeError:
+        raise
+    except ImportError as error:
+        raise ProbeError("credential", missing_package(settings.auth) or one_line(str(error))) from error
+    except AuthenticationError as error:
+        bound = guessed_binding(opened) if settings.auth in ("negotiate", "ntlm", "kerberos") else ""
+        refused = f"login as {settings.username} refused; check username, password and auth{bound}"
+        raise ProbeError("auth", UNMAPPED if settings.auth == "certificate" else refused) from error
+    except SpnegoError as error:    # of Kerberos: no ticket, or a password that the KDC refuses
+        raise ProbeError("auth", f"no login as {settings.username}: {one_line(str(error))}") from error
+    except WSManFaultError as error:
+        unknown: tuple[Cause, str] = ("protocol", f"WinRM fault {error.code}: {error.reason}")
+        raise ProbeError(*WINRM_FAULTS.get(error.code or 0, unknown)) from error
+    except (requests.ConnectionError, requests.exceptions.ChunkedEncodingError) as error:
+        raise ProbeError("unreachable", "the host closed the connection during the poll") from error
+    except Exception as error:      # pypsrp lets through whatever its parsers raise
+        kind = type(error).__name__
+        raise ProbeError("protocol", f"the answer is not WinRM's; check port and proxies ({kind})") from error
+
+
+def new_pool(wsman: WSMan, settings: ResourceSettings, keeps: bool) -> RunspacePool:
+    """Room for a script behind each check that cannot be stopped. A host drops a forgotten shell after the idle time,
+    and takes no less than 60 seconds."""
+    idle = settings.interval + settings.timeout + 30 if keeps else 0
+    return RunspacePool(wsman, configuration_name=settings.session_configuration,
+                        idle_timeout=math.ceil(max(60, idle)), max_runspaces=1 + len(settings.checks))
+
+
+class WinrmSession(HostSession):
+    """A login, and the shell that its scripts run in. Those die apart: a shell goes on with the next login."""
+
+    alive = True        # the next login finds out what became of the shell
+
+    def __init__(self, opened: WinrmSocket, pool: RunspacePool, changed: Callable[[], bool], settings: ResourceSettings,
+                 keeps: bool) -> None:
+        self.opened, self.pool, self.changed, self._settings, self._keeps = opened, pool, changed, settings, keeps
+        self._wsman, self._used = pool.connection, False
+
+    @property
+    def stale(self) -> bool:
+        return self.hung_up or self.changed()
+
+    @property
+    def hung_up(self) -> bool:
+        """Nothing comes unasked but the end: a host hangs up after two minutes."""
+        return not self.opened.in_step or urllib3.util.wait_for_read(self.opened, 0)
+
+    def run(self, script: str, output: Output, deadline: Deadline) -> bool:
+        """One shell for all scripts; a new one's is replaced where a script takes it along."""
+        used, self._used, pipelines = self._used, True, list[Pipeline]()
+        self.opened.begin(Deadline(deadline.left() / 3) if used else deadline)
+        try:
+            while script:
+                pipelines.append(Pipeline(self.pool))
+                fault = self._run(pipelines[-1], script, output, deadline)
+                if fault and (not self.opened.in_step or (used and fault.cause != "timeout")):
+                    raise fault
+                script = output.rest(pipelines[-1].exit_code, fault)
+                if script and fault and fault.cause != "timeout":
+                    with contextlib.suppress(WSManFaultError):
+                        self.pool.close()
+                    self.pool = new_pool(self._wsman, self._settings, self._keeps)
+            if self._keeps and output.clean:
+                with contextlib.suppress(Exception):    # what was answered counts
+                    self.fit = all(pipeline.ends() for pipeline in pipelines)
+            return True
+        finally:
+            self.pool.user_events.clear()
+            self.opened.pause()
+
+    def _run(self, pipeline: Pipeline, script: str, output: Output, deadline: Deadline) -> ProbeError | None:
+        settings = self._settings
+        try:
+            with explained(settings):
+                if self.pool.state != RunspacePoolState.OPENED:
+                    self.pool.open()
+                pipeline.begin(script, settings)
+                self.fit, self.opened.deadline = False, deadline
+                pipeline.follow(output, deadline, settings)
+        except ProbeError as error:
+            return error
+        return None
+
+    def close(self) -> None:
+        self.opened.begin(Deadline(SHELL_END))      # also after that of the poll
+        with contextlib.suppress(Exception):    # the poll's own result does not give way to this error
+            if self.opened.in_step and self.pool.connection is self._wsman:     # no other login has it
+                self.pool.close()
+        self._wsman.close()
+        self.opened.end()
+
+
 class PowerShellConnection(Connection):
-    """One resource over PowerShell Remoting (pypsrp), a fresh runspace pool per run."""
+    """One resource over PowerShell Remoting (pypsrp)."""
 
     # Copied, for each new one rewrites ElementTree's table of prefixes: what others send just then is no XML.
     WSMAN: ClassVar = WSMan("localhost")
+    _left: WinrmSession | None = None   # whose connection died before its shell was deleted
 
-    def run(self, script: str, output: Output, deadline: Deadline) -> bool:
-        with self._explained():
-            opened = self._verified(deadline)   # before the guard: a host that does not answer is no login
-            try:
-                self._run(script, output, opened)
-                return True
-            finally:
-                with contextlib.suppress(OSError):      # at once, also while a response that is still open holds it
-                    socket.close(opened.detach())
+    def drop(self) -> None:
+        session = self.keeper.session
+        super().drop()
+        if isinstance(session, WinrmSession) and session.pool.state == RunspacePoolState.OPENED:
+            self._left = session
+
+    def close(self) -> None:
+        self.drop()
+        if self._left:
+            with contextlib.suppress(ProbeError):
+                self.keeper.session = self.open_session(Deadline(2 * SHELL_END))
+            self.drop()
+
+    def open_session(self, deadline: Deadline) -> WinrmSession:
+        before = cast("WinrmSession | None", self.keeper.session) or self._left
+        opened = self._verified(deadline)   # before the guard: a host that does not answer is no login
+        settings = self._settings
+        with contextlib.ExitStack() as stack, explained(settings, opened):
+            stack.callback(opened.end)
+            wsman = copy.copy(before.pool.connection if before else self.WSMAN)
+            wsman.transport = self._transport(opened)
+            with self._login_attempt(deadline), explained(settings, opened):
+                pool = (before and self._resumed(before, wsman)) or new_pool(wsman, settings, self.keeps)
+                session = WinrmSession(opened, pool, self._changes(opened), settings, self.keeps)
+                if pool.state != RunspacePoolState.OPENED:
+                    wsman.session_id, wsman.operation_timeout = str(uuid.uuid4()), max(1, int(settings.timeout))
+                    stack.callback(session.close)
+                    pool.open()
+            stack.pop_all()
+            opened.logged_in, self._left = True, None
+            return session
+
+    def _made_from(self) -> list[Any]:
+        files = filter(None, (getattr(self._settings, name) for name in FILES))
+        return [file.stat().st_mtime_ns if file.exists() else 0 for file in files]
+
+    def _resumed(self, before: WinrmSession, wsman: WSMan) -> RunspacePool | None:
+        """The shell of the last login, if it is still there and fit; one that is not is deleted."""
+        pool, shell = before.pool, copy.copy(before.pool.shell)
+        shell.wsman = wsman
+        try:
+            if before.fit and not before.changed():
+                shell._get_shell()      # until it answers the one before goes on with it
+                pool.connection = pool.shell.wsman = wsman
+                return pool
+            shell.close()
+        except WSManFaultError as error:
+            if error.code != 2150858843:
+                raise
+        return None
 
     def offered_key(self, deadline: Deadline) -> str:
         """The certificate that the host shows, unchecked; nothing else is done."""
@@ -3034,11 +3661,12 @@ class PowerShellConnection(Connection):
             hint = f"; {START_WINRM}" if "port" in str(error) else ""
             raise ProbeError(error.cause, f"{error}{hint}") from error
         with plain:     # after a good handshake it is detached, and this closes nothing
-            if context is None:
-                return WinrmSocket(fileno=plain.detach())
             try:
                 plain.settimeout(deadline.left())
-                return context.wrap_socket(plain, server_hostname=settings.hostname)
+                secured: Any = context.wrap_socket(plain, server_hostname=settings.hostname) if context else \
+                    WinrmSocket(fileno=plain.detach())
+                secured.address = plain.address
+                return secured
             except ssl.SSLCertVerificationError:
                 raise
             except OSError as error:
@@ -3083,85 +3711,20 @@ class PowerShellConnection(Connection):
             raise ProbeError("credential", f"ca_file, certificate_file or key_file cannot be used: {error}") from error
         return context
 
-    def _run(self, script: str, output: Output, opened: WinrmSocket) -> None:
-        """One shell for all scripts; a shell that one of them takes along is replaced."""
-        wsman = self._wsman(opened)
-        pool = self._pool(wsman)
-        try:
-            with self._guard.attempt(self._target.name, opened.deadline), self._explained(opened):
-                pool.open()
-            while script:
-                pipeline, fault = Pipeline(pool), None
-                try:
-                    with self._explained():
-                        if pool.state != RunspacePoolState.OPENED:
-                            pool.open()
-                        pipeline.follow(script, output, opened.deadline, self._settings)
-                except ProbeError as error:
-                    if not opened.in_step:
-                        raise
-                    fault = error
-                script = output.rest(pipeline.exit_code, fault)
-                if script and fault and fault.cause != "timeout":
-                    with contextlib.suppress(WSManFaultError):
-                        pool.close()
-                    pool = self._pool(wsman)
-        finally:
-            late, most = SHELL_END
-            opened.deadline = Deadline(min(max(late, opened.deadline.remaining), most))
-            with contextlib.suppress(Exception):    # the poll's own result does not give way to this error
-                if opened.in_step:
-                    pool.close()
-            wsman.close()
-
-    def _pool(self, wsman: WSMan) -> RunspacePool:
-        """Room for a script behind each check that cannot be stopped. A host drops a forgotten shell after 60 seconds,
-        and takes no less."""
+    def _transport(self, opened: WinrmSocket) -> Any:
         settings = self._settings
-        return RunspacePool(wsman, configuration_name=settings.session_configuration, idle_timeout=60,
-                            max_runspaces=1 + len(settings.checks))
-
-    def _wsman(self, opened: WinrmSocket) -> WSMan:
-        settings = self._settings
-        wsman = copy.copy(self.WSMAN)
-        wsman.session_id, wsman.operation_timeout = str(uuid.uuid4()), max(1, int(settings.timeout))
-        wsman.transport = type(self.WSMAN.transport)(
+        transport = type(self.WSMAN.transport)(
             settings.hostname, settings.connect_port, settings.username,
             settings.secrets.get("password"), settings.tls, auth=settings.auth, no_proxy=True,
             certificate_pem=settings.certificate_file and str(settings.certificate_file),
             certificate_key_pem=settings.key_file and str(settings.key_file))
-        session = wsman.transport._build_session()
+        session = transport._build_session()
         session.trust_env = False       # a .netrc would replace the Authorization header
         session.verify = False          # the connection is verified
         session.adapters.clear()
         session.mount("http", WinrmAdapter(settings.hostname, settings.connect_port, opened))
-        wsman.transport.session = session
-        return wsman
-
-    @contextlib.contextmanager
-    def _explained(self, opened: WinrmSocket | None = None) -> Iterator[None]:
-        """Our error for whatever the host's bytes make pypsrp raise."""
-        settings = self._settings
-        try:
-            yield
-        except ProbeError:
-            raise
-        except ImportError as error:
-            raise ProbeError("credential", missing_package(settings.auth) or one_line(str(error))) from error
-        except AuthenticationError as error:
-            bound = guessed_binding(opened) if settings.auth in ("negotiate", "ntlm", "kerberos") else ""
-            refused = f"login as {settings.username} refused; check username, password and auth{bound}"
-            raise ProbeError("auth", UNMAPPED if settings.auth == "certificate" else refused) from error
-        except SpnegoError as error:    # of Kerberos: no ticket, or a password that the KDC refuses
-            raise ProbeError("auth", f"no login as {settings.username}: {one_line(str(error))}") from error
-        except WSManFaultError as error:
-            unknown: tuple[Cause, str] = ("protocol", f"WinRM fault {error.code}: {error.reason}")
-            raise ProbeError(*WINRM_FAULTS.get(error.code or 0, unknown)) from error
-        except (requests.ConnectionError, requests.exceptions.ChunkedEncodingError) as error:
-            raise ProbeError("unreachable", "the host closed the connection during the poll") from error
-        except Exception as error:      # pypsrp lets through whatever its parsers raise
-            kind = type(error).__name__
-            raise ProbeError("protocol", f"the answer is not WinRM's; check port and proxies ({kind})") from error
+        transport.session = session
+        return transport
 
 
 # === Local ===================================================================
@@ -4040,12 +4603,84 @@ $ProgressPreference = $WarningPreference = 'SilentlyContinue'
 $wanted = 'WANTED' | ConvertFrom-Json
 function Row($Number, $Answer) {
     $Answer.number = $Number
+    if ($Number -eq $wanted.checks.Count) { $Answer.clean = try { Unchanged } catch { $false } }
     if ($nonce) { $Answer.nonce = $nonce; if (-not $Number) { $Answer.endpoint = $endpoint } }    # in an endpoint
     $json = ConvertTo-Json -InputObject $Answer -Depth 5 -Compress
     while ($json -cmatch '[^\x00-\x7f]') {
         $json = $json.Replace($Matches[0], ('\u{0:x4}' -f [int][char]$Matches[0]))
     }
     "`n$json"    # behind whatever a check left there
+}
+function Native {    # kernel32 without a compiler: once a process, which remembers a failure, too
+    $found = [AppDomain]::CurrentDomain.GetData('HealthChecker.Native')
+    if (-not $found) {
+        try {
+            $builder = [Reflection.Emit.AssemblyBuilder]::DefineDynamicAssembly('HealthChecker', 'Run')
+            $type = $builder.DefineDynamicModule('HealthChecker').DefineType('HealthChecker.Native', 'Public')
+            $out = [int64].MakeByRefType()
+            $takes = @{ GetTickCount64 = @(); GetSystemTimes = $out, $out, $out
+                GetDiskFreeSpaceExW = [string], $out, $out, $out; K32GetPerformanceInfo = [IntPtr[]], [uint32]
+                CreateToolhelp32Snapshot = [uint32], [uint32]; CloseHandle = , [IntPtr]
+                Process32FirstW = [IntPtr], [byte[]]; Process32NextW = [IntPtr], [byte[]] }
+            $gives = @{ GetTickCount64 = [uint64]; CreateToolhelp32Snapshot = [IntPtr] }
+            foreach ($name in $takes.Keys) {
+                $returns = if ($gives[$name]) { $gives[$name] } else { [bool] }
+                $type.DefinePInvokeMethod($name, 'kernel32', 'Public, Static, PinvokeImpl', 'Standard', $returns,
+                    [type[]]$takes[$name], 'Winapi', 'Unicode').SetImplementationFlags('PreserveSig')
+            }
+            $found = $type.CreateType()
+        } catch { $found = "kernel32 cannot be called: $_" }
+        [AppDomain]::CurrentDomain.SetData('HealthChecker.Native', $found)
+    }
+    if ($found -is [string]) { throw $found }
+    $found
+}
+function Children {    # by kernel32 for everyone, where that can be called
+    if (-not $full) {
+        if ($PSVersionTable.PSVersion.Major -ge 6) { return Get-Process | Where-Object { $_.Parent.Id -eq $PID } }
+        $query = "SELECT ProcessId FROM Win32_Process WHERE ParentProcessId = $PID"
+        return Get-CimInstance -Query $query -OperationTimeoutSec 4 | ForEach-Object { Get-Process -Id $_.ProcessId }
+    }
+    $entry = [byte[]](@(0) * (536 + 4 * [IntPtr]::Size))    # PROCESSENTRY32W, which begins with its size
+    [BitConverter]::GetBytes($entry.Length).CopyTo($entry, 0)
+    $parent = 16 + 2 * [IntPtr]::Size
+    $list = (Native)::CreateToolhelp32Snapshot(2, 0)
+    $more = (Native)::Process32FirstW($list, $entry)
+    while ($more) {
+        if ([BitConverter]::ToInt32($entry, $parent) -eq $PID) {
+            Get-Process -Id ([BitConverter]::ToInt32($entry, 8)) -ErrorAction SilentlyContinue
+        }
+        $more = (Native)::Process32NextW($list, $entry)
+    }
+    $null = (Native)::CloseHandle($list)
+}
+function State {    # a number for all that a check can leave; what modules bring counts where COLLECT uses it
+    $used = '^(Get-(ChildItem|CimInstance|Date|ItemProperty|Job|Process|PSDrive|Service|Variable)|Stop-Process|' +
+        'Invoke-Expression|.+-Object|Out-String|ConvertTo-Json|ConvertFrom-Json)$'
+    $own = '^([?^$]|Error|HealthChecker|LASTEXITCODE|StackTrace)$'
+    $seen = @("$PWD", @(Get-Job).Count, ($PSDefaultParameterValues | Out-String), $(try { $none } catch { 'strict' }))
+    foreach ($one in Get-ChildItem 'Function:', 'Alias:') {
+        if (-not $one.Source -or $one.Name -match $used) { $seen += "$($one.Name) $($one.Definition)" }
+    }
+    foreach ($one in Get-ChildItem 'Env:') { $seen += "$($one.Name) $($one.Value)" }
+    foreach ($one in Get-PSDrive) {
+        if ([string]$one.Provider.ModuleName -like 'Microsoft.*') { $seen += "$($one.Name) $($one.Root)" }
+    }
+    foreach ($one in Get-Variable -Scope Global) {
+        if ($one.Name -notmatch $own) {
+            $seen += $one.Name
+            if ($one.Value -is [ValueType] -or $one.Value -is [string]) { $seen += "$($one.Value)" }
+        }
+    }
+    ($seen -join "`n").GetHashCode()
+}
+function Size { (Get-Process -Id $PID).WorkingSet64 }
+function Unchanged {    # whether another poll may have this shell; whatever the checks started ends
+    if ($wanted.checks.Count) {
+        Children | Where-Object Name -ne 'conhost' | Stop-Process -Force
+        if ((State) -ne $HealthChecker.state) { return $false }
+    }
+    (Size) - $HealthChecker.size -lt 1e8
 }
 function Judge($Number, $Check) {
     $global:LASTEXITCODE = $null
@@ -4068,7 +4703,7 @@ function Judge($Number, $Check) {
                 $kept.lines++
                 if ($seen.text.Length -lt 4096) { $seen.text += "$_`n" }
                 if ($kept.lines -gt 1000) {    # who is stopped here leaves the program that prints (seen in 7)
-                    Get-Process | Where-Object { $_.Parent.Id -eq $PID } | Stop-Process -Force
+                    Children | Stop-Process -Force
                     $seen.good = $false; $seen.text = 'prints more than 1,000 lines'; $seen.then = 'stop'
                     Row $Number $seen
                     Start-Sleep -Seconds 86400
@@ -4083,8 +4718,8 @@ function Judge($Number, $Check) {
         Row $Number $seen
     }
 }
-if ($first) { Row ($first - 1) @{} } else { $first = 1; Row 0 (& {
 $full = [string]$ExecutionContext.SessionState.LanguageMode -eq 'FullLanguage'
+$answer = if ($first) { @{} } else { & {
 $note = if ($full) { '' } else { ' (Constrained Language Mode)' }
 $wmi = @{ use = $true; refused = '' }
 $r = @{ details = @{ hostname = [string]$env:COMPUTERNAME }; amounts = @{}; problems = @{} }
@@ -4111,27 +4746,6 @@ function Rows($Query) {
         if ($_.CategoryInfo.Category -match 'PermissionDenied|OperationTimeout') { $wmi.refused = "$_" }
         throw
     }
-}
-function Native {    # kernel32 without a compiler: once a process, which remembers a failure, too
-    $found = [AppDomain]::CurrentDomain.GetData('HealthChecker.Native')
-    if (-not $found) {
-        try {
-            $builder = [Reflection.Emit.AssemblyBuilder]::DefineDynamicAssembly('HealthChecker', 'Run')
-            $type = $builder.DefineDynamicModule('HealthChecker').DefineType('HealthChecker.Native', 'Public')
-            $out = [int64].MakeByRefType()
-            $takes = @{ GetTickCount64 = @(); GetSystemTimes = $out, $out, $out
-                GetDiskFreeSpaceExW = [string], $out, $out, $out; K32GetPerformanceInfo = [IntPtr[]], [uint32] }
-            foreach ($name in $takes.Keys) {
-                $returns = if ($name -eq 'GetTickCount64') { [uint64] } else { [bool] }
-                $type.DefinePInvokeMethod($name, 'kernel32', 'Public, Static, PinvokeImpl', 'Standard', $returns,
-                    [type[]]$takes[$name], 'Winapi', 'Unicode').SetImplementationFlags('PreserveSig')
-            }
-            $found = $type.CreateType()
-        } catch { $found = "kernel32 cannot be called: $_" }
-        [AppDomain]::CurrentDomain.SetData('HealthChecker.Native', $found)
-    }
-    if ($found -is [string]) { throw $found }
-    $found
 }
 function Pages {    # PERFORMANCE_INFORMATION, which has numbers as wide as a pointer, in pages
     $info = [IntPtr[]](@(0) * 14)
@@ -4226,7 +4840,10 @@ $r.services = @(foreach ($name in $wanted.services) {
     @{ name = [string]$name; good = $state -eq 'Running'; text = $state }
 })
 $r
-}) }
+} }
+if (-not $HealthChecker) { $global:HealthChecker = @{ size = Size; state = $(if ($wanted.checks.Count) { State }) } }
+if (-not $first) { $first = 1 }
+Row ($first - 1) $answer
 for ($number = $first; $number -le $wanted.checks.Count; $number++) { Judge $number $wanted.checks[$number - 1] }
 """
 
@@ -4316,6 +4933,11 @@ class WindowsOutput(Output):
         self._then, self._next = str(row.get("then", "")), row["number"] + 1
         if checks:
             self.due_mono = time.monotonic() + checks[min(self._next, len(checks)) - 1].timeout
+
+    @property
+    def clean(self) -> bool:    # type: ignore[override]  # here it is seen at the end
+        """As the last row says of the shell."""
+        return self._rows[-1].get("clean") is True
 
     def _miss(self, why: str) -> None:
         """A row for a check that printed none; an exit code would be that of another one."""
@@ -4584,11 +5206,10 @@ def complete(sample: Sample, settings: ResourceSettings) -> Sample:
     return replace(sample, services=services, checks={**sample.checks, **checks}, problems=problems)
 
 
-def collect(settings: ResourceSettings, connection: Connection, previous: Sample | None) -> Sample:
-    """One poll in one round trip, after the one before it. Raises ProbeError."""
+def ask(settings: ResourceSettings, connection: Connection, previous: Sample | None, deadline: Deadline) -> Sample:
+    """One round trip. Raises ProbeError."""
     nonce = secrets.token_hex(8)
     build, read, parse = LANGUAGES[settings.platform]
-    deadline = Deadline(settings.timeout)
     output = read(settings, end_mark(nonce), deadline)
     stuck = previous.stuck if previous else ()
     script = " ".join([nonce, *stuck[:1]]) if settings.endpoint else build(
@@ -4608,6 +5229,21 @@ def collect(settings: ResourceSettings, connection: Connection, previous: Sample
     if settings.endpoint:
         raise not_run(text, settings)
     raise ProbeError("protocol", f"the account's shell did not run the commands; it said: {text[:PROBLEM_CHARS]}")
+
+
+def collect(settings: ResourceSettings, connection: Connection, previous: Sample | None) -> Sample:
+    """One poll after the one before it. Where what was open since then fails, it begins again, once and within the
+    same deadline. Raises ProbeError."""
+    deadline = Deadline(settings.timeout)
+    try:
+        return ask(settings, connection, previous, deadline)
+    except ProbeError as error:
+        if not connection.begins_again(error, deadline):
+            raise
+    except Exception:   # whatever a host made a library raise, what it came over is not used again
+        connection.drop()
+        raise
+    return ask(settings, connection, previous, deadline)
 
 
 # === Evaluate ================================================================
@@ -4929,6 +5565,7 @@ class Report:
     sample: Sample | None = None
     host_key: str | None = None
     waits: float = 0.0              # seconds until the next login
+    kept: bool = False              # it came over what was open
 
     @property
     def transition(self) -> str:
@@ -5129,6 +5766,8 @@ TIDY_AT_ONCE = 15               # resources whose averages are made after a flus
 LOGGED_IN_MARKS = tuple(POLL_MARKS[meaning] for meaning in (
     ("healthy", ""), ("degraded", "limit"), ("degraded", "check"), ("unhealthy", "limit"), ("unhealthy", "check")))
 REFUSED_MARK = POLL_MARKS["unhealthy", "auth"]
+LAST_SESSIONS = 1.0             # seconds for what is open to hosts to end with the service
+OWN_FILES, HOST_FILES = 100, 2  # that are open: database, console, workers; for a host, whose connection is made anew
 LAST_FLUSH = 1.5                # seconds for the last reports to be written when the service ends
 POLLER_LIFE = 3600.0            # seconds after which the death of a poller is a new one
 FOLLOW_INTERVAL = 50.0          # seconds after which the rows are looked at in any case: they may be changed by hand
@@ -5345,6 +5984,8 @@ class Poller(threading.Thread):
             self._poll_until_stopped()
         except BaseException as error:  # noqa: BLE001  # the monitor tells of it, once, and starts another
             self._died = one_line(f"{type(error).__name__} {error}")
+        finally:
+            self._connection.close()
 
     def put_off(self, delay: float) -> None:
         """Lets the first poll wait; before the thread is started."""
@@ -5367,7 +6008,7 @@ class Poller(threading.Thread):
                 self._drop_asked()
                 return
             asked = [self._asked.get() for _ in range(self._asked.qsize())]
-            if asked:
+            if asked and not self._connection.keeper.lives:
                 self._guard.ask(self.target.name)
             begun_mono = time.monotonic()
             pause, report = self._poll()
@@ -5417,10 +6058,13 @@ class Poller(threading.Thread):
         settings, begun_mono = self.target.settings, time.monotonic()
         sample, host_key, wait = None, self.target.host_key, self._guard.wait(settings.name)
         retry = min(settings.interval, settings.retry_interval)
-        if wait > 0:
+        if wait > 0 and not self._connection.keeper.lives:
             verdict = Verdict("unhealthy", "auth", self._guard.why(settings.name))
         else:
             verdict, sample = poll_once(self.target, self._connection, self._previous)
+        if sample and self._connection.keeper.session:     # a poll over it is no login: for the next start
+            age = time.monotonic() - self._connection.keeper.opened_mono
+            sample = replace(sample, details={**sample.details, "session_seconds": round(age, 1)})
         self._previous = sample or self._previous
         self.target = replace(self.target, host_key=self._connection.host_key)
         seconds = time.monotonic() - begun_mono
@@ -5451,7 +6095,8 @@ class Poller(threading.Thread):
             self._context.aggregator.set_resource(
                 settings.name, after.healthy, after.why, ttl=ttl, owner=self,
                 opens=wait + retry * max(0, settings.rise - after.good - 1))
-        report = Report(self.target, before, after, verdict, at, seconds, sample, host_key, waits)
+        kept = sample is not None and self._connection.keeper.reused
+        report = Report(self.target, before, after, verdict, at, seconds, sample, host_key, waits, kept)
         if not stopped:
             self._context.recorder.put(report)
         return report
@@ -5475,6 +6120,27 @@ def boot_number() -> int:
 def follows(poller: Poller, target: Target) -> bool:
     """Whether it polls what the row says; a host key that it has learned may not be written yet."""
     return poller.target in (target, replace(target, host_key=target.host_key or poller.target.host_key))
+
+
+def restore_logins(guard: LoginGuard, target: Target, stored: Status, age: float) -> None:
+    """Tells the guard what the last polls say of the credential."""
+    before, settings = stored.strip.rstrip(REFUSED_MARK), target.settings
+    try:
+        since = float(json.loads(stored.sample)["details"].get("session_seconds", 0.0))
+    except (ValueError, LookupError, TypeError, AttributeError):    # a refused one has none
+        since = settings.interval + (2 * (settings.relogin or math.inf) if settings.keeps else 0.0)
+    if before.endswith(LOGGED_IN_MARKS):    # of the refusals after it only the last one's time is known
+        guard.accept(target.name, age + since)
+    if stored.strip != before and not stored.reason.startswith(NOT_TRIED):
+        guard.refuse(target.name, age, len(stored.strip) - len(before))
+
+
+def require_files(hosts: int) -> None:
+    """Says so where not as many files may be open as are needed."""
+    wanted = OWN_FILES + HOST_FILES * hosts
+    if (allowed := allow_files(wanted)) < wanted:
+        log.warning("%.0f files may be open, which is too few for %d hosts: set LimitNOFILE (ulimit -n) to %d",
+                    allowed, hosts, wanted)
 
 
 class Monitor(threading.Thread):
@@ -5504,6 +6170,7 @@ class Monitor(threading.Thread):
         if before.get("boot", 0) == boot_number() != 0:     # whatever became of the clock since
             self._zero_at = before["clock"] / 1000
         self._reconcile()
+        require_files(sum(target.settings.platform is not Platform.SIMULATED for target in self.targets.values()))
         self._take_clock(now_at)
         self._context.aggregator.start()
         self._context.recorder.start()
@@ -5519,8 +6186,11 @@ class Monitor(threading.Thread):
         self._ending.set()
         if self.is_alive():
             self.join(1)    # or it would take stopped pollers for dead ones
-        for poller in list(self.pollers.values()):
+        pollers, ends_mono = list(self.pollers.values()), time.monotonic() + LAST_SESSIONS
+        for poller in pollers:
             poller.stop()
+        for poller in filter(threading.Thread.is_alive, pollers):
+            poller.join(max(0.0, ends_mono - time.monotonic()))
         self._context.recorder.close()
 
     def catch_up(self) -> None:
@@ -5662,21 +6332,13 @@ class Monitor(threading.Thread):
         target, age = poller.target, lease_clock() + self._zero_at - stored.polled_at
         left = target.settings.ttl - age if age >= 0 and stored.settings_digest == target.settings_digest else 0.0
         if stored.credential_digest == target.credential_digest and 0 <= age < LOCKOUT_WINDOW:
-            self._restore_logins(target, stored, age)
+            restore_logins(self.guards.of(target), target, stored, age)
             if stored.cause == "auth":
                 left = target.settings.ttl
         if left > 0 and (stored.state, stored.cause) in POLL_MARKS:
             poller.standing = Standing(cast(State, stored.state), cast(Cause, stored.cause), stored.reason,
                                        stored.since_at, stored.good, stored.bad)
             poller.expires_mono = poller.lease_mono = lease_clock() + left
-
-    def _restore_logins(self, target: Target, stored: Status, age: float) -> None:
-        """Tells the guard what the last polls say of the credential."""
-        guard, before = self.guards.of(target), stored.strip.rstrip(REFUSED_MARK)
-        if before.endswith(LOGGED_IN_MARKS):    # of the refusals after it only the last one's time is known
-            guard.accept(target.name, age + (target.settings.interval if stored.strip != before else 0.0))
-        if stored.strip != before and not stored.reason.startswith(NOT_TRIED):
-            guard.refuse(target.name, age, len(stored.strip) - len(before))
 
 
 # === Counters ================================================================
@@ -6792,16 +7454,10 @@ def bound_address(value: str, socks: Sequence[socket.socket]) -> str:
 
 
 def connection_limit() -> int:
-    """Connections that may be served at once; on UNIX after raising the limit of open files as far as allowed."""
+    """Connections that may be served at once."""
     if sys.platform == "win32":
         return 400      # select takes 512 sockets there
-    import resource  # noqa: PLC0415  # POSIX only
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with contextlib.suppress(ValueError, OSError):
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-        soft = hard
-    files = CONNECTIONS_MAX if soft == resource.RLIM_INFINITY else soft
-    return max(100, min(CONNECTIONS_MAX, files - 100))      # the application needs some
+    return int(max(100, min(CONNECTIONS_MAX, allow_files() - 100)))     # the application needs some
 
 
 # --- the application ---
@@ -7408,9 +8064,9 @@ class LoginThrottle:
 # operation takes who does it, checks what is given, changes rows and notes it within one transaction, and gives rows
 # or views. What is refused is an ApiError.
 # Gives: add_resource, add_user, API, begin_maintenance, change_password, change_resource, change_user, changeable,
-# ConsoleContext, DAMAGED, end_maintenance, end_session, list_events, list_resources, list_sessions, list_users,
-# NO_SAMPLE, offered_key, open_session, OPERATIONS, poll_now, Principal, remove_resource, remove_user, RESOURCES, Route,
-# SAFE_METHODS, sign_in, sign_out, status_of, test_changes, test_settings, trust_resource
+# connection_view, ConsoleContext, DAMAGED, end_maintenance, end_session, list_events, list_resources, list_sessions,
+# list_users, NO_SAMPLE, offered_key, open_session, OPERATIONS, poll_now, Principal, remove_resource, remove_user,
+# RESOURCES, Route, SAFE_METHODS, sign_in, sign_out, status_of, test_changes, test_settings, trust_resource
 
 POLL_NOW_TIMEOUT = 60.0         # seconds that a request waits for a poll
 TRIAL_TIMEOUT = 30.0            # seconds of a poll with settings that are not stored
@@ -7424,7 +8080,7 @@ def offered_key(target: Target, access: ConnectionContext) -> str:
     """The key that a host shows now. Raises UsageError for a resource without one, or with one that is pinned."""
     if target.fault:
         raise UsageError(target.fault[1])
-    connection = CONNECTIONS[target.settings.platform](target, LoginGuard(), access)
+    connection = CONNECTIONS[target.settings.platform](target, LoginGuard(), replace(access, keeps=False))
     if not isinstance(connection, (SshConnection, PowerShellConnection)):
         raise UsageError(f"{target.name} has no host key")
     if target.settings.host_key not in (None, "strict") or target.settings.certificate_fingerprint:
@@ -7534,6 +8190,23 @@ class PollView(Settings):
     seconds: float              # that it took
 
 
+class CheckView(PollView):
+    """What a poll that somebody asked for found."""
+
+    kept: bool                  # without a login, over the connection that was open
+
+
+class ConnectionView(Settings):
+    """What is open to a host between polls."""
+
+    opened: datetime.datetime | None    # None: nothing is
+    kept: bool                  # the last poll came over it without a login
+    logins: int                 # in the last 24 hours, refused ones too
+    second_try: str             # why the last poll began again
+    complaint: str              # why the last login did not replace it
+    found_dead: bool            # three in a row were, so for a day each poll opens anew
+
+
 class TrialView(PollView):
     """What a poll with settings that are not stored found."""
 
@@ -7554,6 +8227,7 @@ class ResourceView(ResourceSettings, PollView):
     since: datetime.datetime | None
     polled: datetime.datetime | None
     sample: SampleView | None
+    connection: ConnectionView | None   # None: there was no login yet
 
 
 NO_SAMPLE: dict[str, Any] = {"details": {}, "metrics": {}, "services": {}, "checks": {}, "problems": {}}
@@ -7567,6 +8241,17 @@ def status_of(row: Resource, status: Status | None) -> Status:
     return Status(state="unknown", cause="", reason="", since_at=0.0, polled_at=0.0, seconds=0.0, sample="null")
 
 
+def connection_view(context: ConsoleContext, name: str) -> ConnectionView | None:
+    """What is open to a resource, if it was ever logged in to."""
+    connection = context.connections.watched.get(name)
+    if connection is None or not connection.record.outcomes:
+        return None
+    keeper, record = connection.keeper, connection.record
+    return ConnectionView(opened=utc_time(keeper.opened_at if keeper.session else 0.0), kept=keeper.reused,
+                          logins=record.last_day, second_try=connection.second_try, complaint=keeper.complaint,
+                          found_dead=connection.found_dead)
+
+
 def resource_view(row: Resource, status: Status | None, context: ConsoleContext) -> ResourceView:
     """A resource as the API shows it; of a row that cannot be read as much as there is, and that it is damaged."""
     known = status_of(row, status)
@@ -7575,6 +8260,7 @@ def resource_view(row: Resource, status: Status | None, context: ConsoleContext)
         "place": row.place or None,
         "has_secret": row.password is not None or row.key_passphrase is not None, "trusted_key": row.host_key,
         "since": utc_time(known.since_at), "polled": utc_time(known.polled_at),
+        "connection": connection_view(context, row.name),
         "maintenance": Maintenance.model_construct(until=utc_time(row.maintenance), reason=row.maintenance_reason)
         if row.maintenance > context.clock() else None,
         **{name: getattr(known, name) for name in ("state", "cause", "reason", "seconds")}}
@@ -7678,7 +8364,7 @@ def test_settings(who: Principal, body: Mapping[str, Any], form: Document | None
     timeout = min(target.settings.timeout, TRIAL_TIMEOUT)
     target = replace(target, settings=target.settings.model_copy(update={"timeout": timeout}))
     begun_mono = time.monotonic()
-    trial = replace(who.context.connections, is_trial=True)
+    trial = replace(who.context.connections, is_trial=True, keeps=False, records={})
     connection = CONNECTIONS[target.settings.platform](target, trial.guard_of(target), trial)
     verdict, _ = poll_once(target, connection, None)
     learned = None if connection.host_key == target.host_key else connection.host_key
@@ -7692,7 +8378,7 @@ def test_changes(who: Principal, name: str, body: Mapping[str, Any], form: Docum
     return test_settings(who, body, form, row)      # which changes no more than this copy of it
 
 
-def poll_now(who: Principal, name: str) -> PollView:
+def poll_now(who: Principal, name: str) -> CheckView:
     """Polls a resource now and waits for the result."""
     with who.context.store.reading() as session:
         find_resource(session, name)
@@ -7700,7 +8386,7 @@ def poll_now(who: Principal, name: str) -> PollView:
     report = who.context.monitor.poll_now(name, POLL_NOW_TIMEOUT)
     if report is None:
         raise ApiError(f"there is no result after {POLL_NOW_TIMEOUT:.0f} s; the poll goes on", 504)
-    return PollView(**vars(report.verdict), seconds=report.seconds)
+    return CheckView(**vars(report.verdict), seconds=report.seconds, kept=report.kept)
 
 
 def begin_maintenance(who: Principal, name: str, body: Mapping[str, Any]) -> ResourceView:
@@ -7975,7 +8661,7 @@ OPERATIONS = (
     Route("DELETE", RESOURCE, "admin", remove_resource),
     Route("POST", API + "test", "admin", test_settings, TrialView, ResourceSettings),
     Route("POST", RESOURCE + "/test", "admin", test_changes, TrialView, ResourceSettings),
-    Route("POST", RESOURCE + "/check", "admin", poll_now, PollView),
+    Route("POST", RESOURCE + "/check", "admin", poll_now, CheckView),
     Route("POST", RESOURCE + "/maintenance", "admin", begin_maintenance, ResourceView, Maintenance),
     Route("DELETE", RESOURCE + "/maintenance", "admin", end_maintenance),
     Route("POST", RESOURCE + "/trust", "admin", trust_resource, ResourceView, Trust),
@@ -8300,8 +8986,9 @@ class Metrics:
     """The answer of /-/metrics, and the collector of what the bearer of the token sees besides: every resource, from
     the rows that the recorder writes. That part serves for METRICS_AGE seconds: scrapes cannot load the machine."""
 
-    def __init__(self, serving: ServingMetrics, store: Store, token_file: Path | None) -> None:
-        self._serving, self._store, self._token_file = serving, store, token_file
+    def __init__(self, serving: ServingMetrics, store: Store, token_file: Path | None,
+                 connections: ConnectionContext) -> None:
+        self._serving, self._store, self._token_file, self._connections = serving, store, token_file, connections
         self._complaint = ""        # the last one about the token file
         self._lock = threading.Lock()       # guards these two, so that who asks meanwhile waits for the same text
         self._made, self._text = -math.inf, b""
@@ -8352,6 +9039,23 @@ class Metrics:
             for name, labels, value in resource_metrics(row, now):
                 families[name].add_metric((row.name, *labels), value)
         yield from families.values()
+        yield from self._connection_metrics()
+
+    def _connection_metrics(self) -> Iterator[Metric]:
+        """How hosts are reached."""
+        watched = dict(self._connections.watched)
+        logins = CounterMetricFamily("healthchecker_logins", "Logins by outcome.", labels=["resource", "outcome"])
+        for name, connection in watched.items():
+            for outcome, count in sorted(connection.record.outcomes.items()):
+                logins.add_metric([name, outcome], count)
+        yield logins
+        kept = gauge("host_connections", "Resources by whether a connection stays open between polls.", None, "kept")
+        held = sum(connection.keeper.session is not None for connection in watched.values())
+        for word, count in (("true", held), ("false", len(watched) - held)):
+            kept.add_metric([word], count)
+        yield kept
+        yield CounterMetricFamily("healthchecker_second_tries", "Polls that began again on a new connection.",
+                                  sum(connection.record.second_tries for connection in watched.values()))
 
 
 # === Pages ===================================================================
@@ -8650,6 +9354,13 @@ for <b>{{ (now - shown.status.since_at)|duration_text }}</b>, since <time>{{ sho
 Last poll {{ (now - shown.status.polled_at)|duration_text }} ago, in {{ "%.2f s"|format(shown.status.seconds) }}.
 {% endif %}
 Polled every {{ shown.row.interval|duration_text }}.
+{% if connection %}{{ connection.logins }} login{{ "s" if connection.logins != 1 }} in 24 h{% if connection.opened %};
+connected since {{ connection.opened.timestamp()|local_time }}{{ ", and so was the last poll" if connection.kept }}
+{%- endif %}.
+{% if connection.second_try %}The last poll began again, for what was open had failed: {{ connection.second_try }}.
+{% endif %}{% if connection.complaint %}It is not made anew, for the login failed: {{ connection.complaint }}.
+{% endif %}{% if connection.found_dead %}Three that were open in a row were found dead: for a day each poll opens anew.
+{% endif %}{% endif %}
 {% if login_wait %}Next login in {{ login_wait|duration_text }}, at {{ (now + login_wait)|local_time }}.
 {% endif %}
 Availability:
@@ -9328,7 +10039,7 @@ def resource_page(name: str, **more: Any) -> flask.Response:
                        readings=reading_rows(sample, resource, damage),
                        span_links=[(name, f"?span={name}", f"Last {name}", None) for name in SPANS],
                        machine=MACHINE, details={**sample["details"], "host_key": row.host_key},
-                       login_wait=context.monitor.login_wait(name),
+                       login_wait=context.monitor.login_wait(name), connection=connection_view(context, name),
                        origin=row.origin == "inventory" and (row.place or context.inventory.path.name),
                        refresh="" if request.method == "GET" else resource.href,
                        outcomes=outcomes, **more)
@@ -9857,8 +10568,8 @@ class Installation:
         """The keys; made when there are none and nothing is sealed yet."""
         return open_vault(self.service.keys, sealed_tokens(session, self.inventory))
 
-    def access(self) -> ConnectionContext:
-        return ConnectionContext(KnownHosts(self.service.known_hosts), Resolver())
+    def access(self, *, keeps: bool = False) -> ConnectionContext:
+        return ConnectionContext(KnownHosts(self.service.known_hosts), Resolver(), keeps=keeps)
 
     def review(self, changes: Changes) -> None:
         """Raises InventoryError where so much would go that it has to be said twice."""
@@ -9938,7 +10649,7 @@ def reload(arguments: argparse.Namespace) -> int:
 def watch(installation: Installation, store: Store, console: Sequence[socket.socket], supervisor: Supervisor,
           hangups: queue.SimpleQueue[bool]) -> None:
     """Takes the inventory over, watches it and lets the workers serve until a signal comes."""
-    inventory, service, access = installation.inventory, supervisor.service, installation.access()
+    inventory, service, access = installation.inventory, supervisor.service, installation.access(keeps=True)
     aggregator = HealthAggregator(supervisor.lease)
     with contextlib.ExitStack() as stack:
         vault = prepare(installation, store)
@@ -9947,7 +10658,8 @@ def watch(installation: Installation, store: Store, console: Sequence[socket.soc
         stack.enter_context(contextlib.closing(monitor)).begin()
         if console:
             context = ConsoleContext(store, inventory, aggregator.lease, vault, monitor, access)
-            metrics = Metrics(ServingMetrics(aggregator.lease, supervisor.counters), store, service.metrics_token_file)
+            serving = ServingMetrics(aggregator.lease, supervisor.counters)
+            metrics = Metrics(serving, store, service.metrics_token_file, access)
             server = ConsoleServer(build_console(context, metrics), console)
             stack.enter_context(contextlib.closing(server)).start()
         reloads = threading.Thread(target=follow_hangups, args=(installation, store, hangups), name="reloads",

@@ -25,18 +25,23 @@ import time
 import timeit
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, cast
+
+import psutil
+import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import bench_history
+from pwsh import EngineShell, open_engine
 from service import Program, write_inventory  # it imports healthchecker
 from sshd import SSHD, Sshd
+from wsman_server import WSManServer
 
 import healthchecker as hc
 
@@ -357,6 +362,95 @@ def ssh_rows(plan: Plan) -> Iterator[Row]:
         yield Row("check_by_ssh to our poll", "skipped: monitoring-plugins-basic is not installed")
 
 
+def times(action: Callable[[], object], number: int) -> tuple[float, float]:
+    """Milliseconds of this process's CPU time, and of time, per action."""
+    begin, cpu = time.perf_counter(), client_cpu(action, number)
+    return cpu, (time.perf_counter() - begin) / number * 1e3
+
+
+def kept_rows(plan: Plan) -> Iterator[Row]:
+    """What a connection that stays open saves, side by side with a new one for each poll."""
+    if not SSHD:
+        yield Row("A poll over SSH, kept to fresh", "skipped: sshd is not installed")
+        return
+    with tempfile.TemporaryDirectory() as name, Sshd() as sshd, contextlib.ExitStack() as stack:
+        found = {}
+        for keeps in (False, True):
+            settings = hc.ResourceSettings.model_validate({
+                "name": "host", "hostname": sshd.address, "port": sshd.port, "platform": "linux", "timeout": 30,
+                "username": sshd.username, "key_file": sshd.user_key()})
+            watched = hc.Target(1, settings, f"ssh-ed25519 {sshd.fingerprint()}", "", "")
+            access = hc.ConnectionContext(hc.KnownHosts(Path(name) / "none"), hc.Resolver(), keeps=keeps)
+            plain = hc.SshConnection(watched, access.guard_of(watched), access)
+            quick = hc.SshConnection(replace(watched, settings=settings.model_copy(update={"endpoint": True})),
+                                     access.guard_of(watched), access)
+            stack.enter_context(contextlib.closing(plain)), stack.enter_context(contextlib.closing(quick))
+
+            def poll(watched: hc.Target = watched, connection: hc.Connection = plain) -> None:
+                verdict, _ = hc.poll_once(watched, connection, None)
+                if not verdict.healthy:
+                    raise RuntimeError(verdict.reason)
+
+            def ask(connection: hc.Connection = quick) -> None:
+                if not connection.run("echo 0123456789", hc.Output("0123456789"), hc.Deadline(30)):
+                    raise RuntimeError("no answer")
+
+            found[keeps] = poll, ask
+        pairs = {(keeps, number): partial(times, found[keeps][number], plan.polls)
+                 for number in (0, 1) for keeps in (False, True)}
+        rounds = [{key: measure() for key, measure in pairs.items()} for _ in range(plan.rounds + 1)][1:]
+    for figure, number, unit, most in (("A poll over SSH, kept to fresh: our CPU", 0, 0, 0.5), ("... time", 0, 1, 0.6),
+                                       ("... of an endpoint that answers at once: time", 1, 1, 0.2)):
+        fresh, kept = (median([one[keeps, number][unit] for one in rounds]) for keeps in (False, True))
+        yield kept_row(figure, kept, fresh, most)
+
+
+def kept_row(figure: str, kept: float, fresh: float, most: float) -> Row:
+    """What a poll costs in milliseconds over what is open, and with a login."""
+    return Row(figure, f"{kept / fresh:.2f} times ({kept:,.1f} ms to {fresh:,.1f} ms)", f"≤ {most} times",
+               kept / fresh <= most)
+
+
+def kept_windows_rows(plan: Plan) -> Iterator[Row]:
+    """The same of a Windows host with PowerShell behind it: the time, and the CPU of what runs there."""
+    figure = "A poll of a Windows host, kept to fresh"
+    try:
+        with open_engine() as engine, WSManServer("http", "ntlm", open_shell=engine.opener()) as server:
+            settings = hc.ResourceSettings.model_validate({
+                "name": "host", "hostname": "127.0.0.1", "port": server.port, "platform": "windows", "tls": False,
+                "auth": "ntlm", "username": "monitor", "password": "correct horse", "timeout": 120})
+
+            def cpu() -> float:
+                """Seconds of all processes that the host had so far."""
+                ended = resource.getrusage(resource.RUSAGE_CHILDREN)
+                now = [psutil.Process(cast(EngineShell, shell).process.pid).cpu_times()
+                       for shell in server.shells.values()]
+                return ended.ru_utime + ended.ru_stime + sum(one.user + one.system for one in now)
+
+            def measure(connection: hc.Connection) -> tuple[float, float]:
+                """Milliseconds of a poll: the time, and the host's CPU."""
+                begin, before = time.perf_counter(), cpu()
+                verdict, _ = hc.poll_once(watched, connection, None)
+                if not verdict.healthy:
+                    raise RuntimeError(verdict.reason)
+                return (time.perf_counter() - begin) * 1e3, (cpu() - before) * 1e3
+
+            with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as stack:
+                watched = hc.Target(1, settings, None, "", "")
+                ways = {}
+                for keeps in (False, True):
+                    access = hc.ConnectionContext(hc.KnownHosts(Path(name) / "none"), hc.Resolver(), keeps=keeps)
+                    ways[keeps] = hc.PowerShellConnection(watched, access.guard_of(watched), access)
+                    stack.callback(ways[keeps].close)
+                rounds = [{keeps: measure(way) for keeps, way in ways.items()} for _ in range(plan.rounds + 1)][1:]
+    except pytest.skip.Exception as missing:
+        yield Row(figure, f"skipped: {missing}")
+        return
+    for unit, (what, most) in enumerate(((f"{figure}: time", 0.15), ("... CPU of the host's process", 0.05))):
+        fresh, kept = (median([one[keeps][unit] for one in rounds]) for keeps in (False, True))
+        yield kept_row(what, kept, fresh, most)
+
+
 # === Windows =================================================================
 
 
@@ -446,6 +540,8 @@ PARTS: dict[str, Part] = {
     "closing": closing_rows,
     "watching": watching_rows,
     "ssh": ssh_rows,
+    "kept": kept_rows,
+    "kept_windows": kept_windows_rows,
     "windows": windows_rows,
     "history": history_rows,
 }

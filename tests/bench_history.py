@@ -127,7 +127,7 @@ def site(store: hc.Store) -> Mapping[str, tuple[Callable[[], object], float]]:
     watch = hc.PollContext(aggregator, hc.Recorder(store, aggregator), access, random.Random(1))
     monitor = hc.Monitor(store, nothing, watch)
     context = hc.ConsoleContext(store, inventory, aggregator.lease, nothing, monitor, access, lambda: NOW)
-    metrics = hc.Metrics(hc.ServingMetrics(context.lease, hc.Counters(1)), store, None)
+    metrics = hc.Metrics(hc.ServingMetrics(context.lease, hc.Counters(1)), store, None, access)
     client = hc.build_console(context, metrics).test_client()
     with store.reading() as session:
         user = session.scalars(sqlalchemy.select(hc.User)).one()

@@ -195,7 +195,7 @@ class Local:
 
     def __init__(self, context: ConsoleContext, clock: Clock) -> None:
         self.context, self.store, self.clock = context, context.store, clock
-        metrics = Metrics(ServingMetrics(context.lease, Counters(1)), context.store, None)
+        metrics = Metrics(ServingMetrics(context.lease, Counters(1)), context.store, None, context.connections)
         self.app: flask.Flask = build_console(context, metrics)
         self.token = self.cookie = ""
 
@@ -302,6 +302,8 @@ def local_console(
     service: str = "",
     password: str = PASSWORD,
     clock: Callable[[], float] | None = None,
+    *,
+    keeps: bool = False,
 ) -> Iterator[Local]:
     """A console with everything that is behind it, pollers too; only the gate is not served.
 
@@ -314,7 +316,7 @@ def local_console(
             session.add(make_user(NAME, password))
         import_inventory(session, inventory, vault)
     aggregator = HealthAggregator()
-    access = ConnectionContext(KnownHosts(folder / "known_hosts"), Resolver())
+    access = ConnectionContext(KnownHosts(folder / "known_hosts"), Resolver(), keeps=keeps)
     watch = PollContext(aggregator, Recorder(store, aggregator, Retention()), access, random.Random(1))
     monitor = Monitor(store, vault, watch)
     clock = clock or Clock()

@@ -212,6 +212,11 @@ def restarts(options: argparse.Namespace, folder: Path) -> int:
     return 0
 
 
+def sessions(_options: argparse.Namespace, _folder: Path) -> int:
+    """Ten minutes of kept connections that die in every way."""
+    return subprocess.run([sys.executable, str(Path(__file__).with_name("soak_sessions.py"))], check=False).returncode
+
+
 def fuzzed(options: argparse.Namespace, _folder: Path) -> int:
     print(f"{fuzz_all(list(TARGETS), options.fuzz, time.time_ns()):,} damaged inputs gave only documented errors")
     return 0
@@ -219,7 +224,7 @@ def fuzzed(options: argparse.Namespace, _folder: Path) -> int:
 
 PARTS: dict[str, Callable[[argparse.Namespace, Path], int]] = {
     "load": soak, "tests": repeated, "locked": locked, "stopped": stopped, "crashes": crashes, "kills": kills,
-    "restarts": restarts, "fuzz": fuzzed}  # fmt: skip
+    "restarts": restarts, "sessions": sessions, "fuzz": fuzzed}  # fmt: skip
 
 
 def main() -> int:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from service import Service, write_inventory
+from service import PROGRAM, Program, Service, write_inventory
 from sshd import ParamikoSshd, Sshd
 from wsman_server import Script, WSManServer
 
@@ -57,3 +58,27 @@ def test_a_full_disk_closes_the_gate_until_it_is_empty(sshd: Sshd | ParamikoSshd
             for name in ("linux1", "here"):
                 assert f"{name}: healthy ->" not in service.output
             assert "correct horse" not in service.output
+
+
+def test_a_limit_of_open_files_that_is_too_low_is_told(tmp_path: Path) -> None:
+    """And raised as far as that is allowed; simulated resources need none."""
+    program = tmp_path / "limited.py"
+    program.write_text(
+        "import os, resource, sys\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (60, 120))\n"
+        f"os.execv(sys.executable, [sys.executable, {str(PROGRAM)!r}, *sys.argv[1:]])\n",
+        encoding="utf-8",
+    )
+    rows = "".join(f"  - {{name: host{number}, platform: local, interval: 600}}\n" for number in range(11))
+    rows += "  - {name: other, platform: simulated}\n"
+    with Program(write_inventory(tmp_path, rows), program=program) as service:
+        line = service.wait_line("files may be open")
+        assert "120 files may be open, which is too few for 11 hosts: set LimitNOFILE (ulimit -n) to 122" in line
+
+
+def test_open_files_are_allowed_as_far_as_they_are_needed() -> None:
+    """What the service starts has that limit, too: some programs close each file that there could be."""
+    asked = "import healthchecker, resource as r; r.setrlimit(r.RLIMIT_NOFILE, (64, 300))\n"
+    asked += "for wanted in 32, 200, 400: print(healthchecker.allow_files(wanted), r.getrlimit(r.RLIMIT_NOFILE))\n"
+    told = subprocess.run([sys.executable, "-c", asked], cwd=PROGRAM.parent, capture_output=True, text=True, check=True)
+    assert told.stdout == "64 (64, 300)\n200 (200, 300)\n300 (300, 300)\n"

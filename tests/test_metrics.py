@@ -22,6 +22,7 @@ from conftest import wait_for
 from console import local_console
 from prometheus_client.parser import text_string_to_metric_families
 from service import Service, fresh_processes, prepared_keys, run_cheaply, write_inventory
+from test_transport import access
 
 from healthchecker import (
     ACCEPTED,
@@ -214,7 +215,7 @@ def token_file(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def metrics(store: Store, token_file: Path) -> Metrics:
-    return Metrics(ServingMetrics(Lease(), Counters(2), lambda: 100.0), store, token_file)
+    return Metrics(ServingMetrics(Lease(), Counters(2), lambda: 100.0), store, token_file, access())
 
 
 def ask(metrics: Metrics, authorization: str = "") -> str:
@@ -261,7 +262,7 @@ def test_totals_for_anyone(store: Store, metrics: Metrics) -> None:
 def test_totals_never_fall(store: Store, token_file: Path) -> None:
     """Whichever worker answers: a total that falls is taken for a restart."""
     counters, lease = Counters(2), Lease()
-    workers = [Metrics(ServingMetrics(lease, counters), store, token_file) for _ in range(2)]
+    workers = [Metrics(ServingMetrics(lease, counters), store, token_file, access()) for _ in range(2)]
     key = ("healthchecker_requests_total", "2xx")
     for number in range(6):
         found = {kind: series(ask(workers[number % 2], kind))[key] for kind in ("", BEARER["Authorization"])}
@@ -281,7 +282,7 @@ def test_gate_and_requests(store: Store) -> None:
     RequestCounters(counters, 1).turn(3)
     lease.until.value = 107.5
     serving = ServingMetrics(lease, counters, lambda: 100.0)
-    found = series(ask(Metrics(serving, store, None)))
+    found = series(ask(Metrics(serving, store, None, access())))
     assert found["healthchecker_gate_open",] == 1
     assert found["healthchecker_lease_seconds",] == 7.5
     assert found["healthchecker_workers",] == 1
@@ -296,7 +297,7 @@ def test_gate_and_requests(store: Store) -> None:
     assert [*below.values()] == [2, 2, *[4] * (len(LATENCIES) - 2), 6]
     assert (found[f"{name}_count", "2xx"], found[f"{name}_sum", "2xx"]) == (6, pytest.approx(2 * 99.0035))
     lease.until.value = 100.0  # over since now
-    closed = series(ask(Metrics(serving, store, None)))
+    closed = series(ask(Metrics(serving, store, None, access())))
     assert (closed["healthchecker_gate_open",], closed["healthchecker_lease_seconds",]) == (0, 0)
 
 
@@ -375,7 +376,7 @@ def test_admission(store: Store, metrics: Metrics, header: str, wanted: str, ope
 
 @pytest.mark.parametrize("header", ["Bearer ", "Bearer x", f"Bearer {TOKEN}"])
 def test_without_a_token_nobody_is_admitted(store: Store, header: str) -> None:
-    metrics = Metrics(ServingMetrics(Lease(), Counters(1)), store, None)
+    metrics = Metrics(ServingMetrics(Lease(), Counters(1)), store, None, access())
     assert metrics.answer(header, operator=True).status_code == 401
     assert metrics.answer("", operator=True).status_code == 200
 
@@ -470,7 +471,7 @@ def test_a_text_is_made_once_a_second(store: Store, metrics: Metrics) -> None:
 def test_a_database_that_cannot_be_read(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "metrics.token").write_text(TOKEN, encoding="ascii")
     with local_console(tmp_path) as local:
-        metrics = Metrics(ServingMetrics(Lease(), Counters(1)), local.store, tmp_path / "metrics.token")
+        metrics = Metrics(ServingMetrics(Lease(), Counters(1)), local.store, tmp_path / "metrics.token", access())
         local.app = build_console(local.context, metrics)
         with local.store.writing() as session:
             session.execute(sqlalchemy.text("DROP TABLE status"))

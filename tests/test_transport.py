@@ -1567,7 +1567,7 @@ def test_host_keys_and_credentials_in_the_service(tmp_path: Path) -> None:
     row = "  - {{name: {name}, hostname: {s.address}, port: {s.port}, username: {s.username}, interval: 1, {more}}}\n"
     with Sshd() as server:
         wrong = "not-the-password-" + secrets.token_hex(4)
-        rows = row.format(name="db1", s=server, more=f"password: {server.password}, rise: 1, timeout: 30")
+        rows = row.format(name="db1", s=server, more=f"password: {server.password}, rise: 1, timeout: 30, keep: false")
         rows += row.format(name="db2", s=server, more=f"password: {wrong}, critical: false")
         inventory = write_inventory(tmp_path, rows, "  known_hosts: none\n")
         with Service(inventory) as service:

@@ -637,6 +637,10 @@ class Connection(SecuredConnection):
             f"<rsp:Shell><rsp:ShellId>{shell.id}</rsp:ShellId></rsp:Shell>"
         )
 
+    def _on_get(self, message: Message) -> str:
+        shell = self.owner.find_shell(message)
+        return f"<rsp:Shell><rsp:ShellId>{shell.id}</rsp:ShellId><rsp:State>Connected</rsp:State></rsp:Shell>"
+
     def _on_command(self, message: Message) -> str:
         command_id = message.attribute("s:Body/rsp:CommandLine", "CommandId").upper()
         self._take_fragments(message, command_id, message.text("s:Body/rsp:CommandLine/rsp:Arguments"))
@@ -899,6 +903,10 @@ class WSManServer:
             tls.load_verify_locations(self.client.certificate_file)
         self.tls = tls
 
+    def end_connections(self) -> None:
+        """What WinRM does to a client that is idle for two minutes; shells stay."""
+        self._listener.close_connections()
+
     def count(self, step: str) -> None:
         """Count a request."""
         with self._lock:
@@ -910,7 +918,8 @@ class WSManServer:
             kind = self.misbehave.get(step)
             if isinstance(kind, str) and kind.startswith("once "):
                 del self.misbehave[step]
-                return kind[len("once ") :]
+                kind = kind[len("once ") :]
+                return int(kind) if kind.isdecimal() else kind
             return kind
 
     def answer_to(self, script: Script) -> Answer:

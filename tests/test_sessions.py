@@ -1,0 +1,586 @@
+"""What stays open between polls, over real sshds: how many logins there are, and what ends one."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import re
+import socket
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import paramiko
+import pytest
+from conftest import no_leaks, wait_for
+from console import NAME, local_console
+from prometheus_client import generate_latest
+from sshd import SSHD, Listener, ParamikoSshd, Sshd, make_key, public_line, send, write_private
+from sshd import Connection as Accepted
+from test_transport import (
+    AMPLE,
+    Answer,
+    access,
+    good_login,
+    healthy,
+    poll,
+    settings_digest,
+    target,
+)
+
+from healthchecker import (
+    CONNECTIONS,
+    ConnectionContext,
+    Counters,
+    Deadline,
+    KnownHosts,
+    Metrics,
+    Resolver,
+    ServingMetrics,
+    SshConnection,
+    SshSession,
+    Target,
+)
+
+OPENSSH = pytest.mark.skipif(not SSHD, reason="no sshd here")
+POSIX = pytest.mark.skipif(sys.platform == "win32", reason="the commands are for /bin/sh")
+
+
+@contextlib.contextmanager
+def keeping(
+    watched: Target, context: ConnectionContext | None = None, *, leaves_nothing: bool = True
+) -> Iterator[SshConnection]:
+    """A connection as a poller has it; what it opened ends with the block."""
+    context = context or access()
+    context = replace(context, keeps=True)      # shares what those behind a bastion know of each other
+    connection = CONNECTIONS[watched.settings.platform](watched, context.guard_of(watched), context)
+    assert isinstance(connection, SshConnection)
+    context.watched[watched.name] = connection
+    with no_leaks() if leaves_nothing else contextlib.nullcontext(), contextlib.closing(connection):
+        yield connection
+
+
+def on(server: Any, **settings: Any) -> Target:
+    return target(server, **{"timeout": AMPLE, **good_login(server), **settings})
+
+
+def logins(server: Any) -> int:
+    return len(re.findall(r"Accepted \w+ for ", server.log()))
+
+
+def session(connection: SshConnection) -> SshSession:
+    assert isinstance(connection.keeper.session, SshSession)
+    return connection.keeper.session
+
+
+def is_due(connection: SshConnection) -> None:
+    """The time for a new login has come."""
+    connection.keeper._due_mono = -math.inf
+
+
+@pytest.fixture
+def server() -> Iterator[Sshd]:
+    with Sshd() as server:
+        yield server
+
+
+pytestmark = [OPENSSH, POSIX]
+
+
+# --- how many logins ------------------------------------------------------------
+
+
+def test_polls_share_a_login(server: Sshd) -> None:
+    watched = on(server)
+    with keeping(watched) as connection:
+        for number in range(5):
+            assert healthy(poll(watched, connection))
+            assert connection.keeper.reused is (number > 0)
+        assert connection.record.outcomes == {"accepted": 1} and connection.record.last_day == 1
+    assert logins(server) == 1
+
+
+@pytest.mark.parametrize("settings", [{"keep": False}, {"interval": 301}])
+def test_each_poll_logs_in(server: Sshd, settings: dict[str, Any]) -> None:
+    watched = on(server, **settings)
+    with keeping(watched) as connection:
+        for _ in range(3):
+            assert healthy(poll(watched, connection))
+            assert connection.keeper.session is None
+    assert logins(server) == 3
+
+
+def test_what_is_only_tried_is_not_kept(server: Sshd) -> None:
+    watched, context = on(server), access()
+    connection = CONNECTIONS[watched.settings.platform](watched, context.guard_of(watched), context)
+    with no_leaks():
+        assert healthy(poll(watched, connection)) and healthy(poll(watched, connection))
+    assert logins(server) == 2
+
+
+def test_a_new_login_comes_before_the_end_of_the_old_one(server: Sshd) -> None:
+    watched = on(server)
+    with keeping(watched) as connection:
+        assert healthy(poll(watched, connection))
+        old = session(connection)
+        is_due(connection)
+        assert healthy(poll(watched, connection))
+        assert session(connection) is not old and not old.alive
+        assert connection.second_try == ""
+        assert healthy(poll(watched, connection))
+    assert logins(server) == 2
+
+
+def test_when_it_is_due(server: Sshd) -> None:
+    """Spread over half to all of `relogin`; 0 is never."""
+    for relogin, low, high in ((1000.0, 490, 1010), (0.0, math.inf, math.inf)):
+        watched = on(server, relogin=relogin)
+        with keeping(watched) as connection:
+            begun = Deadline(0)._ends_mono
+            assert healthy(poll(watched, connection))
+            assert low <= connection.keeper._due_mono - begun <= high + 60
+
+
+def test_the_cap_of_bytes_is_for_each_poll(server: Sshd) -> None:
+    loud = {"name": "loud", "command": "head -c 700000 /dev/zero | tr '\\0' x"}
+    watched = on(server, checks=[loud])
+    with keeping(watched) as connection:
+        for _ in range(4):
+            assert healthy(poll(watched, connection))
+        assert cast(Any, session(connection)._transport.sock).received < 2 << 20
+    assert logins(server) == 1
+
+
+# --- a login that is refused while the old one lives ------------------------------
+
+
+def test_a_key_that_is_taken_away(server: Sshd) -> None:
+    """It is noticed at the next login; the first refusal is confirmed before it counts."""
+    watched = target(server, key_file=server.user_key(), timeout=AMPLE)
+    with keeping(watched) as connection:
+        assert healthy(poll(watched, connection))
+        server._authorized.write_text("", encoding="ascii")
+        assert healthy(poll(watched, connection))
+        is_due(connection)
+        assert healthy(poll(watched, connection))
+        assert "refused" in connection.keeper.complaint
+        answer = poll(watched, connection)
+        assert answer.cause == "auth"
+        assert connection.keeper.session is None
+        assert poll(watched, connection).cause == "auth"
+        assert connection.record.outcomes["refused"] == 3
+
+
+def test_a_poll_over_what_is_open_is_no_login(server: Sshd, password: str) -> None:
+    """While others are refused it goes on, says nothing of the credential, and ends after twice the time."""
+    watched = target(server, password=server.password, timeout=AMPLE)
+    with keeping(watched) as connection:
+        assert healthy(poll(watched, connection))
+        guard = connection._guard
+        for other in ("one", "two", "three"):
+            guard.refuse(other)
+        assert guard.wait(watched.name) > 0
+        is_due(connection)
+        for _ in range(3):
+            assert healthy(poll(watched, connection))
+        assert guard.refusals == 3 and logins(server) == 1
+        connection.keeper._ends_mono = -math.inf
+        answer = poll(watched, connection)
+        assert answer.reason.startswith("not tried: ")
+        assert logins(server) == 1
+
+
+# --- what it was made from ----------------------------------------------------------
+
+
+def test_a_revoked_host_key(server: Sshd, tmp_path: Path) -> None:
+    known = tmp_path / "known_hosts"
+    known.write_text(server.known_hosts(), encoding="ascii")
+    watched = on(server)
+    with keeping(watched, access(known)) as connection:
+        assert healthy(poll(watched, connection))
+        known.write_text(f"{server.known_hosts()}\n# a line about nothing\n", encoding="ascii")
+        assert healthy(poll(watched, connection))
+        assert logins(server) == 1
+        known.write_text(f"@revoked {server.known_hosts()}", encoding="ascii")
+        answer = poll(watched, connection)
+        assert answer.cause == "host_key" and "revoked" in answer.reason
+        assert connection.keeper.session is None
+
+
+def test_another_key_file(server: Sshd, tmp_path: Path) -> None:
+    key = tmp_path / "key"
+    key.write_bytes(server.user_key().read_bytes())
+    watched = target(server, key_file=key, timeout=AMPLE)
+    with keeping(watched) as connection:
+        assert healthy(poll(watched, connection)) and healthy(poll(watched, connection))
+        key.write_bytes(server.user_key("ecdsa").read_bytes())
+        assert healthy(poll(watched, connection))
+        assert logins(server) == 2
+        key.unlink()
+        assert poll(watched, connection).cause == "credential"
+        assert connection.keeper.session is None
+
+
+def test_a_host_that_moves(server: Sshd) -> None:
+    """A look-up that fails or is late changes nothing."""
+
+    class Names(Resolver):
+        def __init__(self) -> None:
+            super().__init__()
+            self.answers: list[Any] = []
+
+        def resolve(self, host: str, port: int, deadline: Deadline) -> list[Any]:
+            return self.answers or super().resolve("no-such-name.invalid", port, deadline)
+
+    names = Names()
+    watched = on(server, hostname="db.example.com")
+    names.answers = socket.getaddrinfo(server.address, server.port, type=socket.SOCK_STREAM)
+    with keeping(watched, access(resolver=names)) as connection:
+        assert healthy(poll(watched, connection))
+        names.answers = []
+        assert healthy(poll(watched, connection))
+        assert logins(server) == 1
+        elsewhere = socket.getaddrinfo("127.0.0.2", server.port, type=socket.SOCK_STREAM)
+        names.answers = elsewhere
+        assert poll(watched, connection).cause == "unreachable"     # nobody is there
+        assert connection.second_try == "" and connection.keeper.session is None
+
+
+def test_what_nobody_asked_for_between_polls() -> None:
+    transports: list[paramiko.Transport] = []
+
+    class Forward(ParamikoSshd):
+        def prepare(self, transport: paramiko.Transport) -> None:
+            transports.append(transport)
+
+    with Forward() as server:
+        watched = on(server)
+        with keeping(watched) as connection:
+            assert healthy(poll(watched, connection)) and healthy(poll(watched, connection))
+            assert logins(server) == 1
+            with contextlib.suppress(paramiko.ChannelException):
+                transports[0].open_channel("session", timeout=AMPLE)
+            assert session(connection).stale
+            assert healthy(poll(watched, connection))
+            assert connection.second_try == ""
+            assert logins(server) == 2
+
+
+# --- what breaks ----------------------------------------------------------------------
+
+
+def test_killed_between_polls(server: Sshd) -> None:
+    """Three in a row, and each poll opens anew."""
+    watched = on(server)
+    with keeping(watched) as connection:
+        for number in range(3):
+            assert healthy(poll(watched, connection))
+            assert connection.keeps, number
+            server.kill_sessions()
+            wait_for(lambda: not session(connection).alive)
+        assert healthy(poll(watched, connection))
+        assert not connection.keeps and connection.keeper.session is None
+        assert healthy(poll(watched, connection))
+    assert logins(server) == 5
+
+
+def third(path: Path) -> dict[str, str]:
+    """A check that takes long when it runs for the second time."""
+    command = f"echo x >> {path}; [ $(wc -l < {path}) != 2 ] || exec sleep 60"
+    return {"name": "slow", "command": command, "timeout": "100"}
+
+
+def test_killed_during_a_poll(server: Sshd, tmp_path: Path) -> None:
+    """It begins again, within the same deadline; the next poll does not say so any more."""
+    runs = server.folder / "runs"
+    runs.touch(0o666)
+    runs.chmod(0o666)
+    watched = on(server, checks=[third(runs)], timeout=100)
+    with keeping(watched) as connection:
+        assert healthy(poll(watched, connection))
+        answers: list[Answer] = []
+        polling = threading.Thread(target=lambda: answers.append(poll(watched, connection)))
+        polling.start()
+        wait_for(lambda: runs.read_text(encoding="ascii").count("x") == 2)
+        send(server._sessions(), "SIGKILL")
+        polling.join()
+        assert healthy(answers[0])
+        assert "connection lost" in connection.second_try
+        assert connection.record.second_tries == 1
+        assert healthy(poll(watched, connection))
+        assert connection.second_try == ""
+    assert logins(server) == 2
+
+
+def test_a_new_connection_that_breaks_is_not_tried_again(server: Sshd) -> None:
+    watched = on(server, checks=[{"name": "end", "command": "kill -9 $PPID $(ps -o ppid= -p $PPID)"}])
+    with keeping(watched) as connection:
+        answer = poll(watched, connection)
+        assert answer.verdict.state == "unhealthy"
+        assert connection.record.second_tries == 0
+    assert logins(server) == 1
+
+
+def test_another_host_key(server: Sshd) -> None:
+    """At once, and it is not learned."""
+    watched = on(server)
+    with keeping(watched) as connection:
+        assert healthy(poll(watched, connection))
+        known = connection.host_key
+        server.rekey()
+        answer = poll(watched, connection)
+        assert answer.cause == "host_key" and answer.host_key is None
+        assert connection.host_key == known
+        assert logins(server) == 0      # in the new log
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_host_that_is_stopped(server: Sshd, whole: bool) -> None:
+    """A silent death takes a third of the deadline; where only the session is stopped, a new one has the rest."""
+    watched = on(server, timeout=3 if whole else 12)
+    with keeping(watched) as connection:
+        assert healthy(poll(watched, connection))
+        if whole:
+            server.freeze()
+        else:
+            send(server._sessions(), "SIGSTOP")
+        answer = poll(watched, connection)
+        if whole:
+            assert answer.cause == "timeout"
+        else:
+            assert healthy(answer) and answer.seconds >= 4
+            assert "no sign of life" in connection.second_try
+        server.thaw()
+
+
+def test_a_silent_check_runs_once(server: Sshd) -> None:
+    """After the first sign of life only the deadline counts."""
+    runs = server.folder / "runs"
+    runs.touch(0o666)
+    runs.chmod(0o666)
+    check = {"name": "c", "command": f"echo x >> {runs}; exec sleep 2.5", "timeout": 6}
+    watched = on(server, timeout=6, checks=[check])
+    with keeping(watched) as connection:
+        assert healthy(poll(watched, connection)) and healthy(poll(watched, connection))
+        assert connection.second_try == ""
+    assert runs.read_text(encoding="ascii").count("x") == 2
+    assert logins(server) == 1
+
+
+class Proxy(Listener):
+    """Hands bytes on, until it shall do something else to a connection."""
+
+    def __init__(self, server: Sshd) -> None:
+        super().__init__()
+        self.server, self.open = server, list[tuple[socket.socket, socket.socket]]()
+        self.log, self.username = server.log, server.username
+        self.password, self.user_key = server.password, server.user_key
+        self.silent = threading.Event()
+
+    def serve(self, connection: Accepted) -> None:
+        with socket.create_connection((self.server.address, self.server.port)) as host:
+            self.open.append((connection, host))
+            there = threading.Thread(target=self._pump, args=(connection, host), daemon=True)
+            there.start()
+            self._pump(host, connection)
+            there.join()
+
+    def _pump(self, source: socket.socket, sink: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while chunk := source.recv(65536):
+                if not self.silent.is_set():
+                    sink.sendall(chunk)
+            sink.shutdown(socket.SHUT_WR)
+
+    def reset(self) -> None:
+        """RST to both."""
+        for sock in (sock for pair in self.open for sock in pair):
+            with contextlib.suppress(OSError):  # it has ended
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+                sock.shutdown(socket.SHUT_RD)
+                sock.close()
+
+    def half_close(self) -> None:
+        """The host says no more, and reads on."""
+        for client, _ in self.open:
+            with contextlib.suppress(OSError):  # it has ended
+                client.shutdown(socket.SHUT_WR)
+
+
+@pytest.mark.parametrize("fault", ["reset", "half_close", "silent"])
+def test_what_stands_between(server: Sshd, fault: str) -> None:
+    with Proxy(server) as proxy:
+        watched = on(proxy, timeout=9 if fault == "silent" else AMPLE)
+        with keeping(watched) as connection:
+            assert healthy(poll(watched, connection)) and healthy(poll(watched, connection))
+            if fault == "silent":
+                proxy.silent.set()
+                threading.Timer(1, proxy.silent.clear).start()      # for who connects anew; what was sent is lost
+            else:
+                getattr(proxy, fault)()
+            assert healthy(poll(watched, connection))
+            assert healthy(poll(watched, connection))
+            assert connection.keeper.reused
+    assert logins(server) == 2
+
+
+def test_questions_of_the_host_between_polls(server: Sshd) -> None:
+    """ClientAliveInterval: it is answered, and nothing unexpected."""
+    with settings_digest(server, "ClientAliveInterval 1\nClientAliveCountMax 1"):
+        watched = on(server)
+        with keeping(watched) as connection:
+            assert healthy(poll(watched, connection))
+            wire = cast(Any, session(connection)._transport.sock)
+            for _ in range(3):
+                before = wire.received
+                wait_for(lambda: wire.received > before)    # noqa: B023  # used before it changes
+            assert healthy(poll(watched, connection))
+            assert connection.keeper.reused
+        assert logins(server) == 1
+
+
+def test_one_session_at_a_time(server: Sshd) -> None:
+    with settings_digest(server, "MaxSessions 1"):
+        watched = on(server)
+        with keeping(watched) as connection:
+            assert healthy(poll(watched, connection))
+            for _ in range(3):
+                idle = 3 if server.password else 2      # with the rights of another account there is one more
+                wait_for(lambda: len(server._sessions()) < idle)    # noqa: B023  # it does not change
+                assert healthy(poll(watched, connection))
+            assert connection.record.second_tries == 0
+        assert logins(server) == 1
+
+
+def test_a_session_that_is_refused_is_opened_anew(server: Sshd) -> None:
+    """A command that was left behind takes the one place."""
+    with settings_digest(server, "MaxSessions 1"):
+        watched = on(server)
+        with keeping(watched) as connection:
+            assert healthy(poll(watched, connection))
+            transport = session(connection)._transport
+            idle = 3 if server.password else 2
+            wait_for(lambda: len(server._sessions()) < idle)
+            left = transport.open_session(timeout=AMPLE)
+            left.exec_command("sleep 100")
+            session(connection)._packetizer.uninvited = False
+            assert healthy(poll(watched, connection))
+            assert "MaxSessions" in connection.second_try
+        assert logins(server) == 2
+
+
+# --- bastions -----------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def behind(bastion: Sshd, *servers: Sshd, known: Path) -> Iterator[list[tuple[Target, SshConnection]]]:
+    """Resources behind a bastion, which is one, too; the first is the bastion's own."""
+    known.write_text("".join(server.known_hosts() for server in (bastion, *servers)), encoding="ascii")
+    context = ConnectionContext(KnownHosts(known), Resolver(), keeps=True)
+    with no_leaks(), contextlib.ExitStack() as stack:
+        targets = [on(bastion, name="b"), *(on(server, name=f"h{number}", proxy_jump="b", timeout=9)
+                                          for number, server in enumerate(servers))]
+        yield [(one, stack.enter_context(keeping(one, context, leaves_nothing=False))) for one in targets]
+
+
+def test_those_behind_a_bastion_share_its_login(tmp_path: Path) -> None:
+    """One that hangs ends its own channel; a dead bastion is logged in to once for all."""
+    with Sshd() as bastion, Sshd() as one, Sshd() as two, behind(bastion, one, two, one, known=tmp_path / "k") as hosts:
+        for _ in range(2):
+            for watched, connection in hosts[1:]:
+                assert healthy(poll(watched, connection))
+        assert (logins(bastion), logins(one), logins(two)) == (1, 2, 1)
+        assert healthy(poll(*hosts[0]))     # over its own
+        assert logins(bastion) == 2
+        two.freeze()
+        assert poll(*hosts[2]).cause == "timeout"
+        two.thaw()
+        for watched, connection in hosts:
+            assert healthy(poll(watched, connection))
+        assert logins(bastion) == 2
+        bastion.kill_sessions()
+        answers: list[Answer] = []
+        polling = [threading.Thread(target=lambda pair=pair: answers.append(poll(*pair))) for pair in hosts[1:]]
+        for thread in polling:
+            thread.start()
+        for thread in polling:
+            thread.join()
+        assert all(map(healthy, answers)) and len(answers) == 3
+        assert logins(bastion) == 3
+
+
+def test_a_bastion_that_is_stopped(tmp_path: Path) -> None:
+    """Its session: whoever opens a channel finds out, and logs in anew for all."""
+    with Sshd() as bastion, Sshd() as one, behind(bastion, one, known=tmp_path / "k") as hosts:
+        assert healthy(poll(*hosts[1]))
+        send(bastion._sessions(), "SIGSTOP")
+        answer = poll(*hosts[1])
+        assert healthy(answer)
+        assert "no sign of life" in hosts[1][1].second_try
+        assert logins(bastion) == 2
+        bastion.thaw()
+
+
+def test_what_a_bastion_refuses_is_the_bastions(tmp_path: Path) -> None:
+    with Sshd() as bastion, Sshd() as one, behind(bastion, one, one, known=tmp_path / "k") as hosts:
+        bad, connection = hosts[0]
+        wrong = make_key("ed25519")
+        write_private(tmp_path / "wrong", wrong)
+        assert public_line(wrong)
+        connection._settings = bad.settings.model_copy(update={"key_file": tmp_path / "wrong", "password": None})
+        for watched, behind_it in hosts[1:]:
+            answer = poll(watched, behind_it)
+            assert answer.cause == "unreachable", answer
+            assert re.match("bastion b: login as|not tried: bastion b: ", answer.reason), answer
+            assert not behind_it.record.outcomes
+
+
+# --- in the console -------------------------------------------------------------------
+
+
+def test_what_is_shown(server: Sshd, tmp_path: Path) -> None:
+    """A poll by hand uses what is open and says so; what somebody tries logs in; at the end nothing is left."""
+    row = (f"  - {{name: host, hostname: {server.address}, port: {server.port}, username: {server.username}, "
+           f"key_file: {server.user_key()}, interval: 60, timeout: 30}}")  # fmt: skip
+    with local_console(tmp_path, row, keeps=True) as local:
+        local.log_in_as(NAME, "token")
+
+        def shown() -> Any:
+            return local.api("GET", "resources/host").json
+
+        assert local.api("POST", "resources/host/check").json["state"] == "healthy"
+        checked = local.api("POST", "resources/host/check").json
+        assert (checked["state"], checked["kept"]) == ("healthy", True)
+        assert shown()["connection"] == {
+            "opened": shown()["connection"]["opened"], "kept": True, "logins": 1, "second_try": "", "complaint": "",
+            "found_dead": False}  # fmt: skip
+        page = local.ask("GET", "/-/resources/host").body
+        assert "1 login in 24 h" in page and ", and so was the last poll" in page
+        assert logins(server) == 1
+        send(server._sessions(), "SIGSTOP")
+        connection = local.context.connections.watched["host"]
+        connection._settings = connection._settings.model_copy(update={"timeout": 9})
+        assert local.api("POST", "resources/host/check").json["state"] == "healthy"
+        assert "no sign of life" in shown()["connection"]["second_try"]
+        assert "The last poll began again, for what was open had failed: " in local.ask("GET", "/-/resources/host").body
+        assert logins(server) == 2
+        assert local.api("POST", "resources/host/trust", {}).status in (200, 204)
+        assert logins(server) == 2
+        wait_for(lambda: local.api("POST", "resources/host/check").json.get("state") == "healthy")
+        before = logins(server)
+        if server.password:
+            body = {name: getattr(connection._settings, name) for name in ("hostname", "port", "username", "platform")}
+            tried = local.api("POST", "test", {**body, "name": "x", "timeout": 30, "password": server.password})
+            assert tried.json["state"] == "healthy", tried
+            assert logins(server) == before + 1
+        found = Metrics(ServingMetrics(local.context.lease, Counters(1)), local.store, None, local.context.connections)
+        lines = generate_latest(found).decode()
+        assert f'healthchecker_logins_total{{outcome="accepted",resource="host"}} {before}.0' in lines
+        assert 'healthchecker_host_connections{kept="true"} 1.0' in lines
+        assert "healthchecker_second_tries_total 1.0" in lines
+        server.thaw()
+    wait_for(lambda: not server._sessions())
