@@ -237,7 +237,7 @@ def allow_files(wanted: float = math.inf) -> float:
 # One root for what is raised on purpose; the command line turns each class into its exit code, pages and API into a
 # status. An error's text is one line that a user can act on, and never holds a secret.
 # Gives: HealthCheckerError, InventoryError, UsageError, SecretError, StorageError, ApiError, Cause, one_line,
-#   ProbeError
+#   ProbeError, AnswerError
 REASON_CHARS = 500              # characters of a reason that are kept
 
 
@@ -293,6 +293,10 @@ class ProbeError(HealthCheckerError):
     def __init__(self, cause: Cause, message: str) -> None:
         super().__init__(one_line(message))
         self.cause: Cause = cause
+
+
+class AnswerError(ProbeError):
+    """The host's answer cannot be used; over another connection it would be the same."""
 
 
 # === Bastions ================================================================
@@ -2135,7 +2139,7 @@ class Output:
         start = max(0, len(self.printed) - len(self.mark))
         self.printed += chunk
         if len(self.printed) > OUTPUT_BYTES:
-            raise ProbeError("protocol", f"the host sent more than {OUTPUT_BYTES} bytes")
+            raise AnswerError("protocol", f"the host sent more than {OUTPUT_BYTES} bytes")
         self.whole = self.printed.find(self.mark, start) >= 0
         return self.whole
 
@@ -2693,11 +2697,11 @@ class Connection:
         self.keeper.drop()
 
     def begins_again(self, error: ProbeError, deadline: Deadline) -> bool:
-        """Ends what is open after a poll that failed; says whether that poll may try once more: where what failed was
-        open before it, and there is time."""
+        """Ends what is open after a poll that failed; says whether that poll may try once more: where what failed is
+        a connection that was open before it, and there is time."""
         reused, self.keeper.reused = self.keeper.reused, False
         self.drop()
-        if not reused or deadline.over:
+        if not reused or deadline.over or isinstance(error, AnswerError):
             return False
         self._note_dead()
         self.record.second_tries += 1
@@ -4530,13 +4534,13 @@ def last_section(text: str, nonce: str) -> str:
     return "" if last.end else " ".join(map(unquote, last.title[:2]))
 
 
-def not_run(text: str, settings: ResourceSettings | None = None) -> ProbeError:
+def not_run(text: str, settings: ResourceSettings | None = None) -> AnswerError:
     """For output in which nothing can be read."""
     said = " ".join(text[:KEPT_BYTES].translate(CONTROL).split())[:PROBLEM_CHARS] or "none"
     if settings and settings.endpoint:
-        return ProbeError("protocol", "not restricted: the login runs something else than what "
+        return AnswerError("protocol", "not restricted: the login runs something else than what "
                           f"`endpoint {settings.name}` prints; output: {said}")
-    return ProbeError("protocol", f"the script was not run; output: {said}")
+    return AnswerError("protocol", f"the script was not run; output: {said}")
 
 
 def _reading(probe: Probe, section: Section | None) -> Reading:
@@ -5019,7 +5023,7 @@ def parse_windows(text: str, _nonce: str, previous: CpuTicks | None) -> Sample:
         raise not_run(text) from None
     sample = _windows_sample(answer, previous)
     if sample.empty:
-        raise ProbeError("protocol", f"nothing can be read: {'; '.join(sample.problems.values())}")
+        raise AnswerError("protocol", f"nothing can be read: {'; '.join(sample.problems.values())}")
     return replace(sample, endpoint=answer.endpoint)
 
 
@@ -5222,7 +5226,7 @@ def ask(settings: ResourceSettings, connection: Connection, previous: Sample | N
         raise ProbeError("unreachable", f"connection lost{during}")
     if settings.endpoint:
         raise not_run(text, settings)
-    raise ProbeError("protocol", f"the account's shell did not run the commands; it said: {text[:PROBLEM_CHARS]}")
+    raise AnswerError("protocol", f"the account's shell did not run the commands; it said: {text[:PROBLEM_CHARS]}")
 
 
 def collect(settings: ResourceSettings, connection: Connection, previous: Sample | None) -> Sample:

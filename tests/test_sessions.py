@@ -325,6 +325,35 @@ def test_a_new_connection_that_breaks_is_not_tried_again(server: Sshd) -> None:
     assert logins(server) == 1
 
 
+ANSWERS = {
+    "ended": "echo nobody is here; exit 3",
+    "too long": "exec head -c 3000000 /dev/zero",
+    "without sense": "echo; /bin/sh -s | grep ' done$'",
+}
+
+
+@pytest.mark.parametrize("answer", ANSWERS.values(), ids=ANSWERS)
+def test_an_answer_that_cannot_be_used_is_no_dead_connection(server: Sshd, answer: str) -> None:
+    """It would be the same over another one: nothing runs twice."""
+    runs, bad, command = (server.folder / name for name in ("runs", "bad", "command"))
+    runs.touch()
+    runs.chmod(0o666)
+    command.write_text(f"echo x >> {runs}\n[ -e {bad} ] || exec /bin/sh -s\n{answer}\n", encoding="ascii")
+    command.chmod(0o644)
+    with settings_digest(server, f"ForceCommand exec /bin/sh {command}"):
+        watched = on(server)
+        with keeping(watched) as connection:
+            assert healthy(poll(watched, connection)) and healthy(poll(watched, connection))
+            bad.touch()
+            assert poll(watched, connection).cause == "protocol"
+            assert runs.read_text(encoding="ascii").count("x") == 3
+            assert (connection.record.second_tries, connection._deaths) == (0, 0)
+            bad.unlink()
+            assert healthy(poll(watched, connection))
+            assert connection.second_try == ""
+        assert logins(server) == 2
+
+
 def test_another_host_key(server: Sshd) -> None:
     """At once, and it is not learned."""
     watched = on(server)
