@@ -3186,7 +3186,8 @@ class SshConnection(SshLogin):
 
     @contextlib.contextmanager
     def _lent(self, deadline: Deadline, chain: Sequence[SshConnection]) -> Iterator[SshTransport]:
-        """The transport for all behind it. Raises ProbeError, for all who waited for the login that failed."""
+        """The transport for all behind it. Raises ProbeError, for all who waited for the login that failed; one that
+        only was too late for who tried it says nothing of the others."""
         def log_in() -> HostSession:
             self._require_no_wait()
             return self._opened(Relay, deadline, chain)
@@ -3200,7 +3201,8 @@ class SshConnection(SshLogin):
             while not (relay := cast(Relay, self._relay.get(log_in, deadline))).take():
                 pass
         except ProbeError as error:
-            self._failed = time.monotonic(), error
+            if not deadline.over:
+                self._failed = time.monotonic(), error
             raise
         finally:
             self._turn.release()

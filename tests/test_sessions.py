@@ -542,6 +542,29 @@ def test_those_behind_a_bastion_share_its_login(tmp_path: Path) -> None:
         assert logins(bastion) == 3
 
 
+def test_a_bastion_too_slow_for_one_is_not_for_the_others(tmp_path: Path) -> None:
+    """Who has more time tries it, too."""
+    with Sshd() as bastion, Sshd() as one, behind(bastion, one, one, known=tmp_path / "k") as hosts:
+        answers: list[Answer] = []
+
+        def begin(host: tuple[Target, SshConnection], timeout: float) -> threading.Thread:
+            settings = host[0].settings.model_copy(update={"timeout": timeout})
+            watched = replace(host[0], settings=settings)
+            thread = threading.Thread(target=lambda: answers.append(poll(watched, host[1])))
+            thread.start()
+            return thread
+
+        bastion.freeze()
+        first = begin(hosts[1], 3.0)
+        wait_for(lambda: hosts[0][1]._turn.locked() or answers)
+        second = begin(hosts[2], 60.0)
+        first.join()
+        bastion.thaw()
+        second.join()
+        assert answers[0].cause == "timeout"
+        assert healthy(answers[1])
+
+
 def test_a_bastion_that_is_stopped(tmp_path: Path) -> None:
     """Its session: whoever opens a channel finds out, and logs in anew for all."""
     with Sshd() as bastion, Sshd() as one, behind(bastion, one, known=tmp_path / "k") as hosts:
