@@ -6135,10 +6135,12 @@ def restore_logins(guard: LoginGuard, target: Target, stored: Status, age: float
         guard.refuse(target.name, age, len(stored.strip) - len(before))
 
 
-def require_files(hosts: int) -> None:
-    """Says so where not as many files may be open as are needed."""
+def require_files(before: Mapping[str, Target], targets: Mapping[str, Target]) -> None:
+    """Where there are more hosts than before, says so if not as many files may be open as are needed."""
+    known, hosts = (sum(target.settings.platform is not Platform.SIMULATED for target in watched.values())
+                    for watched in (before, targets))
     wanted = OWN_FILES + HOST_FILES * hosts
-    if (allowed := allow_files(wanted)) < wanted:
+    if hosts > known and (allowed := allow_files(wanted)) < wanted:
         log.warning("%.0f files may be open, which is too few for %d hosts: set LimitNOFILE (ulimit -n) to %d",
                     allowed, hosts, wanted)
 
@@ -6170,7 +6172,6 @@ class Monitor(threading.Thread):
         if before.get("boot", 0) == boot_number() != 0:     # whatever became of the clock since
             self._zero_at = before["clock"] / 1000
         self._reconcile()
-        require_files(sum(target.settings.platform is not Platform.SIMULATED for target in self.targets.values()))
         self._take_clock(now_at)
         self._context.aggregator.start()
         self._context.recorder.start()
@@ -6288,6 +6289,7 @@ class Monitor(threading.Thread):
             self._maintenance = {
                 name: known[name] if known.get(name, ())[:1] == (at,) else (at, at and at - self._zero_at)
                 for name, at in ends}
+        require_files(self.targets, targets)
         self.guards.keep(targets.values())
         gone = {name: self.pollers.pop(name) for name in self.pollers.keys() - targets.keys()}
         for name, poller in gone.items():
