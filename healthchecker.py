@@ -3175,8 +3175,8 @@ class SshConnection(SshLogin):
             return kind(transport, self._changes(cast(Wire, transport.sock)), self._settings.endpoint, stack.pop_all())
 
     def _made_from(self) -> list[Any]:
-        """The bastions', too."""
-        return [(hop, hop._known(), (key_file := hop._settings.key_file) and hop.load_keys(key_file))
+        """The bastions', too. Keys go by the times of their files: a renewed certificate is of the same key."""
+        return [(hop, hop._known(), (key_file := hop._settings.key_file) and hop.load_keys(key_file) and hop._keys)
                 for hop in (*self._chain(), self)]
 
     def close(self) -> None:

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import re
+import shutil
 import socket
+import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -223,6 +227,28 @@ def test_another_key_file(server: Sshd, tmp_path: Path) -> None:
         key.unlink()
         assert poll(watched, connection).cause == "credential"
         assert connection.keeper.session is None
+
+
+def test_a_certificate_that_is_renewed(server: Sshd, tmp_path: Path) -> None:
+    """It is shown at once, as long as the one before it still is good."""
+    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", tmp_path / "authority"], check=True)
+    shutil.copy(tmp_path / "authority.pub", server.folder / "authorities")
+    write_private(tmp_path / "key", made := make_key("ed25519"))
+    (tmp_path / "key.pub").write_text(public_line(made) + "\n", encoding="ascii")
+
+    def certify(identity: str) -> None:
+        how = f"-q -s authority -I {identity} -n {server.username} -V -1h:+1h key.pub"
+        subprocess.run(["ssh-keygen", *how.split()], cwd=tmp_path, check=True)
+        os.utime(tmp_path / "key-cert.pub", ns=(0, time.monotonic_ns()))
+
+    with settings_digest(server, f"TrustedUserCAKeys {server.folder}/authorities"):
+        watched = target(server, key_file=tmp_path / "key", timeout=AMPLE)
+        with keeping(watched) as connection:
+            for identity in ("first", "second"):
+                certify(identity)
+                assert healthy(poll(watched, connection)) and healthy(poll(watched, connection))
+                assert connection.second_try == "" and f"ID {identity}" in server.log()
+        assert logins(server) == 2
 
 
 def test_a_host_that_moves(server: Sshd) -> None:
