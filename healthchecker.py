@@ -9057,7 +9057,7 @@ class Metrics:
             kept.add_metric([word], count)
         yield kept
         yield CounterMetricFamily("healthchecker_second_tries", "Polls that began again on a new connection.",
-                                  sum(connection.record.second_tries for connection in watched.values()))
+                                  sum(record.second_tries for record in list(self._connections.records.values())))
 
 
 # === Pages ===================================================================
