@@ -3123,6 +3123,10 @@ class Relay(SshSession):
         wire.limit = math.inf       # each of them has a cap of its own
         wire.pause()
 
+    @property
+    def alive(self) -> bool:
+        return self._users >= 0 and super().alive
+
     def take(self) -> bool:
         """Adds a user; False where it has ended just now."""
         with self._counting:

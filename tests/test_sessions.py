@@ -591,6 +591,29 @@ def test_a_bastion_too_slow_for_one_is_not_for_the_others(tmp_path: Path) -> Non
         assert healthy(answers[1])
 
 
+def test_a_session_of_a_bastion_that_ends_is_not_waited_for(tmp_path: Path) -> None:
+    """Nor asked again and again, with everybody behind it waiting: who comes just then logs in anew."""
+    with Sshd() as bastion, Sshd() as one, behind(bastion, one, one, known=tmp_path / "k") as hosts:
+        assert healthy(poll(*hosts[1]))
+        ending, go_on = threading.Event(), threading.Event()
+        stack = cast(Any, hosts[0][1]._relay.session)._stack
+        stack.callback(go_on.wait)
+        stack.callback(ending.set)  # the first that is called
+        too_late = threading.Timer(20, go_on.set)
+        threads = [threading.Thread(target=hosts[1][1].close), too_late]
+        for thread in threads:
+            thread.start()
+        try:
+            ending.wait()
+            assert healthy(poll(*hosts[2]))
+            assert not go_on.is_set() and logins(bastion) == 2
+        finally:
+            too_late.cancel()
+            go_on.set()
+            for thread in threads:
+                thread.join()
+
+
 def test_a_bastion_that_is_stopped(tmp_path: Path) -> None:
     """Its session: whoever opens a channel finds out, and logs in anew for all."""
     with Sshd() as bastion, Sshd() as one, behind(bastion, one, known=tmp_path / "k") as hosts:
