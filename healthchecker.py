@@ -2555,15 +2555,16 @@ class SessionKeeper:
         """Whether a poll can do without a login."""
         return self.session is not None and self.session.alive and time.monotonic() < self._ends_mono
 
-    def get(self, open_session: Callable[[], HostSession], deadline: Deadline) -> HostSession:
+    def get(self, open_session: Callable[[Deadline], HostSession], deadline: Deadline) -> HostSession:
         """The session that is open, or a new one. Raises ProbeError where there is neither."""
         old = self.session
         usable = old is not None and self.lives and not old.stale
         self.reused = usable and time.monotonic() < self._due_mono
         if old and self.reused:
             return old
+        first = usable and not self.complaint   # has half the time, for the old one may need the rest
         try:
-            self._take(open_session())
+            self._take(open_session(Deadline(round(deadline.left() / 2, 1)) if first else deadline))
         except ProbeError as error:
             if not (old and usable and old.alive) or deadline.over or not self._goes_on(error):
                 raise
@@ -2647,7 +2648,7 @@ class Connection:
             self._note_dead()
         keeps = self.keeps
         try:
-            session = self.keeper.get(functools.partial(self._admitted, deadline), deadline)
+            session = self.keeper.get(self._admitted, deadline)
             ended = session.run(script, output, deadline)
             if self.keeper.reused and output.whole:
                 self._deaths = 0
@@ -3068,6 +3069,7 @@ class SshSession(HostSession):
                  stack: contextlib.ExitStack) -> None:
         self._transport, self._changed, self._endpoint, self._stack = transport, changed, endpoint, stack
         self._packetizer = cast(BoundedPacketizer, transport.packetizer)
+        cast(Wire, transport.sock).pause()      # the login's deadline ends here
 
     @property
     def alive(self) -> bool:
@@ -3119,9 +3121,7 @@ class Relay(SshSession):
     def __init__(self, *made: Any) -> None:
         super().__init__(*made)
         self._users, self._counting = 0, threading.Lock()   # guards _users: -1 once it has ended
-        wire = cast(Wire, self._transport.sock)
-        wire.limit = math.inf       # each of them has a cap of its own
-        wire.pause()
+        cast(Wire, self._transport.sock).limit = math.inf       # each of them has a cap of its own
 
     @property
     def alive(self) -> bool:
@@ -3192,9 +3192,9 @@ class SshConnection(SshLogin):
     def _lent(self, deadline: Deadline, chain: Sequence[SshConnection]) -> Iterator[SshTransport]:
         """The transport for all behind it. Raises ProbeError, for all who waited for the login that failed; one that
         only was too late for who tried it says nothing of the others."""
-        def log_in() -> HostSession:
+        def log_in(limit: Deadline) -> HostSession:
             self._require_no_wait()
-            return self._opened(Relay, deadline, chain)
+            return self._opened(Relay, limit, chain)
 
         begun_mono = time.monotonic()
         while not self._turn.acquire(timeout=deadline.left()):

@@ -197,6 +197,25 @@ def test_a_poll_over_what_is_open_is_no_login(server: Sshd, password: str) -> No
         assert logins(server) == 1
 
 
+def test_a_new_login_into_silence_leaves_the_old_one_time(server: Sshd) -> None:
+    """The first; the one that confirms it has all of the time, and counts."""
+    watched = on(server, timeout=8)
+    with keeping(watched) as connection:
+        assert healthy(poll(watched, connection))
+        old = session(connection)
+        is_due(connection)
+        send({server._listener.pid}, "SIGSTOP")
+        assert healthy(poll(watched, connection))
+        assert session(connection) is old and connection.second_try == ""
+        assert connection.keeper.complaint.startswith("no answer within")
+        answer = poll(replace(watched, settings=watched.settings.model_copy(update={"timeout": 2.0})), connection)
+        assert (answer.cause, answer.reason) == ("timeout", "no answer within 2 s")
+        assert connection.keeper.session is None
+        server.thaw()
+        assert healthy(poll(watched, connection))
+    assert logins(server) == 2
+
+
 # --- what it was made from ----------------------------------------------------------
 
 
