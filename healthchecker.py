@@ -2102,7 +2102,7 @@ READ_BYTES = 1 << 16            # bytes taken from a host at once
 FIRST_BYTES = 1 << 11           # bytes that are kept of what a host says first
 LOOKUP_SECONDS = 0.2            # for the look-up of a host that is connected: a late one changes nothing
 IDLE = 1e6                      # seconds, for ever: what is open and serves no poll
-SEND_SECONDS = 30.0             # for a host to take something at all, where no poll's deadline ends it
+SEND_TURN = 0.5                 # seconds for a host to take something, then one looks whether anybody waits in vain
 
 
 class Deadline:
@@ -2221,6 +2221,36 @@ class Wire:
         if self.received > self.limit:
             raise ProbeError("protocol", f"the host sent more than {self.limit} bytes")
 
+    @functools.cached_property
+    def waiting(self) -> list[Callable[[], bool]]:
+        """Of those who wait until it has sent something: whether one may not any longer."""
+        return []
+
+    @contextlib.contextmanager
+    def awaited(self, too_late: Callable[[], bool]) -> Iterator[None]:
+        """While somebody waits, perhaps behind others, until it has sent something."""
+        self.waiting.append(too_late)
+        try:
+            yield
+        finally:
+            self.waiting.remove(too_late)
+
+    def too_late(self) -> bool:
+        return self.deadline.over or any(too_late() for too_late in list(self.waiting))
+
+    def give(self, settimeout: Callable[[float], object], send: Callable[[], int]) -> int:
+        """Sends what the host takes; after a TimeoutError paramiko tries again. It ends where nothing is taken until
+        the first of those who wait may not any longer."""
+        paused = self.deadline.seconds >= IDLE
+        settimeout(SEND_TURN if paused else self.deadline.left())
+        try:
+            return send()
+        except TimeoutError as error:
+            if not (paused and self.too_late()):
+                raise
+            cast(Any, self).shutdown(socket.SHUT_RDWR)  # half a packet may have been sent
+            raise ConnectionError("the host takes nothing") from error
+
 
 class HostSocket(Wire, socket.socket):
     """A connection by TCP. Who waits in recv() when a poll begins learns of its deadline with the first byte."""
@@ -2230,13 +2260,7 @@ class HostSocket(Wire, socket.socket):
         return self.note(super().recv(min(size, READ_BYTES), flags))
 
     def send(self, octets: Any, flags: int = 0, /) -> int:
-        self.settimeout(min(self.deadline.left(), SEND_SECONDS))
-        try:
-            return super().send(octets, flags)
-        except TimeoutError as error:
-            if self.deadline.seconds < IDLE:
-                raise
-            raise ConnectionError("the host takes nothing") from error
+        return self.give(self.settimeout, lambda: socket.socket.send(self, octets, flags))
 
 
 def connect_tcp(resolver: Resolver, host: str, port: int, deadline: Deadline) -> HostSocket:
@@ -2724,6 +2748,7 @@ class Connection:
 # transport. TCP, key exchange, the host's key against pin and known_hosts, only then the login. In the poller's thread,
 # with paramiko's own beside it, which ends at the socket's deadline and wakes whoever waits.
 # Gives: SshConnection
+CLOSE_SECONDS = 1.0             # for a bastion to hear that nobody needs a connection any more
 
 
 def certifier(blob: bytes, host: str) -> str | None:
@@ -2790,15 +2815,14 @@ class Patience(float):
     wire: Wire
     received: int
 
-    @property
-    def over(self) -> bool:
+    def is_over(self) -> bool:
         return self.deadline.over or (self.silence.over and self.wire.received == self.received)
 
     def __radd__(self, _begun: float) -> Patience:
         return self
 
     def __lt__(self, _now: float) -> bool:
-        return self.over
+        return self.is_over()
 
 
 class SshTransport(paramiko.Transport):
@@ -2806,6 +2830,7 @@ class SshTransport(paramiko.Transport):
 
     dismissed = False
     is_old = False      # it has served
+    ended = False       # by us; its thread may not know yet
     theirs: Mapping[str, Sequence[str]] = dict[str, Sequence[str]]()      # the algorithms that the host names, by kind
 
     def _really_parse_kex_init(self, *message: Any, **how: Any) -> Any:
@@ -2841,18 +2866,22 @@ class SshTransport(paramiko.Transport):
         patience = Patience()
         patience.deadline, patience.wire = deadline, cast(Wire, self.sock)
         patience.silence, patience.received = Deadline(deadline.left() / 3), patience.wire.received
-        if not self.is_old:
+        was_old, self.is_old = self.is_old, True
+        if not was_old:
             patience.silence = deadline
-        elif place:     # which may be long in coming
-            self._are_you_there()
-        self.is_old = True
         try:
-            return self.open_channel(kind, place, ("127.0.0.1", 0), 1 << 18, timeout=patience)
-        except paramiko.SSHException as error:
-            if isinstance(error, paramiko.ChannelException) or not patience.over:
+            with patience.wire.awaited(patience.is_over):
+                if was_old and place:   # which may be long in coming
+                    self._are_you_there()
+                return self.open_channel(kind, place, ("127.0.0.1", 0), 1 << 18, timeout=patience)
+        except (paramiko.SSHException, EOFError, OSError) as error:
+            if isinstance(error, paramiko.ChannelException):
                 raise
+            silent = patience.is_over()
             deadline.left()
             self.end()
+            if not silent:
+                raise
             raise ProbeError("unreachable", "no sign of life on the open connection") from error
 
     def _are_you_there(self) -> None:
@@ -2863,8 +2892,12 @@ class SshTransport(paramiko.Transport):
         ask.add_boolean(True)
         self._send_user_message(ask)    # type: ignore[attr-defined]  # the stubs lack it
 
+    def is_active(self) -> bool:
+        return not self.ended and super().is_active()
+
     def end(self) -> None:
         """At once, whatever is under way."""
+        self.ended = True
         with contextlib.suppress(OSError):
             self.sock.shutdown(socket.SHUT_RDWR)     # wakes the thread that reads
 
@@ -2888,6 +2921,7 @@ class HostChannel(Wire):
 
     def __init__(self, channel: paramiko.Channel, deadline: Deadline) -> None:
         self._channel, self.deadline = channel, deadline
+        self._below = cast(Wire, cast(Any, channel).transport.sock)
 
     def settimeout(self, _seconds: float) -> None:
         """What counts is the deadline."""
@@ -2897,14 +2931,15 @@ class HostChannel(Wire):
         return self.note(self._channel.recv(size))
 
     def send(self, octets: bytes) -> int:
-        self._channel.settimeout(self.deadline.left())
-        return self._channel.send(octets)
+        with self._below.awaited(self.too_late):
+            return self.give(self._channel.settimeout, lambda: self._channel.send(octets))
 
     def shutdown(self, _how: int) -> None:
         self.close()
 
     def close(self) -> None:
-        with contextlib.suppress(OSError, EOFError):    # the bastion may be gone
+        limit = Deadline(CLOSE_SECONDS)
+        with contextlib.suppress(OSError, EOFError), self._below.awaited(lambda: limit.over):   # it may be gone
             self._channel.close()
 
 
@@ -3260,8 +3295,8 @@ class SshConnection(SshLogin):
         was_old = transport.is_old
         try:
             return transport.open_in_time("direct-tcpip", place, deadline)
-        except (ProbeError, paramiko.SSHException):
-            if not (keeps and was_old) or deadline.over or transport.is_active():
+        except (ProbeError, paramiko.SSHException, EOFError, OSError) as error:
+            if not (keeps and was_old) or deadline.over or isinstance(error, paramiko.ChannelException):
                 raise
         return stack.enter_context(bastion._lent(deadline, chain)).open_in_time("direct-tcpip", place, deadline)
 

@@ -645,6 +645,51 @@ def test_a_bastion_that_is_stopped(tmp_path: Path) -> None:
         bastion.thaw()
 
 
+def test_a_bastion_that_takes_nothing(tmp_path: Path) -> None:
+    """Nor says anything: a poll that waits until another one could send ends in time, and each begins again."""
+    with Sshd() as bastion, Sshd() as one, behind(bastion, one, one, one, known=tmp_path / "k") as hosts:
+        for host in hosts[1:]:
+            assert healthy(poll(*host))
+        send(bastion._sessions(), "SIGSTOP")
+        sock = cast(Any, hosts[0][1]._relay.session)._transport.sock
+        sock.settimeout(0)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                socket.socket.send(sock, bytes(1 << 20))
+        answers: dict[float, Answer] = {}
+
+        def ask(host: tuple[Target, SshConnection], timeout: float) -> None:
+            settings = host[0].settings.model_copy(update={"timeout": timeout})
+            answers[timeout] = poll(replace(host[0], settings=settings), host[1])
+
+        polling = [threading.Thread(target=ask, args=how) for how in zip(hosts[1:], (90, 60, 9), strict=True)]
+        for thread in polling:
+            thread.start()
+        for thread in polling:
+            thread.join()
+        assert all(map(healthy, answers.values())), answers
+        assert max(answer.seconds for answer in answers.values()) < 20, answers
+        assert logins(bastion) == 2
+
+
+def test_a_bastion_that_dies_while_a_channel_is_opened(tmp_path: Path) -> None:
+    """For a host that is new behind it, and has nothing of its own that was open before."""
+    with Sshd() as bastion, Sshd() as one, behind(bastion, one, one, known=tmp_path / "k") as hosts:
+        assert healthy(poll(*hosts[1]))
+        send(sessions := bastion._sessions(), "SIGSTOP")
+        transport = cast(Any, hosts[0][1]._relay.session)._transport
+        settings = hosts[2][0].settings.model_copy(update={"timeout": AMPLE})
+        answers: list[Answer] = []
+        polling = threading.Thread(
+            target=lambda: answers.append(poll(replace(hosts[2][0], settings=settings), hosts[2][1])))
+        polling.start()
+        wait_for(lambda: len(transport._channels) == 2)
+        send(sessions, "SIGKILL")
+        polling.join()
+        assert healthy(answers[0])
+        assert logins(bastion) == 2
+
+
 def test_what_a_bastion_refuses_is_the_bastions(tmp_path: Path) -> None:
     with Sshd() as bastion, Sshd() as one, behind(bastion, one, one, known=tmp_path / "k") as hosts:
         bad, connection = hosts[0]
