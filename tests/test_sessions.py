@@ -319,7 +319,7 @@ def test_what_nobody_asked_for_between_polls() -> None:
 
 
 def test_killed_between_polls(server: Sshd) -> None:
-    """Three in a row, and each poll opens anew."""
+    """Three in a row, and each poll opens anew, for a day."""
     watched = on(server)
     with keeping(watched) as connection:
         for number in range(3):
@@ -327,10 +327,39 @@ def test_killed_between_polls(server: Sshd) -> None:
             assert connection.keeps, number
             server.kill_sessions()
             wait_for(lambda: not session(connection).alive)
-        assert healthy(poll(watched, connection))
-        assert not connection.keeps and connection.keeper.session is None
-        assert healthy(poll(watched, connection))
-    assert logins(server) == 5
+        for _ in range(2):
+            assert healthy(poll(watched, connection))
+            assert connection.found_dead and connection.keeper.session is None
+        connection._fresh_until_mono -= connection.FRESH
+        for number in range(2):
+            assert healthy(poll(watched, connection))
+            assert connection.keeper.reused is (number > 0)
+    assert logins(server) == 6
+
+
+def test_killed_during_three_polls_in_a_row(server: Sshd) -> None:
+    """Each of them begins again, and then each opens anew."""
+    runs = counter(server)
+    dying = f"echo x >> {runs}; case $(wc -l < {runs}) in 2|4|7|9|11) {SUICIDE};; esac"
+    watched = on(server, checks=[{"name": "dying", "command": dying, "timeout": AMPLE}], timeout=100)
+    with keeping(watched) as connection:
+        for tries, found_dead in ((0, False), (1, False), (2, False), (2, False), (3, False), (4, False), (5, True)):
+            assert healthy(poll(watched, connection))
+            assert (connection.record.second_tries, connection.found_dead) == (tries, found_dead)
+        assert connection.keeper.session is None
+    assert logins(server) == 6
+
+
+# Of the session's sshd, by a check.
+SUICIDE = f"p=$$; until ps -o comm= -p $p | grep -q sshd; do p=$(ps -o ppid= -p $p); done; kill -9 $p; sleep {AMPLE}"
+
+
+def counter(server: Sshd) -> Path:
+    """A file to which checks add a line."""
+    runs = server.folder / "runs"
+    runs.touch()
+    runs.chmod(0o666)
+    return runs
 
 
 def third(path: Path) -> dict[str, str]:
@@ -341,9 +370,7 @@ def third(path: Path) -> dict[str, str]:
 
 def test_killed_during_a_poll(server: Sshd, tmp_path: Path) -> None:
     """It begins again, within the same deadline; the next poll does not say so any more."""
-    runs = server.folder / "runs"
-    runs.touch(0o666)
-    runs.chmod(0o666)
+    runs = counter(server)
     watched = on(server, checks=[third(runs)], timeout=100)
     with keeping(watched) as connection:
         assert healthy(poll(watched, connection))
@@ -362,10 +389,10 @@ def test_killed_during_a_poll(server: Sshd, tmp_path: Path) -> None:
 
 
 def test_a_new_connection_that_breaks_is_not_tried_again(server: Sshd) -> None:
-    watched = on(server, checks=[{"name": "end", "command": "kill -9 $PPID $(ps -o ppid= -p $PPID)"}])
+    watched = on(server, checks=[{"name": "end", "command": SUICIDE, "timeout": AMPLE}])
     with keeping(watched) as connection:
         answer = poll(watched, connection)
-        assert answer.verdict.state == "unhealthy"
+        assert (answer.cause, answer.reason) == ("unreachable", "connection lost while check end ran")
         assert connection.record.second_tries == 0
     assert logins(server) == 1
 
@@ -380,9 +407,7 @@ ANSWERS = {
 @pytest.mark.parametrize("answer", ANSWERS.values(), ids=ANSWERS)
 def test_an_answer_that_cannot_be_used_is_no_dead_connection(server: Sshd, answer: str) -> None:
     """It would be the same over another one: nothing runs twice."""
-    runs, bad, command = (server.folder / name for name in ("runs", "bad", "command"))
-    runs.touch()
-    runs.chmod(0o666)
+    runs, bad, command = counter(server), server.folder / "bad", server.folder / "command"
     command.write_text(f"echo x >> {runs}\n[ -e {bad} ] || exec /bin/sh -s\n{answer}\n", encoding="ascii")
     command.chmod(0o644)
     with settings_digest(server, f"ForceCommand exec /bin/sh {command}"):
@@ -433,11 +458,9 @@ def test_a_host_that_is_stopped(server: Sshd, whole: bool) -> None:
 
 def test_a_silent_check_runs_once(server: Sshd) -> None:
     """After the first sign of life only the deadline counts."""
-    runs = server.folder / "runs"
-    runs.touch(0o666)
-    runs.chmod(0o666)
-    check = {"name": "c", "command": f"echo x >> {runs}; exec sleep 2.5", "timeout": 6}
-    watched = on(server, timeout=6, checks=[check])
+    runs, timeout = counter(server), 12
+    command = f"echo x >> {runs}; [ $(wc -l < {runs}) = 1 ] || exec sleep {0.8 * timeout}"
+    watched = on(server, timeout=timeout, checks=[{"name": "silent", "command": command, "timeout": timeout}])
     with keeping(watched) as connection:
         assert healthy(poll(watched, connection)) and healthy(poll(watched, connection))
         assert connection.second_try == ""
@@ -453,7 +476,7 @@ class Proxy(Listener):
         self.server, self.open = server, list[tuple[socket.socket, socket.socket]]()
         self.log, self.username = server.log, server.username
         self.password, self.user_key = server.password, server.user_key
-        self.silent = threading.Event()
+        self.silent, self.delay = threading.Event(), 0.0
 
     def serve(self, connection: Accepted) -> None:
         with socket.create_connection((self.server.address, self.server.port)) as host:
@@ -466,13 +489,14 @@ class Proxy(Listener):
     def _pump(self, source: socket.socket, sink: socket.socket) -> None:
         with contextlib.suppress(OSError):
             while chunk := source.recv(65536):
+                self.closing.wait(self.delay)
                 if not self.silent.is_set():
                     sink.sendall(chunk)
             sink.shutdown(socket.SHUT_WR)
 
     def reset(self) -> None:
         """RST to both."""
-        for sock in (sock for pair in self.open for sock in pair):
+        for sock in [sock for pair in self.open for sock in pair]:   # without those that are opened because of it
             with contextlib.suppress(OSError):  # it has ended
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
                 sock.shutdown(socket.SHUT_RD)
@@ -480,7 +504,7 @@ class Proxy(Listener):
 
     def half_close(self) -> None:
         """The host says no more, and reads on."""
-        for client, _ in self.open:
+        for client, _ in list(self.open):
             with contextlib.suppress(OSError):  # it has ended
                 client.shutdown(socket.SHUT_WR)
 
@@ -500,6 +524,88 @@ def test_what_stands_between(server: Sshd, fault: str) -> None:
             assert healthy(poll(watched, connection))
             assert connection.keeper.reused
     assert logins(server) == 2
+
+
+@pytest.mark.parametrize("fault", ["reset", "half_close", "silent", "stop"])
+def test_what_happens_during_a_poll(server: Sshd, fault: str) -> None:
+    """What is seen to have ended begins again; in silence only the deadline counts."""
+    runs, ends = counter(server), fault in ("reset", "half_close")
+    with Proxy(server) as proxy:
+        watched = on(proxy, checks=[third(runs)], timeout=100)
+        with keeping(watched) as connection:
+            assert healthy(poll(watched, connection))
+            settings = watched.settings.model_copy(update={"timeout": 100.0 if ends else 6.0})
+            answers: list[Answer] = []
+            polling = threading.Thread(
+                target=lambda: answers.append(poll(replace(watched, settings=settings), connection)))
+            polling.start()
+            wait_for(lambda: runs.read_text(encoding="ascii").count("x") == 2)
+            if fault == "stop":
+                send(server._sessions(), "SIGSTOP")
+            elif fault == "silent":
+                proxy.silent.set()
+            else:
+                getattr(proxy, fault)()
+            polling.join()
+            proxy.silent.clear()
+            if ends:
+                assert healthy(answers[0])
+                assert "connection lost" in connection.second_try
+            else:
+                assert answers[0].reason.startswith("no end within 6 s")
+                assert connection.keeper.session is None
+                server.thaw()
+            assert healthy(poll(watched, connection))
+            assert connection.record.second_tries == ends
+    assert logins(server) == 2
+
+
+def test_a_slow_way_to_the_host(server: Sshd) -> None:
+    """Slower than before is not dead."""
+    with Proxy(server) as proxy:
+        watched = on(proxy)
+        with keeping(watched) as connection:
+            assert healthy(poll(watched, connection))
+            proxy.delay = 0.3
+            answer = poll(watched, connection)
+            assert healthy(answer) and answer.seconds > 2 * proxy.delay
+            assert connection.second_try == "" and connection.keeper.reused
+    assert logins(server) == 1
+
+
+def test_a_host_that_hears_nothing_hangs_up(server: Sshd) -> None:
+    """ClientAliveCountMax: what it has ended by the next poll is no second try."""
+    with settings_digest(server, "ClientAliveInterval 1\nClientAliveCountMax 1"), Proxy(server) as proxy:
+        watched = on(proxy)
+        with keeping(watched) as connection:
+            assert healthy(poll(watched, connection))
+            proxy.silent.set()
+            wait_for(lambda: not session(connection).alive)
+            proxy.silent.clear()
+            assert healthy(poll(watched, connection))
+            assert connection.record.second_tries == 0
+        assert "Timeout, client not responding" in server.log()
+        assert logins(server) == 2
+
+
+def test_a_host_that_takes_no_more_connections(server: Sshd) -> None:
+    """MaxStartups: what is open serves on when a login is due; the second refusal in a row counts."""
+    with settings_digest(server, "MaxStartups 1"):
+        watched = on(server)
+        with keeping(watched) as connection:
+            assert healthy(poll(watched, connection))
+            with socket.create_connection((server.address, server.port)) as stranger:
+                assert stranger.recv(4) == b"SSH-"
+                for _ in range(2):
+                    assert healthy(poll(watched, connection))
+                is_due(connection)
+                assert healthy(poll(watched, connection))
+                assert "Exceeded MaxStartups" in connection.keeper.complaint and connection.second_try == ""
+                answer = poll(watched, connection)
+                assert answer.cause == "unreachable" and "Exceeded MaxStartups" in answer.reason
+            wait_for(lambda: not server._sessions())
+            assert healthy(poll(watched, connection)) and healthy(poll(watched, connection))
+        assert logins(server) == 2
 
 
 def test_questions_of_the_host_between_polls(server: Sshd) -> None:
@@ -747,5 +853,8 @@ def test_what_is_shown(server: Sshd, tmp_path: Path) -> None:
         assert f'healthchecker_logins_total{{outcome="accepted",resource="host"}} {before}.0' in lines
         assert 'healthchecker_host_connections{kept="true"} 1.0' in lines
         assert "healthchecker_second_tries_total 1.0" in lines
+        connection._fresh_until_mono = math.inf
+        assert shown()["connection"]["found_dead"] is True
+        assert "Three that were open in a row were found dead" in local.ask("GET", "/-/resources/host").body
         server.thaw()
     wait_for(lambda: not server._sessions())
