@@ -2807,16 +2807,15 @@ def ssh_fault(error: Exception, first: bytes, mismatches: Sequence[str]) -> Prob
 
 
 class Patience(float):
-    """How long paramiko waits for a channel: it adds seconds to the time of the wall clock, which may be set meanwhile,
-    and compares; by this it is the deadline that counts, or where the transport is old a third of it without a byte."""
+    """How long paramiko waits: it adds seconds to the time of the wall clock, which may be set meanwhile, and compares;
+    by this something else counts."""
 
-    deadline: Deadline
-    silence: Deadline
-    wire: Wire
-    received: int
+    is_over: Callable[[], bool]
 
-    def is_over(self) -> bool:
-        return self.deadline.over or (self.silence.over and self.wire.received == self.received)
+    def __new__(cls, is_over: Callable[[], bool]) -> Patience:
+        patience = super().__new__(cls)
+        patience.is_over = is_over
+        return patience
 
     def __radd__(self, _begun: float) -> Patience:
         return self
@@ -2863,21 +2862,22 @@ class SshTransport(paramiko.Transport):
     def open_in_time(self, kind: str, place: tuple[str, int] | None, deadline: Deadline) -> paramiko.Channel:
         """A channel. Raises ProbeError once the deadline is over; an old transport that is silent for a third of it is
         dead, and ends."""
-        patience = Patience()
-        patience.deadline, patience.wire = deadline, cast(Wire, self.sock)
-        patience.silence, patience.received = Deadline(deadline.left() / 3), patience.wire.received
         was_old, self.is_old = self.is_old, True
-        if not was_old:
-            patience.silence = deadline
+        wire, silence = cast(Wire, self.sock), Deadline(deadline.left() / 3) if was_old else deadline
+        received = wire.received
+
+        def is_over() -> bool:
+            return deadline.over or (silence.over and wire.received == received)
+
         try:
-            with patience.wire.awaited(patience.is_over):
+            with wire.awaited(is_over):
                 if was_old and place:   # which may be long in coming
                     self._are_you_there()
-                return self.open_channel(kind, place, ("127.0.0.1", 0), 1 << 18, timeout=patience)
+                return self.open_channel(kind, place, ("127.0.0.1", 0), 1 << 18, timeout=Patience(is_over))
         except (paramiko.SSHException, EOFError, OSError) as error:
             if isinstance(error, paramiko.ChannelException):
                 raise
-            silent = patience.is_over()
+            silent = is_over()
             deadline.left()
             self.end()
             if not silent:
@@ -3325,6 +3325,7 @@ class SshConnection(SshLogin):
     def _transport(self, sock: Any, deadline: Deadline, tried: Sequence[str]) -> Iterator[tuple[SshTransport, str]]:
         transport = SshTransport(sock, disabled_algorithms=self.WEAK, packetizer_class=BoundedPacketizer)
         transport.banner_timeout = transport.auth_timeout = self.NEVER
+        transport.clear_to_send_timeout = Patience(sock.too_late)   # while keys are exchanged anew
         try:
             with transport.explained():
                 self._prefer_known_types(transport, tried)

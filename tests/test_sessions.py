@@ -315,6 +315,29 @@ def test_what_nobody_asked_for_between_polls() -> None:
             assert logins(server) == 2
 
 
+def test_a_host_that_is_stopped_while_keys_are_exchanged_anew() -> None:
+    """Nothing can be sent meanwhile: it is silent, too."""
+    transports: list[Any] = []
+
+    class Forward(ParamikoSshd):
+        def prepare(self, transport: paramiko.Transport) -> None:
+            transports.append(transport)
+
+    with Forward() as server:
+        watched = on(server, timeout=9)
+        with keeping(watched) as connection:
+            assert healthy(poll(watched, connection))
+            transport = cast(Any, session(connection)._transport)
+            go_on = threading.Event()
+            transports[0]._handler_table[20] = lambda _: go_on.wait()       # the answer of the client
+            transports[0]._send_kex_init()
+            wait_for(lambda: not transport.clear_to_send.is_set())
+            assert healthy(poll(watched, connection))
+            assert "no sign of life" in connection.second_try
+            go_on.set()
+        assert logins(server) == 2
+
+
 # --- what breaks ----------------------------------------------------------------------
 
 
@@ -657,13 +680,17 @@ def test_a_session_that_is_refused_is_opened_anew(server: Sshd) -> None:
 
 
 @contextlib.contextmanager
-def behind(bastion: Sshd, *servers: Sshd, known: Path) -> Iterator[list[tuple[Target, SshConnection]]]:
-    """Resources behind a bastion, which is one, too; the first is the bastion's own."""
+def behind(
+    bastion: Sshd, *servers: Sshd, known: Path, jump: str = "b"
+) -> Iterator[list[tuple[Target, SshConnection]]]:
+    """Resources behind a bastion, which is one, too; the first is the bastion's own. Those after `h0` are behind
+    `jump`."""
     known.write_text("".join(server.known_hosts() for server in (bastion, *servers)), encoding="ascii")
     context = ConnectionContext(KnownHosts(known), Resolver(), keeps=True)
     with no_leaks(), contextlib.ExitStack() as stack:
-        targets = [on(bastion, name="b"), *(on(server, name=f"h{number}", proxy_jump="b", timeout=9)
-                                          for number, server in enumerate(servers))]
+        targets = [on(bastion, name="b"), *(
+            on(server, name=f"h{number}", proxy_jump=jump if number else "b", timeout=9)
+            for number, server in enumerate(servers))]
         yield [(one, stack.enter_context(keeping(one, context, leaves_nothing=False))) for one in targets]
 
 
@@ -751,10 +778,13 @@ def test_a_bastion_that_is_stopped(tmp_path: Path) -> None:
         bastion.thaw()
 
 
-def test_a_bastion_that_takes_nothing(tmp_path: Path) -> None:
-    """Nor says anything: a poll that waits until another one could send ends in time, and each begins again."""
-    with Sshd() as bastion, Sshd() as one, behind(bastion, one, one, one, known=tmp_path / "k") as hosts:
-        for host in hosts[1:]:
+@pytest.mark.parametrize("jump", ["b", "h0"])
+def test_a_bastion_that_takes_nothing(tmp_path: Path, jump: str) -> None:
+    """Nor says anything: a poll that waits until another one could send ends in time, and each begins again; also where
+    there is another bastion between."""
+    known = tmp_path / "known_hosts"
+    with Sshd() as bastion, Sshd() as one, behind(bastion, *[one] * 4, known=known, jump=jump) as hosts:
+        for host in hosts[2:]:
             assert healthy(poll(*host))
         send(bastion._sessions(), "SIGSTOP")
         sock = cast(Any, hosts[0][1]._relay.session)._transport.sock
@@ -768,7 +798,7 @@ def test_a_bastion_that_takes_nothing(tmp_path: Path) -> None:
             settings = host[0].settings.model_copy(update={"timeout": timeout})
             answers[timeout] = poll(replace(host[0], settings=settings), host[1])
 
-        polling = [threading.Thread(target=ask, args=how) for how in zip(hosts[1:], (90, 60, 9), strict=True)]
+        polling = [threading.Thread(target=ask, args=how) for how in zip(hosts[2:], (90, 60, 9), strict=True)]
         for thread in polling:
             thread.start()
         for thread in polling:
