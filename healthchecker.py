@@ -237,7 +237,7 @@ def allow_files(wanted: float = math.inf) -> float:
 # One root for what is raised on purpose; the command line turns each class into its exit code, pages and API into a
 # status. An error's text is one line that a user can act on, and never holds a secret.
 # Gives: HealthCheckerError, InventoryError, UsageError, SecretError, StorageError, ApiError, Cause, one_line,
-#   ProbeError
+#   ProbeError, AnswerError
 REASON_CHARS = 500              # characters of a reason that are kept
 
 
@@ -293,6 +293,10 @@ class ProbeError(HealthCheckerError):
     def __init__(self, cause: Cause, message: str) -> None:
         super().__init__(one_line(message))
         self.cause: Cause = cause
+
+
+class AnswerError(ProbeError):
+    """The host's answer cannot be used; over another connection it would be the same."""
 
 
 # === Bastions ================================================================
@@ -2098,7 +2102,7 @@ READ_BYTES = 1 << 16            # bytes taken from a host at once
 FIRST_BYTES = 1 << 11           # bytes that are kept of what a host says first
 LOOKUP_SECONDS = 0.2            # for the look-up of a host that is connected: a late one changes nothing
 IDLE = 1e6                      # seconds, for ever: what is open and serves no poll
-SEND_SECONDS = 30.0             # for a host to take something at all, where no poll's deadline ends it
+SEND_TURN = 0.5                 # seconds for a host to take something, then one looks whether anybody waits in vain
 
 
 class Deadline:
@@ -2141,7 +2145,7 @@ class Output:
         start = max(0, len(self.printed) - len(self.mark))
         self.printed += chunk
         if len(self.printed) > OUTPUT_BYTES:
-            raise ProbeError("protocol", f"the host sent more than {OUTPUT_BYTES} bytes")
+            raise AnswerError("protocol", f"the host sent more than {OUTPUT_BYTES} bytes")
         self.whole = self.printed.find(self.mark, start) >= 0
         return self.whole
 
@@ -2223,6 +2227,36 @@ class Wire:
         if self.received > self.limit:
             raise ProbeError("protocol", f"the host sent more than {self.limit} bytes")
 
+    @functools.cached_property
+    def waiting(self) -> list[Callable[[], bool]]:
+        """Of those who wait until it has sent something: whether one may not any longer."""
+        return []
+
+    @contextlib.contextmanager
+    def awaited(self, too_late: Callable[[], bool]) -> Iterator[None]:
+        """While somebody waits, perhaps behind others, until it has sent something."""
+        self.waiting.append(too_late)
+        try:
+            yield
+        finally:
+            self.waiting.remove(too_late)
+
+    def too_late(self) -> bool:
+        return self.deadline.over or any(too_late() for too_late in list(self.waiting))
+
+    def give(self, settimeout: Callable[[float], object], send: Callable[[], int]) -> int:
+        """Sends what the host takes; after a TimeoutError paramiko tries again. It ends where nothing is taken until
+        the first of those who wait may not any longer."""
+        paused = self.deadline.seconds >= IDLE
+        settimeout(SEND_TURN if paused else self.deadline.left())
+        try:
+            return send()
+        except TimeoutError as error:
+            if not (paused and self.too_late()):
+                raise
+            cast(Any, self).shutdown(socket.SHUT_RDWR)  # half a packet may have been sent
+            raise ConnectionError("the host takes nothing") from error
+
 
 class HostSocket(Wire, socket.socket):
     """A connection by TCP. Who waits in recv() when a poll begins learns of its deadline with the first byte."""
@@ -2232,13 +2266,7 @@ class HostSocket(Wire, socket.socket):
         return self.note(super().recv(min(size, READ_BYTES), flags))
 
     def send(self, octets: Any, flags: int = 0, /) -> int:
-        self.settimeout(min(self.deadline.left(), SEND_SECONDS))
-        try:
-            return super().send(octets, flags)
-        except TimeoutError as error:
-            if self.deadline.seconds < IDLE:
-                raise
-            raise ConnectionError("the host takes nothing") from error
+        return self.give(self.settimeout, lambda: socket.socket.send(self, octets, flags))
 
 
 def connect_tcp(resolver: Resolver, host: str, port: int, deadline: Deadline) -> HostSocket:
@@ -2557,15 +2585,16 @@ class SessionKeeper:
         """Whether a poll can do without a login."""
         return self.session is not None and self.session.alive and time.monotonic() < self._ends_mono
 
-    def get(self, open_session: Callable[[], HostSession], deadline: Deadline) -> HostSession:
+    def get(self, open_session: Callable[[Deadline], HostSession], deadline: Deadline) -> HostSession:
         """The session that is open, or a new one. Raises ProbeError where there is neither."""
         old = self.session
         usable = old is not None and self.lives and not old.stale
         self.reused = usable and time.monotonic() < self._due_mono
         if old and self.reused:
             return old
+        first = usable and not self.complaint   # has half the time, for the old one may need the rest
         try:
-            self._take(open_session())
+            self._take(open_session(Deadline(round(deadline.left() / 2, 1)) if first else deadline))
         except ProbeError as error:
             if not (old and usable and old.alive) or deadline.over or not self._goes_on(error):
                 raise
@@ -2649,7 +2678,7 @@ class Connection:
             self._note_dead()
         keeps = self.keeps
         try:
-            session = self.keeper.get(functools.partial(self._admitted, deadline), deadline)
+            session = self.keeper.get(self._admitted, deadline)
             ended = session.run(script, output, deadline)
             if self.keeper.reused and output.whole:
                 self._deaths = 0
@@ -2699,11 +2728,11 @@ class Connection:
         self.keeper.drop()
 
     def begins_again(self, error: ProbeError, deadline: Deadline) -> bool:
-        """Ends what is open after a poll that failed; says whether that poll may try once more: where what failed was
-        open before it, and there is time."""
+        """Ends what is open after a poll that failed; says whether that poll may try once more: where what failed is
+        a connection that was open before it, and there is time."""
         reused, self.keeper.reused = self.keeper.reused, False
         self.drop()
-        if not reused or deadline.over:
+        if not reused or deadline.over or isinstance(error, AnswerError):
             return False
         self._note_dead()
         self.record.second_tries += 1
@@ -2725,6 +2754,7 @@ class Connection:
 # transport. TCP, key exchange, the host's key against pin and known_hosts, only then the login. In the poller's thread,
 # with paramiko's own beside it, which ends at the socket's deadline and wakes whoever waits.
 # Gives: SshConnection
+CLOSE_SECONDS = 1.0             # for a bastion to hear that nobody needs a connection any more
 
 
 def certifier(blob: bytes, host: str) -> str | None:
@@ -2783,23 +2813,21 @@ def ssh_fault(error: Exception, first: bytes, mismatches: Sequence[str]) -> Prob
 
 
 class Patience(float):
-    """How long paramiko waits for a channel: it adds seconds to the time of the wall clock, which may be set meanwhile,
-    and compares; by this it is the deadline that counts, or where the transport is old a third of it without a byte."""
+    """How long paramiko waits: it adds seconds to the time of the wall clock, which may be set meanwhile, and compares;
+    by this something else counts."""
 
-    deadline: Deadline
-    silence: Deadline
-    wire: Wire
-    received: int
+    is_over: Callable[[], bool]
 
-    @property
-    def over(self) -> bool:
-        return self.deadline.over or (self.silence.over and self.wire.received == self.received)
+    def __new__(cls, is_over: Callable[[], bool]) -> Patience:
+        patience = super().__new__(cls)
+        patience.is_over = is_over
+        return patience
 
     def __radd__(self, _begun: float) -> Patience:
         return self
 
     def __lt__(self, _now: float) -> bool:
-        return self.over
+        return self.is_over()
 
 
 class SshTransport(paramiko.Transport):
@@ -2807,6 +2835,7 @@ class SshTransport(paramiko.Transport):
 
     dismissed = False
     is_old = False      # it has served
+    ended = False       # by us; its thread may not know yet
     theirs: Mapping[str, Sequence[str]] = dict[str, Sequence[str]]()      # the algorithms that the host names, by kind
 
     def _really_parse_kex_init(self, *message: Any, **how: Any) -> Any:
@@ -2839,21 +2868,26 @@ class SshTransport(paramiko.Transport):
     def open_in_time(self, kind: str, place: tuple[str, int] | None, deadline: Deadline) -> paramiko.Channel:
         """A channel. Raises ProbeError once the deadline is over; an old transport that is silent for a third of it is
         dead, and ends."""
-        patience = Patience()
-        patience.deadline, patience.wire = deadline, cast(Wire, self.sock)
-        patience.silence, patience.received = Deadline(deadline.left() / 3), patience.wire.received
-        if not self.is_old:
-            patience.silence = deadline
-        elif place:     # which may be long in coming
-            self._are_you_there()
-        self.is_old = True
+        was_old, self.is_old = self.is_old, True
+        wire, silence = cast(Wire, self.sock), Deadline(deadline.left() / 3) if was_old else deadline
+        received = wire.received
+
+        def is_over() -> bool:
+            return deadline.over or (silence.over and wire.received == received)
+
         try:
-            return self.open_channel(kind, place, ("127.0.0.1", 0), 1 << 18, timeout=patience)
-        except paramiko.SSHException as error:
-            if isinstance(error, paramiko.ChannelException) or not patience.over:
+            with wire.awaited(is_over):
+                if was_old and place:   # which may be long in coming
+                    self._are_you_there()
+                return self.open_channel(kind, place, ("127.0.0.1", 0), 1 << 18, timeout=Patience(is_over))
+        except (paramiko.SSHException, EOFError, OSError) as error:
+            if isinstance(error, paramiko.ChannelException):
                 raise
+            silent = is_over()
             deadline.left()
             self.end()
+            if not silent:
+                raise
             raise ProbeError("unreachable", "no sign of life on the open connection") from error
 
     def _are_you_there(self) -> None:
@@ -2864,8 +2898,12 @@ class SshTransport(paramiko.Transport):
         ask.add_boolean(True)
         self._send_user_message(ask)    # type: ignore[attr-defined]  # the stubs lack it
 
+    def is_active(self) -> bool:
+        return not self.ended and super().is_active()
+
     def end(self) -> None:
         """At once, whatever is under way."""
+        self.ended = True
         with contextlib.suppress(OSError):
             self.sock.shutdown(socket.SHUT_RDWR)     # wakes the thread that reads
 
@@ -2889,6 +2927,7 @@ class HostChannel(Wire):
 
     def __init__(self, channel: paramiko.Channel, deadline: Deadline) -> None:
         self._channel, self.deadline = channel, deadline
+        self._below = cast(Wire, cast(Any, channel).transport.sock)
 
     def settimeout(self, _seconds: float) -> None:
         """What counts is the deadline."""
@@ -2898,14 +2937,15 @@ class HostChannel(Wire):
         return self.note(self._channel.recv(size))
 
     def send(self, octets: bytes) -> int:
-        self._channel.settimeout(self.deadline.left())
-        return self._channel.send(octets)
+        with self._below.awaited(self.too_late):
+            return self.give(self._channel.settimeout, lambda: self._channel.send(octets))
 
     def shutdown(self, _how: int) -> None:
         self.close()
 
     def close(self) -> None:
-        with contextlib.suppress(OSError, EOFError):    # the bastion may be gone
+        limit = Deadline(CLOSE_SECONDS)
+        with contextlib.suppress(OSError, EOFError), self._below.awaited(lambda: limit.over):   # it may be gone
             self._channel.close()
 
 
@@ -3070,6 +3110,7 @@ class SshSession(HostSession):
                  stack: contextlib.ExitStack) -> None:
         self._transport, self._changed, self._endpoint, self._stack = transport, changed, endpoint, stack
         self._packetizer = cast(BoundedPacketizer, transport.packetizer)
+        cast(Wire, transport.sock).pause()      # the login's deadline ends here
 
     @property
     def alive(self) -> bool:
@@ -3121,9 +3162,11 @@ class Relay(SshSession):
     def __init__(self, *made: Any) -> None:
         super().__init__(*made)
         self._users, self._counting = 0, threading.Lock()   # guards _users: -1 once it has ended
-        wire = cast(Wire, self._transport.sock)
-        wire.limit = math.inf       # each of them has a cap of its own
-        wire.pause()
+        cast(Wire, self._transport.sock).limit = math.inf       # each of them has a cap of its own
+
+    @property
+    def alive(self) -> bool:
+        return self._users >= 0 and super().alive
 
     def take(self) -> bool:
         """Adds a user; False where it has ended just now."""
@@ -3177,8 +3220,8 @@ class SshConnection(SshLogin):
             return kind(transport, self._changes(cast(Wire, transport.sock)), self._settings.endpoint, stack.pop_all())
 
     def _made_from(self) -> list[Any]:
-        """The bastions', too."""
-        return [(hop, hop._known(), (key_file := hop._settings.key_file) and hop.load_keys(key_file))
+        """The bastions', too. Keys go by the times of their files: a renewed certificate is of the same key."""
+        return [(hop, hop._known(), (key_file := hop._settings.key_file) and hop.load_keys(key_file) and hop._keys)
                 for hop in (*self._chain(), self)]
 
     def close(self) -> None:
@@ -3188,10 +3231,11 @@ class SshConnection(SshLogin):
 
     @contextlib.contextmanager
     def _lent(self, deadline: Deadline, chain: Sequence[SshConnection]) -> Iterator[SshTransport]:
-        """The transport for all behind it. Raises ProbeError, for all who waited for the login that failed."""
-        def log_in() -> HostSession:
+        """The transport for all behind it. Raises ProbeError, for all who waited for the login that failed; one that
+        only was too late for who tried it says nothing of the others."""
+        def log_in(limit: Deadline) -> HostSession:
             self._require_no_wait()
-            return self._opened(Relay, deadline, chain)
+            return self._opened(Relay, limit, chain)
 
         begun_mono = time.monotonic()
         while not self._turn.acquire(timeout=deadline.left()):
@@ -3202,7 +3246,8 @@ class SshConnection(SshLogin):
             while not (relay := cast(Relay, self._relay.get(log_in, deadline))).take():
                 pass
         except ProbeError as error:
-            self._failed = time.monotonic(), error
+            if not deadline.over:
+                self._failed = time.monotonic(), error
             raise
         finally:
             self._turn.release()
@@ -3256,8 +3301,8 @@ class SshConnection(SshLogin):
         was_old = transport.is_old
         try:
             return transport.open_in_time("direct-tcpip", place, deadline)
-        except (ProbeError, paramiko.SSHException):
-            if not (keeps and was_old) or deadline.over or transport.is_active():
+        except (ProbeError, paramiko.SSHException, EOFError, OSError) as error:
+            if not (keeps and was_old) or deadline.over or isinstance(error, paramiko.ChannelException):
                 raise
         return stack.enter_context(bastion._lent(deadline, chain)).open_in_time("direct-tcpip", place, deadline)
 
@@ -3286,6 +3331,7 @@ class SshConnection(SshLogin):
     def _transport(self, sock: Any, deadline: Deadline, tried: Sequence[str]) -> Iterator[tuple[SshTransport, str]]:
         transport = SshTransport(sock, disabled_algorithms=self.WEAK, packetizer_class=BoundedPacketizer)
         transport.banner_timeout = transport.auth_timeout = self.NEVER
+        transport.clear_to_send_timeout = Patience(sock.too_late)   # while keys are exchanged anew
         try:
             with transport.explained():
                 self._prefer_known_types(transport, tried)
@@ -4536,13 +4582,13 @@ def last_section(text: str, nonce: str) -> str:
     return "" if last.end else " ".join(map(unquote, last.title[:2]))
 
 
-def not_run(text: str, settings: ResourceSettings | None = None) -> ProbeError:
+def not_run(text: str, settings: ResourceSettings | None = None) -> AnswerError:
     """For output in which nothing can be read."""
     said = " ".join(text[:KEPT_BYTES].translate(CONTROL).split())[:PROBLEM_CHARS] or "none"
     if settings and settings.endpoint:
-        return ProbeError("protocol", "not restricted: the login runs something else than what "
+        return AnswerError("protocol", "not restricted: the login runs something else than what "
                           f"`endpoint {settings.name}` prints; output: {said}")
-    return ProbeError("protocol", f"the script was not run; output: {said}")
+    return AnswerError("protocol", f"the script was not run; output: {said}")
 
 
 def _reading(probe: Probe, section: Section | None) -> Reading:
@@ -5025,7 +5071,7 @@ def parse_windows(text: str, _nonce: str, previous: CpuTicks | None) -> Sample:
         raise not_run(text) from None
     sample = _windows_sample(answer, previous)
     if sample.empty:
-        raise ProbeError("protocol", f"nothing can be read: {'; '.join(sample.problems.values())}")
+        raise AnswerError("protocol", f"nothing can be read: {'; '.join(sample.problems.values())}")
     return replace(sample, endpoint=answer.endpoint)
 
 
@@ -5228,7 +5274,7 @@ def ask(settings: ResourceSettings, connection: Connection, previous: Sample | N
         raise ProbeError("unreachable", f"connection lost{during}")
     if settings.endpoint:
         raise not_run(text, settings)
-    raise ProbeError("protocol", f"the account's shell did not run the commands; it said: {text[:PROBLEM_CHARS]}")
+    raise AnswerError("protocol", f"the account's shell did not run the commands; it said: {text[:PROBLEM_CHARS]}")
 
 
 def collect(settings: ResourceSettings, connection: Connection, previous: Sample | None) -> Sample:
@@ -6135,10 +6181,12 @@ def restore_logins(guard: LoginGuard, target: Target, stored: Status, age: float
         guard.refuse(target.name, age, len(stored.strip) - len(before))
 
 
-def require_files(hosts: int) -> None:
-    """Says so where not as many files may be open as are needed."""
+def require_files(before: Mapping[str, Target], targets: Mapping[str, Target]) -> None:
+    """Where there are more hosts than before, says so if not as many files may be open as are needed."""
+    known, hosts = (sum(target.settings.platform is not Platform.SIMULATED for target in watched.values())
+                    for watched in (before, targets))
     wanted = OWN_FILES + HOST_FILES * hosts
-    if (allowed := allow_files(wanted)) < wanted:
+    if hosts > known and (allowed := allow_files(wanted)) < wanted:
         log.warning("%.0f files may be open, which is too few for %d hosts: set LimitNOFILE (ulimit -n) to %d",
                     allowed, hosts, wanted)
 
@@ -6170,7 +6218,6 @@ class Monitor(threading.Thread):
         if before.get("boot", 0) == boot_number() != 0:     # whatever became of the clock since
             self._zero_at = before["clock"] / 1000
         self._reconcile()
-        require_files(sum(target.settings.platform is not Platform.SIMULATED for target in self.targets.values()))
         self._take_clock(now_at)
         self._context.aggregator.start()
         self._context.recorder.start()
@@ -6288,6 +6335,7 @@ class Monitor(threading.Thread):
             self._maintenance = {
                 name: known[name] if known.get(name, ())[:1] == (at,) else (at, at and at - self._zero_at)
                 for name, at in ends}
+        require_files(self.targets, targets)
         self.guards.keep(targets.values())
         gone = {name: self.pollers.pop(name) for name in self.pollers.keys() - targets.keys()}
         for name, poller in gone.items():
@@ -9055,7 +9103,7 @@ class Metrics:
             kept.add_metric([word], count)
         yield kept
         yield CounterMetricFamily("healthchecker_second_tries", "Polls that began again on a new connection.",
-                                  sum(connection.record.second_tries for connection in watched.values()))
+                                  sum(record.second_tries for record in list(self._connections.records.values())))
 
 
 # === Pages ===================================================================

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -61,7 +63,7 @@ def test_a_full_disk_closes_the_gate_until_it_is_empty(sshd: Sshd | ParamikoSshd
 
 
 def test_a_limit_of_open_files_that_is_too_low_is_told(tmp_path: Path) -> None:
-    """And raised as far as that is allowed; simulated resources need none."""
+    """And raised as far as that is allowed, also for those that are added later; simulated resources need none."""
     program = tmp_path / "limited.py"
     program.write_text(
         "import os, resource, sys\n"
@@ -73,6 +75,9 @@ def test_a_limit_of_open_files_that_is_too_low_is_told(tmp_path: Path) -> None:
     rows += "  - {name: other, platform: simulated}\n"
     with Program(write_inventory(tmp_path, rows), program=program) as service:
         line = service.wait_line("files may be open")
+        write_inventory(tmp_path, rows + "  - {name: added, platform: local, interval: 600}\n")
+        os.kill(service.pid, signal.Signals["SIGHUP"])
+        service.wait_line("which is too few for 12 hosts: set LimitNOFILE (ulimit -n) to 124")
         assert "120 files may be open, which is too few for 11 hosts: set LimitNOFILE (ulimit -n) to 122" in line
 
 

@@ -38,6 +38,7 @@ from healthchecker import (
     Counters,
     Lease,
     Limits,
+    LoginRecord,
     Metrics,
     RequestCounters,
     Resource,
@@ -268,6 +269,14 @@ def test_totals_never_fall(store: Store, token_file: Path) -> None:
         found = {kind: series(ask(workers[number % 2], kind))[key] for kind in ("", BEARER["Authorization"])}
         assert set(found.values()) == {number}
         RequestCounters(counters, number % 2).request("2xx", 0.1)
+
+
+def test_second_tries_of_what_was_removed_count_on(store: Store, token_file: Path) -> None:
+    """Or the total would fall."""
+    context = access()
+    context.records.update(here=LoginRecord(second_tries=1), removed=LoginRecord(second_tries=2))
+    text = ask(Metrics(ServingMetrics(Lease(), Counters(1)), store, token_file, context), BEARER["Authorization"])
+    assert series(text)["healthchecker_second_tries_total",] == 3
 
 
 def test_gate_and_requests(store: Store) -> None:

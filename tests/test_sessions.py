@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import re
+import shutil
 import socket
+import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -193,6 +197,25 @@ def test_a_poll_over_what_is_open_is_no_login(server: Sshd, password: str) -> No
         assert logins(server) == 1
 
 
+def test_a_new_login_into_silence_leaves_the_old_one_time(server: Sshd) -> None:
+    """The first; the one that confirms it has all of the time, and counts."""
+    watched = on(server, timeout=8)
+    with keeping(watched) as connection:
+        assert healthy(poll(watched, connection))
+        old = session(connection)
+        is_due(connection)
+        send({server._listener.pid}, "SIGSTOP")
+        assert healthy(poll(watched, connection))
+        assert session(connection) is old and connection.second_try == ""
+        assert connection.keeper.complaint.startswith("no answer within")
+        answer = poll(replace(watched, settings=watched.settings.model_copy(update={"timeout": 2.0})), connection)
+        assert (answer.cause, answer.reason) == ("timeout", "no answer within 2 s")
+        assert connection.keeper.session is None
+        server.thaw()
+        assert healthy(poll(watched, connection))
+    assert logins(server) == 2
+
+
 # --- what it was made from ----------------------------------------------------------
 
 
@@ -223,6 +246,28 @@ def test_another_key_file(server: Sshd, tmp_path: Path) -> None:
         key.unlink()
         assert poll(watched, connection).cause == "credential"
         assert connection.keeper.session is None
+
+
+def test_a_certificate_that_is_renewed(server: Sshd, tmp_path: Path) -> None:
+    """It is shown at once, as long as the one before it still is good."""
+    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", tmp_path / "authority"], check=True)
+    shutil.copy(tmp_path / "authority.pub", server.folder / "authorities")
+    write_private(tmp_path / "key", made := make_key("ed25519"))
+    (tmp_path / "key.pub").write_text(public_line(made) + "\n", encoding="ascii")
+
+    def certify(identity: str) -> None:
+        how = f"-q -s authority -I {identity} -n {server.username} -V -1h:+1h key.pub"
+        subprocess.run(["ssh-keygen", *how.split()], cwd=tmp_path, check=True)
+        os.utime(tmp_path / "key-cert.pub", ns=(0, time.monotonic_ns()))
+
+    with settings_digest(server, f"TrustedUserCAKeys {server.folder}/authorities"):
+        watched = target(server, key_file=tmp_path / "key", timeout=AMPLE)
+        with keeping(watched) as connection:
+            for identity in ("first", "second"):
+                certify(identity)
+                assert healthy(poll(watched, connection)) and healthy(poll(watched, connection))
+                assert connection.second_try == "" and f"ID {identity}" in server.log()
+        assert logins(server) == 2
 
 
 def test_a_host_that_moves(server: Sshd) -> None:
@@ -270,11 +315,34 @@ def test_what_nobody_asked_for_between_polls() -> None:
             assert logins(server) == 2
 
 
+def test_a_host_that_is_stopped_while_keys_are_exchanged_anew() -> None:
+    """Nothing can be sent meanwhile: it is silent, too."""
+    transports: list[Any] = []
+
+    class Forward(ParamikoSshd):
+        def prepare(self, transport: paramiko.Transport) -> None:
+            transports.append(transport)
+
+    with Forward() as server:
+        watched = on(server, timeout=9)
+        with keeping(watched) as connection:
+            assert healthy(poll(watched, connection))
+            transport = cast(Any, session(connection)._transport)
+            go_on = threading.Event()
+            transports[0]._handler_table[20] = lambda _: go_on.wait()       # the answer of the client
+            transports[0]._send_kex_init()
+            wait_for(lambda: not transport.clear_to_send.is_set())
+            assert healthy(poll(watched, connection))
+            assert "no sign of life" in connection.second_try
+            go_on.set()
+        assert logins(server) == 2
+
+
 # --- what breaks ----------------------------------------------------------------------
 
 
 def test_killed_between_polls(server: Sshd) -> None:
-    """Three in a row, and each poll opens anew."""
+    """Three in a row, and each poll opens anew, for a day."""
     watched = on(server)
     with keeping(watched) as connection:
         for number in range(3):
@@ -282,10 +350,39 @@ def test_killed_between_polls(server: Sshd) -> None:
             assert connection.keeps, number
             server.kill_sessions()
             wait_for(lambda: not session(connection).alive)
-        assert healthy(poll(watched, connection))
-        assert not connection.keeps and connection.keeper.session is None
-        assert healthy(poll(watched, connection))
-    assert logins(server) == 5
+        for _ in range(2):
+            assert healthy(poll(watched, connection))
+            assert connection.found_dead and connection.keeper.session is None
+        connection._fresh_until_mono -= connection.FRESH
+        for number in range(2):
+            assert healthy(poll(watched, connection))
+            assert connection.keeper.reused is (number > 0)
+    assert logins(server) == 6
+
+
+def test_killed_during_three_polls_in_a_row(server: Sshd) -> None:
+    """Each of them begins again, and then each opens anew."""
+    runs = counter(server)
+    dying = f"echo x >> {runs}; case $(wc -l < {runs}) in 2|4|7|9|11) {SUICIDE};; esac"
+    watched = on(server, checks=[{"name": "dying", "command": dying, "timeout": AMPLE}], timeout=100)
+    with keeping(watched) as connection:
+        for tries, found_dead in ((0, False), (1, False), (2, False), (2, False), (3, False), (4, False), (5, True)):
+            assert healthy(poll(watched, connection))
+            assert (connection.record.second_tries, connection.found_dead) == (tries, found_dead)
+        assert connection.keeper.session is None
+    assert logins(server) == 6
+
+
+# Of the session's sshd, by a check.
+SUICIDE = f"p=$$; until ps -o comm= -p $p | grep -q sshd; do p=$(ps -o ppid= -p $p); done; kill -9 $p; sleep {AMPLE}"
+
+
+def counter(server: Sshd) -> Path:
+    """A file to which checks add a line."""
+    runs = server.folder / "runs"
+    runs.touch()
+    runs.chmod(0o666)
+    return runs
 
 
 def third(path: Path) -> dict[str, str]:
@@ -296,9 +393,7 @@ def third(path: Path) -> dict[str, str]:
 
 def test_killed_during_a_poll(server: Sshd, tmp_path: Path) -> None:
     """It begins again, within the same deadline; the next poll does not say so any more."""
-    runs = server.folder / "runs"
-    runs.touch(0o666)
-    runs.chmod(0o666)
+    runs = counter(server)
     watched = on(server, checks=[third(runs)], timeout=100)
     with keeping(watched) as connection:
         assert healthy(poll(watched, connection))
@@ -317,12 +412,39 @@ def test_killed_during_a_poll(server: Sshd, tmp_path: Path) -> None:
 
 
 def test_a_new_connection_that_breaks_is_not_tried_again(server: Sshd) -> None:
-    watched = on(server, checks=[{"name": "end", "command": "kill -9 $PPID $(ps -o ppid= -p $PPID)"}])
+    watched = on(server, checks=[{"name": "end", "command": SUICIDE, "timeout": AMPLE}])
     with keeping(watched) as connection:
         answer = poll(watched, connection)
-        assert answer.verdict.state == "unhealthy"
+        assert (answer.cause, answer.reason) == ("unreachable", "connection lost while check end ran")
         assert connection.record.second_tries == 0
     assert logins(server) == 1
+
+
+ANSWERS = {
+    "ended": "echo nobody is here; exit 3",
+    "too long": "exec head -c 3000000 /dev/zero",
+    "without sense": "echo; /bin/sh -s | grep ' done$'",
+}
+
+
+@pytest.mark.parametrize("answer", ANSWERS.values(), ids=ANSWERS)
+def test_an_answer_that_cannot_be_used_is_no_dead_connection(server: Sshd, answer: str) -> None:
+    """It would be the same over another one: nothing runs twice."""
+    runs, bad, command = counter(server), server.folder / "bad", server.folder / "command"
+    command.write_text(f"echo x >> {runs}\n[ -e {bad} ] || exec /bin/sh -s\n{answer}\n", encoding="ascii")
+    command.chmod(0o644)
+    with settings_digest(server, f"ForceCommand exec /bin/sh {command}"):
+        watched = on(server)
+        with keeping(watched) as connection:
+            assert healthy(poll(watched, connection)) and healthy(poll(watched, connection))
+            bad.touch()
+            assert poll(watched, connection).cause == "protocol"
+            assert runs.read_text(encoding="ascii").count("x") == 3
+            assert (connection.record.second_tries, connection._deaths) == (0, 0)
+            bad.unlink()
+            assert healthy(poll(watched, connection))
+            assert connection.second_try == ""
+        assert logins(server) == 2
 
 
 def test_another_host_key(server: Sshd) -> None:
@@ -359,11 +481,9 @@ def test_a_host_that_is_stopped(server: Sshd, whole: bool) -> None:
 
 def test_a_silent_check_runs_once(server: Sshd) -> None:
     """After the first sign of life only the deadline counts."""
-    runs = server.folder / "runs"
-    runs.touch(0o666)
-    runs.chmod(0o666)
-    check = {"name": "c", "command": f"echo x >> {runs}; exec sleep 2.5", "timeout": 6}
-    watched = on(server, timeout=6, checks=[check])
+    runs, timeout = counter(server), 12
+    command = f"echo x >> {runs}; [ $(wc -l < {runs}) = 1 ] || exec sleep {0.8 * timeout}"
+    watched = on(server, timeout=timeout, checks=[{"name": "silent", "command": command, "timeout": timeout}])
     with keeping(watched) as connection:
         assert healthy(poll(watched, connection)) and healthy(poll(watched, connection))
         assert connection.second_try == ""
@@ -379,7 +499,7 @@ class Proxy(Listener):
         self.server, self.open = server, list[tuple[socket.socket, socket.socket]]()
         self.log, self.username = server.log, server.username
         self.password, self.user_key = server.password, server.user_key
-        self.silent = threading.Event()
+        self.silent, self.delay = threading.Event(), 0.0
 
     def serve(self, connection: Accepted) -> None:
         with socket.create_connection((self.server.address, self.server.port)) as host:
@@ -392,13 +512,14 @@ class Proxy(Listener):
     def _pump(self, source: socket.socket, sink: socket.socket) -> None:
         with contextlib.suppress(OSError):
             while chunk := source.recv(65536):
+                self.closing.wait(self.delay)
                 if not self.silent.is_set():
                     sink.sendall(chunk)
             sink.shutdown(socket.SHUT_WR)
 
     def reset(self) -> None:
         """RST to both."""
-        for sock in (sock for pair in self.open for sock in pair):
+        for sock in [sock for pair in self.open for sock in pair]:   # without those that are opened because of it
             with contextlib.suppress(OSError):  # it has ended
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
                 sock.shutdown(socket.SHUT_RD)
@@ -406,7 +527,7 @@ class Proxy(Listener):
 
     def half_close(self) -> None:
         """The host says no more, and reads on."""
-        for client, _ in self.open:
+        for client, _ in list(self.open):
             with contextlib.suppress(OSError):  # it has ended
                 client.shutdown(socket.SHUT_WR)
 
@@ -426,6 +547,88 @@ def test_what_stands_between(server: Sshd, fault: str) -> None:
             assert healthy(poll(watched, connection))
             assert connection.keeper.reused
     assert logins(server) == 2
+
+
+@pytest.mark.parametrize("fault", ["reset", "half_close", "silent", "stop"])
+def test_what_happens_during_a_poll(server: Sshd, fault: str) -> None:
+    """What is seen to have ended begins again; in silence only the deadline counts."""
+    runs, ends = counter(server), fault in ("reset", "half_close")
+    with Proxy(server) as proxy:
+        watched = on(proxy, checks=[third(runs)], timeout=100)
+        with keeping(watched) as connection:
+            assert healthy(poll(watched, connection))
+            settings = watched.settings.model_copy(update={"timeout": 100.0 if ends else 6.0})
+            answers: list[Answer] = []
+            polling = threading.Thread(
+                target=lambda: answers.append(poll(replace(watched, settings=settings), connection)))
+            polling.start()
+            wait_for(lambda: runs.read_text(encoding="ascii").count("x") == 2)
+            if fault == "stop":
+                send(server._sessions(), "SIGSTOP")
+            elif fault == "silent":
+                proxy.silent.set()
+            else:
+                getattr(proxy, fault)()
+            polling.join()
+            proxy.silent.clear()
+            if ends:
+                assert healthy(answers[0])
+                assert "connection lost" in connection.second_try
+            else:
+                assert answers[0].reason.startswith("no end within 6 s")
+                assert connection.keeper.session is None
+                server.thaw()
+            assert healthy(poll(watched, connection))
+            assert connection.record.second_tries == ends
+    assert logins(server) == 2
+
+
+def test_a_slow_way_to_the_host(server: Sshd) -> None:
+    """Slower than before is not dead."""
+    with Proxy(server) as proxy:
+        watched = on(proxy)
+        with keeping(watched) as connection:
+            assert healthy(poll(watched, connection))
+            proxy.delay = 0.3
+            answer = poll(watched, connection)
+            assert healthy(answer) and answer.seconds > 2 * proxy.delay
+            assert connection.second_try == "" and connection.keeper.reused
+    assert logins(server) == 1
+
+
+def test_a_host_that_hears_nothing_hangs_up(server: Sshd) -> None:
+    """ClientAliveCountMax: what it has ended by the next poll is no second try."""
+    with settings_digest(server, "ClientAliveInterval 1\nClientAliveCountMax 1"), Proxy(server) as proxy:
+        watched = on(proxy)
+        with keeping(watched) as connection:
+            assert healthy(poll(watched, connection))
+            proxy.silent.set()
+            wait_for(lambda: not session(connection).alive)
+            proxy.silent.clear()
+            assert healthy(poll(watched, connection))
+            assert connection.record.second_tries == 0
+        assert "Timeout, client not responding" in server.log()
+        assert logins(server) == 2
+
+
+def test_a_host_that_takes_no_more_connections(server: Sshd) -> None:
+    """MaxStartups: what is open serves on when a login is due; the second refusal in a row counts."""
+    with settings_digest(server, "MaxStartups 1"):
+        watched = on(server)
+        with keeping(watched) as connection:
+            assert healthy(poll(watched, connection))
+            with socket.create_connection((server.address, server.port)) as stranger:
+                assert stranger.recv(4) == b"SSH-"
+                for _ in range(2):
+                    assert healthy(poll(watched, connection))
+                is_due(connection)
+                assert healthy(poll(watched, connection))
+                assert "Exceeded MaxStartups" in connection.keeper.complaint and connection.second_try == ""
+                answer = poll(watched, connection)
+                assert answer.cause == "unreachable" and "Exceeded MaxStartups" in answer.reason
+            wait_for(lambda: not server._sessions())
+            assert healthy(poll(watched, connection)) and healthy(poll(watched, connection))
+        assert logins(server) == 2
 
 
 def test_questions_of_the_host_between_polls(server: Sshd) -> None:
@@ -477,13 +680,17 @@ def test_a_session_that_is_refused_is_opened_anew(server: Sshd) -> None:
 
 
 @contextlib.contextmanager
-def behind(bastion: Sshd, *servers: Sshd, known: Path) -> Iterator[list[tuple[Target, SshConnection]]]:
-    """Resources behind a bastion, which is one, too; the first is the bastion's own."""
+def behind(
+    bastion: Sshd, *servers: Sshd, known: Path, jump: str = "b"
+) -> Iterator[list[tuple[Target, SshConnection]]]:
+    """Resources behind a bastion, which is one, too; the first is the bastion's own. Those after `h0` are behind
+    `jump`."""
     known.write_text("".join(server.known_hosts() for server in (bastion, *servers)), encoding="ascii")
     context = ConnectionContext(KnownHosts(known), Resolver(), keeps=True)
     with no_leaks(), contextlib.ExitStack() as stack:
-        targets = [on(bastion, name="b"), *(on(server, name=f"h{number}", proxy_jump="b", timeout=9)
-                                          for number, server in enumerate(servers))]
+        targets = [on(bastion, name="b"), *(
+            on(server, name=f"h{number}", proxy_jump=jump if number else "b", timeout=9)
+            for number, server in enumerate(servers))]
         yield [(one, stack.enter_context(keeping(one, context, leaves_nothing=False))) for one in targets]
 
 
@@ -513,6 +720,52 @@ def test_those_behind_a_bastion_share_its_login(tmp_path: Path) -> None:
         assert logins(bastion) == 3
 
 
+def test_a_bastion_too_slow_for_one_is_not_for_the_others(tmp_path: Path) -> None:
+    """Who has more time tries it, too."""
+    with Sshd() as bastion, Sshd() as one, behind(bastion, one, one, known=tmp_path / "k") as hosts:
+        answers: list[Answer] = []
+
+        def begin(host: tuple[Target, SshConnection], timeout: float) -> threading.Thread:
+            settings = host[0].settings.model_copy(update={"timeout": timeout})
+            watched = replace(host[0], settings=settings)
+            thread = threading.Thread(target=lambda: answers.append(poll(watched, host[1])))
+            thread.start()
+            return thread
+
+        bastion.freeze()
+        first = begin(hosts[1], 3.0)
+        wait_for(lambda: hosts[0][1]._turn.locked() or answers)
+        second = begin(hosts[2], 60.0)
+        first.join()
+        bastion.thaw()
+        second.join()
+        assert answers[0].cause == "timeout"
+        assert healthy(answers[1])
+
+
+def test_a_session_of_a_bastion_that_ends_is_not_waited_for(tmp_path: Path) -> None:
+    """Nor asked again and again, with everybody behind it waiting: who comes just then logs in anew."""
+    with Sshd() as bastion, Sshd() as one, behind(bastion, one, one, known=tmp_path / "k") as hosts:
+        assert healthy(poll(*hosts[1]))
+        ending, go_on = threading.Event(), threading.Event()
+        stack = cast(Any, hosts[0][1]._relay.session)._stack
+        stack.callback(go_on.wait)
+        stack.callback(ending.set)  # the first that is called
+        too_late = threading.Timer(20, go_on.set)
+        threads = [threading.Thread(target=hosts[1][1].close), too_late]
+        for thread in threads:
+            thread.start()
+        try:
+            ending.wait()
+            assert healthy(poll(*hosts[2]))
+            assert not go_on.is_set() and logins(bastion) == 2
+        finally:
+            too_late.cancel()
+            go_on.set()
+            for thread in threads:
+                thread.join()
+
+
 def test_a_bastion_that_is_stopped(tmp_path: Path) -> None:
     """Its session: whoever opens a channel finds out, and logs in anew for all."""
     with Sshd() as bastion, Sshd() as one, behind(bastion, one, known=tmp_path / "k") as hosts:
@@ -523,6 +776,54 @@ def test_a_bastion_that_is_stopped(tmp_path: Path) -> None:
         assert "no sign of life" in hosts[1][1].second_try
         assert logins(bastion) == 2
         bastion.thaw()
+
+
+@pytest.mark.parametrize("jump", ["b", "h0"])
+def test_a_bastion_that_takes_nothing(tmp_path: Path, jump: str) -> None:
+    """Nor says anything: a poll that waits until another one could send ends in time, and each begins again; also where
+    there is another bastion between."""
+    known = tmp_path / "known_hosts"
+    with Sshd() as bastion, Sshd() as one, behind(bastion, *[one] * 4, known=known, jump=jump) as hosts:
+        for host in hosts[2:]:
+            assert healthy(poll(*host))
+        send(bastion._sessions(), "SIGSTOP")
+        sock = cast(Any, hosts[0][1]._relay.session)._transport.sock
+        sock.settimeout(0)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                socket.socket.send(sock, bytes(1 << 20))
+        answers: dict[float, Answer] = {}
+
+        def ask(host: tuple[Target, SshConnection], timeout: float) -> None:
+            settings = host[0].settings.model_copy(update={"timeout": timeout})
+            answers[timeout] = poll(replace(host[0], settings=settings), host[1])
+
+        polling = [threading.Thread(target=ask, args=how) for how in zip(hosts[2:], (90, 60, 9), strict=True)]
+        for thread in polling:
+            thread.start()
+        for thread in polling:
+            thread.join()
+        assert all(map(healthy, answers.values())), answers
+        assert max(answer.seconds for answer in answers.values()) < 20, answers
+        assert logins(bastion) == 2
+
+
+def test_a_bastion_that_dies_while_a_channel_is_opened(tmp_path: Path) -> None:
+    """For a host that is new behind it, and has nothing of its own that was open before."""
+    with Sshd() as bastion, Sshd() as one, behind(bastion, one, one, known=tmp_path / "k") as hosts:
+        assert healthy(poll(*hosts[1]))
+        send(sessions := bastion._sessions(), "SIGSTOP")
+        transport = cast(Any, hosts[0][1]._relay.session)._transport
+        settings = hosts[2][0].settings.model_copy(update={"timeout": AMPLE})
+        answers: list[Answer] = []
+        polling = threading.Thread(
+            target=lambda: answers.append(poll(replace(hosts[2][0], settings=settings), hosts[2][1])))
+        polling.start()
+        wait_for(lambda: len(transport._channels) == 2)
+        send(sessions, "SIGKILL")
+        polling.join()
+        assert healthy(answers[0])
+        assert logins(bastion) == 2
 
 
 def test_what_a_bastion_refuses_is_the_bastions(tmp_path: Path) -> None:
@@ -582,5 +883,8 @@ def test_what_is_shown(server: Sshd, tmp_path: Path) -> None:
         assert f'healthchecker_logins_total{{outcome="accepted",resource="host"}} {before}.0' in lines
         assert 'healthchecker_host_connections{kept="true"} 1.0' in lines
         assert "healthchecker_second_tries_total 1.0" in lines
+        connection._fresh_until_mono = math.inf
+        assert shown()["connection"]["found_dead"] is True
+        assert "Three that were open in a row were found dead" in local.ask("GET", "/-/resources/host").body
         server.thaw()
     wait_for(lambda: not server._sessions())

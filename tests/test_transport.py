@@ -170,10 +170,12 @@ def restart(server: Sshd) -> None:
 
 @contextlib.contextmanager
 def settings_digest(server: Sshd, settings: str) -> Iterator[None]:
-    """`settings` stand before the server's own: the first one counts."""
+    """`settings` instead of the server's own."""
     config = server.folder / "config"
     before = config.read_text(encoding="ascii")
-    config.write_text(f"{settings}\n{before}", encoding="ascii")
+    names = tuple(f"{line.split()[0]} " for line in settings.splitlines())
+    own = "".join(line for line in before.splitlines(keepends=True) if not line.startswith(names))
+    config.write_text(f"{settings}\n{own}", encoding="ascii")
     restart(server)
     try:
         yield
