@@ -35,6 +35,7 @@ from healthchecker import (
     ProbeError,
     ResourceSettings,
     Sample,
+    SessionKeeper,
     WindowsOutput,
     build_windows_script,
     collect,
@@ -359,6 +360,7 @@ class Recording(Connection):
 
     def __init__(self, text: str) -> None:  # a recording has no target, and shows no key
         self._output = text.encode()
+        self.keeper = SessionKeeper(0)
 
     def run(self, script: str, output: Output, deadline: Deadline) -> bool:
         self.script = script
