@@ -161,6 +161,7 @@ try:
     from pypsrp.complex_objects import PSInvocationState, RunspacePoolState
     from pypsrp.exceptions import AuthenticationError, WSManFaultError
     from pypsrp.powershell import PowerShell, RunspacePool
+    from pypsrp.shell import WinRS
     from pypsrp.wsman import WSMan
     from spnego.exceptions import SpnegoError
     from sqlalchemy import ForeignKey, event, func
@@ -2491,6 +2492,7 @@ class HostSession:
     """What a login opened; polls run over it one after the other."""
 
     fit = True      # False: a poll left something in it, and no other may use it
+    resumed = False     # whether it goes on with something that was open before its login
 
     @property
     def alive(self) -> bool:
@@ -2541,6 +2543,7 @@ class SessionKeeper:
         self._relogin = relogin
         self.session: HostSession | None = None
         self.reused = False         # whether the last one that was given is of a poll before
+        self.resumed = False        # or a part of it is
         self.opened_at = 0.0        # Unix time; and monotonic
         self.opened_mono = 0.0
         self.complaint = ""         # of the login that should have replaced it
@@ -2566,6 +2569,7 @@ class SessionKeeper:
             self.reused = True
             return old
         assert self.session
+        self.resumed = self.session.resumed
         return self.session
 
     def _goes_on(self, error: ProbeError) -> bool:
@@ -2638,7 +2642,8 @@ class Connection:
     def run(self, script: str, output: Output, deadline: Deadline) -> bool:
         """Runs `script` until `output` is whole, it ends, or the deadline is there; says whether it was seen to end.
         Raises ProbeError."""
-        self.second_try, self._failure, self.keeper.reused = self._failure, "", False
+        self.second_try, self._failure = self._failure, ""
+        self.keeper.reused = self.keeper.resumed = False
         if self.keeper.session and not self.keeper.session.alive:
             self._note_dead()
         keeps = self.keeps
@@ -2695,7 +2700,7 @@ class Connection:
     def begins_again(self, error: ProbeError, deadline: Deadline) -> bool:
         """Ends what is open after a poll that failed; says whether that poll may try once more: where what failed was
         open before it, and there is time."""
-        reused, self.keeper.reused = self.keeper.reused, False
+        reused, self.keeper.reused = self.keeper.reused or self.keeper.resumed, False
         self.drop()
         if not reused or deadline.over:
             return False
@@ -3305,10 +3310,11 @@ SHELL_END = 0.8                 # seconds for a shell to be deleted
 START_WINRM = "run `winrm quickconfig` there and check port and tls"
 UNMAPPED = "the host refuses the client certificate; map it to an account there"
 EXTRAS = {"credssp": ["requests_credssp"], "kerberos": [] if sys.platform == "win32" else ["gssapi", "krb5"]}
+TOO_MANY_SHELLS = 2150859173
 WINRM_FAULTS: dict[int, tuple[Cause, str]] = {
     5: ("auth", "access denied: add the account to Remote Management Users, or correct configuration_name"),
     2150858793: ("timeout", "the script did not end in time; raise timeout"),
-    2150859173: ("protocol", "the account has too many shells open there; close them or raise MaxShellsPerUser"),
+    TOO_MANY_SHELLS: ("protocol", "the account has too many shells open there; close them or raise MaxShellsPerUser"),
     2150858843: ("protocol", "the host closed the shell during the poll; see the event log of WinRM there"),
 }
 
@@ -3515,6 +3521,15 @@ def new_pool(wsman: WSMan, settings: ResourceSettings, keeps: bool) -> RunspaceP
                         idle_timeout=math.ceil(max(60, idle)), max_runspaces=1 + len(settings.checks))
 
 
+def delete_shells(shells: list[WinRS], wsman: WSMan) -> None:
+    """Each is tried once; the host ends it after its idle time. Raises what pypsrp raises, except faults."""
+    while shells:
+        shell = shells.pop()
+        shell.wsman = wsman
+        with contextlib.suppress(WSManFaultError):
+            shell.close()
+
+
 class WinrmSession(HostSession):
     """A login, and the shell that its scripts run in. Those die apart: a shell goes on with the next login."""
 
@@ -3524,6 +3539,7 @@ class WinrmSession(HostSession):
                  keeps: bool) -> None:
         self.opened, self.pool, self.changed, self._settings, self._keeps = opened, pool, changed, settings, keeps
         self._wsman, self._used = pool.connection, False
+        self.old: list[WinRS] = []      # shells of dead connections, which go after the first poll
 
     @property
     def stale(self) -> bool:
@@ -3531,12 +3547,24 @@ class WinrmSession(HostSession):
 
     @property
     def hung_up(self) -> bool:
-        """Nothing comes unasked but the end: a host hangs up after two minutes."""
-        return not self.opened.in_step or urllib3.util.wait_for_read(self.opened, 0)
+        """Nothing comes unasked but the end: a host hangs up after two minutes, or says so with its last answer."""
+        opened = self.opened
+        return not opened.in_step or opened.fileno() < 0 or urllib3.util.wait_for_read(opened, 0)
+
+    def open_shell(self) -> None:
+        """Raises what pypsrp raises."""
+        try:
+            self.pool.open()
+        except WSManFaultError as error:
+            if error.code != TOO_MANY_SHELLS or not self.old:
+                raise
+            delete_shells(self.old, self._wsman)    # one may have been the last that the account can have
+            self.pool = new_pool(self._wsman, self._settings, self._keeps)
+            self.pool.open()
 
     def run(self, script: str, output: Output, deadline: Deadline) -> bool:
         """One shell for all scripts; a new one's is replaced where a script takes it along."""
-        used, self._used, pipelines = self._used, True, list[Pipeline]()
+        used, self._used, pipelines = self._used or self.resumed, True, list[Pipeline]()
         self.opened.begin(Deadline(deadline.left() / 3) if used else deadline)
         try:
             while script:
@@ -3555,6 +3583,7 @@ class WinrmSession(HostSession):
             return True
         finally:
             self.pool.user_events.clear()
+            self._delete_old()
             self.opened.pause()
 
     def _run(self, pipeline: Pipeline, script: str, output: Output, deadline: Deadline) -> ProbeError | None:
@@ -3563,16 +3592,28 @@ class WinrmSession(HostSession):
             with explained(settings):
                 if self.pool.state != RunspacePoolState.OPENED:
                     self.pool.open()
-                pipeline.begin(script, settings)
-                self.fit, self.opened.deadline = False, deadline
+                self.fit = False    # whether the host has it is not known from here on
+                try:
+                    pipeline.begin(script, settings)
+                except AuthenticationError:     # it has not
+                    self.fit = pipeline.state == PSInvocationState.NOT_STARTED
+                    raise
+                self.opened.deadline = deadline
                 pipeline.follow(output, deadline, settings)
         except ProbeError as error:
             return error
         return None
 
+    def _delete_old(self) -> None:
+        if self.old and self.opened.in_step:
+            self.opened.begin(Deadline(SHELL_END))      # also after that of the poll
+            with contextlib.suppress(Exception):    # the poll's own result does not give way to this error
+                delete_shells(self.old, self._wsman)
+
     def close(self) -> None:
-        self.opened.begin(Deadline(SHELL_END))      # also after that of the poll
-        with contextlib.suppress(Exception):    # the poll's own result does not give way to this error
+        self._delete_old()
+        self.opened.begin(Deadline(SHELL_END))
+        with contextlib.suppress(Exception):
             if self.opened.in_step and self.pool.connection is self._wsman:     # no other login has it
                 self.pool.close()
         self._wsman.close()
@@ -3594,48 +3635,69 @@ class PowerShellConnection(Connection):
 
     def close(self) -> None:
         self.drop()
-        if self._left:
-            with contextlib.suppress(ProbeError):
-                self.keeper.session = self.open_session(Deadline(2 * SHELL_END))
-            self.drop()
+        left, self._left = self._left, None
+        if left:
+            with contextlib.suppress(ProbeError), self._login(Deadline(2 * SHELL_END), left) as (opened, wsman):
+                delete_shells([*left.old, left.pool.shell], wsman)
+                opened.end()
 
     def open_session(self, deadline: Deadline) -> WinrmSession:
         before = cast("WinrmSession | None", self.keeper.session) or self._left
-        opened = self._verified(deadline)   # before the guard: a host that does not answer is no login
         settings = self._settings
-        with contextlib.ExitStack() as stack, explained(settings, opened):
+        with self._login(deadline, before) as (opened, wsman), contextlib.ExitStack() as stack:
+            resumed = self._resumed(before, wsman) if before else None
+            session = WinrmSession(opened, resumed or new_pool(wsman, settings, self.keeps), self._changes(opened),
+                                   settings, self.keeps)
+            session.resumed = bool(resumed)
+            if before and before.hung_up:   # else it can delete its shell itself
+                session.old = [*before.old, *([] if resumed else [before.pool.shell])]
+            if not resumed:
+                wsman.session_id, wsman.operation_timeout = str(uuid.uuid4()), max(1, int(settings.timeout))
+                stack.callback(session.close)
+                session.open_shell()
+            stack.pop_all()
+        self._left = None
+        return session
+
+    @contextlib.contextmanager
+    def _login(self, deadline: Deadline, before: WinrmSession | None) -> Iterator[tuple[WinrmSocket, WSMan]]:
+        """A connection whose first request logs in; what fails inside ends it. Raises ProbeError."""
+        opened = self._verified(deadline)   # before the guard: a host that does not answer is no login
+        with contextlib.ExitStack() as stack, explained(self._settings, opened):
             stack.callback(opened.end)
             wsman = copy.copy(before.pool.connection if before else self.WSMAN)
             wsman.transport = self._transport(opened)
-            with self._login_attempt(deadline), explained(settings, opened):
-                pool = (before and self._resumed(before, wsman)) or new_pool(wsman, settings, self.keeps)
-                session = WinrmSession(opened, pool, self._changes(opened), settings, self.keeps)
-                if pool.state != RunspacePoolState.OPENED:
-                    wsman.session_id, wsman.operation_timeout = str(uuid.uuid4()), max(1, int(settings.timeout))
-                    stack.callback(session.close)
-                    pool.open()
+            with self._login_attempt(deadline), explained(self._settings, opened):
+                yield opened, wsman
             stack.pop_all()
-            opened.logged_in, self._left = True, None
-            return session
+            opened.logged_in = True
 
     def _made_from(self) -> list[Any]:
-        files = filter(None, (getattr(self._settings, name) for name in FILES))
-        return [file.stat().st_mtime_ns if file.exists() else 0 for file in files]
+        times = []
+        for file in filter(None, (getattr(self._settings, name) for name in FILES)):
+            try:
+                times.append(file.stat().st_mtime_ns)
+            except FileNotFoundError:
+                times.append(0)
+            except OSError as error:
+                raise ProbeError("credential", f"{file} cannot be read: {error.strerror}") from error
+        return times
 
     def _resumed(self, before: WinrmSession, wsman: WSMan) -> RunspacePool | None:
-        """The shell of the last login, if it is still there and fit; one that is not is deleted."""
+        """The shell of the last login, if it is still there and fit."""
         pool, shell = before.pool, copy.copy(before.pool.shell)
         shell.wsman = wsman
+        if not before.fit or before.changed():
+            return None
         try:
-            if before.fit and not before.changed():
-                shell._get_shell()      # until it answers the one before goes on with it
-                pool.connection = pool.shell.wsman = wsman
-                return pool
-            shell.close()
-        except WSManFaultError as error:
-            if error.code != 2150858843:
-                raise
-        return None
+            shell._get_shell()      # until it answers the one before goes on with it
+        except WSManFaultError:
+            return None
+        except (ProbeError, requests.RequestException):     # nor will it be asked again
+            before.fit = False
+            raise
+        pool.connection = pool.shell.wsman = wsman
+        return pool
 
     def offered_key(self, deadline: Deadline) -> str:
         """The certificate that the host shows, unchecked; nothing else is done."""
