@@ -3307,6 +3307,7 @@ class SshConnection(SshLogin):
 # Gives: missing_package, PowerShellConnection
 HTTP_CAUSES: dict[int, Cause] = {403: "auth", 502: "unreachable", 503: "unreachable", 504: "unreachable"}
 SHELL_END = 0.8                 # seconds for a shell to be deleted
+CLEANUP_TIME = 5.0              # seconds for a script that has answered to say what it leaves
 START_WINRM = "run `winrm quickconfig` there and check port and tls"
 UNMAPPED = "the host refuses the client certificate; map it to an account there"
 EXTRAS = {"credssp": ["requests_credssp"], "kerberos": [] if sys.platform == "win32" else ["gssapi", "krb5"]}
@@ -3441,6 +3442,7 @@ class Pipeline(PowerShell):
     """A script in a runspace pool, which is read while it runs."""
 
     exit_code: int | None = None    # what `exit` in it said: that is told the session's host, which is us
+    _passed = 0     # of its output
 
     def begin(self, script: str, settings: ResourceSettings) -> None:
         """Until the host has the script. Raises what pypsrp raises."""
@@ -3454,11 +3456,10 @@ class Pipeline(PowerShell):
     def follow(self, output: Output, deadline: Deadline, settings: ResourceSettings) -> None:
         """Until the script ends, or need not say more, or is late; then it is stopped. Raises ProbeError, and what
         pypsrp raises."""
-        taken, enough, wait = 0, False, 1.0
-        while wait > 0 and not enough and (taken < len(self.output) or self.state == PSInvocationState.RUNNING):
-            if taken < len(self.output):
-                enough = output.take(f"{self.output[taken]}\n".encode())
-                taken += 1
+        enough, wait = False, 1.0
+        while wait > 0 and not enough and (self._waits or self.state == PSInvocationState.RUNNING):
+            if self._waits:
+                enough = self._pass(output)
                 continue
             wait = round(min(output.due_mono - time.monotonic(), deadline.left() - 0.3), 3)   # then to answer "not yet"
             if wait > 0:
@@ -3474,13 +3475,24 @@ class Pipeline(PowerShell):
         if self.state == PSInvocationState.FAILED:
             raise script_fault(self.streams.error, settings)
 
-    def ends(self) -> bool:
-        """Whether it ends by itself, now that it has said all; the host forgets it. Raises what pypsrp raises."""
-        for _ in range(3):      # what it says meanwhile is no use
-            if self.state == PSInvocationState.RUNNING:
-                self.poll_invoke(timeout=1)
+    def ends(self, output: Output) -> bool:
+        """Whether it ends by itself, now that it has said all but what it leaves; the host forgets it. Raises what
+        pypsrp raises."""
+        until = Deadline(CLEANUP_TIME)
+        while self.state == PSInvocationState.RUNNING and not until.over:
+            self.poll_invoke(timeout=1)
+        while self._waits:
+            self._pass(output)
         self.close()
         return bool(self.state == PSInvocationState.COMPLETED)
+
+    @property
+    def _waits(self) -> bool:
+        return self._passed < len(self.output)
+
+    def _pass(self, output: Output) -> bool:
+        self._passed += 1
+        return output.take(f"{self.output[self._passed - 1]}\n".encode())
 
     def _process_pipeline_host_call(self, message: Any) -> Any:
         if str(message.data.mi) == "SetShouldExit":
@@ -3577,9 +3589,9 @@ class WinrmSession(HostSession):
                     with contextlib.suppress(WSManFaultError):
                         self.pool.close()
                     self.pool = new_pool(self._wsman, self._settings, self._keeps)
-            if self._keeps and output.clean:
+            if self._keeps:
                 with contextlib.suppress(Exception):    # what was answered counts
-                    self.fit = all(pipeline.ends() for pipeline in pipelines)
+                    self.fit = all(pipeline.ends(output) for pipeline in pipelines) and output.clean
             return True
         finally:
             self.pool.user_events.clear()
@@ -4652,20 +4664,30 @@ def parse_output(text: str, nonce: str, previous: CpuTicks | None) -> Sample:
 #     Counters_ProcessorInformation, PerfOS_Processor. Else, and for the commit charge: full language, and no right
 #   services: Get-Service, with SC_MANAGER_CONNECT, SC_MANAGER_ENUMERATE_SERVICE and, of each, SERVICE_QUERY_STATUS (and
 #     in PowerShell 7 SERVICE_QUERY_CONFIG); Get-ItemProperty of HKLM:\SYSTEM\CurrentControlSet\Services for hidden ones
-#   checks: Invoke-Expression, Get-Process, Stop-Process, and whatever they call
+#   checks: Invoke-Expression, and whatever they call. So that the next poll can have the shell, too: Get-Process; with
+#     checks Get-ChildItem, Get-Job, Get-PSDrive, Get-Variable, Stop-Process; in full language Get-CimSession,
+#     Get-EventSubscriber, Get-Module, Get-PSSession
 COLLECT = r"""
 $ErrorActionPreference = 'Stop'
 $ProgressPreference = $WarningPreference = 'SilentlyContinue'
 $wanted = 'WANTED' | ConvertFrom-Json
-function Row($Number, $Answer) {
+$wmi = @{ use = $true; refused = '' }
+function Line($Number, $Answer) {
     $Answer.number = $Number
-    if ($Number -eq $wanted.checks.Count) { $Answer.clean = try { Unchanged } catch { $false } }
-    if ($nonce) { $Answer.nonce = $nonce; if (-not $Number) { $Answer.endpoint = $endpoint } }    # in an endpoint
+    if ($nonce) { $Answer.nonce = $nonce }    # in an endpoint
     $json = ConvertTo-Json -InputObject $Answer -Depth 5 -Compress
     while ($json -cmatch '[^\x00-\x7f]') {
         $json = $json.Replace($Matches[0], ('\u{0:x4}' -f [int][char]$Matches[0]))
     }
     "`n$json"    # behind whatever a check left there
+}
+function Row($Number, $Answer) {
+    if ($nonce -and -not $Number) { $Answer.endpoint = $endpoint }
+    Line $Number $Answer
+    if ($Number -eq $wanted.checks.Count) {    # nobody's time counts any more
+        $clean = try { Unchanged } catch { $false }
+        Line $Number @{ clean = $clean }
+    }
 }
 function Native {    # kernel32 without a compiler: once a process, which remembers a failure, too
     $found = [AppDomain]::CurrentDomain.GetData('HealthChecker.Native')
@@ -4691,28 +4713,44 @@ function Native {    # kernel32 without a compiler: once a process, which rememb
     if ($found -is [string]) { throw $found }
     $found
 }
-function Children {    # by kernel32 for everyone, where that can be called
-    if (-not $full) {
-        if ($PSVersionTable.PSVersion.Major -ge 6) { return Get-Process | Where-Object { $_.Parent.Id -eq $PID } }
-        $query = "SELECT ProcessId FROM Win32_Process WHERE ParentProcessId = $PID"
-        return Get-CimInstance -Query $query -OperationTimeoutSec 4 | ForEach-Object { Get-Process -Id $_.ProcessId }
+$begun = [datetime]::Now
+$orphans = @{ seen = $false }
+function Children {    # all that was started here. Numbers are used again: what is older than this process is not ours
+    $me = Get-Process -Id $PID
+    $young = Get-Process | Where-Object {    # whose start can be read
+        try { $_.StartTime -ge $me.StartTime -and $_.Name -ne 'conhost' } catch { $false }
+    } | Sort-Object StartTime
+    $parents = @{}
+    if ($full) {    # kernel32 says it to everyone
+        $entry = [byte[]](@(0) * (544 + 3 * [IntPtr]::Size))    # PROCESSENTRY32W, which begins with its size
+        [BitConverter]::GetBytes($entry.Length).CopyTo($entry, 0)
+        $list = (Native)::CreateToolhelp32Snapshot(2, 0)
+        if (-not (Native)::Process32FirstW($list, $entry)) { throw 'no list of processes' }
+        do {
+            $parents[[BitConverter]::ToInt32($entry, 8)] = [BitConverter]::ToInt32($entry, 16 + 2 * [IntPtr]::Size)
+        } while ((Native)::Process32NextW($list, $entry))
+        $null = (Native)::CloseHandle($list)
+    } elseif ($PSVersionTable.PSVersion.Major -ge 6) {
+        foreach ($one in Get-Process) { $parents[$one.Id] = [int]$one.Parent.Id }
+    } else {
+        if ($wmi.refused) { throw $wmi.refused }
+        Get-CimInstance -Query 'SELECT ProcessId, ParentProcessId FROM Win32_Process' -OperationTimeoutSec 4 |
+            ForEach-Object { $parents[[int]$_.ProcessId] = [int]$_.ParentProcessId }
     }
-    $entry = [byte[]](@(0) * (536 + 4 * [IntPtr]::Size))    # PROCESSENTRY32W, which begins with its size
-    [BitConverter]::GetBytes($entry.Length).CopyTo($entry, 0)
-    $parent = 16 + 2 * [IntPtr]::Size
-    $list = (Native)::CreateToolhelp32Snapshot(2, 0)
-    $more = (Native)::Process32FirstW($list, $entry)
-    while ($more) {
-        if ([BitConverter]::ToInt32($entry, $parent) -eq $PID) {
-            Get-Process -Id ([BitConverter]::ToInt32($entry, 8)) -ErrorAction SilentlyContinue
+    $ours = @{ $PID = $true }
+    foreach ($one in $young) {
+        $parent = [int]$parents[$one.Id]
+        if ($ours[$parent]) {
+            $ours[$one.Id] = $true
+            $one
+        } elseif ($parent -and $null -eq $parents[$parent] -and $one.SessionId -eq $me.SessionId) {
+            if ($one.StartTime -ge $begun) { $orphans.seen = $true }    # somebody's who has ended: perhaps a check's
         }
-        $more = (Native)::Process32NextW($list, $entry)
     }
-    $null = (Native)::CloseHandle($list)
 }
 function State {    # a number for all that a check can leave; what modules bring counts where COLLECT uses it
-    $used = '^(Get-(ChildItem|CimInstance|Date|ItemProperty|Job|Process|PSDrive|Service|Variable)|Stop-Process|' +
-        'Invoke-Expression|.+-Object|Out-String|ConvertTo-Json|ConvertFrom-Json)$'
+    $used = '^(Get-(ChildItem|Cim(Instance|Session)|Date|EventSubscriber|ItemProperty|Job|Module|Process|PSDrive|' +
+        'PSSession|Service|Variable)|Stop-Process|Invoke-Expression|.+-Object|Out-String|Convert(To|From)-Json)$'
     $own = '^([?^$]|Error|HealthChecker|LASTEXITCODE|StackTrace)$'
     $seen = @("$PWD", @(Get-Job).Count, ($PSDefaultParameterValues | Out-String), $(try { $none } catch { 'strict' }))
     foreach ($one in Get-ChildItem 'Function:', 'Alias:') {
@@ -4723,20 +4761,27 @@ function State {    # a number for all that a check can leave; what modules brin
         if ([string]$one.Provider.ModuleName -like 'Microsoft.*') { $seen += "$($one.Name) $($one.Root)" }
     }
     foreach ($one in Get-Variable -Scope Global) {
-        if ($one.Name -notmatch $own) {
-            $seen += $one.Name
-            if ($one.Value -is [ValueType] -or $one.Value -is [string]) { $seen += "$($one.Value)" }
-        }
+        if ($one.Name -notmatch $own) { $seen += "$($one.Name) $($one.Value)" }    # of objects the type
+    }
+    if ($full) {
+        $net = [Net.ServicePointManager]
+        $proxy = [Net.WebRequest]::DefaultWebProxy
+        $seen += "$([Environment]::CurrentDirectory) $proxy $($proxy.Credentials) $($net::SecurityProtocol)"
+        $seen += "$($net::CertificatePolicy) $($net::ServerCertificateValidationCallback)"
+        $seen += @(if (Get-Module CimCmdlets) { Get-CimSession }).Count, @(Get-PSSession).Count
+        $seen += @(Get-EventSubscriber).Count
     }
     ($seen -join "`n").GetHashCode()
 }
-function Size { (Get-Process -Id $PID).WorkingSet64 }
-function Unchanged {    # whether another poll may have this shell; whatever the checks started ends
+function Unchanged {    # whether another poll may have this shell; what the checks started ends before it, or with it
     if ($wanted.checks.Count) {
-        Children | Where-Object Name -ne 'conhost' | Stop-Process -Force
-        if ((State) -ne $HealthChecker.state) { return $false }
+        $left = @(Children)
+        if ($left) { $left | Stop-Process -Force -ErrorAction SilentlyContinue; return $false }
+        if ($orphans.seen -or (State) -ne $HealthChecker.state) { return $false }
     }
-    (Size) - $HealthChecker.size -lt 1e8
+    $size = (Get-Process -Id $PID).WorkingSet64
+    if (-not $HealthChecker.size) { $HealthChecker.size = $size }    # with what the checks have loaded
+    $size - $HealthChecker.size -lt 1e8
 }
 function Judge($Number, $Check) {
     $global:LASTEXITCODE = $null
@@ -4777,7 +4822,6 @@ function Judge($Number, $Check) {
 $full = [string]$ExecutionContext.SessionState.LanguageMode -eq 'FullLanguage'
 $answer = if ($first) { @{} } else { & {
 $note = if ($full) { '' } else { ' (Constrained Language Mode)' }
-$wmi = @{ use = $true; refused = '' }
 $r = @{ details = @{ hostname = [string]$env:COMPUTERNAME }; amounts = @{}; problems = @{} }
 function Fault($Name, $Why) { $r.problems[$Name] = (@($r.problems[$Name]) + $Why -ne $null) -join '; ' }
 function Part($Name, $Body) { try { $null = & $Body } catch { Fault $Name "$_$note" } }
@@ -4897,7 +4941,9 @@ $r.services = @(foreach ($name in $wanted.services) {
 })
 $r
 } }
-if (-not $HealthChecker) { $global:HealthChecker = @{ size = Size; state = $(if ($wanted.checks.Count) { State }) } }
+if (-not $HealthChecker) {    # as it was before the first check
+    $global:HealthChecker = try { @{ state = $(if ($wanted.checks.Count) { State }) } } catch { @{ state = 'unknown' } }
+}
 if (-not $first) { $first = 1 }
 Row ($first - 1) $answer
 for ($number = $first; $number -le $wanted.checks.Count; $number++) { Judge $number $wanted.checks[$number - 1] }
@@ -4922,6 +4968,8 @@ class WindowsOutput(Output):
     """What COLLECT prints. Here is seen which check does not end, or ends the script: that gets a line all the same,
     and those behind it another script."""
 
+    clean = False       # as the script says behind its last row, also when all rows are there
+
     def __init__(self, settings: ResourceSettings, mark: str, deadline: Deadline) -> None:
         super().__init__(mark)
         self._settings, self._deadline = settings, deadline
@@ -4936,14 +4984,18 @@ class WindowsOutput(Output):
                                    settings.limited_mounts, ()))
 
     def take(self, chunk: bytes) -> bool:
-        super().take(chunk)
+        if not self.whole:
+            super().take(chunk)
         *lines, self._line = (self._line + chunk).split(b"\n")
         for line in lines:
             with contextlib.suppress(ValueError, RecursionError):   # a check may print past its output
                 row = json.loads(line) if line.startswith(b"{") else {}
-                wanted = self._next <= len(self._settings.checks) and row.get("nonce", "") == self._nonce
+                if type(row.get("number")) is not int or row.get("nonce", "") != self._nonce:
+                    continue
                 expected = self._next - (self._then == "begin" and bool(self._rows))
-                if wanted and type(row.get("number")) is int and row["number"] == expected:
+                if "clean" in row:
+                    self.clean = row["number"] == len(self._settings.checks) < self._next and row["clean"] is True
+                elif expected == row["number"] <= len(self._settings.checks):
                     self._add(row)
         return self._end()
 
@@ -4989,11 +5041,6 @@ class WindowsOutput(Output):
         self._then, self._next = str(row.get("then", "")), row["number"] + 1
         if checks:
             self.due_mono = time.monotonic() + checks[min(self._next, len(checks)) - 1].timeout
-
-    @property
-    def clean(self) -> bool:    # type: ignore[override]  # here it is seen at the end
-        """As the last row says of the shell."""
-        return self._rows[-1].get("clean") is True
 
     def _miss(self, why: str) -> None:
         """A row for a check that printed none; an exit code would be that of another one."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import socket
 import threading
 import time
@@ -41,7 +42,7 @@ from healthchecker import (
 )
 
 TIMEOUT = 120.0  # seconds; wine may be slow, and the first poll of a run starts PowerShell for the first time
-CLEAN = json.dumps({**json.loads(RECORDED.partition("\n")[0]), "clean": True})
+CLEAN = f"{RECORDED.partition(chr(10))[0]}\n" + json.dumps({"number": 0, "clean": True})
 CMD = "C:\\windows\\system32\\cmd.exe"  # PowerShell in wine finds no program without its path
 
 
@@ -489,6 +490,13 @@ def test_nothing_of_a_check_is_found_by_the_next_poll(polled: Polled) -> None:
     assert polled.connection.record.second_tries == 0
 
 
+def test_a_last_check_that_ends_the_script_costs_no_shell(polled: Polled) -> None:
+    for _ in range(2):
+        assert polled.ask(one="'1'", last="'2'; exit 3")["last"] == (False, "exit code 3\n2")
+        assert polled.keeps
+    assert polled.connection.record.outcomes == {"accepted": 1}
+
+
 LEFT = {  # what a check leaves, and how it goes
     "function": ("function global:Get-Service { 'mine' }", "Remove-Item Function:Get-Service"),
     "alias": ("Set-Alias Get-Service Get-Date -Scope Global", "Remove-Item Alias:Get-Service"),
@@ -500,7 +508,54 @@ LEFT = {  # what a check leaves, and how it goes
     "preference": ("$global:ErrorActionPreference = 'Stop'", "$global:ErrorActionPreference = 'Continue'"),
     "default": ("$PSDefaultParameterValues['Get-Date:Year'] = 1", "$PSDefaultParameterValues.Clear()"),
 }
+PROCESS = {  # the same of what belongs to all of the process, in full language
+    "certificates": (
+        "[Net.ServicePointManager]::ServerCertificateValidationCallback = { $true }",
+        "[Net.ServicePointManager]::ServerCertificateValidationCallback = $null",
+    ),
+    "protocols": (
+        "[Net.ServicePointManager]::SecurityProtocol = 'Tls12'",
+        "[Net.ServicePointManager]::SecurityProtocol = 'SystemDefault'",
+    ),
+    "proxy": (
+        "[Net.WebRequest]::DefaultWebProxy = New-Object Net.WebProxy",
+        "[Net.WebRequest]::DefaultWebProxy = [Net.WebRequest]::GetSystemWebProxy()",
+    ),
+    "directory": ("[Environment]::CurrentDirectory = 'C:\\windows'", "[Environment]::CurrentDirectory = 'FOLDER'"),
+    "subscriber": (
+        "Register-ObjectEvent (New-Object Timers.Timer) Elapsed mine",
+        "Get-EventSubscriber | Unregister-Event",
+    ),
+    "encoding": (
+        "$global:OutputEncoding = [Text.Encoding]::Unicode",
+        "$global:OutputEncoding = [Text.Encoding]::Default",
+    ),
+}
 GONE = ("Set-StrictMode -Version Latest", "$zz = 1", "function mine { 1 }", "$ErrorActionPreference = 'Stop'", "exit 3")
+
+
+FOUND = {  # how the next poll would see it
+    "function": "Test-Path Function:Get-Service",
+    "alias": "Test-Path Alias:Get-Service",
+    "environment": "Test-Path Env:LEFT",
+    "folder": '"$PWD"',
+    "drive": "Test-Path left:",
+    "job": "@(Get-Job).Count",
+    "strict": '"none$none"',
+}
+
+
+def test_what_checks_change_ends_with_the_poll(engine: Engine) -> None:
+    change = {name: make for name, (make, _) in LEFT.items() if name in FOUND}
+    change |= {"job": "$null = Register-EngineEvent mine -Action { 1 }", "strict": GONE[0]}
+    with WSManServer("https", "negotiate", open_shell=engine.opener(fresh=True)) as server:
+        polled = Polled(server, timeout=TIMEOUT)
+        before = polled.ask(**FOUND)
+        assert polled.keeps
+        assert all(good for good, _ in polled.ask(**change).values())
+        assert polled.ask(**FOUND) == before
+        assert polled.connection.record.second_tries == 0
+        polled.connection.close()
 
 
 @contextlib.contextmanager
@@ -543,19 +598,94 @@ def test_what_a_check_leaves_is_seen(pool: RunspacePool, left: str) -> None:
     assert is_clean(pool, "'x'")
 
 
+@pytest.mark.parametrize("left", PROCESS)
+def test_what_a_check_changes_in_the_process_is_seen(pool: RunspacePool, left: str) -> None:
+    make, mend = PROCESS[left]
+    if run_script(pool, "$ExecutionContext.SessionState.LanguageMode") != "FullLanguage":
+        pytest.skip("constrained language changes nothing there")
+    folder = run_script(pool, "[Environment]::CurrentDirectory")
+    assert not is_clean(pool, make, "'x'")
+    run_script(pool, f". {{ {mend.replace('FOLDER', folder)} }}")
+    assert is_clean(pool, "'x'")
+
+
+def test_a_session_that_lacks_a_cmdlet_is_polled_and_not_kept(pool: RunspacePool) -> None:
+    """A configuration of the host's own may have no more than what a poll used to need."""
+    forget = "Remove-Variable HealthChecker -Scope Global"
+    run_script(pool, f". {{ Set-Alias Get-PSDrive No-Such-Command -Scope Global; {forget} }}")
+    assert not is_clean(pool, "'x'")
+    run_script(pool, f". {{ Remove-Item Alias:Get-PSDrive; {forget} }}")
+    assert is_clean(pool, "'x'")
+
+
 def test_what_ends_with_a_check_is_not(pool: RunspacePool) -> None:
     for command in GONE:
         assert is_clean(pool, "'x'", command), command
 
 
-def test_programs_that_a_check_leaves_are_ended(pool: RunspacePool) -> None:
-    """A hundred polls leave none."""
-    known = {process.pid for process in psutil.process_iter()}
-    start = f"Start-Process {CMD} -ArgumentList '/c', 'pause'"
-    for _ in range(3):
-        assert is_clean(pool, start)
-    wait_for(lambda: not [process for process in psutil.process_iter(["cmdline"])
-                          if process.pid not in known and "pause" in (process.info["cmdline"] or [])])  # fmt: skip
+def programs(mark: str) -> list[psutil.Process]:
+    return [process for process in psutil.process_iter(["cmdline"]) if mark in str(process.info["cmdline"])]
+
+
+@pytest.fixture
+def mark() -> Iterator[str]:
+    """A word in the command of programs that would go on for ever."""
+    mark = f"hc-left-{os.getpid()}"
+    yield mark
+    for process in programs(mark):
+        process.kill()
+
+
+def endless(mark: str) -> str:
+    return f"'/c', 'for /L %i in (1,0,2) do @rem {mark}'"
+
+
+def test_programs_that_a_check_leaves_are_ended(pool: RunspacePool, mark: str) -> None:
+    """A hundred polls leave none; nor may another poll have the shell, for who knows what else was left."""
+    for arguments in (endless(mark), f"'/c', '{CMD}', {endless(mark)}"):
+        assert not is_clean(pool, f"Start-Process {CMD} -ArgumentList {arguments}; Start-Sleep 1")
+        wait_for(lambda: not programs(mark))
+        assert is_clean(pool, "'x'")
+
+
+def test_however_many_polls_start_a_program_one_is_left(
+    engine: Engine, mark: str, often: Callable[[int, int], int]
+) -> None:
+    with WSManServer("https", "negotiate", open_shell=engine.opener()) as server:
+        polled = Polled(server, timeout=TIMEOUT)
+        for _ in range(often(2, 100)):
+            good, text = polled.ask(starts=f"Start-Process {CMD} -ArgumentList {endless(mark)}")["starts"]
+            assert good, text
+            assert len(server.shells) <= 1
+            wait_for(lambda: len(programs(mark)) <= 1)
+        polled.connection.close()
+        wait_for(lambda: not programs(mark))
+
+
+def test_a_program_whose_starter_has_ended_is_seen(pool: RunspacePool, mark: str) -> None:
+    """It goes with the shell: WinRM ends all that was started in one."""
+    if run_script(pool, "$ExecutionContext.SessionState.LanguageMode") != "FullLanguage":
+        pytest.skip("PowerShell 7 says nothing of it in constrained language")
+    start = f"Start-Process {CMD} -PassThru -ArgumentList '/c', 'start', '/b', '{CMD}', {endless(mark)}"
+    wait = "while (-not $_.HasExited) { Start-Sleep -Milliseconds 50 }"
+    assert not is_clean(pool, f"{start} | ForEach-Object {{ {wait} }}; Start-Sleep 1")
+    assert programs(mark)
+    assert is_clean(pool, "'x'")
+
+
+def test_programs_of_others_are_not_ended(pool: RunspacePool, mark: str) -> None:
+    """Numbers are used again: what an older process with this number started is not the shell's. Here it is older, for
+    the shell says that it starts tomorrow."""
+    young = "@{ n = 'StartTime'; e = { if ($_.Id -eq $PID) { (Get-Date).AddDays(1) } else { $_.StartTime } } }"
+    told = f"Select-Object Id, Name, Parent, SessionId, WorkingSet64, {young}"
+    real = "Microsoft.PowerShell.Management\\Get-Process @args"
+    run_script(pool, f". {{ function global:Get-Process {{ {real} | {told} }} }}")
+    is_clean(pool, f"Start-Process {CMD} -ArgumentList {endless(mark)}; Start-Sleep 1")
+    assert programs(mark)
+    for process in programs(mark):
+        process.kill()
+    run_script(pool, ". { Remove-Item Function:Get-Process }")
+    assert is_clean(pool, "'x'")
 
 
 def test_a_process_that_hangs_costs_a_second_try(engine: Engine) -> None:

@@ -468,6 +468,18 @@ def test_rows_that_are_none() -> None:
     assert output.whole and good_checks(output) == {"a": True}
 
 
+def test_what_a_script_leaves_is_said_behind_the_last_row() -> None:
+    """So that no check waits for it. What comes earlier is a check's own word."""
+    clean = '{"number": 1, "clean": true}'
+    output = watched(clean, RAN, checks="a")
+    assert output.whole and not output.clean
+    printed = bytes(output.printed)
+    output.take(f"{clean}\n{RAN}\n".encode())
+    assert output.clean and output.printed == printed
+    ended = watched(RAN.replace('"then": ""', '"then": "exit"'), clean, checks="a")
+    assert ended.rest(0, None) == "" and ended.whole and ended.clean
+
+
 def test_names_of_services_are_no_patterns() -> None:
     """Get-Service takes wildcards; a service is asked for by its name alone, and answered under it."""
     name = "a`*[b]?$(1)"
