@@ -4715,11 +4715,13 @@ function Native {    # kernel32 without a compiler: once a process, which rememb
 }
 $begun = [datetime]::Now
 $orphans = @{ seen = $false }
+function Young($Ids, $Since) {    # those of them that began since then; whose start cannot be read did not
+    if (-not $Ids) { return }
+    Get-Process -Id $Ids -ErrorAction SilentlyContinue | Where-Object {
+        try { $_.StartTime -ge $Since -and $_.Name -ne 'conhost' } catch { $false }
+    }
+}
 function Children {    # all that was started here. Numbers are used again: what is older than this process is not ours
-    $me = Get-Process -Id $PID
-    $young = Get-Process | Where-Object {    # whose start can be read
-        try { $_.StartTime -ge $me.StartTime -and $_.Name -ne 'conhost' } catch { $false }
-    } | Sort-Object StartTime
     $parents = @{}
     if ($full) {    # kernel32 says it to everyone
         $entry = [byte[]](@(0) * (544 + 3 * [IntPtr]::Size))    # PROCESSENTRY32W, which begins with its size
@@ -4737,16 +4739,17 @@ function Children {    # all that was started here. Numbers are used again: what
         Get-CimInstance -Query 'SELECT ProcessId, ParentProcessId FROM Win32_Process' -OperationTimeoutSec 4 |
             ForEach-Object { $parents[[int]$_.ProcessId] = [int]$_.ParentProcessId }
     }
-    $ours = @{ $PID = $true }
-    foreach ($one in $young) {
-        $parent = [int]$parents[$one.Id]
-        if ($ours[$parent]) {
-            $ours[$one.Id] = $true
-            $one
-        } elseif ($parent -and $null -eq $parents[$parent] -and $one.SessionId -eq $me.SessionId) {
-            if ($one.StartTime -ge $begun) { $orphans.seen = $true }    # somebody's who has ended: perhaps a check's
-        }
+    $parents[0] = $parents[$PID] = 0
+    $me = Get-Process -Id $PID
+    $next = @($PID)
+    while ($next) {
+        $found = @(foreach ($id in $parents.Keys) { if ($next -contains $parents[$id]) { $id } })
+        $found = @(Young $found $me.StartTime)
+        $found
+        $next = @(foreach ($one in $found) { $one.Id })
     }
+    $lost = @(foreach ($id in $parents.Keys) { if ($null -eq $parents[$parents[$id]]) { $id } })    # perhaps a check's
+    foreach ($one in Young $lost $begun) { if ($one.SessionId -eq $me.SessionId) { $orphans.seen = $true } }
 }
 function State {    # a number for all that a check can leave; what modules bring counts where COLLECT uses it
     $used = '^(Get-(ChildItem|Cim(Instance|Session)|Date|EventSubscriber|ItemProperty|Job|Module|Process|PSDrive|' +
