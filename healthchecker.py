@@ -161,6 +161,7 @@ try:
     from pypsrp.complex_objects import PSInvocationState, RunspacePoolState
     from pypsrp.exceptions import AuthenticationError, WSManFaultError
     from pypsrp.powershell import PowerShell, RunspacePool
+    from pypsrp.shell import WinRS
     from pypsrp.wsman import WSMan
     from spnego.exceptions import SpnegoError
     from sqlalchemy import ForeignKey, event, func
@@ -2525,6 +2526,7 @@ class HostSession:
     """What a login opened; polls run over it one after the other."""
 
     fit = True      # False: a poll left something in it, and no other may use it
+    resumed = False     # whether it goes on with something that was open before its login
 
     @property
     def alive(self) -> bool:
@@ -2575,6 +2577,7 @@ class SessionKeeper:
         self._relogin = relogin
         self.session: HostSession | None = None
         self.reused = False         # whether the last one that was given is of a poll before
+        self.resumed = False        # or a part of it is
         self.opened_at = 0.0        # Unix time; and monotonic
         self.opened_mono = 0.0
         self.complaint = ""         # of the login that should have replaced it
@@ -2601,6 +2604,7 @@ class SessionKeeper:
             self.reused = True
             return old
         assert self.session
+        self.resumed = self.session.resumed
         return self.session
 
     def _goes_on(self, error: ProbeError) -> bool:
@@ -2673,7 +2677,8 @@ class Connection:
     def run(self, script: str, output: Output, deadline: Deadline) -> bool:
         """Runs `script` until `output` is whole, it ends, or the deadline is there; says whether it was seen to end.
         Raises ProbeError."""
-        self.second_try, self._failure, self.keeper.reused = self._failure, "", False
+        self.second_try, self._failure = self._failure, ""
+        self.keeper.reused = self.keeper.resumed = False
         if self.keeper.session and not self.keeper.session.alive:
             self._note_dead()
         keeps = self.keeps
@@ -2730,7 +2735,7 @@ class Connection:
     def begins_again(self, error: ProbeError, deadline: Deadline) -> bool:
         """Ends what is open after a poll that failed; says whether that poll may try once more: where what failed is
         a connection that was open before it, and there is time."""
-        reused, self.keeper.reused = self.keeper.reused, False
+        reused, self.keeper.reused = self.keeper.reused or self.keeper.resumed, False
         self.drop()
         if not reused or deadline.over or isinstance(error, AnswerError):
             return False
@@ -3354,13 +3359,15 @@ class SshConnection(SshLogin):
 # Gives: missing_package, PowerShellConnection
 HTTP_CAUSES: dict[int, Cause] = {403: "auth", 502: "unreachable", 503: "unreachable", 504: "unreachable"}
 SHELL_END = 0.8                 # seconds for a shell to be deleted
+CLEANUP_TIME = 5.0              # seconds for a script that has answered to say what it leaves
 START_WINRM = "run `winrm quickconfig` there and check port and tls"
 UNMAPPED = "the host refuses the client certificate; map it to an account there"
 EXTRAS = {"credssp": ["requests_credssp"], "kerberos": [] if sys.platform == "win32" else ["gssapi", "krb5"]}
+TOO_MANY_SHELLS = 2150859173
 WINRM_FAULTS: dict[int, tuple[Cause, str]] = {
     5: ("auth", "access denied: add the account to Remote Management Users, or correct configuration_name"),
     2150858793: ("timeout", "the script did not end in time; raise timeout"),
-    2150859173: ("protocol", "the account has too many shells open there; close them or raise MaxShellsPerUser"),
+    TOO_MANY_SHELLS: ("protocol", "the account has too many shells open there; close them or raise MaxShellsPerUser"),
     2150858843: ("protocol", "the host closed the shell during the poll; see the event log of WinRM there"),
 }
 
@@ -3487,6 +3494,7 @@ class Pipeline(PowerShell):
     """A script in a runspace pool, which is read while it runs."""
 
     exit_code: int | None = None    # what `exit` in it said: that is told the session's host, which is us
+    _passed = 0     # of its output
 
     def begin(self, script: str, settings: ResourceSettings) -> None:
         """Until the host has the script. Raises what pypsrp raises."""
@@ -3500,11 +3508,10 @@ class Pipeline(PowerShell):
     def follow(self, output: Output, deadline: Deadline, settings: ResourceSettings) -> None:
         """Until the script ends, or need not say more, or is late; then it is stopped. Raises ProbeError, and what
         pypsrp raises."""
-        taken, enough, wait = 0, False, 1.0
-        while wait > 0 and not enough and (taken < len(self.output) or self.state == PSInvocationState.RUNNING):
-            if taken < len(self.output):
-                enough = output.take(f"{self.output[taken]}\n".encode())
-                taken += 1
+        enough, wait = False, 1.0
+        while wait > 0 and not enough and (self._waits or self.state == PSInvocationState.RUNNING):
+            if self._waits:
+                enough = self._pass(output)
                 continue
             wait = round(min(output.due_mono - time.monotonic(), deadline.left() - 0.3), 3)   # then to answer "not yet"
             if wait > 0:
@@ -3520,13 +3527,24 @@ class Pipeline(PowerShell):
         if self.state == PSInvocationState.FAILED:
             raise script_fault(self.streams.error, settings)
 
-    def ends(self) -> bool:
-        """Whether it ends by itself, now that it has said all; the host forgets it. Raises what pypsrp raises."""
-        for _ in range(3):      # what it says meanwhile is no use
-            if self.state == PSInvocationState.RUNNING:
-                self.poll_invoke(timeout=1)
+    def ends(self, output: Output) -> bool:
+        """Whether it ends by itself, now that it has said all but what it leaves; the host forgets it. Raises what
+        pypsrp raises."""
+        until = Deadline(CLEANUP_TIME)
+        while self.state == PSInvocationState.RUNNING and not until.over:
+            self.poll_invoke(timeout=1)
+        while self._waits:
+            self._pass(output)
         self.close()
         return bool(self.state == PSInvocationState.COMPLETED)
+
+    @property
+    def _waits(self) -> bool:
+        return self._passed < len(self.output)
+
+    def _pass(self, output: Output) -> bool:
+        self._passed += 1
+        return output.take(f"{self.output[self._passed - 1]}\n".encode())
 
     def _process_pipeline_host_call(self, message: Any) -> Any:
         if str(message.data.mi) == "SetShouldExit":
@@ -3567,6 +3585,15 @@ def new_pool(wsman: WSMan, settings: ResourceSettings, keeps: bool) -> RunspaceP
                         idle_timeout=math.ceil(max(60, idle)), max_runspaces=1 + len(settings.checks))
 
 
+def delete_shells(shells: list[WinRS], wsman: WSMan) -> None:
+    """Each is tried once; the host ends it after its idle time. Raises what pypsrp raises, except faults."""
+    while shells:
+        shell = shells.pop()
+        shell.wsman = wsman
+        with contextlib.suppress(WSManFaultError):
+            shell.close()
+
+
 class WinrmSession(HostSession):
     """A login, and the shell that its scripts run in. Those die apart: a shell goes on with the next login."""
 
@@ -3576,6 +3603,7 @@ class WinrmSession(HostSession):
                  keeps: bool) -> None:
         self.opened, self.pool, self.changed, self._settings, self._keeps = opened, pool, changed, settings, keeps
         self._wsman, self._used = pool.connection, False
+        self.old: list[WinRS] = []      # shells of dead connections, which go after the first poll
 
     @property
     def stale(self) -> bool:
@@ -3583,12 +3611,24 @@ class WinrmSession(HostSession):
 
     @property
     def hung_up(self) -> bool:
-        """Nothing comes unasked but the end: a host hangs up after two minutes."""
-        return not self.opened.in_step or urllib3.util.wait_for_read(self.opened, 0)
+        """Nothing comes unasked but the end: a host hangs up after two minutes, or says so with its last answer."""
+        opened = self.opened
+        return not opened.in_step or opened.fileno() < 0 or urllib3.util.wait_for_read(opened, 0)
+
+    def open_shell(self) -> None:
+        """Raises what pypsrp raises."""
+        try:
+            self.pool.open()
+        except WSManFaultError as error:
+            if error.code != TOO_MANY_SHELLS or not self.old:
+                raise
+            delete_shells(self.old, self._wsman)    # one may have been the last that the account can have
+            self.pool = new_pool(self._wsman, self._settings, self._keeps)
+            self.pool.open()
 
     def run(self, script: str, output: Output, deadline: Deadline) -> bool:
         """One shell for all scripts; a new one's is replaced where a script takes it along."""
-        used, self._used, pipelines = self._used, True, list[Pipeline]()
+        used, self._used, pipelines = self._used or self.resumed, True, list[Pipeline]()
         self.opened.begin(Deadline(deadline.left() / 3) if used else deadline)
         try:
             while script:
@@ -3601,12 +3641,13 @@ class WinrmSession(HostSession):
                     with contextlib.suppress(WSManFaultError):
                         self.pool.close()
                     self.pool = new_pool(self._wsman, self._settings, self._keeps)
-            if self._keeps and output.clean:
+            if self._keeps:
                 with contextlib.suppress(Exception):    # what was answered counts
-                    self.fit = all(pipeline.ends() for pipeline in pipelines)
+                    self.fit = all(pipeline.ends(output) for pipeline in pipelines) and output.clean
             return True
         finally:
             self.pool.user_events.clear()
+            self._delete_old()
             self.opened.pause()
 
     def _run(self, pipeline: Pipeline, script: str, output: Output, deadline: Deadline) -> ProbeError | None:
@@ -3615,16 +3656,28 @@ class WinrmSession(HostSession):
             with explained(settings):
                 if self.pool.state != RunspacePoolState.OPENED:
                     self.pool.open()
-                pipeline.begin(script, settings)
-                self.fit, self.opened.deadline = False, deadline
+                self.fit = False    # whether the host has it is not known from here on
+                try:
+                    pipeline.begin(script, settings)
+                except AuthenticationError:     # it has not
+                    self.fit = pipeline.state == PSInvocationState.NOT_STARTED
+                    raise
+                self.opened.deadline = deadline
                 pipeline.follow(output, deadline, settings)
         except ProbeError as error:
             return error
         return None
 
+    def _delete_old(self) -> None:
+        if self.old and self.opened.in_step:
+            self.opened.begin(Deadline(SHELL_END))      # also after that of the poll
+            with contextlib.suppress(Exception):    # the poll's own result does not give way to this error
+                delete_shells(self.old, self._wsman)
+
     def close(self) -> None:
-        self.opened.begin(Deadline(SHELL_END))      # also after that of the poll
-        with contextlib.suppress(Exception):    # the poll's own result does not give way to this error
+        self._delete_old()
+        self.opened.begin(Deadline(SHELL_END))
+        with contextlib.suppress(Exception):
             if self.opened.in_step and self.pool.connection is self._wsman:     # no other login has it
                 self.pool.close()
         self._wsman.close()
@@ -3646,48 +3699,69 @@ class PowerShellConnection(Connection):
 
     def close(self) -> None:
         self.drop()
-        if self._left:
-            with contextlib.suppress(ProbeError):
-                self.keeper.session = self.open_session(Deadline(2 * SHELL_END))
-            self.drop()
+        left, self._left = self._left, None
+        if left:
+            with contextlib.suppress(ProbeError), self._login(Deadline(2 * SHELL_END), left) as (opened, wsman):
+                delete_shells([*left.old, left.pool.shell], wsman)
+                opened.end()
 
     def open_session(self, deadline: Deadline) -> WinrmSession:
         before = cast("WinrmSession | None", self.keeper.session) or self._left
-        opened = self._verified(deadline)   # before the guard: a host that does not answer is no login
         settings = self._settings
-        with contextlib.ExitStack() as stack, explained(settings, opened):
+        with self._login(deadline, before) as (opened, wsman), contextlib.ExitStack() as stack:
+            resumed = self._resumed(before, wsman) if before else None
+            session = WinrmSession(opened, resumed or new_pool(wsman, settings, self.keeps), self._changes(opened),
+                                   settings, self.keeps)
+            session.resumed = bool(resumed)
+            if before and before.hung_up:   # else it can delete its shell itself
+                session.old = [*before.old, *([] if resumed else [before.pool.shell])]
+            if not resumed:
+                wsman.session_id, wsman.operation_timeout = str(uuid.uuid4()), max(1, int(settings.timeout))
+                stack.callback(session.close)
+                session.open_shell()
+            stack.pop_all()
+        self._left = None
+        return session
+
+    @contextlib.contextmanager
+    def _login(self, deadline: Deadline, before: WinrmSession | None) -> Iterator[tuple[WinrmSocket, WSMan]]:
+        """A connection whose first request logs in; what fails inside ends it. Raises ProbeError."""
+        opened = self._verified(deadline)   # before the guard: a host that does not answer is no login
+        with contextlib.ExitStack() as stack, explained(self._settings, opened):
             stack.callback(opened.end)
             wsman = copy.copy(before.pool.connection if before else self.WSMAN)
             wsman.transport = self._transport(opened)
-            with self._login_attempt(deadline), explained(settings, opened):
-                pool = (before and self._resumed(before, wsman)) or new_pool(wsman, settings, self.keeps)
-                session = WinrmSession(opened, pool, self._changes(opened), settings, self.keeps)
-                if pool.state != RunspacePoolState.OPENED:
-                    wsman.session_id, wsman.operation_timeout = str(uuid.uuid4()), max(1, int(settings.timeout))
-                    stack.callback(session.close)
-                    pool.open()
+            with self._login_attempt(deadline), explained(self._settings, opened):
+                yield opened, wsman
             stack.pop_all()
-            opened.logged_in, self._left = True, None
-            return session
+            opened.logged_in = True
 
     def _made_from(self) -> list[Any]:
-        files = filter(None, (getattr(self._settings, name) for name in FILES))
-        return [file.stat().st_mtime_ns if file.exists() else 0 for file in files]
+        times = []
+        for file in filter(None, (getattr(self._settings, name) for name in FILES)):
+            try:
+                times.append(file.stat().st_mtime_ns)
+            except FileNotFoundError:
+                times.append(0)
+            except OSError as error:
+                raise ProbeError("credential", f"{file} cannot be read: {error.strerror}") from error
+        return times
 
     def _resumed(self, before: WinrmSession, wsman: WSMan) -> RunspacePool | None:
-        """The shell of the last login, if it is still there and fit; one that is not is deleted."""
+        """The shell of the last login, if it is still there and fit."""
         pool, shell = before.pool, copy.copy(before.pool.shell)
         shell.wsman = wsman
+        if not before.fit or before.changed():
+            return None
         try:
-            if before.fit and not before.changed():
-                shell._get_shell()      # until it answers the one before goes on with it
-                pool.connection = pool.shell.wsman = wsman
-                return pool
-            shell.close()
-        except WSManFaultError as error:
-            if error.code != 2150858843:
-                raise
-        return None
+            shell._get_shell()      # until it answers the one before goes on with it
+        except WSManFaultError:
+            return None
+        except (ProbeError, requests.RequestException):     # nor will it be asked again
+            before.fit = False
+            raise
+        pool.connection = pool.shell.wsman = wsman
+        return pool
 
     def offered_key(self, deadline: Deadline) -> str:
         """The certificate that the host shows, unchecked; nothing else is done."""
@@ -4642,20 +4716,30 @@ def parse_output(text: str, nonce: str, previous: CpuTicks | None) -> Sample:
 #     Counters_ProcessorInformation, PerfOS_Processor. Else, and for the commit charge: full language, and no right
 #   services: Get-Service, with SC_MANAGER_CONNECT, SC_MANAGER_ENUMERATE_SERVICE and, of each, SERVICE_QUERY_STATUS (and
 #     in PowerShell 7 SERVICE_QUERY_CONFIG); Get-ItemProperty of HKLM:\SYSTEM\CurrentControlSet\Services for hidden ones
-#   checks: Invoke-Expression, Get-Process, Stop-Process, and whatever they call
+#   checks: Invoke-Expression, and whatever they call. So that the next poll can have the shell, too: Get-Process; with
+#     checks Get-ChildItem, Get-Job, Get-PSDrive, Get-Variable, Stop-Process; in full language Get-CimSession,
+#     Get-EventSubscriber, Get-Module, Get-PSSession
 COLLECT = r"""
 $ErrorActionPreference = 'Stop'
 $ProgressPreference = $WarningPreference = 'SilentlyContinue'
 $wanted = 'WANTED' | ConvertFrom-Json
-function Row($Number, $Answer) {
+$wmi = @{ use = $true; refused = '' }
+function Line($Number, $Answer) {
     $Answer.number = $Number
-    if ($Number -eq $wanted.checks.Count) { $Answer.clean = try { Unchanged } catch { $false } }
-    if ($nonce) { $Answer.nonce = $nonce; if (-not $Number) { $Answer.endpoint = $endpoint } }    # in an endpoint
+    if ($nonce) { $Answer.nonce = $nonce }    # in an endpoint
     $json = ConvertTo-Json -InputObject $Answer -Depth 5 -Compress
     while ($json -cmatch '[^\x00-\x7f]') {
         $json = $json.Replace($Matches[0], ('\u{0:x4}' -f [int][char]$Matches[0]))
     }
     "`n$json"    # behind whatever a check left there
+}
+function Row($Number, $Answer) {
+    if ($nonce -and -not $Number) { $Answer.endpoint = $endpoint }
+    Line $Number $Answer
+    if ($Number -eq $wanted.checks.Count) {    # nobody's time counts any more
+        $clean = try { Unchanged } catch { $false }
+        Line $Number @{ clean = $clean }
+    }
 }
 function Native {    # kernel32 without a compiler: once a process, which remembers a failure, too
     $found = [AppDomain]::CurrentDomain.GetData('HealthChecker.Native')
@@ -4681,28 +4765,47 @@ function Native {    # kernel32 without a compiler: once a process, which rememb
     if ($found -is [string]) { throw $found }
     $found
 }
-function Children {    # by kernel32 for everyone, where that can be called
-    if (-not $full) {
-        if ($PSVersionTable.PSVersion.Major -ge 6) { return Get-Process | Where-Object { $_.Parent.Id -eq $PID } }
-        $query = "SELECT ProcessId FROM Win32_Process WHERE ParentProcessId = $PID"
-        return Get-CimInstance -Query $query -OperationTimeoutSec 4 | ForEach-Object { Get-Process -Id $_.ProcessId }
+$begun = [datetime]::Now
+$orphans = @{ seen = $false }
+function Young($Ids, $Since) {    # those of them that began since then; whose start cannot be read did not
+    if (-not $Ids) { return }
+    Get-Process -Id $Ids -ErrorAction SilentlyContinue | Where-Object {
+        try { $_.StartTime -ge $Since -and $_.Name -ne 'conhost' } catch { $false }
     }
-    $entry = [byte[]](@(0) * (536 + 4 * [IntPtr]::Size))    # PROCESSENTRY32W, which begins with its size
-    [BitConverter]::GetBytes($entry.Length).CopyTo($entry, 0)
-    $parent = 16 + 2 * [IntPtr]::Size
-    $list = (Native)::CreateToolhelp32Snapshot(2, 0)
-    $more = (Native)::Process32FirstW($list, $entry)
-    while ($more) {
-        if ([BitConverter]::ToInt32($entry, $parent) -eq $PID) {
-            Get-Process -Id ([BitConverter]::ToInt32($entry, 8)) -ErrorAction SilentlyContinue
-        }
-        $more = (Native)::Process32NextW($list, $entry)
+}
+function Children {    # all that was started here. Numbers are used again: what is older than this process is not ours
+    $parents = @{}
+    if ($full) {    # kernel32 says it to everyone
+        $entry = [byte[]](@(0) * (544 + 3 * [IntPtr]::Size))    # PROCESSENTRY32W, which begins with its size
+        [BitConverter]::GetBytes($entry.Length).CopyTo($entry, 0)
+        $list = (Native)::CreateToolhelp32Snapshot(2, 0)
+        if (-not (Native)::Process32FirstW($list, $entry)) { throw 'no list of processes' }
+        do {
+            $parents[[BitConverter]::ToInt32($entry, 8)] = [BitConverter]::ToInt32($entry, 16 + 2 * [IntPtr]::Size)
+        } while ((Native)::Process32NextW($list, $entry))
+        $null = (Native)::CloseHandle($list)
+    } elseif ($PSVersionTable.PSVersion.Major -ge 6) {
+        foreach ($one in Get-Process) { $parents[$one.Id] = [int]$one.Parent.Id }
+    } else {
+        if ($wmi.refused) { throw $wmi.refused }
+        Get-CimInstance -Query 'SELECT ProcessId, ParentProcessId FROM Win32_Process' -OperationTimeoutSec 4 |
+            ForEach-Object { $parents[[int]$_.ProcessId] = [int]$_.ParentProcessId }
     }
-    $null = (Native)::CloseHandle($list)
+    $parents[0] = $parents[$PID] = 0
+    $me = Get-Process -Id $PID
+    $next = @($PID)
+    while ($next) {
+        $found = @(foreach ($id in $parents.Keys) { if ($next -contains $parents[$id]) { $id } })
+        $found = @(Young $found $me.StartTime)
+        $found
+        $next = @(foreach ($one in $found) { $one.Id })
+    }
+    $lost = @(foreach ($id in $parents.Keys) { if ($null -eq $parents[$parents[$id]]) { $id } })    # perhaps a check's
+    foreach ($one in Young $lost $begun) { if ($one.SessionId -eq $me.SessionId) { $orphans.seen = $true } }
 }
 function State {    # a number for all that a check can leave; what modules bring counts where COLLECT uses it
-    $used = '^(Get-(ChildItem|CimInstance|Date|ItemProperty|Job|Process|PSDrive|Service|Variable)|Stop-Process|' +
-        'Invoke-Expression|.+-Object|Out-String|ConvertTo-Json|ConvertFrom-Json)$'
+    $used = '^(Get-(ChildItem|Cim(Instance|Session)|Date|EventSubscriber|ItemProperty|Job|Module|Process|PSDrive|' +
+        'PSSession|Service|Variable)|Stop-Process|Invoke-Expression|.+-Object|Out-String|Convert(To|From)-Json)$'
     $own = '^([?^$]|Error|HealthChecker|LASTEXITCODE|StackTrace)$'
     $seen = @("$PWD", @(Get-Job).Count, ($PSDefaultParameterValues | Out-String), $(try { $none } catch { 'strict' }))
     foreach ($one in Get-ChildItem 'Function:', 'Alias:') {
@@ -4713,20 +4816,27 @@ function State {    # a number for all that a check can leave; what modules brin
         if ([string]$one.Provider.ModuleName -like 'Microsoft.*') { $seen += "$($one.Name) $($one.Root)" }
     }
     foreach ($one in Get-Variable -Scope Global) {
-        if ($one.Name -notmatch $own) {
-            $seen += $one.Name
-            if ($one.Value -is [ValueType] -or $one.Value -is [string]) { $seen += "$($one.Value)" }
-        }
+        if ($one.Name -notmatch $own) { $seen += "$($one.Name) $($one.Value)" }    # of objects the type
+    }
+    if ($full) {
+        $net = [Net.ServicePointManager]
+        $proxy = [Net.WebRequest]::DefaultWebProxy
+        $seen += "$([Environment]::CurrentDirectory) $proxy $($proxy.Credentials) $($net::SecurityProtocol)"
+        $seen += "$($net::CertificatePolicy) $($net::ServerCertificateValidationCallback)"
+        $seen += @(if (Get-Module CimCmdlets) { Get-CimSession }).Count, @(Get-PSSession).Count
+        $seen += @(Get-EventSubscriber).Count
     }
     ($seen -join "`n").GetHashCode()
 }
-function Size { (Get-Process -Id $PID).WorkingSet64 }
-function Unchanged {    # whether another poll may have this shell; whatever the checks started ends
+function Unchanged {    # whether another poll may have this shell; what the checks started ends before it, or with it
     if ($wanted.checks.Count) {
-        Children | Where-Object Name -ne 'conhost' | Stop-Process -Force
-        if ((State) -ne $HealthChecker.state) { return $false }
+        $left = @(Children)
+        if ($left) { $left | Stop-Process -Force -ErrorAction SilentlyContinue; return $false }
+        if ($orphans.seen -or (State) -ne $HealthChecker.state) { return $false }
     }
-    (Size) - $HealthChecker.size -lt 1e8
+    $size = (Get-Process -Id $PID).WorkingSet64
+    if (-not $HealthChecker.size) { $HealthChecker.size = $size }    # with what the checks have loaded
+    $size - $HealthChecker.size -lt 1e8
 }
 function Judge($Number, $Check) {
     $global:LASTEXITCODE = $null
@@ -4767,7 +4877,6 @@ function Judge($Number, $Check) {
 $full = [string]$ExecutionContext.SessionState.LanguageMode -eq 'FullLanguage'
 $answer = if ($first) { @{} } else { & {
 $note = if ($full) { '' } else { ' (Constrained Language Mode)' }
-$wmi = @{ use = $true; refused = '' }
 $r = @{ details = @{ hostname = [string]$env:COMPUTERNAME }; amounts = @{}; problems = @{} }
 function Fault($Name, $Why) { $r.problems[$Name] = (@($r.problems[$Name]) + $Why -ne $null) -join '; ' }
 function Part($Name, $Body) { try { $null = & $Body } catch { Fault $Name "$_$note" } }
@@ -4887,7 +4996,9 @@ $r.services = @(foreach ($name in $wanted.services) {
 })
 $r
 } }
-if (-not $HealthChecker) { $global:HealthChecker = @{ size = Size; state = $(if ($wanted.checks.Count) { State }) } }
+if (-not $HealthChecker) {    # as it was before the first check
+    $global:HealthChecker = try { @{ state = $(if ($wanted.checks.Count) { State }) } } catch { @{ state = 'unknown' } }
+}
 if (-not $first) { $first = 1 }
 Row ($first - 1) $answer
 for ($number = $first; $number -le $wanted.checks.Count; $number++) { Judge $number $wanted.checks[$number - 1] }
@@ -4912,6 +5023,8 @@ class WindowsOutput(Output):
     """What COLLECT prints. Here is seen which check does not end, or ends the script: that gets a line all the same,
     and those behind it another script."""
 
+    clean = False       # as the script says behind its last row, also when all rows are there
+
     def __init__(self, settings: ResourceSettings, mark: str, deadline: Deadline) -> None:
         super().__init__(mark)
         self._settings, self._deadline = settings, deadline
@@ -4926,14 +5039,18 @@ class WindowsOutput(Output):
                                    settings.limited_mounts, ()))
 
     def take(self, chunk: bytes) -> bool:
-        super().take(chunk)
+        if not self.whole:
+            super().take(chunk)
         *lines, self._line = (self._line + chunk).split(b"\n")
         for line in lines:
             with contextlib.suppress(ValueError, RecursionError):   # a check may print past its output
                 row = json.loads(line) if line.startswith(b"{") else {}
-                wanted = self._next <= len(self._settings.checks) and row.get("nonce", "") == self._nonce
+                if type(row.get("number")) is not int or row.get("nonce", "") != self._nonce:
+                    continue
                 expected = self._next - (self._then == "begin" and bool(self._rows))
-                if wanted and type(row.get("number")) is int and row["number"] == expected:
+                if "clean" in row:
+                    self.clean = row["number"] == len(self._settings.checks) < self._next and row["clean"] is True
+                elif expected == row["number"] <= len(self._settings.checks):
                     self._add(row)
         return self._end()
 
@@ -4979,11 +5096,6 @@ class WindowsOutput(Output):
         self._then, self._next = str(row.get("then", "")), row["number"] + 1
         if checks:
             self.due_mono = time.monotonic() + checks[min(self._next, len(checks)) - 1].timeout
-
-    @property
-    def clean(self) -> bool:    # type: ignore[override]  # here it is seen at the end
-        """As the last row says of the shell."""
-        return self._rows[-1].get("clean") is True
 
     def _miss(self, why: str) -> None:
         """A row for a check that printed none; an exit code would be that of another one."""

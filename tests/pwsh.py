@@ -59,6 +59,7 @@ class Engine:
         if wine:
             self.environment = {**wine.environment, "PSModulePath": as_windows(MODULES)}
             self.environment["HC_CIM"] = as_windows(folder / "cim.json")
+            self.environment["WINEDLLOVERRIDES"] += ";explorer.exe=d"  # a desktop, which whoever is first would begin
             self.set_rows()
         self._lock = threading.Lock()  # guards _idle
         self._idle: list[tuple[tuple[str, ...], subprocess.Popen[bytes]]] = []

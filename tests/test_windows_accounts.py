@@ -59,8 +59,9 @@ def as_plain(script: str) -> str:
 
 
 def lines(server: WSManServer, script: str) -> list[str]:
-    """What a script prints, without the empty lines that a row begins with."""
-    return list(filter(None, send(server, script, TIMEOUT, timeout=TIMEOUT).splitlines()))
+    """What a script prints, without the empty lines that a row begins with, and what a poll says of the shell."""
+    said = send(server, script, TIMEOUT, timeout=TIMEOUT).splitlines()
+    return [line for line in said if line and '"clean":' not in line]
 
 
 def sample_of(server: WSManServer, **settings: Any) -> Sample:

@@ -35,6 +35,7 @@ from healthchecker import (
     ProbeError,
     ResourceSettings,
     Sample,
+    SessionKeeper,
     WindowsOutput,
     build_windows_script,
     collect,
@@ -359,6 +360,7 @@ class Recording(Connection):
 
     def __init__(self, text: str) -> None:  # a recording has no target, and shows no key
         self._output = text.encode()
+        self.keeper = SessionKeeper(0)
 
     def run(self, script: str, output: Output, deadline: Deadline) -> bool:
         self.script = script
@@ -464,6 +466,18 @@ def test_rows_that_are_none() -> None:
     made_up = ['{"number": 1.0}', '{"number": true}', '{"number": 1e999}', '{"number": null}', "{}", '{"number": 2}']
     output = watched(*made_up, RAN, checks="a")
     assert output.whole and good_checks(output) == {"a": True}
+
+
+def test_what_a_script_leaves_is_said_behind_the_last_row() -> None:
+    """So that no check waits for it. What comes earlier is a check's own word."""
+    clean = '{"number": 1, "clean": true}'
+    output = watched(clean, RAN, checks="a")
+    assert output.whole and not output.clean
+    printed = bytes(output.printed)
+    output.take(f"{clean}\n{RAN}\n".encode())
+    assert output.clean and output.printed == printed
+    ended = watched(RAN.replace('"then": ""', '"then": "exit"'), clean, checks="a")
+    assert ended.rest(0, None) == "" and ended.whole and ended.clean
 
 
 def test_names_of_services_are_no_patterns() -> None:

@@ -27,4 +27,5 @@ function Get-CimInstance {
     if (-not $Property -or $Property -contains '*') { $rows }
     else { $rows | Microsoft.PowerShell.Utility\Select-Object -Property $Property }    # a restricted session has a lesser one
 }
-Export-ModuleMember -Function Get-CimInstance
+function Get-CimSession { }
+Export-ModuleMember -Function Get-CimInstance, Get-CimSession
