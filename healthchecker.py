@@ -2573,6 +2573,8 @@ class LoginRecord:
 class SessionKeeper:
     """The session that is open, if there is one, and when it is made anew."""
 
+    clock: Callable[[], float] = staticmethod(time.monotonic)
+
     def __init__(self, relogin: float) -> None:
         self._relogin = relogin
         self.session: HostSession | None = None
@@ -2586,13 +2588,13 @@ class SessionKeeper:
     @property
     def lives(self) -> bool:
         """Whether a poll can do without a login."""
-        return self.session is not None and self.session.alive and time.monotonic() < self._ends_mono
+        return self.session is not None and self.session.alive and self.clock() < self._ends_mono
 
     def get(self, open_session: Callable[[Deadline], HostSession], deadline: Deadline) -> HostSession:
         """The session that is open, or a new one. Raises ProbeError where there is neither."""
         old = self.session
         usable = old is not None and self.lives and not old.stale
-        self.reused = usable and time.monotonic() < self._due_mono
+        self.reused = usable and self.clock() < self._due_mono
         if old and self.reused:
             return old
         first = usable and not self.complaint   # has half the time, for the old one may need the rest
@@ -2617,7 +2619,7 @@ class SessionKeeper:
 
     def _take(self, session: HostSession) -> None:
         old, self.session, self.complaint = self.session, session, ""
-        self.opened_at, self.opened_mono = time.time(), time.monotonic()
+        self.opened_at, self.opened_mono = time.time(), self.clock()
         if self._relogin:
             self._due_mono = self.opened_mono + self._relogin * random.uniform(0.5, 1)
             self._ends_mono = self.opened_mono + 2 * self._relogin
