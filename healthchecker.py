@@ -2764,10 +2764,10 @@ class SshConnection(SshLogin):
         finally:
             with contextlib.suppress(OSError):
                 sock.shutdown(socket.SHUT_RDWR)     # wakes the thread that reads
+            if transport.is_alive():
+                transport.join(1)       # before its descriptor is another connection's
             transport.close()
             sock.close()
-            if transport.is_alive():
-                transport.join(1)
 
     def _known(self) -> tuple[set[str], set[str], set[str]]:
         """The keys that the host may show, none before the first contact, those that are revoked, and those of
