@@ -3348,10 +3348,10 @@ class SshConnection(SshLogin):
                 yield transport, identity(key.get_name(), key.asbytes())
         finally:
             transport.end()
+            if transport.is_alive():
+                transport.join(1)       # before its descriptor is another connection's
             transport.close()
             sock.close()
-            if transport.is_alive():
-                transport.join(1)
 
 
 # === PowerShell ==============================================================

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 FIRST_USER, DOCUMENTED, PASSWORD = "SpiceWorks", "HealthChecker", "a long enough password"
 PATIENCE = 45_000  # milliseconds: the machine may be busy
-LIFETIME = 900.0  # seconds of a browser: some calls of playwright wait without a deadline for one that hangs
+LIFETIME = 3600.0  # seconds of a browser: some calls of playwright wait without a deadline for one that hangs
 Scheme = Literal["dark", "light"]
 
 

@@ -196,23 +196,25 @@ class House:
         """What another process does to the database, and says so by raising the revision."""
         program = (
             "import sqlite3, sys\n"
-            "with sqlite3.connect(sys.argv[1], timeout=5) as connection:\n"
+            "with sqlite3.connect(sys.argv[1], timeout=60) as connection:\n"
             "    for statement in sys.argv[2:]: connection.execute(statement)\n"
         )
         revised = "UPDATE setting SET value = value + 1 WHERE name = 'revision'"
         path = str(self.folder / "database")
-        subprocess.run([sys.executable, "-c", program, path, *statements, revised], check=True, timeout=20)
+        subprocess.run([sys.executable, "-c", program, path, *statements, revised], check=True, timeout=120)
 
-    def age(self, seconds: float, name: str = "%") -> None:
-        """Makes what is stored of a resource `seconds` old."""
+    def age(self, seconds: float, name: str = "%") -> float:
+        """Makes what is stored of a resource `seconds` old; gives the time of its poll."""
+        polled_at = time.time() - seconds
         with (
-            contextlib.closing(sqlite3.connect(self.folder / "database", timeout=5)) as connection,
+            contextlib.closing(sqlite3.connect(self.folder / "database", timeout=60)) as connection,
             connection,
         ):
             connection.execute(
                 "UPDATE status SET polled_at = ? WHERE resource_id IN (SELECT id FROM resource WHERE name LIKE ?)",
-                (time.time() - seconds, name),
+                (polled_at, name),
             )
+        return polled_at
 
 
 @pytest.fixture
@@ -317,8 +319,8 @@ def test_undecided_results_renew_the_lease(house: House, machines: Machines) -> 
     with house.watching():
         wait_for(house.aggregator.is_healthy)
         machines.behaviours["db1"] = unreachable
-        wait_for(lambda: house.poller("db1").standing.bad == 2)
-        assert 4.5 < lease_left(house) <= 5  # 2 intervals, timeout, 2 s
+        wait_for(lambda: house.poller("db1").standing.bad >= 2)
+        wait_for(lambda: 4.5 < lease_left(house) <= 5)  # 2 intervals, timeout, 2 s
         assert house.state("db1") == ("healthy", "")
 
 
@@ -334,7 +336,7 @@ def test_dead_and_hanging_pollers(house: House, machines: Machines) -> None:
     )
     with house.watching():
         wait_for(lambda: all(house.state(name)[0] == "healthy" for name in names))
-        assert house.aggregator.is_healthy()
+        wait_for(house.aggregator.is_healthy)
         machines.behaviours = {"dying": dies, "hanging": machines.hang, "optional": machines.hang}
         begin, made = time.monotonic(), machines.made.count("dying")
         wait_for(lambda: machines.made.count("dying") > made)
@@ -395,7 +397,9 @@ def test_recorder_and_monitor_go_on(house: House, machines: Machines, caplog: py
 
 
 @pytest.mark.parametrize("hanging", ["", "recorder", "monitor"])
-def test_the_gate_closes_when_nobody_watches(house: House, machines: Machines, hanging: str) -> None:
+def test_the_gate_closes_when_nobody_watches(
+    house: House, machines: Machines, monkeypatch: pytest.MonkeyPatch, hanging: str
+) -> None:
     """Polls go on, and their leases last; the one of who writes them, and of who sees them end, does not."""
     let_go, hangs = threading.Event(), threading.Event()
 
@@ -409,35 +413,32 @@ def test_the_gate_closes_when_nobody_watches(house: House, machines: Machines, h
     with house.watching(wall):
         wait_for(house.aggregator.is_healthy)
         recorder = house.monitor._context.recorder
-        with recorder._flushing if hanging == "recorder" else contextlib.nullcontext():
-            if hanging == "monitor":
-                assert hangs.wait(20)
-            beats = house.aggregator._healthy._ends
-            if hanging:     # its last one is over
-                name = f"/{hanging}"
-                wait_for(lambda: name in beats)
-                settled(lambda: beats[name])
-            house.aggregator._clock = lambda: healthchecker.lease_clock() + 140
-            wait_for(lambda: house.aggregator.is_healthy() is not bool(hanging))
-            assert not machines.ended.wait(1.5)
-            assert house.aggregator.is_healthy() is not bool(hanging)
-            let_go.set()
+        write = recorder.flush
+
+        def flush() -> bool:
+            hangs.set()
+            let_go.wait(60)
+            return write()
+
+        if hanging == "recorder":
+            monkeypatch.setattr(recorder, "flush", flush)
+        if hanging:  # its beat is before that, so that there is none any more
+            assert hangs.wait(60)
+            assert f"/{hanging}" in house.aggregator._healthy._ends
+        house.aggregator._clock = lambda: healthchecker.lease_clock() + 140
+        wait_for(lambda: house.aggregator.is_healthy() is not bool(hanging))
+        assert not machines.ended.wait(1.5)
+        assert house.aggregator.is_healthy() is not bool(hanging)
+        let_go.set()
         wait_for(house.aggregator.is_healthy)
-
-
-def settled(read: Callable[[], float]) -> None:
-    """Waits until it does not change for longer than a step takes."""
-    before = math.nan
-    while before != (before := read()):
-        threading.Event().wait(1.5)
 
 
 def test_hanging_first_poll_after_a_restart(house: House, machines: Machines) -> None:
     """What is left of the stored lease runs out, and that is recorded, too."""
-    house.write("name: db1, interval: 1")
+    house.write("name: db1, interval: 2")
     with house.watching():
         wait_for(house.aggregator.is_healthy)
-    house.age(4)
+    house.age(3)  # of 7
     machines.behaviours["db1"] = machines.hang
     with house.watching():
         assert house.aggregator.is_healthy()
@@ -470,7 +471,7 @@ def test_transitions_are_logged_once(
         wait_for(house.aggregator.is_healthy)
         for behaviour, state in ((unreachable, "unhealthy"), (good, "healthy")):
             machines.behaviours["db1"] = behaviour
-            wait_for(lambda state=state: house.stored("db1")[0] == state, 5)  # type: ignore[misc]
+            wait_for(lambda state=state: house.stored("db1")[0] == state)  # type: ignore[misc]
     lines = [record.getMessage() for record in caplog.records]
     told = [line for line in lines if line.startswith("db1")]
     assert len(told) == 3, lines
@@ -669,16 +670,23 @@ def test_a_password_that_changes_locks_no_account(seed: int, keeps: bool) -> Non
     assert not keeps or directory.lost <= confirmed
 
 
-def attempts(guard: LoginGuard, count: int, outcome: str, seconds: float) -> tuple[int, int]:
-    """Logins in `count` threads at once, each taking `seconds`; how many were made, and at most at once."""
+def attempts(
+    guard: LoginGuard, count: int, outcome: str, seconds: float, at_once: int = 1
+) -> tuple[int, int]:
+    """Logins in `count` threads at once, each taking `seconds`; how many were made, and at most at once. The first
+    ones wait until so many are there."""
     lock, made, running, most = threading.Lock(), 0, 0, 0
+    full = threading.Event()
 
     def login(name: str) -> None:
         nonlocal made, running, most
-        with guard.attempt(name, Deadline(20)):
+        with guard.attempt(name, Deadline(60)):
             with lock:
                 made, running = made + 1, running + 1
                 most = max(most, running)
+                if most >= at_once:
+                    full.set()
+            full.wait(10)
             threading.Event().wait(seconds)
             with lock:
                 running -= 1
@@ -693,7 +701,7 @@ def attempts(guard: LoginGuard, count: int, outcome: str, seconds: float) -> tup
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(20)
+        thread.join(120)
     return made, most
 
 
@@ -709,13 +717,13 @@ def test_many_at_once_with_a_wrong_password_that_is_refused_slowly() -> None:
 def test_many_at_once_when_a_password_has_changed() -> None:
     guard = LoginGuard()
     guard.accept("other")
-    assert attempts(guard, 30, "no", 0.3) == (3, 3)
+    assert attempts(guard, 30, "no", 0.3, at_once=3) == (3, 3)
 
 
 def test_first_logins_go_one_after_the_other_until_one_is_accepted() -> None:
     guard = LoginGuard()
     assert attempts(guard, 1, "yes", 0.0) == (1, 1)
-    made, most = attempts(guard, 8, "yes", 0.2)
+    made, most = attempts(guard, 8, "yes", 0.2, at_once=3)
     assert (made, most) == (8, 3), "as many as could be refused"
     fresh = LoginGuard()
     made, most = attempts(fresh, 2, "yes", 0.2)
@@ -739,7 +747,8 @@ def test_wrong_password_stops_all_and_survives_a_restart(house: House, machines:
         wait_for(lambda: all(house.state(name) == ("unhealthy", "auth") for name in NAMES))
         wait_for(lambda: machines.logins.count("other") >= 3)
         assert house.state("other") == ("healthy", "")
-        assert [name for name in machines.logins if name != "other"] == ["a", "b", "c"]
+        tried = [name for name in machines.logins if name != "other"]
+        assert len(tried) == len(set(tried)) == 3
     for limits in ("{}", "{cpu_percent: 90}"):  # a restart, also with another change than that of the credential
         write(limits=limits)
         machines.logins.clear()
@@ -766,6 +775,8 @@ def test_age_of_a_refusal_at_a_restart(house: House, machines: Machines, age: fl
     machines.logins.clear()
     with house.watching():
         wait_for(lambda: house.state("a") == ("unhealthy", "auth"))
+        if tried:
+            wait_for(lambda: machines.logins)
         assert not machines.ended.wait(0.3)
         assert machines.logins == (["a"] if tried else [])
 
@@ -802,15 +813,15 @@ def test_the_standing_of_siblings_holds_until_their_lease_ends(house: House, mac
     machines.behaviours = {name: machines.login(name) for name in NAMES}
     with house.watching():
         wait_for(house.aggregator.is_healthy)
-        machines.logins.clear()
-        machines.behaviours = {name: machines.login(name, refused) for name in NAMES}
-        wait_for(lambda: len(machines.logins) == 3)
-        odd, siblings = set(machines.logins), set(NAMES) - set(machines.logins)
+        changed = Machines()
+        machines.behaviours = {name: changed.login(name, refused) for name in NAMES}
+        wait_for(lambda: len(changed.logins) == 3)
+        odd, siblings = set(changed.logins), set(NAMES) - set(changed.logins)
         wait_for(lambda: all(house.state(name) == ("unhealthy", "auth") for name in odd))
         assert all(house.state(name) == ("healthy", "") for name in siblings)
         wait_for(lambda: all(house.state(name) == ("unhealthy", "stale") for name in siblings))
         assert "the same credential was refused" in house.poller(siblings.pop()).standing.reason
-        assert len(machines.logins) == 3
+        assert len(changed.logins) == 3
 
 
 def test_a_refusal_counts_by_fall_and_renews_the_lease(house: House, machines: Machines) -> None:
@@ -821,7 +832,7 @@ def test_a_refusal_counts_by_fall_and_renews_the_lease(house: House, machines: M
         wait_for(house.aggregator.is_healthy)
         machines.behaviours["a"] = machines.login("a", refused)
         wait_for(lambda: house.poller("a").standing.bad == 1)
-        assert 55 < lease_left(house) - 5 <= 60
+        wait_for(lambda: 55 < lease_left(house) - 5 <= 60)
         machines.logins.clear()
         assert not machines.ended.wait(1.5)
         assert (machines.logins, house.state("a")) == ([], ("healthy", ""))
@@ -835,11 +846,12 @@ def test_an_accepted_login_frees_the_others(house: House, machines: Machines) ->
     machines.behaviours = {name: machines.login(name, refused) for name in NAMES}
     with house.watching():
         wait_for(lambda: all(house.state(name) == ("unhealthy", "auth") for name in NAMES))
-        first, second, third = machines.logins
+        tried, free = set(machines.logins), set(NAMES) - set(machines.logins)
+        assert len(machines.logins) == len(tried) == 3
         machines.behaviours = {name: machines.login(name) for name in NAMES}
-        house.poller("d").poll_now()
-        wait_for(lambda: {"d", "e"} <= set(machines.logins))  # never refused themselves: an interval of 1 s
-        assert not {first, second, third} & set(machines.logins[3:])
+        house.poller(min(free)).poll_now()
+        wait_for(lambda: free <= set(machines.logins))  # never refused themselves: an interval of 1 s
+        assert not tried & set(machines.logins[3:])
 
 
 # --- what is stored, after a restart ---
@@ -851,7 +863,7 @@ def lease_left(house: House) -> float:
 STORED = {
     "fresh": (0.0, "", True),
     "older": (100.0, "", True),
-    "just fresh": (121.0, "", True),
+    "just fresh": (113.0, "", True),
     "too old": (124.0, "", False),
     "days old": (200_000.0, "", False),
     "from the future": (-5.0, "", False),
@@ -866,13 +878,13 @@ def test_stored_state(house: House, machines: Machines, age: float, change: str,
     house.write("name: db1")
     with house.watching():
         wait_for(house.aggregator.is_healthy)
-    house.age(age)
+    polled_at = house.age(age)
     house.write("name: db1" + change)
     machines.behaviours["db1"] = machines.hang
     with house.watching():
         assert house.aggregator.is_healthy() is counts
         if counts:
-            assert 123 - age - 1 < lease_left(house) <= 123 - age
+            assert lease_left(house) == pytest.approx(polled_at + 123 - time.time(), abs=0.5)
         machines.ended.set()
 
 
@@ -1061,19 +1073,20 @@ def test_maintenance(house: House, machines: Machines) -> None:
     with house.watching():
         wait_for(lambda: house.stored("db1")[0] == "unhealthy" and house.stored("db2")[0] == "healthy")
         assert not house.aggregator.is_healthy()
-        maintain(house, "db1", 2.5)
+        maintain(house, "db1", 3600)
         wait_for(house.aggregator.is_healthy)
         polls = len(machines.moments("db1"))
         wait_for(lambda: len(machines.moments("db1")) > polls)
         assert house.stored("db1") == ("unhealthy", "unreachable")
         assert maintenance_events(house) == []
+        maintain(house, "db1", 1)
         wait_for(lambda: not house.aggregator.is_healthy())
         wait_for(lambda: maintenance_events(house) == ["db1: maintenance is over"])
         with house.store.reading() as session:
             row = session.scalar(sqlalchemy.select(healthchecker.Resource).filter_by(name="db1"))
             assert row and (row.maintenance, row.maintenance_reason) == (0, "")
         assert machines.made == ["db1", "db2"], "it is no change of the configuration"
-        maintain(house, "db1", 60)
+        maintain(house, "db1", 3600)
         wait_for(house.aggregator.is_healthy)
         maintain(house, "db1", 0)  # by hand, before its time
         wait_for(lambda: not house.aggregator.is_healthy())
@@ -1085,8 +1098,9 @@ def test_maintenance_ends_between_two_polls(house: House, machines: Machines) ->
     machines.behaviours["db1"] = unreachable
     with house.watching():
         wait_for(lambda: house.state("db1")[0] == "unhealthy" and house.state("db2")[0] == "healthy")
-        maintain(house, "db1", 5)
+        maintain(house, "db1", 3600)
         wait_for(house.aggregator.is_healthy)
+        maintain(house, "db1", 1)
         wait_for(lambda: not house.aggregator.is_healthy())
         maintain(house, "db2", 1)
         wait_for(lambda: len(maintenance_events(house)) == 2)
@@ -1113,7 +1127,7 @@ def test_maintenance_over_a_restart(house: House, machines: Machines) -> None:
     machines.behaviours["db1"] = unreachable
     with house.watching():
         wait_for(lambda: house.stored("db1")[0] == "unhealthy" and house.stored("db2")[0] == "healthy")
-    maintain(house, "db1", 60)
+    maintain(house, "db1", 3600)
     with house.watching():
         assert house.aggregator.is_healthy()
     maintain(house, "db1", -1)
@@ -1129,9 +1143,10 @@ def test_maintenance_of_the_only_one_at_the_start(house: House, machines: Machin
     """Nothing is waited for; when it ends before the first result, that one decides."""
     house.write("name: db1, timeout: 3")
     machines.behaviours["db1"] = machines.hang
-    maintain(house, "db1", 5)
+    maintain(house, "db1", 3600)
     with house.watching():
         assert house.aggregator.is_healthy()
+        maintain(house, "db1", 1)
         wait_for(lambda: maintenance_events(house) != [])
         assert house.aggregator.is_healthy(), "a resource that is added counts from its first result on"
         machines.ended.set()
@@ -1194,7 +1209,7 @@ def test_a_step_that_cannot_be_written_down_is_written_later(house: House, machi
 
 def test_after_a_suspension_everything_is_polled_at_once(house: House, machines: Machines) -> None:
     """All leases have ended by then, and what waits for the next poll stood still, too."""
-    house.write("name: db1, interval: 600")
+    house.write("name: db1, interval: 600, rise: 3")
     with house.watching():
         wait_for(house.aggregator.is_healthy)
         house.poller("db1").expires_mono = 0.0
@@ -1296,19 +1311,25 @@ def test_check_now_of_a_machine_that_hangs(house: House, machines: Machines) -> 
 def test_check_now_by_many(house: House, machines: Machines) -> None:
     """Each gets an answer, and not each a poll of its own."""
     house.write("name: db1")
-    machines.behaviours["db1"] = machines.takes(0.2)
+    asked: list[int] = []
     reports: list[object] = []
 
     def ask() -> None:
-        reports.append(house.monitor.poll_now("db1", 10))
+        asked.append(1)
+        reports.append(house.monitor.poll_now("db1", 60))
+
+    def answer(guard: LoginGuard, deadline: Deadline) -> None:
+        wait_for(lambda: len(asked) == 20)
+        machines.ended.wait(0.2)
 
     with house.watching():
         wait_for(house.aggregator.is_healthy)
+        machines.behaviours["db1"] = answer
         threads = [threading.Thread(target=ask) for _ in range(20)]
         for thread in threads:
             thread.start()
         for thread in threads:
-            thread.join(15)
+            thread.join(120)
     assert len(reports) == 20 and None not in reports
     assert len(machines.polls) <= 8
 

@@ -62,7 +62,7 @@ RECORDED = (RECORDINGS / "administrator.json").read_text(encoding="utf-8").parti
 FULL_WAYS = [("http", "ntlm"), ("https", "certificate")]
 AT_ONCE = 24 if sys.platform != "win32" else 12
 LATE = 10  # seconds that a busy machine may add
-TIMEOUT = 3.0  # seconds; everything that does not wait for it is over long before
+TIMEOUT = 30.0  # seconds; everything that does not wait for it is over long before, on a busy machine, too
 DONE = "\ndone\n"
 ACCESS = ConnectionContext(KnownHosts(Path("no such file")), Resolver())
 
@@ -244,9 +244,12 @@ def test_the_configuration_name_reaches_the_server() -> None:
 
 
 def test_the_host_drops_a_forgotten_shell_after_a_minute() -> None:
-    with CountingServer("http", "ntlm", misbehave={"Command": "silent"}) as server:
-        assert poll(target(server, timeout=1)).cause == "timeout"
-        assert [shell.idle_timeout for shell in server.shells.values()] == ["PT60S"]
+    for seconds in deadlines("timeout", 0):
+        with CountingServer("http", "ntlm", misbehave={"Command": "silent"}) as server:
+            assert poll(target(server, timeout=seconds)).cause == "timeout"
+            if server.reached.is_set():
+                break
+    assert [shell.idle_timeout for shell in server.shells.values()] == ["PT60S"]
 
 
 def test_polls_in_many_threads() -> None:
@@ -282,7 +285,7 @@ def deadlines(cause: str, number: int) -> Iterator[float]:
 
     No two deadlines are the same: several dozen threads that end at one moment would all be late.
     """
-    for seconds in (1.5, 3, 6, 12) if cause == "timeout" else (90,):
+    for seconds in (1.5, 3, 6, 12, 24, 48) if cause == "timeout" else (90,):
         yield seconds + 0.05 * (number % AT_ONCE)
 
 
@@ -346,7 +349,7 @@ def test_a_failing_delete_costs_no_result() -> None:
     def outcome(wrong: Wrong) -> str:
         way, kind = wrong
         with CountingServer(*way, answer=RECORDED, misbehave={"Delete": kind}) as server:
-            polled = poll(target(server, timeout=8))
+            polled = poll(target(server, timeout=TIMEOUT))
             assert server.reached.is_set()
             return polled.verdict.state
 
@@ -356,11 +359,14 @@ def test_a_failing_delete_costs_no_result() -> None:
 
 @pytest.mark.parametrize("way", FULL_WAYS)
 def test_a_slow_script_is_stopped(way: tuple[str, str]) -> None:
-    with WSManServer(*way, answer=Answer(delay=float("inf"))) as server:
-        polled = poll(target(server, timeout=1))
-        assert (polled.cause, "raise timeout" in polled.reason) == ("timeout", True)
-        assert server.requests["Signal"] == 1
-        assert server.shells == {}
+    for seconds in deadlines("timeout", 0):
+        with WSManServer(*way, answer=Answer(delay=float("inf"))) as server:
+            polled = poll(target(server, timeout=seconds))
+            if server.requests["Signal"] and not server.shells:
+                break
+    assert (polled.cause, "raise timeout" in polled.reason) == ("timeout", True)
+    assert server.requests["Signal"] == 1
+    assert server.shells == {}
 
 
 def test_misbehaviour_while_a_slow_script_is_stopped() -> None:
@@ -437,8 +443,9 @@ def test_failed_polls_leave_nothing_behind(often: Callable[[int, int], int]) -> 
     kinds: list[Misbehaviour] = ["silent", "drop", "endless", "cut", "bad xml", 401, 503, "quota"]
 
     def fail(resource: Target) -> str:
+        deadline = Deadline(0.5 if kind == "silent" else TIMEOUT)
         with pytest.raises(ProbeError) as caught:
-            connection_to(resource).run("Get-Date", Output(DONE), Deadline(0.5))
+            connection_to(resource).run("Get-Date", Output(DONE), deadline)
         return caught.value.cause
 
     with no_leaks(), contextlib.ExitStack() as stack:
@@ -493,7 +500,7 @@ def test_refused_unknown_and_without_answer() -> None:
 
 
 def test_http_spoken_to_a_tls_port_and_tls_to_an_http_port() -> None:
-    with WSManServer("https", "ntlm") as secured, WSManServer("http", "ntlm") as plain:
+    with WSManServer("https", "ntlm") as secured, WSManServer("http", "ntlm", request_time=2) as plain:
         assert poll(target(secured, tls=False, ca_file=None)).cause in ("unreachable", "protocol")
         spoken = poll(target(plain, tls=True))
         assert (spoken.cause, "tls" in spoken.reason) == ("protocol", True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import math
 import os
 import re
@@ -46,12 +47,14 @@ from sshd import (
     write_private,
 )
 
+import healthchecker
 from healthchecker import (
     CONNECTIONS,
     Connection,
     ConnectionContext,
     Deadline,
     Guards,
+    HostSocket,
     KnownHosts,
     LocalConnection,
     LoginGuard,
@@ -72,7 +75,7 @@ if sys.platform != "win32":
 
 Server = Sshd | ParamikoSshd
 DEADLINE = 2.0  # seconds of a poll that nothing answers
-AMPLE = 30.0  # seconds of a poll that has an outcome before its deadline, on a busy machine, too
+AMPLE = 120.0  # seconds of a poll that has an outcome before its deadline, on a busy machine, too
 GRACE = 10  # seconds after its deadline in which a poll has ended on a busy machine; what hangs here does so for 60
 NOWHERE = Path("no such file")
 POSIX = pytest.mark.skipif(sys.platform == "win32", reason="the commands are for /bin/sh")
@@ -162,7 +165,7 @@ def meeting_place() -> Iterator[Path]:
 def restart(server: Sshd) -> None:
     """Let sshd read its configuration anew, once it serves: before, the signal would end it."""
     before = server.log().count("Server listening")
-    with socket.create_connection((server.address, server.port), 5) as connection:
+    with socket.create_connection((server.address, server.port), 60) as connection:
         assert connection.recv(4) == b"SSH-"
     server._listener.send_signal(signal.Signals["SIGHUP"])
     wait_for(lambda: server.log().count("Server listening") > before)
@@ -228,16 +231,16 @@ def test_wrong_password(sshd: Server, password: str) -> None:
         answer = poll(target(sshd, password=password + "x"))
     assert answer.cause == "auth"
     assert sshd.username in answer.reason
-    assert f"Failed password for {sshd.username}" in sshd.log()
+    wait_for(lambda: f"Failed password for {sshd.username}" in sshd.log())  # sshd answers first
 
 
 @pytest.mark.parametrize("secret", ["x" * 1023, "häßlich 密码 \U0001f511", " blank ", "'\"\\$(id)`id`\n\t"])
 def test_odd_passwords(secret: str) -> None:
     with ParamikoSshd() as server:
         server.password = secret
-        assert poll(target(server, password=secret, timeout=DEADLINE)).cause not in ("auth", "credential")
+        assert poll(target(server, password=secret, timeout=AMPLE)).cause not in ("auth", "credential")
         assert "Accepted password" in server.log()
-        assert poll(target(server, password=secret + "x", timeout=DEADLINE)).cause == "auth"
+        assert poll(target(server, password=secret + "x", timeout=AMPLE)).cause == "auth"
 
 
 def test_unknown_user(sshd: Server) -> None:
@@ -335,7 +338,7 @@ def test_neither_agent_nor_key_discovery(
     monkeypatch.setenv("SSH_AUTH_SOCK", str(tmp_path / "agent"))
     with paramiko.SSHClient() as client:  # the same key, found by a client that does look for it
         client.set_missing_host_key_policy(paramiko.AutoAddPolicy())
-        client.connect(sshd.address, sshd.port, sshd.username, allow_agent=False, timeout=5)
+        client.connect(sshd.address, sshd.port, sshd.username, allow_agent=False, timeout=60)
     attempts = sshd.log().count("publickey")
     with socket.socket(socket.AF_UNIX) as agent:
         agent.bind(str(tmp_path / "agent"))
@@ -402,13 +405,14 @@ def test_key_trusted_in_a_failed_poll_is_reported(sshd: Server, tmp_path: Path, 
         key.write_bytes(sshd.user_key().read_bytes())
     with meeting_place() as folder:
         slow = {"name": "slow", "command": f"test -e {folder}/quick || sleep 30", "timeout": 30}
-        watched = target(sshd, key_file=key, timeout=1.5, checks=[slow])
+        patient = target(sshd, key_file=key, timeout=AMPLE, checks=[slow])
+        watched = target(sshd, key_file=key, timeout=1.5, checks=[slow]) if first == "timeout" else patient
         connection = connect(watched, guard=Guards().of(watched))
         failed = poll(watched, connection)
         assert failed.cause == first
         (folder / "quick").touch()
         put(key, sshd.user_key().read_bytes())
-        good = poll(watched, connection)
+        good = poll(patient, connection)
     assert healthy(good)
     assert identities(sshd)["ed25519"] in (failed.host_key, good.host_key)
 
@@ -661,7 +665,7 @@ def test_name_server_that_hangs(sshd: Server) -> None:
     """A hundred polls wait for one look-up; numeric addresses do not wait; what comes late is of use."""
     resolver = HangingResolver()
     named = target(sshd, hostname="localhost", timeout=1, **good_login(sshd))
-    numeric = target(sshd, timeout=5, **good_login(sshd))
+    numeric = target(sshd, timeout=AMPLE, **good_login(sshd))
     shared = access(resolver=resolver)
 
     def one(watched: Target) -> Answer:
@@ -677,8 +681,38 @@ def test_name_server_that_hangs(sshd: Server) -> None:
         wait_for(lambda: threading.active_count() <= threads + 1)
         assert resolver.asked == 1
         resolver.answered.set()
-        next_item = target(sshd, hostname="localhost", timeout=5, **good_login(sshd))
+        next_item = target(sshd, hostname="localhost", timeout=AMPLE, **good_login(sshd))
         assert healthy(one(next_item))
+
+
+@POSIX
+def test_nobody_reads_from_a_closed_connection(sshd: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its descriptor is that of the next connection at once, and what comes there would be taken from it."""
+    early = 0
+
+    class Watched(HostSocket):
+        def __init__(self, *of: Any) -> None:
+            super().__init__(*of)
+            self.is_closed = threading.Event()
+
+        def recv(self, size: int, flags: int = 0, /) -> bytes:
+            nonlocal early
+            chunk = b""
+            try:
+                chunk = super().recv(size, flags)
+            finally:
+                early += not chunk and self.is_closed.wait(0.05)  # this thread gets no processor for a moment
+            return chunk
+
+        def close(self) -> None:
+            self.is_closed.set()
+            super().close()
+
+    monkeypatch.setattr(healthchecker, "HostSocket", Watched)
+    assert healthy(poll(target(sshd, timeout=AMPLE, **good_login(sshd))))
+    with RawServer(hostile.banner_then_silence) as server:
+        assert poll(target(server, timeout=1)).cause == "timeout"
+    assert early == 0
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="how a full backlog behaves differs between systems")
@@ -705,6 +739,7 @@ def test_no_descriptor_left(sshd: Server, platform: str) -> None:
     local = resource_of({"name": "host", "hostname": "localhost", "platform": "local"})
     watched = target(sshd, **good_login(sshd)) if platform == "linux" else local
     connection = connect(watched)
+    gc.collect()  # or what others left is closed in between
     descriptors = open_descriptors()
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
@@ -731,13 +766,14 @@ def sockets_to(port: int) -> Iterator[socket.socket]:
 @POSIX
 def test_nodelay() -> None:
     """Nagle's algorithm would hold back every second packet of a login for 40 ms."""
-    with RawServer(hostile.banner_then_silence) as server, ThreadPoolExecutor(1) as pool:
-        answer = pool.submit(poll, target(server, timeout=1))
-        options = wait_for(
-            lambda: [s.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) for s in sockets_to(server.port)], 1
-        )
+    with ThreadPoolExecutor(1) as pool:
+        with RawServer(hostile.banner_then_silence) as server:
+            answer = pool.submit(poll, target(server, timeout=AMPLE))
+            options = wait_for(
+                lambda: [s.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) for s in sockets_to(server.port)]
+            )
         assert options == [1]
-        assert answer.result(60).cause == "timeout"
+        assert answer.result(60).cause == "unreachable"
 
 
 # === Hosts that keep a poll waiting ==========================================
@@ -926,7 +962,7 @@ def test_every_poll_ends_in_time() -> None:
                    for name, scenario in scenarios.items()}
         for name, (_, cause, says) in scenarios.items():
             try:
-                answer = answers[name].result(120)
+                answer = answers[name].result(2 * AMPLE)
             except AssertionError as error:
                 wrong.append(f"{name}: {error}")
                 continue
@@ -971,9 +1007,9 @@ def test_failed_polls_leave_nothing_behind(sshd: Server, often: Callable[[int, i
         stack.enter_context(frozen)
         frozen.freeze()
         targets = {
-            "unreachable": target(closed, password="x"),
-            "auth": target(sshd, password="not the password"),
-            "protocol": target(rude, password="x"),
+            "unreachable": target(closed, password="x", timeout=AMPLE),
+            "auth": target(sshd, password="not the password", timeout=AMPLE),
+            "protocol": target(rude, password="x", timeout=AMPLE),
             "timeout": target(frozen, password="x", timeout=1),
         }
         poll(targets["auth"])  # what is imported at the first attempt is there before counting
@@ -981,7 +1017,7 @@ def test_failed_polls_leave_nothing_behind(sshd: Server, often: Callable[[int, i
             with ThreadPoolExecutor(20) as pool:
                 wanted = list(targets.items()) * often(10, 50)
                 answers = [(cause, pool.submit(poll, one)) for cause, one in wanted]
-                assert [(cause, answer.result(60).cause) for cause, answer in answers] == [
+                assert [(cause, answer.result(2 * AMPLE).cause) for cause, answer in answers] == [
                     (cause, cause) for cause, _ in answers
                 ]
             assert len(answers) == often(40, 200)
@@ -1023,7 +1059,7 @@ def test_login_shells(sshd: Server, shell: str) -> None:
 def test_accounts_without_a_shell(sshd: Server, shell: str, says: str) -> None:
     """Such a shell may end before the script has been sent; what it said counts all the same."""
     with login_shell(sshd, shell):
-        watched = target(sshd, timeout=5, **good_login(sshd))
+        watched = target(sshd, timeout=AMPLE, **good_login(sshd))
         with ThreadPoolExecutor(8) as pool:
             answers = list(pool.map(poll, [watched] * 16))
     assert {answer.cause for answer in answers} == {"protocol"}
@@ -1046,7 +1082,7 @@ def test_a_shell_that_ends_before_the_script_was_sent() -> None:
     """What it said is the reason, and not that sending failed."""
     checks = [{"name": f"check {number}", "command": f": {'x' * 1000}"} for number in range(100)]
     with no_leaks(), NarrowSshd(answer=closed_account) as server:
-        answer = poll(target(server, password=server.password, timeout=DEADLINE, checks=checks))
+        answer = poll(target(server, password=server.password, timeout=AMPLE, checks=checks))
     assert answer.cause == "protocol"
     assert "This account is currently not available" in answer.reason
 
@@ -1065,7 +1101,7 @@ def test_expired_password(own: Sshd) -> None:
         subprocess.run(["chage", "-d", day, own.username], env=environ, check=True, capture_output=True, timeout=60)
 
     last_changed("0")
-    answer = poll(target(own, timeout=DEADLINE, **good_login(own)))
+    answer = poll(target(own, timeout=AMPLE, **good_login(own)))
     last_changed("2020-01-01")
     assert answer.cause in ("protocol", "auth")
     assert "assword" in answer.reason
@@ -1094,7 +1130,8 @@ def test_forced_commands(own: Sshd, tmp_path: Path, command: str, cause: str, sa
     with (own.folder / "authorized_keys").open("a", encoding="ascii") as authorized:
         authorized.write(f'command="{command}",no-pty {public_line(key)}\n')
     with no_leaks():
-        answer = poll(target(own, key_file=tmp_path / "key", timeout=1))
+        timeout = 1 if "timeout" in cause.split() else AMPLE
+        answer = poll(target(own, key_file=tmp_path / "key", timeout=timeout))
     own.kill_sessions()
     assert answer.cause in (cause.split() or [""])
     assert says in answer.reason
@@ -1132,7 +1169,7 @@ def test_configurations(own: Sshd, settings: str, login: str, cause: str, says: 
         "key": {"key_file": own.user_key()},
     }
     with no_leaks(), settings_digest(own, settings):
-        answer = poll(target(own, timeout=5, **logins[login]))
+        answer = poll(target(own, timeout=AMPLE, **logins[login]))
     assert answer.cause in (cause.split() or [""]), answer
     assert says in answer.reason
 
@@ -1207,7 +1244,7 @@ def test_dialogues(questions: list[list[str]], more: str, expected: tuple[str, s
     if sys.platform == "win32" and not cause:
         pytest.skip("the commands are for /bin/sh")
     with DialogueSshd(questions, 0.0) as server:
-        answer = poll(target(server, password=server.password + more, timeout=DEADLINE))
+        answer = poll(target(server, password=server.password + more, timeout=AMPLE))
     assert (answer.cause, says in answer.reason) == (cause, True), answer
 
 
@@ -1223,7 +1260,7 @@ def test_what_a_host_says_before_its_banner_is_part_of_the_reason(lines: int) ->
         connection.sendall(b"Not allowed at this time\r\n" * lines)
 
     with RawServer(refuse) as server:
-        answer = poll(target(server, timeout=DEADLINE))
+        answer = poll(target(server, timeout=AMPLE))
     assert "it said: Not allowed at this time" in answer.reason and len(answer.reason) <= 500
 
 
@@ -1348,7 +1385,7 @@ def test_what_the_client_offers() -> None:
             heard.append(stream.read(size)[18:])  # after the padding's length, the message's number and the cookie
 
     with RawServer(listen) as server:
-        poll(target(server, timeout=DEADLINE))
+        poll(target(server, timeout=AMPLE))
     message = paramiko.Message(heard[0])
     lists = [message.get_list() for _ in range(6)]
     offered = {name for names in lists for name in names}
@@ -1414,16 +1451,21 @@ ENDLESS_SCRIPTS = [
 
 @POSIX
 def test_local_deadline(mark: str) -> None:
-    def one(script: str) -> float:
+    def one(script: str, seconds: float = 1.0) -> float:
         begin = time.monotonic()
         try:
-            assert run_local(script).startswith(b"so far\n"), script
+            printed = run_local(script, seconds)
         except ProbeError as error:  # the deadline was seen between two reads
             assert error.cause == "timeout", script
-        return time.monotonic() - begin
+            printed = b"so far\n"
+        late = time.monotonic() - begin - seconds
+        if not printed and seconds < AMPLE:  # a busy machine needs longer to come to the first word
+            return one(script, 4 * seconds)
+        assert printed.startswith(b"so far\n"), script
+        return late
 
     with no_leaks(), ThreadPoolExecutor(len(ENDLESS_SCRIPTS)) as pool:
-        assert max(pool.map(one, ENDLESS_SCRIPTS)) <= 1 + GRACE
+        assert max(pool.map(one, ENDLESS_SCRIPTS)) <= GRACE
     wait_for(lambda: not marked(mark))
 
 
@@ -1431,9 +1473,12 @@ def test_local_deadline(mark: str) -> None:
 @pytest.mark.parametrize("timeout", [1, 30])
 def test_local_check_beyond_the_deadline(timeout: float, mark: str) -> None:
     """A check's own processes end with the poll, and not at some later time of their own."""
-    slow = [{"name": f"slow {number}", "command": "sleep 60 & sleep 60; :", "timeout": timeout} for number in range(3)]
-    with no_leaks():
-        answer = poll(local(checks=slow, timeout=2))
+    slow = [{"name": f"slow {number}", "command": "sleep 60 & sleep 60; :", "timeout": timeout} for number in range(40)]
+    for seconds in (2, 8, 32):  # a busy machine needs longer to come to the checks
+        with no_leaks():
+            answer = poll(local(checks=slow, timeout=seconds))
+        if "slow" in answer.reason:
+            break
     assert (answer.cause, "slow" in answer.reason) == ("timeout", True)
     wait_for(lambda: not marked(mark))
 

@@ -264,9 +264,9 @@ def test_long_answers_and_long_scripts_come_whole(size: int) -> None:
 
 
 def test_a_delay_is_waited_for_with_operation_timeouts() -> None:
-    with WSManServer("http", "ntlm", answer=Answer(output=("late",), delay=1.5)) as server:
+    with WSManServer("http", "ntlm", answer=Answer(output=("late",), delay=3)) as server:
         assert invoke(server, operation_timeout=1).output == ["late"]
-        assert server.requests["Receive"] == 2
+        assert server.requests["Receive"] >= 2
 
 
 def test_a_script_can_be_stopped() -> None:

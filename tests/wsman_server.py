@@ -49,7 +49,7 @@ from urllib3.util.wait import wait_for_read
 HOST = "127.0.0.1"
 REQUEST_LIMIT = 4 * 1024 * 1024  # bytes of one request's body
 DRIP_INTERVAL = 0.1  # seconds between two bytes; shorter than any read timeout a test would use
-REQUEST_TIME = 2.0  # seconds without a byte inside a request or a handshake
+REQUEST_TIME = 30.0  # seconds without a byte inside a request or a handshake
 WAITING_TURN = 0.1  # seconds
 SHELL_LIMIT = 30  # shells per user, as on Windows
 
@@ -421,14 +421,14 @@ class SecuredConnection(http.server.BaseHTTPRequestHandler):
     """One TCP connection with what belongs to it: who logged in, and the keys of its message encryption."""
 
     protocol_version = "HTTP/1.1"
-    timeout = REQUEST_TIME
     wbufsize = -1  # a response leaves in one piece
     disable_nagle_algorithm = True
     server: Listener
 
     def setup(self) -> None:
-        super().setup()
         self.owner = self.server.owner
+        self.timeout = self.owner.request_time
+        super().setup()
         self.certificate = self.owner.certificate
         self.user = ""
         self.token: bytes | None = None  # the last leg's token, for the next response
@@ -724,7 +724,7 @@ class Listener(socketserver.ThreadingTCPServer):
         """Do the TLS handshake in the connection's own thread, then speak HTTP."""
         connection: socket.socket = request
         try:
-            connection.settimeout(REQUEST_TIME)
+            connection.settimeout(self.owner.request_time)
             self._keep(connection, connection)
             self._misbehave_early("accept", connection)
             if self.owner.scheme == "https":
@@ -755,8 +755,8 @@ class Listener(socketserver.ThreadingTCPServer):
         """Wake every thread that waits for its client."""
         with self.sockets_lock:
             for connection in self.sockets:
-                with contextlib.suppress(OSError):
-                    connection.shutdown(socket.SHUT_RDWR)
+                with contextlib.suppress(OSError):  # a TLS socket's own would take its state from under its thread
+                    socket.socket.shutdown(connection, socket.SHUT_RDWR)
 
     def _misbehave_early(self, step: str, connection: socket.socket) -> None:
         kind = self.owner.take_misbehaviour(step)
@@ -842,6 +842,7 @@ class WSManServer:
     channel_binding: bool = True
     shell_limit: int = SHELL_LIMIT
     open_shell: Callable[[WSManServer, str, str], Shell] = Shell  # of a server, a resource URI and an idle time
+    request_time: float = REQUEST_TIME
     spoil: Callable[[bytes], bytes] = bytes  # what becomes of a fragment, of the envelope around it, of a response
 
     def __post_init__(self) -> None:
