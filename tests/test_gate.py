@@ -283,18 +283,18 @@ class Serving:
     def __exit__(self, *_: object) -> None:
         with contextlib.suppress(OSError):  # test_stopping_twice is about it
             self.server.stop()
-        self.thread.join(15)
+        self.thread.join(60)
         assert not self.thread.is_alive()
         wasyncore.close_all(self.server._map)  # nothing is left to close, unless the loop died of an error
         self.server.pool.shutdown(timeout=1)
 
     @contextlib.contextmanager
-    def client(self, timeout: float = 10) -> Iterator[http.client.HTTPConnection]:
+    def client(self, timeout: float = 60) -> Iterator[http.client.HTTPConnection]:
         connection = http.client.HTTPConnection("127.0.0.1", self.address[1], timeout=timeout)
         with contextlib.closing(connection):
             yield connection
 
-    def get(self, path: str = "/", timeout: float = 10) -> tuple[int, bytes]:
+    def get(self, path: str = "/", timeout: float = 60) -> tuple[int, bytes]:
         with self.client(timeout) as client:
             client.request("GET", path)
             answer = client.getresponse()
@@ -302,9 +302,17 @@ class Serving:
 
     def raw(self, request: bytes) -> bytes:
         """Everything the server sends until it closes the connection."""
-        with socket.create_connection(self.address, timeout=10) as sock:
+        with socket.create_connection(self.address, timeout=60) as sock:
             sock.sendall(request)
             return reads(sock)
+
+
+def goes_round(serving: Serving) -> None:
+    """Waits until the loop has ended its turn, made a whole one, and done what that has found."""
+    for _ in range(3):
+        turned = threading.Event()
+        serving.server.trigger.pull_trigger(turned.set)
+        assert turned.wait(60)
 
 
 @pytest.fixture(autouse=True)
@@ -316,10 +324,10 @@ def _nothing_left() -> Iterator[None]:
 
 @POOL
 def test_open_and_closed(threads: int) -> None:
-    with Serving(hello, threads) as serving:
+    with Serving(hello, threads, lambda: NOW) as serving:
         assert serving.get() == (200, b"hello")
         serving.lease.until.value = 0.0
-        serving.lease.opens.value = time.monotonic() + 30
+        serving.lease.opens.value = NOW + 30
         for path, status in ({"/": 503, "/x?y=1": 503, "/-/livez": 200, "/-/livez?x=1": 200, "/-/readyz": 503,
                               "/-/gate": 403, "/-/health": 503, "/-/nope": 404, "/%2d/livez": 200,
                               "//-/livez": 200}).items():  # fmt: skip
@@ -327,7 +335,7 @@ def test_open_and_closed(threads: int) -> None:
         with serving.client() as client:
             client.request("GET", "/")
             answer = client.getresponse()
-            assert answer.headers["Retry-After"] in ("29", "30")
+            assert answer.headers["Retry-After"] == "30"
             assert answer.headers["Cache-Control"] == "no-store"
             assert answer.headers.get_content_type() == "application/json"
             assert json.loads(answer.read())["status"] == 503
@@ -422,10 +430,10 @@ def test_application_that_raises(
             with contextlib.suppress(
                 http.client.HTTPException, ConnectionError
             ):  # a closed connection is fair
-                status, body = serving.get(path, 1)
+                status, body = serving.get(path)
                 assert status == (200 if path == "/late" else 500)
                 assert b"secret-detail" not in body
-            assert serving.get("/-/livez", 2) == (200, b"ok\n"), f"after {path} nobody serves any more"
+            assert serving.get("/-/livez") == (200, b"ok\n"), f"after {path} nobody serves any more"
 
 
 @POOL
@@ -434,7 +442,7 @@ def test_stopping_twice(threads: int) -> None:
     with Serving(hello, threads) as serving:
         assert serving.get() == (200, b"hello")
         serving.server.stop()
-        serving.thread.join(5)
+        serving.thread.join(60)
         serving.server.stop()
 
 
@@ -466,7 +474,7 @@ def test_a_stream_in_the_pool_arrives_as_it_comes() -> None:
     def streams(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
         start_response("200 OK", [("Content-Type", "text/plain")])
         yield b"first"
-        proceed.wait(10)
+        proceed.wait(120)
         yield b"last"
 
     with Serving(streams, 1) as serving, serving.client() as client:
@@ -491,13 +499,12 @@ def test_a_large_response(threads: int) -> None:
     with Serving(large, threads) as serving, serving.client() as client:
         client.request("GET", "/")
         answer = client.getresponse()
-        begin = time.monotonic()
+        wait_for(lambda: left(serving))
         assert serving.get("/-/livez") == (200, b"ok\n")
-        assert time.monotonic() - begin < 2
-        left = count << 20
+        size = 0
         while part := answer.read1(1 << 20):
-            left -= len(part)
-        assert left == 0
+            size += len(part)
+        assert size == count << 20
         assert serving.get("/-/livez") == (200, b"ok\n")
 
 
@@ -507,7 +514,7 @@ def test_a_slow_application_delays_nothing_of_ours() -> None:
 
     def slow(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
         entered.release()
-        release.wait(20)
+        release.wait(120)
         return hello(environ, start_response)
 
     answers: list[tuple[int, bytes]] = []
@@ -516,18 +523,17 @@ def test_a_slow_application_delays_nothing_of_ours() -> None:
         try:
             for client in clients:
                 client.start()
-            assert entered.acquire(timeout=5) and entered.acquire(timeout=5)
-            begin = time.monotonic()
+            assert entered.acquire(timeout=60) and entered.acquire(timeout=60)
             for path, status in {"/-/livez": 200, "/-/readyz": 200, "/-/gate": 204, "/-/health": 200}.items():
                 assert serving.get(path)[0] == status
             serving.lease.until.value = 0.0
             for path in ("/", "/-/readyz", "/other"):
                 assert serving.get(path)[0] == 503
-            assert time.monotonic() - begin < 1
+            assert not answers, "both were busy all the time"
         finally:
             release.set()
             for client in clients:
-                client.join(10)
+                client.join(60)
     assert sorted(answers)[:2] == [(200, b"hello")] * 2, "requests that were let in are answered"
     assert len(answers) == 5
 
@@ -579,7 +585,7 @@ def test_expect_100_continue(threads: int) -> None:
         start_response("200 OK", [("Content-Type", "text/plain"), ("Content-Length", "4")])
         return [environ["wsgi.input"].read()]
 
-    with Serving(echo, threads) as serving, socket.create_connection(serving.address, timeout=5) as sock:
+    with Serving(echo, threads) as serving, socket.create_connection(serving.address, timeout=60) as sock:
         sock.sendall(b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 4\r\nExpect: 100-continue\r\n\r\n")
         with sock.makefile("rb") as stream:
             assert stream.readline() == b"HTTP/1.1 100 Continue\r\n"
@@ -602,7 +608,7 @@ def test_clients_that_leave(threads: int) -> None:
     with Serving(large, threads) as serving:
         for request in (b"GET / HT", b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n\r\nhalf",
                         b"GET / HTTP/1.1\r\nHost: x\r\n\r\n") * 3:  # fmt: skip
-            with socket.create_connection(serving.address, timeout=5) as sock:
+            with socket.create_connection(serving.address, timeout=60) as sock:
                 sock.sendall(request)
                 if b"half" not in request and request.endswith(b"\r\n\r\n"):
                     assert sock.recv(100).startswith(b"HTTP/1.1 200")
@@ -706,18 +712,18 @@ def answered(sock: socket.socket, size: int) -> bool:
 def test_a_client_that_sends_ahead(pieces: int) -> None:
     """What it sends while its answer is made waits, without work for the loop, and is answered as soon as that is."""
     app, size = Busy(pieces), 5 * pieces
-    with Serving(app, 2) as serving, socket.create_connection(serving.address, timeout=10) as sock:
+    with Serving(app, 2) as serving, socket.create_connection(serving.address, timeout=60) as sock:
         for _ in range(50):
             sock.sendall(b"GET /1 HTTP/1.1\r\nHost: x\r\n\r\n")
-            assert app.asked.acquire(timeout=5)
+            assert app.asked.acquire(timeout=60)
             sock.sendall(b"GET /2 HTTP/1.1\r\nHost: x\r\n\r\n")
             app.go.release()
             assert answered(sock, size)
-            assert app.asked.acquire(timeout=5), "the second one is served"
+            assert app.asked.acquire(timeout=60), "the second one is served"
             app.go.release()
             assert answered(sock, size)
         sock.sendall(b"GET /1 HTTP/1.1\r\nHost: x\r\n\r\n")
-        assert app.asked.acquire(timeout=5)
+        assert app.asked.acquire(timeout=60)
         sock.sendall(b"GET /2 HTTP/1.1\r\nHost: x\r\n\r\n")
         rests(serving)
         app.go.release(2)
@@ -730,9 +736,9 @@ def test_a_client_that_leaves_while_its_answer_is_made() -> None:
     app = Busy()
     with Serving(app, 2) as serving:
         for resets in (False, True):
-            with socket.create_connection(serving.address, timeout=10) as sock:
+            with socket.create_connection(serving.address, timeout=60) as sock:
                 sock.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
-                assert app.asked.acquire(timeout=5)
+                assert app.asked.acquire(timeout=60)
                 if resets:
                     sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             rests(serving)
@@ -745,7 +751,7 @@ def test_a_client_that_leaves_while_its_answer_is_made() -> None:
 
 def test_what_a_thread_leaves_to_a_turn_that_is_about_to_wait() -> None:
     """The loop has looked at everything, and does not wait yet: nothing wakes it, and it looks again."""
-    with Serving(hello, 0) as serving, socket.create_connection(serving.address, timeout=10) as sock:
+    with Serving(hello, 0) as serving, socket.create_connection(serving.address, timeout=60) as sock:
         wait_for(lambda: serving.server.active_channels)
         (channel,) = serving.server.active_channels.values()
         tally, left = serving.server.tally, threading.Event()
@@ -760,9 +766,10 @@ def test_what_a_thread_leaves_to_a_turn_that_is_about_to_wait() -> None:
                 left.set()
 
         tally.turn = leaves
+        serving.server.adj.asyncore_loop_timeout = 300
         sock.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
-        assert left.wait(5)
-        wait_for(lambda: not channel.touched, 0.5)
+        assert left.wait(60)
+        wait_for(lambda: not channel.touched)
         del tally.turn
 
 
@@ -772,7 +779,7 @@ def test_a_slow_reader_makes_no_work(threads: int) -> None:
     """The loop waits until it takes more, and then it gets all."""
     size = 8 << 20
 
-    with Serving(of_size(size), threads) as serving, socket.create_connection(serving.address, timeout=10) as sock:
+    with Serving(of_size(size), threads) as serving, socket.create_connection(serving.address, timeout=60) as sock:
         sock.sendall(b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
         sock.recv(1)
         wait_for(lambda: all(channel.total_outbufs_len for channel in serving.server.active_channels.values()))
@@ -793,7 +800,7 @@ def test_idle_connections_cost_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(GateChannel, "readable", counting)
     with Serving(hello, 0, connections=400) as serving, contextlib.ExitStack() as stack:
         for _ in range(200):
-            stack.enter_context(socket.create_connection(serving.address, timeout=10))
+            stack.enter_context(socket.create_connection(serving.address, timeout=60))
         with serving.client() as client:
             client.request("GET", "/")
             client.getresponse().read()
@@ -825,10 +832,10 @@ def test_a_stream_that_pauses_makes_no_work() -> None:
     def pauses(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
         start_response("200 OK", [("Content-Type", "text/plain"), ("Content-Length", str(size + 5))])
         yield b"x" * size
-        go.wait(10)
+        go.wait(120)
         yield b"hello"
 
-    with Serving(pauses, 2) as serving, socket.create_connection(serving.address, timeout=10) as sock:
+    with Serving(pauses, 2) as serving, socket.create_connection(serving.address, timeout=60) as sock:
         sock.sendall(ask())
         wait_for(lambda: left(serving))
         rests(serving)
@@ -846,10 +853,10 @@ def test_an_answer_does_not_wait_for_the_one_behind_it() -> None:
     go = threading.Event()
 
     def page(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
-        go.wait(10)
+        go.wait(120)
         return hello(environ, start_response)
 
-    with Serving(page, 1) as serving, socket.create_connection(serving.address, timeout=5) as sock:
+    with Serving(page, 1) as serving, socket.create_connection(serving.address, timeout=60) as sock:
         sock.sendall(ask("/-/livez") + ask())
         assert sock.recv(1000).endswith(b"ok\n")
         rests(serving)
@@ -864,13 +871,13 @@ def test_a_client_that_sends_ahead_takes_turns_with_the_others() -> None:
     def app(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
         asked.append(environ["PATH_INFO"])
         arrived.set()
-        go.wait(10)
+        go.wait(120)
         return hello(environ, start_response)
 
     with Serving(app, 0) as serving, contextlib.ExitStack() as stack:
-        many, one = (stack.enter_context(socket.create_connection(serving.address, timeout=10)) for _ in range(2))
+        many, one = (stack.enter_context(socket.create_connection(serving.address, timeout=60)) for _ in range(2))
         many.sendall(ask("/many") * 100)
-        assert arrived.wait(10)
+        assert arrived.wait(60)
         one.sendall(ask("/one"))
         go.set()
         assert answered(one, 5)
@@ -889,7 +896,7 @@ def test_answers_that_nobody_takes_are_not_made() -> None:
         start_response("200 OK", [("Content-Type", "text/plain"), ("Content-Length", str(size))])
         return [b"x" * size]
 
-    with Serving(app, 0) as serving, socket.create_connection(serving.address, timeout=10) as sock:
+    with Serving(app, 0) as serving, socket.create_connection(serving.address, timeout=60) as sock:
         sock.sendall(ask() * (count - 1) + LAST)
         wait_for(lambda: left(serving) > POOL_BUFFER)
         rests(serving)
@@ -902,7 +909,7 @@ def test_a_large_answer_with_a_request_behind_it() -> None:
     """It is more than waits for a client at most: its pool thread waits, and the loop knows that."""
     size = POOL_BUFFER + (8 << 20)
 
-    with Serving(of_size(size), 2) as serving, socket.create_connection(serving.address, timeout=5) as sock:
+    with Serving(of_size(size), 2) as serving, socket.create_connection(serving.address, timeout=60) as sock:
         sock.sendall(ask() + LAST)
         wait_for(lambda: left(serving) > POOL_BUFFER)
         rests(serving)
@@ -913,7 +920,7 @@ def test_two_never_send_from_one_buffer() -> None:
     """While a thread has it (to send a 100 Continue), the loop waits with what is left in it."""
     size = 8 << 20
 
-    with Serving(of_size(size), 2) as serving, socket.create_connection(serving.address, timeout=10) as sock:
+    with Serving(of_size(size), 2) as serving, socket.create_connection(serving.address, timeout=60) as sock:
         sock.sendall(ask() + ask("/", "POST", "Content-Length: 5", "Expect: 100-continue"))
         wait_for(lambda: left(serving))
         (channel,) = serving.server.active_channels.values()
@@ -926,7 +933,7 @@ def test_two_never_send_from_one_buffer() -> None:
                 while part := sock.recv(1 << 20):
                     received += len(part)
             assert channel.total_outbufs_len == kept > 0
-        sock.settimeout(10)
+        sock.settimeout(60)
         while received < size:
             received += len(sock.recv(1 << 20))
         sock.sendall(b"hello")
@@ -980,7 +987,7 @@ def test_a_request_that_the_disk_has_no_room_for(threads: int, monkeypatch: pyte
     """Large bodies are in temporary files, too: 503, and everybody else is served."""
     monkeypatch.setattr(tempfile, "TemporaryFile", lambda mode: open("/dev/full", mode))  # noqa: SIM115  # waitress closes it
     with Serving(hello, threads) as serving:
-        with socket.create_connection(serving.address, timeout=10) as sock:
+        with socket.create_connection(serving.address, timeout=60) as sock:
             sock.sendall(ask("/", "POST", "Content-Length: 1000000") + bytes(1_000_000))
             assert sock.recv(1000).startswith(b"HTTP/1.1 503 ")
         assert serving.get() == (200, b"hello")
@@ -998,7 +1005,7 @@ def test_a_file_that_is_cut_while_it_is_sent(threads: int, tmp_path: Path) -> No
 
     with path.open("wb") as file:
         file.truncate(size)
-    with Serving(app, threads) as serving, socket.create_connection(serving.address, timeout=10) as sock:
+    with Serving(app, threads) as serving, socket.create_connection(serving.address, timeout=60) as sock:
         sock.sendall(ask())
         received = len(sock.recv(1000))
         os.truncate(path, 1 << 20)
@@ -1025,14 +1032,14 @@ def test_a_connection_that_cannot_be_waited_for(known: bool, monkeypatch: pytest
     app = Busy()
     with Serving(app, 2) as serving, contextlib.ExitStack() as stack:
         if known:
-            sock = stack.enter_context(socket.create_connection(serving.address, timeout=10))
+            sock = stack.enter_context(socket.create_connection(serving.address, timeout=60))
             sock.sendall(ask() * 2)
-            assert app.asked.acquire(timeout=5)
+            assert app.asked.acquire(timeout=60)
             sock.sendall(ask())
             wait_for(lambda: not any(channel.watched for channel in serving.server.active_channels.values()))
         monkeypatch.setattr(ShortOfMemory, "refuses", 1)
         if not known:
-            sock = stack.enter_context(socket.create_connection(serving.address, timeout=10))
+            sock = stack.enter_context(socket.create_connection(serving.address, timeout=60))
         app.go.release(10)
         with contextlib.suppress(ConnectionError):
             while sock.recv(1000):
@@ -1101,7 +1108,7 @@ def test_what_nobody_foresaw(threads: int, monkeypatch: pytest.MonkeyPatch, capl
     monkeypatch.setattr(GateParser, "close", fails)
     with Serving(hello, threads) as serving:
         for _ in range(3):
-            with socket.create_connection(serving.address, timeout=10) as sock:
+            with socket.create_connection(serving.address, timeout=60) as sock:
                 sock.sendall(ask() * 2)
                 assert len(reads(sock)) < 1000
         faulty.clear()
@@ -1139,7 +1146,7 @@ def test_an_answer_does_not_wait_for_what_its_application_closes(threads: int) -
 
     class Closes(list[bytes]):
         def close(self) -> None:
-            go.wait(10)
+            go.wait(120)
             closed.set()
 
     def app(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
@@ -1148,7 +1155,7 @@ def test_an_answer_does_not_wait_for_what_its_application_closes(threads: int) -
     if not threads:
         go.set()
     with Serving(app, threads) as serving:
-        assert serving.get(timeout=5) == (200, b"hello")
+        assert serving.get() == (200, b"hello")
         assert closed.is_set() is not bool(threads)
         go.set()
         wait_for(closed.is_set)
@@ -1216,7 +1223,7 @@ def test_requests_that_the_end_does_not_wait_for(caplog: pytest.LogCaptureFixtur
         def __getitem__(self, index: Any) -> Any:
             return [][0]
 
-    with Serving(hello, 1) as serving, socket.create_connection(serving.address, timeout=10):
+    with Serving(hello, 1) as serving, socket.create_connection(serving.address, timeout=60):
         wait_for(lambda: serving.server.active_channels)
         (channel,) = serving.server.active_channels.values()
         channel.requests = Vanishing()
@@ -1253,14 +1260,14 @@ def test_who_is_ahead_lets_the_others_come_first() -> None:
 
         def come(number: int, until: int) -> None:
             for _ in range(number):
-                stack.enter_context(socket.create_connection(serving.address, timeout=10))
+                stack.enter_context(socket.create_connection(serving.address, timeout=60))
             wait_for(lambda: not server.watched)
             assert len(server.active_channels) == until
             now[0] += HEAD_START
             wait_for(lambda: holds(until + number))
 
         for _ in range(5):
-            stack.enter_context(socket.create_connection(serving.address, timeout=10))
+            stack.enter_context(socket.create_connection(serving.address, timeout=60))
         wait_for(lambda: len(server.active_channels) == 5)
         come(3, 5)
         now[0] += 1
@@ -1269,7 +1276,7 @@ def test_who_is_ahead_lets_the_others_come_first() -> None:
         come(70, 10)  # more than it takes in a turn
         other.hold(60)
         now[0] += 1
-        stack.enter_context(socket.create_connection(serving.address, timeout=10))
+        stack.enter_context(socket.create_connection(serving.address, timeout=60))
         wait_for(lambda: holds(81))
 
 
@@ -1294,7 +1301,7 @@ INTERNALS = {
 
 
 def test_every_internal_of_waitress_is_there() -> None:
-    with Serving(hello, 0) as serving, socket.create_connection(serving.address, timeout=10) as sock:
+    with Serving(hello, 0) as serving, socket.create_connection(serving.address, timeout=60) as sock:
         sock.sendall(ask()[:-2])
         wait_for(lambda: [channel for channel in serving.server.active_channels.values() if channel.request])
         (channel,) = serving.server.active_channels.values()
@@ -1345,7 +1352,7 @@ def test_no_task_is_forgotten() -> None:
             side.start()
         for side in sides:
             side.join(60)
-        wait_for(lambda: len(done) == count, 20)
+        wait_for(lambda: len(done) == count)
         assert sorted(done) == list(range(count))
         wait_for(lambda: not pool.queue and not pool.active_count)
     finally:
@@ -1357,8 +1364,8 @@ def test_tasks_that_block_get_a_thread_each() -> None:
     pool, together = Pool(4, 100), threading.Barrier(5)
     try:
         for _ in range(4):
-            pool.add_task(Task(lambda: together.wait(10) and None))  # type: ignore[arg-type]
-        together.wait(10)
+            pool.add_task(Task(lambda: together.wait(60) and None))  # type: ignore[arg-type]
+        together.wait(60)
     finally:
         pool.shutdown(timeout=5)
 
@@ -1369,18 +1376,17 @@ def test_the_end_of_a_pool() -> None:
 
     def busy() -> None:
         began.release()
-        go.wait(10)
+        go.wait(120)
 
     first = [Task(busy), Task(busy)]
     for task in first:
         pool.add_task(task)  # type: ignore[arg-type]
-        assert began.acquire(timeout=5)
+        assert began.acquire(timeout=60)
     late = Task(busy)
     pool.add_task(late)  # type: ignore[arg-type]
     assert pool.waiting == 1
-    before = time.monotonic()
     pool.shutdown(timeout=0.1)
-    assert time.monotonic() - before < 2
+    assert len(pool.threads) == 2, "it does not wait for the busy ones"
     assert late.cancelled and not any(task.cancelled for task in first)
     go.set()
     wait_for(lambda: not pool.threads)
