@@ -3360,7 +3360,7 @@ class SshConnection(SshLogin):
 # connection, whatever requests or urllib3 make of an answer. In the poller's thread.
 # Gives: missing_package, PowerShellConnection
 HTTP_CAUSES: dict[int, Cause] = {403: "auth", 502: "unreachable", 503: "unreachable", 504: "unreachable"}
-SHELL_END = 0.8                 # seconds for a shell to be deleted
+SHELL_END = 5.0                 # seconds for a shell to be deleted, also behind the deadline of the poll
 CLEANUP_TIME = 5.0              # seconds for a script that has answered to say what it leaves
 START_WINRM = "run `winrm quickconfig` there and check port and tls"
 UNMAPPED = "the host refuses the client certificate; map it to an account there"
