@@ -576,7 +576,7 @@ def test_an_application_that_loads_slowly_and_dies_at_once(folder: Path, monkeyp
     monkeypatch.setattr(healthchecker, "WORKER_LIFE", 3)
     (folder / "shop.py").write_text(f"{APP}\ntime.sleep(3.2)\n{DIES}", encoding="utf-8")
     with Team(folder, 1, SHOP) as team, Clients(team.address, 1, keep=False, pause=0.1, patience=0):
-        died = wait_for(lambda: (found := [*folder.glob("died-*")])[1:] and found, BACK)
+        died = wait_for(lambda: (found := [*folder.glob("died-*")])[1:] and found, 2 * BACK)
         at, pid = max(path.name.split("-")[1:] for path in died)
         wait_for(lambda: new_ones(os.getpid(), {int(pid)}), BACK)
         assert time.monotonic() - int(at) / 1e9 >= 0.5
