@@ -6354,12 +6354,12 @@ class Monitor(threading.Thread):
             poller.join(max(0.0, ends_mono - time.monotonic()))
         self._context.recorder.close()
 
-    def catch_up(self) -> None:
-        """Waits until the pollers follow the rows as they are now. For any thread."""
+    def catch_up(self) -> bool:
+        """Waits until the pollers follow the rows as they are now; whether they do in time. For any thread."""
         with self._store.reading() as session:
             wanted = revision(session)
         with self._followed:
-            self._followed.wait_for(lambda: self._revision >= wanted, 4 * MONITOR_INTERVAL)
+            return self._followed.wait_for(lambda: self._revision >= wanted, 20 * MONITOR_INTERVAL)
 
     def poll_now(self, name: str, timeout: float) -> Report | None:
         """Polls a resource at once and waits until its report is written; None when there was none in `timeout`
@@ -8544,7 +8544,8 @@ def poll_now(who: Principal, name: str) -> CheckView:
     """Polls a resource now and waits for the result."""
     with who.context.store.reading() as session:
         find_resource(session, name)
-    who.context.monitor.catch_up()
+    if not who.context.monitor.catch_up():
+        raise ApiError("the settings as they are now are not watched yet; try again", 504)
     report = who.context.monitor.poll_now(name, POLL_NOW_TIMEOUT)
     if report is None:
         raise ApiError(f"there is no result after {POLL_NOW_TIMEOUT:.0f} s; the poll goes on", 504)

@@ -125,6 +125,25 @@ def test_changes_take_effect_at_once(service: Service, client: Client) -> None:
     service.wait_status("/-/readyz", 200)
 
 
+def test_a_check_waits_for_the_settings_or_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever has just changed them is not told what came of those before."""
+    go, load = threading.Event(), healthchecker.load_targets
+    with local_console(tmp_path, "  - {name: one, platform: simulated, mean_healthy: 100000}") as local:
+        local.log_in()
+        assert local.api("POST", "resources/one/check").status == 200
+        monkeypatch.setattr(healthchecker, "load_targets", lambda *arguments: go.wait(120) and load(*arguments))
+        monkeypatch.setattr(healthchecker, "MONITOR_INTERVAL", 0.01)
+        try:
+            assert local.api("POST", "resources", {"name": "two", **SIMULATED}).status == 201
+            for name in ("one", "two"):
+                reply = local.api("POST", f"resources/{name}/check")
+                assert (reply.status, "not watched yet" in reply.body) == (504, True), reply
+        finally:
+            go.set()
+        local.follow()
+        assert local.api("POST", "resources/two/check").status == 200
+
+
 def test_defaults_come_back(client: Client) -> None:
     """null stands for the default, in a new resource and in a change."""
     added = client.api("POST", "resources", {"name": "one", "port": None, "rise": 5, "fall": None, **SIMULATED})

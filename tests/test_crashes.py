@@ -142,17 +142,17 @@ def test_kills_leave_nothing_half(tmp_path: Path) -> None:
 
 
 # --- a database that is locked, processes that stand still ---------------------------------------------------
-def flagged(folder: Path, more: str = "", service: str = "") -> tuple[Path, Path]:
+def flagged(folder: Path, timeout: int, service: str = "") -> tuple[Path, Path]:
     """An inventory of this machine, which is unhealthy while a flag is there; and the flag."""
     flag = folder / "trouble"
     check = f"checks: [{{name: flag, command: 'test ! -e {flag}'}}]"
-    text = f"  - {{name: db1, platform: local, interval: 1, timeout: 2, rise: 1, fall: 1, {check}}}{more}"
+    text = f"  - {{name: db1, platform: local, interval: 1, timeout: {timeout}, rise: 1, fall: 1, {check}}}"
     return write_inventory(folder, text, service), flag
 
 
 def lock_for(folder: Path, seconds: float) -> None:
     """The gate goes on, the log tells once, and afterwards history has no hole. Raises AssertionError."""
-    path, flag = flagged(folder)
+    path, flag = flagged(folder, 30)
     with Service(path) as service:
         service.wait_status("/", 200)
         with closing(sqlite3.connect(folder / "healthchecker.db", timeout=20, isolation_level=None)) as other:
@@ -184,7 +184,7 @@ def test_a_database_that_is_locked(tmp_path: Path) -> None:
 
 def stand_still(folder: Path, seconds: float) -> None:
     """Main process, then a worker: closed or right meanwhile, and as before afterwards. Raises AssertionError."""
-    path, flag = flagged(folder, service="  workers: 2")
+    path, flag = flagged(folder, 2, "  workers: 2")     # its lease is short
     with Service(path) as service:
         service.wait_status("/", 200)
         os.kill(service.pid, signal.SIGSTOP)

@@ -449,8 +449,9 @@ def test_the_start_tells(tmp_path: Path, content: bytes | None) -> None:
 # === How often ===============================================================
 
 
-def test_a_text_is_made_once_a_second(store: Store, metrics: Metrics) -> None:
+def test_a_text_is_made_once_a_second(store: Store, metrics: Metrics, monkeypatch: pytest.MonkeyPatch) -> None:
     """However many ask at once; each kind of reader has its own."""
+    monkeypatch.setattr("healthchecker.METRICS_AGE", 600.0)  # the second is not over until the test says so
     add(store, "db1", "healthy", SAMPLE)
     selects: list[str] = []
     with store.app.app_context():
@@ -463,18 +464,18 @@ def test_a_text_is_made_once_a_second(store: Store, metrics: Metrics) -> None:
         bodies.append(ask(metrics, BEARER["Authorization"]))
 
     threads = [threading.Thread(target=scrape) for _ in range(20)]
-    begin = time.monotonic()
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(20)
-    took = time.monotonic() - begin
+        thread.join(60)
     asked = len([statement for statement in selects if "FROM resource" in statement])
-    assert asked == 1 or took > METRICS_AGE
-    assert len(bodies) == 20 and len(set(bodies)) == asked
+    assert asked == 1
+    assert len(bodies) == 20 and len(set(bodies)) == 1
     add(store, "db2", "healthy", SAMPLE)
     assert "db2" not in ask(metrics)
-    assert wait_for(lambda: "db2" in ask(metrics, BEARER["Authorization"]), METRICS_AGE + 5)
+    assert "db2" not in ask(metrics, BEARER["Authorization"])
+    monkeypatch.setattr("healthchecker.METRICS_AGE", METRICS_AGE)
+    assert wait_for(lambda: "db2" in ask(metrics, BEARER["Authorization"]))
 
 
 def test_a_database_that_cannot_be_read(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

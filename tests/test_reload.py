@@ -161,6 +161,7 @@ def test_start_and_stop_are_events(tmp_path: Path) -> None:
     path = write_inventory(tmp_path, HOSTS[0])
     with Service(path) as service:
         service.wait_status("/-/readyz", 200)
+        wait_for(lambda: any(text.startswith("closed -> open") for text, _ in told(tmp_path, "gate")))
     kinds = "service", "change", "gate"
     lines = [text.partition(" after")[0] for text, _ in told(tmp_path, *kinds)]
     assert lines == [

@@ -851,7 +851,7 @@ def test_console_ends_and_leaves_nothing_behind() -> None:
                 for address in addresses:
                     assert b"200 OK" in exchange(address, b"GET /-/livez HTTP/1.0\r\n\r\n")
             server.close()
-            assert not server.is_alive()
+            wait_for(lambda server=server: not server.is_alive())  # close waits for it, though not for ever
             for address in addresses:
                 with pytest.raises(OSError):
                     socket.create_connection(address, timeout=1).close()

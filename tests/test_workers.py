@@ -22,8 +22,9 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Collection, Container, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +127,14 @@ def app(environ, start_response):
 """
 
 
+# Added to it: the worker ends at its first request, and tells when.
+DIES = """
+def app(environ, start_response):
+    (HERE / f"died-{time.monotonic_ns():020}-{os.getpid()}").touch()
+    os._exit(1)
+"""
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A folder with the application in it."""
@@ -201,6 +210,20 @@ def answering_pid(service: Service) -> str:
         return pid
 
 
+@contextlib.contextmanager
+def on_all(
+    address: tuple[str, int], count: int, pids: Collection[int], path: str = "/", **how: Any
+) -> Iterator[Clients]:
+    """Clients with connections to all of these workers; those that get no processor for HEAD_START leave them all to
+    another, and then the clients begin anew."""
+    for _ in range(30):
+        with Clients(address, count, path, **how) as clients:
+            if {int(pid) for pid in clients.holders_of(count)} == set(pids):
+                yield clients
+                return
+    raise AssertionError("one worker took them all again and again")
+
+
 # === How many =================================================================
 def test_automatic_count() -> None:
     """One per CPU that may be used, and no more than eight."""
@@ -228,8 +251,8 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
 
 
 def test_workers_share_one_port(service: Service) -> None:
-    with Clients(address(service), 16, pause=0.02) as clients:
-        clients.holders_of(16)
+    with on_all(address(service), 16, workers(service.pid), pause=0.02) as clients:
+        pass
     assert not clients.lost and set(clients.statuses) == {200}
     assert {int(answer.body) for answer in clients.answers} == set(workers(service.pid))
     assert service.pid not in workers(service.pid)
@@ -346,21 +369,22 @@ def test_a_new_connection_among_512_busy_ones(folder: Path) -> None:
             wait_for(lambda: len(newcomer.answers) >= 10)
     assert not crowd.lost and not newcomer.lost
     assert set(crowd.statuses) == set(newcomer.statuses) == {200}
-    waits = [answer.received - answer.sent for answer in newcomer.answers]
-    assert max(waits) < 5, waits  # in turn: it had to wait for those that were there
+    before = [sum(answer.sent < each.received < answer.received for each in crowd.answers if each.body == answer.body)
+              for answer in newcomer.answers]  # fmt: skip
+    assert max(before) < 4 * 512, before  # in turn: it had to wait for those that were there
 
 
 def test_the_gate_of_each_worker_follows_the_lease(folder: Path) -> None:
     """As fast as `SetResource` says it, in the main process: within 0.1 s."""
-    flips: list[tuple[float, int]] = []  # when, and the status from then on
-    with Team(folder, 2, SHOP) as team, Clients(team.address, 16, pause=0.002) as clients:
-        assert {int(pid) for pid in clients.holders_of(16)} == set(workers(os.getpid()))
+    flips: list[tuple[float, float, int]] = []  # before it was told and after that, and the status from then on
+    with Team(folder, 2, SHOP) as team, on_all(team.address, 16, workers(os.getpid()), pause=0.002) as clients:
         for healthy in (False, True) * 3:
+            before = time.monotonic()
             team.aggregator.SetResource("db1", healthy)
-            flips.append((time.monotonic(), 200 if healthy else 503))
-            wait_for(lambda: clients.answers[-1].sent > flips[-1][0] + 0.2)
+            flips.append((before, time.monotonic(), 200 if healthy else 503))
+            wait_for(lambda: clients.answers[-1].sent > flips[-1][1] + 0.2)
     assert not clients.lost
-    for (told, status), (until, _) in itertools.pairwise([*flips, (math.inf, 0)]):
+    for (_, told, status), (until, *_) in itertools.pairwise([*flips, (math.inf, math.inf, 0)]):
         later = [answer for answer in clients.answers if answer.sent > told + 0.1 and answer.received < until]
         assert {answer.status for answer in later} == {status}
 
@@ -380,15 +404,15 @@ def test_a_killed_worker_is_back(folder: Path) -> None:
                 wait_for(lambda: [a for a in list(prober.answers) if a.body not in known], BACK)
         assert not [lost for lost in clients.lost if int(lost.last or victim) != victim]
         assert len(clients.lost) <= 16 and set(clients.statuses) == set(prober.statuses) == {200}
-        descriptors = descriptors_of(main)
+        descriptors = max(descriptors_of(main) for _ in range(5))  # it looks twice, and may miss or count one
         assert all(map(operator.ge, pauses_after_kills(service.pid, before, 2), (0.5, 1)))
         with Clients(address(service), 8, keep=False, pause=0.02) as clients:
             wait_for(lambda: len({answer.body for answer in list(clients.answers)}) == 2, BACK)
         assert not clients.lost
-        assert descriptors_of(main) <= descriptors + (20 if sys.platform == "win32" else 0)
+        wait_for(lambda: descriptors_of(main) <= descriptors + (20 if sys.platform == "win32" else 0))
         assert service.output.count("exit code") == 3
         family = family_of(main.pid)
-    assert not left_after(family, 5)
+    assert not left_after(family, ORPHANED)
 
 
 def pauses_after_kills(main: int, before: Container[int], times: int) -> list[float]:
@@ -532,14 +556,14 @@ def test_an_application_that_breaks_while_serving(folder: Path) -> None:
         with Clients(address(service), 8, pause=0.01) as clients:
             clients.holders_of(8)
             before[victim].kill()
-            wait_for(lambda: service.output.count("RuntimeError: shop closed") == 1, BACK)
-            tried = time.monotonic()
-            wait_for(lambda: service.output.count("RuntimeError: shop closed") == 2, BACK)
-            assert time.monotonic() - tried >= 0.5
+            wait_for(lambda: service.output.count("RuntimeError: shop closed") >= 2, BACK)
             (folder / "shop.py").write_text(APP, encoding="utf-8")
             answered = len(clients.answers)
             wait_for(lambda: len(clients.answers) > answered + 20)
             assert {int(answer.body) for answer in clients.answers[answered:]} == {other}
+        lines = [line for line in service.output.splitlines() if "RuntimeError: shop closed" in line]
+        first, second = (datetime.strptime(line[:23], "%Y-%m-%d %H:%M:%S,%f") for line in lines[:2])
+        assert (second - first).total_seconds() >= 0.5
         assert not [lost for lost in clients.lost if int(lost.last or victim) != victim]
         assert set(clients.statuses) == {200}
         with Clients(address(service), 8, keep=False, pause=0.02) as clients:
@@ -550,18 +574,12 @@ def test_an_application_that_breaks_while_serving(folder: Path) -> None:
 def test_an_application_that_loads_slowly_and_dies_at_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The time that it takes to load is no sign that it can live: its replacements come with pauses as well."""
     monkeypatch.setattr(healthchecker, "WORKER_LIFE", 3)
-    (folder / "shop.py").write_text(f"import time\ntime.sleep(3.2)\n{APP}", encoding="utf-8")
-    pauses = []
-    with Team(folder, 1, SHOP) as team, Clients(team.address, 1, keep=False, pause=0.1) as client:
-        for _ in range(2):
-            known = {answer.body for answer in client.answers}
-            wait_for(lambda: client.answers and client.answers[-1].body not in known, BACK)  # noqa: B023
-            (worker,) = workers(os.getpid()).values()
-            died = time.monotonic()
-            worker.kill()
-            wait_for(lambda: new_ones(os.getpid(), {worker.pid}), BACK)  # noqa: B023
-            pauses.append(time.monotonic() - died)
-    assert pauses[1] >= 0.5
+    (folder / "shop.py").write_text(f"{APP}\ntime.sleep(3.2)\n{DIES}", encoding="utf-8")
+    with Team(folder, 1, SHOP) as team, Clients(team.address, 1, keep=False, pause=0.1, patience=0):
+        died = wait_for(lambda: (found := [*folder.glob("died-*")])[1:] and found, 2 * BACK)
+        at, pid = max(path.name.split("-")[1:] for path in died)
+        wait_for(lambda: new_ones(os.getpid(), {int(pid)}), BACK)
+        assert time.monotonic() - int(at) / 1e9 >= 0.5
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux lets one process lower the limits of another")
@@ -684,7 +702,7 @@ def test_the_end_of_a_start_that_takes_long(folder: Path) -> None:
             family = family_of(main.pid)
             ask_to_end(main)
             assert main.wait(ENDED) == 0
-            assert not left_after(family, 5)
+            assert not left_after(family, ORPHANED)
         finally:
             main.kill()
 
@@ -728,10 +746,12 @@ def interrupt(service: Service) -> None:
 )
 def test_the_end_loses_no_request(folder: Path, end: Callable[[Service], None], threads: int) -> None:
     """Slow requests on both workers, busy connections, new ones, pipelines, one that has yet to ask."""
+    with (folder / "shop.py").open("a", encoding="utf-8") as shop:
+        shop.write("healthchecker.LAST_ASK = 3\n")  # the one that has yet to ask may be late
     with Service(inventory(folder, threads)) as service, contextlib.ExitStack() as stack:
         service.wait_status("/", 200)
         loads = [
-            stack.enter_context(Clients(address(service), 12, "/slow?0.1")),
+            stack.enter_context(on_all(address(service), 12, workers(service.pid), "/slow?0.1")),
             stack.enter_context(Clients(address(service), 8)),
             stack.enter_context(Clients(address(service), 4, keep=False)),
         ]
@@ -745,7 +765,6 @@ def test_the_end_loses_no_request(folder: Path, end: Callable[[Service], None], 
         pids, family = workers(service.pid), family_of(service.pid)
         asked = time.monotonic()
         end(service)
-        stopped = time.monotonic()
         late.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
         assert service.process.wait(ENDED) == 0
         for clients in loads:
@@ -753,17 +772,17 @@ def test_the_end_loses_no_request(folder: Path, end: Callable[[Service], None], 
         # Between a worker's last look at its door and closing that, the system may connect somebody, whom it resets.
         assert not [lost for clients in loads for lost in clients.lost if lost.opened < asked]
         assert set().union(*(clients.statuses for clients in loads)) == {200}
-        in_flight = [answer for answer in loads[0].answers if answer.sent < stopped < answer.received]
-        assert {int(answer.body) for answer in in_flight} == set(pids)
-        assert any(answer.headers.get("connection") == "close" for answer in in_flight)
+        afterwards = [answer for answer in loads[0].answers if answer.received > asked]
+        assert {int(answer.body) for answer in afterwards if answer.sent < asked} == set(pids)
+        assert any(answer.headers.get("connection") == "close" for answer in afterwards)
         assert answers_of(late) == 1
         assert answers_of(pipeline) == 3
-        assert not left_after(family, 5)
+        assert not left_after(family, ORPHANED)
 
 
 def test_what_the_end_does_not_wait_for(folder: Path) -> None:
     """Requests that take longer than `drain` are cut, and told of."""
-    settings = "  app: shop:app\n  drain: 0.5"
+    settings = "  app: shop:app\n  drain: 3"
     with Service(write_inventory(folder, "", settings)) as service, contextlib.ExitStack() as stack:
         service.wait_status("/", 200)
         socks = [stack.enter_context(socket.create_connection(address(service), timeout=60)) for _ in range(3)]
@@ -773,7 +792,7 @@ def test_what_the_end_does_not_wait_for(folder: Path) -> None:
         ask_to_end(service.process)
         assert service.process.wait(ENDED) == 0
         assert [sock.recv(15) for sock in socks] == [b"", b"", b"HTTP/1.1 200 OK"]
-        service.wait_line("requests cut, for they took longer than service.drain, 0.5 s: 2")
+        service.wait_line("requests cut, for they took longer than service.drain, 3 s: 2")
 
 
 def answers_of(sock: socket.socket) -> int:
@@ -801,7 +820,7 @@ def test_the_end_of_workers_that_hang(folder: Path) -> None:
         ask_to_end(service.process)
         assert service.process.wait(ENDED) == 0
         assert service.output.count("does not end and is killed") == 1
-        assert not left_after(family, 1)
+        assert not left_after(family, ORPHANED)
 
 
 def test_what_an_application_leaves_does_not_keep_the_service(folder: Path) -> None:
@@ -825,7 +844,7 @@ def test_what_an_application_leaves_does_not_keep_the_service(folder: Path) -> N
             wait_for(lambda: answering_pid(service) not in left, BACK)
             ask_to_end(service.process)
             assert service.process.wait(ENDED) == 0
-            assert not left_after(list(before.values()), 1)
+            assert not left_after(list(before.values()), ORPHANED)
             socket.create_server(address(service)).close()
             if sys.platform != "win32":  # where the event that ends the service goes to all of its console
                 assert all(orphan.is_running() for orphan in orphans), "they are not ours to end"
