@@ -7236,7 +7236,7 @@ class GateChannel(HTTPChannel):    # type: ignore[misc]  # waitress carries no t
             if now - request.begun > (BODY_TIME if request.headers_finished else HEADER_TIME):
                 self._give_up(request)
         else:
-            patience = FIRST_BYTE if self._seen == self.creation_time else KEEP_ALIVE
+            patience = KEEP_ALIVE if self.began or request else FIRST_BYTE
             idle = now - (request.begun if request else self._since)
             if now > self._lingers_until or idle > (IDLE_PRESSED if pressed else patience):
                 self.handle_close()
