@@ -284,6 +284,10 @@ class Replay:
             script = output.rest(self._chance.choice((None, 0, 3)), self._chance.choice((None, fault)))
         return True
 
+    def begins_again(self, error: ProbeError, deadline: Deadline) -> bool:
+        del error, deadline
+        return False
+
 
 LIMITS = {**dict.fromkeys(("cpu_percent", "memory_percent", "swap_percent", "commit_percent", "inode_percent"), 90),
           "disk_percent": {"fail": 90, "mounts": {"/boot*": "off", "C:\\mnt": 5}}, "load_per_cpu": 4}  # fmt: skip

@@ -1,0 +1,345 @@
+"""Polls in one shell of a real PowerShell: what its checks leave there, and what becomes of its process.
+
+The host is tests/wsman_server.py with tests/pwsh.py behind it; the poll is the product's own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import threading
+from collections.abc import Callable, Iterator
+
+import psutil
+import pytest
+from conftest import wait_for
+from pwsh import CONSTRAINED, FULL, Engine, EngineShell, open_engine
+from pypsrp.powershell import PowerShell, RunspacePool
+from pypsrp.wsman import WSMan
+from test_powershell import target
+from test_windows_kept import Kept
+from test_wsman_server import settings_for
+from wsman_server import WSManServer
+
+import healthchecker
+from healthchecker import Check, build_windows_script
+
+TIMEOUT = 120.0  # seconds; wine may be slow, and the first poll of a run starts PowerShell for the first time
+CMD = "C:\\windows\\system32\\cmd.exe"  # PowerShell in wine finds no program without its path
+
+
+@pytest.fixture(autouse=True)
+def _ample(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A busy machine has time to delete a shell."""
+    monkeypatch.setattr(healthchecker, "SHELL_END", 60.0)
+
+
+@pytest.fixture(scope="module")
+def engine() -> Iterator[Engine]:
+    with open_engine() as engine:
+        yield engine
+
+
+@pytest.fixture(scope="module", params=(FULL, CONSTRAINED), ids=("full", "constrained"))
+def host(engine: Engine, request: pytest.FixtureRequest) -> Iterator[WSManServer]:
+    with WSManServer("https", "negotiate", open_shell=engine.opener(request.param)) as server:
+        yield server
+        wait_for(lambda: not server.shells)
+
+
+class Polled(Kept):
+    """With checks, which may change from poll to poll as they do not in life."""
+
+    def ask(self, timeout: float = 60, **checks: str) -> dict[str, tuple[bool, str]]:
+        asked = [{"name": name, "command": command, "timeout": timeout} for name, command in checks.items()]
+        self.target = target(self.server, checks=asked, services=["Eventlog"], timeout=TIMEOUT)
+        verdict, sample = self.poll()
+        assert sample, verdict
+        assert sample.services["Eventlog"].good
+        assert sample.metrics["disk_percent C:"] == pytest.approx(40.16, abs=0.01)
+        return {name: (outcome.good, outcome.text) for name, outcome in sample.checks.items()}
+
+    @property
+    def process(self) -> int:
+        """The id of the one process on the host."""
+        (shell,) = self.server.shells.values()
+        assert isinstance(shell, EngineShell)
+        return shell.process.pid
+
+    @property
+    def keeps(self) -> bool:
+        return self.connection.keeper.session is not None
+
+
+@pytest.fixture
+def polled(host: WSManServer) -> Iterator[Polled]:
+    polled = Polled(host, timeout=TIMEOUT)
+    yield polled
+    polled.connection.close()
+    wait_for(lambda: not host.shells)  # who ends it does not wait until it has ended
+
+
+def test_a_shell_serves_one_poll_after_another(polled: Polled) -> None:
+    checks = {"one": "$zz = 1; Get-Service Eventlog | Out-Null; '1'", "two": f"{CMD} /c echo 2", "three": '"3$zz"'}
+    polled.ask(**checks)
+    first = polled.process
+    for _ in range(3):
+        assert [text.strip() for _, text in polled.ask(**checks).values()] == ["1", "2", "3"]
+    assert polled.process == first
+    assert polled.connection.record.outcomes == {"accepted": 1}
+
+
+def test_nothing_of_a_check_is_found_by_the_next_poll(polled: Polled) -> None:
+    """As in a shell that is kept: there this one would make all services run."""
+    mine = "function global:Get-Service { [pscustomobject]@{ Status = 'Running' } }; function global:mine { 1 }"
+    polled.ask(check="'as it was'")
+    for _ in range(2):
+        assert polled.ask(mine=mine, finds="Test-Path Function:mine") == {"mine": (True, ""), "finds": (True, "True")}
+        assert not polled.keeps
+        wait_for(lambda: not polled.server.shells)
+    assert polled.ask(finds="Test-Path Function:mine")["finds"] == (False, "False")
+    assert polled.keeps
+    assert polled.connection.record.second_tries == 0
+
+
+def test_a_last_check_that_ends_the_script_costs_no_shell(polled: Polled) -> None:
+    for _ in range(2):
+        assert polled.ask(one="'1'", last="'2'; exit 3")["last"] == (False, "exit code 3\n2")
+        assert polled.keeps
+    assert polled.connection.record.outcomes == {"accepted": 1}
+
+
+LEFT = {  # what a check leaves, and how it goes
+    "function": ("function global:Get-Service { 'mine' }", "Remove-Item Function:Get-Service"),
+    "alias": ("Set-Alias Get-Service Get-Date -Scope Global", "Remove-Item Alias:Get-Service"),
+    "environment": ("$env:LEFT = 1", "Remove-Item Env:LEFT"),
+    "folder": ("Push-Location C:\\windows", "Pop-Location"),
+    "drive": ("$null = New-PSDrive left FileSystem C:\\ -Scope Global", "Remove-PSDrive left"),
+    "job": ("$null = Start-Job { 1 } | Wait-Job", "Get-Job | Remove-Job"),
+    "variable": ("$global:OFS = 1", "Remove-Variable OFS -Scope Global"),
+    "preference": ("$global:ErrorActionPreference = 'Stop'", "$global:ErrorActionPreference = 'Continue'"),
+    "default": ("$PSDefaultParameterValues['Get-Date:Year'] = 1", "$PSDefaultParameterValues.Clear()"),
+}
+PROCESS = {  # the same of what belongs to all of the process, in full language
+    "certificates": (
+        "[Net.ServicePointManager]::ServerCertificateValidationCallback = { $true }",
+        "[Net.ServicePointManager]::ServerCertificateValidationCallback = $null",
+    ),
+    "protocols": (
+        "[Net.ServicePointManager]::SecurityProtocol = 'Tls12'",
+        "[Net.ServicePointManager]::SecurityProtocol = 'SystemDefault'",
+    ),
+    "proxy": (
+        "[Net.WebRequest]::DefaultWebProxy = New-Object Net.WebProxy",
+        "[Net.WebRequest]::DefaultWebProxy = [Net.WebRequest]::GetSystemWebProxy()",
+    ),
+    "directory": ("[Environment]::CurrentDirectory = 'C:\\windows'", "[Environment]::CurrentDirectory = 'FOLDER'"),
+    "subscriber": (
+        "Register-ObjectEvent (New-Object Timers.Timer) Elapsed mine",
+        "Get-EventSubscriber | Unregister-Event",
+    ),
+    "encoding": (
+        "$global:OutputEncoding = [Text.Encoding]::Unicode",
+        "$global:OutputEncoding = [Text.Encoding]::Default",
+    ),
+}
+GONE = ("Set-StrictMode -Version Latest", "$zz = 1", "function mine { 1 }", "$ErrorActionPreference = 'Stop'", "exit 3")
+
+
+FOUND = {  # how the next poll would see it
+    "function": "Test-Path Function:Get-Service",
+    "alias": "Test-Path Alias:Get-Service",
+    "environment": "Test-Path Env:LEFT",
+    "folder": '"$PWD"',
+    "drive": "Test-Path left:",
+    "job": "@(Get-Job).Count",
+    "strict": '"none$none"',
+}
+
+
+def test_what_checks_change_ends_with_the_poll(engine: Engine) -> None:
+    change = {name: make for name, (make, _) in LEFT.items() if name in FOUND}
+    change |= {"job": "$null = Register-EngineEvent mine -Action { 1 }", "strict": GONE[0]}
+    with WSManServer("https", "negotiate", open_shell=engine.opener(fresh=True)) as server:
+        polled = Polled(server, timeout=TIMEOUT)
+        before = polled.ask(**FOUND)
+        assert polled.keeps
+        assert all(good for good, _ in polled.ask(**change).values())
+        assert polled.ask(**FOUND) == before
+        assert polled.connection.record.second_tries == 0
+        polled.connection.close()
+
+
+@contextlib.contextmanager
+def open_pool(server: WSManServer) -> Iterator[RunspacePool]:
+    waits = {"operation_timeout": int(TIMEOUT), "read_timeout": 2 * int(TIMEOUT)}
+    with WSMan("127.0.0.1", **waits, **settings_for(server)) as wsman, RunspacePool(wsman) as pool:
+        yield pool
+
+
+@pytest.fixture(scope="module")
+def pool(host: WSManServer) -> Iterator[RunspacePool]:
+    """A shell that goes on whatever is left in it."""
+    with open_pool(host) as pool:
+        assert is_clean(pool, "'x'")
+        yield pool
+
+
+def run_script(pool: RunspacePool, script: str) -> str:
+    shell = PowerShell(pool).add_script(script, use_local_scope=True)
+    shell.invoke()
+    assert not shell.streams.error
+    shell.close()
+    return "\n".join(map(str, shell.output))
+
+
+def is_clean(pool: RunspacePool, *commands: str) -> bool:
+    """What the last row of a poll with these checks says of the shell."""
+    checks = [Check(name=str(number), command=command) for number, command in enumerate(commands)]
+    lines = run_script(pool, build_windows_script(["Eventlog"], checks, "")).split("\n")
+    return bool(json.loads([line for line in lines if line.startswith("{")][-1])["clean"])
+
+
+@pytest.mark.parametrize("left", LEFT)
+def test_what_a_check_leaves_is_seen(pool: RunspacePool, left: str) -> None:
+    make, mend = LEFT[left]
+    if left in ("job", "default") and run_script(pool, "$ExecutionContext.SessionState.LanguageMode") != "FullLanguage":
+        pytest.skip("constrained language begins no jobs, and does not take a default back")
+    assert not is_clean(pool, make, "'x'")
+    run_script(pool, f". {{ {mend} }}")
+    assert is_clean(pool, "'x'")
+
+
+@pytest.mark.parametrize("left", PROCESS)
+def test_what_a_check_changes_in_the_process_is_seen(pool: RunspacePool, left: str) -> None:
+    make, mend = PROCESS[left]
+    if run_script(pool, "$ExecutionContext.SessionState.LanguageMode") != "FullLanguage":
+        pytest.skip("constrained language changes nothing there")
+    folder = run_script(pool, "[Environment]::CurrentDirectory")
+    assert not is_clean(pool, make, "'x'")
+    run_script(pool, f". {{ {mend.replace('FOLDER', folder)} }}")
+    assert is_clean(pool, "'x'")
+
+
+def test_a_session_that_lacks_a_cmdlet_is_polled_and_not_kept(pool: RunspacePool) -> None:
+    """A configuration of the host's own may have no more than what a poll used to need."""
+    forget = "Remove-Variable HealthChecker -Scope Global"
+    run_script(pool, f". {{ Set-Alias Get-PSDrive No-Such-Command -Scope Global; {forget} }}")
+    assert not is_clean(pool, "'x'")
+    run_script(pool, f". {{ Remove-Item Alias:Get-PSDrive; {forget} }}")
+    assert is_clean(pool, "'x'")
+
+
+def test_what_ends_with_a_check_is_not(pool: RunspacePool) -> None:
+    for command in GONE:
+        assert is_clean(pool, "'x'", command), command
+
+
+def programs(mark: str) -> list[psutil.Process]:
+    return [process for process in psutil.process_iter(["cmdline"]) if mark in str(process.info["cmdline"])]
+
+
+@pytest.fixture
+def mark() -> Iterator[str]:
+    """A word in the command of programs that would go on for ever."""
+    mark = f"hc-left-{os.getpid()}"
+    yield mark
+    for process in programs(mark):
+        process.kill()
+
+
+def endless(mark: str) -> str:
+    return f"'/c', 'for /L %i in (1,0,2) do @rem {mark}'"
+
+
+def test_programs_that_a_check_leaves_are_ended(pool: RunspacePool, mark: str) -> None:
+    """A hundred polls leave none; nor may another poll have the shell, for who knows what else was left."""
+    for arguments in (endless(mark), f"'/c', '{CMD}', {endless(mark)}"):
+        assert not is_clean(pool, f"Start-Process {CMD} -ArgumentList {arguments}; Start-Sleep 1")
+        wait_for(lambda: not programs(mark))
+        assert is_clean(pool, "'x'")
+
+
+def test_however_many_polls_start_a_program_one_is_left(
+    engine: Engine, mark: str, often: Callable[[int, int], int]
+) -> None:
+    with WSManServer("https", "negotiate", open_shell=engine.opener()) as server:
+        polled = Polled(server, timeout=TIMEOUT)
+        for _ in range(often(2, 100)):
+            good, text = polled.ask(starts=f"Start-Process {CMD} -ArgumentList {endless(mark)}")["starts"]
+            assert good, text
+            assert len(server.shells) <= 1
+            wait_for(lambda: len(programs(mark)) <= 1)
+        polled.connection.close()
+        wait_for(lambda: not programs(mark))
+
+
+def test_a_program_whose_starter_has_ended_is_seen(pool: RunspacePool, mark: str) -> None:
+    """It goes with the shell: WinRM ends all that was started in one."""
+    if run_script(pool, "$ExecutionContext.SessionState.LanguageMode") != "FullLanguage":
+        pytest.skip("PowerShell 7 says nothing of it in constrained language")
+    start = f"Start-Process {CMD} -PassThru -ArgumentList '/c', 'start', '/b', '{CMD}', {endless(mark)}"
+    wait = "while (-not $_.HasExited) { Start-Sleep -Milliseconds 50 }"
+    assert not is_clean(pool, f"{start} | ForEach-Object {{ {wait} }}; Start-Sleep 1")
+    assert programs(mark)
+    assert is_clean(pool, "'x'")
+
+
+def test_programs_of_others_are_not_ended(pool: RunspacePool, mark: str) -> None:
+    """Numbers are used again: what an older process with this number started is not the shell's. Here it is older, for
+    the shell says that it starts tomorrow."""
+    young = "@{ n = 'StartTime'; e = { if ($_.Id -eq $PID) { (Get-Date).AddDays(1) } else { $_.StartTime } } }"
+    told = f"Select-Object Id, Name, Parent, SessionId, WorkingSet64, {young}"
+    real = "Microsoft.PowerShell.Management\\Get-Process @args"
+    run_script(pool, f". {{ function global:Get-Process {{ {real} | {told} }} }}")
+    is_clean(pool, f"Start-Process {CMD} -ArgumentList {endless(mark)}; Start-Sleep 1")
+    assert programs(mark)
+    for process in programs(mark):
+        process.kill()
+    run_script(pool, ". { Remove-Item Function:Get-Process }")
+    assert is_clean(pool, "'x'")
+
+
+def test_a_process_that_hangs_costs_a_second_try(engine: Engine) -> None:
+    with WSManServer("https", "negotiate", open_shell=engine.opener()) as server:
+        with open_pool(server):
+            kept = Kept(server, timeout=TIMEOUT)
+            kept.good()
+        (shell,) = server.shells.values()  # and a process waits
+        assert isinstance(shell, EngineShell)
+        psutil.Process(shell.process.pid).suspend()
+        kept.target = target(server, timeout=45)
+        kept.good()
+        assert kept.connection.record.second_tries == 1
+        assert shell.process.poll() is not None  # the shell was deleted
+        kept.connection.close()
+        wait_for(lambda: not server.shells)
+
+
+def test_a_process_that_is_killed_costs_a_second_try(engine: Engine) -> None:
+    """Between two polls, and while one runs: its check waits for a file to go, and the file goes with the process."""
+    flag = engine.folder / "flag"
+    waits = f"while (Test-Path '{engine.path(flag)}') {{ Start-Sleep -Milliseconds 50 }}; 'x'"
+    with WSManServer("https", "negotiate", open_shell=engine.opener()) as server:
+        polled = Polled(server, timeout=TIMEOUT)
+
+        def kill() -> None:
+            psutil.Process(polled.process).kill()
+            flag.unlink(missing_ok=True)
+
+        def kill_later(asked: int) -> None:
+            wait_for(lambda: server.requests["Receive"] > asked)
+            kill()
+
+        polled.ask(waits=waits)
+        kill()
+        assert polled.ask(waits=waits) == {"waits": (True, "x")}
+        flag.touch()
+        killer = threading.Thread(target=kill_later, args=(server.requests["Receive"],))
+        killer.start()
+        assert polled.ask(waits=waits) == {"waits": (True, "x")}
+        killer.join()
+        assert polled.connection.record.second_tries == 2
+        assert polled.connection.record.outcomes == {"accepted": 3}
+        polled.connection.close()
