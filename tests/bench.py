@@ -11,12 +11,14 @@ import argparse
 import contextlib
 import csv
 import io
+import itertools
 import os
 import platform
 import random
 import re
 import resource
 import shutil
+import sqlite3
 import subprocess
 import sys
 import tempfile
@@ -30,7 +32,7 @@ from datetime import date
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import psutil
 import pytest
@@ -405,6 +407,76 @@ def kept_rows(plan: Plan) -> Iterator[Row]:
         yield kept_row(figure, kept, fresh, most)
 
 
+CROWD = 500
+CROWD_ROW = """  - {{name: h{number}, hostname: {address}, port: {port}, username: {username}, key_file: {key},
+     platform: linux, endpoint: true, interval: 20, timeout: 15, keep: {keep}}}
+"""
+
+
+class Crowd(NamedTuple):
+    """Of the main process: CPU seconds in a second, and for a poll; its memory in bytes; seconds of the latest poll."""
+
+    share: float
+    poll: float
+    memory: float
+    late: float
+
+
+def watch_crowd(rows: str, settings: str, plan: Plan) -> Crowd:
+    """What watching costs after the first minute. A poll is late once it comes later than the interval and its jitter
+    allow, beside what it takes longer than the one before."""
+    with gated(rows, 200, settings) as service:
+        threading.Event().wait(60)
+        begin_at, started, begin = time.time(), cpu_seconds(service.pid), time.monotonic()
+        threading.Event().wait(max(60, plan.watch))
+        spent, seconds = cpu_seconds(service.pid) - started, time.monotonic() - begin
+        status = Path(f"/proc/{service.pid}/status").read_text(encoding="ascii")
+        with contextlib.closing(sqlite3.connect(service.inventory.parent / "healthchecker.db")) as database:
+            found = database.execute(
+                "SELECT resource_id, at, seconds FROM sample WHERE at > ? ORDER BY 1, 2", [begin_at]).fetchall()
+    memory = int(status.partition("VmRSS:")[2].split()[0]) * 1024
+    late = max(after[1] - before[1] - 20 * (1 + hc.JITTER) - max(0, after[2] - before[2]) / 100
+               for before, after in itertools.pairwise(found) if before[0] == after[0])
+    return Crowd(spent / seconds, spent / len(found), memory, late)
+
+
+def crowd_rows(plan: Plan) -> Iterator[Row]:
+    """Many hosts on one sshd, which answers at once with what an endpoint said before: ours is all that counts."""
+    figure = f"{CROWD} hosts over SSH at 20 s, kept to fresh: our CPU of a poll"
+    if plan is SHORT or not SSHD:
+        yield Row(figure, "skipped: takes minutes" if SSHD else "skipped: sshd is not installed")
+        return
+    from test_endpoints import NONCE, authorize, install  # noqa: PLC0415  # only here
+
+    with tempfile.TemporaryDirectory() as name, Sshd() as sshd:
+        folder, told, known = Path(name), sshd.folder / "told", Path(name) / "known_hosts"
+        known.write_text(sshd.known_hosts(), encoding="ascii")
+        row: dict[str, Any] = {"address": sshd.address, "port": sshd.port, "username": sshd.username}
+        settings = hc.ResourceSettings.model_validate({
+            "name": "h0", "hostname": sshd.address, "port": sshd.port, "platform": "linux", "endpoint": True,
+            "username": sshd.username})
+        settings = settings.model_copy(update={"key_file": install(sshd, folder, settings)})
+        watched = hc.Target(1, settings, f"ssh-ed25519 {sshd.fingerprint()}", "", "")
+        access = hc.ConnectionContext(hc.KnownHosts(known), hc.Resolver())
+        output = hc.Output(hc.end_mark(NONCE))
+        with contextlib.closing(hc.SshConnection(watched, access.guard_of(watched), access)) as connection:
+            connection.run(NONCE, output, hc.Deadline(30))
+        told.write_bytes(output.printed)
+        key = authorize(sshd, folder, f'command="exec sed s/{NONCE}/$SSH_ORIGINAL_COMMAND/g {told}",restrict KEY')
+        trusts = SETTINGS.replace("known_hosts: known_hosts", f"known_hosts: {known}")
+
+        def crowd(keep: str) -> Crowd:
+            rows = (CROWD_ROW.format(number=number, key=key, keep=keep, **row) for number in range(CROWD))
+            return watch_crowd("".join(rows), trusts, plan)
+
+        fresh, kept = crowd("false"), crowd("true")
+    yield kept_row(figure, kept.poll * 1e3, fresh.poll * 1e3, 0.6)
+    yield Row("... share of a core, kept", f"{kept.share:.2f}", "≤ 0.25", kept.share <= 0.25)
+    each = (kept.memory - fresh.memory) / CROWD / 1e3
+    yield Row("... memory for each that is kept", f"{each:.0f} KB", "≤ 150 KB", each <= 150)
+    yield Row("... the latest poll after the first minute, kept", f"{kept.late:.1f} s", "≤ 1 s", kept.late <= 1)
+
+
 def kept_row(figure: str, kept: float, fresh: float, most: float) -> Row:
     """What a poll costs in milliseconds over what is open, and with a login."""
     return Row(figure, f"{kept / fresh:.2f} times ({kept:,.1f} ms to {fresh:,.1f} ms)", f"≤ {most} times",
@@ -541,6 +613,7 @@ PARTS: dict[str, Part] = {
     "watching": watching_rows,
     "ssh": ssh_rows,
     "kept": kept_rows,
+    "crowd": crowd_rows,
     "kept_windows": kept_windows_rows,
     "windows": windows_rows,
     "history": history_rows,
