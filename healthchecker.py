@@ -8600,7 +8600,8 @@ def list_of(name: str, fields: Mapping[str, Any]) -> Any:
 
 
 PAST_POLLS = list_of("PastPollView", type_hints(PastPoll))
-PAST_EVENTS = list_of("EventView", {column.name: column.type.python_type for column in Event.__table__.columns})
+PAST_EVENTS = list_of("EventView", {"id": int, "at": float,
+                                    **dict.fromkeys(("kind", "resource", "text", "actor", "address"), str)})
 
 
 def list_samples(who: Principal, name: str, query: Mapping[str, Any]) -> list[PastPoll]:
