@@ -2228,10 +2228,10 @@ class Wire:
         if self.received > self.limit:
             raise ProbeError("protocol", f"the host sent more than {self.limit} bytes")
 
-    @functools.cached_property
+    @property
     def waiting(self) -> list[Callable[[], bool]]:
-        """Of those who wait until it has sent something: whether one may not any longer."""
-        return []
+        """Of those who wait until it has sent something: whether one may not any longer. One list for all threads."""
+        return cast("list[Callable[[], bool]]", vars(self).setdefault("_waiting", []))
 
     @contextlib.contextmanager
     def awaited(self, too_late: Callable[[], bool]) -> Iterator[None]:
