@@ -23,6 +23,8 @@ Sections, in file order; a definition refers only to what stands above it:
     Errors       one root, an exit code each
     Bastions     hosts behind others, and what ~/.ssh/config says of a host
     Documents    YAML read strictly, every value with its place
+    Settings     what can be set, with defaults and bounds
+    Groups       what counts together, and which paths need what
     Inventory    texts -> validated settings, every fault with line and column
     Vault        AES-256-GCM data keys under RSA-OAEP, bound to the row they belong to
     Storage      SQLite through Flask-SQLAlchemy; the rows follow the inventory
@@ -78,7 +80,6 @@ import gc
 import getpass
 import gzip
 import hashlib
-import heapq
 import hmac
 import http
 import importlib.util
@@ -533,15 +534,12 @@ def read_document(path: Path) -> Document:
     return Document(path.name, source)
 
 
-# === Inventory ===============================================================
-# In comes inventory.yaml (or one resource of a request), out come frozen settings in which every value is checked
-# and every path absolute, or an InventoryError with a line for each fault. Three steps: Document makes nested
-# texts with a place each, the models check them, InventoryLoader merges defaults and gathers the faults.
-# Pure but for reading files and environment; called by commands, and by threads that serve the console.
-# Gives: Check, COMPANIONS, FILES, KEY_FILES, foreign_fields, HOSTLESS, Inventory, InventoryFile,
-# InventoryLoader, Limit, Limits, load_inventory, M, matching_key, message_of, Name, PASSPHRASES, Platform,
-# REMOTE_PLATFORMS, ResourceSettings, Retention, SECRETS, SELECTABLE, ServiceSettings, Settings, SSH_PLATFORMS,
-# take_variable, TextLine
+# === Settings ================================================================
+# What can be set: frozen models in which every value is checked and every path absolute, with default, unit and bounds.
+# In come nested texts (a validation's context is the inventory's folder), out go settings or a ValidationError. Pure.
+# Gives: absolute, Check, COMPANIONS, conflicts, CREDENTIALS, FILES, foreign_fields, HOSTLESS, HOSTNAME, KEY_FILES,
+# Limit, Limits, matching, matching_key, Name, PASSPHRASES, Platform, REMOTE_PLATFORMS, ResourceSettings, Retention,
+# SECRETS, SELECTABLE, ServiceSettings, Settings, SSH_PLATFORMS, TextLine
 LEASE_GRACE = 2.0               # seconds added to a lease for a busy machine
 KEY_FILES = ("private.pem", "public.pem", "next.pem")
 COMPANIONS = ("-wal", "-shm", "-journal", ".lock")      # files beside the database
@@ -955,6 +953,150 @@ class ResourceSettings(Settings):
         return 2 * self.interval + self.timeout + LEASE_GRACE
 
 
+# === Groups ==================================================================
+# What counts together, and which paths of the application need what: models of the inventory's `groups` and `routes`,
+# and what can be wrong between them. Pure; the aggregator counts by them, the gate of each worker sorts paths by them.
+# Gives: by_tag, gate_lines, Gates, group_faults, GroupSettings, plain_path, Quorum, quorum_of, Routes
+Quorum = Annotated[str, matching(r"all|any|[1-9][0-9]{0,5}|(100|[1-9][0-9]?)%",
+                                 "must be all, any, a number or a percentage such as 50%")]
+
+
+def plain_path(path: str) -> str:
+    """How a path reads that can be written in many ways: without empty and dot segments; case is kept."""
+    parts: list[str] = []
+    for part in unquote(path, "latin-1").replace("\\", "/").split("/"):
+        if part == "..":
+            parts = parts[:-1]
+        elif part not in ("", "."):
+            parts.append(part)
+    return "/" + "/".join(parts)
+
+
+def route_of(path: str) -> str:
+    """A route's path; raises ValueError."""
+    if path == "/" or path.startswith("/-/") or path == "/-":
+        raise ValueError("must be a part of the application; what all of it needs is what no route names")
+    if (plain := plain_path(path)) != path or re.search(r"[?#;\x00-\x20\x7f]", path):
+        raise ValueError(f"must be a path as in {re.split('[?#;]', plain)[0] or '/reports'}")
+    return path
+
+
+def quorum_of(wanted: str, count: int) -> int:
+    """How many of `count` these are: all, any, a number, or a percentage rounded up; at most all."""
+    if wanted == "any":
+        return min(1, count)
+    if wanted.endswith("%"):
+        return -(-count * int(wanted[:-1]) // 100)
+    return count if wanted == "all" else min(int(wanted), count)
+
+
+Routes = dict[Annotated[str, Field(max_length=1024), AfterValidator(route_of)], tuple[Name, ...]]
+
+
+class GroupSettings(Settings):
+    """Resources and other groups of which so many must be healthy; they count through it, and no longer alone."""
+
+    name: Name
+    members: tuple[Name, ...] = ()
+    tags: tuple[TextLine, ...] = ()     # whatever has one of these, too
+    healthy: Quorum = "all"             # all, any, how many, or a percentage
+    warn: Quorum | None = None          # the group is degraded where fewer are healthy
+
+    def all_members(self, tagged: Mapping[str, Iterable[str]]) -> Iterable[str]:
+        """Names, once each; `tagged`: those of resources by tag."""
+        return dict.fromkeys((*self.members, *(name for tag in self.tags for name in tagged.get(tag, ()))))
+
+
+class Gates(Settings):
+    """What counts together, and which paths of the application need what."""
+
+    groups: tuple[GroupSettings, ...] = ()
+    routes: Routes = {}     # what a path needs besides all that the whole site needs; none: it needs nothing
+
+    def members(self, tagged: Mapping[str, Iterable[str]]) -> dict[str, Iterable[str]]:
+        """What stands in each group, by its name, and in each route, by its path."""
+        return {group.name: group.all_members(tagged) for group in self.groups} | self.routes
+
+
+def by_tag(resources: Iterable[ResourceSettings]) -> dict[str, list[str]]:
+    """Names of the resources that count, by their tags."""
+    tagged: dict[str, list[str]] = collections.defaultdict(list)
+    for settings in resources:
+        for tag in settings.tags if settings.critical else ():
+            tagged[tag].append(settings.name)
+    return tagged
+
+
+def in_itself(name: str, members: Mapping[str, Iterable[str]]) -> bool:
+    """Whether a group is a member of its own, also of its members' members."""
+    seen, ahead = set[str](), [*members[name]]
+    while ahead:
+        if (one := ahead.pop()) not in seen:
+            seen.add(one)
+            ahead += members.get(one, ())
+    return name in seen
+
+
+def group_fault(group: GroupSettings, members: Mapping[str, Iterable[str]]) -> tuple[str, str] | None:
+    """What is wrong with one, and with which setting of it; `members` of all groups."""
+    count = len([*members[group.name]])
+    if not count:
+        return "name", "has no members: name some, or a tag of resources that count"
+    if group.healthy.isdecimal() and int(group.healthy) > count:
+        return "healthy", f"must be at most {count}, for so many members count"
+    if group.warn and quorum_of(group.warn, count) <= quorum_of(group.healthy, count):
+        return "warn", "must ask for more members than `healthy`"
+    return ("members", f"{group.name} would be a member of its own") if in_itself(group.name, members) else None
+
+
+def group_faults(gates: Gates, resources: Iterable[ResourceSettings]) -> Iterator[tuple[NodePath, str]]:
+    """What is wrong with groups and routes, and where."""
+    critical = {settings.name: settings.critical for settings in resources}
+    members = gates.members(by_tag(resources))
+    places: dict[NodePath, str] = {("routes", path, number): name for path, needs in gates.routes.items()
+                                   for number, name in enumerate(needs)}
+    for index, group in enumerate(gates.groups):
+        places |= {("groups", index, "members", number): name for number, name in enumerate(group.members)}
+        if group.name in critical or group.name in [other.name for other in gates.groups[:index]]:
+            yield ("groups", index, "name"), "a resource or group has this name, too"
+        elif fault := group_fault(group, members):
+            yield ("groups", index, fault[0]), fault[1]
+    known = {*critical, *(group.name for group in gates.groups)}
+    for place, name in places.items():
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            yield place, "no resource or group has this name" + (f"; did you mean {near[0]}?" if near else "")
+        elif not critical.get(name, True):
+            yield place, f"{name} is not critical, so it counts for nothing"
+
+
+def gate_lines(gates: Gates, resources: Sequence[ResourceSettings]) -> Iterator[str]:
+    """What the site and each route need, down to the resources; nothing where each resource counts alone."""
+    members, quorums = gates.members(by_tag(resources)), {group.name: group.healthy for group in gates.groups}
+    inside = {name for names in members.values() for name in names}
+    counted = (*quorums, *(settings.name for settings in resources if settings.critical))
+
+    def below(name: str, depth: int) -> Iterator[str]:
+        yield f"{'  ' * depth}{name}{f': {quorums[name]} of' if name in quorums else ''}"
+        for member in members[name] if name in quorums else ():
+            yield from below(member, depth + 1)
+
+    if members:
+        yield "the whole site needs"
+        for name in (name for name in counted if name not in inside):
+            yield from below(name, 1)
+    for path, needs in gates.routes.items():
+        yield f"{path} needs {'that and' if needs else 'nothing'}"
+        for name in needs:
+            yield from below(name, 1)
+
+
+# === Inventory ===============================================================
+# In comes inventory.yaml (or one resource of a request), out come settings, or an InventoryError with a line for each
+# fault. Three steps: Document makes nested texts with a place each, the models check them, InventoryLoader merges
+# defaults and gathers the faults. Pure but for reading files and environment; called by commands, and by threads that
+# serve the console.
+# Gives: Inventory, InventoryFile, InventoryLoader, load_inventory, M, message_of, take_variable
 @dataclass(frozen=True)
 class Inventory:
     """What a valid inventory.yaml says."""
@@ -964,6 +1106,7 @@ class Inventory:
     resources: list[ResourceSettings]
     places: Mapping[str, str]       # of the resources: file:line:column
     defaults: Mapping[str, Any]     # without secrets
+    gates: Gates = dataclass_field(default_factory=Gates)
 
 
 class InventoryFile(Settings):
@@ -972,11 +1115,13 @@ class InventoryFile(Settings):
     service: ServiceSettings = Field(default=cast(Any, {}), validate_default=True)
     defaults: dict[str, Any] = {}
     resources: list[dict[str, Any]] = []
+    groups: tuple[GroupSettings, ...] = ()
+    routes: Routes = {}
 
 
 M = TypeVar("M", bound=Settings)
 NESTED: dict[str, type[Settings]] = {
-    "service": ServiceSettings, "limits": Limits, "checks": Check, "retention": Retention}
+    "service": ServiceSettings, "limits": Limits, "checks": Check, "retention": Retention, "groups": GroupSettings}
 
 
 def known_fields(model: type[Settings], loc: NodePath) -> Iterable[str]:
@@ -1062,10 +1207,13 @@ class InventoryLoader:
         for index, resource in found.items():
             if resource and (why := jump_fault(resource.name, ways)):
                 self.fault(("resources", index, "proxy_jump"), why)
+        gates = Gates(groups=file.groups, routes=file.routes) if file else Gates()
+        for place, why in () if self.faults else group_faults(gates, resources):
+            self.fault(place, why)
         if self.faults or not file or not usual:
             raise InventoryError("\n".join(self.faults))
-        return Inventory(self.path, file.service, resources, self.places,
-                         usual.model_dump(mode="json", include=set(defaults), exclude=set(SECRETS), exclude_none=True))
+        usual_values = usual.model_dump(mode="json", include=set(defaults), exclude=set(SECRETS), exclude_none=True)
+        return Inventory(self.path, file.service, resources, self.places, usual_values, gates)
 
     def _fault_former_names(self, found: Mapping[int, ResourceSettings | None]) -> None:
         """What was one resource became one other."""
@@ -1118,7 +1266,7 @@ class InventoryLoader:
             return self.parse(model, raw)
         except ValidationError as error:
             for item in error.errors(include_url=False, include_input=False):
-                path = locate(tuple(item["loc"]))
+                path = locate(tuple(part for part in item["loc"] if part != "[key]"))
                 if item["type"] == "extra_forbidden":
                     self._unknown(path, known_fields(model, item["loc"]))
                 else:
@@ -1412,8 +1560,8 @@ def hash_password(password: str, salt: bytes, rounds: int = PBKDF2_ROUNDS) -> by
 # alone opens it, in any thread: reads see one state, writes wait for each other. Secrets are stored sealed only.
 # Everything is SQL that PostgreSQL has, too, but for opening, migrating, and the upserts of Poll.
 # Gives: Base, binding, BUSY_TIMEOUT, Changes, Event, import_inventory, inspect_database, is_running, load_targets,
-# lock_database, LoginSession, open_stated, open_vault, REMOVED, reseal, Resource, revise, revision, sealed_tokens,
-# Setting, Status, Store, Target, target_of, update_row, User
+# lock_database, LoginSession, open_stated, open_vault, remembered, REMOVED, reseal, Resource, revise, revision,
+# sealed_tokens, Setting, Status, Store, Target, target_of, update_row, User
 SALT_BYTES = 16                 # bytes, NIST SP 800-132
 MIN_ROOM = 1 << 17              # bytes of a disk that is as good as full: what SQLite needs to open a database
 BUSY_TIMEOUT = 5.0              # seconds a writer waits for another one
@@ -1617,8 +1765,8 @@ class LoginSession(Base):
 
 
 class Setting(Base):
-    """What the service remembers about itself: `revision` rises with every change of configuration; `defaults` and
-    `service` are those of the inventory, in JSON, as imported last and as it was started with."""
+    """What the service remembers about itself: `revision` rises with every change of configuration; `defaults`, `gates`
+    and `service` are those of the inventory, in JSON, as imported last, the service's as it was started with."""
 
     __tablename__ = "setting"
     name: Mapped[str] = mapped_column(primary_key=True)
@@ -1854,9 +2002,12 @@ class Store:
             db.engine.dispose()
 
 
+def remembered(session: Session, name: str) -> Setting:
+    return session.get(Setting, name) or Setting(name=name, value=0, text="")
+
+
 def revision(session: Session) -> int:
-    row = session.get(Setting, "revision")
-    return row.value if row else 0
+    return remembered(session, "revision").value
 
 
 def revise(session: Session) -> None:
@@ -1985,6 +2136,17 @@ def retire_row(row: Resource) -> None:
     row.password = row.key_passphrase = None
 
 
+def store_rest(session: Session, inventory: Inventory, changes: Changes) -> None:
+    """What else the inventory says than resources; raises the revision where anything has changed."""
+    gates = inventory.gates.model_dump_json()
+    if gates != (remembered(session, "gates").text or Gates().model_dump_json()):
+        changes.changed.append("groups and routes")
+    for name, text in (("defaults", json.dumps(dict(inventory.defaults))), ("gates", gates)):
+        session.merge(Setting(name=name, text=text))
+    if changes.added or changes.changed or changes.removed:
+        revise(session)
+
+
 def import_inventory(session: Session, inventory: Inventory, vault: Vault) -> Changes:
     """Makes the inventory's rows follow the file, within the caller's transaction.
 
@@ -1995,7 +2157,8 @@ def import_inventory(session: Session, inventory: Inventory, vault: Vault) -> Ch
     rows = {row.name: row for row in session.scalars(every)}
     bind_ports(session, rows.values(), vault)
     changes = Changes([], [], [], [])
-    faults: list[HealthCheckerError] = []
+    shared = [name for name in inventory.gates.members({}) if name in rows and rows[name].origin == "api"]
+    faults: list[HealthCheckerError] = [InventoryError(f"{name} is a group, and a row of the API") for name in shared]
     for settings in inventory.resources:
         name = settings.name
         try:
@@ -2016,9 +2179,7 @@ def import_inventory(session: Session, inventory: Inventory, vault: Vault) -> Ch
         if row.origin == "inventory":
             retire_row(row)
             changes.removed.append(name)
-    session.merge(Setting(name="defaults", text=json.dumps(dict(inventory.defaults))))
-    if changes.added or changes.changed or changes.removed:
-        revise(session)
+    store_rest(session, inventory, changes)
     return changes
 
 
@@ -5505,50 +5666,73 @@ def settle(standing: Standing, verdict: Verdict, settings: ResourceSettings, at:
 
 
 # === Aggregate ===============================================================
-# Every poller's standing comes in by set_resource, one answer goes out: the lease, in shared memory, which gates of
-# all processes compare with the clock. Reports come from any thread; each writes the lease anew under one lock.
-# Opening and closing is announced in `transitions`, which the recorder empties.
-# Gives: Lease, HealthAggregator
+# Every poller's standing comes in by set_resource; out go leases in shared memory, which gates of all processes compare
+# with the clock: of the whole site, of each route and of each group. Reports come from any thread; under one lock a
+# changed one goes up the groups it is in, as far as it changes them, and then their leases are written. What opens or
+# closes is announced in `transitions`, which the recorder empties.
+# Gives: GroupState, HealthAggregator, Lease, SITE
 DEFAULT_TTL = 132.0             # seconds; the lease of a resource with default settings
+Span = tuple[float, float]      # monotonic times: until when something is healthy, and when it can be so again
+ALWAYS: Span = (math.inf, -math.inf)
+WAITED_FOR: Span = (0.0, 0.0)   # of what has no result yet, at the start
+SITE = ""                       # the whole site among groups and routes
+START = "/start"                # what the site waits for until all have a result; no resource has a slash in its name
+TOP = (SITE,)
 
 
 class Lease:
-    """Two times of lease_clock in shared memory: until when the application is healthy, and when it can be so again."""
+    """Two times of lease_clock in shared memory: until when the site is healthy, and when it can be so again; in
+    `parts`, the same of groups by name and of routes by path."""
 
-    def __init__(self) -> None:
+    def __init__(self, parts: Iterable[str] = ()) -> None:
         self.until: ctypes.c_double = multiprocessing.RawValue(ctypes.c_double, 0.0)
         self.opens: ctypes.c_double = multiprocessing.RawValue(ctypes.c_double, 0.0)
+        self.parts = {name: Lease() for name in parts}
 
 
-class LeaseHeap:
-    """Ends of leases by name, of which the earliest is at hand: a heap whose outdated items go when they come up.
+@dataclass(frozen=True)
+class GroupState:
+    """How a group or route stands, and why."""
 
-    Looking through 10,000 resources at each report would cost a hundred times as much.
-    """
+    name: str                       # of a route its path
+    state: Literal["healthy", "degraded", "unhealthy"]
+    needed: int                     # so many of its members
+    members: Mapping[str, bool]     # those that count: whether they are healthy
+    why: str
 
-    def __init__(self) -> None:
-        self._ends: dict[str, float] = {}
-        self._heap: list[tuple[float, str]] = []
 
-    def put(self, name: str, ends_mono: float) -> None:
-        self._ends[name] = ends_mono
-        heapq.heappush(self._heap, (ends_mono, name))
-        if len(self._heap) > 2 * len(self._ends) + 64:      # renewals of far ends pile up below the top
-            self._heap = [(end, named) for named, end in self._ends.items()]
-            heapq.heapify(self._heap)
+class Group:
+    """So many of its members as are needed: the N-th latest end, the N-th soonest opening. Nobody needs nothing.
 
-    def drop(self, name: str) -> None:
-        self._ends.pop(name, None)
+    Two sorted lists: to look through 10,000 members at each report would cost a hundred times as much."""
 
-    def earliest(self) -> float:
-        """Monotonic time; infinity when there is no lease."""
-        while self._heap and self._ends.get(self._heap[0][1]) != self._heap[0][0]:
-            heapq.heappop(self._heap)
-        return self._heap[0][0] if self._heap else math.inf
+    def __init__(self, quorum: Quorum = "all", warn: Quorum | None = None) -> None:
+        self._quorum, self._warn = quorum, warn
+        self._ends: list[float] = []
+        self._openings: list[float] = []
+        self.needed = 0     # how many of those that count now, at most all of them
+        self.span = ALWAYS
 
-    def ended(self, now_mono: float) -> list[str]:
-        """The names whose lease is over."""
-        return [name for name, end in self._ends.items() if end <= now_mono] if self.earliest() <= now_mono else []
+    def exchange(self, before: Span | None, after: Span | None) -> None:
+        """A member's span changes; it is None while the member does not count."""
+        for number, values in ((0, self._ends), (1, self._openings)):
+            if before and after and before[number] == after[number]:
+                continue
+            if before:
+                del values[bisect.bisect_left(values, before[number])]
+            if after:
+                bisect.insort(values, after[number])
+        if not before or not after:
+            self.needed = quorum_of(self._quorum, len(self._ends))
+        self.span = (self._ends[-self.needed], self._openings[self.needed - 1]) if self.needed else ALWAYS
+
+    def state(self, now: float) -> Literal["healthy", "degraded", "unhealthy"]:
+        """At a moment of the lease's clock."""
+        if self.span[0] <= now:
+            return "unhealthy"
+        good = len(self._ends) - bisect.bisect_right(self._ends, now)
+        short = self._warn and good < quorum_of(self._warn, len(self._ends))
+        return "degraded" if short else "healthy"
 
 
 class HealthAggregator:
@@ -5556,23 +5740,53 @@ class HealthAggregator:
 
     The answer is a lease: the time of lease_clock until which everything is known to be healthy. A report renews its
     resource's part for `ttl` seconds, the earliest part is the lease, and it is 0 while a resource is unhealthy or,
-    at the start, without a result. So nobody who stops reporting is taken for healthy.
+    at the start, without a result. So nobody who stops reporting is taken for healthy. A member of a group counts
+    through it, and what a route names for that route.
     """
 
     def __init__(self, lease: Lease | None = None, clock: Callable[[], float] = lease_clock) -> None:
         self.lease = lease or Lease()
-        self.transitions: queue.SimpleQueue[tuple[float, bool, str]] = queue.SimpleQueue()  # Unix time, open, why
+        # Unix time, open, why, and which group or route
+        self.transitions: queue.SimpleQueue[tuple[float, bool, str, str]] = queue.SimpleQueue()
         self._clock = clock
         self._until = self.lease.until
-        self._lock = threading.Lock()               # guards all below and the writing of the lease
+        self._lock = threading.Lock()               # guards all below and the writing of the leases
         self._owners: dict[str, object] = {}        # of the resources that count: critical and not in maintenance
-        self._healthy = LeaseHeap()
-        self._unhealthy: dict[str, tuple[float, str]] = {}  # resource -> soonest recovery, monotonic; reason
-        self._last_recovery = 0.0, ""               # the latest of these; it moves on with each report, so it is kept
+        self._spans: dict[str, Span] = {}           # of resources, and of who watches them
+        self._reasons: dict[str, str] = {}          # of the unhealthy ones
+        self._above: dict[str, tuple[str, ...]] = {SITE: ()}    # the groups and routes in which each is; else TOP
+        self._groups: dict[str, Group] = {SITE: Group()}
+        self._changed: set[str] = set()             # groups whose leases are not written yet
+        self._open: dict[str, bool] = {}            # as it was announced
         self._pending: set[str] = set()             # no result yet, since the start
         self._announced = False                     # the registration of the start is over
-        self._started = False                       # every resource of the start has had a result
-        self._open = False
+        self._beats: dict[str, float] = {}          # until when those live who watch
+        self._put(START, WAITED_FOR)
+
+    def arrange(self, gates: Gates, tagged: Mapping[str, Sequence[str]]) -> None:
+        """Groups and routes from now on; `tagged`: names of resources by tag. What the workers cannot know of, since it
+        was not there when they began, changes nothing for a route, and no group of it can be asked for."""
+        routes = {path: needs for path, needs in gates.routes.items() if path in self.lease.parts}
+        gone = {path: TOP for path in self.lease.parts if path.startswith("/") and path not in routes}
+        above: dict[str, list[str]] = collections.defaultdict(list, {SITE: []})
+        for group in gates.groups:
+            for member in group.all_members(tagged):
+                above[member].append(group.name)
+        for path, needs in {**routes, **gone}.items():
+            above[path] = []
+            for need in {*needs, *(TOP if needs else ())}:
+                above[need].append(path)
+        with self._lock:
+            self._above = {name: tuple(each) for name, each in above.items()}
+            self._groups = {SITE: Group(), **{group.name: Group(group.healthy, group.warn) for group in gates.groups},
+                            **{path: Group() for path in (*routes, *gone)}}
+            for name in self._groups:
+                for each in self._above.get(name, TOP):
+                    self._groups[each].exchange(None, ALWAYS)
+            for name, span in self._spans.items():
+                self._climb(name, None, span)
+            self._changed |= self._groups.keys() | self.lease.parts.keys()
+            self._publish()
 
     def register(self, name: str, owner: object = None) -> None:
         """The resource counts. Before the first decision it blocks until its first result, later it does not.
@@ -5580,22 +5794,25 @@ class HealthAggregator:
         Reports of another `owner` are dropped from now on."""
         with self._lock:
             self._owners[name] = owner
-            if not self._started:
+            if START in self._spans:
                 self._pending.add(name)
-            self._renew()
+                if name not in self._spans:
+                    self._put(name, WAITED_FOR)
+            self._publish()
 
     def deregister(self, name: str) -> None:
         """The resource does not count any more."""
         with self._lock:
-            self._forget(name)
+            self._put(name, None)
+            self._pending.discard(name)
             self._owners.pop(name, None)
-            self._renew()
+            self._publish()
 
     def start(self) -> None:
         """Ends the registration of the start: with nothing to wait for, the gate opens."""
         with self._lock:
             self._announced = True
-            self._renew()
+            self._publish()
 
     # The specification's three arguments, and ours by keyword.
     def set_resource(self, name: str, healthy: bool, reason: str = "", *,   # noqa: PLR0913
@@ -5608,13 +5825,12 @@ class HealthAggregator:
                 return      # it does not count, or its poller was stopped
             self._announced = self._announced or name not in self._owners
             self._owners.setdefault(name, owner)
-            self._forget(name)
-            if healthy:
-                self._healthy.put(name, self._clock() + ttl)
-            else:
-                self._unhealthy[name] = self._clock() + opens, reason
-                self._last_recovery = max(self._last_recovery, (self._clock() + opens, name))
-            self._renew()
+            self._pending.discard(name)
+            now = self._clock()
+            self._put(name, (now + ttl, -math.inf) if healthy else (0.0, now + opens))
+            if not healthy:
+                self._reasons[name] = reason
+            self._publish()
 
     def is_healthy(self) -> bool:
         """Whether every counted resource is healthy now; one comparison, without a lock."""
@@ -5623,41 +5839,85 @@ class HealthAggregator:
     def beat(self, name: str, ttl: float = DEFAULT_TTL) -> None:
         """Notes that one lives who watches the others: it has a lease, and no standing."""
         with self._lock:
-            self._healthy.put(f"/{name}", self._clock() + ttl)    # no resource has a slash in its name
-            self._renew()
+            self._beats[name] = self._clock() + ttl
+            self._put(f"/{name}", (self._beats[name], -math.inf))
+            self._changed |= self._groups.keys()
+            self._publish()
 
-    def note_expiry(self) -> list[str]:
-        """Announces that the gate has closed by a lease that ran out; gives the resources that are late."""
+    def note_expiry(self) -> None:
+        """Announces what has closed by a lease that ran out."""
         with self._lock:
-            self._announce()
-            return self._healthy.ended(self._clock())
+            self._changed |= self._groups.keys()
+            self._publish()
 
-    def _forget(self, name: str) -> None:
-        self._healthy.drop(name)
-        self._pending.discard(name)
-        if self._unhealthy.pop(name, None) and self._last_recovery[1] == name:
-            self._last_recovery = max(((at, other) for other, (at, _) in self._unhealthy.items()), default=(0.0, ""))
+    def groups(self) -> list[GroupState]:
+        """Groups and routes, as they stand."""
+        with self._lock:
+            return [self._state(name, group) for name, group in self._groups.items() if name != SITE]
 
-    def _renew(self) -> None:
-        """Writes the lease; the caller holds the lock."""
-        self._started = self._started or (self._announced and not self._pending)
-        waits = not self._started or self._unhealthy
-        self.lease.opens.value = self._last_recovery[0] if self._unhealthy else self._clock()
-        self._until.value = 0.0 if waits else self._healthy.earliest()
-        self._announce()
+    def _state(self, name: str, group: Group) -> GroupState:
+        now = self._clock()
+        members = {each: self._span(each)[0] > now for each in self._members(name) if each != SITE}
+        why = self._why(name) if group.span[0] <= now else ""
+        return GroupState(name, group.state(now), min(group.needed, len(members)), members, why)
 
-    def _announce(self) -> None:
-        """Tells of the gate when it has opened or closed, and why."""
-        is_open = self.is_healthy()
-        if is_open == self._open:
-            return
-        self._open, why = is_open, ""
-        if not is_open and self._unhealthy:
-            name, more = self._last_recovery[1], len(self._unhealthy) - 1
-            why = f"{name}: {self._unhealthy[name][1]}" + (f" and {more} more" if more else "")
-        elif not is_open:
-            why = f"no result of {', '.join(self._healthy.ended(self._clock())[:5])}"
-        self.transitions.put((time.time(), is_open, why))
+    def _span(self, name: str) -> Span:
+        return self._groups[name].span if name in self._groups else self._spans[name]
+
+    def _members(self, group: str) -> list[str]:
+        """Those that count now."""
+        return [name for name in (*self._groups, *self._spans) if group in self._above.get(name, TOP)]
+
+    def _put(self, name: str, span: Span | None) -> None:
+        before = self._spans.get(name)
+        self._reasons.pop(name, None)
+        if span is None:
+            self._spans.pop(name, None)
+        else:
+            self._spans[name] = span
+        self._climb(name, before, span)
+
+    def _climb(self, name: str, before: Span | None, after: Span | None) -> None:
+        """A changed span, up through all groups that it changes."""
+        for above in self._above.get(name, TOP):
+            group = self._groups[above]
+            was = group.span
+            group.exchange(before, after)
+            if group.span != was:
+                self._changed.add(above)
+                self._climb(above, was, group.span)
+
+    def _publish(self) -> None:
+        """Writes the leases that have changed, and tells what has opened or closed; the caller holds the lock."""
+        if START in self._spans and self._announced and not self._pending:
+            self._put(START, None)
+            self._changed |= self._groups.keys()
+        beats = min(self._beats.values(), default=math.inf)
+        for name in sorted(self._changed):
+            group, lease = self._groups.get(name), self.lease.parts.get(name) if name else self.lease
+            until, opens = group.span if group else WAITED_FOR      # one that is gone is closed
+            if group and (group.needed or not name.startswith("/")):    # but a route that needs nothing
+                until = min(until, beats)
+            if lease:
+                lease.opens.value, lease.until.value = max(opens, 0.0), until
+            is_open = self._clock() < until
+            if group and START not in self._spans and is_open is not self._open.get(name, False):
+                self._open[name] = is_open
+                self.transitions.put((time.time(), is_open, "" if is_open else self._why(name), name))
+        self._changed.clear()
+
+    def _why(self, name: str) -> str:
+        """What keeps a group from being healthy: of several, the one that takes longest."""
+        now, group = self._clock(), self._groups[name]
+        spans = {each: self._span(each) for each in self._members(name)}
+        bad = [each for each, (until, _) in spans.items() if until <= now]
+        good = f"{len(spans) - len(bad)} of {len(spans)} healthy: " if group.needed < len(spans) else ""
+        told = [each for each in bad if each in self._groups or each in self._reasons]
+        if not told:
+            return f"{good}no result of {', '.join(bad[:5])}"
+        worst = max(told, key=lambda each: spans[each][1])
+        why = self._why(worst) if worst in self._groups else self._reasons[worst]
+        return f"{good}{worst or 'the whole site'}: {why}" + (f" and {len(told) - 1} more" if len(told) > 1 else "")
 
     SetResource = set_resource
     IsHealthy = is_healthy
@@ -5993,8 +6253,9 @@ class Recorder(threading.Thread):
         self._samples: collections.deque[dict[str, Any]] = collections.deque(maxlen=PENDING_ROWS)
         self._events: collections.deque[dict[str, Any]] = collections.deque(maxlen=PENDING_ROWS)
         self._keys: dict[int, str] = {}         # host keys trusted on first use
-        self._gate_at = time.time()             # when the gate last changed
-        self.note("gate", "closed (the service starts)", self._gate_at)
+        self._begun_at = time.time()
+        self._changed_at: dict[str, float] = {}     # when the gate, a group or a route last opened or closed
+        self.note("gate", "closed (the service starts)", self._begun_at)
 
     def put(self, report: Report) -> None:
         """Takes a report; transitions are logged at once, in the caller's thread."""
@@ -6050,12 +6311,13 @@ class Recorder(threading.Thread):
 
     def _gather(self) -> None:
         transitions = self._aggregator.transitions
-        for at, is_open, why in (transitions.get() for _ in range(transitions.qsize())):
-            text = (f"{'closed' if is_open else 'open'} -> {'open' if is_open else 'closed'}"
-                    f"{f' ({why})' if why else ''} after {at - self._gate_at:.0f} s")
+        for at, is_open, why, name in (transitions.get() for _ in range(transitions.qsize())):
+            text = (f"{f'{name}: ' if name else ''}{'closed' if is_open else 'open'} -> "
+                    f"{'open' if is_open else 'closed'}{f' ({why})' if why else ''}"
+                    f" after {at - self._changed_at.get(name, self._begun_at):.0f} s")
             log.warning("gate: %s", text)
             self.note("gate", text, at)
-            self._gate_at = at
+            self._changed_at[name] = at
         for report in (self._reports.get() for _ in range(self._reports.qsize())):
             resource_id = report.target.id
             self._latest[resource_id] = report
@@ -6314,7 +6576,7 @@ class Monitor(threading.Thread):
         self._store, self._vault, self._context, self._wall = store, vault, context, wall
         self.pollers: dict[str, Poller] = {}
         self.targets: dict[str, Target] = {}    # as the rows were when they were followed
-        self.guards = context.access.guards
+        self.guards, self.groups = context.access.guards, context.aggregator.groups
         self._zero_at = wall() - lease_clock()  # the Unix time of lease_clock's 0, by which stored times are read
         self.clock_step = 0.0, ""   # when the clock was set the last time, and how
         # Until when resources do not count, as stored and by lease_clock: a clock that is set ends nothing.
@@ -6441,6 +6703,7 @@ class Monitor(threading.Thread):
         """Makes the pollers follow the rows."""
         with self._store.reading() as session:
             current, targets = revision(session), load_targets(session, self._vault, self.targets)
+            gates = Gates.model_validate_json(remembered(session, "gates").text or "{}")
             is_known = current == self._revision and targets == self.targets
             stored = {} if is_known else {
                 row.resource_id: row for row in session.scalars(sqlalchemy.select(Status))}
@@ -6462,6 +6725,8 @@ class Monitor(threading.Thread):
                 self._launch(target, 0.0, before, stored.get(target.id))
                 fresh.append(self.pollers[name])
         spread(fresh)
+        if not is_known:
+            self._context.aggregator.arrange(gates, by_tag(target.settings for target in targets.values()))
         self._recount()
         for name in gone:       # only now: what has another name would open the gate in between
             self._context.aggregator.deregister(name)
@@ -6622,24 +6887,26 @@ class Gate:
 
     def __init__(self, app: WSGIApplication, lease: Lease, clock: Callable[[], float] = lease_clock) -> None:
         self._app, self._lease, self._clock = app, lease, clock
-        self._until = lease.until
         self.draining = False       # the service ends: readyz says so
-        self._routes: dict[str, Callable[[], Reply]] = {
-            "/-/livez": lambda: ("200 OK", [], b"ok\n"),
+        self._routes = {path.encode().decode("latin-1"): part for path, part in lease.parts.items() if "/" in path}
+        self._depth = 1 + max((path.count("/") for path in self._routes), default=0)
+        self._answers: dict[str, Callable[[Lease], Reply]] = {
+            "/-/livez": lambda _: ("200 OK", [], b"ok\n"),
             "/-/readyz": self._readyz,
-            "/-/gate": lambda: ("204 No Content", [], b"") if self.is_healthy() else ("403 Forbidden", [], b""),
+            "/-/gate": lambda lease: ("204 No Content", [], b"") if self._holds(lease) else ("403 Forbidden", [], b""),
             HEALTH: self._health,
         }
 
-    def is_healthy(self) -> bool:
-        """The gate's answer, also for the application: environ["healthchecker.is_healthy"]()."""
-        return self._clock() < self._until.value
+    def is_healthy(self, name: str = SITE) -> bool:
+        """The gate's answer, also for the application: environ["healthchecker.is_healthy"](); of a group by its name,
+        of a route by its path. Raises LookupError."""
+        return self._holds(self._lease.parts[name] if name else self._lease)
 
     def route(self, path: str) -> WSGIApplication:
         """What answers a request for `path`: `admit`, which may block, or what never does."""
         if path.startswith(PREFIX):
             return self._own
-        return self.admit if self._clock() < self._until.value else self.refuse
+        return self.admit if self._clock() < self._lease_of(path).until.value else self.refuse
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         handler: WSGIApplication = environ.pop(HANDLER, None) or self.route(environ["PATH_INFO"])
@@ -6647,7 +6914,7 @@ class Gate:
 
     def admit(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         """The application's answer, unless the gate has closed while the request waited for a thread."""
-        if self._clock() >= self._until.value:
+        if not self._holds(self._lease_of(environ["PATH_INFO"])):
             return self.refuse(environ, start_response)
         if "HTTP_UPGRADE" in environ and environ["HTTP_UPGRADE"].lower() == "websocket":
             return respond(environ, start_response, ("501 Not Implemented", [], b"no websockets are served here\n"))
@@ -6658,7 +6925,7 @@ class Gate:
                outcome: str = "refused") -> Iterable[bytes]:
         """For a closed gate; "shed" is a request that no thread has time for."""
         environ[OUTCOME] = outcome
-        retry = self._retry_after()
+        retry = self._retry_after(self._lease_of(environ["PATH_INFO"]))
         kind, body = "text/html; charset=utf-8", CLOSED_PAGE
         if "text/html" not in environ.get("HTTP_ACCEPT", ""):
             kind = "application/json"
@@ -6667,30 +6934,54 @@ class Gate:
 
     def _own(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         environ[OUTCOME] = "own"
-        path = environ["PATH_INFO"]
+        path, lease = environ["PATH_INFO"], self._lease
+        if path.startswith(("/-/readyz/", "/-/gate/")):     # of one group or route
+            end = path.index("/", len(PREFIX))
+            name = path[end + 1:].encode("latin-1").decode("utf-8", "replace")
+            found = lease.parts.get(name) or lease.parts.get(f"/{name}")
+            path, lease = (path[:end], found) if found else ("", lease)
         answer: Reply = "404 Not Found", [], b"not found\n"
         if path == HEALTH and environ["REQUEST_METHOD"] not in ("GET", "HEAD"):
             answer = "405 Method Not Allowed", [("Allow", "GET, HEAD")], b""
-        elif path in self._routes:
-            answer = self._routes[path]()
+        elif path in self._answers:
+            answer = self._answers[path](lease)
         return respond(environ, start_response, answer)
 
-    def _readyz(self) -> Reply:
+    def _holds(self, lease: Lease) -> bool:
+        return self._clock() < lease.until.value
+
+    def _lease_of(self, path: str) -> Lease:
+        """Of the longest route that a path is in, else the site's; where it can be read in two ways, the stricter."""
+        if not self._routes:
+            return self._lease
+        lease = self._longest(path)
+        if "//" in path or "/." in path or "\\" in path or "%" in path:
+            lease = min(lease, self._longest(plain_path(path)), key=lambda one: one.until.value)
+        return lease
+
+    def _longest(self, path: str) -> Lease:
+        parts = path.split("/", self._depth)[:self._depth]
+        for count in range(len(parts), 1, -1):
+            if lease := self._routes.get("/".join(parts[:count])):
+                return lease
+        return self._lease
+
+    def _readyz(self, lease: Lease) -> Reply:
         if self.draining:
             return UNAVAILABLE, [], b"ending\n"
-        if self.is_healthy():
+        if self._holds(lease):
             return "200 OK", [], b"open\n"
-        return UNAVAILABLE, [self._retry_after()], b"closed\n"
+        return UNAVAILABLE, [self._retry_after(lease)], b"closed\n"
 
-    def _health(self) -> Reply:
+    def _health(self, lease: Lease) -> Reply:
         kind = ("Content-Type", "application/health+json")
-        if self.is_healthy():
+        if self._holds(lease):
             return "200 OK", [kind], b'{"status": "pass"}'
         return UNAVAILABLE, [kind], b'{"status": "fail"}'
 
-    def _retry_after(self) -> tuple[str, str]:
+    def _retry_after(self, lease: Lease) -> tuple[str, str]:
         """Seconds to the soonest moment at which the gate can open; 1 when it is open, and the pool full."""
-        wait = math.ceil(self._lease.opens.value - self._clock())
+        wait = math.ceil(lease.opens.value - self._clock())
         return "Retry-After", str(min(max(wait, 1), RETRY_AFTER_MAX))
 
 
@@ -8226,9 +8517,10 @@ class LoginThrottle:
 # operation takes who does it, checks what is given, changes rows and notes it within one transaction, and gives rows
 # or views. What is refused is an ApiError.
 # Gives: add_resource, add_user, API, begin_maintenance, change_password, change_resource, change_user, changeable,
-# connection_view, ConsoleContext, DAMAGED, end_maintenance, end_session, list_events, list_resources, list_sessions,
-# list_users, NO_SAMPLE, offered_key, open_session, OPERATIONS, poll_now, Principal, remove_resource, remove_user,
-# RESOURCES, Route, SAFE_METHODS, sign_in, sign_out, status_of, test_changes, test_settings, trust_resource
+# connection_view, ConsoleContext, DAMAGED, end_maintenance, end_session, list_events, list_groups, list_resources,
+# list_sessions, list_users, NO_SAMPLE, offered_key, open_session, OPERATIONS, poll_now, Principal, remove_resource,
+# remove_user, RESOURCES, Route, SAFE_METHODS, sign_in, sign_out, status_of, test_changes, test_settings,
+# trust_resource
 
 POLL_NOW_TIMEOUT = 60.0         # seconds that a request waits for a poll
 TRIAL_TIMEOUT = 30.0            # seconds of a poll with settings that are not stored
@@ -8267,8 +8559,8 @@ class ConsoleContext:
     def imported(self) -> Inventory:
         """The inventory with the defaults that were taken over last, maybe by another process."""
         with self.store.reading() as session:
-            row = session.get(Setting, "defaults")
-        return replace(self.inventory, defaults=json.loads(row.text)) if row else self.inventory
+            text = remembered(session, "defaults").text
+        return replace(self.inventory, defaults=json.loads(text)) if text else self.inventory
 
     @property
     def is_healthy(self) -> bool:
@@ -8448,6 +8740,11 @@ def list_resources(who: Principal) -> list[ResourceView]:
         return [resource_view(row, status, who.context) for row, status in rows]
 
 
+def list_groups(who: Principal) -> list[GroupState]:
+    """Groups by name and routes by path, with their members, and why they stand as they do."""
+    return who.context.monitor.groups()
+
+
 def show_resource(who: Principal, name: str) -> ResourceView:
     """One resource."""
     with who.context.store.reading() as session:
@@ -8479,8 +8776,9 @@ def add_resource(who: Principal, body: Mapping[str, Any], form: Document | None 
     with who.context.store.writing() as session:
         before = session.scalar(
             sqlalchemy.select(Resource).where(Resource.name == row.name).execution_options(removed=True))
-        if before and before.origin != REMOVED:
-            raise ApiError("there is a resource of this name already", 409, {"name": "is taken"})
+        groups = {group.name for group in who.context.monitor.groups()}
+        if (before and before.origin != REMOVED) or row.name in groups:
+            raise ApiError("there is a resource or group of this name already", 409, {"name": "is taken"})
         if before and before.hostname == row.hostname:      # it comes back, with its history
             address = "port", "username"
             row.id = before.id
@@ -8818,6 +9116,7 @@ OPERATIONS = (
     Route("POST", API + "password", "viewer", change_password, None, PasswordChange, restricted=True),
     Route("GET", API + "sessions", "viewer", list_sessions, list[SessionView]),
     Route("DELETE", API + "sessions/<id>", "viewer", end_session),
+    Route("GET", API + "groups", "viewer", list_groups, list[GroupState]),
     Route("GET", API + "resources", "viewer", list_resources, list[ResourceView]),
     Route("POST", API + "resources", "admin", add_resource, ResourceView, ResourceSettings, status=201),
     Route("GET", RESOURCE, "viewer", show_resource, ResourceView),
@@ -9016,6 +9315,9 @@ def perform(operation: Route, **names: str) -> flask.typing.ResponseReturnValue:
     return flask.Response(content, operation.status, mimetype="application/json")
 
 
+HEALTH_STATUS = {"healthy": "pass", "degraded": "warn", "unknown": "warn", "unhealthy": "fail"}
+
+
 def health() -> flask.typing.ResponseReturnValue:
     """application/health+json; the resources only for those who are logged in."""
     who = current_principal()
@@ -9024,8 +9326,11 @@ def health() -> flask.typing.ResponseReturnValue:
         answer["releaseId"] = VERSION
         answer["checks"] = {f"{view.name}:state": [{
             "componentType": "system", "observedValue": view.state, "time": view.polled and view.polled.isoformat(),
-            "status": {"healthy": "pass", "unhealthy": "fail"}.get(view.state, "warn"),
+            "status": HEALTH_STATUS[view.state],
             "output": f"{view.cause}: {view.reason}" if view.cause else ""}] for view in list_resources(who)}
+        answer["checks"] |= {f"{group.name}:state": [{
+            "componentType": "component", "observedValue": group.state, "output": group.why,
+            "status": HEALTH_STATUS[group.state]}] for group in list_groups(who)}
     return answer, 200 if who.context.is_healthy else 503, {"Content-Type": "application/health+json"}
 
 
@@ -9151,8 +9456,9 @@ class Metrics:
     the rows that the recorder writes. That part serves for METRICS_AGE seconds: scrapes cannot load the machine."""
 
     def __init__(self, serving: ServingMetrics, store: Store, token_file: Path | None,
-                 connections: ConnectionContext) -> None:
+                 connections: ConnectionContext, groups: Callable[[], Iterable[GroupState]] = list) -> None:
         self._serving, self._store, self._token_file, self._connections = serving, store, token_file, connections
+        self._groups = groups
         self._complaint = ""        # the last one about the token file
         self._lock = threading.Lock()       # guards these two, so that who asks meanwhile waits for the same text
         self._made, self._text = -math.inf, b""
@@ -9203,6 +9509,12 @@ class Metrics:
             for name, labels, value in resource_metrics(row, now):
                 families[name].add_metric((row.name, *labels), value)
         yield from families.values()
+        group_healthy = gauge("group_healthy", "1 while a group or a route is healthy.", None, "group")
+        good = gauge("group_healthy_members", "Members of a group or a route that are healthy.", None, "group")
+        for group in self._groups():
+            group_healthy.add_metric([group.name], group.state != "unhealthy")
+            good.add_metric([group.name], sum(group.members.values()))
+        yield from (group_healthy, good)
         yield from self._connection_metrics()
 
     def _connection_metrics(self) -> Iterator[Metric]:
@@ -9421,8 +9733,9 @@ TEMPLATES = {"layout.html": """{% macro table(label, heads, class="") %}
 {% endif %}
 {% if blockers %}
 <ul>
-{% for blocker in blockers[:5] %}
-<li><a href="{{ blocker.href }}">{{ blocker.name }}</a> {{ blocker.reason or "no result yet" }}</li>
+{% for name, href, reason in blockers[:5] %}
+<li>{% if href %}<a href="{{ href }}">{{ name }}</a>{% else %}<b>{{ name }}</b>{% endif %}
+{{ reason or "no result yet" }}</li>
 {% endfor %}
 {% if blockers|length > 5 %}
 <li><a href="?state=unhealthy">and {{ blockers|length - 5 }} more</a></li>
@@ -9430,6 +9743,20 @@ TEMPLATES = {"layout.html": """{% macro table(label, heads, class="") %}
 </ul>
 {% elif last and not is_open %}<p>{{ last.text }}</p>{% endif %}
 </section>
+{% if groups %}
+{% call table("Groups and routes", ("State", "Group or route", "Healthy", "Needed", "Members"), "overview") %}
+{% for group in groups %}
+<tr class="{{ group.state }}">
+<td>{{ state(group.state) }}</td>
+<th scope="row">{{ group.name }}{% if group.why %}<p>{{ group.why }}</p>{% endif %}</th>
+<td data-label="Healthy">{{ group.members.values()|sum }} of {{ group.members|length }}</td>
+<td data-label="Needed">{{ group.needed }}</td>
+<td>{% for name in (group.members|list)[:20] %}<i>{{ name }}</i> {% endfor %}
+{%- if group.members|length > 20 %}and {{ group.members|length - 20 }} more{% endif %}</td>
+</tr>
+{% endfor %}
+{% endcall %}
+{% endif %}
 {% if now - clock_step[0] < 86400 %}
 <p class="notice">At {{ clock_step[0]|local_time }} {{ clock_step[1] }}: times before and after do not fit together.</p>
 {% endif %}
@@ -10117,9 +10444,15 @@ def overview() -> Answer:
     with context.store.reading() as session:
         everything = [ResourceRow(row, status, now) for row, status in session.execute(RESOURCES)]
         is_open, last = context.is_healthy, next(iter(events(session, kind="gate", limit=1)), None)
-    blockers = [] if is_open else sorted((
-        resource for resource in everything if resource.settings["critical"]
-        and resource.shown_state in ("unhealthy", "unknown")), key=lambda resource: resource.status.since_at)
+    groups = list_groups(current_principal())
+    through = {name for group in groups for name in group.members}      # these count for the site through a group
+    blockers = [] if is_open else [
+        *((group.name, "", group.why) for group in groups
+          if group.state == "unhealthy" and group.name not in through and not group.name.startswith("/")),
+        *((resource.name, resource.href, resource.reason)
+          for resource in sorted(everything, key=lambda resource: resource.status.since_at)
+          if resource.settings["critical"] and resource.name not in through
+          and resource.shown_state in ("unhealthy", "unknown"))]
     found = [resource for resource in everything if resource.matches(wanted["q"], wanted["tag"])]
     counts = collections.Counter(resource.shown_state for resource in found)
     rows = sorted((resource for resource in found if wanted["state"] in ("", resource.shown_state)),
@@ -10128,7 +10461,7 @@ def overview() -> Answer:
              for state in ("", *STATES) if counts[state] or state in ("", wanted["state"])]
     title = f"{counts['unhealthy']} unhealthy, gate " if counts["unhealthy"] else "gate "
     return render_page("overview", title=title + ("open" if is_open else "closed"), is_open=is_open, last=last,
-                       blockers=blockers, rows=rows, state_links=links, filter=wanted,
+                       blockers=blockers, groups=groups, rows=rows, state_links=links, filter=wanted,
                        tags=sorted({tag for resource in everything for tag in resource.settings["tags"]}),
                        clock_step=context.monitor.clock_step, empty=not everything, refresh="")
 
@@ -10749,15 +11082,20 @@ class Installation:
             record_event(session, "change", f"inventory: {changes}", actor=actor)
         return changes
 
+    def _started_with(self) -> dict[str, Any]:
+        """What holds until the next start: the service's settings, and which routes and groups there are."""
+        settings = {f"service.{name}": value for name, value in self.service.model_dump(mode="json").items()}
+        return settings | {"the names of groups and routes": sorted(self.inventory.gates.members({}))}
+
     def keep_service(self, session: Session) -> None:
         """Takes down with which settings of its own the service runs."""
-        session.merge(Setting(name="service", text=self.service.model_dump_json()))
+        session.merge(Setting(name="service", text=json.dumps(self._started_with())))
 
     def changed_service(self, session: Session) -> list[str]:
         """Names of the service's own settings that are not those with which it was started."""
-        now, row = self.service.model_dump(mode="json"), session.get(Setting, "service")
-        before = json.loads(row.text) if row else now
-        return [f"service.{name}" for name in sorted(before.keys() | now) if before.get(name) != now.get(name)]
+        now, text = self._started_with(), remembered(session, "service").text
+        before = json.loads(text) if text else now
+        return [name for name in sorted(before.keys() | now) if before.get(name) != now.get(name)]
 
 
 def prepare(installation: Installation, store: Store) -> Vault:
@@ -10823,7 +11161,7 @@ def watch(installation: Installation, store: Store, console: Sequence[socket.soc
         if console:
             context = ConsoleContext(store, inventory, aggregator.lease, vault, monitor, access)
             serving = ServingMetrics(aggregator.lease, supervisor.counters)
-            metrics = Metrics(serving, store, service.metrics_token_file, access)
+            metrics = Metrics(serving, store, service.metrics_token_file, access, monitor.groups)
             server = ConsoleServer(build_console(context, metrics), console)
             stack.enter_context(contextlib.closing(server)).start()
         reloads = threading.Thread(target=follow_hangups, args=(installation, store, hangups), name="reloads",
@@ -10857,7 +11195,7 @@ def serve(arguments: argparse.Namespace) -> int:
     service = service.model_copy(update={
         "listen": bound_address(service.listen, doors), "console": bound_address(service.console, console)})
     inspect_database(installation.database)
-    supervisor = Supervisor(service, installation.path.parent, doors, Lease())
+    supervisor = Supervisor(service, installation.path.parent, doors, Lease(installation.inventory.gates.members({})))
     with contextlib.closing(lock_database(installation.database)), contextlib.closing(supervisor):
         hangups: queue.SimpleQueue[bool] = queue.SimpleQueue()
         handle_signals(supervisor.stop, hangups)    # from here on: an interrupt would leave a worker that nobody knows
@@ -11006,6 +11344,8 @@ def check(arguments: argparse.Namespace) -> int:
     code = check_app(installation) or code
     with rehearsal(installation) as (session, vault, changes):
         print(f"{installation.path.name} is valid; a start would make: {changes}")
+        for line in gate_lines(installation.inventory.gates, installation.inventory.resources):
+            print(line)
         show_readable(installation)
         installation.review(changes)
         for settings in installation.inventory.resources:

@@ -182,6 +182,13 @@ def gate_rows(_: Plan) -> Iterator[Row]:
     rounds = in_turn(25, measures)
     added = [gated - bare for gated, bare in zip(rounds["gate"], rounds["app"], strict=True)]
     yield at_most("The gate adds to a request", added, 3, "μs", 2)
+    routes = [f"/part{number}/below" for number in range(100)]
+    many = hc.Gate(app, hc.Lease(routes))
+    look_up = {name: partial(each, partial(one.route, "/part50/below/page"), 1e-6)
+               for name, one in (("none", gate), ("many", many))}  # fmt: skip
+    found = in_turn(25, look_up)
+    added = [many_ - none for many_, none in zip(found["many"], found["none"], strict=True)]
+    yield at_most("... and with 100 routes", added, 1, "μs", 2)
 
 
 # === Requests ================================================================

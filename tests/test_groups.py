@@ -1,0 +1,532 @@
+"""Groups and routes: what is wrong in the inventory, the algebra of leases against brute force, and a real service."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import queue
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import wait_for
+from console import console, local_console
+from hypothesis import given
+from hypothesis import strategies as st
+from service import Service, run, write_inventory
+from sshd import open_sshd
+
+from healthchecker import (
+    Gate,
+    Gates,
+    HealthAggregator,
+    InventoryError,
+    Lease,
+    load_inventory,
+    plain_path,
+    quorum_of,
+)
+
+QUORUMS = {
+    ("all", 0): 0, ("all", 3): 3, ("any", 0): 0, ("any", 3): 1, ("2", 3): 2, ("2", 1): 1, ("2", 0): 0,
+    ("50%", 3): 2, ("50%", 4): 2, ("1%", 3): 1, ("100%", 3): 3, ("34%", 3): 2, ("33%", 3): 1, ("50%", 0): 0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("asked", "needed"), QUORUMS.items())
+def test_quorum(asked: tuple[str, int], needed: int) -> None:
+    assert quorum_of(*asked) == needed
+
+
+# --- what the inventory may say ---
+ROWS = "".join(f"  - {{name: {name}, platform: simulated, tags: [{tag}]}}\n" for name, tag in (
+    ("db1", "db"), ("db2", "db"), ("db3", "db"), ("web1", "web"), ("warehouse", "")))  # fmt: skip
+ROWS += "  - {name: shown, platform: simulated, critical: false, tags: [idle]}\n"
+FINE = {
+    "all": "groups: [{name: g, members: [db1, db2]}]",
+    "a number": "groups: [{name: g, members: [db1, db2], healthy: 2}]",
+    "a percentage by tag": "groups: [{name: g, tags: [db], healthy: 50%, warn: 80%}]",
+    "tags and members": "groups: [{name: g, members: [web1, db1], tags: [db], healthy: 4}]",
+    "a group of groups": "groups: [{name: g, members: [h, web1]}, {name: h, tags: [db], healthy: any}]",
+    "routes": "routes: {/reports: [warehouse], /static: [], /a/b: [db1, web1], /größe: []}",
+    "a route to a group": "groups: [{name: g, tags: [db]}]\nroutes: {/reports: [g]}",
+    "a resource in two groups": "groups: [{name: g, members: [db1, db2]}, {name: h, members: [db1, web1]}]",
+}
+
+
+def gates_of(folder: Path, text: str) -> Gates:
+    return load_inventory(write_inventory(folder, f"{ROWS}{text}\n")).gates
+
+
+@pytest.mark.parametrize("text", FINE.values(), ids=FINE)
+def test_fine(tmp_path: Path, text: str) -> None:
+    gates = gates_of(tmp_path, text)
+    assert Gates.model_validate_json(gates.model_dump_json()) == gates
+
+
+# groups or routes with a mark at the fault, and what is said of it
+FAULTS = {
+    "nobody": ("groups:\n  - {name: ^g}", "groups[0].name: has no members"),
+    "a tag of nobody": ("groups:\n  - {name: ^g, tags: [dbs]}", "groups[0].name: has no members"),
+    "a tag of what does not count": ("groups:\n  - {name: ^g, tags: [idle]}", "groups[0].name: has no members"),
+    "a member that is unknown": ("groups:\n  - {name: g, members: [db1, ^dp2]}",
+                                 "groups[0].members[1]: no resource or group has this name; did you mean db2?"),
+    "a member that does not count": ("groups:\n  - {name: g, members: [db1, ^shown]}",
+                                     "groups[0].members[1]: shown is not critical, so it counts for nothing"),
+    "more than there are": ("groups:\n  - {name: g, members: [db1, db2], healthy: ^3}",
+                            "groups[0].healthy: must be at most 2"),
+    "a warning that never comes": ("groups:\n  - {name: g, tags: [db], healthy: 2, warn: ^50%}",
+                                   "groups[0].warn: must ask for more members than `healthy`"),
+    "no quorum": ("groups:\n  - {name: g, tags: [db], healthy: ^most}", "groups[0].healthy: must be all, any"),
+    "none": ("groups:\n  - {name: g, tags: [db], healthy: ^0}", "groups[0].healthy: must be all, any"),
+    "more than all": ("groups:\n  - {name: g, tags: [db], healthy: ^101%}", "groups[0].healthy: must be all, any"),
+    "a resource's name": ("groups:\n  - {name: ^db1, members: [db2]}", "groups[0].name: a resource or group has"),
+    "a name twice": ("groups:\n  - {name: g, tags: [db]}\n  - {name: ^g, tags: [web]}",
+                     "groups[1].name: a resource or group has this name, too"),
+    "in itself": ("groups:\n  - {name: g, members: ^[g, db1]}", "groups[0].members: g would be a member of its own"),
+    "a circle": ("groups:\n  - {name: g, members: ^[h]}\n  - {name: h, members: [db1, g]}",
+                 "groups[0].members: g would be a member of its own"),
+    "a setting that is unknown": ("groups:\n  - {name: g, ^member: [db1]}",
+                                  "groups[0]: unknown setting; did you mean members?"),
+    "a route to nobody": ("routes:\n  /reports: [^warehose]",
+                          "routes./reports[0]: no resource or group has this name; did you mean warehouse?"),
+    "a route to what does not count": ("routes:\n  /a: [^shown]", "routes./a[0]: shown is not critical"),
+    "a route to a route": ("routes:\n  /a: [db1]\n  /b: [^/a]", "routes./b[0]: must be 1 to 253 characters"),
+    "the whole site": ("routes:\n  /: ^[db1]", "routes./: must be a part of the application"),
+    "our own paths": ("routes:\n  /-/gate: ^[]", "routes./-/gate: must be a part of the application"),
+    "no path": ("routes:\n  reports: ^[]", "routes.reports: must be a path as in /reports"),
+    "a last slash": ("routes:\n  /reports/: ^[]", "routes./reports/: must be a path as in /reports"),
+    "two slashes": ("routes:\n  /a//b: ^[]", "routes./a//b: must be a path as in /a/b"),
+    "dots": ("routes:\n  /a/../b: ^[]", "routes./a/../b: must be a path as in /b"),
+    "encoded": ("routes:\n  /a%20b: ^[]", "routes./a%20b: must be a path as in /a b"),
+    "a query": ("routes:\n  /a?b=1: ^[]", "routes./a?b=1: must be a path as in /a"),
+    "a list": ("routes: ^[/a]", "routes: must be a mapping"),
+    "the same route twice": ("routes:\n  /a: []\n  ^/a: [db1]", "this key stands here twice"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "words"), FAULTS.values(), ids=FAULTS)
+def test_fault(tmp_path: Path, text: str, words: str) -> None:
+    """A line for each, with the place in the file."""
+    marked = write_inventory(tmp_path, f"{ROWS}{text}\n").read_text(encoding="utf-8").partition("^")[0]
+    place = f"{marked.count(chr(10)) + 1}:{len(marked) - marked.rfind(chr(10))}"
+    with pytest.raises(InventoryError) as caught:
+        gates_of(tmp_path, text.replace("^", ""))
+    assert str(caught.value).startswith(f"inventory.yaml:{place}: {words}"), str(caught.value)
+
+
+def test_check_prints_what_each_route_needs(tmp_path: Path) -> None:
+    text = (
+        "groups:\n  - {name: replicas, tags: [db], healthy: 2}\n  - {name: all-of-it, members: [replicas, web1]}\n"
+        "routes: {/reports: [warehouse], /static: []}\n"
+    )
+    done = run(write_inventory(tmp_path, ROWS + text), "check")
+    assert done.returncode == 0, done
+    wanted = """the whole site needs
+  all-of-it: all of
+    replicas: 2 of
+      db1
+      db2
+      db3
+    web1
+/reports needs that and
+  warehouse
+/static needs nothing
+"""
+    assert wanted in done.stdout
+    assert "needs" not in run(write_inventory(tmp_path, ROWS), "check").stdout
+
+
+# --- leases of groups ---
+class Clock:
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def make(gates: Gates, tagged: Mapping[str, Sequence[str]] | None = None) -> tuple[HealthAggregator, Clock]:
+    clock = Clock()
+    aggregator = HealthAggregator(Lease(gates.members({})), clock)
+    aggregator.arrange(gates, tagged or {})
+    return aggregator, clock
+
+
+def gates_with(groups: Sequence[Mapping[str, Any]], routes: Mapping[str, Sequence[str]] | None = None) -> Gates:
+    return Gates.model_validate({"groups": groups, "routes": routes or {}})
+
+
+def told(aggregator: HealthAggregator) -> list[tuple[str, bool, str]]:
+    found = []
+    with contextlib.suppress(queue.Empty):
+        while True:
+            _, is_open, why, name = aggregator.transitions.get_nowait()
+            found.append((name, is_open, why))
+    return found
+
+
+def is_open(aggregator: HealthAggregator, name: str = "") -> bool:
+    return Gate(lambda environ, start_response: [], aggregator.lease, aggregator._clock).is_healthy(name)
+
+
+def test_two_of_three() -> None:
+    aggregator, clock = make(gates_with([{"name": "g", "members": ["a", "b", "c"], "healthy": "2", "warn": "3"}]))
+    for name in "abc":
+        aggregator.register(name)
+    aggregator.start()
+    for name, ttl in (("a", 10), ("b", 20), ("c", 30)):
+        aggregator.set_resource(name, True, ttl=ttl)
+    assert told(aggregator) == [("", True, ""), ("g", True, "")]
+    assert [group.state for group in aggregator.groups()] == ["healthy"]
+    assert aggregator.lease.until.value == aggregator.lease.parts["g"].until.value == 1020
+    aggregator.set_resource("c", False, "on fire", opens=50)
+    (group,) = aggregator.groups()
+    assert (group.state, group.needed, group.members) == ("degraded", 2, {"a": True, "b": True, "c": False})
+    assert aggregator.is_healthy() and aggregator.lease.until.value == 1010
+    clock.now += 10
+    aggregator.note_expiry()
+    assert not aggregator.is_healthy()
+    why = "1 of 3 healthy: c: on fire"
+    assert told(aggregator) == [("", False, f"g: {why}"), ("g", False, why)]
+    (group,) = aggregator.groups()
+    assert (group.state, group.why, group.members) == ("unhealthy", why, {"a": False, "b": True, "c": False})
+    assert aggregator.lease.opens.value <= clock.now, "a report of the silent one opens it at any moment"
+    aggregator.set_resource("a", False, "off", opens=5)
+    assert aggregator.lease.opens.value == clock.now + 5, "the soonest of those of which one is needed"
+    aggregator.set_resource("a", True)
+    assert told(aggregator) == [("", True, ""), ("g", True, "")]
+
+
+def test_nothing_opens_before_the_first_results() -> None:
+    """Nor is anything told of it; a route that needs nothing is open all the time."""
+    aggregator, _ = make(gates_with([{"name": "g", "members": ["a", "b"], "healthy": "any"}], {"/r": ["c"], "/s": []}))
+    for name in "abcd":
+        aggregator.register(name)
+    for name in "ac":
+        aggregator.set_resource(name, True)
+    aggregator.start()
+    assert not told(aggregator)
+    assert [is_open(aggregator, name) for name in ("", "/r", "/s", "g")] == [False, False, True, True]
+    aggregator.set_resource("b", False, "gone")
+    assert not is_open(aggregator)
+    aggregator.set_resource("d", True)
+    assert told(aggregator) == [("", True, ""), ("/r", True, ""), ("/s", True, ""), ("g", True, "")]
+
+
+def test_routes() -> None:
+    """What a route names counts for it and not for the site; the site counts for it, too."""
+    aggregator, _ = make(gates_with([{"name": "g", "members": ["a"]}], {"/g": ["g"], "/b": ["b"], "/s": []}))
+    for name in "abcd":
+        aggregator.register(name)
+    aggregator.start()
+
+    def report(**states: bool) -> list[str]:
+        for name, healthy in states.items():
+            aggregator.set_resource(name, healthy, f"{name} is bad")
+        return [name for name in ("", "/g", "/b", "/s", "g") if is_open(aggregator, name)]
+
+    everything = ["", "/g", "/b", "/s", "g"]
+    assert report(a=True, b=True, c=True, d=True) == everything
+    assert report(b=False) == ["", "/g", "/s", "g"]
+    assert report(b=True, a=False) == ["", "/b", "/s"]
+    assert report(b=False, d=False) == ["/s"]
+    why = {group.name: group.why for group in aggregator.groups()}
+    assert why["g"] == "a: a is bad" and not why["/s"]
+    assert why["/b"] in ("b: b is bad and 1 more", "the whole site: d: d is bad and 1 more")
+    assert {group.name: (group.needed, [*group.members]) for group in aggregator.groups()} == {
+        "g": (1, ["a"]), "/g": (1, ["g"]), "/b": (1, ["b"]), "/s": (0, [])}  # fmt: skip
+    assert report(a=True, b=True, d=True) == everything
+
+
+def test_what_the_workers_cannot_know_waits() -> None:
+    """A route that was added counts as if it were not there; one that is gone is like the site; a group is closed."""
+    before = gates_with([{"name": "old", "members": ["a"]}], {"/old": ["b"], "/s": []})
+    aggregator, _ = make(before)
+    for name in "abc":
+        aggregator.register(name)
+    aggregator.start()
+    for name in "abc":
+        aggregator.set_resource(name, True)
+    assert all(is_open(aggregator, name) for name in ("", "old", "/old", "/s"))
+    aggregator.arrange(gates_with([{"name": "new", "members": ["b"]}], {"/new": ["c"], "/free": []}), {})
+    assert [is_open(aggregator, name) for name in ("", "old", "/old", "/s")] == [True, False, True, True]
+    aggregator.set_resource("c", False, "down")
+    assert not any(is_open(aggregator, name) for name in ("", "/old", "/s"))
+    aggregator.set_resource("c", True)
+    aggregator.set_resource("b", False, "down")
+    assert not is_open(aggregator), "through the new group"
+    aggregator.arrange(before, {})
+    assert [is_open(aggregator, name) for name in ("", "old", "/old", "/s")] == [True, True, False, True]
+
+
+def test_who_watches_holds_every_lease() -> None:
+    """A group of which nobody counts, in maintenance for instance, does not stay open for ever."""
+    aggregator, clock = make(gates_with([{"name": "g", "members": ["a"]}], {"/s": []}))
+    aggregator.start()
+    aggregator.beat("recorder", 5)
+    assert is_open(aggregator, "g")
+    clock.now += 6
+    assert [is_open(aggregator, name) for name in ("", "g", "/s")] == [False, False, True]
+    aggregator.beat("recorder", 5)
+    assert all(is_open(aggregator, name) for name in ("", "g", "/s"))
+
+
+LEAVES, GROUPS, PATHS = "abcde", "uvw", ("/x", "/y")
+TREES = st.tuples(
+    *(st.tuples(st.sampled_from(("all", "any", "1", "2", "3", "50%", "67%")),
+                st.sets(st.sampled_from([*LEAVES, *GROUPS[place + 1:]]), min_size=1)) for place in range(len(GROUPS))),
+    *(st.sets(st.sampled_from([*LEAVES, *GROUPS])) for _ in PATHS),
+)  # fmt: skip
+STEPS = st.lists(st.tuples(st.sampled_from(("up", "up", "down", "leave", "join", "wait", "beat", "arrange")),
+                           st.sampled_from(LEAVES), st.integers(1, 20)), max_size=40)  # fmt: skip
+
+
+class Model:
+    """Who counts and how, and what follows, computed from scratch each time."""
+
+    def __init__(self, gates: Gates) -> None:
+        self.gates, self.real = gates, make(gates)
+        self.counted: dict[str, float] = dict.fromkeys(LEAVES, 0.0)  # until when each is healthy
+        self.pending = set(LEAVES)
+        for name in LEAVES:
+            self.real[0].register(name)
+        self.real[0].start()
+
+    def up(self, leaf: str, seconds: int) -> None:
+        self.real[0].set_resource(leaf, True, ttl=seconds)
+        self.counted[leaf] = self.real[1].now + seconds
+        self.pending.discard(leaf)
+
+    def down(self, leaf: str, seconds: int) -> None:
+        self.real[0].set_resource(leaf, False, "bad", opens=seconds)
+        self.counted[leaf] = 0.0
+        self.pending.discard(leaf)
+
+    def leave(self, leaf: str, _: int) -> None:
+        self.real[0].deregister(leaf)
+        self.counted.pop(leaf, None)
+        self.pending.discard(leaf)
+
+    def join(self, leaf: str, _: int) -> None:
+        self.real[0].register(leaf)
+        if self.pending:
+            self.counted.setdefault(leaf, 0.0)
+            self.pending.add(leaf)
+
+    def wait(self, _: str, seconds: int) -> None:
+        self.real[1].now += seconds
+
+    def arrange(self, _: str, __: int) -> None:
+        self.real[0].arrange(self.gates, {})
+
+    def beat(self, _: str, __: int) -> None:
+        self.real[0].beat("recorder", math.inf)
+
+    def is_healthy(self, name: str) -> bool:
+        groups = {group.name: group for group in self.gates.groups}
+        inside = {member for members in self.gates.members({}).values() for member in members}
+        if name in groups:
+            members = [member for member in groups[name].members if member in groups or member in self.counted]
+            return sum(map(self.is_healthy, members)) >= quorum_of(groups[name].healthy, len(members))
+        if name in self.gates.routes:
+            needs = [need for need in self.gates.routes[name] if need in groups or need in self.counted]
+            return not self.gates.routes[name] or all(map(self.is_healthy, ["", *needs]))
+        if not name:
+            tops = [top for top in (*groups, *self.counted) if top not in inside]
+            return not self.pending and all(map(self.is_healthy, tops))
+        return self.counted[name] > self.real[1].now
+
+
+@given(TREES, STEPS)
+def test_any_tree_at_any_moment(tree: tuple[Any, ...], steps: list[tuple[str, str, int]]) -> None:
+    """As brute force says; and one more healthy member never closes anything."""
+    shapes, needs = tree[: len(GROUPS)], tree[len(GROUPS) :]
+    groups = [
+        {"name": name, "healthy": quorum, "members": sorted(members)}
+        for name, (quorum, members) in zip(GROUPS, shapes, strict=True)
+    ]
+    model = Model(gates_with(groups, dict(zip(PATHS, map(sorted, needs), strict=True))))
+    aggregator, names = model.real[0], ("", *GROUPS, *PATHS)
+    for what, leaf, seconds in steps:
+        before = {name for name in names if is_open(aggregator, name)}
+        getattr(model, what)(leaf, seconds)
+        after = {name for name in names if is_open(aggregator, name)}
+        assert after == {name for name in names if model.is_healthy(name)}
+        assert what != "up" or before <= after
+        assert {group.name for group in aggregator.groups() if group.state != "unhealthy"} == after - {""}
+
+
+# --- the gate ---
+def gate_of(*open_parts: str, parts: Sequence[str]) -> Gate:
+    lease = Lease(parts)
+    for name in open_parts:
+        (lease.parts[name] if name else lease).until.value = math.inf
+    return Gate(lambda environ, start_response: [], lease, Clock())
+
+
+# routes, those that are open besides, and by path whether the gate is
+PATH_TABLE = {
+    "/reports": False, "/reports/": False, "/reports/q3": False, "/reports/deep/below": True, "/reportsx": True,
+    "/Reports": True, "/": True, "/other": True, "//reports": False, "/./reports": False, "/x/../reports": False,
+    "/%72eports": False, "/reports/deep": True, "/reports/deeper": False, "/reports//deep": False,
+    "/reports/deep/../q3": False, "/reports/deep/%2e%2e/q3": False, "\\reports": False, "/x\\..\\reports": False,
+    "/gr\xc3\xb6\xc3\x9fe": False, "/gr\xc3\xb6\xc3\x9fe/a": False, "": True, "*": True,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("path", "admitted"), PATH_TABLE.items())
+def test_longest_route(path: str, admitted: bool) -> None:
+    gate = gate_of("", "/reports/deep", parts=["/reports", "/reports/deep", "/größe"])
+    assert (gate.route(path) == gate.admit) is admitted
+
+
+@pytest.mark.parametrize(("path", "admitted"), {
+    "/static": True, "/static/a.css": True, "/static/../x": False, "/static/%2e%2e/x": False, "/static/..%2fx": False,
+    "/static//a.css": True, "/static/./a.css": True, "/x/../static": False, "/static/100%": True, "/": False,
+}.items())  # fmt: skip
+def test_what_needs_nothing_while_the_site_is_closed(path: str, admitted: bool) -> None:
+    gate = gate_of("/static", parts=["/static"])
+    assert (gate.route(path) == gate.admit) is admitted
+
+
+@given(st.text(st.sampled_from("ab/.%2eE\\"), max_size=30))
+def test_plain_path_is_stable(path: str) -> None:
+    plain = plain_path(path)
+    assert plain.startswith("/") and "//" not in plain
+    assert not {".", ".."} & set(plain.split("/"))
+
+
+def ask(gate: Gate, path: str) -> tuple[str, dict[str, str]]:
+    found: list[Any] = []
+    environ = {"PATH_INFO": path, "REQUEST_METHOD": "GET"}
+    gate(environ, lambda status, headers, exc_info=None: found.extend((status, headers)) or (lambda data: None))
+    return found[0].split()[0], dict(found[1])
+
+
+def test_a_load_balancer_asks_for_one_group_or_route() -> None:
+    gate = gate_of("g", "/r/s", parts=["g", "h", "/r/s", "/größe"])
+    for path, status in {
+        "/-/readyz/g": "200", "/-/readyz/h": "503", "/-/readyz/r/s": "200", "/-/readyz": "503", "/-/gate/g": "204",
+        "/-/gate/h": "403", "/-/gate/r/s": "204", "/-/gate/r": "404", "/-/gate/": "404", "/-/readyz/x": "404",
+        "/-/readyz//r/s": "200", "/-/gate/gr\xc3\xb6\xc3\x9fe": "403", "/-/gate/\xff": "404", "/-/livez/g": "404",
+    }.items():  # fmt: skip
+        assert ask(gate, path)[0] == status, path
+    gate.draining = True
+    assert ask(gate, "/-/readyz/g")[0] == "503"
+
+
+def test_retry_after_is_that_of_the_route() -> None:
+    gate = gate_of(parts=["/r"])
+    gate._lease.opens.value, gate._lease.parts["/r"].opens.value = 1007, 1042
+    assert ask(gate, "/x")[1]["Retry-After"] == "7"
+    assert ask(gate, "/r/x")[1]["Retry-After"] == "42"
+
+
+def test_the_application_asks_for_a_group(tmp_path: Path) -> None:
+    gate = gate_of("", "g", parts=["g", "/r"])
+    assert gate.is_healthy() and gate.is_healthy("g") and not gate.is_healthy("/r")
+    with pytest.raises(LookupError):
+        gate.is_healthy("unknown")
+
+
+# --- the service ---
+def test_a_resource_cannot_have_the_name_of_a_group(tmp_path: Path) -> None:
+    groups = "groups: [{name: g, tags: [db], healthy: any}]\nroutes: {/r: [g, web1]}\n"
+    with local_console(tmp_path, ROWS + groups) as local:
+        local.log_in()
+        reply = local.api("POST", "resources", {"name": "g", "platform": "simulated"})
+        assert (reply.status, reply.json["errors"]) == (409, [{"field": "name", "message": "is taken"}])
+
+
+ASKING = """
+def app(environ, start_response):
+    start_response("200 OK", [("Content-Type", "text/plain")])
+    return [repr(environ["healthchecker.is_healthy"]("/reports")).encode()]
+"""
+
+
+@contextlib.contextmanager
+def three_hosts(folder: Path) -> Iterator[tuple[list[Any], str]]:
+    """Three sshd, each a host of its own, and their resources."""
+    with contextlib.ExitStack() as stack:
+        hosts = [stack.enter_context(open_sshd()) for _ in range(3)]
+        (folder / "known_hosts").write_text("".join(host.known_hosts() for host in hosts), encoding="ascii")
+        yield hosts, "".join(
+            f"  - {{name: db{number}, platform: linux, hostname: {host.address}, port: {host.port}, tags: [db],"
+            f" username: {host.username}, key_file: '{host.user_key()}', interval: 1, retry_interval: 1, fall: 1,"
+            f" rise: 1, timeout: 10}}\n" for number, host in enumerate(hosts))  # fmt: skip
+
+
+def test_two_of_three_hosts_carry_the_site(tmp_path: Path) -> None:
+    """One of them dies and the site goes on; a second one that fails closes it; routes and groups go their own way."""
+    with three_hosts(tmp_path) as (hosts, rows), tempfile.TemporaryDirectory() as shared:
+        Path(shared).chmod(0o755)  # the accounts of the hosts look into it
+        down = {name: Path(shared) / f"{name}.down" for name in ("db1", "warehouse")}
+        check = "checks: [{{name: up, command: 'test ! -e {}'}}], interval: 1, retry_interval: 1, fall: 1, rise: 1}}\n"
+        first, second, third = rows.splitlines(keepends=True)
+        second = second.replace("interval: 1, retry_interval: 1, fall: 1, rise: 1, timeout: 10}\n",
+                                "timeout: 10, " + check.format(down["db1"]))  # fmt: skip
+        rows = first + second + third + "  - {name: warehouse, platform: local, " + check.format(down["warehouse"])
+        rows += (
+            "groups: [{name: replicas, tags: [db], healthy: 2, warn: all}]\n"
+            "routes: {/reports: [warehouse], /static: []}\n"
+        )
+        (tmp_path / "asking.py").write_text(ASKING, encoding="utf-8")
+        with console(tmp_path, rows, "  known_hosts: known_hosts\n  app: asking:app\n") as (service, client):
+            everything = ("/", "/reports/q3", "/static/a.css", "/-/readyz/replicas", "/-/readyz/reports")
+
+            def wait_open(*paths: str) -> None:
+                for path in everything:
+                    service.wait_status(path, 200 if path in paths else 503)
+
+            def group(name: str) -> dict[str, Any]:
+                return next(group for group in client.api("GET", "groups").json if group["name"] == name)
+
+            wait_open(*everything)
+            down["warehouse"].touch()
+            wait_open("/", "/static/a.css", "/-/readyz/replicas")
+            assert group("/reports")["why"].startswith("warehouse: check: check up: exit status 1")
+            hosts[2].stop()
+            wait_for(lambda: group("replicas")["state"] == "degraded", 60)
+            assert group("replicas")["members"] == {"db0": True, "db1": True, "db2": False}
+            answer = service.get("/")
+            assert (answer.status, answer.body) == (200, "False"), "the application knows that its reports will fail"
+            down["db1"].touch()
+            wait_open("/static/a.css")
+            line = service.wait_line("gate: open -> closed")
+            assert "(replicas: 1 of 3 healthy: db" in line
+            page = client.ask("GET", "/-/").body
+            assert "replicas" in page and "1 of 3" in page
+            assert client.ask("GET", "/-/health").json["checks"]["replicas:state"][0]["status"] == "fail"
+            down["db1"].unlink()
+            wait_open("/", "/static/a.css", "/-/readyz/replicas")
+            down["warehouse"].unlink()
+            wait_open(*everything)
+            assert service.get("/-/readyz/unknown").status == 404
+            kinds = {event["text"].split(":")[0] for event in client.api("GET", "events?kind=gate").json}
+            assert {"replicas", "/reports"} <= kinds
+
+
+def test_groups_follow_a_reload(tmp_path: Path) -> None:
+    """How many are needed, and of whom, at once; a new route with the next start, and that is said."""
+    calm = "platform: simulated, mean_healthy: 1000000, interval: 1"
+    rows = f"  - {{name: a, {calm}}}\n  - {{name: b, {calm}, tags: [t]}}\n"
+    bad = f"  - {{name: c, {calm.replace('1000000', '0.000001')}, mean_unhealthy: 1000000, fall: 1, tags: [t]}}\n"
+    groups = "groups: [{{name: g, tags: [t], healthy: {}}}]\n"
+    inventory = write_inventory(tmp_path, rows + groups.format("all"))
+    with Service(inventory) as service:
+        service.wait_status("/", 200)
+        write_inventory(tmp_path, rows + bad + groups.format("all"))
+        assert run(inventory, "reload").returncode == 0
+        service.wait_line("gate: g: open -> closed")
+        service.wait_status("/", 503)
+        write_inventory(tmp_path, rows + bad + groups.format("any") + "routes: {/r: [b], /s: []}\n")
+        done = run(inventory, "reload")
+        assert "the names of groups and routes changed: that needs a restart" in done.stdout
+        assert "changed: groups and routes" in done.stdout
+        service.wait_status("/", 200)
+        assert service.get("/-/gate/g").status == 204
+        assert service.get("/-/gate/s").status == 404
