@@ -11,6 +11,7 @@
 #     "waitress~=3.0.2",
 #     "pydantic>=2.11,<3",
 #     "prometheus-client>=0.22,<1",
+#     "urllib3>=2,<3",
 # ]
 # ///
 """HealthChecker: a web application answers only while the machines it depends on are healthy.
@@ -1076,9 +1077,9 @@ class ResourceSettings(Settings):
         return read_url(self.url).scheme if self.url else ""
 
     @property
-    def by_key(self) -> bool:
-        """Whether a login shows no password; the certificate of HTTP is none."""
-        return bool(self.key_file or (self.certificate_file and not self.url))
+    def locks_nothing(self) -> bool:
+        """Whether nobody counts logins that are refused: those of a key, a certificate, a token."""
+        return bool(self.key_file or (not self.username if self.url else self.certificate_file))
 
     @property
     def connect_port(self) -> int:
@@ -2615,7 +2616,7 @@ class Guards:
         return user, hashlib.blake2b(secret, key=self._salt).digest()
 
     def of(self, target: Target) -> LoginGuard:
-        if target.settings.by_key:
+        if target.settings.locks_nothing:
             return LoginGuard(locks=False)
         return self._guards.setdefault(self._key(target), LoginGuard())
 
@@ -2624,7 +2625,7 @@ class Guards:
         user, which count together with what is watched."""
         user, _ = key = self._key(target)
         with self._lock:
-            if target.settings.by_key or key in self._guards:
+            if target.settings.locks_nothing or key in self._guards:
                 guard = self.of(target)
             else:
                 guard = self._typed.setdefault(user, LoginGuard())

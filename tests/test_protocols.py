@@ -412,6 +412,15 @@ def test_a_secret_that_is_refused_is_not_tried_on_and_on(folder: Path) -> None:
     assert len(server.requests) == 3
 
 
+def test_a_token_that_is_refused_locks_nothing(folder: Path) -> None:
+    """No account counts it, so that a new one is tried at the next poll."""
+    access = ConnectionContext(KnownHosts(Path("no such file")), Resolver(), Guards())
+    with Server(answers(answer(b"", status="401 Unauthorized"))) as server:
+        asker = Asker(folder, access, platform="http", url=server.origin, password=SECRET)
+        assert [outcome(asker)[1] for _ in range(5)] == ["auth"] * 5
+    assert len(server.requests) == 5
+
+
 def test_a_401_without_a_secret_is_a_status(folder: Path) -> None:
     with Server(answers(answer(b"", status="401 Unauthorized"))) as server:
         assert outcome(Asker(folder, platform="http", url=server.origin))[1:] == (
@@ -720,6 +729,20 @@ def test_in_the_console(tmp_path: Path, folder: Path) -> None:
         assert "url is missing" in local.form("/-/add", {"platform": "http", "do": "test"}).body
         events = local.api("GET", "events?resource=shop").json
         assert {"added", "changed: expect, url"} <= {event["text"] for event in events}
+
+
+def test_trust_in_the_console(tmp_path: Path, certificate: Certificate) -> None:
+    """A certificate of nobody's is shown, and trusted when somebody says so; a name has none."""
+    with Server(answers(GOOD), certificate) as server:
+        rows = f"  - {{name: shop, platform: http, url: '{server.origin}', retry_interval: 1, interval: 2}}\n"
+        with local_console(tmp_path, rows + "  - {name: name, platform: dns, hostname: localhost}\n") as local:
+            local.log_in()
+            wait_for(lambda: local.api("GET", "resources/shop").json["cause"] == "host_key")
+            trusted = f"certificate SHA256:{certificate.fingerprint}"
+            assert local.api("POST", "resources/shop/trust", {}).json["trusted_key"] == trusted
+            wait_for(lambda: local.api("GET", "resources/shop").json["state"] == "healthy")
+            refused = local.api("POST", "resources/name/trust", {})
+            assert refused.status == 409 and "has no certificate" in refused.body
 
 
 def test_check_probe(tmp_path: Path) -> None:
