@@ -5537,7 +5537,7 @@ class ProtocolConnection(TlsConnection):
         if within := settings.expect.within:
             checks["within"] = expected(f"{within:g} s", f"{seconds:.2f} s", seconds <= within)
         if wanted := settings.certificate_days or settings.expect.certificate_days:
-            days = metrics.get("certificate_days", -math.inf)   # of a certificate that cannot be read
+            days = metrics.get("certificate_days", 0.0)     # of a certificate that cannot be read
             found = expected(f"{wanted:g} days", f"{days:.1f}", days >= wanted)
             checks["certificate"] = replace(found, good=True, degraded=not found.good)      # it is valid still
         return output.take(json.dumps({"metrics": metrics, "checks": checks}, default=vars).encode() + output.mark)
@@ -5631,8 +5631,8 @@ class HttpConnection(ProtocolConnection):
             answer, body = connection.getresponse(), b""
             while len(body) < BODY_BYTES and (chunk := answer.read(READ_BYTES)):
                 body += chunk
-            return HttpAnswer(answer.status, answer.headers.get("Location", ""),
-                          answer.headers.get("Content-Encoding", ""), body)
+            location, encoding = (answer.headers.get(name, "") for name in ("Location", "Content-Encoding"))
+            return HttpAnswer(answer.status, location, encoding, body)
         except ProbeError:
             raise
         except ConnectionError as error:
