@@ -5704,7 +5704,7 @@ class ProtocolConnection(TlsConnection):
         if within := settings.expect.within:
             checks["within"] = expected(f"{within:g} s", f"{seconds:.2f} s", seconds <= within)
         if wanted := settings.certificate_days or settings.expect.certificate_days:
-            days = metrics.get("certificate_days", -math.inf)   # of a certificate that cannot be read
+            days = metrics.get("certificate_days", 0.0)     # of a certificate that cannot be read
             found = expected(f"{wanted:g} days", f"{days:.1f}", days >= wanted)
             checks["certificate"] = replace(found, good=True, degraded=not found.good)      # it is valid still
         return output.take(json.dumps({"metrics": metrics, "checks": checks}, default=vars).encode() + output.mark)
@@ -5798,8 +5798,8 @@ class HttpConnection(ProtocolConnection):
             answer, body = connection.getresponse(), b""
             while len(body) < BODY_BYTES and (chunk := answer.read(READ_BYTES)):
                 body += chunk
-            return HttpAnswer(answer.status, answer.headers.get("Location", ""),
-                          answer.headers.get("Content-Encoding", ""), body)
+            location, encoding = (answer.headers.get(name, "") for name in ("Location", "Content-Encoding"))
+            return HttpAnswer(answer.status, location, encoding, body)
         except ProbeError:
             raise
         except ConnectionError as error:
@@ -10429,7 +10429,7 @@ Critical: while it is unhealthy, the gate is closed</label>
 <fieldset class="panel remote"><legend>Connection</legend>
 <div class="inputs">
 {{ input("hostname", "Host name or address") }}
-{{ input("url", "URL", "of platform http, in place of host name and port", inputmode="url") }}
+{{ input("url", "URL", "for http alone", inputmode="url") }}
 {{ input("port", "Port", inputmode="numeric", placeholder=ports) }}
 {{ input("username", "User name") }}
 {{ input("password", "Password", "sealed, and never shown again", "password", autocomplete="new-password",
@@ -10986,7 +10986,7 @@ def form_texts(name: str) -> dict[str, str]:
     with who.context.store.reading() as session:
         values = stated(changeable(who, session, name), inventory) if name else {
             field: value for field, value in shared_defaults(inventory).items()
-            if field in INPUTS or field not in foreign_fields("")}
+            if field in INPUTS or field not in foreign_fields(Platform.SIMULATED.value)}    # what all machines have
     values = json.loads(json.dumps(values),     # 90 and not 90.0
                         parse_float=lambda text: float(text) if float(text) % 1 else int(float(text)))
     texts = {name: str(values[name]) for name in INPUTS if values.get(name) is not None}
@@ -11006,8 +11006,9 @@ def form_page(name: str = "", given: Mapping[str, str] | None = None, **more: An
                        ports=f"{SSH_PORT}; Windows: {WINRM_PORTS[True]}", **more)
 
 
-def form_settings(form: Mapping[str, str], document: Document, *, is_new: bool) -> dict[str, Any]:
-    """The settings in the inventory's names, of the inputs and the text area; None stands for the default."""
+def form_settings(form: Mapping[str, str], document: Document, defaults: Collection[str] | None) -> dict[str, Any]:
+    """The settings in the inventory's names, of the inputs and the text area; None stands for the default. Of a new
+    one the form showed the `defaults`, with or without a meaning on its platform."""
     other = document.value or {}
     if not isinstance(other, dict):
         raise InventoryError(f"{document.name}:1:1: must be settings (name: value)")
@@ -11019,7 +11020,8 @@ def form_settings(form: Mapping[str, str], document: Document, *, is_new: bool) 
     if inputs["password"] is None:
         del inputs["password"]      # the stored one stays
     foreign = foreign_fields(inputs["platform"] or Platform.UNIX.value)     # what stands in hidden inputs
-    if isinstance(other.get("limits"), dict) and not is_new:
+    other = {name: value for name, value in other.items() if name not in foreign.intersection(defaults or ())}
+    if isinstance(other.get("limits"), dict) and defaults is None:
         other["limits"] = dict.fromkeys(Limits.model_fields) | other["limits"]     # what is not given goes
     return {**dict.fromkeys(OTHERS), **inputs, **dict.fromkeys(foreign & inputs.keys()), **other}
 
@@ -11028,7 +11030,7 @@ def resource_form(who: Principal, name: str = "") -> Answer:
     form = flask.request.form
     try:
         document = Document("YAML", form.get("settings", "").encode())
-        body = form_settings(form, document, is_new=not name)
+        body = form_settings(form, document, None if name else shared_defaults(who.context.imported))
     except InventoryError as error:
         raise field_errors({"settings": str(error)}) from None
     if form.get("do") == "test":
