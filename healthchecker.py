@@ -1127,29 +1127,10 @@ class ResourceSettings(Settings):
 # === Groups ==================================================================
 # What counts together, and which paths of the application need what: models of the inventory's `groups` and `routes`,
 # and what can be wrong between them. Pure; the aggregator counts by them, the gate of each worker sorts paths by them.
-# Gives: by_tag, gate_lines, Gates, group_faults, GroupSettings, plain_path, Quorum, quorum_of, Routes
+# Gives: by_tag, gate_lines, Gates, group_faults, GroupSettings, Quorum, quorum_of, Routes
+DEPTH = 8                       # groups in groups in groups
 Quorum = Annotated[str, matching(r"all|any|[1-9][0-9]{0,5}|(100|[1-9][0-9]?)%",
                                  "must be all, any, a number or a percentage such as 50%")]
-
-
-def plain_path(path: str) -> str:
-    """How a path reads that can be written in many ways: without empty and dot segments; case is kept."""
-    parts: list[str] = []
-    for part in unquote(path, "latin-1").replace("\\", "/").split("/"):
-        if part == "..":
-            parts = parts[:-1]
-        elif part not in ("", "."):
-            parts.append(part)
-    return "/" + "/".join(parts)
-
-
-def route_of(path: str) -> str:
-    """A route's path; raises ValueError."""
-    if path == "/" or path.startswith("/-/") or path == "/-":
-        raise ValueError("must be a part of the application; what all of it needs is what no route names")
-    if (plain := plain_path(path)) != path or re.search(r"[?#;\x00-\x20\x7f]", path):
-        raise ValueError(f"must be a path as in {re.split('[?#;]', plain)[0] or '/reports'}")
-    return path
 
 
 def quorum_of(wanted: str, count: int) -> int:
@@ -1161,7 +1142,10 @@ def quorum_of(wanted: str, count: int) -> int:
     return count if wanted == "all" else min(int(wanted), count)
 
 
-Routes = dict[Annotated[str, Field(max_length=1024), AfterValidator(route_of)], tuple[Name, ...]]
+Routes = dict[Annotated[str, matching(
+    r"(?!/-(/|$))(/(?!\.\.?(/|$))[^/?#;%\\\x00-\x1f\x7f]+)+",
+    "must be a path such as /reports, not below /-/, without a last slash or what could be read in two ways: "
+    "// . .. % ; \\ ? #", 1024)], tuple[Name, ...]]
 
 
 class GroupSettings(Settings):
@@ -1198,14 +1182,14 @@ def by_tag(resources: Iterable[ResourceSettings]) -> dict[str, list[str]]:
     return tagged
 
 
-def in_itself(name: str, members: Mapping[str, Iterable[str]]) -> bool:
-    """Whether a group is a member of its own, also of its members' members."""
-    seen, ahead = set[str](), [*members[name]]
-    while ahead:
-        if (one := ahead.pop()) not in seen:
-            seen.add(one)
-            ahead += members.get(one, ())
-    return name in seen
+def nesting_fault(name: str, members: Mapping[str, Iterable[str]]) -> str | None:
+    """What is wrong with the groups in a group."""
+    level, levels = {name}, 0
+    while level := {each for group in level for each in members.get(group, ()) if each in members}:
+        levels += 1
+        if name in level or levels > DEPTH:
+            return f"{name} would be a member of its own" if name in level else f"groups may be {DEPTH} deep"
+    return None
 
 
 def group_fault(group: GroupSettings, members: Mapping[str, Iterable[str]]) -> tuple[str, str] | None:
@@ -1215,9 +1199,10 @@ def group_fault(group: GroupSettings, members: Mapping[str, Iterable[str]]) -> t
         return "name", "has no members: name some, or a tag of resources that count"
     if group.healthy.isdecimal() and int(group.healthy) > count:
         return "healthy", f"must be at most {count}, for so many members count"
-    if group.warn and quorum_of(group.warn, count) <= quorum_of(group.healthy, count):
+    if group.warn == group.healthy or (group.warn and quorum_of(group.warn, count) < quorum_of(group.healthy, count)):
         return "warn", "must ask for more members than `healthy`"
-    return ("members", f"{group.name} would be a member of its own") if in_itself(group.name, members) else None
+    fault = nesting_fault(group.name, members)
+    return ("members", fault) if fault else None
 
 
 def group_faults(gates: Gates, resources: Iterable[ResourceSettings]) -> Iterator[tuple[NodePath, str]]:
@@ -1226,11 +1211,13 @@ def group_faults(gates: Gates, resources: Iterable[ResourceSettings]) -> Iterato
     members = gates.members(by_tag(resources))
     places: dict[NodePath, str] = {("routes", path, number): name for path, needs in gates.routes.items()
                                    for number, name in enumerate(needs)}
+    taken = {*critical, *(path[1:] for path in gates.routes)}
     for index, group in enumerate(gates.groups):
         places |= {("groups", index, "members", number): name for number, name in enumerate(group.members)}
-        if group.name in critical or group.name in [other.name for other in gates.groups[:index]]:
-            yield ("groups", index, "name"), "a resource or group has this name, too"
-        elif fault := group_fault(group, members):
+        if group.name in taken:
+            yield ("groups", index, "name"), "a resource, group or route has this name, too"
+        taken.add(group.name)
+        if fault := group_fault(group, members):
             yield ("groups", index, fault[0]), fault[1]
     known = {*critical, *(group.name for group in gates.groups)}
     for place, name in places.items():
@@ -1244,12 +1231,14 @@ def group_faults(gates: Gates, resources: Iterable[ResourceSettings]) -> Iterato
 def gate_lines(gates: Gates, resources: Sequence[ResourceSettings]) -> Iterator[str]:
     """What the site and each route need, down to the resources; nothing where each resource counts alone."""
     members, quorums = gates.members(by_tag(resources)), {group.name: group.healthy for group in gates.groups}
-    inside = {name for names in members.values() for name in names}
+    inside, shown = {name for names in members.values() for name in names}, set[str]()
     counted = (*quorums, *(settings.name for settings in resources if settings.critical))
 
     def below(name: str, depth: int) -> Iterator[str]:
-        yield f"{'  ' * depth}{name}{f': {quorums[name]} of' if name in quorums else ''}"
-        for member in members[name] if name in quorums else ():
+        again = name in shown
+        shown.update({name} & quorums.keys())
+        yield f"{'  ' * depth}{name}{' (above)' if again else f': {quorums[name]} of' if name in quorums else ''}"
+        for member in members[name] if name in quorums and not again else ():
             yield from below(member, depth + 1)
 
     if members:
@@ -6069,10 +6058,10 @@ def settle(standing: Standing, verdict: Verdict, settings: ResourceSettings, at:
 # Gives: GroupState, HealthAggregator, Lease, SITE
 DEFAULT_TTL = 132.0             # seconds; the lease of a resource with default settings
 Span = tuple[float, float]      # monotonic times: until when something is healthy, and when it can be so again
-ALWAYS: Span = (math.inf, -math.inf)
 WAITED_FOR: Span = (0.0, 0.0)   # of what has no result yet, at the start
 SITE = ""                       # the whole site among groups and routes
-START = "/start"                # what the site waits for until all have a result; no resource has a slash in its name
+# The site waits for it until all have a result. No resource has a slash in its name, no route two of them.
+START = "//start"
 TOP = (SITE,)
 
 
@@ -6107,7 +6096,7 @@ class Group:
         self._ends: list[float] = []
         self._openings: list[float] = []
         self.needed = 0     # how many of those that count now, at most all of them
-        self.span = ALWAYS
+        self.span: Span | None = None   # of who counts; None while nobody does
 
     def exchange(self, before: Span | None, after: Span | None) -> None:
         """A member's span changes; it is None while the member does not count."""
@@ -6120,15 +6109,68 @@ class Group:
                 bisect.insort(values, after[number])
         if not before or not after:
             self.needed = quorum_of(self._quorum, len(self._ends))
-        self.span = (self._ends[-self.needed], self._openings[self.needed - 1]) if self.needed else ALWAYS
+        self.span = (self._ends[-self.needed], self._openings[self.needed - 1]) if self.needed else None
 
     def state(self, now: float) -> Literal["healthy", "degraded", "unhealthy"]:
         """At a moment of the lease's clock."""
-        if self.span[0] <= now:
-            return "unhealthy"
         good = len(self._ends) - bisect.bisect_right(self._ends, now)
         short = self._warn and good < quorum_of(self._warn, len(self._ends))
         return "degraded" if short else "healthy"
+
+
+class GroupTree:
+    """What resources make of the groups and routes that they are in, and those of what is above them."""
+
+    def __init__(self) -> None:
+        self.spans: dict[str, Span] = {}                    # of resources that count
+        self.groups: dict[str, Group] = {SITE: Group()}     # routes, too
+        self.members: dict[str, tuple[str, ...]] = {}       # of each but the site, also those that do not count now
+        self.changed: set[str] = set()                      # groups whose span is another one
+        self._above: dict[str, tuple[str, ...]] = {SITE: ()}    # where each is a member; else of the site
+
+    def arrange(self, gates: Gates, tagged: Mapping[str, Sequence[str]], known: Collection[str]) -> None:
+        """Groups and routes from now on. Of routes only those that are `known` to the workers: one that was not there
+        when they began counts for nothing yet, and one that is gone is as what is around it."""
+        routes = {path: needs for path, needs in gates.routes.items() if path in known}
+        for path in known:
+            if path.startswith("/") and path not in gates.routes:
+                around = [other for other in gates.routes if other in known and path.startswith(f"{other}/")]
+                routes[path] = gates.routes[max(around, key=len)] if around else TOP
+        members = {group.name: tuple(group.all_members(tagged)) for group in gates.groups} | {
+            path: tuple(dict.fromkeys((*needs, *(TOP if needs else ())))) for path, needs in routes.items()}
+        above: dict[str, list[str]] = collections.defaultdict(list, {name: [] for name in (SITE, *routes)})
+        for name, inside in members.items():
+            for member in inside:
+                above[member].append(name)
+        self.groups = {SITE: Group(), **{group.name: Group(group.healthy, group.warn) for group in gates.groups},
+                       **{path: Group() for path in routes}}
+        self.members, self._above = members, {name: tuple(inside) for name, inside in above.items()}
+        for name, span in self.spans.items():
+            self._climb(name, None, span)
+        self.changed |= {*self.groups, *known}
+
+    def put(self, name: str, span: Span | None) -> None:
+        """None: the resource does not count."""
+        before = self.spans.pop(name, None)
+        if span:
+            self.spans[name] = span
+        self._climb(name, before, span)
+
+    def counted(self, group: str) -> dict[str, Span]:
+        """Its members that count now."""
+        names = self.members[group] if group != SITE else [
+            name for name in (*self.groups, *self.spans) if SITE in self._above.get(name, TOP)]
+        spans = ((name, self.groups[name].span if name in self.groups else self.spans.get(name)) for name in names)
+        return {name: span for name, span in spans if span}
+
+    def _climb(self, name: str, before: Span | None, after: Span | None) -> None:
+        for above in self._above.get(name, TOP):
+            group = self.groups[above]
+            was = group.span
+            group.exchange(before, after)
+            if group.span != was:
+                self.changed.add(above)
+                self._climb(above, was, group.span)
 
 
 class HealthAggregator:
@@ -6148,41 +6190,35 @@ class HealthAggregator:
         self._until = self.lease.until
         self._lock = threading.Lock()               # guards all below and the writing of the leases
         self._owners: dict[str, object] = {}        # of the resources that count: critical and not in maintenance
-        self._spans: dict[str, Span] = {}           # of resources, and of who watches them
         self._reasons: dict[str, str] = {}          # of the unhealthy ones
-        self._above: dict[str, tuple[str, ...]] = {SITE: ()}    # the groups and routes in which each is; else TOP
-        self._groups: dict[str, Group] = {SITE: Group()}
-        self._changed: set[str] = set()             # groups whose leases are not written yet
+        self._tree = GroupTree()
+        self._arranged: object = None               # what it was arranged by
+        self._holds_back = False                    # leases that have changed are written later
         self._open: dict[str, bool] = {}            # as it was announced
         self._pending: set[str] = set()             # no result yet, since the start
         self._announced = False                     # the registration of the start is over
         self._beats: dict[str, float] = {}          # until when those live who watch
         self._put(START, WAITED_FOR)
 
-    def arrange(self, gates: Gates, tagged: Mapping[str, Sequence[str]]) -> None:
-        """Groups and routes from now on; `tagged`: names of resources by tag. What the workers cannot know of, since it
-        was not there when they began, changes nothing for a route, and no group of it can be asked for."""
-        routes = {path: needs for path, needs in gates.routes.items() if path in self.lease.parts}
-        gone = {path: TOP for path in self.lease.parts if path.startswith("/") and path not in routes}
-        above: dict[str, list[str]] = collections.defaultdict(list, {SITE: []})
-        for group in gates.groups:
-            for member in group.all_members(tagged):
-                above[member].append(group.name)
-        for path, needs in {**routes, **gone}.items():
-            above[path] = []
-            for need in {*needs, *(TOP if needs else ())}:
-                above[need].append(path)
+    @contextlib.contextmanager
+    def at_once(self) -> Iterator[None]:
+        """What is changed within takes effect as a whole: nothing opens or closes in between."""
         with self._lock:
-            self._above = {name: tuple(each) for name, each in above.items()}
-            self._groups = {SITE: Group(), **{group.name: Group(group.healthy, group.warn) for group in gates.groups},
-                            **{path: Group() for path in (*routes, *gone)}}
-            for name in self._groups:
-                for each in self._above.get(name, TOP):
-                    self._groups[each].exchange(None, ALWAYS)
-            for name, span in self._spans.items():
-                self._climb(name, None, span)
-            self._changed |= self._groups.keys() | self.lease.parts.keys()
-            self._publish()
+            self._holds_back = True
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._holds_back = False
+                self._publish()
+
+    def arrange(self, gates: Gates, tagged: Mapping[str, Sequence[str]]) -> None:
+        """Groups and routes from now on, as far as the workers know them; `tagged`: names of resources by tag."""
+        with self._lock:
+            if self._arranged != (gates, tagged):
+                self._arranged = gates, tagged
+                self._tree.arrange(gates, tagged, self.lease.parts)
+                self._publish()
 
     def register(self, name: str, owner: object = None) -> None:
         """The resource counts. Before the first decision it blocks until its first result, later it does not.
@@ -6190,9 +6226,9 @@ class HealthAggregator:
         Reports of another `owner` are dropped from now on."""
         with self._lock:
             self._owners[name] = owner
-            if START in self._spans:
+            if START in self._tree.spans:
                 self._pending.add(name)
-                if name not in self._spans:
+                if name not in self._tree.spans:
                     self._put(name, WAITED_FOR)
             self._publish()
 
@@ -6233,86 +6269,75 @@ class HealthAggregator:
         return self._clock() < self._until.value
 
     def beat(self, name: str, ttl: float = DEFAULT_TTL) -> None:
-        """Notes that one lives who watches the others: it has a lease, and no standing."""
+        """Notes that one lives who watches the others: nothing is open for longer than `ttl` without that."""
         with self._lock:
             self._beats[name] = self._clock() + ttl
-            self._put(f"/{name}", (self._beats[name], -math.inf))
-            self._changed |= self._groups.keys()
+            self._tree.changed |= self._tree.groups.keys()
             self._publish()
 
     def note_expiry(self) -> None:
         """Announces what has closed by a lease that ran out."""
         with self._lock:
-            self._changed |= self._groups.keys()
+            self._tree.changed |= self._tree.groups.keys()
             self._publish()
 
     def groups(self) -> list[GroupState]:
         """Groups and routes, as they stand."""
         with self._lock:
-            return [self._state(name, group) for name, group in self._groups.items() if name != SITE]
+            return [self._state(name, group) for name, group in self._tree.groups.items() if name != SITE]
 
     def _state(self, name: str, group: Group) -> GroupState:
         now = self._clock()
-        members = {each: self._span(each)[0] > now for each in self._members(name) if each != SITE}
-        why = self._why(name) if group.span[0] <= now else ""
-        return GroupState(name, group.state(now), min(group.needed, len(members)), members, why)
-
-    def _span(self, name: str) -> Span:
-        return self._groups[name].span if name in self._groups else self._spans[name]
-
-    def _members(self, group: str) -> list[str]:
-        """Those that count now."""
-        return [name for name in (*self._groups, *self._spans) if group in self._above.get(name, TOP)]
+        members = {each: span[0] > now for each, span in self._tree.counted(name).items() if each != SITE}
+        closed = self._end_of(name) <= now
+        return GroupState(name, "unhealthy" if closed else group.state(now), min(group.needed, len(members)), members,
+                          self._why(name) if closed else "")
 
     def _put(self, name: str, span: Span | None) -> None:
-        before = self._spans.get(name)
         self._reasons.pop(name, None)
-        if span is None:
-            self._spans.pop(name, None)
-        else:
-            self._spans[name] = span
-        self._climb(name, before, span)
+        self._tree.put(name, span)
 
-    def _climb(self, name: str, before: Span | None, after: Span | None) -> None:
-        """A changed span, up through all groups that it changes."""
-        for above in self._above.get(name, TOP):
-            group = self._groups[above]
-            was = group.span
-            group.exchange(before, after)
-            if group.span != was:
-                self._changed.add(above)
-                self._climb(above, was, group.span)
+    def _end_of(self, name: str) -> float:
+        """The end of a lease; without who watches, only what needs nothing is open."""
+        if name not in self._tree.groups:
+            return 0.0      # a group that is gone, and of which a worker still knows
+        if name.startswith("/") and not self._tree.members[name]:
+            return math.inf
+        span = self._tree.groups[name].span
+        return min([span[0] if span else math.inf, *self._beats.values()])
 
     def _publish(self) -> None:
-        """Writes the leases that have changed, and tells what has opened or closed; the caller holds the lock."""
-        if START in self._spans and self._announced and not self._pending:
+        """Writes the leases that have changed, then tells what has opened or closed; the caller holds the lock."""
+        if self._holds_back:
+            return
+        if START in self._tree.spans and self._announced and not self._pending:
             self._put(START, None)
-            self._changed |= self._groups.keys()
-        beats = min(self._beats.values(), default=math.inf)
-        for name in sorted(self._changed):
-            group, lease = self._groups.get(name), self.lease.parts.get(name) if name else self.lease
-            until, opens = group.span if group else WAITED_FOR      # one that is gone is closed
-            if group and (group.needed or not name.startswith("/")):    # but a route that needs nothing
-                until = min(until, beats)
-            if lease:
-                lease.opens.value, lease.until.value = max(opens, 0.0), until
+            self._tree.changed |= self._tree.groups.keys()
+        changed, self._tree.changed = sorted(self._tree.changed), set()
+        ends = {name: self._end_of(name) for name in changed}
+        for name, until in ends.items():
+            if lease := self.lease.parts.get(name) if name else self.lease:
+                span = self._tree.groups[name].span if name in self._tree.groups else None
+                lease.opens.value, lease.until.value = max(span[1], 0.0) if span else 0.0, until
+        for name, until in ends.items():
             is_open = self._clock() < until
-            if group and START not in self._spans and is_open is not self._open.get(name, False):
-                self._open[name] = is_open
+            decided = name in self._tree.groups and START not in self._tree.spans
+            if decided and is_open is not self._open.get(name, False):
                 self.transitions.put((time.time(), is_open, "" if is_open else self._why(name), name))
-        self._changed.clear()
+                self._open[name] = is_open
 
     def _why(self, name: str) -> str:
         """What keeps a group from being healthy: of several, the one that takes longest."""
-        now, group = self._clock(), self._groups[name]
-        spans = {each: self._span(each) for each in self._members(name)}
+        now, spans, needed = self._clock(), self._tree.counted(name), self._tree.groups[name].needed
         bad = [each for each, (until, _) in spans.items() if until <= now]
-        good = f"{len(spans) - len(bad)} of {len(spans)} healthy: " if group.needed < len(spans) else ""
-        told = [each for each in bad if each in self._groups or each in self._reasons]
+        if len(spans) - len(bad) >= needed:
+            return f"no sign of life of {', '.join(each for each, until in self._beats.items() if until <= now)}"
+        good = f"{len(spans) - len(bad)} of {len(spans)} healthy: " if needed < len(spans) else ""
+        told = [each for each in bad if each in self._tree.groups or each in self._reasons]
         if not told:
-            return f"{good}no result of {', '.join(bad[:5])}"
+            return f"{good}no result of {', '.join(each.lstrip('/') for each in bad[:5])}"
         worst = max(told, key=lambda each: spans[each][1])
-        why = self._why(worst) if worst in self._groups else self._reasons[worst]
+        why = self._why(worst) if worst in self._tree.groups else self._reasons[worst]
         return f"{good}{worst or 'the whole site'}: {why}" + (f" and {len(told) - 1} more" if len(told) > 1 else "")
 
     SetResource = set_resource
@@ -6649,9 +6674,8 @@ class Recorder(threading.Thread):
         self._samples: collections.deque[dict[str, Any]] = collections.deque(maxlen=PENDING_ROWS)
         self._events: collections.deque[dict[str, Any]] = collections.deque(maxlen=PENDING_ROWS)
         self._keys: dict[int, str] = {}         # host keys trusted on first use
-        self._begun_at = time.time()
-        self._changed_at: dict[str, float] = {}     # when the gate, a group or a route last opened or closed
-        self.note("gate", "closed (the service starts)", self._begun_at)
+        self._changed_at = {SITE: time.time()}      # when it, a group or a route last opened or closed
+        self.note("gate", "closed (the service starts)", self._changed_at[SITE])
 
     def put(self, report: Report) -> None:
         """Takes a report; transitions are logged at once, in the caller's thread."""
@@ -6708,11 +6732,12 @@ class Recorder(threading.Thread):
     def _gather(self) -> None:
         transitions = self._aggregator.transitions
         for at, is_open, why, name in (transitions.get() for _ in range(transitions.qsize())):
+            since = self._changed_at.get(name)
             text = (f"{f'{name}: ' if name else ''}{'closed' if is_open else 'open'} -> "
                     f"{'open' if is_open else 'closed'}{f' ({why})' if why else ''}"
-                    f" after {at - self._changed_at.get(name, self._begun_at):.0f} s")
-            log.warning("gate: %s", text)
-            self.note("gate", text, at)
+                    f"{f' after {at - since:.0f} s' if since else ''}")
+            log.warning("%s: %s", "group" if name else "gate", text)
+            self.note("group" if name else "gate", text, at)
             self._changed_at[name] = at
         for report in (self._reports.get() for _ in range(self._reports.qsize())):
             resource_id = report.target.id
@@ -6927,6 +6952,13 @@ def spread(pollers: Sequence[Poller]) -> None:
         poller.put_off(delay)
 
 
+def start_new(pollers: Iterable[Poller]) -> None:
+    """Starts those that are not started yet."""
+    for poller in pollers:
+        if poller.ident is None:
+            poller.start()
+
+
 def boot_number() -> int:
     """Another one after each start of the machine; 0 where the system tells none."""
     try:
@@ -7042,6 +7074,7 @@ class Monitor(threading.Thread):
             if not poller.is_alive() and not self._ending.is_set():
                 self._launch(poller.target, poller.bury(), poller)
         self._recount()
+        start_new(self.pollers.values())
         self._context.aggregator.beat("monitor")
         self._context.aggregator.note_expiry()
         with self._store.reading() as session:
@@ -7072,7 +7105,7 @@ class Monitor(threading.Thread):
         return self._maintenance[name][1] <= lease_clock()
 
     def _recount(self) -> None:
-        """Starts what is new, and takes up that maintenance has begun or is over: the state that is known counts."""
+        """Takes up that maintenance has begun or is over: the state that is known counts."""
         for name, poller in self.pollers.items():
             counted = poller.target.settings.critical and self._is_over(name)
             if counted is not poller.counted:
@@ -7082,8 +7115,6 @@ class Monitor(threading.Thread):
                 else:
                     self._context.aggregator.deregister(name)
                 poller.report_again()
-            if poller.ident is None:
-                poller.start()
 
     def _end_maintenance(self) -> None:
         """Notes that maintenance is over, also when it ended while no service ran."""
@@ -7121,11 +7152,12 @@ class Monitor(threading.Thread):
                 self._launch(target, 0.0, before, stored.get(target.id))
                 fresh.append(self.pollers[name])
         spread(fresh)
-        if not is_known:
+        with self._context.aggregator.at_once():    # what has another name neither opens nor closes in between
             self._context.aggregator.arrange(gates, by_tag(target.settings for target in targets.values()))
-        self._recount()
-        for name in gone:       # only now: what has another name would open the gate in between
-            self._context.aggregator.deregister(name)
+            self._recount()
+            for name in gone:
+                self._context.aggregator.deregister(name)
+        start_new(self.pollers.values())
         with self._followed:
             self._revision, self._looked_mono, self.targets = current, lease_clock(), targets
             self._followed.notify_all()
@@ -7265,6 +7297,7 @@ HANDLER = "healthchecker.handler"   # key of the environ for what `Gate.route` h
 Headers = list[tuple[str, str]]
 Reply = tuple[str, Headers, bytes]     # status line, headers, body
 UNAVAILABLE = "503 Service Unavailable"
+DOTS = re.compile(r"/\.\.?([/;]|$)")
 
 
 def respond(environ: WSGIEnvironment, start_response: StartResponse, answer: Reply) -> Iterable[bytes]:
@@ -7347,12 +7380,15 @@ class Gate:
         return self._clock() < lease.until.value
 
     def _lease_of(self, path: str) -> Lease:
-        """Of the longest route that a path is in, else the site's; where it can be read in two ways, the stricter."""
+        """Of the longest route that a path is in, else the site's; where it can be read in two ways, the strictest."""
         if not self._routes:
             return self._lease
+        if "\\" in path or "%" in path or ("/." in path and DOTS.search(path)):   # it may lead anywhere
+            return min(self._lease, *self._routes.values(), key=lambda one: one.until.value)
         lease = self._longest(path)
-        if "//" in path or "/." in path or "\\" in path or "%" in path:
-            lease = min(lease, self._longest(plain_path(path)), key=lambda one: one.until.value)
+        if "//" in path or ";" in path:
+            plain = re.sub("//+", "/", re.sub(";[^/]*", "", path))
+            lease = min(lease, self._longest(plain), key=lambda one: one.until.value)
         return lease
 
     def _longest(self, path: str) -> Lease:
@@ -10730,8 +10766,8 @@ STATES = ("unhealthy", "unknown", "degraded", "maintenance", "healthy")     # wo
 EVENTS_SHOWN = 100              # of a page
 ASSETS = {f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.{suffix}": (kind, text) for suffix, kind, text in (
     ("css", "text/css", STYLE), ("js", "text/javascript", PAGE_SCRIPT), ("svg", "image/svg+xml", ICON))}
-KINDS = {"service": "Service", "gate": "Gate", "state": "States", "change": "Changes", "login": "Logins",
-         "attempt": "Failed logins", "clock": "Clock"}
+KINDS = {"service": "Service", "gate": "Gate", "group": "Groups", "state": "States", "change": "Changes",
+         "login": "Logins", "attempt": "Failed logins", "clock": "Clock"}
 Answer = flask.typing.ResponseReturnValue
 
 
@@ -11487,9 +11523,8 @@ class Installation:
         return changes
 
     def _started_with(self) -> dict[str, Any]:
-        """What holds until the next start: the service's settings, and which routes and groups there are."""
-        settings = {f"service.{name}": value for name, value in self.service.model_dump(mode="json").items()}
-        return settings | {"the names of groups and routes": sorted(self.inventory.gates.members({}))}
+        """What holds until the next start: the service's settings, and which groups and routes there are."""
+        return self.service.model_dump(mode="json") | {"gates": sorted(self.inventory.gates.members({})) or None}
 
     def keep_service(self, session: Session) -> None:
         """Takes down with which settings of its own the service runs."""
@@ -11499,7 +11534,8 @@ class Installation:
         """Names of the service's own settings that are not those with which it was started."""
         now, text = self._started_with(), remembered(session, "service").text
         before = json.loads(text) if text else now
-        return [name for name in sorted(before.keys() | now) if before.get(name) != now.get(name)]
+        return ["the names of groups and routes" if name == "gates" else f"service.{name}"
+                for name in sorted(before.keys() | now) if before.get(name) != now.get(name)]
 
 
 def prepare(installation: Installation, store: Store) -> Vault:
