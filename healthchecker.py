@@ -187,6 +187,10 @@ finally:
 # Run as a script, an application that imports healthchecker still gets this module and no second copy.
 sys.modules.setdefault("healthchecker", sys.modules[__name__])
 
+if sys.platform == "win32":
+    import _winapi
+    import msvcrt
+
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
     if sys.platform == "win32":
@@ -2136,6 +2140,7 @@ class Output:
     whole = False
     clean = True            # what ran left nothing that the next script could see
     due_mono = math.inf     # until when the script has to say more, or it is stopped
+    exits = False           # a check of the script ends it
 
     def __init__(self, mark: str) -> None:
         self.mark = mark.encode()
@@ -3358,7 +3363,7 @@ class SshConnection(SshLogin):
 # A script goes to a Windows host over pypsrp, text comes back. pypsrp sends by requests, which is given one socket
 # that is open, secured and verified: certificate before password, deadline and cap on every read, and no second
 # connection, whatever requests or urllib3 make of an answer. In the poller's thread.
-# Gives: missing_package, PowerShellConnection
+# Gives: CLEANUP_TIME, missing_package, PowerShellConnection
 HTTP_CAUSES: dict[int, Cause] = {403: "auth", 502: "unreachable", 503: "unreachable", 504: "unreachable"}
 SHELL_END = 5.0                 # seconds for a shell to be deleted, also behind the deadline of the poll
 CLEANUP_TIME = 5.0              # seconds for a script that has answered to say what it leaves
@@ -3851,26 +3856,25 @@ class PowerShellConnection(Connection):
 
 # === Local ===================================================================
 # A script goes to a shell of this machine, and what it started ends with it; a simulated resource answers without
-# one. In the poller's thread. CONNECTIONS names the connection of each platform.
+# one. A shell of UNIX is new for each poll; a powershell.exe takes seconds of CPU time to start, so one serves poll
+# after poll. In the poller's thread. CONNECTIONS names the connection of each platform.
 # Gives: CONNECTIONS
+LOOK_AGAIN = 0.01               # seconds between two looks into a pipe of Windows, where nothing waits for one
+
+
+def start_shell(command: Sequence[str], script: str, **options: Any) -> subprocess.Popen[bytes]:
+    """A shell of this machine with its script on stdin, where it finds the end. Raises ProbeError."""
+    try:
+        with tempfile.TemporaryFile() as feed:      # a pipe could block on a shell that does not read
+            feed.write(script.encode())
+            feed.seek(0)
+            return subprocess.Popen(command, stdin=feed, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **options)
+    except OSError as error:
+        raise ProbeError("protocol", f"{command[0]} does not start: {error.strerror}") from error
 
 
 def read_into(output: Output, pipe: IO[bytes], deadline: Deadline) -> bool:
     """Reads a pipe until its end or enough was said; False where that is late."""
-    if sys.platform == "win32":     # select knows no pipes there; the thread ends with the process
-        chunks: queue.SimpleQueue[bytes] = queue.SimpleQueue()
-
-        def pump() -> None:
-            for chunk in iter(functools.partial(os.read, pipe.fileno(), READ_BYTES), b""):
-                chunks.put(chunk)
-            chunks.put(b"")
-
-        threading.Thread(target=pump, daemon=True).start()
-        with contextlib.suppress(queue.Empty):
-            while (wait := min(output.due_mono - time.monotonic(), deadline.remaining)) > 0:
-                if not (chunk := chunks.get(timeout=wait)) or output.take(chunk):
-                    return True
-        return False
     with selectors.DefaultSelector() as selector:
         selector.register(pipe, selectors.EVENT_READ)
         while (seconds := deadline.remaining) > 0 and selector.select(seconds):
@@ -3883,9 +3887,6 @@ def read_into(output: Output, pipe: IO[bytes], deadline: Deadline) -> bool:
 def end_process_group(process: subprocess.Popen[bytes]) -> None:
     """Ends a process and all of its session: `timeout` and background jobs have groups of their own."""
     process.kill()
-    if sys.platform == "win32":
-        subprocess.run(["taskkill", "/T", "/F", "/PID", str(process.pid)], capture_output=True, check=False)
-        return
     with contextlib.suppress(OSError):
         if os.path.isdir("/proc/self"):     # an image may have no ps
             listed = os.listdir("/proc")
@@ -3894,7 +3895,7 @@ def end_process_group(process: subprocess.Popen[bytes]) -> None:
                                     check=False).stdout.split()
         for pid in map(int, filter(str.isdecimal, listed)):
             with contextlib.suppress(OSError):
-                if os.getsid(pid) == process.pid:
+                if sys.platform != "win32" and os.getsid(pid) == process.pid:
                     os.kill(pid, signal.SIGKILL)
 
 
@@ -3902,38 +3903,160 @@ class LocalConnection(Connection):
     """This machine, through its own shell."""
 
     SHELL: ClassVar = ["/bin/sh", "-s"]
-    FLAGS = getattr(subprocess, "CREATE_NO_WINDOW", 0)      # on Windows a console of its own, which nobody sees
-    if sys.platform == "win32":     # on stdin there is no execution policy and no limit of length
-        SHELL = ["powershell.exe", "-NoLogo", "-NoProfile", "-NonInteractive", "-Command",
-                 "Invoke-Expression (@($input) -join [char]10)"]
 
     def run(self, script: str, output: Output, deadline: Deadline) -> bool:
-        while script:
-            code = self._run(script, output, deadline)
-            script = output.rest(code, None)
-        return code is not None
-
-    def _run(self, script: str, output: Output, deadline: Deadline) -> int | None:
-        """The exit code; None where it did not end by itself in time."""
-        try:
-            with tempfile.TemporaryFile() as feed:      # a pipe could block on a shell that does not read
-                feed.write(script.encode())
-                feed.seek(0)
-                process = subprocess.Popen(self.SHELL, stdin=feed, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                                           start_new_session=True, creationflags=self.FLAGS)
-        except OSError as error:
-            raise ProbeError("protocol", f"{self.SHELL[0]} does not start: {error.strerror}") from error
+        process = start_shell(self.SHELL, script, start_new_session=True)
         assert process.stdout
         with process.stdout as pipe:
             try:
                 if not read_into(output, pipe, deadline):
-                    return None
+                    return False
                 with contextlib.suppress(subprocess.TimeoutExpired):    # the output ends before the process does
-                    return process.wait(0 if output.whole else 0.5)
-                return 0 if output.whole else None
+                    process.wait(0 if output.whole else 0.5)
+                    return True
+                return output.whole
             finally:
                 end_process_group(process)
                 process.wait()
+
+
+def enclose(process: subprocess.Popen[bytes]) -> Callable[[], object]:
+    """Puts a process, with all that it will start, into a job: its only handle ends all of it when it is closed, by
+    what is given here or because this process was killed."""
+    kernel32 = cast(Any, ctypes).WinDLL("kernel32")     # our own, for its types are ours
+    kernel32.CreateJobObjectW.restype = ctypes.c_void_p
+    job = ctypes.c_void_p(kernel32.CreateJobObjectW(None, None))
+    # JOBOBJECT_EXTENDED_LIMIT_INFORMATION, aligned for this process, with KILL_ON_JOB_CLOSE and no other limit.
+    limits = struct.pack("@2qL2PLP2L6Q4P", 0, 0, 0x2000, *[0] * 16)
+    kernel32.SetInformationJobObject(job, 9, limits, len(limits))
+    kernel32.AssignProcessToJobObject(job, ctypes.c_void_p(int(cast(Any, process)._handle)))
+    return functools.partial(kernel32.CloseHandle, job)
+
+
+class LocalSession(HostSession):
+    """A powershell.exe that runs one script after another, each in a scope of its own."""
+
+    # No command line shows a script. The first one is stdin, where what a check starts finds the end. Those behind it
+    # have a pipe of their own, a line each: without full language there is none, and the process ends.
+    SHELL: ClassVar = ["powershell.exe", "-NoLogo", "-NoProfile", "-NonInteractive", "-Command"]
+    READER = ("& { $args[0]; $in = New-Object IO.Pipes.AnonymousPipeClientStream 'In', 'PIPE'; "
+              "$in = New-Object IO.StreamReader $in; "
+              "while ($null -ne ($line = $in.ReadLine())) { $line -replace [char]31, [char]10 } } "
+              "(@($input) -join [char]10) | & { process { & { Invoke-Expression $args[0] } $_ } }")
+    # The rows of the answer have the nonce, too. Whatever else is printed counts for nothing.
+    SCRIPT = "$nonce = '{0}'\n'@{0} taken'\n{1}\nif ($full) {{ '@{0} ready' }}"
+
+    def __init__(self, keeps: bool) -> None:
+        self._keeps, self._said = keeps, b""    # what it said last, enough for a mark
+        self._process: subprocess.Popen[bytes] | None = None
+        self._end_all: Callable[[], object] = bool
+        self._pipe: IO[bytes] | None = None     # for the scripts
+
+    @property
+    def alive(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
+    @property
+    def stale(self) -> bool:
+        return self._waiting > 0
+
+    def run(self, script: str, output: Output, deadline: Deadline) -> bool:
+        """One process for all scripts; another one where a check takes it along."""
+        nonce, used, code = output.mark.decode().split()[0].lstrip("@"), self.alive, None
+        self.fit = False
+        while script:
+            script = self.SCRIPT.format(nonce, script)
+            if used:
+                threading.Thread(target=self._send, args=(self._pipe, script), daemon=True).start()
+            else:
+                self._start(script)
+            code = self._follow(output, deadline, f"@{nonce} taken".encode() if used else b"")
+            script = output.rest(code, None)
+            if script:
+                self.close()
+                used = False
+        if self._keeps and output.whole and code == 0:
+            sign, until_mono = f"@{nonce} ready\r\n".encode(), time.monotonic() + CLEANUP_TIME
+            while not self._said.endswith(sign) and (chunk := self._read(until_mono)):
+                output.take(chunk)
+            self.fit = output.clean and self._said.endswith(sign)
+        return code is not None
+
+    def close(self) -> None:
+        process, self._process = self._process, None
+        if process:
+            process.kill()
+            self._end_all()
+            process.wait()
+            cast("IO[bytes]", process.stdout).close()
+        if self._pipe:
+            with contextlib.suppress(OSError):      # it may hold what could not be sent
+                self._pipe.close()
+
+    def _start(self, script: str) -> None:
+        read, write = os.pipe()
+        self._pipe = os.fdopen(write, "wb")
+        with os.fdopen(read, "rb") as end:
+            if sys.platform == "win32":
+                handle = msvcrt.get_osfhandle(end.fileno())
+                os.set_handle_inheritable(handle, True)
+                self._process = start_shell(
+                    [*self.SHELL, self.READER.replace("PIPE", str(handle))], script,
+                    startupinfo=subprocess.STARTUPINFO(lpAttributeList={"handle_list": [handle]}),
+                    creationflags=subprocess.CREATE_NO_WINDOW)      # a console of its own, which nobody sees
+                self._end_all = enclose(self._process)
+
+    @staticmethod
+    def _send(pipe: IO[bytes], script: str) -> None:
+        """Beside the poll, for who does not read would hold it up."""
+        with contextlib.suppress(OSError, ValueError):      # it has ended
+            pipe.write(script.replace("\n", "\x1f").encode() + b"\n")
+            pipe.flush()
+
+    @property
+    def _waiting(self) -> int:
+        """Bytes that it has printed."""
+        if sys.platform == "win32" and self._process and self._process.stdout:
+            with contextlib.suppress(OSError):      # nobody has the other end any more
+                return int(_winapi.PeekNamedPipe(msvcrt.get_osfhandle(self._process.stdout.fileno()), 0)[0])
+        return 0
+
+    def _read(self, until_mono: float) -> bytes:
+        """What it prints; nothing where it ended, or that is late."""
+        assert self._process and self._process.stdout
+        ended = False
+        while not (waiting := self._waiting) and not ended and time.monotonic() < until_mono:
+            ended = not self.alive      # and may have printed until then
+            time.sleep(0 if ended else LOOK_AGAIN)
+        chunk = os.read(self._process.stdout.fileno(), READ_BYTES) if waiting else b""
+        self._said = self._said[-100:] + chunk
+        return chunk
+
+    def _follow(self, output: Output, deadline: Deadline, sign: bytes) -> int | None:
+        """Until the script ends, or need not say more: the exit code, None where it did not end by itself in time.
+        Raises ProbeError where one that served a poll before gives no sign, or ends otherwise than by a check."""
+        ends_mono = time.monotonic() + deadline.left()
+        silent_mono = time.monotonic() + deadline.left() / 3 if sign else math.inf
+        while chunk := self._read(min(output.due_mono, ends_mono, silent_mono)):
+            if sign in self._said:
+                silent_mono = math.inf
+            if output.take(chunk):
+                return 0 if output.whole else None
+        code = self._process.poll() if self._process else None
+        if silent_mono < math.inf or (sign and code is not None and not output.exits):
+            raise ProbeError("unreachable", "the powershell.exe that was kept hangs or was ended")
+        return code
+
+
+class LocalPowerShell(Connection):
+    """This machine, where it is Windows."""
+
+    def __init__(self, target: Target, guard: LoginGuard, context: ConnectionContext) -> None:
+        super().__init__(target, guard, context)
+        self.keeper = SessionKeeper(0)      # what is not logged in need not be again
+
+    def open_session(self, deadline: Deadline) -> HostSession:
+        return LocalSession(self.keeps)
 
 
 class SimulatedConnection(Connection):
@@ -3958,7 +4081,7 @@ class SimulatedConnection(Connection):
 CONNECTIONS: dict[Platform, type[Connection]] = {
     **{platform: SshConnection for platform in SSH_PLATFORMS},
     Platform.WINDOWS: PowerShellConnection,
-    Platform.LOCAL: LocalConnection,
+    Platform.LOCAL: LocalPowerShell if sys.platform == "win32" else LocalConnection,
     Platform.SIMULATED: SimulatedConnection,
 }
 
@@ -4728,7 +4851,7 @@ $wanted = 'WANTED' | ConvertFrom-Json
 $wmi = @{ use = $true; refused = '' }
 function Line($Number, $Answer) {
     $Answer.number = $Number
-    if ($nonce) { $Answer.nonce = $nonce }    # in an endpoint
+    if ($nonce) { $Answer.nonce = $nonce }    # in an endpoint, and on this machine
     $json = ConvertTo-Json -InputObject $Answer -Depth 5 -Compress
     while ($json -cmatch '[^\x00-\x7f]') {
         $json = $json.Replace($Matches[0], ('\u{0:x4}' -f [int][char]$Matches[0]))
@@ -4736,7 +4859,7 @@ function Line($Number, $Answer) {
     "`n$json"    # behind whatever a check left there
 }
 function Row($Number, $Answer) {
-    if ($nonce -and -not $Number) { $Answer.endpoint = $endpoint }
+    if ($endpoint -and -not $Number) { $Answer.endpoint = $endpoint }
     Line $Number $Answer
     if ($Number -eq $wanted.checks.Count) {    # nobody's time counts any more
         $clean = try { Unchanged } catch { $false }
@@ -5034,7 +5157,8 @@ class WindowsOutput(Output):
         self._next = 0      # number of the row that is expected
         self._then = "begin"    # what the script does: it begins, runs checks (""), ends by "exit", or waits for "stop"
         self._line = b""        # that is not whole
-        self._nonce = mark.split(None, 1)[0][1:] if settings.endpoint else ""
+        has_nonce = settings.endpoint or settings.platform is Platform.LOCAL    # else a pipeline's output is its own
+        self._nonce = mark.split(None, 1)[0][1:] if has_nonce else ""
         self._build: Callable[[int], str] = (
             functools.partial("{} {}".format, self._nonce) if settings.endpoint
             else functools.partial(build_windows_script, settings.services, settings.checks, "",
@@ -5096,6 +5220,7 @@ class WindowsOutput(Output):
             row["exit"] = checks[row["number"] - 1].exit
         self._rows.append(row)
         self._then, self._next = str(row.get("then", "")), row["number"] + 1
+        self.exits = self._then == "exit"
         if checks:
             self.due_mono = time.monotonic() + checks[min(self._next, len(checks)) - 1].timeout
 
@@ -8389,7 +8514,7 @@ class ResourceView(ResourceSettings, PollView):
     since: datetime.datetime | None
     polled: datetime.datetime | None
     sample: SampleView | None
-    connection: ConnectionView | None   # None: there was no login yet
+    connection: ConnectionView | None   # None: nothing was open yet
 
 
 NO_SAMPLE: dict[str, Any] = {"details": {}, "metrics": {}, "services": {}, "checks": {}, "problems": {}}
@@ -8404,9 +8529,9 @@ def status_of(row: Resource, status: Status | None) -> Status:
 
 
 def connection_view(context: ConsoleContext, name: str) -> ConnectionView | None:
-    """What is open to a resource, if it was ever logged in to."""
+    """What is open to a resource, if anything ever was."""
     connection = context.connections.watched.get(name)
-    if connection is None or not connection.record.outcomes:
+    if connection is None or not (connection.record.outcomes or connection.keeper.session):
         return None
     keeper, record = connection.keeper, connection.record
     return ConnectionView(opened=utc_time(keeper.opened_at if keeper.session else 0.0), kept=keeper.reused,

@@ -22,6 +22,7 @@ from sshd import SSHD, SYSTEM_PATH, ParamikoSshd, Sshd, open_sshd, wait_for  # w
 # So that `import healthchecker` works from whatever folder pytest is started in.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+collect_ignore = [] if sys.platform == "win32" else ["test_windows_local.py"]  # powershell.exe is Windows' own
 __all__ = ["NO_PASSWORD_LOGIN", "no_leaks", "open_descriptors", "wait_for"]
 # The files that take longest are begun first: one of them would be left alone at the end.
 LONG = (
