@@ -26,9 +26,9 @@ collect_ignore = [] if sys.platform == "win32" else ["test_windows_local.py"]  #
 __all__ = ["NO_PASSWORD_LOGIN", "no_leaks", "open_descriptors", "wait_for"]
 # The files that take longest are begun first: one of them would be left alone at the end.
 LONG = (
-    "windows_verdicts windows_shells workers pages windows_endpoints sessions poll windows_accounts powershell "
-    "windows_kept command_line transport serve real_shells files reload hostile_clients history windows_service "
-    "storage bastions overload crashes readme vault"
+    "windows_verdicts windows_local windows_shells workers pages windows_endpoints sessions poll windows_accounts "
+    "powershell windows_kept command_line transport serve real_shells files reload hostile_clients history "
+    "windows_service storage bastions overload crashes readme vault"
 ).split()
 NO_PASSWORD_LOGIN = "password login needs root, to create a throw-away account"
 
