@@ -124,7 +124,7 @@ from typing import IO, TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTu
 from typing import get_type_hints as type_hints
 from urllib.parse import quote, unquote, unquote_to_bytes, urlencode
 
-gc.disable()    # what is imported stays; to look through it again and again is a sixth of the start
+gc.disable()    # what is imported stays: to look through it again and again is a sixth of the start, even once a tenth
 try:
     import flask
     import jinja2
@@ -182,9 +182,14 @@ except ModuleNotFoundError as missing:
     raise SystemExit(f"healthchecker: the package {missing.name} is missing; "
                      "run `make run`, or `pip install -r requirements.txt`") from None
 finally:
+    gc.freeze()
     gc.enable()
 
-# Run as a script, an application that imports healthchecker still gets this module and no second copy.
+# Run as a script, an application that imports healthchecker still gets this module and no second copy. Worker processes
+# begin with the same script: by its name as a module they find it compiled, which is a sixth of their start.
+if __name__ == "__main__" and __spec__ is None:
+    found = importlib.util.find_spec("healthchecker")
+    __spec__ = found if found and os.path.realpath(found.origin or "") == os.path.realpath(__file__) else None
 sys.modules.setdefault("healthchecker", sys.modules[__name__])
 
 if TYPE_CHECKING:
