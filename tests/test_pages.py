@@ -18,8 +18,8 @@ import sqlalchemy
 import yaml
 from browser import DOCUMENTED, FIRST_USER, PASSWORD, PATIENCE, Scheme, change_password, chromium, enter, log_in, visit
 from conftest import wait_for
-from console import Local, few_rounds, local_console, make_user, prepared_database, served
-from service import Service, prepared_keys, write_inventory
+from console import Local, local_console, make_user, prepared_database, served
+from service import Service, few_rounds, prepared_keys, write_inventory
 from sshd import ParamikoSshd, Sshd
 
 import healthchecker
