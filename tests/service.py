@@ -390,11 +390,12 @@ class Program:
 
     def wait_status(self, path: str, status: int, deadline: float | None = None) -> Answer:
         """Asks until `path` answers with `status`."""
-        ends = time.monotonic() + (deadline or self.deadline)
+        ends, pause = time.monotonic() + (deadline or self.deadline), 0.02
         while (answer := self.get(path)).status != status:
             assert time.monotonic() < ends, f"{path}: {answer.status}, not {status}:\n{self.output}"
             with self._news:
-                self._news.wait(0.02)
+                self._news.wait(pause)
+            pause = min(0.1, pause * 1.1)
         return answer
 
     def stop(self, deadline: float = 60) -> int:
