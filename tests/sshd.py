@@ -67,7 +67,7 @@ def wait_for(condition: Callable[[], T], deadline: float = 60.0) -> T:
     while not (value := condition()):
         assert time.monotonic() < end, f"still not so after {deadline} s"
         threading.Event().wait(pause)
-        pause = min(0.05, pause * 1.1)
+        pause = min(0.1, pause * 1.1)
     return value
 
 
