@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 __all__ = ["NO_PASSWORD_LOGIN", "no_leaks", "open_descriptors", "wait_for"]
 # The files that take longest are begun first: one of them would be left alone at the end.
 LONG = (
-    "windows_verdicts windows_shells windows_endpoints windows_accounts workers pages sessions poll powershell "
+    "windows_verdicts windows_shells windows_endpoints windows_accounts soak workers pages sessions poll powershell "
     "windows_kept command_line transport serve real_shells files reload hostile_clients history windows_service "
     "storage bastions overload crashes readme vault"
 ).split()
