@@ -218,19 +218,22 @@ def restarts(options: argparse.Namespace, folder: Path) -> int:
 def sessions(options: argparse.Namespace, _folder: Path) -> int:
     """Kept connections that die in every way."""
     plan = soak_sessions.Plan(options.sessions, time.time_ns(), engine=options.engine)
-    wrong = soak_sessions.soak(plan)
-    print("\n".join(wrong) or "no connection that died was taken for its host", flush=True)
-    return int(bool(wrong))
+    return told("sessions", lambda: soak_sessions.soak(plan))
 
 
 def shells(options: argparse.Namespace, _folder: Path) -> int:
     """A shell of a Windows host, polled again and again."""
+    return told("shells", lambda: soak_sessions.grow(options.polls))
+
+
+def told(part: str, run: Callable[[], list[str]]) -> int:
+    """Prints what was wrong, or what is missing; gives the exit code."""
     try:
-        wrong = soak_sessions.grow(options.polls)
+        wrong = run()
     except pytest.skip.Exception as missing:
-        wrong = []
-        print(f"shells: skipped: {missing}")
-    print("\n".join(wrong), flush=True)
+        print(f"{part}: skipped: {missing}", flush=True)
+        return 0
+    print("\n".join(wrong) or f"{part}: passed", flush=True)
     return int(bool(wrong))
 
 
