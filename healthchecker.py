@@ -3380,7 +3380,7 @@ class SshConnection(SshLogin):
 # connection, whatever requests or urllib3 make of an answer. In the poller's thread.
 # Gives: CLEANUP_TIME, missing_package, PowerShellConnection
 HTTP_CAUSES: dict[int, Cause] = {403: "auth", 502: "unreachable", 503: "unreachable", 504: "unreachable"}
-SHELL_END = 5.0                 # seconds for a shell to be deleted, also behind the deadline of the poll
+SHELL_END = 5.0                 # seconds for a shell to be deleted; a tenth of it behind the deadline of a poll
 CLEANUP_TIME = 5.0              # seconds for a script that has answered to say what it leaves
 START_WINRM = "run `winrm quickconfig` there and check port and tls"
 UNMAPPED = "the host refuses the client certificate; map it to an account there"
@@ -3626,6 +3626,7 @@ class WinrmSession(HostSession):
         self.opened, self.pool, self.changed, self._settings, self._keeps = opened, pool, changed, settings, keeps
         self._wsman, self._used = pool.connection, False
         self.old: list[WinRS] = []      # shells of dead connections, which go after the first poll
+        self.deadline = Deadline(SHELL_END)     # of whoever waits for its end: a poll, or nobody
 
     @property
     def stale(self) -> bool:
@@ -3651,6 +3652,7 @@ class WinrmSession(HostSession):
     def run(self, script: str, output: Output, deadline: Deadline) -> bool:
         """One shell for all scripts; a new one's is replaced where a script takes it along."""
         used, self._used, pipelines = self._used or self.resumed, True, list[Pipeline]()
+        self.deadline = deadline
         self.opened.begin(Deadline(deadline.left() / 3) if used else deadline)
         try:
             while script:
@@ -3692,13 +3694,16 @@ class WinrmSession(HostSession):
 
     def _delete_old(self) -> None:
         if self.old and self.opened.in_step:
-            self.opened.begin(Deadline(SHELL_END))      # also after that of the poll
+            self._begin_end()
             with contextlib.suppress(Exception):    # the poll's own result does not give way to this error
                 delete_shells(self.old, self._wsman)
 
+    def _begin_end(self) -> None:
+        self.opened.begin(Deadline(min(SHELL_END, max(SHELL_END / 10, self.deadline.remaining))))
+
     def close(self) -> None:
         self._delete_old()
-        self.opened.begin(Deadline(SHELL_END))
+        self._begin_end()
         with contextlib.suppress(Exception):
             if self.opened.in_step and self.pool.connection is self._wsman:     # no other login has it
                 self.pool.close()
@@ -3720,6 +3725,8 @@ class PowerShellConnection(Connection):
             self._left = session
 
     def close(self) -> None:
+        if isinstance(self.keeper.session, WinrmSession):
+            self.keeper.session.deadline = Deadline(SHELL_END)
         self.drop()
         left, self._left = self._left, None
         if left:
@@ -3730,6 +3737,8 @@ class PowerShellConnection(Connection):
     def open_session(self, deadline: Deadline) -> WinrmSession:
         before = cast("WinrmSession | None", self.keeper.session) or self._left
         settings = self._settings
+        if before:
+            before.deadline = deadline
         with self._login(deadline, before) as (opened, wsman), contextlib.ExitStack() as stack:
             resumed = self._resumed(before, wsman) if before else None
             session = WinrmSession(opened, resumed or new_pool(wsman, settings, self.keeps), self._changes(opened),
