@@ -11,6 +11,7 @@
 #     "waitress~=3.0.2",
 #     "pydantic>=2.11,<3",
 #     "prometheus-client>=0.22,<1",
+#     "urllib3>=2,<3",
 # ]
 # ///
 """HealthChecker: a web application answers only while the machines it depends on are healthy.
@@ -23,6 +24,7 @@ Sections, in file order; a definition refers only to what stands above it:
     Errors       one root, an exit code each
     Bastions     hosts behind others, and what ~/.ssh/config says of a host
     Documents    YAML read strictly, every value with its place
+    Settings     the values of the inventory: their types and bounds, limits, checks, expectations
     Inventory    texts -> validated settings, every fault with line and column
     Vault        AES-256-GCM data keys under RSA-OAEP, bound to the row they belong to
     Storage      SQLite through Flask-SQLAlchemy; the rows follow the inventory
@@ -36,6 +38,7 @@ Sections, in file order; a definition refers only to what stands above it:
     Probes       a sample, and the command sets of the POSIX platforms, as tables
     Windows      the PowerShell script of a poll, and what it prints
     Endpoints    what a host keeps that is sent no code, and what its answer counts for
+    Protocols    what is no machine: an answer of HTTP, a port, a name
     Collect      script, connection and parser of a platform: one poll in one round trip
     Evaluate     sample + limits -> verdict -> standing; pure
     Aggregate    the lease: is everything healthy, now
@@ -122,7 +125,7 @@ from pathlib import Path
 from types import GenericAlias, MappingProxyType
 from typing import IO, TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, TypeVar, cast, get_args
 from typing import get_type_hints as type_hints
-from urllib.parse import quote, unquote, unquote_to_bytes, urlencode
+from urllib.parse import quote, unquote, unquote_to_bytes, urlencode, urljoin
 
 gc.disable()    # what is imported stays: to look through it again and again is a sixth of the start, even once a tenth
 try:
@@ -542,21 +545,14 @@ def read_document(path: Path) -> Document:
     return Document(path.name, source)
 
 
-# === Inventory ===============================================================
-# In comes inventory.yaml (or one resource of a request), out come frozen settings in which every value is checked
-# and every path absolute, or an InventoryError with a line for each fault. Three steps: Document makes nested
-# texts with a place each, the models check them, InventoryLoader merges defaults and gathers the faults.
-# Pure but for reading files and environment; called by commands, and by threads that serve the console.
-# Gives: Check, COMPANIONS, FILES, KEY_FILES, foreign_fields, HOSTLESS, Inventory, InventoryFile,
-# InventoryLoader, Limit, Limits, load_inventory, M, matching_key, message_of, Name, PASSPHRASES, Platform,
-# REMOTE_PLATFORMS, ResourceSettings, Retention, SECRETS, SELECTABLE, ServiceSettings, Settings, SSH_PLATFORMS,
-# take_variable, TextLine
-LEASE_GRACE = 2.0               # seconds added to a lease for a busy machine
-KEY_FILES = ("private.pem", "public.pem", "next.pem")
-COMPANIONS = ("-wal", "-shm", "-journal", ".lock")      # files beside the database
-WORKERS_MAX = 8                 # worker processes that `auto` starts at most
-
-
+# === Settings ================================================================
+# What a value of the inventory may be: types with their bounds, and the parts of a resource that have parts of their
+# own: limits, checks, expectations. Texts come in, values go out, or a ValueError that says what is wanted. Pure.
+# Gives: absolute, AppName, CertificateDays, Check, ConsoleListen, Days, Expect, FilePath, Fingerprint, fits_platform,
+# HeaderName, HeaderValue, HostKey, HOSTNAME, Hostname, known_hosts_file, Limit, Limits, Listen, literal_address,
+# LongText, matching_key, Name, Networks, Platform, Positive, PROTOCOLS, read_url, Relogin, REMOTE_PLATFORMS, Seconds,
+# Secret, SELECTABLE, selectable, ServiceName, Settings, short_expect, SQLITE, SqliteUrl, SSH_PLATFORMS, TextLine,
+# Times, Url, WEB_PORTS, Workers
 class Platform(str, Enum):
     """What a resource runs; decides its connection and its command set. `posix` is what `unix` falls back to."""
 
@@ -568,11 +564,15 @@ class Platform(str, Enum):
     WINDOWS = "windows"
     LOCAL = "local"
     SIMULATED = "simulated"
+    HTTP = "http"
+    TCP = "tcp"
+    DNS = "dns"
 
 
-SELECTABLE = ("unix", "linux", "macos", "freebsd", "windows", "local", "simulated")
+SELECTABLE = ("unix", "linux", "macos", "freebsd", "windows", "local", "simulated", "http", "tcp", "dns")
 SSH_PLATFORMS = frozenset({Platform.UNIX, Platform.LINUX, Platform.MACOS, Platform.FREEBSD})
 REMOTE_PLATFORMS = SSH_PLATFORMS | {Platform.WINDOWS}
+PROTOCOLS = frozenset({Platform.HTTP, Platform.TCP, Platform.DNS})      # no machines
 
 
 class Settings(BaseModel):
@@ -775,6 +775,120 @@ class Check(Settings):
         return self
 
 
+class Url(NamedTuple):
+    """What a URL of HTTP says."""
+
+    scheme: str
+    host: str
+    port: int
+    target: str     # path and query
+
+
+# Of printable ASCII, without user, fragment and what a URL has to write otherwise.
+URL = re.compile(r"(https?)://(?:\[([0-9a-f:.]+)\]|([\w.-]+))(?::([0-9]{1,5}))?([/?][!$-;=?-\[\]-~]*)?",
+                 re.ASCII | re.IGNORECASE)
+WEB_PORTS = {"http": 80, "https": 443}
+
+
+def read_url(text: str) -> Url:
+    """The one reading of a URL, of the inventory and of redirects. Raises ValueError."""
+    if len(text) <= 2048 and (found := URL.fullmatch(text)):
+        scheme, host, target = found[1].lower(), (found[2] or found[3]).lower(), found[5] or "/"
+        port = int(found[4] or WEB_PORTS[scheme])
+        with contextlib.suppress(ValueError):
+            if 0 < port <= LAST_PORT and (ipaddress.IPv6Address(host) if found[2] else HOSTNAME.fullmatch(host)):
+                return Url(scheme, host, port, target if target[0] == "/" else f"/{target}")
+    raise ValueError("must be http:// or https://, a host and a path, in ASCII, without user, password or fragment")
+
+
+def status_range(text: str) -> str:
+    first, _, last = text.partition("-")
+    if not re.fullmatch("[1-5][0-9][0-9](-[1-5][0-9][0-9])?", text) or first > (last or first):
+        raise ValueError("must be a status such as 204, or a range such as 200-299")
+    return text
+
+
+def literal_address(text: str) -> str:
+    try:
+        return str(ipaddress.ip_address(text))
+    except ValueError:
+        raise ValueError("must be an IP address") from None
+
+
+def plain_seconds(value: object) -> object:
+    """`2 s` is 2."""
+    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?s", value) if isinstance(value, str) else None
+    return float(found[1]) if found else value
+
+
+def json_text(value: object) -> object:
+    """A scalar of JSON as one writes it in YAML; a text is itself."""
+    return json.dumps(value) if value is None or isinstance(value, (bool, int, float)) else value
+
+
+def short_expect(value: object) -> object:
+    """A text is short for `{contains: text}`, a list for `{addresses: list}`."""
+    return {"contains": value} if isinstance(value, str) else {"addresses": value} if isinstance(value, list) else value
+
+
+StatusRange = Annotated[str, BeforeValidator(
+    lambda value: str(value) if isinstance(value, int) else value, json_schema_input_type=str | int),
+    AfterValidator(status_range)]
+LongText = Annotated[str, Field(min_length=1, max_length=4096)]
+CertificateDays = Annotated[float, Field(ge=1, le=3650)]
+HeaderName = Annotated[str, matching(
+    r"(?i)(?!(accept-encoding|(proxy-)?authorization|connection|content-length|expect|te|trailer|transfer-encoding"
+    r"|upgrade)$)[a-z0-9!#$%&'*+.^_`|~-]+", "must be the name of a header, and none that the request itself decides "
+    "on; a secret is `password`", 100)]
+HeaderValue = Annotated[str, matching(r"[\t -~]*", "must be one line of ASCII")]
+
+
+class Expect(Settings):
+    """What is expected of a resource that is no machine."""
+
+    model_config = ConfigDict(serialize_by_alias=True)
+    status: Annotated[list[StatusRange], Field(min_length=1, max_length=32)] | None = None      # None: 200-299
+    contains: LongText | None = None
+    # By path, such as `checks.0.state`; BaseModel has a method `json`.
+    values: Annotated[dict[Annotated[str, Field(min_length=1, max_length=256)], Annotated[str, Field(max_length=1024),
+        BeforeValidator(json_text, json_schema_input_type=str | float | bool | None)]],
+        Field(max_length=32)] = Field(default={}, alias="json")
+    within: Annotated[float, Field(gt=0, le=604_800, allow_inf_nan=False), BeforeValidator(
+        plain_seconds, json_schema_input_type=float | str)] | None = None     # seconds, `timeout` at most
+    certificate_days: CertificateDays | None = None     # less: degraded
+    addresses: Annotated[list[Annotated[str, AfterValidator(literal_address)]],
+                         Field(min_length=1, max_length=64)] | None = None      # these and no others
+
+
+EXPECTED = {Platform.HTTP: ("status", "contains", "json", "within", "certificate_days"),
+            Platform.TCP: ("contains", "within"), Platform.DNS: ("addresses", "within")}
+
+
+def fits_platform(expect: Expect, info: Any) -> Expect:
+    """Raises ValueError for what has no meaning on the platform, or comes later than any answer."""
+    platform = info.data.get("platform")
+    for name in expect.model_dump(exclude_defaults=True) if platform in EXPECTED else ():   # or it stands in defaults
+        if name not in EXPECTED[platform]:
+            raise ValueError(f"{name} has no meaning with platform {platform.value}")
+    if (expect.within or 0) > info.data.get("timeout", math.inf):
+        raise ValueError("within must be at most timeout")
+    return expect
+
+
+# === Inventory ===============================================================
+# In comes inventory.yaml (or one resource of a request), out come frozen settings in which every value is checked
+# and every path absolute, or an InventoryError with a line for each fault. Three steps: Document makes nested
+# texts with a place each, the models check them, InventoryLoader merges defaults and gathers the faults.
+# Pure but for reading files and environment; called by commands, and by threads that serve the console.
+# Gives: COMPANIONS, FILES, foreign_fields, HOSTLESS, Inventory, InventoryFile, InventoryLoader, KEY_FILES,
+# load_inventory, M, message_of, of_url, PASSPHRASES, ResourceSettings, Retention, SECRETS, ServiceSettings,
+# take_variable
+LEASE_GRACE = 2.0               # seconds added to a lease for a busy machine
+KEY_FILES = ("private.pem", "public.pem", "next.pem")
+COMPANIONS = ("-wal", "-shm", "-journal", ".lock")      # files beside the database
+WORKERS_MAX = 8                 # worker processes that `auto` starts at most
+
+
 class Retention(Settings):
     """How long history is kept."""
 
@@ -831,13 +945,27 @@ FILES = ("key_file", "ca_file", "certificate_file")  # read at each poll
 CREDENTIALS = ("password", "password_env", "password_file", "key_file")
 PASSPHRASES = ("key_passphrase", "key_passphrase_env", "key_passphrase_file")
 HOSTLESS = (Platform.LOCAL, Platform.SIMULATED)
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
 ONLY = (    # settings that have a meaning on these platforms alone
-    (REMOTE_PLATFORMS, ("port", "username", "endpoint", *CREDENTIALS, *PASSPHRASES)),
+    (REMOTE_PLATFORMS, ("endpoint",)),
+    ((*REMOTE_PLATFORMS, Platform.TCP), ("port",)),
+    ((*REMOTE_PLATFORMS, Platform.HTTP), ("username", *CREDENTIALS, *PASSPHRASES)),
     (SSH_PLATFORMS, ("host_key", "host_key_alias", "proxy_jump", "ssh_config")),
-    ((Platform.WINDOWS,), ("tls", "auth", "ca_file", "certificate_file", "certificate_fingerprint",
-                           "configuration_name")),
+    ((Platform.WINDOWS,), ("auth", "configuration_name")),
+    ((Platform.WINDOWS, Platform.TCP), ("tls",)),
+    ((Platform.WINDOWS, Platform.HTTP), ("certificate_file",)),
+    ((Platform.WINDOWS, Platform.HTTP, Platform.TCP), ("ca_file", "certificate_fingerprint")),
     ((*REMOTE_PLATFORMS, Platform.LOCAL), ("keep", "relogin")),
-    ((Platform.SIMULATED,), ("mean_healthy", "mean_unhealthy", "seed")))
+    ((Platform.SIMULATED,), ("mean_healthy", "mean_unhealthy", "seed")),
+    (frozenset(Platform) - PROTOCOLS, ("limits", "services", "checks")),
+    (frozenset(Platform) - {Platform.HTTP}, ("hostname",)),
+    (PROTOCOLS, ("expect",)),
+    ((Platform.HTTP,), ("url", "method", "headers", "redirects")),
+    ((Platform.TCP,), ("send", "certificate_days")))
+NEEDED = {**dict.fromkeys(SSH_PLATFORMS, "username"), Platform.HTTP: "url", Platform.TCP: "port"}
+USUAL: Mapping[str, dict[str, Any]] = {      # what a platform has by itself
+    **{key: {"tls": False} for key in PROTOCOLS},
+    **{key: {"hostname": "localhost"} for key in (*HOSTLESS, Platform.HTTP)}}
 
 
 def foreign_fields(platform: str) -> frozenset[str]:
@@ -852,8 +980,17 @@ def conflicts(given: Mapping[str, Any]) -> Iterator[str]:
             yield f"use one of {', '.join(group)}"
     if any(name in given for name in PASSPHRASES) and "key_file" not in given:
         yield "key_passphrase needs key_file"
-    if str(given.get("platform", Platform.UNIX.value)) in SSH_PLATFORMS and "username" not in given:
-        yield "username is missing"
+    needed = NEEDED.get(cast(Platform, str(given.get("platform", Platform.UNIX.value))), "name")
+    if needed not in given:
+        yield f"{needed} is missing"
+
+
+def of_url(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """What a URL says of where a resource is."""
+    with contextlib.suppress(ValueError):
+        url = read_url(str(raw.get("url")))
+        return {"hostname": url.host, "port": url.port, "tls": url.scheme == "https"}
+    return {}
 
 
 class ResourceSettings(Settings):
@@ -878,7 +1015,7 @@ class ResourceSettings(Settings):
     proxy_jump: Annotated[TextLine, AfterValidator(stated_hops)] | None = None      # see hops
     ssh_config: Annotated[FilePath | None, BeforeValidator(ssh_config_path)] = None     # what it said stands above
     endpoint: bool = False              # True: no code is sent; the host keeps what `endpoint NAME` printed
-    tls: bool = True                    # windows only, like the next five
+    tls: bool = True                    # windows, tcp; see USUAL
     auth: Literal["negotiate", "ntlm", "kerberos", "basic", "certificate", "credssp"] = "negotiate"
     ca_file: FilePath | None = None
     certificate_file: FilePath | None = None
@@ -896,6 +1033,15 @@ class ResourceSettings(Settings):
     limits: Limits = Limits()
     services: list[ServiceName] = []
     checks: list[Check] = []
+    # http only, like the next three; hostname and tls are its own
+    url: Annotated[str, AfterValidator(lambda text: text if read_url(text) else "")] | None = None
+    method: Literal["GET", "HEAD", "OPTIONS", "POST", "PUT"] = "GET"
+    headers: Annotated[dict[HeaderName, HeaderValue], Field(max_length=32)] = {}    # to no other origin
+    redirects: Annotated[int, Field(ge=0, le=10)] = 0       # that are followed
+    send: LongText | None = None            # tcp only, like the next
+    certificate_days: CertificateDays | None = None         # less: degraded
+    expect: Annotated[Expect, BeforeValidator(short_expect, json_schema_input_type=Expect | str | list[str]),
+                      AfterValidator(fits_platform)] = Expect()
     mean_healthy: Positive = 300.0          # seconds, simulated only
     mean_unhealthy: Positive = 30.0         # seconds, simulated only
     seed: int | None = None             # simulated only
@@ -904,6 +1050,7 @@ class ResourceSettings(Settings):
     def _consistent(self) -> ResourceSettings:
         names = [check.name for check in self.checks]
         faults = self._windows_faults() if self.platform is Platform.WINDOWS else []
+        faults += self._protocol_faults() if self.platform in PROTOCOLS else []
         if len(set(names)) < len(names):
             faults.append("two checks have the same name")
         if faults:
@@ -920,6 +1067,28 @@ class ResourceSettings(Settings):
         if self.auth == "basic" and not self.tls:
             faults.append("auth basic without tls would show the password to the network")
         return faults
+
+    def _protocol_faults(self) -> list[str]:
+        expect, shown = self.expect, self.url and self.password and not self.tls and self.hostname not in LOOPBACK
+        faults = {
+            "url says another hostname, port or tls": of_url({"url": self.url}) not in (
+                {}, {"hostname": self.hostname, "port": self.port, "tls": self.tls}),
+            "a password needs https, or it would be shown to the network": shown,
+            "certificate_file needs https": self.certificate_file and not self.tls,
+            "key_file needs certificate_file": self.key_file and not self.certificate_file,
+            "certificate_days needs TLS": (self.certificate_days or expect.certificate_days) and not self.tls,
+            "HEAD has no answer to look into": self.method == "HEAD" and (expect.contains or expect.values)}
+        return [fault for fault, is_there in faults.items() if is_there]
+
+    @property
+    def scheme(self) -> str:
+        """Of `url`; empty without one."""
+        return read_url(self.url).scheme if self.url else ""
+
+    @property
+    def locks_nothing(self) -> bool:
+        """Whether nobody counts logins that are refused: those of a key, a certificate, a token."""
+        return bool(self.key_file or (not self.username if self.url else self.certificate_file))
 
     @property
     def connect_port(self) -> int:
@@ -985,13 +1154,14 @@ class InventoryFile(Settings):
 
 M = TypeVar("M", bound=Settings)
 NESTED: dict[str, type[Settings]] = {
-    "service": ServiceSettings, "limits": Limits, "checks": Check, "retention": Retention}
+    "service": ServiceSettings, "limits": Limits, "checks": Check, "retention": Retention, "expect": Expect}
 
 
 def known_fields(model: type[Settings], loc: NodePath) -> Iterable[str]:
     """What could stand where an `extra_forbidden` error of `model` points to."""
     *_, parent = ["", *(part for part in loc[:-1] if isinstance(part, str))]
-    return (NESTED.get(parent, Limit) if parent else model).model_fields
+    nearest = NESTED.get(parent, Limit) if parent else model
+    return [field.alias or name for name, field in nearest.model_fields.items()]
 
 
 WORDING = {     # pydantic's, as patterns, and ours
@@ -1059,7 +1229,7 @@ class InventoryLoader:
         if file and "resources" not in file.model_fields_set:
             self.fault((), "resources is missing; write `resources: []` to watch nothing")
         missing = dict.fromkeys(("name", "hostname", "username"), "any")     # to look at the defaults alone
-        usual = self._validate(ResourceSettings, missing | defaults, lambda loc: ("defaults", *loc))
+        usual = self._validate(ResourceSettings, missing | defaults | of_url(defaults), lambda loc: ("defaults", *loc))
         self.names = {str(own.get("name", own.get("hostname"))) for own in items if isinstance(own, dict)}
         found = {index: self._resource(index, own, defaults)
                  for index, own in enumerate(items) if isinstance(own, dict)}
@@ -1168,11 +1338,10 @@ class InventoryLoader:
         for key in foreign & own.keys() if platform in SELECTABLE else ():
             self.fault((*here, key), f"{key} has no meaning with platform {platform}", key=True)
         skipped = foreign.union(*(group for group in (CREDENTIALS, PASSPHRASES) if own.keys() & group))
-        raw = {key: value for key, value in defaults.items() if key not in skipped} | own
+        raw = USUAL.get(platform, {}) | {key: value for key, value in defaults.items() if key not in skipped} | own
         if isinstance(own.get("limits"), dict) and isinstance(defaults.get("limits"), dict):
             raw["limits"] = defaults["limits"] | own["limits"]
-        if platform in HOSTLESS:
-            raw.setdefault("hostname", "localhost")
+        raw |= of_url(raw)
         hostname = raw.get("hostname")
         usable = isinstance(hostname, str) and HOSTNAME.fullmatch(hostname)
         raw.setdefault("name", hostname if usable else f"unnamed {here[1]}")
@@ -1555,8 +1724,12 @@ class Resource(Base):
         """What decides which machine is shown the password, besides the address; None where nothing is known of it."""
         with contextlib.suppress(StorageError):
             settings = self.parsed_settings
-            return settings.proxy_jump, settings.host_key_alias, settings.host_key
+            return settings.proxy_jump, settings.host_key_alias, settings.host_key, settings.scheme
         return None
+
+    @property
+    def scheme(self) -> str:
+        return (self.way or ("",))[-1] or ""
 
     def digest(self, *columns: str) -> str:
         """Changes with the columns' values: what was stored for others does not count."""
@@ -1588,7 +1761,7 @@ event.listen(Session, "do_orm_execute", hide_removed)
 def binding(kind: str, row: Resource | ResourceSettings) -> tuple[str, ...]:
     """What a secret belongs to: moved anywhere else, it does not open."""
     port = row.port if isinstance(row, Resource) else row.connect_port
-    return kind, row.name, row.hostname, row.username or "", str(port)
+    return kind, row.name, row.hostname, row.username or "", str(port), *filter(None, [row.scheme])
 
 
 class Status(Base):
@@ -1967,11 +2140,14 @@ def update_row(row: Resource, settings: ResourceSettings, vault: Vault) -> bool:
     rerouted = moved or (way is not None and way != row.way)
     row.host_key = None if moved else row.host_key
     has_key, given = settings.key_file is not None, settings.secrets
-    needs_password = settings.platform in REMOTE_PLATFORMS and not has_key
-    if settings.endpoint and needs_password and settings.platform in SSH_PLATFORMS:
+    stays = settings.platform in REMOTE_PLATFORMS or row.origin == "api"    # else none is meant where none is given
+    has_password = ("password" not in foreign_fields(settings.platform) and not has_key
+                    and (stays or "password" in given))
+    if settings.endpoint and has_password and settings.platform in SSH_PLATFORMS:
         raise InventoryError("endpoint needs key_file: sshd binds a forced command to a key")
-    for kind, used in (("password", needs_password), ("key_passphrase", has_key)):
+    for kind, used in (("password", has_password), ("key_passphrase", has_key)):
         if not used:
+            changed |= getattr(row, kind) is not None
             setattr(row, kind, None)
         elif kind in given:
             changed |= store_secret(row, kind, open_stated(settings, kind, vault), vault)
@@ -2460,7 +2636,7 @@ class Guards:
         return user, hashlib.blake2b(secret, key=self._salt).digest()
 
     def of(self, target: Target) -> LoginGuard:
-        if target.settings.key_file or target.settings.certificate_file:
+        if target.settings.locks_nothing:
             return LoginGuard(locks=False)
         return self._guards.setdefault(self._key(target), LoginGuard())
 
@@ -2469,7 +2645,7 @@ class Guards:
         user, which count together with what is watched."""
         user, _ = key = self._key(target)
         with self._lock:
-            if target.settings.key_file or target.settings.certificate_file or key in self._guards:
+            if target.settings.locks_nothing or key in self._guards:
                 guard = self.of(target)
             else:
                 guard = self._typed.setdefault(user, LoginGuard())
@@ -3378,12 +3554,12 @@ class SshConnection(SshLogin):
 # A script goes to a Windows host over pypsrp, text comes back. pypsrp sends by requests, which is given one socket
 # that is open, secured and verified: certificate before password, deadline and cap on every read, and no second
 # connection, whatever requests or urllib3 make of an answer. In the poller's thread.
-# Gives: CLEANUP_TIME, missing_package, PowerShellConnection
+# Gives: CLEANUP_TIME, GuardedSocket, missing_package, PowerShellConnection, TlsConnection
 HTTP_CAUSES: dict[int, Cause] = {403: "auth", 502: "unreachable", 503: "unreachable", 504: "unreachable"}
 SHELL_END = 5.0                 # seconds for a shell to be deleted; a tenth of it behind the deadline of a poll
 CLEANUP_TIME = 5.0              # seconds for a script that has answered to say what it leaves
 START_WINRM = "run `winrm quickconfig` there and check port and tls"
-UNMAPPED = "the host refuses the client certificate; map it to an account there"
+UNMAPPED = "the host refuses the client certificate, or wants one; for WinRM, map it to an account there"
 EXTRAS = {"credssp": ["requests_credssp"], "kerberos": [] if sys.platform == "win32" else ["gssapi", "krb5"]}
 TOO_MANY_SHELLS = 2150859173
 WINRM_FAULTS: dict[int, tuple[Cause, str]] = {
@@ -3425,8 +3601,8 @@ def missing_package(auth: str) -> str | None:
     return f"auth {auth} needs a package: pip install pypsrp[{auth}]" if absent else None
 
 
-def tls_fault(error: OSError) -> ProbeError:
-    """Our error for a broken connection or TLS handshake."""
+def tls_fault(error: OSError, hint: str) -> ProbeError:
+    """Our error for a broken connection or TLS handshake; `hint` says what may be wrong where nothing answers."""
     reason = str(getattr(error, "reason", "") or "")
     if isinstance(error, TimeoutError):
         return ProbeError("timeout", "no answer in time")
@@ -3434,13 +3610,14 @@ def tls_fault(error: OSError) -> ProbeError:
         return ProbeError("auth", UNMAPPED)
     if isinstance(error, ssl.SSLError) and not isinstance(error, ssl.SSLEOFError):
         return ProbeError("protocol", f"no TLS there ({reason}); check port and tls")
-    return ProbeError("unreachable", f"the host closed the connection; {START_WINRM}")
+    return ProbeError("unreachable", f"the host closed the connection{hint}")
 
 
-class WinrmSocket(HostSocket):
+class GuardedSocket(HostSocket):
     """Turns a socket's errors into ProbeError here already: pypsrp would wait and try again."""
 
     limit = OUTPUT_BYTES
+    hint = ""
     in_step = True      # False: an answer is lost or still to come, so nothing more can be asked
     logged_in = False
 
@@ -3451,7 +3628,7 @@ class WinrmSocket(HostSocket):
             yield
         except (OSError, ProbeError) as error:
             self.in_step = False
-            raise (error if isinstance(error, ProbeError) else tls_fault(error)) from error
+            raise (error if isinstance(error, ProbeError) else tls_fault(error, self.hint)) from error
 
     def end(self) -> None:
         """At once, also while a response that is still open holds it."""
@@ -3470,7 +3647,7 @@ class WinrmSocket(HostSocket):
             super().sendall(octets, flags)
 
 
-class WinrmTlsSocket(WinrmSocket, ssl.SSLSocket):
+class GuardedTlsSocket(GuardedSocket, ssl.SSLSocket):
     """The same with TLS, which calls these before there is a deadline."""
 
     recv, send = ssl.SSLSocket.recv, ssl.SSLSocket.send
@@ -3480,7 +3657,7 @@ class WinrmTlsSocket(WinrmSocket, ssl.SSLSocket):
 def system_authorities() -> ssl.SSLContext:
     """TLS that trusts the system's authorities; reading all of them takes 20 ms of CPU, hence once."""
     context = ssl.create_default_context()
-    context.sslsocket_class = WinrmTlsSocket
+    context.sslsocket_class = GuardedTlsSocket
     return context
 
 
@@ -3488,7 +3665,7 @@ class WinrmAdapter(requests.adapters.HTTPAdapter):
     """Sends a session's requests over one open connection, for NTLM and the encryption belong to it, and refuses
     what WinRM never answers."""
 
-    def __init__(self, host: str, port: int, opened: WinrmSocket) -> None:
+    def __init__(self, host: str, port: int, opened: GuardedSocket) -> None:
         super().__init__()
         self._opened = opened
         connection = urllib3.connection.HTTPConnection(host, port)
@@ -3574,8 +3751,82 @@ class Pipeline(PowerShell):
         return super()._process_pipeline_host_call(message)
 
 
+class TlsConnection(Connection):
+    """The way to a host whose certificate is checked before anything is sent: by its authority, or a pin."""
+
+    HINT = ""       # what may be wrong where nothing answers
+
+    def offered_key(self, deadline: Deadline) -> str:
+        """The certificate that the host shows, unchecked; nothing else is done."""
+        if not self._settings.tls:
+            raise UsageError(f"{self._target.name} has no certificate: tls is off")
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+        with self._open(context, deadline) as secured:
+            return certificate_identity(secured)
+
+    def _open(self, context: ssl.SSLContext | None, deadline: Deadline) -> Any:
+        """A connection after the TLS handshake. Raises SSLCertVerificationError and ProbeError."""
+        settings = self._settings
+        try:
+            plain = connect_tcp(self._context.resolver, settings.hostname, settings.connect_port, deadline)
+        except ProbeError as error:
+            hint = self.HINT if "port" in str(error) else ""
+            raise ProbeError(error.cause, f"{error}{hint}") from error
+        with plain:     # after a good handshake it is detached, and this closes nothing
+            try:
+                plain.settimeout(deadline.left())
+                secured: Any = context.wrap_socket(plain, server_hostname=settings.hostname) if context else \
+                    GuardedSocket(fileno=plain.detach())
+                secured.address, secured.hint = plain.address, self.HINT
+                return secured
+            except ssl.SSLCertVerificationError:
+                raise
+            except OSError as error:
+                raise tls_fault(error, self.HINT) from error
+
+    def _verified(self, deadline: Deadline) -> GuardedSocket:
+        """A connection whose certificate is checked before any secret is sent. Raises ProbeError."""
+        name, pin = self._target.name, self._settings.certificate_fingerprint or self._target.host_key or ""
+        pin = pin.rpartition("SHA256:")[2].replace(":", "").lower()     # whichever way it is written
+        try:
+            opened: Any = self._open(self._tls_context(bool(pin)) if self._settings.tls else None, deadline)
+        except ssl.SSLCertVerificationError as error:
+            offered = self.offered_key(deadline)
+            raise ProbeError("host_key", f"certificate not trusted ({error.verify_message}): offered {offered}; "
+                             f"to accept it: trust {name}, or name its ca_file") from error
+        opened.deadline = deadline
+        if self._settings.tls and pin and (shown := certificate_identity(opened)) != f"certificate SHA256:{pin}":
+            opened.close()
+            raise ProbeError("host_key", f"certificate changed: expected SHA256:{pin}, offered {shown}; "
+                             f"no password was sent; if the change is right: trust {name}")
+        return cast(GuardedSocket, opened)
+
+    def _tls_context(self, pinned: bool) -> ssl.SSLContext:
+        """How the host's certificate is checked and ours shown. Raises ProbeError."""
+        settings, phrase = self._settings, self._settings.key_passphrase
+        if not (pinned or settings.ca_file or settings.certificate_file):
+            return system_authorities()
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.sslsocket_class = GuardedTlsSocket
+        try:
+            if pinned:
+                context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+            elif settings.ca_file:
+                context.load_verify_locations(settings.ca_file)
+            else:
+                context.load_default_certs()
+            if settings.certificate_file:
+                context.post_handshake_auth = True      # WinRM asks for it once it has the request
+                secret = phrase.get_secret_value() if phrase else ""
+                context.load_cert_chain(settings.certificate_file, settings.key_file, secret)
+        except (OSError, ValueError) as error:
+            raise ProbeError("credential", f"ca_file, certificate_file or key_file cannot be used: {error}") from error
+        return context
+
+
 @contextlib.contextmanager
-def explained(settings: ResourceSettings, opened: WinrmSocket | None = None) -> Iterator[None]:
+def explained(settings: ResourceSettings, opened: GuardedSocket | None = None) -> Iterator[None]:
     """Our error for whatever the host's bytes make pypsrp raise."""
     try:
         yield
@@ -3621,8 +3872,8 @@ class WinrmSession(HostSession):
 
     alive = True        # the next login finds out what became of the shell
 
-    def __init__(self, opened: WinrmSocket, pool: RunspacePool, changed: Callable[[], bool], settings: ResourceSettings,
-                 keeps: bool) -> None:
+    def __init__(self, opened: GuardedSocket, pool: RunspacePool, changed: Callable[[], bool],
+                 settings: ResourceSettings, keeps: bool) -> None:
         self.opened, self.pool, self.changed, self._settings, self._keeps = opened, pool, changed, settings, keeps
         self._wsman, self._used = pool.connection, False
         self.old: list[WinRS] = []      # shells of dead connections, which go after the first poll
@@ -3711,9 +3962,10 @@ class WinrmSession(HostSession):
         self.opened.end()
 
 
-class PowerShellConnection(Connection):
+class PowerShellConnection(TlsConnection):
     """One resource over PowerShell Remoting (pypsrp)."""
 
+    HINT = f"; {START_WINRM}"
     # Copied, for each new one rewrites ElementTree's table of prefixes: what others send just then is no XML.
     WSMAN: ClassVar = WSMan("localhost")
     _left: WinrmSession | None = None   # whose connection died before its shell was deleted
@@ -3755,7 +4007,7 @@ class PowerShellConnection(Connection):
         return session
 
     @contextlib.contextmanager
-    def _login(self, deadline: Deadline, before: WinrmSession | None) -> Iterator[tuple[WinrmSocket, WSMan]]:
+    def _login(self, deadline: Deadline, before: WinrmSession | None) -> Iterator[tuple[GuardedSocket, WSMan]]:
         """A connection whose first request logs in; what fails inside ends it. Raises ProbeError."""
         opened = self._verified(deadline)   # before the guard: a host that does not answer is no login
         with contextlib.ExitStack() as stack, explained(self._settings, opened):
@@ -3794,75 +4046,7 @@ class PowerShellConnection(Connection):
         pool.connection = pool.shell.wsman = wsman
         return pool
 
-    def offered_key(self, deadline: Deadline) -> str:
-        """The certificate that the host shows, unchecked; nothing else is done."""
-        if not self._settings.tls:
-            raise UsageError(f"{self._target.name} has no certificate: tls is off")
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-        with self._open(context, deadline) as secured:
-            return certificate_identity(secured)
-
-    def _open(self, context: ssl.SSLContext | None, deadline: Deadline) -> Any:
-        """A connection after the TLS handshake. Raises SSLCertVerificationError and ProbeError."""
-        settings = self._settings
-        try:
-            plain = connect_tcp(self._context.resolver, settings.hostname, settings.connect_port, deadline)
-        except ProbeError as error:
-            hint = f"; {START_WINRM}" if "port" in str(error) else ""
-            raise ProbeError(error.cause, f"{error}{hint}") from error
-        with plain:     # after a good handshake it is detached, and this closes nothing
-            try:
-                plain.settimeout(deadline.left())
-                secured: Any = context.wrap_socket(plain, server_hostname=settings.hostname) if context else \
-                    WinrmSocket(fileno=plain.detach())
-                secured.address = plain.address
-                return secured
-            except ssl.SSLCertVerificationError:
-                raise
-            except OSError as error:
-                raise tls_fault(error) from error
-
-    def _verified(self, deadline: Deadline) -> WinrmSocket:
-        """A connection whose certificate is checked before any secret is sent. Raises ProbeError."""
-        name, pin = self._target.name, self._settings.certificate_fingerprint or self._target.host_key or ""
-        pin = pin.rpartition("SHA256:")[2].replace(":", "").lower()     # whichever way it is written
-        try:
-            opened: Any = self._open(self._tls_context(bool(pin)) if self._settings.tls else None, deadline)
-        except ssl.SSLCertVerificationError as error:
-            offered = self.offered_key(deadline)
-            raise ProbeError("host_key", f"certificate not trusted ({error.verify_message}): offered {offered}; "
-                             f"to accept it: trust {name}, or name its ca_file") from error
-        opened.deadline = deadline
-        if self._settings.tls and pin and (shown := certificate_identity(opened)) != f"certificate SHA256:{pin}":
-            opened.close()
-            raise ProbeError("host_key", f"certificate changed: expected SHA256:{pin}, offered {shown}; "
-                             f"no password was sent; if the change is right: trust {name}")
-        return cast(WinrmSocket, opened)
-
-    def _tls_context(self, pinned: bool) -> ssl.SSLContext:
-        """How the host's certificate is checked and ours shown. Raises ProbeError."""
-        settings, phrase = self._settings, self._settings.key_passphrase
-        if not (pinned or settings.ca_file or settings.certificate_file):
-            return system_authorities()
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-        context.sslsocket_class = WinrmTlsSocket
-        try:
-            if pinned:
-                context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-            elif settings.ca_file:
-                context.load_verify_locations(settings.ca_file)
-            else:
-                context.load_default_certs()
-            if settings.certificate_file:
-                context.post_handshake_auth = True      # WinRM asks for it once it has the request
-                secret = phrase.get_secret_value() if phrase else ""
-                context.load_cert_chain(settings.certificate_file, settings.key_file, secret)
-        except (OSError, ValueError) as error:
-            raise ProbeError("credential", f"ca_file, certificate_file or key_file cannot be used: {error}") from error
-        return context
-
-    def _transport(self, opened: WinrmSocket) -> Any:
+    def _transport(self, opened: GuardedSocket) -> Any:
         settings = self._settings
         transport = type(self.WSMAN.transport)(
             settings.hostname, settings.connect_port, settings.username,
@@ -3881,8 +4065,8 @@ class PowerShellConnection(Connection):
 # === Local ===================================================================
 # A script goes to a shell of this machine, and what it started ends with it; a simulated resource answers without
 # one. A shell of UNIX is new for each poll; a powershell.exe takes seconds of CPU time to start, so one serves poll
-# after poll. In the poller's thread. CONNECTIONS names the connection of each platform.
-# Gives: CONNECTIONS
+# after poll. In the poller's thread.
+# Gives: LocalConnection, LocalPowerShell, SimulatedConnection
 LOOK_AGAIN = 0.01               # seconds between two looks into a pipe of Windows, where nothing waits for one
 
 
@@ -4100,14 +4284,6 @@ class SimulatedConnection(Connection):
             mean = self._settings.mean_healthy if self._healthy else self._settings.mean_unhealthy
             self._flips_mono += self._random.expovariate(1 / mean)
         return output.take((b"healthy" if self._healthy else b"outage") + output.mark)
-
-
-CONNECTIONS: dict[Platform, type[Connection]] = {
-    **{platform: SshConnection for platform in SSH_PLATFORMS},
-    Platform.WINDOWS: PowerShellConnection,
-    Platform.LOCAL: LocalPowerShell if sys.platform == "win32" else LocalConnection,
-    Platform.SIMULATED: SimulatedConnection,
-}
 
 
 # === Outcomes ================================================================
@@ -5455,10 +5631,214 @@ def windows_endpoint(settings: ResourceSettings) -> str:
     return text.encode("ascii", "backslashreplace").decode()
 
 
+# === Protocols ===============================================================
+# Resources that are no machines: an answer of HTTP, a TCP port, a name. Each poll asks anew, for the handshake is a
+# part of what is asked, and a secret is sent to the origin alone that it is sealed for. In go settings, out comes what
+# was found, a check for each expectation, as JSON; what is no answer raises ProbeError. In the poller's thread.
+# Gives: found_sample, HttpConnection, NameConnection, PortConnection
+BODY_BYTES = 1 << 19            # bytes of an answer that are looked at
+QUOTED_CHARS = 80               # characters of what was sent that a reason shows
+REDIRECTS = (301, 302, 303, 307, 308)
+# What only the origin of the inventory is sent or known by.
+OWN: Mapping[str, Any] = {"username": None, "password": None, "headers": {}, "certificate_file": None, "key_file": None,
+                          "certificate_fingerprint": None}
+
+
+def quoted(said: str | bytes) -> str:
+    """What a host sent, or should, as a word that cannot pass for ours."""
+    text = (said if isinstance(said, str) else said[:4 * QUOTED_CHARS].decode("utf-8", "replace"))[:QUOTED_CHARS]
+    return json.dumps(text, ensure_ascii=not text.isprintable()) + "…" * (len(said) > QUOTED_CHARS)
+
+
+def value_at(body: bytes, path: str) -> str | None:
+    """The value of a JSON text at a path of names and indices, as YAML would write it; None where there is none."""
+    try:
+        value = from_json(body)
+        for part in path.split("."):
+            value = value[int(part)] if isinstance(value, list) and part.isdecimal() else value[part]
+        return value if isinstance(value, str) else json.dumps(value)
+    except (LookupError, TypeError, ValueError):
+        return None
+
+
+def expected(wanted: str, came: str, good: bool) -> Outcome:
+    return Outcome(good, came if good else f"expected {wanted}, came {came}")
+
+
+def found_sample(text: str, _nonce: str, _previous: CpuTicks | None) -> Sample:
+    """What a ProtocolConnection found."""
+    found = json.loads(text)
+    checks = {name: Outcome(**outcome) for name, outcome in found["checks"].items()}
+    return Sample({}, found["metrics"], None, {}, checks, {})
+
+
+class ProtocolConnection(TlsConnection):
+    """Asks a resource that is no machine."""
+
+    def find(self, deadline: Deadline, metrics: dict[str, float]) -> dict[str, Outcome]:
+        """A check for each expectation of what is answered; adds to the readings. Raises ProbeError."""
+        raise NotImplementedError
+
+    def run(self, script: str, output: Output, deadline: Deadline) -> bool:
+        begun_mono, settings, metrics = time.monotonic(), self._settings, dict[str, float]()
+        checks = self.find(deadline, metrics)
+        seconds = metrics["response_seconds"] = time.monotonic() - begun_mono
+        if within := settings.expect.within:
+            checks["within"] = expected(f"{within:g} s", f"{seconds:.2f} s", seconds <= within)
+        if wanted := settings.certificate_days or settings.expect.certificate_days:
+            days = metrics.get("certificate_days", 0.0)     # of a certificate that cannot be read
+            found = expected(f"{wanted:g} days", f"{days:.1f}", days >= wanted)
+            checks["certificate"] = replace(found, good=True, degraded=not found.good)      # it is valid still
+        return output.take(json.dumps({"metrics": metrics, "checks": checks}, default=vars).encode() + output.mark)
+
+    @contextlib.contextmanager
+    def _opened(self, deadline: Deadline, metrics: dict[str, float]) -> Iterator[GuardedSocket]:
+        """A connection for one question; notes for how many days its certificate is valid. Raises ProbeError."""
+        opened = self._verified(deadline)
+        try:
+            if isinstance(opened, ssl.SSLSocket):
+                with contextlib.suppress(ValueError):
+                    shown = x509.load_der_x509_certificate(opened.getpeercert(True) or b"")
+                    left = shown.not_valid_after_utc - datetime.datetime.now(datetime.timezone.utc)
+                    metrics.setdefault("certificate_days", left.total_seconds() / 86_400)
+            yield opened
+        finally:
+            opened.end()
+
+
+class HttpAnswer(NamedTuple):
+    """What came of a request."""
+
+    status: int
+    location: str
+    encoding: str
+    body: bytes     # BODY_BYTES at least, where there are more
+
+
+class HttpConnection(ProtocolConnection):
+    """A URL; redirects are followed as far as the inventory says, and no proxy is ever asked."""
+
+    def find(self, deadline: Deadline, metrics: dict[str, float]) -> dict[str, Outcome]:
+        expect = self._settings.expect
+        with contextlib.ExitStack() as stack:   # first the connection: a host that does not answer is no login
+            opened = stack.enter_context(self._opened(deadline, metrics))
+            if self._settings.password:
+                stack.enter_context(self._login_attempt(deadline))
+            answer = self._answer(opened, deadline)
+        if (expect.contains or expect.values) and answer.encoding not in ("", "identity"):
+            raise AnswerError("protocol", f"the answer is packed as {quoted(answer.encoding)}, which nobody asked for")
+        checks = {"status": Outcome(True, str(answer.status))}
+        if wanted := expect.contains:
+            checks["contains"] = expected(quoted(wanted), quoted(answer.body), wanted.encode() in answer.body)
+        for path, value in expect.values.items():
+            came = value_at(answer.body, path)
+            checks[f"json {path}"] = expected(
+                quoted(value), "no such value" if came is None else quoted(came), came == value)
+        return checks
+
+    def _answer(self, opened: GuardedSocket, deadline: Deadline) -> HttpAnswer:
+        """The last one, of an expected status. Raises ProbeError."""
+        here, method, wanted = self, self._settings.method, self._settings.expect.status or ["200-299"]
+        answer = self._ask(opened, method)
+        for _ in range(self._settings.redirects):
+            if answer.status not in REDIRECTS or not answer.location:
+                break
+            here = here._redirected(answer.location)
+            method = method if answer.status in (307, 308) or method == "HEAD" else "GET"
+            with here._opened(deadline, {}) as opened:
+                answer = here._ask(opened, method)
+        if any(first <= str(answer.status) <= (last or first) for first, _, last in (
+                span.partition("-") for span in wanted)):
+            return answer
+        if answer.status == 401 and here._settings.password:
+            raise ProbeError("auth", "status 401: the secret is refused; check username and password")
+        led = f", which leads to {quoted(answer.location)}" if answer.location else ""
+        raise ProbeError("check", f"expected status {', '.join(wanted)}, came {answer.status}{led}")
+
+    def _redirected(self, location: str) -> HttpConnection:
+        """The connection for where an answer leads; at another origin it has nothing to lose. Raises ProbeError."""
+        settings, there = self._settings, copy.copy(self)
+        try:
+            target = urljoin(settings.url or "", location.partition("#")[0])
+            url = read_url(target)
+        except ValueError:
+            raise AnswerError("protocol", f"redirected to {quoted(location)}, which is no URL of HTTP") from None
+        is_own = (settings.scheme, settings.hostname, settings.connect_port) == url[:3]
+        there._settings = settings.model_copy(update={
+            **({} if is_own else OWN), **of_url({"url": target}), "url": target})
+        there._target = self._target if is_own else replace(self._target, host_key=None)
+        return there
+
+    def _ask(self, opened: GuardedSocket, method: str) -> HttpAnswer:
+        """One request over an open connection. Raises ProbeError."""
+        url = read_url(self._settings.url or "")
+        connection = urllib3.connection.HTTPConnection(url.host, url.port)
+        connection.sock, connection.auto_open = opened, 0
+        headers = self._headers(url)
+        try:
+            connection.request(method, url.target, headers=headers, preload_content=False, decode_content=False)
+            answer, body = connection.getresponse(), b""
+            while len(body) < BODY_BYTES and (chunk := answer.read(READ_BYTES)):
+                body += chunk
+            location, encoding = (answer.headers.get(name, "") for name in ("Location", "Content-Encoding"))
+            return HttpAnswer(answer.status, location, encoding, body)
+        except ProbeError:
+            raise
+        except ConnectionError as error:
+            raise ProbeError("unreachable", "the host closed the connection before it answered") from error
+        except Exception as error:      # whatever a host's bytes make urllib3 and http.client raise
+            raise AnswerError("protocol", f"the answer is not whole, or not HTTP ({type(error).__name__})") from error
+
+    def _headers(self, url: Url) -> dict[str, str]:
+        """Raises ProbeError."""
+        settings, secret = self._settings, self._settings.secrets.get("password", "")
+        host = f"[{url.host}]" if ":" in url.host else url.host
+        headers = {"Host": host if url.port == WEB_PORTS[url.scheme] else f"{host}:{url.port}", "Accept": "*/*",
+                   "Accept-Encoding": "identity", "Connection": "close", "User-Agent": f"HealthChecker/{VERSION}"}
+        if secret and settings.username:
+            login = base64.b64encode(f"{settings.username}:{secret}".encode()).decode()
+            headers["Authorization"] = f"Basic {login}"
+        elif secret:
+            if not re.fullmatch("[!-~]+", secret):
+                raise ProbeError("credential", "a bearer token is one word of ASCII; with a username it is a password")
+            headers["Authorization"] = f"Bearer {secret}"
+        return headers | {name.title(): value for name, value in settings.headers.items()}
+
+
+class PortConnection(ProtocolConnection):
+    """A TCP port."""
+
+    def find(self, deadline: Deadline, metrics: dict[str, float]) -> dict[str, Outcome]:
+        wanted, buffer = self._settings.expect.contains, bytearray(READ_BYTES)
+        answer = Output(wanted or "")
+        with self._opened(deadline, metrics) as opened:
+            if self._settings.send:
+                opened.sendall(self._settings.send.encode())
+            try:
+                while wanted and (count := opened.recv_into(buffer)) and not answer.take(bytes(buffer[:count])):
+                    pass
+            except ProbeError:      # something else may have come, and nothing more
+                if not answer.printed:
+                    raise
+        came = quoted(bytes(answer.printed)) if wanted else "connected"
+        return {"answer": expected(quoted(wanted or ""), came, answer.whole or not wanted)}
+
+
+class NameConnection(ProtocolConnection):
+    """A name, as the system's resolver knows it."""
+
+    def find(self, deadline: Deadline, metrics: dict[str, float]) -> dict[str, Outcome]:
+        settings = self._settings
+        found = self._context.resolver.resolve(settings.hostname, settings.connect_port, deadline)
+        came, wanted = {literal_address(one[4][0]) for one in found}, settings.expect.addresses
+        return {"addresses": expected(", ".join(wanted or ()), one_line(", ".join(sorted(came))),
+                                      wanted is None or came == set(wanted))}
+
+
 # === Collect =================================================================
 # One poll of a resource, in the poller's thread: build the platform's script, run it over the connection, parse
 # what came back, and see to it that all that was asked for is answered: a sample or ProbeError.
-# Gives: collect
+# Gives: collect, CONNECTIONS
 def simulated_sample(text: str, _nonce: str, _previous: CpuTicks | None) -> Sample:
     """What SimulatedConnection answers, as a check."""
     good = text.startswith("healthy")
@@ -5469,13 +5849,23 @@ def plain_output(_settings: ResourceSettings, mark: str, _deadline: Deadline) ->
     return Output(mark)
 
 
+CONNECTIONS: dict[Platform, type[Connection]] = {
+    **{platform: SshConnection for platform in SSH_PLATFORMS},
+    Platform.WINDOWS: PowerShellConnection,
+    Platform.LOCAL: LocalPowerShell if sys.platform == "win32" else LocalConnection,
+    Platform.SIMULATED: SimulatedConnection,
+    Platform.HTTP: HttpConnection,
+    Platform.TCP: PortConnection,
+    Platform.DNS: NameConnection,
+}
 Builder = Callable[[Sequence[str], Sequence[Check], str, Iterable[str], Sequence[str]], str]
 Reader = Callable[[ResourceSettings, str, Deadline], Output]
 Parser = Callable[[str, str, CpuTicks | None], Sample]
 LANGUAGES: dict[Platform, tuple[Builder, Reader, Parser]] = {
     **{platform: (functools.partial(build_script, platform), plain_output, parse_output) for platform in Platform},
     Platform.WINDOWS: (build_windows_script, WindowsOutput, parse_windows),
-    Platform.SIMULATED: (lambda *_: "", plain_output, simulated_sample)}      # it answers without being asked
+    Platform.SIMULATED: (lambda *_: "", plain_output, simulated_sample),      # it answers without being asked
+    **dict.fromkeys(PROTOCOLS, (lambda *_: "", plain_output, found_sample))}
 if sys.platform == "win32":
     LANGUAGES[Platform.LOCAL] = LANGUAGES[Platform.WINDOWS]
 
@@ -8259,7 +8649,8 @@ def stated(row: Resource, inventory: Inventory) -> dict[str, Any]:
     without = settings.model_copy(update={"port": None})
     if settings.port == without.connect_port and "port" not in defaults:
         settings = without
-    values, plain = (settings.model_dump(mode="json", exclude=set(SECRETS), exclude_none=True, exclude_defaults=short)
+    hidden = {*SECRETS, *foreign_fields(settings.platform)}
+    values, plain = (settings.model_dump(mode="json", exclude=hidden, exclude_none=True, exclude_defaults=short)
                      for short in (False, True))
     return {name: plain.get(name, value) for name, value in values.items()
             if (value != defaults[name] if name in defaults else name in plain)}
@@ -8392,7 +8783,7 @@ def offered_key(target: Target, access: ConnectionContext) -> str:
     if target.fault:
         raise UsageError(target.fault[1])
     connection = CONNECTIONS[target.settings.platform](target, LoginGuard(), replace(access, keeps=False))
-    if not isinstance(connection, (SshConnection, PowerShellConnection)):
+    if not isinstance(connection, (SshConnection, TlsConnection)):
         raise UsageError(f"{target.name} has no host key")
     if target.settings.host_key not in (None, "strict") or target.settings.certificate_fingerprint:
         raise UsageError(f"the inventory pins the key of {target.name}; change it there")
@@ -9250,6 +9641,8 @@ RESOURCE_METRICS: Mapping[str, tuple[str, ...]] = {
     "disk_percent": ("Used share of a filesystem.", "mount"),
     "inode_percent": ("Used share of a filesystem's inodes.", "mount"),
     "load_per_cpu": ("Load average per CPU.",),
+    "response_seconds": ("Seconds from the look-up of the name to the end of the answer.",),
+    "certificate_days": ("Days for which the certificate is valid.",),
     "uptime_seconds": ("Seconds since the machine started.",),
     "service_good": ("1 for a service that runs.", "service"),
     "check_good": ("1 for a check that passed.", "check"),
@@ -9378,7 +9771,7 @@ class Metrics:
 # Gives: LABELS, LimitValues, TEMPLATES, bar_svg, chart_svg, duration_text, local_time, scale_top, strip_svg
 LABELS = {"cpu_percent": "CPU", "memory_percent": "Memory", "disk_percent": "Disk", "swap_percent": "Swap",
           "commit_percent": "Commit charge", "inode_percent": "Inodes", "load_per_cpu": "Load per CPU",
-          "seconds": "Duration of a poll"}
+          "response_seconds": "Response time", "certificate_days": "Certificate, days", "seconds": "Duration of a poll"}
 LimitValues = Mapping[str, Any]     # `warn` and `fail` of a limit, as JSON has them
 
 
@@ -9852,6 +10245,7 @@ Critical: while it is unhealthy, the gate is closed</label>
 <fieldset class="panel remote"><legend>Connection</legend>
 <div class="inputs">
 {{ input("hostname", "Host name or address") }}
+{{ input("url", "URL", "for http alone", inputmode="url") }}
 {{ input("port", "Port", inputmode="numeric", placeholder=ports) }}
 {{ input("username", "User name") }}
 {{ input("password", "Password", "sealed, and never shown again", "password", autocomplete="new-password",
@@ -10285,23 +10679,25 @@ def overview() -> Answer:
 def amount(metric: str, value: float) -> str:
     if metric.endswith("_percent"):
         return f"{value:.1f} %"
+    if metric == "response_seconds":
+        return f"{1000 * value:.0f} ms"
     return f"{value:.2f} s" if metric == "seconds" else f"{value:.2f}"
 
 
 def reading_rows(sample: Mapping[str, Any], resource: ResourceRow, damage: str) -> list[dict[str, Any]]:
     """Each metric that was read, has a limit, or could not be read."""
     rows: list[dict[str, Any]] = [{"label": "All of them", "limit": {}, "problem": damage}] if damage else []
-    for metric in Limits.model_fields:
+    for metric, label in LABELS.items():
         limit, problem = resource.limit(metric), sample["problems"].get(metric, "")
         top = 100.0 if metric.endswith("_percent") else 1.25 * max(filter(None, limit.values()), default=0.0)
         found = [(name, value) for name, value in sample["metrics"].items() if name.partition(" ")[0] == metric]
         for name, value in found:
             mount = name.partition(" ")[2]
             own = resource.limit(metric, mount)
-            rows.append({"label": f"{LABELS[metric]} {mount}", "limit": own, "text": amount(metric, value),
+            rows.append({"label": f"{label} {mount}", "limit": own, "text": amount(metric, value),
                          "bar": bar_svg(value, own, top) if top else ""})
         if problem or (limit and not found and not damage):
-            rows.append({"label": LABELS[metric], "limit": limit, "problem": problem or "not read"})
+            rows.append({"label": label, "limit": limit, "problem": problem or "not read"})
     limits_of = {check["name"]: check.get("limits", {}) for check in resource.settings.get("checks", ())}
     for check, outcome in sample["checks"].items():
         numbers, limits = outcome.get("metrics", {}), limits_of.get(check, {})
@@ -10373,7 +10769,7 @@ def event_page() -> Answer:
 TYPED = "typed."                # begins the names of what was typed into a form before the login
 RETYPABLE = re.compile(r"/-/(add|users|resources/[^/]+/(edit|maintenance))")    # forms that show it again
 NEVER_SHOWN = ("password", "current", "new", "again")   # secrets of the forms
-INPUTS = ("platform", "name", "interval", "critical", "hostname", "port", "username", "password")
+INPUTS = ("platform", "name", "interval", "critical", "hostname", "url", "port", "username", "password")
 OTHERS = [name for name in ResourceSettings.model_fields if name not in {*INPUTS, *INVENTORY_ONLY}]
 EXAMPLE = """limits: {memory_percent: {warn: 80, fail: 95}, disk_percent: 90}
 services: [postgresql, cron]
@@ -10400,7 +10796,7 @@ def form_texts(name: str) -> dict[str, str]:
     with who.context.store.reading() as session:
         values = stated(changeable(who, session, name), inventory) if name else {
             field: value for field, value in shared_defaults(inventory).items()
-            if field in INPUTS or field not in foreign_fields("")}
+            if field in INPUTS or field not in foreign_fields(Platform.SIMULATED.value)}    # what all machines have
     values = json.loads(json.dumps(values),     # 90 and not 90.0
                         parse_float=lambda text: float(text) if float(text) % 1 else int(float(text)))
     texts = {name: str(values[name]) for name in INPUTS if values.get(name) is not None}
@@ -10420,8 +10816,9 @@ def form_page(name: str = "", given: Mapping[str, str] | None = None, **more: An
                        ports=f"{SSH_PORT}; Windows: {WINRM_PORTS[True]}", **more)
 
 
-def form_settings(form: Mapping[str, str], document: Document, *, is_new: bool) -> dict[str, Any]:
-    """The settings in the inventory's names, of the inputs and the text area; None stands for the default."""
+def form_settings(form: Mapping[str, str], document: Document, defaults: Collection[str] | None) -> dict[str, Any]:
+    """The settings in the inventory's names, of the inputs and the text area; None stands for the default. Of a new
+    one the form showed the `defaults`, with or without a meaning on its platform."""
     other = document.value or {}
     if not isinstance(other, dict):
         raise InventoryError(f"{document.name}:1:1: must be settings (name: value)")
@@ -10433,7 +10830,8 @@ def form_settings(form: Mapping[str, str], document: Document, *, is_new: bool) 
     if inputs["password"] is None:
         del inputs["password"]      # the stored one stays
     foreign = foreign_fields(inputs["platform"] or Platform.UNIX.value)     # what stands in hidden inputs
-    if isinstance(other.get("limits"), dict) and not is_new:
+    other = {name: value for name, value in other.items() if name not in foreign.intersection(defaults or ())}
+    if isinstance(other.get("limits"), dict) and defaults is None:
         other["limits"] = dict.fromkeys(Limits.model_fields) | other["limits"]     # what is not given goes
     return {**dict.fromkeys(OTHERS), **inputs, **dict.fromkeys(foreign & inputs.keys()), **other}
 
@@ -10442,7 +10840,7 @@ def resource_form(who: Principal, name: str = "") -> Answer:
     form = flask.request.form
     try:
         document = Document("YAML", form.get("settings", "").encode())
-        body = form_settings(form, document, is_new=not name)
+        body = form_settings(form, document, None if name else shared_defaults(who.context.imported))
     except InventoryError as error:
         raise field_errors({"settings": str(error)}) from None
     if form.get("do") == "test":
@@ -11139,6 +11537,7 @@ def show_readable(installation: Installation) -> None:
     files = {installation.service.metrics_token_file, installation.database if installation.database.exists() else None}
     for each in inventory.resources:
         files |= {each.password_file, each.key_passphrase_file, each.key_file}
+        files |= {each.certificate_file} if each.url and not each.key_file else set()
         files |= {installation.path} if each.secrets and not (each.password_file or each.password_env) else set()
     for path in sorted(filter(None, files)) if sys.platform != "win32" else ():
         if path.exists() and path.stat().st_mode & 0o007:

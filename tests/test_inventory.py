@@ -69,6 +69,20 @@ def marked(text: str) -> str:
     return windows(text).replace("¦", "", 1)
 
 
+def http(text: str, *, url: bool = True, value: bool = False) -> str:
+    """An inventory of one URL with further settings; with `value` the mark before a setting is that of its value."""
+    text = re.sub(r"¦(\w+: )", r"\1¦", text) if value else text
+    return "resources:\n  - {platform: http" + (", url: 'https://a/'" if url else "") + ", " + text + "}\n"
+
+
+def tcp(text: str) -> str:
+    return "resources:\n  - {platform: tcp, hostname: a, port: 1, " + text + "}\n"
+
+
+def dns(text: str) -> str:
+    return "resources:\n  - {platform: dns, hostname: a, " + text + "}\n"
+
+
 FAULTS: dict[str, tuple[str, str]] = {
     "empty file": ("¦", "resources is missing"),
     "comments only": ("# nothing\n", "resources is missing"),
@@ -274,6 +288,49 @@ FAULTS: dict[str, tuple[str, str]] = {
     "SSH's host key for Windows": (marked("¦host_key: strict"), "host_key"),
     "Windows' pin for SSH": (more(f"¦certificate_fingerprint: {64 * '0'}"), "certificate_fingerprint"),
     "fingerprint that is too short": (marked("certificate_fingerprint: ¦ab:cd"), "64 hexadecimal digits"),
+    "a URL is missing": (http("name: b", url=False).replace("- {", "- ¦{"), "resources[0]: url is missing"),
+    "a port is missing": ("resources:\n  - ¦{hostname: a, platform: tcp}", "resources[0]: port is missing"),
+    "a URL of FTP": (http("¦url: 'ftp://a/'", url=False, value=True), "url: must be http://"),
+    "a URL with a password": (http("¦url: 'http://u:p@a/'", url=False, value=True), "url: must be http://"),
+    "a URL with a fragment": (http("¦url: 'http://a/#b'", url=False, value=True), "url: must be http://"),
+    "a URL with a line break": (http('¦url: "http://a/\\n"', url=False, value=True), "url: must be http://"),
+    "a URL of no port": (http("¦url: 'http://a:65536/'", url=False, value=True), "url: must be http://"),
+    "a URL of no IPv6": (http("¦url: 'http://[::g]/'", url=False, value=True), "url: must be http://"),
+    "a machine's services": (http("¦services: [a]"), "services has no meaning with platform http"),
+    "a machine's limits": (tcp("¦limits: {cpu_percent: 9}"), "limits has no meaning with platform tcp"),
+    "a machine's checks": (dns("¦checks: []"), "checks has no meaning with platform dns"),
+    "a port beside a URL": (http("¦port: 80"), "port has no meaning with platform http"),
+    "a host beside a URL": (http("¦hostname: b"), "hostname has no meaning with platform http"),
+    "a URL of a machine": (more("¦url: 'http://a/'"), "url has no meaning with platform unix"),
+    "a secret for a name": (dns("¦password: p"), "password has no meaning with platform dns"),
+    "unknown expectation": (http("expect: {¦stauts: [200]}"), "expect: unknown setting; did you mean status?"),
+    "unknown expectation of JSON": (http("expect: {¦jsno: {a: b}}"), "expect: unknown setting; did you mean json?"),
+    "an expectation of another": (tcp("expect: ¦{status: [200]}"), "expect: status has no meaning with platform tcp"),
+    "an address of HTTP": (http("expect: ¦[192.0.2.1]"), "expect: addresses has no meaning with platform http"),
+    "no address": (dns("expect: ¦[192.0.2.1, b]"), "expect.addresses[1]: must be an IP address"),
+    "no status": (http("expect: {status: [¦600]}"), "expect.status[0]: must be a status such as 204"),
+    "a range from behind": (http("expect: {status: [¦299-200]}"), "expect.status[0]: must be a status"),
+    "no statuses": (http("expect: {status: ¦[]}"), "expect.status: "),
+    "later than any answer": (http("expect: ¦{within: 11 s}"), "expect: within must be at most timeout"),
+    "within nothing": (http("expect: {within: ¦0}"), "expect.within: must be greater than 0"),
+    "within a text": (http("expect: {within: ¦2 min}"), "expect.within: must be a valid number"),
+    "days of a certificate": (http("expect: {certificate_days: ¦0}"), "expect.certificate_days: must be greater"),
+    "too many days": (tcp("certificate_days: ¦3651"), "certificate_days: must be less than or equal to 3650"),
+    "days without TLS": (tcp("certificate_days: 9").replace("- {", "- ¦{"), "certificate_days needs TLS"),
+    "a header of two lines": (http('headers: {a: ¦"b\\r\\nc: d"}'), "headers.a: must be one line of ASCII"),
+    "no header's name": (http("headers: {'a b': ¦c}"), "must be the name of a header"),
+    "our own header": (http("headers: {Content-Length: ¦'9'}"), "must be the name of a header"),
+    "a secret as a header": (http("headers: {Authorization: ¦x}"), "a secret is `password`"),
+    "headers without end": (
+        http(f"headers: ¦{{{', '.join(f'h{number}: x' for number in range(33))}}}"), "headers: "),
+    "redirects without end": (http("redirects: ¦11"), "redirects: must be less than or equal to 10"),
+    "a method": (http("method: ¦TRACE"), "method: must be"),
+    "HEAD with a text": (
+        http("method: HEAD, expect: {contains: a}").replace("- {", "- ¦{"), "HEAD has no answer to look into"),
+    "a secret in the clear": (
+        http("url: 'http://a/', password: p", url=False).replace("- {", "- ¦{"), "a password needs https"),
+    "a key without its certificate": (
+        http("key_file: empty").replace("- {", "- ¦{"), "key_file needs certificate_file"),
     "BOM counts no column": ("\ufeff¦resourcess: []\n", "did you mean resources?"),
     "CRLF": (
         "service:\r\n  threads: 1\r\nresources:\r\n  - {hostname: a,\r\n     username: u, port: ¦x, password: p}\r\n",

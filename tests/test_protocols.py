@@ -1,0 +1,784 @@
+"""HTTP, TCP and names: every answer and every way in which a server can spoil one, from real sockets on loopback."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import gzip
+import json
+import re
+import socket
+import ssl
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, cast
+from urllib.parse import urlsplit
+
+import pytest
+from conftest import no_leaks, wait_for
+from console import Local, local_console
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic_core import from_json
+from service import run_cheaply, write_inventory
+from wsman_server import Certificate, make_certificate
+
+from healthchecker import (
+    CONNECTIONS,
+    ConnectionContext,
+    Deadline,
+    Guards,
+    KnownHosts,
+    LoginGuard,
+    Metrics,
+    Resolver,
+    Resource,
+    Sample,
+    SecretError,
+    Target,
+    Verdict,
+    binding,
+    find_resource,
+    import_inventory,
+    load_inventory,
+    one_line,
+    poll_once,
+    quoted,
+    read_url,
+    status_range,
+    value_at,
+)
+
+TIMEOUT = 30.0  # seconds; what does not wait for it is over long before
+SHORT = 1.0  # seconds of a poll that has to wait for its end
+LATE = 10.0  # seconds that a busy machine may add
+SECRET = "s3cr3t-W0rd"
+GOOD = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
+ACCESS = ConnectionContext(KnownHosts(Path("no such file")), Resolver())
+Play = Callable[[Any], None]
+
+
+class Server:
+    """A port on loopback; each connection is given to `play`, and ends with it."""
+
+    def __init__(self, play: Play, certificate: Certificate | None = None, host: str = "127.0.0.1",
+                 client: Certificate | None = None) -> None:
+        self.play, self.requests, self.errors = play, list[str](), list[str]()
+        self.ending = threading.Event()
+        self._context = None
+        if certificate:
+            self._context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            self._context.load_cert_chain(certificate.certificate_file, certificate.key_file)
+            if client:
+                self._context.verify_mode = ssl.CERT_REQUIRED
+                self._context.load_verify_locations(client.certificate_file)
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        self._listening = socket.create_server((host, 0), family=family)
+        self.port: int = self._listening.getsockname()[1]
+        self.origin = f"{'https' if certificate else 'http'}://{f'[{host}]' if ':' in host else host}:{self.port}"
+        self._threads = [threading.Thread(target=self._accept, daemon=True)]
+
+    def __enter__(self) -> Server:
+        self._threads[0].start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.ending.set()
+        with contextlib.suppress(OSError), socket.create_connection(self._listening.getsockname()[:2], 5):
+            pass
+        for thread in self._threads:
+            thread.join()
+        self._listening.close()
+
+    def _accept(self) -> None:
+        while True:
+            sock, _ = self._listening.accept()
+            if self.ending.is_set():
+                sock.close()
+                return
+            thread = threading.Thread(target=self._serve, args=(sock,), daemon=True)
+            self._threads.append(thread)
+            thread.start()
+
+    def _serve(self, sock: socket.socket) -> None:
+        with contextlib.suppress(OSError), sock:
+            sock.settimeout(TIMEOUT)
+            try:
+                secured = self._context.wrap_socket(sock, server_side=True) if self._context else sock
+            except ssl.SSLError as error:
+                self.errors.append(str(error))
+                return
+            with secured:
+                self.play((self, secured))
+                with contextlib.suppress(OSError):
+                    secured.shutdown(socket.SHUT_WR)
+                    while secured.recv(4096):  # or what was sent could be lost by a reset
+                        pass
+
+
+def read_request(sock: socket.socket) -> str:
+    head = b""
+    while b"\r\n\r\n" not in head and (chunk := sock.recv(4096)):
+        head += chunk
+    return head.decode("latin-1")
+
+
+def answers(*sent: bytes | Callable[[str], bytes]) -> Play:
+    """Answers each request with the next of these, the last one again and again."""
+    left = list(sent)
+
+    def play(connection: tuple[Server, socket.socket]) -> None:
+        server, sock = connection
+        request = read_request(sock)
+        if not request:  # it was closed without one
+            return
+        server.requests.append(request)
+        answer = left.pop(0) if len(left) > 1 else left[0]
+        sock.sendall(answer(request) if callable(answer) else answer)
+
+    return play
+
+
+def says(sent: bytes) -> Play:
+    """Sends something unasked."""
+    return lambda connection: connection[1].sendall(sent)
+
+
+def endless(first: bytes, more: bytes, pause: float = 0.0) -> Play:
+    """Never ends by itself."""
+
+    def play(connection: tuple[Server, socket.socket]) -> None:
+        server, sock = connection
+        sock.sendall(first)
+        while not server.ending.wait(pause):
+            sock.sendall(more)
+
+    return play
+
+
+def answer(body: bytes, *headers: str, status: str = "200 OK") -> bytes:
+    lines = [f"HTTP/1.1 {status}", f"Content-Length: {len(body)}", *headers, "", ""]
+    return "\r\n".join(lines).encode() + body
+
+
+def leads(to: str, status: int = 302) -> bytes:
+    return answer(b"", f"Location: {to}", status=f"{status} Found")
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> Certificate:
+    return make_certificate(tmp_path_factory.mktemp("tls"), "host", days=20)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("inventory")
+
+
+class Asker:
+    """A resource as the inventory states it; each poll is one of its own."""
+
+    def __init__(self, folder: Path, access: ConnectionContext = ACCESS, trusted: str | None = None,
+                 **stated: Any) -> None:
+        path = folder / "inventory.yaml"
+        stated = {"name": "asked", "timeout": TIMEOUT, **stated}
+        path.write_text(json.dumps({"resources": [stated]}, default=str), encoding="utf-8")  # JSON is YAML
+        [self.settings] = load_inventory(path).resources
+        known: dict[str, Any] = {field.name: "" for field in fields(Target)}
+        self.target = Target(**known | {"settings": self.settings, "host_key": trusted, "fault": None})
+        guard = access.guard_of(self.target) if self.settings.password else LoginGuard()
+        self.connection = CONNECTIONS[self.settings.platform](self.target, guard, access)
+
+    def poll(self) -> tuple[Verdict, Sample | None]:
+        begun = time.monotonic()
+        verdict, sample = poll_once(self.target, self.connection, None)
+        assert time.monotonic() - begun < self.settings.timeout + LATE
+        assert verdict.reason == one_line(verdict.reason)
+        assert SECRET not in verdict.reason
+        return verdict, sample
+
+
+def outcome(asker: Asker) -> tuple[str, str, str]:
+    verdict, _ = asker.poll()
+    return verdict.state, verdict.cause, verdict.reason
+
+
+# --- HTTP ---
+def test_an_answer_as_expected(folder: Path) -> None:
+    """What is asked, what is found, and what of it is shown."""
+    body = json.dumps({"status": "ok", "checks": [{"state": 3}, {"state": None}], "up": True}).encode()
+    with no_leaks(), Server(answers(answer(body))) as server:
+        asker = Asker(folder, platform="http", url=f"{server.origin}/health?a=b", headers={"accept": "text/*"}, expect={
+            "status": ["200-299"], "contains": "checks", "within": "20 s",
+            "json": {"status": "ok", "checks.0.state": "3", "checks.1.state": "null", "up": "true"}})
+        verdict, sample = asker.poll()
+    assert verdict == Verdict("healthy") and sample
+    assert 0 < sample.metrics["response_seconds"] < 20
+    assert [*sample.checks] == ["status", "contains", "json status", "json checks.0.state", "json checks.1.state",
+                                "json up", "within"]
+    [request] = server.requests
+    line, *head = request.split("\r\n")
+    assert line == "GET /health?a=b HTTP/1.1"
+    sent = dict(header.split(": ", 1) for header in head if header)
+    assert sent == {"Host": f"127.0.0.1:{server.port}", "Accept": "text/*", "Accept-Encoding": "identity",
+                    "Connection": "close", "User-Agent": sent["User-Agent"]}
+
+
+BODY = json.dumps({"a": {"b": "x'\n; check forged: y\u202e"}, "list": [1]}).encode()
+UNEXPECTED: dict[str, tuple[bytes, dict[str, Any], str]] = {
+    "status": (answer(b"", status="503 fine; check: ok"), {}, "expected status 200-299, came 503"),
+    "several": (answer(b""), {"status": ["201", "300-399"]}, "expected status 201, 300-399, came 200"),
+    "redirect": (leads("/login"), {}, 'expected status 200-299, came 302, which leads to "/login"'),
+    "early hint": (b"HTTP/1.1 103 Early Hints\r\n\r\n", {}, "came 103"),
+    "text": (answer(b"all b\"ad\n"), {"contains": "all good"}, r'contains: expected "all good", came "all b\"ad\n"'),
+    "long text": (answer(b"x" * 999), {"contains": "y"}, f'came "{"x" * 80}"…'),
+    "nothing": (answer(b""), {"contains": "y"}, 'expected "y", came ""'),
+    "value": (answer(BODY), {"json": {"a.b": "z"}}, "json a.b: expected \"z\", came \"x'\\n; check forged: y\\u202e\""),
+    "no value": (answer(BODY), {"json": {"a.c": "z"}}, 'json a.c: expected "z", came no such value'),
+    "no index": (answer(BODY), {"json": {"list.1": "z"}}, "came no such value"),
+    "index from behind": (answer(BODY), {"json": {"list.-1": "1"}}, "came no such value"),
+    "into a text": (answer(BODY), {"json": {"a.b.0": "x"}}, "came no such value"),
+    "no JSON": (answer(b"<html>"), {"json": {"a": "z"}}, "came no such value"),
+    "deep JSON": (answer(b"[" * 100_000), {"json": {"0": "z"}}, "came no such value"),
+}
+
+
+@pytest.mark.parametrize("case", UNEXPECTED)
+def test_an_answer_that_is_not_as_expected(case: str, folder: Path) -> None:
+    sent, expect, why = UNEXPECTED[case]
+    with Server(answers(sent)) as server:
+        state, cause, reason = outcome(Asker(folder, platform="http", url=server.origin, expect=expect))
+    assert (state, cause) == ("unhealthy", "check")
+    assert why in reason
+
+
+def test_an_answer_that_is_late(folder: Path) -> None:
+    def slow(_request: str) -> bytes:
+        time.sleep(0.3)
+        return GOOD
+
+    with Server(answers(slow)) as server:
+        state, cause, reason = outcome(Asker(folder, platform="http", url=server.origin, expect={"within": 0.2}))
+    assert (state, cause) == ("unhealthy", "check")
+    assert reason.startswith("check within: expected 0.2 s, came 0.")
+
+
+PACKED = answer(gzip.compress(b"\0" * (8 << 20)), "Content-Encoding: gzip")
+ENDLESS_HEAD = b"HTTP/1.1 200 OK\r\n"
+SPOILT: dict[str, tuple[Play, str, str]] = {
+    "garbage": (says(b"SSH-2.0-OpenSSH_9.9\r\n\r\n"), "protocol", "not HTTP"),
+    "HTTP/0.9": (says(b"<html>"), "protocol", "not HTTP"),
+    "no answer": (says(b""), "unreachable", "closed the connection before it answered"),
+    "half a body": (answers(b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nab"), "protocol", "not whole"),
+    "bad chunk": (answers(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nx\r\n"), "protocol", "not whole"),
+    "long line": (says(ENDLESS_HEAD + b"A: " + b"b" * 70_000), "protocol", "not HTTP"),
+    "many headers": (says(ENDLESS_HEAD + b"A: b\r\n" * 200), "protocol", "not HTTP"),
+    "1xx for ever": (endless(b"", b"HTTP/1.1 100 Continue\r\n\r\n" * 1000), "protocol", "more than"),
+    "endless head": (endless(ENDLESS_HEAD, b"A: " + b"b" * 60_000 + b"\r\n"), "protocol", ""),
+    "endless chunks": (
+        endless(ENDLESS_HEAD + b"Transfer-Encoding: chunked\r\n\r\n", b"1\r\nx\r\n" * 1000),
+        "protocol",
+        "more than",
+    ),
+    "packed": (answers(PACKED), "protocol", 'packed as "gzip"'),
+}
+
+
+@pytest.mark.parametrize("case", SPOILT)
+def test_an_answer_that_is_none(case: str, folder: Path) -> None:
+    """It ends by what came, long before the deadline."""
+    play, wanted, why = SPOILT[case]
+    with no_leaks(), Server(play) as server:
+        begun = time.monotonic()
+        state, cause, reason = outcome(Asker(folder, platform="http", url=server.origin, expect={"contains": "x"}))
+        assert time.monotonic() - begun < TIMEOUT
+    assert (state, cause) == ("unhealthy", wanted)
+    assert why in reason
+
+
+LATE_ANSWERS: dict[str, Play] = {
+    "silent": lambda connection: connection[0].ending.wait() and None,
+    "dripping head": endless(b"HTTP/1.1 200 OK\r\nA: ", b"b", 0.05),
+    "dripping body": endless(b"HTTP/1.1 200 OK\r\n\r\n", b"b", 0.05),
+}
+
+
+@pytest.mark.parametrize("case", LATE_ANSWERS)
+@pytest.mark.parametrize("tls", [False, True])
+def test_an_answer_that_never_ends(case: str, tls: bool, folder: Path, certificate: Certificate) -> None:
+    with no_leaks(), Server(LATE_ANSWERS[case], certificate if tls else None) as server:
+        state, cause, reason = outcome(Asker(
+            folder, platform="http", url=server.origin, timeout=SHORT, ca_file=certificate.certificate_file))
+    assert (state, cause) == ("unhealthy", "timeout") and reason.startswith("no answer ")
+
+
+def test_a_long_body_is_looked_at_as_far_as_it_goes(folder: Path) -> None:
+    """A page may be larger than the cap; what stands behind it is not seen."""
+    begin = b"HTTP/1.1 200 OK\r\n\r\nfirst"
+    with Server(endless(begin, b"x" * 65_536)) as server:
+        url = server.origin
+        assert outcome(Asker(folder, platform="http", url=url, expect={"contains": "first"}))[0] == "healthy"
+        assert outcome(Asker(folder, platform="http", url=url))[0] == "healthy"
+        assert "expected" in outcome(Asker(folder, platform="http", url=url, expect={"contains": "last"}))[2]
+
+
+def test_nobody_listens(folder: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    for stated in ({"platform": "http", "url": f"http://127.0.0.1:{port}/"},
+                   {"platform": "tcp", "hostname": "127.0.0.1", "port": port}):
+        state, cause, reason = outcome(Asker(folder, **stated))
+        assert (state, cause) == ("unhealthy", "unreachable")
+        assert "connection refused" in reason and "winrm" not in reason.lower()
+
+
+def has_ipv6() -> bool:
+    try:
+        with socket.create_server(("::1", 0), family=socket.AF_INET6):
+            return True
+    except OSError:
+        return False
+
+
+@pytest.mark.skipif(not has_ipv6(), reason="this machine has no IPv6 on loopback")
+def test_ipv6(folder: Path) -> None:
+    with Server(answers(GOOD), host="::1") as server:
+        assert outcome(Asker(folder, platform="http", url=f"{server.origin}/x"))[0] == "healthy"
+        assert f"Host: [::1]:{server.port}\r\n" in server.requests[0]
+    with Server(says(b"220 ok"), host="::1") as server:
+        stated = {"platform": "tcp", "hostname": "::1", "port": server.port, "expect": "220 "}
+        assert outcome(Asker(folder, **stated))[0] == "healthy"
+
+
+@pytest.mark.parametrize("method", ["HEAD", "OPTIONS", "POST", "PUT"])
+def test_methods(method: str, folder: Path) -> None:
+    with Server(answers(answer(b"" if method == "HEAD" else b"ok"))) as server:
+        asker = Asker(folder, platform="http", url=server.origin, method=method, headers={"Host": "other.example.com"})
+        assert outcome(asker)[0] == "healthy"
+    [request] = server.requests
+    assert request.startswith(f"{method} / HTTP/1.1\r\n")
+    assert request.lower().count("\r\nhost: ") == 1 and "\r\nHost: other.example.com\r\n" in request
+    assert ("Content-Length: 0" in request) == (method in ("POST", "PUT"))
+
+
+def test_proxies_of_the_environment_are_not_used(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Server(answers(GOOD)) as server, Server(answers(GOOD)) as proxy:
+        for name in ("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
+            monkeypatch.setenv(name, proxy.origin)
+        assert outcome(Asker(folder, platform="http", url=server.origin))[0] == "healthy"
+    assert len(server.requests) == 1 and not proxy.requests
+
+
+# --- secrets ---
+def authorization(request: str) -> str:
+    return "".join(line.partition(": ")[2] for line in request.split("\r\n") if line.startswith("Authorization: "))
+
+
+def test_secrets(folder: Path) -> None:
+    login = base64.b64encode(f"mönitor:{SECRET}".encode()).decode()
+    with Server(answers(GOOD)) as server:
+        asked: dict[str, Any] = {"platform": "http", "url": server.origin, "password": SECRET}
+        assert outcome(Asker(folder, **asked, username="mönitor"))[0] == "healthy"
+        assert outcome(Asker(folder, **asked))[0] == "healthy"
+    assert [*map(authorization, server.requests)] == [f"Basic {login}", f"Bearer {SECRET}"]
+
+
+@pytest.mark.parametrize("token", [f"{SECRET}\r\nX: y", f"{SECRET} x", f"{SECRET}é"])
+def test_a_bearer_token_that_is_no_word(token: str, folder: Path) -> None:
+    with Server(answers(GOOD)) as server:
+        state, cause, reason = outcome(Asker(folder, platform="http", url=server.origin, password=token))
+    assert (state, cause) == ("unhealthy", "credential") and "one word" in reason
+    assert not server.requests
+
+
+def test_a_secret_that_is_refused_is_not_tried_on_and_on(folder: Path) -> None:
+    """401 counts as a login that was refused, for all who have the credential; any other bad status as none."""
+    access = ConnectionContext(KnownHosts(Path("no such file")), Resolver(), Guards())
+    refusal, trouble = answer(b"", status="401 Unauthorized"), answer(b"", status="503 Busy")
+    with Server(answers(trouble, refusal, GOOD)) as server:
+        stated = {"platform": "http", "url": server.origin, "username": "u", "password": SECRET}
+        one, other = (Asker(folder, access, name=name, **stated) for name in ("one", "other"))
+        access.guards.keep([one.target, other.target])
+        guard = access.guards.of(one.target)
+        one.connection._guard = other.connection._guard = guard
+        assert outcome(one)[1] == "check" and guard.refusals == 0
+        assert outcome(one)[1:] == ("auth", "status 401: the secret is refused; check username and password")
+        assert guard.refusals == 1
+        assert outcome(one)[2].startswith("not tried: ")
+        assert outcome(other)[0] == "healthy" and guard.refusals == 0
+    assert len(server.requests) == 3
+
+
+def test_a_token_that_is_refused_locks_nothing(folder: Path) -> None:
+    """No account counts it, so that a new one is tried at the next poll."""
+    access = ConnectionContext(KnownHosts(Path("no such file")), Resolver(), Guards())
+    with Server(answers(answer(b"", status="401 Unauthorized"))) as server:
+        asker = Asker(folder, access, platform="http", url=server.origin, password=SECRET)
+        assert [outcome(asker)[1] for _ in range(5)] == ["auth"] * 5
+    assert len(server.requests) == 5
+
+
+def test_a_401_without_a_secret_is_a_status(folder: Path) -> None:
+    with Server(answers(answer(b"", status="401 Unauthorized"))) as server:
+        assert outcome(Asker(folder, platform="http", url=server.origin))[1:] == (
+            "check", "expected status 200-299, came 401")
+        assert outcome(Asker(folder, platform="http", url=server.origin, expect={"status": ["401"]}))[0] == "healthy"
+
+
+# --- redirects ---
+def test_redirects_are_followed_as_far_as_is_said(folder: Path) -> None:
+    with Server(answers(leads("/two#part", 301), leads("three"), leads("//127.0.0.1:{0}/four", 307), GOOD)) as server:
+        asked = {"platform": "http", "url": f"{server.origin}/one/"}
+        assert outcome(Asker(folder, **asked))[2].endswith('came 301, which leads to "/two#part"')
+    def last(request: str) -> bytes:
+        return {"/": leads("/a/b?c#d"), "/a/b?c": leads("e"), "/a/e": GOOD}[request.split(" ")[1]]
+
+    with Server(answers(last)) as server:
+        asked = {"platform": "http", "url": server.origin, "method": "POST"}
+        assert "came 302" in outcome(Asker(folder, **asked, redirects=1))[2]
+        assert outcome(Asker(folder, **asked, redirects=2))[0] == "healthy"
+    asked_for = [" ".join(request.split(" ")[:2]) for request in server.requests]
+    assert asked_for == ["POST /", "GET /a/b?c", "POST /", "GET /a/b?c", "GET /a/e"]
+
+
+def test_a_redirect_in_a_circle_ends(folder: Path) -> None:
+    with Server(answers(leads("/"))) as server:
+        assert "came 302" in outcome(Asker(folder, platform="http", url=server.origin, redirects=10))[2]
+    assert len(server.requests) == 11
+
+
+@pytest.mark.parametrize("location", ["ftp://127.0.0.1/", "http://u:p@127.0.0.1/", "http://127.0.0.1:99999/", "/\x01"])
+def test_a_redirect_to_what_is_no_url(location: str, folder: Path) -> None:
+    with Server(answers(leads(location))) as server:
+        assert outcome(Asker(folder, platform="http", url=server.origin, redirects=3))[1] == "protocol"
+    assert len(server.requests) == 1
+
+
+def test_no_secret_follows_a_redirect_to_another_origin(folder: Path, certificate: Certificate) -> None:
+    """Another port, host or scheme: no secret, header or client certificate of ours, and none again on the way back."""
+    own: dict[str, Any] = {"platform": "http", "username": "u", "password": SECRET, "redirects": 3,
+                           "headers": {"X-Key": SECRET}}
+    with Server(answers(GOOD)) as other, Server(answers(leads(f"{other.origin}/x"))) as server:
+        assert outcome(Asker(folder, **own, url=server.origin))[0] == "healthy"
+        assert authorization(server.requests[0]) and SECRET in server.requests[0]
+        assert not authorization(other.requests[0]) and "X-Key" not in other.requests[0]
+        named = server.origin.replace("127.0.0.1", "localhost")
+    with Server(answers(lambda _: leads(named))) as server:  # the same machine by another name
+        named = server.origin.replace("127.0.0.1", "localhost")
+        outcome(Asker(folder, **own, url=server.origin))
+        assert [bool(authorization(one)) for one in server.requests] == [True, False, False, False]
+    with Server(answers(GOOD), certificate, client=certificate) as demanding, \
+            Server(answers(leads(demanding.origin)), certificate) as server:
+        files = {"ca_file": certificate.certificate_file, "certificate_file": certificate.certificate_file,
+                 "key_file": certificate.key_file}
+        asked = {"platform": "http", "redirects": 1, **files}
+        assert outcome(Asker(folder, **asked, url=demanding.origin))[0] == "healthy"
+        assert outcome(Asker(folder, **asked, url=server.origin))[1] in ("auth", "unreachable")
+        assert len(demanding.requests) == len(server.requests) == 1
+    with Server(answers(GOOD)) as plain, Server(answers(leads(plain.origin)), certificate) as server:
+        asked = {**own, "url": server.origin, "ca_file": certificate.certificate_file}
+        assert outcome(Asker(folder, **asked))[0] == "healthy"
+        assert authorization(server.requests[0]) and not authorization(plain.requests[0])
+
+
+def test_a_pin_is_that_of_its_origin(folder: Path, certificate: Certificate, tmp_path: Path) -> None:
+    """Where a redirect leads, an authority has to vouch."""
+    made = make_certificate(tmp_path, "other")
+    with Server(answers(GOOD), made) as other, Server(answers(leads(other.origin)), certificate) as server:
+        asked = {"platform": "http", "url": server.origin, "redirects": 1}
+        for pin in ({"trusted": f"certificate SHA256:{certificate.fingerprint}"},
+                    {"certificate_fingerprint": certificate.fingerprint}):
+            assert outcome(Asker(folder, **asked, **pin, ca_file=made.certificate_file))[0] == "healthy"
+            assert "not trusted" in outcome(Asker(folder, **asked, **pin))[2]
+
+
+def test_a_secret_stays_on_the_way_at_its_origin(folder: Path) -> None:
+    with Server(answers(leads("/x"), GOOD)) as server:
+        asked = {"platform": "http", "url": server.origin, "password": SECRET, "redirects": 1}
+        assert outcome(Asker(folder, **asked))[0] == "healthy"
+    assert all(authorization(one) == f"Bearer {SECRET}" for one in server.requests)
+
+
+# --- TLS ---
+def asked_with_tls(server: Server, platform: str) -> dict[str, Any]:
+    return {"platform": "http", "url": server.origin} if platform == "http" else {
+        "platform": "tcp", "hostname": "127.0.0.1", "port": server.port, "tls": "true"}
+
+
+@pytest.mark.parametrize("platform", ["http", "tcp"])
+def test_certificates(platform: str, folder: Path, certificate: Certificate, tmp_path: Path) -> None:
+    """One that does not verify is `host_key`, as with WinRM: `trust`, a pin or `ca_file` makes it good; no request is
+    sent before."""
+    with Server(answers(GOOD), certificate) as server:
+        asked = asked_with_tls(server, platform)
+        state, cause, reason = outcome(Asker(folder, **asked))
+        assert (state, cause) == ("unhealthy", "host_key")
+        assert f"SHA256:{certificate.fingerprint}" in reason and "trust asked" in reason
+        trusted = f"certificate SHA256:{certificate.fingerprint}"
+        assert Asker(folder, **asked).connection.offered_key(Deadline(TIMEOUT)) == trusted
+        assert not server.requests
+        for good in ({"ca_file": certificate.certificate_file}, {"certificate_fingerprint": certificate.fingerprint},
+                     {"trusted": trusted}):
+            assert outcome(Asker(folder, **asked, **good))[0] == "healthy"
+        state, cause, reason = outcome(Asker(folder, **asked, trusted=f"certificate SHA256:{'0' * 64}"))
+        assert cause == "host_key" and "certificate changed" in reason
+    for made, why in ((make_certificate(tmp_path, "expired", days=-1), "expired"),
+                      (make_certificate(tmp_path, "other", address="192.0.2.1"), "IP address mismatch")):
+        with Server(answers(GOOD), made) as server:
+            asked = asked_with_tls(server, platform) | {"ca_file": made.certificate_file}
+            state, cause, reason = outcome(Asker(folder, **asked))
+            assert (state, cause) == ("unhealthy", "host_key") and why in reason
+            assert not server.requests
+
+
+@pytest.mark.parametrize("platform", ["http", "tcp"])
+def test_days_of_a_certificate(platform: str, folder: Path, certificate: Certificate) -> None:
+    """It is good still, so that it closes nothing."""
+    with Server(answers(GOOD), certificate) as server:
+        asked = asked_with_tls(server, platform) | {"ca_file": certificate.certificate_file}
+        for days, state in ((14, "healthy"), (30, "degraded")):
+            limit = {"expect": {"certificate_days": days}} if platform == "http" else {"certificate_days": days}
+            verdict, sample = Asker(folder, **asked, **limit).poll()
+            assert verdict.state == state and sample
+            assert 18 < sample.metrics["certificate_days"] < 20.1
+    assert (verdict.cause, verdict.reason) == ("check", "check certificate: expected 30 days, came 20.0")
+
+
+def test_no_tls_there(folder: Path) -> None:
+    with Server(says(b"HTTP/1.1 400 Bad Request\r\n\r\n")) as server:
+        url = server.origin.replace("http", "https")
+        assert outcome(Asker(folder, platform="http", url=url))[1] == "protocol"
+
+
+# --- TCP ---
+def test_a_port(folder: Path) -> None:
+    def talk(connection: tuple[Server, socket.socket]) -> None:
+        connection[1].sendall(b"+PONG\r\n" if connection[1].recv(64) == b"PING\r\n" else b"-ERR 'x'\r\nmore\r\n")
+
+    with no_leaks(), Server(talk) as server:
+        asked = {"platform": "tcp", "hostname": "127.0.0.1", "port": server.port}
+        assert outcome(Asker(folder, **asked, send="PING\r\n", expect="+PONG"))[0] == "healthy"
+        assert outcome(Asker(folder, **asked, send="PANG\r\n", expect="+PONG")) == (
+            "unhealthy", "check", "check answer: expected \"+PONG\", came \"-ERR 'x'\\r\\nmore\\r\\n\"")
+        verdict, sample = Asker(folder, **asked, expect={"within": 20}).poll()
+        assert verdict.state == "healthy" and sample and sample.checks["answer"].text == "connected"
+
+
+def test_a_port_that_says_too_little_or_too_much(folder: Path) -> None:
+    asked: dict[str, Any] = {"platform": "tcp", "hostname": "127.0.0.1", "timeout": SHORT, "expect": "220"}
+    for play, cause, why in (
+        (lambda connection: connection[0].ending.wait() and None, "timeout", "no answer "),
+        (endless(b"hello ", b"", 0.05), "check", 'came "hello "'),
+        (says(b""), "check", 'came ""'),
+    ):
+        with no_leaks(), Server(play) as server:
+            verdict = outcome(Asker(folder, **asked, port=server.port))
+            assert verdict[1] == cause and why in verdict[2]
+    with Server(endless(b"", b"x" * 65_536)) as server:
+        begun = time.monotonic()
+        verdict = outcome(Asker(folder, **{**asked, "timeout": TIMEOUT}, port=server.port))
+        assert verdict[1] == "check" and time.monotonic() - begun < TIMEOUT
+
+
+# --- names ---
+def test_names(folder: Path) -> None:
+    asked: dict[str, Any] = {"platform": "dns", "hostname": "localhost"}
+    verdict, sample = Asker(folder, **asked).poll()
+    assert verdict.state == "healthy" and sample and "response_seconds" in sample.metrics
+    found = sample.checks["addresses"].text.split(", ")
+    assert "127.0.0.1" in found or "::1" in found
+    assert outcome(Asker(folder, **asked, expect=found))[0] == "healthy"
+    assert outcome(Asker(folder, **asked, expect=["192.0.2.1"])) == (
+        "unhealthy", "check", f"check addresses: expected 192.0.2.1, came {', '.join(found)}")
+    assert outcome(Asker(folder, **asked, expect=[*found, "192.0.2.1"]))[0] == "unhealthy"
+    state, cause, reason = outcome(Asker(folder, platform="dns", hostname="no-such-name.invalid"))
+    assert (state, cause) == ("unhealthy", "unreachable") and "does not resolve" in reason
+    stated = {"hostname": "127.0.0.1", "expect": {"addresses": ["127.0.0.1"]}}
+    assert outcome(Asker(folder, platform="dns", **stated))[0] == "healthy"
+
+
+# --- what is read: any text ---
+@given(st.text(max_size=60) | st.text("htps:/[]@.a1?#%\\ \t", max_size=30).map(lambda rest: f"http://{rest}"))
+def test_any_url(text: str) -> None:
+    """It is refused, or means the same to whoever reads it: no user, no fragment, nothing that ends a line."""
+    try:
+        url = read_url(text)
+    except ValueError:
+        return
+    assert url.scheme in ("http", "https") and 0 < url.port < 65_536 and url.target.startswith("/")
+    parts = urlsplit(text)
+    assert (parts.scheme, parts.hostname, parts.username, parts.fragment) == (url.scheme, url.host, None, "")
+    assert (parts.port or {"http": 80, "https": 443}[url.scheme]) == url.port
+    assert url.target.isascii() and url.target.isprintable() and " " not in url.target and "\\" not in url.target
+
+
+@given(st.sampled_from(["http", "HTTPS"]), st.sampled_from(["a.example.com", "192.0.2.1", "[2001:db8::1]"]),
+       st.integers(0, 70_000) | st.none(), st.sampled_from(["", "/", "/a/b%20c?d=e&f", "?q"]))
+def test_urls(scheme: str, host: str, port: int | None, target: str) -> None:
+    text = f"{scheme}://{host}{'' if port is None else f':{port}'}{target}"
+    if port is not None and not 0 < port < 65_536:
+        with pytest.raises(ValueError, match="must be http"):
+            read_url(text)
+        return
+    usual = 80 if scheme == "http" else 443
+    wanted = (scheme.lower(), host.strip("[]"), port or usual, target if target[:1] == "/" else f"/{target}")
+    assert read_url(text) == wanted
+
+
+JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(), lambda inner: st.lists(
+    inner, max_size=3) | st.dictionaries(st.text("ab0.", max_size=3), inner, max_size=3), max_leaves=8)
+
+
+@given(st.binary(max_size=40) | JSON.map(lambda value: json.dumps(value).encode()), st.text("ab01.-", max_size=9))
+def test_any_value_of_json(body: bytes, path: str) -> None:
+    """A text, or nothing; what it leads to is what Python finds there."""
+    found = value_at(body, path)
+    if found is None:
+        return
+    value = from_json(body)
+    for part in path.split("."):
+        value = value[int(part) if isinstance(value, list) else part]
+    assert found == (value if isinstance(value, str) else json.dumps(value))
+
+
+@given(st.text(max_size=200) | st.binary(max_size=400))
+def test_what_a_host_sent_is_one_word(said: str | bytes) -> None:
+    shown = quoted(said)
+    assert shown.isprintable() and one_line(shown) == " ".join(shown.split()) and len(shown) < 1100
+    assert isinstance(json.loads(shown.removesuffix("…")), str)
+
+
+@given(st.text("0123456789-", max_size=8))
+def test_any_range_of_statuses(text: str) -> None:
+    try:
+        first, _, last = status_range(text).partition("-")
+    except ValueError:
+        return
+    assert 100 <= int(first) <= int(last or first) <= 599
+
+
+# --- secrets in the database ---
+def stored(folder: Path, local: Local, text: str) -> Resource:
+    with local.store.writing() as session:
+        inventory = load_inventory(write_inventory(folder, f"  - {text}\n"))
+        import_inventory(session, inventory, local.context.vault)
+        return find_resource(session, "shop")
+
+
+def test_a_sealed_secret_is_bound_to_its_origin(tmp_path: Path) -> None:
+    """Not even who can write to the database sends it by another scheme, or to another host or port."""
+    secret = f"username: u, password: {SECRET}"
+    with local_console(tmp_path) as local:
+        def place(origin: str, more: str = "") -> Resource:
+            return stored(tmp_path, local, f"{{name: shop, platform: http, url: '{origin}/x', {more}}}")
+
+        vault, row = local.context.vault, place("https://shop.example.com:8080", secret)
+        assert vault.open(str(row.password), *binding("password", row)) == SECRET
+        before = row.settings
+        for other in ("http://shop.example.com:8080", "https://shop.example.com", "https://other.example.com:8080"):
+            row.settings = before.replace("https://shop.example.com:8080", other)
+            with pytest.raises(SecretError):
+                vault.open(str(row.password), *binding("password", row))
+        row.settings = before
+        assert place("https://shop.example.com:8080", secret).password == row.password
+        for other in ("https://shop.example.com", "https://other.example.com:8080"):
+            with pytest.raises(SecretError, match="write the password again"):
+                place(other, "username: u, " + f"password: {row.password}")
+        assert place("https://shop.example.com:8080").password is None
+
+
+# --- the console, the command line ---
+def test_in_the_console(tmp_path: Path, folder: Path) -> None:
+    """Added, tried, changed and shown as any other resource; its secret is never shown."""
+    with Server(answers(GOOD)) as server, local_console(tmp_path) as local:
+        local.log_in()
+        shop = {"name": "shop", "platform": "http", "url": f"{server.origin}/x", "password": SECRET, "interval": 3600,
+                "expect": {"status": [200, "301-302"], "json": {"a": 1, "b": None}, "within": "2 s"}}
+        trial = local.api("POST", "test", shop).json
+        assert (trial["state"], trial["cause"]) == ("unhealthy", "check") and "json a" in trial["reason"]
+        shop["expect"]["json"] = {}
+        assert local.api("POST", "test", shop).json["state"] == "healthy"
+        made = local.api("POST", "resources", shop)
+        assert made.status == 201 and SECRET not in made.body and made.json["has_secret"]
+        assert made.json["hostname"] == "127.0.0.1" and made.json["port"] == server.port and not made.json["tls"]
+        wait_for(lambda: local.api("GET", "resources/shop").json["state"] == "healthy")
+        found = local.api("GET", "resources/shop").json
+        assert found["sample"]["checks"]["status"]["text"] == "200" and found["expect"]["within"] == 2
+        assert f"Bearer {SECRET}" == authorization(server.requests[-1])
+        families = {family.name: family for family in Metrics(
+            cast(Any, None), local.store, None, local.context.connections).collect()}
+        seconds, = families["healthchecker_resource_response_seconds"].samples
+        assert seconds.labels == {"resource": "shop"} and seconds.value > 0
+        good = {one.labels["check"]: one.value for one in families["healthchecker_resource_check_good"].samples}
+        assert good == {"status": 1, "within": 1}
+
+        moved = local.api("PATCH", "resources/shop", {"url": f"http://localhost:{server.port}/"})
+        assert moved.status == 422 and "write the password again" in moved.body
+        moved = local.api("PATCH", "resources/shop", {"url": f"{server.origin}/y", "expect": {"contains": "no"}})
+        assert moved.status == 200 and moved.json["expect"]["contains"] == "no"
+        assert local.api("POST", "resources/shop/check").json["cause"] == "check"
+        wrong = local.api("PATCH", "resources/shop", {"services": ["x"], "hostname": "x"})
+        assert wrong.status == 422 and wrong.fields.keys() == {"services", "hostname"}
+
+        local.open_session()
+        page = local.ask("GET", "/-/resources/shop").body
+        assert "Response time" in page and re.search(r"[0-9]+ ms", page) and "check contains" in page
+        edit = local.ask("GET", "/-/resources/shop/edit").body
+        assert f'value="{server.origin}/y"' in edit and "contains: " in edit and "tls" not in re.findall(
+            r"<textarea[^>]*>([^<]*)", edit)[0] and SECRET not in edit
+        settings = "expect: {contains: ok, status: [200-299]}"
+        form = {"platform": "http", "name": "shop", "url": f"{server.origin}/z", "settings": settings, "do": "save"}
+        assert local.form("/-/resources/shop/edit", form).status == 303
+        assert local.form("/-/resources/shop/check", {}).status == 303
+        assert local.api("GET", "resources/shop").json["url"].endswith("/z")
+        port = {"platform": "tcp", "name": "port", "hostname": "127.0.0.1", "port": str(server.port), "do": "test"}
+        assert "healthy in" in local.form("/-/add", port).body
+        assert "healthy in" in local.form("/-/add", {"platform": "dns", "hostname": "localhost", "do": "test"}).body
+        assert "url is missing" in local.form("/-/add", {"platform": "http", "do": "test"}).body
+        events = local.api("GET", "events?resource=shop").json
+        assert {"added", "changed: expect, url"} <= {event["text"] for event in events}
+
+
+def test_the_form_of_a_new_one_takes_no_defaults_of_machines(tmp_path: Path) -> None:
+    """It shows them before the platform is chosen; what somebody writes there is looked at as ever."""
+    defaults = "\ndefaults: {limits: {cpu_percent: 9}}\n"
+    with Server(answers(GOOD)) as server, local_console(tmp_path, "", defaults) as local:
+        local.log_in()
+        local.open_session()
+        shown = re.findall(r"<textarea[^>]*>([^<]*)", local.ask("GET", "/-/add").body)[0]
+        assert shown.strip() == "limits:\n  cpu_percent: {fail: 9}"
+        form = {"platform": "http", "url": server.origin, "settings": shown, "do": "test"}
+        assert "healthy in" in local.form("/-/add", form).body
+        form["settings"] += "services: [a]\n"
+        assert "services has no meaning with platform http" in local.form("/-/add", form).body
+
+
+def test_trust_in_the_console(tmp_path: Path, certificate: Certificate) -> None:
+    """A certificate of nobody's is shown, and trusted when somebody says so; a name has none."""
+    with Server(answers(GOOD), certificate) as server:
+        rows = f"  - {{name: shop, platform: http, url: '{server.origin}', retry_interval: 1, interval: 2}}\n"
+        with local_console(tmp_path, rows + "  - {name: name, platform: dns, hostname: localhost}\n") as local:
+            local.log_in()
+            wait_for(lambda: local.api("GET", "resources/shop").json["cause"] == "host_key")
+            trusted = f"certificate SHA256:{certificate.fingerprint}"
+            assert local.api("POST", "resources/shop/trust", {}).json["trusted_key"] == trusted
+            wait_for(lambda: local.api("GET", "resources/shop").json["state"] == "healthy")
+            refused = local.api("POST", "resources/name/trust", {})
+            assert refused.status == 409 and "has no certificate" in refused.body
+
+
+def test_check_probe(tmp_path: Path) -> None:
+    with Server(answers(GOOD)) as server:
+        path = write_inventory(tmp_path, f"""
+  - {{name: shop, platform: http, url: '{server.origin}'}}
+  - {{name: port, platform: tcp, hostname: 127.0.0.1, port: {server.port}}}
+  - {{name: name, platform: dns, hostname: localhost}}
+  - {{name: other, platform: dns, hostname: localhost, expect: [192.0.2.1]}}
+""")
+        code, output = run_cheaply("--inventory", str(path), "check", "--probe")
+    assert code == 1
+    states = dict(line.split()[:2] for line in output.splitlines()[-4:])
+    assert states == {"shop": "healthy", "port": "healthy", "name": "healthy", "other": "unhealthy"}
