@@ -129,7 +129,7 @@ from typing import IO, TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTu
 from typing import get_type_hints as type_hints
 from urllib.parse import quote, unquote, unquote_to_bytes, urlencode, urljoin
 
-gc.disable()    # what is imported stays; to look through it again and again is a sixth of the start
+gc.disable()    # what is imported stays: to look through it again and again is a sixth of the start, even once a tenth
 try:
     import flask
     import jinja2
@@ -187,10 +187,19 @@ except ModuleNotFoundError as missing:
     raise SystemExit(f"healthchecker: the package {missing.name} is missing; "
                      "run `make run`, or `pip install -r requirements.txt`") from None
 finally:
+    gc.freeze()
     gc.enable()
 
-# Run as a script, an application that imports healthchecker still gets this module and no second copy.
+# Run as a script, an application that imports healthchecker still gets this module and no second copy. Worker processes
+# begin with the same script: by its name as a module they find it compiled, which is a sixth of their start.
+if __name__ == "__main__" and __spec__ is None:
+    found = importlib.util.find_spec("healthchecker")
+    __spec__ = found if found and os.path.realpath(found.origin or "") == os.path.realpath(__file__) else None
 sys.modules.setdefault("healthchecker", sys.modules[__name__])
+
+if sys.platform == "win32":
+    import _winapi
+    import msvcrt
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
@@ -1619,6 +1628,14 @@ def key_files_written() -> Iterator[None]:
         raise SecretError(f"{error.filename or 'a file in keys'} cannot be written: {error.strerror}") from error
 
 
+def belong_together(key: rsa.RSAPrivateNumbers) -> bool:
+    """Whether each number of a key is what the others make of it; OpenSSL looks for primes, too, which takes 0.2 s."""
+    e, n = key.public_numbers.e, key.public_numbers.n
+    return (min(key.p, key.q) > 1 and key.p * key.q == n and key.iqmp * key.q % key.p == 1
+            and all(part == key.d % (prime - 1) and part * e % (prime - 1) == 1
+                    for prime, part in ((key.p, key.dmp1), (key.q, key.dmq1))))
+
+
 class Vault:
     """Seals secrets: AES-256-GCM with a fresh key per secret, that key under RSA-OAEP, bound to its row.
 
@@ -1636,13 +1653,15 @@ class Vault:
     def _load(self, path: Path) -> None:
         """Seals with a private key from now on; one that is not there is passed over."""
         try:
-            key = serialization.load_pem_private_key(path.read_bytes(), None)
+            key = serialization.load_pem_private_key(path.read_bytes(), None, unsafe_skip_rsa_key_validation=True)
         except FileNotFoundError:
             return
         except (OSError, ValueError, TypeError, UnsupportedAlgorithm) as error:
             raise SecretError(f"{path} cannot be read as a private key; put the right one back") from error
         if not isinstance(key, rsa.RSAPrivateKey):
             raise SecretError(f"{path} is not an RSA key; put the right one back")
+        if not belong_together(key.private_numbers()):
+            raise SecretError(f"{path} is damaged; put the right one back")
         if sys.platform != "win32" and path.stat().st_mode & 0o077:
             log.warning("%s can be read by other users; run: chmod 600 %s", path, path)
         public = key.public_key().public_bytes(serialization.Encoding.DER, SPKI)
@@ -2468,6 +2487,7 @@ class Output:
     whole = False
     clean = True            # what ran left nothing that the next script could see
     due_mono = math.inf     # until when the script has to say more, or it is stopped
+    exits = False           # a check of the script ends it
 
     def __init__(self, mark: str) -> None:
         self.mark = mark.encode()
@@ -3690,9 +3710,9 @@ class SshConnection(SshLogin):
 # A script goes to a Windows host over pypsrp, text comes back. pypsrp sends by requests, which is given one socket
 # that is open, secured and verified: certificate before password, deadline and cap on every read, and no second
 # connection, whatever requests or urllib3 make of an answer. In the poller's thread.
-# Gives: GuardedSocket, missing_package, PowerShellConnection, TlsConnection
+# Gives: CLEANUP_TIME, GuardedSocket, missing_package, PowerShellConnection, TlsConnection
 HTTP_CAUSES: dict[int, Cause] = {403: "auth", 502: "unreachable", 503: "unreachable", 504: "unreachable"}
-SHELL_END = 5.0                 # seconds for a shell to be deleted, also behind the deadline of the poll
+SHELL_END = 5.0                 # seconds for a shell to be deleted; a tenth of it behind the deadline of a poll
 CLEANUP_TIME = 5.0              # seconds for a script that has answered to say what it leaves
 START_WINRM = "run `winrm quickconfig` there and check port and tls"
 UNMAPPED = "the host refuses the client certificate, or wants one; for WinRM, map it to an account there"
@@ -4013,6 +4033,7 @@ class WinrmSession(HostSession):
         self.opened, self.pool, self.changed, self._settings, self._keeps = opened, pool, changed, settings, keeps
         self._wsman, self._used = pool.connection, False
         self.old: list[WinRS] = []      # shells of dead connections, which go after the first poll
+        self.deadline = Deadline(SHELL_END)     # of whoever waits for its end: a poll, or nobody
 
     @property
     def stale(self) -> bool:
@@ -4038,6 +4059,7 @@ class WinrmSession(HostSession):
     def run(self, script: str, output: Output, deadline: Deadline) -> bool:
         """One shell for all scripts; a new one's is replaced where a script takes it along."""
         used, self._used, pipelines = self._used or self.resumed, True, list[Pipeline]()
+        self.deadline = deadline
         self.opened.begin(Deadline(deadline.left() / 3) if used else deadline)
         try:
             while script:
@@ -4079,13 +4101,16 @@ class WinrmSession(HostSession):
 
     def _delete_old(self) -> None:
         if self.old and self.opened.in_step:
-            self.opened.begin(Deadline(SHELL_END))      # also after that of the poll
+            self._begin_end()
             with contextlib.suppress(Exception):    # the poll's own result does not give way to this error
                 delete_shells(self.old, self._wsman)
 
+    def _begin_end(self) -> None:
+        self.opened.begin(Deadline(min(SHELL_END, max(SHELL_END / 10, self.deadline.remaining))))
+
     def close(self) -> None:
         self._delete_old()
-        self.opened.begin(Deadline(SHELL_END))
+        self._begin_end()
         with contextlib.suppress(Exception):
             if self.opened.in_step and self.pool.connection is self._wsman:     # no other login has it
                 self.pool.close()
@@ -4108,6 +4133,8 @@ class PowerShellConnection(TlsConnection):
             self._left = session
 
     def close(self) -> None:
+        if isinstance(self.keeper.session, WinrmSession):
+            self.keeper.session.deadline = Deadline(SHELL_END)
         self.drop()
         left, self._left = self._left, None
         if left:
@@ -4118,6 +4145,8 @@ class PowerShellConnection(TlsConnection):
     def open_session(self, deadline: Deadline) -> WinrmSession:
         before = cast("WinrmSession | None", self.keeper.session) or self._left
         settings = self._settings
+        if before:
+            before.deadline = deadline
         with self._login(deadline, before) as (opened, wsman), contextlib.ExitStack() as stack:
             resumed = self._resumed(before, wsman) if before else None
             session = WinrmSession(opened, resumed or new_pool(wsman, settings, self.keeps), self._changes(opened),
@@ -4191,26 +4220,25 @@ class PowerShellConnection(TlsConnection):
 
 # === Local ===================================================================
 # A script goes to a shell of this machine, and what it started ends with it; a simulated resource answers without
-# one. In the poller's thread.
-# Gives: LocalConnection, SimulatedConnection
+# one. A shell of UNIX is new for each poll; a powershell.exe takes seconds of CPU time to start, so one serves poll
+# after poll. In the poller's thread.
+# Gives: LocalConnection, LocalPowerShell, SimulatedConnection
+LOOK_AGAIN = 0.01               # seconds between two looks into a pipe of Windows, where nothing waits for one
+
+
+def start_shell(command: Sequence[str], script: str, **options: Any) -> subprocess.Popen[bytes]:
+    """A shell of this machine with its script on stdin, where it finds the end. Raises ProbeError."""
+    try:
+        with tempfile.TemporaryFile() as feed:      # a pipe could block on a shell that does not read
+            feed.write(script.encode())
+            feed.seek(0)
+            return subprocess.Popen(command, stdin=feed, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **options)
+    except OSError as error:
+        raise ProbeError("protocol", f"{command[0]} does not start: {error.strerror}") from error
 
 
 def read_into(output: Output, pipe: IO[bytes], deadline: Deadline) -> bool:
     """Reads a pipe until its end or enough was said; False where that is late."""
-    if sys.platform == "win32":     # select knows no pipes there; the thread ends with the process
-        chunks: queue.SimpleQueue[bytes] = queue.SimpleQueue()
-
-        def pump() -> None:
-            for chunk in iter(functools.partial(os.read, pipe.fileno(), READ_BYTES), b""):
-                chunks.put(chunk)
-            chunks.put(b"")
-
-        threading.Thread(target=pump, daemon=True).start()
-        with contextlib.suppress(queue.Empty):
-            while (wait := min(output.due_mono - time.monotonic(), deadline.remaining)) > 0:
-                if not (chunk := chunks.get(timeout=wait)) or output.take(chunk):
-                    return True
-        return False
     with selectors.DefaultSelector() as selector:
         selector.register(pipe, selectors.EVENT_READ)
         while (seconds := deadline.remaining) > 0 and selector.select(seconds):
@@ -4223,9 +4251,6 @@ def read_into(output: Output, pipe: IO[bytes], deadline: Deadline) -> bool:
 def end_process_group(process: subprocess.Popen[bytes]) -> None:
     """Ends a process and all of its session: `timeout` and background jobs have groups of their own."""
     process.kill()
-    if sys.platform == "win32":
-        subprocess.run(["taskkill", "/T", "/F", "/PID", str(process.pid)], capture_output=True, check=False)
-        return
     with contextlib.suppress(OSError):
         if os.path.isdir("/proc/self"):     # an image may have no ps
             listed = os.listdir("/proc")
@@ -4234,7 +4259,7 @@ def end_process_group(process: subprocess.Popen[bytes]) -> None:
                                     check=False).stdout.split()
         for pid in map(int, filter(str.isdecimal, listed)):
             with contextlib.suppress(OSError):
-                if os.getsid(pid) == process.pid:
+                if sys.platform != "win32" and os.getsid(pid) == process.pid:
                     os.kill(pid, signal.SIGKILL)
 
 
@@ -4242,38 +4267,160 @@ class LocalConnection(Connection):
     """This machine, through its own shell."""
 
     SHELL: ClassVar = ["/bin/sh", "-s"]
-    FLAGS = getattr(subprocess, "CREATE_NO_WINDOW", 0)      # on Windows a console of its own, which nobody sees
-    if sys.platform == "win32":     # on stdin there is no execution policy and no limit of length
-        SHELL = ["powershell.exe", "-NoLogo", "-NoProfile", "-NonInteractive", "-Command",
-                 "Invoke-Expression (@($input) -join [char]10)"]
 
     def run(self, script: str, output: Output, deadline: Deadline) -> bool:
-        while script:
-            code = self._run(script, output, deadline)
-            script = output.rest(code, None)
-        return code is not None
-
-    def _run(self, script: str, output: Output, deadline: Deadline) -> int | None:
-        """The exit code; None where it did not end by itself in time."""
-        try:
-            with tempfile.TemporaryFile() as feed:      # a pipe could block on a shell that does not read
-                feed.write(script.encode())
-                feed.seek(0)
-                process = subprocess.Popen(self.SHELL, stdin=feed, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                                           start_new_session=True, creationflags=self.FLAGS)
-        except OSError as error:
-            raise ProbeError("protocol", f"{self.SHELL[0]} does not start: {error.strerror}") from error
+        process = start_shell(self.SHELL, script, start_new_session=True)
         assert process.stdout
         with process.stdout as pipe:
             try:
                 if not read_into(output, pipe, deadline):
-                    return None
+                    return False
                 with contextlib.suppress(subprocess.TimeoutExpired):    # the output ends before the process does
-                    return process.wait(0 if output.whole else 0.5)
-                return 0 if output.whole else None
+                    process.wait(0 if output.whole else 0.5)
+                    return True
+                return output.whole
             finally:
                 end_process_group(process)
                 process.wait()
+
+
+def enclose(process: subprocess.Popen[bytes]) -> Callable[[], object]:
+    """Puts a process, with all that it will start, into a job: its only handle ends all of it when it is closed, by
+    what is given here or because this process was killed."""
+    kernel32 = cast(Any, ctypes).WinDLL("kernel32")     # our own, for its types are ours
+    kernel32.CreateJobObjectW.restype = ctypes.c_void_p
+    job = ctypes.c_void_p(kernel32.CreateJobObjectW(None, None))
+    # JOBOBJECT_EXTENDED_LIMIT_INFORMATION, aligned for this process, with KILL_ON_JOB_CLOSE and no other limit.
+    limits = struct.pack("@2qL2PLP2L6Q4P", 0, 0, 0x2000, *[0] * 16)
+    kernel32.SetInformationJobObject(job, 9, limits, len(limits))
+    kernel32.AssignProcessToJobObject(job, ctypes.c_void_p(int(cast(Any, process)._handle)))
+    return functools.partial(kernel32.CloseHandle, job)
+
+
+class LocalSession(HostSession):
+    """A powershell.exe that runs one script after another, each in a scope of its own."""
+
+    # No command line shows a script. The first one is stdin, where what a check starts finds the end. Those behind it
+    # have a pipe of their own, a line each: without full language there is none, and the process ends.
+    SHELL: ClassVar = ["powershell.exe", "-NoLogo", "-NoProfile", "-NonInteractive", "-Command"]
+    READER = ("& { $args[0]; $in = New-Object IO.Pipes.AnonymousPipeClientStream 'In', 'PIPE'; "
+              "$in = New-Object IO.StreamReader $in; "
+              "while ($null -ne ($line = $in.ReadLine())) { $line -replace [char]31, [char]10 } } "
+              "(@($input) -join [char]10) | & { process { & { Invoke-Expression $args[0] } $_ } }")
+    # The rows of the answer have the nonce, too. Whatever else is printed counts for nothing.
+    SCRIPT = "$nonce = '{0}'\n'@{0} taken'\n{1}\nif ($full) {{ '@{0} ready' }}"
+
+    def __init__(self, keeps: bool) -> None:
+        self._keeps, self._said = keeps, b""    # what it said last, enough for a mark
+        self._process: subprocess.Popen[bytes] | None = None
+        self._end_all: Callable[[], object] = bool
+        self._pipe: IO[bytes] | None = None     # for the scripts
+
+    @property
+    def alive(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
+    @property
+    def stale(self) -> bool:
+        return self._waiting > 0
+
+    def run(self, script: str, output: Output, deadline: Deadline) -> bool:
+        """One process for all scripts; another one where a check takes it along."""
+        nonce, used, code = output.mark.decode().split()[0].lstrip("@"), self.alive, None
+        self.fit = False
+        while script:
+            script = self.SCRIPT.format(nonce, script)
+            if used:
+                threading.Thread(target=self._send, args=(self._pipe, script), daemon=True).start()
+            else:
+                self._start(script)
+            code = self._follow(output, deadline, f"@{nonce} taken".encode() if used else b"")
+            script = output.rest(code, None)
+            if script:
+                self.close()
+                used = False
+        if self._keeps and output.whole and code == 0:
+            sign, until_mono = f"@{nonce} ready\r\n".encode(), time.monotonic() + CLEANUP_TIME
+            while not self._said.endswith(sign) and (chunk := self._read(until_mono)):
+                output.take(chunk)
+            self.fit = output.clean and self._said.endswith(sign)
+        return code is not None
+
+    def close(self) -> None:
+        process, self._process = self._process, None
+        if process:
+            process.kill()
+            self._end_all()
+            process.wait()
+            cast("IO[bytes]", process.stdout).close()
+        if self._pipe:
+            with contextlib.suppress(OSError):      # it may hold what could not be sent
+                self._pipe.close()
+
+    def _start(self, script: str) -> None:
+        read, write = os.pipe()
+        self._pipe = os.fdopen(write, "wb")
+        with os.fdopen(read, "rb") as end:
+            if sys.platform == "win32":
+                handle = msvcrt.get_osfhandle(end.fileno())
+                os.set_handle_inheritable(handle, True)
+                self._process = start_shell(
+                    [*self.SHELL, self.READER.replace("PIPE", str(handle))], script,
+                    startupinfo=subprocess.STARTUPINFO(lpAttributeList={"handle_list": [handle]}),
+                    creationflags=subprocess.CREATE_NO_WINDOW)      # a console of its own, which nobody sees
+                self._end_all = enclose(self._process)
+
+    @staticmethod
+    def _send(pipe: IO[bytes], script: str) -> None:
+        """Beside the poll, for who does not read would hold it up."""
+        with contextlib.suppress(OSError, ValueError):      # it has ended
+            pipe.write(script.replace("\n", "\x1f").encode() + b"\n")
+            pipe.flush()
+
+    @property
+    def _waiting(self) -> int:
+        """Bytes that it has printed."""
+        if sys.platform == "win32" and self._process and self._process.stdout:
+            with contextlib.suppress(OSError):      # nobody has the other end any more
+                return int(_winapi.PeekNamedPipe(msvcrt.get_osfhandle(self._process.stdout.fileno()), 0)[0])
+        return 0
+
+    def _read(self, until_mono: float) -> bytes:
+        """What it prints; nothing where it ended, or that is late."""
+        assert self._process and self._process.stdout
+        ended = False
+        while not (waiting := self._waiting) and not ended and time.monotonic() < until_mono:
+            ended = not self.alive      # and may have printed until then
+            time.sleep(0 if ended else LOOK_AGAIN)
+        chunk = os.read(self._process.stdout.fileno(), READ_BYTES) if waiting else b""
+        self._said = self._said[-100:] + chunk
+        return chunk
+
+    def _follow(self, output: Output, deadline: Deadline, sign: bytes) -> int | None:
+        """Until the script ends, or need not say more: the exit code, None where it did not end by itself in time.
+        Raises ProbeError where one that served a poll before gives no sign, or ends otherwise than by a check."""
+        ends_mono = time.monotonic() + deadline.left()
+        silent_mono = time.monotonic() + deadline.left() / 3 if sign else math.inf
+        while chunk := self._read(min(output.due_mono, ends_mono, silent_mono)):
+            if sign in self._said:
+                silent_mono = math.inf
+            if output.take(chunk):
+                return 0 if output.whole else None
+        code = self._process.poll() if self._process else None
+        if silent_mono < math.inf or (sign and code is not None and not output.exits):
+            raise ProbeError("unreachable", "the powershell.exe that was kept hangs or was ended")
+        return code
+
+
+class LocalPowerShell(Connection):
+    """This machine, where it is Windows."""
+
+    def __init__(self, target: Target, guard: LoginGuard, context: ConnectionContext) -> None:
+        super().__init__(target, guard, context)
+        self.keeper = SessionKeeper(0)      # what is not logged in need not be again
+
+    def open_session(self, deadline: Deadline) -> HostSession:
+        return LocalSession(self.keeps)
 
 
 class SimulatedConnection(Connection):
@@ -5060,7 +5207,7 @@ $wanted = 'WANTED' | ConvertFrom-Json
 $wmi = @{ use = $true; refused = '' }
 function Line($Number, $Answer) {
     $Answer.number = $Number
-    if ($nonce) { $Answer.nonce = $nonce }    # in an endpoint
+    if ($nonce) { $Answer.nonce = $nonce }    # in an endpoint, and on this machine
     $json = ConvertTo-Json -InputObject $Answer -Depth 5 -Compress
     while ($json -cmatch '[^\x00-\x7f]') {
         $json = $json.Replace($Matches[0], ('\u{0:x4}' -f [int][char]$Matches[0]))
@@ -5068,7 +5215,7 @@ function Line($Number, $Answer) {
     "`n$json"    # behind whatever a check left there
 }
 function Row($Number, $Answer) {
-    if ($nonce -and -not $Number) { $Answer.endpoint = $endpoint }
+    if ($endpoint -and -not $Number) { $Answer.endpoint = $endpoint }
     Line $Number $Answer
     if ($Number -eq $wanted.checks.Count) {    # nobody's time counts any more
         $clean = try { Unchanged } catch { $false }
@@ -5366,7 +5513,8 @@ class WindowsOutput(Output):
         self._next = 0      # number of the row that is expected
         self._then = "begin"    # what the script does: it begins, runs checks (""), ends by "exit", or waits for "stop"
         self._line = b""        # that is not whole
-        self._nonce = mark.split(None, 1)[0][1:] if settings.endpoint else ""
+        has_nonce = settings.endpoint or settings.platform is Platform.LOCAL    # else a pipeline's output is its own
+        self._nonce = mark.split(None, 1)[0][1:] if has_nonce else ""
         self._build: Callable[[int], str] = (
             functools.partial("{} {}".format, self._nonce) if settings.endpoint
             else functools.partial(build_windows_script, settings.services, settings.checks, "",
@@ -5428,6 +5576,7 @@ class WindowsOutput(Output):
             row["exit"] = checks[row["number"] - 1].exit
         self._rows.append(row)
         self._then, self._next = str(row.get("then", "")), row["number"] + 1
+        self.exits = self._then == "exit"
         if checks:
             self.due_mono = time.monotonic() + checks[min(self._next, len(checks)) - 1].timeout
 
@@ -5859,7 +6008,7 @@ def plain_output(_settings: ResourceSettings, mark: str, _deadline: Deadline) ->
 CONNECTIONS: dict[Platform, type[Connection]] = {
     **{platform: SshConnection for platform in SSH_PLATFORMS},
     Platform.WINDOWS: PowerShellConnection,
-    Platform.LOCAL: LocalConnection,
+    Platform.LOCAL: LocalPowerShell if sys.platform == "win32" else LocalConnection,
     Platform.SIMULATED: SimulatedConnection,
     Platform.HTTP: HttpConnection,
     Platform.TCP: PortConnection,
@@ -9114,7 +9263,7 @@ class ResourceView(ResourceSettings, PollView):
     since: datetime.datetime | None
     polled: datetime.datetime | None
     sample: SampleView | None
-    connection: ConnectionView | None   # None: there was no login yet
+    connection: ConnectionView | None   # None: nothing was open yet
 
 
 NO_SAMPLE: dict[str, Any] = {"details": {}, "metrics": {}, "services": {}, "checks": {}, "problems": {}}
@@ -9129,9 +9278,9 @@ def status_of(row: Resource, status: Status | None) -> Status:
 
 
 def connection_view(context: ConsoleContext, name: str) -> ConnectionView | None:
-    """What is open to a resource, if it was ever logged in to."""
+    """What is open to a resource, if anything ever was."""
     connection = context.connections.watched.get(name)
-    if connection is None or not connection.record.outcomes:
+    if connection is None or not (connection.record.outcomes or connection.keeper.session):
         return None
     keeper, record = connection.keeper, connection.record
     return ConnectionView(opened=utc_time(keeper.opened_at if keeper.session else 0.0), kept=keeper.reused,

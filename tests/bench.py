@@ -40,7 +40,8 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import bench_history
-from pwsh import EngineShell, open_engine
+from pwsh import CONSTRAINED, EngineShell, open_engine
+from pwsh import FULL as FULL_LANGUAGE
 from service import Program, write_inventory  # it imports healthchecker
 from sshd import SSHD, Sshd
 from wsman_server import WSManServer
@@ -53,6 +54,7 @@ START, END = "<!-- bench -->", "<!-- /bench -->"
 REPORTED = 10_000  # resources of the aggregator's figures
 WATCHED = 1000  # simulated resources of the load figures
 HOSTS, HOSTS_INTERVAL = 200, 30  # Windows hosts of the load figure; seconds over which their polls are spread
+WARMING = 3  # polls before those that count: a shell compiles what it runs
 SLEEP = 0.01  # seconds that an answer of /slow takes
 # The one-line application, with another line for a page that blocks.
 APP = f"""import time
@@ -490,44 +492,86 @@ def kept_row(figure: str, kept: float, fresh: float, most: float) -> Row:
                kept / fresh <= most)
 
 
+class Polled(NamedTuple):
+    """Milliseconds of a poll of a Windows host: the time, the CPU of what runs there, and of this thread."""
+
+    time: float
+    host: float
+    ours: float
+
+
+def watched_host(server: WSManServer, **changes: Any) -> hc.Target:
+    """A Windows host of tests/wsman_server.py."""
+    settings = hc.ResourceSettings.model_validate({
+        "name": "host", "hostname": "127.0.0.1", "port": server.port, "platform": "windows", "tls": False,
+        "auth": "ntlm", "username": "monitor", "password": "correct horse", "timeout": 120, **changes})
+    return hc.Target(1, settings, None, "", "")
+
+
+def way_to(watched: hc.Target, keeps: bool) -> hc.PowerShellConnection:
+    access = hc.ConnectionContext(hc.KnownHosts(Path("none")), hc.Resolver(), keeps=keeps)
+    return hc.PowerShellConnection(watched, access.guard_of(watched), access)
+
+
+def measured_poll(server: WSManServer, watched: hc.Target, connection: hc.Connection) -> Polled:
+    """Raises RuntimeError where it is not healthy."""
+
+    def cpu() -> float:
+        """Seconds of all processes that the host had so far."""
+        ended = resource.getrusage(resource.RUSAGE_CHILDREN)
+        now = [psutil.Process(cast(EngineShell, shell).process.pid).cpu_times() for shell in server.shells.values()]
+        return ended.ru_utime + ended.ru_stime + sum(one.user + one.system for one in now)
+
+    begin, before, ours = time.perf_counter(), cpu(), time.thread_time()
+    verdict, _ = hc.poll_once(watched, connection, None)
+    if not verdict.healthy:
+        raise RuntimeError(verdict.reason)
+    ours = time.thread_time() - ours
+    return Polled((time.perf_counter() - begin) * 1e3, (cpu() - before) * 1e3, ours * 1e3)
+
+
 def kept_windows_rows(plan: Plan) -> Iterator[Row]:
     """The same of a Windows host with PowerShell behind it: the time, and the CPU of what runs there."""
     figure = "A poll of a Windows host, kept to fresh"
     try:
         with open_engine() as engine, WSManServer("http", "ntlm", open_shell=engine.opener()) as server:
-            settings = hc.ResourceSettings.model_validate({
-                "name": "host", "hostname": "127.0.0.1", "port": server.port, "platform": "windows", "tls": False,
-                "auth": "ntlm", "username": "monitor", "password": "correct horse", "timeout": 120})
-
-            def cpu() -> float:
-                """Seconds of all processes that the host had so far."""
-                ended = resource.getrusage(resource.RUSAGE_CHILDREN)
-                now = [psutil.Process(cast(EngineShell, shell).process.pid).cpu_times()
-                       for shell in server.shells.values()]
-                return ended.ru_utime + ended.ru_stime + sum(one.user + one.system for one in now)
-
-            def measure(connection: hc.Connection) -> tuple[float, float]:
-                """Milliseconds of a poll: the time, and the host's CPU."""
-                begin, before = time.perf_counter(), cpu()
-                verdict, _ = hc.poll_once(watched, connection, None)
-                if not verdict.healthy:
-                    raise RuntimeError(verdict.reason)
-                return (time.perf_counter() - begin) * 1e3, (cpu() - before) * 1e3
-
-            with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as stack:
-                watched = hc.Target(1, settings, None, "", "")
-                ways = {}
-                for keeps in (False, True):
-                    access = hc.ConnectionContext(hc.KnownHosts(Path(name) / "none"), hc.Resolver(), keeps=keeps)
-                    ways[keeps] = hc.PowerShellConnection(watched, access.guard_of(watched), access)
-                    stack.callback(ways[keeps].close)
-                rounds = [{keeps: measure(way) for keeps, way in ways.items()} for _ in range(plan.rounds + 1)][1:]
+            watched = watched_host(server)
+            with contextlib.ExitStack() as stack:
+                ways = {keeps: way_to(watched, keeps) for keeps in (False, True)}
+                for way in ways.values():
+                    stack.callback(way.close)
+                rounds = [{keeps: measured_poll(server, watched, way) for keeps, way in ways.items()}
+                          for _ in range(plan.rounds + 1)][1:]
     except pytest.skip.Exception as missing:
         yield Row(figure, f"skipped: {missing}")
         return
     for unit, (what, most) in enumerate(((f"{figure}: time", 0.15), ("... CPU of the host's process", 0.05))):
         fresh, kept = (median([one[keeps][unit] for one in rounds]) for keeps in (False, True))
         yield kept_row(what, kept, fresh, most)
+
+
+FORTY = [{"name": f"check {number}", "command": "$true"} for number in range(40)]
+
+
+def checks_rows(plan: Plan) -> Iterator[Row]:
+    """What checks add to a poll over what is kept, beside the same poll without, in the same shell."""
+    figure = "40 checks `$true` of a Windows host add"
+    try:
+        with open_engine() as engine:
+            for language, session in (("full", FULL_LANGUAGE), ("constrained", CONSTRAINED)):
+                with WSManServer("http", "ntlm", open_shell=engine.opener(session)) as server:
+                    watched = watched_host(server, checks=FORTY)
+                    bare = replace(watched, settings=watched.settings.model_copy(update={"checks": []}))
+                    with contextlib.closing(way_to(watched, keeps=True)) as way:
+                        rounds = [[measured_poll(server, one, way) for one in (watched, bare)]
+                                  for _ in range(plan.rounds + WARMING)][WARMING:]
+                added = [[with_them[unit] - without[unit] for with_them, without in rounds] for unit in range(3)]
+                seconds, cpu = ([value / 1e3 for value in values] for values in added[:2])
+                yield at_most(f"{figure} to its time, {language} language", seconds, 1, "s", 2)
+                yield at_most("... to the CPU of the host's process", cpu, 0.5, "s", 2)
+                yield at_most("... to ours, for each", [value / len(FORTY) for value in added[2]], 1.5, "ms", 2)
+    except pytest.skip.Exception as missing:
+        yield Row(figure, f"skipped: {missing}")
 
 
 # === Windows =================================================================
@@ -622,6 +666,7 @@ PARTS: dict[str, Part] = {
     "kept": kept_rows,
     "crowd": crowd_rows,
     "kept_windows": kept_windows_rows,
+    "checks": checks_rows,
     "windows": windows_rows,
     "history": history_rows,
 }

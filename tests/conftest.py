@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import os
 import re
 import shutil
@@ -17,18 +18,22 @@ from pathlib import Path
 
 import hypothesis
 import pytest
+from pwsh import Engine, open_engine
 from sshd import SSHD, SYSTEM_PATH, ParamikoSshd, Sshd, open_sshd, wait_for  # wait_for: for tests to import
 
 # So that `import healthchecker` works from whatever folder pytest is started in.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+collect_ignore = [] if sys.platform == "win32" else ["test_windows_local.py"]  # powershell.exe is Windows' own
 __all__ = ["NO_PASSWORD_LOGIN", "no_leaks", "open_descriptors", "wait_for"]
 # The files that take longest are begun first: one of them would be left alone at the end.
 LONG = (
-    "windows_verdicts windows_shells workers pages windows_endpoints sessions poll windows_accounts powershell "
-    "windows_kept command_line transport serve real_shells files reload hostile_clients history windows_service "
-    "storage bastions overload crashes readme vault"
+    "windows_verdicts windows_local windows_shells windows_endpoints windows_accounts soak workers pages sessions poll "
+    "powershell windows_kept command_line transport serve real_shells files reload hostile_clients history "
+    "windows_service storage bastions overload crashes readme vault"
 ).split()
+# These share PowerShell's processes, so one worker runs them all.
+WITH_ENGINE = {f"test_windows_{name}.py" for name in ("verdicts", "shells", "endpoints", "accounts")}
 NO_PASSWORD_LOGIN = "password login needs root, to create a throw-away account"
 
 
@@ -48,6 +53,24 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items.sort(key=lambda item: places.get(item.path.name, len(places)))
     if config.getoption("soak"):
         items[:] = [item for item in items if "often" in item.fixturenames or item.get_closest_marker("hypothesis")]
+
+
+def pytest_collection_finish() -> None:
+    """What was imported and collected stays; each full collection would look through it for 0.2 s."""
+    gc.freeze()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
+    """As --dist loadfile has it, but for those with the engine."""
+    from xdist.scheduler import LoadFileScheduling  # noqa: PLC0415  # whoever runs without xdist needs none
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = super()._split_scope(nodeid)
+            return "engine" if Path(file).name in WITH_ENGINE else file
+
+    return Scheduling(config, log) if config.getoption("dist") == "loadfile" else None
 
 
 @pytest.fixture(scope="session")
@@ -81,6 +104,13 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     reasons = Counter(str(report.longrepr[2]).removeprefix("Skipped: ") for report in skipped)
     for line, number in sorted(not_tested(reasons, missing_parts()).items()):
         terminalreporter.write_line(f"not tested: {line}: {number} test{'s' if number > 1 else ''}")
+
+
+@pytest.fixture(scope="session")
+def engine() -> Iterator[Engine]:
+    """PowerShell, for all tests of this process: what one has started is there for the next one."""
+    with open_engine() as engine:
+        yield engine
 
 
 @pytest.fixture(scope="session")

@@ -17,11 +17,9 @@ from typing import Any, NamedTuple
 from urllib.parse import quote, urlencode
 
 import flask
-import pytest
-from service import Service, prepared_keys, write_inventory
+from service import FEW, Service, prepared_keys, write_inventory
 from sshd import wait_for
 
-import healthchecker
 from healthchecker import (
     COOKIE,
     FIRST_USER,
@@ -59,7 +57,6 @@ from healthchecker import (
 NAME, DOCUMENTED = FIRST_USER
 PASSWORD = "correct horse battery"
 TABLES = db.metadata.sorted_tables
-FEW = 1000  # rounds of PBKDF2: what the real number costs is not what most tests show
 JSON, PROBLEM, FORM = "application/json", "application/problem+json", "application/x-www-form-urlencoded"
 
 
@@ -151,16 +148,6 @@ def make_user(name: str = NAME, password: str = PASSWORD, role: str = "admin") -
     salt = os.urandom(16)
     hashed = hash_password(password, salt, FEW)
     return User(username=name, salt=salt, rounds=FEW, password=hashed, role=role, initial=password == DOCUMENTED)
-
-
-@contextlib.contextmanager
-def few_rounds() -> Iterator[None]:
-    """In this process every new password is hashed with few rounds, and the one of a user that does not exist, too."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(healthchecker, "PBKDF2_ROUNDS", FEW)
-        patch.setattr(healthchecker.hash_password, "__defaults__", (FEW,))
-        patch.setattr(healthchecker.NOBODY, "rounds", FEW)
-        yield
 
 
 def prepared_database(folder: Path, *users: User) -> None:

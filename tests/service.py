@@ -29,12 +29,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 
+import pytest
 from rights import without_root_rights
 from typing_extensions import Self  # typing has it from Python 3.11 on
 
 import healthchecker
 from healthchecker import HealthAggregator, Supervisor, Vault, listen, load_inventory
 
+FEW = 1000  # rounds of PBKDF2: what the real number costs is not what most tests show
 PROGRAM = Path(__file__).resolve().parent.parent / "healthchecker.py"
 SERVING = re.compile(r"serving on http://(\S+):(\d+), console (?:off|on http://(\S+):(\d+)/-/)")
 OWN_CONSOLE = getattr(subprocess, "CREATE_NO_WINDOW", 0)  # so that Ctrl-C reaches the service and its workers only
@@ -211,6 +213,16 @@ def quick_workers() -> Iterator[None]:
         multiprocessing.util.spawnv_passfds = _spawn
 
 
+@contextlib.contextmanager
+def few_rounds() -> Iterator[None]:
+    """In this process every new password is hashed with few rounds, and the one of a user that does not exist, too."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(healthchecker, "PBKDF2_ROUNDS", FEW)
+        patch.setattr(healthchecker.hash_password, "__defaults__", (FEW,))
+        patch.setattr(healthchecker.NOBODY, "rounds", FEW)
+        yield
+
+
 def _serve(arguments: list[str], folder: str, environ: dict[str, str], output: Any) -> None:
     """The life of a `QuickProcess`."""
     gc.freeze()  # what is shared stays as it is
@@ -224,7 +236,7 @@ def _serve(arguments: list[str], folder: str, environ: dict[str, str], output: A
     lines: dict[str, Any] = {"mode": "w", "buffering": 1, "encoding": "utf-8", "closefd": False}
     sys.stdout, sys.stderr = open(1, **lines), open(2, **lines)  # noqa: SIM115
     sys.argv[:] = [str(PROGRAM), *arguments]
-    with quick_workers():
+    with quick_workers(), few_rounds():
         sys.exit(healthchecker.main(arguments))
 
 
@@ -378,11 +390,12 @@ class Program:
 
     def wait_status(self, path: str, status: int, deadline: float | None = None) -> Answer:
         """Asks until `path` answers with `status`."""
-        ends = time.monotonic() + (deadline or self.deadline)
+        ends, pause = time.monotonic() + (deadline or self.deadline), 0.02
         while (answer := self.get(path)).status != status:
             assert time.monotonic() < ends, f"{path}: {answer.status}, not {status}:\n{self.output}"
             with self._news:
-                self._news.wait(0.02)
+                self._news.wait(pause)
+            pause = min(0.1, pause * 1.1)
         return answer
 
     def stop(self, deadline: float = 60) -> int:
@@ -404,7 +417,7 @@ class Program:
 
 class Service(Program):
     """The same of modules that are there already (POSIX), with a key pair that was made before. Its processes have no
-    other difference but that they share the memory of what was imported."""
+    other difference but that they share the memory of what was imported, and hash new passwords with few rounds."""
 
     def __enter__(self) -> Self:
         folder = self.inventory.parent

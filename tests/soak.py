@@ -10,7 +10,8 @@ and a verdict; exit code 1 if something was wrong. Then tests run in full of whi
 migrations and rotations are killed a thousand times: nothing may be half. The main process is killed some hundred
 times, at any moment of its start and after: nothing may be left of it two seconds later, and the next one gets its
 port. Ten restarts on a socket of systemd's refuse none of 20,000 requests, and 20 minutes of damaged inputs
-(tests/fuzz.py) give only documented errors.
+(tests/fuzz.py) give only documented errors. For ten minutes connections that are kept die in every way
+(tests/soak_sessions.py), and 500 polls of one shell may not make it grow.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ from typing import NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import psutil
+import pytest
+import soak_sessions
 from fuzz import TARGETS, fuzz_all
 from load import Clients, Response
 from service import Team
@@ -212,9 +215,26 @@ def restarts(options: argparse.Namespace, folder: Path) -> int:
     return 0
 
 
-def sessions(_options: argparse.Namespace, _folder: Path) -> int:
-    """Ten minutes of kept connections that die in every way."""
-    return subprocess.run([sys.executable, str(Path(__file__).with_name("soak_sessions.py"))], check=False).returncode
+def sessions(options: argparse.Namespace, _folder: Path) -> int:
+    """Kept connections that die in every way."""
+    plan = soak_sessions.Plan(options.sessions, time.time_ns(), engine=options.engine)
+    return told("sessions", lambda: soak_sessions.soak(plan))
+
+
+def shells(options: argparse.Namespace, _folder: Path) -> int:
+    """A shell of a Windows host, polled again and again."""
+    return told("shells", lambda: soak_sessions.grow(options.polls))
+
+
+def told(part: str, run: Callable[[], list[str]]) -> int:
+    """Prints what was wrong, or what is missing; gives the exit code."""
+    try:
+        wrong = run()
+    except pytest.skip.Exception as missing:
+        print(f"{part}: skipped: {missing}", flush=True)
+        return 0
+    print("\n".join(wrong) or f"{part}: passed", flush=True)
+    return int(bool(wrong))
 
 
 def fuzzed(options: argparse.Namespace, _folder: Path) -> int:
@@ -224,7 +244,7 @@ def fuzzed(options: argparse.Namespace, _folder: Path) -> int:
 
 PARTS: dict[str, Callable[[argparse.Namespace, Path], int]] = {
     "load": soak, "tests": repeated, "locked": locked, "stopped": stopped, "crashes": crashes, "kills": kills,
-    "restarts": restarts, "sessions": sessions, "fuzz": fuzzed}  # fmt: skip
+    "restarts": restarts, "sessions": sessions, "shells": shells, "fuzz": fuzzed}  # fmt: skip
 
 
 def main() -> int:
@@ -238,6 +258,10 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=300, help="of the main process; default: %(default)s")
     parser.add_argument("--crashes", type=int, default=1000, help="kills at other moments; default: %(default)s")
     parser.add_argument("--restarts", type=int, default=10, help="with 2,000 requests each; default: %(default)s")
+    parser.add_argument("--sessions", type=float, default=600, metavar="SECONDS",
+                        help="of connections that die; default: %(default)s")  # fmt: skip
+    parser.add_argument("--engine", action="store_true", help="a real PowerShell behind the sessions by WinRM")
+    parser.add_argument("--polls", type=int, default=500, help="of one shell of PowerShell; default: %(default)s")
     parser.add_argument("--fuzz", type=float, default=1200, help="seconds of damaged inputs; default: %(default)s")
     parser.add_argument("--clients-of", nargs=3, metavar=("PORT", "COUNT", "FILE"), help=argparse.SUPPRESS)
     options = parser.parse_args()

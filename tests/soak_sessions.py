@@ -1,28 +1,31 @@
-"""Hosts polled over connections that are kept, by SSH and WinRM, while those die: `python tests/soak_sessions.py`.
+"""Hosts polled over connections that are kept, by SSH and WinRM, while those die: a part of tests/soak.py.
 
 No resource may become unhealthy that was healthy; meanwhile some turn bad and good by a file that their check reads,
 and each turn is seen within two intervals and the timeout. At the end nothing is left: neither threads nor descriptors
-here, nor sessions of the sshds. Prints what was done; exit code 1 if something was wrong.
+here, nor sessions of the sshds, nor shells. And a shell that is polled again and again may not grow.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import random
 import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import psutil
 from conftest import no_leaks, wait_for
 from console import Local, local_console
+from pwsh import Engine, EngineShell, open_engine
 from sshd import Sshd, send
 from test_sessions import Proxy
-from test_windows_kept import CLEAN
+from test_windows_kept import CLEAN, Kept
 from wsman_server import WSManServer
 
 ROW = """  - {{name: host{number}, hostname: {address}, port: {port}, username: {username}, key_file: {key},
@@ -35,14 +38,34 @@ WINDOWS_ROW = """  - {{name: windows{number}, hostname: 127.0.0.1, port: {port},
      interval: {interval}, timeout: {timeout}, retry_interval: {interval},
      relogin: {relogin}, fall: 1, rise: 1}}
 """
-WINDOWS_FAULTS = {
-    "shell gone": lambda server: server.shells.clear(),
-    "hung up": WSManServer.end_connections,
-    "another login": lambda server: server.misbehave.update(Command="once 401"),
-    "no answer": lambda server: server.misbehave.update(Receive="once drop"),
-    "silent": lambda server: server.misbehave.update(Command="once silent"),
-}
 FAULTS = ("kill", "stop", "reset", "half_close", "silence", "nothing")
+TURNING = 10  # hosts that turn bad and good, of those by SSH
+GROWN = 20e6  # bytes that a shell may grow
+THREE = ("$true", "(Get-Service Eventlog).Status -eq 'Running'", "(Get-ChildItem C:\\windows).Count -gt 0")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How many hosts for how long; the seconds that a machine may add which does other things as well."""
+
+    seconds: float = 600
+    seed: int = 1
+    engine: bool = False  # behind the hosts by WinRM
+    hosts: int = 46  # by SSH
+    servers: int = 4
+    windows: int = 4  # by WinRM
+    interval: float = 15
+    timeout: float = 12
+    relogin: float = 60
+    busy: float = 0
+    asks: bool = False  # for the polls in which a turn is to be seen, which come by themselves otherwise
+
+    @property
+    def times(self) -> dict[str, float]:
+        return {name: getattr(self, name) for name in ("interval", "timeout", "relogin")}
+
+
+# === What happens to connections =============================================
 
 
 def strike(fault: str, server: Sshd, proxy: Proxy) -> None:
@@ -50,7 +73,7 @@ def strike(fault: str, server: Sshd, proxy: Proxy) -> None:
     pairs, proxy.open = proxy.open, []
     if fault == "kill":
         send(server._sessions(), "SIGKILL")
-    elif fault == "stop":       # for good: what hangs is ended at the end
+    elif fault == "stop":  # for good: what hangs is ended at the end
         send(server._sessions(), "SIGSTOP")
     elif fault == "silence":
         proxy.silent.set()
@@ -62,78 +85,154 @@ def strike(fault: str, server: Sshd, proxy: Proxy) -> None:
         proxy.open = newer
 
 
-def rows(options: argparse.Namespace, proxies: list[Proxy], windows: list[WSManServer], folder: Path) -> str:
+def end_shells(server: WSManServer) -> None:
+    """As the host itself does."""
+    for name in list(server.shells):
+        with contextlib.suppress(KeyError):  # whose poll was over just now
+            server.shells.pop(name).close()
+
+
+def kill_shells(server: WSManServer) -> None:
+    """Their processes, where they have some."""
+    for shell in list(server.shells.values()):
+        if isinstance(shell, EngineShell):
+            shell.process.kill()
+
+
+WINDOWS_FAULTS: dict[str, Callable[[WSManServer], None]] = {
+    "shell gone": end_shells,
+    "killed": kill_shells,
+    "hung up": WSManServer.end_connections,
+    "another login": lambda server: server.misbehave.update(Command="once 401"),
+    "no answer": lambda server: server.misbehave.update(Receive="once drop"),
+    "silent": lambda server: server.misbehave.update(Command="once silent"),
+}
+
+
+def in_turn(kinds: list[str], chance: random.Random) -> Iterator[str]:
+    """Each of them as often as any other, at random."""
+    while True:
+        yield from chance.sample(kinds, len(kinds))
+
+
+# === Hosts ===================================================================
+
+
+def rows(plan: Plan, proxies: list[Proxy], windows: list[WSManServer], folder: Path) -> str:
     """The inventory: as many hosts as are wanted on these servers, and those by WinRM."""
-    common = {name: getattr(options, name) for name in ("interval", "timeout", "relogin")}
-    return "".join(WINDOWS_ROW.format(number=number, port=server.port, **common)
-                   for number, server in enumerate(windows)) + "".join(ROW.format(
-        number=number, address=proxy.address, port=proxy.port, username=proxy.username, key=proxy.user_key(),
-        path=folder / str(number), **common)
-        for number in range(options.hosts) for proxy in [proxies[number % len(proxies)]])
+    by_ssh = (
+        ROW.format(number=number, address=proxy.address, port=proxy.port, username=proxy.username,
+                   key=proxy.user_key(), path=folder / str(number), **plan.times)
+        for number in range(plan.hosts) for proxy in [proxies[number % len(proxies)]]
+    )  # fmt: skip
+    by_winrm = (WINDOWS_ROW.format(number=number, port=server.port, **plan.times)
+                for number, server in enumerate(windows))  # fmt: skip
+    return "".join([*by_winrm, *by_ssh])
 
 
-def turn(local: Local, path: Path, options: argparse.Namespace) -> list[str]:
-    """One resource turns bad and good; what was wrong."""
-    pollers, wrong, pause = local.context.monitor.pollers, list[str](), threading.Event()
-    turned, most = f"host{path.name}", 2 * options.interval * 1.1 + options.timeout
-    for wanted, change in (("unhealthy", path.touch), ("healthy", path.unlink)):
-        change()
-        begun_mono = time.monotonic()
-        while pollers[turned].standing.state != wanted and time.monotonic() < begun_mono + most:
-            pause.wait(0.05)
-        if pollers[turned].standing.state != wanted:
-            wrong.append(f"{turned} was not seen {wanted} within {most:.0f} s")
-        wrong += [f"{name} is {poller.standing.state}: {poller.standing.reason}"
-                  for name, poller in pollers.items() if name != turned and poller.standing.state != "healthy"]
-    return wrong
+class Watch:
+    """The pollers, and since when each of them is healthy."""
+
+    def __init__(self, local: Local, plan: Plan) -> None:
+        self.plan, self.pollers = plan, local.context.monitor.pollers
+        for poller in self.pollers.values():  # else it is polled anew each time, and no fault finds anything open
+            poller._connection.DEAD_IN_A_ROW = sys.maxsize
+        wait_for(lambda: {poller.standing.state for poller in self.pollers.values()} == {"healthy"}, 120)
+        self.since = {name: poller.standing.since_at for name, poller in self.pollers.items()}
+        self.poll_all()
+
+    def turn(self, path: Path) -> list[str]:
+        """One resource turns bad and good; what was wrong."""
+        wrong, pause, name = list[str](), threading.Event(), f"host{path.name}"
+        poller, most = self.pollers[name], 2 * self.plan.interval * 1.1 + self.plan.timeout + self.plan.busy
+        for wanted, change in (("unhealthy", path.touch), ("healthy", path.unlink)):
+            change()
+            if self.plan.asks:
+                poller.poll_now()
+            begun_mono = time.monotonic()
+            while poller.standing.state != wanted and time.monotonic() < begun_mono + most:
+                pause.wait(0.05)
+            if poller.standing.state != wanted:
+                wrong.append(f"{name} was not seen {wanted} within {most:.0f} s")
+            if wanted == "unhealthy" and poller.standing.cause != "check":
+                wrong.append(f"{name}: {poller.standing.why}")
+        self.since[name] = poller.standing.since_at
+        return wrong + self.fallen()
+
+    def poll_all(self) -> list[str]:
+        """A poll of each from now on, and none is due then: what is struck next is open and idle. Who falls silent in
+        the middle of a poll is late, and that is as it should be. Gives what was wrong."""
+        while True:
+            for asked in [poller.poll_now() for poller in self.pollers.values()]:
+                asked.result(2 * self.plan.timeout + self.plan.busy)
+            fallen, now_mono = self.fallen(), time.monotonic()
+            if fallen or all(poller._due_mono > now_mono + 1 for poller in self.pollers.values()):
+                return fallen
+
+    def fallen(self) -> list[str]:
+        """Those that are not healthy any more, or were not meanwhile."""
+        return [f"{name} is {poller.standing.state} since {poller.standing.since_at}: {poller.standing.why}"
+                for name, poller in self.pollers.items()
+                if poller.standing.state != "healthy" or poller.standing.since_at != self.since[name]]  # fmt: skip
 
 
-def soak(options: argparse.Namespace) -> list[str]:
-    """What was wrong."""
-    chance, wrong, done = random.Random(options.seed), list[str](), dict.fromkeys((*FAULTS, *WINDOWS_FAULTS), 0)
+def soak(plan: Plan) -> list[str]:
+    """What was wrong; prints what was done."""
+    chance, wrong = random.Random(plan.seed), list[str]()
+    kinds = [kind for kind in WINDOWS_FAULTS if plan.engine or kind != "killed"]
+    ways, windows_ways = in_turn(list(FAULTS), chance), in_turn(kinds, chance)
+    done = dict.fromkeys((*FAULTS, *kinds), 0)
     with contextlib.ExitStack() as stack:
         folder, shared = (Path(stack.enter_context(tempfile.TemporaryDirectory())) for _ in range(2))
         shared.chmod(0o755)
-        servers = [stack.enter_context(Sshd()) for _ in range(4)]
+        servers = [stack.enter_context(Sshd()) for _ in range(plan.servers)]
         stack.enter_context(no_leaks())
-        windows = [stack.enter_context(WSManServer("http", "ntlm", answer=CLEAN)) for _ in range(4)]
-        struck = [0.0] * len(windows)       # when; a second fault before the next poll would be one too many
+        engine = stack.enter_context(open_engine()) if plan.engine else None
+        windows = [stack.enter_context(windows_host(engine)) for _ in range(plan.windows)]
         proxies = [stack.enter_context(Proxy(server)) for server in servers]
-        with local_console(folder, rows(options, proxies, windows, shared), keeps=True) as local:
-            pollers, ends_mono = local.context.monitor.pollers, time.monotonic() + options.seconds
-            wait_for(lambda: {poller.standing.state for poller in pollers.values()} == {"healthy"}, 120)
+        with local_console(folder, rows(plan, proxies, windows, shared), keeps=True) as local:
+            ends_mono, watch = time.monotonic() + plan.seconds, Watch(local, plan)
             while time.monotonic() < ends_mono and not wrong:
-                number, fault = chance.randrange(len(servers)), chance.choice(FAULTS)
+                number, fault, worse = chance.randrange(len(servers)), next(ways), next(windows_ways)
                 strike(fault, servers[number], proxies[number])
+                WINDOWS_FAULTS[worse](chance.choice(windows))
                 done[fault] += 1
-                if time.monotonic() > struck[other := chance.randrange(len(windows))] + 2 * options.interval:
-                    struck[other], worse = time.monotonic(), chance.choice(list(WINDOWS_FAULTS))
-                    WINDOWS_FAULTS[worse](windows[other])
-                    done[worse] += 1
-                found = turn(local, shared / str(chance.randrange(min(10, options.hosts))), options)
-                wrong += [f"after {fault} of {number}: {why}" for why in found]
+                done[worse] += 1
+                found = watch.turn(shared / str(chance.randrange(min(TURNING, plan.hosts)))) or watch.poll_all()
+                wrong += [f"after {fault} of {number}, {worse}: {why}" for why in found]
             records = local.context.connections.records.values()
             print(f"{done}; {sum(record.outcomes['accepted'] for record in records)} logins, "
-                  f"{sum(record.second_tries for record in records)} second tries")
+                  f"{sum(record.second_tries for record in records)} second tries (seed {plan.seed})")  # fmt: skip
         wait_for(lambda: not any(server.shells for server in windows))
         for server in servers:
             server.thaw()
-            wait_for(lambda: not server._sessions())    # noqa: B023  # used before it changes
+            wait_for(lambda: not server._sessions())  # noqa: B023  # used before it changes
     return wrong
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description="Kept connections that die in every way.")
-    parser.add_argument("--seconds", type=float, default=600, help="default: %(default)s")
-    parser.add_argument("--hosts", type=int, default=46, help="default: %(default)s")
-    parser.add_argument("--interval", type=float, default=15, help="default: %(default)s")
-    parser.add_argument("--timeout", type=float, default=12, help="default: %(default)s")
-    parser.add_argument("--relogin", type=float, default=60, help="default: %(default)s")
-    parser.add_argument("--seed", type=int, default=1, help="default: %(default)s")
-    wrong = soak(parser.parse_args())
-    print("\n".join(wrong) or "nothing was wrong")
-    return int(bool(wrong))
+def windows_host(engine: Engine | None) -> WSManServer:
+    if engine:
+        return WSManServer("http", "ntlm", open_shell=engine.opener())
+    return WSManServer("http", "ntlm", answer=CLEAN)
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+# === A shell that is polled again and again ==================================
+
+
+def grow(polls: int) -> list[str]:
+    """What was wrong; prints by how much a shell has grown since its first poll."""
+    checks = [{"name": str(number), "command": command} for number, command in enumerate(THREE)]
+    with open_engine() as engine, WSManServer("http", "ntlm", open_shell=engine.opener()) as server:
+        kept = Kept(server, timeout=120, relogin=0, checks=checks, services=["Eventlog"])
+        sizes = list[int]()
+        for _ in range(polls):
+            kept.good()
+            (shell,) = server.shells.values()
+            assert isinstance(shell, EngineShell)
+            sizes.append(psutil.Process(shell.process.pid).memory_info().rss)
+        kept.connection.close()
+        logins = kept.connection.record.outcomes["accepted"]
+        wait_for(lambda: not server.shells)
+    grown = sizes[-1] - sizes[0]
+    print(f"a shell of {sizes[0] / 1e6:.0f} MB has grown by {grown / 1e6:.1f} MB in {polls} polls")
+    return [] if grown <= GROWN and logins == 1 else [f"it has grown too much, or was replaced ({logins} logins)"]

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import IO, Any, TypeVar
 
 import paramiko
+import pytest
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from paramiko import common
@@ -36,6 +37,8 @@ Answer = Callable[[paramiko.Channel, str], "int | None"]
 
 SYSTEM_PATH = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/usr/local/sbin", "/sbin"])
 SSHD = shutil.which("sshd", path=SYSTEM_PATH) if sys.platform != "win32" else None
+OPENSSH = pytest.mark.skipif(not SSHD, reason="no sshd here")
+POSIX = pytest.mark.skipif(sys.platform == "win32", reason="the commands are for /bin/sh")
 MARK = "HEALTHCHECKER_SSHD"  # in the environment of every command, so that orphans are found too
 CONFIG = """\
 Port {port}
@@ -67,7 +70,7 @@ def wait_for(condition: Callable[[], T], deadline: float = 60.0) -> T:
     while not (value := condition()):
         assert time.monotonic() < end, f"still not so after {deadline} s"
         threading.Event().wait(pause)
-        pause = min(0.05, pause * 1.1)
+        pause = min(0.1, pause * 1.1)
     return value
 
 
@@ -97,6 +100,22 @@ def write_private(path: Path, key: PrivateKey, passphrase: str = "") -> None:
 
 
 # === What both servers share =================================================
+
+
+def certified_key(folder: Path, server: Sshd) -> Callable[[str, str], None]:
+    """A `key` in the folder, and what certifies it: with an identity, for a time. The authority is one of those in the
+    server's `authorities` (TrustedUserCAKeys)."""
+    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", folder / "authority"], check=True)
+    shutil.copy(folder / "authority.pub", server.folder / "authorities")
+    write_private(folder / "key", made := make_key("ed25519"))
+    (folder / "key.pub").write_text(public_line(made) + "\n", encoding="ascii")
+
+    def certify(identity: str, validity: str) -> None:
+        how = f"-q -s authority -I {identity} -n {server.username} -V {validity} key.pub"
+        subprocess.run(["ssh-keygen", *how.split()], cwd=folder, check=True)
+        os.utime(folder / "key-cert.pub", ns=(0, time.monotonic_ns()))
+
+    return certify
 
 
 class SshServer:

@@ -20,8 +20,8 @@ from typing import Any
 import pytest
 import service
 from conftest import wait_for
-from console import DOCUMENTED, NAME, PASSWORD, Client, Clock, Local, Reply, console, few_rounds, local_console
-from service import Service, write_inventory
+from console import DOCUMENTED, NAME, PASSWORD, Client, Clock, Local, Reply, console, local_console
+from service import Service, few_rounds, write_inventory
 
 import healthchecker
 from healthchecker import (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sqlite3
 import stat
 import sys
@@ -37,18 +38,25 @@ def count(folder: Path, table: str) -> int:
         return int(connection.execute(f"SELECT COUNT(*) FROM {table}").fetchone()[0])
 
 
-@pytest.fixture
-def served(tmp_path: Path) -> Path:
-    """The folder of a service that has run; while it did, it was saved to saved.tgz."""
-    folder = tmp_path / "old"
-    folder.mkdir()
-    (folder / "word").write_text("from a file", encoding="utf-8")
-    path = write_inventory(folder, RESOURCES)
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """In old/ is what a service that has run leaves; while it did, it was saved to saved.tgz."""
+    made = tmp_path_factory.mktemp("ran")
+    (made / "old").mkdir()
+    (made / "old" / "word").write_text("from a file", encoding="utf-8")
+    path = write_inventory(made / "old", RESOURCES)
     with Service(path) as service:
         service.wait_status("/-/readyz", 200)
-        wait_for(lambda: count(folder, "event"))
-        assert main(["--inventory", str(path), "backup", str(tmp_path / "saved.tgz")]) == 0
-    return folder
+        wait_for(lambda: count(path.parent, "event"))
+        assert main(["--inventory", str(path), "backup", str(made / "saved.tgz")]) == 0
+    return made
+
+
+@pytest.fixture
+def served(ran: Path, tmp_path: Path) -> Path:
+    """The folder of a service that has run, and beside it saved.tgz, for one test."""
+    shutil.copytree(ran, tmp_path, dirs_exist_ok=True)
+    return tmp_path / "old"
 
 
 def test_there_and_back(served: Path, tmp_path: Path) -> None:

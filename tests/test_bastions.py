@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import shutil
 import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
@@ -19,7 +18,7 @@ from console import local_console
 from hostile import ClosedPort, swallow
 from paramiko import common
 from service import run_cheaply, write_inventory
-from sshd import SSHD, Login, ParamikoSshd, Sshd, SshServer, make_key, public_line, write_private
+from sshd import OPENSSH, Login, ParamikoSshd, Sshd, SshServer, make_key, public_line, write_private
 from test_transport import (
     AMPLE,
     DEADLINE,
@@ -45,9 +44,6 @@ from healthchecker import (
     Target,
     load_inventory,
 )
-
-OPENSSH = pytest.mark.skipif(not SSHD, reason="no sshd here")
-POSIX = pytest.mark.skipif(sys.platform == "win32", reason="the commands are for /bin/sh")
 
 
 class Net:

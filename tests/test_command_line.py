@@ -104,7 +104,8 @@ def test_command_without_inventory(arguments: list[str], tmp_path: Path, capsys:
 # --- first start ---------------------------------------------------------------------------------------------
 def test_first_start_copies_the_example(tmp_path: Path) -> None:
     example = tmp_path / "inventory.example.yaml"
-    example.write_text(f"# an example\nservice:\n  listen: 127.0.0.1:0\nresources:\n{CALM}", encoding="utf-8")
+    service = "{listen: 127.0.0.1:0, console: 127.0.0.1:0, workers: 1}"
+    example.write_text(f"# an example\nservice: {service}\nresources:\n{CALM}", encoding="utf-8")
     program = Path(shutil.copy(PROGRAM, tmp_path))
     with Program(tmp_path / "inventory.yaml", program=program) as service:
         service.wait_status("/-/readyz", 200)
@@ -677,21 +678,21 @@ def test_app_that_cannot_be_imported(tmp_path: Path) -> None:
 
 
 APP = """\
-import json, sys
+import json
 import healthchecker
 
 def app(environ, start_response):
-    same = healthchecker.Gate is sys.modules["__main__"].Gate
+    same = type(environ["healthchecker.is_healthy"].__self__) is healthchecker.Gate
     start_response("200 OK", [("Content-Type", "application/json")])
     return [json.dumps([same, environ["healthchecker.is_healthy"](), environ["PATH_INFO"]]).encode()]
 """
 
 
 def test_app_behind_the_gate(tmp_path: Path) -> None:
-    """It comes from the inventory's folder, may ask for the health, and imports the running program."""
+    """It comes from the inventory's folder, may ask for the health, and imports the running program. (Run as a script:
+    test_workers.py.)"""
     (tmp_path / "mysite.py").write_text(APP, encoding="utf-8")
-    prepared_keys(tmp_path)
-    with Program(write_inventory(tmp_path, CALM, service="  app: mysite:app")) as service:
+    with Service(write_inventory(tmp_path, CALM, service="  app: mysite:app")) as service:
         service.wait_status("/-/readyz", 200)
         assert service.get("/a/b").body == '[true, true, "/a/b"]'
 

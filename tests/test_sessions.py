@@ -4,14 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 import re
-import shutil
 import socket
-import subprocess
-import sys
 import threading
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +17,18 @@ import pytest
 from conftest import no_leaks, wait_for
 from console import NAME, local_console
 from prometheus_client import generate_latest
-from sshd import SSHD, Listener, ParamikoSshd, Sshd, make_key, public_line, send, write_private
+from sshd import (
+    OPENSSH,
+    POSIX,
+    Listener,
+    ParamikoSshd,
+    Sshd,
+    certified_key,
+    make_key,
+    public_line,
+    send,
+    write_private,
+)
 from sshd import Connection as Accepted
 from test_transport import (
     AMPLE,
@@ -48,9 +54,6 @@ from healthchecker import (
     SshSession,
     Target,
 )
-
-OPENSSH = pytest.mark.skipif(not SSHD, reason="no sshd here")
-POSIX = pytest.mark.skipif(sys.platform == "win32", reason="the commands are for /bin/sh")
 
 
 @contextlib.contextmanager
@@ -250,21 +253,12 @@ def test_another_key_file(server: Sshd, tmp_path: Path) -> None:
 
 def test_a_certificate_that_is_renewed(server: Sshd, tmp_path: Path) -> None:
     """It is shown at once, as long as the one before it still is good."""
-    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", tmp_path / "authority"], check=True)
-    shutil.copy(tmp_path / "authority.pub", server.folder / "authorities")
-    write_private(tmp_path / "key", made := make_key("ed25519"))
-    (tmp_path / "key.pub").write_text(public_line(made) + "\n", encoding="ascii")
-
-    def certify(identity: str) -> None:
-        how = f"-q -s authority -I {identity} -n {server.username} -V -1h:+1h key.pub"
-        subprocess.run(["ssh-keygen", *how.split()], cwd=tmp_path, check=True)
-        os.utime(tmp_path / "key-cert.pub", ns=(0, time.monotonic_ns()))
-
+    certify = certified_key(tmp_path, server)
     with settings_digest(server, f"TrustedUserCAKeys {server.folder}/authorities"):
         watched = target(server, key_file=tmp_path / "key", timeout=AMPLE)
         with keeping(watched) as connection:
             for identity in ("first", "second"):
-                certify(identity)
+                certify(identity, "-1h:+1h")
                 assert healthy(poll(watched, connection)) and healthy(poll(watched, connection))
                 assert connection.second_try == "" and f"ID {identity}" in server.log()
         assert logins(server) == 2

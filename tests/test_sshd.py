@@ -6,7 +6,6 @@ import contextlib
 import shutil
 import socket
 import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,11 +15,9 @@ import hostile
 import paramiko
 import pytest
 from conftest import NO_PASSWORD_LOGIN, no_leaks, wait_for
-from sshd import ROOT, SSHD, ParamikoSshd, Sshd, SshServer, processes
+from sshd import OPENSSH, POSIX, ROOT, SSHD, ParamikoSshd, Sshd, SshServer, processes
 
 Server = Sshd | ParamikoSshd
-OPENSSH = pytest.mark.skipif(not SSHD, reason="no sshd here")
-POSIX = pytest.mark.skipif(sys.platform == "win32", reason="the commands are for /bin/sh")
 SLEEP = "sleep 1000 & echo $!; wait"
 SERVERS = [pytest.param(Sshd, marks=OPENSSH), pytest.param(ParamikoSshd, marks=POSIX)]
 

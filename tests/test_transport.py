@@ -33,6 +33,8 @@ from hostile import RawServer
 from rights import without_root_rights
 from service import Service, run_cheaply, write_inventory
 from sshd import (
+    OPENSSH,
+    POSIX,
     ROOT,
     SSHD,
     SYSTEM_PATH,
@@ -40,6 +42,7 @@ from sshd import (
     ParamikoSshd,
     Sshd,
     SshServer,
+    certified_key,
     make_key,
     marked,
     public_line,
@@ -78,8 +81,6 @@ DEADLINE = 2.0  # seconds of a poll that nothing answers
 AMPLE = 120.0  # seconds of a poll that has an outcome before its deadline, on a busy machine, too
 GRACE = 10  # seconds after its deadline in which a poll has ended on a busy machine; what hangs here does so for 60
 NOWHERE = Path("no such file")
-POSIX = pytest.mark.skipif(sys.platform == "win32", reason="the commands are for /bin/sh")
-OPENSSH = pytest.mark.skipif(not SSHD, reason="no sshd here")
 ACCOUNTS = pytest.mark.skipif(not ROOT or not SSHD, reason="needs root, and sshd")
 
 
@@ -1305,25 +1306,16 @@ def test_every_format_of_a_key(sshd: Server, tmp_path: Path, command: str) -> No
 @OPENSSH
 def test_certificates_of_a_key(own: Sshd, tmp_path: Path) -> None:
     """A renewed one is read again; beside one that has expired the plain key is tried."""
-    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", tmp_path / "authority"], check=True)
-    shutil.copy(tmp_path / "authority.pub", own.folder / "authorities")
-    write_private(tmp_path / "key", made := make_key("ed25519"))
-    (tmp_path / "key.pub").write_text(public_line(made) + "\n", encoding="ascii")
-
-    def certify(validity: str) -> None:
-        command = ["ssh-keygen", "-q", "-s", "authority", "-I", "x", "-n", own.username, "-V", validity, "key.pub"]
-        subprocess.run(command, cwd=tmp_path, check=True)
-        os.utime(tmp_path / "key-cert.pub", ns=(0, time.monotonic_ns()))
-
+    certify = certified_key(tmp_path, own)
     with settings_digest(own, f"TrustedUserCAKeys {own.folder}/authorities"):
         watched = target(own, key_file=tmp_path / "key")
         connection = connect(watched, guard=Guards().of(watched))
         assert poll(watched, connection).cause == "auth"
         for validity, cause in (("-2h:-1h", "auth"), ("-1h:+1h", ""), ("-2h:-1h", "auth")):
-            certify(validity)
+            certify("x", validity)
             assert poll(watched, connection).cause == cause, validity
         with (own.folder / "authorized_keys").open("a", encoding="ascii") as authorized:
-            authorized.write(public_line(made) + "\n")
+            authorized.write((tmp_path / "key.pub").read_text(encoding="ascii"))
         assert healthy(poll(watched, connection))
 
 

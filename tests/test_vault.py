@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 import sqlalchemy
@@ -323,6 +324,25 @@ def test_damaged_private_key(case: str, tmp_path: Path) -> None:
         open_vault(folder, [])
     assert path.read_bytes() == before
     assert "\n" not in str(caught.value) and caught.value.exit_code == 3
+
+
+@pytest.mark.parametrize("changed", ["p", "q", "d", "dmp1", "dmq1", "iqmp", "e", "n", "p n"])
+def test_a_private_key_whose_numbers_do_not_belong_together(changed: str, tmp_path: Path) -> None:
+    """What it sealed would not open."""
+    folder = prepared_keys(tmp_path)
+    key: Any = serialization.load_pem_private_key((folder / PRIVATE).read_bytes(), None)
+    numbers, kind = key.private_numbers(), serialization.Encoding.DER
+    der = key.private_bytes(kind, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    others = {name: getattr(numbers, name) + 2 for name in ("p", "q", "d", "dmp1", "dmq1", "iqmp")}
+    others |= {"e": 65539, "n": others["p"] * numbers.q if changed == "p n" else numbers.public_numbers.n + 2}
+    for name in changed.split():
+        old = getattr(numbers.public_numbers if name in "en" else numbers, name)
+        was, now = (number.to_bytes((old.bit_length() + 7) // 8, "big") for number in (old, others[name]))
+        assert der.count(was) == 1
+        der = der.replace(was, now)
+    (folder / PRIVATE).write_bytes(armoured(der))
+    with pytest.raises(SecretError, match=r"private\.pem .*; put the right one back"):
+        open_vault(folder, [])
 
 
 def test_private_key_is_a_folder(tmp_path: Path) -> None:

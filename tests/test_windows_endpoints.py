@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pwsh import ANSWER_TIME, NO_LANGUAGE, RESTRICTED, ROWS, Engine, open_engine
+from pwsh import ANSWER_TIME, NO_LANGUAGE, RESTRICTED, ROWS, Engine
 from pypsrp.powershell import PowerShell, RunspacePool
 from pypsrp.wsman import WSMan
 from service import write_inventory
@@ -107,12 +107,6 @@ def test_where_it_is_polled_and_with_what(changed: dict[str, Any], name: str) ->
 # === In the engine ===========================================================
 
 
-@pytest.fixture(scope="module")
-def engine() -> Iterator[Engine]:
-    with open_engine() as engine:
-        yield engine
-
-
 def serving(engine: Engine, session: str) -> WSManServer:
     return WSManServer("https", "negotiate", open_shell=engine.opener(session), shell_limit=4)
 
@@ -141,9 +135,15 @@ def fields(sample: Sample) -> dict[str, Any]:
     return shown
 
 
-def test_the_numbers_are_those_of_a_script_before_and_after_a_change(engine: Engine) -> None:
+@pytest.fixture(scope="module")
+def checks(engine: Engine) -> list[dict[str, Any]]:
     state = engine.path(engine.folder / "state")
-    checks = [check | {"command": check["command"].replace("{state}", state)} for check in CHECKS]
+    return [check | {"command": check["command"].replace("{state}", state)} for check in CHECKS]
+
+
+def test_the_numbers_are_those_of_a_script_before_and_after_a_change(
+    engine: Engine, checks: list[dict[str, Any]]
+) -> None:
     asked: dict[str, Any] = {"services": SERVICES, "checks": checks, "timeout": TIMEOUT}
     with serving(engine, "") as sent, serving(engine, configuration(services=SERVICES, checks=checks)) as kept:
         ways = [target(sent, **asked), target(kept, endpoint=True, **asked)]
@@ -185,11 +185,11 @@ def changed_rows() -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def endpoint(engine: Engine) -> Iterator[RunspacePool]:
+def endpoint(engine: Engine, checks: list[dict[str, Any]]) -> Iterator[RunspacePool]:
     """A login at the endpoint, by a client that may send what it likes."""
     seconds = int(ANSWER_TIME)
     with (
-        serving(engine, configuration()) as server,
+        serving(engine, configuration(services=SERVICES, checks=checks)) as server,
         WSMan("127.0.0.1", **settings_for(server, operation_timeout=seconds, read_timeout=seconds + 30)) as wsman,
         RunspacePool(wsman, idle_timeout=60) as pool,
     ):
@@ -241,7 +241,7 @@ def test_a_nonce_is_checked_before_anything_uses_it(endpoint: RunspacePool, nonc
 def test_it_answers_with_the_nonce(endpoint: RunspacePool) -> None:
     """And is as it was for the next one."""
     for nonce in (NONCE, "0123456789abcdef" * 4):
-        said, errors = said_to(endpoint, Get_Health={"Nonce": nonce, "First": 0})
+        said, errors = said_to(endpoint, Get_Health={"Nonce": nonce, "First": len(CHECKS) + 1})
         assert errors == [] and [json.loads(line)["nonce"] for line in said] == [nonce, nonce]
 
 

@@ -30,6 +30,7 @@ from healthchecker import (
     Connection,
     CpuTicks,
     Deadline,
+    LocalSession,
     Outcome,
     Output,
     ProbeError,
@@ -218,6 +219,15 @@ def test_grammar(grammar: str, hostile: bool) -> None:
     script = hostile_script() if hostile else build_windows_script([], [], NONCE)
     wrong = [node for node in nodes(tree(grammar, script)) if node.type == "ERROR" or node.is_missing]
     assert [(node.type, node.start_point, node.text) for node in wrong] == []
+
+
+@pytest.mark.parametrize("grammar", GRAMMARS)
+def test_grammar_of_what_reads_scripts_on_this_machine(grammar: str) -> None:
+    """It is an argument: without quotes that a command line would need to protect."""
+    script = LocalSession.SCRIPT.format(NONCE, build_windows_script([], [], ""))
+    assert not tree(grammar, LocalSession.READER).has_error and not tree(grammar, script).has_error
+    assert tree(grammar, LocalSession.READER[:-1]).has_error
+    assert not re.search(r'["\\\n]', LocalSession.READER)
 
 
 @pytest.mark.parametrize("grammar", GRAMMARS)
@@ -430,6 +440,19 @@ def test_a_host_names_no_problem_that_is_ours() -> None:
     settings, sample = collected("", text + "\n", services=["S"], checks=[{"name": "a", "command": "c"}])
     assert not sample.services["S"].good and not sample.checks["a"].good and "endpoint" not in sample.problems
     assert evaluate(sample, settings).state == "unhealthy"
+
+
+def test_on_this_machine_rows_without_the_nonce_of_the_poll_are_not_heard() -> None:
+    """What an earlier check has started prints there, too."""
+    wanted = {"name": "a", "hostname": "localhost", "platform": "local", "checks": [{"name": "b", "command": "c"}]}
+    output = WindowsOutput(ResourceSettings.model_validate(wanted), f"\n@{NONCE} done\n", Deadline(60))
+    lines = [
+        {"number": number, "name": "b", "good": number == 1, "text": str(nonce), "then": ""} | nonce
+        for number in (0, 1)
+        for nonce in ({}, {"nonce": NONCE[::-1]}, {"nonce": NONCE})
+    ]
+    assert [output.take(f"{json.dumps(line)}\n".encode()) for line in lines] == [False] * 5 + [True]
+    assert output.printed.decode().count(NONCE) == 5 and NONCE[::-1] not in output.printed.decode()
 
 
 def watched(*lines: str, checks: str = "ab") -> WindowsOutput:

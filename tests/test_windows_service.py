@@ -33,8 +33,8 @@ not shown under wine:
   - access lists of keys and databases: icacls does nothing there and says that it did
   - SSPI (Negotiate, NTLM and Kerberos of Windows itself): only the Python NTLM of pyspnego runs there
   - Ctrl-Break: it cannot be sent there; the service is ended by Ctrl-C
-  - PowerShell (the script of a poll, `platform: local`, the README's block that registers a scheduled task):
-    powershell.exe does nothing there and says that it did"""
+  - Windows PowerShell (the README's block that registers a scheduled task): powershell.exe does nothing there and
+    says that it did; polls of `platform: local` have PowerShell 7 in its place"""
 
 
 class NotShown:

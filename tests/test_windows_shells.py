@@ -9,12 +9,12 @@ import contextlib
 import json
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import psutil
 import pytest
 from conftest import wait_for
-from pwsh import CONSTRAINED, FULL, Engine, EngineShell, open_engine
+from pwsh import CONSTRAINED, FULL, Engine, EngineShell
 from pypsrp.powershell import PowerShell, RunspacePool
 from pypsrp.wsman import WSMan
 from test_powershell import target
@@ -23,7 +23,7 @@ from test_wsman_server import settings_for
 from wsman_server import WSManServer
 
 import healthchecker
-from healthchecker import Check, build_windows_script
+from healthchecker import build_windows_script
 
 TIMEOUT = 120.0  # seconds; wine may be slow, and the first poll of a run starts PowerShell for the first time
 CMD = "C:\\windows\\system32\\cmd.exe"  # PowerShell in wine finds no program without its path
@@ -31,19 +31,21 @@ CMD = "C:\\windows\\system32\\cmd.exe"  # PowerShell in wine finds no program wi
 
 @pytest.fixture(autouse=True)
 def _ample(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A busy machine has time to delete a shell."""
+    """A busy machine has time to delete a shell, and to look at what is left in one."""
     monkeypatch.setattr(healthchecker, "SHELL_END", 60.0)
+    monkeypatch.setattr(healthchecker, "CLEANUP_TIME", 60.0)
+
+
+@pytest.fixture(scope="module", params=(False, True), ids=("full", "constrained"))
+def constrained(request: pytest.FixtureRequest) -> bool:
+    return bool(request.param)
 
 
 @pytest.fixture(scope="module")
-def engine() -> Iterator[Engine]:
-    with open_engine() as engine:
-        yield engine
-
-
-@pytest.fixture(scope="module", params=(FULL, CONSTRAINED), ids=("full", "constrained"))
-def host(engine: Engine, request: pytest.FixtureRequest) -> Iterator[WSManServer]:
-    with WSManServer("https", "negotiate", open_shell=engine.opener(request.param)) as server:
+def host(engine: Engine, constrained: bool) -> Iterator[WSManServer]:
+    with WSManServer(
+        "https", "negotiate", open_shell=engine.opener(CONSTRAINED if constrained else FULL)
+    ) as server:
         yield server
         wait_for(lambda: not server.shells)
 
@@ -81,11 +83,16 @@ def polled(host: WSManServer) -> Iterator[Polled]:
 
 
 def test_a_shell_serves_one_poll_after_another(polled: Polled) -> None:
-    checks = {"one": "$zz = 1; Get-Service Eventlog | Out-Null; '1'", "two": f"{CMD} /c echo 2", "three": '"3$zz"'}
+    """Nor does a last check that ends the script cost it."""
+    checks = {"one": "$zz = 1; Get-Service Eventlog | Out-Null; '1'", "two": f"{CMD} /c echo 2", "three": '"3$zz"',
+              "last": "'4'; exit 3"}  # fmt: skip
     polled.ask(**checks)
     first = polled.process
-    for _ in range(3):
-        assert [text.strip() for _, text in polled.ask(**checks).values()] == ["1", "2", "3"]
+    for _ in range(2):
+        said = polled.ask(**checks)
+        assert polled.keeps
+        assert said.pop("last") == (False, "exit code 3\n4")
+        assert [text.strip() for _, text in said.values()] == ["1", "2", "3"]
     assert polled.process == first
     assert polled.connection.record.outcomes == {"accepted": 1}
 
@@ -101,13 +108,6 @@ def test_nothing_of_a_check_is_found_by_the_next_poll(polled: Polled) -> None:
     assert polled.ask(finds="Test-Path Function:mine")["finds"] == (False, "False")
     assert polled.keeps
     assert polled.connection.record.second_tries == 0
-
-
-def test_a_last_check_that_ends_the_script_costs_no_shell(polled: Polled) -> None:
-    for _ in range(2):
-        assert polled.ask(one="'1'", last="'2'; exit 3")["last"] == (False, "exit code 3\n2")
-        assert polled.keeps
-    assert polled.connection.record.outcomes == {"accepted": 1}
 
 
 LEFT = {  # what a check leaves, and how it goes
@@ -134,7 +134,7 @@ PROCESS = {  # the same of what belongs to all of the process, in full language
         "[Net.WebRequest]::DefaultWebProxy = New-Object Net.WebProxy",
         "[Net.WebRequest]::DefaultWebProxy = [Net.WebRequest]::GetSystemWebProxy()",
     ),
-    "directory": ("[Environment]::CurrentDirectory = 'C:\\windows'", "[Environment]::CurrentDirectory = 'FOLDER'"),
+    "directory": ("[Environment]::CurrentDirectory = 'C:\\windows'", "[Environment]::CurrentDirectory = $before"),
     "subscriber": (
         "Register-ObjectEvent (New-Object Timers.Timer) Elapsed mine",
         "Get-EventSubscriber | Unregister-Event",
@@ -159,11 +159,13 @@ FOUND = {  # how the next poll would see it
 
 
 def test_what_checks_change_ends_with_the_poll(engine: Engine) -> None:
+    """The first shell has a process of its own, which ends with it, as on a host."""
     change = {name: make for name, (make, _) in LEFT.items() if name in FOUND}
     change |= {"job": "$null = Register-EngineEvent mine -Action { 1 }", "strict": GONE[0]}
     with WSManServer("https", "negotiate", open_shell=engine.opener(fresh=True)) as server:
         polled = Polled(server, timeout=TIMEOUT)
         before = polled.ask(**FOUND)
+        server.open_shell = engine.opener()
         assert polled.keeps
         assert all(good for good, _ in polled.ask(**change).values())
         assert polled.ask(**FOUND) == before
@@ -178,14 +180,6 @@ def open_pool(server: WSManServer) -> Iterator[RunspacePool]:
         yield pool
 
 
-@pytest.fixture(scope="module")
-def pool(host: WSManServer) -> Iterator[RunspacePool]:
-    """A shell that goes on whatever is left in it."""
-    with open_pool(host) as pool:
-        assert is_clean(pool, "'x'")
-        yield pool
-
-
 def run_script(pool: RunspacePool, script: str) -> str:
     shell = PowerShell(pool).add_script(script, use_local_scope=True)
     shell.invoke()
@@ -194,57 +188,75 @@ def run_script(pool: RunspacePool, script: str) -> str:
     return "\n".join(map(str, shell.output))
 
 
+def after(pool: RunspacePool, *steps: str | Sequence[str]) -> list[bool]:
+    """What polls say of the shell at their ends. A step is the checks of one, or what is run between two. The script is
+    a poll's behind its first row, compiled once for all of them."""
+    nothing = json.dumps({"services": [], "checks": [], "mounts": []})
+    script = build_windows_script([], [], "", first=1)
+    assert script.count(f"'{nothing}'") == 1
+    lines = ["$poll = {", script.replace(f"'{nothing}'", "$args[0]"), "}"]
+    for step in steps:
+        if isinstance(step, str):
+            lines.append(f". {{ {step} }}")
+        else:
+            wanted = json.dumps({"checks": [{"name": name, "command": name} for name in step]})
+            lines.append("& $poll '{}'".format(wanted.replace("'", "''")))
+    said = run_script(pool, "\n".join(lines)).split("\n")
+    return [bool(json.loads(line)["clean"]) for line in said if '"clean":' in line]
+
+
 def is_clean(pool: RunspacePool, *commands: str) -> bool:
-    """What the last row of a poll with these checks says of the shell."""
-    checks = [Check(name=str(number), command=command) for number, command in enumerate(commands)]
-    lines = run_script(pool, build_windows_script(["Eventlog"], checks, "")).split("\n")
-    return bool(json.loads([line for line in lines if line.startswith("{")][-1])["clean"])
+    """What a poll with these checks says of the shell."""
+    (clean,) = after(pool, commands)
+    return clean
 
 
-def is_constrained(pool: RunspacePool) -> bool:
-    return run_script(pool, "$ExecutionContext.SessionState.LanguageMode") == "ConstrainedLanguage"
+@pytest.fixture(scope="module")
+def pool(host: WSManServer) -> Iterator[RunspacePool]:
+    """A shell that goes on whatever is left in it."""
+    with open_pool(host) as pool:
+        assert is_clean(pool, "'x'")
+        yield pool
 
 
-@pytest.mark.parametrize("left", LEFT)
-def test_what_a_check_leaves_is_seen(host: WSManServer, pool: RunspacePool, left: str) -> None:
-    make, mend = LEFT[left]
-    if is_constrained(pool) and left == "job":
-        assert is_clean(pool, make, "'x'"), "there it begins none"
-        return
-    if is_constrained(pool) and left == "default":
-        with open_pool(host) as own:  # there it cannot be taken back
-            assert is_clean(own, "'x'")
-            assert not is_clean(own, make, "'x'")
-        return
-    assert not is_clean(pool, make, "'x'")
-    run_script(pool, f". {{ {mend} }}")
-    assert is_clean(pool, "'x'")
+HARMLESS = {"job", *PROCESS} - {"encoding"}  # what changes nothing in constrained language
 
 
-@pytest.mark.parametrize("left", PROCESS)
-def test_what_a_check_changes_in_the_process_is_seen(pool: RunspacePool, left: str) -> None:
-    make, mend = PROCESS[left]
-    if is_constrained(pool) and left != "encoding":
-        assert is_clean(pool, make, "'x'"), "there it changes nothing"
-        return
-    folder = run_script(pool, "[Environment]::CurrentDirectory")
-    assert not is_clean(pool, make, "'x'")
-    run_script(pool, f". {{ {mend.replace('FOLDER', folder)} }}")
-    assert is_clean(pool, "'x'")
+@pytest.fixture(scope="module")
+def changed(host: WSManServer, constrained: bool) -> dict[str, list[bool]]:
+    """What is said of a shell behind each change, and once that is taken back. The last one cannot be taken back in
+    constrained language."""
+    steps, number = list[str | Sequence[str]](), dict[str, int]()
+    for name, (make, mend) in (PROCESS | LEFT).items():
+        steps.append([make, "'x'"])
+        number[name] = 1
+        if not (constrained and name in HARMLESS | {"default"}):
+            steps += [mend, ["'x'"]]
+            number[name] = 2
+    with open_pool(host) as pool:
+        mode = run_script(pool, "$ExecutionContext.SessionState.LanguageMode")
+        assert mode == ("ConstrainedLanguage" if constrained else "FullLanguage")
+        said = iter(after(pool, "$before = '{}'".format(run_script(pool, "[Environment]::CurrentDirectory")), *steps))
+        return {name: [next(said) for _ in range(count)] for name, count in number.items()}
+
+
+@pytest.mark.parametrize("left", [*LEFT, *PROCESS])
+def test_what_a_check_leaves_is_seen(changed: dict[str, list[bool]], constrained: bool, left: str) -> None:
+    if constrained and left in HARMLESS:
+        assert changed[left] == [True]
+    else:
+        assert changed[left] == [False, True][: 1 if constrained and left == "default" else 2]
+
+
+def test_what_ends_with_a_check_is_not(pool: RunspacePool) -> None:
+    assert after(pool, *(["'x'", command] for command in GONE)) == [True] * len(GONE)
 
 
 def test_a_session_that_lacks_a_cmdlet_is_polled_and_not_kept(pool: RunspacePool) -> None:
     """A configuration of the host's own may have no more than what a poll used to need."""
-    forget = "Remove-Variable HealthChecker -Scope Global"
-    run_script(pool, f". {{ Set-Alias Get-PSDrive No-Such-Command -Scope Global; {forget} }}")
-    assert not is_clean(pool, "'x'")
-    run_script(pool, f". {{ Remove-Item Alias:Get-PSDrive; {forget} }}")
-    assert is_clean(pool, "'x'")
-
-
-def test_what_ends_with_a_check_is_not(pool: RunspacePool) -> None:
-    for command in GONE:
-        assert is_clean(pool, "'x'", command), command
+    forget, check = "Remove-Variable HealthChecker -Scope Global", ["'x'"]
+    lacks = f"Set-Alias Get-PSDrive No-Such-Command -Scope Global; {forget}"
+    assert after(pool, lacks, check, f"Remove-Item Alias:Get-PSDrive; {forget}", check) == [False, True]
 
 
 def programs(mark: str) -> list[psutil.Process]:
@@ -266,8 +278,8 @@ def endless(mark: str) -> str:
 
 def test_programs_that_a_check_leaves_are_ended(pool: RunspacePool, mark: str) -> None:
     """A hundred polls leave none; nor may another poll have the shell, for who knows what else was left."""
-    for arguments in (endless(mark), f"'/c', '{CMD}', {endless(mark)}"):
-        assert not is_clean(pool, f"Start-Process {CMD} -ArgumentList {arguments}; Start-Sleep 1")
+    for arguments, wait in ((endless(mark), ""), (f"'/c', '{CMD}', {endless(mark)}", "; Start-Sleep 1")):
+        assert not is_clean(pool, f"Start-Process {CMD} -ArgumentList {arguments}{wait}")
         wait_for(lambda: not programs(mark))
         assert is_clean(pool, "'x'")
 
@@ -286,12 +298,12 @@ def test_however_many_polls_start_a_program_one_is_left(
         wait_for(lambda: not programs(mark))
 
 
-def test_a_program_whose_starter_has_ended_is_seen(pool: RunspacePool, mark: str) -> None:
+def test_a_program_whose_starter_has_ended_is_seen(pool: RunspacePool, mark: str, constrained: bool) -> None:
     """It goes with the shell: WinRM ends all that was started in one. PowerShell 7 says nothing of it in constrained
     language."""
     start = f"Start-Process {CMD} -PassThru -ArgumentList '/c', 'start', '/b', '{CMD}', {endless(mark)}"
     wait = "while (-not $_.HasExited) { Start-Sleep -Milliseconds 50 }"
-    assert is_clean(pool, f"{start} | ForEach-Object {{ {wait} }}; Start-Sleep 1") == is_constrained(pool)
+    assert is_clean(pool, f"{start} | ForEach-Object {{ {wait} }}") == constrained
     assert programs(mark)
     assert is_clean(pool, "'x'")
 
@@ -303,7 +315,7 @@ def test_programs_of_others_are_not_ended(pool: RunspacePool, mark: str) -> None
     told = f"Select-Object Id, Name, Parent, SessionId, WorkingSet64, {young}"
     real = "Microsoft.PowerShell.Management\\Get-Process @args"
     run_script(pool, f". {{ function global:Get-Process {{ {real} | {told} }} }}")
-    is_clean(pool, f"Start-Process {CMD} -ArgumentList {endless(mark)}; Start-Sleep 1")
+    is_clean(pool, f"Start-Process {CMD} -ArgumentList {endless(mark)}")
     assert programs(mark)
     for process in programs(mark):
         process.kill()

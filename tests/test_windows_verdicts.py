@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import psutil
 import pytest
 from conftest import wait_for
-from pwsh import CONSTRAINED, FULL, Engine, EngineShell, open_engine
+from pwsh import CONSTRAINED, FULL, Engine, EngineShell
 from test_powershell import Polled, poll, target
 from wsman_server import WSManServer
 
@@ -74,12 +74,6 @@ CASES = (
     Case("nagios good", "'fine | load=1'", True, "fine"),
     Case("nagios error", "Write-Error 'no plugin'; exit 1", False, "no plugin"),
 )
-
-
-@pytest.fixture(scope="module")
-def engine() -> Iterator[Engine]:
-    with open_engine() as engine:
-        yield engine
 
 
 @pytest.fixture(scope="module", params=(FULL, CONSTRAINED), ids=("full", "constrained"))
