@@ -29,7 +29,7 @@ test: packages $(VENV)/test.stamp
 # are tests of moments (of a kill, of a first poll, of megabytes before a deadline) that wine is too slow to keep.
 SLOW := test_kill_during or first_polls_are_paced or every_poll_ends_in_time
 # Three at once: in wine they wait more than they compute.
-WINDOWS := inventory endpoints vault storage aggregate evaluate gate hostile_clients proxy poll transport powershell \
+WINDOWS := inventory groups endpoints vault storage aggregate evaluate gate hostile_clients proxy poll transport powershell \
 	probes protocols windows_kept windows_local windows_probes wsman_server windows_service workers reload readme
 
 test-windows: packages $(VENV)/run.stamp

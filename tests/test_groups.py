@@ -8,7 +8,7 @@ import queue
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from conftest import wait_for
@@ -16,14 +16,18 @@ from console import console, local_console
 from hypothesis import given
 from hypothesis import strategies as st
 from service import Service, run, write_inventory
-from sshd import open_sshd
+from sshd import POSIX, open_sshd
 
 from healthchecker import (
+    Counters,
     Gate,
     Gates,
     HealthAggregator,
     InventoryError,
     Lease,
+    Metrics,
+    ServingMetrics,
+    generate_latest,
     load_inventory,
     quorum_of,
 )
@@ -558,6 +562,7 @@ def three_hosts(folder: Path) -> Iterator[tuple[list[Any], str]]:
             f" rise: 1, timeout: 10}}\n" for number, host in enumerate(hosts))  # fmt: skip
 
 
+@POSIX
 def test_two_of_three_hosts_carry_the_site(tmp_path: Path) -> None:
     """One of them dies and the site goes on; a second one that fails closes it; routes and groups go their own way."""
     with three_hosts(tmp_path) as (hosts, rows), tempfile.TemporaryDirectory() as shared:
@@ -604,8 +609,9 @@ def test_two_of_three_hosts_carry_the_site(tmp_path: Path) -> None:
             down["warehouse"].unlink()
             wait_open(*everything)
             assert service.get("/-/readyz/unknown").status == 404
-            kinds = {event["text"].split(":")[0] for event in client.api("GET", "events?kind=gate").json}
-            assert {"replicas", "/reports"} <= kinds
+            names = {event["text"].split(":")[0] for event in client.api("GET", "events?kind=group").json}
+            assert {"replicas", "/reports", "/static"} <= names
+            assert client.api("GET", "events?kind=gate").json[0]["text"].startswith("closed -> open after ")
 
 
 def test_groups_follow_a_reload(tmp_path: Path) -> None:
@@ -619,7 +625,7 @@ def test_groups_follow_a_reload(tmp_path: Path) -> None:
         service.wait_status("/", 200)
         write_inventory(tmp_path, rows + bad + groups.format("all"))
         assert run(inventory, "reload").returncode == 0
-        service.wait_line("gate: g: open -> closed")
+        service.wait_line("group: g: open -> closed")
         service.wait_status("/", 503)
         write_inventory(tmp_path, rows + bad + groups.format("any") + "routes: {/r: [b], /s: []}\n")
         done = run(inventory, "reload")
@@ -628,3 +634,35 @@ def test_groups_follow_a_reload(tmp_path: Path) -> None:
         service.wait_status("/", 200)
         assert service.get("/-/gate/g").status == 204
         assert service.get("/-/gate/s").status == 404
+        service.wait_line("group: g: closed -> open")
+        begin = len(service.output)
+        renamed = f"  - {{name: new, was: b, {calm}, tags: [t]}}\n"
+        write_inventory(tmp_path, rows.splitlines(keepends=True)[0] + renamed + bad + groups.format("any"))
+        done = run(inventory, "reload")
+        assert "0 added, 2 changed, 0 removed" in done.stdout, done
+        wait_for(lambda: service.get("/-/readyz/g").status == 200)
+        write_inventory(tmp_path, rows.splitlines(keepends=True)[0] + renamed + groups.format("all"))
+        assert run(inventory, "reload").returncode == 0
+        wait_for(lambda: service.get("/-/readyz/g").status == 200)
+        assert "open ->" not in service.output[begin:], "who is renamed or removed is not missed for a moment"
+
+
+def test_metrics_and_the_page(tmp_path: Path) -> None:
+    """How groups stand; and since when the gate is open is not since when a group is."""
+    calm = "platform: simulated, mean_healthy: 1000000, interval: 1"
+    rows = f"  - {{name: a, {calm}}}\n  - {{name: b, {calm.replace('1000000', '0.000001')}, mean_unhealthy: 1e6}}\n"
+    groups = "groups: [{name: g, members: [a, b], healthy: any, warn: all}, {name: h, members: [b]}]\n"
+    with local_console(tmp_path, rows + groups) as local:
+        local.log_in()
+        wait_for(lambda: [group["state"] for group in local.api("GET", "groups").json] == ["degraded", "unhealthy"])
+        wait_for(lambda: local.api("GET", "events?kind=group").json)
+        page = local.ask("GET", "/-/").body
+        assert "1 of 2" in page and "check simulation" in page
+        assert "no result yet" not in page
+        context = local.context
+        serving = ServingMetrics(context.lease, Counters(1))
+        metrics = Metrics(serving, context.store, None, context.connections, context.monitor.groups)
+        text = generate_latest(cast(Any, metrics)).decode()
+        assert 'healthchecker_group_healthy{group="g"} 1.0' in text
+        assert 'healthchecker_group_healthy{group="h"} 0.0' in text
+        assert 'healthchecker_group_healthy_members{group="g"} 1.0' in text
