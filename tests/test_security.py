@@ -69,6 +69,7 @@ VIEWERS = {
     "POST /-/password",
     "GET /-/api/openapi.json",
     "POST /-/api/password",
+    "GET /-/api/groups",
     "GET /-/api/resources",
     "GET /-/api/resources/<name>",
     "GET /-/api/resources/<name>/samples",
