@@ -6242,28 +6242,35 @@ class Group:
 
     def __init__(self, quorum: Quorum = "all", warn: Quorum | None = None) -> None:
         self._quorum, self._warn = quorum, warn
-        self._ends: list[float] = []
-        self._openings: list[float] = []
+        self._ends: list[float] = []        # of the healthy ones
+        self._openings: list[float] = []    # of the others
         self.needed = 0     # how many of those that count now, at most all of them
         self.span: Span | None = None   # of who counts; None while nobody does
 
     def exchange(self, before: Span | None, after: Span | None) -> None:
         """A member's span changes; it is None while the member does not count."""
-        for number, values in ((0, self._ends), (1, self._openings)):
-            if before and after and before[number] == after[number]:
-                continue
-            if before:
-                del values[bisect.bisect_left(values, before[number])]
-            if after:
-                bisect.insort(values, after[number])
+        ends, openings = self._ends, self._openings
+        if before:
+            end, opening = before
+            values, old = (ends, end) if opening == -math.inf else (openings, opening)
+            del values[bisect.bisect_left(values, old)]
+        if after:
+            end, opening = after
+            values, new = (ends, end) if opening == -math.inf else (openings, opening)
+            bisect.insort(values, new)
         if not before or not after:
-            self.needed = quorum_of(self._quorum, len(self._ends))
-        self.span = (self._ends[-self.needed], self._openings[self.needed - 1]) if self.needed else None
+            self.needed = quorum_of(self._quorum, len(ends) + len(openings))
+        if not self.needed:
+            self.span = None
+        elif self.needed <= len(ends):
+            self.span = ends[-self.needed], -math.inf
+        else:
+            self.span = 0.0, openings[self.needed - len(ends) - 1]
 
     def state(self, now: float) -> Literal["healthy", "degraded", "unhealthy"]:
         """At a moment of the lease's clock."""
         good = len(self._ends) - bisect.bisect_right(self._ends, now)
-        short = self._warn and good < quorum_of(self._warn, len(self._ends))
+        short = self._warn and good < quorum_of(self._warn, len(self._ends) + len(self._openings))
         return "degraded" if short else "healthy"
 
 
