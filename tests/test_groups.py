@@ -609,9 +609,12 @@ def test_two_of_three_hosts_carry_the_site(tmp_path: Path) -> None:
             down["warehouse"].unlink()
             wait_open(*everything)
             assert service.get("/-/readyz/unknown").status == 404
-            names = {event["text"].split(":")[0] for event in client.api("GET", "events?kind=group").json}
-            assert {"replicas", "/reports", "/static"} <= names
-            assert client.api("GET", "events?kind=gate").json[0]["text"].startswith("closed -> open after ")
+
+            def events(kind: str) -> list[str]:
+                return [event["text"] for event in client.api("GET", f"events?kind={kind}").json]
+
+            wait_for(lambda: events("gate")[0].startswith("closed -> open after "))  # written within a second
+            assert {"replicas", "/reports", "/static"} <= {text.split(":")[0] for text in events("group")}
 
 
 def test_groups_follow_a_reload(tmp_path: Path) -> None:
