@@ -3760,7 +3760,8 @@ def missing_package(auth: str) -> str | None:
 def tls_fault(error: OSError, hint: str) -> ProbeError:
     """Our error for a broken connection or TLS handshake; `hint` says what may be wrong where nothing answers."""
     reason = str(getattr(error, "reason", "") or "")
-    if isinstance(error, TimeoutError):
+    if isinstance(error, TimeoutError | ssl.SSLWantReadError | ssl.SSLWantWriteError):
+        # Python takes a socket whose time ends at this very tick of the clock for one that never waits.
         return ProbeError("timeout", "no answer in time")
     if "ALERT" in reason and ("CERTIFICATE" in reason or "UNKNOWN_CA" in reason):
         return ProbeError("auth", UNMAPPED)
@@ -5540,7 +5541,7 @@ class WindowsOutput(Output):
         """Raises ProbeError where not even the first row came."""
         if self.whole:
             return ""
-        late = fault.cause == "timeout" if fault else code is None and (self._over or time.monotonic() > self.due_mono)
+        late = fault.cause == "timeout" if fault else code is None and (self._over or time.monotonic() >= self.due_mono)
         if not self._rows:
             slow = ProbeError("timeout", f"no end within {self._deadline.seconds:g} s")
             raise fault or (slow if late else not_run(self.printed.decode(errors="replace"), self._settings))

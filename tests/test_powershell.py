@@ -33,7 +33,7 @@ from cryptography.hazmat.primitives import serialization
 from pydantic import SecretStr
 from service import Service, run_cheaply, write_inventory
 from test_wsman_server import WAYS, man_in_the_middle
-from wsman_server import Answer, Certificate, Misbehaviour, Script, WSManServer
+from wsman_server import TLS_HEAD, Answer, Certificate, Misbehaviour, Script, WSManServer
 
 import healthchecker
 from healthchecker import (
@@ -53,6 +53,7 @@ from healthchecker import (
     Verdict,
     main,
     poll_once,
+    tls_fault,
 )
 
 PASSWORD = "correct horse"  # of the server's account
@@ -314,6 +315,28 @@ def test_every_misbehaviour_ends_in_time_with_its_cause(scheme: str, auth: str) 
     expected = cases(scheme, ("auth", *(MESSAGES if (scheme, auth) in FULL_WAYS else ())))
     with no_leaks(), ThreadPoolExecutor(AT_ONCE) as pool:
         assert list(pool.map(outcome, expected)) == expected
+
+
+def test_a_handshake_whose_time_ends_at_a_tick_of_the_clock_is_late() -> None:
+    """What comes byte by byte wakes it at such a tick, where a clock stands for 16 ms (Windows): CPython then raises
+    SSLWantReadError, as on a socket that never waits (Modules/_ssl.c: PySSL_select with a timeout of 0)."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    causes: collections.Counter[str] = collections.Counter()
+    for _ in range(30):
+        ours, theirs = socket.socketpair()
+        with ours, theirs, ThreadPoolExecutor(1) as pool:
+            ours.settimeout(0.05)
+            handshake = pool.submit(context.wrap_socket, ours)
+            theirs.sendall(TLS_HEAD)
+            while not handshake.done():
+                theirs.send(b"\0")
+                time.sleep(0.001)
+            error = handshake.exception()
+            assert isinstance(error, OSError)
+            causes[tls_fault(error, "").cause] += 1
+    assert causes == {"timeout": 30}
+    assert tls_fault(ssl.SSLWantReadError(), "").cause == "timeout"
 
 
 NAMED: list[Misbehaviour] = ["silent", "drip", "endless", "drop", 503, "quota", "access denied"]

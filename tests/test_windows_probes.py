@@ -10,6 +10,7 @@ from __future__ import annotations
 import bisect
 import json
 import re
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -470,6 +471,16 @@ def good_checks(output: WindowsOutput) -> dict[str, bool]:
 
 
 RAN = json.dumps({"number": 1, "name": "a", "good": True, "text": "", "code": None, "then": ""})
+
+
+def test_a_check_is_late_at_the_very_tick_of_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clock of Windows stands for 16 ms, and who waits until a tick wakes at it."""
+    output = watched(RAN)
+    now_mono = time.monotonic()
+    monkeypatch.setattr(time, "monotonic", lambda: now_mono)
+    output.due_mono = now_mono
+    assert output.rest(None, None) == "" and good_checks(output) == {"a": True, "b": False}
+    assert json.loads(output.printed.removesuffix(b"mark").splitlines()[2])["text"] == "no end in 5 s"
 
 
 def test_a_check_that_nobody_saw_end_is_never_good() -> None:
