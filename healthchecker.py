@@ -433,9 +433,10 @@ def with_ssh_config(raw: dict[str, Any], path: Path, names: Collection[str], *, 
 # aliases, tags and merges are refused, and each value has its place. In comes a file or what was typed into a form, out
 # goes a Document, or an InventoryError with line and column. Pure but for reading files; for any thread.
 # Gives: Document, INVENTORY_BYTES, NodePath, read_document
-INVENTORY_BYTES = 1 << 20       # bytes; a larger inventory is refused
+INVENTORY_BYTES = 4 << 20       # bytes; a larger inventory is refused
 INVENTORY_DEPTH = 8             # levels of nesting
-INVENTORY_NODES = 200_000       # YAML events
+INVENTORY_NODES = 600_000       # YAML events
+YAML_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)     # in C, where PyYAML was built so: four times as fast
 NodePath = tuple[str | int, ...]
 
 
@@ -466,7 +467,7 @@ class Document:
         root, text = None, self._decode(source)
         try:
             if not self.faults and self._allowed(text):
-                root = yaml.compose(text, Loader=yaml.SafeLoader)
+                root = yaml.compose(text, Loader=YAML_LOADER)
         except yaml.MarkedYAMLError as error:
             self.fault(error.problem_mark or error.context_mark,
                        "not valid YAML here (is a value with special characters unquoted?)")
@@ -499,7 +500,7 @@ class Document:
     def _allowed(self, text: str) -> bool:
         """Looks at the events before anything is built, so that nothing hostile is."""
         depth = 0
-        for count, node in enumerate(yaml.parse(text, Loader=yaml.SafeLoader)):
+        for count, node in enumerate(yaml.parse(text, Loader=YAML_LOADER)):
             if isinstance(node, yaml.AliasEvent) or getattr(node, "anchor", None):
                 self.fault(node.start_mark, "anchors and aliases are not allowed; quote what starts with & or *")
             elif getattr(node, "tag", None):
@@ -552,7 +553,7 @@ def read_document(path: Path) -> Document:
 # own: limits, checks, expectations. Texts come in, values go out, or a ValueError that says what is wanted. Pure.
 # Gives: absolute, AppName, CertificateDays, Check, ConsoleListen, Days, Expect, FilePath, Fingerprint, fits_platform,
 # HeaderName, HeaderValue, HostKey, Hostname, HOSTNAME, known_hosts_file, Limit, Limits, Listen, literal_address,
-# LongText, matching, matching_key, Name, Networks, Platform, Positive, PROTOCOLS, read_url, Relogin,
+# LongText, matching, matching_key, Name, Networks, Platform, Positive, PROTOCOLS, RANGE, ranged, read_url, Relogin,
 # REMOTE_PLATFORMS, Seconds, Secret, SELECTABLE, selectable, ServiceName, Settings, short_expect, SQLITE, SqliteUrl,
 # SSH_PLATFORMS, TextLine, Times, Url, WEB_PORTS, Workers
 class Platform(str, Enum):
@@ -775,6 +776,30 @@ class Check(Settings):
         if self.limits and self.exit != "nagios":
             raise ValueError("limits of a check need `exit: nagios`")
         return self
+
+
+RANGE = re.compile(r"\[([0-9]{1,9}|[a-z]|[A-Z]):([0-9]{1,9}|[a-z]|[A-Z])(?::([1-9][0-9]{0,5}))?\]")
+RANGE_MAX = 20_000      # hosts of one entry
+
+
+def ranged(text: str) -> list[str]:
+    """What a text with ranges stands for, such as web[01:40], db[a:c] or rack[0:90:10], the last one counting fastest;
+    by itself without one. Raises ValueError."""
+    begin, *rest = RANGE.split(text)
+    texts = [begin]
+    for first, last, step, after in zip(*[iter(rest)] * 4, strict=True):
+        begins, ends = (int(end) if end.isdecimal() else ord(end) for end in (first, last))
+        width = len(first) if first.startswith("0") and first != "0" else 0
+        if first.isdecimal() is not last.isdecimal() or first.isupper() is not last.isupper() or begins > ends:
+            raise ValueError(f"[{first}:{last}] must count up, from a number to a number or from a letter to a letter")
+        if width and len(last) != width:
+            raise ValueError(f"[{first}:{last}] must have as many digits at its end as at its beginning")
+        counted = range(begins, ends + 1, int(step or 1))
+        if len(texts) * len(counted) > RANGE_MAX:
+            raise ValueError(f"stands for more than {RANGE_MAX} hosts")
+        texts = [f"{text}{number:0{width}d}{after}" if first.isdecimal() else f"{text}{chr(number)}{after}"
+                 for text in texts for number in counted]
+    return texts
 
 
 class Url(NamedTuple):
@@ -1273,6 +1298,7 @@ class Inventory:
     path: Path
     service: ServiceSettings
     resources: list[ResourceSettings]
+    entries: list[int]              # of the file, one for each resource; one with a range stands for many
     places: Mapping[str, str]       # of the resources: file:line:column
     defaults: Mapping[str, Any]     # without secrets
     gates: Gates = dataclass_field(default_factory=Gates)
@@ -1289,6 +1315,7 @@ class InventoryFile(Settings):
 
 
 M = TypeVar("M", bound=Settings)
+RANGED = {"hostname", "url", "name", "was"}     # settings that may have a range each
 NESTED: dict[str, type[Settings]] = {
     "service": ServiceSettings, "limits": Limits, "checks": Check, "retention": Retention, "expect": Expect,
     "groups": GroupSettings}
@@ -1367,16 +1394,18 @@ class InventoryLoader:
             self.fault((), "resources is missing; write `resources: []` to watch nothing")
         missing = dict.fromkeys(("name", "hostname", "username"), "any")     # to look at the defaults alone
         usual = self._validate(ResourceSettings, missing | defaults | of_url(defaults), lambda loc: ("defaults", *loc))
-        self.names = {str(own.get("name", own.get("hostname"))) for own in items if isinstance(own, dict)}
-        found = {index: self._resource(index, own, defaults)
-                 for index, own in enumerate(items) if isinstance(own, dict)}
-        resources = [resource for resource in found.values() if resource]
+        entries = [(index, one) for index, own in enumerate(items) if isinstance(own, dict)
+                   for one in self._hosts(index, own)]
+        self.names = {str(own.get("name", own.get("hostname"))) for _, own in entries}
+        read = [(index, self._resource(index, own, defaults)) for index, own in entries]
+        found = [(index, resource) for index, resource in read if resource]
+        resources = [resource for _, resource in found]
         self._fault_former_names(found)
         if file:
             self._fault_shared_files(file.service, found)
         ways = {name: list[str]() for name in self.names} | {resource.name: resource.way for resource in resources}
-        for index, resource in found.items():
-            if resource and (why := jump_fault(resource.name, ways)):
+        for index, resource in found:
+            if (why := jump_fault(resource.name, ways)):
                 self.fault(("resources", index, "proxy_jump"), why)
         gates = Gates(groups=file.groups, routes=file.routes) if file else Gates()
         for place, why in () if self.faults else group_faults(gates, resources):
@@ -1384,18 +1413,38 @@ class InventoryLoader:
         if self.faults or not file or not usual:
             raise InventoryError("\n".join(self.faults))
         usual_values = usual.model_dump(mode="json", include=set(defaults), exclude=set(SECRETS), exclude_none=True)
-        return Inventory(self.path, file.service, resources, self.places, usual_values, gates)
+        return Inventory(self.path, file.service, resources, [index for index, _ in found], self.places, usual_values,
+                         gates)
 
-    def _fault_former_names(self, found: Mapping[int, ResourceSettings | None]) -> None:
+    def _hosts(self, index: int, own: dict[str, Any]) -> list[dict[str, Any]]:
+        """An entry by itself, or one for each host of its range."""
+        if not any(RANGE.search(str(own.get(key))) for key in ("hostname", "url")):
+            return [own]
+        found: dict[str, list[str]] = {}
+        for key in RANGED & own.keys():
+            try:
+                found[key] = ranged(str(own[key]))
+            except ValueError as error:
+                self.fault(("resources", index, key), str(error))
+                return []
+        count = len(found.get("url") or found["hostname"])
+        for key in [key for key, texts in found.items() if len(texts) != count]:
+            self.fault(("resources", index, key), f"must have a range of {count}, for so many are meant")
+        for kind in SECRETS:
+            if str(own.get(kind, "")).startswith(TOKEN_PREFIXES):
+                self.fault(("resources", index, kind), f"a sealed secret belongs to one resource; use {kind}_file")
+        return [own | dict(zip(found, texts, strict=True)) for texts in zip(*found.values(), strict=False)]
+
+    def _fault_former_names(self, found: Iterable[tuple[int, ResourceSettings]]) -> None:
         """What was one resource became one other."""
         taken = set(self.names)
-        for index, resource in found.items():
-            if resource and resource.was:
+        for index, resource in found:
+            if resource.was:
                 if resource.was in taken:
                     self.fault(("resources", index, "was"), "a resource has this name, or had it, too")
                 taken.add(resource.was)
 
-    def _fault_shared_files(self, service: ServiceSettings, resources: Mapping[int, ResourceSettings | None]) -> None:
+    def _fault_shared_files(self, service: ServiceSettings, resources: Iterable[tuple[int, ResourceSettings]]) -> None:
         """A log that is written into another file of the service would destroy it, by whatever name it is called."""
         database, log_file = service.database_path, service.log_file
         ours = [("", "the inventory", self.path), ("", "the program", Path(__file__)),
@@ -1412,8 +1461,8 @@ class InventoryLoader:
             if found and setting:
                 self.fault(("service", setting), f"is {min(found)}, too; name another file")
         looked_up = functools.cache(identities)     # many may share one
-        for index, resource in resources.items():
-            for name, value in resource or ():
+        for index, resource in resources:
+            for name, value in resource:
                 if isinstance(value, Path) and (which := [*filter(None, map(known.get, looked_up(value)))]):
                     self.fault(("resources", index, name), f"is {which[0]}, too; name another file")
 
@@ -11993,8 +12042,10 @@ def rewrite(path: Path, document: Document, replacements: Mapping[NodePath, str]
 def secret_nodes(installation: Installation, document: Document, *,
                  sealed: bool) -> Iterator[tuple[NodePath, str, ResourceSettings]]:
     """Paths and values of the secrets that stand in the file, sealed or plain ones, with their resource."""
-    for index, settings in enumerate(installation.inventory.resources):
-        for kind in SECRETS:
+    entries = installation.inventory.entries
+    hosts = collections.Counter(entries)
+    for index, settings in zip(entries, installation.inventory.resources, strict=True):
+        for kind in SECRETS if hosts[index] == 1 else ():
             node = document.nodes.get(("resources", index, kind))
             if node is not None and node.value.startswith(TOKEN_PREFIXES) is sealed:
                 yield ("resources", index, kind), node.value, settings
@@ -12011,11 +12062,13 @@ def seal(arguments: argparse.Namespace) -> int:
     if tokens:
         rewrite(installation.path, document, tokens)
     print(f"{installation.path.name}: {len(tokens)} secrets sealed")
-    shared = [kind for kind in SECRETS if ("defaults", kind) in document.nodes]
-    if shared:
-        print(f"defaults.{shared[0]} stays plain, for a sealed secret belongs to one resource; "
-              f"use {shared[0]}_file, or write it at each resource", file=sys.stderr)
-    return int(bool(shared))
+    left = [where for where, text in scalars(read_document(installation.path)).items()
+            if where and where[-1] in SECRETS and not text.startswith(TOKEN_PREFIXES)
+            and len(where) == {"defaults": 2, "resources": 3}.get(str(where[0]))]
+    for where in left:
+        print(f"{where[-1]} in line {document.position(where).partition(':')[0]} stays plain, for a sealed secret "
+              f"belongs to one resource; use {where[-1]}_file, or write it at each resource", file=sys.stderr)
+    return int(bool(left))
 
 
 def endpoint(arguments: argparse.Namespace) -> int:

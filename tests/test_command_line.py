@@ -504,12 +504,19 @@ def test_seal_twice_changes_nothing(
 
 
 def test_seal_says_what_it_leaves(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A password in `defaults` belongs to many and cannot be sealed."""
+    """A password in `defaults` belongs to many and cannot be sealed, nor one of a range of hosts."""
     prepared_keys(tmp_path)
     path = tmp_path / "inventory.yaml"
-    path.write_text("defaults: {password: p}\nresources: [{hostname: a, username: u}]\n", encoding="utf-8")
+    one, several = "{hostname: a, username: u, password: p}", "{hostname: 'b[1:2]', username: u, password: p}"
+    path.write_text(f"defaults: {{password: p}}\nresources:\n- {several}\n- {one}\n", encoding="utf-8")
     assert main(["--inventory", str(path), "seal"]) != 0
-    assert "defaults.password stays plain" in capsys.readouterr().err
+    told = capsys.readouterr()
+    assert [line.partition(",")[0] for line in told.err.splitlines()] == [
+        "password in line 1 stays plain",
+        "password in line 3 stays plain",
+    ]
+    assert "1 secrets sealed" in told.out and path.read_text("utf-8").count("HC2.") == 1
+    assert load_inventory(path).resources[-1].secrets["password"].startswith("HC2.")
 
 
 @POSIX_ONLY

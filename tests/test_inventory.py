@@ -84,6 +84,16 @@ def dns(text: str) -> str:
 
 
 FAULTS: dict[str, tuple[str, str]] = {
+    "range counts down": (dns("x").replace("a, x", "¦'h[3:1]'"), "hostname: [3:1] must count up"),
+    "range of two kinds": (dns("x").replace("a, x", "¦'h[a:3]'"), "[a:3] must count up"),
+    "range of two cases": (dns("x").replace("a, x", "¦'h[a:F]'"), "[a:F] must count up"),
+    "range of two widths": (dns("x").replace("a, x", "¦'h[01:100]'"), "[01:100] must have as many digits"),
+    "range without end": (dns("x").replace("a, x", "¦'h[0:999999999]'"), "more than 20000 hosts"),
+    "ranges without end": (dns("x").replace("a, x", "¦'h[0:9999][0:9999]'"), "more than 20000 hosts"),
+    "range that is none": (dns("x").replace("a, x", "¦'h[1-9]'"), "must be a host name"),
+    "range of one name": (dns("name: ¦b").replace(": a", ": 'h[1:2]'"), "name: must have a range of 2"),
+    "range of other names": (dns("name: ¦'b[1:3]'").replace(": a", ": 'h[1:2]'"), "name: must have a range of 2"),
+    "sealed for a range": (more("").replace(": a", ": 'h[1:2]'").replace(" p\n", " ¦HC2.a\n"), "use password_file"),
     "empty file": ("¦", "resources is missing"),
     "comments only": ("# nothing\n", "resources is missing"),
     "a text": ("¦hello", "mapping"),
@@ -234,9 +244,9 @@ FAULTS: dict[str, tuple[str, str]] = {
     "password file is empty": (one("password_file: ¦empty"), "resources[0].password_file"),
     "password file of nobody": (one("password_file: ¦~no-such-user/password"), "resources[0].password_file"),
     "password file with NUL": (one('password_file: ¦"a\\0b"'), "resources[0].password_file"),
-    "password is half a character": (one('password: ¦"\\ud800"'), ""),
-    "a tag is half a character": (more('tags: [¦"\\ud800"]'), ""),
-    "password file is half a character": (one('password_file: ¦"\\ud800"'), ""),
+    "password is half a character": (one('password: "\\u¦d800"'), ""),
+    "a tag is half a character": (more('tags: ["\\u¦d800"]'), ""),
+    "password file is half a character": (one('password_file: "\\u¦d800"'), ""),
     "passphrase without key": (more("key_passphrase: x").replace("- h", "- ¦h"), "key_passphrase needs key_file"),
     "host_key": (more("host_key: ¦md5:00"), "resources[0].host_key"),
     "two checks of one name": (
@@ -405,7 +415,7 @@ def test_faults_of_different_kinds_come_together(content: str, places: set[str],
 FILES: dict[str, tuple[Callable[[Path], object], str]] = {
     "directory": (lambda path: path.mkdir(), "is a directory"),
     "missing": (lambda path: None, "cannot be read"),
-    "over 1 MiB": (lambda path: path.write_bytes(b"resources: []\n" + b"#" * (1 << 20)), "larger than 1048576 bytes"),
+    "over 4 MiB": (lambda path: path.write_bytes(b"resources: []\n" + b"#" * (4 << 20)), "larger than 4194304 bytes"),
     "not UTF-8": (lambda path: path.write_bytes(b"resources: []\n# \xe4\n"), "not UTF-8"),
     "UTF-16": (lambda path: path.write_bytes("resources: []\n".encode("utf-16")), "not UTF-8"),
     "cut within a character": (lambda path: path.write_bytes("resources: []\n# ä".encode()[:-1]), "not UTF-8"),
@@ -428,9 +438,9 @@ def test_unreadable_file(case: str, tmp_path: Path) -> None:
         assert str(caught.value).startswith("inventory.yaml:2:3: ")
 
 
-def test_one_mebibyte_is_read(folder: Path) -> None:
+def test_four_mebibytes_are_read(folder: Path) -> None:
     content = b"resources: []\n#"
-    assert load(folder, content + b"-" * ((1 << 20) - len(content))).resources == []
+    assert load(folder, content + b"-" * ((4 << 20) - len(content))).resources == []
 
 
 # --- what is valid -------------------------------------------------------------------------------------------
@@ -589,6 +599,9 @@ MERGE_BOMB = "m0: &m0 {k: v}\n" + "".join(
 )
 
 
+ENTRY = "  - {{hostname: '{}.example.com', username: monitor, password: p, limits: {{cpu_percent: 95}}}}\n"
+
+
 @pytest.mark.parametrize(
     "content",
     [
@@ -603,14 +616,51 @@ def test_bomb(content: str, folder: Path) -> None:
     assert time.process_time() - begin < 8
 
 
-def test_a_thousand_hosts_load_fast(folder: Path) -> None:
-    hosts = "".join(
-        f"  - hostname: h{n}.example.com\n    username: monitor\n    password: p{n}\n    limits: {{cpu_percent: 95}}\n"
-        for n in range(1000)
-    )
+@pytest.mark.parametrize(
+    "entries",
+    [
+        ENTRY.format("h[00001:10000]"),
+        "".join(ENTRY.format(f"h{number:05}") for number in range(1, 10_001)),
+    ],
+    ids=["a range", "one by one"],
+)
+def test_ten_thousand_hosts_load(entries: str, folder: Path) -> None:
+    """In about 1 and 2 s of CPU."""
     begin = time.process_time()
-    assert len(load(folder, "resources:\n" + hosts).resources) == 1000
-    assert time.process_time() - begin < 4
+    names = [resource.name for resource in load(folder, "resources:\n" + entries).resources]
+    assert names == [f"h{number:05}.example.com" for number in range(1, 10_001)]
+    assert time.process_time() - begin < 12
+
+
+RANGES = {
+    "h[08:10]": ["h08", "h09", "h10"],
+    "h[8:10]x": ["h8x", "h9x", "h10x"],
+    "[a:c]": ["a", "b", "c"],
+    "r[0:90:30]": ["r0", "r30", "r60", "r90"],
+    "[A:B]-[1:2].example.com": ["A-1.example.com", "A-2.example.com", "B-1.example.com", "B-2.example.com"],
+    "h[5:5]": ["h5"],
+}
+
+
+@pytest.mark.parametrize("hostname", RANGES)
+def test_a_range_of_hosts(hostname: str, folder: Path) -> None:
+    """The names are those of the hosts, and so is what they have in common."""
+    found = load(folder, f"resources: [{{hostname: '{hostname}', platform: dns, tags: [t], interval: 9}}]").resources
+    assert [one.name for one in found] == [one.hostname for one in found] == RANGES[hostname]
+    assert {(one.interval, *one.tags) for one in found} == {(9, "t")}
+
+
+def test_names_and_urls_have_a_range_each(folder: Path) -> None:
+    entry = "{platform: http, url: 'https://web[01:03]:8443/x', name: 'shop [a:c]', was: 'web[01:03]'}"
+    inventory = load(folder, f"resources: [{entry}, {{hostname: z, platform: dns}}]")
+    shown = [(one.name, one.url, one.hostname, one.was) for one in inventory.resources[:3]]
+    assert shown == [(f"shop {letter}", f"https://web0{number}:8443/x", f"web0{number}", f"web0{number}")
+                     for number, letter in enumerate("abc", 1)]  # fmt: skip
+    assert inventory.entries == [0, 0, 0, 1]
+    assert [inventory.places[name] for name in ("shop a", "shop c", "z")] == [
+        "inventory.yaml:1:13", "inventory.yaml:1:13", f"inventory.yaml:1:{15 + len(entry)}"]  # fmt: skip
+    plain = load(folder, "resources: [{hostname: '::1', name: 'a[1:2]', platform: dns}]").resources
+    assert [one.name for one in plain] == ["a[1:2]"]
 
 
 FULL = """\
