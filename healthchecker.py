@@ -554,8 +554,8 @@ def read_document(path: Path) -> Document:
 # Gives: absolute, AppName, CertificateDays, Check, ConsoleListen, Days, Expect, FilePath, Fingerprint, fits_platform,
 # HeaderName, HeaderValue, HostKey, Hostname, HOSTNAME, known_hosts_file, Limit, Limits, Listen, literal_address,
 # LongText, matching, matching_key, Name, Networks, Platform, Positive, PROTOCOLS, RANGE, ranged, read_url, Relogin,
-# REMOTE_PLATFORMS, Seconds, Secret, SELECTABLE, selectable, ServiceName, Settings, short_expect, SQLITE, SqliteUrl,
-# SSH_PLATFORMS, TextLine, Times, Url, WEB_PORTS, Workers
+# REMOTE_PLATFORMS, Seconds, Secret, SECURED, SELECTABLE, selectable, ServiceName, Settings, short_expect, SQLITE,
+# SqliteUrl, SSH_PLATFORMS, TextLine, Times, Url, WEB_PORTS, Workers
 class Platform(str, Enum):
     """What a resource runs; decides its connection and its command set. `posix` is what `unix` falls back to."""
 
@@ -570,11 +570,13 @@ class Platform(str, Enum):
     HTTP = "http"
     TCP = "tcp"
     DNS = "dns"
+    PUSH = "push"
 
 
-SELECTABLE = ("unix", "linux", "macos", "freebsd", "windows", "local", "simulated", "http", "tcp", "dns")
+SELECTABLE = ("unix", "linux", "macos", "freebsd", "windows", "local", "simulated", "http", "tcp", "dns", "push")
 SSH_PLATFORMS = frozenset({Platform.UNIX, Platform.LINUX, Platform.MACOS, Platform.FREEBSD})
 REMOTE_PLATFORMS = SSH_PLATFORMS | {Platform.WINDOWS}
+SECURED = REMOTE_PLATFORMS | {Platform.PUSH}    # these need a secret
 PROTOCOLS = frozenset({Platform.HTTP, Platform.TCP, Platform.DNS})      # no machines
 
 
@@ -911,6 +913,7 @@ def fits_platform(expect: Expect, info: Any) -> Expect:
 LEASE_GRACE = 2.0               # seconds added to a lease for a busy machine
 KEY_FILES = ("private.pem", "public.pem", "next.pem")
 COMPANIONS = ("-wal", "-shm", "-journal", ".lock")      # files beside the database
+TOKEN_CHARS = 16                # of a password that has to be shown by whoever reports
 WORKERS_MAX = 8                 # worker processes that `auto` starts at most
 
 
@@ -969,12 +972,13 @@ SECRETS = ("password", "key_passphrase")  # what is sealed
 FILES = ("key_file", "ca_file", "certificate_file")  # read at each poll
 CREDENTIALS = ("password", "password_env", "password_file", "key_file")
 PASSPHRASES = ("key_passphrase", "key_passphrase_env", "key_passphrase_file")
-HOSTLESS = (Platform.LOCAL, Platform.SIMULATED)
+HOSTLESS = (Platform.LOCAL, Platform.SIMULATED, Platform.PUSH)
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 ONLY = (    # settings that have a meaning on these platforms alone
     (REMOTE_PLATFORMS, ("endpoint",)),
     ((*REMOTE_PLATFORMS, Platform.TCP), ("port",)),
-    ((*REMOTE_PLATFORMS, Platform.HTTP), ("username", *CREDENTIALS, *PASSPHRASES)),
+    ((*REMOTE_PLATFORMS, Platform.HTTP), ("username", "key_file", *PASSPHRASES)),
+    ((*REMOTE_PLATFORMS, Platform.HTTP, Platform.PUSH), CREDENTIALS[:3]),
     (SSH_PLATFORMS, ("host_key", "host_key_alias", "proxy_jump", "ssh_config")),
     ((Platform.WINDOWS,), ("auth", "configuration_name")),
     ((Platform.WINDOWS, Platform.TCP), ("tls",)),
@@ -982,15 +986,17 @@ ONLY = (    # settings that have a meaning on these platforms alone
     ((Platform.WINDOWS, Platform.HTTP, Platform.TCP), ("ca_file", "certificate_fingerprint")),
     ((*REMOTE_PLATFORMS, Platform.LOCAL), ("keep", "relogin")),
     ((Platform.SIMULATED,), ("mean_healthy", "mean_unhealthy", "seed")),
-    (frozenset(Platform) - PROTOCOLS, ("limits", "services", "checks")),
-    (frozenset(Platform) - {Platform.HTTP}, ("hostname",)),
+    (frozenset(Platform) - PROTOCOLS - {Platform.PUSH}, ("limits", "services", "checks")),
+    (frozenset(Platform) - {Platform.HTTP, Platform.PUSH}, ("hostname",)),
+    (frozenset(Platform) - {Platform.PUSH}, ("timeout", "retry_interval")),
     (PROTOCOLS, ("expect",)),
     ((Platform.HTTP,), ("url", "method", "headers", "redirects")),
     ((Platform.TCP,), ("send", "certificate_days")))
 NEEDED = {**dict.fromkeys(SSH_PLATFORMS, "username"), Platform.HTTP: "url", Platform.TCP: "port"}
 USUAL: Mapping[str, dict[str, Any]] = {      # what a platform has by itself
     **{key: {"tls": False} for key in PROTOCOLS},
-    **{key: {"hostname": "localhost"} for key in (*HOSTLESS, Platform.HTTP)}}
+    **{key: {"hostname": "localhost"} for key in (*HOSTLESS, Platform.HTTP)},
+    Platform.PUSH: {"hostname": "localhost", "rise": 1, "fall": 1}}     # who reports has decided
 
 
 def foreign_fields(platform: str) -> frozenset[str]:
@@ -1076,6 +1082,9 @@ class ResourceSettings(Settings):
         names = [check.name for check in self.checks]
         faults = self._windows_faults() if self.platform is Platform.WINDOWS else []
         faults += self._protocol_faults() if self.platform in PROTOCOLS else []
+        token = self.secrets.get("password", "") if self.platform is Platform.PUSH else "-" * TOKEN_CHARS
+        if token and not re.fullmatch(f"[!-~]{{{TOKEN_CHARS},}}", token):
+            faults.append(f"a password of push must have {TOKEN_CHARS} characters of ASCII or more, without blanks")
         if len(set(names)) < len(names):
             faults.append("two checks have the same name")
         if faults:
@@ -1154,8 +1163,8 @@ class ResourceSettings(Settings):
 
     @property
     def ttl(self) -> float:
-        """Seconds for which a report counts: two intervals, a poll and some grace."""
-        return 2 * self.interval + self.timeout + LEASE_GRACE
+        """Seconds for which a report counts: two intervals, a poll and some grace; what is not asked has one."""
+        return (self.interval if self.platform is Platform.PUSH else 2 * self.interval + self.timeout) + LEASE_GRACE
 
 
 # === Groups ==================================================================
@@ -2324,7 +2333,7 @@ def bind_ports(session: Session, rows: Iterable[Resource], vault: Vault) -> None
 def lacks_password(row: Resource, settings: ResourceSettings) -> bool:
     """Whether there is nothing to log in with; a keytab, the service's own, is for nobody but the inventory."""
     has_keytab = settings.auth == "kerberos" and row.origin == "inventory"
-    return (settings.platform in REMOTE_PLATFORMS and not settings.key_file and row.password is None and not has_keytab)
+    return settings.platform in SECURED and not settings.key_file and row.password is None and not has_keytab
 
 
 def update_row(row: Resource, settings: ResourceSettings, vault: Vault) -> bool:
@@ -2335,7 +2344,7 @@ def update_row(row: Resource, settings: ResourceSettings, vault: Vault) -> bool:
     rerouted = moved or (way is not None and way != row.way)
     row.host_key = None if moved else row.host_key
     has_key, given = settings.key_file is not None, settings.secrets
-    stays = settings.platform in REMOTE_PLATFORMS or row.origin == "api"    # else none is meant where none is given
+    stays = settings.platform in SECURED or row.origin == "api"    # else none is meant where none is given
     has_password = ("password" not in foreign_fields(settings.platform) and not has_key
                     and (stays or "password" in given))
     if settings.endpoint and has_password and settings.platform in SSH_PLATFORMS:
@@ -5841,7 +5850,7 @@ def windows_endpoint(settings: ResourceSettings) -> str:
 # Resources that are no machines: an answer of HTTP, a TCP port, a name. Each poll asks anew, for the handshake is a
 # part of what is asked, and a secret is sent to the origin alone that it is sealed for. In go settings, out comes what
 # was found, a check for each expectation, as JSON; what is no answer raises ProbeError. In the poller's thread.
-# Gives: found_sample, HttpConnection, NameConnection, PortConnection
+# Gives: found_sample, HttpConnection, NameConnection, PortConnection, PushConnection
 BODY_BYTES = 1 << 19            # bytes of an answer that are looked at
 QUOTED_CHARS = 80               # characters of what was sent that a reason shows
 REDIRECTS = (301, 302, 303, 307, 308)
@@ -5869,6 +5878,13 @@ def value_at(body: bytes, path: str) -> str | None:
 
 def expected(wanted: str, came: str, good: bool) -> Outcome:
     return Outcome(good, came if good else f"expected {wanted}, came {came}")
+
+
+class PushConnection(Connection):
+    """A resource that reports by itself, to its poller's `take`."""
+
+    def run(self, script: str, output: Output, deadline: Deadline) -> bool:
+        raise ProbeError("protocol", f"{NOT_TRIED}it reports by itself")
 
 
 def found_sample(text: str, _nonce: str, _previous: CpuTicks | None) -> Sample:
@@ -6063,6 +6079,7 @@ CONNECTIONS: dict[Platform, type[Connection]] = {
     Platform.HTTP: HttpConnection,
     Platform.TCP: PortConnection,
     Platform.DNS: NameConnection,
+    Platform.PUSH: PushConnection,
 }
 Builder = Callable[[Sequence[str], Sequence[Check], str, Iterable[str], Sequence[str]], str]
 Reader = Callable[[ResourceSettings, str, Deadline], Output]
@@ -6071,7 +6088,7 @@ LANGUAGES: dict[Platform, tuple[Builder, Reader, Parser]] = {
     **{platform: (functools.partial(build_script, platform), plain_output, parse_output) for platform in Platform},
     Platform.WINDOWS: (build_windows_script, WindowsOutput, parse_windows),
     Platform.SIMULATED: (lambda *_: "", plain_output, simulated_sample),      # it answers without being asked
-    **dict.fromkeys(PROTOCOLS, (lambda *_: "", plain_output, found_sample))}
+    **dict.fromkeys((*PROTOCOLS, Platform.PUSH), (lambda *_: "", plain_output, found_sample))}
 if sys.platform == "win32":
     LANGUAGES[Platform.LOCAL] = LANGUAGES[Platform.WINDOWS]
 
@@ -7083,6 +7100,11 @@ class Poller(threading.Thread):
         """Ends the thread after the poll that runs; its report is dropped when the resource is deregistered."""
         self._stopped = True
         self._woken.set()
+
+    def take(self, sample: Sample) -> bool:
+        """A report of a resource that is not asked; whether it counts."""
+        self._report(evaluate(sample, self.target.settings), 0.0, sample)
+        return not self._stopped
 
     def report_again(self) -> None:
         """Tells the aggregator the standing once more, for the rest of its time."""
@@ -9164,6 +9186,7 @@ class LoginThrottle:
 POLL_NOW_TIMEOUT = 60.0         # seconds that a request waits for a poll
 TRIAL_TIMEOUT = 30.0            # seconds of a poll with settings that are not stored
 MAINTENANCE = 366 * 86_400.0    # seconds of maintenance at most
+TAKE_TIME, TAKE_AGAIN = 2.0, 0.05   # seconds that a report waits for its resource's new poller, and between two looks
 API = "/-/api/"
 SAFE_METHODS = ("GET", "HEAD")
 DAMAGED = "its row in the database cannot be read; remove it, or restore the database"
@@ -9219,6 +9242,7 @@ class Principal:
     address: str = ""               # empty on the command line
     session: LoginSession | None = None
     user: User | None = None
+    bearer: str = dataclass_field(default="", repr=False)   # the token that was shown, whosever
 
     @property
     def name(self) -> str:
@@ -9487,6 +9511,29 @@ def poll_now(who: Principal, name: str) -> CheckView:
     if report is None:
         raise ApiError(f"there is no result after {POLL_NOW_TIMEOUT:.0f} s; the poll goes on", 504)
     return CheckView(**vars(report.verdict), seconds=report.seconds, kept=report.kept)
+
+
+class Push(Settings):
+    """What a resource says of itself."""
+
+    healthy: bool
+    reason: Annotated[str, Field(max_length=PROBLEM_CHARS)] = ""
+
+
+def push(who: Principal, name: str, body: Mapping[str, Any]) -> None:
+    """Takes what a resource of `platform: push` says of itself; its password is the bearer token."""
+    given = validated(Push, body)
+    sample = Sample({}, {}, None, {}, {"report": Outcome(given.healthy, one_line(given.reason))}, {})
+    ends_mono = time.monotonic() + TAKE_TIME
+    while (poller := who.context.monitor.pollers.get(name)) and time.monotonic() < ends_mono:
+        settings = poller.target.settings
+        known = settings.secrets.get("password", "") if settings.platform is Platform.PUSH else ""
+        if not known or not hmac.compare_digest(known.encode(), who.bearer.encode()):
+            break
+        if poller.take(sample):
+            return
+        time.sleep(TAKE_AGAIN)      # it was replaced just then
+    raise ApiError("no resource that pushes has this name and token", 401)
 
 
 def begin_maintenance(who: Principal, name: str, body: Mapping[str, Any]) -> ResourceView:
@@ -9764,6 +9811,7 @@ OPERATIONS = (
     Route("POST", API + "test", "admin", test_settings, TrialView, ResourceSettings),
     Route("POST", RESOURCE + "/test", "admin", test_changes, TrialView, ResourceSettings),
     Route("POST", RESOURCE + "/check", "admin", poll_now, CheckView),
+    Route("POST", API + "push/<name>", "", push, None, Push),
     Route("POST", RESOURCE + "/maintenance", "admin", begin_maintenance, ResourceView, Maintenance),
     Route("DELETE", RESOURCE + "/maintenance", "admin", end_maintenance),
     Route("POST", RESOURCE + "/trust", "admin", trust_resource, ResourceView, Trust),
@@ -9865,6 +9913,7 @@ def identify(context: ConsoleContext, request: flask.Request) -> Principal:
     scheme, _, bearer = request.headers.get("Authorization", "").partition(" ")
     if scheme.lower() == "bearer":
         kind, token = "token", bearer.strip()
+        stranger = replace(stranger, bearer=token)
     if not token:
         return stranger
     query = sqlalchemy.select(LoginSession, User).join(User).where(
@@ -12003,7 +12052,8 @@ def check(arguments: argparse.Namespace) -> int:
             if settings.platform is Platform.WINDOWS and (missing := missing_package(settings.auth)):
                 print(f"{settings.name}: {missing}")
         targets = {} if arguments.probe is None else load_targets(session, vault)
-    chosen = [find_target(targets, name) for name in arguments.probe or targets]
+    polled = [name for name, target in targets.items() if target.settings.platform is not Platform.PUSH]
+    chosen = [find_target(targets, name) for name in arguments.probe or polled]
     return code or (0 if arguments.probe is None else probe(targets, chosen, installation.access()))
 
 

@@ -59,7 +59,7 @@ ROUTES = {f"{route.method} {route.path}": route for route in (*API_ROUTES, *PAGE
 
 # Who may use what, written down once more and by hand: a new route has to be put here.
 PUBLIC = {"GET /-/health", "GET /-/livez"}
-BEFORE_LOGIN = {"POST /-/api/login", "GET /-/login", "POST /-/login", "GET /-/static/<name>"}
+BEFORE_LOGIN = {"POST /-/api/login", "POST /-/api/push/<name>", "GET /-/login", "POST /-/login", "GET /-/static/<name>"}
 VIEWERS = {
     "GET /-/",
     "GET /-/events",

@@ -1,0 +1,166 @@
+"""Resources that report by themselves: what their reports do, whose count, and what their silence does."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import wait_for
+from console import Local, Reply, console, local_console
+
+from healthchecker import InventoryError, Platform, SecretError, load_inventory
+
+TOKEN = "0123456789abcdef"
+INVENTORY = f"""\
+  - {{name: backup, platform: push, password: {TOKEN}, interval: 3600}}
+  - {{name: twice, platform: push, password: {TOKEN[::-1]}, interval: 3600, rise: 2, fall: 2}}
+  - {{name: stated, platform: simulated, mean_healthy: 100000}}
+"""
+README = Path(__file__).parent.parent / "README.md"
+
+
+@pytest.fixture
+def local(tmp_path: Path) -> Iterator[Local]:
+    with local_console(tmp_path, INVENTORY) as made:
+        yield made
+
+
+def push(local: Local, name: str = "backup", token: str = TOKEN, **body: Any) -> Reply:
+    headers = {"Content-Type": "application/json", **({"Authorization": f"Bearer {token}"} if token else {})}
+    return local.ask("POST", f"/-/api/push/{name}", json.dumps(body), headers)
+
+
+def shown(local: Local, name: str = "backup") -> tuple[str, str, str]:
+    """What counts, as the pages have it once it is written."""
+    local.context.monitor._context.recorder.flush()
+    view = local.log_in().api("GET", f"resources/{name}").json
+    return view["state"], view["cause"], view["reason"]
+
+
+def test_a_report_counts_at_once(local: Local) -> None:
+    assert shown(local) == ("unknown", "", "")
+    assert push(local, healthy=True, reason="12 GB in 4 min").status == 204
+    assert shown(local) == ("healthy", "", "")
+    assert local.api("GET", "resources/backup").json["sample"]["checks"]["report"]["text"] == "12 GB in 4 min"
+    assert push(local, healthy=False, reason="disk\nfull\x1b[31m").status == 204
+    assert shown(local) == ("unhealthy", "check", "check report: disk full [31m")
+    assert push(local, healthy=False).status == 204
+    assert shown(local) == ("unhealthy", "check", "check report: failed")
+    states = [event["text"] for event in local.api("GET", "events?kind=state&resource=backup").json]
+    assert [text.partition(" (")[0] for text in states[::-1]] == ["unknown -> healthy", "healthy -> unhealthy"]
+
+
+def test_rise_and_fall_are_one_where_nothing_else_is_said(local: Local) -> None:
+    for healthy, state in ((True, "healthy"), (False, "healthy"), (False, "unhealthy"), (True, "unhealthy")):
+        assert push(local, "twice", TOKEN[::-1], healthy=healthy).status == 204
+        assert shown(local, "twice")[0] == state
+
+
+@pytest.mark.parametrize(
+    ("name", "token"),
+    [("backup", ""), ("backup", TOKEN[:-1]), ("backup", TOKEN[::-1]), ("backup", f"{TOKEN}é"), ("nobody", TOKEN),
+     ("stated", ""), ("stated", TOKEN), ("twice", TOKEN)],
+)  # fmt: skip
+def test_nobody_else_reports(local: Local, name: str, token: str) -> None:
+    """And who tries learns nothing, not even of a name."""
+    reply = push(local, name, token.encode().decode("latin-1"), healthy=True)
+    assert (reply.status, reply.json["detail"]) == (401, "no resource that pushes has this name and token")
+    assert shown(local, "backup")[0] == shown(local, "twice")[0] == "unknown"
+
+
+def test_a_login_is_no_token_and_a_token_no_login(local: Local) -> None:
+    assert push(local, token=local.log_in().token, healthy=True).status == 401
+    local.token = TOKEN
+    assert local.api("GET", "resources").status == 401
+
+
+@pytest.mark.parametrize(
+    "body",
+    [{}, {"healthy": "yes"}, {"healthy": 1}, {"healthy": None}, {"healthy": True, "reason": "x" * 201},
+     {"healthy": True, "reason": 1}, {"healthy": True, "until": "x"}],
+)  # fmt: skip
+def test_what_is_no_report_changes_nothing(local: Local, body: dict[str, Any]) -> None:
+    assert push(local, **body).status == 422
+    assert shown(local)[0] == "unknown"
+
+
+def test_a_report_meets_new_settings(local: Local) -> None:
+    """Those of before and those behind it count, and the token of before does not."""
+    local.log_in()
+    new = {"name": "job", "platform": "push", "password": TOKEN, "interval": 3600}
+    assert local.api("POST", "resources", new).json["has_secret"]
+    wait_for(lambda: push(local, "job", healthy=True).status == 204)
+    assert local.api("PATCH", "resources/job", {"password": "f" * 16, "tags": ["t"]}).status == 200
+    wait_for(lambda: push(local, "job", "f" * 16, healthy=False).status == 204)
+    assert push(local, "job", healthy=True).status == 401
+    assert shown(local, "job")[0] == "unhealthy"
+    assert local.api("DELETE", "resources/job").status == 204
+    wait_for(lambda: push(local, "job", "f" * 16, healthy=True).status == 401)
+
+
+def test_a_check_asks_nothing_and_changes_nothing(local: Local) -> None:
+    push(local, healthy=True)
+    found = local.log_in().api("POST", "resources/backup/check").json
+    assert found["reason"] == "not tried: it reports by itself"
+    assert shown(local)[0] == "healthy"
+
+
+def test_a_report_counts_on_after_a_restart(tmp_path: Path) -> None:
+    with local_console(tmp_path, INVENTORY) as local:
+        push(local, healthy=True)
+    with local_console(tmp_path, INVENTORY) as local:
+        assert shown(local)[0] == "healthy"
+
+
+SHORT = "  - {name: backup, platform: push, password_env: PUSHED, interval: 1}"
+
+
+@pytest.mark.skipif(not shutil.which("curl"), reason="no curl (apt-get install curl)")
+def test_silence_closes_the_gate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sent as the README says."""
+    monkeypatch.setenv("PUSHED", TOKEN)
+    [line] = re.findall(r"`(curl .+?/push/.+?)`", README.read_text(encoding="utf-8"))
+    with console(tmp_path, SHORT) as (service, client):
+        told = line.replace("127.0.0.1:8081", f"{client.host}:{client.port}").replace("$TOKEN", TOKEN)
+        service.wait_status("/-/readyz", 503)
+        subprocess.run(["sh", "-c", told], check=True, capture_output=True)
+        service.wait_status("/-/readyz", 200)
+        service.wait_status("/-/readyz", 503)
+        wait_for(lambda: client.log_in().api("GET", "resources/backup").json["cause"] == "stale")
+        assert TOKEN not in service.output
+
+
+FAULTS = {
+    "password, .* is missing": "",
+    "must have 16 characters": "password: 0123456789abcde",
+    "of ASCII or more, without blanks": "password: 0123456789 abcdef",
+    "hostname has no meaning with platform push": f"password: {TOKEN}, hostname: a",
+    "username has no meaning": f"password: {TOKEN}, username: a",
+    "key_file has no meaning": "key_file: a",
+    "timeout has no meaning": f"password: {TOKEN}, timeout: 9",
+    "checks has no meaning": f"password: {TOKEN}, checks: []",
+}
+
+
+@pytest.mark.parametrize("message", FAULTS)
+def test_faults(tmp_path: Path, message: str) -> None:
+    resource = f"  - {{name: a, platform: push{', ' if FAULTS[message] else ''}{FAULTS[message]}}}"
+    with pytest.raises((InventoryError, SecretError), match=message), local_console(tmp_path, resource):
+        pass
+
+
+def test_defaults_of_machines_are_skipped(tmp_path: Path) -> None:
+    path = tmp_path / "inventory.yaml"
+    path.write_text(
+        "defaults: {timeout: 9, limits: {cpu_percent: 90}, username: u}\n"
+        f"resources: [{{name: a, platform: push, password: {TOKEN}}}]\n",
+        encoding="utf-8",
+    )
+    [settings] = load_inventory(path).resources
+    assert (settings.platform, settings.username, settings.ttl) == (Platform.PUSH, None, 62)
