@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import math
 import queue
 import tempfile
@@ -648,6 +649,29 @@ def test_groups_follow_a_reload(tmp_path: Path) -> None:
         assert run(inventory, "reload").returncode == 0
         wait_for(lambda: service.get("/-/readyz/g").status == 200)
         assert "open ->" not in service.output[begin:], "who is renamed or removed is not missed for a moment"
+
+
+def test_maintenance_and_tags_while_serving(tmp_path: Path) -> None:
+    """Who is in maintenance does not count, not for how many are there either; tags that change change the members."""
+    calm = "platform: simulated, mean_healthy: 1000000, interval: 1"
+    bad = calm.replace("1000000", "0.000001") + ", mean_unhealthy: 1000000, fall: 1"
+    rows = f"  - {{name: a, {calm}, tags: [t]}}\n  - {{name: b, {bad}, tags: [t]}}\n"
+    with console(tmp_path, rows + "groups: [{name: g, tags: [t], healthy: any}]\n") as (service, client):
+        client.log_in()
+        service.wait_status("/", 200)
+        until = (datetime.datetime.now(datetime.timezone.utc) + datetime.timedelta(hours=1)).isoformat()
+        begin = client.api("POST", "resources/a/maintenance", {"until": until, "reason": "patches"})
+        assert begin.status == 200
+        service.wait_status("/", 503)
+        assert client.api("GET", "groups").json[0]["members"] == {"b": False}
+        added = {"name": "c", "platform": "simulated", "mean_healthy": 1_000_000, "interval": 1, "tags": ["t"]}
+        assert client.api("POST", "resources", added).status == 201
+        service.wait_status("/", 200)
+        assert client.api("PATCH", "resources/c", {"tags": ["other"]}).status == 200
+        service.wait_status("/", 503)
+        assert client.api("DELETE", "resources/a/maintenance").status == 204
+        service.wait_status("/", 200)
+        assert client.api("GET", "groups").json[0]["members"] == {"a": True, "b": False}
 
 
 def test_metrics_and_the_page(tmp_path: Path) -> None:

@@ -427,6 +427,28 @@ def test_a_killed_worker_is_back(folder: Path) -> None:
     assert not left_after(family, ORPHANED)
 
 
+def test_a_worker_that_is_replaced_knows_the_routes(tmp_path: Path) -> None:
+    """Closed ones stay closed; what is open is asked of the application, which has no /s."""
+    calm = "platform: simulated, mean_healthy: 1000000"
+    bad = "platform: simulated, interval: 1, mean_healthy: 0.000001, mean_unhealthy: 1000000"
+    rows = f"  - {{name: a, {calm}}}\n  - {{name: b, {bad}}}\nroutes: {{/r: [b], /s: []}}\n"
+    with Service(write_inventory(tmp_path, rows, "  workers: 1\n")) as service:
+        service.wait_status("/", 200)
+        service.wait_status("/r/x", 503)
+        before = workers(service.pid)
+        (victim,) = before.values()
+        victim.kill()
+        wait_for(lambda: new_ones(service.pid, before), BACK)
+
+        def asked(path: str) -> int:
+            with contextlib.suppress(OSError, http.client.HTTPException):
+                return service.get(path).status
+            return 0
+
+        wait_for(lambda: asked("/r/x") == 503, BACK)
+        assert [asked(path) for path in ("/", "/s", "/-/readyz/r", "/-/readyz/s")] == [200, 404, 503, 200]
+
+
 def pauses_after_kills(main: int, before: Container[int], times: int) -> list[float]:
     """Seconds until each new process, where the one that is not from before is killed again and again."""
     pauses = []
