@@ -42,7 +42,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import bench_history
 from pwsh import CONSTRAINED, EngineShell, open_engine
 from pwsh import FULL as FULL_LANGUAGE
-from service import Program, write_inventory  # it imports healthchecker
+from service import Program, run, write_inventory  # it imports healthchecker
 from sshd import SSHD, Sshd
 from wsman_server import WSManServer
 
@@ -197,11 +197,11 @@ def gate_rows(_: Plan) -> Iterator[Row]:
 
 
 @contextlib.contextmanager
-def gated(resources: str, status: int, settings: str = SETTINGS) -> Iterator[Program]:
+def gated(resources: str, status: int, settings: str = SETTINGS, deadline: float = 90) -> Iterator[Program]:
     """The service in front of the one-line application, once it answers with `status`."""
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "oneline.py").write_text(APP, encoding="utf-8")
-        with Program(write_inventory(Path(folder), resources, settings), deadline=90) as service:
+        with Program(write_inventory(Path(folder), resources, settings), deadline=deadline) as service:
             service.wait_status("/", status)
             yield service
 
@@ -486,6 +486,34 @@ def crowd_rows(plan: Plan) -> Iterator[Row]:
     yield Row("... the latest poll after the first minute, kept", f"{kept.late:.1f} s", "≤ 1 s", kept.late <= 1)
 
 
+MANY = 10_000
+MANY_ROW = "  - {{hostname: 'h[1:{}]', platform: simulated, mean_healthy: 1e6, mean_unhealthy: 0.001}}\n"
+
+
+def many_rows(plan: Plan) -> Iterator[Row]:
+    """One entry of many simulated resources at 60 s: to read it, to watch them, and to add one more."""
+    if plan is SHORT:
+        yield Row(f"{MANY} hosts of one entry", "skipped: takes minutes")
+        return
+    with gated(MANY_ROW.format(MANY), 200, deadline=900) as service:
+        loads = [min(timeit.repeat(lambda: hc.load_inventory(service.inventory), number=1, repeat=3))]
+        threading.Event().wait(60)
+        shares = []
+        for _ in range(2):
+            started, begin = cpu_seconds(service.pid), time.monotonic()
+            if shares:
+                write_inventory(service.inventory.parent, MANY_ROW.format(MANY + 1), SETTINGS)
+                run(service.inventory, "reload", timeout=120)
+            threading.Event().wait(max(0, begin + 60 - time.monotonic()))
+            shares.append((cpu_seconds(service.pid) - started) / 60)
+        status = Path(f"/proc/{service.pid}/status").read_text(encoding="ascii")
+    yield at_most(f"{MANY} hosts of one entry: to read the inventory", loads, 3, "s", 1)
+    yield at_most("... at 60 s each: share of a core", shares[:1], 0.5, "", 2)
+    yield at_most("... CPU to add one more", [60 * (shares[1] - shares[0])], 3, "s", 1)
+    memory = int(status.partition("VmRSS:")[2].split()[0]) / 1e6
+    yield at_most("... memory of the main process", [memory], 1.2, "GB", 2)
+
+
 def kept_row(figure: str, kept: float, fresh: float, most: float) -> Row:
     """What a poll costs in milliseconds over what is open, and with a login."""
     return Row(figure, f"{kept / fresh:.2f} times ({kept:,.1f} ms to {fresh:,.1f} ms)", f"≤ {most} times",
@@ -665,6 +693,7 @@ PARTS: dict[str, Part] = {
     "ssh": ssh_rows,
     "kept": kept_rows,
     "crowd": crowd_rows,
+    "many": many_rows,
     "kept_windows": kept_windows_rows,
     "checks": checks_rows,
     "windows": windows_rows,
