@@ -8404,8 +8404,8 @@ class GateServer(TcpWSGIServer):    # type: ignore[misc]  # waitress carries no 
 # what is to be logged, in JSON; it hears stop, or end of file when the main process died.
 # That they may serve is a flag in shared memory, set once the start can no longer fail; a replacement finds it set: if
 # each served as soon as it is ready, a start that fails would have served somebody.
-# Gives: ENDINGS, HANGUPS, LineFormatter, Supervisor, bound_address, handed_over, keep_out_of_collections, listen,
-#   try_app
+# Gives: ENDINGS, HANGUPS, LogFile, Supervisor, bound_address, handed_over, keep_out_of_collections, listen,
+#   set_up_logging, try_app
 ABSENT = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)      # this machine does not have the address, or its family
 LISTEN_FAULTS = {
     errno.EADDRINUSE: "another program uses that port; stop it, or write another port at",
@@ -8584,6 +8584,47 @@ class LineFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         first, *trace = super().format(record).split("\n")
         return "\n".join([first, *(f"    {printable(line)}" for line in trace)])
+
+
+class LogFile(logging.handlers.RotatingFileHandler):
+    """The log file; it rotates by size. Raises UsageError."""
+
+    _complains_mono = 0.0
+    stale = False       # set from a signal handler, which may interrupt a write: somebody has moved the file away
+
+    def __init__(self, path: Path) -> None:
+        try:
+            super().__init__(path, maxBytes=LOG_BYTES, backupCount=LOG_FILES, encoding="utf-8")
+        except OSError as error:
+            raise UsageError(f"service.log_file {path} cannot be written: {error.strerror}") from error
+
+    def _open(self) -> io.TextIOWrapper:
+        is_new = not os.path.exists(self.baseFilename)
+        stream = super()._open()
+        if is_new:
+            give(stream.fileno(), Path(self.baseFilename).parent)
+        return stream
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """The console has the line already; that the file has not is said once in COMPLAINT_INTERVAL."""
+        del record
+        if time.monotonic() >= self._complains_mono:
+            self._complains_mono = time.monotonic() + COMPLAINT_INTERVAL
+            print(f"{self.baseFilename} cannot be written: {one_line(str(sys.exc_info()[1]))}", file=sys.stderr)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if self.stale:
+            self.stale = False
+            self.close()    # and it is opened again
+        super().emit(record)
+
+
+def set_up_logging(log_file: Path | None) -> None:
+    """One line an event to the console, and to a rotating file where the inventory names one."""
+    handlers: list[logging.Handler] = [logging.StreamHandler(), *([LogFile(log_file)] if log_file else [])]
+    for handler in handlers:
+        handler.setFormatter(LineFormatter("%(asctime)s %(levelname)s %(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=handlers, force=True)
 
 
 class MessagePipe(logging.handlers.QueueHandler):
@@ -11578,47 +11619,6 @@ def ensure_inventory(path: Path) -> None:
     except OSError as error:
         raise InventoryError(f"{path.name}: cannot be written: {error.strerror}") from error
     print(f"{path.name} was not there: {origin} watches this machine. Edit it and restart.")
-
-
-class LogFile(logging.handlers.RotatingFileHandler):
-    """The log file; it rotates by size. Raises UsageError."""
-
-    _complains_mono = 0.0
-    stale = False       # set from a signal handler, which may interrupt a write: somebody has moved the file away
-
-    def __init__(self, path: Path) -> None:
-        try:
-            super().__init__(path, maxBytes=LOG_BYTES, backupCount=LOG_FILES, encoding="utf-8")
-        except OSError as error:
-            raise UsageError(f"service.log_file {path} cannot be written: {error.strerror}") from error
-
-    def _open(self) -> io.TextIOWrapper:
-        is_new = not os.path.exists(self.baseFilename)
-        stream = super()._open()
-        if is_new:
-            give(stream.fileno(), Path(self.baseFilename).parent)
-        return stream
-
-    def handleError(self, record: logging.LogRecord) -> None:
-        """The console has the line already; that the file has not is said once in COMPLAINT_INTERVAL."""
-        del record
-        if time.monotonic() >= self._complains_mono:
-            self._complains_mono = time.monotonic() + COMPLAINT_INTERVAL
-            print(f"{self.baseFilename} cannot be written: {one_line(str(sys.exc_info()[1]))}", file=sys.stderr)
-
-    def emit(self, record: logging.LogRecord) -> None:
-        if self.stale:
-            self.stale = False
-            self.close()    # and it is opened again
-        super().emit(record)
-
-
-def set_up_logging(log_file: Path | None) -> None:
-    """One line an event to the console, and to a rotating file where the inventory names one."""
-    handlers: list[logging.Handler] = [logging.StreamHandler(), *([LogFile(log_file)] if log_file else [])]
-    for handler in handlers:
-        handler.setFormatter(LineFormatter("%(asctime)s %(levelname)s %(message)s"))
-    logging.basicConfig(level=logging.INFO, handlers=handlers, force=True)
 
 
 def handle_signals(stop: Callable[[], None], hangups: queue.SimpleQueue[bool]) -> None:
