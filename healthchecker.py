@@ -7666,7 +7666,6 @@ IDENTITY = @IDENTITY@
 GENERATION, COUNT, SLOTS = @CELLS@  # cells of 8 bytes
 LOOK_INTERVAL = 0.5  # seconds until another file is seen
 BODY = b"temporarily unavailable\\n"
-ODD = re.compile(r"[\\\\%;]|/[./]").search
 DOTS = re.compile(r"/\\.\\.?([/;]|$)")
 log = logging.getLogger("healthchecker")
 clock = time.monotonic
@@ -7688,12 +7687,13 @@ class Table(NamedTuple):
 
     def longest(self, path: str) -> float:
         """The end of the longest route that a path is in, else the site's."""
-        parts = path.split("/", self.depth)[: self.depth]
-        for count in range(len(parts), 1, -1):
-            cell = self.routes.get("/".join(parts[:count]))
+        cells, routes, parts = self.cells, self.routes, path.split("/", self.depth)[: self.depth]
+        while parts:
+            cell = routes.get("/".join(parts))
             if cell is not None:
-                return self.cells[cell]
-        return self.cells[SLOTS]
+                return cells[cell]
+            parts.pop()
+        return cells[SLOTS]
 
     def strictest(self, path: str) -> float:
         """Of all routes that it could lead to, read in one way or another."""
@@ -7741,7 +7741,8 @@ class Leases:
         cells = table.cells
         end = cells[SLOTS]
         if table.routes:
-            end = table.strictest(path) if ODD(path) else table.longest(path)
+            odd = "%" in path or ";" in path or "/." in path or "//" in path or "\\\\" in path
+            end = table.strictest(path) if odd else table.longest(path)
         if cells[GENERATION] != table.generation:  # seen after `end`: another file's by now
             end = 0.0
         return 0 if now < end else math.ceil(min(max(1.0, -end - now), 3600.0))
