@@ -7818,8 +7818,10 @@ def place_fault(path: Path) -> str:
         account = os.geteuid()
         if folder.st_mode & (stat.S_ISVTX | stat.S_IWOTH) == stat.S_IWOTH:
             return "everybody can replace what is in its folder"
+    if not os.access(path.parent, os.W_OK):
+        return "its folder cannot be written"
     if not os.path.lexists(path):
-        return "" if os.access(path.parent, os.W_OK) else "its folder cannot be written"
+        return ""
     found = path.lstat()
     if not stat.S_ISREG(found.st_mode):
         return "is a folder, a link or a device"
