@@ -49,6 +49,7 @@ Sections, in file order; a definition refers only to what stands above it:
     Poll         a thread per resource, one writer, one overseer
     Counters     what a worker counts, in shared memory
     Gate         the application's door: the WSGI application in front of the application
+    Leases       the leases in a file, for gates in other servers
     HTTP         requests read strictly, clients with deadlines
     Serve        waitress on the loop, and its pools
     Workers      processes that serve on one socket
@@ -95,6 +96,7 @@ import json
 import logging
 import logging.handlers
 import math
+import mmap
 import multiprocessing
 import os
 import queue
@@ -108,6 +110,7 @@ import signal
 import socket
 import sqlite3
 import ssl
+import stat
 import struct
 import subprocess
 import sys
@@ -946,6 +949,7 @@ class ServiceSettings(Settings):
     keys: FilePath = Path("keys")
     known_hosts: FilePath = Field(default_factory=known_hosts_file)
     log_file: FilePath | None = None
+    lease_file: FilePath | None = None  # the leases, for gates in other servers
 
     @property
     def database_path(self) -> Path:
@@ -1460,8 +1464,8 @@ class InventoryLoader:
                 *(("", f"{service.keys.name}/{name}", service.keys / name) for name in KEY_FILES),
                 ("database", "service.database", database),
                 *(("", database.name + end, Path(f"{database}{end}")) for end in COMPANIONS)]
-        if service.metrics_token_file:
-            ours.append(("metrics_token_file", "service.metrics_token_file", service.metrics_token_file))
+        ours += [(name, f"service.{name}", path) for name in ("metrics_token_file", "lease_file")
+                 if (path := getattr(service, name))]
         for number in range(LOG_FILES + 1) if log_file else ():
             ours.append(("log_file", "service.log_file", Path(f"{log_file}{f'.{number}' if number else ''}")))
         known: dict[object, str] = {}
@@ -1581,7 +1585,7 @@ def load_inventory(path: Path) -> Inventory:
 # === Vault ===================================================================
 # Secrets at rest: in come passwords and what they belong to, out go tokens, and the other way round. Called in any
 # thread of the main process; only the start and `keys rotate` write key files. A secret never shows in an error.
-# Gives: length_prefixed, create_private, ensure_private, give, make_folder, private_file, take_place, Vault,
+# Gives: length_prefixed, create_private, ensure_private, give, let_read, make_folder, private_file, take_place, Vault,
 #   hash_password
 RSA_BITS = 3072                 # bits, equal in strength to AES-128 (NIST SP 800-57)
 OAEP = padding.OAEP(padding.MGF1(hashes.SHA256()), hashes.SHA256(), b"HealthChecker/HC1")
@@ -1596,13 +1600,25 @@ def length_prefixed(*parts: str) -> bytes:
     return b"".join(len(part.encode()).to_bytes(4, "big") + part.encode() for part in parts)
 
 
+def icacls(path: Path, *changes: str) -> None:
+    """Changes who may do what with a file (Windows)."""
+    if subprocess.run(["icacls", str(path), *changes], capture_output=True, check=False).returncode:
+        raise OSError(errno.EACCES, "icacls failed to change its access list", str(path))
+
+
 def restrict(path: Path) -> None:
     """Windows knows no file mode: a file keeps the accounts that its folder was given for, and loses everybody else."""
     if sys.platform == "win32":
-        done = subprocess.run(["icacls", str(path), "/inheritance:d", "/grant:r", "*S-1-3-4:F", "*S-1-5-18:F",
-                               "*S-1-5-32-544:F", "/remove:g", *EVERYBODY], capture_output=True, check=False)
-        if done.returncode:
-            raise OSError(errno.EACCES, "icacls failed to restrict it", str(path))
+        icacls(path, "/inheritance:d", "/grant:r", "*S-1-3-4:F", "*S-1-5-18:F", "*S-1-5-32-544:F",
+               "/remove:g", *EVERYBODY)
+
+
+def let_read(path: Path) -> None:
+    """Every account of this machine may read a file."""
+    if sys.platform == "win32":
+        icacls(path, "/grant", "*S-1-5-32-545:R")
+    else:
+        path.chmod(0o644)
 
 
 def give(path: Path | int, like: Path) -> None:
@@ -6405,8 +6421,10 @@ class HealthAggregator:
     through it, and what a route names for that route.
     """
 
-    def __init__(self, lease: Lease | None = None, clock: Callable[[], float] = lease_clock) -> None:
-        self.lease = lease or Lease()
+    def __init__(self, lease: Lease | None = None, clock: Callable[[], float] = lease_clock,
+                 copy: Callable[[str, float, float], None] | None = None) -> None:
+        """`copy` is told, too, what becomes of a lease: the name, until when, and when it can be so again."""
+        self.lease, self._copy = lease or Lease(), copy
         # Unix time, open, why, and which group or route
         self.transitions: queue.SimpleQueue[tuple[float, bool, str, str]] = queue.SimpleQueue()
         self._clock = clock
@@ -6541,7 +6559,11 @@ class HealthAggregator:
         for name, until in ends.items():
             if lease := self.lease.parts.get(name) if name else self.lease:
                 span = self._tree.groups[name].span if name in self._tree.groups else None
-                lease.opens.value, lease.until.value = max(span[1], 0.0) if span else 0.0, until
+                opens = max(span[1], 0.0) if span else 0.0
+                lease.opens.value, lease.until.value = opens, until
+                if self._copy:      # elsewhere what needs nothing ends with us, too, as it does in our own workers
+                    lives = self._beats.values() or (self._clock() + DEFAULT_TTL,)
+                    self._copy(name, min([until, *lives]), opens)
         for name, until in ends.items():
             is_open = self._clock() < until
             decided = name in self._tree.groups and START not in self._tree.spans
@@ -7645,6 +7667,308 @@ class Gate:
         return "Retry-After", str(min(max(wait, 1), RETRY_AFTER_MAX))
 
 
+# === Leases ==================================================================
+# The leases in a file, `service.lease_file`, for gates in other servers of this machine: the aggregator puts what
+# changes there, in the main process, and `middleware` prints READER, which maps it. The file is made of 8-byte cells in
+# the machine's byte order. First ASCII, padded with zeros: what the rest is good for (IDENTITY, clock, boot, namespace
+# of time). At GENERATION a number, another one at each start; 0: all is closed. At COUNT the number of gates; from
+# SLOTS on a double for each; last their names in this order, as JSON, "" for the site, padded with blanks. A gate's
+# double is the time of lease_clock until which it is open, or, at most 0, minus the time when it can open again.
+# Gives: LeaseFile, middleware_text, require_lease_place
+IDENTITY = "HealthChecker lease 1"      # and the version of this layout
+GENERATION, COUNT, SLOTS = 15, 16, 17   # cells
+CELL = 8                        # bytes
+
+
+def lease_identity() -> str:
+    """What a file of leases is good for: a layout, a clock, a boot, a namespace of time. Raises OSError."""
+    if sys.platform == "win32":
+        clock, told = time.get_clock_info("monotonic"), (ctypes.c_int64 * 6)()     # SYSTEM_TIMEOFDAY_INFORMATION
+        if ctypes.windll.ntdll.NtQuerySystemInformation(3, told, ctypes.sizeof(told), None):
+            raise OSError("Windows does not tell its boot time")
+        boot = told[0] - told[4]        # who sets the clock moves both
+        return f"{IDENTITY} {clock.implementation} {clock.resolution:g} {boot}"
+    with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+        boot_id, space = file.read().strip(), "/proc/self/ns/time"
+    name = f"CLOCK_BOOTTIME {time.clock_getres(time.CLOCK_BOOTTIME):g}"
+    return f"{IDENTITY} {name} {boot_id} {os.stat(space).st_ino if os.path.exists(space) else 0}"
+
+
+READER = '''"""Refuses requests with 503 while HealthChecker's gate is closed, in any server:
+
+    app = Gate(app)         # WSGI
+    app = AsgiGate(app)     # ASGI
+
+Printed by `healthchecker.py middleware`, to be put beside an application; it needs nothing but Python 3.8 or later and
+the right to read LEASE_FILE on the machine that writes it (Linux or Windows). Closed is also what is missing, damaged,
+of another boot, clock or version, and what a service has left that ended: the log "healthchecker" says so. On Windows
+it takes the same clock, of Python up to 3.12 or from 3.13 on, as the service. A container mounts the folder, read-only,
+not the file, which each start replaces; one that has a boot id or a clock of its own (gVisor, systemd-nspawn, a
+namespace of time) stays closed. A route is of the whole path, with SCRIPT_NAME or root_path. What has begun, such as
+a websocket, is not ended. In WSGI environ["healthchecker.is_healthy"](name) asks for a group or route.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import json
+import logging
+import math
+import mmap
+import os
+import re
+import sys
+import time
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Iterable, MutableMapping, Sequence
+
+    from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
+
+    Message = MutableMapping[str, Any]
+    Receive = Callable[[], Awaitable[Message]]
+    Send = Callable[[Message], Awaitable[None]]
+    AsgiApplication = Callable[[Message, Receive, Send], Awaitable[None]]
+
+LEASE_FILE = @PATH@
+IDENTITY = @IDENTITY@
+GENERATION, COUNT, SLOTS = @CELLS@  # cells of 8 bytes
+LOOK_INTERVAL = 0.5  # seconds until another file is seen
+BODY = b"temporarily unavailable\\n"
+DOTS = re.compile(r"/\\.\\.?([/;]|$)")
+log = logging.getLogger("healthchecker")
+clock = time.monotonic
+if sys.platform != "win32":
+    clock = functools.partial(time.clock_gettime, getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
+
+
+@FUNCTION@
+
+class Table(NamedTuple):
+    """A file as it was mapped; the cells change."""
+
+    cells: Sequence[float]
+    generation: float
+    gates: dict[str, int]  # cells of groups and routes; of the whole site: ""
+    routes: dict[str, int]
+    depth: int  # of the longest route, and one more
+    place: Any
+
+    def longest(self, path: str) -> float:
+        """The end of the longest route that a path is in, else the site's."""
+        cells, routes, parts = self.cells, self.routes, path.split("/", self.depth)[: self.depth]
+        while parts:
+            cell = routes.get("/".join(parts))
+            if cell is not None:
+                return cells[cell]
+            parts.pop()
+        return cells[SLOTS]
+
+    def strictest(self, path: str) -> float:
+        """Of all routes that it could lead to, read in one way or another."""
+        if "\\\\" in path or "%" in path or DOTS.search(path):
+            return min(self.cells[SLOTS], *(self.cells[cell] for cell in self.routes.values()))
+        return min(self.longest(path), self.longest(re.sub("//+", "/", re.sub(";[^/]*", "", path))))
+
+
+CLOSED = Table([0.0] * (SLOTS + 1), 0.0, {"": SLOTS}, {}, 1, None)
+
+
+def read(path: str) -> Table:
+    with open(path, "rb") as file:
+        memory, status = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), os.fstat(file.fileno())
+    cells = memoryview(memory).cast("d")
+    generation, told = cells[GENERATION], memory[: 8 * GENERATION].rstrip(b"\\0").decode()
+    if told != lease_identity():
+        raise ValueError(f"it is of another boot, clock or version: {told!r}, here {lease_identity()!r}")
+    names = json.loads(memory[8 * (SLOTS + int(cells[COUNT])) :])
+    if not generation or cells[GENERATION] != generation:
+        raise ValueError("no service is running")
+    gates = {name.encode().decode("latin-1"): SLOTS + number for number, name in enumerate(names)}
+    routes = {name: cell for name, cell in gates.items() if "/" in name}
+    depth = 1 + max([name.count("/") for name in routes], default=0)
+    return Table(cells, generation, gates, routes, depth, (status.st_dev, status.st_ino))
+
+
+class Leases:
+    """What the file says; whatever is not as it has to be is closed."""
+
+    def __init__(self, path: str) -> None:
+        self._path, self._table, self._look, self._why = path, CLOSED, -math.inf, ""
+
+    def is_healthy(self, name: str = "") -> bool:
+        """Of the whole site, or of a group or a route; raises LookupError."""
+        table = self._looked(clock())
+        cell = table.gates[name.encode().decode("latin-1")] if name and table is not CLOSED else SLOTS
+        end = table.cells[cell]
+        return clock() < end and table.cells[GENERATION] == table.generation
+
+    def wait(self, path: str) -> int:
+        """0 while a path is open, else the seconds of its Retry-After."""
+        now = clock()
+        table = self._table if now < self._look else self._looked(now)
+        cells = table.cells
+        end = cells[SLOTS]
+        if table.routes:
+            odd = "%" in path or ";" in path or "/." in path or "//" in path or "\\\\" in path
+            end = table.strictest(path) if odd else table.longest(path)
+        if cells[GENERATION] != table.generation:  # seen after `end`: another file's by now
+            end = 0.0
+        return 0 if now < end else math.ceil(min(max(1.0, -end - now), 3600.0))
+
+    def _looked(self, now: float) -> Table:
+        if now < self._look:
+            return self._table
+        self._look, table, why = now + LOOK_INTERVAL, self._table, ""
+        try:
+            status = os.stat(self._path)
+            if (status.st_dev, status.st_ino) != table.place or table.cells[GENERATION] != table.generation:
+                table = read(self._path)
+        except Exception as error:  # noqa: BLE001  # whatever is wrong with it
+            table, why = CLOSED, f"{self._path}: {error}"
+        if why != self._why:
+            log.warning("the gate is closed: %s" if why else "the gate follows its lease again%s", why)
+        self._table, self._why = table, why
+        return table
+
+
+class Gate:
+    """WSGI: the application answers while the gate of a request's path is open, otherwise 503."""
+
+    def __init__(self, app: WSGIApplication, path: str = LEASE_FILE) -> None:
+        self._app, self._leases = app, Leases(path)
+
+    def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        wait = self._leases.wait(environ.get("SCRIPT_NAME", "") + environ.get("PATH_INFO", ""))
+        if not wait:
+            environ["healthchecker.is_healthy"] = self._leases.is_healthy
+            return self._app(environ, start_response)
+        headers = [("Retry-After", str(wait)), ("Cache-Control", "no-store"), ("Content-Type", "text/plain")]
+        start_response("503 Service Unavailable", [*headers, ("Content-Length", str(len(BODY)))])
+        return [] if environ["REQUEST_METHOD"] == "HEAD" else [BODY]
+
+
+class AsgiGate:
+    """ASGI: the same; a lifespan passes, a websocket is refused by a denial, or by 1013 where there is none."""
+
+    def __init__(self, app: AsgiApplication, path: str = LEASE_FILE) -> None:
+        self._app, self._leases = app, Leases(path)
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        path = scope.get("path", "").encode("utf-8", "replace").decode("latin-1")
+        if scope["type"] == "lifespan" or not (wait := self._leases.wait(path)):
+            await self._app(scope, receive, send)
+            return
+        kind = "http.response"
+        if scope["type"] == "websocket":
+            kind = "websocket.http.response"
+            if kind not in scope.get("extensions", {}):
+                await send({"type": "websocket.close", "code": 1013, "reason": "temporarily unavailable"})
+                return
+        headers = {"retry-after": str(wait), "cache-control": "no-store", "content-type": "text/plain"}
+        headers["content-length"] = str(len(BODY))
+        raw = [(name.encode(), text.encode()) for name, text in headers.items()]
+        await send({"type": f"{kind}.start", "status": 503, "headers": raw})
+        await send({"type": f"{kind}.body", "body": b"" if scope.get("method") == "HEAD" else BODY})
+'''
+
+
+def middleware_text(path: Path) -> str:
+    """The module that reads a file of leases, in any server."""
+    parts = {"PATH": json.dumps(str(path)), "IDENTITY": json.dumps(IDENTITY),
+             "CELLS": f"{GENERATION}, {COUNT}, {SLOTS}", "FUNCTION": inspect.getsource(lease_identity)}
+    return re.sub("@([A-Z]+)@", lambda found: parts[found[1]], READER)
+
+
+def place_fault(path: Path) -> str:
+    """Why no file of leases can be there; empty where it can."""
+    folder, account = path.parent.stat(), 0
+    if sys.platform != "win32":
+        account = os.geteuid()
+        if folder.st_mode & (stat.S_ISVTX | stat.S_IWOTH) == stat.S_IWOTH:
+            return "everybody can replace what is in its folder"
+    if not os.access(path.parent, os.W_OK):
+        return "its folder cannot be written"
+    if not os.path.lexists(path):
+        return ""
+    found = path.lstat()
+    if not stat.S_ISREG(found.st_mode):
+        return "is a folder, a link or a device"
+    if found.st_uid not in (account, *([] if account else [folder.st_uid])):
+        return "belongs to another account"
+    with path.open("rb") as file:
+        head = file.read(SLOTS * CELL)
+    ours = len(head) == SLOTS * CELL and head.startswith(IDENTITY.rpartition(" ")[0].encode())
+    return "" if ours else "is another file, which would be lost"
+
+
+def require_lease_place(path: Path) -> None:
+    """Raises UsageError unless the leases can be in a file there."""
+    try:
+        fault = place_fault(path)
+    except OSError as error:
+        fault = f"cannot be used: {error.strerror}"
+    if fault:
+        raise UsageError(f"service.lease_file {path}: {fault}")
+
+
+def cells_of(path: Path, size: int = 0) -> memoryview[float]:
+    """The cells of a file, in memory."""
+    with path.open("r+b") as file:
+        return memoryview(mmap.mmap(file.fileno(), size)).cast("d")
+
+
+class LeaseFile:
+    """The leases of the site, groups and routes in a file, all closed at first and after `close`. Raises UsageError."""
+
+    def __init__(self, path: Path, names: Iterable[str]) -> None:
+        require_lease_place(path)
+        self._places = {name: SLOTS + number for number, name in enumerate(sorted({SITE, *names}))}
+        try:
+            content = self._content()
+            if path.exists():       # who has it mapped sees at once that it holds no longer
+                cells_of(path, SLOTS * CELL)[GENERATION] = 0.0
+            self._publish(path, content)
+            self._cells = cells_of(path)
+        except OSError as error:
+            raise UsageError(f"service.lease_file {path} cannot be written: {error.strerror or error}") from error
+        self._cells[GENERATION] = float(secrets.randbits(52) | 1)
+
+    def put(self, name: str, until: float, opens: float) -> None:
+        """One store: until when a gate is open, else when it can open again."""
+        self._cells[self._places[name]] = until if until > 0.0 else -opens
+
+    def close(self) -> None:
+        """Says that all is closed, whatever is put later."""
+        self._cells[GENERATION] = 0.0
+        for place in self._places.values():
+            self._cells[place] = 0.0
+
+    def _content(self) -> bytes:
+        names = json.dumps([*self._places]).encode()
+        head = lease_identity().encode().ljust(GENERATION * CELL, b"\0")
+        cells = [0.0, float(len(self._places)), *([0.0] * len(self._places))]
+        return head + struct.pack(f"{len(cells)}d", *cells) + names.ljust(-(-len(names) // CELL) * CELL)
+
+    @staticmethod
+    def _publish(path: Path, content: bytes) -> None:
+        """The whole file under its name, or none."""
+        if sys.platform == "win32" and path.exists():   # there nobody can replace or cut what somebody has mapped
+            with path.open("r+b") as file:
+                file.truncate(max(len(content), os.path.getsize(path)))
+                file.write(content.ljust(os.path.getsize(path)))
+            return
+        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+        try:
+            create_private(temporary, content)
+            let_read(temporary)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
 # === HTTP ====================================================================
 # Requests, read more strictly than by waitress, whose own parser lets pass what hides one request in another: what two
 # programs could understand in two ways is refused, and what is too large. The loop's thread feeds the parser what has
@@ -8475,8 +8799,8 @@ class GateServer(TcpWSGIServer):    # type: ignore[misc]  # waitress carries no 
 # what is to be logged, in JSON; it hears stop, or end of file when the main process died.
 # That they may serve is a flag in shared memory, set once the start can no longer fail; a replacement finds it set: if
 # each served as soon as it is ready, a start that fails would have served somebody.
-# Gives: ENDINGS, HANGUPS, LineFormatter, Supervisor, bound_address, handed_over, keep_out_of_collections, listen,
-#   try_app
+# Gives: ENDINGS, HANGUPS, LogFile, Supervisor, bound_address, handed_over, keep_out_of_collections, listen,
+#   set_up_logging, try_app
 ABSENT = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)      # this machine does not have the address, or its family
 LISTEN_FAULTS = {
     errno.EADDRINUSE: "another program uses that port; stop it, or write another port at",
@@ -8655,6 +8979,47 @@ class LineFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         first, *trace = super().format(record).split("\n")
         return "\n".join([first, *(f"    {printable(line)}" for line in trace)])
+
+
+class LogFile(logging.handlers.RotatingFileHandler):
+    """The log file; it rotates by size. Raises UsageError."""
+
+    _complains_mono = 0.0
+    stale = False       # set from a signal handler, which may interrupt a write: somebody has moved the file away
+
+    def __init__(self, path: Path) -> None:
+        try:
+            super().__init__(path, maxBytes=LOG_BYTES, backupCount=LOG_FILES, encoding="utf-8")
+        except OSError as error:
+            raise UsageError(f"service.log_file {path} cannot be written: {error.strerror}") from error
+
+    def _open(self) -> io.TextIOWrapper:
+        is_new = not os.path.exists(self.baseFilename)
+        stream = super()._open()
+        if is_new:
+            give(stream.fileno(), Path(self.baseFilename).parent)
+        return stream
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """The console has the line already; that the file has not is said once in COMPLAINT_INTERVAL."""
+        del record
+        if time.monotonic() >= self._complains_mono:
+            self._complains_mono = time.monotonic() + COMPLAINT_INTERVAL
+            print(f"{self.baseFilename} cannot be written: {one_line(str(sys.exc_info()[1]))}", file=sys.stderr)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if self.stale:
+            self.stale = False
+            self.close()    # and it is opened again
+        super().emit(record)
+
+
+def set_up_logging(log_file: Path | None) -> None:
+    """One line an event to the console, and to a rotating file where the inventory names one."""
+    handlers: list[logging.Handler] = [logging.StreamHandler(), *([LogFile(log_file)] if log_file else [])]
+    for handler in handlers:
+        handler.setFormatter(LineFormatter("%(asctime)s %(levelname)s %(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=handlers, force=True)
 
 
 class MessagePipe(logging.handlers.QueueHandler):
@@ -11678,47 +12043,6 @@ def ensure_inventory(path: Path) -> None:
     print(f"{path.name} was not there: {origin} watches this machine. Edit it and restart.")
 
 
-class LogFile(logging.handlers.RotatingFileHandler):
-    """The log file; it rotates by size. Raises UsageError."""
-
-    _complains_mono = 0.0
-    stale = False       # set from a signal handler, which may interrupt a write: somebody has moved the file away
-
-    def __init__(self, path: Path) -> None:
-        try:
-            super().__init__(path, maxBytes=LOG_BYTES, backupCount=LOG_FILES, encoding="utf-8")
-        except OSError as error:
-            raise UsageError(f"service.log_file {path} cannot be written: {error.strerror}") from error
-
-    def _open(self) -> io.TextIOWrapper:
-        is_new = not os.path.exists(self.baseFilename)
-        stream = super()._open()
-        if is_new:
-            give(stream.fileno(), Path(self.baseFilename).parent)
-        return stream
-
-    def handleError(self, record: logging.LogRecord) -> None:
-        """The console has the line already; that the file has not is said once in COMPLAINT_INTERVAL."""
-        del record
-        if time.monotonic() >= self._complains_mono:
-            self._complains_mono = time.monotonic() + COMPLAINT_INTERVAL
-            print(f"{self.baseFilename} cannot be written: {one_line(str(sys.exc_info()[1]))}", file=sys.stderr)
-
-    def emit(self, record: logging.LogRecord) -> None:
-        if self.stale:
-            self.stale = False
-            self.close()    # and it is opened again
-        super().emit(record)
-
-
-def set_up_logging(log_file: Path | None) -> None:
-    """One line an event to the console, and to a rotating file where the inventory names one."""
-    handlers: list[logging.Handler] = [logging.StreamHandler(), *([LogFile(log_file)] if log_file else [])]
-    for handler in handlers:
-        handler.setFormatter(LineFormatter("%(asctime)s %(levelname)s %(message)s"))
-    logging.basicConfig(level=logging.INFO, handlers=handlers, force=True)
-
-
 def handle_signals(stop: Callable[[], None], hangups: queue.SimpleQueue[bool]) -> None:
     """Lets the signals that end the service do so by `stop`; SIGHUP has the log file opened anew, and is told."""
     def reopen(*_: object) -> None:
@@ -11843,12 +12167,26 @@ def reload(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def check_files(service: ServiceSettings) -> Iterator[UsageError]:
+    """Which files a start needs and cannot use."""
+    tests: dict[Callable[[Path], object], Path | None] = {
+        read_token: service.metrics_token_file, require_lease_place: service.lease_file}
+    for test, path in tests.items():
+        try:
+            _ = path and test(path)
+        except UsageError as error:
+            yield error
+
+
 def watch(installation: Installation, store: Store, console: Sequence[socket.socket], supervisor: Supervisor,
           hangups: queue.SimpleQueue[bool]) -> None:
     """Takes the inventory over, watches it and lets the workers serve until a signal comes."""
     inventory, service, access = installation.inventory, supervisor.service, installation.access(keeps=True)
-    aggregator = HealthAggregator(supervisor.lease)
     with contextlib.ExitStack() as stack:
+        file = service.lease_file and LeaseFile(service.lease_file, supervisor.lease.parts)
+        if file:
+            stack.enter_context(contextlib.closing(file))
+        aggregator = HealthAggregator(supervisor.lease, copy=file.put if file else None)
         vault = prepare(installation, store)
         recorder = Recorder(store, aggregator, service.retention)
         monitor = Monitor(store, vault, PollContext(aggregator, recorder, access, random.Random()))
@@ -11879,8 +12217,8 @@ def serve(arguments: argparse.Namespace) -> int:
     installation = Installation(arguments.inventory, accepts_removals=arguments.accept_removals)
     service = installation.service
     set_up_logging(service.log_file)
-    if service.metrics_token_file:
-        read_token(service.metrics_token_file)    # what cannot be used ends the start
+    for fault in check_files(service):      # what cannot be used ends the start
+        raise fault
     doors = listen("service.listen", service.listen)
     console = [] if service.console == "off" else listen("service.console", service.console)
     for sock in handed_over():
@@ -11996,10 +12334,7 @@ def check_doors(installation: Installation) -> Iterator[HealthCheckerError]:
     path = service.log_file
     if path and (path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK)):
         yield UsageError(f"service.log_file {path} cannot be written")
-    try:
-        _ = service.metrics_token_file and read_token(service.metrics_token_file)
-    except HealthCheckerError as error:
-        yield error
+    yield from check_files(service)
 
 
 def check_app(installation: Installation) -> int:
@@ -12055,6 +12390,15 @@ def check(arguments: argparse.Namespace) -> int:
     polled = [name for name, target in targets.items() if target.settings.platform is not Platform.PUSH]
     chosen = [find_target(targets, name) for name in arguments.probe or polled]
     return code or (0 if arguments.probe is None else probe(targets, chosen, installation.access()))
+
+
+def middleware(arguments: argparse.Namespace) -> int:
+    """Prints the gate for other servers."""
+    path = Installation(arguments.inventory).service.lease_file
+    if not path:
+        raise UsageError(f"{arguments.inventory.name} names no service.lease_file, which it would read")
+    print(middleware_text(path), end="")
+    return 0
 
 
 def scalars(document: Document) -> dict[NodePath, str]:
@@ -12304,6 +12648,8 @@ def command_line() -> argparse.ArgumentParser:
         command = commands.add_parser(run.__name__, help=what)
         command.add_argument("file", type=Path, metavar="FILE")
         command.set_defaults(run=run)
+    command = commands.add_parser("middleware", help="print the gate for other servers, which reads service.lease_file")
+    command.set_defaults(run=middleware)
     users = commands.add_parser("user", help="`user add|passwd|remove|list`: who can log in")
     add_user_commands(users.add_subparsers(metavar="add|passwd|remove|list", required=True))
     commands.add_parser("reload", help="have a running service take an edited inventory over").set_defaults(run=reload)

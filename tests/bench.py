@@ -165,6 +165,11 @@ def aggregator_rows(_: Plan) -> Iterator[Row]:
     yield all_at_most(figure, batches, 20, "μs", 1)
 
 
+def beyond(rounds: Rounds, more: str, less: str) -> list[float]:
+    """What one measure has more than another, round by round."""
+    return [one - other for one, other in zip(rounds[more], rounds[less], strict=True)]
+
+
 def gate_rows(_: Plan) -> Iterator[Row]:
     """What the gate adds to a request that it lets through."""
 
@@ -182,15 +187,51 @@ def gate_rows(_: Plan) -> Iterator[Row]:
     measures = {"gate": lambda: each(lambda: gate(environ, start_response), 1e-6)}
     measures["app"] = lambda: each(lambda: app(environ, start_response), 1e-6)
     rounds = in_turn(25, measures)
-    added = [gated - bare for gated, bare in zip(rounds["gate"], rounds["app"], strict=True)]
-    yield at_most("The gate adds to a request", added, 3, "μs", 2)
+    yield at_most("The gate adds to a request", beyond(rounds, "gate", "app"), 3, "μs", 2)
     routes = [f"/part{number}/below" for number in range(100)]
     many = hc.Gate(app, hc.Lease(routes))
     look_up = {name: partial(each, partial(one.route, "/part50/below/page"), 1e-6)
                for name, one in (("none", gate), ("many", many))}  # fmt: skip
     found = in_turn(25, look_up)
-    added = [many_ - none for many_, none in zip(found["many"], found["none"], strict=True)]
-    yield at_most("... and with 100 routes", added, 1, "μs", 2)
+    yield at_most("... and with 100 routes", beyond(found, "many", "none"), 1, "μs", 2)
+
+
+def driven(app: Any, scope: dict[str, Any]) -> Callable[[], None]:
+    """A call of an ASGI application that waits for nothing."""
+
+    def call() -> None:
+        with contextlib.suppress(StopIteration):
+            app(scope, None, None).send(None)
+            raise RuntimeError("it waits")
+
+    return call
+
+
+def middleware_rows(_: Plan) -> Iterator[Row]:
+    """What the printed gate adds to a request in another server."""
+
+    def app(environ: dict[str, Any], start_response: Callable[..., object]) -> list[bytes]:
+        return [b"ok"]
+
+    async def asgi_app(*_: object) -> None:
+        pass
+
+    environ, scope = {"PATH_INFO": "/part50/x", "SCRIPT_NAME": ""}, {"type": "http", "path": "/part50/x"}
+    calls: dict[str, Callable[[], object]] = {"WSGI": lambda: app(environ, print), "ASGI": driven(asgi_app, scope)}
+    with tempfile.TemporaryDirectory() as folder:
+        for count in (0, 100):
+            path = Path(folder) / f"lease{count}"
+            names, module = [f"/part{number}" for number in range(count)], dict[str, Any]()
+            exec(hc.middleware_text(path), module)
+            file = hc.LeaseFile(path, names)
+            for name in ("", *names):
+                file.put(name, hc.lease_clock() + 1e6, 0.0)
+            calls[f"WSGI{count}"] = partial(module["Gate"](app), environ, print)
+            calls[f"ASGI{count}"] = driven(module["AsgiGate"](asgi_app), scope)
+        rounds = in_turn(25, {name: partial(each, call, 1e-6) for name, call in calls.items()})
+    for kind, limit in (("WSGI", 1), ("ASGI", 3)):
+        yield at_most(f"The printed gate adds to a request, {kind}", beyond(rounds, f"{kind}0", kind), limit, "μs", 2)
+        yield at_most("... and with 100 routes", beyond(rounds, f"{kind}100", f"{kind}0"), 1, "μs", 2)
 
 
 # === Requests ================================================================
@@ -687,6 +728,7 @@ Part = Callable[[Plan], Iterator[Row]]
 PARTS: dict[str, Part] = {
     "aggregator": aggregator_rows,
     "gate": gate_rows,
+    "middleware": middleware_rows,
     "start": start_rows,
     "closing": closing_rows,
     "watching": watching_rows,

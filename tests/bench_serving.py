@@ -47,6 +47,8 @@ from bench import (
 from service import Service, environment
 from sshd import SSHD, Sshd, wait_for
 
+from healthchecker import middleware_text
+
 CROWD = 512  # clients that keep their connection
 IDLE = 2000  # clients that do so and ask nothing
 POLLED, REAL = 500, 20  # hosts polled beside full load, and how many of them are an sshd
@@ -63,6 +65,9 @@ server = waitress.create_server(app, listen="127.0.0.1:0")
 print(f"Listening at: http://127.0.0.1:{server.effective_port}", file=sys.stderr, flush=True)
 server.run()
 """,
+    # Nothing is ever written to this path: a gate that is closed.
+    "hc_gate.py": middleware_text(Path("lease")),
+    "refusing.py": "import hc_gate, oneline\napp = hc_gate.Gate(oneline.app)\n",
     "flask_health.py": """from healthcheck import HealthCheck
 from oneline import app
 health = HealthCheck(checkers=[lambda: (True, "healthy")], success_ttl=None)
@@ -274,6 +279,11 @@ def granian_rows(plan: Plan) -> Iterator[Row]:
 
             in_turn(plan.rounds, {name: partial(measure, name) for name in addresses})
         yield beside_granian(f"{figure}, to Granian with as many", found["ours"][1:], found["granian"][1:])
+    with gated(REFUSING, 503) as service, granian(1, "refusing:app") as address:
+        rounds = in_turn(plan.rounds, {
+            name: partial(lambda place: full_load(place, plan.load, status="5xx").rate, place)
+            for name, place in (("ours", url(service)), ("granian", address))})  # fmt: skip
+        yield times_as_many("Refusals, 1 worker, to the printed gate under Granian", rounds, "ours", {"granian": 0})
 
 
 # === Workers =================================================================

@@ -27,7 +27,7 @@ README = (PROGRAM.parent / "README.md").read_text(encoding="utf-8")
 TRUSTED = ("127.0.0.0/8", "10.0.0.0/8", "2001:db8:1::/48")  # of this machine and of two networks of proxies
 STRANGERS = ("192.0.2.0/24",)
 SBIN = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/usr/local/sbin"])
-NGINX, HAPROXY = shutil.which("nginx", path=SBIN), shutil.which("haproxy", path=SBIN)
+NGINX, HAPROXY, APACHE, CADDY = (shutil.which(name, path=SBIN) for name in ("nginx", "haproxy", "apache2", "caddy"))
 
 
 @pytest.fixture(autouse=True)
@@ -296,6 +296,57 @@ def test_haproxy_checks_readiness(tmp_path: Path) -> None:
             wait_for(lambda: b"No server is available" in fetch(port)[1])
             one.lease.until.value = float("inf")
             wait_for(lambda: fetch(port) == (200, b"one"))
+
+
+@pytest.mark.skipif(not APACHE, reason="needs apache2")
+def test_apache_checks_readiness(tmp_path: Path) -> None:
+    """Who is not ready gets nothing; nobody's being ready is a 503."""
+    (member,) = re.findall(r"`(BalancerMember .*?)`", README)
+    port = free_port()
+    modules = {path.stem: path for path in Path("/usr/lib/apache2/modules").glob("mod_*.so")}
+    load = ("mpm_event authz_core proxy proxy_http proxy_balancer proxy_hcheck lbmethod_byrequests slotmem_shm "
+            "watchdog").split()  # fmt: skip
+    with Serving(named(b"one"), 0) as one, Serving(named(b"two"), 0) as two:
+        members = [replaced(member, {"127.0.0.1:8080": f"127.0.0.1:{each.address[1]}", "=2": "=100ms"})
+                   for each in (one, two)]  # fmt: skip
+        lines = [f"LoadModule {name}_module {modules[f'mod_{name}']}" for name in load if f"mod_{name}" in modules]
+        lines += ["ServerName gate.example.com", f"Listen 127.0.0.1:{port}", f"PidFile {tmp_path}/pid"]
+        lines += [f"DefaultRuntimeDir {tmp_path}", "ErrorLog /dev/stderr", "<Proxy balancer://shop>", *members]
+        lines += ["</Proxy>", "ProxyPass / balancer://shop/", ""]
+        (tmp_path / "apache.conf").write_text("\n".join(lines), encoding="utf-8")
+        command = [str(APACHE), "-X", "-d", str(tmp_path), "-f", str(tmp_path / "apache.conf")]
+        with running(command, port, tmp_path):
+            wait_for(lambda: {fetch(port) for _ in range(10)} == {(200, b"one"), (200, b"two")})
+            one.lease.until.value = 0.0
+            wait_for(lambda: {fetch(port) for _ in range(4)} == {(200, b"two")})
+            two.lease.until.value = 0.0
+            wait_for(lambda: {fetch(port)[0] for _ in range(4)} == {503})
+            one.lease.until.value = float("inf")
+            wait_for(lambda: fetch(port) == (200, b"one"))
+
+
+@pytest.mark.skipif(not CADDY, reason="needs caddy")
+def test_caddy_asks_the_gate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A closed gate's 503 is the answer; a gate that is not there lets nobody pass."""
+    for name in ("HOME", "XDG_CONFIG_HOME", "XDG_DATA_HOME"):
+        monkeypatch.setenv(name, str(tmp_path))
+    (asks,) = re.findall(r"`(forward_auth [^`]*\{)`\n`([^`]*)`\n`(\})`", README)
+    port = free_port()
+    with serving((), hello) as gate, Serving(named(b"shop"), 0) as shop:
+        asked = replaced("\n".join(asks), {"127.0.0.1:8080": f"127.0.0.1:{gate.address[1]}"})
+        (tmp_path / "Caddyfile").write_text(
+            f"{{\nadmin off\nauto_https off\n}}\nhttp://127.0.0.1:{port} {{\n{asked}\n"
+            f"reverse_proxy 127.0.0.1:{shop.address[1]}\n}}\n", encoding="utf-8")  # fmt: skip
+        with running([str(CADDY), "run", "--config", "Caddyfile", "--adapter", "caddyfile"], port, tmp_path):
+            assert fetch(port, "/any?path") == (200, b"shop")
+            assert [fetch(port, path)[0] for path in ("/403", "/500")] == [403, 500], "its own answers stay"
+            gate.lease.until.value = 0.0
+            assert fetch(port) == (503, b"closed\n")
+            gate.lease.until.value = float("inf")
+            assert fetch(port) == (200, b"shop")
+            gate.server.stop()
+            gate.thread.join(10)
+            assert fetch(port)[0] == 502, "nobody is there to ask"
 
 
 def test_kubernetes_probes() -> None:
