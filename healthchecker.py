@@ -11,7 +11,7 @@
 #     "waitress~=3.0.2",
 #     "pydantic>=2.11,<3",
 #     "prometheus-client>=0.22,<1",
-#     "urllib3>=2,<3",
+#     "urllib3>=2.0.2,<3",
 # ]
 # ///
 """HealthChecker: a web application answers only while the machines it depends on are healthy.
@@ -1311,10 +1311,10 @@ class Inventory:
     path: Path
     service: ServiceSettings
     resources: list[ResourceSettings]
-    entries: list[int]              # of the file, one for each resource; one with a range stands for many
     places: Mapping[str, str]       # of the resources: file:line:column
     defaults: Mapping[str, Any]     # without secrets
     gates: Gates = dataclass_field(default_factory=Gates)
+    entries: Sequence[int] = ()     # of the file, one for each resource; one with a range stands for many
 
 
 class InventoryFile(Settings):
@@ -1426,8 +1426,8 @@ class InventoryLoader:
         if self.faults or not file or not usual:
             raise InventoryError("\n".join(self.faults))
         usual_values = usual.model_dump(mode="json", include=set(defaults), exclude=set(SECRETS), exclude_none=True)
-        return Inventory(self.path, file.service, resources, [index for index, _ in found], self.places, usual_values,
-                         gates)
+        return Inventory(self.path, file.service, resources, self.places, usual_values, gates,
+                         [index for index, _ in found])
 
     def _hosts(self, index: int, own: dict[str, Any]) -> list[dict[str, Any]]:
         """An entry by itself, or one for each host of its range."""
