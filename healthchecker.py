@@ -7719,6 +7719,7 @@ class Leases:
 
     def __init__(self, path: str) -> None:
         self._path, self._table, self._look, self._why = path, CLOSED, -math.inf, ""
+        self._looked(clock())  # or of several first requests only one would see an open gate
 
     def is_healthy(self, name: str = "") -> bool:
         """Of the whole site, or of a group or a route; raises LookupError."""
@@ -7786,7 +7787,7 @@ class AsgiGate:
         kind = "http.response"
         if scope["type"] == "websocket":
             kind = "websocket.http.response"
-            if kind not in scope.get("extensions", {}):
+            if kind not in (scope.get("extensions") or {}):
                 await send({"type": "websocket.close", "code": 1013, "reason": "temporarily unavailable"})
                 return
         headers = {"retry-after": str(wait), "cache-control": "no-store", "content-type": "text/plain"}

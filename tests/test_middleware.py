@@ -200,6 +200,14 @@ def test_a_lease_that_ends_is_closed(tmp_path: Path) -> None:
         assert leases.wait("/") >= 1
 
 
+def test_nobody_is_refused_while_another_one_looks(tmp_path: Path) -> None:
+    """From the first request on."""
+    with opened(tmp_path) as (_, leases):
+        new = type(leases)(str(tmp_path / "lease"))
+        new._look = math.inf  # as it is for the others while one thread reads the file
+        assert new.wait("/") == 0
+
+
 def test_the_end_of_the_service_closes_at_once(tmp_path: Path) -> None:
     with opened(tmp_path, "/r", "g") as (file, leases):
         assert leases.is_healthy() and leases.is_healthy("g") and leases.is_healthy("/r")
