@@ -7694,18 +7694,16 @@ def lease_identity() -> str:
     return f"{IDENTITY} {name} {boot_id} {os.stat(space).st_ino if os.path.exists(space) else 0}"
 
 
-READER = '''"""Refuses requests with 503 while HealthChecker's gate is closed, in any server:
-
-    app = Gate(app)         # WSGI
-    app = AsgiGate(app)     # ASGI
+READER = '''"""HealthChecker's gate for any server: `app = Gate(app)` in WSGI, `app = AsgiGate(app)` in ASGI.
 
 Printed by `healthchecker.py middleware`, to be put beside an application; it needs nothing but Python 3.8 or later and
-the right to read LEASE_FILE on the machine that writes it (Linux or Windows). Closed is also what is missing, damaged,
-of another boot, clock or version, and what a service has left that ended: the log "healthchecker" says so. On Windows
-it takes the same clock, of Python up to 3.12 or from 3.13 on, as the service. A container mounts the folder, read-only,
-not the file, which each start replaces; one that has a boot id or a clock of its own (gVisor, systemd-nspawn, a
-namespace of time) stays closed. A route is of the whole path, with SCRIPT_NAME or root_path. What has begun, such as
-a websocket, is not ended. In WSGI environ["healthchecker.is_healthy"](name) asks for a group or route.
+the right to read LEASE_FILE on the machine that writes it (Linux or Windows). While the gate of a path is closed,
+requests get 503. Closed is also what is missing, damaged, of another boot, clock or version, and what a service has
+left that ended; the log "healthchecker" says so. On Windows it takes the same clock as the service has, that of Python
+up to 3.12 or from 3.13 on. A container mounts the folder, read-only, not the file, which each start replaces; one that
+has a boot id or a clock of its own (gVisor, systemd-nspawn, a namespace of time) stays closed. A route is of the whole
+path, with SCRIPT_NAME or root_path. What has begun, such as a websocket, is not ended. A WSGI application may ask
+environ["healthchecker.is_healthy"](), also with the name of a group or a route.
 """
 
 from __future__ import annotations
@@ -7723,14 +7721,9 @@ import time
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterable, MutableMapping, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
-
-    Message = MutableMapping[str, Any]
-    Receive = Callable[[], Awaitable[Message]]
-    Send = Callable[[Message], Awaitable[None]]
-    AsgiApplication = Callable[[Message, Receive, Send], Awaitable[None]]
 
 LEASE_FILE = @PATH@
 IDENTITY = @IDENTITY@
@@ -7797,6 +7790,7 @@ class Leases:
 
     def __init__(self, path: str) -> None:
         self._path, self._table, self._look, self._why = path, CLOSED, -math.inf, ""
+        self._looked(clock())  # or of several first requests only one would see an open gate
 
     def is_healthy(self, name: str = "") -> bool:
         """Of the whole site, or of a group or a route; raises LookupError."""
@@ -7853,10 +7847,10 @@ class Gate:
 class AsgiGate:
     """ASGI: the same; a lifespan passes, a websocket is refused by a denial, or by 1013 where there is none."""
 
-    def __init__(self, app: AsgiApplication, path: str = LEASE_FILE) -> None:
+    def __init__(self, app: Callable[..., Any], path: str = LEASE_FILE) -> None:
         self._app, self._leases = app, Leases(path)
 
-    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         path = scope.get("path", "").encode("utf-8", "replace").decode("latin-1")
         if scope["type"] == "lifespan" or not (wait := self._leases.wait(path)):
             await self._app(scope, receive, send)
@@ -7864,7 +7858,7 @@ class AsgiGate:
         kind = "http.response"
         if scope["type"] == "websocket":
             kind = "websocket.http.response"
-            if kind not in scope.get("extensions", {}):
+            if kind not in (scope.get("extensions") or {}):
                 await send({"type": "websocket.close", "code": 1013, "reason": "temporarily unavailable"})
                 return
         headers = {"retry-after": str(wait), "cache-control": "no-store", "content-type": "text/plain"}
