@@ -6282,6 +6282,8 @@ class Override(Settings):
     seconds: float | None       # for which it holds; None: until it is ended
     reason: str
     actor: str
+    boot: int = 0               # the start of the machine, see boot_number
+    begun_mono: float = 0.0     # by lease_clock, which counts while that start lasts
 
     @property
     def until(self) -> float | None:
@@ -6851,7 +6853,7 @@ def chart(session: Session, resource_id: int, metric: str, span: str, now: float
 # Rows of resources come in, reports go out: to the aggregator at once, to the database through the recorder. A
 # thread for each resource polls it, one (the recorder) writes, one (the monitor) makes pollers follow the rows,
 # replaces dead ones and sees leases and maintenance end. Names in `_mono` are monotonic times, in `_at` Unix times.
-# Gives: Recorder, PollContext, poll_once, Monitor
+# Gives: boot_number, Recorder, PollContext, poll_once, Monitor, stored_override
 FIRST_POLLS = 50.0              # first polls per second
 JITTER = 0.1                    # part of the interval by which polls are spread
 FLUSH_INTERVAL = 1.0            # seconds for which the recorder gathers what it writes
@@ -7250,10 +7252,19 @@ def require_files(before: Mapping[str, Target], targets: Mapping[str, Target]) -
                     allowed, hosts, wanted)
 
 
+def stored_override(session: Session) -> Override | None:
+    """What an operator says of the gate; one that cannot be read says nothing."""
+    text = remembered(session, "override").text
+    with contextlib.suppress(ValidationError):
+        return Override.model_validate_json(text) if text else None
+    return None
+
+
 def end_of_override(override: Override, zero_at: float) -> float:
-    """By lease_clock, whose 0 was at that Unix time; no later than was asked, whatever became of the clock: where it
-    was set back since, nobody knows for how long the gate has been open, and it closes."""
-    now, begun = lease_clock(), override.at - zero_at
+    """By lease_clock, whose 0 was at that Unix time; no later than was asked, whatever became of the clock. Where it
+    was set back with another start of the machine, nobody knows for how long an open gate was open, and it closes."""
+    now = lease_clock()
+    begun = override.begun_mono if override.boot == boot_number() != 0 else override.at - zero_at
     if override.seconds is None or (override.action == "open" and begun > now + CLOCK_DRIFT):
         return math.inf if override.action == "close" else 0.0
     return min(begun, now) + override.seconds
@@ -7276,8 +7287,7 @@ class OverrideKeeper:
     def follow(self, zero_at: float) -> None:
         """What the row says holds; `zero_at` as in end_of_override."""
         with self._store.reading() as session:
-            text = remembered(session, "override").text
-        override = Override.model_validate_json(text) if text else None
+            override = stored_override(session)
         if override != self._stored:
             self._ends_mono = end_of_override(override, zero_at) if override else 0.0
             self._stored = override
@@ -7294,7 +7304,7 @@ class OverrideKeeper:
         if override is None or self.now:
             return
         with self._store.writing() as session:
-            if remembered(session, "override").text == override.model_dump_json():      # or there is another one
+            if stored_override(session) == override:    # or there is another one
                 session.merge(Setting(name="override", value=0, text=""))
                 at = min(self._wall(), override.until or math.inf)
                 record_event(session, "change", f"gate {override.why}; that is over", at=at)
@@ -7436,6 +7446,7 @@ class Monitor(threading.Thread):
 
     def _reconcile(self) -> None:
         """Makes the pollers follow the rows."""
+        self.override.follow(self._zero_at)     # first: it holds whatever is wrong with the rest
         with self._store.reading() as session:
             current, targets = revision(session), load_targets(session, self._vault, self.targets)
             gates = Gates.model_validate_json(remembered(session, "gates").text or "{}")
@@ -7459,7 +7470,6 @@ class Monitor(threading.Thread):
                 self._launch(target, 0.0, before, stored.get(target.id))
                 fresh.append(self.pollers[name])
         spread(fresh)
-        self.override.follow(self._zero_at)
         with self._context.aggregator.at_once():    # what has another name neither opens nor closes in between
             self._context.aggregator.arrange(gates, by_tag(target.settings for target in targets.values()))
             self._recount()
@@ -9600,7 +9610,8 @@ def change_gate(who: Principal, body: Mapping[str, Any]) -> None:
     with context.store.writing() as session:
         text, said = "", f"gate left to the resources again{f': {reason}' if reason else ''}"
         if given.action != "auto":
-            override = Override(action=given.action, at=context.clock(), seconds=seconds, reason=reason, actor=who.name)
+            override = Override(action=given.action, at=context.clock(), seconds=seconds, reason=reason, actor=who.name,
+                                boot=boot_number(), begun_mono=lease_clock())
             text, end = override.model_dump_json(), utc_time(override.until or 0.0)
             said = f"gate {override.why}, until {end.isoformat(timespec='seconds') if end else 'that is ended'}"
         if text or remembered(session, "override").text:
@@ -10256,7 +10267,7 @@ class ServingMetrics:
     def collect(self) -> Iterator[Metric]:
         left = max(0.0, self.lease.until.value - self.clock())
         cells, open_connections = self.counters.totals(), [n for n in self.counters.held if n >= 0]
-        yield gauge("gate_open", "1 while requests reach the application.", float(left > 0))
+        yield gauge("gate_open", "1 while the gate is open: requests reach the application.", float(left > 0))
         yield gauge("gate_observes", "1 in mode observe: a closed gate refuses nothing.", self.lease.observes.value)
         override = gauge("gate_override", "1 while an operator has opened or closed the gate.", None, "action")
         for action, value in (("open", 1), ("close", -1)):
@@ -10554,7 +10565,8 @@ TEMPLATES = {"layout.html": """{% macro table(label, heads, class="") %}
 {% endif %}
 {% if observes %}
 <section class="message degraded" aria-label="Mode">
-<p>{{ state("degraded", "observe") }}: nothing is refused; {{ passed }} requests would have been</p>
+<p>{{ state("degraded", "observe") }}: nothing is refused;
+{{ passed }} request{{ "s" if passed != 1 }} would have been</p>
 </section>
 {% endif %}
 {% endmacro %}
@@ -12542,8 +12554,7 @@ def add_user_commands(users: Any) -> None:
 def gate_rows(installation: Installation, session: Session) -> Iterator[list[str]]:
     """How the gate stands as far as it is written down, which takes a service a second."""
     last = next(iter(events(session, kind="gate", limit=1)), None)
-    text = remembered(session, "override").text
-    override = Override.model_validate_json(text) if text else None
+    override = stored_override(session)
     if override and (override.until or math.inf) < time.time():
         override = None
     end = f"until {local_time(override.until)}" if override and override.until else "until that is ended"
@@ -12596,7 +12607,7 @@ def command_line() -> argparse.ArgumentParser:
     parser.add_argument("--accept-removals", action="store_true", help=(
         "start (or check) although more than a third of the resources are not in the inventory any more"))
     parser.add_argument("--listen", type=address_to_listen_on, metavar="ADDRESS:PORT", help=(
-        "in place of service.listen of the inventory"))
+        "serve (or check) there, whatever service.listen says"))
     parser.set_defaults(run=serve)
     commands = parser.add_subparsers(metavar="COMMAND")
     command = commands.add_parser("check", help="validate the inventory and say what a start would change")

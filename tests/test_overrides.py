@@ -30,10 +30,13 @@ from healthchecker import (
     Override,
     RequestCounters,
     ServingMetrics,
+    Setting,
+    boot_number,
     end_of_override,
     generate_latest,
     lease_clock,
     remembered,
+    revise,
     sqlalchemy,
 )
 
@@ -185,6 +188,27 @@ def test_end_whatever_became_of_the_clock() -> None:
         assert end <= lease_clock() + (math.inf if seconds is None else seconds)
 
 
+@pytest.mark.skipif(not boot_number(), reason="the system tells of no starts")
+def test_end_in_the_same_start_of_the_machine() -> None:
+    """What the clock says is nothing then."""
+    begun = lease_clock() - 20
+    for action, at in (("open", 0.0), ("open", 1e12), ("close", 1e12)):
+        override = word(action, at=at, boot=boot_number(), begun_mono=begun)
+        assert end_of_override(override, 1_800_000_000.0) == begun + 60
+    assert end_of_override(word("open", at=1e12, boot=1, begun_mono=begun), 0.0) == 0.0
+
+
+def test_what_cannot_be_read_says_nothing(tmp_path: Path) -> None:
+    with local_console(tmp_path, GOOD, clock=time.time) as local:
+        for text in ("{", '{"action": "ajar"}', '{"action": "open"}'):
+            with local.store.writing() as session:
+                session.merge(Setting(name="override", value=0, text=text))
+                revise(session)
+            local.follow()
+            assert local.log_in().api("GET", "gate").json["override"] is None
+        assert local.api("POST", "gate", {"action": "close"}).json["state"] == "closed"
+
+
 # === The console =============================================================
 @pytest.fixture
 def local(tmp_path: Path) -> Iterator[Local]:
@@ -288,6 +312,13 @@ def test_page(local: Local) -> None:
         page = local.ask("GET", path).body
         assert "Gate closed by SpiceWorks: &lt;b&gt;moving" in page, path
         assert "until that is ended" in page and "Leave the gate to the resources" in page
+    cookie, local.cookie = local.cookie, ""
+    reply = local.form("/-/override", {"action": "open", "for": "2h", "reason": "typed before"})
+    assert reply.status == 401 and "typed before" in reply.body, "the login leads back to it"
+    local.cookie = cookie
+    typed = {f"typed.{name}": text for name, text in {"action": "open", "for": "2h", "reason": "typed"}.items()}
+    reply = local.form("/-/override", typed)
+    assert reply.status == 200 and 'value="typed"' in reply.body and "Nothing has been" in reply.body
     reply = local.form("/-/override", {"action": "open", "for": "48h", "reason": "x"})
     assert reply.status == 422 and "must be at most 24h" in reply.body and 'data-refresh="/-/"' in reply.body
     with local.store.writing() as session:
@@ -309,7 +340,7 @@ def test_observe_is_shown(tmp_path: Path) -> None:
         assert (found["mode"], found["would_refuse"]) == ("observe", 1)
         assert local.ask("GET", "/-/health").json["checks"]["gate:mode"][0]["output"] == "nothing is refused"
         page = local.open_session().ask("GET", "/-/").body
-        assert ">observe</b>: nothing is refused; 1 requests would have been" in page
+        assert ">observe</b>: nothing is refused;\n1 request would have been" in page
         serving, context = ServingMetrics(lease, counters), local.context
         text = generate_latest(cast(Any, serving)).decode()
         assert "healthchecker_gate_observes 1.0" in text and "healthchecker_would_refuse_total 1.0" in text
@@ -436,12 +467,7 @@ def test_who_dies_closes_the_gate(tmp_path: Path) -> None:
         assert service.get("/").status == 200, "it was asked for an hour"
         os.kill(service.pid, signal.SIGSTOP)
         try:
-            stopped, answer = lease_clock(), 200
-            while answer == 200:
-                assert lease_clock() < stopped + OVERRIDE_TTL + 60
-                answer = ask(service)
-                time.sleep(0.1)
-            assert answer == 503
+            wait_for(lambda: ask(service) == 503, OVERRIDE_TTL + 60)
         finally:
             os.kill(service.pid, signal.SIGCONT)
         service.wait_status("/", 200)
