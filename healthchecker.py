@@ -7291,7 +7291,8 @@ class OverrideKeeper:
         if override != self._stored:
             self._ends_mono = end_of_override(override, zero_at) if override else 0.0
             self._stored = override
-            log.warning("gate: %s", override.why if override else "left to the resources again")
+            if self.now or not override:    # or it ended before this start
+                log.warning("gate: %s", override.why if override else "left to the resources again")
         self.say()
 
     def say(self) -> None:
@@ -9590,7 +9591,7 @@ class GateChange(Settings):
     action: Literal["open", "close", "auto"]    # auto: what the resources say
     seconds: Annotated[float, Field(gt=0, le=MAINTENANCE, allow_inf_nan=False), BeforeValidator(
         gate_seconds, json_schema_input_type=float | str)] | None = Field(default=None, alias="for")
-    reason: TextLine | None = None
+    reason: Annotated[TextLine, Field(max_length=200)] | None = None
 
 
 def change_gate(who: Principal, body: Mapping[str, Any]) -> None:
@@ -12560,8 +12561,8 @@ def gate_rows(installation: Installation, session: Session) -> Iterator[list[str
     end = f"until {local_time(override.until)}" if override and override.until else "until that is ended"
     yield ["GATE", f"{last.text}, at {local_time(last.at)}" if last else "never open yet"]
     yield ["OVERRIDE", f"{override.why}, {end}" if override else "none"]
-    observes = installation.service.mode == "observe"
-    yield ["MODE", "observe: nothing is refused" if observes else installation.service.mode]
+    mode = json.loads(remembered(session, "service").text or "{}").get("mode", "enforce")   # as it was started with
+    yield ["MODE", "observe: nothing is refused" if mode == "observe" else mode]
     yield ["SERVICE", "runs" if is_running(installation.database) else "does not run: the gate is closed"]
 
 
