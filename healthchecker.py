@@ -54,6 +54,7 @@ Sections, in file order; a definition refers only to what stands above it:
     Serve        waitress on the loop, and its pools
     Workers      processes that serve on one socket
     Accounts     users, logins and what proves them, the brake on guessing
+    Principals   who asks, and what it is asked of
     Actions      what can be done; pages, API and command line call these
     API          the JSON API, and what every request to the console must pass
     Metrics      what Prometheus reads
@@ -62,7 +63,8 @@ Sections, in file order; a definition refers only to what stands above it:
     Views        the pages
     Console      the operators' door: pages and API under waitress, in the main process
     Backup       database, keys and inventory in one archive
-    Commands     the command line: serve, check, seal, endpoint, trust, keys
+    Service      serve: from the start to the end
+    Commands     the command line: check, seal, endpoint, trust, user, gate, keys
 """
 
 from __future__ import annotations
@@ -556,9 +558,9 @@ def read_document(path: Path) -> Document:
 # own: limits, checks, expectations. Texts come in, values go out, or a ValueError that says what is wanted. Pure.
 # Gives: absolute, AppName, CertificateDays, Check, ConsoleListen, Days, Expect, FilePath, Fingerprint, fits_platform,
 # HeaderName, HeaderValue, HostKey, Hostname, HOSTNAME, known_hosts_file, Limit, Limits, Listen, literal_address,
-# LongText, matching, matching_key, Name, Networks, Platform, Positive, PROTOCOLS, RANGE, ranged, read_url, Relogin,
-# REMOTE_PLATFORMS, Seconds, Secret, SECURED, SELECTABLE, selectable, ServiceName, Settings, short_expect, SQLITE,
-# SqliteUrl, SSH_PLATFORMS, TextLine, Times, Url, WEB_PORTS, Workers
+# LongText, matching, matching_key, Mode, Name, Networks, plain_seconds, Platform, Positive, PROTOCOLS, RANGE, ranged,
+# read_url, Relogin, REMOTE_PLATFORMS, Seconds, Secret, SECURED, SELECTABLE, selectable, ServiceName, Settings,
+# short_expect, SQLITE, SqliteUrl, SSH_PLATFORMS, TextLine, Times, Url, WEB_PORTS, Workers
 class Platform(str, Enum):
     """What a resource runs; decides its connection and its command set. `posix` is what `unix` falls back to."""
 
@@ -687,6 +689,7 @@ Networks = tuple[Annotated[str, AfterValidator(network_of)], ...]
 Workers = Annotated[str, matching(r"auto|[1-9]|[1-5][0-9]|6[0-4]", "must be auto or a number from 1 to 64 "
                                   "(serving in the main process, 0, is gone: write 1)")]
 AppName = Annotated[str, matching(r"[\w.]+:[\w.]+(\(\))?", "must be module:callable or module:factory()")]
+Mode = Literal["enforce", "observe"]    # observe: nothing is refused, but what would have been is marked
 SqliteUrl = Annotated[str, matching(r"sqlite:///[^?]+", "must be sqlite:///path"),
                       AfterValidator(lambda url, info: SQLITE + str(absolute(url.removeprefix(SQLITE), info.context)))]
 
@@ -847,10 +850,13 @@ def literal_address(text: str) -> str:
         raise ValueError("must be an IP address") from None
 
 
+UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}      # seconds
+
+
 def plain_seconds(value: object) -> object:
-    """`2 s` is 2."""
-    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?s", value) if isinstance(value, str) else None
-    return float(found[1]) if found else value
+    """`2 s` is 2, `30m` is 1800."""
+    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?([smhd])", value) if isinstance(value, str) else None
+    return float(found[1]) * UNITS[found[2]] if found else value
 
 
 def json_text(value: object) -> object:
@@ -934,6 +940,7 @@ class ServiceSettings(Settings):
     model_config = ConfigDict(validate_default=True)    # default paths become absolute, too
     listen: Listen = "127.0.0.1:8080"                   # of the application
     console: ConsoleListen = "127.0.0.1:8081"           # of pages, API and metrics; off: there are none
+    mode: Mode = "enforce"                              # of the gate, where a route has none of its own
     operators: Networks = ("127.0.0.0/8", "::1/128")    # networks that the console answers
     trusted_proxy: Networks = ()                        # networks whose X-Forwarded-* headers are believed
     workers: Workers = "auto"                           # serving processes
@@ -1174,7 +1181,7 @@ class ResourceSettings(Settings):
 # === Groups ==================================================================
 # What counts together, and which paths of the application need what: models of the inventory's `groups` and `routes`,
 # and what can be wrong between them. Pure; the aggregator counts by them, the gate of each worker sorts paths by them.
-# Gives: by_tag, gate_lines, Gates, group_faults, GroupSettings, Quorum, quorum_of, Routes
+# Gives: by_tag, gate_lines, Gates, group_faults, GroupSettings, Quorum, quorum_of, Routes, RouteSettings
 DEPTH = 8                       # groups in groups in groups
 Quorum = Annotated[str, matching(r"all|any|[1-9][0-9]{0,5}|(100|[1-9][0-9]?)%",
                                  "must be all, any, a number or a percentage such as 50%")]
@@ -1189,10 +1196,22 @@ def quorum_of(wanted: str, count: int) -> int:
     return count if wanted == "all" else min(int(wanted), count)
 
 
+class RouteSettings(Settings):
+    """What holds for a path of the application and all below it."""
+
+    needs: tuple[Name, ...] | None = None   # besides what the whole site needs; (): nothing; None: no more than that
+    mode: Mode | None = None                # None: the service's
+
+
+def short_route(value: object) -> object:
+    """A list is short for `{needs: list}`."""
+    return value if isinstance(value, (dict, RouteSettings)) else {"needs": value}
+
+
 Routes = dict[Annotated[str, matching(
     r"(?!/-(/|$))(/(?!\.\.?(/|$))[^/?#;%\\\x00-\x1f\x7f]+)+",
     "must be a path such as /reports, not below /-/, without a last slash or what could be read in two ways: "
-    "// . .. % ; \\ ? #", 1024)], tuple[Name, ...]]
+    "// . .. % ; \\ ? #", 1024)], Annotated[RouteSettings, BeforeValidator(short_route)]]
 
 
 class GroupSettings(Settings):
@@ -1213,11 +1232,19 @@ class Gates(Settings):
     """What counts together, and which paths of the application need what."""
 
     groups: tuple[GroupSettings, ...] = ()
-    routes: Routes = {}     # what a path needs besides all that the whole site needs; none: it needs nothing
+    routes: Routes = {}
 
     def members(self, tagged: Mapping[str, Iterable[str]]) -> dict[str, Iterable[str]]:
         """What stands in each group, by its name, and in each route, by its path."""
-        return {group.name: group.all_members(tagged) for group in self.groups} | self.routes
+        return {group.name: group.all_members(tagged) for group in self.groups} | {
+            path: route.needs or () for path, route in self.routes.items()}
+
+    def route(self, path: str, known: Collection[str]) -> RouteSettings:
+        """What holds for a route, or for one that is gone: what holds for the route around it, of those `known`."""
+        if path in self.routes:
+            return self.routes[path]
+        around = [other for other in self.routes if other in known and path.startswith(f"{other}/")]
+        return self.routes[max(around, key=len)] if around else RouteSettings()
 
 
 def by_tag(resources: Iterable[ResourceSettings]) -> dict[str, list[str]]:
@@ -1256,8 +1283,8 @@ def group_faults(gates: Gates, resources: Iterable[ResourceSettings]) -> Iterato
     """What is wrong with groups and routes, and where."""
     critical = {settings.name: settings.critical for settings in resources}
     members = gates.members(by_tag(resources))
-    places: dict[NodePath, str] = {("routes", path, number): name for path, needs in gates.routes.items()
-                                   for number, name in enumerate(needs)}
+    places: dict[NodePath, str] = {("routes", path, "needs", number): name for path, route in gates.routes.items()
+                                   for number, name in enumerate(route.needs or ())}
     taken = {*critical, *(path[1:] for path in gates.routes)}
     for index, group in enumerate(gates.groups):
         places |= {("groups", index, "members", number): name for number, name in enumerate(group.members)}
@@ -1292,9 +1319,10 @@ def gate_lines(gates: Gates, resources: Sequence[ResourceSettings]) -> Iterator[
         yield "the whole site needs"
         for name in (name for name in counted if name not in inside):
             yield from below(name, 1)
-    for path, needs in gates.routes.items():
-        yield f"{path} needs {'that and' if needs else 'nothing'}"
-        for name in needs:
+    for path, route in gates.routes.items():
+        needed = "nothing" if route.needs == () else "that and" if route.needs else "that"
+        yield f"{path} needs {needed}{f' (mode {route.mode})' if route.mode else ''}"
+        for name in route.needs or ():
             yield from below(name, 1)
 
 
@@ -1331,12 +1359,12 @@ M = TypeVar("M", bound=Settings)
 RANGED = {"hostname", "url", "name", "was"}     # settings that may have a range each
 NESTED: dict[str, type[Settings]] = {
     "service": ServiceSettings, "limits": Limits, "checks": Check, "retention": Retention, "expect": Expect,
-    "groups": GroupSettings}
+    "groups": GroupSettings, "routes": RouteSettings}
 
 
 def known_fields(model: type[Settings], loc: NodePath) -> Iterable[str]:
     """What could stand where an `extra_forbidden` error of `model` points to."""
-    *_, parent = ["", *(part for part in loc[:-1] if isinstance(part, str))]
+    *_, parent = ["", *(part for part in loc[:-1] if isinstance(part, str) and part[:1] != "/")]    # no paths
     nearest = NESTED.get(parent, Limit) if parent else model
     return [field.alias or name for name, field in nearest.model_fields.items()]
 
@@ -1484,6 +1512,8 @@ class InventoryLoader:
         return model.model_validate(raw, context=self.folder)
 
     def fault(self, path: NodePath, message: str, *, key: bool = False) -> None:
+        if path[2:3] == ("needs",) and path[:3] not in self.document.nodes:     # a route in its short form
+            path = path[:2] + path[3:]
         parts = path[:-1] if key else path      # an unknown key may be a slipped password: it is not shown
         shown = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts).lstrip(".")
         position = self.document.position(path, key=key)
@@ -2021,8 +2051,9 @@ class LoginSession(Base):
 
 
 class Setting(Base):
-    """What the service remembers about itself: `revision` rises with every change of configuration; `defaults`, `gates`
-    and `service` are those of the inventory, in JSON, as imported last, the service's as it was started with."""
+    """What the service remembers about itself: `revision` rises with every change of configuration; in JSON are
+    `defaults`, `gates` and `service` of the inventory as imported last, the service's as it was started with, and
+    `override`, what an operator says of the gate."""
 
     __tablename__ = "setting"
     name: Mapped[str] = mapped_column(primary_key=True)
@@ -6287,8 +6318,9 @@ def settle(standing: Standing, verdict: Verdict, settings: ResourceSettings, at:
 # with the clock: of the whole site, of each route and of each group. Reports come from any thread; under one lock a
 # changed one goes up the groups it is in, as far as it changes them, and then their leases are written. What opens or
 # closes is announced in `transitions`, which the recorder empties.
-# Gives: GroupState, HealthAggregator, Lease, SITE
+# Gives: GroupState, HealthAggregator, Lease, Override, SITE
 DEFAULT_TTL = 132.0             # seconds; the lease of a resource with default settings
+OVERRIDE_TTL = 30.0             # seconds for which the gate is opened by hand, unless that is said again
 Span = tuple[float, float]      # monotonic times: until when something is healthy, and when it can be so again
 WAITED_FOR: Span = (0.0, 0.0)   # of what has no result yet, at the start
 SITE = ""                       # the whole site among groups and routes
@@ -6301,10 +6333,49 @@ class Lease:
     """Two times of lease_clock in shared memory: until when the site is healthy, and when it can be so again; in
     `parts`, the same of groups by name and of routes by path."""
 
-    def __init__(self, parts: Iterable[str] = ()) -> None:
+    def __init__(self, parts: Iterable[str] = (), *, name: str = SITE, observes: bool = False) -> None:
+        self.name = name
         self.until: ctypes.c_double = multiprocessing.RawValue(ctypes.c_double, 0.0)
         self.opens: ctypes.c_double = multiprocessing.RawValue(ctypes.c_double, 0.0)
-        self.parts = {name: Lease() for name in parts}
+        self.by_hand: ctypes.c_byte = multiprocessing.RawValue(ctypes.c_byte, 0)    # 1: opened, -1: closed
+        self.observes: ctypes.c_bool = multiprocessing.RawValue(ctypes.c_bool, observes)    # the mode; see Mode
+        self.parts = {part: Lease(name=part, observes=observes) for part in parts}
+
+    @property
+    def mode(self) -> Mode:
+        return "observe" if self.observes.value else "enforce"
+
+    def part(self, name: str) -> Lease | None:
+        """That of a group, a route or the site; None where the workers do not know it yet."""
+        return self.parts.get(name) if name else self
+
+    def take_modes(self, gates: Gates) -> None:
+        """Those of the routes; one without has the site's."""
+        for name, lease in self.parts.items():
+            lease.observes.value = (gates.route(name, self.parts).mode or self.mode) == "observe"
+
+
+class Override(Settings):
+    """What an operator says of the site's gate, whatever the resources say. `close` closes all but the paths that need
+    nothing, `open` opens all; groups stay as they are."""
+
+    action: Literal["open", "close"]
+    at: float                   # Unix time of its begin
+    seconds: float | None       # for which it holds; None: until it is ended
+    reason: str
+    actor: str
+    boot: int = 0               # the start of the machine, see boot_number
+    begun_mono: float = 0.0     # by lease_clock, which counts while that start lasts
+
+    @property
+    def until(self) -> float | None:
+        """Unix time of its end."""
+        return None if self.seconds is None else self.at + self.seconds
+
+    @property
+    def why(self) -> str:
+        verb = "opened" if self.action == "open" else "closed"
+        return f"{verb} by {self.actor}{f': {self.reason}' if self.reason else ''}"
 
 
 @dataclass(frozen=True)
@@ -6316,6 +6387,7 @@ class GroupState:
     needed: int                     # so many of its members
     members: Mapping[str, bool]     # those that count: whether they are healthy
     why: str
+    mode: Mode
 
 
 class Group:
@@ -6370,13 +6442,9 @@ class GroupTree:
     def arrange(self, gates: Gates, tagged: Mapping[str, Sequence[str]], known: Collection[str]) -> None:
         """Groups and routes from now on. Of routes only those that are `known` to the workers: one that was not there
         when they began counts for nothing yet, and one that is gone is as what is around it."""
-        routes = {path: needs for path, needs in gates.routes.items() if path in known}
-        for path in known:
-            if path.startswith("/") and path not in gates.routes:
-                around = [other for other in gates.routes if other in known and path.startswith(f"{other}/")]
-                routes[path] = gates.routes[max(around, key=len)] if around else TOP
+        routes = {path: gates.route(path, known).needs for path in known if path.startswith("/")}
         members = {group.name: tuple(group.all_members(tagged)) for group in gates.groups} | {
-            path: tuple(dict.fromkeys((*needs, *(TOP if needs else ())))) for path, needs in routes.items()}
+            path: () if needs == () else tuple(dict.fromkeys((*(needs or ()), SITE))) for path, needs in routes.items()}
         above: dict[str, list[str]] = collections.defaultdict(list, {name: [] for name in (SITE, *routes)})
         for name, inside in members.items():
             for member in inside:
@@ -6439,6 +6507,8 @@ class HealthAggregator:
         self._pending: set[str] = set()             # no result yet, since the start
         self._announced = False                     # the registration of the start is over
         self._beats: dict[str, float] = {}          # until when those live who watch
+        self._override: Override | None = None
+        self._overridden_until = 0.0
         self._put(START, WAITED_FOR)
 
     @contextlib.contextmanager
@@ -6459,6 +6529,16 @@ class HealthAggregator:
             if self._arranged != (gates, tagged):
                 self._arranged = gates, tagged
                 self._tree.arrange(gates, tagged, self.lease.parts)
+                self.lease.take_modes(gates)
+                self._publish()
+
+    def overrule(self, override: Override | None, until: float) -> None:
+        """What an operator says of the gate holds from now on, until a time of the clock. To be said again and again:
+        nothing is open by it for longer than OVERRIDE_TTL without that."""
+        if override or self._override:
+            with self._lock:
+                self._override, self._overridden_until = override, min(until, self._clock() + OVERRIDE_TTL)
+                self._tree.changed |= self._tree.groups.keys()
                 self._publish()
 
     def register(self, name: str, owner: object = None) -> None:
@@ -6522,17 +6602,19 @@ class HealthAggregator:
             self._tree.changed |= self._tree.groups.keys()
             self._publish()
 
-    def groups(self) -> list[GroupState]:
-        """Groups and routes, as they stand."""
+    def groups(self, *, site: bool = False) -> list[GroupState]:
+        """Groups and routes, as they stand; or the whole site alone."""
         with self._lock:
-            return [self._state(name, group) for name, group in self._tree.groups.items() if name != SITE]
+            return [self._state(name, group) for name, group in self._tree.groups.items() if (name == SITE) is site]
 
     def _state(self, name: str, group: Group) -> GroupState:
         now = self._clock()
         members = {each: span[0] > now for each, span in self._tree.counted(name).items() if each != SITE}
-        closed = self._end_of(name) <= now
-        return GroupState(name, "unhealthy" if closed else group.state(now), min(group.needed, len(members)), members,
-                          self._why(name) if closed else "")
+        is_open = self._end_of(name) > now
+        why = self._told(name, is_open)
+        state = "unhealthy" if not is_open else "degraded" if why else group.state(now)
+        mode = (self.lease.part(name) or self.lease).mode
+        return GroupState(name, state, min(group.needed, len(members)), members, why, mode)
 
     def _put(self, name: str, span: Span | None) -> None:
         self._reasons.pop(name, None)
@@ -6544,8 +6626,15 @@ class HealthAggregator:
             return 0.0      # a group that is gone, and of which a worker still knows
         if name.startswith("/") and not self._tree.members[name]:
             return math.inf
-        span = self._tree.groups[name].span
-        return min([span[0] if span else math.inf, *self._beats.values()])
+        span, override = self._tree.groups[name].span, self._override_of(name)
+        if override and override.action == "close":
+            return 0.0
+        end = span[0] if span else math.inf
+        return min([max(end, self._overridden_until) if override else end, *self._beats.values()])
+
+    def _override_of(self, name: str) -> Override | None:
+        """What an operator says of it; of groups, and of paths that need nothing, nobody does."""
+        return self._override if not name or (name.startswith("/") and self._tree.members[name]) else None
 
     def _publish(self) -> None:
         """Writes the leases that have changed, then tells what has opened or closed; the caller holds the lock."""
@@ -6557,19 +6646,33 @@ class HealthAggregator:
         changed, self._tree.changed = sorted(self._tree.changed), set()
         ends = {name: self._end_of(name) for name in changed}
         for name, until in ends.items():
-            if lease := self.lease.parts.get(name) if name else self.lease:
+            if lease := self.lease.part(name):
                 span = self._tree.groups[name].span if name in self._tree.groups else None
-                opens = max(span[1], 0.0) if span else 0.0
-                lease.opens.value, lease.until.value = opens, until
-                if self._copy:      # elsewhere what needs nothing ends with us, too, as it does in our own workers
-                    lives = self._beats.values() or (self._clock() + DEFAULT_TTL,)
-                    self._copy(name, min([until, *lives]), opens)
+                override, opens = self._override_of(name), max(span[1], 0.0) if span else 0.0
+                lease.by_hand.value = 0 if not override else 1 if override.action == "open" else -1
+                lease.opens.value = max(opens, self._overridden_until) if lease.by_hand.value < 0 else opens
+                lease.until.value = until
+                if self._copy:
+                    self._copy(name, self._end_elsewhere(lease), lease.opens.value)
         for name, until in ends.items():
             is_open = self._clock() < until
             decided = name in self._tree.groups and START not in self._tree.spans
             if decided and is_open is not self._open.get(name, False):
-                self.transitions.put((time.time(), is_open, "" if is_open else self._why(name), name))
+                self.transitions.put((time.time(), is_open, self._told(name, is_open), name))
                 self._open[name] = is_open
+
+    def _end_elsewhere(self, lease: Lease) -> float:
+        """The end in other servers: there what needs nothing, or only observes, ends with us, too."""
+        is_group = lease.name and not lease.name.startswith("/")
+        ends = self._beats.values() or (self._clock() + DEFAULT_TTL,)
+        return min(ends) if lease.observes.value and not is_group else min([float(lease.until.value), *ends])
+
+    def _told(self, name: str, is_open: bool) -> str:
+        """Why it is open or closed; nothing where it is open because all is well."""
+        override = self._override_of(name)
+        if override and is_open is (override.action == "open"):
+            return override.why
+        return "" if is_open else self._why(name)
 
     def _why(self, name: str) -> str:
         """What keeps a group from being healthy: of several, the one that takes longest."""
@@ -6842,7 +6945,7 @@ def chart(session: Session, resource_id: int, metric: str, span: str, now: float
 # Rows of resources come in, reports go out: to the aggregator at once, to the database through the recorder. A
 # thread for each resource polls it, one (the recorder) writes, one (the monitor) makes pollers follow the rows,
 # replaces dead ones and sees leases and maintenance end. Names in `_mono` are monotonic times, in `_at` Unix times.
-# Gives: Recorder, PollContext, poll_once, Monitor
+# Gives: boot_number, Recorder, PollContext, poll_once, Monitor, stored_override
 FIRST_POLLS = 50.0              # first polls per second
 JITTER = 0.1                    # part of the interval by which polls are spread
 FLUSH_INTERVAL = 1.0            # seconds for which the recorder gathers what it writes
@@ -6977,10 +7080,11 @@ class Recorder(threading.Thread):
     def _gather(self) -> None:
         transitions = self._aggregator.transitions
         for at, is_open, why, name in (transitions.get() for _ in range(transitions.qsize())):
-            since = self._changed_at.get(name)
+            since, mode = self._changed_at.get(name), (self._aggregator.lease.part(name) or self._aggregator.lease).mode
             text = (f"{f'{name}: ' if name else ''}{'closed' if is_open else 'open'} -> "
                     f"{'open' if is_open else 'closed'}{f' ({why})' if why else ''}"
-                    f"{f' after {at - since:.0f} s' if since else ''}")
+                    f"{f' after {at - since:.0f} s' if since else ''}"
+                    f"{'' if is_open or mode == 'enforce' else '; observe: nothing is refused'}")
             log.warning("%s: %s", "group" if name else "gate", text)
             self.note("group" if name else "gate", text, at)
             self._changed_at[name] = at
@@ -7245,6 +7349,67 @@ def require_files(before: Mapping[str, Target], targets: Mapping[str, Target]) -
                     allowed, hosts, wanted)
 
 
+def stored_override(session: Session) -> Override | None:
+    """What an operator says of the gate; one that cannot be read says nothing."""
+    text = remembered(session, "override").text
+    with contextlib.suppress(ValidationError):
+        return Override.model_validate_json(text) if text else None
+    return None
+
+
+def end_of_override(override: Override, zero_at: float) -> float:
+    """By lease_clock, whose 0 was at that Unix time; no later than was asked, whatever became of the clock. Where it
+    was set back with another start of the machine, nobody knows for how long an open gate was open, and it closes."""
+    now = lease_clock()
+    begun = override.begun_mono if override.boot == boot_number() != 0 else override.at - zero_at
+    if override.seconds is None or (override.action == "open" and begun > now + CLOCK_DRIFT):
+        return math.inf if override.action == "close" else 0.0
+    return min(begun, now) + override.seconds
+
+
+class OverrideKeeper:
+    """What an operator says of the gate: read from its row, said to the aggregator again and again, and ended. All but
+    `now` is the monitor's."""
+
+    def __init__(self, store: Store, aggregator: HealthAggregator, wall: Callable[[], float]) -> None:
+        self._store, self._aggregator, self._wall = store, aggregator, wall
+        self._stored: Override | None = None
+        self._ends_mono = 0.0
+
+    @property
+    def now(self) -> Override | None:
+        """What holds now. For any thread."""
+        return self._stored if lease_clock() < self._ends_mono else None
+
+    def follow(self, zero_at: float) -> None:
+        """What the row says holds; `zero_at` as in end_of_override."""
+        with self._store.reading() as session:
+            override = stored_override(session)
+        if override != self._stored:
+            self._ends_mono = end_of_override(override, zero_at) if override else 0.0
+            self._stored = override
+            if self.now or not override:    # or it ended before this start
+                log.warning("gate: %s", override.why if override else "left to the resources again")
+        self.say()
+
+    def say(self) -> None:
+        """It holds on, or it is over."""
+        self._aggregator.overrule(self.now, self._ends_mono)
+
+    def end(self) -> None:
+        """Notes that it is over, if it is, also when it ended while no service ran."""
+        override = self._stored
+        if override is None or self.now:
+            return
+        with self._store.writing() as session:
+            if stored_override(session) == override:    # or there is another one
+                session.merge(Setting(name="override", value=0, text=""))
+                at = min(self._wall(), override.until or math.inf)
+                record_event(session, "change", f"gate {override.why}; that is over", at=at)
+        log.warning("gate: %s; that is over", override.why)
+        self._stored = None
+
+
 class Monitor(threading.Thread):
     """Starts, stops and reconciles the pollers; restarts dead ones; sees leases expire, and that a clock was set."""
 
@@ -7254,7 +7419,8 @@ class Monitor(threading.Thread):
         self._store, self._vault, self._context, self._wall = store, vault, context, wall
         self.pollers: dict[str, Poller] = {}
         self.targets: dict[str, Target] = {}    # as the rows were when they were followed
-        self.guards, self.groups = context.access.guards, context.aggregator.groups
+        self.guards = context.access.guards
+        self.groups, self.override = context.aggregator.groups, OverrideKeeper(store, context.aggregator, wall)
         self._zero_at = wall() - lease_clock()  # the Unix time of lease_clock's 0, by which stored times are read
         self.clock_step = 0.0, ""   # when the clock was set the last time, and how
         # Until when resources do not count, as stored and by lease_clock: a clock that is set ends nothing.
@@ -7268,9 +7434,8 @@ class Monitor(threading.Thread):
         """Registers every resource, takes over fresh stored states and starts everything."""
         now_at = self._zero_at
         with self._store.reading() as session:
-            before = {row.name: row.value for row in session.scalars(sqlalchemy.select(Setting))}
-        if before.get("boot", 0) == boot_number() != 0:     # whatever became of the clock since
-            self._zero_at = before["clock"] / 1000
+            if remembered(session, "boot").value == boot_number() != 0:     # whatever became of the clock since
+                self._zero_at = remembered(session, "clock").value / 1000
         self._reconcile()
         self._take_clock(now_at)
         self._context.aggregator.start()
@@ -7302,8 +7467,7 @@ class Monitor(threading.Thread):
             return self._followed.wait_for(lambda: self._revision >= wanted, 20 * MONITOR_INTERVAL)
 
     def poll_now(self, name: str, timeout: float) -> Report | None:
-        """Polls a resource at once and waits until its report is written; None when there was none in `timeout`
-        seconds, or there is no such resource. For any thread."""
+        """Polls a resource at once and waits until its report is written; None where none came in time. Any thread."""
         ends_mono, report = time.monotonic() + timeout, None
         while report is None and (left := ends_mono - time.monotonic()) > 0 and (poller := self.pollers.get(name)):
             with contextlib.suppress(concurrent.futures.TimeoutError, concurrent.futures.CancelledError):
@@ -7325,6 +7489,7 @@ class Monitor(threading.Thread):
                 self._launch(poller.target, poller.bury(), poller)
         self._recount()
         start_new(self.pollers.values())
+        self.override.say()
         self._context.aggregator.beat("monitor")
         self._context.aggregator.note_expiry()
         with self._store.reading() as session:
@@ -7333,6 +7498,7 @@ class Monitor(threading.Thread):
             self._reconcile()
         if any(at > 0 and self._is_over(name) for name, (at, _) in self._maintenance.items()):
             self._end_maintenance()
+        self.override.end()
         zero_at = self._wall() - lease_clock()
         if abs(zero_at - self._zero_at) > CLOCK_DRIFT:
             self._take_clock(zero_at)
@@ -7378,17 +7544,17 @@ class Monitor(threading.Thread):
 
     def _reconcile(self) -> None:
         """Makes the pollers follow the rows."""
+        self.override.follow(self._zero_at)     # first: it holds whatever is wrong with the rest
         with self._store.reading() as session:
             current, targets = revision(session), load_targets(session, self._vault, self.targets)
             gates = Gates.model_validate_json(remembered(session, "gates").text or "{}")
             is_known = current == self._revision and targets == self.targets
             stored = {} if is_known else {
                 row.resource_id: row for row in session.scalars(sqlalchemy.select(Status))}
-            ends = session.execute(sqlalchemy.select(Resource.name, Resource.maintenance))
             known = self._maintenance
             self._maintenance = {
                 name: known[name] if known.get(name, ())[:1] == (at,) else (at, at and at - self._zero_at)
-                for name, at in ends}
+                for name, at in session.execute(sqlalchemy.select(Resource.name, Resource.maintenance))}
         require_files(self.targets, targets)
         self.guards.keep(targets.values())
         gone = {name: self.pollers.pop(name) for name in self.pollers.keys() - targets.keys()}
@@ -7450,7 +7616,7 @@ class Monitor(threading.Thread):
 # What the workers count, in memory shared with the main process: a slot each, which its worker alone writes, so that
 # no lock is shared whose holder may be killed. In a worker, the loop's and the pool's threads take turns at the slot.
 # The main process sums the slots up for /-/metrics, and hands the slot of a worker that died on to the next.
-# Gives: Counters, RequestCounters, LATENCIES, STATUS_OUTCOMES, ROWS, ROW, ACCEPTED, QUEUED, BEAT, OUTCOME
+# Gives: Counters, RequestCounters, LATENCIES, STATUS_OUTCOMES, ROWS, ROW, ACCEPTED, QUEUED, BEAT, OUTCOME, PASSED
 LEAD, SHARE = 4, 1.5            # a worker may hold LEAD + SHARE * N connections, where another has N, and take more
 # Seconds, the upper bounds of the latency histogram: close together up to where a gate is to answer (10 ms), and on
 # to what an application in the pool may take; a bound more costs a line for every outcome.
@@ -7465,19 +7631,21 @@ ROWS = {outcome: number * ROW for number, outcome in enumerate(OUTCOMES)}
 ACCEPTED = len(OUTCOMES) * ROW  # the cell of the connections ever accepted
 QUEUED = ACCEPTED + 1           # the cell of the requests that wait for a pool thread
 BEAT = QUEUED + 1               # the cell of the last turn of the loop, its monotonic time
-SLOT = BEAT + 1
+PASSED = BEAT + 1               # the cell of the requests that would have been refused; those of routes come after it
 
 
 class Counters:
     """All slots. No total ever falls: a slot outlives the process that has it."""
 
-    def __init__(self, slots: int) -> None:
+    def __init__(self, slots: int, routes: Iterable[str] = ()) -> None:
         self.held = multiprocessing.RawArray(ctypes.c_long, [-1] * slots)   # connections; -1: nobody serves there
-        self._cells = multiprocessing.RawArray(ctypes.c_double, slots * SLOT)
+        self.routes = {path: cell for cell, path in enumerate(routes, PASSED + 1)}      # cells like PASSED
+        self._size = PASSED + 1 + len(self.routes)
+        self._cells = multiprocessing.RawArray(ctypes.c_double, slots * self._size)
 
     def slot(self, index: int) -> memoryview[float]:
         """The cells of a slot, as floats; half the price of asking ctypes."""
-        return memoryview(self._cells).cast("B").cast("d")[index * SLOT: (index + 1) * SLOT]
+        return memoryview(self._cells).cast("B").cast("d")[index * self._size: (index + 1) * self._size]
 
     def vacate(self, index: int) -> None:
         """Says that nobody serves in a slot; its totals stay."""
@@ -7487,7 +7655,7 @@ class Counters:
     def totals(self) -> list[float]:
         """Every cell, summed over the slots."""
         cells = memoryview(self._cells).cast("B").cast("d")
-        return [sum(cells[cell::SLOT]) for cell in range(SLOT)]
+        return [sum(cells[cell::self._size]) for cell in range(self._size)]
 
 
 class RequestCounters:
@@ -7503,6 +7671,12 @@ class RequestCounters:
         with self._lock:
             self._cells[row + bisect.bisect_left(LATENCIES, seconds)] += 1
             self._cells[row + ROW - 1] += seconds
+
+    def passed(self, route: str) -> None:
+        """A request that would have been refused, for the sake of a route or of the whole site (empty)."""
+        with self._lock:
+            for cell in (PASSED, *([self._counters.routes[route]] if route else [])):
+                self._cells[cell] += 1
 
     def accepted(self) -> None:
         self._cells[ACCEPTED] += 1      # by the loop's thread alone
@@ -7525,15 +7699,16 @@ class RequestCounters:
 
 # === Gate ====================================================================
 # The application's door, as WSGI: asks the lease on every request, and answers 503 before the application runs unless
-# it holds. `route` sorts a request by its path, without blocking; the server runs on its loop what never blocks, and
-# `admit`, the application, in the pool, where the lease is asked once more. `load_app` finds the application, in the
-# worker that is to run it.
+# it holds, or the mode is observe. `route` sorts a request by its path, without blocking; the server runs on its loop
+# what never blocks, and `admit`, the application, in the pool, where the lease is asked once more.
 # Gives: Gate, respond, Reply, NO_STORE, PREFIX, HEALTH, METRICS_PATH, HANDLER, WELCOME
 RETRY_AFTER_MAX = 3600          # seconds
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>{title}</title><body style="font:1.1rem system-ui;margin:15vh auto;max-width:32rem;padding:1rem">
 <h1>{title}</h1><p>{text}</p></body></html>
 """
+DRAINED_PAGE = PAGE.format(title="Temporarily unavailable", text="This service is taken out of use for a while. "
+                           "Please try again later.").encode()
 CLOSED_PAGE = PAGE.format(title="Temporarily unavailable", text="A system that this service depends on is not healthy. "
                       "Please try again in a moment.").encode()
 WELCOME = PAGE.format(title="The gate is open", text="HealthChecker's built-in page: put an application of your "
@@ -7544,6 +7719,7 @@ PREFIX = "/-/"                  # everything below is HealthChecker's own
 HEALTH = "/-/health"
 METRICS_PATH = "/-/metrics"
 HANDLER = "healthchecker.handler"   # key of the environ for what `Gate.route` has found
+WOULD_REFUSE = ("X-HealthChecker", "would-refuse")
 Headers = list[tuple[str, str]]
 Reply = tuple[str, Headers, bytes]     # status line, headers, body
 UNAVAILABLE = "503 Service Unavailable"
@@ -7561,18 +7737,34 @@ def respond(environ: WSGIEnvironment, start_response: StartResponse, answer: Rep
     return [] if environ["REQUEST_METHOD"] == "HEAD" else [body]
 
 
-class Gate:
-    """WSGI: the application answers while the lease holds; otherwise 503."""
+def marked(start_response: StartResponse) -> StartResponse:
+    """Says in the application's answer that it would have been a refusal."""
+    def start(status: str, headers: Headers, exc_info: Any = None) -> Any:
+        return start_response(status, [*(header for header in headers if header[0].lower() != "x-healthchecker"),
+                                       WOULD_REFUSE], exc_info)
 
-    def __init__(self, app: WSGIApplication, lease: Lease, clock: Callable[[], float] = lease_clock) -> None:
-        self._app, self._lease, self._clock = app, lease, clock
+    return cast("StartResponse", start)
+
+
+def strictness(lease: Lease) -> tuple[bool, float]:
+    """Of several, the least is the one that refuses first."""
+    return lease.observes.value, lease.until.value
+
+
+class Gate:
+    """WSGI: the application answers while the lease holds, or the mode is observe; otherwise 503."""
+
+    def __init__(self, app: WSGIApplication, lease: Lease, clock: Callable[[], float] = lease_clock,
+                 passed: Callable[[str], object] = str) -> None:
+        """`passed` is told of which route is a request that would have been refused."""
+        self._app, self._lease, self._clock, self._passed = app, lease, clock, passed
         self.draining = False       # the service ends: readyz says so
         self._routes = {path.encode().decode("latin-1"): part for path, part in lease.parts.items() if "/" in path}
         self._depth = 1 + max((path.count("/") for path in self._routes), default=0)
         self._answers: dict[str, Callable[[Lease], Reply]] = {
             "/-/livez": lambda _: ("200 OK", [], b"ok\n"),
             "/-/readyz": self._readyz,
-            "/-/gate": lambda lease: ("204 No Content", [], b"") if self._holds(lease) else ("403 Forbidden", [], b""),
+            "/-/gate": self._permit,
             HEALTH: self._health,
         }
 
@@ -7585,7 +7777,8 @@ class Gate:
         """What answers a request for `path`: `admit`, which may block, or what never does."""
         if path.startswith(PREFIX):
             return self._own
-        return self.admit if self._clock() < self._lease_of(path).until.value else self.refuse
+        lease = self._lease_of(path)
+        return self.admit if self._clock() < lease.until.value or lease.observes.value else self.refuse
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         handler: WSGIApplication = environ.pop(HANDLER, None) or self.route(environ["PATH_INFO"])
@@ -7593,8 +7786,12 @@ class Gate:
 
     def admit(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         """The application's answer, unless the gate has closed while the request waited for a thread."""
-        if not self._holds(self._lease_of(environ["PATH_INFO"])):
-            return self.refuse(environ, start_response)
+        lease = self._lease_of(environ["PATH_INFO"])
+        if not self._holds(lease):
+            if not lease.observes.value:
+                return self.refuse(environ, start_response)
+            self._passed(lease.name)
+            start_response = marked(start_response)
         if "HTTP_UPGRADE" in environ and environ["HTTP_UPGRADE"].lower() == "websocket":
             return respond(environ, start_response, ("501 Not Implemented", [], b"no websockets are served here\n"))
         environ["healthchecker.is_healthy"] = self.is_healthy
@@ -7604,11 +7801,12 @@ class Gate:
                outcome: str = "refused") -> Iterable[bytes]:
         """For a closed gate; "shed" is a request that no thread has time for."""
         environ[OUTCOME] = outcome
-        retry = self._retry_after(self._lease_of(environ["PATH_INFO"]))
-        kind, body = "text/html; charset=utf-8", CLOSED_PAGE
+        lease = self._lease_of(environ["PATH_INFO"])
+        retry, drained = self._retry_after(lease), lease.by_hand.value < 0
+        kind, body = "text/html; charset=utf-8", DRAINED_PAGE if drained else CLOSED_PAGE
         if "text/html" not in environ.get("HTTP_ACCEPT", ""):
-            kind = "application/json"
-            body = b'{"status": 503, "title": "Service Unavailable", "retry_after": %s}\n' % retry[1].encode()
+            kind, why = "application/json", ', "detail": "closed by an operator"' if drained else ""
+            body = f'{{"status": 503, "title": "Service Unavailable"{why}, "retry_after": {retry[1]}}}\n'.encode()
         return respond(environ, start_response, (UNAVAILABLE, [("Content-Type", kind), retry], body))
 
     def _own(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
@@ -7634,11 +7832,11 @@ class Gate:
         if not self._routes:
             return self._lease
         if "\\" in path or "%" in path or ("/." in path and DOTS.search(path)):   # it may lead anywhere
-            return min(self._lease, *self._routes.values(), key=lambda one: one.until.value)
+            return min(self._lease, *self._routes.values(), key=strictness)
         lease = self._longest(path)
         if "//" in path or ";" in path:
             plain = re.sub("//+", "/", re.sub(";[^/]*", "", path))
-            lease = min(lease, self._longest(plain), key=lambda one: one.until.value)
+            lease = min(lease, self._longest(plain), key=strictness)
         return lease
 
     def _longest(self, path: str) -> Lease:
@@ -7653,7 +7851,15 @@ class Gate:
             return UNAVAILABLE, [], b"ending\n"
         if self._holds(lease):
             return "200 OK", [], b"open\n"
-        return UNAVAILABLE, [self._retry_after(lease)], b"closed\n"
+        body = b"closed by an operator\n" if lease.by_hand.value < 0 else b"closed\n"
+        if lease.observes.value:    # the load balancer would take the site away
+            return "200 OK", [WOULD_REFUSE], body
+        return UNAVAILABLE, [self._retry_after(lease)], body
+
+    def _permit(self, lease: Lease) -> Reply:
+        if self._holds(lease):
+            return "204 No Content", [], b""
+        return ("204 No Content", [WOULD_REFUSE], b"") if lease.observes.value else ("403 Forbidden", [], b"")
 
     def _health(self, lease: Lease) -> Reply:
         kind = ("Content-Type", "application/health+json")
@@ -9097,7 +9303,8 @@ class Worker:
         service = self.service
         app = load_app(service.app, self.folder) if service.app else builtin_app(service)
         tally = RequestCounters(self.counters, self.number)
-        server = GateServer(Gate(app, self.lease), self.socks, service, connection_limit(), tally)
+        gate = Gate(app, self.lease, passed=tally.passed)
+        server = GateServer(gate, self.socks, service, connection_limit(), tally)
         keep_out_of_collections()
         tally.turn(0)       # the first beat; it is no hang to wait from here
         messages.queue.put(b'["ready"]')
@@ -9207,7 +9414,7 @@ class Supervisor:
         for sock in socks:
             sock.setblocking(False)     # on Windows each start of a worker sets this process's mode in all of them
         self._count = service.worker_count
-        self.counters = Counters(self._count)
+        self.counters = Counters(self._count, (part for part in lease.parts if part.startswith("/")))
         self._serving = multiprocessing.RawValue(ctypes.c_bool, False)
         self._workers: list[WorkerProcess] = []
         self._looked_mono, self._judges_mono = -math.inf, 0.0   # the last look; from when on one that hangs is killed
@@ -9532,23 +9739,11 @@ class LoginThrottle:
             self._failures.pop((name, throttled_address(address)), None)
 
 
-# === Actions =================================================================
-# What can be done, in the console's threads and in the user commands, and the table of it that the API serves. Each
-# operation takes who does it, checks what is given, changes rows and notes it within one transaction, and gives rows
-# or views. What is refused is an ApiError.
-# Gives: add_resource, add_user, API, begin_maintenance, change_password, change_resource, change_user, changeable,
-# connection_view, ConsoleContext, DAMAGED, end_maintenance, end_session, list_events, list_groups, list_resources,
-# list_sessions, list_users, NO_SAMPLE, offered_key, open_session, OPERATIONS, poll_now, Principal, remove_resource,
-# remove_user, RESOURCES, Route, SAFE_METHODS, sign_in, sign_out, status_of, test_changes, test_settings,
-# trust_resource
-
-POLL_NOW_TIMEOUT = 60.0         # seconds that a request waits for a poll
+# === Principals ==============================================================
+# Who asks, and what it is asked of: what pages, API and the user and gate commands work on, and by whom, from where and
+# by which login. Each change is noted with who made it. Any thread of the console, and the command line.
+# Gives: ConsoleContext, offered_key, Principal, TRIAL_TIMEOUT, utc_time
 TRIAL_TIMEOUT = 30.0            # seconds of a poll with settings that are not stored
-MAINTENANCE = 366 * 86_400.0    # seconds of maintenance at most
-TAKE_TIME, TAKE_AGAIN = 2.0, 0.05   # seconds that a report waits for its resource's new poller, and between two looks
-API = "/-/api/"
-SAFE_METHODS = ("GET", "HEAD")
-DAMAGED = "its row in the database cannot be read; remove it, or restore the database"
 
 
 def offered_key(target: Target, access: ConnectionContext) -> str:
@@ -9575,6 +9770,7 @@ class ConsoleContext:
     connections: ConnectionContext
     clock: Callable[[], float] = time.time      # Unix time
     throttle: LoginThrottle = dataclass_field(default_factory=LoginThrottle)
+    counters: Counters = dataclass_field(default_factory=lambda: Counters(1))   # of the workers
 
     @property
     def imported(self) -> Inventory:
@@ -9586,6 +9782,11 @@ class ConsoleContext:
     @property
     def is_healthy(self) -> bool:
         return lease_clock() < self.lease.until.value
+
+    @property
+    def passed(self) -> int:
+        """Requests that would have been refused."""
+        return int(self.counters.totals()[PASSED])
 
     def offered_key(self, name: str) -> str:
         with self.store.reading() as session:
@@ -9632,6 +9833,24 @@ class Principal:
 def utc_time(at: float) -> datetime.datetime | None:
     """A Unix time, None for 0."""
     return datetime.datetime.fromtimestamp(at, datetime.timezone.utc) if at else None
+
+
+# === Actions =================================================================
+# What can be done, in the console's threads and in the user and gate commands, and the table of it that the API
+# serves. Each operation takes who does it, checks what is given, changes rows and notes it within one transaction, and
+# gives rows or views. What is refused is an ApiError.
+# Gives: add_resource, add_user, API, begin_maintenance, change_gate, change_password, change_resource, change_user,
+# changeable, connection_view, DAMAGED, end_maintenance, end_session, list_events, list_groups, list_resources,
+# list_sessions, list_users, NO_SAMPLE, open_session, OPERATIONS, override_gate, poll_now, remove_resource,
+# remove_user, RESOURCES, Route, SAFE_METHODS, sign_in, sign_out, status_of, test_changes, test_settings, trust_resource
+POLL_NOW_TIMEOUT = 60.0         # seconds that a request waits for a poll
+MAINTENANCE = 366 * 86_400.0    # seconds of maintenance at most
+TAKE_TIME, TAKE_AGAIN = 2.0, 0.05   # seconds that a report waits for its resource's new poller, and between two looks
+OPEN_MAX = 86_400.0             # seconds for which the gate is opened by hand at most
+OPEN_USUALLY = 1800.0           # seconds, where nothing is said
+API = "/-/api/"
+SAFE_METHODS = ("GET", "HEAD")
+DAMAGED = "its row in the database cannot be read; remove it, or restore the database"
 
 
 class Maintenance(Settings):
@@ -9765,6 +9984,84 @@ def list_resources(who: Principal) -> list[ResourceView]:
 def list_groups(who: Principal) -> list[GroupState]:
     """Groups by name and routes by path, with their members, and why they stand as they do."""
     return who.context.monitor.groups()
+
+
+class OverrideView(Settings):
+    """What an operator says of the gate."""
+
+    action: Literal["open", "close"]
+    at: datetime.datetime
+    until: datetime.datetime | None     # None: until it is ended
+    reason: str
+    actor: str
+
+
+class GateView(Settings):
+    """How the whole site's gate stands."""
+
+    state: Literal["open", "closed"]
+    why: str
+    mode: Mode                  # observe: nothing is refused
+    would_refuse: int           # requests that mode observe let pass
+    override: OverrideView | None
+
+
+def show_gate(who: Principal) -> GateView:
+    """The gate, who opened or closed it by hand, and whether it refuses at all."""
+    context, [site] = who.context, who.context.monitor.groups(site=True)
+    return GateView.model_validate({
+        "state": "closed" if site.state == "unhealthy" else "open", "why": site.why, "mode": site.mode,
+        "would_refuse": context.passed, "override": context.monitor.override.now}, from_attributes=True)
+
+
+def gate_seconds(value: object) -> object:
+    found = plain_seconds(value)
+    if isinstance(found, str):
+        raise ValueError("must be such as 90s, 30m or 2h")
+    return found
+
+
+class GateChange(Settings):
+    """What is to hold of the gate, and for how long."""
+
+    action: Literal["open", "close", "auto"]    # auto: what the resources say
+    seconds: Annotated[float, Field(gt=0, le=MAINTENANCE, allow_inf_nan=False), BeforeValidator(
+        gate_seconds, json_schema_input_type=float | str)] | None = Field(default=None, alias="for")
+    reason: Annotated[TextLine, Field(max_length=200)] | None = None
+
+
+def change_gate(who: Principal, body: Mapping[str, Any]) -> None:
+    """Has the gate opened or closed by hand, or ends that; a service follows within a second.
+
+    An open gate over sick resources ends by itself. A site that was closed on purpose may stay so until that is ended:
+    it must not come back in the middle of the work."""
+    given = validated(GateChange, body)
+    seconds, context = given.seconds, who.context
+    if given.action == "open":
+        seconds = seconds or OPEN_USUALLY
+        if seconds > OPEN_MAX:
+            raise field_errors({"for": f"must be at most {OPEN_MAX / 3600:.0f}h for an open gate"})
+    elif given.action == "auto" and seconds:
+        raise field_errors({"for": "has no meaning with auto"})
+    reason = given.reason or ""
+    with context.store.writing() as session:
+        text, said = "", f"gate left to the resources again{f': {reason}' if reason else ''}"
+        if given.action != "auto":
+            override = Override(action=given.action, at=context.clock(), seconds=seconds, reason=reason, actor=who.name,
+                                boot=boot_number(), begun_mono=lease_clock())
+            text, end = override.model_dump_json(), utc_time(override.until or 0.0)
+            said = f"gate {override.why}, until {end.isoformat(timespec='seconds') if end else 'that is ended'}"
+        if text or remembered(session, "override").text:
+            session.merge(Setting(name="override", value=0, text=text))
+            who.note(session, said)
+            revise(session)
+
+
+def override_gate(who: Principal, body: Mapping[str, Any]) -> GateView:
+    """Opens or closes the gate by hand for a while, or leaves it to the resources again."""
+    change_gate(who, body)
+    who.context.monitor.catch_up()
+    return show_gate(who)
 
 
 def show_resource(who: Principal, name: str) -> ResourceView:
@@ -10161,6 +10458,8 @@ OPERATIONS = (
     Route("POST", API + "password", "viewer", change_password, None, PasswordChange, restricted=True),
     Route("GET", API + "sessions", "viewer", list_sessions, list[SessionView]),
     Route("DELETE", API + "sessions/<id>", "viewer", end_session),
+    Route("GET", API + "gate", "viewer", show_gate, GateView),
+    Route("POST", API + "gate", "admin", override_gate, GateView, GateChange),
     Route("GET", API + "groups", "viewer", list_groups, list[GroupState]),
     Route("GET", API + "resources", "viewer", list_resources, list[ResourceView]),
     Route("POST", API + "resources", "admin", add_resource, ResourceView, ResourceSettings, status=201),
@@ -10378,6 +10677,15 @@ def health() -> flask.typing.ResponseReturnValue:
         answer["checks"] |= {f"{group.name}:state": [{
             "componentType": "component", "observedValue": group.state, "output": group.why,
             "status": HEALTH_STATUS[group.state]}] for group in list_groups(who)}
+        override = who.context.monitor.override.now
+        if override:
+            answer["checks"]["gate:override"] = [{
+                "componentType": "component", "observedValue": override.action, "output": override.why,
+                "status": "warn"}]
+        if who.context.lease.observes.value:
+            answer["checks"]["gate:mode"] = [{
+                "componentType": "component", "observedValue": "observe", "output": "nothing is refused",
+                "status": "warn"}]
     return answer, 200 if who.context.is_healthy else 503, {"Content-Type": "application/health+json"}
 
 
@@ -10421,12 +10729,18 @@ class ServingMetrics:
     def collect(self) -> Iterator[Metric]:
         left = max(0.0, self.lease.until.value - self.clock())
         cells, open_connections = self.counters.totals(), [n for n in self.counters.held if n >= 0]
-        yield gauge("gate_open", "1 while requests reach the application.", float(left > 0))
+        yield gauge("gate_open", "1 while the gate is open: requests reach the application.", float(left > 0))
+        yield gauge("gate_observes", "1 in mode observe: a closed gate refuses nothing.", self.lease.observes.value)
+        override = gauge("gate_override", "1 while an operator has opened or closed the gate.", None, "action")
+        for action, value in (("open", 1), ("close", -1)):
+            override.add_metric([action], self.lease.by_hand.value == value)
+        yield override
         yield gauge("lease_seconds", "Seconds until the gate closes unless a poll renews the lease.", left)
         yield gauge("workers", "Processes that serve.", len(open_connections))
         yield gauge("connections", "Open client connections.", sum(open_connections))
         yield gauge("queue_requests", "Requests that wait for a pool thread.", cells[QUEUED])
         yield CounterMetricFamily("healthchecker_connections_accepted", "Client connections ever.", cells[ACCEPTED])
+        yield CounterMetricFamily("healthchecker_would_refuse", "Requests that mode observe let pass.", cells[PASSED])
         requests_ = CounterMetricFamily("healthchecker_requests", "Requests by outcome.", labels=["outcome"])
         seconds = HistogramMetricFamily("healthchecker_request_duration_seconds", labels=["outcome"], documentation=(
             "From a request that is complete to its answer in the send buffer, the wait for a thread included."))
@@ -10563,7 +10877,12 @@ class Metrics:
         for group in self._groups():
             group_healthy.add_metric([group.name], group.state != "unhealthy")
             good.add_metric([group.name], sum(group.members.values()))
-        yield from (group_healthy, good)
+        counters = self._serving.counters
+        passed, cells = CounterMetricFamily("healthchecker_route_would_refuse", labels=["route"], documentation=(
+            "Requests of a route that mode observe let pass.")), counters.totals()
+        for path, cell in counters.routes.items():
+            passed.add_metric([path], cells[cell])
+        yield from (group_healthy, good, passed)
         yield from self._connection_metrics()
 
     def _connection_metrics(self) -> Iterator[Metric]:
@@ -10694,6 +11013,25 @@ TEMPLATES = {"layout.html": """{% macro table(label, heads, class="") %}
 <div id="{{ id }}" role="alert" data-keep>{% if problem %}<p class="message {{ outcome or 'unhealthy' }}">
 {{- problem }}</p>{% endif %}</div>
 {% endmacro %}
+{% macro banners() %}
+{% if override %}
+<section class="message degraded" aria-label="Override">
+<p>{{ state("degraded", "Gate " ~ override.why) }}</p>
+<p class="soft">since {{ override.at|local_time }},
+{{ "until " ~ override.until|local_time if override.until else "until that is ended" }}, whatever the resources say</p>
+{% if admin %}
+<form method="post" action="/-/override" data-inline>
+<button name="action" value="auto">Leave the gate to the resources</button></form>
+{% endif %}
+</section>
+{% endif %}
+{% if observes %}
+<section class="message degraded" aria-label="Mode">
+<p>{{ state("degraded", "observe") }}: nothing is refused;
+{{ passed }} request{{ "s" if passed != 1 }} would have been</p>
+</section>
+{% endif %}
+{% endmacro %}
 {% macro chips(label, links, chosen) %}
 <nav class="chips" aria-label="{{ label }}">
 {% for name, href, text, count in links %}
@@ -10768,6 +11106,7 @@ TEMPLATES = {"layout.html": """{% macro table(label, heads, class="") %}
 {% endif %}
 <p class="notice lost" id="lost" role="alert" hidden></p>
 <main id="main" tabindex="-1"{% if refresh is string %} data-refresh="{{ refresh }}"{% endif %}>
+{{ banners() }}
 {% include page ~ ".html" %}
 </main>
 {% if user %}<footer class="soft">Times are the server's, {{ zone }}. HealthChecker {{ version }}.</footer>{% endif %}
@@ -10797,7 +11136,8 @@ TEMPLATES = {"layout.html": """{% macro table(label, heads, class="") %}
 {% for group in groups %}
 <tr class="{{ group.state }}">
 <td>{{ state(group.state) }}</td>
-<th scope="row">{{ group.name }}{% if group.why %}<p>{{ group.why }}</p>{% endif %}</th>
+<th scope="row">{{ group.name }}{% if group.mode == "observe" %} <i>observe</i>{% endif %}
+{%- if group.why %}<p>{{ group.why }}</p>{% endif %}</th>
 <td data-label="Healthy">{{ group.members.values()|sum }} of {{ group.members|length }}</td>
 <td data-label="Needed">{{ group.needed }}</td>
 <td>{% for name in (group.members|list)[:20] %}<i>{{ name }}</i> {% endfor %}
@@ -10819,8 +11159,23 @@ TEMPLATES = {"layout.html": """{% macro table(label, heads, class="") %}
 {% endif %}
 <noscript><button>Filter</button></noscript>
 </form>
-{% if admin %}<a class="button" href="/-/add">Add resource</a>{% endif %}
+{% if admin %}
+<div class="actions" data-keep>
+<details name="action"{% if given.action %} open{% endif %}><summary class="button">Override the gate</summary>
+<form method="post" action="/-/override" data-inline class="panel">
+<p><label>Gate <select name="action">{{ options({"close": "closed", "open": "open"}, given.action) }}</select></label>
+</p>
+<p><label>For <select name="for">{{ options({"10m": "10 minutes", "30m": "30 minutes", "2h": "2 hours", "8h": "8 hours",
+"1d": "1 day", "": "as long as it is not ended (closed)"}, given["for"] or "30m") }}</select></label></p>
+{{ input("reason", "Reason", maxlength="200", required="") }}
+<p class="soft">Whatever the resources say. Paths that need nothing stay open.</p>
+<button class="danger">Override the gate</button>
+</form></details>
+<a class="button" href="/-/add">Add resource</a>
 </div>
+{% endif %}
+</div>
+{{ message("trouble") }}
 {% if rows %}
 {% call table("Resources, worst first", ("State", "Resource", "For", "Last poll", "CPU", "Memory", "Fullest disk",
                                          "Last 60 polls"), "overview") %}
@@ -11334,10 +11689,11 @@ async function watch() {
 // Sends a form without leaving the page, which stays as it was but for what the answer changes.
 async function send(form, button) {
   const body = new URLSearchParams(new FormData(form, button));
+  const to = form.getAttribute("action") || location.href;      // form.action may be an input of that name
   attended = true;
   button.disabled = true;
   try {
-    const { answer, page } = await ask(form.action, { method: "POST", body, signal: AbortSignal.timeout(SENDING) });
+    const { answer, page } = await ask(to, { method: "POST", body, signal: AbortSignal.timeout(SENDING) });
     if (answer.redirected && new URL(answer.url).pathname !== location.pathname) return location.assign(answer.url);
     if (answer.status === 401) return form.submit();     // the login, which brings what was typed back
     if (answer.ok) form.closest("details")?.removeAttribute("open");
@@ -11409,6 +11765,9 @@ def render_page(page: str, status: int = 200, **shown: Any) -> flask.Response:
     common: dict[str, Any] = {
         "page": page, "title": page.capitalize(), "zone": time.strftime("%Z"), "version": VERSION, "user": user,
         "admin": user and user.role == "admin", "now": who.context.clock() if who else 0.0, "given": {}, "errors": {}}
+    if who and user and not who.restricted:
+        common |= {"override": who.context.monitor.override.now, "passed": who.context.passed,
+                   "observes": who.context.lease.observes.value}
     return flask.Response(flask.render_template("layout.html", **(common | shown)), status, mimetype="text/html")
 
 
@@ -11486,7 +11845,7 @@ def query_of(parts: Mapping[str, str]) -> str:
     return "?" + urlencode({name: value for name, value in parts.items() if value})
 
 
-def overview() -> Answer:
+def overview(**more: Any) -> flask.Response:
     """Every resource, worst first, and the gate."""
     context = current_principal().context
     now = context.clock()
@@ -11513,7 +11872,8 @@ def overview() -> Answer:
     return render_page("overview", title=title + ("open" if is_open else "closed"), is_open=is_open, last=last,
                        blockers=blockers, groups=groups, rows=rows, state_links=links, filter=wanted,
                        tags=sorted({tag for resource in everything for tag in resource.settings["tags"]}),
-                       clock_step=context.monitor.clock_step, empty=not everything, refresh="")
+                       clock_step=context.monitor.clock_step, empty=not everything,
+                       refresh="" if flask.request.method == "GET" else PREFIX, **more)
 
 
 def amount(metric: str, value: float) -> str:
@@ -11607,7 +11967,7 @@ def event_page() -> Answer:
 
 # --- forms ---
 TYPED = "typed."                # begins the names of what was typed into a form before the login
-RETYPABLE = re.compile(r"/-/(add|users|resources/[^/]+/(edit|maintenance))")    # forms that show it again
+RETYPABLE = re.compile(r"/-/(add|override|users|resources/[^/]+/(edit|maintenance))")    # forms that show it again
 NEVER_SHOWN = ("password", "current", "new", "again")   # secrets of the forms
 INPUTS = ("platform", "name", "interval", "critical", "hostname", "url", "port", "username", "password")
 OTHERS = [name for name in ResourceSettings.model_fields if name not in {*INPUTS, *INVENTORY_ONLY}]
@@ -11813,6 +12173,7 @@ def refuse(failure: Exception) -> Answer:
 RESOURCE_PAGE, USERS = "/-/resources/<name>", "/-/users"
 PAGES = (
     Route("GET", "/-/", "viewer", overview),
+    form_route("/-/override", overview, lambda who: override_gate(who, filled()), PREFIX),
     Route("GET", RESOURCE_PAGE, "viewer", resource_page),
     Route("GET", "/-/add", "admin", form_page),
     form_route("/-/add", form_page, resource_form),
@@ -12003,17 +12364,13 @@ def restore(arguments: argparse.Namespace) -> int:
     return 0
 
 
-# === Commands ================================================================
-# The command line: each command is a function of the arguments, works on an Installation and gives the exit code.
-# `serve` reads what is written down, binds both doors, looks at the database and locks it, and has the workers load the
-# application: up to here a fault ends the start, and nothing was written. Then it takes the inventory over, stored
-# states open the gate, the console answers, the workers may serve. It ends the other way round: the workers drain while
-# the pollers go on, then console, pollers and database close.
-# Gives: nothing
-APP_WAIT = 120.0                # seconds for the application to be loaded by `check`
-PROBES_AT_ONCE = 64             # resources that `check --probe` polls at the same time
+# === Service =================================================================
+# The service from its start to its end. `serve` reads what is written down, binds both doors, looks at the database and
+# locks it, and has the workers load the application: up to here a fault ends the start, and nothing was written. Then
+# it takes the inventory over, stored states open the gate, the console answers, the workers may serve. It ends the
+# other way round: the workers drain while the pollers go on, then console, pollers and database close.
+# Gives: check_files, Installation, reload, serve
 RELOAD_END = 2.0                # seconds that the end of the service waits for one
-PROGRESS_INTERVAL = 0.1         # seconds between two looks at them; a wait without an end may never see Ctrl-C
 
 
 def ensure_inventory(path: Path) -> None:
@@ -12054,16 +12411,21 @@ def handle_signals(stop: Callable[[], None], hangups: queue.SimpleQueue[bool]) -
 class Installation:
     """What every command works on: the inventory, its folder, the database and the keys."""
 
-    def __init__(self, path: Path, *, accepts_removals: bool = False) -> None:
+    def __init__(self, path: Path, *, accepts_removals: bool = False, listen_on: str | None = None) -> None:
+        """`listen_on` is --listen, in place of service.listen."""
         self.path, self._accepts_removals = path.absolute(), accepts_removals
-        self.inventory = load_inventory(self.path)
+        self.inventory, self.listen_on = load_inventory(self.path), listen_on
         for settings in self.inventory.resources:
             for name in filter(None, (settings.password_env, settings.key_passphrase_env)):
                 take_variable(name)
         self.service = self.inventory.service
+        self.listen_name = "--listen" if listen_on else "service.listen"    # what to write another address at
+        if listen_on:
+            self.service = self.service.model_copy(update={"listen": listen_on})
         self.database = self.service.database_path
         if self.service.listen == (console := self.service.console) and not console.endswith(":0"):
-            raise UsageError(f"service.console {console} is the address of service.listen; write another port, or off")
+            raise UsageError(f"service.console {console} is the address of {self.listen_name}; write another port, or "
+                             "off")
 
     @contextlib.contextmanager
     def store(self, *, scratch: bool = False, locked: bool = False) -> Iterator[Store]:
@@ -12097,7 +12459,8 @@ class Installation:
 
     def _started_with(self) -> dict[str, Any]:
         """What holds until the next start: the service's settings, and which groups and routes there are."""
-        return self.service.model_dump(mode="json") | {"gates": sorted(self.inventory.gates.members({})) or None}
+        service, gates = self.inventory.service, self.inventory.gates
+        return service.model_dump(mode="json") | {"gates": sorted(gates.members({})) or None}
 
     def keep_service(self, session: Session) -> None:
         """Takes down with which settings of its own the service runs."""
@@ -12143,7 +12506,7 @@ def follow_hangups(installation: Installation, store: Store, hangups: queue.Simp
     """A thread: takes the inventory over again at each SIGHUP, until there is False."""
     while hangups.get():
         try:
-            for line in take_over_again(Installation(installation.path), store):
+            for line in take_over_again(Installation(installation.path, listen_on=installation.listen_on), store):
                 log.info("%s", line)
         except Exception as error:  # noqa: BLE001  # a thread's outermost loop: the next one may be better
             for line in str(getattr(error, "orig", error)).splitlines():
@@ -12152,7 +12515,8 @@ def follow_hangups(installation: Installation, store: Store, hangups: queue.Simp
 
 def reload(arguments: argparse.Namespace) -> int:
     """Has a running service take an edited inventory over."""
-    installation = Installation(arguments.inventory, accepts_removals=arguments.accept_removals)
+    installation = Installation(arguments.inventory, accepts_removals=arguments.accept_removals,
+                                listen_on=arguments.listen)
     if not inspect_database(installation.database, whole=False):
         raise UsageError(f"there is no database {installation.database} yet; start the service first")
     with installation.store() as store:
@@ -12186,7 +12550,8 @@ def watch(installation: Installation, store: Store, console: Sequence[socket.soc
         monitor = Monitor(store, vault, PollContext(aggregator, recorder, access, random.Random()))
         stack.enter_context(contextlib.closing(monitor)).begin()
         if console:
-            context = ConsoleContext(store, inventory, aggregator.lease, vault, monitor, access)
+            context = ConsoleContext(store, inventory, aggregator.lease, vault, monitor, access,
+                                     counters=supervisor.counters)
             serving = ServingMetrics(aggregator.lease, supervisor.counters)
             metrics = Metrics(serving, store, service.metrics_token_file, access, monitor.groups)
             server = ConsoleServer(build_console(context, metrics), console)
@@ -12201,6 +12566,8 @@ def watch(installation: Installation, store: Store, console: Sequence[socket.soc
         log.info("HealthChecker %s", VERSION)
         log.info("serving on http://%s, console %s", service.listen,
                  f"on http://{service.console}/-/" if console else "off")
+        if service.mode == "observe":
+            log.warning("service.mode is observe: nothing is refused")
         supervisor.serve()
 
 
@@ -12208,12 +12575,13 @@ def serve(arguments: argparse.Namespace) -> int:
     """Runs the service until a signal ends it."""
     if arguments.inventory == INVENTORY:
         ensure_inventory(INVENTORY)
-    installation = Installation(arguments.inventory, accepts_removals=arguments.accept_removals)
+    installation = Installation(arguments.inventory, accepts_removals=arguments.accept_removals,
+                                listen_on=arguments.listen)
     service = installation.service
     set_up_logging(service.log_file)
     for fault in check_files(service):      # what cannot be used ends the start
         raise fault
-    doors = listen("service.listen", service.listen)
+    doors = listen(installation.listen_name, service.listen)
     console = [] if service.console == "off" else listen("service.console", service.console)
     for sock in handed_over():
         if sock not in (*doors, *console):      # whose clients nobody would answer
@@ -12222,7 +12590,8 @@ def serve(arguments: argparse.Namespace) -> int:
     service = service.model_copy(update={
         "listen": bound_address(service.listen, doors), "console": bound_address(service.console, console)})
     inspect_database(installation.database)
-    supervisor = Supervisor(service, installation.path.parent, doors, Lease(installation.inventory.gates.members({})))
+    lease = Lease(installation.inventory.gates.members({}), observes=service.mode == "observe")
+    supervisor = Supervisor(service, installation.path.parent, doors, lease)
     with contextlib.closing(lock_database(installation.database)), contextlib.closing(supervisor):
         hangups: queue.SimpleQueue[bool] = queue.SimpleQueue()
         handle_signals(supervisor.stop, hangups)    # from here on: an interrupt would leave a worker that nobody knows
@@ -12232,6 +12601,15 @@ def serve(arguments: argparse.Namespace) -> int:
                 watch(installation, store, console, supervisor, hangups)
     log.info("ended")
     return 0
+
+
+# === Commands ================================================================
+# The command line: each command is a function of the arguments, works on an Installation and gives the exit code. What
+# it changes in the database a running service takes up within a second.
+# Gives: nothing
+APP_WAIT = 120.0                # seconds for the application to be loaded by `check`
+PROBES_AT_ONCE = 64             # resources that `check --probe` polls at the same time
+PROGRESS_INTERVAL = 0.1         # seconds between two looks at them; a wait without an end may never see Ctrl-C
 
 
 @contextlib.contextmanager
@@ -12315,7 +12693,7 @@ def find_target(targets: Mapping[str, Target], name: str) -> Target:
 def check_doors(installation: Installation) -> Iterator[HealthCheckerError]:
     """What a start would say of its ports, its log and the word of the metrics."""
     service = installation.service
-    for setting, value in (("service.listen", service.listen), ("service.console", service.console)):
+    for setting, value in ((installation.listen_name, service.listen), ("service.console", service.console)):
         try:
             for sock in listen(setting, value, 0.0) if value != "off" else ():
                 sock.close()
@@ -12361,7 +12739,8 @@ def show_readable(installation: Installation) -> None:
 
 def check(arguments: argparse.Namespace) -> int:
     """Says what a start would say, and what it would change; changes nothing."""
-    installation = Installation(arguments.inventory, accepts_removals=arguments.accept_removals)
+    installation = Installation(arguments.inventory, accepts_removals=arguments.accept_removals,
+                                listen_on=arguments.listen)
     code = 0
     for fault in check_doors(installation):
         print(fault, file=sys.stderr)
@@ -12589,6 +12968,12 @@ USER_COMMANDS: dict[str, tuple[str, Callable[[Principal, argparse.Namespace], ob
 }
 
 
+def console_of(installation: Installation, store: Store) -> Principal:
+    """Who is at the command line; what commands do with it needs neither keys nor pollers."""
+    nothing: Any = None
+    return Principal(ConsoleContext(store, installation.inventory, Lease(), nothing, nothing, nothing))
+
+
 def manage_users(arguments: argparse.Namespace) -> int:
     """A `user` command, also while the service runs or before it ever did."""
     installation = Installation(arguments.inventory)
@@ -12596,9 +12981,7 @@ def manage_users(arguments: argparse.Namespace) -> int:
     with installation.store() as store:
         with store.writing() as session:
             ensure_first_user(session)
-        nothing: Any = None     # these commands need neither keys nor pollers
-        context = ConsoleContext(store, installation.inventory, Lease(), nothing, nothing, nothing)
-        run(Principal(context), arguments)
+        run(console_of(installation, store), arguments)
     if said:
         print(said.format_map(vars(arguments)))
     return 0
@@ -12614,6 +12997,53 @@ def add_user_commands(users: Any) -> None:
             command.add_argument("--role", choices=get_args(Role), default="viewer", help="default: viewer, who looks")
 
 
+def gate_rows(installation: Installation, session: Session) -> Iterator[list[str]]:
+    """How the gate stands as far as it is written down, which takes a service a second."""
+    last = next(iter(events(session, kind="gate", limit=1)), None)
+    override = stored_override(session)
+    if override and (override.until or math.inf) < time.time():
+        override = None
+    end = f"until {local_time(override.until)}" if override and override.until else "until that is ended"
+    yield ["GATE", f"{last.text}, at {local_time(last.at)}" if last else "never open yet"]
+    yield ["OVERRIDE", f"{override.why}, {end}" if override else "none"]
+    mode = json.loads(remembered(session, "service").text or "{}").get("mode", "enforce")   # as it was started with
+    yield ["MODE", "observe: nothing is refused" if mode == "observe" else mode]
+    yield ["SERVICE", "runs" if is_running(installation.database) else "does not run: the gate is closed"]
+
+
+def gate(arguments: argparse.Namespace) -> int:
+    """Opens or closes the gate by hand, or ends that, also while the service runs; then says how it stands."""
+    installation = Installation(arguments.inventory)
+    if not inspect_database(installation.database, whole=False):
+        raise UsageError("there is no database yet; start the service first")
+    given = {"action": arguments.action, "for": arguments.seconds, "reason": arguments.reason}
+    given = {name: value for name, value in given.items() if value is not None}
+    with installation.store() as store:
+        if given:
+            change_gate(console_of(installation, store), given)
+        with store.reading() as session:
+            print_table([*gate_rows(installation, session)])
+    return 0
+
+
+def address_to_listen_on(text: str) -> str:
+    """The value of --listen. Raises ArgumentTypeError."""
+    try:
+        return TypeAdapter(Listen).validate_python(text)
+    except ValidationError as error:
+        raise argparse.ArgumentTypeError(message_of(error.errors()[0])) from None
+
+
+def add_gate_command(commands: Any) -> None:
+    command = commands.add_parser("gate", help="open or close the gate by hand, or leave it to the resources again; "
+                                               "without an argument: how it stands")
+    command.add_argument("action", nargs="?", choices=("open", "close", "auto"))
+    command.add_argument("--for", dest="seconds", metavar="30m", help="90s, 30m, 2h, 1d; open: 30m unless said, 1d at "
+                                                                      "most; close: until `auto` unless said")
+    command.add_argument("--reason", help="shown to who is logged in, and kept as an event")
+    command.set_defaults(run=gate)
+
+
 def command_line() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="healthchecker.py", description=(
         "A web application answers only while the machines it depends on are healthy. Without a command: serve."))
@@ -12622,13 +13052,18 @@ def command_line() -> argparse.ArgumentParser:
                         help="default: inventory.yaml beside healthchecker.py, which a first start makes")
     parser.add_argument("--accept-removals", action="store_true", help=(
         "start (or check) although more than a third of the resources are not in the inventory any more"))
+    parser.add_argument("--listen", type=address_to_listen_on, metavar="ADDRESS:PORT", help=(
+        "serve (or check) there, whatever service.listen says"))
     parser.set_defaults(run=serve)
     commands = parser.add_subparsers(metavar="COMMAND")
     command = commands.add_parser("check", help="validate the inventory and say what a start would change")
     command.add_argument("--probe", nargs="*", metavar="NAME",
                          help="also poll every resource, or those named, once and print a table")
     command.set_defaults(run=check)
-    commands.add_parser("seal", help="replace plain passwords in the inventory by sealed ones").set_defaults(run=seal)
+    for run, what in ((seal, "replace plain passwords in the inventory by sealed ones"),
+                      (middleware, "print the gate for other servers, which reads service.lease_file"),
+                      (reload, "have a running service take an edited inventory over")):
+        commands.add_parser(run.__name__, help=what).set_defaults(run=run)
     command = commands.add_parser("endpoint", help="print what a host needs that shall answer polls and nothing else")
     command.add_argument("name", metavar="NAME")
     command.set_defaults(run=endpoint)
@@ -12642,11 +13077,9 @@ def command_line() -> argparse.ArgumentParser:
         command = commands.add_parser(run.__name__, help=what)
         command.add_argument("file", type=Path, metavar="FILE")
         command.set_defaults(run=run)
-    command = commands.add_parser("middleware", help="print the gate for other servers, which reads service.lease_file")
-    command.set_defaults(run=middleware)
     users = commands.add_parser("user", help="`user add|passwd|remove|list`: who can log in")
     add_user_commands(users.add_subparsers(metavar="add|passwd|remove|list", required=True))
-    commands.add_parser("reload", help="have a running service take an edited inventory over").set_defaults(run=reload)
+    add_gate_command(commands)
     keys = commands.add_parser("keys", help="seal every secret with a new key: `keys rotate`, or `keys replace` where "
                                             "the old one is lost; stop the service first")
     changes = keys.add_subparsers(metavar="rotate|replace", required=True)

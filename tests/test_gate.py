@@ -38,6 +38,7 @@ from waitress.task import ErrorTask, ThreadedTaskDispatcher, WSGITask
 
 from healthchecker import (
     HEAD_START,
+    PASSED,
     POOL_BUFFER,
     Counters,
     Gate,
@@ -320,6 +321,127 @@ def _nothing_left() -> Iterator[None]:
     Lease()  # the first one opens the shared memory of all
     with no_leaks():
         yield
+
+
+# === Observed ================================================================
+WOULD = "would-refuse"
+
+
+def streamed(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
+    start_response("200 OK", [("x-healthchecker", "mine"), ("X-Other", "1")])
+    return iter([] if environ["REQUEST_METHOD"] == "HEAD" else [b"one ", b"two"])
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD", "POST"])
+def test_observe_refuses_nothing(lease: Lease, method: str) -> None:
+    """The application answers, marked; its own header of that name stays unless it is marked."""
+    told: list[str] = []
+    gate = Gate(streamed, lease, lambda: NOW, told.append)
+    lease.observes.value = True
+    for until, mark in ((NOW, WOULD), (0.0, WOULD), (NOW + 1, "mine")):
+        lease.until.value = until
+        status, headers, body = call(gate, REQUEST_METHOD=method)
+        assert (status, headers["x-healthchecker"], headers["x-other"]) == ("200 OK", mark, "1")
+        assert body == (b"" if method == "HEAD" else b"one two")
+        assert gate.is_healthy() is (until > NOW), "the application hears the truth"
+    assert told == ["", ""]
+    for path, status in {"/-/readyz": "200 OK", "/-/gate": "204 No Content"}.items():
+        lease.until.value = 0.0
+        answer = call(gate, path, REQUEST_METHOD=method)
+        assert (answer[0], answer[1]["x-healthchecker"]) == (status, WOULD)
+        lease.until.value = NOW + 1
+        answer = call(gate, path, REQUEST_METHOD=method)
+        assert answer[0] == status and "x-healthchecker" not in answer[1]
+    lease.until.value = 0.0
+    assert call(gate, "/-/health")[0] == "503 Service Unavailable", "which is a report, and no gate"
+    gate.draining = True
+    assert call(gate, "/-/readyz")[0] == "503 Service Unavailable"
+    assert len(told) == 2, "only requests for the application are counted"
+
+
+def test_observe_hears_of_what_an_application_raises(lease: Lease) -> None:
+    def fails(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
+        start_response("200 OK", [])
+        try:
+            raise ZeroDivisionError
+        except ZeroDivisionError:
+            start_response("500 Oops", [], sys.exc_info())
+        return [b"oops"]
+
+    found: list[Any] = []
+    lease.observes.value = True
+    environ = {"PATH_INFO": "/", "REQUEST_METHOD": "GET"}
+    gate = Gate(fails, lease, lambda: NOW)
+    assert [*gate(environ, lambda *answer: found.append(answer) or (lambda data: None))] == [b"oops"]
+    assert [answer[:2] for answer in found] == [(text, [("X-HealthChecker", WOULD)]) for text in ("200 OK", "500 Oops")]
+    assert found[1][2][0] is ZeroDivisionError
+
+
+# until of the site, whether it observes, the same of /r: whether each path is admitted
+MODES = {
+    (0, True, 0, False): {"/": True, "/r/x": False, "/r/../x": False, "/%72": False, "//r": False},
+    (0, False, 0, True): {"/": False, "/r/x": True, "/r/../x": False, "/%72": False, "//r": False},
+    (0, True, 0, True): {"/": True, "/r/x": True, "/r/../x": True, "/%72": True, "//r": True},
+    (NOW + 1, False, 0, True): {"/": True, "/r/x": True, "/r/../x": True, "/%72": True, "//r": True},
+    (NOW + 1, True, 0, False): {"/": True, "/r/x": False, "/r/../x": False, "/%72": False, "//r": False},
+    (0, False, NOW + 1, True): {"/": False, "/r/x": True, "/r/../x": False, "/%72": False, "//r": False},
+}
+
+
+@pytest.mark.parametrize(("leases", "paths"), MODES.items(), ids=str)
+def test_mode_of_a_route(leases: tuple[float, bool, float, bool], paths: dict[str, bool]) -> None:
+    """Where a path can be read in two ways, one that refuses decides."""
+    lease, told = Lease(["/r"]), []
+    for one, until, observes in ((lease, *leases[:2]), (lease.parts["/r"], *leases[2:])):
+        one.until.value, one.observes.value = until, observes
+    gate = Gate(hello, lease, lambda: NOW, told.append)
+    for path, admitted in paths.items():
+        assert (gate.route(path) == gate.admit) is admitted, path
+        told.clear()
+        status, headers, _ = call(gate, path)
+        assert status[:3] == ("200" if admitted else "503"), path
+        assert ("x-healthchecker" in headers) is bool(told), path
+    call(gate, "/r/x")
+    assert told[-1:] == (["/r"] if leases[3] and leases[2] < NOW else [])
+
+
+@POOL
+def test_observed_on_a_connection(threads: int) -> None:
+    """Kept alive, streamed and HEAD, in the pool and on the loop; each is counted."""
+    counters = Counters(1, ["/r"])
+    tally = RequestCounters(counters)
+    with Serving(streamed, threads, lambda: NOW, tally=tally) as serving:
+        serving.lease.until.value, serving.lease.observes.value = 0.0, True
+        serving.server.gate._passed = tally.passed
+        with serving.client() as client:
+            for method in ("GET", "HEAD", "GET"):
+                client.request(method, "/")
+                answer = client.getresponse()
+                assert answer.read() == (b"" if method == "HEAD" else b"one two")
+                assert (answer.status, answer.getheader("X-HealthChecker")) == (200, WOULD)
+            client.request("GET", "/-/readyz")
+            answer = client.getresponse()
+            assert (answer.status, answer.read()) == (200, b"closed\n")
+            serving.lease.observes.value = False
+            client.request("GET", "/")
+            answer = client.getresponse()
+            assert answer.status == 503 and b"retry_after" in answer.read() and not answer.getheader("X-HealthChecker")
+    totals = counters.totals()
+    assert totals[PASSED] == 3 and not totals[counters.routes["/r"]]
+    tally.passed("/r")
+    assert [counters.totals()[cell] for cell in (PASSED, counters.routes["/r"])] == [4, 1]
+
+
+def test_closed_by_hand_says_so(lease: Lease) -> None:
+    """The class of the reason, and not the operator's words."""
+    gate = Gate(hello, lease, lambda: NOW)
+    for by_hand, detail in ((0, None), (1, None), (-1, "closed by an operator")):
+        lease.by_hand.value = by_hand
+        status, headers, body = call(gate)
+        assert (status[:3], json.loads(body).get("detail"), headers["retry-after"]) == ("503", detail, "1")
+        page = call(gate, HTTP_ACCEPT="text/html")[2]
+        assert (b"out of use" in page) is (by_hand < 0) and (b"not healthy" in page) is (by_hand >= 0)
+        assert call(gate, "/-/readyz")[2] == (b"closed by an operator\n" if by_hand < 0 else b"closed\n")
 
 
 @POOL

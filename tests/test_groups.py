@@ -57,6 +57,7 @@ FINE = {
     "routes": "routes: {/reports: [warehouse], /static: [], /a/b: [db1, web1], /größe: []}",
     "a route to a group": "groups: [{name: g, tags: [db]}]\nroutes: {/reports: [g]}",
     "a path with a space": "routes: {/a b: []}",
+    "a route's mode": "routes: {/a: {needs: [db1], mode: observe}, /b: {mode: observe}, /c: {needs: []}, /d: {}}",
     "a warning of one host": "groups: [{name: g, tags: [web], healthy: 50%, warn: 80%}]",
     "a resource in two groups": "groups: [{name: g, members: [db1, db2]}, {name: h, members: [db1, web1]}]",
 }
@@ -110,6 +111,12 @@ FAULTS = {
     **{path: (f"routes:\n  {path}: ^[]", f"routes.{path}: must be a path such as /reports") for path in (
         "/", "/-", "/-/gate", "reports", "/reports/", "/a//b", "/a/../b", "/a/..", "/./a", "/a%20b", "/a?b=1", "/a;b",
         "/a\\b", "//a")},
+    "a route that is a name": ("routes:\n  /a: ^db1", "routes./a: must be a list"),
+    "a long route to nobody": ("routes:\n  /a: {needs: [db1, ^warehose]}",
+                               "routes./a.needs[1]: no resource or group has this name; did you mean warehouse?"),
+    "a long route to a path": ("routes:\n  /a: {needs: [^/b]}", "routes./a.needs[0]: must be 1 to 253 characters"),
+    "a route's unknown mode": ("routes:\n  /a: {mode: ^watch}", "routes./a.mode: must be 'enforce' or 'observe'"),
+    "a route's unknown setting": ("routes:\n  /a: {^need: [db1]}", "routes./a: unknown setting; did you mean needs?"),
     "a list": ("routes: ^[/a]", "routes: must be a mapping"),
     "the same route twice": ("routes:\n  /a: []\n  ^/a: [db1]", "this key stands here twice"),
 }  # fmt: skip
@@ -130,7 +137,7 @@ def test_fault(tmp_path: Path, text: str, words: str) -> None:
 def test_check_prints_what_each_route_needs(tmp_path: Path) -> None:
     text = (
         "groups:\n  - {name: replicas, tags: [db], healthy: 2}\n  - {name: all-of-it, members: [replicas, web1]}\n"
-        "routes: {/reports: [warehouse, replicas], /static: []}\n"
+        "routes: {/reports: [warehouse, replicas], /static: [], /new: {mode: observe}}\n"
     )
     done = run(write_inventory(tmp_path, ROWS + text), "check")
     assert done.returncode == 0, done
@@ -145,6 +152,7 @@ def test_check_prints_what_each_route_needs(tmp_path: Path) -> None:
   warehouse
   replicas (above)
 /static needs nothing
+/new needs that (mode observe)
 """
     assert wanted in done.stdout
     assert "needs" not in run(write_inventory(tmp_path, ROWS), "check").stdout
@@ -430,14 +438,15 @@ class Model:
             good = sum(self.is_healthy(member, now) for member in members)
             return good >= quorum_of(groups[name].healthy, len(members))
         if name:
-            needs = [need for need in self.gates.routes[name] if self.counts(need)]
-            return not self.gates.routes[name] or all(self.is_healthy(need, now) for need in ("", *needs))
+            stated = self.gates.routes[name].needs
+            needs = [need for need in stated or () if self.counts(need)]
+            return stated == () or all(self.is_healthy(need, now) for need in ("", *needs))
         inside = {member for members in self.gates.members({}).values() for member in members}
         tops = [top for top in (*groups, *self.counted) if top not in inside and self.counts(top)]
         return not self.pending and all(self.is_healthy(top, now) for top in tops)
 
     def is_open(self, name: str, now: float) -> bool:
-        needs_nothing = not self.gates.routes.get(name, "something")
+        needs_nothing = name.startswith("/") and self.gates.routes[name].needs == ()
         return needs_nothing or (self.beats > now and self.is_healthy(name, now))
 
 

@@ -330,7 +330,7 @@ def test_caddy_asks_the_gate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     """A closed gate's 503 is the answer; a gate that is not there lets nobody pass."""
     for name in ("HOME", "XDG_CONFIG_HOME", "XDG_DATA_HOME"):
         monkeypatch.setenv(name, str(tmp_path))
-    (asks,) = re.findall(r"`(forward_auth [^`]*\{)`\n`([^`]*)`\n`(\})`", README)
+    (asks,) = re.findall(r"`(forward_auth [^`]*\{)`\n`([^`]*)` `(\})`", README)
     port = free_port()
     with serving((), hello) as gate, Serving(named(b"shop"), 0) as shop:
         asked = replaced("\n".join(asks), {"127.0.0.1:8080": f"127.0.0.1:{gate.address[1]}"})

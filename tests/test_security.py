@@ -8,6 +8,7 @@ import json
 import random
 import shlex
 import socket
+import time
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
@@ -69,6 +70,7 @@ VIEWERS = {
     "POST /-/password",
     "GET /-/api/openapi.json",
     "POST /-/api/password",
+    "GET /-/api/gate",
     "GET /-/api/groups",
     "GET /-/api/resources",
     "GET /-/api/resources/<name>",
@@ -80,6 +82,8 @@ VIEWERS = {
 ADMINS = {
     "GET /-/add",
     "POST /-/add",
+    "POST /-/override",
+    "POST /-/api/gate",
     "GET /-/resources/<name>/edit",
     "POST /-/resources/<name>/edit",
     "POST /-/resources/<name>/check",
@@ -211,6 +215,23 @@ def test_anonymous_do_not_learn_what_is_there(local: Local, path: str) -> None:
     assert local.ask("GET", path, address=FOREIGN).body == local.ask("GET", known, address=FOREIGN).body
     local.log_in_as(VIEWER[0])
     assert local.ask("GET", path).status == 404
+
+
+def test_what_an_operator_wrote_is_not_for_the_anonymous(local: Local) -> None:
+    """Neither that nor who it was; and it has to be an admin."""
+    local.clock.now = time.time()  # by which the override ends
+    local.log_in_as(ADMIN[0], "token")
+    order = {"action": "close", "for": "1h", "reason": "the reason"}
+    assert local.api("POST", "gate", order).json["override"]["actor"] == ADMIN[0]
+    local.token = ""
+    for path in ("/-/health", "/-/metrics", "/-/login", "/-/"):
+        reply = local.ask("GET", path)
+        assert "the reason" not in reply.body and ADMIN[0] not in reply.body, path
+    local.log_in_as(VIEWER[0], "token")
+    assert local.api("POST", "gate", {"action": "auto"}).status == 403
+    assert local.api("GET", "gate").json["override"]["reason"] == "the reason"
+    local.log_in_as(ADMIN[0], "token")
+    assert local.api("POST", "gate", {"action": "auto"}).json["override"] is None
 
 
 def test_anonymous_health_names_nothing(local: Local) -> None:
