@@ -1471,7 +1471,7 @@ class InventoryLoader:
         count = len(found.get("url") or found["hostname"])
         for key in [key for key, texts in found.items() if len(texts) != count]:
             self.fault(("resources", index, key), f"must have a range of {count}, for so many are meant")
-        for kind in SECRETS:
+        for kind in SECRETS if count > 1 else ():
             if str(own.get(kind, "")).startswith(TOKEN_PREFIXES):
                 self.fault(("resources", index, kind), f"a sealed secret belongs to one resource; use {kind}_file")
         return [own | dict(zip(found, texts, strict=True)) for texts in zip(*found.values(), strict=False)]
@@ -2305,8 +2305,8 @@ def revise(session: Session) -> None:
 # === Import ==================================================================
 # The rows follow the inventory. In come an Inventory and a Vault, out go rows and, for pollers, Targets with their
 # secrets opened. Within the transaction of whoever calls: a start, a reload, a change by the console.
-# Gives: Changes, import_inventory, load_targets, open_stated, open_vault, reseal, sealed_tokens, Target, target_of,
-# update_row
+# Gives: Changes, import_inventory, keeping_word, load_targets, open_stated, open_vault, reseal, sealed_tokens,
+# Target, target_of, update_row
 class Changes(NamedTuple):
     """Names of resources by what an import does to them."""
 
@@ -2410,6 +2410,16 @@ def update_row(row: Resource, settings: ResourceSettings, vault: Vault) -> bool:
     return changed
 
 
+@contextlib.contextmanager
+def keeping_word(session: Session, row: Resource) -> Iterator[None]:
+    """What is not asked may speak tomorrow: what it said counts on whatever is changed of it but its token."""
+    status = session.get(Status, row.id) if row.id and row.platform == Platform.PUSH.value else None
+    before = (row.settings_digest, row.credential_digest) if status else None
+    yield
+    if status and before == (status.settings_digest, row.credential_digest) and row.platform == Platform.PUSH.value:
+        status.settings_digest = row.settings_digest
+
+
 def claim_row(session: Session, rows: dict[str, Resource], settings: ResourceSettings) -> Resource:
     """Takes out of `rows` what belongs to a resource of the inventory: the row of its name, of its name before, or one
     that was removed while its host was the same; else it is a new one. Raises InventoryError."""
@@ -2463,7 +2473,8 @@ def import_inventory(session: Session, inventory: Inventory, vault: Vault) -> Ch
                 reseal(session, [row], vault, name)
                 session.execute(sqlalchemy.update(Event).values(resource=name).where(Event.resource == old))
             row.origin, row.place = "inventory", inventory.places[name]
-            changed = update_row(row, settings, vault) or old != name
+            with keeping_word(session, row):
+                changed = update_row(row, settings, vault) or old != name
             (changes.added if is_new else changes.changed if changed else changes.kept).append(name)
             session.add(row)
         except HealthCheckerError as error:
@@ -5930,6 +5941,9 @@ def expected(wanted: str, came: str, good: bool) -> Outcome:
 class PushConnection(Connection):
     """A resource that reports by itself, to its poller's `take`."""
 
+    heard: bool | None = None       # what the last report said
+    heard_mono = -math.inf
+
     def run(self, script: str, output: Output, deadline: Deadline) -> bool:
         raise ProbeError("protocol", f"{NOT_TRIED}it reports by itself")
 
@@ -7496,12 +7510,12 @@ class Monitor(threading.Thread):
             current = revision(session)
         if current != self._revision or lease_clock() - self._looked_mono > FOLLOW_INTERVAL:
             self._reconcile()
-        if any(at > 0 and self._is_over(name) for name, (at, _) in self._maintenance.items()):
-            self._end_maintenance()
-        self.override.end()
         zero_at = self._wall() - lease_clock()
         if abs(zero_at - self._zero_at) > CLOCK_DRIFT:
             self._take_clock(zero_at)
+        if any(at > 0 and self._is_over(name) for name, (at, _) in self._maintenance.items()):
+            self._end_maintenance()
+        self.override.end()
 
     def _take_clock(self, zero_at: float) -> None:
         """Takes down how the clock stands, for the next start, and notes that it was set."""
@@ -9846,6 +9860,7 @@ def utc_time(at: float) -> datetime.datetime | None:
 POLL_NOW_TIMEOUT = 60.0         # seconds that a request waits for a poll
 MAINTENANCE = 366 * 86_400.0    # seconds of maintenance at most
 TAKE_TIME, TAKE_AGAIN = 2.0, 0.05   # seconds that a report waits for its resource's new poller, and between two looks
+PUSH_PAUSE = 1.0                # seconds for which a report that says the same, or that all is well again, is not taken
 OPEN_MAX = 86_400.0             # seconds for which the gate is opened by hand at most
 OPEN_USUALLY = 1800.0           # seconds, where nothing is said
 API = "/-/api/"
@@ -10118,10 +10133,12 @@ def change_resource(who: Principal, name: str, body: Mapping[str, Any], form: Do
             raise field_errors({"name": "cannot be changed; add another resource and remove this one"})
         inventory = who.context.imported
         before = stated(row, inventory)
-        if apply_settings(who.context, row, body, form):
+        with keeping_word(session, row):
+            changed = apply_settings(who.context, row, body, form)
+        if changed:
             after = stated(row, inventory)
-            changed = {field for field in before.keys() | after.keys() if before.get(field) != after.get(field)}
-            who.note(session, f"changed: {', '.join(sorted(changed | (body.keys() & set(SECRETS))))}", name)
+            fields = {field for field in before.keys() | after.keys() if before.get(field) != after.get(field)}
+            who.note(session, f"changed: {', '.join(sorted(fields | (body.keys() & set(SECRETS))))}", name)
     return show_resource(who, name)
 
 
@@ -10182,11 +10199,17 @@ def push(who: Principal, name: str, body: Mapping[str, Any]) -> None:
     sample = Sample({}, {}, None, {}, {"report": Outcome(given.healthy, one_line(given.reason))}, {})
     ends_mono = time.monotonic() + TAKE_TIME
     while (poller := who.context.monitor.pollers.get(name)) and time.monotonic() < ends_mono:
-        settings = poller.target.settings
-        known = settings.secrets.get("password", "") if settings.platform is Platform.PUSH else ""
-        if not known or not hmac.compare_digest(known.encode(), who.bearer.encode()):
+        known = poller.target.settings.secrets.get("password", "").encode()
+        connection = who.context.connections.watched.get(name)
+        if not isinstance(connection, PushConnection) or not known or not hmac.compare_digest(
+                known, who.bearer.encode()):
             break
+        if time.monotonic() - connection.heard_mono < PUSH_PAUSE and (given.healthy or not connection.heard):
+            if given.healthy is connection.heard:
+                return
+            raise ApiError("it was unhealthy a moment ago; say that again in a second", 429, retry=PUSH_PAUSE)
         if poller.take(sample):
+            connection.heard, connection.heard_mono = given.healthy, time.monotonic()
             return
         time.sleep(TAKE_AGAIN)      # it was replaced just then
     raise ApiError("no resource that pushes has this name and token", 401)
@@ -11166,7 +11189,8 @@ TEMPLATES = {"layout.html": """{% macro table(label, heads, class="") %}
 <p><label>Gate <select name="action">{{ options({"close": "closed", "open": "open"}, given.action) }}</select></label>
 </p>
 <p><label>For <select name="for">{{ options({"10m": "10 minutes", "30m": "30 minutes", "2h": "2 hours", "8h": "8 hours",
-"1d": "1 day", "": "as long as it is not ended (closed)"}, given["for"] or "30m") }}</select></label></p>
+"1d": "1 day", "": "as long as it is not ended (closed)"}, given["for"] if "for" in given else "30m") }}
+</select></label></p>
 {{ input("reason", "Reason", maxlength="200", required="") }}
 <p class="soft">Whatever the resources say. Paths that need nothing stay open.</p>
 <button class="danger">Override the gate</button>

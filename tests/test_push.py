@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -14,7 +15,8 @@ import pytest
 from conftest import wait_for
 from console import Local, Reply, console, local_console
 
-from healthchecker import InventoryError, Platform, SecretError, load_inventory
+import healthchecker
+from healthchecker import InventoryError, Platform, PushConnection, SecretError, load_inventory
 
 TOKEN = "0123456789abcdef"
 INVENTORY = f"""\
@@ -34,6 +36,12 @@ def local(tmp_path: Path) -> Iterator[Local]:
 def push(local: Local, name: str = "backup", token: str = TOKEN, **body: Any) -> Reply:
     headers = {"Content-Type": "application/json", **({"Authorization": f"Bearer {token}"} if token else {})}
     return local.ask("POST", f"/-/api/push/{name}", json.dumps(body), headers)
+
+
+@pytest.fixture(autouse=True)
+def _any_pace(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.function is not test_who_says_too_much:
+        monkeypatch.setattr(healthchecker, "PUSH_PAUSE", 0.0)
 
 
 def shown(local: Local, name: str = "backup") -> tuple[str, str, str]:
@@ -90,6 +98,25 @@ def test_what_is_no_report_changes_nothing(local: Local, body: dict[str, Any]) -
     assert shown(local)[0] == "unknown"
 
 
+def test_who_says_too_much(local: Local) -> None:
+    """The same again within a second is no report more, nor is a good one behind a bad one; a bad one always counts."""
+    connection = local.context.connections.watched["backup"]
+    assert isinstance(connection, PushConnection)
+    connection.heard, connection.heard_mono = True, math.inf  # for good just now
+    assert push(local, healthy=True).status == 204
+    assert shown(local)[0] == "unknown"
+    assert push(local, healthy=False, reason="first").status == 204
+    assert connection.heard is False
+    connection.heard_mono = math.inf
+    assert push(local, healthy=False, reason="second").status == 204
+    reply = push(local, healthy=True)
+    assert (reply.status, reply.headers["retry-after"]) == (429, "1")
+    assert shown(local) == ("unhealthy", "check", "check report: first")
+    connection.heard_mono = -math.inf
+    assert push(local, healthy=True).status == 204
+    assert shown(local)[0] == "healthy"
+
+
 def test_a_report_meets_new_settings(local: Local) -> None:
     """Those of before and those behind it count, and the token of before does not."""
     local.log_in()
@@ -114,8 +141,10 @@ def test_a_check_asks_nothing_and_changes_nothing(local: Local) -> None:
 def test_a_report_counts_on_after_a_restart(tmp_path: Path) -> None:
     with local_console(tmp_path, INVENTORY) as local:
         push(local, healthy=True)
-    with local_console(tmp_path, INVENTORY) as local:
+    with local_console(tmp_path, INVENTORY.replace("interval: 3600", "interval: 4000, tags: [t]", 1)) as local:
         assert shown(local)[0] == "healthy"
+    with local_console(tmp_path, INVENTORY.replace(TOKEN, "f" * 16, 1)) as local:
+        assert shown(local)[0] == "unknown"
 
 
 SHORT = "  - {name: backup, platform: push, password_env: PUSHED, interval: 1}"
