@@ -243,6 +243,29 @@ def test_a_file_that_is_gone_is_closed_and_may_come_back(tmp_path: Path, caplog:
         assert len(caplog.records) == 2
 
 
+@POSIX
+def test_a_file_that_somebody_removes_comes_back(tmp_path: Path) -> None:
+    """With what it said; and not any more once the service has ended."""
+    path = tmp_path / "lease"
+    with opened(tmp_path, "/r") as (file, leases):
+        file.put("/r", 0.0, 0.0)
+        file.begin()
+        for _ in range(2):
+            path.unlink()
+            # Or who has the old one mapped would go by it for half a second.
+            wait_for(lambda old=leases._table.cells: old[GENERATION] == 0.0)
+            wait_for(lambda: leases.wait("/") == 0)
+            assert leases.wait("/r/x")
+            file.put("", 0.0, 0.0)
+            assert leases.wait("/")
+            file.put("", lease_clock() + 1000, 0.0)
+            assert leases.wait("/") == 0
+        file.close()
+        path.unlink()
+        assert leases.wait("/")
+    assert not path.exists()
+
+
 def words(at: int, text: str) -> Callable[[bytes], bytes]:
     """Another word in the identity."""
     def replaced(content: bytes) -> bytes:
