@@ -7868,21 +7868,25 @@ class LeaseFile:
         """One store: until when a gate is open, else when it can open again."""
         place, end = self._places[name], until if until > 0.0 else -opens
         with self._lock:
-            self._ends[place] = self._cells[place] = end
+            self._ends[place] = end
+            if self._cells[GENERATION] == self._generation:     # on Windows another service's may be in the same file
+                self._cells[place] = end
 
     def close(self) -> None:
         """Says that all is closed, whatever is put later."""
         self._ending.set()
         if self._thread.is_alive():
             self._thread.join()
-        self._cells[GENERATION] = 0.0
-        for place in self._ends:
-            self._cells[place] = 0.0
+        with self._lock:
+            if self._cells[GENERATION] == self._generation:
+                self._cells[GENERATION] = 0.0
 
     def _keep(self) -> None:
-        trouble = Trouble(f"service.lease_file {self._path} is gone, and cannot be written again")
+        trouble = Trouble(f"service.lease_file {self._path} is gone")
         while not self._ending.wait(KEEP_INTERVAL):
             with trouble.caught():
+                if self._cells[GENERATION] != self._generation:
+                    raise UsageError("another service writes to this path; give each its own")
                 if not os.path.lexists(self._path):
                     self._open()
 
@@ -7895,7 +7899,7 @@ class LeaseFile:
         with self._lock:
             for place, end in self._ends.items():
                 cells[place] = end
-            cells[GENERATION] = float(secrets.randbits(52) | 1)
+            self._generation = cells[GENERATION] = float(secrets.randbits(52) | 1)
             before, self._cells = self._cells, cells
             before[GENERATION] = 0.0    # of one that was removed, too
 

@@ -243,6 +243,23 @@ def test_a_file_that_is_gone_is_closed_and_may_come_back(tmp_path: Path, caplog:
         assert len(caplog.records) == 2
 
 
+def test_two_services_with_one_path(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The later one has it, and the other says so."""
+    with opened(tmp_path, "/r") as (file, leases):
+        file.begin()
+        later = LeaseFile(tmp_path / "lease", ["/a", "/r"])
+        for name in ("", "/r"):
+            file.put(name, lease_clock() + 1000, 0.0)
+        later.put("/r", lease_clock() + 1000, 0.0)
+        wait_for(lambda: leases.wait("/r") == 0)
+        assert leases.wait("/") and leases.wait("/a")
+        wait_for(lambda: "another service writes to this path" in caplog.text)
+        file.close()
+        assert leases.wait("/r") == 0
+        later.close()
+        assert leases.wait("/r")
+
+
 @POSIX
 def test_a_file_that_somebody_removes_comes_back(tmp_path: Path) -> None:
     """With what it said; and not any more once the service has ended."""
