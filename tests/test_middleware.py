@@ -193,7 +193,7 @@ def test_a_lease_that_ends_is_closed(tmp_path: Path) -> None:
         assert leases.wait("/") == 1
         assert leases.wait("/r/x") == 0
         file.put("", 0.0, lease_clock() + 1000)
-        assert 900 < leases.wait("/") <= 1000
+        assert 900 < leases.wait("/") <= 1001  # a sum may be rounded up
         file.put("", 0.0, math.inf)
         assert leases.wait("/") == 3600
         file.put("", math.nan, 0.0)
