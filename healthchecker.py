@@ -6959,7 +6959,7 @@ def chart(session: Session, resource_id: int, metric: str, span: str, now: float
 # Rows of resources come in, reports go out: to the aggregator at once, to the database through the recorder. A
 # thread for each resource polls it, one (the recorder) writes, one (the monitor) makes pollers follow the rows,
 # replaces dead ones and sees leases and maintenance end. Names in `_mono` are monotonic times, in `_at` Unix times.
-# Gives: boot_number, Recorder, PollContext, poll_once, Monitor, stored_override
+# Gives: boot_number, Recorder, PollContext, poll_once, Monitor, stored_override, Trouble
 FIRST_POLLS = 50.0              # first polls per second
 JITTER = 0.1                    # part of the interval by which polls are spread
 FLUSH_INTERVAL = 1.0            # seconds for which the recorder gathers what it writes
@@ -7898,6 +7898,7 @@ class Gate:
 IDENTITY = "HealthChecker lease 1"      # and the version of this layout
 GENERATION, COUNT, SLOTS = 15, 16, 17   # cells
 CELL = 8                        # bytes
+KEEP_INTERVAL = 1.0             # seconds between two looks whether the file is still there
 
 
 def lease_identity() -> str:
@@ -8139,31 +8140,64 @@ class LeaseFile:
 
     def __init__(self, path: Path, names: Iterable[str]) -> None:
         require_lease_place(path)
+        self._path, self._lock = path, threading.Lock()     # guards _ends, and that _cells have them
         self._places = {name: SLOTS + number for number, name in enumerate(sorted({SITE, *names}))}
+        self._ends = dict.fromkeys(self._places.values(), 0.0)
+        self._cells: memoryview[float] = memoryview(bytearray(SLOTS * CELL)).cast("d")
+        self._ending = threading.Event()
+        self._thread = threading.Thread(target=self._keep, name="leases", daemon=True)
         try:
-            content = self._content()
-            if path.exists():       # who has it mapped sees at once that it holds no longer
-                cells_of(path, SLOTS * CELL)[GENERATION] = 0.0
-            self._publish(path, content)
-            self._cells = cells_of(path)
+            self._open()
         except OSError as error:
             raise UsageError(f"service.lease_file {path} cannot be written: {error.strerror or error}") from error
-        self._cells[GENERATION] = float(secrets.randbits(52) | 1)
+
+    def begin(self) -> None:
+        """Has the file come back from now on when somebody has removed it, as who cleans up old ones does."""
+        self._thread.start()
 
     def put(self, name: str, until: float, opens: float) -> None:
         """One store: until when a gate is open, else when it can open again."""
-        self._cells[self._places[name]] = until if until > 0.0 else -opens
+        place, end = self._places[name], until if until > 0.0 else -opens
+        with self._lock:
+            self._ends[place] = end
+            if self._cells[GENERATION] == self._generation:     # on Windows another service's may be in the same file
+                self._cells[place] = end
 
     def close(self) -> None:
         """Says that all is closed, whatever is put later."""
-        self._cells[GENERATION] = 0.0
-        for place in self._places.values():
-            self._cells[place] = 0.0
+        self._ending.set()
+        if self._thread.is_alive():
+            self._thread.join()
+        with self._lock:
+            if self._cells[GENERATION] == self._generation:
+                self._cells[GENERATION] = 0.0
+
+    def _keep(self) -> None:
+        trouble = Trouble(f"service.lease_file {self._path} is gone")
+        while not self._ending.wait(KEEP_INTERVAL):
+            with trouble.caught():
+                if self._cells[GENERATION] != self._generation:
+                    raise UsageError("another service writes to this path; give each its own")
+                if not os.path.lexists(self._path):
+                    self._open()
+
+    def _open(self) -> None:
+        content = self._content()
+        if self._path.exists():     # who has it mapped sees at once that it holds no longer
+            cells_of(self._path, SLOTS * CELL)[GENERATION] = 0.0
+        self._publish(self._path, content)
+        cells = cells_of(self._path)
+        with self._lock:
+            for place, end in self._ends.items():
+                cells[place] = end
+            self._generation = cells[GENERATION] = float(secrets.randbits(52) | 1)
+            before, self._cells = self._cells, cells
+            before[GENERATION] = 0.0    # of one that was removed, too
 
     def _content(self) -> bytes:
         names = json.dumps([*self._places]).encode()
         head = lease_identity().encode().ljust(GENERATION * CELL, b"\0")
-        cells = [0.0, float(len(self._places)), *([0.0] * len(self._places))]
+        cells = [0.0, float(len(self._places)), *([0.0] * len(self._places))]   # the generation comes last of all
         return head + struct.pack(f"{len(cells)}d", *cells) + names.ljust(-(-len(names) // CELL) * CELL)
 
     @staticmethod
@@ -12567,7 +12601,7 @@ def watch(installation: Installation, store: Store, console: Sequence[socket.soc
     with contextlib.ExitStack() as stack:
         file = service.lease_file and LeaseFile(service.lease_file, supervisor.lease.parts)
         if file:
-            stack.enter_context(contextlib.closing(file))
+            stack.enter_context(contextlib.closing(file)).begin()
         aggregator = HealthAggregator(supervisor.lease, copy=file.put if file else None)
         vault = prepare(installation, store)
         recorder = Recorder(store, aggregator, service.retention)
