@@ -6504,8 +6504,8 @@ class HealthAggregator:
     """
 
     def __init__(self, lease: Lease | None = None, clock: Callable[[], float] = lease_clock,
-                 copy: Callable[[str, float, float], None] | None = None) -> None:
-        """`copy` is told, too, what becomes of a lease: the name, until when, and when it can be so again."""
+                 copy: Callable[..., None] | None = None) -> None:
+        """`copy` is told, too, what becomes of a lease, as LeaseFile.put is."""
         self.lease, self._copy = lease or Lease(), copy
         # Unix time, open, why, and which group or route
         self.transitions: queue.SimpleQueue[tuple[float, bool, str, str]] = queue.SimpleQueue()
@@ -6666,20 +6666,16 @@ class HealthAggregator:
                 lease.by_hand.value = 0 if not override else 1 if override.action == "open" else -1
                 lease.opens.value = max(opens, self._overridden_until) if lease.by_hand.value < 0 else opens
                 lease.until.value = until
-                if self._copy:
-                    self._copy(name, self._end_elsewhere(lease), lease.opens.value)
+                if self._copy:      # elsewhere what needs nothing ends with us, too, as it does in our own workers
+                    end = min([until, *(self._beats.values() or (self._clock() + DEFAULT_TTL,))])
+                    observes = lease.observes.value and end <= self._clock()
+                    self._copy(name, end, lease.opens.value, observes=observes)
         for name, until in ends.items():
             is_open = self._clock() < until
             decided = name in self._tree.groups and START not in self._tree.spans
             if decided and is_open is not self._open.get(name, False):
                 self.transitions.put((time.time(), is_open, self._told(name, is_open), name))
                 self._open[name] = is_open
-
-    def _end_elsewhere(self, lease: Lease) -> float:
-        """The end in other servers: there what needs nothing, or only observes, ends with us, too."""
-        is_group = lease.name and not lease.name.startswith("/")
-        ends = self._beats.values() or (self._clock() + DEFAULT_TTL,)
-        return min(ends) if lease.observes.value and not is_group else min([float(lease.until.value), *ends])
 
     def _told(self, name: str, is_open: bool) -> str:
         """Why it is open or closed; nothing where it is open because all is well."""
@@ -7893,11 +7889,13 @@ class Gate:
 # the machine's byte order. First ASCII, padded with zeros: what the rest is good for (IDENTITY, clock, boot, namespace
 # of time). At GENERATION a number, another one at each start; 0: all is closed. At COUNT the number of gates; from
 # SLOTS on a double for each; last their names in this order, as JSON, "" for the site, padded with blanks. A gate's
-# double is the time of lease_clock until which it is open, or, at most 0, minus the time when it can open again.
+# double is the time of lease_clock until which it is open, or, at most 0, minus the time when it can open again, and
+# minus OBSERVED, where it refuses nothing.
 # Gives: LeaseFile, middleware_text, require_lease_place
 IDENTITY = "HealthChecker lease 1"      # and the version of this layout
 GENERATION, COUNT, SLOTS = 15, 16, 17   # cells
 CELL = 8                        # bytes
+OBSERVED = 1e12                 # seconds that are added where a gate is closed and refuses nothing
 KEEP_INTERVAL = 1.0             # seconds between two looks whether the file is still there
 
 
@@ -7917,14 +7915,16 @@ def lease_identity() -> str:
 
 READER = '''"""HealthChecker's gate for any server: `app = Gate(app)` in WSGI, `app = AsgiGate(app)` in ASGI.
 
-Printed by `healthchecker.py middleware`, to be put beside an application; it needs nothing but Python 3.8 or later and
-the right to read LEASE_FILE on the machine that writes it (Linux or Windows). While the gate of a path is closed,
+Printed by `healthchecker.py middleware`, to be put beside an application; it needs nothing but Python 3.8 or later
+and the right to read LEASE_FILE on the machine that writes it (Linux or Windows). While the gate of a path is closed,
 requests get 503. Closed is also what is missing, damaged, of another boot, clock or version, and what a service has
-left that ended; the log "healthchecker" says so. On Windows it takes the same clock as the service has, that of Python
-up to 3.12 or from 3.13 on. A container mounts the folder, read-only, not the file, which each start replaces; one that
-has a boot id or a clock of its own (gVisor, systemd-nspawn, a namespace of time) stays closed. A route is of the whole
-path, with SCRIPT_NAME or root_path. What has begun, such as a websocket, is not ended. A WSGI application may ask
-environ["healthchecker.is_healthy"](), also with the name of a group or a route.
+left that ended; the log "healthchecker" says so. On Windows it takes the same clock as the service has, that of
+Python up to 3.12 or from 3.13 on. A container mounts the folder, read-only, not the file, which each start replaces;
+one that has a boot id or a clock of its own (gVisor, systemd-nspawn, a namespace of time) stays closed. A route is of
+the whole path, with SCRIPT_NAME or root_path, and a request that SCRIPT_NAME leads to must be open without it, too.
+Where the service only observes, a closed gate refuses nothing here either, and WSGI answers are marked. What has
+begun, such as a websocket, is not ended. A WSGI application may ask environ["healthchecker.is_healthy"](), also with
+the name of a group or a route.
 """
 
 from __future__ import annotations
@@ -7949,6 +7949,7 @@ if TYPE_CHECKING:
 LEASE_FILE = @PATH@
 IDENTITY = @IDENTITY@
 GENERATION, COUNT, SLOTS = @CELLS@  # cells of 8 bytes
+OBSERVED = @OBSERVED@
 LOOK_INTERVAL = 0.5  # seconds until another file is seen
 BODY = b"temporarily unavailable\\n"
 DOTS = re.compile(r"/\\.\\.?([/;]|$)")
@@ -7959,6 +7960,11 @@ if sys.platform != "win32":
 
 
 @FUNCTION@
+
+def is_observed(end: float) -> bool:
+    """Of a gate that is closed, and refuses nothing."""
+    return -2 * OBSERVED < end <= -OBSERVED
+
 
 class Table(NamedTuple):
     """A file as it was mapped; the cells change."""
@@ -7983,8 +7989,10 @@ class Table(NamedTuple):
     def strictest(self, path: str) -> float:
         """Of all routes that it could lead to, read in one way or another."""
         if "\\\\" in path or "%" in path or DOTS.search(path):
-            return min(self.cells[SLOTS], *(self.cells[cell] for cell in self.routes.values()))
-        return min(self.longest(path), self.longest(re.sub("//+", "/", re.sub(";[^/]*", "", path))))
+            ends = [self.cells[cell] for cell in (SLOTS, *self.routes.values())]
+        else:
+            ends = [self.longest(path), self.longest(re.sub("//+", "/", re.sub(";[^/]*", "", path)))]
+        return min(ends, key=lambda end: (is_observed(end), end))
 
 
 CLOSED = Table([0.0] * (SLOTS + 1), 0.0, {"": SLOTS}, {}, 1, None)
@@ -8021,7 +8029,7 @@ class Leases:
         return clock() < end and table.cells[GENERATION] == table.generation
 
     def wait(self, path: str) -> int:
-        """0 while a path is open, else the seconds of its Retry-After."""
+        """0 while a path is open, else the seconds of its Retry-After; -1 where it is closed and refuses nothing."""
         now = clock()
         table = self._table if now < self._look else self._looked(now)
         cells = table.cells
@@ -8031,6 +8039,8 @@ class Leases:
             end = table.strictest(path) if odd else table.longest(path)
         if cells[GENERATION] != table.generation:  # seen after `end`: another file's by now
             end = 0.0
+        if is_observed(end):
+            return -1
         return 0 if now < end else math.ceil(min(max(1.0, -end - now), 3600.0))
 
     def _looked(self, now: float) -> Table:
@@ -8049,6 +8059,15 @@ class Leases:
         return table
 
 
+def marked(start_response: StartResponse) -> StartResponse:
+    """Says in an answer that it would have been a refusal."""
+
+    def start(status: str, headers: list[tuple[str, str]], *exc_info: Any) -> Any:
+        return start_response(status, [*headers, ("X-HealthChecker", "would-refuse")], *exc_info)
+
+    return start
+
+
 class Gate:
     """WSGI: the application answers while the gate of a request's path is open, otherwise 503."""
 
@@ -8056,10 +8075,13 @@ class Gate:
         self._app, self._leases = app, Leases(path)
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
-        wait = self._leases.wait(environ.get("SCRIPT_NAME", "") + environ.get("PATH_INFO", ""))
-        if not wait:
+        mount, path = environ.get("SCRIPT_NAME", ""), environ.get("PATH_INFO", "")
+        wait = self._leases.wait(mount + path)
+        if mount and wait <= 0:  # which a client may have sent
+            wait = self._leases.wait(path) or wait
+        if wait <= 0:
             environ["healthchecker.is_healthy"] = self._leases.is_healthy
-            return self._app(environ, start_response)
+            return self._app(environ, marked(start_response) if wait else start_response)
         headers = [("Retry-After", str(wait)), ("Cache-Control", "no-store"), ("Content-Type", "text/plain")]
         start_response("503 Service Unavailable", [*headers, ("Content-Length", str(len(BODY)))])
         return [] if environ["REQUEST_METHOD"] == "HEAD" else [BODY]
@@ -8073,7 +8095,7 @@ class AsgiGate:
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         path = scope.get("path", "").encode("utf-8", "replace").decode("latin-1")
-        if scope["type"] == "lifespan" or not (wait := self._leases.wait(path)):
+        if scope["type"] == "lifespan" or (wait := self._leases.wait(path)) <= 0:
             await self._app(scope, receive, send)
             return
         kind = "http.response"
@@ -8093,7 +8115,8 @@ class AsgiGate:
 def middleware_text(path: Path) -> str:
     """The module that reads a file of leases, in any server."""
     parts = {"PATH": json.dumps(str(path)), "IDENTITY": json.dumps(IDENTITY),
-             "CELLS": f"{GENERATION}, {COUNT}, {SLOTS}", "FUNCTION": inspect.getsource(lease_identity)}
+             "CELLS": f"{GENERATION}, {COUNT}, {SLOTS}", "OBSERVED": str(OBSERVED),
+             "FUNCTION": inspect.getsource(lease_identity)}
     return re.sub("@([A-Z]+)@", lambda found: parts[found[1]], READER)
 
 
@@ -8102,8 +8125,8 @@ def place_fault(path: Path) -> str:
     folder, account = path.parent.stat(), 0
     if sys.platform != "win32":
         account = os.geteuid()
-        if folder.st_mode & (stat.S_ISVTX | stat.S_IWOTH) == stat.S_IWOTH:
-            return "everybody can replace what is in its folder"
+        if folder.st_mode & stat.S_IWOTH or (folder.st_mode & stat.S_IWGRP and folder.st_gid != os.getegid()):
+            return "others can write to its folder, and would open gates there"
     if not os.access(path.parent, os.W_OK):
         return "its folder cannot be written"
     if not os.path.lexists(path):
@@ -8122,6 +8145,7 @@ def place_fault(path: Path) -> str:
 def require_lease_place(path: Path) -> None:
     """Raises UsageError unless the leases can be in a file there."""
     try:
+        _ = lease_identity()
         fault = place_fault(path)
     except OSError as error:
         fault = f"cannot be used: {error.strerror}"
@@ -8155,9 +8179,11 @@ class LeaseFile:
         """Has the file come back from now on when somebody has removed it, as who cleans up old ones does."""
         self._thread.start()
 
-    def put(self, name: str, until: float, opens: float) -> None:
-        """One store: until when a gate is open, else when it can open again."""
-        place, end = self._places[name], until if until > 0.0 else -opens
+    def put(self, name: str, until: float, opens: float, *, observes: bool = False) -> None:
+        """One store: until when a gate is open, else when it can open again; `observes`: it is closed, and refuses
+        nothing."""
+        place, closed = self._places[name], -min(opens, OBSERVED / 2)
+        end = closed - OBSERVED if observes else until if until > 0.0 else closed
         with self._lock:
             self._ends[place] = end
             if self._cells[GENERATION] == self._generation:     # on Windows another service's may be in the same file
@@ -8211,6 +8237,8 @@ class LeaseFile:
         temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
         try:
             create_private(temporary, content)
+            if sys.platform != "win32" and not os.geteuid():
+                os.chown(temporary, 0, 0)       # who could cut it would end us
             let_read(temporary)
             os.replace(temporary, path)
         finally:

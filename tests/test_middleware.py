@@ -96,7 +96,8 @@ PLACES: dict[str, tuple[Callable[[Path], object], str]] = {
     "another file": (lambda path: path.write_text("notes" * 99, encoding="utf-8"), ANOTHER),
     "an empty file": (lambda path: path.write_bytes(b""), ANOTHER),
     "half a file": (lambda path: path.write_bytes(lease_identity().encode()), ANOTHER),
-    "a folder for everybody": (lambda path: path.parent.chmod(0o777), "everybody can replace what is in its folder"),
+    "a folder for everybody": (lambda path: path.parent.chmod(0o777), "others can write to its folder"),
+    "a folder like /tmp": (lambda path: path.parent.chmod(0o1777), "others can write to its folder"),
     "no folder": (lambda path: path.parent.rename(path.parent.with_name("moved")), "cannot be used: No such file"),
 }  # fmt: skip
 
@@ -461,6 +462,37 @@ def test_wsgi(tmp_path: Path) -> None:
     assert (status, headers["Retry-After"], headers["Cache-Control"]) == ("503 Service Unavailable", "3600", "no-store")
     assert int(headers["Content-Length"]) == len(body)
     assert wsgi(gate, "/r/x", "HEAD") == (status, headers, b"")
+    file.close()
+
+
+def truth(environ: Any, start_response: Any) -> list[bytes]:
+    start_response("200 OK", [])
+    return [str(environ["healthchecker.is_healthy"]()).encode()]
+
+
+def test_a_mount_opens_nothing(tmp_path: Path) -> None:
+    """SCRIPT_NAME may be a client's header (gunicorn believes it from this machine)."""
+    file, module = LeaseFile(tmp_path / "lease", ["/static"]), printed(tmp_path)
+    file.put("/static", math.inf, 0.0)
+    gate, found = module.Gate(truth), list[str]()
+    for mount, path in (("/static", "/admin"), ("", "/static/admin")):
+        environ = {"REQUEST_METHOD": "GET", "SCRIPT_NAME": mount, "PATH_INFO": path}
+        gate(environ, lambda status, _headers: found.append(status))
+    assert found == ["503 Service Unavailable", "200 OK"]
+    file.close()
+
+
+def test_a_gate_that_observes_refuses_nothing(tmp_path: Path) -> None:
+    """It marks what it would have refused, tells the truth, and opens no route that is not observed."""
+    file, module = LeaseFile(tmp_path / "lease", ["/r"]), printed(tmp_path)
+    file.put("/r", 0.0, 0.0)
+    file.put("", 0.0, lease_clock() + 7, observes=True)
+    gate = module.Gate(truth)
+    assert wsgi(gate, "/x") == ("200 OK", {"X-HealthChecker": "would-refuse"}, b"False")
+    for path in ("/r/x", "/r/%2e", "/x;/../r"):
+        assert wsgi(gate, path)[0] == "503 Service Unavailable"
+    file.put("", lease_clock() + 1000, 0.0)
+    assert wsgi(gate, "/x") == ("200 OK", {}, b"True")
     file.close()
 
 
