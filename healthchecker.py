@@ -46,6 +46,7 @@ Sections, in file order; a definition refers only to what stands above it:
     Evaluate     sample + limits -> verdict -> standing; pure
     Aggregate    the lease: is everything healthy, now
     History      what polls found: rows, averages, availability, events
+    Blame        what is told of resources that are behind others
     Poll         a thread per resource, one writer, one overseer
     Counters     what a worker counts, in shared memory
     Gate         the application's door: the WSGI application in front of the application
@@ -82,6 +83,7 @@ import fnmatch
 import functools
 import gc
 import getpass
+import graphlib
 import gzip
 import hashlib
 import hmac
@@ -291,7 +293,8 @@ class ApiError(HealthCheckerError):
         self.status, self.fields, self.retry = status, dict(fields or {}), retry
 
 
-Cause = Literal["", "limit", "check", "unreachable", "timeout", "auth", "host_key", "credential", "protocol", "stale"]
+Cause = Literal["", "limit", "check", "unreachable", "timeout", "auth", "host_key", "credential", "protocol", "stale",
+                "parent"]
 
 
 def one_line(text: str) -> str:
@@ -1029,6 +1032,7 @@ class ResourceSettings(Settings):
     rise: Times = 2
     fall: Times = 2
     critical: bool = True               # False: shown, never closes the gate
+    depends_on: tuple[Name, ...] = ()   # resources or groups: unhealthy while one of them is
     tags: list[TextLine] = []
     limits: Limits = Limits()
     services: list[ServiceName] = []
@@ -1134,10 +1138,13 @@ class ResourceSettings(Settings):
 
 
 # === Groups ==================================================================
-# What counts together, and which paths of the application need what: models of the inventory's `groups` and `routes`,
-# and what can be wrong between them. Pure; the aggregator counts by them, the gate of each worker sorts paths by them.
-# Gives: by_tag, gate_lines, Gates, group_faults, GroupSettings, Quorum, quorum_of, Routes
+# What counts together, what depends on what, and which paths of the application need what: models of the inventory's
+# `groups` and `routes`, and what can be wrong between them. Pure; the aggregator counts by them, the gate of each
+# worker sorts paths by them.
+# Gives: by_tag, dependency_faults, gate_faults, gate_lines, Gates, GroupSettings, inverse, Quorum, quorum_of, Routes,
+# usable_parents
 DEPTH = 8                       # groups in groups in groups
+CHAIN = 32                      # resources and groups of which each depends on the next
 Quorum = Annotated[str, matching(r"all|any|[1-9][0-9]{0,5}|(100|[1-9][0-9]?)%",
                                  "must be all, any, a number or a percentage such as 50%")]
 
@@ -1177,9 +1184,13 @@ class Gates(Settings):
     groups: tuple[GroupSettings, ...] = ()
     routes: Routes = {}     # what a path needs besides all that the whole site needs; none: it needs nothing
 
+    def in_groups(self, tagged: Mapping[str, Iterable[str]]) -> dict[str, Iterable[str]]:
+        """What stands in each group, by its name."""
+        return {group.name: group.all_members(tagged) for group in self.groups}
+
     def members(self, tagged: Mapping[str, Iterable[str]]) -> dict[str, Iterable[str]]:
-        """What stands in each group, by its name, and in each route, by its path."""
-        return {group.name: group.all_members(tagged) for group in self.groups} | self.routes
+        """The same, and what stands in each route, by its path."""
+        return self.in_groups(tagged) | self.routes
 
 
 def by_tag(resources: Iterable[ResourceSettings]) -> dict[str, list[str]]:
@@ -1189,6 +1200,21 @@ def by_tag(resources: Iterable[ResourceSettings]) -> dict[str, list[str]]:
         for tag in settings.tags if settings.critical else ():
             tagged[tag].append(settings.name)
     return tagged
+
+
+def inverse(inside: Mapping[str, Iterable[str]]) -> dict[str, tuple[str, ...]]:
+    """In which ones each stands."""
+    found: dict[str, list[str]] = collections.defaultdict(list)
+    for name, members in inside.items():
+        for member in members:
+            found[member].append(name)
+    return {member: tuple(names) for member, names in found.items()}
+
+
+def unknown_name(name: str, known: Iterable[str]) -> str:
+    """What is wrong with a name that is not among the `known`."""
+    near = difflib.get_close_matches(name, known, 1)
+    return "no resource or group has this name" + (f"; did you mean {near[0]}?" if near else "")
 
 
 def nesting_fault(name: str, members: Mapping[str, Iterable[str]]) -> str | None:
@@ -1231,14 +1257,66 @@ def group_faults(gates: Gates, resources: Iterable[ResourceSettings]) -> Iterato
     known = {*critical, *(group.name for group in gates.groups)}
     for place, name in places.items():
         if name not in known:
-            near = difflib.get_close_matches(name, known, 1)
-            yield place, "no resource or group has this name" + (f"; did you mean {near[0]}?" if near else "")
+            yield place, unknown_name(name, known)
         elif not critical.get(name, True):
             yield place, f"{name} is not critical, so it counts for nothing"
 
 
+def knots(needs: Mapping[str, Iterable[str]]) -> Iterator[tuple[str, str]]:
+    """Names that need themselves, or too many behind each other, and what is wrong with each."""
+    try:
+        order = [*graphlib.TopologicalSorter(needs).static_order()]
+    except graphlib.CycleError as error:
+        circle = error.args[1][:-1]
+        for name in circle:
+            others = ", ".join(each for each in circle if each != name)
+            yield name, f"{name} would depend on itself" + (f", through {one_line(others)}" if others else "")
+        return
+    depths: dict[str, int] = {}
+    for name in order:
+        depths[name] = 1 + max((depths[need] for need in needs.get(name, ())), default=0)
+        if depths[name] > CHAIN:
+            yield name, f"no more than {CHAIN} may depend on each other in a row"
+
+
+def dependency_faults(gates: Gates, resources: Sequence[ResourceSettings]) -> Iterator[tuple[int, NodePath, str]]:
+    """What is wrong with what resources depend on: at which one, where in its settings, and why."""
+    groups = gates.in_groups(by_tag(resources))
+    known, clean = {*groups, *(settings.name for settings in resources)}, True
+    for index, settings in enumerate(resources):
+        for number, name in enumerate(settings.depends_on):
+            again = name in settings.depends_on[:number] and f"{name} stands here twice"
+            if fault := again or (name not in known and unknown_name(name, known)):
+                clean = False
+                yield index, ("depends_on", number), fault
+    tangled = dict(knots(groups | {settings.name: settings.depends_on for settings in resources})) if clean else {}
+    for index, settings in enumerate(resources) if tangled else ():
+        if settings.name in tangled and settings.depends_on:
+            yield index, ("depends_on",), tangled[settings.name]
+
+
+def usable_parents(gates: Gates, resources: Sequence[ResourceSettings]) -> dict[str, tuple[str, ...]]:
+    """On what resources depend, by their names. What the console added can make a circle with an inventory that came
+    later: of its resources each stands alone."""
+    parents = {settings.name: settings.depends_on for settings in resources if settings.depends_on}
+    groups = gates.in_groups(by_tag(resources)) if parents else {}
+    while tangled := parents.keys() & dict(knots(groups | parents)):
+        for name in tangled:
+            del parents[name]
+    return parents
+
+
+def gate_faults(gates: Gates, resources: Sequence[ResourceSettings]) -> Iterator[tuple[NodePath, str]]:
+    """What is wrong with groups, routes and what resources depend on, and where."""
+    faults = [*group_faults(gates, resources)]
+    yield from faults
+    for index, place, why in () if faults else dependency_faults(gates, resources):
+        yield ("resources", index, *place), why
+
+
 def gate_lines(gates: Gates, resources: Sequence[ResourceSettings]) -> Iterator[str]:
-    """What the site and each route need, down to the resources; nothing where each resource counts alone."""
+    """What the site and each route need, down to the resources, and what depends on what; nothing where each resource
+    counts alone."""
     members, quorums = gates.members(by_tag(resources)), {group.name: group.healthy for group in gates.groups}
     inside, shown = {name for names in members.values() for name in names}, set[str]()
     counted = (*quorums, *(settings.name for settings in resources if settings.critical))
@@ -1258,6 +1336,8 @@ def gate_lines(gates: Gates, resources: Sequence[ResourceSettings]) -> Iterator[
         yield f"{path} needs {'that and' if needs else 'nothing'}"
         for name in needs:
             yield from below(name, 1)
+    for parent, names in inverse({settings.name: settings.depends_on for settings in resources}).items():
+        yield f"behind {parent}: {', '.join(names)}"
 
 
 # === Inventory ===============================================================
@@ -1363,6 +1443,8 @@ class InventoryLoader:
         parts = top if isinstance(top, dict) else {}
         defaults = parts["defaults"] if isinstance(parts.get("defaults"), dict) else {}
         items = parts["resources"] if isinstance(parts.get("resources"), list) else []
+        if "depends_on" in defaults:
+            self.fault(("defaults", "depends_on"), "must stand at each resource, for none depends on itself")
         if file and "resources" not in file.model_fields_set:
             self.fault((), "resources is missing; write `resources: []` to watch nothing")
         missing = dict.fromkeys(("name", "hostname", "username"), "any")     # to look at the defaults alone
@@ -1379,7 +1461,7 @@ class InventoryLoader:
             if resource and (why := jump_fault(resource.name, ways)):
                 self.fault(("resources", index, "proxy_jump"), why)
         gates = Gates(groups=file.groups, routes=file.routes) if file else Gates()
-        for place, why in () if self.faults else group_faults(gates, resources):
+        for place, why in () if self.faults else gate_faults(gates, resources):
             self.fault(place, why)
         if self.faults or not file or not usual:
             raise InventoryError("\n".join(self.faults))
@@ -6203,8 +6285,8 @@ def settle(standing: Standing, verdict: Verdict, settings: ResourceSettings, at:
 # === Aggregate ===============================================================
 # Every poller's standing comes in by set_resource; out go leases in shared memory, which gates of all processes compare
 # with the clock: of the whole site, of each route and of each group. Reports come from any thread; under one lock a
-# changed one goes up the groups it is in, as far as it changes them, and then their leases are written. What opens or
-# closes is announced in `transitions`, which the recorder empties.
+# changed one goes up the groups it is in and down to what depends on it, as far as it changes them, and then the leases
+# of groups are written. What opens or closes is announced in `transitions`, which the recorder empties.
 # Gives: GroupState, HealthAggregator, Lease, SITE
 DEFAULT_TTL = 132.0             # seconds; the lease of a resource with default settings
 Span = tuple[float, float]      # monotonic times: until when something is healthy, and when it can be so again
@@ -6276,58 +6358,138 @@ class Group:
 
 
 class GroupTree:
-    """What resources make of the groups and routes that they are in, and those of what is above them."""
+    """What resources make of the groups and routes that they are in, of those above these, and of what depends on them.
+
+    A resource is healthy until its own result ends or the first of those that it depends on does, its parents. One
+    that counts nowhere, or without a result, makes nobody unhealthy; nor does a group by what has none."""
 
     def __init__(self) -> None:
-        self.spans: dict[str, Span] = {}                    # of resources that count
+        self.spans: dict[str, Span] = {}                    # of resources, with what they depend on
+        self.reasons: dict[str, str] = {}                   # of the unhealthy ones, by their own results
+        self.aside: set[str] = set()                        # resources that count for nothing but their children
         self.groups: dict[str, Group] = {SITE: Group()}     # routes, too
         self.members: dict[str, tuple[str, ...]] = {}       # of each but the site, also those that do not count now
+        self.parents: Mapping[str, Sequence[str]] = {}      # of resources that depend on others
         self.changed: set[str] = set()                      # groups whose span is another one
+        self._own: dict[str, Span] = {}                     # of resources, by their own results
         self._above: dict[str, tuple[str, ...]] = {SITE: ()}    # where each is a member; else of the site
+        self._children: dict[str, tuple[str, ...]] = {}           # what depends on each resource and group
 
-    def arrange(self, gates: Gates, tagged: Mapping[str, Sequence[str]], known: Collection[str]) -> None:
+    def arrange(self, gates: Gates, tagged: Mapping[str, Sequence[str]], known: Collection[str],
+                parents: Mapping[str, Sequence[str]]) -> None:
         """Groups and routes from now on. Of routes only those that are `known` to the workers: one that was not there
-        when they began counts for nothing yet, and one that is gone is as what is around it."""
+        when they began counts for nothing yet, and one that is gone is as what is around it. No circle in `parents`."""
         routes = {path: needs for path, needs in gates.routes.items() if path in known}
         for path in known:
             if path.startswith("/") and path not in gates.routes:
                 around = [other for other in gates.routes if other in known and path.startswith(f"{other}/")]
                 routes[path] = gates.routes[max(around, key=len)] if around else TOP
-        members = {group.name: tuple(group.all_members(tagged)) for group in gates.groups} | {
-            path: tuple(dict.fromkeys((*needs, *(TOP if needs else ())))) for path, needs in routes.items()}
-        above: dict[str, list[str]] = collections.defaultdict(list, {name: [] for name in (SITE, *routes)})
-        for name, inside in members.items():
-            for member in inside:
-                above[member].append(name)
+        members = {group: tuple(inside) for group, inside in gates.in_groups(tagged).items()}
+        order = [*graphlib.TopologicalSorter({**members, **parents}).static_order()]
+        members |= {path: tuple(dict.fromkeys((*needs, *(TOP if needs else ())))) for path, needs in routes.items()}
         self.groups = {SITE: Group(), **{group.name: Group(group.healthy, group.warn) for group in gates.groups},
                        **{path: Group() for path in routes}}
-        self.members, self._above = members, {name: tuple(inside) for name, inside in above.items()}
-        for name, span in self.spans.items():
-            self._climb(name, None, span)
+        self._above = {name: () for name in (SITE, *routes)} | inverse(members)
+        self.members, self.parents, self._children, self.spans = members, parents, {}, {}
+        for name in dict.fromkeys((*order, *self._own)):    # each after what it depends on: so each goes up once
+            self._settle(name)
+        self._children = inverse(parents)
         self.changed |= {*self.groups, *known}
 
     def put(self, name: str, span: Span | None) -> None:
-        """None: the resource does not count."""
-        before = self.spans.pop(name, None)
+        """What its own results say of a resource; None: it does not count."""
+        self._own.pop(name, None)
+        self.reasons.pop(name, None)
         if span:
-            self.spans[name] = span
-        self._climb(name, before, span)
+            self._own[name] = span
+        self._settle(name)
+
+    def set_aside(self, name: str, aside: bool) -> None:
+        """Lets a resource count for nothing but its children, or for everything again."""
+        span, reason = self._own.get(name), self.reasons.get(name)
+        self.put(name, None)
+        (self.aside.add if aside else self.aside.discard)(name)
+        self.put(name, None if aside and span == WAITED_FOR else span)
+        if reason is not None:
+            self.reasons[name] = reason
 
     def counted(self, group: str) -> dict[str, Span]:
         """Its members that count now."""
-        names = self.members[group] if group != SITE else [
-            name for name in (*self.groups, *self.spans) if SITE in self._above.get(name, TOP)]
-        spans = ((name, self.groups[name].span if name in self.groups else self.spans.get(name)) for name in names)
+        names = self.members[group] if group != SITE else (*self.groups, *self.spans)
+        spans = ((name, self._span(name)) for name in names if group in self._places(name))
         return {name: span for name, span in spans if span}
 
+    def blocker(self, name: str, now: float) -> str:
+        """The unhealthy resource or group that a resource is behind, the farthest one; empty: there is none."""
+        for parent in self.parents.get(name, ()):
+            span = self._span(parent)
+            if span and span != WAITED_FOR and span[0] <= now:
+                return self.blocker(parent, now) or parent
+        return ""
+
+    def behind(self, name: str) -> int:
+        """How many resources with a result depend on it, or on one that does."""
+        found: set[str] = set()
+        level = {name}
+        while level := {child for each in level for child in self._children.get(each, ())
+                        if child in self.spans} - found:
+            found |= level
+        return len(found)
+
+    def sources(self, name: str) -> set[str]:
+        """The resources on whose results it depends whether this one is behind another."""
+        found, level = set[str](), {*self.parents.get(name, ())}
+        while level:
+            found |= level
+            level = {member for each in level for member in self.members.get(each, ())} - found
+        return found - self.groups.keys()
+
+    def why(self, name: str, now: float) -> str:
+        """What keeps a group from being healthy: of several, the one that takes longest; empty: nothing does."""
+        spans, needed = self.counted(name), self.groups[name].needed
+        bad = [each for each, (until, _) in spans.items() if until <= now]
+        if len(spans) - len(bad) >= needed:
+            return ""
+        good = f"{len(spans) - len(bad)} of {len(spans)} healthy: " if needed < len(spans) else ""
+        behind = {each: blocker for each in bad if (blocker := self.blocker(each, now))}
+        own = [each for each in bad if each not in behind]      # others are told of where these are not
+        told = [each for each in own if each in self.groups or each in self.reasons] if own else bad
+        if not told:
+            return f"{good}no result of {', '.join(each.lstrip('/') for each in own[:5])}"
+        worst = max(told, key=lambda each: spans[each][1])
+        why = (self.why(worst, now) if worst in self.groups else self.reasons[worst] if worst not in behind
+               else f"parent: behind {behind[worst]}")
+        return f"{good}{worst or 'the whole site'}: {why}" + (f" and {len(told) - 1} more" if len(told) > 1 else "")
+
+    def _places(self, name: str) -> tuple[str, ...]:
+        """The groups and routes in which it counts."""
+        return () if name in self.aside else self._above.get(name, TOP)
+
+    def _span(self, name: str) -> Span | None:
+        return self.groups[name].span if name in self.groups else self.spans.get(name)
+
+    def _settle(self, name: str) -> None:
+        """Takes up what its own results and its parents make of a resource."""
+        before, span = self.spans.pop(name, None), self._own.get(name)
+        for parent in self.parents.get(name, ()) if span and span != WAITED_FOR else ():
+            other = self._span(parent)
+            if span and other and other != WAITED_FOR:
+                span = min(span[0], other[0]), max(span[1], other[1])
+        if span:
+            self.spans[name] = span
+        if span != before:
+            self._climb(name, before, span)
+
     def _climb(self, name: str, before: Span | None, after: Span | None) -> None:
-        for above in self._above.get(name, TOP):
+        for above in self._places(name):
             group = self.groups[above]
             was = group.span
             group.exchange(before, after)
             if group.span != was:
                 self.changed.add(above)
                 self._climb(above, was, group.span)
+        for child in self._children.get(name, ()):
+            self._settle(child)
 
 
 class HealthAggregator:
@@ -6347,7 +6509,6 @@ class HealthAggregator:
         self._until = self.lease.until
         self._lock = threading.Lock()               # guards all below and the writing of the leases
         self._owners: dict[str, object] = {}        # of the resources that count: critical and not in maintenance
-        self._reasons: dict[str, str] = {}          # of the unhealthy ones
         self._tree = GroupTree()
         self._arranged: object = None               # what it was arranged by
         self._holds_back = False                    # leases that have changed are written later
@@ -6355,7 +6516,7 @@ class HealthAggregator:
         self._pending: set[str] = set()             # no result yet, since the start
         self._announced = False                     # the registration of the start is over
         self._beats: dict[str, float] = {}          # until when those live who watch
-        self._put(START, WAITED_FOR)
+        self._tree.put(START, WAITED_FOR)
 
     @contextlib.contextmanager
     def at_once(self) -> Iterator[None]:
@@ -6369,30 +6530,37 @@ class HealthAggregator:
                 self._holds_back = False
                 self._publish()
 
-    def arrange(self, gates: Gates, tagged: Mapping[str, Sequence[str]]) -> None:
-        """Groups and routes from now on, as far as the workers know them; `tagged`: names of resources by tag."""
+    def arrange(self, gates: Gates, tagged: Mapping[str, Sequence[str]],
+                parents: Mapping[str, Sequence[str]] = MappingProxyType({})) -> None:
+        """Groups and routes from now on, as far as the workers know them; `tagged`: names of resources by tag,
+        `parents`: what resources depend on, without a circle."""
         with self._lock:
-            if self._arranged != (gates, tagged):
-                self._arranged = gates, tagged
-                self._tree.arrange(gates, tagged, self.lease.parts)
+            if self._arranged != (gates, tagged, parents):
+                self._arranged = gates, tagged, parents
+                self._tree.arrange(gates, tagged, self.lease.parts, parents)
                 self._publish()
 
-    def register(self, name: str, owner: object = None) -> None:
-        """The resource counts. Before the first decision it blocks until its first result, later it does not.
+    def register(self, name: str, owner: object = None, *, critical: bool = True) -> None:
+        """The resource counts, one that is not `critical` for what depends on it alone. Before the first decision a
+        critical one blocks until its first result, later it does not.
 
         Reports of another `owner` are dropped from now on."""
         with self._lock:
             self._owners[name] = owner
-            if START in self._tree.spans:
+            if critical is (name in self._tree.aside):
+                self._tree.set_aside(name, not critical)
+                self._pending.discard(name)
+            if START in self._tree.spans and critical:
                 self._pending.add(name)
                 if name not in self._tree.spans:
-                    self._put(name, WAITED_FOR)
+                    self._tree.put(name, WAITED_FOR)
             self._publish()
 
     def deregister(self, name: str) -> None:
         """The resource does not count any more."""
         with self._lock:
-            self._put(name, None)
+            self._tree.put(name, None)
+            self._tree.aside.discard(name)
             self._pending.discard(name)
             self._owners.pop(name, None)
             self._publish()
@@ -6416,9 +6584,9 @@ class HealthAggregator:
             self._owners.setdefault(name, owner)
             self._pending.discard(name)
             now = self._clock()
-            self._put(name, (now + ttl, -math.inf) if healthy else (0.0, now + opens))
+            self._tree.put(name, (now + ttl, -math.inf) if healthy else (0.0, now + opens))
             if not healthy:
-                self._reasons[name] = reason
+                self._tree.reasons[name] = reason
             self._publish()
 
     def is_healthy(self) -> bool:
@@ -6438,6 +6606,25 @@ class HealthAggregator:
             self._tree.changed |= self._tree.groups.keys()
             self._publish()
 
+    def blocker(self, name: str) -> str:
+        """The unhealthy resource or group that a resource is behind; empty: there is none."""
+        if name not in self._tree.parents:      # asked for each of 10,000
+            return ""
+        with self._lock:
+            return self._tree.blocker(name, self._clock())
+
+    def behind(self, name: str) -> int:
+        """How many resources with a result depend on a resource or group, or on one that does."""
+        with self._lock:
+            return self._tree.behind(name)
+
+    def sources(self, name: str) -> set[str]:
+        """The resources that count by whose results it is decided whether this one is behind another."""
+        if name not in self._tree.parents:
+            return set()
+        with self._lock:
+            return self._tree.sources(name) & self._owners.keys()
+
     def groups(self) -> list[GroupState]:
         """Groups and routes, as they stand."""
         with self._lock:
@@ -6449,10 +6636,6 @@ class HealthAggregator:
         closed = self._end_of(name) <= now
         return GroupState(name, "unhealthy" if closed else group.state(now), min(group.needed, len(members)), members,
                           self._why(name) if closed else "")
-
-    def _put(self, name: str, span: Span | None) -> None:
-        self._reasons.pop(name, None)
-        self._tree.put(name, span)
 
     def _end_of(self, name: str) -> float:
         """The end of a lease; without who watches, only what needs nothing is open."""
@@ -6468,7 +6651,7 @@ class HealthAggregator:
         if self._holds_back:
             return
         if START in self._tree.spans and self._announced and not self._pending:
-            self._put(START, None)
+            self._tree.put(START, None)
             self._tree.changed |= self._tree.groups.keys()
         changed, self._tree.changed = sorted(self._tree.changed), set()
         ends = {name: self._end_of(name) for name in changed}
@@ -6480,22 +6663,16 @@ class HealthAggregator:
             is_open = self._clock() < until
             decided = name in self._tree.groups and START not in self._tree.spans
             if decided and is_open is not self._open.get(name, False):
-                self.transitions.put((time.time(), is_open, "" if is_open else self._why(name), name))
+                count = 0 if is_open else self._tree.behind(name)
+                why = "" if is_open else self._why(name) + (f"; {count} behind it" if count else "")
+                self.transitions.put((time.time(), is_open, why, name))
                 self._open[name] = is_open
 
     def _why(self, name: str) -> str:
-        """What keeps a group from being healthy: of several, the one that takes longest."""
-        now, spans, needed = self._clock(), self._tree.counted(name), self._tree.groups[name].needed
-        bad = [each for each, (until, _) in spans.items() if until <= now]
-        if len(spans) - len(bad) >= needed:
-            return f"no sign of life of {', '.join(each for each, until in self._beats.items() if until <= now)}"
-        good = f"{len(spans) - len(bad)} of {len(spans)} healthy: " if needed < len(spans) else ""
-        told = [each for each in bad if each in self._tree.groups or each in self._reasons]
-        if not told:
-            return f"{good}no result of {', '.join(each.lstrip('/') for each in bad[:5])}"
-        worst = max(told, key=lambda each: spans[each][1])
-        why = self._why(worst) if worst in self._tree.groups else self._reasons[worst]
-        return f"{good}{worst or 'the whole site'}: {why}" + (f" and {len(told) - 1} more" if len(told) > 1 else "")
+        """What keeps a group from being healthy."""
+        now = self._clock()
+        dead = ", ".join(each for each, until in self._beats.items() if until <= now)
+        return self._tree.why(name, now) or f"no sign of life of {dead}"
 
     SetResource = set_resource
     IsHealthy = is_healthy
@@ -6516,7 +6693,7 @@ METRICS = ("cpu_percent", "memory_percent", "swap_percent", "disk_percent", "loa
 READING_MAX = 2 ** 31 - 1       # hundredths, what an INTEGER holds
 POLLS: dict[str, tuple[State, Cause]] = {
     "h": ("healthy", ""), "d": ("degraded", "limit"), "w": ("degraded", "check"),     # all that are good: PARTS
-    **{mark: ("unhealthy", cause) for mark, cause in zip("lcutakrps", get_args(Cause)[1:], strict=True)}}
+    **{mark: ("unhealthy", cause) for mark, cause in zip("lcutakrpsb", get_args(Cause)[1:], strict=True)}}
 POLL_MARKS = {meaning: mark for mark, meaning in POLLS.items()}
 SPANS = {"hour": (3600, 10), "day": (86_400, 300), "week": (604_800, 1800), "month": (2_592_000, 7200)}
 # seconds that a chart shows, and of a point: 360 points at most
@@ -6552,7 +6729,8 @@ def highest_readings(metrics: Mapping[str, float]) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class Report:
-    """What a poller tells the recorder after a poll; times are Unix times, `seconds` the duration of the poll."""
+    """What a poller tells the recorder after a poll; times are Unix times, `seconds` the duration of the poll. `before`
+    is the standing that was told last, or `standing` itself where nothing is to be told."""
 
     target: Target
     before: Standing
@@ -6564,6 +6742,8 @@ class Report:
     host_key: str | None = None
     waits: float = 0.0              # seconds until the next login
     kept: bool = False              # it came over what was open
+    blocker: str = ""               # the unhealthy resource or group that it is behind
+    behind: int = 0                 # how many are behind it, while it is unhealthy
 
     @property
     def transition(self) -> str:
@@ -6572,14 +6752,16 @@ class Report:
         if (before.state, before.cause) == (after.state, after.cause):
             return ""
         lasted = f" after {self.at - before.since_at:.0f} s" if before.since_at else ""
-        return f"{before.state} -> {after.state}{f' ({after.why})' if after.why else ''}{lasted}"
+        why = after.why + (f"; {self.behind} behind it" if self.behind else "")
+        return f"{before.state} -> {after.state}{f' ({why})' if why else ''}{lasted}"
 
     @functools.cached_property
     def sample_row(self) -> dict[str, Any]:
         """The row of SAMPLES."""
         found = highest_readings(self.sample.metrics if self.sample else {})
         found |= {"seconds": self.seconds} if self.seconds else {}
-        after, verdict, counts = self.standing, self.verdict, self.target.settings.ttl + self.waits
+        verdict, counts = self.verdict, self.target.settings.ttl + self.waits
+        after = Standing("unhealthy", "parent") if self.blocker else self.standing
         return {"resource_id": self.target.id, "at": self.at, "reason": verdict.reason, "counts": int(counts),
                 "poll": POLL_MARKS[verdict.state, verdict.cause], "standing": POLL_MARKS[after.state, after.cause],
                 **{metric: min(round(found[metric] * 100), READING_MAX) if metric in found else None
@@ -6750,6 +6932,95 @@ def chart(session: Session, resource_id: int, metric: str, span: str, now: float
     return [Point(int(at), float(average) / 100, lowest / 100, highest / 100) for at, average, lowest, highest in rows]
 
 
+# === Blame ===================================================================
+# What is told of resources that depend on others: that they are behind one that is unhealthy is told of that one alone,
+# and a change for which it may be to blame waits until that has turned out. In come the reports of a poller, out go the
+# same with what was told last; in the pollers' threads and the monitor's, under the poller's lock.
+# Gives: Doubt, News
+class Doubt:
+    """Whether the state of a resource may soon be another one; those that depend on it urge its poll when they fail."""
+
+    def __init__(self) -> None:
+        self.woken = threading.Event()      # ends the wait of the poller
+        self.decided = False                # the last result agrees with the state; before the first one nobody knows
+        self._urged_mono, self._polled_mono = -math.inf, 0.0    # and when the last poll that is over began
+
+    @property
+    def is_urged(self) -> bool:
+        """Whether somebody waits for a poll that begins now or later."""
+        return self._urged_mono >= self._polled_mono
+
+    def urge(self) -> None:
+        """Has the resource polled soon. For any thread."""
+        was_urged, self._urged_mono = self.is_urged, time.monotonic()
+        if not was_urged:
+            self.woken.set()
+
+    def answer(self, begun_mono: float) -> None:
+        """Notes that a poll is over."""
+        self._polled_mono = begun_mono
+
+
+class News:
+    """What is told of one resource: each change once, and none for which another one is to blame."""
+
+    def __init__(self, name: str, aggregator: HealthAggregator, doubts: dict[str, Doubt]) -> None:
+        self._name, self._aggregator, self._doubts = name, aggregator, doubts
+        self.doubt = doubts[name] = Doubt()
+        self.told = Standing()              # the last one that was told
+        self.waits: Report | None = None    # until it is known whether others are to blame
+        self._is_restored = False           # what was told was told before the start
+
+    def restore(self, standing: Standing) -> None:
+        """Goes on from a standing of before the start."""
+        self.told, self._is_restored, self.doubt.decided = standing, True, standing.decided
+
+    def go_on_from(self, before: News) -> None:
+        """Goes on from what the poller before told."""
+        self.told, self._is_restored, self.doubt.decided = before.told, before._is_restored, before.doubt.decided
+
+    def weigh(self, report: Report) -> Report:
+        """The report with the standing that was told last, where there is something to tell: not while the resource is
+        behind another or may turn out to be, nor before its own results agree again."""
+        after = report.standing
+        if after.bad == 1 and not self._aggregator.blocker(self._name):
+            for doubt in self._before():
+                doubt.urge()
+        self.doubt.decided = after.decided
+        is_doubtful = self._is_doubtful()   # first: such a doubt is over once the other has fallen
+        blocker = self._aggregator.blocker(self._name)
+        behind = 0 if after.healthy else self._aggregator.behind(self._name)
+        report = replace(report, blocker=blocker, behind=behind)
+        if blocker and self._is_restored and not self.told.healthy:
+            self.told = replace(self.told, state="healthy", cause="")   # what was told then was that of the other one
+        changed, self._is_restored, self.waits = replace(report, before=self.told), False, None
+        if blocker or not after.decided:
+            return report
+        if is_doubtful and changed.transition:
+            self.waits = changed
+            return report
+        self.told = after
+        return changed
+
+    def late(self) -> Report | None:
+        """The report of a change that waited, once nobody else is to blame for it."""
+        if self._is_doubtful():
+            return None
+        report, self.waits = self.waits, None
+        if report is None or self._aggregator.blocker(self._name):
+            return None
+        self.told = report.standing
+        return report
+
+    def _before(self) -> Iterator[Doubt]:
+        """Those of the resources on which it depends."""
+        return (self._doubts[name] for name in self._aggregator.sources(self._name) if name in self._doubts)
+
+    def _is_doubtful(self) -> bool:
+        """Whether it may turn out that the resource is behind an unhealthy one."""
+        return any(doubt.is_urged or not doubt.decided for doubt in self._before())
+
+
 # === Poll ====================================================================
 # Rows of resources come in, reports go out: to the aggregator at once, to the database through the recorder. A
 # thread for each resource polls it, one (the recorder) writes, one (the monitor) makes pollers follow the rows,
@@ -6831,16 +7102,26 @@ class Recorder(threading.Thread):
         self._samples: collections.deque[dict[str, Any]] = collections.deque(maxlen=PENDING_ROWS)
         self._events: collections.deque[dict[str, Any]] = collections.deque(maxlen=PENDING_ROWS)
         self._keys: dict[int, str] = {}         # host keys trusted on first use
+        self._told: queue.SimpleQueue[Report] = queue.SimpleQueue()     # those of transitions
         self._changed_at = {SITE: time.time()}      # when it, a group or a route last opened or closed
         self.note("gate", "closed (the service starts)", self._changed_at[SITE])
 
     def put(self, report: Report) -> None:
         """Takes a report; transitions are logged at once, in the caller's thread."""
         if report.transition:
-            log.log(logging.INFO if report.standing.healthy else logging.WARNING, "%s: %s", report.target.name,
-                    report.transition)
+            self.tell(report)
         _ = report.status, report.sample_row    # made here, one at a time: a hundred in flush would hold up requests
         self._reports.put(report)
+
+    def tell(self, report: Report) -> None:
+        """Logs and notes a transition."""
+        log.log(logging.INFO if report.standing.healthy else logging.WARNING, "%s: %s", report.target.name,
+                report.transition)
+        self._told.put(report)
+
+    def changed_at(self, group: str) -> float:
+        """Unix time when a group last opened or closed, or of the start."""
+        return self._changed_at.get(group, self._changed_at[SITE])
 
     def run(self) -> None:
         while not self._ending.wait(FLUSH_INTERVAL):
@@ -6902,8 +7183,8 @@ class Recorder(threading.Thread):
             self._samples.append(report.sample_row)
             if report.host_key:
                 self._keys[resource_id] = report.host_key
-            if report.transition:
-                self.note("state", report.transition, report.at, report.target.name)
+        for report in (self._told.get() for _ in range(self._told.qsize())):
+            self.note("state", report.transition, report.at, report.target.name)
 
     def _write(self, session: Session) -> None:
         """Within the caller's transaction; nothing of resources that were removed."""
@@ -6940,6 +7221,12 @@ class PollContext:
     recorder: Recorder
     access: ConnectionContext
     random: random.Random
+    doubts: dict[str, Doubt] = dataclass_field(default_factory=dict)    # of each resource
+
+    def forget(self, name: str) -> None:
+        """What is not watched any more."""
+        self.access.watched.pop(name, None)
+        self.doubts.pop(name, None)
 
 
 def poll_once(target: Target, connection: Connection, previous: Sample | None) -> tuple[Verdict, Sample | None]:
@@ -6959,6 +7246,19 @@ def poll_once(target: Target, connection: Connection, previous: Sample | None) -
     return evaluate(sample, target.settings), sample
 
 
+def restore_logins(guard: LoginGuard, target: Target, stored: Status, age: float) -> None:
+    """Tells the guard what the last polls say of the credential."""
+    before, settings = stored.strip.rstrip(REFUSED_MARK), target.settings
+    try:
+        since = float(json.loads(stored.sample)["details"].get("session_seconds", 0.0))
+    except (ValueError, LookupError, TypeError, AttributeError):    # a refused one has none
+        since = settings.interval + (2 * (settings.relogin or math.inf) if settings.keeps else 0.0)
+    if before.endswith(LOGGED_IN_MARKS):    # of the refusals after it only the last one's time is known
+        guard.accept(target.name, age + since)
+    if stored.strip != before and not stored.reason.startswith(NOT_TRIED):
+        guard.refuse(target.name, age, len(stored.strip) - len(before))
+
+
 class Poller(threading.Thread):
     """Polls one resource at its own interval; a thread that waits, connects and reports."""
 
@@ -6968,14 +7268,16 @@ class Poller(threading.Thread):
         self.target, self._context, self._guard = target, context, guard
         self._connection = CONNECTIONS[target.settings.platform](target, guard, context.access)
         context.access.watched[target.name] = self._connection
+        self._news = News(target.name, context.aggregator, context.doubts)
+        self.doubt = self._news.doubt
         self._previous: Sample | None = None
         self._due_mono = time.monotonic() + delay
         self.expires_mono = lease_clock() + delay + target.settings.ttl     # without a report until then it is stale
         self.lease_mono = 0.0       # until when what was known before it counts
         self._begun_mono, self._died, self.deaths = lease_clock(), "", 0    # of what; in a row, with those before it
-        self._woken = threading.Event()
         self._asked: queue.SimpleQueue[concurrent.futures.Future[Report]] = queue.SimpleQueue()     # see poll_now
         self._stopped = False
+        self._polled_mono = -math.inf       # when the last poll began
         self._lock = threading.Lock()       # guards standing and the order of reports: the monitor sets stale
         self.standing = Standing()
 
@@ -7002,25 +7304,34 @@ class Poller(threading.Thread):
 
     def _poll_until_stopped(self) -> None:
         while True:
-            self._woken.wait(max(0.0, self._due_mono - time.monotonic()))
-            self._woken.clear()     # before the look at _stopped, so that a stop in between is not lost
+            self.doubt.woken.wait(max(0.0, self._next_mono() - time.monotonic()))
+            self.doubt.woken.clear()     # before the look at _stopped, so that a stop in between is not lost
             if self._stopped:
                 self._drop_asked()
                 return
             asked = [self._asked.get() for _ in range(self._asked.qsize())]
+            if self.doubt.is_urged and not asked and time.monotonic() < self._next_mono():
+                continue
             if asked and not self._connection.keeper.lives:
                 self._guard.ask(self.target.name)
-            begun_mono = time.monotonic()
+            begun_mono = self._polled_mono = time.monotonic()
             pause, report = self._poll()
             self._due_mono = begun_mono + pause
+            self.doubt.answer(begun_mono)
             for answer in asked:
                 answer.set_result(report)
+
+    def _next_mono(self) -> float:
+        """When it polls; one that is urged as soon as after a bad result of its own."""
+        settings = self.target.settings
+        soon = self._polled_mono + min(settings.interval, settings.retry_interval)
+        return min(self._due_mono, soon) if self.doubt.is_urged else self._due_mono
 
     def poll_now(self) -> concurrent.futures.Future[Report]:
         """Polls at once, as far as no account can be locked by it; gives the report of that poll, or is cancelled."""
         answer: concurrent.futures.Future[Report] = concurrent.futures.Future()
         self._asked.put(answer)
-        self._woken.set()
+        self.doubt.woken.set()
         if self._stopped:       # the thread may have looked for the last time
             self._drop_asked()
         return answer
@@ -7033,7 +7344,7 @@ class Poller(threading.Thread):
     def stop(self) -> None:
         """Ends the thread after the poll that runs; its report is dropped when the resource is deregistered."""
         self._stopped = True
-        self._woken.set()
+        self.doubt.woken.set()
 
     def report_again(self) -> None:
         """Tells the aggregator the standing once more, for the rest of its time."""
@@ -7051,7 +7362,7 @@ class Poller(threading.Thread):
         if not (waits and self.standing.cause == "auth"):
             why = f"; {self._guard.why(name)}" if waits else ""
             self._report(Verdict("unhealthy", "stale", f"no result for {ttl:.0f} s{why}"), 0.0)
-            self._woken.set()   # it may be due since long: what waits stood still with a suspended machine
+            self.doubt.woken.set()   # it may be due since long: what waits stood still with a suspended machine
 
     def _poll(self) -> tuple[float, Report]:
         """One poll and its report; returns the seconds from its start to the next, too."""
@@ -7095,11 +7406,38 @@ class Poller(threading.Thread):
             self._context.aggregator.set_resource(
                 settings.name, after.healthy, after.why, ttl=ttl, owner=self,
                 opens=wait + retry * max(0, settings.rise - after.good - 1))
-        kept = sample is not None and self._connection.keeper.reused
-        report = Report(self.target, before, after, verdict, at, seconds, sample, host_key, waits, kept)
+            kept = sample is not None and self._connection.keeper.reused
+            report = Report(self.target, after, after, verdict, at, seconds, sample, host_key, waits, kept)
+            report = self._news.weigh(report)
         if not stopped:
             self._context.recorder.put(report)
         return report
+
+    def tell_late(self) -> None:
+        """Tells of a change that waited, once nobody else is to blame for it; for the monitor."""
+        if self._news.waits:
+            with self._lock:
+                if report := self._news.late():
+                    self._context.recorder.tell(report)
+
+    def restore(self, stored: Status, age: float) -> None:
+        """A stored state counts on when it is of these settings and fresh, a refused login during its back-off."""
+        target = self.target
+        left = target.settings.ttl - age if age >= 0 and stored.settings_digest == target.settings_digest else 0.0
+        if stored.credential_digest == target.credential_digest and 0 <= age < LOCKOUT_WINDOW:
+            restore_logins(self._guard, target, stored, age)
+            if stored.cause == "auth":
+                left = target.settings.ttl
+        if left > 0 and (stored.state, stored.cause) in POLL_MARKS:
+            self.standing = Standing(cast(State, stored.state), cast(Cause, stored.cause), stored.reason,
+                                     stored.since_at, stored.good, stored.bad)
+            self.expires_mono = self.lease_mono = lease_clock() + left
+            self._news.restore(self.standing)
+
+    def go_on_from(self, before: Poller) -> None:
+        """Takes over the standing of the poller before it."""
+        self.standing, self.expires_mono = before.standing, before.expires_mono
+        self._news.go_on_from(before._news)
 
 
 def spread(pollers: Sequence[Poller]) -> None:
@@ -7127,19 +7465,6 @@ def boot_number() -> int:
 def follows(poller: Poller, target: Target) -> bool:
     """Whether it polls what the row says; a host key that it has learned may not be written yet."""
     return poller.target in (target, replace(target, host_key=target.host_key or poller.target.host_key))
-
-
-def restore_logins(guard: LoginGuard, target: Target, stored: Status, age: float) -> None:
-    """Tells the guard what the last polls say of the credential."""
-    before, settings = stored.strip.rstrip(REFUSED_MARK), target.settings
-    try:
-        since = float(json.loads(stored.sample)["details"].get("session_seconds", 0.0))
-    except (ValueError, LookupError, TypeError, AttributeError):    # a refused one has none
-        since = settings.interval + (2 * (settings.relogin or math.inf) if settings.keeps else 0.0)
-    if before.endswith(LOGGED_IN_MARKS):    # of the refusals after it only the last one's time is known
-        guard.accept(target.name, age + since)
-    if stored.strip != before and not stored.reason.startswith(NOT_TRIED):
-        guard.refuse(target.name, age, len(stored.strip) - len(before))
 
 
 def require_files(before: Mapping[str, Target], targets: Mapping[str, Target]) -> None:
@@ -7220,6 +7545,14 @@ class Monitor(threading.Thread):
                 self._ending.wait(MONITOR_INTERVAL / 10)
         return report
 
+    def behind(self, name: str) -> Standing | None:
+        """How a resource stands that is behind an unhealthy one, or group; None for any other. For any thread."""
+        if not (blocker := self._context.aggregator.blocker(name)):
+            return None
+        poller, changed_at = self.pollers.get(blocker), self._context.recorder.changed_at
+        since_at = poller.standing.since_at if poller else changed_at(blocker)
+        return Standing("unhealthy", "parent", f"behind {blocker}", since_at)
+
     def login_wait(self, name: str) -> float:
         """Seconds until a resource that was refused may log in again; 0 for any other. For any thread."""
         poller = self.pollers.get(name)
@@ -7228,6 +7561,7 @@ class Monitor(threading.Thread):
     def _sweep(self) -> None:
         for poller in list(self.pollers.values()):
             poller.expire()
+            poller.tell_late()
             if not poller.is_alive() and not self._ending.is_set():
                 self._launch(poller.target, poller.bury(), poller)
         self._recount()
@@ -7264,11 +7598,11 @@ class Monitor(threading.Thread):
     def _recount(self) -> None:
         """Takes up that maintenance has begun or is over: the state that is known counts."""
         for name, poller in self.pollers.items():
-            counted = poller.target.settings.critical and self._is_over(name)
+            counted = self._is_over(name)
             if counted is not poller.counted:
                 poller.counted = counted
                 if counted:
-                    self._context.aggregator.register(name, poller)
+                    self._context.aggregator.register(name, poller, critical=poller.target.settings.critical)
                 else:
                     self._context.aggregator.deregister(name)
                 poller.report_again()
@@ -7301,7 +7635,7 @@ class Monitor(threading.Thread):
         gone = {name: self.pollers.pop(name) for name in self.pollers.keys() - targets.keys()}
         for name, poller in gone.items():
             poller.stop()
-            self._context.access.watched.pop(name, None)
+            self._context.forget(name)
         former, fresh = {poller.target.id: poller for poller in gone.values()}, []
         for name, target in targets.items():
             before = self.pollers.get(name) or former.get(target.id)
@@ -7309,8 +7643,9 @@ class Monitor(threading.Thread):
                 self._launch(target, 0.0, before, stored.get(target.id))
                 fresh.append(self.pollers[name])
         spread(fresh)
+        everything = [target.settings for target in targets.values()]
         with self._context.aggregator.at_once():    # what has another name neither opens nor closes in between
-            self._context.aggregator.arrange(gates, by_tag(target.settings for target in targets.values()))
+            self._context.aggregator.arrange(gates, by_tag(everything), usable_parents(gates, everything))
             self._recount()
             for name in gone:
                 self._context.aggregator.deregister(name)
@@ -7328,29 +7663,16 @@ class Monitor(threading.Thread):
         if before and before.target.settings_digest == target.settings_digest:
             key = target.host_key or before.target.host_key     # learned and not written yet
             poller = Poller(replace(target, host_key=key), self._context, self.guards.of(target), delay)
-            poller.standing, poller.expires_mono = before.standing, before.expires_mono
+            poller.go_on_from(before)
         else:
             poller = Poller(target, self._context, self.guards.of(target), delay)
             if stored:
-                self._restore(poller, stored)
+                poller.restore(stored, lease_clock() + self._zero_at - stored.polled_at)
             if before and before.target.name != target.name and poller.standing.state == "unknown":     # renamed
-                poller.standing, poller.expires_mono = before.standing, before.expires_mono
+                poller.go_on_from(before)
         if before:
             poller.lease_mono, poller.deaths = before.expires_mono, before.deaths
         self.pollers[target.name] = poller
-
-    def _restore(self, poller: Poller, stored: Status) -> None:
-        """A stored state counts on when it is of these settings and fresh, a refused login during its back-off."""
-        target, age = poller.target, lease_clock() + self._zero_at - stored.polled_at
-        left = target.settings.ttl - age if age >= 0 and stored.settings_digest == target.settings_digest else 0.0
-        if stored.credential_digest == target.credential_digest and 0 <= age < LOCKOUT_WINDOW:
-            restore_logins(self.guards.of(target), target, stored, age)
-            if stored.cause == "auth":
-                left = target.settings.ttl
-        if left > 0 and (stored.state, stored.cause) in POLL_MARKS:
-            poller.standing = Standing(cast(State, stored.state), cast(Cause, stored.cause), stored.reason,
-                                       stored.since_at, stored.good, stored.bad)
-            poller.expires_mono = poller.lease_mono = lease_clock() + left
 
 
 # === Counters ================================================================
@@ -9278,10 +9600,12 @@ NO_SAMPLE: dict[str, Any] = {"details": {}, "metrics": {}, "services": {}, "chec
 RESOURCES = sqlalchemy.select(Resource, Status).outerjoin(Status, Status.resource_id == Resource.id)
 
 
-def status_of(row: Resource, status: Status | None) -> Status:
-    """The status, an empty one when it is of another configuration: nothing is known of this one yet."""
+def status_of(row: Resource, status: Status | None, behind: Standing | None = None) -> Status:
+    """The status, an empty one when it is of another configuration: nothing is known of this one yet. One that is
+    `behind` another stands like this, whatever its own results are."""
     if status and status.settings_digest == row.settings_digest:
-        return status
+        return Status(**vars(behind), polled_at=status.polled_at, seconds=status.seconds, sample=status.sample
+                      ) if behind else status
     return Status(state="unknown", cause="", reason="", since_at=0.0, polled_at=0.0, seconds=0.0, sample="null")
 
 
@@ -9298,7 +9622,7 @@ def connection_view(context: ConsoleContext, name: str) -> ConnectionView | None
 
 def resource_view(row: Resource, status: Status | None, context: ConsoleContext) -> ResourceView:
     """A resource as the API shows it; of a row that cannot be read as much as there is, and that it is damaged."""
-    known = status_of(row, status)
+    known = status_of(row, status, context.monitor.behind(row.name))
     shown: dict[str, Any] = {
         **{name: getattr(row, name) for name in Resource.COLUMNS}, "origin": row.origin,
         "place": row.place or None,
@@ -9347,12 +9671,18 @@ def apply_settings(context: ConsoleContext, row: Resource, body: Mapping[str, An
     inventory = context.imported
     stored = stated(row, inventory) if row.name else {}
     settings = SettingsReader(inventory, form).read(body, stored)
-    if settings.hops:
+    if settings.hops or settings.depends_on:
         with context.store.reading() as session:
-            ways = {name: target.settings.way for name, target in load_targets(
+            known = {name: target.settings for name, target in load_targets(
                 session, context.vault, context.monitor.targets).items()}
-        if why := jump_fault(settings.name, ways | {settings.name: settings.hops}):
+            gates = Gates.model_validate_json(remembered(session, "gates").text or "{}")
+        ways = {name: each.way for name, each in known.items()}
+        if settings.hops and (why := jump_fault(settings.name, ways | {settings.name: settings.hops})):
             raise field_errors({"proxy_jump": why})
+        others = [each for name, each in known.items() if name != settings.name]
+        faults = dependency_faults(gates, [*others, settings])
+        if why := next((why for index, _, why in faults if index == len(others)), None):
+            raise field_errors({"depends_on": why})
     try:
         return update_row(row, settings, context.vault)
     except (SecretError, InventoryError) as error:
@@ -10004,14 +10334,14 @@ RESOURCE_METRICS: Mapping[str, tuple[str, ...]] = {
 }
 
 
-def resource_metrics(row: Any, now: float) -> Iterator[tuple[str, tuple[str, ...], float]]:
-    """All of one resource, a row of METRIC_ROWS: keys of RESOURCE_METRICS, with values of the labels. What was not
-    read is left out and never 0; a host may send words where a number belongs."""
+def resource_metrics(row: Any, standing: Any, now: float) -> Iterator[tuple[str, tuple[str, ...], float]]:
+    """All of one resource, a row of METRIC_ROWS, and how it stands: keys of RESOURCE_METRICS, with values of the
+    labels. What was not read is left out and never 0; a host may send words where a number belongs."""
     for state in get_args(State):
-        yield "state", (state,), state == (row.state or "unknown")
+        yield "state", (state,), state == (standing.state or "unknown")
     yield "maintenance", (), row.maintenance > now
-    if row.cause:
-        yield "cause", (row.cause,), 1.0
+    if standing.cause:
+        yield "cause", (standing.cause,), 1.0
     if row.polled_at:
         yield "poll_duration_seconds", (), row.seconds
         yield "last_poll_timestamp_seconds", (), row.polled_at
@@ -10048,9 +10378,9 @@ class Metrics:
     the rows that the recorder writes. That part serves for METRICS_AGE seconds: scrapes cannot load the machine."""
 
     def __init__(self, serving: ServingMetrics, store: Store, token_file: Path | None,
-                 connections: ConnectionContext, groups: Callable[[], Iterable[GroupState]] = list) -> None:
+                 connections: ConnectionContext, monitor: Monitor | None = None) -> None:
         self._serving, self._store, self._token_file, self._connections = serving, store, token_file, connections
-        self._groups = groups
+        self._monitor = monitor
         self._complaint = ""        # the last one about the token file
         self._lock = threading.Lock()       # guards these two, so that who asks meanwhile waits for the same text
         self._made, self._text = -math.inf, b""
@@ -10090,20 +10420,21 @@ class Metrics:
         with self._store.reading() as session:
             rows = session.execute(METRIC_ROWS).all()
         total = gauge("resources", "Resources by state.", None, "state")
-        states = collections.Counter(row.state or "unknown" for row in rows)
+        standings = [(row.state and self._monitor and self._monitor.behind(row.name)) or row for row in rows]
+        states = collections.Counter(standing.state or "unknown" for standing in standings)
         for state in get_args(State):
             total.add_metric([state], states[state])
         yield total
         families = {name: gauge(f"resource_{name}", text, None, "resource", *labels)
                     for name, (text, *labels) in RESOURCE_METRICS.items()}
         now = time.time()
-        for row in rows:
-            for name, labels, value in resource_metrics(row, now):
+        for row, standing in zip(rows, standings, strict=True):
+            for name, labels, value in resource_metrics(row, standing, now):
                 families[name].add_metric((row.name, *labels), value)
         yield from families.values()
         group_healthy = gauge("group_healthy", "1 while a group or a route is healthy.", None, "group")
         good = gauge("group_healthy_members", "Members of a group or a route that are healthy.", None, "group")
-        for group in self._groups():
+        for group in self._monitor.groups() if self._monitor else ():
             group_healthy.add_metric([group.name], group.state != "unhealthy")
             good.add_metric([group.name], sum(group.members.values()))
         yield from (group_healthy, good)
@@ -10437,6 +10768,7 @@ for <b>{{ (now - shown.status.since_at)|duration_text }}</b>, since <time>{{ sho
 Last poll {{ (now - shown.status.polled_at)|duration_text }} ago, in {{ "%.2f s"|format(shown.status.seconds) }}.
 {% endif %}
 Polled every {{ shown.row.interval|duration_text }}.
+{% if shown.settings.depends_on %}Depends on {{ shown.settings.depends_on|join(", ") }}.{% endif %}
 {% if connection %}{{ connection.logins }} login{{ "s" if connection.logins != 1 }} in 24 h{% if connection.opened %};
 connected since {{ connection.opened.timestamp()|local_time }}{{ ", and so was the last poll" if connection.kept }}
 {%- endif %}.
@@ -10970,9 +11302,9 @@ def stored_mapping(text: str, empty: Mapping[str, Any]) -> dict[str, Any] | None
 class ResourceRow:
     """A resource as a person reads it; texts are empty where there is nothing to say."""
 
-    def __init__(self, row: Resource, status: Status | None, now: float) -> None:
+    def __init__(self, row: Resource, status: Status | None, context: ConsoleContext, now: float) -> None:
         self.row, self.name, self.href = row, row.name, resource_path(row.name)
-        self.status = known = status_of(row, status)
+        self.status = known = status_of(row, status, context.monitor.behind(row.name))
         settings = stored_mapping(row.settings, NO_SETTINGS)    # unchecked: 1,000 of them would take too long
         self.settings = settings or NO_SETTINGS
         self.reason = DAMAGED if settings is None else f"{known.cause}: {known.reason}" if known.cause else ""
@@ -11035,7 +11367,7 @@ def overview() -> Answer:
     now = context.clock()
     wanted = {name: flask.request.args.get(name, "") for name in ("state", "q", "tag")}
     with context.store.reading() as session:
-        everything = [ResourceRow(row, status, now) for row, status in session.execute(RESOURCES)]
+        everything = [ResourceRow(row, status, context, now) for row, status in session.execute(RESOURCES)]
         is_open, last = context.is_healthy, next(iter(events(session, kind="gate", limit=1)), None)
     groups = list_groups(current_principal())
     through = {name for group in groups for name in group.members}      # these count for the site through a group
@@ -11043,7 +11375,7 @@ def overview() -> Answer:
         *((group.name, "", group.why) for group in groups
           if group.state == "unhealthy" and group.name not in through and not group.name.startswith("/")),
         *((resource.name, resource.href, resource.reason)
-          for resource in sorted(everything, key=lambda resource: resource.status.since_at)
+          for resource in sorted(everything, key=lambda each: (each.status.cause == "parent", each.status.since_at))
           if resource.settings["critical"] and resource.name not in through
           and resource.shown_state in ("unhealthy", "unknown"))]
     found = [resource for resource in everything if resource.matches(wanted["q"], wanted["tag"])]
@@ -11119,7 +11451,7 @@ def resource_page(name: str, **more: Any) -> flask.Response:
     span = span if span in SPANS else "hour"
     with context.store.reading() as session:
         row = find_resource(session, name)
-        resource = ResourceRow(row, session.get(Status, row.id), now)
+        resource = ResourceRow(row, session.get(Status, row.id), context, now)
         more |= {"charts": charts(session, resource, span, now), "availability": availability(session, row.id, now),
                  "polls": samples(session, row.id, now), "events": events(session, resource=name, limit=20)}
     sample = resource.sample or NO_SAMPLE
@@ -11758,7 +12090,7 @@ def watch(installation: Installation, store: Store, console: Sequence[socket.soc
         if console:
             context = ConsoleContext(store, inventory, aggregator.lease, vault, monitor, access)
             serving = ServingMetrics(aggregator.lease, supervisor.counters)
-            metrics = Metrics(serving, store, service.metrics_token_file, access, monitor.groups)
+            metrics = Metrics(serving, store, service.metrics_token_file, access, monitor)
             server = ConsoleServer(build_console(context, metrics), console)
             stack.enter_context(contextlib.closing(server)).start()
         reloads = threading.Thread(target=follow_hangups, args=(installation, store, hangups), name="reloads",
