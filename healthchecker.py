@@ -46,6 +46,7 @@ Sections, in file order; a definition refers only to what stands above it:
     Evaluate     sample + limits -> verdict -> standing; pure
     Aggregate    the lease: is everything healthy, now
     History      what polls found: rows, averages, availability, events
+    Uplink       whether it is this machine that is cut off
     Blame        what is told of resources that are behind others
     Poll         a thread per resource, one writer, one overseer
     Counters     what a worker counts, in shared memory
@@ -294,7 +295,7 @@ class ApiError(HealthCheckerError):
 
 
 Cause = Literal["", "limit", "check", "unreachable", "timeout", "auth", "host_key", "credential", "protocol", "stale",
-                "parent"]
+                "parent", "cut_off"]
 
 
 def one_line(text: str) -> str:
@@ -916,11 +917,19 @@ class ServiceSettings(Settings):
     send_buffer: Annotated[int, Field(ge=1 << 20, le=1 << 40)] = 64 << 20   # bytes of answers that wait in a worker
     drain: Annotated[float, Field(ge=0, le=3600)] = 7.5     # seconds that an end waits for requests in flight
     metrics_token_file: FilePath | None = None          # its bearer sees resources in /-/metrics
+    uplink: Annotated[tuple[Listen, ...], Field(max_length=8)] = ()     # what answers unless this machine is cut off
+    hold: Annotated[float, Field(ge=0, le=3600)] = 0.0      # seconds for which the gate's answer outlasts that
     retention: Retention = Retention()
     database: SqliteUrl = "sqlite:///healthchecker.db"
     keys: FilePath = Path("keys")
     known_hosts: FilePath = Field(default_factory=known_hosts_file)
     log_file: FilePath | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ServiceSettings:
+        if self.hold and not self.uplink:
+            raise ValueError("hold needs uplink: what answers unless this machine is cut off")
+        return self
 
     @property
     def database_path(self) -> Path:
@@ -6693,7 +6702,7 @@ METRICS = ("cpu_percent", "memory_percent", "swap_percent", "disk_percent", "loa
 READING_MAX = 2 ** 31 - 1       # hundredths, what an INTEGER holds
 POLLS: dict[str, tuple[State, Cause]] = {
     "h": ("healthy", ""), "d": ("degraded", "limit"), "w": ("degraded", "check"),     # all that are good: PARTS
-    **{mark: ("unhealthy", cause) for mark, cause in zip("lcutakrpsb", get_args(Cause)[1:], strict=True)}}
+    **{mark: ("unhealthy", cause) for mark, cause in zip("lcutakrpsbo", get_args(Cause)[1:], strict=True)}}
 POLL_MARKS = {meaning: mark for mark, meaning in POLLS.items()}
 SPANS = {"hour": (3600, 10), "day": (86_400, 300), "week": (604_800, 1800), "month": (2_592_000, 7200)}
 # seconds that a chart shows, and of a point: 360 points at most
@@ -6932,10 +6941,201 @@ def chart(session: Session, resource_id: int, metric: str, span: str, now: float
     return [Point(int(at), float(average) / 100, lowest / 100, highest / 100) for at, average, lowest, highest in rows]
 
 
+# === Uplink ==================================================================
+# Whether it is this machine that is cut off. In come what polls found and, once one found no answer, what the addresses
+# of service.uplink say, asked in a thread of its own; out goes a Cut, by which the pollers report for a while what was
+# healthy before it. All times in `_mono` are of lease_clock.
+# Gives: NO_ANSWER, Outage, Uplink
+NO_ANSWER = ("unreachable", "timeout")      # causes that a cut can have
+UPLINK_TIMEOUT = 3.0            # seconds for an uplink to answer
+UPLINK_INTERVAL = 5.0           # seconds between two questions
+UPLINK_FRESH = 15.0             # seconds for which the answer to one counts
+UPLINK_DOUBT = 30.0             # seconds of silence for which nobody is told of what does not answer
+URGED_MAX = 200                 # machines that are polled at once, to see whether they answer
+
+
+@dataclass(frozen=True)
+class Outage:
+    """Since when a resource does not answer, and whether it was healthy until then."""
+
+    since_mono: float = math.inf
+    was_healthy: bool = False
+
+    def after(self, before: Standing, verdict: Verdict) -> Outage:
+        """The same after one more result; `before`: the standing until then."""
+        if verdict.cause == "stale":
+            return self
+        if verdict.cause not in NO_ANSWER:
+            return Outage()
+        return self if self.since_mono < math.inf else Outage(lease_clock(), before.healthy and not before.bad)
+
+
+class Cut(NamedTuple):
+    """This machine is cut off. Of what did not answer before `calm_mono` nothing is held: an uplink answered then, or
+    an earlier cut was over."""
+
+    begun_mono: float
+    begun_at: float         # Unix time
+    ends_mono: float        # of the hold
+    calm_mono: float
+    text: str
+
+
+class Uplink:
+    """Finds out whether this machine is cut off: no uplink answers, nor do more than half of the machines."""
+
+    def __init__(self, addresses: Sequence[str] = (), hold: float = 0.0, resolver: Resolver | None = None) -> None:
+        self._addresses, self._hold, self._resolver = addresses, hold, resolver or Resolver()
+        self._lock = threading.Lock()               # guards the next seven
+        self.cut: Cut | None = None
+        self._machines: set[str] = set()            # with a result
+        self._failing: set[str] = set()             # those that did not answer the last time
+        self._failed_mono = -math.inf               # the last such result
+        self._asked_mono = -math.inf                # begin of the last question that is over
+        self._silent_mono = math.inf                # since when no uplink answers
+        self._calm_mono = lease_clock()             # see Cut
+        self._woken, self._is_ending = threading.Event(), False
+        self._urge: Callable[[Iterable[str]], None] = lambda names: None
+        self._changed: Callable[[], None] = lambda: None
+        self._note: Callable[[str, str, float], None] = lambda kind, text, at: None
+        self._thread = threading.Thread(target=self._run, name="uplink", daemon=True)
+
+    def begin(self, urge: Callable[[Iterable[str]], None], changed: Callable[[], None],
+              note: Callable[[str, str, float], None]) -> None:
+        """Starts, where there is an uplink. `urge` has machines polled, `changed` is called when another standing
+        counts, `note` with an event."""
+        self._urge, self._changed, self._note = urge, changed, note
+        if self._addresses:
+            self._thread.start()
+
+    def close(self) -> None:
+        """Ends the thread."""
+        self._is_ending = True
+        self._woken.set()
+        if self._thread.is_alive():
+            self._thread.join(UPLINK_TIMEOUT)
+
+    def take(self, name: str, verdict: Verdict) -> None:
+        """What the last poll of a machine found, before its standing is reported."""
+        failed = verdict.cause in NO_ANSWER
+        if not self._addresses or verdict.cause == "stale":
+            return
+        with self._lock:
+            self._machines.add(name)
+            (self._failing.add if failed else self._failing.discard)(name)
+            self._failed_mono = lease_clock() if failed else self._failed_mono
+            before = self.cut
+            self._judge()
+        if failed or self.cut is not before:
+            self._woken.set()
+
+    def forget(self, name: str) -> None:
+        """It is not watched any more, or in maintenance."""
+        with self._lock:
+            self._machines.discard(name)
+            self._failing.discard(name)
+
+    def covers(self, name: str) -> bool:
+        """Whether a machine does not answer because this one is cut off."""
+        return self.cut is not None and name in self._failing
+
+    def held(self, outage: Outage, round_seconds: float) -> float:
+        """Seconds for which what was before an outage counts on; 0: it does not. Only for one that began in the round
+        of polls before the cut or later, and of what was healthy then."""
+        cut = self.cut
+        if cut is None or not outage.was_healthy or not cut.calm_mono < outage.since_mono < math.inf:
+            return 0.0
+        is_of_it = cut.begun_mono - outage.since_mono <= round_seconds
+        return max(0.0, cut.ends_mono - lease_clock()) if is_of_it else 0.0
+
+    @property
+    def is_doubtful(self) -> bool:
+        """Whether it may soon turn out that this machine is cut off."""
+        silent = 0 <= lease_clock() - self._silent_mono < UPLINK_DOUBT
+        return self.cut is None and (silent or self._failed_mono > self._asked_mono) and bool(self._addresses)
+
+    def _judge(self) -> None:
+        """Takes up whether this machine is cut off; the caller holds the lock."""
+        now, count, total = lease_clock(), len(self._failing), len(self._machines)
+        if not count:
+            self._silent_mono = math.inf    # nobody asks any more
+        is_cut = self._silent_mono <= now and total > 1 and 2 * count > total
+        if is_cut and self.cut is None and now - self._asked_mono < UPLINK_FRESH:
+            text = f"cut off: {count} of {total} machines do not answer, nor does an uplink"
+            self.cut = Cut(now, time.time(), now + self._hold, self._calm_mono, text)
+        elif self.cut and not is_cut:
+            self.cut, self._calm_mono = None, now
+
+    def _run(self) -> None:
+        told, holds = self.cut, False
+        while not self._is_ending:
+            self._woken.wait(self._pause(holds=holds))
+            self._woken.clear()
+            try:
+                if self._is_due() and not self._is_ending:
+                    self._ask()
+                before, cut = (told, holds), self.cut
+                holds = cut is not None and lease_clock() < cut.ends_mono
+                if (cut, holds) != before:
+                    self._changed()
+                    self._tell(told, cut)
+                told = cut
+            except Exception:   # a thread's outermost step: the next question is asked whatever came of this one
+                log.exception("what the uplinks say is not known")
+
+    def _is_due(self) -> bool:
+        return self._has_question() and lease_clock() >= self._asked_mono + UPLINK_INTERVAL
+
+    def _has_question(self) -> bool:
+        return self.cut is not None or bool(self._failing and (
+            self._failed_mono > self._asked_mono or self._silent_mono < math.inf))
+
+    def _pause(self, *, holds: bool) -> float | None:
+        """Seconds until there is something to do; None: until a machine does not answer."""
+        now, cut = lease_clock(), self.cut
+        ends = [self._asked_mono + UPLINK_INTERVAL] if self._has_question() else []
+        ends += [cut.ends_mono] if cut and holds else []
+        return max(0.0, min(ends) - now) if ends else None
+
+    def _ask(self) -> None:
+        """Asks the uplinks, all at once; when they fall silent, whether the machines do so, too, and when one is heard
+        again, whether they are."""
+        begun_mono = lease_clock()
+        with concurrent.futures.ThreadPoolExecutor(len(self._addresses)) as pool:
+            answered = any(pool.map(self._answers, self._addresses))
+        with self._lock:
+            was_calm, was_cut, self._asked_mono = self._silent_mono == math.inf, self.cut, begun_mono
+            self._silent_mono = math.inf if answered else min(self._silent_mono, begun_mono)
+            self._calm_mono = lease_clock() if answered else self._calm_mono
+            self._judge()
+            urged = self._failing.copy() if answered else self._machines - self._failing
+        if len(urged) <= URGED_MAX and (was_cut if answered else was_calm):
+            self._urge(urged)
+
+    def _answers(self, address: str) -> bool:
+        """Whether an uplink does; who refuses is there, too."""
+        host, _, port = address.rpartition(":")
+        try:
+            connect_tcp(self._resolver, host.strip("[]"), int(port), Deadline(UPLINK_TIMEOUT)).close()
+        except ProbeError as error:
+            return isinstance(error.__cause__, ConnectionRefusedError)
+        return True
+
+    def _tell(self, told: Cut | None, cut: Cut | None) -> None:
+        now = time.time()
+        texts = [(f"not cut off any more after {now - told.begun_at:.0f} s", now)] if told and told is not cut else []
+        if cut and cut is not told:
+            hold = f"; what was healthy counts on for {self._hold:g} s" if self._hold else ""
+            texts.append((cut.text + hold, cut.begun_at))
+        for text, at in texts:
+            log.warning("%s", text)
+            self._note("service", text, at)
+
+
 # === Blame ===================================================================
-# What is told of resources that depend on others: that they are behind one that is unhealthy is told of that one alone,
-# and a change for which it may be to blame waits until that has turned out. In come the reports of a poller, out go the
-# same with what was told last; in the pollers' threads and the monitor's, under the poller's lock.
+# What is told of resources that depend on others, or are cut off: of what is behind an unhealthy one, that one alone is
+# told, and a change for which something else may be to blame waits until that has turned out. In come the reports of a
+# poller, out go the same with what was told last; in pollers' threads and the monitor's, under the poller's lock.
 # Gives: Doubt, News
 class Doubt:
     """Whether the state of a resource may soon be another one; those that depend on it urge its poll when they fail."""
@@ -6964,8 +7164,8 @@ class Doubt:
 class News:
     """What is told of one resource: each change once, and none for which another one is to blame."""
 
-    def __init__(self, name: str, aggregator: HealthAggregator, doubts: dict[str, Doubt]) -> None:
-        self._name, self._aggregator, self._doubts = name, aggregator, doubts
+    def __init__(self, name: str, aggregator: HealthAggregator, doubts: dict[str, Doubt], uplink: Uplink) -> None:
+        self._name, self._aggregator, self._doubts, self._uplink = name, aggregator, doubts, uplink
         self.doubt = doubts[name] = Doubt()
         self.told = Standing()              # the last one that was told
         self.waits: Report | None = None    # until it is known whether others are to blame
@@ -6987,14 +7187,14 @@ class News:
             for doubt in self._before():
                 doubt.urge()
         self.doubt.decided = after.decided
-        is_doubtful = self._is_doubtful()   # first: such a doubt is over once the other has fallen
+        is_doubtful = self._is_doubtful(report.verdict)     # first: such a doubt is over once the other has fallen
         blocker = self._aggregator.blocker(self._name)
         behind = 0 if after.healthy else self._aggregator.behind(self._name)
         report = replace(report, blocker=blocker, behind=behind)
         if blocker and self._is_restored and not self.told.healthy:
             self.told = replace(self.told, state="healthy", cause="")   # what was told then was that of the other one
         changed, self._is_restored, self.waits = replace(report, before=self.told), False, None
-        if blocker or not after.decided:
+        if blocker or not after.decided or self._uplink.covers(self._name):
             return report
         if is_doubtful and changed.transition:
             self.waits = changed
@@ -7004,10 +7204,11 @@ class News:
 
     def late(self) -> Report | None:
         """The report of a change that waited, once nobody else is to blame for it."""
-        if self._is_doubtful():
+        report = self.waits
+        if report is None or self._is_doubtful(report.verdict):
             return None
-        report, self.waits = self.waits, None
-        if report is None or self._aggregator.blocker(self._name):
+        self.waits = None
+        if self._aggregator.blocker(self._name) or self._uplink.covers(self._name):
             return None
         self.told = report.standing
         return report
@@ -7016,9 +7217,10 @@ class News:
         """Those of the resources on which it depends."""
         return (self._doubts[name] for name in self._aggregator.sources(self._name) if name in self._doubts)
 
-    def _is_doubtful(self) -> bool:
-        """Whether it may turn out that the resource is behind an unhealthy one."""
-        return any(doubt.is_urged or not doubt.decided for doubt in self._before())
+    def _is_doubtful(self, verdict: Verdict) -> bool:
+        """Whether it may turn out that the resource is behind an unhealthy one, or cut off."""
+        is_cut_off = verdict.cause in NO_ANSWER and self._uplink.is_doubtful
+        return is_cut_off or any(doubt.is_urged or not doubt.decided for doubt in self._before())
 
 
 # === Poll ====================================================================
@@ -7221,12 +7423,19 @@ class PollContext:
     recorder: Recorder
     access: ConnectionContext
     random: random.Random
+    uplink: Uplink = dataclass_field(default_factory=Uplink)
     doubts: dict[str, Doubt] = dataclass_field(default_factory=dict)    # of each resource
+
+    def urge(self, names: Iterable[str]) -> None:
+        """Has these polled soon."""
+        for doubt in filter(None, map(self.doubts.get, names)):
+            doubt.urge()
 
     def forget(self, name: str) -> None:
         """What is not watched any more."""
         self.access.watched.pop(name, None)
         self.doubts.pop(name, None)
+        self.uplink.forget(name)
 
 
 def poll_once(target: Target, connection: Connection, previous: Sample | None) -> tuple[Verdict, Sample | None]:
@@ -7268,7 +7477,7 @@ class Poller(threading.Thread):
         self.target, self._context, self._guard = target, context, guard
         self._connection = CONNECTIONS[target.settings.platform](target, guard, context.access)
         context.access.watched[target.name] = self._connection
-        self._news = News(target.name, context.aggregator, context.doubts)
+        self._news = News(target.name, context.aggregator, context.doubts, context.uplink)
         self.doubt = self._news.doubt
         self._previous: Sample | None = None
         self._due_mono = time.monotonic() + delay
@@ -7279,7 +7488,7 @@ class Poller(threading.Thread):
         self._stopped = False
         self._polled_mono = -math.inf       # when the last poll began
         self._lock = threading.Lock()       # guards standing and the order of reports: the monitor sets stale
-        self.standing = Standing()
+        self.standing, self._outage = Standing(), Outage()
 
     def run(self) -> None:
         try:
@@ -7350,8 +7559,26 @@ class Poller(threading.Thread):
         """Tells the aggregator the standing once more, for the rest of its time."""
         with self._lock:
             if self.standing.state != "unknown":
-                self._context.aggregator.set_resource(self.target.name, self.standing.healthy, self.standing.why,
-                                                    ttl=self.expires_mono - lease_clock(), owner=self)
+                self._set_resource(self.expires_mono - lease_clock())
+
+    @property
+    def held(self) -> float:
+        """Seconds for which it counts as healthy though it is not, for this machine is cut off."""
+        settings = self.target.settings
+        seconds = self._context.uplink.held(self._outage, settings.interval + settings.timeout)
+        return 0.0 if self.standing.healthy else seconds
+
+    def _set_resource(self, ttl: float, opens: float = 0.0) -> None:
+        held, standing = self.held, self.standing
+        self._context.aggregator.set_resource(
+            self.target.name, standing.healthy or held > 0, standing.why, ttl=min(ttl, held) if held else ttl,
+            owner=self, opens=opens)
+
+    def _ask_uplink(self, verdict: Verdict) -> None:
+        """Tells what shows whether it is this machine that does not get through."""
+        if self.target.settings.platform not in HOSTLESS and self.counted:
+            self._context.uplink.take(self.target.name, verdict)
+            self._outage = self._outage.after(self.standing, verdict)
 
     def expire(self) -> None:
         """Makes the resource unhealthy, cause `stale`, when there was no result in time."""
@@ -7397,15 +7624,14 @@ class Poller(threading.Thread):
             stopped, before = self._stopped, self.standing
             if verdict.cause == "stale" and lease_clock() < self.expires_mono:
                 return Report(self.target, before, before, verdict, at, seconds)
+            self._ask_uplink(verdict)
             after = self.standing = settle(before, verdict, settings, at)
             waits = self._guard.wait(settings.name) if verdict.cause == "auth" else 0.0
             if waits <= AUTH_BACKOFF:       # until the next attempt has an outcome
                 ttl = max(ttl, waits + settings.timeout + 2)
             self.expires_mono = lease_clock() + ttl + (waits if after.cause == "auth" else 0.0)
             wait = waits or (retry if after.good else settings.interval)
-            self._context.aggregator.set_resource(
-                settings.name, after.healthy, after.why, ttl=ttl, owner=self,
-                opens=wait + retry * max(0, settings.rise - after.good - 1))
+            self._set_resource(ttl, opens=wait + retry * max(0, settings.rise - after.good - 1))
             kept = sample is not None and self._connection.keeper.reused
             report = Report(self.target, after, after, verdict, at, seconds, sample, host_key, waits, kept)
             report = self._news.weigh(report)
@@ -7436,7 +7662,7 @@ class Poller(threading.Thread):
 
     def go_on_from(self, before: Poller) -> None:
         """Takes over the standing of the poller before it."""
-        self.standing, self.expires_mono = before.standing, before.expires_mono
+        self.standing, self.expires_mono, self._outage = before.standing, before.expires_mono, before._outage
         self._news.go_on_from(before._news)
 
 
@@ -7477,6 +7703,19 @@ def require_files(before: Mapping[str, Target], targets: Mapping[str, Target]) -
                     allowed, hosts, wanted)
 
 
+def overruled(name: str, pollers: Mapping[str, Poller], context: PollContext) -> Standing | None:
+    """How a resource stands whatever its own results are: cut off, or behind an unhealthy resource or group."""
+    poller, cut = pollers.get(name), context.uplink.cut
+    if cut and poller and context.uplink.covers(name):
+        state: State = "degraded" if poller.held or poller.standing.healthy else "unhealthy"
+        return Standing(state, "cut_off", "this machine is, for no uplink answers", cut.begun_at)
+    if not (blocker := context.aggregator.blocker(name)):
+        return None
+    parent = pollers.get(blocker)
+    since_at = parent.standing.since_at if parent else context.recorder.changed_at(blocker)
+    return Standing("unhealthy", "parent", f"behind {blocker}", since_at)
+
+
 class Monitor(threading.Thread):
     """Starts, stops and reconciles the pollers; restarts dead ones; sees leases expire, and that a clock was set."""
 
@@ -7486,7 +7725,7 @@ class Monitor(threading.Thread):
         self._store, self._vault, self._context, self._wall = store, vault, context, wall
         self.pollers: dict[str, Poller] = {}
         self.targets: dict[str, Target] = {}    # as the rows were when they were followed
-        self.guards, self.groups = context.access.guards, context.aggregator.groups
+        self.guards, self.groups, self.uplink = context.access.guards, context.aggregator.groups, context.uplink
         self._zero_at = wall() - lease_clock()  # the Unix time of lease_clock's 0, by which stored times are read
         self.clock_step = 0.0, ""   # when the clock was set the last time, and how
         # Until when resources do not count, as stored and by lease_clock: a clock that is set ends nothing.
@@ -7506,6 +7745,7 @@ class Monitor(threading.Thread):
         self._reconcile()
         self._take_clock(now_at)
         self._context.aggregator.start()
+        self._context.uplink.begin(self._context.urge, self._report_again, self._context.recorder.note)
         self._context.recorder.start()
         self.start()
 
@@ -7517,6 +7757,7 @@ class Monitor(threading.Thread):
     def close(self) -> None:
         """Ends all threads; polls that still run are left to their deadline."""
         self._ending.set()
+        self._context.uplink.close()
         if self.is_alive():
             self.join(1)    # or it would take stopped pollers for dead ones
         pollers, ends_mono = list(self.pollers.values()), time.monotonic() + LAST_SESSIONS
@@ -7545,13 +7786,13 @@ class Monitor(threading.Thread):
                 self._ending.wait(MONITOR_INTERVAL / 10)
         return report
 
+    def _report_again(self) -> None:
+        for poller in list(self.pollers.values()):
+            poller.report_again()
+
     def behind(self, name: str) -> Standing | None:
-        """How a resource stands that is behind an unhealthy one, or group; None for any other. For any thread."""
-        if not (blocker := self._context.aggregator.blocker(name)):
-            return None
-        poller, changed_at = self.pollers.get(blocker), self._context.recorder.changed_at
-        since_at = poller.standing.since_at if poller else changed_at(blocker)
-        return Standing("unhealthy", "parent", f"behind {blocker}", since_at)
+        """How a resource stands that is cut off or behind an unhealthy one; None for any other. For any thread."""
+        return overruled(name, self.pollers, self._context)
 
     def login_wait(self, name: str) -> float:
         """Seconds until a resource that was refused may log in again; 0 for any other. For any thread."""
@@ -7605,6 +7846,7 @@ class Monitor(threading.Thread):
                     self._context.aggregator.register(name, poller, critical=poller.target.settings.critical)
                 else:
                     self._context.aggregator.deregister(name)
+                    self._context.uplink.forget(name)
                 poller.report_again()
 
     def _end_maintenance(self) -> None:
@@ -10438,6 +10680,8 @@ class Metrics:
             group_healthy.add_metric([group.name], group.state != "unhealthy")
             good.add_metric([group.name], sum(group.members.values()))
         yield from (group_healthy, good)
+        is_cut = bool(self._monitor and self._monitor.uplink.cut)
+        yield gauge("cut_off", "1 while no uplink answers, nor do more than half of the machines.", float(is_cut))
         yield from self._connection_metrics()
 
     def _connection_metrics(self) -> Iterator[Metric]:
@@ -10679,6 +10923,9 @@ TEMPLATES = {"layout.html": """{% macro table(label, heads, class="") %}
 </tr>
 {% endfor %}
 {% endcall %}
+{% endif %}
+{% if cut %}
+<p class="notice">Since {{ cut.begun_at|local_time }} {{ cut.text }}.</p>
 {% endif %}
 {% if now - clock_step[0] < 86400 %}
 <p class="notice">At {{ clock_step[0]|local_time }} {{ clock_step[1] }}: times before and after do not fit together.</p>
@@ -11388,7 +11635,8 @@ def overview() -> Answer:
     return render_page("overview", title=title + ("open" if is_open else "closed"), is_open=is_open, last=last,
                        blockers=blockers, groups=groups, rows=rows, state_links=links, filter=wanted,
                        tags=sorted({tag for resource in everything for tag in resource.settings["tags"]}),
-                       clock_step=context.monitor.clock_step, empty=not everything, refresh="")
+                       clock_step=context.monitor.clock_step, cut=context.monitor.uplink.cut,
+                       empty=not everything, refresh="")
 
 
 def amount(metric: str, value: float) -> str:
@@ -12085,7 +12333,8 @@ def watch(installation: Installation, store: Store, console: Sequence[socket.soc
     with contextlib.ExitStack() as stack:
         vault = prepare(installation, store)
         recorder = Recorder(store, aggregator, service.retention)
-        monitor = Monitor(store, vault, PollContext(aggregator, recorder, access, random.Random()))
+        uplink = Uplink(service.uplink, service.hold, access.resolver)
+        monitor = Monitor(store, vault, PollContext(aggregator, recorder, access, random.Random(), uplink))
         stack.enter_context(contextlib.closing(monitor)).begin()
         if console:
             context = ConsoleContext(store, inventory, aggregator.lease, vault, monitor, access)
@@ -12093,8 +12342,7 @@ def watch(installation: Installation, store: Store, console: Sequence[socket.soc
             metrics = Metrics(serving, store, service.metrics_token_file, access, monitor)
             server = ConsoleServer(build_console(context, metrics), console)
             stack.enter_context(contextlib.closing(server)).start()
-        reloads = threading.Thread(target=follow_hangups, args=(installation, store, hangups), name="reloads",
-                                   daemon=True)
+        reloads = threading.Thread(None, follow_hangups, "reloads", (installation, store, hangups), daemon=True)
         reloads.start()
         stack.callback(reloads.join, RELOAD_END)        # after this, for they come the other way round
         stack.callback(hangups.put, False)

@@ -48,6 +48,7 @@ from healthchecker import (
     Status,
     Store,
     Target,
+    Uplink,
     Vault,
     import_inventory,
     load_inventory,
@@ -165,10 +166,11 @@ class House:
             import_inventory(session, load_inventory(path), self.vault)
 
     @contextlib.contextmanager
-    def watching(self, wall: Callable[[], float] = time.time) -> Iterator[House]:
+    def watching(self, wall: Callable[[], float] = time.time, uplink: Uplink | None = None) -> Iterator[House]:
         self.aggregator = HealthAggregator()
         access = ConnectionContext(KnownHosts(self.folder / "known_hosts"), Resolver())
-        watch = PollContext(self.aggregator, Recorder(self.store, self.aggregator), access, random.Random(1))
+        recorder = Recorder(self.store, self.aggregator)
+        watch = PollContext(self.aggregator, recorder, access, random.Random(1), uplink or Uplink())
         self.monitor = Monitor(self.store, self.vault, watch, wall)
         self.monitor.begin()
         try:
