@@ -7034,6 +7034,7 @@ class Uplink:
         with self._lock:
             self._machines.discard(name)
             self._failing.discard(name)
+            self._judge()
 
     def covers(self, name: str) -> bool:
         """Whether a machine does not answer because this one is cut off."""
@@ -7063,8 +7064,8 @@ class Uplink:
         if is_cut and self.cut is None and now - self._asked_mono < UPLINK_FRESH:
             text = f"cut off: {count} of {total} machines do not answer, nor does an uplink"
             self.cut = Cut(now, time.time(), now + self._hold, self._calm_mono, text)
-        elif self.cut and not is_cut:
-            self.cut, self._calm_mono = None, now
+        elif self.cut and (self._silent_mono == math.inf or (not is_cut and now >= self.cut.ends_mono)):
+            self.cut, self._calm_mono = None, now   # not before, or a machine that answers again would close the gate
 
     def _run(self) -> None:
         told, holds = self.cut, False
@@ -7578,7 +7579,8 @@ class Poller(threading.Thread):
         """Tells what shows whether it is this machine that does not get through."""
         if self.target.settings.platform not in HOSTLESS and self.counted:
             self._context.uplink.take(self.target.name, verdict)
-            self._outage = self._outage.after(self.standing, verdict)
+            is_fresh = lease_clock() < self.expires_mono    # or it was not healthy, though nobody has noted that yet
+            self._outage = self._outage.after(self.standing if is_fresh else Standing(), verdict)
 
     def expire(self) -> None:
         """Makes the resource unhealthy, cause `stale`, when there was no result in time."""
