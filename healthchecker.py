@@ -46,6 +46,9 @@ Sections, in file order; a definition refers only to what stands above it:
     Evaluate     sample + limits -> verdict -> standing; pure
     Aggregate    the lease: is everything healthy, now
     History      what polls found: rows, averages, availability, events
+    Uplink       whether it is this machine that is cut off
+    Blame        what is told of resources that are behind others
+    Override     what an operator says of the gate
     Poll         a thread per resource, one writer, one overseer
     Counters     what a worker counts, in shared memory
     Gate         the application's door: the WSGI application in front of the application
@@ -85,6 +88,7 @@ import fnmatch
 import functools
 import gc
 import getpass
+import graphlib
 import gzip
 import hashlib
 import hmac
@@ -296,7 +300,8 @@ class ApiError(HealthCheckerError):
         self.status, self.fields, self.retry = status, dict(fields or {}), retry
 
 
-Cause = Literal["", "limit", "check", "unreachable", "timeout", "auth", "host_key", "credential", "protocol", "stale"]
+Cause = Literal["", "limit", "check", "unreachable", "timeout", "auth", "host_key", "credential", "protocol", "stale",
+                "parent", "cut_off"]
 
 
 def one_line(text: str) -> str:
@@ -951,12 +956,20 @@ class ServiceSettings(Settings):
     send_buffer: Annotated[int, Field(ge=1 << 20, le=1 << 40)] = 64 << 20   # bytes of answers that wait in a worker
     drain: Annotated[float, Field(ge=0, le=3600)] = 7.5     # seconds that an end waits for requests in flight
     metrics_token_file: FilePath | None = None          # its bearer sees resources in /-/metrics
+    uplink: Annotated[tuple[Listen, ...], Field(max_length=8)] = ()     # what answers unless this machine is cut off
+    hold: Annotated[float, Field(ge=0, le=3600)] = 0.0      # seconds for which the gate's answer outlasts that
     retention: Retention = Retention()
     database: SqliteUrl = "sqlite:///healthchecker.db"
     keys: FilePath = Path("keys")
     known_hosts: FilePath = Field(default_factory=known_hosts_file)
     log_file: FilePath | None = None
     lease_file: FilePath | None = None  # the leases, for gates in other servers
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ServiceSettings:
+        if self.hold and not self.uplink:
+            raise ValueError("hold needs uplink: what answers unless this machine is cut off")
+        return self
 
     @property
     def database_path(self) -> Path:
@@ -1071,6 +1084,7 @@ class ResourceSettings(Settings):
     rise: Times = 2
     fall: Times = 2
     critical: bool = True               # False: shown, never closes the gate
+    depends_on: tuple[Name, ...] = ()   # resources or groups: unhealthy while one of them is
     tags: list[TextLine] = []
     limits: Limits = Limits()
     services: list[ServiceName] = []
@@ -1179,10 +1193,13 @@ class ResourceSettings(Settings):
 
 
 # === Groups ==================================================================
-# What counts together, and which paths of the application need what: models of the inventory's `groups` and `routes`,
-# and what can be wrong between them. Pure; the aggregator counts by them, the gate of each worker sorts paths by them.
-# Gives: by_tag, gate_lines, Gates, group_faults, GroupSettings, Quorum, quorum_of, Routes, RouteSettings
+# What counts together, what depends on what, and which paths of the application need what: models of the inventory's
+# `groups` and `routes`, and what can be wrong between them. Pure; the aggregator counts by them, the gate of each
+# worker sorts paths by them.
+# Gives: by_tag, dependency_faults, gate_faults, gate_lines, Gates, GroupSettings, inverse, Quorum, quorum_of, Routes,
+# RouteSettings, usable_parents
 DEPTH = 8                       # groups in groups in groups
+CHAIN = 32                      # resources and groups of which each depends on the next
 Quorum = Annotated[str, matching(r"all|any|[1-9][0-9]{0,5}|(100|[1-9][0-9]?)%",
                                  "must be all, any, a number or a percentage such as 50%")]
 
@@ -1234,10 +1251,13 @@ class Gates(Settings):
     groups: tuple[GroupSettings, ...] = ()
     routes: Routes = {}
 
+    def in_groups(self, tagged: Mapping[str, Iterable[str]]) -> dict[str, Iterable[str]]:
+        """What stands in each group, by its name."""
+        return {group.name: group.all_members(tagged) for group in self.groups}
+
     def members(self, tagged: Mapping[str, Iterable[str]]) -> dict[str, Iterable[str]]:
-        """What stands in each group, by its name, and in each route, by its path."""
-        return {group.name: group.all_members(tagged) for group in self.groups} | {
-            path: route.needs or () for path, route in self.routes.items()}
+        """The same, and what stands in each route, by its path."""
+        return self.in_groups(tagged) | {path: route.needs or () for path, route in self.routes.items()}
 
     def route(self, path: str, known: Collection[str]) -> RouteSettings:
         """What holds for a route, or for one that is gone: what holds for the route around it, of those `known`."""
@@ -1254,6 +1274,21 @@ def by_tag(resources: Iterable[ResourceSettings]) -> dict[str, list[str]]:
         for tag in settings.tags if settings.critical else ():
             tagged[tag].append(settings.name)
     return tagged
+
+
+def inverse(inside: Mapping[str, Iterable[str]]) -> dict[str, tuple[str, ...]]:
+    """In which ones each stands."""
+    found: dict[str, list[str]] = collections.defaultdict(list)
+    for name, members in inside.items():
+        for member in members:
+            found[member].append(name)
+    return {member: tuple(names) for member, names in found.items()}
+
+
+def unknown_name(name: str, known: Iterable[str]) -> str:
+    """What is wrong with a name that is not among the `known`."""
+    near = difflib.get_close_matches(name, known, 1)
+    return "no resource or group has this name" + (f"; did you mean {near[0]}?" if near else "")
 
 
 def nesting_fault(name: str, members: Mapping[str, Iterable[str]]) -> str | None:
@@ -1296,14 +1331,66 @@ def group_faults(gates: Gates, resources: Iterable[ResourceSettings]) -> Iterato
     known = {*critical, *(group.name for group in gates.groups)}
     for place, name in places.items():
         if name not in known:
-            near = difflib.get_close_matches(name, known, 1)
-            yield place, "no resource or group has this name" + (f"; did you mean {near[0]}?" if near else "")
+            yield place, unknown_name(name, known)
         elif not critical.get(name, True):
             yield place, f"{name} is not critical, so it counts for nothing"
 
 
+def knots(needs: Mapping[str, Iterable[str]]) -> Iterator[tuple[str, str]]:
+    """Names that need themselves, or too many behind each other, and what is wrong with each."""
+    try:
+        order = [*graphlib.TopologicalSorter(needs).static_order()]
+    except graphlib.CycleError as error:
+        circle = error.args[1][:-1]
+        for name in circle:
+            others = ", ".join(each for each in circle if each != name)
+            yield name, f"{name} would depend on itself" + (f", through {one_line(others)}" if others else "")
+        return
+    depths: dict[str, int] = {}
+    for name in order:
+        depths[name] = 1 + max((depths[need] for need in needs.get(name, ())), default=0)
+        if depths[name] > CHAIN:
+            yield name, f"no more than {CHAIN} may depend on each other in a row"
+
+
+def dependency_faults(gates: Gates, resources: Sequence[ResourceSettings]) -> Iterator[tuple[int, NodePath, str]]:
+    """What is wrong with what resources depend on: at which one, where in its settings, and why."""
+    groups = gates.in_groups(by_tag(resources))
+    known, clean = {*groups, *(settings.name for settings in resources)}, True
+    for index, settings in enumerate(resources):
+        for number, name in enumerate(settings.depends_on):
+            again = name in settings.depends_on[:number] and f"{name} stands here twice"
+            if fault := again or (name not in known and unknown_name(name, known)):
+                clean = False
+                yield index, ("depends_on", number), fault
+    tangled = dict(knots(groups | {settings.name: settings.depends_on for settings in resources})) if clean else {}
+    for index, settings in enumerate(resources) if tangled else ():
+        if settings.name in tangled and settings.depends_on:
+            yield index, ("depends_on",), tangled[settings.name]
+
+
+def usable_parents(gates: Gates, resources: Sequence[ResourceSettings]) -> dict[str, tuple[str, ...]]:
+    """On what resources depend, by their names. What the console added can make a circle with an inventory that came
+    later: of its resources each stands alone."""
+    parents = {settings.name: settings.depends_on for settings in resources if settings.depends_on}
+    groups = gates.in_groups(by_tag(resources)) if parents else {}
+    while tangled := parents.keys() & dict(knots(groups | parents)):
+        for name in tangled:
+            del parents[name]
+    return parents
+
+
+def gate_faults(gates: Gates, resources: Sequence[ResourceSettings]) -> Iterator[tuple[NodePath, str]]:
+    """What is wrong with groups, routes and what resources depend on, and where."""
+    faults = [*group_faults(gates, resources)]
+    yield from faults
+    for index, place, why in () if faults else dependency_faults(gates, resources):
+        yield ("resources", index, *place), why
+
+
 def gate_lines(gates: Gates, resources: Sequence[ResourceSettings]) -> Iterator[str]:
-    """What the site and each route need, down to the resources; nothing where each resource counts alone."""
+    """What the site and each route need, down to the resources, and what depends on what; nothing where each resource
+    counts alone."""
     members, quorums = gates.members(by_tag(resources)), {group.name: group.healthy for group in gates.groups}
     inside, shown = {name for names in members.values() for name in names}, set[str]()
     counted = (*quorums, *(settings.name for settings in resources if settings.critical))
@@ -1324,6 +1411,8 @@ def gate_lines(gates: Gates, resources: Sequence[ResourceSettings]) -> Iterator[
         yield f"{path} needs {needed}{f' (mode {route.mode})' if route.mode else ''}"
         for name in route.needs or ():
             yield from below(name, 1)
+    for parent, names in inverse({settings.name: settings.depends_on for settings in resources}).items():
+        yield f"behind {parent}: {', '.join(names)}"
 
 
 # === Inventory ===============================================================
@@ -1431,6 +1520,8 @@ class InventoryLoader:
         parts = top if isinstance(top, dict) else {}
         defaults = parts["defaults"] if isinstance(parts.get("defaults"), dict) else {}
         items = parts["resources"] if isinstance(parts.get("resources"), list) else []
+        if "depends_on" in defaults:
+            self.fault(("defaults", "depends_on"), "must stand at each resource, for none depends on itself")
         if file and "resources" not in file.model_fields_set:
             self.fault((), "resources is missing; write `resources: []` to watch nothing")
         missing = dict.fromkeys(("name", "hostname", "username"), "any")     # to look at the defaults alone
@@ -1449,7 +1540,7 @@ class InventoryLoader:
             if (why := jump_fault(resource.name, ways)):
                 self.fault(("resources", index, "proxy_jump"), why)
         gates = Gates(groups=file.groups, routes=file.routes) if file else Gates()
-        for place, why in () if self.faults else group_faults(gates, resources):
+        for place, why in () if self.faults else gate_faults(gates, resources):
             self.fault(place, why)
         if self.faults or not file or not usual:
             raise InventoryError("\n".join(self.faults))
@@ -6330,8 +6421,8 @@ def settle(standing: Standing, verdict: Verdict, settings: ResourceSettings, at:
 # === Aggregate ===============================================================
 # Every poller's standing comes in by set_resource; out go leases in shared memory, which gates of all processes compare
 # with the clock: of the whole site, of each route and of each group. Reports come from any thread; under one lock a
-# changed one goes up the groups it is in, as far as it changes them, and then their leases are written. What opens or
-# closes is announced in `transitions`, which the recorder empties.
+# changed one goes up the groups it is in and down to what depends on it, as far as it changes them, and then the leases
+# of groups are written. What opens or closes is announced in `transitions`, which the recorder empties.
 # Gives: GroupState, HealthAggregator, Lease, Override, SITE
 DEFAULT_TTL = 132.0             # seconds; the lease of a resource with default settings
 OVERRIDE_TTL = 30.0             # seconds for which the gate is opened by hand, unless that is said again
@@ -6444,54 +6535,153 @@ class Group:
 
 
 class GroupTree:
-    """What resources make of the groups and routes that they are in, and those of what is above them."""
+    """What resources make of the groups and routes that they are in, of those above these, and of what depends on them.
+
+    A resource is healthy until its own result ends or the first of those that it depends on does, its parents. One
+    that counts nowhere, or without a result, makes nobody unhealthy; nor does a group by what has none."""
 
     def __init__(self) -> None:
-        self.spans: dict[str, Span] = {}                    # of resources that count
+        self.spans: dict[str, Span] = {}                    # of resources, with what they depend on
+        self.reasons: dict[str, str] = {}                   # of the unhealthy ones, by their own results
+        self.aside: set[str] = set()                        # resources that count for nothing but their children
         self.groups: dict[str, Group] = {SITE: Group()}     # routes, too
         self.members: dict[str, tuple[str, ...]] = {}       # of each but the site, also those that do not count now
+        self.parents: Mapping[str, Sequence[str]] = {}      # of resources that depend on others
         self.changed: set[str] = set()                      # groups whose span is another one
+        self.override: Override | None = None               # what an operator says, and until when that opens
+        self.overridden_until = 0.0
+        self._own: dict[str, Span] = {}                     # of resources, by their own results
         self._above: dict[str, tuple[str, ...]] = {SITE: ()}    # where each is a member; else of the site
+        self._children: dict[str, tuple[str, ...]] = {}           # what depends on each resource and group
 
-    def arrange(self, gates: Gates, tagged: Mapping[str, Sequence[str]], known: Collection[str]) -> None:
+    def arrange(self, gates: Gates, tagged: Mapping[str, Sequence[str]], known: Collection[str],
+                parents: Mapping[str, Sequence[str]]) -> None:
         """Groups and routes from now on. Of routes only those that are `known` to the workers: one that was not there
-        when they began counts for nothing yet, and one that is gone is as what is around it."""
+        when they began counts for nothing yet, and one that is gone is as what is around it. No circle in `parents`."""
         routes = {path: gates.route(path, known).needs for path in known if path.startswith("/")}
-        members = {group.name: tuple(group.all_members(tagged)) for group in gates.groups} | {
-            path: () if needs == () else tuple(dict.fromkeys((*(needs or ()), SITE))) for path, needs in routes.items()}
-        above: dict[str, list[str]] = collections.defaultdict(list, {name: [] for name in (SITE, *routes)})
-        for name, inside in members.items():
-            for member in inside:
-                above[member].append(name)
+        members = {group: tuple(inside) for group, inside in gates.in_groups(tagged).items()}
+        order = [*graphlib.TopologicalSorter({**members, **parents}).static_order()]
+        members |= {path: () if needs == () else tuple(dict.fromkeys((*(needs or ()), SITE)))
+                    for path, needs in routes.items()}
         self.groups = {SITE: Group(), **{group.name: Group(group.healthy, group.warn) for group in gates.groups},
                        **{path: Group() for path in routes}}
-        self.members, self._above = members, {name: tuple(inside) for name, inside in above.items()}
-        for name, span in self.spans.items():
-            self._climb(name, None, span)
+        self._above = {name: () for name in (SITE, *routes)} | inverse(members)
+        self.members, self.parents, self._children, self.spans = members, parents, {}, {}
+        for name in dict.fromkeys((*order, *self._own)):    # each after what it depends on: so each goes up once
+            self._settle(name)
+        self._children = inverse(parents)
         self.changed |= {*self.groups, *known}
 
     def put(self, name: str, span: Span | None) -> None:
-        """None: the resource does not count."""
-        before = self.spans.pop(name, None)
+        """What its own results say of a resource; None: it does not count."""
+        self._own.pop(name, None)
+        self.reasons.pop(name, None)
         if span:
-            self.spans[name] = span
-        self._climb(name, before, span)
+            self._own[name] = span
+        self._settle(name)
+
+    def set_aside(self, name: str, aside: bool) -> None:
+        """Lets a resource count for nothing but its children, or for everything again."""
+        span, reason = self._own.get(name), self.reasons.get(name)
+        self.put(name, None)
+        (self.aside.add if aside else self.aside.discard)(name)
+        self.put(name, None if aside and span == WAITED_FOR else span)
+        if reason is not None:
+            self.reasons[name] = reason
 
     def counted(self, group: str) -> dict[str, Span]:
         """Its members that count now."""
-        names = self.members[group] if group != SITE else [
-            name for name in (*self.groups, *self.spans) if SITE in self._above.get(name, TOP)]
-        spans = ((name, self.groups[name].span if name in self.groups else self.spans.get(name)) for name in names)
+        names = self.members[group] if group != SITE else (*self.groups, *self.spans)
+        spans = ((name, self._span(name)) for name in names if group in self._places(name))
         return {name: span for name, span in spans if span}
 
+    def blocker(self, name: str, now: float) -> str:
+        """The unhealthy resource or group that a resource is behind, the farthest one; empty: there is none."""
+        for parent in self.parents.get(name, ()):
+            span = self._span(parent)
+            if span and span != WAITED_FOR and span[0] <= now:
+                return self.blocker(parent, now) or parent
+        return ""
+
+    def behind(self, name: str) -> int:
+        """How many resources with a result depend on it, or on one that does."""
+        found: set[str] = set()
+        level = {name}
+        while level := {child for each in level for child in self._children.get(each, ())
+                        if child in self.spans} - found:
+            found |= level
+        return len(found)
+
+    def sources(self, name: str) -> set[str]:
+        """The resources on whose results it depends whether this one is behind another."""
+        found, level = set[str](), {*self.parents.get(name, ())}
+        while level:
+            found |= level
+            level = {member for each in level for member in self.members.get(each, ())} - found
+        return found - self.groups.keys()
+
+    def why(self, name: str, now: float) -> str:
+        """What keeps a group from being healthy: of several, the one that takes longest; empty: nothing does."""
+        spans, needed = self.counted(name), self.groups[name].needed
+        bad = [each for each, (until, _) in spans.items() if until <= now]
+        if len(spans) - len(bad) >= needed:
+            return ""
+        good = f"{len(spans) - len(bad)} of {len(spans)} healthy: " if needed < len(spans) else ""
+        behind = {each: blocker for each in bad if (blocker := self.blocker(each, now))}
+        own = [each for each in bad if each not in behind]      # others are told of where these are not
+        told = [each for each in own if each in self.groups or each in self.reasons] if own else bad
+        if not told:
+            return f"{good}no result of {', '.join(each.lstrip('/') for each in own[:5])}"
+        worst = max(told, key=lambda each: spans[each][1])
+        why = (self.why(worst, now) if worst in self.groups else self.reasons[worst] if worst not in behind
+               else f"parent: behind {behind[worst]}")
+        return f"{good}{worst or 'the whole site'}: {why}" + (f" and {len(told) - 1} more" if len(told) > 1 else "")
+
+    def end_of(self, name: str, beats: Collection[float]) -> float:
+        """The end of a lease; without who watches, until `beats`, only what needs nothing is open."""
+        if name not in self.groups:
+            return 0.0      # a group that is gone, and of which a worker still knows
+        if name.startswith("/") and not self.members[name]:
+            return math.inf
+        span, override = self.groups[name].span, self.override_of(name)
+        if override and override.action == "close":
+            return 0.0
+        end = span[0] if span else math.inf
+        return min([max(end, self.overridden_until) if override else end, *beats])
+
+    def override_of(self, name: str) -> Override | None:
+        """What an operator says of it; of groups, and of paths that need nothing, nobody does."""
+        return self.override if not name or (name.startswith("/") and self.members[name]) else None
+
+    def _places(self, name: str) -> tuple[str, ...]:
+        """The groups and routes in which it counts."""
+        return () if name in self.aside else self._above.get(name, TOP)
+
+    def _span(self, name: str) -> Span | None:
+        return self.groups[name].span if name in self.groups else self.spans.get(name)
+
+    def _settle(self, name: str) -> None:
+        """Takes up what its own results and its parents make of a resource."""
+        before, span = self.spans.pop(name, None), self._own.get(name)
+        for parent in self.parents.get(name, ()) if span and span != WAITED_FOR else ():
+            other = self._span(parent)
+            if span and other and other != WAITED_FOR:
+                span = min(span[0], other[0]), max(span[1], other[1])
+        if span:
+            self.spans[name] = span
+        if span != before:
+            self._climb(name, before, span)
+
     def _climb(self, name: str, before: Span | None, after: Span | None) -> None:
-        for above in self._above.get(name, TOP):
+        for above in self._places(name):
             group = self.groups[above]
             was = group.span
             group.exchange(before, after)
             if group.span != was:
                 self.changed.add(above)
                 self._climb(above, was, group.span)
+        for child in self._children.get(name, ()):
+            self._settle(child)
 
 
 class HealthAggregator:
@@ -6513,7 +6703,6 @@ class HealthAggregator:
         self._until = self.lease.until
         self._lock = threading.Lock()               # guards all below and the writing of the leases
         self._owners: dict[str, object] = {}        # of the resources that count: critical and not in maintenance
-        self._reasons: dict[str, str] = {}          # of the unhealthy ones
         self._tree = GroupTree()
         self._arranged: object = None               # what it was arranged by
         self._holds_back = False                    # leases that have changed are written later
@@ -6521,9 +6710,7 @@ class HealthAggregator:
         self._pending: set[str] = set()             # no result yet, since the start
         self._announced = False                     # the registration of the start is over
         self._beats: dict[str, float] = {}          # until when those live who watch
-        self._override: Override | None = None
-        self._overridden_until = 0.0
-        self._put(START, WAITED_FOR)
+        self._tree.put(START, WAITED_FOR)
 
     @contextlib.contextmanager
     def at_once(self) -> Iterator[None]:
@@ -6537,40 +6724,46 @@ class HealthAggregator:
                 self._holds_back = False
                 self._publish()
 
-    def arrange(self, gates: Gates, tagged: Mapping[str, Sequence[str]]) -> None:
-        """Groups and routes from now on, as far as the workers know them; `tagged`: names of resources by tag."""
+    def arrange(self, gates: Gates, tagged: Mapping[str, Sequence[str]],
+                parents: Mapping[str, Sequence[str]] = MappingProxyType({})) -> None:
+        """Groups and routes from now on, as far as the workers know them; `tagged`: names of resources by tag,
+        `parents`: what resources depend on, without a circle."""
         with self._lock:
-            if self._arranged != (gates, tagged):
-                self._arranged = gates, tagged
-                self._tree.arrange(gates, tagged, self.lease.parts)
+            if self._arranged != (gates, tagged, parents):
+                self._arranged = gates, tagged, parents
+                self._tree.arrange(gates, tagged, self.lease.parts, parents)
                 self.lease.take_modes(gates)
                 self._publish()
 
     def overrule(self, override: Override | None, until: float) -> None:
         """What an operator says of the gate holds from now on, until a time of the clock. To be said again and again:
         nothing is open by it for longer than OVERRIDE_TTL without that."""
-        if override or self._override:
+        if override or self._tree.override:
             with self._lock:
-                self._override, self._overridden_until = override, min(until, self._clock() + OVERRIDE_TTL)
-                self._tree.changed |= self._tree.groups.keys()
-                self._publish()
+                self._tree.override, self._tree.overridden_until = override, min(until, self._clock() + OVERRIDE_TTL)
+            self.note_expiry()
 
-    def register(self, name: str, owner: object = None) -> None:
-        """The resource counts. Before the first decision it blocks until its first result, later it does not.
+    def register(self, name: str, owner: object = None, *, critical: bool = True) -> None:
+        """The resource counts, one that is not `critical` for what depends on it alone. Before the first decision a
+        critical one blocks until its first result, later it does not.
 
         Reports of another `owner` are dropped from now on."""
         with self._lock:
             self._owners[name] = owner
-            if START in self._tree.spans:
+            if critical is (name in self._tree.aside):
+                self._tree.set_aside(name, not critical)
+                self._pending.discard(name)
+            if START in self._tree.spans and critical:
                 self._pending.add(name)
                 if name not in self._tree.spans:
-                    self._put(name, WAITED_FOR)
+                    self._tree.put(name, WAITED_FOR)
             self._publish()
 
     def deregister(self, name: str) -> None:
         """The resource does not count any more."""
         with self._lock:
-            self._put(name, None)
+            self._tree.put(name, None)
+            self._tree.aside.discard(name)
             self._pending.discard(name)
             self._owners.pop(name, None)
             self._publish()
@@ -6594,9 +6787,9 @@ class HealthAggregator:
             self._owners.setdefault(name, owner)
             self._pending.discard(name)
             now = self._clock()
-            self._put(name, (now + ttl, -math.inf) if healthy else (0.0, now + opens))
+            self._tree.put(name, (now + ttl, -math.inf) if healthy else (0.0, now + opens))
             if not healthy:
-                self._reasons[name] = reason
+                self._tree.reasons[name] = reason
             self._publish()
 
     def is_healthy(self) -> bool:
@@ -6607,14 +6800,32 @@ class HealthAggregator:
         """Notes that one lives who watches the others: nothing is open for longer than `ttl` without that."""
         with self._lock:
             self._beats[name] = self._clock() + ttl
-            self._tree.changed |= self._tree.groups.keys()
-            self._publish()
+        self.note_expiry()
 
     def note_expiry(self) -> None:
-        """Announces what has closed by a lease that ran out."""
+        """Looks at everything again, and announces what has closed by a lease that ran out."""
         with self._lock:
             self._tree.changed |= self._tree.groups.keys()
             self._publish()
+
+    def blocker(self, name: str) -> str:
+        """The unhealthy resource or group that a resource is behind; empty: there is none."""
+        if name not in self._tree.parents:      # asked for each of 10,000
+            return ""
+        with self._lock:
+            return self._tree.blocker(name, self._clock())
+
+    def behind(self, name: str) -> int:
+        """How many resources with a result depend on a resource or group, or on one that does."""
+        with self._lock:
+            return self._tree.behind(name)
+
+    def sources(self, name: str) -> set[str]:
+        """The resources that count by whose results it is decided whether this one is behind another."""
+        if name not in self._tree.parents:
+            return set()
+        with self._lock:
+            return self._tree.sources(name) & self._owners.keys()
 
     def groups(self, *, site: bool = False) -> list[GroupState]:
         """Groups and routes, as they stand; or the whole site alone."""
@@ -6624,47 +6835,27 @@ class HealthAggregator:
     def _state(self, name: str, group: Group) -> GroupState:
         now = self._clock()
         members = {each: span[0] > now for each, span in self._tree.counted(name).items() if each != SITE}
-        is_open = self._end_of(name) > now
+        is_open = self._tree.end_of(name, self._beats.values()) > now
         why = self._told(name, is_open)
         state = "unhealthy" if not is_open else "degraded" if why else group.state(now)
         mode = (self.lease.part(name) or self.lease).mode
         return GroupState(name, state, min(group.needed, len(members)), members, why, mode)
-
-    def _put(self, name: str, span: Span | None) -> None:
-        self._reasons.pop(name, None)
-        self._tree.put(name, span)
-
-    def _end_of(self, name: str) -> float:
-        """The end of a lease; without who watches, only what needs nothing is open."""
-        if name not in self._tree.groups:
-            return 0.0      # a group that is gone, and of which a worker still knows
-        if name.startswith("/") and not self._tree.members[name]:
-            return math.inf
-        span, override = self._tree.groups[name].span, self._override_of(name)
-        if override and override.action == "close":
-            return 0.0
-        end = span[0] if span else math.inf
-        return min([max(end, self._overridden_until) if override else end, *self._beats.values()])
-
-    def _override_of(self, name: str) -> Override | None:
-        """What an operator says of it; of groups, and of paths that need nothing, nobody does."""
-        return self._override if not name or (name.startswith("/") and self._tree.members[name]) else None
 
     def _publish(self) -> None:
         """Writes the leases that have changed, then tells what has opened or closed; the caller holds the lock."""
         if self._holds_back:
             return
         if START in self._tree.spans and self._announced and not self._pending:
-            self._put(START, None)
+            self._tree.put(START, None)
             self._tree.changed |= self._tree.groups.keys()
         changed, self._tree.changed = sorted(self._tree.changed), set()
-        ends = {name: self._end_of(name) for name in changed}
+        ends = {name: self._tree.end_of(name, self._beats.values()) for name in changed}
         for name, until in ends.items():
             if lease := self.lease.part(name):
                 span = self._tree.groups[name].span if name in self._tree.groups else None
-                override, opens = self._override_of(name), max(span[1], 0.0) if span else 0.0
+                override, opens = self._tree.override_of(name), max(span[1], 0.0) if span else 0.0
                 lease.by_hand.value = 0 if not override else 1 if override.action == "open" else -1
-                lease.opens.value = max(opens, self._overridden_until) if lease.by_hand.value < 0 else opens
+                lease.opens.value = max(opens, self._tree.overridden_until) if lease.by_hand.value < 0 else opens
                 lease.until.value = until
                 if self._copy:      # elsewhere what needs nothing ends with us, too, as it does in our own workers
                     end = min([until, *(self._beats.values() or (self._clock() + DEFAULT_TTL,))])
@@ -6674,29 +6865,22 @@ class HealthAggregator:
             is_open = self._clock() < until
             decided = name in self._tree.groups and START not in self._tree.spans
             if decided and is_open is not self._open.get(name, False):
-                self.transitions.put((time.time(), is_open, self._told(name, is_open), name))
+                count = 0 if is_open else self._tree.behind(name)
+                why = self._told(name, is_open) + (f"; {count} behind it" if count else "")
+                self.transitions.put((time.time(), is_open, why, name))
                 self._open[name] = is_open
 
     def _told(self, name: str, is_open: bool) -> str:
         """Why it is open or closed; nothing where it is open because all is well."""
-        override = self._override_of(name)
+        override = self._tree.override_of(name)
         if override and is_open is (override.action == "open"):
             return override.why
         return "" if is_open else self._why(name)
 
     def _why(self, name: str) -> str:
-        """What keeps a group from being healthy: of several, the one that takes longest."""
-        now, spans, needed = self._clock(), self._tree.counted(name), self._tree.groups[name].needed
-        bad = [each for each, (until, _) in spans.items() if until <= now]
-        if len(spans) - len(bad) >= needed:
-            return f"no sign of life of {', '.join(each for each, until in self._beats.items() if until <= now)}"
-        good = f"{len(spans) - len(bad)} of {len(spans)} healthy: " if needed < len(spans) else ""
-        told = [each for each in bad if each in self._tree.groups or each in self._reasons]
-        if not told:
-            return f"{good}no result of {', '.join(each.lstrip('/') for each in bad[:5])}"
-        worst = max(told, key=lambda each: spans[each][1])
-        why = self._why(worst) if worst in self._tree.groups else self._reasons[worst]
-        return f"{good}{worst or 'the whole site'}: {why}" + (f" and {len(told) - 1} more" if len(told) > 1 else "")
+        """What keeps a group from being healthy."""
+        dead = ", ".join(each for each, until in self._beats.items() if until <= self._clock())
+        return self._tree.why(name, self._clock()) or f"no sign of life of {dead}"
 
     SetResource = set_resource
     IsHealthy = is_healthy
@@ -6717,7 +6901,7 @@ METRICS = ("cpu_percent", "memory_percent", "swap_percent", "disk_percent", "loa
 READING_MAX = 2 ** 31 - 1       # hundredths, what an INTEGER holds
 POLLS: dict[str, tuple[State, Cause]] = {
     "h": ("healthy", ""), "d": ("degraded", "limit"), "w": ("degraded", "check"),     # all that are good: PARTS
-    **{mark: ("unhealthy", cause) for mark, cause in zip("lcutakrps", get_args(Cause)[1:], strict=True)}}
+    **{mark: ("unhealthy", cause) for mark, cause in zip("lcutakrpsbo", get_args(Cause)[1:], strict=True)}}
 POLL_MARKS = {meaning: mark for mark, meaning in POLLS.items()}
 SPANS = {"hour": (3600, 10), "day": (86_400, 300), "week": (604_800, 1800), "month": (2_592_000, 7200)}
 # seconds that a chart shows, and of a point: 360 points at most
@@ -6753,7 +6937,8 @@ def highest_readings(metrics: Mapping[str, float]) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class Report:
-    """What a poller tells the recorder after a poll; times are Unix times, `seconds` the duration of the poll."""
+    """What a poller tells the recorder after a poll; times are Unix times, `seconds` the duration of the poll. `before`
+    is the standing that was told last, or `standing` itself where nothing is to be told."""
 
     target: Target
     before: Standing
@@ -6765,6 +6950,8 @@ class Report:
     host_key: str | None = None
     waits: float = 0.0              # seconds until the next login
     kept: bool = False              # it came over what was open
+    blocker: str = ""               # the unhealthy resource or group that it is behind
+    behind: int = 0                 # how many are behind it, while it is unhealthy
 
     @property
     def transition(self) -> str:
@@ -6773,14 +6960,16 @@ class Report:
         if (before.state, before.cause) == (after.state, after.cause):
             return ""
         lasted = f" after {self.at - before.since_at:.0f} s" if before.since_at else ""
-        return f"{before.state} -> {after.state}{f' ({after.why})' if after.why else ''}{lasted}"
+        why = after.why + (f"; {self.behind} behind it" if self.behind else "")
+        return f"{before.state} -> {after.state}{f' ({why})' if why else ''}{lasted}"
 
     @functools.cached_property
     def sample_row(self) -> dict[str, Any]:
         """The row of SAMPLES."""
         found = highest_readings(self.sample.metrics if self.sample else {})
         found |= {"seconds": self.seconds} if self.seconds else {}
-        after, verdict, counts = self.standing, self.verdict, self.target.settings.ttl + self.waits
+        verdict, counts = self.verdict, self.target.settings.ttl + self.waits
+        after = Standing("unhealthy", "parent") if self.blocker else self.standing
         return {"resource_id": self.target.id, "at": self.at, "reason": verdict.reason, "counts": int(counts),
                 "poll": POLL_MARKS[verdict.state, verdict.cause], "standing": POLL_MARKS[after.state, after.cause],
                 **{metric: min(round(found[metric] * 100), READING_MAX) if metric in found else None
@@ -6951,376 +7140,294 @@ def chart(session: Session, resource_id: int, metric: str, span: str, now: float
     return [Point(int(at), float(average) / 100, lowest / 100, highest / 100) for at, average, lowest, highest in rows]
 
 
-# === Poll ====================================================================
-# Rows of resources come in, reports go out: to the aggregator at once, to the database through the recorder. A
-# thread for each resource polls it, one (the recorder) writes, one (the monitor) makes pollers follow the rows,
-# replaces dead ones and sees leases and maintenance end. Names in `_mono` are monotonic times, in `_at` Unix times.
-# Gives: boot_number, Recorder, PollContext, poll_once, Monitor, stored_override, Trouble
-FIRST_POLLS = 50.0              # first polls per second
-JITTER = 0.1                    # part of the interval by which polls are spread
-FLUSH_INTERVAL = 1.0            # seconds for which the recorder gathers what it writes
-PENDING_ROWS = 100_000          # rows that wait for a database that cannot be written; older ones are lost
-QUARTER_GRACE = 5.0             # seconds for the last reports of a quarter to be written
-TIDY_AT_ONCE = 15               # resources whose averages are made after a flush: 10,000 take less than a quarter
-LOGGED_IN_MARKS = tuple(POLL_MARKS[meaning] for meaning in (
-    ("healthy", ""), ("degraded", "limit"), ("degraded", "check"), ("unhealthy", "limit"), ("unhealthy", "check")))
-REFUSED_MARK = POLL_MARKS["unhealthy", "auth"]
-LAST_SESSIONS = 1.0             # seconds for what is open to hosts to end with the service
-OWN_FILES, HOST_FILES = 100, 2  # that are open: database, console, workers; for a host, whose connection is made anew
-LAST_FLUSH = 1.5                # seconds for the last reports to be written when the service ends
-POLLER_LIFE = 3600.0            # seconds after which the death of a poller is a new one
-FOLLOW_INTERVAL = 50.0          # seconds after which the rows are looked at in any case: they may be changed by hand
-CLOCK_DRIFT = 0.5               # seconds by which a clock may differ from what is written down of it
-CLOCK_STEP = 60.0               # seconds by which a clock that was set differs from one that is only adjusted
-
-# An insert of a table costs half of what one of its class does.
-INSERT_STATUS = sqlite.insert(Base.metadata.tables["status"])
-UPSERT_STATUS = INSERT_STATUS.on_conflict_do_update(set_={
-    **{column.name: column for column in INSERT_STATUS.excluded},
-    "strip": func.substr(Status.strip + INSERT_STATUS.excluded["strip"], -STRIP)})
-INSERT_SAMPLE = sqlite.insert(SAMPLES).on_conflict_do_nothing()
-
-
-class Trouble:
-    """Tells of a step that fails again and again: once in COMPLAINT_INTERVAL, and when that is over."""
-
-    def __init__(self, what: str) -> None:
-        self._what, self._count, self._is_told, self._told_mono = what, 0, False, -math.inf
-
-    @contextlib.contextmanager
-    def caught(self) -> Iterator[None]:
-        """Around a thread's outermost step: the next one is taken whatever happens."""
-        try:
-            yield
-        except BaseException as error:  # noqa: BLE001  # a thread that nobody joins would end in silence
-            self._count += 1
-            if time.monotonic() - self._told_mono >= COMPLAINT_INTERVAL:
-                self._is_told, self._told_mono = True, time.monotonic()
-                why = getattr(error, "orig", None) or f"{type(error).__name__}: {error}"
-                log.error("%s: %s", self._what, one_line(str(why)))
-        else:
-            if self._is_told:
-                log.info("%s: that is over, after %d failures", self._what, self._count)
-            self._count, self._is_told = 0, False
-
-
-def first_polls(left: Sequence[float], settings: Sequence[ResourceSettings]) -> list[float]:
-    """Seconds until the first poll of each, of whose lease so many are `left`, 0 where nothing is known: the shortest
-    one first, and so fast that each is polled while it lasts, but by no more than twice the usual pace."""
-    order = sorted(range(len(left)), key=left.__getitem__)
-    due = max((rank / max(1.0, left[number] - settings[number].timeout)
-               for rank, number in enumerate(order) if left[number] > 0), default=0.0)
-    pace = max(FIRST_POLLS, min(due, 2 * sum(1 / one.interval for one in settings)))
-    return [rank / pace for _, rank in sorted((number, rank) for rank, number in enumerate(order))]
-
-
-class Recorder(threading.Thread):
-    """The one writer of what polls found: gathers reports for FLUSH_INTERVAL, writes them in one transaction."""
-
-    def __init__(self, store: Store, aggregator: HealthAggregator, retention: Retention | None = None) -> None:
-        super().__init__(name="recorder", daemon=True)
-        self._store, self._aggregator, self._retention = store, aggregator, retention or Retention()
-        self._reports: queue.SimpleQueue[Report] = queue.SimpleQueue()
-        self._ending = threading.Event()
-        self._trouble = Trouble("the recorder stopped and goes on")
-        self._unwritten = Trouble("the database cannot be written")
-        self._unsummed = Trouble("history cannot be summed up")
-        self._rolled = 0                        # Unix time until which averages are made or in the making
-        self._untidy: list[int] = []            # ids of resources whose averages are to be made
-        self._flushing = threading.RLock()      # guards all below, which is not written yet, and the order of writing
-        self._latest: dict[int, Report] = {}    # by the resource's id
-        self._samples: collections.deque[dict[str, Any]] = collections.deque(maxlen=PENDING_ROWS)
-        self._events: collections.deque[dict[str, Any]] = collections.deque(maxlen=PENDING_ROWS)
-        self._keys: dict[int, str] = {}         # host keys trusted on first use
-        self._changed_at = {SITE: time.time()}      # when it, a group or a route last opened or closed
-        self.note("gate", "closed (the service starts)", self._changed_at[SITE])
-
-    def put(self, report: Report) -> None:
-        """Takes a report; transitions are logged at once, in the caller's thread."""
-        if report.transition:
-            log.log(logging.INFO if report.standing.healthy else logging.WARNING, "%s: %s", report.target.name,
-                    report.transition)
-        _ = report.status, report.sample_row    # made here, one at a time: a hundred in flush would hold up requests
-        self._reports.put(report)
-
-    def run(self) -> None:
-        while not self._ending.wait(FLUSH_INTERVAL):
-            with self._trouble.caught():
-                self._aggregator.beat("recorder")
-                if self.flush():        # or what is kept would come too late for its average
-                    self.tidy(time.time())
-        self.flush()
-
-    def flush(self) -> bool:
-        """Writes what was gathered; what cannot be written is kept. Says whether all is written."""
-        with self._flushing, self._unwritten.caught():
-            self._gather()
-            if self._latest or self._events:
-                with self._store.writing() as session:
-                    self._write(session)
-                for written in (self._latest, self._samples, self._events, self._keys):
-                    written.clear()
-            return True
-        return False
-
-    def tidy(self, now: float) -> bool:
-        """Makes averages of the quarters that are over and drops what is too old, for a few resources at a time, since
-        it takes a millisecond each; says whether there is more to do."""
-        end = int((now - QUARTER_GRACE) // QUARTER) * QUARTER
-        if not self._untidy and end == self._rolled:
-            return False
-        with self._unsummed.caught():
-            if not self._untidy:
-                with self._store.writing() as session:
-                    prune_events(session, self._retention, now)
-                    every = sqlalchemy.select(Resource.id).execution_options(removed=True)
-                    self._untidy, self._rolled = list(session.scalars(every)), end
-            for _ in range(min(TIDY_AT_ONCE, len(self._untidy))):
-                resource_id = self._untidy.pop()
-                with self._store.writing() as session:
-                    roll_up(session, resource_id, self._rolled)
-                    prune(session, resource_id, self._retention, now)
-        return bool(self._untidy)
-
-    def note(self, kind: str, text: str, at: float, resource: str = "") -> None:
-        """Adds an event to what is written next."""
-        with self._flushing:
-            self._events.append({"kind": kind, "text": text, "at": at, "resource": resource})
-
-    def _gather(self) -> None:
-        transitions = self._aggregator.transitions
-        for at, is_open, why, name in (transitions.get() for _ in range(transitions.qsize())):
-            since, mode = self._changed_at.get(name), (self._aggregator.lease.part(name) or self._aggregator.lease).mode
-            text = (f"{f'{name}: ' if name else ''}{'closed' if is_open else 'open'} -> "
-                    f"{'open' if is_open else 'closed'}{f' ({why})' if why else ''}"
-                    f"{f' after {at - since:.0f} s' if since else ''}"
-                    f"{'' if is_open or mode == 'enforce' else '; observe: nothing is refused'}")
-            log.warning("%s: %s", "group" if name else "gate", text)
-            self.note("group" if name else "gate", text, at)
-            self._changed_at[name] = at
-        for report in (self._reports.get() for _ in range(self._reports.qsize())):
-            resource_id = report.target.id
-            self._latest[resource_id] = report
-            self._samples.append(report.sample_row)
-            if report.host_key:
-                self._keys[resource_id] = report.host_key
-            if report.transition:
-                self.note("state", report.transition, report.at, report.target.name)
-
-    def _write(self, session: Session) -> None:
-        """Within the caller's transaction; nothing of resources that were removed."""
-        alive = set(session.scalars(sqlalchemy.select(Resource.id).where(Resource.id.in_(list(self._latest)))))
-        samples = [row for row in self._samples if row["resource_id"] in alive]
-        strips: dict[int, str] = collections.defaultdict(str)
-        for row in samples:
-            strips[row["resource_id"]] += row["poll"]
-        statuses = [report.status | {"strip": strips[number][-STRIP:]}
-                    for number, report in self._latest.items() if number in alive]
-        for statement, rows in ((UPSERT_STATUS, statuses), (INSERT_SAMPLE, samples)):
-            if rows:
-                session.execute(statement, rows)
-        for event in self._events:
-            record_event(session, **event)
-        for resource_id, key in self._keys.items():
-            session.execute(sqlalchemy.update(Resource).values(host_key=key)
-                            .where(Resource.id == resource_id, Resource.host_key.is_(None)))
-
-    def close(self) -> None:
-        """Writes the rest and ends the thread."""
-        self._ending.set()
-        if self.is_alive():
-            self.join(LAST_FLUSH)   # not for ever: another program may hold the database
-        else:
-            self.flush()
+# === Uplink ==================================================================
+# Whether it is this machine that is cut off. In come what polls found and, once one found no answer, what the addresses
+# of service.uplink say, asked in a thread of its own; out goes a Cut, by which the pollers report for a while what was
+# healthy before it. All times in `_mono` are of lease_clock.
+# Gives: NO_ANSWER, Outage, Uplink
+NO_ANSWER = ("unreachable", "timeout")      # causes that a cut can have
+UPLINK_TIMEOUT = 3.0            # seconds for an uplink to answer
+UPLINK_INTERVAL = 5.0           # seconds between two questions
+UPLINK_FRESH = 15.0             # seconds for which the answer to one counts
+UPLINK_DOUBT = 30.0             # seconds of silence for which nobody is told of what does not answer
+URGED_MAX = 200                 # machines that are polled at once, to see whether they answer
 
 
 @dataclass(frozen=True)
-class PollContext:
-    """What all pollers share."""
+class Outage:
+    """Since when a resource does not answer, and whether it was healthy until then."""
 
-    aggregator: HealthAggregator
-    recorder: Recorder
-    access: ConnectionContext
-    random: random.Random
+    since_mono: float = math.inf
+    was_healthy: bool = False
 
-
-def poll_once(target: Target, connection: Connection, previous: Sample | None) -> tuple[Verdict, Sample | None]:
-    """One poll of one resource: its verdict, and what was read."""
-    try:
-        if target.fault:
-            raise ProbeError(*target.fault)
-        sample = collect(target.settings, connection, previous)
-    except ProbeError as error:
-        why, way = str(error), ", ".join(target.settings.hops)
-        if way and error.cause in ("unreachable", "timeout") and "bastion " not in why:
-            why += f" (through bastion {way})"
-        return Verdict("unhealthy", error.cause, why), None
-    except Exception:   # a thread's outermost step: whatever a host makes a library raise must not end its watch
-        log.exception("%s: the poll failed in an unforeseen way", target.name)
-        return Verdict("unhealthy", "protocol", "the poll failed in an unforeseen way; see the log"), None
-    return evaluate(sample, target.settings), sample
+    def after(self, before: Standing, verdict: Verdict) -> Outage:
+        """The same after one more result; `before`: the standing until then."""
+        if verdict.cause == "stale":
+            return self
+        if verdict.cause not in NO_ANSWER:
+            return Outage()
+        return self if self.since_mono < math.inf else Outage(lease_clock(), before.healthy and not before.bad)
 
 
-class Poller(threading.Thread):
-    """Polls one resource at its own interval; a thread that waits, connects and reports."""
+class Cut(NamedTuple):
+    """This machine is cut off. Of what did not answer before `calm_mono` nothing is held: an uplink answered then, or
+    an earlier cut was over."""
 
-    def __init__(self, target: Target, context: PollContext, guard: LoginGuard, delay: float) -> None:
-        super().__init__(name=f"poll {target.name}", daemon=True)
-        self.counted: bool | None = None    # as the aggregator was told by the monitor
-        self.target, self._context, self._guard = target, context, guard
-        self._connection = CONNECTIONS[target.settings.platform](target, guard, context.access)
-        context.access.watched[target.name] = self._connection
-        self._previous: Sample | None = None
-        self._due_mono = time.monotonic() + delay
-        self.expires_mono = lease_clock() + delay + target.settings.ttl     # without a report until then it is stale
-        self.lease_mono = 0.0       # until when what was known before it counts
-        self._begun_mono, self._died, self.deaths = lease_clock(), "", 0    # of what; in a row, with those before it
-        self._woken = threading.Event()
-        self._asked: queue.SimpleQueue[concurrent.futures.Future[Report]] = queue.SimpleQueue()     # see poll_now
-        self._stopped = False
-        self._lock = threading.Lock()       # guards standing and the order of reports: the monitor sets stale
-        self.standing = Standing()
+    begun_mono: float
+    begun_at: float         # Unix time
+    ends_mono: float        # of the hold
+    calm_mono: float
+    text: str
 
-    def run(self) -> None:
-        try:
-            self._poll_until_stopped()
-        except BaseException as error:  # noqa: BLE001  # the monitor tells of it, once, and starts another
-            self._died = one_line(f"{type(error).__name__} {error}")
-        finally:
-            self._connection.close()
 
-    def put_off(self, delay: float) -> None:
-        """Lets the first poll wait; before the thread is started."""
-        self._due_mono += delay
-        if self.standing.state == "unknown":
-            self.expires_mono += delay
+class Uplink:
+    """Finds out whether this machine is cut off: no uplink answers, nor do more than half of the machines."""
 
-    def bury(self) -> float:
-        """Tells that it died; where that happens again and again, once. Seconds until another one is to poll."""
-        self.deaths = 1 if lease_clock() - self._begun_mono > POLLER_LIFE else self.deaths + 1
-        if self.deaths == 1:
-            log.error("%s: its poller died (%s); starting another", self.target.name, self._died)
-        return self.target.settings.interval if self.deaths > 1 else 0.0
+    def __init__(self, addresses: Sequence[str] = (), hold: float = 0.0, resolver: Resolver | None = None) -> None:
+        self._addresses, self._hold, self._resolver = addresses, hold, resolver or Resolver()
+        self._lock = threading.Lock()               # guards the next seven
+        self.cut: Cut | None = None
+        self._machines: set[str] = set()            # with a result
+        self._failing: set[str] = set()             # those that did not answer the last time
+        self._failed_mono = -math.inf               # the last such result
+        self._asked_mono = -math.inf                # begin of the last question that is over
+        self._silent_mono = math.inf                # since when no uplink answers
+        self._calm_mono = lease_clock()             # see Cut
+        self._woken, self._is_ending = threading.Event(), False
+        self._urge: Callable[[Iterable[str]], None] = lambda names: None
+        self._changed: Callable[[], None] = lambda: None
+        self._note: Callable[[str, str, float], None] = lambda kind, text, at: None
+        self._thread = threading.Thread(target=self._run, name="uplink", daemon=True)
 
-    def _poll_until_stopped(self) -> None:
-        while True:
-            self._woken.wait(max(0.0, self._due_mono - time.monotonic()))
-            self._woken.clear()     # before the look at _stopped, so that a stop in between is not lost
-            if self._stopped:
-                self._drop_asked()
-                return
-            asked = [self._asked.get() for _ in range(self._asked.qsize())]
-            if asked and not self._connection.keeper.lives:
-                self._guard.ask(self.target.name)
-            begun_mono = time.monotonic()
-            pause, report = self._poll()
-            self._due_mono = begun_mono + pause
-            for answer in asked:
-                answer.set_result(report)
+    def begin(self, urge: Callable[[Iterable[str]], None], changed: Callable[[], None],
+              note: Callable[[str, str, float], None]) -> None:
+        """Starts, where there is an uplink. `urge` has machines polled, `changed` is called when another standing
+        counts, `note` with an event."""
+        self._urge, self._changed, self._note = urge, changed, note
+        if self._addresses:
+            self._thread.start()
 
-    def poll_now(self) -> concurrent.futures.Future[Report]:
-        """Polls at once, as far as no account can be locked by it; gives the report of that poll, or is cancelled."""
-        answer: concurrent.futures.Future[Report] = concurrent.futures.Future()
-        self._asked.put(answer)
+    def close(self) -> None:
+        """Ends the thread."""
+        self._is_ending = True
         self._woken.set()
-        if self._stopped:       # the thread may have looked for the last time
-            self._drop_asked()
-        return answer
+        if self._thread.is_alive():
+            self._thread.join(UPLINK_TIMEOUT)
 
-    def _drop_asked(self) -> None:
-        with contextlib.suppress(queue.Empty):
-            while True:
-                self._asked.get_nowait().cancel()
-
-    def stop(self) -> None:
-        """Ends the thread after the poll that runs; its report is dropped when the resource is deregistered."""
-        self._stopped = True
-        self._woken.set()
-
-    def take(self, sample: Sample) -> bool:
-        """A report of a resource that is not asked; whether it counts."""
-        self._report(evaluate(sample, self.target.settings), 0.0, sample)
-        return not self._stopped
-
-    def report_again(self) -> None:
-        """Tells the aggregator the standing once more, for the rest of its time."""
-        with self._lock:
-            if self.standing.state != "unknown":
-                self._context.aggregator.set_resource(self.target.name, self.standing.healthy, self.standing.why,
-                                                    ttl=self.expires_mono - lease_clock(), owner=self)
-
-    def expire(self) -> None:
-        """Makes the resource unhealthy, cause `stale`, when there was no result in time."""
-        if lease_clock() < self.expires_mono:   # asked twice a second; _report looks again under the lock
+    def take(self, name: str, verdict: Verdict) -> None:
+        """What the last poll of a machine found, before its standing is reported."""
+        failed = verdict.cause in NO_ANSWER
+        if not self._addresses or verdict.cause == "stale":
             return
-        name, ttl = self.target.name, self.target.settings.ttl
-        waits = self._guard.wait(name) > 0
-        if not (waits and self.standing.cause == "auth"):
-            why = f"; {self._guard.why(name)}" if waits else ""
-            self._report(Verdict("unhealthy", "stale", f"no result for {ttl:.0f} s{why}"), 0.0)
-            self._woken.set()   # it may be due since long: what waits stood still with a suspended machine
-
-    def _poll(self) -> tuple[float, Report]:
-        """One poll and its report; returns the seconds from its start to the next, too."""
-        settings, begun_mono = self.target.settings, time.monotonic()
-        sample, host_key, wait = None, self.target.host_key, self._guard.wait(settings.name)
-        retry = min(settings.interval, settings.retry_interval)
-        if wait > 0 and not self._connection.keeper.lives:
-            verdict = Verdict("unhealthy", "auth", self._guard.why(settings.name))
-        else:
-            verdict, sample = poll_once(self.target, self._connection, self._previous)
-        if sample and self._connection.keeper.session:     # a poll over it is no login: for the next start
-            age = time.monotonic() - self._connection.keeper.opened_mono
-            sample = replace(sample, details={**sample.details, "session_seconds": round(age, 1)})
-        self._previous = sample or self._previous
-        self.target = replace(self.target, host_key=self._connection.host_key)
-        seconds = time.monotonic() - begun_mono
-        if verdict.reason.startswith(NOT_TRIED) and not (wait > 0 and self.standing.state == "unknown"):
-            # no result: the standing holds, and a sibling's success may free this one sooner
-            report = Report(self.target, self.standing, self.standing, verdict, time.time(), seconds)
-            return min(wait or retry, settings.interval), report
-        learned = None if self.target.host_key == host_key else self.target.host_key
-        report = self._report(verdict, seconds, sample, learned)
-        wait = self._guard.wait(settings.name) if verdict.cause == "auth" else 0.0
-        pause = settings.interval if self.standing.decided else min(settings.interval, max(retry, wait))
-        return pause * self._context.random.uniform(1 - JITTER, 1 + JITTER), report
-
-    def _report(self, verdict: Verdict, seconds: float, sample: Sample | None = None,
-                host_key: str | None = None) -> Report:
-        settings, at, ttl = self.target.settings, time.time(), self.target.settings.ttl
-        retry = min(settings.interval, settings.retry_interval)
         with self._lock:
-            stopped, before = self._stopped, self.standing
-            if verdict.cause == "stale" and lease_clock() < self.expires_mono:
-                return Report(self.target, before, before, verdict, at, seconds)
-            after = self.standing = settle(before, verdict, settings, at)
-            waits = self._guard.wait(settings.name) if verdict.cause == "auth" else 0.0
-            if waits <= AUTH_BACKOFF:       # until the next attempt has an outcome
-                ttl = max(ttl, waits + settings.timeout + 2)
-            self.expires_mono = lease_clock() + ttl + (waits if after.cause == "auth" else 0.0)
-            wait = waits or (retry if after.good else settings.interval)
-            self._context.aggregator.set_resource(
-                settings.name, after.healthy, after.why, ttl=ttl, owner=self,
-                opens=wait + retry * max(0, settings.rise - after.good - 1))
-        kept = sample is not None and self._connection.keeper.reused
-        report = Report(self.target, before, after, verdict, at, seconds, sample, host_key, waits, kept)
-        if not stopped:
-            self._context.recorder.put(report)
+            self._machines.add(name)
+            (self._failing.add if failed else self._failing.discard)(name)
+            self._failed_mono = lease_clock() if failed else self._failed_mono
+            before = self.cut
+            self._judge()
+        if failed or self.cut is not before:
+            self._woken.set()
+
+    def forget(self, name: str) -> None:
+        """It is not watched any more, or in maintenance."""
+        with self._lock:
+            self._machines.discard(name)
+            self._failing.discard(name)
+            self._judge()
+
+    def covers(self, name: str) -> bool:
+        """Whether a machine does not answer because this one is cut off."""
+        return self.cut is not None and name in self._failing
+
+    def held(self, outage: Outage, round_seconds: float) -> float:
+        """Seconds for which what was before an outage counts on; 0: it does not. Only for one that began in the round
+        of polls before the cut or later, and of what was healthy then."""
+        cut = self.cut
+        if cut is None or not outage.was_healthy or not cut.calm_mono < outage.since_mono < math.inf:
+            return 0.0
+        is_of_it = cut.begun_mono - outage.since_mono <= round_seconds
+        return max(0.0, cut.ends_mono - lease_clock()) if is_of_it else 0.0
+
+    @property
+    def is_doubtful(self) -> bool:
+        """Whether it may soon turn out that this machine is cut off."""
+        silent = 0 <= lease_clock() - self._silent_mono < UPLINK_DOUBT
+        return self.cut is None and (silent or self._failed_mono > self._asked_mono) and bool(self._addresses)
+
+    def _judge(self) -> None:
+        """Takes up whether this machine is cut off; the caller holds the lock."""
+        now, count, total = lease_clock(), len(self._failing), len(self._machines)
+        if not count:
+            self._silent_mono = math.inf    # nobody asks any more
+        is_cut = self._silent_mono <= now and total > 1 and 2 * count > total
+        if is_cut and self.cut is None and now - self._asked_mono < UPLINK_FRESH:
+            text = f"cut off: {count} of {total} machines do not answer, nor does an uplink"
+            self.cut = Cut(now, time.time(), now + self._hold, self._calm_mono, text)
+        elif self.cut and (self._silent_mono == math.inf or (not is_cut and now >= self.cut.ends_mono)):
+            self.cut, self._calm_mono = None, now   # not before, or a machine that answers again would close the gate
+
+    def _run(self) -> None:
+        told, holds = self.cut, False
+        while not self._is_ending:
+            self._woken.wait(self._pause(holds=holds))
+            self._woken.clear()
+            try:
+                if self._is_due() and not self._is_ending:
+                    self._ask()
+                before, cut = (told, holds), self.cut
+                holds = cut is not None and lease_clock() < cut.ends_mono
+                if (cut, holds) != before:
+                    self._changed()
+                    self._tell(told, cut)
+                told = cut
+            except Exception:   # a thread's outermost step: the next question is asked whatever came of this one
+                log.exception("what the uplinks say is not known")
+
+    def _is_due(self) -> bool:
+        return self._has_question() and lease_clock() >= self._asked_mono + UPLINK_INTERVAL
+
+    def _has_question(self) -> bool:
+        return self.cut is not None or bool(self._failing and (
+            self._failed_mono > self._asked_mono or self._silent_mono < math.inf))
+
+    def _pause(self, *, holds: bool) -> float | None:
+        """Seconds until there is something to do; None: until a machine does not answer."""
+        now, cut = lease_clock(), self.cut
+        ends = [self._asked_mono + UPLINK_INTERVAL] if self._has_question() else []
+        ends += [cut.ends_mono] if cut and holds else []
+        return max(0.0, min(ends) - now) if ends else None
+
+    def _ask(self) -> None:
+        """Asks the uplinks, all at once; when they fall silent, whether the machines do so, too, and when one is heard
+        again, whether they are."""
+        begun_mono = lease_clock()
+        with concurrent.futures.ThreadPoolExecutor(len(self._addresses)) as pool:
+            answered = any(pool.map(self._answers, self._addresses))
+        with self._lock:
+            was_calm, was_cut, self._asked_mono = self._silent_mono == math.inf, self.cut, begun_mono
+            self._silent_mono = math.inf if answered else min(self._silent_mono, begun_mono)
+            self._calm_mono = lease_clock() if answered else self._calm_mono
+            self._judge()
+            urged = self._failing.copy() if answered else self._machines - self._failing
+        if len(urged) <= URGED_MAX and (was_cut if answered else was_calm):
+            self._urge(urged)
+
+    def _answers(self, address: str) -> bool:
+        """Whether an uplink does; who refuses is there, too."""
+        host, _, port = address.rpartition(":")
+        try:
+            connect_tcp(self._resolver, host.strip("[]"), int(port), Deadline(UPLINK_TIMEOUT)).close()
+        except ProbeError as error:
+            return isinstance(error.__cause__, ConnectionRefusedError)
+        return True
+
+    def _tell(self, told: Cut | None, cut: Cut | None) -> None:
+        now = time.time()
+        texts = [(f"not cut off any more after {now - told.begun_at:.0f} s", now)] if told and told is not cut else []
+        if cut and cut is not told:
+            hold = f"; what was healthy counts on for {self._hold:g} s" if self._hold else ""
+            texts.append((cut.text + hold, cut.begun_at))
+        for text, at in texts:
+            log.warning("%s", text)
+            self._note("service", text, at)
+
+
+# === Blame ===================================================================
+# What is told of resources that depend on others, or are cut off: of what is behind an unhealthy one, that one alone is
+# told, and a change for which something else may be to blame waits until that has turned out. In come the reports of a
+# poller, out go the same with what was told last; in pollers' threads and the monitor's, under the poller's lock.
+# Gives: Doubt, News
+class Doubt:
+    """Whether the state of a resource may soon be another one; those that depend on it urge its poll when they fail."""
+
+    def __init__(self) -> None:
+        self.woken = threading.Event()      # ends the wait of the poller
+        self.decided = False                # the last result agrees with the state; before the first one nobody knows
+        self._urged_mono, self._polled_mono = -math.inf, 0.0    # and when the last poll that is over began
+
+    @property
+    def is_urged(self) -> bool:
+        """Whether somebody waits for a poll that begins now or later."""
+        return self._urged_mono >= self._polled_mono
+
+    def urge(self) -> None:
+        """Has the resource polled soon. For any thread."""
+        was_urged, self._urged_mono = self.is_urged, time.monotonic()
+        if not was_urged:
+            self.woken.set()
+
+    def answer(self, begun_mono: float) -> None:
+        """Notes that a poll is over."""
+        self._polled_mono = begun_mono
+
+
+class News:
+    """What is told of one resource: each change once, and none for which another one is to blame."""
+
+    def __init__(self, name: str, aggregator: HealthAggregator, doubts: dict[str, Doubt], uplink: Uplink) -> None:
+        self._name, self._aggregator, self._doubts, self._uplink = name, aggregator, doubts, uplink
+        self.doubt = doubts[name] = Doubt()
+        self.told = Standing()              # the last one that was told
+        self.waits: Report | None = None    # until it is known whether others are to blame
+        self._is_restored = False           # what was told was told before the start
+
+    def restore(self, standing: Standing) -> None:
+        """Goes on from a standing of before the start."""
+        self.told, self._is_restored, self.doubt.decided = standing, True, standing.decided
+
+    def go_on_from(self, before: News) -> None:
+        """Goes on from what the poller before told."""
+        self.told, self._is_restored, self.doubt.decided = before.told, before._is_restored, before.doubt.decided
+
+    def weigh(self, report: Report) -> Report:
+        """The report with the standing that was told last, where there is something to tell: not while the resource is
+        behind another or may turn out to be, nor before its own results agree again."""
+        after = report.standing
+        if after.bad == 1 and not self._aggregator.blocker(self._name):
+            for doubt in self._before():
+                doubt.urge()
+        self.doubt.decided = after.decided
+        is_doubtful = self._is_doubtful(report.verdict)     # first: such a doubt is over once the other has fallen
+        blocker = self._aggregator.blocker(self._name)
+        behind = 0 if after.healthy else self._aggregator.behind(self._name)
+        report = replace(report, blocker=blocker, behind=behind)
+        if blocker and self._is_restored and not self.told.healthy:
+            self.told = replace(self.told, state="healthy", cause="")   # what was told then was that of the other one
+        changed, self._is_restored, self.waits = replace(report, before=self.told), False, None
+        if blocker or not after.decided or self._uplink.covers(self._name):
+            return report
+        if is_doubtful and changed.transition:
+            self.waits = changed
+            return report
+        self.told = after
+        return changed
+
+    def late(self) -> Report | None:
+        """The report of a change that waited, once nobody else is to blame for it."""
+        report = self.waits
+        if report is None or self._is_doubtful(report.verdict):
+            return None
+        self.waits = None
+        if self._aggregator.blocker(self._name) or self._uplink.covers(self._name):
+            return None
+        self.told = report.standing
         return report
 
+    def _before(self) -> Iterator[Doubt]:
+        """Those of the resources on which it depends."""
+        return (self._doubts[name] for name in self._aggregator.sources(self._name) if name in self._doubts)
 
-def spread(pollers: Sequence[Poller]) -> None:
-    """Puts off the first polls of those that are not started yet."""
-    left = [max(0.0, poller.lease_mono - lease_clock()) for poller in pollers]
-    for poller, delay in zip(pollers, first_polls(left, [one.target.settings for one in pollers]), strict=True):
-        poller.put_off(delay)
+    def _is_doubtful(self, verdict: Verdict) -> bool:
+        """Whether it may turn out that the resource is behind an unhealthy one, or cut off."""
+        is_cut_off = verdict.cause in NO_ANSWER and self._uplink.is_doubtful
+        return is_cut_off or any(doubt.is_urged or not doubt.decided for doubt in self._before())
 
 
-def start_new(pollers: Iterable[Poller]) -> None:
-    """Starts those that are not started yet."""
-    for poller in pollers:
-        if poller.ident is None:
-            poller.start()
+# === Override ================================================================
+# What an operator says of the gate, whatever the resources say: a row, which outlives the service, in terms of clocks
+# that do not. In the monitor's thread, which has the aggregator hear it again and again; shown by any.
+# Gives: boot_number, CLOCK_DRIFT, OverrideKeeper, stored_override
+CLOCK_DRIFT = 0.5               # seconds by which a clock may differ from what is written down of it
 
 
 def boot_number() -> int:
@@ -7329,34 +7436,6 @@ def boot_number() -> int:
         return int(Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").replace("-", "")[:15], 16)
     except (OSError, ValueError):
         return 0
-
-
-def follows(poller: Poller, target: Target) -> bool:
-    """Whether it polls what the row says; a host key that it has learned may not be written yet."""
-    return poller.target in (target, replace(target, host_key=target.host_key or poller.target.host_key))
-
-
-def restore_logins(guard: LoginGuard, target: Target, stored: Status, age: float) -> None:
-    """Tells the guard what the last polls say of the credential."""
-    before, settings = stored.strip.rstrip(REFUSED_MARK), target.settings
-    try:
-        since = float(json.loads(stored.sample)["details"].get("session_seconds", 0.0))
-    except (ValueError, LookupError, TypeError, AttributeError):    # a refused one has none
-        since = settings.interval + (2 * (settings.relogin or math.inf) if settings.keeps else 0.0)
-    if before.endswith(LOGGED_IN_MARKS):    # of the refusals after it only the last one's time is known
-        guard.accept(target.name, age + since)
-    if stored.strip != before and not stored.reason.startswith(NOT_TRIED):
-        guard.refuse(target.name, age, len(stored.strip) - len(before))
-
-
-def require_files(before: Mapping[str, Target], targets: Mapping[str, Target]) -> None:
-    """Where there are more hosts than before, says so if not as many files may be open as are needed."""
-    known, hosts = (sum(target.settings.platform is not Platform.SIMULATED for target in watched.values())
-                    for watched in (before, targets))
-    wanted = OWN_FILES + HOST_FILES * hosts
-    if hosts > known and (allowed := allow_files(wanted)) < wanted:
-        log.warning("%.0f files may be open, which is too few for %d hosts: set LimitNOFILE (ulimit -n) to %d",
-                    allowed, hosts, wanted)
 
 
 def stored_override(session: Session) -> Override | None:
@@ -7420,6 +7499,495 @@ class OverrideKeeper:
         self._stored = None
 
 
+# === Poll ====================================================================
+# Rows of resources come in, reports go out: to the aggregator at once, to the database through the recorder. A
+# thread for each resource polls it, one (the recorder) writes, one (the monitor) makes pollers follow the rows,
+# replaces dead ones and sees leases and maintenance end. Names in `_mono` are monotonic times, in `_at` Unix times.
+# Gives: Recorder, PollContext, poll_once, Monitor, Trouble
+FIRST_POLLS = 50.0              # first polls per second
+JITTER = 0.1                    # part of the interval by which polls are spread
+FLUSH_INTERVAL = 1.0            # seconds for which the recorder gathers what it writes
+PENDING_ROWS = 100_000          # rows that wait for a database that cannot be written; older ones are lost
+QUARTER_GRACE = 5.0             # seconds for the last reports of a quarter to be written
+TIDY_AT_ONCE = 15               # resources whose averages are made after a flush: 10,000 take less than a quarter
+LOGGED_IN_MARKS = tuple(POLL_MARKS[meaning] for meaning in (
+    ("healthy", ""), ("degraded", "limit"), ("degraded", "check"), ("unhealthy", "limit"), ("unhealthy", "check")))
+REFUSED_MARK = POLL_MARKS["unhealthy", "auth"]
+LAST_SESSIONS = 1.0             # seconds for what is open to hosts to end with the service
+OWN_FILES, HOST_FILES = 100, 2  # that are open: database, console, workers; for a host, whose connection is made anew
+LAST_FLUSH = 1.5                # seconds for the last reports to be written when the service ends
+POLLER_LIFE = 3600.0            # seconds after which the death of a poller is a new one
+FOLLOW_INTERVAL = 50.0          # seconds after which the rows are looked at in any case: they may be changed by hand
+CLOCK_STEP = 60.0               # seconds by which a clock that was set differs from one that is only adjusted
+
+# An insert of a table costs half of what one of its class does.
+INSERT_STATUS = sqlite.insert(Base.metadata.tables["status"])
+UPSERT_STATUS = INSERT_STATUS.on_conflict_do_update(set_={
+    **{column.name: column for column in INSERT_STATUS.excluded},
+    "strip": func.substr(Status.strip + INSERT_STATUS.excluded["strip"], -STRIP)})
+INSERT_SAMPLE = sqlite.insert(SAMPLES).on_conflict_do_nothing()
+
+
+class Trouble:
+    """Tells of a step that fails again and again: once in COMPLAINT_INTERVAL, and when that is over."""
+
+    def __init__(self, what: str) -> None:
+        self._what, self._count, self._is_told, self._told_mono = what, 0, False, -math.inf
+
+    @contextlib.contextmanager
+    def caught(self) -> Iterator[None]:
+        """Around a thread's outermost step: the next one is taken whatever happens."""
+        try:
+            yield
+        except BaseException as error:  # noqa: BLE001  # a thread that nobody joins would end in silence
+            self._count += 1
+            if time.monotonic() - self._told_mono >= COMPLAINT_INTERVAL:
+                self._is_told, self._told_mono = True, time.monotonic()
+                why = getattr(error, "orig", None) or f"{type(error).__name__}: {error}"
+                log.error("%s: %s", self._what, one_line(str(why)))
+        else:
+            if self._is_told:
+                log.info("%s: that is over, after %d failures", self._what, self._count)
+            self._count, self._is_told = 0, False
+
+
+def first_polls(left: Sequence[float], settings: Sequence[ResourceSettings]) -> list[float]:
+    """Seconds until the first poll of each, of whose lease so many are `left`, 0 where nothing is known: the shortest
+    one first, and so fast that each is polled while it lasts, but by no more than twice the usual pace."""
+    order = sorted(range(len(left)), key=left.__getitem__)
+    due = max((rank / max(1.0, left[number] - settings[number].timeout)
+               for rank, number in enumerate(order) if left[number] > 0), default=0.0)
+    pace = max(FIRST_POLLS, min(due, 2 * sum(1 / one.interval for one in settings)))
+    return [rank / pace for _, rank in sorted((number, rank) for rank, number in enumerate(order))]
+
+
+class Recorder(threading.Thread):
+    """The one writer of what polls found: gathers reports for FLUSH_INTERVAL, writes them in one transaction."""
+
+    def __init__(self, store: Store, aggregator: HealthAggregator, retention: Retention | None = None) -> None:
+        super().__init__(name="recorder", daemon=True)
+        self._store, self._aggregator, self._retention = store, aggregator, retention or Retention()
+        self._reports: queue.SimpleQueue[Report] = queue.SimpleQueue()
+        self._ending = threading.Event()
+        self._trouble = Trouble("the recorder stopped and goes on")
+        self._unwritten = Trouble("the database cannot be written")
+        self._unsummed = Trouble("history cannot be summed up")
+        self._rolled = 0                        # Unix time until which averages are made or in the making
+        self._untidy: list[int] = []            # ids of resources whose averages are to be made
+        self._flushing = threading.RLock()      # guards all below, which is not written yet, and the order of writing
+        self._latest: dict[int, Report] = {}    # by the resource's id
+        self._samples: collections.deque[dict[str, Any]] = collections.deque(maxlen=PENDING_ROWS)
+        self._events: collections.deque[dict[str, Any]] = collections.deque(maxlen=PENDING_ROWS)
+        self._keys: dict[int, str] = {}         # host keys trusted on first use
+        self._told: queue.SimpleQueue[Report] = queue.SimpleQueue()     # those of transitions
+        self._changed_at = {SITE: time.time()}      # when it, a group or a route last opened or closed
+        self.note("gate", "closed (the service starts)", self._changed_at[SITE])
+
+    def put(self, report: Report) -> None:
+        """Takes a report; transitions are logged at once, in the caller's thread."""
+        if report.transition:
+            self.tell(report)
+        _ = report.status, report.sample_row    # made here, one at a time: a hundred in flush would hold up requests
+        self._reports.put(report)
+
+    def tell(self, report: Report) -> None:
+        """Logs and notes a transition."""
+        log.log(logging.INFO if report.standing.healthy else logging.WARNING, "%s: %s", report.target.name,
+                report.transition)
+        self._told.put(report)
+
+    def changed_at(self, group: str) -> float:
+        """Unix time when a group last opened or closed, or of the start."""
+        return self._changed_at.get(group, self._changed_at[SITE])
+
+    def run(self) -> None:
+        while not self._ending.wait(FLUSH_INTERVAL):
+            with self._trouble.caught():
+                self._aggregator.beat("recorder")
+                if self.flush():        # or what is kept would come too late for its average
+                    self.tidy(time.time())
+        self.flush()
+
+    def flush(self) -> bool:
+        """Writes what was gathered; what cannot be written is kept. Says whether all is written."""
+        with self._flushing, self._unwritten.caught():
+            self._gather()
+            if self._latest or self._events:
+                with self._store.writing() as session:
+                    self._write(session)
+                for written in (self._latest, self._samples, self._events, self._keys):
+                    written.clear()
+            return True
+        return False
+
+    def tidy(self, now: float) -> bool:
+        """Makes averages of the quarters that are over and drops what is too old, for a few resources at a time, since
+        it takes a millisecond each; says whether there is more to do."""
+        end = int((now - QUARTER_GRACE) // QUARTER) * QUARTER
+        if not self._untidy and end == self._rolled:
+            return False
+        with self._unsummed.caught():
+            if not self._untidy:
+                with self._store.writing() as session:
+                    prune_events(session, self._retention, now)
+                    every = sqlalchemy.select(Resource.id).execution_options(removed=True)
+                    self._untidy, self._rolled = list(session.scalars(every)), end
+            for _ in range(min(TIDY_AT_ONCE, len(self._untidy))):
+                resource_id = self._untidy.pop()
+                with self._store.writing() as session:
+                    roll_up(session, resource_id, self._rolled)
+                    prune(session, resource_id, self._retention, now)
+        return bool(self._untidy)
+
+    def note(self, kind: str, text: str, at: float, resource: str = "") -> None:
+        """Adds an event to what is written next."""
+        with self._flushing:
+            self._events.append({"kind": kind, "text": text, "at": at, "resource": resource})
+
+    def _gather(self) -> None:
+        transitions = self._aggregator.transitions
+        for at, is_open, why, name in (transitions.get() for _ in range(transitions.qsize())):
+            since, mode = self._changed_at.get(name), (self._aggregator.lease.part(name) or self._aggregator.lease).mode
+            text = (f"{f'{name}: ' if name else ''}{'closed' if is_open else 'open'} -> "
+                    f"{'open' if is_open else 'closed'}{f' ({why})' if why else ''}"
+                    f"{f' after {at - since:.0f} s' if since else ''}"
+                    f"{'' if is_open or mode == 'enforce' else '; observe: nothing is refused'}")
+            log.warning("%s: %s", "group" if name else "gate", text)
+            self.note("group" if name else "gate", text, at)
+            self._changed_at[name] = at
+        for report in (self._reports.get() for _ in range(self._reports.qsize())):
+            resource_id = report.target.id
+            self._latest[resource_id] = report
+            self._samples.append(report.sample_row)
+            if report.host_key:
+                self._keys[resource_id] = report.host_key
+        for report in (self._told.get() for _ in range(self._told.qsize())):
+            self.note("state", report.transition, report.at, report.target.name)
+
+    def _write(self, session: Session) -> None:
+        """Within the caller's transaction; nothing of resources that were removed."""
+        alive = set(session.scalars(sqlalchemy.select(Resource.id).where(Resource.id.in_(list(self._latest)))))
+        samples = [row for row in self._samples if row["resource_id"] in alive]
+        strips: dict[int, str] = collections.defaultdict(str)
+        for row in samples:
+            strips[row["resource_id"]] += row["poll"]
+        statuses = [report.status | {"strip": strips[number][-STRIP:]}
+                    for number, report in self._latest.items() if number in alive]
+        for statement, rows in ((UPSERT_STATUS, statuses), (INSERT_SAMPLE, samples)):
+            if rows:
+                session.execute(statement, rows)
+        for event in self._events:
+            record_event(session, **event)
+        for resource_id, key in self._keys.items():
+            session.execute(sqlalchemy.update(Resource).values(host_key=key)
+                            .where(Resource.id == resource_id, Resource.host_key.is_(None)))
+
+    def close(self) -> None:
+        """Writes the rest and ends the thread."""
+        self._ending.set()
+        if self.is_alive():
+            self.join(LAST_FLUSH)   # not for ever: another program may hold the database
+        else:
+            self.flush()
+
+
+@dataclass(frozen=True)
+class PollContext:
+    """What all pollers share."""
+
+    aggregator: HealthAggregator
+    recorder: Recorder
+    access: ConnectionContext
+    random: random.Random
+    uplink: Uplink = dataclass_field(default_factory=Uplink)
+    doubts: dict[str, Doubt] = dataclass_field(default_factory=dict)    # of each resource
+
+    def urge(self, names: Iterable[str]) -> None:
+        """Has these polled soon."""
+        for doubt in filter(None, map(self.doubts.get, names)):
+            doubt.urge()
+
+    def forget(self, name: str) -> None:
+        """What is not watched any more."""
+        self.access.watched.pop(name, None)
+        self.doubts.pop(name, None)
+        self.uplink.forget(name)
+
+
+def poll_once(target: Target, connection: Connection, previous: Sample | None) -> tuple[Verdict, Sample | None]:
+    """One poll of one resource: its verdict, and what was read."""
+    try:
+        if target.fault:
+            raise ProbeError(*target.fault)
+        sample = collect(target.settings, connection, previous)
+    except ProbeError as error:
+        why, way = str(error), ", ".join(target.settings.hops)
+        if way and error.cause in ("unreachable", "timeout") and "bastion " not in why:
+            why += f" (through bastion {way})"
+        return Verdict("unhealthy", error.cause, why), None
+    except Exception:   # a thread's outermost step: whatever a host makes a library raise must not end its watch
+        log.exception("%s: the poll failed in an unforeseen way", target.name)
+        return Verdict("unhealthy", "protocol", "the poll failed in an unforeseen way; see the log"), None
+    return evaluate(sample, target.settings), sample
+
+
+def restore_logins(guard: LoginGuard, target: Target, stored: Status, age: float) -> None:
+    """Tells the guard what the last polls say of the credential."""
+    before, settings = stored.strip.rstrip(REFUSED_MARK), target.settings
+    try:
+        since = float(json.loads(stored.sample)["details"].get("session_seconds", 0.0))
+    except (ValueError, LookupError, TypeError, AttributeError):    # a refused one has none
+        since = settings.interval + (2 * (settings.relogin or math.inf) if settings.keeps else 0.0)
+    if before.endswith(LOGGED_IN_MARKS):    # of the refusals after it only the last one's time is known
+        guard.accept(target.name, age + since)
+    if stored.strip != before and not stored.reason.startswith(NOT_TRIED):
+        guard.refuse(target.name, age, len(stored.strip) - len(before))
+
+
+class Poller(threading.Thread):
+    """Polls one resource at its own interval; a thread that waits, connects and reports."""
+
+    def __init__(self, target: Target, context: PollContext, guard: LoginGuard, delay: float) -> None:
+        super().__init__(name=f"poll {target.name}", daemon=True)
+        self.counted: bool | None = None    # as the aggregator was told by the monitor
+        self.target, self._context, self._guard = target, context, guard
+        self._connection = CONNECTIONS[target.settings.platform](target, guard, context.access)
+        context.access.watched[target.name] = self._connection
+        self._news = News(target.name, context.aggregator, context.doubts, context.uplink)
+        self.doubt = self._news.doubt
+        self._previous: Sample | None = None
+        self._due_mono = time.monotonic() + delay
+        self.expires_mono = lease_clock() + delay + target.settings.ttl     # without a report until then it is stale
+        self.lease_mono = 0.0       # until when what was known before it counts
+        self._begun_mono, self._died, self.deaths = lease_clock(), "", 0    # of what; in a row, with those before it
+        self._asked: queue.SimpleQueue[concurrent.futures.Future[Report]] = queue.SimpleQueue()     # see poll_now
+        self._stopped = False
+        self._polled_mono = -math.inf       # when the last poll began
+        self._lock = threading.Lock()       # guards standing and the order of reports: the monitor sets stale
+        self.standing, self._outage = Standing(), Outage()
+
+    def run(self) -> None:
+        try:
+            self._poll_until_stopped()
+        except BaseException as error:  # noqa: BLE001  # the monitor tells of it, once, and starts another
+            self._died = one_line(f"{type(error).__name__} {error}")
+        finally:
+            self._connection.close()
+
+    def put_off(self, delay: float) -> None:
+        """Lets the first poll wait; before the thread is started."""
+        self._due_mono += delay
+        if self.standing.state == "unknown":
+            self.expires_mono += delay
+
+    def bury(self) -> float:
+        """Tells that it died; where that happens again and again, once. Seconds until another one is to poll."""
+        self.deaths = 1 if lease_clock() - self._begun_mono > POLLER_LIFE else self.deaths + 1
+        if self.deaths == 1:
+            log.error("%s: its poller died (%s); starting another", self.target.name, self._died)
+        return self.target.settings.interval if self.deaths > 1 else 0.0
+
+    def _poll_until_stopped(self) -> None:
+        while True:
+            self.doubt.woken.wait(max(0.0, self._next_mono() - time.monotonic()))
+            self.doubt.woken.clear()     # before the look at _stopped, so that a stop in between is not lost
+            if self._stopped:
+                self._drop_asked()
+                return
+            asked = [self._asked.get() for _ in range(self._asked.qsize())]
+            if self.doubt.is_urged and not asked and time.monotonic() < self._next_mono():
+                continue
+            if asked and not self._connection.keeper.lives:
+                self._guard.ask(self.target.name)
+            begun_mono = self._polled_mono = time.monotonic()
+            pause, report = self._poll()
+            self._due_mono = begun_mono + pause
+            self.doubt.answer(begun_mono)
+            for answer in asked:
+                answer.set_result(report)
+
+    def _next_mono(self) -> float:
+        """When it polls; one that is urged as soon as after a bad result of its own."""
+        soon = self._polled_mono + min(self.target.settings.interval, self.target.settings.retry_interval)
+        return min(self._due_mono, soon) if self.doubt.is_urged else self._due_mono
+
+    def poll_now(self) -> concurrent.futures.Future[Report]:
+        """Polls at once, as far as no account can be locked by it; gives the report of that poll, or is cancelled."""
+        answer: concurrent.futures.Future[Report] = concurrent.futures.Future()
+        self._asked.put(answer)
+        self.doubt.woken.set()
+        if self._stopped:       # the thread may have looked for the last time
+            self._drop_asked()
+        return answer
+
+    def _drop_asked(self) -> None:
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self._asked.get_nowait().cancel()
+
+    def stop(self) -> None:
+        """Ends the thread after the poll that runs; its report is dropped when the resource is deregistered."""
+        self._stopped = True
+        self.doubt.woken.set()
+
+    def take(self, sample: Sample) -> bool:     # of a resource that is not asked; whether it counts
+        self._report(evaluate(sample, self.target.settings), 0.0, sample)
+        return not self._stopped
+
+    def report_again(self) -> None:
+        """Tells the aggregator the standing once more, for the rest of its time."""
+        with self._lock:
+            if self.standing.state != "unknown":
+                self._set_resource(self.expires_mono - lease_clock())
+
+    @property
+    def held(self) -> float:
+        """Seconds for which it counts as healthy though it is not, for this machine is cut off."""
+        settings = self.target.settings
+        seconds = self._context.uplink.held(self._outage, settings.interval + settings.timeout)
+        return 0.0 if self.standing.healthy else seconds
+
+    def _set_resource(self, ttl: float, opens: float = 0.0) -> None:
+        held, standing = self.held, self.standing
+        self._context.aggregator.set_resource(
+            self.target.name, standing.healthy or held > 0, standing.why, ttl=min(ttl, held) if held else ttl,
+            owner=self, opens=opens)
+
+    def _ask_uplink(self, verdict: Verdict) -> None:
+        """Tells what shows whether it is this machine that does not get through."""
+        if self.target.settings.platform not in HOSTLESS and self.counted:
+            self._context.uplink.take(self.target.name, verdict)
+            is_fresh = lease_clock() < self.expires_mono    # or it was not healthy, though nobody has noted that yet
+            self._outage = self._outage.after(self.standing if is_fresh else Standing(), verdict)
+
+    def expire(self) -> None:
+        """Makes the resource unhealthy, cause `stale`, when there was no result in time."""
+        if lease_clock() < self.expires_mono:   # asked twice a second; _report looks again under the lock
+            return
+        name, ttl = self.target.name, self.target.settings.ttl
+        waits = self._guard.wait(name) > 0
+        if not (waits and self.standing.cause == "auth"):
+            why = f"; {self._guard.why(name)}" if waits else ""
+            self._report(Verdict("unhealthy", "stale", f"no result for {ttl:.0f} s{why}"), 0.0)
+            self.doubt.woken.set()   # it may be due since long: what waits stood still with a suspended machine
+
+    def _poll(self) -> tuple[float, Report]:
+        """One poll and its report; returns the seconds from its start to the next, too."""
+        settings, begun_mono = self.target.settings, time.monotonic()
+        sample, host_key, wait = None, self.target.host_key, self._guard.wait(settings.name)
+        retry = min(settings.interval, settings.retry_interval)
+        if wait > 0 and not self._connection.keeper.lives:
+            verdict = Verdict("unhealthy", "auth", self._guard.why(settings.name))
+        else:
+            verdict, sample = poll_once(self.target, self._connection, self._previous)
+        if sample and self._connection.keeper.session:     # a poll over it is no login: for the next start
+            age = time.monotonic() - self._connection.keeper.opened_mono
+            sample = replace(sample, details={**sample.details, "session_seconds": round(age, 1)})
+        self._previous = sample or self._previous
+        self.target = replace(self.target, host_key=self._connection.host_key)
+        seconds = time.monotonic() - begun_mono
+        if verdict.reason.startswith(NOT_TRIED) and not (wait > 0 and self.standing.state == "unknown"):
+            # no result: the standing holds, and a sibling's success may free this one sooner
+            report = Report(self.target, self.standing, self.standing, verdict, time.time(), seconds)
+            return min(wait or retry, settings.interval), report
+        learned = None if self.target.host_key == host_key else self.target.host_key
+        report = self._report(verdict, seconds, sample, learned)
+        wait = self._guard.wait(settings.name) if verdict.cause == "auth" else 0.0
+        pause = settings.interval if self.standing.decided else min(settings.interval, max(retry, wait))
+        return pause * self._context.random.uniform(1 - JITTER, 1 + JITTER), report
+
+    def _report(self, verdict: Verdict, seconds: float, sample: Sample | None = None,
+                host_key: str | None = None) -> Report:
+        settings, at, ttl = self.target.settings, time.time(), self.target.settings.ttl
+        retry = min(settings.interval, settings.retry_interval)
+        with self._lock:
+            stopped, before = self._stopped, self.standing
+            if verdict.cause == "stale" and lease_clock() < self.expires_mono:
+                return Report(self.target, before, before, verdict, at, seconds)
+            self._ask_uplink(verdict)
+            after = self.standing = settle(before, verdict, settings, at)
+            waits = self._guard.wait(settings.name) if verdict.cause == "auth" else 0.0
+            if waits <= AUTH_BACKOFF:       # until the next attempt has an outcome
+                ttl = max(ttl, waits + settings.timeout + 2)
+            self.expires_mono = lease_clock() + ttl + (waits if after.cause == "auth" else 0.0)
+            wait = waits or (retry if after.good else settings.interval)
+            self._set_resource(ttl, opens=wait + retry * max(0, settings.rise - after.good - 1))
+            kept = sample is not None and self._connection.keeper.reused
+            report = Report(self.target, after, after, verdict, at, seconds, sample, host_key, waits, kept)
+            report = self._news.weigh(report)
+        if not stopped:
+            self._context.recorder.put(report)
+        return report
+
+    def tell_late(self) -> None:
+        """Tells of a change that waited, once nobody else is to blame for it; for the monitor."""
+        if self._news.waits:
+            with self._lock:
+                if report := self._news.late():
+                    self._context.recorder.tell(report)
+
+    def restore(self, stored: Status, age: float) -> None:
+        """A stored state counts on when it is of these settings and fresh, a refused login during its back-off."""
+        target = self.target
+        left = target.settings.ttl - age if age >= 0 and stored.settings_digest == target.settings_digest else 0.0
+        if stored.credential_digest == target.credential_digest and 0 <= age < LOCKOUT_WINDOW:
+            restore_logins(self._guard, target, stored, age)
+            if stored.cause == "auth":
+                left = target.settings.ttl
+        if left > 0 and (stored.state, stored.cause) in POLL_MARKS:
+            self.standing = Standing(cast(State, stored.state), cast(Cause, stored.cause), stored.reason,
+                                     stored.since_at, stored.good, stored.bad)
+            self.expires_mono = self.lease_mono = lease_clock() + left
+            self._news.restore(self.standing)
+
+    def go_on_from(self, before: Poller) -> None:
+        """Takes over the standing of the poller before it."""
+        self.standing, self.expires_mono, self._outage = before.standing, before.expires_mono, before._outage
+        self._news.go_on_from(before._news)
+
+
+def spread(pollers: Sequence[Poller]) -> None:
+    """Puts off the first polls of those that are not started yet."""
+    left = [max(0.0, poller.lease_mono - lease_clock()) for poller in pollers]
+    for poller, delay in zip(pollers, first_polls(left, [one.target.settings for one in pollers]), strict=True):
+        poller.put_off(delay)
+
+
+def start_new(pollers: Iterable[Poller]) -> None:
+    """Starts those that are not started yet."""
+    for poller in pollers:
+        if poller.ident is None:
+            poller.start()
+
+
+def follows(poller: Poller, target: Target) -> bool:
+    """Whether it polls what the row says; a host key that it has learned may not be written yet."""
+    return poller.target in (target, replace(target, host_key=target.host_key or poller.target.host_key))
+
+
+def require_files(before: Mapping[str, Target], targets: Mapping[str, Target]) -> None:
+    """Where there are more hosts than before, says so if not as many files may be open as are needed."""
+    known, hosts = (sum(target.settings.platform is not Platform.SIMULATED for target in watched.values())
+                    for watched in (before, targets))
+    wanted = OWN_FILES + HOST_FILES * hosts
+    if hosts > known and (allowed := allow_files(wanted)) < wanted:
+        log.warning("%.0f files may be open, which is too few for %d hosts: set LimitNOFILE (ulimit -n) to %d",
+                    allowed, hosts, wanted)
+
+
+def overruled(name: str, pollers: Mapping[str, Poller], context: PollContext) -> Standing | None:
+    """How a resource stands whatever its own results are: cut off, or behind an unhealthy resource or group."""
+    poller, cut = pollers.get(name), context.uplink.cut
+    if cut and poller and context.uplink.covers(name):
+        state: State = "degraded" if poller.held or poller.standing.healthy else "unhealthy"
+        return Standing(state, "cut_off", "this machine is, for no uplink answers", cut.begun_at)
+    if not (blocker := context.aggregator.blocker(name)):
+        return None
+    parent = pollers.get(blocker)
+    since_at = parent.standing.since_at if parent else context.recorder.changed_at(blocker)
+    return Standing("unhealthy", "parent", f"behind {blocker}", since_at)
+
+
 class Monitor(threading.Thread):
     """Starts, stops and reconciles the pollers; restarts dead ones; sees leases expire, and that a clock was set."""
 
@@ -7429,8 +7997,8 @@ class Monitor(threading.Thread):
         self._store, self._vault, self._context, self._wall = store, vault, context, wall
         self.pollers: dict[str, Poller] = {}
         self.targets: dict[str, Target] = {}    # as the rows were when they were followed
-        self.guards = context.access.guards
-        self.groups, self.override = context.aggregator.groups, OverrideKeeper(store, context.aggregator, wall)
+        self.guards, self.groups, self.uplink = context.access.guards, context.aggregator.groups, context.uplink
+        self.override = OverrideKeeper(store, context.aggregator, wall)
         self._zero_at = wall() - lease_clock()  # the Unix time of lease_clock's 0, by which stored times are read
         self.clock_step = 0.0, ""   # when the clock was set the last time, and how
         # Until when resources do not count, as stored and by lease_clock: a clock that is set ends nothing.
@@ -7449,6 +8017,7 @@ class Monitor(threading.Thread):
         self._reconcile()
         self._take_clock(now_at)
         self._context.aggregator.start()
+        self._context.uplink.begin(self._context.urge, self._report_again, self._context.recorder.note)
         self._context.recorder.start()
         self.start()
 
@@ -7460,6 +8029,7 @@ class Monitor(threading.Thread):
     def close(self) -> None:
         """Ends all threads; polls that still run are left to their deadline."""
         self._ending.set()
+        self._context.uplink.close()
         if self.is_alive():
             self.join(1)    # or it would take stopped pollers for dead ones
         pollers, ends_mono = list(self.pollers.values()), time.monotonic() + LAST_SESSIONS
@@ -7487,6 +8057,14 @@ class Monitor(threading.Thread):
                 self._ending.wait(MONITOR_INTERVAL / 10)
         return report
 
+    def _report_again(self) -> None:
+        for poller in list(self.pollers.values()):
+            poller.report_again()
+
+    def behind(self, name: str) -> Standing | None:
+        """How a resource stands that is cut off or behind an unhealthy one; None for any other. For any thread."""
+        return overruled(name, self.pollers, self._context)
+
     def login_wait(self, name: str) -> float:
         """Seconds until a resource that was refused may log in again; 0 for any other. For any thread."""
         poller = self.pollers.get(name)
@@ -7495,6 +8073,7 @@ class Monitor(threading.Thread):
     def _sweep(self) -> None:
         for poller in list(self.pollers.values()):
             poller.expire()
+            poller.tell_late()
             if not poller.is_alive() and not self._ending.is_set():
                 self._launch(poller.target, poller.bury(), poller)
         self._recount()
@@ -7533,13 +8112,14 @@ class Monitor(threading.Thread):
     def _recount(self) -> None:
         """Takes up that maintenance has begun or is over: the state that is known counts."""
         for name, poller in self.pollers.items():
-            counted = poller.target.settings.critical and self._is_over(name)
+            counted = self._is_over(name)
             if counted is not poller.counted:
                 poller.counted = counted
                 if counted:
-                    self._context.aggregator.register(name, poller)
+                    self._context.aggregator.register(name, poller, critical=poller.target.settings.critical)
                 else:
                     self._context.aggregator.deregister(name)
+                    self._context.uplink.forget(name)
                 poller.report_again()
 
     def _end_maintenance(self) -> None:
@@ -7570,7 +8150,7 @@ class Monitor(threading.Thread):
         gone = {name: self.pollers.pop(name) for name in self.pollers.keys() - targets.keys()}
         for name, poller in gone.items():
             poller.stop()
-            self._context.access.watched.pop(name, None)
+            self._context.forget(name)
         former, fresh = {poller.target.id: poller for poller in gone.values()}, []
         for name, target in targets.items():
             before = self.pollers.get(name) or former.get(target.id)
@@ -7578,8 +8158,9 @@ class Monitor(threading.Thread):
                 self._launch(target, 0.0, before, stored.get(target.id))
                 fresh.append(self.pollers[name])
         spread(fresh)
+        everything = [target.settings for target in targets.values()]
         with self._context.aggregator.at_once():    # what has another name neither opens nor closes in between
-            self._context.aggregator.arrange(gates, by_tag(target.settings for target in targets.values()))
+            self._context.aggregator.arrange(gates, by_tag(everything), usable_parents(gates, everything))
             self._recount()
             for name in gone:
                 self._context.aggregator.deregister(name)
@@ -7597,29 +8178,16 @@ class Monitor(threading.Thread):
         if before and before.target.settings_digest == target.settings_digest:
             key = target.host_key or before.target.host_key     # learned and not written yet
             poller = Poller(replace(target, host_key=key), self._context, self.guards.of(target), delay)
-            poller.standing, poller.expires_mono = before.standing, before.expires_mono
+            poller.go_on_from(before)
         else:
             poller = Poller(target, self._context, self.guards.of(target), delay)
             if stored:
-                self._restore(poller, stored)
+                poller.restore(stored, lease_clock() + self._zero_at - stored.polled_at)
             if before and before.target.name != target.name and poller.standing.state == "unknown":     # renamed
-                poller.standing, poller.expires_mono = before.standing, before.expires_mono
+                poller.go_on_from(before)
         if before:
             poller.lease_mono, poller.deaths = before.expires_mono, before.deaths
         self.pollers[target.name] = poller
-
-    def _restore(self, poller: Poller, stored: Status) -> None:
-        """A stored state counts on when it is of these settings and fresh, a refused login during its back-off."""
-        target, age = poller.target, lease_clock() + self._zero_at - stored.polled_at
-        left = target.settings.ttl - age if age >= 0 and stored.settings_digest == target.settings_digest else 0.0
-        if stored.credential_digest == target.credential_digest and 0 <= age < LOCKOUT_WINDOW:
-            restore_logins(self.guards.of(target), target, stored, age)
-            if stored.cause == "auth":
-                left = target.settings.ttl
-        if left > 0 and (stored.state, stored.cause) in POLL_MARKS:
-            poller.standing = Standing(cast(State, stored.state), cast(Cause, stored.cause), stored.reason,
-                                       stored.since_at, stored.good, stored.bad)
-            poller.expires_mono = poller.lease_mono = lease_clock() + left
 
 
 # === Counters ================================================================
@@ -10006,10 +10574,12 @@ NO_SAMPLE: dict[str, Any] = {"details": {}, "metrics": {}, "services": {}, "chec
 RESOURCES = sqlalchemy.select(Resource, Status).outerjoin(Status, Status.resource_id == Resource.id)
 
 
-def status_of(row: Resource, status: Status | None) -> Status:
-    """The status, an empty one when it is of another configuration: nothing is known of this one yet."""
+def status_of(row: Resource, status: Status | None, behind: Standing | None = None) -> Status:
+    """The status, an empty one when it is of another configuration: nothing is known of this one yet. One that is
+    `behind` another stands like this, whatever its own results are."""
     if status and status.settings_digest == row.settings_digest:
-        return status
+        return Status(**vars(behind), polled_at=status.polled_at, seconds=status.seconds, sample=status.sample
+                      ) if behind else status
     return Status(state="unknown", cause="", reason="", since_at=0.0, polled_at=0.0, seconds=0.0, sample="null")
 
 
@@ -10026,7 +10596,7 @@ def connection_view(context: ConsoleContext, name: str) -> ConnectionView | None
 
 def resource_view(row: Resource, status: Status | None, context: ConsoleContext) -> ResourceView:
     """A resource as the API shows it; of a row that cannot be read as much as there is, and that it is damaged."""
-    known = status_of(row, status)
+    known = status_of(row, status, context.monitor.behind(row.name))
     shown: dict[str, Any] = {
         **{name: getattr(row, name) for name in Resource.COLUMNS}, "origin": row.origin,
         "place": row.place or None,
@@ -10153,12 +10723,18 @@ def apply_settings(context: ConsoleContext, row: Resource, body: Mapping[str, An
     inventory = context.imported
     stored = stated(row, inventory) if row.name else {}
     settings = SettingsReader(inventory, form).read(body, stored)
-    if settings.hops:
+    if settings.hops or settings.depends_on:
         with context.store.reading() as session:
-            ways = {name: target.settings.way for name, target in load_targets(
+            known = {name: target.settings for name, target in load_targets(
                 session, context.vault, context.monitor.targets).items()}
-        if why := jump_fault(settings.name, ways | {settings.name: settings.hops}):
+            gates = Gates.model_validate_json(remembered(session, "gates").text or "{}")
+        ways = {name: each.way for name, each in known.items()}
+        if settings.hops and (why := jump_fault(settings.name, ways | {settings.name: settings.hops})):
             raise field_errors({"proxy_jump": why})
+        others = [each for name, each in known.items() if name != settings.name]
+        faults = dependency_faults(gates, [*others, settings])
+        if why := next((why for index, _, why in faults if index == len(others)), None):
+            raise field_errors({"depends_on": why})
     try:
         return update_row(row, settings, context.vault)
     except (SecretError, InventoryError) as error:
@@ -10860,14 +11436,14 @@ RESOURCE_METRICS: Mapping[str, tuple[str, ...]] = {
 }
 
 
-def resource_metrics(row: Any, now: float) -> Iterator[tuple[str, tuple[str, ...], float]]:
-    """All of one resource, a row of METRIC_ROWS: keys of RESOURCE_METRICS, with values of the labels. What was not
-    read is left out and never 0; a host may send words where a number belongs."""
+def resource_metrics(row: Any, standing: Any, now: float) -> Iterator[tuple[str, tuple[str, ...], float]]:
+    """All of one resource, a row of METRIC_ROWS, and how it stands: keys of RESOURCE_METRICS, with values of the
+    labels. What was not read is left out and never 0; a host may send words where a number belongs."""
     for state in get_args(State):
-        yield "state", (state,), state == (row.state or "unknown")
+        yield "state", (state,), state == (standing.state or "unknown")
     yield "maintenance", (), row.maintenance > now
-    if row.cause:
-        yield "cause", (row.cause,), 1.0
+    if standing.cause:
+        yield "cause", (standing.cause,), 1.0
     if row.polled_at:
         yield "poll_duration_seconds", (), row.seconds
         yield "last_poll_timestamp_seconds", (), row.polled_at
@@ -10904,9 +11480,9 @@ class Metrics:
     the rows that the recorder writes. That part serves for METRICS_AGE seconds: scrapes cannot load the machine."""
 
     def __init__(self, serving: ServingMetrics, store: Store, token_file: Path | None,
-                 connections: ConnectionContext, groups: Callable[[], Iterable[GroupState]] = list) -> None:
+                 connections: ConnectionContext, monitor: Monitor | None = None) -> None:
         self._serving, self._store, self._token_file, self._connections = serving, store, token_file, connections
-        self._groups = groups
+        self._monitor = monitor
         self._complaint = ""        # the last one about the token file
         self._lock = threading.Lock()       # guards these two, so that who asks meanwhile waits for the same text
         self._made, self._text = -math.inf, b""
@@ -10946,20 +11522,21 @@ class Metrics:
         with self._store.reading() as session:
             rows = session.execute(METRIC_ROWS).all()
         total = gauge("resources", "Resources by state.", None, "state")
-        states = collections.Counter(row.state or "unknown" for row in rows)
+        standings = [(row.state and self._monitor and self._monitor.behind(row.name)) or row for row in rows]
+        states = collections.Counter(standing.state or "unknown" for standing in standings)
         for state in get_args(State):
             total.add_metric([state], states[state])
         yield total
         families = {name: gauge(f"resource_{name}", text, None, "resource", *labels)
                     for name, (text, *labels) in RESOURCE_METRICS.items()}
         now = time.time()
-        for row in rows:
-            for name, labels, value in resource_metrics(row, now):
+        for row, standing in zip(rows, standings, strict=True):
+            for name, labels, value in resource_metrics(row, standing, now):
                 families[name].add_metric((row.name, *labels), value)
         yield from families.values()
         group_healthy = gauge("group_healthy", "1 while a group or a route is healthy.", None, "group")
         good = gauge("group_healthy_members", "Members of a group or a route that are healthy.", None, "group")
-        for group in self._groups():
+        for group in self._monitor.groups() if self._monitor else ():
             group_healthy.add_metric([group.name], group.state != "unhealthy")
             good.add_metric([group.name], sum(group.members.values()))
         counters = self._serving.counters
@@ -10968,6 +11545,8 @@ class Metrics:
         for path, cell in counters.routes.items():
             passed.add_metric([path], cells[cell])
         yield from (group_healthy, good, passed)
+        is_cut = bool(self._monitor and self._monitor.uplink.cut)
+        yield gauge("cut_off", "1 while no uplink answers, nor do more than half of the machines.", float(is_cut))
         yield from self._connection_metrics()
 
     def _connection_metrics(self) -> Iterator[Metric]:
@@ -11231,6 +11810,9 @@ TEMPLATES = {"layout.html": """{% macro table(label, heads, class="") %}
 {% endfor %}
 {% endcall %}
 {% endif %}
+{% if cut %}
+<p class="notice">Since {{ cut.begun_at|local_time }} {{ cut.text }}.</p>
+{% endif %}
 {% if now - clock_step[0] < 86400 %}
 <p class="notice">At {{ clock_step[0]|local_time }} {{ clock_step[1] }}: times before and after do not fit together.</p>
 {% endif %}
@@ -11335,6 +11917,7 @@ for <b>{{ (now - shown.status.since_at)|duration_text }}</b>, since <time>{{ sho
 Last poll {{ (now - shown.status.polled_at)|duration_text }} ago, in {{ "%.2f s"|format(shown.status.seconds) }}.
 {% endif %}
 Polled every {{ shown.row.interval|duration_text }}.
+{% if shown.settings.depends_on %}Depends on {{ shown.settings.depends_on|join(", ") }}.{% endif %}
 {% if connection %}{{ connection.logins }} login{{ "s" if connection.logins != 1 }} in 24 h{% if connection.opened %};
 connected since {{ connection.opened.timestamp()|local_time }}{{ ", and so was the last poll" if connection.kept }}
 {%- endif %}.
@@ -11872,9 +12455,9 @@ def stored_mapping(text: str, empty: Mapping[str, Any]) -> dict[str, Any] | None
 class ResourceRow:
     """A resource as a person reads it; texts are empty where there is nothing to say."""
 
-    def __init__(self, row: Resource, status: Status | None, now: float) -> None:
+    def __init__(self, row: Resource, status: Status | None, context: ConsoleContext, now: float) -> None:
         self.row, self.name, self.href = row, row.name, resource_path(row.name)
-        self.status = known = status_of(row, status)
+        self.status = known = status_of(row, status, context.monitor.behind(row.name))
         settings = stored_mapping(row.settings, NO_SETTINGS)    # unchecked: 1,000 of them would take too long
         self.settings = settings or NO_SETTINGS
         self.reason = DAMAGED if settings is None else f"{known.cause}: {known.reason}" if known.cause else ""
@@ -11937,7 +12520,7 @@ def overview(**more: Any) -> flask.Response:
     now = context.clock()
     wanted = {name: flask.request.args.get(name, "") for name in ("state", "q", "tag")}
     with context.store.reading() as session:
-        everything = [ResourceRow(row, status, now) for row, status in session.execute(RESOURCES)]
+        everything = [ResourceRow(row, status, context, now) for row, status in session.execute(RESOURCES)]
         is_open, last = context.is_healthy, next(iter(events(session, kind="gate", limit=1)), None)
     groups = list_groups(current_principal())
     through = {name for group in groups for name in group.members}      # these count for the site through a group
@@ -11945,7 +12528,7 @@ def overview(**more: Any) -> flask.Response:
         *((group.name, "", group.why) for group in groups
           if group.state == "unhealthy" and group.name not in through and not group.name.startswith("/")),
         *((resource.name, resource.href, resource.reason)
-          for resource in sorted(everything, key=lambda resource: resource.status.since_at)
+          for resource in sorted(everything, key=lambda each: (each.status.cause == "parent", each.status.since_at))
           if resource.settings["critical"] and resource.name not in through
           and resource.shown_state in ("unhealthy", "unknown"))]
     found = [resource for resource in everything if resource.matches(wanted["q"], wanted["tag"])]
@@ -11958,7 +12541,7 @@ def overview(**more: Any) -> flask.Response:
     return render_page("overview", title=title + ("open" if is_open else "closed"), is_open=is_open, last=last,
                        blockers=blockers, groups=groups, rows=rows, state_links=links, filter=wanted,
                        tags=sorted({tag for resource in everything for tag in resource.settings["tags"]}),
-                       clock_step=context.monitor.clock_step, empty=not everything,
+                       clock_step=context.monitor.clock_step, cut=context.monitor.uplink.cut, empty=not everything,
                        refresh="" if flask.request.method == "GET" else PREFIX, **more)
 
 
@@ -12022,7 +12605,7 @@ def resource_page(name: str, **more: Any) -> flask.Response:
     span = span if span in SPANS else "hour"
     with context.store.reading() as session:
         row = find_resource(session, name)
-        resource = ResourceRow(row, session.get(Status, row.id), now)
+        resource = ResourceRow(row, session.get(Status, row.id), context, now)
         more |= {"charts": charts(session, resource, span, now), "availability": availability(session, row.id, now),
                  "polls": samples(session, row.id, now), "events": events(session, resource=name, limit=20)}
     sample = resource.sample or NO_SAMPLE
@@ -12633,17 +13216,17 @@ def watch(installation: Installation, store: Store, console: Sequence[socket.soc
         aggregator = HealthAggregator(supervisor.lease, copy=file.put if file else None)
         vault = prepare(installation, store)
         recorder = Recorder(store, aggregator, service.retention)
-        monitor = Monitor(store, vault, PollContext(aggregator, recorder, access, random.Random()))
+        uplink = Uplink(service.uplink, service.hold, access.resolver)
+        monitor = Monitor(store, vault, PollContext(aggregator, recorder, access, random.Random(), uplink))
         stack.enter_context(contextlib.closing(monitor)).begin()
         if console:
             context = ConsoleContext(store, inventory, aggregator.lease, vault, monitor, access,
                                      counters=supervisor.counters)
             serving = ServingMetrics(aggregator.lease, supervisor.counters)
-            metrics = Metrics(serving, store, service.metrics_token_file, access, monitor.groups)
+            metrics = Metrics(serving, store, service.metrics_token_file, access, monitor)
             server = ConsoleServer(build_console(context, metrics), console)
             stack.enter_context(contextlib.closing(server)).start()
-        reloads = threading.Thread(target=follow_hangups, args=(installation, store, hangups), name="reloads",
-                                   daemon=True)
+        reloads = threading.Thread(None, follow_hangups, "reloads", (installation, store, hangups), daemon=True)
         reloads.start()
         stack.callback(reloads.join, RELOAD_END)        # after this, for they come the other way round
         stack.callback(hangups.put, False)
@@ -13130,6 +13713,21 @@ def add_gate_command(commands: Any) -> None:
     command.set_defaults(run=gate)
 
 
+def add_resource_commands(commands: Any) -> None:
+    command = commands.add_parser("check", help="validate the inventory and say what a start would change")
+    command.add_argument("--probe", nargs="*", metavar="NAME",
+                         help="also poll every resource, or those named, once and print a table")
+    command.set_defaults(run=check)
+    command = commands.add_parser("endpoint", help="print what a host needs that shall answer polls and nothing else")
+    command.add_argument("name", metavar="NAME")
+    command.set_defaults(run=endpoint)
+    command = commands.add_parser("trust", help="accept the changed host key of a resource")
+    command.add_argument("name", metavar="NAME")
+    command.add_argument("--key", metavar="SHA256:...", help="accept this key only, without a question")
+    command.add_argument("--yes", action="store_true", help="accept whatever key it shows, without a question")
+    command.set_defaults(run=trust)
+
+
 def command_line() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="healthchecker.py", description=(
         "A web application answers only while the machines it depends on are healthy. Without a command: serve."))
@@ -13142,22 +13740,11 @@ def command_line() -> argparse.ArgumentParser:
         "serve (or check) there, whatever service.listen says"))
     parser.set_defaults(run=serve)
     commands = parser.add_subparsers(metavar="COMMAND")
-    command = commands.add_parser("check", help="validate the inventory and say what a start would change")
-    command.add_argument("--probe", nargs="*", metavar="NAME",
-                         help="also poll every resource, or those named, once and print a table")
-    command.set_defaults(run=check)
+    add_resource_commands(commands)
     for run, what in ((seal, "replace plain passwords in the inventory by sealed ones"),
                       (middleware, "print the gate for other servers, which reads service.lease_file"),
                       (reload, "have a running service take an edited inventory over")):
         commands.add_parser(run.__name__, help=what).set_defaults(run=run)
-    command = commands.add_parser("endpoint", help="print what a host needs that shall answer polls and nothing else")
-    command.add_argument("name", metavar="NAME")
-    command.set_defaults(run=endpoint)
-    command = commands.add_parser("trust", help="accept the changed host key of a resource")
-    command.add_argument("name", metavar="NAME")
-    command.add_argument("--key", metavar="SHA256:...", help="accept this key only, without a question")
-    command.add_argument("--yes", action="store_true", help="accept whatever key it shows, without a question")
-    command.set_defaults(run=trust)
     for run, what in ((backup, "write database, keys and inventory into one archive, also while the service runs"),
                       (restore, "bring them back, where there are none")):
         command = commands.add_parser(run.__name__, help=what)

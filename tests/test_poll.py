@@ -48,6 +48,7 @@ from healthchecker import (
     Status,
     Store,
     Target,
+    Uplink,
     Vault,
     import_inventory,
     load_inventory,
@@ -165,10 +166,11 @@ class House:
             import_inventory(session, load_inventory(path), self.vault)
 
     @contextlib.contextmanager
-    def watching(self, wall: Callable[[], float] = time.time) -> Iterator[House]:
+    def watching(self, wall: Callable[[], float] = time.time, uplink: Uplink | None = None) -> Iterator[House]:
         self.aggregator = HealthAggregator()
         access = ConnectionContext(KnownHosts(self.folder / "known_hosts"), Resolver())
-        watch = PollContext(self.aggregator, Recorder(self.store, self.aggregator), access, random.Random(1))
+        recorder = Recorder(self.store, self.aggregator)
+        watch = PollContext(self.aggregator, recorder, access, random.Random(1), uplink or Uplink())
         self.monitor = Monitor(self.store, self.vault, watch, wall)
         self.monitor.begin()
         try:
@@ -1406,3 +1408,136 @@ def test_simulated_starts_healthy_and_repeats_with_a_seed(house: House, monkeypa
     differences = [sum(run[one] != run[other] for run in runs) for one, other in ((0, 1), (2, 3), (0, 2))]
     assert differences[:2] == [0, 0]
     assert differences[2] > 10, "another seed, other flips"
+
+
+# --- what depends on others ---
+def events(house: House) -> list[tuple[str, str]]:
+    """Of states, oldest first; those without a name are of the gate."""
+    house.monitor._context.recorder.flush()
+    with house.store.reading() as session:
+        rows = session.scalars(sqlalchemy.select(healthchecker.Event).order_by(healthchecker.Event.id))
+        return [(row.resource, row.text.partition(" after ")[0]) for row in rows if row.kind == "state"]
+
+
+CHILDREN = [f"h{number}" for number in range(5)]
+
+
+def test_a_parent_that_fails_is_one_event(house: House, machines: Machines) -> None:
+    """The child that fails first has it polled; nobody tells of a child, though each fails on its own, too."""
+    house.write("name: switch, fall: 2, rise: 1", "name: hop, depends_on: [switch], rise: 1",
+                *(f"name: {name}, depends_on: [hop], rise: 1" for name in CHILDREN))  # fmt: skip
+    names = ["switch", "hop", *CHILDREN]
+    with house.watching():
+        wait_for(lambda: all(house.state(name) == ("healthy", "") for name in names))
+        wait_for(lambda: len(events(house)) == len(names))
+        machines.behaviours |= dict.fromkeys(names, unreachable)
+        for name in CHILDREN:
+            house.poller(name).poll_now()
+        wait_for(lambda: all(house.state(name)[0] == "unhealthy" for name in names))
+        wait_for(lambda: len(events(house)) > len(names))
+        assert events(house)[len(names):] == [
+            ("switch", "healthy -> unhealthy (unreachable: connection refused; 6 behind it)")]  # fmt: skip
+        standing = house.monitor.behind("h3")
+        assert standing and (standing.cause, standing.reason) == ("parent", "behind switch")
+        machines.behaviours["switch"] = good
+        house.poller("switch").poll_now()
+        wait_for(lambda: house.state("switch") == ("healthy", ""))
+        assert house.monitor.behind("hop") is None and house.monitor.behind("h3"), "hop's own last result is bad"
+        machines.behaviours |= dict.fromkeys(names[:-1], good)
+        for name in names[1:]:
+            house.poller(name).poll_now().result(60)
+        wait_for(lambda: len(events(house)) == len(names) + 3)
+        told = events(house)[len(names) + 1 :]
+        assert sorted(told) == [("h4", "healthy -> unhealthy (unreachable: connection refused)"),
+                                ("switch", "unhealthy -> healthy")]  # fmt: skip
+
+
+def test_a_child_wakes_its_parent_no_more_often_than_it_may(house: House, machines: Machines) -> None:
+    """However many fail, and again and again: it was polled less than its retry_interval ago."""
+    house.write("name: parent, retry_interval: 60", *(f"name: {name}, depends_on: [parent]" for name in CHILDREN))
+    with house.watching():
+        wait_for(lambda: all(house.state(name) == ("healthy", "") for name in ("parent", *CHILDREN)))
+        for behaviour in (unreachable, good, unreachable):
+            machines.behaviours |= dict.fromkeys(CHILDREN, behaviour)
+            for answer in [house.poller(name).poll_now() for name in CHILDREN]:
+                answer.result(60)
+        wait_for(lambda: all(house.state(name) == ("unhealthy", "unreachable") for name in CHILDREN))
+        assert house.poller("parent").doubt.is_urged
+        assert len(machines.moments("parent")) == 1
+        house.poller("parent").poll_now()
+        wait_for(lambda: len(events(house)) == 1 + 2 * len(CHILDREN))
+        assert not house.poller("parent").doubt.is_urged
+        assert len(machines.moments("parent")) == 2
+
+
+def test_a_woken_parent_keeps_its_guard(house: House, machines: Machines) -> None:
+    """A refused password is not tried again because others fail; meanwhile these are behind it."""
+    house.write("name: parent, fall: 1", "name: child, depends_on: [parent]")
+    machines.behaviours["parent"] = machines.login("parent", refused)
+    with house.watching():
+        wait_for(lambda: house.state("parent") == ("unhealthy", "auth") and house.state("child") == ("healthy", ""))
+        assert house.monitor.behind("child")
+        parent = house.poller("parent").doubt
+        parent.urge()
+        wait_for(lambda: not parent.is_urged)
+        assert machines.logins == ["parent"]
+
+
+def test_a_change_waits_until_the_parent_has_answered(house: House, machines: Machines) -> None:
+    """And is told as soon as it is not to blame: not with the next poll, a minute later."""
+    house.write("name: parent, timeout: 60", "name: child, depends_on: [parent], fall: 1")
+    with house.watching():
+        wait_for(lambda: house.state("parent") == house.state("child") == ("healthy", ""))
+        wait_for(lambda: len(events(house)) == 2)
+        machines.behaviours |= {"parent": machines.hang, "child": unreachable}
+        house.poller("child").poll_now()
+        wait_for(lambda: len(machines.moments("parent")) == 2)
+        assert house.state("child") == ("unhealthy", "unreachable")
+        assert not house.aggregator.is_healthy(), "the gate does not wait"
+        assert len(events(house)) == 2
+        machines.behaviours["parent"] = good
+        machines.ended.set()
+        wait_for(lambda: len(events(house)) == 3, 30)
+        assert events(house)[-1] == ("child", "healthy -> unhealthy (unreachable: connection refused)")
+
+
+def test_a_parent_in_maintenance_makes_nobody_unhealthy(house: House, machines: Machines) -> None:
+    house.write("name: parent, fall: 1, critical: false", "name: child, depends_on: [parent]")
+    machines.behaviours["parent"] = unreachable
+    with house.watching():
+        wait_for(lambda: house.monitor.behind("child") is not None)
+        assert not house.aggregator.is_healthy()
+        house.elsewhere(f"UPDATE resource SET maintenance = {time.time() + 3600} WHERE name = 'parent'")
+        wait_for(house.aggregator.is_healthy)
+        assert house.monitor.behind("child") is None
+        house.elsewhere("UPDATE resource SET maintenance = 0 WHERE name = 'parent'")
+        wait_for(lambda: not house.aggregator.is_healthy())
+
+
+def test_a_restart_while_a_parent_is_down(house: House, machines: Machines) -> None:
+    """What was known of both counts on, and nobody tells later of children that were never told of."""
+    house.write("name: parent, fall: 1, rise: 1", "name: child, depends_on: [parent], rise: 1")
+    machines.behaviours |= dict.fromkeys(("parent", "child"), unreachable)
+    with house.watching():
+        wait_for(lambda: house.stored("parent") == house.stored("child") == ("unhealthy", "unreachable"))
+        count = len(events(house))
+    with house.watching():
+        wait_for(lambda: len(machines.polls) >= 4)
+        assert house.monitor.behind("child")
+        machines.behaviours.clear()
+        for name in ("parent", "child"):
+            house.poller(name).poll_now()
+        wait_for(house.aggregator.is_healthy)
+        wait_for(lambda: len(events(house)) > count)
+        assert events(house)[count:] == [("parent", "unhealthy -> healthy")]
+
+
+def test_a_parent_that_goes_stale(house: House, machines: Machines) -> None:
+    """No result of it in time is as bad as a bad one."""
+    house.write("name: parent, interval: 1, timeout: 1, critical: false", "name: child, depends_on: [parent]")
+    with house.watching():
+        wait_for(lambda: house.state("parent") == house.state("child") == ("healthy", ""))
+        wait_for(house.aggregator.is_healthy)
+        machines.behaviours["parent"] = machines.hang
+        wait_for(lambda: house.state("parent") == ("unhealthy", "stale"), 30)
+        assert house.monitor.behind("child") and not house.aggregator.is_healthy()

@@ -1,0 +1,352 @@
+"""Uplink: is it this machine that is cut off? Real sockets that answer or fall silent, and machines that do not."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sqlalchemy
+from conftest import wait_for
+from console import console
+from service import write_inventory
+from test_poll import House, Machines, good, house, machines, refused, unreachable, vault
+
+import healthchecker
+from healthchecker import InventoryError, Outage, Standing, Uplink, Verdict, lease_clock, load_inventory
+
+__all__ = ["house", "machines", "vault"]  # fixtures
+LINUX = pytest.mark.skipif(sys.platform != "linux", reason="a full queue refuses nobody on Linux alone")
+NAMES = ["m0", "m1", "m2"]
+
+
+# --- what the inventory may say ---
+@pytest.mark.parametrize(("lines", "words"), [
+    ("  uplink: [gateway.example.com]", "5:12: service.uplink[0]: must be address:port or [address]:port"),
+    ("  uplink: [gateway.example.com:70000]", "5:12: service.uplink[0]: the port must be at most 65535"),
+    ("  uplink: gateway.example.com:22", "5:11: service.uplink: must be a list"),
+    ("  hold: 30", "2:3: service: hold needs uplink: what answers unless this machine is cut off"),
+    ("  uplink: ['[2001:db8::1]:22']\n  hold: 3601", "6:9: service.hold: must be less than or equal to 3600"),
+])  # fmt: skip
+def test_fault(tmp_path: Path, lines: str, words: str) -> None:
+    with pytest.raises(InventoryError) as caught:
+        load_inventory(write_inventory(tmp_path, service=lines))
+    assert str(caught.value).partition(":")[2] == words
+
+
+# --- gateways ---
+class Gateway:
+    """Listens; with a queue that is full it is silent, as if it were not there."""
+
+    def __init__(self) -> None:
+        self.sock = socket.create_server(("127.0.0.1", 0))
+        self.address = f"127.0.0.1:{self.sock.getsockname()[1]}"
+        self._waiting: list[socket.socket] = []
+
+    def fall_silent(self) -> None:
+        self.answer()
+        self.sock.listen(0)
+        for _ in range(8):
+            waiting = socket.socket()
+            waiting.setblocking(False)
+            waiting.connect_ex(self.sock.getsockname())
+            self._waiting.append(waiting)
+
+    def answer(self) -> None:
+        while self._waiting:
+            self._waiting.pop().close()
+        self.sock.listen(128)
+        self.sock.setblocking(False)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                self.sock.accept()[0].close()
+
+    def close(self) -> None:
+        self.answer()
+        self.sock.close()
+
+
+@pytest.fixture
+def gateway() -> Iterator[Gateway]:
+    with contextlib.closing(Gateway()) as made:
+        yield made
+
+
+def texts(house: House, kind: str) -> list[str]:
+    """Events, oldest first."""
+    house.monitor._context.recorder.flush()
+    with house.store.reading() as session:
+        rows = session.scalars(sqlalchemy.select(healthchecker.Event).order_by(healthchecker.Event.id))
+        return [f"{row.resource}: {row.text}".partition(" after ")[0] for row in rows if row.kind == kind]
+
+
+@contextlib.contextmanager
+def healthy(house: House, gateway: Gateway, hold: float, *more: str) -> Iterator[None]:
+    """Three machines are watched, and all is well, also for `more`."""
+    house.write(*(f"name: {name}, retry_interval: 2, rise: 1" for name in NAMES), *more)
+    with house.watching(uplink=Uplink([gateway.address], hold)):
+        wait_for(lambda: all(house.state(name) == ("healthy", "") for name in NAMES))
+        wait_for(house.aggregator.is_healthy)
+        wait_for(lambda: len(texts(house, "state")) == len(NAMES) + len(more))
+        yield
+
+
+def fail(house: House, machines: Machines, *names: str) -> None:
+    """What is polled from now on does not answer; the first one is polled."""
+    machines.behaviours |= dict.fromkeys(names, unreachable)
+    house.poller(names[0]).poll_now().result(60)
+
+
+def recover(house: House, machines: Machines, *names: str) -> None:
+    machines.behaviours |= dict.fromkeys(names, good)
+    for name in names:
+        house.poller(name).poll_now().result(60)
+
+
+def uplink_of(house: House) -> Uplink:
+    return house.monitor.uplink
+
+
+def all_fallen(house: House) -> bool:
+    return all(house.state(name) == ("unhealthy", "unreachable") for name in NAMES)
+
+
+@LINUX
+def test_the_gate_holds_while_this_machine_is_cut_off(house: House, machines: Machines, gateway: Gateway) -> None:
+    """One event for all; and when an uplink answers again, all stands as it is."""
+    with healthy(house, gateway, 3600):
+        gateway.fall_silent()
+        fail(house, machines, *NAMES)
+        wait_for(lambda: uplink_of(house).cut and all_fallen(house))
+        wait_for(house.aggregator.is_healthy)
+        usual = house.poller("m0").target.settings.ttl
+        assert house.aggregator.lease.until.value <= lease_clock() + usual, "whoever dies closes it as soon as ever"
+        standing = house.monitor.behind("m1")
+        assert standing and (standing.state, standing.cause) == ("degraded", "cut_off")
+        begun = ": cut off: {} of 3 machines do not answer, nor does an uplink; what was healthy counts on for 3600 s"
+        wait_for(lambda: texts(house, "service"))
+        assert texts(house, "service")[0] in [begun.format(count) for count in (2, 3)]
+        assert len(texts(house, "state")) == len(NAMES), "nobody tells of a machine"
+        gateway.answer()
+        wait_for(lambda: uplink_of(house).cut is None)
+        wait_for(lambda: not house.aggregator.is_healthy())
+        assert house.monitor.behind("m1") is None
+        recover(house, machines, *NAMES)
+        wait_for(house.aggregator.is_healthy)
+        assert len(texts(house, "state")) == len(NAMES)
+        wait_for(lambda: texts(house, "service")[1:] == [": not cut off any more"])
+
+
+@LINUX
+def test_a_machine_that_answers_again_closes_nothing(house: House, machines: Machines, gateway: Gateway) -> None:
+    """Though fewer than half do not: what is held is held, and after that nobody is cut off any more."""
+    with healthy(house, gateway, 3600):
+        gateway.fall_silent()
+        fail(house, machines, *NAMES)
+        wait_for(lambda: uplink_of(house).cut and all_fallen(house))
+        wait_for(house.aggregator.is_healthy)
+        for name in NAMES[:2]:
+            recover(house, machines, name)
+            assert house.aggregator.is_healthy() and house.poller("m2").held > 0
+        recover(house, machines, "m2")
+        assert house.aggregator.is_healthy()
+        wait_for(lambda: uplink_of(house).cut is None)
+
+
+@LINUX
+def test_a_hold_ends(house: House, machines: Machines, gateway: Gateway) -> None:
+    with healthy(house, gateway, 1):
+        gateway.fall_silent()
+        fail(house, machines, *NAMES)
+        wait_for(lambda: uplink_of(house).cut and all_fallen(house))
+        wait_for(lambda: not house.aggregator.is_healthy())
+        standing = house.monitor.behind("m1")
+        assert standing and (standing.state, standing.cause) == ("unhealthy", "cut_off")
+
+
+@LINUX
+def test_without_a_hold_the_gate_closes(house: House, machines: Machines, gateway: Gateway) -> None:
+    with healthy(house, gateway, 0):
+        gateway.fall_silent()
+        fail(house, machines, *NAMES)
+        wait_for(lambda: uplink_of(house).cut and all_fallen(house))
+        assert not house.aggregator.is_healthy()
+        assert len(texts(house, "state")) == len(NAMES)
+
+
+def test_while_an_uplink_answers_nothing_is_held(house: House, machines: Machines, gateway: Gateway) -> None:
+    """And each machine tells of itself, once that is known."""
+    with healthy(house, gateway, 3600):
+        for name in NAMES:
+            fail(house, machines, name)
+        wait_for(lambda: all_fallen(house))
+        assert not house.aggregator.is_healthy()
+        wait_for(lambda: len(texts(house, "state")) == 2 * len(NAMES), 120)
+        assert uplink_of(house).cut is None and not texts(house, "service")
+
+
+def test_who_refuses_is_there() -> None:
+    with contextlib.closing(Gateway()) as gateway:
+        pass
+    assert Uplink([gateway.address])._answers(gateway.address)
+    assert not Uplink()._answers("gateway.invalid:22")
+
+
+@LINUX
+def test_half_of_the_machines_is_not_enough(house: House, machines: Machines, gateway: Gateway) -> None:
+    with healthy(house, gateway, 3600, "name: m3, retry_interval: 2"):
+        gateway.fall_silent()
+        fail(house, machines, "m0", "m1")
+        wait_for(lambda: not house.aggregator.is_healthy())
+        wait_for(lambda: len(machines.moments("m3")) > 1)  # for it was asked
+        house.poller("m1").poll_now().result(60)
+        assert uplink_of(house).cut is None
+
+
+@LINUX
+def test_what_was_down_before_is_not_held(house: House, machines: Machines, gateway: Gateway) -> None:
+    with healthy(house, gateway, 3600):
+        fail(house, machines, "m0")
+        wait_for(lambda: house.state("m0") == ("unhealthy", "unreachable"))
+        wait_for(lambda: len(texts(house, "state")) == len(NAMES) + 1)  # an uplink has answered
+        gateway.fall_silent()
+        fail(house, machines, "m1", "m2")
+        wait_for(lambda: uplink_of(house).cut and all_fallen(house), 120)
+        assert house.poller("m1").held > 0 and not house.poller("m0").held
+        assert not house.aggregator.is_healthy()
+
+
+@LINUX
+def test_another_fault_is_not_held(house: House, machines: Machines, gateway: Gateway) -> None:
+    with healthy(house, gateway, 3600, "name: m3, fall: 1, retry_interval: 2"):
+        gateway.fall_silent()
+        fail(house, machines, *NAMES)
+        wait_for(lambda: uplink_of(house).cut and all_fallen(house))
+        wait_for(house.aggregator.is_healthy)
+        machines.behaviours["m3"] = refused
+        house.poller("m3").poll_now().result(60)
+        assert not house.aggregator.is_healthy()
+
+
+@LINUX
+def test_a_second_cut_holds_nothing_anew(house: House, machines: Machines, gateway: Gateway) -> None:
+    """Of those that have not been healthy since the first one."""
+    with healthy(house, gateway, 3600):
+        gateway.fall_silent()
+        fail(house, machines, *NAMES)
+        wait_for(lambda: uplink_of(house).cut and all_fallen(house))
+        wait_for(house.aggregator.is_healthy)
+        gateway.answer()
+        wait_for(lambda: uplink_of(house).cut is None)
+        gateway.fall_silent()
+        wait_for(lambda: house.poller("m0").poll_now().result(60) and uplink_of(house).cut)
+        assert not any(house.poller(name).held for name in NAMES)
+        assert not house.aggregator.is_healthy()
+
+
+def test_an_outage() -> None:
+    """It begins with the first result without an answer; and who had a bad one before that was not healthy."""
+    down, fine, bad = Verdict("unhealthy", "timeout", "x"), Verdict("healthy"), Verdict("unhealthy", "limit", "x")
+    well, shaken = Standing("healthy", good=3), Standing("healthy", bad=1)
+    first = Outage().after(well, down)
+    assert first.was_healthy and first.since_mono < math.inf
+    assert first.after(shaken, down) is first.after(shaken, Verdict("unhealthy", "stale", "x")) is first
+    assert first.after(well, fine) == first.after(well, bad) == Outage()
+    for before in (shaken, Standing(), Standing("unhealthy", "limit", "x", bad=2)):
+        assert not Outage().after(before, down).was_healthy
+
+
+@LINUX
+def test_a_service_that_is_cut_off(tmp_path: Path, gateway: Gateway) -> None:
+    """Ports that are gone, and a gateway that is silent; the console says what it is."""
+    servers = [socket.create_server(("127.0.0.1", 0)) for _ in range(3)]
+    rows = "".join(
+        f"  - {{name: m{number}, platform: tcp, hostname: 127.0.0.1, port: {server.getsockname()[1]}, interval: 1,"
+        f" retry_interval: 1}}\n" for number, server in enumerate(servers))  # fmt: skip
+    with console(tmp_path, rows, f"  uplink: ['{gateway.address}']\n  hold: 600\n") as (service, client):
+        service.wait_status("/", 200)
+
+        def view(name: str) -> dict[str, Any]:
+            found: dict[str, Any] = client.api("GET", f"resources/{name}").json
+            return found
+
+        gateway.fall_silent()
+        for server in servers:
+            server.close()
+        wait_for(lambda: view("m0")["cause"] == view("m2")["cause"] == "cut_off")
+        service.wait_status("/", 200)
+        assert view("m0")["state"] == "degraded"
+        assert "cut off" in client.ask("GET", "/-/").body
+        gateway.answer()
+        service.wait_status("/", 503)
+        wait_for(lambda: view("m0")["cause"] == "unreachable")
+        wait_for(lambda: "not cut off any more after" in str(client.api("GET", "events?kind=service").json))
+
+
+SERVERS = """
+import select, socket
+servers = [socket.create_server(("198.51.100.2", port)) for port in (5001, 5002, 5003)]
+print("ready", flush=True)
+while True:
+    for server in select.select(servers, [], [])[0]:
+        server.accept()[0].close()
+"""
+
+
+def ip(*words: str) -> None:
+    subprocess.run(["ip", *words], check=True, capture_output=True, timeout=30)
+
+
+@contextlib.contextmanager
+def other_network() -> Iterator[tuple[str, str]]:
+    """A network namespace with servers at 198.51.100.2, which a cable leads to: its name, and the cable's end there."""
+    name, here, there = (f"hc{os.getpid()}{end}" for end in ("", "a", "b"))
+    try:
+        ip("netns", "add", name)
+    except (OSError, subprocess.SubprocessError):
+        pytest.skip("ip cannot make a network namespace: that needs root, and ip")
+    try:
+        ip("link", "add", here, "type", "veth", "peer", "name", there, "netns", name)
+        ip("addr", "add", "198.51.100.1/30", "dev", here)
+        ip("link", "set", here, "up")
+        ip("-n", name, "addr", "add", "198.51.100.2/30", "dev", there)
+        ip("-n", name, "link", "set", there, "up")
+        with subprocess.Popen(["ip", "netns", "exec", name, sys.executable, "-c", SERVERS], text=True,
+                              stdout=subprocess.PIPE) as process:  # fmt: skip
+            try:
+                assert process.stdout and process.stdout.readline() == "ready\n"
+                yield name, there
+            finally:
+                process.kill()
+    finally:
+        ip("netns", "del", name)
+
+
+@LINUX
+def test_a_cable_that_is_pulled_out(tmp_path: Path) -> None:
+    """And put in again: the site goes on while it is out."""
+    with other_network() as (name, cable):
+        rows = "".join(
+            f"  - {{name: m{port}, platform: tcp, hostname: 198.51.100.2, port: {port}, interval: 2, retry_interval: 2,"
+            f" fall: 5}}\n" for port in (5001, 5002))  # fmt: skip
+        with console(tmp_path, rows, "  uplink: ['198.51.100.2:5003']\n  hold: 3600\n") as (service, client):
+
+            def view(name: str) -> tuple[str, str]:
+                found = client.api("GET", f"resources/{name}").json
+                return found["state"], found["cause"]
+
+            service.wait_status("/", 200)
+            ip("-n", name, "link", "set", cable, "down")
+            wait_for(lambda: view("m5001") == view("m5002") == ("degraded", "cut_off"))
+            wait_for(lambda: client.api("GET", "resources/m5001/samples").json[-1]["standing"] == "unhealthy", 120)
+            service.wait_status("/", 200)
+            ip("-n", name, "link", "set", cable, "up")
+            wait_for(lambda: view("m5001") == view("m5002") == ("healthy", ""))
+            service.wait_status("/", 200)
