@@ -4339,7 +4339,7 @@ class LocalSession(HostSession):
         nonce, used, code = output.mark.decode().split()[0].lstrip("@"), self.alive, None
         self.fit = False
         while script:
-            script = self.SCRIPT.format(nonce, script)
+            script = self.SCRIPT.format(nonce, script.rstrip())     # stdin has no other end of its last line
             if used:
                 threading.Thread(target=self._send, args=(self._pipe, script), daemon=True).start()
             else:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 import psutil
 import pytest
 from conftest import wait_for
-from pwsh import CONSTRAINED, FULL, Engine, EngineShell
+from pwsh import COMPILED, CONSTRAINED, FULL, Engine, EngineShell
 from pypsrp.powershell import PowerShell, RunspacePool
 from pypsrp.wsman import WSMan
 from test_powershell import target
@@ -108,10 +108,6 @@ def test_nothing_of_a_check_is_found_by_the_next_poll(polled: Polled) -> None:
     assert polled.ask(finds="Test-Path Function:mine")["finds"] == (False, "False")
     assert polled.keeps
     assert polled.connection.record.second_tries == 0
-
-
-COMPILED = """@([scriptblock].GetField('s_cachedScripts', 'NonPublic, Static').GetValue($null).Keys |
-    Where-Object Item2 -like '*function Judge*').Count"""
 
 
 def test_a_script_is_compiled_once(polled: Polled, engine: Engine, constrained: bool) -> None:
