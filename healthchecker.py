@@ -3921,6 +3921,7 @@ class SshConnection(SshLogin):
 HTTP_CAUSES: dict[int, Cause] = {403: "auth", 502: "unreachable", 503: "unreachable", 504: "unreachable"}
 SHELL_END = 5.0                 # seconds for a shell to be deleted; a tenth of it behind the deadline of a poll
 CLEANUP_TIME = 5.0              # seconds for a script that has answered to say what it leaves
+GATHER_TIME = 0.02              # seconds; rows that come faster are asked for together, for each request costs CPU
 START_WINRM = "run `winrm quickconfig` there and check port and tls"
 UNMAPPED = "the host refuses the client certificate, or wants one; for WinRM, map it to an account there"
 EXTRAS = {"credssp": ["requests_credssp"], "kerberos": [] if sys.platform == "win32" else ["gssapi", "krb5"]}
@@ -4065,20 +4066,25 @@ class Pipeline(PowerShell):
             nonce, _, first = script.partition(" ")
             self.add_cmdlet("Get-Health").add_parameters({"Nonce": nonce, "First": int(first or 0)})
         else:
-            self.add_script(script, use_local_scope=True)       # or the next one in its runspace saw it all
+            # In a scope of its own, or the next one in its runspace saw it all. PowerShell compiles each script that it
+            # gets, but what this cmdlet runs it knows by its whole text from the poll before.
+            self.add_script("Invoke-Expression $args[0]", use_local_scope=True).add_argument(script)
         self.begin_invoke()
 
     def follow(self, output: Output, deadline: Deadline, settings: ResourceSettings) -> None:
         """Until the script ends, or need not say more, or is late; then it is stopped. Raises ProbeError, and what
         pypsrp raises."""
-        enough, wait = False, 1.0
+        enough, wait, quick = False, 1.0, False
         while wait > 0 and not enough and (self._waits or self.state == PSInvocationState.RUNNING):
             if self._waits:
                 enough = self._pass(output)
                 continue
             wait = round(min(output.due_mono - time.monotonic(), deadline.left() - 0.3), 3)   # then to answer "not yet"
             if wait > 0:
+                time.sleep(GATHER_TIME if quick else 0)
+                asked_mono = time.monotonic()
                 self.poll_invoke(timeout=cast(int, wait))   # sent as PT9.7S, a valid duration
+                quick = time.monotonic() - asked_mono < GATHER_TIME
         if self.state == PSInvocationState.RUNNING and not output.whole:
             wsman = self.runspace_pool.connection
             seconds, wsman.operation_timeout = wsman.operation_timeout, 1   # what cannot be stopped is left alone
@@ -4514,9 +4520,12 @@ class LocalSession(HostSession):
     READER = ("& { $args[0]; $in = New-Object IO.Pipes.AnonymousPipeClientStream 'In', 'PIPE'; "
               "$in = New-Object IO.StreamReader $in; "
               "while ($null -ne ($line = $in.ReadLine())) { $line -replace [char]31, [char]10 } } "
-              "(@($input) -join [char]10) | & { process { & { Invoke-Expression $args[0] } $_ } }")
-    # The rows of the answer have the nonce, too. Whatever else is printed counts for nothing.
-    SCRIPT = "$nonce = '{0}'\n'@{0} taken'\n{1}\nif ($full) {{ '@{0} ready' }}"
+              "(@($input) -join [char]10) | & { process { & { "
+              "$nonce, $script = $args[0] -split [char]10, 2; '@{0} taken' -f $nonce; Invoke-Expression $script; "
+              "if ($full) { '@{0} ready' -f $nonce } } $_ } }")
+    # The rows of the answer have the nonce, too. Whatever else is printed counts for nothing. It is no part of the
+    # script, which is the same at each poll, so that PowerShell need not compile it again.
+    SCRIPT = "{0}\n{1}"
 
     def __init__(self, keeps: bool) -> None:
         self._keeps, self._said = keeps, b""    # what it said last, enough for a mark
@@ -4537,7 +4546,7 @@ class LocalSession(HostSession):
         nonce, used, code = output.mark.decode().split()[0].lstrip("@"), self.alive, None
         self.fit = False
         while script:
-            script = self.SCRIPT.format(nonce, script)
+            script = self.SCRIPT.format(nonce, script.rstrip())     # stdin has no other end of its last line
             if used:
                 threading.Thread(target=self._send, args=(self._pipe, script), daemon=True).start()
             else:
@@ -5500,8 +5509,12 @@ function State {    # a number for all that a check can leave; what modules brin
     foreach ($one in Get-ChildItem 'Function:', 'Alias:') {
         if (-not $one.Source -or $one.Name -match $used) { $seen += "$($one.Name) $($one.Definition)" }
     }
-    foreach ($one in Get-ChildItem 'Env:') { $seen += "$($one.Name) $($one.Value)" }
-    foreach ($one in Get-PSDrive) {
+    if ($full) {    # the cmdlets that list these took half of a poll's time
+        $drives = $ExecutionContext.SessionState.Drive.GetAll()
+        $variables = [Environment]::GetEnvironmentVariables().GetEnumerator()
+    } else { $drives = Get-PSDrive; $variables = Get-ChildItem 'Env:' }
+    foreach ($one in $variables) { $seen += "$($one.Name) $($one.Value)" }
+    foreach ($one in $drives) {
         if ([string]$one.Provider.ModuleName -like 'Microsoft.*') { $seen += "$($one.Name) $($one.Root)" }
     }
     foreach ($one in Get-Variable -Scope Global) {
@@ -5524,7 +5537,11 @@ function Unchanged {    # whether another poll may have this shell; what the che
         if ($orphans.seen -or (State) -ne $HealthChecker.state) { return $false }
     }
     $size = (Get-Process -Id $PID).WorkingSet64
-    if (-not $HealthChecker.size) { $HealthChecker.size = $size }    # with what the checks have loaded
+    if (-not $HealthChecker.size) { $HealthChecker.size = $HealthChecker.swept = $size }    # with what checks load
+    if ($full -and $size - $HealthChecker.swept -gt 1.2e7) {    # .NET keeps what it was given once
+        try { [GC]::Collect(2, 'Aggressive', $true, $true) } catch { [GC]::Collect() }    # before .NET 7
+        $size = $HealthChecker.swept = (Get-Process -Id $PID).WorkingSet64
+    }
     $size - $HealthChecker.size -lt 1e8
 }
 function Judge($Number, $Check) {

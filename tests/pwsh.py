@@ -42,6 +42,9 @@ FULL = ""
 CONSTRAINED = f"{SESSION}SessionType = 'Default'; LanguageMode = 'ConstrainedLanguage' }}"
 RESTRICTED = f"{SESSION}SessionType = 'Default'; LanguageMode = 'RestrictedLanguage' }}"
 NO_LANGUAGE = f"{SESSION}SessionType = 'RestrictedRemoteServer' }}"
+# How many of a poll's scripts PowerShell 7 has compiled, of those that it finds again by their text.
+COMPILED = """@([scriptblock].GetField('s_cachedScripts', 'NonPublic, Static').GetValue($null).Keys |
+    Where-Object Item2 -like '*function Judge*').Count"""
 
 # === The engine ==============================================================
 

@@ -20,6 +20,7 @@ from typing import Any, cast
 import psutil
 import pytest
 from conftest import no_leaks, wait_for
+from pwsh import COMPILED
 from test_powershell import ACCESS
 from test_windows_verdicts import CASES, CMD, TIMEOUT, Case, commands, rows
 from windows_python import FOLDER, Unavailable, unpack_powershell
@@ -189,6 +190,13 @@ def test_one_process_serves_poll_after_poll(local: Local, often: Callable[[int, 
     assert shown and shown.opened and shown.kept and shown.logins == 0
     assert local.session._process
     assert "Get-Service" not in str(local.session._process.args)
+
+
+def test_a_script_is_compiled_once(local: Local) -> None:
+    """It is the same at each poll: the nonce is no part of it. Only PowerShell 7 can be asked so."""
+    before = local.ask(known=COMPILED)
+    assert local.ask(known=COMPILED) == before or "null" in before["known"][1]
+    assert local.keeps
 
 
 def test_without_keep_each_poll_has_its_own() -> None:

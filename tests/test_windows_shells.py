@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 import psutil
 import pytest
 from conftest import wait_for
-from pwsh import CONSTRAINED, FULL, Engine, EngineShell
+from pwsh import COMPILED, CONSTRAINED, FULL, Engine, EngineShell
 from pypsrp.powershell import PowerShell, RunspacePool
 from pypsrp.wsman import WSMan
 from test_powershell import target
@@ -108,6 +108,37 @@ def test_nothing_of_a_check_is_found_by_the_next_poll(polled: Polled) -> None:
     assert polled.ask(finds="Test-Path Function:mine")["finds"] == (False, "False")
     assert polled.keeps
     assert polled.connection.record.second_tries == 0
+
+
+def test_a_script_is_compiled_once(polled: Polled, engine: Engine, constrained: bool) -> None:
+    """PowerShell 7 shows which texts it knows; there is no looking at it in constrained language."""
+    if constrained or engine.five:
+        return
+    polled.ask(check="'x'")
+    known = run_script(polled.session.pool, COMPILED)
+    for _ in range(2):
+        polled.ask(check="'x'")
+        assert run_script(polled.session.pool, COMPILED) == known != "0"
+    assert polled.connection.record.outcomes == {"accepted": 1}
+
+
+TAMPERING = {  # with what a poll is made of
+    "functions": "Remove-Item Function:Row, Function:Line, Function:Unchanged",
+    "asked": """$wanted.checks[0].command = "'mine'"; $wanted.services = @()""",
+    "block": "(Get-Item Function:Row).ScriptBlock.DebuggerHidden = $true; (Get-Item Function:Row).Options = 'ReadOnly'",
+    "caller": "1..9 | ForEach-Object { Set-Variable args \"'mine'\" -Scope $_ -ErrorAction SilentlyContinue }",
+    "runs it": "Set-Alias Invoke-Expression Write-Output -Scope Global -Force",
+    "names it": "function global:Invoke-Expression { }",
+}
+
+
+@pytest.mark.parametrize("tampering", TAMPERING)
+def test_what_a_check_does_to_its_poll_changes_no_later_one(polled: Polled, tampering: str) -> None:
+    """Whatever is said of that poll itself. The engine keeps what it has compiled under the whole text."""
+    polled.ask(check="'as it was'")
+    for check in (TAMPERING[tampering], f"{TAMPERING[tampering]}; exit 0"):
+        polled.ask(check=check)
+        assert polled.ask(check="'as it was'") == {"check": (True, "as it was")}
 
 
 LEFT = {  # what a check leaves, and how it goes
@@ -255,8 +286,8 @@ def test_what_ends_with_a_check_is_not(pool: RunspacePool) -> None:
 def test_a_session_that_lacks_a_cmdlet_is_polled_and_not_kept(pool: RunspacePool) -> None:
     """A configuration of the host's own may have no more than what a poll used to need."""
     forget, check = "Remove-Variable HealthChecker -Scope Global", ["'x'"]
-    lacks = f"Set-Alias Get-PSDrive No-Such-Command -Scope Global; {forget}"
-    assert after(pool, lacks, check, f"Remove-Item Alias:Get-PSDrive; {forget}", check) == [False, True]
+    lacks = f"Set-Alias Get-Job No-Such-Command -Scope Global; {forget}"
+    assert after(pool, lacks, check, f"Remove-Item Alias:Get-Job; {forget}", check) == [False, True]
 
 
 def programs(mark: str) -> list[psutil.Process]:

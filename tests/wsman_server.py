@@ -256,7 +256,9 @@ class Shell:
         """Take a part of a command; what is complete gets its answer."""
         with self.changed:
             for event in self._receive_fragments(command_id, fragments):
-                script = Script("; ".join(map(str, event.pipeline.commands)))
+                commands = event.pipeline.commands  # a script is what Invoke-Expression is given
+                given = [value for command in commands for name, value in command.parameters if not name]
+                script = Script("; ".join(map(str, given or commands)))
                 script.user, script.configuration_name = user, self.configuration_name
                 self.pipelines[command_id].start(self.owner.answer_to(script))
             self.changed.notify_all()
