@@ -677,7 +677,7 @@ TextLine = Annotated[str, matching(r"[^\x00-\x1f\x7f]+", "must be one line of te
 Name = Annotated[str, matching(r"(?!\.\.?$)[^\s/\\\x00-\x1f\x7f]+( [^\s/\\\x00-\x1f\x7f]+)*",
                                f"must be 1 to {NAME_CHARS} characters without slashes", NAME_CHARS)]
 HOSTNAME = re.compile(r"(?!-|\.\.?$)[\w.:%-]{1,253}")
-Hostname = Annotated[str, matching(HOSTNAME.pattern, "must be a host name or an IP address")]
+Hostname = Annotated[str, matching(HOSTNAME.pattern, "must be a host name or an IP address (or web[01:40], a range)")]
 ServiceName = Annotated[str, matching(r"(?!-)[^/\x00-\x1f\x7f]+", "must be the name of a service", 256)]
 Fingerprint = Annotated[str, matching(r"(SHA256:)?[0-9A-Fa-f]{2}(:?[0-9A-Fa-f]{2}){31}",
                                       "must be a SHA-256 fingerprint: 64 hexadecimal digits")]
@@ -1639,10 +1639,10 @@ class InventoryLoader:
             return (("defaults",) if inherited else here) + loc
 
         place = f"{self.path.name}:{self.document.position(here)}"
-        first = self.places.setdefault(raw["name"], place) if isinstance(raw["name"], str) else place
-        if first != place:
+        if (first := self.places.get(str(raw["name"]))) is not None:
             source = "name" if "name" in own or "name" in defaults else "hostname"
             self.fault(locate((source,)), f"the resource at {first} has this name; names are unique")
+        self.places.setdefault(str(raw["name"]), place)
         for name in FILES:
             with contextlib.suppress(ValueError):       # the model reports that
                 if isinstance(raw.get(name), str) and not os.path.isfile(absolute(raw[name], self.folder)):
@@ -2497,7 +2497,8 @@ def update_row(row: Resource, settings: ResourceSettings, vault: Vault) -> bool:
             what = "hostname, port or username" if moved else "the way to the host, or its key,"
             raise SecretError(f"{what} changed: write the password again")
     if lacks_password(row, settings):
-        raise InventoryError("password, password_env, password_file or key_file is missing")
+        known = [name for name in CREDENTIALS if name not in foreign_fields(settings.platform)]
+        raise InventoryError(f"{', '.join(known[:-1])} or {known[-1]} is missing")
     return changed
 
 
@@ -6760,9 +6761,9 @@ class HealthAggregator:
                 self._tree.override, self._tree.overridden_until = override, min(until, self._clock() + OVERRIDE_TTL)
             self.note_expiry()
 
-    def register(self, name: str, owner: object = None, *, critical: bool = True) -> None:
+    def register(self, name: str, owner: object = None, *, critical: bool = True, asked: bool = True) -> None:
         """The resource counts, one that is not `critical` for what depends on it alone. Before the first decision a
-        critical one blocks until its first result, later it does not.
+        critical one blocks everything until its first result, one that is not `asked` what it counts for; later none.
 
         Reports of another `owner` are dropped from now on."""
         with self._lock:
@@ -6771,7 +6772,7 @@ class HealthAggregator:
                 self._tree.set_aside(name, not critical)
                 self._pending.discard(name)
             if START in self._tree.spans and critical:
-                self._pending.add(name)
+                self._pending |= {name} if asked else set()
                 if name not in self._tree.spans:
                     self._tree.put(name, WAITED_FOR)
             self._publish()
@@ -7769,6 +7770,7 @@ class Poller(threading.Thread):
         self.counted: bool | None = None    # as the aggregator was told by the monitor
         self.target, self._context, self._guard = target, context, guard
         self._connection = CONNECTIONS[target.settings.platform](target, guard, context.access)
+        self.asks = not isinstance(self._connection, PushConnection)
         context.access.watched[target.name] = self._connection
         self._news = News(target.name, context.aggregator, context.doubts, context.uplink)
         self.doubt = self._news.doubt
@@ -7927,7 +7929,7 @@ class Poller(threading.Thread):
             if waits <= AUTH_BACKOFF:       # until the next attempt has an outcome
                 ttl = max(ttl, waits + settings.timeout + 2)
             self.expires_mono = lease_clock() + ttl + (waits if after.cause == "auth" else 0.0)
-            wait = waits or (retry if after.good else settings.interval)
+            wait = waits or (retry if after.good or not self.asks else settings.interval)
             self._set_resource(ttl, opens=wait + retry * max(0, settings.rise - after.good - 1))
             kept = sample is not None and self._connection.keeper.reused
             report = Report(self.target, after, after, verdict, at, seconds, sample, host_key, waits, kept)
@@ -8133,7 +8135,8 @@ class Monitor(threading.Thread):
             if counted is not poller.counted:
                 poller.counted = counted
                 if counted:
-                    self._context.aggregator.register(name, poller, critical=poller.target.settings.critical)
+                    self._context.aggregator.register(name, poller, critical=poller.target.settings.critical,
+                                                      asked=poller.asks)
                 else:
                     self._context.aggregator.deregister(name)
                     self._context.uplink.forget(name)
@@ -13293,6 +13296,7 @@ def serve(arguments: argparse.Namespace) -> int:
 # The command line: each command is a function of the arguments, works on an Installation and gives the exit code. What
 # it changes in the database a running service takes up within a second.
 # Gives: nothing
+TAKEN_UP = 1.0                  # seconds after which a running service has taken up what was written
 APP_WAIT = 120.0                # seconds for the application to be loaded by `check`
 PROBES_AT_ONCE = 64             # resources that `check --probe` polls at the same time
 PROGRESS_INTERVAL = 0.1         # seconds between two looks at them; a wait without an end may never see Ctrl-C
@@ -13707,6 +13711,7 @@ def gate(arguments: argparse.Namespace) -> int:
     with installation.store() as store:
         if given:
             change_gate(console_of(installation, store), given)
+            time.sleep(TAKEN_UP if is_running(installation.database) else 0.0)
         with store.reading() as session:
             print_table([*gate_rows(installation, session)])
     return 0

@@ -299,6 +299,20 @@ def test_nothing_opens_before_the_first_results() -> None:
     assert told(aggregator) == [("", True, ""), ("/r", True, ""), ("/s", True, ""), ("g", True, "")]
 
 
+def test_who_is_not_asked_blocks_only_what_it_counts_for() -> None:
+    gates = gates_with([{"name": "g", "members": ["a", "p"], "healthy": "any"}], {"/r": ["q"], "/s": []})
+    aggregator, _ = make(gates)
+    for name in "apq":
+        aggregator.register(name, asked=name == "a")
+    aggregator.start()
+    assert not is_open(aggregator)
+    aggregator.set_resource("a", True)
+    assert [is_open(aggregator, name) for name in ("", "g", "/r", "/s")] == [True, True, False, True]
+    assert {group.name: group.why for group in aggregator.groups()}["/r"] == "no result of q"
+    aggregator.set_resource("q", True)
+    assert is_open(aggregator, "/r")
+
+
 def test_routes() -> None:
     """What a route names counts for it and not for the site; the site counts for it, too."""
     aggregator, _ = make(gates_with([{"name": "g", "members": ["a"]}], {"/g": ["g"], "/b": ["b"], "/s": []}))

@@ -84,6 +84,8 @@ def dns(text: str) -> str:
 
 
 FAULTS: dict[str, tuple[str, str]] = {
+    "range of one default": (
+        "defaults: {name: ¦'x[1:3]'}\nresources: [{hostname: 'h[1:3]', platform: dns}]", "names are unique"),
     "range counts down": (dns("x").replace("a, x", "¦'h[3:1]'"), "hostname: [3:1] must count up"),
     "range of two kinds": (dns("x").replace("a, x", "¦'h[a:3]'"), "[a:3] must count up"),
     "range of two cases": (dns("x").replace("a, x", "¦'h[a:F]'"), "[a:F] must count up"),
