@@ -479,7 +479,8 @@ class Document:
             if not self.faults and self._allowed(text):
                 root = yaml.compose(text, Loader=YAML_LOADER)
         except yaml.MarkedYAMLError as error:
-            self.fault(error.problem_mark or error.context_mark,
+            mark = error.problem_mark or error.context_mark
+            self.fault(mark_after(text) if mark is None or mark.index >= len(text) else mark,   # in C a line further
                        "not valid YAML here (is a value with special characters unquoted?)")
         except yaml.reader.ReaderError as error:
             self.fault(mark_after(text[:error.position]), "this character is not allowed in YAML")
