@@ -7980,6 +7980,13 @@ def start_new(pollers: Iterable[Poller]) -> None:
             poller.start()
 
 
+def counts_on(before: Target, target: Target) -> bool:
+    """Whether a standing is of these settings; of what is not asked, and may speak tomorrow, whether of its token."""
+    if before.settings.platform is target.settings.platform is Platform.PUSH:
+        return before.credential_digest == target.credential_digest
+    return before.settings_digest == target.settings_digest
+
+
 def follows(poller: Poller, target: Target) -> bool:
     """Whether it polls what the row says; a host key that it has learned may not be written yet."""
     return poller.target in (target, replace(target, host_key=target.host_key or poller.target.host_key))
@@ -8196,7 +8203,7 @@ class Monitor(threading.Thread):
         """A poller for `target`; it goes on as the one `before` it with these settings, or from the stored state."""
         if before:
             before.stop()
-        if before and before.target.settings_digest == target.settings_digest:
+        if before and counts_on(before.target, target):
             key = target.host_key or before.target.host_key     # learned and not written yet
             poller = Poller(replace(target, host_key=key), self._context, self.guards.of(target), delay)
             poller.go_on_from(before)
@@ -8791,9 +8798,10 @@ class LeaseFile:
         trouble = Trouble(f"service.lease_file {self._path} is gone")
         while not self._ending.wait(KEEP_INTERVAL):
             with trouble.caught():
-                if self._cells[GENERATION] != self._generation:
+                is_there, is_lost = os.path.lexists(self._path), self._cells[GENERATION] != self._generation
+                if is_lost and is_there and cells_of(self._path, SLOTS * CELL)[GENERATION]:
                     raise UsageError("another service writes to this path; give each its own")
-                if not os.path.lexists(self._path):
+                if is_lost or not is_there:
                     self._open()
 
     def _open(self) -> None:

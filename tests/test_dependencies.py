@@ -9,8 +9,8 @@ from typing import Any, cast
 
 import pytest
 from conftest import wait_for
-from console import Local, local_console
-from service import Service, run, write_inventory
+from console import Local, console, local_console
+from service import run, write_inventory
 from test_groups import Clock, gates_with, told
 
 from healthchecker import (
@@ -286,8 +286,8 @@ def test_what_the_console_adds_depends_on_what_there_is(tmp_path: Path) -> None:
 def test_dependencies_follow_a_reload(tmp_path: Path) -> None:
     """Added, renamed and removed while the service runs."""
     switch = f"{DOWN}, fall: 1, critical: false"
-    inventory = write_inventory(tmp_path, f"  - {{name: old, {switch}}}\n  - {{name: db1, {CALM}}}\n")
-    with Service(inventory) as service:
+    inventory = tmp_path / "inventory.yaml"
+    with console(tmp_path, f"  - {{name: old, {switch}}}\n  - {{name: db1, {CALM}}}\n") as (service, client):
         service.wait_status("/", 200)
         write_inventory(tmp_path, f"  - {{name: old, {switch}}}\n  - {{name: db1, {CALM}, depends_on: [old]}}\n")
         assert run(inventory, "reload").returncode == 0
@@ -295,7 +295,7 @@ def test_dependencies_follow_a_reload(tmp_path: Path) -> None:
         renamed = f"  - {{name: new, was: old, {switch}}}\n  - {{name: db1, {CALM}, depends_on: [new]}}\n"
         write_inventory(tmp_path, renamed)
         assert run(inventory, "reload").returncode == 0
-        service.wait_status("/", 503)
+        wait_for(lambda: client.api("GET", "resources/db1").json["reason"] == "behind new")
         begin = len(service.output)
         write_inventory(tmp_path, renamed.replace(", depends_on: [new]", ""))
         assert run(inventory, "reload").returncode == 0

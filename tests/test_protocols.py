@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
@@ -29,6 +29,7 @@ from wsman_server import Certificate, make_certificate
 from healthchecker import (
     CONNECTIONS,
     ConnectionContext,
+    Counters,
     Deadline,
     Guards,
     KnownHosts,
@@ -38,6 +39,7 @@ from healthchecker import (
     Resource,
     Sample,
     SecretError,
+    ServingMetrics,
     Target,
     Verdict,
     binding,
@@ -709,7 +711,7 @@ def test_in_the_console(tmp_path: Path, folder: Path) -> None:
         assert found["sample"]["checks"]["status"]["text"] == "200" and found["expect"]["within"] == 2
         assert f"Bearer {SECRET}" == authorization(server.requests[-1])
         families = {family.name: family for family in Metrics(
-            cast(Any, None), local.store, None, local.context.connections).collect()}
+            ServingMetrics(local.context.lease, Counters(1)), local.store, None, local.context.connections).collect()}
         seconds, = families["healthchecker_resource_response_seconds"].samples
         assert seconds.labels == {"resource": "shop"} and seconds.value > 0
         good = {one.labels["check"]: one.value for one in families["healthchecker_resource_check_good"].samples}

@@ -345,7 +345,7 @@ def test_caddy_asks_the_gate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
             gate.lease.until.value = float("inf")
             assert fetch(port) == (200, b"shop")
             gate.server.stop()
-            gate.thread.join(10)
+            gate.thread.join(60)
             assert fetch(port)[0] == 502, "nobody is there to ask"
 
 

@@ -144,6 +144,20 @@ def test_a_report_meets_new_settings(local: Local) -> None:
     wait_for(lambda: push(local, "job", "f" * 16, healthy=True).status == 401)
 
 
+def test_the_newest_word_holds_whatever_is_changed(local: Local) -> None:
+    """Also the one that is not written yet."""
+    local.log_in()
+    new = {"name": "job", "platform": "push", "password": TOKEN, "interval": 3600}
+    assert local.api("POST", "resources", new).status == 201
+    wait_for(lambda: push(local, "job", healthy=True).status == 204)
+    assert shown(local, "job")[0] == "healthy"
+    poller = local.context.monitor.pollers["job"]
+    assert push(local, "job", healthy=False).status == 204
+    assert local.api("PATCH", "resources/job", {"tags": ["t"]}).status == 200
+    wait_for(lambda: local.context.monitor.pollers["job"] is not poller)
+    assert local.context.monitor.pollers["job"].standing.state == "unhealthy"
+
+
 def test_a_check_asks_nothing_and_changes_nothing(local: Local) -> None:
     push(local, healthy=True)
     found = local.log_in().api("POST", "resources/backup/check").json
@@ -154,6 +168,7 @@ def test_a_check_asks_nothing_and_changes_nothing(local: Local) -> None:
 def test_a_report_counts_on_after_a_restart(tmp_path: Path) -> None:
     with local_console(tmp_path, INVENTORY) as local:
         push(local, healthy=True)
+        assert shown(local)[0] == "healthy"
     with local_console(tmp_path, INVENTORY.replace("interval: 3600", "interval: 4000, tags: [t]", 1)) as local:
         assert shown(local)[0] == "healthy"
     with local_console(tmp_path, INVENTORY.replace(TOKEN, "f" * 16, 1)) as local:
@@ -171,8 +186,12 @@ def test_silence_closes_the_gate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     with console(tmp_path, SHORT) as (service, client):
         told = line.replace("127.0.0.1:8081", f"{client.host}:{client.port}").replace("$TOKEN", TOKEN)
         service.wait_status("/-/readyz", 503)
-        subprocess.run(["sh", "-c", told], check=True, capture_output=True)
-        service.wait_status("/-/readyz", 200)
+
+        def pushed() -> bool:
+            subprocess.run(["sh", "-c", told], check=True, capture_output=True)
+            return service.get("/-/readyz").status == 200
+
+        wait_for(pushed)
         service.wait_status("/-/readyz", 503)
         wait_for(lambda: client.log_in().api("GET", "resources/backup").json["cause"] == "stale")
         assert TOKEN not in service.output
