@@ -8811,11 +8811,11 @@ class LeaseFile:
         self._publish(self._path, content)
         cells = cells_of(self._path)
         with self._lock:
+            self._cells[GENERATION] = 0.0       # of one that was removed, too; on Windows it is the same file
             for place, end in self._ends.items():
                 cells[place] = end
-            self._generation = cells[GENERATION] = float(secrets.randbits(52) | 1)
-            before, self._cells = self._cells, cells
-            before[GENERATION] = 0.0    # of one that was removed, too
+            self._cells, self._generation = cells, float(secrets.randbits(52) | 1)
+            cells[GENERATION] = self._generation
 
     def _content(self) -> bytes:
         names = json.dumps([*self._places]).encode()
