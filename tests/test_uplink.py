@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ import sqlalchemy
 from conftest import wait_for
 from console import console
 from service import write_inventory
-from test_groups import Clock
+from test_groups import Clock, make, told
 from test_poll import House, Machines, good, house, machines, refused, unreachable, vault
 
 import healthchecker
@@ -193,8 +195,7 @@ def test_a_hold_ends(house: House, machines: Machines, gateway: Gateway) -> None
         wait_for(lambda: not house.aggregator.is_healthy())
         standing = house.monitor.behind("m1")
         assert standing and (standing.state, standing.cause) == ("unhealthy", "cut_off")
-        wait_for(lambda: "open -> closed (m" in texts(house, "gate")[-1])
-        assert ": cut_off: this machine is, for no uplink answers" in texts(house, "gate")[-1]
+        wait_for(lambda: ": cut_off: this machine is, for no" in house.aggregator.groups(site=True)[0].why)
 
 
 @LINUX
@@ -507,6 +508,30 @@ def test_a_poll_that_ends_too_late_counts_for_nothing(house: House, machines: Ma
         machines.ended.set()
         gone.join(60)
         assert not gone.is_alive() and uplink_of(house)._machines == {"m0"}
+
+
+def test_maintenance_ends_an_outage(house: House, machines: Machines) -> None:
+    """What is polled in it shows nothing of the uplink."""
+    house.write("name: m0")
+    with house.watching(uplink=Uplink(["127.0.0.1:9"], 600)):
+        wait_for(house.aggregator.is_healthy)
+        poller = house.poller("m0")
+        fail(house, machines, "m0")
+        assert poller.outage._since_mono < math.inf and uplink_of(house)._failing == {"m0"}
+        house.elsewhere(f"UPDATE resource SET maintenance = {time.time() + 3600} WHERE name = 'm0'")
+        wait_for(lambda: poller.counted is False)
+        poller.poll_now().result(60)
+        assert poller.outage._since_mono == math.inf and uplink_of(house)._machines == set()
+
+
+def test_a_hold_that_runs_out_says_why() -> None:
+    """The lease ends by itself; nobody need have reported by then."""
+    aggregator, clock = make(healthchecker.Gates())
+    aggregator.set_resource("m0", True, "cut_off: x", ttl=10)
+    assert told(aggregator) == [("", True, "")]
+    clock.now += 10
+    aggregator.note_expiry()
+    assert told(aggregator) == [("", False, "m0: cut_off: x")]
 
 
 def test_who_is_told_again_opens_when_it_would(house: House, machines: Machines) -> None:
