@@ -6589,7 +6589,7 @@ class GroupTree:
 
     def __init__(self) -> None:
         self.spans: dict[str, Span] = {}                    # of resources, with what they depend on
-        self.reasons: dict[str, str] = {}                   # by their own results, of those without a lease
+        self.reasons: dict[str, str] = {}                   # of the unhealthy ones, by their own results
         self.aside: set[str] = set()                        # resources that count for nothing but their children
         self.groups: dict[str, Group] = {SITE: Group()}     # routes, too
         self.members: dict[str, tuple[str, ...]] = {}       # of each but the site, also those that do not count now
@@ -6824,9 +6824,9 @@ class HealthAggregator:
     # The specification's three arguments, and ours by keyword.
     def set_resource(self, name: str, healthy: bool, reason: str = "", *,   # noqa: PLR0913
                      ttl: float = DEFAULT_TTL, opens: float = 0.0, owner: object = None) -> None:
-        """Reports a resource; the report counts for `ttl` seconds, the reason of a healthy one holds after them.
+        """Reports a resource; the report counts for `ttl` seconds. `opens`: seconds until it can be healthy again.
 
-        `opens`: seconds until it can be healthy again. An unknown name is registered by a report without an owner."""
+        A name that is not registered is registered by a report without an owner."""
         with self._lock:
             if owner is not None and self._owners.get(name) is not owner:
                 return      # it does not count, or its poller was stopped
@@ -6835,7 +6835,7 @@ class HealthAggregator:
             self._pending.discard(name)
             now = self._clock()
             self._tree.put(name, (now + ttl, -math.inf) if healthy else (0.0, now + opens))
-            if reason or not healthy:
+            if not healthy:
                 self._tree.reasons[name] = reason
             self._publish()
 
@@ -7938,7 +7938,7 @@ class Poller(threading.Thread):
     def _set_resource(self, ttl: float) -> None:
         held, standing = self.held, self.standing
         self._is_held = held > 0
-        why = "" if standing.healthy else (CUT_OFF if self.outage.is_cut_off else standing).why
+        why = (CUT_OFF if self.outage.is_cut_off else standing).why
         self._context.aggregator.set_resource(
             self.target.name, standing.healthy or held > 0, why, ttl=min(ttl, held) if held else ttl, owner=self,
             opens=max(0.0, self._opens_mono - lease_clock()))

@@ -18,7 +18,7 @@ import sqlalchemy
 from conftest import wait_for
 from console import console
 from service import write_inventory
-from test_groups import Clock, make, told
+from test_groups import Clock
 from test_poll import House, Machines, good, house, machines, refused, unreachable, vault
 
 import healthchecker
@@ -522,16 +522,6 @@ def test_maintenance_ends_an_outage(house: House, machines: Machines) -> None:
         wait_for(lambda: poller.counted is False)
         poller.poll_now().result(60)
         assert poller.outage._since_mono == math.inf and uplink_of(house)._machines == set()
-
-
-def test_a_hold_that_runs_out_says_why() -> None:
-    """The lease ends by itself; nobody need have reported by then."""
-    aggregator, clock = make(healthchecker.Gates())
-    aggregator.set_resource("m0", True, "cut_off: x", ttl=10)
-    assert told(aggregator) == [("", True, "")]
-    clock.now += 10
-    aggregator.note_expiry()
-    assert told(aggregator) == [("", False, "m0: cut_off: x")]
 
 
 def test_who_is_told_again_opens_when_it_would(house: House, machines: Machines) -> None:
