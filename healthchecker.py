@@ -261,7 +261,7 @@ def allow_files(wanted: float = math.inf) -> float:
 # One root for what is raised on purpose; the command line turns each class into its exit code, pages and API into a
 # status. An error's text is one line that a user can act on, and never holds a secret.
 # Gives: HealthCheckerError, InventoryError, UsageError, SecretError, StorageError, ApiError, Cause, one_line,
-#   ProbeError, AnswerError
+#   ProbeError, AnswerError, Trouble
 REASON_CHARS = 500              # characters of a reason that are kept
 
 
@@ -322,6 +322,29 @@ class ProbeError(HealthCheckerError):
 
 class AnswerError(ProbeError):
     """The host's answer cannot be used; over another connection it would be the same."""
+
+
+class Trouble:
+    """Tells of a step that fails again and again: once in COMPLAINT_INTERVAL, and when that is over."""
+
+    def __init__(self, what: str) -> None:
+        self._what, self._count, self._is_told, self._told_mono = what, 0, False, -math.inf
+
+    @contextlib.contextmanager
+    def caught(self) -> Iterator[None]:
+        """Around a thread's outermost step: the next one is taken whatever happens."""
+        try:
+            yield
+        except BaseException as error:  # noqa: BLE001  # a thread that nobody joins would end in silence
+            self._count += 1
+            if time.monotonic() - self._told_mono >= COMPLAINT_INTERVAL:
+                self._is_told, self._told_mono = True, time.monotonic()
+                why = getattr(error, "orig", None) or f"{type(error).__name__}: {error}"
+                log.error("%s: %s", self._what, one_line(str(why)))
+        else:
+            if self._is_told:
+                log.info("%s: that is over, after %d failures", self._what, self._count)
+            self._count, self._is_told = 0, False
 
 
 # === Bastions ================================================================
@@ -1191,6 +1214,11 @@ class ResourceSettings(Settings):
     def ttl(self) -> float:
         """Seconds for which a report counts: two intervals, a poll and some grace; what is not asked has one."""
         return (self.interval if self.platform is Platform.PUSH else 2 * self.interval + self.timeout) + LEASE_GRACE
+
+    @property
+    def retry(self) -> float:
+        """Seconds until the next poll where the last one does not agree with the state."""
+        return min(self.interval, self.retry_interval)
 
 
 # === Groups ==================================================================
@@ -7163,29 +7191,14 @@ def chart(session: Session, resource_id: int, metric: str, span: str, now: float
 # Whether it is this machine that is cut off. In come what polls found and, once one found no answer, what the addresses
 # of service.uplink say, asked in a thread of its own; out goes a Cut, by which the pollers report for a while what was
 # healthy before it. All times in `_mono` are of lease_clock.
-# Gives: NO_ANSWER, Outage, Uplink
+# Gives: CUT_OFF, NO_ANSWER, Outage, Uplink
 NO_ANSWER = ("unreachable", "timeout")      # causes that a cut can have
 UPLINK_TIMEOUT = 3.0            # seconds for an uplink to answer
 UPLINK_INTERVAL = 5.0           # seconds between two questions
 UPLINK_FRESH = 15.0             # seconds for which the answer to one counts
 UPLINK_DOUBT = 30.0             # seconds of silence for which nobody is told of what does not answer
 URGED_MAX = 200                 # machines that are polled at once, to see whether they answer
-
-
-@dataclass(frozen=True)
-class Outage:
-    """Since when a resource does not answer, and whether it was healthy until then."""
-
-    since_mono: float = math.inf
-    was_healthy: bool = False
-
-    def after(self, before: Standing, verdict: Verdict) -> Outage:
-        """The same after one more result; `before`: the standing until then."""
-        if verdict.cause == "stale":
-            return self
-        if verdict.cause not in NO_ANSWER:
-            return Outage()
-        return self if self.since_mono < math.inf else Outage(lease_clock(), before.healthy and not before.bad)
+CUT_OFF = Standing("unhealthy", "cut_off", "this machine is, for no uplink answers")
 
 
 class Cut(NamedTuple):
@@ -7197,25 +7210,30 @@ class Cut(NamedTuple):
     ends_mono: float        # of the hold
     calm_mono: float
     text: str
+    over_mono: float = math.inf     # when it was over
 
 
 class Uplink:
     """Finds out whether this machine is cut off: no uplink answers, nor do more than half of the machines."""
 
-    def __init__(self, addresses: Sequence[str] = (), hold: float = 0.0, resolver: Resolver | None = None) -> None:
-        self._addresses, self._hold, self._resolver = addresses, hold, resolver or Resolver()
-        self._lock = threading.Lock()               # guards the next seven
+    def __init__(self, addresses: Sequence[str] = (), hold: float = 0.0, resolver: Resolver | None = None,
+                 clock: Callable[[], float] = lease_clock) -> None:
+        self._addresses, self._hold, self._resolver, self.clock = addresses, hold, resolver or Resolver(), clock
+        self._lock = threading.Lock()               # guards the next nine
         self.cut: Cut | None = None
+        self._last: Cut | None = None               # this one, or the one before
+        self._is_cut = False                        # also while most machines do not answer
         self._machines: set[str] = set()            # with a result
         self._failing: set[str] = set()             # those that did not answer the last time
         self._failed_mono = -math.inf               # the last such result
         self._asked_mono = -math.inf                # begin of the last question that is over
         self._silent_mono = math.inf                # since when no uplink answers
-        self._calm_mono = lease_clock()             # see Cut
+        self._calm_mono = clock()                   # see Cut
         self._woken, self._is_ending = threading.Event(), False
         self._urge: Callable[[Iterable[str]], None] = lambda names: None
         self._changed: Callable[[], None] = lambda: None
         self._note: Callable[[str, str, float], None] = lambda kind, text, at: None
+        self._trouble = Trouble("what the uplinks say is not known")
         self._thread = threading.Thread(target=self._run, name="uplink", daemon=True)
 
     def begin(self, urge: Callable[[Iterable[str]], None], changed: Callable[[], None],
@@ -7236,12 +7254,12 @@ class Uplink:
     def take(self, name: str, verdict: Verdict) -> None:
         """What the last poll of a machine found, before its standing is reported."""
         failed = verdict.cause in NO_ANSWER
-        if not self._addresses or verdict.cause == "stale":
+        if not self._addresses:
             return
         with self._lock:
             self._machines.add(name)
             (self._failing.add if failed else self._failing.discard)(name)
-            self._failed_mono = lease_clock() if failed else self._failed_mono
+            self._failed_mono = self.clock() if failed else self._failed_mono
             before = self.cut
             self._judge()
         if failed or self.cut is not before:
@@ -7254,82 +7272,87 @@ class Uplink:
             self._failing.discard(name)
             self._judge()
 
-    def covers(self, name: str) -> bool:
-        """Whether a machine does not answer because this one is cut off."""
-        return self.cut is not None and name in self._failing
-
-    def held(self, outage: Outage, round_seconds: float) -> float:
-        """Seconds for which what was before an outage counts on; 0: it does not. Only for one that began in the round
-        of polls before the cut or later, and of what was healthy then."""
+    def covers(self, name: str, since_mono: float, round_seconds: float) -> bool:
+        """Whether a machine does not answer because this one is cut off. A cut lasts on for what it holds, when most
+        machines answer again: then for that alone."""
         cut = self.cut
-        if cut is None or not outage.was_healthy or not cut.calm_mono < outage.since_mono < math.inf:
-            return 0.0
-        is_of_it = cut.begun_mono - outage.since_mono <= round_seconds
-        return max(0.0, cut.ends_mono - lease_clock()) if is_of_it else 0.0
+        is_of_it = cut is not None and (self._is_cut or abs(cut.begun_mono - since_mono) <= round_seconds)
+        return is_of_it and name in self._failing
 
-    @property
-    def is_doubtful(self) -> bool:
-        """Whether it may soon turn out that this machine is cut off."""
-        silent = 0 <= lease_clock() - self._silent_mono < UPLINK_DOUBT
-        return self.cut is None and (silent or self._failed_mono > self._asked_mono) and bool(self._addresses)
+    def held(self, since_mono: float, round_seconds: float, recovery_seconds: float) -> float:
+        """Seconds for which what was before an outage counts on; 0: it does not. Only for one that began in the round
+        of polls before the cut or after its begin, and when that is over for as long as it takes to recover."""
+        cut = self._last
+        if (cut is None or not cut.calm_mono < since_mono < cut.over_mono
+                or abs(cut.begun_mono - since_mono) > round_seconds):
+            return 0.0
+        return max(0.0, min(cut.ends_mono, cut.over_mono + recovery_seconds) - self.clock())
+
+    def is_doubtful(self, since_mono: float) -> bool:
+        """Whether it may soon turn out that this machine is cut off, and an outage due to that."""
+        if self.cut or not self._addresses or since_mono == math.inf:
+            return False
+        return 0 <= self.clock() - self._silent_mono < UPLINK_DOUBT or since_mono > self._asked_mono
 
     def _judge(self) -> None:
         """Takes up whether this machine is cut off; the caller holds the lock."""
-        now, count, total = lease_clock(), len(self._failing), len(self._machines)
+        now, count, total = self.clock(), len(self._failing), len(self._machines)
         if not count:
             self._silent_mono = math.inf    # nobody asks any more
-        is_cut = self._silent_mono <= now and total > 1 and 2 * count > total
+        self._is_cut = is_cut = self._silent_mono <= now and total > 1 and 2 * count > total
         if is_cut and self.cut is None and now - self._asked_mono < UPLINK_FRESH:
             text = f"cut off: {count} of {total} machines do not answer, nor does an uplink"
-            self.cut = Cut(now, time.time(), now + self._hold, self._calm_mono, text)
+            self.cut = self._last = Cut(now, time.time(), now + self._hold, self._calm_mono, text)
         elif self.cut and (self._silent_mono == math.inf or (not is_cut and now >= self.cut.ends_mono)):
-            self.cut, self._calm_mono = None, now   # not before, or a machine that answers again would close the gate
+            self._last, self.cut = self.cut._replace(over_mono=now), None
+            self._calm_mono = now       # not before, or a machine that answers again would close the gate
 
     def _run(self) -> None:
-        told, holds = self.cut, False
+        told = self.cut
         while not self._is_ending:
-            self._woken.wait(self._pause(holds=holds))
+            self._woken.wait(self._pause())
             self._woken.clear()
-            try:
-                if self._is_due() and not self._is_ending:
+            with self._trouble.caught():
+                if self._pause() == 0 and not self._is_ending:
                     self._ask()
-                before, cut = (told, holds), self.cut
-                holds = cut is not None and lease_clock() < cut.ends_mono
-                if (cut, holds) != before:
+                if (cut := self.cut) is not told:
                     self._changed()
                     self._tell(told, cut)
-                told = cut
-            except Exception:   # a thread's outermost step: the next question is asked whatever came of this one
-                log.exception("what the uplinks say is not known")
+                    told = cut
 
-    def _is_due(self) -> bool:
-        return self._has_question() and lease_clock() >= self._asked_mono + UPLINK_INTERVAL
-
-    def _has_question(self) -> bool:
-        return self.cut is not None or bool(self._failing and (
+    def _pause(self) -> float | None:
+        """Seconds until an uplink is to be asked; None: not before a machine does not answer."""
+        has_question = self.cut is not None or bool(self._failing and (
             self._failed_mono > self._asked_mono or self._silent_mono < math.inf))
-
-    def _pause(self, *, holds: bool) -> float | None:
-        """Seconds until there is something to do; None: until a machine does not answer."""
-        now, cut = lease_clock(), self.cut
-        ends = [self._asked_mono + UPLINK_INTERVAL] if self._has_question() else []
-        ends += [cut.ends_mono] if cut and holds else []
-        return max(0.0, min(ends) - now) if ends else None
+        return max(0.0, self._asked_mono + UPLINK_INTERVAL - self.clock()) if has_question else None
 
     def _ask(self) -> None:
         """Asks the uplinks, all at once; when they fall silent, whether the machines do so, too, and when one is heard
         again, whether they are."""
-        begun_mono = lease_clock()
-        with concurrent.futures.ThreadPoolExecutor(len(self._addresses)) as pool:
-            answered = any(pool.map(self._answers, self._addresses))
+        begun_mono = self.clock()
+        answered = self._is_answered(begun_mono)
         with self._lock:
-            was_calm, was_cut, self._asked_mono = self._silent_mono == math.inf, self.cut, begun_mono
+            was_calm, was_cut = self._silent_mono == math.inf, self.cut
             self._silent_mono = math.inf if answered else min(self._silent_mono, begun_mono)
-            self._calm_mono = lease_clock() if answered else self._calm_mono
+            self._calm_mono = self.clock() if answered else self._calm_mono
             self._judge()
             urged = self._failing.copy() if answered else self._machines - self._failing
         if len(urged) <= URGED_MAX and (was_cut if answered else was_calm):
             self._urge(urged)
+
+    def _is_answered(self, begun_mono: float) -> bool:
+        """Whether any uplink does. Where they cannot be asked, nobody knows: that is no silence, and the next question
+        comes no sooner."""
+        asked = False
+        try:
+            with concurrent.futures.ThreadPoolExecutor(len(self._addresses)) as pool:
+                answered = any(pool.map(self._answers, self._addresses))
+            asked = True
+            return answered
+        finally:
+            with self._lock:
+                self._asked_mono = begun_mono
+                self._silent_mono = self._silent_mono if asked or self.cut else math.inf
 
     def _answers(self, address: str) -> bool:
         """Whether an uplink does; who refuses is there, too."""
@@ -7351,6 +7374,56 @@ class Uplink:
             self._note("service", text, at)
 
 
+class Outage:
+    """What the polls of one resource show of whether this machine gets through: since when there is no answer, and
+    whether it was healthy until then, which may count on. Under the poller's lock."""
+
+    def __init__(self, settings: ResourceSettings, uplink: Uplink) -> None:
+        self._settings, self._uplink = settings, uplink
+        self._round = settings.interval + settings.timeout
+        self._since_mono, self._was_healthy = math.inf, False
+        if settings.platform in HOSTLESS:
+            self.forget()       # what had this name before may have been a machine
+
+    def take(self, before: Standing, verdict: Verdict, after: Standing) -> None:
+        """One more result, and the standings before and after it. An outage is over once the standing is healthy, or it
+        is something else that is wrong."""
+        if verdict.cause == "stale" or self._settings.platform in HOSTLESS:
+            return
+        if verdict.cause not in NO_ANSWER and (after.healthy or not verdict.healthy):
+            self._since_mono = math.inf
+        elif verdict.cause in NO_ANSWER and self._since_mono == math.inf:
+            self._since_mono, self._was_healthy = self._uplink.clock(), before.healthy and not before.bad
+        self._uplink.take(self._settings.name, verdict)
+
+    def forget(self) -> None:
+        """The resource is in maintenance, or no machine any more."""
+        self._since_mono = math.inf
+        self._uplink.forget(self._settings.name)
+
+    def go_on_from(self, before: Outage) -> None:
+        """Goes on from what the poller before found."""
+        if self._settings.platform not in HOSTLESS:
+            self._since_mono, self._was_healthy = before._since_mono, before._was_healthy
+
+    @property
+    def held(self) -> float:
+        """Seconds for which the resource counts as healthy, though it is not."""
+        settings = self._settings
+        recovery = settings.rise * settings.retry + settings.timeout
+        return self._uplink.held(self._since_mono, self._round, recovery) if self._was_healthy else 0.0
+
+    @property
+    def is_cut_off(self) -> bool:
+        """Whether it is this machine that is, and not the resource that is down."""
+        return self._uplink.covers(self._settings.name, self._since_mono, self._round)
+
+    @property
+    def is_doubtful(self) -> bool:
+        """Whether that may soon turn out, or it has time to recover."""
+        return self.held > 0 or self._uplink.is_doubtful(self._since_mono)
+
+
 # === Blame ===================================================================
 # What is told of resources that depend on others, or are cut off: of what is behind an unhealthy one, that one alone is
 # told, and a change for which something else may be to blame waits until that has turned out. In come the reports of a
@@ -7359,9 +7432,10 @@ class Uplink:
 class Doubt:
     """Whether the state of a resource may soon be another one; those that depend on it urge its poll when they fail."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, asked: bool) -> None:
         self.woken = threading.Event()      # ends the wait of the poller
-        self.decided = False                # the last result agrees with the state; before the first one nobody knows
+        self._asked = asked                 # or it reports by itself, tomorrow perhaps: nobody waits for that
+        self.decided = not asked            # the last result agrees with the state; before the first one nobody knows
         self._urged_mono, self._polled_mono = -math.inf, 0.0    # and when the last poll that is over began
 
     @property
@@ -7379,24 +7453,31 @@ class Doubt:
         """Notes that a poll is over."""
         self._polled_mono = begun_mono
 
+    def settle(self, *, decided: bool) -> None:
+        """Notes whether the last result agrees with the state."""
+        self.decided = decided or not self._asked
+
 
 class News:
     """What is told of one resource: each change once, and none for which another one is to blame."""
 
-    def __init__(self, name: str, aggregator: HealthAggregator, doubts: dict[str, Doubt], uplink: Uplink) -> None:
-        self._name, self._aggregator, self._doubts, self._uplink = name, aggregator, doubts, uplink
-        self.doubt = doubts[name] = Doubt()
+    def __init__(self, settings: ResourceSettings, aggregator: HealthAggregator, doubts: dict[str, Doubt],
+                 outage: Outage) -> None:
+        self._name, self._aggregator, self._doubts, self._outage = settings.name, aggregator, doubts, outage
+        self.doubt = doubts[settings.name] = Doubt(asked=settings.platform is not Platform.PUSH)
         self.told = Standing()              # the last one that was told
         self.waits: Report | None = None    # until it is known whether others are to blame
         self._is_restored = False           # what was told was told before the start
 
     def restore(self, standing: Standing) -> None:
         """Goes on from a standing of before the start."""
-        self.told, self._is_restored, self.doubt.decided = standing, True, standing.decided
+        self.told, self._is_restored = standing, True
+        self.doubt.settle(decided=standing.decided)
 
     def go_on_from(self, before: News) -> None:
         """Goes on from what the poller before told."""
-        self.told, self._is_restored, self.doubt.decided = before.told, before._is_restored, before.doubt.decided
+        self.told, self._is_restored = before.told, before._is_restored
+        self.doubt.settle(decided=before.doubt.decided)
 
     def weigh(self, report: Report) -> Report:
         """The report with the standing that was told last, where there is something to tell: not while the resource is
@@ -7405,40 +7486,40 @@ class News:
         if after.bad == 1 and not self._aggregator.blocker(self._name):
             for doubt in self._before():
                 doubt.urge()
-        self.doubt.decided = after.decided
+        self.doubt.settle(decided=after.decided)
         is_doubtful = self._is_doubtful(report.verdict)     # first: such a doubt is over once the other has fallen
         blocker = self._aggregator.blocker(self._name)
         behind = 0 if after.healthy else self._aggregator.behind(self._name)
         report = replace(report, blocker=blocker, behind=behind)
         if blocker and self._is_restored and not self.told.healthy:
             self.told = replace(self.told, state="healthy", cause="")   # what was told then was that of the other one
-        changed, self._is_restored, self.waits = replace(report, before=self.told), False, None
-        if blocker or not after.decided or self._uplink.covers(self._name):
+        changed, self._is_restored, waited, self.waits = replace(report, before=self.told), False, self.waits, None
+        if blocker or not after.decided or self._outage.is_cut_off:
             return report
         if is_doubtful and changed.transition:
-            self.waits = changed
+            self.waits = replace(changed, at=waited.at) if waited else changed
             return report
         self.told = after
         return changed
 
-    def late(self) -> Report | None:
-        """The report of a change that waited, once nobody else is to blame for it."""
+    def late(self, *, is_last: bool) -> Report | None:
+        """The report of a change that waited, once nobody else is to blame for it; `is_last`: as far as is known."""
         report = self.waits
-        if report is None or self._is_doubtful(report.verdict):
+        if report is None or (not is_last and self._is_doubtful(report.verdict)):
             return None
         self.waits = None
-        if self._aggregator.blocker(self._name) or self._uplink.covers(self._name):
+        if self._aggregator.blocker(self._name) or self._outage.is_cut_off:
             return None
         self.told = report.standing
         return report
 
     def _before(self) -> Iterator[Doubt]:
         """Those of the resources on which it depends."""
-        return (self._doubts[name] for name in self._aggregator.sources(self._name) if name in self._doubts)
+        return filter(None, map(self._doubts.get, self._aggregator.sources(self._name)))     # one may go just now
 
     def _is_doubtful(self, verdict: Verdict) -> bool:
         """Whether it may turn out that the resource is behind an unhealthy one, or cut off."""
-        is_cut_off = verdict.cause in NO_ANSWER and self._uplink.is_doubtful
+        is_cut_off = verdict.cause in NO_ANSWER and self._outage.is_doubtful
         return is_cut_off or any(doubt.is_urged or not doubt.decided for doubt in self._before())
 
 
@@ -7522,7 +7603,7 @@ class OverrideKeeper:
 # Rows of resources come in, reports go out: to the aggregator at once, to the database through the recorder. A
 # thread for each resource polls it, one (the recorder) writes, one (the monitor) makes pollers follow the rows,
 # replaces dead ones and sees leases and maintenance end. Names in `_mono` are monotonic times, in `_at` Unix times.
-# Gives: Recorder, PollContext, poll_once, Monitor, Trouble
+# Gives: Recorder, PollContext, poll_once, Monitor
 FIRST_POLLS = 50.0              # first polls per second
 JITTER = 0.1                    # part of the interval by which polls are spread
 FLUSH_INTERVAL = 1.0            # seconds for which the recorder gathers what it writes
@@ -7545,29 +7626,6 @@ UPSERT_STATUS = INSERT_STATUS.on_conflict_do_update(set_={
     **{column.name: column for column in INSERT_STATUS.excluded},
     "strip": func.substr(Status.strip + INSERT_STATUS.excluded["strip"], -STRIP)})
 INSERT_SAMPLE = sqlite.insert(SAMPLES).on_conflict_do_nothing()
-
-
-class Trouble:
-    """Tells of a step that fails again and again: once in COMPLAINT_INTERVAL, and when that is over."""
-
-    def __init__(self, what: str) -> None:
-        self._what, self._count, self._is_told, self._told_mono = what, 0, False, -math.inf
-
-    @contextlib.contextmanager
-    def caught(self) -> Iterator[None]:
-        """Around a thread's outermost step: the next one is taken whatever happens."""
-        try:
-            yield
-        except BaseException as error:  # noqa: BLE001  # a thread that nobody joins would end in silence
-            self._count += 1
-            if time.monotonic() - self._told_mono >= COMPLAINT_INTERVAL:
-                self._is_told, self._told_mono = True, time.monotonic()
-                why = getattr(error, "orig", None) or f"{type(error).__name__}: {error}"
-                log.error("%s: %s", self._what, one_line(str(why)))
-        else:
-            if self._is_told:
-                log.info("%s: that is over, after %d failures", self._what, self._count)
-            self._count, self._is_told = 0, False
 
 
 def first_polls(left: Sequence[float], settings: Sequence[ResourceSettings]) -> list[float]:
@@ -7763,6 +7821,17 @@ def restore_logins(guard: LoginGuard, target: Target, stored: Status, age: float
         guard.refuse(target.name, age, len(stored.strip) - len(before))
 
 
+def restored(guard: LoginGuard, target: Target, stored: Status, age: float) -> tuple[float, Standing]:
+    """For how many seconds a stored state counts on, and which one: it must be of these settings and fresh, a refused
+    login counts during its back-off."""
+    left = target.settings.ttl - age if age >= 0 and stored.settings_digest == target.settings_digest else 0.0
+    if stored.credential_digest == target.credential_digest and 0 <= age < LOCKOUT_WINDOW:
+        restore_logins(guard, target, stored, age)
+        left = target.settings.ttl if stored.cause == "auth" else left
+    return (left if (stored.state, stored.cause) in POLL_MARKS else 0.0), Standing(
+        cast(State, stored.state), cast(Cause, stored.cause), stored.reason, stored.since_at, stored.good, stored.bad)
+
+
 class Poller(threading.Thread):
     """Polls one resource at its own interval; a thread that waits, connects and reports."""
 
@@ -7773,7 +7842,8 @@ class Poller(threading.Thread):
         self._connection = CONNECTIONS[target.settings.platform](target, guard, context.access)
         self.asks = not isinstance(self._connection, PushConnection)
         context.access.watched[target.name] = self._connection
-        self._news = News(target.name, context.aggregator, context.doubts, context.uplink)
+        self.outage = Outage(target.settings, context.uplink)
+        self._news = News(target.settings, context.aggregator, context.doubts, self.outage)
         self.doubt = self._news.doubt
         self._previous: Sample | None = None
         self._due_mono = time.monotonic() + delay
@@ -7781,10 +7851,9 @@ class Poller(threading.Thread):
         self.lease_mono = 0.0       # until when what was known before it counts
         self._begun_mono, self._died, self.deaths = lease_clock(), "", 0    # of what; in a row, with those before it
         self._asked: queue.SimpleQueue[concurrent.futures.Future[Report]] = queue.SimpleQueue()     # see poll_now
-        self._stopped = False
         self._polled_mono = -math.inf       # when the last poll began
-        self._lock = threading.Lock()       # guards standing and the order of reports: the monitor sets stale
-        self.standing, self._outage = Standing(), Outage()
+        self._lock = threading.Lock()       # guards the next four and the order of reports: the monitor sets stale
+        self.standing, self._stopped, self._is_held, self._opens_mono = Standing(), False, False, 0.0
 
     def run(self) -> None:
         try:
@@ -7828,7 +7897,7 @@ class Poller(threading.Thread):
 
     def _next_mono(self) -> float:
         """When it polls; one that is urged as soon as after a bad result of its own."""
-        soon = self._polled_mono + min(self.target.settings.interval, self.target.settings.retry_interval)
+        soon = self._polled_mono + self.target.settings.retry
         return min(self._due_mono, soon) if self.doubt.is_urged else self._due_mono
 
     def poll_now(self) -> concurrent.futures.Future[Report]:
@@ -7847,7 +7916,8 @@ class Poller(threading.Thread):
 
     def stop(self) -> None:
         """Ends the thread after the poll that runs; its report is dropped when the resource is deregistered."""
-        self._stopped = True
+        with self._lock:
+            self._stopped = True
         self.doubt.woken.set()
 
     def take(self, sample: Sample) -> bool:     # of a resource that is not asked; whether it counts
@@ -7862,30 +7932,31 @@ class Poller(threading.Thread):
 
     @property
     def held(self) -> float:
-        """Seconds for which it counts as healthy though it is not, for this machine is cut off."""
-        settings = self.target.settings
-        seconds = self._context.uplink.held(self._outage, settings.interval + settings.timeout)
-        return 0.0 if self.standing.healthy else seconds
+        """Seconds for which it counts as healthy though it is not, for this machine is cut off or was just now."""
+        return 0.0 if self.standing.healthy else self.outage.held
 
-    def _set_resource(self, ttl: float, opens: float = 0.0) -> None:
+    def _set_resource(self, ttl: float) -> None:
         held, standing = self.held, self.standing
+        self._is_held = held > 0
+        why = (CUT_OFF if self.outage.is_cut_off else standing).why
         self._context.aggregator.set_resource(
-            self.target.name, standing.healthy or held > 0, standing.why, ttl=min(ttl, held) if held else ttl,
-            owner=self, opens=opens)
+            self.target.name, standing.healthy or held > 0, why, ttl=min(ttl, held) if held else ttl, owner=self,
+            opens=max(0.0, self._opens_mono - lease_clock()))
 
-    def _ask_uplink(self, verdict: Verdict) -> None:
-        """Tells what shows whether it is this machine that does not get through."""
-        if self.target.settings.platform not in HOSTLESS and self.counted:
-            self._context.uplink.take(self.target.name, verdict)
-            is_fresh = lease_clock() < self.expires_mono    # or it was not healthy, though nobody has noted that yet
-            self._outage = self._outage.after(self.standing if is_fresh else Standing(), verdict)
+    def count(self, *, counted: bool) -> None:
+        """Lets it count from now on, or not: then it shows nothing of the uplink."""
+        with self._lock:
+            self.counted = counted
+            if not counted:
+                self.outage.forget()
 
     def expire(self) -> None:
-        """Makes the resource unhealthy, cause `stale`, when there was no result in time."""
+        """Makes the resource unhealthy, cause `stale`, when there was no result in time, or when a hold is over."""
+        if self._is_held and not self.held:
+            self.report_again()
         if lease_clock() < self.expires_mono:   # asked twice a second; _report looks again under the lock
             return
-        name, ttl = self.target.name, self.target.settings.ttl
-        waits = self._guard.wait(name) > 0
+        name, ttl, waits = self.target.name, self.target.settings.ttl, self._guard.wait(self.target.name) > 0
         if not (waits and self.standing.cause == "auth"):
             why = f"; {self._guard.why(name)}" if waits else ""
             self._report(Verdict("unhealthy", "stale", f"no result for {ttl:.0f} s{why}"), 0.0)
@@ -7895,7 +7966,6 @@ class Poller(threading.Thread):
         """One poll and its report; returns the seconds from its start to the next, too."""
         settings, begun_mono = self.target.settings, time.monotonic()
         sample, host_key, wait = None, self.target.host_key, self._guard.wait(settings.name)
-        retry = min(settings.interval, settings.retry_interval)
         if wait > 0 and not self._connection.keeper.lives:
             verdict = Verdict("unhealthy", "auth", self._guard.why(settings.name))
         else:
@@ -7909,29 +7979,32 @@ class Poller(threading.Thread):
         if verdict.reason.startswith(NOT_TRIED) and not (wait > 0 and self.standing.state == "unknown"):
             # no result: the standing holds, and a sibling's success may free this one sooner
             report = Report(self.target, self.standing, self.standing, verdict, time.time(), seconds)
-            return min(wait or retry, settings.interval), report
+            return min(wait or settings.retry, settings.interval), report
         learned = None if self.target.host_key == host_key else self.target.host_key
         report = self._report(verdict, seconds, sample, learned)
         wait = self._guard.wait(settings.name) if verdict.cause == "auth" else 0.0
-        pause = settings.interval if self.standing.decided else min(settings.interval, max(retry, wait))
+        pause = settings.interval if self.standing.decided else min(settings.interval, max(settings.retry, wait))
         return pause * self._context.random.uniform(1 - JITTER, 1 + JITTER), report
 
     def _report(self, verdict: Verdict, seconds: float, sample: Sample | None = None,
                 host_key: str | None = None) -> Report:
         settings, at, ttl = self.target.settings, time.time(), self.target.settings.ttl
-        retry = min(settings.interval, settings.retry_interval)
         with self._lock:
             stopped, before = self._stopped, self.standing
             if verdict.cause == "stale" and lease_clock() < self.expires_mono:
                 return Report(self.target, before, before, verdict, at, seconds)
-            self._ask_uplink(verdict)
-            after = self.standing = settle(before, verdict, settings, at)
+            after = settle(before, verdict, settings, at)
+            if self.counted and not stopped:
+                is_fresh = lease_clock() < self.expires_mono    # or it was not healthy, though nobody has noted it yet
+                self.outage.take(before if is_fresh else Standing(), verdict, after)
+            self.standing = after
             waits = self._guard.wait(settings.name) if verdict.cause == "auth" else 0.0
             if waits <= AUTH_BACKOFF:       # until the next attempt has an outcome
                 ttl = max(ttl, waits + settings.timeout + 2)
             self.expires_mono = lease_clock() + ttl + (waits if after.cause == "auth" else 0.0)
-            wait = waits or (retry if after.good or not self.asks else settings.interval)
-            self._set_resource(ttl, opens=wait + retry * max(0, settings.rise - after.good - 1))
+            wait = waits or (settings.retry if after.good or not self.asks else settings.interval)
+            self._opens_mono = lease_clock() + wait + settings.retry * max(0, settings.rise - after.good - 1)
+            self._set_resource(ttl)
             kept = sample is not None and self._connection.keeper.reused
             report = Report(self.target, after, after, verdict, at, seconds, sample, host_key, waits, kept)
             report = self._news.weigh(report)
@@ -7939,30 +8012,25 @@ class Poller(threading.Thread):
             self._context.recorder.put(report)
         return report
 
-    def tell_late(self) -> None:
-        """Tells of a change that waited, once nobody else is to blame for it; for the monitor."""
+    def tell_late(self, *, is_last: bool = False) -> None:
+        """Tells of a change that waited, once nobody else is to blame for it, or at the end; for the monitor."""
         if self._news.waits:
             with self._lock:
-                if report := self._news.late():
+                if report := self._news.late(is_last=is_last):
                     self._context.recorder.tell(report)
 
     def restore(self, stored: Status, age: float) -> None:
-        """A stored state counts on when it is of these settings and fresh, a refused login during its back-off."""
-        target = self.target
-        left = target.settings.ttl - age if age >= 0 and stored.settings_digest == target.settings_digest else 0.0
-        if stored.credential_digest == target.credential_digest and 0 <= age < LOCKOUT_WINDOW:
-            restore_logins(self._guard, target, stored, age)
-            if stored.cause == "auth":
-                left = target.settings.ttl
-        if left > 0 and (stored.state, stored.cause) in POLL_MARKS:
-            self.standing = Standing(cast(State, stored.state), cast(Cause, stored.cause), stored.reason,
-                                     stored.since_at, stored.good, stored.bad)
+        """Goes on from what is stored."""
+        left, standing = restored(self._guard, self.target, stored, age)
+        if left > 0:
+            self.standing = standing
             self.expires_mono = self.lease_mono = lease_clock() + left
-            self._news.restore(self.standing)
+            self._news.restore(standing)
 
     def go_on_from(self, before: Poller) -> None:
         """Takes over the standing of the poller before it."""
-        self.standing, self.expires_mono, self._outage = before.standing, before.expires_mono, before._outage
+        self.standing, self.expires_mono, self._opens_mono = before.standing, before.expires_mono, before._opens_mono
+        self.outage.go_on_from(before.outage)
         self._news.go_on_from(before._news)
 
 
@@ -8005,9 +8073,9 @@ def require_files(before: Mapping[str, Target], targets: Mapping[str, Target]) -
 def overruled(name: str, pollers: Mapping[str, Poller], context: PollContext) -> Standing | None:
     """How a resource stands whatever its own results are: cut off, or behind an unhealthy resource or group."""
     poller, cut = pollers.get(name), context.uplink.cut
-    if cut and poller and context.uplink.covers(name):
+    if cut and poller and poller.outage.is_cut_off:
         state: State = "degraded" if poller.held or poller.standing.healthy else "unhealthy"
-        return Standing(state, "cut_off", "this machine is, for no uplink answers", cut.begun_at)
+        return replace(CUT_OFF, state=state, since_at=cut.begun_at)
     if not (blocker := context.aggregator.blocker(name)):
         return None
     parent = pollers.get(blocker)
@@ -8032,8 +8100,7 @@ class Monitor(threading.Thread):
         self._maintenance: dict[str, tuple[float, float]] = {}
         self._revision, self._looked_mono = -1, -math.inf   # of the rows that were followed, and when
         self._followed = threading.Condition()      # guards _revision; notified when the rows were followed
-        self._ending = threading.Event()
-        self._trouble = Trouble("the configuration cannot be taken over")
+        self._ending, self._trouble = threading.Event(), Trouble("the configuration cannot be taken over")
 
     def begin(self) -> None:
         """Registers every resource, takes over fresh stored states and starts everything."""
@@ -8064,6 +8131,8 @@ class Monitor(threading.Thread):
             poller.stop()
         for poller in filter(threading.Thread.is_alive, pollers):
             poller.join(max(0.0, ends_mono - time.monotonic()))
+        for poller in pollers:
+            poller.tell_late(is_last=True)      # or never: the next start takes what is stored for told
         self._context.recorder.close()
 
     def catch_up(self) -> bool:
@@ -8139,15 +8208,13 @@ class Monitor(threading.Thread):
     def _recount(self) -> None:
         """Takes up that maintenance has begun or is over: the state that is known counts."""
         for name, poller in self.pollers.items():
-            counted = self._is_over(name)
-            if counted is not poller.counted:
-                poller.counted = counted
+            if (counted := self._is_over(name)) is not poller.counted:
+                poller.count(counted=counted)
                 if counted:
                     self._context.aggregator.register(name, poller, critical=poller.target.settings.critical,
                                                       asked=poller.asks)
                 else:
                     self._context.aggregator.deregister(name)
-                    self._context.uplink.forget(name)
                 poller.report_again()
 
     def _end_maintenance(self) -> None:

@@ -1501,6 +1501,31 @@ def test_a_change_waits_until_the_parent_has_answered(house: House, machines: Ma
         assert events(house)[-1] == ("child", "healthy -> unhealthy (unreachable: connection refused)")
 
 
+def test_a_change_that_waits_is_told_at_the_end(house: House, machines: Machines) -> None:
+    """For the next start takes what is stored for told."""
+    house.write("name: parent, timeout: 60", "name: child, depends_on: [parent], fall: 1")
+    with house.watching():
+        wait_for(lambda: house.state("parent") == house.state("child") == ("healthy", ""))
+        wait_for(lambda: len(events(house)) == 2)
+        machines.behaviours |= {"parent": machines.hang, "child": unreachable}
+        house.poller("child").poll_now().result(60)
+        wait_for(lambda: len(machines.moments("parent")) == 2)
+        assert len(events(house)) == 2
+        recorder = house.monitor._context.recorder
+    wait_for(lambda: not recorder.is_alive())
+    assert events(house)[2:] == [("child", "healthy -> unhealthy (unreachable: connection refused)")]
+
+
+def test_nobody_waits_for_the_word_of_a_parent_that_reports_by_itself(house: House, machines: Machines) -> None:
+    house.write("name: parent, platform: push, password: 0123456789abcdef", "name: child, depends_on: [parent]")
+    with house.watching():
+        wait_for(lambda: house.state("child") == ("healthy", ""))
+        wait_for(lambda: ("child", "unknown -> healthy") in events(house))
+        machines.behaviours["child"] = unreachable
+        house.poller("child").poll_now()
+        wait_for(lambda: events(house)[-1] == ("child", "healthy -> unhealthy (unreachable: connection refused)"))
+
+
 def test_a_parent_in_maintenance_makes_nobody_unhealthy(house: House, machines: Machines) -> None:
     house.write("name: parent, fall: 1, critical: false", "name: child, depends_on: [parent]")
     machines.behaviours["parent"] = unreachable

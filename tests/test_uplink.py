@@ -8,6 +8,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,30 @@ import sqlalchemy
 from conftest import wait_for
 from console import console
 from service import write_inventory
+from test_groups import Clock
 from test_poll import House, Machines, good, house, machines, refused, unreachable, vault
 
 import healthchecker
-from healthchecker import InventoryError, Outage, Standing, Uplink, Verdict, lease_clock, load_inventory
+from healthchecker import (
+    Deadline,
+    Doubt,
+    HealthAggregator,
+    InventoryError,
+    News,
+    Outage,
+    Platform,
+    ProbeError,
+    Report,
+    Resolver,
+    ResourceSettings,
+    Standing,
+    Target,
+    Uplink,
+    Verdict,
+    lease_clock,
+    load_inventory,
+    settle,
+)
 
 __all__ = ["house", "machines", "vault"]  # fixtures
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="a full queue refuses nobody on Linux alone")
@@ -89,8 +110,8 @@ def texts(house: House, kind: str) -> list[str]:
 
 @contextlib.contextmanager
 def healthy(house: House, gateway: Gateway, hold: float, *more: str) -> Iterator[None]:
-    """Three machines are watched, and all is well, also for `more`."""
-    house.write(*(f"name: {name}, retry_interval: 2, rise: 1" for name in NAMES), *more)
+    """Three machines are watched, and all is well, also for `more`. After a cut they have a minute to recover."""
+    house.write(*(f"name: {name}, retry_interval: 2, timeout: 60" for name in NAMES), *more)
     with house.watching(uplink=Uplink([gateway.address], hold)):
         wait_for(lambda: all(house.state(name) == ("healthy", "") for name in NAMES))
         wait_for(house.aggregator.is_healthy)
@@ -104,9 +125,9 @@ def fail(house: House, machines: Machines, *names: str) -> None:
     house.poller(names[0]).poll_now().result(60)
 
 
-def recover(house: House, machines: Machines, *names: str) -> None:
+def recover(house: House, machines: Machines, *names: str, polls: int = 2) -> None:
     machines.behaviours |= dict.fromkeys(names, good)
-    for name in names:
+    for name in names * polls:
         house.poller(name).poll_now().result(60)
 
 
@@ -120,7 +141,7 @@ def all_fallen(house: House) -> bool:
 
 @LINUX
 def test_the_gate_holds_while_this_machine_is_cut_off(house: House, machines: Machines, gateway: Gateway) -> None:
-    """One event for all; and when an uplink answers again, all stands as it is."""
+    """One event for all; and when an uplink answers again, they have time to recover."""
     with healthy(house, gateway, 3600):
         gateway.fall_silent()
         fail(house, machines, *NAMES)
@@ -136,10 +157,11 @@ def test_the_gate_holds_while_this_machine_is_cut_off(house: House, machines: Ma
         assert len(texts(house, "state")) == len(NAMES), "nobody tells of a machine"
         gateway.answer()
         wait_for(lambda: uplink_of(house).cut is None)
-        wait_for(lambda: not house.aggregator.is_healthy())
         assert house.monitor.behind("m1") is None
+        house.poller("m1").poll_now().result(60)
+        assert house.aggregator.is_healthy() and house.state("m1") == ("unhealthy", "unreachable")
         recover(house, machines, *NAMES)
-        wait_for(house.aggregator.is_healthy)
+        assert house.aggregator.is_healthy() and not any(house.poller(name).held for name in NAMES)
         assert len(texts(house, "state")) == len(NAMES)
         wait_for(lambda: texts(house, "service")[1:] == [": not cut off any more"])
 
@@ -152,12 +174,16 @@ def test_a_machine_that_answers_again_closes_nothing(house: House, machines: Mac
         fail(house, machines, *NAMES)
         wait_for(lambda: uplink_of(house).cut and all_fallen(house))
         wait_for(house.aggregator.is_healthy)
+        closed = [text for text in texts(house, "gate") if "open -> closed" in text]
         for name in NAMES[:2]:
-            recover(house, machines, name)
+            recover(house, machines, name, polls=1)
             assert house.aggregator.is_healthy() and house.poller("m2").held > 0
-        recover(house, machines, "m2")
+        recover(house, machines, "m2", polls=1)
         assert house.aggregator.is_healthy()
         wait_for(lambda: uplink_of(house).cut is None)
+        recover(house, machines, *NAMES)
+        assert house.aggregator.is_healthy()
+        assert [text for text in texts(house, "gate") if "open -> closed" in text] == closed
 
 
 @LINUX
@@ -169,6 +195,7 @@ def test_a_hold_ends(house: House, machines: Machines, gateway: Gateway) -> None
         wait_for(lambda: not house.aggregator.is_healthy())
         standing = house.monitor.behind("m1")
         assert standing and (standing.state, standing.cause) == ("unhealthy", "cut_off")
+        wait_for(lambda: ": cut_off: this machine is, for no" in house.aggregator.groups(site=True)[0].why)
 
 
 @LINUX
@@ -248,19 +275,263 @@ def test_a_second_cut_holds_nothing_anew(house: House, machines: Machines, gatew
         gateway.fall_silent()
         wait_for(lambda: house.poller("m0").poll_now().result(60) and uplink_of(house).cut)
         assert not any(house.poller(name).held for name in NAMES)
-        assert not house.aggregator.is_healthy()
+        wait_for(lambda: not house.aggregator.is_healthy())
+
+
+# --- step by step, by a clock that a test sets ---
+DOWN, LIMIT, FINE = Verdict("unhealthy", "timeout", "x"), Verdict("unhealthy", "limit", "x"), Verdict("healthy")
+
+
+class Names(Resolver):
+    """The way to an uplink that refuses, which is an answer, as long as there is no fault."""
+
+    fault: Exception | None = None
+
+    def resolve(self, host: str, port: int, deadline: Deadline) -> list[Any]:
+        if self.fault:
+            raise self.fault
+        return super().resolve(host, port, deadline)
+
+
+def settings_of(name: str, **more: Any) -> ResourceSettings:
+    return ResourceSettings.model_construct(name=name, **{"platform": Platform.UNIX, **more})
+
+
+class Site:
+    """Healthy machines with default settings and an uplink, which is asked when a test says so."""
+
+    def __init__(self, hold: float = 600.0, *names: str) -> None:
+        with contextlib.closing(Gateway()) as gateway:
+            self.clock, self.names = Clock(), Names()
+            self.uplink = Uplink([gateway.address], hold, self.names, self.clock)
+        self.clock.now += 100
+        self.settings = {name: settings_of(name) for name in names or NAMES}
+        self.outages = {name: Outage(settings, self.uplink) for name, settings in self.settings.items()}
+        self.standings = dict.fromkeys(self.settings, Standing("healthy", good=2))
+        self.poll(FINE, *self.settings)
+
+    def poll(self, verdict: Verdict, *names: str) -> None:
+        for name in names:
+            before = self.standings[name]
+            self.standings[name] = settle(before, verdict, self.settings[name], 0.0)
+            self.outages[name].take(before, verdict, self.standings[name])
+
+    def ask(self, fault: Exception | None = None) -> None:
+        self.names.fault = fault
+        self.uplink._ask()
+
+    def cut(self) -> None:
+        """All of them have fallen, and no uplink answers."""
+        for _ in range(2):
+            self.poll(DOWN, *self.settings)
+            self.clock.now += 1
+        self.ask(ProbeError("timeout", "x"))
+        assert self.uplink.cut
+
+    def held(self) -> list[float]:
+        return [outage.held for outage in self.outages.values()]
+
+
+def test_the_first_good_result_ends_no_hold() -> None:
+    """With `rise: 2` the standing is unhealthy until the second one; another fault ends it at once."""
+    site = Site()
+    site.cut()
+    assert site.held() == [600.0] * 3
+    site.poll(FINE, "m0")
+    assert not site.standings["m0"].healthy and site.held() == [600.0] * 3
+    site.poll(DOWN, "m0")
+    site.poll(Verdict("unhealthy", "stale", "x"), "m0")
+    assert site.held() == [600.0] * 3
+    site.poll(LIMIT, "m0")
+    assert site.held() == [0.0, 600.0, 600.0]
+    for _ in range(2):
+        site.poll(FINE, "m1")
+    assert site.standings["m1"].healthy and site.held() == [0.0, 0.0, 600.0]
+
+
+@pytest.mark.parametrize(("hold", "held"), [(600, 20), (25, 15)])
+def test_what_was_held_has_time_to_recover(hold: float, held: float) -> None:
+    """Two polls after a bad one and one that hangs, but never beyond the hold; nothing that fails then is held."""
+    site = Site(hold)
+    site.cut()
+    site.clock.now += 10
+    site.ask()
+    assert site.uplink.cut is None and site.held() == [held] * 3
+    assert site.outages["m0"].is_doubtful, "nobody tells of it as long as it is held"
+    site.poll(FINE, *NAMES)
+    assert site.held() == [held] * 3
+    site.poll(FINE, "m0")
+    site.poll(DOWN, "m0", "m1")
+    assert site.held() == [0.0, held, held]
+    site.clock.now += held
+    assert site.held() == [0.0] * 3
+    site.ask()
+    assert not any(outage.is_doubtful for outage in site.outages.values())
+
+
+def test_all_that_answer_once_have_time_to_recover() -> None:
+    """Nobody asks the uplink any more."""
+    site = Site()
+    site.cut()
+    site.poll(FINE, *NAMES)
+    assert site.uplink.cut is None and site.held() == [20.0] * 3
+
+
+def test_what_fails_long_after_the_begin_is_not_held() -> None:
+    """The uplink itself is dead and most machines are back: only what has not answered since is cut off."""
+    site = Site(600, *NAMES, "m3")
+    site.cut()
+    for _ in range(2):
+        site.poll(FINE, "m0", "m1", "m2")
+    site.clock.now += 300
+    site.poll(DOWN, "m0")
+    assert site.uplink.cut and site.held() == [0.0, 0.0, 0.0, 300.0]
+    assert [outage.is_cut_off for outage in site.outages.values()] == [False, False, False, True]
+    site.poll(DOWN, "m1")
+    assert [outage.is_cut_off for outage in site.outages.values()] == [True, True, False, True], "most do not answer"
+    assert site.held() == [0.0, 0.0, 0.0, 300.0]
 
 
 def test_an_outage() -> None:
     """It begins with the first result without an answer; and who had a bad one before that was not healthy."""
-    down, fine, bad = Verdict("unhealthy", "timeout", "x"), Verdict("healthy"), Verdict("unhealthy", "limit", "x")
-    well, shaken = Standing("healthy", good=3), Standing("healthy", bad=1)
-    first = Outage().after(well, down)
-    assert first.was_healthy and first.since_mono < math.inf
-    assert first.after(shaken, down) is first.after(shaken, Verdict("unhealthy", "stale", "x")) is first
-    assert first.after(well, fine) == first.after(well, bad) == Outage()
-    for before in (shaken, Standing(), Standing("unhealthy", "limit", "x", bad=2)):
-        assert not Outage().after(before, down).was_healthy
+    for before, verdict in ((FINE, LIMIT), (LIMIT, FINE), (LIMIT, LIMIT)):
+        site = Site()
+        site.poll(before, "m0")
+        site.poll(verdict, "m0")
+        site.cut()
+        assert (site.outages["m0"].held > 0) is verdict.healthy and site.outages["m1"].held > 0
+
+
+def test_who_is_no_machine_any_more() -> None:
+    """Its name is not among those that do not answer, whatever has it now; nor is one in maintenance."""
+    site = Site()
+    site.poll(DOWN, "m0", "m1")
+    Outage(settings_of("m0", platform=Platform.PUSH), site.uplink).take(Standing("healthy"), DOWN, Standing("healthy"))
+    assert (site.uplink._machines, site.uplink._failing) == ({"m1", "m2"}, {"m1"})
+    site.outages["m1"].forget()
+    assert (site.uplink._machines, site.uplink._failing) == ({"m2"}, set())
+    site.clock.now += 3600
+    site.standings = dict.fromkeys(NAMES, Standing("healthy", good=2))
+    site.cut()
+    assert site.outages["m1"].held > 0, "it recovered while it did not count"
+
+
+def test_an_uplink_that_cannot_be_asked(caplog: pytest.LogCaptureFixture) -> None:
+    """Is asked again no sooner than any; that is no silence, and keeps no event back."""
+    site = Site()
+    site.poll(DOWN, "m0")
+    site.ask(ProbeError("timeout", "x"))
+    site.clock.now += 5
+    with pytest.raises(RuntimeError):
+        site.ask(RuntimeError("can't start new thread"))
+    assert site.uplink._pause() is None and not site.outages["m0"].is_doubtful
+    site.clock.now += 1
+    site.poll(DOWN, *NAMES)
+    assert site.uplink.cut is None and site.uplink._pause() == 4
+    site.names.fault = RuntimeError("can't start new thread")
+    site.clock.now += 4
+    site.uplink.begin(lambda names: None, lambda: None, lambda kind, text, at: None)
+    site.uplink._woken.set()
+    wait_for(lambda: site.uplink._asked_mono == site.clock.now)
+    wait_for(lambda: "what the uplinks say is not known: RuntimeError: can't start new thread" in caplog.text)
+    site.uplink.close()
+    assert len(caplog.records) == 1
+
+
+def test_what_has_failed_for_long_keeps_no_event_back() -> None:
+    """An event waits for an answer to a question that came after its own outage, whoever fails then."""
+    site = Site()
+    site.poll(DOWN, "m0")
+    site.clock.now += 1
+    site.ask()
+    assert not site.outages["m0"].is_doubtful
+    site.clock.now += 1
+    site.poll(DOWN, "m0", "m1")
+    assert [outage.is_doubtful for outage in site.outages.values()] == [False, True, False]
+    site.clock.now += 1
+    site.ask()
+    site.clock.now += 1
+    site.poll(DOWN, "m0")
+    assert not site.outages["m1"].is_doubtful
+
+
+def news_of(site: Site, name: str, doubts: dict[str, Doubt]) -> News:
+    aggregator = HealthAggregator()
+    aggregator.arrange(healthchecker.Gates(), {}, {name: ("parent",)})
+    for each in (name, "parent"):
+        aggregator.register(each)
+    return News(site.settings[name], aggregator, doubts, site.outages[name])
+
+
+def test_a_change_that_waits_keeps_its_time() -> None:
+    site, doubts = Site(), {"parent": Doubt(asked=True)}
+    news = news_of(site, "m0", doubts)
+    news.told = site.standings["m0"]
+    target, down = Target(1, site.settings["m0"], None, "", ""), Standing("unhealthy", "limit", "x", bad=2)
+    for at in (100.0, 160.0):
+        assert not news.weigh(Report(target, down, down, LIMIT, at, 1.0)).transition
+    assert news.late(is_last=False) is None
+    doubts["parent"].settle(decided=True)
+    report = news.late(is_last=False)
+    assert report and (report.at, report.transition) == (100.0, "healthy -> unhealthy (limit: x)")
+
+
+class Forgetful(dict[str, Doubt]):
+    """What is looked for goes just then, as when another thread removes it."""
+
+    def __contains__(self, name: object) -> bool:
+        return self.pop(str(name), None) is not None
+
+
+def test_a_parent_that_is_removed_just_then() -> None:
+    site = Site()
+    news = news_of(site, "m0", Forgetful(parent=Doubt(asked=True)))
+    assert news._is_doubtful(FINE)
+
+
+def test_nobody_waits_for_who_reports_by_itself() -> None:
+    doubt = Doubt(asked=False)
+    doubt.settle(decided=False)
+    assert doubt.decided and not Doubt(asked=True).decided
+
+
+def test_a_poll_that_ends_too_late_counts_for_nothing(house: House, machines: Machines) -> None:
+    """Its resource was removed: no ghost makes a majority."""
+    house.write("name: m0", "name: m1, timeout: 60")
+    machines.behaviours["m1"] = machines.hang
+    with house.watching(uplink=Uplink(["127.0.0.1:9"], 600)):
+        wait_for(lambda: machines.moments("m1") and house.state("m0") == ("healthy", ""))
+        gone = house.poller("m1")
+        house.write("name: m0")
+        wait_for(lambda: "m1" not in house.monitor.pollers)
+        wait_for(house.monitor.catch_up)
+        machines.ended.set()
+        gone.join(60)
+        assert not gone.is_alive() and uplink_of(house)._machines == {"m0"}
+
+
+def test_maintenance_ends_an_outage(house: House, machines: Machines) -> None:
+    """What is polled in it shows nothing of the uplink."""
+    house.write("name: m0")
+    with house.watching(uplink=Uplink(["127.0.0.1:9"], 600)):
+        wait_for(house.aggregator.is_healthy)
+        poller = house.poller("m0")
+        fail(house, machines, "m0")
+        assert poller.outage._since_mono < math.inf and uplink_of(house)._failing == {"m0"}
+        house.elsewhere(f"UPDATE resource SET maintenance = {time.time() + 3600} WHERE name = 'm0'")
+        wait_for(lambda: poller.counted is False)
+        poller.poll_now().result(60)
+        assert poller.outage._since_mono == math.inf and uplink_of(house)._machines == set()
+
+
+def test_who_is_told_again_opens_when_it_would(house: House, machines: Machines) -> None:
+    """At the begin and end of a cut, for instance; clients come again no sooner."""
+    house.write("name: m0, fall: 1, retry_interval: 60")
+    machines.behaviours["m0"] = unreachable
+    with house.watching():
+        wait_for(lambda: house.state("m0") == ("unhealthy", "unreachable"))
+        house.poller("m0").report_again()
+        assert house.aggregator.lease.opens.value >= house.poller("m0")._opens_mono > 0
 
 
 @LINUX
