@@ -1435,13 +1435,13 @@ def test_a_parent_that_fails_is_one_event(house: House, machines: Machines) -> N
             house.poller(name).poll_now()
         wait_for(lambda: all(house.state(name)[0] == "unhealthy" for name in names))
         wait_for(lambda: len(events(house)) > len(names))
+        wait_for(lambda: not any(house.poller(name)._news.waits for name in names))  # a sweep has dropped them
         assert events(house)[len(names):] == [
             ("switch", "healthy -> unhealthy (unreachable: connection refused; 6 behind it)")]  # fmt: skip
         standing = house.monitor.behind("h3")
         assert standing and (standing.cause, standing.reason) == ("parent", "behind switch")
         machines.behaviours["switch"] = good
-        house.poller("switch").poll_now()
-        wait_for(lambda: house.state("switch") == ("healthy", ""))
+        house.poller("switch").poll_now().result(60)
         assert house.monitor.behind("hop") is None and house.monitor.behind("h3"), "hop's own last result is bad"
         machines.behaviours |= dict.fromkeys(names[:-1], good)
         for name in names[1:]:
@@ -1457,6 +1457,7 @@ def test_a_child_wakes_its_parent_no_more_often_than_it_may(house: House, machin
     house.write("name: parent, retry_interval: 60", *(f"name: {name}, depends_on: [parent]" for name in CHILDREN))
     with house.watching():
         wait_for(lambda: all(house.state(name) == ("healthy", "") for name in ("parent", *CHILDREN)))
+        wait_for(lambda: len(events(house)) == 1 + len(CHILDREN))
         for behaviour in (unreachable, good, unreachable):
             machines.behaviours |= dict.fromkeys(CHILDREN, behaviour)
             for answer in [house.poller(name).poll_now() for name in CHILDREN]:
@@ -1547,7 +1548,8 @@ def test_a_restart_while_a_parent_is_down(house: House, machines: Machines) -> N
         wait_for(lambda: house.stored("parent") == house.stored("child") == ("unhealthy", "unreachable"))
         count = len(events(house))
     with house.watching():
-        wait_for(lambda: len(machines.polls) >= 4)
+        for name in ("parent", "child"):
+            house.poller(name).poll_now().result(60)
         assert house.monitor.behind("child")
         machines.behaviours.clear()
         for name in ("parent", "child"):

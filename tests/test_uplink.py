@@ -581,10 +581,12 @@ def other_network() -> Iterator[tuple[str, str]]:
     name, here, there = (f"hc{os.getpid()}{end}" for end in ("", "a", "b"))
     try:
         ip("netns", "add", name)
+        ip("link", "add", here, "type", "veth", "peer", "name", there, "netns", name)
     except (OSError, subprocess.SubprocessError):
+        with contextlib.suppress(OSError):
+            subprocess.run(["ip", "netns", "del", name], check=False, capture_output=True)
         pytest.skip("ip cannot make a network namespace: that needs root, and ip")
     try:
-        ip("link", "add", here, "type", "veth", "peer", "name", there, "netns", name)
         ip("addr", "add", "198.51.100.1/30", "dev", here)
         ip("link", "set", here, "up")
         ip("-n", name, "addr", "add", "198.51.100.2/30", "dev", there)
