@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ipaddress
 import math
 import os
 import socket
@@ -562,8 +563,8 @@ def test_a_service_that_is_cut_off(tmp_path: Path, gateway: Gateway) -> None:
 
 
 SERVERS = """
-import select, socket
-servers = [socket.create_server(("198.51.100.2", port)) for port in (5001, 5002, 5003)]
+import select, socket, sys
+servers = [socket.create_server((sys.argv[1], port)) for port in (5001, 5002, 5003)]
 print("ready", flush=True)
 while True:
     for server in select.select(servers, [], [])[0]:
@@ -576,9 +577,11 @@ def ip(*words: str) -> None:
 
 
 @contextlib.contextmanager
-def other_network() -> Iterator[tuple[str, str]]:
-    """A network namespace with servers at 198.51.100.2, which a cable leads to: its name, and the cable's end there."""
+def other_network() -> Iterator[tuple[str, str, str]]:
+    """A network namespace with servers, which a cable leads to: its name, the cable's end there, and their address, one
+    of those for tests between networks (RFC 2544) that no other process has."""
     name, here, there = (f"hc{os.getpid()}{end}" for end in ("", "a", "b"))
+    network = ipaddress.ip_address("198.18.0.0") + os.getpid() % 32768 * 4
     try:
         ip("netns", "add", name)
         ip("link", "add", here, "type", "veth", "peer", "name", there, "netns", name)
@@ -587,15 +590,15 @@ def other_network() -> Iterator[tuple[str, str]]:
             subprocess.run(["ip", "netns", "del", name], check=False, capture_output=True)
         pytest.skip("ip cannot make a network namespace: that needs root, and ip")
     try:
-        ip("addr", "add", "198.51.100.1/30", "dev", here)
+        ip("addr", "add", f"{network + 1}/30", "dev", here)
         ip("link", "set", here, "up")
-        ip("-n", name, "addr", "add", "198.51.100.2/30", "dev", there)
+        ip("-n", name, "addr", "add", f"{network + 2}/30", "dev", there)
         ip("-n", name, "link", "set", there, "up")
-        with subprocess.Popen(["ip", "netns", "exec", name, sys.executable, "-c", SERVERS], text=True,
-                              stdout=subprocess.PIPE) as process:  # fmt: skip
+        command = ["ip", "netns", "exec", name, sys.executable, "-c", SERVERS, str(network + 2)]
+        with subprocess.Popen(command, text=True, stdout=subprocess.PIPE) as process:
             try:
                 assert process.stdout and process.stdout.readline() == "ready\n"
-                yield name, there
+                yield name, there, str(network + 2)
             finally:
                 process.kill()
     finally:
@@ -605,11 +608,11 @@ def other_network() -> Iterator[tuple[str, str]]:
 @LINUX
 def test_a_cable_that_is_pulled_out(tmp_path: Path) -> None:
     """And put in again: the site goes on while it is out."""
-    with other_network() as (name, cable):
+    with other_network() as (name, cable, host):
         rows = "".join(
-            f"  - {{name: m{port}, platform: tcp, hostname: 198.51.100.2, port: {port}, interval: 2, retry_interval: 2,"
+            f"  - {{name: m{port}, platform: tcp, hostname: {host}, port: {port}, interval: 2, retry_interval: 2,"
             f" fall: 5}}\n" for port in (5001, 5002))  # fmt: skip
-        with console(tmp_path, rows, "  uplink: ['198.51.100.2:5003']\n  hold: 3600\n") as (service, client):
+        with console(tmp_path, rows, f"  uplink: ['{host}:5003']\n  hold: 3600\n") as (service, client):
 
             def view(name: str) -> tuple[str, str]:
                 found = client.api("GET", f"resources/{name}").json
