@@ -1131,8 +1131,8 @@ class ResourceSettings(Settings):
         names = [check.name for check in self.checks]
         faults = self._windows_faults() if self.platform is Platform.WINDOWS else []
         faults += self._protocol_faults() if self.platform in PROTOCOLS else []
-        token = self.secrets.get("password", "") if self.platform is Platform.PUSH else "-" * TOKEN_CHARS
-        if token and not re.fullmatch(f"[!-~]{{{TOKEN_CHARS},}}", token):
+        token = self.secrets.get("password")
+        if token and not self.is_asked and not re.fullmatch(f"[!-~]{{{TOKEN_CHARS},}}", token):
             faults.append(f"a password of push must have {TOKEN_CHARS} characters of ASCII or more, without blanks")
         if len(set(names)) < len(names):
             faults.append("two checks have the same name")
@@ -1162,6 +1162,11 @@ class ResourceSettings(Settings):
             "certificate_days needs TLS": (self.certificate_days or expect.certificate_days) and not self.tls,
             "HEAD has no answer to look into": self.method == "HEAD" and (expect.contains or expect.values)}
         return [fault for fault, is_there in faults.items() if is_there]
+
+    @property
+    def is_asked(self) -> bool:
+        """Whether it is polled; or it reports by itself."""
+        return self.platform is not Platform.PUSH
 
     @property
     def scheme(self) -> str:
@@ -1213,7 +1218,7 @@ class ResourceSettings(Settings):
     @property
     def ttl(self) -> float:
         """Seconds for which a report counts: two intervals, a poll and some grace; what is not asked has one."""
-        return (self.interval if self.platform is Platform.PUSH else 2 * self.interval + self.timeout) + LEASE_GRACE
+        return (2 * self.interval + self.timeout if self.is_asked else self.interval) + LEASE_GRACE
 
     @property
     def retry(self) -> float:
@@ -1225,8 +1230,8 @@ class ResourceSettings(Settings):
 # What counts together, what depends on what, and which paths of the application need what: models of the inventory's
 # `groups` and `routes`, and what can be wrong between them. Pure; the aggregator counts by them, the gate of each
 # worker sorts paths by them.
-# Gives: by_tag, dependency_faults, gate_faults, gate_lines, Gates, GroupSettings, inverse, Quorum, quorum_of, Routes,
-# RouteSettings, usable_parents
+# Gives: by_tag, dependency_faults, gate_lines, Gates, group_faults, GroupSettings, inverse, Quorum, quorum_of,
+# Routes, RouteSettings, usable_parents
 DEPTH = 8                       # groups in groups in groups
 CHAIN = 32                      # resources and groups of which each depends on the next
 Quorum = Annotated[str, matching(r"all|any|[1-9][0-9]{0,5}|(100|[1-9][0-9]?)%",
@@ -1409,14 +1414,6 @@ def usable_parents(gates: Gates, resources: Sequence[ResourceSettings]) -> dict[
     return parents
 
 
-def gate_faults(gates: Gates, resources: Sequence[ResourceSettings]) -> Iterator[tuple[NodePath, str]]:
-    """What is wrong with groups, routes and what resources depend on, and where."""
-    faults = [*group_faults(gates, resources)]
-    yield from faults
-    for index, place, why in () if faults else dependency_faults(gates, resources):
-        yield ("resources", index, *place), why
-
-
 def gate_lines(gates: Gates, resources: Sequence[ResourceSettings]) -> Iterator[str]:
     """What the site and each route need, down to the resources, and what depends on what; nothing where each resource
     counts alone."""
@@ -1558,8 +1555,7 @@ class InventoryLoader:
         entries = [(index, one) for index, own in enumerate(items) if isinstance(own, dict)
                    for one in self._hosts(index, own)]
         self.names = {str(own.get("name", own.get("hostname"))) for _, own in entries}
-        read = [(index, self._resource(index, own, defaults)) for index, own in entries]
-        found = [(index, resource) for index, resource in read if resource]
+        found = [(index, resource) for index, own in entries if (resource := self._resource(index, own, defaults))]
         resources = [resource for _, resource in found]
         self._fault_former_names(found)
         if file:
@@ -1569,8 +1565,8 @@ class InventoryLoader:
             if (why := jump_fault(resource.name, ways)):
                 self.fault(("resources", index, "proxy_jump"), why)
         gates = Gates(groups=file.groups, routes=file.routes) if file else Gates()
-        for place, why in () if self.faults else gate_faults(gates, resources):
-            self.fault(place, why)
+        if not self.faults:
+            self._fault_gates(gates, found)
         if self.faults or not file or not usual:
             raise InventoryError("\n".join(self.faults))
         usual_values = usual.model_dump(mode="json", include=set(defaults), exclude=set(SECRETS), exclude_none=True)
@@ -1595,6 +1591,14 @@ class InventoryLoader:
             if str(own.get(kind, "")).startswith(TOKEN_PREFIXES):
                 self.fault(("resources", index, kind), f"a sealed secret belongs to one resource; use {kind}_file")
         return [own | dict(zip(found, texts, strict=True)) for texts in zip(*found.values(), strict=False)]
+
+    def _fault_gates(self, gates: Gates, found: Sequence[tuple[int, ResourceSettings]]) -> None:
+        """What is wrong with groups and routes, and if nothing is, with what resources depend on."""
+        resources = [resource for _, resource in found]
+        for place, why in group_faults(gates, resources):
+            self.fault(place, why)
+        for number, place, why in () if self.faults else dependency_faults(gates, resources):
+            self.fault(("resources", found[number][0], *place), why)
 
     def _fault_former_names(self, found: Iterable[tuple[int, ResourceSettings]]) -> None:
         """What was one resource became one other."""
@@ -7464,7 +7468,7 @@ class News:
     def __init__(self, settings: ResourceSettings, aggregator: HealthAggregator, doubts: dict[str, Doubt],
                  outage: Outage) -> None:
         self._name, self._aggregator, self._doubts, self._outage = settings.name, aggregator, doubts, outage
-        self.doubt = doubts[settings.name] = Doubt(asked=settings.platform is not Platform.PUSH)
+        self.doubt = doubts[settings.name] = Doubt(asked=settings.is_asked)
         self.told = Standing()              # the last one that was told
         self.waits: Report | None = None    # until it is known whether others are to blame
         self._is_restored = False           # what was told was told before the start
@@ -7840,7 +7844,6 @@ class Poller(threading.Thread):
         self.counted: bool | None = None    # as the aggregator was told by the monitor
         self.target, self._context, self._guard = target, context, guard
         self._connection = CONNECTIONS[target.settings.platform](target, guard, context.access)
-        self.asks = not isinstance(self._connection, PushConnection)
         context.access.watched[target.name] = self._connection
         self.outage = Outage(target.settings, context.uplink)
         self._news = News(target.settings, context.aggregator, context.doubts, self.outage)
@@ -8002,7 +8005,7 @@ class Poller(threading.Thread):
             if waits <= AUTH_BACKOFF:       # until the next attempt has an outcome
                 ttl = max(ttl, waits + settings.timeout + 2)
             self.expires_mono = lease_clock() + ttl + (waits if after.cause == "auth" else 0.0)
-            wait = waits or (settings.retry if after.good or not self.asks else settings.interval)
+            wait = waits or (settings.retry if after.good or not settings.is_asked else settings.interval)
             self._opens_mono = lease_clock() + wait + settings.retry * max(0, settings.rise - after.good - 1)
             self._set_resource(ttl)
             kept = sample is not None and self._connection.keeper.reused
@@ -8050,7 +8053,7 @@ def start_new(pollers: Iterable[Poller]) -> None:
 
 def counts_on(before: Target, target: Target) -> bool:
     """Whether a standing is of these settings; of what is not asked, and may speak tomorrow, whether of its token."""
-    if before.settings.platform is target.settings.platform is Platform.PUSH:
+    if not (before.settings.is_asked or target.settings.is_asked):
         return before.credential_digest == target.credential_digest
     return before.settings_digest == target.settings_digest
 
@@ -8176,7 +8179,6 @@ class Monitor(threading.Thread):
         start_new(self.pollers.values())
         self.override.say()
         self._context.aggregator.beat("monitor")
-        self._context.aggregator.note_expiry()
         with self._store.reading() as session:
             current = revision(session)
         if current != self._revision or lease_clock() - self._looked_mono > FOLLOW_INTERVAL:
@@ -8212,7 +8214,7 @@ class Monitor(threading.Thread):
                 poller.count(counted=counted)
                 if counted:
                     self._context.aggregator.register(name, poller, critical=poller.target.settings.critical,
-                                                      asked=poller.asks)
+                                                      asked=poller.target.settings.is_asked)
                 else:
                     self._context.aggregator.deregister(name)
                 poller.report_again()
@@ -11434,8 +11436,7 @@ def health() -> flask.typing.ResponseReturnValue:
         answer["checks"] |= {f"{group.name}:state": [{
             "componentType": "component", "observedValue": group.state, "output": group.why,
             "status": HEALTH_STATUS[group.state]}] for group in list_groups(who)}
-        override = who.context.monitor.override.now
-        if override:
+        if override := who.context.monitor.override.now:
             answer["checks"]["gate:override"] = [{
                 "componentType": "component", "observedValue": override.action, "output": override.why,
                 "status": "warn"}]
@@ -13372,7 +13373,7 @@ def serve(arguments: argparse.Namespace) -> int:
 # The command line: each command is a function of the arguments, works on an Installation and gives the exit code. What
 # it changes in the database a running service takes up within a second.
 # Gives: nothing
-TAKEN_UP = 1.0                  # seconds after which a running service has taken up what was written
+TAKEN_UP = 2.0                  # seconds after which a running service has followed a row, and written what came of it
 APP_WAIT = 120.0                # seconds for the application to be loaded by `check`
 PROBES_AT_ONCE = 64             # resources that `check --probe` polls at the same time
 PROGRESS_INTERVAL = 0.1         # seconds between two looks at them; a wait without an end may never see Ctrl-C
@@ -13526,7 +13527,7 @@ def check(arguments: argparse.Namespace) -> int:
             if settings.platform is Platform.WINDOWS and (missing := missing_package(settings.auth)):
                 print(f"{settings.name}: {missing}")
         targets = {} if arguments.probe is None else load_targets(session, vault)
-    polled = [name for name, target in targets.items() if target.settings.platform is not Platform.PUSH]
+    polled = [name for name, target in targets.items() if target.settings.is_asked]
     chosen = [find_target(targets, name) for name in arguments.probe or polled]
     return code or (0 if arguments.probe is None else probe(targets, chosen, installation.access()))
 

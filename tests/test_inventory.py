@@ -84,6 +84,9 @@ def dns(text: str) -> str:
 
 
 FAULTS: dict[str, tuple[str, str]] = {
+    "dependency behind a range": (
+        "resources:\n  - {hostname: 'h[1:3]', platform: dns}\n  - {hostname: a, platform: dns, depends_on: [¦h4]}\n",
+        "resources[1].depends_on[0]: no resource or group has this name"),
     "range of one default": (
         "defaults: {name: ¦'x[1:3]'}\nresources: [{hostname: 'h[1:3]', platform: dns}]", "names are unique"),
     "range counts down": (dns("x").replace("a, x", "¦'h[3:1]'"), "hostname: [3:1] must count up"),

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from sections import BANNER, PROGRAM, Section, definitions, global_names, sections, taken
 
-FILE_LINES = 13895  # what the issues ask for is 8,970, of 48 bytes on average
+FILE_LINES = 13896  # what the issues ask for is 8,970, of 48 bytes on average
 FILE_BYTES = 731100
 SECTION_LINES = 700
 README_LINES = 200

@@ -140,13 +140,20 @@ def all_fallen(house: House) -> bool:
     return all(house.state(name) == ("unhealthy", "unreachable") for name in NAMES)
 
 
-@LINUX
-def test_the_gate_holds_while_this_machine_is_cut_off(house: House, machines: Machines, gateway: Gateway) -> None:
-    """One event for all; and when an uplink answers again, they have time to recover."""
-    with healthy(house, gateway, 3600):
+@contextlib.contextmanager
+def cut_off(house: House, machines: Machines, gateway: Gateway, hold: float, *more: str) -> Iterator[None]:
+    """All was well, and then neither an uplink nor any of the three machines answers, and that is known."""
+    with healthy(house, gateway, hold, *more):
         gateway.fall_silent()
         fail(house, machines, *NAMES)
         wait_for(lambda: uplink_of(house).cut and all_fallen(house))
+        yield
+
+
+@LINUX
+def test_the_gate_holds_while_this_machine_is_cut_off(house: House, machines: Machines, gateway: Gateway) -> None:
+    """One event for all; and when an uplink answers again, they have time to recover."""
+    with cut_off(house, machines, gateway, 3600):
         wait_for(house.aggregator.is_healthy)
         usual = house.poller("m0").target.settings.ttl
         assert house.aggregator.lease.until.value <= lease_clock() + usual, "whoever dies closes it as soon as ever"
@@ -170,10 +177,7 @@ def test_the_gate_holds_while_this_machine_is_cut_off(house: House, machines: Ma
 @LINUX
 def test_a_machine_that_answers_again_closes_nothing(house: House, machines: Machines, gateway: Gateway) -> None:
     """Though fewer than half do not: what is held is held, and after that nobody is cut off any more."""
-    with healthy(house, gateway, 3600):
-        gateway.fall_silent()
-        fail(house, machines, *NAMES)
-        wait_for(lambda: uplink_of(house).cut and all_fallen(house))
+    with cut_off(house, machines, gateway, 3600):
         wait_for(house.aggregator.is_healthy)
         closed = [text for text in texts(house, "gate") if "open -> closed" in text]
         for name in NAMES[:2]:
@@ -189,10 +193,7 @@ def test_a_machine_that_answers_again_closes_nothing(house: House, machines: Mac
 
 @LINUX
 def test_a_hold_ends(house: House, machines: Machines, gateway: Gateway) -> None:
-    with healthy(house, gateway, 1):
-        gateway.fall_silent()
-        fail(house, machines, *NAMES)
-        wait_for(lambda: uplink_of(house).cut and all_fallen(house))
+    with cut_off(house, machines, gateway, 1):
         wait_for(lambda: not house.aggregator.is_healthy())
         standing = house.monitor.behind("m1")
         assert standing and (standing.state, standing.cause) == ("unhealthy", "cut_off")
@@ -201,10 +202,7 @@ def test_a_hold_ends(house: House, machines: Machines, gateway: Gateway) -> None
 
 @LINUX
 def test_without_a_hold_the_gate_closes(house: House, machines: Machines, gateway: Gateway) -> None:
-    with healthy(house, gateway, 0):
-        gateway.fall_silent()
-        fail(house, machines, *NAMES)
-        wait_for(lambda: uplink_of(house).cut and all_fallen(house))
+    with cut_off(house, machines, gateway, 0):
         assert not house.aggregator.is_healthy()
         assert len(texts(house, "state")) == len(NAMES)
 
@@ -253,10 +251,7 @@ def test_what_was_down_before_is_not_held(house: House, machines: Machines, gate
 
 @LINUX
 def test_another_fault_is_not_held(house: House, machines: Machines, gateway: Gateway) -> None:
-    with healthy(house, gateway, 3600, "name: m3, fall: 1, retry_interval: 2"):
-        gateway.fall_silent()
-        fail(house, machines, *NAMES)
-        wait_for(lambda: uplink_of(house).cut and all_fallen(house))
+    with cut_off(house, machines, gateway, 3600, "name: m3, fall: 1, retry_interval: 2"):
         wait_for(house.aggregator.is_healthy)
         machines.behaviours["m3"] = refused
         house.poller("m3").poll_now().result(60)
@@ -266,10 +261,7 @@ def test_another_fault_is_not_held(house: House, machines: Machines, gateway: Ga
 @LINUX
 def test_a_second_cut_holds_nothing_anew(house: House, machines: Machines, gateway: Gateway) -> None:
     """Of those that have not been healthy since the first one."""
-    with healthy(house, gateway, 3600):
-        gateway.fall_silent()
-        fail(house, machines, *NAMES)
-        wait_for(lambda: uplink_of(house).cut and all_fallen(house))
+    with cut_off(house, machines, gateway, 3600):
         wait_for(house.aggregator.is_healthy)
         gateway.answer()
         wait_for(lambda: uplink_of(house).cut is None)
