@@ -2008,7 +2008,7 @@ class Base(DeclarativeBase):
 Base.registry.update_type_annotation_map({str: StoredText, float: StoredNumber, int: StoredInteger})
 
 db = SQLAlchemy(model_class=Base, session_options={"expire_on_commit": False})
-SCHEMA = 4                      # PRAGMA user_version of a database that this program writes
+SCHEMA = 5                      # PRAGMA user_version of a database that this program writes
 APPLICATION = 0x48434B31        # PRAGMA application_id: "HCK1"
 REMOVED = "removed"             # origin of what the inventory had: it is kept while there is history of it
 
@@ -2156,7 +2156,9 @@ class Event(Base):
     id: Mapped[int] = mapped_column(primary_key=True)
     at: Mapped[float] = mapped_column(index=True)       # Unix time
     kind: Mapped[str]           # service | gate | state | change | login | attempt | clock
-    resource: Mapped[str]       # its name, empty for none; outlives the resource
+    resource: Mapped[str] = mapped_column(default="")   # its name, empty for none; outlives the resource
+    group: Mapped[str] = mapped_column(default="")      # the name of a group or route, empty for none
+    state: Mapped[str] = mapped_column(default="")      # from now on: open | closed, or that of the resource
     text: Mapped[str]           # one line
     actor: Mapped[str]          # name of the user, empty for the service itself
     address: Mapped[str]        # the client's, empty for the service itself
@@ -2195,6 +2197,9 @@ MIGRATIONS = (("ALTER TABLE user ADD COLUMN role VARCHAR NOT NULL DEFAULT 'admin
                "ALTER TABLE status ADD COLUMN sample VARCHAR NOT NULL DEFAULT 'null'",
                "ALTER TABLE status ADD COLUMN packed BLOB NOT NULL DEFAULT x''",
                "ALTER TABLE status ADD COLUMN strip VARCHAR NOT NULL DEFAULT ''",
+               "CREATE TABLE event (id INTEGER PRIMARY KEY, at DOUBLE NOT NULL, kind VARCHAR NOT NULL, "
+               "resource VARCHAR NOT NULL, text VARCHAR NOT NULL, actor VARCHAR NOT NULL, address VARCHAR NOT NULL)",
+               "CREATE INDEX ix_event_at ON event (at)",
                "CREATE TABLE sample (resource_id, at, packed, reason)",
                "CREATE TABLE average (resource_id, at, packed)"),
               ("ALTER TABLE user RENAME COLUMN name TO username",
@@ -2207,7 +2212,11 @@ MIGRATIONS = (("ALTER TABLE user ADD COLUMN role VARCHAR NOT NULL DEFAULT 'admin
                "ALTER TABLE sample RENAME TO packed_sample",
                "ALTER TABLE average RENAME TO packed_average"),
               ("ALTER TABLE setting ADD COLUMN text VARCHAR NOT NULL DEFAULT ''",
-               "ALTER TABLE resource ADD COLUMN place VARCHAR NOT NULL DEFAULT ''"))
+               "ALTER TABLE resource ADD COLUMN place VARCHAR NOT NULL DEFAULT ''"),
+              ('ALTER TABLE event ADD COLUMN "group" VARCHAR NOT NULL DEFAULT \'\'',
+               "ALTER TABLE event ADD COLUMN state VARCHAR NOT NULL DEFAULT ''",
+               "UPDATE event SET state = 'closed' WHERE kind = 'gate'",
+               "UPDATE event SET state = 'open' WHERE kind = 'gate' AND text LIKE 'closed -> open%'"))
 # Schema 2 packed the numbers of a row, 65535 for a reading that is missing: what is selected, with them last.
 PACKED = {"sample": ("resource_id, at, reason, CAST(substr(packed, 1, 1) AS TEXT), CAST(substr(packed, 2, 1) AS TEXT), "
                      "substr(packed, 3)", struct.Struct("<I6H")),
@@ -2245,8 +2254,9 @@ def migrate(session: Session) -> None:
     Base.metadata.create_all(connection)
     if version < 3:
         unpack_history(cast(sqlite3.Connection, connection.connection.driver_connection))
-    if version < SCHEMA:
+    if version < 4:
         number_anew(connection)
+    if version < SCHEMA:
         log.info("database: migrated from schema %d to %d in %.1f s", version, SCHEMA, time.monotonic() - begin)
     session.execute(sqlalchemy.text(f"PRAGMA user_version = {SCHEMA}"))
     session.execute(sqlalchemy.text(f"PRAGMA application_id = {APPLICATION}"))
@@ -7035,11 +7045,12 @@ class Report:
                 "seconds": self.seconds, "sample": self.sample.to_json() if self.sample else "null"}
 
 
-def record_event(session: Session, kind: str, text: str, *, resource: str = "", actor: str = "",   # noqa: PLR0913
-                 address: str = "", at: float | None = None) -> None:
-    """Adds an event within the caller's transaction; its arguments are the columns. `at` is Unix time, default now."""
-    session.add(Event(at=time.time() if at is None else at, kind=kind, resource=resource, text=one_line(text),
-                      actor=one_line(actor), address=one_line(address)))
+def record_event(session: Session, kind: str, text: str, *, actor: str = "", address: str = "",    # noqa: PLR0913
+                 at: float | None = None, **about: str) -> None:
+    """Adds an event within the caller's transaction; its arguments are the columns. `at` is Unix time, default now;
+    `about`: which resource or group, and its state."""
+    session.add(Event(at=time.time() if at is None else at, kind=kind, text=one_line(text), actor=one_line(actor),
+                      address=one_line(address), **about))
 
 
 def events(session: Session, *, resource: str | None = None, kind: str | None = None, before: int | None = None,
@@ -7662,7 +7673,7 @@ class Recorder(threading.Thread):
         self._keys: dict[int, str] = {}         # host keys trusted on first use
         self._told: queue.SimpleQueue[Report] = queue.SimpleQueue()     # those of transitions
         self._changed_at = {SITE: time.time()}      # when it, a group or a route last opened or closed
-        self.note("gate", "closed (the service starts)", self._changed_at[SITE])
+        self.note("gate", "closed (the service starts)", self._changed_at[SITE], state="closed")
 
     def put(self, report: Report) -> None:
         """Takes a report; transitions are logged at once, in the caller's thread."""
@@ -7720,10 +7731,10 @@ class Recorder(threading.Thread):
                     prune(session, resource_id, self._retention, now)
         return bool(self._untidy)
 
-    def note(self, kind: str, text: str, at: float, resource: str = "") -> None:
-        """Adds an event to what is written next."""
+    def note(self, kind: str, text: str, at: float, **about: str) -> None:
+        """Adds an event to what is written next; the arguments are those of record_event."""
         with self._flushing:
-            self._events.append({"kind": kind, "text": text, "at": at, "resource": resource})
+            self._events.append({"kind": kind, "text": text, "at": at} | about)
 
     def _gather(self) -> None:
         transitions = self._aggregator.transitions
@@ -7734,7 +7745,7 @@ class Recorder(threading.Thread):
                     f"{f' after {at - since:.0f} s' if since else ''}"
                     f"{'' if is_open or mode == 'enforce' else '; observe: nothing is refused'}")
             log.warning("%s: %s", "group" if name else "gate", text)
-            self.note("group" if name else "gate", text, at)
+            self.note("group" if name else "gate", text, at, group=name, state="open" if is_open else "closed")
             self._changed_at[name] = at
         for report in (self._reports.get() for _ in range(self._reports.qsize())):
             resource_id = report.target.id
@@ -7743,7 +7754,7 @@ class Recorder(threading.Thread):
             if report.host_key:
                 self._keys[resource_id] = report.host_key
         for report in (self._told.get() for _ in range(self._told.qsize())):
-            self.note("state", report.transition, report.at, report.target.name)
+            self.note("state", report.transition, report.at, resource=report.target.name, state=report.standing.state)
 
     def _write(self, session: Session) -> None:
         """Within the caller's transaction; nothing of resources that were removed."""
@@ -10999,8 +11010,8 @@ def list_of(name: str, fields: Mapping[str, Any]) -> Any:
 
 
 PAST_POLLS = list_of("PastPollView", type_hints(PastPoll))
-PAST_EVENTS = list_of("EventView", {"id": int, "at": float,
-                                    **dict.fromkeys(("kind", "resource", "text", "actor", "address"), str)})
+PAST_EVENTS = list_of("EventView", {"id": int, "at": float, **dict.fromkeys((
+    "kind", "resource", "group", "state", "text", "actor", "address"), str)})
 
 
 def list_samples(who: Principal, name: str, query: Mapping[str, Any]) -> list[PastPoll]:

@@ -444,9 +444,9 @@ def test_retention(tmp_path: Path) -> None:
 def test_events_are_bounded(notebook: Notebook) -> None:
     """Whatever flaps, the newest 100,000 are kept."""
     notebook.execute(
-        "INSERT INTO event (at, kind, resource, text, actor, address) WITH RECURSIVE number(n) AS "
+        "INSERT INTO event (at, kind, resource, text, actor, address, \"group\", state) WITH RECURSIVE number(n) AS "
         "(SELECT 1 UNION ALL SELECT n + 1 FROM number WHERE n < 120000) "
-        "SELECT ? + n / 1000.0, 'state', 'r0', n, '', '' FROM number", START)  # fmt: skip
+        "SELECT ? + n / 1000.0, 'state', 'r0', n, '', '', '', '' FROM number", START)  # fmt: skip
     for turn in range(3):
         notebook.tidy(START + turn * QUARTER)
     with notebook.store.reading() as session:

@@ -282,12 +282,28 @@ def test_a_migrated_database_is_as_a_new_one(tmp_path: Path) -> None:
     assert described(database_of_schema_2(tmp_path)) == described(tmp_path / "new.db")
 
 
+SCHEMA_4 = ('ALTER TABLE event DROP COLUMN "group"', "ALTER TABLE event DROP COLUMN state", "PRAGMA user_version = 4")
+
+
+def test_events_of_schema_4_are_given_their_states(bench: Bench) -> None:
+    """Of the gate, as its texts tell; the others stay without."""
+    bench.load(FIRST)
+    texts = ("closed (the service starts)", "closed -> open after 2 s", "open -> closed (a: cpu) after 3 s")
+    rows = ", ".join(f"({number}, {number}, 'gate', '', '{text}', '', '')" for number, text in enumerate(texts, 100))
+    executed(bench.database, *SCHEMA_4, f"INSERT INTO event VALUES {rows}, (200, 9, 'state', 'a', 'x -> y', '', '')")
+    with closing(Store(bench.database)) as store, store.reading() as session:
+        found = {event.id: event.state for event in session.scalars(sqlalchemy.select(healthchecker.Event))}
+    assert {number: found[number] for number in (100, 101, 102, 200)} == {
+        100: "closed", 101: "open", 102: "closed", 200: ""}  # fmt: skip
+
+
 def test_database_of_schema_3(bench: Bench) -> None:
     """It lacks two columns, and nothing else changes."""
     bench.load(FIRST)
     before = bench.rows()
     executed(bench.database, "ALTER TABLE setting DROP COLUMN text", "ALTER TABLE resource DROP COLUMN place",
-             "PRAGMA user_version = 3")  # fmt: skip
+             *SCHEMA_4)  # fmt: skip
+    executed(bench.database, "PRAGMA user_version = 3")
     Store(bench.database).close()
     assert bench.rows() == before and bench.load(FIRST)[:3] == ([], [], [])
 
