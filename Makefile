@@ -22,8 +22,9 @@ packages:
 # later (.pytest.ini), and xdist begins it again: once.
 LIMIT := --timeout 300
 DIST := --dist loadfile --no-loadscope-reorder    # tests/conftest.py puts long files first
+# Six at once on two processors: they wait three times as long as they compute.
 test: packages $(VENV)/test.stamp
-	$(BIN)/python -m pytest -n 4 $(DIST) --max-worker-restart 1 $(LIMIT) $(ARGS)
+	$(BIN)/python -m pytest -n 6 $(DIST) --max-worker-restart 1 $(LIMIT) $(ARGS)
 
 # What runs on Windows, too, under Windows Python in wine; exit status 77 says that it cannot be had here. Left out
 # are tests of moments (of a kill, of a first poll, of megabytes before a deadline) that wine is too slow to keep.

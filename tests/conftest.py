@@ -12,6 +12,7 @@ import re
 import shutil
 import sys
 import threading
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -28,10 +29,12 @@ collect_ignore = [] if sys.platform == "win32" else ["test_windows_local.py"]  #
 __all__ = ["NO_PASSWORD_LOGIN", "no_leaks", "open_descriptors", "wait_for"]
 # The files that take longest are begun first: one of them would be left alone at the end.
 LONG = (
-    "windows_verdicts windows_local windows_shells windows_endpoints windows_accounts soak workers pages sessions poll "
-    "powershell windows_kept command_line transport serve real_shells files reload hostile_clients history "
-    "windows_service storage bastions overload crashes readme vault"
+    "windows_verdicts windows_local windows_shells windows_endpoints windows_accounts poll uplink sessions overrides "
+    "workers pages powershell transport real_shells soak windows_kept command_line api probes security bastions serve "
+    "middleware push groups files reload hostile_clients history windows_service storage overload crashes readme vault"
 ).split()
+# These wait more than they compute, and their tests share nothing: several workers run one of them.
+SHARES = {"test_poll.py": 4, "test_uplink.py": 2, "test_sessions.py": 2, "test_overrides.py": 2}
 # These share PowerShell's processes, so one worker runs them all.
 WITH_ENGINE = {f"test_windows_{name}.py" for name in ("verdicts", "shells", "endpoints", "accounts")}
 NO_PASSWORD_LOGIN = "password login needs root, to create a throw-away account"
@@ -68,7 +71,8 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
     class Scheduling(LoadFileScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file = super()._split_scope(nodeid)
-            return "engine" if Path(file).name in WITH_ENGINE else file
+            share = zlib.crc32(nodeid.encode()) % SHARES.get(Path(file).name, 1)
+            return "engine" if Path(file).name in WITH_ENGINE else f"{file} {share}"
 
     return Scheduling(config, log) if config.getoption("dist") == "loadfile" else None
 

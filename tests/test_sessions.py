@@ -509,6 +509,7 @@ class Proxy(Listener):
                 self.closing.wait(self.delay)
                 if not self.silent.is_set():
                     sink.sendall(chunk)
+        with contextlib.suppress(OSError):  # also after a reset: whoever leaves with something unread sends one
             sink.shutdown(socket.SHUT_WR)
 
     def reset(self) -> None:
