@@ -11,7 +11,8 @@ migrations and rotations are killed a thousand times: nothing may be half. The m
 times, at any moment of its start and after: nothing may be left of it two seconds later, and the next one gets its
 port. Ten restarts on a socket of systemd's refuse none of 20,000 requests, and 20 minutes of damaged inputs
 (tests/fuzz.py) give only documented errors. For ten minutes connections that are kept die in every way
-(tests/soak_sessions.py), and 500 polls of one shell may not make it grow.
+(tests/soak_sessions.py), and 500 polls of one shell may not make it grow. An hour of 50 hosts that fail in three ways
+and 50 that are well, polled every two seconds, leaves the service as it was after five minutes.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ import argparse
 import bisect
 import contextlib
 import queue
+import socket
+import sqlite3
 import struct
 import subprocess
 import sys
@@ -39,7 +42,8 @@ import pytest
 import soak_sessions
 from fuzz import TARGETS, fuzz_all
 from load import Clients, Response
-from service import Team
+from service import Program, Team, write_inventory
+from sshd import Sshd, make_key, write_private
 from test_crashes import kill_anywhere, lock_for, stand_still
 from test_workers import APP as SHOP
 from test_workers import kill_at_random, restart_often, workers
@@ -54,6 +58,10 @@ RECORD = struct.Struct("<ddI")  # when the request was sent, when the answer was
 FLIP = 1.0  # seconds
 WARM_UP = 0.25  # part of the time
 GROWTH = 0.05  # part of what there was after the warm-up
+HOSTS = 50  # that fail, and as many that are well
+HOST = """  - {{name: {name}, hostname: {address}, port: {port}, username: {username}, key_file: {key}, platform: linux,
+     interval: 2, timeout: 30, retry_interval: 2, fall: 1, rise: 1, checks: [{{name: says, command: "{check}"}}]}}
+"""
 
 
 class Flip(NamedTuple):
@@ -226,6 +234,48 @@ def shells(options: argparse.Namespace, _folder: Path) -> int:
     return told("shells", lambda: soak_sessions.grow(options.polls))
 
 
+def host_rows(server: Sshd, wrong_key: Path, closed_port: int) -> str:
+    """Those that are well, and those that fail: by a check, by a port where nobody listens, by a refused key."""
+    well = {"address": server.address, "port": server.port, "username": server.username, "key": server.user_key(),
+            "check": "true"}  # fmt: skip
+    faults: list[dict[str, object]] = [{"check": "false"}, {"port": closed_port}, {"key": wrong_key}]
+    bad = [HOST.format(name=f"bad{number}", **well | faults[number % len(faults)]) for number in range(HOSTS)]
+    return "".join([*(HOST.format(name=f"good{number}", **well) for number in range(HOSTS)), *bad])
+
+
+def hosts(options: argparse.Namespace, folder: Path) -> int:
+    """Machines that fail and machines that are well, for an hour; the service may not grow, and says what is so."""
+    with Sshd() as server, socket.create_server(("127.0.0.1", 0)) as closed:
+        (folder / "known_hosts").write_text(server.known_hosts(), encoding="ascii")
+        write_private(folder / "wrong_key", make_key("ed25519"))
+        port = closed.getsockname()[1]
+        closed.close()
+        inventory = write_inventory(folder, host_rows(server, folder / "wrong_key", port),
+                                    "  workers: 1\n  known_hosts: known_hosts")  # fmt: skip
+        wrong, samples, begin = Counter[str](), list[Usage](), time.monotonic()
+        with Program(inventory, deadline=120) as service, contextlib.closing(
+                sqlite3.connect(folder / "healthchecker.db")) as database:  # fmt: skip
+            process, seen_at = psutil.Process(service.pid), 0.0
+            while (passed := time.monotonic() - begin) < options.hosts:
+                threading.Event().wait(1)
+                samples.append(usage(process))
+                for name, state, polled_at in database.execute(
+                        "SELECT name, state, polled_at FROM resource JOIN status ON resource_id = resource.id"):
+                    wrong[f"{name} is {state}"] += state != ("healthy" if name[:4] == "good" else "unhealthy")
+                    seen_at = max(seen_at, polled_at)
+                print(f"\r{passed:5.0f} s: {samples[-1]}", end="", flush=True)
+            assert time.time() - seen_at < 60, "nothing was polled for a minute"
+            count = database.execute("SELECT count(*) FROM sample").fetchone()[0]
+    warm = samples[min(300, len(samples) // 4):]
+    first, last = ([median(each[place] for each in some) for place in range(3)] for some in (warm[:60], warm[-60:]))
+    grown = [name for name, before, after in zip(Usage._fields, first, last, strict=True)
+             if after > before + (1e6 if name == "memory" else 0)]
+    print(f"\n{count:,} polls; after the warm-up and at the end: threads, descriptors, bytes: {first}, {last}")
+    found = {text: times for text, times in wrong.items() if times}
+    print(f"grown: {grown or 'nothing'}; wrong: {found or 'nothing'}: {'FAILED' if grown or found else 'passed'}")
+    return int(bool(grown or found))
+
+
 def told(part: str, run: Callable[[], list[str]]) -> int:
     """Prints what was wrong, or what is missing; gives the exit code."""
     try:
@@ -244,7 +294,7 @@ def fuzzed(options: argparse.Namespace, _folder: Path) -> int:
 
 PARTS: dict[str, Callable[[argparse.Namespace, Path], int]] = {
     "load": soak, "tests": repeated, "locked": locked, "stopped": stopped, "crashes": crashes, "kills": kills,
-    "restarts": restarts, "sessions": sessions, "shells": shells, "fuzz": fuzzed}  # fmt: skip
+    "restarts": restarts, "hosts": hosts, "sessions": sessions, "shells": shells, "fuzz": fuzzed}  # fmt: skip
 
 
 def main() -> int:
@@ -257,6 +307,7 @@ def main() -> int:
     parser.add_argument("--clients", type=int, default=32, help="keep-alive connections; default: %(default)s")
     parser.add_argument("--kills", type=int, default=300, help="of the main process; default: %(default)s")
     parser.add_argument("--crashes", type=int, default=1000, help="kills at other moments; default: %(default)s")
+    parser.add_argument("--hosts", type=float, default=3600, help="seconds of 100 hosts; default: %(default)s")
     parser.add_argument("--restarts", type=int, default=10, help="with 2,000 requests each; default: %(default)s")
     parser.add_argument("--sessions", type=float, default=600, metavar="SECONDS",
                         help="of connections that die; default: %(default)s")  # fmt: skip
