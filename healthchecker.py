@@ -58,6 +58,7 @@ Sections, in file order; a definition refers only to what stands above it:
     Workers      processes that serve on one socket
     Accounts     users, logins and what proves them, the brake on guessing
     Principals   who asks, and what it is asked of
+    Users        what can be done with users and their logins
     Actions      what can be done; pages, API and command line call these
     API          the JSON API, and what every request to the console must pass
     Metrics      what Prometheus reads
@@ -10577,14 +10578,182 @@ def utc_time(at: float) -> datetime.datetime | None:
     return datetime.datetime.fromtimestamp(at, datetime.timezone.utc) if at else None
 
 
+# === Users ===================================================================
+# What can be done with users and their logins: added, changed, logged in, ended. Each operation takes who does it,
+# checks what is given, changes rows and notes it within one transaction. What is refused is an ApiError. Runs in the
+# console's threads and in the user commands.
+# Gives: add_user, change_password, change_user, end_session, list_sessions, list_users, log_in, open_session,
+# remove_user, SessionView, sign_in, sign_out, TokenView, UserView
+class UserView(Settings):
+    name: str = Field(validation_alias="username")
+    role: Role
+    initial: bool       # the password is the documented one still
+
+
+def list_users(who: Principal) -> list[User]:
+    """All users, by name."""
+    with who.context.store.reading() as session:
+        return list(session.scalars(sqlalchemy.select(User).order_by(User.username)))
+
+
+def add_user(who: Principal, body: Mapping[str, Any]) -> User:
+    """Adds a user."""
+    new = validated(NewUser, body)
+    user = User.create(new.name, new.password.get_secret_value(), new.role)     # before the database is locked
+    with who.context.store.writing() as session:
+        if session.scalar(sqlalchemy.select(User.id).where(User.username == new.name)) is not None:
+            raise ApiError("there is a user of this name already", 409, {"name": "is taken"})
+        session.add(user)
+        who.note(session, f"user {new.name} added as {new.role}")
+    return user
+
+
+def renew(who: Principal, session: Session, user: User, fresh: User) -> User:
+    """Gives a user the password of `fresh`; every session and token of before ends."""
+    user.take_password(fresh)
+    session.execute(sqlalchemy.delete(LoginSession).filter_by(user_id=user.id))
+    who.note(session, f"user {user.username}: new password")
+    return user
+
+
+def change_user(who: Principal, name: str, body: Mapping[str, Any]) -> User:
+    """Changes password or role of a user and ends the user's sessions; one's own password changes elsewhere."""
+    change = validated(UserChange, body)
+    if change.password and who.user and who.user.username == name:
+        raise field_errors({"password": "change your own with the current one, at /-/api/password"})
+    fresh = User.create(name, change.password.get_secret_value()) if change.password else None
+    with who.context.store.writing() as session:
+        user = find_user(session, name)
+        if fresh:
+            renew(who, session, user, fresh)
+        if change.role and change.role != user.role:
+            require_admin(session, without=user)
+            user.role = change.role
+            session.execute(sqlalchemy.delete(LoginSession).filter_by(user_id=user.id))
+            who.note(session, f"user {name}: {change.role} now")
+    return user
+
+
+def remove_user(who: Principal, name: str) -> None:
+    """Removes a user and ends the user's sessions; the last admin stays."""
+    with who.context.store.writing() as session:
+        user = find_user(session, name)
+        require_admin(session, without=user)
+        session.delete(user)
+        who.note(session, f"user {name} removed")
+
+
+NOBODY = User(salt=b"", rounds=PBKDF2_ROUNDS, password=b"")    # takes as long as a user that exists
+
+
+def sign_in(who: Principal, body: Mapping[str, Any]) -> User:
+    """The user with these Credentials. Raises ApiError: 401, or 429 with the seconds to wait."""
+    given = validated(Credentials, body)
+    name, context = given.username, who.context
+    with context.throttle.turn(name, who.address):
+        with context.store.reading() as session:
+            user = session.scalar(sqlalchemy.select(User).where(User.username == name))
+        if (user or NOBODY).verify(given.password.get_secret_value()) and user is not None:
+            context.throttle.clear(name, who.address)
+            return user
+        failures = context.throttle.fail(name, who.address)
+    log.warning("login of %s from %s failed", one_line(name), who.address)
+    with context.store.writing() as session:    # as many as the throttle lets through, and they evict no other kind
+        record_event(session, "attempt", f"failed login, {failures} in a row", actor=name, address=who.address,
+                     at=context.clock())
+    raise ApiError("user name or password is wrong", 401)
+
+
+def change_password(who: Principal, body: Mapping[str, Any]) -> User:
+    """Changes one's own password; every session and token of before ends."""
+    change = validated(PasswordChange, body)
+    assert who.user
+    name, current, new = who.user.username, change.current.get_secret_value(), change.new.get_secret_value()
+    if current == new:
+        raise field_errors({"new": "must not be the current one"})
+    try:
+        sign_in(who, {"username": name, "password": current})
+    except ApiError as error:
+        raise field_errors({"current": "is wrong"}) if error.status == 401 else error from None
+    fresh = User.create(name, new)
+    with who.context.store.writing() as session:
+        return renew(who, session, find_user(session, name), fresh)
+
+
+def open_session(who: Principal, kind: str, user: User) -> str:
+    """The token that proves a login of `user` from now on. Raises ApiError."""
+    token, now = secrets.token_urlsafe(32), who.context.clock()
+    with who.context.store.writing() as session:
+        current = session.get(User, user.id)
+        if current is None or current.salt != user.salt:    # removed or changed since the password was verified
+            raise ApiError("user name or password is wrong", 401)
+        session.execute(sqlalchemy.delete(LoginSession).where(~live_sessions(now)))
+        session.add(LoginSession(token_hash=token_hash(token), kind=kind, user_id=user.id, begun_at=now, seen_at=now,
+                                 address=who.address))
+        record_event(session, "login", "logged in", actor=user.username, address=who.address, at=now)
+    return token
+
+
+class TokenView(Settings):
+    token: str
+    expires_in: float       # seconds
+
+
+def log_in(who: Principal, body: Mapping[str, Any]) -> TokenView:
+    """Gives a bearer token for user name and password."""
+    return TokenView(token=open_session(who, "token", sign_in(who, body)), expires_in=TOKEN_LIFE)
+
+
+class SessionView(Settings):
+    """A login that is not over."""
+
+    id: str
+    kind: Literal["session", "token"]
+    user: str
+    begun_at: datetime.datetime
+    seen_at: datetime.datetime      # the last request, give or take a minute
+    address: str
+    current: bool                   # the one that asks
+
+
+def list_sessions(who: Principal) -> list[Any]:
+    """One's own logins, for an admin everybody's; who was seen last stands first."""
+    own = who.session.token_hash if who.session else ""
+    query = sqlalchemy.select(
+        LoginSession.token_hash.label("id"), LoginSession.kind, User.username.label("user"), LoginSession.begun_at,
+        LoginSession.seen_at, LoginSession.address, (LoginSession.token_hash == own).label("current"),
+    ).join(User).where(live_sessions(who.context.clock())).order_by(LoginSession.seen_at.desc())
+    if not who.may("admin"):
+        query = query.where(LoginSession.user_id == (who.user.id if who.user else None))
+    with who.context.store.reading() as session:
+        return list(session.execute(query))
+
+
+def end_session(who: Principal, number: str) -> None:
+    """Ends a login: one's own, or as an admin anybody's."""
+    with who.context.store.writing() as session:
+        row = session.get(LoginSession, number)
+        user = session.get(User, row.user_id) if row else None
+        if row is None or user is None or not (who.may("admin") or (who.user and who.user.id == user.id)):
+            raise ApiError("there is no such session", 404)
+        session.delete(row)
+        who.note(session, f"a {row.kind} from {row.address} of {user.username} ended")
+
+
+def sign_out(who: Principal) -> None:
+    """Ends the session that asks, also for whoever else has its cookie."""
+    if who.session:
+        with who.context.store.writing() as session:
+            session.execute(sqlalchemy.delete(LoginSession).filter_by(token_hash=who.session.token_hash))
+
+
 # === Actions =================================================================
 # What can be done, in the console's threads and in the user and gate commands, and the table of it that the API
 # serves. Each operation takes who does it, checks what is given, changes rows and notes it within one transaction, and
 # gives rows or views. What is refused is an ApiError.
-# Gives: add_resource, add_user, API, begin_maintenance, change_gate, change_password, change_resource, change_user,
-# changeable, connection_view, DAMAGED, end_maintenance, end_session, list_events, list_groups, list_resources,
-# list_sessions, list_users, NO_SAMPLE, open_session, OPERATIONS, override_gate, poll_now, remove_resource,
-# remove_user, RESOURCES, Route, SAFE_METHODS, sign_in, sign_out, status_of, test_changes, test_settings, trust_resource
+# Gives: add_resource, API, begin_maintenance, change_gate, change_resource, changeable, connection_view, DAMAGED,
+# end_maintenance, list_events, list_groups, list_resources, NO_SAMPLE, OPERATIONS, override_gate, poll_now,
+# remove_resource, RESOURCES, Route, SAFE_METHODS, status_of, test_changes, test_settings, trust_resource
 POLL_NOW_TIMEOUT = 60.0         # seconds that a request waits for a poll
 MAINTENANCE = 366 * 86_400.0    # seconds of maintenance at most
 TAKE_TIME, TAKE_AGAIN = 2.0, 0.05   # seconds that a report waits for its resource's new poller, and between two looks
@@ -11022,169 +11191,6 @@ def list_events(who: Principal, query: Mapping[str, Any]) -> list[Event]:
     """Transitions and changes, newest first."""
     with who.context.store.reading() as session:
         return events(session, **dict(validated(EventsQuery, query, text=True)))
-
-
-class UserView(Settings):
-    name: str = Field(validation_alias="username")
-    role: Role
-    initial: bool       # the password is the documented one still
-
-
-def list_users(who: Principal) -> list[User]:
-    """All users, by name."""
-    with who.context.store.reading() as session:
-        return list(session.scalars(sqlalchemy.select(User).order_by(User.username)))
-
-
-def add_user(who: Principal, body: Mapping[str, Any]) -> User:
-    """Adds a user."""
-    new = validated(NewUser, body)
-    user = User.create(new.name, new.password.get_secret_value(), new.role)     # before the database is locked
-    with who.context.store.writing() as session:
-        if session.scalar(sqlalchemy.select(User.id).where(User.username == new.name)) is not None:
-            raise ApiError("there is a user of this name already", 409, {"name": "is taken"})
-        session.add(user)
-        who.note(session, f"user {new.name} added as {new.role}")
-    return user
-
-
-def renew(who: Principal, session: Session, user: User, fresh: User) -> User:
-    """Gives a user the password of `fresh`; every session and token of before ends."""
-    user.take_password(fresh)
-    session.execute(sqlalchemy.delete(LoginSession).filter_by(user_id=user.id))
-    who.note(session, f"user {user.username}: new password")
-    return user
-
-
-def change_user(who: Principal, name: str, body: Mapping[str, Any]) -> User:
-    """Changes password or role of a user and ends the user's sessions; one's own password changes elsewhere."""
-    change = validated(UserChange, body)
-    if change.password and who.user and who.user.username == name:
-        raise field_errors({"password": "change your own with the current one, at /-/api/password"})
-    fresh = User.create(name, change.password.get_secret_value()) if change.password else None
-    with who.context.store.writing() as session:
-        user = find_user(session, name)
-        if fresh:
-            renew(who, session, user, fresh)
-        if change.role and change.role != user.role:
-            require_admin(session, without=user)
-            user.role = change.role
-            session.execute(sqlalchemy.delete(LoginSession).filter_by(user_id=user.id))
-            who.note(session, f"user {name}: {change.role} now")
-    return user
-
-
-def remove_user(who: Principal, name: str) -> None:
-    """Removes a user and ends the user's sessions; the last admin stays."""
-    with who.context.store.writing() as session:
-        user = find_user(session, name)
-        require_admin(session, without=user)
-        session.delete(user)
-        who.note(session, f"user {name} removed")
-
-
-NOBODY = User(salt=b"", rounds=PBKDF2_ROUNDS, password=b"")    # takes as long as a user that exists
-
-
-def sign_in(who: Principal, body: Mapping[str, Any]) -> User:
-    """The user with these Credentials. Raises ApiError: 401, or 429 with the seconds to wait."""
-    given = validated(Credentials, body)
-    name, context = given.username, who.context
-    with context.throttle.turn(name, who.address):
-        with context.store.reading() as session:
-            user = session.scalar(sqlalchemy.select(User).where(User.username == name))
-        if (user or NOBODY).verify(given.password.get_secret_value()) and user is not None:
-            context.throttle.clear(name, who.address)
-            return user
-        failures = context.throttle.fail(name, who.address)
-    log.warning("login of %s from %s failed", one_line(name), who.address)
-    with context.store.writing() as session:    # as many as the throttle lets through, and they evict no other kind
-        record_event(session, "attempt", f"failed login, {failures} in a row", actor=name, address=who.address,
-                     at=context.clock())
-    raise ApiError("user name or password is wrong", 401)
-
-
-def change_password(who: Principal, body: Mapping[str, Any]) -> User:
-    """Changes one's own password; every session and token of before ends."""
-    change = validated(PasswordChange, body)
-    assert who.user
-    name, current, new = who.user.username, change.current.get_secret_value(), change.new.get_secret_value()
-    if current == new:
-        raise field_errors({"new": "must not be the current one"})
-    try:
-        sign_in(who, {"username": name, "password": current})
-    except ApiError as error:
-        raise field_errors({"current": "is wrong"}) if error.status == 401 else error from None
-    fresh = User.create(name, new)
-    with who.context.store.writing() as session:
-        return renew(who, session, find_user(session, name), fresh)
-
-
-def open_session(who: Principal, kind: str, user: User) -> str:
-    """The token that proves a login of `user` from now on. Raises ApiError."""
-    token, now = secrets.token_urlsafe(32), who.context.clock()
-    with who.context.store.writing() as session:
-        current = session.get(User, user.id)
-        if current is None or current.salt != user.salt:    # removed or changed since the password was verified
-            raise ApiError("user name or password is wrong", 401)
-        session.execute(sqlalchemy.delete(LoginSession).where(~live_sessions(now)))
-        session.add(LoginSession(token_hash=token_hash(token), kind=kind, user_id=user.id, begun_at=now, seen_at=now,
-                                 address=who.address))
-        record_event(session, "login", "logged in", actor=user.username, address=who.address, at=now)
-    return token
-
-
-class TokenView(Settings):
-    token: str
-    expires_in: float       # seconds
-
-
-def log_in(who: Principal, body: Mapping[str, Any]) -> TokenView:
-    """Gives a bearer token for user name and password."""
-    return TokenView(token=open_session(who, "token", sign_in(who, body)), expires_in=TOKEN_LIFE)
-
-
-class SessionView(Settings):
-    """A login that is not over."""
-
-    id: str
-    kind: Literal["session", "token"]
-    user: str
-    begun_at: datetime.datetime
-    seen_at: datetime.datetime      # the last request, give or take a minute
-    address: str
-    current: bool                   # the one that asks
-
-
-def list_sessions(who: Principal) -> list[Any]:
-    """One's own logins, for an admin everybody's; who was seen last stands first."""
-    own = who.session.token_hash if who.session else ""
-    query = sqlalchemy.select(
-        LoginSession.token_hash.label("id"), LoginSession.kind, User.username.label("user"), LoginSession.begun_at,
-        LoginSession.seen_at, LoginSession.address, (LoginSession.token_hash == own).label("current"),
-    ).join(User).where(live_sessions(who.context.clock())).order_by(LoginSession.seen_at.desc())
-    if not who.may("admin"):
-        query = query.where(LoginSession.user_id == (who.user.id if who.user else None))
-    with who.context.store.reading() as session:
-        return list(session.execute(query))
-
-
-def end_session(who: Principal, number: str) -> None:
-    """Ends a login: one's own, or as an admin anybody's."""
-    with who.context.store.writing() as session:
-        row = session.get(LoginSession, number)
-        user = session.get(User, row.user_id) if row else None
-        if row is None or user is None or not (who.may("admin") or (who.user and who.user.id == user.id)):
-            raise ApiError("there is no such session", 404)
-        session.delete(row)
-        who.note(session, f"a {row.kind} from {row.address} of {user.username} ended")
-
-
-def sign_out(who: Principal) -> None:
-    """Ends the session that asks, also for whoever else has its cookie."""
-    if who.session:
-        with who.context.store.writing() as session:
-            session.execute(sqlalchemy.delete(LoginSession).filter_by(token_hash=who.session.token_hash))
 
 
 @dataclass(frozen=True)
