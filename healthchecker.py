@@ -6590,6 +6590,11 @@ class Group:
         short = self._warn and good < quorum_of(self._warn, len(self._ends) + len(self._openings))
         return "degraded" if short else "healthy"
 
+    def may_yet(self, more: int, now: float) -> bool:
+        """Whether it can be healthy with a bad member more, by so many more members that have no result yet."""
+        hoped = len(self._ends) - bisect.bisect_right(self._ends, now) + more
+        return bool(more) and hoped >= quorum_of(self._quorum, len(self._ends) + len(self._openings) + more + 1)
+
 
 class GroupTree:
     """What resources make of the groups and routes that they are in, of those above these, and of what depends on them.
@@ -6645,6 +6650,12 @@ class GroupTree:
         self.put(name, None if aside and span == WAITED_FOR else span)
         if reason is not None:
             self.reasons[name] = reason
+
+    def awaits(self, name: str, pending: Collection[str], now: float) -> bool:
+        """Whether those `pending` could make up for a bad resource in all that it is in."""
+        places = self._places(name) if pending else ()
+        return bool(places) and all(self.groups[place].may_yet(
+            sum(each in pending for each in self.members.get(place, ())), now) for place in places)
 
     def counted(self, group: str) -> dict[str, Span]:
         """Its members that count now."""
@@ -6764,7 +6775,8 @@ class HealthAggregator:
         self._arranged: object = None               # what it was arranged by
         self._holds_back = False                    # leases that have changed are written later
         self._open: dict[str, bool] = {}            # as it was announced
-        self._pending: set[str] = set()             # no result yet, since the start
+        self._pending: set[str] = set()             # no result yet
+        self._early: dict[str, tuple[Span, str]] = {}   # first results, bad ones, that wait for those of others
         self._announced = False                     # the registration of the start is over
         self._beats: dict[str, float] = {}          # until when those live who watch
         self._tree.put(START, WAITED_FOR)
@@ -6789,6 +6801,7 @@ class HealthAggregator:
             if self._arranged != (gates, tagged, parents):
                 self._arranged = gates, tagged, parents
                 self._tree.arrange(gates, tagged, self.lease.parts, parents)
+                self._take_early()
                 self.lease.take_modes(gates)
                 self._publish()
 
@@ -6814,6 +6827,8 @@ class HealthAggregator:
                 self._pending |= {name} if asked else set()
                 if name not in self._tree.spans:
                     self._tree.put(name, WAITED_FOR)
+            elif critical and asked and name not in self._tree.spans:
+                self._pending.add(name)
             self._publish()
 
     def deregister(self, name: str) -> None:
@@ -6823,6 +6838,8 @@ class HealthAggregator:
             self._tree.aside.discard(name)
             self._pending.discard(name)
             self._owners.pop(name, None)
+            self._early.pop(name, None)
+            self._take_early()
             self._publish()
 
     def start(self) -> None:
@@ -6836,7 +6853,8 @@ class HealthAggregator:
                      ttl: float = DEFAULT_TTL, opens: float = 0.0, owner: object = None) -> None:
         """Reports a resource; the report counts for `ttl` seconds. `opens`: seconds until it can be healthy again.
 
-        A name that is not registered is registered by a report without an owner."""
+        A name that is not registered is registered by a report without an owner. A first result that is bad waits for
+        those who have none yet and could make up for it in its groups, but not beyond its own next one."""
         with self._lock:
             if owner is not None and self._owners.get(name) is not owner:
                 return      # it does not count, or its poller was stopped
@@ -6844,10 +6862,22 @@ class HealthAggregator:
             self._owners.setdefault(name, owner)
             self._pending.discard(name)
             now = self._clock()
-            self._tree.put(name, (now + ttl, -math.inf) if healthy else (0.0, now + opens))
-            if not healthy:
-                self._tree.reasons[name] = reason
+            waits = not healthy and name not in self._tree.spans and name not in self._early
+            self._early.pop(name, None)
+            if healthy:
+                self._tree.put(name, (now + ttl, -math.inf))
+            else:
+                self._early[name] = (0.0, now + opens), reason
+            self._take_early("" if waits else name)
             self._publish()
+
+    def _take_early(self, at_once: str = "") -> None:
+        """Lets those of the early results count for which nothing is waited any more; the caller holds the lock."""
+        for name, (span, reason) in [*self._early.items()]:
+            if name == at_once or not self._tree.awaits(name, self._pending, self._clock()):
+                del self._early[name]
+                self._tree.put(name, span)
+                self._tree.reasons[name] = reason
 
     def is_healthy(self) -> bool:
         """Whether every counted resource is healthy now; one comparison, without a lock."""
@@ -8181,7 +8211,8 @@ class Monitor(threading.Thread):
             poller.tell_late()
             if not poller.is_alive() and not self._ending.is_set():
                 self._launch(poller.target, poller.bury(), poller)
-        self._recount()
+        with self._context.aggregator.at_once():    # alternatives whose maintenance ends together close nothing
+            self._recount()
         start_new(self.pollers.values())
         self.override.say()
         self._context.aggregator.beat("monitor")
