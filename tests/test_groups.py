@@ -245,7 +245,8 @@ def test_a_group_of_nobody_who_counts_is_no_healthy_member() -> None:
 
 def test_a_bad_first_result_waits_for_who_may_make_up_for_it() -> None:
     """A group that is added closes nothing while its members' first results could still make it healthy."""
-    gates = gates_with([{"name": "g", "members": ["a", "b", "c"], "healthy": "2"}, {"name": "h", "members": ["d", "e"]}])
+    second = {"name": "h", "members": ["d", "e"]}
+    gates = gates_with([{"name": "g", "members": ["a", "b", "c"], "healthy": "2"}, second])
     aggregator, _ = make(gates)
     aggregator.register("old")
     aggregator.start()
