@@ -6752,6 +6752,47 @@ class GroupTree:
             self._settle(child)
 
 
+class FirstResults:
+    """Who has no result yet, and the bad first results that wait for theirs; the aggregator's lock guards both.
+
+    Where those who have none could still make up for a bad one, in all groups that it is in, it counts for nothing
+    until they have one, or until the next one of its own: a group that is added closes nothing by who answers first."""
+
+    def __init__(self, tree: GroupTree, clock: Callable[[], float]) -> None:
+        self._tree, self._clock = tree, clock
+        self.pending: set[str] = set()
+        self._early: dict[str, tuple[Span, str]] = {}
+
+    def forget(self, name: str) -> None:
+        """The resource does not count any more."""
+        self.pending.discard(name)
+        self._early.pop(name, None)
+        self.look_again()
+
+    def take(self, name: str, span: Span, reason: str = "") -> None:
+        """A result, and why where it is a bad one."""
+        self.pending.discard(name)
+        is_early = span[0] == 0.0 and name not in self._tree.spans and name not in self._early
+        self._early.pop(name, None)
+        if is_early:
+            self._early[name] = span, reason
+        else:
+            self._put(name, span, reason)
+        self.look_again()
+
+    def look_again(self) -> None:
+        """Lets those count for which nothing is waited any more."""
+        for name, (span, reason) in [*self._early.items()]:
+            if not self._tree.awaits(name, self.pending, self._clock()):
+                del self._early[name]
+                self._put(name, span, reason)
+
+    def _put(self, name: str, span: Span, reason: str) -> None:
+        self._tree.put(name, span)
+        if span[0] == 0.0:
+            self._tree.reasons[name] = reason
+
+
 class HealthAggregator:
     """One answer for all resources: `SetResource` reports, `IsHealthy` asks.
 
@@ -6775,8 +6816,7 @@ class HealthAggregator:
         self._arranged: object = None               # what it was arranged by
         self._holds_back = False                    # leases that have changed are written later
         self._open: dict[str, bool] = {}            # as it was announced
-        self._pending: set[str] = set()             # no result yet
-        self._early: dict[str, tuple[Span, str]] = {}   # first results, bad ones, that wait for those of others
+        self._first = FirstResults(self._tree, clock)
         self._announced = False                     # the registration of the start is over
         self._beats: dict[str, float] = {}          # until when those live who watch
         self._tree.put(START, WAITED_FOR)
@@ -6801,7 +6841,7 @@ class HealthAggregator:
             if self._arranged != (gates, tagged, parents):
                 self._arranged = gates, tagged, parents
                 self._tree.arrange(gates, tagged, self.lease.parts, parents)
-                self._take_early()
+                self._first.look_again()
                 self.lease.take_modes(gates)
                 self._publish()
 
@@ -6822,13 +6862,14 @@ class HealthAggregator:
             self._owners[name] = owner
             if critical is (name in self._tree.aside):
                 self._tree.set_aside(name, not critical)
-                self._pending.discard(name)
+                self._first.pending.discard(name)
+                self._first.look_again()
             if START in self._tree.spans and critical:
-                self._pending |= {name} if asked else set()
+                self._first.pending |= {name} if asked else set()
                 if name not in self._tree.spans:
                     self._tree.put(name, WAITED_FOR)
             elif critical and asked and name not in self._tree.spans:
-                self._pending.add(name)
+                self._first.pending.add(name)
             self._publish()
 
     def deregister(self, name: str) -> None:
@@ -6836,10 +6877,8 @@ class HealthAggregator:
         with self._lock:
             self._tree.put(name, None)
             self._tree.aside.discard(name)
-            self._pending.discard(name)
             self._owners.pop(name, None)
-            self._early.pop(name, None)
-            self._take_early()
+            self._first.forget(name)
             self._publish()
 
     def start(self) -> None:
@@ -6853,31 +6892,15 @@ class HealthAggregator:
                      ttl: float = DEFAULT_TTL, opens: float = 0.0, owner: object = None) -> None:
         """Reports a resource; the report counts for `ttl` seconds. `opens`: seconds until it can be healthy again.
 
-        A name that is not registered is registered by a report without an owner. A first result that is bad waits for
-        those who have none yet and could make up for it in its groups, but not beyond its own next one."""
+        A name that is not registered is registered by a report without an owner."""
         with self._lock:
             if owner is not None and self._owners.get(name) is not owner:
                 return      # it does not count, or its poller was stopped
             self._announced = self._announced or name not in self._owners
             self._owners.setdefault(name, owner)
-            self._pending.discard(name)
             now = self._clock()
-            waits = not healthy and name not in self._tree.spans and name not in self._early
-            self._early.pop(name, None)
-            if healthy:
-                self._tree.put(name, (now + ttl, -math.inf))
-            else:
-                self._early[name] = (0.0, now + opens), reason
-            self._take_early("" if waits else name)
+            self._first.take(name, (now + ttl, -math.inf) if healthy else (0.0, now + opens), reason)
             self._publish()
-
-    def _take_early(self, at_once: str = "") -> None:
-        """Lets those of the early results count for which nothing is waited any more; the caller holds the lock."""
-        for name, (span, reason) in [*self._early.items()]:
-            if name == at_once or not self._tree.awaits(name, self._pending, self._clock()):
-                del self._early[name]
-                self._tree.put(name, span)
-                self._tree.reasons[name] = reason
 
     def is_healthy(self) -> bool:
         """Whether every counted resource is healthy now; one comparison, without a lock."""
@@ -6932,7 +6955,7 @@ class HealthAggregator:
         """Writes the leases that have changed, then tells what has opened or closed; the caller holds the lock."""
         if self._holds_back:
             return
-        if START in self._tree.spans and self._announced and not self._pending:
+        if START in self._tree.spans and self._announced and not self._first.pending:
             self._tree.put(START, None)
             self._tree.changed |= self._tree.groups.keys()
         changed, self._tree.changed = sorted(self._tree.changed), set()
@@ -8364,6 +8387,10 @@ class Counters:
         self.held[index] = -1
         self.slot(index)[QUEUED] = 0.0
 
+    def total(self, cell: int) -> float:
+        """A cell, summed over the slots."""
+        return sum(memoryview(self._cells).cast("B").cast("d")[cell::self._size])
+
     def totals(self) -> list[float]:
         """Every cell, summed over the slots."""
         cells = memoryview(self._cells).cast("B").cast("d")
@@ -8413,7 +8440,7 @@ class RequestCounters:
 # The application's door, as WSGI: asks the lease on every request, and answers 503 before the application runs unless
 # it holds, or the mode is observe. `route` sorts a request by its path, without blocking; the server runs on its loop
 # what never blocks, and `admit`, the application, in the pool, where the lease is asked once more.
-# Gives: Gate, respond, Reply, NO_STORE, PREFIX, HEALTH, METRICS_PATH, HANDLER, WELCOME
+# Gives: Gate, respond, Reply, NO_STORE, PREFIX, HEALTH, METRICS_PATH, HANDLER, Way, WELCOME
 RETRY_AFTER_MAX = 3600          # seconds
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>{title}</title><body style="font:1.1rem system-ui;margin:15vh auto;max-width:32rem;padding:1rem">
@@ -8434,6 +8461,8 @@ HANDLER = "healthchecker.handler"   # key of the environ for what `Gate.route` h
 WOULD_REFUSE = ("X-HealthChecker", "would-refuse")
 Headers = list[tuple[str, str]]
 Reply = tuple[str, Headers, bytes]     # status line, headers, body
+# What answers a request, and the leases that its path may be under.
+Way = tuple[Callable[["WSGIEnvironment", "StartResponse", Sequence[Lease]], Iterable[bytes]], Sequence[Lease]]
 UNAVAILABLE = "503 Service Unavailable"
 DOTS = re.compile(r"/\.\.?([/;]|$)")
 
@@ -8458,9 +8487,11 @@ def marked(start_response: StartResponse) -> StartResponse:
     return cast("StartResponse", start)
 
 
-def strictness(lease: Lease) -> tuple[bool, float]:
-    """Of several, the least is the one that refuses first."""
-    return lease.observes.value, lease.until.value
+def strictest(leases: Sequence[Lease]) -> Lease:
+    """Of several, the one that refuses first, as they are now."""
+    if len(leases) == 1:
+        return leases[0]
+    return min(leases, key=lambda lease: (lease.observes.value, lease.until.value))
 
 
 class Gate:
@@ -8473,6 +8504,7 @@ class Gate:
         self.draining = False       # the service ends: readyz says so
         self._routes = {path.encode().decode("latin-1"): part for path, part in lease.parts.items() if "/" in path}
         self._depth = 1 + max((path.count("/") for path in self._routes), default=0)
+        self._site, self._all = (lease,), (lease, *self._routes.values())
         self._answers: dict[str, Callable[[Lease], Reply]] = {
             "/-/livez": lambda _: ("200 OK", [], b"ok\n"),
             "/-/readyz": self._readyz,
@@ -8485,23 +8517,25 @@ class Gate:
         of a route by its path. Raises LookupError."""
         return self._holds(self._lease.parts[name] if name else self._lease)
 
-    def route(self, path: str) -> WSGIApplication:
+    def route(self, path: str) -> Way:
         """What answers a request for `path`: `admit`, which may block, or what never does."""
         if path.startswith(PREFIX):
-            return self._own
-        lease = self._lease_of(path)
-        return self.admit if self._clock() < lease.until.value or lease.observes.value else self.refuse
+            return self._own, self._site
+        leases = self._leases_of(path)
+        lease = strictest(leases)
+        return self.admit if self._clock() < lease.until.value or lease.observes.value else self.refuse, leases
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
-        handler: WSGIApplication = environ.pop(HANDLER, None) or self.route(environ["PATH_INFO"])
-        return handler(environ, start_response)
+        handler, leases = environ.pop(HANDLER, None) or self.route(environ["PATH_INFO"])
+        return handler(environ, start_response, leases)
 
-    def admit(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+    def admit(self, environ: WSGIEnvironment, start_response: StartResponse,
+              leases: Sequence[Lease]) -> Iterable[bytes]:
         """The application's answer, unless the gate has closed while the request waited for a thread."""
-        lease = self._lease_of(environ["PATH_INFO"])
+        lease = strictest(leases)
         if not self._holds(lease):
             if not lease.observes.value:
-                return self.refuse(environ, start_response)
+                return self.refuse(environ, start_response, leases)
             self._passed(lease.name)
             start_response = marked(start_response)
         if "HTTP_UPGRADE" in environ and environ["HTTP_UPGRADE"].lower() == "websocket":
@@ -8509,11 +8543,11 @@ class Gate:
         environ["healthchecker.is_healthy"] = self.is_healthy
         return self._app(environ, start_response)
 
-    def refuse(self, environ: WSGIEnvironment, start_response: StartResponse,
+    def refuse(self, environ: WSGIEnvironment, start_response: StartResponse, leases: Sequence[Lease],
                outcome: str = "refused") -> Iterable[bytes]:
         """For a closed gate; "shed" is a request that no thread has time for."""
         environ[OUTCOME] = outcome
-        lease = self._lease_of(environ["PATH_INFO"])
+        lease = strictest(leases)
         retry, drained = self._retry_after(lease), lease.by_hand.value < 0
         kind, body = "text/html; charset=utf-8", DRAINED_PAGE if drained else CLOSED_PAGE
         if "text/html" not in environ.get("HTTP_ACCEPT", ""):
@@ -8521,9 +8555,10 @@ class Gate:
             body = f'{{"status": 503, "title": "Service Unavailable"{why}, "retry_after": {retry[1]}}}\n'.encode()
         return respond(environ, start_response, (UNAVAILABLE, [("Content-Type", kind), retry], body))
 
-    def _own(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+    def _own(self, environ: WSGIEnvironment, start_response: StartResponse,
+             leases: Sequence[Lease]) -> Iterable[bytes]:
         environ[OUTCOME] = "own"
-        path, lease = environ["PATH_INFO"], self._lease
+        path, lease = environ["PATH_INFO"], leases[0]
         if path.startswith(("/-/readyz/", "/-/gate/")):     # of one group or route
             end = path.index("/", len(PREFIX))
             name = path[end + 1:].encode("latin-1").decode("utf-8", "replace")
@@ -8539,17 +8574,17 @@ class Gate:
     def _holds(self, lease: Lease) -> bool:
         return self._clock() < lease.until.value
 
-    def _lease_of(self, path: str) -> Lease:
-        """Of the longest route that a path is in, else the site's; where it can be read in two ways, the strictest."""
+    def _leases_of(self, path: str) -> Sequence[Lease]:
+        """That of the longest route that a path is in, else the site's; where it can be read in two ways, of both:
+        which is the strictest may be another one a moment later."""
         if not self._routes:
-            return self._lease
+            return self._site
         if "\\" in path or "%" in path or ("/." in path and DOTS.search(path)):   # it may lead anywhere
-            return min(self._lease, *self._routes.values(), key=strictness)
-        lease = self._longest(path)
+            return self._all
         if "//" in path or ";" in path:
             plain = re.sub("//+", "/", re.sub(";[^/]*", "", path))
-            lease = min(lease, self._longest(plain), key=strictness)
-        return lease
+            return self._longest(path), self._longest(plain)
+        return (self._longest(path),)
 
     def _longest(self, path: str) -> Lease:
         parts = path.split("/", self._depth)[:self._depth]
@@ -9110,7 +9145,7 @@ class GateParser(HTTPRequestParser):    # type: ignore[misc]  # waitress carries
     command = path = query = request_uri = ""
     headers: dict[str, str]
     header_plus: bytes      # of the headers what has come so far
-    handler: WSGIApplication | None = None      # what answers it
+    handler: Way | None = None      # what answers it
 
     def __init__(self, adj: Adjustments) -> None:
         super().__init__(adj)
@@ -9629,11 +9664,12 @@ class GateServer(TcpWSGIServer):    # type: ignore[misc]  # waitress carries no 
         if request.error is None:
             path = request.path     # of several slashes before it waitress makes one
             request.handler = gate.route("/" + path.lstrip("/") if path.startswith("//") else path)
-            if request.handler == gate.admit and self._service.app_threads:
+            handler, leases = request.handler
+            if handler == gate.admit and self._service.app_threads:
                 if not self.pool.full:
                     self.pool.add_task(channel)
                     return
-                request.handler = functools.partial(gate.refuse, outcome="shed")
+                request.handler = functools.partial(gate.refuse, outcome="shed"), leases
         channel.held = channel.total_outbufs_len > self.adj.outbuf_high_watermark   # what nobody takes is not made
         if not channel.held:
             self._ready.append(channel)
@@ -10603,7 +10639,7 @@ class ConsoleContext:
     @property
     def passed(self) -> int:
         """Requests that would have been refused."""
-        return int(self.counters.totals()[PASSED])
+        return int(self.counters.total(PASSED))
 
     def offered_key(self, name: str) -> str:
         with self.store.reading() as session:
@@ -11815,10 +11851,10 @@ class Metrics:
             group_healthy.add_metric([group.name], group.state != "unhealthy")
             good.add_metric([group.name], sum(group.members.values()))
         counters = self._serving.counters
-        passed, cells = CounterMetricFamily("healthchecker_route_would_refuse", labels=["route"], documentation=(
-            "Requests of a route that mode observe let pass.")), counters.totals()
+        passed = CounterMetricFamily("healthchecker_route_would_refuse", labels=["route"], documentation=(
+            "Requests of a route that mode observe let pass."))
         for path, cell in counters.routes.items():
-            passed.add_metric([path], cells[cell])
+            passed.add_metric([path], counters.total(cell))
         yield from (group_healthy, good, passed)
         is_cut = bool(self._monitor and self._monitor.uplink.cut)
         yield gauge("cut_off", "1 while no uplink answers, nor do more than half of the machines.", float(is_cut))

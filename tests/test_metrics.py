@@ -276,6 +276,13 @@ def test_totals_for_anyone(store: Store, metrics: Metrics) -> None:
     assert {key[0] for key in full.keys() - series(text)} > {"healthchecker_resources", "healthchecker_resource_state"}
 
 
+def test_slots_are_summed_once_a_scrape(metrics: Metrics, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All routes of all slots, at each scrape; for a route or a page its own cell is enough."""
+    summed, totals = [], Counters.totals
+    monkeypatch.setattr(Counters, "totals", lambda counters: summed.append(1) or totals(counters))
+    assert "route_would_refuse" in ask(metrics, BEARER["Authorization"]) and len(summed) == 1
+
+
 def test_totals_never_fall(store: Store, token_file: Path) -> None:
     """Whichever worker answers: a total that falls is taken for a restart."""
     counters, lease = Counters(2), Lease()
