@@ -6765,8 +6765,11 @@ class FirstResults:
 
     def forget(self, name: str) -> None:
         """The resource does not count any more."""
-        self.pending.discard(name)
         self._early.pop(name, None)
+        self.await_no_more(name)
+
+    def await_no_more(self, name: str) -> None:
+        self.pending.discard(name)
         self.look_again()
 
     def take(self, name: str, span: Span, reason: str = "") -> None:
@@ -6862,8 +6865,7 @@ class HealthAggregator:
             self._owners[name] = owner
             if critical is (name in self._tree.aside):
                 self._tree.set_aside(name, not critical)
-                self._first.pending.discard(name)
-                self._first.look_again()
+                self._first.await_no_more(name)
             if START in self._tree.spans and critical:
                 self._first.pending |= {name} if asked else set()
                 if name not in self._tree.spans:
