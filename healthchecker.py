@@ -58,6 +58,7 @@ Sections, in file order; a definition refers only to what stands above it:
     Workers      processes that serve on one socket
     Accounts     users, logins and what proves them, the brake on guessing
     Principals   who asks, and what it is asked of
+    Users        what can be done with users and their logins
     Actions      what can be done; pages, API and command line call these
     API          the JSON API, and what every request to the console must pass
     Metrics      what Prometheus reads
@@ -1967,7 +1968,7 @@ def hash_password(password: str, salt: bytes, rounds: int = PBKDF2_ROUNDS) -> by
 # one state, writes wait for each other. Secrets are stored sealed only.
 # Everything is SQL that PostgreSQL has, too, but for opening, migrating, and the upserts of Poll.
 # Gives: Base, binding, BUSY_TIMEOUT, Event, inspect_database, is_running, lock_database, LoginSession, remembered,
-# REMOVED, Resource, revise, revision, Setting, Status, Store, User
+# REMOVED, Resource, revise, revision, Setting, Status, Store, User, YEAR_3000
 SALT_BYTES = 16                 # bytes, NIST SP 800-132
 MIN_ROOM = 1 << 17              # bytes of a disk that is as good as full: what SQLite needs to open a database
 BUSY_TIMEOUT = 5.0              # seconds a writer waits for another one
@@ -2165,15 +2166,18 @@ class Event(Base):
 
 
 class LoginSession(Base):
-    """A login to the console that is not over."""
+    """A login to the console that is not over, or an API token with a name, which stays until it is revoked."""
 
     __tablename__ = "login_session"
     token_hash: Mapped[str] = mapped_column(primary_key=True)   # hex SHA-256 of the token
-    kind: Mapped[str]           # session | token
+    kind: Mapped[str]           # session | token | named
     user_id: Mapped[int] = mapped_column(ForeignKey("user.id", ondelete="CASCADE"))
     begun_at: Mapped[float]     # Unix time, as is the next
-    seen_at: Mapped[float]
-    address: Mapped[str]        # the client's
+    seen_at: Mapped[float]      # 0: a named one that was not used yet
+    address: Mapped[str]        # the client's: at the login; of a named one when it was seen
+    name: Mapped[str] = mapped_column(default="")           # of a named one, as are the next
+    role: Mapped[str] = mapped_column(default="admin")      # the most that it may, whatever its user may
+    expires_at: Mapped[float] = mapped_column(default=0.0)
 
 
 class Setting(Base):
@@ -2213,7 +2217,8 @@ MIGRATIONS = (("ALTER TABLE user ADD COLUMN role VARCHAR NOT NULL DEFAULT 'admin
                "ALTER TABLE average RENAME TO packed_average"),
               ("ALTER TABLE setting ADD COLUMN text VARCHAR NOT NULL DEFAULT ''",
                "ALTER TABLE resource ADD COLUMN place VARCHAR NOT NULL DEFAULT ''"),
-              ('ALTER TABLE event ADD COLUMN "group" VARCHAR NOT NULL DEFAULT \'\'',
+              ("DROP TABLE IF EXISTS login_session",      # who was logged in logs in once more
+               'ALTER TABLE event ADD COLUMN "group" VARCHAR NOT NULL DEFAULT \'\'',
                "ALTER TABLE event ADD COLUMN state VARCHAR NOT NULL DEFAULT ''",
                "UPDATE event SET state = 'closed' WHERE kind = 'gate'",
                "UPDATE event SET state = 'open' WHERE kind = 'gate' AND text LIKE 'closed -> open%'"))
@@ -6594,6 +6599,11 @@ class Group:
         short = self._warn and good < quorum_of(self._warn, len(self._ends) + len(self._openings))
         return "degraded" if short else "healthy"
 
+    def may_yet(self, more: int, now: float) -> bool:
+        """Whether it can be healthy with a bad member more, by so many more members that have no result yet."""
+        hoped = len(self._ends) - bisect.bisect_right(self._ends, now) + more
+        return bool(more) and hoped >= quorum_of(self._quorum, len(self._ends) + len(self._openings) + more + 1)
+
 
 class GroupTree:
     """What resources make of the groups and routes that they are in, of those above these, and of what depends on them.
@@ -6649,6 +6659,12 @@ class GroupTree:
         self.put(name, None if aside and span == WAITED_FOR else span)
         if reason is not None:
             self.reasons[name] = reason
+
+    def awaits(self, name: str, pending: Collection[str], now: float) -> bool:
+        """Whether those `pending` could make up for a bad resource in all that it is in."""
+        places = self._places(name) if pending else ()
+        return bool(places) and all(self.groups[place].may_yet(
+            sum(each in pending for each in self.members.get(place, ())), now) for place in places)
 
     def counted(self, group: str) -> dict[str, Span]:
         """Its members that count now."""
@@ -6745,6 +6761,50 @@ class GroupTree:
             self._settle(child)
 
 
+class FirstResults:
+    """Who has no result yet, and the bad first results that wait for theirs; the aggregator's lock guards both.
+
+    Where those who have none could still make up for a bad one, in all groups that it is in, it counts for nothing
+    until they have one, or until the next one of its own: a group that is added closes nothing by who answers first."""
+
+    def __init__(self, tree: GroupTree, clock: Callable[[], float]) -> None:
+        self._tree, self._clock = tree, clock
+        self.pending: set[str] = set()
+        self._early: dict[str, tuple[Span, str]] = {}
+
+    def forget(self, name: str) -> None:
+        """The resource does not count any more."""
+        self._early.pop(name, None)
+        self.await_no_more(name)
+
+    def await_no_more(self, name: str) -> None:
+        self.pending.discard(name)
+        self.look_again()
+
+    def take(self, name: str, span: Span, reason: str = "") -> None:
+        """A result, and why where it is a bad one."""
+        self.pending.discard(name)
+        is_early = span[0] == 0.0 and name not in self._tree.spans and name not in self._early
+        self._early.pop(name, None)
+        if is_early:
+            self._early[name] = span, reason
+        else:
+            self._put(name, span, reason)
+        self.look_again()
+
+    def look_again(self) -> None:
+        """Lets those count for which nothing is waited any more."""
+        for name, (span, reason) in [*self._early.items()]:
+            if not self._tree.awaits(name, self.pending, self._clock()):
+                del self._early[name]
+                self._put(name, span, reason)
+
+    def _put(self, name: str, span: Span, reason: str) -> None:
+        self._tree.put(name, span)
+        if span[0] == 0.0:
+            self._tree.reasons[name] = reason
+
+
 class HealthAggregator:
     """One answer for all resources: `SetResource` reports, `IsHealthy` asks.
 
@@ -6768,7 +6828,7 @@ class HealthAggregator:
         self._arranged: object = None               # what it was arranged by
         self._holds_back = False                    # leases that have changed are written later
         self._open: dict[str, bool] = {}            # as it was announced
-        self._pending: set[str] = set()             # no result yet, since the start
+        self._first = FirstResults(self._tree, clock)
         self._announced = False                     # the registration of the start is over
         self._beats: dict[str, float] = {}          # until when those live who watch
         self._tree.put(START, WAITED_FOR)
@@ -6793,6 +6853,7 @@ class HealthAggregator:
             if self._arranged != (gates, tagged, parents):
                 self._arranged = gates, tagged, parents
                 self._tree.arrange(gates, tagged, self.lease.parts, parents)
+                self._first.look_again()
                 self.lease.take_modes(gates)
                 self._publish()
 
@@ -6813,11 +6874,13 @@ class HealthAggregator:
             self._owners[name] = owner
             if critical is (name in self._tree.aside):
                 self._tree.set_aside(name, not critical)
-                self._pending.discard(name)
+                self._first.await_no_more(name)
             if START in self._tree.spans and critical:
-                self._pending |= {name} if asked else set()
+                self._first.pending |= {name} if asked else set()
                 if name not in self._tree.spans:
                     self._tree.put(name, WAITED_FOR)
+            elif critical and asked and name not in self._tree.spans:
+                self._first.pending.add(name)
             self._publish()
 
     def deregister(self, name: str) -> None:
@@ -6825,8 +6888,8 @@ class HealthAggregator:
         with self._lock:
             self._tree.put(name, None)
             self._tree.aside.discard(name)
-            self._pending.discard(name)
             self._owners.pop(name, None)
+            self._first.forget(name)
             self._publish()
 
     def start(self) -> None:
@@ -6846,11 +6909,8 @@ class HealthAggregator:
                 return      # it does not count, or its poller was stopped
             self._announced = self._announced or name not in self._owners
             self._owners.setdefault(name, owner)
-            self._pending.discard(name)
             now = self._clock()
-            self._tree.put(name, (now + ttl, -math.inf) if healthy else (0.0, now + opens))
-            if not healthy:
-                self._tree.reasons[name] = reason
+            self._first.take(name, (now + ttl, -math.inf) if healthy else (0.0, now + opens), reason)
             self._publish()
 
     def is_healthy(self) -> bool:
@@ -6906,7 +6966,7 @@ class HealthAggregator:
         """Writes the leases that have changed, then tells what has opened or closed; the caller holds the lock."""
         if self._holds_back:
             return
-        if START in self._tree.spans and self._announced and not self._pending:
+        if START in self._tree.spans and self._announced and not self._first.pending:
             self._tree.put(START, None)
             self._tree.changed |= self._tree.groups.keys()
         changed, self._tree.changed = sorted(self._tree.changed), set()
@@ -8186,7 +8246,8 @@ class Monitor(threading.Thread):
             poller.tell_late()
             if not poller.is_alive() and not self._ending.is_set():
                 self._launch(poller.target, poller.bury(), poller)
-        self._recount()
+        with self._context.aggregator.at_once():    # alternatives whose maintenance ends together close nothing
+            self._recount()
         start_new(self.pollers.values())
         self.override.say()
         self._context.aggregator.beat("monitor")
@@ -8338,6 +8399,10 @@ class Counters:
         self.held[index] = -1
         self.slot(index)[QUEUED] = 0.0
 
+    def total(self, cell: int) -> float:
+        """A cell, summed over the slots."""
+        return sum(memoryview(self._cells).cast("B").cast("d")[cell::self._size])
+
     def totals(self) -> list[float]:
         """Every cell, summed over the slots."""
         cells = memoryview(self._cells).cast("B").cast("d")
@@ -8387,7 +8452,7 @@ class RequestCounters:
 # The application's door, as WSGI: asks the lease on every request, and answers 503 before the application runs unless
 # it holds, or the mode is observe. `route` sorts a request by its path, without blocking; the server runs on its loop
 # what never blocks, and `admit`, the application, in the pool, where the lease is asked once more.
-# Gives: Gate, respond, Reply, NO_STORE, PREFIX, HEALTH, METRICS_PATH, HANDLER, WELCOME
+# Gives: Gate, respond, Reply, NO_STORE, PREFIX, HEALTH, METRICS_PATH, HANDLER, Way, WELCOME
 RETRY_AFTER_MAX = 3600          # seconds
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>{title}</title><body style="font:1.1rem system-ui;margin:15vh auto;max-width:32rem;padding:1rem">
@@ -8408,6 +8473,8 @@ HANDLER = "healthchecker.handler"   # key of the environ for what `Gate.route` h
 WOULD_REFUSE = ("X-HealthChecker", "would-refuse")
 Headers = list[tuple[str, str]]
 Reply = tuple[str, Headers, bytes]     # status line, headers, body
+# What answers a request, and the leases that its path may be under.
+Way = tuple[Callable[["WSGIEnvironment", "StartResponse", Sequence[Lease]], Iterable[bytes]], Sequence[Lease]]
 UNAVAILABLE = "503 Service Unavailable"
 DOTS = re.compile(r"/\.\.?([/;]|$)")
 
@@ -8432,9 +8499,11 @@ def marked(start_response: StartResponse) -> StartResponse:
     return cast("StartResponse", start)
 
 
-def strictness(lease: Lease) -> tuple[bool, float]:
-    """Of several, the least is the one that refuses first."""
-    return lease.observes.value, lease.until.value
+def strictest(leases: Sequence[Lease]) -> Lease:
+    """Of several, the one that refuses first, as they are now."""
+    if len(leases) == 1:
+        return leases[0]
+    return min(leases, key=lambda lease: (lease.observes.value, lease.until.value))
 
 
 class Gate:
@@ -8447,6 +8516,7 @@ class Gate:
         self.draining = False       # the service ends: readyz says so
         self._routes = {path.encode().decode("latin-1"): part for path, part in lease.parts.items() if "/" in path}
         self._depth = 1 + max((path.count("/") for path in self._routes), default=0)
+        self._site, self._all = (lease,), (lease, *self._routes.values())
         self._answers: dict[str, Callable[[Lease], Reply]] = {
             "/-/livez": lambda _: ("200 OK", [], b"ok\n"),
             "/-/readyz": self._readyz,
@@ -8459,23 +8529,25 @@ class Gate:
         of a route by its path. Raises LookupError."""
         return self._holds(self._lease.parts[name] if name else self._lease)
 
-    def route(self, path: str) -> WSGIApplication:
+    def route(self, path: str) -> Way:
         """What answers a request for `path`: `admit`, which may block, or what never does."""
         if path.startswith(PREFIX):
-            return self._own
-        lease = self._lease_of(path)
-        return self.admit if self._clock() < lease.until.value or lease.observes.value else self.refuse
+            return self._own, self._site
+        leases = self._leases_of(path)
+        lease = strictest(leases)
+        return self.admit if self._clock() < lease.until.value or lease.observes.value else self.refuse, leases
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
-        handler: WSGIApplication = environ.pop(HANDLER, None) or self.route(environ["PATH_INFO"])
-        return handler(environ, start_response)
+        handler, leases = environ.pop(HANDLER, None) or self.route(environ["PATH_INFO"])
+        return handler(environ, start_response, leases)
 
-    def admit(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+    def admit(self, environ: WSGIEnvironment, start_response: StartResponse,
+              leases: Sequence[Lease]) -> Iterable[bytes]:
         """The application's answer, unless the gate has closed while the request waited for a thread."""
-        lease = self._lease_of(environ["PATH_INFO"])
+        lease = strictest(leases)
         if not self._holds(lease):
             if not lease.observes.value:
-                return self.refuse(environ, start_response)
+                return self.refuse(environ, start_response, leases)
             self._passed(lease.name)
             start_response = marked(start_response)
         if "HTTP_UPGRADE" in environ and environ["HTTP_UPGRADE"].lower() == "websocket":
@@ -8483,11 +8555,11 @@ class Gate:
         environ["healthchecker.is_healthy"] = self.is_healthy
         return self._app(environ, start_response)
 
-    def refuse(self, environ: WSGIEnvironment, start_response: StartResponse,
+    def refuse(self, environ: WSGIEnvironment, start_response: StartResponse, leases: Sequence[Lease],
                outcome: str = "refused") -> Iterable[bytes]:
         """For a closed gate; "shed" is a request that no thread has time for."""
         environ[OUTCOME] = outcome
-        lease = self._lease_of(environ["PATH_INFO"])
+        lease = strictest(leases)
         retry, drained = self._retry_after(lease), lease.by_hand.value < 0
         kind, body = "text/html; charset=utf-8", DRAINED_PAGE if drained else CLOSED_PAGE
         if "text/html" not in environ.get("HTTP_ACCEPT", ""):
@@ -8495,9 +8567,10 @@ class Gate:
             body = f'{{"status": 503, "title": "Service Unavailable"{why}, "retry_after": {retry[1]}}}\n'.encode()
         return respond(environ, start_response, (UNAVAILABLE, [("Content-Type", kind), retry], body))
 
-    def _own(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+    def _own(self, environ: WSGIEnvironment, start_response: StartResponse,
+             leases: Sequence[Lease]) -> Iterable[bytes]:
         environ[OUTCOME] = "own"
-        path, lease = environ["PATH_INFO"], self._lease
+        path, lease = environ["PATH_INFO"], leases[0]
         if path.startswith(("/-/readyz/", "/-/gate/")):     # of one group or route
             end = path.index("/", len(PREFIX))
             name = path[end + 1:].encode("latin-1").decode("utf-8", "replace")
@@ -8513,17 +8586,17 @@ class Gate:
     def _holds(self, lease: Lease) -> bool:
         return self._clock() < lease.until.value
 
-    def _lease_of(self, path: str) -> Lease:
-        """Of the longest route that a path is in, else the site's; where it can be read in two ways, the strictest."""
+    def _leases_of(self, path: str) -> Sequence[Lease]:
+        """That of the longest route that a path is in, else the site's; where it can be read in two ways, of both:
+        which is the strictest may be another one a moment later."""
         if not self._routes:
-            return self._lease
+            return self._site
         if "\\" in path or "%" in path or ("/." in path and DOTS.search(path)):   # it may lead anywhere
-            return min(self._lease, *self._routes.values(), key=strictness)
-        lease = self._longest(path)
+            return self._all
         if "//" in path or ";" in path:
             plain = re.sub("//+", "/", re.sub(";[^/]*", "", path))
-            lease = min(lease, self._longest(plain), key=strictness)
-        return lease
+            return self._longest(path), self._longest(plain)
+        return (self._longest(path),)
 
     def _longest(self, path: str) -> Lease:
         parts = path.split("/", self._depth)[:self._depth]
@@ -9084,7 +9157,7 @@ class GateParser(HTTPRequestParser):    # type: ignore[misc]  # waitress carries
     command = path = query = request_uri = ""
     headers: dict[str, str]
     header_plus: bytes      # of the headers what has come so far
-    handler: WSGIApplication | None = None      # what answers it
+    handler: Way | None = None      # what answers it
 
     def __init__(self, adj: Adjustments) -> None:
         super().__init__(adj)
@@ -9603,11 +9676,12 @@ class GateServer(TcpWSGIServer):    # type: ignore[misc]  # waitress carries no 
         if request.error is None:
             path = request.path     # of several slashes before it waitress makes one
             request.handler = gate.route("/" + path.lstrip("/") if path.startswith("//") else path)
-            if request.handler == gate.admit and self._service.app_threads:
+            handler, leases = request.handler
+            if handler == gate.admit and self._service.app_threads:
                 if not self.pool.full:
                     self.pool.add_task(channel)
                     return
-                request.handler = functools.partial(gate.refuse, outcome="shed")
+                request.handler = functools.partial(gate.refuse, outcome="shed"), leases
         channel.held = channel.total_outbufs_len > self.adj.outbuf_high_watermark   # what nobody takes is not made
         if not channel.held:
             self._ready.append(channel)
@@ -10264,12 +10338,16 @@ class Supervisor:
 # browser's cookie or a program's bearer token is a random text of which only a hash is stored, so that a login can be
 # listed and ended. Runs in the console's threads and in the user commands.
 # Gives: Credentials, ensure_first_user, field_errors, find_resource, find_user, initial_user, INVENTORY_ONLY,
-# live_sessions, LoginThrottle, NewUser, PasswordChange, require_admin, Role, SettingsReader, shared_defaults, stated,
-# token_hash, TOKEN_LIFE, UserChange, validated
+# live_sessions, LoginThrottle, NAMED_COUNT, NAMED_LIFE, NEVER, NewToken, NewUser, OwnToken, PasswordChange,
+# require_admin, Role, SettingsReader, shared_defaults, stated, token_hash, TOKEN_LIFE, UserChange, validated
 
 SESSION_LIFE = 8 * 3600.0       # seconds from the login to the end of a session
 SESSION_IDLE = 1800.0           # seconds without a request until it ends
-TOKEN_LIFE = 1200.0             # seconds of a bearer token
+TOKEN_LIFE = 1200.0             # seconds of a bearer token that a login gave
+NAMED_LIFE = 90 * 86_400.0      # seconds of one with a name, where nothing is said
+NAMED_MAX = 366 * 86_400.0      # seconds of it at most; longer is only `never`
+NAMED_COUNT = 50                # of a user, those that are over included
+NEVER = YEAR_3000 - 1.0         # Unix time
 LOGIN_FAILURES = 5              # of an account from an address, after which the next login waits
 ADDRESS_FAILURES = 20           # of an address, whatever the accounts
 LOGIN_WINDOW = 300.0            # seconds for which a failed login counts
@@ -10320,6 +10398,39 @@ def field_errors(fields: Mapping[str, str]) -> ApiError:
     told = {one_line(name): "\n".join(map(one_line, text.split("\n", 50)[:50]))
             for name, text in itertools.islice(fields.items(), 50)}
     return ApiError("; ".join(f"{name}: {one_line(text)}" for name, text in told.items()), 422, told)
+
+
+def token_end(value: object) -> object:
+    """`90d` is 7776000.0 seconds from now; `2027-01-31`, when that day begins here, or a time of ISO 8601 is a
+    datetime; `never` is None."""
+    if value == "never":
+        return None
+    seconds = plain_seconds(value)
+    with contextlib.suppress(ValueError, OverflowError, OSError):   # the last two of what no clock shows
+        if isinstance(seconds, (int, float)) and not isinstance(seconds, bool):
+            return float(seconds)
+        if isinstance(value, str) and re.match(r"\d{4}-\d\d-\d\d", value):
+            return TypeAdapter(datetime.datetime).validate_python(value).astimezone()
+    raise ValueError("must be like 90d, a date like 2027-01-31, or never")
+
+
+class NewToken(Settings):
+    """An API token that is to be made: for what and for how long."""
+
+    name: Name
+    role: Role = "viewer"
+    expires: Annotated[Any, BeforeValidator(token_end, json_schema_input_type=str | float)] = NAMED_LIFE
+
+    def end(self, now: float) -> float:
+        """The Unix time at which it is over. Raises ApiError."""
+        at = self.expires.timestamp() if isinstance(self.expires, datetime.datetime) else now + (self.expires or 0.0)
+        if self.expires is not None and not 0 < at - now <= NAMED_MAX:
+            raise field_errors({"expires": f"must be in the future, by {NAMED_MAX / 86_400:.0f}d at most, or never"})
+        return NEVER if self.expires is None else at
+
+
+class OwnToken(NewToken):
+    password: Claimed       # a session or token that leaked cannot make one that lives longer
 
 
 def validated(model: type[M], body: Mapping[str, Any], *, text: bool = False) -> M:
@@ -10426,7 +10537,8 @@ def live_sessions(now: float) -> sqlalchemy.ColumnElement[bool]:
     """The logins that are not over."""
     return sqlalchemy.or_(*(sqlalchemy.and_(
         LoginSession.kind == kind, LoginSession.begun_at > now - life, LoginSession.seen_at > now - idle)
-        for kind, (life, idle) in LIVES.items()))
+        for kind, (life, idle) in LIVES.items()),
+        sqlalchemy.and_(LoginSession.kind == "named", LoginSession.expires_at > now))
 
 
 def throttled_address(address: str) -> str:
@@ -10539,7 +10651,7 @@ class ConsoleContext:
     @property
     def passed(self) -> int:
         """Requests that would have been refused."""
-        return int(self.counters.totals()[PASSED])
+        return int(self.counters.total(PASSED))
 
     def offered_key(self, name: str) -> str:
         with self.store.reading() as session:
@@ -10573,7 +10685,13 @@ class Principal:
         return self.user is not None and self.user.initial
 
     def may(self, role: str) -> bool:
-        return self.user is not None and self.user.role in (role, "admin")
+        """Whether user and token may do what is for this role."""
+        roles = [holder.role for holder in (self.user, self.session) if holder]
+        return self.user is not None and all(held in (role, "admin") for held in roles)
+
+    def may_see(self, user_id: int) -> bool:
+        """Whether the logins of this user are one's own, or anybody's business who is an admin or on the machine."""
+        return not self.address or self.may("admin") or (self.user is not None and self.user.id == user_id)
 
     def note(self, session: Session, text: str, resource: str = "") -> None:
         """Records a change; one of a resource is told to the pollers."""
@@ -10588,14 +10706,259 @@ def utc_time(at: float) -> datetime.datetime | None:
     return datetime.datetime.fromtimestamp(at, datetime.timezone.utc) if at else None
 
 
+# === Users ===================================================================
+# What can be done with users and their logins: added, changed, logged in, ended. Each operation takes who does it,
+# checks what is given, changes rows and notes it within one transaction. What is refused is an ApiError. Runs in the
+# console's threads and in the user commands.
+# Gives: add_user, change_password, change_user, end_session, issue_token, list_sessions, list_tokens, list_users,
+# log_in, make_token, NamedTokenView, open_session, remove_user, revoke_token, SessionView, sign_in, sign_out,
+# TokenView, UserView
+class UserView(Settings):
+    name: str = Field(validation_alias="username")
+    role: Role
+    initial: bool       # the password is the documented one still
+
+
+def list_users(who: Principal) -> list[User]:
+    """All users, by name."""
+    with who.context.store.reading() as session:
+        return list(session.scalars(sqlalchemy.select(User).order_by(User.username)))
+
+
+def add_user(who: Principal, body: Mapping[str, Any]) -> User:
+    """Adds a user."""
+    new = validated(NewUser, body)
+    user = User.create(new.name, new.password.get_secret_value(), new.role)     # before the database is locked
+    with who.context.store.writing() as session:
+        if session.scalar(sqlalchemy.select(User.id).where(User.username == new.name)) is not None:
+            raise ApiError("there is a user of this name already", 409, {"name": "is taken"})
+        session.add(user)
+        who.note(session, f"user {new.name} added as {new.role}")
+    return user
+
+
+def renew(who: Principal, session: Session, user: User, fresh: User) -> User:
+    """Gives a user the password of `fresh`; every session and token of before ends, named ones too: who knew the old
+    password may have made them."""
+    user.take_password(fresh)
+    session.execute(sqlalchemy.delete(LoginSession).filter_by(user_id=user.id))
+    who.note(session, f"user {user.username}: new password")
+    return user
+
+
+def change_user(who: Principal, name: str, body: Mapping[str, Any]) -> User:
+    """Changes password or role of a user and ends the user's sessions; one's own password changes elsewhere.
+
+    With another role API tokens stay, and none of them keeps a right that the user has lost."""
+    change = validated(UserChange, body)
+    if change.password and who.user and who.user.username == name:
+        raise field_errors({"password": "change your own with the current one, at /-/api/password"})
+    fresh = User.create(name, change.password.get_secret_value()) if change.password else None
+    with who.context.store.writing() as session:
+        user = find_user(session, name)
+        if fresh:
+            renew(who, session, user, fresh)
+        if change.role and change.role != user.role:
+            require_admin(session, without=user)
+            user.role = change.role
+            logins = LoginSession.user_id == user.id
+            session.execute(sqlalchemy.delete(LoginSession).where(logins, LoginSession.kind != "named"))
+            if change.role != "admin":      # for good: an admin once more makes new ones
+                session.execute(sqlalchemy.update(LoginSession).where(logins).values(role=change.role))
+            who.note(session, f"user {name}: {change.role} now")
+    return user
+
+
+def remove_user(who: Principal, name: str) -> None:
+    """Removes a user and ends the user's sessions; the last admin stays."""
+    with who.context.store.writing() as session:
+        user = find_user(session, name)
+        require_admin(session, without=user)
+        session.delete(user)
+        who.note(session, f"user {name} removed")
+
+
+NOBODY = User(salt=b"", rounds=PBKDF2_ROUNDS, password=b"")    # takes as long as a user that exists
+
+
+def sign_in(who: Principal, body: Mapping[str, Any]) -> User:
+    """The user with these Credentials. Raises ApiError: 401, or 429 with the seconds to wait."""
+    given = validated(Credentials, body)
+    name, context = given.username, who.context
+    with context.throttle.turn(name, who.address):
+        with context.store.reading() as session:
+            user = session.scalar(sqlalchemy.select(User).where(User.username == name))
+        if (user or NOBODY).verify(given.password.get_secret_value()) and user is not None:
+            context.throttle.clear(name, who.address)
+            return user
+        failures = context.throttle.fail(name, who.address)
+    log.warning("login of %s from %s failed", one_line(name), who.address)
+    with context.store.writing() as session:    # as many as the throttle lets through, and they evict no other kind
+        record_event(session, "attempt", f"failed login, {failures} in a row", actor=name, address=who.address,
+                     at=context.clock())
+    raise ApiError("user name or password is wrong", 401)
+
+
+def sign_in_again(who: Principal, field: str, password: str) -> User:
+    """Who asks, having proved it with the password in `field`. Raises ApiError."""
+    assert who.user
+    try:
+        return sign_in(who, {"username": who.user.username, "password": password})
+    except ApiError as error:
+        raise field_errors({field: "is wrong"}) if error.status == 401 else error from None
+
+
+def change_password(who: Principal, body: Mapping[str, Any]) -> User:
+    """Changes one's own password; every session and token of before ends."""
+    change = validated(PasswordChange, body)
+    current, new = change.current.get_secret_value(), change.new.get_secret_value()
+    if current == new:
+        raise field_errors({"new": "must not be the current one"})
+    name = sign_in_again(who, "current", current).username
+    fresh = User.create(name, new)
+    with who.context.store.writing() as session:
+        return renew(who, session, find_user(session, name), fresh)
+
+
+def unchanged(session: Session, user: User) -> User:
+    """The user's row. Raises ApiError where it was removed or has another password since that was verified."""
+    current = session.get(User, user.id)
+    if current is None or current.salt != user.salt:
+        raise ApiError("user name or password is wrong", 401)
+    return current
+
+
+def open_session(who: Principal, kind: str, user: User) -> str:
+    """The token that proves a login of `user` from now on. Raises ApiError."""
+    token, now = secrets.token_urlsafe(32), who.context.clock()
+    with who.context.store.writing() as session:
+        unchanged(session, user)
+        session.execute(sqlalchemy.delete(LoginSession).where(LoginSession.kind != "named", ~live_sessions(now)))
+        session.add(LoginSession(token_hash=token_hash(token), kind=kind, user_id=user.id, begun_at=now, seen_at=now,
+                                 address=who.address))
+        record_event(session, "login", "logged in", actor=user.username, address=who.address, at=now)
+    return token
+
+
+class TokenView(Settings):
+    token: str                  # this once
+    expires_in: float | None    # seconds; None: never
+
+
+def log_in(who: Principal, body: Mapping[str, Any]) -> TokenView:
+    """Gives a bearer token for user name and password."""
+    return TokenView(token=open_session(who, "token", sign_in(who, body)), expires_in=TOKEN_LIFE)
+
+
+class SessionView(Settings):
+    """A login that is not over."""
+
+    id: str
+    kind: Literal["session", "token", "named"]
+    user: str
+    begun_at: datetime.datetime
+    seen_at: Annotated[datetime.datetime | None, BeforeValidator(utc_time)]     # last request, give or take a minute
+    address: str
+    current: bool                   # the one that asks
+
+
+def logins(who: Principal, *which: sqlalchemy.ColumnElement[bool]) -> list[Any]:
+    """One's own logins, for an admin everybody's; who was seen last stands first."""
+    own = who.session.token_hash if who.session else ""
+    query = sqlalchemy.select(
+        *LoginSession.__table__.columns, LoginSession.token_hash.label("id"), User.username.label("user"),
+        (LoginSession.token_hash == own).label("current"),
+    ).join(User).where(*which).order_by(LoginSession.seen_at.desc(), LoginSession.begun_at.desc())
+    with who.context.store.reading() as session:
+        return [row for row in session.execute(query) if who.may_see(row.user_id)]
+
+
+def list_sessions(who: Principal) -> list[Any]:
+    """One's own logins, for an admin everybody's; API tokens with a name are listed elsewhere."""
+    return logins(who, LoginSession.kind != "named", live_sessions(who.context.clock()))
+
+
+def drop_login(who: Principal, number: str, *, named: bool) -> None:
+    """Ends a login or a named token: one's own, or as an admin anybody's."""
+    with who.context.store.writing() as session:
+        row = session.get(LoginSession, number)
+        user = session.get(User, row.user_id) if row and (row.kind == "named") is named else None
+        if row is None or user is None or not who.may_see(user.id):
+            raise ApiError(f"there is no such {'token' if named else 'session'}", 404)
+        session.delete(row)
+        who.note(session, f"API token {row.name} of {user.username} revoked" if named else
+                 f"a {row.kind} from {row.address} of {user.username} ended")
+
+
+def end_session(who: Principal, number: str) -> None:
+    """Ends a login: one's own, or as an admin anybody's."""
+    drop_login(who, number, named=False)
+
+
+def sign_out(who: Principal) -> None:
+    """Ends the session that asks, also for whoever else has its cookie."""
+    if who.session:
+        with who.context.store.writing() as session:
+            session.execute(sqlalchemy.delete(LoginSession).filter_by(token_hash=who.session.token_hash))
+
+
+# --- API tokens with a name ---
+class NamedTokenView(SessionView):
+    """An API token with a name; what it opens is never shown again. `seen_at` is None before its first use."""
+
+    name: str
+    role: Role                  # at most; never more than the user's
+    expires_at: Annotated[datetime.datetime | None, BeforeValidator(lambda at: None if at >= NEVER else utc_time(at))]
+
+
+def list_tokens(who: Principal) -> list[Any]:
+    """One's own API tokens, for an admin everybody's; what is over stays until it is revoked or made anew."""
+    return logins(who, LoginSession.kind == "named")
+
+
+def issue_token(who: Principal, user: User, given: NewToken) -> TokenView:
+    """Makes a token for `user`, in place of one of that name that is over. Raises ApiError."""
+    token, now = secrets.token_urlsafe(32), who.context.clock()
+    expires_at, name = given.end(now), given.name
+    with who.context.store.writing() as session:
+        user = unchanged(session, user)
+        if user.initial:
+            raise ApiError("change the documented password first: it opens nothing else", 403)
+        if user.role not in (given.role, "admin"):
+            raise field_errors({"role": f"must not be more than that of {user.username}, {user.role}"})
+        held = sqlalchemy.select(LoginSession).filter_by(user_id=user.id, kind="named")
+        names = {row.name: row for row in session.scalars(held)}
+        if name in names and names[name].expires_at > now:
+            raise ApiError("there is a token of this name already", 409, {"name": "is taken"})
+        if name in names:
+            session.delete(names[name])
+        elif len(names) >= NAMED_COUNT:
+            raise ApiError(f"{user.username} has {NAMED_COUNT} tokens; revoke one first", 409)
+        session.add(LoginSession(token_hash=token_hash(token), kind="named", user_id=user.id, begun_at=now, seen_at=0.0,
+                                 address="", name=name, role=given.role, expires_at=expires_at))
+        until = "for ever" if expires_at == NEVER else f"until {utc_time(expires_at):%Y-%m-%d %H:%M} UTC"
+        who.note(session, f"API token {name} of {user.username} made: {given.role}, {until}")
+    return TokenView(token=token, expires_in=None if expires_at == NEVER else expires_at - now)
+
+
+def make_token(who: Principal, body: Mapping[str, Any]) -> TokenView:
+    """Makes an API token of one's own, which is shown this once; needs the password."""
+    given = validated(OwnToken, body)
+    return issue_token(who, sign_in_again(who, "password", given.password.get_secret_value()), given)
+
+
+def revoke_token(who: Principal, number: str) -> None:
+    """Revokes an API token: one's own, or as an admin anybody's."""
+    drop_login(who, number, named=True)
+
+
 # === Actions =================================================================
 # What can be done, in the console's threads and in the user and gate commands, and the table of it that the API
 # serves. Each operation takes who does it, checks what is given, changes rows and notes it within one transaction, and
 # gives rows or views. What is refused is an ApiError.
-# Gives: add_resource, add_user, API, begin_maintenance, change_gate, change_password, change_resource, change_user,
-# changeable, connection_view, DAMAGED, end_maintenance, end_session, list_events, list_groups, list_resources,
-# list_sessions, list_users, NO_SAMPLE, open_session, OPERATIONS, override_gate, poll_now, remove_resource,
-# remove_user, RESOURCES, Route, SAFE_METHODS, sign_in, sign_out, status_of, test_changes, test_settings, trust_resource
+# Gives: add_resource, API, begin_maintenance, change_gate, change_resource, changeable, connection_view, DAMAGED,
+# end_maintenance, list_events, list_groups, list_resources, NO_SAMPLE, OPERATIONS, override_gate, poll_now,
+# remove_resource, RESOURCES, Route, SAFE_METHODS, status_of, test_changes, test_settings, trust_resource
 POLL_NOW_TIMEOUT = 60.0         # seconds that a request waits for a poll
 MAINTENANCE = 366 * 86_400.0    # seconds of maintenance at most
 TAKE_TIME, TAKE_AGAIN = 2.0, 0.05   # seconds that a report waits for its resource's new poller, and between two looks
@@ -11035,169 +11398,6 @@ def list_events(who: Principal, query: Mapping[str, Any]) -> list[Event]:
         return events(session, **dict(validated(EventsQuery, query, text=True)))
 
 
-class UserView(Settings):
-    name: str = Field(validation_alias="username")
-    role: Role
-    initial: bool       # the password is the documented one still
-
-
-def list_users(who: Principal) -> list[User]:
-    """All users, by name."""
-    with who.context.store.reading() as session:
-        return list(session.scalars(sqlalchemy.select(User).order_by(User.username)))
-
-
-def add_user(who: Principal, body: Mapping[str, Any]) -> User:
-    """Adds a user."""
-    new = validated(NewUser, body)
-    user = User.create(new.name, new.password.get_secret_value(), new.role)     # before the database is locked
-    with who.context.store.writing() as session:
-        if session.scalar(sqlalchemy.select(User.id).where(User.username == new.name)) is not None:
-            raise ApiError("there is a user of this name already", 409, {"name": "is taken"})
-        session.add(user)
-        who.note(session, f"user {new.name} added as {new.role}")
-    return user
-
-
-def renew(who: Principal, session: Session, user: User, fresh: User) -> User:
-    """Gives a user the password of `fresh`; every session and token of before ends."""
-    user.take_password(fresh)
-    session.execute(sqlalchemy.delete(LoginSession).filter_by(user_id=user.id))
-    who.note(session, f"user {user.username}: new password")
-    return user
-
-
-def change_user(who: Principal, name: str, body: Mapping[str, Any]) -> User:
-    """Changes password or role of a user and ends the user's sessions; one's own password changes elsewhere."""
-    change = validated(UserChange, body)
-    if change.password and who.user and who.user.username == name:
-        raise field_errors({"password": "change your own with the current one, at /-/api/password"})
-    fresh = User.create(name, change.password.get_secret_value()) if change.password else None
-    with who.context.store.writing() as session:
-        user = find_user(session, name)
-        if fresh:
-            renew(who, session, user, fresh)
-        if change.role and change.role != user.role:
-            require_admin(session, without=user)
-            user.role = change.role
-            session.execute(sqlalchemy.delete(LoginSession).filter_by(user_id=user.id))
-            who.note(session, f"user {name}: {change.role} now")
-    return user
-
-
-def remove_user(who: Principal, name: str) -> None:
-    """Removes a user and ends the user's sessions; the last admin stays."""
-    with who.context.store.writing() as session:
-        user = find_user(session, name)
-        require_admin(session, without=user)
-        session.delete(user)
-        who.note(session, f"user {name} removed")
-
-
-NOBODY = User(salt=b"", rounds=PBKDF2_ROUNDS, password=b"")    # takes as long as a user that exists
-
-
-def sign_in(who: Principal, body: Mapping[str, Any]) -> User:
-    """The user with these Credentials. Raises ApiError: 401, or 429 with the seconds to wait."""
-    given = validated(Credentials, body)
-    name, context = given.username, who.context
-    with context.throttle.turn(name, who.address):
-        with context.store.reading() as session:
-            user = session.scalar(sqlalchemy.select(User).where(User.username == name))
-        if (user or NOBODY).verify(given.password.get_secret_value()) and user is not None:
-            context.throttle.clear(name, who.address)
-            return user
-        failures = context.throttle.fail(name, who.address)
-    log.warning("login of %s from %s failed", one_line(name), who.address)
-    with context.store.writing() as session:    # as many as the throttle lets through, and they evict no other kind
-        record_event(session, "attempt", f"failed login, {failures} in a row", actor=name, address=who.address,
-                     at=context.clock())
-    raise ApiError("user name or password is wrong", 401)
-
-
-def change_password(who: Principal, body: Mapping[str, Any]) -> User:
-    """Changes one's own password; every session and token of before ends."""
-    change = validated(PasswordChange, body)
-    assert who.user
-    name, current, new = who.user.username, change.current.get_secret_value(), change.new.get_secret_value()
-    if current == new:
-        raise field_errors({"new": "must not be the current one"})
-    try:
-        sign_in(who, {"username": name, "password": current})
-    except ApiError as error:
-        raise field_errors({"current": "is wrong"}) if error.status == 401 else error from None
-    fresh = User.create(name, new)
-    with who.context.store.writing() as session:
-        return renew(who, session, find_user(session, name), fresh)
-
-
-def open_session(who: Principal, kind: str, user: User) -> str:
-    """The token that proves a login of `user` from now on. Raises ApiError."""
-    token, now = secrets.token_urlsafe(32), who.context.clock()
-    with who.context.store.writing() as session:
-        current = session.get(User, user.id)
-        if current is None or current.salt != user.salt:    # removed or changed since the password was verified
-            raise ApiError("user name or password is wrong", 401)
-        session.execute(sqlalchemy.delete(LoginSession).where(~live_sessions(now)))
-        session.add(LoginSession(token_hash=token_hash(token), kind=kind, user_id=user.id, begun_at=now, seen_at=now,
-                                 address=who.address))
-        record_event(session, "login", "logged in", actor=user.username, address=who.address, at=now)
-    return token
-
-
-class TokenView(Settings):
-    token: str
-    expires_in: float       # seconds
-
-
-def log_in(who: Principal, body: Mapping[str, Any]) -> TokenView:
-    """Gives a bearer token for user name and password."""
-    return TokenView(token=open_session(who, "token", sign_in(who, body)), expires_in=TOKEN_LIFE)
-
-
-class SessionView(Settings):
-    """A login that is not over."""
-
-    id: str
-    kind: Literal["session", "token"]
-    user: str
-    begun_at: datetime.datetime
-    seen_at: datetime.datetime      # the last request, give or take a minute
-    address: str
-    current: bool                   # the one that asks
-
-
-def list_sessions(who: Principal) -> list[Any]:
-    """One's own logins, for an admin everybody's; who was seen last stands first."""
-    own = who.session.token_hash if who.session else ""
-    query = sqlalchemy.select(
-        LoginSession.token_hash.label("id"), LoginSession.kind, User.username.label("user"), LoginSession.begun_at,
-        LoginSession.seen_at, LoginSession.address, (LoginSession.token_hash == own).label("current"),
-    ).join(User).where(live_sessions(who.context.clock())).order_by(LoginSession.seen_at.desc())
-    if not who.may("admin"):
-        query = query.where(LoginSession.user_id == (who.user.id if who.user else None))
-    with who.context.store.reading() as session:
-        return list(session.execute(query))
-
-
-def end_session(who: Principal, number: str) -> None:
-    """Ends a login: one's own, or as an admin anybody's."""
-    with who.context.store.writing() as session:
-        row = session.get(LoginSession, number)
-        user = session.get(User, row.user_id) if row else None
-        if row is None or user is None or not (who.may("admin") or (who.user and who.user.id == user.id)):
-            raise ApiError("there is no such session", 404)
-        session.delete(row)
-        who.note(session, f"a {row.kind} from {row.address} of {user.username} ended")
-
-
-def sign_out(who: Principal) -> None:
-    """Ends the session that asks, also for whoever else has its cookie."""
-    if who.session:
-        with who.context.store.writing() as session:
-            session.execute(sqlalchemy.delete(LoginSession).filter_by(token_hash=who.session.token_hash))
-
-
 @dataclass(frozen=True)
 class Route:
     """One method of one path, who may use it, and what answers. An operation of the API has more: its `run` takes who
@@ -11212,6 +11412,7 @@ class Route:
     body: type[Settings] | None = None
     status: int = 200
     restricted: bool = False    # also while the documented password is to be changed first
+    by_login: bool = False      # not with a named token, which could prolong itself, or its bearer's stay, with this
 
     @property
     def key(self) -> str:
@@ -11225,9 +11426,13 @@ class Route:
 RESOURCE = API + "resources/<name>"
 OPERATIONS = (
     Route("POST", API + "login", "", log_in, TokenView, Credentials, restricted=True),
-    Route("POST", API + "password", "viewer", change_password, None, PasswordChange, restricted=True),
+    Route("POST", API + "password", "viewer", change_password, None, PasswordChange, restricted=True,
+          by_login=True),
     Route("GET", API + "sessions", "viewer", list_sessions, list[SessionView]),
-    Route("DELETE", API + "sessions/<id>", "viewer", end_session),
+    Route("DELETE", API + "sessions/<id>", "viewer", end_session, by_login=True),
+    Route("GET", API + "tokens", "viewer", list_tokens, list[NamedTokenView]),
+    Route("POST", API + "tokens", "viewer", make_token, TokenView, OwnToken, status=201, by_login=True),
+    Route("DELETE", API + "tokens/<id>", "viewer", revoke_token, by_login=True),
     Route("GET", API + "gate", "viewer", show_gate, GateView),
     Route("POST", API + "gate", "admin", override_gate, GateView, GateChange),
     Route("GET", API + "groups", "viewer", list_groups, list[GroupState]),
@@ -11246,9 +11451,9 @@ OPERATIONS = (
     Route("GET", RESOURCE + "/samples", "viewer", list_samples, PAST_POLLS, SamplesQuery),
     Route("GET", API + "events", "viewer", list_events, PAST_EVENTS, EventsQuery),
     Route("GET", API + "users", "admin", list_users, list[UserView]),
-    Route("POST", API + "users", "admin", add_user, UserView, NewUser, status=201),
-    Route("PATCH", API + "users/<name>", "admin", change_user, UserView, UserChange),
-    Route("DELETE", API + "users/<name>", "admin", remove_user),
+    Route("POST", API + "users", "admin", add_user, UserView, NewUser, status=201, by_login=True),
+    Route("PATCH", API + "users/<name>", "admin", change_user, UserView, UserChange, by_login=True),
+    Route("DELETE", API + "users/<name>", "admin", remove_user, by_login=True),
 )
 
 
@@ -11337,28 +11542,31 @@ def identify(context: ConsoleContext, request: flask.Request) -> Principal:
     """Who it is; a bearer token counts before a cookie, other schemes are somebody else's: of a proxy, for instance.
     Nobody looks into those: what cannot be read there makes werkzeug's own parser raise."""
     stranger = Principal(context, str(client_address(request.environ)))
-    kind, token = "session", request.cookies.get(COOKIE)
+    by_cookie, token = True, request.cookies.get(COOKIE)
     scheme, _, bearer = request.headers.get("Authorization", "").partition(" ")
     if scheme.lower() == "bearer":
-        kind, token = "token", bearer.strip()
+        by_cookie, token = False, bearer.strip()
         stranger = replace(stranger, bearer=token)
     if not token:
         return stranger
     query = sqlalchemy.select(LoginSession, User).join(User).where(
-        LoginSession.token_hash == token_hash(token), LoginSession.kind == kind, live_sessions(context.clock()))
+        LoginSession.token_hash == token_hash(token), (LoginSession.kind == "session") == by_cookie,
+        live_sessions(context.clock()))
     with context.store.reading() as session:
         found = session.execute(query).first()
     return replace(stranger, session=found[0], user=found[1]) if found else stranger
 
 
 def note_seen(who: Principal) -> None:
-    """A page that refreshes itself is no activity."""
-    now = who.context.clock()
-    if who.session and now - who.session.seen_at > SEEN_INTERVAL and "X-Refresh" not in flask.request.headers:
+    """A page that refreshes itself is no activity; of a named token each request is, with where it came from."""
+    now, login = who.context.clock(), who.session
+    named = login is not None and login.kind == "named"
+    if login and now - login.seen_at > SEEN_INTERVAL and (named or "X-Refresh" not in flask.request.headers):
+        seen = {"seen_at": now, "address": who.address if named else login.address}
         with contextlib.suppress(sqlalchemy.exc.SQLAlchemyError), who.context.store.writing() as session:
             # a full disk can still be read
-            session.execute(sqlalchemy.update(LoginSession).values(seen_at=now)
-                            .filter_by(token_hash=who.session.token_hash))
+            session.execute(sqlalchemy.update(LoginSession).values(seen).where(
+                LoginSession.token_hash == login.token_hash, LoginSession.seen_at == login.seen_at))
 
 
 def is_same_origin(request: flask.Request) -> bool | None:
@@ -11380,7 +11588,7 @@ def authorize(context: ConsoleContext, routes: Mapping[str, Route]) -> None:
     if not who.operator:
         raise ApiError("the console does not answer this address", 403)
     if needs and who.user is None:
-        raise ApiError("log in first", 401)
+        raise ApiError("this token is not known, or over: log in first" if who.bearer else "log in first", 401)
     by_cookie = bool(needs and who.session and who.session.kind == "session")   # another site's page may send it, too
     if request.method not in SAFE_METHODS and is_same_origin(request) in ((False, None) if by_cookie else (False,)):
         raise ApiError("this request does not come from a page of this service", 403)
@@ -11388,6 +11596,9 @@ def authorize(context: ConsoleContext, routes: Mapping[str, Route]) -> None:
         raise ApiError("change the documented password first: it opens nothing else", 403)
     if needs and not who.may(needs):
         raise ApiError("only an admin may do this", 403)
+    if needs and who.session and who.session.kind == "named" and (
+            (route and route.by_login) or not request.path.startswith(API)):
+        raise ApiError("not with an API token: log in with the password", 403)
     note_seen(who)
 
 
@@ -11570,6 +11781,10 @@ METRIC_ROWS = RESOURCES.with_only_columns(Resource.name, Resource.maintenance, S
                                           Status.polled_at, Status.seconds, Status.sample).order_by(Resource.name)
 
 
+TOKEN_ROWS = sqlalchemy.select(User.username, LoginSession.name, LoginSession.expires_at).where(
+    LoginSession.user_id == User.id, LoginSession.kind == "named", LoginSession.expires_at < NEVER)
+
+
 def read_token(path: Path) -> bytes:
     """The bearer token in `service.metrics_token_file`; raises UsageError."""
     try:
@@ -11628,7 +11843,7 @@ class Metrics:
 
     def collect(self) -> Iterator[Metric]:
         with self._store.reading() as session:
-            rows = session.execute(METRIC_ROWS).all()
+            rows, tokens = session.execute(METRIC_ROWS).all(), session.execute(TOKEN_ROWS).all()
         total = gauge("resources", "Resources by state.", None, "state")
         standings = [(row.state and self._monitor and self._monitor.behind(row.name)) or row for row in rows]
         states = collections.Counter(standing.state or "unknown" for standing in standings)
@@ -11648,14 +11863,18 @@ class Metrics:
             group_healthy.add_metric([group.name], group.state != "unhealthy")
             good.add_metric([group.name], sum(group.members.values()))
         counters = self._serving.counters
-        passed, cells = CounterMetricFamily("healthchecker_route_would_refuse", labels=["route"], documentation=(
-            "Requests of a route that mode observe let pass.")), counters.totals()
+        passed = CounterMetricFamily("healthchecker_route_would_refuse", labels=["route"], documentation=(
+            "Requests of a route that mode observe let pass."))
         for path, cell in counters.routes.items():
-            passed.add_metric([path], cells[cell])
+            passed.add_metric([path], counters.total(cell))
         yield from (group_healthy, good, passed)
         is_cut = bool(self._monitor and self._monitor.uplink.cut)
         yield gauge("cut_off", "1 while no uplink answers, nor do more than half of the machines.", float(is_cut))
         yield from self._connection_metrics()
+        ends = gauge("api_token_expires_timestamp_seconds", "Unix time of an API token's end.", None, "user", "token")
+        for user, token, expires_at in tokens:
+            ends.add_metric([user, token], expires_at)
+        yield ends
 
     def _connection_metrics(self) -> Iterator[Metric]:
         """How hosts are reached."""
@@ -12169,7 +12388,7 @@ else "%g"|format(details[name]) if details[name] is number else details[name] }}
 </div>
 <button class="primary">Add user</button>
 </form>
-<div class="tools"><h2>Sessions</h2></div>
+<div class="tools"><h2>Sessions</h2><a href="/-/tokens">API tokens</a></div>
 {% call table("Sessions", ("User", "Kind", "From", "Since", "Last seen", "End"), "events") %}
 {% for login in sessions %}
 <tr><td>{{ login.user }}{% if login.current %} <small>this one</small>{% endif %}</td>
@@ -12179,6 +12398,37 @@ else "%g"|format(details[name]) if details[name] is number else details[name] }}
 <button>End<span class="hidden"> this {{ login.kind }} of {{ login.user }}</span></button></form></td></tr>
 {% endfor %}
 {% endcall %}
+""", "tokens.html": """<div class="tools"><h1>{{ title }}</h1></div>
+{{ message("trouble") }}
+{% if made %}
+<section class="message healthy" role="status" aria-label="New token">
+<p>The new token, which is not shown again: <code>{{ made.token }}</code></p></section>
+{% endif %}
+{% call table("API tokens", ("User", "Token", "May", "Until", "Last used", "End"), "events") %}
+{% for token in tokens %}
+<tr><td>{{ token.user }}</td><th scope="row">{{ token.name }}</th><td>{{ token.role }}</td>
+<td>{% if token.expires_at >= never %}for ever{% else %}<time>{{ token.expires_at|local_time }}</time>
+{% if token.expires_at <= now %} <b class="state unhealthy">over</b>{% endif %}{% endif %}</td>
+<td>{% if token.seen_at %}<time>{{ token.seen_at|local_time }}</time> <small>{{ token.address }}</small>
+{% else %}never{% endif %}</td>
+<td><form method="post" action="/-/tokens/{{ token.id }}/revoke">
+<button class="danger">Revoke<span class="hidden"> {{ token.name }} of {{ token.user }}</span></button></form></td></tr>
+{% else %}
+<tr><td colspan="6" class="soft">None.</td></tr>
+{% endfor %}
+{% endcall %}
+<form method="post" class="panel" action="/-/tokens" aria-labelledby="new">
+<h2 id="new">Make a token of your own</h2>
+<p class="soft">For a script: <code>Authorization: Bearer …</code> at /-/api/. It ends with your account, and when your
+password changes. It makes and revokes no tokens, changes no users, and ends no sessions.</p>
+<div class="inputs">
+{{ input("name", "Name", required="", autocomplete="off") }}
+<label>Role <select name="role">{{ options(roles, given.role) }}</select></label>
+{{ input("expires", "Until", "90d, 2027-01-31 or never", placeholder="90d") }}
+{{ password("password", "Your password") }}
+</div>
+<button class="primary">Make token</button>
+</form>
 """, "log in.html": """<form method="post" class="panel narrow" action="{{ action }}">
 <h1>{{ title }}</h1>
 {{ message("trouble") }}
@@ -12192,10 +12442,11 @@ else "%g"|format(details[name]) if details[name] is number else details[name] }}
 {{ message("trouble") }}
 <input class="hidden" value="{{ user.username }}" autocomplete="username" tabindex="-1" aria-hidden="true" readonly>
 {{ password("current", "Password until now") }}
-{{ password("new", "New password", "12 characters or more; your other sessions end") }}
+{{ password("new", "New password", "12 characters or more; your other sessions and tokens end") }}
 {{ password("again", "New password again", "the same") }}
 <button class="primary">Change the password</button>
 </form>
+{% if not user.initial %}<p class="soft"><a href="/-/tokens">API tokens</a> for scripts</p>{% endif %}
 """, "form.html": """<form method="post" class="resource" autocomplete="off">
 <div class="tools"><h1>{{ title }}</h1></div>
 <fieldset class="panel"><legend>Resource</legend>
@@ -12744,7 +12995,7 @@ def event_page() -> Answer:
 
 # --- forms ---
 TYPED = "typed."                # begins the names of what was typed into a form before the login
-RETYPABLE = re.compile(r"/-/(add|override|users|resources/[^/]+/(edit|maintenance))")    # forms that show it again
+RETYPABLE = re.compile(r"/-/(add|override|users|tokens|resources/[^/]+/(edit|maintenance))")    # forms: shown again
 NEVER_SHOWN = ("password", "current", "new", "again")   # secrets of the forms
 INPUTS = ("platform", "name", "interval", "critical", "hostname", "url", "port", "username", "password")
 OTHERS = [name for name in ResourceSettings.model_fields if name not in {*INPUTS, *INVENTORY_ONLY}]
@@ -12855,6 +13106,15 @@ def user_page(name: str = "", number: str = "", **more: Any) -> flask.Response:
     return render_page("users", users=list_users(who), sessions=list_sessions(who), roles=get_args(Role), **more)
 
 
+def token_page(number: str = "", **more: Any) -> flask.Response:
+    """API tokens, and the form to make one."""
+    who = current_principal()
+    if number:
+        more = {**more, "given": {}, "errors": {}}
+    roles = [role for role in reversed(get_args(Role)) if who.may(role)]
+    return render_page("tokens", title="API tokens", tokens=list_tokens(who), roles=roles, never=NEVER, **more)
+
+
 def filled() -> dict[str, str]:
     """What the form says; what is left empty stays as it is."""
     return {name: text for name, text in flask.request.form.items() if text}
@@ -12895,7 +13155,7 @@ def login_again() -> flask.Response:
     request = flask.request
     kept = RETYPABLE.fullmatch(request.path) and is_same_origin(request)
     typed = {TYPED + name: text for name, text in request.form.items() if kept and name not in NEVER_SHOWN}
-    shown = re.match(r"/-/(add|password|users|resources/[^/]+)?", request.path)
+    shown = re.match(r"/-/(add|password|users|tokens|resources/[^/]+)?", request.path)
     after = quote(request.path if typed else shown[0] if shown else PREFIX)
     return render_page("log in", 401, typed=typed, outcome="degraded", action=f"/-/login?next={quote(after)}",
                        problem="Your session is over. Log in, and what was typed is there again, but for passwords.")
@@ -12947,7 +13207,7 @@ def refuse(failure: Exception) -> Answer:
     return response
 
 
-RESOURCE_PAGE, USERS = "/-/resources/<name>", "/-/users"
+RESOURCE_PAGE, USERS, TOKENS = "/-/resources/<name>", "/-/users", "/-/tokens"
 PAGES = (
     Route("GET", "/-/", "viewer", overview),
     form_route("/-/override", overview, lambda who: override_gate(who, filled()), PREFIX),
@@ -12966,6 +13226,9 @@ PAGES = (
     form_route(USERS + "/<name>", user_page, lambda who, name: change_user(who, name, filled()), USERS),
     form_route(USERS + "/<name>/remove", user_page, remove_user, USERS),
     form_route("/-/sessions/<number>/end", user_page, end_session, USERS),
+    Route("GET", TOKENS, "viewer", token_page),
+    replace(form_route(TOKENS, token_page, lambda who: token_page(made=make_token(who, filled()))), needs="viewer"),
+    replace(form_route(TOKENS + "/<number>/revoke", token_page, revoke_token, TOKENS), needs="viewer"),
     Route("GET", "/-/static/<name>", "", asset, restricted=True),
     Route("GET", "/-/login", "", lambda: render_page("log in"), restricted=True),
     Route("POST", "/-/login", "", login_form, restricted=True),
@@ -13137,7 +13400,7 @@ def restore(arguments: argparse.Namespace) -> int:
     except (tarfile.TarError, EOFError, KeyError, zlib.error, gzip.BadGzipFile) as error:
         raise UsageError(f"{arguments.file.name} is no backup, or a damaged one") from error
     print(f"restored: {path.name}, {service.database_path.name} and {service.keys.name}; files that the inventory "
-          "names, and variables, are not in a backup")
+          "names, and variables, are not in a backup; users and API tokens are as they were then")
     return 0
 
 
@@ -13733,6 +13996,25 @@ def typed_password() -> str:
     return password
 
 
+def make_token_of(who: Principal, given: argparse.Namespace) -> None:
+    """Prints a new token, and nothing else where a script reads it."""
+    new = validated(NewToken, {"name": given.token, "role": given.role, "expires": given.expires})
+    with who.context.store.reading() as session:
+        user = find_user(session, given.name)
+    print(issue_token(who, user, new).token)
+
+
+def revoke_token_of(who: Principal, given: argparse.Namespace) -> None:
+    found = [row.id for row in list_tokens(who) if (row.user, row.name) == (given.name, given.token)]
+    revoke_token(who, found[0] if found else "")
+
+
+def token_rows(who: Principal) -> Iterator[list[str]]:
+    for row in list_tokens(who):
+        yield [row.user, row.name, row.role, "never" if row.expires_at >= NEVER else local_time(row.expires_at),
+               local_time(row.seen_at) if row.seen_at else "not used", row.address]
+
+
 # what a `user` command does; how, given its arguments; what it says then
 USER_COMMANDS: dict[str, tuple[str, Callable[[Principal, argparse.Namespace], object], str]] = {
     "add": ("add a user",
@@ -13743,6 +14025,10 @@ USER_COMMANDS: dict[str, tuple[str, Callable[[Principal, argparse.Namespace], ob
     "remove": ("remove a user", lambda who, given: remove_user(who, given.name), "{name} cannot log in any more"),
     "list": ("print the users", lambda who, _: print_table([["NAME", "ROLE", "PASSWORD"], *(
         [user.username, user.role, "the documented one" if user.initial else "own"] for user in list_users(who))]), ""),
+    "token add": ("make an API token of a user, and print it", make_token_of, ""),
+    "token revoke": ("revoke an API token", revoke_token_of, "{token} of {name} opens nothing any more"),
+    "token list": ("print the API tokens", lambda who, _: print_table(
+        [["USER", "TOKEN", "ROLE", "ENDS", "LAST USED", "FROM"], *token_rows(who)]), ""),
 }
 
 
@@ -13766,13 +14052,18 @@ def manage_users(arguments: argparse.Namespace) -> int:
 
 
 def add_user_commands(users: Any) -> None:
+    tokens = users.add_parser("token", help="`user token add|revoke|list`: API tokens for scripts")
+    tokens = tokens.add_subparsers(metavar="add|revoke|list", required=True)
     for action, (what, _, _) in USER_COMMANDS.items():
-        command = users.add_parser(action, help=what)
+        word, of_token = action.removeprefix("token "), action.startswith("token ")
+        command = (tokens if of_token else users).add_parser(word, help=what)
         command.set_defaults(run=manage_users, action=action)
-        if action != "list":
-            command.add_argument("name", metavar="NAME")
-        if action == "add":
+        for name in () if word == "list" else ("name", "token") if of_token else ("name",):
+            command.add_argument(name, metavar=name.upper())
+        if word == "add":
             command.add_argument("--role", choices=get_args(Role), default="viewer", help="default: viewer, who looks")
+        if action == "token add":
+            command.add_argument("--expires", default=NAMED_LIFE, help="like 90d (the default), 2027-01-31, or never")
 
 
 def gate_rows(installation: Installation, session: Session) -> Iterator[list[str]]:
@@ -13860,8 +14151,8 @@ def command_line() -> argparse.ArgumentParser:
         command = commands.add_parser(run.__name__, help=what)
         command.add_argument("file", type=Path, metavar="FILE")
         command.set_defaults(run=run)
-    users = commands.add_parser("user", help="`user add|passwd|remove|list`: who can log in")
-    add_user_commands(users.add_subparsers(metavar="add|passwd|remove|list", required=True))
+    users = commands.add_parser("user", help="`user add|passwd|remove|list|token`: who can log in")
+    add_user_commands(users.add_subparsers(metavar="add|passwd|remove|list|token", required=True))
     add_gate_command(commands)
     keys = commands.add_parser("keys", help="seal every secret with a new key: `keys rotate`, or `keys replace` where "
                                             "the old one is lost; stop the service first")

@@ -29,6 +29,9 @@ from healthchecker import (
     ASSETS,
     LOGIN_FAILURES,
     LOGIN_WINDOW,
+    NAMED_COUNT,
+    NAMED_LIFE,
+    NAMED_MAX,
     SEEN_INTERVAL,
     SESSION_IDLE,
     SESSION_LIFE,
@@ -37,10 +40,12 @@ from healthchecker import (
     Event,
     LoginSession,
     LoginThrottle,
+    NewToken,
     Principal,
     Retention,
     User,
     find_user,
+    issue_token,
     open_session,
     prune_events,
     record_event,
@@ -272,6 +277,257 @@ def test_login_holds_over_a_restart(tmp_path: Path) -> None:
         assert logged_in(second)
         second.cookie, second.token = "", token
         assert second.api("GET", "resources").status == 200
+
+
+# --- API tokens with a name ---
+def bearer(local: Local, token: str) -> Local:
+    local.token, local.cookie = token, ""
+    return local
+
+
+def made(local: Local, *, name: str = "backup", user: str = NAME, password: str = PASSWORD, **more: Any) -> str:
+    """A token, made by a user who is logged in afterwards."""
+    reply = local.log_in_as(user, "token").api("POST", "tokens", {"name": name, "password": password, **more})
+    assert reply.status == 201, reply
+    return str(reply.json["token"])
+
+
+def add_user(local: Local, name: str = "viola", role: str = "viewer") -> None:
+    with local.store.writing() as session:
+        session.add(User.create(name, PASSWORD, role))
+
+
+def last_change(local: Local) -> str:
+    with local.store.reading() as session:
+        found = session.scalars(sqlalchemy.select(Event).filter_by(kind="change").order_by(Event.id.desc()))
+        return next(found).text
+
+
+def test_named_token_lives_for_ninety_days(local: Local) -> None:
+    """Idle or not; then it stands in the list until its name is used again."""
+    token = made(local)
+    begun = local.clock.now
+    assert last_change(local) == f"API token backup of {NAME} made: viewer, until 2027-04-15 08:00 UTC"
+    local.clock.now = begun + NAMED_LIFE - 1
+    assert bearer(local, token).api("GET", "resources").status == 200
+    local.clock.now += 1
+    reply = bearer(local, token).api("GET", "resources")
+    assert (reply.status, reply.json["detail"]) == (401, "this token is not known, or over: log in first")
+    [listed] = local.log_in_as(NAME, "token").api("GET", "tokens").json
+    assert listed["expires_at"].startswith("2027-04-15T08:00:00")
+    assert bearer(local, made(local)).api("GET", "resources").status == 200
+    assert len(local.log_in_as(NAME, "token").api("GET", "tokens").json) == 1
+
+
+def test_named_token_is_stored_as_a_hash_and_shown_once(local: Local) -> None:
+    token = made(local)
+    bearer(local, token).api("GET", "resources")
+    local.log_in_as(NAME)
+    for path in ("/-/api/tokens", "/-/api/events", "/-/api/sessions", "/-/tokens", "/-/users", "/-/events"):
+        assert token not in local.ask("GET", path).body, path
+    local.store.checkpoint()
+    assert token.encode() not in local.store.path.read_bytes()
+
+
+def test_use_of_a_named_token_is_noted_once_a_minute(local: Local) -> None:
+    """With where it came from, also where it says that it is a page that refreshes itself."""
+    token = made(local, expires="never")
+    begun = local.clock.now
+    [before] = local.api("GET", "tokens").json
+    assert (before["seen_at"], before["address"], before["expires_at"]) == (None, "", None)
+    for after, address, headers, seen in (
+        (5, FAR, {"X-Refresh": "1"}, (5.0, FAR)),
+        (SEEN_INTERVAL + 5, "127.0.0.1", {}, (5.0, FAR)),
+        (SEEN_INTERVAL + 6, "127.0.0.1", {}, (SEEN_INTERVAL + 6, "127.0.0.1")),
+        (SESSION_LIFE * 100, FAR, {}, (SESSION_LIFE * 100, FAR)),
+    ):
+        local.clock.now = begun + after
+        assert bearer(local, token).api("GET", "resources", address=address, headers=headers).status == 200
+        [row] = [row for row in sessions(local) if row.kind == "named"]
+        assert (row.seen_at - begun, row.address) == seen
+
+
+@pytest.mark.parametrize(
+    ("expires", "seconds"),
+    [
+        ("30d", 30 * 86_400.0),
+        ("12h", 43_200.0),
+        (60, 60.0),
+        ("366d", NAMED_MAX),
+        ("2027-01-16T08:00:00Z", 86_400.0),
+        ("2027-01-16T09:00:00+01:00", 86_400.0),
+        ("never", None),
+        ("367d", "must be in the future, by 366d at most, or never"),
+        ("2026-12-31", "must be in the future, by 366d at most, or never"),
+        ("2029-01-01", "must be in the future, by 366d at most, or never"),
+        (0, "must be in the future, by 366d at most, or never"),
+        (-1, "must be in the future, by 366d at most, or never"),
+        (10**400, "must be like 90d, a date like 2027-01-31, or never"),
+        (1e300, "must be in the future, by 366d at most, or never"),
+        ("9" * 400 + "d", "must be in the future, by 366d at most, or never"),
+        ("0001-01-01", "must be "),
+        ("9999-12-31T23:59:59-23:59", "must be "),
+        *((bad, "must be like 90d, a date like 2027-01-31, or never")
+          for bad in ("", "1x", "soon", "1800000000", "Never", "2027-13-01", True, None, [], {})),
+    ],
+)  # fmt: skip
+def test_end_of_a_named_token(local: Local, expires: Any, seconds: float | str | None) -> None:
+    reply = local.log_in_as(NAME, "token").api(
+        "POST", "tokens", {"name": "a", "password": PASSWORD, "expires": expires})  # fmt: skip
+    if isinstance(seconds, str):
+        assert reply.status == 422 and reply.fields["expires"].startswith(seconds), reply
+    else:
+        assert (reply.status, reply.json["expires_in"]) == (201, seconds)
+
+
+def test_a_date_is_that_of_the_server(local: Local) -> None:
+    made(local, expires="2027-02-01")
+    [row] = [row for row in sessions(local) if row.kind == "named"]
+    assert time.localtime(row.expires_at)[:6] == (2027, 2, 1, 0, 0, 0)
+
+
+def test_a_named_token_needs_the_password(local: Local) -> None:
+    """A session or token that leaked makes none; guesses count as those of a login do."""
+    local.log_in_as(NAME, "token")
+    assert local.api("POST", "tokens", {"name": "a"}).fields.keys() == {"password"}
+    for _ in range(LOGIN_FAILURES):
+        reply = local.api("POST", "tokens", {"name": "a", "password": WRONG})
+        assert (reply.status, reply.fields) == (422, {"password": "is wrong"})
+    assert local.api("POST", "tokens", {"name": "a", "password": PASSWORD}).status == 429
+    assert [row.kind for row in sessions(local)] == ["token"]
+
+
+BY_LOGIN = [
+    ("POST", "tokens", {"name": "b", "password": PASSWORD}),
+    ("DELETE", "tokens/OWN", None),
+    ("POST", "password", {"current": PASSWORD, "new": PASSWORD + "!"}),
+    ("POST", "users", {"name": "b", "password": PASSWORD}),
+    ("PATCH", "users/viola", {"password": PASSWORD + "!"}),
+    ("PATCH", "users/viola", {"role": "admin"}),
+    ("DELETE", "users/viola", None),
+    ("DELETE", "sessions/OTHER", None),
+]
+
+
+@pytest.mark.parametrize(("method", "path", "body"), BY_LOGIN)
+def test_a_named_token_cannot_prolong_itself(local: Local, method: str, path: str, body: Any) -> None:
+    """Not even an admin's, by a token, a password or a user more."""
+    add_user(local)
+    token = made(local, role="admin")
+    [own] = local.api("GET", "tokens").json
+    other = next(row.token_hash for row in sessions(local) if row.kind == "token")
+    reply = bearer(local, token).api(method, path.replace("OWN", own["id"]).replace("OTHER", other), body)
+    assert (reply.status, reply.json["detail"]) == (403, "not with an API token: log in with the password")
+    assert local.api("GET", "users").status == 200
+
+
+def test_a_named_token_opens_the_api_alone(local: Local) -> None:
+    bearer(local, made(local, role="admin"))
+    for path in ("/-/", "/-/users", "/-/tokens", "/-/password", "/-/events"):
+        assert local.ask("GET", path).status == 403, path
+    assert local.form("/-/users", {"name": "b", "password": PASSWORD}).status == 403
+    local.token, local.cookie = "", local.token
+    assert not logged_in(local)
+
+
+def test_a_named_token_may_no_more_than_its_user(local: Local) -> None:
+    """A viewer makes none for admins; who becomes a viewer has none from then on, also as an admin again."""
+    add_user(local)
+    reply = local.log_in_as("viola", "token").api(
+        "POST", "tokens", {"name": "a", "role": "admin", "password": PASSWORD}
+    )
+    assert (reply.status, reply.fields) == (422, {"role": "must not be more than that of viola, viewer"})
+    viewers = made(local, user="viola")
+    assert bearer(local, viewers).api("GET", "resources").status == 200
+    assert local.api("GET", "users").status == 403
+    local.log_in_as(NAME, "token").api("PATCH", "users/viola", {"role": "admin"})
+    assert bearer(local, viewers).api("GET", "users").status == 403, "a viewer's still"
+    admins = made(local, name="admin", user="viola", role="admin")
+    assert bearer(local, admins).api("GET", "users").status == 200
+    for role in ("viewer", "admin"):
+        assert local.log_in_as(NAME, "token").api("PATCH", "users/viola", {"role": role}).status == 200
+        assert bearer(local, admins).api("GET", "resources").status == 200
+        assert local.api("GET", "users").status == 403, role
+    assert {row["role"] for row in local.log_in_as("viola", "token").api("GET", "tokens").json} == {"viewer"}
+    with local.store.writing() as session:  # whatever the row says
+        session.execute(sqlalchemy.update(LoginSession).values(role="admin"))
+        session.execute(sqlalchemy.update(User).filter_by(username="viola").values(role="viewer"))
+    assert bearer(local, admins).api("GET", "users").status == 403
+
+
+@pytest.mark.parametrize("act", [changed_password, by_admin("PATCH", {"password": PASSWORD + "!"}),
+                                 by_admin("DELETE", None)], ids=["own password", "password", "removed"])  # fmt: skip
+def test_what_ends_the_named_tokens_of_a_user(local: Local, act: Any) -> None:
+    token = made(local, expires="never")
+    act(local, NAME)
+    assert bearer(local, token).api("GET", "resources").status == 401
+    assert not [row for row in sessions(local) if row.kind == "named"]
+
+
+def test_named_tokens_are_listed_and_revoked(local: Local) -> None:
+    """One's own by everybody, all of them by admins, at once; each is noted."""
+    add_user(local)
+    mine, hers = made(local, name="mine"), made(local, name="hers", user="viola")
+    assert [row["name"] for row in local.api("GET", "tokens").json] == ["hers"]
+    assert [row["kind"] for row in local.api("GET", "sessions").json] == ["token"]
+    found = {row["name"]: row["id"] for row in local.log_in_as(NAME, "token").api("GET", "tokens").json}
+    assert found.keys() == {"mine", "hers"}
+    local.log_in_as("viola", "token")
+    assert local.api("DELETE", f"tokens/{found['mine']}").status == 404
+    assert local.api("DELETE", f"sessions/{found['hers']}").status == 404, "it is none"
+    local.log_in_as(NAME, "token")
+    own = next(row["id"] for row in local.api("GET", "sessions").json if row["current"])
+    assert local.api("DELETE", f"tokens/{own}").status == 404, "it is a login"
+    assert local.api("DELETE", f"tokens/{found['hers']}").status == 204
+    assert last_change(local) == "API token hers of viola revoked"
+    assert local.api("DELETE", f"tokens/{found['hers']}").status == 404
+    assert bearer(local, hers).api("GET", "resources").status == 401
+    assert bearer(local, mine).api("GET", "resources").status == 200
+
+
+def test_names_and_number_of_named_tokens(local: Local) -> None:
+    add_user(local)
+    made(local, name="same")
+    made(local, name="same", user="viola")
+    reply = local.api("POST", "tokens", {"name": "same", "password": PASSWORD})
+    assert (reply.status, reply.fields) == (409, {"name": "is taken"})
+    for number in range(NAMED_COUNT - 1):
+        made(local, name=f"{number}", user="viola")
+    reply = local.api("POST", "tokens", {"name": "more", "password": PASSWORD})
+    assert (reply.status, reply.json["detail"]) == (409, f"viola has {NAMED_COUNT} tokens; revoke one first")
+    local.clock.now += NAMED_LIFE
+    made(local, name="same", user="viola")
+
+
+def test_logins_drop_no_named_token(local: Local) -> None:
+    made(local)
+    local.clock.now += NAMED_LIFE
+    local.log_in_as(NAME)
+    assert sorted(row.kind for row in sessions(local)) == ["named", "session"]
+
+
+def test_password_that_changes_while_a_token_is_made(local: Local) -> None:
+    user = sign_in(Principal(local.context, "127.0.0.1"), {"username": NAME, "password": PASSWORD})
+    changed_password(local, NAME)
+    with pytest.raises(ApiError) as caught:
+        issue_token(Principal(local.context, "127.0.0.1", user=user), user, NewToken(name="a"))
+    assert caught.value.status == 401 and sessions(local) == []
+
+
+def test_documented_password_makes_no_named_token(fresh: Local) -> None:
+    fresh.log_in_as(NAME, "token")
+    assert fresh.api("POST", "tokens", {"name": "a", "password": DOCUMENTED}).status == 403
+    assert fresh.log_in_as(NAME).form("/-/tokens", {"name": "a", "password": DOCUMENTED}).status == 403
+    assert user(fresh.store.path.parent / "inventory.yaml", "token", "add", NAME, "a") == (
+        2, "", "change the documented password first: it opens nothing else\n")  # fmt: skip
+    assert {row.kind for row in sessions(fresh)} == {"token", "session"}
+
+
+def test_wrong_tokens_are_not_counted(local: Local) -> None:
+    """Nobody guesses 256 bits, and a script with an old one must not keep people out."""
+    for _ in range(2 * ADDRESS_FAILURES):
+        assert bearer(local, WRONG).api("GET", "resources").status == 401
+    assert local.log_in().api("GET", "resources").status == 200
 
 
 # --- passwords ---
@@ -638,6 +894,32 @@ def test_users_on_the_command_line(running: tuple[Service, Client]) -> None:
         ("user bob added as viewer", "command line"),
         ("user alice added as admin", "command line"),
     ]
+
+
+def test_named_tokens_on_the_command_line(running: tuple[Service, Client]) -> None:
+    """While the service runs; the token alone is printed, for a script to read."""
+    inventory, client = running[0].inventory, Client(*running[0].console)
+    assert user(inventory, "add", "robot", password=PASSWORD)[0] == 0
+    code, output, error = user(inventory, "token", "add", "robot", "nightly", "--expires", "never")
+    assert (code, error, len(output.split())) == (0, "", 1)
+    client.token = output.strip()
+    assert client.api("GET", "resources").status == 200
+    user(inventory, "token", "add", "robot", "other", "--expires", "1d")
+    rows = [line.split() for line in user(inventory, "token", "list")[1].splitlines()[1:]]
+    assert (rows[0][:4], rows[0][-1]) == (["robot", "nightly", "viewer", "never"], "127.0.0.1")
+    assert (rows[1][:3], rows[1][-2:]) == (["robot", "other", "viewer"], ["not", "used"])
+    done = user(inventory, "token", "revoke", "robot", "nightly")
+    assert done == (0, "nightly of robot opens nothing any more\n", "")
+    assert client.api("GET", "resources").status == 401
+    for arguments, message in (
+        (["revoke", "robot", "nightly"], "there is no such token"),
+        (["add", "nobody", "x"], "there is no such user"),
+        (["add", "robot", "other"], "there is a token of this name already"),
+        (["add", "robot", "x", "--role", "admin"], "role: must not be more than that of robot, viewer"),
+        (["add", "robot", "x", "--expires", "1x"], "expires: must be like 90d, a date like 2027-01-31, or never"),
+        (["add", "robot", "a/b"], "name: must be 1 to 253 characters without slashes"),
+    ):
+        assert user(inventory, "token", *arguments) == (2, "", f"{message}\n"), arguments
 
 
 @pytest.mark.parametrize(

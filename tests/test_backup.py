@@ -81,6 +81,25 @@ def test_there_and_back(served: Path, tmp_path: Path) -> None:
         service.wait_status("/-/readyz", 200)
 
 
+def test_api_tokens_come_back(served: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As they were: also what was revoked since, and the command says so."""
+    old = ["--inventory", str(served / "inventory.yaml")]
+    with closing(healthchecker.Store(served / "healthchecker.db")) as store, store.writing() as session:
+        session.add(healthchecker.User.create("robot", "x" * 12, "viewer"))
+    assert main([*old, "user", "token", "add", "robot", "nightly"]) == 0
+    token = capsys.readouterr().out.strip()
+    assert main([*old, "backup", str(tmp_path / "later.tgz")]) == 0
+    assert main([*old, "user", "token", "revoke", "robot", "nightly"]) == 0
+    (tmp_path / "new").mkdir()
+    new = ["--inventory", str(tmp_path / "new" / "inventory.yaml")]
+    capsys.readouterr()
+    assert main([*new, "restore", str(tmp_path / "later.tgz")]) == 0
+    assert "users and API tokens are as they were then" in capsys.readouterr().out
+    with closing(sqlite3.connect(tmp_path / "new" / "healthchecker.db")) as connection:
+        [stored] = connection.execute("SELECT token_hash FROM login_session WHERE name = 'nightly'").fetchone()
+    assert stored == healthchecker.token_hash(token)
+
+
 def test_nothing_is_overwritten(served: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     saved = tmp_path / "saved.tgz"
     before = saved.read_bytes()

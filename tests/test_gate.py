@@ -36,6 +36,7 @@ from waitress.receiver import ChunkedReceiver
 from waitress.server import TcpWSGIServer
 from waitress.task import ErrorTask, ThreadedTaskDispatcher, WSGITask
 
+import healthchecker
 from healthchecker import (
     HEAD_START,
     PASSED,
@@ -76,7 +77,7 @@ def of_size(size: int) -> Application:
 
 
 # === As WSGI =================================================================
-def call(gate: Gate, path: str = "/", **environ: str) -> tuple[str, dict[str, str], bytes]:
+def call(gate: Gate, path: str = "/", **environ: Any) -> tuple[str, dict[str, str], bytes]:
     """Status line, headers by lower-case name (none may come twice), body."""
     answer: list[Any] = []
     request: dict[str, Any] = {}
@@ -396,13 +397,30 @@ def test_mode_of_a_route(leases: tuple[float, bool, float, bool], paths: dict[st
         one.until.value, one.observes.value = until, observes
     gate = Gate(hello, lease, lambda: NOW, told.append)
     for path, admitted in paths.items():
-        assert (gate.route(path) == gate.admit) is admitted, path
+        assert (gate.route(path)[0] == gate.admit) is admitted, path
         told.clear()
         status, headers, _ = call(gate, path)
         assert status[:3] == ("200" if admitted else "503"), path
         assert ("x-healthchecker" in headers) is bool(told), path
     call(gate, "/r/x")
     assert told[-1:] == (["/r"] if leases[3] and leases[2] < NOW else [])
+
+
+def test_a_path_is_looked_up_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And its leases are asked again: by then another one may be the strictest."""
+    lease, looked = Lease(["/r", "/s"]), []
+    for each in (lease, *lease.parts.values()):
+        each.until.value = NOW + 1
+    find = Gate._longest
+    monkeypatch.setattr(Gate, "_longest", lambda gate, path: looked.append(path) or find(gate, path))
+    gate = Gate(hello, lease, lambda: NOW)
+    for path, shuts in (("/r/x", "/r"), ("/x", ""), ("/r/../s", "/s"), ("/s;a/x", "/s")):
+        looked.clear()
+        way = gate.route(path)
+        (lease.parts[shuts] if shuts else lease).until.value = 0.0
+        status, _, _ = call(gate, path, **{healthchecker.HANDLER: way})
+        assert status[:3] == "503" and len(looked) == {"/r/../s": 0, "/s;a/x": 2}.get(path, 1), path
+        (lease.parts[shuts] if shuts else lease).until.value = NOW + 1
 
 
 @POOL

@@ -243,6 +243,74 @@ def test_a_group_of_nobody_who_counts_is_no_healthy_member() -> None:
     assert aggregator.is_healthy()
 
 
+def test_a_bad_first_result_waits_for_who_may_make_up_for_it() -> None:
+    """A group that is added closes nothing while its members' first results could still make it healthy."""
+    second = {"name": "h", "members": ["d", "e"]}
+    gates = gates_with([{"name": "g", "members": ["a", "b", "c"], "healthy": "2"}, second])
+    aggregator, _ = make(gates)
+    aggregator.register("old")
+    aggregator.start()
+    aggregator.set_resource("old", True)
+    for name in "abcde":
+        aggregator.register(name)
+    told(aggregator)
+    aggregator.set_resource("a", False, "dead")
+    assert aggregator.is_healthy() and is_open(aggregator, "g"), "b and c may be healthy"
+    assert [group.members for group in aggregator.groups()] == [{}, {}]
+    aggregator.set_resource("b", True)
+    aggregator.set_resource("c", True)
+    assert aggregator.is_healthy() and not told(aggregator)
+    assert [group.members for group in aggregator.groups()] == [{"a": False, "b": True, "c": True}, {}]
+    aggregator.set_resource("d", False, "dead")
+    assert not aggregator.is_healthy(), "nobody can make up for a member of `all`"
+
+
+@pytest.mark.parametrize("end", ["again", "other", "gone", "arranged"])
+def test_a_bad_first_result_waits_no_longer(end: str) -> None:
+    """Than until the other's result, which may be bad, or its own next one, whatever becomes of the other."""
+    gates = gates_with([{"name": "g", "members": ["a", "b"], "healthy": "any"}])
+    aggregator, _ = make(gates)
+    aggregator.start()
+    aggregator.register("a")
+    aggregator.register("b")
+    aggregator.set_resource("a", False, "dead")
+    assert aggregator.is_healthy()
+    if end == "arranged":
+        aggregator.arrange(gates_with([]), {})
+    elif end == "gone":
+        aggregator.deregister("b")
+    else:
+        aggregator.set_resource("a" if end == "again" else "b", False, "dead")
+    assert not aggregator.is_healthy()
+    aggregator.register("b")
+    aggregator.set_resource("b", True)
+    assert aggregator.is_healthy() is (end != "arranged")
+
+
+def test_who_never_reports_by_itself_is_not_waited_for() -> None:
+    aggregator, _ = make(gates_with([{"name": "g", "members": ["a", "p"], "healthy": "any"}]))
+    aggregator.start()
+    aggregator.register("a")
+    aggregator.register("p", asked=False)
+    aggregator.set_resource("a", False, "dead")
+    assert not aggregator.is_healthy()
+
+
+def test_a_member_that_is_known_to_be_bad_waits_for_nobody() -> None:
+    """Another one that is added opens nothing before it is healthy."""
+    gates = gates_with([{"name": "g", "members": ["a", "b"], "healthy": "any"}])
+    aggregator, _ = make(gates)
+    aggregator.register("a")
+    aggregator.start()
+    aggregator.set_resource("a", True)
+    aggregator.register("b")
+    aggregator.set_resource("a", False, "dead")
+    assert not aggregator.is_healthy()
+    aggregator.arrange(gates_with([{"name": "g", "members": ["a", "b", "c"], "healthy": "any"}]), {})
+    aggregator.register("c")
+    assert not aggregator.is_healthy()
+
+
 def test_nothing_opens_or_closes_in_between() -> None:
     """A member that is removed, and one that has another name, change nothing where the group goes on as it was."""
     aggregator, _ = make(gates_with([{"name": "g", "members": ["a", "b"], "healthy": "any"}]))
@@ -412,15 +480,42 @@ class Model:
         self.unknown = set(LEAVES)  # without a result
         self.asides: set[str] = set()
         self.pending, self.beats = set(LEAVES), math.inf
+        self.fresh, self.early = set[str](), set[str]()  # without a result since they joined; with one that waits
         self.arrange("", 0)
         for name in LEAVES:
             self.real[0].register(name)
         self.real[0].start()
 
     def report(self, leaf: str, until: float) -> None:
-        self.counted[leaf] = until
+        waits = until == 0.0 and not self.counted.keys() & {leaf} and leaf not in self.early
+        self.fresh.discard(leaf)
+        self.early.discard(leaf)
+        if waits and leaf not in self.asides and self.is_awaited(leaf):
+            self.early.add(leaf)
+        else:
+            self.counted[leaf] = until
         self.pending.discard(leaf)
         self.unknown.discard(leaf)
+        self.look_again()
+
+    def look_again(self) -> None:
+        for leaf in sorted(self.early):
+            if not self.is_awaited(leaf):
+                self.early.discard(leaf)
+                self.counted[leaf] = 0.0
+
+    def is_awaited(self, leaf: str) -> bool:
+        """Whether in all that it is in there are some who have no result yet and could make up for it."""
+        if any(leaf in (route.needs or ()) for route in self.gates.routes.values()):
+            return False
+        groups = [group for group in self.gates.groups if leaf in group.members]
+        for group in groups:
+            others = {name for name in group.members if name != leaf and self.counts(name)}
+            good = sum(self.is_healthy(name, self.real[1].now) for name in others)
+            fresh = len(self.fresh & {*group.members})
+            if not fresh or good + fresh < quorum_of(group.healthy, len(others) + fresh + 1):
+                return False
+        return bool(groups)
 
     def up(self, leaf: str, seconds: int) -> None:
         self.real[0].set_resource(leaf, True, ttl=seconds)
@@ -433,8 +528,9 @@ class Model:
     def leave(self, leaf: str, _: int) -> None:
         self.real[0].deregister(leaf)
         self.counted.pop(leaf, None)
-        for names in (self.pending, self.unknown, self.asides):
+        for names in (self.pending, self.unknown, self.asides, self.fresh, self.early):
             names.discard(leaf)
+        self.look_again()
 
     def join(self, leaf: str, _: int) -> None:
         self.real[0].register(leaf)
@@ -443,11 +539,14 @@ class Model:
             self.unknown |= {leaf} - self.counted.keys()
             self.counted.setdefault(leaf, 0.0)
             self.pending.add(leaf)
+        elif leaf not in self.counted:
+            self.fresh.add(leaf)
 
     def aside(self, leaf: str, _: int) -> None:
         self.real[0].register(leaf, critical=False)
         if leaf not in self.asides:
             self.pending.discard(leaf)
+            self.fresh.discard(leaf)
             self.asides.add(leaf)
             if leaf in self.unknown:
                 self.counted.pop(leaf, None)
@@ -558,7 +657,7 @@ PATH_TABLE = {
 def test_longest_route(path: str, admitted: bool) -> None:
     """And where a path can be read in two ways, the strictest that it could lead to."""
     gate = gate_of("", "/reports/deep", parts=["/reports", "/reports/deep", "/größe"])
-    assert (gate.route(path) == gate.admit) is admitted
+    assert (gate.route(path)[0] == gate.admit) is admitted
 
 
 @pytest.mark.parametrize(("path", "admitted"), {
@@ -568,7 +667,7 @@ def test_longest_route(path: str, admitted: bool) -> None:
 }.items())  # fmt: skip
 def test_what_needs_nothing_while_the_site_is_closed(path: str, admitted: bool) -> None:
     gate = gate_of("/static", parts=["/static"])
-    assert (gate.route(path) == gate.admit) is admitted
+    assert (gate.route(path)[0] == gate.admit) is admitted
 
 
 def ask(gate: Gate, path: str) -> tuple[str, dict[str, str]]:

@@ -24,6 +24,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from service import Service, fresh_processes, prepared_keys, run_cheaply, write_inventory
 from test_transport import access
 
+import healthchecker
 from healthchecker import (
     ACCEPTED,
     LABELS,
@@ -251,6 +252,21 @@ def test_every_resource_for_the_bearer(store: Store, metrics: Metrics) -> None:
     assert not any("secret" in part for key in found for part in key)
 
 
+def test_ends_of_api_tokens(store: Store, metrics: Metrics) -> None:
+    """Names are for the bearer of the token alone; what has no end is left out."""
+    with store.writing() as session:
+        session.add(healthchecker.User.create("robot", "x" * 12))
+        session.flush()
+        for name, expires_at in (("nightly", 2e9), ("ever", healthchecker.NEVER)):
+            session.add(healthchecker.LoginSession(token_hash=name, kind="named", user_id=1, begun_at=1, seen_at=0,
+                                                   address="", name=name, expires_at=expires_at))
+        session.add(healthchecker.LoginSession(token_hash="a", kind="token", user_id=1, begun_at=1, seen_at=1,
+                                               address=""))
+    found = [each for each in series(ask(metrics, BEARER["Authorization"])).items() if "api_token" in each[0][0]]
+    assert found == [(("healthchecker_api_token_expires_timestamp_seconds", "nightly", "robot"), 2e9)]
+    assert "robot" not in ask(metrics)
+
+
 def test_totals_for_anyone(store: Store, metrics: Metrics) -> None:
     add(store, "db1", "healthy", SAMPLE)
     text = ask(metrics)
@@ -258,6 +274,13 @@ def test_totals_for_anyone(store: Store, metrics: Metrics) -> None:
     full = series(ask(metrics, BEARER["Authorization"]))
     assert {key: full[key] for key in series(text)} == series(text)
     assert {key[0] for key in full.keys() - series(text)} > {"healthchecker_resources", "healthchecker_resource_state"}
+
+
+def test_slots_are_summed_once_a_scrape(metrics: Metrics, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All routes of all slots, at each scrape; for a route or a page its own cell is enough."""
+    summed, totals = [], Counters.totals
+    monkeypatch.setattr(Counters, "totals", lambda counters: summed.append(1) or totals(counters))
+    assert "route_would_refuse" in ask(metrics, BEARER["Authorization"]) and len(summed) == 1
 
 
 def test_totals_never_fall(store: Store, token_file: Path) -> None:

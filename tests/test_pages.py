@@ -8,6 +8,8 @@ import json
 import re
 import sys
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -541,6 +543,47 @@ def test_sessions_are_listed_and_ended(console: Local) -> None:
     assert console.ask("GET", "/-/").headers["location"].startswith("/-/login")
 
 
+def test_a_form_for_a_token_shows_what_was_typed(console: Local) -> None:
+    with few_rounds():
+        reply = console.form("/-/tokens", {"name": "<nightly>", "expires": "1x", "role": "admin", "password": PASSWORD})
+    assert reply.status == 422 and reply.body.count("aria-invalid") == 1 and "must be like 90d" in reply.body
+    assert 'value="&lt;nightly&gt;"' in reply.body and 'value="1x"' in reply.body and PASSWORD not in reply.body
+    assert '<option value="admin" selected>' in reply.body
+    reply = console.form("/-/tokens/nothing/revoke", {})
+    assert reply.status == 404 and "there is no such token" in reply.body
+
+
+@pytest.mark.parametrize("script", [True, False])
+def test_tokens_by_keyboard(browser: Browser, watched: Service, *, script: bool) -> None:
+    """Made, shown once, of use, and revoked, by a viewer, also without script."""
+    context, page, faults = visit(browser, watched, java_script_enabled=script)
+    enter(page, watched, VIEWER)
+    page.goto("/-/password")
+    page.get_by_role("link", name="API tokens").press("Enter")
+    page.get_by_label("Name").fill("nightly")
+    assert page.get_by_label("Role").locator("option").all_inner_texts() == ["viewer"]
+    page.keyboard.press("Tab")
+    page.keyboard.press("Tab")
+    page.keyboard.type("7d")
+    page.keyboard.press("Tab")
+    page.keyboard.type(PASSWORD)
+    page.keyboard.press("Enter")
+    token = page.get_by_role("status", name="New token").locator("code").inner_text()
+    login = {"Authorization": f"Bearer {token}"}
+    ask = urllib.request.Request("http://{}:{}/-/api/resources".format(*watched.console), headers=login)
+    with urllib.request.urlopen(ask, timeout=60) as answer:
+        assert answer.status == 200
+    page.goto("/-/tokens")
+    row = page.get_by_role("row", name="nightly")
+    assert "127.0.0.1" in row.inner_text() and token not in page.content()
+    row.get_by_role("button", name="Revoke nightly").press("Enter")
+    row.wait_for(state="detached")
+    with pytest.raises(urllib.error.HTTPError):
+        urllib.request.urlopen(ask, timeout=60)
+    context.close()
+    assert not faults
+
+
 # === In place ================================================================
 def test_a_refresh_disturbs_nothing(page: Page) -> None:
     """Rows are the same elements, with focus, typed text, opened details and scrolling as they were."""
@@ -706,7 +749,7 @@ def test_what_hosts_and_operators_write_is_text(page: Page) -> None:
 
 
 PATHS = ("/-/login", "/-/", HOSTILE_PAGE, resource("steady"), "/-/events", "/-/users", "/-/add", "/-/password",
-         resource("none"))  # fmt: skip
+         "/-/tokens", resource("none"))  # fmt: skip
 
 
 # The one changes no colour, and the other no width.

@@ -1113,6 +1113,24 @@ def test_maintenance_ends_between_two_polls(house: House, machines: Machines) ->
         assert len(machines.moments("db2")) == 1
 
 
+def test_maintenance_of_a_group_begins_and_ends_for_all_at_once(house: House, machines: Machines) -> None:
+    """Of alternatives one is bad: the gate does not close for the moment between the one and the other."""
+    house.write("name: db1", "name: db2")
+    machines.behaviours["db1"] = unreachable
+    gates = '{"groups": [{"name": "g", "members": ["db1", "db2"], "healthy": "any"}]}'
+    house.elsewhere(f"INSERT OR REPLACE INTO setting (name, value, text) VALUES ('gates', 0, '{gates}')")
+    with house.watching():
+        wait_for(house.aggregator.is_healthy)
+        for seconds, counted in ((3600, False), (3, True)):
+            house.elsewhere(f"UPDATE resource SET maintenance = {time.time() + seconds}")
+            wait_for(lambda: all(house.poller(name).counted is counted for name in ("db1", "db2")))  # noqa: B023
+        wait_for(lambda: len(maintenance_events(house)) == 2)
+        assert house.aggregator.is_healthy()
+    with house.store.reading() as session:
+        found = [event.text for event in healthchecker.events(session, kind="gate")]
+    assert [text.partition(" after")[0] for text in found] == ["closed -> open", "closed (the service starts)"]
+
+
 def test_maintenance_of_what_does_not_count(house: House, machines: Machines) -> None:
     house.write("name: db1, critical: false", "name: db2")
     machines.behaviours["db1"] = unreachable

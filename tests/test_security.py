@@ -43,10 +43,14 @@ from healthchecker import (
     ConsoleServer,
     Event,
     LoginSession,
+    NewToken,
+    Principal,
     Resource,
     ResourceSettings,
     Status,
     User,
+    find_user,
+    issue_token,
     revise,
     sqlalchemy,
     token_hash,
@@ -78,6 +82,12 @@ VIEWERS = {
     "GET /-/api/events",
     "GET /-/api/sessions",
     "DELETE /-/api/sessions/<id>",
+    "GET /-/api/tokens",
+    "POST /-/api/tokens",
+    "DELETE /-/api/tokens/<id>",
+    "GET /-/tokens",
+    "POST /-/tokens",
+    "POST /-/tokens/<number>/revoke",
 }
 ADMINS = {
     "GET /-/add",
@@ -105,6 +115,16 @@ ADMINS = {
     "DELETE /-/api/resources/<name>/maintenance",
     "POST /-/api/resources/<name>/trust",
     "GET /-/api/users",
+    "POST /-/api/users",
+    "PATCH /-/api/users/<name>",
+    "DELETE /-/api/users/<name>",
+}
+# Not with an API token that has a name, whosever: what it could prolong itself with. Nor any page.
+BY_LOGIN = {
+    "POST /-/api/password",
+    "POST /-/api/tokens",
+    "DELETE /-/api/tokens/<id>",
+    "DELETE /-/api/sessions/<id>",
     "POST /-/api/users",
     "PATCH /-/api/users/<name>",
     "DELETE /-/api/users/<name>",
@@ -378,6 +398,31 @@ def test_programs_need_no_origin(local: Local) -> None:
     fields = f"username={ADMIN[0]}&password=correct+horse+battery"
     assert local.ask("POST", "/-/login", fields, {"Content-Type": FORM}).cookie
     assert local.log_in_as(ADMIN[0], "token").api("DELETE", "resources/one").status == 204
+
+
+def with_script(local: Local, name: str, role: str) -> Local:
+    """With an API token of this user."""
+    with local.store.reading() as session:
+        user = find_user(session, name)
+    made = issue_token(Principal(local.context, "127.0.0.1", user=user), user, NewToken(name="script", role=role))
+    local.token, local.cookie = made.token, ""
+    return local
+
+
+@pytest.mark.parametrize("account", [ADMIN, VIEWER])
+def test_what_a_named_token_opens(local: Local, account: tuple[str, str]) -> None:
+    """As every bearer token: from the operators' networks, without an Origin, and not for a page of another site."""
+    with_script(local, account[0], "admin" if account is ADMIN else "viewer")
+    before = state(local)
+    allowed = {key for key in (ADMINS | VIEWERS if account is ADMIN else VIEWERS) - BY_LOGIN if API in key}
+    for key in sorted(ADMINS | VIEWERS):
+        assert send(local, key, address=FOREIGN).status == 403, key
+        if key in WRITES:
+            assert send(local, key, {"Origin": "https://evil.example.com"}).status == 403, key
+    assert state(local) == before
+    for key in sorted(ADMINS | VIEWERS, key=lambda key: key.startswith("DELETE")):
+        reply = send(local, key)
+        assert (reply.status == 403) is (key not in allowed) and reply.status != 401, (key, reply)
 
 
 # --- where a login leads ---

@@ -32,7 +32,7 @@ from service import Service, fresh_processes, prepared_keys, run_cheaply, write_
 from sqlalchemy.orm import Session
 
 import healthchecker
-from healthchecker import Changes, InventoryError, Resource, SecretError, StorageError, Store, User, Vault
+from healthchecker import Changes, InventoryError, LoginSession, Resource, SecretError, StorageError, Store, User, Vault
 
 FIRST = """\
   - {hostname: a.example.com, username: u, password: pa}
@@ -306,6 +306,22 @@ def test_database_of_schema_3(bench: Bench) -> None:
     executed(bench.database, "PRAGMA user_version = 3")
     Store(bench.database).close()
     assert bench.rows() == before and bench.load(FIRST)[:3] == ([], [], [])
+
+
+def test_database_of_schema_4(tmp_path: Path) -> None:
+    """Logins end, for they had no role, name or end of their own; users stay."""
+    path = tmp_path / "healthchecker.db"
+    with closing(Store(path)) as store, store.writing() as session:
+        session.add(User.create("alice", "x" * 12))
+    executed(path, "DROP TABLE login_session", "CREATE TABLE login_session (token_hash VARCHAR NOT NULL PRIMARY KEY, "
+             "kind VARCHAR NOT NULL, user_id INTEGER NOT NULL REFERENCES user (id) ON DELETE CASCADE, begun_at DOUBLE "
+             "NOT NULL, seen_at DOUBLE NOT NULL, address VARCHAR NOT NULL)",
+             "INSERT INTO login_session VALUES ('00', 'session', 1, 2e9, 2e9, '')",
+             *SCHEMA_4)  # fmt: skip
+    with closing(Store(path)) as store, store.writing() as session:
+        assert session.scalars(sqlalchemy.select(LoginSession)).all() == []
+        session.add(LoginSession(token_hash="1", kind="named", user_id=1, begun_at=1, seen_at=0, address=""))
+        assert session.scalars(sqlalchemy.select(User.username)).all() == ["alice"]
 
 
 def test_damaged_rows_of_history_do_not_stop_the_migration(tmp_path: Path) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import ipaddress
 import math
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -17,8 +19,8 @@ from typing import Any
 import pytest
 import sqlalchemy
 from conftest import wait_for
-from console import console
-from service import write_inventory
+from console import Client, console
+from service import Service, write_inventory
 from test_groups import Clock
 from test_poll import House, Machines, good, house, machines, refused, unreachable, vault
 
@@ -552,6 +554,47 @@ def test_a_service_that_is_cut_off(tmp_path: Path, gateway: Gateway) -> None:
         service.wait_status("/", 503)
         wait_for(lambda: view("m0")["cause"] == "unreachable")
         wait_for(lambda: "not cut off any more after" in str(client.api("GET", "events?kind=service").json))
+
+
+@LINUX
+def test_a_kill_during_a_hold(tmp_path: Path, gateway: Gateway) -> None:
+    """After the restart nothing is open by what was healthy before the cut, nor held anew: not for a moment."""
+    servers = [socket.create_server(("127.0.0.1", 0)) for _ in range(3)]
+    addresses = [server.getsockname() for server in servers]
+    rows = "".join(
+        f"  - {{name: m{number}, platform: tcp, hostname: 127.0.0.1, port: {port}, interval: 1, retry_interval: 1,"
+        f" rise: 1}}\n" for number, (_, port) in enumerate(addresses))  # fmt: skip
+
+    def last(client: Client, name: str) -> Any:
+        found = client.api("GET", f"resources/{name}/samples?limit=1").json
+        return found[-1] if found else {"standing": "", "at": "2000-01-01T00:00:00Z"}
+
+    with console(tmp_path, rows, f"  uplink: ['{gateway.address}']\n  hold: 3600\n") as (service, client):
+        service.wait_status("/", 200)
+        gateway.fall_silent()
+        for server in servers:
+            server.close()
+        wait_for(lambda: all(last(client, name)["standing"] == "unhealthy" for name in NAMES), 60)  # which is stored
+        service.wait_status("/", 200)
+        service.kill()
+        service.code = -signal.SIGKILL
+    killed = time.time()
+    with Service(service.inventory, deadline=60) as again:
+        client = Client(*again.console).log_in()
+
+        def polled_since() -> bool:
+            assert again.get("/").status == 503
+            polled = (last(client, name)["at"].replace("Z", "+00:00") for name in NAMES)
+            return all(datetime.datetime.fromisoformat(at).timestamp() > killed for at in polled)
+
+        wait_for(polled_since, 60)
+        wait_for(lambda: client.api("GET", "resources/m0").json["cause"] == "cut_off", 60)
+        assert again.get("/").status == 503, "it is known that this machine is cut off, and yet nothing is held"
+        gateway.answer()
+        servers = [socket.create_server(address) for address in addresses]
+        again.wait_status("/", 200)
+    for server in servers:
+        server.close()
 
 
 SERVERS = """
