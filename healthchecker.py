@@ -7889,10 +7889,9 @@ def remarks(session: Session, now: float) -> Remarks:
     begun = sqlalchemy.select(Maintenance).filter_by(state="begun").order_by(Maintenance.until_at)
     rows = [row for row in session.scalars(begun) if row.until_at > now]
     known = choices(session) if rows else None
-    seen = session.execute(sqlalchemy.select(Resource.name, Acknowledgement).join(
-        Acknowledgement, Acknowledgement.resource_id == Resource.id))
+    seen = session.execute(sqlalchemy.select(Acknowledgement, Resource.name).join(Resource))
     return Remarks({name: row for row in rows for name in known.of(row.chosen)} if known else {},
-                   {name: row for name, row in seen})
+                   {name: row for row, name in seen})
 
 
 def is_acknowledged(session: Session, name: str) -> bool:
@@ -7902,8 +7901,7 @@ def is_acknowledged(session: Session, name: str) -> bool:
 
 def end_acknowledgements(session: Session, recovered: Collection[int], at: float) -> None:
     """Those of resources that are well again end, within the caller's transaction."""
-    for name, row in session.execute(sqlalchemy.select(Resource.name, Acknowledgement).join(
-            Acknowledgement, Acknowledgement.resource_id == Resource.id)):
+    for row, name in session.execute(sqlalchemy.select(Acknowledgement, Resource.name).join(Resource)):
         if row.resource_id in recovered:
             session.delete(row)
             record_event(session, "acknowledgement", "recovered", resource=name, state="over", at=at)
@@ -12391,7 +12389,7 @@ TEMPLATES = {"layout.html": """{% macro table(label, heads, class="") %}
 <details name="action"{% if given.minutes %} open{% endif %}><summary class="button">Maintenance</summary>
 <form method="post" action="{{ action }}" data-inline class="panel">
 {% if chosen %}
-<p><label>Of <select name="scope">{{ options(chosen, given.scope) }}</select></label></p>
+<p>Of <select name="scope" aria-label="Of what">{{ options(chosen, given.scope) }}</select></p>
 {% endif %}
 <p><label>For <select name="minutes">{{ options({"30": "30 minutes", "60": "1 hour", "240": "4 hours",
 "1440": "1 day", "10080": "1 week"}, given.minutes) }}</select></label></p>
@@ -12471,7 +12469,7 @@ TEMPLATES = {"layout.html": """{% macro table(label, heads, class="") %}
 {% endfor %}
 {% endcall %}
 {% endif %}
-{% if turns %}
+<div id="work">{% if turns %}
 {% call table("Planned maintenance", ("State", "Begins", "For", "What", "Why", "")) %}
 {% for turn in turns[:20] %}
 <tr><td>{{ state("maintenance", "runs") if turn.state == "begun" else "ahead" }}</td>
@@ -12483,7 +12481,7 @@ TEMPLATES = {"layout.html": """{% macro table(label, heads, class="") %}
 {% endfor %}
 {% if turns|length > 20 %}<tr><td colspan="6" class="soft">and {{ turns|length - 20 }} more</td></tr>{% endif %}
 {% endcall %}
-{% endif %}
+{% endif %}</div>
 {% if cut %}
 <p class="notice">Since {{ cut.begun_at|local_time }} {{ cut.text }}.</p>
 {% endif %}
@@ -12554,14 +12552,6 @@ TEMPLATES = {"layout.html": """{% macro table(label, heads, class="") %}
 <div class="actions" data-keep>
 <form method="post" action="{{ shown.href }}/check" data-inline><button>Check now</button></form>
 {{ work_form(shown.href ~ "/maintenance") }}
-{% if shown.status.state == "unhealthy" and not shown.seen %}
-<details name="action"{% if given.comment %} open{% endif %}><summary class="button">Acknowledge</summary>
-<form method="post" action="{{ shown.href }}/acknowledgement" data-inline class="panel">
-{{ input("comment", "Comment", maxlength="200", required="") }}
-<p class="soft">Until it recovers: you have seen it, and reminders stop.</p>
-<button class="primary">Say that it is seen</button>
-</form></details>
-{% endif %}
 {% if not origin %}
 <a class="button" href="{{ shown.href }}/edit">Edit</a>
 <details name="action"><summary class="button">Remove</summary>
@@ -12574,6 +12564,7 @@ TEMPLATES = {"layout.html": """{% macro table(label, heads, class="") %}
 {% endif %}
 </header>
 {{ message("trouble") }}
+<div id="work">
 {% for turn in turns if turn.state == "begun" %}
 <section class="message maintenance" aria-label="Maintenance">
 <p>{{ state("maintenance", "Maintenance") }} until {{ turn.until|local_time }}: {{ turn.reason }}</p>
@@ -12589,6 +12580,8 @@ TEMPLATES = {"layout.html": """{% macro table(label, heads, class="") %}
 <p class="notice">Next maintenance: {{ turn.start|local_time }}, for {{ (turn.until - turn.start)|duration_text }}:
 {{ turn.reason }} ({{ turn.scope }})</p>
 {% endif %}{% endfor %}
+</div>
+<div id="seen">
 {% if shown.seen %}
 <section class="message degraded" aria-label="Acknowledgement">
 <p>Seen by <b>{{ shown.seen.actor }}</b> at {{ shown.seen.at|local_time }}: {{ shown.seen.comment }}</p>
@@ -12597,7 +12590,15 @@ TEMPLATES = {"layout.html": """{% macro table(label, heads, class="") %}
 <button name="end" value="1">Take back</button></form>
 {% endif %}
 </section>
+{% elif admin and shown.status.state == "unhealthy" %}
+<details name="action" data-keep{% if given.comment %} open{% endif %}><summary class="button">Acknowledge</summary>
+<form method="post" action="{{ shown.href }}/acknowledgement" data-inline class="panel">
+{{ input("comment", "Comment", maxlength="200", required="") }}
+<p class="soft">Until it recovers: you have seen it, and reminders stop.</p>
+<button class="primary">Say that it is seen</button>
+</form></details>
 {% endif %}
+</div>
 <section class="message now {{ shown.status.state }}" aria-label="State">
 <p><span aria-live="polite">{{ state(shown.status.state) }}</span>
 {% if shown.status.since_at %}
