@@ -12,6 +12,8 @@
 #     "pydantic>=2.11,<3",
 #     "prometheus-client>=0.22,<1",
 #     "urllib3>=2.0.2,<3",
+#     "cronsim>=2.6,<3",
+#     "tzdata;sys_platform=='win32'",
 # ]
 # ///
 """HealthChecker: a web application answers only while the machines it depends on are healthy.
@@ -27,6 +29,7 @@ Sections, in file order; a definition refers only to what stands above it:
     Values       what a value of the inventory may be: types with bounds, limits, checks, expectations
     Settings     what can be set of the service and of a resource, with defaults
     Groups       what counts together, and which paths need what
+    Schedules    planned work: what of, and when
     Inventory    texts -> validated settings, every fault with line and column
     Vault        AES-256-GCM data keys under RSA-OAEP, bound to the row they belong to
     Storage      SQLite through Flask-SQLAlchemy
@@ -49,6 +52,7 @@ Sections, in file order; a definition refers only to what stands above it:
     Uplink       whether it is this machine that is cut off
     Blame        what is told of resources that are behind others
     Override     what an operator says of the gate
+    Maintenance  what does not count now and next, and whose trouble has been seen
     Poll         a thread per resource, one writer, one overseer
     Counters     what a worker counts, in shared memory
     Gate         the application's door: the WSGI application in front of the application
@@ -58,6 +62,7 @@ Sections, in file order; a definition refers only to what stands above it:
     Workers      processes that serve on one socket
     Accounts     users, logins and what proves them, the brake on guessing
     Principals   who asks, and what it is asked of
+    Planning     what operators plan, and say that they have seen
     Users        what can be done with users and their logins
     Actions      what can be done; pages, API and command line call these
     API          the JSON API, and what every request to the console must pass
@@ -68,7 +73,7 @@ Sections, in file order; a definition refers only to what stands above it:
     Console      the operators' door: pages and API under waitress, in the main process
     Backup       database, keys and inventory in one archive
     Service      serve: from the start to the end
-    Commands     the command line: check, seal, endpoint, trust, user, gate, keys
+    Commands     the command line: check, seal, endpoint, trust, user, gate, maintenance, keys
 """
 
 from __future__ import annotations
@@ -128,6 +133,7 @@ import time
 import traceback
 import uuid
 import zlib
+import zoneinfo
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from dataclasses import field as dataclass_field
@@ -149,6 +155,7 @@ try:
     import urllib3
     import waitress
     import yaml
+    from cronsim import CronSim, CronSimError
     from cryptography import x509
     from cryptography.exceptions import InvalidSignature, InvalidTag, UnsupportedAlgorithm
     from cryptography.hazmat.primitives import hashes, serialization
@@ -586,11 +593,11 @@ def read_document(path: Path) -> Document:
 # === Values ==================================================================
 # What a value of the inventory may be: types with their bounds, and the parts of a resource that have parts of their
 # own: limits, checks, expectations. Texts come in, values go out, or a ValueError that says what is wanted. Pure.
-# Gives: absolute, AppName, CertificateDays, Check, ConsoleListen, Days, Expect, FilePath, Fingerprint, fits_platform,
-# HeaderName, HeaderValue, HostKey, Hostname, HOSTNAME, known_hosts_file, Limit, Limits, Listen, literal_address,
-# LongText, matching, matching_key, Mode, Name, Networks, plain_seconds, Platform, Positive, PROTOCOLS, RANGE, ranged,
-# read_url, Relogin, REMOTE_PLATFORMS, Seconds, Secret, SECURED, SELECTABLE, selectable, ServiceName, Settings,
-# short_expect, SQLITE, SqliteUrl, SSH_PLATFORMS, TextLine, Times, Url, WEB_PORTS, Workers
+# Gives: absolute, AppName, CertificateDays, Check, ConsoleListen, Days, Duration, Expect, FilePath, Fingerprint,
+# fits_platform, HeaderName, HeaderValue, HostKey, Hostname, HOSTNAME, known_hosts_file, Limit, Limits, Listen,
+# literal_address, LONGEST, LongText, matching, matching_key, Mode, Name, Networks, plain_seconds, Platform, Positive,
+# PROTOCOLS, RANGE, ranged, read_url, Relogin, REMOTE_PLATFORMS, Seconds, Secret, SECURED, SELECTABLE, selectable,
+# ServiceName, Settings, short_expect, SQLITE, SqliteUrl, SSH_PLATFORMS, TextLine, Times, Url, WEB_PORTS, Workers
 class Platform(str, Enum):
     """What a resource runs; decides its connection and its command set. `posix` is what `unix` falls back to."""
 
@@ -889,6 +896,14 @@ def plain_seconds(value: object) -> object:
     return float(found[1]) * UNITS[found[2]] if found else value
 
 
+def duration(value: object) -> object:
+    """The same, with its unit. Raises ValueError."""
+    found = plain_seconds(value)
+    if isinstance(found, str):
+        raise ValueError("must be such as 90s, 30m or 2h")
+    return found
+
+
 def json_text(value: object) -> object:
     """A scalar of JSON as one writes it in YAML; a text is itself."""
     return json.dumps(value) if value is None or isinstance(value, (bool, int, float)) else value
@@ -899,6 +914,9 @@ def short_expect(value: object) -> object:
     return {"contains": value} if isinstance(value, str) else {"addresses": value} if isinstance(value, list) else value
 
 
+LONGEST = 366 * 86_400.0        # seconds of what is planned or done by hand, at most
+Duration = Annotated[float, Field(gt=0, le=LONGEST, allow_inf_nan=False), BeforeValidator(
+    duration, json_schema_input_type=float | str)]
 StatusRange = Annotated[str, BeforeValidator(
     lambda value: str(value) if isinstance(value, int) else value, json_schema_input_type=str | int),
     AfterValidator(status_range)]
@@ -1232,7 +1250,7 @@ class ResourceSettings(Settings):
 # `groups` and `routes`, and what can be wrong between them. Pure; the aggregator counts by them, the gate of each
 # worker sorts paths by them.
 # Gives: by_tag, dependency_faults, gate_lines, Gates, group_faults, GroupSettings, inverse, Quorum, quorum_of,
-# Routes, RouteSettings, usable_parents
+# Routes, RouteSettings, unknown_name, usable_parents
 DEPTH = 8                       # groups in groups in groups
 CHAIN = 32                      # resources and groups of which each depends on the next
 Quorum = Annotated[str, matching(r"all|any|[1-9][0-9]{0,5}|(100|[1-9][0-9]?)%",
@@ -1320,10 +1338,10 @@ def inverse(inside: Mapping[str, Iterable[str]]) -> dict[str, tuple[str, ...]]:
     return {member: tuple(names) for member, names in found.items()}
 
 
-def unknown_name(name: str, known: Iterable[str]) -> str:
+def unknown_name(name: str, known: Iterable[str], what: str = "resource or group has this name") -> str:
     """What is wrong with a name that is not among the `known`."""
     near = difflib.get_close_matches(name, known, 1)
-    return "no resource or group has this name" + (f"; did you mean {near[0]}?" if near else "")
+    return f"no {what}" + (f"; did you mean {near[0]}?" if near else "")
 
 
 def nesting_fault(name: str, members: Mapping[str, Iterable[str]]) -> str | None:
@@ -1442,6 +1460,111 @@ def gate_lines(gates: Gates, resources: Sequence[ResourceSettings]) -> Iterator[
         yield f"behind {parent}: {', '.join(names)}"
 
 
+# === Schedules ===============================================================
+# Planned work: what does not count meanwhile, and when that recurs, models of the inventory's `maintenance`. A Unix
+# time comes in, the beginnings around it come out. What would begin in an hour that clocks skip begins right after it;
+# of an hour that they show twice, in the first; with * as minute or hour, whenever they say so. How long it takes is
+# time that passes, whatever clocks show. Pure.
+# Gives: Plan, plan_faults, Scope
+A_MONDAY = datetime.datetime(2024, 1, 1, tzinfo=datetime.timezone.utc)     # from which schedules are tried out
+PUT_BACK = 3 * 3600.0           # seconds by which a clock is put back or forward at most
+TURNS = 2000                    # of a schedule without a pause, after which there is none
+
+
+def schedule_of(text: str) -> str:
+    """Raises ValueError for what is no schedule, or never comes."""
+    try:
+        if len(text) > 100 or len(text.split()) != 5:
+            raise CronSimError("five fields")
+        if next(CronSim(text, A_MONDAY), None):
+            return text
+    except CronSimError as error:
+        raise ValueError("must be minute, hour, day of the month, month and day of the week as cron has them, such as "
+                         f"0 2 * * sun ({error})") from None
+    raise ValueError("never comes")
+
+
+def zone_of(name: str) -> datetime.tzinfo:
+    """A time zone. Raises ValueError."""
+    with contextlib.suppress(KeyError, ValueError, OSError):     # or a folder of them
+        return datetime.timezone.utc if name == "UTC" else zoneinfo.ZoneInfo(name)
+    raise ValueError(unknown_name(name, sorted(zoneinfo.available_timezones()), "time zone has this name"))
+
+
+def zone_name(name: str) -> str:
+    zone_of(name)
+    return name
+
+
+def with_pauses(seconds: float, info: Any) -> float:
+    """Raises ValueError where one turn meets the next, on and on: that is no maintenance any more."""
+    if not (schedule := info.data.get("schedule")):
+        return seconds
+    begun = next(CronSim(schedule, A_MONDAY))
+    for _ in range(TURNS):
+        end = begun + datetime.timedelta(seconds=math.floor(seconds) + 1)
+        last = next(CronSim(schedule, end, reverse=True))
+        if last == begun:
+            return seconds
+        begun = last
+    raise ValueError("each turn would meet the next one, so that this never counts; say `critical: false` there")
+
+
+class Scope(Settings):
+    """What does not count: everything, or what has one of these tags, is in one of these groups, or has such a name."""
+
+    tags: tuple[TextLine, ...] = ()
+    groups: tuple[Name, ...] = ()
+    resources: tuple[Name, ...] = ()
+    all: bool = False
+
+    @model_validator(mode="after")
+    def _chosen(self) -> Scope:
+        if self.all == bool(self.tags or self.groups or self.resources):
+            raise ValueError("needs tags, groups or resources, or else all: true")
+        return self
+
+    def __str__(self) -> str:
+        return "everything" if self.all else ", ".join([
+            *(f"tag {tag}" for tag in self.tags), *(f"group {group}" for group in self.groups), *self.resources])
+
+    @property
+    def scope_json(self) -> str:
+        return self.model_dump_json(include=set(Scope.model_fields), exclude_defaults=True)
+
+
+class Plan(Scope):
+    """Work that recurs."""
+
+    model_config = ConfigDict(serialize_by_alias=True)
+    schedule: Annotated[str, AfterValidator(schedule_of)]
+    zone: Annotated[str, AfterValidator(zone_name)] = "UTC"
+    seconds: Annotated[Duration, Field(ge=60), AfterValidator(with_pauses)] = Field(alias="for")
+    reason: Annotated[TextLine, Field(max_length=200)]
+
+    def around(self, at: float) -> tuple[float, float]:
+        """When it began last, at that time at the latest, and when it begins next; infinity for never."""
+        def starts(shift: float) -> Iterator[float]:    # cron's own reckoning knows one of two hours alone
+            then = datetime.datetime.fromtimestamp(math.floor(at) + shift, zone_of(self.zone))
+            return (start.timestamp() for start in CronSim(self.schedule, then, reverse=shift > 0))
+
+        return (next((start for start in starts(PUT_BACK) if start <= at), -math.inf),
+                next((start for start in starts(-PUT_BACK) if start > at), math.inf))
+
+
+def plan_faults(plans: Sequence[Plan], gates: Gates, resources: Sequence[ResourceSettings]
+                ) -> Iterator[tuple[NodePath, str]]:
+    """Which names nobody has, and where."""
+    known = {"resources": {settings.name for settings in resources}, "groups": {group.name for group in gates.groups},
+             "tags": {tag for settings in resources for tag in settings.tags}}
+    for index, plan in enumerate(plans):
+        for field, names in known.items():
+            for number, name in enumerate(getattr(plan, field)):
+                if name not in names:
+                    what = "resource has this tag" if field == "tags" else f"{field[:-1]} has this name"
+                    yield ("maintenance", index, field, number), unknown_name(name, names, what)
+
+
 # === Inventory ===============================================================
 # In comes inventory.yaml (or one resource of a request), out come settings, or an InventoryError with a line for each
 # fault. Three steps: Document makes nested texts with a place each, the models check them, InventoryLoader merges
@@ -1458,6 +1581,7 @@ class Inventory:
     places: Mapping[str, str]       # of the resources: file:line:column
     defaults: Mapping[str, Any]     # without secrets
     gates: Gates = dataclass_field(default_factory=Gates)
+    plans: tuple[Plan, ...] = ()
     entries: Sequence[int] = ()     # of the file, one for each resource; one with a range stands for many
 
 
@@ -1469,13 +1593,14 @@ class InventoryFile(Settings):
     resources: list[dict[str, Any]] = []
     groups: tuple[GroupSettings, ...] = ()
     routes: Routes = {}
+    maintenance: tuple[Plan, ...] = ()
 
 
 M = TypeVar("M", bound=Settings)
 RANGED = {"hostname", "url", "name", "was"}     # settings that may have a range each
 NESTED: dict[str, type[Settings]] = {
     "service": ServiceSettings, "limits": Limits, "checks": Check, "retention": Retention, "expect": Expect,
-    "groups": GroupSettings, "routes": RouteSettings}
+    "groups": GroupSettings, "routes": RouteSettings, "maintenance": Plan}
 
 
 def known_fields(model: type[Settings], loc: NodePath) -> Iterable[str]:
@@ -1566,12 +1691,13 @@ class InventoryLoader:
             if (why := jump_fault(resource.name, ways)):
                 self.fault(("resources", index, "proxy_jump"), why)
         gates = Gates(groups=file.groups, routes=file.routes) if file else Gates()
+        plans = file.maintenance if file else ()
         if not self.faults:
-            self._fault_gates(gates, found)
+            self._fault_gates(gates, plans, found)
         if self.faults or not file or not usual:
             raise InventoryError("\n".join(self.faults))
         usual_values = usual.model_dump(mode="json", include=set(defaults), exclude=set(SECRETS), exclude_none=True)
-        return Inventory(self.path, file.service, resources, self.places, usual_values, gates,
+        return Inventory(self.path, file.service, resources, self.places, usual_values, gates, plans,
                          [index for index, _ in found])
 
     def _hosts(self, index: int, own: dict[str, Any]) -> list[dict[str, Any]]:
@@ -1593,10 +1719,10 @@ class InventoryLoader:
                 self.fault(("resources", index, kind), f"a sealed secret belongs to one resource; use {kind}_file")
         return [own | dict(zip(found, texts, strict=True)) for texts in zip(*found.values(), strict=False)]
 
-    def _fault_gates(self, gates: Gates, found: Sequence[tuple[int, ResourceSettings]]) -> None:
-        """What is wrong with groups and routes, and if nothing is, with what resources depend on."""
+    def _fault_gates(self, gates: Gates, plans: Sequence[Plan], found: Sequence[tuple[int, ResourceSettings]]) -> None:
+        """What is wrong with groups, routes and planned work, and if nothing is, with what resources depend on."""
         resources = [resource for _, resource in found]
-        for place, why in group_faults(gates, resources):
+        for place, why in (*group_faults(gates, resources), *plan_faults(plans, gates, resources)):
             self.fault(place, why)
         for number, place, why in () if self.faults else dependency_faults(gates, resources):
             self.fault(("resources", found[number][0], *place), why)
@@ -1967,8 +2093,8 @@ def hash_password(password: str, salt: bytes, rounds: int = PBKDF2_ROUNDS) -> by
 # The database: its tables, and how an older one is migrated. The main process alone opens it, in any thread: reads see
 # one state, writes wait for each other. Secrets are stored sealed only.
 # Everything is SQL that PostgreSQL has, too, but for opening, migrating, and the upserts of Poll.
-# Gives: Base, binding, BUSY_TIMEOUT, Event, inspect_database, is_running, lock_database, LoginSession, remembered,
-# REMOVED, Resource, revise, revision, Setting, Status, Store, User, YEAR_3000
+# Gives: Acknowledgement, Base, binding, BUSY_TIMEOUT, Event, inspect_database, is_running, lock_database,
+# LoginSession, Maintenance, remembered, REMOVED, Resource, revise, revision, Setting, Status, Store, User, YEAR_3000
 SALT_BYTES = 16                 # bytes, NIST SP 800-132
 MIN_ROOM = 1 << 17              # bytes of a disk that is as good as full: what SQLite needs to open a database
 BUSY_TIMEOUT = 5.0              # seconds a writer waits for another one
@@ -2060,8 +2186,6 @@ class Resource(Base):
     origin: Mapped[str] = mapped_column(default="inventory")        # inventory | api | REMOVED
     place: Mapped[str] = mapped_column(default="")  # where the inventory states it: file:line:column
     host_key: Mapped[str | None]    # trusted on first use or by `trust`: "ssh-ed25519 SHA256:…"
-    maintenance: Mapped[float] = mapped_column(default=0.0)         # Unix time until which it does not count
-    maintenance_reason: Mapped[str] = mapped_column(default="")
 
     COLUMNS: ClassVar = ("name", "hostname", "platform", "port", "username", "interval")
 
@@ -2165,6 +2289,41 @@ class Event(Base):
     address: Mapped[str]        # the client's, empty for the service itself
 
 
+class Maintenance(Base):
+    """Planned work: what does not count for a while. One that was planned here goes when it is over; of each plan of
+    the inventory that has begun there is one, which stays."""
+
+    __tablename__ = "maintenance"
+    __table_args__ = ({"sqlite_autoincrement": True},)      # or who ends what is over already ended another one
+    id: Mapped[int] = mapped_column(primary_key=True)
+    state: Mapped[str]          # planned | begun | over
+    start_at: Mapped[float]     # Unix time, as is the next
+    until_at: Mapped[float]
+    scope: Mapped[str]          # JSON of a Scope
+    reason: Mapped[str]
+    actor: Mapped[str] = mapped_column(default="")      # name of the user, empty for a plan
+    plan: Mapped[str] = mapped_column(default="")       # JSON of the inventory's, empty for none
+    turn_at: Mapped[float] = mapped_column(default=0.0)     # when its last turn was to begin; no clock moves that
+
+    @property
+    def chosen(self) -> Scope:
+        """What it is of; nothing where that cannot be read."""
+        try:
+            return Scope.model_validate_json(self.scope)
+        except ValidationError:
+            return Scope.model_construct()
+
+
+class Acknowledgement(Base):
+    """Somebody has seen that a resource is unhealthy; ends with that."""
+
+    __tablename__ = "acknowledgement"
+    resource_id: Mapped[int] = mapped_column(ForeignKey("resource.id", ondelete="CASCADE"), primary_key=True)
+    at: Mapped[float]           # Unix time
+    actor: Mapped[str]          # name of the user
+    comment: Mapped[str]
+
+
 class LoginSession(Base):
     """A login to the console that is not over, or an API token with a name, which stays until it is revoked."""
 
@@ -2182,8 +2341,8 @@ class LoginSession(Base):
 
 class Setting(Base):
     """What the service remembers about itself: `revision` rises with every change of configuration; in JSON are
-    `defaults`, `gates` and `service` of the inventory as imported last, the service's as it was started with, and
-    `override`, what an operator says of the gate."""
+    `defaults`, `gates`, `plans` and `service` of the inventory as imported last, the service's as it was started with,
+    and `override`, what an operator says of the gate."""
 
     __tablename__ = "setting"
     name: Mapped[str] = mapped_column(primary_key=True)
@@ -2221,7 +2380,16 @@ MIGRATIONS = (("ALTER TABLE user ADD COLUMN role VARCHAR NOT NULL DEFAULT 'admin
                'ALTER TABLE event ADD COLUMN "group" VARCHAR NOT NULL DEFAULT \'\'',
                "ALTER TABLE event ADD COLUMN state VARCHAR NOT NULL DEFAULT ''",
                "UPDATE event SET state = 'closed' WHERE kind = 'gate'",
-               "UPDATE event SET state = 'open' WHERE kind = 'gate' AND text LIKE 'closed -> open%'"))
+               "UPDATE event SET state = 'open' WHERE kind = 'gate' AND text LIKE 'closed -> open%'",
+               "CREATE TABLE maintenance (id INTEGER NOT NULL PRIMARY KEY AUTOINCREMENT, state VARCHAR NOT NULL, "
+               "start_at DOUBLE NOT NULL, until_at DOUBLE NOT NULL, scope VARCHAR NOT NULL, reason VARCHAR NOT NULL, "
+               "actor VARCHAR NOT NULL, plan VARCHAR NOT NULL, turn_at DOUBLE NOT NULL)",
+               "INSERT INTO maintenance (state, start_at, until_at, scope, reason, actor, plan, turn_at) "
+               "SELECT 'begun', min(maintenance, strftime('%s', 'now') + 0.0), maintenance, '{\"resources\": [\"' || "
+               "replace(name, '\"', '\\\"') || '\"]}', maintenance_reason, '', '', 0 FROM resource "
+               "WHERE maintenance > 0 AND maintenance < 1e11",
+               "ALTER TABLE resource DROP COLUMN maintenance",
+               "ALTER TABLE resource DROP COLUMN maintenance_reason"))
 # Schema 2 packed the numbers of a row, 65535 for a reading that is missing: what is selected, with them last.
 PACKED = {"sample": ("resource_id, at, reason, CAST(substr(packed, 1, 1) AS TEXT), CAST(substr(packed, 2, 1) AS TEXT), "
                      "substr(packed, 3)", struct.Struct("<I6H")),
@@ -2577,7 +2745,7 @@ def claim_row(session: Session, rows: dict[str, Resource], settings: ResourceSet
 
 def retire_row(row: Resource) -> None:
     """What is not in the inventory any more is not watched, and its secrets go; the rest stays as long as history."""
-    row.origin, row.place, row.maintenance, row.maintenance_reason = REMOVED, "", 0.0, ""
+    row.origin, row.place = REMOVED, ""
     row.password = row.key_passphrase = None
 
 
@@ -2586,10 +2754,21 @@ def store_rest(session: Session, inventory: Inventory, changes: Changes) -> None
     gates = inventory.gates.model_dump_json()
     if gates != (remembered(session, "gates").text or Gates().model_dump_json()):
         changes.changed.append("groups and routes")
-    for name, text in (("defaults", json.dumps(dict(inventory.defaults))), ("gates", gates)):
+    plans = json.dumps([plan.model_dump(mode="json") for plan in inventory.plans])
+    if plans != (remembered(session, "plans").text or "[]"):
+        changes.changed.append("planned maintenance")
+    for name, text in (("defaults", json.dumps(dict(inventory.defaults))), ("gates", gates), ("plans", plans)):
         session.merge(Setting(name=name, text=text))
     if changes.added or changes.changed or changes.removed:
         revise(session)
+
+
+def rename_chosen(session: Session, old: str, new: str) -> None:
+    """Has what is planned for a resource by its name follow a new one; plans of the inventory say it themselves."""
+    for row in session.scalars(sqlalchemy.select(Maintenance).where(Maintenance.plan == "")):
+        if old in (scope := row.chosen).resources:
+            names = tuple(new if name == old else name for name in scope.resources)
+            row.scope = scope.model_copy(update={"resources": names}).scope_json
 
 
 def import_inventory(session: Session, inventory: Inventory, vault: Vault) -> Changes:
@@ -2612,6 +2791,7 @@ def import_inventory(session: Session, inventory: Inventory, vault: Vault) -> Ch
             if old != name:
                 reseal(session, [row], vault, name)
                 session.execute(sqlalchemy.update(Event).values(resource=name).where(Event.resource == old))
+                rename_chosen(session, old, name)
             row.origin, row.place = "inventory", inventory.places[name]
             with keeping_word(session, row):
                 changed = update_row(row, settings, vault) or old != name
@@ -2624,6 +2804,7 @@ def import_inventory(session: Session, inventory: Inventory, vault: Vault) -> Ch
     for name, row in rows.items():
         if row.origin == "inventory":
             retire_row(row)
+            session.execute(sqlalchemy.delete(Acknowledgement).where(Acknowledgement.resource_id == row.id))
             changes.removed.append(name)
     store_rest(session, inventory, changes)
     return changes
@@ -7674,6 +7855,220 @@ class OverrideKeeper:
         self._stored = None
 
 
+# === Maintenance =============================================================
+# What does not count now and next, and whose trouble somebody has seen. In come rows and the inventory's plans; the
+# monitor's thread begins and ends what is due, each once and as an event, also what was due while no service ran. Turns
+# of a plan that meet are one, and each is held once, however the clock is set. Pages, API, metrics and command line
+# read the same rows.
+# Gives: begin_work, choices, end_acknowledgements, finish_work, is_acknowledged, MaintenanceKeeper, move_times,
+# remarks, Remarks, tell_work, timetable, Turn, written
+AHEAD = 7 * 86_400.0            # seconds for which plans are shown ahead
+
+
+class Choices(NamedTuple):
+    """What a scope can name, and the names of the resources in it."""
+
+    resources: Mapping[str, set[str]]
+    tags: Mapping[str, set[str]]
+    groups: Mapping[str, set[str]]
+
+    def of(self, scope: Scope) -> set[str]:
+        """Names of the resources that it is of now."""
+        found = set(self.resources) if scope.all else set[str]()
+        for field, known in self._asdict().items():
+            found.update(*(known.get(name, ()) for name in getattr(scope, field)))
+        return found
+
+    def faults(self, scope: Scope) -> dict[str, str]:
+        """What is wrong with it, by field."""
+        return {field: unknown_name(name, known, f"{field[:-1]} has this name")
+                for field, known in self._asdict().items() for name in getattr(scope, field) if name not in known}
+
+
+def choices(session: Session) -> Choices:
+    """What there is now; what cannot be read has no tags."""
+    names, tagged, counted = list[str](), collections.defaultdict(set), collections.defaultdict(set)
+    for name, text in session.execute(sqlalchemy.select(Resource.name, Resource.settings)):
+        names.append(name)
+        with contextlib.suppress(ValueError, LookupError, TypeError):
+            settings = from_json(text)
+            for tag in settings["tags"]:
+                tagged[tag].add(name)
+                if settings["critical"]:
+                    counted[tag].add(name)
+    members = Gates.model_validate_json(remembered(session, "gates").text or "{}").in_groups(counted)
+
+    def inside(name: str) -> set[str]:
+        return set().union(*map(inside, members[name])) if name in members else {name}
+
+    return Choices({name: {name} for name in names}, tagged, {group: inside(group) for group in members})
+
+
+def stored_plans(session: Session) -> dict[str, Plan]:
+    """The inventory's, as imported last, by their JSON; those that cannot be read are none."""
+    with contextlib.suppress(ValidationError):
+        found = TypeAdapter(tuple[Plan, ...]).validate_json(remembered(session, "plans").text or "[]")
+        return {plan.model_dump_json(): plan for plan in found}
+    return {}
+
+
+class Turn(NamedTuple):
+    """Planned work that runs, or is ahead."""
+
+    id: int | None      # of its row; None for a plan's that is ahead
+    state: str          # planned | begun
+    start: float        # Unix time, as is the next
+    until: float
+    scope: Scope
+    reason: str
+    actor: str
+    schedule: str       # of its plan, empty for none
+
+
+def timetable(session: Session, now: float) -> list[Turn]:
+    """What runs and what is ahead, of each plan what begins next within AHEAD, by their beginnings."""
+    plans = stored_plans(session)
+    found = [Turn(row.id, row.state, row.start_at, row.until_at, row.chosen, row.reason, row.actor,
+                  plans[row.plan].schedule if row.plan in plans else "")
+             for row in session.scalars(sqlalchemy.select(Maintenance)) if row.state != "over" and row.until_at > now]
+    for plan in plans.values():
+        _, start = plan.around(now)
+        if start <= now + AHEAD:
+            found.append(Turn(None, "planned", start, start + plan.seconds, plan, plan.reason, "", plan.schedule))
+    return sorted(found, key=lambda turn: (turn.start, turn.until))
+
+
+class Remarks(NamedTuple):
+    """What there is to be known of resources besides their states, by their names."""
+
+    maintenance: Mapping[str, Maintenance]      # of those that do not count now, what ends last
+    seen: Mapping[str, Acknowledgement]
+
+
+def remarks(session: Session, now: float) -> Remarks:
+    begun = sqlalchemy.select(Maintenance).filter_by(state="begun").order_by(Maintenance.until_at)
+    rows = [row for row in session.scalars(begun) if row.until_at > now]
+    known = choices(session) if rows else None
+    seen = session.execute(sqlalchemy.select(Acknowledgement, Resource.name).join(Resource))
+    return Remarks({name: row for row in rows for name in known.of(row.chosen)} if known else {},
+                   {name: row for row, name in seen})
+
+
+def is_acknowledged(session: Session, name: str) -> bool:
+    """Whether somebody has seen that this resource is unhealthy."""
+    return session.scalar(sqlalchemy.select(Acknowledgement.at).join(Resource).where(Resource.name == name)) is not None
+
+
+def end_acknowledgements(session: Session, recovered: Collection[int], at: float) -> None:
+    """Those of resources that are well again end, within the caller's transaction."""
+    for row, name in session.execute(sqlalchemy.select(Acknowledgement, Resource.name).join(Resource)):
+        if row.resource_id in recovered:
+            session.delete(row)
+            record_event(session, "acknowledgement", "recovered", resource=name, state="over", at=at)
+
+
+def written(at: float) -> str:
+    return datetime.datetime.fromtimestamp(max(0.0, at), datetime.timezone.utc).isoformat(timespec="seconds")
+
+
+def tell_work(session: Session, row: Maintenance, text: str, at: float, **who: str) -> None:
+    """An event of planned work: of its resource or group, if it is of one alone."""
+    scope = row.chosen
+    about = {"group": scope.groups, "resource": scope.resources}
+    alone = {field: names[0] for field, names in about.items() if names} if len(
+        scope.tags + scope.groups + scope.resources) == 1 else {}
+    text = text if "resource" in alone else f"{scope}: {text}"
+    record_event(session, "maintenance", text, at=at, state=row.state, **alone, **who)
+    log.info("%s%s", f"{alone['resource']}: " if "resource" in alone else "", text)
+
+
+def begin_work(session: Session, row: Maintenance, at: float, **who: str) -> None:
+    row.state = "begun"
+    tell_work(session, row, f"in maintenance until {written(row.until_at)}: {row.reason}", at, **who)
+
+
+def finish_work(session: Session, row: Maintenance, text: str, at: float, **who: str) -> None:
+    """It is over; of a plan the row stays, so that this turn does not begin again."""
+    row.state = "over"
+    tell_work(session, row, text, at, **who)
+    if not row.plan:
+        session.delete(row)
+
+
+def take_turn(session: Session, row: Maintenance, now: float, *, gone: bool) -> None:
+    if row.state == "planned" and row.start_at <= now and not gone:
+        begin_work(session, row, row.start_at)
+    if row.state == "begun" and row.until_at <= now:
+        finish_work(session, row, "maintenance is over", row.until_at)
+    elif gone and row.state != "over":
+        finish_work(session, row, f"maintenance is over: {'the plan has changed' if row.plan else 'that is gone'}", now)
+
+
+def begin_turn(session: Session, plan: Plan, row: Maintenance | None, now: float) -> None:
+    """Begins the turn of a plan in which it is now, if that was not begun before."""
+    start, _ = plan.around(now)
+    if start + plan.seconds <= now or (row and row.turn_at == start):
+        return
+    row = row or Maintenance(plan=plan.model_dump_json(), scope=plan.scope_json, reason=plan.reason, state="over")
+    session.add(row)
+    row.turn_at, row.until_at = start, start + plan.seconds
+    if row.state == "over":
+        row.start_at = start
+        begin_work(session, row, now)
+
+
+def take_turns(session: Session, now: float) -> None:
+    """Begins and ends what is due, within the caller's transaction."""
+    plans, known, rows = stored_plans(session), choices(session), session.scalars(sqlalchemy.select(Maintenance)).all()
+    for row in rows:
+        scope = row.chosen
+        lasting = row.plan in plans if row.plan else scope.all or scope.tags or scope.groups or known.of(scope)
+        take_turn(session, row, now, gone=not lasting)
+        if row.plan and not lasting:
+            session.delete(row)
+    turns = {row.plan: row for row in rows}
+    for text, plan in plans.items():
+        begin_turn(session, plan, turns.get(text), now)
+
+
+def move_times(session: Session, seconds: float) -> None:
+    """After the clock was set by so much: what was begun by hand goes on for the time that it had left, and no turn of
+    a plan for longer than that; a clock that was put forward ends it as it says."""
+    for row in session.scalars(sqlalchemy.select(Maintenance).filter_by(state="begun")):
+        if seconds < 0 or not row.plan:
+            row.start_at += seconds
+            row.until_at += seconds
+
+
+class MaintenanceKeeper:
+    """What does not count: read from rows and plans, begun and ended in time. All of it is the monitor's; its times are
+    Unix times as the monitor reckons them, which no clock that is set makes jump."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._running: list[tuple[float, set[str]]] = []    # until when, and who
+        self._due_at = -math.inf                            # when something is to begin or to end
+        self._trouble = Trouble("maintenance cannot be written down")
+
+    def follow(self, now: float) -> None:
+        """Takes up rows and plans as they are. What cannot be written down does not begin, and ends all the same."""
+        with self._trouble.caught(), self._store.writing() as session:
+            take_turns(session, now)
+        with self._store.reading() as session:
+            known, rows = choices(session), session.scalars(sqlalchemy.select(Maintenance)).all()
+            begun = [row for row in rows if row.state == "begun"]
+            self._running = [(row.until_at, known.of(row.chosen)) for row in begun]
+            self._due_at = min([*(until_at for until_at, _ in self._running),
+                                *(row.start_at for row in rows if row.state == "planned"),
+                                *(plan.around(now)[1] for plan in stored_plans(session).values())], default=math.inf)
+
+    def covered(self, now: float) -> set[str]:
+        """Who does not count now."""
+        if now >= self._due_at:
+            self.follow(now)
+        return set().union(*(names for until_at, names in self._running if now < until_at))
+
+
 # === Poll ====================================================================
 # Rows of resources come in, reports go out: to the aggregator at once, to the database through the recorder. A
 # thread for each resource polls it, one (the recorder) writes, one (the monitor) makes pollers follow the rows,
@@ -7830,6 +8225,8 @@ class Recorder(threading.Thread):
                 session.execute(statement, rows)
         for event in self._events:
             record_event(session, **event)
+        well = {number for number, report in self._latest.items() if report.standing.healthy}
+        end_acknowledgements(session, well, time.time())
         for resource_id, key in self._keys.items():
             session.execute(sqlalchemy.update(Resource).values(host_key=key)
                             .where(Resource.id == resource_id, Resource.host_key.is_(None)))
@@ -8170,8 +8567,7 @@ class Monitor(threading.Thread):
         self.override = OverrideKeeper(store, context.aggregator, wall)
         self._zero_at = wall() - lease_clock()  # the Unix time of lease_clock's 0, by which stored times are read
         self.clock_step = 0.0, ""   # when the clock was set the last time, and how
-        # Until when resources do not count, as stored and by lease_clock: a clock that is set ends nothing.
-        self._maintenance: dict[str, tuple[float, float]] = {}
+        self.maintenance = MaintenanceKeeper(store)
         self._revision, self._looked_mono = -1, -math.inf   # of the rows that were followed, and when
         self._followed = threading.Condition()      # guards _revision; notified when the rows were followed
         self._ending, self._trouble = threading.Event(), Trouble("the configuration cannot be taken over")
@@ -8258,8 +8654,6 @@ class Monitor(threading.Thread):
         zero_at = self._wall() - lease_clock()
         if abs(zero_at - self._zero_at) > CLOCK_DRIFT:
             self._take_clock(zero_at)
-        if any(at > 0 and self._is_over(name) for name, (at, _) in self._maintenance.items()):
-            self._end_maintenance()
         self.override.end()
 
     def _take_clock(self, zero_at: float) -> None:
@@ -8269,20 +8663,19 @@ class Monitor(threading.Thread):
             for name, value in (("boot", boot_number()), ("clock", round(1000 * zero_at))):
                 session.merge(Setting(name=name, value=value))
             if abs(moved) > CLOCK_STEP:
+                move_times(session, moved)
                 how = f"the clock was set {'forward' if moved > 0 else 'back'} by {abs(moved):,.0f} s"
                 self.clock_step = self._wall(), how
                 log.warning("%s", how)
                 record_event(session, "clock", how, at=self._wall())
         self._zero_at = zero_at     # now that it is written
-
-    def _is_over(self, name: str) -> bool:
-        """Whether there is no maintenance of a resource now."""
-        return self._maintenance[name][1] <= lease_clock()
+        self.maintenance.follow(lease_clock() + zero_at)
 
     def _recount(self) -> None:
         """Takes up that maintenance has begun or is over: the state that is known counts."""
+        covered = self.maintenance.covered(lease_clock() + self._zero_at)
         for name, poller in self.pollers.items():
-            if (counted := self._is_over(name)) is not poller.counted:
+            if (counted := name not in covered) is not poller.counted:
                 poller.count(counted=counted)
                 if counted:
                     self._context.aggregator.register(name, poller, critical=poller.target.settings.critical,
@@ -8290,16 +8683,6 @@ class Monitor(threading.Thread):
                 else:
                     self._context.aggregator.deregister(name)
                 poller.report_again()
-
-    def _end_maintenance(self) -> None:
-        """Notes that maintenance is over, also when it ended while no service ran."""
-        with self._store.writing() as session:
-            for row in session.scalars(sqlalchemy.select(Resource).where(Resource.maintenance > 0)):
-                if self._maintenance.get(row.name, ())[:1] == (row.maintenance,) and self._is_over(row.name):
-                    record_event(session, "change", "maintenance is over", resource=row.name, at=row.maintenance)
-                    log.info("%s: maintenance is over", row.name)
-                    row.maintenance, row.maintenance_reason = 0.0, ""
-                    self._maintenance[row.name] = 0.0, 0.0
 
     def _reconcile(self) -> None:
         """Makes the pollers follow the rows."""
@@ -8310,10 +8693,7 @@ class Monitor(threading.Thread):
             is_known = current == self._revision and targets == self.targets
             stored = {} if is_known else {
                 row.resource_id: row for row in session.scalars(sqlalchemy.select(Status))}
-            known = self._maintenance
-            self._maintenance = {
-                name: known[name] if known.get(name, ())[:1] == (at,) else (at, at and at - self._zero_at)
-                for name, at in session.execute(sqlalchemy.select(Resource.name, Resource.maintenance))}
+        self.maintenance.follow(lease_clock() + self._zero_at)
         require_files(self.targets, targets)
         self.guards.keep(targets.values())
         gone = {name: self.pollers.pop(name) for name in self.pollers.keys() - targets.keys()}
@@ -10693,10 +11073,14 @@ class Principal:
         """Whether the logins of this user are one's own, or anybody's business who is an admin or on the machine."""
         return not self.address or self.may("admin") or (self.user is not None and self.user.id == user_id)
 
+    @property
+    def signature(self) -> dict[str, str]:
+        """Of what was done, in its event."""
+        return {"actor": self.name, "address": self.address}
+
     def note(self, session: Session, text: str, resource: str = "") -> None:
         """Records a change; one of a resource is told to the pollers."""
-        record_event(session, "change", text, resource=resource, actor=self.name, address=self.address,
-                     at=self.context.clock())
+        record_event(session, "change", text, resource=resource, at=self.context.clock(), **self.signature)
         if resource:
             revise(session)
 
@@ -10704,6 +11088,147 @@ class Principal:
 def utc_time(at: float) -> datetime.datetime | None:
     """A Unix time, None for 0."""
     return datetime.datetime.fromtimestamp(at, datetime.timezone.utc) if at else None
+
+
+# === Planning ================================================================
+# What operators plan, and say that they have seen, in the console's threads and in the maintenance commands. Bodies of
+# requests come in, rows and events go out; the monitor follows within a second. What a tag or a group chooses is looked
+# at again whenever resources change: it holds for who has the tag then.
+# Gives: acknowledge, cancel_work, chosen_moment, end_acknowledgement, end_works, list_work, MaintenanceView, Order,
+# plan_work, Seen, start_work, Term
+LATE = 60.0                     # seconds by which a beginning may be past
+
+
+class Term(Settings):
+    """From when and for how long something does not count, and why."""
+
+    start: AwareDatetime | None = None      # None: now
+    until: AwareDatetime | None = None      # or else:
+    seconds: Duration | None = Field(default=None, alias="for")
+    reason: Annotated[TextLine, Field(max_length=200)]
+
+    def times(self, now: float) -> tuple[float, float]:
+        """Unix times of its beginning and end. Raises ApiError."""
+        start = self.start.timestamp() if self.start else now
+        until = self.until.timestamp() if self.until else start + (self.seconds or 0.0)
+        if (self.until is None) is (self.seconds is None):
+            raise field_errors({"until": "this or `for` must be given"})
+        if not -LATE < start - now <= LONGEST:
+            raise field_errors({"start": f"must not be past, and in no more than {LONGEST / 86_400:.0f} days"})
+        if until <= now or not 0 < until - start <= LONGEST:
+            raise field_errors({"until": "must be in the future and after the beginning, and by no more than "
+                                         f"{LONGEST / 86_400:.0f} days"})
+        return max(start, now), until
+
+
+class Order(Term, Scope):
+    """The same of what it chooses."""
+
+
+class MaintenanceView(Settings):
+    """Planned work that runs, or is ahead."""
+
+    id: int | None              # None for a plan's that is ahead
+    state: Literal["planned", "begun"]
+    start: datetime.datetime
+    until: datetime.datetime
+    scope: Scope
+    reason: str
+    actor: str
+    schedule: str               # of the inventory's plan
+
+
+class Seen(Settings):
+    """What is said of a resource that is unhealthy."""
+
+    comment: Annotated[TextLine, Field(max_length=200)]
+
+
+def chosen_moment(text: str) -> str:
+    """A time as one types it, the server's where it names no zone, in ISO 8601 with one. Raises ApiError."""
+    try:
+        return datetime.datetime.fromisoformat(text.strip()).astimezone().isoformat()
+    except (ValueError, OverflowError, OSError):
+        raise field_errors({"start": "must be such as 2026-11-28 02:00"}) from None
+
+
+def list_work(who: Principal) -> list[Turn]:
+    """Planned work that runs, and what is ahead: what was planned here, and of each plan of the inventory what begins
+    within a week."""
+    with who.context.store.reading() as session:
+        return timetable(session, who.context.clock())
+
+
+def plan_work(who: Principal, session: Session, scope: Scope, term: Term) -> Turn:
+    """Lets something not count for a while, now or later: it is polled and shown, and closes nothing."""
+    start, until = term.times(now := who.context.clock())
+    if faults := choices(session).faults(scope):
+        raise field_errors(faults)
+    row = Maintenance(state="planned", start_at=start, until_at=until, scope=scope.scope_json, reason=term.reason,
+                      actor=who.name)
+    session.add(row)
+    if start > now:
+        tell_work(session, row, f"maintenance planned from {written(start)} until {written(until)}: {term.reason}", now,
+             **who.signature)
+    else:
+        begin_work(session, row, now, **who.signature)
+    revise(session)
+    session.flush()     # which gives the id
+    return Turn(row.id, row.state, start, until, scope, term.reason, who.name, "")
+
+
+def start_work(who: Principal, body: Mapping[str, Any]) -> Turn:
+    """Lets what has a tag, is in a group or has a name, or everything, not count for a while, now or later."""
+    order = validated(Order, body)
+    with who.context.store.writing() as session:
+        return plan_work(who, session, order, order)
+
+
+def end_work(who: Principal, session: Session, row: Maintenance) -> None:
+    text = "maintenance ended" if row.state == "begun" else "maintenance cancelled"
+    finish_work(session, row, text, who.context.clock(), **who.signature)
+    revise(session)
+
+
+def end_works(who: Principal, session: Session, scope: Scope, *states: str) -> bool:
+    """Ends what was planned here for exactly this; says whether there was any."""
+    rows = [row for row in session.scalars(sqlalchemy.select(Maintenance).filter_by(plan=""))
+            if row.state in states and row.scope == scope.scope_json]
+    for row in rows:
+        end_work(who, session, row)
+    return bool(rows)
+
+
+def cancel_work(who: Principal, number: str) -> None:
+    """Ends planned work, or what is planned; of a plan this turn."""
+    with who.context.store.writing() as session:
+        row = session.get(Maintenance, int(number)) if re.fullmatch("[0-9]{1,18}", number) else None
+        if row is None or row.state == "over":
+            raise ApiError("there is no such maintenance, or it is over", 404)
+        end_work(who, session, row)
+
+
+def acknowledge(who: Principal, name: str, body: Mapping[str, Any]) -> None:
+    """Says that an unhealthy resource has been seen, until it recovers: reminders stop."""
+    comment, now = validated(Seen, body).comment, who.context.clock()
+    with who.context.store.writing() as session:
+        row = find_resource(session, name)
+        status = session.get(Status, row.id)
+        if status is None or status.state != "unhealthy":
+            raise ApiError(f"{name} is not unhealthy by itself", 409)
+        session.merge(Acknowledgement(resource_id=row.id, at=now, actor=who.name, comment=comment))
+        record_event(session, "acknowledgement", f"seen: {comment}", resource=name, state="begun", at=now,
+                     **who.signature)
+
+
+def end_acknowledgement(who: Principal, name: str) -> None:
+    """Takes back that an unhealthy resource has been seen."""
+    with who.context.store.writing() as session:
+        row = find_resource(session, name)
+        if is_acknowledged(session, name):
+            session.execute(sqlalchemy.delete(Acknowledgement).filter_by(resource_id=row.id))
+            record_event(session, "acknowledgement", "taken back", resource=name, state="over",
+                         at=who.context.clock(), **who.signature)
 
 
 # === Users ===================================================================
@@ -10960,7 +11485,6 @@ def revoke_token(who: Principal, number: str) -> None:
 # end_maintenance, list_events, list_groups, list_resources, NO_SAMPLE, OPERATIONS, override_gate, poll_now,
 # remove_resource, RESOURCES, Route, SAFE_METHODS, status_of, test_changes, test_settings, trust_resource
 POLL_NOW_TIMEOUT = 60.0         # seconds that a request waits for a poll
-MAINTENANCE = 366 * 86_400.0    # seconds of maintenance at most
 TAKE_TIME, TAKE_AGAIN = 2.0, 0.05   # seconds that a report waits for its resource's new poller, and between two looks
 PUSH_PAUSE = 1.0                # seconds for which a report that says the same, or that all is well again, is not taken
 OPEN_MAX = 86_400.0             # seconds for which the gate is opened by hand at most
@@ -10970,11 +11494,19 @@ SAFE_METHODS = ("GET", "HEAD")
 DAMAGED = "its row in the database cannot be read; remove it, or restore the database"
 
 
-class Maintenance(Settings):
+class UntilView(Settings):
     """Until when a resource does not count, and why."""
 
-    until: AwareDatetime
-    reason: TextLine
+    until: datetime.datetime
+    reason: str
+
+
+class SeenView(Settings):
+    """Who has seen that a resource is unhealthy."""
+
+    at: datetime.datetime
+    actor: str
+    comment: str
 
 
 class Trust(Settings):
@@ -11035,7 +11567,8 @@ class ResourceView(ResourceSettings, PollView):
     place: str | None           # where the inventory states it: file:line:column
     has_secret: bool
     trusted_key: str | None     # trusted on first use or by `trust`
-    maintenance: Maintenance | None
+    maintenance: UntilView | None
+    acknowledgement: SeenView | None
     since: datetime.datetime | None
     polled: datetime.datetime | None
     sample: SampleView | None
@@ -11066,8 +11599,9 @@ def connection_view(context: ConsoleContext, name: str) -> ConnectionView | None
                           found_dead=connection.found_dead)
 
 
-def resource_view(row: Resource, status: Status | None, context: ConsoleContext) -> ResourceView:
+def resource_view(row: Resource, status: Status | None, context: ConsoleContext, more: Remarks) -> ResourceView:
     """A resource as the API shows it; of a row that cannot be read as much as there is, and that it is damaged."""
+    work, seen = more.maintenance.get(row.name), more.seen.get(row.name)
     known = status_of(row, status, context.monitor.behind(row.name))
     shown: dict[str, Any] = {
         **{name: getattr(row, name) for name in Resource.COLUMNS}, "origin": row.origin,
@@ -11075,8 +11609,8 @@ def resource_view(row: Resource, status: Status | None, context: ConsoleContext)
         "has_secret": row.password is not None or row.key_passphrase is not None, "trusted_key": row.host_key,
         "since": utc_time(known.since_at), "polled": utc_time(known.polled_at),
         "connection": connection_view(context, row.name),
-        "maintenance": Maintenance.model_construct(until=utc_time(row.maintenance), reason=row.maintenance_reason)
-        if row.maintenance > context.clock() else None,
+        "maintenance": UntilView.model_validate({"until": work.until_at, "reason": work.reason}) if work else None,
+        "acknowledgement": SeenView.model_validate(seen, from_attributes=True) if seen else None,
         **{name: getattr(known, name) for name in ("state", "cause", "reason", "seconds")}}
     try:
         return ResourceView.model_validate(from_json(row.settings) | shown | {"sample": from_json(known.sample)})
@@ -11096,8 +11630,8 @@ def changeable(who: Principal, session: Session, name: str) -> Resource:
 def list_resources(who: Principal) -> list[ResourceView]:
     """All resources, by name."""
     with who.context.store.reading() as session:
-        rows = session.execute(RESOURCES.order_by(Resource.name))
-        return [resource_view(row, status, who.context) for row, status in rows]
+        rows, more = session.execute(RESOURCES.order_by(Resource.name)), remarks(session, who.context.clock())
+        return [resource_view(row, status, who.context, more) for row, status in rows]
 
 
 def list_groups(who: Principal) -> list[GroupState]:
@@ -11133,19 +11667,11 @@ def show_gate(who: Principal) -> GateView:
         "would_refuse": context.passed, "override": context.monitor.override.now}, from_attributes=True)
 
 
-def gate_seconds(value: object) -> object:
-    found = plain_seconds(value)
-    if isinstance(found, str):
-        raise ValueError("must be such as 90s, 30m or 2h")
-    return found
-
-
 class GateChange(Settings):
     """What is to hold of the gate, and for how long."""
 
     action: Literal["open", "close", "auto"]    # auto: what the resources say
-    seconds: Annotated[float, Field(gt=0, le=MAINTENANCE, allow_inf_nan=False), BeforeValidator(
-        gate_seconds, json_schema_input_type=float | str)] | None = Field(default=None, alias="for")
+    seconds: Duration | None = Field(default=None, alias="for")
     reason: Annotated[TextLine, Field(max_length=200)] | None = None
 
 
@@ -11187,7 +11713,7 @@ def show_resource(who: Principal, name: str) -> ResourceView:
     """One resource."""
     with who.context.store.reading() as session:
         row = find_resource(session, name)
-        return resource_view(row, session.get(Status, row.id), who.context)
+        return resource_view(row, session.get(Status, row.id), who.context, remarks(session, who.context.clock()))
 
 
 def apply_settings(context: ConsoleContext, row: Resource, body: Mapping[str, Any], form: Document | None) -> bool:
@@ -11326,25 +11852,30 @@ def push(who: Principal, name: str, body: Mapping[str, Any]) -> None:
 
 
 def begin_maintenance(who: Principal, name: str, body: Mapping[str, Any]) -> ResourceView:
-    """Lets a resource not count until a time: it is polled and shown and closes nothing."""
-    maintenance = validated(Maintenance, body)
-    until = maintenance.until.timestamp()
-    if not 0 < until - who.context.clock() <= MAINTENANCE:
-        raise field_errors({"until": f"must be in the future, and by no more than {MAINTENANCE / 86_400:.0f} days"})
+    """Lets a resource not count for a while, now or later: it is polled and shown and closes nothing."""
+    term, scope = validated(Term, body), Scope(resources=(name,))
     with who.context.store.writing() as session:
-        row = find_resource(session, name)
-        row.maintenance, row.maintenance_reason = until, maintenance.reason
-        who.note(session, f"in maintenance until {maintenance.until.isoformat()}: {maintenance.reason}", name)
+        find_resource(session, name)
+        if term.times(now := who.context.clock())[0] <= now:    # in place of what holds now
+            end_works(who, session, scope, "begun")
+        plan_work(who, session, scope, term)
     return show_resource(who, name)
 
 
 def end_maintenance(who: Principal, name: str) -> None:
-    """Lets a resource count again."""
+    """Lets a resource count again, and cancels what is planned for it by its name."""
     with who.context.store.writing() as session:
-        row = find_resource(session, name)
-        if row.maintenance:
-            row.maintenance, row.maintenance_reason = 0.0, ""
-            who.note(session, "maintenance ended", name)
+        find_resource(session, name)
+        ended = end_works(who, session, Scope(resources=(name,)), "begun", "planned")
+        other = None if ended else remarks(session, who.context.clock()).maintenance.get(name)
+        if other:
+            raise ApiError(f"{name} is in maintenance with others ({other.chosen}); end that, number {other.id}", 409)
+
+
+def acknowledge_resource(who: Principal, name: str, body: Mapping[str, Any]) -> ResourceView:
+    """Says that an unhealthy resource has been seen, until it recovers: reminders stop."""
+    acknowledge(who, name, body)
+    return show_resource(who, name)
 
 
 def trust_resource(who: Principal, name: str, body: Mapping[str, Any]) -> ResourceView:
@@ -11445,8 +11976,13 @@ OPERATIONS = (
     Route("POST", RESOURCE + "/test", "admin", test_changes, TrialView, ResourceSettings),
     Route("POST", RESOURCE + "/check", "admin", poll_now, CheckView),
     Route("POST", API + "push/<name>", "", push, None, Push),
-    Route("POST", RESOURCE + "/maintenance", "admin", begin_maintenance, ResourceView, Maintenance),
+    Route("POST", RESOURCE + "/maintenance", "admin", begin_maintenance, ResourceView, Term),
     Route("DELETE", RESOURCE + "/maintenance", "admin", end_maintenance),
+    Route("GET", API + "maintenance", "viewer", list_work, list[MaintenanceView]),
+    Route("POST", API + "maintenance", "admin", start_work, MaintenanceView, Order, status=201),
+    Route("DELETE", API + "maintenance/<number>", "admin", cancel_work),
+    Route("POST", RESOURCE + "/acknowledgement", "admin", acknowledge_resource, ResourceView, Seen),
+    Route("DELETE", RESOURCE + "/acknowledgement", "admin", end_acknowledgement),
     Route("POST", RESOURCE + "/trust", "admin", trust_resource, ResourceView, Trust),
     Route("GET", RESOURCE + "/samples", "viewer", list_samples, PAST_POLLS, SamplesQuery),
     Route("GET", API + "events", "viewer", list_events, PAST_EVENTS, EventsQuery),
@@ -11738,6 +12274,7 @@ RESOURCE_METRICS: Mapping[str, tuple[str, ...]] = {
     "state": ("1 for the state that the resource is in, 0 for the others.", "state"),
     "cause": ("1 for the cause of its state, where there is one.", "cause"),
     "maintenance": ("1 while the resource does not count.",),
+    "acknowledged": ("1 while somebody has seen that it is unhealthy.",),
     "poll_duration_seconds": ("How long the last poll took.",),
     "last_poll_timestamp_seconds": ("Unix time of the last result.",),
     "cpu_percent": ("Busy share of the CPUs between the last two polls.",),
@@ -11755,12 +12292,13 @@ RESOURCE_METRICS: Mapping[str, tuple[str, ...]] = {
 }
 
 
-def resource_metrics(row: Any, standing: Any, now: float) -> Iterator[tuple[str, tuple[str, ...], float]]:
+def resource_metrics(row: Any, standing: Any, more: Remarks) -> Iterator[tuple[str, tuple[str, ...], float]]:
     """All of one resource, a row of METRIC_ROWS, and how it stands: keys of RESOURCE_METRICS, with values of the
     labels. What was not read is left out and never 0; a host may send words where a number belongs."""
     for state in get_args(State):
         yield "state", (state,), state == (standing.state or "unknown")
-    yield "maintenance", (), row.maintenance > now
+    yield "maintenance", (), row.name in more.maintenance
+    yield "acknowledged", (), row.name in more.seen
     if standing.cause:
         yield "cause", (standing.cause,), 1.0
     if row.polled_at:
@@ -11777,8 +12315,8 @@ def resource_metrics(row: Any, standing: Any, now: float) -> Iterator[tuple[str,
                     yield f"{kind}_good", (name,), outcome["good"]
 
 
-METRIC_ROWS = RESOURCES.with_only_columns(Resource.name, Resource.maintenance, Status.state, Status.cause,
-                                          Status.polled_at, Status.seconds, Status.sample).order_by(Resource.name)
+METRIC_ROWS = RESOURCES.with_only_columns(Resource.name, Status.state, Status.cause, Status.polled_at, Status.seconds,
+                                          Status.sample).order_by(Resource.name)
 
 
 TOKEN_ROWS = sqlalchemy.select(User.username, LoginSession.name, LoginSession.expires_at).where(
@@ -11844,6 +12382,7 @@ class Metrics:
     def collect(self) -> Iterator[Metric]:
         with self._store.reading() as session:
             rows, tokens = session.execute(METRIC_ROWS).all(), session.execute(TOKEN_ROWS).all()
+            more = remarks(session, time.time())
         total = gauge("resources", "Resources by state.", None, "state")
         standings = [(row.state and self._monitor and self._monitor.behind(row.name)) or row for row in rows]
         states = collections.Counter(standing.state or "unknown" for standing in standings)
@@ -11852,9 +12391,8 @@ class Metrics:
         yield total
         families = {name: gauge(f"resource_{name}", text, None, "resource", *labels)
                     for name, (text, *labels) in RESOURCE_METRICS.items()}
-        now = time.time()
         for row, standing in zip(rows, standings, strict=True):
-            for name, labels, value in resource_metrics(row, standing, now):
+            for name, labels, value in resource_metrics(row, standing, more):
                 families[name].add_metric((row.name, *labels), value)
         yield from families.values()
         group_healthy = gauge("group_healthy", "1 while a group or a route is healthy.", None, "group")
@@ -12067,6 +12605,20 @@ TEMPLATES = {"layout.html": """{% macro table(label, heads, class="") %}
 <tr><td colspan="5" class="soft">None.</td></tr>
 {% endfor %}
 {% endmacro %}
+{% macro work_form(action, chosen={}) %}
+<details name="action"{% if given.minutes %} open{% endif %}><summary class="button">Maintenance</summary>
+<form method="post" action="{{ action }}" data-inline class="panel">
+{% if chosen %}
+<p>Of <select name="scope" aria-label="Of what">{{ options(chosen, given.scope) }}</select></p>
+{% endif %}
+<p><label>For <select name="minutes">{{ options({"30": "30 minutes", "60": "1 hour", "240": "4 hours",
+"1440": "1 day", "10080": "1 week"}, given.minutes) }}</select></label></p>
+{{ input("start", "Beginning", "Now, unless said", "datetime-local") }}
+{{ input("reason", "Reason", maxlength="200", required="") }}
+<p class="soft">Meanwhile it is polled and shown, and does not close the gate.</p>
+<button class="primary">Begin maintenance</button>
+</form></details>
+{% endmacro %}
 <!doctype html>
 <html lang="en">
 <head>
@@ -12137,6 +12689,19 @@ TEMPLATES = {"layout.html": """{% macro table(label, heads, class="") %}
 {% endfor %}
 {% endcall %}
 {% endif %}
+<div id="work">{% if turns %}
+{% call table("Planned maintenance", ("State", "Begins", "For", "What", "Why", "")) %}
+{% for turn in turns[:20] %}
+<tr><td>{{ state("maintenance", "runs") if turn.state == "begun" else "ahead" }}</td>
+<td><time>{{ turn.start|local_time }}</time></td><td>{{ (turn.until - turn.start)|duration_text }}</td>
+<td>{{ turn.scope }}</td><td>{{ turn.reason }} <small>{{ turn.actor or turn.schedule }}</small></td>
+<td>{% if admin and turn.id %}<form method="post" action="/-/maintenance" data-inline>
+<button name="end" value="{{ turn.id }}">{{ "End" if turn.state == "begun" else "Cancel" }}
+<span class="hidden">maintenance of {{ turn.scope }}</span></button></form>{% endif %}</td></tr>
+{% endfor %}
+{% if turns|length > 20 %}<tr><td colspan="6" class="soft">and {{ turns|length - 20 }} more</td></tr>{% endif %}
+{% endcall %}
+{% endif %}</div>
 {% if cut %}
 <p class="notice">Since {{ cut.begun_at|local_time }} {{ cut.text }}.</p>
 {% endif %}
@@ -12166,6 +12731,7 @@ TEMPLATES = {"layout.html": """{% macro table(label, heads, class="") %}
 <p class="soft">Whatever the resources say. Paths that need nothing stay open.</p>
 <button class="danger">Override the gate</button>
 </form></details>
+{{ work_form("/-/maintenance", scopes) }}
 <a class="button" href="/-/add">Add resource</a>
 </div>
 {% endif %}
@@ -12179,9 +12745,10 @@ TEMPLATES = {"layout.html": """{% macro table(label, heads, class="") %}
 <td><b class="state {{ row.status.state }}">{{ row.status.state }}</b></td>
 <th scope="row"><a href="{{ row.href }}">{{ row.name }}</a> <small>{{ row.address }}</small>
 {%- for label in row.labels %} <i>{{ label }}</i>{% endfor %}
-{%- if row.in_maintenance %}
- <i class="maintenance">maintenance until {{ row.row.maintenance|local_time }}</i>{% endif %}
-{%- if row.reason %}<p>{{ row.reason }}</p>{% endif %}</th>
+{%- if row.maintenance %}
+ <i class="maintenance">maintenance until {{ row.maintenance.until_at|local_time }}</i>{% endif %}
+{%- if row.reason %}<p>{{ row.reason }}</p>{% endif %}
+{%- if row.seen %}<p class="soft">seen by {{ row.seen.actor }}: {{ row.seen.comment }}</p>{% endif %}</th>
 <td>{% if row.status.since_at %}<span title="{{ row.status.since_at|local_time }}">
 {{- (now - row.status.since_at)|duration_text }}</span>{% endif %}</td>
 <td>{% if row.status.polled_at %}{{ (now - row.status.polled_at)|duration_text }} ago
@@ -12204,14 +12771,7 @@ TEMPLATES = {"layout.html": """{% macro table(label, heads, class="") %}
 {% if admin %}
 <div class="actions" data-keep>
 <form method="post" action="{{ shown.href }}/check" data-inline><button>Check now</button></form>
-<details name="action"{% if given.reason %} open{% endif %}><summary class="button">Maintenance</summary>
-<form method="post" action="{{ shown.href }}/maintenance" data-inline class="panel">
-<p><label>For <select name="minutes">{{ options({"30": "30 minutes", "60": "1 hour", "240": "4 hours",
-"1440": "1 day", "10080": "1 week"}, given.minutes) }}</select></label></p>
-{{ input("reason", "Reason", maxlength="200", required="") }}
-<p class="soft">Meanwhile it is polled and shown, and does not close the gate.</p>
-<button class="primary">Begin maintenance</button>
-</form></details>
+{{ work_form(shown.href ~ "/maintenance") }}
 {% if not origin %}
 <a class="button" href="{{ shown.href }}/edit">Edit</a>
 <details name="action"><summary class="button">Remove</summary>
@@ -12224,16 +12784,41 @@ TEMPLATES = {"layout.html": """{% macro table(label, heads, class="") %}
 {% endif %}
 </header>
 {{ message("trouble") }}
-{% if shown.in_maintenance %}
+<div id="work">
+{% for turn in turns if turn.state == "begun" %}
 <section class="message maintenance" aria-label="Maintenance">
-<p>{{ state("maintenance", "Maintenance") }} until {{ shown.row.maintenance|local_time }}
-{%- if shown.row.maintenance_reason %}: {{ shown.row.maintenance_reason }}{% endif %}</p>
-{% if admin %}
+<p>{{ state("maintenance", "Maintenance") }} until {{ turn.until|local_time }}: {{ turn.reason }}</p>
+{% if turn.scope|string != shown.name %}
+<p class="soft">With others: {{ turn.scope }}. <a href="/-/">All maintenance</a></p>
+{% elif admin %}
 <form method="post" action="{{ shown.href }}/maintenance" data-inline>
 <button name="minutes" value="0">End maintenance</button></form>
 {% endif %}
 </section>
+{% endfor %}
+{% for turn in turns if turn.state == "planned" %}{% if loop.first %}
+<p class="notice">Next maintenance: {{ turn.start|local_time }}, for {{ (turn.until - turn.start)|duration_text }}:
+{{ turn.reason }} ({{ turn.scope }})</p>
+{% endif %}{% endfor %}
+</div>
+<div id="seen">
+{% if shown.seen %}
+<section class="message degraded" aria-label="Acknowledgement">
+<p>Seen by <b>{{ shown.seen.actor }}</b> at {{ shown.seen.at|local_time }}: {{ shown.seen.comment }}</p>
+{% if admin %}
+<form method="post" action="{{ shown.href }}/acknowledgement" data-inline>
+<button name="end" value="1">Take back</button></form>
 {% endif %}
+</section>
+{% elif admin and shown.status.state == "unhealthy" %}
+<details name="action" data-keep{% if given.comment %} open{% endif %}><summary class="button">Acknowledge</summary>
+<form method="post" action="{{ shown.href }}/acknowledgement" data-inline class="panel">
+{{ input("comment", "Comment", maxlength="200", required="") }}
+<p class="soft">Until it recovers: you have seen it, and reminders stop.</p>
+<button class="primary">Say that it is seen</button>
+</form></details>
+{% endif %}
+</div>
 <section class="message now {{ shown.status.state }}" aria-label="State">
 <p><span aria-live="polite">{{ state(shown.status.state) }}</span>
 {% if shown.status.since_at %}
@@ -12765,6 +13350,7 @@ EVENTS_SHOWN = 100              # of a page
 ASSETS = {f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.{suffix}": (kind, text) for suffix, kind, text in (
     ("css", "text/css", STYLE), ("js", "text/javascript", PAGE_SCRIPT), ("svg", "image/svg+xml", ICON))}
 KINDS = {"service": "Service", "gate": "Gate", "group": "Groups", "state": "States", "change": "Changes",
+         "maintenance": "Maintenance", "acknowledgement": "Acknowledgements",
          "login": "Logins", "attempt": "Failed logins", "clock": "Clock"}
 Answer = flask.typing.ResponseReturnValue
 
@@ -12814,14 +13400,14 @@ def stored_mapping(text: str, empty: Mapping[str, Any]) -> dict[str, Any] | None
 class ResourceRow:
     """A resource as a person reads it; texts are empty where there is nothing to say."""
 
-    def __init__(self, row: Resource, status: Status | None, context: ConsoleContext, now: float) -> None:
+    def __init__(self, row: Resource, status: Status | None, context: ConsoleContext, more: Remarks) -> None:
         self.row, self.name, self.href = row, row.name, resource_path(row.name)
         self.status = known = status_of(row, status, context.monitor.behind(row.name))
         settings = stored_mapping(row.settings, NO_SETTINGS)    # unchecked: 1,000 of them would take too long
         self.settings = settings or NO_SETTINGS
         self.reason = DAMAGED if settings is None else f"{known.cause}: {known.reason}" if known.cause else ""
-        self.in_maintenance = row.maintenance > now
-        self.shown_state = "maintenance" if self.in_maintenance else known.state
+        self.maintenance, self.seen = more.maintenance.get(row.name), more.seen.get(row.name)
+        self.shown_state = "maintenance" if self.maintenance else known.state
         self.strip = strip_svg(status.strip if status else "")
 
     @property
@@ -12879,9 +13465,10 @@ def overview(**more: Any) -> flask.Response:
     now = context.clock()
     wanted = {name: flask.request.args.get(name, "") for name in ("state", "q", "tag")}
     with context.store.reading() as session:
-        everything = [ResourceRow(row, status, context, now) for row, status in session.execute(RESOURCES)]
+        more_known, turns = remarks(session, now), timetable(session, now)
+        everything = [ResourceRow(row, status, context, more_known) for row, status in session.execute(RESOURCES)]
         is_open, last = context.is_healthy, next(iter(events(session, kind="gate", limit=1)), None)
-    groups = list_groups(current_principal())
+    groups, tags = list_groups(current_principal()), sorted({tag for one in everything for tag in one.settings["tags"]})
     through = {name for group in groups for name in group.members}      # these count for the site through a group
     blockers = [] if is_open else [
         *((group.name, "", group.why) for group in groups
@@ -12899,7 +13486,10 @@ def overview(**more: Any) -> flask.Response:
     title = f"{counts['unhealthy']} unhealthy, gate " if counts["unhealthy"] else "gate "
     return render_page("overview", title=title + ("open" if is_open else "closed"), is_open=is_open, last=last,
                        blockers=blockers, groups=groups, rows=rows, state_links=links, filter=wanted,
-                       tags=sorted({tag for resource in everything for tag in resource.settings["tags"]}),
+                       tags=tags, turns=turns, scopes={"all": "everything"} | {
+                           f"tags:{tag}": f"tag {tag}" for tag in tags} | {
+                           f"groups:{group.name}": f"group {group.name}" for group in groups
+                           if not group.name.startswith("/")},
                        clock_step=context.monitor.clock_step, cut=context.monitor.uplink.cut, empty=not everything,
                        refresh="" if flask.request.method == "GET" else PREFIX, **more)
 
@@ -12964,7 +13554,9 @@ def resource_page(name: str, **more: Any) -> flask.Response:
     span = span if span in SPANS else "hour"
     with context.store.reading() as session:
         row = find_resource(session, name)
-        resource = ResourceRow(row, session.get(Status, row.id), context, now)
+        resource = ResourceRow(row, session.get(Status, row.id), context, remarks(session, now))
+        known = choices(session)
+        more["turns"] = [turn for turn in timetable(session, now) if name in known.of(turn.scope)]
         more |= {"charts": charts(session, resource, span, now), "availability": availability(session, row.id, now),
                  "polls": samples(session, row.id, now), "events": events(session, resource=name, limit=20)}
     sample = resource.sample or NO_SAMPLE
@@ -12995,7 +13587,8 @@ def event_page() -> Answer:
 
 # --- forms ---
 TYPED = "typed."                # begins the names of what was typed into a form before the login
-RETYPABLE = re.compile(r"/-/(add|override|users|tokens|resources/[^/]+/(edit|maintenance))")    # forms: shown again
+RETYPABLE = re.compile(     # forms that show it again
+    r"/-/(add|override|maintenance|users|tokens|resources/[^/]+/(edit|maintenance|acknowledgement))")
 NEVER_SHOWN = ("password", "current", "new", "again")   # secrets of the forms
 INPUTS = ("platform", "name", "interval", "critical", "hostname", "url", "port", "username", "password")
 OTHERS = [name for name in ResourceSettings.model_fields if name not in {*INPUTS, *INVENTORY_ONLY}]
@@ -13081,13 +13674,33 @@ def resource_form(who: Principal, name: str = "") -> Answer:
     return flask.redirect(resource_path(saved.name), 303)
 
 
+def typed_term(form: Mapping[str, str]) -> dict[str, Any]:
+    start = form.get("start")
+    return {"for": f"{form.get('minutes', '')}m", "reason": form.get("reason", "")} | (
+        {"start": chosen_moment(start)} if start else {})
+
+
 def maintenance_form(who: Principal, name: str) -> None:
     form = flask.request.form
-    minutes = int(form["minutes"]) if re.fullmatch("[0-9]{1,6}", form.get("minutes", "")) else 0
-    if not minutes:
+    if form.get("minutes") == "0":
         return end_maintenance(who, name)
-    until = datetime.datetime.fromtimestamp(who.context.clock() + 60 * minutes, datetime.timezone.utc)
-    begin_maintenance(who, name, {"until": until.isoformat(), "reason": form.get("reason", "")})
+    begin_maintenance(who, name, typed_term(form))
+
+
+def work_form(who: Principal) -> None:
+    """The same of what is chosen in the overview."""
+    form = flask.request.form
+    if "end" in form:
+        return cancel_work(who, form["end"])
+    field, _, chosen = form.get("scope", "").partition(":")
+    start_work(who, {field: [chosen] if chosen else True} | typed_term(form))
+
+
+def acknowledgement_form(who: Principal, name: str) -> None:
+    form = flask.request.form
+    if "end" in form:
+        return end_acknowledgement(who, name)
+    acknowledge(who, name, {"comment": form.get("comment", "")})
 
 
 def trust_form(who: Principal, name: str) -> Answer | None:
@@ -13218,6 +13831,8 @@ PAGES = (
     form_route(RESOURCE_PAGE + "/edit", form_page, resource_form),
     form_route(RESOURCE_PAGE + "/check", resource_page, poll_now),
     form_route(RESOURCE_PAGE + "/maintenance", resource_page, maintenance_form),
+    form_route(RESOURCE_PAGE + "/acknowledgement", resource_page, acknowledgement_form),
+    form_route("/-/maintenance", overview, work_form, PREFIX),
     form_route(RESOURCE_PAGE + "/trust", resource_page, trust_form),
     form_route(RESOURCE_PAGE + "/remove", resource_page, remove_resource, PREFIX),
     Route("GET", "/-/events", "viewer", event_page),
@@ -14096,6 +14711,60 @@ def gate(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def work_rows(session: Session) -> Iterator[list[str]]:
+    yield ["NUMBER", "STATE", "FROM", "UNTIL", "WHAT", "REASON"]
+    for turn in timetable(session, time.time()):
+        yield [str(turn.id or "-"), turn.state, local_time(turn.start), local_time(turn.until), str(turn.scope),
+               turn.reason]
+
+
+def end_by_command(who: Principal, arguments: argparse.Namespace, scope: Mapping[str, Any]) -> None:
+    """Ends what has a number, or what was planned for exactly this. Raises HealthCheckerError."""
+    if arguments.number:
+        return cancel_work(who, arguments.number)
+    with who.context.store.writing() as session:
+        if not end_works(who, session, validated(Scope, scope), "begun", "planned"):
+            raise UsageError("nothing was planned here for exactly that; `maintenance list` shows numbers to end")
+
+
+def maintenance(arguments: argparse.Namespace) -> int:
+    """Begins, plans or ends maintenance, also while the service runs; then says what runs and what is ahead."""
+    installation, given = Installation(arguments.inventory), vars(arguments)
+    if not inspect_database(installation.database, whole=False):
+        raise UsageError("there is no database yet; start the service first")
+    scope = {field: given[field] for field in Scope.model_fields if given.get(field)}
+    with installation.store() as store:
+        who = console_of(installation, store)
+        if arguments.action == "start":
+            start = {"start": chosen_moment(arguments.start)} if arguments.start else {}
+            start_work(who, {"for": arguments.seconds, "reason": arguments.reason} | start | scope)
+        elif arguments.action == "end":
+            end_by_command(who, arguments, scope)
+        if arguments.action != "list":
+            time.sleep(TAKEN_UP if is_running(installation.database) else 0.0)
+        with store.reading() as session:
+            print_table([*work_rows(session)])
+    return 0
+
+
+def add_maintenance_commands(commands: Any) -> None:
+    for action, what in (("start", "let something not count for a while, now or later"),
+                         ("end", "end it, or cancel what is planned"), ("list", "print what runs and what is ahead")):
+        command = commands.add_parser(action, help=what)
+        command.set_defaults(run=maintenance, action=action)
+        for field in ("tag", "group", "resource") if action != "list" else ():
+            command.add_argument(f"--{field}", dest=f"{field}s", action="append", metavar="NAME",
+                                 help="may be said again" if field == "tag" else None)
+        if action != "list":
+            command.add_argument("--all", action="store_true", help="everything")
+        if action == "end":
+            command.add_argument("number", nargs="?", metavar="NUMBER", help="of `maintenance list`")
+        if action == "start":
+            command.add_argument("--for", dest="seconds", required=True, metavar="2h", help="90s, 30m, 2h, 1d")
+            command.add_argument("--at", dest="start", metavar="TIME", help="such as '2026-11-28 02:00'; default: now")
+            command.add_argument("--reason", required=True, help="shown to who is logged in, and kept as an event")
+
+
 def address_to_listen_on(text: str) -> str:
     """The value of --listen. Raises ArgumentTypeError."""
     try:
@@ -14154,6 +14823,8 @@ def command_line() -> argparse.ArgumentParser:
     users = commands.add_parser("user", help="`user add|passwd|remove|list|token`: who can log in")
     add_user_commands(users.add_subparsers(metavar="add|passwd|remove|list|token", required=True))
     add_gate_command(commands)
+    work = commands.add_parser("maintenance", help="`maintenance start|end|list`: what does not count for a while")
+    add_maintenance_commands(work.add_subparsers(metavar="start|end|list", required=True))
     keys = commands.add_parser("keys", help="seal every secret with a new key: `keys rotate`, or `keys replace` where "
                                             "the old one is lost; stop the service first")
     changes = keys.add_subparsers(metavar="rotate|replace", required=True)

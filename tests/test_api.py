@@ -75,8 +75,8 @@ def everything(client: Client) -> Any:
     return kept, client.api("GET", "users").json, client.api("GET", "events?limit=1&kind=change").json
 
 
-def last_change(client: Client) -> tuple[str, str, str, str]:
-    [event] = client.api("GET", "events?kind=change&limit=1").json
+def last_change(client: Client, kind: str = "change") -> tuple[str, str, str, str]:
+    [event] = client.api("GET", f"events?kind={kind}&limit=1").json
     return event["resource"], event["text"], event["actor"], event["address"]
 
 
@@ -412,14 +412,15 @@ def test_maintenance_opens_the_gate(service: Service, client: Client) -> None:
     client.api("POST", "resources", {"name": "down", **UNREACHABLE})
     client.api("POST", "resources/down/check")
     service.wait_status("/-/readyz", 503)
-    until = at(3600)
+    until = at(3600)[:19] + "+00:00"
     reply = client.api("POST", "resources/down/maintenance", {"until": until, "reason": "new disk"})
     assert (reply.status, reply.json["maintenance"]["reason"]) == (200, "new disk")
-    assert last_change(client) == ("down", f"in maintenance until {until}: new disk", NAME, "127.0.0.1")
+    told = "down", f"in maintenance until {until}: new disk", NAME, "127.0.0.1"
+    assert last_change(client, "maintenance") == told
     service.wait_status("/-/readyz", 200)
     assert client.api("GET", "resources/down").json["state"] == "unhealthy"
     assert client.api("DELETE", "resources/down/maintenance").status == 204
-    assert last_change(client)[:2] == ("down", "maintenance ended")
+    assert last_change(client, "maintenance")[:2] == ("down", "maintenance ended")
     service.wait_status("/-/readyz", 503)
     assert client.api("DELETE", "resources/down/maintenance").status == 204
 
@@ -676,7 +677,7 @@ BAD_BODIES: list[tuple[str, str, Any, str]] = [
     ("PATCH", f"users/{NAME}", {"role": "root"}, "role"),
     ("PATCH", f"users/{NAME}", {"name": "a"}, "name"),
     ("PATCH", f"users/{NAME}", {"password_hash": "x"}, "password_hash"),
-    ("POST", "resources/stated/maintenance", {}, "until"),
+    ("POST", "resources/stated/maintenance", {"reason": "x"}, "until"),
     ("POST", "resources/stated/maintenance", {"until": "2020-01-01T00:00:00Z", "reason": "x"}, "until"),
     ("POST", "resources/stated/maintenance", {"until": "2099-12-31T23:59:60Z", "reason": "x"}, "until"),
     ("POST", "resources/stated/maintenance", {"until": "9999-12-31T23:59:59-14:00", "reason": "x"}, "until"),

@@ -40,6 +40,7 @@ from healthchecker import (
     Lease,
     Limits,
     LoginRecord,
+    Maintenance,
     Metrics,
     RequestCounters,
     Resource,
@@ -194,8 +195,11 @@ def test_every_metric_that_may_have_a_limit_is_shown() -> None:
 def add(store: Store, name: str, state: str = "", sample: object = None, cause: str = "", until: float = 0.0) -> None:
     """A row, polled at 1000.0 in 0.3 s if it has a state."""
     with store.writing() as session:
-        row = Resource(name=name, hostname="h.example.com", platform="linux", port=22, settings="{}", maintenance=until)
+        row = Resource(name=name, hostname="h.example.com", platform="linux", port=22, settings="{}")
         session.add(row)
+        if until:
+            scope = json.dumps({"resources": [name]})
+            session.add(Maintenance(state="begun", start_at=0.0, until_at=until, scope=scope, reason="disks"))
         session.flush()
         if state:
             session.add(Status(resource_id=row.id, settings_digest="", credential_digest="", state=state, cause=cause,
@@ -241,6 +245,7 @@ def test_every_resource_for_the_bearer(store: Store, metrics: Metrics) -> None:
                       for state in ("unknown", "healthy", "degraded", "unhealthy")}  # fmt: skip
     assert {key: value for key, value in mine.items() if key not in states} == {
         ("maintenance", "db1"): 0, ("maintenance", "db2"): 1, ("maintenance", "db3"): 0,
+        ("acknowledged", "db1"): 0, ("acknowledged", "db2"): 0, ("acknowledged", "db3"): 0,
         ("cause", "unreachable", "db2"): 1,
         ("poll_duration_seconds", "db1"): 0.3, ("poll_duration_seconds", "db2"): 0.3,
         ("last_poll_timestamp_seconds", "db1"): 1000, ("last_poll_timestamp_seconds", "db2"): 1000,

@@ -491,7 +491,7 @@ def test_in_a_browser(tmp_path: Path) -> None:
         other = context.new_page()
         other.goto("/-/")
         page.get_by_text("Override the gate").first.click()
-        page.get_by_label("Reason").fill("moving house")
+        page.locator("form[action='/-/override']").get_by_label("Reason").fill("moving house")
         page.get_by_role("button", name="Override the gate").click()
         for shown in (page, other):
             shown.get_by_text("Gate closed by SpiceWorks: moving house").wait_for(timeout=PATIENCE)

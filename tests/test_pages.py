@@ -515,7 +515,7 @@ def test_a_damaged_row_can_be_removed(console: Local, way: str) -> None:
     add_full(console)
     with console.store.writing() as session:
         session.execute(sqlalchemy.text("UPDATE resource SET settings = '{', port = 'ssh', interval = 'soon', "
-                                        "maintenance = 9e999, password = x'ff', platform = CAST(x'ff' AS TEXT) "
+                                        "password = x'ff', platform = CAST(x'ff' AS TEXT) "
                                         "WHERE name = 'full'"))  # fmt: skip
     assert console.ask("GET", "/-/").status == 200 == console.api("GET", "resources").status
     if way == "page":

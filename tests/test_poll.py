@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import heapq
 import itertools
+import json
 import logging
 import math
 import random
@@ -993,18 +994,6 @@ def test_a_damaged_row_costs_its_resource_alone(house: House, machines: Machines
         wait_for(house.aggregator.is_healthy)
 
 
-@pytest.mark.parametrize("damage", ["maintenance = 'soon'", "maintenance = 9e999", "maintenance = 1e12"])
-def test_a_damaged_maintenance_is_none(house: House, machines: Machines, damage: str) -> None:
-    house.write("name: db1", "name: db2")
-    with house.watching():
-        wait_for(house.aggregator.is_healthy)
-        house.elsewhere(f"UPDATE resource SET {damage} WHERE name = 'db2'", "DELETE FROM resource WHERE name = 'db1'")
-        wait_for(lambda: "db1" not in house.monitor.pollers)
-        machines.behaviours["db2"] = unreachable
-        house.poller("db2").poll_now()
-        wait_for(lambda: not house.aggregator.is_healthy())
-
-
 STATUS_DAMAGES = ["state = 'odd'", "cause = 'odd'", "polled_at = 'soon'", "since_at = 'then'", "good = 'many'",
                   "strip = x'ff'", "sample = '{'", "reason = CAST(x'ff' AS TEXT)", "state = x'00'"]  # fmt: skip
 
@@ -1056,15 +1045,21 @@ def test_a_secret_is_opened_once(house: House, machines: Machines) -> None:
 
 
 # --- maintenance ---
+def put_into_maintenance(name: str, until_at: float) -> list[str]:
+    """What another process writes to put a resource in maintenance, instead of that in which it is."""
+    scope = json.dumps({"resources": [name]})
+    return [f"DELETE FROM maintenance WHERE scope = '{scope}'",
+            "INSERT INTO maintenance (state, start_at, until_at, scope, reason, actor, plan, turn_at) "
+            f"VALUES ('begun', {until_at - 3600}, {until_at}, '{scope}', 'disks', '', '', 0)"]  # fmt: skip
+
+
 def maintain(house: House, name: str, seconds: float) -> None:
-    """What another process does to put a resource in maintenance, from now on."""
-    until = f"maintenance = {time.time() + seconds}, maintenance_reason = 'disks'"
-    house.elsewhere(f"UPDATE resource SET {until} WHERE name = '{name}'")
+    house.elsewhere(*put_into_maintenance(name, time.time() + seconds))
 
 
 def maintenance_events(house: House) -> list[str]:
     with house.store.reading() as session:
-        found = healthchecker.events(session, kind="change")
+        found = healthchecker.events(session, kind="maintenance")
         return [f"{event.resource}: {event.text}" for event in found]
 
 
@@ -1085,12 +1080,11 @@ def test_maintenance(house: House, machines: Machines) -> None:
         wait_for(lambda: not house.aggregator.is_healthy())
         wait_for(lambda: maintenance_events(house) == ["db1: maintenance is over"])
         with house.store.reading() as session:
-            row = session.scalar(sqlalchemy.select(healthchecker.Resource).filter_by(name="db1"))
-            assert row and (row.maintenance, row.maintenance_reason) == (0, "")
+            assert session.scalars(sqlalchemy.select(healthchecker.Maintenance)).all() == []
         assert machines.made == ["db1", "db2"], "it is no change of the configuration"
         maintain(house, "db1", 3600)
         wait_for(house.aggregator.is_healthy)
-        maintain(house, "db1", 0)  # by hand, before its time
+        house.elsewhere("DELETE FROM maintenance")  # by hand, before its time
         wait_for(lambda: not house.aggregator.is_healthy())
 
 
@@ -1171,6 +1165,39 @@ def test_maintenance_of_the_only_one_at_the_start(house: House, machines: Machin
         assert house.aggregator.is_healthy(), "a resource that is added counts from its first result on"
         machines.ended.set()
         wait_for(lambda: not house.aggregator.is_healthy())
+
+
+def test_seen_ends_with_recovery(house: House, machines: Machines) -> None:
+    """And not with a restart; that is told once."""
+    house.write("name: db1, fall: 1, rise: 1", "name: db2")
+    machines.behaviours["db1"] = unreachable
+
+    def seen() -> bool:
+        with house.store.reading() as session:
+            return healthchecker.is_acknowledged(session, "db1")
+
+    with house.watching():
+        wait_for(lambda: house.stored("db1")[0] == "unhealthy")
+        house.elsewhere("INSERT INTO acknowledgement VALUES (1, 1.0, 'adam', 'on my way')")
+        house.poller("db1").poll_now().result(60)
+    with house.watching():
+        house.poller("db2").poll_now().result(60)
+        assert seen()
+        machines.behaviours.clear()
+        house.poller("db1").poll_now()
+        wait_for(lambda: not seen())
+    with house.store.reading() as session:
+        found = session.scalars(sqlalchemy.select(healthchecker.Event).filter_by(kind="acknowledgement")).all()
+    assert [(one.resource, one.state) for one in found] == [("db1", "over")]
+
+
+def test_seen_ends_with_removal(house: House, machines: Machines) -> None:
+    house.write("name: db1", "name: db2")
+    house.elsewhere("INSERT INTO acknowledgement VALUES (1, 1.0, 'adam', 'on my way')")
+    house.write("name: db2")
+    house.write("name: db1", "name: db2")
+    with house.store.reading() as session:
+        assert not healthchecker.is_acknowledged(session, "db1")
 
 
 def test_check_now_of_what_is_replaced_just_then(house: House, machines: Machines) -> None:
@@ -1551,10 +1578,10 @@ def test_a_parent_in_maintenance_makes_nobody_unhealthy(house: House, machines: 
     with house.watching():
         wait_for(lambda: house.monitor.behind("child") is not None)
         assert not house.aggregator.is_healthy()
-        house.elsewhere(f"UPDATE resource SET maintenance = {time.time() + 3600} WHERE name = 'parent'")
+        maintain(house, "parent", 3600)
         wait_for(house.aggregator.is_healthy)
         assert house.monitor.behind("child") is None
-        house.elsewhere("UPDATE resource SET maintenance = 0 WHERE name = 'parent'")
+        house.elsewhere("DELETE FROM maintenance")
         wait_for(lambda: not house.aggregator.is_healthy())
 
 

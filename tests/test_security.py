@@ -40,9 +40,11 @@ from healthchecker import (
     COOKIE,
     PAGES,
     SAMPLES,
+    Acknowledgement,
     ConsoleServer,
     Event,
     LoginSession,
+    Maintenance,
     NewToken,
     Principal,
     Resource,
@@ -76,6 +78,7 @@ VIEWERS = {
     "POST /-/api/password",
     "GET /-/api/gate",
     "GET /-/api/groups",
+    "GET /-/api/maintenance",
     "GET /-/api/resources",
     "GET /-/api/resources/<name>",
     "GET /-/api/resources/<name>/samples",
@@ -93,6 +96,12 @@ ADMINS = {
     "GET /-/add",
     "POST /-/add",
     "POST /-/override",
+    "POST /-/maintenance",
+    "POST /-/resources/<name>/acknowledgement",
+    "POST /-/api/maintenance",
+    "DELETE /-/api/maintenance/<number>",
+    "POST /-/api/resources/<name>/acknowledgement",
+    "DELETE /-/api/resources/<name>/acknowledgement",
     "POST /-/api/gate",
     "GET /-/resources/<name>/edit",
     "POST /-/resources/<name>/edit",
@@ -177,7 +186,8 @@ def send(local: Local, key: str, headers: dict[str, str] | None = None, **more: 
 
 def state(local: Local) -> Any:
     """What a refused request must not change."""
-    queries = (*map(sqlalchemy.select, (Resource, User)), sqlalchemy.select(Event).where(Event.kind == "change"))
+    tables = Resource, User, Maintenance, Acknowledgement
+    queries = (*map(sqlalchemy.select, tables), sqlalchemy.select(Event).where(Event.kind == "change"))
     with local.store.reading() as session:
         return [[vars(row) | {"_sa_instance_state": None} for row in session.scalars(query)] for query in queries]
 
@@ -592,7 +602,7 @@ def poison(local: Local) -> str:
             "name": name, "hostname": "localhost", "port": 1, "platform": "linux", "username": EVIL, "password": "p",
             "tags": [EVIL], "checks": [{"name": name, "command": EVIL}],
             "limits": {"disk_percent": {"fail": 50}, "cpu_percent": {"fail": 50}}})  # fmt: skip
-        row = Resource(name=name, origin="api", maintenance=4e9, maintenance_reason=EVIL)
+        row = Resource(name=name, origin="api")
         row.take_settings(settings)
         row.host_key = f"{EVIL} SHA256:x"
         session.add(row)
@@ -611,6 +621,10 @@ def poison(local: Local) -> str:
             strip="hul"))  # fmt: skip
         session.execute(sqlalchemy.insert(SAMPLES).values(
             resource_id=row.id, at=local.clock.now, poll="l", standing="u", counts=0, reason=EVIL))
+        session.add(Acknowledgement(resource_id=row.id, at=1.0, actor=EVIL, comment=EVIL))
+        for scope in ({"resources": [name]}, {"tags": [EVIL]}):
+            session.add(Maintenance(state="begun", start_at=1.0, until_at=4e9, scope=json.dumps(scope), reason=EVIL,
+                                    actor=EVIL))  # fmt: skip
         for kind in ("state", "gate", "change", "login"):
             session.add(Event(at=local.clock.now, kind=kind, resource=name, text=EVIL, actor=EVIL, address=EVIL))
         session.add(make_user(name))

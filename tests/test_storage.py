@@ -32,7 +32,18 @@ from service import Service, fresh_processes, prepared_keys, run_cheaply, write_
 from sqlalchemy.orm import Session
 
 import healthchecker
-from healthchecker import Changes, InventoryError, LoginSession, Resource, SecretError, StorageError, Store, User, Vault
+from healthchecker import (
+    Changes,
+    InventoryError,
+    LoginSession,
+    Maintenance,
+    Resource,
+    SecretError,
+    StorageError,
+    Store,
+    User,
+    Vault,
+)
 
 FIRST = """\
   - {hostname: a.example.com, username: u, password: pa}
@@ -107,8 +118,8 @@ def test_schema(bench: Bench) -> None:
         with pytest.raises(sqlite3.IntegrityError):
             connection.execute(
                 "INSERT INTO resource SELECT NULL, * FROM (SELECT name, hostname, platform, port, username,"
-                "password, key_passphrase, interval, settings, origin, place, host_key, maintenance,"
-                "maintenance_reason FROM resource LIMIT 1)"
+                "password, key_passphrase, interval, settings, origin, place, host_key "
+                "FROM resource LIMIT 1)"
             )
     assert {"hostname", "username", "password", "interval"} <= columns["resource"].keys()
     assert {"username", "password", "salt"} <= columns["user"].keys()
@@ -146,7 +157,7 @@ def test_database_of_the_first_version(tmp_path: Path) -> None:
             [status] = session.scalars(sqlalchemy.select(healthchecker.Status))
             assert (status.state, status.since_at, status.sample, status.seconds) == ("healthy", 5, "null", 0)
             [row] = session.scalars(sqlalchemy.select(healthchecker.Resource))
-            assert (row.name, row.host_key, row.maintenance) == ("a", "k", 0)
+            assert (row.name, row.host_key) == ("a", "k")
     with closing(sqlite3.connect(path)) as connection:
         migrated = {row[0] for row in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
         assert connection.execute("PRAGMA user_version").fetchone() == (healthchecker.SCHEMA,)
@@ -171,6 +182,7 @@ def database_of_schema_2(folder: Path, more: str = "") -> Path:
 def answers(session: Session, vault: Vault) -> dict[str, Any]:
     """What was recorded of the version before, asked of this one."""
     now, found = EXPECTED["now"], {}
+    work = {row.chosen.resources: [row.until_at, row.reason] for row in session.scalars(sqlalchemy.select(Maintenance))}
     for name, target in healthchecker.load_targets(session, vault).items():
         row, status = session.get(Resource, target.id), session.get(healthchecker.Status, target.id)
         assert row
@@ -189,7 +201,7 @@ def answers(session: Session, vault: Vault) -> dict[str, Any]:
             "current": status and status.settings_digest == row.settings_digest,
             "host_key": row.host_key,
             "origin": row.origin,
-            "maintenance": [row.maintenance, row.maintenance_reason],
+            "maintenance": work.get((name,), [0, ""]),
             "secrets": [target.settings.secrets.get(kind) for kind in ("password", "key_passphrase")],
         }
     events = healthchecker.events(session, limit=1000)
@@ -282,7 +294,23 @@ def test_a_migrated_database_is_as_a_new_one(tmp_path: Path) -> None:
     assert described(database_of_schema_2(tmp_path)) == described(tmp_path / "new.db")
 
 
-SCHEMA_4 = ('ALTER TABLE event DROP COLUMN "group"', "ALTER TABLE event DROP COLUMN state", "PRAGMA user_version = 4")
+SCHEMA_4 = ('ALTER TABLE event DROP COLUMN "group"', "ALTER TABLE event DROP COLUMN state", "DROP TABLE maintenance",
+            "ALTER TABLE resource ADD COLUMN maintenance FLOAT NOT NULL DEFAULT 0",
+            "ALTER TABLE resource ADD COLUMN maintenance_reason VARCHAR NOT NULL DEFAULT ''",
+            "PRAGMA user_version = 4")  # fmt: skip
+
+
+def test_maintenance_of_schema_4_goes_on(bench: Bench) -> None:
+    """Also of a name with a quotation mark; damaged ones are none."""
+    bench.load(FIRST)
+    bench.execute("""UPDATE resource SET name = 'a"b' WHERE name = 'a.example.com'""")
+    executed(bench.database, *SCHEMA_4, "UPDATE resource SET maintenance = 9e9, maintenance_reason = 'it''s'",
+             "UPDATE resource SET maintenance = 'soon' WHERE name = 'b.example.com'",
+             "UPDATE resource SET maintenance = 9e999 WHERE name = 'c'")  # fmt: skip
+    with closing(Store(bench.database)) as store, store.reading() as session:
+        [row] = session.scalars(sqlalchemy.select(Maintenance))
+    assert (row.chosen.resources, row.state, row.until_at, row.reason) == (('a"b',), "begun", 9e9, "it's")
+    assert row.start_at < 9e9
 
 
 def test_events_of_schema_4_are_given_their_states(bench: Bench) -> None:
@@ -582,7 +610,6 @@ def test_what_was_removed_comes_back_with_its_past(bench: Bench) -> None:
     """With the same name and host; meanwhile nothing shows it, and its secret has gone."""
     bench.load(FIRST)
     polled(bench)
-    bench.execute("UPDATE resource SET maintenance = 9e9")
     before = past(bench)
     assert bench.load(B + C).removed == ["a.example.com"]
     assert past(bench).keys() == {"b.example.com", "c"}
@@ -598,7 +625,7 @@ def test_what_was_removed_comes_back_with_its_past(bench: Bench) -> None:
         bench.load(A.replace(", password: pa", "") + B + C)
     assert bench.load(FIRST) == (["a.example.com"], [], [], ["b.example.com", "c"])
     assert past(bench)["a.example.com"] == before["a.example.com"]._replace(is_current=False)
-    assert bench.password("a.example.com") == "pa" and bench.rows()["a.example.com"]["maintenance"] == 0
+    assert bench.password("a.example.com") == "pa"
 
 
 def test_another_host_of_the_same_name_begins_anew(bench: Bench) -> None:

@@ -11,7 +11,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from conftest import wait_for
 from console import Client, console
 from service import Service, write_inventory
 from test_groups import Clock
-from test_poll import House, Machines, good, house, machines, refused, unreachable, vault
+from test_poll import House, Machines, good, house, machines, maintain, refused, unreachable, vault
 
 import healthchecker
 from healthchecker import (
@@ -513,7 +512,7 @@ def test_maintenance_ends_an_outage(house: House, machines: Machines) -> None:
         poller = house.poller("m0")
         fail(house, machines, "m0")
         assert poller.outage._since_mono < math.inf and uplink_of(house)._failing == {"m0"}
-        house.elsewhere(f"UPDATE resource SET maintenance = {time.time() + 3600} WHERE name = 'm0'")
+        maintain(house, "m0", 3600)
         wait_for(lambda: poller.counted is False)
         poller.poll_now().result(60)
         assert poller.outage._since_mono == math.inf and uplink_of(house)._machines == set()
