@@ -6416,9 +6416,9 @@ def judge_limits(sample: Sample, settings: ResourceSettings) -> tuple[list[str],
         if isinstance(value, str):
             warned.append(f"{name} cannot be read: {value}")
         elif limit and limit.fail is not None and value > limit.fail:
-            failed.append(f"{name} {value:{limit.shown}} > {limit.fail:g}")
+            failed.append(f"{name} at {value:{limit.shown}}, fail above {limit.fail:g}")
         elif limit and limit.warn is not None and value > limit.warn:
-            warned.append(f"{name} {value:{limit.shown}} > {limit.warn:g}")
+            warned.append(f"{name} at {value:{limit.shown}}, warn above {limit.warn:g}")
     return failed, warned
 
 
@@ -6941,8 +6941,8 @@ class HealthAggregator:
 # What polls found: in come Reports, out go rows, averages of quarters of an hour, charts and availability. Readings are
 # whole hundredths, NULL where nothing was read. The recorder's thread writes, any thread reads.
 # 100 resources at 60 s: 288,000 polls and 864,000 averages are 82 MB; 100,000 events add 20 MB.
-# Gives: METRICS, POLLS, POLL_MARKS, SPANS, SAMPLES, highest_readings, Report, record_event, events, PastPoll, samples,
-# roll_up, prune, prune_events, availability, Point, chart
+# Gives: known_since, METRICS, POLLS, POLL_MARKS, SPANS, SAMPLES, highest_readings, Report, record_event, events,
+# PastPoll, samples, roll_up, prune, prune_events, availability, Point, chart
 DAY = 86_400                    # seconds
 PRUNE_ROWS = 10, 10_000         # rows of a resource, or events, that are dropped at once, at least and at most
 PRUNE_PART = 50                 # of how many rows one is dropped at once: a clock that is wrong takes half a day to
@@ -7157,6 +7157,13 @@ def prune_events(session: Session, retention: Retention, now: float) -> None:
         for doomed in (of_kind.where(Event.id <= last.scalar_subquery()).limit(PRUNE_ROWS[1]),
                        old.limit(max(PRUNE_ROWS[0], count // PRUNE_PART))):
             session.execute(sqlalchemy.delete(Event).where(Event.id.in_(doomed)))
+
+
+def known_since(session: Session, resource_id: int) -> float | None:
+    """Unix time of the first of what is known of a resource."""
+    first = [session.scalar(sqlalchemy.select(func.min(table.c.at)).where(table.c.resource_id == resource_id))
+             for table in (SAMPLES, AVERAGES)]
+    return min((at for at in first if at is not None), default=None)
 
 
 def availability(session: Session, resource_id: int, now: float) -> dict[str, float | None]:
@@ -7472,6 +7479,8 @@ class News:
         self.told = Standing()              # the last one that was told
         self.waits: Report | None = None    # until it is known whether others are to blame
         self._is_restored = False           # what was told was told before the start
+        self.last: Report | None = None     # whether or not it could be written
+        self.read: Report | None = None     # the last one with a sample
 
     def restore(self, standing: Standing) -> None:
         """Goes on from a standing of before the start."""
@@ -7480,13 +7489,13 @@ class News:
 
     def go_on_from(self, before: News) -> None:
         """Goes on from what the poller before told."""
-        self.told, self._is_restored = before.told, before._is_restored
+        self.told, self._is_restored, self.last, self.read = before.told, before._is_restored, before.last, before.read
         self.doubt.settle(decided=before.doubt.decided)
 
     def weigh(self, report: Report) -> Report:
         """The report with the standing that was told last, where there is something to tell: not while the resource is
         behind another or may turn out to be, nor before its own results agree again."""
-        after = report.standing
+        after, self.last, self.read = report.standing, report, report if report.sample else self.read
         if after.bad == 1 and not self._aggregator.blocker(self._name):
             for doubt in self._before():
                 doubt.urge()
@@ -7607,7 +7616,7 @@ class OverrideKeeper:
 # Rows of resources come in, reports go out: to the aggregator at once, to the database through the recorder. A
 # thread for each resource polls it, one (the recorder) writes, one (the monitor) makes pollers follow the rows,
 # replaces dead ones and sees leases and maintenance end. Names in `_mono` are monotonic times, in `_at` Unix times.
-# Gives: Recorder, PollContext, poll_once, Monitor
+# Gives: Poller, Recorder, PollContext, poll_once, Monitor
 FIRST_POLLS = 50.0              # first polls per second
 JITTER = 0.1                    # part of the interval by which polls are spread
 FLUSH_INTERVAL = 1.0            # seconds for which the recorder gathers what it writes
@@ -7846,8 +7855,8 @@ class Poller(threading.Thread):
         self._connection = CONNECTIONS[target.settings.platform](target, guard, context.access)
         context.access.watched[target.name] = self._connection
         self.outage = Outage(target.settings, context.uplink)
-        self._news = News(target.settings, context.aggregator, context.doubts, self.outage)
-        self.doubt = self._news.doubt
+        self.news = News(target.settings, context.aggregator, context.doubts, self.outage)
+        self.doubt = self.news.doubt
         self._previous: Sample | None = None
         self._due_mono = time.monotonic() + delay
         self.expires_mono = lease_clock() + delay + target.settings.ttl     # without a report until then it is stale
@@ -8010,16 +8019,16 @@ class Poller(threading.Thread):
             self._set_resource(ttl)
             kept = sample is not None and self._connection.keeper.reused
             report = Report(self.target, after, after, verdict, at, seconds, sample, host_key, waits, kept)
-            report = self._news.weigh(report)
+            report = self.news.weigh(report)
         if not stopped:
             self._context.recorder.put(report)
         return report
 
     def tell_late(self, *, is_last: bool = False) -> None:
         """Tells of a change that waited, once nobody else is to blame for it, or at the end; for the monitor."""
-        if self._news.waits:
+        if self.news.waits:
             with self._lock:
-                if report := self._news.late(is_last=is_last):
+                if report := self.news.late(is_last=is_last):
                     self._context.recorder.tell(report)
 
     def restore(self, stored: Status, age: float) -> None:
@@ -8028,13 +8037,13 @@ class Poller(threading.Thread):
         if left > 0:
             self.standing = standing
             self.expires_mono = self.lease_mono = lease_clock() + left
-            self._news.restore(standing)
+            self.news.restore(standing)
 
     def go_on_from(self, before: Poller) -> None:
         """Takes over the standing of the poller before it."""
         self.standing, self.expires_mono, self._opens_mono = before.standing, before.expires_mono, before._opens_mono
         self.outage.go_on_from(before.outage)
-        self._news.go_on_from(before._news)
+        self.news.go_on_from(before.news)
 
 
 def spread(pollers: Sequence[Poller]) -> None:
@@ -8096,7 +8105,7 @@ class Monitor(threading.Thread):
         self.pollers: dict[str, Poller] = {}
         self.targets: dict[str, Target] = {}    # as the rows were when they were followed
         self.guards, self.groups, self.uplink = context.access.guards, context.aggregator.groups, context.uplink
-        self.override = OverrideKeeper(store, context.aggregator, wall)
+        self.changed_at, self.override = context.recorder.changed_at, OverrideKeeper(store, context.aggregator, wall)
         self._zero_at = wall() - lease_clock()  # the Unix time of lease_clock's 0, by which stored times are read
         self.clock_step = 0.0, ""   # when the clock was set the last time, and how
         # Until when resources do not count, as stored and by lease_clock: a clock that is set ends nothing.
@@ -10672,13 +10681,32 @@ NO_SAMPLE: dict[str, Any] = {"details": {}, "metrics": {}, "services": {}, "chec
 RESOURCES = sqlalchemy.select(Resource, Status).outerjoin(Status, Status.resource_id == Resource.id)
 
 
-def status_of(row: Resource, status: Status | None, behind: Standing | None = None) -> Status:
-    """The status, an empty one when it is of another configuration: nothing is known of this one yet. One that is
-    `behind` another stands like this, whatever its own results are."""
-    if status and status.settings_digest == row.settings_digest:
-        return Status(**vars(behind), polled_at=status.polled_at, seconds=status.seconds, sample=status.sample
-                      ) if behind else status
-    return Status(state="unknown", cause="", reason="", since_at=0.0, polled_at=0.0, seconds=0.0, sample="null")
+def overdue(row: Resource, status: Status, poller: Poller | None, now: float) -> Standing | None:
+    """What a state is worth that is good and for which no result came in time, whether or not that is noted yet."""
+    ttl = poller.target.settings.ttl if poller else 2 * row.interval
+    counts = poller and poller.standing.state != "unknown"      # then the clock may have been set since
+    is_late = lease_clock() >= poller.expires_mono if poller and counts else now - status.polled_at > ttl
+    is_good = status.state in ("healthy", "degraded")
+    return Standing("unhealthy", "stale", f"no result for {ttl:.0f} s", status.polled_at + ttl) if (
+        is_good and is_late) else None
+
+
+def status_of(row: Resource, status: Status | None, context: ConsoleContext) -> Status:
+    """The status as its poller knows it, which may not be written yet or cannot be; an empty one when it is of another
+    configuration: nothing is known of this one yet. One that is cut off or behind another stands like this, whatever
+    its own results are; without a result in time none is good."""
+    poller, digest = context.monitor.pollers.get(row.name), row.settings_digest
+    known = status if status and status.settings_digest == digest else None
+    last = poller.news.last if poller else None
+    last = last if last and last.target.settings_digest == digest else None
+    if last and (known is None or known.polled_at != last.at):
+        known = Status(**last.status)
+    if known is None:
+        return Status(state="unknown", cause="", reason="", since_at=0.0, polled_at=0.0, seconds=0.0, sample="null",
+                      good=0, bad=0)
+    standing = context.monitor.behind(row.name) or overdue(row, known, poller, context.clock())
+    return Status(**vars(standing), polled_at=known.polled_at, seconds=known.seconds, sample=known.sample
+                  ) if standing else known
 
 
 def connection_view(context: ConsoleContext, name: str) -> ConnectionView | None:
@@ -10694,7 +10722,7 @@ def connection_view(context: ConsoleContext, name: str) -> ConnectionView | None
 
 def resource_view(row: Resource, status: Status | None, context: ConsoleContext) -> ResourceView:
     """A resource as the API shows it; of a row that cannot be read as much as there is, and that it is damaged."""
-    known = status_of(row, status, context.monitor.behind(row.name))
+    known = status_of(row, status, context)
     shown: dict[str, Any] = {
         **{name: getattr(row, name) for name in Resource.COLUMNS}, "origin": row.origin,
         "place": row.place or None,
@@ -11667,7 +11695,8 @@ class Metrics:
 # Drawings and templates of the console: readings, polls and settings come in, markup goes out; nothing here asks the
 # database or the request. Runs in the console's threads. What hosts and people wrote is escaped by the templates
 # (their keys end in .html); Markup is made of numbers and of our own words alone.
-# Gives: LABELS, LimitValues, TEMPLATES, bar_svg, chart_svg, duration_text, local_time, scale_top, strip_svg
+# Gives: cause_text, LABELS, LimitValues, TEMPLATES, bar_svg, chart_svg, duration_text, local_time, scale_top,
+# strip_svg, time_tag
 LABELS = {"cpu_percent": "CPU", "memory_percent": "Memory", "disk_percent": "Disk", "swap_percent": "Swap",
           "commit_percent": "Commit charge", "inode_percent": "Inodes", "load_per_cpu": "Load per CPU",
           "response_seconds": "Response time", "certificate_days": "Certificate, days", "seconds": "Duration of a poll"}
@@ -11689,6 +11718,19 @@ def local_time(at: float) -> str:
     then = time.localtime(at)
     zone = "" if then.tm_gmtoff == time.localtime().tm_gmtoff else f" {then.tm_zone}"
     return time.strftime("%Y-%m-%d %H:%M:%S", then) + zone
+
+
+def time_tag(at: float, text: str = "") -> Markup:
+    """A Unix time for people, in the server's time zone or as `text`, and for programs."""
+    then = datetime.datetime.fromtimestamp(int(at), datetime.timezone.utc).astimezone()
+    told = local_time(at)
+    return Markup('<time datetime="{}" title="{} {}">{}</time>').format(
+        then.isoformat(), told, then.tzname(), text or told)
+
+
+def cause_text(cause: str, reason: str) -> str:
+    """Why something is as it is, the cause only where the reason does not say it."""
+    return reason if cause in ("", "limit", "check") or reason.startswith(cause) else f"{cause}: {reason}"
 
 
 CROSSED = {"fail": "unhealthy", "warn": "degraded"}     # which state a reading makes that is above a limit
@@ -11778,8 +11820,8 @@ TEMPLATES = {"layout.html": """{% macro table(label, heads, class="") %}
 {% if override %}
 <section class="message degraded" aria-label="Override">
 <p>{{ state("degraded", "Gate " ~ override.why) }}</p>
-<p class="soft">since {{ override.at|local_time }},
-{{ "until " ~ override.until|local_time if override.until else "until that is ended" }}, whatever the resources say</p>
+<p class="soft">since {{ override.at|time_tag }},
+{{ "until " ~ override.until|time_tag if override.until else "until that is ended" }}, whatever the resources say</p>
 {% if admin %}
 <form method="post" action="/-/override" data-inline>
 <button name="action" value="auto">Leave the gate to the resources</button></form>
@@ -11828,7 +11870,7 @@ TEMPLATES = {"layout.html": """{% macro table(label, heads, class="") %}
 {% endmacro %}
 {% macro event_rows(events, own=false) %}
 {% for event in events %}
-<tr><td><time>{{ event.at|local_time }}</time></td><td>{{ event.kind }}</td>
+<tr><td>{{ event.at|time_tag }}</td><td>{{ event.kind }}</td>
 {% if not own %}
 <td>{% if event.resource %}<a href="{{ event.resource|resource_path }}">{{ event.resource }}</a>{% endif %}</td>
 {% endif %}
@@ -11878,13 +11920,16 @@ TEMPLATES = {"layout.html": """{% macro table(label, heads, class="") %}
 <section class="gate {{ colour }}" aria-label="Gate">
 <h2 aria-live="polite">{{ state(colour, "Gate " ~ word) }}</h2>
 {% if last %}
-<p>for <b>{{ (now - last.at)|duration_text }}</b>, since <time>{{ last.at|local_time }}</time></p>
+<p>for <b>{{ (now - last.at)|duration_text }}</b>, since {{ last.at|time_tag }}</p>
 {% endif %}
 {% if blockers %}
 <ul>
-{% for name, href, reason in blockers[:5] %}
-<li>{% if href %}<a href="{{ href }}">{{ name }}</a>{% else %}<b>{{ name }}</b>{% endif %}
-{{ reason or "no result yet" }}</li>
+{% for blocker in blockers[:5] %}
+<li>{% if blocker.href %}<a href="{{ blocker.href }}">{{ blocker.name }}</a>
+{%- else %}<b>{{ blocker.name }}</b>{% endif %}
+ {{ blocker.reason or "no result yet" }}
+{%- if blocker.at %} <small>since {{ blocker.at|time_tag }}, for {{ (now - blocker.at)|duration_text }}</small>
+{%- endif %}</li>
 {% endfor %}
 {% if blockers|length > 5 %}
 <li><a href="?state=unhealthy">and {{ blockers|length - 5 }} more</a></li>
@@ -11908,19 +11953,29 @@ TEMPLATES = {"layout.html": """{% macro table(label, heads, class="") %}
 {% endcall %}
 {% endif %}
 {% if cut %}
-<p class="notice">Since {{ cut.begun_at|local_time }} {{ cut.text }}.</p>
+<p class="notice">Since {{ cut.begun_at|time_tag }} {{ cut.text }}.</p>
 {% endif %}
 {% if now - clock_step[0] < 86400 %}
-<p class="notice">At {{ clock_step[0]|local_time }} {{ clock_step[1] }}: times before and after do not fit together.</p>
+<p class="notice">At {{ clock_step[0]|time_tag }} {{ clock_step[1] }}: times before and after do not fit together.</p>
 {% endif %}
 <div class="tools">
 {{ chips("Filter by state", state_links, filter.state) }}
 <form class="filter" role="search" data-live data-keep>
-{% if filter.state %}<input type="hidden" name="state" value="{{ filter.state }}">{% endif %}
+{% for name in ("state", "sort", "unfold") if filter[name] %}
+<input type="hidden" name="{{ name }}" value="{{ filter[name] }}">
+{% endfor %}
 <input type="search" name="q" value="{{ filter.q }}" placeholder="Name, host or reason" aria-label="Search">
 {% if tags %}
 <select name="tag" aria-label="Tag"><option value="">Every tag</option>{{ options(tags, filter.tag) }}</select>
 {% endif %}
+{% if causes %}
+<select name="cause" aria-label="Cause"><option value="">Every cause</option>
+{{- options(causes, filter.cause) }}</select>
+{% endif %}
+<select name="gate" aria-label="Gate"><option value="">Counts or not</option>
+{{- options({"yes": "Counts for the gate", "no": "Does not count"}, filter.gate) }}</select>
+<select name="by" aria-label="Grouped by"><option value="">Grouped</option>
+{{- options({"tag": "By tag", "group": "By group", "none": "In one list"}, filter.by) }}</select>
 <noscript><button>Filter</button></noscript>
 </form>
 {% if admin %}
@@ -11942,25 +11997,41 @@ TEMPLATES = {"layout.html": """{% macro table(label, heads, class="") %}
 </div>
 {{ message("trouble") }}
 {% if rows %}
-{% call table("Resources, worst first", ("State", "Resource", "For", "Last poll", "CPU", "Memory", "Fullest disk",
-                                         "Last 60 polls"), "overview") %}
-{% for row in rows %}
-<tr id="r{{ row.row.id }}" class="{{ row.shown_state }}">
-<td><b class="state {{ row.status.state }}">{{ row.status.state }}</b></td>
+<table aria-label="Resources" class="overview">
+<thead><tr>{% for column in columns %}
+<th scope="col"{% if column.order %} aria-sort="{{ column.order }}"{% endif %}>
+{%- if column.href %}<a href="{{ column.href }}">{{ column.label }}</a>{% else %}{{ column.label }}{% endif %}</th>
+{% endfor %}</tr></thead>
+{% for section in sections %}
+<tbody id="in-{{ section.title|urlencode }}">
+{% if section.title %}
+<tr class="roll"><th scope="rowgroup" colspan="8"><b>{{ section.title }}</b>
+{% for name, count in section.counts %} {{ state(name, count ~ " " ~ name) }}{% endfor %}
+{% if section.href %} <a href="{{ section.href }}">
+{{- "show " ~ section.hidden ~ " more" if section.hidden else "fold" }}
+<span class="hidden"> of {{ section.title }}</span></a>{% endif %}</th></tr>
+{% endif %}
+{% for row in section.rows %}
+<tr id="r{{ row.row.id }}-{{ section.title|urlencode }}" class="{{ row.shown_state }}">
+<td>{{ state(row.status.state) }}</td>
 <th scope="row"><a href="{{ row.href }}">{{ row.name }}</a> <small>{{ row.address }}</small>
 {%- for label in row.labels %} <i>{{ label }}</i>{% endfor %}
 {%- if row.in_maintenance %}
- <i class="maintenance">maintenance until {{ row.row.maintenance|local_time }}</i>{% endif %}
-{%- if row.reason %}<p>{{ row.reason }}</p>{% endif %}</th>
-<td>{% if row.status.since_at %}<span title="{{ row.status.since_at|local_time }}">
-{{- (now - row.status.since_at)|duration_text }}</span>{% endif %}</td>
+ <i class="maintenance">maintenance until {{ row.row.maintenance|time_tag }}</i>{% endif %}
+{%- if row.failing %} <i class="degraded">{{ row.failing }}</i>{% endif %}
+{%- if row.recovering %} <i>{{ row.recovering }}</i>{% endif %}
+{%- if row.reason and row.name not in said %}<p>{{ row.reason }}</p>{% endif %}</th>
+<td>{% if row.status.since_at %}
+{{- row.status.since_at|time_tag((now - row.status.since_at)|duration_text) }}{% endif %}</td>
 <td>{% if row.status.polled_at %}{{ (now - row.status.polled_at)|duration_text }} ago
 <small>in {{ "%.2f s"|format(row.status.seconds) }}</small>{% endif %}</td>
 {{ row.bars }}
 <td>{{ row.strip }}</td>
 </tr>
 {% endfor %}
-{% endcall %}
+</tbody>
+{% endfor %}
+</table>
 {% elif not empty %}
 <p class="empty">No resource matches. <a href="/-/">Show all</a></p>
 {% else %}
@@ -11996,7 +12067,7 @@ TEMPLATES = {"layout.html": """{% macro table(label, heads, class="") %}
 {{ message("trouble") }}
 {% if shown.in_maintenance %}
 <section class="message maintenance" aria-label="Maintenance">
-<p>{{ state("maintenance", "Maintenance") }} until {{ shown.row.maintenance|local_time }}
+<p>{{ state("maintenance", "Maintenance") }} until {{ shown.row.maintenance|time_tag }}
 {%- if shown.row.maintenance_reason %}: {{ shown.row.maintenance_reason }}{% endif %}</p>
 {% if admin %}
 <form method="post" action="{{ shown.href }}/maintenance" data-inline>
@@ -12006,8 +12077,10 @@ TEMPLATES = {"layout.html": """{% macro table(label, heads, class="") %}
 {% endif %}
 <section class="message now {{ shown.status.state }}" aria-label="State">
 <p><span aria-live="polite">{{ state(shown.status.state) }}</span>
+{% if shown.failing %}<i class="degraded">{{ shown.failing }}</i>{% endif %}
+{% if shown.recovering %}<i>{{ shown.recovering }}</i>{% endif %}
 {% if shown.status.since_at %}
-for <b>{{ (now - shown.status.since_at)|duration_text }}</b>, since <time>{{ shown.status.since_at|local_time }}</time>
+for <b>{{ (now - shown.status.since_at)|duration_text }}</b>, since {{ shown.status.since_at|time_tag }}
 {% else %}no result yet{% endif %}</p>
 {% if shown.reason %}<p class="why">{{ shown.reason }}</p>{% endif %}
 <p class="soft">{% if shown.status.polled_at %}
@@ -12016,25 +12089,25 @@ Last poll {{ (now - shown.status.polled_at)|duration_text }} ago, in {{ "%.2f s"
 Polled every {{ shown.row.interval|duration_text }}.
 {% if shown.settings.depends_on %}Depends on {{ shown.settings.depends_on|join(", ") }}.{% endif %}
 {% if connection %}{{ connection.logins }} login{{ "s" if connection.logins != 1 }} in 24 h{% if connection.opened %};
-connected since {{ connection.opened.timestamp()|local_time }}{{ ", and so was the last poll" if connection.kept }}
+connected since {{ connection.opened.timestamp()|time_tag }}{{ ", and so was the last poll" if connection.kept }}
 {%- endif %}.
 {% if connection.second_try %}The last poll began again, for what was open had failed: {{ connection.second_try }}.
 {% endif %}{% if connection.complaint %}It is not made anew, for the login failed: {{ connection.complaint }}.
 {% endif %}{% if connection.found_dead %}Three that were open in a row were found dead: for a day each poll opens anew.
 {% endif %}{% endif %}
-{% if login_wait %}Next login in {{ login_wait|duration_text }}, at {{ (now + login_wait)|local_time }}.
+{% if login_wait %}Next login in {{ login_wait|duration_text }}, at {{ (now + login_wait)|time_tag }}.
 {% endif %}
 Availability:
-{% for span, percent in availability.items() %}
+{% for span, percent in availability %}
 {{ span }} <b>{{ "%.2f %%"|format(percent) if percent is number else "unknown" }}</b>{{ "." if loop.last else "," }}
 {% endfor %}</p>
 {{ shown.strip }}
 <details id="polls"><summary>Last polls</summary>
 {% call table("Last polls, newest first", ("Time", "State", "Seconds", "Reason")) %}
 {% for poll in polls|reverse %}
-<tr><td><time>{{ poll.at|local_time }}</time></td><td>{{ state(poll.state) }}</td>
+<tr><td>{{ poll.at|time_tag }}</td><td>{{ state(poll.state) }}</td>
 <td>{{ "%.2f"|format(poll.readings.seconds) if poll.readings.seconds }}</td>
-<td>{{ poll.cause }}{% if poll.reason %}: {{ poll.reason }}{% endif %}</td></tr>
+<td>{{ cause_text(poll.cause, poll.reason) }}</td></tr>
 {% endfor %}
 {% endcall %}</details>
 {% if shown.status.cause == "host_key" and admin %}
@@ -12049,9 +12122,9 @@ Availability:
 </form>
 {% endif %}
 </section>
-<div class="columns">
+<div class="columns{% if shown.read_at %} old{% endif %}">
 <section>
-<h2>Readings</h2>
+<h2>Readings{% if shown.read_at %} <small>as of {{ shown.read_at|time_tag }}</small>{% endif %}</h2>
 {% call table("Readings", ("Metric", "Now", "Warning", "Limit")) %}
 {% for reading in readings %}
 <tr><th scope="row">{{ reading.label }}</th>
@@ -12068,7 +12141,7 @@ Availability:
 </section>
 {% if outcomes %}
 <section>
-<h2>Services and checks</h2>
+<h2>Services and checks{% if shown.read_at %} <small>as of {{ shown.read_at|time_tag }}</small>{% endif %}</h2>
 {% call table("Services and checks", ("Result", "Service or check")) %}
 {% for kind, name, outcome in outcomes %}
 <tr><td>{{ state("unhealthy", "bad") if not outcome.good else state("degraded", "warning") if outcome.degraded
@@ -12086,7 +12159,7 @@ else state("healthy", "good") }}</td>
 </section>
 {% endif %}
 <section>
-<h2>Machine</h2>
+<h2>Machine{% if shown.read_at %} <small>as of {{ shown.read_at|time_tag }}</small>{% endif %}</h2>
 <dl>
 {% for name, label in machine.items() if details.get(name) is not none %}
 <dt>{{ label }}</dt><dd>{{ details[name]|duration_text if name == "uptime_seconds"
@@ -12163,7 +12236,7 @@ else "%g"|format(details[name]) if details[name] is number else details[name] }}
 {% for login in sessions %}
 <tr><td>{{ login.user }}{% if login.current %} <small>this one</small>{% endif %}</td>
 <td>{{ login.kind }}</td><td>{{ login.address }}</td>
-<td><time>{{ login.begun_at|local_time }}</time></td><td><time>{{ login.seen_at|local_time }}</time></td>
+<td>{{ login.begun_at|time_tag }}</td><td>{{ login.seen_at|time_tag }}</td>
 <td><form method="post" action="/-/sessions/{{ login.id }}/end">
 <button>End<span class="hidden"> this {{ login.kind }} of {{ login.user }}</span></button></form></td></tr>
 {% endfor %}
@@ -12281,7 +12354,7 @@ table, dl, figure, .empty, .panel { background: var(--surface); border: 1px soli
 [role=alert]:not(.lost, :has(p)) { display: none; } .why { font-size: 1.0625rem; }
 
 .tools { margin: 1rem 0 .625rem; } .chips { flex: 1 1 auto; }
-.filter { flex-wrap: nowrap; min-width: 0; } .filter select { max-width: 14rem; }
+.filter { min-width: 0; } .filter select { max-width: 14rem; }
 input, select, textarea, button, .button, .chips a { padding: .3125rem .625rem; max-width: 100%;
   font: inherit; color: inherit; background: var(--surface); border-radius: 5px;
   border: 1px solid light-dark(#8b96a5, #5d6b7c); }
@@ -12306,6 +12379,10 @@ i.maintenance, i.degraded { color: var(--state); }
 .overview tbody th a { font-weight: 600; margin-right: .25rem; }
 .overview tbody th p { color: var(--state); font-size: .875rem; }
 .overview tr.unhealthy { box-shadow: inset 3px 0 var(--unhealthy); }
+.roll th { background: var(--sunken); } .roll b { margin-right: .75rem; } thead a { color: inherit; }
+[aria-sort=ascending] a::after { content: " \25B4" / ""; } [aria-sort=descending] a::after { content: " \25BE" / ""; }
+.old :is(td, dd, th, .state), td.old { color: var(--soft); } .old :is(svg, .state::before), td.old svg { opacity: .5; }
+td > :is(.state, time), .events td:nth-child(2) { white-space: nowrap; } td:has(time) + td { overflow-wrap: normal; }
 .empty { padding: 3rem 1rem; text-align: center; }
 .bar { width: 6rem; max-width: 40%; height: .5rem; margin-right: .5rem; }
 .overview .bar { width: 4rem; max-width: none; }
@@ -12368,7 +12445,8 @@ form:has([value=simulated]:checked) .remote { display: none; }
   .overview tr { display: grid; grid-template-columns: repeat(3, minmax(0, 1fr)); gap: .125rem .75rem;
     padding: .5rem .75rem; border-top: 1px solid var(--line); }
   .overview td, .overview tbody th { border: 0; padding: 0; min-width: 0; width: auto; }
-  .overview tbody th { grid-column: 1 / -1; order: -1; } .overview td:nth-child(3)::before { content: "for "; }
+  .overview tbody th { grid-column: 1 / -1; order: -1; } .overview tr.roll { display: block; }
+  .overview td:nth-child(3)::before { content: "for "; }
   [data-label]:not(:empty)::before { content: attr(data-label); display: block; font-size: .75rem;
     color: var(--soft); }
   .overview td:empty::before { content: none; } .overview td:last-child { grid-column: 1 / -1; }
@@ -12514,8 +12592,10 @@ def resource_path(name: str) -> str:
 def add_template_globals(app: flask.Flask) -> None:
     app.jinja_options = {"loader": jinja2.DictLoader(TEMPLATES), "trim_blocks": True, "lstrip_blocks": True}
     env = app.jinja_env
-    env.filters.update(duration_text=duration_text, local_time=local_time, resource_path=resource_path)
-    env.globals.update(assets={name.rpartition(".")[2]: f"{PREFIX}static/{name}" for name in ASSETS})
+    env.filters.update(duration_text=duration_text, local_time=local_time, time_tag=time_tag,
+                       resource_path=resource_path)
+    env.globals.update(cause_text=cause_text,
+                       assets={name.rpartition(".")[2]: f"{PREFIX}static/{name}" for name in ASSETS})
 
 
 def asset(name: str) -> Answer:
@@ -12554,18 +12634,38 @@ class ResourceRow:
 
     def __init__(self, row: Resource, status: Status | None, context: ConsoleContext, now: float) -> None:
         self.row, self.name, self.href = row, row.name, resource_path(row.name)
-        self.status = known = status_of(row, status, context.monitor.behind(row.name))
+        self.status = known = status_of(row, status, context)
         settings = stored_mapping(row.settings, NO_SETTINGS)    # unchecked: 1,000 of them would take too long
         self.settings = settings or NO_SETTINGS
-        self.reason = DAMAGED if settings is None else f"{known.cause}: {known.reason}" if known.cause else ""
+        poller = context.monitor.pollers.get(row.name)
+        last = poller.news.last.verdict if poller and poller.news.last and self.failing else known
+        self.reason = DAMAGED if settings is None else cause_text(last.cause, last.reason)
         self.in_maintenance = row.maintenance > now
         self.shown_state = "maintenance" if self.in_maintenance else known.state
         self.strip = strip_svg(status.strip if status else "")
+        read = poller.news.read if poller and known.sample == "null" else None
+        self._read = read if read and read.target.settings_digest == row.settings_digest else None
+        self.read_at = self._read.at if self._read else 0.0     # Unix time of what is shown though it is old, or 0
 
     @property
+    def failing(self) -> str:
+        """How far it is from being unhealthy."""
+        known = self.status
+        is_near = known.state in ("healthy", "degraded") and known.bad
+        return f"failing {known.bad} of {self.settings.get('fall')}" if is_near else ""
+
+    @property
+    def recovering(self) -> str:
+        """How far it is from being healthy."""
+        known = self.status
+        is_near = known.state == "unhealthy" and known.good
+        return f"{known.good} of {self.settings.get('rise')} good" if is_near else ""
+
+    @functools.cached_property
     def sample(self) -> dict[str, Any] | None:
-        """What the last poll read; None when it is damaged."""
-        return NO_SAMPLE if self.status.sample == "null" else stored_mapping(self.status.sample, NO_SAMPLE)
+        """What the last poll read, or the last one that read anything; None when it is damaged."""
+        text = self._read.status["sample"] if self._read else self.status.sample
+        return NO_SAMPLE if text == "null" else stored_mapping(text, NO_SAMPLE)
 
     @property
     def address(self) -> str:
@@ -12584,15 +12684,24 @@ class ResourceRow:
         own = limit if key is None else limit["mounts"][key]
         return own if isinstance(own, dict) else {}     # or off
 
+    @functools.cached_property
+    def found(self) -> dict[str, float]:
+        return highest_readings((self.sample or NO_SAMPLE)["metrics"])
+
     @property
     def bars(self) -> Markup:
         """The cells of the overview's readings, in one piece: three for 1,000 rows each would be escaped once more."""
-        cells, found = "", highest_readings((self.sample or NO_SAMPLE)["metrics"])
+        cells, found, old = "", self.found, ' class="old"' if self.read_at else ""
         for metric in ("cpu_percent", "memory_percent", "disk_percent"):
             value = found.get(metric)
             bar = "" if value is None else f"{bar_svg(value, self.limit(metric))}{value:.0f} %"
-            cells += f'<td data-label="{LABELS[metric]}">{bar}</td>'
+            cells += f'<td{old} data-label="{LABELS[metric]}">{bar}</td>'
         return Markup(cells)    # noqa: S704  # numbers and our own words
+
+    @property
+    def counts(self) -> bool:
+        """Whether the gate depends on it now, be it through a group."""
+        return self.settings["critical"] and not self.in_maintenance
 
     @property
     def sort_key(self) -> tuple[int, bool, float, str]:
@@ -12600,10 +12709,13 @@ class ResourceRow:
         newest_first = 0.0 if self.shown_state == "healthy" else -self.status.since_at
         return STATES.index(self.shown_state), not self.settings["critical"], newest_first, self.name
 
-    def matches(self, text: str, tag: str) -> bool:
+    def matches(self, wanted: Mapping[str, str]) -> bool:
+        """Whether it passes every filter but that of its state."""
         tags = self.settings["tags"]
         words = (self.name, self.row.hostname, self.row.platform, self.reason, *tags)
-        return (not tag or tag in tags) and text.casefold() in "\n".join(words).casefold()
+        return (wanted["tag"] in ("", *tags) and wanted["cause"] in ("", self.status.cause)
+                and wanted["gate"] in ("", "yes" if self.counts else "no")
+                and wanted["q"].casefold() in "\n".join(words).casefold())
 
 
 def query_of(parts: Mapping[str, str]) -> str:
@@ -12611,33 +12723,116 @@ def query_of(parts: Mapping[str, str]) -> str:
     return "?" + urlencode({name: value for name, value in parts.items() if value})
 
 
+# --- the overview ---
+FILTERS = ("state", "q", "tag", "cause", "gate", "by", "sort", "unfold")      # of its query
+ROWS_SHOWN = 60         # resources that are shown at once; of more, those that are well are folded
+COLUMNS: dict[str, tuple[str, Callable[[ResourceRow], Any] | None]] = {   # by the word of the query: how it sorts
+    "": ("State", lambda row: row.sort_key), "name": ("Resource", lambda row: row.name),
+    "since": ("For", lambda row: row.status.since_at), "polled": ("Last poll", lambda row: row.status.polled_at),
+    "cpu": ("CPU", lambda row: row.found.get("cpu_percent", -1.0)),
+    "memory": ("Memory", lambda row: row.found.get("memory_percent", -1.0)),
+    "disk": ("Fullest disk", lambda row: row.found.get("disk_percent", -1.0)),
+    "strip": ("Last 60 polls", None)}
+NO_TITLE = {"tag": "Without a tag", "group": "In no group"}
+
+
+class Blocker(NamedTuple):
+    """What keeps the gate closed, since a Unix time."""
+
+    name: str
+    href: str
+    reason: str
+    at: float
+
+
+class RowSection(NamedTuple):
+    """Rows under a heading; without a title there is none."""
+
+    title: str
+    rows: list[ResourceRow]
+    counts: list[tuple[str, int]]
+    hidden: int                 # so many are not shown
+    href: str                   # shows or folds them
+
+
+def blockers_of(rows: Iterable[ResourceRow], groups: Collection[GroupState]) -> list[Blocker]:
+    """What keeps the gate closed: groups that count, and resources that count by themselves."""
+    monitor = current_principal().context.monitor
+    through = {name for group in groups for name in group.members}      # these count for the site through a group
+    found = [Blocker(group.name, "", group.why, monitor.changed_at(group.name)) for group in groups
+             if group.state == "unhealthy" and group.name not in through and not group.name.startswith("/")]
+    return found + [
+        Blocker(row.name, row.href, row.reason, row.status.since_at)
+        for row in sorted(rows, key=lambda each: (each.status.cause == "parent", each.status.since_at))
+        if row.counts and row.name not in through and row.shown_state in ("unhealthy", "unknown")]
+
+
+def column_heads(wanted: Mapping[str, str]) -> Iterator[dict[str, str]]:
+    """The heads of the columns: a link that sorts by it or, where it does already, turns the order."""
+    sort = wanted["sort"]
+    for word, (label, key) in COLUMNS.items():
+        is_it, turned = sort.removeprefix("-") == word, sort.startswith("-")
+        href = query_of({**wanted, "sort": f"-{word}" if is_it and not turned else word}) if key else ""
+        yield {"label": label, "href": href, "order": ("descending" if turned else "ascending") if is_it else ""}
+
+
+def members_of(rows: Iterable[ResourceRow], by: str, groups: Iterable[GroupState]) -> dict[str, list[ResourceRow]]:
+    """Rows by the title of what they are in: tags, groups, or all of them together."""
+    named: dict[str, list[str]] = collections.defaultdict(list)
+    for group in groups if by == "group" else ():
+        for name in group.members:
+            named[name].append(group.name)
+    found: dict[str, list[ResourceRow]] = collections.defaultdict(list)
+    for row in rows:
+        for title in (row.settings["tags"] if by == "tag" else named[row.name]) or [NO_TITLE.get(by, "All")]:
+            found[title].append(row)
+    return found
+
+
+def sections_of(rows: list[ResourceRow], wanted: Mapping[str, str], groups: Iterable[GroupState]) -> list[RowSection]:
+    """Rows as they are shown: where there are many, what is well is folded away, and of the rest a part is shown."""
+    is_many, left = len(rows) > ROWS_SHOWN, ROWS_SHOWN
+    by = wanted["by"] or ("tag" if is_many else "none")
+    key = COLUMNS.get(wanted["sort"].removeprefix("-"), COLUMNS[""])[1]
+    rows = sorted(rows, key=key, reverse=wanted["sort"].startswith("-")) if key else rows
+    if by == "none" and not is_many:
+        return [RowSection("", rows, [], 0, "")]
+    made = []
+    for title, members in sorted(members_of(rows, by, groups).items()):
+        is_whole = not is_many or wanted["unfold"] == title
+        troubled = [row for row in members if row.shown_state in ("unhealthy", "unknown", "degraded")]
+        shown = members if is_whole else (members if wanted["state"] else troubled)[:left]
+        left -= 0 if is_whole else len(shown)
+        counts = collections.Counter(row.shown_state for row in members)
+        href = query_of({**wanted, "unfold": "" if is_whole else title})
+        hidden = len(members) - len(shown)
+        made.append(RowSection(title, shown, [(state, counts[state]) for state in STATES if counts[state]], hidden,
+                               href if is_many and (hidden or is_whole) else ""))
+    return made
+
+
 def overview(**more: Any) -> flask.Response:
     """Every resource, worst first, and the gate."""
     context = current_principal().context
     now = context.clock()
-    wanted = {name: flask.request.args.get(name, "") for name in ("state", "q", "tag")}
+    wanted = {name: flask.request.args.get(name, "") for name in FILTERS}
     with context.store.reading() as session:
         everything = [ResourceRow(row, status, context, now) for row, status in session.execute(RESOURCES)]
         is_open, last = context.is_healthy, next(iter(events(session, kind="gate", limit=1)), None)
     groups = list_groups(current_principal())
-    through = {name for group in groups for name in group.members}      # these count for the site through a group
-    blockers = [] if is_open else [
-        *((group.name, "", group.why) for group in groups
-          if group.state == "unhealthy" and group.name not in through and not group.name.startswith("/")),
-        *((resource.name, resource.href, resource.reason)
-          for resource in sorted(everything, key=lambda each: (each.status.cause == "parent", each.status.since_at))
-          if resource.settings["critical"] and resource.name not in through
-          and resource.shown_state in ("unhealthy", "unknown"))]
-    found = [resource for resource in everything if resource.matches(wanted["q"], wanted["tag"])]
+    blockers = [] if is_open else blockers_of(everything, groups)
+    found = [resource for resource in everything if resource.matches(wanted)]
     counts = collections.Counter(resource.shown_state for resource in found)
-    rows = sorted((resource for resource in found if wanted["state"] in ("", resource.shown_state)),
-                  key=lambda resource: resource.sort_key)
-    links = [(state, query_of(wanted | {"state": state}), state.capitalize() or "All", counts[state] or len(found))
+    rows = [resource for resource in found if wanted["state"] in ("", resource.shown_state)]
+    links = [(state, query_of({**wanted, "state": state}), state.capitalize() or "All", counts[state] or len(found))
              for state in ("", *STATES) if counts[state] or state in ("", wanted["state"])]
     title = f"{counts['unhealthy']} unhealthy, gate " if counts["unhealthy"] else "gate "
     return render_page("overview", title=title + ("open" if is_open else "closed"), is_open=is_open, last=last,
-                       blockers=blockers, groups=groups, rows=rows, state_links=links, filter=wanted,
+                       blockers=blockers, said={blocker.name for blocker in blockers[:5]}, groups=groups, rows=rows,
+                       sections=sections_of(rows, wanted, groups), columns=list(column_heads(wanted)),
+                       state_links=links, filter=wanted,
                        tags=sorted({tag for resource in everything for tag in resource.settings["tags"]}),
+                       causes=sorted({resource.status.cause for resource in everything} - {""}),
                        clock_step=context.monitor.clock_step, cut=context.monitor.uplink.cut, empty=not everything,
                        refresh="" if flask.request.method == "GET" else PREFIX, **more)
 
@@ -12695,6 +12890,14 @@ def charts(session: Session, resource: ResourceRow, span: str, now: float) -> li
     return drawn
 
 
+def availability_rows(session: Session, resource_id: int, now: float) -> list[tuple[str, float | None]]:
+    """Spans with their availability, as far as there is anything: what is longer says the same."""
+    found, since = availability(session, resource_id, now), known_since(session, resource_id)
+    whole = [(span, percent) for span, percent in found.items() if since and since <= now - SPANS[span][0]]
+    longer = list(found.values())[len(whole):]
+    return [*whole, (f"since {local_time(since)}", longer[0])] if since and longer else whole or [("", None)]
+
+
 def resource_page(name: str, **more: Any) -> flask.Response:
     context, request = current_principal().context, flask.request
     now = context.clock()
@@ -12703,7 +12906,8 @@ def resource_page(name: str, **more: Any) -> flask.Response:
     with context.store.reading() as session:
         row = find_resource(session, name)
         resource = ResourceRow(row, session.get(Status, row.id), context, now)
-        more |= {"charts": charts(session, resource, span, now), "availability": availability(session, row.id, now),
+        more |= {"charts": charts(session, resource, span, now),
+                 "availability": availability_rows(session, row.id, now),
                  "polls": samples(session, row.id, now), "events": events(session, resource=name, limit=20)}
     sample = resource.sample or NO_SAMPLE
     damage = "damaged in the database; the next poll writes them again" if resource.sample is None else ""
@@ -12726,7 +12930,7 @@ def event_page() -> Answer:
     found = list_events(who, {"limit": EVENTS_SHOWN} | {name: text for name, text in wanted.items() if text})
     with who.context.store.reading() as session:
         names = sorted(session.scalars(sqlalchemy.select(Resource.name)))
-    older = query_of(wanted | {"before": str(found[-1].id)}) if len(found) == EVENTS_SHOWN else ""
+    older = query_of({**wanted, "before": str(found[-1].id)}) if len(found) == EVENTS_SHOWN else ""
     return render_page("events", events=found, kinds=KINDS, filter=wanted, names=names, older=older,
                        refresh=None if wanted["before"] else "")
 

@@ -100,7 +100,7 @@ def main() -> None:
         change_password(page)
         tell_a_story(page, trouble)
         page.goto("/-/")
-        page.get_by_text("97.0 > 90").first.wait_for()
+        page.get_by_text("at 97.0, fail above 90").first.wait_for()
         if len(sys.argv) > 1:
             every_page(browser, service, Path(sys.argv[1]))
         else:

@@ -688,7 +688,7 @@ def test_what_hosts_and_operators_write_is_text(page: Page) -> None:
     page.goto("/-/")
     page.get_by_role("link", name=f"a {PAYLOAD}").first.click()
     main = page.locator("main")
-    page.get_by_text(f"disk_percent /{PAYLOAD} 90.0 > 50").first.wait_for()
+    page.get_by_text(f"disk_percent /{PAYLOAD} at 90.0, fail above 50").first.wait_for()
     text = main.inner_text()
     for shown in (f"Disk /{PAYLOAD}", f"Host name\n{PAYLOAD}", f"check {PAYLOAD}: <script>alert(1)</script> more"):
         assert shown in re.sub(r"[\t\n]+", "\n", text), text
