@@ -61,7 +61,8 @@ Sections, in file order; a definition refers only to what stands above it:
     Actions      what can be done; pages, API and command line call these
     API          the JSON API, and what every request to the console must pass
     Metrics      what Prometheus reads
-    Pages        what a person sees: charts, forms, templates
+    Charts       what a person sees drawn: bars, strips, lines
+    Pages        what a person sees: forms, templates
     Style        style and script of the pages
     Views        the pages
     Console      the operators' door: pages and API under waitress, in the main process
@@ -2429,8 +2430,8 @@ def revise(session: Session) -> None:
 # === Import ==================================================================
 # The rows follow the inventory. In come an Inventory and a Vault, out go rows and, for pollers, Targets with their
 # secrets opened. Within the transaction of whoever calls: a start, a reload, a change by the console.
-# Gives: Changes, import_inventory, keeping_word, load_targets, open_stated, open_vault, reseal, sealed_tokens,
-# Target, target_of, update_row
+# Gives: Changes, import_inventory, keeping_word, load_targets, named_by, open_stated, open_vault, rename_row, reseal,
+# sealed_tokens, Target, target_of, update_row
 class Changes(NamedTuple):
     """Names of resources by what an import does to them."""
 
@@ -2545,6 +2546,23 @@ def keeping_word(session: Session, row: Resource) -> Iterator[None]:
         status.settings_digest = row.settings_digest
 
 
+def named_by(session: Session, name: str) -> str:
+    """Why a resource has to keep its name: what names it, empty for nothing."""
+    gates = Gates.model_validate_json(remembered(session, "gates").text or "{}")
+    names = {group for group, members in gates.members({}).items() if name in members}
+    for row in session.scalars(sqlalchemy.select(Resource)):
+        with contextlib.suppress(StorageError):     # what cannot be read names nothing
+            settings = row.parsed_settings
+            names |= {row.name} if name in (*settings.depends_on, *settings.hops) else set()
+    return f"stays while it is named by {', '.join(sorted(names))}" if names else ""
+
+
+def rename_row(session: Session, row: Resource, vault: Vault, name: str) -> None:
+    """Gives a row another name: its secrets are sealed for that, and its events follow."""
+    session.execute(sqlalchemy.update(Event).values(resource=name).where(Event.resource == row.name))
+    reseal(session, [row], vault, name)
+
+
 def claim_row(session: Session, rows: dict[str, Resource], settings: ResourceSettings) -> Resource:
     """Takes out of `rows` what belongs to a resource of the inventory: the row of its name, of its name before, or one
     that was removed while its host was the same; else it is a new one. Raises InventoryError."""
@@ -2595,8 +2613,7 @@ def import_inventory(session: Session, inventory: Inventory, vault: Vault) -> Ch
             row = claim_row(session, rows, settings)
             is_new, old = row.origin == REMOVED, row.name
             if old != name:
-                reseal(session, [row], vault, name)
-                session.execute(sqlalchemy.update(Event).values(resource=name).where(Event.resource == old))
+                rename_row(session, row, vault, name)
             row.origin, row.place = "inventory", inventory.places[name]
             with keeping_word(session, row):
                 changed = update_row(row, settings, vault) or old != name
@@ -10591,9 +10608,10 @@ def utc_time(at: float) -> datetime.datetime | None:
 # serves. Each operation takes who does it, checks what is given, changes rows and notes it within one transaction, and
 # gives rows or views. What is refused is an ApiError.
 # Gives: add_resource, add_user, API, begin_maintenance, change_gate, change_password, change_resource, change_user,
-# changeable, connection_view, DAMAGED, end_maintenance, end_session, list_events, list_groups, list_resources,
-# list_sessions, list_users, NO_SAMPLE, open_session, OPERATIONS, override_gate, poll_now, remove_resource,
-# remove_user, RESOURCES, Route, SAFE_METHODS, sign_in, sign_out, status_of, test_changes, test_settings, trust_resource
+# changeable, connection_view, current_status, DAMAGED, end_maintenance, end_session, list_events, list_groups,
+# list_resources, list_sessions, list_users, NO_SAMPLE, open_session, OPERATIONS, override_gate, poll_now,
+# remove_resource, remove_user, RESOURCES, Route, SAFE_METHODS, sign_in, sign_out, test_changes, test_settings,
+# trust_resource
 POLL_NOW_TIMEOUT = 60.0         # seconds that a request waits for a poll
 MAINTENANCE = 366 * 86_400.0    # seconds of maintenance at most
 TAKE_TIME, TAKE_AGAIN = 2.0, 0.05   # seconds that a report waits for its resource's new poller, and between two looks
@@ -10691,22 +10709,25 @@ def overdue(row: Resource, status: Status, poller: Poller | None, now: float) ->
         is_good and is_late) else None
 
 
-def status_of(row: Resource, status: Status | None, context: ConsoleContext) -> Status:
-    """The status as its poller knows it, which may not be written yet or cannot be; an empty one when it is of another
-    configuration: nothing is known of this one yet. One that is cut off or behind another stands like this, whatever
-    its own results are; without a result in time none is good."""
-    poller, digest = context.monitor.pollers.get(row.name), row.settings_digest
-    known = status if status and status.settings_digest == digest else None
+def status_of(row: Resource, status: Status | None) -> Status:
+    """The status, an empty one when it is of another configuration: nothing is known of this one yet."""
+    if status and status.settings_digest == row.settings_digest:
+        return status
+    return Status(state="unknown", cause="", reason="", since_at=0.0, polled_at=0.0, seconds=0.0, sample="null",
+                  good=0, bad=0)
+
+
+def current_status(row: Resource, status: Status | None, context: ConsoleContext) -> Status:
+    """The status as its poller knows it, which may not be written yet, or cannot be. One that is cut off or behind
+    another stands like this, whatever its own results are; without a result in time none is good."""
+    known, poller = status_of(row, status), context.monitor.pollers.get(row.name)
     last = poller.news.last if poller else None
-    last = last if last and last.target.settings_digest == digest else None
-    if last and (known is None or known.polled_at != last.at):
+    if last and last.at != known.polled_at and last.target.settings_digest == row.settings_digest:
         known = Status(**last.status)
-    if known is None:
-        return Status(state="unknown", cause="", reason="", since_at=0.0, polled_at=0.0, seconds=0.0, sample="null",
-                      good=0, bad=0)
-    standing = context.monitor.behind(row.name) or overdue(row, known, poller, context.clock())
-    return Status(**vars(standing), polled_at=known.polled_at, seconds=known.seconds, sample=known.sample
-                  ) if standing else known
+    standing = context.monitor.behind(row.name) if known.polled_at else None
+    if standing := standing or overdue(row, known, poller, context.clock()):
+        return Status(**vars(standing), polled_at=known.polled_at, seconds=known.seconds, sample=known.sample)
+    return known
 
 
 def connection_view(context: ConsoleContext, name: str) -> ConnectionView | None:
@@ -10722,7 +10743,7 @@ def connection_view(context: ConsoleContext, name: str) -> ConnectionView | None
 
 def resource_view(row: Resource, status: Status | None, context: ConsoleContext) -> ResourceView:
     """A resource as the API shows it; of a row that cannot be read as much as there is, and that it is damaged."""
-    known = status_of(row, status, context)
+    known = current_status(row, status, context)
     shown: dict[str, Any] = {
         **{name: getattr(row, name) for name in Resource.COLUMNS}, "origin": row.origin,
         "place": row.place or None,
@@ -10889,14 +10910,23 @@ def add_resource(who: Principal, body: Mapping[str, Any], form: Document | None 
     return show_resource(who, row.name)
 
 
+def names_taken(who: Principal, session: Session) -> set[str]:
+    """Names of resources, of those whose history is kept, too, and of groups."""
+    every = session.scalars(sqlalchemy.select(Resource.name).execution_options(removed=True))
+    return {*every, *(group.name for group in who.context.monitor.groups())}
+
+
 def change_resource(who: Principal, name: str, body: Mapping[str, Any], form: Document | None = None) -> ResourceView:
     """Changes what is given; null stands for the default. Another host, port or username needs the password again."""
     with who.context.store.writing() as session:
-        row = changeable(who, session, name)
-        if body.get("name", name) != name:
-            raise field_errors({"name": "cannot be changed; add another resource and remove this one"})
-        inventory = who.context.imported
+        row, inventory = changeable(who, session, name), who.context.imported
         before = stated(row, inventory)
+        if body.get("name", name) != name and (new := SettingsReader(inventory, form).read(body, before).name) != name:
+            if why := "is taken" if new in names_taken(who, session) else named_by(session, name):
+                raise ApiError(f"{name} cannot be called {new}", 409, {"name": why})
+            rename_row(session, row, who.context.vault, new)
+            who.note(session, f"renamed, before {name}", new)
+            name, before = new, {**before, "name": new}
         with keeping_word(session, row):
             changed = apply_settings(who.context, row, body, form)
         if changed:
@@ -11691,46 +11721,12 @@ class Metrics:
                                   sum(record.second_tries for record in list(self._connections.records.values())))
 
 
-# === Pages ===================================================================
-# Drawings and templates of the console: readings, polls and settings come in, markup goes out; nothing here asks the
-# database or the request. Runs in the console's threads. What hosts and people wrote is escaped by the templates
-# (their keys end in .html); Markup is made of numbers and of our own words alone.
-# Gives: cause_text, LABELS, LimitValues, TEMPLATES, bar_svg, chart_svg, duration_text, local_time, scale_top,
-# strip_svg, time_tag
-LABELS = {"cpu_percent": "CPU", "memory_percent": "Memory", "disk_percent": "Disk", "swap_percent": "Swap",
-          "commit_percent": "Commit charge", "inode_percent": "Inodes", "load_per_cpu": "Load per CPU",
-          "response_seconds": "Response time", "certificate_days": "Certificate, days", "seconds": "Duration of a poll"}
+# === Charts ==================================================================
+# Drawings of the console: readings, polls, limits and events come in, markup goes out, of numbers, our own words and
+# escaped ones; nothing here asks the database or the request. Runs in the console's threads.
+# Gives: bar_svg, chart_svg, LimitValues, marks_of, scale_top, strip_svg, table_rows
 LimitValues = Mapping[str, Any]     # `warn` and `fail` of a limit, as JSON has them
-
-
-def duration_text(seconds: float) -> str:
-    """A duration in its two largest units: `45 s`, `12 min`, `3 h 20 min`, `4 d 2 h`."""
-    minutes, hours, days = (int(seconds // size) for size in (60, 3600, 86_400))
-    if days > 0:
-        return f"{days} d {hours % 24} h"
-    if hours > 0:
-        return f"{hours} h {minutes % 60} min"
-    return f"{minutes} min" if minutes > 0 else f"{max(0, int(seconds))} s"
-
-
-def local_time(at: float) -> str:
-    """A Unix time as the log writes it, in the server's own time zone, which is named where it is not that of now."""
-    then = time.localtime(at)
-    zone = "" if then.tm_gmtoff == time.localtime().tm_gmtoff else f" {then.tm_zone}"
-    return time.strftime("%Y-%m-%d %H:%M:%S", then) + zone
-
-
-def time_tag(at: float, text: str = "") -> Markup:
-    """A Unix time for people, in the server's time zone or as `text`, and for programs."""
-    then = datetime.datetime.fromtimestamp(int(at), datetime.timezone.utc).astimezone()
-    told = local_time(at)
-    return Markup('<time datetime="{}" title="{} {}">{}</time>').format(
-        then.isoformat(), told, then.tzname(), text or told)
-
-
-def cause_text(cause: str, reason: str) -> str:
-    """Why something is as it is, the cause only where the reason does not say it."""
-    return reason if cause in ("", "limit", "check") or reason.startswith(cause) else f"{cause}: {reason}"
+TABLE_ROWS = 12                 # of the table beside a chart
 
 
 CROSSED = {"fail": "unhealthy", "warn": "degraded"}     # which state a reading makes that is above a limit
@@ -11740,6 +11736,13 @@ def limit_marks(limit: LimitValues, top: float, line: str) -> str:
     """The limits drawn across a picture of 100 by 100; `line` is a path with {} for where."""
     return "".join(f'<path class="limit {state}" d="{line.format(round(100 * limit[kind] / top, 1))}"/>'
                    for kind, state in CROSSED.items() if limit.get(kind) is not None)
+
+
+def table_rows(points: Sequence[Point], begin: float, end: float) -> list[Point]:
+    """What a chart shows, in TABLE_ROWS parts at most, for those who read it as a table."""
+    parts = itertools.groupby(points, lambda point: int(TABLE_ROWS * (point.at - begin) / (end - begin)))
+    return [Point(part[0].at, sum(point.average for point in part) / len(part), min(point.minimum for point in part),
+                  max(point.maximum for point in part)) for part in (list(part) for _, part in parts)]
 
 
 def svg(kind: str, size: str, content: str, label: str = "") -> Markup:
@@ -11790,8 +11793,44 @@ def unbroken(points: Sequence[Point]) -> Iterator[Sequence[Point]]:
             begin = index
 
 
-def chart_svg(points: Sequence[Point], limit: LimitValues, begin: float, end: float, top: float) -> Markup:
-    """Averages as a line in the band from minimum to maximum, over a picture of 100 by 100, with the limits."""
+class Mark(NamedTuple):
+    """Something that happened to a resource: a moment or, of maintenance, a time; both ends are Unix times."""
+
+    state: str
+    at: float
+    until: float
+    text: str
+
+
+def marks_of(found: Iterable[Event], begin: float, end: float) -> Iterator[Mark]:
+    """What events, the newest first, say of the time from `begin` to `end`: changes of state, and maintenance."""
+    until = end
+    for event in found:
+        if event.kind == "state" and event.at >= begin:
+            yield Mark(event.text.partition(" -> ")[2].partition(" ")[0], event.at, event.at, event.text)
+        elif event.text.startswith("maintenance "):     # is over, or ended
+            until = event.at
+        elif event.text.startswith("in maintenance ") and until > begin:
+            yield Mark("maintenance", max(event.at, begin), until, event.text)
+            until = event.at
+
+
+def mark_paths(marks: Iterable[Mark], begin: float, end: float) -> Markup:
+    """Marks in a picture of 100 by 100."""
+    drawn = Markup()
+    for mark in marks:
+        at, width = (100 * part / (end - begin) for part in (mark.at - begin, mark.until - mark.at))
+        shape = Markup('<path class="mark {}" d="M{:.2f} 0v100h{:.2f}v-100z" data-at="{:.2f}" data-text="{}"/>')
+        drawn += shape.format(mark.state, at, width, at, mark.text)
+    return drawn
+
+
+def chart_svg(points: Sequence[Point], limit: LimitValues, span: tuple[float, float], top: float,
+              marks: Iterable[Mark] = ()) -> Markup:
+    """Averages as a line in the band from minimum to maximum, over a picture of 100 by 100, with the limits and with
+    what happened; `span` are the Unix times of its ends."""
+    begin, end = span
+
     def path(at: float, value: float) -> str:
         return f"{100 * (at - begin) / (end - begin):.2f} {100 * min(value / top, 1):.1f}"
 
@@ -11802,7 +11841,48 @@ def chart_svg(points: Sequence[Point], limit: LimitValues, begin: float, end: fl
         band += "M" + "L".join(upper + [path(point[0], point[2]) for point in reversed(stretch)]) + "z"
     # From below upwards: the style sheet turns it over.
     return svg("graph", "100 100", '<path d="M0 0h100M0 50h100M0 100h100M25 0v100M50 0v100M75 0v100"/>'
+               f'{mark_paths(marks, begin, end)}'
                f'<path class="band" d="{band}"/><path class="line" d="{line}"/>' + limit_marks(limit, top, "M0 {}h100"))
+
+
+# === Pages ===================================================================
+# Words and templates of the console: times, readings and settings come in, markup goes out; nothing here asks the
+# database or the request. Runs in the console's threads. What hosts and people wrote is escaped by the templates
+# (their keys end in .html).
+# Gives: cause_text, LABELS, TEMPLATES, duration_text, local_time, time_tag
+LABELS = {"cpu_percent": "CPU", "memory_percent": "Memory", "disk_percent": "Disk", "swap_percent": "Swap",
+          "commit_percent": "Commit charge", "inode_percent": "Inodes", "load_per_cpu": "Load per CPU",
+          "response_seconds": "Response time", "certificate_days": "Certificate, days", "seconds": "Duration of a poll"}
+
+
+def duration_text(seconds: float) -> str:
+    """A duration in its two largest units: `45 s`, `12 min`, `3 h 20 min`, `4 d 2 h`."""
+    minutes, hours, days = (int(seconds // size) for size in (60, 3600, 86_400))
+    if days > 0:
+        return f"{days} d {hours % 24} h"
+    if hours > 0:
+        return f"{hours} h {minutes % 60} min"
+    return f"{minutes} min" if minutes > 0 else f"{max(0, int(seconds))} s"
+
+
+def local_time(at: float) -> str:
+    """A Unix time as the log writes it, in the server's own time zone, which is named where it is not that of now."""
+    then = time.localtime(at)
+    zone = "" if then.tm_gmtoff == time.localtime().tm_gmtoff else f" {then.tm_zone}"
+    return time.strftime("%Y-%m-%d %H:%M:%S", then) + zone
+
+
+def time_tag(at: float, text: str = "") -> Markup:
+    """A Unix time for people, in the server's time zone or as `text`, and for programs."""
+    then = datetime.datetime.fromtimestamp(int(at), datetime.timezone.utc).astimezone()
+    told = local_time(at)
+    return Markup('<time datetime="{}" title="{} {}">{}</time>').format(
+        then.isoformat(), told, then.tzname(), text or told)
+
+
+def cause_text(cause: str, reason: str) -> str:
+    """Why something is as it is, the cause only where the reason does not say it."""
+    return reason if cause in ("", "limit", "check") or reason.startswith(cause) else f"{cause}: {reason}"
 
 
 TEMPLATES = {"layout.html": """{% macro table(label, heads, class="") %}
@@ -11868,11 +11948,12 @@ TEMPLATES = {"layout.html": """{% macro table(label, heads, class="") %}
 {{ input(name, label, hint, "password", required="", maxlength="1024", minlength="12" if hint,
          autocomplete="new-password" if hint else "current-password") }}
 {% endmacro %}
-{% macro event_rows(events, own=false) %}
+{% macro event_rows(events, own=false, known=()) %}
 {% for event in events %}
 <tr><td>{{ event.at|time_tag }}</td><td>{{ event.kind }}</td>
 {% if not own %}
-<td>{% if event.resource %}<a href="{{ event.resource|resource_path }}">{{ event.resource }}</a>{% endif %}</td>
+<td>{% if event.resource %}<a href="{{ event.resource|resource_path if event.resource in known
+else "?resource=" ~ event.resource|urlencode }}">{{ event.resource }}</a>{% endif %}</td>
 {% endif %}
 <td>{{ event.text }}</td><td>{{ event.actor }} <small>{{ event.address }}</small></td></tr>
 {% else %}
@@ -11883,12 +11964,13 @@ TEMPLATES = {"layout.html": """{% macro table(label, heads, class="") %}
 <html lang="en">
 <head>
 <meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{{ title }} · HealthChecker</title>
-<link rel="icon" href="{{ assets.svg }}" type="image/svg+xml">
+<title>{% if icon == "unhealthy" and "closed" not in title %}gate closed · {% endif %}
+{{- title }} · HealthChecker</title>
+<link rel="icon" href="{{ assets[icon ~ ".svg"] }}" type="image/svg+xml">
 <link rel="stylesheet" href="{{ assets.css }}">
 <script src="{{ assets.js }}" defer></script>
 </head>
-<body>
+<body data-now="{{ now }}" data-offset="{{ offset }}" data-zone="{{ zone }}">
 <a class="skip hidden" href="#main">Skip to the content</a>
 <header class="top">
 <a class="brand" href="/-/">HealthChecker</a>
@@ -11943,7 +12025,7 @@ TEMPLATES = {"layout.html": """{% macro table(label, heads, class="") %}
 <tr class="{{ group.state }}">
 <td>{{ state(group.state) }}</td>
 <th scope="row">{{ group.name }}{% if group.mode == "observe" %} <i>observe</i>{% endif %}
-{%- if group.why %}<p>{{ group.why }}</p>{% endif %}</th>
+{%- if group.why and group.name not in said %}<p>{{ group.why }}</p>{% endif %}</th>
 <td data-label="Healthy">{{ group.members.values()|sum }} of {{ group.members|length }}</td>
 <td data-label="Needed">{{ group.needed }}</td>
 <td>{% for name in (group.members|list)[:20] %}<i>{{ name }}</i> {% endfor %}
@@ -12054,6 +12136,7 @@ TEMPLATES = {"layout.html": """{% macro table(label, heads, class="") %}
 <button class="primary">Begin maintenance</button>
 </form></details>
 {% if not origin %}
+<a class="button" href="/-/add?copy={{ shown.name|urlencode }}">Copy</a>
 <a class="button" href="{{ shown.href }}/edit">Edit</a>
 <details name="action"><summary class="button">Remove</summary>
 <form method="post" action="{{ shown.href }}/remove" class="panel">
@@ -12174,12 +12257,21 @@ else "%g"|format(details[name]) if details[name] is number else details[name] }}
 <div class="tools"><h2>History</h2>{{ chips("Time span", span_links, span) }}</div>
 <div class="charts">
 {% for chart in charts %}
-<figure>
+<figure data-begin="{{ chart.begin }}" data-end="{{ chart.end }}" data-top="{{ chart.top }}"
+ data-unit="{{ chart.unit }}">
 <figcaption><b>{{ chart.label }}</b> average {{ chart.average }}, highest {{ chart.highest }}</figcaption>
 <div class="plot"><ol class="scale" aria-hidden="true">
 {% for text in chart.scale %}<li>{{ text }}</li>{% endfor %}
 </ol>{{ chart.svg }}</div>
 <ol class="times" aria-hidden="true">{% for text in chart.times %}<li>{{ text }}</li>{% endfor %}</ol>
+<div class="scan" data-keep><input type="range" max="{{ chart.last }}" value="{{ chart.last }}"
+ aria-label="{{ chart.label }}: point in time"><p class="soft" aria-hidden="true"></p></div>
+<details id="t-{{ chart.label|urlencode }}"><summary>{{ chart.label }} as a table</summary>
+{% call table(chart.label, ("From", "Average", "Lowest", "Highest")) %}
+{% for at, average, lowest, highest in chart.table %}
+<tr><td>{{ at|time_tag }}</td><td>{{ average }}</td><td>{{ lowest }}</td><td>{{ highest }}</td></tr>
+{% endfor %}
+{% endcall %}</details>
 </figure>
 {% else %}
 <p class="soft">Nothing was read in this time.</p>
@@ -12201,7 +12293,7 @@ else "%g"|format(details[name]) if details[name] is number else details[name] }}
 </form>
 </div>
 {% call table("Events, newest first", ("Time", "Kind", "Resource", "What", "Who"), "events") %}
-{{ event_rows(events) }}
+{{ event_rows(events, known=known) }}
 {% endcall %}
 {% if older %}<p><a href="{{ older }}" rel="next">Older</a></p>{% endif %}
 """, "users.html": """<div class="tools"><h1>{{ title }}</h1></div>
@@ -12211,11 +12303,13 @@ else "%g"|format(details[name]) if details[name] is number else details[name] }}
 <tr><th scope="row">{{ account.username }}{% if account.username == user.username %} <small>you</small>{% endif %}
 {% if account.initial %} <i class="degraded">documented password</i>{% endif %}</th>
 <td>{{ account.role }}</td>
-<td><details name="user"><summary>Change<span class="hidden"> {{ account.username }}</span></summary>
+{% set typed = (changed or {}).get(account.username, {}) %}
+<td><details name="user"{% if typed %} open{% endif %}>
+<summary>Change<span class="hidden"> {{ account.username }}</span></summary>
 <form method="post" class="row" action="/-/users/{{ account.username|urlencode }}">
-<label>Role <select name="role">{{ options(roles, account.role) }}</select></label>
+<label>Role <select name="role">{{ options(roles, typed.role or account.role) }}</select></label>
 <label>New password <input type="password" name="password" minlength="12" maxlength="1024" autocomplete="new-password"
- placeholder="unchanged"></label>
+ placeholder="{{ "not kept: type it again" if typed.password else "unchanged" }}"></label>
 <button>Change {{ account.username }}</button></form>
 <form method="post" action="/-/users/{{ account.username|urlencode }}/remove">
 <button class="danger">Remove {{ account.username }}</button></form></details></td></tr>
@@ -12264,7 +12358,7 @@ else "%g"|format(details[name]) if details[name] is number else details[name] }}
 <div class="inputs">
 <label>Platform <select name="platform">{{ options(platforms, given.platform) }}</select>
 <span class="hint">unix asks the host which one it is</span></label>
-{{ input("name", "Name", "unique; default: the host name", readonly="" if name) }}
+{{ input("name", "Name", "unique; default: the host name") }}
 {{ input("interval", "Interval, seconds", "between two polls", inputmode="decimal", placeholder="60") }}
 <label class="checkbox">
 <input type="checkbox" name="critical" value="true"{% if given.critical %} checked{% endif %}>
@@ -12277,14 +12371,15 @@ Critical: while it is unhealthy, the gate is closed</label>
 {{ input("port", "Port", inputmode="numeric", placeholder=ports) }}
 {{ input("username", "User name") }}
 {{ input("password", "Password", "sealed, and never shown again", "password", autocomplete="new-password",
-         placeholder="unchanged" if name) }}
+         placeholder="not kept: type it again" if given.password else "not copied" if copied
+         else "unchanged" if name) }}
 </div></fieldset>
 <fieldset class="panel"><legend>Everything else</legend>
 {{ input("settings", "Limits, services, checks and other settings: none is needed", "YAML as in the inventory: "
          ~ others|join(", "), "textarea", rows="9", spellcheck="false", placeholder=example) }}
 </fieldset>
 <div class="buttons">
-<button name="do" value="save" class="primary">Save</button>
+<button name="do" value="save" class="primary" data-inline>Save</button>
 <button name="do" value="test" data-inline>Test connection</button>
 <a href="{{ name|resource_path if name else "/-/" }}">Cancel</a>
 {{ message("result") }}
@@ -12298,11 +12393,13 @@ Critical: while it is unhealthy, the gate is closed</label>
 # === Style ===================================================================
 # What a browser gets beside the pages: icon, style sheet and script, each a constant and never made of what anybody
 # wrote. The script refreshes pages in place and sends forms without leaving the page; all pages work without it.
-# Gives: ICON, PAGE_SCRIPT, STYLE
-ICON = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 32 32">
-<rect width="32" height="32" rx="7" fill="#18713a"/>
-<path d="M4 17h6l3-8 6 15 3-7h6" fill="none" stroke="#fff" stroke-width="3" stroke-linejoin="round"/></svg>
-"""
+# Gives: ICONS, PAGE_SCRIPT, STYLE
+ICONS = {state: f"""<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 32 32">
+<rect width="32" height="32" rx="7" fill="{colour}"/>
+<path d="{path}" fill="none" stroke="#fff" stroke-width="3" stroke-linejoin="round"/></svg>
+""" for state, colour, path in (
+    ("healthy", "#18713a", "M4 17h6l3-8 6 15 3-7h6"), ("unhealthy", "#b91f29", "M9 9l14 14M23 9L9 23"),
+    ("degraded", "#855400", "M16 7L26 25H6z"))}
 STYLE = r"""
 :root {
   color-scheme: light dark;
@@ -12421,6 +12518,10 @@ figcaption b { color: var(--text); margin-right: .375rem; }
 .graph { flex: 1; min-width: 0; overflow: visible; transform: scaleY(-1); }
 .graph path { fill: none; stroke: var(--track); vector-effect: non-scaling-stroke; }
 .graph .band { fill: color-mix(in srgb, var(--link) 22%, transparent); stroke: none; }
+.graph .mark { stroke: var(--state, var(--soft)); stroke-dasharray: 2 3; }
+.graph .mark.maintenance { fill: color-mix(in srgb, var(--state) 14%, transparent); stroke: none; }
+.scan { margin-left: 2.375rem; } .scan input { width: 100%; margin: 0; padding: 0; } .scan p { min-height: 1.45em; }
+@media (scripting: none) { .scan { display: none; } }
 .graph .line { stroke: var(--link); stroke-width: 1.5; stroke-linejoin: round; stroke-linecap: round; }
 
 form.resource, form:has(> .inputs) { max-width: 68rem; }
@@ -12489,6 +12590,41 @@ function morph(old, next, sent) {
   while (at) { const gone = at; at = at.nextSibling; gone.remove(); }
 }
 
+const skew = document.body.dataset.now - Date.now() / 1000;     // the server's clock, and its time zone
+const serverTime = at => new Date((at + +document.body.dataset.offset) * 1000).toISOString().slice(0, 19)
+  .replace("T", " ") + " " + document.body.dataset.zone;
+
+// What a chart shows: of each point its place, average, lowest and highest, in hundredths of the picture.
+function pointsOf(figure) {
+  const [line, band] = ["line", "band"].map(name => figure.querySelector("." + name).getAttribute("d").split("M")
+    .slice(1).map(part => part.split("L").map(pair => pair.split(" ").map(parseFloat))));
+  return line.flatMap((part, run) => part.map(([x, average], at) =>
+    ({ x, average, high: band[run][at][1], low: band[run][2 * part.length - 1 - at][1] })));
+}
+
+// Says a point of a chart, and what happened then; `choose` says which.
+function tell(figure, choose) {
+  const { begin, end, top, unit } = figure.dataset, points = pointsOf(figure), at = choose(points), point = points[at];
+  const [slider, text] = figure.querySelector(".scan").children;
+  const value = part => +(part / 100 * top).toPrecision(3) + unit;
+  const marks = [...figure.querySelectorAll(".mark")].filter(mark => Math.abs(mark.dataset.at - point.x) < 1);
+  text.textContent = [`${serverTime(+begin + point.x / 100 * (end - begin))}: average ${value(point.average)}, ` +
+    `${value(point.low)} to ${value(point.high)}`, ...marks.map(mark => mark.dataset.text)].join("; ");
+  Object.assign(slider, { max: points.length - 1, value: at }).setAttribute("aria-valuetext", text.textContent);
+}
+
+addEventListener("input", event => {
+  const figure = event.target.closest("figure");
+  if (figure) tell(figure, points => Math.min(event.target.value, points.length - 1));
+});
+addEventListener("pointermove", event => {
+  const graph = event.target.closest(".plot")?.querySelector(".graph");
+  if (!graph) return;
+  const box = graph.getBoundingClientRect(), x = 100 * (event.clientX - box.left) / box.width;
+  const nearer = (points, one, other) => Math.abs(points[other].x - x) < Math.abs(points[one].x - x) ? other : one;
+  tell(graph.closest("figure"), points => points.reduce((best, _, at) => nearer(points, best, at), 0));
+});
+
 async function ask(url, options) {
   const mine = ++turn, headers = attended ? {} : { "X-Refresh": "1" };
   attended = false;
@@ -12500,6 +12636,8 @@ async function ask(url, options) {
 function show(page, sent) {
   const focused = document.activeElement;
   document.title = page.title;
+  const icon = head => head.querySelector("link[rel=icon]");
+  if (icon(document).href !== icon(page).href) icon(document).href = icon(page).href;
   morph(main, page.querySelector("main"), sent);
   if (focused !== document.activeElement && focused.isConnected) focused.focus({ preventScroll: true });     // it moved
 }
@@ -12515,11 +12653,11 @@ async function refresh() {
   try {
     const { answer, page, late } = await ask(location.href);
     if (answer.redirected || [401, 403, 404].includes(answer.status)) return leave();
-    if (!answer.ok) throw new Error(answer.statusText);
+    if (!answer.ok) return warn(`${page.querySelector("main p")?.textContent || answer.status} What is shown is old.`);
     if (!late) show(page);
     lost.hidden = true;
   } catch {
-    if (lost.hidden) warn(`No answer since ${new Date().toLocaleTimeString()}. What is shown is old.`);
+    if (lost.hidden) warn(`No answer since ${serverTime(Date.now() / 1000 + skew)}. What is shown is old.`);
   }
 }
 
@@ -12577,9 +12715,13 @@ setTimeout(watch, PERIOD);
 # kept between requests. A form that fails shows again what was typed, whatever was wrong; secrets never come back.
 # Gives: PAGES, add_template_globals, refuse
 STATES = ("unhealthy", "unknown", "degraded", "maintenance", "healthy")     # worst first, as pages sort and filter
+TROUBLE = frozenset({"unhealthy", "unknown", "degraded"})
+EVENT_NAMES = 10_000            # events that are looked through for names of what was removed
 EVENTS_SHOWN = 100              # of a page
+MARKS = 200                     # events of a resource that its charts look through
 ASSETS = {f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.{suffix}": (kind, text) for suffix, kind, text in (
-    ("css", "text/css", STYLE), ("js", "text/javascript", PAGE_SCRIPT), ("svg", "image/svg+xml", ICON))}
+    ("css", "text/css", STYLE), ("js", "text/javascript", PAGE_SCRIPT),
+    *((f"{state}.svg", "image/svg+xml", text) for state, text in ICONS.items()))}
 KINDS = {"service": "Service", "gate": "Gate", "group": "Groups", "state": "States", "change": "Changes",
          "login": "Logins", "attempt": "Failed logins", "clock": "Clock"}
 Answer = flask.typing.ResponseReturnValue
@@ -12595,7 +12737,7 @@ def add_template_globals(app: flask.Flask) -> None:
     env.filters.update(duration_text=duration_text, local_time=local_time, time_tag=time_tag,
                        resource_path=resource_path)
     env.globals.update(cause_text=cause_text,
-                       assets={name.rpartition(".")[2]: f"{PREFIX}static/{name}" for name in ASSETS})
+                       assets={name.partition(".")[2]: f"{PREFIX}static/{name}" for name in ASSETS})
 
 
 def asset(name: str) -> Answer:
@@ -12610,11 +12752,17 @@ def render_page(page: str, status: int = 200, **shown: Any) -> flask.Response:
     user = who.user if who else None
     common: dict[str, Any] = {
         "page": page, "title": page.capitalize(), "zone": time.strftime("%Z"), "version": VERSION, "user": user,
-        "admin": user and user.role == "admin", "now": who.context.clock() if who else 0.0, "given": {}, "errors": {}}
+        "admin": user and user.role == "admin", "now": who.context.clock() if who else 0.0, "given": {}, "errors": {},
+        "offset": time.localtime().tm_gmtoff,
+        "icon": "healthy" if who is None or who.context.is_healthy else "unhealthy"}
     if who and user and not who.restricted:
         common |= {"override": who.context.monitor.override.now, "passed": who.context.passed,
                    "observes": who.context.lease.observes.value}
-    return flask.Response(flask.render_template("layout.html", **(common | shown)), status, mimetype="text/html")
+    response = flask.Response(flask.render_template("layout.html", **(common | shown)), status, mimetype="text/html")
+    if flask.request.accept_encodings["gzip"]:      # no page holds a secret whose length could tell what it is
+        response.set_data(gzip.compress(response.get_data(), 3))
+        response.headers.update({"Content-Encoding": "gzip", "Vary": "Accept-Encoding"})
+    return response
 
 
 NO_SETTINGS: dict[str, Any] = {"tags": [], "critical": True, "limits": {}}
@@ -12634,7 +12782,7 @@ class ResourceRow:
 
     def __init__(self, row: Resource, status: Status | None, context: ConsoleContext, now: float) -> None:
         self.row, self.name, self.href = row, row.name, resource_path(row.name)
-        self.status = known = status_of(row, status, context)
+        self.status = known = current_status(row, status, context)
         settings = stored_mapping(row.settings, NO_SETTINGS)    # unchecked: 1,000 of them would take too long
         self.settings = settings or NO_SETTINGS
         poller = context.monitor.pollers.get(row.name)
@@ -12800,7 +12948,7 @@ def sections_of(rows: list[ResourceRow], wanted: Mapping[str, str], groups: Iter
     made = []
     for title, members in sorted(members_of(rows, by, groups).items()):
         is_whole = not is_many or wanted["unfold"] == title
-        troubled = [row for row in members if row.shown_state in ("unhealthy", "unknown", "degraded")]
+        troubled = [row for row in members if row.shown_state in TROUBLE]
         shown = members if is_whole else (members if wanted["state"] else troubled)[:left]
         left -= 0 if is_whole else len(shown)
         counts = collections.Counter(row.shown_state for row in members)
@@ -12809,6 +12957,17 @@ def sections_of(rows: list[ResourceRow], wanted: Mapping[str, str], groups: Iter
         made.append(RowSection(title, shown, [(state, counts[state]) for state in STATES if counts[state]], hidden,
                                href if is_many and (hidden or is_whole) else ""))
     return made
+
+
+def overview_filters(rows: Sequence[ResourceRow], found: Sequence[ResourceRow],
+                     wanted: dict[str, str]) -> dict[str, Any]:
+    """What the overview offers to choose from: states of what was `found`, tags and causes of all rows."""
+    counts = collections.Counter(row.shown_state for row in found)
+    links = [(state, query_of({**wanted, "state": state}), state.capitalize() or "All", counts[state] or len(found))
+             for state in ("", *STATES) if counts[state] or state in ("", wanted["state"])]
+    return {"state_links": links, "filter": wanted, "columns": list(column_heads(wanted)), "empty": not rows,
+            "tags": sorted({tag for row in rows for tag in row.settings["tags"]}),
+            "causes": sorted({row.status.cause for row in rows} - {""})}
 
 
 def overview(**more: Any) -> flask.Response:
@@ -12821,19 +12980,16 @@ def overview(**more: Any) -> flask.Response:
         is_open, last = context.is_healthy, next(iter(events(session, kind="gate", limit=1)), None)
     groups = list_groups(current_principal())
     blockers = [] if is_open else blockers_of(everything, groups)
-    found = [resource for resource in everything if resource.matches(wanted)]
-    counts = collections.Counter(resource.shown_state for resource in found)
-    rows = [resource for resource in found if wanted["state"] in ("", resource.shown_state)]
-    links = [(state, query_of({**wanted, "state": state}), state.capitalize() or "All", counts[state] or len(found))
-             for state in ("", *STATES) if counts[state] or state in ("", wanted["state"])]
-    title = f"{counts['unhealthy']} unhealthy, gate " if counts["unhealthy"] else "gate "
+    found = [row for row in everything if row.matches(wanted)]
+    rows = [row for row in found if wanted["state"] in ("", row.shown_state)]
+    states = collections.Counter(row.shown_state for row in everything)
+    title = f"{states['unhealthy']} unhealthy, gate " if states["unhealthy"] else "gate "
+    troubled = states.keys() & TROUBLE
     return render_page("overview", title=title + ("open" if is_open else "closed"), is_open=is_open, last=last,
-                       blockers=blockers, said={blocker.name for blocker in blockers[:5]}, groups=groups, rows=rows,
-                       sections=sections_of(rows, wanted, groups), columns=list(column_heads(wanted)),
-                       state_links=links, filter=wanted,
-                       tags=sorted({tag for resource in everything for tag in resource.settings["tags"]}),
-                       causes=sorted({resource.status.cause for resource in everything} - {""}),
-                       clock_step=context.monitor.clock_step, cut=context.monitor.uplink.cut, empty=not everything,
+                       icon="unhealthy" if not is_open else "degraded" if troubled else "healthy", blockers=blockers,
+                       said={blocker.name for blocker in blockers[:5]}, groups=groups, rows=rows,
+                       sections=sections_of(rows, wanted, groups), cut=context.monitor.uplink.cut,
+                       clock_step=context.monitor.clock_step, **overview_filters(everything, found, wanted),
                        refresh="" if flask.request.method == "GET" else PREFIX, **more)
 
 
@@ -12873,10 +13029,16 @@ MACHINE = {"hostname": "Host name", "os": "System", "kernel": "Kernel", "cpu_cou
            "skipped_filesystems": "Filesystems skipped", "hidden_filesystems": "Filesystems hidden"}
 
 
+def unit_of(metric: str) -> str:
+    return " %" if metric.endswith("_percent") else " s" if metric == "seconds" else ""
+
+
 def charts(session: Session, resource: ResourceRow, span: str, now: float) -> list[dict[str, Any]]:
+    """What was read over a span of SPANS: a drawing with what happened meanwhile, and the same as a table."""
     begin, drawn = now - SPANS[span][0], []
     written = "%H:%M" if span in ("hour", "day") else "%d %b"
     times = [time.strftime(written, time.localtime(begin + part * SPANS[span][0] / 4)) for part in range(5)]
+    marks = list(marks_of(events(session, resource=resource.name, limit=MARKS), begin, now))
     for metric, label in LABELS.items():
         points = chart(session, resource.row.id, metric, span, now) if metric in METRICS else []
         if points:
@@ -12884,8 +13046,12 @@ def charts(session: Session, resource: ResourceRow, span: str, now: float) -> li
             highest = max(point.maximum for point in points)
             top = 100.0 if metric.endswith("_percent") else scale_top([highest, *filter(None, limit.values())])
             average = sum(point.average for point in points) / len(points)
-            drawn.append({"label": label, "average": amount(metric, average), "times": times,
-                          "highest": amount(metric, highest), "svg": chart_svg(points, limit, begin, now, top),
+            drawn.append({"label": label, "average": amount(metric, average), "times": times, "begin": begin,
+                          "end": now, "top": top, "unit": unit_of(metric), "last": len(points) - 1,
+                          "highest": amount(metric, highest),
+                          "svg": chart_svg(points, limit, (begin, now), top, marks),
+                          "table": [(part.at, *(amount(metric, value) for value in part[1:]))
+                                    for part in table_rows(points, begin, now)],
                           "scale": [f"{part * top:g}" for part in (1, 0.5, 0)]})
     return drawn
 
@@ -12928,16 +13094,19 @@ def event_page() -> Answer:
     who, args = current_principal(), flask.request.args
     wanted = {name: args.get(name, "") for name in ("kind", "resource", "before")}
     found = list_events(who, {"limit": EVENTS_SHOWN} | {name: text for name, text in wanted.items() if text})
+    newest = sqlalchemy.select(Event.resource).order_by(Event.id.desc()).limit(EVENT_NAMES).subquery()
     with who.context.store.reading() as session:
-        names = sorted(session.scalars(sqlalchemy.select(Resource.name)))
+        known = set(session.scalars(sqlalchemy.select(Resource.name)))
+        gone = {*session.scalars(sqlalchemy.select(newest.c.resource).distinct()), wanted["resource"]} - known - {""}
+    names = {name: name if name in known else f"{name} (removed)" for name in sorted(known | gone)}
     older = query_of({**wanted, "before": str(found[-1].id)}) if len(found) == EVENTS_SHOWN else ""
-    return render_page("events", events=found, kinds=KINDS, filter=wanted, names=names, older=older,
+    return render_page("events", events=found, kinds=KINDS, filter=wanted, names=names, known=known, older=older,
                        refresh=None if wanted["before"] else "")
 
 
 # --- forms ---
 TYPED = "typed."                # begins the names of what was typed into a form before the login
-RETYPABLE = re.compile(r"/-/(add|override|users|resources/[^/]+/(edit|maintenance))")    # forms that show it again
+RETYPABLE = re.compile(r"/-/(add|override|users(/[^/]+)?|resources/[^/]+/(edit|maintenance))")   # show it again
 NEVER_SHOWN = ("password", "current", "new", "again")   # secrets of the forms
 INPUTS = ("platform", "name", "interval", "critical", "hostname", "url", "port", "username", "password")
 OTHERS = [name for name in ResourceSettings.model_fields if name not in {*INPUTS, *INVENTORY_ONLY}]
@@ -12959,6 +13128,12 @@ def api_error(error: Exception) -> ApiError:
     return ApiError(str(error), 409)
 
 
+def told(error: ApiError) -> str:
+    """What a person is told of a refusal; how long it is to wait, too."""
+    wait = math.ceil(error.retry)
+    return f"{error}. Next attempt in {duration_text(wait)}." if error.status == 429 and wait > 1 else str(error)
+
+
 def form_texts(name: str) -> dict[str, str]:
     """What the form shows of a resource that was added here: the inputs, and as YAML what it states besides; of a new
     one the defaults."""
@@ -12978,10 +13153,11 @@ def form_texts(name: str) -> dict[str, str]:
 
 def form_page(name: str = "", given: Mapping[str, str] | None = None, **more: Any) -> flask.Response:
     """The form to add a resource, or to change the one called `name`."""
+    copied = "" if name or given is not None else flask.request.args.get("copy", "")
     if given is None:
-        given = form_texts(name)
+        given = {**form_texts(name or copied), **({"name": ""} if copied else {})}
     return render_page("form", title=f"Edit {name}" if name else "Add a resource", name=name, given=given,
-                       others=OTHERS, example=EXAMPLE,
+                       copied=copied, others=OTHERS, example=EXAMPLE,
                        platforms=[platform for platform in SELECTABLE if platform != "local"],
                        ports=f"{SSH_PORT}; Windows: {WINRM_PORTS[True]}", **more)
 
@@ -13044,7 +13220,7 @@ def user_page(name: str = "", number: str = "", **more: Any) -> flask.Response:
     """Users and sessions; the form to add one shows what was wrong with it, and not what was with others."""
     who = current_principal()
     if name or number:
-        more = {**more, "given": {}, "errors": {}}
+        more = {**more, "changed": {name: more.get("given", {})}, "given": {}, "errors": {}}
     return render_page("users", users=list_users(who), sessions=list_sessions(who), roles=get_args(Role), **more)
 
 
@@ -13073,9 +13249,10 @@ def form_route(path: str, page: Callable[..., flask.Response], action: Callable[
                         "done yet; passwords have to be typed again.")
         try:
             done = action(current_principal(), *names.values())
-        except HealthCheckerError as failure:
+        except (HealthCheckerError, sqlalchemy.exc.SQLAlchemyError) as failure:
             error = api_error(failure)
-            return page(**names, status=error.status, given=form, errors=error.fields, problem=str(error))
+            return page(**names, status=error.status, given=form, errors=error.fields,
+                        problem=told(error))
         return done if isinstance(done, flask.Response) else flask.redirect(after or resource_path(**names), 303)
 
     return Route("POST", path, "admin", answer)
@@ -13101,7 +13278,7 @@ def login_form() -> Answer:
     try:
         user = sign_in(who, {name: form.get(name, "") for name in Credentials.model_fields})
     except ApiError as refusal:
-        return render_page("log in", refusal.status, problem=str(refusal), given=form, typed=typed)
+        return render_page("log in", refusal.status, problem=told(refusal), given=form, typed=typed)
     after = flask.request.args.get("next", "")
     if not after.startswith(PREFIX) or not after.isprintable() or "\\" in after:
         after = PREFIX      # after a login nobody is sent elsewhere
@@ -13123,7 +13300,7 @@ def error_page(error: ApiError) -> Answer:
     who: Principal | None = flask.g.get("principal")
     if who and who.operator and who.restricted and error.status == 403 and not is_form:
         return flask.redirect("/-/password", 303)
-    return render_page("error", error.status, title=http.HTTPStatus(error.status).phrase, problem=str(error))
+    return render_page("error", error.status, title=http.HTTPStatus(error.status).phrase, problem=told(error))
 
 
 def refuse(failure: Exception) -> Answer:
