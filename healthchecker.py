@@ -12451,7 +12451,7 @@ table, dl, figure, .empty, .panel { background: var(--surface); border: 1px soli
 [role=alert]:not(.lost, :has(p)) { display: none; } .why { font-size: 1.0625rem; }
 
 .tools { margin: 1rem 0 .625rem; } .chips { flex: 1 1 auto; }
-.filter { min-width: 0; } .filter select { max-width: 14rem; }
+.filter { min-width: 0; } .filter select { max-width: 9.5rem; }
 input, select, textarea, button, .button, .chips a { padding: .3125rem .625rem; max-width: 100%;
   font: inherit; color: inherit; background: var(--surface); border-radius: 5px;
   border: 1px solid light-dark(#8b96a5, #5d6b7c); }
@@ -12480,7 +12480,7 @@ i.maintenance, i.degraded { color: var(--state); }
 [aria-sort=ascending] a::after { content: " \25B4" / ""; } [aria-sort=descending] a::after { content: " \25BE" / ""; }
 .old :is(td, dd, th, .state), td.old { color: var(--soft); } .old :is(svg, .state::before), td.old svg { opacity: .5; }
 td > :is(.state, time), .events td:nth-child(2) { white-space: nowrap; } td:has(time) + td { overflow-wrap: normal; }
-.empty { padding: 3rem 1rem; text-align: center; }
+.gate + table { margin-top: .75rem; } .empty { padding: 3rem 1rem; text-align: center; }
 .bar { width: 6rem; max-width: 40%; height: .5rem; margin-right: .5rem; }
 .overview .bar { width: 4rem; max-width: none; }
 .bar path { stroke: var(--fill); stroke-width: 8; fill: none; } .bar path:first-child { stroke: var(--track); }
@@ -12520,7 +12520,8 @@ figcaption b { color: var(--text); margin-right: .375rem; }
 .graph .band { fill: color-mix(in srgb, var(--link) 22%, transparent); stroke: none; }
 .graph .mark { stroke: var(--state, var(--soft)); stroke-dasharray: 2 3; }
 .graph .mark.maintenance { fill: color-mix(in srgb, var(--state) 14%, transparent); stroke: none; }
-.scan { margin-left: 2.375rem; } .scan input { width: 100%; margin: 0; padding: 0; } .scan p { min-height: 1.45em; }
+.scan { margin-left: 2.375rem; } .scan input { width: 100%; margin: 0; padding: 0; accent-color: var(--fill); }
+.scan p { min-height: 1.45em; }
 @media (scripting: none) { .scan { display: none; } }
 .graph .line { stroke: var(--link); stroke-width: 1.5; stroke-linejoin: round; stroke-linecap: round; }
 
@@ -12546,14 +12547,14 @@ form:has([value=simulated]:checked) .remote { display: none; }
   .overview tr { display: grid; grid-template-columns: repeat(3, minmax(0, 1fr)); gap: .125rem .75rem;
     padding: .5rem .75rem; border-top: 1px solid var(--line); }
   .overview td, .overview tbody th { border: 0; padding: 0; min-width: 0; width: auto; }
-  .overview tbody th { grid-column: 1 / -1; order: -1; } .overview tr.roll { display: block; }
-  .overview td:nth-child(3)::before { content: "for "; }
+  .overview tbody th { grid-column: 1 / -1; order: -1; } .overview .roll, .overview .roll th { display: block; }
+  .overview td:nth-child(3):not([data-label])::before { content: "for "; }
   [data-label]:not(:empty)::before { content: attr(data-label); display: block; font-size: .75rem;
     color: var(--soft); }
   .overview td:empty::before { content: none; } .overview td:last-child { grid-column: 1 / -1; }
   .overview .strip { width: 100%; } .overview .bar { width: calc(100% - 3.25rem); }
   .overview td small { display: none; }
-  .filter { flex: 1 1 100%; } .filter input, .filter select { flex: 1; min-width: 0; }
+  .filter { flex: 1 1 100%; } .filter input, .filter select { flex: 1 1 8rem; min-width: 0; max-width: none; }
   .actions .panel { left: 0; right: auto; } .events thead { display: none; }
   .events tr { display: block; padding: .5rem .75rem; border-top: 1px solid var(--line); }
   .events td { display: inline; border: 0; padding: 0 .5rem 0 0; }

@@ -705,12 +705,12 @@ def test_what_hosts_and_operators_write_is_text(page: Page) -> None:
     assert page.locator("main img, main script").count() == 0
 
 
-PATHS = ("/-/login", "/-/", HOSTILE_PAGE, resource("steady"), "/-/events", "/-/users", "/-/add", "/-/password",
-         resource("none"))  # fmt: skip
+PATHS = ("/-/login", "/-/", "/-/?by=tag&sort=-name", HOSTILE_PAGE, resource("away"), resource("steady"),
+         "/-/events", "/-/users", "/-/add", "/-/password",
+         "/-/events?resource=none", resource("none"))  # fmt: skip
 
 
-# The one changes no colour, and the other no width.
-@pytest.mark.parametrize(("scheme", "width"), [("light", 1440), ("dark", 360)])
+@pytest.mark.parametrize(("scheme", "width"), [("light", 1440), ("dark", 1440), ("light", 390), ("dark", 360)])
 def test_accessible(browser: Browser, watched: Service, scheme: Scheme, width: int) -> None:
     """axe-core finds nothing, contrast included, and nothing is wider than the window."""
     axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()
@@ -742,6 +742,47 @@ def test_by_keyboard(page: Page) -> None:
     page.keyboard.press("Shift+Tab")
     page.keyboard.press("Enter")
     page.get_by_label("Reason").wait_for()
+
+
+def press_until(page: Page, text: str) -> None:
+    """Goes on from stop to stop until the one with this text has the focus."""
+    for _ in range(60):
+        page.keyboard.press("Tab")
+        if page.evaluate("(document.activeElement.textContent || document.activeElement.name).trim()") == text:
+            return
+    raise AssertionError(f"{text} cannot be reached")
+
+
+def test_a_night_by_keyboard_alone(browser: Browser, watched: Service) -> None:
+    """Logs in, finds the cause, puts it into maintenance and ends that again, and logs out."""
+    context, page, faults = visit(browser, watched)
+    page.goto("/-/")
+    until(lambda: page.evaluate("document.activeElement.name") == "username")
+    page.keyboard.type(FIRST_USER)
+    page.keyboard.press("Tab")
+    page.keyboard.type(PASSWORD)
+    page.keyboard.press("Enter")
+    page.wait_for_url(lambda url: "login" not in url)
+    page.locator(".gate li", has_text="check ").wait_for()
+    press_until(page, f"a {PAYLOAD}")
+    page.keyboard.press("Enter")
+    page.wait_for_url("**/-/resources/a*")
+    assert "fail above 50" in page.locator(".why").inner_text()
+    press_until(page, "Maintenance")
+    page.keyboard.press("Enter")
+    press_until(page, "reason")
+    page.keyboard.type("on it")
+    page.keyboard.press("Enter")
+    page.locator("section.maintenance", has_text="on it").wait_for()
+    press_until(page, "End maintenance")
+    page.keyboard.press("Enter")
+    page.locator("section.maintenance").wait_for(state="detached")
+    page.reload()
+    press_until(page, "Log out")
+    page.keyboard.press("Enter")
+    page.wait_for_url("**/-/login")
+    context.close()
+    assert not faults
 
 
 # === Many ====================================================================
