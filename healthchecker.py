@@ -67,7 +67,8 @@ Sections, in file order; a definition refers only to what stands above it:
     Actions      what can be done; pages, API and command line call these
     API          the JSON API, and what every request to the console must pass
     Metrics      what Prometheus reads
-    Pages        what a person sees: charts, forms, templates
+    Charts       what a person sees drawn: bars, strips, lines
+    Pages        what a person sees: forms, templates
     Style        style and script of the pages
     Views        the pages
     Console      the operators' door: pages and API under waitress, in the main process
@@ -2612,8 +2613,8 @@ def revise(session: Session) -> None:
 # === Import ==================================================================
 # The rows follow the inventory. In come an Inventory and a Vault, out go rows and, for pollers, Targets with their
 # secrets opened. Within the transaction of whoever calls: a start, a reload, a change by the console.
-# Gives: Changes, import_inventory, keeping_word, load_targets, open_stated, open_vault, reseal, sealed_tokens,
-# Target, target_of, update_row
+# Gives: Changes, import_inventory, keeping_word, load_targets, named_by, open_stated, open_vault, rename_row, reseal,
+# sealed_tokens, Target, target_of, update_row
 class Changes(NamedTuple):
     """Names of resources by what an import does to them."""
 
@@ -2728,6 +2729,24 @@ def keeping_word(session: Session, row: Resource) -> Iterator[None]:
         status.settings_digest = row.settings_digest
 
 
+def named_by(session: Session, name: str) -> str:
+    """Why a resource has to keep its name: what names it, empty for nothing."""
+    gates = Gates.model_validate_json(remembered(session, "gates").text or "{}")
+    names = {group for group, members in gates.members({}).items() if name in members}
+    for row in session.scalars(sqlalchemy.select(Resource)):
+        with contextlib.suppress(StorageError):     # what cannot be read names nothing
+            settings = row.parsed_settings
+            names |= {row.name} if name in (*settings.depends_on, *settings.hops) else set()
+    return f"stays while it is named by {', '.join(sorted(names))}" if names else ""
+
+
+def rename_row(session: Session, row: Resource, vault: Vault, name: str) -> None:
+    """Gives a row another name: its secrets are sealed for that, its events and what is planned for it follow."""
+    session.execute(sqlalchemy.update(Event).values(resource=name).where(Event.resource == row.name))
+    rename_chosen(session, row.name, name)
+    reseal(session, [row], vault, name)
+
+
 def claim_row(session: Session, rows: dict[str, Resource], settings: ResourceSettings) -> Resource:
     """Takes out of `rows` what belongs to a resource of the inventory: the row of its name, of its name before, or one
     that was removed while its host was the same; else it is a new one. Raises InventoryError."""
@@ -2789,9 +2808,7 @@ def import_inventory(session: Session, inventory: Inventory, vault: Vault) -> Ch
             row = claim_row(session, rows, settings)
             is_new, old = row.origin == REMOVED, row.name
             if old != name:
-                reseal(session, [row], vault, name)
-                session.execute(sqlalchemy.update(Event).values(resource=name).where(Event.resource == old))
-                rename_chosen(session, old, name)
+                rename_row(session, row, vault, name)
             row.origin, row.place = "inventory", inventory.places[name]
             with keeping_word(session, row):
                 changed = update_row(row, settings, vault) or old != name
@@ -6612,9 +6629,9 @@ def judge_limits(sample: Sample, settings: ResourceSettings) -> tuple[list[str],
         if isinstance(value, str):
             warned.append(f"{name} cannot be read: {value}")
         elif limit and limit.fail is not None and value > limit.fail:
-            failed.append(f"{name} {value:{limit.shown}} > {limit.fail:g}")
+            failed.append(f"{name} at {value:{limit.shown}}, fail above {limit.fail:g}")
         elif limit and limit.warn is not None and value > limit.warn:
-            warned.append(f"{name} {value:{limit.shown}} > {limit.warn:g}")
+            warned.append(f"{name} at {value:{limit.shown}}, warn above {limit.warn:g}")
     return failed, warned
 
 
@@ -7192,8 +7209,8 @@ class HealthAggregator:
 # What polls found: in come Reports, out go rows, averages of quarters of an hour, charts and availability. Readings are
 # whole hundredths, NULL where nothing was read. The recorder's thread writes, any thread reads.
 # 100 resources at 60 s: 288,000 polls and 864,000 averages are 82 MB; 100,000 events add 20 MB.
-# Gives: METRICS, POLLS, POLL_MARKS, SPANS, SAMPLES, highest_readings, Report, record_event, events, PastPoll, samples,
-# roll_up, prune, prune_events, availability, Point, chart
+# Gives: known_since, METRICS, POLLS, POLL_MARKS, SPANS, SAMPLES, highest_readings, Report, record_event, events,
+# PastPoll, samples, roll_up, prune, prune_events, availability, Point, chart
 DAY = 86_400                    # seconds
 PRUNE_ROWS = 10, 10_000         # rows of a resource, or events, that are dropped at once, at least and at most
 PRUNE_PART = 50                 # of how many rows one is dropped at once: a clock that is wrong takes half a day to
@@ -7409,6 +7426,13 @@ def prune_events(session: Session, retention: Retention, now: float) -> None:
         for doomed in (of_kind.where(Event.id <= last.scalar_subquery()).limit(PRUNE_ROWS[1]),
                        old.limit(max(PRUNE_ROWS[0], count // PRUNE_PART))):
             session.execute(sqlalchemy.delete(Event).where(Event.id.in_(doomed)))
+
+
+def known_since(session: Session, resource_id: int) -> float | None:
+    """Unix time of the first of what is known of a resource."""
+    first = [session.scalar(sqlalchemy.select(func.min(table.c.at)).where(table.c.resource_id == resource_id))
+             for table in (SAMPLES, AVERAGES)]
+    return min((at for at in first if at is not None), default=None)
 
 
 def availability(session: Session, resource_id: int, now: float) -> dict[str, float | None]:
@@ -7724,6 +7748,8 @@ class News:
         self.told = Standing()              # the last one that was told
         self.waits: Report | None = None    # until it is known whether others are to blame
         self._is_restored = False           # what was told was told before the start
+        self.last: Report | None = None     # whether or not it could be written
+        self.read: Report | None = None     # the last one with a sample
 
     def restore(self, standing: Standing) -> None:
         """Goes on from a standing of before the start."""
@@ -7732,13 +7758,13 @@ class News:
 
     def go_on_from(self, before: News) -> None:
         """Goes on from what the poller before told."""
-        self.told, self._is_restored = before.told, before._is_restored
+        self.told, self._is_restored, self.last, self.read = before.told, before._is_restored, before.last, before.read
         self.doubt.settle(decided=before.doubt.decided)
 
     def weigh(self, report: Report) -> Report:
         """The report with the standing that was told last, where there is something to tell: not while the resource is
         behind another or may turn out to be, nor before its own results agree again."""
-        after = report.standing
+        after, self.last, self.read = report.standing, report, report if report.sample else self.read
         if after.bad == 1 and not self._aggregator.blocker(self._name):
             for doubt in self._before():
                 doubt.urge()
@@ -8073,7 +8099,7 @@ class MaintenanceKeeper:
 # Rows of resources come in, reports go out: to the aggregator at once, to the database through the recorder. A
 # thread for each resource polls it, one (the recorder) writes, one (the monitor) makes pollers follow the rows,
 # replaces dead ones and sees leases and maintenance end. Names in `_mono` are monotonic times, in `_at` Unix times.
-# Gives: Recorder, PollContext, poll_once, Monitor
+# Gives: Poller, Recorder, PollContext, poll_once, Monitor
 FIRST_POLLS = 50.0              # first polls per second
 JITTER = 0.1                    # part of the interval by which polls are spread
 FLUSH_INTERVAL = 1.0            # seconds for which the recorder gathers what it writes
@@ -8314,8 +8340,8 @@ class Poller(threading.Thread):
         self._connection = CONNECTIONS[target.settings.platform](target, guard, context.access)
         context.access.watched[target.name] = self._connection
         self.outage = Outage(target.settings, context.uplink)
-        self._news = News(target.settings, context.aggregator, context.doubts, self.outage)
-        self.doubt = self._news.doubt
+        self.news = News(target.settings, context.aggregator, context.doubts, self.outage)
+        self.doubt = self.news.doubt
         self._previous: Sample | None = None
         self._due_mono = time.monotonic() + delay
         self.expires_mono = lease_clock() + delay + target.settings.ttl     # without a report until then it is stale
@@ -8478,16 +8504,16 @@ class Poller(threading.Thread):
             self._set_resource(ttl)
             kept = sample is not None and self._connection.keeper.reused
             report = Report(self.target, after, after, verdict, at, seconds, sample, host_key, waits, kept)
-            report = self._news.weigh(report)
+            report = self.news.weigh(report)
         if not stopped:
             self._context.recorder.put(report)
         return report
 
     def tell_late(self, *, is_last: bool = False) -> None:
         """Tells of a change that waited, once nobody else is to blame for it, or at the end; for the monitor."""
-        if self._news.waits:
+        if self.news.waits:
             with self._lock:
-                if report := self._news.late(is_last=is_last):
+                if report := self.news.late(is_last=is_last):
                     self._context.recorder.tell(report)
 
     def restore(self, stored: Status, age: float) -> None:
@@ -8496,13 +8522,13 @@ class Poller(threading.Thread):
         if left > 0:
             self.standing = standing
             self.expires_mono = self.lease_mono = lease_clock() + left
-            self._news.restore(standing)
+            self.news.restore(standing)
 
     def go_on_from(self, before: Poller) -> None:
         """Takes over the standing of the poller before it."""
         self.standing, self.expires_mono, self._opens_mono = before.standing, before.expires_mono, before._opens_mono
         self.outage.go_on_from(before.outage)
-        self._news.go_on_from(before._news)
+        self.news.go_on_from(before.news)
 
 
 def spread(pollers: Sequence[Poller]) -> None:
@@ -8564,7 +8590,7 @@ class Monitor(threading.Thread):
         self.pollers: dict[str, Poller] = {}
         self.targets: dict[str, Target] = {}    # as the rows were when they were followed
         self.guards, self.groups, self.uplink = context.access.guards, context.aggregator.groups, context.uplink
-        self.override = OverrideKeeper(store, context.aggregator, wall)
+        self.changed_at, self.override = context.recorder.changed_at, OverrideKeeper(store, context.aggregator, wall)
         self._zero_at = wall() - lease_clock()  # the Unix time of lease_clock's 0, by which stored times are read
         self.clock_step = 0.0, ""   # when the clock was set the last time, and how
         self.maintenance = MaintenanceKeeper(store)
@@ -11481,9 +11507,9 @@ def revoke_token(who: Principal, number: str) -> None:
 # What can be done, in the console's threads and in the user and gate commands, and the table of it that the API
 # serves. Each operation takes who does it, checks what is given, changes rows and notes it within one transaction, and
 # gives rows or views. What is refused is an ApiError.
-# Gives: add_resource, API, begin_maintenance, change_gate, change_resource, changeable, connection_view, DAMAGED,
-# end_maintenance, list_events, list_groups, list_resources, NO_SAMPLE, OPERATIONS, override_gate, poll_now,
-# remove_resource, RESOURCES, Route, SAFE_METHODS, status_of, test_changes, test_settings, trust_resource
+# Gives: add_resource, API, begin_maintenance, change_gate, change_resource, changeable, connection_view,
+# current_status, DAMAGED, end_maintenance, list_events, list_groups, list_resources, NO_SAMPLE, OPERATIONS, override_gate, poll_now,
+# remove_resource, RESOURCES, Route, SAFE_METHODS, test_changes, test_settings, trust_resource
 POLL_NOW_TIMEOUT = 60.0         # seconds that a request waits for a poll
 TAKE_TIME, TAKE_AGAIN = 2.0, 0.05   # seconds that a report waits for its resource's new poller, and between two looks
 PUSH_PAUSE = 1.0                # seconds for which a report that says the same, or that all is well again, is not taken
@@ -11579,13 +11605,35 @@ NO_SAMPLE: dict[str, Any] = {"details": {}, "metrics": {}, "services": {}, "chec
 RESOURCES = sqlalchemy.select(Resource, Status).outerjoin(Status, Status.resource_id == Resource.id)
 
 
-def status_of(row: Resource, status: Status | None, behind: Standing | None = None) -> Status:
-    """The status, an empty one when it is of another configuration: nothing is known of this one yet. One that is
-    `behind` another stands like this, whatever its own results are."""
+def overdue(row: Resource, status: Status, poller: Poller | None, now: float) -> Standing | None:
+    """What a state is worth that is good and for which no result came in time, whether or not that is noted yet."""
+    ttl = poller.target.settings.ttl if poller else 2 * row.interval
+    counts = poller and poller.standing.state != "unknown"      # then the clock may have been set since
+    is_late = lease_clock() >= poller.expires_mono if poller and counts else now - status.polled_at > ttl
+    is_good = status.state in ("healthy", "degraded")
+    return Standing("unhealthy", "stale", f"no result for {ttl:.0f} s", status.polled_at + ttl) if (
+        is_good and is_late) else None
+
+
+def status_of(row: Resource, status: Status | None) -> Status:
+    """The status, an empty one when it is of another configuration: nothing is known of this one yet."""
     if status and status.settings_digest == row.settings_digest:
-        return Status(**vars(behind), polled_at=status.polled_at, seconds=status.seconds, sample=status.sample
-                      ) if behind else status
-    return Status(state="unknown", cause="", reason="", since_at=0.0, polled_at=0.0, seconds=0.0, sample="null")
+        return status
+    return Status(state="unknown", cause="", reason="", since_at=0.0, polled_at=0.0, seconds=0.0, sample="null",
+                  good=0, bad=0)
+
+
+def current_status(row: Resource, status: Status | None, context: ConsoleContext) -> Status:
+    """The status as its poller knows it, which may not be written yet, or cannot be. One that is cut off or behind
+    another stands like this, whatever its own results are; without a result in time none is good."""
+    known, poller = status_of(row, status), context.monitor.pollers.get(row.name)
+    last = poller.news.last if poller else None
+    if last and last.at != known.polled_at and last.target.settings_digest == row.settings_digest:
+        known = Status(**last.status)
+    standing = context.monitor.behind(row.name) if known.polled_at else None
+    if standing := standing or overdue(row, known, poller, context.clock()):
+        return Status(**vars(standing), polled_at=known.polled_at, seconds=known.seconds, sample=known.sample)
+    return known
 
 
 def connection_view(context: ConsoleContext, name: str) -> ConnectionView | None:
@@ -11602,7 +11650,7 @@ def connection_view(context: ConsoleContext, name: str) -> ConnectionView | None
 def resource_view(row: Resource, status: Status | None, context: ConsoleContext, more: Remarks) -> ResourceView:
     """A resource as the API shows it; of a row that cannot be read as much as there is, and that it is damaged."""
     work, seen = more.maintenance.get(row.name), more.seen.get(row.name)
-    known = status_of(row, status, context.monitor.behind(row.name))
+    known = current_status(row, status, context)
     shown: dict[str, Any] = {
         **{name: getattr(row, name) for name in Resource.COLUMNS}, "origin": row.origin,
         "place": row.place or None,
@@ -11761,14 +11809,23 @@ def add_resource(who: Principal, body: Mapping[str, Any], form: Document | None 
     return show_resource(who, row.name)
 
 
+def names_taken(who: Principal, session: Session) -> set[str]:
+    """Names of resources, of those whose history is kept, too, and of groups."""
+    every = session.scalars(sqlalchemy.select(Resource.name).execution_options(removed=True))
+    return {*every, *(group.name for group in who.context.monitor.groups())}
+
+
 def change_resource(who: Principal, name: str, body: Mapping[str, Any], form: Document | None = None) -> ResourceView:
     """Changes what is given; null stands for the default. Another host, port or username needs the password again."""
     with who.context.store.writing() as session:
-        row = changeable(who, session, name)
-        if body.get("name", name) != name:
-            raise field_errors({"name": "cannot be changed; add another resource and remove this one"})
-        inventory = who.context.imported
+        row, inventory = changeable(who, session, name), who.context.imported
         before = stated(row, inventory)
+        if body.get("name", name) != name and (new := SettingsReader(inventory, form).read(body, before).name) != name:
+            if why := "is taken" if new in names_taken(who, session) else named_by(session, name):
+                raise ApiError(f"{name} cannot be called {new}", 409, {"name": why})
+            rename_row(session, row, who.context.vault, new)
+            who.note(session, f"renamed, before {name}", new)
+            name, before = new, {**before, "name": new}
         with keeping_word(session, row):
             changed = apply_settings(who.context, row, body, form)
         if changed:
@@ -12431,32 +12488,12 @@ class Metrics:
                                   sum(record.second_tries for record in list(self._connections.records.values())))
 
 
-# === Pages ===================================================================
-# Drawings and templates of the console: readings, polls and settings come in, markup goes out; nothing here asks the
-# database or the request. Runs in the console's threads. What hosts and people wrote is escaped by the templates
-# (their keys end in .html); Markup is made of numbers and of our own words alone.
-# Gives: LABELS, LimitValues, TEMPLATES, bar_svg, chart_svg, duration_text, local_time, scale_top, strip_svg
-LABELS = {"cpu_percent": "CPU", "memory_percent": "Memory", "disk_percent": "Disk", "swap_percent": "Swap",
-          "commit_percent": "Commit charge", "inode_percent": "Inodes", "load_per_cpu": "Load per CPU",
-          "response_seconds": "Response time", "certificate_days": "Certificate, days", "seconds": "Duration of a poll"}
+# === Charts ==================================================================
+# Drawings of the console: readings, polls, limits and events come in, markup goes out, of numbers, our own words and
+# escaped ones; nothing here asks the database or the request. Runs in the console's threads.
+# Gives: bar_svg, chart_svg, LimitValues, marks_of, scale_top, strip_svg, table_rows
 LimitValues = Mapping[str, Any]     # `warn` and `fail` of a limit, as JSON has them
-
-
-def duration_text(seconds: float) -> str:
-    """A duration in its two largest units: `45 s`, `12 min`, `3 h 20 min`, `4 d 2 h`."""
-    minutes, hours, days = (int(seconds // size) for size in (60, 3600, 86_400))
-    if days > 0:
-        return f"{days} d {hours % 24} h"
-    if hours > 0:
-        return f"{hours} h {minutes % 60} min"
-    return f"{minutes} min" if minutes > 0 else f"{max(0, int(seconds))} s"
-
-
-def local_time(at: float) -> str:
-    """A Unix time as the log writes it, in the server's own time zone, which is named where it is not that of now."""
-    then = time.localtime(at)
-    zone = "" if then.tm_gmtoff == time.localtime().tm_gmtoff else f" {then.tm_zone}"
-    return time.strftime("%Y-%m-%d %H:%M:%S", then) + zone
+TABLE_ROWS = 12                 # of the table beside a chart
 
 
 CROSSED = {"fail": "unhealthy", "warn": "degraded"}     # which state a reading makes that is above a limit
@@ -12466,6 +12503,13 @@ def limit_marks(limit: LimitValues, top: float, line: str) -> str:
     """The limits drawn across a picture of 100 by 100; `line` is a path with {} for where."""
     return "".join(f'<path class="limit {state}" d="{line.format(round(100 * limit[kind] / top, 1))}"/>'
                    for kind, state in CROSSED.items() if limit.get(kind) is not None)
+
+
+def table_rows(points: Sequence[Point], begin: float, end: float) -> list[Point]:
+    """What a chart shows, in TABLE_ROWS parts at most, for those who read it as a table."""
+    parts = itertools.groupby(points, lambda point: int(TABLE_ROWS * (point.at - begin) / (end - begin)))
+    return [Point(part[0].at, sum(point.average for point in part) / len(part), min(point.minimum for point in part),
+                  max(point.maximum for point in part)) for part in (list(part) for _, part in parts)]
 
 
 def svg(kind: str, size: str, content: str, label: str = "") -> Markup:
@@ -12516,8 +12560,44 @@ def unbroken(points: Sequence[Point]) -> Iterator[Sequence[Point]]:
             begin = index
 
 
-def chart_svg(points: Sequence[Point], limit: LimitValues, begin: float, end: float, top: float) -> Markup:
-    """Averages as a line in the band from minimum to maximum, over a picture of 100 by 100, with the limits."""
+class Mark(NamedTuple):
+    """Something that happened to a resource: a moment or, of maintenance, a time; both ends are Unix times."""
+
+    state: str
+    at: float
+    until: float
+    text: str
+
+
+def marks_of(found: Iterable[Event], begin: float, end: float) -> Iterator[Mark]:
+    """What events, the newest first, say of the time from `begin` to `end`: changes of state, and maintenance."""
+    until = end
+    for event in found:
+        if event.kind == "state" and event.at >= begin:
+            yield Mark(event.text.partition(" -> ")[2].partition(" ")[0], event.at, event.at, event.text)
+        elif (event.kind, event.state) == ("maintenance", "over"):
+            until = event.at
+        elif (event.kind, event.state) == ("maintenance", "begun") and until > begin:
+            yield Mark("maintenance", max(event.at, begin), until, event.text)
+            until = event.at
+
+
+def mark_paths(marks: Iterable[Mark], begin: float, end: float) -> Markup:
+    """Marks in a picture of 100 by 100."""
+    drawn = Markup()
+    for mark in marks:
+        at, width = (100 * part / (end - begin) for part in (mark.at - begin, mark.until - mark.at))
+        shape = Markup('<path class="mark {}" d="M{:.2f} 0v100h{:.2f}v-100z" data-at="{:.2f}" data-text="{}"/>')
+        drawn += shape.format(mark.state, at, width, at, mark.text)
+    return drawn
+
+
+def chart_svg(points: Sequence[Point], limit: LimitValues, span: tuple[float, float], top: float,
+              marks: Iterable[Mark] = ()) -> Markup:
+    """Averages as a line in the band from minimum to maximum, over a picture of 100 by 100, with the limits and with
+    what happened; `span` are the Unix times of its ends."""
+    begin, end = span
+
     def path(at: float, value: float) -> str:
         return f"{100 * (at - begin) / (end - begin):.2f} {100 * min(value / top, 1):.1f}"
 
@@ -12528,7 +12608,48 @@ def chart_svg(points: Sequence[Point], limit: LimitValues, begin: float, end: fl
         band += "M" + "L".join(upper + [path(point[0], point[2]) for point in reversed(stretch)]) + "z"
     # From below upwards: the style sheet turns it over.
     return svg("graph", "100 100", '<path d="M0 0h100M0 50h100M0 100h100M25 0v100M50 0v100M75 0v100"/>'
+               f'{mark_paths(marks, begin, end)}'
                f'<path class="band" d="{band}"/><path class="line" d="{line}"/>' + limit_marks(limit, top, "M0 {}h100"))
+
+
+# === Pages ===================================================================
+# Words and templates of the console: times, readings and settings come in, markup goes out; nothing here asks the
+# database or the request. Runs in the console's threads. What hosts and people wrote is escaped by the templates
+# (their keys end in .html).
+# Gives: cause_text, LABELS, TEMPLATES, duration_text, local_time, time_tag
+LABELS = {"cpu_percent": "CPU", "memory_percent": "Memory", "disk_percent": "Disk", "swap_percent": "Swap",
+          "commit_percent": "Commit charge", "inode_percent": "Inodes", "load_per_cpu": "Load per CPU",
+          "response_seconds": "Response time", "certificate_days": "Certificate, days", "seconds": "Duration of a poll"}
+
+
+def duration_text(seconds: float) -> str:
+    """A duration in its two largest units: `45 s`, `12 min`, `3 h 20 min`, `4 d 2 h`."""
+    minutes, hours, days = (int(seconds // size) for size in (60, 3600, 86_400))
+    if days > 0:
+        return f"{days} d {hours % 24} h"
+    if hours > 0:
+        return f"{hours} h {minutes % 60} min"
+    return f"{minutes} min" if minutes > 0 else f"{max(0, int(seconds))} s"
+
+
+def local_time(at: float) -> str:
+    """A Unix time as the log writes it, in the server's own time zone, which is named where it is not that of now."""
+    then = time.localtime(at)
+    zone = "" if then.tm_gmtoff == time.localtime().tm_gmtoff else f" {then.tm_zone}"
+    return time.strftime("%Y-%m-%d %H:%M:%S", then) + zone
+
+
+def time_tag(at: float, text: str = "") -> Markup:
+    """A Unix time for people, in the server's time zone or as `text`, and for programs."""
+    then = datetime.datetime.fromtimestamp(int(at), datetime.timezone.utc).astimezone()
+    told = local_time(at)
+    return Markup('<time datetime="{}" title="{} {}">{}</time>').format(
+        then.isoformat(), told, then.tzname(), text or told)
+
+
+def cause_text(cause: str, reason: str) -> str:
+    """Why something is as it is, the cause only where the reason does not say it."""
+    return reason if cause in ("", "limit", "check") or reason.startswith(cause) else f"{cause}: {reason}"
 
 
 TEMPLATES = {"layout.html": """{% macro table(label, heads, class="") %}
@@ -12546,8 +12667,8 @@ TEMPLATES = {"layout.html": """{% macro table(label, heads, class="") %}
 {% if override %}
 <section class="message degraded" aria-label="Override">
 <p>{{ state("degraded", "Gate " ~ override.why) }}</p>
-<p class="soft">since {{ override.at|local_time }},
-{{ "until " ~ override.until|local_time if override.until else "until that is ended" }}, whatever the resources say</p>
+<p class="soft">since {{ override.at|time_tag }},
+{{ "until " ~ override.until|time_tag if override.until else "until that is ended" }}, whatever the resources say</p>
 {% if admin %}
 <form method="post" action="/-/override" data-inline>
 <button name="action" value="auto">Leave the gate to the resources</button></form>
@@ -12594,11 +12715,12 @@ TEMPLATES = {"layout.html": """{% macro table(label, heads, class="") %}
 {{ input(name, label, hint, "password", required="", maxlength="1024", minlength="12" if hint,
          autocomplete="new-password" if hint else "current-password") }}
 {% endmacro %}
-{% macro event_rows(events, own=false) %}
+{% macro event_rows(events, own=false, known=()) %}
 {% for event in events %}
-<tr><td><time>{{ event.at|local_time }}</time></td><td>{{ event.kind }}</td>
+<tr><td>{{ event.at|time_tag }}</td><td>{{ event.kind }}</td>
 {% if not own %}
-<td>{% if event.resource %}<a href="{{ event.resource|resource_path }}">{{ event.resource }}</a>{% endif %}</td>
+<td>{% if event.resource %}<a href="{{ event.resource|resource_path if event.resource in known
+else "?resource=" ~ event.resource|urlencode }}">{{ event.resource }}</a>{% endif %}</td>
 {% endif %}
 <td>{{ event.text }}</td><td>{{ event.actor }} <small>{{ event.address }}</small></td></tr>
 {% else %}
@@ -12623,12 +12745,13 @@ TEMPLATES = {"layout.html": """{% macro table(label, heads, class="") %}
 <html lang="en">
 <head>
 <meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{{ title }} · HealthChecker</title>
-<link rel="icon" href="{{ assets.svg }}" type="image/svg+xml">
+<title>{% if icon == "unhealthy" and "closed" not in title %}gate closed · {% endif %}
+{{- title }} · HealthChecker</title>
+<link rel="icon" href="{{ assets[icon ~ ".svg"] }}" type="image/svg+xml">
 <link rel="stylesheet" href="{{ assets.css }}">
 <script src="{{ assets.js }}" defer></script>
 </head>
-<body>
+<body data-now="{{ now }}" data-offset="{{ offset }}" data-zone="{{ zone }}">
 <a class="skip hidden" href="#main">Skip to the content</a>
 <header class="top">
 <a class="brand" href="/-/">HealthChecker</a>
@@ -12660,13 +12783,16 @@ TEMPLATES = {"layout.html": """{% macro table(label, heads, class="") %}
 <section class="gate {{ colour }}" aria-label="Gate">
 <h2 aria-live="polite">{{ state(colour, "Gate " ~ word) }}</h2>
 {% if last %}
-<p>for <b>{{ (now - last.at)|duration_text }}</b>, since <time>{{ last.at|local_time }}</time></p>
+<p>for <b>{{ (now - last.at)|duration_text }}</b>, since {{ last.at|time_tag }}</p>
 {% endif %}
 {% if blockers %}
 <ul>
-{% for name, href, reason in blockers[:5] %}
-<li>{% if href %}<a href="{{ href }}">{{ name }}</a>{% else %}<b>{{ name }}</b>{% endif %}
-{{ reason or "no result yet" }}</li>
+{% for blocker in blockers[:5] %}
+<li>{% if blocker.href %}<a href="{{ blocker.href }}">{{ blocker.name }}</a>
+{%- else %}<b>{{ blocker.name }}</b>{% endif %}
+ {{ blocker.reason or "no result yet" }}
+{%- if blocker.at %} <small>since {{ blocker.at|time_tag }}, for {{ (now - blocker.at)|duration_text }}</small>
+{%- endif %}</li>
 {% endfor %}
 {% if blockers|length > 5 %}
 <li><a href="?state=unhealthy">and {{ blockers|length - 5 }} more</a></li>
@@ -12680,7 +12806,7 @@ TEMPLATES = {"layout.html": """{% macro table(label, heads, class="") %}
 <tr class="{{ group.state }}">
 <td>{{ state(group.state) }}</td>
 <th scope="row">{{ group.name }}{% if group.mode == "observe" %} <i>observe</i>{% endif %}
-{%- if group.why %}<p>{{ group.why }}</p>{% endif %}</th>
+{%- if group.why and group.name not in said %}<p>{{ group.why }}</p>{% endif %}</th>
 <td data-label="Healthy">{{ group.members.values()|sum }} of {{ group.members|length }}</td>
 <td data-label="Needed">{{ group.needed }}</td>
 <td>{% for name in (group.members|list)[:20] %}<i>{{ name }}</i> {% endfor %}
@@ -12703,19 +12829,29 @@ TEMPLATES = {"layout.html": """{% macro table(label, heads, class="") %}
 {% endcall %}
 {% endif %}</div>
 {% if cut %}
-<p class="notice">Since {{ cut.begun_at|local_time }} {{ cut.text }}.</p>
+<p class="notice">Since {{ cut.begun_at|time_tag }} {{ cut.text }}.</p>
 {% endif %}
 {% if now - clock_step[0] < 86400 %}
-<p class="notice">At {{ clock_step[0]|local_time }} {{ clock_step[1] }}: times before and after do not fit together.</p>
+<p class="notice">At {{ clock_step[0]|time_tag }} {{ clock_step[1] }}: times before and after do not fit together.</p>
 {% endif %}
 <div class="tools">
 {{ chips("Filter by state", state_links, filter.state) }}
 <form class="filter" role="search" data-live data-keep>
-{% if filter.state %}<input type="hidden" name="state" value="{{ filter.state }}">{% endif %}
+{% for name in ("state", "sort", "unfold") if filter[name] %}
+<input type="hidden" name="{{ name }}" value="{{ filter[name] }}">
+{% endfor %}
 <input type="search" name="q" value="{{ filter.q }}" placeholder="Name, host or reason" aria-label="Search">
 {% if tags %}
 <select name="tag" aria-label="Tag"><option value="">Every tag</option>{{ options(tags, filter.tag) }}</select>
 {% endif %}
+{% if causes %}
+<select name="cause" aria-label="Cause"><option value="">Every cause</option>
+{{- options(causes, filter.cause) }}</select>
+{% endif %}
+<select name="gate" aria-label="Gate"><option value="">Counts or not</option>
+{{- options({"yes": "Counts for the gate", "no": "Does not count"}, filter.gate) }}</select>
+<select name="by" aria-label="Grouped by"><option value="">Grouped</option>
+{{- options({"tag": "By tag", "group": "By group", "none": "In one list"}, filter.by) }}</select>
 <noscript><button>Filter</button></noscript>
 </form>
 {% if admin %}
@@ -12738,26 +12874,42 @@ TEMPLATES = {"layout.html": """{% macro table(label, heads, class="") %}
 </div>
 {{ message("trouble") }}
 {% if rows %}
-{% call table("Resources, worst first", ("State", "Resource", "For", "Last poll", "CPU", "Memory", "Fullest disk",
-                                         "Last 60 polls"), "overview") %}
-{% for row in rows %}
-<tr id="r{{ row.row.id }}" class="{{ row.shown_state }}">
-<td><b class="state {{ row.status.state }}">{{ row.status.state }}</b></td>
+<table aria-label="Resources" class="overview">
+<thead><tr>{% for column in columns %}
+<th scope="col"{% if column.order %} aria-sort="{{ column.order }}"{% endif %}>
+{%- if column.href %}<a href="{{ column.href }}">{{ column.label }}</a>{% else %}{{ column.label }}{% endif %}</th>
+{% endfor %}</tr></thead>
+{% for section in sections %}
+<tbody id="in-{{ section.title|urlencode }}">
+{% if section.title %}
+<tr class="roll"><th scope="rowgroup" colspan="8"><b>{{ section.title }}</b>
+{% for name, count in section.counts %} {{ state(name, count ~ " " ~ name) }}{% endfor %}
+{% if section.href %} <a href="{{ section.href }}">
+{{- "show " ~ section.hidden ~ " more" if section.hidden else "fold" }}
+<span class="hidden"> of {{ section.title }}</span></a>{% endif %}</th></tr>
+{% endif %}
+{% for row in section.rows %}
+<tr id="r{{ row.row.id }}-{{ section.title|urlencode }}" class="{{ row.shown_state }}">
+<td>{{ state(row.status.state) }}</td>
 <th scope="row"><a href="{{ row.href }}">{{ row.name }}</a> <small>{{ row.address }}</small>
 {%- for label in row.labels %} <i>{{ label }}</i>{% endfor %}
 {%- if row.maintenance %}
- <i class="maintenance">maintenance until {{ row.maintenance.until_at|local_time }}</i>{% endif %}
-{%- if row.reason %}<p>{{ row.reason }}</p>{% endif %}
+ <i class="maintenance">maintenance until {{ row.maintenance.until_at|time_tag }}</i>{% endif %}
+{%- if row.failing %} <i class="degraded">{{ row.failing }}</i>{% endif %}
+{%- if row.recovering %} <i>{{ row.recovering }}</i>{% endif %}
+{%- if row.reason and row.name not in said %}<p>{{ row.reason }}</p>{% endif %}
 {%- if row.seen %}<p class="soft">seen by {{ row.seen.actor }}: {{ row.seen.comment }}</p>{% endif %}</th>
-<td>{% if row.status.since_at %}<span title="{{ row.status.since_at|local_time }}">
-{{- (now - row.status.since_at)|duration_text }}</span>{% endif %}</td>
+<td>{% if row.status.since_at %}
+{{- row.status.since_at|time_tag((now - row.status.since_at)|duration_text) }}{% endif %}</td>
 <td>{% if row.status.polled_at %}{{ (now - row.status.polled_at)|duration_text }} ago
 <small>in {{ "%.2f s"|format(row.status.seconds) }}</small>{% endif %}</td>
 {{ row.bars }}
 <td>{{ row.strip }}</td>
 </tr>
 {% endfor %}
-{% endcall %}
+</tbody>
+{% endfor %}
+</table>
 {% elif not empty %}
 <p class="empty">No resource matches. <a href="/-/">Show all</a></p>
 {% else %}
@@ -12773,6 +12925,7 @@ TEMPLATES = {"layout.html": """{% macro table(label, heads, class="") %}
 <form method="post" action="{{ shown.href }}/check" data-inline><button>Check now</button></form>
 {{ work_form(shown.href ~ "/maintenance") }}
 {% if not origin %}
+<a class="button" href="/-/add?copy={{ shown.name|urlencode }}">Copy</a>
 <a class="button" href="{{ shown.href }}/edit">Edit</a>
 <details name="action"><summary class="button">Remove</summary>
 <form method="post" action="{{ shown.href }}/remove" class="panel">
@@ -12787,7 +12940,7 @@ TEMPLATES = {"layout.html": """{% macro table(label, heads, class="") %}
 <div id="work">
 {% for turn in turns if turn.state == "begun" %}
 <section class="message maintenance" aria-label="Maintenance">
-<p>{{ state("maintenance", "Maintenance") }} until {{ turn.until|local_time }}: {{ turn.reason }}</p>
+<p>{{ state("maintenance", "Maintenance") }} until {{ turn.until|time_tag }}: {{ turn.reason }}</p>
 {% if turn.scope|string != shown.name %}
 <p class="soft">With others: {{ turn.scope }}. <a href="/-/">All maintenance</a></p>
 {% elif admin %}
@@ -12821,8 +12974,10 @@ TEMPLATES = {"layout.html": """{% macro table(label, heads, class="") %}
 </div>
 <section class="message now {{ shown.status.state }}" aria-label="State">
 <p><span aria-live="polite">{{ state(shown.status.state) }}</span>
+{% if shown.failing %}<i class="degraded">{{ shown.failing }}</i>{% endif %}
+{% if shown.recovering %}<i>{{ shown.recovering }}</i>{% endif %}
 {% if shown.status.since_at %}
-for <b>{{ (now - shown.status.since_at)|duration_text }}</b>, since <time>{{ shown.status.since_at|local_time }}</time>
+for <b>{{ (now - shown.status.since_at)|duration_text }}</b>, since {{ shown.status.since_at|time_tag }}
 {% else %}no result yet{% endif %}</p>
 {% if shown.reason %}<p class="why">{{ shown.reason }}</p>{% endif %}
 <p class="soft">{% if shown.status.polled_at %}
@@ -12831,25 +12986,25 @@ Last poll {{ (now - shown.status.polled_at)|duration_text }} ago, in {{ "%.2f s"
 Polled every {{ shown.row.interval|duration_text }}.
 {% if shown.settings.depends_on %}Depends on {{ shown.settings.depends_on|join(", ") }}.{% endif %}
 {% if connection %}{{ connection.logins }} login{{ "s" if connection.logins != 1 }} in 24 h{% if connection.opened %};
-connected since {{ connection.opened.timestamp()|local_time }}{{ ", and so was the last poll" if connection.kept }}
+connected since {{ connection.opened.timestamp()|time_tag }}{{ ", and so was the last poll" if connection.kept }}
 {%- endif %}.
 {% if connection.second_try %}The last poll began again, for what was open had failed: {{ connection.second_try }}.
 {% endif %}{% if connection.complaint %}It is not made anew, for the login failed: {{ connection.complaint }}.
 {% endif %}{% if connection.found_dead %}Three that were open in a row were found dead: for a day each poll opens anew.
 {% endif %}{% endif %}
-{% if login_wait %}Next login in {{ login_wait|duration_text }}, at {{ (now + login_wait)|local_time }}.
+{% if login_wait %}Next login in {{ login_wait|duration_text }}, at {{ (now + login_wait)|time_tag }}.
 {% endif %}
 Availability:
-{% for span, percent in availability.items() %}
+{% for span, percent in availability %}
 {{ span }} <b>{{ "%.2f %%"|format(percent) if percent is number else "unknown" }}</b>{{ "." if loop.last else "," }}
 {% endfor %}</p>
 {{ shown.strip }}
 <details id="polls"><summary>Last polls</summary>
 {% call table("Last polls, newest first", ("Time", "State", "Seconds", "Reason")) %}
 {% for poll in polls|reverse %}
-<tr><td><time>{{ poll.at|local_time }}</time></td><td>{{ state(poll.state) }}</td>
+<tr><td>{{ poll.at|time_tag }}</td><td>{{ state(poll.state) }}</td>
 <td>{{ "%.2f"|format(poll.readings.seconds) if poll.readings.seconds }}</td>
-<td>{{ poll.cause }}{% if poll.reason %}: {{ poll.reason }}{% endif %}</td></tr>
+<td>{{ cause_text(poll.cause, poll.reason) }}</td></tr>
 {% endfor %}
 {% endcall %}</details>
 {% if shown.status.cause == "host_key" and admin %}
@@ -12864,9 +13019,9 @@ Availability:
 </form>
 {% endif %}
 </section>
-<div class="columns">
+<div class="columns{% if shown.read_at %} old{% endif %}">
 <section>
-<h2>Readings</h2>
+<h2>Readings{% if shown.read_at %} <small>as of {{ shown.read_at|time_tag }}</small>{% endif %}</h2>
 {% call table("Readings", ("Metric", "Now", "Warning", "Limit")) %}
 {% for reading in readings %}
 <tr><th scope="row">{{ reading.label }}</th>
@@ -12883,7 +13038,7 @@ Availability:
 </section>
 {% if outcomes %}
 <section>
-<h2>Services and checks</h2>
+<h2>Services and checks{% if shown.read_at %} <small>as of {{ shown.read_at|time_tag }}</small>{% endif %}</h2>
 {% call table("Services and checks", ("Result", "Service or check")) %}
 {% for kind, name, outcome in outcomes %}
 <tr><td>{{ state("unhealthy", "bad") if not outcome.good else state("degraded", "warning") if outcome.degraded
@@ -12901,7 +13056,7 @@ else state("healthy", "good") }}</td>
 </section>
 {% endif %}
 <section>
-<h2>Machine</h2>
+<h2>Machine{% if shown.read_at %} <small>as of {{ shown.read_at|time_tag }}</small>{% endif %}</h2>
 <dl>
 {% for name, label in machine.items() if details.get(name) is not none %}
 <dt>{{ label }}</dt><dd>{{ details[name]|duration_text if name == "uptime_seconds"
@@ -12916,12 +13071,21 @@ else "%g"|format(details[name]) if details[name] is number else details[name] }}
 <div class="tools"><h2>History</h2>{{ chips("Time span", span_links, span) }}</div>
 <div class="charts">
 {% for chart in charts %}
-<figure>
+<figure data-begin="{{ chart.begin }}" data-end="{{ chart.end }}" data-top="{{ chart.top }}"
+ data-unit="{{ chart.unit }}">
 <figcaption><b>{{ chart.label }}</b> average {{ chart.average }}, highest {{ chart.highest }}</figcaption>
 <div class="plot"><ol class="scale" aria-hidden="true">
 {% for text in chart.scale %}<li>{{ text }}</li>{% endfor %}
 </ol>{{ chart.svg }}</div>
 <ol class="times" aria-hidden="true">{% for text in chart.times %}<li>{{ text }}</li>{% endfor %}</ol>
+<div class="scan" data-keep><input type="range" max="{{ chart.last }}" value="{{ chart.last }}"
+ aria-label="{{ chart.label }}: point in time"><p class="soft" aria-hidden="true"></p></div>
+<details id="t-{{ chart.label|urlencode }}"><summary>{{ chart.label }} as a table</summary>
+{% call table(chart.label, ("From", "Average", "Lowest", "Highest")) %}
+{% for at, average, lowest, highest in chart.table %}
+<tr><td>{{ at|time_tag }}</td><td>{{ average }}</td><td>{{ lowest }}</td><td>{{ highest }}</td></tr>
+{% endfor %}
+{% endcall %}</details>
 </figure>
 {% else %}
 <p class="soft">Nothing was read in this time.</p>
@@ -12943,7 +13107,7 @@ else "%g"|format(details[name]) if details[name] is number else details[name] }}
 </form>
 </div>
 {% call table("Events, newest first", ("Time", "Kind", "Resource", "What", "Who"), "events") %}
-{{ event_rows(events) }}
+{{ event_rows(events, known=known) }}
 {% endcall %}
 {% if older %}<p><a href="{{ older }}" rel="next">Older</a></p>{% endif %}
 """, "users.html": """<div class="tools"><h1>{{ title }}</h1></div>
@@ -12953,11 +13117,13 @@ else "%g"|format(details[name]) if details[name] is number else details[name] }}
 <tr><th scope="row">{{ account.username }}{% if account.username == user.username %} <small>you</small>{% endif %}
 {% if account.initial %} <i class="degraded">documented password</i>{% endif %}</th>
 <td>{{ account.role }}</td>
-<td><details name="user"><summary>Change<span class="hidden"> {{ account.username }}</span></summary>
+{% set typed = (changed or {}).get(account.username, {}) %}
+<td><details name="user"{% if typed %} open{% endif %}>
+<summary>Change<span class="hidden"> {{ account.username }}</span></summary>
 <form method="post" class="row" action="/-/users/{{ account.username|urlencode }}">
-<label>Role <select name="role">{{ options(roles, account.role) }}</select></label>
+<label>Role <select name="role">{{ options(roles, typed.role or account.role) }}</select></label>
 <label>New password <input type="password" name="password" minlength="12" maxlength="1024" autocomplete="new-password"
- placeholder="unchanged"></label>
+ placeholder="{{ "not kept: type it again" if typed.password else "unchanged" }}"></label>
 <button>Change {{ account.username }}</button></form>
 <form method="post" action="/-/users/{{ account.username|urlencode }}/remove">
 <button class="danger">Remove {{ account.username }}</button></form></details></td></tr>
@@ -12978,7 +13144,7 @@ else "%g"|format(details[name]) if details[name] is number else details[name] }}
 {% for login in sessions %}
 <tr><td>{{ login.user }}{% if login.current %} <small>this one</small>{% endif %}</td>
 <td>{{ login.kind }}</td><td>{{ login.address }}</td>
-<td><time>{{ login.begun_at|local_time }}</time></td><td><time>{{ login.seen_at|local_time }}</time></td>
+<td>{{ login.begun_at|time_tag }}</td><td>{{ login.seen_at|time_tag }}</td>
 <td><form method="post" action="/-/sessions/{{ login.id }}/end">
 <button>End<span class="hidden"> this {{ login.kind }} of {{ login.user }}</span></button></form></td></tr>
 {% endfor %}
@@ -13038,7 +13204,7 @@ password changes. It makes and revokes no tokens, changes no users, and ends no 
 <div class="inputs">
 <label>Platform <select name="platform">{{ options(platforms, given.platform) }}</select>
 <span class="hint">unix asks the host which one it is</span></label>
-{{ input("name", "Name", "unique; default: the host name", readonly="" if name) }}
+{{ input("name", "Name", "unique; default: the host name") }}
 {{ input("interval", "Interval, seconds", "between two polls", inputmode="decimal", placeholder="60") }}
 <label class="checkbox">
 <input type="checkbox" name="critical" value="true"{% if given.critical %} checked{% endif %}>
@@ -13051,14 +13217,15 @@ Critical: while it is unhealthy, the gate is closed</label>
 {{ input("port", "Port", inputmode="numeric", placeholder=ports) }}
 {{ input("username", "User name") }}
 {{ input("password", "Password", "sealed, and never shown again", "password", autocomplete="new-password",
-         placeholder="unchanged" if name) }}
+         placeholder="not kept: type it again" if given.password else "not copied" if copied
+         else "unchanged" if name) }}
 </div></fieldset>
 <fieldset class="panel"><legend>Everything else</legend>
 {{ input("settings", "Limits, services, checks and other settings: none is needed", "YAML as in the inventory: "
          ~ others|join(", "), "textarea", rows="9", spellcheck="false", placeholder=example) }}
 </fieldset>
 <div class="buttons">
-<button name="do" value="save" class="primary">Save</button>
+<button name="do" value="save" class="primary" data-inline>Save</button>
 <button name="do" value="test" data-inline>Test connection</button>
 <a href="{{ name|resource_path if name else "/-/" }}">Cancel</a>
 {{ message("result") }}
@@ -13072,11 +13239,13 @@ Critical: while it is unhealthy, the gate is closed</label>
 # === Style ===================================================================
 # What a browser gets beside the pages: icon, style sheet and script, each a constant and never made of what anybody
 # wrote. The script refreshes pages in place and sends forms without leaving the page; all pages work without it.
-# Gives: ICON, PAGE_SCRIPT, STYLE
-ICON = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 32 32">
-<rect width="32" height="32" rx="7" fill="#18713a"/>
-<path d="M4 17h6l3-8 6 15 3-7h6" fill="none" stroke="#fff" stroke-width="3" stroke-linejoin="round"/></svg>
-"""
+# Gives: ICONS, PAGE_SCRIPT, STYLE
+ICONS = {state: f"""<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 32 32">
+<rect width="32" height="32" rx="7" fill="{colour}"/>
+<path d="{path}" fill="none" stroke="#fff" stroke-width="3" stroke-linejoin="round"/></svg>
+""" for state, colour, path in (
+    ("healthy", "#18713a", "M4 17h6l3-8 6 15 3-7h6"), ("unhealthy", "#b91f29", "M9 9l14 14M23 9L9 23"),
+    ("degraded", "#855400", "M16 7L26 25H6z"))}
 STYLE = r"""
 :root {
   color-scheme: light dark;
@@ -13128,7 +13297,7 @@ table, dl, figure, .empty, .panel { background: var(--surface); border: 1px soli
 [role=alert]:not(.lost, :has(p)) { display: none; } .why { font-size: 1.0625rem; }
 
 .tools { margin: 1rem 0 .625rem; } .chips { flex: 1 1 auto; }
-.filter { flex-wrap: nowrap; min-width: 0; } .filter select { max-width: 14rem; }
+.filter { min-width: 0; } .filter select { max-width: 9.5rem; }
 input, select, textarea, button, .button, .chips a { padding: .3125rem .625rem; max-width: 100%;
   font: inherit; color: inherit; background: var(--surface); border-radius: 5px;
   border: 1px solid light-dark(#8b96a5, #5d6b7c); }
@@ -13153,7 +13322,11 @@ i.maintenance, i.degraded { color: var(--state); }
 .overview tbody th a { font-weight: 600; margin-right: .25rem; }
 .overview tbody th p { color: var(--state); font-size: .875rem; }
 .overview tr.unhealthy { box-shadow: inset 3px 0 var(--unhealthy); }
-.empty { padding: 3rem 1rem; text-align: center; }
+.roll th { background: var(--sunken); } .roll b { margin-right: .75rem; } thead a { color: inherit; }
+[aria-sort=ascending] a::after { content: " \25B4" / ""; } [aria-sort=descending] a::after { content: " \25BE" / ""; }
+.old :is(td, dd, th, .state), td.old { color: var(--soft); } .old :is(svg, .state::before), td.old svg { opacity: .5; }
+td > :is(.state, time), .events td:nth-child(2) { white-space: nowrap; } td:has(time) + td { overflow-wrap: normal; }
+.gate + table { margin-top: .75rem; } .empty { padding: 3rem 1rem; text-align: center; }
 .bar { width: 6rem; max-width: 40%; height: .5rem; margin-right: .5rem; }
 .overview .bar { width: 4rem; max-width: none; }
 .bar path { stroke: var(--fill); stroke-width: 8; fill: none; } .bar path:first-child { stroke: var(--track); }
@@ -13191,6 +13364,11 @@ figcaption b { color: var(--text); margin-right: .375rem; }
 .graph { flex: 1; min-width: 0; overflow: visible; transform: scaleY(-1); }
 .graph path { fill: none; stroke: var(--track); vector-effect: non-scaling-stroke; }
 .graph .band { fill: color-mix(in srgb, var(--link) 22%, transparent); stroke: none; }
+.graph .mark { stroke: var(--state, var(--soft)); stroke-dasharray: 2 3; }
+.graph .mark.maintenance { fill: color-mix(in srgb, var(--state) 14%, transparent); stroke: none; }
+.scan { margin-left: 2.375rem; } .scan input { width: 100%; margin: 0; padding: 0; accent-color: var(--fill); }
+.scan p { min-height: 1.45em; }
+@media (scripting: none) { .scan { display: none; } }
 .graph .line { stroke: var(--link); stroke-width: 1.5; stroke-linejoin: round; stroke-linecap: round; }
 
 form.resource, form:has(> .inputs) { max-width: 68rem; }
@@ -13215,13 +13393,14 @@ form:has([value=simulated]:checked) .remote { display: none; }
   .overview tr { display: grid; grid-template-columns: repeat(3, minmax(0, 1fr)); gap: .125rem .75rem;
     padding: .5rem .75rem; border-top: 1px solid var(--line); }
   .overview td, .overview tbody th { border: 0; padding: 0; min-width: 0; width: auto; }
-  .overview tbody th { grid-column: 1 / -1; order: -1; } .overview td:nth-child(3)::before { content: "for "; }
+  .overview tbody th { grid-column: 1 / -1; order: -1; } .overview .roll, .overview .roll th { display: block; }
+  .overview td:nth-child(3):not([data-label])::before { content: "for "; }
   [data-label]:not(:empty)::before { content: attr(data-label); display: block; font-size: .75rem;
     color: var(--soft); }
   .overview td:empty::before { content: none; } .overview td:last-child { grid-column: 1 / -1; }
   .overview .strip { width: 100%; } .overview .bar { width: calc(100% - 3.25rem); }
   .overview td small { display: none; }
-  .filter { flex: 1 1 100%; } .filter input, .filter select { flex: 1; min-width: 0; }
+  .filter { flex: 1 1 100%; } .filter input, .filter select { flex: 1 1 8rem; min-width: 0; max-width: none; }
   .actions .panel { left: 0; right: auto; } .events thead { display: none; }
   .events tr { display: block; padding: .5rem .75rem; border-top: 1px solid var(--line); }
   .events td { display: inline; border: 0; padding: 0 .5rem 0 0; }
@@ -13258,6 +13437,41 @@ function morph(old, next, sent) {
   while (at) { const gone = at; at = at.nextSibling; gone.remove(); }
 }
 
+const skew = document.body.dataset.now - Date.now() / 1000;     // the server's clock, and its time zone
+const serverTime = at => new Date((at + +document.body.dataset.offset) * 1000).toISOString().slice(0, 19)
+  .replace("T", " ") + " " + document.body.dataset.zone;
+
+// What a chart shows: of each point its place, average, lowest and highest, in hundredths of the picture.
+function pointsOf(figure) {
+  const [line, band] = ["line", "band"].map(name => figure.querySelector("." + name).getAttribute("d").split("M")
+    .slice(1).map(part => part.split("L").map(pair => pair.split(" ").map(parseFloat))));
+  return line.flatMap((part, run) => part.map(([x, average], at) =>
+    ({ x, average, high: band[run][at][1], low: band[run][2 * part.length - 1 - at][1] })));
+}
+
+// Says a point of a chart, and what happened then; `choose` says which.
+function tell(figure, choose) {
+  const { begin, end, top, unit } = figure.dataset, points = pointsOf(figure), at = choose(points), point = points[at];
+  const [slider, text] = figure.querySelector(".scan").children;
+  const value = part => +(part / 100 * top).toPrecision(3) + unit;
+  const marks = [...figure.querySelectorAll(".mark")].filter(mark => Math.abs(mark.dataset.at - point.x) < 1);
+  text.textContent = [`${serverTime(+begin + point.x / 100 * (end - begin))}: average ${value(point.average)}, ` +
+    `${value(point.low)} to ${value(point.high)}`, ...marks.map(mark => mark.dataset.text)].join("; ");
+  Object.assign(slider, { max: points.length - 1, value: at }).setAttribute("aria-valuetext", text.textContent);
+}
+
+addEventListener("input", event => {
+  const figure = event.target.closest("figure");
+  if (figure) tell(figure, points => Math.min(event.target.value, points.length - 1));
+});
+addEventListener("pointermove", event => {
+  const graph = event.target.closest(".plot")?.querySelector(".graph");
+  if (!graph) return;
+  const box = graph.getBoundingClientRect(), x = 100 * (event.clientX - box.left) / box.width;
+  const nearer = (points, one, other) => Math.abs(points[other].x - x) < Math.abs(points[one].x - x) ? other : one;
+  tell(graph.closest("figure"), points => points.reduce((best, _, at) => nearer(points, best, at), 0));
+});
+
 async function ask(url, options) {
   const mine = ++turn, headers = attended ? {} : { "X-Refresh": "1" };
   attended = false;
@@ -13269,6 +13483,8 @@ async function ask(url, options) {
 function show(page, sent) {
   const focused = document.activeElement;
   document.title = page.title;
+  const icon = head => head.querySelector("link[rel=icon]");
+  if (icon(document).href !== icon(page).href) icon(document).href = icon(page).href;
   morph(main, page.querySelector("main"), sent);
   if (focused !== document.activeElement && focused.isConnected) focused.focus({ preventScroll: true });     // it moved
 }
@@ -13284,11 +13500,11 @@ async function refresh() {
   try {
     const { answer, page, late } = await ask(location.href);
     if (answer.redirected || [401, 403, 404].includes(answer.status)) return leave();
-    if (!answer.ok) throw new Error(answer.statusText);
+    if (!answer.ok) return warn(`${page.querySelector("main p")?.textContent || answer.status} What is shown is old.`);
     if (!late) show(page);
     lost.hidden = true;
   } catch {
-    if (lost.hidden) warn(`No answer since ${new Date().toLocaleTimeString()}. What is shown is old.`);
+    if (lost.hidden) warn(`No answer since ${serverTime(Date.now() / 1000 + skew)}. What is shown is old.`);
   }
 }
 
@@ -13346,9 +13562,13 @@ setTimeout(watch, PERIOD);
 # kept between requests. A form that fails shows again what was typed, whatever was wrong; secrets never come back.
 # Gives: PAGES, add_template_globals, refuse
 STATES = ("unhealthy", "unknown", "degraded", "maintenance", "healthy")     # worst first, as pages sort and filter
+TROUBLE = frozenset({"unhealthy", "unknown", "degraded"})
+EVENT_NAMES = 10_000            # events that are looked through for names of what was removed
 EVENTS_SHOWN = 100              # of a page
+MARKS = 200                     # events of a resource that its charts look through
 ASSETS = {f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.{suffix}": (kind, text) for suffix, kind, text in (
-    ("css", "text/css", STYLE), ("js", "text/javascript", PAGE_SCRIPT), ("svg", "image/svg+xml", ICON))}
+    ("css", "text/css", STYLE), ("js", "text/javascript", PAGE_SCRIPT),
+    *((f"{state}.svg", "image/svg+xml", text) for state, text in ICONS.items()))}
 KINDS = {"service": "Service", "gate": "Gate", "group": "Groups", "state": "States", "change": "Changes",
          "maintenance": "Maintenance", "acknowledgement": "Acknowledgements",
          "login": "Logins", "attempt": "Failed logins", "clock": "Clock"}
@@ -13362,8 +13582,10 @@ def resource_path(name: str) -> str:
 def add_template_globals(app: flask.Flask) -> None:
     app.jinja_options = {"loader": jinja2.DictLoader(TEMPLATES), "trim_blocks": True, "lstrip_blocks": True}
     env = app.jinja_env
-    env.filters.update(duration_text=duration_text, local_time=local_time, resource_path=resource_path)
-    env.globals.update(assets={name.rpartition(".")[2]: f"{PREFIX}static/{name}" for name in ASSETS})
+    env.filters.update(duration_text=duration_text, local_time=local_time, time_tag=time_tag,
+                       resource_path=resource_path)
+    env.globals.update(cause_text=cause_text,
+                       assets={name.partition(".")[2]: f"{PREFIX}static/{name}" for name in ASSETS})
 
 
 def asset(name: str) -> Answer:
@@ -13378,11 +13600,17 @@ def render_page(page: str, status: int = 200, **shown: Any) -> flask.Response:
     user = who.user if who else None
     common: dict[str, Any] = {
         "page": page, "title": page.capitalize(), "zone": time.strftime("%Z"), "version": VERSION, "user": user,
-        "admin": user and user.role == "admin", "now": who.context.clock() if who else 0.0, "given": {}, "errors": {}}
+        "admin": user and user.role == "admin", "now": who.context.clock() if who else 0.0, "given": {}, "errors": {},
+        "offset": time.localtime().tm_gmtoff,
+        "icon": "healthy" if who is None or who.context.is_healthy else "unhealthy"}
     if who and user and not who.restricted:
         common |= {"override": who.context.monitor.override.now, "passed": who.context.passed,
                    "observes": who.context.lease.observes.value}
-    return flask.Response(flask.render_template("layout.html", **(common | shown)), status, mimetype="text/html")
+    response = flask.Response(flask.render_template("layout.html", **(common | shown)), status, mimetype="text/html")
+    if flask.request.accept_encodings["gzip"]:      # no page holds a secret whose length could tell what it is
+        response.set_data(gzip.compress(response.get_data(), 3))
+        response.headers.update({"Content-Encoding": "gzip", "Vary": "Accept-Encoding"})
+    return response
 
 
 NO_SETTINGS: dict[str, Any] = {"tags": [], "critical": True, "limits": {}}
@@ -13402,18 +13630,38 @@ class ResourceRow:
 
     def __init__(self, row: Resource, status: Status | None, context: ConsoleContext, more: Remarks) -> None:
         self.row, self.name, self.href = row, row.name, resource_path(row.name)
-        self.status = known = status_of(row, status, context.monitor.behind(row.name))
+        self.status = known = current_status(row, status, context)
         settings = stored_mapping(row.settings, NO_SETTINGS)    # unchecked: 1,000 of them would take too long
         self.settings = settings or NO_SETTINGS
-        self.reason = DAMAGED if settings is None else f"{known.cause}: {known.reason}" if known.cause else ""
+        poller = context.monitor.pollers.get(row.name)
+        last = poller.news.last.verdict if poller and poller.news.last and self.failing else known
+        self.reason = DAMAGED if settings is None else cause_text(last.cause, last.reason)
         self.maintenance, self.seen = more.maintenance.get(row.name), more.seen.get(row.name)
         self.shown_state = "maintenance" if self.maintenance else known.state
         self.strip = strip_svg(status.strip if status else "")
+        read = poller.news.read if poller and known.sample == "null" else None
+        self._read = read if read and read.target.settings_digest == row.settings_digest else None
+        self.read_at = self._read.at if self._read else 0.0     # Unix time of what is shown though it is old, or 0
 
     @property
+    def failing(self) -> str:
+        """How far it is from being unhealthy."""
+        known = self.status
+        is_near = known.state in ("healthy", "degraded") and known.bad
+        return f"failing {known.bad} of {self.settings.get('fall')}" if is_near else ""
+
+    @property
+    def recovering(self) -> str:
+        """How far it is from being healthy."""
+        known = self.status
+        is_near = known.state == "unhealthy" and known.good
+        return f"{known.good} of {self.settings.get('rise')} good" if is_near else ""
+
+    @functools.cached_property
     def sample(self) -> dict[str, Any] | None:
-        """What the last poll read; None when it is damaged."""
-        return NO_SAMPLE if self.status.sample == "null" else stored_mapping(self.status.sample, NO_SAMPLE)
+        """What the last poll read, or the last one that read anything; None when it is damaged."""
+        text = self._read.status["sample"] if self._read else self.status.sample
+        return NO_SAMPLE if text == "null" else stored_mapping(text, NO_SAMPLE)
 
     @property
     def address(self) -> str:
@@ -13432,15 +13680,24 @@ class ResourceRow:
         own = limit if key is None else limit["mounts"][key]
         return own if isinstance(own, dict) else {}     # or off
 
+    @functools.cached_property
+    def found(self) -> dict[str, float]:
+        return highest_readings((self.sample or NO_SAMPLE)["metrics"])
+
     @property
     def bars(self) -> Markup:
         """The cells of the overview's readings, in one piece: three for 1,000 rows each would be escaped once more."""
-        cells, found = "", highest_readings((self.sample or NO_SAMPLE)["metrics"])
+        cells, found, old = "", self.found, ' class="old"' if self.read_at else ""
         for metric in ("cpu_percent", "memory_percent", "disk_percent"):
             value = found.get(metric)
             bar = "" if value is None else f"{bar_svg(value, self.limit(metric))}{value:.0f} %"
-            cells += f'<td data-label="{LABELS[metric]}">{bar}</td>'
+            cells += f'<td{old} data-label="{LABELS[metric]}">{bar}</td>'
         return Markup(cells)    # noqa: S704  # numbers and our own words
+
+    @property
+    def counts(self) -> bool:
+        """Whether the gate depends on it now, be it through a group."""
+        return self.settings["critical"] and not self.maintenance
 
     @property
     def sort_key(self) -> tuple[int, bool, float, str]:
@@ -13448,10 +13705,13 @@ class ResourceRow:
         newest_first = 0.0 if self.shown_state == "healthy" else -self.status.since_at
         return STATES.index(self.shown_state), not self.settings["critical"], newest_first, self.name
 
-    def matches(self, text: str, tag: str) -> bool:
+    def matches(self, wanted: Mapping[str, str]) -> bool:
+        """Whether it passes every filter but that of its state."""
         tags = self.settings["tags"]
         words = (self.name, self.row.hostname, self.row.platform, self.reason, *tags)
-        return (not tag or tag in tags) and text.casefold() in "\n".join(words).casefold()
+        return (wanted["tag"] in ("", *tags) and wanted["cause"] in ("", self.status.cause)
+                and wanted["gate"] in ("", "yes" if self.counts else "no")
+                and wanted["q"].casefold() in "\n".join(words).casefold())
 
 
 def query_of(parts: Mapping[str, str]) -> str:
@@ -13459,38 +13719,134 @@ def query_of(parts: Mapping[str, str]) -> str:
     return "?" + urlencode({name: value for name, value in parts.items() if value})
 
 
+# --- the overview ---
+FILTERS = ("state", "q", "tag", "cause", "gate", "by", "sort", "unfold")      # of its query
+ROWS_SHOWN = 60         # resources that are shown at once; of more, those that are well are folded
+COLUMNS: dict[str, tuple[str, Callable[[ResourceRow], Any] | None]] = {   # by the word of the query: how it sorts
+    "": ("State", lambda row: row.sort_key), "name": ("Resource", lambda row: row.name),
+    "since": ("For", lambda row: row.status.since_at), "polled": ("Last poll", lambda row: row.status.polled_at),
+    "cpu": ("CPU", lambda row: row.found.get("cpu_percent", -1.0)),
+    "memory": ("Memory", lambda row: row.found.get("memory_percent", -1.0)),
+    "disk": ("Fullest disk", lambda row: row.found.get("disk_percent", -1.0)),
+    "strip": ("Last 60 polls", None)}
+NO_TITLE = {"tag": "Without a tag", "group": "In no group"}
+
+
+class Blocker(NamedTuple):
+    """What keeps the gate closed, since a Unix time."""
+
+    name: str
+    href: str
+    reason: str
+    at: float
+
+
+class RowSection(NamedTuple):
+    """Rows under a heading; without a title there is none."""
+
+    title: str
+    rows: list[ResourceRow]
+    counts: list[tuple[str, int]]
+    hidden: int                 # so many are not shown
+    href: str                   # shows or folds them
+
+
+def blockers_of(rows: Iterable[ResourceRow], groups: Collection[GroupState]) -> list[Blocker]:
+    """What keeps the gate closed: groups that count, and resources that count by themselves."""
+    monitor = current_principal().context.monitor
+    through = {name for group in groups for name in group.members}      # these count for the site through a group
+    found = [Blocker(group.name, "", group.why, monitor.changed_at(group.name)) for group in groups
+             if group.state == "unhealthy" and group.name not in through and not group.name.startswith("/")]
+    return found + [
+        Blocker(row.name, row.href, row.reason, row.status.since_at)
+        for row in sorted(rows, key=lambda each: (each.status.cause == "parent", each.status.since_at))
+        if row.counts and row.name not in through and row.shown_state in ("unhealthy", "unknown")]
+
+
+def column_heads(wanted: Mapping[str, str]) -> Iterator[dict[str, str]]:
+    """The heads of the columns: a link that sorts by it or, where it does already, turns the order."""
+    sort = wanted["sort"]
+    for word, (label, key) in COLUMNS.items():
+        is_it, turned = sort.removeprefix("-") == word, sort.startswith("-")
+        href = query_of({**wanted, "sort": f"-{word}" if is_it and not turned else word}) if key else ""
+        yield {"label": label, "href": href, "order": ("descending" if turned else "ascending") if is_it else ""}
+
+
+def members_of(rows: Iterable[ResourceRow], by: str, groups: Iterable[GroupState]) -> dict[str, list[ResourceRow]]:
+    """Rows by the title of what they are in: tags, groups, or all of them together."""
+    named: dict[str, list[str]] = collections.defaultdict(list)
+    for group in groups if by == "group" else ():
+        for name in group.members:
+            named[name].append(group.name)
+    found: dict[str, list[ResourceRow]] = collections.defaultdict(list)
+    for row in rows:
+        for title in (row.settings["tags"] if by == "tag" else named[row.name]) or [NO_TITLE.get(by, "All")]:
+            found[title].append(row)
+    return found
+
+
+def sections_of(rows: list[ResourceRow], wanted: Mapping[str, str], groups: Iterable[GroupState]) -> list[RowSection]:
+    """Rows as they are shown: where there are many, what is well is folded away, and of the rest a part is shown."""
+    is_many, left = len(rows) > ROWS_SHOWN, ROWS_SHOWN
+    by = wanted["by"] or ("tag" if is_many else "none")
+    key = COLUMNS.get(wanted["sort"].removeprefix("-"), COLUMNS[""])[1]
+    rows = sorted(rows, key=key, reverse=wanted["sort"].startswith("-")) if key else rows
+    if by == "none" and not is_many:
+        return [RowSection("", rows, [], 0, "")]
+    made = []
+    for title, members in sorted(members_of(rows, by, groups).items()):
+        is_whole = not is_many or wanted["unfold"] == title
+        troubled = [row for row in members if row.shown_state in TROUBLE]
+        shown = members if is_whole else (members if wanted["state"] else troubled)[:left]
+        left -= 0 if is_whole else len(shown)
+        counts = collections.Counter(row.shown_state for row in members)
+        href = query_of({**wanted, "unfold": "" if is_whole else title})
+        hidden = len(members) - len(shown)
+        made.append(RowSection(title, shown, [(state, counts[state]) for state in STATES if counts[state]], hidden,
+                               href if is_many and (hidden or is_whole) else ""))
+    return made
+
+
+def overview_filters(rows: Sequence[ResourceRow], found: Sequence[ResourceRow],
+                     wanted: dict[str, str]) -> dict[str, Any]:
+    """What the overview offers to choose from: states of what was `found`, tags and causes of all rows."""
+    counts = collections.Counter(row.shown_state for row in found)
+    links = [(state, query_of({**wanted, "state": state}), state.capitalize() or "All", counts[state] or len(found))
+             for state in ("", *STATES) if counts[state] or state in ("", wanted["state"])]
+    return {"state_links": links, "filter": wanted, "columns": list(column_heads(wanted)), "empty": not rows,
+            "tags": sorted({tag for row in rows for tag in row.settings["tags"]}),
+            "causes": sorted({row.status.cause for row in rows} - {""})}
+
+
+def scopes_of(rows: Iterable[ResourceRow], groups: Iterable[GroupState]) -> dict[str, str]:
+    """What maintenance can be chosen for, as a form gives it and as one reads it."""
+    tags = sorted({tag for row in rows for tag in row.settings["tags"]})
+    return {"all": "everything"} | {f"tags:{tag}": f"tag {tag}" for tag in tags} | {
+        f"groups:{group.name}": f"group {group.name}" for group in groups if not group.name.startswith("/")}
+
+
 def overview(**more: Any) -> flask.Response:
     """Every resource, worst first, and the gate."""
     context = current_principal().context
     now = context.clock()
-    wanted = {name: flask.request.args.get(name, "") for name in ("state", "q", "tag")}
+    wanted = {name: flask.request.args.get(name, "") for name in FILTERS}
     with context.store.reading() as session:
         more_known, turns = remarks(session, now), timetable(session, now)
         everything = [ResourceRow(row, status, context, more_known) for row, status in session.execute(RESOURCES)]
         is_open, last = context.is_healthy, next(iter(events(session, kind="gate", limit=1)), None)
-    groups, tags = list_groups(current_principal()), sorted({tag for one in everything for tag in one.settings["tags"]})
-    through = {name for group in groups for name in group.members}      # these count for the site through a group
-    blockers = [] if is_open else [
-        *((group.name, "", group.why) for group in groups
-          if group.state == "unhealthy" and group.name not in through and not group.name.startswith("/")),
-        *((resource.name, resource.href, resource.reason)
-          for resource in sorted(everything, key=lambda each: (each.status.cause == "parent", each.status.since_at))
-          if resource.settings["critical"] and resource.name not in through
-          and resource.shown_state in ("unhealthy", "unknown"))]
-    found = [resource for resource in everything if resource.matches(wanted["q"], wanted["tag"])]
-    counts = collections.Counter(resource.shown_state for resource in found)
-    rows = sorted((resource for resource in found if wanted["state"] in ("", resource.shown_state)),
-                  key=lambda resource: resource.sort_key)
-    links = [(state, query_of(wanted | {"state": state}), state.capitalize() or "All", counts[state] or len(found))
-             for state in ("", *STATES) if counts[state] or state in ("", wanted["state"])]
-    title = f"{counts['unhealthy']} unhealthy, gate " if counts["unhealthy"] else "gate "
+    groups = list_groups(current_principal())
+    blockers = [] if is_open else blockers_of(everything, groups)
+    found = [row for row in everything if row.matches(wanted)]
+    rows = [row for row in found if wanted["state"] in ("", row.shown_state)]
+    states = collections.Counter(row.shown_state for row in everything)
+    title = f"{states['unhealthy']} unhealthy, gate " if states["unhealthy"] else "gate "
+    troubled = states.keys() & TROUBLE
     return render_page("overview", title=title + ("open" if is_open else "closed"), is_open=is_open, last=last,
-                       blockers=blockers, groups=groups, rows=rows, state_links=links, filter=wanted,
-                       tags=tags, turns=turns, scopes={"all": "everything"} | {
-                           f"tags:{tag}": f"tag {tag}" for tag in tags} | {
-                           f"groups:{group.name}": f"group {group.name}" for group in groups
-                           if not group.name.startswith("/")},
-                       clock_step=context.monitor.clock_step, cut=context.monitor.uplink.cut, empty=not everything,
+                       icon="unhealthy" if not is_open else "degraded" if troubled else "healthy", blockers=blockers,
+                       said={blocker.name for blocker in blockers[:5]}, groups=groups, rows=rows,
+                       sections=sections_of(rows, wanted, groups), cut=context.monitor.uplink.cut,
+                       clock_step=context.monitor.clock_step, **overview_filters(everything, found, wanted),
+                       turns=turns, scopes=scopes_of(everything, groups),
                        refresh="" if flask.request.method == "GET" else PREFIX, **more)
 
 
@@ -13530,10 +13886,16 @@ MACHINE = {"hostname": "Host name", "os": "System", "kernel": "Kernel", "cpu_cou
            "skipped_filesystems": "Filesystems skipped", "hidden_filesystems": "Filesystems hidden"}
 
 
+def unit_of(metric: str) -> str:
+    return " %" if metric.endswith("_percent") else " s" if metric == "seconds" else ""
+
+
 def charts(session: Session, resource: ResourceRow, span: str, now: float) -> list[dict[str, Any]]:
+    """What was read over a span of SPANS: a drawing with what happened meanwhile, and the same as a table."""
     begin, drawn = now - SPANS[span][0], []
     written = "%H:%M" if span in ("hour", "day") else "%d %b"
     times = [time.strftime(written, time.localtime(begin + part * SPANS[span][0] / 4)) for part in range(5)]
+    marks = list(marks_of(events(session, resource=resource.name, limit=MARKS), begin, now))
     for metric, label in LABELS.items():
         points = chart(session, resource.row.id, metric, span, now) if metric in METRICS else []
         if points:
@@ -13541,10 +13903,22 @@ def charts(session: Session, resource: ResourceRow, span: str, now: float) -> li
             highest = max(point.maximum for point in points)
             top = 100.0 if metric.endswith("_percent") else scale_top([highest, *filter(None, limit.values())])
             average = sum(point.average for point in points) / len(points)
-            drawn.append({"label": label, "average": amount(metric, average), "times": times,
-                          "highest": amount(metric, highest), "svg": chart_svg(points, limit, begin, now, top),
+            drawn.append({"label": label, "average": amount(metric, average), "times": times, "begin": begin,
+                          "end": now, "top": top, "unit": unit_of(metric), "last": len(points) - 1,
+                          "highest": amount(metric, highest),
+                          "svg": chart_svg(points, limit, (begin, now), top, marks),
+                          "table": [(part.at, *(amount(metric, value) for value in part[1:]))
+                                    for part in table_rows(points, begin, now)],
                           "scale": [f"{part * top:g}" for part in (1, 0.5, 0)]})
     return drawn
+
+
+def availability_rows(session: Session, resource_id: int, now: float) -> list[tuple[str, float | None]]:
+    """Spans with their availability, as far as there is anything: what is longer says the same."""
+    found, since = availability(session, resource_id, now), known_since(session, resource_id)
+    whole = [(span, percent) for span, percent in found.items() if since and since <= now - SPANS[span][0]]
+    longer = list(found.values())[len(whole):]
+    return [*whole, (f"since {local_time(since)}", longer[0])] if since and longer else whole or [("", None)]
 
 
 def resource_page(name: str, **more: Any) -> flask.Response:
@@ -13557,7 +13931,8 @@ def resource_page(name: str, **more: Any) -> flask.Response:
         resource = ResourceRow(row, session.get(Status, row.id), context, remarks(session, now))
         known = choices(session)
         more["turns"] = [turn for turn in timetable(session, now) if name in known.of(turn.scope)]
-        more |= {"charts": charts(session, resource, span, now), "availability": availability(session, row.id, now),
+        more |= {"charts": charts(session, resource, span, now),
+                 "availability": availability_rows(session, row.id, now),
                  "polls": samples(session, row.id, now), "events": events(session, resource=name, limit=20)}
     sample = resource.sample or NO_SAMPLE
     damage = "damaged in the database; the next poll writes them again" if resource.sample is None else ""
@@ -13578,17 +13953,20 @@ def event_page() -> Answer:
     who, args = current_principal(), flask.request.args
     wanted = {name: args.get(name, "") for name in ("kind", "resource", "before")}
     found = list_events(who, {"limit": EVENTS_SHOWN} | {name: text for name, text in wanted.items() if text})
+    newest = sqlalchemy.select(Event.resource).order_by(Event.id.desc()).limit(EVENT_NAMES).subquery()
     with who.context.store.reading() as session:
-        names = sorted(session.scalars(sqlalchemy.select(Resource.name)))
-    older = query_of(wanted | {"before": str(found[-1].id)}) if len(found) == EVENTS_SHOWN else ""
-    return render_page("events", events=found, kinds=KINDS, filter=wanted, names=names, older=older,
+        known = set(session.scalars(sqlalchemy.select(Resource.name)))
+        gone = {*session.scalars(sqlalchemy.select(newest.c.resource).distinct()), wanted["resource"]} - known - {""}
+    names = {name: name if name in known else f"{name} (removed)" for name in sorted(known | gone)}
+    older = query_of({**wanted, "before": str(found[-1].id)}) if len(found) == EVENTS_SHOWN else ""
+    return render_page("events", events=found, kinds=KINDS, filter=wanted, names=names, known=known, older=older,
                        refresh=None if wanted["before"] else "")
 
 
 # --- forms ---
 TYPED = "typed."                # begins the names of what was typed into a form before the login
 RETYPABLE = re.compile(     # forms that show it again
-    r"/-/(add|override|maintenance|users|tokens|resources/[^/]+/(edit|maintenance|acknowledgement))")
+    r"/-/(add|override|maintenance|tokens|users(/[^/]+)?|resources/[^/]+/(edit|maintenance|acknowledgement))")
 NEVER_SHOWN = ("password", "current", "new", "again")   # secrets of the forms
 INPUTS = ("platform", "name", "interval", "critical", "hostname", "url", "port", "username", "password")
 OTHERS = [name for name in ResourceSettings.model_fields if name not in {*INPUTS, *INVENTORY_ONLY}]
@@ -13610,6 +13988,12 @@ def api_error(error: Exception) -> ApiError:
     return ApiError(str(error), 409)
 
 
+def told(error: ApiError) -> str:
+    """What a person is told of a refusal; how long it is to wait, too."""
+    wait = math.ceil(error.retry)
+    return f"{error}. Next attempt in {duration_text(wait)}." if error.status == 429 and wait > 1 else str(error)
+
+
 def form_texts(name: str) -> dict[str, str]:
     """What the form shows of a resource that was added here: the inputs, and as YAML what it states besides; of a new
     one the defaults."""
@@ -13629,10 +14013,11 @@ def form_texts(name: str) -> dict[str, str]:
 
 def form_page(name: str = "", given: Mapping[str, str] | None = None, **more: Any) -> flask.Response:
     """The form to add a resource, or to change the one called `name`."""
+    copied = "" if name or given is not None else flask.request.args.get("copy", "")
     if given is None:
-        given = form_texts(name)
+        given = {**form_texts(name or copied), **({"name": ""} if copied else {})}
     return render_page("form", title=f"Edit {name}" if name else "Add a resource", name=name, given=given,
-                       others=OTHERS, example=EXAMPLE,
+                       copied=copied, others=OTHERS, example=EXAMPLE,
                        platforms=[platform for platform in SELECTABLE if platform != "local"],
                        ports=f"{SSH_PORT}; Windows: {WINRM_PORTS[True]}", **more)
 
@@ -13715,7 +14100,7 @@ def user_page(name: str = "", number: str = "", **more: Any) -> flask.Response:
     """Users and sessions; the form to add one shows what was wrong with it, and not what was with others."""
     who = current_principal()
     if name or number:
-        more = {**more, "given": {}, "errors": {}}
+        more = {**more, "changed": {name: more.get("given", {})}, "given": {}, "errors": {}}
     return render_page("users", users=list_users(who), sessions=list_sessions(who), roles=get_args(Role), **more)
 
 
@@ -13753,9 +14138,10 @@ def form_route(path: str, page: Callable[..., flask.Response], action: Callable[
                         "done yet; passwords have to be typed again.")
         try:
             done = action(current_principal(), *names.values())
-        except HealthCheckerError as failure:
+        except (HealthCheckerError, sqlalchemy.exc.SQLAlchemyError) as failure:
             error = api_error(failure)
-            return page(**names, status=error.status, given=form, errors=error.fields, problem=str(error))
+            return page(**names, status=error.status, given=form, errors=error.fields,
+                        problem=told(error))
         return done if isinstance(done, flask.Response) else flask.redirect(after or resource_path(**names), 303)
 
     return Route("POST", path, "admin", answer)
@@ -13781,7 +14167,7 @@ def login_form() -> Answer:
     try:
         user = sign_in(who, {name: form.get(name, "") for name in Credentials.model_fields})
     except ApiError as refusal:
-        return render_page("log in", refusal.status, problem=str(refusal), given=form, typed=typed)
+        return render_page("log in", refusal.status, problem=told(refusal), given=form, typed=typed)
     after = flask.request.args.get("next", "")
     if not after.startswith(PREFIX) or not after.isprintable() or "\\" in after:
         after = PREFIX      # after a login nobody is sent elsewhere
@@ -13803,7 +14189,7 @@ def error_page(error: ApiError) -> Answer:
     who: Principal | None = flask.g.get("principal")
     if who and who.operator and who.restricted and error.status == 403 and not is_form:
         return flask.redirect("/-/password", 303)
-    return render_page("error", error.status, title=http.HTTPStatus(error.status).phrase, problem=str(error))
+    return render_page("error", error.status, title=http.HTTPStatus(error.status).phrase, problem=told(error))
 
 
 def refuse(failure: Exception) -> Answer:

@@ -654,11 +654,16 @@ def test_an_endpoint_is_no_setting_of_the_inventory_alone(client: Client) -> Non
     assert client.api("GET", "resources/jea").json["endpoint"] is True
 
 
-def test_name_cannot_be_changed(client: Client) -> None:
+def test_name_can_be_changed(client: Client) -> None:
+    """With the rest or not at all."""
     client.api("POST", "resources", {"name": "one", **SIMULATED})
-    reply = client.api("PATCH", "resources/one", {"name": "two", "rise": 3})
-    assert reply.status == 422 and reply.fields.keys() == {"name"}
+    client.api("POST", "resources", {"name": "taken", **SIMULATED})
+    reply = client.api("PATCH", "resources/one", {"name": "taken", "rise": 3})
+    assert reply.status == 409 and reply.fields.keys() == {"name"}
+    assert client.api("PATCH", "resources/one", {"name": "two", "rise": -3}).status == 422
     assert client.api("GET", "resources/one").json["rise"] == 2
+    assert client.api("PATCH", "resources/one", {"name": "two", "rise": 3}).json["name"] == "two"
+    assert client.api("GET", "resources/one").status == 404 and client.api("GET", "resources/two").json["rise"] == 3
 
 
 BAD_BODIES: list[tuple[str, str, Any, str]] = [

@@ -240,6 +240,7 @@ def test_what_is_shown(tmp_path: Path) -> None:
         wait_for(lambda: [view(name)["state"] for name in ("db1", "db2", "alone")] == [
             "unhealthy", "unhealthy", "healthy"])  # fmt: skip
         wait_for(lambda: view("switch1")["state"] == "unhealthy")
+        local.context.monitor.poll_now("db2", 60)  # and all is written
         db2 = view("db2")
         assert (db2["cause"], db2["reason"], db2["depends_on"]) == ("parent", "behind switch1", ["db1"])
         assert db2["since"] == view("switch1")["since"] and db2["polled"]

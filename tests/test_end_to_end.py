@@ -52,7 +52,7 @@ def test_a_full_disk_closes_the_gate_until_it_is_empty(sshd: Sshd | ParamikoSshd
             service.wait_status("/", 503)
             line = service.wait_line("healthy -> unhealthy")
             assert "win1: healthy -> unhealthy (limit" in line
-            assert "disk_percent D: 97.0 > 95" in line
+            assert "disk_percent D: at 97.0, fail above 95" in line
             assert service.get("/-/livez").status == 200
             disk.full = 20
             service.wait_status("/", 200)

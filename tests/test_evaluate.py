@@ -79,7 +79,7 @@ VERDICTS: dict[str, tuple[dict[str, Any], Sample, str, list[str]]] = {
         {"disk_percent": {"fail": "90", "mounts": {"c:\\Mnt\\*": "off", "c:\\MNT\\data\\": "80", "d:": "off"}}},
         sample({"disk_percent C:\\mnt\\data": 85.0, "disk_percent C:\\mnt\\b": 99.0, "disk_percent D:": 99.0}),
         "unhealthy: limit",
-        ["disk_percent C:\\mnt\\data 85.0 > 80"],
+        ["disk_percent C:\\mnt\\data at 85.0, fail above 80"],
     ),
     "load is no percentage": (
         {"load_per_cpu": "250"},
@@ -191,8 +191,8 @@ def test_limit_on_what_the_platform_cannot_tell(metric: str) -> None:
 # --- rise and fall ---
 LETTERS = {
     "G": Verdict("healthy"),
-    "D": Verdict("degraded", "limit", "disk_percent / 85.0 > 80"),
-    "B": Verdict("unhealthy", "limit", "disk_percent / 96.0 > 95"),
+    "D": Verdict("degraded", "limit", "disk_percent / at 85.0, warn above 80"),
+    "B": Verdict("unhealthy", "limit", "disk_percent / at 96.0, fail above 95"),
     "C": Verdict("unhealthy", "check", "check lag: late"),
     "T": Verdict("unhealthy", "timeout", "no answer within 10 s"),
     "U": Verdict("unhealthy", "unreachable", "connection refused"),

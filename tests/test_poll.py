@@ -1480,7 +1480,7 @@ def test_a_parent_that_fails_is_one_event(house: House, machines: Machines) -> N
             house.poller(name).poll_now()
         wait_for(lambda: all(house.state(name)[0] == "unhealthy" for name in names))
         wait_for(lambda: len(events(house)) > len(names))
-        wait_for(lambda: not any(house.poller(name)._news.waits for name in names))  # a sweep has dropped them
+        wait_for(lambda: not any(house.poller(name).news.waits for name in names))  # a sweep has dropped them
         assert events(house)[len(names):] == [
             ("switch", "healthy -> unhealthy (unreachable: connection refused; 6 behind it)")]  # fmt: skip
         standing = house.monitor.behind("h3")

@@ -204,22 +204,22 @@ def test_cpu_is_known_from_the_second_poll_on() -> None:
         answer["amounts"]["cpu_percent"] = [busy + 25 * 10**7, total + 100 * 10**7]
         later = poll(resource, before=same)
         assert later.sample and later.sample.metrics["cpu_percent"] == pytest.approx(25, abs=0.01)
-        assert (later.cause, "cpu_percent 25.0 > 20" in later.reason) == ("limit", True)
+        assert (later.cause, "cpu_percent at 25.0, fail above 20" in later.reason) == ("limit", True)
 
 
 @pytest.mark.parametrize(
     ("recording", "limits", "state", "words"),
     [
         ("administrator", {"swap_percent": "90"}, "healthy", ""),
-        ("administrator", {"swap_percent": "20"}, "unhealthy", "swap_percent 21.1 > 20"),
+        ("administrator", {"swap_percent": "20"}, "unhealthy", "swap_percent at 21.1, fail above 20"),
         ("plain-user", {"memory_percent": "90"}, "healthy", ""),
         ("plain-user", {"swap_percent": "90"}, "degraded", "swap_percent cannot be read: only an administrator may"),
-        ("plain-user", {"disk_percent": "80"}, "unhealthy", "disk_percent C: 90.0 > 80"),
+        ("plain-user", {"disk_percent": "80"}, "unhealthy", "disk_percent C: at 90.0, fail above 80"),
         ("constrained-language", {"memory_percent": "90"}, "degraded", "memory_percent cannot be read: Access denied"),
         ("constrained-language", {"disk_percent": "90"}, "degraded", "(Constrained Language Mode)"),
         ("german", {"cpu_percent": "90"}, "degraded", "cpu_percent cannot be read: Ungültige Klasse"),
-        ("german", {"memory_percent": "70"}, "unhealthy", "memory_percent 75.0 > 70"),
-        ("powershell-7", {"disk_percent": "40"}, "unhealthy", "disk_percent C: 50.0 > 40"),
+        ("german", {"memory_percent": "70"}, "unhealthy", "memory_percent at 75.0, fail above 70"),
+        ("powershell-7", {"disk_percent": "40"}, "unhealthy", "disk_percent C: at 50.0, fail above 40"),
     ],
 )
 def test_each_recording_as_an_answer(recording: str, limits: dict[str, str], state: str, words: str) -> None:

@@ -523,8 +523,8 @@ def test_the_packaged_plug_ins_work_as_they_are() -> None:
 
 
 @pytest.mark.parametrize(("output", "state", "named"), [
-    ("OK | queue=120;;;0", "unhealthy", "x/queue 120 > 100"),
-    ("OK | queue=90;;;0", "degraded", "x/queue 90 > 50"),
+    ("OK | queue=120;;;0", "unhealthy", "x/queue at 120, fail above 100"),
+    ("OK | queue=90;;;0", "degraded", "x/queue at 90, warn above 50"),
     ("OK | queue=50", "healthy", ""),
     ("OK | queue=U", "degraded", "x/queue cannot be read"),
     ("OK | queue=120,5", "degraded", "x/queue cannot be read"),
