@@ -1620,13 +1620,15 @@ def fetch_secret(source: str, text: str, folder: Path) -> str:
     return found
 
 
-def url_entries(top: Mapping[str, Any]) -> Iterator[tuple[NodePath, dict[str, Any], str]]:
-    """Entries of the file that hold a URL which is a secret: path, entry, and the key of it."""
-    if isinstance(top.get("service"), dict):
-        yield ("service",), top["service"], "heartbeat"
-    for number, own in enumerate(top["notify"] if isinstance(top.get("notify"), list) else ()):
+def url_entries(top: Mapping[str, Any]) -> Iterator[tuple[NodePath, dict[str, Any], str, list[str]]]:
+    """Entries of the file that hold a URL which is a secret: path, entry, the key of it, and which keys state it."""
+    receivers = top["notify"] if isinstance(top.get("notify"), list) else []
+    entries: list[tuple[NodePath, Any, str]] = [(("service",), top.get("service"), "heartbeat")]
+    entries += [(("notify", number), own, "url") for number, own in enumerate(receivers)]
+    for here, own, name in entries:
         if isinstance(own, dict):
-            yield ("notify", number), own, "url"
+            keys = (name, f"{name}_env", f"{name}_file")
+            yield here, own, name, [key for key in keys if isinstance(own.get(key), str)]
 
 
 class InventoryLoader:
@@ -1640,8 +1642,7 @@ class InventoryLoader:
         self.names: set[str] = set()                    # of all resources
 
     def load(self) -> Inventory:
-        top = {} if self.document.value is None else self.document.value
-        self._fetch_urls(top if isinstance(top, dict) else {})
+        top = self._with_urls({} if self.document.value is None else self.document.value)
         file = self._validate(InventoryFile, top, lambda loc: loc)
         parts = top if isinstance(top, dict) else {}
         defaults = parts["defaults"] if isinstance(parts.get("defaults"), dict) else {}
@@ -1660,7 +1661,7 @@ class InventoryLoader:
         self._fault_former_names(found)
         if file:
             self._fault_shared_files(file.service, found)
-            self._place_receivers(file.notify)
+        self._fault_names(file.notify if file else ())
         ways = {name: list[str]() for name in self.names} | {resource.name: resource.way for resource in resources}
         for index, resource in found:
             if (why := jump_fault(resource.name, ways)):
@@ -1674,25 +1675,17 @@ class InventoryLoader:
         return Inventory(self.path, file.service, resources, self.places, usual_values, gates,
                          [index for index, _ in found], file.notify)
 
-    def _fetch_urls(self, top: dict[str, Any]) -> None:
-        """Writes the URLs that a variable or a file holds beside its name."""
-        for here, own, name in url_entries(top):
-            stated = [key for key in (name, f"{name}_env", f"{name}_file") if isinstance(own.get(key), str)]
+    def _with_urls(self, top: Any) -> Any:
+        """The same, with the URLs that a variable or a file holds."""
+        for here, own, name, stated in url_entries(top if isinstance(top, dict) else {}):
             try:
-                if len(stated) > 1:
-                    raise ValueError(f"use one of {', '.join(stated)}")
-                if stated and stated[0] != name:
-                    own[name] = fetch_secret(stated[0], own[stated[0]], self.folder)
+                own.update((name, fetch_secret(key, own[key], self.folder)) for key in stated[:1] if key != name)
             except ValueError as error:
                 self.fault((*here, stated[-1]), str(error))
                 own.setdefault(name, "http://unknown.invalid")
-
-    def _place_receivers(self, receivers: Iterable[ReceiverSettings]) -> None:
-        for number, receiver in enumerate(receivers):
-            if f"notify/{receiver.name}" in self.places:
-                self.fault(("notify", number, "name"), "another receiver has this name; names are unique")
-            position = self.document.position(("notify", number, "url"))
-            self.places[f"notify/{receiver.name}"] = f"{self.path.name}:{position}"
+            if len(stated) > 1:
+                self.fault((*here, stated[1]), f"use one of {', '.join(stated)}")
+        return top
 
     def _hosts(self, index: int, own: dict[str, Any]) -> list[dict[str, Any]]:
         """An entry by itself, or one for each host of its range."""
@@ -1720,6 +1713,12 @@ class InventoryLoader:
             self.fault(place, why)
         for number, place, why in () if self.faults else dependency_faults(gates, resources):
             self.fault(("resources", found[number][0], *place), why)
+
+    def _fault_names(self, receivers: Sequence[ReceiverSettings]) -> None:
+        for number, name in enumerate(f"notify/{receiver.name}" for receiver in receivers):
+            if name in self.places:
+                self.fault(("notify", number, "name"), "another receiver has this name; names are unique")
+            self.places[name] = f"{self.path.name}:{self.document.position(('notify', number, 'url'))}"
 
     def _fault_former_names(self, found: Iterable[tuple[int, ResourceSettings]]) -> None:
         """What was one resource became one other."""
@@ -14095,16 +14094,16 @@ def take_over_again(installation: Installation, store: Store, actor: str = "") -
     """Has the rows follow an edited inventory while the service runs, all or nothing, and gives what is to be known;
     the service itself follows the rows. Raises HealthCheckerError."""
     with store.reading() as session:
-        faults = [*check_receivers(installation.inventory, installation.open_vault(session))]
-    yield from (str(fault) for fault in faults if not isinstance(fault, InventoryError))
-    for fault in faults:
-        if isinstance(fault, InventoryError):
-            raise fault
-    with store.writing() as session:
         waiting = installation.changed_service(session)
         if fixed := [name for name in waiting if name in ("service.database", "service.keys")]:
             raise UsageError(f"{installation.path.name}: {', '.join(fixed)} changed: restart the service")
-        changes = installation.take_over(session, installation.open_vault(session), actor)
+        vault = installation.open_vault(session)
+    for fault in check_receivers(installation.inventory, vault):
+        if isinstance(fault, InventoryError):
+            raise fault
+        yield str(fault)
+    with store.writing() as session:
+        changes = installation.take_over(session, vault, actor)
     yield f"inventory: {changes}"
     if waiting:
         yield f"{', '.join(waiting)} changed: that needs a restart"
@@ -14173,7 +14172,7 @@ def watch(installation: Installation, store: Store, console: Sequence[socket.soc
         notifier = Notifier(store, vault, functools.partial(service_problems, recorder), console_url(service))
         stack.enter_context(contextlib.closing(notifier)).start()
         heart = Heartbeat(store, vault, installation.access(), lambda: (
-            min(aggregator.beats.values()) > lease_clock() and recorder.is_well))
+            min([*aggregator.beats.values()], default=0.0) > lease_clock() and recorder.is_well))
         stack.enter_context(contextlib.closing(heart)).start()
         reloads = threading.Thread(None, follow_hangups, "reloads", (installation, store, hangups), daemon=True)
         reloads.start()
