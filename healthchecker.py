@@ -72,6 +72,7 @@ Sections, in file order; a definition refers only to what stands above it:
     Style        style and script of the pages
     Views        the pages
     Console      the operators' door: pages and API under waitress, in the main process
+    Notify       who is told of what, and the heartbeat
     Backup       database, keys and inventory in one archive
     Service      serve: from the start to the end
     Commands     the command line: check, seal, endpoint, trust, user, gate, maintenance, keys
@@ -338,6 +339,7 @@ class Trouble:
 
     def __init__(self, what: str) -> None:
         self._what, self._count, self._is_told, self._told_mono = what, 0, False, -math.inf
+        self.why = ""       # the last failure; empty while there is none
 
     @contextlib.contextmanager
     def caught(self) -> Iterator[None]:
@@ -346,14 +348,14 @@ class Trouble:
             yield
         except BaseException as error:  # noqa: BLE001  # a thread that nobody joins would end in silence
             self._count += 1
+            self.why = one_line(str(getattr(error, "orig", None) or f"{type(error).__name__}: {error}"))
             if time.monotonic() - self._told_mono >= COMPLAINT_INTERVAL:
                 self._is_told, self._told_mono = True, time.monotonic()
-                why = getattr(error, "orig", None) or f"{type(error).__name__}: {error}"
-                log.error("%s: %s", self._what, one_line(str(why)))
+                log.error("%s: %s", self._what, self.why)
         else:
             if self._is_told:
                 log.info("%s: that is over, after %d failures", self._what, self._count)
-            self._count, self._is_told = 0, False
+            self._count, self._is_told, self.why = 0, False, ""
 
 
 # === Bastions ================================================================
@@ -966,13 +968,46 @@ def fits_platform(expect: Expect, info: Any) -> Expect:
 # What can be set of the service and of a resource: frozen models with default, unit and bounds. In come nested texts,
 # out go settings in which every path is absolute, or a ValidationError. A validation's context is the inventory's
 # folder. Pure.
-# Gives: COMPANIONS, conflicts, CREDENTIALS, FILES, foreign_fields, HOSTLESS, KEY_FILES, of_url, PASSPHRASES,
-# ResourceSettings, Retention, SECRETS, ServiceSettings, USUAL
+# Gives: COMPANIONS, conflicts, CREDENTIALS, FILES, foreign_fields, HOSTLESS, KEY_FILES, LOCAL_SERVICES, of_url,
+# PASSPHRASES, ReceiverSettings, ResourceSettings, Retention, SECRETS, ServiceSettings, USUAL
 LEASE_GRACE = 2.0               # seconds added to a lease for a busy machine
 KEY_FILES = ("private.pem", "public.pem", "next.pem")
 COMPANIONS = ("-wal", "-shm", "-journal", ".lock")      # files beside the database
 TOKEN_CHARS = 16                # of a password that has to be shown by whoever reports
 WORKERS_MAX = 8                 # worker processes that `auto` starts at most
+Told = Literal["gate", "group", "state", "problem", "maintenance"]
+# Services of Apprise that are this machine itself or keep files on it, and what of a URL names a file of it.
+LOCAL_SERVICES = frozenset({"blink1", "dbus", "glib", "gio", "gnome", "kde", "macosx", "qt", "syslog", "windows",
+                            "deltachat", "deltachats", "vapid"})
+LOCAL_FILES = re.compile("[?&](keyfile|subfile|pgppub|pgpprv)=|=file:", re.IGNORECASE)
+
+
+def web_url(text: str) -> str:
+    """A URL of HTTP. Raises ValueError."""
+    read_url(text)
+    return text
+
+
+def web_secret(secret: SecretStr) -> SecretStr:
+    """The same, or a sealed one. Raises ValueError, without the URL."""
+    if not secret.get_secret_value().startswith(TOKEN_PREFIXES):
+        read_url(secret.get_secret_value())
+    return secret
+
+
+def receiver_url(secret: SecretStr) -> SecretStr:
+    """A URL that could be one of Apprise's, or a sealed one. Raises ValueError, without the URL."""
+    text = secret.get_secret_value()
+    scheme = re.match(r"([A-Za-z][\w.+-]*)://[!-~]", text, re.ASCII)
+    if text.startswith(TOKEN_PREFIXES):
+        return secret
+    if not scheme or not re.fullmatch("[!-~]+", text):
+        raise ValueError("must be a URL of Apprise, such as mailto://…, slack://… or json://…, in ASCII without blanks")
+    if scheme[1].lower() in LOCAL_SERVICES:
+        raise ValueError(f"{scheme[1].lower()}:// is this machine itself, which nobody hears of when it is down")
+    if LOCAL_FILES.search(unquote(text)):
+        raise ValueError("names a file of this machine, which is never read for a notification")
+    return secret
 
 
 class Retention(Settings):
@@ -1002,6 +1037,10 @@ class ServiceSettings(Settings):
     metrics_token_file: FilePath | None = None          # its bearer sees resources in /-/metrics
     uplink: Annotated[tuple[Listen, ...], Field(max_length=8)] = ()     # what answers unless this machine is cut off
     hold: Annotated[float, Field(ge=0, le=3600)] = 0.0      # seconds for which the gate's answer outlasts that
+    heartbeat: Annotated[Secret, AfterValidator(web_secret)] | None = None      # a URL, asked every minute
+    heartbeat_env: TextLine | None = None
+    heartbeat_file: FilePath | None = None
+    console_url: Annotated[str, AfterValidator(web_url)] | None = None      # of the console in notifications
     retention: Retention = Retention()
     database: SqliteUrl = "sqlite:///healthchecker.db"
     keys: FilePath = Path("keys")
@@ -1033,6 +1072,20 @@ class ServiceSettings(Settings):
         if sys.platform == "linux":
             usable = len(os.sched_getaffinity(0))
         return min(usable, WORKERS_MAX)
+
+
+class ReceiverSettings(Settings):
+    """Who is told, of what: an entry of the inventory's `notify`."""
+
+    name: Name
+    url: Annotated[Secret, AfterValidator(receiver_url)]    # a service of Apprise, with its secrets
+    url_env: TextLine | None = None
+    url_file: FilePath | None = None
+    on: Annotated[tuple[Told, ...], Field(min_length=1)] = ("gate",)
+    tags: tuple[TextLine, ...] = ()     # only of resources with one of these; of the gate while one is unhealthy
+    wait: Annotated[float, Field(ge=0, le=3600)] = 20.0     # seconds that gather what fails together
+    remind: Annotated[float, Field(ge=0, le=8760)] = 0.0    # hours until it is said again; 0: never
+    after: Annotated[float, Field(ge=0, le=10_080)] = 0.0   # minutes that it must have lasted
 
 
 KEPT_INTERVAL = 300.0       # seconds; with longer ones each poll opens anew
@@ -1134,7 +1187,7 @@ class ResourceSettings(Settings):
     services: list[ServiceName] = []
     checks: list[Check] = []
     # http only, like the next three; hostname and tls are its own
-    url: Annotated[str, AfterValidator(lambda text: text if read_url(text) else "")] | None = None
+    url: Annotated[str, AfterValidator(web_url)] | None = None
     method: Literal["GET", "HEAD", "OPTIONS", "POST", "PUT"] = "GET"
     headers: Annotated[dict[HeaderName, HeaderValue], Field(max_length=32)] = {}    # to no other origin
     redirects: Annotated[int, Field(ge=0, le=10)] = 0       # that are followed
@@ -1571,7 +1624,10 @@ def plan_faults(plans: Sequence[Plan], gates: Gates, resources: Sequence[Resourc
 # fault. Three steps: Document makes nested texts with a place each, the models check them, InventoryLoader merges
 # defaults and gathers the faults. Pure but for reading files and environment; called by commands, and by threads that
 # serve the console.
-# Gives: Inventory, InventoryFile, InventoryLoader, load_inventory, M, message_of, take_variable
+# Gives: HEARTBEAT, Inventory, InventoryFile, InventoryLoader, load_inventory, M, message_of, take_variable
+HEARTBEAT = ""                  # as the name of a receiver: no receiver has it
+
+
 @dataclass(frozen=True)
 class Inventory:
     """What a valid inventory.yaml says."""
@@ -1584,6 +1640,20 @@ class Inventory:
     gates: Gates = dataclass_field(default_factory=Gates)
     plans: tuple[Plan, ...] = ()
     entries: Sequence[int] = ()     # of the file, one for each resource; one with a range stands for many
+    receivers: tuple[ReceiverSettings, ...] = ()
+
+    def urls(self) -> Iterator[tuple[NodePath, str, str]]:
+        """The URLs that are secrets, plain or sealed: path in the file, name of the receiver, URL; HEARTBEAT names
+        service.heartbeat."""
+        if self.service.heartbeat:
+            yield ("service", "heartbeat"), HEARTBEAT, self.service.heartbeat.get_secret_value()
+        for number, receiver in enumerate(self.receivers):
+            yield ("notify", number, "url"), receiver.name, receiver.url.get_secret_value()
+
+    @property
+    def url_variables(self) -> list[str]:
+        """Environment variables that hold such."""
+        return [*filter(None, (self.service.heartbeat_env, *(receiver.url_env for receiver in self.receivers)))]
 
 
 class InventoryFile(Settings):
@@ -1595,13 +1665,14 @@ class InventoryFile(Settings):
     groups: tuple[GroupSettings, ...] = ()
     routes: Routes = {}
     maintenance: tuple[Plan, ...] = ()
+    notify: tuple[ReceiverSettings, ...] = ()
 
 
 M = TypeVar("M", bound=Settings)
 RANGED = {"hostname", "url", "name", "was"}     # settings that may have a range each
 NESTED: dict[str, type[Settings]] = {
     "service": ServiceSettings, "limits": Limits, "checks": Check, "retention": Retention, "expect": Expect,
-    "groups": GroupSettings, "routes": RouteSettings, "maintenance": Plan}
+    "groups": GroupSettings, "routes": RouteSettings, "maintenance": Plan, "notify": ReceiverSettings}
 
 
 def known_fields(model: type[Settings], loc: NodePath) -> Iterable[str]:
@@ -1657,6 +1728,36 @@ def identities(path: Path) -> tuple[object, ...]:
     return (real, (found.st_dev, found.st_ino)) if found.st_ino else (real,)
 
 
+def fetch_secret(source: str, text: str, folder: Path) -> str:
+    """The secret of an environment variable or a file. Raises ValueError."""
+    try:
+        if source.endswith("_env"):
+            found = (os.environ.get(text) or taken_variables().get(text, "")).rstrip("\r\n")
+        else:
+            path = absolute(text, folder)
+            if not os.path.isfile(path):
+                raise FileNotFoundError(path)       # a pipe would be waited for
+            found = path.read_text("utf-8-sig").rstrip("\r\n")
+        found.encode()
+    except (OSError, UnicodeError):
+        raise ValueError("this file cannot be read as text") from None
+    if not found:
+        what = "environment variable is not set" if source.endswith("_env") else "file is empty"
+        raise ValueError(f"this {what}")
+    return found
+
+
+def url_entries(top: Mapping[str, Any]) -> Iterator[tuple[NodePath, dict[str, Any], str, list[str]]]:
+    """Entries of the file that hold a URL which is a secret: path, entry, the key of it, and which keys state it."""
+    receivers = top["notify"] if isinstance(top.get("notify"), list) else []
+    entries: list[tuple[NodePath, Any, str]] = [(("service",), top.get("service"), "heartbeat")]
+    entries += [(("notify", number), own, "url") for number, own in enumerate(receivers)]
+    for here, own, name in entries:
+        if isinstance(own, dict):
+            keys = (name, f"{name}_env", f"{name}_file")
+            yield here, own, name, [key for key in keys if isinstance(own.get(key), str)]
+
+
 class InventoryLoader:
     """Turns a Document into an Inventory and gathers all faults on the way."""
 
@@ -1668,7 +1769,7 @@ class InventoryLoader:
         self.names: set[str] = set()                    # of all resources
 
     def load(self) -> Inventory:
-        top = {} if self.document.value is None else self.document.value
+        top = self._with_urls({} if self.document.value is None else self.document.value)
         file = self._validate(InventoryFile, top, lambda loc: loc)
         parts = top if isinstance(top, dict) else {}
         defaults = parts["defaults"] if isinstance(parts.get("defaults"), dict) else {}
@@ -1687,6 +1788,7 @@ class InventoryLoader:
         self._fault_former_names(found)
         if file:
             self._fault_shared_files(file.service, found)
+        self._fault_names(file.notify if file else ())
         ways = {name: list[str]() for name in self.names} | {resource.name: resource.way for resource in resources}
         for index, resource in found:
             if (why := jump_fault(resource.name, ways)):
@@ -1699,7 +1801,19 @@ class InventoryLoader:
             raise InventoryError("\n".join(self.faults))
         usual_values = usual.model_dump(mode="json", include=set(defaults), exclude=set(SECRETS), exclude_none=True)
         return Inventory(self.path, file.service, resources, self.places, usual_values, gates, plans,
-                         [index for index, _ in found])
+                         [index for index, _ in found], file.notify)
+
+    def _with_urls(self, top: Any) -> Any:
+        """The same, with the URLs that a variable or a file holds."""
+        for here, own, name, stated in url_entries(top if isinstance(top, dict) else {}):
+            try:
+                own.update((name, fetch_secret(key, own[key], self.folder)) for key in stated[:1] if key != name)
+            except ValueError as error:
+                self.fault((*here, stated[-1]), str(error))
+                own.setdefault(name, "http://unknown.invalid")
+            if len(stated) > 1:
+                self.fault((*here, stated[1]), f"use one of {', '.join(stated)}")
+        return top
 
     def _hosts(self, index: int, own: dict[str, Any]) -> list[dict[str, Any]]:
         """An entry by itself, or one for each host of its range."""
@@ -1728,6 +1842,12 @@ class InventoryLoader:
         for number, place, why in () if self.faults else dependency_faults(gates, resources):
             self.fault(("resources", found[number][0], *place), why)
 
+    def _fault_names(self, receivers: Sequence[ReceiverSettings]) -> None:
+        for number, name in enumerate(f"notify/{receiver.name}" for receiver in receivers):
+            if name in self.places:
+                self.fault(("notify", number, "name"), "another receiver has this name; names are unique")
+            self.places[name] = f"{self.path.name}:{self.document.position(('notify', number, 'url'))}"
+
     def _fault_former_names(self, found: Iterable[tuple[int, ResourceSettings]]) -> None:
         """What was one resource became one other."""
         taken = set(self.names)
@@ -1744,7 +1864,7 @@ class InventoryLoader:
                 *(("", f"{service.keys.name}/{name}", service.keys / name) for name in KEY_FILES),
                 ("database", "service.database", database),
                 *(("", database.name + end, Path(f"{database}{end}")) for end in COMPANIONS)]
-        ours += [(name, f"service.{name}", path) for name in ("metrics_token_file", "lease_file")
+        ours += [(name, f"service.{name}", path) for name in ("metrics_token_file", "lease_file", "heartbeat_file")
                  if (path := getattr(service, name))]
         for number in range(LOG_FILES + 1) if log_file else ():
             ours.append(("log_file", "service.log_file", Path(f"{log_file}{f'.{number}' if number else ''}")))
@@ -1810,7 +1930,7 @@ class InventoryLoader:
                     self.fault(locate((name,)), "there is no such file")
         for kind, source in sources.items():
             try:
-                raw[kind] = self._fetch(source, raw[source])
+                raw[kind] = fetch_secret(source, raw[source], self.folder)
             except ValueError as error:
                 self.fault(locate((source,)), str(error))
         return self._validate(ResourceSettings, raw, locate)
@@ -1839,24 +1959,6 @@ class InventoryLoader:
         for message in conflicts(raw):
             self.fault(here, message)
         return raw
-
-    def _fetch(self, source: str, text: str) -> str:
-        """The secret of an environment variable or a file. Raises ValueError."""
-        try:
-            if source.endswith("_env"):
-                found = (os.environ.get(text) or taken_variables().get(text, "")).rstrip("\r\n")
-            else:
-                path = absolute(text, self.folder)
-                if not os.path.isfile(path):
-                    raise FileNotFoundError(path)       # a pipe would be waited for
-                found = path.read_text("utf-8-sig").rstrip("\r\n")
-            found.encode()
-        except (OSError, UnicodeError):
-            raise ValueError("this file cannot be read as text") from None
-        if not found:
-            what = "environment variable is not set" if source.endswith("_env") else "file is empty"
-            raise ValueError(f"this {what}")
-        return found
 
 
 def load_inventory(path: Path) -> Inventory:
@@ -2095,7 +2197,8 @@ def hash_password(password: str, salt: bytes, rounds: int = PBKDF2_ROUNDS) -> by
 # one state, writes wait for each other. Secrets are stored sealed only.
 # Everything is SQL that PostgreSQL has, too, but for opening, migrating, and the upserts of Poll.
 # Gives: Acknowledgement, Base, binding, BUSY_TIMEOUT, Event, inspect_database, is_running, lock_database,
-# LoginSession, Maintenance, remembered, REMOVED, Resource, revise, revision, Setting, Status, Store, User, YEAR_3000
+# LoginSession, Maintenance, Notice, Receiver, remembered, REMOVED, Resource, revise, revision, Setting, Status,
+# Store, url_binding, User, YEAR_3000
 SALT_BYTES = 16                 # bytes, NIST SP 800-132
 MIN_ROOM = 1 << 17              # bytes of a disk that is as good as full: what SQLite needs to open a database
 BUSY_TIMEOUT = 5.0              # seconds a writer waits for another one
@@ -2349,6 +2452,51 @@ class Setting(Base):
     name: Mapped[str] = mapped_column(primary_key=True)
     value: Mapped[int] = mapped_column(default=0)
     text: Mapped[str] = mapped_column(default="")
+
+
+def url_binding(name: str) -> tuple[str, ...]:
+    """What the URL of a receiver belongs to."""
+    return "notify", name
+
+
+class Receiver(Base):
+    """Who is told, of the inventory's `notify`, and what it is being sent; HEARTBEAT is service.heartbeat."""
+
+    __tablename__ = "receiver"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    name: Mapped[str] = mapped_column(unique=True)
+    url: Mapped[str] = mapped_column(default="")        # sealed
+    settings: Mapped[str] = mapped_column(default="{}")     # JSON of ReceiverSettings without `url`
+    joined_at: Mapped[float] = mapped_column(default=0.0)   # Unix time
+    cursor: Mapped[int] = mapped_column(default=0)      # id of the last event that was considered
+    message: Mapped[str] = mapped_column(default="")    # JSON of title and text on their way; empty: none
+    made_at: Mapped[float] = mapped_column(default=0.0)     # Unix time of that message, or the one before
+    tries: Mapped[int] = mapped_column(default=0)       # of that message
+    next_at: Mapped[float] = mapped_column(default=0.0)     # Unix time before which nothing is sent
+    trouble: Mapped[str] = mapped_column(default="")    # why the last try failed; empty: it did not
+    delivered: Mapped[int] = mapped_column(default=0)   # messages, as is the next
+    failed: Mapped[int] = mapped_column(default=0)      # given up
+
+    @property
+    def bound(self) -> tuple[str, ...]:
+        """What its URL belongs to."""
+        return url_binding(self.name)
+
+
+class Notice(Base):
+    """What a receiver is to be told, or was and has not heard the end of."""
+
+    __tablename__ = "notice"
+    receiver_id: Mapped[int] = mapped_column(ForeignKey("receiver.id", ondelete="CASCADE"), primary_key=True)
+    kind: Mapped[str] = mapped_column(primary_key=True)     # gate | group | state | problem | maintenance
+    name: Mapped[str] = mapped_column(primary_key=True)     # of the resource, group or problem; empty for the gate
+    text: Mapped[str]           # one line
+    ending: Mapped[str]         # how it ended; empty while it lasts
+    times: Mapped[int]          # how often it began since it was told
+    since_at: Mapped[float]     # Unix times: when it began,
+    taken_at: Mapped[float]     # from when on `wait` and `after` count,
+    over_at: Mapped[float]      # when it ended, 0 while it lasts,
+    told_at: Mapped[float]      # when it was told the last time, 0 before
 
 
 # What brings a database of schema 1, 2, … to the next; the tables that are missing are made afterwards.
@@ -2613,8 +2761,8 @@ def revise(session: Session) -> None:
 # === Import ==================================================================
 # The rows follow the inventory. In come an Inventory and a Vault, out go rows and, for pollers, Targets with their
 # secrets opened. Within the transaction of whoever calls: a start, a reload, a change by the console.
-# Gives: Changes, import_inventory, keeping_word, load_targets, named_by, open_stated, open_vault, rename_row, reseal,
-# sealed_tokens, Target, target_of, update_row
+# Gives: Changes, import_inventory, keeping_word, load_targets, named_by, open_stated, open_url, open_vault,
+# rename_row, reseal, sealed_tokens, Target, target_of, update_row
 class Changes(NamedTuple):
     """Names of resources by what an import does to them."""
 
@@ -2646,12 +2794,23 @@ def open_stated(settings: ResourceSettings, kind: str, vault: Vault) -> str:
     return vault.open(secret, *binding(kind, settings))
 
 
+def open_url(url: str, name: str, vault: Vault) -> str:
+    """The URL of a receiver, sealed or not. Raises SecretError."""
+    return vault.open(url, *url_binding(name)) if url.startswith(TOKEN_PREFIXES) else url
+
+
+def holds(token: str, plain: str, bound: Sequence[str], vault: Vault) -> bool:
+    """Whether a token holds a secret."""
+    with contextlib.suppress(SecretError):
+        return hmac.compare_digest(vault.open(token, *bound).encode(), plain.encode())
+    return False
+
+
 def store_secret(row: Resource, kind: str, plain: str, vault: Vault) -> bool:
     """Keeps the stored token while it holds the same secret; says whether it was replaced."""
     stored, bound = getattr(row, kind), binding(kind, row)
-    with contextlib.suppress(SecretError):
-        if stored and hmac.compare_digest(vault.open(stored, *bound).encode(), plain.encode()):
-            return False
+    if stored and holds(stored, plain, bound, vault):
+        return False
     setattr(row, kind, vault.seal(plain, *bound))
     return True
 
@@ -2743,6 +2902,7 @@ def named_by(session: Session, name: str) -> str:
 def rename_row(session: Session, row: Resource, vault: Vault, name: str) -> None:
     """Gives a row another name: its secrets are sealed for that, its events and what is planned for it follow."""
     session.execute(sqlalchemy.update(Event).values(resource=name).where(Event.resource == row.name))
+    session.execute(sqlalchemy.update(Notice).values(name=name).where(Notice.kind == "state", Notice.name == row.name))
     rename_chosen(session, row.name, name)
     reseal(session, [row], vault, name)
 
@@ -2790,6 +2950,30 @@ def rename_chosen(session: Session, old: str, new: str) -> None:
             row.scope = scope.model_copy(update={"resources": names}).scope_json
 
 
+def import_receivers(session: Session, inventory: Inventory, vault: Vault) -> bool:
+    """Makes the receivers' rows follow the file; says whether anything changed. A new one hears nothing of the past.
+    Raises SecretError."""
+    rows, changed = {row.name: row for row in session.scalars(sqlalchemy.select(Receiver))}, False
+    settings = {receiver.name: receiver.model_dump_json(exclude={"url", "url_env", "url_file"})
+                for receiver in inventory.receivers}
+    for _, name, secret in inventory.urls():
+        try:
+            plain = open_url(secret, name, vault)
+        except SecretError as error:
+            place = inventory.places.get(f"notify/{name}", inventory.path.name)
+            raise SecretError(f"{place}: {name or 'service.heartbeat'}: {error}") from error
+        row = rows.pop(name, None) or Receiver(
+            name=name, url="", settings="{}", joined_at=time.time(),
+            cursor=session.scalar(sqlalchemy.select(func.max(Event.id))) or 0)
+        if row.url and holds(row.url, plain, row.bound, vault) and row.settings == settings.get(name, "{}"):
+            continue
+        row.url, row.settings, changed = vault.seal(plain, *row.bound), settings.get(name, "{}"), True
+        session.add(row)
+    for row in rows.values():
+        session.delete(row)
+    return changed or bool(rows)
+
+
 def import_inventory(session: Session, inventory: Inventory, vault: Vault) -> Changes:
     """Makes the inventory's rows follow the file, within the caller's transaction.
 
@@ -2823,6 +3007,8 @@ def import_inventory(session: Session, inventory: Inventory, vault: Vault) -> Ch
             retire_row(row)
             session.execute(sqlalchemy.delete(Acknowledgement).where(Acknowledgement.resource_id == row.id))
             changes.removed.append(name)
+    if import_receivers(session, inventory, vault):
+        changes.changed.append("who is told")
     store_rest(session, inventory, changes)
     return changes
 
@@ -2841,6 +3027,8 @@ def sealed_tokens(session: Session | None, inventory: Inventory) -> Iterator[str
     """Every sealed secret of the database, if there is one, and of the file."""
     for row in session.scalars(sqlalchemy.select(Resource)) if session else ():
         yield from filter(None, (row.password, row.key_passphrase))
+    yield from session.scalars(sqlalchemy.select(Receiver.url)) if session else ()
+    yield from (url for _, _, url in inventory.urls() if url.startswith(TOKEN_PREFIXES))
     for settings in inventory.resources:
         yield from (secret for secret in settings.secrets.values() if secret.startswith(TOKEN_PREFIXES))
 
@@ -4683,7 +4871,7 @@ class PowerShellConnection(TlsConnection):
 # A script goes to a shell of this machine, and what it started ends with it; a simulated resource answers without
 # one. A shell of UNIX is new for each poll; a powershell.exe takes seconds of CPU time to start, so one serves poll
 # after poll. In the poller's thread.
-# Gives: LocalConnection, LocalPowerShell, SimulatedConnection
+# Gives: enclose, end_process_group, LocalConnection, LocalPowerShell, SimulatedConnection
 LOOK_AGAIN = 0.01               # seconds between two looks into a pipe of Windows, where nothing waits for one
 
 
@@ -7028,7 +7216,7 @@ class HealthAggregator:
         self._open: dict[str, bool] = {}            # as it was announced
         self._first = FirstResults(self._tree, clock)
         self._announced = False                     # the registration of the start is over
-        self._beats: dict[str, float] = {}          # until when those live who watch
+        self.beats: dict[str, float] = {}          # until when those live who watch
         self._tree.put(START, WAITED_FOR)
 
     @contextlib.contextmanager
@@ -7118,7 +7306,7 @@ class HealthAggregator:
     def beat(self, name: str, ttl: float = DEFAULT_TTL) -> None:
         """Notes that one lives who watches the others: nothing is open for longer than `ttl` without that."""
         with self._lock:
-            self._beats[name] = self._clock() + ttl
+            self.beats[name] = self._clock() + ttl
         self.note_expiry()
 
     def note_expiry(self) -> None:
@@ -7154,7 +7342,7 @@ class HealthAggregator:
     def _state(self, name: str, group: Group) -> GroupState:
         now = self._clock()
         members = {each: span[0] > now for each, span in self._tree.counted(name).items() if each != SITE}
-        is_open = self._tree.end_of(name, self._beats.values()) > now
+        is_open = self._tree.end_of(name, self.beats.values()) > now
         why = self._told(name, is_open)
         state = "unhealthy" if not is_open else "degraded" if why else group.state(now)
         mode = (self.lease.part(name) or self.lease).mode
@@ -7168,7 +7356,7 @@ class HealthAggregator:
             self._tree.put(START, None)
             self._tree.changed |= self._tree.groups.keys()
         changed, self._tree.changed = sorted(self._tree.changed), set()
-        ends = {name: self._tree.end_of(name, self._beats.values()) for name in changed}
+        ends = {name: self._tree.end_of(name, self.beats.values()) for name in changed}
         for name, until in ends.items():
             if lease := self.lease.part(name):
                 span = self._tree.groups[name].span if name in self._tree.groups else None
@@ -7177,7 +7365,7 @@ class HealthAggregator:
                 lease.opens.value = max(opens, self._tree.overridden_until) if lease.by_hand.value < 0 else opens
                 lease.until.value = until
                 if self._copy:      # elsewhere what needs nothing ends with us, too, as it does in our own workers
-                    end = min([until, *(self._beats.values() or (self._clock() + DEFAULT_TTL,))])
+                    end = min([until, *(self.beats.values() or (self._clock() + DEFAULT_TTL,))])
                     observes = lease.observes.value and end <= self._clock()
                     self._copy(name, end, lease.opens.value, observes=observes)
         for name, until in ends.items():
@@ -7198,7 +7386,7 @@ class HealthAggregator:
 
     def _why(self, name: str) -> str:
         """What keeps a group from being healthy."""
-        dead = ", ".join(each for each, until in self._beats.items() if until <= self._clock())
+        dead = ", ".join(each for each, until in self.beats.items() if until <= self._clock())
         return self._tree.why(name, self._clock()) or f"no sign of life of {dead}"
 
     SetResource = set_resource
@@ -8168,6 +8356,15 @@ class Recorder(threading.Thread):
         log.log(logging.INFO if report.standing.healthy else logging.WARNING, "%s: %s", report.target.name,
                 report.transition)
         self._told.put(report)
+
+    @property
+    def unwritten(self) -> str:
+        """Why the database cannot be written; empty while it can be."""
+        return self._unwritten.why
+
+    @property
+    def is_well(self) -> bool:
+        return self.is_alive() and not self.unwritten
 
     def changed_at(self, group: str) -> float:
         """Unix time when a group last opened or closed, or of the start."""
@@ -11508,8 +11705,9 @@ def revoke_token(who: Principal, number: str) -> None:
 # serves. Each operation takes who does it, checks what is given, changes rows and notes it within one transaction, and
 # gives rows or views. What is refused is an ApiError.
 # Gives: add_resource, API, begin_maintenance, change_gate, change_resource, changeable, connection_view,
-# current_status, DAMAGED, end_maintenance, list_events, list_groups, list_resources, NO_SAMPLE, OPERATIONS, override_gate, poll_now,
-# remove_resource, RESOURCES, Route, SAFE_METHODS, test_changes, test_settings, trust_resource
+# current_status, DAMAGED, end_maintenance, list_events, list_groups, list_resources, NO_SAMPLE, OPERATIONS,
+# override_gate, poll_now, remove_resource, RESOURCES, Route, SAFE_METHODS, test_changes, test_settings,
+# trust_resource
 POLL_NOW_TIMEOUT = 60.0         # seconds that a request waits for a poll
 TAKE_TIME, TAKE_AGAIN = 2.0, 0.05   # seconds that a report waits for its resource's new poller, and between two looks
 PUSH_PAUSE = 1.0                # seconds for which a report that says the same, or that all is well again, is not taken
@@ -12440,6 +12638,7 @@ class Metrics:
         with self._store.reading() as session:
             rows, tokens = session.execute(METRIC_ROWS).all(), session.execute(TOKEN_ROWS).all()
             more = remarks(session, time.time())
+            receivers = session.scalars(sqlalchemy.select(Receiver).where(Receiver.name != HEARTBEAT)).all()
         total = gauge("resources", "Resources by state.", None, "state")
         standings = [(row.state and self._monitor and self._monitor.behind(row.name)) or row for row in rows]
         states = collections.Counter(standing.state or "unknown" for standing in standings)
@@ -12470,6 +12669,12 @@ class Metrics:
         for user, token, expires_at in tokens:
             ends.add_metric([user, token], expires_at)
         yield ends
+        told = CounterMetricFamily("healthchecker_notifications", labels=["receiver", "result"], documentation=(
+            "Messages that were delivered, or given up after an hour of tries."))
+        for receiver in receivers:
+            told.add_metric([receiver.name, "delivered"], receiver.delivered)
+            told.add_metric([receiver.name, "failed"], receiver.failed)
+        yield told
 
     def _connection_metrics(self) -> Iterator[Metric]:
         """How hosts are reached."""
@@ -12831,6 +13036,9 @@ else "?resource=" ~ event.resource|urlencode }}">{{ event.resource }}</a>{% endi
 {% if cut %}
 <p class="notice">Since {{ cut.begun_at|time_tag }} {{ cut.text }}.</p>
 {% endif %}
+{% for name, why in untold %}
+<p class="notice">{{ name or "service.heartbeat" }} cannot be told: {{ why }}.</p>
+{% endfor %}
 {% if now - clock_step[0] < 86400 %}
 <p class="notice">At {{ clock_step[0]|time_tag }} {{ clock_step[1] }}: times before and after do not fit together.</p>
 {% endif %}
@@ -13834,6 +14042,7 @@ def overview(**more: Any) -> flask.Response:
         more_known, turns = remarks(session, now), timetable(session, now)
         everything = [ResourceRow(row, status, context, more_known) for row, status in session.execute(RESOURCES)]
         is_open, last = context.is_healthy, next(iter(events(session, kind="gate", limit=1)), None)
+        untold = session.execute(sqlalchemy.select(Receiver.name, Receiver.trouble).where(Receiver.trouble != "")).all()
     groups = list_groups(current_principal())
     blockers = [] if is_open else blockers_of(everything, groups)
     found = [row for row in everything if row.matches(wanted)]
@@ -13846,7 +14055,7 @@ def overview(**more: Any) -> flask.Response:
                        said={blocker.name for blocker in blockers[:5]}, groups=groups, rows=rows,
                        sections=sections_of(rows, wanted, groups), cut=context.monitor.uplink.cut,
                        clock_step=context.monitor.clock_step, **overview_filters(everything, found, wanted),
-                       turns=turns, scopes=scopes_of(everything, groups),
+                       turns=turns, scopes=scopes_of(everything, groups), untold=untold,
                        refresh="" if flask.request.method == "GET" else PREFIX, **more)
 
 
@@ -14328,6 +14537,613 @@ class ConsoleServer(threading.Thread):
         self.join(CONSOLE_DRAIN)
 
 
+# === Notify ==================================================================
+# Who is told of what. The source is the table of events: an Announcer holds what one receiver heard of them and
+# decides, by rows and clock alone, what is said next; all of it is kept in rows before anything is sent, so that a
+# message is delivered at least once, and once where nobody is killed. The Notifier's thread looks every second and
+# waits for nobody: each message is on its way in a thread and a child process of its own, which alone imports apprise.
+# Gives: check_receivers, ChildProcess, deliver, has_apprise, Heartbeat, Message, NO_APPRISE, Notifier,
+# service_problems
+NOTIFY_INTERVAL = 1.0           # seconds between two looks at the events
+NOTIFY_IDLE = 30.0              # seconds between two looks at all resources while there is nothing to be said
+NOTIFY_LINES = 10               # lines of a kind in a message
+NOTIFY_END = 1.0                # seconds that the end of the service leaves to messages on their way
+DELIVERY_TIMEOUT = 30.0         # seconds, a message from the start of its process to the end of it
+RETRY_FIRST, RETRY_LONGEST = 10.0, 600.0    # seconds until the second try, and between two at most
+RETRY_TIME = 3600.0             # seconds after which a message is given up
+HEARTBEAT_INTERVAL = 60.0       # seconds
+HEARTBEAT_TIMEOUT = 10.0        # seconds
+NO_APPRISE = "notify needs the package apprise: run `pip install \"apprise>=2.3\"` in the environment of the service"
+STARTING = "(the service starts)"   # a gate that opens before it is told was never closed
+# What a child process is given of the environment; nothing that could be a secret of ours.
+CHILD_VARIABLES = ("PATH PYTHONPATH SYSTEMROOT WINDIR TEMP TMP TMPDIR LANG LC_ALL TZ SSL_CERT_FILE SSL_CERT_DIR "
+          "REQUESTS_CA_BUNDLE HTTP_PROXY HTTPS_PROXY NO_PROXY http_proxy https_proxy no_proxy").split()
+# Says nothing but the answer: what apprise logs may name the URL.
+CHILD = r"""
+import json, logging, os, sys, threading
+sys.path[:] = [path for path in sys.path if path]
+logging.disable()
+asked, out = json.load(sys.stdin.buffer), os.dup(1)
+os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+end = threading.Timer(asked["seconds"], os._exit, [1])      # where nobody is left who would kill it
+end.daemon = True
+end.start()
+import apprise, requests
+from apprise.manager_attachment import AttachmentManager
+from apprise.manager_plugins import NotificationManager
+AttachmentManager().remove("file")      # who names one then raises KeyError
+NotificationManager().disable(*asked["refused"])
+asset = apprise.AppriseAsset(
+    storage_mode="memory", plugin_paths=[], http_redirects=False, allow_templates=False, pgp_autogen=False,
+    pem_autogen=False, async_mode=False, app_id="HealthChecker", app_desc="HealthChecker", app_url="")
+send, seen = requests.Session.send, {}
+def noted(session, request, **more):
+    seen.update(status=0, error="", after="")
+    try:
+        came = send(session, request, **more)
+    except Exception as error:      # it goes on
+        seen["error"] = type(error).__name__
+        raise
+    seen.update(status=came.status_code, after=came.headers.get("Retry-After", ""))
+    return came
+requests.Session.send = noted
+services = [apprise.Apprise.instantiate(url, asset=asset) for url in asked["urls"]]
+answer = {"known": [bool(service) for service in services], "delivered": False, "seen": seen}
+if asked["body"] and all(services):
+    sender = apprise.Apprise(asset=asset)
+    sender.add(services)
+    answer["delivered"] = bool(sender.notify(
+        title=asked["title"], body=asked["body"], notify_type=asked["kind"], body_format="text"))
+os.write(out, json.dumps(answer).encode())
+"""
+
+
+def stamp(at: float) -> str:
+    """A Unix time in the server's own zone, which is named."""
+    return datetime.datetime.fromtimestamp(at).astimezone().isoformat(" ", "seconds")
+
+
+class Unhealthy(NamedTuple):
+    """An unhealthy resource."""
+
+    since_at: float
+    why: str
+    tags: frozenset[str] = frozenset()
+    critical: bool = True
+    is_blamed: bool = False     # on what it depends on, or on this machine: that is told, and not this
+
+
+class Picture(NamedTuple):
+    """How everything is, of the same moment as the events that are taken with it."""
+
+    unhealthy: Mapping[str, Unhealthy] = MappingProxyType({})
+    healthy: Mapping[str, float] = MappingProxyType({})     # Unix times of the last polls
+    excused: Collection[str] = ()       # resources in maintenance
+    groups: Collection[str] = ()        # and routes
+    tags: Mapping[str, frozenset[str]] = MappingProxyType({})   # of the resources that events name
+    problems: Mapping[str, str] = MappingProxyType({})      # of the service itself
+    acknowledged: Collection[str] = ()
+
+
+class Message(NamedTuple):
+    """What is sent; `kind` is a type of Apprise, which colours by it."""
+
+    title: str
+    body: str
+    kind: str = "info"
+
+
+SILENCE = Message("", "")
+
+class Delivery(NamedTuple):
+    """What came of a try; seconds that the receiver wants to be left alone."""
+
+    is_delivered: bool
+    why: str = ""
+    retry_after: float = 0.0
+
+
+# What a notice is of, what it is while it lasts, and what the end of it is called.
+WORDS = {"gate": ("the gate", "closed", "open again"), "group": ("{}", "closed", "open again"),
+         "state": ("{}", "unhealthy", "healthy again"), "problem": ("HealthChecker's {}", "in trouble", "well again"),
+         "maintenance": ("{}", "in maintenance", "no longer in maintenance")}
+
+
+def words_of(notice: Notice) -> tuple[str, str, str]:
+    """What a notice is of, what that is while it lasts, how it ended."""
+    what, lasts, ended = WORDS[notice.kind]
+    return what.format(notice.name or "everything"), lasts, notice.ending or ended
+
+
+def headline(notice: Notice) -> str:
+    """What a notice says, in a few words."""
+    what, lasts, ended = words_of(notice)
+    if not notice.over_at:
+        return f"{what} is {'still ' if notice.told_at else ''}{lasts}"
+    return f"{what} is {ended}" if notice.told_at else f"{what} was {lasts}"
+
+
+def line_of(notice: Notice) -> str:
+    """What a notice says."""
+    what, _, ended = words_of(notice)
+    often = f", {notice.times} times" if notice.times > 1 else ""
+    if not notice.over_at:
+        return f"{what}: {notice.text}; since {stamp(notice.since_at)}{often}"
+    lasted = duration_text(notice.over_at - notice.since_at)
+    if notice.told_at:
+        return f"{what}: {ended}, {stamp(notice.over_at)}, after {lasted}"
+    return f"{what}: {notice.text}; from {stamp(notice.since_at)} to {stamp(notice.over_at)}, {lasted}{often}"
+
+
+def first_lines(lines: Sequence[str]) -> list[str]:
+    more = len(lines) - NOTIFY_LINES
+    return [*(one_line(line) for line in lines[:NOTIFY_LINES]), *([f"and {more} more"] if more > 0 else [])]
+
+
+def as_mapping(row: Notice | Receiver, *names: str) -> dict[str, Any]:
+    """Columns of a row, those named or all, by name."""
+    return {name: getattr(row, name) for name in names or row.__table__.columns.keys()}
+
+
+def write_message(chosen: Sequence[Notice], picture: Picture, is_mine: Callable[[Collection[str]], bool],
+                  console: str) -> Message:
+    """What is chosen in words: lasting things first; with the gate and groups the resources that keep them closed."""
+    order = [*WORDS]
+    chosen = sorted(chosen, key=lambda notice: (order.index(notice.kind), notice.over_at > 0, notice.since_at))
+    lasting, named = [each for each in chosen if not each.over_at], {each.name for each in chosen}
+    sick = sorted((one.since_at, name, one.why) for name, one in picture.unhealthy.items()
+                  if one.critical and not one.is_blamed and name not in picture.excused and is_mine(one.tags))
+    sick = sick if any(each.kind in ("gate", "group") for each in lasting) else []
+    lines = [*first_lines([line_of(each) for each in chosen if each.kind != "state"]),
+             *first_lines([line_of(each) for each in chosen if each.kind == "state"]),
+             *first_lines([f"{name}: {why}; since {stamp(at)}" for at, name, why in sick if name not in named])]
+    title = (f"HealthChecker: {headline(chosen[0])}{f', {len(sick)} unhealthy' if sick else ''}"
+             f"{f', and {len(chosen) - 1} more' if len(chosen) > 1 else ''}")
+    return Message(one_line(title), "\n".join(filter(None, [*lines, console])), "failure" if lasting else "success")
+
+
+BAD_STATES = ("closed", "unhealthy", "begun")       # of events that begin something
+
+
+class Announcer:
+    """What one receiver is told, and when. Touches nothing but its own rows; times are Unix times, and one of the
+    future, of a clock that was set back since, is now."""
+
+    def __init__(self, row: Receiver, notices: Iterable[Notice] = (), console: str = "") -> None:
+        self.row, self._console = row, console
+        self.settings = ReceiverSettings.model_validate({"url": TOKEN_PREFIXES[0], **json.loads(row.settings)})
+        self.notices = {(notice.kind, notice.name): notice for notice in notices}
+
+    def take(self, happened: Event, picture: Picture, now: float) -> None:
+        """Takes an event up, once."""
+        is_clock, name, at = happened.kind == "clock", happened.resource or happened.group, min(happened.at, now)
+        kind, name = ("problem", "clock") if is_clock else (happened.kind, name)
+        self.row.cursor = max(self.row.cursor, happened.id)
+        if kind not in self.settings.on or (happened.resource and not self._is_mine(picture.tags.get(name, ()))):
+            return
+        if (happened.state in BAD_STATES or is_clock) and not (kind == "state" and name in picture.excused):
+            self._begin(kind, name, happened.text, at, times=int(STARTING not in happened.text))
+        if happened.state not in BAD_STATES:
+            self._end(kind, name, at)
+
+    def settle(self, picture: Picture, now: float) -> None:
+        """Ends what the rows say is over, whatever became of its event, and begins what they say is bad."""
+        self.row.made_at, self.row.next_at = min(self.row.made_at, now), min(self.row.next_at, now + RETRY_TIME)
+        for key, notice in [*self.notices.items()]:
+            for column in ("since_at", "taken_at", "over_at", "told_at"):
+                setattr(notice, column, min(now, getattr(notice, column)))
+            if (ending := self._ending(notice, picture)) is not None:
+                self._end(*key, now, ending)
+            if not notice.told_at and self._is_nothing(notice, picture):
+                del self.notices[key]
+        self._begin_new("state", {name: (one.why, one.since_at) for name, one in picture.unhealthy.items()
+                                  if one.since_at >= self.row.joined_at and not one.is_blamed
+                                  and name not in picture.excused and self._is_mine(one.tags)}, now)
+        self._begin_new("problem", {name: (why, now) for name, why in picture.problems.items()
+                                    if name != f"receiver {self.row.name}"}, now)
+
+    def compose(self, picture: Picture, now: float) -> None:
+        """Makes what is to be said now, if anything is, the row's message; it counts as told, and what is over is
+        forgotten."""
+        chosen = self._due(picture, now)
+        if self.row.message or not chosen or now < max(self.row.next_at, self.row.made_at + self.settings.wait):
+            return
+        message, ends = write_message(chosen, picture, self._is_mine, self._console), []
+        for notice in chosen:
+            if notice.over_at:
+                ends += [as_mapping(notice)] if notice.told_at else []
+                del self.notices[notice.kind, notice.name]
+            notice.told_at, notice.times = now, 0
+        self.row.message = json.dumps([*message, ends])
+        self.row.made_at = self.row.next_at = now
+        self.row.tries = 0
+
+    def take_result(self, came: Delivery, now: float) -> bool:
+        """Takes what became of a try; False where the message is given up."""
+        row, is_late = self.row, now - self.row.made_at >= RETRY_TIME
+        row.tries, row.trouble = row.tries + 1, "" if came.is_delivered else came.why
+        if came.is_delivered:
+            row.message, row.delivered = "", row.delivered + 1
+            return True
+        pause = min(RETRY_LONGEST, RETRY_FIRST * 2 ** min(row.tries - 1, 10))
+        row.next_at = now + max(pause, min(came.retry_after, RETRY_TIME))
+        if is_late:
+            self._give_up()
+        return not is_late
+
+    def _give_up(self) -> None:
+        """What the message said and still holds is untold, and goes into the next one; ends go there, too."""
+        ends = json.loads(self.row.message)[-1]
+        self.row.message, self.row.failed = "", self.row.failed + 1
+        for notice in self.notices.values():
+            if notice.told_at == self.row.made_at:
+                notice.told_at, notice.times = 0.0, max(1, notice.times)
+        for end in ends:
+            if known := self.notices.get((end["kind"], end["name"])):
+                known.told_at = end["told_at"]      # it began again, and the receiver knows nothing else
+            else:
+                self.notices[end["kind"], end["name"]] = Notice(**end)
+
+    def _is_mine(self, tags: Collection[str]) -> bool:
+        return not self.settings.tags or not {*self.settings.tags}.isdisjoint(tags)
+
+    def _begin(self, kind: str, name: str, text: str, since_at: float, *, times: int = 1) -> None:
+        if known := self.notices.get((kind, name)):       # it came back before its end was told
+            known.over_at, known.ending, known.times, known.text = 0.0, "", known.times + times, one_line(text)
+            return
+        self.notices[kind, name] = Notice(
+            receiver_id=self.row.id, kind=kind, name=name, text=one_line(text), ending="", times=times,
+            since_at=since_at, taken_at=since_at, over_at=0.0, told_at=0.0)
+
+    def _begin_new(self, kind: str, found: Mapping[str, tuple[str, float]], now: float) -> None:
+        """Of things that are known by no event: text and since when; they wait from now on."""
+        for name, (text, since_at) in found.items() if kind in self.settings.on else ():
+            if (kind, name) not in self.notices:
+                self._begin(kind, name, text, since_at)
+                self.notices[kind, name].taken_at = now
+
+    def _end(self, kind: str, name: str, at: float, ending: str = "") -> None:
+        known = self.notices.get((kind, name))
+        if known and not known.over_at:
+            known.over_at, known.ending = max(at, known.since_at), ending
+
+    def _ending(self, notice: Notice, picture: Picture) -> str | None:
+        """How something ended by the rows, None while it lasts; empty: as usual."""
+        kind, name, polled_at = notice.kind, notice.name, picture.healthy.get(notice.name)
+        is_there = polled_at is not None or name in picture.unhealthy
+        if kind not in self.settings.on:
+            return "no longer told of"
+        if (kind == "group" or (kind == "maintenance" and name and not is_there)) and name not in picture.groups:
+            return "removed"
+        if kind == "state" and (name in picture.excused or not is_there):
+            return "in maintenance now" if is_there else "removed"
+        is_well = polled_at is not None and polled_at > notice.since_at
+        return "" if (kind == "state" and is_well) or (kind == "problem" and name not in picture.problems) else None
+
+    def _is_nothing(self, notice: Notice, picture: Picture) -> bool:
+        """Whether what was not told yet need not be: too short, in maintenance, or another's fault."""
+        if notice.kind == "state" and notice.name in picture.excused:
+            return True
+        known = picture.unhealthy.get(notice.name) if notice.kind == "state" else None
+        too_short = notice.over_at - notice.since_at < 60 * self.settings.after or not notice.times
+        is_over = notice.over_at > 0 and (too_short or not self._concerns(notice, picture))
+        return is_over or (known is not None and known.is_blamed)
+
+    def _concerns(self, notice: Notice, picture: Picture) -> bool:
+        """Whether the gate or a group, if it is that, closes while something with the receiver's tags is unhealthy."""
+        return (not self.settings.tags or notice.kind not in ("gate", "group")
+                or any(self._is_mine(one.tags) for one in picture.unhealthy.values()))
+
+    def _due(self, picture: Picture, now: float) -> list[Notice]:
+        """What a message would say now: ends at once, and troubles together once the first of them has waited."""
+        after, remind = 60 * self.settings.after, 3600 * self.settings.remind or math.inf
+        ends, begun = [], []
+        for notice in self.notices.values():
+            is_seen_to = notice.kind == "state" and notice.name in picture.acknowledged
+            if notice.told_at and (notice.over_at or (now - notice.told_at >= remind and not is_seen_to)):
+                ends.append(notice)
+            elif not notice.told_at and (notice.over_at or now - notice.taken_at >= after):
+                begun += [notice] if self._concerns(notice, picture) else []
+        is_ripe = any(now - notice.taken_at >= after + self.settings.wait for notice in begun)
+        return ends + (begun if is_ripe else [])
+
+
+def seconds_of(text: str) -> float:
+    """Of a Retry-After, where that is a number."""
+    return float(text) if re.fullmatch(r"[0-9]{1,9}", text) else 0.0
+
+
+class ChildProcess:
+    """A Python of its own that asks apprise, killed at its deadline with all that it started."""
+
+    def __init__(self) -> None:
+        environment = {name: os.environ[name] for name in CHILD_VARIABLES if name in os.environ}
+        options: dict[str, Any] = {"start_new_session": True}
+        if sys.platform == "win32":
+            options = {"creationflags": subprocess.CREATE_NO_WINDOW}
+        self._process = subprocess.Popen([sys.executable, "-c", CHILD], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                         stderr=subprocess.DEVNULL, env=environment, **options)
+        self._end_all = enclose(self._process) if sys.platform == "win32" else functools.partial(
+            end_process_group, self._process)
+
+    def ask(self, urls: Sequence[str], seconds: float, message: Message = SILENCE) -> dict[str, Any] | None:
+        """The answer, None without one in time. Ends the process."""
+        asked = json.dumps({"urls": urls, "refused": sorted(LOCAL_SERVICES), "seconds": seconds, **message._asdict()})
+        try:
+            said = self._process.communicate(asked.encode(), seconds)[0]
+            return cast("dict[str, Any]", json.loads(said))
+        except (subprocess.TimeoutExpired, OSError, ValueError):
+            return None
+        finally:
+            self.end()
+            self._process.communicate()
+
+    def end(self) -> None:
+        """From any thread."""
+        self._process.kill()
+        self._end_all()
+
+
+def has_apprise() -> bool:
+    return importlib.util.find_spec("apprise") is not None
+
+
+def deliver(url: str, message: Message, child: ChildProcess, seconds: float = DELIVERY_TIMEOUT) -> Delivery:
+    """One try; nothing of what is said of it holds the URL."""
+    answer = child.ask([url], seconds, message)
+    if answer is None:
+        return Delivery(False, f"apprise gave no answer within {seconds:g} s" if has_apprise() else NO_APPRISE)
+    if not all(answer["known"]):
+        return Delivery(False, "its url is that of no service that apprise knows, or lacks a part")
+    seen = answer["seen"]
+    status, error = seen.get("status"), seen.get("error")
+    why = f"the answer was {status}" if status else f"no answer ({error})" if error else "it was not accepted"
+    return Delivery(True) if answer["delivered"] else Delivery(False, why, seconds_of(seen.get("after", "")))
+
+
+def check_receivers(inventory: Inventory, vault: Vault) -> Iterator[HealthCheckerError]:
+    """What is wrong with those who are to be told, as far as apprise knows."""
+    named = [(where, name, url) for where, name, url in inventory.urls() if name != HEARTBEAT]
+    if not named:
+        return
+    if not has_apprise():
+        yield UsageError(NO_APPRISE)
+        return
+    answer = ChildProcess().ask([open_url(url, name, vault) for _, name, url in named], DELIVERY_TIMEOUT)
+    if answer is None:
+        yield UsageError("apprise, of which notify is made, cannot be imported: install it anew")
+    for (where, name, _), is_known in zip(named, answer["known"] if answer else (), strict=False):
+        if not is_known:
+            yield InventoryError(f"{inventory.places[f'notify/{name}']}: notify[{where[1]}].url: is that of no service "
+                                 "that apprise knows, or lacks a part")
+
+
+def service_problems(recorder: Recorder) -> dict[str, str]:
+    """What is wrong with the service itself, by a word for it."""
+    return {"database": f"the database cannot be written: {recorder.unwritten}"} if recorder.unwritten else {}
+
+
+def take_picture(session: Session, names: Iterable[str], problems: Mapping[str, str], now: float) -> Picture:
+    """How everything is by the rows; with the tags of resources of these names."""
+    unhealthy, healthy, tags, wanted = {}, {}, {}, {*names}
+    rows = session.execute(sqlalchemy.select(
+        Resource.name, Resource.settings, Status.state, Status.cause, Status.reason,
+        Status.since_at, Status.polled_at).outerjoin(Status, Status.resource_id == Resource.id)).all()
+    for name, text, state, cause, reason, since_at, polled_at in rows:
+        settings: Any = {}
+        if state == "unhealthy" or name in wanted:
+            with contextlib.suppress(ValueError):       # of a damaged row
+                settings = json.loads(text)
+            tags[name] = frozenset(settings.get("tags", ()))
+        if state == "unhealthy":
+            unhealthy[name] = Unhealthy(since_at, f"{cause}: {reason}", tags[name], settings.get("critical", True),
+                                        cause in ("parent", "cut_off"))
+        else:
+            healthy[name] = polled_at or 0.0
+    gates = Gates.model_validate_json(remembered(session, "gates").text or "{}")
+    groups = frozenset(gates.members({}))
+    more = remarks(session, now)
+    return Picture(unhealthy, healthy, {*more.maintenance}, groups, tags, problems, frozenset(more.seen))
+
+
+class Notifier(threading.Thread):
+    """Tells the receivers of the rows."""
+
+    def __init__(self, store: Store, vault: Vault, problems: Callable[[], Mapping[str, str]], console: str) -> None:
+        super().__init__(name="notifier", daemon=True)
+        self._store, self._vault, self._problems, self._console = store, vault, problems, console
+        self._ending, self._trouble = threading.Event(), Trouble("nobody can be told")
+        self._unkept = Trouble("what was told cannot be kept")
+        self._announcers: dict[int, Announcer] = {}     # by the receiver's id; the rows are a copy of them
+        self._saved: dict[int, object] = {}
+        self._lost: list[str] = []          # texts of events to be written
+        self._revision, self._looked_at, self._newest = -1, 0.0, 0
+        self._results: queue.SimpleQueue[tuple[int, Delivery]] = queue.SimpleQueue()
+        self._threads: dict[int, threading.Thread] = {}         # those that send, by the receiver's id
+        self._lock = threading.Lock()       # guards the next, and that none begins after the end
+        self._running: dict[int, ChildProcess] = {}
+
+    def run(self) -> None:
+        while not self._ending.wait(NOTIFY_INTERVAL):
+            with self._trouble.caught():
+                self.look(time.time())
+
+    def look(self, now: float) -> None:
+        """Takes up what happened since the last look, and sends what is to be said."""
+        self._take_results(now)
+        with self._trouble.caught():        # what cannot be read is no reason to keep what is known to oneself
+            with self._store.reading() as session:
+                self._follow(session)
+                found, picture = self._see(session, now)
+            if picture:
+                self._announce(found, picture, now)
+        self._save()
+        self._dispatch(now)
+
+    def close(self) -> None:
+        """Ends the thread; messages on their way have NOTIFY_END seconds, and are sent again after the next start."""
+        self._ending.set()
+        deadline = Deadline(NOTIFY_END)
+        for thread in (self, *self._threads.values()):
+            if thread.is_alive():
+                thread.join(max(0.0, deadline.remaining))
+        with self._lock:
+            for child in self._running.values():
+                child.end()
+        for thread in self._threads.values():
+            thread.join(NOTIFY_END)
+        if not self.is_alive():
+            self._take_results(time.time())
+            self._save()
+
+    def _follow(self, session: Session) -> None:
+        """Takes the rows up where the inventory may have changed them."""
+        if (current := revision(session)) == self._revision:
+            return
+        notices: dict[int, list[Notice]] = collections.defaultdict(list)
+        for notice in session.scalars(sqlalchemy.select(Notice)):
+            notices[notice.receiver_id].append(notice)
+        rows = session.scalars(sqlalchemy.select(Receiver).where(Receiver.name != HEARTBEAT)).all()
+        session.expunge_all()       # plain objects from now on
+        self._announcers = {row.id: Announcer(row, notices[row.id], self._console) for row in rows}
+        self._saved = {number: self._state_of(announcer) for number, announcer in self._announcers.items()}
+        self._revision, self._looked_at = current, 0.0
+        if self._announcers and not has_apprise():
+            log.error(NO_APPRISE)
+
+    def _see(self, session: Session, now: float) -> tuple[list[Event], Picture | None]:
+        """The events that are new to anybody, and how everything is; no picture while nothing can have changed."""
+        rows, problems = [announcer.row for announcer in self._announcers.values()], {**self._problems()}
+        problems |= {f"receiver {row.name}": f"{row.name} cannot be told: {row.trouble}" for row in rows if row.trouble}
+        newest = session.scalar(sqlalchemy.select(func.max(Event.id))) or 0
+        for row in rows:        # ids come again where the last events were dropped
+            row.cursor = min(row.cursor, newest)
+        cursor = min((row.cursor for row in rows), default=newest)
+        idle = not problems and cursor == newest and not any(each.notices for each in self._announcers.values())
+        if not rows or (idle and abs(now - self._looked_at) < NOTIFY_IDLE):
+            return [], None
+        found = [*session.scalars(sqlalchemy.select(Event).where(Event.id > cursor).order_by(Event.id))]
+        session.expunge_all()
+        self._looked_at = now
+        return found, take_picture(session, (each.resource for each in found), problems, now)
+
+    def _announce(self, found: Sequence[Event], picture: Picture, now: float) -> None:
+        for announcer in self._announcers.values():
+            for happened in found:
+                if happened.id > announcer.row.cursor:
+                    announcer.take(happened, picture, now)
+            announcer.settle(picture, now)
+            announcer.compose(picture, now)
+
+    @staticmethod
+    def _state_of(announcer: Announcer) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        """What is kept of a receiver: columns of its row, and its notices."""
+        return as_mapping(announcer.row, "cursor", "message", "made_at", "tries", "next_at", "trouble", "delivered",
+                          "failed"), [*map(as_mapping, announcer.notices.values())]
+
+    def _save(self) -> None:
+        """Keeps what has changed; what cannot be kept is told none the less, for that may be what there is to tell."""
+        states = {number: self._state_of(announcer) for number, announcer in self._announcers.items()}
+        changed = {number: state for number, state in states.items() if state != self._saved.get(number)}
+        with self._unkept.caught():
+            if not changed and not self._lost:
+                return
+            with self._store.writing() as session:
+                there = {*session.scalars(sqlalchemy.select(Receiver.id))}      # else it was removed just now
+                for number, (row, notices) in changed.items():
+                    session.execute(sqlalchemy.update(Receiver).where(Receiver.id == number).values(**row))
+                    session.execute(sqlalchemy.delete(Notice).where(Notice.receiver_id == number))
+                    if notices and number in there:
+                        session.execute(sqlalchemy.insert(Notice), notices)
+                for text in self._lost:
+                    record_event(session, "service", text)
+            self._saved |= changed
+            self._lost.clear()
+
+    def _take_results(self, now: float) -> None:
+        for number, came in (self._results.get() for _ in range(self._results.qsize())):
+            del self._threads[number]
+            if not (announcer := self._announcers.get(number)):
+                continue
+            name = announcer.row.name
+            if not announcer.take_result(came, now):
+                self._lost.append(f"a notification to {name} was given up: {came.why}")
+            if came.is_delivered:
+                log.info("%s was told", name)
+            else:
+                log.warning("%s was not told: %s", name, came.why)
+
+    def _dispatch(self, now: float) -> None:
+        """Sends what is to be sent, each in a thread of its own."""
+        for number, announcer in self._announcers.items():
+            row = announcer.row
+            if row.message and number not in self._threads and now >= row.next_at:
+                title, body, kind, _ = json.loads(row.message)
+                if now - row.made_at > RETRY_FIRST:
+                    body += f"\nThis is of {stamp(row.made_at)} and could not be delivered before."
+                self._threads[number] = threading.Thread(None, self._send, f"notify {row.name}", (
+                    row.id, row.url, row.bound, Message(title, body, kind)), daemon=True)
+                self._threads[number].start()
+
+    def _send(self, number: int, token: str, bound: Sequence[str], message: Message) -> None:
+        came = Delivery(False, "the service ended")
+        try:
+            url = self._vault.open(token, *bound)
+            with self._lock:
+                if not self._ending.is_set():
+                    self._running[number] = ChildProcess()
+            if child := self._running.get(number):
+                came = deliver(url, message, child)
+        except (HealthCheckerError, OSError) as error:
+            came = Delivery(False, one_line(str(error)))
+        finally:
+            with self._lock:
+                self._running.pop(number, None)
+            self._results.put((number, came))
+
+
+class Heartbeat(threading.Thread):
+    """Asks the URL of service.heartbeat every minute while all is well with the service itself, whatever the gate."""
+
+    def __init__(self, store: Store, vault: Vault, access: ConnectionContext, is_well: Callable[[], bool]) -> None:
+        super().__init__(name="heartbeat", daemon=True)
+        self._store, self._vault, self._access, self._is_well = store, vault, access, is_well
+        self._ending, self._trouble = threading.Event(), Trouble("the heartbeat is not told")
+
+    def run(self) -> None:
+        wait = NOTIFY_INTERVAL
+        while not self._ending.wait(wait):
+            with self._trouble.caught():
+                self.beat(time.time())
+            wait = HEARTBEAT_INTERVAL
+
+    def beat(self, now: float) -> None:
+        """Asks once, after it was seen that the database can be written. Raises ProbeError where nobody answers."""
+        with self._store.reading() as session:
+            row = session.scalar(sqlalchemy.select(Receiver).where(Receiver.name == HEARTBEAT))
+        if not row or not self._is_well():
+            return
+        with self._store.writing() as session:
+            session.merge(Setting(name="heartbeat", value=int(now)))
+        url = self._vault.open(row.url, *row.bound)
+        settings = ResourceSettings.model_validate({
+            "name": "service.heartbeat", "platform": "http", "url": url, "timeout": HEARTBEAT_TIMEOUT,
+            **of_url({"url": url})})
+        target = Target(0, settings, None, "", "")
+        verdict, _ = poll_once(target, CONNECTIONS[settings.platform](target, self._access.guard_of(target),
+                                                                      self._access), None)
+        why = "" if verdict.healthy else verdict.reason.partition(", which leads")[0]    # as the URL, it may be secret
+        if why != row.trouble:
+            with self._store.writing() as session:
+                session.execute(sqlalchemy.update(Receiver).where(Receiver.id == row.id).values(trouble=why))
+        if why:
+            raise ProbeError(verdict.cause, why)
+
+    def close(self) -> None:
+        """Ends the thread, which is not waited for: it holds nothing."""
+        self._ending.set()
+
+
 # === Backup ==================================================================
 # Database, keys and inventory in one archive, while the service runs, and back where there are none. In the process of
 # the command; what it reads fits each other, and what it writes is its owner's alone.
@@ -14459,6 +15275,8 @@ class Installation:
         for settings in self.inventory.resources:
             for name in filter(None, (settings.password_env, settings.key_passphrase_env)):
                 take_variable(name)
+        for name in self.inventory.url_variables:
+            take_variable(name)
         self.service = self.inventory.service
         self.listen_name = "--listen" if listen_on else "service.listen"    # what to write another address at
         if listen_on:
@@ -14501,7 +15319,8 @@ class Installation:
     def _started_with(self) -> dict[str, Any]:
         """What holds until the next start: the service's settings, and which groups and routes there are."""
         service, gates = self.inventory.service, self.inventory.gates
-        return service.model_dump(mode="json") | {"gates": sorted(gates.members({})) or None}
+        kept = service.model_dump(mode="json", exclude={"heartbeat", "heartbeat_env", "heartbeat_file"})
+        return kept | {"gates": sorted(gates.members({})) or None}
 
     def keep_service(self, session: Session) -> None:
         """Takes down with which settings of its own the service runs."""
@@ -14533,11 +15352,17 @@ def prepare(installation: Installation, store: Store) -> Vault:
 def take_over_again(installation: Installation, store: Store, actor: str = "") -> Iterator[str]:
     """Has the rows follow an edited inventory while the service runs, all or nothing, and gives what is to be known;
     the service itself follows the rows. Raises HealthCheckerError."""
-    with store.writing() as session:
+    with store.reading() as session:
         waiting = installation.changed_service(session)
         if fixed := [name for name in waiting if name in ("service.database", "service.keys")]:
             raise UsageError(f"{installation.path.name}: {', '.join(fixed)} changed: restart the service")
-        changes = installation.take_over(session, installation.open_vault(session), actor)
+        vault = installation.open_vault(session)
+    for fault in check_receivers(installation.inventory, vault):
+        if isinstance(fault, InventoryError):
+            raise fault
+        yield str(fault)
+    with store.writing() as session:
+        changes = installation.take_over(session, vault, actor)
     yield f"inventory: {changes}"
     if waiting:
         yield f"{', '.join(waiting)} changed: that needs a restart"
@@ -14577,6 +15402,11 @@ def check_files(service: ServiceSettings) -> Iterator[UsageError]:
             yield error
 
 
+def console_url(service: ServiceSettings) -> str:
+    """Where the console is, for who is told; empty where there is none."""
+    return service.console_url or ("" if service.console == "off" else f"http://{service.console}{PREFIX}")
+
+
 def watch(installation: Installation, store: Store, console: Sequence[socket.socket], supervisor: Supervisor,
           hangups: queue.SimpleQueue[bool]) -> None:
     """Takes the inventory over, watches it and lets the workers serve until a signal comes."""
@@ -14598,6 +15428,11 @@ def watch(installation: Installation, store: Store, console: Sequence[socket.soc
             metrics = Metrics(serving, store, service.metrics_token_file, access, monitor)
             server = ConsoleServer(build_console(context, metrics), console)
             stack.enter_context(contextlib.closing(server)).start()
+        notifier = Notifier(store, vault, functools.partial(service_problems, recorder), console_url(service))
+        stack.enter_context(contextlib.closing(notifier)).start()
+        heart = Heartbeat(store, vault, installation.access(), lambda: (
+            min([*aggregator.beats.values()], default=0.0) > lease_clock() and recorder.is_well))
+        stack.enter_context(contextlib.closing(heart)).start()
         reloads = threading.Thread(None, follow_hangups, "reloads", (installation, store, hangups), daemon=True)
         reloads.start()
         stack.callback(reloads.join, RELOAD_END)        # after this, for they come the other way round
@@ -14769,7 +15604,10 @@ def check_app(installation: Installation) -> int:
 def show_readable(installation: Installation) -> None:
     """Names the files with secrets that every account of this machine can read (POSIX)."""
     inventory = installation.inventory
-    files = {installation.service.metrics_token_file, installation.database if installation.database.exists() else None}
+    files = {installation.service.metrics_token_file, *(receiver.url_file for receiver in inventory.receivers),
+             installation.service.heartbeat_file, installation.database if installation.database.exists() else None}
+    if any(not (each.url_file or each.url_env) for each in inventory.receivers):
+        files.add(installation.path)
     for each in inventory.resources:
         files |= {each.password_file, each.key_passphrase_file, each.key_file}
         files |= {each.certificate_file} if each.url and not each.key_file else set()
@@ -14793,6 +15631,9 @@ def check(arguments: argparse.Namespace) -> int:
         for line in gate_lines(installation.inventory.gates, installation.inventory.resources):
             print(line)
         show_readable(installation)
+        for fault in check_receivers(installation.inventory, vault):
+            print(fault, file=sys.stderr)
+            code = fault.exit_code
         installation.review(changes)
         for settings in installation.inventory.resources:
             if settings.ssh_config:
@@ -14805,6 +15646,23 @@ def check(arguments: argparse.Namespace) -> int:
     polled = [name for name, target in targets.items() if target.settings.is_asked]
     chosen = [find_target(targets, name) for name in arguments.probe or polled]
     return code or (0 if arguments.probe is None else probe(targets, chosen, installation.access()))
+
+
+def notify_test(arguments: argparse.Namespace) -> int:
+    """Sends one receiver a message, now."""
+    installation = Installation(arguments.inventory)
+    urls = {name: url for _, name, url in installation.inventory.urls() if name != HEARTBEAT}
+    if arguments.name not in urls:
+        near = difflib.get_close_matches(arguments.name, urls, 1)
+        raise UsageError(f"notify names no {arguments.name}{f'; did you mean {near[0]}?' if near else ''}")
+    if not has_apprise():
+        raise UsageError(NO_APPRISE)
+    with installation.store(scratch=True) as store, store.reading() as session:
+        url = open_url(urls[arguments.name], arguments.name, installation.open_vault(session))
+    message = Message("HealthChecker: a test", f"{arguments.name} hears from HealthChecker.")
+    came = deliver(url, message, ChildProcess())
+    print(f"{arguments.name}: {'delivered' if came.is_delivered else f'not delivered: {came.why}'}")
+    return int(not came.is_delivered)
 
 
 def middleware(arguments: argparse.Namespace) -> int:
@@ -14860,6 +15718,13 @@ def secret_nodes(installation: Installation, document: Document, *,
                 yield ("resources", index, kind), node.value, settings
 
 
+def url_nodes(installation: Installation, document: Document, *, sealed: bool) -> Iterator[tuple[NodePath, str, str]]:
+    """Paths, names and values of the receivers' URLs that stand in the file, sealed or plain ones."""
+    for where, name, url in installation.inventory.urls():
+        if where in document.nodes and url.startswith(TOKEN_PREFIXES) is sealed:
+            yield where, name, url
+
+
 def seal(arguments: argparse.Namespace) -> int:
     """Replaces the plain secrets in the file by sealed ones."""
     installation = Installation(arguments.inventory)
@@ -14868,6 +15733,8 @@ def seal(arguments: argparse.Namespace) -> int:
         vault = installation.open_vault(session)
     tokens = {where: vault.seal(value, *binding(str(where[-1]), settings))
               for where, value, settings in secret_nodes(installation, document, sealed=False)}
+    tokens |= {where: vault.seal(url, *url_binding(name))
+               for where, name, url in url_nodes(installation, document, sealed=False)}
     if tokens:
         rewrite(installation.path, document, tokens)
     print(f"{installation.path.name}: {len(tokens)} secrets sealed")
@@ -14939,7 +15806,8 @@ def rotate_keys(arguments: argparse.Namespace) -> int:
     installation = Installation(arguments.inventory)
     document = read_document(installation.path)
     document_tokens = list(secret_nodes(installation, document, sealed=True))
-    if len(list(sealed_tokens(None, installation.inventory))) > len(document_tokens):
+    urls = list(url_nodes(installation, document, sealed=True))
+    if len(list(sealed_tokens(None, installation.inventory))) > len(document_tokens) + len(urls):
         raise UsageError("a sealed secret stands in defaults, a password_file or a variable; "
                          "write the password at its resource first")
     inspect_database(installation.database)
@@ -14950,7 +15818,10 @@ def rotate_keys(arguments: argparse.Namespace) -> int:
                 vault.create("next.pem")
             tokens = {where: vault.seal(open_stated(settings, kind, vault), *binding(kind, settings))
                       for where, _, settings in document_tokens for kind in map(str, where[-1:])}
+            tokens |= {where: vault.seal(open_url(url, name, vault), *url_binding(name)) for where, name, url in urls}
             reseal(session, session.scalars(sqlalchemy.select(Resource)), vault)
+            for receiver in session.scalars(sqlalchemy.select(Receiver)):
+                receiver.url = vault.seal(vault.open(receiver.url, *receiver.bound), *receiver.bound)
             record_event(session, "change", f"secrets are sealed with key {vault.key_id} now", actor="command line")
             revise(session)
         if tokens:
@@ -14959,6 +15830,17 @@ def rotate_keys(arguments: argparse.Namespace) -> int:
         vault.retire()
     print(f"secrets are sealed with key {vault.key_id} now")
     return 0
+
+
+def forget_urls(session: Session, vault: Vault) -> int:
+    """Forgets the URLs that are sealed with a key that is lost, for the inventory states them again; how many."""
+    count = 0
+    for receiver in session.scalars(sqlalchemy.select(Receiver)):
+        try:
+            vault.require([receiver.url])
+        except SecretError:
+            receiver.url, count = "", count + 1
+    return count
 
 
 def replace_keys(arguments: argparse.Namespace) -> int:
@@ -14975,7 +15857,8 @@ def replace_keys(arguments: argparse.Namespace) -> int:
                 except SecretError:
                     setattr(row, kind, None)
                     forgotten.append(row)
-        if not forgotten:
+        lost = forget_urls(session, vault)
+        if not forgotten and not lost:
             raise UsageError("no secret is sealed with a key that is lost; `keys rotate` makes a new key")
         vault = installation.open_vault(session)
         installation.take_over(session, vault, "command line")
@@ -15211,6 +16094,10 @@ def command_line() -> argparse.ArgumentParser:
     add_gate_command(commands)
     work = commands.add_parser("maintenance", help="`maintenance start|end|list`: what does not count for a while")
     add_maintenance_commands(work.add_subparsers(metavar="start|end|list", required=True))
+    command = commands.add_parser("notify", help="`notify test NAME`: send a receiver of `notify` a message, now")
+    command.add_argument("action", choices=("test",))
+    command.add_argument("name", metavar="NAME")
+    command.set_defaults(run=notify_test)
     keys = commands.add_parser("keys", help="seal every secret with a new key: `keys rotate`, or `keys replace` where "
                                             "the old one is lost; stop the service first")
     changes = keys.add_subparsers(metavar="rotate|replace", required=True)

@@ -427,7 +427,7 @@ def test_the_gate_closes_when_nobody_watches(
             monkeypatch.setattr(recorder, "flush", flush)
         if hanging:  # its beat is before that, so that there is none any more
             assert hangs.wait(60)
-            assert hanging in house.aggregator._beats
+            assert hanging in house.aggregator.beats
         house.aggregator._clock = lambda: healthchecker.lease_clock() + 140
         wait_for(lambda: house.aggregator.is_healthy() is not bool(hanging))
         assert not machines.ended.wait(1.5)

@@ -1,0 +1,859 @@
+"""Notify: what is said when, by tables of scenarios with a clock of their own; real receivers on loopback."""
+
+from __future__ import annotations
+
+import contextlib
+import email
+import email.policy
+import itertools
+import json
+import logging
+import re
+import socket
+import ssl
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from aiosmtpd.controller import Controller
+from aiosmtpd.smtp import AuthResult
+from console import prepared_database, prepared_vault
+from service import Service, prepared_keys, run, write_inventory
+from sshd import wait_for
+from wsman_server import make_certificate
+
+import healthchecker
+from healthchecker import (
+    RETRY_TIME,
+    Announcer,
+    ChildProcess,
+    ConnectionContext,
+    Delivery,
+    Event,
+    Heartbeat,
+    InventoryError,
+    KnownHosts,
+    Message,
+    Notice,
+    Notifier,
+    Picture,
+    Receiver,
+    Resolver,
+    Resource,
+    Setting,
+    Store,
+    Unhealthy,
+    check_receivers,
+    deliver,
+    events,
+    import_inventory,
+    load_inventory,
+    record_event,
+    sqlalchemy,
+    take_picture,
+)
+
+NOON = 1_800_000_000.0
+NAMES = [f"db{number}" for number in range(50)]
+
+
+class Desk:
+    """One receiver, and everything else as a test says; time goes by in `until`."""
+
+    def __init__(self, **settings: Any) -> None:
+        row = Receiver(id=1, name="ops", url="", settings=json.dumps({"name": "ops"} | settings), joined_at=NOON - 1,
+                       cursor=0, message="", made_at=0.0, tries=0, next_at=0.0, trouble="", delivered=0, failed=0)
+        self.announcer, self.now, self.number = Announcer(row, (), "http://127.0.0.1:8081/-/"), NOON, 0
+        self.unhealthy: dict[str, Unhealthy] = {}
+        self.known: set[str] = {"db1", "web1"}
+        self.excused: dict[str, int] = {}
+        self.groups = {"replicas": 1}
+        self.problems: dict[str, str] = {}
+        self.acknowledged: dict[str, int] = {}
+        self.tags: dict[str, frozenset[str]] = {}
+        self.said: list[tuple[float, str, str]] = []
+        self.is_reachable = True
+
+    @property
+    def picture(self) -> Picture:
+        healthy = dict.fromkeys(self.known - self.unhealthy.keys(), self.now)
+        return Picture(self.unhealthy, healthy, self.excused, self.groups, self.tags, self.problems, self.acknowledged)
+
+    def happens(self, kind: str, state: str = "", text: str = "it is so", name: str = "", at: float = 0.0) -> None:
+        """An event, and what the rows say then."""
+        self.number += 1
+        is_group = kind in ("gate", "group")
+        if kind == "state" and state == "unhealthy":
+            self.unhealthy[name] = Unhealthy(at or self.now, text, self.tags.get(name, frozenset()))
+        elif kind == "state":
+            self.unhealthy.pop(name, None)
+        happened = Event(id=self.number, at=at or self.now, kind=kind, state=state, text=text, actor="", address="",
+                         resource="" if is_group else name, group=name if is_group else "")
+        self.announcer.take(happened, self.picture, self.now)
+
+    def look(self) -> None:
+        """As the notifier does, and the receiver answers at once."""
+        self.announcer.settle(self.picture, self.now)
+        self.announcer.compose(self.picture, self.now)
+        row = self.announcer.row
+        if row.message and self.now >= row.next_at:
+            title, body, *_ = json.loads(row.message)
+            if self.is_reachable:
+                self.said.append((self.now - NOON, title, body))
+            self.announcer.take_result(Delivery(self.is_reachable, "nobody is there"), self.now)
+
+    def until(self, seconds: float) -> None:
+        """Looks every second until so many after noon."""
+        while self.now < NOON + seconds:
+            self.look()
+            self.now += 1
+        self.look()
+
+    def change(self, what: str, given: dict[str, Any]) -> None:
+        """An event, or what the rows say from now on."""
+        if what == "event":
+            self.happens(**given)
+        elif what == "gone":
+            self.known -= given.keys()
+            self.unhealthy = {}
+        elif what == "well":
+            self.unhealthy = {}
+        elif what == "sick":
+            self.unhealthy = {name: Unhealthy(since, "limit: disk") for name, since in given.items()}
+        elif what == "blamed":
+            self.unhealthy = {name: one._replace(is_blamed=True) for name, one in self.unhealthy.items()}
+        elif what == "tags":
+            self.tags = {name: frozenset([tag]) for name, tag in given.items()}
+        else:
+            setattr(self, what, given)
+
+    @property
+    def titles(self) -> list[tuple[float, str]]:
+        return [(at, title.removeprefix("HealthChecker: ")) for at, title, _ in self.said]
+
+
+# Each is a row of (seconds after noon, what happens then, its arguments), and what is said when.
+Step = tuple[float, str, dict[str, Any]]
+CLOSED: dict[str, Any] = {"kind": "gate", "state": "closed", "text": "open -> closed (db1: limit)"}
+OPEN: dict[str, Any] = {"kind": "gate", "state": "open", "text": "closed -> open"}
+START: dict[str, Any] = {"kind": "gate", "state": "closed", "text": "closed (the service starts)"}
+SICK: dict[str, Any] = {"kind": "state", "state": "unhealthy", "name": "db1", "text": "limit: disk"}
+WELL: dict[str, Any] = {"kind": "state", "state": "healthy", "name": "db1", "text": "healthy"}
+SCENARIOS: dict[str, tuple[dict[str, Any], list[Step], list[tuple[float, str]]]] = {
+    "closed and open again": (
+        {}, [(0, "event", CLOSED), (100, "event", OPEN)],
+        [(20, "the gate is closed"), (100, "the gate is open again")]),
+    "no wait": ({"wait": 0}, [(5, "event", CLOSED)], [(5, "the gate is closed")]),
+    "too short for the wait is told, too": (
+        {}, [(0, "event", CLOSED), (10, "event", OPEN)], [(20, "the gate was closed")]),
+    "too short for the minutes is not": ({"after": 1}, [(0, "event", CLOSED), (59, "event", OPEN)], []),
+    "an escalation": (
+        {"after": 1}, [(0, "event", CLOSED), (300, "event", OPEN)],
+        [(80, "the gate is closed"), (300, "the gate is open again")]),
+    "recovery of what was told to nobody": ({}, [(0, "event", OPEN)], []),
+    "a start that opens": ({}, [(0, "event", START), (3, "event", OPEN)], []),
+    "a start that does not": ({}, [(0, "event", START)], [(20, "the gate is closed")]),
+    "closed over a restart": (
+        {}, [(0, "event", CLOSED), (100, "event", START), (102, "event", OPEN)],
+        [(20, "the gate is closed"), (102, "the gate is open again")]),
+    "reminders": (
+        {"remind": 0.1}, [(0, "event", CLOSED), (800, "event", OPEN)],
+        [(20, "the gate is closed"), (380, "the gate is still closed"), (740, "the gate is still closed"),
+         (800, "the gate is open again")]),
+    "no reminder of what is seen to": (
+        {"on": ["state"], "remind": 0.1}, [(0, "event", SICK), (60, "acknowledged", {"db1": 1})],
+        [(20, "db1 is unhealthy")]),
+    "a group": (
+        {"on": ["group"]}, [(0, "event", {**CLOSED, "kind": "group", "name": "replicas"}), (60, "groups", {})],
+        [(20, "replicas is closed"), (60, "replicas is removed")]),
+    "not of the gate": ({"on": ["state"]}, [(0, "event", CLOSED)], []),
+    "a resource": (
+        {"on": ["state"]}, [(0, "event", SICK), (60, "event", WELL)],
+        [(20, "db1 is unhealthy"), (60, "db1 is healthy again")]),
+    "a resource that goes": (
+        {"on": ["state"]}, [(0, "event", SICK), (60, "gone", {"db1": 1})],
+        [(20, "db1 is unhealthy"), (60, "db1 is removed")]),
+    "maintenance of what was told, and still bad after it": (
+        {"on": ["state"]}, [(0, "event", SICK), (60, "excused", {"db1": 1}), (200, "excused", {})],
+        [(20, "db1 is unhealthy"), (60, "db1 is in maintenance now"), (220, "db1 is unhealthy")]),
+    "bad in maintenance alone": (
+        {"on": ["state"]}, [(0, "excused", {"db1": 1}), (1, "event", SICK), (50, "event", WELL), (60, "excused", {})],
+        []),
+    "what another is to blame for": (
+        {"on": ["state"]}, [(0, "event", SICK), (5, "blamed", {"db1": 1})], []),
+    "the recovery whose event is missing": (
+        {"on": ["state"]}, [(0, "event", SICK), (60, "well", {"db1": 1})],
+        [(20, "db1 is unhealthy"), (60, "db1 is healthy again")]),
+    "other tags": (
+        {"on": ["state"], "tags": ["web"]}, [(0, "tags", {"db1": "database"}), (0, "event", SICK)], []),
+    "its tags": (
+        {"on": ["state"], "tags": ["database"]}, [(0, "tags", {"db1": "database"}), (0, "event", SICK)],
+        [(20, "db1 is unhealthy")]),
+    "the gate, while nothing with its tags is sick": (
+        {"tags": ["web"]}, [(0, "tags", {"db1": "database"}), (0, "event", SICK), (0, "event", CLOSED),
+                            (50, "event", OPEN)], []),
+    "the gate, with its tags": (
+        {"tags": ["database"]}, [(0, "tags", {"db1": "database"}), (0, "event", SICK), (1, "event", CLOSED),
+                                 (50, "event", OPEN)],
+        [(21, "the gate is closed, 1 unhealthy"), (50, "the gate is open again")]),
+    "a problem": (
+        {"on": ["problem"], "wait": 0}, [(3, "problems", {"database": "disk full"}), (60, "problems", {})],
+        [(3, "HealthChecker's database is in trouble"), (60, "HealthChecker's database is well again")]),
+    "its own trouble": ({"on": ["problem"], "wait": 0}, [(3, "problems", {"receiver ops": "no answer"})], []),
+    "a clock that was set": (
+        {"on": ["problem"], "wait": 0}, [(3, "event", {"kind": "clock", "text": "the clock was set back by 9 s"})],
+        [(3, "HealthChecker's clock was in trouble")]),
+    "maintenance": (
+        {"on": ["maintenance"], "wait": 0},
+        [(0, "event", {"kind": "maintenance", "state": "begun", "name": "db1"}),
+         (9, "event", {"kind": "maintenance", "state": "over", "name": "db1"})],
+        [(0, "db1 is in maintenance"), (9, "db1 is no longer in maintenance")]),
+    "what is bad already when somebody joins": (
+        {"on": ["state"]}, [(0, "sick", {"db1": NOON - 60}), (60, "event", WELL)], []),
+    "a clock that was set back by an hour": (
+        {}, [(0, "event", {**CLOSED, "at": NOON + 3600}), (100, "event", OPEN)],
+        [(20, "the gate is closed"), (100, "the gate is open again")]),
+}
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_what_is_said_when(name: str) -> None:
+    settings, steps, expected = SCENARIOS[name]
+    desk = Desk(**settings)
+    for at, what, given in steps:
+        if at:
+            desk.until(at - 1)
+            desk.now = NOON + at
+        desk.change(what, given)
+    desk.until(1000)
+    assert desk.titles == expected
+
+
+def test_fifty_machines_are_one_message() -> None:
+    """The gate's transition is the message, the resources are its lines: ten of them, and where the console is."""
+    desk = Desk(on=["gate", "state"])
+    desk.known |= {*NAMES}
+    for number, name in enumerate(NAMES):
+        desk.now = NOON + number / 4
+        desk.happens("state", "unhealthy", f"unreachable: no route to {name}", name)
+        if number == 0:
+            desk.happens(**CLOSED)
+    desk.until(120)
+    ((_, title, body),) = desk.said
+    assert title == "HealthChecker: the gate is closed, 50 unhealthy, and 50 more"
+    lines = body.splitlines()
+    assert lines[0].startswith("the gate: open -> closed (db1: limit); since 20")
+    assert re.search(r"since \d{4}-\d\d-\d\d \d\d:\d\d:\d\d[+-]\d\d:\d\d$", lines[0])
+    assert lines[1].startswith("db0: unreachable: no route to db0; since ")
+    assert [line for line in lines if line.startswith("db")] == lines[1:11]
+    assert lines[11] == "and 40 more" and lines[12] == "http://127.0.0.1:8081/-/" and len(lines) == 13
+
+
+def test_the_lines_of_the_gate_are_what_keeps_it_closed() -> None:
+    """Where resources are not told by themselves."""
+    desk = Desk()
+    desk.unhealthy = {"db1": Unhealthy(NOON, "check: replication"),
+                      "beta": Unhealthy(NOON, "check: no matter", critical=False),
+                      "behind": Unhealthy(NOON, "parent: db1", is_blamed=True)}
+    desk.happens(**CLOSED)
+    desk.until(30)
+    ((_, title, body),) = desk.said
+    assert title == "HealthChecker: the gate is closed, 1 unhealthy"
+    assert "db1: check: replication; since" in body and "beta" not in body and "behind" not in body
+
+
+@pytest.mark.parametrize("wait", [0, 1, 20, 60])
+def test_a_flood(wait: float) -> None:
+    """300 machines flap for an hour: at most one message per wait, and what is kept stays bounded."""
+    desk = Desk(on=["gate", "state"], wait=wait)
+    names = [f"flap{number}" for number in range(300)]
+    desk.known |= {*names}
+    for second in range(0, 3600, 15):
+        desk.now = NOON + second
+        for number, name in enumerate(names):
+            if (second // 15 + number) % 3 == 0:
+                state = "unhealthy" if name not in desk.unhealthy else "healthy"
+                desk.happens("state", state, "limit: flaps", name)
+        desk.happens(**(CLOSED if second % 30 else OPEN))
+        desk.look()
+        assert len(desk.announcer.notices) <= 301
+        assert len(desk.announcer.row.message) < 300_000
+    times = [at for at, *_ in desk.said]
+    assert len(times) > 3600 / max(wait, 15) / 3
+    assert all(later - earlier >= wait for earlier, later in itertools.pairwise(times))
+    assert all(len(body) < 20_000 for *_, body in desk.said)
+
+
+def test_a_receiver_that_cannot_be_reached() -> None:
+    """Tries with pauses that grow for an hour; then it is given up, and what lasts is told when it can be."""
+    desk = Desk(wait=0)
+    desk.is_reachable = False
+    tries: list[float] = []
+    desk.happens(**CLOSED)
+    while desk.now < NOON + RETRY_TIME + 1200 and not desk.announcer.row.failed:
+        before = desk.announcer.row.tries
+        desk.look()
+        if desk.announcer.row.tries > before:
+            tries.append(desk.now - NOON)
+        desk.now += 1
+    pauses = [later - earlier for earlier, later in itertools.pairwise(tries)]
+    assert pauses == sorted(pauses) and pauses[0] == 10 and pauses[-1] == 600
+    assert tries[-1] < RETRY_TIME + 600
+    assert desk.announcer.row.failed == 1 and desk.announcer.row.trouble == "nobody is there"
+    assert not desk.said
+    desk.is_reachable = True
+    desk.until(desk.now - NOON + 700)
+    assert [title for _, title in desk.titles] == ["the gate is closed"] and desk.announcer.row.trouble == ""
+    desk.happens(**OPEN)
+    desk.look()
+    assert [title for _, title in desk.titles][1:] == ["the gate is open again"]
+
+
+def test_an_end_that_was_given_up_is_told_later() -> None:
+    desk = Desk(wait=0)
+    desk.happens(**CLOSED)
+    desk.look()
+    desk.is_reachable = False
+    desk.now += 60
+    desk.happens(**OPEN)
+    desk.until(RETRY_TIME + 1300)
+    assert desk.announcer.row.failed == 1
+    desk.is_reachable = True
+    desk.until(RETRY_TIME + 3000)
+    assert [title for _, title in desk.titles] == ["the gate is closed", "the gate is open again"]
+    assert not desk.announcer.notices
+
+
+def test_a_receiver_that_wants_to_be_left_alone() -> None:
+    """Its Retry-After counts, where it is longer than the pause; never for longer than an hour."""
+    row = Desk().announcer.row
+    row.message, row.made_at = json.dumps(["", "", "", []]), NOON
+    for wanted, waits in ((0.0, 10), (5.0, 20), (120.0, 120), (1e9, 3600)):
+        Announcer(row).take_result(Delivery(False, "the answer was 429", wanted), NOON)
+        assert row.next_at - NOON == waits
+
+
+# --- real receivers
+
+
+class Request(NamedTuple):
+    path: str
+    body: bytes
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+
+class Hook(ThreadingHTTPServer):
+    """A web server that keeps what it is sent and answers as it is told."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), HookHandler)
+        self.requests: list[Request] = []
+        self.status, self.headers, self.way = 200, dict[str, str](), ""
+        self.released = threading.Event()
+
+    @property
+    def place(self) -> str:
+        return f"127.0.0.1:{self.server_port}"
+
+    def handle_error(self, *_: object) -> None:
+        """Clients that were killed are no news."""
+
+
+class HookHandler(BaseHTTPRequestHandler):
+    server: Hook
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        self.server.requests.append(Request(self.path, body))
+        if self.server.way == "hang":
+            self.server.released.wait(60)
+        if self.server.way:
+            self.close_connection = True
+            return
+        self.send_response(self.server.status)
+        for name, value in ({"Content-Length": "2"} | self.server.headers).items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(b"{}")
+
+    do_GET = do_PUT = do_POST
+
+    def do_CONNECT(self) -> None:
+        """As a proxy that leads nowhere."""
+        self.server.requests.append(Request(self.path, b""))
+        self.close_connection = True
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def hook() -> Iterator[Hook]:
+    server = Hook()
+    thread = threading.Thread(target=server.serve_forever, args=(0.05,))
+    thread.start()
+    yield server
+    server.released.set()
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+TEXT = "db1: limit\nzwölf € <b>&amp;</b>\nhttp://127.0.0.1/-/"
+MESSAGE = Message("HealthChecker: the gate is closed", TEXT, "failure")
+WEB = {     # forms of web hooks whose URL names a host: what of the request holds title and text
+    "json": ("json://{}/x", lambda got: (got.json["title"], got.json["message"])),
+    "gotify": ("gotify://{}/Token12345678", lambda got: (got.json["title"], got.json["message"])),
+    "ntfy": ("ntfy://{}/topic", lambda got: (got.json["title"], got.json["message"])),
+    "form": ("form://{}/x", lambda got: (MESSAGE.title, MESSAGE.body)),
+    "mattermost": ("mmost://{}/Token12345678", lambda got: (MESSAGE.title, got.json["text"])),
+}
+
+
+@pytest.mark.parametrize("form", WEB)
+def test_web_hooks(form: str, hook: Hook) -> None:
+    url, read = WEB[form]
+    assert deliver(url.format(hook.place), MESSAGE, ChildProcess()) == Delivery(True)
+    (got,) = hook.requests
+    title, text = read(got)
+    assert MESSAGE.title in title and TEXT in text
+
+
+def test_a_web_hook_that_hangs(hook: Hook) -> None:
+    """Its process is ended at the deadline, whatever it waits for."""
+    hook.way = "hang"
+    child = ChildProcess()
+    why = "apprise gave no answer within 3 s"
+    assert deliver(f"json://{hook.place}/x?rto=60&cto=60", MESSAGE, child, 3.0) == Delivery(False, why)
+    assert child._process.poll() is not None
+
+
+def test_a_web_hook_that_drops(hook: Hook) -> None:
+    hook.way = "drop"
+    assert deliver(f"json://{hook.place}/x", MESSAGE, ChildProcess()) == Delivery(False, "no answer (ConnectionError)")
+
+
+def test_a_web_hook_that_wants_to_be_left_alone(hook: Hook) -> None:
+    hook.status, hook.headers = 429, {"Retry-After": "77"}
+    assert deliver(f"json://{hook.place}/x", MESSAGE, ChildProcess()) == Delivery(False, "the answer was 429", 77.0)
+
+
+def test_no_redirect_is_followed(hook: Hook) -> None:
+    """What is said, and the token of the URL, go to nobody else."""
+    hook.status, hook.headers = 307, {"Location": f"http://{hook.place}/elsewhere"}
+    assert not deliver(f"json://{hook.place}/x", MESSAGE, ChildProcess()).is_delivered
+    assert [got.path for got in hook.requests] == ["/x"]
+
+
+def test_slack_is_asked_at_its_own_host(hook: Hook, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its URL names no host: what can be seen here is that this host is asked, through the proxy, and none else."""
+    monkeypatch.setenv("HTTPS_PROXY", f"http://{hook.place}")
+    url = "slack://T1JJ3T3L2/A1BRTD4JD/TIiajkdnlazkcOXrIdevi7FQ/#general"
+    assert not deliver(url, MESSAGE, ChildProcess()).is_delivered
+    assert {got.path for got in hook.requests} == {"hooks.slack.com:443"}
+
+
+def test_teams_over_tls(hook: Hook, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A workflow of Teams; its certificate is verified."""
+    certificate = make_certificate(tmp_path, "hook")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate.certificate_file, certificate.key_file)
+    hook.socket = context.wrap_socket(hook.socket, server_side=True)
+    url = f"workflows://localhost:{hook.server_port}/workflow123/signature123"
+    assert deliver(url, MESSAGE, ChildProcess()) == Delivery(False, "no answer (SSLError)")
+    assert not hook.requests
+    monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(certificate.certificate_file))
+    assert deliver(url, MESSAGE, ChildProcess()) == Delivery(True)
+    assert "db1: limit" in hook.requests[0].body.decode()
+
+
+class Mailbox:
+    """What an SMTP server is sent."""
+
+    def __init__(self) -> None:
+        self.letters: list[bytes] = []
+        self.logins: list[tuple[bytes, bytes]] = []
+
+    async def handle_DATA(self, _server: Any, session: Any, envelope: Any) -> str:
+        assert session.ssl
+        self.letters.append(envelope.content)
+        return "250 OK"
+
+    def authenticate(self, _server: Any, _session: Any, _envelope: Any, _mechanism: str, given: Any) -> AuthResult:
+        self.logins.append((given.login, given.password))
+        return AuthResult(success=True)
+
+
+def test_mail_with_starttls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The login and the letter go over TLS alone, to a server whose certificate is verified."""
+    certificate, box = make_certificate(tmp_path, "mail"), Mailbox()
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate.certificate_file, certificate.key_file)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    controller = Controller(box, "127.0.0.1", port, tls_context=context, require_starttls=True, auth_required=True,
+                            authenticator=box.authenticate)
+    controller.start()
+    try:
+        url = (f"mailto://monitor:s3cret@localhost:{port}?mode=starttls&smtp=localhost&from=hc@example.com"
+               "&to=ops@example.com&format=text")
+        assert not deliver(url, MESSAGE, ChildProcess()).is_delivered and not box.letters
+        monkeypatch.setenv("SSL_CERT_FILE", str(certificate.certificate_file))
+        assert deliver(url, MESSAGE, ChildProcess()) == Delivery(True)
+    finally:
+        controller.stop()
+    assert box.logins == [(b"monitor", b"s3cret")]
+    letter: Any = email.message_from_bytes(box.letters[0], policy=email.policy.default)
+    assert letter["subject"] == MESSAGE.title
+    text = letter.get_body(("plain",)).get_content().replace("\r\n", "\n")
+    assert text.strip() == MESSAGE.body
+
+
+# --- what is refused
+
+RESOURCES = "  - {name: this, platform: simulated}\n"
+BAD = {     # an entry of notify with ¦ where the fault is, and what is said
+    "no url": ("¦{name: ops}", "notify[0].url: is missing"),
+    "no URL": ("{name: ops, url: ¦nonsense}", "must be a URL of Apprise"),
+    "blanks": ("{name: ops, url: ¦'json://a/b json://c'}", "must be a URL of Apprise"),
+    "this machine": ("{name: ops, url: ¦'syslog://x'}", "syslog:// is this machine itself"),
+    "a file": ("{name: ops, url: ¦'fcm://project/token?keyfile=/etc/passwd'}", "names a file of this machine"),
+    "an escaped file": ("{name: ops, url: ¦'slack://a/b/c?template=file%3A///etc/passwd'}", "names a file of"),
+    "a duration": ("{name: ops, url: 'json://h', wait: ¦1x}", "notify[0].wait: must be a valid number"),
+    "a wait that is too long": ("{name: ops, url: 'json://h', wait: ¦3601}", "must be less than or equal to 3600"),
+    "minutes before now": ("{name: ops, url: 'json://h', after: ¦-1}", "must be greater than or equal to 0"),
+    "not a kind": ("{name: ops, url: 'json://h', on: [¦gates]}", "must be 'gate', 'group', 'state', 'problem'"),
+    "nothing": ("{name: ops, url: 'json://h', on: ¦[]}", "notify[0].on: "),
+    "a setting that is none": ("{name: ops, url: 'json://h', ¦tag: [db]}", "did you mean tags?"),
+    "two sources": ("{name: ops, url: 'json://h', url_env: ¦OPS}", "use one of url, url_env"),
+    "no variable": ("{name: ops, url_env: ¦NOT_SET_ANYWHERE}", "this environment variable is not set"),
+    "no file": ("{name: ops, url_file: ¦nowhere}", "this file cannot be read as text"),
+    "one name twice": ("{name: ops, url: 'json://h'}\n  - {name: ¦ops, url: 'json://h'}", "another receiver has this"),
+}
+
+
+def with_notify(folder: Path, *entries: str, service: str = "") -> Path:
+    path = write_inventory(folder, RESOURCES, service)
+    text = "notify:\n" + "".join(f"  - {entry}\n" for entry in entries) if entries else ""
+    path.write_text(path.read_text(encoding="utf-8") + text, encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_what_cannot_be_is_named_with_its_place(name: str, tmp_path: Path) -> None:
+    entry, why = BAD[name]
+    marked = with_notify(tmp_path, entry)
+    text = marked.read_text(encoding="utf-8")
+    before = text[:text.index("¦")]
+    marked.write_text(text.replace("¦", ""), encoding="utf-8")
+    with pytest.raises(InventoryError) as error:
+        load_inventory(marked)
+    place = f"inventory.yaml:{before.count(chr(10)) + 1}:{len(before) - before.rfind(chr(10))}: "
+    assert place in str(error.value) and why in str(error.value)
+    assert "//h" not in str(error.value) and "passwd" not in str(error.value)
+
+
+HEARTBEATS = {"json://h": "must be http:// or https://", "https://u:secret@h": "must be http:// or https://"}
+
+
+@pytest.mark.parametrize("url", HEARTBEATS)
+def test_a_heartbeat_that_cannot_be(url: str, tmp_path: Path) -> None:
+    with pytest.raises(InventoryError, match=f"service.heartbeat: {HEARTBEATS[url]}") as error:
+        load_inventory(write_inventory(tmp_path, service=f"  heartbeat: '{url}'"))
+    assert "secret" not in str(error.value)
+
+
+def test_check_names_the_url_of_no_service(tmp_path: Path) -> None:
+    """With its line and column, and nothing of the URL: apprise alone knows what there is."""
+    prepared_keys(tmp_path)
+    inventory = load_inventory(with_notify(
+        tmp_path, "{name: good, url: 'json://localhost/x'}", "{name: bad, url: 'nosuch://s3cret'}",
+        "{name: half, url: 'slack://s3cret'}", "{name: file, url: 'slack://T1JJ3T3L2/A1BRTD4JD/TIiajkdnlazkcOXrIdevi7FQ"
+        "?template=/etc/passwd'}"))
+    faults = [str(fault) for fault in check_receivers(inventory, prepared_vault(tmp_path))]
+    line = (tmp_path / "inventory.yaml").read_text(encoding="utf-8").split("notify:")[0].count("\n") + 3
+    why = "is that of no service that apprise knows, or lacks a part"
+    assert faults == [f"inventory.yaml:{line + number}:{column}: notify[{number + 1}].url: {why}"
+                      for number, column in enumerate((22, 23, 23))]
+
+
+def test_check_without_apprise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prepared_keys(tmp_path)
+    inventory = load_inventory(with_notify(tmp_path, "{name: good, url: 'json://localhost/x'}"))
+    monkeypatch.setitem(sys.modules, "apprise", None)   # as Python has it for what must not be imported
+    monkeypatch.setattr(sys, "path", [])
+    monkeypatch.setattr(sys, "meta_path", [])
+    faults = [str(fault) for fault in check_receivers(inventory, prepared_vault(tmp_path))]
+    assert len(faults) == 1 and "pip install" in faults[0]
+    (tmp_path / "other").mkdir()
+    assert not [*check_receivers(load_inventory(write_inventory(tmp_path / "other")), prepared_vault(tmp_path))]
+
+
+# --- rows, and the whole
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[Store]:
+    with contextlib.closing(Store(tmp_path / "healthchecker.db")) as store:
+        yield store
+
+
+def take_over(store: Store, folder: Path, *entries: str, service: str = "") -> list[str]:
+    """Has the rows follow the file; gives what changed."""
+    with store.writing() as session:
+        return import_inventory(session, load_inventory(with_notify(folder, *entries, service=service)),
+                                prepared_vault(folder)).changed
+
+
+def receivers(store: Store) -> dict[str, Receiver]:
+    with store.reading() as session:
+        found = {row.name: row for row in session.scalars(sqlalchemy.select(Receiver))}
+        session.expunge_all()
+    return found
+
+
+def happen(store: Store, kind: str, state: str, text: str = "it is so", **about: str) -> None:
+    with store.writing() as session:
+        record_event(session, kind, text, state=state, at=NOON, **about)
+
+
+def look_until(notifier: Notifier, hook: Hook, count: int, now: float) -> None:
+    """Looks with this clock until so many requests came and were taken up."""
+    def is_done() -> bool:
+        notifier.look(now)
+        return len(hook.requests) >= count and not notifier._threads
+    wait_for(is_done)
+    assert len(hook.requests) == count
+
+
+def test_rows_follow_the_file_and_urls_are_sealed(tmp_path: Path, store: Store) -> None:
+    entry, beat = "{name: ops, url: 'json://u:s3cret@localhost/x'}", "  heartbeat: https://hc.example.com/s3cret\n"
+    assert take_over(store, tmp_path, entry, service=beat) == ["who is told"]
+    first = receivers(store)
+    assert first.keys() == {"ops", ""} and "s3cret" not in first["ops"].url + first["ops"].settings + first[""].url
+    assert take_over(store, tmp_path, entry, service=beat) == []
+    assert receivers(store)["ops"].url == first["ops"].url
+    assert take_over(store, tmp_path, entry.replace("}", ", wait: 5}"), service=beat) == ["who is told"]
+    happen(store, "gate", "closed")
+    assert take_over(store, tmp_path, "{name: other, url: 'json://h'}") == ["who is told"]
+    assert receivers(store).keys() == {"other"} and receivers(store)["other"].cursor == 1
+
+
+def test_seal_rotate_and_replace(tmp_path: Path) -> None:
+    """URLs in the file and in the rows are treated as passwords are."""
+    prepared_database(tmp_path)
+    path = with_notify(tmp_path, "{name: ops, url: 'json://u:s3cret@localhost/x'}   # of the team",
+                       service="  heartbeat: 'https://hc.example.com/s3cret'\n")
+    assert "2 secrets sealed" in run(path, "seal").stdout
+    text = path.read_text(encoding="utf-8")
+    assert "s3cret" not in text and text.count("HC2.") == 2 and "# of the team" in text
+    shown = run(path, "check")
+    assert shown.returncode == 0 and "s3cret" not in shown.stdout + shown.stderr
+    assert run(path, "reload").returncode == 0
+    with contextlib.closing(Store(tmp_path / "healthchecker.db")) as store:
+        before = receivers(store)["ops"].url
+        assert run(path, "keys", "rotate").returncode == 0
+        assert path.read_text(encoding="utf-8") != text
+        vault, row = healthchecker.Vault(tmp_path / "keys"), receivers(store)["ops"]
+        assert row.url != before and vault.open(row.url, *row.bound) == "json://u:s3cret@localhost/x"
+        assert run(path, "check").returncode == 0
+        for name in ("private.pem", "public.pem"):
+            (tmp_path / "keys" / name).unlink()
+        path.write_text(re.sub("url: .*HC2[^'}]*", "url: 'json://u:s3cret@localhost/x", with_notify(
+            tmp_path, "{name: ops, url: 'json://u:s3cret@localhost/x'}").read_text(encoding="utf-8")), encoding="utf-8")
+        assert run(path, "keys", "replace").returncode == 0
+        vault, row = healthchecker.Vault(tmp_path / "keys"), receivers(store)["ops"]
+        assert vault.open(row.url, *row.bound) == "json://u:s3cret@localhost/x"
+
+
+def test_an_event_is_told_once(tmp_path: Path, store: Store, hook: Hook) -> None:
+    """Also over a restart; what was told is known there, and gets its end."""
+    take_over(store, tmp_path, f"{{name: ops, url: 'json://{hook.place}/x', wait: 0}}")
+    happen(store, "gate", "closed", "open -> closed (this: limit)")
+    first = Notifier(store, prepared_vault(tmp_path), dict, "http://console/")
+    look_until(first, hook, 1, NOON + 5)
+    first.close()
+    said = hook.requests[0].json
+    assert said["title"] == "HealthChecker: the gate is closed" and said["message"].endswith("http://console/")
+    row = receivers(store)["ops"]
+    assert (row.message, row.delivered, row.cursor, row.trouble) == ("", 1, 1, "")
+    second = Notifier(store, prepared_vault(tmp_path), dict, "")
+    second.look(NOON + 10)
+    second.look(NOON + 11)
+    assert not second._threads
+    happen(store, "gate", "open", "closed -> open")
+    look_until(second, hook, 2, NOON + 60)
+    second.close()
+    assert hook.requests[1].json["title"] == "HealthChecker: the gate is open again"
+    with store.reading() as session:
+        assert not [*session.scalars(sqlalchemy.select(Notice))]
+
+
+def test_a_receiver_that_hangs_holds_nobody_up(tmp_path: Path, store: Store, hook: Hook) -> None:
+    stuck = Hook()
+    stuck.way = "hang"
+    thread = threading.Thread(target=stuck.serve_forever, args=(0.05,))
+    thread.start()
+    try:
+        take_over(store, tmp_path, f"{{name: slow, url: 'json://{stuck.place}/x?rto=60', wait: 0}}",
+                  f"{{name: ops, url: 'json://{hook.place}/x', wait: 0}}")
+        happen(store, "gate", "closed")
+        notifier = Notifier(store, prepared_vault(tmp_path), dict, "")
+        notifier.look(NOON + 5)
+        wait_for(lambda: bool(hook.requests and stuck.requests))
+        notifier.close()
+        rows = receivers(store)
+        assert rows["ops"].delivered == 1
+        assert rows["slow"].message and rows["slow"].tries == 1     # it is sent again after the next start
+    finally:
+        stuck.released.set()
+        stuck.shutdown()
+        thread.join()
+        stuck.server_close()
+
+
+def test_a_database_that_cannot_be_written_is_told(tmp_path: Path, store: Store, hook: Hook) -> None:
+    """Although nothing of it can be kept, and once."""
+    take_over(store, tmp_path, f"{{name: ops, url: 'json://{hook.place}/x', wait: 0, on: [problem]}}")
+    notifier = Notifier(store, prepared_vault(tmp_path), lambda: {"database": "it is full"}, "")
+    with store.reading() as session:
+        session.execute(sqlalchemy.text(
+            "CREATE TRIGGER full BEFORE UPDATE ON receiver BEGIN SELECT RAISE(FAIL, 'full'); END"))
+        session.commit()
+    look_until(notifier, hook, 1, NOON)
+    for second in range(1, 5):
+        notifier.look(NOON + second)
+    notifier.close()
+    assert len(hook.requests) == 1 and "it is full" in hook.requests[0].json["message"]
+
+
+def test_what_is_given_up_is_an_event_and_shown(tmp_path: Path, store: Store, hook: Hook,
+                                                caplog: pytest.LogCaptureFixture) -> None:
+    hook.status = 500
+    take_over(store, tmp_path, f"{{name: ops, url: 'json://u:s3cret@{hook.place}/x', wait: 0}}")
+    happen(store, "gate", "closed")
+    notifier = Notifier(store, prepared_vault(tmp_path), dict, "")
+    with caplog.at_level(logging.DEBUG):
+        look_until(notifier, hook, 1, NOON + 1)
+        look_until(notifier, hook, 2, NOON + 2 + RETRY_TIME)
+        notifier.look(NOON + 3 + RETRY_TIME)
+    notifier.close()
+    row = receivers(store)["ops"]
+    assert (row.failed, row.trouble, row.message) == (1, "the answer was 500", "")
+    assert "could not be delivered before" in hook.requests[1].json["message"]
+    with store.reading() as session:
+        assert "a notification to ops was given up: the answer was 500" in [
+            event.text for event in events(session, kind="service")]
+    assert "s3cret" not in caplog.text and "ops was not told: the answer was 500" in caplog.text
+
+
+def test_a_reload_takes_receivers_up(tmp_path: Path, store: Store, hook: Hook) -> None:
+    """Without a restart; a new one hears nothing of the past."""
+    take_over(store, tmp_path, f"{{name: ops, url: 'json://{hook.place}/ops', wait: 0}}")
+    notifier = Notifier(store, prepared_vault(tmp_path), dict, "")
+    happen(store, "gate", "closed")
+    look_until(notifier, hook, 1, NOON)
+    take_over(store, tmp_path, f"{{name: new, url: 'json://{hook.place}/new', wait: 0}}")
+    notifier.look(NOON + 50)
+    happen(store, "gate", "open")
+    notifier.look(NOON + 60)
+    happen(store, "gate", "closed")
+    look_until(notifier, hook, 2, NOON + 70)
+    notifier.close()
+    assert [got.path for got in hook.requests] == ["/ops", "/new"]
+
+
+def test_a_picture_of_the_rows(tmp_path: Path, store: Store) -> None:
+    take_over(store, tmp_path, "{name: ops, url: 'json://h'}")
+    status = {"settings_digest": "", "credential_digest": "", "cause": "check", "reason": "why", "polled_at": NOON,
+              "good": 0, "bad": 3, "seconds": 1.0, "sample": "null"}
+    with store.writing() as session:
+        row = session.scalars(sqlalchemy.select(Resource)).one()
+        row.maintenance = NOON + 10
+        session.add(healthchecker.Status(resource_id=row.id, state="unhealthy", since_at=NOON - 9, **status))
+    with store.reading() as session:
+        picture = take_picture(session, [], {}, NOON)
+        assert picture.unhealthy == {"this": Unhealthy(NOON - 9, "check: why")} and picture.excused == {"this"}
+        assert take_picture(session, [], {}, NOON + 11).excused == set()
+
+
+def test_killed_between_event_and_delivery(tmp_path: Path, hook: Hook) -> None:
+    """What was on its way is sent again after the next start, with the time that it is of."""
+    prepared_database(tmp_path)
+    path = write_inventory(tmp_path, "  - {name: bad, platform: simulated, mean_healthy: 0.000001,"
+                                     " mean_unhealthy: 1000000, interval: 1}\n")
+    text = f"notify:\n  - {{name: ops, url: 'json://{hook.place}/x?rto=60', wait: 0}}\n"
+    path.write_text(path.read_text(encoding="utf-8") + text, encoding="utf-8")
+    hook.way = "hang"
+    service = Service(path)
+    service.__enter__()
+    try:
+        wait_for(lambda: bool(hook.requests), 60)
+    finally:
+        service.kill()
+    hook.way, first = "", hook.requests[0].json["message"]
+    hook.released.set()
+    with Service(path):
+        wait_for(lambda: len(hook.requests) > 1, 60)
+        with contextlib.closing(Store(tmp_path / "healthchecker.db")) as store:
+            wait_for(lambda: receivers(store)["ops"].delivered == 1, 60)
+    again = hook.requests[1].json["message"]
+    assert again.startswith(first.rpartition("\n")[0])
+    assert hook.requests[0].json["title"].startswith("HealthChecker: the gate is closed")
+
+
+def test_notify_test(tmp_path: Path, hook: Hook) -> None:
+    """One line and an exit code; nothing shows the URL."""
+    prepared_keys(tmp_path)
+    path = with_notify(tmp_path, f"{{name: ops, url: 'json://u:s3cret@{hook.place}/x'}}")
+    done = run(path, "notify", "test", "ops")
+    assert (done.returncode, done.stdout) == (0, "ops: delivered\n")
+    assert hook.requests[0].json["title"] == "HealthChecker: a test"
+    hook.status = 403
+    done = run(path, "notify", "test", "ops")
+    assert (done.returncode, done.stdout) == (1, "ops: not delivered: the answer was 403\n")
+    done = run(path, "notify", "test", "opps")
+    assert done.returncode == 2 and "did you mean ops?" in done.stderr
+
+
+# --- the heartbeat
+
+
+def test_the_heartbeat(tmp_path: Path, store: Store, hook: Hook) -> None:
+    """Asked while all is well and the database can be written; who does not answer is shown."""
+    access, well = ConnectionContext(KnownHosts(tmp_path / "known_hosts"), Resolver()), [True]
+    take_over(store, tmp_path, service=f"  heartbeat: 'http://{hook.place}/ping/s3cret'\n")
+    heart = Heartbeat(store, prepared_vault(tmp_path), access, lambda: well[0])
+    heart.beat(NOON)
+    assert [got.path for got in hook.requests] == ["/ping/s3cret"]
+    with store.reading() as session:
+        assert session.get(Setting, "heartbeat").value == NOON
+    well[0] = False
+    heart.beat(NOON + 60)
+    assert len(hook.requests) == 1
+    well[0], hook.status = True, 302
+    hook.headers = {"Location": f"http://{hook.place}/s3cret"}
+    with pytest.raises(healthchecker.ProbeError) as error:
+        heart.beat(NOON + 120)
+    assert "s3cret" not in str(error.value) and "302" in receivers(store)[""].trouble
+    hook.status = 200
+    heart.beat(NOON + 180)
+    assert receivers(store)[""].trouble == ""
+    take_over(store, tmp_path)
+    heart.beat(NOON + 240)
+    assert len(hook.requests) == 3
+
+
+def test_a_service_beats(tmp_path: Path, hook: Hook) -> None:
+    prepared_database(tmp_path)
+    with Service(write_inventory(tmp_path, service=f"  heartbeat: 'http://{hook.place}/ping'\n")):
+        wait_for(lambda: bool(hook.requests), 60)
