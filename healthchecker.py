@@ -1793,8 +1793,7 @@ class InventoryLoader:
         for index, resource in found:
             if (why := jump_fault(resource.name, ways)):
                 self.fault(("resources", index, "proxy_jump"), why)
-        gates = Gates(groups=file.groups, routes=file.routes) if file else Gates()
-        plans = file.maintenance if file else ()
+        gates, plans = (Gates(groups=file.groups, routes=file.routes), file.maintenance) if file else (Gates(), ())
         if not self.faults:
             self._fault_gates(gates, plans, found)
         if self.faults or not file or not usual:
@@ -2899,6 +2898,14 @@ def named_by(session: Session, name: str) -> str:
     return f"stays while it is named by {', '.join(sorted(names))}" if names else ""
 
 
+def rename_chosen(session: Session, old: str, new: str) -> None:
+    """Has what is planned for a resource by its name follow a new one; plans of the inventory say it themselves."""
+    for row in session.scalars(sqlalchemy.select(Maintenance).where(Maintenance.plan == "")):
+        if old in (scope := row.chosen).resources:
+            names = tuple(new if name == old else name for name in scope.resources)
+            row.scope = scope.model_copy(update={"resources": names}).scope_json
+
+
 def rename_row(session: Session, row: Resource, vault: Vault, name: str) -> None:
     """Gives a row another name: its secrets are sealed for that, its events and what is planned for it follow."""
     session.execute(sqlalchemy.update(Event).values(resource=name).where(Event.resource == row.name))
@@ -2940,14 +2947,6 @@ def store_rest(session: Session, inventory: Inventory, changes: Changes) -> None
         session.merge(Setting(name=name, text=text))
     if changes.added or changes.changed or changes.removed:
         revise(session)
-
-
-def rename_chosen(session: Session, old: str, new: str) -> None:
-    """Has what is planned for a resource by its name follow a new one; plans of the inventory say it themselves."""
-    for row in session.scalars(sqlalchemy.select(Maintenance).where(Maintenance.plan == "")):
-        if old in (scope := row.chosen).resources:
-            names = tuple(new if name == old else name for name in scope.resources)
-            row.scope = scope.model_copy(update={"resources": names}).scope_json
 
 
 def import_receivers(session: Session, inventory: Inventory, vault: Vault) -> bool:
@@ -12636,8 +12635,8 @@ class Metrics:
 
     def collect(self) -> Iterator[Metric]:
         with self._store.reading() as session:
-            rows, tokens = session.execute(METRIC_ROWS).all(), session.execute(TOKEN_ROWS).all()
-            more = remarks(session, time.time())
+            rows, more = session.execute(METRIC_ROWS).all(), remarks(session, time.time())
+            tokens = session.execute(TOKEN_ROWS).all()
             receivers = session.scalars(sqlalchemy.select(Receiver).where(Receiver.name != HEARTBEAT)).all()
         total = gauge("resources", "Resources by state.", None, "state")
         standings = [(row.state and self._monitor and self._monitor.behind(row.name)) or row for row in rows]
@@ -12665,6 +12664,10 @@ class Metrics:
         is_cut = bool(self._monitor and self._monitor.uplink.cut)
         yield gauge("cut_off", "1 while no uplink answers, nor do more than half of the machines.", float(is_cut))
         yield from self._connection_metrics()
+        yield from self._row_metrics(tokens, receivers)
+
+    def _row_metrics(self, tokens: Iterable[Any], receivers: Iterable[Receiver]) -> Iterator[Metric]:
+        """What rows tell of tokens and of messages."""
         ends = gauge("api_token_expires_timestamp_seconds", "Unix time of an API token's end.", None, "user", "token")
         for user, token, expires_at in tokens:
             ends.add_metric([user, token], expires_at)
