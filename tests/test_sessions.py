@@ -332,6 +332,29 @@ def test_a_host_that_is_stopped_while_keys_are_exchanged_anew() -> None:
         assert logins(server) == 2
 
 
+def test_the_last_word_of_a_host_is_no_sign_of_life_for_ever() -> None:
+    """What was on its way when it died comes when the next poll has begun."""
+    transports, go_on = list[Any](), threading.Event()
+
+    class Forward(ParamikoSshd):
+        def prepare(self, transport: paramiko.Transport) -> None:
+            transports.append(transport)
+
+    def die(_: object) -> None:
+        transports[0].send_ignore(8)
+        go_on.wait()
+
+    with Forward() as server:
+        watched = on(server, timeout=12)
+        with keeping(watched) as connection:
+            assert healthy(poll(watched, connection))
+            transports[0]._handler_table[90] = die      # where a channel is asked for
+            assert healthy(poll(watched, connection))
+            assert "no sign of life" in connection.second_try
+            go_on.set()
+        assert logins(server) == 2
+
+
 # --- what breaks ----------------------------------------------------------------------
 
 
