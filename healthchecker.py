@@ -3782,6 +3782,7 @@ class BoundedPacketizer(paramiko.packet.Packetizer):
     # Between polls: what says nothing, key exchange, `are you there`, and how the last command ends.
     ROUTINE: ClassVar = {2, 3, 4, 20, 21, *range(30, 50), 80, 81, 82, *range(93, 101)}
     resting = uninvited = False     # no poll runs; something else came then
+    replies = 0             # to questions, which are answered in their order
 
     def start_handshake(self, timeout: float) -> None:
         """No thread with a timer, for the socket knows the deadline."""
@@ -3789,6 +3790,7 @@ class BoundedPacketizer(paramiko.packet.Packetizer):
     def read_message(self) -> tuple[int, paramiko.Message]:
         kind, message = super().read_message()
         self.uninvited |= self.resting and kind not in self.ROUTINE
+        self.replies += kind in (81, 82)    # SSH_MSG_REQUEST_SUCCESS, SSH_MSG_REQUEST_FAILURE
         if kind in self.COUNTED:
             look = paramiko.Message(message.asbytes())
             for _ in range(self.COUNTED[kind]):
@@ -3838,6 +3840,10 @@ class SshTransport(paramiko.Transport):
     ended = False       # by us; its thread may not know yet
     theirs: Mapping[str, Sequence[str]] = dict[str, Sequence[str]]()      # the algorithms that the host names, by kind
 
+    def __init__(self, *made: Any, **how: Any) -> None:
+        super().__init__(*made, **how)
+        self._questions = itertools.count(1)
+
     def _really_parse_kex_init(self, *message: Any, **how: Any) -> Any:
         found = super()._really_parse_kex_init(*message, **how)     # type: ignore[misc]  # the stubs lack it
         self.theirs = {kind: tuple(names) for kind, names in found.items() if kind.endswith("_list")}
@@ -3869,16 +3875,20 @@ class SshTransport(paramiko.Transport):
         """A channel. Raises ProbeError once the deadline is over; an old transport that is silent for a third of it is
         dead, and ends."""
         was_old, self.is_old = self.is_old, True
-        wire, silence = cast(Wire, self.sock), Deadline(deadline.left() / 3) if was_old else deadline
-        received = wire.received
+        wire, third = cast(Wire, self.sock), deadline.left() / 3
+        received, silence, question = wire.received, Deadline(third) if was_old else deadline, math.inf
 
         def is_over() -> bool:
-            return deadline.over or (silence.over and wire.received == received)
+            """What was on its way before the host died is a sign of life no longer than anything else."""
+            nonlocal received, silence
+            if was_old and wire.received != received:
+                received, silence = wire.received, Deadline(third)
+            return deadline.over or (silence.over and self._answers.replies < question)
 
         try:
             with wire.awaited(is_over):
                 if was_old and place:   # which may be long in coming
-                    self._are_you_there()
+                    question = self._are_you_there()
                 return self.open_channel(kind, place, ("127.0.0.1", 0), 1 << 18, timeout=Patience(is_over))
         except (paramiko.SSHException, EOFError, OSError) as error:
             if isinstance(error, paramiko.ChannelException):
@@ -3890,13 +3900,19 @@ class SshTransport(paramiko.Transport):
                 raise
             raise ProbeError("unreachable", "no sign of life on the open connection") from error
 
-    def _are_you_there(self) -> None:
-        """Makes a living host say something, if only that it does not know this."""
+    @property
+    def _answers(self) -> BoundedPacketizer:
+        return cast(BoundedPacketizer, self.packetizer)
+
+    def _are_you_there(self) -> int:
+        """Makes a living host say something, if only that it does not know this; how many it was asked until now."""
+        number = next(self._questions)
         ask = paramiko.Message()
         ask.add_byte(b"P")      # SSH_MSG_GLOBAL_REQUEST
         ask.add_string("keepalive@openssh.com")
         ask.add_boolean(True)
         self._send_user_message(ask)    # type: ignore[attr-defined]  # the stubs lack it
+        return number
 
     def is_active(self) -> bool:
         return not self.ended and super().is_active()

@@ -33,8 +33,10 @@ LONG = (
     "workers pages powershell transport real_shells soak windows_kept command_line api probes security bastions serve "
     "middleware push groups files reload hostile_clients history windows_service storage overload crashes readme vault"
 ).split()
-# These wait more than they compute, and their tests share nothing: several workers run one of them.
-SHARES = {"test_poll.py": 4, "test_uplink.py": 2, "test_sessions.py": 2, "test_overrides.py": 2}
+# These wait more than they compute, and their tests share nothing: several workers run one of them. Not in wine, where
+# they compute.
+SHARES = {} if sys.platform == "win32" else {
+    "test_poll.py": 4, "test_uplink.py": 2, "test_sessions.py": 2, "test_overrides.py": 2}
 # These share PowerShell's processes, so one worker runs them all.
 WITH_ENGINE = {f"test_windows_{name}.py" for name in ("verdicts", "shells", "endpoints", "accounts")}
 NO_PASSWORD_LOGIN = "password login needs root, to create a throw-away account"

@@ -332,6 +332,29 @@ def test_a_host_that_is_stopped_while_keys_are_exchanged_anew() -> None:
         assert logins(server) == 2
 
 
+def test_the_last_word_of_a_host_is_no_sign_of_life_for_ever() -> None:
+    """What was on its way when it died comes when the next poll has begun."""
+    transports, go_on = list[Any](), threading.Event()
+
+    class Forward(ParamikoSshd):
+        def prepare(self, transport: paramiko.Transport) -> None:
+            transports.append(transport)
+
+    def die(_: object) -> None:
+        transports[0].send_ignore(8)
+        go_on.wait()
+
+    with Forward() as server:
+        watched = on(server, timeout=12)
+        with keeping(watched) as connection:
+            assert healthy(poll(watched, connection))
+            transports[0]._handler_table[90] = die      # where a channel is asked for
+            assert healthy(poll(watched, connection))
+            assert "no sign of life" in connection.second_try
+            go_on.set()
+        assert logins(server) == 2
+
+
 # --- what breaks ----------------------------------------------------------------------
 
 
@@ -493,7 +516,7 @@ class Proxy(Listener):
         self.server, self.open = server, list[tuple[socket.socket, socket.socket]]()
         self.log, self.username = server.log, server.username
         self.password, self.user_key = server.password, server.user_key
-        self.silent, self.delay = threading.Event(), 0.0
+        self.silenced, self.delay = set[socket.socket](), 0.0
 
     def serve(self, connection: Accepted) -> None:
         with socket.create_connection((self.server.address, self.server.port)) as host:
@@ -507,7 +530,7 @@ class Proxy(Listener):
         with contextlib.suppress(OSError):
             while chunk := source.recv(65536):
                 self.closing.wait(self.delay)
-                if not self.silent.is_set():
+                if source not in self.silenced:
                     sink.sendall(chunk)
         with contextlib.suppress(OSError):  # also after a reset: whoever leaves with something unread sends one
             sink.shutdown(socket.SHUT_WR)
@@ -520,6 +543,10 @@ class Proxy(Listener):
                 sock.shutdown(socket.SHUT_RD)
                 sock.close()
 
+    def silent(self) -> None:
+        """What is sent through a connection that is open now is lost."""
+        self.silenced = {sock for pair in self.open for sock in pair}
+
     def half_close(self) -> None:
         """The host says no more, and reads on."""
         for client, _ in list(self.open):
@@ -530,14 +557,10 @@ class Proxy(Listener):
 @pytest.mark.parametrize("fault", ["reset", "half_close", "silent"])
 def test_what_stands_between(server: Sshd, fault: str) -> None:
     with Proxy(server) as proxy:
-        watched = on(proxy, timeout=9 if fault == "silent" else AMPLE)
+        watched = on(proxy, timeout=24 if fault == "silent" else AMPLE)     # a third of it is waited
         with keeping(watched) as connection:
             assert healthy(poll(watched, connection)) and healthy(poll(watched, connection))
-            if fault == "silent":
-                proxy.silent.set()
-                threading.Timer(1, proxy.silent.clear).start()      # for who connects anew; what was sent is lost
-            else:
-                getattr(proxy, fault)()
+            getattr(proxy, fault)()
             assert healthy(poll(watched, connection))
             assert healthy(poll(watched, connection))
             assert connection.keeper.reused
@@ -560,12 +583,9 @@ def test_what_happens_during_a_poll(server: Sshd, fault: str) -> None:
             wait_for(lambda: runs.read_text(encoding="ascii").count("x") == 2)
             if fault == "stop":
                 send(server._sessions(), "SIGSTOP")
-            elif fault == "silent":
-                proxy.silent.set()
             else:
                 getattr(proxy, fault)()
             polling.join()
-            proxy.silent.clear()
             if ends:
                 assert healthy(answers[0])
                 assert "connection lost" in connection.second_try
@@ -597,9 +617,8 @@ def test_a_host_that_hears_nothing_hangs_up(server: Sshd) -> None:
         watched = on(proxy)
         with keeping(watched) as connection:
             assert healthy(poll(watched, connection))
-            proxy.silent.set()
+            proxy.silent()
             wait_for(lambda: not session(connection).alive)
-            proxy.silent.clear()
             assert healthy(poll(watched, connection))
             assert connection.record.second_tries == 0
         assert "Timeout, client not responding" in server.log()
