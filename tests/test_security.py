@@ -64,6 +64,7 @@ BEFORE_LOGIN = {"POST /-/api/login", "POST /-/api/push/<name>", "GET /-/login", 
 VIEWERS = {
     "GET /-/",
     "GET /-/events",
+    "GET /-/incidents",
     "GET /-/password",
     "GET /-/resources/<name>",
     "POST /-/logout",
@@ -76,6 +77,8 @@ VIEWERS = {
     "GET /-/api/resources/<name>",
     "GET /-/api/resources/<name>/samples",
     "GET /-/api/events",
+    "GET /-/api/incidents",
+    "GET /-/api/uptime",
     "GET /-/api/sessions",
     "DELETE /-/api/sessions/<id>",
 }
