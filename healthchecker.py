@@ -6486,7 +6486,7 @@ def settle(standing: Standing, verdict: Verdict, settings: ResourceSettings, at:
 # with the clock: of the whole site, of each route and of each group. Reports come from any thread; under one lock a
 # changed one goes up the groups it is in and down to what depends on it, as far as it changes them, and then the leases
 # of groups are written. What opens or closes is announced in `transitions`, which the recorder empties.
-# Gives: GroupState, HealthAggregator, Lease, Override, SITE
+# Gives: closed_groups, gates_of, GroupState, HealthAggregator, Lease, Override, SITE
 DEFAULT_TTL = 132.0             # seconds; the lease of a resource with default settings
 OVERRIDE_TTL = 30.0             # seconds for which the gate is opened by hand, unless that is said again
 Span = tuple[float, float]      # monotonic times: until when something is healthy, and when it can be so again
@@ -6902,23 +6902,6 @@ class HealthAggregator:
         with self._lock:
             return [self._state(name, group) for name, group in self._tree.groups.items() if (name == SITE) is site]
 
-    def closed(self) -> set[str] | None:
-        """The groups, routes and the site that are closed; None before the first decision."""
-        with self._lock:
-            now, beats, tree = self._clock(), self._beats.values(), self._tree
-            return None if START in tree.spans else {name for name in tree.groups if tree.end_of(name, beats) <= now}
-
-    def why(self, name: str) -> str:
-        """Why a group, a route or the site is closed; empty: it is not."""
-        with self._lock:
-            is_closed = self._tree.end_of(name, self._beats.values()) <= self._clock()
-            return self._told(name, False) if is_closed and name in self._tree.groups else ""
-
-    def gates(self, name: str) -> set[str]:
-        """The routes and the site that count on a group, route or the site."""
-        with self._lock:
-            return self._tree.gates(name)
-
     def _state(self, name: str, group: Group) -> GroupState:
         now = self._clock()
         members = {each: span[0] > now for each, span in self._tree.counted(name).items() if each != SITE}
@@ -6971,6 +6954,20 @@ class HealthAggregator:
 
     SetResource = set_resource
     IsHealthy = is_healthy
+
+
+def closed_groups(aggregator: HealthAggregator, known: Collection[str]) -> dict[str, str] | None:
+    """The groups, routes and the site that are closed, and why unless that is `known`; None: nothing is decided yet."""
+    with aggregator._lock:
+        now, beats, tree = aggregator._clock(), aggregator._beats.values(), aggregator._tree
+        return None if START in tree.spans else {name: "" if name in known else aggregator._told(name, False)
+                                                 for name in tree.groups if tree.end_of(name, beats) <= now}
+
+
+def gates_of(aggregator: HealthAggregator, name: str) -> set[str]:
+    """The routes and the site that count on a group, or are what is named."""
+    with aggregator._lock:
+        return aggregator._tree.gates(name)
 
 
 # === History =================================================================
@@ -7645,7 +7642,8 @@ class OverrideKeeper:
 # which anything is known, for a service that does not run is neither open nor closed. Events cannot tell that for 90
 # days: one resource that flaps pushes the others out. In come transitions and what the workers count; rows go out. In
 # the recorder's thread; any thread reads. The start waits for first results and is no incident if the gate opens then.
-# Gives: gate_strip, Incident, IncidentLog, incidents, prune_incidents, UPTIMES, uptime
+# Gives: gate_strip, Incident, IncidentLog, incidents, IncidentsQuery, IncidentView, prune_incidents, UptimeQuery,
+# UPTIMES, uptime, UptimeView
 WATCH_INTERVAL = 5.0            # seconds after which what lasts is written again
 WATCH_GAP = 60.0                # seconds without a look, of a suspended machine: of those nothing is known
 START_PATIENCE = 60.0           # seconds for which a start may wait for first results
@@ -7681,6 +7679,39 @@ class WatchedTime(Base):
     id: Mapped[int] = mapped_column(primary_key=True)
     from_at: Mapped[float] = mapped_column(index=True)      # Unix times
     to_at: Mapped[float]
+
+
+class IncidentsQuery(Settings):
+    group: str | None = None    # of a group or route; empty: the whole site
+    since: AwareDatetime | None = None
+    limit: Annotated[int, Field(ge=1, le=1000)] = 100
+    format: Literal["json", "csv"] = "json"
+
+
+class IncidentView(Settings):
+    """A time for which the site, a group or a route was closed."""
+
+    group: str                  # empty: the whole site
+    from_at: datetime.datetime
+    to_at: datetime.datetime    # while it lasts, and where the end was not seen: until when it was seen
+    end: Literal["", "opened", "unseen"]    # empty: it lasts
+    why: str
+    actor: str                  # who closed it by hand
+    opened_by: str              # why it opened, where that was by hand
+    before: str                 # what had been changed just before
+    mode: Mode                  # observe: nothing was refused
+    refused: int                # requests meanwhile
+    would_refuse: int
+
+
+class UptimeQuery(Settings):
+    group: str = SITE           # of a group or route; empty: the whole site
+    format: Literal["json", "csv"] = "json"
+
+
+class UptimeView(Settings):
+    span: str
+    percent: float | None       # of the time of which anything is known; None: of none
 
 
 def changes_before(session: Session, at: float) -> str:
@@ -7731,19 +7762,19 @@ class IncidentLog:
                 self._complete(name, at, why)
             elif name not in self._lasting:
                 self._begin(name, at, why)
-        closed = self._aggregator.closed()
+        closed = closed_groups(self._aggregator, self._lasting)
         if closed is None and now_mono - self._begun_mono >= START_PATIENCE:
-            closed = {SITE}
+            closed = {SITE: self._aggregator.groups(site=True)[0].why}
         if closed is not None:
             self._compare(closed, now_at)
 
-    def _compare(self, closed: set[str], now_at: float) -> None:
+    def _compare(self, closed: Mapping[str, str], now_at: float) -> None:
         """Takes up how everything stands now."""
         known_from = now_at if self._watched or not closed else self._begun_at
         self._watched = self._watched or WatchedTime(from_at=known_from, to_at=now_at)
         for name in closed - self._lasting.keys():
-            self._begin(name, known_from, self._aggregator.why(name))
-        for name in self._lasting.keys() - closed:      # also of a group that is gone
+            self._begin(name, known_from, closed[name])
+        for name in self._lasting.keys() - closed.keys():      # also of a group that is gone
             self._complete(name, now_at, "")
         self._watched.to_at = now_at
         for name, incident in self._lasting.items():
@@ -7811,7 +7842,7 @@ class IncidentLog:
     def _count(self, name: str) -> None:
         """What came since the last look: which gates depend on it may change."""
         incident = self._lasting[name]
-        for gate in self._aggregator.gates(name) & self._now.keys():
+        for gate in gates_of(self._aggregator, name) & self._now.keys():
             refused, passed = self._now[gate]
             incident.refused += refused - self._before.get(gate, (0, 0))[0]
             incident.would_refuse += passed - self._before.get(gate, (0, 0))[1]
@@ -7829,8 +7860,8 @@ def times_within(session: Session, group: str | None, begin: float, end: float) 
     kind: Any = WatchedTime if group is None else Incident
     query = sqlalchemy.select(func.greatest(kind.from_at, begin), func.least(kind.to_at, end)).where(
         kind.to_at > begin, kind.from_at < end)
-    return [(first, last) for first, last in session.execute(
-        query if group is None else query.where(Incident.group == group)).tuples()]
+    query = query if group is None else query.where(Incident.group == group)
+    return [(first, last) for first, last in session.execute(query)]
 
 
 def uptime(session: Session, group: str, now: float) -> dict[str, float | None]:
@@ -11313,45 +11344,12 @@ def list_events(who: Principal, query: Mapping[str, Any]) -> list[Event]:
         return events(session, **dict(validated(EventsQuery, query, text=True)))
 
 
-class IncidentsQuery(Settings):
-    group: str | None = None    # of a group or route; empty: the whole site
-    since: AwareDatetime | None = None
-    limit: Annotated[int, Field(ge=1, le=1000)] = 100
-    format: Literal["json", "csv"] = "json"
-
-
-class IncidentView(Settings):
-    """A time for which the site, a group or a route was closed."""
-
-    group: str                  # empty: the whole site
-    from_at: datetime.datetime
-    to_at: datetime.datetime    # while it lasts, and where the end was not seen: until when it was seen
-    end: Literal["", "opened", "unseen"]    # empty: it lasts
-    why: str
-    actor: str                  # who closed it by hand
-    opened_by: str              # why it opened, where that was by hand
-    before: str                 # what had been changed just before
-    mode: Mode                  # observe: nothing was refused
-    refused: int                # requests meanwhile
-    would_refuse: int
-
-
 def list_incidents(who: Principal, query: Mapping[str, Any]) -> list[Incident]:
     """When the site, groups and routes were closed, newest first; also as CSV."""
     asked = validated(IncidentsQuery, query, text=True)
     with who.context.store.reading() as session:
         return incidents(session, group=asked.group, since=asked.since.timestamp() if asked.since else 0.0,
                          limit=asked.limit)
-
-
-class UptimeQuery(Settings):
-    group: str = SITE           # of a group or route; empty: the whole site
-    format: Literal["json", "csv"] = "json"
-
-
-class UptimeView(Settings):
-    span: str
-    percent: float | None       # of the time of which anything is known; None: of none
 
 
 def show_uptime(who: Principal, query: Mapping[str, Any]) -> list[UptimeView]:

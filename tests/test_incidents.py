@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from console import Clock, console
 from conftest import wait_for
+from console import Clock, console
 
 import healthchecker
 from healthchecker import (
@@ -128,7 +128,7 @@ def test_a_start_without_results(bench: Bench) -> None:
     assert bench.found(None) == []
     bench.look(30)
     [incident] = bench.found()
-    assert incident.from_at == begun and incident.why.startswith("no result of")
+    assert incident.from_at == begun and "no result of" in incident.why
 
 
 def test_from_to_why_and_by_whom(bench: Bench) -> None:
@@ -154,7 +154,7 @@ def test_groups_and_routes_have_their_own(bench: Bench) -> None:
     """What closes a route alone leaves the site open; a group of the site closes both."""
     bench.report(a=True, b=True, c=True)
     bench.report(c=False)
-    assert [one.group for one in bench.found(None)].sort() == ["/r", "lone"].sort() and not bench.found()
+    assert sorted(one.group for one in bench.found(None)) == ["/r", "lone"] and not bench.found()
     bench.requests.passed("/r", refused=True)
     bench.look(10)
     assert [one.refused for group in ("/r", "lone") for one in bench.found(group)] == [1, 1]
@@ -169,15 +169,13 @@ def test_groups_and_routes_have_their_own(bench: Bench) -> None:
 
 
 def test_observe_is_marked(tmp_path: Path) -> None:
-    with contextlib.closing(Bench(tmp_path, "observe").store) as store:
-        bench = Bench(tmp_path, "observe")
+    bench = Bench(tmp_path, "observe")
+    with contextlib.closing(bench.store):
         bench.report(a=True, b=False, c=True)
         bench.requests.passed("")
         bench.look(1)
         [incident] = bench.found()
         assert (incident.mode, incident.refused, incident.would_refuse) == ("observe", 0, 1)
-        bench.store.close()
-        assert store.path == bench.store.path
 
 
 def test_a_service_that_was_away(bench: Bench) -> None:
@@ -227,7 +225,7 @@ def test_what_cannot_be_written_is_kept(bench: Bench) -> None:
     """And written once."""
     bench.report(a=True, b=True, c=True)
     with pytest.raises(ZeroDivisionError), bench.store.writing() as session:
-        bench.report_later = bench.aggregator.set_resource("b", False, "b is bad")  # type: ignore[attr-defined]
+        bench.aggregator.set_resource("b", False, "b is bad")
         transitions = [bench.aggregator.transitions.get()]
         bench.log.look([(bench.wall.now, *rest) for _, *rest in transitions])  # type: ignore[misc]
         bench.log.write(session, lambda _: 0.0)
