@@ -53,6 +53,7 @@ Sections, in file order; a definition refers only to what stands above it:
     Blame        what is told of resources that are behind others
     Override     what an operator says of the gate
     Maintenance  what does not count now and next, and whose trouble has been seen
+    Incidents    when the gate was closed, and how long it was open
     Poll         a thread per resource, one writer, one overseer
     Counters     what a worker counts, in shared memory
     Gate         the application's door: the WSGI application in front of the application
@@ -88,6 +89,7 @@ import collections
 import concurrent.futures
 import contextlib
 import copy
+import csv
 import ctypes
 import datetime
 import difflib
@@ -6890,7 +6892,7 @@ def settle(standing: Standing, verdict: Verdict, settings: ResourceSettings, at:
 # with the clock: of the whole site, of each route and of each group. Reports come from any thread; under one lock a
 # changed one goes up the groups it is in and down to what depends on it, as far as it changes them, and then the leases
 # of groups are written. What opens or closes is announced in `transitions`, which the recorder empties.
-# Gives: GroupState, HealthAggregator, Lease, Override, SITE
+# Gives: closed_groups, gates_of, GroupState, HealthAggregator, Lease, Override, SITE
 DEFAULT_TTL = 132.0             # seconds; the lease of a resource with default settings
 OVERRIDE_TTL = 30.0             # seconds for which the gate is opened by hand, unless that is said again
 Span = tuple[float, float]      # monotonic times: until when something is healthy, and when it can be so again
@@ -7089,6 +7091,13 @@ class GroupTree:
                         if child in self.spans} - found:
             found |= level
         return len(found)
+
+    def gates(self, name: str) -> set[str]:
+        """The routes and the site that count on a group, or are what is named."""
+        found, level = {name}, {name}
+        while level := {above for each in level for above in self._above.get(each, TOP)} - found:
+            found |= level
+        return {each for each in found if each == SITE or each.startswith("/")}
 
     def sources(self, name: str) -> set[str]:
         """The resources on whose results it depends whether this one is behind another."""
@@ -7408,12 +7417,27 @@ class HealthAggregator:
     IsHealthy = is_healthy
 
 
+def closed_groups(aggregator: HealthAggregator, known: Collection[str]) -> dict[str, str] | None:
+    """The groups, routes and the site that are closed, and why unless that is `known`; None: nothing is decided yet."""
+    with aggregator._lock:
+        now, beats, tree = aggregator._clock(), aggregator.beats.values(), aggregator._tree
+        return None if START in tree.spans else {name: "" if name in known else aggregator._told(name, False)
+                                                 for name in tree.groups if tree.end_of(name, beats) <= now}
+
+
+def gates_of(aggregator: HealthAggregator, name: str) -> set[str]:
+    """The routes and the site that count on a group, or are what is named."""
+    with aggregator._lock:
+        return aggregator._tree.gates(name)
+
+
 # === History =================================================================
 # What polls found: in come Reports, out go rows, averages of quarters of an hour, charts and availability. Readings are
 # whole hundredths, NULL where nothing was read. The recorder's thread writes, any thread reads.
 # 100 resources at 60 s: 288,000 polls and 864,000 averages are 82 MB; 100,000 events add 20 MB.
-# Gives: known_since, METRICS, POLLS, POLL_MARKS, SPANS, SAMPLES, highest_readings, Report, record_event, events,
-# PastPoll, samples, roll_up, prune, prune_events, availability, Point, chart
+# Gives: DAY, EVENTS, known_since, METRICS, POLLS, POLL_MARKS, PRUNE_PART, PRUNE_ROWS, SPANS, SAMPLES,
+# highest_readings, Report, record_event, events, PastPoll, samples, roll_up, prune, prune_events, availability,
+# Point, chart
 DAY = 86_400                    # seconds
 PRUNE_ROWS = 10, 10_000         # rows of a resource, or events, that are dropped at once, at least and at most
 PRUNE_PART = 50                 # of how many rows one is dropped at once: a clock that is wrong takes half a day to
@@ -8298,6 +8322,272 @@ class MaintenanceKeeper:
         return set().union(*(names for until_at, names in self._running if now < until_at))
 
 
+# === Incidents ===============================================================
+# What the gate did: a row for each time for which the site, a group or a route was closed, and one for each time of
+# which anything is known, for a service that does not run is neither open nor closed. Events cannot tell that for 90
+# days: one resource that flaps pushes the others out. In come transitions and what the workers count; rows go out. In
+# the recorder's thread; any thread reads. The start waits for first results and is no incident if the gate opens then.
+# Gives: gate_strip, Incident, IncidentLog, incidents, IncidentsQuery, IncidentView, prune_incidents, UptimeQuery,
+# UPTIMES, uptime, UptimeView
+WATCH_INTERVAL = 5.0            # seconds after which what lasts is written again
+WATCH_GAP = 60.0                # seconds without a look, of a suspended machine: of those nothing is known
+START_PATIENCE = 60.0           # seconds for which a start may wait for first results
+CAUSES = 900.0, 3               # seconds before an incident in which changes may have led to it; how many are told
+HISTORY_DAYS = 90               # for which incidents are kept at least
+UPTIMES = {"day": 1, "week": 7, "month": 30, "90 days": HISTORY_DAYS}
+STANDING = "standing"           # the Setting that says how everything stands, for the command line
+Counted = Mapping[str, tuple[int, int]]     # see Counters.refusals
+
+
+class Incident(Base):
+    """A time for which the site, a group or a route was closed."""
+
+    __tablename__ = "incident"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    group: Mapped[str]          # its name, empty for the whole site
+    from_at: Mapped[float] = mapped_column(index=True)      # Unix time
+    to_at: Mapped[float]        # Unix time of the end or, while it lasts, until when it was seen
+    end: Mapped[str]            # empty: it lasts | opened | unseen: the service ended before it did
+    why: Mapped[str]
+    actor: Mapped[str]          # who closed it by hand, empty for nobody
+    opened_by: Mapped[str]      # why it opened, where that was by hand
+    before: Mapped[str]         # what had been changed just before
+    mode: Mapped[str]           # observe: nothing was refused
+    refused: Mapped[int]        # requests meanwhile
+    would_refuse: Mapped[int]   # those that mode observe let pass
+
+
+class WatchedTime(Base):
+    """A time from which it is known whether the gate was open."""
+
+    __tablename__ = "watched_time"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    from_at: Mapped[float] = mapped_column(index=True)      # Unix times
+    to_at: Mapped[float]
+
+
+class IncidentsQuery(Settings):
+    group: str | None = None    # of a group or route; empty: the whole site
+    since: AwareDatetime | None = None
+    limit: Annotated[int, Field(ge=1, le=1000)] = 100
+    format: Literal["json", "csv"] = "json"
+
+
+class IncidentView(Settings):
+    """A time for which the site, a group or a route was closed."""
+
+    group: str                  # empty: the whole site
+    from_at: datetime.datetime
+    to_at: datetime.datetime    # while it lasts, and where the end was not seen: until when it was seen
+    end: Literal["", "opened", "unseen"]    # empty: it lasts
+    why: str
+    actor: str                  # who closed it by hand
+    opened_by: str              # why it opened, where that was by hand
+    before: str                 # what had been changed just before
+    mode: Mode                  # observe: nothing was refused
+    refused: int                # requests meanwhile
+    would_refuse: int
+
+
+class UptimeQuery(Settings):
+    group: str = SITE           # of a group or route; empty: the whole site
+    format: Literal["json", "csv"] = "json"
+
+
+class UptimeView(Settings):
+    span: str
+    percent: float | None       # of the time of which anything is known; None: of none
+
+
+def changes_before(session: Session, at: float) -> str:
+    """What was changed in the time in which that may have led to an incident, the last change first."""
+    seconds, count = CAUSES
+    found = session.scalars(sqlalchemy.select(Event).where(
+        Event.kind.in_(("change", "clock", "service")), Event.at.between(at - seconds, at + 1.0)
+    ).order_by(Event.at.desc(), Event.id.desc()).limit(count))
+    return "; ".join(f"{f'{one.actor}: ' if one.actor else ''}{f'{one.resource} ' if one.resource else ''}{one.text}"
+                     for one in found)
+
+
+class IncidentLog:
+    """What lasts and what is over. What was not written yet is kept, and written whole: all is repeatable."""
+
+    def __init__(self, aggregator: HealthAggregator, counted: Callable[[], Counted] = dict,
+                 clock: Callable[[], float] = lease_clock, wall: Callable[[], float] = time.time) -> None:
+        self._aggregator, self._counted, self._clock, self._wall = aggregator, counted, clock, wall
+        self._begun_at, self._looked_mono = wall(), clock()
+        self._zero_at = self._begun_at - self._looked_mono      # the Unix time of the clock's 0
+        self._begun_mono, self._written_mono = self._looked_mono, -math.inf
+        self._lasting: dict[str, Incident] = {}
+        self._over: collections.deque[Incident | WatchedTime] = collections.deque(maxlen=2 * PRUNE_ROWS[1])
+        self._watched: WatchedTime | None = None
+        self._ids: dict[type[Base], Iterator[int]] = {}
+        self._before = self._now = counted()
+        self._ends = False
+
+    @property
+    def due(self) -> bool:
+        """Whether there is something to write."""
+        return bool(self._over) or self._ends or self._clock() - self._written_mono >= WATCH_INTERVAL or any(
+            one.id is None for one in self._lasting.values())
+
+    def leave(self) -> None:
+        """The service ends: the next thing that is written says so."""
+        self._ends = True
+
+    def look(self, transitions: Iterable[tuple[float, bool, str, str]]) -> None:
+        """Takes up what has closed or opened, one by one and then as it stands: what opens or closes with the first
+        decision is no transition."""
+        now_mono, now_at = self._clock(), self._wall()
+        self._before, self._now = self._now, self._counted()
+        self._follow_clock(now_at - now_mono)
+        self._note_gap(now_mono)
+        for at, is_open, why, name in transitions:
+            if is_open:
+                self._complete(name, at, why)
+            elif name not in self._lasting:
+                self._begin(name, at, why)
+        closed = closed_groups(self._aggregator, self._lasting)
+        if closed is None and now_mono - self._begun_mono >= START_PATIENCE:
+            closed = {SITE: self._aggregator.groups(site=True)[0].why}
+        if closed is not None:
+            self._compare(closed, now_at)
+
+    def _compare(self, closed: Mapping[str, str], now_at: float) -> None:
+        """Takes up how everything stands now."""
+        known_from = now_at if self._watched or not closed else self._begun_at
+        self._watched = self._watched or WatchedTime(from_at=known_from, to_at=now_at)
+        for name in closed - self._lasting.keys():
+            self._begin(name, known_from, closed[name])
+        for name in self._lasting.keys() - closed.keys():      # also of a group that is gone
+            self._complete(name, now_at, "")
+        self._watched.to_at = now_at
+        for name, incident in self._lasting.items():
+            self._count(name)
+            incident.to_at = now_at
+
+    def write(self, session: Session, since: Callable[[str], float]) -> None:
+        """Within the caller's transaction; `since`: when a group last opened or closed."""
+        if not self._ids:
+            session.execute(sqlalchemy.update(Incident).where(Incident.end == "").values(end="unseen"))
+            self._ids = {kind: itertools.count(1 + (session.scalar(sqlalchemy.select(func.max(kind.id))) or 0))
+                         for kind in (Incident, WatchedTime)}
+        for one in (*self._over, *self._lasting.values(), *filter(None, [self._watched])):
+            if one.id is None:
+                if isinstance(one, Incident):
+                    override = stored_override(session)
+                    by_hand = override and override.action == "close" and one.why.startswith(override.why)
+                    one.actor = override.actor if override and by_hand else ""
+                    one.before = changes_before(session, one.from_at)
+                one.id = next(self._ids[type(one)])
+            session.merge(one)
+        session.merge(Setting(name=STANDING, value=0, text="" if self._ends else self._standing(since)))
+
+    def written(self) -> None:
+        """What write() was given is safe."""
+        self._over.clear()
+        self._written_mono = self._clock()
+
+    def _standing(self, since: Callable[[str], float]) -> str:
+        gates = [{"name": each.name, "state": each.state, "why": each.why, "mode": each.mode, "since": since(each.name),
+                  "healthy": sum(each.members.values()), "members": len(each.members), "needed": each.needed}
+                 for each in (*self._aggregator.groups(site=True), *self._aggregator.groups())]
+        return json.dumps({"mono": self._clock(), "gates": gates})
+
+    def _follow_clock(self, zero_at: float) -> None:
+        """A clock that was set makes nothing longer or shorter that lasts."""
+        moved = zero_at - self._zero_at
+        if abs(moved) > CLOCK_DRIFT:
+            self._zero_at, self._begun_at = zero_at, self._begun_at + moved
+            lasting: list[Any] = [*self._lasting.values(), *filter(None, [self._watched])]
+            for one in lasting:
+                one.from_at, one.to_at = one.from_at + moved, one.to_at + moved
+
+    def _note_gap(self, now_mono: float) -> None:
+        """Of the time of a suspended machine nothing is known."""
+        if now_mono - self._looked_mono > WATCH_GAP and self._watched:
+            self._over.append(self._watched)
+            for name in list(self._lasting):
+                self._complete(name, self._lasting[name].to_at, "", "unseen")
+            self._watched = WatchedTime(from_at=now_mono + self._zero_at, to_at=now_mono + self._zero_at)
+        self._looked_mono = now_mono
+
+    def _begin(self, name: str, at: float, why: str) -> None:
+        lease = self._aggregator.lease.part(name) or self._aggregator.lease
+        self._lasting[name] = Incident(group=name, from_at=at, to_at=at, end="", why=one_line(why), actor="",
+                                       opened_by="", before="", mode=lease.mode, refused=0, would_refuse=0)
+
+    def _complete(self, name: str, at: float, why: str, end: str = "opened") -> None:
+        if incident := self._lasting.get(name):
+            self._count(name)
+            incident.to_at, incident.end, incident.opened_by = max(at, incident.from_at), end, one_line(why)
+            self._over.append(incident)
+            del self._lasting[name]
+
+    def _count(self, name: str) -> None:
+        """What came since the last look: which gates depend on it may change."""
+        incident = self._lasting[name]
+        for gate in gates_of(self._aggregator, name) & self._now.keys():
+            refused, passed = self._now[gate]
+            incident.refused += refused - self._before.get(gate, (0, 0))[0]
+            incident.would_refuse += passed - self._before.get(gate, (0, 0))[1]
+
+
+def incidents(session: Session, *, group: str | None = None, since: float = 0.0, limit: int = 100) -> list[Incident]:
+    """The newest first, of all groups or of one, none that was over before `since` (Unix time)."""
+    query = sqlalchemy.select(Incident).where(Incident.to_at >= since)
+    query = query if group is None else query.where(Incident.group == group)
+    return list(session.scalars(query.order_by(Incident.from_at.desc(), Incident.id.desc()).limit(limit)))
+
+
+def times_within(session: Session, group: str | None, begin: float, end: float) -> list[tuple[float, float]]:
+    """From when until when a group was closed, or (None) from when until when anything is known."""
+    kind: Any = WatchedTime if group is None else Incident
+    query = sqlalchemy.select(func.greatest(kind.from_at, begin), func.least(kind.to_at, end)).where(
+        kind.to_at > begin, kind.from_at < end)
+    query = query if group is None else query.where(Incident.group == group)
+    return [(first, last) for first, last in session.execute(query)]
+
+
+def uptime(session: Session, group: str, now: float) -> dict[str, float | None]:
+    """Percent of each of UPTIMES for which the site (empty), a group or a route was open, of the time of which anything
+    is known; None where that is none."""
+    found: dict[str, float | None] = {}
+    for span, days in UPTIMES.items():
+        known, closed = (sum(last - first for first, last in times_within(session, which, now - days * DAY, now))
+                         for which in (None, group))
+        found[span] = max(0.0, 100 * (1 - closed / known)) if known > 0 else None
+    return found
+
+
+def gate_strip(session: Session, group: str, span: str, now: float) -> str:
+    """STRIP parts of one of UPTIMES, as characters of POLLS: open, closed for less than half, closed, or not known."""
+    begin, step = now - UPTIMES[span] * DAY, UPTIMES[span] * DAY / STRIP
+    seconds = [[0.0] * STRIP, [0.0] * STRIP]
+    for row, which in zip(seconds, (None, group), strict=True):
+        for first, last in times_within(session, which, begin, now):
+            for part in range(int((first - begin) / step), min(STRIP, math.ceil((last - begin) / step))):
+                row[part] += min(last, begin + (part + 1) * step) - max(first, begin + part * step)
+    return "".join(" " if known <= 0 else "h" if closed <= 0 else "d" if closed < known / 2 else "l"
+                   for known, closed in zip(*seconds, strict=True))
+
+
+def prune_incidents(session: Session, retention: Retention, now: float) -> None:
+    """Drops what is older than `retention`, a part at most, what is of a future that a clock once showed, and of each
+    group what is more than EVENTS."""
+    begin = now - max(retention.events, HISTORY_DAYS) * DAY
+    kinds: tuple[Any, ...] = Incident, WatchedTime
+    for kind in kinds:
+        count = session.scalar(sqlalchemy.select(func.count()).select_from(kind)) or 0
+        for outside in (kind.to_at < begin, kind.from_at > now + QUARTER):
+            doomed = sqlalchemy.select(kind.id).where(outside).limit(max(PRUNE_ROWS[0], count // PRUNE_PART))
+            session.execute(sqlalchemy.delete(kind).where(kind.id.in_(doomed)))
+    for group, count in session.execute(sqlalchemy.select(Incident.group, func.count()).group_by(Incident.group)).all():
+        if count > EVENTS:
+            doomed = sqlalchemy.select(Incident.id).where(Incident.group == group).order_by(Incident.id)
+            session.execute(sqlalchemy.delete(Incident).where(Incident.id.in_(doomed.limit(count - EVENTS))))
+
+
 # === Poll ====================================================================
 # Rows of resources come in, reports go out: to the aggregator at once, to the database through the recorder. A
 # thread for each resource polls it, one (the recorder) writes, one (the monitor) makes pollers follow the rows,
@@ -8340,8 +8630,10 @@ def first_polls(left: Sequence[float], settings: Sequence[ResourceSettings]) -> 
 class Recorder(threading.Thread):
     """The one writer of what polls found: gathers reports for FLUSH_INTERVAL, writes them in one transaction."""
 
-    def __init__(self, store: Store, aggregator: HealthAggregator, retention: Retention | None = None) -> None:
+    def __init__(self, store: Store, aggregator: HealthAggregator, retention: Retention | None = None,
+                 incident_log: IncidentLog | None = None) -> None:
         super().__init__(name="recorder", daemon=True)
+        self._incidents = incident_log or IncidentLog(aggregator)
         self._store, self._aggregator, self._retention = store, aggregator, retention or Retention()
         self._reports: queue.SimpleQueue[Report] = queue.SimpleQueue()
         self._ending = threading.Event()
@@ -8397,9 +8689,11 @@ class Recorder(threading.Thread):
         """Writes what was gathered; what cannot be written is kept. Says whether all is written."""
         with self._flushing, self._unwritten.caught():
             self._gather()
-            if self._latest or self._events:
+            if self._latest or self._events or self._incidents.due:
                 with self._store.writing() as session:
                     self._write(session)
+                    self._incidents.write(session, self.changed_at)
+                self._incidents.written()
                 for written in (self._latest, self._samples, self._events, self._keys):
                     written.clear()
             return True
@@ -8415,6 +8709,7 @@ class Recorder(threading.Thread):
             if not self._untidy:
                 with self._store.writing() as session:
                     prune_events(session, self._retention, now)
+                    prune_incidents(session, self._retention, now)
                     every = sqlalchemy.select(Resource.id).execution_options(removed=True)
                     self._untidy, self._rolled = list(session.scalars(every)), end
             for _ in range(min(TIDY_AT_ONCE, len(self._untidy))):
@@ -8430,8 +8725,9 @@ class Recorder(threading.Thread):
             self._events.append({"kind": kind, "text": text, "at": at} | about)
 
     def _gather(self) -> None:
-        transitions = self._aggregator.transitions
-        for at, is_open, why, name in (transitions.get() for _ in range(transitions.qsize())):
+        waiting = self._aggregator.transitions
+        transitions = [waiting.get() for _ in range(waiting.qsize())]
+        for at, is_open, why, name in transitions:
             since, mode = self._changed_at.get(name), (self._aggregator.lease.part(name) or self._aggregator.lease).mode
             text = (f"{f'{name}: ' if name else ''}{'closed' if is_open else 'open'} -> "
                     f"{'open' if is_open else 'closed'}{f' ({why})' if why else ''}"
@@ -8440,6 +8736,7 @@ class Recorder(threading.Thread):
             log.warning("%s: %s", "group" if name else "gate", text)
             self.note("group" if name else "gate", text, at, group=name, state="open" if is_open else "closed")
             self._changed_at[name] = at
+        self._incidents.look(transitions)
         for report in (self._reports.get() for _ in range(self._reports.qsize())):
             resource_id = report.target.id
             self._latest[resource_id] = report
@@ -8471,6 +8768,7 @@ class Recorder(threading.Thread):
 
     def close(self) -> None:
         """Writes the rest and ends the thread."""
+        self._incidents.leave()
         self._ending.set()
         if self.is_alive():
             self.join(LAST_FLUSH)   # not for ever: another program may hold the database
@@ -8996,7 +9294,8 @@ ROWS = {outcome: number * ROW for number, outcome in enumerate(OUTCOMES)}
 ACCEPTED = len(OUTCOMES) * ROW  # the cell of the connections ever accepted
 QUEUED = ACCEPTED + 1           # the cell of the requests that wait for a pool thread
 BEAT = QUEUED + 1               # the cell of the last turn of the loop, its monotonic time
-PASSED = BEAT + 1               # the cell of the requests that would have been refused; those of routes come after it
+PASSED = BEAT + 1               # the cell of the requests that would have been refused, and the next one of those that
+                                # were, by the gate; two such cells of each route come after them
 
 
 class Counters:
@@ -9004,8 +9303,8 @@ class Counters:
 
     def __init__(self, slots: int, routes: Iterable[str] = ()) -> None:
         self.held = multiprocessing.RawArray(ctypes.c_long, [-1] * slots)   # connections; -1: nobody serves there
-        self.routes = {path: cell for cell, path in enumerate(routes, PASSED + 1)}      # cells like PASSED
-        self._size = PASSED + 1 + len(self.routes)
+        self.routes = {path: PASSED + 2 + 2 * number for number, path in enumerate(routes)}     # cells like PASSED
+        self._size = PASSED + 2 + 2 * len(self.routes)
         self._cells = multiprocessing.RawArray(ctypes.c_double, slots * self._size)
 
     def slot(self, index: int) -> memoryview[float]:
@@ -9026,6 +9325,15 @@ class Counters:
         cells = memoryview(self._cells).cast("B").cast("d")
         return [sum(cells[cell::self._size]) for cell in range(self._size)]
 
+    def refusals(self) -> dict[str, tuple[int, int]]:
+        """Requests of each route and, as SITE, of no route: those that were refused, and that would have been."""
+        cells = self.totals()
+        found = {path: (int(cells[cell + 1]), int(cells[cell])) for path, cell in self.routes.items()}
+        parts = zip(*found.values(), strict=True) if found else ((), ())
+        every = int(cells[PASSED + 1]), int(cells[PASSED])
+        refused, passed = (whole - sum(part) for whole, part in zip(every, parts, strict=True))
+        return found | {SITE: (refused, passed)}
+
 
 class RequestCounters:
     """What this process counts, in its slot."""
@@ -9041,11 +9349,11 @@ class RequestCounters:
             self._cells[row + bisect.bisect_left(LATENCIES, seconds)] += 1
             self._cells[row + ROW - 1] += seconds
 
-    def passed(self, route: str) -> None:
-        """A request that would have been refused, for the sake of a route or of the whole site (empty)."""
+    def passed(self, route: str, *, refused: bool = False) -> None:
+        """A request that was `refused` or would have been, for the sake of a route or of the whole site (empty)."""
         with self._lock:
             for cell in (PASSED, *([self._counters.routes[route]] if route else [])):
-                self._cells[cell] += 1
+                self._cells[cell + refused] += 1
 
     def accepted(self) -> None:
         self._cells[ACCEPTED] += 1      # by the loop's thread alone
@@ -9128,8 +9436,8 @@ class Gate:
     """WSGI: the application answers while the lease holds, or the mode is observe; otherwise 503."""
 
     def __init__(self, app: WSGIApplication, lease: Lease, clock: Callable[[], float] = lease_clock,
-                 passed: Callable[[str], object] = str) -> None:
-        """`passed` is told of which route is a request that would have been refused."""
+                 passed: Callable[..., object] = lambda *_, **__: None) -> None:
+        """`passed` is told of which route is a request that would have been refused, or was."""
         self._app, self._lease, self._clock, self._passed = app, lease, clock, passed
         self.draining = False       # the service ends: readyz says so
         self._routes = {path.encode().decode("latin-1"): part for path, part in lease.parts.items() if "/" in path}
@@ -9178,6 +9486,8 @@ class Gate:
         """For a closed gate; "shed" is a request that no thread has time for."""
         environ[OUTCOME] = outcome
         lease = strictest(leases)
+        if outcome == "refused":
+            self._passed(lease.name, refused=True)
         retry, drained = self._retry_after(lease), lease.by_hand.value < 0
         kind, body = "text/html; charset=utf-8", DRAINED_PAGE if drained else CLOSED_PAGE
         if "text/html" not in environ.get("HTTP_ACCEPT", ""):
@@ -12199,6 +12509,22 @@ def list_events(who: Principal, query: Mapping[str, Any]) -> list[Event]:
         return events(session, **dict(validated(EventsQuery, query, text=True)))
 
 
+def list_incidents(who: Principal, query: Mapping[str, Any]) -> list[Incident]:
+    """When the site, groups and routes were closed, newest first; also as CSV."""
+    asked = validated(IncidentsQuery, query, text=True)
+    with who.context.store.reading() as session:
+        return incidents(session, group=asked.group, since=asked.since.timestamp() if asked.since else 0.0,
+                         limit=asked.limit)
+
+
+def show_uptime(who: Principal, query: Mapping[str, Any]) -> list[UptimeView]:
+    """For how much of day, week, month and 90 days the site, a group or a route was open; also as CSV."""
+    asked = validated(UptimeQuery, query, text=True)
+    with who.context.store.reading() as session:
+        return [UptimeView(span=span, percent=percent)
+                for span, percent in uptime(session, asked.group, who.context.clock()).items()]
+
+
 @dataclass(frozen=True)
 class Route:
     """One method of one path, who may use it, and what answers. An operation of the API has more: its `run` takes who
@@ -12256,6 +12582,8 @@ OPERATIONS = (
     Route("POST", RESOURCE + "/trust", "admin", trust_resource, ResourceView, Trust),
     Route("GET", RESOURCE + "/samples", "viewer", list_samples, PAST_POLLS, SamplesQuery),
     Route("GET", API + "events", "viewer", list_events, PAST_EVENTS, EventsQuery),
+    Route("GET", API + "incidents", "viewer", list_incidents, list[IncidentView], IncidentsQuery),
+    Route("GET", API + "uptime", "viewer", show_uptime, list[UptimeView], UptimeQuery),
     Route("GET", API + "users", "admin", list_users, list[UserView]),
     Route("POST", API + "users", "admin", add_user, UserView, NewUser, status=201, by_login=True),
     Route("PATCH", API + "users/<name>", "admin", change_user, UserView, UserChange, by_login=True),
@@ -12438,12 +12766,32 @@ def json_body() -> dict[str, Any]:
     return body
 
 
+def wants_csv(operation: Route) -> bool:
+    """Whether a list is asked for as CSV, where there is such a thing."""
+    args, accepted = flask.request.args, flask.request.accept_mimetypes
+    return operation.body is not None and "format" in operation.body.model_fields and args.get(
+        "format", accepted.best_match(["application/json", "text/csv"], "json")) in ("csv", "text/csv")
+
+
+def csv_text(rows: Sequence[Mapping[str, Any]], names: Iterable[str]) -> str:
+    """RFC 4180; what a spreadsheet would take for a formula is text there, too: hosts have written some of it."""
+    file = io.StringIO()
+    writer = csv.DictWriter(file, [*names])
+    writer.writeheader()
+    writer.writerows({name: f"'{value}" if isinstance(value, str) and value[:1] in ("=", "+", "-", "@", "\t") else value
+                      for name, value in row.items()} for row in rows)
+    return file.getvalue()
+
+
 def perform(operation: Route, **names: str) -> flask.typing.ResponseReturnValue:
     taken = [flask.request.args.to_dict() if operation.method == "GET" else json_body()] if operation.body else []
     found = operation.run(current_principal(), *names.values(), *taken)
     if operation.answer is None:
         return flask.Response(status=204, content_type="")
     answer = operation.adapter.validate_python(found, from_attributes=True)
+    if wants_csv(operation):
+        text = csv_text(operation.adapter.dump_python(answer, mode="json"), get_args(operation.answer)[0].model_fields)
+        return flask.Response(text, operation.status, mimetype="text/csv")
     content = operation.adapter.dump_json(answer, warnings=False)   # they are of damaged rows
     return flask.Response(content, operation.status, mimetype="application/json")
 
@@ -12752,8 +13100,9 @@ def bar_svg(value: float, limit: LimitValues, top: float = 100.0) -> Markup:
 
 
 @functools.lru_cache(1024)      # most are the same
-def strip_svg(strip: str) -> Markup:
-    """The last polls as ticks, the newest at the right; one path a state, so that thousands of ticks stay small."""
+def strip_svg(strip: str, what: str = "Last polls") -> Markup:
+    """The last polls, or what else has their marks, as ticks, the newest at the right; one path a state, so that
+    thousands of ticks stay small."""
     states = [POLLS.get(mark, ("unknown", ""))[0] for mark in strip]
     paths: dict[str, str] = collections.defaultdict(str)
     at = STRIP - len(states)
@@ -12763,7 +13112,7 @@ def strip_svg(strip: str) -> Markup:
         at += length
     label = ", ".join(f"{count} {state}" for state, count in collections.Counter(states).items()) or "none yet"
     drawn = "".join(f'<path class="{state}" d="{path}"/>' for state, path in paths.items())
-    return svg("strip", f"{STRIP} 20", f'<path d="M0 10h{STRIP}"/>{drawn}', f"Last polls: {label}")
+    return svg("strip", f"{STRIP} 20", f'<path d="M0 10h{STRIP}"/>{drawn}', f"{what}: {label}")
 
 
 def scale_top(values: Iterable[float]) -> float:
@@ -13009,6 +13358,7 @@ else "?resource=" ~ event.resource|urlencode }}">{{ event.resource }}</a>{% endi
 {% if last %}
 <p>for <b>{{ (now - last.at)|duration_text }}</b>, since {{ last.at|time_tag }}</p>
 {% endif %}
+<a href="/-/incidents">Incidents</a>
 {% if blockers %}
 <ul>
 {% for blocker in blockers[:5] %}
@@ -13337,6 +13687,33 @@ else "%g"|format(details[name]) if details[name] is number else details[name] }}
 {{ event_rows(events, known=known) }}
 {% endcall %}
 {% if older %}<p><a href="{{ older }}" rel="next">Older</a></p>{% endif %}
+""", "incidents.html": """<div class="tools"><h1>{{ title }}</h1>
+{{ chips("Time span", span_links, span) }}
+{% if groups %}
+<form class="filter" role="search" data-live data-keep>
+<input type="hidden" name="span" value="{{ span }}">
+<select name="group" aria-label="Group or route"><option value="">The whole site</option>{{ options(groups, group) }}
+</select><noscript><button>Filter</button></noscript></form>
+{% endif %}
+<a class="button" href="/-/api/incidents?format=csv&amp;group={{ group|urlencode }}">CSV</a></div>
+<section class="message" aria-label="Uptime"><p>Open:
+{% for name, percent in uptime.items() %}
+{{ name }} <b>{{ "%.3f %%"|format(percent) if percent is number else "unknown" }}</b>{{ "." if loop.last else "," }}
+{% endfor %}<span class="soft">Of the time in which the service ran.</span></p>{{ strip }}</section>
+{% call table("Incidents, newest first", ("From", "For", "Why", "Refused", "Before it"), "events") %}
+{% for one in found %}
+<tr><td><time>{{ one.from_at|local_time }}</time></td>
+<td>{{ (one.to_at - one.from_at)|duration_text }}
+{%- if not one.end %} <i class="unhealthy">lasts</i>{% elif one.end == "unseen" %}, then the service was away;
+last seen <time>{{ one.to_at|local_time }}</time>{% endif %}</td>
+<td>{{ one.why }}{% if one.mode == "observe" %} <i>observe: nothing was refused</i>{% endif %}
+{%- if one.opened_by %}<p class="soft">{{ one.opened_by }}</p>{% endif %}</td>
+<td>{{ one.refused }}{% if one.would_refuse %} <small>{{ one.would_refuse }} would have been</small>{% endif %}</td>
+<td class="soft">{{ one.before }}</td></tr>
+{% else %}
+<tr><td colspan="5" class="soft">None.</td></tr>
+{% endfor %}
+{% endcall %}
 """, "users.html": """<div class="tools"><h1>{{ title }}</h1></div>
 {{ message("trouble") }}
 {% call table("Users", ("Name", "Role", "Change")) %}
@@ -14191,6 +14568,20 @@ def event_page() -> Answer:
                        refresh=None if wanted["before"] else "")
 
 
+def incident_page() -> Answer:
+    """When the gate was closed, and for how much of the time it was open."""
+    who, args = current_principal(), flask.request.args
+    span, group, now = args.get("span", ""), args.get("group", SITE), who.context.clock()
+    span = span if span in UPTIMES else "month"
+    with who.context.store.reading() as session:
+        found = incidents(session, group=group, since=now - UPTIMES[span] * 86_400.0)
+        times, strip = uptime(session, group, now), gate_strip(session, group, span, now)
+    links = [(name, query_of({"span": name, "group": group}), f"Last {name}", None) for name in UPTIMES]
+    return render_page("incidents", found=found, uptime=times, span=span, span_links=links, group=group,
+                       strip=strip_svg(strip, f"Last {span}"), refresh="",
+                       groups=[each.name for each in list_groups(who)])
+
+
 # --- forms ---
 TYPED = "typed."                # begins the names of what was typed into a form before the login
 RETYPABLE = re.compile(     # forms that show it again
@@ -14450,6 +14841,7 @@ PAGES = (
     form_route(RESOURCE_PAGE + "/trust", resource_page, trust_form),
     form_route(RESOURCE_PAGE + "/remove", resource_page, remove_resource, PREFIX),
     Route("GET", "/-/events", "viewer", event_page),
+    Route("GET", "/-/incidents", "viewer", incident_page),
     Route("GET", USERS, "admin", user_page),
     form_route(USERS, user_page, lambda who: add_user(who, filled()), USERS),
     form_route(USERS + "/<name>", user_page, lambda who, name: change_user(who, name, filled()), USERS),
@@ -15436,7 +15828,7 @@ def watch(installation: Installation, store: Store, console: Sequence[socket.soc
             stack.enter_context(contextlib.closing(file)).begin()
         aggregator = HealthAggregator(supervisor.lease, copy=file.put if file else None)
         vault = prepare(installation, store)
-        recorder = Recorder(store, aggregator, service.retention)
+        recorder = Recorder(store, aggregator, service.retention, IncidentLog(aggregator, supervisor.counters.refusals))
         uplink = Uplink(service.uplink, service.hold, access.resolver)
         monitor = Monitor(store, vault, PollContext(aggregator, recorder, access, random.Random(), uplink))
         stack.enter_context(contextlib.closing(monitor)).begin()

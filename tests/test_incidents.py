@@ -1,0 +1,289 @@
+"""Incidents: when the gate was closed and why, how long it was open, and what of that outlives a service."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import io
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import wait_for
+from console import Clock, console
+
+import healthchecker
+from healthchecker import (
+    EVENTS,
+    STRIP,
+    Counters,
+    Gates,
+    HealthAggregator,
+    Incident,
+    IncidentLog,
+    Lease,
+    Override,
+    RequestCounters,
+    Retention,
+    Setting,
+    Store,
+    WatchedTime,
+    gate_strip,
+    incidents,
+    prune_incidents,
+    record_event,
+    sqlalchemy,
+    uptime,
+)
+
+DAY = 86_400.0
+GATES = Gates.model_validate({"groups": [{"name": "g", "members": ["a"]}, {"name": "lone", "members": ["c"]}],
+                              "routes": {"/r": ["lone"], "/free": []}})  # fmt: skip
+
+
+class Bench:
+    """A service's gate and its log of incidents, with both clocks in hand."""
+
+    def __init__(self, folder: Path, mode: str = "enforce") -> None:
+        self.store = Store(folder / "healthchecker.db")
+        self.mono, self.wall = Clock(1000.0), Clock()
+        self.counters = Counters(1, ["/r", "/free"])
+        self.requests = RequestCounters(self.counters)
+        self.mode = mode
+        self.begin()
+
+    def begin(self) -> None:
+        """A service starts; what was before it ended without a word."""
+        self.aggregator = HealthAggregator(Lease(GATES.members({}), observes=self.mode == "observe"), clock=self.mono)
+        self.aggregator.arrange(GATES, {})
+        for name in ("a", "b", "c"):
+            self.aggregator.register(name)
+        self.aggregator.start()
+        self.log = IncidentLog(self.aggregator, self.counters.refusals, self.mono, self.wall)
+
+    def report(self, **healthy: bool) -> None:
+        for name, good in healthy.items():
+            self.aggregator.set_resource(name, good, f"{name} is bad", ttl=1e6)
+        self.look()
+
+    def look(self, seconds: float = 0.0) -> None:
+        """The recorder's turn, a while later."""
+        while seconds > 0:
+            step = min(seconds, 30.0)
+            self.mono.now, self.wall.now, seconds = self.mono.now + step, self.wall.now + step, seconds - step
+            self._look()
+        self._look()
+
+    def _look(self) -> None:
+        waiting = self.aggregator.transitions
+        transitions = [waiting.get() for _ in range(waiting.qsize())]
+        self.log.look([(self.wall.now, *rest) for _, *rest in transitions])  # type: ignore[misc]  # so many of them
+        with self.store.writing() as session:
+            self.log.write(session, lambda _: self.wall.now)
+        self.log.written()
+
+    def found(self, group: str | None = "", **asked: Any) -> list[Incident]:
+        with self.store.reading() as session:
+            return incidents(session, group=group, **asked)
+
+    def uptime(self, group: str = "") -> dict[str, float | None]:
+        with self.store.reading() as session:
+            return uptime(session, group, self.wall.now)
+
+    def strip(self, span: str) -> str:
+        with self.store.reading() as session:
+            return gate_strip(session, "", span, self.wall.now)
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Iterator[Bench]:
+    made = Bench(tmp_path)
+    yield made
+    made.store.close()
+
+
+def test_a_start_that_opens_is_no_incident(bench: Bench) -> None:
+    bench.look(20)
+    bench.report(a=True, b=True, c=True)
+    bench.look(100)
+    assert bench.found(None) == []
+    assert bench.uptime() == dict.fromkeys(healthchecker.UPTIMES, 100.0)
+
+
+def test_a_start_that_stays_closed_is_one(bench: Bench) -> None:
+    """From its begin on: that is when requests were refused first."""
+    begun = bench.wall.now
+    bench.look(10)
+    bench.report(a=True, b=False, c=True)
+    [incident] = bench.found()
+    assert (incident.from_at, incident.to_at, incident.end, incident.why) == (begun, begun + 10, "", "b: b is bad")
+    assert bench.uptime()["day"] == 0.0
+
+
+def test_a_start_without_results(bench: Bench) -> None:
+    """It may take a minute; then it is an outage like others."""
+    begun = bench.wall.now
+    bench.look(59)
+    assert bench.found(None) == []
+    bench.look(30)
+    [incident] = bench.found()
+    assert incident.from_at == begun and "no result of" in incident.why
+
+
+def test_from_to_why_and_by_whom(bench: Bench) -> None:
+    bench.report(a=True, b=True, c=True)
+    bench.look(100)
+    with bench.store.writing() as session:
+        override = Override(action="close", at=0.0, seconds=None, reason="move", actor="olga")
+        session.merge(Setting(name="override", text=override.model_dump_json()))
+        record_event(session, "change", "changed: limits", resource="b", actor="adam", at=bench.wall.now - 30)
+        record_event(session, "change", "long ago", actor="adam", at=bench.wall.now - 3600)
+    begun = bench.wall.now
+    bench.aggregator.overrule(override, 1e9)
+    bench.look(40)
+    bench.aggregator.overrule(None, 0.0)
+    bench.look()
+    [incident] = bench.found()
+    assert (incident.from_at, incident.to_at, incident.end) == (begun + 30, begun + 40, "opened")
+    assert (incident.actor, incident.why) == ("olga", "closed by olga: move")
+    assert incident.before == "adam: b changed: limits"
+
+
+def test_groups_and_routes_have_their_own(bench: Bench) -> None:
+    """What closes a route alone leaves the site open; a group of the site closes both."""
+    bench.report(a=True, b=True, c=True)
+    bench.report(c=False)
+    assert sorted(one.group for one in bench.found(None)) == ["/r", "lone"] and not bench.found()
+    bench.requests.passed("/r", refused=True)
+    bench.look(10)
+    assert [one.refused for group in ("/r", "lone") for one in bench.found(group)] == [1, 1]
+    bench.report(a=False)
+    for route in ("", "", "/r"):
+        bench.requests.passed(route, refused=True)
+    bench.look(10)
+    refused = {one.group: one.refused for one in bench.found(None)}
+    assert refused == {"": 3, "g": 3, "/r": 2, "lone": 2}
+    bench.report(a=True, c=True)
+    assert {one.end for one in bench.found(None)} == {"opened"} and not bench.found("/free")
+
+
+def test_observe_is_marked(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, "observe")
+    with contextlib.closing(bench.store):
+        bench.report(a=True, b=False, c=True)
+        bench.requests.passed("")
+        bench.look(1)
+        [incident] = bench.found()
+        assert (incident.mode, incident.refused, incident.would_refuse) == ("observe", 0, 1)
+
+
+def test_a_service_that_was_away(bench: Bench) -> None:
+    """Its incident has the end at which it was seen last, and the time without a service counts for nothing."""
+    bench.report(a=True, b=True, c=True)
+    bench.look(900)
+    bench.report(b=False)
+    bench.look(100)
+    seen = bench.wall.now
+    bench.mono.now, bench.wall.now = 50.0, seen + 7200
+    bench.begin()
+    bench.report(a=True, b=True, c=True)
+    bench.look(1000)
+    [incident] = bench.found()
+    assert (incident.to_at, incident.end) == (seen, "unseen")
+    assert bench.uptime()["day"] == pytest.approx(95.0)
+
+
+def test_a_suspended_machine(bench: Bench) -> None:
+    """Of the time nothing is known, and what lasted ends with the last look."""
+    bench.report(a=True, b=False, c=True)
+    bench.look(100)
+    seen = bench.wall.now
+    bench.mono.now, bench.wall.now = bench.mono.now + 3600, seen + 3600
+    bench._look()
+    newest, older = bench.found()
+    assert (older.to_at, older.end, newest.from_at, newest.end) == (seen, "unseen", seen + 3600, "")
+    with bench.store.reading() as session:
+        assert len(session.scalars(sqlalchemy.select(WatchedTime)).all()) == 2
+
+
+@pytest.mark.parametrize("step", [-7200.0, 7200.0])
+def test_a_clock_that_is_set(bench: Bench, step: float) -> None:
+    """It makes nothing longer or shorter."""
+    bench.report(a=True, b=True, c=True)
+    bench.look(300)
+    bench.report(b=False)
+    bench.look(100)
+    bench.wall.now += step
+    bench.report(b=True)
+    [incident] = bench.found()
+    assert incident.to_at - incident.from_at == pytest.approx(100) and incident.to_at == bench.wall.now
+    assert bench.uptime()["day"] == pytest.approx(75.0)
+
+
+def test_what_cannot_be_written_is_kept(bench: Bench) -> None:
+    """And written once."""
+    bench.report(a=True, b=True, c=True)
+    with pytest.raises(ZeroDivisionError), bench.store.writing() as session:
+        bench.aggregator.set_resource("b", False, "b is bad")
+        transitions = [bench.aggregator.transitions.get()]
+        bench.log.look([(bench.wall.now, *rest) for _, *rest in transitions])  # type: ignore[misc]
+        bench.log.write(session, lambda _: 0.0)
+        raise ZeroDivisionError
+    bench.report(b=True)
+    assert [one.end for one in bench.found()] == ["opened"]
+
+
+def test_the_strip_of_a_day(bench: Bench) -> None:
+    """A part is 24 minutes: open, closed for a while, closed, and before all that not known."""
+    bench.report(a=True, b=True, c=True)
+    bench.look(1440)
+    bench.report(b=False)
+    bench.look(600)
+    bench.report(b=True)
+    bench.look(840)
+    bench.report(b=False)
+    bench.look(1440)
+    assert len(bench.strip("day")) == STRIP and bench.strip("day").endswith(" hdl")
+
+
+def test_pruning(bench: Bench) -> None:
+    """90 days stay whatever the retention is, and of a group that flaps no more than EVENTS; nobody else's go."""
+    now, row = bench.wall.now, dict.fromkeys(("end", "why", "actor", "opened_by", "before", "mode"), "x")
+
+    def times(group: str, at: float) -> dict[str, Any]:
+        return {"group": group, "from_at": at, "to_at": at + 1, "refused": 0, "would_refuse": 0, **row}
+
+    with bench.store.writing() as session:
+        session.execute(sqlalchemy.insert(Incident), [
+            *(times("", now - days * DAY) for days in (91, 89, -2)),
+            *(times("g", now - 60 * DAY + number) for number in range(EVENTS + 5))])  # fmt: skip
+        prune_incidents(session, Retention(events=1), now)
+    assert [one.from_at for one in bench.found()] == [now - 89 * DAY]
+    found = bench.found("g", limit=EVENTS + 5)
+    assert (len(found), found[-1].from_at) == (EVENTS, now - 60 * DAY + 5)
+
+
+SICK = "  - {name: sick, platform: tcp, hostname: 127.0.0.1, port: 9, interval: 1, retry_interval: 1, fall: 1}"
+
+
+def test_served(tmp_path: Path) -> None:
+    """From a real gate to JSON, CSV and the page; formulas stay text."""
+    with console(tmp_path, SICK) as (service, client):
+        service.wait_status("/-/readyz", 503)
+        for _ in range(3):
+            assert service.get("/").status == 503
+        wait_for(lambda: [one["refused"] for one in client.api("GET", "incidents?group=").json] == [3])
+        [incident] = client.api("GET", "incidents?since=2020-01-01T00:00:00Z&limit=5").json
+        assert incident["end"] == "" and "sick: " in incident["why"] and incident["mode"] == "enforce"
+        assert client.api("GET", "incidents?since=2999-01-01T00:00:00Z").json == []
+        assert client.api("GET", "incidents?limit=0").status == 422
+        for path, accepted in (("incidents?format=csv", "*/*"), ("incidents", "text/csv")):
+            reply = client.ask("GET", f"/-/api/{path}", headers={"Accept": accepted})
+            [row] = csv.DictReader(io.StringIO(reply.body))
+            assert reply.headers["content-type"].startswith("text/csv") and row["refused"] == "3"
+        assert {row["span"]: row["percent"] for row in client.api("GET", "uptime").json}["90 days"] == 0.0
+        page = client.open_session().ask("GET", "/-/incidents?span=day").body
+        assert "sick: " in page and ">lasts<" in page
+    text = healthchecker.csv_text([{"a": "=1+1", "b": 'say "x"'}], ["a", "b"])
+    assert text == 'a,b\r\n\'=1+1,"say ""x"""\r\n'
