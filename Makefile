@@ -31,7 +31,8 @@ test: packages $(VENV)/test.stamp
 SLOW := test_kill_during or first_polls_are_paced or every_poll_ends_in_time
 # Three at once: in wine they wait more than they compute.
 WINDOWS := inventory groups endpoints vault storage aggregate evaluate gate hostile_clients proxy poll transport powershell \
-	probes protocols windows_kept windows_local windows_probes wsman_server windows_service workers reload readme middleware push dependencies
+	probes protocols windows_kept windows_local windows_probes wsman_server windows_service workers reload readme middleware push dependencies \
+	maintenance notify incidents charts
 
 test-windows: packages $(VENV)/run.stamp
 	$(BIN)/python tests/windows_python.py --timeout 1800 -- -m pytest -n 3 $(DIST) $(LIMIT) -rfE -o cache_dir=.wine-python/cache \

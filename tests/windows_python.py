@@ -53,7 +53,8 @@ WHEELS = ("--platform=win_amd64", "--python-version=3.11", "--implementation=cp"
 # Beside the service's packages: what the tests need, and what only Windows needs (pip reads the markers of
 # requirements with its own system in mind).
 TEST_PACKAGES = (
-    *("hypothesis", "psrpcore", "psutil", "pyspnego", "pytest-timeout", "pytest-xdist", "typing_extensions"),
+    *("aiosmtpd", "apprise", "hypothesis", "psrpcore", "psutil", "pyspnego", "pytest-timeout", "pytest-xdist"),
+    "typing_extensions",
     *("tree-sitter", "tree-sitter-powershell", "tree-sitter-pwsh"),
     *("sspilib", "colorama", "tzdata"),
 )
