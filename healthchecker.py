@@ -32,7 +32,8 @@ Sections, in file order; a definition refers only to what stands above it:
     Schedules    planned work: what of, and when
     Inventory    texts -> validated settings, every fault with line and column
     Vault        AES-256-GCM data keys under RSA-OAEP, bound to the row they belong to
-    Storage      SQLite through Flask-SQLAlchemy
+    Storage      the tables
+    Databases    SQLite and PostgreSQL through Flask-SQLAlchemy
     Import       the rows follow the inventory; what a poller needs of one
     Connections  deadlines, byte caps, name look-up, TCP: what every connection needs
     Logins       the guard that keeps a wrong password from locking an account
@@ -138,7 +139,7 @@ import traceback
 import uuid
 import zlib
 import zoneinfo
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from dataclasses import field as dataclass_field
 from enum import Enum
@@ -179,6 +180,7 @@ try:
         SecretStr,
         TypeAdapter,
         ValidationError,
+        ValidationInfo,
         WrapSerializer,
         create_model,
         model_validator,
@@ -191,8 +193,9 @@ try:
     from pypsrp.wsman import WSMan
     from spnego.exceptions import SpnegoError
     from sqlalchemy import ForeignKey, event, func
-    from sqlalchemy.dialects import sqlite
+    from sqlalchemy.dialects import postgresql, sqlite
     from sqlalchemy.orm import DeclarativeBase, Mapped, ORMExecuteState, Session, mapped_column, with_loader_criteria
+    from sqlalchemy.schema import CreateTable
     from waitress import wasyncore
     from waitress.adjustments import Adjustments
     from waitress.buffers import OverflowableBuffer
@@ -598,11 +601,12 @@ def read_document(path: Path) -> Document:
 # === Values ==================================================================
 # What a value of the inventory may be: types with their bounds, and the parts of a resource that have parts of their
 # own: limits, checks, expectations. Texts come in, values go out, or a ValueError that says what is wanted. Pure.
-# Gives: absolute, AppName, CertificateDays, Check, ConsoleListen, Days, Duration, Expect, FilePath, Fingerprint,
-# fits_platform, HeaderName, HeaderValue, HostKey, Hostname, HOSTNAME, known_hosts_file, Limit, Limits, Listen,
-# literal_address, LONGEST, LongText, matching, matching_key, Mode, Name, Networks, plain_seconds, Platform, Positive,
-# PROTOCOLS, RANGE, ranged, read_url, Relogin, REMOTE_PLATFORMS, Seconds, Secret, SECURED, SELECTABLE, selectable,
-# ServiceName, Settings, short_expect, SQLITE, SqliteUrl, SSH_PLATFORMS, TextLine, Times, Url, WEB_PORTS, Workers
+# Gives: absolute, AppName, CertificateDays, Check, ConsoleListen, DatabaseUrl, Days, Duration, Expect, FilePath,
+# Fingerprint, fits_platform, HeaderName, HeaderValue, HostKey, Hostname, HOSTNAME, known_hosts_file, Limit, Limits,
+# Listen, literal_address, LONGEST, LongText, matching, matching_key, Mode, Name, Networks, plain_seconds, Platform,
+# Positive, POSTGRES, PROTOCOLS, RANGE, ranged, read_url, Relogin, REMOTE_PLATFORMS, Seconds, Secret, SECURED,
+# SELECTABLE, selectable, ServiceName, Settings, short_expect, SQLITE, SSH_PLATFORMS, TextLine, Times, Url, WEB_PORTS,
+# Workers
 class Platform(str, Enum):
     """What a resource runs; decides its connection and its command set. `posix` is what `unix` falls back to."""
 
@@ -720,7 +724,11 @@ Fingerprint = Annotated[str, matching(r"(SHA256:)?[0-9A-Fa-f]{2}(:?[0-9A-Fa-f]{2
                                       "must be a SHA-256 fingerprint: 64 hexadecimal digits")]
 HostKey = Annotated[str, matching(r"strict|(([a-z0-9-]+) )?SHA256:[A-Za-z0-9+/]{43}=?",
                                   "must be `strict` or a fingerprint such as SHA256:… (43 characters)")]
-SQLITE = "sqlite:///"
+SQLITE, POSTGRES = "sqlite:///", "postgresql+psycopg://"
+DATABASE_FORMS = f"must be {SQLITE}path or {POSTGRES}user@host/name"
+LIBPQ_FILES = ("sslrootcert", "sslcert", "sslkey", "sslcrl")
+LIBPQ = ("host", "port", "sslmode", *LIBPQ_FILES, "ssl_min_protocol_version", "channel_binding", "gssencmode",
+         "krbsrvname", "target_session_attrs", "load_balance_hosts")    # options of a URL of PostgreSQL
 ADDRESS = r"(\[[\w:.%]+\]|[\w.-]+):[0-9]{1,5}"
 Listen = Annotated[str, matching(ADDRESS, "must be address:port or [address]:port"), AfterValidator(port_of)]
 ConsoleListen = Annotated[str, matching("off|" + ADDRESS, "must be address:port, [address]:port or off"),
@@ -732,8 +740,38 @@ Workers = Annotated[str, matching(r"auto|[1-9]|[1-5][0-9]|6[0-4]", "must be auto
                                   "(serving in the main process, 0, is gone: write 1)")]
 AppName = Annotated[str, matching(r"[\w.]+:[\w.]+(\(\))?", "must be module:callable or module:factory()")]
 Mode = Literal["enforce", "observe"]    # observe: nothing is refused, but what would have been is marked
-SqliteUrl = Annotated[str, matching(r"sqlite:///[^?]+", "must be sqlite:///path"),
-                      AfterValidator(lambda url, info: SQLITE + str(absolute(url.removeprefix(SQLITE), info.context)))]
+
+
+def postgres_url(text: str, folder: Path | None) -> str:
+    """A URL of PostgreSQL whose files have absolute paths. Raises ValueError, which never shows it."""
+    try:
+        url = sqlalchemy.make_url(text)
+    except (ValueError, sqlalchemy.exc.ArgumentError):
+        raise ValueError(DATABASE_FORMS) from None
+    if url.password is not None or "password" in url.query:
+        raise ValueError("holds a password; write it as database_password, database_password_env or "
+                         "database_password_file")
+    for name in url.query.keys() - set(LIBPQ):
+        near = difflib.get_close_matches(name, LIBPQ, 1)
+        raise ValueError(f"has an option that is unknown; did you mean {near[0]}?" if near
+                         else f"has an option that is unknown; known are {', '.join(LIBPQ)}")
+    if not (url.username and url.database and (url.host or url.query.get("host"))):
+        raise ValueError(DATABASE_FORMS)
+    files = {name: str(absolute(str(path), folder)) for name, path in url.query.items()
+             if name in LIBPQ_FILES and path != "system"}
+    return url.update_query_dict(files).render_as_string()
+
+
+def database_url(text: str, info: ValidationInfo) -> str:
+    """A URL of a database whose paths are absolute. Raises ValueError."""
+    if text.startswith(POSTGRES):
+        return postgres_url(text, info.context)
+    if not re.fullmatch(SQLITE + "[^?]+", text):
+        raise ValueError(DATABASE_FORMS)
+    return SQLITE + str(absolute(text.removeprefix(SQLITE), info.context))
+
+
+DatabaseUrl = Annotated[str, AfterValidator(database_url)]
 
 
 class Limit(Settings):
@@ -1044,7 +1082,10 @@ class ServiceSettings(Settings):
     heartbeat_file: FilePath | None = None
     console_url: Annotated[str, AfterValidator(web_url)] | None = None      # of the console in notifications
     retention: Retention = Retention()
-    database: SqliteUrl = "sqlite:///healthchecker.db"
+    database: DatabaseUrl = "sqlite:///healthchecker.db"
+    database_password: Secret | None = None             # of PostgreSQL; without one as libpq finds it
+    database_password_env: TextLine | None = None
+    database_password_file: FilePath | None = None
     keys: FilePath = Path("keys")
     known_hosts: FilePath = Field(default_factory=known_hosts_file)
     log_file: FilePath | None = None
@@ -1054,11 +1095,21 @@ class ServiceSettings(Settings):
     def _consistent(self) -> ServiceSettings:
         if self.hold and not self.uplink:
             raise ValueError("hold needs uplink: what answers unless this machine is cut off")
+        if self.database_password and self.database_path:
+            raise ValueError(f"database_password needs a database of PostgreSQL: {POSTGRES}user@host/name")
         return self
 
     @property
-    def database_path(self) -> Path:
-        return Path(self.database.removeprefix(SQLITE))
+    def database_path(self) -> Path | None:
+        """Of SQLite's file; None where the database is none."""
+        return Path(self.database.removeprefix(SQLITE)) if self.database.startswith(SQLITE) else None
+
+    @property
+    def database_binding(self) -> tuple[str, ...]:
+        """What the password of the database belongs to: a sealed one opens nowhere else."""
+        url = sqlalchemy.make_url(self.database)
+        hosts = (str(url.query.get(name, "")) for name in ("host", "port"))
+        return "database", url.username or "", url.host or "", str(url.port or ""), url.database or "", *hosts
 
     @property
     def app_threads(self) -> int:
@@ -1626,8 +1677,14 @@ def plan_faults(plans: Sequence[Plan], gates: Gates, resources: Sequence[Resourc
 # fault. Three steps: Document makes nested texts with a place each, the models check them, InventoryLoader merges
 # defaults and gathers the faults. Pure but for reading files and environment; called by commands, and by threads that
 # serve the console.
-# Gives: HEARTBEAT, Inventory, InventoryFile, InventoryLoader, load_inventory, M, message_of, take_variable
+# Gives: HEARTBEAT, Inventory, InventoryFile, InventoryLoader, load_inventory, M, message_of, take_variable,
+# url_binding
 HEARTBEAT = ""                  # as the name of a receiver: no receiver has it
+
+
+def url_binding(name: str) -> tuple[str, ...]:
+    """What the URL of a receiver belongs to."""
+    return "notify", name
 
 
 @dataclass(frozen=True)
@@ -1652,10 +1709,18 @@ class Inventory:
         for number, receiver in enumerate(self.receivers):
             yield ("notify", number, "url"), receiver.name, receiver.url.get_secret_value()
 
+    def secrets(self) -> Iterator[tuple[NodePath, str, tuple[str, ...]]]:
+        """The secrets that are no resource's, plain or sealed: path in the file, value, what it belongs to."""
+        if self.service.database_password:
+            yield (("service", "database_password"), self.service.database_password.get_secret_value(),
+                   self.service.database_binding)
+        yield from ((where, url, url_binding(name)) for where, name, url in self.urls())
+
     @property
-    def url_variables(self) -> list[str]:
+    def secret_variables(self) -> list[str]:
         """Environment variables that hold such."""
-        return [*filter(None, (self.service.heartbeat_env, *(receiver.url_env for receiver in self.receivers)))]
+        return [*filter(None, (self.service.heartbeat_env, self.service.database_password_env,
+                               *(receiver.url_env for receiver in self.receivers)))]
 
 
 class InventoryFile(Settings):
@@ -1749,10 +1814,11 @@ def fetch_secret(source: str, text: str, folder: Path) -> str:
     return found
 
 
-def url_entries(top: Mapping[str, Any]) -> Iterator[tuple[NodePath, dict[str, Any], str, list[str]]]:
-    """Entries of the file that hold a URL which is a secret: path, entry, the key of it, and which keys state it."""
+def secret_entries(top: Mapping[str, Any]) -> Iterator[tuple[NodePath, dict[str, Any], str, list[str]]]:
+    """Entries of the file that hold a secret and are no resource: path, entry, the key of it, which keys state it."""
     receivers = top["notify"] if isinstance(top.get("notify"), list) else []
-    entries: list[tuple[NodePath, Any, str]] = [(("service",), top.get("service"), "heartbeat")]
+    entries: list[tuple[NodePath, Any, str]] = [
+        (("service",), top.get("service"), name) for name in ("heartbeat", "database_password")]
     entries += [(("notify", number), own, "url") for number, own in enumerate(receivers)]
     for here, own, name in entries:
         if isinstance(own, dict):
@@ -1771,7 +1837,7 @@ class InventoryLoader:
         self.names: set[str] = set()                    # of all resources
 
     def load(self) -> Inventory:
-        top = self._with_urls({} if self.document.value is None else self.document.value)
+        top = self._with_secrets({} if self.document.value is None else self.document.value)
         file = self._validate(InventoryFile, top, lambda loc: loc)
         parts = top if isinstance(top, dict) else {}
         defaults = parts["defaults"] if isinstance(parts.get("defaults"), dict) else {}
@@ -1804,9 +1870,9 @@ class InventoryLoader:
         return Inventory(self.path, file.service, resources, self.places, usual_values, gates, plans,
                          [index for index, _ in found], file.notify)
 
-    def _with_urls(self, top: Any) -> Any:
-        """The same, with the URLs that a variable or a file holds."""
-        for here, own, name, stated in url_entries(top if isinstance(top, dict) else {}):
+    def _with_secrets(self, top: Any) -> Any:
+        """The same, with the secrets that a variable or a file holds."""
+        for here, own, name, stated in secret_entries(top if isinstance(top, dict) else {}):
             try:
                 own.update((name, fetch_secret(key, own[key], self.folder)) for key in stated[:1] if key != name)
             except ValueError as error:
@@ -1863,10 +1929,10 @@ class InventoryLoader:
         database, log_file = service.database_path, service.log_file
         ours = [("", "the inventory", self.path), ("", "the program", Path(__file__)),
                 *(("", f"{service.keys.name}/{name}", service.keys / name) for name in KEY_FILES),
-                ("database", "service.database", database),
-                *(("", database.name + end, Path(f"{database}{end}")) for end in COMPANIONS)]
-        ours += [(name, f"service.{name}", path) for name in ("metrics_token_file", "lease_file", "heartbeat_file")
-                 if (path := getattr(service, name))]
+                *([("database", "service.database", database)] if database else ()),
+                *(("", database.name + end, Path(f"{database}{end}")) for end in COMPANIONS if database)]
+        named = ("metrics_token_file", "lease_file", "heartbeat_file", "database_password_file")
+        ours += [(name, f"service.{name}", path) for name in named if (path := getattr(service, name))]
         for number in range(LOG_FILES + 1) if log_file else ():
             ours.append(("log_file", "service.log_file", Path(f"{log_file}{f'.{number}' if number else ''}")))
         known: dict[object, str] = {}
@@ -2194,22 +2260,23 @@ def hash_password(password: str, salt: bytes, rounds: int = PBKDF2_ROUNDS) -> by
 
 
 # === Storage =================================================================
-# The database: its tables, and how an older one is migrated. The main process alone opens it, in any thread: reads see
-# one state, writes wait for each other. Secrets are stored sealed only.
-# Everything is SQL that PostgreSQL has, too, but for opening, migrating, and the upserts of Poll.
-# Gives: Acknowledgement, Base, binding, BUSY_TIMEOUT, Event, inspect_database, is_running, lock_database,
-# LoginSession, Maintenance, Notice, Receiver, remembered, REMOVED, Resource, revise, revision, Setting, Status,
-# Store, url_binding, User, YEAR_3000
+# The tables, and how those of an older version are migrated. Secrets are stored sealed only. Here as everywhere else
+# stands SQL that both SQLite and PostgreSQL have, but for migrations before schema 6, the first one on PostgreSQL.
+# In any thread of the main process, within the transaction of whoever calls.
+# Gives: Acknowledgement, APPLICATION, Base, BIG_INTEGER, binding, db, Event, LoginSession, Machine, Maintenance,
+# migrate, Notice, Receiver, remembered, REMOVED, Resource, revise, revision, SCHEMA, Setting, Status, User, YEAR_3000
 SALT_BYTES = 16                 # bytes, NIST SP 800-132
-MIN_ROOM = 1 << 17              # bytes of a disk that is as good as full: what SQLite needs to open a database
-BUSY_TIMEOUT = 5.0              # seconds a writer waits for another one
 YEAR_3000 = 32_503_680_000      # Unix time, the last one that Windows can show
+
+
+# In the order of its characters, as in SQLite, whatever language a database is set to.
+ORDERED_TEXT = sqlalchemy.String().with_variant(sqlalchemy.String(collation="C"), "postgresql")
 
 
 class StoredText(sqlalchemy.TypeDecorator[str]):
     """Reads what is no text, which SQLite lets anybody write into the column, as one."""
 
-    impl, cache_ok = sqlalchemy.String, True
+    impl, cache_ok = ORDERED_TEXT, True
 
     def process_result_value(self, value: Any, _dialect: object) -> Any:
         return value.decode("utf-8", "replace") if isinstance(value, bytes) else value
@@ -2224,10 +2291,14 @@ class StoredNumber(sqlalchemy.TypeDecorator[float]):
         return value if isinstance(value, (int, float)) and abs(value) < YEAR_3000 else 0.0
 
 
+# Of eight bytes; SQLite, whose numbers all are, counts rows only where it is called INTEGER.
+BIG_INTEGER = sqlalchemy.Integer().with_variant(sqlalchemy.BigInteger(), "postgresql")
+
+
 class StoredInteger(sqlalchemy.TypeDecorator[int]):
     """The same of a whole number."""
 
-    impl, cache_ok = sqlalchemy.Integer, True
+    impl, cache_ok = BIG_INTEGER, True
 
     def process_result_value(self, value: Any, _dialect: object) -> Any:
         return value if isinstance(value, int) or value is None else 0
@@ -2240,8 +2311,8 @@ class Base(DeclarativeBase):
 Base.registry.update_type_annotation_map({str: StoredText, float: StoredNumber, int: StoredInteger})
 
 db = SQLAlchemy(model_class=Base, session_options={"expire_on_commit": False})
-SCHEMA = 5                      # PRAGMA user_version of a database that this program writes
-APPLICATION = 0x48434B31        # PRAGMA application_id: "HCK1"
+SCHEMA = 6                      # of a database that this program writes
+APPLICATION = 0x48434B31        # "HCK1": whose database it is
 REMOVED = "removed"             # origin of what the inventory had: it is kept while there is history of it
 
 
@@ -2455,11 +2526,6 @@ class Setting(Base):
     text: Mapped[str] = mapped_column(default="")
 
 
-def url_binding(name: str) -> tuple[str, ...]:
-    """What the URL of a receiver belongs to."""
-    return "notify", name
-
-
 class Receiver(Base):
     """Who is told, of the inventory's `notify`, and what it is being sent; HEARTBEAT is service.heartbeat."""
 
@@ -2498,6 +2564,17 @@ class Notice(Base):
     taken_at: Mapped[float]     # from when on `wait` and `after` count,
     over_at: Mapped[float]      # when it ended, 0 while it lasts,
     told_at: Mapped[float]      # when it was told the last time, 0 before
+
+
+class Machine(Base):
+    """A HealthChecker that runs on a database which several machines reach."""
+
+    __tablename__ = "machine"
+    instance: Mapped[str] = mapped_column(primary_key=True)     # of the process
+    name: Mapped[str]
+    version: Mapped[str]
+    started_at: Mapped[float]   # Unix time of the database's clock, as is the next
+    seen_at: Mapped[float]
 
 
 # What brings a database of schema 1, 2, … to the next; the tables that are missing are made afterwards.
@@ -2539,7 +2616,8 @@ MIGRATIONS = (("ALTER TABLE user ADD COLUMN role VARCHAR NOT NULL DEFAULT 'admin
                "replace(name, '\"', '\\\"') || '\"]}', maintenance_reason, '', '', 0 FROM resource "
                "WHERE maintenance > 0 AND maintenance < 1e11",
                "ALTER TABLE resource DROP COLUMN maintenance",
-               "ALTER TABLE resource DROP COLUMN maintenance_reason"))
+               "ALTER TABLE resource DROP COLUMN maintenance_reason"),
+              ())
 # Schema 2 packed the numbers of a row, 65535 for a reading that is missing: what is selected, with them last.
 PACKED = {"sample": ("resource_id, at, reason, CAST(substr(packed, 1, 1) AS TEXT), CAST(substr(packed, 2, 1) AS TEXT), "
                      "substr(packed, 3)", struct.Struct("<I6H")),
@@ -2566,10 +2644,10 @@ def number_anew(connection: sqlalchemy.Connection) -> None:
         connection.execute(sqlalchemy.text(statement))
 
 
-def migrate(session: Session) -> None:
-    """Brings the tables to SCHEMA, within the caller's transaction, which checks no foreign keys."""
-    begin = time.monotonic()
-    version = session.scalar(sqlalchemy.text("PRAGMA user_version")) or SCHEMA
+def migrate(session: Session, version: int) -> None:
+    """Brings the tables from schema `version`, 0 for none, to SCHEMA, within the caller's transaction, which checks no
+    foreign keys."""
+    begin, version = time.monotonic(), version or SCHEMA
     for statements in MIGRATIONS[version - 1:]:
         for statement in statements:
             session.execute(sqlalchemy.text(statement))
@@ -2581,8 +2659,49 @@ def migrate(session: Session) -> None:
         number_anew(connection)
     if version < SCHEMA:
         log.info("database: migrated from schema %d to %d in %.1f s", version, SCHEMA, time.monotonic() - begin)
-    session.execute(sqlalchemy.text(f"PRAGMA user_version = {SCHEMA}"))
-    session.execute(sqlalchemy.text(f"PRAGMA application_id = {APPLICATION}"))
+
+
+def remembered(session: Session, name: str) -> Setting:
+    return session.get(Setting, name) or Setting(name=name, value=0, text="")
+
+
+def revision(session: Session) -> int:
+    return remembered(session, "revision").value
+
+
+def revise(session: Session) -> None:
+    """Raises the revision, so that a serving process takes the change up within a second."""
+    session.merge(Setting(name="revision", value=revision(session) + 1))
+
+
+# === Databases ===============================================================
+# What holds the tables: a file of SQLite, or a database of PostgreSQL that several machines reach. What the two do
+# differently is in their classes, and nowhere else. The main process alone opens it, in any thread: reads see one
+# state, writes wait for each other.
+# Gives: BUSY_TIMEOUT, Database, CLAIM_LIFE, PostgresServer, SqliteFile, Store
+MIN_ROOM = 1 << 17              # bytes of a disk that is as good as full: what SQLite needs to open a database
+BUSY_TIMEOUT = 5.0              # seconds a writer waits for another one, and whoever connects for a server
+STATEMENT_TIMEOUT = 30.0        # seconds after which PostgreSQL gives a statement up
+ANSWER_TIMEOUT = 35.0                  # seconds without a byte of it after which a connection is given up
+ABANDONED = 60.0                # seconds after which it ends a transaction in which nothing is asked
+WRITE_LOCK = APPLICATION        # number of its lock that whoever writes holds
+CLAIM_INTERVAL = 2.0            # seconds between two signs of life of a service
+CLAIM_LIFE = 6.0                # seconds after which one of them does not count
+OLDEST_POSTGRES = 14
+NO_PSYCOPG = ("service.database needs psycopg 3: run `pip install \"psycopg[binary]>=3.2\"` in the environment of the "
+              "service")
+
+
+def fault_of_schema(found: Collection[tuple[str, str]], version: int, *, ours: bool, sound: bool = True) -> str:
+    """What is wrong with a database of these tables' columns; empty for nothing."""
+    if not ours:
+        return "belongs to another program; set service.database"
+    if version > SCHEMA:
+        return "was written by a newer HealthChecker; update this one"
+    wanted = {(table.name, column.name) for table in Base.metadata.sorted_tables for column in table.columns}
+    if not sound or (version == SCHEMA and not wanted <= {*found}):
+        return "is damaged; restore it from a backup or move it away"
+    return ""
 
 
 def read_schema(path: Path, *, whole: bool, mode: str = "ro") -> tuple[set[tuple[str, str]], int, int, bool]:
@@ -2603,121 +2722,371 @@ def read_schema(path: Path, *, whole: bool, mode: str = "ro") -> tuple[set[tuple
 
 
 def reason_of(error: Exception, path: Path) -> str:
-    """Why a database cannot be used, and what to do."""
+    """Why a file cannot be used, and what to do."""
     no_room = isinstance(error, sqlite3.OperationalError) and shutil.disk_usage(path.parent).free < MIN_ROOM
     if no_room or getattr(error, "errno", 0) == errno.ENOSPC:
         return "the disk is full; make room on it"
     return f"{error}; " + ("restore it from a backup or " if path.exists() else "") + "set service.database"
 
 
-def inspect_database(path: Path, *, whole: bool = True) -> int:
-    """The schema of the database at `path`, 0 while there is none. Raises StorageError for what is not ours and sound;
-    not `whole`: that was looked at already, which takes a second for 200 MB. Nothing changes, but that what a crash
-    cut short is rolled back."""
-    try:
-        found, application, version, sound = read_schema(path, whole=whole)
-    except FileNotFoundError:
-        if path.parent.is_file():       # to Windows it is the same
-            raise StorageError(f"database {path}: its folder is a file; set service.database") from None
-        return 0
-    except (OSError, sqlite3.Error) as error:
-        raise StorageError(f"database {path}: {reason_of(error, path)}") from error
-    if not found:
-        return 0
-    wanted = {(table.name, column.name) for table in Base.metadata.sorted_tables for column in table.columns}
-    if application != APPLICATION:
-        fault = "belongs to another program; set service.database"
-    elif version > SCHEMA:
-        fault = "was written by a newer HealthChecker; update this one"
-    elif not sound or (version == SCHEMA and not wanted <= found):
-        fault = "is damaged; restore it from a backup or move it away"
-    else:
+class SqliteFile:
+    """A database in a file, of which there is one service. Its methods are those of PostgresServer."""
+
+    insert = staticmethod(sqlite.insert)
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    def inspect(self, *, whole: bool = True) -> int:
+        """The schema of the database, 0 while there is none. Raises StorageError for what is not ours and sound; not
+        `whole`: that was looked at already, which takes a second for 200 MB. Nothing changes, but that what a crash cut
+        short is rolled back."""
+        path = self.path
+        try:
+            found, application, version, sound = read_schema(path, whole=whole)
+        except FileNotFoundError:
+            if path.parent.is_file():       # to Windows it is the same
+                raise StorageError(f"database {path}: its folder is a file; set service.database") from None
+            return 0
+        except (OSError, sqlite3.Error) as error:
+            raise StorageError(f"database {path}: {reason_of(error, path)}") from error
+        if not found:
+            return 0
+        if fault := fault_of_schema(found, version, ours=application == APPLICATION, sound=sound):
+            raise StorageError(f"database {path} {fault}")
         return int(version)
-    raise StorageError(f"database {path} {fault}")
+
+    def lock(self, lost: Callable[[], None] | None = None) -> contextlib.AbstractContextManager[object]:
+        """Makes this process the only service on the database until it ends, however it ends, or the block does;
+        `lost`: nobody takes it away. Raises StorageError.
+
+        SQLite's own lock on a file beside the database: the same on Windows and UNIX, and the system drops it.
+        """
+        del lost
+        connection, path = None, self.path
+        try:
+            lock = Path(f"{path}.lock")
+            ensure_private(lock)
+            with contextlib.suppress(PermissionError):
+                lock.chmod(0o600)       # an earlier version's; whoever could read it could hold a lock, too
+            connection = sqlite3.connect(lock, timeout=0, check_same_thread=False, isolation_level=None)
+            connection.execute("BEGIN EXCLUSIVE")
+        except (OSError, sqlite3.Error) as error:
+            if connection is None or "locked" not in str(error):
+                raise StorageError(f"database {path} cannot be used: {reason_of(error, path)}") from error
+            connection.close()
+            raise StorageError(f"another HealthChecker is using database {path}; stop that one first") from error
+        return contextlib.closing(connection)
+
+    def is_running(self) -> bool:
+        """Whether a service is on the database, as far as can be told without a change of anything."""
+        if not os.path.exists(f"{self.path}.lock"):
+            return False
+        try:
+            with self.lock():
+                return False
+        except StorageError as error:
+            return "another HealthChecker" in str(error)
+
+    def engine_options(self) -> dict[str, Any]:
+        """What SQLAlchemy is to open it with."""
+        return {"url": sqlalchemy.URL.create("sqlite", database=str(self.path.absolute())),
+                "connect_args": {"timeout": BUSY_TIMEOUT}}
+
+    def ensure(self, *, new: bool = False) -> None:
+        """Makes the files that SQLite would make with their folder's rights."""
+        if new:
+            ensure_private(self.path)
+        for end in COMPANIONS[:2] if sys.platform == "win32" else ():
+            ensure_private(Path(f"{self.path}{end}"))
+
+    def attach(self, engine: sqlalchemy.Engine) -> None:
+        """Has connections and transactions begin as they have to."""
+        event.listen(engine, "connect", self._prepare)
+        event.listen(engine, "begin", self._begin)
+
+    def _prepare(self, connection: Any, _record: object) -> None:
+        connection.isolation_level = None       # SQLAlchemy's BEGIN is ours, see _begin
+        connection.text_factory = lambda text: text.decode("utf-8", "replace")
+        for pragma in ("journal_mode = WAL", "synchronous = NORMAL", "foreign_keys = ON"):
+            connection.execute(f"PRAGMA {pragma}")
+        for name, count, function in (("floor", 1, math.floor), ("least", 2, min), ("greatest", 2, max)):
+            connection.create_function(name, count, function, deterministic=True)   # as others call them
+
+    def _begin(self, connection: sqlalchemy.Connection) -> None:
+        options = connection.get_execution_options()
+        if options.get("migrates"):     # it cannot be said later; a table made anew would take its children along
+            connection.exec_driver_sql("PRAGMA foreign_keys = OFF")
+        connection.exec_driver_sql("BEGIN IMMEDIATE" if options.get("immediate") else "BEGIN")
+
+    def version(self, session: Session) -> int:
+        """Its schema, within the transaction that migrates it."""
+        return session.scalar(sqlalchemy.text("PRAGMA user_version")) or 0
+
+    def mark(self, session: Session) -> None:
+        """Notes down that it is ours, and of SCHEMA."""
+        session.execute(sqlalchemy.text(f"PRAGMA user_version = {SCHEMA}"))
+        session.execute(sqlalchemy.text(f"PRAGMA application_id = {APPLICATION}"))
+
+    def checkpoint(self, connection: sqlalchemy.Connection) -> None:
+        """Brings to the disk what was committed, the last of which a loss of power might take. Raises StorageError."""
+        connection.exec_driver_sql("COMMIT")
+        if connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)").scalar():
+            raise StorageError(f"database {self.path} is being read by another program; try again")
 
 
-def lock_database(path: Path) -> sqlite3.Connection:
-    """Makes this process the only service on the database until it ends, however it ends. Raises StorageError.
-
-    SQLite's own lock on a file beside the database: the same on Windows and UNIX, and the system drops it.
-    """
-    connection = None
+def until_silent(waiting: Generator[Any, Any, Any], seconds: float) -> Generator[Any, Any, Any]:
+    """What psycopg waits for, which is told every 0.1 s that nothing came: raises TimeoutError after so many seconds
+    without a byte. So a connection ends by itself on every system, whatever its peer does."""
     try:
-        lock = Path(f"{path}.lock")
-        ensure_private(lock)
-        with contextlib.suppress(PermissionError):
-            lock.chmod(0o600)       # an earlier version's; whoever could read it could hold a lock, too
-        connection = sqlite3.connect(lock, timeout=0, check_same_thread=False, isolation_level=None)
-        connection.execute("BEGIN EXCLUSIVE")
-    except (OSError, sqlite3.Error) as error:
-        if connection is None or "locked" not in str(error):
-            raise StorageError(f"database {path} cannot be used: {reason_of(error, path)}") from error
-        connection.close()
-        raise StorageError(f"another HealthChecker is using database {path}; stop that one first") from error
-    return connection
+        wanted, heard_mono = next(waiting), time.monotonic()
+        while True:
+            ready = yield wanted
+            if ready:
+                heard_mono = time.monotonic()
+            elif time.monotonic() - heard_mono > seconds:
+                raise TimeoutError
+            wanted = waiting.send(ready)
+    except StopIteration as end:
+        return end.value
 
 
-def is_running(database: Path) -> bool:
-    """Whether a service is on the database, as far as can be told without a change of anything."""
-    if not os.path.exists(f"{database}.lock"):
-        return False
+BOUNDS = (f"SET LOCAL statement_timeout = '{STATEMENT_TIMEOUT:.0f}s'; "
+          f"SET LOCAL idle_in_transaction_session_timeout = '{ABANDONED:.0f}s'")
+# A reader sees one state; a writer sees what the one before has written.
+READING = f"BEGIN ISOLATION LEVEL REPEATABLE READ, READ ONLY; {BOUNDS}"
+WRITING = (f"BEGIN ISOLATION LEVEL READ COMMITTED, READ WRITE; {BOUNDS}; "
+           f"SET LOCAL lock_timeout = '{BUSY_TIMEOUT:.0f}s'; SELECT pg_advisory_xact_lock({WRITE_LOCK})")
+POSTGRES_COLUMNS = """SELECT relname, attname FROM pg_attribute JOIN pg_class ON pg_class.oid = attrelid
+    JOIN pg_namespace ON pg_namespace.oid = relnamespace
+    WHERE nspname = current_schema() AND relkind IN ('r', 'p') AND attnum > 0 AND NOT attisdropped"""
+DATABASE_CLOCK = "extract(epoch FROM clock_timestamp())"
+LIVING = ("SELECT name, instance, seen_at FROM machine "      # noqa: S608  # nobody's words, as the next
+          f"WHERE seen_at > {DATABASE_CLOCK} - {CLAIM_LIFE}")
+BEGIN_LIFE = f"INSERT INTO machine VALUES (%s, %s, %s, {DATABASE_CLOCK}, {DATABASE_CLOCK})"     # noqa: S608
+GO_ON = f"UPDATE machine SET seen_at = {DATABASE_CLOCK} WHERE instance = %s"                    # noqa: S608
+
+
+@functools.cache
+def load_psycopg() -> tuple[Callable[..., Any], type[Exception]]:
+    """psycopg's connect, of connections that no silence holds up and that write what PostgreSQL can keep; and its
+    errors' class. Raises UsageError."""
     try:
-        lock_database(database).close()
-    except StorageError as error:
-        return "another HealthChecker" in str(error)
-    return False
+        import psycopg.types.string  # noqa: PLC0415  # a package that only who has PostgreSQL needs
+    except ImportError:     # also of its library
+        raise UsageError(NO_PSYCOPG) from None
+
+    class Connection(psycopg.Connection[Any]):
+        def wait(self, gen: Generator[Any, Any, Any], *arguments: Any, **options: Any) -> Any:
+            try:
+                return super().wait(until_silent(gen, ANSWER_TIMEOUT), *arguments, **options)
+            except TimeoutError:
+                self.close()
+                raise psycopg.OperationalError(f"the database has not answered for {ANSWER_TIMEOUT:.0f} s") from None
+
+    class Dumper(psycopg.types.string.StrDumperUnknown):
+        def dump(self, obj: str) -> Any:
+            return super().dump(obj.replace("\0", "\ufffd"))     # or one word of a host would block all writing
+
+    def connect(**options: Any) -> Any:
+        connection = Connection.connect(autocommit=True, prepare_threshold=None, **options)
+        connection.adapters.register_dumper(str, Dumper)
+        return connection
+
+    return connect, psycopg.Error
 
 
-def prepare_connection(connection: Any, _record: object) -> None:
-    connection.isolation_level = None       # SQLAlchemy's BEGIN is ours, see begin_transaction
-    connection.text_factory = lambda text: text.decode("utf-8", "replace")
-    for pragma in ("journal_mode = WAL", "synchronous = NORMAL", "foreign_keys = ON"):
-        connection.execute(f"PRAGMA {pragma}")
-    for name, count, function in (("floor", 1, math.floor), ("least", 2, min), ("greatest", 2, max)):
-        connection.create_function(name, count, function, deterministic=True)   # as others call them
+class Claim(threading.Thread):
+    """Makes this process the only service on a database of PostgreSQL: a row of Machine, which the thread brings up to
+    date every CLAIM_INTERVAL seconds, and which counts for CLAIM_LIFE seconds of the database's clock."""
+
+    def __init__(self, connect: Callable[[], Any], lost: Callable[[], None]) -> None:
+        super().__init__(name="claim", daemon=True)
+        self._connect, self._lost, self._connection = connect, lost, connect()
+        self._instance, self._ending = uuid.uuid4().hex, threading.Event()
+        self._trouble = Trouble("the database does not hear that this service lives")
+
+    def take(self) -> str:
+        """Takes the place of a service that is dead, which is waited for; else the name of who lives."""
+        living, wait = self._try(), 0.0
+        first = dict(living)
+        while living and wait < CLAIM_LIFE + CLAIM_INTERVAL and first.items() >= living.items():
+            time.sleep(MONITOR_INTERVAL)
+            wait += MONITOR_INTERVAL
+            living = self._try()
+        return next((name for name, _ in living), "")
+
+    def _try(self) -> dict[tuple[str, str], float]:
+        """Has a row where no other lives; else when the others were seen, by name and instance."""
+        connection, create = self._connection, CreateTable(Base.metadata.tables["machine"], if_not_exists=True)
+        try:
+            connection.execute(WRITING)
+            connection.execute(str(create.compile(dialect=sqlalchemy.make_url(POSTGRES).get_dialect()())))
+            living = {(name, instance): seen for name, instance, seen in connection.execute(LIVING)}
+            if not living:
+                connection.execute("DELETE FROM machine")
+                connection.execute(BEGIN_LIFE, [self._instance, socket.gethostname(), VERSION])
+            connection.commit()
+        except BaseException:       # also an interrupt: the transaction must not outlast it
+            connection.close()
+            raise
+        return living
+
+    def run(self) -> None:
+        while not self._ending.wait(CLAIM_INTERVAL):
+            with self._trouble.caught():
+                if self._connection.closed:
+                    self._connection = self._connect()
+                if not self._connection.execute(GO_ON, [self._instance]).rowcount and self._try():
+                    return self._lost()
+
+    def close(self) -> None:
+        """Lets another service begin at once."""
+        self._ending.set()
+        if self.is_alive():
+            self.join(CLAIM_INTERVAL)
+        with contextlib.suppress(Exception):    # what it does not hear it finds out after CLAIM_LIFE
+            self._connection.execute("DELETE FROM machine WHERE instance = %s", [self._instance])
+        self._connection.close()
 
 
-def begin_transaction(connection: sqlalchemy.Connection) -> None:
-    options = connection.get_execution_options()
-    if options.get("migrates"):     # it cannot be said later; a table that is made anew would take its children along
-        connection.exec_driver_sql("PRAGMA foreign_keys = OFF")
-    connection.exec_driver_sql("BEGIN IMMEDIATE" if options.get("immediate") else "BEGIN")
+class PostgresServer:
+    """A database of PostgreSQL, perhaps behind a pooler that has a connection for a transaction: so nothing is kept in
+    a session, and every lock is a transaction's. Its methods are those of SqliteFile."""
+
+    insert = staticmethod(postgresql.insert)
+
+    def __init__(self, url: str, password: SecretStr | None = None) -> None:
+        """Raises UsageError where psycopg is missing."""
+        self._psycopg_connect, self._error = load_psycopg()
+        self._url, self._password = sqlalchemy.make_url(url), password
+
+    def __str__(self) -> str:
+        return self._url.set(query={}).render_as_string()
+
+    def connect(self) -> Any:
+        """A connection of psycopg; what it is told holds for any pooler. Raises psycopg.Error."""
+        options: dict[str, Any] = {
+            **self._url.get_dialect()().create_connect_args(self._url)[1],
+            "fallback_application_name": "healthchecker", "connect_timeout": int(BUSY_TIMEOUT), "keepalives_idle": 10,
+            "keepalives_interval": 5, "keepalives_count": 3, "tcp_user_timeout": int(ANSWER_TIMEOUT * 1000)}
+        if self._password:
+            options["password"] = self._password.get_secret_value()
+        return self._psycopg_connect(**options)
+
+    @contextlib.contextmanager
+    def _connected(self) -> Iterator[Any]:
+        """Around a connection of its own. Raises StorageError."""
+        try:
+            with contextlib.closing(self.connect()) as connection:
+                yield connection
+        except self._error as error:
+            raise StorageError(f"database {self} cannot be used: {one_line(str(error))}") from error
+
+    def inspect(self, *, whole: bool = True) -> int:
+        """The schema of the database, 0 while it is empty. Raises StorageError for what is not ours."""
+        del whole
+        with self._connected() as connection:
+            encoding = connection.info.parameter_status("server_encoding")
+            if encoding != "UTF8":
+                raise StorageError(f"database {self} is of encoding {encoding}; make one of UTF8")
+            if connection.info.server_version < OLDEST_POSTGRES * 10_000:
+                raise StorageError(f"database {self} is older than PostgreSQL {OLDEST_POSTGRES}")
+            found = set(connection.execute(POSTGRES_COLUMNS))
+            if {table for table, _ in found} <= {Machine.__tablename__}:    # it is made before the others
+                return 0
+            rows: list[tuple[int, str]] = []
+            if {("setting", name) for name in ("name", "value", "text")} <= found:
+                rows = connection.execute("SELECT value, text FROM setting WHERE name = 'schema'").fetchall()
+        version, owner = rows[0] if rows else (0, "")
+        if fault := fault_of_schema(found, version, ours=owner == f"{APPLICATION:x}"):
+            raise StorageError(f"database {self} {fault}")
+        return version
+
+    def lock(self, lost: Callable[[], None] = lambda: None) -> contextlib.AbstractContextManager[object]:
+        """Makes this process the only service on the database until the block ends; `lost` is called, in another
+        thread, where it was not heard of for so long that another one has begun. Raises StorageError."""
+        try:
+            claim = Claim(self.connect, lost)
+            other = claim.take()
+        except self._error as error:
+            raise StorageError(f"database {self} cannot be used: {one_line(str(error))}") from error
+        if other:
+            claim.close()
+            raise StorageError(f"another HealthChecker ({other}) is using database {self}; stop that one first")
+        claim.start()
+        return contextlib.closing(claim)
+
+    def is_running(self) -> bool:
+        """Whether a service is on the database, as far as can be told without a change of anything."""
+        try:
+            with self._connected() as connection:
+                return bool(connection.execute(LIVING).fetchall())
+        except StorageError:    # or there is no such table yet
+            return False
+
+    def engine_options(self) -> dict[str, Any]:
+        """What SQLAlchemy is to open it with; a connection that was lost meanwhile is replaced."""
+        return {"url": sqlalchemy.URL.create("postgresql+psycopg"), "creator": self.connect, "pool_pre_ping": True,
+                "pool_timeout": BUSY_TIMEOUT}
+
+    def ensure(self, *, new: bool = False) -> None:
+        """There is nothing to make before the tables."""
+
+    def attach(self, engine: sqlalchemy.Engine) -> None:
+        """Has transactions begin as they have to."""
+        event.listen(engine, "begin", lambda connection: connection.exec_driver_sql(
+            WRITING if connection.get_execution_options().get("immediate") else READING))
+
+    def version(self, session: Session) -> int:
+        """Its schema, within the transaction that migrates it."""
+        exists = session.scalar(sqlalchemy.text("SELECT to_regclass('setting') IS NOT NULL"))
+        return remembered(session, "schema").value if exists else 0
+
+    def mark(self, session: Session) -> None:
+        """Notes down that it is ours, and of SCHEMA."""
+        session.merge(Setting(name="schema", value=SCHEMA, text=f"{APPLICATION:x}"))
+
+    def checkpoint(self, connection: sqlalchemy.Connection) -> None:
+        """What was committed is on the disk."""
+
+
+Database = SqliteFile | PostgresServer
 
 
 class Store:
     """The database: one way in for the service, its workers and the command line."""
 
-    def __init__(self, path: Path, *, locked: bool = False) -> None:
-        """Opens the database at `path`, creating it when absent and migrating an older one; `locked`: this process has
-        called lock_database. Raises StorageError."""
-        self.path, version = path, inspect_database(path, whole=False)
+    def __init__(self, database: Database | Path, *, locked: bool = False) -> None:
+        """Opens it, a path is SQLite's, creating it when absent and migrating an older one; `locked`: within its lock.
+        Raises StorageError."""
+        self.database = database = SqliteFile(database) if isinstance(database, Path) else database
+        version, options = database.inspect(whole=False), database.engine_options()
         self.app = flask.Flask("healthchecker")
-        self.app.config["SQLALCHEMY_DATABASE_URI"] = sqlalchemy.URL.create("sqlite", database=str(path.absolute()))
-        self.app.config["SQLALCHEMY_ENGINE_OPTIONS"] = {
-            "connect_args": {"timeout": BUSY_TIMEOUT}, "hide_parameters": True}
+        self.app.config["SQLALCHEMY_DATABASE_URI"] = options.pop("url")
+        self.app.config["SQLALCHEMY_ENGINE_OPTIONS"] = options | {"hide_parameters": True}
         db.init_app(self.app)
         with self.app.app_context():
-            event.listen(db.engine, "connect", prepare_connection)
-            event.listen(db.engine, "begin", begin_transaction)
-        self._ensure_companions()
+            database.attach(db.engine)
+        database.ensure()
         if version == SCHEMA:
             return
-        # never under a service of an older version, which would fail from then on
-        lock = contextlib.nullcontext() if locked or not version else contextlib.closing(lock_database(path))
         try:
-            ensure_private(path)
-            with lock, self.writing(migrates=True) as session:
-                migrate(session)
+            database.ensure(new=True)
+            # never under a service of an older version, which would fail from then on
+            with contextlib.nullcontext() if locked or not version else database.lock(), \
+                    self.writing(migrates=True) as session:
+                migrate(session, database.version(session))
+                database.mark(session)
             self.close()        # from the next connection on foreign keys are checked
-            self._ensure_companions()       # which went with the last connection
+            database.ensure()       # the files that went with the last connection
         except (OSError, sqlite3.Error, sqlalchemy.exc.SQLAlchemyError) as error:
             self.close()
             reason = one_line(str(getattr(error, "orig", error)))
-            raise StorageError(f"database {path} cannot be opened: {reason}") from error
-
-    def _ensure_companions(self) -> None:
-        for end in COMPANIONS[:2] if sys.platform == "win32" else ():   # they would have their folder's rights
-            ensure_private(Path(f"{self.path}{end}"))
+            raise StorageError(f"database {database} cannot be opened: {reason}") from error
 
     @contextlib.contextmanager
     def reading(self) -> Iterator[Session]:
@@ -2727,7 +3096,8 @@ class Store:
 
     @contextlib.contextmanager
     def writing(self, *, migrates: bool = False) -> Iterator[Session]:
-        """A session in BEGIN IMMEDIATE (a deferred one that reads first fails when another writes); all or nothing."""
+        """A session that no other writes beside; all or nothing. In SQLite that is BEGIN IMMEDIATE: a deferred one that
+        reads first fails when another writes."""
         with self.app.app_context():
             session = cast(Session, db.session())
             session.connection(execution_options={"immediate": True, "migrates": migrates})
@@ -2737,33 +3107,18 @@ class Store:
     def checkpoint(self) -> None:
         """Brings to the disk what was committed, the last of which a loss of power might take. Raises StorageError."""
         with self.app.app_context(), db.engine.connect() as connection:
-            connection.exec_driver_sql("COMMIT")
-            if connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)").scalar():
-                raise StorageError(f"database {self.path} is being read by another program; try again")
+            self.database.checkpoint(connection)
 
     def close(self) -> None:
         with self.app.app_context():
             db.engine.dispose()
 
 
-def remembered(session: Session, name: str) -> Setting:
-    return session.get(Setting, name) or Setting(name=name, value=0, text="")
-
-
-def revision(session: Session) -> int:
-    return remembered(session, "revision").value
-
-
-def revise(session: Session) -> None:
-    """Raises the revision, so that a serving process takes the change up within a second."""
-    session.merge(Setting(name="revision", value=revision(session) + 1))
-
-
 # === Import ==================================================================
 # The rows follow the inventory. In come an Inventory and a Vault, out go rows and, for pollers, Targets with their
 # secrets opened. Within the transaction of whoever calls: a start, a reload, a change by the console.
-# Gives: Changes, import_inventory, keeping_word, load_targets, named_by, open_stated, open_url, open_vault,
-# rename_row, reseal, sealed_tokens, Target, target_of, update_row
+# Gives: Changes, import_inventory, keeping_word, load_targets, named_by, open_sealed, open_stated, open_url,
+# open_vault, rename_row, reseal, sealed_tokens, Target, target_of, update_row
 class Changes(NamedTuple):
     """Names of resources by what an import does to them."""
 
@@ -2795,9 +3150,14 @@ def open_stated(settings: ResourceSettings, kind: str, vault: Vault) -> str:
     return vault.open(secret, *binding(kind, settings))
 
 
+def open_sealed(secret: str, bound: Sequence[str], vault: Vault) -> str:
+    """A secret that is sealed or not. Raises SecretError."""
+    return vault.open(secret, *bound) if secret.startswith(TOKEN_PREFIXES) else secret
+
+
 def open_url(url: str, name: str, vault: Vault) -> str:
     """The URL of a receiver, sealed or not. Raises SecretError."""
-    return vault.open(url, *url_binding(name)) if url.startswith(TOKEN_PREFIXES) else url
+    return open_sealed(url, url_binding(name), vault)
 
 
 def holds(token: str, plain: str, bound: Sequence[str], vault: Vault) -> bool:
@@ -3029,7 +3389,7 @@ def sealed_tokens(session: Session | None, inventory: Inventory) -> Iterator[str
     for row in session.scalars(sqlalchemy.select(Resource)) if session else ():
         yield from filter(None, (row.password, row.key_passphrase))
     yield from session.scalars(sqlalchemy.select(Receiver.url)) if session else ()
-    yield from (url for _, _, url in inventory.urls() if url.startswith(TOKEN_PREFIXES))
+    yield from (secret for _, secret, _ in inventory.secrets() if secret.startswith(TOKEN_PREFIXES))
     for settings in inventory.resources:
         yield from (secret for secret in settings.secrets.values() if secret.startswith(TOKEN_PREFIXES))
 
@@ -7467,7 +7827,7 @@ def history_table(name: str, at: Any, columns: Mapping[str, Any]) -> sqlalchemy.
 SAMPLES = history_table("sample", sqlalchemy.Double, dict.fromkeys(("reason", "poll", "standing"), sqlalchemy.String)
                         | dict.fromkeys(("counts", *METRICS), sqlalchemy.Integer))
 # A quarter of an hour, by its begin, of which something is known: for tenths of seconds, and healthy for how many
-AVERAGES = history_table("average", sqlalchemy.Integer, dict.fromkeys(
+AVERAGES = history_table("average", BIG_INTEGER, dict.fromkeys(
     ("known", "healthy", *(metric + end for end in ("", "_minimum", "_maximum") for metric in METRICS)),
     sqlalchemy.Integer))
 
@@ -7596,7 +7956,7 @@ PARTS = f"""WITH RECURSIVE poll AS (
 )"""    # noqa: S608  # nobody's words
 # The part that begins with a poll is joined to its readings.
 ROLL_UP = sqlalchemy.text(f"""INSERT INTO average {PARTS}
-    SELECT :id, CAST(quarter AS INTEGER), CAST(ROUND(10 * SUM(known.seconds)) AS INTEGER),
+    SELECT :id, CAST(quarter AS BIGINT), CAST(ROUND(10 * SUM(known.seconds)) AS INTEGER),
         CAST(ROUND(10 * SUM(good * known.seconds)) AS INTEGER),
         {", ".join(f"CAST(ROUND(AVG(sample.{metric})) AS INTEGER)" for metric in METRICS)},
         {", ".join(f"{end}(sample.{metric})" for end in ("MIN", "MAX") for metric in METRICS)}
@@ -8609,12 +8969,18 @@ POLLER_LIFE = 3600.0            # seconds after which the death of a poller is a
 FOLLOW_INTERVAL = 50.0          # seconds after which the rows are looked at in any case: they may be changed by hand
 CLOCK_STEP = 60.0               # seconds by which a clock that was set differs from one that is only adjusted
 
-# An insert of a table costs half of what one of its class does.
-INSERT_STATUS = sqlite.insert(Base.metadata.tables["status"])
-UPSERT_STATUS = INSERT_STATUS.on_conflict_do_update(set_={
-    **{column.name: column for column in INSERT_STATUS.excluded},
-    "strip": func.substr(Status.strip + INSERT_STATUS.excluded["strip"], -STRIP)})
-INSERT_SAMPLE = sqlite.insert(SAMPLES).on_conflict_do_nothing()
+
+@functools.cache
+def upserts(insert: Callable[[Any], Any]) -> tuple[Any, Any]:
+    """What writes statuses and samples: by tables, an insert of which costs half of what one of its class does."""
+    status = insert(Base.metadata.tables["status"])
+    strip = Status.strip + status.excluded["strip"]
+    end = func.substr(strip, func.length(strip) - STRIP + 1)
+    values = {column.name: column for column in status.excluded} | {
+        "strip": sqlalchemy.case((func.length(strip) > STRIP, end), else_=strip)}
+    return (status.on_conflict_do_update(index_elements=["resource_id"], set_=values),
+            insert(SAMPLES).on_conflict_do_nothing())
+
 
 
 def first_polls(left: Sequence[float], settings: Sequence[ResourceSettings]) -> list[float]:
@@ -8755,7 +9121,7 @@ class Recorder(threading.Thread):
             strips[row["resource_id"]] += row["poll"]
         statuses = [report.status | {"strip": strips[number][-STRIP:]}
                     for number, report in self._latest.items() if number in alive]
-        for statement, rows in ((UPSERT_STATUS, statuses), (INSERT_SAMPLE, samples)):
+        for statement, rows in zip(upserts(self._store.database.insert), (statuses, samples), strict=True):
             if rows:
                 session.execute(statement, rows)
         for event in self._events:
@@ -9279,7 +9645,7 @@ class Monitor(threading.Thread):
 # What the workers count, in memory shared with the main process: a slot each, which its worker alone writes, so that
 # no lock is shared whose holder may be killed. In a worker, the loop's and the pool's threads take turns at the slot.
 # The main process sums the slots up for /-/metrics, and hands the slot of a worker that died on to the next.
-# Gives: Counters, RequestCounters, LATENCIES, STATUS_OUTCOMES, ROWS, ROW, ACCEPTED, QUEUED, BEAT, OUTCOME, PASSED
+# Gives: BEAT, Counters, RequestCounters, LATENCIES, STATUS_OUTCOMES, ROWS, ROW, ACCEPTED, QUEUED, OUTCOME, PASSED
 LEAD, SHARE = 4, 1.5            # a worker may hold LEAD + SHARE * N connections, where another has N, and take more
 # Seconds, the upper bounds of the latency histogram: close together up to where a gate is to answer (10 ms), and on
 # to what an application in the pool may take; a bound more costs a line for every outcome.
@@ -15558,7 +15924,7 @@ class Heartbeat(threading.Thread):
 # === Backup ==================================================================
 # Database, keys and inventory in one archive, while the service runs, and back where there are none. In the process of
 # the command; what it reads fits each other, and what it writes is its owner's alone.
-# Gives: backup, restore
+# Gives: backup, DATABASE, restore
 DATABASE = "healthchecker.db"   # in a backup, wherever it stands
 
 
@@ -15568,6 +15934,13 @@ def stated_service(path: Path, document: Document) -> ServiceSettings:
         return InventoryLoader(path, document).parse(InventoryFile, document.value or {}).service
     except ValidationError as error:
         raise InventoryError(f"{path.name}: it is not valid; see `check`") from error
+
+
+def file_of(service: ServiceSettings) -> Path:
+    """Raises UsageError where the database is none."""
+    if not service.database_path:
+        raise UsageError("service.database is PostgreSQL's: back it up by pg_dump, and keys and inventory beside it")
+    return service.database_path
 
 
 def key_contents(folder: Path) -> dict[str, bytes]:
@@ -15580,14 +15953,15 @@ def backup(arguments: argparse.Namespace) -> int:
     if arguments.file.exists():
         raise UsageError(f"{arguments.file} is there already; name another file")
     service = stated_service(path, read_document(path))
-    if not inspect_database(service.database_path):
+    database = file_of(service)
+    if not SqliteFile(database).inspect():
         raise UsageError("there is no database yet; start the service first")
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True)))
         copied = folder / DATABASE
         kept: dict[str, bytes] | None = None
         while kept != (kept := key_contents(service.keys)):     # a rotation that begins or ends just now
-            with contextlib.closing(sqlite3.connect(service.database_path, timeout=BUSY_TIMEOUT)) as source, \
+            with contextlib.closing(sqlite3.connect(database, timeout=BUSY_TIMEOUT)) as source, \
                     contextlib.closing(sqlite3.connect(copied)) as target:
                 source.backup(target)
             kept_inventory = path.read_bytes()
@@ -15609,9 +15983,10 @@ def restore(arguments: argparse.Namespace) -> int:
             members = {member.name: member for member in archive if member.isfile()}
             content = cast(IO[bytes], archive.extractfile(members[INVENTORY.name])).read(INVENTORY_BYTES + 1)
             service = stated_service(path, Document(path.name, content))
-            places = {DATABASE: service.database_path,
+            database = file_of(service)
+            places = {DATABASE: database,
                       **{f"keys/{name}": service.keys / name for name in KEY_FILES}, INVENTORY.name: path}
-            stale = [Path(f"{service.database_path}{end}") for end in ("-wal", "-journal")]     # it would be played in
+            stale = [Path(f"{database}{end}") for end in ("-wal", "-journal")]     # it would be played in
             if left := [*(place for place in places.values() if place.exists()),
                         *(place for place in stale if place.exists() and place.stat().st_size)]:
                 raise UsageError(f"{left[0]} is there already; restore into a folder without one")
@@ -15621,13 +15996,13 @@ def restore(arguments: argparse.Namespace) -> int:
                     with private_file(place) as file:
                         shutil.copyfileobj(cast(IO[bytes], archive.extractfile(members[name])), file)
                     undo.callback(place.unlink, missing_ok=True)
-            inspect_database(service.database_path)
+            SqliteFile(database).inspect()
             undo.pop_all()
     except FileNotFoundError as error:
         raise UsageError(f"{error.filename}: there is no such file") from error
     except (tarfile.TarError, EOFError, KeyError, zlib.error, gzip.BadGzipFile) as error:
         raise UsageError(f"{arguments.file.name} is no backup, or a damaged one") from error
-    print(f"restored: {path.name}, {service.database_path.name} and {service.keys.name}; files that the inventory "
+    print(f"restored: {path.name}, {database.name} and {service.keys.name}; files that the inventory "
           "names, and variables, are not in a backup; users and API tokens are as they were then")
     return 0
 
@@ -15676,6 +16051,16 @@ def handle_signals(stop: Callable[[], None], hangups: queue.SimpleQueue[bool]) -
         signal.signal(number, reopen)
 
 
+def database_of(service: ServiceSettings) -> Database:
+    """What service.database names. Raises SecretError, and UsageError where a package is missing."""
+    if path := service.database_path:
+        return SqliteFile(path)
+    password = service.database_password
+    if password and password.get_secret_value().startswith(TOKEN_PREFIXES):
+        password = SecretStr(Vault(service.keys).open(password.get_secret_value(), *service.database_binding))
+    return PostgresServer(service.database, password)
+
+
 class Installation:
     """What every command works on: the inventory, its folder, the database and the keys."""
 
@@ -15686,13 +16071,13 @@ class Installation:
         for settings in self.inventory.resources:
             for name in filter(None, (settings.password_env, settings.key_passphrase_env)):
                 take_variable(name)
-        for name in self.inventory.url_variables:
+        for name in self.inventory.secret_variables:
             take_variable(name)
         self.service = self.inventory.service
         self.listen_name = "--listen" if listen_on else "service.listen"    # what to write another address at
         if listen_on:
             self.service = self.service.model_copy(update={"listen": listen_on})
-        self.database = self.service.database_path
+        self.database = database_of(self.service)
         if self.service.listen == (console := self.service.console) and not console.endswith(":0"):
             raise UsageError(f"service.console {console} is the address of {self.listen_name}; write another port, or "
                              "off")
@@ -15701,10 +16086,11 @@ class Installation:
     def store(self, *, scratch: bool = False, locked: bool = False) -> Iterator[Store]:
         """The database, made when there is none; `scratch`: then only for this once; `locked`: see Store."""
         with contextlib.ExitStack() as stack:
-            path = self.database
-            if not inspect_database(path, whole=not locked) and scratch:
-                path = Path(stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True))) / path.name
-            yield stack.enter_context(contextlib.closing(Store(path, locked=locked)))
+            database = self.database
+            if not database.inspect(whole=not locked) and scratch:
+                folder = stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True))
+                database = SqliteFile(Path(folder) / DATABASE)
+            yield stack.enter_context(contextlib.closing(Store(database, locked=locked)))
 
     def open_vault(self, session: Session) -> Vault:
         """The keys; made when there are none and nothing is sealed yet."""
@@ -15730,7 +16116,8 @@ class Installation:
     def _started_with(self) -> dict[str, Any]:
         """What holds until the next start: the service's settings, and which groups and routes there are."""
         service, gates = self.inventory.service, self.inventory.gates
-        kept = service.model_dump(mode="json", exclude={"heartbeat", "heartbeat_env", "heartbeat_file"})
+        kept = service.model_dump(mode="json", exclude={"heartbeat", "heartbeat_env", "heartbeat_file",
+                                                        "database_password"})
         return kept | {"gates": sorted(gates.members({})) or None}
 
     def keep_service(self, session: Session) -> None:
@@ -15794,7 +16181,7 @@ def reload(arguments: argparse.Namespace) -> int:
     """Has a running service take an edited inventory over."""
     installation = Installation(arguments.inventory, accepts_removals=arguments.accept_removals,
                                 listen_on=arguments.listen)
-    if not inspect_database(installation.database, whole=False):
+    if not installation.database.inspect(whole=False):
         raise UsageError(f"there is no database {installation.database} yet; start the service first")
     with installation.store() as store:
         for line in take_over_again(installation, store, "command line"):
@@ -15875,17 +16262,27 @@ def serve(arguments: argparse.Namespace) -> int:
             raise UsageError(f"systemd listens on {sock.getsockname()}, which is neither service.listen nor "
                              "service.console; correct its ListenStream")
     service = service.model_copy(update={
-        "listen": bound_address(service.listen, doors), "console": bound_address(service.console, console)})
-    inspect_database(installation.database)
+        "listen": bound_address(service.listen, doors), "console": bound_address(service.console, console),
+        "heartbeat": None, "database_password": None})      # workers are given these settings
+    installation.database.inspect()
     lease = Lease(installation.inventory.gates.members({}), observes=service.mode == "observe")
     supervisor = Supervisor(service, installation.path.parent, doors, lease)
-    with contextlib.closing(lock_database(installation.database)), contextlib.closing(supervisor):
+    taken = threading.Event()
+
+    def leave() -> None:
+        taken.set()
+        supervisor.stop()
+
+    with installation.database.lock(leave), contextlib.closing(supervisor):
         hangups: queue.SimpleQueue[bool] = queue.SimpleQueue()
         handle_signals(supervisor.stop, hangups)    # from here on: an interrupt would leave a worker that nobody knows
         supervisor.start()
         if not supervisor.stopping:
             with installation.store(locked=True) as store:
                 watch(installation, store, console, supervisor, hangups)
+    if taken.is_set():
+        raise StorageError(f"another HealthChecker has begun on database {installation.database}, for which this one "
+                           f"was not to be heard of for {CLAIM_LIFE:.0f} s")
     log.info("ended")
     return 0
 
@@ -15987,7 +16384,7 @@ def check_doors(installation: Installation) -> Iterator[HealthCheckerError]:
                 sock.close()
         except UsageError as error:
             in_use = getattr(error.__cause__, "errno", 0) == errno.EADDRINUSE
-            if in_use and is_running(installation.database):
+            if in_use and installation.database.is_running():
                 print(f"{setting} {value} is in use: by the service that runs, if it is not new there")
             else:
                 yield error
@@ -16016,8 +16413,11 @@ def show_readable(installation: Installation) -> None:
     """Names the files with secrets that every account of this machine can read (POSIX)."""
     inventory = installation.inventory
     files = {installation.service.metrics_token_file, *(receiver.url_file for receiver in inventory.receivers),
-             installation.service.heartbeat_file, installation.database if installation.database.exists() else None}
-    if any(not (each.url_file or each.url_env) for each in inventory.receivers):
+             installation.service.heartbeat_file, installation.service.database_password_file,
+             installation.service.database_path}
+    stated = installation.service
+    if any(not (each.url_file or each.url_env) for each in inventory.receivers) or (
+            stated.database_password and not (stated.database_password_file or stated.database_password_env)):
         files.add(installation.path)
     for each in inventory.resources:
         files |= {each.password_file, each.key_passphrase_file, each.key_file}
@@ -16129,11 +16529,12 @@ def secret_nodes(installation: Installation, document: Document, *,
                 yield ("resources", index, kind), node.value, settings
 
 
-def url_nodes(installation: Installation, document: Document, *, sealed: bool) -> Iterator[tuple[NodePath, str, str]]:
-    """Paths, names and values of the receivers' URLs that stand in the file, sealed or plain ones."""
-    for where, name, url in installation.inventory.urls():
-        if where in document.nodes and url.startswith(TOKEN_PREFIXES) is sealed:
-            yield where, name, url
+def other_nodes(installation: Installation, document: Document, *,
+                sealed: bool) -> Iterator[tuple[NodePath, str, tuple[str, ...]]]:
+    """The same of the secrets that are no resource's, with what each belongs to."""
+    for where, secret, bound in installation.inventory.secrets():
+        if where in document.nodes and secret.startswith(TOKEN_PREFIXES) is sealed:
+            yield where, secret, bound
 
 
 def seal(arguments: argparse.Namespace) -> int:
@@ -16144,8 +16545,8 @@ def seal(arguments: argparse.Namespace) -> int:
         vault = installation.open_vault(session)
     tokens = {where: vault.seal(value, *binding(str(where[-1]), settings))
               for where, value, settings in secret_nodes(installation, document, sealed=False)}
-    tokens |= {where: vault.seal(url, *url_binding(name))
-               for where, name, url in url_nodes(installation, document, sealed=False)}
+    tokens |= {where: vault.seal(secret, *bound)
+               for where, secret, bound in other_nodes(installation, document, sealed=False)}
     if tokens:
         rewrite(installation.path, document, tokens)
     print(f"{installation.path.name}: {len(tokens)} secrets sealed")
@@ -16193,7 +16594,7 @@ def confirm(offered: str, arguments: argparse.Namespace) -> None:
 def trust(arguments: argparse.Namespace) -> int:
     """Shows the key that a host was known by and the one that it shows now, and accepts that one when told so."""
     installation = Installation(arguments.inventory)
-    if not inspect_database(installation.database, whole=False):
+    if not installation.database.inspect(whole=False):
         raise UsageError("there is no database yet; start the service first")
     with installation.store() as store:
         with store.reading() as session:
@@ -16217,19 +16618,19 @@ def rotate_keys(arguments: argparse.Namespace) -> int:
     installation = Installation(arguments.inventory)
     document = read_document(installation.path)
     document_tokens = list(secret_nodes(installation, document, sealed=True))
-    urls = list(url_nodes(installation, document, sealed=True))
-    if len(list(sealed_tokens(None, installation.inventory))) > len(document_tokens) + len(urls):
+    others = list(other_nodes(installation, document, sealed=True))
+    if len(list(sealed_tokens(None, installation.inventory))) > len(document_tokens) + len(others):
         raise UsageError("a sealed secret stands in defaults, a password_file or a variable; "
                          "write the password at its resource first")
-    inspect_database(installation.database)
-    with contextlib.closing(lock_database(installation.database)), installation.store(locked=True) as store:
+    installation.database.inspect()
+    with installation.database.lock(), installation.store(locked=True) as store:
         with store.writing() as session:
             vault = installation.open_vault(session)
             if not (vault.folder / "next.pem").exists():
                 vault.create("next.pem")
             tokens = {where: vault.seal(open_stated(settings, kind, vault), *binding(kind, settings))
                       for where, _, settings in document_tokens for kind in map(str, where[-1:])}
-            tokens |= {where: vault.seal(open_url(url, name, vault), *url_binding(name)) for where, name, url in urls}
+            tokens |= {where: vault.seal(open_sealed(secret, bound, vault), *bound) for where, secret, bound in others}
             reseal(session, session.scalars(sqlalchemy.select(Resource)), vault)
             for receiver in session.scalars(sqlalchemy.select(Receiver)):
                 receiver.url = vault.seal(vault.open(receiver.url, *receiver.bound), *receiver.bound)
@@ -16257,7 +16658,7 @@ def forget_urls(session: Session, vault: Vault) -> int:
 def replace_keys(arguments: argparse.Namespace) -> int:
     """Makes a key in place of a lost one: what only that one opens is forgotten, and the inventory states it again."""
     installation = Installation(arguments.inventory, accepts_removals=arguments.accept_removals)
-    with contextlib.closing(lock_database(installation.database)), installation.store(locked=True) as store, \
+    with installation.database.lock(), installation.store(locked=True) as store, \
             store.writing() as session:
         vault, forgotten = Vault(installation.service.keys), []
         vault.require(sealed_tokens(None, installation.inventory))
@@ -16372,20 +16773,20 @@ def gate_rows(installation: Installation, session: Session) -> Iterator[list[str
     yield ["OVERRIDE", f"{override.why}, {end}" if override else "none"]
     mode = json.loads(remembered(session, "service").text or "{}").get("mode", "enforce")   # as it was started with
     yield ["MODE", "observe: nothing is refused" if mode == "observe" else mode]
-    yield ["SERVICE", "runs" if is_running(installation.database) else "does not run: the gate is closed"]
+    yield ["SERVICE", "runs" if installation.database.is_running() else "does not run: the gate is closed"]
 
 
 def gate(arguments: argparse.Namespace) -> int:
     """Opens or closes the gate by hand, or ends that, also while the service runs; then says how it stands."""
     installation = Installation(arguments.inventory)
-    if not inspect_database(installation.database, whole=False):
+    if not installation.database.inspect(whole=False):
         raise UsageError("there is no database yet; start the service first")
     given = {"action": arguments.action, "for": arguments.seconds, "reason": arguments.reason}
     given = {name: value for name, value in given.items() if value is not None}
     with installation.store() as store:
         if given:
             change_gate(console_of(installation, store), given)
-            time.sleep(TAKEN_UP if is_running(installation.database) else 0.0)
+            time.sleep(TAKEN_UP if installation.database.is_running() else 0.0)
         with store.reading() as session:
             print_table([*gate_rows(installation, session)])
     return 0
@@ -16410,7 +16811,7 @@ def end_by_command(who: Principal, arguments: argparse.Namespace, scope: Mapping
 def maintenance(arguments: argparse.Namespace) -> int:
     """Begins, plans or ends maintenance, also while the service runs; then says what runs and what is ahead."""
     installation, given = Installation(arguments.inventory), vars(arguments)
-    if not inspect_database(installation.database, whole=False):
+    if not installation.database.inspect(whole=False):
         raise UsageError("there is no database yet; start the service first")
     scope = {field: given[field] for field in Scope.model_fields if given.get(field)}
     with installation.store() as store:
@@ -16421,7 +16822,7 @@ def maintenance(arguments: argparse.Namespace) -> int:
         elif arguments.action == "end":
             end_by_command(who, arguments, scope)
         if arguments.action != "list":
-            time.sleep(TAKEN_UP if is_running(installation.database) else 0.0)
+            time.sleep(TAKEN_UP if installation.database.is_running() else 0.0)
         with store.reading() as session:
             print_table([*work_rows(session)])
     return 0

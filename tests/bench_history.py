@@ -120,9 +120,9 @@ def site(store: hc.Store) -> Mapping[str, tuple[Callable[[], object], float]]:
     """The pages as they are sent, and what one of them reads."""
     with store.writing() as session:
         session.add(hc.User.create("monitor", "correct horse battery"))
-    inventory = hc.Inventory(store.path.with_name("inventory.yaml"), hc.ServiceSettings(), [], {}, {})
+    inventory = hc.Inventory(store.database.path.with_name("inventory.yaml"), hc.ServiceSettings(), [], {}, {})
     nothing: Any = None  # these pages need no keys, and the monitor has no poller
-    access = hc.ConnectionContext(hc.KnownHosts(store.path.with_name("known_hosts")), hc.Resolver())
+    access = hc.ConnectionContext(hc.KnownHosts(store.database.path.with_name("known_hosts")), hc.Resolver())
     aggregator = hc.HealthAggregator()
     watch = hc.PollContext(aggregator, hc.Recorder(store, aggregator), access, random.Random(1))
     monitor = hc.Monitor(store, nothing, watch)
@@ -148,14 +148,14 @@ def rows(short: bool = False, pages: Pages = site) -> Iterator[Figure]:
     retention = hc.Retention()
     with tempfile.TemporaryDirectory() as folder:
         store = resources(Path(folder), 100 // share)
-        fill(store.path, 100 // share, retention.raw, retention.averages)
+        fill(store.database.path, 100 // share, retention.raw, retention.averages)
         store.close()
-        size = share * store.path.stat().st_size / 1e6
+        size = share * store.database.path.stat().st_size / 1e6
     figure = "Database: 100 resources at 60 s over the whole retention" + (", a tenth of it measured" if short else "")
     yield figure, f"{size:.0f} MB", "≤ 250 MB", size <= 250
     with tempfile.TemporaryDirectory() as folder:
         store = resources(Path(folder), 1000)
-        fill(store.path, 1000 // share, retention.raw, 30)
+        fill(store.database.path, 1000 // share, retention.raw, 30)
         for name, (call, limit) in pages(store).items():
             taken = milliseconds(call)
             yield f"1,000 resources, a month: {name}", f"{taken:.0f} ms", f"≤ {limit:g} ms", taken <= limit

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import hypothesis
 import pytest
+from postgres import URL_FILE, Postgres, Program, missing_postgres, open_pgbouncer, open_postgres
 from pwsh import Engine, open_engine
 from sshd import SSHD, SYSTEM_PATH, ParamikoSshd, Sshd, open_sshd, wait_for  # wait_for: for tests to import
 
@@ -26,7 +27,7 @@ from sshd import SSHD, SYSTEM_PATH, ParamikoSshd, Sshd, open_sshd, wait_for  # w
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 collect_ignore = [] if sys.platform == "win32" else ["test_windows_local.py"]  # powershell.exe is Windows' own
-__all__ = ["NO_PASSWORD_LOGIN", "no_leaks", "open_descriptors", "wait_for"]
+__all__ = ["DATABASES", "NO_PASSWORD_LOGIN", "folder_with_database", "no_leaks", "open_descriptors", "wait_for"]
 # The files that take longest are begun first: one of them would be left alone at the end.
 LONG = (
     "windows_verdicts windows_local windows_shells windows_endpoints windows_accounts poll uplink sessions overrides "
@@ -39,6 +40,7 @@ SHARES = {} if sys.platform == "win32" else {
     "test_poll.py": 4, "test_uplink.py": 2, "test_sessions.py": 2, "test_overrides.py": 2}
 # These share PowerShell's processes, so one worker runs them all.
 WITH_ENGINE = {f"test_windows_{name}.py" for name in ("verdicts", "shells", "endpoints", "accounts")}
+DATABASES = ["SQLite"] if sys.platform == "win32" else ["SQLite", "PostgreSQL"]
 NO_PASSWORD_LOGIN = "password login needs root, to create a throw-away account"
 
 
@@ -50,6 +52,14 @@ def pytest_configure(config: pytest.Config) -> None:
     examples = 400 if config.getoption("soak") else 50
     hypothesis.settings.register_profile("healthchecker", max_examples=examples, deadline=None)
     hypothesis.settings.load_profile("healthchecker")
+    config.addinivalue_line("markers", "of_files: of what only a database in a file has")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """What has the folder of a database runs once for each kind; what is of files, or on Windows, for SQLite alone."""
+    if "database_folder" in metafunc.fixturenames:
+        alone = metafunc.definition.get_closest_marker("of_files")
+        metafunc.parametrize("database_folder", DATABASES[:1] if alone else DATABASES, indirect=True)
 
 
 @pytest.hookimpl(trylast=True)
@@ -117,6 +127,34 @@ def engine() -> Iterator[Engine]:
     """PowerShell, for all tests of this process: what one has started is there for the next one."""
     with open_engine() as engine:
         yield engine
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[Postgres]:
+    with open_postgres() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def pgbouncer(postgres: Postgres) -> Iterator[Program]:
+    with open_pgbouncer(postgres) as server:
+        yield server
+
+
+@pytest.fixture
+def database_folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return folder_with_database(request, tmp_path_factory)
+
+
+def folder_with_database(request: pytest.FixtureRequest, factory: pytest.TempPathFactory) -> Path:
+    """A folder whose database, as tests/postgres.py finds it, is of the kind that a fixture's parameter says."""
+    folder = factory.mktemp("database")
+    if request.param == "PostgreSQL":
+        if why := missing_postgres():
+            pytest.skip(why)
+        server = request.getfixturevalue("postgres")
+        (folder / URL_FILE).write_text(server.url(server.database()), encoding="utf-8")
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -30,6 +30,7 @@ from types import TracebackType
 from typing import Any, NamedTuple
 
 import pytest
+from postgres import settings_of
 from rights import without_root_rights
 from typing_extensions import Self  # typing has it from Python 3.11 on
 
@@ -94,6 +95,7 @@ def write_inventory(folder: Path, resources: str = "", service: str = "", name: 
     for setting, value in (("workers", "1"), ("console", "127.0.0.1:0"), ("listen", "127.0.0.1:0")):
         if f"  {setting}:" not in service:
             service = f"  {setting}: {value}\n{service}"
+    service = settings_of(folder) + service
     head = f"service:\n{service.rstrip()}\n".replace("\n\n", "\n")
     body = f"resources:\n{resources.rstrip()}\n" if resources.strip() else "resources: []\n"
     path.write_text(head + body, encoding="utf-8", newline="\n")

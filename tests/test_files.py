@@ -72,7 +72,8 @@ def test_a_lock_of_an_earlier_version_is_closed(tmp_path: Path) -> None:
     lock = tmp_path / "x.db.lock"
     lock.write_bytes(b"")
     lock.chmod(0o644)
-    healthchecker.lock_database(tmp_path / "x.db").close()
+    with healthchecker.SqliteFile(tmp_path / "x.db").lock():
+        pass
     assert stat.S_IMODE(lock.stat().st_mode) == 0o600
 
 

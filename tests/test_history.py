@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
-import sqlite3
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +12,7 @@ import pytest
 import sqlalchemy
 from bench_history import LOOKED_AT, NOW, fill, milliseconds, resources, site
 from conftest import wait_for
+from postgres import database_in, execute, refusing
 from service import Service, prepared_keys, write_inventory
 
 import healthchecker
@@ -47,11 +46,17 @@ LATER = START + 1000 * DAY
 TTL = 132  # seconds for which a poll counts, of a resource with default settings
 
 
+@pytest.fixture
+def tmp_path(database_folder: Path) -> Path:
+    """Every test here runs on both kinds of database."""
+    return database_folder
+
+
 class Notebook:
     """A database with resources, and what a recorder writes into it when their pollers report."""
 
     def __init__(self, folder: Path, count: int = 1, retention: Retention | None = None) -> None:
-        self.store = Store(folder / "healthchecker.db")
+        self.store = Store(database_in(folder))
         with self.store.writing() as session:
             for number in range(count):
                 row = Resource(origin="inventory")
@@ -95,10 +100,9 @@ class Notebook:
         with self.store.reading() as session:
             return session.scalar(sqlalchemy.select(sqlalchemy.func.count()).select_from(table)) or 0
 
-    def execute(self, statement: str, *values: object) -> None:
+    def execute(self, statement: str, **values: object) -> None:
         """What another program does to the database."""
-        with contextlib.closing(sqlite3.connect(self.store.path)) as connection, connection:
-            connection.execute(statement, values)
+        execute(self.store.database, statement, **values)
 
     def available(self, now: float) -> dict[str, float | None]:
         with self.store.reading() as session:
@@ -446,7 +450,8 @@ def test_events_are_bounded(notebook: Notebook) -> None:
     notebook.execute(
         "INSERT INTO event (at, kind, resource, text, actor, address, \"group\", state) WITH RECURSIVE number(n) AS "
         "(SELECT 1 UNION ALL SELECT n + 1 FROM number WHERE n < 120000) "
-        "SELECT ? + n / 1000.0, 'state', 'r0', n, '', '', '', '' FROM number", START)  # fmt: skip
+        "SELECT :start + n / 1000.0, 'state', 'r0', CAST(n AS VARCHAR), '', '', '', '' FROM number",
+        start=START)  # fmt: skip
     for turn in range(3):
         notebook.tidy(START + turn * QUARTER)
     with notebook.store.reading() as session:
@@ -521,14 +526,13 @@ def test_summing_up_goes_in_short_transactions(tmp_path: Path) -> None:
 def test_what_cannot_be_written_is_written_later(notebook: Notebook, caplog: pytest.LogCaptureFixture) -> None:
     """All of it: polls, states and events; meanwhile nothing of it is there."""
     notebook.recorder.flush()
-    notebook.execute("CREATE TRIGGER refuse BEFORE INSERT ON event BEGIN SELECT RAISE(ABORT, 'as the test wants'); END")
-    notebook.polls("hhuuh")
-    assert (notebook.count(SAMPLES), notebook.strip()) == (0, "")
-    assert "the database cannot be written: as the test wants" in caplog.text
-    for _ in range(5):
-        assert not notebook.recorder.flush(), "so that nothing is summed up before it is there"
-    assert caplog.text.count("cannot be written") == 1, "a full disk must not fill the log"
-    notebook.execute("DROP TRIGGER refuse")
+    with refusing(notebook.store.database, "INSERT ON event"):
+        notebook.polls("hhuuh")
+        assert (notebook.count(SAMPLES), notebook.strip()) == (0, "")
+        assert "the database cannot be written: as the test wants" in caplog.text
+        for _ in range(5):
+            assert not notebook.recorder.flush(), "so that nothing is summed up before it is there"
+        assert caplog.text.count("cannot be written") == 1, "a full disk must not fill the log"
     notebook.polls("t", START + 300)
     assert (notebook.count(SAMPLES), notebook.strip()) == (6, "hhuuht")
     with notebook.store.reading() as session:
@@ -539,11 +543,8 @@ def test_a_resource_that_cannot_be_summed_up_ends_nothing(tmp_path: Path, caplog
     notebook = Notebook(tmp_path, 3)
     for number in range(3):
         notebook.write(*(notebook.report(START + 60 * index, "h", number=number) for index in range(16)))
-    notebook.execute(
-        "CREATE TRIGGER refuse BEFORE INSERT ON average WHEN NEW.resource_id = 1 "
-        "BEGIN SELECT RAISE(ABORT, 'as the test wants'); END"
-    )
-    notebook.tidy(START + QUARTER + 10)
+    with refusing(notebook.store.database, "INSERT ON average", "NEW.resource_id = 1"):
+        notebook.tidy(START + QUARTER + 10)
     assert "cannot be summed up" in caplog.text
     with notebook.store.reading() as session:
         done = set(session.scalars(sqlalchemy.select(AVERAGES.c.resource_id)))
@@ -552,11 +553,12 @@ def test_a_resource_that_cannot_be_summed_up_ends_nothing(tmp_path: Path, caplog
 
 
 # --- the promised figures ---
+@pytest.mark.of_files  # its size, and an import by its own program
 def test_growth_and_speed(tmp_path: Path) -> None:
     """100 resources at 60 s over the whole retention: 288,000 polls and 864,000 averages. A fifth of it, filled."""
     retention, store = Retention(), resources(tmp_path, 20)
-    fill(store.path, 20, retention.raw, retention.averages)
-    assert 5 * store.path.stat().st_size <= 250e6
+    fill(store.database.path, 20, retention.raw, retention.averages)
+    assert 5 * store.database.path.stat().st_size <= 250e6
     with store.reading() as session:
         assert len(chart(session, 7, "cpu_percent", "month", NOW)) >= 360
         for read in (lambda: chart(session, 7, "cpu_percent", "month", NOW), lambda: availability(session, 7, NOW)):
@@ -566,8 +568,7 @@ def test_growth_and_speed(tmp_path: Path) -> None:
 
 # --- a restart of the service ---
 def stored(folder: Path, query: str) -> list[str]:
-    with contextlib.closing(sqlite3.connect(folder / "healthchecker.db", timeout=5)) as connection:
-        return [str(text) for (text,) in connection.execute(query)]
+    return [str(text) for (text,) in execute(database_in(folder), query)]
 
 
 def test_history_goes_on_after_a_restart(tmp_path: Path) -> None:
@@ -580,9 +581,8 @@ def test_history_goes_on_after_a_restart(tmp_path: Path) -> None:
     with Service(path):
         wait_for(lambda: len(stored(tmp_path, "SELECT at FROM sample")) >= 3)
     [first] = stored(tmp_path, "SELECT strip FROM status")
-    with contextlib.closing(sqlite3.connect(tmp_path / "healthchecker.db")) as connection, connection:
-        connection.execute("INSERT INTO sample (resource_id, at, reason, poll, standing, counts, seconds) "
-                           "SELECT 1, ?, '', poll, standing, counts, seconds FROM sample LIMIT 1", (an_hour_ago,))
+    execute(database_in(tmp_path), "INSERT INTO sample (resource_id, at, reason, poll, standing, counts, seconds) "
+            "SELECT 1, :at, '', poll, standing, counts, seconds FROM sample LIMIT 1", at=an_hour_ago)  # fmt: skip
     with Service(path) as service:
         service.wait_status("/", 200)
         averages = f"SELECT at FROM average WHERE at < {begin}"  # a quarter that is over meanwhile has one, too

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from conftest import wait_for
 from console import Clock, console
+from postgres import database_in
 
 import healthchecker
 from healthchecker import (
@@ -42,11 +43,17 @@ GATES = Gates.model_validate({"groups": [{"name": "g", "members": ["a"]}, {"name
                               "routes": {"/r": ["lone"], "/free": []}})  # fmt: skip
 
 
+@pytest.fixture
+def tmp_path(database_folder: Path) -> Path:
+    """Every test here runs on both kinds of database."""
+    return database_folder
+
+
 class Bench:
     """A service's gate and its log of incidents, with both clocks in hand."""
 
     def __init__(self, folder: Path, mode: str = "enforce") -> None:
-        self.store = Store(folder / "healthchecker.db")
+        self.store = Store(database_in(folder))
         self.mono, self.wall = Clock(1000.0), Clock()
         self.counters = Counters(1, ["/r", "/free"])
         self.requests = RequestCounters(self.counters)

@@ -363,10 +363,10 @@ def test_no_migration_under_a_running_service(tmp_path: Path) -> None:
     """A service of the version before would fail from then on."""
     path = database_of_schema_2(tmp_path)
     before = dump(path)
-    with closing(healthchecker.lock_database(path)), pytest.raises(StorageError, match="another HealthChecker"):
+    with healthchecker.SqliteFile(path).lock(), pytest.raises(StorageError, match="another HealthChecker"):
         Store(path)
     assert dump(path) == before
-    with closing(healthchecker.lock_database(path)):
+    with healthchecker.SqliteFile(path).lock():
         Store(path, locked=True).close()
 
 
@@ -374,7 +374,7 @@ def open_store(path: str, started: Any) -> None:
     """For a process of its own."""
     logging.disable()
     started.send(None)
-    with closing(healthchecker.lock_database(Path(path))):
+    with healthchecker.SqliteFile(Path(path)).lock():
         Store(Path(path), locked=True).close()
 
 
@@ -849,7 +849,7 @@ def test_kill_during_import(bench: Bench, often: Callable[[int, int], int]) -> N
         wanted = 30 - current
         write_inventory(bench.folder, texts[wanted])
         killed(import_file, path, part * whole)
-        assert healthchecker.inspect_database(bench.database)
+        assert healthchecker.SqliteFile(bench.database).inspect()
         rows = bench.rows()
         assert len(rows) == MANY
         [interval] = {row["interval"] for row in rows.values()}
@@ -869,7 +869,7 @@ def test_kill_during_the_first_start(bench: Bench, often: Callable[[int, int], i
         for leftover in bench.folder.glob("healthchecker.db*"):
             leftover.unlink()
         killed(import_file, path, moments.uniform(0, whole))
-        if healthchecker.inspect_database(bench.database):
+        if healthchecker.SqliteFile(bench.database).inspect():
             assert len(bench.rows()) in (0, MANY)
         bench.load(hosts(10))
         assert len(bench.rows()) == MANY
@@ -1093,7 +1093,7 @@ def test_start_after_kill(bench: Bench) -> None:
 def test_locked_by_a_dead_process(bench: Bench) -> None:
     """The lock ends with its process, whatever the way."""
     code = (
-        "import sys, healthchecker, pathlib; lock = healthchecker.lock_database(pathlib.Path(sys.argv[1])); "
+        "import sys, healthchecker, pathlib; lock = healthchecker.SqliteFile(pathlib.Path(sys.argv[1])).lock(); "
         "print('held', flush=True); sys.stdin.read()"
     )
     holder = subprocess.Popen(
@@ -1106,8 +1106,9 @@ def test_locked_by_a_dead_process(bench: Bench) -> None:
         try:
             assert holder.stdout and holder.stdout.readline().strip() == b"held"
             with pytest.raises(StorageError, match="another HealthChecker"):
-                healthchecker.lock_database(bench.database)
+                healthchecker.SqliteFile(bench.database).lock()
         finally:
             holder.kill()
             holder.communicate()
-    healthchecker.lock_database(bench.database).close()
+    with healthchecker.SqliteFile(bench.database).lock():
+        pass

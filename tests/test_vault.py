@@ -564,7 +564,7 @@ def test_rotate_names_what_does_not_open(tmp_path: Path, capsys: pytest.CaptureF
 def test_rotate_refuses_beside_a_service(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = installation(tmp_path)
     before = {item.name: item.read_bytes() for item in (tmp_path / "keys").iterdir()}
-    with closing(healthchecker.lock_database(tmp_path / "healthchecker.db")):
+    with healthchecker.SqliteFile(tmp_path / "healthchecker.db").lock():
         assert healthchecker.main(["--inventory", str(path), "keys", "rotate"]) == 4
     assert len(capsys.readouterr().err.splitlines()) == 1
     assert {item.name: item.read_bytes() for item in (tmp_path / "keys").iterdir()} == before

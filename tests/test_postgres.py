@@ -1,0 +1,447 @@
+"""What is of PostgreSQL alone: its URL and password, whose database it is, one service at a time, lost connections,
+poolers. What both kinds of database do is tested with the sections that use them."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import sqlalchemy
+from conftest import wait_for
+from postgres import PASSWORD, URL_FILE, Postgres, Program, database_in, execute
+from pydantic import SecretStr
+from service import Service, prepared_keys, run, write_inventory
+from test_history import Notebook
+
+import healthchecker
+from healthchecker import (
+    Claim,
+    InventoryError,
+    PostgresServer,
+    Setting,
+    StorageError,
+    Store,
+    UsageError,
+    User,
+    load_inventory,
+    revise,
+    revision,
+)
+
+HERE = "  - {name: here, platform: simulated, interval: 1, mean_healthy: 1e6, mean_unhealthy: 0.001}"
+URL = "postgresql+psycopg://hc@db.example.com/hc"
+
+
+# --- the inventory ---
+FAULTS = {
+    "mysql://hc@db.example.com/hc": "must be sqlite:///path or postgresql+psycopg://user@host/name",
+    "postgresql://hc@db.example.com/hc": "must be sqlite:///path or postgresql+psycopg://user@host/name",
+    "postgresql+psycopg://db.example.com/hc": "must be sqlite:///path or postgresql+psycopg://user@host/name",
+    "postgresql+psycopg://hc@db.example.com": "must be sqlite:///path or postgresql+psycopg://user@host/name",
+    "postgresql+psycopg://hc@/hc": "must be sqlite:///path or postgresql+psycopg://user@host/name",
+    "postgresql+psycopg://hc@db.example.com:s3cret/hc": "must be sqlite:///path or postgresql+psycopg://user@host/name",
+    "postgresql+psycopg://hc:s3cret@db.example.com/hc": "holds a password; write it as database_password,",
+    "postgresql+psycopg://hc@db.example.com/hc?password=s3cret": "holds a password; write it as database_password,",
+    "postgresql+psycopg://hc@db.example.com/hc?sslmod=require": "has an option that is unknown; did you mean sslmode?",
+    "postgresql+psycopg://hc@db.example.com/hc?xyz=s3cret": "has an option that is unknown; known are host, port,",
+}
+
+
+@pytest.mark.parametrize("url", FAULTS)
+def test_urls_that_cannot_be(url: str, tmp_path: Path) -> None:
+    """Named with their place, and never shown."""
+    with pytest.raises(InventoryError) as caught:
+        load_inventory(write_inventory(tmp_path, service=f"  database: '{url}'\n"))
+    assert f"inventory.yaml:5:13: service.database: {FAULTS[url]}" in str(caught.value)
+    assert "s3cret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("url", "shown"), [
+    (URL, URL),
+    (f"{URL}?sslmode=verify-full&sslrootcert=ca.pem", f"{URL}?sslmode=verify-full&sslrootcert=%2Fca.pem"),
+    (f"{URL}?sslrootcert=system", f"{URL}?sslrootcert=system"),
+    ("postgresql+psycopg://hc@/hc?host=a:5432&host=b:5433", "postgresql+psycopg://hc@/hc?host=a%3A5432&host=b%3A5433"),
+])  # fmt: skip
+def test_urls_that_can_be(url: str, shown: str, tmp_path: Path) -> None:
+    """Their files are beside the inventory."""
+    service = load_inventory(write_inventory(tmp_path, service=f"  database: '{url}'\n")).service
+    assert service.database.replace(str(tmp_path).replace("/", "%2F"), "") == shown
+    assert service.database_path is None
+
+
+@pytest.mark.parametrize(("lines", "fault"), [
+    ("  database_password: s3cret\n", "service: database_password needs a database of PostgreSQL"),
+    (f"  database: {URL}\n  database_password_env: HC_NOT_SET\n", "5:26: service.database_password_env: this environ"),
+    (f"  database: {URL}\n  database_password_file: none\n", "5:27: service.database_password_file: this file cannot"),
+    (f"  database: {URL}\n  database_password: s3cret\n  database_password_env: X\n", "use one of database_password, "),
+])  # fmt: skip
+def test_passwords_that_cannot_be(lines: str, fault: str, tmp_path: Path) -> None:
+    with pytest.raises(InventoryError) as caught:
+        load_inventory(write_inventory(tmp_path, service=lines))
+    assert fault.replace("5:", "6:") in str(caught.value) and "s3cret" not in str(caught.value)
+
+
+def test_missing_package(tmp_path: Path) -> None:
+    """One line says what to install, at a check and at a start."""
+    path = write_inventory(tmp_path, service=f"  database: {URL}\n")
+    for command in (["check"], []):
+        code = f"import sys, healthchecker; sys.modules['psycopg'] = None; sys.exit(healthchecker.main({command}))"
+        code = code.replace("main([", f"main(['--inventory', {str(path)!r}, ")
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False,
+                              cwd=Path(healthchecker.__file__).parent)  # fmt: skip
+        assert (done.returncode, done.stderr.strip()) == (UsageError.exit_code, healthchecker.NO_PSYCOPG)
+
+
+# --- from here on with a real server ---
+@pytest.fixture
+def server(postgres: Postgres) -> PostgresServer:
+    return PostgresServer(postgres.url(postgres.database()), SecretStr(PASSWORD))
+
+
+@pytest.fixture
+def folder(tmp_path: Path, postgres: Postgres) -> Path:
+    """The folder of an installation on an empty database."""
+    (tmp_path / URL_FILE).write_text(postgres.url(postgres.database()), encoding="utf-8")
+    prepared_keys(tmp_path)
+    return tmp_path
+
+
+@contextlib.contextmanager
+def opened(server: PostgresServer) -> Iterator[Store]:
+    with contextlib.closing(Store(server)) as store:
+        yield store
+
+
+def tables(server: PostgresServer) -> set[str]:
+    return {name for (name,) in execute(server, "SELECT relname FROM pg_class WHERE relkind = 'r' AND relnamespace = "
+                                                "current_schema()::regnamespace")}  # fmt: skip
+
+
+DAMAGES = {
+    "CREATE TABLE accounts (id integer)": "belongs to another program",
+    "CREATE TABLE setting (name text, value integer)": "belongs to another program",
+    "CREATE TABLE setting (name text, value integer, text text)": "belongs to another program",
+    "newer": "was written by a newer HealthChecker",
+    "DROP TABLE event": "is damaged",
+    "ALTER TABLE event DROP COLUMN actor": "is damaged",
+    "DELETE FROM setting": "belongs to another program",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_databases_that_are_refused(damage: str, server: PostgresServer) -> None:
+    """With one line, and nothing is changed."""
+    if not damage.startswith("CREATE"):
+        Store(server).close()
+    newer = f"UPDATE setting SET value = {healthchecker.SCHEMA + 1} WHERE name = 'schema'"
+    execute(server, newer if damage == "newer" else damage)
+    before = tables(server)
+    for use in (Store, PostgresServer.inspect):
+        with pytest.raises(StorageError) as caught:
+            use(server)
+        assert DAMAGES[damage] in str(caught.value) and str(server) in str(caught.value)
+        assert "\n" not in str(caught.value)
+    assert tables(server) == before
+
+
+def test_other_encodings_are_refused(postgres: Postgres) -> None:
+    name = postgres.database("ENCODING 'LATIN1' TEMPLATE template0")
+    with pytest.raises(StorageError, match="is of encoding LATIN1; make one of UTF8"):
+        Store(PostgresServer(postgres.url(name), SecretStr(PASSWORD)))
+
+
+def test_servers_that_cannot_be_reached(postgres: Postgres, caplog: pytest.LogCaptureFixture) -> None:
+    """The password is in no error and in no log, and the line says where it was tried."""
+    name = postgres.database()
+    cases = {"password authentication failed": PostgresServer(postgres.url(name), SecretStr("wr0ng")),
+             "refused": PostgresServer(postgres.url(name, 1), SecretStr("wr0ng")),
+             "does not exist": PostgresServer(postgres.url("nobody"), SecretStr(PASSWORD))}  # fmt: skip
+    with caplog.at_level(logging.DEBUG):
+        for why, server in cases.items():
+            for use in (Store, PostgresServer.lock, PostgresServer.inspect):
+                with pytest.raises(StorageError, match=why) as caught:
+                    use(server)
+                assert "\n" not in str(caught.value)
+                assert not [word for word in ("wr0ng", PASSWORD) if word in str(caught.value) + caplog.text]
+            assert not server.is_running()
+            assert "wr0ng" not in repr(server) + repr(vars(server))
+
+
+def test_many_make_the_tables_at_once(server: PostgresServer) -> None:
+    """Each of them finds them, whoever was first."""
+    others = [PostgresServer(str(server), SecretStr(PASSWORD)) for _ in range(6)]
+    with ThreadPoolExecutor(6) as pool:
+        for _ in pool.map(lambda one: Store(one).close(), others):
+            pass
+    assert execute(server, "SELECT value FROM setting WHERE name = 'schema'") == [(healthchecker.SCHEMA,)]
+    assert tables(server) == set(healthchecker.Base.metadata.tables)
+
+
+def test_two_installations_make_the_tables_at_once(server: PostgresServer) -> None:
+    """Also those that look for another service first; one of them is it."""
+    others = [PostgresServer(str(server), SecretStr(PASSWORD)) for _ in range(4)]
+    ends, outcomes = threading.Event(), list[str]()
+
+    def start(one: PostgresServer) -> None:
+        try:
+            with one.lock(), contextlib.closing(Store(one, locked=True)):
+                outcomes.append("runs")
+                ends.wait(60)
+        except StorageError as error:
+            outcomes.append(str(error))
+
+    with ThreadPoolExecutor(4) as pool:
+        for one in others:
+            pool.submit(start, one)
+        with contextlib.ExitStack() as stack:
+            stack.callback(ends.set)
+            wait_for(lambda: len(outcomes) == 4, 60)
+    assert outcomes.count("runs") == 1 and sum("another HealthChecker" in text for text in outcomes) == 3
+
+
+def test_a_reader_sees_one_state_and_writes_nothing(server: PostgresServer) -> None:
+    with opened(server) as store:
+        with store.reading() as session:
+            assert revision(session) == 0
+            with ThreadPoolExecutor(1) as pool:
+                pool.submit(raise_revision, store).result()
+            session.expire_all()
+            assert revision(session) == 0
+            with pytest.raises(sqlalchemy.exc.SQLAlchemyError, match="read-only"):
+                session.execute(sqlalchemy.delete(User))
+        with store.reading() as session:
+            assert revision(session) == 1
+
+
+def raise_revision(store: Store) -> None:
+    with store.writing() as session:
+        revise(session)
+
+
+def test_a_writer_waits_for_another_one_but_not_for_ever(server: PostgresServer,
+                                                         monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    monkeypatch.setattr(healthchecker, "WRITING", healthchecker.WRITING.replace("'5s'", "'100ms'"))
+    with opened(server) as store, ThreadPoolExecutor(1) as pool:
+        with store.writing() as session:
+            revise(session)
+            with pytest.raises(sqlalchemy.exc.OperationalError, match="lock timeout"):
+                pool.submit(raise_revision, store).result()
+        pool.submit(raise_revision, store).result()
+        with store.reading() as session:
+            assert revision(session) == 2
+
+
+def settings_of(session: Any) -> list[Any]:
+    return [session.execute(sqlalchemy.text(f"SHOW {name}")).scalar() for name in (
+        "statement_timeout", "idle_in_transaction_session_timeout", "transaction_isolation", "transaction_read_only")]
+
+
+def test_bounds_are_of_the_transaction(server: PostgresServer) -> None:
+    """Nothing of it is left in a session, which a pooler gives to somebody else; nothing is prepared there."""
+    with opened(server) as store:
+        with store.reading() as session:
+            assert settings_of(session) == ["30s", "1min", "repeatable read", "on"]
+        with store.writing() as session:
+            assert settings_of(session) == ["30s", "1min", "read committed", "off"]
+        for _ in range(20):
+            with store.reading() as session:
+                session.scalars(sqlalchemy.select(User)).all()
+        with store.app.app_context():
+            connection = healthchecker.db.engine.raw_connection()
+            found = [connection.driver_connection.execute(statement).fetchone()[0] for statement in (
+                "SHOW statement_timeout", "SHOW default_transaction_read_only",
+                "SELECT count(*) FROM pg_prepared_statements",
+                "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND pid = pg_backend_pid()")]  # fmt: skip
+            connection.close()
+        assert found == ["0", "off", 0, 0]
+
+
+def test_what_only_sqlite_can_keep(server: PostgresServer) -> None:
+    """A zero character would fail each try to write it, and all that is written with it."""
+    with opened(server) as store:
+        with store.writing() as session:
+            session.add(Setting(name="odd", text="a\0b"))
+        with store.reading() as session:
+            assert healthchecker.remembered(session, "odd").text == "a\ufffdb"
+
+
+# --- connections that are lost ---
+def end_connections(postgres: Postgres) -> None:
+    postgres.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid <> pg_backend_pid() "
+                     "AND backend_type = 'client backend'")  # fmt: skip
+
+
+def test_a_connection_that_was_lost_is_replaced(server: PostgresServer, postgres: Postgres) -> None:
+    with opened(server) as store:
+        raise_revision(store)
+        end_connections(postgres)
+        raise_revision(store)
+        with pytest.raises(sqlalchemy.exc.OperationalError), store.writing() as session:
+            revise(session)
+            session.flush()
+            end_connections(postgres)
+        with store.reading() as session:
+            assert revision(session) == 2, "all or nothing"
+
+
+@pytest.fixture
+def own_postgres(postgres: Postgres) -> Iterator[Postgres]:
+    """One that a test may stop; it runs again afterwards."""
+    yield postgres
+    if postgres.process.poll() is not None:
+        postgres.begin()
+
+
+def test_what_is_not_written_while_the_server_is_down(folder: Path, own_postgres: Postgres,
+                                                      caplog: pytest.LogCaptureFixture) -> None:  # fmt: skip
+    """It is kept, told once, and written when the server is back."""
+    caplog.set_level(logging.INFO)
+    notebook = Notebook(folder)
+    notebook.polls("hh")
+    own_postgres.end()
+    for _ in range(3):
+        notebook.polls("u", healthchecker.QUARTER * 2_000_000)
+    assert caplog.text.count("the database cannot be written") == 1
+    own_postgres.begin()
+    assert notebook.recorder.flush() and notebook.strip() == "hhuuu"
+    assert "the database cannot be written: that is over" in caplog.text
+    notebook.store.close()
+
+
+@contextlib.contextmanager
+def frozen(postgres: Postgres) -> Iterator[None]:
+    """A server that takes what it is sent and says nothing."""
+    main = psutil.Process(postgres.process.pid)
+    processes = [main]
+    main.suspend()
+    processes += main.children()
+    for process in processes:
+        process.suspend()
+    try:
+        yield
+    finally:
+        for process in reversed(processes):
+            process.resume()
+
+
+def test_a_server_that_falls_silent_holds_nobody_up(server: PostgresServer, postgres: Postgres,
+                                                    monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    """Neither who asks nor who connects, and afterwards all is well."""
+    monkeypatch.setattr(healthchecker, "ANSWER_TIMEOUT", 0.5)
+    monkeypatch.setattr(healthchecker, "BUSY_TIMEOUT", 2.0)
+    with opened(server) as store:
+        with pytest.raises(sqlalchemy.exc.OperationalError, match="has not answered for"), store.writing() as session:
+            revise(session)
+            with frozen(postgres):
+                session.flush()
+        with frozen(postgres), pytest.raises(StorageError, match="timeout"):
+            server.inspect()
+        raise_revision(store)
+        with store.reading() as session:
+            assert revision(session) == 1
+
+
+# --- a pooler ---
+def test_a_pooler_in_front(postgres: Postgres, pgbouncer: Program) -> None:
+    """Each transaction on another connection of three, of as many threads as come."""
+    server = PostgresServer(postgres.url(postgres.database(), pgbouncer.port), SecretStr(PASSWORD))
+    with server.lock(), opened(server) as store, ThreadPoolExecutor(8) as pool:
+        assert server.is_running()
+        with pytest.raises(StorageError, match="another HealthChecker"):
+            server.lock()
+
+        def work(_: int) -> int:
+            raise_revision(store)
+            with store.reading() as session:
+                return revision(session)
+
+        assert max(pool.map(work, range(60))) == 60
+
+
+def test_history_through_a_pooler(tmp_path: Path, postgres: Postgres, pgbouncer: Program) -> None:
+    """What writes many rows at once does so there, too."""
+    (tmp_path / URL_FILE).write_text(postgres.url(postgres.database(), pgbouncer.port), encoding="utf-8")
+    notebook = Notebook(tmp_path)
+    notebook.tidy(notebook.polls("hhuuh" * 20) + healthchecker.QUARTER)
+    assert notebook.strip() == ("hhuuh" * 20)[-healthchecker.STRIP:] and notebook.count(healthchecker.AVERAGES) > 0
+    notebook.store.close()
+
+
+# --- one service at a time ---
+def test_one_service_at_a_time(server: PostgresServer) -> None:
+    """It is told by whom, and may begin when the other one has ended."""
+    assert not server.is_running()
+    with server.lock():
+        assert server.is_running()
+        with pytest.raises(StorageError, match=r"another HealthChecker \(.+\) is using database postgresql"):
+            server.lock()
+    assert not server.is_running()
+    with server.lock():
+        pass
+
+
+def test_a_service_that_died_is_waited_for(server: PostgresServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its row counts until it is too old by the database's clock."""
+    monkeypatch.setattr(healthchecker, "LIVING", healthchecker.LIVING.replace("6.0", "1.0"))
+    dead = Claim(server.connect, lambda: None)
+    assert dead.take() == ""
+    dead._connection.close()  # as its process would
+    with server.lock():
+        assert len(execute(server, "SELECT * FROM machine")) == 1
+
+
+def test_a_service_whose_place_was_taken_hears_of_it(server: PostgresServer) -> None:
+    """It was cut off for too long; one whose row is gone takes its place again where that is free."""
+    lost = threading.Event()
+    with server.lock(lost.set):
+        execute(server, "DELETE FROM machine")
+        wait_for(lambda: server.is_running(), 60)
+        assert not lost.is_set()
+        execute(server, "UPDATE machine SET instance = 'another', seen_at = seen_at + 3600")
+        assert lost.wait(60)
+
+
+def test_a_service_on_postgres(folder: Path, postgres: Postgres) -> None:
+    """It opens its gate, keeps out another one, and goes on after it was killed; its password is shown nowhere."""
+    path = write_inventory(folder, HERE)
+    assert run(path, "check").returncode == 0
+    assert "secrets sealed" in run(path, "seal").stdout and PASSWORD not in path.read_text(encoding="utf-8")
+    with contextlib.suppress(AssertionError), Service(path) as service:
+        service.wait_status("/", 200)
+        refused = run(path)
+        assert refused.returncode == StorageError.exit_code and "another HealthChecker (" in refused.stderr
+        assert "runs" in run(path, "gate").stdout
+        shown = service.output + refused.stderr + "".join(psutil.Process(service.process.pid).cmdline())
+        assert PASSWORD not in shown
+        service.kill()
+    with Service(path, deadline=60) as service:
+        assert "1 kept" in service.output
+        service.wait_status("/", 200)
+    assert "does not run" in run(path, "gate").stdout
+    assert PASSWORD not in str(execute(database_in(folder), "SELECT * FROM setting"))
+
+
+def test_sealed_for_another_server(folder: Path) -> None:
+    """A sealed password opens for its server alone."""
+    path = write_inventory(folder)
+    assert run(path, "seal").returncode == 0
+    text = path.read_text(encoding="utf-8")
+    path.write_text(text.replace("@127.0.0.1:", "@127.0.0.2:"), encoding="utf-8")
+    moved = run(path, "check")
+    assert moved.returncode == 3 and "belongs to another name, hostname, port or username" in moved.stderr
+
+
+def test_backup_is_the_servers_own(folder: Path) -> None:
+    path = write_inventory(folder)
+    done = run(path, "backup", str(folder / "b.tar.gz"))
+    assert done.returncode == UsageError.exit_code and "pg_dump" in done.stderr
+
