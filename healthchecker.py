@@ -3030,8 +3030,7 @@ class PostgresServer:
 
     def engine_options(self) -> dict[str, Any]:
         """What SQLAlchemy is to open it with; a connection that was lost meanwhile is replaced."""
-        return {"url": sqlalchemy.URL.create("postgresql+psycopg"), "creator": self.connect, "pool_pre_ping": True,
-                "pool_timeout": BUSY_TIMEOUT}
+        return {"url": sqlalchemy.URL.create("postgresql+psycopg"), "creator": self.connect, "pool_pre_ping": True}
 
     def ensure(self, *, new: bool = False) -> None:
         """There is nothing to make before the tables."""

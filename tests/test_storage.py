@@ -28,17 +28,21 @@ from typing import Any, NamedTuple
 import pytest
 import sqlalchemy
 from conftest import wait_for
+from postgres import database_in, execute, settings_of
 from service import Service, fresh_processes, prepared_keys, run_cheaply, write_inventory
 from sqlalchemy.orm import Session
 
 import healthchecker
 from healthchecker import (
     Changes,
+    Database,
     InventoryError,
     LoginSession,
     Maintenance,
     Resource,
     SecretError,
+    Setting,
+    SqliteFile,
     StorageError,
     Store,
     User,
@@ -59,11 +63,9 @@ def loaded_vault() -> Vault:
         return Vault(prepared_keys(Path(folder)))
 
 
-def rows_of(database: Path) -> dict[str, dict[str, Any]]:
+def rows_of(database: Database) -> dict[str, dict[str, Any]]:
     """What is watched, but for the lines where it is stated."""
-    with closing(sqlite3.connect(database)) as connection:
-        connection.row_factory = sqlite3.Row
-        rows = [dict(row) for row in connection.execute("SELECT * FROM resource WHERE origin != 'removed'")]
+    rows = [dict(row._mapping) for row in execute(database, "SELECT * FROM resource WHERE origin != 'removed'")]
     return {row["name"]: {name: row[name] for name in row if name != "place"} for row in rows}
 
 
@@ -74,7 +76,7 @@ class Bench:
         self.folder = folder
         self.vault = copy.copy(loaded_vault())
         self.vault.folder = prepared_keys(folder)
-        self.database = folder / "healthchecker.db"
+        self.database, self.place = folder / "healthchecker.db", database_in(folder)
 
     def load(self, resources: str) -> Changes:
         setup = healthchecker.Installation(write_inventory(self.folder, resources))
@@ -82,21 +84,30 @@ class Bench:
             return healthchecker.import_inventory(session, setup.inventory, self.vault)
 
     def rows(self) -> dict[str, dict[str, Any]]:
-        return rows_of(self.database)
+        return rows_of(self.place)
 
     def password(self, name: str) -> str:
         row = self.rows()[name]
         bound = "password", name, row["hostname"], row["username"] or "", str(row["port"])
         return self.vault.open(row["password"], *bound)
 
-    def execute(self, statement: str, *values: object) -> None:
-        with closing(sqlite3.connect(self.database)) as connection, connection:
-            connection.execute(statement, values)
+    def execute(self, statement: str, **values: object) -> None:
+        execute(self.place, statement, **values)
+
+    def line(self, number: int) -> int:
+        """Of the inventory, which names a database first that is no file."""
+        return number + settings_of(self.folder).count("\n")
+
+    def dump(self) -> list[str]:
+        """Everything that is in it."""
+        return sorted(f"{table} {row}" for table in healthchecker.Base.metadata.tables
+                      for row in execute(self.place, f'SELECT * FROM "{table}"') if table != "machine")  # fmt: skip
 
 
 @pytest.fixture
-def bench(tmp_path: Path) -> Bench:
-    return Bench(tmp_path)
+def bench(database_folder: Path) -> Bench:
+    """What works on it runs on both kinds of database."""
+    return Bench(database_folder)
 
 
 def dump(path: Path) -> str:
@@ -105,6 +116,7 @@ def dump(path: Path) -> str:
 
 
 # --- schema --------------------------------------------------------------------------------------------------
+@pytest.mark.of_files
 def test_schema(bench: Bench) -> None:
     """The specification's two tables and their columns, as another program sees them."""
     bench.load(FIRST)
@@ -241,7 +253,7 @@ def test_database_of_the_version_before(tmp_path: Path) -> None:
                 assert rounded(found["resources"][name][what]) == rounded(value), f"{what} of {name}"
         in_time = sorted(EXPECTED["events"], key=lambda event: event[0], reverse=True)
         assert {**found, "resources": {}} == {**EXPECTED, "resources": {}, "events": in_time}
-    tokens = [token for row in rows_of(path).values() for token in (row["password"], row["key_passphrase"])]
+    tokens = [token for row in rows_of(SqliteFile(path)).values() for token in (row["password"], row["key_passphrase"])]
     assert [token[:4] for token in tokens if token] == ["HC2."] * 3
     with closing(sqlite3.connect(path)) as connection:
         assert connection.execute("PRAGMA foreign_key_check").fetchall() == []
@@ -265,6 +277,7 @@ def test_an_id_is_never_used_again(tmp_path: Path) -> None:
                 assert session.scalar(sqlalchemy.text("PRAGMA foreign_keys")) == 1
 
 
+@pytest.mark.of_files
 def test_a_database_is_read_through_once(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """By a service that starts, and by each command; whatever opens it then relies on that."""
     bench.load(FIRST)
@@ -300,6 +313,7 @@ SCHEMA_4 = ('ALTER TABLE event DROP COLUMN "group"', "ALTER TABLE event DROP COL
             "PRAGMA user_version = 4")  # fmt: skip
 
 
+@pytest.mark.of_files
 def test_maintenance_of_schema_4_goes_on(bench: Bench) -> None:
     """Also of a name with a quotation mark; damaged ones are none."""
     bench.load(FIRST)
@@ -307,24 +321,26 @@ def test_maintenance_of_schema_4_goes_on(bench: Bench) -> None:
     executed(bench.database, *SCHEMA_4, "UPDATE resource SET maintenance = 9e9, maintenance_reason = 'it''s'",
              "UPDATE resource SET maintenance = 'soon' WHERE name = 'b.example.com'",
              "UPDATE resource SET maintenance = 9e999 WHERE name = 'c'")  # fmt: skip
-    with closing(Store(bench.database)) as store, store.reading() as session:
+    with closing(Store(bench.place)) as store, store.reading() as session:
         [row] = session.scalars(sqlalchemy.select(Maintenance))
     assert (row.chosen.resources, row.state, row.until_at, row.reason) == (('a"b',), "begun", 9e9, "it's")
     assert row.start_at < 9e9
 
 
+@pytest.mark.of_files
 def test_events_of_schema_4_are_given_their_states(bench: Bench) -> None:
     """Of the gate, as its texts tell; the others stay without."""
     bench.load(FIRST)
     texts = ("closed (the service starts)", "closed -> open after 2 s", "open -> closed (a: cpu) after 3 s")
     rows = ", ".join(f"({number}, {number}, 'gate', '', '{text}', '', '')" for number, text in enumerate(texts, 100))
     executed(bench.database, *SCHEMA_4, f"INSERT INTO event VALUES {rows}, (200, 9, 'state', 'a', 'x -> y', '', '')")
-    with closing(Store(bench.database)) as store, store.reading() as session:
+    with closing(Store(bench.place)) as store, store.reading() as session:
         found = {event.id: event.state for event in session.scalars(sqlalchemy.select(healthchecker.Event))}
     assert {number: found[number] for number in (100, 101, 102, 200)} == {
         100: "closed", 101: "open", 102: "closed", 200: ""}  # fmt: skip
 
 
+@pytest.mark.of_files
 def test_database_of_schema_3(bench: Bench) -> None:
     """It lacks two columns, and nothing else changes."""
     bench.load(FIRST)
@@ -332,7 +348,7 @@ def test_database_of_schema_3(bench: Bench) -> None:
     executed(bench.database, "ALTER TABLE setting DROP COLUMN text", "ALTER TABLE resource DROP COLUMN place",
              *SCHEMA_4)  # fmt: skip
     executed(bench.database, "PRAGMA user_version = 3")
-    Store(bench.database).close()
+    Store(bench.place).close()
     assert bench.rows() == before and bench.load(FIRST)[:3] == ([], [], [])
 
 
@@ -418,12 +434,11 @@ def test_passwords_are_sealed_for_their_rows(bench: Bench) -> None:
 def test_first_user(bench: Bench) -> None:
     """SpiceWorks / HealthChecker, PBKDF2-HMAC-SHA512, 220,000 iterations, the salt in its own column."""
     bench.load("")
-    with closing(Store(bench.database)) as store:
+    with closing(Store(bench.place)) as store:
         for _ in range(2):
             with store.writing() as session:
                 healthchecker.ensure_first_user(session)
-    with closing(sqlite3.connect(bench.database)) as connection:
-        [(name, stored, salt, rounds)] = connection.execute("SELECT username, password, salt, rounds FROM user")
+    [(name, stored, salt, rounds)] = execute(bench.place, 'SELECT username, password, salt, rounds FROM "user"')
     assert (name, rounds, len(salt), len(stored)) == ("SpiceWorks", 220_000, 16, 64)
     assert stored == hashlib.pbkdf2_hmac("sha512", b"HealthChecker", salt, 220_000)
 
@@ -437,7 +452,7 @@ def test_users_with_the_same_password() -> None:
 
 def test_an_existing_account_is_left_alone(bench: Bench) -> None:
     bench.load("")
-    with closing(Store(bench.database)) as store:
+    with closing(Store(bench.place)) as store:
         with store.writing() as session:
             session.add(User.create("operator", "own"))
         with store.writing() as session:
@@ -511,11 +526,11 @@ def test_password_left_out_keeps_the_stored_one(bench: Bench) -> None:
 def test_moved_without_its_password(old: str, new: str, bench: Bench) -> None:
     """A password never goes to another host or account by itself: exit 3 with line and column, nothing changed."""
     bench.load(FIRST)
-    before = dump(bench.database)
-    with pytest.raises(SecretError, match=r"^inventory\.yaml:7:5: .*write the password again$") as caught:
+    before = bench.dump()
+    with pytest.raises(SecretError, match=rf"^inventory\.yaml:{bench.line(7)}:5: .*write the password again$") as caught:
         bench.load(FIRST.replace(old, new))
     assert caught.value.exit_code == 3
-    assert dump(bench.database) == before
+    assert bench.dump() == before
     bench.load(FIRST.replace(old, new + " password: again,"))
     assert bench.password("b.example.com") == "again"
 
@@ -524,7 +539,7 @@ def test_every_fault_of_an_import_comes_at_once(bench: Bench) -> None:
     """Two new resources without any credential: a line for each."""
     with pytest.raises(InventoryError) as caught:
         bench.load("  - {hostname: a, username: u}\n  - {hostname: b, username: u}\n")
-    assert re.findall(r"^inventory\.yaml:(\d+:\d+): ", str(caught.value), re.MULTILINE) == ["6:5", "7:5"]
+    assert re.findall(r"^inventory\.yaml:(\d+:\d+): ", str(caught.value), re.MULTILINE) == [f"{bench.line(n)}:5" for n in (6, 7)]
 
 
 def test_sealed_for_another_resource(bench: Bench) -> None:
@@ -532,10 +547,10 @@ def test_sealed_for_another_resource(bench: Bench) -> None:
     token = bench.vault.seal("pa", "password", "a.example.com", "a.example.com", "u", "22")
     bench.load(FIRST.replace(": pa", f": {token}"))
     assert bench.password("a.example.com") == "pa"
-    before = dump(bench.database)
-    with pytest.raises(SecretError, match=r"^inventory\.yaml:7:5: ") as caught:
+    before = bench.dump()
+    with pytest.raises(SecretError, match=rf"^inventory\.yaml:{bench.line(7)}:5: ") as caught:
         bench.load(FIRST.replace(": pa", f": {token}").replace(": pb", f": {token}"))
-    assert token not in str(caught.value) and dump(bench.database) == before
+    assert token not in str(caught.value) and bench.dump() == before
 
 
 def test_rows_of_the_api_are_left_alone(bench: Bench) -> None:
@@ -545,7 +560,7 @@ def test_rows_of_the_api_are_left_alone(bench: Bench) -> None:
     changes = bench.load(B)
     assert changes == ([], [], ["c"], ["b.example.com"])
     assert bench.rows()["a.example.com"] == before
-    with pytest.raises(InventoryError, match=r"^inventory\.yaml:6:5: .*through the API"):
+    with pytest.raises(InventoryError, match=rf"^inventory\.yaml:{bench.line(6)}:5: .*through the API"):
         bench.load(FIRST)
     assert bench.rows().keys() == {"a.example.com", "b.example.com"}
 
@@ -574,7 +589,7 @@ DAY = 86_400
 
 def polled(bench: Bench) -> None:
     """Each row has a status of its settings, history, an event and a trusted key."""
-    with closing(Store(bench.database)) as store, store.writing() as session:
+    with closing(Store(bench.place)) as store, store.writing() as session:
         for row in session.scalars(sqlalchemy.select(Resource)):
             row.host_key = f"ssh-ed25519 SHA256:{row.name}"
             session.add(healthchecker.Status(
@@ -598,7 +613,7 @@ class Past(NamedTuple):
 
 def past(bench: Bench) -> dict[str, Past]:
     """Of what is watched, by name."""
-    with closing(Store(bench.database)) as store, store.reading() as session:
+    with closing(Store(bench.place)) as store, store.reading() as session:
         return {row.name: Past(
             row.id, row.host_key, [poll.reason for poll in healthchecker.samples(session, row.id, math.inf)],
             [event.text for event in healthchecker.events(session, resource=row.name)],
@@ -613,15 +628,14 @@ def test_what_was_removed_comes_back_with_its_past(bench: Bench) -> None:
     before = past(bench)
     assert bench.load(B + C).removed == ["a.example.com"]
     assert past(bench).keys() == {"b.example.com", "c"}
-    with closing(Store(bench.database)) as store, store.reading() as session:
+    with closing(Store(bench.place)) as store, store.reading() as session:
         assert healthchecker.load_targets(session, bench.vault).keys() == {"b.example.com", "c"}
         assert session.scalar(sqlalchemy.select(sqlalchemy.func.count()).select_from(Resource)) == 2
         assert "a.example.com" not in [name for name, *_ in session.execute(healthchecker.METRIC_ROWS)]
     assert bench.load(B + C) == ([], [], [], ["b.example.com", "c"])
-    with closing(sqlite3.connect(bench.database)) as connection:
-        [row] = connection.execute("SELECT password, place FROM resource WHERE name = 'a.example.com'")
-        assert row == (None, "")
-    with pytest.raises(InventoryError, match=r"^inventory\.yaml:6:5: .*password.* is missing"):
+    [row] = execute(bench.place, "SELECT password, place FROM resource WHERE name = 'a.example.com'")
+    assert tuple(row) == (None, "")
+    with pytest.raises(InventoryError, match=rf"^inventory\.yaml:{bench.line(6)}:5: .*password.* is missing"):
         bench.load(A.replace(", password: pa", "") + B + C)
     assert bench.load(FIRST) == (["a.example.com"], [], [], ["b.example.com", "c"])
     assert past(bench)["a.example.com"] == before["a.example.com"]._replace(is_current=False)
@@ -643,7 +657,7 @@ def test_what_was_removed_goes_with_its_history(bench: Bench) -> None:
     polled(bench)
     ids = {one.id: name for name, one in past(bench).items()}
     bench.load(B + C)
-    with closing(Store(bench.database)) as store, store.writing() as session:
+    with closing(Store(bench.place)) as store, store.writing() as session:
         everything = sqlalchemy.select(Resource.name).execution_options(removed=True)
         for days in (1, 3, 80, 91):
             now = POLLED + days * DAY
@@ -698,7 +712,7 @@ def test_renamed_with_a_damaged_secret(bench: Bench) -> None:
     bench.load(FIRST)
     bench.execute("UPDATE resource SET password = 'HC2.damaged' WHERE name = 'a.example.com'")
     text = renamed(A, "new", "a.example.com") + B + C
-    with pytest.raises(InventoryError, match=r"^inventory\.yaml:6:5: new: password, .* is missing"):
+    with pytest.raises(InventoryError, match=rf"^inventory\.yaml:{bench.line(6)}:5: new: password, .* is missing"):
         bench.load(text.replace(", password: pa", ""))
     assert bench.load(text).changed == ["new"] and bench.password("new") == "pa"
 
@@ -707,15 +721,15 @@ def test_renamed_without_its_key(bench: Bench) -> None:
     """What is sealed for another host does not open by a rename."""
     bench.load(FIRST)
     token = bench.vault.seal("pb", "password", "b.example.com", "b.example.com", "u", "22")
-    before = dump(bench.database)
-    with pytest.raises(SecretError, match=r"^inventory\.yaml:6:5: new: .*belongs to another name"):
+    before = bench.dump()
+    with pytest.raises(SecretError, match=rf"^inventory\.yaml:{bench.line(6)}:5: new: .*belongs to another name"):
         bench.load(renamed(A, "new", "b.example.com").replace(": pa", f": {token}") + C)
-    assert dump(bench.database) == before
+    assert bench.dump() == before
 
 
 def test_revision_rises_with_a_change_only(bench: Bench) -> None:
     def revision() -> int:
-        with closing(Store(bench.database)) as store, store.reading() as session:
+        with closing(Store(bench.place)) as store, store.reading() as session:
             return healthchecker.revision(session)
 
     seen = []
@@ -736,7 +750,7 @@ def test_names_that_look_like_sql(bench: Bench) -> None:
 def test_fifty_writers(bench: Bench) -> None:
     """Read, then write, in one transaction each: nobody is turned away and nothing is lost."""
     bench.load("")
-    with closing(Store(bench.database)) as store:
+    with closing(Store(bench.place)) as store:
 
         def write(number: int) -> None:
             for turn in range(4):
@@ -758,14 +772,14 @@ def test_fifty_writers(bench: Bench) -> None:
 
 def test_a_failed_transaction_leaves_nothing(bench: Bench) -> None:
     bench.load(FIRST)
-    before = dump(bench.database)
-    with closing(Store(bench.database)) as store:
+    before = bench.dump()
+    with closing(Store(bench.place)) as store:
         with pytest.raises(ZeroDivisionError), store.writing() as session:
             session.execute(sqlalchemy.delete(Resource))
             raise ZeroDivisionError
         with store.writing() as session:  # and the lock is free again
             assert session.scalar(sqlalchemy.select(sqlalchemy.func.count()).select_from(Resource)) == 3
-    assert dump(bench.database) == before
+    assert bench.dump() == before
 
 
 def test_check_while_others_write(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
@@ -776,12 +790,13 @@ def test_check_while_others_write(bench: Bench, capsys: pytest.CaptureFixture[st
     ended, written, faults = threading.Event(), [0], []
 
     def write() -> None:
-        with closing(sqlite3.connect(bench.database, timeout=10, isolation_level=None)) as connection:
+        with closing(Store(bench.place)) as store:
             while not ended.wait(0.002):
                 try:
-                    connection.execute("UPDATE setting SET value = value + 1")
+                    with store.writing() as session:
+                        session.merge(Setting(name="other", value=written[0]))
                     written[0] += 1
-                except sqlite3.Error as error:
+                except sqlalchemy.exc.SQLAlchemyError as error:
                     faults.append(error)
 
     thread = threading.Thread(target=write)
@@ -849,7 +864,7 @@ def test_kill_during_import(bench: Bench, often: Callable[[int, int], int]) -> N
         wanted = 30 - current
         write_inventory(bench.folder, texts[wanted])
         killed(import_file, path, part * whole)
-        assert healthchecker.SqliteFile(bench.database).inspect()
+        assert bench.place.inspect()
         rows = bench.rows()
         assert len(rows) == MANY
         [interval] = {row["interval"] for row in rows.values()}
@@ -868,8 +883,10 @@ def test_kill_during_the_first_start(bench: Bench, often: Callable[[int, int], i
     for _ in range(often(2, 16)):
         for leftover in bench.folder.glob("healthchecker.db*"):
             leftover.unlink()
+        if not isinstance(bench.place, SqliteFile):
+            execute(bench.place, "DROP SCHEMA public CASCADE", "CREATE SCHEMA public")
         killed(import_file, path, moments.uniform(0, whole))
-        if healthchecker.SqliteFile(bench.database).inspect():
+        if bench.place.inspect():
             assert len(bench.rows()) in (0, MANY)
         bench.load(hosts(10))
         assert len(bench.rows()) == MANY
@@ -952,6 +969,7 @@ def picture(path: Path) -> object:
     return sorted(path.iterdir()) if path.is_dir() else (path.read_bytes(), log.read_bytes() if log.exists() else b"")
 
 
+@pytest.mark.of_files
 @pytest.mark.parametrize("command", [["check"], ["seal"], ["keys", "rotate"], ["trust", "c"]], ids=" ".join)
 @pytest.mark.parametrize("case", DATABASES)
 def test_found_database(case: str, command: list[str], bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
@@ -966,11 +984,13 @@ def test_found_database(case: str, command: list[str], bench: Bench, capsys: pyt
     assert not (bench.folder / "keys" / "next.pem").exists()
 
 
+@pytest.mark.of_files
 def test_a_valid_but_empty_file_becomes_the_database(bench: Bench) -> None:
     bench.database.write_bytes(b"")
     assert len(bench.load(FIRST).added) == 3
 
 
+@pytest.mark.of_files
 @pytest.mark.parametrize("url", ["nowhere/x.db", "inventory.yaml/x.db", "keys"])
 def test_database_in_an_impossible_place(url: str, bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
     path = write_inventory(bench.folder, C, service=f"  database: sqlite:///{url}")
@@ -981,6 +1001,7 @@ def test_database_in_an_impossible_place(url: str, bench: Bench, capsys: pytest.
     assert not (bench.folder / "nowhere").exists()
 
 
+@pytest.mark.of_files
 def test_open_from_elsewhere(
     bench: Bench, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -1090,6 +1111,7 @@ def test_start_after_kill(bench: Bench) -> None:
         assert "1 kept" in service.output
 
 
+@pytest.mark.of_files
 def test_locked_by_a_dead_process(bench: Bench) -> None:
     """The lock ends with its process, whatever the way."""
     code = (
