@@ -2831,6 +2831,17 @@ class SqliteFile:
         session.execute(sqlalchemy.text(f"PRAGMA user_version = {SCHEMA}"))
         session.execute(sqlalchemy.text(f"PRAGMA application_id = {APPLICATION}"))
 
+    def last_number(self, session: Session, column: sqlalchemy.Column[Any]) -> int:
+        """The last number that was given to a row, which may be gone; 0 where that is not known."""
+        return session.scalar(sqlalchemy.text("SELECT seq FROM sqlite_sequence WHERE name = :name"),
+                              {"name": column.table.name}) or 0
+
+    def number_after(self, session: Session, column: sqlalchemy.Column[Any], last: int) -> None:
+        """Has the next row be given a later one."""
+        values = {"name": column.table.name, "last": last}
+        session.execute(sqlalchemy.text("DELETE FROM sqlite_sequence WHERE name = :name"), values)
+        session.execute(sqlalchemy.text("INSERT INTO sqlite_sequence VALUES (:name, :last)"), values)
+
     def checkpoint(self, connection: sqlalchemy.Connection) -> None:
         """Brings to the disk what was committed, the last of which a loss of power might take. Raises StorageError."""
         connection.exec_driver_sql("COMMIT")
@@ -3048,6 +3059,19 @@ class PostgresServer:
     def mark(self, session: Session) -> None:
         """Notes down that it is ours, and of SCHEMA."""
         session.merge(Setting(name="schema", value=SCHEMA, text=f"{APPLICATION:x}"))
+
+    def last_number(self, session: Session, column: sqlalchemy.Column[Any]) -> int:
+        """The last number that was given to a row, which may be gone; 0 for none."""
+        return session.scalar(sqlalchemy.text("SELECT last_value FROM pg_sequences WHERE schemaname = current_schema() "
+                                              "AND sequencename = :name"), {"name": self._sequence(column)}) or 0
+
+    def number_after(self, session: Session, column: sqlalchemy.Column[Any], last: int) -> None:
+        """Has the next row be given a later one."""
+        session.execute(sqlalchemy.text("SELECT setval(CAST(:name AS regclass), greatest(:last, 1), :last > 0)"),
+                        {"name": self._sequence(column), "last": last})
+
+    def _sequence(self, column: sqlalchemy.Column[Any]) -> str:
+        return f"{column.table.name}_{column.name}_seq"
 
     def checkpoint(self, connection: sqlalchemy.Connection) -> None:
         """What was committed is on the disk."""
@@ -15921,10 +15945,12 @@ class Heartbeat(threading.Thread):
 
 
 # === Backup ==================================================================
-# Database, keys and inventory in one archive, while the service runs, and back where there are none. In the process of
-# the command; what it reads fits each other, and what it writes is its owner's alone.
-# Gives: backup, DATABASE, restore
+# Database, keys and inventory in one archive, while the service runs, and back where there are none; and a database as
+# one of the other kind. In the process of the command; what it reads fits each other, and what it writes is its owner's
+# alone.
+# Gives: backup, copy_rows, DATABASE, restore
 DATABASE = "healthchecker.db"   # in a backup, wherever it stands
+COPIED_AT_ONCE = 1000           # rows
 
 
 def stated_service(path: Path, document: Document) -> ServiceSettings:
@@ -15974,6 +16000,58 @@ def backup(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def everything(table: sqlalchemy.Table) -> sqlalchemy.Select[Any]:
+    """All that is to be copied of a table, in the order of its keys; not the schema, which is the database's own."""
+    query = sqlalchemy.select(table).order_by(*table.primary_key)
+    return query.where(table.c.name != "schema") if table.name == "setting" else query
+
+
+def count_rows(session: Session, table: sqlalchemy.Table) -> int:
+    return session.scalar(sqlalchemy.select(func.count()).select_from(everything(table).subquery())) or 0
+
+
+def rows_in(session: Session, table: sqlalchemy.Table) -> Iterator[list[dict[str, Any]]]:
+    """The same, COPIED_AT_ONCE rows at a time, without zero characters, which PostgreSQL cannot keep."""
+    for part in session.execute(everything(table), execution_options={"yield_per": COPIED_AT_ONCE}).partitions():
+        yield [{name: value.replace("\0", "\ufffd") if isinstance(value, str) else value
+                for name, value in row._mapping.items()} for row in part]
+
+
+@contextlib.contextmanager
+def transaction(store: Store, **options: bool) -> Iterator[Session]:
+    """A session beside that of another store: Flask-SQLAlchemy has one at a time."""
+    with store.app.app_context():
+        engine = db.engine
+    with Session(engine) as session:
+        session.connection(execution_options=options)
+        yield session
+        session.commit()
+
+
+def copy_rows(source: Store, target: Store, show: Callable[[int, int], None]) -> int:
+    """Copies everything into an empty database and compares what is there then, all or nothing; how many rows. `show`
+    is told how many are done, of how many. Raises UsageError and StorageError."""
+    tables = [table for table in Base.metadata.sorted_tables if table.name != "machine"]
+    with transaction(source) as old, transaction(target, immediate=True) as new:
+        if any(count_rows(new, table) for table in tables):
+            raise UsageError(f"database {target.database} is not empty; name another one")
+        total, done = sum(count_rows(old, table) for table in tables), 0
+        for table in tables:
+            for rows in rows_in(old, table):
+                new.execute(sqlalchemy.insert(table), rows)
+                show(done := done + len(rows), 2 * total)
+            if (column := table.autoincrement_column) is not None:
+                last = old.scalar(sqlalchemy.select(func.max(column))) or 0
+                target.database.number_after(new, column, max(last, source.database.last_number(old, column)))
+        for table in tables:
+            for before, after in itertools.zip_longest(rows_in(old, table), rows_in(new, table)):
+                if before != after:
+                    raise StorageError(f"table {table.name} is not the same there; nothing was copied")
+                show(done := done + len(before), 2 * total)
+    target.checkpoint()
+    return total
+
+
 def restore(arguments: argparse.Namespace) -> int:
     """Brings database, keys and inventory back where there are none; all or nothing."""
     path = arguments.inventory.absolute()
@@ -16011,7 +16089,7 @@ def restore(arguments: argparse.Namespace) -> int:
 # locks it, and has the workers load the application: up to here a fault ends the start, and nothing was written. Then
 # it takes the inventory over, stored states open the gate, the console answers, the workers may serve. It ends the
 # other way round: the workers drain while the pollers go on, then console, pollers and database close.
-# Gives: check_files, Installation, reload, serve
+# Gives: check_files, database_at, Installation, reload, serve
 RELOAD_END = 2.0                # seconds that the end of the service waits for one
 
 
@@ -16129,6 +16207,19 @@ class Installation:
         before = json.loads(text) if text else now
         return ["the names of groups and routes" if name == "gates" else f"service.{name}"
                 for name in sorted(before.keys() | now) if before.get(name) != now.get(name)]
+
+
+def database_at(text: str, installation: Installation) -> Database:
+    """The one of a URL, with the password that the inventory states for it, if it does. Raises UsageError."""
+    try:
+        url = TypeAdapter(DatabaseUrl).validate_python(text, context=installation.path.parent)
+    except ValidationError as error:
+        raise UsageError(f"the URL of a database {message_of(error.errors()[0])}") from None
+    stated = installation.service
+    named = stated.model_copy(update={"database": url})
+    if named.database_path or stated.database_path or named.database_binding != stated.database_binding:
+        named = named.model_copy(update={"database_password": None})
+    return database_of(named)
 
 
 def prepare(installation: Installation, store: Store) -> Vault:
@@ -16681,6 +16772,20 @@ def replace_keys(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def copy_database(arguments: argparse.Namespace) -> int:
+    """Copies a database into an empty one, of the same kind or the other, while no service runs on either."""
+    installation = Installation(arguments.inventory)
+    source, target = (database_at(url, installation) for url in (arguments.source, arguments.target))
+    if not source.inspect():
+        raise UsageError(f"there is no database {source}")
+    target.inspect()
+    with source.lock(), target.lock(), contextlib.closing(Store(source, locked=True)) as old, \
+            contextlib.closing(Store(target, locked=True)) as new:
+        count = copy_rows(old, new, show_progress)
+    print(f"{count} rows were copied and compared; keys and inventory stay: name the database in service.database")
+    return 0
+
+
 def typed_password() -> str:
     """A password from the terminal, without an echo and twice, or the first line of what is piped in."""
     if not sys.stdin.isatty():
@@ -16878,6 +16983,20 @@ def add_resource_commands(commands: Any) -> None:
     command.set_defaults(run=trust)
 
 
+def add_database_commands(commands: Any) -> None:
+    for run, what in ((backup, "write database, keys and inventory into one archive, also while the service runs"),
+                      (restore, "bring them back, where there are none")):
+        command = commands.add_parser(run.__name__, help=what)
+        command.add_argument("file", type=Path, metavar="FILE")
+        command.set_defaults(run=run)
+    command = commands.add_parser("database", help="`database copy FROM TO`: everything into an empty one; each is "
+                                                   "sqlite:///path or postgresql+psycopg://user@host/name")
+    command.add_argument("action", choices=("copy",))
+    command.add_argument("source", metavar="FROM")
+    command.add_argument("target", metavar="TO")
+    command.set_defaults(run=copy_database)
+
+
 def command_line() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="healthchecker.py", description=(
         "A web application answers only while the machines it depends on are healthy. Without a command: serve."))
@@ -16895,11 +17014,7 @@ def command_line() -> argparse.ArgumentParser:
                       (middleware, "print the gate for other servers, which reads service.lease_file"),
                       (reload, "have a running service take an edited inventory over")):
         commands.add_parser(run.__name__, help=what).set_defaults(run=run)
-    for run, what in ((backup, "write database, keys and inventory into one archive, also while the service runs"),
-                      (restore, "bring them back, where there are none")):
-        command = commands.add_parser(run.__name__, help=what)
-        command.add_argument("file", type=Path, metavar="FILE")
-        command.set_defaults(run=run)
+    add_database_commands(commands)
     users = commands.add_parser("user", help="`user add|passwd|remove|list|token`: who can log in")
     add_user_commands(users.add_subparsers(metavar="add|passwd|remove|list|token", required=True))
     add_gate_command(commands)

@@ -199,6 +199,7 @@ def test_the_settings_of_the_example_are_valid(tmp_path: Path, part: str) -> Non
     load_inventory(path)
     if part == "service":
         others = {"heartbeat_env", "heartbeat_file"}    # in place of `heartbeat`
+        others |= {"database_password", "database_password_env", "database_password_file"}  # of another `database`
         assert read.keys() == healthchecker.ServiceSettings.model_fields.keys() - others
 
 

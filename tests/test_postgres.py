@@ -17,7 +17,7 @@ import psutil
 import pytest
 import sqlalchemy
 from conftest import wait_for
-from postgres import PASSWORD, URL_FILE, Postgres, Program, database_in, execute
+from postgres import PASSWORD, URL_FILE, Postgres, Program, database_in, execute, refusing
 from pydantic import SecretStr
 from service import Service, prepared_keys, run, write_inventory
 from test_history import Notebook
@@ -28,6 +28,7 @@ from healthchecker import (
     InventoryError,
     PostgresServer,
     Setting,
+    SqliteFile,
     StorageError,
     Store,
     UsageError,
@@ -445,3 +446,139 @@ def test_backup_is_the_servers_own(folder: Path) -> None:
     done = run(path, "backup", str(folder / "b.tar.gz"))
     assert done.returncode == UsageError.exit_code and "pg_dump" in done.stderr
 
+
+
+# --- a database of the other kind ---
+def filled(folder: Path) -> Path:
+    """An installation with rows in every table, some of which are odd, and one number given that is gone."""
+    path = write_inventory(folder, HERE)
+    notebook = Notebook(folder, 3)
+    for number in range(3):
+        notebook.write(*(notebook.report(healthchecker.QUARTER + 60.25 * index, "hdu"[index % 3], number=number,
+                                         cpu_percent=index / 3) for index in range(900)))  # fmt: skip
+    notebook.tidy(60.0 * 1000)
+    rows: dict[str, dict[str, Any]] = {
+        "user": {"username": "ä\u2028\U0001f600'\"\\", "password": bytes(range(256)), "salt": b"", "initial": True},
+        "maintenance": {"state": "begun", "start_at": 0.1 + 0.2, "until_at": 2.0**40, "scope": "{}", "reason": ""},
+        "acknowledgement": {"resource_id": 1, "at": 1e-300, "actor": "", "comment": "%s %(x)s :y"},
+        "login_session": {"token_hash": "00", "kind": "named", "user_id": 1, "begun_at": 1.0, "seen_at": 0.0,
+                          "address": "::1"},
+        "receiver": {"name": "ops", "url": "HC2.x"},
+        "notice": {"receiver_id": 1, "kind": "gate", "name": "", "text": "", "ending": "", "times": 3, "since_at": 1.0,
+                   "taken_at": 1.0, "over_at": 0.0, "told_at": 0.0},
+        "watched_time": {"from_at": 1.0, "to_at": 2.0},
+        "incident": {"id": 2**40, "group": "", "from_at": 1.0, "to_at": 2.0, "end": "opened", "why": "", "actor": "",
+                     "opened_by": "", "before": "", "mode": "enforce", "refused": 2**35, "would_refuse": 0},
+    }  # fmt: skip
+    known = healthchecker.Base.metadata.tables
+    kinds = {mapper.local_table.name: mapper.class_ for mapper in healthchecker.Base.registry.mappers}
+    with notebook.store.writing() as session:
+        session.add(healthchecker.Resource(name="gone", hostname="h", platform="local", port=1, settings="{}"))
+    with notebook.store.writing() as session:
+        session.delete(session.scalars(sqlalchemy.select(healthchecker.Resource).filter_by(name="gone")).one())
+        revise(session)
+        for table in (name for name in known if name in rows):
+            session.add(kinds[table](**rows[table]))
+            session.flush()
+    empty = [name for name in known if not execute(notebook.store.database, f'SELECT 1 FROM "{name}" LIMIT 1')]
+    notebook.store.close()
+    assert set(empty) <= {"machine"}, "a new table needs a row here"
+    return path
+
+
+def content(database: Any) -> dict[str, list[Any]]:
+    with contextlib.closing(Store(database)) as store, store.reading() as session:
+        return {table.name: [tuple(row) for row in session.execute(healthchecker.everything(table))]
+                for table in healthchecker.Base.metadata.sorted_tables if table.name != "machine"}  # fmt: skip
+
+
+def next_number(database: Any) -> int:
+    with contextlib.closing(Store(database)) as store, store.writing() as session:
+        row = healthchecker.Resource(name="next", hostname="h", platform="local", port=1, settings="{}")
+        session.add(row)
+        session.flush()
+        number = row.id
+        session.rollback()
+        return number
+
+
+def test_copied_there_and_back(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Every row of every table, and which numbers were given; the source stays as it is."""
+    files = tmp_path_factory.mktemp("files")
+    filled(files)
+    path, first, url = write_inventory(folder), SqliteFile(files / "healthchecker.db"), str(database_in(folder))
+    before = content(first)
+    done = run(path, "database", "copy", f"sqlite:///{first}", url)
+    assert (done.returncode, done.stderr) == (0, "")
+    count = sum(len(rows) for rows in before.values())
+    assert done.stdout.startswith(f"{count} rows were copied and compared") and count > 2700
+    assert content(database_in(folder)) == before == content(first)
+    back = run(path, "database", "copy", url, "sqlite:///back.db")
+    assert (back.returncode, back.stderr) == (0, "")
+    second = SqliteFile(folder / "back.db")
+    assert content(second) == before
+    assert next_number(first) == next_number(database_in(folder)) == next_number(second) == 5
+
+
+def test_what_is_copied_goes_on(folder: Path) -> None:
+    """A service that begins on it has all that the one before knew."""
+    url = (folder / URL_FILE).rename(folder / "later")
+    path = write_inventory(folder, HERE)
+    with Service(path) as service:
+        service.wait_status("/", 200)
+    url.rename(folder / URL_FILE)
+    path = write_inventory(folder, HERE)
+    assert run(path, "database", "copy", "sqlite:///healthchecker.db", str(database_in(folder))).returncode == 0
+    with Service(path) as service:
+        assert "1 kept" in service.output
+        service.wait_status("/", 200)
+
+
+def test_copies_that_are_refused(folder: Path) -> None:
+    """Over what is there, of nothing, from or to where a service runs, and of what cannot be named."""
+    path, url = write_inventory(folder), str(database_in(folder))
+    Store(SqliteFile(folder / "a.db")).close()
+    with contextlib.closing(Store(SqliteFile(folder / "full.db"))) as store:
+        raise_revision(store)
+    refused = {
+        ("sqlite:///none.db", url): (2, "there is no database"),
+        (url, "sqlite:///new.db"): (2, "there is no database"),
+        ("sqlite:///a.db", "sqlite:///full.db"): (2, "is not empty"),
+        ("sqlite:///a.db", "postgresql+psycopg://hc:s3cret@127.0.0.1/x"): (2, "holds a password"),
+        ("sqlite:///a.db", "mysql://x"): (2, "must be sqlite:///path or postgresql+psycopg://"),
+        ("sqlite:///a.db", "sqlite:///a.db"): (4, "another HealthChecker is using"),
+    }
+    for (source, target), (code, why) in refused.items():
+        done = run(path, "database", "copy", source, target)
+        assert done.returncode == code and why in done.stderr and done.stderr.count("\n") == 1, (source, target)
+        assert "s3cret" not in done.stderr
+    with SqliteFile(folder / "a.db").lock():
+        assert run(path, "database", "copy", "sqlite:///a.db", url).returncode == 4
+    with database_in(folder).lock():
+        done = run(path, "database", "copy", "sqlite:///a.db", url)
+        assert done.returncode == 4 and "another HealthChecker (" in done.stderr
+    assert run(path, "database", "copy", "sqlite:///full.db", url).returncode == 0
+    assert run(path, "database", "copy", "sqlite:///full.db", url).returncode == 2
+
+
+def test_a_copy_that_fails_leaves_nothing(folder: Path) -> None:
+    """And it can be made again."""
+    filled_folder = folder / "old"
+    filled_folder.mkdir()
+    filled(filled_folder)
+    path, target = write_inventory(folder), database_in(folder)
+    Store(target).close()
+    command = ("database", "copy", f"sqlite:///{filled_folder / 'healthchecker.db'}", str(target))
+    with refusing(target, "INSERT ON sample", "NEW.at > 50000"):
+        done = run(path, *command)
+        assert (done.returncode, done.stderr) == (4, "the database cannot be used: as the test wants CONTEXT: PL/pgSQL "
+                                                     "function refuse() line 1 at RAISE\n")  # fmt: skip
+        assert not any(content(target).values())
+    execute(target, "CREATE FUNCTION change() RETURNS trigger LANGUAGE plpgsql AS "
+            "$$BEGIN NEW.reason = NEW.reason || ' '; RETURN NEW; END$$",
+            "CREATE TRIGGER change BEFORE INSERT ON sample FOR EACH ROW EXECUTE FUNCTION change()")  # fmt: skip
+    done = run(path, *command)
+    assert done.returncode == 4 and "table sample is not the same there; nothing was copied" in done.stderr
+    assert not any(content(target).values())
+    execute(target, "DROP FUNCTION change CASCADE")
+    assert run(path, *command).returncode == 0

@@ -527,7 +527,8 @@ def test_moved_without_its_password(old: str, new: str, bench: Bench) -> None:
     """A password never goes to another host or account by itself: exit 3 with line and column, nothing changed."""
     bench.load(FIRST)
     before = bench.dump()
-    with pytest.raises(SecretError, match=rf"^inventory\.yaml:{bench.line(7)}:5: .*write the password again$") as caught:
+    fault = rf"^inventory\.yaml:{bench.line(7)}:5: .*write the password again$"
+    with pytest.raises(SecretError, match=fault) as caught:
         bench.load(FIRST.replace(old, new))
     assert caught.value.exit_code == 3
     assert bench.dump() == before
@@ -539,7 +540,8 @@ def test_every_fault_of_an_import_comes_at_once(bench: Bench) -> None:
     """Two new resources without any credential: a line for each."""
     with pytest.raises(InventoryError) as caught:
         bench.load("  - {hostname: a, username: u}\n  - {hostname: b, username: u}\n")
-    assert re.findall(r"^inventory\.yaml:(\d+:\d+): ", str(caught.value), re.MULTILINE) == [f"{bench.line(n)}:5" for n in (6, 7)]
+    places = [f"{bench.line(number)}:5" for number in (6, 7)]
+    assert re.findall(r"^inventory\.yaml:(\d+:\d+): ", str(caught.value), re.MULTILINE) == places
 
 
 def test_sealed_for_another_resource(bench: Bench) -> None:
