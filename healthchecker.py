@@ -2681,8 +2681,9 @@ def revise(session: Session) -> None:
 # Gives: BUSY_TIMEOUT, Database, CLAIM_LIFE, PostgresServer, SqliteFile, Store
 MIN_ROOM = 1 << 17              # bytes of a disk that is as good as full: what SQLite needs to open a database
 BUSY_TIMEOUT = 5.0              # seconds a writer waits for another one, and whoever connects for a server
-STATEMENT_TIMEOUT = 30.0        # seconds after which PostgreSQL gives a statement up
-ANSWER_TIMEOUT = 35.0                  # seconds without a byte of it after which a connection is given up
+# PostgreSQL gives a statement up, and we a connection without a byte of it, after so many seconds: two of these and one
+# try to connect take less time than an open gate outlasts a monitor that waits.
+STATEMENT_TIMEOUT, ANSWER_TIMEOUT = 10.0, 12.0
 ABANDONED = 60.0                # seconds after which it ends a transaction in which nothing is asked
 WRITE_LOCK = APPLICATION        # number of its lock that whoever writes holds
 CLAIM_INTERVAL = 2.0            # seconds between two signs of life of a service
@@ -3050,6 +3051,14 @@ class PostgresServer:
         """Has transactions begin as they have to."""
         event.listen(engine, "begin", lambda connection: connection.exec_driver_sql(
             WRITING if connection.get_execution_options().get("immediate") else READING))
+        event.listen(engine, "handle_error", self._shorten)
+
+    @staticmethod
+    def _shorten(context: sqlalchemy.engine.ExceptionContext) -> None:
+        """An error of the server quotes the row and the statement that it is of: these stay out of every log."""
+        error: Any = context.original_exception
+        if message := getattr(getattr(error, "diag", None), "message_primary", None):
+            error.args = (message,)
 
     def version(self, session: Session) -> int:
         """Its schema, within the transaction that migrates it."""
@@ -9102,6 +9111,7 @@ class Recorder(threading.Thread):
                     every = sqlalchemy.select(Resource.id).execution_options(removed=True)
                     self._untidy, self._rolled = list(session.scalars(every)), end
             for _ in range(min(TIDY_AT_ONCE, len(self._untidy))):
+                self._aggregator.beat("recorder")       # each may take seconds where the database is slow
                 resource_id = self._untidy.pop()
                 with self._store.writing() as session:
                     roll_up(session, resource_id, self._rolled)

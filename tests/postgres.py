@@ -12,14 +12,15 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import sqlalchemy
 from pydantic import SecretStr
 from sshd import SYSTEM_PATH, wait_for
 
-from healthchecker import Database, PostgresServer, SqliteFile
+if TYPE_CHECKING:  # conftest.py, which finds it, imports this module first
+    from healthchecker import Database
 
 # Debian keeps a version's programs out of PATH; PgBouncer refuses root as PostgreSQL does.
 BINARIES = max(Path("/usr/lib/postgresql").glob("*/bin"), default=None, key=lambda path: int(path.parent.name))
@@ -177,6 +178,8 @@ def open_pgbouncer(postgres: Postgres) -> Iterator[Program]:
 
 def database_in(folder: Path, name: str = "healthchecker.db") -> Database:
     """The database of a test in its folder."""
+    from healthchecker import PostgresServer, SqliteFile  # noqa: PLC0415
+
     if (folder / URL_FILE).exists():
         return PostgresServer((folder / URL_FILE).read_text(encoding="utf-8"), SecretStr(PASSWORD))
     return SqliteFile(folder / name)
@@ -194,14 +197,15 @@ def refusing(database: Database, what: str, when: str = "true") -> Iterator[None
     """Has a database refuse to write, such as INSERT ON event."""
     function = ("CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS "
                 "$$BEGIN RAISE EXCEPTION 'as the test wants'; END$$")  # fmt: skip
-    if isinstance(database, SqliteFile):
+    is_file = hasattr(database, "path")
+    if is_file:
         execute(database, f"CREATE TRIGGER refuse BEFORE {what} WHEN {when} "
                           "BEGIN SELECT RAISE(ABORT, 'as the test wants'); END")  # fmt: skip
     else:
         execute(database, function, f"CREATE TRIGGER refuse BEFORE {what} FOR EACH ROW WHEN ({when}) "
                                     "EXECUTE FUNCTION refuse()")  # fmt: skip
     yield
-    execute(database, "DROP TRIGGER refuse" if isinstance(database, SqliteFile) else "DROP FUNCTION refuse CASCADE")
+    execute(database, "DROP TRIGGER refuse" if is_file else "DROP FUNCTION refuse CASCADE")
 
 
 def execute(database: Database, *statements: str, **values: object) -> list[Any]:
