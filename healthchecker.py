@@ -2734,6 +2734,7 @@ class SqliteFile:
     """A database in a file, of which there is one service. Its methods are those of PostgresServer."""
 
     insert = staticmethod(sqlite.insert)
+    end_of = staticmethod(lambda text, count: func.substr(text, -count))
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -2933,10 +2934,11 @@ class Claim(threading.Thread):
 
     def _try(self) -> dict[tuple[str, str], float]:
         """Has a row where no other lives; else when the others were seen, by name and instance."""
-        connection, create = self._connection, CreateTable(Base.metadata.tables["machine"], if_not_exists=True)
+        connection, create = self._connection, CreateTable(Base.metadata.tables["machine"])
         try:
             connection.execute(WRITING)
-            connection.execute(str(create.compile(dialect=sqlalchemy.make_url(POSTGRES).get_dialect()())))
+            if connection.execute("SELECT to_regclass('machine')").fetchone() == (None,):
+                connection.execute(str(create.compile(dialect=sqlalchemy.make_url(POSTGRES).get_dialect()())))
             living = {(name, instance): seen for name, instance, seen in connection.execute(LIVING)}
             if not living:
                 connection.execute("DELETE FROM machine")
@@ -2965,11 +2967,17 @@ class Claim(threading.Thread):
         self._connection.close()
 
 
+def plain_reason(error: BaseException) -> str:
+    """What psycopg says, without the row and the statement that a server quotes: these stay out of every log."""
+    return one_line(getattr(getattr(error, "diag", None), "message_primary", None) or str(error))
+
+
 class PostgresServer:
     """A database of PostgreSQL, perhaps behind a pooler that has a connection for a transaction: so nothing is kept in
     a session, and every lock is a transaction's. Its methods are those of SqliteFile."""
 
     insert = staticmethod(postgresql.insert)
+    end_of = staticmethod(func.right)
 
     def __init__(self, url: str, password: SecretStr | None = None) -> None:
         """Raises UsageError where psycopg is missing."""
@@ -2996,7 +3004,7 @@ class PostgresServer:
             with contextlib.closing(self.connect()) as connection:
                 yield connection
         except self._error as error:
-            raise StorageError(f"database {self} cannot be used: {one_line(str(error))}") from error
+            raise StorageError(f"database {self} cannot be used: {plain_reason(error)}") from error
 
     def inspect(self, *, whole: bool = True) -> int:
         """The schema of the database, 0 while it is empty. Raises StorageError for what is not ours."""
@@ -3025,7 +3033,7 @@ class PostgresServer:
             claim = Claim(self.connect, lost)
             other = claim.take()
         except self._error as error:
-            raise StorageError(f"database {self} cannot be used: {one_line(str(error))}") from error
+            raise StorageError(f"database {self} cannot be used: {plain_reason(error)}") from error
         if other:
             claim.close()
             raise StorageError(f"another HealthChecker ({other}) is using database {self}; stop that one first")
@@ -3055,10 +3063,7 @@ class PostgresServer:
 
     @staticmethod
     def _shorten(context: sqlalchemy.engine.ExceptionContext) -> None:
-        """An error of the server quotes the row and the statement that it is of: these stay out of every log."""
-        error: Any = context.original_exception
-        if message := getattr(getattr(error, "diag", None), "message_primary", None):
-            error.args = (message,)
+        context.original_exception.args = (plain_reason(context.original_exception),)
 
     def version(self, session: Session) -> int:
         """Its schema, within the transaction that migrates it."""
@@ -9002,16 +9007,13 @@ FOLLOW_INTERVAL = 50.0          # seconds after which the rows are looked at in 
 CLOCK_STEP = 60.0               # seconds by which a clock that was set differs from one that is only adjusted
 
 
-@functools.cache
-def upserts(insert: Callable[[Any], Any]) -> tuple[Any, Any]:
+def upserts(database: Database) -> tuple[Any, Any]:
     """What writes statuses and samples: by tables, an insert of which costs half of what one of its class does."""
-    status = insert(Base.metadata.tables["status"])
-    strip = Status.strip + status.excluded["strip"]
-    end = func.substr(strip, func.length(strip) - STRIP + 1)
+    status: Any = database.insert(Base.metadata.tables["status"])
     values = {column.name: column for column in status.excluded} | {
-        "strip": sqlalchemy.case((func.length(strip) > STRIP, end), else_=strip)}
+        "strip": database.end_of(Status.strip + status.excluded["strip"], STRIP)}
     return (status.on_conflict_do_update(index_elements=["resource_id"], set_=values),
-            insert(SAMPLES).on_conflict_do_nothing())
+            database.insert(SAMPLES).on_conflict_do_nothing())
 
 
 
@@ -9033,6 +9035,7 @@ class Recorder(threading.Thread):
         super().__init__(name="recorder", daemon=True)
         self._incidents = incident_log or IncidentLog(aggregator)
         self._store, self._aggregator, self._retention = store, aggregator, retention or Retention()
+        self._upserts = upserts(store.database)
         self._reports: queue.SimpleQueue[Report] = queue.SimpleQueue()
         self._ending = threading.Event()
         self._trouble = Trouble("the recorder stopped and goes on")
@@ -9154,7 +9157,7 @@ class Recorder(threading.Thread):
             strips[row["resource_id"]] += row["poll"]
         statuses = [report.status | {"strip": strips[number][-STRIP:]}
                     for number, report in self._latest.items() if number in alive]
-        for statement, rows in zip(upserts(self._store.database.insert), (statuses, samples), strict=True):
+        for statement, rows in zip(self._upserts, (statuses, samples), strict=True):
             if rows:
                 session.execute(statement, rows)
         for event in self._events:

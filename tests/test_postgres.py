@@ -468,6 +468,32 @@ def test_a_service_on_postgres(folder: Path, postgres: Postgres) -> None:
     assert PASSWORD not in str(execute(database_in(folder), "SELECT * FROM setting"))
 
 
+def test_a_service_whose_place_was_taken_ends(folder: Path) -> None:
+    with Service(write_inventory(folder, HERE), code=StorageError.exit_code) as service:
+        service.wait_status("/", 200)
+        execute(database_in(folder), "UPDATE machine SET instance = 'another', seen_at = seen_at + 3600")
+        service.process.wait(60)
+    assert "another HealthChecker has begun on database postgresql+psycopg://" in service.output
+    assert [instance for instance, *_ in execute(database_in(folder), "SELECT * FROM machine")] == ["another"]
+
+
+def test_an_account_without_the_right_to_make_tables(postgres: Postgres) -> None:
+    """It is enough where they are there."""
+    name = postgres.database()
+    owner = PostgresServer(postgres.url(name), SecretStr(PASSWORD))
+    postgres.execute(f"CREATE ROLE poor{name} LOGIN PASSWORD '{PASSWORD}'")
+    poor = PostgresServer(postgres.url(name).replace("owner@", f"poor{name}@"), SecretStr(PASSWORD))
+    for use in (Store, PostgresServer.lock):
+        with pytest.raises(StorageError, match=r"permission denied for schema public$"):
+            use(poor)
+    with owner.lock():
+        Store(owner, locked=True).close()
+    execute(owner, f"GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA public TO poor{name}",
+            f"GRANT USAGE ON ALL SEQUENCES IN SCHEMA public TO poor{name}")  # fmt: skip
+    with poor.lock(), opened(poor) as store:
+        raise_revision(store)
+
+
 def test_sealed_for_another_server(folder: Path) -> None:
     """A sealed password opens for its server alone."""
     path = write_inventory(folder)
