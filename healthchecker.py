@@ -2689,7 +2689,7 @@ WRITE_LOCK = APPLICATION        # number of its lock that whoever writes holds
 CLAIM_INTERVAL = 2.0            # seconds between two signs of life of a service
 CLAIM_LIFE = 6.0                # seconds after which one of them does not count
 OLDEST_POSTGRES = 14
-NO_PSYCOPG = ("service.database needs psycopg 3: run `pip install \"psycopg[binary]>=3.2\"` in the environment of the "
+NO_PSYCOPG = ("service.database needs psycopg 3: run `pip install \"psycopg[binary]>=3.3\"` in the environment of the "
               "service")
 
 
@@ -2877,8 +2877,9 @@ POSTGRES_COLUMNS = """SELECT relname, attname FROM pg_attribute JOIN pg_class ON
     JOIN pg_namespace ON pg_namespace.oid = relnamespace
     WHERE nspname = current_schema() AND relkind IN ('r', 'p') AND attnum > 0 AND NOT attisdropped"""
 DATABASE_CLOCK = "extract(epoch FROM clock_timestamp())"
+# Nor does what was seen in a future, which a clock once showed.
 LIVING = ("SELECT name, instance, seen_at FROM machine "      # noqa: S608  # nobody's words, as the next
-          f"WHERE seen_at > {DATABASE_CLOCK} - {CLAIM_LIFE}")
+          f"WHERE abs(seen_at - {DATABASE_CLOCK}) < {CLAIM_LIFE}")
 BEGIN_LIFE = f"INSERT INTO machine VALUES (%s, %s, %s, {DATABASE_CLOCK}, {DATABASE_CLOCK})"     # noqa: S608
 GO_ON = f"UPDATE machine SET seen_at = {DATABASE_CLOCK} WHERE instance = %s"                    # noqa: S608
 
@@ -2962,9 +2963,10 @@ class Claim(threading.Thread):
         self._ending.set()
         if self.is_alive():
             self.join(CLAIM_INTERVAL)
-        with contextlib.suppress(Exception):    # what it does not hear it finds out after CLAIM_LIFE
-            self._connection.execute("DELETE FROM machine WHERE instance = %s", [self._instance])
-        self._connection.close()
+        if not self.is_alive():     # or it waits for a database that is silent, which finds out after CLAIM_LIFE
+            with contextlib.suppress(Exception):
+                self._connection.execute("DELETE FROM machine WHERE instance = %s", [self._instance])
+            self._connection.close()
 
 
 def plain_reason(error: BaseException) -> str:

@@ -437,6 +437,16 @@ def test_a_service_that_died_is_waited_for(server: PostgresServer, monkeypatch: 
         assert len(execute(server, "SELECT * FROM machine")) == 1
 
 
+def test_a_service_of_the_future_is_none(server: PostgresServer) -> None:
+    """The database's clock was set back since."""
+    with server.lock():
+        pass
+    execute(server, "INSERT INTO machine VALUES ('another', 'b', '1', 1, extract(epoch FROM now()) + 3600)")
+    assert not server.is_running()
+    with server.lock():
+        assert server.is_running()
+
+
 def test_a_service_whose_place_was_taken_hears_of_it(server: PostgresServer) -> None:
     """It was cut off for too long; one whose row is gone takes its place again where that is free."""
     lost = threading.Event()
@@ -444,7 +454,7 @@ def test_a_service_whose_place_was_taken_hears_of_it(server: PostgresServer) -> 
         execute(server, "DELETE FROM machine")
         wait_for(lambda: server.is_running(), 60)
         assert not lost.is_set()
-        execute(server, "UPDATE machine SET instance = 'another', seen_at = seen_at + 3600")
+        execute(server, "UPDATE machine SET instance = 'another', seen_at = seen_at + 4")
         assert lost.wait(60)
 
 
@@ -471,7 +481,7 @@ def test_a_service_on_postgres(folder: Path, postgres: Postgres) -> None:
 def test_a_service_whose_place_was_taken_ends(folder: Path) -> None:
     with Service(write_inventory(folder, HERE), code=StorageError.exit_code) as service:
         service.wait_status("/", 200)
-        execute(database_in(folder), "UPDATE machine SET instance = 'another', seen_at = seen_at + 3600")
+        execute(database_in(folder), "UPDATE machine SET instance = 'another', seen_at = seen_at + 4")
         service.process.wait(60)
     assert "another HealthChecker has begun on database postgresql+psycopg://" in service.output
     assert [instance for instance, *_ in execute(database_in(folder), "SELECT * FROM machine")] == ["another"]
@@ -543,6 +553,7 @@ def filled(folder: Path) -> Path:
         for table in (name for name in known if name in rows):
             session.add(kinds[table](**rows[table]))
             session.flush()
+    execute(notebook.store.database, "UPDATE resource SET origin = 'removed' WHERE name = 'r2'")
     empty = [name for name in known if not execute(notebook.store.database, f'SELECT 1 FROM "{name}" LIMIT 1')]
     notebook.store.close()
     assert set(empty) <= {"machine"}, "a new table needs a row here"
@@ -576,6 +587,7 @@ def test_copied_there_and_back(folder: Path, tmp_path_factory: pytest.TempPathFa
     count = sum(len(rows) for rows in before.values())
     assert done.stdout.startswith(f"{count} rows were copied and compared") and count > 2700
     assert content(database_in(folder)) == before == content(first)
+    assert len(execute(database_in(folder), "SELECT name FROM resource")) == 3, "of one there is history alone"
     back = run(path, "database", "copy", url, "sqlite:///back.db")
     assert (back.returncode, back.stderr) == (0, "")
     second = SqliteFile(folder / "back.db")

@@ -368,6 +368,17 @@ def test_database_of_schema_4(tmp_path: Path) -> None:
         assert session.scalars(sqlalchemy.select(User.username)).all() == ["alice"]
 
 
+def test_database_of_schema_5(tmp_path: Path) -> None:
+    """It lacks a table."""
+    path = tmp_path / "healthchecker.db"
+    Store(path).close()
+    before = dump(path)
+    executed(path, "DROP TABLE machine", "PRAGMA user_version = 5")
+    Store(path).close()
+    assert sorted(dump(path).splitlines()) == sorted(before.splitlines())
+    assert SqliteFile(path).inspect() == healthchecker.SCHEMA
+
+
 def test_damaged_rows_of_history_do_not_stop_the_migration(tmp_path: Path) -> None:
     path = database_of_schema_2(tmp_path, "UPDATE sample SET packed = x'00' WHERE at = (SELECT min(at) FROM sample);")
     with closing(Store(path)) as store, store.reading() as session:
