@@ -8646,7 +8646,7 @@ class Recorder(threading.Thread):
         self._latest: dict[int, Report] = {}    # by the resource's id
         self._samples: collections.deque[dict[str, Any]] = collections.deque(maxlen=PENDING_ROWS)
         self._events: collections.deque[dict[str, Any]] = collections.deque(maxlen=PENDING_ROWS)
-        self._keys: dict[int, str] = {}         # host keys trusted on first use
+        self._keys: dict[int, Report] = {}      # those with a host key that was trusted on first use
         self._told: queue.SimpleQueue[Report] = queue.SimpleQueue()     # those of transitions
         self._changed_at = {SITE: time.time()}      # when it, a group or a route last opened or closed
         self.note("gate", "closed (the service starts)", self._changed_at[SITE], state="closed")
@@ -8742,7 +8742,7 @@ class Recorder(threading.Thread):
             self._latest[resource_id] = report
             self._samples.append(report.sample_row)
             if report.host_key:
-                self._keys[resource_id] = report.host_key
+                self._keys[resource_id] = report
         for report in (self._told.get() for _ in range(self._told.qsize())):
             self.note("state", report.transition, report.at, resource=report.target.name, state=report.standing.state)
 
@@ -8762,9 +8762,11 @@ class Recorder(threading.Thread):
             record_event(session, **event)
         well = {number for number, report in self._latest.items() if report.standing.healthy}
         end_acknowledgements(session, well, time.time())
-        for resource_id, key in self._keys.items():
-            session.execute(sqlalchemy.update(Resource).values(host_key=key)
-                            .where(Resource.id == resource_id, Resource.host_key.is_(None)))
+        for resource_id, report in self._keys.items():
+            polled = report.target.settings     # its address may be another one by now
+            session.execute(sqlalchemy.update(Resource).values(host_key=report.host_key).where(
+                Resource.id == resource_id, Resource.host_key.is_(None), Resource.hostname == polled.hostname,
+                Resource.port == polled.connect_port, Resource.username == polled.username))
 
     def close(self) -> None:
         """Writes the rest and ends the thread."""

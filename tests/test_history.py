@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 import sqlite3
 import time
@@ -123,6 +124,16 @@ def notebook(tmp_path: Path) -> Iterator[Notebook]:
 
 
 # --- a poll as a row ---
+@pytest.mark.parametrize("moved", ["hostname = 'other'", "port = 23", "username = 'v'", "interval = 9"])
+def test_a_host_key_is_written_for_the_address_that_showed_it(notebook: Notebook, moved: str) -> None:
+    """A change of the address may come between the poll and the recorder's turn."""
+    notebook.execute(f"UPDATE resource SET {moved}")
+    notebook.write(dataclasses.replace(notebook.report(START), host_key="ssh-ed25519 SHA256:x"))
+    with notebook.store.reading() as session:
+        row = session.get(Resource, notebook.id)
+    assert row and row.host_key == (None if "interval" not in moved else "ssh-ed25519 SHA256:x")
+
+
 def test_every_result_has_its_character() -> None:
     """A state or cause without one would end the recorder's work."""
     assert {cause for _, cause in POLLS.values()} == set(get_args(healthchecker.Cause))
