@@ -8327,8 +8327,8 @@ class MaintenanceKeeper:
 # which anything is known, for a service that does not run is neither open nor closed. Events cannot tell that for 90
 # days: one resource that flaps pushes the others out. In come transitions and what the workers count; rows go out. In
 # the recorder's thread; any thread reads. The start waits for first results and is no incident if the gate opens then.
-# Gives: gate_strip, Incident, IncidentLog, incidents, IncidentsQuery, IncidentView, prune_incidents, UptimeQuery,
-# UPTIMES, uptime, UptimeView
+# Gives: gate_strip, Incident, IncidentLog, incidents, IncidentsQuery, IncidentView, prune_incidents, refusals,
+# UptimeQuery, UPTIMES, uptime, UptimeView
 WATCH_INTERVAL = 5.0            # seconds after which what lasts is written again
 WATCH_GAP = 60.0                # seconds without a look, of a suspended machine: of those nothing is known
 START_PATIENCE = 60.0           # seconds for which a start may wait for first results
@@ -8397,6 +8397,9 @@ class UptimeQuery(Settings):
 class UptimeView(Settings):
     span: str
     percent: float | None       # of the time of which anything is known; None: of none
+    incidents: int
+    refused: int                # requests in those incidents
+    would_refuse: int
 
 
 def changes_before(session: Session, at: float) -> str:
@@ -8558,6 +8561,14 @@ def uptime(session: Session, group: str, now: float) -> dict[str, float | None]:
                          for which in (None, group))
         found[span] = max(0.0, 100 * (1 - closed / known)) if known > 0 else None
     return found
+
+
+def refusals(session: Session, group: str, since: float) -> Sequence[int]:
+    """How many incidents of the site (empty), a group or a route were not over before, and the requests meanwhile that
+    were refused, and that would have been."""
+    query = sqlalchemy.select(func.count(), func.total(Incident.refused), func.total(Incident.would_refuse))
+    return [int(number) for number in session.execute(
+        query.where(Incident.group == group, Incident.to_at >= since)).one()]
 
 
 def gate_strip(session: Session, group: str, span: str, now: float) -> str:
@@ -12519,10 +12530,11 @@ def list_incidents(who: Principal, query: Mapping[str, Any]) -> list[Incident]:
 
 def show_uptime(who: Principal, query: Mapping[str, Any]) -> list[UptimeView]:
     """For how much of day, week, month and 90 days the site, a group or a route was open; also as CSV."""
-    asked = validated(UptimeQuery, query, text=True)
+    asked, now = validated(UptimeQuery, query, text=True), who.context.clock()
     with who.context.store.reading() as session:
-        return [UptimeView(span=span, percent=percent)
-                for span, percent in uptime(session, asked.group, who.context.clock()).items()]
+        return [UptimeView(**dict(zip(UptimeView.model_fields, (span, percent, *refusals(
+            session, asked.group, now - UPTIMES[span] * DAY)), strict=True)))
+                for span, percent in uptime(session, asked.group, now).items()]
 
 
 @dataclass(frozen=True)
@@ -12604,6 +12616,9 @@ CONTENT_SECURITY_POLICY = ("default-src 'none'; script-src 'self'; style-src 'se
                            "connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'")
 
 
+FORMULAS = ("=", "+", "-", "@")     # begin one in a spreadsheet
+
+
 class Problem(Settings):
     """RFC 9457."""
 
@@ -12619,6 +12634,10 @@ def content(kind: str, schema: Any) -> dict[str, Any]:
     return {"content": {kind: {"schema": schema}}} if schema else {}
 
 
+def serves_csv(operation: Route) -> bool:
+    return operation.body is not None and "format" in operation.body.model_fields
+
+
 def describe(operation: Route, schemas: Mapping[Any, Any]) -> dict[str, Any]:
     answer, body = (schemas.get((operation.key, mode)) for mode in ("serialization", "validation"))
     parameters = [{"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
@@ -12630,6 +12649,8 @@ def describe(operation: Route, schemas: Mapping[Any, Any]) -> dict[str, Any]:
     elif body:
         described["requestBody"] = {"required": True, **content("application/json", body)}
     right = {"description": "Done", **content("application/json", answer)}
+    if serves_csv(operation):
+        right["content"] |= content("text/csv", {"type": "string"})["content"]
     wrong = {"description": "Refused", **content("application/problem+json", schemas["problem", "serialization"])}
     return described | {"summary": (operation.run.__doc__ or "").partition("\n")[0], "parameters": parameters,
                         "responses": {str(operation.status if answer else 204): right, "default": wrong}}
@@ -12769,7 +12790,7 @@ def json_body() -> dict[str, Any]:
 def wants_csv(operation: Route) -> bool:
     """Whether a list is asked for as CSV, where there is such a thing."""
     args, accepted = flask.request.args, flask.request.accept_mimetypes
-    return operation.body is not None and "format" in operation.body.model_fields and args.get(
+    return serves_csv(operation) and args.get(
         "format", accepted.best_match(["application/json", "text/csv"], "json")) in ("csv", "text/csv")
 
 
@@ -12778,7 +12799,7 @@ def csv_text(rows: Sequence[Mapping[str, Any]], names: Iterable[str]) -> str:
     file = io.StringIO()
     writer = csv.DictWriter(file, [*names])
     writer.writeheader()
-    writer.writerows({name: f"'{value}" if isinstance(value, str) and value[:1] in ("=", "+", "-", "@", "\t") else value
+    writer.writerows({name: f"'{value}" if isinstance(value, str) and value.lstrip()[:1] in FORMULAS else value
                       for name, value in row.items()} for row in rows)
     return file.getvalue()
 
@@ -12791,7 +12812,8 @@ def perform(operation: Route, **names: str) -> flask.typing.ResponseReturnValue:
     answer = operation.adapter.validate_python(found, from_attributes=True)
     if wants_csv(operation):
         text = csv_text(operation.adapter.dump_python(answer, mode="json"), get_args(operation.answer)[0].model_fields)
-        return flask.Response(text, operation.status, mimetype="text/csv")
+        name = {"Content-Disposition": f"attachment; filename={operation.path.rpartition('/')[2]}.csv"}
+        return flask.Response(text, operation.status, name, mimetype="text/csv")
     content = operation.adapter.dump_json(answer, warnings=False)   # they are of damaged rows
     return flask.Response(content, operation.status, mimetype="application/json")
 
@@ -13330,8 +13352,8 @@ else "?resource=" ~ event.resource|urlencode }}">{{ event.resource }}</a>{% endi
 <a class="brand" href="/-/">HealthChecker</a>
 {% if user %}
 <nav aria-label="Pages">
-{% for label, href in {"Overview": "/-/", "Events": "/-/events", "Users": "/-/users"}.items()
-   if admin or label != "Users" %}
+{% for label, href in {"Overview": "/-/", "Incidents": "/-/incidents", "Events": "/-/events",
+                       "Users": "/-/users"}.items() if admin or label != "Users" %}
 <a href="{{ href }}"{% if request.path == href %} aria-current="page"{% endif %}>{{ label }}</a>
 {% endfor %}
 </nav>
@@ -13358,7 +13380,6 @@ else "?resource=" ~ event.resource|urlencode }}">{{ event.resource }}</a>{% endi
 {% if last %}
 <p>for <b>{{ (now - last.at)|duration_text }}</b>, since {{ last.at|time_tag }}</p>
 {% endif %}
-<a href="/-/incidents">Incidents</a>
 {% if blockers %}
 <ul>
 {% for blocker in blockers[:5] %}
@@ -13688,30 +13709,37 @@ else "%g"|format(details[name]) if details[name] is number else details[name] }}
 {% endcall %}
 {% if older %}<p><a href="{{ older }}" rel="next">Older</a></p>{% endif %}
 """, "incidents.html": """<div class="tools"><h1>{{ title }}</h1>
-{{ chips("Time span", span_links, span) }}
-{% if groups %}
-<form class="filter" role="search" data-live data-keep>
-<input type="hidden" name="span" value="{{ span }}">
-<select name="group" aria-label="Group or route"><option value="">The whole site</option>{{ options(groups, group) }}
-</select><noscript><button>Filter</button></noscript></form>
-{% endif %}
-<a class="button" href="/-/api/incidents?format=csv&amp;group={{ group|urlencode }}">CSV</a></div>
-<section class="message" aria-label="Uptime"><p>Open:
-{% for name, percent in uptime.items() %}
-{{ name }} <b>{{ "%.3f %%"|format(percent) if percent is number else "unknown" }}</b>{{ "." if loop.last else "," }}
-{% endfor %}<span class="soft">Of the time in which the service ran.</span></p>{{ strip }}</section>
-{% call table("Incidents, newest first", ("From", "For", "Why", "Refused", "Before it"), "events") %}
+{{ chips("Time span", span_links, span) }}</div>
+{% call table("How long the gate was open", ("Of", "Last day", "week", "month", "90 days", "Last " ~ span, "Refused"),
+              "uptime") %}
+{% for row in rows %}
+<tr><th scope="row"><a href="{{ row.href }}"{% if row.name == group %} aria-current="true"{% endif %}>
+{{- row.name or "The whole site" }}</a></th>
+{% for percent in row.uptime.values() %}
+<td>{{ "%.3f %%"|format(percent) if percent is number else "not known" }}</td>
+{% endfor %}
+<td>{{ row.strip }}</td><td>{{ row.refusals[1] }}
+{%- if row.refusals[2] %} <small>{{ row.refusals[2] }} would have been</small>{% endif %}</td></tr>
+{% endfor %}
+{% endcall %}
+<p class="soft">Of the time in which the service ran. <a href="/-/api/uptime?format=csv&amp;group={{ group|urlencode
+}}">CSV</a>, <a href="/-/api/uptime?group={{ group|urlencode }}">JSON</a></p>
+<div class="tools"><h2>{{ group or "The whole site" }}: {{ found|length or "none" }} in the last {{ span }}</h2>
+<a class="button" href="/-/api/incidents?format=csv&amp;{{ asked }}">CSV</a>
+<a class="button" href="/-/api/incidents?{{ asked }}">JSON</a></div>
+{% call table("Incidents, newest first", ("From", "To", "Why", "Who", "Refused", "Changed before"), "incidents") %}
 {% for one in found %}
-<tr><td><time>{{ one.from_at|local_time }}</time></td>
-<td>{{ (one.to_at - one.from_at)|duration_text }}
-{%- if not one.end %} <i class="unhealthy">lasts</i>{% elif one.end == "unseen" %}, then the service was away;
-last seen <time>{{ one.to_at|local_time }}</time>{% endif %}</td>
+<tr><td>{{ one.from_at|time_tag }}</td>
+<td>{% if not one.end %}<b class="unhealthy">lasts</b>{% else %}{{ one.to_at|time_tag }}
+{%- if one.end == "unseen" %}<p class="soft">seen last; then the service was away</p>{% endif %}{% endif %}
+<p class="soft">{{ (one.to_at - one.from_at)|duration_text }}</p></td>
 <td>{{ one.why }}{% if one.mode == "observe" %} <i>observe: nothing was refused</i>{% endif %}
 {%- if one.opened_by %}<p class="soft">{{ one.opened_by }}</p>{% endif %}</td>
+<td>{{ one.actor }}</td>
 <td>{{ one.refused }}{% if one.would_refuse %} <small>{{ one.would_refuse }} would have been</small>{% endif %}</td>
 <td class="soft">{{ one.before }}</td></tr>
 {% else %}
-<tr><td colspan="5" class="soft">None.</td></tr>
+<tr><td colspan="6" class="soft">None.</td></tr>
 {% endfor %}
 {% endcall %}
 """, "users.html": """<div class="tools"><h1>{{ title }}</h1></div>
@@ -13919,7 +13947,7 @@ tbody th { min-width: 5rem; } thead th { border: 0; white-space: nowrap; }
 i { display: inline-block; padding: 0 .375rem; border: 1px solid var(--line); border-radius: 3px; font-style: normal;
   font-size: .75rem; line-height: 1.3; background: var(--sunken); color: var(--soft); }
 i.maintenance, i.degraded { color: var(--state); }
-.overview td { white-space: nowrap; }
+.overview td, .uptime td { white-space: nowrap; }
 .overview thead th { position: sticky; top: 0; z-index: 1; background: var(--surface);
   box-shadow: inset 0 -1px var(--line); }
 .overview tbody th { color: inherit; width: 100%; min-width: 14rem; }
@@ -14008,6 +14036,9 @@ form:has([value=simulated]:checked) .remote { display: none; }
   .actions .panel { left: 0; right: auto; } .events thead { display: none; }
   .events tr { display: block; padding: .5rem .75rem; border-top: 1px solid var(--line); }
   .events td { display: inline; border: 0; padding: 0 .5rem 0 0; }
+  :is(.uptime, .incidents) :is(thead, td:empty) { display: none; } .uptime .strip { width: 100%; }
+  :is(.uptime, .incidents) :is(tr, th, td) { display: block; border: 0; }
+  :is(.uptime, .incidents) tr { border-top: 1px solid var(--line); }
 }
 """
 PAGE_SCRIPT = r"""
@@ -14568,18 +14599,31 @@ def event_page() -> Answer:
                        refresh=None if wanted["before"] else "")
 
 
+class GateRow(NamedTuple):
+    """How long the site, a group or a route was open, as a person reads it."""
+
+    name: str                   # empty: the whole site
+    href: str                   # its incidents
+    uptime: Mapping[str, float | None]
+    strip: Markup
+    refusals: Sequence[int]     # see refusals
+
+
 def incident_page() -> Answer:
-    """When the gate was closed, and for how much of the time it was open."""
+    """When the gate was closed, and for how much of the time site, groups and routes were open."""
     who, args = current_principal(), flask.request.args
     span, group, now = args.get("span", ""), args.get("group", SITE), who.context.clock()
     span = span if span in UPTIMES else "month"
+    begin, names = now - UPTIMES[span] * DAY, [SITE, *(each.name for each in list_groups(who))]
     with who.context.store.reading() as session:
-        found = incidents(session, group=group, since=now - UPTIMES[span] * 86_400.0)
-        times, strip = uptime(session, group, now), gate_strip(session, group, span, now)
+        found = incidents(session, group=group, since=begin, limit=EVENTS_SHOWN)
+        rows = [GateRow(name, query_of({"span": span, "group": name}), uptime(session, name, now),
+                        strip_svg(gate_strip(session, name, span, now), f"Last {span}"), refusals(session, name, begin))
+                for name in names]
     links = [(name, query_of({"span": name, "group": group}), f"Last {name}", None) for name in UPTIMES]
-    return render_page("incidents", found=found, uptime=times, span=span, span_links=links, group=group,
-                       strip=strip_svg(strip, f"Last {span}"), refresh="",
-                       groups=[each.name for each in list_groups(who)])
+    asked = urlencode({"group": group, "since": written(begin)})
+    return render_page("incidents", title="Incidents", found=found, rows=rows, span=span, span_links=links,
+                       group=group, asked=asked, refresh="")
 
 
 # --- forms ---
