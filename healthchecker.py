@@ -13790,15 +13790,15 @@ else "%g"|format(details[name]) if details[name] is number else details[name] }}
 {% if older %}<p><a href="{{ older }}" rel="next">Older</a></p>{% endif %}
 """, "incidents.html": """<div class="tools"><h1>{{ title }}</h1>
 {{ chips("Time span", span_links, span) }}</div>
-{% call table("How long the gate was open", ("Of", "Last day", "week", "month", "90 days", "Last " ~ span, "Refused"),
-              "uptime") %}
+{% call table("For how much of the time it was open", ("Of", "Day", "Week", "Month", "90 days", "Last " ~ span,
+              "Refused then"), "uptime") %}
 {% for row in rows %}
 <tr><th scope="row"><a href="{{ row.href }}"{% if row.name == group %} aria-current="true"{% endif %}>
 {{- row.name or "The whole site" }}</a></th>
-{% for percent in row.uptime.values() %}
-<td>{{ "%.3f %%"|format(percent) if percent is number else "not known" }}</td>
+{% for label, percent in row.uptime.items() %}
+<td data-label="{{ label }}">{{ "%.3f %%"|format(percent) if percent is number else "not known" }}</td>
 {% endfor %}
-<td>{{ row.strip }}</td><td>{{ row.refusals[1] }}
+<td>{{ row.strip }}</td><td data-label="Refused">{{ row.refusals[1] }}
 {%- if row.refusals[2] %} <small>{{ row.refusals[2] }} would have been</small>{% endif %}</td></tr>
 {% endfor %}
 {% endcall %}
@@ -13807,7 +13807,8 @@ else "%g"|format(details[name]) if details[name] is number else details[name] }}
 <div class="tools"><h2>{{ group or "The whole site" }}: {{ found|length or "none" }} in the last {{ span }}</h2>
 <a class="button" href="/-/api/incidents?format=csv&amp;{{ asked }}">CSV</a>
 <a class="button" href="/-/api/incidents?{{ asked }}">JSON</a></div>
-{% call table("Incidents, newest first", ("From", "To", "Why", "Who", "Refused", "Changed before"), "incidents") %}
+{% call table("Incidents, newest first", ("From", "To", "Why", "Closed by", "Refused", "Changed before"),
+              "incidents") %}
 {% for one in found %}
 <tr><td>{{ one.from_at|time_tag }}</td>
 <td>{% if not one.end %}<b class="unhealthy">lasts</b>{% else %}{{ one.to_at|time_tag }}
@@ -13815,9 +13816,10 @@ else "%g"|format(details[name]) if details[name] is number else details[name] }}
 <p class="soft">{{ (one.to_at - one.from_at)|duration_text }}</p></td>
 <td>{{ one.why }}{% if one.mode == "observe" %} <i>observe: nothing was refused</i>{% endif %}
 {%- if one.opened_by %}<p class="soft">{{ one.opened_by }}</p>{% endif %}</td>
-<td>{{ one.actor }}</td>
-<td>{{ one.refused }}{% if one.would_refuse %} <small>{{ one.would_refuse }} would have been</small>{% endif %}</td>
-<td class="soft">{{ one.before }}</td></tr>
+<td data-label="Closed by">{{ one.actor }}</td>
+<td data-label="Refused">{{ one.refused }}
+{%- if one.would_refuse %} <small>{{ one.would_refuse }} would have been</small>{% endif %}</td>
+<td class="soft" data-label="Changed before">{{ one.before }}</td></tr>
 {% else %}
 <tr><td colspan="6" class="soft">None.</td></tr>
 {% endfor %}
@@ -14025,7 +14027,8 @@ small, footer, thead th, .hint, .error { font-size: .8125rem; } b { font-weight:
 table, dl, figure, .empty, .panel { background: var(--surface); border: 1px solid var(--line); }
 .top { min-height: 3rem; padding-block: .375rem; background: var(--surface); border-bottom: 1px solid var(--line); }
 .brand { color: inherit; font-weight: 650; }
-.top nav { display: flex; gap: 1.25rem; flex: 1; } .top nav a { color: var(--soft); padding: .25rem 0; }
+.top nav { display: flex; flex-wrap: wrap; gap: 0 1.25rem; flex: 1; }
+.top nav a { color: var(--soft); padding: .25rem 0; white-space: nowrap; }
 .top nav a[aria-current] { color: var(--text); box-shadow: 0 2px var(--link); }
 .who, .chips, .filter, .actions, .row { gap: .5rem; }
 .notice { padding-block: .625rem; background: color-mix(in srgb, var(--degraded) 16%, var(--page)); }
@@ -14085,7 +14088,7 @@ td > :is(.state, time), .events td:nth-child(2) { white-space: nowrap; } td:has(
 .strip path:first-child { stroke: var(--track); stroke-width: 2; transform: translateY(9px); }
 .strip .healthy { stroke-width: 9; transform: translateY(5.5px); }
 .strip .degraded { stroke-width: 14; transform: translateY(3px); }
-.message .strip { width: 100%; max-width: 60rem; height: 1.5rem; }
+.uptime .strip .unknown { stroke: none; }
 
 .title { align-items: start; justify-content: space-between; margin-top: 1rem; }
 .actions { align-items: start; position: relative; }
@@ -14137,12 +14140,13 @@ form:has([value=simulated]:checked) .remote { display: none; }
 
 .wall { min-height: 100vh; padding-block: 3vh; text-align: center; background: var(--state); color: var(--page);
   font-size: clamp(1.25rem, 3.5vw, 3.5rem); line-height: 1.25; }
-.wall h1 { font-size: clamp(4rem, 18vw, 40vh); line-height: 1; } .wall * { color: inherit; }
+.wall h1 { font-size: clamp(4rem, 18vw, 40vh); } .wall * { color: inherit; }
 .wall ul { list-style: none; margin-top: 3vh; } .wall small { font-size: .6em; }
 body:has(#lost:not([hidden])) .wall { --state: var(--soft); }
 
 @media (max-width: 60rem) {
-  .overview thead { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
+  :is(.overview, .uptime, .incidents) thead { position: absolute; width: 1px; height: 1px; overflow: hidden;
+    clip-path: inset(50%); }
   .overview, .overview tbody { display: block; }
   .overview tr { display: grid; grid-template-columns: repeat(3, minmax(0, 1fr)); gap: .125rem .75rem;
     padding: .5rem .75rem; border-top: 1px solid var(--line); }
@@ -14158,9 +14162,9 @@ body:has(#lost:not([hidden])) .wall { --state: var(--soft); }
   .actions .panel { left: 0; right: auto; } .events thead { display: none; }
   .events tr { display: block; padding: .5rem .75rem; border-top: 1px solid var(--line); }
   .events td { display: inline; border: 0; padding: 0 .5rem 0 0; }
-  :is(.uptime, .incidents) :is(thead, td:empty) { display: none; } .uptime .strip { width: 100%; }
-  :is(.uptime, .incidents) :is(tr, th, td) { display: block; border: 0; }
-  :is(.uptime, .incidents) tr { border-top: 1px solid var(--line); }
+  :is(.uptime, .incidents) :is(tr, th, td:not(:empty)) { display: block; border: 0; } .uptime .strip { width: 100%; }
+  :is(.uptime, .incidents) tr { border-top: 1px solid var(--line); } .incidents td:empty { display: none; }
+  .uptime td:not(:has(svg)) { display: inline-block; }
 }
 """
 PAGE_SCRIPT = r"""

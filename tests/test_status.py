@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from browser import PATIENCE, Faults, chromium
 from conftest import wait_for
 from console import Client, Local, Reply, console, local_console, make_user
 from service import Service, prepared_keys, run, write_inventory
@@ -348,3 +349,33 @@ def test_a_viewer_is_shown_no_less(tmp_path: Path) -> None:
         wait_for(lambda: word(local) == "open")
         local.log_in_as("viola")
         assert "viola" not in shown(local).body and "well<" not in shown(local).body
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="the page is the same there, but no chromium is")
+def test_a_wall_whose_service_dies(tmp_path: Path) -> None:
+    """It follows the gate by itself, with the token in its address; without an answer nothing of it says open."""
+    with chromium() as browser, console(tmp_path, WELL, f"  status_token: {TOKEN}") as (service, client):
+        faults, page = Faults(), browser.new_page()
+        page.set_default_timeout(PATIENCE)
+        faults.watch(page)
+        page.goto("http://wall:{}@{}:{}/-/status".format(TOKEN, *service.console))
+        main = page.locator("main")
+
+        def look() -> tuple[str, str, str]:
+            icon = page.locator("link[rel=icon]").get_attribute("href") or ""
+            return page.title().split(" · ")[0], icon.split(".")[-2], main.evaluate(
+                "each => getComputedStyle(each).backgroundColor")
+
+        wait_for(lambda: look()[:2] == ("open", "healthy"), 45)
+        green = look()[2]
+        client.api("POST", "gate", {"action": "close"})
+        wait_for(lambda: look()[:2] == ("closed", "unhealthy"), 45)
+        red = look()[2]
+        client.api("POST", "gate", {"action": "auto"})
+        wait_for(lambda: look() == ("open", "healthy", green), 45)
+        service.process.kill()
+        service.code = service.process.wait(60)
+        wait_for(lambda: look()[:2] == ("not known", "unknown"), 45)
+        assert len({green, red, look()[2]}) == 3 and "What is shown is old." in page.locator("#lost").inner_text()
+        assert not [fault for fault in faults if "ERR_CONNECTION" not in fault]
+        page.close()
