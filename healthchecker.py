@@ -14162,9 +14162,9 @@ body:has(#lost:not([hidden])) .wall { --state: var(--soft); }
   .actions .panel { left: 0; right: auto; } .events thead { display: none; }
   .events tr { display: block; padding: .5rem .75rem; border-top: 1px solid var(--line); }
   .events td { display: inline; border: 0; padding: 0 .5rem 0 0; }
-  :is(.uptime, .incidents) :is(tr, th, td:not(:empty)) { display: block; border: 0; } .uptime .strip { width: 100%; }
-  :is(.uptime, .incidents) tr { border-top: 1px solid var(--line); } .incidents td:empty { display: none; }
-  .uptime td:not(:has(svg)) { display: inline-block; }
+  :is(.uptime, .incidents) :is(tr, th, td) { display: block; border: 0; } .uptime .strip { width: 100%; }
+  :is(.uptime, .incidents) tr { border-top: 1px solid var(--line); }
+  .uptime td[data-label] { display: inline-block; } .incidents td:empty { display: none; }
 }
 """
 PAGE_SCRIPT = r"""
