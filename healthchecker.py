@@ -8371,7 +8371,7 @@ class Incident(Base):
 
     __tablename__ = "incident"
     id: Mapped[int] = mapped_column(primary_key=True)
-    group: Mapped[str]          # its name, empty for the whole site
+    group: Mapped[str] = mapped_column(index=True)          # its name, empty for the whole site
     from_at: Mapped[float] = mapped_column(index=True)      # Unix time
     to_at: Mapped[float]        # Unix time of the end or, while it lasts, until when it was seen
     end: Mapped[str]            # empty: it lasts | opened | unseen: the service ended before it did
@@ -8485,7 +8485,7 @@ class IncidentLog:
         self._aggregator, self._counted, self._clock, self._wall = aggregator, counted, clock, wall
         self._begun_at, self._looked_mono = wall(), clock()
         self._zero_at = self._begun_at - self._looked_mono      # the Unix time of the clock's 0
-        self._begun_mono, self._written_mono = self._looked_mono, -math.inf
+        self._begun_mono, self._written_mono, self._said_mono = self._looked_mono, -math.inf, -math.inf
         self._lasting: dict[str, Incident] = {}
         self._over: collections.deque[Incident | WatchedTime] = collections.deque(maxlen=2 * PRUNE_ROWS[1])
         self._watched: WatchedTime | None = None
@@ -8536,8 +8536,9 @@ class IncidentLog:
             self._count(name)
             incident.to_at = now_at
 
-    def write(self, session: Session, since: Callable[[str], float]) -> None:
-        """Within the caller's transaction; `since`: when a group last opened or closed."""
+    def write(self, session: Session, since: Callable[[str], float], *, changed: bool = True) -> None:
+        """Within the caller's transaction; `since`: when a group last opened or closed; `changed`: or how everything
+        stands is written again only after a while."""
         if not self._ids:
             session.execute(sqlalchemy.update(Incident).where(Incident.end == "").values(end="unseen"))
             self._ids = {kind: itertools.count(1 + (session.scalar(sqlalchemy.select(func.max(kind.id))) or 0))
@@ -8551,7 +8552,9 @@ class IncidentLog:
                     one.before = changes_before(session, one.from_at)
                 one.id = next(self._ids[type(one)])
             session.merge(one)
-        session.merge(Setting(name=STANDING, value=0, text="" if self._ends else self._standing(since)))
+        if changed or self._ends or self._clock() - self._said_mono >= WATCH_INTERVAL:
+            session.merge(Setting(name=STANDING, value=0, text="" if self._ends else self._standing(since)))
+            self._said_mono = self._clock()
 
     def written(self) -> None:
         """What write() was given is safe."""
@@ -8561,15 +8564,14 @@ class IncidentLog:
     def _standing(self, since: Callable[[str], float]) -> str:
         gates = [{"name": each.name, "state": each.state, "why": each.why, "since": since(each.name)}
                  for each in (*self._aggregator.groups(site=True), *self._aggregator.groups())]
-        counts, others = dict.fromkeys(get_args(PartView.model_fields["state"].annotation), 0), []
+        counts, others = collections.Counter(dict.fromkeys((*get_args(State), "maintenance"), 0)), []
         for name, standing, counted in self.standings():
             state = standing.state if counted else "maintenance"
             counts[state] += 1
             if state != "healthy":
                 others.append({"name": name, "state": state, "why": standing.why, "since": standing.since_at})
-        return ServiceView.model_validate({
-            "mono": self._clock(), "mode": self._aggregator.lease.mode, "gates": gates, "resources": counts,
-            "others": others}).model_dump_json()
+        return json.dumps({"mono": self._clock(), "mode": self._aggregator.lease.mode, "gates": gates,
+                           "resources": counts, "others": others})
 
     def _follow_clock(self, zero_at: float) -> None:
         """A clock that was set makes nothing longer or shorter that lasts."""
@@ -8777,7 +8779,7 @@ class Recorder(threading.Thread):
             if self._latest or self._events or self.incidents.due:
                 with self._store.writing() as session:
                     self._write(session)
-                    self.incidents.write(session, self.changed_at)
+                    self.incidents.write(session, self.changed_at, changed=bool(self._events))
                 self.incidents.written()
                 for written in (self._latest, self._samples, self._events, self._keys):
                     written.clear()
@@ -15107,7 +15109,9 @@ def status_page() -> Answer:
         shown = {"remark": remark_of(view, context.monitor.override.now), "since": view.gates[0].since, "turns": turns,
                  "gates": view.gates[1:], "named": sorted(named_states(context).items())}
         word = view.state
-    return render_page("status", layout="status.html", word=word if context.is_healthy else "closed", **shown)
+    if not context.is_healthy and word != "closed":     # the lease is the truth; the rest is of a moment ago
+        word, shown["since"] = "closed", None
+    return render_page("status", layout="status.html", word=word, **shown)
 
 
 BOARDS = (Route("GET", "/-/incidents", "viewer", incident_page), Route("GET", "/-/status", "public", status_page))
@@ -16197,7 +16201,7 @@ def status(arguments: argparse.Namespace) -> int:
     """Says what the running service says of everything, or of some, with exit codes of Nagios."""
     try:
         answer = told_status(Installation(arguments.inventory), arguments.names)
-    except (HealthCheckerError, sqlalchemy.exc.SQLAlchemyError, sqlite3.Error, OSError) as error:
+    except (HealthCheckerError, sqlalchemy.exc.SQLAlchemyError, sqlite3.Error, OSError, ValueError) as error:
         why = one_line(str(getattr(error, "orig", None) or error).replace("\n", "; "))
         answer = {"state": "unknown", "text": f"UNKNOWN: {why}"}
     print(json.dumps(answer) if arguments.json else answer["text"])
