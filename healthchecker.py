@@ -8371,8 +8371,8 @@ class Incident(Base):
 
     __tablename__ = "incident"
     id: Mapped[int] = mapped_column(primary_key=True)
-    group: Mapped[str] = mapped_column(index=True)          # its name, empty for the whole site
-    from_at: Mapped[float] = mapped_column(index=True)      # Unix time
+    group: Mapped[str] = mapped_column(index=True)  # its name, empty for the whole site
+    from_at: Mapped[float]      # Unix time
     to_at: Mapped[float]        # Unix time of the end or, while it lasts, until when it was seen
     end: Mapped[str]            # empty: it lasts | opened | unseen: the service ended before it did
     why: Mapped[str]
