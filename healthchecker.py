@@ -72,10 +72,12 @@ Sections, in file order; a definition refers only to what stands above it:
     Pages        what a person sees: forms, templates
     Style        style and script of the pages
     Views        the pages
+    Boards       what the gate did, and how it stands, to be looked at
     Console      the operators' door: pages and API under waitress, in the main process
     Notify       who is told of what, and the heartbeat
     Backup       database, keys and inventory in one archive
     Service      serve: from the start to the end
+    Status       what the running service says, for the command line and Nagios
     Commands     the command line: check, seal, endpoint, trust, user, gate, maintenance, keys
 """
 
@@ -975,7 +977,7 @@ def fits_platform(expect: Expect, info: Any) -> Expect:
 LEASE_GRACE = 2.0               # seconds added to a lease for a busy machine
 KEY_FILES = ("private.pem", "public.pem", "next.pem")
 COMPANIONS = ("-wal", "-shm", "-journal", ".lock")      # files beside the database
-TOKEN_CHARS = 16                # of a password that has to be shown by whoever reports
+TOKEN_CHARS = 16                # of a password that has to be shown by whoever reports, or looks
 WORKERS_MAX = 8                 # worker processes that `auto` starts at most
 Told = Literal["gate", "group", "state", "problem", "maintenance"]
 # Services of Apprise that are this machine itself or keep files on it, and what of a URL names a file of it.
@@ -994,6 +996,14 @@ def web_secret(secret: SecretStr) -> SecretStr:
     """The same, or a sealed one. Raises ValueError, without the URL."""
     if not secret.get_secret_value().startswith(TOKEN_PREFIXES):
         read_url(secret.get_secret_value())
+    return secret
+
+
+def long_token(secret: SecretStr) -> SecretStr:
+    """One that nobody guesses, or a sealed one. Raises ValueError."""
+    text = secret.get_secret_value()
+    if not text.startswith(TOKEN_PREFIXES) and not re.fullmatch(f"[!-~]{{{TOKEN_CHARS},}}", text):
+        raise ValueError(f"must have {TOKEN_CHARS} characters of ASCII or more, without blanks")
     return secret
 
 
@@ -1043,6 +1053,10 @@ class ServiceSettings(Settings):
     heartbeat_env: TextLine | None = None
     heartbeat_file: FilePath | None = None
     console_url: Annotated[str, AfterValidator(web_url)] | None = None      # of the console in notifications
+    status_page: bool = False                           # /-/status of the console's listener, for anyone
+    status_token: Annotated[Secret, AfterValidator(long_token)] | None = None   # for its bearer alone
+    status_token_env: TextLine | None = None
+    status_token_file: FilePath | None = None
     retention: Retention = Retention()
     database: SqliteUrl = "sqlite:///healthchecker.db"
     keys: FilePath = Path("keys")
@@ -1054,6 +1068,8 @@ class ServiceSettings(Settings):
     def _consistent(self) -> ServiceSettings:
         if self.hold and not self.uplink:
             raise ValueError("hold needs uplink: what answers unless this machine is cut off")
+        if self.status_page and self.status_token:
+            raise ValueError("use one of status_page, which anyone sees, and status_token")
         return self
 
     @property
@@ -1185,6 +1201,7 @@ class ResourceSettings(Settings):
     critical: bool = True               # False: shown, never closes the gate
     depends_on: tuple[Name, ...] = ()   # resources or groups: unhealthy while one of them is
     tags: list[TextLine] = []
+    public_name: Name | None = None     # by which the status page shows it; None: not at all
     limits: Limits = Limits()
     services: list[ServiceName] = []
     checks: list[Check] = []
@@ -1626,8 +1643,10 @@ def plan_faults(plans: Sequence[Plan], gates: Gates, resources: Sequence[Resourc
 # fault. Three steps: Document makes nested texts with a place each, the models check them, InventoryLoader merges
 # defaults and gathers the faults. Pure but for reading files and environment; called by commands, and by threads that
 # serve the console.
-# Gives: HEARTBEAT, Inventory, InventoryFile, InventoryLoader, load_inventory, M, message_of, take_variable
-HEARTBEAT = ""                  # as the name of a receiver: no receiver has it
+# Gives: HEARTBEAT, Inventory, InventoryFile, InventoryLoader, load_inventory, M, message_of, OWN_SECRETS,
+# STATUS_TOKEN, take_variable
+HEARTBEAT, STATUS_TOKEN = "", "/-/status"   # as names of receivers: no receiver has them
+OWN_SECRETS = {HEARTBEAT: "service.heartbeat", STATUS_TOKEN: "service.status_token"}
 
 
 @dataclass(frozen=True)
@@ -1645,17 +1664,19 @@ class Inventory:
     receivers: tuple[ReceiverSettings, ...] = ()
 
     def urls(self) -> Iterator[tuple[NodePath, str, str]]:
-        """The URLs that are secrets, plain or sealed: path in the file, name of the receiver, URL; HEARTBEAT names
-        service.heartbeat."""
-        if self.service.heartbeat:
-            yield ("service", "heartbeat"), HEARTBEAT, self.service.heartbeat.get_secret_value()
+        """The URLs that are secrets, plain or sealed: path in the file, name of the receiver, URL; among them what
+        OWN_SECRETS names."""
+        for name, secret in ((HEARTBEAT, self.service.heartbeat), (STATUS_TOKEN, self.service.status_token)):
+            if secret:
+                yield tuple(OWN_SECRETS[name].split(".")), name, secret.get_secret_value()
         for number, receiver in enumerate(self.receivers):
             yield ("notify", number, "url"), receiver.name, receiver.url.get_secret_value()
 
     @property
     def url_variables(self) -> list[str]:
         """Environment variables that hold such."""
-        return [*filter(None, (self.service.heartbeat_env, *(receiver.url_env for receiver in self.receivers)))]
+        return [*filter(None, (self.service.heartbeat_env, self.service.status_token_env,
+                               *(receiver.url_env for receiver in self.receivers)))]
 
 
 class InventoryFile(Settings):
@@ -1752,7 +1773,8 @@ def fetch_secret(source: str, text: str, folder: Path) -> str:
 def url_entries(top: Mapping[str, Any]) -> Iterator[tuple[NodePath, dict[str, Any], str, list[str]]]:
     """Entries of the file that hold a URL which is a secret: path, entry, the key of it, and which keys state it."""
     receivers = top["notify"] if isinstance(top.get("notify"), list) else []
-    entries: list[tuple[NodePath, Any, str]] = [(("service",), top.get("service"), "heartbeat")]
+    entries: list[tuple[NodePath, Any, str]] = [
+        (("service",), top.get("service"), name.partition(".")[2]) for name in OWN_SECRETS.values()]
     entries += [(("notify", number), own, "url") for number, own in enumerate(receivers)]
     for here, own, name in entries:
         if isinstance(own, dict):
@@ -1865,8 +1887,8 @@ class InventoryLoader:
                 *(("", f"{service.keys.name}/{name}", service.keys / name) for name in KEY_FILES),
                 ("database", "service.database", database),
                 *(("", database.name + end, Path(f"{database}{end}")) for end in COMPANIONS)]
-        ours += [(name, f"service.{name}", path) for name in ("metrics_token_file", "lease_file", "heartbeat_file")
-                 if (path := getattr(service, name))]
+        files = ("metrics_token_file", "lease_file", "heartbeat_file", "status_token_file")
+        ours += [(name, f"service.{name}", path) for name in files if (path := getattr(service, name))]
         for number in range(LOG_FILES + 1) if log_file else ():
             ours.append(("log_file", "service.log_file", Path(f"{log_file}{f'.{number}' if number else ''}")))
         known: dict[object, str] = {}
@@ -2242,6 +2264,7 @@ Base.registry.update_type_annotation_map({str: StoredText, float: StoredNumber, 
 db = SQLAlchemy(model_class=Base, session_options={"expire_on_commit": False})
 SCHEMA = 5                      # PRAGMA user_version of a database that this program writes
 APPLICATION = 0x48434B31        # PRAGMA application_id: "HCK1"
+LOOKED_AT = 1.0                 # seconds for which a start waits for those who look whether a service runs
 REMOVED = "removed"             # origin of what the inventory had: it is kept while there is history of it
 
 
@@ -2447,7 +2470,7 @@ class LoginSession(Base):
 class Setting(Base):
     """What the service remembers about itself: `revision` rises with every change of configuration; in JSON are
     `defaults`, `gates`, `plans` and `service` of the inventory as imported last, the service's as it was started with,
-    and `override`, what an operator says of the gate."""
+    `override`, what an operator says of the gate, and `standing`, what the service said last of everything."""
 
     __tablename__ = "setting"
     name: Mapped[str] = mapped_column(primary_key=True)
@@ -2461,7 +2484,7 @@ def url_binding(name: str) -> tuple[str, ...]:
 
 
 class Receiver(Base):
-    """Who is told, of the inventory's `notify`, and what it is being sent; HEARTBEAT is service.heartbeat."""
+    """Who is told, of the inventory's `notify`, and what it is being sent; the service's OWN_SECRETS are here, too."""
 
     __tablename__ = "receiver"
     id: Mapped[int] = mapped_column(primary_key=True)
@@ -2639,7 +2662,8 @@ def inspect_database(path: Path, *, whole: bool = True) -> int:
 def lock_database(path: Path) -> sqlite3.Connection:
     """Makes this process the only service on the database until it ends, however it ends. Raises StorageError.
 
-    SQLite's own lock on a file beside the database: the same on Windows and UNIX, and the system drops it.
+    SQLite's own lock on a file beside the database: the same on Windows and UNIX, and the system drops it. Who only
+    looks whether a service runs, such as a monitoring system every few seconds, must not keep one from its start.
     """
     connection = None
     try:
@@ -2647,7 +2671,7 @@ def lock_database(path: Path) -> sqlite3.Connection:
         ensure_private(lock)
         with contextlib.suppress(PermissionError):
             lock.chmod(0o600)       # an earlier version's; whoever could read it could hold a lock, too
-        connection = sqlite3.connect(lock, timeout=0, check_same_thread=False, isolation_level=None)
+        connection = sqlite3.connect(lock, timeout=LOOKED_AT, check_same_thread=False, isolation_level=None)
         connection.execute("BEGIN EXCLUSIVE")
     except (OSError, sqlite3.Error) as error:
         if connection is None or "locked" not in str(error):
@@ -2658,13 +2682,15 @@ def lock_database(path: Path) -> sqlite3.Connection:
 
 
 def is_running(database: Path) -> bool:
-    """Whether a service is on the database, as far as can be told without a change of anything."""
+    """Whether a service is on the database, as far as can be told without a change of anything. Any number may ask."""
     if not os.path.exists(f"{database}.lock"):
         return False
     try:
-        lock_database(database).close()
-    except StorageError as error:
-        return "another HealthChecker" in str(error)
+        with contextlib.closing(sqlite3.connect(f"{Path(f'{database}.lock').absolute().as_uri()}?mode=ro", 0, uri=True
+                                                )) as connection:
+            connection.execute("SELECT * FROM sqlite_master").fetchall()
+    except sqlite3.Error as error:
+        return "locked" in str(error)
     return False
 
 
@@ -2962,7 +2988,7 @@ def import_receivers(session: Session, inventory: Inventory, vault: Vault) -> bo
             plain = open_url(secret, name, vault)
         except SecretError as error:
             place = inventory.places.get(f"notify/{name}", inventory.path.name)
-            raise SecretError(f"{place}: {name or 'service.heartbeat'}: {error}") from error
+            raise SecretError(f"{place}: {OWN_SECRETS.get(name, name)}: {error}") from error
         row = rows.pop(name, None) or Receiver(
             name=name, url="", settings="{}", joined_at=time.time(),
             cursor=session.scalar(sqlalchemy.select(func.max(Event.id))) or 0)
@@ -8339,15 +8365,16 @@ class MaintenanceKeeper:
 # which anything is known, for a service that does not run is neither open nor closed. Events cannot tell that for 90
 # days: one resource that flaps pushes the others out. In come transitions and what the workers count; rows go out. In
 # the recorder's thread; any thread reads. The start waits for first results and is no incident if the gate opens then.
-# Gives: gate_strip, Incident, IncidentLog, incidents, IncidentsQuery, IncidentView, prune_incidents, UptimeQuery,
-# UPTIMES, uptime, UptimeView
+# Gives: gate_strip, Incident, IncidentLog, incidents, IncidentsQuery, IncidentView, PartView, prune_incidents,
+# refusals, ServiceView, STANDING, told_by_service, UptimeQuery, UPTIMES, uptime, UptimeView
 WATCH_INTERVAL = 5.0            # seconds after which what lasts is written again
 WATCH_GAP = 60.0                # seconds without a look, of a suspended machine: of those nothing is known
 START_PATIENCE = 60.0           # seconds for which a start may wait for first results
 CAUSES = 900.0, 3               # seconds before an incident in which changes may have led to it; how many are told
 HISTORY_DAYS = 90               # for which incidents are kept at least
 UPTIMES = {"day": 1, "week": 7, "month": 30, "90 days": HISTORY_DAYS}
-STANDING = "standing"           # the Setting that says how everything stands, for the command line
+STANDING = "standing"           # the Setting that says how everything stands, for command line and status page
+STANDING_AGE = 3 * WATCH_INTERVAL   # seconds after which it is not believed any more
 Counted = Mapping[str, tuple[int, int]]     # see Counters.refusals
 
 
@@ -8356,8 +8383,8 @@ class Incident(Base):
 
     __tablename__ = "incident"
     id: Mapped[int] = mapped_column(primary_key=True)
-    group: Mapped[str]          # its name, empty for the whole site
-    from_at: Mapped[float] = mapped_column(index=True)      # Unix time
+    group: Mapped[str] = mapped_column(index=True)  # its name, empty for the whole site
+    from_at: Mapped[float]      # Unix time
     to_at: Mapped[float]        # Unix time of the end or, while it lasts, until when it was seen
     end: Mapped[str]            # empty: it lasts | opened | unseen: the service ended before it did
     why: Mapped[str]
@@ -8401,6 +8428,44 @@ class IncidentView(Settings):
     would_refuse: int
 
 
+class PartView(Settings):
+    """How the site (without a name), a group, a route or a resource stands."""
+
+    name: str
+    state: Literal["healthy", "degraded", "unhealthy", "unknown", "maintenance"]
+    why: str
+    since: datetime.datetime
+
+
+class ServiceView(Settings):
+    """What the service says of everything."""
+
+    mono: float                 # of lease_clock, when it said so
+    mode: Mode                  # of the site
+    gates: Annotated[list[PartView], Field(min_length=1)]   # the site, then groups and routes
+    resources: dict[str, int]   # how many by state
+    others: list[PartView]      # resources that are not healthy, or do not count
+
+    @property
+    def state(self) -> Literal["open", "degraded", "closed"]:
+        """Of everything: degraded is an open gate by hand, or beside trouble that closes nothing now."""
+        site, *rest = (part.state for part in (*self.gates, *self.others))
+        is_troubled = {"degraded", "unhealthy", "unknown"} & {site, *rest}
+        return "closed" if site == "unhealthy" else "degraded" if is_troubled else "open"
+
+
+def told_by_service(session: Session) -> ServiceView:
+    """What the service said a moment ago. Raises StorageError where it has not, for it hangs, starts or ends."""
+    try:
+        found = ServiceView.model_validate_json(remembered(session, STANDING).text)
+    except ValidationError:
+        raise StorageError("the service has not said yet how everything stands") from None
+    age = lease_clock() - found.mono
+    if not 0 <= age <= STANDING_AGE:
+        raise StorageError(f"the service has written nothing for {max(0.0, age):.0f} s")
+    return found
+
+
 class UptimeQuery(Settings):
     group: str = SITE           # of a group or route; empty: the whole site
     format: Literal["json", "csv"] = "json"
@@ -8409,6 +8474,9 @@ class UptimeQuery(Settings):
 class UptimeView(Settings):
     span: str
     percent: float | None       # of the time of which anything is known; None: of none
+    incidents: int
+    refused: int                # requests in those incidents
+    would_refuse: int
 
 
 def changes_before(session: Session, at: float) -> str:
@@ -8429,13 +8497,15 @@ class IncidentLog:
         self._aggregator, self._counted, self._clock, self._wall = aggregator, counted, clock, wall
         self._begun_at, self._looked_mono = wall(), clock()
         self._zero_at = self._begun_at - self._looked_mono      # the Unix time of the clock's 0
-        self._begun_mono, self._written_mono = self._looked_mono, -math.inf
+        self._begun_mono, self._written_mono, self._said_mono = self._looked_mono, -math.inf, -math.inf
         self._lasting: dict[str, Incident] = {}
         self._over: collections.deque[Incident | WatchedTime] = collections.deque(maxlen=2 * PRUNE_ROWS[1])
         self._watched: WatchedTime | None = None
         self._ids: dict[type[Base], Iterator[int]] = {}
         self._before = self._now = counted()
         self._ends = False
+        # how each resource stands, and whether it counts; set by who knows
+        self.standings: Callable[[], Iterable[tuple[str, Standing, bool]]] = tuple
 
     @property
     def due(self) -> bool:
@@ -8478,8 +8548,9 @@ class IncidentLog:
             self._count(name)
             incident.to_at = now_at
 
-    def write(self, session: Session, since: Callable[[str], float]) -> None:
-        """Within the caller's transaction; `since`: when a group last opened or closed."""
+    def write(self, session: Session, since: Callable[[str], float], *, changed: bool = True) -> None:
+        """Within the caller's transaction; `since`: when a group last opened or closed; `changed`: or how everything
+        stands is written again only after a while."""
         if not self._ids:
             session.execute(sqlalchemy.update(Incident).where(Incident.end == "").values(end="unseen"))
             self._ids = {kind: itertools.count(1 + (session.scalar(sqlalchemy.select(func.max(kind.id))) or 0))
@@ -8493,7 +8564,9 @@ class IncidentLog:
                     one.before = changes_before(session, one.from_at)
                 one.id = next(self._ids[type(one)])
             session.merge(one)
-        session.merge(Setting(name=STANDING, value=0, text="" if self._ends else self._standing(since)))
+        if changed or self._ends or self._clock() - self._said_mono >= WATCH_INTERVAL:
+            session.merge(Setting(name=STANDING, value=0, text="" if self._ends else self._standing(since)))
+            self._said_mono = self._clock()
 
     def written(self) -> None:
         """What write() was given is safe."""
@@ -8501,10 +8574,16 @@ class IncidentLog:
         self._written_mono = self._clock()
 
     def _standing(self, since: Callable[[str], float]) -> str:
-        gates = [{"name": each.name, "state": each.state, "why": each.why, "mode": each.mode, "since": since(each.name),
-                  "healthy": sum(each.members.values()), "members": len(each.members), "needed": each.needed}
+        gates = [{"name": each.name, "state": each.state, "why": each.why, "since": since(each.name)}
                  for each in (*self._aggregator.groups(site=True), *self._aggregator.groups())]
-        return json.dumps({"mono": self._clock(), "gates": gates})
+        counts, others = collections.Counter(dict.fromkeys((*get_args(State), "maintenance"), 0)), []
+        for name, standing, counted in self.standings():
+            state = standing.state if counted else "maintenance"
+            counts[state] += 1
+            if state != "healthy":
+                others.append({"name": name, "state": state, "why": standing.why, "since": standing.since_at})
+        return json.dumps({"mono": self._clock(), "mode": self._aggregator.lease.mode, "gates": gates,
+                           "resources": counts, "others": others})
 
     def _follow_clock(self, zero_at: float) -> None:
         """A clock that was set makes nothing longer or shorter that lasts."""
@@ -8570,6 +8649,14 @@ def uptime(session: Session, group: str, now: float) -> dict[str, float | None]:
                          for which in (None, group))
         found[span] = max(0.0, 100 * (1 - closed / known)) if known > 0 else None
     return found
+
+
+def refusals(session: Session, group: str, since: float) -> Sequence[int]:
+    """How many incidents of the site (empty), a group or a route were not over before, and the requests meanwhile that
+    were refused, and that would have been."""
+    query = sqlalchemy.select(func.count(), func.total(Incident.refused), func.total(Incident.would_refuse))
+    return [int(number) for number in session.execute(
+        query.where(Incident.group == group, Incident.to_at >= since)).one()]
 
 
 def gate_strip(session: Session, group: str, span: str, now: float) -> str:
@@ -8645,7 +8732,7 @@ class Recorder(threading.Thread):
     def __init__(self, store: Store, aggregator: HealthAggregator, retention: Retention | None = None,
                  incident_log: IncidentLog | None = None) -> None:
         super().__init__(name="recorder", daemon=True)
-        self._incidents = incident_log or IncidentLog(aggregator)
+        self.incidents = incident_log or IncidentLog(aggregator)
         self._store, self._aggregator, self._retention = store, aggregator, retention or Retention()
         self._reports: queue.SimpleQueue[Report] = queue.SimpleQueue()
         self._ending = threading.Event()
@@ -8701,11 +8788,11 @@ class Recorder(threading.Thread):
         """Writes what was gathered; what cannot be written is kept. Says whether all is written."""
         with self._flushing, self._unwritten.caught():
             self._gather()
-            if self._latest or self._events or self._incidents.due:
+            if self._latest or self._events or self.incidents.due:
                 with self._store.writing() as session:
                     self._write(session)
-                    self._incidents.write(session, self.changed_at)
-                self._incidents.written()
+                    self.incidents.write(session, self.changed_at, changed=bool(self._events))
+                self.incidents.written()
                 for written in (self._latest, self._samples, self._events, self._keys):
                     written.clear()
             return True
@@ -8748,7 +8835,7 @@ class Recorder(threading.Thread):
             log.warning("%s: %s", "group" if name else "gate", text)
             self.note("group" if name else "gate", text, at, group=name, state="open" if is_open else "closed")
             self._changed_at[name] = at
-        self._incidents.look(transitions)
+        self.incidents.look(transitions)
         for report in (self._reports.get() for _ in range(self._reports.qsize())):
             resource_id = report.target.id
             self._latest[resource_id] = report
@@ -8782,7 +8869,7 @@ class Recorder(threading.Thread):
 
     def close(self) -> None:
         """Writes the rest and ends the thread."""
-        self._incidents.leave()
+        self.incidents.leave()
         self._ending.set()
         if self.is_alive():
             self.join(LAST_FLUSH)   # not for ever: another program may hold the database
@@ -9118,6 +9205,7 @@ class Monitor(threading.Thread):
         self._zero_at = wall() - lease_clock()  # the Unix time of lease_clock's 0, by which stored times are read
         self.clock_step = 0.0, ""   # when the clock was set the last time, and how
         self.maintenance = MaintenanceKeeper(store)
+        context.recorder.incidents.standings = self.standings
         self._revision, self._looked_mono = -1, -math.inf   # of the rows that were followed, and when
         self._followed = threading.Condition()      # guards _revision; notified when the rows were followed
         self._ending, self._trouble = threading.Event(), Trouble("the configuration cannot be taken over")
@@ -9180,6 +9268,11 @@ class Monitor(threading.Thread):
     def behind(self, name: str) -> Standing | None:
         """How a resource stands that is cut off or behind an unhealthy one; None for any other. For any thread."""
         return overruled(name, self.pollers, self._context)
+
+    def standings(self) -> Iterator[tuple[str, Standing, bool]]:
+        """Every resource, how it stands now, and whether it counts. For any thread."""
+        for name, poller in list(self.pollers.items()):
+            yield name, self.behind(name) or poller.standing, poller.counted is not False
 
     def login_wait(self, name: str) -> float:
         """Seconds until a resource that was refused may log in again; 0 for any other. For any thread."""
@@ -12045,7 +12138,7 @@ def revoke_token(who: Principal, number: str) -> None:
 # gives rows or views. What is refused is an ApiError.
 # Gives: add_resource, API, begin_maintenance, change_gate, change_resource, changeable, connection_view,
 # current_status, DAMAGED, end_maintenance, list_events, list_groups, list_resources, NO_SAMPLE, OPERATIONS,
-# override_gate, poll_now, remove_resource, RESOURCES, Route, SAFE_METHODS, test_changes, test_settings,
+# override_gate, poll_now, remove_resource, RESOURCES, Route, SAFE_METHODS, status_of, test_changes, test_settings,
 # trust_resource
 POLL_NOW_TIMEOUT = 60.0         # seconds that a request waits for a poll
 TAKE_TIME, TAKE_AGAIN = 2.0, 0.05   # seconds that a report waits for its resource's new poller, and between two looks
@@ -12533,10 +12626,11 @@ def list_incidents(who: Principal, query: Mapping[str, Any]) -> list[Incident]:
 
 def show_uptime(who: Principal, query: Mapping[str, Any]) -> list[UptimeView]:
     """For how much of day, week, month and 90 days the site, a group or a route was open; also as CSV."""
-    asked = validated(UptimeQuery, query, text=True)
+    asked, now = validated(UptimeQuery, query, text=True), who.context.clock()
     with who.context.store.reading() as session:
-        return [UptimeView(span=span, percent=percent)
-                for span, percent in uptime(session, asked.group, who.context.clock()).items()]
+        return [UptimeView.model_validate(dict(zip(UptimeView.model_fields, (
+            span, percent, *refusals(session, asked.group, now - UPTIMES[span] * DAY)), strict=True)))
+            for span, percent in uptime(session, asked.group, now).items()]
 
 
 @dataclass(frozen=True)
@@ -12618,6 +12712,9 @@ CONTENT_SECURITY_POLICY = ("default-src 'none'; script-src 'self'; style-src 'se
                            "connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'")
 
 
+FORMULAS = ("=", "+", "-", "@")     # begin one in a spreadsheet
+
+
 class Problem(Settings):
     """RFC 9457."""
 
@@ -12633,6 +12730,10 @@ def content(kind: str, schema: Any) -> dict[str, Any]:
     return {"content": {kind: {"schema": schema}}} if schema else {}
 
 
+def serves_csv(operation: Route) -> bool:
+    return operation.body is not None and "format" in operation.body.model_fields
+
+
 def describe(operation: Route, schemas: Mapping[Any, Any]) -> dict[str, Any]:
     answer, body = (schemas.get((operation.key, mode)) for mode in ("serialization", "validation"))
     parameters = [{"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
@@ -12644,6 +12745,8 @@ def describe(operation: Route, schemas: Mapping[Any, Any]) -> dict[str, Any]:
     elif body:
         described["requestBody"] = {"required": True, **content("application/json", body)}
     right = {"description": "Done", **content("application/json", answer)}
+    if serves_csv(operation):
+        right["content"] |= content("text/csv", {"type": "string"})["content"]
     wrong = {"description": "Refused", **content("application/problem+json", schemas["problem", "serialization"])}
     return described | {"summary": (operation.run.__doc__ or "").partition("\n")[0], "parameters": parameters,
                         "responses": {str(operation.status if answer else 204): right, "default": wrong}}
@@ -12783,7 +12886,7 @@ def json_body() -> dict[str, Any]:
 def wants_csv(operation: Route) -> bool:
     """Whether a list is asked for as CSV, where there is such a thing."""
     args, accepted = flask.request.args, flask.request.accept_mimetypes
-    return operation.body is not None and "format" in operation.body.model_fields and args.get(
+    return serves_csv(operation) and args.get(
         "format", accepted.best_match(["application/json", "text/csv"], "json")) in ("csv", "text/csv")
 
 
@@ -12792,7 +12895,7 @@ def csv_text(rows: Sequence[Mapping[str, Any]], names: Iterable[str]) -> str:
     file = io.StringIO()
     writer = csv.DictWriter(file, [*names])
     writer.writeheader()
-    writer.writerows({name: f"'{value}" if isinstance(value, str) and value[:1] in ("=", "+", "-", "@", "\t") else value
+    writer.writerows({name: f"'{value}" if isinstance(value, str) and value.lstrip()[:1] in FORMULAS else value
                       for name, value in row.items()} for row in rows)
     return file.getvalue()
 
@@ -12805,7 +12908,8 @@ def perform(operation: Route, **names: str) -> flask.typing.ResponseReturnValue:
     answer = operation.adapter.validate_python(found, from_attributes=True)
     if wants_csv(operation):
         text = csv_text(operation.adapter.dump_python(answer, mode="json"), get_args(operation.answer)[0].model_fields)
-        return flask.Response(text, operation.status, mimetype="text/csv")
+        name = {"Content-Disposition": f"attachment; filename={operation.path.rpartition('/')[2]}.csv"}
+        return flask.Response(text, operation.status, name, mimetype="text/csv")
     content = operation.adapter.dump_json(answer, warnings=False)   # they are of damaged rows
     return flask.Response(content, operation.status, mimetype="application/json")
 
@@ -13015,7 +13119,7 @@ class Metrics:
         with self._store.reading() as session:
             rows, more = session.execute(METRIC_ROWS).all(), remarks(session, time.time())
             tokens = session.execute(TOKEN_ROWS).all()
-            receivers = session.scalars(sqlalchemy.select(Receiver).where(Receiver.name != HEARTBEAT)).all()
+            receivers = session.scalars(sqlalchemy.select(Receiver).where(Receiver.name.not_in(OWN_SECRETS))).all()
         total = gauge("resources", "Resources by state.", None, "state")
         standings = [(row.state and self._monitor and self._monitor.behind(row.name)) or row for row in rows]
         states = collections.Counter(standing.state or "unknown" for standing in standings)
@@ -13344,8 +13448,8 @@ else "?resource=" ~ event.resource|urlencode }}">{{ event.resource }}</a>{% endi
 <a class="brand" href="/-/">HealthChecker</a>
 {% if user %}
 <nav aria-label="Pages">
-{% for label, href in {"Overview": "/-/", "Events": "/-/events", "Users": "/-/users"}.items()
-   if admin or label != "Users" %}
+{% for label, href in {"Overview": "/-/", "Incidents": "/-/incidents", "Events": "/-/events",
+                       "Users": "/-/users"}.items() if admin or label != "Users" %}
 <a href="{{ href }}"{% if request.path == href %} aria-current="page"{% endif %}>{{ label }}</a>
 {% endfor %}
 </nav>
@@ -13357,7 +13461,7 @@ else "?resource=" ~ event.resource|urlencode }}">{{ event.resource }}</a>{% endi
 {% if user.initial %}
 <p class="notice"><b>This account still has its documented password</b>, which opens nothing but its own change.</p>
 {% endif %}
-<p class="notice lost" id="lost" role="alert" hidden></p>
+<p class="notice lost" id="lost" role="alert" data-icon="{{ assets["unknown.svg"] }}" hidden></p>
 <main id="main" tabindex="-1"{% if refresh is string %} data-refresh="{{ refresh }}"{% endif %}>
 {{ banners() }}
 {% include page ~ ".html" %}
@@ -13372,7 +13476,6 @@ else "?resource=" ~ event.resource|urlencode }}">{{ event.resource }}</a>{% endi
 {% if last %}
 <p>for <b>{{ (now - last.at)|duration_text }}</b>, since {{ last.at|time_tag }}</p>
 {% endif %}
-<a href="/-/incidents">Incidents</a>
 {% if blockers %}
 <ul>
 {% for blocker in blockers[:5] %}
@@ -13702,32 +13805,77 @@ else "%g"|format(details[name]) if details[name] is number else details[name] }}
 {% endcall %}
 {% if older %}<p><a href="{{ older }}" rel="next">Older</a></p>{% endif %}
 """, "incidents.html": """<div class="tools"><h1>{{ title }}</h1>
-{{ chips("Time span", span_links, span) }}
-{% if groups %}
-<form class="filter" role="search" data-live data-keep>
-<input type="hidden" name="span" value="{{ span }}">
-<select name="group" aria-label="Group or route"><option value="">The whole site</option>{{ options(groups, group) }}
-</select><noscript><button>Filter</button></noscript></form>
-{% endif %}
-<a class="button" href="/-/api/incidents?format=csv&amp;group={{ group|urlencode }}">CSV</a></div>
-<section class="message" aria-label="Uptime"><p>Open:
-{% for name, percent in uptime.items() %}
-{{ name }} <b>{{ "%.3f %%"|format(percent) if percent is number else "unknown" }}</b>{{ "." if loop.last else "," }}
-{% endfor %}<span class="soft">Of the time in which the service ran.</span></p>{{ strip }}</section>
-{% call table("Incidents, newest first", ("From", "For", "Why", "Refused", "Before it"), "events") %}
-{% for one in found %}
-<tr><td><time>{{ one.from_at|local_time }}</time></td>
-<td>{{ (one.to_at - one.from_at)|duration_text }}
-{%- if not one.end %} <i class="unhealthy">lasts</i>{% elif one.end == "unseen" %}, then the service was away;
-last seen <time>{{ one.to_at|local_time }}</time>{% endif %}</td>
-<td>{{ one.why }}{% if one.mode == "observe" %} <i>observe: nothing was refused</i>{% endif %}
-{%- if one.opened_by %}<p class="soft">{{ one.opened_by }}</p>{% endif %}</td>
-<td>{{ one.refused }}{% if one.would_refuse %} <small>{{ one.would_refuse }} would have been</small>{% endif %}</td>
-<td class="soft">{{ one.before }}</td></tr>
-{% else %}
-<tr><td colspan="5" class="soft">None.</td></tr>
+{{ chips("Time span", span_links, span) }}</div>
+{% call table("For how much of the time it was open", ("Of", "Day", "Week", "Month", "90 days", "Last " ~ span,
+              "Refused then"), "uptime") %}
+{% for row in rows %}
+<tr><th scope="row"><a href="{{ row.href }}"{% if row.name == group %} aria-current="true"{% endif %}>
+{{- row.name or "The whole site" }}</a></th>
+{% for label, percent in row.uptime.items() %}
+<td data-label="{{ label }}">{{ "%.3f %%"|format(percent) if percent is number else "not known" }}</td>
+{% endfor %}
+<td>{{ row.strip }}</td><td data-label="Refused">{{ row.refusals[1] }}
+{%- if row.refusals[2] %} <small>{{ row.refusals[2] }} would have been</small>{% endif %}</td></tr>
 {% endfor %}
 {% endcall %}
+<p class="soft">Of the time in which the service ran. <a href="/-/api/uptime?format=csv&amp;group={{ group|urlencode
+}}">CSV</a>, <a href="/-/api/uptime?group={{ group|urlencode }}">JSON</a></p>
+<div class="tools"><h2>{{ group or "The whole site" }}: {{ found|length or "none" }} in the last {{ span }}</h2>
+<a class="button" href="/-/api/incidents?format=csv&amp;{{ asked }}">CSV</a>
+<a class="button" href="/-/api/incidents?{{ asked }}">JSON</a></div>
+{% call table("Incidents, newest first", ("From", "To", "Why", "Closed by", "Refused", "Changed before"),
+              "incidents") %}
+{% for one in found %}
+<tr><td>{{ one.from_at|time_tag }}</td>
+<td>{% if not one.end %}<b class="unhealthy">lasts</b>{% else %}{{ one.to_at|time_tag }}
+{%- if one.end == "unseen" %}<p class="soft">seen last; then the service was away</p>{% endif %}{% endif %}
+<p class="soft">{{ (one.to_at - one.from_at)|duration_text }}</p></td>
+<td>{{ one.why }}{% if one.mode == "observe" %} <i>observe: nothing was refused</i>{% endif %}
+{%- if one.opened_by %}<p class="soft">{{ one.opened_by }}</p>{% endif %}</td>
+<td data-label="Closed by">{{ one.actor }}</td>
+<td data-label="Refused">{{ one.refused }}
+{%- if one.would_refuse %} <small>{{ one.would_refuse }} would have been</small>{% endif %}</td>
+<td class="soft" data-label="Changed before">{{ one.before }}</td></tr>
+{% else %}
+<tr><td colspan="6" class="soft">None.</td></tr>
+{% endfor %}
+{% endcall %}
+""", "status.html": """{% set colour = {"open": "healthy", "closed": "unhealthy"}[word] or word %}
+{% macro part(state, name, since) %}
+<li><b class="state {{ state }}">{{ name }}</b> {{ {"healthy": "open", "degraded": "open", "unhealthy": "closed"}[state]
+if since else state }}{% if since %} <small>for {{ (now - since.timestamp())|duration_text }}</small>{% endif %}</li>
+{% endmacro %}
+<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{{ word }} · HealthChecker</title>
+<link rel="icon" href="{{ assets[colour ~ ".svg"] }}" type="image/svg+xml">
+<link rel="stylesheet" href="{{ assets.css }}">
+<script src="{{ assets.js }}" defer></script>
+<noscript><meta http-equiv="refresh" content="5"></noscript>
+</head>
+<body data-now="{{ now }}" data-offset="{{ offset }}" data-zone="{{ zone }}">
+<p class="notice lost" id="lost" role="alert" data-icon="{{ assets["unknown.svg"] }}" hidden></p>
+<main id="main" tabindex="-1" class="wall {{ colour }}" data-refresh="">
+<h1 aria-live="polite"><span class="state {{ colour }}">
+{{- {"degraded": "open"}.get(word, word)|capitalize }}</span></h1>
+{% if since %}
+<p>for {{ (now - since.timestamp())|duration_text }}, since {{ since.timestamp()|time_tag }}</p>{% endif %}
+<p>{{ remark }}</p>
+<ul>
+{% for each in gates %}{{ part(each.state, each.name, each.since) }}{% endfor %}
+{% for name, state in named %}{{ part(state, name, none) }}{% endfor %}
+</ul>
+{% if turns %}<ul aria-label="Planned work">{% for turn in turns %}
+<li><span class="state maintenance">Planned work</span>: {{ turn.what }},
+{{ "until" if turn.begun else "from" }} {{ (turn.until if turn.begun else turn.start)|time_tag }}
+{%- if not turn.begun %} for {{ (turn.until - turn.start)|duration_text }}{% endif %}</li>
+{% endfor %}</ul>{% endif %}
+<p><small>Times are the server's, {{ zone }}; this is of {{ now|time_tag }}.</small></p>
+</main>
+</body>
+</html>
 """, "users.html": """<div class="tools"><h1>{{ title }}</h1></div>
 {{ message("trouble") }}
 {% call table("Users", ("Name", "Role", "Change")) %}
@@ -13863,7 +14011,7 @@ ICONS = {state: f"""<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 32 32">
 <path d="{path}" fill="none" stroke="#fff" stroke-width="3" stroke-linejoin="round"/></svg>
 """ for state, colour, path in (
     ("healthy", "#18713a", "M4 17h6l3-8 6 15 3-7h6"), ("unhealthy", "#b91f29", "M9 9l14 14M23 9L9 23"),
-    ("degraded", "#855400", "M16 7L26 25H6z"))}
+    ("degraded", "#855400", "M16 7L26 25H6z"), ("unknown", "#566070", "M11 12q0-5 5-5t5 5q0 4-5 6v2m0 3v2"))}
 STYLE = r"""
 :root {
   color-scheme: light dark;
@@ -13895,7 +14043,8 @@ small, footer, thead th, .hint, .error { font-size: .8125rem; } b { font-weight:
 table, dl, figure, .empty, .panel { background: var(--surface); border: 1px solid var(--line); }
 .top { min-height: 3rem; padding-block: .375rem; background: var(--surface); border-bottom: 1px solid var(--line); }
 .brand { color: inherit; font-weight: 650; }
-.top nav { display: flex; gap: 1.25rem; flex: 1; } .top nav a { color: var(--soft); padding: .25rem 0; }
+.top nav { display: flex; flex-wrap: wrap; gap: 0 1.25rem; flex: 1; }
+.top nav a { color: var(--soft); padding: .25rem 0; white-space: nowrap; }
 .top nav a[aria-current] { color: var(--text); box-shadow: 0 2px var(--link); }
 .who, .chips, .filter, .actions, .row { gap: .5rem; }
 .notice { padding-block: .625rem; background: color-mix(in srgb, var(--degraded) 16%, var(--page)); }
@@ -13933,7 +14082,7 @@ tbody th { min-width: 5rem; } thead th { border: 0; white-space: nowrap; }
 i { display: inline-block; padding: 0 .375rem; border: 1px solid var(--line); border-radius: 3px; font-style: normal;
   font-size: .75rem; line-height: 1.3; background: var(--sunken); color: var(--soft); }
 i.maintenance, i.degraded { color: var(--state); }
-.overview td { white-space: nowrap; }
+.overview td, .uptime td { white-space: nowrap; }
 .overview thead th { position: sticky; top: 0; z-index: 1; background: var(--surface);
   box-shadow: inset 0 -1px var(--line); }
 .overview tbody th { color: inherit; width: 100%; min-width: 14rem; }
@@ -13955,7 +14104,7 @@ td > :is(.state, time), .events td:nth-child(2) { white-space: nowrap; } td:has(
 .strip path:first-child { stroke: var(--track); stroke-width: 2; transform: translateY(9px); }
 .strip .healthy { stroke-width: 9; transform: translateY(5.5px); }
 .strip .degraded { stroke-width: 14; transform: translateY(3px); }
-.message .strip { width: 100%; max-width: 60rem; height: 1.5rem; }
+.uptime .strip .unknown { stroke: none; }
 
 .title { align-items: start; justify-content: space-between; margin-top: 1rem; }
 .actions { align-items: start; position: relative; }
@@ -14005,8 +14154,15 @@ legend { float: left; width: 100%; padding: 0 0 .5rem; font-weight: 600; } legen
 #result { flex: 1 1 20rem; } #result .message { margin: 0; padding: .375rem .75rem; }
 form:has([value=simulated]:checked) .remote { display: none; }
 
+.wall { min-height: 100vh; padding-block: 3vh; text-align: center; background: var(--state); color: var(--page);
+  font-size: clamp(1.25rem, 3.5vw, 3.5rem); line-height: 1.25; }
+.wall h1 { font-size: clamp(4rem, 18vw, 40vh); } .wall * { color: inherit; }
+.wall ul { list-style: none; margin-top: 3vh; } .wall small { font-size: .6em; }
+body:has(#lost:not([hidden])) .wall { --state: var(--soft); }
+
 @media (max-width: 60rem) {
-  .overview thead { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
+  :is(.overview, .uptime, .incidents) thead { position: absolute; width: 1px; height: 1px; overflow: hidden;
+    clip-path: inset(50%); }
   .overview, .overview tbody { display: block; }
   .overview tr { display: grid; grid-template-columns: repeat(3, minmax(0, 1fr)); gap: .125rem .75rem;
     padding: .5rem .75rem; border-top: 1px solid var(--line); }
@@ -14022,6 +14178,9 @@ form:has([value=simulated]:checked) .remote { display: none; }
   .actions .panel { left: 0; right: auto; } .events thead { display: none; }
   .events tr { display: block; padding: .5rem .75rem; border-top: 1px solid var(--line); }
   .events td { display: inline; border: 0; padding: 0 .5rem 0 0; }
+  :is(.uptime, .incidents) :is(tr, th, td) { display: block; border: 0; } .uptime .strip { width: 100%; }
+  :is(.uptime, .incidents) tr { border-top: 1px solid var(--line); }
+  .uptime td[data-label] { display: inline-block; } .incidents td:empty { display: none; }
 }
 """
 PAGE_SCRIPT = r"""
@@ -14114,15 +14273,22 @@ function leave() {
   warn("Your session is over. Send the form, and log in again.");
 }
 
+// Nor do title and icon show a state that may be over.
+function age(why) {
+  warn(`${why} What is shown is old.`);
+  document.title = "not known · HealthChecker";
+  document.querySelector("link[rel=icon]").href = lost.dataset.icon;
+}
+
 async function refresh() {
   try {
     const { answer, page, late } = await ask(location.href);
     if (answer.redirected || [401, 403, 404].includes(answer.status)) return leave();
-    if (!answer.ok) return warn(`${page.querySelector("main p")?.textContent || answer.status} What is shown is old.`);
+    if (!answer.ok) return age(page.querySelector("main p")?.textContent || answer.status);
     if (!late) show(page);
     lost.hidden = true;
   } catch {
-    if (lost.hidden) warn(`No answer since ${serverTime(Date.now() / 1000 + skew)}. What is shown is old.`);
+    if (lost.hidden) age(`No answer since ${serverTime(Date.now() / 1000 + skew)}.`);
   }
 }
 
@@ -14178,7 +14344,7 @@ setTimeout(watch, PERIOD);
 # The pages: a request that `authorize` let through comes in, a page or a redirect goes out. Rows are read in one
 # session, what is to be done is asked of Actions, and templates draw it. Runs in the console's threads; nothing is
 # kept between requests. A form that fails shows again what was typed, whatever was wrong; secrets never come back.
-# Gives: PAGES, add_template_globals, refuse
+# Gives: Answer, EVENTS_SHOWN, PAGES, add_template_globals, query_of, refuse, render_page
 STATES = ("unhealthy", "unknown", "degraded", "maintenance", "healthy")     # worst first, as pages sort and filter
 TROUBLE = frozenset({"unhealthy", "unknown", "degraded"})
 EVENT_NAMES = 10_000            # events that are looked through for names of what was removed
@@ -14212,7 +14378,7 @@ def asset(name: str) -> Answer:
     return flask.Response(text, mimetype=kind, headers={"Cache-Control": "public, max-age=31536000, immutable"})
 
 
-def render_page(page: str, status: int = 200, **shown: Any) -> flask.Response:
+def render_page(page: str, status: int = 200, layout: str = "layout.html", **shown: Any) -> flask.Response:
     """A page, `shown` in its template; its form shows `given`, and `errors` at the fields."""
     who: Principal | None = flask.g.get("principal")
     user = who.user if who else None
@@ -14224,7 +14390,7 @@ def render_page(page: str, status: int = 200, **shown: Any) -> flask.Response:
     if who and user and not who.restricted:
         common |= {"override": who.context.monitor.override.now, "passed": who.context.passed,
                    "observes": who.context.lease.observes.value}
-    response = flask.Response(flask.render_template("layout.html", **(common | shown)), status, mimetype="text/html")
+    response = flask.Response(flask.render_template(layout, **(common | shown)), status, mimetype="text/html")
     if flask.request.accept_encodings["gzip"]:      # no page holds a secret whose length could tell what it is
         response.set_data(gzip.compress(response.get_data(), 3))
         response.headers.update({"Content-Encoding": "gzip", "Vary": "Accept-Encoding"})
@@ -14582,20 +14748,6 @@ def event_page() -> Answer:
                        refresh=None if wanted["before"] else "")
 
 
-def incident_page() -> Answer:
-    """When the gate was closed, and for how much of the time it was open."""
-    who, args = current_principal(), flask.request.args
-    span, group, now = args.get("span", ""), args.get("group", SITE), who.context.clock()
-    span = span if span in UPTIMES else "month"
-    with who.context.store.reading() as session:
-        found = incidents(session, group=group, since=now - UPTIMES[span] * 86_400.0)
-        times, strip = uptime(session, group, now), gate_strip(session, group, span, now)
-    links = [(name, query_of({"span": name, "group": group}), f"Last {name}", None) for name in UPTIMES]
-    return render_page("incidents", found=found, uptime=times, span=span, span_links=links, group=group,
-                       strip=strip_svg(strip, f"Last {span}"), refresh="",
-                       groups=[each.name for each in list_groups(who)])
-
-
 # --- forms ---
 TYPED = "typed."                # begins the names of what was typed into a form before the login
 RETYPABLE = re.compile(     # forms that show it again
@@ -14822,7 +14974,8 @@ def error_page(error: ApiError) -> Answer:
     who: Principal | None = flask.g.get("principal")
     if who and who.operator and who.restricted and error.status == 403 and not is_form:
         return flask.redirect("/-/password", 303)
-    return render_page("error", error.status, title=http.HTTPStatus(error.status).phrase, problem=told(error))
+    icon = {"icon": "unknown"} if error.status >= 500 else {}    # nothing is known to be well
+    return render_page("error", error.status, **icon, title=http.HTTPStatus(error.status).phrase, problem=told(error))
 
 
 def refuse(failure: Exception) -> Answer:
@@ -14855,7 +15008,6 @@ PAGES = (
     form_route(RESOURCE_PAGE + "/trust", resource_page, trust_form),
     form_route(RESOURCE_PAGE + "/remove", resource_page, remove_resource, PREFIX),
     Route("GET", "/-/events", "viewer", event_page),
-    Route("GET", "/-/incidents", "viewer", incident_page),
     Route("GET", USERS, "admin", user_page),
     form_route(USERS, user_page, lambda who: add_user(who, filled()), USERS),
     form_route(USERS + "/<name>", user_page, lambda who, name: change_user(who, name, filled()), USERS),
@@ -14872,6 +15024,111 @@ PAGES = (
     replace(form_route("/-/password", functools.partial(render_page, "change the password"), password_form),
             needs="viewer", restricted=True),
 )
+
+
+# === Boards ==================================================================
+# What the gate did, and how it stands, to be looked at: in come incidents and what the service says of itself, out go
+# a page for who is logged in and, where service.status_page or a token says so, one for a wall or for anybody, which
+# names no resource but by its public_name. Runs in the console's threads.
+# Gives: BOARDS
+TURNS_SHOWN = 5                 # of planned work on the status page
+SEVERITY = ("unhealthy", "unknown", "degraded", "maintenance", "healthy")   # of resources that share a public name
+
+
+class GateRow(NamedTuple):
+    """How long the site, a group or a route was open, as a person reads it."""
+
+    name: str                   # empty: the whole site
+    href: str                   # its incidents
+    uptime: Mapping[str, float | None]
+    strip: Markup
+    refusals: Sequence[int]     # see refusals
+
+
+def incident_page() -> Answer:
+    """When the gate was closed, and for how much of the time site, groups and routes were open."""
+    who, args = current_principal(), flask.request.args
+    span, group, now = args.get("span", ""), args.get("group", SITE), who.context.clock()
+    span = span if span in UPTIMES else "month"
+    begin, names = now - UPTIMES[span] * DAY, [SITE, *(each.name for each in list_groups(who))]
+    with who.context.store.reading() as session:
+        found = incidents(session, group=group, since=begin, limit=EVENTS_SHOWN)
+        rows = [GateRow(name, query_of({"span": span, "group": name}), uptime(session, name, now),
+                        strip_svg(gate_strip(session, name, span, now), f"Last {span}"), refusals(session, name, begin))
+                for name in names]
+    links = [(name, query_of({"span": name, "group": group}), f"Last {name}", None) for name in UPTIMES]
+    asked = urlencode({"group": group, "since": written(begin)})
+    return render_page("incidents", title="Incidents", found=found, rows=rows, span=span, span_links=links,
+                       group=group, asked=asked, refresh="")
+
+
+def shown_token(header: str) -> bytes:
+    """What an Authorization header bears: a token, or a password of the Basic scheme, which browsers can show."""
+    scheme, _, text = header.partition(" ")
+    with contextlib.suppress(ValueError):
+        if scheme.lower() == "basic":
+            return base64.b64decode(text.strip(), validate=True).partition(b":")[2]
+    return text.strip().encode("utf-8", "replace") if scheme.lower() == "bearer" else b""
+
+
+def may_see_status(context: ConsoleContext) -> bool:
+    """Whether who asks now may see the status page. Raises HTTPException where there is none."""
+    if context.inventory.service.status_page:
+        return True
+    with context.store.reading() as session:
+        sealed = session.scalar(sqlalchemy.select(Receiver.url).where(Receiver.name == STATUS_TOKEN))
+    wanted = context.vault.open(sealed, *url_binding(STATUS_TOKEN)) if sealed else flask.abort(404)
+    return hmac.compare_digest(wanted.encode(), shown_token(flask.request.headers.get("Authorization", "")))
+
+
+def named_states(context: ConsoleContext) -> dict[str, str]:
+    """The states of what has a public name, by that; of several the worst."""
+    targets, found = context.monitor.targets, dict[str, str]()
+    for name, standing, counted in context.monitor.standings():
+        if name in targets and (public := targets[name].settings.public_name):
+            states = {standing.state if counted else "maintenance", found.get(public, "healthy")}
+            found[public] = min(states, key=SEVERITY.index)
+    return found
+
+
+def public_turns(context: ConsoleContext, session: Session, now: float) -> Iterator[dict[str, Any]]:
+    """What is planned. Reasons are for who is logged in, and tags may be called by a host."""
+    turns, targets = timetable(session, now)[:TURNS_SHOWN], context.monitor.targets
+    known = choices(session) if turns else None
+    for turn in turns:
+        within = {targets[name].settings.public_name for name in known.of(turn.scope) & targets.keys()} if known else {}
+        named = [*turn.scope.groups, *sorted(filter(None, within))]
+        yield {"what": "everything" if turn.scope.all else ", ".join(named) or "a part of it",
+               "begun": turn.state == "begun", "start": turn.start, "until": turn.until}
+
+
+def remark_of(view: ServiceView, override: Override | None) -> str:
+    """What there is to say of the gate without a word of a resource."""
+    if override:
+        said = f"{'Opened' if override.action == 'open' else 'Closed'} by an operator."
+    else:
+        said = "Something is not well." if view.state == "degraded" else ""
+    return f"{said} Nothing is refused." if view.mode == "observe" else said
+
+
+def status_page() -> Answer:
+    """How the gate stands; what is not known to be well is not shown as that."""
+    context = current_principal().context
+    if not may_see_status(context):
+        return flask.Response("this page needs its token\n", 401, {
+            "WWW-Authenticate": 'Basic realm="status", charset="UTF-8"'}, mimetype="text/plain")
+    word, shown = "unknown", dict[str, Any](remark="The service says nothing new.")
+    with contextlib.suppress(StorageError, sqlalchemy.exc.SQLAlchemyError), context.store.reading() as session:
+        view, turns = told_by_service(session), [*public_turns(context, session, context.clock())]
+        shown = {"remark": remark_of(view, context.monitor.override.now), "since": view.gates[0].since, "turns": turns,
+                 "gates": view.gates[1:], "named": sorted(named_states(context).items())}
+        word = view.state
+    if not context.is_healthy and word != "closed":     # the lease is the truth; the rest is of a moment ago
+        word, shown["since"] = "closed", None
+    return render_page("status", layout="status.html", word=word, **shown)
+
+
+BOARDS = (Route("GET", "/-/incidents", "viewer", incident_page), Route("GET", "/-/status", "public", status_page))
 
 
 # === Console =================================================================
@@ -14910,8 +15167,9 @@ def build_console(context: ConsoleContext, metrics: Metrics) -> flask.Flask:
     app.config.update(MAX_CONTENT_LENGTH=CONSOLE_BODY, PROVIDE_AUTOMATIC_OPTIONS=False)
     app.url_map.merge_slashes = False       # it would redirect
     add_template_globals(app)
-    routes = {route.key: route for route in (*API_ROUTES, *PAGES, Route("GET", METRICS_PATH, "public", lambda: (
-        metrics.answer(flask.request.headers.get("Authorization", ""), operator=current_principal().operator))))}
+    scrape = Route("GET", METRICS_PATH, "public", lambda: (
+        metrics.answer(flask.request.headers.get("Authorization", ""), operator=current_principal().operator)))
+    routes = {route.key: route for route in (*API_ROUTES, *PAGES, *BOARDS, scrape)}
     for endpoint, route in routes.items():
         app.add_url_rule(route.path, endpoint, route.run, methods=[route.method])
     app.before_request(functools.partial(authorize, context, routes))
@@ -15328,7 +15586,7 @@ def deliver(url: str, message: Message, child: ChildProcess, seconds: float = DE
 
 def check_receivers(inventory: Inventory, vault: Vault) -> Iterator[HealthCheckerError]:
     """What is wrong with those who are to be told, as far as apprise knows."""
-    named = [(where, name, url) for where, name, url in inventory.urls() if name != HEARTBEAT]
+    named = [(where, name, url) for where, name, url in inventory.urls() if name not in OWN_SECRETS]
     if not named:
         return
     if not has_apprise():
@@ -15428,7 +15686,7 @@ class Notifier(threading.Thread):
         notices: dict[int, list[Notice]] = collections.defaultdict(list)
         for notice in session.scalars(sqlalchemy.select(Notice)):
             notices[notice.receiver_id].append(notice)
-        rows = session.scalars(sqlalchemy.select(Receiver).where(Receiver.name != HEARTBEAT)).all()
+        rows = session.scalars(sqlalchemy.select(Receiver).where(Receiver.name.not_in(OWN_SECRETS))).all()
         session.expunge_all()       # plain objects from now on
         self._announcers = {row.id: Announcer(row, notices[row.id], self._console) for row in rows}
         self._saved = {number: self._state_of(announcer) for number, announcer in self._announcers.items()}
@@ -15744,12 +16002,14 @@ class Installation:
     def _started_with(self) -> dict[str, Any]:
         """What holds until the next start: the service's settings, and which groups and routes there are."""
         service, gates = self.inventory.service, self.inventory.gates
-        kept = service.model_dump(mode="json", exclude={"heartbeat", "heartbeat_env", "heartbeat_file"})
+        kept = service.model_dump(mode="json", exclude={
+            name for name in ServiceSettings.model_fields if name.startswith(("heartbeat", "status_token"))})
         return kept | {"gates": sorted(gates.members({})) or None}
 
     def keep_service(self, session: Session) -> None:
         """Takes down with which settings of its own the service runs."""
         session.merge(Setting(name="service", text=json.dumps(self._started_with())))
+        session.merge(Setting(name=STANDING, text=""))      # the one before may have been killed a moment ago
 
     def changed_service(self, session: Session) -> list[str]:
         """Names of the service's own settings that are not those with which it was started."""
@@ -15904,6 +16164,80 @@ def serve(arguments: argparse.Namespace) -> int:
     return 0
 
 
+# === Status ==================================================================
+# The command `status`, for people and for Nagios: what the running service wrote of itself a moment ago comes in, a
+# line and an exit code go out. Nothing is judged a second time, and nothing is said that the service did not say.
+# Gives: add_status_command, parsed
+NAGIOS = {"open": 0, "degraded": 1, "closed": 2, "unknown": 3}      # exit codes of `status`
+ALIKE = {"unhealthy": "closed", "unknown": "unknown", "degraded": "degraded"}   # the same of states, worst first
+
+
+def parts_told(installation: Installation, names: Sequence[str]) -> tuple[ServiceView, list[PartView]]:
+    """What the running service says of everything, and of what has these names. Raises HealthCheckerError."""
+    if not inspect_database(installation.database, whole=False) or not is_running(installation.database):
+        raise UsageError("the service does not run: the gate is closed")
+    with installation.store() as store, store.reading() as session:
+        view = told_by_service(session)
+        rows = session.execute(RESOURCES).all() if names else ()
+    known = {part.name: part for part in view.gates[1:]} | {row.name: PartView.model_validate({
+        "name": row.name, "state": known.state, "why": "", "since": known.since_at})
+        for row, status in rows for known in [status_of(row, status)]}
+    known |= {part.name: part for part in view.others if part.name in known}
+    for name in names:
+        if name not in known:
+            raise UsageError(f"{name}: {unknown_name(name, known, 'group, route or resource has this name')}")
+    return view, [known[name] for name in names]
+
+
+def status_line(state: str, parts: Sequence[PartView], numbers: Mapping[str, int]) -> str:
+    """As a plug-in of Nagios says it: one line, performance data behind a bar."""
+    said = [f"{part.name or 'gate'} {part.state}{f' ({part.why})' if part.why else ''}" for part in parts]
+    more = f" and {len(said) - 5} more" if len(said) > 5 else ""
+    told = one_line(f"{state.upper()}: {'; '.join(said[:5]) or 'all is well'}{more}").replace("|", "/")
+    return f"{told} | {' '.join(f'{name}={number}' for name, number in numbers.items())}"
+
+
+def told_status(installation: Installation, names: Sequence[str]) -> dict[str, Any]:
+    """The answer of `status`. Raises HealthCheckerError."""
+    view, named = parts_told(installation, names)
+    states = [part.state for part in named]
+    state = next((word for each, word in ALIKE.items() if each in states), "open") if names else view.state
+    shown = named or [part for part in (*view.gates, *view.others) if part.state in ALIKE]
+    numbers = {"gate": int(view.gates[0].state != "unhealthy"), "groups_closed": sum(
+        part.state == "unhealthy" for part in view.gates[1:]), **view.resources}
+    line = status_line(state, shown, numbers) + (" observe=1" if view.mode == "observe" else "")
+    return {"state": state, "text": line, "mode": view.mode, "resources": view.resources,
+            **{key: [part.model_dump(mode="json") for part in parts] for key, parts in (
+                ("gates", view.gates), ("others", view.others), ("named", named))}}
+
+
+def status(arguments: argparse.Namespace) -> int:
+    """Says what the running service says of everything, or of some, with exit codes of Nagios."""
+    try:
+        answer = told_status(Installation(arguments.inventory), arguments.names)
+    except (HealthCheckerError, sqlalchemy.exc.SQLAlchemyError, sqlite3.Error, OSError, ValueError) as error:
+        why = one_line(str(getattr(error, "orig", None) or error).replace("\n", "; "))
+        answer = {"state": "unknown", "text": f"UNKNOWN: {why}"}
+    print(json.dumps(answer) if arguments.json else answer["text"])
+    return NAGIOS[answer["state"]]
+
+
+def add_status_command(commands: Any) -> None:
+    command = commands.add_parser("status", help=(
+        "what the running service says, as a plug-in of Nagios: exit 0 open, 1 degraded, 2 closed, 3 not known"))
+    command.add_argument("--json", action="store_true")
+    command.add_argument("names", nargs="*", metavar="NAME", help="of groups, routes and resources: only of these")
+    command.set_defaults(run=status)
+
+
+def parsed(parser: argparse.ArgumentParser, words: Sequence[str]) -> argparse.Namespace:
+    """The arguments. Raises SystemExit; a `status` that is wrong is no closed gate, which has the usual code."""
+    try:
+        return parser.parse_args(words)
+    except SystemExit as end:
+        raise SystemExit(NAGIOS["unknown"] if end.code and "status" in words else end.code) from None
+
+
 # === Commands ================================================================
 # The command line: each command is a function of the arguments, works on an Installation and gives the exit code. What
 # it changes in the database a running service takes up within a second.
@@ -16028,11 +16362,13 @@ def check_app(installation: Installation) -> int:
 
 def show_readable(installation: Installation) -> None:
     """Names the files with secrets that every account of this machine can read (POSIX)."""
-    inventory = installation.inventory
-    files = {installation.service.metrics_token_file, *(receiver.url_file for receiver in inventory.receivers),
-             installation.service.heartbeat_file, installation.database if installation.database.exists() else None}
-    if any(not (each.url_file or each.url_env) for each in inventory.receivers):
-        files.add(installation.path)
+    inventory, service = installation.inventory, installation.service
+    files = {service.metrics_token_file, *(receiver.url_file for receiver in inventory.receivers),
+             service.heartbeat_file, service.status_token_file,
+             installation.database if installation.database.exists() else None}
+    elsewhere = [each.url_file or each.url_env for each in inventory.receivers]
+    elsewhere += [service.status_token_file or service.status_token_env] if service.status_token else []
+    files |= set() if all(elsewhere) else {installation.path}
     for each in inventory.resources:
         files |= {each.password_file, each.key_passphrase_file, each.key_file}
         files |= {each.certificate_file} if each.url and not each.key_file else set()
@@ -16076,7 +16412,7 @@ def check(arguments: argparse.Namespace) -> int:
 def notify_test(arguments: argparse.Namespace) -> int:
     """Sends one receiver a message, now."""
     installation = Installation(arguments.inventory)
-    urls = {name: url for _, name, url in installation.inventory.urls() if name != HEARTBEAT}
+    urls = {name: url for _, name, url in installation.inventory.urls() if name not in OWN_SECRETS}
     if arguments.name not in urls:
         near = difflib.get_close_matches(arguments.name, urls, 1)
         raise UsageError(f"notify names no {arguments.name}{f'; did you mean {near[0]}?' if near else ''}")
@@ -16442,9 +16778,11 @@ def maintenance(arguments: argparse.Namespace) -> int:
 
 
 def add_maintenance_commands(commands: Any) -> None:
+    work = commands.add_parser("maintenance", help="`maintenance start|end|list`: what does not count for a while")
+    work = work.add_subparsers(metavar="start|end|list", required=True)
     for action, what in (("start", "let something not count for a while, now or later"),
                          ("end", "end it, or cancel what is planned"), ("list", "print what runs and what is ahead")):
-        command = commands.add_parser(action, help=what)
+        command = work.add_parser(action, help=what)
         command.set_defaults(run=maintenance, action=action)
         for field in ("tag", "group", "resource") if action != "list" else ():
             command.add_argument(f"--{field}", dest=f"{field}s", action="append", metavar="NAME",
@@ -16517,8 +16855,8 @@ def command_line() -> argparse.ArgumentParser:
     users = commands.add_parser("user", help="`user add|passwd|remove|list|token`: who can log in")
     add_user_commands(users.add_subparsers(metavar="add|passwd|remove|list|token", required=True))
     add_gate_command(commands)
-    work = commands.add_parser("maintenance", help="`maintenance start|end|list`: what does not count for a while")
-    add_maintenance_commands(work.add_subparsers(metavar="start|end|list", required=True))
+    add_status_command(commands)
+    add_maintenance_commands(commands)
     command = commands.add_parser("notify", help="`notify test NAME`: send a receiver of `notify` a message, now")
     command.add_argument("action", choices=("test",))
     command.add_argument("name", metavar="NAME")
@@ -16545,7 +16883,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(encoding="utf-8", errors="backslashreplace", newline="\n")     # /bin/sh knows no \r
     be_discreet()
-    arguments = command_line().parse_args(argv)
+    arguments = parsed(command_line(), sys.argv[1:] if argv is None else argv)
     for name in ("paramiko", "pypsrp", "urllib3", "spnego"):    # they repeat what we report
         logging.getLogger(name).setLevel(logging.CRITICAL)
     try:

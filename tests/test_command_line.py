@@ -198,7 +198,8 @@ def test_the_settings_of_the_example_are_valid(tmp_path: Path, part: str) -> Non
     assert read.keys() > yaml.safe_load(text)[part].keys()
     load_inventory(path)
     if part == "service":
-        others = {"heartbeat_env", "heartbeat_file"}    # in place of `heartbeat`
+        # in place of those without an ending
+        others = {f"{name}_{end}" for name in ("heartbeat", "status_token") for end in ("env", "file")}
         assert read.keys() == healthchecker.ServiceSettings.model_fields.keys() - others
 
 

@@ -69,7 +69,7 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
         " critical: false, interval: 600, retry_interval: 600}\n"
     )
     path = f"{folder}:/usr/bin:/bin"
-    with Service(write_inventory(folder, rows), env={"PATH": path}, deadline=120) as service:
+    with Service(write_inventory(folder, rows, "  status_page: true"), env={"PATH": path}, deadline=120) as service:
         service.wait_line("away: unknown -> unhealthy")
         yield service
 
@@ -749,7 +749,7 @@ def test_what_hosts_and_operators_write_is_text(page: Page) -> None:
 
 
 PATHS = ("/-/login", "/-/", "/-/?by=tag&sort=-name", HOSTILE_PAGE, resource("away"), resource("steady"),
-         "/-/events", "/-/users", "/-/add", "/-/password", "/-/tokens",
+         "/-/incidents", "/-/status", "/-/events", "/-/users", "/-/add", "/-/password", "/-/tokens",
          "/-/events?resource=none", resource("none"))  # fmt: skip
 
 
