@@ -13269,15 +13269,17 @@ TEMPLATES = {"layout.html": """{% macro table(label, heads, class="") %}
 {{- values[value] if values is mapping else value }}</option>
 {% endfor %}
 {% endmacro %}
-{% macro input(name, label, hint="", type="text") %}
-{% set error = errors[name] %}
+{% macro input(name, label, hint="", type="text", form="") %}
+{% set sent = not form or form in given %}{# what another form of the page sent is not this one's #}
+{% set error = errors[name] if sent %}
 {% set invalid = {"aria-invalid": "true", "aria-describedby": "e-" ~ name} if error else {} %}
 <label class="{{ type }}">{{ label }}
 {% if type == "textarea" %}
 <textarea name="{{ name }}"{{ dict(kwargs, **invalid)|xmlattr }}>
-{{ given[name] }}</textarea>
+{{ given[name] if sent }}</textarea>
 {% else %}
-<input type="{{ type }}" name="{{ name }}"{% if type != "password" %} value="{{ given[name] }}"{% endif %}
+<input type="{{ type }}" name="{{ name }}"{% if type != "password" %} value="{{ given[name] if sent }}"
+{%- elif given[name] %} placeholder="not kept: type it again"{% endif %}
 {{- dict(kwargs, **invalid)|xmlattr }}>
 {% endif %}
 {% if hint %}<span class="hint">{{ hint }}</span>{% endif %}
@@ -13309,7 +13311,7 @@ else "?resource=" ~ event.resource|urlencode }}">{{ event.resource }}</a>{% endi
 <p><label>For <select name="minutes">{{ options({"30": "30 minutes", "60": "1 hour", "240": "4 hours",
 "1440": "1 day", "10080": "1 week"}, given.minutes) }}</select></label></p>
 {{ input("start", "Beginning", "Now, unless said", "datetime-local") }}
-{{ input("reason", "Reason", maxlength="200", required="") }}
+{{ input("reason", "Reason", form="minutes", maxlength="200", required="") }}
 <p class="soft">Meanwhile it is polled and shown, and does not close the gate.</p>
 <button class="primary">Begin maintenance</button>
 </form></details>
@@ -13390,10 +13392,10 @@ else "?resource=" ~ event.resource|urlencode }}">{{ event.resource }}</a>{% endi
 {% endcall %}
 {% endif %}
 <div id="work">{% if turns %}
-{% call table("Planned maintenance", ("State", "Begins", "For", "What", "Why", "")) %}
+{% call table("Planned maintenance", ("State", "Begins", "For", "What", "Why", "End"), "events") %}
 {% for turn in turns[:20] %}
 <tr><td>{{ state("maintenance", "runs") if turn.state == "begun" else "ahead" }}</td>
-<td><time>{{ turn.start|local_time }}</time></td><td>{{ (turn.until - turn.start)|duration_text }}</td>
+<td>{{ turn.start|time_tag }}</td><td>{{ (turn.until - turn.start)|duration_text }}</td>
 <td>{{ turn.scope }}</td><td>{{ turn.reason }} <small>{{ turn.actor or turn.schedule }}</small></td>
 <td>{% if admin and turn.id %}<form method="post" action="/-/maintenance" data-inline>
 <button name="end" value="{{ turn.id }}">{{ "End" if turn.state == "begun" else "Cancel" }}
@@ -13440,7 +13442,7 @@ else "?resource=" ~ event.resource|urlencode }}">{{ event.resource }}</a>{% endi
 <p><label>For <select name="for">{{ options({"10m": "10 minutes", "30m": "30 minutes", "2h": "2 hours", "8h": "8 hours",
 "1d": "1 day", "": "as long as it is not ended (closed)"}, given["for"] if "for" in given else "30m") }}
 </select></label></p>
-{{ input("reason", "Reason", maxlength="200", required="") }}
+{{ input("reason", "Reason", form="action", maxlength="200", required="") }}
 <p class="soft">Whatever the resources say. Paths that need nothing stay open.</p>
 <button class="danger">Override the gate</button>
 </form></details>
@@ -13527,14 +13529,14 @@ else "?resource=" ~ event.resource|urlencode }}">{{ event.resource }}</a>{% endi
 </section>
 {% endfor %}
 {% for turn in turns if turn.state == "planned" %}{% if loop.first %}
-<p class="notice">Next maintenance: {{ turn.start|local_time }}, for {{ (turn.until - turn.start)|duration_text }}:
+<p class="notice">Next maintenance: {{ turn.start|time_tag }}, for {{ (turn.until - turn.start)|duration_text }}:
 {{ turn.reason }} ({{ turn.scope }})</p>
 {% endif %}{% endfor %}
 </div>
 <div id="seen">
 {% if shown.seen %}
 <section class="message degraded" aria-label="Acknowledgement">
-<p>Seen by <b>{{ shown.seen.actor }}</b> at {{ shown.seen.at|local_time }}: {{ shown.seen.comment }}</p>
+<p>Seen by <b>{{ shown.seen.actor }}</b> at {{ shown.seen.at|time_tag }}: {{ shown.seen.comment }}</p>
 {% if admin %}
 <form method="post" action="{{ shown.href }}/acknowledgement" data-inline>
 <button name="end" value="1">Take back</button></form>
@@ -13577,7 +13579,7 @@ Availability:
 {% endfor %}</p>
 {{ shown.strip }}
 <details id="polls"><summary>Last polls</summary>
-{% call table("Last polls, newest first", ("Time", "State", "Seconds", "Reason")) %}
+{% call table("Last polls, newest first", ("Time", "State", "Seconds", "Reason"), "events") %}
 {% for poll in polls|reverse %}
 <tr><td>{{ poll.at|time_tag }}</td><td>{{ state(poll.state) }}</td>
 <td>{{ "%.2f"|format(poll.readings.seconds) if poll.readings.seconds }}</td>
@@ -13762,9 +13764,9 @@ last seen <time>{{ one.to_at|local_time }}</time>{% endif %}</td>
 {% call table("API tokens", ("User", "Token", "May", "Until", "Last used", "End"), "events") %}
 {% for token in tokens %}
 <tr><td>{{ token.user }}</td><th scope="row">{{ token.name }}</th><td>{{ token.role }}</td>
-<td>{% if token.expires_at >= never %}for ever{% else %}<time>{{ token.expires_at|local_time }}</time>
+<td>{% if token.expires_at >= never %}for ever{% else %}{{ token.expires_at|time_tag }}
 {% if token.expires_at <= now %} <b class="state unhealthy">over</b>{% endif %}{% endif %}</td>
-<td>{% if token.seen_at %}<time>{{ token.seen_at|local_time }}</time> <small>{{ token.address }}</small>
+<td>{% if token.seen_at %}{{ token.seen_at|time_tag }} <small>{{ token.address }}</small>
 {% else %}never{% endif %}</td>
 <td><form method="post" action="/-/tokens/{{ token.id }}/revoke">
 <button class="danger">Revoke<span class="hidden"> {{ token.name }} of {{ token.user }}</span></button></form></td></tr>
@@ -13821,8 +13823,7 @@ Critical: while it is unhealthy, the gate is closed</label>
 {{ input("port", "Port", inputmode="numeric", placeholder=ports) }}
 {{ input("username", "User name") }}
 {{ input("password", "Password", "sealed, and never shown again", "password", autocomplete="new-password",
-         placeholder="not kept: type it again" if given.password else "not copied" if copied
-         else "unchanged" if name) }}
+         placeholder=none if given.password else "not copied" if copied else "unchanged" if name) }}
 </div></fieldset>
 <fieldset class="panel"><legend>Everything else</legend>
 {{ input("settings", "Limits, services, checks and other settings: none is needed", "YAML as in the inventory: "
@@ -13898,6 +13899,7 @@ table, dl, figure, .empty, .panel { background: var(--surface); border: 1px soli
 .gate h2 { font-size: 1.375rem; } .gate ul { flex-basis: 100%; list-style: none; } .gate li { padding-top: .25rem; }
 .message { margin-top: .75rem; } .message > * + *, .panel > * + * { margin-top: .5rem; }
 .now > p .state { font-size: 1.25rem; margin-right: .5rem; }
+.message .state { white-space: normal; }
 [role=alert]:not(.lost, :has(p)) { display: none; } .why { font-size: 1.0625rem; }
 
 .tools { margin: 1rem 0 .625rem; } .chips { flex: 1 1 auto; }
@@ -13924,13 +13926,14 @@ i.maintenance, i.degraded { color: var(--state); }
   box-shadow: inset 0 -1px var(--line); }
 .overview tbody th { color: inherit; width: 100%; min-width: 14rem; }
 .overview tbody th a { font-weight: 600; margin-right: .25rem; }
-.overview tbody th p { color: var(--state); font-size: .875rem; }
+.overview tbody th p { font-size: .875rem; } .overview tbody th p:not(.soft) { color: var(--state); }
 .overview tr.unhealthy { box-shadow: inset 3px 0 var(--unhealthy); }
 .roll th { background: var(--sunken); } .roll b { margin-right: .75rem; } thead a { color: inherit; }
 [aria-sort=ascending] a::after { content: " \25B4" / ""; } [aria-sort=descending] a::after { content: " \25BE" / ""; }
 .old :is(td, dd, th, .state), td.old { color: var(--soft); } .old :is(svg, .state::before), td.old svg { opacity: .5; }
 td > :is(.state, time), .events td:nth-child(2) { white-space: nowrap; } td:has(time) + td { overflow-wrap: normal; }
-.gate + table { margin-top: .75rem; } .empty { padding: 3rem 1rem; text-align: center; }
+main > :is(table, .notice), #work > *, #seen > details, [role=alert] + table { margin-top: .75rem; }
+.empty { padding: 3rem 1rem; text-align: center; }
 .bar { width: 6rem; max-width: 40%; height: .5rem; margin-right: .5rem; }
 .overview .bar { width: 4rem; max-width: none; }
 .bar path { stroke: var(--fill); stroke-width: 8; fill: none; } .bar path:first-child { stroke: var(--track); }
@@ -13944,8 +13947,8 @@ td > :is(.state, time), .events td:nth-child(2) { white-space: nowrap; } td:has(
 .message .strip { width: 100%; max-width: 60rem; height: 1.5rem; }
 
 .title { align-items: start; justify-content: space-between; margin-top: 1rem; }
-.actions { align-items: start; position: relative; }
-.actions summary { list-style: none; } summary { cursor: pointer; color: var(--link); }
+.actions { align-items: start; position: relative; margin-left: auto; }
+summary { cursor: pointer; color: var(--link); } summary.button { display: inline-block; }
 .panel { margin-top: 1rem; padding: 1rem; border-radius: 6px; }
 .actions .panel { position: absolute; right: 0; z-index: 2; width: 30rem; max-width: calc(100vw - 2rem);
   margin-top: .375rem; box-shadow: 0 6px 24px #0004; }
@@ -14005,9 +14008,10 @@ form:has([value=simulated]:checked) .remote { display: none; }
   .overview .strip { width: 100%; } .overview .bar { width: calc(100% - 3.25rem); }
   .overview td small { display: none; }
   .filter { flex: 1 1 100%; } .filter input, .filter select { flex: 1 1 8rem; min-width: 0; max-width: none; }
-  .actions .panel { left: 0; right: auto; } .events thead { display: none; }
+  .actions { margin-left: 0; } .actions .panel { left: 0; right: auto; } .buttons { position: static; }
+  .events thead { display: none; }
   .events tr { display: block; padding: .5rem .75rem; border-top: 1px solid var(--line); }
-  .events td { display: inline; border: 0; padding: 0 .5rem 0 0; }
+  .events :is(td, th) { display: inline; border: 0; padding: 0 .5rem 0 0; }
 }
 """
 PAGE_SCRIPT = r"""
@@ -14129,7 +14133,12 @@ async function send(form, button) {
     const { answer, page } = await ask(to, { method: "POST", body, signal: AbortSignal.timeout(SENDING) });
     if (answer.redirected && new URL(answer.url).pathname !== location.pathname) return location.assign(answer.url);
     if (answer.status === 401) return form.submit();     // the login, which brings what was typed back
-    if (answer.ok) form.closest("details")?.removeAttribute("open");
+    const panel = answer.ok && form.closest("details");
+    if (panel) {
+      panel.open = false;
+      form.reset();
+      panel.firstElementChild.focus();
+    }
     show(page, true);
   } catch {
     warn("No answer: it may not have been done.");
