@@ -2376,6 +2376,8 @@ class Status(Base):
     bad: Mapped[int]            # bad results in a row
     seconds: Mapped[float]      # duration of the last poll
     sample: Mapped[str]         # JSON of what the last poll read, `null` when it read nothing
+    read: Mapped[str] = mapped_column(default="null")   # then that of the last one that read anything,
+    read_at: Mapped[float] = mapped_column(default=0.0)     # and when
     strip: Mapped[str] = mapped_column(default="")      # the last STRIP polls, oldest first: a character of POLLS each
 
 
@@ -2529,6 +2531,8 @@ MIGRATIONS = (("ALTER TABLE user ADD COLUMN role VARCHAR NOT NULL DEFAULT 'admin
               ("DROP TABLE IF EXISTS login_session",      # who was logged in logs in once more
                'ALTER TABLE event ADD COLUMN "group" VARCHAR NOT NULL DEFAULT \'\'',
                "ALTER TABLE event ADD COLUMN state VARCHAR NOT NULL DEFAULT ''",
+               "ALTER TABLE status ADD COLUMN read VARCHAR NOT NULL DEFAULT 'null'",
+               "ALTER TABLE status ADD COLUMN read_at DOUBLE NOT NULL DEFAULT 0",
                "UPDATE event SET state = 'closed' WHERE kind = 'gate'",
                "UPDATE event SET state = 'open' WHERE kind = 'gate' AND text LIKE 'closed -> open%'",
                "CREATE TABLE maintenance (id INTEGER NOT NULL PRIMARY KEY AUTOINCREMENT, state VARCHAR NOT NULL, "
@@ -5114,7 +5118,7 @@ class SimulatedConnection(Connection):
 # === Outcomes ================================================================
 # How a service or a check turned out: an exit status and what was printed go in, an Outcome comes out. Pure, and the
 # same for every platform.
-# Gives: KEPT_BYTES, CONTROL, Outcome, Judge, printed, kept, by_status, by_nagios, JUDGES
+# Gives: KEPT_BYTES, CONTROL, Outcome, Judge, printed, by_status, by_nagios, JUDGES
 KEPT_BYTES = 4096               # bytes of text kept of a service or check; the script has this number, too
 CONTROL = dict.fromkeys([*range(9), *range(11, 32), *range(127, 160)])
 LABELS_MAX = 64                 # labels of a check that are kept, of 100 characters each at most
@@ -7976,7 +7980,6 @@ class News:
         self.waits: Report | None = None    # until it is known whether others are to blame
         self._is_restored = False           # what was told was told before the start
         self.last: Report | None = None     # whether or not it could be written
-        self.read: Report | None = None     # the last one with a sample
 
     def restore(self, standing: Standing) -> None:
         """Goes on from a standing of before the start."""
@@ -7985,13 +7988,13 @@ class News:
 
     def go_on_from(self, before: News) -> None:
         """Goes on from what the poller before told."""
-        self.told, self._is_restored, self.last, self.read = before.told, before._is_restored, before.last, before.read
+        self.told, self._is_restored, self.last = before.told, before._is_restored, before.last
         self.doubt.settle(decided=before.doubt.decided)
 
     def weigh(self, report: Report) -> Report:
         """The report with the standing that was told last, where there is something to tell: not while the resource is
         behind another or may turn out to be, nor before its own results agree again."""
-        after, self.last, self.read = report.standing, report, report if report.sample else self.read
+        after, self.last = report.standing, report
         if after.bad == 1 and not self._aggregator.blocker(self._name):
             for doubt in self._before():
                 doubt.urge()
@@ -8611,9 +8614,14 @@ CLOCK_STEP = 60.0               # seconds by which a clock that was set differs 
 
 # An insert of a table costs half of what one of its class does.
 INSERT_STATUS = sqlite.insert(Base.metadata.tables["status"])
+NEW_STATUS = INSERT_STATUS.excluded
+# What was read is moved aside by a poll that reads nothing, and stays there while none of these settings does.
+NOTHING_OLD = sqlalchemy.or_(NEW_STATUS["sample"] != "null", NEW_STATUS["settings_digest"] != Status.settings_digest)
 UPSERT_STATUS = INSERT_STATUS.on_conflict_do_update(set_={
-    **{column.name: column for column in INSERT_STATUS.excluded},
-    "strip": func.substr(Status.strip + INSERT_STATUS.excluded["strip"], -STRIP)})
+    **{column.name: column for column in NEW_STATUS},
+    **{kept.key: sqlalchemy.case((NOTHING_OLD, NEW_STATUS[kept.key]), (Status.sample != "null", before), else_=kept)
+       for kept, before in ((Status.read, Status.sample), (Status.read_at, Status.polled_at))},
+    "strip": func.substr(Status.strip + NEW_STATUS["strip"], -STRIP)})
 INSERT_SAMPLE = sqlite.insert(SAMPLES).on_conflict_do_nothing()
 
 
@@ -12030,8 +12038,8 @@ def revoke_token(who: Principal, number: str) -> None:
 # serves. Each operation takes who does it, checks what is given, changes rows and notes it within one transaction, and
 # gives rows or views. What is refused is an ApiError.
 # Gives: add_resource, API, begin_maintenance, change_gate, change_resource, changeable, connection_view,
-# current_status, DAMAGED, end_maintenance, list_events, list_groups, list_resources, NO_SAMPLE, OPERATIONS,
-# override_gate, poll_now, remove_resource, RESOURCES, Route, SAFE_METHODS, test_changes, test_settings,
+# current_status, DAMAGED, end_maintenance, last_sample, list_events, list_groups, list_resources, NO_SAMPLE,
+# OPERATIONS, override_gate, poll_now, remove_resource, RESOURCES, Route, SAFE_METHODS, test_changes, test_settings,
 # trust_resource
 POLL_NOW_TIMEOUT = 60.0         # seconds that a request waits for a poll
 TAKE_TIME, TAKE_AGAIN = 2.0, 0.05   # seconds that a report waits for its resource's new poller, and between two looks
@@ -12157,6 +12165,15 @@ def current_status(row: Resource, status: Status | None, context: ConsoleContext
     if standing := standing or overdue(row, known, poller, context.clock()):
         return Status(**vars(standing), polled_at=known.polled_at, seconds=known.seconds, sample=known.sample)
     return known
+
+
+def last_sample(row: Resource, status: Status | None, known: Status) -> tuple[str, float]:
+    """What was read last, as JSON, and the Unix time of it if it is old, or 0."""
+    if known.sample != "null":
+        return known.sample, known.polled_at if known.cause == "stale" else 0.0
+    if status is None or status.settings_digest != row.settings_digest:
+        return "null", 0.0
+    return (status.read, status.read_at) if status.sample == "null" else (status.sample, status.polled_at)
 
 
 def connection_view(context: ConsoleContext, name: str) -> ConnectionView | None:
@@ -14252,9 +14269,7 @@ class ResourceRow:
         self.maintenance, self.seen = more.maintenance.get(row.name), more.seen.get(row.name)
         self.shown_state = "maintenance" if self.maintenance else known.state
         self.strip = strip_svg(status.strip if status else "")
-        read = poller.news.read if poller and known.sample == "null" else None
-        self._read = read if read and read.target.settings_digest == row.settings_digest else None
-        self.read_at = self._read.at if self._read else 0.0     # Unix time of what is shown though it is old, or 0
+        self._sample, self.read_at = last_sample(row, status, known)
 
     @property
     def failing(self) -> str:
@@ -14273,8 +14288,7 @@ class ResourceRow:
     @functools.cached_property
     def sample(self) -> dict[str, Any] | None:
         """What the last poll read, or the last one that read anything; None when it is damaged."""
-        text = self._read.status["sample"] if self._read else self.status.sample
-        return NO_SAMPLE if text == "null" else stored_mapping(text, NO_SAMPLE)
+        return NO_SAMPLE if self._sample == "null" else stored_mapping(self._sample, NO_SAMPLE)
 
     @property
     def address(self) -> str:
