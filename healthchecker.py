@@ -7439,15 +7439,17 @@ def gates_of(aggregator: HealthAggregator, name: str) -> set[str]:
 # What polls found: in come Reports, out go rows, averages of quarters of an hour, charts and availability. Readings are
 # whole hundredths, NULL where nothing was read. The recorder's thread writes, any thread reads.
 # 100 resources at 60 s: 288,000 polls and 864,000 averages are 82 MB; 100,000 events add 20 MB.
-# Gives: DAY, EVENTS, known_since, METRICS, POLLS, POLL_MARKS, PRUNE_PART, PRUNE_ROWS, SPANS, SAMPLES,
-# highest_readings, Report, record_event, events, PastPoll, samples, roll_up, prune, prune_events, availability,
-# Point, chart
+# Gives: DAY, EVENTS, filesystem_charts, FILESYSTEMS, known_since, METRICS, POLLS, POLL_MARKS, PRUNE_PART,
+# PRUNE_ROWS, SPANS, SAMPLES, highest_readings, Report, record_event, events, PastPoll, samples, roll_up, prune,
+# prune_events, availability, Point, chart
 DAY = 86_400                    # seconds
 PRUNE_ROWS = 10, 10_000         # rows of a resource, or events, that are dropped at once, at least and at most
 PRUNE_PART = 50                 # of how many rows one is dropped at once: a clock that is wrong takes half a day to
                                 # drop half of them, and of 12 hours or more an ordinary quarter drops fewer
 EVENTS = 100_000                # events of a kind that are kept at most: a resource may flap for a year
 METRICS = ("cpu_percent", "memory_percent", "swap_percent", "disk_percent", "load_per_cpu", "seconds")
+HOUR = 3600                     # seconds between two readings of every filesystem: they fill slowly
+MOUNTS, MOUNT_CHARS = 20, 200   # filesystems of a resource that are kept, and characters of a mount point, at most
 READING_MAX = 2 ** 31 - 1       # hundredths, what an INTEGER holds
 POLLS: dict[str, tuple[State, Cause]] = {
     "h": ("healthy", ""), "d": ("degraded", "limit"), "w": ("degraded", "check"),     # all that are good: PARTS
@@ -7474,6 +7476,8 @@ SAMPLES = history_table("sample", sqlalchemy.Double, dict.fromkeys(("reason", "p
 AVERAGES = history_table("average", sqlalchemy.Integer, dict.fromkeys(
     ("known", "healthy", *(metric + end for end in ("", "_minimum", "_maximum") for metric in METRICS)),
     sqlalchemy.Integer))
+# The first reading of an hour, by its begin: JSON of how full each filesystem is
+FILESYSTEMS = history_table("filesystem", sqlalchemy.Integer, {"percents": sqlalchemy.String})
 
 
 def highest_readings(metrics: Mapping[str, float]) -> dict[str, float]:
@@ -7524,6 +7528,15 @@ class Report:
                 "poll": POLL_MARKS[verdict.state, verdict.cause], "standing": POLL_MARKS[after.state, after.cause],
                 **{metric: min(round(found[metric] * 100), READING_MAX) if metric in found else None
                    for metric in METRICS}}
+
+    @property
+    def filesystem_row(self) -> dict[str, Any] | None:
+        """The row of FILESYSTEMS; None where there are not several: then the polls say it."""
+        named = ((name.partition(" "), value) for name, value in (self.sample.metrics if self.sample else {}).items())
+        found = [(mount, round(100 * value)) for (metric, _, mount), value in named
+                 if metric == "disk_percent" and len(mount) <= MOUNT_CHARS]
+        return {"resource_id": self.target.id, "at": int(self.at // HOUR) * HOUR,
+                "percents": json.dumps(dict(found[:MOUNTS]))} if len(found) > 1 else None
 
     @functools.cached_property
     def status(self) -> dict[str, Any]:
@@ -7634,7 +7647,7 @@ PRUNE = tuple(sqlalchemy.text(
     f"DELETE FROM {table} WHERE resource_id = :id AND at IN (SELECT at FROM {table} "   # noqa: S608  # nobody's words
     f"WHERE resource_id = :id AND {outside} LIMIT GREATEST({PRUNE_ROWS[0]}, LEAST({PRUNE_ROWS[1]}, "
     f"(SELECT COUNT(*) / {PRUNE_PART} FROM {table} WHERE resource_id = :id))))")
-    for table in ("sample", "average") for outside in (f"at < :{table}", "at > :future"))
+    for table in ("sample", "average", "filesystem") for outside in (f"at < :{table}", "at > :future"))
 # What was removed goes when nothing is left of its history.
 DROP = sqlalchemy.text(f"DELETE FROM resource WHERE id = :id AND origin = '{REMOVED}' AND NOT EXISTS "  # noqa: S608
                        "(SELECT 1 FROM sample WHERE resource_id = :id UNION ALL "
@@ -7645,7 +7658,8 @@ def prune(session: Session, resource_id: int, retention: Retention, now: float) 
     """Drops what is older than `retention`, a part at most, and what is of a future that a clock once showed."""
     for statement in (*PRUNE, DROP):
         session.execute(statement, {"id": resource_id, "sample": now - retention.raw * DAY,
-                                    "average": now - retention.averages * DAY, "future": now + QUARTER})
+                                    **dict.fromkeys(("average", "filesystem"), now - retention.averages * DAY),
+                                    "future": now + QUARTER})
 
 
 def prune_events(session: Session, retention: Retention, now: float) -> None:
@@ -7696,6 +7710,15 @@ def chart(session: Session, resource_id: int, metric: str, span: str, now: float
     rows = session.execute(CHARTS[metric], {"id": resource_id, "step": step, "first": now - seconds, "polls": polls,
                                             "now": now})
     return [Point(int(at), float(average) / 100, lowest / 100, highest / 100) for at, average, lowest, highest in rows]
+
+
+def filesystem_charts(session: Session, resource_id: int, span: str, now: float) -> dict[str, list[Point]]:
+    """How full the filesystems of today were over a span of SPANS, by their mount points."""
+    at, percents, first = FILESYSTEMS.c.at, FILESYSTEMS.c.percents, now - SPANS[span][0]
+    rows = [(at, from_json(text)) for at, text in session.execute(sqlalchemy.select(at, percents).where(
+        FILESYSTEMS.c.resource_id == resource_id, at.between(first, now)).order_by(at))]
+    return {mount: [Point(at, *[found[mount] / 100] * 3) for at, found in rows if mount in found]
+            for mount in (rows[-1][1] if len(rows) > 1 else ())}
 
 
 # === Uplink ==================================================================
@@ -8622,7 +8645,7 @@ UPSERT_STATUS = INSERT_STATUS.on_conflict_do_update(set_={
     **{kept.key: sqlalchemy.case((NOTHING_OLD, NEW_STATUS[kept.key]), (Status.sample != "null", before), else_=kept)
        for kept, before in ((Status.read, Status.sample), (Status.read_at, Status.polled_at))},
     "strip": func.substr(Status.strip + NEW_STATUS["strip"], -STRIP)})
-INSERT_SAMPLE = sqlite.insert(SAMPLES).on_conflict_do_nothing()
+INSERT_SAMPLE, INSERT_FILESYSTEMS = (sqlite.insert(table).on_conflict_do_nothing() for table in (SAMPLES, FILESYSTEMS))
 
 
 def first_polls(left: Sequence[float], settings: Sequence[ResourceSettings]) -> list[float]:
@@ -8761,9 +8784,11 @@ class Recorder(threading.Thread):
         strips: dict[int, str] = collections.defaultdict(str)
         for row in samples:
             strips[row["resource_id"]] += row["poll"]
-        statuses = [report.status | {"strip": strips[number][-STRIP:]}
-                    for number, report in self._latest.items() if number in alive]
-        for statement, rows in ((UPSERT_STATUS, statuses), (INSERT_SAMPLE, samples)):
+        latest = {number: report for number, report in self._latest.items() if number in alive}
+        statuses = [report.status | {"strip": strips[number][-STRIP:]} for number, report in latest.items()]
+        filesystems = list(filter(None, (report.filesystem_row for report in latest.values())))
+        for statement, rows in ((UPSERT_STATUS, statuses), (INSERT_SAMPLE, samples),
+                                (INSERT_FILESYSTEMS, filesystems)):
             if rows:
                 session.execute(statement, rows)
         for event in self._events:
@@ -13206,7 +13231,7 @@ def chart_svg(points: Sequence[Point], limit: LimitValues, span: tuple[float, fl
 # Words and templates of the console: times, readings and settings come in, markup goes out; nothing here asks the
 # database or the request. Runs in the console's threads. What hosts and people wrote is escaped by the templates
 # (their keys end in .html).
-# Gives: cause_text, LABELS, TEMPLATES, duration_text, local_time, time_tag
+# Gives: amount, cause_text, LABELS, TEMPLATES, duration_text, local_time, time_tag, unit_of
 LABELS = {"cpu_percent": "CPU", "memory_percent": "Memory", "disk_percent": "Disk", "swap_percent": "Swap",
           "commit_percent": "Commit charge", "inode_percent": "Inodes", "load_per_cpu": "Load per CPU",
           "response_seconds": "Response time", "certificate_days": "Certificate, days", "seconds": "Duration of a poll"}
@@ -13220,6 +13245,18 @@ def duration_text(seconds: float) -> str:
     if hours > 0:
         return f"{hours} h {minutes % 60} min"
     return f"{minutes} min" if minutes > 0 else f"{max(0, int(seconds))} s"
+
+
+def amount(metric: str, value: float) -> str:
+    if metric.endswith("_percent"):
+        return f"{value:.1f} %"
+    if metric == "response_seconds":
+        return f"{1000 * value:.0f} ms"
+    return f"{value:.2f} s" if metric == "seconds" else f"{value:.2f}"
+
+
+def unit_of(metric: str) -> str:
+    return " %" if metric.endswith("_percent") else " s" if metric == "seconds" else ""
 
 
 def local_time(at: float) -> str:
@@ -13520,8 +13557,10 @@ else "?resource=" ~ event.resource|urlencode }}">{{ event.resource }}</a>{% endi
 <div class="actions" data-keep>
 <form method="post" action="{{ shown.href }}/check" data-inline><button>Check now</button></form>
 {{ work_form(shown.href ~ "/maintenance") }}
-{% if not origin %}
+{% if shown.row.platform != "local" %}
 <a class="button" href="/-/add?copy={{ shown.name|urlencode }}">Copy</a>
+{% endif %}
+{% if not origin %}
 <a class="button" href="{{ shown.href }}/edit">Edit</a>
 <details name="action"><summary class="button">Remove</summary>
 <form method="post" action="{{ shown.href }}/remove" class="panel">
@@ -14026,7 +14065,7 @@ form:has([value=simulated]:checked) .remote { display: none; }
   .overview td small { display: none; }
   .filter { flex: 1 1 100%; } .filter input, .filter select { flex: 1 1 8rem; min-width: 0; max-width: none; }
   .actions { margin-left: 0; } .actions .panel { left: 0; right: auto; } .buttons { position: static; }
-  .events thead { display: none; }
+  .events thead { display: none; } .events form { display: inline; }
   .events tr { display: block; padding: .5rem .75rem; border-top: 1px solid var(--line); }
   .events :is(td, th) { display: inline; border: 0; padding: 0 .5rem 0 0; }
 }
@@ -14478,14 +14517,6 @@ def overview(**more: Any) -> flask.Response:
                        refresh="" if flask.request.method == "GET" else PREFIX, **more)
 
 
-def amount(metric: str, value: float) -> str:
-    if metric.endswith("_percent"):
-        return f"{value:.1f} %"
-    if metric == "response_seconds":
-        return f"{1000 * value:.0f} ms"
-    return f"{value:.2f} s" if metric == "seconds" else f"{value:.2f}"
-
-
 def reading_rows(sample: Mapping[str, Any], resource: ResourceRow, damage: str) -> list[dict[str, Any]]:
     """Each metric that was read, has a limit, or could not be read."""
     rows: list[dict[str, Any]] = [{"label": "All of them", "limit": {}, "problem": damage}] if damage else []
@@ -14514,8 +14545,15 @@ MACHINE = {"hostname": "Host name", "os": "System", "kernel": "Kernel", "cpu_cou
            "skipped_filesystems": "Filesystems skipped", "hidden_filesystems": "Filesystems hidden"}
 
 
-def unit_of(metric: str) -> str:
-    return " %" if metric.endswith("_percent") else " s" if metric == "seconds" else ""
+def chart_points(session: Session, resource: ResourceRow, span: str, now: float) -> Iterator[
+        tuple[str, str, LimitValues, list[Point]]]:
+    """Label, metric, limit and points of each chart, of disks the fullest one and then all."""
+    for metric, label in LABELS.items():
+        if metric in METRICS:
+            yield label, metric, resource.limit(metric), chart(session, resource.row.id, metric, span, now)
+        if metric == "disk_percent":
+            for mount, points in filesystem_charts(session, resource.row.id, span, now).items():
+                yield f"{label} {mount}", metric, resource.limit(metric, mount), points
 
 
 def charts(session: Session, resource: ResourceRow, span: str, now: float) -> list[dict[str, Any]]:
@@ -14524,10 +14562,8 @@ def charts(session: Session, resource: ResourceRow, span: str, now: float) -> li
     written = "%H:%M" if span in ("hour", "day") else "%d %b"
     times = [time.strftime(written, time.localtime(begin + part * SPANS[span][0] / 4)) for part in range(5)]
     marks = list(marks_of(events(session, resource=resource.name, limit=MARKS), begin, now))
-    for metric, label in LABELS.items():
-        points = chart(session, resource.row.id, metric, span, now) if metric in METRICS else []
+    for label, metric, limit, points in chart_points(session, resource, span, now):
         if points:
-            limit = resource.limit(metric)
             highest = max(point.maximum for point in points)
             top = 100.0 if metric.endswith("_percent") else scale_top([highest, *filter(None, limit.values())])
             average = sum(point.average for point in points) / len(points)
@@ -14636,12 +14672,12 @@ def told(error: ApiError) -> str:
     return f"{error}. Next attempt in {duration_text(wait)}." if error.status == 429 and wait > 1 else str(error)
 
 
-def form_texts(name: str) -> dict[str, str]:
-    """What the form shows of a resource that was added here: the inputs, and as YAML what it states besides; of a new
+def form_texts(name: str, find: Callable[..., Resource]) -> dict[str, str]:
+    """What the form shows of a resource that `find` gives: the inputs, and as YAML what it states besides; of a new
     one the defaults."""
     who, inventory = current_principal(), current_principal().context.imported
     with who.context.store.reading() as session:
-        values = stated(changeable(who, session, name), inventory) if name else {
+        values = stated(find(session, name), inventory) if name else {
             field: value for field, value in shared_defaults(inventory).items()
             if field in INPUTS or field not in foreign_fields(Platform.SIMULATED.value)}    # what all machines have
     values = json.loads(json.dumps(values),     # 90 and not 90.0
@@ -14657,7 +14693,8 @@ def form_page(name: str = "", given: Mapping[str, str] | None = None, **more: An
     """The form to add a resource, or to change the one called `name`."""
     copied = "" if name or given is not None else flask.request.args.get("copy", "")
     if given is None:
-        given = {**form_texts(name or copied), **({"name": ""} if copied else {})}
+        find = find_resource if copied else functools.partial(changeable, current_principal())
+        given = {**form_texts(name or copied, find), **({"name": ""} if copied else {})}
     return render_page("form", title=f"Edit {name}" if name else "Add a resource", name=name, given=given,
                        copied=copied, others=OTHERS, example=EXAMPLE,
                        platforms=[platform for platform in SELECTABLE if platform != "local"],

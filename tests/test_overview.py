@@ -262,6 +262,9 @@ def test_copy(forms: Local) -> None:
     assert 'value="192.0.2.1"' in body and "tags: [db]" in body
     assert 'name="name" value=""' in body and 'placeholder="not copied"' in body
     assert forms.ask("GET", "/-/add?copy=gone").status == 404
+    assert forms.ask("GET", "/-/add?copy=one").status == 200, "also what the inventory states"
+    assert "/-/add?copy=one" in forms.ask("GET", "/-/resources/one").body
+    assert forms.ask("GET", "/-/resources/one/edit").status == 409
 
 
 def test_a_password_that_is_not_kept_says_so(forms: Local) -> None:
