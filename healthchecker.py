@@ -14051,10 +14051,14 @@ legend { float: left; width: 100%; padding: 0 0 .5rem; font-weight: 600; } legen
 form:has([value=simulated]:checked) .remote { display: none; }
 
 @media (max-width: 60rem) {
-  .overview thead { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
+  .overview thead:not(:has(a)) { position: absolute; width: 1px; height: 1px; overflow: hidden;
+    clip-path: inset(50%); }
   .overview, .overview tbody { display: block; }
   .overview tr { display: grid; grid-template-columns: repeat(3, minmax(0, 1fr)); gap: .125rem .75rem;
     padding: .5rem .75rem; border-top: 1px solid var(--line); }
+  .overview thead tr { display: flex; flex-wrap: wrap; } .overview thead tr::before { content: "Sort by"; }
+  .overview thead th { position: static; padding: 0; box-shadow: none; }
+  .overview thead th:not(:has(a)) { display: none; }
   .overview td, .overview tbody th { border: 0; padding: 0; min-width: 0; width: auto; }
   .overview tbody th { grid-column: 1 / -1; order: -1; } .overview .roll, .overview .roll th { display: block; }
   .overview td:nth-child(3):not([data-label])::before { content: "for "; }
@@ -14199,7 +14203,8 @@ async function send(form, button) {
   } catch {
     warn("No answer: it may not have been done.");
   } finally {
-    button.disabled = false;
+    button.disabled = false;    // which took the focus away
+    if (document.activeElement === document.body) (button.isConnected ? button : main).focus({ preventScroll: true });
   }
 }
 

@@ -151,3 +151,33 @@ def test_what_was_done_is_over(browser: Browser, night: Local) -> None:
     page.locator("section.maintenance").wait_for(state="detached")
     context.close()
     assert not faults
+
+
+def test_the_focus_stays(browser: Browser, night: Local) -> None:
+    """Who presses a button by keyboard is at that button when the answer is there, or where the button was."""
+    context, page, faults = visit(browser, night)
+    enter(page, night)
+    page.goto(SICK)
+    focused = "document.activeElement.textContent.trim()"
+    with page.expect_response("**/check"):
+        page.get_by_role("button", name="Check now").press("Enter")
+    wait_for(lambda: page.evaluate(focused) == "Check now", 60)
+    page.locator("summary", has_text="Acknowledge").press("Enter")
+    page.get_by_label("Comment").fill("on it")
+    page.get_by_label("Comment").press("Enter")
+    page.get_by_role("button", name="Take back").wait_for()
+    wait_for(lambda: page.evaluate("document.activeElement.id") == "main", 60)
+    page.get_by_role("button", name="Take back").press("Enter")
+    page.locator("summary", has_text="Acknowledge").wait_for()
+    context.close()
+    assert not faults
+
+
+def test_sorting_on_a_phone(browser: Browser, night: Local) -> None:
+    context, page, _ = visit(browser, night, viewport={"width": 390, "height": 800})
+    enter(page, night)
+    page.goto("/-/")
+    page.get_by_role("link", name="Resource", exact=True).click(timeout=10_000)
+    page.wait_for_url("**sort=name*")
+    assert_fits(page, "sorted")
+    context.close()
