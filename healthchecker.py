@@ -13364,7 +13364,7 @@ else "?resource=" ~ event.resource|urlencode }}">{{ event.resource }}</a>{% endi
 {% endif %}
 <p><label>For <select name="minutes">{{ options({"30": "30 minutes", "60": "1 hour", "240": "4 hours",
 "1440": "1 day", "10080": "1 week"}, given.minutes) }}</select></label></p>
-{{ input("start", "Beginning", "Now, unless said", "datetime-local") }}
+{{ input("start", "Beginning", "now, unless said; server time, " ~ zone, "datetime-local") }}
 {{ input("reason", "Reason", form="minutes", maxlength="200", required="") }}
 <p class="soft">Meanwhile it is polled and shown, and does not close the gate.</p>
 <button class="primary">Begin maintenance</button>
@@ -13987,6 +13987,7 @@ i.maintenance, i.degraded { color: var(--state); }
 .roll th { background: var(--sunken); } .roll b { margin-right: .75rem; } thead a { color: inherit; }
 [aria-sort=ascending] a::after { content: " \25B4" / ""; } [aria-sort=descending] a::after { content: " \25BE" / ""; }
 .old :is(td, dd, th, .state), td.old { color: var(--soft); } .old :is(svg, .state::before), td.old svg { opacity: .5; }
+.events :is(td:last-child, td:has(> a)) { min-width: 9rem; }
 td > :is(.state, time), .events td:nth-child(2) { white-space: nowrap; } td:has(time) + td { overflow-wrap: normal; }
 main > :is(table, .notice), #work > *, #seen > details, [role=alert] + table { margin-top: .75rem; }
 .empty { padding: 3rem 1rem; text-align: center; }
