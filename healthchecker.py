@@ -2399,6 +2399,8 @@ class Status(Base):
     bad: Mapped[int]            # bad results in a row
     seconds: Mapped[float]      # duration of the last poll
     sample: Mapped[str]         # JSON of what the last poll read, `null` when it read nothing
+    read: Mapped[str] = mapped_column(default="null")   # then that of the last one that read anything,
+    read_at: Mapped[float] = mapped_column(default=0.0)     # and when
     strip: Mapped[str] = mapped_column(default="")      # the last STRIP polls, oldest first: a character of POLLS each
 
 
@@ -2552,6 +2554,8 @@ MIGRATIONS = (("ALTER TABLE user ADD COLUMN role VARCHAR NOT NULL DEFAULT 'admin
               ("DROP TABLE IF EXISTS login_session",      # who was logged in logs in once more
                'ALTER TABLE event ADD COLUMN "group" VARCHAR NOT NULL DEFAULT \'\'',
                "ALTER TABLE event ADD COLUMN state VARCHAR NOT NULL DEFAULT ''",
+               "ALTER TABLE status ADD COLUMN read VARCHAR NOT NULL DEFAULT 'null'",
+               "ALTER TABLE status ADD COLUMN read_at DOUBLE NOT NULL DEFAULT 0",
                "UPDATE event SET state = 'closed' WHERE kind = 'gate'",
                "UPDATE event SET state = 'open' WHERE kind = 'gate' AND text LIKE 'closed -> open%'",
                "CREATE TABLE maintenance (id INTEGER NOT NULL PRIMARY KEY AUTOINCREMENT, state VARCHAR NOT NULL, "
@@ -5140,7 +5144,7 @@ class SimulatedConnection(Connection):
 # === Outcomes ================================================================
 # How a service or a check turned out: an exit status and what was printed go in, an Outcome comes out. Pure, and the
 # same for every platform.
-# Gives: KEPT_BYTES, CONTROL, Outcome, Judge, printed, kept, by_status, by_nagios, JUDGES
+# Gives: KEPT_BYTES, CONTROL, Outcome, Judge, printed, by_status, by_nagios, JUDGES
 KEPT_BYTES = 4096               # bytes of text kept of a service or check; the script has this number, too
 CONTROL = dict.fromkeys([*range(9), *range(11, 32), *range(127, 160)])
 LABELS_MAX = 64                 # labels of a check that are kept, of 100 characters each at most
@@ -7473,15 +7477,17 @@ def gates_of(aggregator: HealthAggregator, name: str) -> set[str]:
 # What polls found: in come Reports, out go rows, averages of quarters of an hour, charts and availability. Readings are
 # whole hundredths, NULL where nothing was read. The recorder's thread writes, any thread reads.
 # 100 resources at 60 s: 288,000 polls and 864,000 averages are 82 MB; 100,000 events add 20 MB.
-# Gives: DAY, EVENTS, known_since, METRICS, POLLS, POLL_MARKS, PRUNE_PART, PRUNE_ROWS, SPANS, SAMPLES,
-# highest_readings, Report, record_event, events, PastPoll, samples, roll_up, prune, prune_events, availability,
-# Point, chart
+# Gives: DAY, EVENTS, filesystem_charts, FILESYSTEMS, known_since, METRICS, POLLS, POLL_MARKS, PRUNE_PART,
+# PRUNE_ROWS, SPANS, SAMPLES, highest_readings, Report, record_event, events, PastPoll, samples, roll_up, prune,
+# prune_events, availability, Point, chart
 DAY = 86_400                    # seconds
 PRUNE_ROWS = 10, 10_000         # rows of a resource, or events, that are dropped at once, at least and at most
 PRUNE_PART = 50                 # of how many rows one is dropped at once: a clock that is wrong takes half a day to
                                 # drop half of them, and of 12 hours or more an ordinary quarter drops fewer
 EVENTS = 100_000                # events of a kind that are kept at most: a resource may flap for a year
 METRICS = ("cpu_percent", "memory_percent", "swap_percent", "disk_percent", "load_per_cpu", "seconds")
+HOUR = 3600                     # seconds between two readings of every filesystem: they fill slowly
+MOUNTS, MOUNT_CHARS = 20, 200   # filesystems of a resource that are kept, and characters of a mount point, at most
 READING_MAX = 2 ** 31 - 1       # hundredths, what an INTEGER holds
 POLLS: dict[str, tuple[State, Cause]] = {
     "h": ("healthy", ""), "d": ("degraded", "limit"), "w": ("degraded", "check"),     # all that are good: PARTS
@@ -7508,6 +7514,8 @@ SAMPLES = history_table("sample", sqlalchemy.Double, dict.fromkeys(("reason", "p
 AVERAGES = history_table("average", sqlalchemy.Integer, dict.fromkeys(
     ("known", "healthy", *(metric + end for end in ("", "_minimum", "_maximum") for metric in METRICS)),
     sqlalchemy.Integer))
+# The first reading of an hour, by its begin: JSON of how full each filesystem is
+FILESYSTEMS = history_table("filesystem", sqlalchemy.Integer, {"percents": sqlalchemy.String})
 
 
 def highest_readings(metrics: Mapping[str, float]) -> dict[str, float]:
@@ -7558,6 +7566,15 @@ class Report:
                 "poll": POLL_MARKS[verdict.state, verdict.cause], "standing": POLL_MARKS[after.state, after.cause],
                 **{metric: min(round(found[metric] * 100), READING_MAX) if metric in found else None
                    for metric in METRICS}}
+
+    @property
+    def filesystem_row(self) -> dict[str, Any] | None:
+        """The row of FILESYSTEMS; None where there are not several: then the polls say it."""
+        named = ((name.partition(" "), value) for name, value in (self.sample.metrics if self.sample else {}).items())
+        found = [(mount, round(100 * value)) for (metric, _, mount), value in named
+                 if metric == "disk_percent" and len(mount) <= MOUNT_CHARS]
+        return {"resource_id": self.target.id, "at": int(self.at // HOUR) * HOUR,
+                "percents": json.dumps(dict(found[:MOUNTS]))} if len(found) > 1 else None
 
     @functools.cached_property
     def status(self) -> dict[str, Any]:
@@ -7668,7 +7685,7 @@ PRUNE = tuple(sqlalchemy.text(
     f"DELETE FROM {table} WHERE resource_id = :id AND at IN (SELECT at FROM {table} "   # noqa: S608  # nobody's words
     f"WHERE resource_id = :id AND {outside} LIMIT GREATEST({PRUNE_ROWS[0]}, LEAST({PRUNE_ROWS[1]}, "
     f"(SELECT COUNT(*) / {PRUNE_PART} FROM {table} WHERE resource_id = :id))))")
-    for table in ("sample", "average") for outside in (f"at < :{table}", "at > :future"))
+    for table in ("sample", "average", "filesystem") for outside in (f"at < :{table}", "at > :future"))
 # What was removed goes when nothing is left of its history.
 DROP = sqlalchemy.text(f"DELETE FROM resource WHERE id = :id AND origin = '{REMOVED}' AND NOT EXISTS "  # noqa: S608
                        "(SELECT 1 FROM sample WHERE resource_id = :id UNION ALL "
@@ -7679,7 +7696,8 @@ def prune(session: Session, resource_id: int, retention: Retention, now: float) 
     """Drops what is older than `retention`, a part at most, and what is of a future that a clock once showed."""
     for statement in (*PRUNE, DROP):
         session.execute(statement, {"id": resource_id, "sample": now - retention.raw * DAY,
-                                    "average": now - retention.averages * DAY, "future": now + QUARTER})
+                                    **dict.fromkeys(("average", "filesystem"), now - retention.averages * DAY),
+                                    "future": now + QUARTER})
 
 
 def prune_events(session: Session, retention: Retention, now: float) -> None:
@@ -7730,6 +7748,15 @@ def chart(session: Session, resource_id: int, metric: str, span: str, now: float
     rows = session.execute(CHARTS[metric], {"id": resource_id, "step": step, "first": now - seconds, "polls": polls,
                                             "now": now})
     return [Point(int(at), float(average) / 100, lowest / 100, highest / 100) for at, average, lowest, highest in rows]
+
+
+def filesystem_charts(session: Session, resource_id: int, span: str, now: float) -> dict[str, list[Point]]:
+    """How full the filesystems of today were over a span of SPANS, by their mount points."""
+    at, percents, first = FILESYSTEMS.c.at, FILESYSTEMS.c.percents, now - SPANS[span][0]
+    rows = [(at, from_json(text)) for at, text in session.execute(sqlalchemy.select(at, percents).where(
+        FILESYSTEMS.c.resource_id == resource_id, at.between(first, now)).order_by(at))]
+    return {mount: [Point(at, *[found[mount] / 100] * 3) for at, found in rows if mount in found]
+            for mount in (rows[-1][1] if len(rows) > 1 else ())}
 
 
 # === Uplink ==================================================================
@@ -8014,7 +8041,6 @@ class News:
         self.waits: Report | None = None    # until it is known whether others are to blame
         self._is_restored = False           # what was told was told before the start
         self.last: Report | None = None     # whether or not it could be written
-        self.read: Report | None = None     # the last one with a sample
 
     def restore(self, standing: Standing) -> None:
         """Goes on from a standing of before the start."""
@@ -8023,13 +8049,13 @@ class News:
 
     def go_on_from(self, before: News) -> None:
         """Goes on from what the poller before told."""
-        self.told, self._is_restored, self.last, self.read = before.told, before._is_restored, before.last, before.read
+        self.told, self._is_restored, self.last = before.told, before._is_restored, before.last
         self.doubt.settle(decided=before.doubt.decided)
 
     def weigh(self, report: Report) -> Report:
         """The report with the standing that was told last, where there is something to tell: not while the resource is
         behind another or may turn out to be, nor before its own results agree again."""
-        after, self.last, self.read = report.standing, report, report if report.sample else self.read
+        after, self.last = report.standing, report
         if after.bad == 1 and not self._aggregator.blocker(self._name):
             for doubt in self._before():
                 doubt.urge()
@@ -8710,10 +8736,15 @@ CLOCK_STEP = 60.0               # seconds by which a clock that was set differs 
 
 # An insert of a table costs half of what one of its class does.
 INSERT_STATUS = sqlite.insert(Base.metadata.tables["status"])
+NEW_STATUS = INSERT_STATUS.excluded
+# What was read is moved aside by a poll that reads nothing, and stays there while none of these settings does.
+NOTHING_OLD = sqlalchemy.or_(NEW_STATUS["sample"] != "null", NEW_STATUS["settings_digest"] != Status.settings_digest)
 UPSERT_STATUS = INSERT_STATUS.on_conflict_do_update(set_={
-    **{column.name: column for column in INSERT_STATUS.excluded},
-    "strip": func.substr(Status.strip + INSERT_STATUS.excluded["strip"], -STRIP)})
-INSERT_SAMPLE = sqlite.insert(SAMPLES).on_conflict_do_nothing()
+    **{column.name: column for column in NEW_STATUS},
+    **{kept.key: sqlalchemy.case((NOTHING_OLD, NEW_STATUS[kept.key]), (Status.sample != "null", before), else_=kept)
+       for kept, before in ((Status.read, Status.sample), (Status.read_at, Status.polled_at))},
+    "strip": func.substr(Status.strip + NEW_STATUS["strip"], -STRIP)})
+INSERT_SAMPLE, INSERT_FILESYSTEMS = (sqlite.insert(table).on_conflict_do_nothing() for table in (SAMPLES, FILESYSTEMS))
 
 
 def first_polls(left: Sequence[float], settings: Sequence[ResourceSettings]) -> list[float]:
@@ -8852,9 +8883,11 @@ class Recorder(threading.Thread):
         strips: dict[int, str] = collections.defaultdict(str)
         for row in samples:
             strips[row["resource_id"]] += row["poll"]
-        statuses = [report.status | {"strip": strips[number][-STRIP:]}
-                    for number, report in self._latest.items() if number in alive]
-        for statement, rows in ((UPSERT_STATUS, statuses), (INSERT_SAMPLE, samples)):
+        latest = {number: report for number, report in self._latest.items() if number in alive}
+        statuses = [report.status | {"strip": strips[number][-STRIP:]} for number, report in latest.items()]
+        filesystems = list(filter(None, (report.filesystem_row for report in latest.values())))
+        for statement, rows in ((UPSERT_STATUS, statuses), (INSERT_SAMPLE, samples),
+                                (INSERT_FILESYSTEMS, filesystems)):
             if rows:
                 session.execute(statement, rows)
         for event in self._events:
@@ -12137,9 +12170,9 @@ def revoke_token(who: Principal, number: str) -> None:
 # serves. Each operation takes who does it, checks what is given, changes rows and notes it within one transaction, and
 # gives rows or views. What is refused is an ApiError.
 # Gives: add_resource, API, begin_maintenance, change_gate, change_resource, changeable, connection_view,
-# current_status, DAMAGED, end_maintenance, list_events, list_groups, list_resources, NO_SAMPLE, OPERATIONS,
-# override_gate, poll_now, remove_resource, RESOURCES, Route, SAFE_METHODS, status_of, test_changes, test_settings,
-# trust_resource
+# current_status, DAMAGED, end_maintenance, last_sample, list_events, list_groups, list_resources, NO_SAMPLE,
+# OPERATIONS, override_gate, poll_now, remove_resource, RESOURCES, Route, SAFE_METHODS, status_of, test_changes,
+# test_settings, trust_resource
 POLL_NOW_TIMEOUT = 60.0         # seconds that a request waits for a poll
 TAKE_TIME, TAKE_AGAIN = 2.0, 0.05   # seconds that a report waits for its resource's new poller, and between two looks
 PUSH_PAUSE = 1.0                # seconds for which a report that says the same, or that all is well again, is not taken
@@ -12264,6 +12297,15 @@ def current_status(row: Resource, status: Status | None, context: ConsoleContext
     if standing := standing or overdue(row, known, poller, context.clock()):
         return Status(**vars(standing), polled_at=known.polled_at, seconds=known.seconds, sample=known.sample)
     return known
+
+
+def last_sample(row: Resource, status: Status | None, known: Status) -> tuple[str, float]:
+    """What was read last, as JSON, and the Unix time of it if it is old, or 0."""
+    if known.sample != "null":
+        return known.sample, known.polled_at if known.cause == "stale" else 0.0
+    if status is None or status.settings_digest != row.settings_digest:
+        return "null", 0.0
+    return (status.read, status.read_at) if status.sample == "null" else (status.sample, status.polled_at)
 
 
 def connection_view(context: ConsoleContext, name: str) -> ConnectionView | None:
@@ -13307,7 +13349,7 @@ def chart_svg(points: Sequence[Point], limit: LimitValues, span: tuple[float, fl
 # Words and templates of the console: times, readings and settings come in, markup goes out; nothing here asks the
 # database or the request. Runs in the console's threads. What hosts and people wrote is escaped by the templates
 # (their keys end in .html).
-# Gives: cause_text, LABELS, TEMPLATES, duration_text, local_time, time_tag
+# Gives: amount, cause_text, LABELS, TEMPLATES, duration_text, local_time, time_tag, unit_of
 LABELS = {"cpu_percent": "CPU", "memory_percent": "Memory", "disk_percent": "Disk", "swap_percent": "Swap",
           "commit_percent": "Commit charge", "inode_percent": "Inodes", "load_per_cpu": "Load per CPU",
           "response_seconds": "Response time", "certificate_days": "Certificate, days", "seconds": "Duration of a poll"}
@@ -13321,6 +13363,18 @@ def duration_text(seconds: float) -> str:
     if hours > 0:
         return f"{hours} h {minutes % 60} min"
     return f"{minutes} min" if minutes > 0 else f"{max(0, int(seconds))} s"
+
+
+def amount(metric: str, value: float) -> str:
+    if metric.endswith("_percent"):
+        return f"{value:.1f} %"
+    if metric == "response_seconds":
+        return f"{1000 * value:.0f} ms"
+    return f"{value:.2f} s" if metric == "seconds" else f"{value:.2f}"
+
+
+def unit_of(metric: str) -> str:
+    return " %" if metric.endswith("_percent") else " s" if metric == "seconds" else ""
 
 
 def local_time(at: float) -> str:
@@ -13387,15 +13441,17 @@ TEMPLATES = {"layout.html": """{% macro table(label, heads, class="") %}
 {{- values[value] if values is mapping else value }}</option>
 {% endfor %}
 {% endmacro %}
-{% macro input(name, label, hint="", type="text") %}
-{% set error = errors[name] %}
+{% macro input(name, label, hint="", type="text", form="") %}
+{% set sent = not form or form in given %}{# what another form of the page sent is not this one's #}
+{% set error = errors[name] if sent %}
 {% set invalid = {"aria-invalid": "true", "aria-describedby": "e-" ~ name} if error else {} %}
 <label class="{{ type }}">{{ label }}
 {% if type == "textarea" %}
 <textarea name="{{ name }}"{{ dict(kwargs, **invalid)|xmlattr }}>
-{{ given[name] }}</textarea>
+{{ given[name] if sent }}</textarea>
 {% else %}
-<input type="{{ type }}" name="{{ name }}"{% if type != "password" %} value="{{ given[name] }}"{% endif %}
+<input type="{{ type }}" name="{{ name }}"{% if type != "password" %} value="{{ given[name] if sent }}"
+{%- elif given[name] %} placeholder="not kept: type it again"{% endif %}
 {{- dict(kwargs, **invalid)|xmlattr }}>
 {% endif %}
 {% if hint %}<span class="hint">{{ hint }}</span>{% endif %}
@@ -13426,8 +13482,8 @@ else "?resource=" ~ event.resource|urlencode }}">{{ event.resource }}</a>{% endi
 {% endif %}
 <p><label>For <select name="minutes">{{ options({"30": "30 minutes", "60": "1 hour", "240": "4 hours",
 "1440": "1 day", "10080": "1 week"}, given.minutes) }}</select></label></p>
-{{ input("start", "Beginning", "Now, unless said", "datetime-local") }}
-{{ input("reason", "Reason", maxlength="200", required="") }}
+{{ input("start", "Beginning", "now, unless said; server time, " ~ zone, "datetime-local") }}
+{{ input("reason", "Reason", form="minutes", maxlength="200", required="") }}
 <p class="soft">Meanwhile it is polled and shown, and does not close the gate.</p>
 <button class="primary">Begin maintenance</button>
 </form></details>
@@ -13507,10 +13563,10 @@ else "?resource=" ~ event.resource|urlencode }}">{{ event.resource }}</a>{% endi
 {% endcall %}
 {% endif %}
 <div id="work">{% if turns %}
-{% call table("Planned maintenance", ("State", "Begins", "For", "What", "Why", "")) %}
+{% call table("Planned maintenance", ("State", "Begins", "For", "What", "Why", "End"), "events") %}
 {% for turn in turns[:20] %}
 <tr><td>{{ state("maintenance", "runs") if turn.state == "begun" else "ahead" }}</td>
-<td><time>{{ turn.start|local_time }}</time></td><td>{{ (turn.until - turn.start)|duration_text }}</td>
+<td>{{ turn.start|time_tag }}</td><td>{{ (turn.until - turn.start)|duration_text }}</td>
 <td>{{ turn.scope }}</td><td>{{ turn.reason }} <small>{{ turn.actor or turn.schedule }}</small></td>
 <td>{% if admin and turn.id %}<form method="post" action="/-/maintenance" data-inline>
 <button name="end" value="{{ turn.id }}">{{ "End" if turn.state == "begun" else "Cancel" }}
@@ -13557,7 +13613,7 @@ else "?resource=" ~ event.resource|urlencode }}">{{ event.resource }}</a>{% endi
 <p><label>For <select name="for">{{ options({"10m": "10 minutes", "30m": "30 minutes", "2h": "2 hours", "8h": "8 hours",
 "1d": "1 day", "": "as long as it is not ended (closed)"}, given["for"] if "for" in given else "30m") }}
 </select></label></p>
-{{ input("reason", "Reason", maxlength="200", required="") }}
+{{ input("reason", "Reason", form="action", maxlength="200", required="") }}
 <p class="soft">Whatever the resources say. Paths that need nothing stay open.</p>
 <button class="danger">Override the gate</button>
 </form></details>
@@ -13618,8 +13674,10 @@ else "?resource=" ~ event.resource|urlencode }}">{{ event.resource }}</a>{% endi
 <div class="actions" data-keep>
 <form method="post" action="{{ shown.href }}/check" data-inline><button>Check now</button></form>
 {{ work_form(shown.href ~ "/maintenance") }}
-{% if not origin %}
+{% if shown.row.platform != "local" %}
 <a class="button" href="/-/add?copy={{ shown.name|urlencode }}">Copy</a>
+{% endif %}
+{% if not origin %}
 <a class="button" href="{{ shown.href }}/edit">Edit</a>
 <details name="action"><summary class="button">Remove</summary>
 <form method="post" action="{{ shown.href }}/remove" class="panel">
@@ -13644,14 +13702,14 @@ else "?resource=" ~ event.resource|urlencode }}">{{ event.resource }}</a>{% endi
 </section>
 {% endfor %}
 {% for turn in turns if turn.state == "planned" %}{% if loop.first %}
-<p class="notice">Next maintenance: {{ turn.start|local_time }}, for {{ (turn.until - turn.start)|duration_text }}:
+<p class="notice">Next maintenance: {{ turn.start|time_tag }}, for {{ (turn.until - turn.start)|duration_text }}:
 {{ turn.reason }} ({{ turn.scope }})</p>
 {% endif %}{% endfor %}
 </div>
 <div id="seen">
 {% if shown.seen %}
 <section class="message degraded" aria-label="Acknowledgement">
-<p>Seen by <b>{{ shown.seen.actor }}</b> at {{ shown.seen.at|local_time }}: {{ shown.seen.comment }}</p>
+<p>Seen by <b>{{ shown.seen.actor }}</b> at {{ shown.seen.at|time_tag }}: {{ shown.seen.comment }}</p>
 {% if admin %}
 <form method="post" action="{{ shown.href }}/acknowledgement" data-inline>
 <button name="end" value="1">Take back</button></form>
@@ -13694,7 +13752,7 @@ Availability:
 {% endfor %}</p>
 {{ shown.strip }}
 <details id="polls"><summary>Last polls</summary>
-{% call table("Last polls, newest first", ("Time", "State", "Seconds", "Reason")) %}
+{% call table("Last polls, newest first", ("Time", "State", "Seconds", "Reason"), "events") %}
 {% for poll in polls|reverse %}
 <tr><td>{{ poll.at|time_tag }}</td><td>{{ state(poll.state) }}</td>
 <td>{{ "%.2f"|format(poll.readings.seconds) if poll.readings.seconds }}</td>
@@ -13924,9 +13982,9 @@ if since else state }}{% if since %} <small>for {{ (now - since.timestamp())|dur
 {% call table("API tokens", ("User", "Token", "May", "Until", "Last used", "End"), "events") %}
 {% for token in tokens %}
 <tr><td>{{ token.user }}</td><th scope="row">{{ token.name }}</th><td>{{ token.role }}</td>
-<td>{% if token.expires_at >= never %}for ever{% else %}<time>{{ token.expires_at|local_time }}</time>
+<td>{% if token.expires_at >= never %}for ever{% else %}{{ token.expires_at|time_tag }}
 {% if token.expires_at <= now %} <b class="state unhealthy">over</b>{% endif %}{% endif %}</td>
-<td>{% if token.seen_at %}<time>{{ token.seen_at|local_time }}</time> <small>{{ token.address }}</small>
+<td>{% if token.seen_at %}{{ token.seen_at|time_tag }} <small>{{ token.address }}</small>
 {% else %}never{% endif %}</td>
 <td><form method="post" action="/-/tokens/{{ token.id }}/revoke">
 <button class="danger">Revoke<span class="hidden"> {{ token.name }} of {{ token.user }}</span></button></form></td></tr>
@@ -13983,8 +14041,7 @@ Critical: while it is unhealthy, the gate is closed</label>
 {{ input("port", "Port", inputmode="numeric", placeholder=ports) }}
 {{ input("username", "User name") }}
 {{ input("password", "Password", "sealed, and never shown again", "password", autocomplete="new-password",
-         placeholder="not kept: type it again" if given.password else "not copied" if copied
-         else "unchanged" if name) }}
+         placeholder=none if given.password else "not copied" if copied else "unchanged" if name) }}
 </div></fieldset>
 <fieldset class="panel"><legend>Everything else</legend>
 {{ input("settings", "Limits, services, checks and other settings: none is needed", "YAML as in the inventory: "
@@ -14061,6 +14118,7 @@ table, dl, figure, .empty, .panel { background: var(--surface); border: 1px soli
 .gate h2 { font-size: 1.375rem; } .gate ul { flex-basis: 100%; list-style: none; } .gate li { padding-top: .25rem; }
 .message { margin-top: .75rem; } .message > * + *, .panel > * + * { margin-top: .5rem; }
 .now > p .state { font-size: 1.25rem; margin-right: .5rem; }
+.message .state { white-space: normal; }
 [role=alert]:not(.lost, :has(p)) { display: none; } .why { font-size: 1.0625rem; }
 
 .tools { margin: 1rem 0 .625rem; } .chips { flex: 1 1 auto; }
@@ -14087,13 +14145,15 @@ i.maintenance, i.degraded { color: var(--state); }
   box-shadow: inset 0 -1px var(--line); }
 .overview tbody th { color: inherit; width: 100%; min-width: 14rem; }
 .overview tbody th a { font-weight: 600; margin-right: .25rem; }
-.overview tbody th p { color: var(--state); font-size: .875rem; }
+.overview tbody th p { font-size: .875rem; } .overview tbody th p:not(.soft) { color: var(--state); }
 .overview tr.unhealthy { box-shadow: inset 3px 0 var(--unhealthy); }
 .roll th { background: var(--sunken); } .roll b { margin-right: .75rem; } thead a { color: inherit; }
 [aria-sort=ascending] a::after { content: " \25B4" / ""; } [aria-sort=descending] a::after { content: " \25BE" / ""; }
 .old :is(td, dd, th, .state), td.old { color: var(--soft); } .old :is(svg, .state::before), td.old svg { opacity: .5; }
+.events :is(td:last-child, td:has(> a)) { min-width: 9rem; }
 td > :is(.state, time), .events td:nth-child(2) { white-space: nowrap; } td:has(time) + td { overflow-wrap: normal; }
-.gate + table { margin-top: .75rem; } .empty { padding: 3rem 1rem; text-align: center; }
+main > :is(table, .notice), #work > *, #seen > details, [role=alert] + table { margin-top: .75rem; }
+.empty { padding: 3rem 1rem; text-align: center; }
 .bar { width: 6rem; max-width: 40%; height: .5rem; margin-right: .5rem; }
 .overview .bar { width: 4rem; max-width: none; }
 .bar path { stroke: var(--fill); stroke-width: 8; fill: none; } .bar path:first-child { stroke: var(--track); }
@@ -14107,8 +14167,8 @@ td > :is(.state, time), .events td:nth-child(2) { white-space: nowrap; } td:has(
 .uptime .strip .unknown { stroke: none; }
 
 .title { align-items: start; justify-content: space-between; margin-top: 1rem; }
-.actions { align-items: start; position: relative; }
-.actions summary { list-style: none; } summary { cursor: pointer; color: var(--link); }
+.actions { align-items: start; position: relative; margin-left: auto; }
+summary { cursor: pointer; color: var(--link); } summary.button { display: inline-block; }
 .panel { margin-top: 1rem; padding: 1rem; border-radius: 6px; }
 .actions .panel { position: absolute; right: 0; z-index: 2; width: 30rem; max-width: calc(100vw - 2rem);
   margin-top: .375rem; box-shadow: 0 6px 24px #0004; }
@@ -14161,11 +14221,15 @@ form:has([value=simulated]:checked) .remote { display: none; }
 body:has(#lost:not([hidden])) .wall { --state: var(--soft); }
 
 @media (max-width: 60rem) {
-  :is(.overview, .uptime, .incidents) thead { position: absolute; width: 1px; height: 1px; overflow: hidden;
+  :is(.overview thead:not(:has(a)), .uptime thead, .incidents thead) { position: absolute; width: 1px; height: 1px;
+    overflow: hidden;
     clip-path: inset(50%); }
   .overview, .overview tbody { display: block; }
   .overview tr { display: grid; grid-template-columns: repeat(3, minmax(0, 1fr)); gap: .125rem .75rem;
     padding: .5rem .75rem; border-top: 1px solid var(--line); }
+  .overview thead tr { display: flex; flex-wrap: wrap; } .overview thead tr::before { content: "Sort by"; }
+  .overview thead th { position: static; padding: 0; box-shadow: none; }
+  .overview thead th:not(:has(a)) { display: none; }
   .overview td, .overview tbody th { border: 0; padding: 0; min-width: 0; width: auto; }
   .overview tbody th { grid-column: 1 / -1; order: -1; } .overview .roll, .overview .roll th { display: block; }
   .overview td:nth-child(3):not([data-label])::before { content: "for "; }
@@ -14175,9 +14239,10 @@ body:has(#lost:not([hidden])) .wall { --state: var(--soft); }
   .overview .strip { width: 100%; } .overview .bar { width: calc(100% - 3.25rem); }
   .overview td small { display: none; }
   .filter { flex: 1 1 100%; } .filter input, .filter select { flex: 1 1 8rem; min-width: 0; max-width: none; }
-  .actions .panel { left: 0; right: auto; } .events thead { display: none; }
+  .actions { margin-left: 0; } .actions .panel { left: 0; right: auto; } .buttons { position: static; }
+  .events thead { display: none; } .events form { display: inline; }
   .events tr { display: block; padding: .5rem .75rem; border-top: 1px solid var(--line); }
-  .events td { display: inline; border: 0; padding: 0 .5rem 0 0; }
+  .events :is(td, th) { display: inline; border: 0; padding: 0 .5rem 0 0; }
   :is(.uptime, .incidents) :is(tr, th, td) { display: block; border: 0; } .uptime .strip { width: 100%; }
   :is(.uptime, .incidents) tr { border-top: 1px solid var(--line); }
   .uptime td[data-label] { display: inline-block; } .incidents td:empty { display: none; }
@@ -14309,12 +14374,18 @@ async function send(form, button) {
     const { answer, page } = await ask(to, { method: "POST", body, signal: AbortSignal.timeout(SENDING) });
     if (answer.redirected && new URL(answer.url).pathname !== location.pathname) return location.assign(answer.url);
     if (answer.status === 401) return form.submit();     // the login, which brings what was typed back
-    if (answer.ok) form.closest("details")?.removeAttribute("open");
+    const panel = answer.ok && form.closest("details");
+    if (panel) {
+      panel.open = false;
+      form.reset();
+      panel.firstElementChild.focus();
+    }
     show(page, true);
   } catch {
     warn("No answer: it may not have been done.");
   } finally {
-    button.disabled = false;
+    button.disabled = false;    // which took the focus away
+    if (document.activeElement === document.body) (button.isConnected ? button : main).focus({ preventScroll: true });
   }
 }
 
@@ -14423,9 +14494,7 @@ class ResourceRow:
         self.maintenance, self.seen = more.maintenance.get(row.name), more.seen.get(row.name)
         self.shown_state = "maintenance" if self.maintenance else known.state
         self.strip = strip_svg(status.strip if status else "")
-        read = poller.news.read if poller and known.sample == "null" else None
-        self._read = read if read and read.target.settings_digest == row.settings_digest else None
-        self.read_at = self._read.at if self._read else 0.0     # Unix time of what is shown though it is old, or 0
+        self._sample, self.read_at = last_sample(row, status, known)
 
     @property
     def failing(self) -> str:
@@ -14444,8 +14513,7 @@ class ResourceRow:
     @functools.cached_property
     def sample(self) -> dict[str, Any] | None:
         """What the last poll read, or the last one that read anything; None when it is damaged."""
-        text = self._read.status["sample"] if self._read else self.status.sample
-        return NO_SAMPLE if text == "null" else stored_mapping(text, NO_SAMPLE)
+        return NO_SAMPLE if self._sample == "null" else stored_mapping(self._sample, NO_SAMPLE)
 
     @property
     def address(self) -> str:
@@ -14635,14 +14703,6 @@ def overview(**more: Any) -> flask.Response:
                        refresh="" if flask.request.method == "GET" else PREFIX, **more)
 
 
-def amount(metric: str, value: float) -> str:
-    if metric.endswith("_percent"):
-        return f"{value:.1f} %"
-    if metric == "response_seconds":
-        return f"{1000 * value:.0f} ms"
-    return f"{value:.2f} s" if metric == "seconds" else f"{value:.2f}"
-
-
 def reading_rows(sample: Mapping[str, Any], resource: ResourceRow, damage: str) -> list[dict[str, Any]]:
     """Each metric that was read, has a limit, or could not be read."""
     rows: list[dict[str, Any]] = [{"label": "All of them", "limit": {}, "problem": damage}] if damage else []
@@ -14671,8 +14731,15 @@ MACHINE = {"hostname": "Host name", "os": "System", "kernel": "Kernel", "cpu_cou
            "skipped_filesystems": "Filesystems skipped", "hidden_filesystems": "Filesystems hidden"}
 
 
-def unit_of(metric: str) -> str:
-    return " %" if metric.endswith("_percent") else " s" if metric == "seconds" else ""
+def chart_points(session: Session, resource: ResourceRow, span: str, now: float) -> Iterator[
+        tuple[str, str, LimitValues, list[Point]]]:
+    """Label, metric, limit and points of each chart, of disks the fullest one and then all."""
+    for metric, label in LABELS.items():
+        if metric in METRICS:
+            yield label, metric, resource.limit(metric), chart(session, resource.row.id, metric, span, now)
+        if metric == "disk_percent":
+            for mount, points in filesystem_charts(session, resource.row.id, span, now).items():
+                yield f"{label} {mount}", metric, resource.limit(metric, mount), points
 
 
 def charts(session: Session, resource: ResourceRow, span: str, now: float) -> list[dict[str, Any]]:
@@ -14681,10 +14748,8 @@ def charts(session: Session, resource: ResourceRow, span: str, now: float) -> li
     written = "%H:%M" if span in ("hour", "day") else "%d %b"
     times = [time.strftime(written, time.localtime(begin + part * SPANS[span][0] / 4)) for part in range(5)]
     marks = list(marks_of(events(session, resource=resource.name, limit=MARKS), begin, now))
-    for metric, label in LABELS.items():
-        points = chart(session, resource.row.id, metric, span, now) if metric in METRICS else []
+    for label, metric, limit, points in chart_points(session, resource, span, now):
         if points:
-            limit = resource.limit(metric)
             highest = max(point.maximum for point in points)
             top = 100.0 if metric.endswith("_percent") else scale_top([highest, *filter(None, limit.values())])
             average = sum(point.average for point in points) / len(points)
@@ -14779,12 +14844,12 @@ def told(error: ApiError) -> str:
     return f"{error}. Next attempt in {duration_text(wait)}." if error.status == 429 and wait > 1 else str(error)
 
 
-def form_texts(name: str) -> dict[str, str]:
-    """What the form shows of a resource that was added here: the inputs, and as YAML what it states besides; of a new
+def form_texts(name: str, find: Callable[..., Resource]) -> dict[str, str]:
+    """What the form shows of a resource that `find` gives: the inputs, and as YAML what it states besides; of a new
     one the defaults."""
     who, inventory = current_principal(), current_principal().context.imported
     with who.context.store.reading() as session:
-        values = stated(changeable(who, session, name), inventory) if name else {
+        values = stated(find(session, name), inventory) if name else {
             field: value for field, value in shared_defaults(inventory).items()
             if field in INPUTS or field not in foreign_fields(Platform.SIMULATED.value)}    # what all machines have
     values = json.loads(json.dumps(values),     # 90 and not 90.0
@@ -14800,7 +14865,8 @@ def form_page(name: str = "", given: Mapping[str, str] | None = None, **more: An
     """The form to add a resource, or to change the one called `name`."""
     copied = "" if name or given is not None else flask.request.args.get("copy", "")
     if given is None:
-        given = {**form_texts(name or copied), **({"name": ""} if copied else {})}
+        find = find_resource if copied else functools.partial(changeable, current_principal())
+        given = {**form_texts(name or copied, find), **({"name": ""} if copied else {})}
     return render_page("form", title=f"Edit {name}" if name else "Add a resource", name=name, given=given,
                        copied=copied, others=OTHERS, example=EXAMPLE,
                        platforms=[platform for platform in SELECTABLE if platform != "local"],

@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import gzip
 import html
+import http.server
 import re
 import sqlite3
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,6 +36,12 @@ def written(local: Local) -> str:
     """The state that is in the database."""
     with local.store.reading() as session:
         return session.scalar(sqlalchemy.select(Status.state)) or ""
+
+
+def written_sample(folder: Path) -> str | None:
+    """What the last poll that was written down read."""
+    with contextlib.closing(sqlite3.connect(folder / "healthchecker.db")) as database:
+        return next((text for (text,) in database.execute("SELECT sample FROM status")), "null")
 
 
 @contextlib.contextmanager
@@ -115,6 +123,32 @@ def test_what_was_known_stays_while_a_machine_is_away(tmp_path: Path) -> None:
         with local.store.writing() as session:
             session.execute(Resource.__table__.update().values(platform="linux"))
         assert "<dt>System</dt>" not in local.ask("GET", "/-/resources/one").body, "that was another machine"
+
+
+def test_what_was_known_outlives_a_restart(tmp_path: Path) -> None:
+    """Nothing is read after it, and after several polls that read nothing; of other settings it would be wrong."""
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), http.server.SimpleHTTPRequestHandler)
+    url = f"http://127.0.0.1:{server.server_port}/"
+    row = f"  - {{name: one, platform: http, url: '{url}', interval: 600, retry_interval: 600, rise: 1, fall: 1%s}}\n"
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    with local_console(tmp_path, row % "", clock=time.time):
+        wait_for(lambda: written_sample(tmp_path) != "null", 60)
+    server.shutdown()
+    server.server_close()
+    thread.join()
+    for _ in range(2):
+        with local_console(tmp_path, row % "", clock=time.time) as local:
+            local.log_in_as(NAME)
+            for _ in range(2):
+                assert local.form("/-/resources/one/check", {}).status == 303
+                wait_for(lambda: written_sample(tmp_path) == "null")
+            body = local.ask("GET", "/-/resources/one").body
+            assert "Response time" in body and "as of <time" in body and "unreachable: " in body
+    with local_console(tmp_path, row % ", timeout: 9", clock=time.time) as local:
+        local.log_in_as(NAME)
+        assert local.form("/-/resources/one/check", {}).status == 303
+        assert "as of <time" not in local.ask("GET", "/-/resources/one").body
 
 
 # === Many ====================================================================
@@ -228,6 +262,9 @@ def test_copy(forms: Local) -> None:
     assert 'value="192.0.2.1"' in body and "tags: [db]" in body
     assert 'name="name" value=""' in body and 'placeholder="not copied"' in body
     assert forms.ask("GET", "/-/add?copy=gone").status == 404
+    assert forms.ask("GET", "/-/add?copy=one").status == 200, "also what the inventory states"
+    assert "/-/add?copy=one" in forms.ask("GET", "/-/resources/one").body
+    assert forms.ask("GET", "/-/resources/one/edit").status == 409
 
 
 def test_a_password_that_is_not_kept_says_so(forms: Local) -> None:

@@ -778,11 +778,12 @@ def test_by_keyboard(page: Page) -> None:
     assert page.evaluate("document.activeElement.textContent") == "Skip to the content"
     page.keyboard.press("Enter")
     reached = []
-    for _ in range(3):
+    for _ in range(4):
         page.keyboard.press("Tab")
         reached.append(page.evaluate("document.activeElement.textContent.trim()"))
-    assert reached == ["Check now", "Maintenance", "Last polls"]
-    page.keyboard.press("Shift+Tab")
+    assert reached == ["Check now", "Maintenance", "Copy", "Last polls"]
+    for _ in range(2):
+        page.keyboard.press("Shift+Tab")
     page.keyboard.press("Enter")
     page.get_by_label("Reason").wait_for()
 

@@ -294,7 +294,8 @@ def test_a_migrated_database_is_as_a_new_one(tmp_path: Path) -> None:
     assert described(database_of_schema_2(tmp_path)) == described(tmp_path / "new.db")
 
 
-SCHEMA_4 = ('ALTER TABLE event DROP COLUMN "group"', "ALTER TABLE event DROP COLUMN state", "DROP TABLE maintenance",
+SCHEMA_4 = ("ALTER TABLE status DROP COLUMN read", "ALTER TABLE status DROP COLUMN read_at",
+            'ALTER TABLE event DROP COLUMN "group"', "ALTER TABLE event DROP COLUMN state", "DROP TABLE maintenance",
             "ALTER TABLE resource ADD COLUMN maintenance FLOAT NOT NULL DEFAULT 0",
             "ALTER TABLE resource ADD COLUMN maintenance_reason VARCHAR NOT NULL DEFAULT ''",
             "PRAGMA user_version = 4")  # fmt: skip
