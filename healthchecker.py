@@ -15010,6 +15010,7 @@ from apprise.manager_attachment import AttachmentManager
 from apprise.manager_plugins import NotificationManager
 AttachmentManager().remove("file")      # who names one then raises KeyError
 NotificationManager().disable(*asked["refused"])
+apprise.NotifyBase.overflow_mode = apprise.OverflowMode.TRUNCATE    # or a service refuses what is too long for it
 asset = apprise.AppriseAsset(
     storage_mode="memory", plugin_paths=[], http_redirects=False, allow_templates=False, pgp_autogen=False,
     pem_autogen=False, async_mode=False, app_id="HealthChecker", app_desc="HealthChecker", app_url="")
@@ -15566,9 +15567,10 @@ class Notifier(threading.Thread):
                 title, body, kind, _ = json.loads(row.message)
                 if now - row.made_at > RETRY_FIRST:
                     body += f"\nThis is of {stamp(row.made_at)} and could not be delivered before."
-                self._threads[number] = threading.Thread(None, self._send, f"notify {row.name}", (
+                thread = threading.Thread(None, self._send, f"notify {row.name}", (
                     row.id, row.url, row.bound, Message(title, body, kind)), daemon=True)
-                self._threads[number].start()
+                thread.start()      # which may be refused, and is tried again then
+                self._threads[number] = thread
 
     def _send(self, number: int, token: str, bound: Sequence[str], message: Message) -> None:
         came = Delivery(False, "the service ended")
@@ -15638,8 +15640,10 @@ DATABASE = "healthchecker.db"   # in a backup, wherever it stands
 
 def stated_service(path: Path, document: Document) -> ServiceSettings:
     """The `service` part alone: neither backup nor restore needs passwords, or the files that the rest names."""
+    value = document.value or {}
+    value = {key: part for key, part in value.items() if key != "notify"} if isinstance(value, dict) else value
     try:
-        return InventoryLoader(path, document).parse(InventoryFile, document.value or {}).service
+        return InventoryLoader(path, document).parse(InventoryFile, value).service
     except ValidationError as error:
         raise InventoryError(f"{path.name}: it is not valid; see `check`") from error
 

@@ -12,6 +12,7 @@ import re
 import socket
 import ssl
 import sys
+import tarfile
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -22,7 +23,7 @@ import pytest
 from aiosmtpd.controller import Controller
 from aiosmtpd.smtp import AuthResult
 from console import prepared_database, prepared_vault
-from service import Service, prepared_keys, run, write_inventory
+from service import Program, Service, prepared_keys, run, write_inventory
 from sshd import wait_for
 from wsman_server import make_certificate
 
@@ -461,6 +462,15 @@ def test_web_hooks(form: str, hook: Hook) -> None:
     assert MESSAGE.title in title and TEXT in text
 
 
+def test_what_is_too_long_for_a_service_is_cut(hook: Hook) -> None:
+    """Or it would refuse the very message that names the most; one message stays one."""
+    long = MESSAGE._replace(body="\n".join(f"db{number}: {'x' * 200}" for number in range(30)))
+    url = f"rocket://web/hook@{hook.place}/#ops?mode=webhook"
+    assert deliver(url, long, ChildProcess()) == Delivery(True)
+    (got,) = hook.requests
+    assert 500 < len(got.json["text"]) <= 1000 and "db0: xxx" in got.json["text"]
+
+
 def test_a_web_hook_that_hangs(hook: Hook) -> None:
     """Its process is ended at the deadline, whatever it waits for."""
     hook.way = "hang"
@@ -731,6 +741,23 @@ def test_an_event_is_told_once(tmp_path: Path, store: Store, hook: Hook) -> None
         assert not [*session.scalars(sqlalchemy.select(Notice))]
 
 
+def test_no_thread_can_be_started(tmp_path: Path, store: Store, hook: Hook, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For a while: the message is sent later."""
+    take_over(store, tmp_path, f"{{name: ops, url: 'json://{hook.place}/x', wait: 0}}")
+    happen(store, "gate", "closed")
+    notifier = Notifier(store, prepared_vault(tmp_path), dict, "")
+
+    def refuse(_: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        with pytest.raises(RuntimeError):
+            notifier.look(NOON)
+    look_until(notifier, hook, 1, NOON + 1)
+    notifier.close()
+
+
 def test_a_receiver_that_hangs_holds_nobody_up(tmp_path: Path, store: Store, hook: Hook) -> None:
     stuck = Hook()
     stuck.way = "hang"
@@ -913,6 +940,48 @@ def test_killed_between_event_and_delivery(tmp_path: Path, hook: Hook) -> None:
     again = hook.requests[1].json["message"]
     assert again.startswith(first.rpartition("\n")[0])
     assert hook.requests[0].json["title"].startswith("HealthChecker: the gate is closed")
+
+
+def seen_of(process: int) -> bytes:
+    """What other programs of this machine can see of a process and of what it started: arguments, environment."""
+    found, waiting = b"", [process]
+    while waiting:
+        folder = Path(f"/proc/{waiting.pop()}")
+        with contextlib.suppress(OSError):      # it has ended
+            found += (folder / "cmdline").read_bytes() + (folder / "environ").read_bytes()
+            for task in (folder / "task").iterdir():
+                waiting += map(int, (task / "children").read_text().split())
+    return found
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_url_is_nowhere_to_be_seen(tmp_path: Path, hook: Hook) -> None:
+    """Of those given by variables: not in the process list while a message is on its way, nor in anything that is
+    written or shown, whatever went wrong with it."""
+    prepared_database(tmp_path)
+    path = with_notify(tmp_path, "{name: ops, url_env: OPS_URL, wait: 0}", "{name: odd, url_env: ODD_URL, wait: 0}",
+                       service=f"  heartbeat_env: BEAT_URL\n  log_file: {tmp_path}/log\n")
+    path.write_text(path.read_text(encoding="utf-8").replace(
+        RESOURCES, "  - {name: this, platform: simulated, mean_healthy: 0.000001, mean_unhealthy: 1000000}\n"))
+    urls = {"OPS_URL": f"json://u:s3cret@{hook.place}/s3cret?+Key=s3cret&rto=60", "ODD_URL": "slack://s3cret",
+            "BEAT_URL": f"http://{hook.place}/s3cret"}
+    hook.way = "hang"
+    with Program(path, env=urls) as service:
+        wait_for(lambda: any(got.path.startswith("/s3cret") and got.body for got in hook.requests), 60)
+        assert b"s3cret" not in seen_of(service.pid)
+        hook.status, hook.way = 500, ""
+        hook.released.set()
+        with contextlib.closing(Store(tmp_path / "healthchecker.db")) as store:
+            wait_for(lambda: all(row.trouble for name, row in receivers(store).items() if name), 60)
+        shown = service.get_console("/-/metrics").body + run(path, "check", env=urls).stdout
+        shown += run(path, "maintenance", "list").stdout
+        assert run(path, "backup", str(tmp_path / "saved.tgz"), env=urls).returncode == 0
+    with tarfile.open(tmp_path / "saved.tgz") as saved:
+        saved.extractall(tmp_path / "saved")    # it is ours
+    shown += service.output
+    assert "s3cret" not in shown and "ops" in shown
+    for file in tmp_path.rglob("*"):
+        assert file.is_dir() or b"s3cret" not in file.read_bytes(), file
 
 
 def test_notify_test(tmp_path: Path, hook: Hook) -> None:
