@@ -8292,7 +8292,8 @@ def take_turns(session: Session, now: float) -> None:
     plans, known, rows = stored_plans(session), choices(session), session.scalars(sqlalchemy.select(Maintenance)).all()
     for row in rows:
         scope = row.chosen
-        lasting = row.plan in plans if row.plan else scope.all or scope.tags or scope.groups or known.of(scope)
+        there = scope.all or scope.tags or known.groups.keys() & {*scope.groups} or known.of(scope)
+        lasting = row.plan in plans if row.plan else there
         take_turn(session, row, now, gone=not lasting)
         if row.plan and not lasting:
             session.delete(row)

@@ -334,6 +334,28 @@ def test_names_that_go_and_change(diary: Diary) -> None:
     assert "b" not in diary.look(SUNDAY + 2)
 
 
+def test_a_group_with_another_name(diary: Diary) -> None:
+    """What was planned for the one before ends, for nobody said that this is the same: what is bad counts."""
+    diary.write().add(SUNDAY, SUNDAY + HOUR, groups=["pair"])
+    assert diary.look(SUNDAY) == "ab"
+    diary.write(rows=ROWS + GROUPS.replace("pair", "both"))
+    assert diary.look(SUNDAY + 1) == ""
+    assert diary.events[-1] == ("over", "", "pair", "group pair: maintenance is over: that is gone")
+
+
+def test_a_plan_and_what_is_planned_by_hand(diary: Diary) -> None:
+    """Of the same resource: it counts when both are over, whichever goes first, and each is told once."""
+    diary.write({}).add(SUNDAY + 1800, SUNDAY + 2 * HOUR, resources=["a"])
+    diary.add(SUNDAY - HOUR, SUNDAY + 1800, tags=["db"])
+    looks = [diary.look(SUNDAY + at, follow=at < 0) for at in (-60, 0, 1800, 3590, HOUR, 2 * HOUR)]
+    assert looks == ["ac", "ac", "ac", "ac", "a", ""]
+    assert diary.states.split().count("begun") == diary.states.split().count("over") == 3
+    diary.add(SUNDAY + 7 * DAY, SUNDAY + 7 * DAY + 2 * HOUR, resources=["a"])
+    assert diary.look(SUNDAY + 7 * DAY) == "ac"
+    diary.write()       # the plan goes from the inventory while both run
+    assert diary.look(SUNDAY + 7 * DAY + 60) == "a"
+
+
 def test_ends_hold_where_nothing_can_be_written(diary: Diary) -> None:
     """And what is to begin counts until it can be."""
     diary.write({"schedule": "0 4 * * sun"}).add(SUNDAY, SUNDAY + HOUR, resources=["b"])
@@ -593,7 +615,9 @@ def test_commands(tmp_path: Path) -> None:
         pass
     for wrong, why in (
         (["--all", "--for", "1x", "--reason", "x"], "for: must be such as 90s, 30m or 2h"),
+        (["--all", "--for", "0s", "--reason", "x"], "for: must be"),
         (["--all", "--for", "1h", "--at", "soon", "--reason", "x"], "start: must be such as 2026-11-28 02:00"),
+        (["--all", "--for", "1h", "--at", "2020-01-01 02:00", "--reason", "x"], "start: must not be past"),
         (["--tag", "dbs", "--for", "1h", "--reason", "x"], "no tag has this name; did you mean db?"),
         (["--for", "1h", "--reason", "x"], "needs tags, groups or resources"),
     ):
