@@ -15170,7 +15170,10 @@ class Announcer:
 
     def __init__(self, row: Receiver, notices: Iterable[Notice] = (), console: str = "") -> None:
         self.row, self._console = row, console
-        self.settings = ReceiverSettings.model_validate({"url": TOKEN_PREFIXES[0], **json.loads(row.settings)})
+        given = {"name": row.name, "url": TOKEN_PREFIXES[0]}
+        self.settings = ReceiverSettings.model_validate(given)
+        with contextlib.suppress(ValueError, TypeError):    # of a damaged row, which must silence nobody
+            self.settings = ReceiverSettings.model_validate({**given, **json.loads(row.settings)})
         self.notices = {(notice.kind, notice.name): notice for notice in notices}
 
     def take(self, happened: Event, picture: Picture, now: float) -> None:

@@ -758,6 +758,21 @@ def test_no_thread_can_be_started(tmp_path: Path, store: Store, hook: Hook, monk
     notifier.close()
 
 
+def test_a_damaged_row_silences_nobody(tmp_path: Path, store: Store, hook: Hook) -> None:
+    """Its receiver is told what is told where nothing is set: of the gate."""
+    url = f"json://{hook.place}"
+    take_over(store, tmp_path, f"{{name: ops, url: '{url}/ops', wait: 0}}",
+              f"{{name: odd, url: '{url}/odd', on: [state]}}")
+    with store.writing() as session:
+        session.execute(sqlalchemy.text("UPDATE receiver SET settings = '[' WHERE name = 'odd'"))
+    happen(store, "gate", "closed")
+    notifier = Notifier(store, prepared_vault(tmp_path), dict, "")
+    look_until(notifier, hook, 1, NOON)
+    look_until(notifier, hook, 2, NOON + 60)
+    notifier.close()
+    assert [got.path for got in hook.requests] == ["/ops", "/odd"]
+
+
 def test_a_receiver_that_hangs_holds_nobody_up(tmp_path: Path, store: Store, hook: Hook) -> None:
     stuck = Hook()
     stuck.way = "hang"
