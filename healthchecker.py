@@ -2489,6 +2489,7 @@ class Receiver(Base):
     """Who is told, of the inventory's `notify`, and what it is being sent; the service's OWN_SECRETS are here, too."""
 
     __tablename__ = "receiver"
+    __table_args__ = ({"sqlite_autoincrement": True},)      # or a new one is taken for one whose message is on its way
     id: Mapped[int] = mapped_column(primary_key=True)
     name: Mapped[str] = mapped_column(unique=True)
     url: Mapped[str] = mapped_column(default="")        # sealed
@@ -2941,7 +2942,8 @@ def rename_chosen(session: Session, old: str, new: str) -> None:
 def rename_row(session: Session, row: Resource, vault: Vault, name: str) -> None:
     """Gives a row another name: its secrets are sealed for that, its events and what is planned for it follow."""
     session.execute(sqlalchemy.update(Event).values(resource=name).where(Event.resource == row.name))
-    session.execute(sqlalchemy.update(Notice).values(name=name).where(Notice.kind == "state", Notice.name == row.name))
+    session.execute(sqlalchemy.update(Notice).values(name=name).where(
+        Notice.kind.in_(("state", "maintenance")), Notice.name == row.name))
     rename_chosen(session, row.name, name)
     reseal(session, [row], vault, name)
 
@@ -2981,6 +2983,20 @@ def store_rest(session: Session, inventory: Inventory, changes: Changes) -> None
         revise(session)
 
 
+def claim_receiver(rows: dict[str, Receiver], name: str, plain: str, vault: Vault, named: Collection[str]
+                   ) -> Receiver | None:
+    """Takes out of `rows` that of its name, or of its name before: it has the same URL, and is not `named` any more.
+    What was told under that name gets its end."""
+    before = [row for old, row in rows.items()
+              if name and old and old not in named and holds(row.url, plain, row.bound, vault)]
+    if name in rows or not before:
+        return rows.pop(name, None)
+    row = rows.pop(before[0].name)
+    row.name = name
+    row.url = vault.seal(plain, *row.bound)
+    return row
+
+
 def import_receivers(session: Session, inventory: Inventory, vault: Vault) -> bool:
     """Makes the receivers' rows follow the file; says whether anything changed. A new one hears nothing of the past.
     Raises SecretError."""
@@ -2993,7 +3009,7 @@ def import_receivers(session: Session, inventory: Inventory, vault: Vault) -> bo
         except SecretError as error:
             place = inventory.places.get(f"notify/{name}", inventory.path.name)
             raise SecretError(f"{place}: {OWN_SECRETS.get(name, name)}: {error}") from error
-        row = rows.pop(name, None) or Receiver(
+        row = claim_receiver(rows, name, plain, vault, settings) or Receiver(
             name=name, url="", settings="{}", joined_at=time.time(),
             cursor=session.scalar(sqlalchemy.select(func.max(Event.id))) or 0)
         if row.url and holds(row.url, plain, row.bound, vault) and row.settings == settings.get(name, "{}"):
@@ -3036,7 +3052,6 @@ def import_inventory(session: Session, inventory: Inventory, vault: Vault) -> Ch
     for name, row in rows.items():
         if row.origin == "inventory":
             retire_row(row)
-            session.execute(sqlalchemy.delete(Acknowledgement).where(Acknowledgement.resource_id == row.id))
             changes.removed.append(name)
     if import_receivers(session, inventory, vault):
         changes.changed.append("who is told")
@@ -6826,7 +6841,7 @@ def collect(settings: ResourceSettings, connection: Connection, previous: Sample
 #     healthy, degraded --`fall` bad verdicts in a row, or one of a cause AT_ONCE--> unhealthy
 #     unhealthy --`rise` good verdicts in a row--> healthy | degraded
 #     healthy <--any good verdict--> degraded
-# Gives: State, Verdict, evaluate, Standing, settle
+# Gives: caused, State, Verdict, evaluate, Standing, settle
 State = Literal["unknown", "healthy", "degraded", "unhealthy"]
 AT_ONCE = frozenset({"host_key", "credential", "stale"})     # causes that do not wait for `fall`
 
@@ -6886,6 +6901,11 @@ def evaluate(sample: Sample, settings: ResourceSettings) -> Verdict:
     return Verdict("healthy")
 
 
+def caused(cause: str, reason: str) -> str:
+    """Why something is as it is; the cause once, where the reason begins with it."""
+    return reason if not cause or reason.startswith(cause) else f"{cause}: {reason}"
+
+
 @dataclass(frozen=True)
 class Standing(Verdict):
     """The verdict that counts, since a Unix time; `good` or `bad` ones came in a row."""
@@ -6897,7 +6917,7 @@ class Standing(Verdict):
 
     @property
     def why(self) -> str:
-        return f"{self.cause}: {self.reason}" if self.cause else ""
+        return caused(self.cause, self.reason)
 
     @property
     def decided(self) -> bool:
@@ -7437,7 +7457,7 @@ class HealthAggregator:
         for name, until in ends.items():
             is_open = self._clock() < until
             decided = name in self._tree.groups and START not in self._tree.spans
-            if decided and is_open is not self._open.get(name, False):
+            if decided and is_open is not self._open.get(name, None if name else False):    # the site's start is told
                 count = 0 if is_open else self._tree.behind(name)
                 why = self._told(name, is_open) + (f"; {count} behind it" if count else "")
                 self.transitions.put((time.time(), is_open, why, name))
@@ -8177,8 +8197,8 @@ class OverrideKeeper:
 # monitor's thread begins and ends what is due, each once and as an event, also what was due while no service ran. Turns
 # of a plan that meet are one, and each is held once, however the clock is set. Pages, API, metrics and command line
 # read the same rows.
-# Gives: begin_work, choices, end_acknowledgements, finish_work, is_acknowledged, MaintenanceKeeper, move_times,
-# remarks, Remarks, tell_work, timetable, Turn, written
+# Gives: begin_work, Choices, choices, end_acknowledgements, finish_work, MaintenanceKeeper, move_times, remarks,
+# Remarks, tell_work, timetable, Turn, written
 AHEAD = 7 * 86_400.0            # seconds for which plans are shown ahead
 
 
@@ -8271,17 +8291,14 @@ def remarks(session: Session, now: float) -> Remarks:
                    {name: row for row, name in seen})
 
 
-def is_acknowledged(session: Session, name: str) -> bool:
-    """Whether somebody has seen that this resource is unhealthy."""
-    return session.scalar(sqlalchemy.select(Acknowledgement.at).join(Resource).where(Resource.name == name)) is not None
-
-
 def end_acknowledgements(session: Session, recovered: Collection[int], at: float) -> None:
-    """Those of resources that are well again end, within the caller's transaction."""
-    for row, name in session.execute(sqlalchemy.select(Acknowledgement, Resource.name).join(Resource)):
-        if row.resource_id in recovered:
+    """Those of resources that are well again or are removed end, within the caller's transaction."""
+    every = sqlalchemy.select(Acknowledgement, Resource).join(Resource).execution_options(removed=True)
+    for row, of in session.execute(every):
+        if row.resource_id in recovered or of.origin == REMOVED:
             session.delete(row)
-            record_event(session, "acknowledgement", "recovered", resource=name, state="over", at=at)
+            text = "removed" if of.origin == REMOVED else "recovered"
+            record_event(session, "acknowledgement", text, resource=of.name, state="over", at=at)
 
 
 def written(at: float) -> str:
@@ -8339,7 +8356,8 @@ def take_turns(session: Session, now: float) -> None:
     plans, known, rows = stored_plans(session), choices(session), session.scalars(sqlalchemy.select(Maintenance)).all()
     for row in rows:
         scope = row.chosen
-        lasting = row.plan in plans if row.plan else scope.all or scope.tags or scope.groups or known.of(scope)
+        there = scope.all or scope.tags or known.groups.keys() & {*scope.groups} or known.of(scope)
+        lasting = row.plan in plans if row.plan else there
         take_turn(session, row, now, gone=not lasting)
         if row.plan and not lasting:
             session.delete(row)
@@ -11782,9 +11800,10 @@ def utc_time(at: float) -> datetime.datetime | None:
 # What operators plan, and say that they have seen, in the console's threads and in the maintenance commands. Bodies of
 # requests come in, rows and events go out; the monitor follows within a second. What a tag or a group chooses is looked
 # at again whenever resources change: it holds for who has the tag then.
-# Gives: acknowledge, cancel_work, chosen_moment, end_acknowledgement, end_works, list_work, MaintenanceView, Order,
-# plan_work, Seen, start_work, Term
+# Gives: acknowledge, cancel_work, chosen_moment, end_acknowledgement, end_works, forget_seen, list_work,
+# MaintenanceView, Order, plan_work, Seen, start_work, Term
 LATE = 60.0                     # seconds by which a beginning may be past
+PLANNED_COUNT = 200             # that run or are ahead, planned here; each is looked at again and again
 
 
 class Term(Settings):
@@ -11852,6 +11871,8 @@ def plan_work(who: Principal, session: Session, scope: Scope, term: Term) -> Tur
     start, until = term.times(now := who.context.clock())
     if faults := choices(session).faults(scope):
         raise field_errors(faults)
+    if (session.scalar(sqlalchemy.select(func.count()).where(Maintenance.plan == "")) or 0) >= PLANNED_COUNT:
+        raise ApiError(f"{PLANNED_COUNT} are planned already; end one first", 409)
     row = Maintenance(state="planned", start_at=start, until_at=until, scope=scope.scope_json, reason=term.reason,
                       actor=who.name)
     session.add(row)
@@ -11909,14 +11930,18 @@ def acknowledge(who: Principal, name: str, body: Mapping[str, Any]) -> None:
                      **who.signature)
 
 
+def forget_seen(who: Principal, session: Session, row: Resource, text: str) -> None:
+    """Ends what was said of a resource, if anything was."""
+    if seen := session.get(Acknowledgement, row.id):
+        session.delete(seen)
+        record_event(session, "acknowledgement", text, resource=row.name, state="over", at=who.context.clock(),
+                     **who.signature)
+
+
 def end_acknowledgement(who: Principal, name: str) -> None:
     """Takes back that an unhealthy resource has been seen."""
     with who.context.store.writing() as session:
-        row = find_resource(session, name)
-        if is_acknowledged(session, name):
-            session.execute(sqlalchemy.delete(Acknowledgement).filter_by(resource_id=row.id))
-            record_event(session, "acknowledgement", "taken back", resource=name, state="over",
-                         at=who.context.clock(), **who.signature)
+        forget_seen(who, session, find_resource(session, name), "taken back")
 
 
 # === Users ===================================================================
@@ -12510,7 +12535,9 @@ def change_resource(who: Principal, name: str, body: Mapping[str, Any], form: Do
 def remove_resource(who: Principal, name: str) -> None:
     """Removes a resource and its history."""
     with who.context.store.writing() as session:
-        session.delete(changeable(who, session, name))
+        row = changeable(who, session, name)
+        forget_seen(who, session, row, "removed")
+        session.delete(row)
         who.note(session, "removed", name)
 
 
@@ -12968,7 +12995,7 @@ def health() -> flask.typing.ResponseReturnValue:
         answer["checks"] = {f"{view.name}:state": [{
             "componentType": "system", "observedValue": view.state, "time": view.polled and view.polled.isoformat(),
             "status": HEALTH_STATUS[view.state],
-            "output": f"{view.cause}: {view.reason}" if view.cause else ""}] for view in list_resources(who)}
+            "output": caused(view.cause, view.reason)}] for view in list_resources(who)}
         answer["checks"] |= {f"{group.name}:state": [{
             "componentType": "component", "observedValue": group.state, "output": group.why,
             "status": HEALTH_STATUS[group.state]}] for group in list_groups(who)}
@@ -13394,7 +13421,7 @@ def time_tag(at: float, text: str = "") -> Markup:
 
 def cause_text(cause: str, reason: str) -> str:
     """Why something is as it is, the cause only where the reason does not say it."""
-    return reason if cause in ("", "limit", "check") or reason.startswith(cause) else f"{cause}: {reason}"
+    return reason if cause in ("limit", "check") else caused(cause, reason)
 
 
 TEMPLATES = {"layout.html": """{% macro table(label, heads, class="") %}
@@ -15291,8 +15318,8 @@ class ConsoleServer(threading.Thread):
 # decides, by rows and clock alone, what is said next; all of it is kept in rows before anything is sent, so that a
 # message is delivered at least once, and once where nobody is killed. The Notifier's thread looks every second and
 # waits for nobody: each message is on its way in a thread and a child process of its own, which alone imports apprise.
-# Gives: check_receivers, ChildProcess, deliver, has_apprise, Heartbeat, Message, NO_APPRISE, Notifier,
-# service_problems
+# Gives: check_receivers, ChildProcess, deliver, has_apprise, Heartbeat, is_service_well, Message, NO_APPRISE,
+# Notifier, service_problems
 NOTIFY_INTERVAL = 1.0           # seconds between two looks at the events
 NOTIFY_IDLE = 30.0              # seconds between two looks at all resources while there is nothing to be said
 NOTIFY_LINES = 10               # lines of a kind in a message
@@ -15322,6 +15349,7 @@ from apprise.manager_attachment import AttachmentManager
 from apprise.manager_plugins import NotificationManager
 AttachmentManager().remove("file")      # who names one then raises KeyError
 NotificationManager().disable(*asked["refused"])
+apprise.NotifyBase.overflow_mode = apprise.OverflowMode.TRUNCATE    # or a service refuses what is too long for it
 asset = apprise.AppriseAsset(
     storage_mode="memory", plugin_paths=[], http_redirects=False, allow_templates=False, pgp_autogen=False,
     pem_autogen=False, async_mode=False, app_id="HealthChecker", app_desc="HealthChecker", app_url="")
@@ -15362,6 +15390,14 @@ class Unhealthy(NamedTuple):
     is_blamed: bool = False     # on what it depends on, or on this machine: that is told, and not this
 
 
+class Work(NamedTuple):
+    """Maintenance that runs."""
+
+    text: str
+    since_at: float
+    tags: frozenset[str] = frozenset()      # of the resources that it is of
+
+
 class Picture(NamedTuple):
     """How everything is, of the same moment as the events that are taken with it."""
 
@@ -15372,6 +15408,12 @@ class Picture(NamedTuple):
     tags: Mapping[str, frozenset[str]] = MappingProxyType({})   # of the resources that events name
     problems: Mapping[str, str] = MappingProxyType({})      # of the service itself
     acknowledged: Collection[str] = ()
+    works: Mapping[str, Work] = MappingProxyType({})        # by what they are of
+
+    def keepers(self) -> dict[str, Unhealthy]:
+        """What keeps the gate or a group closed."""
+        return {name: one for name, one in self.unhealthy.items()
+                if one.critical and not one.is_blamed and name not in self.excused}
 
 
 class Message(NamedTuple):
@@ -15401,7 +15443,7 @@ WORDS = {"gate": ("the gate", "closed", "open again"), "group": ("{}", "closed",
 def words_of(notice: Notice) -> tuple[str, str, str]:
     """What a notice is of, what that is while it lasts, how it ended."""
     what, lasts, ended = WORDS[notice.kind]
-    return what.format(notice.name or "everything"), lasts, notice.ending or ended
+    return what.format(notice.name), lasts, notice.ending or ended
 
 
 def headline(notice: Notice) -> str:
@@ -15440,8 +15482,7 @@ def write_message(chosen: Sequence[Notice], picture: Picture, is_mine: Callable[
     order = [*WORDS]
     chosen = sorted(chosen, key=lambda notice: (order.index(notice.kind), notice.over_at > 0, notice.since_at))
     lasting, named = [each for each in chosen if not each.over_at], {each.name for each in chosen}
-    sick = sorted((one.since_at, name, one.why) for name, one in picture.unhealthy.items()
-                  if one.critical and not one.is_blamed and name not in picture.excused and is_mine(one.tags))
+    sick = sorted((one.since_at, name, one.why) for name, one in picture.keepers().items() if is_mine(one.tags))
     sick = sick if any(each.kind in ("gate", "group") for each in lasting) else []
     lines = [*first_lines([line_of(each) for each in chosen if each.kind != "state"]),
              *first_lines([line_of(each) for each in chosen if each.kind == "state"]),
@@ -15451,7 +15492,14 @@ def write_message(chosen: Sequence[Notice], picture: Picture, is_mine: Callable[
     return Message(one_line(title), "\n".join(filter(None, [*lines, console])), "failure" if lasting else "success")
 
 
-BAD_STATES = ("closed", "unhealthy", "begun")       # of events that begin something
+BAD_STATES = ("closed", "unhealthy")        # of events that begin something
+
+
+def is_seen_to(notice: Notice, picture: Picture) -> bool:
+    """Whether somebody has said so, of a resource or of everything that can keep the gate or a group closed."""
+    if notice.kind not in ("gate", "group"):
+        return notice.kind == "state" and notice.name in picture.acknowledged
+    return bool(keepers := picture.keepers()) and keepers.keys() <= {*picture.acknowledged}
 
 
 class Announcer:
@@ -15460,15 +15508,20 @@ class Announcer:
 
     def __init__(self, row: Receiver, notices: Iterable[Notice] = (), console: str = "") -> None:
         self.row, self._console = row, console
-        self.settings = ReceiverSettings.model_validate({"url": TOKEN_PREFIXES[0], **json.loads(row.settings)})
+        given = {"name": row.name, "url": TOKEN_PREFIXES[0]}
+        self.settings = ReceiverSettings.model_validate(given)
+        with contextlib.suppress(ValueError, TypeError):    # of a damaged row, which must silence nobody
+            self.settings = ReceiverSettings.model_validate({**given, **json.loads(row.settings)})
         self.notices = {(notice.kind, notice.name): notice for notice in notices}
 
     def take(self, happened: Event, picture: Picture, now: float) -> None:
-        """Takes an event up, once."""
+        """Takes an event up, once; those of maintenance only have the rows looked at."""
         is_clock, name, at = happened.kind == "clock", happened.resource or happened.group, min(happened.at, now)
         kind, name = ("problem", "clock") if is_clock else (happened.kind, name)
         self.row.cursor = max(self.row.cursor, happened.id)
-        if kind not in self.settings.on or (happened.resource and not self._is_mine(picture.tags.get(name, ()))):
+        if kind == "maintenance" or kind not in self.settings.on:
+            return
+        if happened.resource and not self._is_mine(picture.tags.get(name, ())):
             return
         if (happened.state in BAD_STATES or is_clock) and not (kind == "state" and name in picture.excused):
             self._begin(kind, name, happened.text, at, times=int(STARTING not in happened.text))
@@ -15477,7 +15530,9 @@ class Announcer:
 
     def settle(self, picture: Picture, now: float) -> None:
         """Ends what the rows say is over, whatever became of its event, and begins what they say is bad."""
-        self.row.made_at, self.row.next_at = min(self.row.made_at, now), min(self.row.next_at, now + RETRY_TIME)
+        row = self.row
+        row.made_at, row.next_at, row.joined_at = (
+            min(row.made_at, now), min(row.next_at, now + RETRY_TIME), min(row.joined_at, now))
         for key, notice in [*self.notices.items()]:
             for column in ("since_at", "taken_at", "over_at", "told_at"):
                 setattr(notice, column, min(now, getattr(notice, column)))
@@ -15486,10 +15541,12 @@ class Announcer:
             if not notice.told_at and self._is_nothing(notice, picture):
                 del self.notices[key]
         self._begin_new("state", {name: (one.why, one.since_at) for name, one in picture.unhealthy.items()
-                                  if one.since_at >= self.row.joined_at and not one.is_blamed
+                                  if one.since_at >= row.joined_at and not one.is_blamed
                                   and name not in picture.excused and self._is_mine(one.tags)}, now)
         self._begin_new("problem", {name: (why, now) for name, why in picture.problems.items()
-                                    if name != f"receiver {self.row.name}"}, now)
+                                    if name != f"receiver {row.name}"}, now)
+        self._begin_new("maintenance", {name: (one.text, one.since_at) for name, one in picture.works.items()
+                                        if one.since_at >= row.joined_at and self._is_mine(one.tags)}, now)
 
     def compose(self, picture: Picture, now: float) -> None:
         """Makes what is to be said now, if anything is, the row's message; it counts as told, and what is over is
@@ -15562,12 +15619,13 @@ class Announcer:
         is_there = polled_at is not None or name in picture.unhealthy
         if kind not in self.settings.on:
             return "no longer told of"
-        if (kind == "group" or (kind == "maintenance" and name and not is_there)) and name not in picture.groups:
+        if kind == "group" and name not in picture.groups:
             return "removed"
         if kind == "state" and (name in picture.excused or not is_there):
             return "in maintenance now" if is_there else "removed"
         is_well = polled_at is not None and polled_at > notice.since_at
-        return "" if (kind == "state" and is_well) or (kind == "problem" and name not in picture.problems) else None
+        lasting = {"problem": picture.problems, "maintenance": picture.works}.get(kind)
+        return "" if (kind == "state" and is_well) or (lasting is not None and name not in lasting) else None
 
     def _is_nothing(self, notice: Notice, picture: Picture) -> bool:
         """Whether what was not told yet need not be: too short, in maintenance, or another's fault."""
@@ -15588,8 +15646,8 @@ class Announcer:
         after, remind = 60 * self.settings.after, 3600 * self.settings.remind or math.inf
         ends, begun = [], []
         for notice in self.notices.values():
-            is_seen_to = notice.kind == "state" and notice.name in picture.acknowledged
-            if notice.told_at and (notice.over_at or (now - notice.told_at >= remind and not is_seen_to)):
+            may_remind = now - notice.told_at >= remind and not is_seen_to(notice, picture)
+            if notice.told_at and (notice.over_at or may_remind):
                 ends.append(notice)
             elif not notice.told_at and (notice.over_at or now - notice.taken_at >= after):
                 begun += [notice] if self._concerns(notice, picture) else []
@@ -15672,6 +15730,24 @@ def service_problems(recorder: Recorder) -> dict[str, str]:
     return {"database": f"the database cannot be written: {recorder.unwritten}"} if recorder.unwritten else {}
 
 
+def is_service_well(aggregator: HealthAggregator, recorder: Recorder) -> bool:
+    """Whether those live who watch, what they find can be written, and the gate is open."""
+    is_watched = min([*aggregator.beats.values()], default=0.0) > lease_clock()
+    return is_watched and recorder.is_well and aggregator.is_healthy()
+
+
+def running_works(session: Session, now: float) -> dict[str, Work]:
+    """Maintenance that runs; of two of the same the one that began first."""
+    begun = sqlalchemy.select(Maintenance).filter_by(state="begun").order_by(Maintenance.start_at.desc())
+    rows = [row for row in session.scalars(begun) if row.until_at > now]
+    known, found = choices(session) if rows else Choices({}, {}, {}), {}
+    for row in rows:
+        names = known.of(row.chosen)
+        found[str(row.chosen)] = Work(f"in maintenance until {written(row.until_at)}: {row.reason}", row.start_at,
+                                      frozenset(tag for tag, tagged in known.tags.items() if tagged & names))
+    return found
+
+
 def take_picture(session: Session, names: Iterable[str], problems: Mapping[str, str], now: float) -> Picture:
     """How everything is by the rows; with the tags of resources of these names."""
     unhealthy, healthy, tags, wanted = {}, {}, {}, {*names}
@@ -15685,18 +15761,20 @@ def take_picture(session: Session, names: Iterable[str], problems: Mapping[str, 
                 settings = json.loads(text)
             tags[name] = frozenset(settings.get("tags", ()))
         if state == "unhealthy":
-            unhealthy[name] = Unhealthy(since_at, f"{cause}: {reason}", tags[name], settings.get("critical", True),
+            unhealthy[name] = Unhealthy(since_at, caused(cause, reason), tags[name], settings.get("critical", True),
                                         cause in ("parent", "cut_off"))
         else:
             healthy[name] = polled_at or 0.0
     gates = Gates.model_validate_json(remembered(session, "gates").text or "{}")
     groups = frozenset(gates.members({}))
     more = remarks(session, now)
-    return Picture(unhealthy, healthy, {*more.maintenance}, groups, tags, problems, frozenset(more.seen))
+    return Picture(unhealthy, healthy, {*more.maintenance}, groups, tags, problems, frozenset(more.seen),
+                   running_works(session, now))
 
 
 class Notifier(threading.Thread):
-    """Tells the receivers of the rows."""
+    """Tells the receivers of the rows. A message is written down before it is sent and again when it was: who is killed
+    in between sends it once more, for one that comes twice is better than one that never comes."""
 
     def __init__(self, store: Store, vault: Vault, problems: Callable[[], Mapping[str, str]], console: str) -> None:
         super().__init__(name="notifier", daemon=True)
@@ -15719,13 +15797,14 @@ class Notifier(threading.Thread):
 
     def look(self, now: float) -> None:
         """Takes up what happened since the last look, and sends what is to be said."""
-        self._take_results(now)
         with self._trouble.caught():        # what cannot be read is no reason to keep what is known to oneself
             with self._store.reading() as session:
                 self._follow(session)
+                self._take_results(now)     # after that, or what came would be forgotten, and be sent again
                 found, picture = self._see(session, now)
             if picture:
                 self._announce(found, picture, now)
+        self._take_results(now)
         self._save()
         self._dispatch(now)
 
@@ -15747,7 +15826,7 @@ class Notifier(threading.Thread):
 
     def _follow(self, session: Session) -> None:
         """Takes the rows up where the inventory may have changed them."""
-        if (current := revision(session)) == self._revision:
+        if (current := revision(session)) == self._revision or self._unkept.why:    # the rows are behind
             return
         notices: dict[int, list[Notice]] = collections.defaultdict(list)
         for notice in session.scalars(sqlalchemy.select(Notice)):
@@ -15830,9 +15909,10 @@ class Notifier(threading.Thread):
                 title, body, kind, _ = json.loads(row.message)
                 if now - row.made_at > RETRY_FIRST:
                     body += f"\nThis is of {stamp(row.made_at)} and could not be delivered before."
-                self._threads[number] = threading.Thread(None, self._send, f"notify {row.name}", (
+                thread = threading.Thread(None, self._send, f"notify {row.name}", (
                     row.id, row.url, row.bound, Message(title, body, kind)), daemon=True)
-                self._threads[number].start()
+                thread.start()      # which may be refused, and is tried again then
+                self._threads[number] = thread
 
     def _send(self, number: int, token: str, bound: Sequence[str], message: Message) -> None:
         came = Delivery(False, "the service ended")
@@ -15852,7 +15932,7 @@ class Notifier(threading.Thread):
 
 
 class Heartbeat(threading.Thread):
-    """Asks the URL of service.heartbeat every minute while all is well with the service itself, whatever the gate."""
+    """Asks the URL of service.heartbeat every minute while all is well: with the service itself, and the gate open."""
 
     def __init__(self, store: Store, vault: Vault, access: ConnectionContext, is_well: Callable[[], bool]) -> None:
         super().__init__(name="heartbeat", daemon=True)
@@ -15902,8 +15982,10 @@ DATABASE = "healthchecker.db"   # in a backup, wherever it stands
 
 def stated_service(path: Path, document: Document) -> ServiceSettings:
     """The `service` part alone: neither backup nor restore needs passwords, or the files that the rest names."""
+    value = document.value or {}
+    value = {key: part for key, part in value.items() if key != "notify"} if isinstance(value, dict) else value
     try:
-        return InventoryLoader(path, document).parse(InventoryFile, document.value or {}).service
+        return InventoryLoader(path, document).parse(InventoryFile, value).service
     except ValidationError as error:
         raise InventoryError(f"{path.name}: it is not valid; see `check`") from error
 
@@ -16181,8 +16263,7 @@ def watch(installation: Installation, store: Store, console: Sequence[socket.soc
             stack.enter_context(contextlib.closing(server)).start()
         notifier = Notifier(store, vault, functools.partial(service_problems, recorder), console_url(service))
         stack.enter_context(contextlib.closing(notifier)).start()
-        heart = Heartbeat(store, vault, installation.access(), lambda: (
-            min([*aggregator.beats.values()], default=0.0) > lease_clock() and recorder.is_well))
+        heart = Heartbeat(store, vault, installation.access(), functools.partial(is_service_well, aggregator, recorder))
         stack.enter_context(contextlib.closing(heart)).start()
         reloads = threading.Thread(None, follow_hangups, "reloads", (installation, store, hangups), daemon=True)
         reloads.start()
@@ -16369,7 +16450,7 @@ def probe(targets: Mapping[str, Target], chosen: Sequence[Target], access: Conne
         rows[target.name] = [
             target.name, verdict.state, f"{time.monotonic() - began:.2f}",
             *(peak(sample, metric) for metric in ("cpu_percent", "memory_percent", "disk_percent")),
-            f"{verdict.cause}: {verdict.reason}" if verdict.cause else ""]
+            caused(verdict.cause, verdict.reason)]
 
     # daemons, so that Ctrl-C need not wait for them
     threads = [threading.Thread(target=run, args=(target,), daemon=True) for target in chosen]

@@ -193,6 +193,19 @@ def is_open(aggregator: HealthAggregator, name: str = "") -> bool:
     return Gate(lambda environ, start_response: [], aggregator.lease, aggregator._clock).is_healthy(name)
 
 
+def test_what_is_closed_from_the_start_is_told() -> None:
+    """It may have been open when the service before this one ended; the site's own start is an event already."""
+    aggregator, _ = make(gates_with([{"name": "g", "members": ["a"]}, {"name": "h", "members": ["b"]}]))
+    for name in "ab":
+        aggregator.register(name)
+    aggregator.start()
+    aggregator.set_resource("a", False, "on fire")
+    aggregator.set_resource("b", True, ttl=10)
+    assert told(aggregator) == [("g", False, "a: on fire"), ("h", True, "")]
+    aggregator.note_expiry()
+    assert not told(aggregator)
+
+
 def test_two_of_three() -> None:
     aggregator, clock = make(gates_with([{"name": "g", "members": ["a", "b", "c"], "healthy": "2", "warn": "3"}]))
     for name in "abc":
@@ -785,7 +798,7 @@ def test_two_of_three_hosts_carry_the_site(tmp_path: Path) -> None:
             wait_open(*everything)
             down["warehouse"].touch()
             wait_open("/", "/static/a.css", "/-/readyz/replicas")
-            assert group("/reports")["why"].startswith("warehouse: check: check up: exit status 1")
+            assert group("/reports")["why"].startswith("warehouse: check up: exit status 1")
             hosts[2].stop()
             wait_for(lambda: group("replicas")["state"] == "degraded", 60)
             assert group("replicas")["members"] == {"db0": True, "db1": True, "db2": False}

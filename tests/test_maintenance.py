@@ -17,7 +17,9 @@ from console import NAME, Local, local_console, make_user, prepared_database
 from service import Service, run, write_inventory
 from test_poll import vault
 
+import healthchecker
 from healthchecker import (
+    Acknowledgement,
     Event,
     InventoryError,
     Maintenance,
@@ -27,6 +29,7 @@ from healthchecker import (
     Status,
     Store,
     Vault,
+    end_acknowledgements,
     import_inventory,
     load_inventory,
     move_times,
@@ -34,6 +37,7 @@ from healthchecker import (
 
 __all__ = ["vault"]  # a fixture
 BERLIN, SYDNEY = "Europe/Berlin", "Australia/Sydney"
+HALF = "Australia/Lord_Howe"    # which puts its clocks by half an hour
 HOUR, DAY = 3600.0, 86_400.0
 
 
@@ -67,6 +71,9 @@ AROUND = {
     "south, before it": ("15 2 * * *", SYDNEY, "10-04 01:59", 0, ("10-03 02:15", 0), ("10-04 03:00", 0)),
     "south, first of two": ("15 2 * * *", SYDNEY, "04-05 02:20", 0, ("04-05 02:15", 0), ("04-06 02:15", 0)),
     "south, second of two": ("15 2 * * *", SYDNEY, "04-05 02:10", 1, ("04-05 02:15", 0), ("04-06 02:15", 0)),
+    # Lord Howe shows 01:30 to 02:00 twice on 5 April 2026, and skips 02:00 to 02:30 on 4 October
+    "half an hour, skipped": ("15 2 * * *", HALF, "10-04 02:40", 0, ("10-04 02:30", 0), ("10-05 02:15", 0)),
+    "half an hour, first of two": ("40 1 * * *", HALF, "04-05 01:35", 1, ("04-05 01:40", 0), ("04-06 01:40", 0)),
     "a leap day": ("0 0 29 2 *", "UTC", "2026-01-01 00:00", 0, ("2024-02-29 00:00", 0), ("2028-02-29 00:00", 0)),
 }  # fmt: skip
 
@@ -78,7 +85,7 @@ def test_around(case: tuple[str, str, str, int, tuple[str, int], tuple[str, int]
     assert plan(schedule, "10m", zone).around(moment(now, zone, fold)) == expected
 
 
-@pytest.mark.parametrize("zone", [BERLIN, SYDNEY])
+@pytest.mark.parametrize("zone", [BERLIN, SYDNEY, HALF, "America/New_York"])
 @pytest.mark.parametrize("schedule", ["30 2 * * *", "0 * * * *", "*/20 1-3 * * *", "15 2,3 * * sun"])
 def test_what_is_next_was_last_then(zone: str, schedule: str) -> None:
     """Through a year with both ends of summer time: no beginning is passed over, and none comes twice."""
@@ -327,6 +334,28 @@ def test_names_that_go_and_change(diary: Diary) -> None:
     assert "b" not in diary.look(SUNDAY + 2)
 
 
+def test_a_group_with_another_name(diary: Diary) -> None:
+    """What was planned for the one before ends, for nobody said that this is the same: what is bad counts."""
+    diary.write().add(SUNDAY, SUNDAY + HOUR, groups=["pair"])
+    assert diary.look(SUNDAY) == "ab"
+    diary.write(rows=ROWS + GROUPS.replace("pair", "both"))
+    assert diary.look(SUNDAY + 1) == ""
+    assert diary.events[-1] == ("over", "", "pair", "group pair: maintenance is over: that is gone")
+
+
+def test_a_plan_and_what_is_planned_by_hand(diary: Diary) -> None:
+    """Of the same resource: it counts when both are over, whichever goes first, and each is told once."""
+    diary.write({}).add(SUNDAY + 1800, SUNDAY + 2 * HOUR, resources=["a"])
+    diary.add(SUNDAY - HOUR, SUNDAY + 1800, tags=["db"])
+    looks = [diary.look(SUNDAY + at, follow=at < 0) for at in (-60, 0, 1800, 3590, HOUR, 2 * HOUR)]
+    assert looks == ["ac", "ac", "ac", "ac", "a", ""]
+    assert diary.states.split().count("begun") == diary.states.split().count("over") == 3
+    diary.add(SUNDAY + 7 * DAY, SUNDAY + 7 * DAY + 2 * HOUR, resources=["a"])
+    assert diary.look(SUNDAY + 7 * DAY) == "ac"
+    diary.write()       # the plan goes from the inventory while both run
+    assert diary.look(SUNDAY + 7 * DAY + 60) == "a"
+
+
 def test_ends_hold_where_nothing_can_be_written(diary: Diary) -> None:
     """And what is to begin counts until it can be."""
     diary.write({"schedule": "0 4 * * sun"}).add(SUNDAY, SUNDAY + HOUR, resources=["b"])
@@ -459,6 +488,7 @@ def test_one_resource_does_not_end_what_is_of_others_too(console: Local) -> None
 WRONG = [
     ({"for": "2h", "reason": "x"}, ""),
     ({"for": "1x", "reason": "x", "all": True}, "for"),
+    ({"for": "0s", "reason": "x", "all": True}, "for"),
     ({"for": "2h", "all": True}, "reason"),
     ({"reason": "x", "all": True}, "until"),
     ({"for": "2h", "until": "2099-01-01T00:00:00Z", "reason": "x", "all": True}, "until"),
@@ -479,6 +509,40 @@ def test_bad_orders(console: Local, body: dict[str, Any], field: str) -> None:
     assert console.api("GET", "maintenance").json == []
     for number in ("0", "x", "9" * 30, "-1"):
         assert console.api("DELETE", f"maintenance/{number}").status == 404
+
+
+def test_no_more_than_can_be_looked_through(console: Local, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(healthchecker, "PLANNED_COUNT", 2)
+    order = {"tags": ["web"], "start": clock_at(DAY), "for": "1h", "reason": "x"}
+    assert [console.api("POST", "maintenance", order).status for _ in range(3)] == [201, 201, 409]
+    reply = console.api("POST", "resources/b/maintenance", {"for": "1h", "reason": "x"})
+    assert (reply.status, reply.json["detail"]) == (409, "2 are planned already; end one first")
+    assert len(console.api("GET", "maintenance").json) == 2
+
+
+def test_what_is_removed_is_seen_no_more(console: Local) -> None:
+    """And an event says so."""
+    made = console.api("POST", "resources", {"name": "d", "platform": "simulated", "mean_healthy": 0.000001,
+                                             "mean_unhealthy": 1000000, "interval": 1, "critical": False})
+    assert made.status == 201
+    wait_for(lambda: stored_state(console, "d") == "unhealthy")
+    assert console.api("POST", "resources/d/acknowledgement", {"comment": "x"}).status == 200
+    assert console.api("DELETE", "resources/d").status == 204
+    assert told(console, "acknowledgement") == [("over", "d", "", "removed", NAME)]
+
+
+def test_what_leaves_the_inventory_is_seen_no_more(diary: Diary) -> None:
+    diary.write()
+    with diary.store.writing() as session:
+        for row in session.scalars(sqlalchemy.select(Resource)):
+            session.add(Acknowledgement(resource_id=row.id, at=SUNDAY, actor="me", comment="on my way"))
+    diary.write(rows=f"  - {{name: a, {CALM}, tags: [db]}}\n  - {{name: b, {CALM}}}\n" + GROUPS)
+    with diary.store.writing() as session:
+        end_acknowledgements(session, [], SUNDAY)
+    with diary.store.reading() as session:
+        found = session.scalars(sqlalchemy.select(Event).filter_by(kind="acknowledgement")).all()
+        assert [(one.resource, one.state, one.text) for one in found] == [("c", "over", "removed")]
+        assert len(session.scalars(sqlalchemy.select(Acknowledgement)).all()) == 2
 
 
 def test_seen(console: Local) -> None:
@@ -551,7 +615,9 @@ def test_commands(tmp_path: Path) -> None:
         pass
     for wrong, why in (
         (["--all", "--for", "1x", "--reason", "x"], "for: must be such as 90s, 30m or 2h"),
+        (["--all", "--for", "0s", "--reason", "x"], "for: must be"),
         (["--all", "--for", "1h", "--at", "soon", "--reason", "x"], "start: must be such as 2026-11-28 02:00"),
+        (["--all", "--for", "1h", "--at", "2020-01-01 02:00", "--reason", "x"], "start: must not be past"),
         (["--tag", "dbs", "--for", "1h", "--reason", "x"], "no tag has this name; did you mean db?"),
         (["--for", "1h", "--reason", "x"], "needs tags, groups or resources"),
     ):

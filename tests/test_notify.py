@@ -12,6 +12,7 @@ import re
 import socket
 import ssl
 import sys
+import tarfile
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -22,7 +23,7 @@ import pytest
 from aiosmtpd.controller import Controller
 from aiosmtpd.smtp import AuthResult
 from console import prepared_database, prepared_vault
-from service import Service, prepared_keys, run, write_inventory
+from service import Program, Service, prepared_keys, run, write_inventory
 from sshd import wait_for
 from wsman_server import make_certificate
 
@@ -34,23 +35,29 @@ from healthchecker import (
     ConnectionContext,
     Delivery,
     Event,
+    HealthAggregator,
     Heartbeat,
     InventoryError,
     KnownHosts,
+    Maintenance,
     Message,
     Notice,
     Notifier,
     Picture,
     Receiver,
+    Recorder,
     Resolver,
     Resource,
     Setting,
     Store,
     Unhealthy,
+    Work,
     check_receivers,
     deliver,
     events,
     import_inventory,
+    is_service_well,
+    lease_clock,
     load_inventory,
     record_event,
     sqlalchemy,
@@ -64,8 +71,8 @@ NAMES = [f"db{number}" for number in range(50)]
 class Desk:
     """One receiver, and everything else as a test says; time goes by in `until`."""
 
-    def __init__(self, **settings: Any) -> None:
-        row = Receiver(id=1, name="ops", url="", settings=json.dumps({"name": "ops"} | settings), joined_at=NOON - 1,
+    def __init__(self, joined: float = NOON - 1, **settings: Any) -> None:
+        row = Receiver(id=1, name="ops", url="", settings=json.dumps({"name": "ops"} | settings), joined_at=joined,
                        cursor=0, message="", made_at=0.0, tries=0, next_at=0.0, trouble="", delivered=0, failed=0)
         self.announcer, self.now, self.number = Announcer(row, (), "http://127.0.0.1:8081/-/"), NOON, 0
         self.unhealthy: dict[str, Unhealthy] = {}
@@ -75,13 +82,15 @@ class Desk:
         self.problems: dict[str, str] = {}
         self.acknowledged: dict[str, int] = {}
         self.tags: dict[str, frozenset[str]] = {}
+        self.works: dict[str, Work] = {}
         self.said: list[tuple[float, str, str]] = []
         self.is_reachable = True
 
     @property
     def picture(self) -> Picture:
         healthy = dict.fromkeys(self.known - self.unhealthy.keys(), self.now)
-        return Picture(self.unhealthy, healthy, self.excused, self.groups, self.tags, self.problems, self.acknowledged)
+        return Picture(self.unhealthy, healthy, self.excused, self.groups, self.tags, self.problems, self.acknowledged,
+                       self.works)
 
     def happens(self, kind: str, state: str = "", text: str = "it is so", name: str = "", at: float = 0.0) -> None:
         """An event, and what the rows say then."""
@@ -209,9 +218,34 @@ SCENARIOS: dict[str, tuple[dict[str, Any], list[Step], list[tuple[float, str]]]]
         [(3, "HealthChecker's clock was in trouble")]),
     "maintenance": (
         {"on": ["maintenance"], "wait": 0},
-        [(0, "event", {"kind": "maintenance", "state": "begun", "name": "db1"}),
-         (9, "event", {"kind": "maintenance", "state": "over", "name": "db1"})],
+        [(0, "works", {"db1": Work("disks", NOON)}), (9, "works", {})],
         [(0, "db1 is in maintenance"), (9, "db1 is no longer in maintenance")]),
+    "maintenance of two tags that overlaps": (
+        {"on": ["maintenance"], "wait": 0},
+        [(0, "works", {"tag db": Work("disks", NOON)}),
+         (9, "works", {"tag db": Work("disks", NOON), "tag web": Work("cables", NOON + 9)}),
+         (20, "works", {"tag web": Work("cables", NOON + 9)}), (30, "works", {})],
+        [(0, "tag db is in maintenance"), (9, "tag web is in maintenance"), (20, "tag db is no longer in maintenance"),
+         (30, "tag web is no longer in maintenance")]),
+    "maintenance of others": (
+        {"on": ["maintenance"], "wait": 0, "tags": ["web"]},
+        [(0, "works", {"db1": Work("disks", NOON, frozenset(["database"]))}),
+         (9, "works", {"everything": Work("cables", NOON, frozenset(["database", "web"]))})],
+        [(9, "everything is in maintenance")]),
+    "maintenance that runs already when somebody joins": (
+        {"on": ["maintenance"], "wait": 0}, [(0, "works", {"db1": Work("disks", NOON - 9)}), (9, "works", {})], []),
+    "no reminder of the gate while all that closes it is seen to": (
+        {"remind": 0.1},
+        [(0, "sick", {"db1": NOON, "web1": NOON}), (0, "event", CLOSED), (60, "acknowledged", {"db1": 1}),
+         (400, "acknowledged", {"db1": 1, "web1": 1}), (900, "acknowledged", {"web1": 1})],
+        [(20, "the gate is closed, 2 unhealthy"), (380, "the gate is still closed, 2 unhealthy"),
+         (900, "the gate is still closed, 2 unhealthy")]),
+    "a reminder of the gate that nothing keeps closed": (
+        {"remind": 0.1}, [(0, "event", CLOSED), (5, "acknowledged", {"db1": 1}), (400, "event", OPEN)],
+        [(20, "the gate is closed"), (380, "the gate is still closed"), (400, "the gate is open again")]),
+    "still bad after maintenance, the clock set back by a day before it": (
+        {"on": ["state"], "joined": NOON + 86_400},
+        [(0, "excused", {"db1": 1}), (1, "event", SICK), (60, "excused", {})], [(80, "db1 is unhealthy")]),
     "what is bad already when somebody joins": (
         {"on": ["state"]}, [(0, "sick", {"db1": NOON - 60}), (60, "event", WELL)], []),
     "a clock that was set back by an hour": (
@@ -426,6 +460,15 @@ def test_web_hooks(form: str, hook: Hook) -> None:
     (got,) = hook.requests
     title, text = read(got)
     assert MESSAGE.title in title and TEXT in text
+
+
+def test_what_is_too_long_for_a_service_is_cut(hook: Hook) -> None:
+    """Or it would refuse the very message that names the most; one message stays one."""
+    long = MESSAGE._replace(body="\n".join(f"db{number}: {'x' * 200}" for number in range(30)))
+    url = f"rocket://web/hook@{hook.place}/#ops?mode=webhook"
+    assert deliver(url, long, ChildProcess()) == Delivery(True)
+    (got,) = hook.requests
+    assert 500 < len(got.json["text"]) <= 1000 and "db0: xxx" in got.json["text"]
 
 
 def test_a_web_hook_that_hangs(hook: Hook) -> None:
@@ -698,6 +741,38 @@ def test_an_event_is_told_once(tmp_path: Path, store: Store, hook: Hook) -> None
         assert not [*session.scalars(sqlalchemy.select(Notice))]
 
 
+def test_no_thread_can_be_started(tmp_path: Path, store: Store, hook: Hook, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For a while: the message is sent later."""
+    take_over(store, tmp_path, f"{{name: ops, url: 'json://{hook.place}/x', wait: 0}}")
+    happen(store, "gate", "closed")
+    notifier = Notifier(store, prepared_vault(tmp_path), dict, "")
+
+    def refuse(_: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        with pytest.raises(RuntimeError):
+            notifier.look(NOON)
+    look_until(notifier, hook, 1, NOON + 1)
+    notifier.close()
+
+
+def test_a_damaged_row_silences_nobody(tmp_path: Path, store: Store, hook: Hook) -> None:
+    """Its receiver is told what is told where nothing is set: of the gate."""
+    url = f"json://{hook.place}"
+    take_over(store, tmp_path, f"{{name: ops, url: '{url}/ops', wait: 0}}",
+              f"{{name: odd, url: '{url}/odd', on: [state]}}")
+    with store.writing() as session:
+        session.execute(sqlalchemy.text("UPDATE receiver SET settings = '[' WHERE name = 'odd'"))
+    happen(store, "gate", "closed")
+    notifier = Notifier(store, prepared_vault(tmp_path), dict, "")
+    look_until(notifier, hook, 1, NOON)
+    look_until(notifier, hook, 2, NOON + 60)
+    notifier.close()
+    assert [got.path for got in hook.requests] == ["/ops", "/odd"]
+
+
 def test_a_receiver_that_hangs_holds_nobody_up(tmp_path: Path, store: Store, hook: Hook) -> None:
     stuck = Hook()
     stuck.way = "hang"
@@ -774,16 +849,87 @@ def test_a_reload_takes_receivers_up(tmp_path: Path, store: Store, hook: Hook) -
 
 def test_a_picture_of_the_rows(tmp_path: Path, store: Store) -> None:
     take_over(store, tmp_path, "{name: ops, url: 'json://h'}")
-    status = {"settings_digest": "", "credential_digest": "", "cause": "check", "reason": "why", "polled_at": NOON,
-              "good": 0, "bad": 3, "seconds": 1.0, "sample": "null"}
+    status = {"settings_digest": "", "credential_digest": "", "cause": "check", "reason": "check why", "good": 0,
+              "bad": 3, "polled_at": NOON, "seconds": 1.0, "sample": "null"}
     with store.writing() as session:
         row = session.scalars(sqlalchemy.select(Resource)).one()
-        row.maintenance = NOON + 10
+        session.add(Maintenance(state="begun", start_at=NOON - 1, until_at=NOON + 10, scope='{"resources": ["this"]}',
+                                reason="disks"))
         session.add(healthchecker.Status(resource_id=row.id, state="unhealthy", since_at=NOON - 9, **status))
     with store.reading() as session:
         picture = take_picture(session, [], {}, NOON)
-        assert picture.unhealthy == {"this": Unhealthy(NOON - 9, "check: why")} and picture.excused == {"this"}
+        assert picture.unhealthy == {"this": Unhealthy(NOON - 9, "check why")} and picture.excused == {"this"}
         assert take_picture(session, [], {}, NOON + 11).excused == set()
+
+
+def test_pictures_of_maintenance(tmp_path: Path, store: Store) -> None:
+    """What is of a tag is not of everything, and two that overlap are two."""
+    take_over(store, tmp_path)
+    times: dict[str, Any] = {"state": "begun", "start_at": NOON - 1, "until_at": NOON + 10, "reason": "disks"}
+    with store.writing() as session:
+        for scope in ('{"all": true}', '{"tags": ["web"]}', '{"groups": ["web"]}'):
+            session.add(Maintenance(**times, scope=scope))
+        session.add(Maintenance(**times | {"until_at": NOON - 1}, scope='{"resources": ["this"]}'))
+        session.add(Maintenance(**times | {"state": "planned"}, scope='{"resources": ["this"]}'))
+    with store.reading() as session:
+        works = take_picture(session, [], {}, NOON).works
+    assert works.keys() == {"everything", "tag web", "group web"}
+    assert works["tag web"].text.endswith(": disks") and works["tag web"].since_at == NOON - 1
+
+
+def test_a_receiver_with_a_new_name(tmp_path: Path, store: Store, hook: Hook) -> None:
+    """It has the same URL: what was told under the old name gets its end, once; another URL is another receiver."""
+    url = f"json://{hook.place}/x"
+    take_over(store, tmp_path, f"{{name: ops, url: '{url}', wait: 0}}", "{name: also, url: 'json://h'}")
+    notifier = Notifier(store, prepared_vault(tmp_path), dict, "")
+    happen(store, "gate", "closed")
+    look_until(notifier, hook, 1, NOON)
+    take_over(store, tmp_path, "{name: also, url: 'json://h'}", f"{{name: night, url: '{url}', wait: 0}}")
+    assert receivers(store).keys() == {"also", "night"} and receivers(store)["night"].delivered == 1
+    notifier.look(NOON + 1)
+    happen(store, "gate", "open")
+    look_until(notifier, hook, 2, NOON + 2)
+    notifier.close()
+    assert hook.requests[1].json["title"] == "HealthChecker: the gate is open again"
+    assert take_over(store, tmp_path, f"{{name: night, url: '{url}', wait: 0}}",
+                     f"{{name: later, url: '{url}', wait: 0, after: 30}}") == ["who is told"]
+    assert receivers(store)["later"].delivered == 0
+
+
+def test_a_reload_while_a_message_arrives(tmp_path: Path, store: Store, hook: Hook) -> None:
+    """What is taken up anew is what is known by then: the message is not sent again."""
+    entry = f"{{name: ops, url: 'json://{hook.place}/x', wait: 0}}"
+    take_over(store, tmp_path, entry)
+    notifier = Notifier(store, prepared_vault(tmp_path), dict, "")
+    happen(store, "gate", "closed")
+    notifier.look(NOON)
+    wait_for(lambda: notifier._results.qsize() == 1)
+    take_over(store, tmp_path, entry, "{name: new, url: 'json://h'}")
+    notifier.look(NOON + 1)
+    assert receivers(store)["ops"].delivered == 1 and not notifier._threads
+    notifier.close()
+    assert len(hook.requests) == 1
+
+
+def test_a_reload_after_what_could_not_be_kept(tmp_path: Path, store: Store, hook: Hook) -> None:
+    entry = f"{{name: ops, url: 'json://{hook.place}/x', wait: 0}}"
+    take_over(store, tmp_path, entry)
+    notifier = Notifier(store, prepared_vault(tmp_path), dict, "")
+    notifier.look(NOON)
+    happen(store, "gate", "closed")
+    with store.writing() as session:
+        session.execute(sqlalchemy.text("CREATE TRIGGER full BEFORE UPDATE ON receiver WHEN NEW.message != '' "
+                                        "BEGIN SELECT RAISE(FAIL, 'full'); END"))
+    notifier.look(NOON + 1)
+    with store.writing() as session:
+        session.execute(sqlalchemy.text("DROP TRIGGER full"))
+    take_over(store, tmp_path, entry, "{name: new, url: 'json://h'}")
+    look_until(notifier, hook, 1, NOON + 2)
+    notifier.look(NOON + 30)
+    notifier.look(NOON + 60)
+    assert not notifier._threads and receivers(store)["ops"].delivered == 1
+    notifier.close()
+    assert len(hook.requests) == 1
 
 
 def test_killed_between_event_and_delivery(tmp_path: Path, hook: Hook) -> None:
@@ -809,6 +955,48 @@ def test_killed_between_event_and_delivery(tmp_path: Path, hook: Hook) -> None:
     again = hook.requests[1].json["message"]
     assert again.startswith(first.rpartition("\n")[0])
     assert hook.requests[0].json["title"].startswith("HealthChecker: the gate is closed")
+
+
+def seen_of(process: int) -> bytes:
+    """What other programs of this machine can see of a process and of what it started: arguments, environment."""
+    found, waiting = b"", [process]
+    while waiting:
+        folder = Path(f"/proc/{waiting.pop()}")
+        with contextlib.suppress(OSError):      # it has ended
+            found += (folder / "cmdline").read_bytes() + (folder / "environ").read_bytes()
+            for task in (folder / "task").iterdir():
+                waiting += map(int, (task / "children").read_text().split())
+    return found
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_url_is_nowhere_to_be_seen(tmp_path: Path, hook: Hook) -> None:
+    """Of those given by variables: not in the process list while a message is on its way, nor in anything that is
+    written or shown, whatever went wrong with it."""
+    prepared_database(tmp_path)
+    path = with_notify(tmp_path, "{name: ops, url_env: OPS_URL, wait: 0}", "{name: odd, url_env: ODD_URL, wait: 0}",
+                       service=f"  heartbeat_env: BEAT_URL\n  log_file: {tmp_path}/log\n")
+    path.write_text(path.read_text(encoding="utf-8").replace(
+        RESOURCES, "  - {name: this, platform: simulated, mean_healthy: 0.000001, mean_unhealthy: 1000000}\n"))
+    urls = {"OPS_URL": f"json://u:s3cret@{hook.place}/s3cret?+Key=s3cret&rto=60", "ODD_URL": "slack://s3cret",
+            "BEAT_URL": f"http://{hook.place}/s3cret"}
+    hook.way = "hang"
+    with Program(path, env=urls) as service:
+        wait_for(lambda: any(got.path.startswith("/s3cret") and got.body for got in hook.requests), 60)
+        assert b"s3cret" not in seen_of(service.pid)
+        hook.status, hook.way = 500, ""
+        hook.released.set()
+        with contextlib.closing(Store(tmp_path / "healthchecker.db")) as store:
+            wait_for(lambda: all(row.trouble for name, row in receivers(store).items() if name), 60)
+        shown = service.get_console("/-/metrics").body + run(path, "check", env=urls).stdout
+        shown += run(path, "maintenance", "list").stdout
+        assert run(path, "backup", str(tmp_path / "saved.tgz"), env=urls).returncode == 0
+    with tarfile.open(tmp_path / "saved.tgz") as saved:
+        saved.extractall(tmp_path / "saved")    # it is ours
+    shown += service.output
+    assert "s3cret" not in shown and "ops" in shown
+    for file in tmp_path.rglob("*"):
+        assert file.is_dir() or b"s3cret" not in file.read_bytes(), file
 
 
 def test_notify_test(tmp_path: Path, hook: Hook) -> None:
@@ -851,6 +1039,38 @@ def test_the_heartbeat(tmp_path: Path, store: Store, hook: Hook) -> None:
     take_over(store, tmp_path)
     heart.beat(NOON + 240)
     assert len(hook.requests) == 3
+
+
+def test_what_a_heartbeat_says(tmp_path: Path, store: Store) -> None:
+    """That those live who watch, that their findings can be written, and that the gate is open."""
+    clock = [lease_clock()]
+    aggregator = HealthAggregator(clock=lambda: clock[0])
+    recorder = Recorder(store, aggregator)
+    aggregator.register("a")
+    aggregator.start()
+    aggregator.set_resource("a", True, ttl=1e6)
+    aggregator.beat("monitor", 1e6)
+    assert not is_service_well(aggregator, recorder), "nobody writes"
+    recorder.start()
+    try:
+        wait_for(lambda: is_service_well(aggregator, recorder))
+        aggregator.set_resource("a", False, "on fire")
+        assert not is_service_well(aggregator, recorder), "the gate is closed"
+        aggregator.set_resource("a", True, ttl=1e6)
+        assert is_service_well(aggregator, recorder)
+        aggregator.beat("monitor", -1.0)
+        assert not is_service_well(aggregator, recorder), "nobody watches"
+        aggregator.beat("monitor", 1e6)
+        with store.writing() as session:
+            session.execute(sqlalchemy.text(
+                "CREATE TRIGGER full BEFORE INSERT ON event BEGIN SELECT RAISE(FAIL, 'full'); END"))
+        recorder.note("service", "something", NOON)
+        wait_for(lambda: not is_service_well(aggregator, recorder))
+        with store.writing() as session:
+            session.execute(sqlalchemy.text("DROP TRIGGER full"))
+        wait_for(lambda: is_service_well(aggregator, recorder))
+    finally:
+        recorder.close()
 
 
 def test_a_service_beats(tmp_path: Path, hook: Hook) -> None:

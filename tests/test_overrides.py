@@ -225,7 +225,7 @@ def changes(local: Local) -> list[str]:
 def test_api(local: Local) -> None:
     found = local.api("GET", "gate").json
     assert (found["mode"], found["would_refuse"], found["override"]) == ("enforce", 0, None)
-    wait_for(lambda: local.api("GET", "gate").json["why"].startswith("b: check: check simulation"))
+    wait_for(lambda: local.api("GET", "gate").json["why"].startswith("b: check simulation"))
     reply = local.api("POST", "gate", {"action": "open", "for": "2h", "reason": "the board is watching"})
     assert reply.status == 200
     given = reply.json["override"]

@@ -136,7 +136,7 @@ def test_from_the_first_login_to_the_last(
             flag.touch()
             try:
                 state(page, "unhealthy")
-                page.get_by_text("check: check flag: exit status 1").first.wait_for()
+                page.get_by_text("check flag: exit status 1").first.wait_for()
                 service.wait_status("/-/readyz", 503)
                 keep_out_of_the_gate(page, service)
             finally:
