@@ -54,7 +54,8 @@ Sections, in file order; a definition refers only to what stands above it:
     Override     what an operator says of the gate
     Maintenance  what does not count now and next, and whose trouble has been seen
     Incidents    when the gate was closed, and how long it was open
-    Poll         a thread per resource, one writer, one overseer
+    Recorder     the thread that writes what polls found
+    Poll         a thread per resource, and one overseer
     Counters     what a worker counts, in shared memory
     Gate         the application's door: the WSGI application in front of the application
     Leases       the leases in a file, for gates in other servers
@@ -69,6 +70,7 @@ Sections, in file order; a definition refers only to what stands above it:
     API          the JSON API, and what every request to the console must pass
     Metrics      what Prometheus reads
     Charts       what a person sees drawn: bars, strips, lines
+    Words        what readings, times and causes are called
     Pages        what a person sees: forms, templates
     Style        style and script of the pages
     Views        the pages
@@ -8731,26 +8733,15 @@ def prune_incidents(session: Session, retention: Retention, now: float) -> None:
             session.execute(sqlalchemy.delete(Incident).where(Incident.id.in_(doomed.limit(count - EVENTS))))
 
 
-# === Poll ====================================================================
-# Rows of resources come in, reports go out: to the aggregator at once, to the database through the recorder. A
-# thread for each resource polls it, one (the recorder) writes, one (the monitor) makes pollers follow the rows,
-# replaces dead ones and sees leases and maintenance end. Names in `_mono` are monotonic times, in `_at` Unix times.
-# Gives: Poller, Recorder, PollContext, poll_once, Monitor
-FIRST_POLLS = 50.0              # first polls per second
-JITTER = 0.1                    # part of the interval by which polls are spread
+# === Recorder ================================================================
+# The one thread that writes what polls found and what the gate did: reports and transitions come from any thread,
+# rows go out, many in one transaction. A database that cannot be written is waited for, within a bounded memory.
+# Gives: Recorder
 FLUSH_INTERVAL = 1.0            # seconds for which the recorder gathers what it writes
 PENDING_ROWS = 100_000          # rows that wait for a database that cannot be written; older ones are lost
 QUARTER_GRACE = 5.0             # seconds for the last reports of a quarter to be written
 TIDY_AT_ONCE = 15               # resources whose averages are made after a flush: 10,000 take less than a quarter
-LOGGED_IN_MARKS = tuple(POLL_MARKS[meaning] for meaning in (
-    ("healthy", ""), ("degraded", "limit"), ("degraded", "check"), ("unhealthy", "limit"), ("unhealthy", "check")))
-REFUSED_MARK = POLL_MARKS["unhealthy", "auth"]
-LAST_SESSIONS = 1.0             # seconds for what is open to hosts to end with the service
-OWN_FILES, HOST_FILES = 100, 2  # that are open: database, console, workers; for a host, whose connection is made anew
 LAST_FLUSH = 1.5                # seconds for the last reports to be written when the service ends
-POLLER_LIFE = 3600.0            # seconds after which the death of a poller is a new one
-FOLLOW_INTERVAL = 50.0          # seconds after which the rows are looked at in any case: they may be changed by hand
-CLOCK_STEP = 60.0               # seconds by which a clock that was set differs from one that is only adjusted
 
 # An insert of a table costs half of what one of its class does.
 INSERT_STATUS = sqlite.insert(Base.metadata.tables["status"])
@@ -8763,16 +8754,6 @@ UPSERT_STATUS = INSERT_STATUS.on_conflict_do_update(set_={
        for kept, before in ((Status.read, Status.sample), (Status.read_at, Status.polled_at))},
     "strip": func.substr(Status.strip + NEW_STATUS["strip"], -STRIP)})
 INSERT_SAMPLE, INSERT_FILESYSTEMS = (sqlite.insert(table).on_conflict_do_nothing() for table in (SAMPLES, FILESYSTEMS))
-
-
-def first_polls(left: Sequence[float], settings: Sequence[ResourceSettings]) -> list[float]:
-    """Seconds until the first poll of each, of whose lease so many are `left`, 0 where nothing is known: the shortest
-    one first, and so fast that each is polled while it lasts, but by no more than twice the usual pace."""
-    order = sorted(range(len(left)), key=left.__getitem__)
-    due = max((rank / max(1.0, left[number] - settings[number].timeout)
-               for rank, number in enumerate(order) if left[number] > 0), default=0.0)
-    pace = max(FIRST_POLLS, min(due, 2 * sum(1 / one.interval for one in settings)))
-    return [rank / pace for _, rank in sorted((number, rank) for rank, number in enumerate(order))]
 
 
 class Recorder(threading.Thread):
@@ -8926,6 +8907,33 @@ class Recorder(threading.Thread):
             self.join(LAST_FLUSH)   # not for ever: another program may hold the database
         else:
             self.flush()
+
+
+# === Poll ====================================================================
+# Rows of resources come in, reports go out: to the aggregator at once, to the database through the recorder. A
+# thread for each resource polls it, one (the monitor) makes pollers follow the rows, replaces dead ones and sees leases
+# and maintenance end. Names in `_mono` are monotonic times, in `_at` Unix times.
+# Gives: Poller, PollContext, poll_once, Monitor
+FIRST_POLLS = 50.0              # first polls per second
+JITTER = 0.1                    # part of the interval by which polls are spread
+LOGGED_IN_MARKS = tuple(POLL_MARKS[meaning] for meaning in (
+    ("healthy", ""), ("degraded", "limit"), ("degraded", "check"), ("unhealthy", "limit"), ("unhealthy", "check")))
+REFUSED_MARK = POLL_MARKS["unhealthy", "auth"]
+LAST_SESSIONS = 1.0             # seconds for what is open to hosts to end with the service
+OWN_FILES, HOST_FILES = 100, 2  # that are open: database, console, workers; for a host, whose connection is made anew
+POLLER_LIFE = 3600.0            # seconds after which the death of a poller is a new one
+FOLLOW_INTERVAL = 50.0          # seconds after which the rows are looked at in any case: they may be changed by hand
+CLOCK_STEP = 60.0               # seconds by which a clock that was set differs from one that is only adjusted
+
+
+def first_polls(left: Sequence[float], settings: Sequence[ResourceSettings]) -> list[float]:
+    """Seconds until the first poll of each, of whose lease so many are `left`, 0 where nothing is known: the shortest
+    one first, and so fast that each is polled while it lasts, but by no more than twice the usual pace."""
+    order = sorted(range(len(left)), key=left.__getitem__)
+    due = max((rank / max(1.0, left[number] - settings[number].timeout)
+               for rank, number in enumerate(order) if left[number] > 0), default=0.0)
+    pace = max(FIRST_POLLS, min(due, 2 * sum(1 / one.interval for one in settings)))
+    return [rank / pace for _, rank in sorted((number, rank) for rank, number in enumerate(order))]
 
 
 @dataclass(frozen=True)
@@ -13372,11 +13380,10 @@ def chart_svg(points: Sequence[Point], limit: LimitValues, span: tuple[float, fl
                f'<path class="band" d="{band}"/><path class="line" d="{line}"/>' + limit_marks(limit, top, "M0 {}h100"))
 
 
-# === Pages ===================================================================
-# Words and templates of the console: times, readings and settings come in, markup goes out; nothing here asks the
-# database or the request. Runs in the console's threads. What hosts and people wrote is escaped by the templates
-# (their keys end in .html).
-# Gives: amount, cause_text, LABELS, TEMPLATES, duration_text, local_time, time_tag, unit_of
+# === Words ===================================================================
+# What readings, times and causes are called where people read: values come in, short texts go out, and markup for
+# times, which browsers and scripts can read as well.
+# Gives: amount, cause_text, duration_text, LABELS, local_time, time_tag, unit_of
 LABELS = {"cpu_percent": "CPU", "memory_percent": "Memory", "disk_percent": "Disk", "swap_percent": "Swap",
           "commit_percent": "Commit charge", "inode_percent": "Inodes", "load_per_cpu": "Load per CPU",
           "response_seconds": "Response time", "certificate_days": "Certificate, days", "seconds": "Duration of a poll"}
@@ -13424,6 +13431,10 @@ def cause_text(cause: str, reason: str) -> str:
     return reason if cause in ("limit", "check") else caused(cause, reason)
 
 
+# === Pages ===================================================================
+# Templates of the console: settings and rows come in, markup goes out; nothing here asks the database or the request.
+# Runs in the console's threads. What hosts and people wrote is escaped by the templates (their keys end in .html).
+# Gives: TEMPLATES
 TEMPLATES = {"layout.html": """{% macro table(label, heads, class="") %}
 <table aria-label="{{ label }}" class="{{ class }}">
 <thead><tr>{% for name in heads %}<th scope="col">{{ name }}</th>{% endfor %}</tr></thead>
