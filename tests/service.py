@@ -291,9 +291,9 @@ class Program:
         as_module: bool = False,
     ) -> None:
         self.inventory, self.code, self.deadline = inventory, code, deadline
-        self._environment, self._command = environment(env), command(inventory, program=program)
+        self._environment, self.command = environment(env), command(inventory, program=program)
         if as_module:  # as README's unit does, and `make run`
-            self._command[1:2] = ["-m", program.stem]
+            self.command[1:2] = ["-m", program.stem]
             self._environment["PYTHONPATH"] = os.pathsep.join(
                 filter(None, (str(program.parent), self._environment.get("PYTHONPATH"))))
         self._lines: list[str] = []
@@ -305,7 +305,7 @@ class Program:
     def launch(self) -> Any:
         """The process, for which nobody waits until it serves; its output goes to a pipe."""
         return subprocess.Popen(
-            self._command,
+            self.command,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
