@@ -1191,15 +1191,6 @@ def test_seen_ends_with_recovery(house: House, machines: Machines) -> None:
     assert [(one.resource, one.state) for one in found] == [("db1", "over")]
 
 
-def test_seen_ends_with_removal(house: House, machines: Machines) -> None:
-    house.write("name: db1", "name: db2")
-    house.elsewhere("INSERT INTO acknowledgement VALUES (1, 1.0, 'adam', 'on my way')")
-    house.write("name: db2")
-    house.write("name: db1", "name: db2")
-    with house.store.reading() as session:
-        assert not healthchecker.remarks(session, time.time()).seen
-
-
 def test_check_now_of_what_is_replaced_just_then(house: House, machines: Machines) -> None:
     """A change and a click at once: the new poller answers, and nobody waits for one that has ended."""
     house.write("name: db1")
