@@ -15795,16 +15795,18 @@ class Notifier(threading.Thread):
         self._announcers: dict[int, Announcer] = {}     # by the receiver's id; the rows are a copy of them
         self._saved: dict[int, object] = {}
         self._lost: list[str] = []          # texts of events to be written
-        self._revision, self._looked_at, self._newest = -1, 0.0, 0
+        self._revision, self._looked_at = -1, 0.0
         self._results: queue.SimpleQueue[tuple[int, Delivery]] = queue.SimpleQueue()
         self._threads: dict[int, threading.Thread] = {}         # those that send, by the receiver's id
         self._lock = threading.Lock()       # guards the next, and that none begins after the end
         self._running: dict[int, ChildProcess] = {}
 
     def run(self) -> None:
-        while not self._ending.wait(NOTIFY_INTERVAL):
+        ended = False
+        while not ended:
             with self._trouble.caught():
                 self.look(time.time())
+            ended = self._ending.wait(NOTIFY_INTERVAL * (1 if self._announcers else 5))    # a reload may name some
 
     def look(self, now: float) -> None:
         """Takes up what happened since the last look, and sends what is to be said."""
@@ -15852,14 +15854,17 @@ class Notifier(threading.Thread):
 
     def _see(self, session: Session, now: float) -> tuple[list[Event], Picture | None]:
         """The events that are new to anybody, and how everything is; no picture while nothing can have changed."""
-        rows, problems = [announcer.row for announcer in self._announcers.values()], {**self._problems()}
+        rows = [announcer.row for announcer in self._announcers.values()]
+        if not rows:
+            return [], None
+        problems = {**self._problems()}
         problems |= {f"receiver {row.name}": f"{row.name} cannot be told: {row.trouble}" for row in rows if row.trouble}
         newest = session.scalar(sqlalchemy.select(func.max(Event.id))) or 0
         for row in rows:        # ids come again where the last events were dropped
             row.cursor = min(row.cursor, newest)
-        cursor = min((row.cursor for row in rows), default=newest)
+        cursor = min(row.cursor for row in rows)
         idle = not problems and cursor == newest and not any(each.notices for each in self._announcers.values())
-        if not rows or (idle and abs(now - self._looked_at) < NOTIFY_IDLE):
+        if idle and abs(now - self._looked_at) < NOTIFY_IDLE:
             return [], None
         found = [*session.scalars(sqlalchemy.select(Event).where(Event.id > cursor).order_by(Event.id))]
         session.expunge_all()
