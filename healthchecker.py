@@ -2264,7 +2264,7 @@ class Base(DeclarativeBase):
 Base.registry.update_type_annotation_map({str: StoredText, float: StoredNumber, int: StoredInteger})
 
 db = SQLAlchemy(model_class=Base, session_options={"expire_on_commit": False})
-SCHEMA = 5                      # PRAGMA user_version of a database that this program writes
+SCHEMA = 6                      # PRAGMA user_version of a database that this program writes
 APPLICATION = 0x48434B31        # PRAGMA application_id: "HCK1"
 LOOKED_AT = 1.0                 # seconds for which a start waits for those who look whether a service runs
 REMOVED = "removed"             # origin of what the inventory had: it is kept while there is history of it
@@ -2557,10 +2557,10 @@ MIGRATIONS = (("ALTER TABLE user ADD COLUMN role VARCHAR NOT NULL DEFAULT 'admin
               ("DROP TABLE IF EXISTS login_session",      # who was logged in logs in once more
                'ALTER TABLE event ADD COLUMN "group" VARCHAR NOT NULL DEFAULT \'\'',
                "ALTER TABLE event ADD COLUMN state VARCHAR NOT NULL DEFAULT ''",
-               "ALTER TABLE status ADD COLUMN read VARCHAR NOT NULL DEFAULT 'null'",
-               "ALTER TABLE status ADD COLUMN read_at DOUBLE NOT NULL DEFAULT 0",
                "UPDATE event SET state = 'closed' WHERE kind = 'gate'",
-               "UPDATE event SET state = 'open' WHERE kind = 'gate' AND text LIKE 'closed -> open%'",
+               "UPDATE event SET state = 'open' WHERE kind = 'gate' AND text LIKE 'closed -> open%'"),
+              ("ALTER TABLE status ADD COLUMN read VARCHAR NOT NULL DEFAULT 'null'",
+               "ALTER TABLE status ADD COLUMN read_at DOUBLE NOT NULL DEFAULT 0",
                "CREATE TABLE maintenance (id INTEGER NOT NULL PRIMARY KEY AUTOINCREMENT, state VARCHAR NOT NULL, "
                "start_at DOUBLE NOT NULL, until_at DOUBLE NOT NULL, scope VARCHAR NOT NULL, reason VARCHAR NOT NULL, "
                "actor VARCHAR NOT NULL, plan VARCHAR NOT NULL, turn_at DOUBLE NOT NULL)",
