@@ -53,8 +53,8 @@ def machine(folder: Path, more: str) -> Iterator[tuple[Local, Path]]:
         f" checks: [{{name: flag, command: 'test ! -e {flag} || {{ echo it is there; exit 1; }}'}}]}}\n"
     )
     with local_console(folder, row, clock=time.time) as local:
-        local.log_in_as(NAME)
         wait_for(lambda: written(local) == "healthy")
+        local.log_in_as(NAME)
         yield local, flag
 
 
@@ -78,7 +78,7 @@ def test_between_confirmations(tmp_path: Path) -> None:
 def test_what_cannot_be_written_is_shown(tmp_path: Path) -> None:
     """While another program holds the database, the rows say what was, and the pages what is."""
     with machine(tmp_path, "rise: 1, fall: 1") as (local, flag), contextlib.closing(
-        sqlite3.connect(tmp_path / "healthchecker.db", isolation_level=None)
+        sqlite3.connect(tmp_path / "healthchecker.db", 60, isolation_level=None)
     ) as other:
         other.execute("BEGIN IMMEDIATE")
         flag.touch()
@@ -315,7 +315,7 @@ def test_what_was_typed_for_a_user_stays(forms: Local) -> None:
 
 
 def test_a_database_that_is_held_loses_nothing_typed(forms: Local, tmp_path: Path) -> None:
-    with contextlib.closing(sqlite3.connect(tmp_path / "healthchecker.db", isolation_level=None)) as other:
+    with contextlib.closing(sqlite3.connect(tmp_path / "healthchecker.db", 60, isolation_level=None)) as other:
         other.execute("BEGIN IMMEDIATE")
         body = forms.form("/-/resources/one/maintenance", {"minutes": "240", "reason": "half a night"}).body
         other.execute("ROLLBACK")
