@@ -508,17 +508,7 @@ def test_in_a_browser(tmp_path: Path) -> None:
 def started(inventory: Path, *arguments: str) -> Program:
     """The service with more arguments."""
     program = Program(inventory)
-    launch = program.launch
-
-    def with_arguments() -> Any:
-        import service  # noqa: PLC0415  # its `command`, for this one start
-
-        with pytest.MonkeyPatch.context() as patch:
-            original = service.command
-            patch.setattr(service, "command", lambda path, **more: original(path, *arguments, **more))
-            return launch()
-
-    program.launch = with_arguments  # type: ignore[method-assign]  # for this one
+    program._command += arguments
     return program
 
 
