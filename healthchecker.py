@@ -9260,7 +9260,8 @@ class Monitor(threading.Thread):
         self.pollers: dict[str, Poller] = {}
         self.targets: dict[str, Target] = {}    # as the rows were when they were followed
         self.guards, self.groups, self.uplink = context.access.guards, context.aggregator.groups, context.uplink
-        self.changed_at, self.override = context.recorder.changed_at, OverrideKeeper(store, context.aggregator, wall)
+        self.changed_at, self.flush = context.recorder.changed_at, context.recorder.flush
+        self.override = OverrideKeeper(store, context.aggregator, wall)
         self._zero_at = wall() - lease_clock()  # the Unix time of lease_clock's 0, by which stored times are read
         self.clock_step = 0.0, ""   # when the clock was set the last time, and how
         self.maintenance = MaintenanceKeeper(store)
@@ -11808,8 +11809,8 @@ def utc_time(at: float) -> datetime.datetime | None:
 # What operators plan, and say that they have seen, in the console's threads and in the maintenance commands. Bodies of
 # requests come in, rows and events go out; the monitor follows within a second. What a tag or a group chooses is looked
 # at again whenever resources change: it holds for who has the tag then.
-# Gives: acknowledge, cancel_work, chosen_moment, end_acknowledgement, end_works, forget_seen, list_work,
-# MaintenanceView, Order, plan_work, Seen, start_work, Term
+# Gives: cancel_work, chosen_moment, end_acknowledgement, end_works, forget_seen, list_work, MaintenanceView, Order,
+# plan_work, Seen, start_work, Term
 LATE = 60.0                     # seconds by which a beginning may be past
 PLANNED_COUNT = 200             # that run or are ahead, planned here; each is looked at again and again
 
@@ -11923,19 +11924,6 @@ def cancel_work(who: Principal, number: str) -> None:
         if row is None or row.state == "over":
             raise ApiError("there is no such maintenance, or it is over", 404)
         end_work(who, session, row)
-
-
-def acknowledge(who: Principal, name: str, body: Mapping[str, Any]) -> None:
-    """Says that an unhealthy resource has been seen, until it recovers: reminders stop."""
-    comment, now = validated(Seen, body).comment, who.context.clock()
-    with who.context.store.writing() as session:
-        row = find_resource(session, name)
-        status = session.get(Status, row.id)
-        if status is None or status.state != "unhealthy":
-            raise ApiError(f"{name} is not unhealthy by itself", 409)
-        session.merge(Acknowledgement(resource_id=row.id, at=now, actor=who.name, comment=comment))
-        record_event(session, "acknowledgement", f"seen: {comment}", resource=name, state="begun", at=now,
-                     **who.signature)
 
 
 def forget_seen(who: Principal, session: Session, row: Resource, text: str) -> None:
@@ -12202,10 +12190,10 @@ def revoke_token(who: Principal, number: str) -> None:
 # What can be done, in the console's threads and in the user and gate commands, and the table of it that the API
 # serves. Each operation takes who does it, checks what is given, changes rows and notes it within one transaction, and
 # gives rows or views. What is refused is an ApiError.
-# Gives: add_resource, API, begin_maintenance, change_gate, change_resource, changeable, connection_view,
-# current_status, DAMAGED, end_maintenance, last_sample, list_events, list_groups, list_resources, NO_SAMPLE,
-# OPERATIONS, override_gate, poll_now, remove_resource, RESOURCES, Route, SAFE_METHODS, status_of, test_changes,
-# test_settings, trust_resource
+# Gives: acknowledge_resource, add_resource, API, begin_maintenance, change_gate, change_resource, changeable,
+# connection_view, current_status, DAMAGED, end_maintenance, is_sick, last_sample, list_events, list_groups,
+# list_resources, NO_SAMPLE, OPERATIONS, override_gate, poll_now, remove_resource, RESOURCES, Route, SAFE_METHODS,
+# status_of, test_changes, test_settings, trust_resource
 POLL_NOW_TIMEOUT = 60.0         # seconds that a request waits for a poll
 TAKE_TIME, TAKE_AGAIN = 2.0, 0.05   # seconds that a report waits for its resource's new poller, and between two looks
 PUSH_PAUSE = 1.0                # seconds for which a report that says the same, or that all is well again, is not taken
@@ -12330,6 +12318,11 @@ def current_status(row: Resource, status: Status | None, context: ConsoleContext
     if standing := standing or overdue(row, known, poller, context.clock()):
         return Status(**vars(standing), polled_at=known.polled_at, seconds=known.seconds, sample=known.sample)
     return known
+
+
+def is_sick(known: Status) -> bool:
+    """Whether it is unhealthy by itself: then somebody can say that this is seen."""
+    return known.state == "unhealthy" and known.cause != "parent"
 
 
 def last_sample(row: Resource, status: Status | None, known: Status) -> tuple[str, float]:
@@ -12638,7 +12631,16 @@ def end_maintenance(who: Principal, name: str) -> None:
 
 def acknowledge_resource(who: Principal, name: str, body: Mapping[str, Any]) -> ResourceView:
     """Says that an unhealthy resource has been seen, until it recovers: reminders stop."""
-    acknowledge(who, name, body)
+    comment, now = validated(Seen, body).comment, who.context.clock()
+    who.context.monitor.flush()     # or a good result of before, written later, would end it
+    with who.context.store.writing() as session:
+        row = find_resource(session, name)
+        known = current_status(row, session.get(Status, row.id), who.context)
+        if not is_sick(known):
+            raise ApiError(f"{name} is not unhealthy by itself", 409)
+        session.merge(Acknowledgement(resource_id=row.id, at=now, actor=who.name, comment=comment))
+        record_event(session, "acknowledgement", f"seen: {comment}", resource=name, state="begun", at=now,
+                     **who.signature)
     return show_resource(who, name)
 
 
@@ -13753,7 +13755,7 @@ else "?resource=" ~ event.resource|urlencode }}">{{ event.resource }}</a>{% endi
 <button name="end" value="1">Take back</button></form>
 {% endif %}
 </section>
-{% elif admin and shown.status.state == "unhealthy" %}
+{% elif admin and shown.is_sick %}
 <details name="action" data-keep{% if given.comment %} open{% endif %}><summary class="button">Acknowledge</summary>
 <form method="post" action="{{ shown.href }}/acknowledgement" data-inline class="panel">
 {{ input("comment", "Comment", maxlength="200", required="") }}
@@ -14531,6 +14533,7 @@ class ResourceRow:
         self.reason = DAMAGED if settings is None else cause_text(last.cause, last.reason)
         self.maintenance, self.seen = more.maintenance.get(row.name), more.seen.get(row.name)
         self.shown_state = "maintenance" if self.maintenance else known.state
+        self.is_sick = is_sick(known)
         self.strip = strip_svg(status.strip if status else "")
         self._sample, self.read_at = last_sample(row, status, known)
 
@@ -14974,7 +14977,7 @@ def acknowledgement_form(who: Principal, name: str) -> None:
     form = flask.request.form
     if "end" in form:
         return end_acknowledgement(who, name)
-    acknowledge(who, name, {"comment": form.get("comment", "")})
+    acknowledge_resource(who, name, {"comment": form.get("comment", "")})
 
 
 def trust_form(who: Principal, name: str) -> Answer | None:

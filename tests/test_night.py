@@ -54,7 +54,7 @@ def night(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Local]:
         local.log_in_as(NAME)
         wait_for(lambda: sick(local) == 2, 60)
         term = {"minutes": "60", "reason": LONG}
-        later = time.strftime("%Y-%m-%dT02:00", time.localtime(time.time() + 10 * 86_400))
+        later = time.strftime("%Y-%m-%dT12:00", time.localtime(time.time() + 10 * 86_400))
         for path, form in (
             ("/-/override", {"action": "open", "for": "8h", "reason": LONG}),
             ("/-/maintenance", {"scope": "tags:database", **term}),
@@ -177,7 +177,7 @@ def test_sorting_on_a_phone(browser: Browser, night: Local) -> None:
     context, page, _ = visit(browser, night, viewport={"width": 390, "height": 800})
     enter(page, night)
     page.goto("/-/")
-    page.get_by_role("link", name="Resource", exact=True).click(timeout=10_000)
+    page.get_by_role("link", name="Resource", exact=True).click()
     page.wait_for_url("**sort=name*")
     assert_fits(page, "sorted")
     context.close()

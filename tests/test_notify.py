@@ -519,6 +519,17 @@ def test_teams_over_tls(hook: Hook, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert "db1: limit" in hook.requests[0].body.decode()
 
 
+class MailServer(Controller):
+    """On a free port, from the begin: nobody else can have it in between."""
+
+    def __init__(self, box: Mailbox, **settings: Any) -> None:
+        self.sock = socket.create_server(("127.0.0.1", 0))
+        super().__init__(box, *self.sock.getsockname(), ready_timeout=60, **settings)
+
+    def _create_server(self) -> Any:
+        return self.loop.create_server(self._factory_invoker, sock=self.sock)
+
+
 class Mailbox:
     """What an SMTP server is sent."""
 
@@ -541,13 +552,11 @@ def test_mail_with_starttls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     certificate, box = make_certificate(tmp_path, "mail"), Mailbox()
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(certificate.certificate_file, certificate.key_file)
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    controller = Controller(box, "127.0.0.1", port, tls_context=context, require_starttls=True, auth_required=True,
+    controller = MailServer(box, tls_context=context, require_starttls=True, auth_required=True,
                             authenticator=box.authenticate)
     controller.start()
     try:
-        url = (f"mailto://monitor:s3cret@localhost:{port}?mode=starttls&smtp=localhost&from=hc@example.com"
+        url = (f"mailto://monitor:s3cret@localhost:{controller.port}?mode=starttls&smtp=localhost&from=hc@example.com"
                "&to=ops@example.com&format=text")
         assert not deliver(url, MESSAGE, ChildProcess()).is_delivered and not box.letters
         monkeypatch.setenv("SSL_CERT_FILE", str(certificate.certificate_file))

@@ -1174,7 +1174,7 @@ def test_seen_ends_with_recovery(house: House, machines: Machines) -> None:
 
     def seen() -> bool:
         with house.store.reading() as session:
-            return "db1" in healthchecker.remarks(session, time.time()).seen
+            return "db1" in healthchecker.remarks(session, 0.0).seen
 
     with house.watching():
         wait_for(lambda: house.stored("db1")[0] == "unhealthy")
@@ -1189,6 +1189,17 @@ def test_seen_ends_with_recovery(house: House, machines: Machines) -> None:
     with house.store.reading() as session:
         found = session.scalars(sqlalchemy.select(healthchecker.Event).filter_by(kind="acknowledgement")).all()
     assert [(one.resource, one.state) for one in found] == [("db1", "over")]
+
+
+def test_seen_ends_with_removal(house: House, machines: Machines) -> None:
+    house.write("name: db1", "name: db2")
+    house.elsewhere("INSERT INTO acknowledgement VALUES (1, 1.0, 'adam', 'on my way')")
+    house.write("name: db2")
+    with house.store.writing() as session:  # as the recorder does with each write
+        healthchecker.end_acknowledgements(session, [], 1.0)
+    house.write("name: db1", "name: db2")
+    with house.store.reading() as session:
+        assert not healthchecker.remarks(session, 0.0).seen
 
 
 def test_check_now_of_what_is_replaced_just_then(house: House, machines: Machines) -> None:
