@@ -6615,10 +6615,12 @@ class Group:
         short = self._warn and good < quorum_of(self._warn, len(self._ends) + len(self._openings))
         return "degraded" if short else "healthy"
 
-    def may_yet(self, more: int, now: float) -> bool:
-        """Whether it can be healthy with a bad member more, by so many more members that have no result yet."""
-        hoped = len(self._ends) - bisect.bisect_right(self._ends, now) + more
-        return bool(more) and hoped >= quorum_of(self._quorum, len(self._ends) + len(self._openings) + more + 1)
+    def may_yet(self, member: Span | None, more: int, now: float) -> bool:
+        """Whether it can be healthy with a member, as known until now, gone bad, by so many more that have no result
+        yet."""
+        hoped = len(self._ends) - bisect.bisect_right(self._ends, now) - bool(member and member[0] > now) + more
+        total = len(self._ends) + len(self._openings) + (member is None) + more
+        return bool(more) and hoped >= quorum_of(self._quorum, total)
 
 
 class GroupTree:
@@ -6677,10 +6679,20 @@ class GroupTree:
             self.reasons[name] = reason
 
     def awaits(self, name: str, pending: Collection[str], now: float) -> bool:
-        """Whether those `pending` could make up for a bad resource in all that it is in."""
+        """Whether those `pending` could make up for a bad resource or group in all that it is in, or further up."""
         places = self._places(name) if pending else ()
-        return bool(places) and all(self.groups[place].may_yet(
-            sum(each in pending for each in self.members.get(place, ())), now) for place in places)
+        for place in places:
+            more = sum(self._is_pending(each, pending) for each in self.members.get(place, ()) if each != name)
+            if not (self.groups[place].may_yet(self._span(name), more, now) or self.awaits(place, pending, now)):
+                return False
+        return bool(places)
+
+    def _is_pending(self, name: str, pending: Collection[str]) -> bool:
+        """Whether a first result is to come: of a group, of the first that counts in it."""
+        if name not in self.groups:
+            return name in pending
+        inside = self.members.get(name, ())
+        return self.groups[name].span is None and any(self._is_pending(each, pending) for each in inside)
 
     def counted(self, group: str) -> dict[str, Span]:
         """Its members that count now."""

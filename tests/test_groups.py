@@ -265,6 +265,24 @@ def test_a_bad_first_result_waits_for_who_may_make_up_for_it() -> None:
     assert not aggregator.is_healthy(), "nobody can make up for a member of `all`"
 
 
+def test_a_bad_first_result_waits_for_who_may_make_up_for_its_group() -> None:
+    """Also where that stands further up: of two sites of which one is enough, the one that answers first is bad."""
+    inner = [{"name": "p", "members": ["a", "b"]}, {"name": "q", "members": ["c"]}]
+    aggregator, _ = make(gates_with([{"name": "g", "members": ["p", "q"], "healthy": "any"}, *inner], {"/r": ["g"]}))
+    aggregator.start()
+    for name in "abc":
+        aggregator.register(name)
+    told(aggregator)
+    aggregator.set_resource("b", True)
+    aggregator.set_resource("a", False, "dead")
+    assert is_open(aggregator, "g") and is_open(aggregator, "/r"), "c may be healthy"
+    aggregator.set_resource("c", True)
+    assert is_open(aggregator, "g") and is_open(aggregator, "/r") and not is_open(aggregator, "p")
+    assert [name for name, *_ in told(aggregator)] == ["p"]
+    aggregator.set_resource("c", False, "dead")
+    assert not is_open(aggregator, "g") and not is_open(aggregator, "/r")
+
+
 @pytest.mark.parametrize("end", ["again", "other", "gone", "arranged"])
 def test_a_bad_first_result_waits_no_longer(end: str) -> None:
     """Than until the other's result, which may be bad, or its own next one, whatever becomes of the other."""
@@ -504,18 +522,25 @@ class Model:
                 self.early.discard(leaf)
                 self.counted[leaf] = 0.0
 
-    def is_awaited(self, leaf: str) -> bool:
-        """Whether in all that it is in there are some who have no result yet and could make up for it."""
-        if any(leaf in (route.needs or ()) for route in self.gates.routes.values()):
+    def is_awaited(self, bad: str) -> bool:
+        """Whether in all that it is in, or above, there are some who have no result yet and could make up for it."""
+        if any(bad in (route.needs or ()) for route in self.gates.routes.values()):
             return False
-        groups = [group for group in self.gates.groups if leaf in group.members]
+        groups = [group for group in self.gates.groups if bad in group.members]
         for group in groups:
-            others = {name for name in group.members if name != leaf and self.counts(name)}
+            others = {name for name in group.members if name != bad and self.counts(name)}
             good = sum(self.is_healthy(name, self.real[1].now) for name in others)
-            fresh = len(self.fresh & {*group.members})
-            if not fresh or good + fresh < quorum_of(group.healthy, len(others) + fresh + 1):
+            fresh = sum(self.is_fresh(name) for name in {*group.members} - {bad})
+            possible = fresh and good + fresh >= quorum_of(group.healthy, len(others) + fresh + 1)
+            if not possible and not self.is_awaited(group.name):
                 return False
         return bool(groups)
+
+    def is_fresh(self, name: str) -> bool:
+        """Without any result, which is to come: of a group, when nobody in it counts yet."""
+        groups = {group.name: group.members for group in self.gates.groups}
+        return name in self.fresh if name not in groups else (
+            not self.counts(name) and any(map(self.is_fresh, groups[name])))
 
     def up(self, leaf: str, seconds: int) -> None:
         self.real[0].set_resource(leaf, True, ttl=seconds)
