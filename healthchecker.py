@@ -3490,15 +3490,17 @@ class SshTransport(paramiko.Transport):
         """A channel. Raises ProbeError once the deadline is over; an old transport that is silent for a third of it is
         dead, and ends."""
         was_old, self.is_old = self.is_old, True
-        wire, third = cast(Wire, self.sock), deadline.left() / 3
-        received, silence, question = wire.received, Deadline(third) if was_old else deadline, math.inf
+        wire, answers = cast(Wire, self.sock), cast(BoundedPacketizer, self.packetizer)
+        patience = deadline.left() / (3 if was_old else 1)
+        received, silence, question = wire.received, Deadline(patience), math.inf
 
         def is_over() -> bool:
-            """What was on its way before the host died is a sign of life no longer than anything else."""
+            """Any byte begins the silence anew, for it may have been on its way when the host died; the answer to the
+            question ends it."""
             nonlocal received, silence
-            if was_old and wire.received != received:
-                received, silence = wire.received, Deadline(third)
-            return deadline.over or (silence.over and self._answers.replies < question)
+            if wire.received != received:
+                received, silence = wire.received, Deadline(patience)
+            return deadline.over or (silence.over and answers.replies < question)
 
         try:
             with wire.awaited(is_over):
@@ -3514,10 +3516,6 @@ class SshTransport(paramiko.Transport):
             if not silent:
                 raise
             raise ProbeError("unreachable", "no sign of life on the open connection") from error
-
-    @property
-    def _answers(self) -> BoundedPacketizer:
-        return cast(BoundedPacketizer, self.packetizer)
 
     def _are_you_there(self) -> int:
         """Makes a living host say something, if only that it does not know this; how many it was asked until now."""
