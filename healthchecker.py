@@ -14198,12 +14198,7 @@ def be_discreet() -> None:
         resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit code: 0 done, 1 a check failed, 2 inventory or usage, 3 keys, 4 database."""
-    for stream in (sys.stdout, sys.stderr):     # a pipe has the code page of the machine; pythonw has no stream
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(encoding="utf-8", errors="backslashreplace", newline="\n")     # /bin/sh knows no \r
-    be_discreet()
+def run_command(argv: Sequence[str] | None) -> int:
     arguments = command_line().parse_args(argv)
     for name in ("paramiko", "pypsrp", "urllib3", "spnego"):    # they repeat what we report
         logging.getLogger(name).setLevel(logging.CRITICAL)
@@ -14215,11 +14210,34 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (sqlalchemy.exc.SQLAlchemyError, sqlite3.Error) as error:
         print(f"the database cannot be used: {one_line(str(getattr(error, 'orig', error)))}", file=sys.stderr)
         return StorageError.exit_code
+    except BrokenPipeError:
+        raise
     except OSError as error:
         print(f"{arguments.inventory.name}: {one_line(str(error))}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code: 0 done, 1 a check failed, 2 inventory or usage, 3 keys, 4 database."""
+    streams = [stream for stream in (sys.stdout, sys.stderr) if isinstance(stream, io.TextIOWrapper)]   # pythonw: none
+    for stream in streams:      # a pipe has the code page of the machine
+        stream.reconfigure(encoding="utf-8", errors="backslashreplace", newline="\n")     # /bin/sh knows no \r
+    be_discreet()
+    try:
+        try:
+            return run_command(argv)
+        finally:
+            for stream in streams:
+                stream.flush()
+    except OSError as error:    # of the output; who read it, `head` for instance, has enough
+        if not isinstance(error, BrokenPipeError):
+            print(f"the output cannot be written: {one_line(str(error))}", file=sys.stderr)
+        with open(os.devnull, "w", encoding="utf-8") as nowhere:    # or Python would complain at its end
+            for stream in streams:
+                os.dup2(nowhere.fileno(), stream.fileno())
+        return 1
 
 
 if __name__ == "__main__":
