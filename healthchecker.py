@@ -3924,15 +3924,17 @@ class SshTransport(paramiko.Transport):
         """A channel. Raises ProbeError once the deadline is over; an old transport that is silent for a third of it is
         dead, and ends."""
         was_old, self.is_old = self.is_old, True
-        wire, third = cast(Wire, self.sock), deadline.left() / 3
-        received, silence, question = wire.received, Deadline(third) if was_old else deadline, math.inf
+        wire, answers = cast(Wire, self.sock), cast(BoundedPacketizer, self.packetizer)
+        patience = deadline.left() / (3 if was_old else 1)
+        received, silence, question = wire.received, Deadline(patience), math.inf
 
         def is_over() -> bool:
-            """What was on its way before the host died is a sign of life no longer than anything else."""
+            """Any byte begins the silence anew, for it may have been on its way when the host died; the answer to the
+            question ends it."""
             nonlocal received, silence
-            if was_old and wire.received != received:
-                received, silence = wire.received, Deadline(third)
-            return deadline.over or (silence.over and self._answers.replies < question)
+            if wire.received != received:
+                received, silence = wire.received, Deadline(patience)
+            return deadline.over or (silence.over and answers.replies < question)
 
         try:
             with wire.awaited(is_over):
@@ -3948,10 +3950,6 @@ class SshTransport(paramiko.Transport):
             if not silent:
                 raise
             raise ProbeError("unreachable", "no sign of life on the open connection") from error
-
-    @property
-    def _answers(self) -> BoundedPacketizer:
-        return cast(BoundedPacketizer, self.packetizer)
 
     def _are_you_there(self) -> int:
         """Makes a living host say something, if only that it does not know this; how many it was asked until now."""
@@ -17043,12 +17041,7 @@ def be_discreet() -> None:
         resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit code: 0 done, 1 a check failed, 2 inventory or usage, 3 keys, 4 database."""
-    for stream in (sys.stdout, sys.stderr):     # a pipe has the code page of the machine; pythonw has no stream
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(encoding="utf-8", errors="backslashreplace", newline="\n")     # /bin/sh knows no \r
-    be_discreet()
+def run_command(argv: Sequence[str] | None) -> int:
     arguments = parsed(command_line(), sys.argv[1:] if argv is None else argv)
     for name in ("paramiko", "pypsrp", "urllib3", "spnego"):    # they repeat what we report
         logging.getLogger(name).setLevel(logging.CRITICAL)
@@ -17060,11 +17053,34 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (sqlalchemy.exc.SQLAlchemyError, sqlite3.Error) as error:
         print(f"the database cannot be used: {one_line(str(getattr(error, 'orig', error)))}", file=sys.stderr)
         return StorageError.exit_code
+    except BrokenPipeError:
+        raise
     except OSError as error:
         print(f"{arguments.inventory.name}: {one_line(str(error))}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code: 0 done, 1 a check failed, 2 inventory or usage, 3 keys, 4 database."""
+    streams = [stream for stream in (sys.stdout, sys.stderr) if isinstance(stream, io.TextIOWrapper)]   # pythonw: none
+    for stream in streams:      # a pipe has the code page of the machine
+        stream.reconfigure(encoding="utf-8", errors="backslashreplace", newline="\n")     # /bin/sh knows no \r
+    be_discreet()
+    try:
+        try:
+            return run_command(argv)
+        finally:
+            for stream in streams:
+                stream.flush()
+    except OSError as error:    # of the output; who read it, `head` for instance, has enough
+        if not isinstance(error, BrokenPipeError):
+            print(f"the output cannot be written: {one_line(str(error))}", file=sys.stderr)
+        with open(os.devnull, "w", encoding="utf-8") as nowhere:    # or Python would complain at its end
+            for stream in streams:
+                os.dup2(nowhere.fileno(), stream.fileno())
+        return 1
 
 
 if __name__ == "__main__":

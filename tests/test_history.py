@@ -135,7 +135,7 @@ def test_a_host_key_is_written_for_the_address_that_showed_it(notebook: Notebook
     notebook.write(dataclasses.replace(notebook.report(START), host_key="ssh-ed25519 SHA256:x"))
     with notebook.store.reading() as session:
         row = session.get(Resource, notebook.id)
-    assert row and row.host_key == (None if "interval" not in moved else "ssh-ed25519 SHA256:x")
+    assert row and row.host_key == ("ssh-ed25519 SHA256:x" if "interval" in moved else None)
 
 
 def test_every_result_has_its_character() -> None:
