@@ -15347,8 +15347,9 @@ CHILD_VARIABLES = ("PATH PYTHONPATH SYSTEMROOT WINDIR TEMP TMP TMPDIR LANG LC_AL
           "REQUESTS_CA_BUNDLE HTTP_PROXY HTTPS_PROXY NO_PROXY http_proxy https_proxy no_proxy").split()
 # Says nothing but the answer: what apprise logs may name the URL.
 CHILD = r"""
-import json, logging, os, sys, threading
-sys.path[:] = [path for path in sys.path if path]
+import sys
+sys.path[:] = [path for path in sys.path if path]       # first: the folder it is started in may be anybody's
+import json, logging, os, threading
 logging.disable()
 asked, out = json.load(sys.stdin.buffer), os.dup(1)
 os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

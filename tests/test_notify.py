@@ -462,6 +462,15 @@ def test_web_hooks(form: str, hook: Hook) -> None:
     assert MESSAGE.title in title and TEXT in text
 
 
+def test_nothing_is_imported_from_the_folder_it_is_started_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which may be anybody's: /tmp, when `check` is called there."""
+    for name in ("json", "logging", "threading", "apprise", "requests"):
+        (tmp_path / f"{name}.py").write_text(f"open('was-{name}', 'w').close()\n", encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    answer = ChildProcess().ask(["json://localhost/x"], 60)
+    assert answer and answer["known"] == [True] and not [*tmp_path.glob("was-*")]
+
+
 def test_what_is_too_long_for_a_service_is_cut(hook: Hook) -> None:
     """Or it would refuse the very message that names the most; one message stays one."""
     long = MESSAGE._replace(body="\n".join(f"db{number}: {'x' * 200}" for number in range(30)))
