@@ -15341,6 +15341,8 @@ RETRY_TIME = 3600.0             # seconds after which a message is given up
 HEARTBEAT_INTERVAL = 60.0       # seconds
 HEARTBEAT_TIMEOUT = 10.0        # seconds
 NO_APPRISE = "notify needs the package apprise: run `pip install \"apprise>=2.3\"` in the environment of the service"
+# What a host says is to mention nobody (@everyone), to hide no link behind words, to be no tag.
+MARKUP = str.maketrans({mark: f"{mark}\u200b" for mark in "@<]"})
 STARTING = "(the service starts)"   # a gate that opens before it is told was never closed
 # What a child process is given of the environment; nothing that could be a secret of ours.
 CHILD_VARIABLES = ("PATH PYTHONPATH SYSTEMROOT WINDIR TEMP TMP TMPDIR LANG LC_ALL TZ SSL_CERT_FILE SSL_CERT_DIR "
@@ -15480,7 +15482,8 @@ def line_of(notice: Notice) -> str:
 
 def first_lines(lines: Sequence[str]) -> list[str]:
     more = len(lines) - NOTIFY_LINES
-    return [*(one_line(line) for line in lines[:NOTIFY_LINES]), *([f"and {more} more"] if more > 0 else [])]
+    return [*(one_line(line).translate(MARKUP) for line in lines[:NOTIFY_LINES]),
+            *([f"and {more} more"] if more > 0 else [])]
 
 
 def as_mapping(row: Notice | Receiver, *names: str) -> dict[str, Any]:

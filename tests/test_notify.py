@@ -287,6 +287,19 @@ def test_fifty_machines_are_one_message() -> None:
     assert lines[11] == "and 40 more" and lines[12] == "http://127.0.0.1:8081/-/" and len(lines) == 13
 
 
+def test_what_a_host_says_mentions_nobody_and_is_no_link() -> None:
+    """Services of chats would take its words for their markup; what they show is the same."""
+    said = "check: @everyone <!channel> <@U1> <https://x.example.com|here> [log in](https://x.example.com) <at>a</at>"
+    desk = Desk(on=["state", "gate"])
+    desk.unhealthy = {"db1": Unhealthy(NOON, said)}
+    desk.happens(**CLOSED | {"text": f"open -> closed ({said})"})
+    desk.happens("state", "unhealthy", said, "web1")
+    desk.until(30)
+    ((_, _, body),) = desk.said
+    assert not re.search(r"@\w|<[!@/\w]|\]\(", body) and body.replace("\u200b", "").count(said) == 3
+    assert body.endswith("\nhttp://127.0.0.1:8081/-/")
+
+
 def test_the_lines_of_the_gate_are_what_keeps_it_closed() -> None:
     """Where resources are not told by themselves."""
     desk = Desk()
