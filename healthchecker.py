@@ -15507,6 +15507,8 @@ def write_message(chosen: Sequence[Notice], picture: Picture, is_mine: Callable[
     return Message(one_line(title), "\n".join(filter(None, [*lines, console])), "failure" if lasting else "success")
 
 
+LETTER = TypeAdapter(tuple[str, str, str, list[dict[str, Any]]])    # a Message in a row, with the ends that it tells
+NO_LETTER = '["", "", "", []]'
 BAD_STATES = ("closed", "unhealthy")        # of events that begin something
 
 
@@ -15527,7 +15529,12 @@ class Announcer:
         self.settings = ReceiverSettings.model_validate(given)
         with contextlib.suppress(ValueError, TypeError):    # of a damaged row, which must silence nobody
             self.settings = ReceiverSettings.model_validate({**given, **json.loads(row.settings)})
-        self.notices = {(notice.kind, notice.name): notice for notice in notices}
+        self.notices = {(notice.kind, notice.name): notice for notice in notices if notice.kind in WORDS}
+        try:
+            LETTER.validate_json(row.message or NO_LETTER)
+        except ValidationError:
+            row.message = NO_LETTER
+            self._give_up()
 
     def take(self, happened: Event, picture: Picture, now: float) -> None:
         """Takes an event up, once; those of maintenance only have the rows looked at."""
@@ -15765,16 +15772,17 @@ def running_works(session: Session, now: float) -> dict[str, Work]:
 
 def take_picture(session: Session, names: Iterable[str], problems: Mapping[str, str], now: float) -> Picture:
     """How everything is by the rows; with the tags of resources of these names."""
-    unhealthy, healthy, tags, wanted = {}, {}, {}, {*names}
+    unhealthy, healthy, tags, wanted = {}, {}, dict[str, frozenset[str]](), {*names}
     rows = session.execute(sqlalchemy.select(
         Resource.name, Resource.settings, Status.state, Status.cause, Status.reason,
         Status.since_at, Status.polled_at).outerjoin(Status, Status.resource_id == Resource.id)).all()
     for name, text, state, cause, reason, since_at, polled_at in rows:
         settings: Any = {}
         if state == "unhealthy" or name in wanted:
-            with contextlib.suppress(ValueError):       # of a damaged row
-                settings = json.loads(text)
-            tags[name] = frozenset(settings.get("tags", ()))
+            tags[name] = frozenset()
+            with contextlib.suppress(ValueError, TypeError):    # of a damaged row
+                settings = {} | json.loads(text)
+                tags[name] = frozenset(settings.get("tags", ()))
         if state == "unhealthy":
             unhealthy[name] = Unhealthy(since_at, caused(cause, reason), tags[name], settings.get("critical", True),
                                         cause in ("parent", "cut_off"))

@@ -49,6 +49,7 @@ from healthchecker import (
     Resolver,
     Resource,
     Setting,
+    Status,
     Store,
     Unhealthy,
     Work,
@@ -793,6 +794,28 @@ def test_a_damaged_row_silences_nobody(tmp_path: Path, store: Store, hook: Hook)
     look_until(notifier, hook, 2, NOON + 60)
     notifier.close()
     assert [got.path for got in hook.requests] == ["/ops", "/odd"]
+
+
+@pytest.mark.parametrize("damage", [
+    "UPDATE receiver SET message = '[' WHERE name = 'odd'", "UPDATE receiver SET message = '[1]' WHERE name = 'odd'",
+    "UPDATE receiver SET message = '[1, 2, 3, 4]' WHERE name = 'odd'", "UPDATE resource SET settings = '[]'",
+    "UPDATE resource SET settings = '{\"tags\": 5}'", "UPDATE resource SET settings = '{\"tags\": [[1]]}'",
+    "INSERT INTO notice SELECT id, 'no', 'x', '', '', 1, 1, 1, 0, 0 FROM receiver WHERE name = 'odd'"])
+def test_nor_does_any_other(damage: str, tmp_path: Path, store: Store, hook: Hook) -> None:
+    """Whatever a restored database holds of messages, of what was told, or of an unhealthy resource."""
+    url = f"json://{hook.place}"
+    take_over(store, tmp_path, f"{{name: odd, url: '{url}/odd', wait: 0}}", f"{{name: ops, url: '{url}/ops', wait: 0}}")
+    with store.writing() as session:
+        number = session.scalars(sqlalchemy.select(Resource.id)).first()
+        session.merge(Status(resource_id=number, settings_digest="", credential_digest="", state="unhealthy",
+                             cause="check", reason="", since_at=NOON, polled_at=NOON, good=0, bad=1, seconds=0,
+                             sample="null"))
+        session.execute(sqlalchemy.text(damage))
+    happen(store, "gate", "closed")
+    notifier = Notifier(store, prepared_vault(tmp_path), dict, "")
+    look_until(notifier, hook, 2, NOON)
+    notifier.close()
+    assert {got.path for got in hook.requests} == {"/ops", "/odd"}
 
 
 def test_a_receiver_that_hangs_holds_nobody_up(tmp_path: Path, store: Store, hook: Hook) -> None:
