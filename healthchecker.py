@@ -12789,7 +12789,7 @@ CONTENT_SECURITY_POLICY = ("default-src 'none'; script-src 'self'; style-src 'se
                            "connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'")
 
 
-FORMULAS = ("=", "+", "-", "@")     # begin one in a spreadsheet
+FORMULA = re.compile(r"(^|;)(?=\s*[=+@\uff1d\uff0b\uff0d\uff20-])")   # in a spreadsheet; some end a cell at ;
 
 
 class Problem(Settings):
@@ -12972,7 +12972,7 @@ def csv_text(rows: Sequence[Mapping[str, Any]], names: Iterable[str]) -> str:
     file = io.StringIO()
     writer = csv.DictWriter(file, [*names])
     writer.writeheader()
-    writer.writerows({name: f"'{value}" if isinstance(value, str) and value.lstrip()[:1] in FORMULAS else value
+    writer.writerows({name: FORMULA.sub(r"\1'", value) if isinstance(value, str) else value
                       for name, value in row.items()} for row in rows)
     return file.getvalue()
 
