@@ -1585,12 +1585,15 @@ def with_pauses(seconds: float, info: Any) -> float:
     raise ValueError("each turn would meet the next one, so that this never counts; say `critical: false` there")
 
 
+Chosen = Field(max_length=1000)     # each name is looked up again and again
+
+
 class Scope(Settings):
     """What does not count: everything, or what has one of these tags, is in one of these groups, or has such a name."""
 
-    tags: tuple[TextLine, ...] = ()
-    groups: tuple[Name, ...] = ()
-    resources: tuple[Name, ...] = ()
+    tags: Annotated[tuple[TextLine, ...], Chosen] = ()
+    groups: Annotated[tuple[Name, ...], Chosen] = ()
+    resources: Annotated[tuple[Name, ...], Chosen] = ()
     all: bool = False
 
     @model_validator(mode="after")
@@ -8219,9 +8222,9 @@ class Choices(NamedTuple):
         return found
 
     def faults(self, scope: Scope) -> dict[str, str]:
-        """What is wrong with it, by field."""
-        return {field: unknown_name(name, known, f"{field[:-1]} has this name")
-                for field, known in self._asdict().items() for name in getattr(scope, field) if name not in known}
+        """What is wrong with it, by field, of each the first: to look for near names takes its time."""
+        return {field: unknown_name(name, known, f"{field[:-1]} has this name") for field, known in
+                self._asdict().items() for name in [name for name in getattr(scope, field) if name not in known][:1]}
 
 
 def choices(session: Session) -> Choices:

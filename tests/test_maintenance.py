@@ -499,6 +499,7 @@ WRONG = [
     ({"for": "2h", "reason": "x", "groups": ["nobody"]}, "groups"),
     ({"for": "2h", "reason": "x", "resources": ["nobody"]}, "resources"),
     ({"for": "2h", "reason": "x", "all": True, "tags": ["db"]}, ""),
+    ({"for": "2h", "reason": "x", "tags": ["db"] * 1001}, "tags"),
 ]
 
 
@@ -509,6 +510,12 @@ def test_bad_orders(console: Local, body: dict[str, Any], field: str) -> None:
     assert console.api("GET", "maintenance").json == []
     for number in ("0", "x", "9" * 30, "-1"):
         assert console.api("DELETE", f"maintenance/{number}").status == 404
+
+
+def test_of_many_unknown_names_the_first_is_told(console: Local) -> None:
+    """To look for names near to 10,000 of them would lock the database for minutes."""
+    reply = console.api("POST", "maintenance", {"for": "1h", "reason": "x", "resources": ["bb", "cc", "nobody"]})
+    assert reply.fields == {"resources": "no resource has this name; did you mean b?"}
 
 
 def test_no_more_than_can_be_looked_through(console: Local, monkeypatch: pytest.MonkeyPatch) -> None:
