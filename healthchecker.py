@@ -16441,7 +16441,8 @@ def peak(sample: Sample | None, metric: str) -> str:
     return f"{max(values):.0f}" if values else "-"
 
 
-def print_table(rows: Sequence[Sequence[str]]) -> None:
+def print_table(cells: Iterable[Iterable[str]]) -> None:
+    rows = [[*map(one_line, row)] for row in cells]     # a reason that somebody typed is no order to a terminal
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())

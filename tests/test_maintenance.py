@@ -518,6 +518,14 @@ def test_of_many_unknown_names_the_first_is_told(console: Local) -> None:
     assert reply.fields == {"resources": "no resource has this name; did you mean b?"}
 
 
+def test_a_reason_is_no_order_to_a_terminal(console: Local, capsys: pytest.CaptureFixture[str]) -> None:
+    reply = console.api("POST", "maintenance", {"for": "1h", "reason": "x\x9b2J\u202ey", "all": True})
+    assert reply.status == 201
+    with console.store.reading() as session:
+        healthchecker.print_table(healthchecker.work_rows(session))
+    assert capsys.readouterr().out.endswith("  x 2J y\n")
+
+
 def test_no_more_than_can_be_looked_through(console: Local, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(healthchecker, "PLANNED_COUNT", 2)
     order = {"tags": ["web"], "start": clock_at(DAY), "for": "1h", "reason": "x"}
