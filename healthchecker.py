@@ -15339,6 +15339,7 @@ NOTIFY_IDLE = 30.0              # seconds between two looks at all resources whi
 NOTIFY_LINES = 10               # lines of a kind in a message
 NOTIFY_END = 1.0                # seconds that the end of the service leaves to messages on their way
 DELIVERY_TIMEOUT = 30.0         # seconds, a message from the start of its process to the end of it
+ANSWER_BYTES = 1 << 20          # of what a receiver answers
 RETRY_FIRST, RETRY_LONGEST = 10.0, 600.0    # seconds until the second try, and between two at most
 RETRY_TIME = 3600.0             # seconds after which a message is given up
 HEARTBEAT_INTERVAL = 60.0       # seconds
@@ -15374,7 +15375,13 @@ send, seen = requests.Session.send, {}
 def noted(session, request, **more):
     seen.update(status=0, error="", after="")
     try:
-        came = send(session, request, **more)
+        came, body = send(session, request, **more | {"stream": True}), b""
+        for part in came.iter_content(1 << 16):     # of an answer without an end the beginning
+            body += part
+            if len(body) > asked["bytes"]:
+                break
+        came._content, came._content_consumed = body, True
+        came.close()
     except Exception as error:      # it goes on
         seen["error"] = type(error).__name__
         raise
@@ -15700,7 +15707,8 @@ class ChildProcess:
 
     def ask(self, urls: Sequence[str], seconds: float, message: Message = SILENCE) -> dict[str, Any] | None:
         """The answer, None without one in time. Ends the process."""
-        asked = json.dumps({"urls": urls, "refused": sorted(LOCAL_SERVICES), "seconds": seconds, **message._asdict()})
+        asked = json.dumps({"urls": urls, "refused": sorted(LOCAL_SERVICES), "seconds": seconds,
+                            "bytes": ANSWER_BYTES, **message._asdict()})
         try:
             said = self._process.communicate(asked.encode(), seconds)[0]
             return cast("dict[str, Any]", json.loads(said))

@@ -424,7 +424,7 @@ class HookHandler(BaseHTTPRequestHandler):
         self.server.requests.append(Request(self.path, body))
         if self.server.way == "hang":
             self.server.released.wait(60)
-        if self.server.way:
+        if self.server.way in ("hang", "drop"):
             self.close_connection = True
             return
         self.send_response(self.server.status)
@@ -432,6 +432,9 @@ class HookHandler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.end_headers()
         self.wfile.write(b"{}")
+        if self.server.way == "flood":
+            self.wfile.write(bytes(1 << 21))
+            self.server.released.wait(60)
 
     do_GET = do_PUT = do_POST
 
@@ -501,6 +504,12 @@ def test_a_web_hook_that_hangs(hook: Hook) -> None:
     why = "apprise gave no answer within 3 s"
     assert deliver(f"json://{hook.place}/x?rto=60&cto=60", MESSAGE, child, 3.0) == Delivery(False, why)
     assert child._process.poll() is not None
+
+
+def test_a_web_hook_whose_answer_has_no_end(hook: Hook) -> None:
+    """A mebibyte of it is enough: all of it would take the machine's memory."""
+    hook.way, hook.headers = "flood", {"Content-Length": str(1 << 40)}
+    assert deliver(f"json://{hook.place}/x", MESSAGE, ChildProcess()) == Delivery(True)
 
 
 def test_a_web_hook_that_drops(hook: Hook) -> None:
