@@ -1585,12 +1585,15 @@ def with_pauses(seconds: float, info: Any) -> float:
     raise ValueError("each turn would meet the next one, so that this never counts; say `critical: false` there")
 
 
+Chosen = Field(max_length=1000)     # each name is looked up again and again
+
+
 class Scope(Settings):
     """What does not count: everything, or what has one of these tags, is in one of these groups, or has such a name."""
 
-    tags: tuple[TextLine, ...] = ()
-    groups: tuple[Name, ...] = ()
-    resources: tuple[Name, ...] = ()
+    tags: Annotated[tuple[TextLine, ...], Chosen] = ()
+    groups: Annotated[tuple[Name, ...], Chosen] = ()
+    resources: Annotated[tuple[Name, ...], Chosen] = ()
     all: bool = False
 
     @model_validator(mode="after")
@@ -8217,9 +8220,9 @@ class Choices(NamedTuple):
         return found
 
     def faults(self, scope: Scope) -> dict[str, str]:
-        """What is wrong with it, by field."""
-        return {field: unknown_name(name, known, f"{field[:-1]} has this name")
-                for field, known in self._asdict().items() for name in getattr(scope, field) if name not in known}
+        """What is wrong with it, by field, of each the first: to look for near names takes its time."""
+        return {field: unknown_name(name, known, f"{field[:-1]} has this name") for field, known in
+                self._asdict().items() for name in [name for name in getattr(scope, field) if name not in known][:1]}
 
 
 def choices(session: Session) -> Choices:
@@ -12789,7 +12792,7 @@ CONTENT_SECURITY_POLICY = ("default-src 'none'; script-src 'self'; style-src 'se
                            "connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'")
 
 
-FORMULAS = ("=", "+", "-", "@")     # begin one in a spreadsheet
+FORMULA = re.compile(r"(^|;)(?=\s*[=+@\uff1d\uff0b\uff0d\uff20-])")   # in a spreadsheet; some end a cell at ;
 
 
 class Problem(Settings):
@@ -12972,7 +12975,7 @@ def csv_text(rows: Sequence[Mapping[str, Any]], names: Iterable[str]) -> str:
     file = io.StringIO()
     writer = csv.DictWriter(file, [*names])
     writer.writeheader()
-    writer.writerows({name: f"'{value}" if isinstance(value, str) and value.lstrip()[:1] in FORMULAS else value
+    writer.writerows({name: FORMULA.sub(r"\1'", value) if isinstance(value, str) else value
                       for name, value in row.items()} for row in rows)
     return file.getvalue()
 
@@ -15337,19 +15340,23 @@ NOTIFY_IDLE = 30.0              # seconds between two looks at all resources whi
 NOTIFY_LINES = 10               # lines of a kind in a message
 NOTIFY_END = 1.0                # seconds that the end of the service leaves to messages on their way
 DELIVERY_TIMEOUT = 30.0         # seconds, a message from the start of its process to the end of it
+ANSWER_BYTES = 1 << 20          # of what a receiver answers
 RETRY_FIRST, RETRY_LONGEST = 10.0, 600.0    # seconds until the second try, and between two at most
 RETRY_TIME = 3600.0             # seconds after which a message is given up
 HEARTBEAT_INTERVAL = 60.0       # seconds
 HEARTBEAT_TIMEOUT = 10.0        # seconds
 NO_APPRISE = "notify needs the package apprise: run `pip install \"apprise>=2.3\"` in the environment of the service"
+# What a host says is to mention nobody (@everyone), to hide no link behind words, to be no tag.
+MARKUP = str.maketrans({mark: f"{mark}\u200b" for mark in "@<]"})
 STARTING = "(the service starts)"   # a gate that opens before it is told was never closed
 # What a child process is given of the environment; nothing that could be a secret of ours.
 CHILD_VARIABLES = ("PATH PYTHONPATH SYSTEMROOT WINDIR TEMP TMP TMPDIR LANG LC_ALL TZ SSL_CERT_FILE SSL_CERT_DIR "
           "REQUESTS_CA_BUNDLE HTTP_PROXY HTTPS_PROXY NO_PROXY http_proxy https_proxy no_proxy").split()
 # Says nothing but the answer: what apprise logs may name the URL.
 CHILD = r"""
-import json, logging, os, sys, threading
-sys.path[:] = [path for path in sys.path if path]
+import sys
+sys.path[:] = [path for path in sys.path if path]       # first: the folder it is started in may be anybody's
+import json, logging, os, threading
 logging.disable()
 asked, out = json.load(sys.stdin.buffer), os.dup(1)
 os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
@@ -15369,7 +15376,13 @@ send, seen = requests.Session.send, {}
 def noted(session, request, **more):
     seen.update(status=0, error="", after="")
     try:
-        came = send(session, request, **more)
+        came, body = send(session, request, **more | {"stream": True}), b""
+        for part in came.iter_content(1 << 16):     # of an answer without an end the beginning
+            body += part
+            if len(body) > asked["bytes"]:
+                break
+        came._content, came._content_consumed = body, True
+        came.close()
     except Exception as error:      # it goes on
         seen["error"] = type(error).__name__
         raise
@@ -15480,7 +15493,8 @@ def line_of(notice: Notice) -> str:
 
 def first_lines(lines: Sequence[str]) -> list[str]:
     more = len(lines) - NOTIFY_LINES
-    return [*(one_line(line) for line in lines[:NOTIFY_LINES]), *([f"and {more} more"] if more > 0 else [])]
+    return [*(one_line(line).translate(MARKUP) for line in lines[:NOTIFY_LINES]),
+            *([f"and {more} more"] if more > 0 else [])]
 
 
 def as_mapping(row: Notice | Receiver, *names: str) -> dict[str, Any]:
@@ -15504,6 +15518,8 @@ def write_message(chosen: Sequence[Notice], picture: Picture, is_mine: Callable[
     return Message(one_line(title), "\n".join(filter(None, [*lines, console])), "failure" if lasting else "success")
 
 
+LETTER = TypeAdapter(tuple[str, str, str, list[dict[str, Any]]])    # a Message in a row, with the ends that it tells
+NO_LETTER = '["", "", "", []]'
 BAD_STATES = ("closed", "unhealthy")        # of events that begin something
 
 
@@ -15524,7 +15540,12 @@ class Announcer:
         self.settings = ReceiverSettings.model_validate(given)
         with contextlib.suppress(ValueError, TypeError):    # of a damaged row, which must silence nobody
             self.settings = ReceiverSettings.model_validate({**given, **json.loads(row.settings)})
-        self.notices = {(notice.kind, notice.name): notice for notice in notices}
+        self.notices = {(notice.kind, notice.name): notice for notice in notices if notice.kind in WORDS}
+        try:
+            LETTER.validate_json(row.message or NO_LETTER)
+        except ValidationError:
+            row.message = NO_LETTER
+            self._give_up()
 
     def take(self, happened: Event, picture: Picture, now: float) -> None:
         """Takes an event up, once; those of maintenance only have the rows looked at."""
@@ -15687,7 +15708,8 @@ class ChildProcess:
 
     def ask(self, urls: Sequence[str], seconds: float, message: Message = SILENCE) -> dict[str, Any] | None:
         """The answer, None without one in time. Ends the process."""
-        asked = json.dumps({"urls": urls, "refused": sorted(LOCAL_SERVICES), "seconds": seconds, **message._asdict()})
+        asked = json.dumps({"urls": urls, "refused": sorted(LOCAL_SERVICES), "seconds": seconds,
+                            "bytes": ANSWER_BYTES, **message._asdict()})
         try:
             said = self._process.communicate(asked.encode(), seconds)[0]
             return cast("dict[str, Any]", json.loads(said))
@@ -15762,16 +15784,17 @@ def running_works(session: Session, now: float) -> dict[str, Work]:
 
 def take_picture(session: Session, names: Iterable[str], problems: Mapping[str, str], now: float) -> Picture:
     """How everything is by the rows; with the tags of resources of these names."""
-    unhealthy, healthy, tags, wanted = {}, {}, {}, {*names}
+    unhealthy, healthy, tags, wanted = {}, {}, dict[str, frozenset[str]](), {*names}
     rows = session.execute(sqlalchemy.select(
         Resource.name, Resource.settings, Status.state, Status.cause, Status.reason,
         Status.since_at, Status.polled_at).outerjoin(Status, Status.resource_id == Resource.id)).all()
     for name, text, state, cause, reason, since_at, polled_at in rows:
         settings: Any = {}
         if state == "unhealthy" or name in wanted:
-            with contextlib.suppress(ValueError):       # of a damaged row
-                settings = json.loads(text)
-            tags[name] = frozenset(settings.get("tags", ()))
+            tags[name] = frozenset()
+            with contextlib.suppress(ValueError, TypeError):    # of a damaged row
+                settings = {} | json.loads(text)
+                tags[name] = frozenset(settings.get("tags", ()))
         if state == "unhealthy":
             unhealthy[name] = Unhealthy(since_at, caused(cause, reason), tags[name], settings.get("critical", True),
                                         cause in ("parent", "cut_off"))
@@ -16432,7 +16455,8 @@ def peak(sample: Sample | None, metric: str) -> str:
     return f"{max(values):.0f}" if values else "-"
 
 
-def print_table(rows: Sequence[Sequence[str]]) -> None:
+def print_table(cells: Iterable[Iterable[str]]) -> None:
+    rows = [[*map(one_line, row)] for row in cells]     # a reason that somebody typed is no order to a terminal
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())

@@ -305,11 +305,13 @@ def test_the_page(tmp_path: Path) -> None:
         assert [(spans[name]["incidents"], spans[name]["refused"]) for name in ("day", "90 days")] == [(1, 42), (2, 50)]
 
 
-@pytest.mark.parametrize("text", ["=1", "+1", "-1", "@x", " =1", "\t=1", "\r\n@x"])
+@pytest.mark.parametrize("text", ["=1", "+1", "-1", "@x", " =1", "\t=1", "\r\n@x", *"\uff1d\uff0b\uff0d\uff20"])
 def test_no_cell_is_a_formula(text: str) -> None:
     shown = healthchecker.csv_text([{"a": text, "b": -1.5}], ["a", "b"])
     [row] = csv.DictReader(io.StringIO(shown, newline=""))
     assert row == {"a": f"'{text}", "b": "-1.5"}
+    shown = healthchecker.csv_text([{"a": f"limit;{text}; x-1=2", "b": 1}], ["a", "b"])   # as Excel reads it in Berlin
+    assert f"limit;'{text}; x-1=2" in shown
 
 
 SICK = "  - {name: sick, platform: tcp, hostname: 127.0.0.1, port: 9, interval: 1, retry_interval: 1, fall: 1}"

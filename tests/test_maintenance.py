@@ -506,6 +506,7 @@ WRONG = [
     ({"for": "2h", "reason": "x", "groups": ["nobody"]}, "groups"),
     ({"for": "2h", "reason": "x", "resources": ["nobody"]}, "resources"),
     ({"for": "2h", "reason": "x", "all": True, "tags": ["db"]}, ""),
+    ({"for": "2h", "reason": "x", "tags": ["db"] * 1001}, "tags"),
 ]
 
 
@@ -516,6 +517,20 @@ def test_bad_orders(console: Local, body: dict[str, Any], field: str) -> None:
     assert console.api("GET", "maintenance").json == []
     for number in ("0", "x", "9" * 30, "-1"):
         assert console.api("DELETE", f"maintenance/{number}").status == 404
+
+
+def test_of_many_unknown_names_the_first_is_told(console: Local) -> None:
+    """To look for names near to 10,000 of them would lock the database for minutes."""
+    reply = console.api("POST", "maintenance", {"for": "1h", "reason": "x", "resources": ["bb", "cc", "nobody"]})
+    assert reply.fields == {"resources": "no resource has this name; did you mean b?"}
+
+
+def test_a_reason_is_no_order_to_a_terminal(console: Local, capsys: pytest.CaptureFixture[str]) -> None:
+    reply = console.api("POST", "maintenance", {"for": "1h", "reason": "x\x9b2J\u202ey", "all": True})
+    assert reply.status == 201
+    with console.store.reading() as session:
+        healthchecker.print_table(healthchecker.work_rows(session))
+    assert capsys.readouterr().out.endswith("  x 2J y\n")
 
 
 def test_no_more_than_can_be_looked_through(console: Local, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -49,6 +49,7 @@ from healthchecker import (
     Resolver,
     Resource,
     Setting,
+    Status,
     Store,
     Unhealthy,
     Work,
@@ -287,6 +288,19 @@ def test_fifty_machines_are_one_message() -> None:
     assert lines[11] == "and 40 more" and lines[12] == "http://127.0.0.1:8081/-/" and len(lines) == 13
 
 
+def test_what_a_host_says_mentions_nobody_and_is_no_link() -> None:
+    """Services of chats would take its words for their markup; what they show is the same."""
+    said = "check: @everyone <!channel> <@U1> <https://x.example.com|here> [log in](https://x.example.com) <at>a</at>"
+    desk = Desk(on=["state", "gate"])
+    desk.unhealthy = {"db1": Unhealthy(NOON, said)}
+    desk.happens(**CLOSED | {"text": f"open -> closed ({said})"})
+    desk.happens("state", "unhealthy", said, "web1")
+    desk.until(30)
+    ((_, _, body),) = desk.said
+    assert not re.search(r"@\w|<[!@/\w]|\]\(", body) and body.replace("\u200b", "").count(said) == 3
+    assert body.endswith("\nhttp://127.0.0.1:8081/-/")
+
+
 def test_the_lines_of_the_gate_are_what_keeps_it_closed() -> None:
     """Where resources are not told by themselves."""
     desk = Desk()
@@ -410,7 +424,7 @@ class HookHandler(BaseHTTPRequestHandler):
         self.server.requests.append(Request(self.path, body))
         if self.server.way == "hang":
             self.server.released.wait(60)
-        if self.server.way:
+        if self.server.way in ("hang", "drop"):
             self.close_connection = True
             return
         self.send_response(self.server.status)
@@ -418,6 +432,9 @@ class HookHandler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.end_headers()
         self.wfile.write(b"{}")
+        if self.server.way == "flood":
+            self.wfile.write(bytes(1 << 21))
+            self.server.released.wait(60)
 
     do_GET = do_PUT = do_POST
 
@@ -462,6 +479,15 @@ def test_web_hooks(form: str, hook: Hook) -> None:
     assert MESSAGE.title in title and TEXT in text
 
 
+def test_nothing_is_imported_from_the_folder_it_is_started_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which may be anybody's: /tmp, when `check` is called there."""
+    for name in ("json", "logging", "threading", "apprise", "requests"):
+        (tmp_path / f"{name}.py").write_text(f"open('was-{name}', 'w').close()\n", encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    answer = ChildProcess().ask(["json://localhost/x"], 60)
+    assert answer and answer["known"] == [True] and not [*tmp_path.glob("was-*")]
+
+
 def test_what_is_too_long_for_a_service_is_cut(hook: Hook) -> None:
     """Or it would refuse the very message that names the most; one message stays one."""
     long = MESSAGE._replace(body="\n".join(f"db{number}: {'x' * 200}" for number in range(30)))
@@ -478,6 +504,12 @@ def test_a_web_hook_that_hangs(hook: Hook) -> None:
     why = "apprise gave no answer within 3 s"
     assert deliver(f"json://{hook.place}/x?rto=60&cto=60", MESSAGE, child, 3.0) == Delivery(False, why)
     assert child._process.poll() is not None
+
+
+def test_a_web_hook_whose_answer_has_no_end(hook: Hook) -> None:
+    """A mebibyte of it is enough: all of it would take the machine's memory."""
+    hook.way, hook.headers = "flood", {"Content-Length": str(1 << 40)}
+    assert deliver(f"json://{hook.place}/x", MESSAGE, ChildProcess()) == Delivery(True)
 
 
 def test_a_web_hook_that_drops(hook: Hook) -> None:
@@ -780,6 +812,28 @@ def test_a_damaged_row_silences_nobody(tmp_path: Path, store: Store, hook: Hook)
     look_until(notifier, hook, 2, NOON + 60)
     notifier.close()
     assert [got.path for got in hook.requests] == ["/ops", "/odd"]
+
+
+@pytest.mark.parametrize("damage", [
+    "UPDATE receiver SET message = '[' WHERE name = 'odd'", "UPDATE receiver SET message = '[1]' WHERE name = 'odd'",
+    "UPDATE receiver SET message = '[1, 2, 3, 4]' WHERE name = 'odd'", "UPDATE resource SET settings = '[]'",
+    "UPDATE resource SET settings = '{\"tags\": 5}'", "UPDATE resource SET settings = '{\"tags\": [[1]]}'",
+    "INSERT INTO notice SELECT id, 'no', 'x', '', '', 1, 1, 1, 0, 0 FROM receiver WHERE name = 'odd'"])
+def test_nor_does_any_other(damage: str, tmp_path: Path, store: Store, hook: Hook) -> None:
+    """Whatever a restored database holds of messages, of what was told, or of an unhealthy resource."""
+    url = f"json://{hook.place}"
+    take_over(store, tmp_path, f"{{name: odd, url: '{url}/odd', wait: 0}}", f"{{name: ops, url: '{url}/ops', wait: 0}}")
+    with store.writing() as session:
+        number = session.scalars(sqlalchemy.select(Resource.id)).first()
+        session.merge(Status(resource_id=number, settings_digest="", credential_digest="", state="unhealthy",
+                             cause="check", reason="", since_at=NOON, polled_at=NOON, good=0, bad=1, seconds=0,
+                             sample="null"))
+        session.execute(sqlalchemy.text(damage))
+    happen(store, "gate", "closed")
+    notifier = Notifier(store, prepared_vault(tmp_path), dict, "")
+    look_until(notifier, hook, 2, NOON)
+    notifier.close()
+    assert {got.path for got in hook.requests} == {"/ops", "/odd"}
 
 
 def test_a_receiver_that_hangs_holds_nobody_up(tmp_path: Path, store: Store, hook: Hook) -> None:
