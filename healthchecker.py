@@ -10410,6 +10410,8 @@ class Pool(ThreadedTaskDispatcher):     # type: ignore[misc]  # waitress carries
         super().__init__()
         self._bound = bound
         self.set_thread_count(threads)
+        while self.active_count:        # until they are idle, or the first burst would be refused
+            time.sleep(0.001)
 
     @property
     def waiting(self) -> int:

@@ -1507,6 +1507,7 @@ def test_no_task_is_forgotten() -> None:
 
 def test_tasks_that_block_get_a_thread_each() -> None:
     pool, together = Pool(4, 100), threading.Barrier(5)
+    assert not pool.active_count, "threads that begin are idle"
     try:
         for _ in range(4):
             pool.add_task(Task(lambda: together.wait(60) and None))  # type: ignore[arg-type]
