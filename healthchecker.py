@@ -897,6 +897,7 @@ def literal_address(text: str) -> str:
 
 
 UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}      # seconds
+LONGEST = 366 * 86_400.0        # seconds of what is planned or done by hand, at most
 
 
 def plain_seconds(value: object) -> object:
@@ -910,6 +911,8 @@ def duration(value: object) -> object:
     found = plain_seconds(value)
     if isinstance(found, str):
         raise ValueError("must be such as 90s, 30m or 2h")
+    if isinstance(found, (int, float)) and found > LONGEST:
+        raise ValueError(f"must be at most {LONGEST / UNITS['d']:.0f}d")
     return found
 
 
@@ -923,7 +926,6 @@ def short_expect(value: object) -> object:
     return {"contains": value} if isinstance(value, str) else {"addresses": value} if isinstance(value, list) else value
 
 
-LONGEST = 366 * 86_400.0        # seconds of what is planned or done by hand, at most
 Duration = Annotated[float, Field(gt=0, le=LONGEST, allow_inf_nan=False), BeforeValidator(
     duration, json_schema_input_type=float | str)]
 StatusRange = Annotated[str, BeforeValidator(
@@ -1540,7 +1542,7 @@ def gate_lines(gates: Gates, resources: Sequence[ResourceSettings]) -> Iterator[
 # time comes in, the beginnings around it come out. What would begin in an hour that clocks skip begins right after it;
 # of an hour that they show twice, in the first; with * as minute or hour, whenever they say so. How long it takes is
 # time that passes, whatever clocks show. Pure.
-# Gives: Plan, plan_faults, Scope
+# Gives: choice_faults, Plan, Scope
 A_MONDAY = datetime.datetime(2024, 1, 1, tzinfo=datetime.timezone.utc)     # from which schedules are tried out
 PUT_BACK = 3 * 3600.0           # seconds by which a clock is put back or forward at most
 TURNS = 2000                    # of a schedule without a pause, after which there is none
@@ -1630,17 +1632,18 @@ class Plan(Scope):
                 next((start for start in starts(-PUT_BACK) if start > at), math.inf))
 
 
-def plan_faults(plans: Sequence[Plan], gates: Gates, resources: Sequence[ResourceSettings]
-                ) -> Iterator[tuple[NodePath, str]]:
+def choice_faults(plans: Sequence[Plan], receivers: Sequence[ReceiverSettings], gates: Gates,
+                  resources: Sequence[ResourceSettings]) -> Iterator[tuple[NodePath, str]]:
     """Which names nobody has, and where."""
+    parts: dict[str, Sequence[Settings]] = {"maintenance": plans, "notify": receivers}
     known = {"resources": {settings.name for settings in resources}, "groups": {group.name for group in gates.groups},
              "tags": {tag for settings in resources for tag in settings.tags}}
-    for index, plan in enumerate(plans):
+    for part, index, entry in ((part, *each) for part, entries in parts.items() for each in enumerate(entries)):
         for field, names in known.items():
-            for number, name in enumerate(getattr(plan, field)):
+            for number, name in enumerate(getattr(entry, field, ())):
                 if name not in names:
                     what = "resource has this tag" if field == "tags" else f"{field[:-1]} has this name"
-                    yield ("maintenance", index, field, number), unknown_name(name, names, what)
+                    yield (part, index, field, number), unknown_name(name, names, what)
 
 
 # === Inventory ===============================================================
@@ -1715,6 +1718,7 @@ WORDING = {     # pydantic's, as patterns, and ours
     "Input is not a valid path.*": "must be a path", "Input should be a valid (tuple|list)": "must be a list",
     "Input should be a valid dictionary.*": "must be a mapping (key: value)",
     "Value should have (.*) items? after validation.*": r"must have \1 characters",
+    "(Tuple|List|Dictionary) should have at least 1 item.*": "must have at least one entry",
     "Input should": "must", "String should": "must", "Value error, ": ""}
 
 
@@ -1724,6 +1728,13 @@ def message_of(error: Mapping[str, Any]) -> str:
     for theirs, ours in WORDING.items():
         text = re.sub(f"^(?:{theirs})", ours, text)
     return text
+
+
+def plain_faults(error: ValidationError) -> Iterator[Mapping[str, Any]]:
+    """pydantic's, without a second one that a list is too short, for it does not count what is wrong in it."""
+    items = error.errors(include_url=False, include_input=False)
+    inside = {item["loc"][:-1] for item in items if item["loc"]}
+    return (item for item in items if item["type"] != "too_short" or item["loc"] not in inside)
 
 
 @functools.cache
@@ -1798,9 +1809,10 @@ class InventoryLoader:
         self.names: set[str] = set()                    # of all resources
 
     def load(self) -> Inventory:
-        top = self._with_urls({} if self.document.value is None else self.document.value)
-        file = self._validate(InventoryFile, top, lambda loc: loc)
+        top = {} if self.document.value is None else self.document.value
         parts = top if isinstance(top, dict) else {}
+        self._fetch_urls(parts)
+        file = self._validate(InventoryFile, top, lambda loc: loc)
         defaults = parts["defaults"] if isinstance(parts.get("defaults"), dict) else {}
         items = parts["resources"] if isinstance(parts.get("resources"), list) else []
         if "depends_on" in defaults:
@@ -1817,23 +1829,23 @@ class InventoryLoader:
         self._fault_former_names(found)
         if file:
             self._fault_shared_files(file.service, found)
-        self._fault_names(file.notify if file else ())
+            self._fault_names(file.notify)
         ways = {name: list[str]() for name in self.names} | {resource.name: resource.way for resource in resources}
         for index, resource in found:
             if (why := jump_fault(resource.name, ways)):
                 self.fault(("resources", index, "proxy_jump"), why)
-        gates, plans = (Gates(groups=file.groups, routes=file.routes), file.maintenance) if file else (Gates(), ())
-        if not self.faults:
-            self._fault_gates(gates, plans, found)
+        gates = Gates(groups=file.groups, routes=file.routes) if file else Gates()
+        if file and not self.faults:
+            self._fault_gates(file, gates, found)
         if self.faults or not file or not usual:
             raise InventoryError("\n".join(self.faults))
         usual_values = usual.model_dump(mode="json", include=set(defaults), exclude=set(SECRETS), exclude_none=True)
-        return Inventory(self.path, file.service, resources, self.places, usual_values, gates, plans,
+        return Inventory(self.path, file.service, resources, self.places, usual_values, gates, file.maintenance,
                          [index for index, _ in found], file.notify)
 
-    def _with_urls(self, top: Any) -> Any:
-        """The same, with the URLs that a variable or a file holds."""
-        for here, own, name, stated in url_entries(top if isinstance(top, dict) else {}):
+    def _fetch_urls(self, parts: Mapping[str, Any]) -> None:
+        """Puts the URLs that a variable or a file holds in their places."""
+        for here, own, name, stated in url_entries(parts):
             try:
                 own.update((name, fetch_secret(key, own[key], self.folder)) for key in stated[:1] if key != name)
             except ValueError as error:
@@ -1841,7 +1853,6 @@ class InventoryLoader:
                 own.setdefault(name, "http://unknown.invalid")
             if len(stated) > 1:
                 self.fault((*here, stated[1]), f"use one of {', '.join(stated)}")
-        return top
 
     def _hosts(self, index: int, own: dict[str, Any]) -> list[dict[str, Any]]:
         """An entry by itself, or one for each host of its range."""
@@ -1862,10 +1873,11 @@ class InventoryLoader:
                 self.fault(("resources", index, kind), f"a sealed secret belongs to one resource; use {kind}_file")
         return [own | dict(zip(found, texts, strict=True)) for texts in zip(*found.values(), strict=False)]
 
-    def _fault_gates(self, gates: Gates, plans: Sequence[Plan], found: Sequence[tuple[int, ResourceSettings]]) -> None:
-        """What is wrong with groups, routes and planned work, and if nothing is, with what resources depend on."""
+    def _fault_gates(self, file: InventoryFile, gates: Gates, found: Sequence[tuple[int, ResourceSettings]]) -> None:
+        """What is wrong with groups, routes and what chooses resources; if nothing is, with what these depend on."""
         resources = [resource for _, resource in found]
-        for place, why in (*group_faults(gates, resources), *plan_faults(plans, gates, resources)):
+        chosen = choice_faults(file.maintenance, file.notify, gates, resources)
+        for place, why in (*group_faults(gates, resources), *chosen):
             self.fault(place, why)
         for number, place, why in () if self.faults else dependency_faults(gates, resources):
             self.fault(("resources", found[number][0], *place), why)
@@ -1928,7 +1940,7 @@ class InventoryLoader:
         try:
             return self.parse(model, raw)
         except ValidationError as error:
-            for item in error.errors(include_url=False, include_input=False):
+            for item in plain_faults(error):
                 path = locate(tuple(part for part in item["loc"] if part != "[key]"))
                 if item["type"] == "extra_forbidden":
                     self._unknown(path, known_fields(model, item["loc"]))
@@ -1947,11 +1959,10 @@ class InventoryLoader:
             inherited = bool(loc) and loc[0] not in own and loc[0] in defaults
             return (("defaults",) if inherited else here) + loc
 
-        place = f"{self.path.name}:{self.document.position(here)}"
         if (first := self.places.get(str(raw["name"]))) is not None:
             source = "name" if "name" in own or "name" in defaults else "hostname"
             self.fault(locate((source,)), f"the resource at {first} has this name; names are unique")
-        self.places.setdefault(str(raw["name"]), place)
+        self.places.setdefault(str(raw["name"]), f"{self.path.name}:{self.document.position(here)}")
         for name in FILES:
             with contextlib.suppress(ValueError):       # the model reports that
                 if isinstance(raw.get(name), str) and not os.path.isfile(absolute(raw[name], self.folder)):
@@ -7510,6 +7521,7 @@ PRUNE_PART = 50                 # of how many rows one is dropped at once: a clo
 EVENTS = 100_000                # events of a kind that are kept at most: a resource may flap for a year
 METRICS = ("cpu_percent", "memory_percent", "swap_percent", "disk_percent", "load_per_cpu", "seconds")
 HOUR = 3600                     # seconds between two readings of every filesystem: they fill slowly
+MOUNT_PERCENTS = TypeAdapter(dict[str, int])     # in hundredths
 MOUNTS, MOUNT_CHARS = 20, 200   # filesystems of a resource that are kept, and characters of a mount point, at most
 READING_MAX = 2 ** 31 - 1       # hundredths, what an INTEGER holds
 POLLS: dict[str, tuple[State, Cause]] = {
@@ -7776,8 +7788,11 @@ def chart(session: Session, resource_id: int, metric: str, span: str, now: float
 def filesystem_charts(session: Session, resource_id: int, span: str, now: float) -> dict[str, list[Point]]:
     """How full the filesystems of today were over a span of SPANS, by their mount points."""
     at, percents, first = FILESYSTEMS.c.at, FILESYSTEMS.c.percents, now - SPANS[span][0]
-    rows = [(at, from_json(text)) for at, text in session.execute(sqlalchemy.select(at, percents).where(
-        FILESYSTEMS.c.resource_id == resource_id, at.between(first, now)).order_by(at))]
+    rows: list[tuple[int, dict[str, int]]] = []
+    for then, text in session.execute(sqlalchemy.select(at, percents).where(
+            FILESYSTEMS.c.resource_id == resource_id, at.between(first, now)).order_by(at)):
+        with contextlib.suppress(ValidationError):      # of a damaged row
+            rows.append((then, MOUNT_PERCENTS.validate_json(text)))
     return {mount: [Point(at, *[found[mount] / 100] * 3) for at, found in rows if mount in found]
             for mount in (rows[-1][1] if len(rows) > 1 else ())}
 
@@ -8530,7 +8545,7 @@ def changes_before(session: Session, at: float) -> str:
     """What was changed in the time in which that may have led to an incident, the last change first."""
     seconds, count = CAUSES
     found = session.scalars(sqlalchemy.select(Event).where(
-        Event.kind.in_(("change", "clock", "service")), Event.at.between(at - seconds, at + 1.0)
+        Event.kind.in_(("change", "clock", "maintenance", "service")), Event.at.between(at - seconds, at + 1.0)
     ).order_by(Event.at.desc(), Event.id.desc()).limit(count))
     return "; ".join(f"{f'{one.actor}: ' if one.actor else ''}{f'{one.resource} ' if one.resource else ''}{one.text}"
                      for one in found)
@@ -11495,7 +11510,7 @@ def field_errors(fields: Mapping[str, str]) -> ApiError:
     """Bad input, with what is wrong with each field; the names may be the client's, so they are cut."""
     told = {one_line(name): "\n".join(map(one_line, text.split("\n", 50)[:50]))
             for name, text in itertools.islice(fields.items(), 50)}
-    return ApiError("; ".join(f"{name}: {one_line(text)}" for name, text in told.items()), 422, told)
+    return ApiError("; ".join((f"{name}: " if name else "") + one_line(text) for name, text in told.items()), 422, told)
 
 
 def token_end(value: object) -> object:
@@ -15517,7 +15532,9 @@ def write_message(chosen: Sequence[Notice], picture: Picture, is_mine: Callable[
              *first_lines([f"{name}: {why}; since {stamp(at)}" for at, name, why in sick if name not in named])]
     title = (f"HealthChecker: {headline(chosen[0])}{f', {len(sick)} unhealthy' if sick else ''}"
              f"{f', and {len(chosen) - 1} more' if len(chosen) > 1 else ''}")
-    return Message(one_line(title), "\n".join(filter(None, [*lines, console])), "failure" if lasting else "success")
+    bad = {not each.over_at for each in chosen if each.kind != "maintenance"}
+    return Message(one_line(title), "\n".join(filter(None, [*lines, console])),
+                   "failure" if True in bad else "success" if bad else "info")
 
 
 LETTER = TypeAdapter(tuple[str, str, str, list[dict[str, Any]]])    # a Message in a row, with the ends that it tells
@@ -16603,6 +16620,8 @@ def notify_test(arguments: argparse.Namespace) -> int:
     """Sends one receiver a message, now."""
     installation = Installation(arguments.inventory)
     urls = {name: url for _, name, url in installation.inventory.urls() if name not in OWN_SECRETS}
+    if not urls:
+        raise UsageError(f"{arguments.inventory.name} names nobody to notify")
     if arguments.name not in urls:
         near = difflib.get_close_matches(arguments.name, urls, 1)
         raise UsageError(f"notify names no {arguments.name}{f'; did you mean {near[0]}?' if near else ''}")
@@ -16940,6 +16959,8 @@ def work_rows(session: Session) -> Iterator[list[str]]:
 
 def end_by_command(who: Principal, arguments: argparse.Namespace, scope: Mapping[str, Any]) -> None:
     """Ends what has a number, or what was planned for exactly this. Raises HealthCheckerError."""
+    if arguments.number and scope:
+        raise UsageError("say NUMBER or what it is of, not both")
     if arguments.number:
         return cancel_work(who, arguments.number)
     with who.context.store.writing() as session:

@@ -461,6 +461,16 @@ def test_charts_of_every_filesystem(notebook: Notebook) -> None:
         assert filesystem_charts(session, notebook.id, "hour", FULL_HOUR + 8000) == {}
 
 
+@pytest.mark.parametrize("damage", ["{", "[]", "7", '{"/": "x"}', '{"/": null}'])
+def test_damaged_filesystems_are_left_out(notebook: Notebook, damage: str) -> None:
+    with notebook.store.writing() as session:
+        for at, percents in enumerate(('{"/": 1000}', damage, '{"/": 3000}'), FULL_HOUR):
+            session.execute(FILESYSTEMS.insert().values(resource_id=notebook.id, at=at, percents=percents))
+    with notebook.store.reading() as session:
+        found = filesystem_charts(session, notebook.id, "day", FULL_HOUR + 80)
+    assert found == {"/": [(FULL_HOUR, 10, 10, 10), (FULL_HOUR + 2, 30, 30, 30)]}
+
+
 def test_filesystems_are_bounded(notebook: Notebook) -> None:
     """However many a host names, and however it calls them, and also over time."""
     for turn in range(3):

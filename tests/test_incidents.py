@@ -140,6 +140,7 @@ def test_from_to_why_and_by_whom(bench: Bench) -> None:
         override = Override(action="close", at=0.0, seconds=None, reason="move", actor="olga")
         session.merge(Setting(name="override", text=override.model_dump_json()))
         record_event(session, "change", "changed: limits", resource="b", actor="adam", at=bench.wall.now - 30)
+        record_event(session, "maintenance", "tag db: maintenance is over", at=bench.wall.now - 20)
         record_event(session, "change", "long ago", actor="adam", at=bench.wall.now - 3600)
     begun = bench.wall.now
     bench.aggregator.overrule(override, 1e9)
@@ -149,7 +150,7 @@ def test_from_to_why_and_by_whom(bench: Bench) -> None:
     [incident] = bench.found()
     assert (incident.from_at, incident.to_at, incident.end) == (begun + 30, begun + 40, "opened")
     assert (incident.actor, incident.why) == ("olga", "closed by olga: move")
-    assert incident.before == "adam: b changed: limits"
+    assert incident.before == "tag db: maintenance is over; adam: b changed: limits"
 
 
 def test_groups_and_routes_have_their_own(bench: Bench) -> None:

@@ -85,6 +85,7 @@ class Desk:
         self.tags: dict[str, frozenset[str]] = {}
         self.works: dict[str, Work] = {}
         self.said: list[tuple[float, str, str]] = []
+        self.kinds: list[str] = []      # of what was said
         self.is_reachable = True
 
     @property
@@ -111,8 +112,9 @@ class Desk:
         self.announcer.compose(self.picture, self.now)
         row = self.announcer.row
         if row.message and self.now >= row.next_at:
-            title, body, *_ = json.loads(row.message)
+            title, body, kind, _ = json.loads(row.message)
             if self.is_reachable:
+                self.kinds.append(kind)
                 self.said.append((self.now - NOON, title, body))
             self.announcer.take_result(Delivery(self.is_reachable, "nobody is there"), self.now)
 
@@ -299,6 +301,19 @@ def test_what_a_host_says_mentions_nobody_and_is_no_link() -> None:
     ((_, _, body),) = desk.said
     assert not re.search(r"@\w|<[!@/\w]|\]\(", body) and body.replace("\u200b", "").count(said) == 3
     assert body.endswith("\nhttp://127.0.0.1:8081/-/")
+
+
+@pytest.mark.parametrize(("told", "kind"), [("works", "info"), ("works and gate", "failure"), ("gate", "failure")])
+def test_planned_work_is_no_failure(told: str, kind: str) -> None:
+    desk = Desk(on=["gate", "maintenance"])
+    if "gate" in told:
+        desk.happens(**CLOSED)
+    if "works" in told:
+        desk.change("works", {"db1": Work("disks", NOON)})
+    desk.until(30)
+    desk.change("works", {})
+    desk.until(60)
+    assert desk.kinds[0] == kind and set(desk.kinds[1:]) <= {"info"}
 
 
 def test_the_lines_of_the_gate_are_what_keeps_it_closed() -> None:
@@ -604,7 +619,7 @@ def test_mail_with_starttls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 # --- what is refused
 
-RESOURCES = "  - {name: this, platform: simulated}\n"
+RESOURCES = "  - {name: this, platform: simulated, tags: [db]}\n"
 BAD = {     # an entry of notify with ¦ where the fault is, and what is said
     "no url": ("¦{name: ops}", "notify[0].url: is missing"),
     "no URL": ("{name: ops, url: ¦nonsense}", "must be a URL of Apprise"),
@@ -616,7 +631,8 @@ BAD = {     # an entry of notify with ¦ where the fault is, and what is said
     "a wait that is too long": ("{name: ops, url: 'json://h', wait: ¦3601}", "must be less than or equal to 3600"),
     "minutes before now": ("{name: ops, url: 'json://h', after: ¦-1}", "must be greater than or equal to 0"),
     "not a kind": ("{name: ops, url: 'json://h', on: [¦gates]}", "must be 'gate', 'group', 'state', 'problem'"),
-    "nothing": ("{name: ops, url: 'json://h', on: ¦[]}", "notify[0].on: "),
+    "nothing": ("{name: ops, url: 'json://h', on: ¦[]}", "notify[0].on: must have at least one entry"),
+    "a tag of nobody": ("{name: ops, url: 'json://h', tags: [db, ¦nix]}", "tags[1]: no resource has this tag"),
     "a setting that is none": ("{name: ops, url: 'json://h', ¦tag: [db]}", "did you mean tags?"),
     "two sources": ("{name: ops, url: 'json://h', url_env: ¦OPS}", "use one of url, url_env"),
     "no variable": ("{name: ops, url_env: ¦NOT_SET_ANYWHERE}", "this environment variable is not set"),
@@ -642,7 +658,8 @@ def test_what_cannot_be_is_named_with_its_place(name: str, tmp_path: Path) -> No
     with pytest.raises(InventoryError) as error:
         load_inventory(marked)
     place = f"inventory.yaml:{before.count(chr(10)) + 1}:{len(before) - before.rfind(chr(10))}: "
-    assert place in str(error.value) and why in str(error.value)
+    [fault] = str(error.value).splitlines()
+    assert place in fault and why in fault
     assert "//h" not in str(error.value) and "passwd" not in str(error.value)
 
 
@@ -910,6 +927,9 @@ def test_a_reload_takes_receivers_up(tmp_path: Path, store: Store, hook: Hook) -
     assert [got.path for got in hook.requests] == ["/ops", "/new"]
 
 
+DB = frozenset({"db"})
+
+
 def test_a_picture_of_the_rows(tmp_path: Path, store: Store) -> None:
     take_over(store, tmp_path, "{name: ops, url: 'json://h'}")
     status = {"settings_digest": "", "credential_digest": "", "cause": "check", "reason": "check why", "good": 0,
@@ -921,7 +941,7 @@ def test_a_picture_of_the_rows(tmp_path: Path, store: Store) -> None:
         session.add(healthchecker.Status(resource_id=row.id, state="unhealthy", since_at=NOON - 9, **status))
     with store.reading() as session:
         picture = take_picture(session, [], {}, NOON)
-        assert picture.unhealthy == {"this": Unhealthy(NOON - 9, "check why")} and picture.excused == {"this"}
+        assert picture.unhealthy == {"this": Unhealthy(NOON - 9, "check why", DB)} and picture.excused == {"this"}
         assert take_picture(session, [], {}, NOON + 11).excused == set()
 
 
@@ -1074,6 +1094,8 @@ def test_notify_test(tmp_path: Path, hook: Hook) -> None:
     assert (done.returncode, done.stdout) == (1, "ops: not delivered: the answer was 403\n")
     done = run(path, "notify", "test", "opps")
     assert done.returncode == 2 and "did you mean ops?" in done.stderr
+    done = run(with_notify(tmp_path), "notify", "test", "ops")
+    assert (done.returncode, done.stderr) == (2, "inventory.yaml names nobody to notify\n")
 
 
 # --- the heartbeat
