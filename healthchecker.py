@@ -55,7 +55,8 @@ Sections, in file order; a definition refers only to what stands above it:
     Override     what an operator says of the gate
     Maintenance  what does not count now and next, and whose trouble has been seen
     Incidents    when the gate was closed, and how long it was open
-    Poll         a thread per resource, one writer, one overseer
+    Recorder     the thread that writes what polls found
+    Poll         a thread per resource, and one overseer
     Counters     what a worker counts, in shared memory
     Gate         the application's door: the WSGI application in front of the application
     Leases       the leases in a file, for gates in other servers
@@ -70,13 +71,16 @@ Sections, in file order; a definition refers only to what stands above it:
     API          the JSON API, and what every request to the console must pass
     Metrics      what Prometheus reads
     Charts       what a person sees drawn: bars, strips, lines
+    Words        what readings, times and causes are called
     Pages        what a person sees: forms, templates
     Style        style and script of the pages
     Views        the pages
+    Boards       what the gate did, and how it stands, to be looked at
     Console      the operators' door: pages and API under waitress, in the main process
     Notify       who is told of what, and the heartbeat
     Backup       database, keys and inventory in one archive
     Service      serve: from the start to the end
+    Status       what the running service says, for the command line and Nagios
     Commands     the command line: check, seal, endpoint, trust, user, gate, maintenance, keys
 """
 
@@ -931,6 +935,7 @@ def literal_address(text: str) -> str:
 
 
 UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}      # seconds
+LONGEST = 366 * 86_400.0        # seconds of what is planned or done by hand, at most
 
 
 def plain_seconds(value: object) -> object:
@@ -944,6 +949,8 @@ def duration(value: object) -> object:
     found = plain_seconds(value)
     if isinstance(found, str):
         raise ValueError("must be such as 90s, 30m or 2h")
+    if isinstance(found, (int, float)) and found > LONGEST:
+        raise ValueError(f"must be at most {LONGEST / UNITS['d']:.0f}d")
     return found
 
 
@@ -957,7 +964,6 @@ def short_expect(value: object) -> object:
     return {"contains": value} if isinstance(value, str) else {"addresses": value} if isinstance(value, list) else value
 
 
-LONGEST = 366 * 86_400.0        # seconds of what is planned or done by hand, at most
 Duration = Annotated[float, Field(gt=0, le=LONGEST, allow_inf_nan=False), BeforeValidator(
     duration, json_schema_input_type=float | str)]
 StatusRange = Annotated[str, BeforeValidator(
@@ -1013,7 +1019,7 @@ def fits_platform(expect: Expect, info: Any) -> Expect:
 LEASE_GRACE = 2.0               # seconds added to a lease for a busy machine
 KEY_FILES = ("private.pem", "public.pem", "next.pem")
 COMPANIONS = ("-wal", "-shm", "-journal", ".lock")      # files beside the database
-TOKEN_CHARS = 16                # of a password that has to be shown by whoever reports
+TOKEN_CHARS = 16                # of a password that has to be shown by whoever reports, or looks
 WORKERS_MAX = 8                 # worker processes that `auto` starts at most
 Told = Literal["gate", "group", "state", "problem", "maintenance"]
 # Services of Apprise that are this machine itself or keep files on it, and what of a URL names a file of it.
@@ -1032,6 +1038,14 @@ def web_secret(secret: SecretStr) -> SecretStr:
     """The same, or a sealed one. Raises ValueError, without the URL."""
     if not secret.get_secret_value().startswith(TOKEN_PREFIXES):
         read_url(secret.get_secret_value())
+    return secret
+
+
+def long_token(secret: SecretStr) -> SecretStr:
+    """One that nobody guesses, or a sealed one. Raises ValueError."""
+    text = secret.get_secret_value()
+    if not text.startswith(TOKEN_PREFIXES) and not re.fullmatch(f"[!-~]{{{TOKEN_CHARS},}}", text):
+        raise ValueError(f"must have {TOKEN_CHARS} characters of ASCII or more, without blanks")
     return secret
 
 
@@ -1081,6 +1095,10 @@ class ServiceSettings(Settings):
     heartbeat_env: TextLine | None = None
     heartbeat_file: FilePath | None = None
     console_url: Annotated[str, AfterValidator(web_url)] | None = None      # of the console in notifications
+    status_page: bool = False                           # /-/status of the console's listener, for anyone
+    status_token: Annotated[Secret, AfterValidator(long_token)] | None = None   # for its bearer alone
+    status_token_env: TextLine | None = None
+    status_token_file: FilePath | None = None
     retention: Retention = Retention()
     database: DatabaseUrl = "sqlite:///healthchecker.db"
     database_password: Secret | None = None             # of PostgreSQL; without one as libpq finds it
@@ -1097,6 +1115,8 @@ class ServiceSettings(Settings):
             raise ValueError("hold needs uplink: what answers unless this machine is cut off")
         if self.database_password and self.database_path:
             raise ValueError(f"database_password needs a database of PostgreSQL: {POSTGRES}user@host/name")
+        if self.status_page and self.status_token:
+            raise ValueError("use one of status_page, which anyone sees, and status_token")
         return self
 
     @property
@@ -1236,6 +1256,7 @@ class ResourceSettings(Settings):
     critical: bool = True               # False: shown, never closes the gate
     depends_on: tuple[Name, ...] = ()   # resources or groups: unhealthy while one of them is
     tags: list[TextLine] = []
+    public_name: Name | None = None     # by which the status page shows it; None: not at all
     limits: Limits = Limits()
     services: list[ServiceName] = []
     checks: list[Check] = []
@@ -1572,7 +1593,7 @@ def gate_lines(gates: Gates, resources: Sequence[ResourceSettings]) -> Iterator[
 # time comes in, the beginnings around it come out. What would begin in an hour that clocks skip begins right after it;
 # of an hour that they show twice, in the first; with * as minute or hour, whenever they say so. How long it takes is
 # time that passes, whatever clocks show. Pure.
-# Gives: Plan, plan_faults, Scope
+# Gives: choice_faults, Plan, Scope
 A_MONDAY = datetime.datetime(2024, 1, 1, tzinfo=datetime.timezone.utc)     # from which schedules are tried out
 PUT_BACK = 3 * 3600.0           # seconds by which a clock is put back or forward at most
 TURNS = 2000                    # of a schedule without a pause, after which there is none
@@ -1617,12 +1638,15 @@ def with_pauses(seconds: float, info: Any) -> float:
     raise ValueError("each turn would meet the next one, so that this never counts; say `critical: false` there")
 
 
+Chosen = Field(max_length=1000)     # each name is looked up again and again
+
+
 class Scope(Settings):
     """What does not count: everything, or what has one of these tags, is in one of these groups, or has such a name."""
 
-    tags: tuple[TextLine, ...] = ()
-    groups: tuple[Name, ...] = ()
-    resources: tuple[Name, ...] = ()
+    tags: Annotated[tuple[TextLine, ...], Chosen] = ()
+    groups: Annotated[tuple[Name, ...], Chosen] = ()
+    resources: Annotated[tuple[Name, ...], Chosen] = ()
     all: bool = False
 
     @model_validator(mode="after")
@@ -1659,17 +1683,18 @@ class Plan(Scope):
                 next((start for start in starts(-PUT_BACK) if start > at), math.inf))
 
 
-def plan_faults(plans: Sequence[Plan], gates: Gates, resources: Sequence[ResourceSettings]
-                ) -> Iterator[tuple[NodePath, str]]:
+def choice_faults(plans: Sequence[Plan], receivers: Sequence[ReceiverSettings], gates: Gates,
+                  resources: Sequence[ResourceSettings]) -> Iterator[tuple[NodePath, str]]:
     """Which names nobody has, and where."""
+    parts: dict[str, Sequence[Settings]] = {"maintenance": plans, "notify": receivers}
     known = {"resources": {settings.name for settings in resources}, "groups": {group.name for group in gates.groups},
              "tags": {tag for settings in resources for tag in settings.tags}}
-    for index, plan in enumerate(plans):
+    for part, index, entry in ((part, *each) for part, entries in parts.items() for each in enumerate(entries)):
         for field, names in known.items():
-            for number, name in enumerate(getattr(plan, field)):
+            for number, name in enumerate(getattr(entry, field, ())):
                 if name not in names:
                     what = "resource has this tag" if field == "tags" else f"{field[:-1]} has this name"
-                    yield ("maintenance", index, field, number), unknown_name(name, names, what)
+                    yield (part, index, field, number), unknown_name(name, names, what)
 
 
 # === Inventory ===============================================================
@@ -1677,9 +1702,10 @@ def plan_faults(plans: Sequence[Plan], gates: Gates, resources: Sequence[Resourc
 # fault. Three steps: Document makes nested texts with a place each, the models check them, InventoryLoader merges
 # defaults and gathers the faults. Pure but for reading files and environment; called by commands, and by threads that
 # serve the console.
-# Gives: HEARTBEAT, Inventory, InventoryFile, InventoryLoader, load_inventory, M, message_of, take_variable,
-# url_binding
-HEARTBEAT = ""                  # as the name of a receiver: no receiver has it
+# Gives: HEARTBEAT, Inventory, InventoryFile, InventoryLoader, load_inventory, M, message_of, OWN_SECRETS,
+# STATUS_TOKEN, take_variable, url_binding
+HEARTBEAT, STATUS_TOKEN = "", "/-/status"   # as names of receivers: no receiver has them
+OWN_SECRETS = {HEARTBEAT: "service.heartbeat", STATUS_TOKEN: "service.status_token"}
 
 
 def url_binding(name: str) -> tuple[str, ...]:
@@ -1702,10 +1728,11 @@ class Inventory:
     receivers: tuple[ReceiverSettings, ...] = ()
 
     def urls(self) -> Iterator[tuple[NodePath, str, str]]:
-        """The URLs that are secrets, plain or sealed: path in the file, name of the receiver, URL; HEARTBEAT names
-        service.heartbeat."""
-        if self.service.heartbeat:
-            yield ("service", "heartbeat"), HEARTBEAT, self.service.heartbeat.get_secret_value()
+        """The URLs that are secrets, plain or sealed: path in the file, name of the receiver, URL; among them what
+        OWN_SECRETS names."""
+        for name, secret in ((HEARTBEAT, self.service.heartbeat), (STATUS_TOKEN, self.service.status_token)):
+            if secret:
+                yield tuple(OWN_SECRETS[name].split(".")), name, secret.get_secret_value()
         for number, receiver in enumerate(self.receivers):
             yield ("notify", number, "url"), receiver.name, receiver.url.get_secret_value()
 
@@ -1720,6 +1747,7 @@ class Inventory:
     def secret_variables(self) -> list[str]:
         """Environment variables that hold such."""
         return [*filter(None, (self.service.heartbeat_env, self.service.database_password_env,
+                               self.service.status_token_env,
                                *(receiver.url_env for receiver in self.receivers)))]
 
 
@@ -1754,6 +1782,7 @@ WORDING = {     # pydantic's, as patterns, and ours
     "Input is not a valid path.*": "must be a path", "Input should be a valid (tuple|list)": "must be a list",
     "Input should be a valid dictionary.*": "must be a mapping (key: value)",
     "Value should have (.*) items? after validation.*": r"must have \1 characters",
+    "(Tuple|List|Dictionary) should have at least 1 item.*": "must have at least one entry",
     "Input should": "must", "String should": "must", "Value error, ": ""}
 
 
@@ -1763,6 +1792,13 @@ def message_of(error: Mapping[str, Any]) -> str:
     for theirs, ours in WORDING.items():
         text = re.sub(f"^(?:{theirs})", ours, text)
     return text
+
+
+def plain_faults(error: ValidationError) -> Iterator[Mapping[str, Any]]:
+    """pydantic's, without a second one that a list is too short, for it does not count what is wrong in it."""
+    items = error.errors(include_url=False, include_input=False)
+    inside = {item["loc"][:-1] for item in items if item["loc"]}
+    return (item for item in items if item["type"] != "too_short" or item["loc"] not in inside)
 
 
 @functools.cache
@@ -1818,7 +1854,8 @@ def secret_entries(top: Mapping[str, Any]) -> Iterator[tuple[NodePath, dict[str,
     """Entries of the file that hold a secret and are no resource: path, entry, the key of it, which keys state it."""
     receivers = top["notify"] if isinstance(top.get("notify"), list) else []
     entries: list[tuple[NodePath, Any, str]] = [
-        (("service",), top.get("service"), name) for name in ("heartbeat", "database_password")]
+        (("service",), top.get("service"), name)
+        for name in ("database_password", *(name.partition(".")[2] for name in OWN_SECRETS.values()))]
     entries += [(("notify", number), own, "url") for number, own in enumerate(receivers)]
     for here, own, name in entries:
         if isinstance(own, dict):
@@ -1837,9 +1874,10 @@ class InventoryLoader:
         self.names: set[str] = set()                    # of all resources
 
     def load(self) -> Inventory:
-        top = self._with_secrets({} if self.document.value is None else self.document.value)
-        file = self._validate(InventoryFile, top, lambda loc: loc)
+        top = {} if self.document.value is None else self.document.value
         parts = top if isinstance(top, dict) else {}
+        self._fetch_secrets(parts)
+        file = self._validate(InventoryFile, top, lambda loc: loc)
         defaults = parts["defaults"] if isinstance(parts.get("defaults"), dict) else {}
         items = parts["resources"] if isinstance(parts.get("resources"), list) else []
         if "depends_on" in defaults:
@@ -1856,23 +1894,23 @@ class InventoryLoader:
         self._fault_former_names(found)
         if file:
             self._fault_shared_files(file.service, found)
-        self._fault_names(file.notify if file else ())
+            self._fault_names(file.notify)
         ways = {name: list[str]() for name in self.names} | {resource.name: resource.way for resource in resources}
         for index, resource in found:
             if (why := jump_fault(resource.name, ways)):
                 self.fault(("resources", index, "proxy_jump"), why)
-        gates, plans = (Gates(groups=file.groups, routes=file.routes), file.maintenance) if file else (Gates(), ())
-        if not self.faults:
-            self._fault_gates(gates, plans, found)
+        gates = Gates(groups=file.groups, routes=file.routes) if file else Gates()
+        if file and not self.faults:
+            self._fault_gates(file, gates, found)
         if self.faults or not file or not usual:
             raise InventoryError("\n".join(self.faults))
         usual_values = usual.model_dump(mode="json", include=set(defaults), exclude=set(SECRETS), exclude_none=True)
-        return Inventory(self.path, file.service, resources, self.places, usual_values, gates, plans,
+        return Inventory(self.path, file.service, resources, self.places, usual_values, gates, file.maintenance,
                          [index for index, _ in found], file.notify)
 
-    def _with_secrets(self, top: Any) -> Any:
-        """The same, with the secrets that a variable or a file holds."""
-        for here, own, name, stated in secret_entries(top if isinstance(top, dict) else {}):
+    def _fetch_secrets(self, parts: Mapping[str, Any]) -> None:
+        """Puts the secrets that a variable or a file holds in their places."""
+        for here, own, name, stated in secret_entries(parts):
             try:
                 own.update((name, fetch_secret(key, own[key], self.folder)) for key in stated[:1] if key != name)
             except ValueError as error:
@@ -1880,7 +1918,6 @@ class InventoryLoader:
                 own.setdefault(name, "http://unknown.invalid")
             if len(stated) > 1:
                 self.fault((*here, stated[1]), f"use one of {', '.join(stated)}")
-        return top
 
     def _hosts(self, index: int, own: dict[str, Any]) -> list[dict[str, Any]]:
         """An entry by itself, or one for each host of its range."""
@@ -1901,10 +1938,11 @@ class InventoryLoader:
                 self.fault(("resources", index, kind), f"a sealed secret belongs to one resource; use {kind}_file")
         return [own | dict(zip(found, texts, strict=True)) for texts in zip(*found.values(), strict=False)]
 
-    def _fault_gates(self, gates: Gates, plans: Sequence[Plan], found: Sequence[tuple[int, ResourceSettings]]) -> None:
-        """What is wrong with groups, routes and planned work, and if nothing is, with what resources depend on."""
+    def _fault_gates(self, file: InventoryFile, gates: Gates, found: Sequence[tuple[int, ResourceSettings]]) -> None:
+        """What is wrong with groups, routes and what chooses resources; if nothing is, with what these depend on."""
         resources = [resource for _, resource in found]
-        for place, why in (*group_faults(gates, resources), *plan_faults(plans, gates, resources)):
+        chosen = choice_faults(file.maintenance, file.notify, gates, resources)
+        for place, why in (*group_faults(gates, resources), *chosen):
             self.fault(place, why)
         for number, place, why in () if self.faults else dependency_faults(gates, resources):
             self.fault(("resources", found[number][0], *place), why)
@@ -1931,7 +1969,8 @@ class InventoryLoader:
                 *(("", f"{service.keys.name}/{name}", service.keys / name) for name in KEY_FILES),
                 *([("database", "service.database", database)] if database else ()),
                 *(("", database.name + end, Path(f"{database}{end}")) for end in COMPANIONS if database)]
-        named = ("metrics_token_file", "lease_file", "heartbeat_file", "database_password_file")
+        named = ("metrics_token_file", "lease_file", "heartbeat_file", "database_password_file",
+                 "status_token_file")
         ours += [(name, f"service.{name}", path) for name in named if (path := getattr(service, name))]
         for number in range(LOG_FILES + 1) if log_file else ():
             ours.append(("log_file", "service.log_file", Path(f"{log_file}{f'.{number}' if number else ''}")))
@@ -1967,7 +2006,7 @@ class InventoryLoader:
         try:
             return self.parse(model, raw)
         except ValidationError as error:
-            for item in error.errors(include_url=False, include_input=False):
+            for item in plain_faults(error):
                 path = locate(tuple(part for part in item["loc"] if part != "[key]"))
                 if item["type"] == "extra_forbidden":
                     self._unknown(path, known_fields(model, item["loc"]))
@@ -1986,11 +2025,10 @@ class InventoryLoader:
             inherited = bool(loc) and loc[0] not in own and loc[0] in defaults
             return (("defaults",) if inherited else here) + loc
 
-        place = f"{self.path.name}:{self.document.position(here)}"
         if (first := self.places.get(str(raw["name"]))) is not None:
             source = "name" if "name" in own or "name" in defaults else "hostname"
             self.fault(locate((source,)), f"the resource at {first} has this name; names are unique")
-        self.places.setdefault(str(raw["name"]), place)
+        self.places.setdefault(str(raw["name"]), f"{self.path.name}:{self.document.position(here)}")
         for name in FILES:
             with contextlib.suppress(ValueError):       # the model reports that
                 if isinstance(raw.get(name), str) and not os.path.isfile(absolute(raw[name], self.folder)):
@@ -2313,6 +2351,7 @@ Base.registry.update_type_annotation_map({str: StoredText, float: StoredNumber, 
 db = SQLAlchemy(model_class=Base, session_options={"expire_on_commit": False})
 SCHEMA = 6                      # of a database that this program writes
 APPLICATION = 0x48434B31        # "HCK1": whose database it is
+LOOKED_AT = 1.0                 # seconds for which a start waits for those who look whether a service runs
 REMOVED = "removed"             # origin of what the inventory had: it is kept while there is history of it
 
 
@@ -2447,6 +2486,8 @@ class Status(Base):
     bad: Mapped[int]            # bad results in a row
     seconds: Mapped[float]      # duration of the last poll
     sample: Mapped[str]         # JSON of what the last poll read, `null` when it read nothing
+    read: Mapped[str] = mapped_column(default="null")   # then that of the last one that read anything,
+    read_at: Mapped[float] = mapped_column(default=0.0)     # and when
     strip: Mapped[str] = mapped_column(default="")      # the last STRIP polls, oldest first: a character of POLLS each
 
 
@@ -2518,7 +2559,7 @@ class LoginSession(Base):
 class Setting(Base):
     """What the service remembers about itself: `revision` rises with every change of configuration; in JSON are
     `defaults`, `gates`, `plans` and `service` of the inventory as imported last, the service's as it was started with,
-    and `override`, what an operator says of the gate."""
+    `override`, what an operator says of the gate, and `standing`, what the service said last of everything."""
 
     __tablename__ = "setting"
     name: Mapped[str] = mapped_column(primary_key=True)
@@ -2527,9 +2568,10 @@ class Setting(Base):
 
 
 class Receiver(Base):
-    """Who is told, of the inventory's `notify`, and what it is being sent; HEARTBEAT is service.heartbeat."""
+    """Who is told, of the inventory's `notify`, and what it is being sent; the service's OWN_SECRETS are here, too."""
 
     __tablename__ = "receiver"
+    __table_args__ = ({"sqlite_autoincrement": True},)      # or a new one is taken for one whose message is on its way
     id: Mapped[int] = mapped_column(primary_key=True)
     name: Mapped[str] = mapped_column(unique=True)
     url: Mapped[str] = mapped_column(default="")        # sealed
@@ -2607,7 +2649,9 @@ MIGRATIONS = (("ALTER TABLE user ADD COLUMN role VARCHAR NOT NULL DEFAULT 'admin
                'ALTER TABLE event ADD COLUMN "group" VARCHAR NOT NULL DEFAULT \'\'',
                "ALTER TABLE event ADD COLUMN state VARCHAR NOT NULL DEFAULT ''",
                "UPDATE event SET state = 'closed' WHERE kind = 'gate'",
-               "UPDATE event SET state = 'open' WHERE kind = 'gate' AND text LIKE 'closed -> open%'",
+               "UPDATE event SET state = 'open' WHERE kind = 'gate' AND text LIKE 'closed -> open%'"),
+              ("ALTER TABLE status ADD COLUMN read VARCHAR NOT NULL DEFAULT 'null'",
+               "ALTER TABLE status ADD COLUMN read_at DOUBLE NOT NULL DEFAULT 0",
                "CREATE TABLE maintenance (id INTEGER NOT NULL PRIMARY KEY AUTOINCREMENT, state VARCHAR NOT NULL, "
                "start_at DOUBLE NOT NULL, until_at DOUBLE NOT NULL, scope VARCHAR NOT NULL, reason VARCHAR NOT NULL, "
                "actor VARCHAR NOT NULL, plan VARCHAR NOT NULL, turn_at DOUBLE NOT NULL)",
@@ -2765,7 +2809,8 @@ class SqliteFile:
         """Makes this process the only service on the database until it ends, however it ends, or the block does;
         `lost`: nobody takes it away. Raises StorageError.
 
-        SQLite's own lock on a file beside the database: the same on Windows and UNIX, and the system drops it.
+        SQLite's own lock on a file beside the database: the same on Windows and UNIX, and the system drops it. Who only
+        looks whether a service runs, such as a monitoring system every few seconds, must not keep one from its start.
         """
         del lost
         connection, path = None, self.path
@@ -2774,7 +2819,7 @@ class SqliteFile:
             ensure_private(lock)
             with contextlib.suppress(PermissionError):
                 lock.chmod(0o600)       # an earlier version's; whoever could read it could hold a lock, too
-            connection = sqlite3.connect(lock, timeout=0, check_same_thread=False, isolation_level=None)
+            connection = sqlite3.connect(lock, timeout=LOOKED_AT, check_same_thread=False, isolation_level=None)
             connection.execute("BEGIN EXCLUSIVE")
         except (OSError, sqlite3.Error) as error:
             if connection is None or "locked" not in str(error):
@@ -2784,14 +2829,16 @@ class SqliteFile:
         return contextlib.closing(connection)
 
     def is_running(self) -> bool:
-        """Whether a service is on the database, as far as can be told without a change of anything."""
-        if not os.path.exists(f"{self.path}.lock"):
+        """Whether a service is on the database, as far as can be told without a change. Any number may ask."""
+        lock = Path(f"{self.path}.lock").absolute()
+        if not lock.exists():
             return False
         try:
-            with self.lock():
-                return False
-        except StorageError as error:
-            return "another HealthChecker" in str(error)
+            with contextlib.closing(sqlite3.connect(f"{lock.as_uri()}?mode=ro", 0, uri=True)) as connection:
+                connection.execute("SELECT * FROM sqlite_master").fetchall()
+        except sqlite3.Error as error:
+            return "locked" in str(error)
+        return False
 
     def engine_options(self) -> dict[str, Any]:
         """What SQLAlchemy is to open it with."""
@@ -3310,7 +3357,8 @@ def rename_chosen(session: Session, old: str, new: str) -> None:
 def rename_row(session: Session, row: Resource, vault: Vault, name: str) -> None:
     """Gives a row another name: its secrets are sealed for that, its events and what is planned for it follow."""
     session.execute(sqlalchemy.update(Event).values(resource=name).where(Event.resource == row.name))
-    session.execute(sqlalchemy.update(Notice).values(name=name).where(Notice.kind == "state", Notice.name == row.name))
+    session.execute(sqlalchemy.update(Notice).values(name=name).where(
+        Notice.kind.in_(("state", "maintenance")), Notice.name == row.name))
     rename_chosen(session, row.name, name)
     reseal(session, [row], vault, name)
 
@@ -3350,6 +3398,20 @@ def store_rest(session: Session, inventory: Inventory, changes: Changes) -> None
         revise(session)
 
 
+def claim_receiver(rows: dict[str, Receiver], name: str, plain: str, vault: Vault, named: Collection[str]
+                   ) -> Receiver | None:
+    """Takes out of `rows` that of its name, or of its name before: it has the same URL, and is not `named` any more.
+    What was told under that name gets its end."""
+    before = [row for old, row in rows.items()
+              if name and old and old not in named and holds(row.url, plain, row.bound, vault)]
+    if name in rows or not before:
+        return rows.pop(name, None)
+    row = rows.pop(before[0].name)
+    row.name = name
+    row.url = vault.seal(plain, *row.bound)
+    return row
+
+
 def import_receivers(session: Session, inventory: Inventory, vault: Vault) -> bool:
     """Makes the receivers' rows follow the file; says whether anything changed. A new one hears nothing of the past.
     Raises SecretError."""
@@ -3361,8 +3423,8 @@ def import_receivers(session: Session, inventory: Inventory, vault: Vault) -> bo
             plain = open_url(secret, name, vault)
         except SecretError as error:
             place = inventory.places.get(f"notify/{name}", inventory.path.name)
-            raise SecretError(f"{place}: {name or 'service.heartbeat'}: {error}") from error
-        row = rows.pop(name, None) or Receiver(
+            raise SecretError(f"{place}: {OWN_SECRETS.get(name, name)}: {error}") from error
+        row = claim_receiver(rows, name, plain, vault, settings) or Receiver(
             name=name, url="", settings="{}", joined_at=time.time(),
             cursor=session.scalar(sqlalchemy.select(func.max(Event.id))) or 0)
         if row.url and holds(row.url, plain, row.bound, vault) and row.settings == settings.get(name, "{}"):
@@ -3405,7 +3467,6 @@ def import_inventory(session: Session, inventory: Inventory, vault: Vault) -> Ch
     for name, row in rows.items():
         if row.origin == "inventory":
             retire_row(row)
-            session.execute(sqlalchemy.delete(Acknowledgement).where(Acknowledgement.resource_id == row.id))
             changes.removed.append(name)
     if import_receivers(session, inventory, vault):
         changes.changed.append("who is told")
@@ -4276,15 +4337,17 @@ class SshTransport(paramiko.Transport):
         """A channel. Raises ProbeError once the deadline is over; an old transport that is silent for a third of it is
         dead, and ends."""
         was_old, self.is_old = self.is_old, True
-        wire, third = cast(Wire, self.sock), deadline.left() / 3
-        received, silence, question = wire.received, Deadline(third) if was_old else deadline, math.inf
+        wire, answers = cast(Wire, self.sock), cast(BoundedPacketizer, self.packetizer)
+        patience = deadline.left() / (3 if was_old else 1)
+        received, silence, question = wire.received, Deadline(patience), math.inf
 
         def is_over() -> bool:
-            """What was on its way before the host died is a sign of life no longer than anything else."""
+            """Any byte begins the silence anew, for it may have been on its way when the host died; the answer to the
+            question ends it."""
             nonlocal received, silence
-            if was_old and wire.received != received:
-                received, silence = wire.received, Deadline(third)
-            return deadline.over or (silence.over and self._answers.replies < question)
+            if wire.received != received:
+                received, silence = wire.received, Deadline(patience)
+            return deadline.over or (silence.over and answers.replies < question)
 
         try:
             with wire.awaited(is_over):
@@ -4300,10 +4363,6 @@ class SshTransport(paramiko.Transport):
             if not silent:
                 raise
             raise ProbeError("unreachable", "no sign of life on the open connection") from error
-
-    @property
-    def _answers(self) -> BoundedPacketizer:
-        return cast(BoundedPacketizer, self.packetizer)
 
     def _are_you_there(self) -> int:
         """Makes a living host say something, if only that it does not know this; how many it was asked until now."""
@@ -5513,7 +5572,7 @@ class SimulatedConnection(Connection):
 # === Outcomes ================================================================
 # How a service or a check turned out: an exit status and what was printed go in, an Outcome comes out. Pure, and the
 # same for every platform.
-# Gives: KEPT_BYTES, CONTROL, Outcome, Judge, printed, kept, by_status, by_nagios, JUDGES
+# Gives: KEPT_BYTES, CONTROL, Outcome, Judge, printed, by_status, by_nagios, JUDGES
 KEPT_BYTES = 4096               # bytes of text kept of a service or check; the script has this number, too
 CONTROL = dict.fromkeys([*range(9), *range(11, 32), *range(127, 160)])
 LABELS_MAX = 64                 # labels of a check that are kept, of 100 characters each at most
@@ -7195,7 +7254,7 @@ def collect(settings: ResourceSettings, connection: Connection, previous: Sample
 #     healthy, degraded --`fall` bad verdicts in a row, or one of a cause AT_ONCE--> unhealthy
 #     unhealthy --`rise` good verdicts in a row--> healthy | degraded
 #     healthy <--any good verdict--> degraded
-# Gives: State, Verdict, evaluate, Standing, settle
+# Gives: caused, State, Verdict, evaluate, Standing, settle
 State = Literal["unknown", "healthy", "degraded", "unhealthy"]
 AT_ONCE = frozenset({"host_key", "credential", "stale"})     # causes that do not wait for `fall`
 
@@ -7255,6 +7314,11 @@ def evaluate(sample: Sample, settings: ResourceSettings) -> Verdict:
     return Verdict("healthy")
 
 
+def caused(cause: str, reason: str) -> str:
+    """Why something is as it is; the cause once, where the reason begins with it."""
+    return reason if not cause or reason.startswith(cause) else f"{cause}: {reason}"
+
+
 @dataclass(frozen=True)
 class Standing(Verdict):
     """The verdict that counts, since a Unix time; `good` or `bad` ones came in a row."""
@@ -7266,7 +7330,7 @@ class Standing(Verdict):
 
     @property
     def why(self) -> str:
-        return f"{self.cause}: {self.reason}" if self.cause else ""
+        return caused(self.cause, self.reason)
 
     @property
     def decided(self) -> bool:
@@ -7401,10 +7465,12 @@ class Group:
         short = self._warn and good < quorum_of(self._warn, len(self._ends) + len(self._openings))
         return "degraded" if short else "healthy"
 
-    def may_yet(self, more: int, now: float) -> bool:
-        """Whether it can be healthy with a bad member more, by so many more members that have no result yet."""
-        hoped = len(self._ends) - bisect.bisect_right(self._ends, now) + more
-        return bool(more) and hoped >= quorum_of(self._quorum, len(self._ends) + len(self._openings) + more + 1)
+    def may_yet(self, member: Span | None, more: int, now: float) -> bool:
+        """Whether it can be healthy with a member, as known until now, gone bad, by so many more that have no result
+        yet."""
+        hoped = len(self._ends) - bisect.bisect_right(self._ends, now) - bool(member and member[0] > now) + more
+        total = len(self._ends) + len(self._openings) + (member is None) + more
+        return bool(more) and hoped >= quorum_of(self._quorum, total)
 
 
 class GroupTree:
@@ -7463,10 +7529,20 @@ class GroupTree:
             self.reasons[name] = reason
 
     def awaits(self, name: str, pending: Collection[str], now: float) -> bool:
-        """Whether those `pending` could make up for a bad resource in all that it is in."""
+        """Whether those `pending` could make up for a bad resource or group in all that it is in, or further up."""
         places = self._places(name) if pending else ()
-        return bool(places) and all(self.groups[place].may_yet(
-            sum(each in pending for each in self.members.get(place, ())), now) for place in places)
+        for place in places:
+            more = sum(self._is_pending(each, pending) for each in self.members.get(place, ()) if each != name)
+            if not (self.groups[place].may_yet(self._span(name), more, now) or self.awaits(place, pending, now)):
+                return False
+        return bool(places)
+
+    def _is_pending(self, name: str, pending: Collection[str]) -> bool:
+        """Whether a first result is to come: of a group, of the first that counts in it."""
+        if name not in self.groups:
+            return name in pending
+        inside = self.members.get(name, ())
+        return self.groups[name].span is None and any(self._is_pending(each, pending) for each in inside)
 
     def counted(self, group: str) -> dict[str, Span]:
         """Its members that count now."""
@@ -7794,7 +7870,7 @@ class HealthAggregator:
         for name, until in ends.items():
             is_open = self._clock() < until
             decided = name in self._tree.groups and START not in self._tree.spans
-            if decided and is_open is not self._open.get(name, False):
+            if decided and is_open is not self._open.get(name, None if name else False):    # the site's start is told
                 count = 0 if is_open else self._tree.behind(name)
                 why = self._told(name, is_open) + (f"; {count} behind it" if count else "")
                 self.transitions.put((time.time(), is_open, why, name))
@@ -7834,15 +7910,18 @@ def gates_of(aggregator: HealthAggregator, name: str) -> set[str]:
 # What polls found: in come Reports, out go rows, averages of quarters of an hour, charts and availability. Readings are
 # whole hundredths, NULL where nothing was read. The recorder's thread writes, any thread reads.
 # 100 resources at 60 s: 288,000 polls and 864,000 averages are 82 MB; 100,000 events add 20 MB.
-# Gives: DAY, EVENTS, known_since, METRICS, POLLS, POLL_MARKS, PRUNE_PART, PRUNE_ROWS, SPANS, SAMPLES,
-# highest_readings, Report, record_event, events, PastPoll, samples, roll_up, prune, prune_events, availability,
-# Point, chart
+# Gives: DAY, EVENTS, filesystem_charts, FILESYSTEMS, known_since, METRICS, POLLS, POLL_MARKS, PRUNE_PART,
+# PRUNE_ROWS, SPANS, SAMPLES, highest_readings, Report, record_event, events, PastPoll, samples, roll_up, prune,
+# prune_events, availability, Point, chart
 DAY = 86_400                    # seconds
 PRUNE_ROWS = 10, 10_000         # rows of a resource, or events, that are dropped at once, at least and at most
 PRUNE_PART = 50                 # of how many rows one is dropped at once: a clock that is wrong takes half a day to
                                 # drop half of them, and of 12 hours or more an ordinary quarter drops fewer
 EVENTS = 100_000                # events of a kind that are kept at most: a resource may flap for a year
 METRICS = ("cpu_percent", "memory_percent", "swap_percent", "disk_percent", "load_per_cpu", "seconds")
+HOUR = 3600                     # seconds between two readings of every filesystem: they fill slowly
+MOUNT_PERCENTS = TypeAdapter(dict[str, int])     # in hundredths
+MOUNTS, MOUNT_CHARS = 20, 200   # filesystems of a resource that are kept, and characters of a mount point, at most
 READING_MAX = 2 ** 31 - 1       # hundredths, what an INTEGER holds
 POLLS: dict[str, tuple[State, Cause]] = {
     "h": ("healthy", ""), "d": ("degraded", "limit"), "w": ("degraded", "check"),     # all that are good: PARTS
@@ -7869,6 +7948,8 @@ SAMPLES = history_table("sample", sqlalchemy.Double, dict.fromkeys(("reason", "p
 AVERAGES = history_table("average", BIG_INTEGER, dict.fromkeys(
     ("known", "healthy", *(metric + end for end in ("", "_minimum", "_maximum") for metric in METRICS)),
     sqlalchemy.Integer))
+# The first reading of an hour, by its begin: JSON of how full each filesystem is
+FILESYSTEMS = history_table("filesystem", BIG_INTEGER, {"percents": sqlalchemy.String})
 
 
 def highest_readings(metrics: Mapping[str, float]) -> dict[str, float]:
@@ -7919,6 +8000,15 @@ class Report:
                 "poll": POLL_MARKS[verdict.state, verdict.cause], "standing": POLL_MARKS[after.state, after.cause],
                 **{metric: min(round(found[metric] * 100), READING_MAX) if metric in found else None
                    for metric in METRICS}}
+
+    @property
+    def filesystem_row(self) -> dict[str, Any] | None:
+        """The row of FILESYSTEMS; None where there are not several: then the polls say it."""
+        named = ((name.partition(" "), value) for name, value in (self.sample.metrics if self.sample else {}).items())
+        found = [(mount, round(100 * value)) for (metric, _, mount), value in named
+                 if metric == "disk_percent" and len(mount) <= MOUNT_CHARS]
+        return {"resource_id": self.target.id, "at": int(self.at // HOUR) * HOUR,
+                "percents": json.dumps(dict(found[:MOUNTS]))} if len(found) > 1 else None
 
     @functools.cached_property
     def status(self) -> dict[str, Any]:
@@ -8029,7 +8119,7 @@ PRUNE = tuple(sqlalchemy.text(
     f"DELETE FROM {table} WHERE resource_id = :id AND at IN (SELECT at FROM {table} "   # noqa: S608  # nobody's words
     f"WHERE resource_id = :id AND {outside} LIMIT GREATEST({PRUNE_ROWS[0]}, LEAST({PRUNE_ROWS[1]}, "
     f"(SELECT COUNT(*) / {PRUNE_PART} FROM {table} WHERE resource_id = :id))))")
-    for table in ("sample", "average") for outside in (f"at < :{table}", "at > :future"))
+    for table in ("sample", "average", "filesystem") for outside in (f"at < :{table}", "at > :future"))
 # What was removed goes when nothing is left of its history.
 DROP = sqlalchemy.text(f"DELETE FROM resource WHERE id = :id AND origin = '{REMOVED}' AND NOT EXISTS "  # noqa: S608
                        "(SELECT 1 FROM sample WHERE resource_id = :id UNION ALL "
@@ -8040,7 +8130,8 @@ def prune(session: Session, resource_id: int, retention: Retention, now: float) 
     """Drops what is older than `retention`, a part at most, and what is of a future that a clock once showed."""
     for statement in (*PRUNE, DROP):
         session.execute(statement, {"id": resource_id, "sample": now - retention.raw * DAY,
-                                    "average": now - retention.averages * DAY, "future": now + QUARTER})
+                                    **dict.fromkeys(("average", "filesystem"), now - retention.averages * DAY),
+                                    "future": now + QUARTER})
 
 
 def prune_events(session: Session, retention: Retention, now: float) -> None:
@@ -8091,6 +8182,18 @@ def chart(session: Session, resource_id: int, metric: str, span: str, now: float
     rows = session.execute(CHARTS[metric], {"id": resource_id, "step": step, "first": now - seconds, "polls": polls,
                                             "now": now})
     return [Point(int(at), float(average) / 100, lowest / 100, highest / 100) for at, average, lowest, highest in rows]
+
+
+def filesystem_charts(session: Session, resource_id: int, span: str, now: float) -> dict[str, list[Point]]:
+    """How full the filesystems of today were over a span of SPANS, by their mount points."""
+    at, percents, first = FILESYSTEMS.c.at, FILESYSTEMS.c.percents, now - SPANS[span][0]
+    rows: list[tuple[int, dict[str, int]]] = []
+    for then, text in session.execute(sqlalchemy.select(at, percents).where(
+            FILESYSTEMS.c.resource_id == resource_id, at.between(first, now)).order_by(at)):
+        with contextlib.suppress(ValidationError):      # of a damaged row
+            rows.append((then, MOUNT_PERCENTS.validate_json(text)))
+    return {mount: [Point(at, *[found[mount] / 100] * 3) for at, found in rows if mount in found]
+            for mount in (rows[-1][1] if len(rows) > 1 else ())}
 
 
 # === Uplink ==================================================================
@@ -8375,7 +8478,6 @@ class News:
         self.waits: Report | None = None    # until it is known whether others are to blame
         self._is_restored = False           # what was told was told before the start
         self.last: Report | None = None     # whether or not it could be written
-        self.read: Report | None = None     # the last one with a sample
 
     def restore(self, standing: Standing) -> None:
         """Goes on from a standing of before the start."""
@@ -8384,13 +8486,13 @@ class News:
 
     def go_on_from(self, before: News) -> None:
         """Goes on from what the poller before told."""
-        self.told, self._is_restored, self.last, self.read = before.told, before._is_restored, before.last, before.read
+        self.told, self._is_restored, self.last = before.told, before._is_restored, before.last
         self.doubt.settle(decided=before.doubt.decided)
 
     def weigh(self, report: Report) -> Report:
         """The report with the standing that was told last, where there is something to tell: not while the resource is
         behind another or may turn out to be, nor before its own results agree again."""
-        after, self.last, self.read = report.standing, report, report if report.sample else self.read
+        after, self.last = report.standing, report
         if after.bad == 1 and not self._aggregator.blocker(self._name):
             for doubt in self._before():
                 doubt.urge()
@@ -8512,8 +8614,8 @@ class OverrideKeeper:
 # monitor's thread begins and ends what is due, each once and as an event, also what was due while no service ran. Turns
 # of a plan that meet are one, and each is held once, however the clock is set. Pages, API, metrics and command line
 # read the same rows.
-# Gives: begin_work, choices, end_acknowledgements, finish_work, is_acknowledged, MaintenanceKeeper, move_times,
-# remarks, Remarks, tell_work, timetable, Turn, written
+# Gives: begin_work, Choices, choices, end_acknowledgements, finish_work, MaintenanceKeeper, move_times, remarks,
+# Remarks, tell_work, timetable, Turn, written
 AHEAD = 7 * 86_400.0            # seconds for which plans are shown ahead
 
 
@@ -8532,9 +8634,9 @@ class Choices(NamedTuple):
         return found
 
     def faults(self, scope: Scope) -> dict[str, str]:
-        """What is wrong with it, by field."""
-        return {field: unknown_name(name, known, f"{field[:-1]} has this name")
-                for field, known in self._asdict().items() for name in getattr(scope, field) if name not in known}
+        """What is wrong with it, by field, of each the first: to look for near names takes its time."""
+        return {field: unknown_name(name, known, f"{field[:-1]} has this name") for field, known in
+                self._asdict().items() for name in [name for name in getattr(scope, field) if name not in known][:1]}
 
 
 def choices(session: Session) -> Choices:
@@ -8606,17 +8708,14 @@ def remarks(session: Session, now: float) -> Remarks:
                    {name: row for row, name in seen})
 
 
-def is_acknowledged(session: Session, name: str) -> bool:
-    """Whether somebody has seen that this resource is unhealthy."""
-    return session.scalar(sqlalchemy.select(Acknowledgement.at).join(Resource).where(Resource.name == name)) is not None
-
-
 def end_acknowledgements(session: Session, recovered: Collection[int], at: float) -> None:
-    """Those of resources that are well again end, within the caller's transaction."""
-    for row, name in session.execute(sqlalchemy.select(Acknowledgement, Resource.name).join(Resource)):
-        if row.resource_id in recovered:
+    """Those of resources that are well again or are removed end, within the caller's transaction."""
+    every = sqlalchemy.select(Acknowledgement, Resource).join(Resource).execution_options(removed=True)
+    for row, of in session.execute(every):
+        if row.resource_id in recovered or of.origin == REMOVED:
             session.delete(row)
-            record_event(session, "acknowledgement", "recovered", resource=name, state="over", at=at)
+            text = "removed" if of.origin == REMOVED else "recovered"
+            record_event(session, "acknowledgement", text, resource=of.name, state="over", at=at)
 
 
 def written(at: float) -> str:
@@ -8674,7 +8773,8 @@ def take_turns(session: Session, now: float) -> None:
     plans, known, rows = stored_plans(session), choices(session), session.scalars(sqlalchemy.select(Maintenance)).all()
     for row in rows:
         scope = row.chosen
-        lasting = row.plan in plans if row.plan else scope.all or scope.tags or scope.groups or known.of(scope)
+        there = scope.all or scope.tags or known.groups.keys() & {*scope.groups} or known.of(scope)
+        lasting = row.plan in plans if row.plan else there
         take_turn(session, row, now, gone=not lasting)
         if row.plan and not lasting:
             session.delete(row)
@@ -8726,15 +8826,16 @@ class MaintenanceKeeper:
 # which anything is known, for a service that does not run is neither open nor closed. Events cannot tell that for 90
 # days: one resource that flaps pushes the others out. In come transitions and what the workers count; rows go out. In
 # the recorder's thread; any thread reads. The start waits for first results and is no incident if the gate opens then.
-# Gives: gate_strip, Incident, IncidentLog, incidents, IncidentsQuery, IncidentView, prune_incidents, UptimeQuery,
-# UPTIMES, uptime, UptimeView
+# Gives: gate_strip, Incident, IncidentLog, incidents, IncidentsQuery, IncidentView, PartView, prune_incidents,
+# refusals, ServiceView, STANDING, told_by_service, UptimeQuery, UPTIMES, uptime, UptimeView
 WATCH_INTERVAL = 5.0            # seconds after which what lasts is written again
 WATCH_GAP = 60.0                # seconds without a look, of a suspended machine: of those nothing is known
 START_PATIENCE = 60.0           # seconds for which a start may wait for first results
 CAUSES = 900.0, 3               # seconds before an incident in which changes may have led to it; how many are told
 HISTORY_DAYS = 90               # for which incidents are kept at least
 UPTIMES = {"day": 1, "week": 7, "month": 30, "90 days": HISTORY_DAYS}
-STANDING = "standing"           # the Setting that says how everything stands, for the command line
+STANDING = "standing"           # the Setting that says how everything stands, for command line and status page
+STANDING_AGE = 3 * WATCH_INTERVAL   # seconds after which it is not believed any more
 Counted = Mapping[str, tuple[int, int]]     # see Counters.refusals
 
 
@@ -8743,8 +8844,8 @@ class Incident(Base):
 
     __tablename__ = "incident"
     id: Mapped[int] = mapped_column(primary_key=True)
-    group: Mapped[str]          # its name, empty for the whole site
-    from_at: Mapped[float] = mapped_column(index=True)      # Unix time
+    group: Mapped[str] = mapped_column(index=True)  # its name, empty for the whole site
+    from_at: Mapped[float]      # Unix time
     to_at: Mapped[float]        # Unix time of the end or, while it lasts, until when it was seen
     end: Mapped[str]            # empty: it lasts | opened | unseen: the service ended before it did
     why: Mapped[str]
@@ -8788,6 +8889,44 @@ class IncidentView(Settings):
     would_refuse: int
 
 
+class PartView(Settings):
+    """How the site (without a name), a group, a route or a resource stands."""
+
+    name: str
+    state: Literal["healthy", "degraded", "unhealthy", "unknown", "maintenance"]
+    why: str
+    since: datetime.datetime
+
+
+class ServiceView(Settings):
+    """What the service says of everything."""
+
+    mono: float                 # of lease_clock, when it said so
+    mode: Mode                  # of the site
+    gates: Annotated[list[PartView], Field(min_length=1)]   # the site, then groups and routes
+    resources: dict[str, int]   # how many by state
+    others: list[PartView]      # resources that are not healthy, or do not count
+
+    @property
+    def state(self) -> Literal["open", "degraded", "closed"]:
+        """Of everything: degraded is an open gate by hand, or beside trouble that closes nothing now."""
+        site, *rest = (part.state for part in (*self.gates, *self.others))
+        is_troubled = {"degraded", "unhealthy", "unknown"} & {site, *rest}
+        return "closed" if site == "unhealthy" else "degraded" if is_troubled else "open"
+
+
+def told_by_service(session: Session) -> ServiceView:
+    """What the service said a moment ago. Raises StorageError where it has not, for it hangs, starts or ends."""
+    try:
+        found = ServiceView.model_validate_json(remembered(session, STANDING).text)
+    except ValidationError:
+        raise StorageError("the service has not said yet how everything stands") from None
+    age = lease_clock() - found.mono
+    if not 0 <= age <= STANDING_AGE:
+        raise StorageError(f"the service has written nothing for {max(0.0, age):.0f} s")
+    return found
+
+
 class UptimeQuery(Settings):
     group: str = SITE           # of a group or route; empty: the whole site
     format: Literal["json", "csv"] = "json"
@@ -8796,13 +8935,16 @@ class UptimeQuery(Settings):
 class UptimeView(Settings):
     span: str
     percent: float | None       # of the time of which anything is known; None: of none
+    incidents: int
+    refused: int                # requests in those incidents
+    would_refuse: int
 
 
 def changes_before(session: Session, at: float) -> str:
     """What was changed in the time in which that may have led to an incident, the last change first."""
     seconds, count = CAUSES
     found = session.scalars(sqlalchemy.select(Event).where(
-        Event.kind.in_(("change", "clock", "service")), Event.at.between(at - seconds, at + 1.0)
+        Event.kind.in_(("change", "clock", "maintenance", "service")), Event.at.between(at - seconds, at + 1.0)
     ).order_by(Event.at.desc(), Event.id.desc()).limit(count))
     return "; ".join(f"{f'{one.actor}: ' if one.actor else ''}{f'{one.resource} ' if one.resource else ''}{one.text}"
                      for one in found)
@@ -8816,13 +8958,15 @@ class IncidentLog:
         self._aggregator, self._counted, self._clock, self._wall = aggregator, counted, clock, wall
         self._begun_at, self._looked_mono = wall(), clock()
         self._zero_at = self._begun_at - self._looked_mono      # the Unix time of the clock's 0
-        self._begun_mono, self._written_mono = self._looked_mono, -math.inf
+        self._begun_mono, self._written_mono, self._said_mono = self._looked_mono, -math.inf, -math.inf
         self._lasting: dict[str, Incident] = {}
         self._over: collections.deque[Incident | WatchedTime] = collections.deque(maxlen=2 * PRUNE_ROWS[1])
         self._watched: WatchedTime | None = None
         self._ids: dict[type[Base], Iterator[int]] = {}
         self._before = self._now = counted()
         self._ends = False
+        # how each resource stands, and whether it counts; set by who knows
+        self.standings: Callable[[], Iterable[tuple[str, Standing, bool]]] = tuple
 
     @property
     def due(self) -> bool:
@@ -8865,8 +9009,9 @@ class IncidentLog:
             self._count(name)
             incident.to_at = now_at
 
-    def write(self, session: Session, since: Callable[[str], float]) -> None:
-        """Within the caller's transaction; `since`: when a group last opened or closed."""
+    def write(self, session: Session, since: Callable[[str], float], *, changed: bool = True) -> None:
+        """Within the caller's transaction; `since`: when a group last opened or closed; `changed`: or how everything
+        stands is written again only after a while."""
         if not self._ids:
             session.execute(sqlalchemy.update(Incident).where(Incident.end == "").values(end="unseen"))
             self._ids = {kind: itertools.count(1 + (session.scalar(sqlalchemy.select(func.max(kind.id))) or 0))
@@ -8880,7 +9025,9 @@ class IncidentLog:
                     one.before = changes_before(session, one.from_at)
                 one.id = next(self._ids[type(one)])
             session.merge(one)
-        session.merge(Setting(name=STANDING, value=0, text="" if self._ends else self._standing(since)))
+        if changed or self._ends or self._clock() - self._said_mono >= WATCH_INTERVAL:
+            session.merge(Setting(name=STANDING, value=0, text="" if self._ends else self._standing(since)))
+            self._said_mono = self._clock()
 
     def written(self) -> None:
         """What write() was given is safe."""
@@ -8888,10 +9035,16 @@ class IncidentLog:
         self._written_mono = self._clock()
 
     def _standing(self, since: Callable[[str], float]) -> str:
-        gates = [{"name": each.name, "state": each.state, "why": each.why, "mode": each.mode, "since": since(each.name),
-                  "healthy": sum(each.members.values()), "members": len(each.members), "needed": each.needed}
+        gates = [{"name": each.name, "state": each.state, "why": each.why, "since": since(each.name)}
                  for each in (*self._aggregator.groups(site=True), *self._aggregator.groups())]
-        return json.dumps({"mono": self._clock(), "gates": gates})
+        counts, others = collections.Counter(dict.fromkeys((*get_args(State), "maintenance"), 0)), []
+        for name, standing, counted in self.standings():
+            state = standing.state if counted else "maintenance"
+            counts[state] += 1
+            if state != "healthy":
+                others.append({"name": name, "state": state, "why": standing.why, "since": standing.since_at})
+        return json.dumps({"mono": self._clock(), "mode": self._aggregator.lease.mode, "gates": gates,
+                           "resources": counts, "others": others})
 
     def _follow_clock(self, zero_at: float) -> None:
         """A clock that was set makes nothing longer or shorter that lasts."""
@@ -8959,6 +9112,14 @@ def uptime(session: Session, group: str, now: float) -> dict[str, float | None]:
     return found
 
 
+def refusals(session: Session, group: str, since: float) -> Sequence[int]:
+    """How many incidents of the site (empty), a group or a route were not over before, and the requests meanwhile that
+    were refused, and that would have been."""
+    query = sqlalchemy.select(func.count(), func.total(Incident.refused), func.total(Incident.would_refuse))
+    return [int(number) for number in session.execute(
+        query.where(Incident.group == group, Incident.to_at >= since)).one()]
+
+
 def gate_strip(session: Session, group: str, span: str, now: float) -> str:
     """STRIP parts of one of UPTIMES, as characters of POLLS: open, closed for less than half, closed, or not known."""
     begin, step = now - UPTIMES[span] * DAY, UPTIMES[span] * DAY / STRIP
@@ -8987,46 +9148,31 @@ def prune_incidents(session: Session, retention: Retention, now: float) -> None:
             session.execute(sqlalchemy.delete(Incident).where(Incident.id.in_(doomed.limit(count - EVENTS))))
 
 
-# === Poll ====================================================================
-# Rows of resources come in, reports go out: to the aggregator at once, to the database through the recorder. A
-# thread for each resource polls it, one (the recorder) writes, one (the monitor) makes pollers follow the rows,
-# replaces dead ones and sees leases and maintenance end. Names in `_mono` are monotonic times, in `_at` Unix times.
-# Gives: Poller, Recorder, PollContext, poll_once, Monitor
-FIRST_POLLS = 50.0              # first polls per second
-JITTER = 0.1                    # part of the interval by which polls are spread
+# === Recorder ================================================================
+# The one thread that writes what polls found and what the gate did: reports and transitions come from any thread,
+# rows go out, many in one transaction. A database that cannot be written is waited for, within a bounded memory.
+# Gives: Recorder
 FLUSH_INTERVAL = 1.0            # seconds for which the recorder gathers what it writes
 PENDING_ROWS = 100_000          # rows that wait for a database that cannot be written; older ones are lost
 QUARTER_GRACE = 5.0             # seconds for the last reports of a quarter to be written
 TIDY_AT_ONCE = 15               # resources whose averages are made after a flush: 10,000 take less than a quarter
-LOGGED_IN_MARKS = tuple(POLL_MARKS[meaning] for meaning in (
-    ("healthy", ""), ("degraded", "limit"), ("degraded", "check"), ("unhealthy", "limit"), ("unhealthy", "check")))
-REFUSED_MARK = POLL_MARKS["unhealthy", "auth"]
-LAST_SESSIONS = 1.0             # seconds for what is open to hosts to end with the service
-OWN_FILES, HOST_FILES = 100, 2  # that are open: database, console, workers; for a host, whose connection is made anew
 LAST_FLUSH = 1.5                # seconds for the last reports to be written when the service ends
-POLLER_LIFE = 3600.0            # seconds after which the death of a poller is a new one
-FOLLOW_INTERVAL = 50.0          # seconds after which the rows are looked at in any case: they may be changed by hand
-CLOCK_STEP = 60.0               # seconds by which a clock that was set differs from one that is only adjusted
 
 
-def upserts(database: Database) -> tuple[Any, Any]:
-    """What writes statuses and samples: by tables, an insert of which costs half of what one of its class does."""
+
+def upserts(database: Database) -> tuple[Any, ...]:
+    """What writes statuses, samples and filesystems: by tables, an insert of which costs half of what one of its class
+    does."""
     status: Any = database.insert(Base.metadata.tables["status"])
-    values = {column.name: column for column in status.excluded} | {
-        "strip": database.end_of(Status.strip + status.excluded["strip"], STRIP)}
+    new = status.excluded
+    # What was read is moved aside by a poll that reads nothing, and stays there while none of these settings does.
+    nothing_old = sqlalchemy.or_(new["sample"] != "null", new["settings_digest"] != Status.settings_digest)
+    values = {column.name: column for column in new} | {
+        kept.key: sqlalchemy.case((nothing_old, new[kept.key]), (Status.sample != "null", before), else_=kept)
+        for kept, before in ((Status.read, Status.sample), (Status.read_at, Status.polled_at))
+    } | {"strip": database.end_of(Status.strip + new["strip"], STRIP)}
     return (status.on_conflict_do_update(index_elements=["resource_id"], set_=values),
-            database.insert(SAMPLES).on_conflict_do_nothing())
-
-
-
-def first_polls(left: Sequence[float], settings: Sequence[ResourceSettings]) -> list[float]:
-    """Seconds until the first poll of each, of whose lease so many are `left`, 0 where nothing is known: the shortest
-    one first, and so fast that each is polled while it lasts, but by no more than twice the usual pace."""
-    order = sorted(range(len(left)), key=left.__getitem__)
-    due = max((rank / max(1.0, left[number] - settings[number].timeout)
-               for rank, number in enumerate(order) if left[number] > 0), default=0.0)
-    pace = max(FIRST_POLLS, min(due, 2 * sum(1 / one.interval for one in settings)))
-    return [rank / pace for _, rank in sorted((number, rank) for rank, number in enumerate(order))]
+            *(database.insert(table).on_conflict_do_nothing() for table in (SAMPLES, FILESYSTEMS)))
 
 
 class Recorder(threading.Thread):
@@ -9035,7 +9181,7 @@ class Recorder(threading.Thread):
     def __init__(self, store: Store, aggregator: HealthAggregator, retention: Retention | None = None,
                  incident_log: IncidentLog | None = None) -> None:
         super().__init__(name="recorder", daemon=True)
-        self._incidents = incident_log or IncidentLog(aggregator)
+        self.incidents = incident_log or IncidentLog(aggregator)
         self._store, self._aggregator, self._retention = store, aggregator, retention or Retention()
         self._upserts = upserts(store.database)
         self._reports: queue.SimpleQueue[Report] = queue.SimpleQueue()
@@ -9049,7 +9195,7 @@ class Recorder(threading.Thread):
         self._latest: dict[int, Report] = {}    # by the resource's id
         self._samples: collections.deque[dict[str, Any]] = collections.deque(maxlen=PENDING_ROWS)
         self._events: collections.deque[dict[str, Any]] = collections.deque(maxlen=PENDING_ROWS)
-        self._keys: dict[int, str] = {}         # host keys trusted on first use
+        self._keys: dict[int, Report] = {}      # those with a host key that was trusted on first use
         self._told: queue.SimpleQueue[Report] = queue.SimpleQueue()     # those of transitions
         self._changed_at = {SITE: time.time()}      # when it, a group or a route last opened or closed
         self.note("gate", "closed (the service starts)", self._changed_at[SITE], state="closed")
@@ -9092,11 +9238,11 @@ class Recorder(threading.Thread):
         """Writes what was gathered; what cannot be written is kept. Says whether all is written."""
         with self._flushing, self._unwritten.caught():
             self._gather()
-            if self._latest or self._events or self._incidents.due:
+            if self._latest or self._events or self.incidents.due:
                 with self._store.writing() as session:
                     self._write(session)
-                    self._incidents.write(session, self.changed_at)
-                self._incidents.written()
+                    self.incidents.write(session, self.changed_at, changed=bool(self._events))
+                self.incidents.written()
                 for written in (self._latest, self._samples, self._events, self._keys):
                     written.clear()
             return True
@@ -9140,13 +9286,13 @@ class Recorder(threading.Thread):
             log.warning("%s: %s", "group" if name else "gate", text)
             self.note("group" if name else "gate", text, at, group=name, state="open" if is_open else "closed")
             self._changed_at[name] = at
-        self._incidents.look(transitions)
+        self.incidents.look(transitions)
         for report in (self._reports.get() for _ in range(self._reports.qsize())):
             resource_id = report.target.id
             self._latest[resource_id] = report
             self._samples.append(report.sample_row)
             if report.host_key:
-                self._keys[resource_id] = report.host_key
+                self._keys[resource_id] = report
         for report in (self._told.get() for _ in range(self._told.qsize())):
             self.note("state", report.transition, report.at, resource=report.target.name, state=report.standing.state)
 
@@ -9157,27 +9303,57 @@ class Recorder(threading.Thread):
         strips: dict[int, str] = collections.defaultdict(str)
         for row in samples:
             strips[row["resource_id"]] += row["poll"]
-        statuses = [report.status | {"strip": strips[number][-STRIP:]}
-                    for number, report in self._latest.items() if number in alive]
-        for statement, rows in zip(self._upserts, (statuses, samples), strict=True):
+        latest = {number: report for number, report in self._latest.items() if number in alive}
+        statuses = [report.status | {"strip": strips[number][-STRIP:]} for number, report in latest.items()]
+        filesystems = list(filter(None, (report.filesystem_row for report in latest.values())))
+        for statement, rows in zip(self._upserts, (statuses, samples, filesystems), strict=True):
             if rows:
                 session.execute(statement, rows)
         for event in self._events:
             record_event(session, **event)
         well = {number for number, report in self._latest.items() if report.standing.healthy}
         end_acknowledgements(session, well, time.time())
-        for resource_id, key in self._keys.items():
-            session.execute(sqlalchemy.update(Resource).values(host_key=key)
-                            .where(Resource.id == resource_id, Resource.host_key.is_(None)))
+        for resource_id, report in self._keys.items():
+            polled = report.target.settings     # its address may be another one by now
+            session.execute(sqlalchemy.update(Resource).values(host_key=report.host_key).where(
+                Resource.id == resource_id, Resource.host_key.is_(None), Resource.hostname == polled.hostname,
+                Resource.port == polled.connect_port, Resource.username == polled.username))
 
     def close(self) -> None:
         """Writes the rest and ends the thread."""
-        self._incidents.leave()
+        self.incidents.leave()
         self._ending.set()
         if self.is_alive():
             self.join(LAST_FLUSH)   # not for ever: another program may hold the database
         else:
             self.flush()
+
+
+# === Poll ====================================================================
+# Rows of resources come in, reports go out: to the aggregator at once, to the database through the recorder. A
+# thread for each resource polls it, one (the monitor) makes pollers follow the rows, replaces dead ones and sees leases
+# and maintenance end. Names in `_mono` are monotonic times, in `_at` Unix times.
+# Gives: Poller, PollContext, poll_once, Monitor
+FIRST_POLLS = 50.0              # first polls per second
+JITTER = 0.1                    # part of the interval by which polls are spread
+LOGGED_IN_MARKS = tuple(POLL_MARKS[meaning] for meaning in (
+    ("healthy", ""), ("degraded", "limit"), ("degraded", "check"), ("unhealthy", "limit"), ("unhealthy", "check")))
+REFUSED_MARK = POLL_MARKS["unhealthy", "auth"]
+LAST_SESSIONS = 1.0             # seconds for what is open to hosts to end with the service
+OWN_FILES, HOST_FILES = 100, 2  # that are open: database, console, workers; for a host, whose connection is made anew
+POLLER_LIFE = 3600.0            # seconds after which the death of a poller is a new one
+FOLLOW_INTERVAL = 50.0          # seconds after which the rows are looked at in any case: they may be changed by hand
+CLOCK_STEP = 60.0               # seconds by which a clock that was set differs from one that is only adjusted
+
+
+def first_polls(left: Sequence[float], settings: Sequence[ResourceSettings]) -> list[float]:
+    """Seconds until the first poll of each, of whose lease so many are `left`, 0 where nothing is known: the shortest
+    one first, and so fast that each is polled while it lasts, but by no more than twice the usual pace."""
+    order = sorted(range(len(left)), key=left.__getitem__)
+    due = max((rank / max(1.0, left[number] - settings[number].timeout)
+               for rank, number in enumerate(order) if left[number] > 0), default=0.0)
+    pace = max(FIRST_POLLS, min(due, 2 * sum(1 / one.interval for one in settings)))
+    return [rank / pace for _, rank in sorted((number, rank) for rank, number in enumerate(order))]
 
 
 @dataclass(frozen=True)
@@ -9504,10 +9680,12 @@ class Monitor(threading.Thread):
         self.pollers: dict[str, Poller] = {}
         self.targets: dict[str, Target] = {}    # as the rows were when they were followed
         self.guards, self.groups, self.uplink = context.access.guards, context.aggregator.groups, context.uplink
-        self.changed_at, self.override = context.recorder.changed_at, OverrideKeeper(store, context.aggregator, wall)
+        self.changed_at, self.flush = context.recorder.changed_at, context.recorder.flush
+        self.override = OverrideKeeper(store, context.aggregator, wall)
         self._zero_at = wall() - lease_clock()  # the Unix time of lease_clock's 0, by which stored times are read
         self.clock_step = 0.0, ""   # when the clock was set the last time, and how
         self.maintenance = MaintenanceKeeper(store)
+        context.recorder.incidents.standings = self.standings
         self._revision, self._looked_mono = -1, -math.inf   # of the rows that were followed, and when
         self._followed = threading.Condition()      # guards _revision; notified when the rows were followed
         self._ending, self._trouble = threading.Event(), Trouble("the configuration cannot be taken over")
@@ -9570,6 +9748,11 @@ class Monitor(threading.Thread):
     def behind(self, name: str) -> Standing | None:
         """How a resource stands that is cut off or behind an unhealthy one; None for any other. For any thread."""
         return overruled(name, self.pollers, self._context)
+
+    def standings(self) -> Iterator[tuple[str, Standing, bool]]:
+        """Every resource, how it stands now, and whether it counts. For any thread."""
+        for name, poller in list(self.pollers.items()):
+            yield name, self.behind(name) or poller.standing, poller.counted is not False
 
     def login_wait(self, name: str) -> float:
         """Seconds until a resource that was refused may log in again; 0 for any other. For any thread."""
@@ -10646,6 +10829,8 @@ class Pool(ThreadedTaskDispatcher):     # type: ignore[misc]  # waitress carries
         super().__init__()
         self._bound = bound
         self.set_thread_count(threads)
+        while self.active_count:        # until they are idle, or the first burst would be refused
+            time.sleep(0.001)
 
     @property
     def waiting(self) -> int:
@@ -11729,7 +11914,7 @@ def field_errors(fields: Mapping[str, str]) -> ApiError:
     """Bad input, with what is wrong with each field; the names may be the client's, so they are cut."""
     told = {one_line(name): "\n".join(map(one_line, text.split("\n", 50)[:50]))
             for name, text in itertools.islice(fields.items(), 50)}
-    return ApiError("; ".join(f"{name}: {one_line(text)}" for name, text in told.items()), 422, told)
+    return ApiError("; ".join((f"{name}: " if name else "") + one_line(text) for name, text in told.items()), 422, told)
 
 
 def token_end(value: object) -> object:
@@ -12046,9 +12231,10 @@ def utc_time(at: float) -> datetime.datetime | None:
 # What operators plan, and say that they have seen, in the console's threads and in the maintenance commands. Bodies of
 # requests come in, rows and events go out; the monitor follows within a second. What a tag or a group chooses is looked
 # at again whenever resources change: it holds for who has the tag then.
-# Gives: acknowledge, cancel_work, chosen_moment, end_acknowledgement, end_works, list_work, MaintenanceView, Order,
+# Gives: cancel_work, chosen_moment, end_acknowledgement, end_works, forget_seen, list_work, MaintenanceView, Order,
 # plan_work, Seen, start_work, Term
 LATE = 60.0                     # seconds by which a beginning may be past
+PLANNED_COUNT = 200             # that run or are ahead, planned here; each is looked at again and again
 
 
 class Term(Settings):
@@ -12116,6 +12302,8 @@ def plan_work(who: Principal, session: Session, scope: Scope, term: Term) -> Tur
     start, until = term.times(now := who.context.clock())
     if faults := choices(session).faults(scope):
         raise field_errors(faults)
+    if (session.scalar(sqlalchemy.select(func.count()).where(Maintenance.plan == "")) or 0) >= PLANNED_COUNT:
+        raise ApiError(f"{PLANNED_COUNT} are planned already; end one first", 409)
     row = Maintenance(state="planned", start_at=start, until_at=until, scope=scope.scope_json, reason=term.reason,
                       actor=who.name)
     session.add(row)
@@ -12160,27 +12348,18 @@ def cancel_work(who: Principal, number: str) -> None:
         end_work(who, session, row)
 
 
-def acknowledge(who: Principal, name: str, body: Mapping[str, Any]) -> None:
-    """Says that an unhealthy resource has been seen, until it recovers: reminders stop."""
-    comment, now = validated(Seen, body).comment, who.context.clock()
-    with who.context.store.writing() as session:
-        row = find_resource(session, name)
-        status = session.get(Status, row.id)
-        if status is None or status.state != "unhealthy":
-            raise ApiError(f"{name} is not unhealthy by itself", 409)
-        session.merge(Acknowledgement(resource_id=row.id, at=now, actor=who.name, comment=comment))
-        record_event(session, "acknowledgement", f"seen: {comment}", resource=name, state="begun", at=now,
+def forget_seen(who: Principal, session: Session, row: Resource, text: str) -> None:
+    """Ends what was said of a resource, if anything was."""
+    if seen := session.get(Acknowledgement, row.id):
+        session.delete(seen)
+        record_event(session, "acknowledgement", text, resource=row.name, state="over", at=who.context.clock(),
                      **who.signature)
 
 
 def end_acknowledgement(who: Principal, name: str) -> None:
     """Takes back that an unhealthy resource has been seen."""
     with who.context.store.writing() as session:
-        row = find_resource(session, name)
-        if is_acknowledged(session, name):
-            session.execute(sqlalchemy.delete(Acknowledgement).filter_by(resource_id=row.id))
-            record_event(session, "acknowledgement", "taken back", resource=name, state="over",
-                         at=who.context.clock(), **who.signature)
+        forget_seen(who, session, find_resource(session, name), "taken back")
 
 
 # === Users ===================================================================
@@ -12433,10 +12612,10 @@ def revoke_token(who: Principal, number: str) -> None:
 # What can be done, in the console's threads and in the user and gate commands, and the table of it that the API
 # serves. Each operation takes who does it, checks what is given, changes rows and notes it within one transaction, and
 # gives rows or views. What is refused is an ApiError.
-# Gives: add_resource, API, begin_maintenance, change_gate, change_resource, changeable, connection_view,
-# current_status, DAMAGED, end_maintenance, list_events, list_groups, list_resources, NO_SAMPLE, OPERATIONS,
-# override_gate, poll_now, remove_resource, RESOURCES, Route, SAFE_METHODS, test_changes, test_settings,
-# trust_resource
+# Gives: acknowledge_resource, add_resource, API, begin_maintenance, change_gate, change_resource, changeable,
+# connection_view, current_status, DAMAGED, end_maintenance, is_sick, last_sample, list_events, list_groups,
+# list_resources, NO_SAMPLE, OPERATIONS, override_gate, poll_now, remove_resource, RESOURCES, Route, SAFE_METHODS,
+# status_of, test_changes, test_settings, trust_resource
 POLL_NOW_TIMEOUT = 60.0         # seconds that a request waits for a poll
 TAKE_TIME, TAKE_AGAIN = 2.0, 0.05   # seconds that a report waits for its resource's new poller, and between two looks
 PUSH_PAUSE = 1.0                # seconds for which a report that says the same, or that all is well again, is not taken
@@ -12561,6 +12740,20 @@ def current_status(row: Resource, status: Status | None, context: ConsoleContext
     if standing := standing or overdue(row, known, poller, context.clock()):
         return Status(**vars(standing), polled_at=known.polled_at, seconds=known.seconds, sample=known.sample)
     return known
+
+
+def is_sick(known: Status) -> bool:
+    """Whether it is unhealthy by itself: then somebody can say that this is seen."""
+    return known.state == "unhealthy" and known.cause != "parent"
+
+
+def last_sample(row: Resource, status: Status | None, known: Status) -> tuple[str, float]:
+    """What was read last, as JSON, and the Unix time of it if it is old, or 0."""
+    if known.sample != "null":
+        return known.sample, known.polled_at if known.cause == "stale" else 0.0
+    if status is None or status.settings_digest != row.settings_digest:
+        return "null", 0.0
+    return (status.read, status.read_at) if status.sample == "null" else (status.sample, status.polled_at)
 
 
 def connection_view(context: ConsoleContext, name: str) -> ConnectionView | None:
@@ -12765,7 +12958,9 @@ def change_resource(who: Principal, name: str, body: Mapping[str, Any], form: Do
 def remove_resource(who: Principal, name: str) -> None:
     """Removes a resource and its history."""
     with who.context.store.writing() as session:
-        session.delete(changeable(who, session, name))
+        row = changeable(who, session, name)
+        forget_seen(who, session, row, "removed")
+        session.delete(row)
         who.note(session, "removed", name)
 
 
@@ -12858,7 +13053,16 @@ def end_maintenance(who: Principal, name: str) -> None:
 
 def acknowledge_resource(who: Principal, name: str, body: Mapping[str, Any]) -> ResourceView:
     """Says that an unhealthy resource has been seen, until it recovers: reminders stop."""
-    acknowledge(who, name, body)
+    comment, now = validated(Seen, body).comment, who.context.clock()
+    who.context.monitor.flush()     # or a good result of before, written later, would end it
+    with who.context.store.writing() as session:
+        row = find_resource(session, name)
+        known = current_status(row, session.get(Status, row.id), who.context)
+        if not is_sick(known):
+            raise ApiError(f"{name} is not unhealthy by itself", 409)
+        session.merge(Acknowledgement(resource_id=row.id, at=now, actor=who.name, comment=comment))
+        record_event(session, "acknowledgement", f"seen: {comment}", resource=name, state="begun", at=now,
+                     **who.signature)
     return show_resource(who, name)
 
 
@@ -12923,10 +13127,11 @@ def list_incidents(who: Principal, query: Mapping[str, Any]) -> list[Incident]:
 
 def show_uptime(who: Principal, query: Mapping[str, Any]) -> list[UptimeView]:
     """For how much of day, week, month and 90 days the site, a group or a route was open; also as CSV."""
-    asked = validated(UptimeQuery, query, text=True)
+    asked, now = validated(UptimeQuery, query, text=True), who.context.clock()
     with who.context.store.reading() as session:
-        return [UptimeView(span=span, percent=percent)
-                for span, percent in uptime(session, asked.group, who.context.clock()).items()]
+        return [UptimeView.model_validate(dict(zip(UptimeView.model_fields, (
+            span, percent, *refusals(session, asked.group, now - UPTIMES[span] * DAY)), strict=True)))
+            for span, percent in uptime(session, asked.group, now).items()]
 
 
 @dataclass(frozen=True)
@@ -13008,6 +13213,9 @@ CONTENT_SECURITY_POLICY = ("default-src 'none'; script-src 'self'; style-src 'se
                            "connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'")
 
 
+FORMULA = re.compile(r"(^|;)(?=\s*[=+@\uff1d\uff0b\uff0d\uff20-])")   # in a spreadsheet; some end a cell at ;
+
+
 class Problem(Settings):
     """RFC 9457."""
 
@@ -13023,6 +13231,10 @@ def content(kind: str, schema: Any) -> dict[str, Any]:
     return {"content": {kind: {"schema": schema}}} if schema else {}
 
 
+def serves_csv(operation: Route) -> bool:
+    return operation.body is not None and "format" in operation.body.model_fields
+
+
 def describe(operation: Route, schemas: Mapping[Any, Any]) -> dict[str, Any]:
     answer, body = (schemas.get((operation.key, mode)) for mode in ("serialization", "validation"))
     parameters = [{"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
@@ -13034,6 +13246,8 @@ def describe(operation: Route, schemas: Mapping[Any, Any]) -> dict[str, Any]:
     elif body:
         described["requestBody"] = {"required": True, **content("application/json", body)}
     right = {"description": "Done", **content("application/json", answer)}
+    if serves_csv(operation):
+        right["content"] |= content("text/csv", {"type": "string"})["content"]
     wrong = {"description": "Refused", **content("application/problem+json", schemas["problem", "serialization"])}
     return described | {"summary": (operation.run.__doc__ or "").partition("\n")[0], "parameters": parameters,
                         "responses": {str(operation.status if answer else 204): right, "default": wrong}}
@@ -13173,7 +13387,7 @@ def json_body() -> dict[str, Any]:
 def wants_csv(operation: Route) -> bool:
     """Whether a list is asked for as CSV, where there is such a thing."""
     args, accepted = flask.request.args, flask.request.accept_mimetypes
-    return operation.body is not None and "format" in operation.body.model_fields and args.get(
+    return serves_csv(operation) and args.get(
         "format", accepted.best_match(["application/json", "text/csv"], "json")) in ("csv", "text/csv")
 
 
@@ -13182,7 +13396,7 @@ def csv_text(rows: Sequence[Mapping[str, Any]], names: Iterable[str]) -> str:
     file = io.StringIO()
     writer = csv.DictWriter(file, [*names])
     writer.writeheader()
-    writer.writerows({name: f"'{value}" if isinstance(value, str) and value[:1] in ("=", "+", "-", "@", "\t") else value
+    writer.writerows({name: FORMULA.sub(r"\1'", value) if isinstance(value, str) else value
                       for name, value in row.items()} for row in rows)
     return file.getvalue()
 
@@ -13195,7 +13409,8 @@ def perform(operation: Route, **names: str) -> flask.typing.ResponseReturnValue:
     answer = operation.adapter.validate_python(found, from_attributes=True)
     if wants_csv(operation):
         text = csv_text(operation.adapter.dump_python(answer, mode="json"), get_args(operation.answer)[0].model_fields)
-        return flask.Response(text, operation.status, mimetype="text/csv")
+        name = {"Content-Disposition": f"attachment; filename={operation.path.rpartition('/')[2]}.csv"}
+        return flask.Response(text, operation.status, name, mimetype="text/csv")
     content = operation.adapter.dump_json(answer, warnings=False)   # they are of damaged rows
     return flask.Response(content, operation.status, mimetype="application/json")
 
@@ -13212,7 +13427,7 @@ def health() -> flask.typing.ResponseReturnValue:
         answer["checks"] = {f"{view.name}:state": [{
             "componentType": "system", "observedValue": view.state, "time": view.polled and view.polled.isoformat(),
             "status": HEALTH_STATUS[view.state],
-            "output": f"{view.cause}: {view.reason}" if view.cause else ""}] for view in list_resources(who)}
+            "output": caused(view.cause, view.reason)}] for view in list_resources(who)}
         answer["checks"] |= {f"{group.name}:state": [{
             "componentType": "component", "observedValue": group.state, "output": group.why,
             "status": HEALTH_STATUS[group.state]}] for group in list_groups(who)}
@@ -13405,7 +13620,7 @@ class Metrics:
         with self._store.reading() as session:
             rows, more = session.execute(METRIC_ROWS).all(), remarks(session, time.time())
             tokens = session.execute(TOKEN_ROWS).all()
-            receivers = session.scalars(sqlalchemy.select(Receiver).where(Receiver.name != HEARTBEAT)).all()
+            receivers = session.scalars(sqlalchemy.select(Receiver).where(Receiver.name.not_in(OWN_SECRETS))).all()
         total = gauge("resources", "Resources by state.", None, "state")
         standings = [(row.state and self._monitor and self._monitor.behind(row.name)) or row for row in rows]
         states = collections.Counter(standing.state or "unknown" for standing in standings)
@@ -13589,11 +13804,10 @@ def chart_svg(points: Sequence[Point], limit: LimitValues, span: tuple[float, fl
                f'<path class="band" d="{band}"/><path class="line" d="{line}"/>' + limit_marks(limit, top, "M0 {}h100"))
 
 
-# === Pages ===================================================================
-# Words and templates of the console: times, readings and settings come in, markup goes out; nothing here asks the
-# database or the request. Runs in the console's threads. What hosts and people wrote is escaped by the templates
-# (their keys end in .html).
-# Gives: cause_text, LABELS, TEMPLATES, duration_text, local_time, time_tag
+# === Words ===================================================================
+# What readings, times and causes are called where people read: values come in, short texts go out, and markup for
+# times, which browsers and scripts can read as well.
+# Gives: amount, cause_text, duration_text, LABELS, local_time, time_tag, unit_of
 LABELS = {"cpu_percent": "CPU", "memory_percent": "Memory", "disk_percent": "Disk", "swap_percent": "Swap",
           "commit_percent": "Commit charge", "inode_percent": "Inodes", "load_per_cpu": "Load per CPU",
           "response_seconds": "Response time", "certificate_days": "Certificate, days", "seconds": "Duration of a poll"}
@@ -13607,6 +13821,18 @@ def duration_text(seconds: float) -> str:
     if hours > 0:
         return f"{hours} h {minutes % 60} min"
     return f"{minutes} min" if minutes > 0 else f"{max(0, int(seconds))} s"
+
+
+def amount(metric: str, value: float) -> str:
+    if metric.endswith("_percent"):
+        return f"{value:.1f} %"
+    if metric == "response_seconds":
+        return f"{1000 * value:.0f} ms"
+    return f"{value:.2f} s" if metric == "seconds" else f"{value:.2f}"
+
+
+def unit_of(metric: str) -> str:
+    return " %" if metric.endswith("_percent") else " s" if metric == "seconds" else ""
 
 
 def local_time(at: float) -> str:
@@ -13626,9 +13852,13 @@ def time_tag(at: float, text: str = "") -> Markup:
 
 def cause_text(cause: str, reason: str) -> str:
     """Why something is as it is, the cause only where the reason does not say it."""
-    return reason if cause in ("", "limit", "check") or reason.startswith(cause) else f"{cause}: {reason}"
+    return reason if cause in ("limit", "check") else caused(cause, reason)
 
 
+# === Pages ===================================================================
+# Templates of the console: settings and rows come in, markup goes out; nothing here asks the database or the request.
+# Runs in the console's threads. What hosts and people wrote is escaped by the templates (their keys end in .html).
+# Gives: TEMPLATES
 TEMPLATES = {"layout.html": """{% macro table(label, heads, class="") %}
 <table aria-label="{{ label }}" class="{{ class }}">
 <thead><tr>{% for name in heads %}<th scope="col">{{ name }}</th>{% endfor %}</tr></thead>
@@ -13673,15 +13903,17 @@ TEMPLATES = {"layout.html": """{% macro table(label, heads, class="") %}
 {{- values[value] if values is mapping else value }}</option>
 {% endfor %}
 {% endmacro %}
-{% macro input(name, label, hint="", type="text") %}
-{% set error = errors[name] %}
+{% macro input(name, label, hint="", type="text", form="") %}
+{% set sent = not form or form in given %}{# what another form of the page sent is not this one's #}
+{% set error = errors[name] if sent %}
 {% set invalid = {"aria-invalid": "true", "aria-describedby": "e-" ~ name} if error else {} %}
 <label class="{{ type }}">{{ label }}
 {% if type == "textarea" %}
 <textarea name="{{ name }}"{{ dict(kwargs, **invalid)|xmlattr }}>
-{{ given[name] }}</textarea>
+{{ given[name] if sent }}</textarea>
 {% else %}
-<input type="{{ type }}" name="{{ name }}"{% if type != "password" %} value="{{ given[name] }}"{% endif %}
+<input type="{{ type }}" name="{{ name }}"{% if type != "password" %} value="{{ given[name] if sent }}"
+{%- elif given[name] %} placeholder="not kept: type it again"{% endif %}
 {{- dict(kwargs, **invalid)|xmlattr }}>
 {% endif %}
 {% if hint %}<span class="hint">{{ hint }}</span>{% endif %}
@@ -13712,8 +13944,8 @@ else "?resource=" ~ event.resource|urlencode }}">{{ event.resource }}</a>{% endi
 {% endif %}
 <p><label>For <select name="minutes">{{ options({"30": "30 minutes", "60": "1 hour", "240": "4 hours",
 "1440": "1 day", "10080": "1 week"}, given.minutes) }}</select></label></p>
-{{ input("start", "Beginning", "Now, unless said", "datetime-local") }}
-{{ input("reason", "Reason", maxlength="200", required="") }}
+{{ input("start", "Beginning", "now, unless said; server time, " ~ zone, "datetime-local") }}
+{{ input("reason", "Reason", form="minutes", maxlength="200", required="") }}
 <p class="soft">Meanwhile it is polled and shown, and does not close the gate.</p>
 <button class="primary">Begin maintenance</button>
 </form></details>
@@ -13734,8 +13966,8 @@ else "?resource=" ~ event.resource|urlencode }}">{{ event.resource }}</a>{% endi
 <a class="brand" href="/-/">HealthChecker</a>
 {% if user %}
 <nav aria-label="Pages">
-{% for label, href in {"Overview": "/-/", "Events": "/-/events", "Users": "/-/users"}.items()
-   if admin or label != "Users" %}
+{% for label, href in {"Overview": "/-/", "Incidents": "/-/incidents", "Events": "/-/events",
+                       "Users": "/-/users"}.items() if admin or label != "Users" %}
 <a href="{{ href }}"{% if request.path == href %} aria-current="page"{% endif %}>{{ label }}</a>
 {% endfor %}
 </nav>
@@ -13747,7 +13979,7 @@ else "?resource=" ~ event.resource|urlencode }}">{{ event.resource }}</a>{% endi
 {% if user.initial %}
 <p class="notice"><b>This account still has its documented password</b>, which opens nothing but its own change.</p>
 {% endif %}
-<p class="notice lost" id="lost" role="alert" hidden></p>
+<p class="notice lost" id="lost" role="alert" data-icon="{{ assets["unknown.svg"] }}" hidden></p>
 <main id="main" tabindex="-1"{% if refresh is string %} data-refresh="{{ refresh }}"{% endif %}>
 {{ banners() }}
 {% include page ~ ".html" %}
@@ -13762,7 +13994,6 @@ else "?resource=" ~ event.resource|urlencode }}">{{ event.resource }}</a>{% endi
 {% if last %}
 <p>for <b>{{ (now - last.at)|duration_text }}</b>, since {{ last.at|time_tag }}</p>
 {% endif %}
-<a href="/-/incidents">Incidents</a>
 {% if blockers %}
 <ul>
 {% for blocker in blockers[:5] %}
@@ -13794,10 +14025,10 @@ else "?resource=" ~ event.resource|urlencode }}">{{ event.resource }}</a>{% endi
 {% endcall %}
 {% endif %}
 <div id="work">{% if turns %}
-{% call table("Planned maintenance", ("State", "Begins", "For", "What", "Why", "")) %}
+{% call table("Planned maintenance", ("State", "Begins", "For", "What", "Why", "End"), "events") %}
 {% for turn in turns[:20] %}
 <tr><td>{{ state("maintenance", "runs") if turn.state == "begun" else "ahead" }}</td>
-<td><time>{{ turn.start|local_time }}</time></td><td>{{ (turn.until - turn.start)|duration_text }}</td>
+<td>{{ turn.start|time_tag }}</td><td>{{ (turn.until - turn.start)|duration_text }}</td>
 <td>{{ turn.scope }}</td><td>{{ turn.reason }} <small>{{ turn.actor or turn.schedule }}</small></td>
 <td>{% if admin and turn.id %}<form method="post" action="/-/maintenance" data-inline>
 <button name="end" value="{{ turn.id }}">{{ "End" if turn.state == "begun" else "Cancel" }}
@@ -13844,7 +14075,7 @@ else "?resource=" ~ event.resource|urlencode }}">{{ event.resource }}</a>{% endi
 <p><label>For <select name="for">{{ options({"10m": "10 minutes", "30m": "30 minutes", "2h": "2 hours", "8h": "8 hours",
 "1d": "1 day", "": "as long as it is not ended (closed)"}, given["for"] if "for" in given else "30m") }}
 </select></label></p>
-{{ input("reason", "Reason", maxlength="200", required="") }}
+{{ input("reason", "Reason", form="action", maxlength="200", required="") }}
 <p class="soft">Whatever the resources say. Paths that need nothing stay open.</p>
 <button class="danger">Override the gate</button>
 </form></details>
@@ -13905,8 +14136,10 @@ else "?resource=" ~ event.resource|urlencode }}">{{ event.resource }}</a>{% endi
 <div class="actions" data-keep>
 <form method="post" action="{{ shown.href }}/check" data-inline><button>Check now</button></form>
 {{ work_form(shown.href ~ "/maintenance") }}
-{% if not origin %}
+{% if shown.row.platform != "local" %}
 <a class="button" href="/-/add?copy={{ shown.name|urlencode }}">Copy</a>
+{% endif %}
+{% if not origin %}
 <a class="button" href="{{ shown.href }}/edit">Edit</a>
 <details name="action"><summary class="button">Remove</summary>
 <form method="post" action="{{ shown.href }}/remove" class="panel">
@@ -13931,20 +14164,20 @@ else "?resource=" ~ event.resource|urlencode }}">{{ event.resource }}</a>{% endi
 </section>
 {% endfor %}
 {% for turn in turns if turn.state == "planned" %}{% if loop.first %}
-<p class="notice">Next maintenance: {{ turn.start|local_time }}, for {{ (turn.until - turn.start)|duration_text }}:
+<p class="notice">Next maintenance: {{ turn.start|time_tag }}, for {{ (turn.until - turn.start)|duration_text }}:
 {{ turn.reason }} ({{ turn.scope }})</p>
 {% endif %}{% endfor %}
 </div>
 <div id="seen">
 {% if shown.seen %}
 <section class="message degraded" aria-label="Acknowledgement">
-<p>Seen by <b>{{ shown.seen.actor }}</b> at {{ shown.seen.at|local_time }}: {{ shown.seen.comment }}</p>
+<p>Seen by <b>{{ shown.seen.actor }}</b> at {{ shown.seen.at|time_tag }}: {{ shown.seen.comment }}</p>
 {% if admin %}
 <form method="post" action="{{ shown.href }}/acknowledgement" data-inline>
 <button name="end" value="1">Take back</button></form>
 {% endif %}
 </section>
-{% elif admin and shown.status.state == "unhealthy" %}
+{% elif admin and shown.is_sick %}
 <details name="action" data-keep{% if given.comment %} open{% endif %}><summary class="button">Acknowledge</summary>
 <form method="post" action="{{ shown.href }}/acknowledgement" data-inline class="panel">
 {{ input("comment", "Comment", maxlength="200", required="") }}
@@ -13981,7 +14214,7 @@ Availability:
 {% endfor %}</p>
 {{ shown.strip }}
 <details id="polls"><summary>Last polls</summary>
-{% call table("Last polls, newest first", ("Time", "State", "Seconds", "Reason")) %}
+{% call table("Last polls, newest first", ("Time", "State", "Seconds", "Reason"), "events") %}
 {% for poll in polls|reverse %}
 <tr><td>{{ poll.at|time_tag }}</td><td>{{ state(poll.state) }}</td>
 <td>{{ "%.2f"|format(poll.readings.seconds) if poll.readings.seconds }}</td>
@@ -14092,32 +14325,77 @@ else "%g"|format(details[name]) if details[name] is number else details[name] }}
 {% endcall %}
 {% if older %}<p><a href="{{ older }}" rel="next">Older</a></p>{% endif %}
 """, "incidents.html": """<div class="tools"><h1>{{ title }}</h1>
-{{ chips("Time span", span_links, span) }}
-{% if groups %}
-<form class="filter" role="search" data-live data-keep>
-<input type="hidden" name="span" value="{{ span }}">
-<select name="group" aria-label="Group or route"><option value="">The whole site</option>{{ options(groups, group) }}
-</select><noscript><button>Filter</button></noscript></form>
-{% endif %}
-<a class="button" href="/-/api/incidents?format=csv&amp;group={{ group|urlencode }}">CSV</a></div>
-<section class="message" aria-label="Uptime"><p>Open:
-{% for name, percent in uptime.items() %}
-{{ name }} <b>{{ "%.3f %%"|format(percent) if percent is number else "unknown" }}</b>{{ "." if loop.last else "," }}
-{% endfor %}<span class="soft">Of the time in which the service ran.</span></p>{{ strip }}</section>
-{% call table("Incidents, newest first", ("From", "For", "Why", "Refused", "Before it"), "events") %}
-{% for one in found %}
-<tr><td><time>{{ one.from_at|local_time }}</time></td>
-<td>{{ (one.to_at - one.from_at)|duration_text }}
-{%- if not one.end %} <i class="unhealthy">lasts</i>{% elif one.end == "unseen" %}, then the service was away;
-last seen <time>{{ one.to_at|local_time }}</time>{% endif %}</td>
-<td>{{ one.why }}{% if one.mode == "observe" %} <i>observe: nothing was refused</i>{% endif %}
-{%- if one.opened_by %}<p class="soft">{{ one.opened_by }}</p>{% endif %}</td>
-<td>{{ one.refused }}{% if one.would_refuse %} <small>{{ one.would_refuse }} would have been</small>{% endif %}</td>
-<td class="soft">{{ one.before }}</td></tr>
-{% else %}
-<tr><td colspan="5" class="soft">None.</td></tr>
+{{ chips("Time span", span_links, span) }}</div>
+{% call table("For how much of the time it was open", ("Of", "Day", "Week", "Month", "90 days", "Last " ~ span,
+              "Refused then"), "uptime") %}
+{% for row in rows %}
+<tr><th scope="row"><a href="{{ row.href }}"{% if row.name == group %} aria-current="true"{% endif %}>
+{{- row.name or "The whole site" }}</a></th>
+{% for label, percent in row.uptime.items() %}
+<td data-label="{{ label }}">{{ "%.3f %%"|format(percent) if percent is number else "not known" }}</td>
+{% endfor %}
+<td>{{ row.strip }}</td><td data-label="Refused">{{ row.refusals[1] }}
+{%- if row.refusals[2] %} <small>{{ row.refusals[2] }} would have been</small>{% endif %}</td></tr>
 {% endfor %}
 {% endcall %}
+<p class="soft">Of the time in which the service ran. <a href="/-/api/uptime?format=csv&amp;group={{ group|urlencode
+}}">CSV</a>, <a href="/-/api/uptime?group={{ group|urlencode }}">JSON</a></p>
+<div class="tools"><h2>{{ group or "The whole site" }}: {{ found|length or "none" }} in the last {{ span }}</h2>
+<a class="button" href="/-/api/incidents?format=csv&amp;{{ asked }}">CSV</a>
+<a class="button" href="/-/api/incidents?{{ asked }}">JSON</a></div>
+{% call table("Incidents, newest first", ("From", "To", "Why", "Closed by", "Refused", "Changed before"),
+              "incidents") %}
+{% for one in found %}
+<tr><td>{{ one.from_at|time_tag }}</td>
+<td>{% if not one.end %}<b class="unhealthy">lasts</b>{% else %}{{ one.to_at|time_tag }}
+{%- if one.end == "unseen" %}<p class="soft">seen last; then the service was away</p>{% endif %}{% endif %}
+<p class="soft">{{ (one.to_at - one.from_at)|duration_text }}</p></td>
+<td>{{ one.why }}{% if one.mode == "observe" %} <i>observe: nothing was refused</i>{% endif %}
+{%- if one.opened_by %}<p class="soft">{{ one.opened_by }}</p>{% endif %}</td>
+<td data-label="Closed by">{{ one.actor }}</td>
+<td data-label="Refused">{{ one.refused }}
+{%- if one.would_refuse %} <small>{{ one.would_refuse }} would have been</small>{% endif %}</td>
+<td class="soft" data-label="Changed before">{{ one.before }}</td></tr>
+{% else %}
+<tr><td colspan="6" class="soft">None.</td></tr>
+{% endfor %}
+{% endcall %}
+""", "status.html": """{% set colour = {"open": "healthy", "closed": "unhealthy"}[word] or word %}
+{% macro part(state, name, since) %}
+<li><b class="state {{ state }}">{{ name }}</b> {{ {"healthy": "open", "degraded": "open", "unhealthy": "closed"}[state]
+if since else state }}{% if since %} <small>for {{ (now - since.timestamp())|duration_text }}</small>{% endif %}</li>
+{% endmacro %}
+<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{{ word }} · HealthChecker</title>
+<link rel="icon" href="{{ assets[colour ~ ".svg"] }}" type="image/svg+xml">
+<link rel="stylesheet" href="{{ assets.css }}">
+<script src="{{ assets.js }}" defer></script>
+<noscript><meta http-equiv="refresh" content="5"></noscript>
+</head>
+<body data-now="{{ now }}" data-offset="{{ offset }}" data-zone="{{ zone }}">
+<p class="notice lost" id="lost" role="alert" data-icon="{{ assets["unknown.svg"] }}" hidden></p>
+<main id="main" tabindex="-1" class="wall {{ colour }}" data-refresh="">
+<h1 aria-live="polite"><span class="state {{ colour }}">
+{{- {"degraded": "open"}.get(word, word)|capitalize }}</span></h1>
+{% if since %}
+<p>for {{ (now - since.timestamp())|duration_text }}, since {{ since.timestamp()|time_tag }}</p>{% endif %}
+<p>{{ remark }}</p>
+<ul>
+{% for each in gates %}{{ part(each.state, each.name, each.since) }}{% endfor %}
+{% for name, state in named %}{{ part(state, name, none) }}{% endfor %}
+</ul>
+{% if turns %}<ul aria-label="Planned work">{% for turn in turns %}
+<li><span class="state maintenance">Planned work</span>: {{ turn.what }},
+{{ "until" if turn.begun else "from" }} {{ (turn.until if turn.begun else turn.start)|time_tag }}
+{%- if not turn.begun %} for {{ (turn.until - turn.start)|duration_text }}{% endif %}</li>
+{% endfor %}</ul>{% endif %}
+<p><small>Times are the server's, {{ zone }}; this is of {{ now|time_tag }}.</small></p>
+</main>
+</body>
+</html>
 """, "users.html": """<div class="tools"><h1>{{ title }}</h1></div>
 {{ message("trouble") }}
 {% call table("Users", ("Name", "Role", "Change")) %}
@@ -14166,9 +14444,9 @@ last seen <time>{{ one.to_at|local_time }}</time>{% endif %}</td>
 {% call table("API tokens", ("User", "Token", "May", "Until", "Last used", "End"), "events") %}
 {% for token in tokens %}
 <tr><td>{{ token.user }}</td><th scope="row">{{ token.name }}</th><td>{{ token.role }}</td>
-<td>{% if token.expires_at >= never %}for ever{% else %}<time>{{ token.expires_at|local_time }}</time>
+<td>{% if token.expires_at >= never %}for ever{% else %}{{ token.expires_at|time_tag }}
 {% if token.expires_at <= now %} <b class="state unhealthy">over</b>{% endif %}{% endif %}</td>
-<td>{% if token.seen_at %}<time>{{ token.seen_at|local_time }}</time> <small>{{ token.address }}</small>
+<td>{% if token.seen_at %}{{ token.seen_at|time_tag }} <small>{{ token.address }}</small>
 {% else %}never{% endif %}</td>
 <td><form method="post" action="/-/tokens/{{ token.id }}/revoke">
 <button class="danger">Revoke<span class="hidden"> {{ token.name }} of {{ token.user }}</span></button></form></td></tr>
@@ -14225,8 +14503,7 @@ Critical: while it is unhealthy, the gate is closed</label>
 {{ input("port", "Port", inputmode="numeric", placeholder=ports) }}
 {{ input("username", "User name") }}
 {{ input("password", "Password", "sealed, and never shown again", "password", autocomplete="new-password",
-         placeholder="not kept: type it again" if given.password else "not copied" if copied
-         else "unchanged" if name) }}
+         placeholder=none if given.password else "not copied" if copied else "unchanged" if name) }}
 </div></fieldset>
 <fieldset class="panel"><legend>Everything else</legend>
 {{ input("settings", "Limits, services, checks and other settings: none is needed", "YAML as in the inventory: "
@@ -14253,7 +14530,7 @@ ICONS = {state: f"""<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 32 32">
 <path d="{path}" fill="none" stroke="#fff" stroke-width="3" stroke-linejoin="round"/></svg>
 """ for state, colour, path in (
     ("healthy", "#18713a", "M4 17h6l3-8 6 15 3-7h6"), ("unhealthy", "#b91f29", "M9 9l14 14M23 9L9 23"),
-    ("degraded", "#855400", "M16 7L26 25H6z"))}
+    ("degraded", "#855400", "M16 7L26 25H6z"), ("unknown", "#566070", "M11 12q0-5 5-5t5 5q0 4-5 6v2m0 3v2"))}
 STYLE = r"""
 :root {
   color-scheme: light dark;
@@ -14285,7 +14562,8 @@ small, footer, thead th, .hint, .error { font-size: .8125rem; } b { font-weight:
 table, dl, figure, .empty, .panel { background: var(--surface); border: 1px solid var(--line); }
 .top { min-height: 3rem; padding-block: .375rem; background: var(--surface); border-bottom: 1px solid var(--line); }
 .brand { color: inherit; font-weight: 650; }
-.top nav { display: flex; gap: 1.25rem; flex: 1; } .top nav a { color: var(--soft); padding: .25rem 0; }
+.top nav { display: flex; flex-wrap: wrap; gap: 0 1.25rem; flex: 1; }
+.top nav a { color: var(--soft); padding: .25rem 0; white-space: nowrap; }
 .top nav a[aria-current] { color: var(--text); box-shadow: 0 2px var(--link); }
 .who, .chips, .filter, .actions, .row { gap: .5rem; }
 .notice { padding-block: .625rem; background: color-mix(in srgb, var(--degraded) 16%, var(--page)); }
@@ -14302,6 +14580,7 @@ table, dl, figure, .empty, .panel { background: var(--surface); border: 1px soli
 .gate h2 { font-size: 1.375rem; } .gate ul { flex-basis: 100%; list-style: none; } .gate li { padding-top: .25rem; }
 .message { margin-top: .75rem; } .message > * + *, .panel > * + * { margin-top: .5rem; }
 .now > p .state { font-size: 1.25rem; margin-right: .5rem; }
+.message .state { white-space: normal; }
 [role=alert]:not(.lost, :has(p)) { display: none; } .why { font-size: 1.0625rem; }
 
 .tools { margin: 1rem 0 .625rem; } .chips { flex: 1 1 auto; }
@@ -14323,18 +14602,20 @@ tbody th { min-width: 5rem; } thead th { border: 0; white-space: nowrap; }
 i { display: inline-block; padding: 0 .375rem; border: 1px solid var(--line); border-radius: 3px; font-style: normal;
   font-size: .75rem; line-height: 1.3; background: var(--sunken); color: var(--soft); }
 i.maintenance, i.degraded { color: var(--state); }
-.overview td { white-space: nowrap; }
+.overview td, .uptime td { white-space: nowrap; }
 .overview thead th { position: sticky; top: 0; z-index: 1; background: var(--surface);
   box-shadow: inset 0 -1px var(--line); }
 .overview tbody th { color: inherit; width: 100%; min-width: 14rem; }
 .overview tbody th a { font-weight: 600; margin-right: .25rem; }
-.overview tbody th p { color: var(--state); font-size: .875rem; }
+.overview tbody th p { font-size: .875rem; } .overview tbody th p:not(.soft) { color: var(--state); }
 .overview tr.unhealthy { box-shadow: inset 3px 0 var(--unhealthy); }
 .roll th { background: var(--sunken); } .roll b { margin-right: .75rem; } thead a { color: inherit; }
 [aria-sort=ascending] a::after { content: " \25B4" / ""; } [aria-sort=descending] a::after { content: " \25BE" / ""; }
 .old :is(td, dd, th, .state), td.old { color: var(--soft); } .old :is(svg, .state::before), td.old svg { opacity: .5; }
+.events :is(td:last-child, td:has(> a)) { min-width: 9rem; }
 td > :is(.state, time), .events td:nth-child(2) { white-space: nowrap; } td:has(time) + td { overflow-wrap: normal; }
-.gate + table { margin-top: .75rem; } .empty { padding: 3rem 1rem; text-align: center; }
+main > :is(table, .notice), #work > *, #seen > details, [role=alert] + table { margin-top: .75rem; }
+.empty { padding: 3rem 1rem; text-align: center; }
 .bar { width: 6rem; max-width: 40%; height: .5rem; margin-right: .5rem; }
 .overview .bar { width: 4rem; max-width: none; }
 .bar path { stroke: var(--fill); stroke-width: 8; fill: none; } .bar path:first-child { stroke: var(--track); }
@@ -14345,11 +14626,11 @@ td > :is(.state, time), .events td:nth-child(2) { white-space: nowrap; } td:has(
 .strip path:first-child { stroke: var(--track); stroke-width: 2; transform: translateY(9px); }
 .strip .healthy { stroke-width: 9; transform: translateY(5.5px); }
 .strip .degraded { stroke-width: 14; transform: translateY(3px); }
-.message .strip { width: 100%; max-width: 60rem; height: 1.5rem; }
+.uptime .strip .unknown { stroke: none; }
 
 .title { align-items: start; justify-content: space-between; margin-top: 1rem; }
-.actions { align-items: start; position: relative; }
-.actions summary { list-style: none; } summary { cursor: pointer; color: var(--link); }
+.actions { align-items: start; position: relative; margin-left: auto; }
+summary { cursor: pointer; color: var(--link); } summary.button { display: inline-block; }
 .panel { margin-top: 1rem; padding: 1rem; border-radius: 6px; }
 .actions .panel { position: absolute; right: 0; z-index: 2; width: 30rem; max-width: calc(100vw - 2rem);
   margin-top: .375rem; box-shadow: 0 6px 24px #0004; }
@@ -14395,11 +14676,22 @@ legend { float: left; width: 100%; padding: 0 0 .5rem; font-weight: 600; } legen
 #result { flex: 1 1 20rem; } #result .message { margin: 0; padding: .375rem .75rem; }
 form:has([value=simulated]:checked) .remote { display: none; }
 
+.wall { min-height: 100vh; padding-block: 3vh; text-align: center; background: var(--state); color: var(--page);
+  font-size: clamp(1.25rem, 3.5vw, 3.5rem); line-height: 1.25; }
+.wall h1 { font-size: clamp(4rem, 18vw, 40vh); } .wall * { color: inherit; }
+.wall ul { list-style: none; margin-top: 3vh; } .wall small { font-size: .6em; }
+body:has(#lost:not([hidden])) .wall { --state: var(--soft); }
+
 @media (max-width: 60rem) {
-  .overview thead { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
+  :is(.overview thead:not(:has(a)), .uptime thead, .incidents thead) { position: absolute; width: 1px; height: 1px;
+    overflow: hidden;
+    clip-path: inset(50%); }
   .overview, .overview tbody { display: block; }
   .overview tr { display: grid; grid-template-columns: repeat(3, minmax(0, 1fr)); gap: .125rem .75rem;
     padding: .5rem .75rem; border-top: 1px solid var(--line); }
+  .overview thead tr { display: flex; flex-wrap: wrap; } .overview thead tr::before { content: "Sort by"; }
+  .overview thead th { position: static; padding: 0; box-shadow: none; }
+  .overview thead th:not(:has(a)) { display: none; }
   .overview td, .overview tbody th { border: 0; padding: 0; min-width: 0; width: auto; }
   .overview tbody th { grid-column: 1 / -1; order: -1; } .overview .roll, .overview .roll th { display: block; }
   .overview td:nth-child(3):not([data-label])::before { content: "for "; }
@@ -14409,9 +14701,13 @@ form:has([value=simulated]:checked) .remote { display: none; }
   .overview .strip { width: 100%; } .overview .bar { width: calc(100% - 3.25rem); }
   .overview td small { display: none; }
   .filter { flex: 1 1 100%; } .filter input, .filter select { flex: 1 1 8rem; min-width: 0; max-width: none; }
-  .actions .panel { left: 0; right: auto; } .events thead { display: none; }
+  .actions { margin-left: 0; } .actions .panel { left: 0; right: auto; } .buttons { position: static; }
+  .events thead { display: none; } .events form { display: inline; }
   .events tr { display: block; padding: .5rem .75rem; border-top: 1px solid var(--line); }
-  .events td { display: inline; border: 0; padding: 0 .5rem 0 0; }
+  .events :is(td, th) { display: inline; border: 0; padding: 0 .5rem 0 0; }
+  :is(.uptime, .incidents) :is(tr, th, td) { display: block; border: 0; } .uptime .strip { width: 100%; }
+  :is(.uptime, .incidents) tr { border-top: 1px solid var(--line); }
+  .uptime td[data-label] { display: inline-block; } .incidents td:empty { display: none; }
 }
 """
 PAGE_SCRIPT = r"""
@@ -14504,15 +14800,22 @@ function leave() {
   warn("Your session is over. Send the form, and log in again.");
 }
 
+// Nor do title and icon show a state that may be over.
+function age(why) {
+  warn(`${why} What is shown is old.`);
+  document.title = "not known · HealthChecker";
+  document.querySelector("link[rel=icon]").href = lost.dataset.icon;
+}
+
 async function refresh() {
   try {
     const { answer, page, late } = await ask(location.href);
     if (answer.redirected || [401, 403, 404].includes(answer.status)) return leave();
-    if (!answer.ok) return warn(`${page.querySelector("main p")?.textContent || answer.status} What is shown is old.`);
+    if (!answer.ok) return age(page.querySelector("main p")?.textContent || answer.status);
     if (!late) show(page);
     lost.hidden = true;
   } catch {
-    if (lost.hidden) warn(`No answer since ${serverTime(Date.now() / 1000 + skew)}. What is shown is old.`);
+    if (lost.hidden) age(`No answer since ${serverTime(Date.now() / 1000 + skew)}.`);
   }
 }
 
@@ -14533,12 +14836,18 @@ async function send(form, button) {
     const { answer, page } = await ask(to, { method: "POST", body, signal: AbortSignal.timeout(SENDING) });
     if (answer.redirected && new URL(answer.url).pathname !== location.pathname) return location.assign(answer.url);
     if (answer.status === 401) return form.submit();     // the login, which brings what was typed back
-    if (answer.ok) form.closest("details")?.removeAttribute("open");
+    const panel = answer.ok && form.closest("details");
+    if (panel) {
+      panel.open = false;
+      form.reset();
+      panel.firstElementChild.focus();
+    }
     show(page, true);
   } catch {
     warn("No answer: it may not have been done.");
   } finally {
-    button.disabled = false;
+    button.disabled = false;    // which took the focus away
+    if (document.activeElement === document.body) (button.isConnected ? button : main).focus({ preventScroll: true });
   }
 }
 
@@ -14568,7 +14877,7 @@ setTimeout(watch, PERIOD);
 # The pages: a request that `authorize` let through comes in, a page or a redirect goes out. Rows are read in one
 # session, what is to be done is asked of Actions, and templates draw it. Runs in the console's threads; nothing is
 # kept between requests. A form that fails shows again what was typed, whatever was wrong; secrets never come back.
-# Gives: PAGES, add_template_globals, refuse
+# Gives: Answer, EVENTS_SHOWN, PAGES, add_template_globals, query_of, refuse, render_page
 STATES = ("unhealthy", "unknown", "degraded", "maintenance", "healthy")     # worst first, as pages sort and filter
 TROUBLE = frozenset({"unhealthy", "unknown", "degraded"})
 EVENT_NAMES = 10_000            # events that are looked through for names of what was removed
@@ -14602,7 +14911,7 @@ def asset(name: str) -> Answer:
     return flask.Response(text, mimetype=kind, headers={"Cache-Control": "public, max-age=31536000, immutable"})
 
 
-def render_page(page: str, status: int = 200, **shown: Any) -> flask.Response:
+def render_page(page: str, status: int = 200, layout: str = "layout.html", **shown: Any) -> flask.Response:
     """A page, `shown` in its template; its form shows `given`, and `errors` at the fields."""
     who: Principal | None = flask.g.get("principal")
     user = who.user if who else None
@@ -14614,7 +14923,7 @@ def render_page(page: str, status: int = 200, **shown: Any) -> flask.Response:
     if who and user and not who.restricted:
         common |= {"override": who.context.monitor.override.now, "passed": who.context.passed,
                    "observes": who.context.lease.observes.value}
-    response = flask.Response(flask.render_template("layout.html", **(common | shown)), status, mimetype="text/html")
+    response = flask.Response(flask.render_template(layout, **(common | shown)), status, mimetype="text/html")
     if flask.request.accept_encodings["gzip"]:      # no page holds a secret whose length could tell what it is
         response.set_data(gzip.compress(response.get_data(), 3))
         response.headers.update({"Content-Encoding": "gzip", "Vary": "Accept-Encoding"})
@@ -14646,10 +14955,9 @@ class ResourceRow:
         self.reason = DAMAGED if settings is None else cause_text(last.cause, last.reason)
         self.maintenance, self.seen = more.maintenance.get(row.name), more.seen.get(row.name)
         self.shown_state = "maintenance" if self.maintenance else known.state
+        self.is_sick = is_sick(known)
         self.strip = strip_svg(status.strip if status else "")
-        read = poller.news.read if poller and known.sample == "null" else None
-        self._read = read if read and read.target.settings_digest == row.settings_digest else None
-        self.read_at = self._read.at if self._read else 0.0     # Unix time of what is shown though it is old, or 0
+        self._sample, self.read_at = last_sample(row, status, known)
 
     @property
     def failing(self) -> str:
@@ -14668,8 +14976,7 @@ class ResourceRow:
     @functools.cached_property
     def sample(self) -> dict[str, Any] | None:
         """What the last poll read, or the last one that read anything; None when it is damaged."""
-        text = self._read.status["sample"] if self._read else self.status.sample
-        return NO_SAMPLE if text == "null" else stored_mapping(text, NO_SAMPLE)
+        return NO_SAMPLE if self._sample == "null" else stored_mapping(self._sample, NO_SAMPLE)
 
     @property
     def address(self) -> str:
@@ -14859,14 +15166,6 @@ def overview(**more: Any) -> flask.Response:
                        refresh="" if flask.request.method == "GET" else PREFIX, **more)
 
 
-def amount(metric: str, value: float) -> str:
-    if metric.endswith("_percent"):
-        return f"{value:.1f} %"
-    if metric == "response_seconds":
-        return f"{1000 * value:.0f} ms"
-    return f"{value:.2f} s" if metric == "seconds" else f"{value:.2f}"
-
-
 def reading_rows(sample: Mapping[str, Any], resource: ResourceRow, damage: str) -> list[dict[str, Any]]:
     """Each metric that was read, has a limit, or could not be read."""
     rows: list[dict[str, Any]] = [{"label": "All of them", "limit": {}, "problem": damage}] if damage else []
@@ -14895,8 +15194,15 @@ MACHINE = {"hostname": "Host name", "os": "System", "kernel": "Kernel", "cpu_cou
            "skipped_filesystems": "Filesystems skipped", "hidden_filesystems": "Filesystems hidden"}
 
 
-def unit_of(metric: str) -> str:
-    return " %" if metric.endswith("_percent") else " s" if metric == "seconds" else ""
+def chart_points(session: Session, resource: ResourceRow, span: str, now: float) -> Iterator[
+        tuple[str, str, LimitValues, list[Point]]]:
+    """Label, metric, limit and points of each chart, of disks the fullest one and then all."""
+    for metric, label in LABELS.items():
+        if metric in METRICS:
+            yield label, metric, resource.limit(metric), chart(session, resource.row.id, metric, span, now)
+        if metric == "disk_percent":
+            for mount, points in filesystem_charts(session, resource.row.id, span, now).items():
+                yield f"{label} {mount}", metric, resource.limit(metric, mount), points
 
 
 def charts(session: Session, resource: ResourceRow, span: str, now: float) -> list[dict[str, Any]]:
@@ -14905,10 +15211,8 @@ def charts(session: Session, resource: ResourceRow, span: str, now: float) -> li
     written = "%H:%M" if span in ("hour", "day") else "%d %b"
     times = [time.strftime(written, time.localtime(begin + part * SPANS[span][0] / 4)) for part in range(5)]
     marks = list(marks_of(events(session, resource=resource.name, limit=MARKS), begin, now))
-    for metric, label in LABELS.items():
-        points = chart(session, resource.row.id, metric, span, now) if metric in METRICS else []
+    for label, metric, limit, points in chart_points(session, resource, span, now):
         if points:
-            limit = resource.limit(metric)
             highest = max(point.maximum for point in points)
             top = 100.0 if metric.endswith("_percent") else scale_top([highest, *filter(None, limit.values())])
             average = sum(point.average for point in points) / len(points)
@@ -14972,20 +15276,6 @@ def event_page() -> Answer:
                        refresh=None if wanted["before"] else "")
 
 
-def incident_page() -> Answer:
-    """When the gate was closed, and for how much of the time it was open."""
-    who, args = current_principal(), flask.request.args
-    span, group, now = args.get("span", ""), args.get("group", SITE), who.context.clock()
-    span = span if span in UPTIMES else "month"
-    with who.context.store.reading() as session:
-        found = incidents(session, group=group, since=now - UPTIMES[span] * 86_400.0)
-        times, strip = uptime(session, group, now), gate_strip(session, group, span, now)
-    links = [(name, query_of({"span": name, "group": group}), f"Last {name}", None) for name in UPTIMES]
-    return render_page("incidents", found=found, uptime=times, span=span, span_links=links, group=group,
-                       strip=strip_svg(strip, f"Last {span}"), refresh="",
-                       groups=[each.name for each in list_groups(who)])
-
-
 # --- forms ---
 TYPED = "typed."                # begins the names of what was typed into a form before the login
 RETYPABLE = re.compile(     # forms that show it again
@@ -15017,12 +15307,12 @@ def told(error: ApiError) -> str:
     return f"{error}. Next attempt in {duration_text(wait)}." if error.status == 429 and wait > 1 else str(error)
 
 
-def form_texts(name: str) -> dict[str, str]:
-    """What the form shows of a resource that was added here: the inputs, and as YAML what it states besides; of a new
+def form_texts(name: str, find: Callable[..., Resource]) -> dict[str, str]:
+    """What the form shows of a resource that `find` gives: the inputs, and as YAML what it states besides; of a new
     one the defaults."""
     who, inventory = current_principal(), current_principal().context.imported
     with who.context.store.reading() as session:
-        values = stated(changeable(who, session, name), inventory) if name else {
+        values = stated(find(session, name), inventory) if name else {
             field: value for field, value in shared_defaults(inventory).items()
             if field in INPUTS or field not in foreign_fields(Platform.SIMULATED.value)}    # what all machines have
     values = json.loads(json.dumps(values),     # 90 and not 90.0
@@ -15038,7 +15328,8 @@ def form_page(name: str = "", given: Mapping[str, str] | None = None, **more: An
     """The form to add a resource, or to change the one called `name`."""
     copied = "" if name or given is not None else flask.request.args.get("copy", "")
     if given is None:
-        given = {**form_texts(name or copied), **({"name": ""} if copied else {})}
+        find = find_resource if copied else functools.partial(changeable, current_principal())
+        given = {**form_texts(name or copied, find), **({"name": ""} if copied else {})}
     return render_page("form", title=f"Edit {name}" if name else "Add a resource", name=name, given=given,
                        copied=copied, others=OTHERS, example=EXAMPLE,
                        platforms=[platform for platform in SELECTABLE if platform != "local"],
@@ -15108,7 +15399,7 @@ def acknowledgement_form(who: Principal, name: str) -> None:
     form = flask.request.form
     if "end" in form:
         return end_acknowledgement(who, name)
-    acknowledge(who, name, {"comment": form.get("comment", "")})
+    acknowledge_resource(who, name, {"comment": form.get("comment", "")})
 
 
 def trust_form(who: Principal, name: str) -> Answer | None:
@@ -15212,7 +15503,8 @@ def error_page(error: ApiError) -> Answer:
     who: Principal | None = flask.g.get("principal")
     if who and who.operator and who.restricted and error.status == 403 and not is_form:
         return flask.redirect("/-/password", 303)
-    return render_page("error", error.status, title=http.HTTPStatus(error.status).phrase, problem=told(error))
+    icon = {"icon": "unknown"} if error.status >= 500 else {}    # nothing is known to be well
+    return render_page("error", error.status, **icon, title=http.HTTPStatus(error.status).phrase, problem=told(error))
 
 
 def refuse(failure: Exception) -> Answer:
@@ -15245,7 +15537,6 @@ PAGES = (
     form_route(RESOURCE_PAGE + "/trust", resource_page, trust_form),
     form_route(RESOURCE_PAGE + "/remove", resource_page, remove_resource, PREFIX),
     Route("GET", "/-/events", "viewer", event_page),
-    Route("GET", "/-/incidents", "viewer", incident_page),
     Route("GET", USERS, "admin", user_page),
     form_route(USERS, user_page, lambda who: add_user(who, filled()), USERS),
     form_route(USERS + "/<name>", user_page, lambda who, name: change_user(who, name, filled()), USERS),
@@ -15262,6 +15553,111 @@ PAGES = (
     replace(form_route("/-/password", functools.partial(render_page, "change the password"), password_form),
             needs="viewer", restricted=True),
 )
+
+
+# === Boards ==================================================================
+# What the gate did, and how it stands, to be looked at: in come incidents and what the service says of itself, out go
+# a page for who is logged in and, where service.status_page or a token says so, one for a wall or for anybody, which
+# names no resource but by its public_name. Runs in the console's threads.
+# Gives: BOARDS
+TURNS_SHOWN = 5                 # of planned work on the status page
+SEVERITY = ("unhealthy", "unknown", "degraded", "maintenance", "healthy")   # of resources that share a public name
+
+
+class GateRow(NamedTuple):
+    """How long the site, a group or a route was open, as a person reads it."""
+
+    name: str                   # empty: the whole site
+    href: str                   # its incidents
+    uptime: Mapping[str, float | None]
+    strip: Markup
+    refusals: Sequence[int]     # see refusals
+
+
+def incident_page() -> Answer:
+    """When the gate was closed, and for how much of the time site, groups and routes were open."""
+    who, args = current_principal(), flask.request.args
+    span, group, now = args.get("span", ""), args.get("group", SITE), who.context.clock()
+    span = span if span in UPTIMES else "month"
+    begin, names = now - UPTIMES[span] * DAY, [SITE, *(each.name for each in list_groups(who))]
+    with who.context.store.reading() as session:
+        found = incidents(session, group=group, since=begin, limit=EVENTS_SHOWN)
+        rows = [GateRow(name, query_of({"span": span, "group": name}), uptime(session, name, now),
+                        strip_svg(gate_strip(session, name, span, now), f"Last {span}"), refusals(session, name, begin))
+                for name in names]
+    links = [(name, query_of({"span": name, "group": group}), f"Last {name}", None) for name in UPTIMES]
+    asked = urlencode({"group": group, "since": written(begin)})
+    return render_page("incidents", title="Incidents", found=found, rows=rows, span=span, span_links=links,
+                       group=group, asked=asked, refresh="")
+
+
+def shown_token(header: str) -> bytes:
+    """What an Authorization header bears: a token, or a password of the Basic scheme, which browsers can show."""
+    scheme, _, text = header.partition(" ")
+    with contextlib.suppress(ValueError):
+        if scheme.lower() == "basic":
+            return base64.b64decode(text.strip(), validate=True).partition(b":")[2]
+    return text.strip().encode("utf-8", "replace") if scheme.lower() == "bearer" else b""
+
+
+def may_see_status(context: ConsoleContext) -> bool:
+    """Whether who asks now may see the status page. Raises HTTPException where there is none."""
+    if context.inventory.service.status_page:
+        return True
+    with context.store.reading() as session:
+        sealed = session.scalar(sqlalchemy.select(Receiver.url).where(Receiver.name == STATUS_TOKEN))
+    wanted = context.vault.open(sealed, *url_binding(STATUS_TOKEN)) if sealed else flask.abort(404)
+    return hmac.compare_digest(wanted.encode(), shown_token(flask.request.headers.get("Authorization", "")))
+
+
+def named_states(context: ConsoleContext) -> dict[str, str]:
+    """The states of what has a public name, by that; of several the worst."""
+    targets, found = context.monitor.targets, dict[str, str]()
+    for name, standing, counted in context.monitor.standings():
+        if name in targets and (public := targets[name].settings.public_name):
+            states = {standing.state if counted else "maintenance", found.get(public, "healthy")}
+            found[public] = min(states, key=SEVERITY.index)
+    return found
+
+
+def public_turns(context: ConsoleContext, session: Session, now: float) -> Iterator[dict[str, Any]]:
+    """What is planned. Reasons are for who is logged in, and tags may be called by a host."""
+    turns, targets = timetable(session, now)[:TURNS_SHOWN], context.monitor.targets
+    known = choices(session) if turns else None
+    for turn in turns:
+        within = {targets[name].settings.public_name for name in known.of(turn.scope) & targets.keys()} if known else {}
+        named = [*turn.scope.groups, *sorted(filter(None, within))]
+        yield {"what": "everything" if turn.scope.all else ", ".join(named) or "a part of it",
+               "begun": turn.state == "begun", "start": turn.start, "until": turn.until}
+
+
+def remark_of(view: ServiceView, override: Override | None) -> str:
+    """What there is to say of the gate without a word of a resource."""
+    if override:
+        said = f"{'Opened' if override.action == 'open' else 'Closed'} by an operator."
+    else:
+        said = "Something is not well." if view.state == "degraded" else ""
+    return f"{said} Nothing is refused." if view.mode == "observe" else said
+
+
+def status_page() -> Answer:
+    """How the gate stands; what is not known to be well is not shown as that."""
+    context = current_principal().context
+    if not may_see_status(context):
+        return flask.Response("this page needs its token\n", 401, {
+            "WWW-Authenticate": 'Basic realm="status", charset="UTF-8"'}, mimetype="text/plain")
+    word, shown = "unknown", dict[str, Any](remark="The service says nothing new.")
+    with contextlib.suppress(StorageError, sqlalchemy.exc.SQLAlchemyError), context.store.reading() as session:
+        view, turns = told_by_service(session), [*public_turns(context, session, context.clock())]
+        shown = {"remark": remark_of(view, context.monitor.override.now), "since": view.gates[0].since, "turns": turns,
+                 "gates": view.gates[1:], "named": sorted(named_states(context).items())}
+        word = view.state
+    if not context.is_healthy and word != "closed":     # the lease is the truth; the rest is of a moment ago
+        word, shown["since"] = "closed", None
+    return render_page("status", layout="status.html", word=word, **shown)
+
+
+BOARDS = (Route("GET", "/-/incidents", "viewer", incident_page), Route("GET", "/-/status", "public", status_page))
 
 
 # === Console =================================================================
@@ -15300,8 +15696,9 @@ def build_console(context: ConsoleContext, metrics: Metrics) -> flask.Flask:
     app.config.update(MAX_CONTENT_LENGTH=CONSOLE_BODY, PROVIDE_AUTOMATIC_OPTIONS=False)
     app.url_map.merge_slashes = False       # it would redirect
     add_template_globals(app)
-    routes = {route.key: route for route in (*API_ROUTES, *PAGES, Route("GET", METRICS_PATH, "public", lambda: (
-        metrics.answer(flask.request.headers.get("Authorization", ""), operator=current_principal().operator))))}
+    scrape = Route("GET", METRICS_PATH, "public", lambda: (
+        metrics.answer(flask.request.headers.get("Authorization", ""), operator=current_principal().operator)))
+    routes = {route.key: route for route in (*API_ROUTES, *PAGES, *BOARDS, scrape)}
     for endpoint, route in routes.items():
         app.add_url_rule(route.path, endpoint, route.run, methods=[route.method])
     app.before_request(functools.partial(authorize, context, routes))
@@ -15357,26 +15754,30 @@ class ConsoleServer(threading.Thread):
 # decides, by rows and clock alone, what is said next; all of it is kept in rows before anything is sent, so that a
 # message is delivered at least once, and once where nobody is killed. The Notifier's thread looks every second and
 # waits for nobody: each message is on its way in a thread and a child process of its own, which alone imports apprise.
-# Gives: check_receivers, ChildProcess, deliver, has_apprise, Heartbeat, Message, NO_APPRISE, Notifier,
-# service_problems
+# Gives: check_receivers, ChildProcess, deliver, has_apprise, Heartbeat, is_service_well, Message, NO_APPRISE,
+# Notifier, service_problems
 NOTIFY_INTERVAL = 1.0           # seconds between two looks at the events
 NOTIFY_IDLE = 30.0              # seconds between two looks at all resources while there is nothing to be said
 NOTIFY_LINES = 10               # lines of a kind in a message
 NOTIFY_END = 1.0                # seconds that the end of the service leaves to messages on their way
 DELIVERY_TIMEOUT = 30.0         # seconds, a message from the start of its process to the end of it
+ANSWER_BYTES = 1 << 20          # of what a receiver answers
 RETRY_FIRST, RETRY_LONGEST = 10.0, 600.0    # seconds until the second try, and between two at most
 RETRY_TIME = 3600.0             # seconds after which a message is given up
 HEARTBEAT_INTERVAL = 60.0       # seconds
 HEARTBEAT_TIMEOUT = 10.0        # seconds
 NO_APPRISE = "notify needs the package apprise: run `pip install \"apprise>=2.3\"` in the environment of the service"
+# What a host says is to mention nobody (@everyone), to hide no link behind words, to be no tag.
+MARKUP = str.maketrans({mark: f"{mark}\u200b" for mark in "@<]"})
 STARTING = "(the service starts)"   # a gate that opens before it is told was never closed
 # What a child process is given of the environment; nothing that could be a secret of ours.
 CHILD_VARIABLES = ("PATH PYTHONPATH SYSTEMROOT WINDIR TEMP TMP TMPDIR LANG LC_ALL TZ SSL_CERT_FILE SSL_CERT_DIR "
           "REQUESTS_CA_BUNDLE HTTP_PROXY HTTPS_PROXY NO_PROXY http_proxy https_proxy no_proxy").split()
 # Says nothing but the answer: what apprise logs may name the URL.
 CHILD = r"""
-import json, logging, os, sys, threading
-sys.path[:] = [path for path in sys.path if path]
+import sys
+sys.path[:] = [path for path in sys.path if path]       # first: the folder it is started in may be anybody's
+import json, logging, os, threading
 logging.disable()
 asked, out = json.load(sys.stdin.buffer), os.dup(1)
 os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
@@ -15388,6 +15789,7 @@ from apprise.manager_attachment import AttachmentManager
 from apprise.manager_plugins import NotificationManager
 AttachmentManager().remove("file")      # who names one then raises KeyError
 NotificationManager().disable(*asked["refused"])
+apprise.NotifyBase.overflow_mode = apprise.OverflowMode.TRUNCATE    # or a service refuses what is too long for it
 asset = apprise.AppriseAsset(
     storage_mode="memory", plugin_paths=[], http_redirects=False, allow_templates=False, pgp_autogen=False,
     pem_autogen=False, async_mode=False, app_id="HealthChecker", app_desc="HealthChecker", app_url="")
@@ -15395,7 +15797,13 @@ send, seen = requests.Session.send, {}
 def noted(session, request, **more):
     seen.update(status=0, error="", after="")
     try:
-        came = send(session, request, **more)
+        came, body = send(session, request, **more | {"stream": True}), b""
+        for part in came.iter_content(1 << 16):     # of an answer without an end the beginning
+            body += part
+            if len(body) > asked["bytes"]:
+                break
+        came._content, came._content_consumed = body, True
+        came.close()
     except Exception as error:      # it goes on
         seen["error"] = type(error).__name__
         raise
@@ -15428,6 +15836,14 @@ class Unhealthy(NamedTuple):
     is_blamed: bool = False     # on what it depends on, or on this machine: that is told, and not this
 
 
+class Work(NamedTuple):
+    """Maintenance that runs."""
+
+    text: str
+    since_at: float
+    tags: frozenset[str] = frozenset()      # of the resources that it is of
+
+
 class Picture(NamedTuple):
     """How everything is, of the same moment as the events that are taken with it."""
 
@@ -15438,6 +15854,12 @@ class Picture(NamedTuple):
     tags: Mapping[str, frozenset[str]] = MappingProxyType({})   # of the resources that events name
     problems: Mapping[str, str] = MappingProxyType({})      # of the service itself
     acknowledged: Collection[str] = ()
+    works: Mapping[str, Work] = MappingProxyType({})        # by what they are of
+
+    def keepers(self) -> dict[str, Unhealthy]:
+        """What keeps the gate or a group closed."""
+        return {name: one for name, one in self.unhealthy.items()
+                if one.critical and not one.is_blamed and name not in self.excused}
 
 
 class Message(NamedTuple):
@@ -15467,7 +15889,7 @@ WORDS = {"gate": ("the gate", "closed", "open again"), "group": ("{}", "closed",
 def words_of(notice: Notice) -> tuple[str, str, str]:
     """What a notice is of, what that is while it lasts, how it ended."""
     what, lasts, ended = WORDS[notice.kind]
-    return what.format(notice.name or "everything"), lasts, notice.ending or ended
+    return what.format(notice.name), lasts, notice.ending or ended
 
 
 def headline(notice: Notice) -> str:
@@ -15492,7 +15914,8 @@ def line_of(notice: Notice) -> str:
 
 def first_lines(lines: Sequence[str]) -> list[str]:
     more = len(lines) - NOTIFY_LINES
-    return [*(one_line(line) for line in lines[:NOTIFY_LINES]), *([f"and {more} more"] if more > 0 else [])]
+    return [*(one_line(line).translate(MARKUP) for line in lines[:NOTIFY_LINES]),
+            *([f"and {more} more"] if more > 0 else [])]
 
 
 def as_mapping(row: Notice | Receiver, *names: str) -> dict[str, Any]:
@@ -15506,18 +15929,28 @@ def write_message(chosen: Sequence[Notice], picture: Picture, is_mine: Callable[
     order = [*WORDS]
     chosen = sorted(chosen, key=lambda notice: (order.index(notice.kind), notice.over_at > 0, notice.since_at))
     lasting, named = [each for each in chosen if not each.over_at], {each.name for each in chosen}
-    sick = sorted((one.since_at, name, one.why) for name, one in picture.unhealthy.items()
-                  if one.critical and not one.is_blamed and name not in picture.excused and is_mine(one.tags))
+    sick = sorted((one.since_at, name, one.why) for name, one in picture.keepers().items() if is_mine(one.tags))
     sick = sick if any(each.kind in ("gate", "group") for each in lasting) else []
     lines = [*first_lines([line_of(each) for each in chosen if each.kind != "state"]),
              *first_lines([line_of(each) for each in chosen if each.kind == "state"]),
              *first_lines([f"{name}: {why}; since {stamp(at)}" for at, name, why in sick if name not in named])]
     title = (f"HealthChecker: {headline(chosen[0])}{f', {len(sick)} unhealthy' if sick else ''}"
              f"{f', and {len(chosen) - 1} more' if len(chosen) > 1 else ''}")
-    return Message(one_line(title), "\n".join(filter(None, [*lines, console])), "failure" if lasting else "success")
+    bad = {not each.over_at for each in chosen if each.kind != "maintenance"}
+    return Message(one_line(title), "\n".join(filter(None, [*lines, console])),
+                   "failure" if True in bad else "success" if bad else "info")
 
 
-BAD_STATES = ("closed", "unhealthy", "begun")       # of events that begin something
+LETTER = TypeAdapter(tuple[str, str, str, list[dict[str, Any]]])    # a Message in a row, with the ends that it tells
+NO_LETTER = '["", "", "", []]'
+BAD_STATES = ("closed", "unhealthy")        # of events that begin something
+
+
+def is_seen_to(notice: Notice, picture: Picture) -> bool:
+    """Whether somebody has said so, of a resource or of everything that can keep the gate or a group closed."""
+    if notice.kind not in ("gate", "group"):
+        return notice.kind == "state" and notice.name in picture.acknowledged
+    return bool(keepers := picture.keepers()) and keepers.keys() <= {*picture.acknowledged}
 
 
 class Announcer:
@@ -15526,15 +15959,25 @@ class Announcer:
 
     def __init__(self, row: Receiver, notices: Iterable[Notice] = (), console: str = "") -> None:
         self.row, self._console = row, console
-        self.settings = ReceiverSettings.model_validate({"url": TOKEN_PREFIXES[0], **json.loads(row.settings)})
-        self.notices = {(notice.kind, notice.name): notice for notice in notices}
+        given = {"name": row.name, "url": TOKEN_PREFIXES[0]}
+        self.settings = ReceiverSettings.model_validate(given)
+        with contextlib.suppress(ValueError, TypeError):    # of a damaged row, which must silence nobody
+            self.settings = ReceiverSettings.model_validate({**given, **json.loads(row.settings)})
+        self.notices = {(notice.kind, notice.name): notice for notice in notices if notice.kind in WORDS}
+        try:
+            LETTER.validate_json(row.message or NO_LETTER)
+        except ValidationError:
+            row.message = NO_LETTER
+            self._give_up()
 
     def take(self, happened: Event, picture: Picture, now: float) -> None:
-        """Takes an event up, once."""
+        """Takes an event up, once; those of maintenance only have the rows looked at."""
         is_clock, name, at = happened.kind == "clock", happened.resource or happened.group, min(happened.at, now)
         kind, name = ("problem", "clock") if is_clock else (happened.kind, name)
         self.row.cursor = max(self.row.cursor, happened.id)
-        if kind not in self.settings.on or (happened.resource and not self._is_mine(picture.tags.get(name, ()))):
+        if kind == "maintenance" or kind not in self.settings.on:
+            return
+        if happened.resource and not self._is_mine(picture.tags.get(name, ())):
             return
         if (happened.state in BAD_STATES or is_clock) and not (kind == "state" and name in picture.excused):
             self._begin(kind, name, happened.text, at, times=int(STARTING not in happened.text))
@@ -15543,7 +15986,9 @@ class Announcer:
 
     def settle(self, picture: Picture, now: float) -> None:
         """Ends what the rows say is over, whatever became of its event, and begins what they say is bad."""
-        self.row.made_at, self.row.next_at = min(self.row.made_at, now), min(self.row.next_at, now + RETRY_TIME)
+        row = self.row
+        row.made_at, row.next_at, row.joined_at = (
+            min(row.made_at, now), min(row.next_at, now + RETRY_TIME), min(row.joined_at, now))
         for key, notice in [*self.notices.items()]:
             for column in ("since_at", "taken_at", "over_at", "told_at"):
                 setattr(notice, column, min(now, getattr(notice, column)))
@@ -15552,10 +15997,12 @@ class Announcer:
             if not notice.told_at and self._is_nothing(notice, picture):
                 del self.notices[key]
         self._begin_new("state", {name: (one.why, one.since_at) for name, one in picture.unhealthy.items()
-                                  if one.since_at >= self.row.joined_at and not one.is_blamed
+                                  if one.since_at >= row.joined_at and not one.is_blamed
                                   and name not in picture.excused and self._is_mine(one.tags)}, now)
         self._begin_new("problem", {name: (why, now) for name, why in picture.problems.items()
-                                    if name != f"receiver {self.row.name}"}, now)
+                                    if name != f"receiver {row.name}"}, now)
+        self._begin_new("maintenance", {name: (one.text, one.since_at) for name, one in picture.works.items()
+                                        if one.since_at >= row.joined_at and self._is_mine(one.tags)}, now)
 
     def compose(self, picture: Picture, now: float) -> None:
         """Makes what is to be said now, if anything is, the row's message; it counts as told, and what is over is
@@ -15628,12 +16075,13 @@ class Announcer:
         is_there = polled_at is not None or name in picture.unhealthy
         if kind not in self.settings.on:
             return "no longer told of"
-        if (kind == "group" or (kind == "maintenance" and name and not is_there)) and name not in picture.groups:
+        if kind == "group" and name not in picture.groups:
             return "removed"
         if kind == "state" and (name in picture.excused or not is_there):
             return "in maintenance now" if is_there else "removed"
         is_well = polled_at is not None and polled_at > notice.since_at
-        return "" if (kind == "state" and is_well) or (kind == "problem" and name not in picture.problems) else None
+        lasting = {"problem": picture.problems, "maintenance": picture.works}.get(kind)
+        return "" if (kind == "state" and is_well) or (lasting is not None and name not in lasting) else None
 
     def _is_nothing(self, notice: Notice, picture: Picture) -> bool:
         """Whether what was not told yet need not be: too short, in maintenance, or another's fault."""
@@ -15654,8 +16102,8 @@ class Announcer:
         after, remind = 60 * self.settings.after, 3600 * self.settings.remind or math.inf
         ends, begun = [], []
         for notice in self.notices.values():
-            is_seen_to = notice.kind == "state" and notice.name in picture.acknowledged
-            if notice.told_at and (notice.over_at or (now - notice.told_at >= remind and not is_seen_to)):
+            may_remind = now - notice.told_at >= remind and not is_seen_to(notice, picture)
+            if notice.told_at and (notice.over_at or may_remind):
                 ends.append(notice)
             elif not notice.told_at and (notice.over_at or now - notice.taken_at >= after):
                 begun += [notice] if self._concerns(notice, picture) else []
@@ -15683,7 +16131,8 @@ class ChildProcess:
 
     def ask(self, urls: Sequence[str], seconds: float, message: Message = SILENCE) -> dict[str, Any] | None:
         """The answer, None without one in time. Ends the process."""
-        asked = json.dumps({"urls": urls, "refused": sorted(LOCAL_SERVICES), "seconds": seconds, **message._asdict()})
+        asked = json.dumps({"urls": urls, "refused": sorted(LOCAL_SERVICES), "seconds": seconds,
+                            "bytes": ANSWER_BYTES, **message._asdict()})
         try:
             said = self._process.communicate(asked.encode(), seconds)[0]
             return cast("dict[str, Any]", json.loads(said))
@@ -15718,7 +16167,7 @@ def deliver(url: str, message: Message, child: ChildProcess, seconds: float = DE
 
 def check_receivers(inventory: Inventory, vault: Vault) -> Iterator[HealthCheckerError]:
     """What is wrong with those who are to be told, as far as apprise knows."""
-    named = [(where, name, url) for where, name, url in inventory.urls() if name != HEARTBEAT]
+    named = [(where, name, url) for where, name, url in inventory.urls() if name not in OWN_SECRETS]
     if not named:
         return
     if not has_apprise():
@@ -15738,31 +16187,52 @@ def service_problems(recorder: Recorder) -> dict[str, str]:
     return {"database": f"the database cannot be written: {recorder.unwritten}"} if recorder.unwritten else {}
 
 
+def is_service_well(aggregator: HealthAggregator, recorder: Recorder) -> bool:
+    """Whether those live who watch, what they find can be written, and the gate is open."""
+    is_watched = min([*aggregator.beats.values()], default=0.0) > lease_clock()
+    return is_watched and recorder.is_well and aggregator.is_healthy()
+
+
+def running_works(session: Session, now: float) -> dict[str, Work]:
+    """Maintenance that runs; of two of the same the one that began first."""
+    begun = sqlalchemy.select(Maintenance).filter_by(state="begun").order_by(Maintenance.start_at.desc())
+    rows = [row for row in session.scalars(begun) if row.until_at > now]
+    known, found = choices(session) if rows else Choices({}, {}, {}), {}
+    for row in rows:
+        names = known.of(row.chosen)
+        found[str(row.chosen)] = Work(f"in maintenance until {written(row.until_at)}: {row.reason}", row.start_at,
+                                      frozenset(tag for tag, tagged in known.tags.items() if tagged & names))
+    return found
+
+
 def take_picture(session: Session, names: Iterable[str], problems: Mapping[str, str], now: float) -> Picture:
     """How everything is by the rows; with the tags of resources of these names."""
-    unhealthy, healthy, tags, wanted = {}, {}, {}, {*names}
+    unhealthy, healthy, tags, wanted = {}, {}, dict[str, frozenset[str]](), {*names}
     rows = session.execute(sqlalchemy.select(
         Resource.name, Resource.settings, Status.state, Status.cause, Status.reason,
         Status.since_at, Status.polled_at).outerjoin(Status, Status.resource_id == Resource.id)).all()
     for name, text, state, cause, reason, since_at, polled_at in rows:
         settings: Any = {}
         if state == "unhealthy" or name in wanted:
-            with contextlib.suppress(ValueError):       # of a damaged row
-                settings = json.loads(text)
-            tags[name] = frozenset(settings.get("tags", ()))
+            tags[name] = frozenset()
+            with contextlib.suppress(ValueError, TypeError):    # of a damaged row
+                settings = {} | json.loads(text)
+                tags[name] = frozenset(settings.get("tags", ()))
         if state == "unhealthy":
-            unhealthy[name] = Unhealthy(since_at, f"{cause}: {reason}", tags[name], settings.get("critical", True),
+            unhealthy[name] = Unhealthy(since_at, caused(cause, reason), tags[name], settings.get("critical", True),
                                         cause in ("parent", "cut_off"))
         else:
             healthy[name] = polled_at or 0.0
     gates = Gates.model_validate_json(remembered(session, "gates").text or "{}")
     groups = frozenset(gates.members({}))
     more = remarks(session, now)
-    return Picture(unhealthy, healthy, {*more.maintenance}, groups, tags, problems, frozenset(more.seen))
+    return Picture(unhealthy, healthy, {*more.maintenance}, groups, tags, problems, frozenset(more.seen),
+                   running_works(session, now))
 
 
 class Notifier(threading.Thread):
-    """Tells the receivers of the rows."""
+    """Tells the receivers of the rows. A message is written down before it is sent and again when it was: who is killed
+    in between sends it once more, for one that comes twice is better than one that never comes."""
 
     def __init__(self, store: Store, vault: Vault, problems: Callable[[], Mapping[str, str]], console: str) -> None:
         super().__init__(name="notifier", daemon=True)
@@ -15772,26 +16242,29 @@ class Notifier(threading.Thread):
         self._announcers: dict[int, Announcer] = {}     # by the receiver's id; the rows are a copy of them
         self._saved: dict[int, object] = {}
         self._lost: list[str] = []          # texts of events to be written
-        self._revision, self._looked_at, self._newest = -1, 0.0, 0
+        self._revision, self._looked_at = -1, 0.0
         self._results: queue.SimpleQueue[tuple[int, Delivery]] = queue.SimpleQueue()
         self._threads: dict[int, threading.Thread] = {}         # those that send, by the receiver's id
         self._lock = threading.Lock()       # guards the next, and that none begins after the end
         self._running: dict[int, ChildProcess] = {}
 
     def run(self) -> None:
-        while not self._ending.wait(NOTIFY_INTERVAL):
+        ended = False
+        while not ended:
             with self._trouble.caught():
                 self.look(time.time())
+            ended = self._ending.wait(NOTIFY_INTERVAL * (1 if self._announcers else 5))    # a reload may name some
 
     def look(self, now: float) -> None:
         """Takes up what happened since the last look, and sends what is to be said."""
-        self._take_results(now)
         with self._trouble.caught():        # what cannot be read is no reason to keep what is known to oneself
             with self._store.reading() as session:
                 self._follow(session)
+                self._take_results(now)     # after that, or what came would be forgotten, and be sent again
                 found, picture = self._see(session, now)
             if picture:
                 self._announce(found, picture, now)
+        self._take_results(now)
         self._save()
         self._dispatch(now)
 
@@ -15813,12 +16286,12 @@ class Notifier(threading.Thread):
 
     def _follow(self, session: Session) -> None:
         """Takes the rows up where the inventory may have changed them."""
-        if (current := revision(session)) == self._revision:
+        if (current := revision(session)) == self._revision or self._unkept.why:    # the rows are behind
             return
         notices: dict[int, list[Notice]] = collections.defaultdict(list)
         for notice in session.scalars(sqlalchemy.select(Notice)):
             notices[notice.receiver_id].append(notice)
-        rows = session.scalars(sqlalchemy.select(Receiver).where(Receiver.name != HEARTBEAT)).all()
+        rows = session.scalars(sqlalchemy.select(Receiver).where(Receiver.name.not_in(OWN_SECRETS))).all()
         session.expunge_all()       # plain objects from now on
         self._announcers = {row.id: Announcer(row, notices[row.id], self._console) for row in rows}
         self._saved = {number: self._state_of(announcer) for number, announcer in self._announcers.items()}
@@ -15828,14 +16301,17 @@ class Notifier(threading.Thread):
 
     def _see(self, session: Session, now: float) -> tuple[list[Event], Picture | None]:
         """The events that are new to anybody, and how everything is; no picture while nothing can have changed."""
-        rows, problems = [announcer.row for announcer in self._announcers.values()], {**self._problems()}
+        rows = [announcer.row for announcer in self._announcers.values()]
+        if not rows:
+            return [], None
+        problems = {**self._problems()}
         problems |= {f"receiver {row.name}": f"{row.name} cannot be told: {row.trouble}" for row in rows if row.trouble}
         newest = session.scalar(sqlalchemy.select(func.max(Event.id))) or 0
         for row in rows:        # ids come again where the last events were dropped
             row.cursor = min(row.cursor, newest)
-        cursor = min((row.cursor for row in rows), default=newest)
+        cursor = min(row.cursor for row in rows)
         idle = not problems and cursor == newest and not any(each.notices for each in self._announcers.values())
-        if not rows or (idle and abs(now - self._looked_at) < NOTIFY_IDLE):
+        if idle and abs(now - self._looked_at) < NOTIFY_IDLE:
             return [], None
         found = [*session.scalars(sqlalchemy.select(Event).where(Event.id > cursor).order_by(Event.id))]
         session.expunge_all()
@@ -15896,9 +16372,10 @@ class Notifier(threading.Thread):
                 title, body, kind, _ = json.loads(row.message)
                 if now - row.made_at > RETRY_FIRST:
                     body += f"\nThis is of {stamp(row.made_at)} and could not be delivered before."
-                self._threads[number] = threading.Thread(None, self._send, f"notify {row.name}", (
+                thread = threading.Thread(None, self._send, f"notify {row.name}", (
                     row.id, row.url, row.bound, Message(title, body, kind)), daemon=True)
-                self._threads[number].start()
+                thread.start()      # which may be refused, and is tried again then
+                self._threads[number] = thread
 
     def _send(self, number: int, token: str, bound: Sequence[str], message: Message) -> None:
         came = Delivery(False, "the service ended")
@@ -15918,7 +16395,7 @@ class Notifier(threading.Thread):
 
 
 class Heartbeat(threading.Thread):
-    """Asks the URL of service.heartbeat every minute while all is well with the service itself, whatever the gate."""
+    """Asks the URL of service.heartbeat every minute while all is well: with the service itself, and the gate open."""
 
     def __init__(self, store: Store, vault: Vault, access: ConnectionContext, is_well: Callable[[], bool]) -> None:
         super().__init__(name="heartbeat", daemon=True)
@@ -15970,8 +16447,10 @@ COPIED_AT_ONCE = 1000           # rows
 
 def stated_service(path: Path, document: Document) -> ServiceSettings:
     """The `service` part alone: neither backup nor restore needs passwords, or the files that the rest names."""
+    value = document.value or {}
+    value = {key: part for key, part in value.items() if key != "notify"} if isinstance(value, dict) else value
     try:
-        return InventoryLoader(path, document).parse(InventoryFile, document.value or {}).service
+        return InventoryLoader(path, document).parse(InventoryFile, value).service
     except ValidationError as error:
         raise InventoryError(f"{path.name}: it is not valid; see `check`") from error
 
@@ -16208,13 +16687,15 @@ class Installation:
     def _started_with(self) -> dict[str, Any]:
         """What holds until the next start: the service's settings, and which groups and routes there are."""
         service, gates = self.inventory.service, self.inventory.gates
-        kept = service.model_dump(mode="json", exclude={"heartbeat", "heartbeat_env", "heartbeat_file",
-                                                        "database_password"})
+        kept = service.model_dump(mode="json", exclude={
+            name for name in ServiceSettings.model_fields
+            if name.startswith(("heartbeat", "status_token")) or name == "database_password"})
         return kept | {"gates": sorted(gates.members({})) or None}
 
     def keep_service(self, session: Session) -> None:
         """Takes down with which settings of its own the service runs."""
         session.merge(Setting(name="service", text=json.dumps(self._started_with())))
+        session.merge(Setting(name=STANDING, text=""))      # the one before may have been killed a moment ago
 
     def changed_service(self, session: Session) -> list[str]:
         """Names of the service's own settings that are not those with which it was started."""
@@ -16333,8 +16814,7 @@ def watch(installation: Installation, store: Store, console: Sequence[socket.soc
             stack.enter_context(contextlib.closing(server)).start()
         notifier = Notifier(store, vault, functools.partial(service_problems, recorder), console_url(service))
         stack.enter_context(contextlib.closing(notifier)).start()
-        heart = Heartbeat(store, vault, installation.access(), lambda: (
-            min([*aggregator.beats.values()], default=0.0) > lease_clock() and recorder.is_well))
+        heart = Heartbeat(store, vault, installation.access(), functools.partial(is_service_well, aggregator, recorder))
         stack.enter_context(contextlib.closing(heart)).start()
         reloads = threading.Thread(None, follow_hangups, "reloads", (installation, store, hangups), daemon=True)
         reloads.start()
@@ -16392,6 +16872,80 @@ def serve(arguments: argparse.Namespace) -> int:
     return 0
 
 
+# === Status ==================================================================
+# The command `status`, for people and for Nagios: what the running service wrote of itself a moment ago comes in, a
+# line and an exit code go out. Nothing is judged a second time, and nothing is said that the service did not say.
+# Gives: add_status_command, parsed
+NAGIOS = {"open": 0, "degraded": 1, "closed": 2, "unknown": 3}      # exit codes of `status`
+ALIKE = {"unhealthy": "closed", "unknown": "unknown", "degraded": "degraded"}   # the same of states, worst first
+
+
+def parts_told(installation: Installation, names: Sequence[str]) -> tuple[ServiceView, list[PartView]]:
+    """What the running service says of everything, and of what has these names. Raises HealthCheckerError."""
+    if not installation.database.inspect(whole=False) or not installation.database.is_running():
+        raise UsageError("the service does not run: the gate is closed")
+    with installation.store() as store, store.reading() as session:
+        view = told_by_service(session)
+        rows = session.execute(RESOURCES).all() if names else ()
+    known = {part.name: part for part in view.gates[1:]} | {row.name: PartView.model_validate({
+        "name": row.name, "state": known.state, "why": "", "since": known.since_at})
+        for row, status in rows for known in [status_of(row, status)]}
+    known |= {part.name: part for part in view.others if part.name in known}
+    for name in names:
+        if name not in known:
+            raise UsageError(f"{name}: {unknown_name(name, known, 'group, route or resource has this name')}")
+    return view, [known[name] for name in names]
+
+
+def status_line(state: str, parts: Sequence[PartView], numbers: Mapping[str, int]) -> str:
+    """As a plug-in of Nagios says it: one line, performance data behind a bar."""
+    said = [f"{part.name or 'gate'} {part.state}{f' ({part.why})' if part.why else ''}" for part in parts]
+    more = f" and {len(said) - 5} more" if len(said) > 5 else ""
+    told = one_line(f"{state.upper()}: {'; '.join(said[:5]) or 'all is well'}{more}").replace("|", "/")
+    return f"{told} | {' '.join(f'{name}={number}' for name, number in numbers.items())}"
+
+
+def told_status(installation: Installation, names: Sequence[str]) -> dict[str, Any]:
+    """The answer of `status`. Raises HealthCheckerError."""
+    view, named = parts_told(installation, names)
+    states = [part.state for part in named]
+    state = next((word for each, word in ALIKE.items() if each in states), "open") if names else view.state
+    shown = named or [part for part in (*view.gates, *view.others) if part.state in ALIKE]
+    numbers = {"gate": int(view.gates[0].state != "unhealthy"), "groups_closed": sum(
+        part.state == "unhealthy" for part in view.gates[1:]), **view.resources}
+    line = status_line(state, shown, numbers) + (" observe=1" if view.mode == "observe" else "")
+    return {"state": state, "text": line, "mode": view.mode, "resources": view.resources,
+            **{key: [part.model_dump(mode="json") for part in parts] for key, parts in (
+                ("gates", view.gates), ("others", view.others), ("named", named))}}
+
+
+def status(arguments: argparse.Namespace) -> int:
+    """Says what the running service says of everything, or of some, with exit codes of Nagios."""
+    try:
+        answer = told_status(Installation(arguments.inventory), arguments.names)
+    except (HealthCheckerError, sqlalchemy.exc.SQLAlchemyError, sqlite3.Error, OSError, ValueError) as error:
+        why = one_line(str(getattr(error, "orig", None) or error).replace("\n", "; "))
+        answer = {"state": "unknown", "text": f"UNKNOWN: {why}"}
+    print(json.dumps(answer) if arguments.json else answer["text"])
+    return NAGIOS[answer["state"]]
+
+
+def add_status_command(commands: Any) -> None:
+    command = commands.add_parser("status", help=(
+        "what the running service says, as a plug-in of Nagios: exit 0 open, 1 degraded, 2 closed, 3 not known"))
+    command.add_argument("--json", action="store_true")
+    command.add_argument("names", nargs="*", metavar="NAME", help="of groups, routes and resources: only of these")
+    command.set_defaults(run=status)
+
+
+def parsed(parser: argparse.ArgumentParser, words: Sequence[str]) -> argparse.Namespace:
+    """The arguments. Raises SystemExit; a `status` that is wrong is no closed gate, which has the usual code."""
+    try:
+        return parser.parse_args(words)
+    except SystemExit as end:
+        raise SystemExit(NAGIOS["unknown"] if end.code and "status" in words else end.code) from None
+
+
 # === Commands ================================================================
 # The command line: each command is a function of the arguments, works on an Installation and gives the exit code. What
 # it changes in the database a running service takes up within a second.
@@ -16422,7 +16976,8 @@ def peak(sample: Sample | None, metric: str) -> str:
     return f"{max(values):.0f}" if values else "-"
 
 
-def print_table(rows: Sequence[Sequence[str]]) -> None:
+def print_table(cells: Iterable[Iterable[str]]) -> None:
+    rows = [[*map(one_line, row)] for row in cells]     # a reason that somebody typed is no order to a terminal
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
@@ -16457,7 +17012,7 @@ def probe(targets: Mapping[str, Target], chosen: Sequence[Target], access: Conne
         rows[target.name] = [
             target.name, verdict.state, f"{time.monotonic() - began:.2f}",
             *(peak(sample, metric) for metric in ("cpu_percent", "memory_percent", "disk_percent")),
-            f"{verdict.cause}: {verdict.reason}" if verdict.cause else ""]
+            caused(verdict.cause, verdict.reason)]
 
     # daemons, so that Ctrl-C need not wait for them
     threads = [threading.Thread(target=run, args=(target,), daemon=True) for target in chosen]
@@ -16516,14 +17071,13 @@ def check_app(installation: Installation) -> int:
 
 def show_readable(installation: Installation) -> None:
     """Names the files with secrets that every account of this machine can read (POSIX)."""
-    inventory = installation.inventory
-    files = {installation.service.metrics_token_file, *(receiver.url_file for receiver in inventory.receivers),
-             installation.service.heartbeat_file, installation.service.database_password_file,
-             installation.service.database_path}
-    stated = installation.service
-    if any(not (each.url_file or each.url_env) for each in inventory.receivers) or (
-            stated.database_password and not (stated.database_password_file or stated.database_password_env)):
-        files.add(installation.path)
+    inventory, service = installation.inventory, installation.service
+    files = {service.metrics_token_file, *(receiver.url_file for receiver in inventory.receivers),
+             service.heartbeat_file, service.status_token_file, service.database_password_file, service.database_path}
+    elsewhere = [each.url_file or each.url_env for each in inventory.receivers]
+    elsewhere += [service.status_token_file or service.status_token_env] if service.status_token else []
+    elsewhere += [service.database_password_file or service.database_password_env] if service.database_password else []
+    files |= set() if all(elsewhere) else {installation.path}
     for each in inventory.resources:
         files |= {each.password_file, each.key_passphrase_file, each.key_file}
         files |= {each.certificate_file} if each.url and not each.key_file else set()
@@ -16567,7 +17121,9 @@ def check(arguments: argparse.Namespace) -> int:
 def notify_test(arguments: argparse.Namespace) -> int:
     """Sends one receiver a message, now."""
     installation = Installation(arguments.inventory)
-    urls = {name: url for _, name, url in installation.inventory.urls() if name != HEARTBEAT}
+    urls = {name: url for _, name, url in installation.inventory.urls() if name not in OWN_SECRETS}
+    if not urls:
+        raise UsageError(f"{arguments.inventory.name} names nobody to notify")
     if arguments.name not in urls:
         near = difflib.get_close_matches(arguments.name, urls, 1)
         raise UsageError(f"notify names no {arguments.name}{f'; did you mean {near[0]}?' if near else ''}")
@@ -16920,6 +17476,8 @@ def work_rows(session: Session) -> Iterator[list[str]]:
 
 def end_by_command(who: Principal, arguments: argparse.Namespace, scope: Mapping[str, Any]) -> None:
     """Ends what has a number, or what was planned for exactly this. Raises HealthCheckerError."""
+    if arguments.number and scope:
+        raise UsageError("say NUMBER or what it is of, not both")
     if arguments.number:
         return cancel_work(who, arguments.number)
     with who.context.store.writing() as session:
@@ -16948,9 +17506,11 @@ def maintenance(arguments: argparse.Namespace) -> int:
 
 
 def add_maintenance_commands(commands: Any) -> None:
+    work = commands.add_parser("maintenance", help="`maintenance start|end|list`: what does not count for a while")
+    work = work.add_subparsers(metavar="start|end|list", required=True)
     for action, what in (("start", "let something not count for a while, now or later"),
                          ("end", "end it, or cancel what is planned"), ("list", "print what runs and what is ahead")):
-        command = commands.add_parser(action, help=what)
+        command = work.add_parser(action, help=what)
         command.set_defaults(run=maintenance, action=action)
         for field in ("tag", "group", "resource") if action != "list" else ():
             command.add_argument(f"--{field}", dest=f"{field}s", action="append", metavar="NAME",
@@ -17033,8 +17593,8 @@ def command_line() -> argparse.ArgumentParser:
     users = commands.add_parser("user", help="`user add|passwd|remove|list|token`: who can log in")
     add_user_commands(users.add_subparsers(metavar="add|passwd|remove|list|token", required=True))
     add_gate_command(commands)
-    work = commands.add_parser("maintenance", help="`maintenance start|end|list`: what does not count for a while")
-    add_maintenance_commands(work.add_subparsers(metavar="start|end|list", required=True))
+    add_status_command(commands)
+    add_maintenance_commands(commands)
     command = commands.add_parser("notify", help="`notify test NAME`: send a receiver of `notify` a message, now")
     command.add_argument("action", choices=("test",))
     command.add_argument("name", metavar="NAME")
@@ -17055,13 +17615,8 @@ def be_discreet() -> None:
         resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit code: 0 done, 1 a check failed, 2 inventory or usage, 3 keys, 4 database."""
-    for stream in (sys.stdout, sys.stderr):     # a pipe has the code page of the machine; pythonw has no stream
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(encoding="utf-8", errors="backslashreplace", newline="\n")     # /bin/sh knows no \r
-    be_discreet()
-    arguments = command_line().parse_args(argv)
+def run_command(argv: Sequence[str] | None) -> int:
+    arguments = parsed(command_line(), sys.argv[1:] if argv is None else argv)
     for name in ("paramiko", "pypsrp", "urllib3", "spnego"):    # they repeat what we report
         logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
@@ -17072,11 +17627,34 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (sqlalchemy.exc.SQLAlchemyError, sqlite3.Error) as error:
         print(f"the database cannot be used: {one_line(str(getattr(error, 'orig', error)))}", file=sys.stderr)
         return StorageError.exit_code
+    except BrokenPipeError:
+        raise
     except OSError as error:
         print(f"{arguments.inventory.name}: {one_line(str(error))}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code: 0 done, 1 a check failed, 2 inventory or usage, 3 keys, 4 database."""
+    streams = [stream for stream in (sys.stdout, sys.stderr) if isinstance(stream, io.TextIOWrapper)]   # pythonw: none
+    for stream in streams:      # a pipe has the code page of the machine
+        stream.reconfigure(encoding="utf-8", errors="backslashreplace", newline="\n")     # /bin/sh knows no \r
+    be_discreet()
+    try:
+        try:
+            return run_command(argv)
+        finally:
+            for stream in streams:
+                stream.flush()
+    except OSError as error:    # of the output; who read it, `head` for instance, has enough
+        if not isinstance(error, BrokenPipeError):
+            print(f"the output cannot be written: {one_line(str(error))}", file=sys.stderr)
+        with open(os.devnull, "w", encoding="utf-8") as nowhere:    # or Python would complain at its end
+            for stream in streams:
+                os.dup2(nowhere.fileno(), stream.fileno())
+        return 1
 
 
 if __name__ == "__main__":

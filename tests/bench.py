@@ -242,7 +242,7 @@ def gated(resources: str, status: int, settings: str = SETTINGS, deadline: float
     """The service in front of the one-line application, once it answers with `status`."""
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "oneline.py").write_text(APP, encoding="utf-8")
-        with Program(write_inventory(Path(folder), resources, settings), deadline=deadline) as service:
+        with Program(write_inventory(Path(folder), resources, settings), deadline=deadline, as_module=True) as service:
             service.wait_status("/", status)
             yield service
 
@@ -260,7 +260,7 @@ def start_rows(plan: Plan) -> Iterator[Row]:
         starts, stops = [], []
         for _ in range(plan.rounds + 1):
             begin = time.monotonic()
-            with Program(path, deadline=90) as service:
+            with Program(path, deadline=90, as_module=True) as service:
                 service.wait_status("/", 200)
                 starts.append(time.monotonic() - begin)
                 begin = time.monotonic()

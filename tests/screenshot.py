@@ -72,8 +72,8 @@ def tell_a_story(page: Page, trouble: Trouble) -> None:
 
 
 def every_page(browser: Browser, service: Service, folder: Path) -> None:
-    paths = ["/-/login", "/-/", "/-/resources/files", "/-/resources/web1", "/-/events", "/-/users", "/-/add",
-             "/-/password", "/-/?q=none"]  # fmt: skip
+    paths = ["/-/login", "/-/", "/-/resources/files", "/-/resources/web1", "/-/events", "/-/incidents", "/-/users",
+             "/-/tokens", "/-/add", "/-/password", "/-/?q=none"]  # fmt: skip
     for scheme in ("light", "dark"):
         for width, height in SIZES.items():
             options = {"color_scheme": scheme, "viewport": {"width": width, "height": height}}
@@ -95,7 +95,7 @@ def main() -> None:
         trouble = Trouble(linux.folder / "queue-stalls")
         windows = stack.enter_context(WSManServer("https", "negotiate", answer=trouble))
         service = stack.enter_context(Service(inventory(folder, linux, trouble.flag, windows)))
-        context, page, _ = visit(browser, service, viewport={"width": 1280, "height": 424}, device_scale_factor=1.5)
+        context, page, _ = visit(browser, service, viewport={"width": 1280, "height": 440}, device_scale_factor=1.5)
         log_in(page, password=DOCUMENTED)
         change_password(page)
         tell_a_story(page, trouble)

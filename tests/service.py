@@ -290,9 +290,14 @@ class Program:
         code: int = 0,
         deadline: float = 120,
         program: Path = PROGRAM,
+        as_module: bool = False,
     ) -> None:
-        self.inventory, self.code, self.deadline, self._program = inventory, code, deadline, program
-        self._environment = environment(env)
+        self.inventory, self.code, self.deadline = inventory, code, deadline
+        self._environment, self.command = environment(env), command(inventory, program=program)
+        if as_module:  # as README's unit does, and `make run`
+            self.command[1:2] = ["-m", program.stem]
+            self._environment["PYTHONPATH"] = os.pathsep.join(
+                filter(None, (str(program.parent), self._environment.get("PYTHONPATH"))))
         self._lines: list[str] = []
         self._news = threading.Condition()  # guards _lines and _ended; notified with each line and at the end
         self._ended = False
@@ -302,7 +307,7 @@ class Program:
     def launch(self) -> Any:
         """The process, for which nobody waits until it serves; its output goes to a pipe."""
         return subprocess.Popen(
-            command(self.inventory, program=self._program),
+            self.command,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,

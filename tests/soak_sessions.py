@@ -38,7 +38,7 @@ WINDOWS_ROW = """  - {{name: windows{number}, hostname: 127.0.0.1, port: {port},
      interval: {interval}, timeout: {timeout}, retry_interval: {interval},
      relogin: {relogin}, fall: 1, rise: 1}}
 """
-FAULTS = ("kill", "stop", "reset", "half_close", "silence", "nothing")
+FAULTS = ("kill", "stop", "reset", "half_close", "silent", "nothing")
 TURNING = 10  # hosts that turn bad and good, of those by SSH
 GROWN = 20e6  # bytes that a shell may grow
 THREE = ("$true", "(Get-Service Eventlog).Status -eq 'Running'", "(Get-ChildItem C:\\windows).Count -gt 0")
@@ -75,10 +75,6 @@ def strike(fault: str, server: Sshd, proxy: Proxy) -> None:
         send(server._sessions(), "SIGKILL")
     elif fault == "stop":  # for good: what hangs is ended at the end
         send(server._sessions(), "SIGSTOP")
-    elif fault == "silence":
-        proxy.silent.set()
-        threading.Event().wait(1)
-        proxy.silent.clear()
     elif fault != "nothing":
         newer, proxy.open = proxy.open, pairs
         getattr(proxy, fault)()

@@ -198,8 +198,9 @@ def test_the_settings_of_the_example_are_valid(tmp_path: Path, part: str) -> Non
     assert read.keys() > yaml.safe_load(text)[part].keys()
     load_inventory(path)
     if part == "service":
-        others = {"heartbeat_env", "heartbeat_file"}    # in place of `heartbeat`
-        others |= {"database_password", "database_password_env", "database_password_file"}  # of another `database`
+        # in place of those without an ending
+        secrets = ("heartbeat", "status_token", "database_password")
+        others = {f"{name}_{end}" for name in secrets for end in ("env", "file")} | {"database_password"}
         assert read.keys() == healthchecker.ServiceSettings.model_fields.keys() - others
 
 
@@ -884,3 +885,29 @@ def test_interrupt_during_a_command(tmp_path: Path) -> None:
             finally:
                 process.kill()
     assert (process.returncode, error) == (130, "")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there a pipe without a reader is no EPIPE")
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("both", [False, True])
+@pytest.mark.parametrize(("word", "code"), [("check", 1), ("--help", 1), ("reload", 2)])
+def test_output_that_nobody_reads(tmp_path: Path, word: str, code: int, both: bool, unbuffered: str) -> None:
+    """As in `check | head -1`: nothing is wrong with the inventory, and nobody is told of anything else either."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        command(write_inventory(tmp_path, CALM), word), stdout=writer, stderr=writer if both else subprocess.PIPE,
+        encoding="utf-8", env=environment({"PYTHONUNBUFFERED": unbuffered}), check=False, timeout=120)  # fmt: skip
+    os.close(writer)
+    said = done.stderr or ""
+    assert "Errno" not in said and "Exception" not in said and bool(said) is (word == "reload" and not both), done
+    assert done.returncode == (1 if both else code) or (word, unbuffered) == ("--help", "1"), "argparse passes it over"
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="/dev/full is of Linux")
+def test_output_that_cannot_be_written(tmp_path: Path) -> None:
+    with open("/dev/full", "w", encoding="utf-8") as full:
+        done = subprocess.run(
+            command(write_inventory(tmp_path, CALM), "--help"), stdout=full, stderr=subprocess.PIPE, encoding="utf-8",
+            env=environment({"PYTHONUNBUFFERED": ""}), check=False, timeout=120)  # fmt: skip
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1) and "cannot be written" in done.stderr, done

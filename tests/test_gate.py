@@ -392,16 +392,21 @@ MODES = {
 @pytest.mark.parametrize(("leases", "paths"), MODES.items(), ids=str)
 def test_mode_of_a_route(leases: tuple[float, bool, float, bool], paths: dict[str, bool]) -> None:
     """Where a path can be read in two ways, one that refuses decides."""
-    lease, told = Lease(["/r"]), []
+    lease, told, turned_away = Lease(["/r"]), list[str](), list[str]()
     for one, until, observes in ((lease, *leases[:2]), (lease.parts["/r"], *leases[2:])):
         one.until.value, one.observes.value = until, observes
-    gate = Gate(hello, lease, lambda: NOW, told.append)
+    def passed(route: str, *, refused: bool = False) -> None:
+        (turned_away if refused else told).append(route)
+
+    gate = Gate(hello, lease, lambda: NOW, passed)
     for path, admitted in paths.items():
         assert (gate.route(path)[0] == gate.admit) is admitted, path
         told.clear()
+        turned_away.clear()
         status, headers, _ = call(gate, path)
         assert status[:3] == ("200" if admitted else "503"), path
         assert ("x-healthchecker" in headers) is bool(told), path
+        assert len(turned_away) == (not admitted), path
     call(gate, "/r/x")
     assert told[-1:] == (["/r"] if leases[3] and leases[2] < NOW else [])
 
@@ -1502,6 +1507,7 @@ def test_no_task_is_forgotten() -> None:
 
 def test_tasks_that_block_get_a_thread_each() -> None:
     pool, together = Pool(4, 100), threading.Barrier(5)
+    assert not pool.active_count, "threads that begin are idle"
     try:
         for _ in range(4):
             pool.add_task(Task(lambda: together.wait(60) and None))  # type: ignore[arg-type]

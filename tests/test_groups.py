@@ -193,6 +193,19 @@ def is_open(aggregator: HealthAggregator, name: str = "") -> bool:
     return Gate(lambda environ, start_response: [], aggregator.lease, aggregator._clock).is_healthy(name)
 
 
+def test_what_is_closed_from_the_start_is_told() -> None:
+    """It may have been open when the service before this one ended; the site's own start is an event already."""
+    aggregator, _ = make(gates_with([{"name": "g", "members": ["a"]}, {"name": "h", "members": ["b"]}]))
+    for name in "ab":
+        aggregator.register(name)
+    aggregator.start()
+    aggregator.set_resource("a", False, "on fire")
+    aggregator.set_resource("b", True, ttl=10)
+    assert told(aggregator) == [("g", False, "a: on fire"), ("h", True, "")]
+    aggregator.note_expiry()
+    assert not told(aggregator)
+
+
 def test_two_of_three() -> None:
     aggregator, clock = make(gates_with([{"name": "g", "members": ["a", "b", "c"], "healthy": "2", "warn": "3"}]))
     for name in "abc":
@@ -263,6 +276,24 @@ def test_a_bad_first_result_waits_for_who_may_make_up_for_it() -> None:
     assert [group.members for group in aggregator.groups()] == [{"a": False, "b": True, "c": True}, {}]
     aggregator.set_resource("d", False, "dead")
     assert not aggregator.is_healthy(), "nobody can make up for a member of `all`"
+
+
+def test_a_bad_first_result_waits_for_who_may_make_up_for_its_group() -> None:
+    """Also where that stands further up: of two sites of which one is enough, the one that answers first is bad."""
+    inner = [{"name": "p", "members": ["a", "b"]}, {"name": "q", "members": ["c"]}]
+    aggregator, _ = make(gates_with([{"name": "g", "members": ["p", "q"], "healthy": "any"}, *inner], {"/r": ["g"]}))
+    aggregator.start()
+    for name in "abc":
+        aggregator.register(name)
+    told(aggregator)
+    aggregator.set_resource("b", True)
+    aggregator.set_resource("a", False, "dead")
+    assert is_open(aggregator, "g") and is_open(aggregator, "/r"), "c may be healthy"
+    aggregator.set_resource("c", True)
+    assert is_open(aggregator, "g") and is_open(aggregator, "/r") and not is_open(aggregator, "p")
+    assert [name for name, *_ in told(aggregator)] == ["p"]
+    aggregator.set_resource("c", False, "dead")
+    assert not is_open(aggregator, "g") and not is_open(aggregator, "/r")
 
 
 @pytest.mark.parametrize("end", ["again", "other", "gone", "arranged"])
@@ -504,18 +535,25 @@ class Model:
                 self.early.discard(leaf)
                 self.counted[leaf] = 0.0
 
-    def is_awaited(self, leaf: str) -> bool:
-        """Whether in all that it is in there are some who have no result yet and could make up for it."""
-        if any(leaf in (route.needs or ()) for route in self.gates.routes.values()):
+    def is_awaited(self, bad: str) -> bool:
+        """Whether in all that it is in, or above, there are some who have no result yet and could make up for it."""
+        if any(bad in (route.needs or ()) for route in self.gates.routes.values()):
             return False
-        groups = [group for group in self.gates.groups if leaf in group.members]
+        groups = [group for group in self.gates.groups if bad in group.members]
         for group in groups:
-            others = {name for name in group.members if name != leaf and self.counts(name)}
+            others = {name for name in group.members if name != bad and self.counts(name)}
             good = sum(self.is_healthy(name, self.real[1].now) for name in others)
-            fresh = len(self.fresh & {*group.members})
-            if not fresh or good + fresh < quorum_of(group.healthy, len(others) + fresh + 1):
+            fresh = sum(self.is_fresh(name) for name in {*group.members} - {bad})
+            possible = fresh and good + fresh >= quorum_of(group.healthy, len(others) + fresh + 1)
+            if not possible and not self.is_awaited(group.name):
                 return False
         return bool(groups)
+
+    def is_fresh(self, name: str) -> bool:
+        """Without any result, which is to come: of a group, when nobody in it counts yet."""
+        groups = {group.name: group.members for group in self.gates.groups}
+        return name in self.fresh if name not in groups else (
+            not self.counts(name) and any(map(self.is_fresh, groups[name])))
 
     def up(self, leaf: str, seconds: int) -> None:
         self.real[0].set_resource(leaf, True, ttl=seconds)
@@ -760,7 +798,7 @@ def test_two_of_three_hosts_carry_the_site(tmp_path: Path) -> None:
             wait_open(*everything)
             down["warehouse"].touch()
             wait_open("/", "/static/a.css", "/-/readyz/replicas")
-            assert group("/reports")["why"].startswith("warehouse: check: check up: exit status 1")
+            assert group("/reports")["why"].startswith("warehouse: check up: exit status 1")
             hosts[2].stop()
             wait_for(lambda: group("replicas")["state"] == "degraded", 60)
             assert group("replicas")["members"] == {"db0": True, "db1": True, "db2": False}

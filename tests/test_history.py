@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
+import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +20,7 @@ from service import Service, prepared_keys, write_inventory
 import healthchecker
 from healthchecker import (
     AVERAGES,
+    FILESYSTEMS,
     POLLS,
     QUARTER,
     SAMPLES,
@@ -37,10 +40,12 @@ from healthchecker import (
     availability,
     chart,
     events,
+    filesystem_charts,
     samples,
 )
 
 START = 1_700_000_100 // QUARTER * QUARTER  # Unix time of the begin of a quarter
+FULL_HOUR = START // 3600 * 3600
 DAY = 86_400  # seconds
 LATER = START + 1000 * DAY
 TTL = 132  # seconds for which a poll counts, of a resource with default settings
@@ -127,6 +132,16 @@ def notebook(tmp_path: Path) -> Iterator[Notebook]:
 
 
 # --- a poll as a row ---
+@pytest.mark.parametrize("moved", ["hostname = 'other'", "port = 23", "username = 'v'", "interval = 9"])
+def test_a_host_key_is_written_for_the_address_that_showed_it(notebook: Notebook, moved: str) -> None:
+    """A change of the address may come between the poll and the recorder's turn."""
+    notebook.execute(f"UPDATE resource SET {moved}")
+    notebook.write(dataclasses.replace(notebook.report(START), host_key="ssh-ed25519 SHA256:x"))
+    with notebook.store.reading() as session:
+        row = session.get(Resource, notebook.id)
+    assert row and row.host_key == ("ssh-ed25519 SHA256:x" if "interval" in moved else None)
+
+
 def test_every_result_has_its_character() -> None:
     """A state or cause without one would end the recorder's work."""
     assert {cause for _, cause in POLLS.values()} == set(get_args(healthchecker.Cause))
@@ -426,6 +441,51 @@ def test_charts_of_long_spans_are_made_of_averages(span: str, value: float, note
 
 def test_points_fit_a_screen() -> None:
     assert all(seconds / step <= 400 for seconds, step in SPANS.values())
+
+
+def disks(**filled: float) -> dict[str, float]:
+    return {f"disk_percent /{mount}": percent for mount, percent in filled.items()}
+
+
+def test_charts_of_every_filesystem(notebook: Notebook) -> None:
+    """The first reading of an hour, of those that there are today; of a single one the polls say it."""
+    for number, (at, found) in enumerate([
+        (FULL_HOUR, disks(a=10, b=20)), (FULL_HOUR + 60, disks(a=11, b=21)), (FULL_HOUR + 3600, disks(a=12, gone=1)),
+        (FULL_HOUR + 7200, {}), (FULL_HOUR + 7260, disks(a=13.5, b=22)),
+    ]):  # fmt: skip
+        notebook.write(notebook.report(at, **found))
+        assert notebook.count(FILESYSTEMS) == (1, 1, 2, 2, 3)[number]
+    notebook.write(notebook.report(FULL_HOUR + 3 * 3600, **disks(a=14)))
+    with notebook.store.reading() as session:
+        found = filesystem_charts(session, notebook.id, "day", FULL_HOUR + 8000)
+        assert {mount: [(point.at, point.average) for point in points] for mount, points in found.items()} == {
+            "/a": [(FULL_HOUR, 10), (FULL_HOUR + 3600, 12), (FULL_HOUR + 7200, 13.5)],
+            "/b": [(FULL_HOUR, 20), (FULL_HOUR + 7200, 22)],
+        }  # fmt: skip
+        assert filesystem_charts(session, notebook.id, "hour", FULL_HOUR + 8000) == {}
+
+
+@pytest.mark.parametrize("damage", ["{", "[]", "7", '{"/": "x"}', '{"/": null}'])
+def test_damaged_filesystems_are_left_out(notebook: Notebook, damage: str) -> None:
+    with notebook.store.writing() as session:
+        for at, percents in enumerate(('{"/": 1000}', damage, '{"/": 3000}'), FULL_HOUR):
+            session.execute(FILESYSTEMS.insert().values(resource_id=notebook.id, at=at, percents=percents))
+    with notebook.store.reading() as session:
+        found = filesystem_charts(session, notebook.id, "day", FULL_HOUR + 80)
+    assert found == {"/": [(FULL_HOUR, 10, 10, 10), (FULL_HOUR + 2, 30, 30, 30)]}
+
+
+def test_filesystems_are_bounded(notebook: Notebook) -> None:
+    """However many a host names, and however it calls them, and also over time."""
+    for turn in range(3):
+        names = {f"{turn}-{number}": 1.0 for number in range(500)}
+        notebook.write(notebook.report(START + turn, **disks(**{"x" * 5000: 2.0}, **names)))
+    with notebook.store.reading() as session:
+        [text] = session.scalars(sqlalchemy.select(FILESYSTEMS.c.percents))
+    assert len(json.loads(text)) == 20 and len(text) < 500
+    for turn in range(3):
+        notebook.tidy(START + 200 * DAY + turn * QUARTER)
+    assert notebook.count(FILESYSTEMS) == 0
 
 
 # --- what is dropped ---

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import html
 import io
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import wait_for
-from console import Clock, console
+from console import Clock, console, local_console
 from postgres import database_in
 
 import healthchecker
@@ -145,6 +147,7 @@ def test_from_to_why_and_by_whom(bench: Bench) -> None:
         override = Override(action="close", at=0.0, seconds=None, reason="move", actor="olga")
         session.merge(Setting(name="override", text=override.model_dump_json()))
         record_event(session, "change", "changed: limits", resource="b", actor="adam", at=bench.wall.now - 30)
+        record_event(session, "maintenance", "tag db: maintenance is over", at=bench.wall.now - 20)
         record_event(session, "change", "long ago", actor="adam", at=bench.wall.now - 3600)
     begun = bench.wall.now
     bench.aggregator.overrule(override, 1e9)
@@ -154,7 +157,7 @@ def test_from_to_why_and_by_whom(bench: Bench) -> None:
     [incident] = bench.found()
     assert (incident.from_at, incident.to_at, incident.end) == (begun + 30, begun + 40, "opened")
     assert (incident.actor, incident.why) == ("olga", "closed by olga: move")
-    assert incident.before == "adam: b changed: limits"
+    assert incident.before == "tag db: maintenance is over; adam: b changed: limits"
 
 
 def test_groups_and_routes_have_their_own(bench: Bench) -> None:
@@ -269,6 +272,54 @@ def test_pruning(bench: Bench) -> None:
     assert [one.from_at for one in bench.found()] == [now - 89 * DAY]
     found = bench.found("g", limit=EVENTS + 5)
     assert (len(found), found[-1].from_at) == (EVENTS, now - 60 * DAY + 5)
+
+
+ROW = {"why": "db: limit", "actor": "", "opened_by": "", "before": "", "mode": "enforce", "would_refuse": 0}
+
+
+def test_the_page(tmp_path: Path) -> None:
+    """From, to, why, who acted, what was changed before, and refusals; all of it escaped, and as CSV no formula."""
+    with local_console(tmp_path) as local:
+        now = local.clock.now
+        with local.store.writing() as session:
+            session.add(WatchedTime(from_at=now - 1000, to_at=now))
+            session.add(Incident(group="", from_at=now - 500, to_at=now - 400, end="opened", refused=42,
+                                 **ROW | {"why": "=1+1 <b>", "actor": "olga", "opened_by": "opened by adam",
+                                          "before": "adam: limits <i>", "would_refuse": 7}))
+            session.add(Incident(group="", from_at=now - 90 * DAY - 9, to_at=now - 40 * DAY, end="unseen", refused=8,
+                                 **ROW | {"mode": "observe"}))
+        local.log_in()
+        token, local.token = local.token, ""
+        page = local.open_session().ask("GET", "/-/incidents?span=day").body
+        for part in ("=1+1 &lt;b&gt;", ">olga<", "opened by adam", "adam: limits &lt;i&gt;", "90.000 %", ">42", "1 min",
+                     "7 would have been", "1 in the last day", "Last day: 59 unknown, 1 degraded"):  # fmt: skip
+            assert part in page, part
+        assert "observe: nothing" not in page and 'href="/-/incidents" aria-current="page"' in page
+        old = local.ask("GET", "/-/incidents?span=90+days").body
+        assert "observe: nothing was refused" in old and "seen last" in old and "2 in the last 90 days" in old
+        links = re.findall(r'href="(/-/api/[^"]+)"', page)
+        assert len(links) == 4
+        for link in links:
+            reply = local.ask("GET", html.unescape(link))
+            is_csv = "format=csv" in link
+            assert reply.status == 200 and reply.headers["content-type"].startswith("text/csv" if is_csv else "app")
+            assert ("attachment" in reply.headers.get("content-disposition", "")) is is_csv
+        text = local.ask("GET", html.unescape(next(link for link in links if "incidents?format" in link))).body
+        [row] = csv.DictReader(io.StringIO(text))
+        assert (row["why"], row["actor"], row["refused"]) == ("'=1+1 <b>", "olga", "42")
+        assert local.ask("GET", "/-/incidents?group=none&span=none").status == 200
+        local.cookie, local.token = "", token
+        spans = {row["span"]: row for row in local.api("GET", "uptime").json}
+        assert [(spans[name]["incidents"], spans[name]["refused"]) for name in ("day", "90 days")] == [(1, 42), (2, 50)]
+
+
+@pytest.mark.parametrize("text", ["=1", "+1", "-1", "@x", " =1", "\t=1", "\r\n@x", *"\uff1d\uff0b\uff0d\uff20"])
+def test_no_cell_is_a_formula(text: str) -> None:
+    shown = healthchecker.csv_text([{"a": text, "b": -1.5}], ["a", "b"])
+    [row] = csv.DictReader(io.StringIO(shown, newline=""))
+    assert row == {"a": f"'{text}", "b": "-1.5"}
+    shown = healthchecker.csv_text([{"a": f"limit;{text}; x-1=2", "b": 1}], ["a", "b"])   # as Excel reads it in Berlin
+    assert f"limit;'{text}; x-1=2" in shown
 
 
 SICK = "  - {name: sick, platform: tcp, hostname: 127.0.0.1, port: 9, interval: 1, retry_interval: 1, fall: 1}"

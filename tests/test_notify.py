@@ -12,6 +12,7 @@ import re
 import socket
 import ssl
 import sys
+import tarfile
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -23,7 +24,7 @@ from aiosmtpd.controller import Controller
 from aiosmtpd.smtp import AuthResult
 from console import prepared_database, prepared_vault
 from postgres import database_in, refusing, settings_of
-from service import Service, prepared_keys, run, write_inventory
+from service import Program, Service, prepared_keys, run, write_inventory
 from sshd import wait_for
 from wsman_server import make_certificate
 
@@ -35,23 +36,30 @@ from healthchecker import (
     ConnectionContext,
     Delivery,
     Event,
+    HealthAggregator,
     Heartbeat,
     InventoryError,
     KnownHosts,
+    Maintenance,
     Message,
     Notice,
     Notifier,
     Picture,
     Receiver,
+    Recorder,
     Resolver,
     Resource,
     Setting,
+    Status,
     Store,
     Unhealthy,
+    Work,
     check_receivers,
     deliver,
     events,
     import_inventory,
+    is_service_well,
+    lease_clock,
     load_inventory,
     record_event,
     sqlalchemy,
@@ -65,8 +73,8 @@ NAMES = [f"db{number}" for number in range(50)]
 class Desk:
     """One receiver, and everything else as a test says; time goes by in `until`."""
 
-    def __init__(self, **settings: Any) -> None:
-        row = Receiver(id=1, name="ops", url="", settings=json.dumps({"name": "ops"} | settings), joined_at=NOON - 1,
+    def __init__(self, joined: float = NOON - 1, **settings: Any) -> None:
+        row = Receiver(id=1, name="ops", url="", settings=json.dumps({"name": "ops"} | settings), joined_at=joined,
                        cursor=0, message="", made_at=0.0, tries=0, next_at=0.0, trouble="", delivered=0, failed=0)
         self.announcer, self.now, self.number = Announcer(row, (), "http://127.0.0.1:8081/-/"), NOON, 0
         self.unhealthy: dict[str, Unhealthy] = {}
@@ -76,13 +84,16 @@ class Desk:
         self.problems: dict[str, str] = {}
         self.acknowledged: dict[str, int] = {}
         self.tags: dict[str, frozenset[str]] = {}
+        self.works: dict[str, Work] = {}
         self.said: list[tuple[float, str, str]] = []
+        self.kinds: list[str] = []      # of what was said
         self.is_reachable = True
 
     @property
     def picture(self) -> Picture:
         healthy = dict.fromkeys(self.known - self.unhealthy.keys(), self.now)
-        return Picture(self.unhealthy, healthy, self.excused, self.groups, self.tags, self.problems, self.acknowledged)
+        return Picture(self.unhealthy, healthy, self.excused, self.groups, self.tags, self.problems, self.acknowledged,
+                       self.works)
 
     def happens(self, kind: str, state: str = "", text: str = "it is so", name: str = "", at: float = 0.0) -> None:
         """An event, and what the rows say then."""
@@ -102,8 +113,9 @@ class Desk:
         self.announcer.compose(self.picture, self.now)
         row = self.announcer.row
         if row.message and self.now >= row.next_at:
-            title, body, *_ = json.loads(row.message)
+            title, body, kind, _ = json.loads(row.message)
             if self.is_reachable:
+                self.kinds.append(kind)
                 self.said.append((self.now - NOON, title, body))
             self.announcer.take_result(Delivery(self.is_reachable, "nobody is there"), self.now)
 
@@ -210,9 +222,34 @@ SCENARIOS: dict[str, tuple[dict[str, Any], list[Step], list[tuple[float, str]]]]
         [(3, "HealthChecker's clock was in trouble")]),
     "maintenance": (
         {"on": ["maintenance"], "wait": 0},
-        [(0, "event", {"kind": "maintenance", "state": "begun", "name": "db1"}),
-         (9, "event", {"kind": "maintenance", "state": "over", "name": "db1"})],
+        [(0, "works", {"db1": Work("disks", NOON)}), (9, "works", {})],
         [(0, "db1 is in maintenance"), (9, "db1 is no longer in maintenance")]),
+    "maintenance of two tags that overlaps": (
+        {"on": ["maintenance"], "wait": 0},
+        [(0, "works", {"tag db": Work("disks", NOON)}),
+         (9, "works", {"tag db": Work("disks", NOON), "tag web": Work("cables", NOON + 9)}),
+         (20, "works", {"tag web": Work("cables", NOON + 9)}), (30, "works", {})],
+        [(0, "tag db is in maintenance"), (9, "tag web is in maintenance"), (20, "tag db is no longer in maintenance"),
+         (30, "tag web is no longer in maintenance")]),
+    "maintenance of others": (
+        {"on": ["maintenance"], "wait": 0, "tags": ["web"]},
+        [(0, "works", {"db1": Work("disks", NOON, frozenset(["database"]))}),
+         (9, "works", {"everything": Work("cables", NOON, frozenset(["database", "web"]))})],
+        [(9, "everything is in maintenance")]),
+    "maintenance that runs already when somebody joins": (
+        {"on": ["maintenance"], "wait": 0}, [(0, "works", {"db1": Work("disks", NOON - 9)}), (9, "works", {})], []),
+    "no reminder of the gate while all that closes it is seen to": (
+        {"remind": 0.1},
+        [(0, "sick", {"db1": NOON, "web1": NOON}), (0, "event", CLOSED), (60, "acknowledged", {"db1": 1}),
+         (400, "acknowledged", {"db1": 1, "web1": 1}), (900, "acknowledged", {"web1": 1})],
+        [(20, "the gate is closed, 2 unhealthy"), (380, "the gate is still closed, 2 unhealthy"),
+         (900, "the gate is still closed, 2 unhealthy")]),
+    "a reminder of the gate that nothing keeps closed": (
+        {"remind": 0.1}, [(0, "event", CLOSED), (5, "acknowledged", {"db1": 1}), (400, "event", OPEN)],
+        [(20, "the gate is closed"), (380, "the gate is still closed"), (400, "the gate is open again")]),
+    "still bad after maintenance, the clock set back by a day before it": (
+        {"on": ["state"], "joined": NOON + 86_400},
+        [(0, "excused", {"db1": 1}), (1, "event", SICK), (60, "excused", {})], [(80, "db1 is unhealthy")]),
     "what is bad already when somebody joins": (
         {"on": ["state"]}, [(0, "sick", {"db1": NOON - 60}), (60, "event", WELL)], []),
     "a clock that was set back by an hour": (
@@ -252,6 +289,32 @@ def test_fifty_machines_are_one_message() -> None:
     assert lines[1].startswith("db0: unreachable: no route to db0; since ")
     assert [line for line in lines if line.startswith("db")] == lines[1:11]
     assert lines[11] == "and 40 more" and lines[12] == "http://127.0.0.1:8081/-/" and len(lines) == 13
+
+
+def test_what_a_host_says_mentions_nobody_and_is_no_link() -> None:
+    """Services of chats would take its words for their markup; what they show is the same."""
+    said = "check: @everyone <!channel> <@U1> <https://x.example.com|here> [log in](https://x.example.com) <at>a</at>"
+    desk = Desk(on=["state", "gate"])
+    desk.unhealthy = {"db1": Unhealthy(NOON, said)}
+    desk.happens(**CLOSED | {"text": f"open -> closed ({said})"})
+    desk.happens("state", "unhealthy", said, "web1")
+    desk.until(30)
+    ((_, _, body),) = desk.said
+    assert not re.search(r"@\w|<[!@/\w]|\]\(", body) and body.replace("\u200b", "").count(said) == 3
+    assert body.endswith("\nhttp://127.0.0.1:8081/-/")
+
+
+@pytest.mark.parametrize(("told", "kind"), [("works", "info"), ("works and gate", "failure"), ("gate", "failure")])
+def test_planned_work_is_no_failure(told: str, kind: str) -> None:
+    desk = Desk(on=["gate", "maintenance"])
+    if "gate" in told:
+        desk.happens(**CLOSED)
+    if "works" in told:
+        desk.change("works", {"db1": Work("disks", NOON)})
+    desk.until(30)
+    desk.change("works", {})
+    desk.until(60)
+    assert desk.kinds[0] == kind and set(desk.kinds[1:]) <= {"info"}
 
 
 def test_the_lines_of_the_gate_are_what_keeps_it_closed() -> None:
@@ -377,7 +440,7 @@ class HookHandler(BaseHTTPRequestHandler):
         self.server.requests.append(Request(self.path, body))
         if self.server.way == "hang":
             self.server.released.wait(60)
-        if self.server.way:
+        if self.server.way in ("hang", "drop"):
             self.close_connection = True
             return
         self.send_response(self.server.status)
@@ -385,6 +448,9 @@ class HookHandler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.end_headers()
         self.wfile.write(b"{}")
+        if self.server.way == "flood":
+            self.wfile.write(bytes(1 << 21))
+            self.server.released.wait(60)
 
     do_GET = do_PUT = do_POST
 
@@ -429,6 +495,24 @@ def test_web_hooks(form: str, hook: Hook) -> None:
     assert MESSAGE.title in title and TEXT in text
 
 
+def test_nothing_is_imported_from_the_folder_it_is_started_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which may be anybody's: /tmp, when `check` is called there."""
+    for name in ("json", "logging", "threading", "apprise", "requests"):
+        (tmp_path / f"{name}.py").write_text(f"open('was-{name}', 'w').close()\n", encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    answer = ChildProcess().ask(["json://localhost/x"], 60)
+    assert answer and answer["known"] == [True] and not [*tmp_path.glob("was-*")]
+
+
+def test_what_is_too_long_for_a_service_is_cut(hook: Hook) -> None:
+    """Or it would refuse the very message that names the most; one message stays one."""
+    long = MESSAGE._replace(body="\n".join(f"db{number}: {'x' * 200}" for number in range(30)))
+    url = f"rocket://web/hook@{hook.place}/#ops?mode=webhook"
+    assert deliver(url, long, ChildProcess()) == Delivery(True)
+    (got,) = hook.requests
+    assert 500 < len(got.json["text"]) <= 1000 and "db0: xxx" in got.json["text"]
+
+
 def test_a_web_hook_that_hangs(hook: Hook) -> None:
     """Its process is ended at the deadline, whatever it waits for."""
     hook.way = "hang"
@@ -436,6 +520,12 @@ def test_a_web_hook_that_hangs(hook: Hook) -> None:
     why = "apprise gave no answer within 3 s"
     assert deliver(f"json://{hook.place}/x?rto=60&cto=60", MESSAGE, child, 3.0) == Delivery(False, why)
     assert child._process.poll() is not None
+
+
+def test_a_web_hook_whose_answer_has_no_end(hook: Hook) -> None:
+    """A mebibyte of it is enough: all of it would take the machine's memory."""
+    hook.way, hook.headers = "flood", {"Content-Length": str(1 << 40)}
+    assert deliver(f"json://{hook.place}/x", MESSAGE, ChildProcess()) == Delivery(True)
 
 
 def test_a_web_hook_that_drops(hook: Hook) -> None:
@@ -477,6 +567,17 @@ def test_teams_over_tls(hook: Hook, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert "db1: limit" in hook.requests[0].body.decode()
 
 
+class MailServer(Controller):
+    """On a free port, from the begin: nobody else can have it in between."""
+
+    def __init__(self, box: Mailbox, **settings: Any) -> None:
+        self.sock = socket.create_server(("127.0.0.1", 0))
+        super().__init__(box, *self.sock.getsockname(), ready_timeout=60, **settings)
+
+    def _create_server(self) -> Any:
+        return self.loop.create_server(self._factory_invoker, sock=self.sock)
+
+
 class Mailbox:
     """What an SMTP server is sent."""
 
@@ -499,13 +600,11 @@ def test_mail_with_starttls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     certificate, box = make_certificate(tmp_path, "mail"), Mailbox()
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(certificate.certificate_file, certificate.key_file)
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    controller = Controller(box, "127.0.0.1", port, tls_context=context, require_starttls=True, auth_required=True,
+    controller = MailServer(box, tls_context=context, require_starttls=True, auth_required=True,
                             authenticator=box.authenticate)
     controller.start()
     try:
-        url = (f"mailto://monitor:s3cret@localhost:{port}?mode=starttls&smtp=localhost&from=hc@example.com"
+        url = (f"mailto://monitor:s3cret@localhost:{controller.port}?mode=starttls&smtp=localhost&from=hc@example.com"
                "&to=ops@example.com&format=text")
         assert not deliver(url, MESSAGE, ChildProcess()).is_delivered and not box.letters
         monkeypatch.setenv("SSL_CERT_FILE", str(certificate.certificate_file))
@@ -521,7 +620,7 @@ def test_mail_with_starttls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 # --- what is refused
 
-RESOURCES = "  - {name: this, platform: simulated}\n"
+RESOURCES = "  - {name: this, platform: simulated, tags: [db]}\n"
 BAD = {     # an entry of notify with ¦ where the fault is, and what is said
     "no url": ("¦{name: ops}", "notify[0].url: is missing"),
     "no URL": ("{name: ops, url: ¦nonsense}", "must be a URL of Apprise"),
@@ -533,7 +632,8 @@ BAD = {     # an entry of notify with ¦ where the fault is, and what is said
     "a wait that is too long": ("{name: ops, url: 'json://h', wait: ¦3601}", "must be less than or equal to 3600"),
     "minutes before now": ("{name: ops, url: 'json://h', after: ¦-1}", "must be greater than or equal to 0"),
     "not a kind": ("{name: ops, url: 'json://h', on: [¦gates]}", "must be 'gate', 'group', 'state', 'problem'"),
-    "nothing": ("{name: ops, url: 'json://h', on: ¦[]}", "notify[0].on: "),
+    "nothing": ("{name: ops, url: 'json://h', on: ¦[]}", "notify[0].on: must have at least one entry"),
+    "a tag of nobody": ("{name: ops, url: 'json://h', tags: [db, ¦nix]}", "tags[1]: no resource has this tag"),
     "a setting that is none": ("{name: ops, url: 'json://h', ¦tag: [db]}", "did you mean tags?"),
     "two sources": ("{name: ops, url: 'json://h', url_env: ¦OPS}", "use one of url, url_env"),
     "no variable": ("{name: ops, url_env: ¦NOT_SET_ANYWHERE}", "this environment variable is not set"),
@@ -559,7 +659,8 @@ def test_what_cannot_be_is_named_with_its_place(name: str, tmp_path: Path) -> No
     with pytest.raises(InventoryError) as error:
         load_inventory(marked)
     place = f"inventory.yaml:{before.count(chr(10)) + 1}:{len(before) - before.rfind(chr(10))}: "
-    assert place in str(error.value) and why in str(error.value)
+    [fault] = str(error.value).splitlines()
+    assert place in fault and why in fault
     assert "//h" not in str(error.value) and "passwd" not in str(error.value)
 
 
@@ -706,6 +807,60 @@ def test_an_event_is_told_once(tmp_path: Path, store: Store, hook: Hook) -> None
         assert not [*session.scalars(sqlalchemy.select(Notice))]
 
 
+def test_no_thread_can_be_started(tmp_path: Path, store: Store, hook: Hook, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For a while: the message is sent later."""
+    take_over(store, tmp_path, f"{{name: ops, url: 'json://{hook.place}/x', wait: 0}}")
+    happen(store, "gate", "closed")
+    notifier = Notifier(store, prepared_vault(tmp_path), dict, "")
+
+    def refuse(_: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        with pytest.raises(RuntimeError):
+            notifier.look(NOON)
+    look_until(notifier, hook, 1, NOON + 1)
+    notifier.close()
+
+
+def test_a_damaged_row_silences_nobody(tmp_path: Path, store: Store, hook: Hook) -> None:
+    """Its receiver is told what is told where nothing is set: of the gate."""
+    url = f"json://{hook.place}"
+    take_over(store, tmp_path, f"{{name: ops, url: '{url}/ops', wait: 0}}",
+              f"{{name: odd, url: '{url}/odd', on: [state]}}")
+    with store.writing() as session:
+        session.execute(sqlalchemy.text("UPDATE receiver SET settings = '[' WHERE name = 'odd'"))
+    happen(store, "gate", "closed")
+    notifier = Notifier(store, prepared_vault(tmp_path), dict, "")
+    look_until(notifier, hook, 1, NOON)
+    look_until(notifier, hook, 2, NOON + 60)
+    notifier.close()
+    assert [got.path for got in hook.requests] == ["/ops", "/odd"]
+
+
+@pytest.mark.parametrize("damage", [
+    "UPDATE receiver SET message = '[' WHERE name = 'odd'", "UPDATE receiver SET message = '[1]' WHERE name = 'odd'",
+    "UPDATE receiver SET message = '[1, 2, 3, 4]' WHERE name = 'odd'", "UPDATE resource SET settings = '[]'",
+    "UPDATE resource SET settings = '{\"tags\": 5}'", "UPDATE resource SET settings = '{\"tags\": [[1]]}'",
+    "INSERT INTO notice SELECT id, 'no', 'x', '', '', 1, 1, 1, 0, 0 FROM receiver WHERE name = 'odd'"])
+def test_nor_does_any_other(damage: str, tmp_path: Path, store: Store, hook: Hook) -> None:
+    """Whatever a restored database holds of messages, of what was told, or of an unhealthy resource."""
+    url = f"json://{hook.place}"
+    take_over(store, tmp_path, f"{{name: odd, url: '{url}/odd', wait: 0}}", f"{{name: ops, url: '{url}/ops', wait: 0}}")
+    with store.writing() as session:
+        number = session.scalars(sqlalchemy.select(Resource.id)).first()
+        session.merge(Status(resource_id=number, settings_digest="", credential_digest="", state="unhealthy",
+                             cause="check", reason="", since_at=NOON, polled_at=NOON, good=0, bad=1, seconds=0,
+                             sample="null"))
+        session.execute(sqlalchemy.text(damage))
+    happen(store, "gate", "closed")
+    notifier = Notifier(store, prepared_vault(tmp_path), dict, "")
+    look_until(notifier, hook, 2, NOON)
+    notifier.close()
+    assert {got.path for got in hook.requests} == {"/ops", "/odd"}
+
+
 def test_a_receiver_that_hangs_holds_nobody_up(tmp_path: Path, store: Store, hook: Hook) -> None:
     stuck = Hook()
     stuck.way = "hang"
@@ -777,18 +932,92 @@ def test_a_reload_takes_receivers_up(tmp_path: Path, store: Store, hook: Hook) -
     assert [got.path for got in hook.requests] == ["/ops", "/new"]
 
 
+DB = frozenset({"db"})
+
+
 def test_a_picture_of_the_rows(tmp_path: Path, store: Store) -> None:
     take_over(store, tmp_path, "{name: ops, url: 'json://h'}")
-    status = {"settings_digest": "", "credential_digest": "", "cause": "check", "reason": "why", "polled_at": NOON,
-              "good": 0, "bad": 3, "seconds": 1.0, "sample": "null"}
+    status = {"settings_digest": "", "credential_digest": "", "cause": "check", "reason": "check why", "good": 0,
+              "bad": 3, "polled_at": NOON, "seconds": 1.0, "sample": "null"}
     with store.writing() as session:
         row = session.scalars(sqlalchemy.select(Resource)).one()
-        row.maintenance = NOON + 10
+        session.add(Maintenance(state="begun", start_at=NOON - 1, until_at=NOON + 10, scope='{"resources": ["this"]}',
+                                reason="disks"))
         session.add(healthchecker.Status(resource_id=row.id, state="unhealthy", since_at=NOON - 9, **status))
     with store.reading() as session:
         picture = take_picture(session, [], {}, NOON)
-        assert picture.unhealthy == {"this": Unhealthy(NOON - 9, "check: why")} and picture.excused == {"this"}
+        assert picture.unhealthy == {"this": Unhealthy(NOON - 9, "check why", DB)} and picture.excused == {"this"}
         assert take_picture(session, [], {}, NOON + 11).excused == set()
+
+
+def test_pictures_of_maintenance(tmp_path: Path, store: Store) -> None:
+    """What is of a tag is not of everything, and two that overlap are two."""
+    take_over(store, tmp_path)
+    times: dict[str, Any] = {"state": "begun", "start_at": NOON - 1, "until_at": NOON + 10, "reason": "disks"}
+    with store.writing() as session:
+        for scope in ('{"all": true}', '{"tags": ["web"]}', '{"groups": ["web"]}'):
+            session.add(Maintenance(**times, scope=scope))
+        session.add(Maintenance(**times | {"until_at": NOON - 1}, scope='{"resources": ["this"]}'))
+        session.add(Maintenance(**times | {"state": "planned"}, scope='{"resources": ["this"]}'))
+    with store.reading() as session:
+        works = take_picture(session, [], {}, NOON).works
+    assert works.keys() == {"everything", "tag web", "group web"}
+    assert works["tag web"].text.endswith(": disks") and works["tag web"].since_at == NOON - 1
+
+
+def test_a_receiver_with_a_new_name(tmp_path: Path, store: Store, hook: Hook) -> None:
+    """It has the same URL: what was told under the old name gets its end, once; another URL is another receiver."""
+    url = f"json://{hook.place}/x"
+    take_over(store, tmp_path, f"{{name: ops, url: '{url}', wait: 0}}", "{name: also, url: 'json://h'}")
+    notifier = Notifier(store, prepared_vault(tmp_path), dict, "")
+    happen(store, "gate", "closed")
+    look_until(notifier, hook, 1, NOON)
+    take_over(store, tmp_path, "{name: also, url: 'json://h'}", f"{{name: night, url: '{url}', wait: 0}}")
+    assert receivers(store).keys() == {"also", "night"} and receivers(store)["night"].delivered == 1
+    notifier.look(NOON + 1)
+    happen(store, "gate", "open")
+    look_until(notifier, hook, 2, NOON + 2)
+    notifier.close()
+    assert hook.requests[1].json["title"] == "HealthChecker: the gate is open again"
+    assert take_over(store, tmp_path, f"{{name: night, url: '{url}', wait: 0}}",
+                     f"{{name: later, url: '{url}', wait: 0, after: 30}}") == ["who is told"]
+    assert receivers(store)["later"].delivered == 0
+
+
+def test_a_reload_while_a_message_arrives(tmp_path: Path, store: Store, hook: Hook) -> None:
+    """What is taken up anew is what is known by then: the message is not sent again."""
+    entry = f"{{name: ops, url: 'json://{hook.place}/x', wait: 0}}"
+    take_over(store, tmp_path, entry)
+    notifier = Notifier(store, prepared_vault(tmp_path), dict, "")
+    happen(store, "gate", "closed")
+    notifier.look(NOON)
+    wait_for(lambda: notifier._results.qsize() == 1)
+    take_over(store, tmp_path, entry, "{name: new, url: 'json://h'}")
+    notifier.look(NOON + 1)
+    assert receivers(store)["ops"].delivered == 1 and not notifier._threads
+    notifier.close()
+    assert len(hook.requests) == 1
+
+
+def test_a_reload_after_what_could_not_be_kept(tmp_path: Path, store: Store, hook: Hook) -> None:
+    entry = f"{{name: ops, url: 'json://{hook.place}/x', wait: 0}}"
+    take_over(store, tmp_path, entry)
+    notifier = Notifier(store, prepared_vault(tmp_path), dict, "")
+    notifier.look(NOON)
+    happen(store, "gate", "closed")
+    with store.writing() as session:
+        session.execute(sqlalchemy.text("CREATE TRIGGER full BEFORE UPDATE ON receiver WHEN NEW.message != '' "
+                                        "BEGIN SELECT RAISE(FAIL, 'full'); END"))
+    notifier.look(NOON + 1)
+    with store.writing() as session:
+        session.execute(sqlalchemy.text("DROP TRIGGER full"))
+    take_over(store, tmp_path, entry, "{name: new, url: 'json://h'}")
+    look_until(notifier, hook, 1, NOON + 2)
+    notifier.look(NOON + 30)
+    notifier.look(NOON + 60)
+    assert not notifier._threads and receivers(store)["ops"].delivered == 1
+    notifier.close()
+    assert len(hook.requests) == 1
 
 
 def test_killed_between_event_and_delivery(tmp_path: Path, hook: Hook) -> None:
@@ -816,6 +1045,48 @@ def test_killed_between_event_and_delivery(tmp_path: Path, hook: Hook) -> None:
     assert hook.requests[0].json["title"].startswith("HealthChecker: the gate is closed")
 
 
+def seen_of(process: int) -> bytes:
+    """What other programs of this machine can see of a process and of what it started: arguments, environment."""
+    found, waiting = b"", [process]
+    while waiting:
+        folder = Path(f"/proc/{waiting.pop()}")
+        with contextlib.suppress(OSError):      # it has ended
+            found += (folder / "cmdline").read_bytes() + (folder / "environ").read_bytes()
+            for task in (folder / "task").iterdir():
+                waiting += map(int, (task / "children").read_text().split())
+    return found
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_url_is_nowhere_to_be_seen(tmp_path: Path, hook: Hook) -> None:
+    """Of those given by variables: not in the process list while a message is on its way, nor in anything that is
+    written or shown, whatever went wrong with it."""
+    prepared_database(tmp_path)
+    path = with_notify(tmp_path, "{name: ops, url_env: OPS_URL, wait: 0}", "{name: odd, url_env: ODD_URL, wait: 0}",
+                       service=f"  heartbeat_env: BEAT_URL\n  log_file: {tmp_path}/log\n")
+    path.write_text(path.read_text(encoding="utf-8").replace(
+        RESOURCES, "  - {name: this, platform: simulated, mean_healthy: 0.000001, mean_unhealthy: 1000000}\n"))
+    urls = {"OPS_URL": f"json://u:s3cret@{hook.place}/s3cret?+Key=s3cret&rto=60", "ODD_URL": "slack://s3cret",
+            "BEAT_URL": f"http://{hook.place}/s3cret"}
+    hook.way = "hang"
+    with Program(path, env=urls) as service:
+        wait_for(lambda: any(got.path.startswith("/s3cret") and got.body for got in hook.requests), 60)
+        assert b"s3cret" not in seen_of(service.pid)
+        hook.status, hook.way = 500, ""
+        hook.released.set()
+        with contextlib.closing(Store(tmp_path / "healthchecker.db")) as store:
+            wait_for(lambda: all(row.trouble for name, row in receivers(store).items() if name), 60)
+        shown = service.get_console("/-/metrics").body + run(path, "check", env=urls).stdout
+        shown += run(path, "maintenance", "list").stdout
+        assert run(path, "backup", str(tmp_path / "saved.tgz"), env=urls).returncode == 0
+    with tarfile.open(tmp_path / "saved.tgz") as saved:
+        saved.extractall(tmp_path / "saved")    # it is ours
+    shown += service.output
+    assert "s3cret" not in shown and "ops" in shown
+    for file in tmp_path.rglob("*"):
+        assert file.is_dir() or b"s3cret" not in file.read_bytes(), file
+
+
 def test_notify_test(tmp_path: Path, hook: Hook) -> None:
     """One line and an exit code; nothing shows the URL."""
     prepared_keys(tmp_path)
@@ -828,6 +1099,8 @@ def test_notify_test(tmp_path: Path, hook: Hook) -> None:
     assert (done.returncode, done.stdout) == (1, "ops: not delivered: the answer was 403\n")
     done = run(path, "notify", "test", "opps")
     assert done.returncode == 2 and "did you mean ops?" in done.stderr
+    done = run(with_notify(tmp_path), "notify", "test", "ops")
+    assert (done.returncode, done.stderr) == (2, "inventory.yaml names nobody to notify\n")
 
 
 # --- the heartbeat
@@ -856,6 +1129,38 @@ def test_the_heartbeat(tmp_path: Path, store: Store, hook: Hook) -> None:
     take_over(store, tmp_path)
     heart.beat(NOON + 240)
     assert len(hook.requests) == 3
+
+
+def test_what_a_heartbeat_says(tmp_path: Path, store: Store) -> None:
+    """That those live who watch, that their findings can be written, and that the gate is open."""
+    clock = [lease_clock()]
+    aggregator = HealthAggregator(clock=lambda: clock[0])
+    recorder = Recorder(store, aggregator)
+    aggregator.register("a")
+    aggregator.start()
+    aggregator.set_resource("a", True, ttl=1e6)
+    aggregator.beat("monitor", 1e6)
+    assert not is_service_well(aggregator, recorder), "nobody writes"
+    recorder.start()
+    try:
+        wait_for(lambda: is_service_well(aggregator, recorder))
+        aggregator.set_resource("a", False, "on fire")
+        assert not is_service_well(aggregator, recorder), "the gate is closed"
+        aggregator.set_resource("a", True, ttl=1e6)
+        assert is_service_well(aggregator, recorder)
+        aggregator.beat("monitor", -1.0)
+        assert not is_service_well(aggregator, recorder), "nobody watches"
+        aggregator.beat("monitor", 1e6)
+        with store.writing() as session:
+            session.execute(sqlalchemy.text(
+                "CREATE TRIGGER full BEFORE INSERT ON event BEGIN SELECT RAISE(FAIL, 'full'); END"))
+        recorder.note("service", "something", NOON)
+        wait_for(lambda: not is_service_well(aggregator, recorder))
+        with store.writing() as session:
+            session.execute(sqlalchemy.text("DROP TRIGGER full"))
+        wait_for(lambda: is_service_well(aggregator, recorder))
+    finally:
+        recorder.close()
 
 
 def test_a_service_beats(tmp_path: Path, hook: Hook) -> None:

@@ -225,7 +225,7 @@ def changes(local: Local) -> list[str]:
 def test_api(local: Local) -> None:
     found = local.api("GET", "gate").json
     assert (found["mode"], found["would_refuse"], found["override"]) == ("enforce", 0, None)
-    wait_for(lambda: local.api("GET", "gate").json["why"].startswith("b: check: check simulation"))
+    wait_for(lambda: local.api("GET", "gate").json["why"].startswith("b: check simulation"))
     reply = local.api("POST", "gate", {"action": "open", "for": "2h", "reason": "the board is watching"})
     assert reply.status == 200
     given = reply.json["override"]
@@ -508,17 +508,7 @@ def test_in_a_browser(tmp_path: Path) -> None:
 def started(inventory: Path, *arguments: str) -> Program:
     """The service with more arguments."""
     program = Program(inventory)
-    launch = program.launch
-
-    def with_arguments() -> Any:
-        import service  # noqa: PLC0415  # its `command`, for this one start
-
-        with pytest.MonkeyPatch.context() as patch:
-            original = service.command
-            patch.setattr(service, "command", lambda path, **more: original(path, *arguments, **more))
-            return launch()
-
-    program.launch = with_arguments  # type: ignore[method-assign]  # for this one
+    program.command += arguments
     return program
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import gzip
 import html
+import http.server
 import re
 import sqlite3
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -36,6 +38,12 @@ def written(local: Local) -> str:
         return session.scalar(sqlalchemy.select(Status.state)) or ""
 
 
+def written_sample(folder: Path) -> str | None:
+    """What the last poll that was written down read."""
+    with contextlib.closing(sqlite3.connect(folder / "healthchecker.db")) as database:
+        return next((text for (text,) in database.execute("SELECT sample FROM status")), "null")
+
+
 @contextlib.contextmanager
 def machine(folder: Path, more: str) -> Iterator[tuple[Local, Path]]:
     """A console with a machine that is well until a file is there, and which is polled when a test wants it."""
@@ -45,8 +53,8 @@ def machine(folder: Path, more: str) -> Iterator[tuple[Local, Path]]:
         f" checks: [{{name: flag, command: 'test ! -e {flag} || {{ echo it is there; exit 1; }}'}}]}}\n"
     )
     with local_console(folder, row, clock=time.time) as local:
-        local.log_in_as(NAME)
         wait_for(lambda: written(local) == "healthy")
+        local.log_in_as(NAME)
         yield local, flag
 
 
@@ -70,7 +78,7 @@ def test_between_confirmations(tmp_path: Path) -> None:
 def test_what_cannot_be_written_is_shown(tmp_path: Path) -> None:
     """While another program holds the database, the rows say what was, and the pages what is."""
     with machine(tmp_path, "rise: 1, fall: 1") as (local, flag), contextlib.closing(
-        sqlite3.connect(tmp_path / "healthchecker.db", isolation_level=None)
+        sqlite3.connect(tmp_path / "healthchecker.db", 60, isolation_level=None)
     ) as other:
         other.execute("BEGIN IMMEDIATE")
         flag.touch()
@@ -81,6 +89,36 @@ def test_what_cannot_be_written_is_shown(tmp_path: Path) -> None:
             assert "check flag: it is there" in text_of(local, path)
         assert local.api("GET", "resources/one").json["state"] == "unhealthy"
         other.execute("ROLLBACK")
+
+
+def test_what_is_shown_can_be_acknowledged(tmp_path: Path) -> None:
+    """Although its row still says what was before; and not what is shown as well, whatever its row says."""
+    with machine(tmp_path, "rise: 1, fall: 1") as (local, flag):
+        monitor, shown = local.context.monitor, '"/-/resources/one/acknowledgement"'
+        for state, before, status in (("unhealthy", "healthy", 303), ("healthy", "unhealthy", 409)):
+            (flag.touch if state == "unhealthy" else flag.unlink)()
+            monitor.pollers["one"].poll_now().result(60)
+            assert monitor.flush()
+            with local.store.writing() as session:  # as before the recorder's turn
+                session.execute(Status.__table__.update().values(state=before, polled_at=Status.polled_at - 1))
+            assert (shown in local.ask("GET", "/-/resources/one").body) is (state == "unhealthy")
+            assert local.form("/-/resources/one/acknowledgement", {"comment": "on my way"}).status == status
+            assert local.api("GET", "resources/one").json["state"] == state
+
+
+def test_what_is_behind_another_cannot(tmp_path: Path) -> None:
+    """Its own results may be good; each of them would end what is said of it."""
+    rows = (
+        "  - {name: parent, platform: http, url: 'http://127.0.0.1:1/', interval: 600, rise: 1, fall: 1}\n"
+        "  - {name: child, platform: simulated, mean_healthy: 1000000, interval: 600, depends_on: [parent]}\n"
+    )
+    with local_console(tmp_path, rows, clock=time.time) as local:
+        local.log_in_as(NAME)
+        wait_for(lambda: local.api("GET", "resources/child").json["cause"] == "parent")
+        for name, status in (("child", 409), ("parent", 303)):
+            shown = f"/-/resources/{name}/acknowledgement"
+            assert (f'"{shown}"' in local.ask("GET", f"/-/resources/{name}").body) is (status == 303)
+            assert local.form(shown, {"comment": "on my way"}).status == status
 
 
 @pytest.mark.parametrize("polled", [True, False])
@@ -115,6 +153,32 @@ def test_what_was_known_stays_while_a_machine_is_away(tmp_path: Path) -> None:
         with local.store.writing() as session:
             session.execute(Resource.__table__.update().values(platform="linux"))
         assert "<dt>System</dt>" not in local.ask("GET", "/-/resources/one").body, "that was another machine"
+
+
+def test_what_was_known_outlives_a_restart(tmp_path: Path) -> None:
+    """Nothing is read after it, and after several polls that read nothing; of other settings it would be wrong."""
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), http.server.SimpleHTTPRequestHandler)
+    url = f"http://127.0.0.1:{server.server_port}/"
+    row = f"  - {{name: one, platform: http, url: '{url}', interval: 600, retry_interval: 600, rise: 1, fall: 1%s}}\n"
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    with local_console(tmp_path, row % "", clock=time.time):
+        wait_for(lambda: written_sample(tmp_path) != "null", 60)
+    server.shutdown()
+    server.server_close()
+    thread.join()
+    for _ in range(2):
+        with local_console(tmp_path, row % "", clock=time.time) as local:
+            local.log_in_as(NAME)
+            for _ in range(2):
+                assert local.form("/-/resources/one/check", {}).status == 303
+                wait_for(lambda: written_sample(tmp_path) == "null")
+            body = local.ask("GET", "/-/resources/one").body
+            assert "Response time" in body and "as of <time" in body and "unreachable: " in body
+    with local_console(tmp_path, row % ", timeout: 9", clock=time.time) as local:
+        local.log_in_as(NAME)
+        assert local.form("/-/resources/one/check", {}).status == 303
+        assert "as of <time" not in local.ask("GET", "/-/resources/one").body
 
 
 # === Many ====================================================================
@@ -228,6 +292,9 @@ def test_copy(forms: Local) -> None:
     assert 'value="192.0.2.1"' in body and "tags: [db]" in body
     assert 'name="name" value=""' in body and 'placeholder="not copied"' in body
     assert forms.ask("GET", "/-/add?copy=gone").status == 404
+    assert forms.ask("GET", "/-/add?copy=one").status == 200, "also what the inventory states"
+    assert "/-/add?copy=one" in forms.ask("GET", "/-/resources/one").body
+    assert forms.ask("GET", "/-/resources/one/edit").status == 409
 
 
 def test_a_password_that_is_not_kept_says_so(forms: Local) -> None:
@@ -248,7 +315,7 @@ def test_what_was_typed_for_a_user_stays(forms: Local) -> None:
 
 
 def test_a_database_that_is_held_loses_nothing_typed(forms: Local, tmp_path: Path) -> None:
-    with contextlib.closing(sqlite3.connect(tmp_path / "healthchecker.db", isolation_level=None)) as other:
+    with contextlib.closing(sqlite3.connect(tmp_path / "healthchecker.db", 60, isolation_level=None)) as other:
         other.execute("BEGIN IMMEDIATE")
         body = forms.form("/-/resources/one/maintenance", {"minutes": "240", "reason": "half a night"}).body
         other.execute("ROLLBACK")

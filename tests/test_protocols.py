@@ -710,8 +710,11 @@ def test_in_the_console(tmp_path: Path, folder: Path) -> None:
         found = local.api("GET", "resources/shop").json
         assert found["sample"]["checks"]["status"]["text"] == "200" and found["expect"]["within"] == 2
         assert f"Bearer {SECRET}" == authorization(server.requests[-1])
-        families = {family.name: family for family in Metrics(
-            ServingMetrics(local.context.lease, Counters(1)), local.store, None, local.context.connections).collect()}
+        metrics = Metrics(
+            ServingMetrics(local.context.lease, Counters(1)), local.store, None, local.context.connections)
+        wait_for(lambda: any(family.name == "healthchecker_resource_response_seconds" and family.samples
+                             for family in metrics.collect()))      # which the recorder writes
+        families = {family.name: family for family in metrics.collect()}
         seconds, = families["healthchecker_resource_response_seconds"].samples
         assert seconds.labels == {"resource": "shop"} and seconds.value > 0
         good = {one.labels["check"]: one.value for one in families["healthchecker_resource_check_good"].samples}

@@ -104,7 +104,7 @@ def as_shown() -> list[str]:
         (block,) = POWERSHELL
         program = PureWindowsPath(shown(r"-Execute (\S+)", block))
         assert program.parent == PureWindowsPath(shown(r"-WorkingDirectory (\S+)", block)) / ".venv" / "Scripts"
-        return [str(Path(sys.executable).with_name(program.name)), *shlex.split(shown(r"-Argument (\S+)", block))]
+        return [str(Path(sys.executable).with_name(program.name)), *shlex.split(shown(r'-Argument "(.+?)"', block))]
     program, *arguments = shlex.split(shown("^ExecStart=(.*)$", unit()))
     assert program == shown("^WorkingDirectory=(.*)$", unit()) + "/.venv/bin/python"
     return [sys.executable, *arguments]

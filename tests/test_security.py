@@ -36,6 +36,7 @@ from healthchecker import (
     API,
     API_ROUTES,
     ASSETS,
+    BOARDS,
     CONSOLE_CONNECTIONS,
     COOKIE,
     PAGES,
@@ -62,10 +63,10 @@ OPERATORS = '  operators: [127.0.0.0/8, "::1", 192.0.2.0/24]'
 FAR, FOREIGN = "192.0.2.10", "198.51.100.1"
 STATED = "  - {name: stated, platform: simulated, mean_healthy: 100000}"
 VIEWER, ADMIN = ("viola", PASSWORD), ("adam", PASSWORD)
-ROUTES = {f"{route.method} {route.path}": route for route in (*API_ROUTES, *PAGES)}
+ROUTES = {f"{route.method} {route.path}": route for route in (*API_ROUTES, *PAGES, *BOARDS)}
 
 # Who may use what, written down once more and by hand: a new route has to be put here.
-PUBLIC = {"GET /-/health", "GET /-/livez"}
+PUBLIC = {"GET /-/health", "GET /-/livez", "GET /-/status"}
 BEFORE_LOGIN = {"POST /-/api/login", "POST /-/api/push/<name>", "GET /-/login", "POST /-/login", "GET /-/static/<name>"}
 VIEWERS = {
     "GET /-/",

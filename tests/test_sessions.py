@@ -545,7 +545,7 @@ class Proxy(Listener):
 
     def silent(self) -> None:
         """What is sent through a connection that is open now is lost."""
-        self.silenced = {sock for pair in self.open for sock in pair}
+        self.silenced |= {sock for pair in self.open for sock in pair}
 
     def half_close(self) -> None:
         """The host says no more, and reads on."""

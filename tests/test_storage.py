@@ -307,18 +307,21 @@ def test_a_migrated_database_is_as_a_new_one(tmp_path: Path) -> None:
     assert described(database_of_schema_2(tmp_path)) == described(tmp_path / "new.db")
 
 
-SCHEMA_4 = ('ALTER TABLE event DROP COLUMN "group"', "ALTER TABLE event DROP COLUMN state", "DROP TABLE maintenance",
+SCHEMA_5 = ("ALTER TABLE status DROP COLUMN read", "ALTER TABLE status DROP COLUMN read_at", "DROP TABLE maintenance",
             "ALTER TABLE resource ADD COLUMN maintenance FLOAT NOT NULL DEFAULT 0",
             "ALTER TABLE resource ADD COLUMN maintenance_reason VARCHAR NOT NULL DEFAULT ''",
+            "PRAGMA user_version = 5")  # fmt: skip
+SCHEMA_4 = (*SCHEMA_5, 'ALTER TABLE event DROP COLUMN "group"', "ALTER TABLE event DROP COLUMN state",
             "PRAGMA user_version = 4")  # fmt: skip
 
 
 @pytest.mark.of_files
-def test_maintenance_of_schema_4_goes_on(bench: Bench) -> None:
+@pytest.mark.parametrize("schema", [SCHEMA_4, SCHEMA_5], ids=["4", "5"])
+def test_maintenance_of_earlier_schemas_goes_on(bench: Bench, schema: tuple[str, ...]) -> None:
     """Also of a name with a quotation mark; damaged ones are none."""
     bench.load(FIRST)
     bench.execute("""UPDATE resource SET name = 'a"b' WHERE name = 'a.example.com'""")
-    executed(bench.database, *SCHEMA_4, "UPDATE resource SET maintenance = 9e9, maintenance_reason = 'it''s'",
+    executed(bench.database, *schema, "UPDATE resource SET maintenance = 9e9, maintenance_reason = 'it''s'",
              "UPDATE resource SET maintenance = 'soon' WHERE name = 'b.example.com'",
              "UPDATE resource SET maintenance = 9e999 WHERE name = 'c'")  # fmt: skip
     with closing(Store(bench.place)) as store, store.reading() as session:

@@ -1,0 +1,183 @@
+"""Night: what an operator opens, fills in wrongly and sends at three in the morning, in a real browser."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import sqlalchemy
+from browser import PASSWORD, Scheme, chromium, enter, visit
+from conftest import wait_for
+from console import NAME, Local, local_console, served
+from service import few_rounds
+
+from healthchecker import Receiver, Status
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser, Page
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="the pages are the same there, but no chromium is")
+OFTEN = "interval: 600, retry_interval: 600, rise: 1, fall: 1"
+LONG = "word " * 39 + "words"
+ROWS = f"""  - {{name: db1, platform: simulated, mean_healthy: 1000000, seed: 1, tags: [database], {OFTEN}}}
+  - {{name: db2.replica.eu-central.example.com, platform: http, url: 'http://127.0.0.1:1/', tags: [replica], {OFTEN}}}
+  - {{name: web, platform: http, url: 'http://127.0.0.1:1/', critical: false, {OFTEN}}}
+"""
+MORE = """
+groups: [{name: replicas, members: [db1, db2.replica.eu-central.example.com], healthy: any}]
+routes: {/reports: [db2.replica.eu-central.example.com]}
+maintenance: [{schedule: "0 2 * * *", zone: Europe/Berlin, for: 1h, tags: [replica], reason: patches}]
+"""
+SICK = "/-/resources/db2.replica.eu-central.example.com"
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with chromium() as browser:
+        yield browser
+
+
+def sick(local: Local) -> int:
+    """How many are unhealthy by their rows."""
+    with local.store.reading() as session:
+        return len(session.scalars(sqlalchemy.select(Status).filter_by(state="unhealthy")).all())
+
+
+@pytest.fixture(scope="module")
+def night(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Local]:
+    """A console with everything at once: groups, planned work, an overridden gate, what is seen, and nobody to tell."""
+    folder = tmp_path_factory.mktemp("night")
+    with few_rounds(), local_console(folder, ROWS, MORE, PASSWORD, time.time) as local, served(local):
+        local.log_in_as(NAME)
+        wait_for(lambda: sick(local) == 2, 60)
+        term = {"minutes": "60", "reason": LONG}
+        later = time.strftime("%Y-%m-%dT12:00", time.localtime(time.time() + 10 * 86_400))
+        for path, form in (
+            ("/-/override", {"action": "open", "for": "8h", "reason": LONG}),
+            ("/-/maintenance", {"scope": "tags:database", **term}),
+            ("/-/maintenance", {"scope": "groups:replicas", "start": later, **term}),
+            ("/-/resources/web/acknowledgement", {"comment": LONG}),
+        ):
+            reply = local.form(path, form)
+            assert reply.status == 303, reply
+        assert local.form("/-/tokens", {"name": "nightly", "role": "viewer", "password": PASSWORD}).status == 200
+        with local.store.writing() as session:
+            session.add(Receiver(name="ops", trouble="no answer (ConnectionError)"))
+        yield local.keep()
+
+
+def assert_fits(page: Page, where: str) -> None:
+    """axe-core finds nothing, and nothing is beyond the window's edges."""
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()
+    found = axe.run(page, options={"resultTypes": ["violations"]}).response["violations"]
+    assert not [(one["id"], [node["html"] for node in one["nodes"]]) for one in found], where
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), where
+    outside = """[...document.querySelectorAll("main :is(label, button, input, .state, time)")].filter(one =>
+        one.checkVisibility() && one.getBoundingClientRect().left < 0).map(one => one.outerHTML)"""
+    assert page.evaluate(outside) == [], where
+
+
+# Of each form: its page, the button that opens it, what is typed, the button that sends it, and what is refused.
+PAST = {"reason": LONG, "start": "2020-01-01T02:00"}
+FORMS: list[tuple[str, str, dict[str, str], str, str]] = [
+    ("/-/", "Override the gate", {"reason": LONG}, "Override the gate", ""),
+    ("/-/", "Maintenance", PAST, "Begin maintenance", "must not be past"),
+    (SICK, "Maintenance", PAST, "Begin maintenance", "must not be past"),
+    (SICK, "Acknowledge", {"comment": LONG}, "Say that it is seen", ""),
+    ("/-/users", "", {"name": NAME, "password": "correct horse battery"}, "Add user", "of this name already"),
+    ("/-/tokens", "", {"name": "late", "expires": "1x", "password": PASSWORD}, "Make token", "must be like 90d"),
+    ("/-/add", "", {"name": "x", "interval": "soon", "password": "secret", "settings": "x: 1\nlimits: {y: 2}"}, "Save",
+     "unknown setting"),
+    ("/-/password", "", {"current": PASSWORD, "new": "a long enough one", "again": "not the same one"},
+     "Change the password", "is not the same"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("scheme", "width"), [("light", 1440), ("dark", 390), ("light", 1000)])
+def test_every_form(browser: Browser, night: Local, scheme: Scheme, width: int) -> None:
+    """Before and after a refusal: readable, inside of the window, and what was typed is there or said to be gone."""
+    options: dict[str, Any] = {"color_scheme": scheme, "viewport": {"width": width, "height": 800}}
+    context, page, faults = visit(browser, night, **options)
+    enter(page, night)
+    for path, opener, fields, button, refusal in FORMS:
+        page.goto(path)
+        if opener:
+            page.locator("summary", has_text=opener).click()
+        scope = page.locator("details[open] form" if opener else "main form").filter(
+            has=page.get_by_role("button", name=button, exact=True))  # fmt: skip
+        for name, text in fields.items():
+            scope.locator(f"[name={name}]").fill(text)
+        assert_fits(page, f"{path} {opener} open")
+        if not refusal:
+            continue
+        scope.get_by_role("button", name=button, exact=True).click()
+        page.get_by_role("alert").get_by_text(refusal).wait_for()
+        for name, text in fields.items():
+            field = scope.locator(f"[name={name}]")
+            lost = field.get_attribute("placeholder") == "not kept: type it again" and not field.input_value()
+            assert lost or field.input_value() == text, (path, name)
+        assert_fits(page, f"{path} {opener} refused")
+    page.goto(SICK)
+    page.locator("summary", has_text="Last polls").click()
+    assert_fits(page, "last polls")
+    context.close()
+    assert not faults
+
+
+def test_a_refused_form_leaves_the_others_alone(night: Local) -> None:
+    """Two forms of the overview have a reason: only the one that was sent shows it, with what is wrong with it."""
+    body = night.form("/-/override", {"action": "open", "for": "8h", "reason": "x" * 300}).body
+    assert body.count('id="e-reason"') == 1
+    body = night.form("/-/maintenance", {"scope": "all", "minutes": "60", "reason": "x" * 300}).body
+    assert body.count('id="e-reason"') == 1 and body.count("x" * 300) == 1
+
+
+def test_what_was_done_is_over(browser: Browser, night: Local) -> None:
+    """A form that was accepted is closed and empty, and who sent it by keyboard is where it was opened."""
+    context, page, faults = visit(browser, night)
+    enter(page, night)
+    page.goto("/-/resources/web")
+    page.locator("summary", has_text="Maintenance").press("Enter")
+    reason = page.locator("details[open] [name=reason]")
+    reason.fill("on it")
+    page.get_by_role("button", name="Begin maintenance").press("Enter")
+    page.locator("section.maintenance", has_text="on it").wait_for()
+    assert page.evaluate("document.activeElement.textContent") == "Maintenance"
+    assert page.locator("[name=reason]").input_value() == ""
+    page.get_by_role("button", name="End maintenance").press("Enter")
+    page.locator("section.maintenance").wait_for(state="detached")
+    context.close()
+    assert not faults
+
+
+def test_the_focus_stays(browser: Browser, night: Local) -> None:
+    """Who presses a button by keyboard is at that button when the answer is there, or where the button was."""
+    context, page, faults = visit(browser, night)
+    enter(page, night)
+    page.goto(SICK)
+    focused = "document.activeElement.textContent.trim()"
+    with page.expect_response("**/check"):
+        page.get_by_role("button", name="Check now").press("Enter")
+    wait_for(lambda: page.evaluate(focused) == "Check now", 60)
+    page.locator("summary", has_text="Acknowledge").press("Enter")
+    page.get_by_label("Comment").fill("on it")
+    page.get_by_label("Comment").press("Enter")
+    page.get_by_role("button", name="Take back").wait_for()
+    wait_for(lambda: page.evaluate("document.activeElement.id") == "main", 60)
+    page.get_by_role("button", name="Take back").press("Enter")
+    page.locator("summary", has_text="Acknowledge").wait_for()
+    context.close()
+    assert not faults
+
+
+def test_sorting_on_a_phone(browser: Browser, night: Local) -> None:
+    context, page, _ = visit(browser, night, viewport={"width": 390, "height": 800})
+    enter(page, night)
+    page.goto("/-/")
+    page.get_by_role("link", name="Resource", exact=True).click()
+    page.wait_for_url("**sort=name*")
+    assert_fits(page, "sorted")
+    context.close()
