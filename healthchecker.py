@@ -55,8 +55,10 @@ Sections, in file order; a definition refers only to what stands above it:
     Override     what an operator says of the gate
     Maintenance  what does not count now and next, and whose trouble has been seen
     Incidents    when the gate was closed, and how long it was open
+    Sharing      which of several machines does what, and what the others found
     Recorder     the thread that writes what polls found
-    Poll         a thread per resource, and one overseer
+    Poll         a thread per resource
+    Monitor      the thread that oversees them
     Counters     what a worker counts, in shared memory
     Gate         the application's door: the WSGI application in front of the application
     Leases       the leases in a file, for gates in other servers
@@ -81,6 +83,7 @@ Sections, in file order; a definition refers only to what stands above it:
     Backup       database, keys and inventory in one archive
     Service      serve: from the start to the end
     Status       what the running service says, for the command line and Nagios
+    Sealing      secrets sealed in the file and in the rows, also with another key
     Commands     the command line: check, seal, endpoint, trust, user, gate, maintenance, keys
 """
 
@@ -1104,6 +1107,8 @@ class ServiceSettings(Settings):
     database_password: Secret | None = None             # of PostgreSQL; without one as libpq finds it
     database_password_env: TextLine | None = None
     database_password_file: FilePath | None = None
+    machine: Annotated[TextLine, Field(max_length=100)] | None = None   # of several; None: see machine_name
+    inventory: Literal["own", "follow"] = "own"         # follow: another machine's is imported
     keys: FilePath = Path("keys")
     known_hosts: FilePath = Field(default_factory=known_hosts_file)
     log_file: FilePath | None = None
@@ -1113,6 +1118,8 @@ class ServiceSettings(Settings):
     def _consistent(self) -> ServiceSettings:
         if self.hold and not self.uplink:
             raise ValueError("hold needs uplink: what answers unless this machine is cut off")
+        if self.database_path and (self.machine or self.inventory == "follow"):
+            raise ValueError(f"several machines need a database of PostgreSQL: {POSTGRES}user@host/name")
         if self.database_password and self.database_path:
             raise ValueError(f"database_password needs a database of PostgreSQL: {POSTGRES}user@host/name")
         if self.status_page and self.status_token:
@@ -1135,6 +1142,11 @@ class ServiceSettings(Settings):
     def app_threads(self) -> int:
         """Pool threads for the application; the built-in page needs none."""
         return self.threads if self.app else 0
+
+    @property
+    def machine_name(self) -> str:
+        """Of several on one database; empty where there is one alone."""
+        return "" if self.database_path else self.machine or socket.gethostname()
 
     @property
     def worker_count(self) -> int:
@@ -1744,6 +1756,15 @@ class Inventory:
         yield from ((where, url, url_binding(name)) for where, name, url in self.urls())
 
     @property
+    def digest(self) -> str:
+        """Of what several machines have to say alike: all but `service`, secrets and where files are."""
+        private = {name for name in ResourceSettings.model_fields if name.endswith("_file") or name in SECRETS}
+        said = [[settings.model_dump_json(exclude=private | {"ssh_config"}) for settings in self.resources],
+                self.gates.model_dump_json(), [plan.model_dump_json() for plan in self.plans],
+                [receiver.model_dump_json(exclude={"url", "url_file"}) for receiver in self.receivers]]
+        return hashlib.sha256(json.dumps(said).encode()).hexdigest()
+
+    @property
     def secret_variables(self) -> list[str]:
         """Environment variables that hold such."""
         return [*filter(None, (self.service.heartbeat_env, self.service.database_password_env,
@@ -2015,8 +2036,7 @@ class InventoryLoader:
             return None
 
     def _resource(self, index: int, own: dict[str, Any], defaults: dict[str, Any]) -> ResourceSettings | None:
-        here: NodePath = ("resources", index)
-        raw = self._merged(here, own, defaults)
+        raw = self._merged(here := ("resources", index), own, defaults)
         sources = {kind: source for kind in SECRETS for source in (f"{kind}_env", f"{kind}_file")
                    if isinstance(raw.get(source), str)}
 
@@ -2231,6 +2251,9 @@ class Vault:
         self.key_id = hashlib.sha256(public).hexdigest()[:16]
         self._keys[self.key_id] = key
 
+    def holds(self, key_id: str) -> bool:
+        return key_id in self._keys
+
     @key_files_written()
     def create(self, name: str = "private.pem") -> None:
         """Makes an RSA key; an existing one is never overwritten. Raises SecretError."""
@@ -2301,8 +2324,9 @@ def hash_password(password: str, salt: bytes, rounds: int = PBKDF2_ROUNDS) -> by
 # The tables, and how those of an older version are migrated. Secrets are stored sealed only. Here as everywhere else
 # stands SQL that both SQLite and PostgreSQL have, but for migrations before schema 6, the first one on PostgreSQL.
 # In any thread of the main process, within the transaction of whoever calls.
-# Gives: Acknowledgement, APPLICATION, Base, BIG_INTEGER, binding, db, Event, LoginSession, Machine, Maintenance,
-# migrate, Notice, Receiver, remembered, REMOVED, Resource, revise, revision, SCHEMA, Setting, Status, User, YEAR_3000
+# Gives: Acknowledgement, APPLICATION, Base, BIG_INTEGER, binding, db, Event, LoginSession, LOOKED_AT, Machine,
+# Maintenance, migrate, Notice, own_name, Receiver, remembered, REMOVED, Resource, Result, revise, revision, SCHEMA,
+# Setting, Status, User, YEAR_3000
 SALT_BYTES = 16                 # bytes, NIST SP 800-132
 YEAR_3000 = 32_503_680_000      # Unix time, the last one that Windows can show
 
@@ -2349,7 +2373,7 @@ class Base(DeclarativeBase):
 Base.registry.update_type_annotation_map({str: StoredText, float: StoredNumber, int: StoredInteger})
 
 db = SQLAlchemy(model_class=Base, session_options={"expire_on_commit": False})
-SCHEMA = 6                      # of a database that this program writes
+SCHEMA = 7                      # of a database that this program writes
 APPLICATION = 0x48434B31        # "HCK1": whose database it is
 LOOKED_AT = 1.0                 # seconds for which a start waits for those who look whether a service runs
 REMOVED = "removed"             # origin of what the inventory had: it is kept while there is history of it
@@ -2491,6 +2515,18 @@ class Status(Base):
     strip: Mapped[str] = mapped_column(default="")      # the last STRIP polls, oldest first: a character of POLLS each
 
 
+class Result(Base):
+    """What other machines on the database have to know of a Status: for how long it counts."""
+
+    __tablename__ = "result"
+    resource_id: Mapped[int] = mapped_column(ForeignKey("resource.id", ondelete="CASCADE"), primary_key=True)
+    serial: Mapped[int] = mapped_column(index=True)     # rises with every transaction that writes some
+    machine: Mapped[str]        # that found it
+    found_at: Mapped[float]     # Unix time of the database's clock
+    counts: Mapped[float]       # seconds for which it counts from then on
+    opens: Mapped[float]        # seconds from then on until it can be healthy again
+
+
 class Event(Base):
     """A transition or a change of configuration: who, what, when, from where."""
 
@@ -2617,6 +2653,7 @@ class Machine(Base):
     version: Mapped[str]
     started_at: Mapped[float]   # Unix time of the database's clock, as is the next
     seen_at: Mapped[float]
+    able: Mapped[bool]          # to poll: it is not cut off from all of what is polled
 
 
 # What brings a database of schema 1, 2, … to the next; the tables that are missing are made afterwards.
@@ -2709,6 +2746,11 @@ def remembered(session: Session, name: str) -> Setting:
     return session.get(Setting, name) or Setting(name=name, value=0, text="")
 
 
+def own_name(name: str, machine: str) -> str:
+    """Of a Setting that each machine has for itself."""
+    return f"{name}/{machine}" if machine else name
+
+
 def revision(session: Session) -> int:
     return remembered(session, "revision").value
 
@@ -2722,7 +2764,8 @@ def revise(session: Session) -> None:
 # What holds the tables: a file of SQLite, or a database of PostgreSQL that several machines reach. What the two do
 # differently is in their classes, and nowhere else. The main process alone opens it, in any thread: reads see one
 # state, writes wait for each other.
-# Gives: BUSY_TIMEOUT, Database, CLAIM_LIFE, PostgresServer, SqliteFile, Store
+# Gives: BUSY_TIMEOUT, Claim, CLAIM_INTERVAL, Database, CLAIM_LIFE, DATABASE_CLOCK, IS_LIVING, PostgresServer,
+# SqliteFile, Store
 MIN_ROOM = 1 << 17              # bytes of a disk that is as good as full: what SQLite needs to open a database
 BUSY_TIMEOUT = 5.0              # seconds a writer waits for another one, and whoever connects for a server
 # PostgreSQL gives a statement up, and we a connection without a byte of it, after so many seconds: two of these and one
@@ -2778,6 +2821,7 @@ class SqliteFile:
     """A database in a file, of which there is one service. Its methods are those of PostgresServer."""
 
     insert = staticmethod(sqlite.insert)
+    wall = staticmethod(time.time)
     end_of = staticmethod(lambda text, count: func.substr(text, -count))
 
     def __init__(self, path: Path) -> None:
@@ -2805,14 +2849,15 @@ class SqliteFile:
             raise StorageError(f"database {path} {fault}")
         return int(version)
 
-    def lock(self, lost: Callable[[], None] | None = None) -> contextlib.AbstractContextManager[object]:
+    def lock(self, lost: Callable[[], None] | None = None, machine: str = "") -> contextlib.AbstractContextManager[
+            object]:
         """Makes this process the only service on the database until it ends, however it ends, or the block does;
-        `lost`: nobody takes it away. Raises StorageError.
+        `lost`: nobody takes it away, `machine`: there is no other. Raises StorageError.
 
         SQLite's own lock on a file beside the database: the same on Windows and UNIX, and the system drops it. Who only
         looks whether a service runs, such as a monitoring system every few seconds, must not keep one from its start.
         """
-        del lost
+        del lost, machine
         connection, path = None, self.path
         try:
             lock = Path(f"{path}.lock")
@@ -2923,12 +2968,15 @@ WRITING = (f"BEGIN ISOLATION LEVEL READ COMMITTED, READ WRITE; {BOUNDS}; "
 POSTGRES_COLUMNS = """SELECT relname, attname FROM pg_attribute JOIN pg_class ON pg_class.oid = attrelid
     JOIN pg_namespace ON pg_namespace.oid = relnamespace
     WHERE nspname = current_schema() AND relkind IN ('r', 'p') AND attnum > 0 AND NOT attisdropped"""
-DATABASE_CLOCK = "extract(epoch FROM clock_timestamp())"
+DATABASE_CLOCK = "CAST(extract(epoch FROM clock_timestamp()) AS double precision)"
 # Nor does what was seen in a future, which a clock once showed.
-LIVING = ("SELECT name, instance, seen_at FROM machine "      # noqa: S608  # nobody's words, as the next
-          f"WHERE abs(seen_at - {DATABASE_CLOCK}) < {CLAIM_LIFE}")
-BEGIN_LIFE = f"INSERT INTO machine VALUES (%s, %s, %s, {DATABASE_CLOCK}, {DATABASE_CLOCK})"     # noqa: S608
-GO_ON = f"UPDATE machine SET seen_at = {DATABASE_CLOCK} WHERE instance = %s"                    # noqa: S608
+IS_LIVING = f"abs(seen_at - {DATABASE_CLOCK}) < {CLAIM_LIFE}"
+LIVING = f"SELECT name, instance, seen_at, able FROM machine WHERE {IS_LIVING}"     # noqa: S608  # nobody's words
+FORGET_DEAD = f"DELETE FROM machine WHERE NOT {IS_LIVING}"                          # noqa: S608
+BEGIN_LIFE = ("INSERT INTO machine (instance, name, version, able, started_at, seen_at) "   # noqa: S608
+              f"VALUES (%s, %s, %s, %s, {DATABASE_CLOCK}, {DATABASE_CLOCK})")
+STAMP = "SELECT name, value, text FROM setting WHERE name IN ('schema', 'key') ORDER BY name"
+GO_ON = f"UPDATE machine SET seen_at = {DATABASE_CLOCK}, able = %s WHERE instance = %s AND {IS_LIVING}"     # noqa: S608
 
 
 @functools.cache
@@ -2960,50 +3008,98 @@ def load_psycopg() -> tuple[Callable[..., Any], type[Exception]]:
     return connect, psycopg.Error
 
 
-class Claim(threading.Thread):
-    """Makes this process the only service on a database of PostgreSQL: a row of Machine, which the thread brings up to
-    date every CLAIM_INTERVAL seconds, and which counts for CLAIM_LIFE seconds of the database's clock."""
+class Company(NamedTuple):
+    """Who lives on a database, as was heard last."""
 
-    def __init__(self, connect: Callable[[], Any], lost: Callable[[], None]) -> None:
+    epoch: str              # of this machine's life, which ends where nothing was heard of it for CLAIM_LIFE
+    names: frozenset[str]   # of the machines that can poll
+    everybody: frozenset[str]
+    heard_mono: float       # when that was asked
+
+
+class Claim(threading.Thread):
+    """A place on a database of PostgreSQL: a row of Machine, which the thread brings up to date every CLAIM_INTERVAL
+    seconds, and which counts for CLAIM_LIFE seconds of the database's clock. There is one of each `machine`; without a
+    name it is the only one."""
+
+    def __init__(self, connect: Callable[[], Any], lost: Callable[[], None], machine: str = "",
+                 take_clock: Callable[[Any], None] = lambda _: None) -> None:
+        """`take_clock` is given a connection, to read the database's clock."""
         super().__init__(name="claim", daemon=True)
-        self._connect, self._lost, self._connection = connect, lost, connect()
-        self._instance, self._ending = uuid.uuid4().hex, threading.Event()
+        self._connect, self._lost, self.machine, self._connection = connect, lost, machine, connect()
+        self._take_clock = take_clock
+        self._instance, self._ending = "", threading.Event()
         self._trouble = Trouble("the database does not hear that this service lives")
+        self.company = Company("", frozenset(), frozenset(), -math.inf)
+        self.is_able: Callable[[], bool] = lambda: False    # to poll; set by who does
+        self._stamp: object = None      # the schema and the key that hold, as was heard last
 
     def take(self) -> str:
-        """Takes the place of a service that is dead, which is waited for; else the name of who lives."""
+        """Takes the place of a service that is dead, which is waited for; else the name of who lives there."""
         living, wait = self._try(), 0.0
         first = dict(living)
         while living and wait < CLAIM_LIFE + CLAIM_INTERVAL and first.items() >= living.items():
             time.sleep(MONITOR_INTERVAL)
             wait += MONITOR_INTERVAL
             living = self._try()
-        return next((name for name, _ in living), "")
+        return next((name or "a command" for name, _ in living), "")
+
+    def require_alone_for(self, version: int) -> None:
+        """Raises StorageError where others live on a schema that this program would bring to the next one."""
+        if 0 < version < SCHEMA and (others := self.company.everybody - {self.machine}):
+            raise StorageError(f"{', '.join(sorted(others))} run an earlier version on this database, which this one "
+                               "changes: stop them, start this one, then update them")
 
     def _try(self) -> dict[tuple[str, str], float]:
-        """Has a row where no other lives; else when the others were seen, by name and instance."""
-        connection, create = self._connection, CreateTable(Base.metadata.tables["machine"])
+        """Has a new row where nobody lives in this place; else when they were seen, by name and instance."""
+        asked_mono, connection, create = lease_clock(), self._connection, CreateTable(Base.metadata.tables["machine"])
         try:
             connection.execute(WRITING)
             if connection.execute("SELECT to_regclass('machine')").fetchone() == (None,):
                 connection.execute(str(create.compile(dialect=sqlalchemy.make_url(POSTGRES).get_dialect()())))
-            living = {(name, instance): seen for name, instance, seen in connection.execute(LIVING)}
+            living = {(name, instance): seen for name, instance, seen, _ in connection.execute(LIVING)
+                      if not self.machine or name in ("", self.machine)}
             if not living:
-                connection.execute("DELETE FROM machine")
-                connection.execute(BEGIN_LIFE, [self._instance, socket.gethostname(), VERSION])
+                connection.execute(FORGET_DEAD)
+                self._instance = uuid.uuid4().hex
+                connection.execute(BEGIN_LIFE, [self._instance, self.machine, VERSION, self.is_able()])
+                self._hear(asked_mono)
             connection.commit()
         except BaseException:       # also an interrupt: the transaction must not outlast it
             connection.close()
             raise
         return living
 
+    def _hear(self, asked_mono: float) -> None:
+        rows = self._connection.execute(LIVING).fetchall()
+        everybody = frozenset(name for name, *_ in rows)
+        names = frozenset(name for name, _, _, able in rows if able) or everybody
+        if self.machine and names != self.company.names:
+            log.info("machines that poll: %s", ", ".join(sorted(names)))
+        self.company = Company(self._instance, names, everybody, asked_mono)
+
     def run(self) -> None:
         while not self._ending.wait(CLAIM_INTERVAL):
             with self._trouble.caught():
-                if self._connection.closed:
-                    self._connection = self._connect()
-                if not self._connection.execute(GO_ON, [self._instance]).rowcount and self._try():
+                if not self._go_on():
                     return self._lost()
+
+    def _go_on(self) -> bool:
+        """Says that it lives; False where another one has its place, or what holds is another schema or key."""
+        if self._connection.closed:
+            self._connection = self._connect()
+        try:
+            asked_mono, before = lease_clock(), self._stamp
+            lives = self._connection.execute(GO_ON, [self.is_able(), self._instance]).rowcount
+            if self._connection.execute("SELECT to_regclass('setting')").fetchone() != (None,):
+                self._stamp = self._connection.execute(STAMP).fetchall()
+            if lives:
+                self._hear(asked_mono)
+                self._take_clock(self._connection)
+            return bool(lives) or (before in (None, self._stamp) and not self._try())
+        except BaseException:       # it may be one to a server that others have left
+            self._connection.close()
+            raise
 
     def close(self) -> None:
         """Lets another service begin at once."""
@@ -3032,6 +3128,18 @@ class PostgresServer:
         """Raises UsageError where psycopg is missing."""
         self._psycopg_connect, self._error = load_psycopg()
         self._url, self._password = sqlalchemy.make_url(url), password
+        self._ahead = 0.0       # seconds of the database's clock before this machine's
+
+    def wall(self) -> float:
+        """Unix time by the database's clock, which several machines have in common."""
+        return time.time() + self._ahead
+
+    def take_clock(self, connection: Any) -> None:
+        """Compares the clocks; a slow answer says little."""
+        asked, asked_mono = time.time(), lease_clock()
+        [(told,)] = connection.execute(f"SELECT {DATABASE_CLOCK}").fetchall()
+        if (took := lease_clock() - asked_mono) < MONITOR_INTERVAL:
+            self._ahead = float(told) - asked - took / 2
 
     def __str__(self) -> str:
         return self._url.set(query={}).render_as_string()
@@ -3059,6 +3167,7 @@ class PostgresServer:
         """The schema of the database, 0 while it is empty. Raises StorageError for what is not ours."""
         del whole
         with self._connected() as connection:
+            self.take_clock(connection)
             encoding = connection.info.parameter_status("server_encoding")
             if encoding != "UTF8":
                 raise StorageError(f"database {self} is of encoding {encoding}; make one of UTF8")
@@ -3075,11 +3184,13 @@ class PostgresServer:
             raise StorageError(f"database {self} {fault}")
         return version
 
-    def lock(self, lost: Callable[[], None] = lambda: None) -> contextlib.AbstractContextManager[object]:
-        """Makes this process the only service on the database until the block ends; `lost` is called, in another
-        thread, where it was not heard of for so long that another one has begun. Raises StorageError."""
+    def lock(self, lost: Callable[[], None] = lambda: None, machine: str = "") -> contextlib.AbstractContextManager[
+            Claim]:
+        """Makes this process the only one on the database until the block ends, or with a name the only one of that
+        `machine`; `lost` is called, in another thread, where it was not heard of for so long that another one has
+        begun there. Raises StorageError."""
         try:
-            claim = Claim(self.connect, lost)
+            claim = Claim(self.connect, lost, machine, self.take_clock)
             other = claim.take()
         except self._error as error:
             raise StorageError(f"database {self} cannot be used: {plain_reason(error)}") from error
@@ -3146,9 +3257,10 @@ Database = SqliteFile | PostgresServer
 class Store:
     """The database: one way in for the service, its workers and the command line."""
 
-    def __init__(self, database: Database | Path, *, locked: bool = False) -> None:
-        """Opens it, a path is SQLite's, creating it when absent and migrating an older one; `locked`: within its lock.
-        Raises StorageError."""
+    def __init__(self, database: Database | Path, *, locked: bool = False, machine: str = "") -> None:
+        """Opens it, a path is SQLite's, creating it when absent and migrating an older one; `locked`: within its lock;
+        `machine`: this one, of several. Raises StorageError."""
+        self.machine = machine
         self.database = database = SqliteFile(database) if isinstance(database, Path) else database
         version, options = database.inspect(whole=False), database.engine_options()
         self.app = flask.Flask("healthchecker")
@@ -3189,6 +3301,14 @@ class Store:
             session.connection(execution_options={"immediate": True, "migrates": migrates})
             yield session
             session.commit()
+
+    def wall(self) -> float:
+        """Unix time, by the one clock that all on the database have in common."""
+        return self.database.wall()
+
+    def own(self, name: str) -> str:
+        """The name of a Setting that each machine has for itself."""
+        return own_name(name, self.machine)
 
     def checkpoint(self) -> None:
         """Brings to the disk what was committed, the last of which a loss of power might take. Raises StorageError."""
@@ -5572,7 +5692,7 @@ class SimulatedConnection(Connection):
 # === Outcomes ================================================================
 # How a service or a check turned out: an exit status and what was printed go in, an Outcome comes out. Pure, and the
 # same for every platform.
-# Gives: KEPT_BYTES, CONTROL, Outcome, Judge, printed, by_status, by_nagios, JUDGES
+# Gives: kept, KEPT_BYTES, CONTROL, Outcome, Judge, printed, by_status, by_nagios, JUDGES
 KEPT_BYTES = 4096               # bytes of text kept of a service or check; the script has this number, too
 CONTROL = dict.fromkeys([*range(9), *range(11, 32), *range(127, 160)])
 LABELS_MAX = 64                 # labels of a check that are kept, of 100 characters each at most
@@ -7976,8 +8096,13 @@ class Report:
     host_key: str | None = None
     waits: float = 0.0              # seconds until the next login
     kept: bool = False              # it came over what was open
+    epoch: str = ""                 # of this machine's life, when the poll began
+    is_doubtful: bool = False       # it may be this machine that is cut off
+    counts: float = 0.0             # seconds for which it counts
+    opens: float = 0.0              # seconds until it can be healthy again
     blocker: str = ""               # the unhealthy resource or group that it is behind
     behind: int = 0                 # how many are behind it, while it is unhealthy
+    made_mono: float = dataclass_field(default_factory=lease_clock)
 
     @property
     def transition(self) -> str:
@@ -8915,10 +9040,10 @@ class ServiceView(Settings):
         return "closed" if site == "unhealthy" else "degraded" if is_troubled else "open"
 
 
-def told_by_service(session: Session) -> ServiceView:
+def told_by_service(store: Store, session: Session) -> ServiceView:
     """What the service said a moment ago. Raises StorageError where it has not, for it hangs, starts or ends."""
     try:
-        found = ServiceView.model_validate_json(remembered(session, STANDING).text)
+        found = ServiceView.model_validate_json(remembered(session, store.own(STANDING)).text)
     except ValidationError:
         raise StorageError("the service has not said yet how everything stands") from None
     age = lease_clock() - found.mono
@@ -8962,17 +9087,16 @@ class IncidentLog:
         self._lasting: dict[str, Incident] = {}
         self._over: collections.deque[Incident | WatchedTime] = collections.deque(maxlen=2 * PRUNE_ROWS[1])
         self._watched: WatchedTime | None = None
-        self._ids: dict[type[Base], Iterator[int]] = {}
         self._before = self._now = counted()
-        self._ends = False
+        self._ends, self._takes_over, self._speaks, self._begun = False, False, True, False
         # how each resource stands, and whether it counts; set by who knows
         self.standings: Callable[[], Iterable[tuple[str, Standing, bool]]] = tuple
 
     @property
     def due(self) -> bool:
         """Whether there is something to write."""
-        return bool(self._over) or self._ends or self._clock() - self._written_mono >= WATCH_INTERVAL or any(
-            one.id is None for one in self._lasting.values())
+        is_new = bool(self._over) or any(one.id is None for one in self._lasting.values())
+        return self._ends or self._clock() - self._written_mono >= WATCH_INTERVAL or (is_new and self._speaks)
 
     def leave(self) -> None:
         """The service ends: the next thing that is written says so."""
@@ -9009,13 +9133,39 @@ class IncidentLog:
             self._count(name)
             incident.to_at = now_at
 
-    def write(self, session: Session, since: Callable[[str], float], *, changed: bool = True) -> None:
-        """Within the caller's transaction; `since`: when a group last opened or closed; `changed`: or how everything
-        stands is written again only after a while."""
-        if not self._ids:
-            session.execute(sqlalchemy.update(Incident).where(Incident.end == "").values(end="unseen"))
-            self._ids = {kind: itertools.count(1 + (session.scalar(sqlalchemy.select(func.max(kind.id))) or 0))
-                         for kind in (Incident, WatchedTime)}
+    def speak(self, *, speaks: bool) -> None:
+        """Whether it is this machine that writes what the gate did; another one's words are gone on with."""
+        self._speaks = speaks
+        if not speaks:
+            self._over.clear()
+            self._begun, self._takes_over, self._watched = False, True, None
+            for one in self._lasting.values():
+                one.id = cast("Any", None)      # as of one that was not written yet
+
+    def _begin_to_write(self, session: Session) -> None:
+        """Goes on with what another machine has written of what lasts; the rest is over."""
+        open_rows = sqlalchemy.select(Incident.id, Incident.group, Incident.from_at).filter_by(end="")
+        for number, group, from_at in session.execute(open_rows) if self._takes_over else ():
+            if one := self._lasting.get(group):
+                one.id, one.from_at = number, min(from_at, one.from_at)
+        known = [one.id for one in self._lasting.values() if one.id]
+        session.execute(sqlalchemy.update(Incident).where(
+            Incident.end == "", Incident.id.not_in(known)).values(end="unseen"))
+        self._begun = True
+
+    def tell(self, session: Session, since: Callable[[str], float], name: str, *, changed: bool = True) -> None:
+        """Writes how everything stands to the Setting `name`, within the caller's transaction; `since`: when a group
+        last opened or closed; not `changed`: only after a while."""
+        if changed or self._ends or self._clock() - self._said_mono >= WATCH_INTERVAL:
+            session.merge(Setting(name=name, value=0, text="" if self._ends else self._standing(since)))
+            self._said_mono = self._clock()
+
+    def write(self, session: Session) -> None:
+        """Within the caller's transaction."""
+        if not self._speaks:
+            return
+        if not self._begun:
+            self._begin_to_write(session)
         for one in (*self._over, *self._lasting.values(), *filter(None, [self._watched])):
             if one.id is None:
                 if isinstance(one, Incident):
@@ -9023,11 +9173,9 @@ class IncidentLog:
                     by_hand = override and override.action == "close" and one.why.startswith(override.why)
                     one.actor = override.actor if override and by_hand else ""
                     one.before = changes_before(session, one.from_at)
-                one.id = next(self._ids[type(one)])
+                one.id = 1 + (session.scalar(sqlalchemy.select(func.max(type(one).id))) or 0)
             session.merge(one)
-        if changed or self._ends or self._clock() - self._said_mono >= WATCH_INTERVAL:
-            session.merge(Setting(name=STANDING, value=0, text="" if self._ends else self._standing(since)))
-            self._said_mono = self._clock()
+            session.flush()
 
     def written(self) -> None:
         """What write() was given is safe."""
@@ -9115,7 +9263,8 @@ def uptime(session: Session, group: str, now: float) -> dict[str, float | None]:
 def refusals(session: Session, group: str, since: float) -> Sequence[int]:
     """How many incidents of the site (empty), a group or a route were not over before, and the requests meanwhile that
     were refused, and that would have been."""
-    query = sqlalchemy.select(func.count(), func.total(Incident.refused), func.total(Incident.would_refuse))
+    query = sqlalchemy.select(func.count(), *(sqlalchemy.cast(func.coalesce(func.sum(column), 0), BIG_INTEGER)
+                                              for column in (Incident.refused, Incident.would_refuse)))
     return [int(number) for number in session.execute(
         query.where(Incident.group == group, Incident.to_at >= since)).one()]
 
@@ -9146,6 +9295,138 @@ def prune_incidents(session: Session, retention: Retention, now: float) -> None:
         if count > EVENTS:
             doomed = sqlalchemy.select(Incident.id).where(Incident.group == group).order_by(Incident.id)
             session.execute(sqlalchemy.delete(Incident).where(Incident.id.in_(doomed.limit(count - EVENTS))))
+
+
+# === Sharing =================================================================
+# Several machines on one database: which of them polls what, and what the others found. In come the places that a Claim
+# heard of and rows of Result, out go standings for the pollers that rest. Nobody locks anything: two that poll the same
+# for a moment are harmless, and what a machine wrote that was taken for dead does not count.
+# Gives: Found, Membership, PLACE, TAKE_OVER
+TAKE_OVER = CLAIM_LIFE + 2 * CLAIM_INTERVAL + 2.0   # seconds for which what another found counts longer than it does
+                                # there: so long it takes to know that it is dead, and to poll in its place
+RESULTS = sqlalchemy.text(f"""SELECT resource_id, {DATABASE_CLOCK} - found_at AS age, counts, opens,
+    settings_digest, state, cause, reason, since_at, good, bad FROM result JOIN status USING (resource_id)
+    WHERE serial > :serial AND (machine <> :machine OR :serial < 0) ORDER BY serial""")     # noqa: S608  # our words
+NEWS = sqlalchemy.text(f"SELECT resource_id, {DATABASE_CLOCK} - found_at FROM result "      # noqa: S608
+                       "WHERE machine <> :machine AND resource_id = ANY(:numbers)")
+WRITE_RESULT = sqlalchemy.text("""INSERT INTO result (resource_id, serial, machine, found_at, counts, opens)
+    VALUES (:resource_id, :serial, :machine, :found_at, :counts, :opens)
+    ON CONFLICT (resource_id) DO UPDATE SET serial = excluded.serial, machine = excluded.machine,
+    found_at = excluded.found_at, counts = excluded.counts, opens = excluded.opens""")
+PLACE = sqlalchemy.text(f"SELECT count(*) FROM machine WHERE name = :name AND {IS_LIVING}")     # noqa: S608
+LIFE = sqlalchemy.text(f"SELECT count(*) FROM machine WHERE instance = :epoch AND {IS_LIVING}")     # noqa: S608
+
+
+class Found(NamedTuple):
+    """What a machine found."""
+
+    resource_id: int
+    settings_digest: str
+    standing: Standing
+    found_mono: float       # when, by our clock; never later than that
+    counts: float           # seconds for which it counts from then on
+    opens: float            # seconds from then on until it can be healthy again
+
+
+@functools.lru_cache(1 << 15)
+def owner_of(name: str, machines: frozenset[str]) -> str:
+    """The machine to which a name belongs: that of the highest weight (rendezvous hashing; Thaler and Ravishankar,
+    1998), so that where one comes or goes only its own names change hands."""
+    return max(machines, key=lambda machine: hashlib.sha256(length_prefixed(machine, name)).digest(), default="")
+
+
+class Membership:
+    """What this machine does of what several could do; without a Claim it is the only one and does all. For any
+    thread."""
+
+    def __init__(self, claim: Claim | None = None, clock: Callable[[], float] = lease_clock) -> None:
+        self._claim, self._clock = claim, clock
+        # of the results that were read, and in which life; before the first ones this machine's are read, too
+        self._serial, self._read_epoch = -1, ""
+
+    @property
+    def is_shared(self) -> bool:
+        return self._claim is not None
+
+    def heed(self, is_able: Callable[[], bool]) -> None:
+        """While it is not able to poll, the others do."""
+        if self._claim:
+            self._claim.is_able = is_able
+
+    @property
+    def epoch(self) -> str:
+        """Of what is found from now on."""
+        return self._claim.company.epoch if self._claim else ""
+
+    @property
+    def names(self) -> frozenset[str]:
+        """Those that poll, as was heard last."""
+        return self._claim.company.names if self._claim else frozenset()
+
+    @property
+    def is_cut_off(self) -> bool:
+        """Whether the others take this machine for dead: it does not reach the database."""
+        return self._claim is not None and self._clock() - self._claim.company.heard_mono >= CLAIM_LIFE
+
+    def owns(self, name: str) -> bool:
+        """Whether a name is this machine's, as was heard last; SITE is that of what one of them says for all."""
+        return self._claim is None or owner_of(name, self.names) == self._claim.machine
+
+    def polls(self, name: str) -> bool:
+        """Whether a resource is this machine's to poll: one that is cut off polls all."""
+        return self.is_cut_off or self.owns(name)
+
+    @property
+    def speaks(self) -> bool:
+        """Whether it is this machine that writes and sends what all of them could."""
+        return self.owns(SITE)
+
+    def lives(self, session: Session) -> bool:
+        """Whether the others know that it does, by what the session sees."""
+        return not self.is_shared or bool(session.scalar(LIFE, {"epoch": self.epoch}))
+
+    def counting(self, session: Session, reports: Mapping[int, Report]) -> Mapping[int, Report]:
+        """Those that count for other machines, within the caller's transaction, which ends soon whatever becomes of
+        this process: of a life that was not interrupted, not of one that may be cut off, and of others nothing newer
+        is there."""
+        if not self._claim:
+            return reports
+        session.execute(sqlalchemy.text(f"SET LOCAL idle_in_transaction_session_timeout = '{CLAIM_LIFE:.0f}s'"))
+        epoch = self.epoch
+        fresh = {number: report for number, report in reports.items() if report.epoch == epoch and not (
+            report.is_doubtful and report.verdict.cause in NO_ANSWER)} if self.lives(session) else {}
+        now_mono, known = self._clock(), session.execute(
+            NEWS, {"machine": self._claim.machine, "numbers": [*fresh]}).all()
+        newer = {number for number, age in known if -CLOCK_DRIFT < age < now_mono - fresh[number].made_mono}
+        return {number: report for number, report in fresh.items() if number not in newer}
+
+    def write(self, session: Session, reports: Collection[Report]) -> None:
+        """Tells the others of results, within the caller's transaction, of which there is one at a time."""
+        if not self._claim or not reports:
+            return
+        serial = remembered(session, "serial").value + 1
+        session.merge(Setting(name="serial", value=serial))
+        asked_at = session.scalar(sqlalchemy.text(f"SELECT {DATABASE_CLOCK}"))
+        zero_at = asked_at - self._clock()      # which is looked at later: nothing seems newer than it is
+        session.execute(WRITE_RESULT, [{
+            "resource_id": report.target.id, "serial": serial, "machine": self._claim.machine, "counts": report.counts,
+            "found_at": zero_at + report.made_mono, "opens": report.opens} for report in reports])
+
+    def read(self, session: Session) -> list[Found]:
+        """What others have found since this was asked last, and at first also what this machine had."""
+        asked_mono, found, machine = self._clock(), list[Found](), self._claim.machine if self._claim else ""
+        current, epoch = remembered(session, "serial").value, self.epoch
+        # a standby may lack the last ones and give their numbers again
+        serial = self._serial if epoch == self._read_epoch and self._serial <= current else -1
+        self._serial = -1       # where it cannot be read
+        for row in session.execute(RESULTS, {"serial": serial, "machine": machine}).all():
+            if row.age < -CLOCK_DRIFT:
+                continue        # of before the database's clock was set back: nobody knows how old it is
+            standing = Standing(row.state, row.cause, row.reason, row.since_at, row.good, row.bad)
+            found.append(Found(row.resource_id, row.settings_digest, standing, asked_mono - max(0.0, row.age),
+                               row.counts + TAKE_OVER, row.opens))
+        self._serial, self._read_epoch = current, epoch
+        return found
 
 
 # === Recorder ================================================================
@@ -9179,8 +9460,10 @@ class Recorder(threading.Thread):
     """The one writer of what polls found: gathers reports for FLUSH_INTERVAL, writes them in one transaction."""
 
     def __init__(self, store: Store, aggregator: HealthAggregator, retention: Retention | None = None,
-                 incident_log: IncidentLog | None = None) -> None:
+                 incident_log: IncidentLog | None = None, members: Membership | None = None) -> None:
         super().__init__(name="recorder", daemon=True)
+        self._members, self._epoch = members or Membership(), ""
+        self.wall = store.wall
         self.incidents = incident_log or IncidentLog(aggregator)
         self._store, self._aggregator, self._retention = store, aggregator, retention or Retention()
         self._upserts = upserts(store.database)
@@ -9197,8 +9480,11 @@ class Recorder(threading.Thread):
         self._events: collections.deque[dict[str, Any]] = collections.deque(maxlen=PENDING_ROWS)
         self._keys: dict[int, Report] = {}      # those with a host key that was trusted on first use
         self._told: queue.SimpleQueue[Report] = queue.SimpleQueue()     # those of transitions
-        self._changed_at = {SITE: time.time()}      # when it, a group or a route last opened or closed
-        self.note("gate", "closed (the service starts)", self._changed_at[SITE], state="closed")
+        self._changed_at = {SITE: self.wall()}      # when it, a group or a route last opened or closed
+        # Where others are at work already, it is no news what is open when this one has begun.
+        self._joined, self._known = bool(self._members.names - {store.machine}), set[str]()
+        if self._members.speaks and not self._joined:
+            self.note("gate", "closed (the service starts)", self._changed_at[SITE], state="closed")
 
     def put(self, report: Report) -> None:
         """Takes a report; transitions are logged at once, in the caller's thread."""
@@ -9231,17 +9517,22 @@ class Recorder(threading.Thread):
             with self._trouble.caught():
                 self._aggregator.beat("recorder")
                 if self.flush():        # or what is kept would come too late for its average
-                    self.tidy(time.time())
+                    self.tidy(self.wall())
         self.flush()
 
     def flush(self) -> bool:
         """Writes what was gathered; what cannot be written is kept. Says whether all is written."""
         with self._flushing, self._unwritten.caught():
+            if self._epoch != (epoch := self._members.epoch):    # others may have written meanwhile
+                self._epoch = epoch
+                self.incidents.speak(speaks=False)
+            self.incidents.speak(speaks=self._members.speaks)
             self._gather()
             if self._latest or self._events or self.incidents.due:
                 with self._store.writing() as session:
                     self._write(session)
-                    self.incidents.write(session, self.changed_at, changed=bool(self._events))
+                    self.incidents.write(session)
+                    self.incidents.tell(session, self.changed_at, self._store.own(STANDING), changed=bool(self._events))
                 self.incidents.written()
                 for written in (self._latest, self._samples, self._events, self._keys):
                     written.clear()
@@ -9257,10 +9548,12 @@ class Recorder(threading.Thread):
         with self._unsummed.caught():
             if not self._untidy:
                 with self._store.writing() as session:
-                    prune_events(session, self._retention, now)
-                    prune_incidents(session, self._retention, now)
-                    every = sqlalchemy.select(Resource.id).execution_options(removed=True)
-                    self._untidy, self._rolled = list(session.scalars(every)), end
+                    if self._members.speaks:
+                        prune_events(session, self._retention, now)
+                        prune_incidents(session, self._retention, now)
+                    every = sqlalchemy.select(Resource.id, Resource.name).execution_options(removed=True)
+                    self._untidy = [number for number, name in session.execute(every) if self._members.polls(name)]
+                    self._rolled = end
             for _ in range(min(TIDY_AT_ONCE, len(self._untidy))):
                 self._aggregator.beat("recorder")       # each may take seconds where the database is slow
                 resource_id = self._untidy.pop()
@@ -9284,7 +9577,10 @@ class Recorder(threading.Thread):
                     f"{f' after {at - since:.0f} s' if since else ''}"
                     f"{'' if is_open or mode == 'enforce' else '; observe: nothing is refused'}")
             log.warning("%s: %s", "group" if name else "gate", text)
-            self.note("group" if name else "gate", text, at, group=name, state="open" if is_open else "closed")
+            is_news = not (is_open and self._joined and name not in self._known)
+            self._known.add(name)
+            if self._members.speaks and is_news:
+                self.note("group" if name else "gate", text, at, group=name, state="open" if is_open else "closed")
             self._changed_at[name] = at
         self.incidents.look(transitions)
         for report in (self._reports.get() for _ in range(self._reports.qsize())):
@@ -9294,7 +9590,9 @@ class Recorder(threading.Thread):
             if report.host_key:
                 self._keys[resource_id] = report
         for report in (self._told.get() for _ in range(self._told.qsize())):
-            self.note("state", report.transition, report.at, resource=report.target.name, state=report.standing.state)
+            if self._members.owns(report.target.name):
+                self.note("state", report.transition, report.at, resource=report.target.name,
+                          state=report.standing.state)
 
     def _write(self, session: Session) -> None:
         """Within the caller's transaction; nothing of resources that were removed."""
@@ -9304,15 +9602,17 @@ class Recorder(threading.Thread):
         for row in samples:
             strips[row["resource_id"]] += row["poll"]
         latest = {number: report for number, report in self._latest.items() if number in alive}
-        statuses = [report.status | {"strip": strips[number][-STRIP:]} for number, report in latest.items()]
+        counting = self._members.counting(session, latest)
+        statuses = [report.status | {"strip": strips[number][-STRIP:]} for number, report in counting.items()]
         filesystems = list(filter(None, (report.filesystem_row for report in latest.values())))
         for statement, rows in zip(self._upserts, (statuses, samples, filesystems), strict=True):
             if rows:
                 session.execute(statement, rows)
+        self._members.write(session, counting.values())
         for event in self._events:
             record_event(session, **event)
-        well = {number for number, report in self._latest.items() if report.standing.healthy}
-        end_acknowledgements(session, well, time.time())
+        well = {number for number, report in counting.items() if report.standing.healthy}
+        end_acknowledgements(session, well, self.wall())
         for resource_id, report in self._keys.items():
             polled = report.target.settings     # its address may be another one by now
             session.execute(sqlalchemy.update(Resource).values(host_key=report.host_key).where(
@@ -9330,20 +9630,16 @@ class Recorder(threading.Thread):
 
 
 # === Poll ====================================================================
-# Rows of resources come in, reports go out: to the aggregator at once, to the database through the recorder. A
-# thread for each resource polls it, one (the monitor) makes pollers follow the rows, replaces dead ones and sees leases
-# and maintenance end. Names in `_mono` are monotonic times, in `_at` Unix times.
-# Gives: Poller, PollContext, poll_once, Monitor
+# A thread for each resource polls it: in comes a Target, reports go out, to the aggregator at once, to the database
+# through the recorder. Where another machine polls it, the thread rests and what that found is told to the aggregator.
+# Gives: first_polls, LAST_SESSIONS, Poller, PollContext, poll_once
 FIRST_POLLS = 50.0              # first polls per second
+POLLER_LIFE = 3600.0            # seconds after which the death of a poller is a new one
 JITTER = 0.1                    # part of the interval by which polls are spread
 LOGGED_IN_MARKS = tuple(POLL_MARKS[meaning] for meaning in (
     ("healthy", ""), ("degraded", "limit"), ("degraded", "check"), ("unhealthy", "limit"), ("unhealthy", "check")))
 REFUSED_MARK = POLL_MARKS["unhealthy", "auth"]
 LAST_SESSIONS = 1.0             # seconds for what is open to hosts to end with the service
-OWN_FILES, HOST_FILES = 100, 2  # that are open: database, console, workers; for a host, whose connection is made anew
-POLLER_LIFE = 3600.0            # seconds after which the death of a poller is a new one
-FOLLOW_INTERVAL = 50.0          # seconds after which the rows are looked at in any case: they may be changed by hand
-CLOCK_STEP = 60.0               # seconds by which a clock that was set differs from one that is only adjusted
 
 
 def first_polls(left: Sequence[float], settings: Sequence[ResourceSettings]) -> list[float]:
@@ -9365,6 +9661,7 @@ class PollContext:
     access: ConnectionContext
     random: random.Random
     uplink: Uplink = dataclass_field(default_factory=Uplink)
+    members: Membership = dataclass_field(default_factory=Membership)
     doubts: dict[str, Doubt] = dataclass_field(default_factory=dict)    # of each resource
 
     def urge(self, names: Iterable[str]) -> None:
@@ -9420,27 +9717,96 @@ def restored(guard: LoginGuard, target: Target, stored: Status, age: float) -> t
         cast(State, stored.state), cast(Cause, stored.cause), stored.reason, stored.since_at, stored.good, stored.bad)
 
 
-class Poller(threading.Thread):
-    """Polls one resource at its own interval; a thread that waits, connects and reports."""
+class ResourceLease:
+    """How one resource stands, and until when that counts: what the aggregator is told of it, from any thread."""
 
-    def __init__(self, target: Target, context: PollContext, guard: LoginGuard, delay: float) -> None:
-        super().__init__(name=f"poll {target.name}", daemon=True)
+    def __init__(self, target: Target, context: PollContext, delay: float) -> None:
         self.counted: bool | None = None    # as the aggregator was told by the monitor
-        self.target, self._context, self._guard = target, context, guard
-        self._connection = CONNECTIONS[target.settings.platform](target, guard, context.access)
-        context.access.watched[target.name] = self._connection
+        self.target, self._context = target, context
         self.outage = Outage(target.settings, context.uplink)
         self.news = News(target.settings, context.aggregator, context.doubts, self.outage)
         self.doubt = self.news.doubt
-        self._previous: Sample | None = None
-        self._due_mono = time.monotonic() + delay
         self.expires_mono = lease_clock() + delay + target.settings.ttl     # without a report until then it is stale
         self.lease_mono = 0.0       # until when what was known before it counts
-        self._begun_mono, self._died, self.deaths = lease_clock(), "", 0    # of what; in a row, with those before it
-        self._asked: queue.SimpleQueue[concurrent.futures.Future[Report]] = queue.SimpleQueue()     # see poll_now
-        self._polled_mono = -math.inf       # when the last poll began
+        self.rests = context.members.is_shared      # another machine polls it, until this one is said to
+        self._found_mono, self._spare = -math.inf, 0.0      # when the standing was found, and how much longer it counts
         self._lock = threading.Lock()       # guards the next four and the order of reports: the monitor sets stale
         self.standing, self._stopped, self._is_held, self._opens_mono = Standing(), False, False, 0.0
+
+    def report_again(self) -> None:
+        """Tells the aggregator the standing once more, for the rest of its time."""
+        with self._lock:
+            if self.standing.state != "unknown":
+                self._set_resource(self.expires_mono - lease_clock())
+
+    @property
+    def held(self) -> float:
+        """Seconds for which it counts as healthy though it is not, for this machine is cut off or was just now."""
+        return 0.0 if self.standing.healthy else self.outage.held
+
+    def _set_resource(self, ttl: float) -> None:
+        held, standing = self.held, self.standing
+        self._is_held = held > 0
+        why = (CUT_OFF if self.outage.is_cut_off else standing).why
+        self._context.aggregator.set_resource(
+            self.target.name, standing.healthy or held > 0, why, ttl=min(ttl, held) if held else ttl, owner=self,
+            opens=max(0.0, self._opens_mono - lease_clock()))
+
+    def count(self, *, counted: bool) -> None:
+        """Lets it count from now on, or not: then it shows nothing of the uplink."""
+        with self._lock:
+            self.counted = counted
+            if not counted:
+                self.outage.forget()
+
+    def rest(self) -> None:
+        """Leaves it to another machine from now on, whose results take their time."""
+        with self._lock:
+            self.rests, self.news.waits = True, None
+            if not self._context.uplink.cut:
+                self.outage.forget()
+            if self.standing.state != "unknown" and lease_clock() < self.expires_mono:
+                self.expires_mono += TAKE_OVER - self._spare
+                self._spare = TAKE_OVER
+                self._set_resource(self.expires_mono - lease_clock())
+        self.doubt.woken.set()
+
+    def adopt(self, found: Found) -> None:
+        """Takes over what another machine found, unless its own result is newer."""
+        with self._lock:
+            if self._stopped or found.found_mono <= self._found_mono or not (
+                    self.rests or not self.target.settings.is_asked):
+                return
+            left = found.found_mono + found.counts - lease_clock()
+            if left > 0:
+                self.standing, self._found_mono, self._spare = found.standing, found.found_mono, TAKE_OVER
+                self.expires_mono = lease_clock() + left
+                self._opens_mono = found.found_mono + found.opens
+                self.news.restore(found.standing)
+                self._set_resource(left)
+
+    def go_on_from(self, before: ResourceLease) -> None:
+        """Takes over the standing of the one before it."""
+        self.standing, self.expires_mono, self._opens_mono = before.standing, before.expires_mono, before._opens_mono
+        self.outage.go_on_from(before.outage)
+        self.news.go_on_from(before.news)
+        self._found_mono, self._spare, self.rests = before._found_mono, before._spare, before.rests
+
+
+class Poller(ResourceLease, threading.Thread):
+    """Polls one resource at its own interval; a thread that waits, connects and reports."""
+
+    def __init__(self, target: Target, context: PollContext, guard: LoginGuard, delay: float) -> None:
+        threading.Thread.__init__(self, name=f"poll {target.name}", daemon=True)
+        super().__init__(target, context, delay)
+        self._guard = guard
+        self._connection = CONNECTIONS[target.settings.platform](target, guard, context.access)
+        context.access.watched[target.name] = self._connection
+        self._previous: Sample | None = None
+        self._due_mono = time.monotonic() + delay
+        self._begun_mono, self._died, self.deaths = lease_clock(), "", 0    # of what; in a row, with those before it
+        self._asked: queue.SimpleQueue[concurrent.futures.Future[Report]] = queue.SimpleQueue()     # see poll_now
+        self._polled_mono, self._epoch = -math.inf, ""      # when the last poll began, and in which of our lives
 
     def run(self) -> None:
         try:
@@ -9465,13 +9831,18 @@ class Poller(threading.Thread):
 
     def _poll_until_stopped(self) -> None:
         while True:
-            self.doubt.woken.wait(max(0.0, self._next_mono() - time.monotonic()))
+            is_idle = self.rests and not self.doubt.is_urged
+            self.doubt.woken.wait(None if is_idle else max(0.0, self._next_mono() - time.monotonic()))
             self.doubt.woken.clear()     # before the look at _stopped, so that a stop in between is not lost
             if self._stopped:
                 self._drop_asked()
                 return
             asked = [self._asked.get() for _ in range(self._asked.qsize())]
-            if self.doubt.is_urged and not asked and time.monotonic() < self._next_mono():
+            if self.rests and self._connection.keeper.session:
+                self._connection.drop()
+            may_poll = self.doubt.is_urged or not self.rests
+            is_early = (is_idle or self.doubt.is_urged) and time.monotonic() < self._next_mono()
+            if not asked and (is_early or not may_poll):
                 continue
             if asked and not self._connection.keeper.lives:
                 self._guard.ask(self.target.name)
@@ -9501,6 +9872,12 @@ class Poller(threading.Thread):
             while True:
                 self._asked.get_nowait().cancel()
 
+    def go_on(self, delay: float) -> None:
+        """Polls from now on, the first time after so many seconds."""
+        self._due_mono = time.monotonic() + delay
+        self.rests = False
+        self.doubt.woken.set()
+
     def stop(self) -> None:
         """Ends the thread after the poll that runs; its report is dropped when the resource is deregistered."""
         with self._lock:
@@ -9508,34 +9885,9 @@ class Poller(threading.Thread):
         self.doubt.woken.set()
 
     def take(self, sample: Sample) -> bool:     # of a resource that is not asked; whether it counts
+        self._epoch = self._context.members.epoch
         self._report(evaluate(sample, self.target.settings), 0.0, sample)
         return not self._stopped
-
-    def report_again(self) -> None:
-        """Tells the aggregator the standing once more, for the rest of its time."""
-        with self._lock:
-            if self.standing.state != "unknown":
-                self._set_resource(self.expires_mono - lease_clock())
-
-    @property
-    def held(self) -> float:
-        """Seconds for which it counts as healthy though it is not, for this machine is cut off or was just now."""
-        return 0.0 if self.standing.healthy else self.outage.held
-
-    def _set_resource(self, ttl: float) -> None:
-        held, standing = self.held, self.standing
-        self._is_held = held > 0
-        why = (CUT_OFF if self.outage.is_cut_off else standing).why
-        self._context.aggregator.set_resource(
-            self.target.name, standing.healthy or held > 0, why, ttl=min(ttl, held) if held else ttl, owner=self,
-            opens=max(0.0, self._opens_mono - lease_clock()))
-
-    def count(self, *, counted: bool) -> None:
-        """Lets it count from now on, or not: then it shows nothing of the uplink."""
-        with self._lock:
-            self.counted = counted
-            if not counted:
-                self.outage.forget()
 
     def expire(self) -> None:
         """Makes the resource unhealthy, cause `stale`, when there was no result in time, or when a hold is over."""
@@ -9551,7 +9903,7 @@ class Poller(threading.Thread):
 
     def _poll(self) -> tuple[float, Report]:
         """One poll and its report; returns the seconds from its start to the next, too."""
-        settings, begun_mono = self.target.settings, time.monotonic()
+        settings, begun_mono, self._epoch = self.target.settings, time.monotonic(), self._context.members.epoch
         sample, host_key, wait = None, self.target.host_key, self._guard.wait(settings.name)
         if wait > 0 and not self._connection.keeper.lives:
             verdict = Verdict("unhealthy", "auth", self._guard.why(settings.name))
@@ -9565,7 +9917,7 @@ class Poller(threading.Thread):
         seconds = time.monotonic() - begun_mono
         if verdict.reason.startswith(NOT_TRIED) and not (wait > 0 and self.standing.state == "unknown"):
             # no result: the standing holds, and a sibling's success may free this one sooner
-            report = Report(self.target, self.standing, self.standing, verdict, time.time(), seconds)
+            report = Report(self.target, self.standing, self.standing, verdict, self._context.recorder.wall(), seconds)
             return min(wait or settings.retry, settings.interval), report
         learned = None if self.target.host_key == host_key else self.target.host_key
         report = self._report(verdict, seconds, sample, learned)
@@ -9575,7 +9927,7 @@ class Poller(threading.Thread):
 
     def _report(self, verdict: Verdict, seconds: float, sample: Sample | None = None,
                 host_key: str | None = None) -> Report:
-        settings, at, ttl = self.target.settings, time.time(), self.target.settings.ttl
+        settings, at, ttl = self.target.settings, self._context.recorder.wall(), self.target.settings.ttl
         with self._lock:
             stopped, before = self._stopped, self.standing
             if verdict.cause == "stale" and lease_clock() < self.expires_mono:
@@ -9593,9 +9945,13 @@ class Poller(threading.Thread):
             self._opens_mono = lease_clock() + wait + settings.retry * max(0, settings.rise - after.good - 1)
             self._set_resource(ttl)
             kept = sample is not None and self._connection.keeper.reused
-            report = Report(self.target, after, after, verdict, at, seconds, sample, host_key, waits, kept)
+            report = Report(self.target, after, after, verdict, at, seconds, sample, host_key, waits, kept, self._epoch,
+                            self.outage.is_cut_off or self.outage.is_doubtful, self.expires_mono - lease_clock(),
+                            max(0.0, self._opens_mono - lease_clock()))
+            if verdict.cause != "stale":
+                self._found_mono, self._spare = report.made_mono, 0.0
             report = self.news.weigh(report)
-        if not stopped:
+        if not stopped and not (self.rests and verdict.cause == "stale"):   # that another one writes, or lives no more
             self._context.recorder.put(report)
         return report
 
@@ -9614,11 +9970,15 @@ class Poller(threading.Thread):
             self.expires_mono = self.lease_mono = lease_clock() + left
             self.news.restore(standing)
 
-    def go_on_from(self, before: Poller) -> None:
-        """Takes over the standing of the poller before it."""
-        self.standing, self.expires_mono, self._opens_mono = before.standing, before.expires_mono, before._opens_mono
-        self.outage.go_on_from(before.outage)
-        self.news.go_on_from(before.news)
+
+
+# === Monitor =================================================================
+# One thread makes the pollers follow the rows and share the work with other machines, replaces dead ones and sees
+# leases and maintenance end. Names in `_mono` are monotonic times, in `_at` Unix times.
+# Gives: Monitor
+FOLLOW_INTERVAL = 50.0          # seconds after which the rows are looked at in any case: they may be changed by hand
+CLOCK_STEP = 60.0               # seconds by which a clock that was set differs from one that is only adjusted
+OWN_FILES, HOST_FILES = 100, 2  # that are open: database, console, workers; for a host, whose connection is made anew
 
 
 def spread(pollers: Sequence[Poller]) -> None:
@@ -9670,12 +10030,49 @@ def overruled(name: str, pollers: Mapping[str, Poller], context: PollContext) ->
     return Standing("unhealthy", "parent", f"behind {blocker}", since_at)
 
 
+class Exchange:
+    """Which pollers work and which rest, where several machines share the work, and what the others found."""
+
+    def __init__(self, store: Store, context: PollContext) -> None:
+        self._store, self._members, self._guards = store, context.members, context.access.guards
+        self._found: dict[int, Found] = {}      # by others, of settings that are not followed yet
+
+    def look(self, pollers: Mapping[str, Poller]) -> None:
+        """Takes up what other machines found, and which resources are this one's to poll."""
+        if not self._members.is_shared:
+            return
+        polls = {name for name in pollers if self._members.polls(name)}
+        for name, poller in pollers.items():
+            if name not in polls and not poller.rests:
+                poller.rest()
+        if not self._members.is_cut_off:
+            self._take_found(pollers.values())
+        gained = [pollers[name] for name in polls if pollers[name].rests]
+        left = [max(0.0, poller.expires_mono - lease_clock()) if poller.standing.state != "unknown" else 0.0
+                for poller in gained]
+        for poller, delay in zip(gained, first_polls(left, [one.target.settings for one in gained]), strict=True):
+            poller.go_on(delay)
+
+    def _take_found(self, pollers: Iterable[Poller]) -> None:
+        with self._store.reading() as session:
+            self._found |= {found.resource_id: found for found in self._members.read(session)}
+        for poller in pollers if self._found else ():
+            found = self._found.get(poller.target.id)
+            if found and found.settings_digest == poller.target.settings_digest:
+                poller.adopt(self._found.pop(poller.target.id))
+                if found.standing.cause == "auth":      # or each machine would try the same password
+                    self._guards.of(poller.target).refuse(poller.target.name, lease_clock() - found.found_mono)
+        self._found = {number: found for number, found in self._found.items()
+                       if found.found_mono + found.counts > lease_clock()}
+
+
 class Monitor(threading.Thread):
     """Starts, stops and reconciles the pollers; restarts dead ones; sees leases expire, and that a clock was set."""
 
     def __init__(self, store: Store, vault: Vault, context: PollContext,
-                 wall: Callable[[], float] = time.time) -> None:
+                 wall: Callable[[], float] | None = None) -> None:
         super().__init__(name="monitor", daemon=True)
+        wall = wall or store.wall
         self._store, self._vault, self._context, self._wall = store, vault, context, wall
         self.pollers: dict[str, Poller] = {}
         self.targets: dict[str, Target] = {}    # as the rows were when they were followed
@@ -9687,6 +10084,7 @@ class Monitor(threading.Thread):
         self.maintenance = MaintenanceKeeper(store)
         context.recorder.incidents.standings = self.standings
         self._revision, self._looked_mono = -1, -math.inf   # of the rows that were followed, and when
+        self._exchange = Exchange(store, context)
         self._followed = threading.Condition()      # guards _revision; notified when the rows were followed
         self._ending, self._trouble = threading.Event(), Trouble("the configuration cannot be taken over")
 
@@ -9694,8 +10092,9 @@ class Monitor(threading.Thread):
         """Registers every resource, takes over fresh stored states and starts everything."""
         now_at = self._zero_at
         with self._store.reading() as session:
-            if remembered(session, "boot").value == boot_number() != 0:     # whatever became of the clock since
-                self._zero_at = remembered(session, "clock").value / 1000
+            own = self._store.own
+            if remembered(session, own("boot")).value == boot_number() != 0:     # whatever became of the clock since
+                self._zero_at = remembered(session, own("clock")).value / 1000
         self._reconcile()
         self._take_clock(now_at)
         self._context.aggregator.start()
@@ -9770,6 +10169,7 @@ class Monitor(threading.Thread):
         start_new(self.pollers.values())
         self.override.say()
         self._context.aggregator.beat("monitor")
+        self._exchange.look(self.pollers)
         with self._store.reading() as session:
             current = revision(session)
         if current != self._revision or lease_clock() - self._looked_mono > FOLLOW_INTERVAL:
@@ -9784,8 +10184,8 @@ class Monitor(threading.Thread):
         moved = zero_at - self._zero_at
         with self._store.writing() as session:
             for name, value in (("boot", boot_number()), ("clock", round(1000 * zero_at))):
-                session.merge(Setting(name=name, value=value))
-            if abs(moved) > CLOCK_STEP:
+                session.merge(Setting(name=self._store.own(name), value=value))
+            if abs(moved) > CLOCK_STEP and self._context.members.speaks:
                 move_times(session, moved)
                 how = f"the clock was set {'forward' if moved > 0 else 'back'} by {abs(moved):,.0f} s"
                 self.clock_step = self._wall(), how
@@ -9814,7 +10214,7 @@ class Monitor(threading.Thread):
             current, targets = revision(session), load_targets(session, self._vault, self.targets)
             gates = Gates.model_validate_json(remembered(session, "gates").text or "{}")
             is_known = current == self._revision and targets == self.targets
-            stored = {} if is_known else {
+            stored = {} if is_known or self._context.members.is_shared else {
                 row.resource_id: row for row in session.scalars(sqlalchemy.select(Status))}
         self.maintenance.follow(lease_clock() + self._zero_at)
         require_files(self.targets, targets)
@@ -9858,7 +10258,7 @@ class Monitor(threading.Thread):
             if before and before.target.name != target.name and poller.standing.state == "unknown":     # renamed
                 poller.go_on_from(before)
         if before:
-            poller.lease_mono, poller.deaths = before.expires_mono, before.deaths
+            poller.lease_mono, poller.deaths, poller.rests = before.expires_mono, before.deaths, before.rests
         self.pollers[target.name] = poller
 
 
@@ -15648,7 +16048,7 @@ def status_page() -> Answer:
             "WWW-Authenticate": 'Basic realm="status", charset="UTF-8"'}, mimetype="text/plain")
     word, shown = "unknown", dict[str, Any](remark="The service says nothing new.")
     with contextlib.suppress(StorageError, sqlalchemy.exc.SQLAlchemyError), context.store.reading() as session:
-        view, turns = told_by_service(session), [*public_turns(context, session, context.clock())]
+        view, turns = told_by_service(context.store, session), [*public_turns(context, session, context.clock())]
         shown = {"remark": remark_of(view, context.monitor.override.now), "since": view.gates[0].since, "turns": turns,
                  "gates": view.gates[1:], "named": sorted(named_states(context).items())}
         word = view.state
@@ -16234,8 +16634,10 @@ class Notifier(threading.Thread):
     """Tells the receivers of the rows. A message is written down before it is sent and again when it was: who is killed
     in between sends it once more, for one that comes twice is better than one that never comes."""
 
-    def __init__(self, store: Store, vault: Vault, problems: Callable[[], Mapping[str, str]], console: str) -> None:
+    def __init__(self, store: Store, vault: Vault, problems: Callable[[], Mapping[str, str]], console: str,
+                 members: Membership | None = None) -> None:
         super().__init__(name="notifier", daemon=True)
+        self._members, self._epoch = members or Membership(), ""
         self._store, self._vault, self._problems, self._console = store, vault, problems, console
         self._ending, self._trouble = threading.Event(), Trouble("nobody can be told")
         self._unkept = Trouble("what was told cannot be kept")
@@ -16252,11 +16654,15 @@ class Notifier(threading.Thread):
         ended = False
         while not ended:
             with self._trouble.caught():
-                self.look(time.time())
+                self.look(self._store.wall())
             ended = self._ending.wait(NOTIFY_INTERVAL * (1 if self._announcers else 5))    # a reload may name some
 
     def look(self, now: float) -> None:
-        """Takes up what happened since the last look, and sends what is to be said."""
+        """Takes up what happened since the last look, and sends what is to be said, if it is this machine that does."""
+        if self._epoch != (epoch := self._members.epoch) or not self._members.speaks:
+            self._epoch, self._announcers, self._saved, self._revision = epoch, {}, {}, -1
+        if not self._members.speaks:
+            return self._take_results(now)
         with self._trouble.caught():        # what cannot be read is no reason to keep what is known to oneself
             with self._store.reading() as session:
                 self._follow(session)
@@ -16281,7 +16687,7 @@ class Notifier(threading.Thread):
         for thread in self._threads.values():
             thread.join(NOTIFY_END)
         if not self.is_alive():
-            self._take_results(time.time())
+            self._take_results(self._store.wall())
             self._save()
 
     def _follow(self, session: Session) -> None:
@@ -16340,6 +16746,8 @@ class Notifier(threading.Thread):
             if not changed and not self._lost:
                 return
             with self._store.writing() as session:
+                if not self._members.lives(session):    # another one speaks by now
+                    return
                 there = {*session.scalars(sqlalchemy.select(Receiver.id))}      # else it was removed just now
                 for number, (row, notices) in changed.items():
                     session.execute(sqlalchemy.update(Receiver).where(Receiver.id == number).values(**row))
@@ -16525,7 +16933,8 @@ def transaction(store: Store, **options: bool) -> Iterator[Session]:
 def copy_rows(source: Store, target: Store, show: Callable[[int, int], None]) -> int:
     """Copies everything into an empty database and compares what is there then, all or nothing; how many rows. `show`
     is told how many are done, of how many. Raises UsageError and StorageError."""
-    tables = [table for table in Base.metadata.sorted_tables if table.name != "machine"]
+    of_now = (Machine.__tablename__, Result.__tablename__)
+    tables = [table for table in Base.metadata.sorted_tables if table.name not in of_now]
     with transaction(source) as old, transaction(target, immediate=True) as new:
         if any(count_rows(new, table) for table in tables):
             raise UsageError(f"database {target.database} is not empty; name another one")
@@ -16648,7 +17057,7 @@ class Installation:
         self.listen_name = "--listen" if listen_on else "service.listen"    # what to write another address at
         if listen_on:
             self.service = self.service.model_copy(update={"listen": listen_on})
-        self.database = database_of(self.service)
+        self.database, self.members = database_of(self.service), Membership()
         if self.service.listen == (console := self.service.console) and not console.endswith(":0"):
             raise UsageError(f"service.console {console} is the address of {self.listen_name}; write another port, or "
                              "off")
@@ -16661,11 +17070,43 @@ class Installation:
             if not database.inspect(whole=not locked) and scratch:
                 folder = stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True))
                 database = SqliteFile(Path(folder) / DATABASE)
-            yield stack.enter_context(contextlib.closing(Store(database, locked=locked)))
+            machine = self.service.machine_name
+            yield stack.enter_context(contextlib.closing(Store(database, locked=locked, machine=machine)))
 
-    def open_vault(self, session: Session) -> Vault:
-        """The keys; made when there are none and nothing is sealed yet."""
+    @property
+    def place(self) -> str:
+        """Where it is, as the end of a text."""
+        return f", on {self.service.machine_name}" if self.service.machine_name else ""
+
+    @contextlib.contextmanager
+    def serving(self, lost: Callable[[], None]) -> Iterator[None]:
+        """Within, this is the only service on the database, or the only one of its machine; see PostgresServer.lock.
+        Raises StorageError."""
+        with self.database.lock(lost, self.service.machine_name) as place:
+            if isinstance(place, Claim):
+                place.require_alone_for(self.database.inspect())
+                self.members = Membership(place)
+            yield
+
+    def open_vault(self, session: Session | None) -> Vault:
+        """The keys; made when there are none and nothing is sealed yet. Of several machines all need the same."""
+        known = remembered(session, "key").text if self.service.machine_name and session else ""
+        if known and not (vault := Vault(self.service.keys)).holds(known):
+            raise SecretError(f"{self.service.keys.name}/private.pem is key {vault.key_id or 'none'}, and that of the "
+                              f"other machines is {known}: copy private.pem and public.pem of one of them")
         return open_vault(self.service.keys, sealed_tokens(session, self.inventory))
+
+    def rows_owner(self, session: Session, *, again: bool = False) -> str:
+        """The other machine whose inventory is watched; empty: this one's is. At a start, not `again`, it takes the
+        place of that of a machine that is gone only where it says the same. Raises StorageError."""
+        machine, follows = self.service.machine_name, self.service.inventory == "follow"
+        owner, digest = (remembered(session, name).text for name in ("inventory", "digest"))
+        is_gone = machine and (again or digest == self.inventory.digest) and not session.scalar(PLACE, {"name": owner})
+        if not machine or (not follows and (owner in ("", machine) or is_gone)):
+            return ""
+        if not owner:
+            raise StorageError("no machine has taken an inventory over yet; first start one with `inventory: own`")
+        return owner
 
     def access(self, *, keeps: bool = False) -> ConnectionContext:
         return ConnectionContext(KnownHosts(self.service.known_hosts), Resolver(), keeps=keeps)
@@ -16680,6 +17121,9 @@ class Installation:
         """Has the rows follow the inventory, within the caller's transaction, and notes what changed."""
         changes = import_inventory(session, self.inventory, vault)
         self.review(changes)
+        if machine := self.service.machine_name:
+            for name, text in (("inventory", machine), ("digest", self.inventory.digest), ("key", vault.key_id)):
+                session.merge(Setting(name=name, text=text))
         if changes.added or changes.changed or changes.removed:
             record_event(session, "change", f"inventory: {changes}", actor=actor)
         return changes
@@ -16694,12 +17138,14 @@ class Installation:
 
     def keep_service(self, session: Session) -> None:
         """Takes down with which settings of its own the service runs."""
-        session.merge(Setting(name="service", text=json.dumps(self._started_with())))
-        session.merge(Setting(name=STANDING, text=""))      # the one before may have been killed a moment ago
+        own = functools.partial(own_name, machine=self.service.machine_name)
+        session.merge(Setting(name=own("service"), text=json.dumps(self._started_with())))
+        session.merge(Setting(name=own(STANDING), text=""))     # the one before may have been killed a moment ago
 
     def changed_service(self, session: Session) -> list[str]:
         """Names of the service's own settings that are not those with which it was started."""
-        now, text = self._started_with(), remembered(session, "service").text
+        now = self._started_with()
+        text = remembered(session, own_name("service", self.service.machine_name)).text
         before = json.loads(text) if text else now
         return ["the names of groups and routes" if name == "gates" else f"service.{name}"
                 for name in sorted(before.keys() | now) if before.get(name) != now.get(name)]
@@ -16723,11 +17169,14 @@ def prepare(installation: Installation, store: Store) -> Vault:
     with store.writing() as session:
         vault = installation.open_vault(session)
         ensure_first_user(session)
-        record_event(session, "service", f"started, version {VERSION}")
+        record_event(session, "service", f"started, version {VERSION}{installation.place}")
         installation.keep_service(session)
-        changes = installation.take_over(session, vault)
-        initial = initial_user(session)
-    log.info("inventory: %s", changes)
+        owner, initial = installation.rows_owner(session), initial_user(session)
+        differs = owner and remembered(session, "digest").text != installation.inventory.digest
+        changes = "" if owner else installation.take_over(session, vault)
+    log.log(logging.ERROR if differs else logging.INFO, "inventory: %s", changes or (
+        f"that of {owner} is watched" + (f", and {installation.path.name} here differs from it: `reload` here takes it "
+                                         "over once that machine is gone" if differs else "")))
     if initial:
         log.warning("the password of %s is the documented one: change it at /-/password or by `user passwd`", initial)
     return vault
@@ -16746,6 +17195,8 @@ def take_over_again(installation: Installation, store: Store, actor: str = "") -
             raise fault
         yield str(fault)
     with store.writing() as session:
+        if owner := installation.rows_owner(session, again=True):
+            raise UsageError(f"the inventory of {owner} is watched; `reload` there")
         changes = installation.take_over(session, vault, actor)
     yield f"inventory: {changes}"
     if waiting:
@@ -16794,25 +17245,28 @@ def console_url(service: ServiceSettings) -> str:
 def watch(installation: Installation, store: Store, console: Sequence[socket.socket], supervisor: Supervisor,
           hangups: queue.SimpleQueue[bool]) -> None:
     """Takes the inventory over, watches it and lets the workers serve until a signal comes."""
-    inventory, service, access = installation.inventory, supervisor.service, installation.access(keeps=True)
+    inventory, service, members = installation.inventory, supervisor.service, installation.members
+    access = installation.access(keeps=True)
     with contextlib.ExitStack() as stack:
         file = service.lease_file and LeaseFile(service.lease_file, supervisor.lease.parts)
         if file:
             stack.enter_context(contextlib.closing(file)).begin()
         aggregator = HealthAggregator(supervisor.lease, copy=file.put if file else None)
         vault = prepare(installation, store)
-        recorder = Recorder(store, aggregator, service.retention, IncidentLog(aggregator, supervisor.counters.refusals))
+        recorder = Recorder(store, aggregator, service.retention, IncidentLog(
+            aggregator, supervisor.counters.refusals, wall=store.wall), members)
         uplink = Uplink(service.uplink, service.hold, access.resolver)
-        monitor = Monitor(store, vault, PollContext(aggregator, recorder, access, random.Random(), uplink))
+        monitor = Monitor(store, vault, PollContext(aggregator, recorder, access, random.Random(), uplink, members))
         stack.enter_context(contextlib.closing(monitor)).begin()
+        members.heed(lambda: not uplink.cut and recorder.is_well and monitor.is_alive())
         if console:
-            context = ConsoleContext(store, inventory, aggregator.lease, vault, monitor, access,
+            context = ConsoleContext(store, inventory, aggregator.lease, vault, monitor, access, store.wall,
                                      counters=supervisor.counters)
-            serving = ServingMetrics(aggregator.lease, supervisor.counters)
-            metrics = Metrics(serving, store, service.metrics_token_file, access, monitor)
+            metrics = Metrics(ServingMetrics(aggregator.lease, supervisor.counters), store, service.metrics_token_file,
+                              access, monitor)
             server = ConsoleServer(build_console(context, metrics), console)
             stack.enter_context(contextlib.closing(server)).start()
-        notifier = Notifier(store, vault, functools.partial(service_problems, recorder), console_url(service))
+        notifier = Notifier(store, vault, functools.partial(service_problems, recorder), console_url(service), members)
         stack.enter_context(contextlib.closing(notifier)).start()
         heart = Heartbeat(store, vault, installation.access(), functools.partial(is_service_well, aggregator, recorder))
         stack.enter_context(contextlib.closing(heart)).start()
@@ -16820,7 +17274,7 @@ def watch(installation: Installation, store: Store, console: Sequence[socket.soc
         reloads.start()
         stack.callback(reloads.join, RELOAD_END)        # after this, for they come the other way round
         stack.callback(hangups.put, False)
-        stack.callback(lambda: recorder.note("service", "stopped", time.time()))
+        stack.callback(lambda: recorder.note("service", f"stopped{installation.place}", time.time()))
         keep_out_of_collections()
         log.info("HealthChecker %s", VERSION)
         log.info("serving on http://%s, console %s", service.listen,
@@ -16858,7 +17312,7 @@ def serve(arguments: argparse.Namespace) -> int:
         taken.set()
         supervisor.stop()
 
-    with installation.database.lock(leave), contextlib.closing(supervisor):
+    with installation.serving(leave), contextlib.closing(supervisor):
         hangups: queue.SimpleQueue[bool] = queue.SimpleQueue()
         handle_signals(supervisor.stop, hangups)    # from here on: an interrupt would leave a worker that nobody knows
         supervisor.start()
@@ -16885,7 +17339,7 @@ def parts_told(installation: Installation, names: Sequence[str]) -> tuple[Servic
     if not installation.database.inspect(whole=False) or not installation.database.is_running():
         raise UsageError("the service does not run: the gate is closed")
     with installation.store() as store, store.reading() as session:
-        view = told_by_service(session)
+        view = told_by_service(store, session)
         rows = session.execute(RESOURCES).all() if names else ()
     known = {part.name: part for part in view.gates[1:]} | {row.name: PartView.model_validate({
         "name": row.name, "state": known.state, "why": "", "since": known.since_at})
@@ -16944,6 +17398,155 @@ def parsed(parser: argparse.ArgumentParser, words: Sequence[str]) -> argparse.Na
         return parser.parse_args(words)
     except SystemExit as end:
         raise SystemExit(NAGIOS["unknown"] if end.code and "status" in words else end.code) from None
+
+
+# === Sealing =================================================================
+# The commands that seal secrets: those that stand plain in the file, or all of them with another key. In come rows and
+# the file, out go both, all or nothing; comments and layout of the file stay.
+# Gives: replace_keys, rotate_keys, seal
+def scalars(document: Document) -> dict[NodePath, str]:
+    """Every text of the file by its path."""
+    return {where: node.value for where, node in document.nodes.items() if isinstance(node, yaml.ScalarNode)}
+
+
+def rewrite(path: Path, document: Document, replacements: Mapping[NodePath, str]) -> None:
+    """Replaces the texts at some paths of the file, all or nothing; comments and layout stay."""
+    raw = path.read_bytes()
+    text = raw.decode("utf-8-sig")
+    for where in sorted(replacements, key=lambda where: document.nodes[where].start_mark.index, reverse=True):
+        begin, end = document.nodes[where].start_mark.index, document.nodes[where].end_mark.index
+        kept = ""
+        if text[begin] in "|>":     # a block: its first line may hold a comment, its end holds line breaks
+            block = text[begin:end]
+            head, tail = re.match(r"[|>][^\s#]*(\s+#[^\r\n]*)?", block), re.search(r"(\r?\n[ \t]*)*\Z", block)
+            kept = (head[1] or "" if head else "") + (tail[0] if tail else "")
+        text = text[:begin] + replacements[where] + kept + text[end:]
+    content = (b"\xef\xbb\xbf" if raw.startswith(b"\xef\xbb\xbf") else b"") + text.encode()
+    if scalars(Document(path.name, content)) != {**scalars(document), **replacements}:
+        raise InventoryError(f"{path.name}: its layout is too unusual to be rewritten; nothing was changed")
+    real = path.resolve()       # a symbolic link stays one
+    temporary = real.with_name(f".{real.name}.{secrets.token_hex(4)}")
+    try:
+        create_private(temporary, content)
+        take_place(temporary, real)
+    except OSError as error:
+        raise InventoryError(f"{path.name}: cannot be replaced: {error.strerror}; is it open elsewhere, or another "
+                             "account's?") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def secret_nodes(installation: Installation, document: Document, *,
+                 sealed: bool) -> Iterator[tuple[NodePath, str, ResourceSettings]]:
+    """Paths and values of the secrets that stand in the file, sealed or plain ones, with their resource."""
+    entries = installation.inventory.entries
+    hosts = collections.Counter(entries)
+    for index, settings in zip(entries, installation.inventory.resources, strict=True):
+        for kind in SECRETS if hosts[index] == 1 else ():
+            node = document.nodes.get(("resources", index, kind))
+            if node is not None and node.value.startswith(TOKEN_PREFIXES) is sealed:
+                yield ("resources", index, kind), node.value, settings
+
+
+def other_nodes(installation: Installation, document: Document, *,
+                sealed: bool) -> Iterator[tuple[NodePath, str, tuple[str, ...]]]:
+    """The same of the secrets that are no resource's, with what each belongs to."""
+    for where, secret, bound in installation.inventory.secrets():
+        if where in document.nodes and secret.startswith(TOKEN_PREFIXES) is sealed:
+            yield where, secret, bound
+
+
+def seal(arguments: argparse.Namespace) -> int:
+    """Replaces the plain secrets in the file by sealed ones."""
+    installation = Installation(arguments.inventory)
+    document = read_document(installation.path)
+    with installation.store(scratch=True) as store, store.reading() as session:
+        vault = installation.open_vault(session)
+    tokens = {where: vault.seal(value, *binding(str(where[-1]), settings))
+              for where, value, settings in secret_nodes(installation, document, sealed=False)}
+    tokens |= {where: vault.seal(secret, *bound)
+               for where, secret, bound in other_nodes(installation, document, sealed=False)}
+    if tokens:
+        rewrite(installation.path, document, tokens)
+    print(f"{installation.path.name}: {len(tokens)} secrets sealed")
+    left = [where for where, text in scalars(read_document(installation.path)).items()
+            if where and where[-1] in SECRETS and not text.startswith(TOKEN_PREFIXES)
+            and len(where) == {"defaults": 2, "resources": 3}.get(str(where[0]))]
+    for where in left:
+        print(f"{where[-1]} in line {document.position(where).partition(':')[0]} stays plain, for a sealed secret "
+              f"belongs to one resource; use {where[-1]}_file, or write it at each resource", file=sys.stderr)
+    return int(bool(left))
+
+
+def rotate_keys(arguments: argparse.Namespace) -> int:
+    """Seals every secret with a new key. Interrupted, it leaves both keys; it is run again then."""
+    installation = Installation(arguments.inventory)
+    document = read_document(installation.path)
+    document_tokens = list(secret_nodes(installation, document, sealed=True))
+    others = list(other_nodes(installation, document, sealed=True))
+    if len(list(sealed_tokens(None, installation.inventory))) > len(document_tokens) + len(others):
+        raise UsageError("a sealed secret stands in defaults, a password_file or a variable; "
+                         "write the password at its resource first")
+    installation.database.inspect()
+    with installation.database.lock(), installation.store(locked=True) as store:
+        with store.writing() as session:
+            vault = installation.open_vault(session)
+            if not (vault.folder / "next.pem").exists():
+                vault.create("next.pem")
+            tokens = {where: vault.seal(open_stated(settings, kind, vault), *binding(kind, settings))
+                      for where, _, settings in document_tokens for kind in map(str, where[-1:])}
+            tokens |= {where: vault.seal(open_sealed(secret, bound, vault), *bound) for where, secret, bound in others}
+            reseal(session, session.scalars(sqlalchemy.select(Resource)), vault)
+            for receiver in session.scalars(sqlalchemy.select(Receiver)):
+                receiver.url = vault.seal(vault.open(receiver.url, *receiver.bound), *receiver.bound)
+            session.merge(Setting(name="key", text=vault.key_id))
+            record_event(session, "change", f"secrets are sealed with key {vault.key_id} now", actor="command line")
+            revise(session)
+        if tokens:
+            rewrite(installation.path, document, tokens)
+        store.checkpoint()
+        vault.retire()
+    print(f"secrets are sealed with key {vault.key_id} now")
+    return 0
+
+
+def forget_urls(session: Session, vault: Vault) -> int:
+    """Forgets the URLs that are sealed with a key that is lost, for the inventory states them again; how many."""
+    count = 0
+    for receiver in session.scalars(sqlalchemy.select(Receiver)):
+        try:
+            vault.require([receiver.url])
+        except SecretError:
+            receiver.url, count = "", count + 1
+    return count
+
+
+def replace_keys(arguments: argparse.Namespace) -> int:
+    """Makes a key in place of a lost one: what only that one opens is forgotten, and the inventory states it again."""
+    installation = Installation(arguments.inventory, accepts_removals=arguments.accept_removals)
+    with installation.database.lock(), installation.store(locked=True) as store, \
+            store.writing() as session:
+        vault, forgotten = Vault(installation.service.keys), []
+        vault.require(sealed_tokens(None, installation.inventory))
+        for row in session.scalars(sqlalchemy.select(Resource)):
+            for kind in SECRETS:
+                try:
+                    vault.require(filter(None, [getattr(row, kind)]))
+                except SecretError:
+                    setattr(row, kind, None)
+                    forgotten.append(row)
+        lost = forget_urls(session, vault)
+        if not forgotten and not lost:
+            raise UsageError("no secret is sealed with a key that is lost; `keys rotate` makes a new key")
+        session.merge(Setting(name="key", text=""))
+        vault = installation.open_vault(session)
+        installation.take_over(session, vault, "command line")
+        record_event(session, "change", f"key {vault.key_id} in place of a lost one", actor="command line")
+        revise(session)
+    for name in sorted({row.name for row in forgotten if row.origin == "api"}):
+        print(f"{name}: write its password again, in the console")
+    print(f"secrets are sealed with key {vault.key_id} now")
+    return 0
 
 
 # === Commands ================================================================
@@ -17146,80 +17749,6 @@ def middleware(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def scalars(document: Document) -> dict[NodePath, str]:
-    """Every text of the file by its path."""
-    return {where: node.value for where, node in document.nodes.items() if isinstance(node, yaml.ScalarNode)}
-
-
-def rewrite(path: Path, document: Document, replacements: Mapping[NodePath, str]) -> None:
-    """Replaces the texts at some paths of the file, all or nothing; comments and layout stay."""
-    raw = path.read_bytes()
-    text = raw.decode("utf-8-sig")
-    for where in sorted(replacements, key=lambda where: document.nodes[where].start_mark.index, reverse=True):
-        begin, end = document.nodes[where].start_mark.index, document.nodes[where].end_mark.index
-        kept = ""
-        if text[begin] in "|>":     # a block: its first line may hold a comment, its end holds line breaks
-            block = text[begin:end]
-            head, tail = re.match(r"[|>][^\s#]*(\s+#[^\r\n]*)?", block), re.search(r"(\r?\n[ \t]*)*\Z", block)
-            kept = (head[1] or "" if head else "") + (tail[0] if tail else "")
-        text = text[:begin] + replacements[where] + kept + text[end:]
-    content = (b"\xef\xbb\xbf" if raw.startswith(b"\xef\xbb\xbf") else b"") + text.encode()
-    if scalars(Document(path.name, content)) != {**scalars(document), **replacements}:
-        raise InventoryError(f"{path.name}: its layout is too unusual to be rewritten; nothing was changed")
-    real = path.resolve()       # a symbolic link stays one
-    temporary = real.with_name(f".{real.name}.{secrets.token_hex(4)}")
-    try:
-        create_private(temporary, content)
-        take_place(temporary, real)
-    except OSError as error:
-        raise InventoryError(f"{path.name}: cannot be replaced: {error.strerror}; is it open elsewhere, or another "
-                             "account's?") from error
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def secret_nodes(installation: Installation, document: Document, *,
-                 sealed: bool) -> Iterator[tuple[NodePath, str, ResourceSettings]]:
-    """Paths and values of the secrets that stand in the file, sealed or plain ones, with their resource."""
-    entries = installation.inventory.entries
-    hosts = collections.Counter(entries)
-    for index, settings in zip(entries, installation.inventory.resources, strict=True):
-        for kind in SECRETS if hosts[index] == 1 else ():
-            node = document.nodes.get(("resources", index, kind))
-            if node is not None and node.value.startswith(TOKEN_PREFIXES) is sealed:
-                yield ("resources", index, kind), node.value, settings
-
-
-def other_nodes(installation: Installation, document: Document, *,
-                sealed: bool) -> Iterator[tuple[NodePath, str, tuple[str, ...]]]:
-    """The same of the secrets that are no resource's, with what each belongs to."""
-    for where, secret, bound in installation.inventory.secrets():
-        if where in document.nodes and secret.startswith(TOKEN_PREFIXES) is sealed:
-            yield where, secret, bound
-
-
-def seal(arguments: argparse.Namespace) -> int:
-    """Replaces the plain secrets in the file by sealed ones."""
-    installation = Installation(arguments.inventory)
-    document = read_document(installation.path)
-    with installation.store(scratch=True) as store, store.reading() as session:
-        vault = installation.open_vault(session)
-    tokens = {where: vault.seal(value, *binding(str(where[-1]), settings))
-              for where, value, settings in secret_nodes(installation, document, sealed=False)}
-    tokens |= {where: vault.seal(secret, *bound)
-               for where, secret, bound in other_nodes(installation, document, sealed=False)}
-    if tokens:
-        rewrite(installation.path, document, tokens)
-    print(f"{installation.path.name}: {len(tokens)} secrets sealed")
-    left = [where for where, text in scalars(read_document(installation.path)).items()
-            if where and where[-1] in SECRETS and not text.startswith(TOKEN_PREFIXES)
-            and len(where) == {"defaults": 2, "resources": 3}.get(str(where[0]))]
-    for where in left:
-        print(f"{where[-1]} in line {document.position(where).partition(':')[0]} stays plain, for a sealed secret "
-              f"belongs to one resource; use {where[-1]}_file, or write it at each resource", file=sys.stderr)
-    return int(bool(left))
-
-
 def endpoint(arguments: argparse.Namespace) -> int:
     """Prints what a host needs that shall answer polls and nothing else."""
     installation = Installation(arguments.inventory)
@@ -17271,75 +17800,6 @@ def trust(arguments: argparse.Namespace) -> int:
                          resource=target.name, actor="command line")
             revise(session)
     print(f"{target.name}: trusted is {offered}")
-    return 0
-
-
-def rotate_keys(arguments: argparse.Namespace) -> int:
-    """Seals every secret with a new key. Interrupted, it leaves both keys; it is run again then."""
-    installation = Installation(arguments.inventory)
-    document = read_document(installation.path)
-    document_tokens = list(secret_nodes(installation, document, sealed=True))
-    others = list(other_nodes(installation, document, sealed=True))
-    if len(list(sealed_tokens(None, installation.inventory))) > len(document_tokens) + len(others):
-        raise UsageError("a sealed secret stands in defaults, a password_file or a variable; "
-                         "write the password at its resource first")
-    installation.database.inspect()
-    with installation.database.lock(), installation.store(locked=True) as store:
-        with store.writing() as session:
-            vault = installation.open_vault(session)
-            if not (vault.folder / "next.pem").exists():
-                vault.create("next.pem")
-            tokens = {where: vault.seal(open_stated(settings, kind, vault), *binding(kind, settings))
-                      for where, _, settings in document_tokens for kind in map(str, where[-1:])}
-            tokens |= {where: vault.seal(open_sealed(secret, bound, vault), *bound) for where, secret, bound in others}
-            reseal(session, session.scalars(sqlalchemy.select(Resource)), vault)
-            for receiver in session.scalars(sqlalchemy.select(Receiver)):
-                receiver.url = vault.seal(vault.open(receiver.url, *receiver.bound), *receiver.bound)
-            record_event(session, "change", f"secrets are sealed with key {vault.key_id} now", actor="command line")
-            revise(session)
-        if tokens:
-            rewrite(installation.path, document, tokens)
-        store.checkpoint()
-        vault.retire()
-    print(f"secrets are sealed with key {vault.key_id} now")
-    return 0
-
-
-def forget_urls(session: Session, vault: Vault) -> int:
-    """Forgets the URLs that are sealed with a key that is lost, for the inventory states them again; how many."""
-    count = 0
-    for receiver in session.scalars(sqlalchemy.select(Receiver)):
-        try:
-            vault.require([receiver.url])
-        except SecretError:
-            receiver.url, count = "", count + 1
-    return count
-
-
-def replace_keys(arguments: argparse.Namespace) -> int:
-    """Makes a key in place of a lost one: what only that one opens is forgotten, and the inventory states it again."""
-    installation = Installation(arguments.inventory, accepts_removals=arguments.accept_removals)
-    with installation.database.lock(), installation.store(locked=True) as store, \
-            store.writing() as session:
-        vault, forgotten = Vault(installation.service.keys), []
-        vault.require(sealed_tokens(None, installation.inventory))
-        for row in session.scalars(sqlalchemy.select(Resource)):
-            for kind in SECRETS:
-                try:
-                    vault.require(filter(None, [getattr(row, kind)]))
-                except SecretError:
-                    setattr(row, kind, None)
-                    forgotten.append(row)
-        lost = forget_urls(session, vault)
-        if not forgotten and not lost:
-            raise UsageError("no secret is sealed with a key that is lost; `keys rotate` makes a new key")
-        vault = installation.open_vault(session)
-        installation.take_over(session, vault, "command line")
-        record_event(session, "change", f"key {vault.key_id} in place of a lost one", actor="command line")
-        revise(session)
-    for name in sorted({row.name for row in forgotten if row.origin == "api"}):
-        print(f"{name}: write its password again, in the console")
-    print(f"secrets are sealed with key {vault.key_id} now")
     return 0
 
 
@@ -17406,7 +17866,7 @@ USER_COMMANDS: dict[str, tuple[str, Callable[[Principal, argparse.Namespace], ob
 def console_of(installation: Installation, store: Store) -> Principal:
     """Who is at the command line; what commands do with it needs neither keys nor pollers."""
     nothing: Any = None
-    return Principal(ConsoleContext(store, installation.inventory, Lease(), nothing, nothing, nothing))
+    return Principal(ConsoleContext(store, installation.inventory, Lease(), nothing, nothing, nothing, store.wall))
 
 
 def manage_users(arguments: argparse.Namespace) -> int:
@@ -17441,12 +17901,13 @@ def gate_rows(installation: Installation, session: Session) -> Iterator[list[str
     """How the gate stands as far as it is written down, which takes a service a second."""
     last = next(iter(events(session, kind="gate", limit=1)), None)
     override = stored_override(session)
-    if override and (override.until or math.inf) < time.time():
+    if override and (override.until or math.inf) < installation.database.wall():
         override = None
     end = f"until {local_time(override.until)}" if override and override.until else "until that is ended"
     yield ["GATE", f"{last.text}, at {local_time(last.at)}" if last else "never open yet"]
     yield ["OVERRIDE", f"{override.why}, {end}" if override else "none"]
-    mode = json.loads(remembered(session, "service").text or "{}").get("mode", "enforce")   # as it was started with
+    started = remembered(session, own_name("service", installation.service.machine_name)).text
+    mode = json.loads(started or "{}").get("mode", "enforce")   # as it was started with
     yield ["MODE", "observe: nothing is refused" if mode == "observe" else mode]
     yield ["SERVICE", "runs" if installation.database.is_running() else "does not run: the gate is closed"]
 
@@ -17467,9 +17928,9 @@ def gate(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def work_rows(session: Session) -> Iterator[list[str]]:
+def work_rows(session: Session, now: float) -> Iterator[list[str]]:
     yield ["NUMBER", "STATE", "FROM", "UNTIL", "WHAT", "REASON"]
-    for turn in timetable(session, time.time()):
+    for turn in timetable(session, now):
         yield [str(turn.id or "-"), turn.state, local_time(turn.start), local_time(turn.until), str(turn.scope),
                turn.reason]
 
@@ -17501,7 +17962,7 @@ def maintenance(arguments: argparse.Namespace) -> int:
         if arguments.action != "list":
             time.sleep(TAKEN_UP if installation.database.is_running() else 0.0)
         with store.reading() as session:
-            print_table([*work_rows(session)])
+            print_table([*work_rows(session, store.wall())])
     return 0
 
 

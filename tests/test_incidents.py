@@ -89,7 +89,7 @@ class Bench:
         transitions = [waiting.get() for _ in range(waiting.qsize())]
         self.log.look([(self.wall.now, *rest) for _, *rest in transitions])  # type: ignore[misc]  # so many of them
         with self.store.writing() as session:
-            self.log.write(session, lambda _: self.wall.now)
+            self.log.write(session)
         self.log.written()
 
     def found(self, group: str | None = "", **asked: Any) -> list[Incident]:
@@ -238,7 +238,7 @@ def test_what_cannot_be_written_is_kept(bench: Bench) -> None:
         bench.aggregator.set_resource("b", False, "b is bad")
         transitions = [bench.aggregator.transitions.get()]
         bench.log.look([(bench.wall.now, *rest) for _, *rest in transitions])  # type: ignore[misc]
-        bench.log.write(session, lambda _: 0.0)
+        bench.log.write(session)
         raise ZeroDivisionError
     bench.report(b=True)
     assert [one.end for one in bench.found()] == ["opened"]

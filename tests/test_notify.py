@@ -1005,12 +1005,8 @@ def test_a_reload_after_what_could_not_be_kept(tmp_path: Path, store: Store, hoo
     notifier = Notifier(store, prepared_vault(tmp_path), dict, "")
     notifier.look(NOON)
     happen(store, "gate", "closed")
-    with store.writing() as session:
-        session.execute(sqlalchemy.text("CREATE TRIGGER full BEFORE UPDATE ON receiver WHEN NEW.message != '' "
-                                        "BEGIN SELECT RAISE(FAIL, 'full'); END"))
-    notifier.look(NOON + 1)
-    with store.writing() as session:
-        session.execute(sqlalchemy.text("DROP TRIGGER full"))
+    with refusing(store.database, "UPDATE ON receiver", "NEW.message != ''"):
+        notifier.look(NOON + 1)
     take_over(store, tmp_path, entry, "{name: new, url: 'json://h'}")
     look_until(notifier, hook, 1, NOON + 2)
     notifier.look(NOON + 30)
@@ -1058,6 +1054,7 @@ def seen_of(process: int) -> bytes:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.of_files
 def test_a_url_is_nowhere_to_be_seen(tmp_path: Path, hook: Hook) -> None:
     """Of those given by variables: not in the process list while a message is on its way, nor in anything that is
     written or shown, whatever went wrong with it."""
@@ -1151,13 +1148,9 @@ def test_what_a_heartbeat_says(tmp_path: Path, store: Store) -> None:
         aggregator.beat("monitor", -1.0)
         assert not is_service_well(aggregator, recorder), "nobody watches"
         aggregator.beat("monitor", 1e6)
-        with store.writing() as session:
-            session.execute(sqlalchemy.text(
-                "CREATE TRIGGER full BEFORE INSERT ON event BEGIN SELECT RAISE(FAIL, 'full'); END"))
-        recorder.note("service", "something", NOON)
-        wait_for(lambda: not is_service_well(aggregator, recorder))
-        with store.writing() as session:
-            session.execute(sqlalchemy.text("DROP TRIGGER full"))
+        with refusing(store.database, "INSERT ON event"):
+            recorder.note("service", "something", NOON)
+            wait_for(lambda: not is_service_well(aggregator, recorder))
         wait_for(lambda: is_service_well(aggregator, recorder))
     finally:
         recorder.close()

@@ -1,0 +1,296 @@
+"""Several machines on one database: who polls what, what the others hear of it, and what becomes of it when one of them
+dies, sleeps or is cut off. The machines are services of their own on a real PostgreSQL."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import wait_for
+from console import Client, prepared_database
+from postgres import PASSWORD, URL_FILE, Postgres, Program, database_in, execute
+from pydantic import SecretStr
+from service import Service, prepared_keys, run, write_inventory
+from test_notify import Hook, hook  # noqa: F401  # a fixture
+
+from healthchecker import PostgresServer, owner_of
+
+NAMES = [f"tcp{number}" for number in range(9)]
+OFTEN = "interval: 1, retry_interval: 1, timeout: 1, rise: 1, fall: 1"
+
+
+# --- who polls what
+def test_each_has_its_share() -> None:
+    """Within 15 % of 5,000; where one goes only its own have another one."""
+    machines, names = frozenset("abc"), [f"host{number}.example.com" for number in range(5000)]
+    owners = {name: owner_of(name, machines) for name in names}
+    assert all(abs(count / (5000 / 3) - 1) < 0.15 for count in Counter(owners.values()).values())
+    fewer = {name: owner_of(name, machines - {"b"}) for name in names}
+    assert {owner for name, owner in owners.items() if fewer[name] != owner} == {"b"}
+    assert owner_of("host1", frozenset()) == ""
+
+
+# --- machines
+class Host:
+    """A TCP server that counts its clients, and may be away."""
+
+    def __init__(self) -> None:
+        self._sock = socket.create_server(("127.0.0.1", 0))
+        self.port, self.count, self._ending = self._sock.getsockname()[1], 0, False
+        self._begin()
+
+    def _begin(self) -> None:
+        self._thread = threading.Thread(target=self._serve, args=(self._sock,), daemon=True)
+        self._thread.start()
+
+    def _serve(self, sock: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                sock.accept()[0].close()
+                self.count += 1
+
+    def leave(self) -> None:
+        self._sock.shutdown(socket.SHUT_RDWR)
+        self._thread.join(60)
+        self._sock.close()
+
+    def come_back(self) -> None:
+        self._sock = socket.create_server(("127.0.0.1", self.port))
+        self._begin()
+
+
+class Site:
+    """Machines named a, b, c on one database, and what they watch."""
+
+    def __init__(self, folder: Path, postgres: Postgres, more: str = "") -> None:
+        self.folder, self._postgres, self.more = folder, postgres, more
+        self.url = postgres.url(postgres.database())
+        self.hosts = {name: Host() for name in NAMES}
+        self.machines: dict[str, Service] = {}
+        self._stack = contextlib.ExitStack()
+
+    def write(self, name: str, rows: str = "", service: str = "") -> Path:
+        folder = self.folder / name
+        folder.mkdir(exist_ok=True)
+        (folder / URL_FILE).write_text(self.url, encoding="utf-8")
+        prepared_keys(folder)
+        rows = rows or "".join(f"  - {{name: {each}, platform: tcp, hostname: 127.0.0.1, port: {host.port}, {OFTEN}}}\n"
+                               for each, host in self.hosts.items())  # fmt: skip
+        return write_inventory(folder, rows + self.more, f"  machine: {name}\n{service}")
+
+    def begin(self, *names: str) -> None:
+        for name in names:
+            path = self.write(name)
+            if not self.machines:
+                prepared_database(path.parent)
+            self.machines[name] = self._stack.enter_context(Service(path, deadline=120))
+            wait_for(lambda: len(self.pollers()) == len(NAMES), 60)     # or the next one polls first, too
+
+    def execute(self, statement: str, **values: object) -> list[Any]:
+        return execute(database_in(self.folder / "a"), statement, **values)
+
+    def pollers(self) -> dict[str, str]:
+        """Which machine found the last result of each."""
+        return dict(self.execute("SELECT name, machine FROM result JOIN resource ON resource.id = resource_id"))
+
+    def shared_by(self, *names: str) -> bool:
+        return self.pollers() == {name: owner_of(name, frozenset(names)) for name in NAMES}
+
+    def answers(self, *names: str) -> set[int]:
+        return {self.machines[name].get("/").status for name in names or self.machines}
+
+    def close(self) -> None:
+        with contextlib.suppress(AssertionError):
+            self._stack.close()
+        for host in self.hosts.values():
+            with contextlib.suppress(OSError):
+                host.leave()
+
+
+@pytest.fixture
+def site(tmp_path: Path, postgres: Postgres) -> Iterator[Site]:
+    made = Site(tmp_path, postgres)
+    yield made
+    made.close()
+
+
+def open_until(site: Site, names: str, condition: Any) -> None:
+    """Never is a gate of these closed meanwhile."""
+    def look() -> bool:
+        assert site.answers(*names) == {200}
+        return bool(condition())
+
+    wait_for(look, 120)
+
+
+def test_three_share_what_is_polled(site: Site) -> None:
+    """Each is polled by its owner alone; all gates know what any of them found."""
+    site.begin("a", "b", "c")
+    wait_for(lambda: site.answers() == {200}, 60)
+    open_until(site, "abc", lambda: site.shared_by("a", "b", "c"))
+    assert len(set(site.pollers().values())) == 3
+    before = {name: host.count for name, host in site.hosts.items()}
+    open_until(site, "abc", lambda: all(host.count > before[name] + 5 for name, host in site.hosts.items()))
+    for name in NAMES[:3]:
+        site.hosts[name].leave()
+        wait_for(lambda: site.answers() == {503}, 60)
+        site.hosts[name].come_back()
+        wait_for(lambda: site.answers() == {200}, 60)
+    kinds = Counter(kind for (kind,) in site.execute("SELECT kind FROM event WHERE kind IN ('gate', 'state')"))
+    assert kinds["state"] == len(NAMES) + 6, "each change is told by one of them"
+    assert kinds["gate"] == 8, "so is what the gate does"
+    ends = site.execute('SELECT "end" FROM incident WHERE "group" = \'\' ORDER BY id')
+    assert [end for (end,) in ends][-3:] == ["opened"] * 3
+
+
+def test_one_is_killed(site: Site) -> None:
+    """Others poll what was its own, no gate closes, and when it comes back it has them again."""
+    site.begin("a", "b", "c")
+    wait_for(lambda: site.shared_by("a", "b", "c") and site.answers() == {200}, 60)
+    site.machines["b"].kill()
+    open_until(site, "ac", lambda: site.shared_by("a", "c"))
+    host = next(name for name in NAMES if owner_of(name, frozenset("abc")) == "b")
+    site.hosts[host].leave()
+    wait_for(lambda: site.answers("a", "c") == {503}, 60)
+    site.hosts[host].come_back()
+    wait_for(lambda: site.answers("a", "c") == {200}, 60)
+    site.begin("b")
+    open_until(site, "ac", lambda: site.shared_by("a", "b", "c"))
+
+
+@pytest.mark.skipif(os.name != "posix", reason="no SIGSTOP")
+def test_one_sleeps(site: Site) -> None:
+    """Nothing that it found before, or was finding, counts when it wakes."""
+    site.begin("a", "b")
+    wait_for(lambda: site.shared_by("a", "b"), 60)
+    [epoch] = [row.instance for row in site.execute("SELECT * FROM machine WHERE name = 'b'")]
+    os.kill(site.machines["b"].process.pid, signal.SIGSTOP)
+    try:
+        open_until(site, "a", lambda: site.shared_by("a"))
+        host = next(name for name in NAMES if owner_of(name, frozenset("ab")) == "b")
+        site.hosts[host].leave()
+        wait_for(lambda: site.answers("a") == {503}, 60)
+    finally:
+        os.kill(site.machines["b"].process.pid, signal.SIGCONT)
+    wait_for(lambda: [row for row in site.execute("SELECT * FROM machine WHERE name = 'b'") if row.instance != epoch])
+    for _ in range(20):
+        assert site.answers("a") == {503}
+    wait_for(lambda: site.answers("b") == {503}, 60)
+    site.hosts[host].come_back()
+    wait_for(lambda: site.shared_by("a", "b") and site.answers() == {200}, 60)
+
+
+def test_the_database_is_away(tmp_path: Path, postgres: Postgres) -> None:
+    """Each polls everything itself: no gate closes because of it, and what fails meanwhile closes all of them."""
+    made = Site(tmp_path, postgres)
+    with contextlib.closing(made):
+        made.begin("a", "b")
+        wait_for(lambda: made.shared_by("a", "b") and made.answers() == {200}, 60)
+        postgres.end()
+        try:
+            before = {name: host.count for name, host in made.hosts.items()}
+            open_until(made, "ab", lambda: all(host.count > before[name] + 10 for name, host in made.hosts.items()))
+            made.hosts[NAMES[0]].leave()
+            wait_for(lambda: made.answers() == {503}, 60)
+            made.hosts[NAMES[0]].come_back()
+            wait_for(lambda: made.answers() == {200}, 60)
+        finally:
+            postgres.begin()
+        open_until(made, "ab", lambda: made.shared_by("a", "b"))
+
+
+def test_one_is_cut_from_the_database(tmp_path: Path, postgres: Postgres, pgbouncer: Program) -> None:
+    """It polls everything itself, the other one takes its own over; and back."""
+    made = Site(tmp_path, postgres)
+    with contextlib.closing(made):
+        made.begin("a")
+        direct, made.url = made.url, made.url.replace(f":{postgres.port}/", f":{pgbouncer.port}/")
+        made.begin("b")
+        made.url = direct
+        wait_for(lambda: made.shared_by("a", "b") and made.answers() == {200}, 60)
+        pgbouncer.end()
+        try:
+            open_until(made, "ab", lambda: made.shared_by("a"))
+            for name in NAMES[:4]:
+                made.hosts[name].leave()
+                wait_for(lambda: made.answers() == {503}, 60)
+                made.hosts[name].come_back()
+                wait_for(lambda: made.answers() == {200}, 60)
+        finally:
+            pgbouncer.begin()
+        open_until(made, "ab", lambda: made.shared_by("a", "b"))
+
+
+# --- what all of them could do
+def test_a_message_is_sent_once(tmp_path: Path, postgres: Postgres, hook: Hook) -> None:  # noqa: F811
+    """Of a gate that three see close, and by another one when who spoke is dead."""
+    made = Site(tmp_path, postgres, f"notify: [{{name: ops, url: 'json://{hook.place}/x', wait: 1}}]\n")
+    with contextlib.closing(made):
+        made.begin("a", "b", "c")
+        wait_for(lambda: made.shared_by("a", "b", "c") and made.answers() == {200}, 60)
+        speaker = owner_of("", frozenset("abc"))
+        for count, rest in ((0, "abc"), (2, "abc".replace(speaker, ""))):
+            made.hosts[NAMES[0]].leave()
+            wait_for(lambda: made.answers(*rest) == {503} and len(hook.requests) > count, 60)  # noqa: B023
+            made.hosts[NAMES[0]].come_back()
+            wait_for(lambda: made.answers(*rest) == {200} and len(hook.requests) > count + 1, 60)  # noqa: B023
+            wait_for(lambda: made.execute("SELECT message FROM receiver") == [("",)], 60)  # or it is sent again
+            if not count:
+                made.machines.pop(speaker).kill()
+                wait_for(lambda: made.shared_by(*rest), 60)  # noqa: B023
+        assert ["closed" in each.json["title"] for each in hook.requests] == [True, False] * 2
+
+
+def test_a_login_holds_everywhere(site: Site) -> None:
+    """And a resource is polled at once by the machine that is asked, whoever polls it else."""
+    site.begin("a", "b")
+    wait_for(lambda: site.shared_by("a", "b"), 60)
+    client = Client(*site.machines["a"].console).log_in()
+    client.address = site.machines["b"].console
+    assert client.api("GET", "resources").status == 200
+    for name in NAMES[:4]:
+        count = site.hosts[name].count
+        assert client.api("POST", f"resources/{name}/check").status == 200
+        assert site.hosts[name].count > count
+
+
+def test_inventories_that_differ(site: Site) -> None:
+    """The first one's is watched; the other says so, undoes nothing, and takes over when the first is gone."""
+    site.begin("a")
+    wait_for(lambda: len(site.pollers()) == len(NAMES), 60)
+    path = site.write("b", f"  - {{name: other, platform: simulated, {OFTEN}}}\n")
+    with Service(path, deadline=60) as other:
+        assert "that of a is watched, and inventory.yaml here differs from it" in other.output
+        assert other.get("/").status in (200, 503) and len(site.execute("SELECT * FROM resource")) == len(NAMES)
+        refused = run(path, "reload")
+        assert (refused.returncode, refused.stderr) == (2, "the inventory of a is watched; `reload` there\n")
+    site.machines["a"].kill()
+    refused = run(path.with_name("inventory.yaml"), "--accept-removals", "reload")
+    assert refused.returncode in (0, 2)
+
+
+def test_another_key_is_refused(site: Site) -> None:
+    site.begin("a")
+    path = site.write("b")
+    for file in (path.parent / "keys").iterdir():
+        file.unlink()
+    refused = run(path)
+    assert refused.returncode == 3 and "private.pem is key none, and that of the other machines is" in refused.stderr
+    assert not [*(path.parent / "keys").iterdir()]
+
+
+def test_a_name_is_taken(site: Site) -> None:
+    site.begin("a")
+    refused = run(site.folder / "a" / "inventory.yaml")
+    assert refused.returncode == 4 and "another HealthChecker (a) is using database" in refused.stderr
+    server = PostgresServer(site.url, SecretStr(PASSWORD))
+    with pytest.raises(Exception, match="another HealthChecker"):
+        server.lock()
