@@ -137,7 +137,8 @@ def site(store: hc.Store) -> Mapping[str, tuple[Callable[[], object], float]]:
         answer = client.get(hc.PREFIX + path, environ_base={"REMOTE_ADDR": "127.0.0.1"})
         assert answer.status_code == 200 and found in answer.data, answer.status
 
-    return {"overview": (lambda: ask("", f"db{LOOKED_AT}".encode()), 250),
+    return {"overview, all well": (lambda: ask("", b"1000 healthy"), 250),
+            "overview, all that are healthy": (lambda: ask("?state=healthy", b"/-/resources/db"), 250),
             "page of one with the charts of a month": (lambda: ask(f"resources/db{LOOKED_AT}?span=month", b"CPU"), 250),
             **charts(store)}
 
