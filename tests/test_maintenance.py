@@ -534,7 +534,7 @@ def test_a_reason_is_no_order_to_a_terminal(console: Local, capsys: pytest.Captu
     reply = console.api("POST", "maintenance", {"for": "1h", "reason": "x\x9b2J\u202ey", "all": True})
     assert reply.status == 201
     with console.store.reading() as session:
-        healthchecker.print_table(healthchecker.work_rows(session))
+        healthchecker.print_table(healthchecker.work_rows(session, 0.0))
     assert capsys.readouterr().out.endswith("  x 2J y\n")
 
 
