@@ -1652,7 +1652,7 @@ def choice_faults(plans: Sequence[Plan], receivers: Sequence[ReceiverSettings], 
 # defaults and gathers the faults. Pure but for reading files and environment; called by commands, and by threads that
 # serve the console.
 # Gives: HEARTBEAT, Inventory, InventoryFile, InventoryLoader, load_inventory, M, message_of, OWN_SECRETS,
-# STATUS_TOKEN, take_variable
+# plain_faults, STATUS_TOKEN, take_variable
 HEARTBEAT, STATUS_TOKEN = "", "/-/status"   # as names of receivers: no receiver has them
 OWN_SECRETS = {HEARTBEAT: "service.heartbeat", STATUS_TOKEN: "service.status_token"}
 
@@ -11551,8 +11551,8 @@ def validated(model: type[M], body: Mapping[str, Any], *, text: bool = False) ->
     try:
         return model.model_validate(body) if text else model.model_validate_json(json.dumps(body), strict=True)
     except ValidationError as error:
-        raise field_errors({".".join(map(str, item["loc"])): message_of(item)
-                          for item in error.errors(include_url=False, include_input=False)}) from None
+        faults = {".".join(map(str, item["loc"])): message_of(item) for item in plain_faults(error)}
+        raise field_errors(faults) from None
 
 
 def shared_defaults(inventory: Inventory) -> dict[str, Any]:
