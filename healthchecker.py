@@ -5726,7 +5726,8 @@ PROBES: dict[Platform, CommandSet] = {
 
 # The script goes to `sh -s` on stdin: one group, read whole before a command could eat the rest.
 # A check's output ends at its own status line and not at end of file, which a daemon it leaves behind would
-# hold off for ever; what is beyond KEPT_BYTES is read and dropped, so that nothing dies of SIGPIPE. Nothing ends a df
+# hold off for ever; what is beyond KEPT_BYTES is read and dropped, so that nothing dies of SIGPIPE. yash drops what is
+# behind a byte that is no character, its status line too, and is given none. Nothing ends a df
 # that waits for a dead disk: it says who it is past what gathers its output, and where `hangs` still finds it, the
 # poll starts no other.
 SCRIPT = r"""{
@@ -5767,10 +5768,12 @@ run() {
   { t=$(date +%s); limit "$1" /bin/sh -c "$2"; s=$?; [ $s -le 255 ] || s=$((128 + s % 128))
     printf '\n@%s status %s %s .\n' $N $s $(($(date +%s) - t)); } 2>/dev/null | keep
 }
+piece() { dd bs=4096 count=1 2>/dev/null; }
+[ -z "$YASH_VERSION" ] || piece() { dd bs=4096 count=1 2>/dev/null | tr '\200-\377' '?'; }
 keep() {
   kept= last= s=lost m="@$N status "
   while :; do
-    new=$(dd bs=4096 count=1 2>/dev/null; echo .); new=${new%.}
+    new=$(piece; echo .); new=${new%.}
     [ "$new" ] || break
     [ ${#kept} -gt 4300 ] || kept=$kept$new
     last=$last$new
