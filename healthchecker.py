@@ -5769,7 +5769,8 @@ run() {
     printf '\n@%s status %s %s .\n' $N $s $(($(date +%s) - t)); } 2>/dev/null | keep
 }
 piece() { dd bs=4096 count=1 2>/dev/null; }
-[ -z "$YASH_VERSION" ] || piece() { dd bs=4096 count=1 2>/dev/null | tr '\200-\377' '?'; }
+[ -z "$YASH_VERSION" ] || ! tr a b </dev/null 2>/dev/null ||
+  piece() { dd bs=4096 count=1 2>/dev/null | tr '\200-\377' '?'; }
 keep() {
   kept= last= s=lost m="@$N status "
   while :; do
