@@ -1715,7 +1715,7 @@ def choice_faults(plans: Sequence[Plan], receivers: Sequence[ReceiverSettings], 
 # defaults and gathers the faults. Pure but for reading files and environment; called by commands, and by threads that
 # serve the console.
 # Gives: HEARTBEAT, Inventory, InventoryFile, InventoryLoader, load_inventory, M, message_of, OWN_SECRETS,
-# STATUS_TOKEN, take_variable, url_binding
+# plain_faults, STATUS_TOKEN, take_variable, url_binding
 HEARTBEAT, STATUS_TOKEN = "", "/-/status"   # as names of receivers: no receiver has them
 OWN_SECRETS = {HEARTBEAT: "service.heartbeat", STATUS_TOKEN: "service.status_token"}
 
@@ -6245,7 +6245,8 @@ PROBES: dict[Platform, CommandSet] = {
 
 # The script goes to `sh -s` on stdin: one group, read whole before a command could eat the rest.
 # A check's output ends at its own status line and not at end of file, which a daemon it leaves behind would
-# hold off for ever; what is beyond KEPT_BYTES is read and dropped, so that nothing dies of SIGPIPE. Nothing ends a df
+# hold off for ever; what is beyond KEPT_BYTES is read and dropped, so that nothing dies of SIGPIPE. yash drops what is
+# behind a byte that is no character, its status line too, and is given none. Nothing ends a df
 # that waits for a dead disk: it says who it is past what gathers its output, and where `hangs` still finds it, the
 # poll starts no other.
 SCRIPT = r"""{
@@ -6286,10 +6287,13 @@ run() {
   { t=$(date +%s); limit "$1" /bin/sh -c "$2"; s=$?; [ $s -le 255 ] || s=$((128 + s % 128))
     printf '\n@%s status %s %s .\n' $N $s $(($(date +%s) - t)); } 2>/dev/null | keep
 }
+piece() { dd bs=4096 count=1 2>/dev/null; }
+[ -z "$YASH_VERSION" ] || ! tr a b </dev/null 2>/dev/null ||
+  piece() { dd bs=4096 count=1 2>/dev/null | tr '\200-\377' '?'; }
 keep() {
   kept= last= s=lost m="@$N status "
   while :; do
-    new=$(dd bs=4096 count=1 2>/dev/null; echo .); new=${new%.}
+    new=$(piece; echo .); new=${new%.}
     [ "$new" ] || break
     [ ${#kept} -gt 4300 ] || kept=$kept$new
     last=$last$new
@@ -12355,8 +12359,8 @@ def validated(model: type[M], body: Mapping[str, Any], *, text: bool = False) ->
     try:
         return model.model_validate(body) if text else model.model_validate_json(json.dumps(body), strict=True)
     except ValidationError as error:
-        raise field_errors({".".join(map(str, item["loc"])): message_of(item)
-                          for item in error.errors(include_url=False, include_input=False)}) from None
+        faults = {".".join(map(str, item["loc"])): message_of(item) for item in plain_faults(error)}
+        raise field_errors(faults) from None
 
 
 def shared_defaults(inventory: Inventory) -> dict[str, Any]:

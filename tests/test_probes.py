@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -21,6 +22,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import healthchecker
 from healthchecker import (
     KEPT_BYTES,
     PROBES,
@@ -543,6 +545,18 @@ def test_checks(shell: str) -> None:
     assert "not found" in checks["missing"].text
     assert len(text.partition(" begin disk_percent\n")[0]) < 11_000, "kept on the remote side"
     assert took < 25
+
+
+@on_unix
+@pytest.mark.parametrize("shell", SHELLS)
+def test_bytes_that_are_no_characters_hide_no_status(shell: str, tmp_path: Path) -> None:
+    """Where both come in one piece; yash drops what is behind them."""
+    keep = re.search(r"^(piece\(\) .*?)?^keep\(\) .*?^}$", healthchecker.SCRIPT, re.MULTILINE | re.DOTALL)
+    assert keep
+    said = tmp_path / "said"
+    said.write_bytes(b"a\xffb\n@abcd status 7 1 .\n")
+    text, _ = run_script(shell_command(shell), f"LC_ALL=C N=abcd\n{keep[0]}\nkeep <{said}\nexit 0\n")
+    assert text.startswith("a") and "@abcd end 7 1" in text
 
 
 @on_unix
