@@ -21,7 +21,7 @@ from pydantic import SecretStr
 from service import Service, prepared_keys, run, write_inventory
 from test_notify import Hook, hook  # noqa: F401  # a fixture
 
-from healthchecker import PostgresServer, owner_of
+from healthchecker import LIVING, PostgresServer, owner_of
 
 NAMES = [f"tcp{number}" for number in range(9)]
 OFTEN = "interval: 1, retry_interval: 1, timeout: 1, rise: 1, fall: 1"
@@ -102,7 +102,8 @@ class Site:
         return dict(self.execute("SELECT name, machine FROM result JOIN resource ON resource.id = resource_id"))
 
     def shared_by(self, *names: str) -> bool:
-        return self.pollers() == {name: owner_of(name, frozenset(names)) for name in NAMES}
+        able = {name for name, _, _, able in self.execute(LIVING) if able}
+        return able == {*names} and self.pollers() == {name: owner_of(name, frozenset(names)) for name in NAMES}
 
     def answers(self, *names: str) -> set[int]:
         return {self.machines[name].get("/").status for name in names or self.machines}
