@@ -40,6 +40,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import bench_history
+import bench_sharing
 from pwsh import CONSTRAINED, EngineShell, open_engine
 from pwsh import FULL as FULL_LANGUAGE
 from service import Program, run, write_inventory  # it imports healthchecker
@@ -723,6 +724,15 @@ def history_rows(plan: Plan) -> Iterator[Row]:
         yield Row(*found)
 
 
+def sharing_rows(plan: Plan) -> Iterator[Row]:
+    """Several machines on one database."""
+    if plan is SHORT:
+        yield Row("Several machines on PostgreSQL", "skipped: takes minutes")
+        return
+    for found in bench_sharing.rows():
+        yield Row(*found)
+
+
 Part = Callable[[Plan], Iterator[Row]]
 
 
@@ -741,6 +751,7 @@ PARTS: dict[str, Part] = {
     "checks": checks_rows,
     "windows": windows_rows,
     "history": history_rows,
+    "sharing": sharing_rows,
 }
 
 

@@ -90,9 +90,14 @@ class Postgres(Program):
             "--locale=C", f"--pwfile={folder / 'password'}", "--no-sync")  # fmt: skip
         settings = {"fsync": "off", "unix_socket_directories": "", "listen_addresses": "127.0.0.1",
                     "max_connections": 60, "shared_buffers": "16MB", "autovacuum": "off"}  # fmt: skip
-        options = [part for name, value in settings.items() for part in ("-c", f"{name}={value}")]
-        super().__init__(folder, lambda port: [BINARIES / "postgres", "-D", folder / "data", "-p", port, *options])
+        self._options = [part for name, value in settings.items() for part in ("-c", f"{name}={value}")]
+        super().__init__(folder, lambda port: self.command(folder / "data", port))
         wait_for(self._is_ready, 60)
+
+    def command(self, data: Path, port: int) -> list[object]:
+        """What serves the cluster in a folder."""
+        assert BINARIES
+        return [BINARIES / "postgres", "-D", data, "-p", port, *self._options]
 
     def _is_ready(self) -> bool:
         import psycopg  # noqa: PLC0415

@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sqlalchemy
 from conftest import wait_for
 from console import Client, prepared_database
-from postgres import PASSWORD, URL_FILE, Postgres, Program, database_in, execute
+from postgres import BINARIES, PASSWORD, URL_FILE, Postgres, Program, database_in, execute, open_postgres
+from postgres import run as run_as_owner
 from pydantic import SecretStr
 from service import Service, prepared_keys, run, write_inventory
 from test_notify import Hook, hook  # noqa: F401  # a fixture
@@ -104,6 +106,12 @@ class Site:
     def shared_by(self, *names: str) -> bool:
         able = {name for name, _, _, able in self.execute(LIVING) if able}
         return able == {*names} and self.pollers() == {name: owner_of(name, frozenset(names)) for name in NAMES}
+
+    def serial(self) -> int:
+        """Of the last transaction that wrote results; 0 while the database is away."""
+        with contextlib.suppress(sqlalchemy.exc.OperationalError):
+            return int(self.execute("SELECT value FROM setting WHERE name = 'serial'")[0][0])
+        return 0
 
     def answers(self, *names: str) -> set[int]:
         return {self.machines[name].get("/").status for name in names or self.machines}
@@ -228,6 +236,33 @@ def test_one_is_cut_from_the_database(tmp_path: Path, postgres: Postgres, pgboun
         finally:
             pgbouncer.begin()
         open_until(made, "ab", lambda: made.shared_by("a", "b"))
+
+
+def test_a_standby_takes_over(tmp_path: Path) -> None:
+    """After the primary was lost, perhaps with its last rows: no gate closes, and the work is shared again."""
+    with open_postgres() as primary:
+        made = Site(tmp_path, primary)
+        standby = primary.folder / "standby"
+        with contextlib.closing(made):
+            made.begin("a", "b")
+            wait_for(lambda: made.shared_by("a", "b") and made.answers() == {200}, 60)
+            place = f"host=127.0.0.1 port={primary.port} user=owner password='{PASSWORD}'"
+            run_as_owner(BINARIES / "pg_basebackup", "-d", place, "-D", standby, "-R", "--no-sync")
+            second = Program(primary.folder, lambda port: primary.command(standby, port))
+            primary.end(signal.SIGQUIT)
+            second.end()
+            (standby / "standby.signal").unlink()
+            second = Program(primary.folder, lambda port: primary.command(standby, port), primary.port)
+            try:
+                open_until(made, "ab", lambda: made.serial() > 0)
+                serial = made.serial()
+                open_until(made, "ab", lambda: made.serial() > serial + 5 and made.shared_by("a", "b"))
+                made.hosts[NAMES[0]].leave()
+                wait_for(lambda: made.answers() == {503}, 60)
+                made.hosts[NAMES[0]].come_back()
+                wait_for(lambda: made.answers() == {200}, 60)
+            finally:
+                second.end()
 
 
 # --- what all of them could do
