@@ -19,7 +19,7 @@ from sshd import wait_for
 Figure = tuple[str, str, str, bool | None]
 COUNT, INTERVAL, MACHINES = 5000, 60, "abc"
 ROWS = (f'  - {{name: "r[0001:{COUNT}]", hostname: "r[0001:{COUNT}]", platform: simulated, interval: {INTERVAL}, '
-        "mean_healthy: 1e9}\n")  # fmt: skip
+        "mean_healthy: 1000000}\n")  # fmt: skip
 
 
 def cpu_of(*roots: int) -> float:

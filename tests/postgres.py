@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import psutil
 import pytest
 import sqlalchemy
 from pydantic import SecretStr
@@ -111,6 +112,21 @@ class Postgres(Program):
         super().begin()
         if self._count:     # else it is not known yet whether the port is ours
             wait_for(self._is_ready, 60)
+
+    @contextlib.contextmanager
+    def silent(self) -> Iterator[None]:
+        """Within, it answers nobody, and closes nothing."""
+        stopped = [self.process.pid]
+        os.kill(self.process.pid, signal.SIGSTOP)   # first, or it would begin others
+        try:
+            stopped += [child.pid for child in psutil.Process(self.process.pid).children(recursive=True)]
+            for pid in stopped[1:]:
+                os.kill(pid, signal.SIGSTOP)
+            yield
+        finally:
+            for pid in stopped:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGCONT)
 
     def execute(self, statement: str, database: str = "postgres") -> list[Any]:
         """As somebody else would."""

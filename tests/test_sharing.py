@@ -216,6 +216,23 @@ def test_the_database_is_away(tmp_path: Path, postgres: Postgres) -> None:
         open_until(made, "ab", lambda: made.shared_by("a", "b"))
 
 
+def test_the_database_is_silent(tmp_path: Path) -> None:
+    """As behind a network that drops everything: no query fails, and none ends. What counts is still found in time."""
+    with open_postgres() as server:
+        made = Site(tmp_path, server)
+        with contextlib.closing(made):
+            made.begin("a", "b")
+            wait_for(lambda: made.shared_by("a", "b") and made.answers() == {200}, 60)
+            before = {name: host.count for name, host in made.hosts.items()}
+            with server.silent():
+                open_until(made, "ab", lambda: all(host.count > before[name] + 30 for name, host in made.hosts.items()))
+                made.hosts[NAMES[0]].leave()
+                wait_for(lambda: made.answers() == {503}, 10)
+                made.hosts[NAMES[0]].come_back()
+                wait_for(lambda: made.answers() == {200}, 10)
+            open_until(made, "ab", lambda: made.shared_by("a", "b"))
+
+
 def test_one_is_cut_from_the_database(tmp_path: Path, postgres: Postgres, pgbouncer: Program) -> None:
     """It polls everything itself, the other one takes its own over; and back."""
     made = Site(tmp_path, postgres)
