@@ -96,6 +96,7 @@ import bisect
 import collections
 import concurrent.futures
 import contextlib
+import contextvars
 import copy
 import csv
 import ctypes
@@ -2764,13 +2765,15 @@ def revise(session: Session) -> None:
 # What holds the tables: a file of SQLite, or a database of PostgreSQL that several machines reach. What the two do
 # differently is in their classes, and nowhere else. The main process alone opens it, in any thread: reads see one
 # state, writes wait for each other.
-# Gives: BUSY_TIMEOUT, Claim, CLAIM_INTERVAL, Database, CLAIM_LIFE, DATABASE_CLOCK, IS_LIVING, PostgresServer,
-# SqliteFile, Store
+# Gives: BUSY_TIMEOUT, Claim, CLAIM_INTERVAL, Database, CLAIM_LIFE, DATABASE_CLOCK, IMPATIENCE, IS_LIVING, PATIENCE,
+# PostgresServer, SqliteFile, Store
 MIN_ROOM = 1 << 17              # bytes of a disk that is as good as full: what SQLite needs to open a database
 BUSY_TIMEOUT = 5.0              # seconds a writer waits for another one, and whoever connects for a server
 # PostgreSQL gives a statement up, and we a connection without a byte of it, after so many seconds: two of these and one
 # try to connect take less time than an open gate outlasts a monitor that waits.
 STATEMENT_TIMEOUT, ANSWER_TIMEOUT = 10.0, 12.0
+# The latter in this thread: who has others to look after waits for less, and asks again.
+PATIENCE, IMPATIENCE = contextvars.ContextVar("PATIENCE", default=ANSWER_TIMEOUT), 3.0
 ABANDONED = 60.0                # seconds after which it ends a transaction in which nothing is asked
 WRITE_LOCK = APPLICATION        # number of its lock that whoever writes holds
 CLAIM_INTERVAL = 2.0            # seconds between two signs of life of a service
@@ -2991,10 +2994,10 @@ def load_psycopg() -> tuple[Callable[..., Any], type[Exception]]:
     class Connection(psycopg.Connection[Any]):
         def wait(self, gen: Generator[Any, Any, Any], *arguments: Any, **options: Any) -> Any:
             try:
-                return super().wait(until_silent(gen, ANSWER_TIMEOUT), *arguments, **options)
+                return super().wait(until_silent(gen, PATIENCE.get()), *arguments, **options)
             except TimeoutError:
                 self.close()
-                raise psycopg.OperationalError(f"the database has not answered for {ANSWER_TIMEOUT:.0f} s") from None
+                raise psycopg.OperationalError(f"the database has not answered for {PATIENCE.get():.0f} s") from None
 
     class Dumper(psycopg.types.string.StrDumperUnknown):
         def dump(self, obj: str) -> Any:
@@ -3079,6 +3082,7 @@ class Claim(threading.Thread):
         self.company = Company(self._instance, names, everybody, asked_mono)
 
     def run(self) -> None:
+        PATIENCE.set(IMPATIENCE)
         while not self._ending.wait(CLAIM_INTERVAL):
             with self._trouble.caught():
                 if not self._go_on():
@@ -3148,8 +3152,9 @@ class PostgresServer:
         """A connection of psycopg; what it is told holds for any pooler. Raises psycopg.Error."""
         options: dict[str, Any] = {
             **self._url.get_dialect()().create_connect_args(self._url)[1],
-            "fallback_application_name": "healthchecker", "connect_timeout": int(BUSY_TIMEOUT), "keepalives_idle": 10,
-            "keepalives_interval": 5, "keepalives_count": 3, "tcp_user_timeout": int(ANSWER_TIMEOUT * 1000)}
+            "fallback_application_name": "healthchecker", "connect_timeout": int(min(BUSY_TIMEOUT, PATIENCE.get())),
+            "keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 3,
+            "tcp_user_timeout": int(ANSWER_TIMEOUT * 1000)}
         if self._password:
             options["password"] = self._password.get_secret_value()
         return self._psycopg_connect(**options)
@@ -10107,6 +10112,7 @@ class Monitor(threading.Thread):
         self.start()
 
     def run(self) -> None:
+        PATIENCE.set(IMPATIENCE)
         while not self._ending.wait(MONITOR_INTERVAL):
             with self._trouble.caught():
                 self._sweep()
