@@ -25,6 +25,7 @@ from test_history import Notebook
 
 import healthchecker
 from healthchecker import (
+    PATIENCE,
     Claim,
     InventoryError,
     PostgresServer,
@@ -320,32 +321,23 @@ def test_what_is_not_written_while_the_server_is_down(folder: Path, own_postgres
 
 
 @contextlib.contextmanager
-def frozen(postgres: Postgres) -> Iterator[None]:
-    """A server that takes what it is sent and says nothing."""
-    main = psutil.Process(postgres.process.pid)
-    processes = [main]
-    main.suspend()
-    processes += main.children()
-    for process in processes:
-        process.suspend()
-    try:
-        yield
-    finally:
-        for process in reversed(processes):
-            process.resume()
+def impatience(seconds: float) -> Iterator[None]:
+    """How long this thread waits for an answer."""
+    token = PATIENCE.set(seconds)
+    yield
+    PATIENCE.reset(token)
 
 
 def test_a_server_that_falls_silent_holds_nobody_up(server: PostgresServer, postgres: Postgres,
                                                     monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
     """Neither who asks nor who connects, and afterwards all is well."""
-    monkeypatch.setattr(healthchecker, "ANSWER_TIMEOUT", 0.5)
     monkeypatch.setattr(healthchecker, "BUSY_TIMEOUT", 2.0)
-    with opened(server) as store:
+    with opened(server) as store, impatience(0.5):
         with pytest.raises(sqlalchemy.exc.OperationalError, match="has not answered for"), store.writing() as session:
             revise(session)
-            with frozen(postgres):
+            with postgres.silent():
                 session.flush()
-        with frozen(postgres), pytest.raises(StorageError, match="timeout"):
+        with postgres.silent(), impatience(2), pytest.raises(StorageError, match="timeout"):
             server.inspect()
         raise_revision(store)
         with store.reading() as session:
@@ -369,7 +361,7 @@ def test_no_gate_closes_while_the_database_is_away(outage: str, folder: Path, ow
         client, database = Client(*service.console).log_in(), database_in(folder)
         service.wait_status("/", 200)
         count = len(execute(database, "SELECT 1 FROM sample"))
-        with frozen(own_postgres) if outage == "silent" else contextlib.ExitStack() as stack:
+        with own_postgres.silent() if outage == "silent" else contextlib.ExitStack() as stack:
             if outage == "stopped":
                 stack.callback(own_postgres.begin)
                 own_postgres.end()
