@@ -46,6 +46,7 @@ NO_PASSWORD_LOGIN = "password login needs root, to create a throw-away account"
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--soak", action="store_true", help="only tests that repeat something, in full")
+    parser.addoption("--postgresql", action="store_true", help="on PostgreSQL also what else runs on SQLite alone")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -66,6 +67,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     places = {f"test_{name}.py": place for place, name in enumerate(LONG)}
     items.sort(key=lambda item: places.get(item.path.name, len(places)))
+    if config.getoption("postgresql"):
+        items[:] = [item for item in items if not item.get_closest_marker("of_files")]
     if config.getoption("soak"):
         items[:] = [item for item in items if "often" in item.fixturenames or item.get_closest_marker("hypothesis")]
 
@@ -147,9 +150,10 @@ def database_folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.Tem
 
 
 def folder_with_database(request: pytest.FixtureRequest, factory: pytest.TempPathFactory) -> Path:
-    """A folder whose database, as tests/postgres.py finds it, is of the kind that a fixture's parameter says."""
+    """A folder whose database, as tests/postgres.py finds it, is of the kind that a fixture's parameter says, or the
+    command line."""
     folder = factory.mktemp("database")
-    if request.param == "PostgreSQL":
+    if getattr(request, "param", DATABASES[request.config.getoption("postgresql")]) == "PostgreSQL":
         if why := missing_postgres():
             pytest.skip(why)
         server = request.getfixturevalue("postgres")

@@ -6,7 +6,7 @@ Every answer has to be right for the lease at its time: a refusal only if the ga
 request and answer, the application's answer only if it was open. None may be lost, and neither threads nor
 descriptors nor memory may grow in the workers or in the main process, which is this one. Prints one line of progress
 and a verdict; exit code 1 if something was wrong. Then tests run in full of which the suite has a few rounds (pytest
---soak), the database is locked for a minute, processes are stopped for 20 seconds, and first starts, imports, service,
+--soak), those of polls, API and pages on PostgreSQL, the database is locked for a minute, processes are stopped for 20 seconds, and first starts, imports, service,
 migrations and rotations are killed a thousand times: nothing may be half. The main process is killed some hundred
 times, at any moment of its start and after: nothing may be left of it two seconds later, and the next one gets its
 port. Ten restarts on a socket of systemd's refuse none of 20,000 requests, and 20 minutes of damaged inputs
@@ -190,6 +190,13 @@ def repeated(_options: argparse.Namespace, _folder: Path) -> int:
     return subprocess.run(tests, cwd=Path(__file__).parent.parent, check=False).returncode
 
 
+def on_postgresql(_options: argparse.Namespace, _folder: Path) -> int:
+    """What the suite runs on both databases is there already."""
+    files = [f"tests/test_{name}.py" for name in ("poll", "api", "pages")]
+    tests = [sys.executable, "-m", "pytest", "-n", "4", "--postgresql", *files]
+    return subprocess.run(tests, cwd=Path(__file__).parent.parent, check=False).returncode
+
+
 def locked(_options: argparse.Namespace, folder: Path) -> int:
     lock_for(folder, 60)
     print("locked for 60 s: passed", flush=True)
@@ -293,7 +300,7 @@ def fuzzed(options: argparse.Namespace, _folder: Path) -> int:
 
 
 PARTS: dict[str, Callable[[argparse.Namespace, Path], int]] = {
-    "load": soak, "tests": repeated, "locked": locked, "stopped": stopped, "crashes": crashes, "kills": kills,
+    "load": soak, "tests": repeated, "postgresql": on_postgresql, "locked": locked, "stopped": stopped, "crashes": crashes, "kills": kills,
     "restarts": restarts, "hosts": hosts, "sessions": sessions, "shells": shells, "fuzz": fuzzed}  # fmt: skip
 
 

@@ -16,8 +16,9 @@ from urllib.parse import quote
 
 import hypothesis
 import pytest
-from conftest import wait_for
+from conftest import folder_with_database, wait_for
 from console import NAME, PASSWORD, Client, console, local_console, resource_path
+from postgres import database_in, execute
 from service import Service, write_inventory
 from sshd import ParamikoSshd, Sshd
 
@@ -45,8 +46,10 @@ SIMULATED = {"platform": "simulated", "interval": 1, "mean_healthy": 100_000}
 
 
 @pytest.fixture(scope="module")
-def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Service, Client]]:
-    with console(tmp_path_factory.mktemp("api"), INVENTORY) as made:
+def running(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[Service, Client]]:
+    with console(folder_with_database(request, tmp_path_factory), INVENTORY) as made:
         yield made
 
 
@@ -182,12 +185,16 @@ STATED = [
 
 
 @pytest.mark.parametrize(("method", "path", "body"), STATED)
-def test_rows_of_the_inventory_are_read_only(client: Client, method: str, path: str, body: Any) -> None:
+def test_rows_of_the_inventory_are_read_only(
+    service: Service, client: Client, method: str, path: str, body: Any
+) -> None:
     before = everything(client)
     reply = client.api(method, path, body)
-    assert (reply.status, reply.json["detail"]) == (409, "stated stands at inventory.yaml:6:5; change it there")
+    text = service.inventory.read_text(encoding="utf-8")
+    line = text[: text.index("name: stated")].count("\n") + 1
+    assert (reply.status, reply.json["detail"]) == (409, f"stated stands at inventory.yaml:{line}:5; change it there")
     assert everything(client) == before
-    assert client.api("GET", "resources/stated").json["place"] == "inventory.yaml:6:5"
+    assert client.api("GET", "resources/stated").json["place"] == f"inventory.yaml:{line}:5"
 
 
 def test_names_are_unique(client: Client) -> None:
@@ -212,7 +219,7 @@ def test_changes_at_the_same_time_are_all_kept(client: Client) -> None:
 def stored(service: Service) -> list[str]:
     """Every sealed secret of the database, opened."""
     folder = service.inventory.parent
-    store, vault = healthchecker.Store(folder / "healthchecker.db"), Vault(folder / "keys")
+    store, vault = Store(database_in(folder)), Vault(folder / "keys")
     try:
         with store.reading() as session:
             rows = session.scalars(healthchecker.sqlalchemy.select(healthchecker.Resource)).all()
@@ -240,9 +247,9 @@ def test_passwords_go_in_and_never_come_out(service: Service, client: Client) ->
         bodies.append(client.api(method, path, change).body)
     assert not [text for text in [*bodies, service.output] if secret in text or "HC2." in text]
     assert not any("password" in view for view in client.api("GET", "resources").json)
-    raw = (service.inventory.parent / "healthchecker.db").read_bytes()
-    raw += (service.inventory.parent / "healthchecker.db-wal").read_bytes()
-    assert secret.encode() not in raw
+    folder = service.inventory.parent
+    raw = b"".join(path.read_bytes() for path in folder.glob("healthchecker.db*"))
+    assert secret.encode() not in raw + str(execute(database_in(folder), "SELECT * FROM resource")).encode()
 
 
 def test_secret_stays_with_hostname_and_username(service: Service, client: Client) -> None:
@@ -374,7 +381,7 @@ def test_changed_host_key_is_trusted(client: Client, service: Service, host: dic
     assert client.api("POST", "resources/host/check").json["state"] == "healthy"
     key = client.api("GET", "resources/host").json["trusted_key"]
     other = f"{key.split()[0]} SHA256:{'A' * 43}"
-    store = healthchecker.Store(service.inventory.parent / "healthchecker.db")
+    store = Store(database_in(service.inventory.parent))
     with store.writing() as session:
         find_resource(session, "host").host_key = other
         revise(session)
@@ -631,7 +638,7 @@ OLD = [{"platform": "local"}, {"platform": "unix", "username": "u", "key_file": 
 def test_row_of_an_older_version_that_reads_files_here(service: Service, client: Client, old: dict[str, Any]) -> None:
     """It keeps working; a change must take away what is of the inventory alone."""
     settings = ResourceSettings.model_validate({"name": "old", "hostname": "127.0.0.1", "critical": False, **old})
-    with contextlib.closing(Store(service.inventory.parent / "healthchecker.db")) as store, store.writing() as session:
+    with contextlib.closing(Store(database_in(service.inventory.parent))) as store, store.writing() as session:
         row = Resource(name="old", origin="api")
         update_row(row, settings, Vault(service.inventory.parent / "keys"))
         session.add(row)
@@ -862,4 +869,5 @@ def test_command_line_and_api_work_together(
     text = service.inventory.read_text(encoding="utf-8")
     clash.write_text(f"{text}  - {{name: one, platform: simulated}}\n", encoding="utf-8")
     assert healthchecker.main(["--inventory", str(clash), "check"]) == 2
-    assert "clash.yaml:9:5: one: was added through the API already" in capsys.readouterr().err
+    place = f"clash.yaml:{len(text.splitlines()) + 1}:5"
+    assert f"{place}: one: was added through the API already" in capsys.readouterr().err

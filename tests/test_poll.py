@@ -9,10 +9,8 @@ import json
 import logging
 import math
 import random
-import sqlite3
+import re
 import statistics
-import subprocess
-import sys
 import threading
 import time
 from collections import Counter
@@ -22,7 +20,8 @@ from typing import cast
 
 import pytest
 import sqlalchemy
-from conftest import wait_for
+from conftest import folder_with_database, wait_for
+from postgres import database_in, execute, refusing
 
 import healthchecker
 from healthchecker import (
@@ -153,7 +152,7 @@ class House:
 
     def __init__(self, folder: Path, vault: Vault) -> None:
         self.folder, self.vault = folder, vault
-        self.store = Store(folder / "database")
+        self.store = Store(database_in(folder))
 
     def write(self, *resources: str) -> None:
         """Resources in YAML's flow style; machines of ours where no platform is named."""
@@ -196,33 +195,23 @@ class House:
             return (row.state, row.cause) if row else ("", "")
 
     def elsewhere(self, *statements: str) -> None:
-        """What another process does to the database, and says so by raising the revision."""
-        program = (
-            "import sqlite3, sys\n"
-            "with sqlite3.connect(sys.argv[1], timeout=60) as connection:\n"
-            "    for statement in sys.argv[2:]: connection.execute(statement)\n"
-        )
-        revised = "UPDATE setting SET value = value + 1 WHERE name = 'revision'"
-        path = str(self.folder / "database")
-        subprocess.run([sys.executable, "-c", program, path, *statements, revised], check=True, timeout=120)
+        """What another program does to the database, and says so by raising the revision."""
+        execute(database_in(self.folder), *statements, "UPDATE setting SET value = value + 1 WHERE name = 'revision'")
 
     def age(self, seconds: float, name: str = "%") -> float:
         """Makes what is stored of a resource `seconds` old; gives the time of its poll."""
         polled_at = time.time() - seconds
-        with (
-            contextlib.closing(sqlite3.connect(self.folder / "database", timeout=60)) as connection,
-            connection,
-        ):
-            connection.execute(
-                "UPDATE status SET polled_at = ? WHERE resource_id IN (SELECT id FROM resource WHERE name LIKE ?)",
-                (polled_at, name),
-            )
+        those = "SELECT id FROM resource WHERE name LIKE :name"
+        execute(database_in(self.folder), f"UPDATE status SET polled_at = :at WHERE resource_id IN ({those})",
+                at=polled_at, name=name)  # fmt: skip
         return polled_at
 
 
 @pytest.fixture
-def house(tmp_path: Path, vault: Vault, machines: Machines) -> Iterator[House]:
-    made = House(tmp_path, vault)
+def house(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, vault: Vault, machines: Machines
+) -> Iterator[House]:
+    made = House(folder_with_database(request, tmp_path_factory), vault)
     yield made
     machines.ended.set()
     wait_for(lambda: not any(thread.name.startswith(("poll ", "recorder", "monitor"))
@@ -956,12 +945,17 @@ def test_resources_that_come_and_go(house: House, machines: Machines) -> None:
         assert house.aggregator.is_healthy()
 
 
+def marks_of(damage: str) -> tuple[pytest.MarkDecorator, ...]:
+    """Nothing but a file takes words for a number, or bytes for text."""
+    return (pytest.mark.of_files,) if re.search(r"(port|interval|_at|good) = |x'|zeroblob", damage) else ()
+
+
 DAMAGES = {
     "platform": ("platform = 'amiga'", "protocol"),
     "settings": ("settings = '{'", "protocol"),
     "settings that are none": ("settings = '[]'", "protocol"),
     "settings without an end": ("settings = replace(hex(zeroblob(100000)), '00', '[')", "protocol"),
-    "setting of a later version": ("settings = json_set(settings, '$.later', 1)", "protocol"),
+    "setting of a later version": ("settings = '{\"later\": 1}'", "protocol"),
     "words for a number": ("interval = 'soon'", "protocol"),
     "port": ("port = 'ssh'", "protocol"),
     "never": ("interval = 9e999", "protocol"),
@@ -975,7 +969,8 @@ DAMAGES = {
 }
 
 
-@pytest.mark.parametrize(("damage", "cause"), DAMAGES.values(), ids=DAMAGES)
+@pytest.mark.parametrize(("damage", "cause"), [pytest.param(*case, id=name, marks=marks_of(case[0]))
+                                               for name, case in DAMAGES.items()])  # fmt: skip
 def test_a_damaged_row_costs_its_resource_alone(house: House, machines: Machines, damage: str, cause: str) -> None:
     """It is unhealthy, and the others go on, at the start and while the service runs."""
     house.write("name: db1, interval: 1", "name: db2")
@@ -998,7 +993,7 @@ STATUS_DAMAGES = ["state = 'odd'", "cause = 'odd'", "polled_at = 'soon'", "since
                   "strip = x'ff'", "sample = '{'", "reason = CAST(x'ff' AS TEXT)", "state = x'00'"]  # fmt: skip
 
 
-@pytest.mark.parametrize("damage", STATUS_DAMAGES)
+@pytest.mark.parametrize("damage", [pytest.param(damage, marks=marks_of(damage)) for damage in STATUS_DAMAGES])
 def test_a_damaged_status_stops_no_start(house: House, machines: Machines, damage: str) -> None:
     house.write("name: db1, interval: 1", "name: db2, interval: 1")
     with house.watching():
@@ -1018,8 +1013,7 @@ def test_a_change_by_hand_is_noticed(house: House, machines: Machines, monkeypat
     house.write("name: db1", "name: db2")
     with house.watching():
         wait_for(house.aggregator.is_healthy)
-        with contextlib.closing(sqlite3.connect(house.folder / "database", timeout=5)) as connection, connection:
-            connection.execute("UPDATE resource SET interval = 30 WHERE name = 'db1'")
+        execute(database_in(house.folder), "UPDATE resource SET interval = 30 WHERE name = 'db1'")
         wait_for(lambda: house.poller("db1").target.settings.interval == 30)
         assert machines.made == ["db1", "db2", "db1"]
 
@@ -1112,7 +1106,8 @@ def test_maintenance_of_a_group_begins_and_ends_for_all_at_once(house: House, ma
     house.write("name: db1", "name: db2")
     machines.behaviours["db1"] = unreachable
     gates = '{"groups": [{"name": "g", "members": ["db1", "db2"], "healthy": "any"}]}'
-    house.elsewhere(f"INSERT OR REPLACE INTO setting (name, value, text) VALUES ('gates', 0, '{gates}')")
+    house.elsewhere("DELETE FROM setting WHERE name = 'gates'",
+                    f"INSERT INTO setting (name, value, text) VALUES ('gates', 0, '{gates}')")  # fmt: skip
     with house.watching():
         wait_for(house.aggregator.is_healthy)
         for seconds, counted in ((3600, False), (3, True)):
@@ -1251,16 +1246,14 @@ def test_a_clock_that_is_set_ends_nothing(house: House, machines: Machines) -> N
 def test_a_step_that_cannot_be_written_down_is_written_later(house: House, machines: Machines) -> None:
     """And holds up nothing else."""
     house.write("name: db1")
-    house.elsewhere("CREATE TRIGGER refuse BEFORE INSERT ON event WHEN NEW.kind = 'clock' "
-                    "BEGIN SELECT RAISE(ABORT, 'as the test wants'); END")  # fmt: skip
     ahead = [0.0]
     with house.watching(lambda: time.time() + ahead[-1]):
-        wait_for(house.aggregator.is_healthy)
-        ahead.append(7200.0)
-        house.write("name: db1", "name: db2")
-        wait_for(lambda: "db2" in house.monitor.pollers)
-        assert clock_events(house) == []
-        house.elsewhere("DROP TRIGGER refuse")
+        with refusing(database_in(house.folder), "INSERT ON event", "NEW.kind = 'clock'"):
+            wait_for(house.aggregator.is_healthy)
+            ahead.append(7200.0)
+            house.write("name: db1", "name: db2")
+            wait_for(lambda: "db2" in house.monitor.pollers)
+            assert clock_events(house) == []
         wait_for(lambda: clock_events(house) == ["the clock was set forward by 7,200 s"])
 
 
