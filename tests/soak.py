@@ -3,16 +3,16 @@
 A minute at full load while a resource flips every second.
 
 Every answer has to be right for the lease at its time: a refusal only if the gate was closed at some moment between
-request and answer, the application's answer only if it was open. None may be lost, and neither threads nor
-descriptors nor memory may grow in the workers or in the main process, which is this one. Prints one line of progress
-and a verdict; exit code 1 if something was wrong. Then tests run in full of which the suite has a few rounds (pytest
---soak), those of polls, API and pages on PostgreSQL, the database is locked for a minute, processes are stopped for 20 seconds, and first starts, imports, service,
-migrations and rotations are killed a thousand times: nothing may be half. The main process is killed some hundred
-times, at any moment of its start and after: nothing may be left of it two seconds later, and the next one gets its
-port. Ten restarts on a socket of systemd's refuse none of 20,000 requests, and 20 minutes of damaged inputs
-(tests/fuzz.py) give only documented errors. For ten minutes connections that are kept die in every way
-(tests/soak_sessions.py), and 500 polls of one shell may not make it grow. An hour of 50 hosts that fail in three ways
-and 50 that are well, polled every two seconds, leaves the service as it was after five minutes.
+request and answer, the application's answer only if it was open. None may be lost, and neither threads nor descriptors
+nor memory may grow in the workers or in the main process, which is this one. Prints one line of progress and a
+verdict; exit code 1 if something was wrong. Then tests run in full of which the suite has a few rounds (pytest
+--soak), those of polls, API and pages on PostgreSQL, the database is locked for a minute, processes are stopped for 20
+seconds, and first starts, imports, service, migrations and rotations are killed a thousand times: nothing may be half.
+The main process is killed some hundred times, at any moment of its start and after: nothing may be left of it two
+seconds later, and the next one gets its port. Ten restarts on a socket of systemd's refuse none of 20,000 requests,
+and 20 minutes of damaged inputs (tests/fuzz.py) give only documented errors. For ten minutes connections that are kept
+die in every way (tests/soak_sessions.py), and 500 polls of one shell may not make it grow. An hour of 50 hosts that
+fail in three ways and 50 that are well, polled every two seconds, leaves the service as it was after five minutes.
 """
 
 from __future__ import annotations
@@ -300,8 +300,8 @@ def fuzzed(options: argparse.Namespace, _folder: Path) -> int:
 
 
 PARTS: dict[str, Callable[[argparse.Namespace, Path], int]] = {
-    "load": soak, "tests": repeated, "postgresql": on_postgresql, "locked": locked, "stopped": stopped, "crashes": crashes, "kills": kills,
-    "restarts": restarts, "hosts": hosts, "sessions": sessions, "shells": shells, "fuzz": fuzzed}  # fmt: skip
+    "load": soak, "tests": repeated, "postgresql": on_postgresql, "locked": locked, "stopped": stopped,
+    "crashes": crashes, "kills": kills, "restarts": restarts, "hosts": hosts, "sessions": sessions, "shells": shells, "fuzz": fuzzed}  # fmt: skip
 
 
 def main() -> int:
