@@ -3295,17 +3295,22 @@ class Store:
     def reading(self) -> Iterator[Session]:
         """A session for reading; it sees one state of the database."""
         with self.app.app_context():
-            yield cast(Session, db.session())
+            yield self._session()
 
     @contextlib.contextmanager
     def writing(self, *, migrates: bool = False) -> Iterator[Session]:
         """A session that no other writes beside; all or nothing. In SQLite that is BEGIN IMMEDIATE: a deferred one that
         reads first fails when another writes."""
         with self.app.app_context():
-            session = cast(Session, db.session())
+            session = self._session()
             session.connection(execution_options={"immediate": True, "migrates": migrates})
             yield session
             session.commit()
+
+    def _session(self) -> Session:
+        session = cast(Session, db.session())
+        session.info["wall"] = self.wall
+        return session
 
     def wall(self) -> float:
         """Unix time, by the one clock that all on the database have in common."""
@@ -3550,7 +3555,7 @@ def import_receivers(session: Session, inventory: Inventory, vault: Vault) -> bo
             place = inventory.places.get(f"notify/{name}", inventory.path.name)
             raise SecretError(f"{place}: {OWN_SECRETS.get(name, name)}: {error}") from error
         row = claim_receiver(rows, name, plain, vault, settings) or Receiver(
-            name=name, url="", settings="{}", joined_at=time.time(),
+            name=name, url="", settings="{}", joined_at=session.info["wall"](),
             cursor=session.scalar(sqlalchemy.select(func.max(Event.id))) or 0)
         if row.url and holds(row.url, plain, row.bound, vault) and row.settings == settings.get(name, "{}"):
             continue
@@ -7829,12 +7834,12 @@ class HealthAggregator:
     """
 
     def __init__(self, lease: Lease | None = None, clock: Callable[[], float] = lease_clock,
-                 copy: Callable[..., None] | None = None) -> None:
-        """`copy` is told, too, what becomes of a lease, as LeaseFile.put is."""
+                 copy: Callable[..., None] | None = None, wall: Callable[[], float] = time.time) -> None:
+        """`copy` is told, too, what becomes of a lease, as LeaseFile.put is; `wall` gives Unix time."""
         self.lease, self._copy = lease or Lease(), copy
         # Unix time, open, why, and which group or route
         self.transitions: queue.SimpleQueue[tuple[float, bool, str, str]] = queue.SimpleQueue()
-        self._clock = clock
+        self._clock, self._wall = clock, wall
         self._until = self.lease.until
         self._lock = threading.Lock()               # guards all below and the writing of the leases
         self._owners: dict[str, object] = {}        # of the resources that count: critical and not in maintenance
@@ -8002,7 +8007,7 @@ class HealthAggregator:
             if decided and is_open is not self._open.get(name, None if name else False):    # the site's start is told
                 count = 0 if is_open else self._tree.behind(name)
                 why = self._told(name, is_open) + (f"; {count} behind it" if count else "")
-                self.transitions.put((time.time(), is_open, why, name))
+                self.transitions.put((self._wall(), is_open, why, name))
                 self._open[name] = is_open
 
     def _told(self, name: str, is_open: bool) -> str:
@@ -8157,8 +8162,8 @@ def record_event(session: Session, kind: str, text: str, *, actor: str = "", add
                  at: float | None = None, **about: str) -> None:
     """Adds an event within the caller's transaction; its arguments are the columns. `at` is Unix time, default now;
     `about`: which resource or group, and its state."""
-    session.add(Event(at=time.time() if at is None else at, kind=kind, text=one_line(text), actor=one_line(actor),
-                      address=one_line(address), **about))
+    at = session.info["wall"]() if at is None else at
+    session.add(Event(at=at, kind=kind, text=one_line(text), actor=one_line(actor), address=one_line(address), **about))
 
 
 def events(session: Session, *, resource: str | None = None, kind: str | None = None, before: int | None = None,
@@ -8360,8 +8365,9 @@ class Uplink:
     """Finds out whether this machine is cut off: no uplink answers, nor do more than half of the machines."""
 
     def __init__(self, addresses: Sequence[str] = (), hold: float = 0.0, resolver: Resolver | None = None,
-                 clock: Callable[[], float] = lease_clock) -> None:
+                 clock: Callable[[], float] = lease_clock, wall: Callable[[], float] = time.time) -> None:
         self._addresses, self._hold, self._resolver, self.clock = addresses, hold, resolver or Resolver(), clock
+        self._wall = wall
         self._lock = threading.Lock()               # guards the next nine
         self.cut: Cut | None = None
         self._last: Cut | None = None               # this one, or the one before
@@ -8445,7 +8451,7 @@ class Uplink:
         self._is_cut = is_cut = self._silent_mono <= now and total > 1 and 2 * count > total
         if is_cut and self.cut is None and now - self._asked_mono < UPLINK_FRESH:
             text = f"cut off: {count} of {total} machines do not answer, nor does an uplink"
-            self.cut = self._last = Cut(now, time.time(), now + self._hold, self._calm_mono, text)
+            self.cut = self._last = Cut(now, self._wall(), now + self._hold, self._calm_mono, text)
         elif self.cut and (self._silent_mono == math.inf or (not is_cut and now >= self.cut.ends_mono)):
             self._last, self.cut = self.cut._replace(over_mono=now), None
             self._calm_mono = now       # not before, or a machine that answers again would close the gate
@@ -8507,7 +8513,7 @@ class Uplink:
         return True
 
     def _tell(self, told: Cut | None, cut: Cut | None) -> None:
-        now = time.time()
+        now = self._wall()
         texts = [(f"not cut off any more after {now - told.begun_at:.0f} s", now)] if told and told is not cut else []
         if cut and cut is not told:
             hold = f"; what was healthy counts on for {self._hold:g} s" if self._hold else ""
@@ -14028,7 +14034,7 @@ class Metrics:
 
     def collect(self) -> Iterator[Metric]:
         with self._store.reading() as session:
-            rows, more = session.execute(METRIC_ROWS).all(), remarks(session, time.time())
+            rows, more = session.execute(METRIC_ROWS).all(), remarks(session, self._store.wall())
             tokens = session.execute(TOKEN_ROWS).all()
             receivers = session.scalars(sqlalchemy.select(Receiver).where(Receiver.name.not_in(OWN_SECRETS))).all()
         total = gauge("resources", "Resources by state.", None, "state")
@@ -16824,7 +16830,7 @@ class Heartbeat(threading.Thread):
         wait = NOTIFY_INTERVAL
         while not self._ending.wait(wait):
             with self._trouble.caught():
-                self.beat(time.time())
+                self.beat(self._store.wall())
             wait = HEARTBEAT_INTERVAL
 
     def beat(self, now: float) -> None:
@@ -17261,11 +17267,11 @@ def watch(installation: Installation, store: Store, console: Sequence[socket.soc
         file = service.lease_file and LeaseFile(service.lease_file, supervisor.lease.parts)
         if file:
             stack.enter_context(contextlib.closing(file)).begin()
-        aggregator = HealthAggregator(supervisor.lease, copy=file.put if file else None)
+        aggregator = HealthAggregator(supervisor.lease, copy=file.put if file else None, wall=store.wall)
         vault = prepare(installation, store)
         recorder = Recorder(store, aggregator, service.retention, IncidentLog(
             aggregator, supervisor.counters.refusals, wall=store.wall), members)
-        uplink = Uplink(service.uplink, service.hold, access.resolver)
+        uplink = Uplink(service.uplink, service.hold, access.resolver, wall=store.wall)
         monitor = Monitor(store, vault, PollContext(aggregator, recorder, access, random.Random(), uplink, members))
         stack.enter_context(contextlib.closing(monitor)).begin()
         members.heed(lambda: not uplink.cut and recorder.is_well and monitor.is_alive())
@@ -17284,7 +17290,7 @@ def watch(installation: Installation, store: Store, console: Sequence[socket.soc
         reloads.start()
         stack.callback(reloads.join, RELOAD_END)        # after this, for they come the other way round
         stack.callback(hangups.put, False)
-        stack.callback(lambda: recorder.note("service", f"stopped{installation.place}", time.time()))
+        stack.callback(lambda: recorder.note("service", f"stopped{installation.place}", store.wall()))
         keep_out_of_collections()
         log.info("HealthChecker %s", VERSION)
         log.info("serving on http://%s, console %s", service.listen,

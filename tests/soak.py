@@ -301,7 +301,8 @@ def fuzzed(options: argparse.Namespace, _folder: Path) -> int:
 
 PARTS: dict[str, Callable[[argparse.Namespace, Path], int]] = {
     "load": soak, "tests": repeated, "postgresql": on_postgresql, "locked": locked, "stopped": stopped,
-    "crashes": crashes, "kills": kills, "restarts": restarts, "hosts": hosts, "sessions": sessions, "shells": shells, "fuzz": fuzzed}  # fmt: skip
+    "crashes": crashes, "kills": kills, "restarts": restarts, "hosts": hosts, "sessions": sessions,
+    "shells": shells, "fuzz": fuzzed}  # fmt: skip
 
 
 def main() -> int:

@@ -8,6 +8,7 @@ import os
 import signal
 import socket
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,11 +21,13 @@ from console import Client, prepared_database
 from postgres import BINARIES, PASSWORD, URL_FILE, Postgres, Program, database_in, execute, open_postgres
 from postgres import run as run_as_owner
 from pydantic import SecretStr
+from service import Program as Separate
 from service import Service, prepared_keys, run, write_inventory
 from test_notify import Hook, hook  # noqa: F401  # a fixture
 
 from healthchecker import LIVING, PostgresServer, owner_of
 
+CLOCK = "import time\nright = time.time\ntime.time = lambda: right() + {ahead}\n"     # libfaketime breaks time.sleep
 NAMES = [f"tcp{number}" for number in range(9)]
 OFTEN = "interval: 1, retry_interval: 1, timeout: 1, rise: 1, fall: 1"
 
@@ -76,7 +79,7 @@ class Site:
         self.folder, self._postgres, self.more = folder, postgres, more
         self.url = postgres.url(postgres.database())
         self.hosts = {name: Host() for name in NAMES}
-        self.machines: dict[str, Service] = {}
+        self.machines: dict[str, Separate] = {}
         self._stack = contextlib.ExitStack()
 
     def write(self, name: str, rows: str = "", service: str = "") -> Path:
@@ -88,12 +91,15 @@ class Site:
                                for each, host in self.hosts.items())  # fmt: skip
         return write_inventory(folder, rows + self.more, f"  machine: {name}\n{service}")
 
-    def begin(self, *names: str) -> None:
+    def begin(self, *names: str, ahead: float = 0) -> None:
+        """Their clocks are `ahead` by so many seconds."""
         for name in names:
             path = self.write(name)
             if not self.machines:
                 prepared_database(path.parent)
-            self.machines[name] = self._stack.enter_context(Service(path, deadline=120))
+            (path.parent / "sitecustomize.py").write_text(CLOCK.format(ahead=ahead), encoding="utf-8")
+            made = Separate(path, env={"PYTHONPATH": str(path.parent)}) if ahead else Service(path, deadline=120)
+            self.machines[name] = self._stack.enter_context(made)
             wait_for(lambda: len(self.pollers()) == len(NAMES), 60)     # or the next one polls first, too
 
     def execute(self, statement: str, **values: object) -> list[Any]:
@@ -195,6 +201,26 @@ def test_one_sleeps(site: Site) -> None:
     wait_for(lambda: site.answers("b") == {503}, 60)
     site.hosts[host].come_back()
     wait_for(lambda: site.shared_by("a", "b") and site.answers() == {200}, 60)
+
+
+def test_clocks_an_hour_apart(site: Site) -> None:
+    """All go by the database's: gates, what they wrote, and maintenance that was set on one of them."""
+    begun_at = time.time()
+    for name, ahead in (("a", 0), ("b", 3600), ("c", -3600)):
+        site.begin(name, ahead=ahead)
+    wait_for(lambda: site.shared_by("a", "b", "c") and site.answers() == {200}, 60)
+    for name in NAMES[:3]:
+        site.hosts[name].leave()
+        wait_for(lambda: site.answers() == {503}, 60)
+        site.hosts[name].come_back()
+        wait_for(lambda: site.answers() == {200}, 60)
+    for name, machine in zip(NAMES, site.machines.values(), strict=False):
+        client = Client(*machine.console).log_in()
+        assert client.api("POST", "maintenance", {"resources": [name], "for": "60s", "reason": "x"}).status == 201
+        wait_for(lambda: client.api("GET", f"resources/{name}").json["maintenance"], 60)  # noqa: B023
+    for column in ("at FROM event", "polled_at FROM status", "seen_at FROM machine", "found_at FROM result"):
+        rows = site.execute(f"SELECT *, {column}")
+        assert [row for row in rows if not begun_at - 5 < row[-1] < time.time() + 5] == []
 
 
 def test_the_database_is_away(tmp_path: Path, postgres: Postgres) -> None:
@@ -326,8 +352,10 @@ def test_inventories_that_differ(site: Site) -> None:
         refused = run(path, "reload")
         assert (refused.returncode, refused.stderr) == (2, "the inventory of a is watched; `reload` there\n")
     site.machines["a"].kill()
-    refused = run(path.with_name("inventory.yaml"), "--accept-removals", "reload")
-    assert refused.returncode in (0, 2)
+    with Service(path, deadline=60):
+        wait_for(lambda: run(path, "--accept-removals", "reload").returncode == 0, 60)
+        wait_for(lambda: {*site.pollers()} - {*NAMES} == {"other"}, 60)
+        assert site.execute("SELECT count(*) FROM resource WHERE origin = 'inventory'") == [(1,)]
 
 
 def test_another_key_is_refused(site: Site) -> None:
