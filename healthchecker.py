@@ -159,6 +159,8 @@ from typing import get_type_hints as type_hints
 from urllib.parse import quote, unquote, unquote_to_bytes, urlencode, urljoin
 
 gc.disable()    # what is imported stays: to look through it again and again is a sixth of the start, even once a tenth
+# Of paramiko `Match exec` alone needs it, which SshConfig refuses: 7 MB of each process, and a tenth of the start.
+without_invoke = sys.modules.setdefault("invoke", None) is None     # type: ignore[arg-type]  # that is how one says so
 try:
     import flask
     import jinja2
@@ -201,7 +203,7 @@ try:
     from pypsrp.wsman import WSMan
     from spnego.exceptions import SpnegoError
     from sqlalchemy import ForeignKey, event, func
-    from sqlalchemy.dialects import postgresql, sqlite
+    from sqlalchemy.dialects import sqlite
     from sqlalchemy.orm import DeclarativeBase, Mapped, ORMExecuteState, Session, mapped_column, with_loader_criteria
     from sqlalchemy.schema import CreateTable
     from waitress import wasyncore
@@ -219,6 +221,8 @@ except ModuleNotFoundError as missing:
     raise SystemExit(f"healthchecker: the package {missing.name} is missing; "
                      "run `make run`, or `pip install -r requirements.txt`") from None
 finally:
+    if without_invoke:
+        del sys.modules["invoke"]
     gc.freeze()
     gc.enable()
 
@@ -2978,6 +2982,7 @@ LIVING = f"SELECT name, instance, seen_at, able FROM machine WHERE {IS_LIVING}" 
 FORGET_DEAD = f"DELETE FROM machine WHERE NOT {IS_LIVING}"                          # noqa: S608
 BEGIN_LIFE = ("INSERT INTO machine (instance, name, version, able, started_at, seen_at) "   # noqa: S608
               f"VALUES (%s, %s, %s, %s, {DATABASE_CLOCK}, {DATABASE_CLOCK})")
+END_LIFE = "DELETE FROM machine WHERE instance = %s"
 STAMP = "SELECT name, value, text FROM setting WHERE name IN ('schema', 'key') ORDER BY name"
 GO_ON = f"UPDATE machine SET seen_at = {DATABASE_CLOCK}, able = %s WHERE instance = %s AND {IS_LIVING}"     # noqa: S608
 
@@ -3061,9 +3066,10 @@ class Claim(threading.Thread):
             if connection.execute("SELECT to_regclass('machine')").fetchone() == (None,):
                 connection.execute(str(create.compile(dialect=sqlalchemy.make_url(POSTGRES).get_dialect()())))
             living = {(name, instance): seen for name, instance, seen, _ in connection.execute(LIVING)
-                      if not self.machine or name in ("", self.machine)}
+                      if instance != self._instance and (not self.machine or name in ("", self.machine))}
             if not living:
                 connection.execute(FORGET_DEAD)
+                connection.execute(END_LIFE, [self._instance])  # whose COMMIT came after we had given it up
                 self._instance = uuid.uuid4().hex
                 connection.execute(BEGIN_LIFE, [self._instance, self.machine, VERSION, self.is_able()])
                 self._hear(asked_mono)
@@ -3112,7 +3118,7 @@ class Claim(threading.Thread):
             self.join(CLAIM_INTERVAL)
         if not self.is_alive():     # or it waits for a database that is silent, which finds out after CLAIM_LIFE
             with contextlib.suppress(Exception):
-                self._connection.execute("DELETE FROM machine WHERE instance = %s", [self._instance])
+                self._connection.execute(END_LIFE, [self._instance])
             self._connection.close()
 
 
@@ -3125,25 +3131,31 @@ class PostgresServer:
     """A database of PostgreSQL, perhaps behind a pooler that has a connection for a transaction: so nothing is kept in
     a session, and every lock is a transaction's. Its methods are those of SqliteFile."""
 
-    insert = staticmethod(postgresql.insert)
     end_of = staticmethod(func.right)
+
+    @staticmethod
+    def insert(table: Any) -> Any:
+        """SQLAlchemy's, which knows of conflicts."""
+        from sqlalchemy.dialects.postgresql import insert  # noqa: PLC0415  # 2 MB of each process, also of workers
+
+        return insert(table)
 
     def __init__(self, url: str, password: SecretStr | None = None) -> None:
         """Raises UsageError where psycopg is missing."""
         self._psycopg_connect, self._error = load_psycopg()
         self._url, self._password = sqlalchemy.make_url(url), password
-        self._ahead = 0.0       # seconds of the database's clock before this machine's
+        self._zero_at = time.time() - lease_clock()     # the Unix time of lease_clock's 0 by the database's clock
 
     def wall(self) -> float:
-        """Unix time by the database's clock, which several machines have in common."""
-        return time.time() + self._ahead
+        """Unix time by the database's clock, which several machines have in common; this one's may be set meanwhile."""
+        return lease_clock() + self._zero_at
 
     def take_clock(self, connection: Any) -> None:
         """Compares the clocks; a slow answer says little."""
-        asked, asked_mono = time.time(), lease_clock()
+        asked_mono = lease_clock()
         [(told,)] = connection.execute(f"SELECT {DATABASE_CLOCK}").fetchall()
         if (took := lease_clock() - asked_mono) < MONITOR_INTERVAL:
-            self._ahead = float(told) - asked - took / 2
+            self._zero_at = float(told) - asked_mono - took / 2
 
     def __str__(self) -> str:
         return self._url.set(query={}).render_as_string()
@@ -3887,6 +3899,7 @@ def connect_tcp(resolver: Resolver, host: str, port: int, deadline: Deadline) ->
 # `auth`. The threads of the pollers share a guard for each credential; what happened before a restart is told again.
 # Gives: AUTH_BACKOFF, LOCKOUT_WINDOW, NOT_TRIED, LoginGuard, Guards
 AUTH_BACKOFF = 300.0            # seconds between attempts with a refused credential
+SAME_REFUSAL = 30.0             # seconds between two times that may be told of one refusal
 AUTH_RETRY = 60.0               # seconds until the second attempt where the credential was accepted lately
 ACCEPTED_LATELY = 3600.0        # seconds for which an accepted login proves the credential
 REFUSALS = 3                    # of a host or a credential, after which nothing is tried for LOCKOUT_WINDOW ...
@@ -3996,6 +4009,13 @@ class LoginGuard:
             self._accepted_mono = max(self._accepted_mono, self._clock() - ago)
             self._wrong = [at for at in self._wrong if at > self._accepted_mono]
             self._refused.pop(name, None)
+
+    def hear(self, name: str, ago: float) -> None:
+        """Notes a refusal that was told, `ago` seconds old, unless it is known."""
+        with self._turn:
+            at, known = self._clock() - ago, self._refused.get(name, ())
+            if not any(abs(at - each) < SAME_REFUSAL for each in known):
+                self.refuse(name, ago)
 
     def refuse(self, name: str, ago: float = 0.0, times: int = 1) -> None:
         """Notes a refusal, or that a host refused several `times` in a row and last `ago` seconds ago."""
@@ -8550,6 +8570,10 @@ class Outage:
         self._since_mono = math.inf
         self._uplink.forget(self._settings.name)
 
+    def disregard(self) -> None:
+        """Another machine gets through: that this one does not says nothing of the resource."""
+        self._since_mono = math.inf
+
     def go_on_from(self, before: Outage) -> None:
         """Goes on from what the poller before found."""
         if self._settings.platform not in HOSTLESS:
@@ -8757,6 +8781,7 @@ class OverrideKeeper:
 # Gives: begin_work, Choices, choices, end_acknowledgements, finish_work, MaintenanceKeeper, move_times, remarks,
 # Remarks, tell_work, timetable, Turn, written
 AHEAD = 7 * 86_400.0            # seconds for which plans are shown ahead
+MAINTENANCE_RETRY = 10.0        # seconds after which rows are looked at again that could not be read
 
 
 class Choices(NamedTuple):
@@ -8941,12 +8966,15 @@ class MaintenanceKeeper:
         self._running: list[tuple[float, set[str]]] = []    # until when, and who
         self._due_at = -math.inf                            # when something is to begin or to end
         self._trouble = Trouble("maintenance cannot be written down")
+        self._unread = Trouble("maintenance cannot be read")
 
     def follow(self, now: float) -> None:
-        """Takes up rows and plans as they are. What cannot be written down does not begin, and ends all the same."""
+        """Takes up rows and plans as they are. What cannot be written down, or read, does not begin, and ends all the
+        same."""
+        self._due_at = now + MAINTENANCE_RETRY
         with self._trouble.caught(), self._store.writing() as session:
             take_turns(session, now)
-        with self._store.reading() as session:
+        with self._unread.caught(), self._store.reading() as session:
             known, rows = choices(session), session.scalars(sqlalchemy.select(Maintenance)).all()
             begun = [row for row in rows if row.state == "begun"]
             self._running = [(row.until_at, known.of(row.chosen)) for row in begun]
@@ -9102,6 +9130,7 @@ class IncidentLog:
         self._lasting: dict[str, Incident] = {}
         self._over: collections.deque[Incident | WatchedTime] = collections.deque(maxlen=2 * PRUNE_ROWS[1])
         self._watched: WatchedTime | None = None
+        self._numbered: list[Incident | WatchedTime] = []       # since what was written last is safe
         self._before = self._now = counted()
         self._ends, self._takes_over, self._speaks, self._begun = False, False, True, False
         # how each resource stands, and whether it counts; set by who knows
@@ -9148,14 +9177,19 @@ class IncidentLog:
             self._count(name)
             incident.to_at = now_at
 
+    def begin_anew(self) -> None:
+        """Others may have written meanwhile: what they have written of what lasts is gone on with."""
+        self._begun, self._takes_over = False, True
+        for one in self._lasting.values():
+            one.id = cast("Any", None)      # as of one that was not written yet
+
     def speak(self, *, speaks: bool) -> None:
-        """Whether it is this machine that writes what the gate did; another one's words are gone on with."""
+        """Whether it is this machine that writes what the gate did."""
         self._speaks = speaks
         if not speaks:
             self._over.clear()
-            self._begun, self._takes_over, self._watched = False, True, None
-            for one in self._lasting.values():
-                one.id = cast("Any", None)      # as of one that was not written yet
+            self._watched = None
+            self.begin_anew()
 
     def _begin_to_write(self, session: Session) -> None:
         """Goes on with what another machine has written of what lasts; the rest is over."""
@@ -9181,8 +9215,12 @@ class IncidentLog:
             return
         if not self._begun:
             self._begin_to_write(session)
+        for one in self._numbered:      # by what was not written in the end: others may have the numbers
+            one.id = cast("Any", None)
+        self._numbered.clear()
         for one in (*self._over, *self._lasting.values(), *filter(None, [self._watched])):
             if one.id is None:
+                self._numbered.append(one)
                 if isinstance(one, Incident):
                     override = stored_override(session)
                     by_hand = override and override.action == "close" and one.why.startswith(override.why)
@@ -9195,6 +9233,7 @@ class IncidentLog:
     def written(self) -> None:
         """What write() was given is safe."""
         self._over.clear()
+        self._numbered.clear()
         self._written_mono = self._clock()
 
     def _standing(self, since: Callable[[str], float]) -> str:
@@ -9403,13 +9442,14 @@ class Membership:
     def counting(self, session: Session, reports: Mapping[int, Report]) -> Mapping[int, Report]:
         """Those that count for other machines, within the caller's transaction, which ends soon whatever becomes of
         this process: of a life that was not interrupted, not of one that may be cut off, and of others nothing newer
-        is there."""
+        is there. What a resource said by itself counts in any case: it will not say it again."""
         if not self._claim:
             return reports
         session.execute(sqlalchemy.text(f"SET LOCAL idle_in_transaction_session_timeout = '{CLAIM_LIFE:.0f}s'"))
-        epoch = self.epoch
-        fresh = {number: report for number, report in reports.items() if report.epoch == epoch and not (
-            report.is_doubtful and report.verdict.cause in NO_ANSWER)} if self.lives(session) else {}
+        epoch, lives = self.epoch, self.lives(session)
+        fresh = {number: report for number, report in reports.items() if (
+            (lives and report.epoch == epoch and not (report.is_doubtful and report.verdict.cause in NO_ANSWER))
+            or (report.verdict.cause != "stale" and not report.target.settings.is_asked))}
         now_mono, known = self._clock(), session.execute(
             NEWS, {"machine": self._claim.machine, "numbers": [*fresh]}).all()
         newer = {number for number, age in known if -CLOCK_DRIFT < age < now_mono - fresh[number].made_mono}
@@ -9540,7 +9580,7 @@ class Recorder(threading.Thread):
         with self._flushing, self._unwritten.caught():
             if self._epoch != (epoch := self._members.epoch):    # others may have written meanwhile
                 self._epoch = epoch
-                self.incidents.speak(speaks=False)
+                self.incidents.begin_anew()
             self.incidents.speak(speaks=self._members.speaks)
             self._gather()
             if self._latest or self._events or self.incidents.due:
@@ -9745,6 +9785,7 @@ class ResourceLease:
         self.lease_mono = 0.0       # until when what was known before it counts
         self.rests = context.members.is_shared      # another machine polls it, until this one is said to
         self._found_mono, self._spare = -math.inf, 0.0      # when the standing was found, and how much longer it counts
+        self._alone = False     # it polls although it rests, for nothing is heard of the others
         self._lock = threading.Lock()       # guards the next four and the order of reports: the monitor sets stale
         self.standing, self._stopped, self._is_held, self._opens_mono = Standing(), False, False, 0.0
 
@@ -9777,7 +9818,7 @@ class ResourceLease:
     def rest(self) -> None:
         """Leaves it to another machine from now on, whose results take their time."""
         with self._lock:
-            self.rests, self.news.waits = True, None
+            self.rests, self.news.waits, self._alone = True, None, False
             if not self._context.uplink.cut:
                 self.outage.forget()
             if self.standing.state != "unknown" and lease_clock() < self.expires_mono:
@@ -9789,11 +9830,14 @@ class ResourceLease:
     def adopt(self, found: Found) -> None:
         """Takes over what another machine found, unless its own result is newer."""
         with self._lock:
+            left = found.found_mono + found.counts - lease_clock()
+            self._alone = self._alone and left <= 0
             if self._stopped or found.found_mono <= self._found_mono or not (
                     self.rests or not self.target.settings.is_asked):
                 return
-            left = found.found_mono + found.counts - lease_clock()
-            if left > 0:
+            is_late = found.standing.cause == "stale" and lease_clock() < self.expires_mono     # it lacks what we have
+            if left > 0 and not is_late:
+                self.outage.disregard()
                 self.standing, self._found_mono, self._spare = found.standing, found.found_mono, TAKE_OVER
                 self.expires_mono = lease_clock() + left
                 self._opens_mono = found.found_mono + found.opens
@@ -9846,8 +9890,7 @@ class Poller(ResourceLease, threading.Thread):
 
     def _poll_until_stopped(self) -> None:
         while True:
-            is_idle = self.rests and not self.doubt.is_urged
-            self.doubt.woken.wait(None if is_idle else max(0.0, self._next_mono() - time.monotonic()))
+            self.doubt.woken.wait(max(0.0, self._next_mono() - time.monotonic()))
             self.doubt.woken.clear()     # before the look at _stopped, so that a stop in between is not lost
             if self._stopped:
                 self._drop_asked()
@@ -9855,13 +9898,13 @@ class Poller(ResourceLease, threading.Thread):
             asked = [self._asked.get() for _ in range(self._asked.qsize())]
             if self.rests and self._connection.keeper.session:
                 self._connection.drop()
-            may_poll = self.doubt.is_urged or not self.rests
-            is_early = (is_idle or self.doubt.is_urged) and time.monotonic() < self._next_mono()
-            if not asked and (is_early or not may_poll):
+            is_early = (self.rests or self.doubt.is_urged) and time.monotonic() < self._next_mono()
+            if not asked and is_early:
                 continue
             if asked and not self._connection.keeper.lives:
                 self._guard.ask(self.target.name)
             begun_mono = self._polled_mono = time.monotonic()
+            self._alone = self.rests and not asked and not self.doubt.is_urged
             pause, report = self._poll()
             self._due_mono = begun_mono + pause
             self.doubt.answer(begun_mono)
@@ -9869,9 +9912,14 @@ class Poller(ResourceLease, threading.Thread):
                 answer.set_result(report)
 
     def _next_mono(self) -> float:
-        """When it polls; one that is urged as soon as after a bad result of its own."""
+        """When it polls; one that is urged as soon as after a bad result of its own, one that rests when nothing is
+        heard of others, whatever became of them or of the database, and then at its own interval."""
         soon = self._polled_mono + self.target.settings.retry
-        return min(self._due_mono, soon) if self.doubt.is_urged else self._due_mono
+        if self.doubt.is_urged:
+            return min(self._due_mono, soon)
+        if not self.rests or self._alone:
+            return self._due_mono
+        return max(soon, time.monotonic() + self.expires_mono - TAKE_OVER / 2 - lease_clock())
 
     def poll_now(self) -> concurrent.futures.Future[Report]:
         """Polls at once, as far as no account can be locked by it; gives the report of that poll, or is cancelled."""
@@ -9937,7 +9985,8 @@ class Poller(ResourceLease, threading.Thread):
         learned = None if self.target.host_key == host_key else self.target.host_key
         report = self._report(verdict, seconds, sample, learned)
         wait = self._guard.wait(settings.name) if verdict.cause == "auth" else 0.0
-        pause = settings.interval if self.standing.decided else min(settings.interval, max(settings.retry, wait))
+        is_told = self.standing.decided and not (self._context.members.is_shared and report.is_doubtful)
+        pause = settings.interval if is_told else min(settings.interval, max(settings.retry, wait))
         return pause * self._context.random.uniform(1 - JITTER, 1 + JITTER), report
 
     def _report(self, verdict: Verdict, seconds: float, sample: Sample | None = None,
@@ -9978,9 +10027,9 @@ class Poller(ResourceLease, threading.Thread):
                     self._context.recorder.tell(report)
 
     def restore(self, stored: Status, age: float) -> None:
-        """Goes on from what is stored."""
+        """Goes on from what is stored; of that, where machines share the work, it is told with its time."""
         left, standing = restored(self._guard, self.target, stored, age)
-        if left > 0:
+        if left > 0 and not self._context.members.is_shared:
             self.standing = standing
             self.expires_mono = self.lease_mono = lease_clock() + left
             self.news.restore(standing)
@@ -10051,6 +10100,7 @@ class Exchange:
     def __init__(self, store: Store, context: PollContext) -> None:
         self._store, self._members, self._guards = store, context.members, context.access.guards
         self._found: dict[int, Found] = {}      # by others, of settings that are not followed yet
+        self._epoch = ""        # in which the resources were shared
 
     def look(self, pollers: Mapping[str, Poller]) -> None:
         """Takes up what other machines found, and which resources are this one's to poll."""
@@ -10060,11 +10110,18 @@ class Exchange:
         for name, poller in pollers.items():
             if name not in polls and not poller.rests:
                 poller.rest()
-        if not self._members.is_cut_off:
-            self._take_found(pollers.values())
-        gained = [pollers[name] for name in polls if pollers[name].rests]
-        left = [max(0.0, poller.expires_mono - lease_clock()) if poller.standing.state != "unknown" else 0.0
-                for poller in gained]
+        try:
+            if not self._members.is_cut_off:
+                self._take_found(pollers.values())
+        finally:        # what nobody else polls does not wait for what cannot be read
+            self._go_on([pollers[name] for name in polls])
+
+    def _go_on(self, owned: Iterable[Poller]) -> None:
+        """Has everything polled that was another one's; in a new life all, for what the last one found may be lost."""
+        is_new, self._epoch = self._epoch != self._members.epoch, self._members.epoch
+        gained = [poller for poller in owned if poller.rests or (is_new and poller.target.settings.is_asked)]
+        left = [max(0.0, poller.expires_mono - lease_clock()) if poller.rests and poller.standing.state != "unknown"
+                else 0.0 for poller in gained]
         for poller, delay in zip(gained, first_polls(left, [one.target.settings for one in gained]), strict=True):
             poller.go_on(delay)
 
@@ -10076,7 +10133,7 @@ class Exchange:
             if found and found.settings_digest == poller.target.settings_digest:
                 poller.adopt(self._found.pop(poller.target.id))
                 if found.standing.cause == "auth":      # or each machine would try the same password
-                    self._guards.of(poller.target).refuse(poller.target.name, lease_clock() - found.found_mono)
+                    self._guards.of(poller.target).hear(poller.target.name, lease_clock() - found.found_mono)
         self._found = {number: found for number, found in self._found.items()
                        if found.found_mono + found.counts > lease_clock()}
 
@@ -10180,8 +10237,9 @@ class Monitor(threading.Thread):
             poller.tell_late()
             if not poller.is_alive() and not self._ending.is_set():
                 self._launch(poller.target, poller.bury(), poller)
+        covered = self.maintenance.covered(lease_clock() + self._zero_at)   # first: nothing else waits for a database
         with self._context.aggregator.at_once():    # alternatives whose maintenance ends together close nothing
-            self._recount()
+            self._recount(covered)
         start_new(self.pollers.values())
         self.override.say()
         self._context.aggregator.beat("monitor")
@@ -10201,7 +10259,7 @@ class Monitor(threading.Thread):
         with self._store.writing() as session:
             for name, value in (("boot", boot_number()), ("clock", round(1000 * zero_at))):
                 session.merge(Setting(name=self._store.own(name), value=value))
-            if abs(moved) > CLOCK_STEP and self._context.members.speaks:
+            if abs(moved) > CLOCK_STEP and not self._context.members.is_shared:     # else the rows have the database's
                 move_times(session, moved)
                 how = f"the clock was set {'forward' if moved > 0 else 'back'} by {abs(moved):,.0f} s"
                 self.clock_step = self._wall(), how
@@ -10210,9 +10268,8 @@ class Monitor(threading.Thread):
         self._zero_at = zero_at     # now that it is written
         self.maintenance.follow(lease_clock() + zero_at)
 
-    def _recount(self) -> None:
+    def _recount(self, covered: Collection[str]) -> None:
         """Takes up that maintenance has begun or is over: the state that is known counts."""
-        covered = self.maintenance.covered(lease_clock() + self._zero_at)
         for name, poller in self.pollers.items():
             if (counted := name not in covered) is not poller.counted:
                 poller.count(counted=counted)
@@ -10230,8 +10287,7 @@ class Monitor(threading.Thread):
             current, targets = revision(session), load_targets(session, self._vault, self.targets)
             gates = Gates.model_validate_json(remembered(session, "gates").text or "{}")
             is_known = current == self._revision and targets == self.targets
-            stored = {} if is_known or self._context.members.is_shared else {
-                row.resource_id: row for row in session.scalars(sqlalchemy.select(Status))}
+            stored = {} if is_known else {row.resource_id: row for row in session.scalars(sqlalchemy.select(Status))}
         self.maintenance.follow(lease_clock() + self._zero_at)
         require_files(self.targets, targets)
         self.guards.keep(targets.values())
@@ -10247,9 +10303,10 @@ class Monitor(threading.Thread):
                 fresh.append(self.pollers[name])
         spread(fresh)
         everything = [target.settings for target in targets.values()]
+        covered = self.maintenance.covered(lease_clock() + self._zero_at)
         with self._context.aggregator.at_once():    # what has another name neither opens nor closes in between
             self._context.aggregator.arrange(gates, by_tag(everything), usable_parents(gates, everything))
-            self._recount()
+            self._recount(covered)
             for name in gone:
                 self._context.aggregator.deregister(name)
         start_new(self.pollers.values())
@@ -17968,6 +18025,8 @@ def maintenance(arguments: argparse.Namespace) -> int:
     if not installation.database.inspect(whole=False):
         raise UsageError("there is no database yet; start the service first")
     scope = {field: given[field] for field in Scope.model_fields if given.get(field)}
+    if arguments.action != "list" and not given.get("number") and bool(given["all"]) == bool({*scope} - {"all"}):
+        raise UsageError("say what: --tag, --group or --resource NAME, or else --all")
     with installation.store() as store:
         who = console_of(installation, store)
         if arguments.action == "start":

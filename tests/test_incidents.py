@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from conftest import wait_for
 from console import Clock, console, local_console
-from postgres import database_in
+from postgres import database_in, refusing
 
 import healthchecker
 from healthchecker import (
@@ -119,6 +119,18 @@ def test_a_start_that_opens_is_no_incident(bench: Bench) -> None:
     bench.look(100)
     assert bench.found(None) == []
     assert bench.uptime() == dict.fromkeys(healthchecker.UPTIMES, 100.0)
+
+
+def test_what_could_not_be_written_takes_nobody_elses_place(bench: Bench) -> None:
+    """Its number is another one's by then."""
+    bench.report(a=True, b=True, c=True)
+    with refusing(bench.store.database, "INSERT ON incident"), pytest.raises(sqlalchemy.exc.DatabaseError):
+        bench.report(b=False)       # closes the site alone
+    for good in (False, True):      # the group's begins and ends meanwhile
+        bench.aggregator.set_resource("c", good, "c is bad", ttl=1e6)
+    bench.look(10)
+    found = sorted((one.group, one.end) for one in bench.found(None))
+    assert found == [("", ""), ("/r", ""), ("lone", "opened")], "the route is closed as the site is"
 
 
 def test_a_start_that_stays_closed_is_one(bench: Bench) -> None:

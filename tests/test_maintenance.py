@@ -14,7 +14,7 @@ import pytest
 import sqlalchemy
 from conftest import wait_for
 from console import NAME, Local, local_console, make_user, prepared_database
-from postgres import database_in, refusing
+from postgres import database_in, execute, refusing
 from service import Service, run, write_inventory
 from test_poll import vault
 
@@ -216,6 +216,19 @@ def diary(tmp_path: Path, vault: Vault) -> Iterator[Diary]:
 
 
 SUNDAY = moment("2026-11-29 02:00", BERLIN)
+
+
+def test_what_cannot_be_read_ends_all_the_same(diary: Diary) -> None:
+    """Nothing else of the monitor waits for it, and afterwards all is as it was."""
+    diary.write()
+    diary.add(SUNDAY, SUNDAY + HOUR, "begun", resources=["a"])
+    assert diary.look(SUNDAY + 1) == "a"
+    execute(diary.store.database, "ALTER TABLE maintenance RENAME TO away")
+    assert diary.look(SUNDAY + 2) == "a"
+    assert diary.look(SUNDAY + HOUR, follow=False) == ""
+    execute(diary.store.database, "ALTER TABLE away RENAME TO maintenance")
+    diary.look(SUNDAY + HOUR + 11, follow=False)
+    assert diary.states == "over"
 
 
 def test_a_turn_of_a_plan(diary: Diary) -> None:
@@ -645,6 +658,8 @@ def test_commands(tmp_path: Path) -> None:
         (["--all", "--for", "0s", "--reason", "x"], "for: must be"),
         (["--all", "--for", "1h", "--at", "soon", "--reason", "x"], "start: must be such as 2026-11-28 02:00"),
         (["--all", "--for", "1h", "--at", "2020-01-01 02:00", "--reason", "x"], "start: must not be past"),
+        (["--for", "1h", "--reason", "x"], "say what: --tag, --group or --resource NAME, or else --all"),
+        (["--all", "--tag", "db", "--for", "1h", "--reason", "x"], "say what: --tag"),
         (["--tag", "dbs", "--for", "1h", "--reason", "x"], "no tag has this name; did you mean db?"),
     ):
         done = run(path, "maintenance", "start", *wrong)
@@ -662,7 +677,6 @@ def test_commands(tmp_path: Path) -> None:
         assert run(path, "maintenance", "end", number).returncode == 0
         service.wait_status("/-/readyz", 503)
     assert "nothing was planned here for exactly that" in run(path, "maintenance", "end", "--all").stderr
+    assert "say what: --tag, --group or --resource NAME, or else --all" in run(path, "maintenance", "end").stderr
     assert "NUMBER or what it is of, not both" in run(path, "maintenance", "end", number, "--tag", "db").stderr
-    for wrong in (["end"], ["start", "--for", "1h", "--reason", "x"]):
-        assert run(path, "maintenance", *wrong).stderr.startswith("needs tags, groups or resources, or else all")
     assert run(path, "maintenance", "end", number).returncode == 2

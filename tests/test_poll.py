@@ -544,6 +544,18 @@ def test_guard_remembers_what_was_before_the_restart() -> None:
     assert (guard.wait("a"), guard.wait("b"), guard.wait("c"), guard.refusals) == (0, 50, 0, 0)
 
 
+def test_a_refusal_that_is_told_again_counts_once() -> None:
+    """As machines do that share the work, each time one of them reads everything anew."""
+    now = 1000.0
+    guard = LoginGuard(lambda: now)
+    guard.refuse("a", 100.0)
+    for ago in (100.0, 99.0, 101.0):
+        guard.hear("a", ago)
+    assert guard.refusals == 1
+    guard.hear("a", 10.0)
+    assert guard.refusals == 2
+
+
 def test_a_key_locks_nothing() -> None:
     guard = LoginGuard(locks=False)
     for _ in range(20):

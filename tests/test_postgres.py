@@ -8,6 +8,7 @@ import logging
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -318,6 +319,26 @@ def test_what_is_not_written_while_the_server_is_down(folder: Path, own_postgres
     assert notebook.recorder.flush() and notebook.strip() == "hhuuu"
     assert "the database cannot be written: that is over" in caplog.text
     notebook.store.close()
+
+
+def test_a_clock_that_is_set_moves_nothing(server: PostgresServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The database's holds, also until it is asked again."""
+    right = time.time
+    with contextlib.closing(server.connect()) as connection:
+        server.take_clock(connection)
+    monkeypatch.setattr(time, "time", lambda: right() + 3600)
+    assert abs(server.wall() - right()) < 5
+
+
+def test_a_row_whose_commit_came_late_is_no_other_machine(server: PostgresServer) -> None:
+    with opened(server):
+        claim = Claim(server.connect, lambda: None, "a")
+        assert claim.take() == ""
+        before = claim.company.epoch
+        assert claim._try() == {}, "as where the first one had been given up"
+        assert execute(server, "SELECT instance FROM machine WHERE name = 'a'") == [(claim.company.epoch,)]
+        assert claim.company.epoch != before
+        claim.close()
 
 
 @contextlib.contextmanager

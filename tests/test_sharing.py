@@ -4,7 +4,9 @@ dies, sleeps or is cut off. The machines are services of their own on a real Pos
 from __future__ import annotations
 
 import contextlib
+import math
 import os
+import random
 import signal
 import socket
 import threading
@@ -12,20 +14,35 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import sqlalchemy
 from conftest import wait_for
 from console import Client, prepared_database
-from postgres import BINARIES, PASSWORD, URL_FILE, Postgres, Program, database_in, execute, open_postgres
+from postgres import BINARIES, PASSWORD, URL_FILE, Postgres, Program, database_in, execute, open_postgres, refusing
 from postgres import run as run_as_owner
 from pydantic import SecretStr
 from service import Program as Separate
 from service import Service, prepared_keys, run, write_inventory
 from test_notify import Hook, hook  # noqa: F401  # a fixture
 
-from healthchecker import LIVING, PostgresServer, owner_of
+from healthchecker import (
+    LIVING,
+    Cut,
+    Found,
+    HealthAggregator,
+    Membership,
+    PollContext,
+    PostgresServer,
+    ResourceLease,
+    ResourceSettings,
+    Standing,
+    Target,
+    Uplink,
+    lease_clock,
+    owner_of,
+)
 
 CLOCK = "import time\nright = time.time\ntime.time = lambda: right() + {ahead}\n"     # libfaketime breaks time.sleep
 NAMES = [f"tcp{number}" for number in range(9)]
@@ -240,6 +257,47 @@ def test_the_database_is_away(tmp_path: Path, postgres: Postgres) -> None:
         finally:
             postgres.begin()
         open_until(made, "ab", lambda: made.shared_by("a", "b"))
+
+
+@pytest.mark.parametrize("what", ["writes", "reads"])
+def test_results_that_do_not_get_through(site: Site, what: str) -> None:
+    """The machines hear that the others live, and nothing else: each polls everything before it is too late."""
+    site.begin("a", "b")
+    wait_for(lambda: site.shared_by("a", "b") and site.answers() == {200}, 60)
+    before = {name: host.count for name, host in site.hosts.items()}
+    with contextlib.ExitStack() as stack:
+        if what == "writes":
+            stack.enter_context(refusing(database_in(site.folder / "a"), "INSERT ON result"))
+        else:
+            site.execute("ALTER TABLE result RENAME TO away")
+            stack.callback(site.execute, "ALTER TABLE away RENAME TO result")
+        begun = time.monotonic()
+        open_until(site, "ab", lambda: time.monotonic() - begun > 45)
+        assert all(host.count > before[name] + 45 for name, host in site.hosts.items())
+        site.hosts[NAMES[0]].leave()
+        wait_for(lambda: site.answers() == {503}, 10)
+        site.hosts[NAMES[0]].come_back()
+        wait_for(lambda: site.answers() == {200}, 10)
+    open_until(site, "ab", lambda: site.shared_by("a", "b"))
+
+
+def test_what_another_one_found_is_not_held_against(tmp_path: Path) -> None:
+    """Who is cut off holds what was healthy; not what a machine that gets through found to be bad."""
+    uplink, aggregator = Uplink(["192.0.2.1:22"], 300), HealthAggregator()
+    context = PollContext(aggregator, cast("Any", None), cast("Any", None), random.Random(1), uplink, Membership())
+    settings = ResourceSettings(name="one", platform="linux", hostname="192.0.2.1", username="u", password="p")
+    lease = ResourceLease(Target(1, settings, None, "", ""), context, 0.0)
+    aggregator.register("one", lease)
+    aggregator.start()
+    lease.outage._since_mono, lease.outage._was_healthy = lease_clock(), True
+    uplink.cut = uplink._last = Cut(lease_clock(), time.time(), lease_clock() + 300, -math.inf, "cut off")
+    assert lease.held > 0, "or it shows nothing"
+    lease.rest()
+    bad = Standing("unhealthy", "check", "disk", time.time(), 0, 2)
+    lease.adopt(Found(1, "", bad, lease_clock(), 130.0, 0.0))
+    assert lease.held == 0.0 and not aggregator.is_healthy()
+    lease.adopt(Found(1, "", Standing("unhealthy", "stale", "no result", 0.0, 0, 2), lease_clock(), 130.0, 0.0))
+    assert lease.standing == bad, "that another one has no result says nothing while this one counts"
 
 
 def test_the_database_is_silent(tmp_path: Path) -> None:

@@ -1,0 +1,222 @@
+"""Three machines, a PostgreSQL and 60 resources on a real sshd: each gate is asked 20 times a second while one machine
+is killed, sleeps, or loses the database, and while all lose it. A gate may never be closed while everything is well,
+nor open later than BOUND after something is not."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from console import prepared_database
+from postgres import URL_FILE, Postgres, Program, database_in, execute, missing_postgres, open_pgbouncer, open_postgres
+from service import Program as Machine
+from service import prepared_keys, write_inventory
+from sshd import Sshd, wait_for
+
+from healthchecker import LIVING, owner_of
+
+COUNT, INTERVAL, MACHINES = 60, 2, "abc"
+BOUND = 2 * INTERVAL + 10.0  # seconds, as promised where a machine is replaced
+ROW = """  - {{name: host{number}, hostname: {address}, port: {port}, username: {username}, key_file: {key},
+     platform: linux, interval: {interval}, retry_interval: 1, timeout: 10, fall: 1, rise: 1,
+     checks: [{{name: up, command: "test -e {folder}/up{number}"}}]}}
+"""
+
+
+class Gate(threading.Thread):
+    """What a machine's gate answers, 20 times a second: monotonic time of the question, and status."""
+
+    def __init__(self, machine: Machine) -> None:
+        super().__init__(daemon=True)
+        self._machine, self._ending, self.answers = machine, threading.Event(), list[tuple[float, int]]()
+        self.start()
+
+    def run(self) -> None:
+        while not self._ending.wait(0.05):
+            asked_mono = time.monotonic()
+            with contextlib.suppress(OSError):
+                self.answers.append((asked_mono, self._machine.get("/").status))
+
+    def close(self) -> None:
+        self._ending.set()
+        self.join(60)
+
+    def last(self) -> int:
+        return self.answers[-1][1] if self.answers else 0
+
+
+class House:
+    """The machines, what they watch, and what is wrong with their answers."""
+
+    def __init__(self, folder: Path, postgres: Postgres, pooler: Program, server: Sshd) -> None:
+        self.folder, self.wrong, self.gates = folder, list[str](), dict[str, Gate]()
+        name = postgres.database()
+        self._urls = {"a": postgres.url(name), "b": postgres.url(name, pooler.port), "c": postgres.url(name)}
+        self.machines: dict[str, Machine] = {}
+        self._stack = contextlib.ExitStack()
+        for number in range(COUNT):
+            (folder / f"up{number}").touch()
+        self._rows = "".join(ROW.format(number=number, address=server.address, port=server.port, interval=INTERVAL,
+                                        username=server.username, key=server.user_key(), folder=folder)
+                             for number in range(COUNT))  # fmt: skip
+        self._known = server.known_hosts()
+        self._wrong_from = time.monotonic()
+
+    def begin(self, name: str) -> None:
+        own = self.folder / name
+        own.mkdir(exist_ok=True)
+        (own / URL_FILE).write_text(self._urls[name], encoding="utf-8")
+        (own / "known_hosts").write_text(self._known, encoding="ascii")
+        prepared_keys(own)
+        if not self.machines:
+            prepared_database(own)
+        path = write_inventory(own, self._rows, f"  machine: {name}\n  workers: 1\n  known_hosts: known_hosts\n")
+        self.machines[name] = self._stack.enter_context(Machine(path, deadline=120, as_module=True))
+        self.gates[name] = Gate(self.machines[name])
+
+    def execute(self, statement: str) -> list[Any]:
+        return execute(database_in(self.folder / "a"), statement)
+
+    def found(self) -> dict[str, tuple[str, float]]:
+        """By which machine a resource was polled last, and when."""
+        rows = self.execute("SELECT name, machine, found_at FROM result JOIN resource ON resource.id = resource_id")
+        return {name: (machine, at) for name, machine, at in rows}
+
+    def is_shared_by(self, names: str) -> bool:
+        able, found = {name for name, _, _, able in self.execute(LIVING) if able}, self.found()
+        return able == {*names} and len(found) == COUNT and all(
+            machine == owner_of(name, frozenset(names)) for name, (machine, _) in found.items())
+
+    def wait(self, what: str, condition: Any, seconds: float) -> float:
+        """Seconds until it is so; longer than that is wrong."""
+        begun = time.monotonic()
+        with contextlib.suppress(AssertionError):
+            wait_for(condition, seconds)
+            return time.monotonic() - begun
+        self.wrong.append(f"{what}: not within {seconds:g} s")
+        return seconds
+
+    def judge(self, what: str, names: str, status: int, begun: float, ended: float) -> None:
+        """Nothing else may have been answered to what was asked then."""
+        for name in names:
+            found = [at - begun for at, found in self.gates[name].answers if begun <= at <= ended and found != status]
+            if found:
+                self.wrong.append(f"{what}: {len(found)} wrong answers of {name}, {found[0]:.1f} to {found[-1]:.1f} s")
+
+    @contextlib.contextmanager
+    def open(self, what: str, names: str = MACHINES) -> Iterator[None]:
+        """Meanwhile all is well, and nothing else is said."""
+        begun = time.monotonic()
+        yield
+        self.judge(what, names, 200, begun, time.monotonic())
+        print(f"machines: {what}: {time.monotonic() - begun:.0f} s", flush=True)
+
+    def fault(self, what: str, names: str, number: int) -> None:
+        """One resource fails, and is well again."""
+        (self.folder / f"up{number}").unlink()
+        took = self.wait(f"{what}: closed", lambda: all(self.gates[name].last() == 503 for name in names), BOUND)
+        begun = time.monotonic()
+        threading.Event().wait(2 * INTERVAL)
+        self.judge(f"{what}: closed", names, 503, begun, time.monotonic())
+        (self.folder / f"up{number}").touch()
+        again = self.wait(f"{what}: open", lambda: all(self.gates[name].last() == 200 for name in names), BOUND)
+        print(f"machines: {what}: closed after {took:.1f} s, open after {again:.1f} s", flush=True)
+
+    def close(self) -> None:
+        for gate in self.gates.values():
+            gate.close()
+        with contextlib.suppress(AssertionError):
+            self._stack.close()
+
+
+def owned(name: str) -> int:
+    """The number of a resource that is a machine's."""
+    return next(number for number in range(COUNT) if owner_of(f"host{number}", frozenset(MACHINES)) == name)
+
+
+def killed(house: House) -> None:
+    gate = house.gates["b"]
+    with house.open("b is killed", "ac"):
+        gate.close()
+        [(at,)] = house.execute("SELECT extract(epoch FROM clock_timestamp())")
+        house.machines["b"].kill()
+        took = house.wait("what was of b is polled", lambda: all(
+            machine != "b" and found > float(at) for machine, found in house.found().values()), BOUND)
+        print(f"machines: all of b is polled by others after {took:.1f} s", flush=True)
+    house.fault("a resource of b", "ac", owned("b"))
+    with house.open("b is back", "ac"):
+        house.begin("b")
+        house.wait("b has its own again", lambda: house.is_shared_by(MACHINES), 60)
+        house.wait("b is open", lambda: house.gates["b"].last() == 200, 60)
+
+
+def asleep(house: House) -> None:
+    number, process = owned("b"), house.machines["b"].pid
+    with house.open("b sleeps", "ac"):
+        os.kill(process, signal.SIGSTOP)
+        house.wait("shared by two", lambda: house.is_shared_by("ac"), BOUND)
+        threading.Event().wait(20)
+    (house.folder / f"up{number}").unlink()
+    house.wait("closed while b sleeps", lambda: all(house.gates[name].last() == 503 for name in "ac"), BOUND)
+    begun = time.monotonic()
+    os.kill(process, signal.SIGCONT)
+    house.wait("shared by three again", lambda: house.is_shared_by(MACHINES), 60)
+    house.judge("b wakes while a resource fails", MACHINES, 503, begun, time.monotonic())
+    (house.folder / f"up{number}").touch()
+    house.wait("open again", lambda: all(gate.last() == 200 for gate in house.gates.values()), BOUND)
+
+
+def without_database(house: House, which: str, server: Postgres | Program, names: str) -> None:
+    """`names` lose it for a minute."""
+    with house.open(f"{which} has ended"):
+        server.end()
+        threading.Event().wait(30)
+    for name in MACHINES:
+        house.fault(f"a resource of {name}, {which} has ended", MACHINES, owned(name))
+    with house.open(f"{which} is back"):
+        server.begin()
+        house.wait(f"{which} is back, shared", lambda: house.is_shared_by(MACHINES), 120)
+    house.fault(f"a resource after that, seen by {names}", MACHINES, owned(names[0]))
+
+
+def silent(house: House, server: Postgres) -> None:
+    with house.open("the database is silent"), server.silent():
+        threading.Event().wait(30)
+    house.wait("shared after the silence", lambda: house.is_shared_by(MACHINES), 120)
+    house.fault("a resource after the silence", MACHINES, owned("c"))
+
+
+def soak() -> list[str]:
+    """What was wrong."""
+    if why := missing_postgres():
+        pytest.skip(why)
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True)))
+        folder.chmod(0o755)
+        postgres, sshd = stack.enter_context(open_postgres()), stack.enter_context(Sshd())
+        pooler = stack.enter_context(open_pgbouncer(postgres))
+        house = stack.enter_context(contextlib.closing(House(folder, postgres, pooler, sshd)))
+        for name in MACHINES:
+            house.begin(name)
+        wait_for(lambda: house.is_shared_by(MACHINES) and all(gate.last() == 200 for gate in house.gates.values()), 120)
+        with house.open("all is well"):
+            threading.Event().wait(20)
+        house.fault("a resource", MACHINES, owned("a"))
+        killed(house)
+        asleep(house)
+        without_database(house, "the pooler of b", pooler, "b")
+        without_database(house, "the database", postgres, "abc")
+        silent(house, postgres)
+    return house.wrong
+
+
+if __name__ == "__main__":
+    print("\n".join(soak()) or "passed")
