@@ -9919,7 +9919,7 @@ class Poller(ResourceLease, threading.Thread):
             return min(self._due_mono, soon)
         if not self.rests or self._alone:
             return self._due_mono
-        return max(soon, time.monotonic() + self.expires_mono - TAKE_OVER / 2 - lease_clock())
+        return max(soon, time.monotonic() + self.expires_mono - self._spare / 2 - lease_clock())
 
     def poll_now(self) -> concurrent.futures.Future[Report]:
         """Polls at once, as far as no account can be locked by it; gives the report of that poll, or is cancelled."""
