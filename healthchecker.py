@@ -2104,7 +2104,10 @@ def load_inventory(path: Path) -> Inventory:
 RSA_BITS = 3072                 # bits, equal in strength to AES-128 (NIST SP 800-57)
 OAEP = padding.OAEP(padding.MGF1(hashes.SHA256()), hashes.SHA256(), b"HealthChecker/HC1")
 SPKI = serialization.PublicFormat.SubjectPublicKeyInfo
-EVERYBODY = ("*S-1-1-0", "*S-1-5-11", "*S-1-5-4", "*S-1-5-2", "*S-1-5-32-545", "*S-1-5-32-546", "*S-1-3-0")
+# Windows' access lists as SDDL writes them ([MS-DTYP] 2.5.1): an entry, and those whose entries restricted puts away
+ACCESS = re.compile(r"\((A|D);[^;()]*;([^;()]*;[^;()]*;[^;()]*;([^;()]*))\)")
+EVERYBODY = frozenset(("WD", "AN", "AU", "IU", "NU", "BU", "BG", "CO"))
+OWNERS = ("S-1-3-4", "SY", "BA")      # the file's owner ("OW"), the system, the administrators
 NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
 SEALED = re.compile(r"HC[12]\.([0-9a-f]{16})(?:\.[^.]*){3}")    # of a sealed secret, with the id of its key
 
@@ -2114,23 +2117,47 @@ def length_prefixed(*parts: str) -> bytes:
     return b"".join(len(part.encode()).to_bytes(4, "big") + part.encode() for part in parts)
 
 
-def icacls(path: Path, *changes: str) -> None:
-    """Changes who may do what with a file (Windows)."""
-    if subprocess.run(["icacls", str(path), *changes], capture_output=True, check=False).returncode:
-        raise OSError(errno.EACCES, "icacls failed to change its access list", str(path))
+def restricted(access: str) -> str:
+    """An access list for the owner, SYSTEM, the administrators and the accounts that `access` names: whom the folder
+    was given for. Everybody else loses what they had; nothing of the folder's comes back."""
+    kept = [f"({kind};;{rest})" for kind, rest, who in ACCESS.findall(access)
+            if kind == "D" or who not in EVERYBODY.union(OWNERS, ["OW"])]
+    kept.sort(key=lambda entry: entry[1] != "D")    # denials come first
+    return "D:P" + "".join([*kept, *(f"(A;;FA;;;{who})" for who in OWNERS)])
+
+
+def change_access(path: Path, change: Callable[[str], str]) -> None:
+    """Windows: a file's access list becomes what `change` makes of it, in SDDL. By the system itself: a program that
+    does it could be another one of its name. Raises OSError."""
+    advapi32, kernel32 = (cast(Any, ctypes).WinDLL(name, use_last_error=True) for name in ("advapi32", "kernel32"))
+    old, new, text = ctypes.c_void_p(), ctypes.c_void_p(), ctypes.c_wchar_p()
+
+    def ask(done: int) -> None:
+        if not done:
+            raise cast(Any, ctypes).WinError(cast(Any, ctypes).get_last_error())
+
+    try:    # SE_FILE_OBJECT is 1, DACL_SECURITY_INFORMATION 4, SDDL_REVISION_1 is 1
+        if code := advapi32.GetNamedSecurityInfoW(str(path), 1, 4, None, None, None, None, ctypes.byref(old)):
+            raise cast(Any, ctypes).WinError(code)
+        ask(advapi32.ConvertSecurityDescriptorToStringSecurityDescriptorW(old, 1, 4, ctypes.byref(text), None))
+        ask(advapi32.ConvertStringSecurityDescriptorToSecurityDescriptorW(change(text.value or ""), 1,
+                                                                          ctypes.byref(new), None))
+        ask(advapi32.SetFileSecurityW(str(path), 4, new))   # as it is: SetNamedSecurityInfo adds what the folder has
+    finally:
+        for made in (old, new, text):
+            kernel32.LocalFree(made)
 
 
 def restrict(path: Path) -> None:
     """Windows knows no file mode: a file keeps the accounts that its folder was given for, and loses everybody else."""
     if sys.platform == "win32":
-        icacls(path, "/inheritance:d", "/grant:r", "*S-1-3-4:F", "*S-1-5-18:F", "*S-1-5-32-544:F",
-               "/remove:g", *EVERYBODY)
+        change_access(path, restricted)
 
 
 def let_read(path: Path) -> None:
     """Every account of this machine may read a file."""
     if sys.platform == "win32":
-        icacls(path, "/grant", "*S-1-5-32-545:R")
+        change_access(path, lambda access: f"{access}(A;;FR;;;BU)")
     else:
         path.chmod(0o644)
 

@@ -204,6 +204,51 @@ def test_modes(tmp_path: Path) -> None:
     assert (folder.stat().st_mode & 0o777, (folder / "private.pem").stat().st_mode & 0o777) == (0o700, 0o600)
 
 
+# The grammar of [MS-DTYP] 2.5.1.1. A file below C: has there what the folder gives: administrators, SYSTEM, users, and
+# who is logged in; one of a folder that was given to an account by icacls has that account's, too.
+ACCESS_LISTS = {
+    "D:AI(A;ID;FA;;;BA)(A;ID;FA;;;SY)(A;ID;0x1200a9;;;BU)(A;ID;0x1301bf;;;AU)": "",
+    "D:AI(A;ID;0x1301bf;;;LS)(A;ID;FA;;;BA)(A;ID;FA;;;S-1-5-21-1-2-3-1104)(A;ID;0x1200a9;;;WD)": (
+        "(A;;0x1301bf;;;LS)(A;;FA;;;S-1-5-21-1-2-3-1104)"
+    ),
+    "D:AI(D;;FW;;;BU)(A;;FA;;;WD)(A;ID;FR;;;LS)(D;ID;FA;;;BG)": "(D;;FW;;;BU)(D;;FA;;;BG)(A;;FR;;;LS)",
+    'D:(A;;FA;;;S-1-5-80-1)(XA;;FX;;;S-1-1-0;(@User.Title=="PM"))(A;;FA;;;AN)': "(A;;FA;;;S-1-5-80-1)",
+    "D:P(A;;FR;;;OW)(A;;FA;;;SY)(A;;FR;;;BA)": "",
+    "D:NO_ACCESS_CONTROL": "",
+    "": "",
+}
+
+
+@pytest.mark.parametrize("access", ACCESS_LISTS)
+def test_who_keeps_access_on_windows(access: str) -> None:
+    """Denials first, then whom the folder was given for, then the owner, SYSTEM and the administrators; P: no more."""
+    kept = ACCESS_LISTS[access]
+    assert healthchecker.restricted(access) == f"D:P{kept}(A;;FA;;;S-1-3-4)(A;;FA;;;SY)(A;;FA;;;BA)"
+
+
+if sys.platform == "win32":
+
+    def access_list(path: Path) -> str:
+        """As Windows has it now."""
+        found: list[str] = []
+        healthchecker.change_access(path, lambda access: found.append(access) or access)
+        return found[0]
+
+    def test_access_lists(tmp_path: Path) -> None:
+        """What everybody has of the folder is gone from a file that is made. (Wine keeps no entry of BU or S-1-3-4.)"""
+        plain, private, shared = (tmp_path / name for name in ("plain", "ü 😀", "shared"))
+        plain.write_bytes(b"")
+        for path in (private, shared):
+            healthchecker.create_private(path, b"x")
+            assert path.read_bytes() == b"x"
+        healthchecker.let_read(shared)
+        assert "(A;;0x1200a9;;;WD)" in access_list(plain)
+        assert "WD" not in access_list(private) and "(A;;FA;;;SY)" in access_list(private)
+        assert access_list(shared).startswith(access_list(private))
+        with pytest.raises(FileNotFoundError):
+            healthchecker.restrict(tmp_path / "none")
+
+
 @POSIX_ONLY
 def test_readable_key_is_warned_about(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = prepared_keys(tmp_path)

@@ -30,7 +30,7 @@ OPEN = {"/": 200, "/-/readyz": 200, "/-/gate": 204, "/-/health": 200, "/-/livez"
 CLOSED = {"/": 503, "/-/readyz": 503, "/-/gate": 403, "/-/health": 503, "/-/livez": 200}
 NOT_SHOWN = """\
 not shown under wine:
-  - access lists of keys and databases: icacls does nothing there and says that it did
+  - access lists of keys and databases beyond that everybody loses theirs: it keeps a file's mode in their place
   - SSPI (Negotiate, NTLM and Kerberos of Windows itself): only the Python NTLM of pyspnego runs there
   - Ctrl-Break: it cannot be sent there; the service is ended by Ctrl-C
   - Windows PowerShell (the README's block that registers a scheduled task): powershell.exe does nothing there and
