@@ -18180,7 +18180,7 @@ def be_discreet() -> None:
 
 def run_command(argv: Sequence[str] | None) -> int:
     arguments = parsed(command_line(), sys.argv[1:] if argv is None else argv)
-    for name in ("paramiko", "pypsrp", "urllib3", "spnego"):    # they repeat what we report
+    for name in ("paramiko", "pypsrp", "urllib3", "spnego", "psycopg"):    # they repeat what we report
         logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
         return int(arguments.run(arguments))

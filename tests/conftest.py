@@ -30,14 +30,15 @@ collect_ignore = [] if sys.platform == "win32" else ["test_windows_local.py"]  #
 __all__ = ["DATABASES", "NO_PASSWORD_LOGIN", "folder_with_database", "no_leaks", "open_descriptors", "wait_for"]
 # The files that take longest are begun first: one of them would be left alone at the end.
 LONG = (
-    "windows_verdicts windows_local windows_shells windows_endpoints windows_accounts poll uplink sessions overrides "
-    "workers pages powershell transport real_shells soak windows_kept command_line api probes security bastions serve "
-    "middleware push groups files reload hostile_clients history windows_service storage overload crashes readme vault"
+    "windows_verdicts sharing postgres windows_local windows_shells windows_endpoints windows_accounts poll uplink "
+    "sessions overrides workers pages powershell transport real_shells soak windows_kept command_line api probes "
+    "security bastions serve middleware push groups files reload hostile_clients history windows_service storage "
+    "overload crashes readme vault"
 ).split()
 # These wait more than they compute, and their tests share nothing: several workers run one of them. Not in wine, where
 # they compute.
 SHARES = {} if sys.platform == "win32" else {
-    "test_poll.py": 4, "test_uplink.py": 2, "test_sessions.py": 2, "test_overrides.py": 2}
+    "test_poll.py": 4, "test_sharing.py": 3, "test_uplink.py": 2, "test_sessions.py": 2, "test_overrides.py": 2}
 # These share PowerShell's processes, so one worker runs them all.
 WITH_ENGINE = {f"test_windows_{name}.py" for name in ("verdicts", "shells", "endpoints", "accounts")}
 DATABASES = ["SQLite"] if sys.platform == "win32" else ["SQLite", "PostgreSQL"]

@@ -13,6 +13,7 @@ seconds later, and the next one gets its port. Ten restarts on a socket of syste
 and 20 minutes of damaged inputs (tests/fuzz.py) give only documented errors. For ten minutes connections that are kept
 die in every way (tests/soak_sessions.py), and 500 polls of one shell may not make it grow. An hour of 50 hosts that
 fail in three ways and 50 that are well, polled every two seconds, leaves the service as it was after five minutes.
+Three machines on one database lose each other and it (tests/soak_machines.py): no gate may be wrong at any moment.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import psutil
 import pytest
+import soak_machines
 import soak_sessions
 from fuzz import TARGETS, fuzz_all
 from load import Clients, Response
@@ -241,6 +243,11 @@ def shells(options: argparse.Namespace, _folder: Path) -> int:
     return told("shells", lambda: soak_sessions.grow(options.polls))
 
 
+def machines(_options: argparse.Namespace, _folder: Path) -> int:
+    """Three of them on one PostgreSQL: one is killed, sleeps, or loses the database; all lose it."""
+    return told("machines", soak_machines.soak)
+
+
 def host_rows(server: Sshd, wrong_key: Path, closed_port: int) -> str:
     """Those that are well, and those that fail: by a check, by a port where nobody listens, by a refused key."""
     well = {"address": server.address, "port": server.port, "username": server.username, "key": server.user_key(),
@@ -302,7 +309,7 @@ def fuzzed(options: argparse.Namespace, _folder: Path) -> int:
 PARTS: dict[str, Callable[[argparse.Namespace, Path], int]] = {
     "load": soak, "tests": repeated, "postgresql": on_postgresql, "locked": locked, "stopped": stopped,
     "crashes": crashes, "kills": kills, "restarts": restarts, "hosts": hosts, "sessions": sessions,
-    "shells": shells, "fuzz": fuzzed}  # fmt: skip
+    "shells": shells, "machines": machines, "fuzz": fuzzed}  # fmt: skip
 
 
 def main() -> int:
