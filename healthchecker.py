@@ -3082,8 +3082,8 @@ class Claim(threading.Thread):
     def require_alone_for(self, version: int) -> None:
         """Raises StorageError where others live on a schema that this program would bring to the next one."""
         if 0 < version < SCHEMA and (others := self.company.everybody - {self.machine}):
-            raise StorageError(f"{', '.join(sorted(others))} run an earlier version on this database, which this one "
-                               "changes: stop them, start this one, then update them")
+            raise StorageError(f"an earlier version uses this database on {', '.join(sorted(others))}, and this one "
+                               "changes it: stop that first, start this one, then update it")
 
     def _try(self) -> dict[tuple[str, str], float]:
         """Has a new row where nobody lives in this place; else when they were seen, by name and instance."""
@@ -16771,8 +16771,8 @@ class Notifier(threading.Thread):
             if picture:
                 self._announce(found, picture, now)
         self._take_results(now)
-        self._save()
-        self._dispatch(now)
+        if self._save():
+            self._dispatch(now)
 
     def close(self) -> None:
         """Ends the thread; messages on their way have NOTIFY_END seconds, and are sent again after the next start."""
@@ -16838,16 +16838,17 @@ class Notifier(threading.Thread):
         return as_mapping(announcer.row, "cursor", "message", "made_at", "tries", "next_at", "trouble", "delivered",
                           "failed"), [*map(as_mapping, announcer.notices.values())]
 
-    def _save(self) -> None:
-        """Keeps what has changed; what cannot be kept is told none the less, for that may be what there is to tell."""
+    def _save(self) -> bool:
+        """Keeps what has changed; what cannot be kept is told none the less, for that may be what there is to tell.
+        False where another machine tells by now."""
         states = {number: self._state_of(announcer) for number, announcer in self._announcers.items()}
         changed = {number: state for number, state in states.items() if state != self._saved.get(number)}
         with self._unkept.caught():
             if not changed and not self._lost:
-                return
+                return True
             with self._store.writing() as session:
-                if not self._members.lives(session):    # another one speaks by now
-                    return
+                if not self._members.lives(session):
+                    return False
                 there = {*session.scalars(sqlalchemy.select(Receiver.id))}      # else it was removed just now
                 for number, (row, notices) in changed.items():
                     session.execute(sqlalchemy.update(Receiver).where(Receiver.id == number).values(**row))
@@ -16858,6 +16859,7 @@ class Notifier(threading.Thread):
                     record_event(session, "service", text)
             self._saved |= changed
             self._lost.clear()
+        return True
 
     def _take_results(self, now: float) -> None:
         for number, came in (self._results.get() for _ in range(self._results.qsize())):

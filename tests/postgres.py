@@ -174,17 +174,18 @@ def open_postgres() -> Iterator[Postgres]:
 
 
 @contextlib.contextmanager
-def open_pgbouncer(postgres: Postgres) -> Iterator[Program]:
-    """A pooler that gives a client another connection for each transaction."""
+def open_pgbouncer(postgres: Postgres, address: str = "127.0.0.1") -> Iterator[Program]:
+    """A pooler that gives a client another connection for each transaction; at `address`, too."""
     if not PGBOUNCER:
         pytest.skip("no pgbouncer")
     with tempfile.TemporaryDirectory() as folder:
         Path(folder).chmod(0o755)
         users = Path(folder) / "users"
         users.write_text(f'"owner" "{PASSWORD}"\n', encoding="utf-8")
+        places = ",".join({"127.0.0.1": "", address: ""})
 
         def command(port: int) -> list[object]:
-            text = (f"[databases]\n* = host=127.0.0.1 port={postgres.port}\n[pgbouncer]\nlisten_addr = 127.0.0.1\n"
+            text = (f"[databases]\n* = host=127.0.0.1 port={postgres.port}\n[pgbouncer]\nlisten_addr = {places}\n"
                     f"listen_port = {port}\nauth_type = scram-sha-256\nauth_file = {users}\npool_mode = transaction\n"
                     "unix_socket_dir =\ndefault_pool_size = 3\nserver_round_robin = 1\n")  # fmt: skip
             (Path(folder) / "ini").write_text(text, encoding="utf-8")

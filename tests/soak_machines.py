@@ -1,12 +1,14 @@
 """Three machines, a PostgreSQL and 60 resources on a real sshd: each gate is asked 20 times a second while one machine
-is killed, sleeps, or loses the database, and while all lose it. A gate may never be closed while everything is well,
-nor open later than BOUND after something is not."""
+is killed, sleeps, or is cut from the database, the resources or both, each way, and while all lose the database. A gate
+may never be closed while everything is well, nor open later than BOUND after something is not."""
 
 from __future__ import annotations
 
 import contextlib
+import ipaddress
 import os
 import signal
+import subprocess
 import tempfile
 import threading
 import time
@@ -25,10 +27,62 @@ from healthchecker import LIVING, owner_of
 
 COUNT, INTERVAL, MACHINES = 60, 2, "abc"
 BOUND = 2 * INTERVAL + 10.0  # seconds, as promised where a machine is replaced
+HOLD = 90  # seconds
+NOBODY = "02:00:00:00:00:01"  # no interface has this address: what is sent there is lost, and nobody is told
 ROW = """  - {{name: host{number}, hostname: {address}, port: {port}, username: {username}, key_file: {key},
      platform: linux, interval: {interval}, retry_interval: 1, timeout: 10, fall: 1, rise: 1,
      checks: [{{name: up, command: "test -e {folder}/up{number}"}}]}}
 """
+
+
+def ip(*words: object) -> None:
+    subprocess.run(["ip", *map(str, words)], check=True, capture_output=True, timeout=30)
+
+
+class Cable:
+    """To a network namespace, with addresses of those for tests between networks (RFC 2544) that no other process has;
+    packets to and from the database, and to and from the resources, may be lost on it."""
+
+    def __init__(self) -> None:
+        self.name, self._here, self._there = (f"hc{os.getpid()}{end}" for end in ("", "a", "b"))
+        base = ipaddress.ip_address("198.18.0.0") + os.getpid() % 8192 * 16
+        _, self.database, self.hosts, self.machine, *own = (str(base + number) for number in range(1, 7))
+        self._ways = {"database": (self.database, own[0]), "hosts": (self.hosts, own[1])}
+        self._lost: list[tuple[object, ...]] = []
+
+    def __enter__(self) -> Cable:
+        try:
+            ip("netns", "add", self.name)
+            ip("link", "add", self._here, "type", "veth", "peer", "name", self._there, "netns", self.name)
+        except (OSError, subprocess.SubprocessError):
+            with contextlib.suppress(OSError):
+                subprocess.run(["ip", "netns", "del", self.name], check=False, capture_output=True)
+            pytest.skip("ip cannot make a network namespace: that needs root, and ip")
+        for address, _ in self._ways.values():
+            ip("addr", "add", f"{address}/28", "dev", self._here)
+        ip("link", "set", self._here, "up")
+        ip("-n", self.name, "link", "set", "lo", "up")
+        for address in (self.machine, *(own for _, own in self._ways.values())):
+            ip("-n", self.name, "addr", "add", f"{address}/28", "dev", self._there)
+        ip("-n", self.name, "link", "set", self._there, "up")
+        for address, own in self._ways.values():
+            ip("-n", self.name, "route", "add", f"{address}/32", "dev", self._there, "src", own)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        ip("netns", "del", self.name)
+
+    def lose(self, what: str, way: str) -> None:
+        """From now on what is sent there, or comes back from there."""
+        there, own = self._ways[what]
+        place = ["-n", self.name, "neigh"] if way == "there" else ["neigh"]
+        who = [there, "dev", self._there] if way == "there" else [own, "dev", self._here]
+        ip(*place, "replace", *who, "lladdr", NOBODY, "nud", "permanent")
+        self._lost.append((*place, "del", *who))
+
+    def mend(self) -> None:
+        while self._lost:
+            ip(*self._lost.pop())
 
 
 class Gate(threading.Thread):
@@ -56,10 +110,12 @@ class Gate(threading.Thread):
 class House:
     """The machines, what they watch, and what is wrong with their answers."""
 
-    def __init__(self, folder: Path, postgres: Postgres, pooler: Program, server: Sshd) -> None:
-        self.folder, self.wrong, self.gates = folder, list[str](), dict[str, Gate]()
+    def __init__(self, folder: Path, postgres: Postgres, pooler: Program, server: Sshd, cable: Cable) -> None:
+        self.folder, self.cable, self.wrong, self.gates = folder, cable, list[str](), dict[str, Gate]()
         name = postgres.database()
-        self._urls = {"a": postgres.url(name), "b": postgres.url(name, pooler.port), "c": postgres.url(name)}
+        pooled = postgres.url(name, pooler.port).replace("127.0.0.1", cable.database)
+        self._urls = {"a": postgres.url(name), "b": pooled, "c": postgres.url(name)}
+        self._uplink = f"  uplink: ['{cable.hosts}:{server.port}']\n  hold: {HOLD}\n"
         self.machines: dict[str, Machine] = {}
         self._stack = contextlib.ExitStack()
         for number in range(COUNT):
@@ -78,8 +134,12 @@ class House:
         prepared_keys(own)
         if not self.machines:
             prepared_database(own)
-        path = write_inventory(own, self._rows, f"  machine: {name}\n  workers: 1\n  known_hosts: known_hosts\n")
-        self.machines[name] = self._stack.enter_context(Machine(path, deadline=120, as_module=True))
+        is_elsewhere = name == "b"
+        path = write_inventory(own, self._rows, f"  machine: {name}\n  workers: 1\n  known_hosts: known_hosts\n"
+                               f"  listen: {self.cable.machine if is_elsewhere else '127.0.0.1'}:0\n{self._uplink}")
+        machine = Machine(path, deadline=120, as_module=True)
+        machine.command[:0] = ["ip", "netns", "exec", self.cable.name] if is_elsewhere else []
+        self.machines[name] = self._stack.enter_context(machine)
         self.gates[name] = Gate(self.machines[name])
 
     def execute(self, statement: str) -> list[Any]:
@@ -174,6 +234,28 @@ def asleep(house: House) -> None:
     house.wait("open again", lambda: all(gate.last() == 200 for gate in house.gates.values()), BOUND)
 
 
+def cut_off(house: House, what: str, way: str) -> None:
+    """b loses what it sends to the database, the hosts, or both, or what comes back, and is right for all that as long
+    as it has one of them; without both it goes on for as long as it is allowed to."""
+    cable, both = house.cable, what == "both"
+    name, seen = f"b is cut from {what}, the way {way}", "ac" if both else MACHINES
+    with house.open(name, seen):
+        for each in ("database", "hosts") if both else (what,):
+            cable.lose(each, way)
+        begun = time.monotonic()
+        house.wait(f"{name}: the others have its share", lambda: house.is_shared_by("ac"), 60)
+        print(f"machines: {name}: the others have its share after {time.monotonic() - begun:.1f} s", flush=True)
+        threading.Event().wait(20)
+    house.fault(f"a resource of b, {name}", seen, owned("b"))
+    if both:
+        house.wait(f"{name}: it is closed", lambda: house.gates["b"].last() == 503, HOLD + 60)
+    with house.open(f"mended: {name}", seen):
+        cable.mend()
+        house.wait("shared after that", lambda: house.is_shared_by(MACHINES), 120)
+        house.wait("b is open", lambda: house.gates["b"].last() == 200, 60)
+    house.fault("a resource after that", MACHINES, owned("b"))
+
+
 def without_database(house: House, which: str, server: Postgres | Program, names: str) -> None:
     """`names` lose it for a minute."""
     with house.open(f"{which} has ended"):
@@ -201,9 +283,10 @@ def soak() -> list[str]:
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True)))
         folder.chmod(0o755)
-        postgres, sshd = stack.enter_context(open_postgres()), stack.enter_context(Sshd())
-        pooler = stack.enter_context(open_pgbouncer(postgres))
-        house = stack.enter_context(contextlib.closing(House(folder, postgres, pooler, sshd)))
+        cable, postgres = stack.enter_context(Cable()), stack.enter_context(open_postgres())
+        sshd = stack.enter_context(Sshd(address=cable.hosts))
+        pooler = stack.enter_context(open_pgbouncer(postgres, cable.database))
+        house = stack.enter_context(contextlib.closing(House(folder, postgres, pooler, sshd, cable)))
         for name in MACHINES:
             house.begin(name)
         wait_for(lambda: house.is_shared_by(MACHINES) and all(gate.last() == 200 for gate in house.gates.values()), 120)
@@ -212,6 +295,9 @@ def soak() -> list[str]:
         house.fault("a resource", MACHINES, owned("a"))
         killed(house)
         asleep(house)
+        for what in ("database", "hosts", "both"):
+            for way in ("there", "back"):
+                cut_off(house, what, way)
         without_database(house, "the pooler of b", pooler, "b")
         without_database(house, "the database", postgres, "abc")
         silent(house, postgres)

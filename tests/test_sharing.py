@@ -426,6 +426,23 @@ def test_another_key_is_refused(site: Site) -> None:
     assert not [*(path.parent / "keys").iterdir()]
 
 
+def test_an_upgrade_waits_for_the_others(site: Site) -> None:
+    """A version with another schema changes nothing under those that live: it names them, and they go on."""
+    site.begin("a")
+    site.execute("UPDATE setting SET value = value - 1 WHERE name = 'schema'")
+    before = site.execute("SELECT * FROM setting WHERE name = 'schema'")
+    refused = run(site.write("b"))
+    assert refused.returncode == 4 and refused.stderr.endswith(
+        "\nan earlier version uses this database on a, and this one changes it: "
+        "stop that first, start this one, then update it\n")  # fmt: skip
+    assert site.execute("SELECT * FROM setting WHERE name = 'schema'") == before
+    serial = site.serial()
+    open_until(site, "a", lambda: site.serial() > serial)
+    site.execute("UPDATE setting SET value = value + 1 WHERE name = 'schema'")
+    site.begin("b")
+    wait_for(lambda: site.shared_by("a", "b"), 60)
+
+
 def test_a_name_is_taken(site: Site) -> None:
     site.begin("a")
     refused = run(site.folder / "a" / "inventory.yaml")
