@@ -9858,7 +9858,10 @@ class ResourceLease:
         """Takes over what another machine found, unless its own result is newer."""
         with self._lock:
             left = found.found_mono + found.counts - lease_clock()
-            self._alone = self._alone and left <= 0
+            if self._alone and left > 0:
+                self._alone = False
+                if not self._context.uplink.cut:
+                    self.outage.forget()
             if self._stopped or found.found_mono <= self._found_mono or not (
                     self.rests or not self.target.settings.is_asked):
                 return
@@ -10042,6 +10045,8 @@ class Poller(ResourceLease, threading.Thread):
             if verdict.cause != "stale":
                 self._found_mono, self._spare = report.made_mono, 0.0
             report = self.news.weigh(report)
+            if self.rests and not self._alone and not self._context.uplink.cut:
+                self.outage.forget()    # another one polls it: what this machine found says nothing of it for long
         if not stopped and not (self.rests and verdict.cause == "stale"):   # that another one writes, or lives no more
             self._context.recorder.put(report)
         return report

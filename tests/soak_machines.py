@@ -30,7 +30,7 @@ BOUND = 2 * INTERVAL + 10.0  # seconds, as promised where a machine is replaced
 HOLD = 90  # seconds
 NOBODY = "02:00:00:00:00:01"  # no interface has this address: what is sent there is lost, and nobody is told
 ROW = """  - {{name: host{number}, hostname: {address}, port: {port}, username: {username}, key_file: {key},
-     platform: linux, interval: {interval}, retry_interval: 1, timeout: 10, fall: 1, rise: 1,
+     platform: linux, interval: {interval}, retry_interval: 1, timeout: 10, rise: 1,
      checks: [{{name: up, command: "test -e {folder}/up{number}"}}]}}
 """
 
@@ -46,7 +46,7 @@ class Cable:
     def __init__(self) -> None:
         self.name, self._here, self._there = (f"hc{os.getpid()}{end}" for end in ("", "a", "b"))
         base = ipaddress.ip_address("198.18.0.0") + os.getpid() % 8192 * 16
-        _, self.database, self.hosts, self.machine, *own = (str(base + number) for number in range(1, 7))
+        self._own, self.database, self.hosts, self.machine, *own = (str(base + number) for number in range(1, 7))
         self._ways = {"database": (self.database, own[0]), "hosts": (self.hosts, own[1])}
         self._lost: list[tuple[object, ...]] = []
 
@@ -58,7 +58,7 @@ class Cable:
             with contextlib.suppress(OSError):
                 subprocess.run(["ip", "netns", "del", self.name], check=False, capture_output=True)
             pytest.skip("ip cannot make a network namespace: that needs root, and ip")
-        for address, _ in self._ways.values():
+        for address in (self._own, self.database, self.hosts):    # the first is that of who asks the gate there
             ip("addr", "add", f"{address}/28", "dev", self._here)
         ip("link", "set", self._here, "up")
         ip("-n", self.name, "link", "set", "lo", "up")

@@ -28,6 +28,7 @@ import healthchecker
 from healthchecker import (
     Deadline,
     Doubt,
+    Found,
     HealthAggregator,
     InventoryError,
     News,
@@ -236,6 +237,22 @@ def test_half_of_the_machines_is_not_enough(house: House, machines: Machines, ga
         wait_for(lambda: len(machines.moments("m3")) > 1)  # for it was asked
         house.poller("m1").poll_now().result(60)
         assert uplink_of(house).cut is None
+
+
+@LINUX
+def test_what_another_machine_polls_says_nothing_here(house: House, machines: Machines, gateway: Gateway) -> None:
+    """Or most that this one polls could fall silent, and be fewer than half."""
+    with healthy(house, gateway, 3600):
+        poller, rest = house.poller("m1"), {*NAMES} - {"m1"}
+        poller.rest()
+        assert uplink_of(house)._machines == rest
+        poller.poll_now().result(60)    # as one that was on its way, or that somebody asked for
+        wait_for(lambda: uplink_of(house)._machines == rest)
+        poller._alone = True    # for nothing is heard of the others
+        poller._report(Verdict("healthy"), 0.0)
+        assert uplink_of(house)._machines == {*NAMES}
+        poller.adopt(Found(1, "", poller.standing, lease_clock(), 60.0, 0.0))
+        assert uplink_of(house)._machines == rest
 
 
 @LINUX
