@@ -9842,12 +9842,17 @@ class ResourceLease:
             if not counted:
                 self.outage.forget()
 
+    def _leave_to_others(self) -> None:
+        """That it does not answer says no more of whether this machine gets through; while it is cut off, it does."""
+        self._alone = False
+        if not self._context.uplink.cut:
+            self.outage.forget()
+
     def rest(self) -> None:
         """Leaves it to another machine from now on, whose results take their time."""
         with self._lock:
-            self.rests, self.news.waits, self._alone = True, None, False
-            if not self._context.uplink.cut:
-                self.outage.forget()
+            self.rests, self.news.waits = True, None
+            self._leave_to_others()
             if self.standing.state != "unknown" and lease_clock() < self.expires_mono:
                 self.expires_mono += TAKE_OVER - self._spare
                 self._spare = TAKE_OVER
@@ -9859,9 +9864,7 @@ class ResourceLease:
         with self._lock:
             left = found.found_mono + found.counts - lease_clock()
             if self._alone and left > 0:
-                self._alone = False
-                if not self._context.uplink.cut:
-                    self.outage.forget()
+                self._leave_to_others()
             if self._stopped or found.found_mono <= self._found_mono or not (
                     self.rests or not self.target.settings.is_asked):
                 return
@@ -10045,8 +10048,8 @@ class Poller(ResourceLease, threading.Thread):
             if verdict.cause != "stale":
                 self._found_mono, self._spare = report.made_mono, 0.0
             report = self.news.weigh(report)
-            if self.rests and not self._alone and not self._context.uplink.cut:
-                self.outage.forget()    # another one polls it: what this machine found says nothing of it for long
+            if self.rests and not self._alone:
+                self._leave_to_others()
         if not stopped and not (self.rests and verdict.cause == "stale"):   # that another one writes, or lives no more
             self._context.recorder.put(report)
         return report

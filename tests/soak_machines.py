@@ -302,4 +302,3 @@ def soak() -> list[str]:
         without_database(house, "the database", postgres, "abc")
         silent(house, postgres)
     return house.wrong
-
