@@ -70,23 +70,6 @@ def command(inventory: Path, *arguments: str, program: Path = PROGRAM) -> list[s
     return [sys.executable, str(program), "--inventory", str(inventory), *arguments]
 
 
-def run(
-    inventory: Path, *arguments: str, env: Mapping[str, str] | None = None, timeout: float = 120
-) -> subprocess.CompletedProcess[str]:
-    """One command, run to its end; it never prints a traceback."""
-    done = subprocess.run(
-        command(inventory, *arguments),
-        capture_output=True,
-        encoding="utf-8",
-        env=environment(env),
-        stdin=subprocess.DEVNULL,
-        timeout=timeout,
-        check=False,
-    )
-    assert "Traceback" not in done.stdout + done.stderr, done.stdout + done.stderr
-    return done
-
-
 def write_inventory(folder: Path, resources: str = "", service: str = "", name: str = "inventory.yaml") -> Path:
     """An inventory on free loopback ports; `resources` and `service` are YAML, each line indented by two spaces.
 
@@ -120,28 +103,56 @@ def fresh_processes() -> Any:
     return context
 
 
-def _main(arguments: list[str], output: str, unprivileged: bool) -> None:
-    with open(output, "w", encoding="utf-8") as sink:
-        os.dup2(sink.fileno(), 1)
-        os.dup2(sink.fileno(), 2)
-    with quick_workers(), without_root_rights() if unprivileged else contextlib.nullcontext():
+def _main(arguments: list[str], folder: str, environ: dict[str, str], outputs: list[str], unprivileged: bool) -> None:
+    """The life of a command of `run`."""
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ.update(environ)
+    for number, path in zip((1, 2), outputs, strict=True):
+        with open(path, "a", encoding="utf-8") as sink:
+            os.dup2(sink.fileno(), number)
+    with quick_workers(), few_rounds(), without_root_rights() if unprivileged else contextlib.nullcontext():
         sys.exit(healthchecker.main(arguments))
 
 
+def _run(
+    arguments: tuple[str, ...], outputs: list[Path], *,
+    env: Mapping[str, str] | None = None, timeout: float = 120, unprivileged: bool = False
+) -> int:
+    """Exit code of a command in a process of `fresh_processes`; it never prints a traceback."""
+    for path in outputs:
+        path.touch()
+    given = (list(arguments), os.getcwd(), environment(env), [str(path) for path in outputs], unprivileged)
+    process = fresh_processes().Process(target=_main, args=given)
+    process.start()
+    process.join(timeout)
+    code = process.exitcode
+    process.kill()
+    process.join()
+    said = "".join(path.read_text(encoding="utf-8") for path in outputs)
+    assert code is not None, f"it did not end within {timeout} s: {said}"
+    assert "Traceback" not in said, said
+    return int(code)
+
+
+def run(
+    inventory: Path, *arguments: str, env: Mapping[str, str] | None = None, timeout: float = 120
+) -> subprocess.CompletedProcess[str]:
+    """One command, run to its end."""
+    with tempfile.TemporaryDirectory() as folder:
+        outputs = [Path(folder) / name for name in ("stdout", "stderr")]
+        code = _run(("--inventory", str(inventory), *arguments), outputs, env=env, timeout=timeout)
+        return subprocess.CompletedProcess(list(arguments), code, *(path.read_text(encoding="utf-8") for path in outputs))
+
+
 def run_cheaply(*arguments: str, unprivileged: bool = False) -> tuple[int, str]:
-    """Exit code and output of a command in a process of `fresh_processes`, for tables of many.
+    """Exit code and output, both streams, of a command whose arguments are given whole.
 
     `unprivileged`: without root's rights over files."""
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "output"
-        process = fresh_processes().Process(target=_main, args=(list(arguments), str(output), unprivileged))
-        process.start()
-        process.join(120)
-        process.kill()
-        process.join()
-        text = output.read_text(encoding="utf-8")
-        assert "Traceback" not in text, text
-        return process.exitcode, text
+        code = _run(arguments, [output, output], unprivileged=unprivileged)
+        return code, output.read_text(encoding="utf-8")
 
 
 @functools.cache
