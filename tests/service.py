@@ -142,7 +142,8 @@ def run(
     with tempfile.TemporaryDirectory() as folder:
         outputs = [Path(folder) / name for name in ("stdout", "stderr")]
         code = _run(("--inventory", str(inventory), *arguments), outputs, env=env, timeout=timeout)
-        return subprocess.CompletedProcess(list(arguments), code, *(path.read_text(encoding="utf-8") for path in outputs))
+        said = (path.read_text(encoding="utf-8") for path in outputs)
+        return subprocess.CompletedProcess(list(arguments), code, *said)
 
 
 def run_cheaply(*arguments: str, unprivileged: bool = False) -> tuple[int, str]:
