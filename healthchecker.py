@@ -3372,8 +3372,8 @@ class Store:
 # === Import ==================================================================
 # The rows follow the inventory. In come an Inventory and a Vault, out go rows and, for pollers, Targets with their
 # secrets opened. Within the transaction of whoever calls: a start, a reload, a change by the console.
-# Gives: Changes, import_inventory, keeping_word, load_targets, named_by, open_sealed, open_stated, open_url,
-# open_vault, rename_row, reseal, sealed_tokens, Target, target_of, update_row
+# Gives: Changes, forget_behind, import_inventory, keeping_word, load_targets, named_by, open_sealed, open_stated,
+# open_url, open_vault, rename_row, reseal, sealed_tokens, Target, target_of, update_row
 class Changes(NamedTuple):
     """Names of resources by what an import does to them."""
 
@@ -3513,6 +3513,21 @@ def named_by(session: Session, name: str) -> str:
             settings = row.parsed_settings
             names |= {row.name} if name in (*settings.depends_on, *settings.hops) else set()
     return f"stays while it is named by {', '.join(sorted(names))}" if names else ""
+
+
+def forget_behind(session: Session, name: str) -> Iterator[str]:
+    """Drops the passwords of what was added through the API and leads through a resource that became another one, for
+    they were not meant for where that leads; gives their names. Those of the inventory lead through its own alone."""
+    rows = list(session.scalars(sqlalchemy.select(Resource).where(Resource.origin == "api")))
+    ways = {row.name: ((row.way or ("",))[0] or "").split(",") for row in rows}
+    behind, before = {name}, set[str]()
+    while behind != before:
+        before = {*behind}
+        behind |= {one for one, hops in ways.items() if name in hops or hops[0] in before}
+    for row in rows:
+        if row.name in behind - {name} and row.password:
+            row.password = None
+            yield row.name
 
 
 def rename_chosen(session: Session, old: str, new: str) -> None:
@@ -3701,7 +3716,7 @@ def target_of(row: Resource, vault: Vault, known: Target | None = None) -> Targe
             kind: SecretStr(vault.open(token, *binding(kind, row)))
             for kind in SECRETS if (token := getattr(row, kind))})
         if lacks_password(row, settings):
-            fault = "credential", f"{row.name}: its password went with a lost key; write it again"
+            fault = "credential", f"{row.name}: its password is gone, with a lost key or a bastion; write it again"
     except SecretError as error:
         fault = "credential", f"{row.name}: {error}"
     except StorageError as error:
@@ -4916,7 +4931,7 @@ class SshConnection(SshLogin):
         """The bastions on the way, as they are now. Raises ProbeError."""
         chain: list[SshConnection] = []
         for hop in self._settings.hops:
-            bastion = self._context.watched.get(hop) or self._bastions.get(hop)
+            bastion = self._bastions.get(hop) or self._context.watched.get(hop)     # an address is no resource's name
             if not isinstance(bastion, SshConnection) or hop in behind:
                 if hop not in behind:       # perhaps not yet, or not any more
                     raise ProbeError("unreachable", f"bastion {hop}: there is no such resource; correct proxy_jump")
@@ -13415,6 +13430,13 @@ def apply_settings(context: ConsoleContext, row: Resource, body: Mapping[str, An
         raise field_errors({"password": str(error)}) from error
 
 
+def note_other_way(who: Principal, session: Session, name: str) -> None:
+    """A resource is new, or somewhere else: who typed the passwords of what it leads to did not mean that."""
+    for other in forget_behind(session, name):
+        who.note(session, f"its password has to be written again: the way leads through {name}, which is another now",
+                 other)
+
+
 def add_resource(who: Principal, body: Mapping[str, Any], form: Document | None = None) -> ResourceView:
     """Adds a resource; it is watched at once."""
     row = Resource(origin="api")
@@ -13434,6 +13456,7 @@ def add_resource(who: Principal, body: Mapping[str, Any], form: Document | None 
             session.flush()
         session.merge(row)
         who.note(session, "added", row.name)
+        note_other_way(who, session, row.name)
     return show_resource(who, row.name)
 
 
@@ -13444,10 +13467,11 @@ def names_taken(who: Principal, session: Session) -> set[str]:
 
 
 def change_resource(who: Principal, name: str, body: Mapping[str, Any], form: Document | None = None) -> ResourceView:
-    """Changes what is given; null stands for the default. Another host, port or username needs the password again."""
+    """Changes what is given; null stands for the default. Another host, port or username needs the password again; so
+    do others that lead through it."""
     with who.context.store.writing() as session:
         row, inventory = changeable(who, session, name), who.context.imported
-        before = stated(row, inventory)
+        before, place = stated(row, inventory), (row.name, row.hostname, row.port, row.way)
         if body.get("name", name) != name and (new := SettingsReader(inventory, form).read(body, before).name) != name:
             if why := "is taken" if new in names_taken(who, session) else named_by(session, name):
                 raise ApiError(f"{name} cannot be called {new}", 409, {"name": why})
@@ -13456,6 +13480,8 @@ def change_resource(who: Principal, name: str, body: Mapping[str, Any], form: Do
             name, before = new, {**before, "name": new}
         with keeping_word(session, row):
             changed = apply_settings(who.context, row, body, form)
+        if place != (row.name, row.hostname, row.port, row.way):
+            note_other_way(who, session, name)
         if changed:
             after = stated(row, inventory)
             fields = {field for field in before.keys() | after.keys() if before.get(field) != after.get(field)}
