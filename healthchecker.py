@@ -111,7 +111,7 @@ import graphlib
 import gzip
 import hashlib
 import hmac
-import http
+import http.client
 import importlib.util
 import inspect
 import io
@@ -7125,6 +7125,7 @@ def windows_endpoint(settings: ResourceSettings) -> str:
 # Gives: found_sample, HttpConnection, NameConnection, PortConnection, PushConnection
 BODY_BYTES = 1 << 19            # bytes of an answer that are looked at
 QUOTED_CHARS = 80               # characters of what was sent that a reason shows
+INTERIM_ANSWERS = 32            # that may come before the one that counts
 REDIRECTS = (301, 302, 303, 307, 308)
 # What only the origin of the inventory is sent or known by.
 OWN: Mapping[str, Any] = {"username": None, "password": None, "headers": {}, "certificate_file": None, "key_file": None,
@@ -7212,6 +7213,18 @@ class HttpAnswer(NamedTuple):
     body: bytes     # BODY_BYTES at least, where there are more
 
 
+class FinalResponse(http.client.HTTPResponse):
+    """Reads away what comes before the answer itself, not only a 100 (RFC 9110, 15.2)."""
+
+    def _read_status(self) -> tuple[str, int, str]:
+        for _ in range(INTERIM_ANSWERS):
+            found = super()._read_status()      # type: ignore[misc]  # the stubs lack it
+            if found[1] >= 200 or found[1] == http.HTTPStatus.SWITCHING_PROTOCOLS:
+                return cast("tuple[str, int, str]", found)
+            http.client.parse_headers(self.fp)
+        raise http.client.HTTPException(f"more than {INTERIM_ANSWERS} answers came before the last one")
+
+
 class HttpConnection(ProtocolConnection):
     """A URL; redirects are followed as far as the inventory says, and no proxy is ever asked."""
 
@@ -7270,7 +7283,7 @@ class HttpConnection(ProtocolConnection):
         """One request over an open connection. Raises ProbeError."""
         url = read_url(self._settings.url or "")
         connection = urllib3.connection.HTTPConnection(url.host, url.port)
-        connection.sock, connection.auto_open = opened, 0
+        connection.sock, connection.auto_open, connection.response_class = opened, 0, FinalResponse
         headers = self._headers(url)
         try:
             connection.request(method, url.target, headers=headers, preload_content=False, decode_content=False)
@@ -7284,7 +7297,9 @@ class HttpConnection(ProtocolConnection):
         except ConnectionError as error:
             raise ProbeError("unreachable", "the host closed the connection before it answered") from error
         except Exception as error:      # whatever a host's bytes make urllib3 and http.client raise
-            raise AnswerError("protocol", f"the answer is not whole, or not HTTP ({type(error).__name__})") from error
+            is_clear = type(error) in (http.client.HTTPException, http.client.LineTooLong)  # no word of the host's
+            raise AnswerError("protocol", f"the answer cannot be read: {error}" if is_clear else
+                              f"the answer is not whole, or not HTTP ({type(error).__name__})") from error
 
     def _headers(self, url: Url) -> dict[str, str]:
         """Raises ProbeError."""
