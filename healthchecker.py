@@ -93,6 +93,7 @@ import argparse
 import base64
 import binascii
 import bisect
+import codecs
 import collections
 import concurrent.futures
 import contextlib
@@ -5771,8 +5772,8 @@ LABELS_MAX = 64                 # labels of a check that are kept, of 100 charac
 # A word of performance data, 'label'=value[UOM];warn;crit;min;max, else anything up to the next word. Each part has a
 # longest length, or a long line would take a second.
 PERFORMANCE = re.compile(
-    r"(?:'((?:[^'\n]|''){1,100})'|([^\s=']{1,100}))=(-?(?:[0-9]{1,18}(?:\.[0-9]{0,18})?|\.[0-9]{1,18}))"
-    r"[^\W\d_]{0,9}%?(?:;\S*)?(?!\S)|'(?:[^'\n]|'')*(?:'\S*|(?=\n)|\Z)|\S+")
+    r"(?:'((?:[^'\n]|''){1,100})'|([^\s=']{1,100}))=(-?(?:[0-9]{1,18}(?:\.[0-9]{0,18})?|\.[0-9]{1,18})"
+    r"(?:[eE][+-]?[0-9]{1,3})?)[^\W\d_]{0,9}%?(?:;\S*)?(?!\S)|'(?:[^'\n]|'')*(?:'\S*|(?=\n)|\Z)|\S+")
 
 
 @dataclass(frozen=True)
@@ -5810,7 +5811,7 @@ def by_nagios(status: int, text: str) -> Outcome:
     more, _, rest = after.partition("|")
     found: dict[str, float] = {}
     for quoted, plain, value in PERFORMANCE.findall(f"{data}\n{rest}") if 0 <= status <= 3 else ():
-        if value and len(found) < LABELS_MAX:
+        if value and abs(float(value)) < 1e18 and len(found) < LABELS_MAX:
             found.setdefault(quoted.replace("''", "'") or plain, float(value))
     told = by_status(status, f"{shown.strip()}\n{more}".strip())
     return Outcome(status in (0, 1, 3), told.text, status in (1, 3), found)
@@ -7141,7 +7142,7 @@ def quoted(said: str | bytes) -> str:
 def value_at(body: bytes, path: str) -> str | None:
     """The value of a JSON text at a path of names and indices, as YAML would write it; None where there is none."""
     try:
-        value = from_json(body)
+        value = from_json(body.removeprefix(codecs.BOM_UTF8))
         for part in path.split("."):
             value = value[int(part)] if isinstance(value, list) and part.isdecimal() else value[part]
         return value if isinstance(value, str) else json.dumps(value)
@@ -7291,7 +7292,8 @@ class HttpConnection(ProtocolConnection):
             while len(body) < BODY_BYTES and (chunk := answer.read(READ_BYTES)):
                 body += chunk
             location, encoding = (answer.headers.get(name, "") for name in ("Location", "Content-Encoding"))
-            return HttpAnswer(answer.status, location, encoding, body)
+            location = re.sub(r"[ \x80-\xff]", lambda raw: f"%{ord(raw[0]):02X}", location)     # as browsers send it
+            return HttpAnswer(answer.status, location, encoding.lower(), body)
         except ProbeError:
             raise
         except ConnectionError as error:

@@ -266,6 +266,16 @@ def test_an_answer_that_others_come_before(before: bytes, folder: Path) -> None:
         assert outcome(asker) == ("healthy", "", "")
 
 
+@pytest.mark.parametrize("answered", [
+    answer(b'\xef\xbb\xbf{"a": "z"}'), answer(b'{"a": "z"}', "Content-Encoding: Identity"),
+])  # fmt: skip
+def test_an_answer_in_another_way_of_writing(answered: bytes, folder: Path) -> None:
+    """A mark before the JSON, which a reader may ignore (RFC 8259, 8.1); capitals, which mean nothing there."""
+    with Server(answers(answered)) as server:
+        asker = Asker(folder, platform="http", url=server.origin, expect={"json": {"a": "z"}})
+        assert outcome(asker) == ("healthy", "", "")
+
+
 def test_an_answer_that_is_late(folder: Path) -> None:
     def slow(_request: str) -> bytes:
         time.sleep(0.3)
@@ -470,6 +480,16 @@ def test_a_redirect_to_what_is_no_url(location: str, folder: Path) -> None:
     with Server(answers(leads(location))) as server:
         assert outcome(Asker(folder, platform="http", url=server.origin, redirects=3))[1] == "protocol"
     assert len(server.requests) == 1
+
+
+@pytest.mark.parametrize(("location", "target"), [
+    ("/\u00fcber \u2603?a=b c", "/%C3%BCber%20%E2%98%83?a=b%20c"), ("/%C3%BC%20?a=%2F&b=[1]", "/%C3%BC%20?a=%2F&b=[1]"),
+])  # fmt: skip
+def test_a_redirect_in_other_characters(location: str, target: str, folder: Path) -> None:
+    """Raw ones go as browsers send them; what is written as it should be stays."""
+    with Server(answers(leads(location), GOOD)) as server:
+        assert outcome(Asker(folder, platform="http", url=server.origin, redirects=1))[0] == "healthy"
+        assert server.requests[1].startswith(f"GET {target} HTTP/1.1\r\n")
 
 
 def test_no_secret_follows_a_redirect_to_another_origin(folder: Path, certificate: Certificate) -> None:
