@@ -12500,8 +12500,9 @@ def validated(model: type[M], body: Mapping[str, Any], *, text: bool = False) ->
 
 
 def shared_defaults(inventory: Inventory) -> dict[str, Any]:
-    """The defaults of the inventory for what is added here: its secrets go to no other hosts than its own."""
-    return {name: value for name, value in inventory.defaults.items() if name not in INVENTORY_ONLY}
+    """The defaults of the inventory for what is added here: its secrets, which headers may be, go to no other hosts
+    than its own."""
+    return {name: value for name, value in inventory.defaults.items() if name not in {*INVENTORY_ONLY, "headers"}}
 
 
 class SettingsReader(InventoryLoader):
@@ -13307,8 +13308,9 @@ def connection_view(context: ConsoleContext, name: str) -> ConnectionView | None
                           found_dead=connection.found_dead)
 
 
-def resource_view(row: Resource, status: Status | None, context: ConsoleContext, more: Remarks) -> ResourceView:
+def resource_view(row: Resource, status: Status | None, who: Principal, more: Remarks) -> ResourceView:
     """A resource as the API shows it; of a row that cannot be read as much as there is, and that it is damaged."""
+    context = who.context
     work, seen = more.maintenance.get(row.name), more.seen.get(row.name)
     known = current_status(row, status, context)
     shown: dict[str, Any] = {
@@ -13321,7 +13323,10 @@ def resource_view(row: Resource, status: Status | None, context: ConsoleContext,
         "acknowledgement": SeenView.model_validate(seen, from_attributes=True) if seen else None,
         **{name: getattr(known, name) for name in ("state", "cause", "reason", "seconds")}}
     try:
-        return ResourceView.model_validate(from_json(row.settings) | shown | {"sample": from_json(known.sample)})
+        settings = from_json(row.settings)
+        if not who.may("admin"):    # some are keys
+            settings["headers"] = dict.fromkeys(settings.get("headers", ()), "***")
+        return ResourceView.model_validate(settings | shown | {"sample": from_json(known.sample)})
     except (ValueError, TypeError):
         return ResourceView.model_construct(
             **shown | {"state": "unhealthy", "cause": "protocol", "reason": DAMAGED, "sample": None})
@@ -13339,7 +13344,7 @@ def list_resources(who: Principal) -> list[ResourceView]:
     """All resources, by name."""
     with who.context.store.reading() as session:
         rows, more = session.execute(RESOURCES.order_by(Resource.name)), remarks(session, who.context.clock())
-        return [resource_view(row, status, who.context, more) for row, status in rows]
+        return [resource_view(row, status, who, more) for row, status in rows]
 
 
 def list_groups(who: Principal) -> list[GroupState]:
@@ -13421,7 +13426,7 @@ def show_resource(who: Principal, name: str) -> ResourceView:
     """One resource."""
     with who.context.store.reading() as session:
         row = find_resource(session, name)
-        return resource_view(row, session.get(Status, row.id), who.context, remarks(session, who.context.clock()))
+        return resource_view(row, session.get(Status, row.id), who, remarks(session, who.context.clock()))
 
 
 def apply_settings(context: ConsoleContext, row: Resource, body: Mapping[str, Any], form: Document | None) -> bool:
