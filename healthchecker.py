@@ -93,6 +93,7 @@ import argparse
 import base64
 import binascii
 import bisect
+import codecs
 import collections
 import concurrent.futures
 import contextlib
@@ -111,7 +112,7 @@ import graphlib
 import gzip
 import hashlib
 import hmac
-import http
+import http.client
 import importlib.util
 import inspect
 import io
@@ -3372,8 +3373,8 @@ class Store:
 # === Import ==================================================================
 # The rows follow the inventory. In come an Inventory and a Vault, out go rows and, for pollers, Targets with their
 # secrets opened. Within the transaction of whoever calls: a start, a reload, a change by the console.
-# Gives: Changes, import_inventory, keeping_word, load_targets, named_by, open_sealed, open_stated, open_url,
-# open_vault, rename_row, reseal, sealed_tokens, Target, target_of, update_row
+# Gives: Changes, forget_behind, import_inventory, keeping_word, load_targets, named_by, open_sealed, open_stated,
+# open_url, open_vault, rename_row, reseal, sealed_tokens, Target, target_of, update_row
 class Changes(NamedTuple):
     """Names of resources by what an import does to them."""
 
@@ -3513,6 +3514,21 @@ def named_by(session: Session, name: str) -> str:
             settings = row.parsed_settings
             names |= {row.name} if name in (*settings.depends_on, *settings.hops) else set()
     return f"stays while it is named by {', '.join(sorted(names))}" if names else ""
+
+
+def forget_behind(session: Session, name: str) -> Iterator[str]:
+    """Drops the passwords of what was added through the API and leads through a resource that became another one, for
+    they were not meant for where that leads; gives their names. Those of the inventory lead through its own alone."""
+    rows = list(session.scalars(sqlalchemy.select(Resource).where(Resource.origin == "api")))
+    ways = {row.name: ((row.way or ("",))[0] or "").split(",") for row in rows}
+    behind, before = {name}, set[str]()
+    while behind != before:
+        before = {*behind}
+        behind |= {one for one, hops in ways.items() if name in hops or hops[0] in before}
+    for row in rows:
+        if row.name in behind - {name} and row.password:
+            row.password = None
+            yield row.name
 
 
 def rename_chosen(session: Session, old: str, new: str) -> None:
@@ -3701,7 +3717,7 @@ def target_of(row: Resource, vault: Vault, known: Target | None = None) -> Targe
             kind: SecretStr(vault.open(token, *binding(kind, row)))
             for kind in SECRETS if (token := getattr(row, kind))})
         if lacks_password(row, settings):
-            fault = "credential", f"{row.name}: its password went with a lost key; write it again"
+            fault = "credential", f"{row.name}: its password is gone, with a lost key or a bastion; write it again"
     except SecretError as error:
         fault = "credential", f"{row.name}: {error}"
     except StorageError as error:
@@ -4916,7 +4932,7 @@ class SshConnection(SshLogin):
         """The bastions on the way, as they are now. Raises ProbeError."""
         chain: list[SshConnection] = []
         for hop in self._settings.hops:
-            bastion = self._context.watched.get(hop) or self._bastions.get(hop)
+            bastion = self._bastions.get(hop) or self._context.watched.get(hop)     # an address is no resource's name
             if not isinstance(bastion, SshConnection) or hop in behind:
                 if hop not in behind:       # perhaps not yet, or not any more
                     raise ProbeError("unreachable", f"bastion {hop}: there is no such resource; correct proxy_jump")
@@ -5756,8 +5772,8 @@ LABELS_MAX = 64                 # labels of a check that are kept, of 100 charac
 # A word of performance data, 'label'=value[UOM];warn;crit;min;max, else anything up to the next word. Each part has a
 # longest length, or a long line would take a second.
 PERFORMANCE = re.compile(
-    r"(?:'((?:[^'\n]|''){1,100})'|([^\s=']{1,100}))=(-?(?:[0-9]{1,18}(?:\.[0-9]{0,18})?|\.[0-9]{1,18}))"
-    r"[^\W\d_]{0,9}%?(?:;\S*)?(?!\S)|'(?:[^'\n]|'')*(?:'\S*|(?=\n)|\Z)|\S+")
+    r"(?:'((?:[^'\n]|''){1,100})'|([^\s=']{1,100}))=(-?(?:[0-9]{1,18}(?:\.[0-9]{0,18})?|\.[0-9]{1,18})"
+    r"(?:[eE][+-]?[0-9]{1,3})?)[^\W\d_]{0,9}%?(?:;\S*)?(?!\S)|'(?:[^'\n]|'')*(?:'\S*|(?=\n)|\Z)|\S+")
 
 
 @dataclass(frozen=True)
@@ -5795,7 +5811,7 @@ def by_nagios(status: int, text: str) -> Outcome:
     more, _, rest = after.partition("|")
     found: dict[str, float] = {}
     for quoted, plain, value in PERFORMANCE.findall(f"{data}\n{rest}") if 0 <= status <= 3 else ():
-        if value and len(found) < LABELS_MAX:
+        if value and abs(float(value)) < 1e18 and len(found) < LABELS_MAX:
             found.setdefault(quoted.replace("''", "'") or plain, float(value))
     told = by_status(status, f"{shown.strip()}\n{more}".strip())
     return Outcome(status in (0, 1, 3), told.text, status in (1, 3), found)
@@ -7110,6 +7126,7 @@ def windows_endpoint(settings: ResourceSettings) -> str:
 # Gives: found_sample, HttpConnection, NameConnection, PortConnection, PushConnection
 BODY_BYTES = 1 << 19            # bytes of an answer that are looked at
 QUOTED_CHARS = 80               # characters of what was sent that a reason shows
+INTERIM_ANSWERS = 32            # that may come before the one that counts
 REDIRECTS = (301, 302, 303, 307, 308)
 # What only the origin of the inventory is sent or known by.
 OWN: Mapping[str, Any] = {"username": None, "password": None, "headers": {}, "certificate_file": None, "key_file": None,
@@ -7125,7 +7142,7 @@ def quoted(said: str | bytes) -> str:
 def value_at(body: bytes, path: str) -> str | None:
     """The value of a JSON text at a path of names and indices, as YAML would write it; None where there is none."""
     try:
-        value = from_json(body)
+        value = from_json(body.removeprefix(codecs.BOM_UTF8))
         for part in path.split("."):
             value = value[int(part)] if isinstance(value, list) and part.isdecimal() else value[part]
         return value if isinstance(value, str) else json.dumps(value)
@@ -7197,6 +7214,18 @@ class HttpAnswer(NamedTuple):
     body: bytes     # BODY_BYTES at least, where there are more
 
 
+class FinalResponse(http.client.HTTPResponse):
+    """Reads away what comes before the answer itself, not only a 100 (RFC 9110, 15.2)."""
+
+    def _read_status(self) -> tuple[str, int, str]:
+        for _ in range(INTERIM_ANSWERS):
+            found = super()._read_status()      # type: ignore[misc]  # the stubs lack it
+            if found[1] >= 200 or found[1] == http.HTTPStatus.SWITCHING_PROTOCOLS:
+                return cast("tuple[str, int, str]", found)
+            http.client.parse_headers(self.fp)
+        raise http.client.HTTPException(f"more than {INTERIM_ANSWERS} answers came before the last one")
+
+
 class HttpConnection(ProtocolConnection):
     """A URL; redirects are followed as far as the inventory says, and no proxy is ever asked."""
 
@@ -7255,7 +7284,7 @@ class HttpConnection(ProtocolConnection):
         """One request over an open connection. Raises ProbeError."""
         url = read_url(self._settings.url or "")
         connection = urllib3.connection.HTTPConnection(url.host, url.port)
-        connection.sock, connection.auto_open = opened, 0
+        connection.sock, connection.auto_open, connection.response_class = opened, 0, FinalResponse
         headers = self._headers(url)
         try:
             connection.request(method, url.target, headers=headers, preload_content=False, decode_content=False)
@@ -7263,13 +7292,16 @@ class HttpConnection(ProtocolConnection):
             while len(body) < BODY_BYTES and (chunk := answer.read(READ_BYTES)):
                 body += chunk
             location, encoding = (answer.headers.get(name, "") for name in ("Location", "Content-Encoding"))
-            return HttpAnswer(answer.status, location, encoding, body)
+            location = re.sub(r"[ \x80-\xff]", lambda raw: f"%{ord(raw[0]):02X}", location)     # as browsers send it
+            return HttpAnswer(answer.status, location, encoding.lower(), body)
         except ProbeError:
             raise
         except ConnectionError as error:
             raise ProbeError("unreachable", "the host closed the connection before it answered") from error
         except Exception as error:      # whatever a host's bytes make urllib3 and http.client raise
-            raise AnswerError("protocol", f"the answer is not whole, or not HTTP ({type(error).__name__})") from error
+            is_clear = type(error) in (http.client.HTTPException, http.client.LineTooLong)  # no word of the host's
+            raise AnswerError("protocol", f"the answer cannot be read: {error}" if is_clear else
+                              f"the answer is not whole, or not HTTP ({type(error).__name__})") from error
 
     def _headers(self, url: Url) -> dict[str, str]:
         """Raises ProbeError."""
@@ -12468,8 +12500,9 @@ def validated(model: type[M], body: Mapping[str, Any], *, text: bool = False) ->
 
 
 def shared_defaults(inventory: Inventory) -> dict[str, Any]:
-    """The defaults of the inventory for what is added here: its secrets go to no other hosts than its own."""
-    return {name: value for name, value in inventory.defaults.items() if name not in INVENTORY_ONLY}
+    """The defaults of the inventory for what is added here: its secrets, which headers may be, go to no other hosts
+    than its own."""
+    return {name: value for name, value in inventory.defaults.items() if name not in {*INVENTORY_ONLY, "headers"}}
 
 
 class SettingsReader(InventoryLoader):
@@ -13275,8 +13308,9 @@ def connection_view(context: ConsoleContext, name: str) -> ConnectionView | None
                           found_dead=connection.found_dead)
 
 
-def resource_view(row: Resource, status: Status | None, context: ConsoleContext, more: Remarks) -> ResourceView:
+def resource_view(row: Resource, status: Status | None, who: Principal, more: Remarks) -> ResourceView:
     """A resource as the API shows it; of a row that cannot be read as much as there is, and that it is damaged."""
+    context = who.context
     work, seen = more.maintenance.get(row.name), more.seen.get(row.name)
     known = current_status(row, status, context)
     shown: dict[str, Any] = {
@@ -13289,7 +13323,10 @@ def resource_view(row: Resource, status: Status | None, context: ConsoleContext,
         "acknowledgement": SeenView.model_validate(seen, from_attributes=True) if seen else None,
         **{name: getattr(known, name) for name in ("state", "cause", "reason", "seconds")}}
     try:
-        return ResourceView.model_validate(from_json(row.settings) | shown | {"sample": from_json(known.sample)})
+        settings = from_json(row.settings)
+        if not who.may("admin"):    # some are keys
+            settings["headers"] = dict.fromkeys(settings.get("headers", ()), "***")
+        return ResourceView.model_validate(settings | shown | {"sample": from_json(known.sample)})
     except (ValueError, TypeError):
         return ResourceView.model_construct(
             **shown | {"state": "unhealthy", "cause": "protocol", "reason": DAMAGED, "sample": None})
@@ -13307,7 +13344,7 @@ def list_resources(who: Principal) -> list[ResourceView]:
     """All resources, by name."""
     with who.context.store.reading() as session:
         rows, more = session.execute(RESOURCES.order_by(Resource.name)), remarks(session, who.context.clock())
-        return [resource_view(row, status, who.context, more) for row, status in rows]
+        return [resource_view(row, status, who, more) for row, status in rows]
 
 
 def list_groups(who: Principal) -> list[GroupState]:
@@ -13389,7 +13426,7 @@ def show_resource(who: Principal, name: str) -> ResourceView:
     """One resource."""
     with who.context.store.reading() as session:
         row = find_resource(session, name)
-        return resource_view(row, session.get(Status, row.id), who.context, remarks(session, who.context.clock()))
+        return resource_view(row, session.get(Status, row.id), who, remarks(session, who.context.clock()))
 
 
 def apply_settings(context: ConsoleContext, row: Resource, body: Mapping[str, Any], form: Document | None) -> bool:
@@ -13415,6 +13452,13 @@ def apply_settings(context: ConsoleContext, row: Resource, body: Mapping[str, An
         raise field_errors({"password": str(error)}) from error
 
 
+def note_other_way(who: Principal, session: Session, name: str) -> None:
+    """A resource is new, or somewhere else: who typed the passwords of what it leads to did not mean that."""
+    for other in forget_behind(session, name):
+        who.note(session, f"its password has to be written again: the way leads through {name}, which is another now",
+                 other)
+
+
 def add_resource(who: Principal, body: Mapping[str, Any], form: Document | None = None) -> ResourceView:
     """Adds a resource; it is watched at once."""
     row = Resource(origin="api")
@@ -13434,6 +13478,7 @@ def add_resource(who: Principal, body: Mapping[str, Any], form: Document | None 
             session.flush()
         session.merge(row)
         who.note(session, "added", row.name)
+        note_other_way(who, session, row.name)
     return show_resource(who, row.name)
 
 
@@ -13444,10 +13489,11 @@ def names_taken(who: Principal, session: Session) -> set[str]:
 
 
 def change_resource(who: Principal, name: str, body: Mapping[str, Any], form: Document | None = None) -> ResourceView:
-    """Changes what is given; null stands for the default. Another host, port or username needs the password again."""
+    """Changes what is given; null stands for the default. Another host, port or username needs the password again; so
+    do others that lead through it."""
     with who.context.store.writing() as session:
         row, inventory = changeable(who, session, name), who.context.imported
-        before = stated(row, inventory)
+        before, place = stated(row, inventory), (row.name, row.hostname, row.port, row.way)
         if body.get("name", name) != name and (new := SettingsReader(inventory, form).read(body, before).name) != name:
             if why := "is taken" if new in names_taken(who, session) else named_by(session, name):
                 raise ApiError(f"{name} cannot be called {new}", 409, {"name": why})
@@ -13456,6 +13502,8 @@ def change_resource(who: Principal, name: str, body: Mapping[str, Any], form: Do
             name, before = new, {**before, "name": new}
         with keeping_word(session, row):
             changed = apply_settings(who.context, row, body, form)
+        if place != (row.name, row.hostname, row.port, row.way):
+            note_other_way(who, session, name)
         if changed:
             after = stated(row, inventory)
             fields = {field for field in before.keys() | after.keys() if before.get(field) != after.get(field)}

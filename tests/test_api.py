@@ -297,6 +297,18 @@ def test_defaults_of_the_inventory_count_here_too(tmp_path: Path) -> None:
         assert shown("PATCH", "resources/one", asked) == [7, 3, *added[2:]]
 
 
+def test_headers_of_the_inventory_stay_there(tmp_path: Path) -> None:
+    """Who names a URL here is sent none of its keys."""
+    stated = "  - {name: shop, platform: http, url: 'http://127.0.0.1:1/'}\n"
+    with local_console(tmp_path, stated, "\ndefaults: {headers: {x-api-key: of the inventory}}\n") as local:
+        local.log_in_as(NAME, "token")
+        assert local.api("GET", "resources/shop").json["headers"] == {"x-api-key": "of the inventory"}
+        body = {"name": "one", "platform": "http", "url": "http://127.0.0.1:1/", "critical": False}
+        assert local.api("POST", "resources", body).json["headers"] == {}
+        assert local.api("PATCH", "resources/one", {"headers": {"a": "b"}}).json["headers"] == {"a": "b"}
+        assert local.api("PATCH", "resources/one", {"headers": None}).json["headers"] == {}
+
+
 def test_defaults_that_were_taken_over_later(tmp_path: Path) -> None:
     """By whichever process: they count for what is added from then on, and for nothing that was stored before."""
     with local_console(tmp_path, "", "\ndefaults: {interval: 7}\n") as local:

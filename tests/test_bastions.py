@@ -400,6 +400,8 @@ def test_those_behind_a_bastion_follow_its_changes(tmp_path: Path) -> None:
         assert (change.status, "twice" in change.fields["proxy_jump"]) == (422, True)
         begun = len(second.log())
         assert local.api("PATCH", "resources/b1", row(second)).status == 200  # another address and credential
+        wait_for(lambda: shows("unhealthy", "write it again"))
+        assert local.api("PATCH", "resources/web", {"password": last.password}).status == 200
         wait_for(lambda: came_through(second, begun) and shows("healthy"))
         wait_for(lambda: local.api("GET", "resources/b1").json["trusted_key"])
         second.rekey()
@@ -408,6 +410,91 @@ def test_those_behind_a_bastion_follow_its_changes(tmp_path: Path) -> None:
         wait_for(lambda: shows("healthy"))
         assert local.api("DELETE", "resources/b1").status == 204
         wait_for(lambda: shows("unhealthy", "bastion b1: there is no such resource"))
+
+
+class Collector(Login):
+    """Lets everybody in, whatever is behind, and keeps what it is shown."""
+
+    def check_auth_password(self, username: str, password: str) -> int:
+        self.server.shown.append(password)  # type: ignore[attr-defined]
+        return common.AUTH_SUCCESSFUL
+
+    def check_channel_request(self, kind: str, chanid: int) -> int:
+        return common.OPEN_FAILED_ADMINISTRATIVELY_PROHIBITED
+
+    def check_channel_direct_tcpip_request(self, chanid: int, origin: Any, destination: Any) -> int:
+        return common.OPEN_SUCCEEDED
+
+
+class Trap(ParamikoSshd):
+    """A bastion that is itself each host behind it."""
+
+    login = Collector
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shown: list[str] = []
+
+    def prepare(self, transport: paramiko.Transport) -> None:
+        threading.Thread(target=self._stand_in, args=(transport,), daemon=True).start()
+
+    def _stand_in(self, transport: paramiko.Transport) -> None:
+        while transport.is_active() or not transport.is_alive():
+            if channel := transport.accept(0.1):
+                behind = paramiko.Transport(channel)  # type: ignore[arg-type]
+                behind.add_server_key(paramiko.PKey.from_path(self.folder / "host_ed25519"))
+                self.prepare(behind)
+                behind.start_server(event=threading.Event(), server=self.login(self, None))  # type: ignore[arg-type]
+            if self.closing.is_set():
+                return
+
+
+@pytest.mark.parametrize("how", ["moved", "removed", "renamed", "further on"])
+def test_no_password_goes_through_a_bastion_that_became_another(tmp_path: Path, how: str) -> None:
+    """Who typed it trusted the one before. Of those who lead elsewhere nothing is lost, nor by other changes."""
+    with Trap() as trap, ClosedPort() as closed, local_console(tmp_path) as local:
+        local.log_in()
+
+        def add(name: str, port: int, password: str, **more: str) -> None:
+            row = {"hostname": "127.0.0.1", "username": "monitor", "platform": "linux", "timeout": AMPLE}
+            reply = local.api("POST", "resources", {"name": name, "port": port, "password": password, **row, **more})
+            assert reply.status == 201, reply
+
+        first = "b0" if how == "further on" else "b1"
+        add(first, closed.port, "of a bastion")
+        if first == "b0":
+            add("b1", 22, "of the bastion behind", proxy_jump="b0")
+        add("b2", closed.port, "of another bastion")
+        add("db1", 22, "of the database", proxy_jump="b1")
+        add("db2", 22, "of another database", proxy_jump="b2")
+        assert local.api("PATCH", f"resources/{first}", {"interval": 30}).status == 200
+        assert local.api("GET", "resources/db1").json["has_secret"]
+        if how in ("removed", "renamed"):
+            assert local.api("DELETE", "resources/b1").status == 204
+            add("b1" if how == "removed" else "new", trap.port, "x")
+        change = {"name": "b1"} if how == "renamed" else {"port": trap.port, "password": "x"}
+        assert local.api("PATCH", f"resources/{'new' if how == 'renamed' else first}", change).status == 200
+        assert local.api("POST", f"resources/{first}/check").status == 200
+        found = local.api("POST", "resources/db1/check").json
+        assert set(trap.shown) == {"x"}
+        assert (found["cause"], "write it again" in found["reason"]) == ("credential", True)
+        kept = {row["name"]: row["has_secret"] for row in local.api("GET", "resources").json}
+        assert kept == {first: True, "b1": first == "b1", "b2": True, "db1": False, "db2": True}
+        said = [event["text"] for event in local.api("GET", "events?resource=db1&kind=change").json]
+        assert said[0] == f"its password has to be written again: the way leads through {first}, which is another now"
+
+
+@OPENSSH
+def test_an_address_on_the_way_is_no_resource(servers: tuple[Sshd, Sshd, Sshd], tmp_path: Path) -> None:
+    """Or whoever gives a resource that name takes over the way of others."""
+    first, _, last = servers
+    with Trap() as trap:
+        net = Net(tmp_path / "known", first, last)
+        way = hop(first, "nobody")
+        net.add(target(trap, name=way, password="x"))
+        answer = net.poll(behind(last, way))
+    assert answer.reason.startswith(f"bastion {way}: login as nobody refused")
+    assert not trap.shown
 
 
 @OPENSSH

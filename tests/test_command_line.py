@@ -613,7 +613,7 @@ def test_a_lost_key(
         texts = [event.text.partition(" sealed")[0] for event in healthchecker.events(session)]
         assert texts[0] == "secrets are" and "in place of a lost one" in texts[1] and texts[-1] == "before"
     with Service(path) as service:
-        service.wait_line("added: unknown -> unhealthy (credential: added: its password went with a lost key;")
+        service.wait_line("added: unknown -> unhealthy (credential: added: its password is gone, with a lost key")
 
 
 # --- trust ---------------------------------------------------------------------------------------------------

@@ -24,7 +24,10 @@ PERFORMANCE = {
     "OK | 'a b=5 c=6": {},
     "OK | 'a b'c=5 d=1": {"d": 1},
     "OK\n | 'a b=5\nc'=6 d=1": {"d": 1},
-    "OK | a=U b=nan c=inf d=1e5 e=0x10 f=1,5 g=1.2.3 h=- i=+1 j=": {},
+    "OK | a=U b=nan c=inf d=1e5x-1 e=0x10 f=1,5 g=1.2.3 h=- i=+1 j=": {},
+    "OK | size=1e+06B;2e6;3e6 b=1.5E-2s c=-1e3 d=1e e=1e+ f=1eB g=1e015": {
+        "size": 1e6, "b": 0.015, "c": -1e3, "d": 1, "f": 1, "g": 1e15},
+    "OK | a=1e99 b=999999999999999999e9 c=1e-99 d=1e999": {"c": 1e-99},
     "OK | a=1 a=2": {"a": 1},
     "OK | a =1 b= 2 c=3": {"c": 3},
     "OK | a=1\nlong text x=9\nmore | b=2\nc=3 d=4\n": {"a": 1, "b": 2, "c": 3, "d": 4},
@@ -65,7 +68,7 @@ def test_a_number_that_was_cut_is_none(tail: str) -> None:
         assert by_nagios(0, printed(text)).metrics == {"whole": 1.0}
 
 
-@given(st.integers(0, 3), st.text(), st.text() | st.text("'|= \n;%-.,0123456789ab\xb5U", max_size=300))
+@given(st.integers(0, 3), st.text(), st.text() | st.text("'|= \n;%-.,0123456789abeE+\xb5U", max_size=300))
 @example(0, "", "".join(f"l{n}=1 " for n in range(300)))
 def test_any_text_gives_numbers_within_bounds_or_none(status: int, text: str, data: str) -> None:
     found = by_nagios(status, printed(f"{text}|{data}")).metrics

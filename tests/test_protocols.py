@@ -234,7 +234,7 @@ UNEXPECTED: dict[str, tuple[bytes, dict[str, Any], str]] = {
     "status": (answer(b"", status="503 fine; check: ok"), {}, "expected status 200-299, came 503"),
     "several": (answer(b""), {"status": ["201", "300-399"]}, "expected status 201, 300-399, came 200"),
     "redirect": (leads("/login"), {}, 'expected status 200-299, came 302, which leads to "/login"'),
-    "early hint": (b"HTTP/1.1 103 Early Hints\r\n\r\n", {}, "came 103"),
+    "another protocol": (b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: x\r\n\r\n", {}, "came 101"),
     "text": (answer(b"all b\"ad\n"), {"contains": "all good"}, r'contains: expected "all good", came "all b\"ad\n"'),
     "long text": (answer(b"x" * 999), {"contains": "y"}, f'came "{"x" * 80}"…'),
     "nothing": (answer(b""), {"contains": "y"}, 'expected "y", came ""'),
@@ -257,6 +257,25 @@ def test_an_answer_that_is_not_as_expected(case: str, folder: Path) -> None:
     assert why in reason
 
 
+@pytest.mark.parametrize("before", [b"100 Continue", b"102 Processing", b"103 Early Hints", b"199 Whatever"])
+def test_an_answer_that_others_come_before(before: bytes, folder: Path) -> None:
+    """Interim responses say nothing of how it is (RFC 9110, 15.2)."""
+    interim = b"HTTP/1.1 " + before + b"\r\nLink: </style.css>; rel=preload\r\nContent-Length: 9\r\n\r\n"
+    with Server(answers(interim * 3 + GOOD)) as server:
+        asker = Asker(folder, platform="http", url=server.origin, expect={"contains": "ok"})
+        assert outcome(asker) == ("healthy", "", "")
+
+
+@pytest.mark.parametrize("answered", [
+    answer(b'\xef\xbb\xbf{"a": "z"}'), answer(b'{"a": "z"}', "Content-Encoding: Identity"),
+])  # fmt: skip
+def test_an_answer_in_another_way_of_writing(answered: bytes, folder: Path) -> None:
+    """A mark before the JSON, which a reader may ignore (RFC 8259, 8.1); capitals, which mean nothing there."""
+    with Server(answers(answered)) as server:
+        asker = Asker(folder, platform="http", url=server.origin, expect={"json": {"a": "z"}})
+        assert outcome(asker) == ("healthy", "", "")
+
+
 def test_an_answer_that_is_late(folder: Path) -> None:
     def slow(_request: str) -> bytes:
         time.sleep(0.3)
@@ -276,9 +295,13 @@ SPOILT: dict[str, tuple[Play, str, str]] = {
     "no answer": (says(b""), "unreachable", "closed the connection before it answered"),
     "half a body": (answers(b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nab"), "protocol", "not whole"),
     "bad chunk": (answers(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nx\r\n"), "protocol", "not whole"),
-    "long line": (says(ENDLESS_HEAD + b"A: " + b"b" * 70_000), "protocol", "not HTTP"),
-    "many headers": (says(ENDLESS_HEAD + b"A: b\r\n" * 200), "protocol", "not HTTP"),
-    "1xx for ever": (endless(b"", b"HTTP/1.1 100 Continue\r\n\r\n" * 1000), "protocol", "more than"),
+    "long line": (says(b"HTTP/1.1 200 " + b"b" * 70_000), "protocol", "cannot be read: got more than 65536 bytes"),
+    "many headers": (says(ENDLESS_HEAD + b"A: b\r\n" * 200), "protocol", "cannot be read: got more than 100 headers"),
+    "long header": (says(ENDLESS_HEAD + b"A: " + b"b" * 70_000), "protocol", "cannot be read: got more than 65536"),
+    "100 for ever": (endless(b"", b"HTTP/1.1 100 Continue\r\n\r\n" * 1000), "protocol", "more than 32 answers"),
+    "103 for ever": (endless(b"", b"HTTP/1.1 103 Early Hints\r\n\r\n" * 1000), "protocol", "more than 32 answers"),
+    "early hint alone": (says(b"HTTP/1.1 103 Early Hints\r\n\r\n"), "unreachable", "closed the connection"),
+    "endless early hint": (endless(b"HTTP/1.1 103 Early Hints\r\n", b"A: b\r\n" * 50), "protocol", "than 100 headers"),
     "endless head": (endless(ENDLESS_HEAD, b"A: " + b"b" * 60_000 + b"\r\n"), "protocol", ""),
     "endless chunks": (
         endless(ENDLESS_HEAD + b"Transfer-Encoding: chunked\r\n\r\n", b"1\r\nx\r\n" * 1000),
@@ -457,6 +480,16 @@ def test_a_redirect_to_what_is_no_url(location: str, folder: Path) -> None:
     with Server(answers(leads(location))) as server:
         assert outcome(Asker(folder, platform="http", url=server.origin, redirects=3))[1] == "protocol"
     assert len(server.requests) == 1
+
+
+@pytest.mark.parametrize(("location", "target"), [
+    ("/\u00fcber \u2603?a=b c", "/%C3%BCber%20%E2%98%83?a=b%20c"), ("/%C3%BC%20?a=%2F&b=[1]", "/%C3%BC%20?a=%2F&b=[1]"),
+])  # fmt: skip
+def test_a_redirect_in_other_characters(location: str, target: str, folder: Path) -> None:
+    """Raw ones go as browsers send them; what is written as it should be stays."""
+    with Server(answers(leads(location), GOOD)) as server:
+        assert outcome(Asker(folder, platform="http", url=server.origin, redirects=1))[0] == "healthy"
+        assert server.requests[1].startswith(f"GET {target} HTTP/1.1\r\n")
 
 
 def test_no_secret_follows_a_redirect_to_another_origin(folder: Path, certificate: Certificate) -> None:

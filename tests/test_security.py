@@ -414,6 +414,17 @@ def test_programs_need_no_origin(local: Local) -> None:
     assert local.log_in_as(ADMIN[0], "token").api("DELETE", "resources/one").status == 204
 
 
+def test_values_of_headers_are_for_admins(local: Local) -> None:
+    """Some services take their keys there; the names are no secret."""
+    shop = {"name": "shop", "platform": "http", "url": "http://127.0.0.1:1/", "headers": {"x-api-key": "a-key-of-it"}}
+    assert local.log_in(*ADMIN).api("POST", "resources", shop).status == 201
+    assert local.api("GET", "resources/shop").json["headers"] == shop["headers"]
+    for account in (local.log_in(*VIEWER), with_script(local, ADMIN[0], "viewer")):
+        assert account.api("GET", "resources/shop").json["headers"] == {"x-api-key": "***"}
+        for path in ("/-/api/resources", "/-/resources/shop", "/-/api/health", "/-/health"):
+            assert "a-key-of-it" not in account.ask("GET", path).body
+
+
 def with_script(local: Local, name: str, role: str) -> Local:
     """With an API token of this user."""
     with local.store.reading() as session:
