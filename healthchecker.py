@@ -11308,7 +11308,7 @@ class GateParser(HTTPRequestParser):    # type: ignore[misc]  # waitress carries
 #   the pool's  the task of requests[0] and what it writes, under outbuf_lock; of the loop only `touch`
 #   both        requests under requests_lock, waited_for and touched in single steps, counters under their lock
 # Another waitress fails first in tests/test_gate.py, which names every internal of it that is used here.
-# Gives: GateServer, BACKLOG, CONNECTIONS_MAX
+# Gives: GateServer, BACKLOG, BODY_TIME, CONNECTIONS_MAX, HEADER_TIME
 HEADER_TIME = 5.0               # seconds from the first byte of a request to the end of its headers
 BODY_TIME = 30.0                # seconds from there to the end of its body
 FIRST_BYTE = 15.0               # seconds until a new connection sends something
@@ -16231,20 +16231,46 @@ class ConsoleParser(GateParser):
         super().refuse(BadRequest(error.status))
 
 
+class ConsoleChannel(HTTPChannel):    # type: ignore[misc]  # waitress carries no types
+    """A client's connection: its requests have the times that the gate's have; of too many one that is not being
+    answered ends, those of nobody that the console answers first, then the oldest."""
+
+    parser_class = ConsoleParser
+    will_close: bool
+
+    def __init__(self, server: Any, sock: socket.socket, addr: Any, *arguments: Any, **named: Any) -> None:
+        super().__init__(server, sock, addr, *arguments, **named)
+        self.is_known = is_within(client_address({"REMOTE_ADDR": addr[0]}), server.known)
+        if len(self._map) > CONSOLE_CONNECTIONS:
+            channels = [one for one in self._map.values() if isinstance(one, ConsoleChannel)]
+            min((one for one in channels if not (one.requests or one.will_close)),
+                key=lambda one: one.is_known).will_close = True
+
+    def readable(self) -> bool:
+        """Asked by waitress's loop before each wait, of a second at most."""
+        request = self.request
+        if request and not self.requests and time.monotonic() - request.begun > (
+                BODY_TIME if request.headers_finished else HEADER_TIME):
+            self.will_close = True
+        return bool(super().readable())
+
+
 class ConsoleServer(threading.Thread):
     """The operators' door: plain waitress on sockets that are bound already."""
 
-    def __init__(self, app: WSGIApplication, sockets: Sequence[socket.socket]) -> None:
+    def __init__(self, app: WSGIApplication, sockets: Sequence[socket.socket], service: ServiceSettings) -> None:
         self._map: dict[int, Any] = {}      # waitress's: everything that its loop watches
         self._server = waitress.create_server(
             app, self._map, sockets=list(sockets), ident=None, clear_untrusted_proxy_headers=False,
             threads=8,      # some wait for polls or for their turn at the login
-            connection_limit=CONSOLE_CONNECTIONS, channel_timeout=30, cleanup_interval=5,
+            connection_limit=2 * CONSOLE_CONNECTIONS,   # never reached
+            channel_timeout=30, cleanup_interval=5,
             max_request_body_size=CONSOLE_BODY,
             asyncore_use_poll=hasattr(selectors, "PollSelector"))   # select takes 1,024 descriptors, all pollers' too
         self._doors = [one for one in self._map.values() if isinstance(one, TcpWSGIServer)]
         for door in self._doors:
-            door.channel_class = type("ConsoleChannel", (HTTPChannel,), {"parser_class": ConsoleParser})
+            door.channel_class = ConsoleChannel
+            door.known = tuple(map(ipaddress.ip_network, (*service.operators, *service.trusted_proxy)))
         super().__init__(target=self._server.run, name="console", daemon=True)
 
     def close(self) -> None:
@@ -17374,7 +17400,7 @@ def watch(installation: Installation, store: Store, console: Sequence[socket.soc
                                      counters=supervisor.counters)
             metrics = Metrics(ServingMetrics(aggregator.lease, supervisor.counters), store, service.metrics_token_file,
                               access, monitor)
-            server = ConsoleServer(build_console(context, metrics), console)
+            server = ConsoleServer(build_console(context, metrics), console, service)
             stack.enter_context(contextlib.closing(server)).start()
         notifier = Notifier(store, vault, functools.partial(service_problems, recorder), console_url(service), members)
         stack.enter_context(contextlib.closing(notifier)).start()
