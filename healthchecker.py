@@ -739,8 +739,8 @@ HostKey = Annotated[str, matching(r"strict|(([a-z0-9-]+) )?SHA256:[A-Za-z0-9+/]{
 SQLITE, POSTGRES = "sqlite:///", "postgresql+psycopg://"
 DATABASE_FORMS = f"must be {SQLITE}path or {POSTGRES}user@host/name"
 LIBPQ_FILES = ("sslrootcert", "sslcert", "sslkey", "sslcrl")
-LIBPQ = ("host", "port", "sslmode", *LIBPQ_FILES, "ssl_min_protocol_version", "channel_binding", "gssencmode",
-         "krbsrvname", "target_session_attrs", "load_balance_hosts")    # options of a URL of PostgreSQL
+LIBPQ = ("host", "port", "sslmode", *LIBPQ_FILES, "ssl_min_protocol_version", "channel_binding", "require_auth",
+         "gssencmode", "krbsrvname", "target_session_attrs", "load_balance_hosts")      # options of a URL of PostgreSQL
 ADDRESS = r"(\[[\w:.%]+\]|[\w.-]+):[0-9]{1,5}"
 Listen = Annotated[str, matching(ADDRESS, "must be address:port or [address]:port"), AfterValidator(port_of)]
 ConsoleListen = Annotated[str, matching("off|" + ADDRESS, "must be address:port, [address]:port or off"),
@@ -2810,6 +2810,8 @@ WRITE_LOCK = APPLICATION        # number of its lock that whoever writes holds
 CLAIM_INTERVAL = 2.0            # seconds between two signs of life of a service
 CLAIM_LIFE = 6.0                # seconds after which one of them does not count
 OLDEST_POSTGRES = 14
+REQUIRED = ("; have the server ask for the password by scram-sha-256, or write sslmode=verify-full or what it may ask "
+            "by, such as require_auth=md5, into service.database (with libpq 16 or newer)")
 NO_PSYCOPG = ("service.database needs psycopg 3: run `pip install \"psycopg[binary]>=3.3\"` in the environment of the "
               "service")
 
@@ -3151,7 +3153,8 @@ class Claim(threading.Thread):
 
 def plain_reason(error: BaseException) -> str:
     """What psycopg says, without the row and the statement that a server quotes: these stay out of every log."""
-    return one_line(getattr(getattr(error, "diag", None), "message_primary", None) or str(error))
+    reason = one_line(getattr(getattr(error, "diag", None), "message_primary", None) or str(error))
+    return reason + (REQUIRED if re.search("require_auth|authentication method requirement", reason) else "")
 
 
 class PostgresServer:
@@ -3196,6 +3199,8 @@ class PostgresServer:
             "tcp_user_timeout": int(ANSWER_TIMEOUT * 1000)}
         if self._password:
             options["password"] = self._password.get_secret_value()
+        if not str(options.get("sslmode")).startswith("verify-"):   # or anyone at its port could ask for the plain one
+            options.setdefault("require_auth", "scram-sha-256" if self._password else "!password,!md5")
         return self._psycopg_connect(**options)
 
     @contextlib.contextmanager
