@@ -1833,11 +1833,11 @@ def taken_variables() -> dict[str, str]:
     return {}
 
 
-def take_variable(name: str) -> None:
+def take_variable(name: str) -> str:
     """Takes a secret out of the environment, of what is started here and of what /proc shows of this process."""
     value = os.environ.get(name)
     if value is None:
-        return
+        return taken_variables().get(name, "")
     taken_variables()[name] = value
     if sys.platform != "win32":
         getenv = ctypes.CDLL(None).getenv
@@ -1845,6 +1845,7 @@ def take_variable(name: str) -> None:
         if place := getenv(os.fsencode(name)):
             ctypes.memset(place, 0, len(os.fsencode(value)))
     del os.environ[name]
+    return value
 
 
 def identities(path: Path) -> tuple[object, ...]:
@@ -17179,6 +17180,8 @@ def database_of(service: ServiceSettings) -> Database:
     password = service.database_password
     if password and password.get_secret_value().startswith(TOKEN_PREFIXES):
         password = SecretStr(Vault(service.keys).open(password.get_secret_value(), *service.database_binding))
+    elif not password:      # libpq would leave it to the application
+        password = SecretStr(take_variable("PGPASSWORD"))
     return PostgresServer(service.database, password)
 
 

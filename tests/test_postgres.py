@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import socket
 import struct
 import subprocess
@@ -32,12 +33,14 @@ from healthchecker import (
     Claim,
     InventoryError,
     PostgresServer,
+    ServiceSettings,
     Setting,
     SqliteFile,
     StorageError,
     Store,
     UsageError,
     User,
+    database_of,
     load_inventory,
     revise,
     revision,
@@ -160,11 +163,16 @@ def test_no_password_in_clear(asked: str, more: str, found: str, tmp_path: Path,
         assert not [word for word in told if word[:1] == b"p"]
 
 
-def test_what_the_url_says_of_passwords_counts() -> None:
+def test_what_the_url_says_of_passwords_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of libpq's environment is taken out of it, and comes along."""
+    monkeypatch.setenv("PGPASSWORD", "s3cret")
     with impostor(ASKED["cleartext"]) as (url, told):
-        with pytest.raises(StorageError):
-            PostgresServer(f"{url}?require_auth=password", SecretStr("s3cret")).inspect()
-    assert told == [b"p\0\0\0\x0bs3cret\0"]
+        for _ in range(2):      # the inventory may be read again
+            database = database_of(ServiceSettings(database=f"{url}?require_auth=password"))
+            with pytest.raises(StorageError):
+                database.inspect()
+    assert told == [b"p\0\0\0\x0bs3cret\0"] * 2
+    assert "PGPASSWORD" not in os.environ
 
 
 # --- from here on with a real server ---
