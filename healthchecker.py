@@ -740,8 +740,8 @@ HostKey = Annotated[str, matching(r"strict|(([a-z0-9-]+) )?SHA256:[A-Za-z0-9+/]{
 SQLITE, POSTGRES = "sqlite:///", "postgresql+psycopg://"
 DATABASE_FORMS = f"must be {SQLITE}path or {POSTGRES}user@host/name"
 LIBPQ_FILES = ("sslrootcert", "sslcert", "sslkey", "sslcrl")
-LIBPQ = ("host", "port", "sslmode", *LIBPQ_FILES, "ssl_min_protocol_version", "channel_binding", "gssencmode",
-         "krbsrvname", "target_session_attrs", "load_balance_hosts")    # options of a URL of PostgreSQL
+LIBPQ = ("host", "port", "sslmode", *LIBPQ_FILES, "ssl_min_protocol_version", "channel_binding", "require_auth",
+         "gssencmode", "krbsrvname", "target_session_attrs", "load_balance_hosts")      # options of a URL of PostgreSQL
 ADDRESS = r"(\[[\w:.%]+\]|[\w.-]+):[0-9]{1,5}"
 Listen = Annotated[str, matching(ADDRESS, "must be address:port or [address]:port"), AfterValidator(port_of)]
 ConsoleListen = Annotated[str, matching("off|" + ADDRESS, "must be address:port, [address]:port or off"),
@@ -1834,11 +1834,11 @@ def taken_variables() -> dict[str, str]:
     return {}
 
 
-def take_variable(name: str) -> None:
+def take_variable(name: str) -> str:
     """Takes a secret out of the environment, of what is started here and of what /proc shows of this process."""
     value = os.environ.get(name)
     if value is None:
-        return
+        return taken_variables().get(name, "")
     taken_variables()[name] = value
     if sys.platform != "win32":
         getenv = ctypes.CDLL(None).getenv
@@ -1846,6 +1846,7 @@ def take_variable(name: str) -> None:
         if place := getenv(os.fsencode(name)):
             ctypes.memset(place, 0, len(os.fsencode(value)))
     del os.environ[name]
+    return value
 
 
 def identities(path: Path) -> tuple[object, ...]:
@@ -2811,6 +2812,8 @@ WRITE_LOCK = APPLICATION        # number of its lock that whoever writes holds
 CLAIM_INTERVAL = 2.0            # seconds between two signs of life of a service
 CLAIM_LIFE = 6.0                # seconds after which one of them does not count
 OLDEST_POSTGRES = 14
+REQUIRED = ("; have the server ask for the password by scram-sha-256, or write sslmode=verify-full or what it may ask "
+            "by, such as require_auth=md5, into service.database (with libpq 16 or newer)")
 NO_PSYCOPG = ("service.database needs psycopg 3: run `pip install \"psycopg[binary]>=3.3\"` in the environment of the "
               "service")
 
@@ -3152,7 +3155,8 @@ class Claim(threading.Thread):
 
 def plain_reason(error: BaseException) -> str:
     """What psycopg says, without the row and the statement that a server quotes: these stay out of every log."""
-    return one_line(getattr(getattr(error, "diag", None), "message_primary", None) or str(error))
+    reason = one_line(getattr(getattr(error, "diag", None), "message_primary", None) or str(error))
+    return reason + (REQUIRED if re.search("require_auth|authentication method requirement", reason) else "")
 
 
 class PostgresServer:
@@ -3197,6 +3201,8 @@ class PostgresServer:
             "tcp_user_timeout": int(ANSWER_TIMEOUT * 1000)}
         if self._password:
             options["password"] = self._password.get_secret_value()
+        if not str(options.get("sslmode")).startswith("verify-"):   # or anyone at its port could ask for the plain one
+            options.setdefault("require_auth", "scram-sha-256" if self._password else "!password,!md5")
         return self._psycopg_connect(**options)
 
     @contextlib.contextmanager
@@ -11340,7 +11346,7 @@ class GateParser(HTTPRequestParser):    # type: ignore[misc]  # waitress carries
 #   the pool's  the task of requests[0] and what it writes, under outbuf_lock; of the loop only `touch`
 #   both        requests under requests_lock, waited_for and touched in single steps, counters under their lock
 # Another waitress fails first in tests/test_gate.py, which names every internal of it that is used here.
-# Gives: GateServer, BACKLOG, CONNECTIONS_MAX
+# Gives: GateServer, BACKLOG, BODY_TIME, CONNECTIONS_MAX, HEADER_TIME
 HEADER_TIME = 5.0               # seconds from the first byte of a request to the end of its headers
 BODY_TIME = 30.0                # seconds from there to the end of its body
 FIRST_BYTE = 15.0               # seconds until a new connection sends something
@@ -16279,20 +16285,46 @@ class ConsoleParser(GateParser):
         super().refuse(BadRequest(error.status))
 
 
+class ConsoleChannel(HTTPChannel):    # type: ignore[misc]  # waitress carries no types
+    """A client's connection: its requests have the times that the gate's have; of too many one that is not being
+    answered ends, those of nobody that the console answers first, then the oldest."""
+
+    parser_class = ConsoleParser
+    will_close: bool
+
+    def __init__(self, server: Any, sock: socket.socket, addr: Any, *arguments: Any, **named: Any) -> None:
+        super().__init__(server, sock, addr, *arguments, **named)
+        self.is_known = is_within(client_address({"REMOTE_ADDR": addr[0]}), server.known)
+        if len(self._map) > CONSOLE_CONNECTIONS:
+            channels = [one for one in self._map.values() if isinstance(one, ConsoleChannel)]
+            min((one for one in channels if not (one.requests or one.will_close)),
+                key=lambda one: one.is_known).will_close = True
+
+    def readable(self) -> bool:
+        """Asked by waitress's loop before each wait, of a second at most."""
+        request = self.request
+        if request and not self.requests and time.monotonic() - request.begun > (
+                BODY_TIME if request.headers_finished else HEADER_TIME):
+            self.will_close = True
+        return bool(super().readable())
+
+
 class ConsoleServer(threading.Thread):
     """The operators' door: plain waitress on sockets that are bound already."""
 
-    def __init__(self, app: WSGIApplication, sockets: Sequence[socket.socket]) -> None:
+    def __init__(self, app: WSGIApplication, sockets: Sequence[socket.socket], service: ServiceSettings) -> None:
         self._map: dict[int, Any] = {}      # waitress's: everything that its loop watches
         self._server = waitress.create_server(
             app, self._map, sockets=list(sockets), ident=None, clear_untrusted_proxy_headers=False,
             threads=8,      # some wait for polls or for their turn at the login
-            connection_limit=CONSOLE_CONNECTIONS, channel_timeout=30, cleanup_interval=5,
+            connection_limit=2 * CONSOLE_CONNECTIONS,   # never reached
+            channel_timeout=30, cleanup_interval=5,
             max_request_body_size=CONSOLE_BODY,
             asyncore_use_poll=hasattr(selectors, "PollSelector"))   # select takes 1,024 descriptors, all pollers' too
         self._doors = [one for one in self._map.values() if isinstance(one, TcpWSGIServer)]
         for door in self._doors:
-            door.channel_class = type("ConsoleChannel", (HTTPChannel,), {"parser_class": ConsoleParser})
+            door.channel_class = ConsoleChannel
+            door.known = tuple(map(ipaddress.ip_network, (*service.operators, *service.trusted_proxy)))
         super().__init__(target=self._server.run, name="console", daemon=True)
 
     def close(self) -> None:
@@ -17196,6 +17228,8 @@ def database_of(service: ServiceSettings) -> Database:
     password = service.database_password
     if password and password.get_secret_value().startswith(TOKEN_PREFIXES):
         password = SecretStr(Vault(service.keys).open(password.get_secret_value(), *service.database_binding))
+    elif not password:      # libpq would leave it to the application
+        password = SecretStr(take_variable("PGPASSWORD"))
     return PostgresServer(service.database, password)
 
 
@@ -17422,7 +17456,7 @@ def watch(installation: Installation, store: Store, console: Sequence[socket.soc
                                      counters=supervisor.counters)
             metrics = Metrics(ServingMetrics(aggregator.lease, supervisor.counters), store, service.metrics_token_file,
                               access, monitor)
-            server = ConsoleServer(build_console(context, metrics), console)
+            server = ConsoleServer(build_console(context, metrics), console, service)
             stack.enter_context(contextlib.closing(server)).start()
         notifier = Notifier(store, vault, functools.partial(service_problems, recorder), console_url(service), members)
         stack.enter_context(contextlib.closing(notifier)).start()

@@ -322,7 +322,7 @@ def local_console(
 def served(local: Local) -> Iterator[Local]:
     """`local` on a socket, as in the service."""
     sock = socket.create_server(("127.0.0.1", 0))
-    server = ConsoleServer(local.app, [sock])
+    server = ConsoleServer(local.app, [sock], local.context.inventory.service)
     server.start()
     local.console = sock.getsockname()
     try:

@@ -5,6 +5,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
+import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -30,12 +33,14 @@ from healthchecker import (
     Claim,
     InventoryError,
     PostgresServer,
+    ServiceSettings,
     Setting,
     SqliteFile,
     StorageError,
     Store,
     UsageError,
     User,
+    database_of,
     load_inventory,
     revise,
     revision,
@@ -73,6 +78,7 @@ def test_urls_that_cannot_be(url: str, tmp_path: Path) -> None:
     (URL, URL),
     (f"{URL}?sslmode=verify-full&sslrootcert=ca.pem", f"{URL}?sslmode=verify-full&sslrootcert=%2Fca.pem"),
     (f"{URL}?sslrootcert=system", f"{URL}?sslrootcert=system"),
+    (f"{URL}?require_auth=md5", f"{URL}?require_auth=md5"),
     ("postgresql+psycopg://hc@/hc?host=a:5432&host=b:5433", "postgresql+psycopg://hc@/hc?host=a%3A5432&host=b%3A5433"),
 ])  # fmt: skip
 def test_urls_that_can_be(url: str, shown: str, tmp_path: Path) -> None:
@@ -103,6 +109,70 @@ def test_missing_package(tmp_path: Path) -> None:
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False,
                               cwd=Path(healthchecker.__file__).parent)  # fmt: skip
         assert (done.returncode, done.stderr.strip()) == (UsageError.exit_code, healthchecker.NO_PSYCOPG)
+
+
+# --- whoever has the server's port ---
+ASKED = {"cleartext": struct.pack("!cII", b"R", 8, 3), "md5": struct.pack("!cII4s", b"R", 12, 5, b"salt"),
+         "nothing": struct.pack("!cII", b"R", 8, 0)}  # fmt: skip
+
+
+@contextlib.contextmanager
+def impostor(asks: bytes) -> Iterator[tuple[str, list[bytes]]]:
+    """A server without TLS that asks for the password in some way; its URL, and what it was told."""
+    pytest.importorskip("psycopg")
+    told, sock = list[bytes](), socket.create_server(("127.0.0.1", 0))
+
+    def serve() -> None:
+        while not ended.is_set():
+            with contextlib.suppress(OSError, struct.error), sock.accept()[0] as client, client.makefile("rb") as file:
+                client.settimeout(10)
+                while (head := file.read(8))[4:] in (b"\x04\xd2\x16\x2f", b"\x04\xd2\x16\x30"):  # for TLS, or GSS
+                    client.sendall(b"N")
+                file.read(struct.unpack("!I", head[:4])[0] - 8)
+                client.sendall(asks)
+                client.shutdown(socket.SHUT_WR)
+                told.append(file.read1())
+
+    ended, thread = threading.Event(), threading.Thread(target=serve)
+    thread.start()
+    try:
+        yield f"postgresql+psycopg://hc@127.0.0.1:{sock.getsockname()[1]}/hc", told
+    finally:
+        ended.set()
+        socket.create_connection(sock.getsockname()).close()
+        thread.join()
+        sock.close()
+
+
+@pytest.mark.parametrize("more", ["", "?sslmode=prefer"])
+@pytest.mark.parametrize("asked", ASKED)
+@pytest.mark.parametrize("found", ["stated", "file"])
+def test_no_password_in_clear(asked: str, more: str, found: str, tmp_path: Path, monkeypatch: Any) -> None:
+    """Nor a server that is believed because it asks for none; the line says what to do."""
+    path = tmp_path / "pgpass"
+    path.write_text("*:*:*:*:s3cret", encoding="utf-8")
+    path.chmod(0o600)
+    monkeypatch.setenv("PGPASSFILE", str(path))
+    with impostor(ASKED[asked]) as (url, told):
+        server = PostgresServer(url + more, SecretStr("s3cret") if found == "stated" else None)
+        with pytest.raises(StorageError) as caught:
+            server.inspect()
+        if (found, asked) != ("file", "nothing"):   # who has no password is known to the server otherwise
+            assert "have the server ask for the password by scram-sha-256, or write" in str(caught.value)
+        assert "\n" not in str(caught.value)
+        assert not [word for word in told if word[:1] == b"p"]
+
+
+def test_what_the_url_says_of_passwords_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of libpq's environment is taken out of it, and comes along."""
+    monkeypatch.setenv("PGPASSWORD", "s3cret")
+    with impostor(ASKED["cleartext"]) as (url, told):
+        for _ in range(2):      # the inventory may be read again
+            database = database_of(ServiceSettings(database=f"{url}?require_auth=password"))
+            with pytest.raises(StorageError):
+                database.inspect()
+    assert told == [b"p\0\0\0\x0bs3cret\0"] * 2
+    assert "PGPASSWORD" not in os.environ
 
 
 # --- from here on with a real server ---

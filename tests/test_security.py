@@ -8,6 +8,7 @@ import json
 import random
 import shlex
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from html.parser import HTMLParser
@@ -50,6 +51,7 @@ from healthchecker import (
     Principal,
     Resource,
     ResourceSettings,
+    ServiceSettings,
     Status,
     User,
     find_user,
@@ -941,7 +943,7 @@ def test_console_ends_and_leaves_nothing_behind() -> None:
         for starts in (True, False):
             sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(2)]
             addresses = [sock.getsockname() for sock in sockets]
-            server = ConsoleServer(alive, sockets)
+            server = ConsoleServer(alive, sockets, ServiceSettings())
             if starts:
                 server.start()
                 silent = [socket.create_connection(address, timeout=10) for address in addresses]
@@ -957,19 +959,66 @@ def test_console_ends_and_leaves_nothing_behind() -> None:
 
 
 def test_console_holds_few_connections() -> None:
-    """More of them wait outside, whoever sends bodies that are too large is cut short, and then all is as before."""
+    """Those of nobody that it answers make room, the oldest first, but one that is being answered; whoever sends bodies
+    that are too large is cut short, and then all is as before."""
     sock = socket.create_server(("127.0.0.1", 0), backlog=256)
-    server = ConsoleServer(alive, [sock])
+    waits, asked = threading.Event(), threading.Event()
+
+    def app(environ: dict[str, Any], start_response: Any) -> list[bytes]:
+        if environ["PATH_INFO"] == "/wait":
+            asked.set()
+            waits.wait(30)
+        return alive(environ, start_response)
+
+    server = ConsoleServer(app, [sock], ServiceSettings(operators=("127.0.0.2/32",), trusted_proxy=("127.0.0.3/32",)))
     server.start()
-    try:
-        silent = [socket.create_connection(sock.getsockname(), timeout=30) for _ in range(CONSOLE_CONNECTIONS + 30)]
-        wait_for(lambda: len(server._map) >= CONSOLE_CONNECTIONS, 30)
-        assert len(server._map) <= CONSOLE_CONNECTIONS + 3
-        for one in silent:
+    with contextlib.ExitStack() as stack:
+        stack.callback(server.close)
+
+        def connect(source: str, request: bytes = b"") -> socket.socket:
+            one = socket.create_connection(sock.getsockname(), timeout=30, source_address=(source, 0))
+            one.sendall(request)
+            return stack.enter_context(one)
+
+        answered = connect("127.0.0.1", b"GET /wait HTTP/1.0\r\n\r\n")
+        assert asked.wait(30)
+        friends = [connect(source) for source in ("127.0.0.2", "127.0.0.3")]
+        others = [connect("127.0.0.1", b"GET /-/livez HTTP/1.1\r\nX: ") for _ in range(CONSOLE_CONNECTIONS + 30)]
+        assert [one.recv(1) for one in others[:30]] == [b""] * 30
+        assert len(server._map) <= CONSOLE_CONNECTIONS + 2
+        friends += [connect("127.0.0.2") for _ in range(CONSOLE_CONNECTIONS + 10)]
+        assert [one.recv(1) for one in (*others, *friends[:10])] == [b""] * (len(others) + 10)
+        waits.set()
+        for one in (answered, friends[-1], connect("127.0.0.2")):
+            one.sendall(b"GET /-/livez HTTP/1.0\r\n\r\n" if one is not answered else b"")
+            assert b"200 OK" in one.recv(1000)
+        for one in friends:
             one.close()
+        wait_for(lambda: len(server._map) < CONSOLE_CONNECTIONS // 2)
         large = b"POST /-/login HTTP/1.1\r\nHost: localhost\r\nContent-Length: 999999\r\n\r\n" + b"x" * 999_999
         answer = exchange(sock.getsockname(), large)
         assert answer == b"" or b" 413 " in answer.split(b"\r\n")[0]
         assert b"200 OK" in exchange(sock.getsockname(), b"GET /-/livez HTTP/1.0\r\n\r\n")
-    finally:
-        server.close()
+
+
+@pytest.mark.parametrize(("begin", "seconds"), [(b"GET / HTTP/1.1\r\nX: ", 5), (b"\r\n", 5), (
+    b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 900\r\n\r\n", 30)], ids=["head", "blank", "body"])
+def test_console_waits_for_no_request_for_ever(begin: bytes, seconds: float) -> None:
+    """However its bytes trickle in."""
+    sock = socket.create_server(("127.0.0.1", 0))
+    server = ConsoleServer(alive, [sock], ServiceSettings())
+    server.start()
+    with contextlib.closing(server), socket.create_connection(sock.getsockname(), timeout=30) as client:
+        client.sendall(begin)
+        channels = server._doors[0].active_channels
+        has_begun = lambda: [  # noqa: E731
+            one for one in list(channels.values()) if one.request and one.request.headers_finished == (seconds > 5)
+        ]
+        (channel,) = wait_for(has_begun)
+        channel.request.begun -= seconds - 2
+        seen = channel.last_activity
+        client.sendall(b"\r\n" if begin == b"\r\n" else b"a")
+        wait_for(lambda: channel.last_activity > seen)
+        assert not channel.will_close
+        channel.request.begun -= 2
+        assert client.recv(1) == b""
