@@ -3322,6 +3322,10 @@ class Store:
             with contextlib.nullcontext() if locked or not version else database.lock(), \
                     self.writing(migrates=True) as session:
                 migrate(session, database.version(session))
+                tables = sqlalchemy.inspect(session.connection()).get_multi_columns()
+                found = {(table, column["name"]) for (_, table), columns in tables.items() for column in columns}
+                if fault := fault_of_schema(found, SCHEMA, ours=True):      # it stays as it was, for the version before
+                    raise sqlalchemy.exc.SQLAlchemyError(f"it {fault}")
                 database.mark(session)
             self.close()        # from the next connection on foreign keys are checked
             database.ensure()       # the files that went with the last connection

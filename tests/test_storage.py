@@ -382,6 +382,19 @@ def test_database_of_schema_6(tmp_path: Path) -> None:
     assert SqliteFile(path).inspect() == healthchecker.SCHEMA
 
 
+@pytest.mark.parametrize("lost", [("status", "read"), ("machine", "able")], ids=".".join)
+def test_what_no_migration_brings_stays_as_it_was(tmp_path: Path, lost: tuple[str, str]) -> None:
+    """Such as a column that a version between two releases had not: the version that wrote it can go on with it."""
+    path = tmp_path / "healthchecker.db"
+    Store(path).close()
+    executed(path, "ALTER TABLE {} DROP COLUMN {}".format(*lost), "PRAGMA user_version = 6")
+    before = dump(path)
+    for _ in range(2):
+        with pytest.raises(StorageError, match="is damaged; restore it from a backup or move it away"):
+            Store(path)
+    assert dump(path) == before and SqliteFile(path).inspect() == 6
+
+
 def test_damaged_rows_of_history_do_not_stop_the_migration(tmp_path: Path) -> None:
     path = database_of_schema_2(tmp_path, "UPDATE sample SET packed = x'00' WHERE at = (SELECT min(at) FROM sample);")
     with closing(Store(path)) as store, store.reading() as session:
