@@ -2796,7 +2796,7 @@ def revise(session: Session) -> None:
 # What holds the tables: a file of SQLite, or a database of PostgreSQL that several machines reach. What the two do
 # differently is in their classes, and nowhere else. The main process alone opens it, in any thread: reads see one
 # state, writes wait for each other.
-# Gives: BUSY_TIMEOUT, Claim, CLAIM_INTERVAL, Database, CLAIM_LIFE, DATABASE_CLOCK, IMPATIENCE, IS_LIVING, PATIENCE,
+# Gives: Claim, CLAIM_INTERVAL, Database, CLAIM_LIFE, DATABASE_CLOCK, IMPATIENCE, IS_LIVING, PATIENCE,
 # PostgresServer, SqliteFile, Store
 MIN_ROOM = 1 << 17              # bytes of a disk that is as good as full: what SQLite needs to open a database
 BUSY_TIMEOUT = 5.0              # seconds a writer waits for another one, and whoever connects for a server
@@ -2918,6 +2918,12 @@ class SqliteFile:
         except sqlite3.Error as error:
             return "locked" in str(error)
         return False
+
+    def copy(self, place: Path) -> None:
+        """Copies it as of one moment, also under a service."""
+        with contextlib.closing(sqlite3.connect(self.path, timeout=BUSY_TIMEOUT)) as source, \
+                contextlib.closing(sqlite3.connect(place)) as target:
+            source.backup(target)
 
     def engine_options(self) -> dict[str, Any]:
         """What SQLAlchemy is to open it with."""
@@ -3251,6 +3257,10 @@ class PostgresServer:
                 return bool(connection.execute(LIVING).fetchall())
         except StorageError:    # or there is no such table yet
             return False
+
+    def copy(self, place: Path) -> None:
+        """Raises StorageError."""
+        raise StorageError(f"database {self} is of schema {self.inspect()}; a start would bring it to {SCHEMA}")
 
     def engine_options(self) -> dict[str, Any]:
         """What SQLAlchemy is to open it with; a connection that was lost meanwhile is replaced."""
@@ -16994,17 +17004,15 @@ def backup(arguments: argparse.Namespace) -> int:
     if arguments.file.exists():
         raise UsageError(f"{arguments.file} is there already; name another file")
     service = stated_service(path, read_document(path))
-    database = file_of(service)
-    if not SqliteFile(database).inspect():
+    database = SqliteFile(file_of(service))
+    if not database.inspect():
         raise UsageError("there is no database yet; start the service first")
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True)))
         copied = folder / DATABASE
         kept: dict[str, bytes] | None = None
         while kept != (kept := key_contents(service.keys)):     # a rotation that begins or ends just now
-            with contextlib.closing(sqlite3.connect(database, timeout=BUSY_TIMEOUT)) as source, \
-                    contextlib.closing(sqlite3.connect(copied)) as target:
-                source.backup(target)
+            database.copy(copied)
             kept_inventory = path.read_bytes()
         with private_file(arguments.file.absolute()) as file, tarfile.open(fileobj=file, mode="w:gz") as archive:
             for name, content in {INVENTORY.name: kept_inventory, **(kept or {})}.items():
@@ -17178,12 +17186,15 @@ class Installation:
 
     @contextlib.contextmanager
     def store(self, *, scratch: bool = False, locked: bool = False) -> Iterator[Store]:
-        """The database, made when there is none; `scratch`: then only for this once; `locked`: see Store."""
+        """The database, made when there is none, an older one migrated; `scratch`: that only for this once, in a file
+        of its own; `locked`: see Store."""
         with contextlib.ExitStack() as stack:
             database = self.database
-            if not database.inspect(whole=not locked) and scratch:
+            if (version := database.inspect(whole=not locked)) != SCHEMA and scratch:
                 folder = stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True))
                 database = SqliteFile(Path(folder) / DATABASE)
+                if version:
+                    self.database.copy(database.path)
             machine = self.service.machine_name
             yield stack.enter_context(contextlib.closing(Store(database, locked=locked, machine=machine)))
 
@@ -17452,7 +17463,7 @@ def parts_told(installation: Installation, names: Sequence[str]) -> tuple[Servic
     """What the running service says of everything, and of what has these names. Raises HealthCheckerError."""
     if not installation.database.inspect(whole=False) or not installation.database.is_running():
         raise UsageError("the service does not run: the gate is closed")
-    with installation.store() as store, store.reading() as session:
+    with installation.store(scratch=True) as store, store.reading() as session:
         view = told_by_service(store, session)
         rows = session.execute(RESOURCES).all() if names else ()
     known = {part.name: part for part in view.gates[1:]} | {row.name: PartView.model_validate({
@@ -17815,6 +17826,9 @@ def check(arguments: argparse.Namespace) -> int:
     code = check_app(installation) or code
     with rehearsal(installation) as (session, vault, changes):
         print(f"{installation.path.name} is valid; a start would make: {changes}")
+        if 0 < (version := installation.database.inspect(whole=False)) < SCHEMA:
+            print(f"a start would bring the database from schema {version} to {SCHEMA}, and no earlier version opens it"
+                  " then: make a `backup` first")
         for line in gate_lines(installation.inventory.gates, installation.inventory.resources):
             print(line)
         show_readable(installation)
@@ -17987,7 +18001,7 @@ def manage_users(arguments: argparse.Namespace) -> int:
     """A `user` command, also while the service runs or before it ever did."""
     installation = Installation(arguments.inventory)
     _, run, said = USER_COMMANDS[arguments.action]
-    with installation.store() as store:
+    with installation.store(scratch=arguments.action.endswith("list")) as store:
         with store.writing() as session:
             ensure_first_user(session)
         run(console_of(installation, store), arguments)
@@ -18033,7 +18047,7 @@ def gate(arguments: argparse.Namespace) -> int:
         raise UsageError("there is no database yet; start the service first")
     given = {"action": arguments.action, "for": arguments.seconds, "reason": arguments.reason}
     given = {name: value for name, value in given.items() if value is not None}
-    with installation.store() as store:
+    with installation.store(scratch=not given) as store:
         if given:
             change_gate(console_of(installation, store), given)
             time.sleep(TAKEN_UP if installation.database.is_running() else 0.0)
@@ -18068,7 +18082,7 @@ def maintenance(arguments: argparse.Namespace) -> int:
     scope = {field: given[field] for field in Scope.model_fields if given.get(field)}
     if arguments.action != "list" and not given.get("number") and bool(given["all"]) == bool({*scope} - {"all"}):
         raise UsageError("say what: --tag, --group or --resource NAME, or else --all")
-    with installation.store() as store:
+    with installation.store(scratch=arguments.action == "list") as store:
         who = console_of(installation, store)
         if arguments.action == "start":
             start = {"start": chosen_moment(arguments.start)} if arguments.start else {}
