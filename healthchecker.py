@@ -13683,7 +13683,7 @@ class Route:
 
 RESOURCE = API + "resources/<name>"
 OPERATIONS = (
-    Route("POST", API + "login", "", log_in, TokenView, Credentials, restricted=True),
+    Route("POST", API + "login", "", log_in, TokenView, Credentials),
     Route("POST", API + "password", "viewer", change_password, None, PasswordChange, restricted=True,
           by_login=True),
     Route("GET", API + "sessions", "viewer", list_sessions, list[SessionView]),
@@ -13812,16 +13812,17 @@ def client_address(environ: WSGIEnvironment) -> Address:
     return ipaddress.IPv4Address(0)
 
 
-def identify(context: ConsoleContext, request: flask.Request) -> Principal:
-    """Who it is; a bearer token counts before a cookie, other schemes are somebody else's: of a proxy, for instance.
-    Nobody looks into those: what cannot be read there makes werkzeug's own parser raise."""
+def identify(context: ConsoleContext, request: flask.Request, *, by_login: bool = True) -> Principal:
+    """Who it is, `by_login` or by the address alone, which no database has to be there for. A bearer token counts
+    before a cookie, other schemes are somebody else's: of a proxy, for instance. Nobody looks into those: what cannot
+    be read there makes werkzeug's own parser raise."""
     stranger = Principal(context, str(client_address(request.environ)))
     by_cookie, token = True, request.cookies.get(COOKIE)
     scheme, _, bearer = request.headers.get("Authorization", "").partition(" ")
     if scheme.lower() == "bearer":
         by_cookie, token = False, bearer.strip()
         stranger = replace(stranger, bearer=token)
-    if not token:
+    if not token or not by_login:
         return stranger
     query = sqlalchemy.select(LoginSession, User).join(User).where(
         LoginSession.token_hash == token_hash(token), (LoginSession.kind == "session") == by_cookie,
@@ -13854,23 +13855,23 @@ def is_same_origin(request: flask.Request) -> bool | None:
 def authorize(context: ConsoleContext, routes: Mapping[str, Route]) -> None:
     """Stands before every request. Raises ApiError for those who may not."""
     request = flask.request
-    who = flask.g.principal = identify(context, request)
     route = routes.get(request.endpoint or "")
     needs = route.needs if route else "viewer"
+    who = flask.g.principal = identify(context, request, by_login=needs in ("viewer", "admin"))
     if needs == "public":
         return
     if not who.operator:
         raise ApiError("the console does not answer this address", 403)
     if needs and who.user is None:
         raise ApiError("this token is not known, or over: log in first" if who.bearer else "log in first", 401)
-    by_cookie = bool(needs and who.session and who.session.kind == "session")   # another site's page may send it, too
+    by_cookie = bool(who.session and who.session.kind == "session")     # another site's page may send it, too
     if request.method not in SAFE_METHODS and is_same_origin(request) in ((False, None) if by_cookie else (False,)):
         raise ApiError("this request does not come from a page of this service", 403)
     if who.restricted and not (route and route.restricted):
         raise ApiError("change the documented password first: it opens nothing else", 403)
     if needs and not who.may(needs):
         raise ApiError("only an admin may do this", 403)
-    if needs and who.session and who.session.kind == "named" and (
+    if who.session and who.session.kind == "named" and (
             (route and route.by_login) or not request.path.startswith(API)):
         raise ApiError("not with an API token: log in with the password", 403)
     note_seen(who)
@@ -13942,7 +13943,7 @@ HEALTH_STATUS = {"healthy": "pass", "degraded": "warn", "unknown": "warn", "unhe
 
 def health() -> flask.typing.ResponseReturnValue:
     """application/health+json; the resources only for those who are logged in."""
-    who = current_principal()
+    who = identify(current_principal().context, flask.request)
     answer: dict[str, Any] = {"status": "pass" if who.context.is_healthy else "fail"}
     if who.operator and who.may("viewer") and not who.restricted:
         answer["releaseId"] = VERSION
@@ -16067,9 +16068,9 @@ PAGES = (
     Route("GET", TOKENS, "viewer", token_page),
     replace(form_route(TOKENS, token_page, lambda who: token_page(made=make_token(who, filled()))), needs="viewer"),
     replace(form_route(TOKENS + "/<number>/revoke", token_page, revoke_token, TOKENS), needs="viewer"),
-    Route("GET", "/-/static/<name>", "", asset, restricted=True),
-    Route("GET", "/-/login", "", lambda: render_page("log in"), restricted=True),
-    Route("POST", "/-/login", "", login_form, restricted=True),
+    Route("GET", "/-/static/<name>", "", asset),
+    Route("GET", "/-/login", "", lambda: render_page("log in")),
+    Route("POST", "/-/login", "", login_form),
     Route("POST", "/-/logout", "viewer", logout_form, restricted=True),
     Route("GET", "/-/password", "viewer", lambda: render_page("change the password"), restricted=True),
     replace(form_route("/-/password", functools.partial(render_page, "change the password"), password_form),
