@@ -2798,7 +2798,7 @@ def revise(session: Session) -> None:
 # What holds the tables: a file of SQLite, or a database of PostgreSQL that several machines reach. What the two do
 # differently is in their classes, and nowhere else. The main process alone opens it, in any thread: reads see one
 # state, writes wait for each other.
-# Gives: BUSY_TIMEOUT, Claim, CLAIM_INTERVAL, Database, CLAIM_LIFE, DATABASE_CLOCK, IMPATIENCE, IS_LIVING, PATIENCE,
+# Gives: Claim, CLAIM_INTERVAL, Database, CLAIM_LIFE, DATABASE_CLOCK, IMPATIENCE, IS_LIVING, PATIENCE,
 # PostgresServer, SqliteFile, Store
 MIN_ROOM = 1 << 17              # bytes of a disk that is as good as full: what SQLite needs to open a database
 BUSY_TIMEOUT = 5.0              # seconds a writer waits for another one, and whoever connects for a server
@@ -2922,6 +2922,12 @@ class SqliteFile:
         except sqlite3.Error as error:
             return "locked" in str(error)
         return False
+
+    def copy(self, place: Path) -> None:
+        """Copies it as of one moment, also under a service."""
+        with contextlib.closing(sqlite3.connect(self.path, timeout=BUSY_TIMEOUT)) as source, \
+                contextlib.closing(sqlite3.connect(place)) as target:
+            source.backup(target)
 
     def engine_options(self) -> dict[str, Any]:
         """What SQLAlchemy is to open it with."""
@@ -3259,6 +3265,10 @@ class PostgresServer:
         except StorageError:    # or there is no such table yet
             return False
 
+    def copy(self, place: Path) -> None:
+        """Raises StorageError."""
+        raise StorageError(f"database {self} is of schema {self.inspect()}; a start would bring it to {SCHEMA}")
+
     def engine_options(self) -> dict[str, Any]:
         """What SQLAlchemy is to open it with; a connection that was lost meanwhile is replaced."""
         return {"url": sqlalchemy.URL.create("postgresql+psycopg"), "creator": self.connect, "pool_pre_ping": True}
@@ -3329,6 +3339,10 @@ class Store:
             with contextlib.nullcontext() if locked or not version else database.lock(), \
                     self.writing(migrates=True) as session:
                 migrate(session, database.version(session))
+                tables = sqlalchemy.inspect(session.connection()).get_multi_columns()
+                found = {(table, column["name"]) for (_, table), columns in tables.items() for column in columns}
+                if fault := fault_of_schema(found, SCHEMA, ours=True):      # it stays as it was, for the version before
+                    raise sqlalchemy.exc.SQLAlchemyError(f"it {fault}")
                 database.mark(session)
             self.close()        # from the next connection on foreign keys are checked
             database.ensure()       # the files that went with the last connection
@@ -13723,7 +13737,7 @@ class Route:
 
 RESOURCE = API + "resources/<name>"
 OPERATIONS = (
-    Route("POST", API + "login", "", log_in, TokenView, Credentials, restricted=True),
+    Route("POST", API + "login", "", log_in, TokenView, Credentials),
     Route("POST", API + "password", "viewer", change_password, None, PasswordChange, restricted=True,
           by_login=True),
     Route("GET", API + "sessions", "viewer", list_sessions, list[SessionView]),
@@ -13852,16 +13866,17 @@ def client_address(environ: WSGIEnvironment) -> Address:
     return ipaddress.IPv4Address(0)
 
 
-def identify(context: ConsoleContext, request: flask.Request) -> Principal:
-    """Who it is; a bearer token counts before a cookie, other schemes are somebody else's: of a proxy, for instance.
-    Nobody looks into those: what cannot be read there makes werkzeug's own parser raise."""
+def identify(context: ConsoleContext, request: flask.Request, *, by_login: bool = True) -> Principal:
+    """Who it is, `by_login` or by the address alone, which no database has to be there for. A bearer token counts
+    before a cookie, other schemes are somebody else's: of a proxy, for instance. Nobody looks into those: what cannot
+    be read there makes werkzeug's own parser raise."""
     stranger = Principal(context, str(client_address(request.environ)))
     by_cookie, token = True, request.cookies.get(COOKIE)
     scheme, _, bearer = request.headers.get("Authorization", "").partition(" ")
     if scheme.lower() == "bearer":
         by_cookie, token = False, bearer.strip()
         stranger = replace(stranger, bearer=token)
-    if not token:
+    if not token or not by_login:
         return stranger
     query = sqlalchemy.select(LoginSession, User).join(User).where(
         LoginSession.token_hash == token_hash(token), (LoginSession.kind == "session") == by_cookie,
@@ -13894,23 +13909,23 @@ def is_same_origin(request: flask.Request) -> bool | None:
 def authorize(context: ConsoleContext, routes: Mapping[str, Route]) -> None:
     """Stands before every request. Raises ApiError for those who may not."""
     request = flask.request
-    who = flask.g.principal = identify(context, request)
     route = routes.get(request.endpoint or "")
     needs = route.needs if route else "viewer"
+    who = flask.g.principal = identify(context, request, by_login=needs in ("viewer", "admin"))
     if needs == "public":
         return
     if not who.operator:
         raise ApiError("the console does not answer this address", 403)
     if needs and who.user is None:
         raise ApiError("this token is not known, or over: log in first" if who.bearer else "log in first", 401)
-    by_cookie = bool(needs and who.session and who.session.kind == "session")   # another site's page may send it, too
+    by_cookie = bool(who.session and who.session.kind == "session")     # another site's page may send it, too
     if request.method not in SAFE_METHODS and is_same_origin(request) in ((False, None) if by_cookie else (False,)):
         raise ApiError("this request does not come from a page of this service", 403)
     if who.restricted and not (route and route.restricted):
         raise ApiError("change the documented password first: it opens nothing else", 403)
     if needs and not who.may(needs):
         raise ApiError("only an admin may do this", 403)
-    if needs and who.session and who.session.kind == "named" and (
+    if who.session and who.session.kind == "named" and (
             (route and route.by_login) or not request.path.startswith(API)):
         raise ApiError("not with an API token: log in with the password", 403)
     note_seen(who)
@@ -13982,7 +13997,7 @@ HEALTH_STATUS = {"healthy": "pass", "degraded": "warn", "unknown": "warn", "unhe
 
 def health() -> flask.typing.ResponseReturnValue:
     """application/health+json; the resources only for those who are logged in."""
-    who = current_principal()
+    who = identify(current_principal().context, flask.request)
     answer: dict[str, Any] = {"status": "pass" if who.context.is_healthy else "fail"}
     if who.operator and who.may("viewer") and not who.restricted:
         answer["releaseId"] = VERSION
@@ -16107,9 +16122,9 @@ PAGES = (
     Route("GET", TOKENS, "viewer", token_page),
     replace(form_route(TOKENS, token_page, lambda who: token_page(made=make_token(who, filled()))), needs="viewer"),
     replace(form_route(TOKENS + "/<number>/revoke", token_page, revoke_token, TOKENS), needs="viewer"),
-    Route("GET", "/-/static/<name>", "", asset, restricted=True),
-    Route("GET", "/-/login", "", lambda: render_page("log in"), restricted=True),
-    Route("POST", "/-/login", "", login_form, restricted=True),
+    Route("GET", "/-/static/<name>", "", asset),
+    Route("GET", "/-/login", "", lambda: render_page("log in")),
+    Route("POST", "/-/login", "", login_form),
     Route("POST", "/-/logout", "viewer", logout_form, restricted=True),
     Route("GET", "/-/password", "viewer", lambda: render_page("change the password"), restricted=True),
     replace(form_route("/-/password", functools.partial(render_page, "change the password"), password_form),
@@ -17070,17 +17085,15 @@ def backup(arguments: argparse.Namespace) -> int:
     if arguments.file.exists():
         raise UsageError(f"{arguments.file} is there already; name another file")
     service = stated_service(path, read_document(path))
-    database = file_of(service)
-    if not SqliteFile(database).inspect():
+    database = SqliteFile(file_of(service))
+    if not database.inspect():
         raise UsageError("there is no database yet; start the service first")
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True)))
         copied = folder / DATABASE
         kept: dict[str, bytes] | None = None
         while kept != (kept := key_contents(service.keys)):     # a rotation that begins or ends just now
-            with contextlib.closing(sqlite3.connect(database, timeout=BUSY_TIMEOUT)) as source, \
-                    contextlib.closing(sqlite3.connect(copied)) as target:
-                source.backup(target)
+            database.copy(copied)
             kept_inventory = path.read_bytes()
         with private_file(arguments.file.absolute()) as file, tarfile.open(fileobj=file, mode="w:gz") as archive:
             for name, content in {INVENTORY.name: kept_inventory, **(kept or {})}.items():
@@ -17256,12 +17269,15 @@ class Installation:
 
     @contextlib.contextmanager
     def store(self, *, scratch: bool = False, locked: bool = False) -> Iterator[Store]:
-        """The database, made when there is none; `scratch`: then only for this once; `locked`: see Store."""
+        """The database, made when there is none, an older one migrated; `scratch`: that only for this once, in a file
+        of its own; `locked`: see Store."""
         with contextlib.ExitStack() as stack:
             database = self.database
-            if not database.inspect(whole=not locked) and scratch:
+            if (version := database.inspect(whole=not locked)) != SCHEMA and scratch:
                 folder = stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True))
                 database = SqliteFile(Path(folder) / DATABASE)
+                if version:
+                    self.database.copy(database.path)
             machine = self.service.machine_name
             yield stack.enter_context(contextlib.closing(Store(database, locked=locked, machine=machine)))
 
@@ -17530,7 +17546,7 @@ def parts_told(installation: Installation, names: Sequence[str]) -> tuple[Servic
     """What the running service says of everything, and of what has these names. Raises HealthCheckerError."""
     if not installation.database.inspect(whole=False) or not installation.database.is_running():
         raise UsageError("the service does not run: the gate is closed")
-    with installation.store() as store, store.reading() as session:
+    with installation.store(scratch=True) as store, store.reading() as session:
         view = told_by_service(store, session)
         rows = session.execute(RESOURCES).all() if names else ()
     known = {part.name: part for part in view.gates[1:]} | {row.name: PartView.model_validate({
@@ -17893,6 +17909,9 @@ def check(arguments: argparse.Namespace) -> int:
     code = check_app(installation) or code
     with rehearsal(installation) as (session, vault, changes):
         print(f"{installation.path.name} is valid; a start would make: {changes}")
+        if 0 < (version := installation.database.inspect(whole=False)) < SCHEMA:
+            print(f"a start would bring the database from schema {version} to {SCHEMA}, and no earlier version opens it"
+                  " then: make a `backup` first")
         for line in gate_lines(installation.inventory.gates, installation.inventory.resources):
             print(line)
         show_readable(installation)
@@ -18065,7 +18084,7 @@ def manage_users(arguments: argparse.Namespace) -> int:
     """A `user` command, also while the service runs or before it ever did."""
     installation = Installation(arguments.inventory)
     _, run, said = USER_COMMANDS[arguments.action]
-    with installation.store() as store:
+    with installation.store(scratch=arguments.action.endswith("list")) as store:
         with store.writing() as session:
             ensure_first_user(session)
         run(console_of(installation, store), arguments)
@@ -18111,7 +18130,7 @@ def gate(arguments: argparse.Namespace) -> int:
         raise UsageError("there is no database yet; start the service first")
     given = {"action": arguments.action, "for": arguments.seconds, "reason": arguments.reason}
     given = {name: value for name, value in given.items() if value is not None}
-    with installation.store() as store:
+    with installation.store(scratch=not given) as store:
         if given:
             change_gate(console_of(installation, store), given)
             time.sleep(TAKEN_UP if installation.database.is_running() else 0.0)
@@ -18146,7 +18165,7 @@ def maintenance(arguments: argparse.Namespace) -> int:
     scope = {field: given[field] for field in Scope.model_fields if given.get(field)}
     if arguments.action != "list" and not given.get("number") and bool(given["all"]) == bool({*scope} - {"all"}):
         raise UsageError("say what: --tag, --group or --resource NAME, or else --all")
-    with installation.store() as store:
+    with installation.store(scratch=arguments.action == "list") as store:
         who = console_of(installation, store)
         if arguments.action == "start":
             start = {"start": chosen_moment(arguments.start)} if arguments.start else {}

@@ -446,9 +446,12 @@ def open_until(service: Service, condition: Callable[[], bool]) -> None:
 
 @pytest.mark.parametrize("outage", ["stopped", "silent"])
 def test_no_gate_closes_while_the_database_is_away(outage: str, folder: Path, own_postgres: Postgres) -> None:
-    """What happens meanwhile is told when it is back; the console says what is wrong, without a word of SQL."""
+    """What happens meanwhile is told when it is back; the console says what is wrong, without a word of SQL. What needs
+    no login goes on at once: a resource reports, whatever token or cookie comes with a request."""
     prepared_database(folder)
-    with Service(write_inventory(folder, HERE), deadline=60) as service:
+    token = {"Authorization": "Bearer 0123456789abcdef", "Content-Type": "application/json"}
+    pushes = "\n  - {name: pushes, platform: push, password: 0123456789abcdef, critical: false}"
+    with Service(write_inventory(folder, HERE + pushes), deadline=60) as service:
         client, database = Client(*service.console).log_in(), database_in(folder)
         service.wait_status("/", 200)
         count = len(execute(database, "SELECT 1 FROM sample"))
@@ -460,6 +463,12 @@ def test_no_gate_closes_while_the_database_is_away(outage: str, folder: Path, ow
             open_until(service, lambda: "the configuration cannot be taken over" in service.output)
             reply = client.api("GET", "resources")
             assert (reply.status, reply.json["detail"]) == (503, "the database cannot be used now; see the log")
+            cookie = {"Authorization": "Basic eA==", "Cookie": f"{healthchecker.COOKIE}=x"}
+            began_mono = time.monotonic()
+            assert client.ask("POST", "/-/api/push/pushes", '{"healthy": true}', token).status == 204
+            for path in ("/-/livez", "/-/metrics", "/-/login"):
+                assert client.ask("GET", path, headers=cookie).status == 200, path
+            assert time.monotonic() - began_mono < healthchecker.BUSY_TIMEOUT
         open_until(service, lambda: "the database cannot be written: that is over" in service.output)
         open_until(service, lambda: len(execute(database, "SELECT 1 FROM sample")) > count + 3)
         assert "SELECT" not in service.output and "another HealthChecker" not in service.output

@@ -382,6 +382,19 @@ def test_database_of_schema_6(tmp_path: Path) -> None:
     assert SqliteFile(path).inspect() == healthchecker.SCHEMA
 
 
+@pytest.mark.parametrize("lost", [("status", "read"), ("machine", "able")], ids=".".join)
+def test_what_no_migration_brings_stays_as_it_was(tmp_path: Path, lost: tuple[str, str]) -> None:
+    """Such as a column that a version between two releases had not: the version that wrote it can go on with it."""
+    path = tmp_path / "healthchecker.db"
+    Store(path).close()
+    executed(path, "ALTER TABLE {} DROP COLUMN {}".format(*lost), "PRAGMA user_version = 6")
+    before = dump(path)
+    for _ in range(2):
+        with pytest.raises(StorageError, match="is damaged; restore it from a backup or move it away"):
+            Store(path)
+    assert dump(path) == before and SqliteFile(path).inspect() == 6
+
+
 def test_damaged_rows_of_history_do_not_stop_the_migration(tmp_path: Path) -> None:
     path = database_of_schema_2(tmp_path, "UPDATE sample SET packed = x'00' WHERE at = (SELECT min(at) FROM sample);")
     with closing(Store(path)) as store, store.reading() as session:
@@ -398,6 +411,41 @@ def test_no_migration_under_a_running_service(tmp_path: Path) -> None:
     assert dump(path) == before
     with healthchecker.SqliteFile(path).lock():
         Store(path, locked=True).close()
+
+
+LOOKING = (["check"], ["seal"], ["gate"], ["maintenance", "list"], ["user", "list"], ["user", "token", "list"],
+           ["status"])  # fmt: skip
+
+
+@pytest.mark.parametrize("command", LOOKING, ids=" ".join)
+def test_who_only_looks_leaves_an_older_database_to_its_version(
+    command: list[str], bench: Bench, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also beside its service: of a file a copy is looked at."""
+    bench.load(FIRST)
+    is_file = isinstance(bench.place, SqliteFile)
+    execute(bench.place, *(["DROP TABLE machine", "DROP TABLE result", "PRAGMA user_version = 6"] if is_file else
+                           ["UPDATE setting SET value = 6 WHERE name = 'schema'"]))  # fmt: skip
+    with bench.place.lock() if is_file else contextlib.nullcontext():
+        code = healthchecker.main(["--inventory", str(bench.folder / "inventory.yaml"), *command])
+    assert code == (3 if command == ["status"] else 0 if is_file else 4)
+    assert bench.place.inspect() == 6
+    said = capsys.readouterr()
+    if command == ["status"]:
+        assert ("the service has not said yet" if is_file else "the service does not run") in said.out
+    elif not is_file:
+        assert said.err == f"database {bench.place} is of schema 6; a start would bring it to 7\n"
+    elif command == ["check"]:
+        assert "; a start would make: 0 added, 0 changed, 0 removed, 3 kept\n" in said.out
+        assert "a start would bring the database from schema 6 to 7, and no earlier version opens it then" in said.out
+
+
+@pytest.mark.of_files
+@pytest.mark.parametrize("command", [command for command in LOOKING if "user" in command], ids=" ".join)
+def test_a_list_makes_no_database(command: list[str], bench: Bench) -> None:
+    path = write_inventory(bench.folder, FIRST)
+    assert healthchecker.main(["--inventory", str(path), *command]) == 0
+    assert not bench.database.exists()
 
 
 def open_store(path: str, started: Any) -> None:
