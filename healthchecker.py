@@ -79,7 +79,8 @@ Sections, in file order; a definition refers only to what stands above it:
     Views        the pages
     Boards       what the gate did, and how it stands, to be looked at
     Console      the operators' door: pages and API under waitress, in the main process
-    Notify       who is told of what, and the heartbeat
+    Announce     what a receiver is told, and when
+    Notify       messages on their way, and the heartbeat
     Backup       database, keys and inventory in one archive
     Service      serve: from the start to the end
     Status       what the running service says, for the command line and Nagios
@@ -16257,76 +16258,16 @@ class ConsoleServer(threading.Thread):
         self.join(CONSOLE_DRAIN)
 
 
-# === Notify ==================================================================
-# Who is told of what. The source is the table of events: an Announcer holds what one receiver heard of them and
-# decides, by rows and clock alone, what is said next; all of it is kept in rows before anything is sent, so that a
-# message is delivered at least once, and once where nobody is killed. The Notifier's thread looks every second and
-# waits for nobody: each message is on its way in a thread and a child process of its own, which alone imports apprise.
-# Gives: check_receivers, ChildProcess, deliver, has_apprise, Heartbeat, is_service_well, Message, NO_APPRISE,
-# Notifier, service_problems
-NOTIFY_INTERVAL = 1.0           # seconds between two looks at the events
-NOTIFY_IDLE = 30.0              # seconds between two looks at all resources while there is nothing to be said
+# === Announce ================================================================
+# What one receiver is told, and when: in come events and how everything is by the rows, out go messages. An Announcer
+# holds what its receiver heard, and decides by rows and clock alone; touches nothing else. In the Notifier's thread.
+# Gives: Announcer, as_mapping, Delivery, Message, Picture, RETRY_FIRST, SILENCE, stamp, Unhealthy, Work
 NOTIFY_LINES = 10               # lines of a kind in a message
-NOTIFY_END = 1.0                # seconds that the end of the service leaves to messages on their way
-DELIVERY_TIMEOUT = 30.0         # seconds, a message from the start of its process to the end of it
-ANSWER_BYTES = 1 << 20          # of what a receiver answers
 RETRY_FIRST, RETRY_LONGEST = 10.0, 600.0    # seconds until the second try, and between two at most
 RETRY_TIME = 3600.0             # seconds after which a message is given up
-HEARTBEAT_INTERVAL = 60.0       # seconds
-HEARTBEAT_TIMEOUT = 10.0        # seconds
-NO_APPRISE = "notify needs the package apprise: run `pip install \"apprise>=2.3\"` in the environment of the service"
 # What a host says is to mention nobody (@everyone), to hide no link behind words, to be no tag.
 MARKUP = str.maketrans({mark: f"{mark}\u200b" for mark in "@<]"})
 STARTING = "(the service starts)"   # a gate that opens before it is told was never closed
-# What a child process is given of the environment; nothing that could be a secret of ours.
-CHILD_VARIABLES = ("PATH PYTHONPATH SYSTEMROOT WINDIR TEMP TMP TMPDIR LANG LC_ALL TZ SSL_CERT_FILE SSL_CERT_DIR "
-          "REQUESTS_CA_BUNDLE HTTP_PROXY HTTPS_PROXY NO_PROXY http_proxy https_proxy no_proxy").split()
-# Says nothing but the answer: what apprise logs may name the URL.
-CHILD = r"""
-import sys
-sys.path[:] = [path for path in sys.path if path]       # first: the folder it is started in may be anybody's
-import json, logging, os, threading
-logging.disable()
-asked, out = json.load(sys.stdin.buffer), os.dup(1)
-os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-end = threading.Timer(asked["seconds"], os._exit, [1])      # where nobody is left who would kill it
-end.daemon = True
-end.start()
-import apprise, requests
-from apprise.manager_attachment import AttachmentManager
-from apprise.manager_plugins import NotificationManager
-AttachmentManager().remove("file")      # who names one then raises KeyError
-NotificationManager().disable(*asked["refused"])
-apprise.NotifyBase.overflow_mode = apprise.OverflowMode.TRUNCATE    # or a service refuses what is too long for it
-asset = apprise.AppriseAsset(
-    storage_mode="memory", plugin_paths=[], http_redirects=False, allow_templates=False, pgp_autogen=False,
-    pem_autogen=False, async_mode=False, app_id="HealthChecker", app_desc="HealthChecker", app_url="")
-send, seen = requests.Session.send, {}
-def noted(session, request, **more):
-    seen.update(status=0, error="", after="")
-    try:
-        came, body = send(session, request, **more | {"stream": True}), b""
-        for part in came.iter_content(1 << 16):     # of an answer without an end the beginning
-            body += part
-            if len(body) > asked["bytes"]:
-                break
-        came._content, came._content_consumed = body, True
-        came.close()
-    except Exception as error:      # it goes on
-        seen["error"] = type(error).__name__
-        raise
-    seen.update(status=came.status_code, after=came.headers.get("Retry-After", ""))
-    return came
-requests.Session.send = noted
-services = [apprise.Apprise.instantiate(url, asset=asset) for url in asked["urls"]]
-answer = {"known": [bool(service) for service in services], "delivered": False, "seen": seen}
-if asked["body"] and all(services):
-    sender = apprise.Apprise(asset=asset)
-    sender.add(services)
-    answer["delivered"] = bool(sender.notify(
-        title=asked["title"], body=asked["body"], notify_type=asked["kind"], body_format="text"))
-os.write(out, json.dumps(answer).encode())
-"""
 
 
 def stamp(at: float) -> str:
@@ -16617,6 +16558,71 @@ class Announcer:
                 begun += [notice] if self._concerns(notice, picture) else []
         is_ripe = any(now - notice.taken_at >= after + self.settings.wait for notice in begun)
         return ends + (begun if is_ripe else [])
+
+
+# === Notify ==================================================================
+# Tells the receivers. The source is the table of events; all of it is kept in rows before anything is sent, so that a
+# message is delivered at least once, and once where nobody is killed. The Notifier's thread looks every second and
+# waits for nobody: each message is on its way in a thread and a child process of its own, which alone imports apprise.
+# Gives: check_receivers, ChildProcess, deliver, has_apprise, Heartbeat, is_service_well, NO_APPRISE, Notifier,
+# service_problems
+NOTIFY_INTERVAL = 1.0           # seconds between two looks at the events
+NOTIFY_IDLE = 30.0              # seconds between two looks at all resources while there is nothing to be said
+NOTIFY_END = 1.0                # seconds that the end of the service leaves to messages on their way
+DELIVERY_TIMEOUT = 30.0         # seconds, a message from the start of its process to the end of it
+ANSWER_BYTES = 1 << 20          # of what a receiver answers
+HEARTBEAT_INTERVAL = 60.0       # seconds
+HEARTBEAT_TIMEOUT = 10.0        # seconds
+NO_APPRISE = "notify needs the package apprise: run `pip install \"apprise>=2.3\"` in the environment of the service"
+# What a child process is given of the environment; nothing that could be a secret of ours.
+CHILD_VARIABLES = ("PATH PYTHONPATH SYSTEMROOT WINDIR TEMP TMP TMPDIR LANG LC_ALL TZ SSL_CERT_FILE SSL_CERT_DIR "
+          "REQUESTS_CA_BUNDLE HTTP_PROXY HTTPS_PROXY NO_PROXY http_proxy https_proxy no_proxy").split()
+# Says nothing but the answer: what apprise logs may name the URL.
+CHILD = r"""
+import sys
+sys.path[:] = [path for path in sys.path if path]       # first: the folder it is started in may be anybody's
+import json, logging, os, threading
+logging.disable()
+asked, out = json.load(sys.stdin.buffer), os.dup(1)
+os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+end = threading.Timer(asked["seconds"], os._exit, [1])      # where nobody is left who would kill it
+end.daemon = True
+end.start()
+import apprise, requests
+from apprise.manager_attachment import AttachmentManager
+from apprise.manager_plugins import NotificationManager
+AttachmentManager().remove("file")      # who names one then raises KeyError
+NotificationManager().disable(*asked["refused"])
+apprise.NotifyBase.overflow_mode = apprise.OverflowMode.TRUNCATE    # or a service refuses what is too long for it
+asset = apprise.AppriseAsset(
+    storage_mode="memory", plugin_paths=[], http_redirects=False, allow_templates=False, pgp_autogen=False,
+    pem_autogen=False, async_mode=False, app_id="HealthChecker", app_desc="HealthChecker", app_url="")
+send, seen = requests.Session.send, {}
+def noted(session, request, **more):
+    seen.update(status=0, error="", after="")
+    try:
+        came, body = send(session, request, **more | {"stream": True}), b""
+        for part in came.iter_content(1 << 16):     # of an answer without an end the beginning
+            body += part
+            if len(body) > asked["bytes"]:
+                break
+        came._content, came._content_consumed = body, True
+        came.close()
+    except Exception as error:      # it goes on
+        seen["error"] = type(error).__name__
+        raise
+    seen.update(status=came.status_code, after=came.headers.get("Retry-After", ""))
+    return came
+requests.Session.send = noted
+services = [apprise.Apprise.instantiate(url, asset=asset) for url in asked["urls"]]
+answer = {"known": [bool(service) for service in services], "delivered": False, "seen": seen}
+if asked["body"] and all(services):
+    sender = apprise.Apprise(asset=asset)
+    sender.add(services)
+    answer["delivered"] = bool(sender.notify(
+        title=asked["title"], body=asked["body"], notify_type=asked["kind"], body_format="text"))
+os.write(out, json.dumps(answer).encode())
+"""
 
 
 def seconds_of(text: str) -> float:
