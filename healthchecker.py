@@ -8638,6 +8638,7 @@ class Doubt:
         self._asked = asked                 # or it reports by itself, tomorrow perhaps: nobody waits for that
         self.decided = not asked            # the last result agrees with the state; before the first one nobody knows
         self._urged_mono, self._polled_mono = -math.inf, 0.0    # and when the last poll that is over began
+        self.risen_mono = -math.inf         # since when it is healthy, if it was not; inf: it is not
 
     @property
     def is_urged(self) -> bool:
@@ -8654,9 +8655,10 @@ class Doubt:
         """Notes that a poll is over."""
         self._polled_mono = begun_mono
 
-    def settle(self, *, decided: bool) -> None:
-        """Notes whether the last result agrees with the state."""
+    def settle(self, *, decided: bool, healthy: bool = True) -> None:
+        """Notes whether the last result agrees with the state, and which that is."""
         self.decided = decided or not self._asked
+        self.risen_mono = min(self.risen_mono, lease_clock()) if healthy else math.inf
 
 
 class News:
@@ -8674,7 +8676,14 @@ class News:
     def restore(self, standing: Standing) -> None:
         """Goes on from a standing of before the start."""
         self.told, self._is_restored = standing, True
-        self.doubt.settle(decided=standing.decided)
+        self.doubt.settle(decided=standing.decided, healthy=standing.healthy)
+
+    def hear(self, standing: Standing, found_mono: float) -> None:
+        """Goes on from what another machine found, which has told nobody of it where another may be to blame."""
+        self.restore(standing)
+        is_old = any(found_mono < doubt.risen_mono < math.inf for doubt in self._before())
+        if not standing.healthy and (is_old or self._aggregator.blocker(self._name) or self._is_doubtful(standing)):
+            self.told = replace(standing, state="healthy", cause="")
 
     def go_on_from(self, before: News) -> None:
         """Goes on from what the poller before told."""
@@ -8688,7 +8697,7 @@ class News:
         if after.bad == 1 and not self._aggregator.blocker(self._name):
             for doubt in self._before():
                 doubt.urge()
-        self.doubt.settle(decided=after.decided)
+        self.doubt.settle(decided=after.decided, healthy=after.healthy)
         is_doubtful = self._is_doubtful(report.verdict)     # first: such a doubt is over once the other has fallen
         blocker = self._aggregator.blocker(self._name)
         behind = 0 if after.healthy else self._aggregator.behind(self._name)
@@ -9875,7 +9884,7 @@ class ResourceLease:
                 self.standing, self._found_mono, self._spare = found.standing, found.found_mono, TAKE_OVER
                 self.expires_mono = lease_clock() + left
                 self._opens_mono = found.found_mono + found.opens
-                self.news.restore(found.standing)
+                self.news.hear(found.standing, found.found_mono)
                 self._set_resource(left)
 
     def go_on_from(self, before: ResourceLease) -> None:
@@ -10130,6 +10139,14 @@ def overruled(name: str, pollers: Mapping[str, Poller], context: PollContext) ->
     return Standing("unhealthy", "parent", f"behind {blocker}", since_at)
 
 
+def blamed(name: str, pollers: Mapping[str, Poller], context: PollContext) -> str | None:
+    """What is told instead of a resource: another one or a group that it is behind; empty: this machine is cut off, or
+    nothing was told yet. None: nothing. For any thread."""
+    if (blocker := context.aggregator.blocker(name)) or not (poller := pollers.get(name)):
+        return blocker or None
+    return "" if poller.outage.is_cut_off or poller.news.told.state != "unhealthy" else None
+
+
 class Exchange:
     """Which pollers work and which rest, where several machines share the work, and what the others found."""
 
@@ -10185,6 +10202,7 @@ class Monitor(threading.Thread):
         self.pollers: dict[str, Poller] = {}
         self.targets: dict[str, Target] = {}    # as the rows were when they were followed
         self.guards, self.groups, self.uplink = context.access.guards, context.aggregator.groups, context.uplink
+        self.members, self.blames = context.members, functools.partial(blamed, pollers=self.pollers, context=context)
         self.changed_at, self.flush = context.recorder.changed_at, context.recorder.flush
         self.override = OverrideKeeper(store, context.aggregator, wall)
         self._zero_at = wall() - lease_clock()  # the Unix time of lease_clock's 0, by which stored times are read
@@ -16719,27 +16737,38 @@ def running_works(session: Session, now: float) -> dict[str, Work]:
     return found
 
 
-def take_picture(session: Session, names: Iterable[str], problems: Mapping[str, str], now: float) -> Picture:
-    """How everything is by the rows; with the tags of resources of these names."""
-    unhealthy, healthy, tags, wanted = {}, {}, dict[str, frozenset[str]](), {*names}
+def tags_of(text: str) -> tuple[frozenset[str], bool]:
+    """The tags in a resource's settings, and whether it is critical; of a damaged row none, and yes."""
+    with contextlib.suppress(ValueError, TypeError):
+        settings: Any = {} | json.loads(text)
+        return frozenset(settings.get("tags", ())), settings.get("critical", True)
+    return frozenset(), True
+
+
+def take_picture(session: Session, names: Iterable[str], problems: Mapping[str, str], now: float,
+                 blames: Callable[[str], str | None] = lambda _: None) -> Picture:
+    """How everything is by the rows, and by what `blames` says as `blamed` does; with the tags of resources of these
+    names."""
+    unhealthy, healthy, tags, wanted, blamed = {}, {}, dict[str, frozenset[str]](), {*names}, set[str]()
+    more = remarks(session, now)
     rows = session.execute(sqlalchemy.select(
         Resource.name, Resource.settings, Status.state, Status.cause, Status.reason,
         Status.since_at, Status.polled_at).outerjoin(Status, Status.resource_id == Resource.id)).all()
     for name, text, state, cause, reason, since_at, polled_at in rows:
-        settings: Any = {}
-        if state == "unhealthy" or name in wanted:
-            tags[name] = frozenset()
-            with contextlib.suppress(ValueError, TypeError):    # of a damaged row
-                settings = {} | json.loads(text)
-                tags[name] = frozenset(settings.get("tags", ()))
-        if state == "unhealthy":
-            unhealthy[name] = Unhealthy(since_at, caused(cause, reason), tags[name], settings.get("critical", True),
-                                        cause in ("parent", "cut_off"))
+        other = blames(name)
+        is_bad = state == "unhealthy" or bool(other)
+        if is_bad or name in wanted:
+            tags[name], critical = tags_of(text)
+        if is_bad:
+            unhealthy[name] = Unhealthy(since_at or now, caused(cause or "", reason or ""), tags[name], critical,
+                                        other is not None)
+            blamed |= {other} if other and critical and name not in more.maintenance else set()
         else:
             healthy[name] = polled_at or 0.0
+    for name in blamed & unhealthy.keys():      # which need not be critical by itself
+        unhealthy[name] = unhealthy[name]._replace(critical=True)
     gates = Gates.model_validate_json(remembered(session, "gates").text or "{}")
     groups = frozenset(gates.members({}))
-    more = remarks(session, now)
     return Picture(unhealthy, healthy, {*more.maintenance}, groups, tags, problems, frozenset(more.seen),
                    running_works(session, now))
 
@@ -16749,9 +16778,10 @@ class Notifier(threading.Thread):
     in between sends it once more, for one that comes twice is better than one that never comes."""
 
     def __init__(self, store: Store, vault: Vault, problems: Callable[[], Mapping[str, str]], console: str,
-                 members: Membership | None = None) -> None:
+                 monitor: Monitor | None = None) -> None:
         super().__init__(name="notifier", daemon=True)
-        self._members, self._epoch = members or Membership(), ""
+        self._members, self._epoch = monitor.members if monitor else Membership(), ""
+        self._blames = monitor.blames if monitor else lambda _: None
         self._store, self._vault, self._problems, self._console = store, vault, problems, console
         self._ending, self._trouble = threading.Event(), Trouble("nobody can be told")
         self._unkept = Trouble("what was told cannot be kept")
@@ -16836,7 +16866,7 @@ class Notifier(threading.Thread):
         found = [*session.scalars(sqlalchemy.select(Event).where(Event.id > cursor).order_by(Event.id))]
         session.expunge_all()
         self._looked_at = now
-        return found, take_picture(session, (each.resource for each in found), problems, now)
+        return found, take_picture(session, (each.resource for each in found), problems, now, self._blames)
 
     def _announce(self, found: Sequence[Event], picture: Picture, now: float) -> None:
         for announcer in self._announcers.values():
@@ -17382,7 +17412,7 @@ def watch(installation: Installation, store: Store, console: Sequence[socket.soc
                               access, monitor)
             server = ConsoleServer(build_console(context, metrics), console)
             stack.enter_context(contextlib.closing(server)).start()
-        notifier = Notifier(store, vault, functools.partial(service_problems, recorder), console_url(service), members)
+        notifier = Notifier(store, vault, functools.partial(service_problems, recorder), console_url(service), monitor)
         stack.enter_context(contextlib.closing(notifier)).start()
         heart = Heartbeat(store, vault, installation.access(), functools.partial(is_service_well, aggregator, recorder))
         stack.enter_context(contextlib.closing(heart)).start()

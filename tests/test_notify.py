@@ -26,6 +26,7 @@ from console import prepared_database, prepared_vault
 from postgres import database_in, refusing, settings_of
 from service import Program, Service, prepared_keys, run, write_inventory
 from sshd import wait_for
+from test_poll import House, Machines, good, house, machines, maintain, unreachable, vault
 from wsman_server import make_certificate
 
 import healthchecker
@@ -58,6 +59,7 @@ from healthchecker import (
     deliver,
     events,
     import_inventory,
+    is_seen_to,
     is_service_well,
     lease_clock,
     load_inventory,
@@ -66,6 +68,7 @@ from healthchecker import (
     take_picture,
 )
 
+__all__ = ["house", "machines", "vault"]  # fixtures
 NOON = 1_800_000_000.0
 NAMES = [f"db{number}" for number in range(50)]
 
@@ -1098,6 +1101,86 @@ def test_notify_test(tmp_path: Path, hook: Hook) -> None:
     assert done.returncode == 2 and "did you mean ops?" in done.stderr
     done = run(with_notify(tmp_path), "notify", "test", "ops")
     assert (done.returncode, done.stderr) == (2, "inventory.yaml names nobody to notify\n")
+
+
+# --- what another is to blame for
+
+
+def picture_of(house: House) -> Picture:
+    house.monitor.flush()
+    with house.store.reading() as session:
+        return take_picture(session, [], {}, house.store.wall(), house.monitor.blames)
+
+
+def poll(house: House, machines: Machines, behaviour: Any, *names: str) -> None:
+    machines.behaviours |= dict.fromkeys(names, behaviour)
+    for name in names:
+        house.poller(name).poll_now().result(60)
+
+
+def test_of_what_is_behind_another_nobody_is_told(house: House, machines: Machines, hook: Hook) -> None:
+    """Neither while that is down nor after it, until its own results say something; the lines of the gate are the
+    cause's alone, and who has seen that is not reminded."""
+    house.write("name: switch, fall: 1, rise: 1, interval: 300", "name: web, depends_on: [switch], fall: 1, rise: 1,"
+                " interval: 300")
+    path = house.folder / "inventory.yaml"
+    entry = f"notify:\n  - {{name: ops, url: 'json://{hook.place}/x', wait: 0, on: [gate, state], remind: 1}}\n"
+    path.write_text(path.read_text(encoding="utf-8") + entry, encoding="utf-8")
+    with house.store.writing() as session:
+        import_inventory(session, load_inventory(path), house.vault)
+    with house.watching():
+        wait_for(house.aggregator.is_healthy)
+        notifier = Notifier(house.store, house.vault, dict, "", house.monitor)
+        now = house.store.wall()
+
+        def look(count: int, after: float) -> str:
+            house.monitor.flush()
+            look_until(notifier, hook, count, now + after)
+            return "\n".join(f"{got.json['title']}\n{got.json['message']}" for got in hook.requests[-1:])
+
+        look(0, 0)
+        poll(house, machines, unreachable, "switch", "web")
+        house.monitor.flush()
+        assert house.stored("web") == ("unhealthy", "unreachable")
+        said = look(1, 10)
+        assert said.startswith("HealthChecker: the gate is closed, 1 unhealthy, and 1 more\n") and "\nweb: " not in said
+        look(1, 20)
+        with house.store.writing() as session:
+            row = session.scalars(sqlalchemy.select(Resource).where(Resource.name == "switch")).one()
+            session.add(healthchecker.Acknowledgement(resource_id=row.id, at=NOON, actor="me", comment="on my way"))
+        look(1, 4000)
+        poll(house, machines, good, "switch")
+        said = look(2, 4010)
+        assert "switch: healthy again" in said and not house.aggregator.is_healthy(), "web was not polled yet"
+        look(2, 4020)
+        poll(house, machines, good, "web")
+        assert look(3, 4030).startswith("HealthChecker: the gate is open again\nthe gate: open again, ")
+        notifier.close()
+
+
+def test_who_is_to_blame(house: House, machines: Machines) -> None:
+    """Also one that is not critical, for who counts and is behind it; what is bad by itself is told when that is
+    known."""
+    house.write("name: switch, fall: 1, rise: 1, interval: 300, critical: false",
+                "name: web, depends_on: [switch], fall: 1, rise: 1, interval: 300",
+                "name: db, depends_on: [switch], interval: 300")
+    with house.watching():
+        wait_for(house.aggregator.is_healthy)
+        poll(house, machines, unreachable, "switch", "web")
+        picture = picture_of(house)
+        assert picture.unhealthy.keys() == {"switch", "web", "db"} and picture.keepers().keys() == {"switch"}
+        assert is_seen_to(Notice(kind="gate"), picture._replace(acknowledged=["switch"]))
+        maintain(house, "web", 3600)
+        maintain(house, "db", 3600)
+        wait_for(house.aggregator.is_healthy)
+        assert not picture_of(house).keepers()
+        house.elsewhere("DELETE FROM maintenance")
+        wait_for(lambda: not house.aggregator.is_healthy())
+        poll(house, machines, good, "switch")
+        picture = picture_of(house)
+        assert picture.unhealthy.keys() == {"web"} and not picture.keepers(), "its next result decides"
+        poll(house, machines, unreachable, "web")
+        assert picture_of(house).keepers().keys() == {"web"}
 
 
 # --- the heartbeat
