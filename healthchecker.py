@@ -16561,9 +16561,11 @@ class Announcer:
         return is_over or (known is not None and known.is_blamed)
 
     def _concerns(self, notice: Notice, picture: Picture) -> bool:
-        """Whether the gate or a group, if it is that, closes while something with the receiver's tags is unhealthy."""
+        """Whether the gate or a group, if it is that, closes while something that counts and has the receiver's tags is
+        unhealthy, or behind what is."""
         return (not self.settings.tags or notice.kind not in ("gate", "group")
-                or any(self._is_mine(one.tags) for one in picture.unhealthy.values()))
+                or any(self._is_mine(one.tags) for name, one in picture.unhealthy.items()
+                       if one.critical and name not in picture.excused))
 
     def _due(self, picture: Picture, now: float) -> list[Notice]:
         """What a message would say now: ends at once, and troubles together once the first of them has waited."""
@@ -16750,7 +16752,7 @@ def take_picture(session: Session, names: Iterable[str], problems: Mapping[str, 
                  blames: Callable[[str], str | None] = lambda _: None) -> Picture:
     """How everything is by the rows, and by what `blames` says as `blamed` does; with the tags of resources of these
     names."""
-    unhealthy, healthy, tags, wanted, blamed = {}, {}, dict[str, frozenset[str]](), {*names}, set[str]()
+    unhealthy, healthy, tags, wanted, others = {}, {}, dict[str, frozenset[str]](), {*names}, set[str]()
     more = remarks(session, now)
     rows = session.execute(sqlalchemy.select(
         Resource.name, Resource.settings, Status.state, Status.cause, Status.reason,
@@ -16763,10 +16765,10 @@ def take_picture(session: Session, names: Iterable[str], problems: Mapping[str, 
         if is_bad:
             unhealthy[name] = Unhealthy(since_at or now, caused(cause or "", reason or ""), tags[name], critical,
                                         other is not None)
-            blamed |= {other} if other and critical and name not in more.maintenance else set()
+            others |= {other} if other and critical and name not in more.maintenance else set()
         else:
             healthy[name] = polled_at or 0.0
-    for name in blamed & unhealthy.keys():      # which need not be critical by itself
+    for name in others & unhealthy.keys():      # which need not be critical by itself
         unhealthy[name] = unhealthy[name]._replace(critical=True)
     gates = Gates.model_validate_json(remembered(session, "gates").text or "{}")
     groups = frozenset(gates.members({}))

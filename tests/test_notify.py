@@ -142,6 +142,8 @@ class Desk:
             self.unhealthy = {name: Unhealthy(since, "limit: disk") for name, since in given.items()}
         elif what == "blamed":
             self.unhealthy = {name: one._replace(is_blamed=True) for name, one in self.unhealthy.items()}
+        elif what == "minor":
+            self.unhealthy = {name: one._replace(critical=False) for name, one in self.unhealthy.items()}
         elif what == "tags":
             self.tags = {name: frozenset([tag]) for name, tag in given.items()}
         else:
@@ -216,6 +218,16 @@ SCENARIOS: dict[str, tuple[dict[str, Any], list[Step], list[tuple[float, str]]]]
         {"tags": ["database"]}, [(0, "tags", {"db1": "database"}), (0, "event", SICK), (1, "event", CLOSED),
                                  (50, "event", OPEN)],
         [(21, "the gate is closed, 1 unhealthy"), (50, "the gate is open again")]),
+    "the gate, while what has its tags is in maintenance": (
+        {"tags": ["database"]}, [(0, "tags", {"db1": "database"}), (0, "excused", {"db1": 1}), (0, "event", SICK),
+                                 (1, "event", CLOSED), (50, "event", OPEN)], []),
+    "the gate, while what has its tags closes nothing": (
+        {"tags": ["database"]}, [(0, "tags", {"db1": "database"}), (0, "event", SICK), (0, "minor", {}),
+                                 (1, "event", CLOSED), (50, "event", OPEN)], []),
+    "the gate, while what has its tags is behind something": (
+        {"tags": ["database"]}, [(0, "tags", {"db1": "database"}), (0, "event", SICK), (0, "blamed", {}),
+                                 (1, "event", CLOSED), (50, "event", OPEN)],
+        [(21, "the gate is closed"), (50, "the gate is open again")]),
     "a problem": (
         {"on": ["problem"], "wait": 0}, [(3, "problems", {"database": "disk full"}), (60, "problems", {})],
         [(3, "HealthChecker's database is in trouble"), (60, "HealthChecker's database is well again")]),
