@@ -16636,7 +16636,8 @@ def noted(session, request, **more):
     return came
 requests.Session.send = noted
 services = [apprise.Apprise.instantiate(url, asset=asset) for url in asked["urls"]]
-answer = {"known": [bool(service) for service in services], "delivered": False, "seen": seen}
+targets = [len(service) // (service.retry + 1) if service else 0 for service in services]   # else of tries
+answer = {"targets": targets, "delivered": False, "seen": seen}
 if asked["body"] and all(services):
     sender = apprise.Apprise(asset=asset)
     sender.add(services)
@@ -16692,7 +16693,7 @@ def deliver(url: str, message: Message, child: ChildProcess, seconds: float = DE
     answer = child.ask([url], seconds, message)
     if answer is None:
         return Delivery(False, f"apprise gave no answer within {seconds:g} s" if has_apprise() else NO_APPRISE)
-    if not all(answer["known"]):
+    if not all(answer["targets"]):
         return Delivery(False, "its url is that of no service that apprise knows, or lacks a part")
     seen = answer["seen"]
     status, error = seen.get("status"), seen.get("error")
@@ -16711,10 +16712,11 @@ def check_receivers(inventory: Inventory, vault: Vault) -> Iterator[HealthChecke
     answer = ChildProcess().ask([open_url(url, name, vault) for _, name, url in named], DELIVERY_TIMEOUT)
     if answer is None:
         yield UsageError("apprise, of which notify is made, cannot be imported: install it anew")
-    for (where, name, _), is_known in zip(named, answer["known"] if answer else (), strict=False):
-        if not is_known:
-            yield InventoryError(f"{inventory.places[f'notify/{name}']}: notify[{where[1]}].url: is that of no service "
-                                 "that apprise knows, or lacks a part")
+    for (where, name, _), count in zip(named, answer["targets"] if answer else (), strict=False):
+        if count != 1:      # one that fails would have all of them told again
+            yield InventoryError(f"{inventory.places[f'notify/{name}']}: notify[{where[1]}].url: " + (
+                f"names {count} who are told, of which a receiver has one: write as many receivers" if count else
+                "is that of no service that apprise knows, or lacks a part"))
 
 
 def service_problems(recorder: Recorder) -> dict[str, str]:

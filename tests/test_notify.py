@@ -516,7 +516,7 @@ def test_nothing_is_imported_from_the_folder_it_is_started_in(tmp_path: Path, mo
         (tmp_path / f"{name}.py").write_text(f"open('was-{name}', 'w').close()\n", encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     answer = ChildProcess().ask(["json://localhost/x"], 60)
-    assert answer and answer["known"] == [True] and not [*tmp_path.glob("was-*")]
+    assert answer and answer["targets"] == [1] and not [*tmp_path.glob("was-*")]
 
 
 def test_what_is_too_long_for_a_service_is_cut(hook: Hook) -> None:
@@ -701,6 +701,21 @@ def test_check_names_the_url_of_no_service(tmp_path: Path) -> None:
     why = "is that of no service that apprise knows, or lacks a part"
     assert faults == [f"inventory.yaml:{line + number}:{column}: notify[{number + 1}].url: {why}"
                       for number, column in enumerate((22, 23, 23))]
+
+
+def test_check_names_a_url_of_several(tmp_path: Path) -> None:
+    """One of them that cannot be reached would have the others told again and again."""
+    prepared_keys(tmp_path)
+    urls = {"mailto://u:p@mail.example.com?to=a@example.com,b@example.com": 2,
+            "tgram://123456789:abcdefg_hijk/11/12/13": 3,
+            "slack://T1JJ3T3L2/A1BRTD4JD/TIiajkdnlazkcOXrIdevi7FQ/#a/#b": 2, "json://localhost/x?retry=2": 1,
+            "mailto://u:p@mail.example.com?to=a@example.com&cc=b@example.com": 1}
+    inventory = load_inventory(with_notify(
+        tmp_path, *(f"{{name: n{number}, url: '{url}'}}" for number, url in enumerate(urls))))
+    faults = [str(fault).partition(": ")[2] for fault in check_receivers(inventory, prepared_vault(tmp_path))]
+    assert faults == [
+        f"notify[{number}].url: names {count} who are told, of which a receiver has one: write as many receivers"
+        for number, count in enumerate(urls.values()) if count > 1]  # fmt: skip
 
 
 def test_check_without_apprise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
