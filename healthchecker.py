@@ -5586,14 +5586,14 @@ class LocalConnection(Connection):
                 process.wait()
 
 
-def enclose(process: subprocess.Popen[bytes]) -> Callable[[], object]:
+def enclose(process: subprocess.Popen[bytes], memory: int = 0) -> Callable[[], object]:
     """Puts a process, with all that it will start, into a job: its only handle ends all of it when it is closed, by
-    what is given here or because this process was killed."""
+    what is given here or because this process was killed. `memory`: bytes that all of it may have, or no limit."""
     kernel32 = cast(Any, ctypes).WinDLL("kernel32")     # our own, for its types are ours
     kernel32.CreateJobObjectW.restype = ctypes.c_void_p
     job = ctypes.c_void_p(kernel32.CreateJobObjectW(None, None))
-    # JOBOBJECT_EXTENDED_LIMIT_INFORMATION, aligned for this process, with KILL_ON_JOB_CLOSE and no other limit.
-    limits = struct.pack("@2qL2PLP2L6Q4P", 0, 0, 0x2000, *[0] * 16)
+    # JOBOBJECT_EXTENDED_LIMIT_INFORMATION, aligned for this process, with KILL_ON_JOB_CLOSE and perhaps JOB_MEMORY.
+    limits = struct.pack("@2qL2PLP2L6Q4P", 0, 0, 0x2200 if memory else 0x2000, *[0] * 13, memory, 0, 0)
     kernel32.SetInformationJobObject(job, 9, limits, len(limits))
     kernel32.AssignProcessToJobObject(job, ctypes.c_void_p(int(cast(Any, process)._handle)))
     return functools.partial(kernel32.CloseHandle, job)
@@ -16592,6 +16592,7 @@ NOTIFY_IDLE = 30.0              # seconds between two looks at all resources whi
 NOTIFY_END = 1.0                # seconds that the end of the service leaves to messages on their way
 DELIVERY_TIMEOUT = 30.0         # seconds, a message from the start of its process to the end of it
 ANSWER_BYTES = 1 << 20          # of what a receiver answers
+CHILD_BYTES = 1 << 28           # of memory for a process that sends; apprise alone takes 55 MB
 HEARTBEAT_INTERVAL = 60.0       # seconds
 HEARTBEAT_TIMEOUT = 10.0        # seconds
 NO_APPRISE = "notify needs the package apprise: run `pip install \"apprise>=2.3\"` in the environment of the service"
@@ -16609,6 +16610,10 @@ os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 end = threading.Timer(asked["seconds"], os._exit, [1])      # where nobody is left who would kill it
 end.daemon = True
 end.start()
+if os.name == "posix":      # not all libraries bound what they read
+    import resource
+    most = resource.getrlimit(resource.RLIMIT_DATA)[1]
+    resource.setrlimit(resource.RLIMIT_DATA, (asked["memory"] if most < 0 else min(most, asked["memory"]), most))
 import apprise, requests
 from apprise.manager_attachment import AttachmentManager
 from apprise.manager_plugins import NotificationManager
@@ -16662,13 +16667,13 @@ class ChildProcess:
             options = {"creationflags": subprocess.CREATE_NO_WINDOW}
         self._process = subprocess.Popen([sys.executable, "-c", CHILD], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                          stderr=subprocess.DEVNULL, env=environment, **options)
-        self._end_all = enclose(self._process) if sys.platform == "win32" else functools.partial(
+        self._end_all = enclose(self._process, CHILD_BYTES) if sys.platform == "win32" else functools.partial(
             end_process_group, self._process)
 
     def ask(self, urls: Sequence[str], seconds: float, message: Message = SILENCE) -> dict[str, Any] | None:
         """The answer, None without one in time. Ends the process."""
         asked = json.dumps({"urls": urls, "refused": sorted(LOCAL_SERVICES), "seconds": seconds,
-                            "bytes": ANSWER_BYTES, **message._asdict()})
+                            "bytes": ANSWER_BYTES, "memory": CHILD_BYTES, **message._asdict()})
         try:
             said = self._process.communicate(asked.encode(), seconds)[0]
             return cast("dict[str, Any]", json.loads(said))

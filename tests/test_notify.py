@@ -10,6 +10,7 @@ import json
 import logging
 import re
 import socket
+import socketserver
 import ssl
 import sys
 import tarfile
@@ -631,6 +632,29 @@ def test_mail_with_starttls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert letter["subject"] == MESSAGE.title
     text = letter.get_body(("plain",)).get_content().replace("\r\n", "\n")
     assert text.strip() == MESSAGE.body
+
+
+class EndlessGreeting(socketserver.StreamRequestHandler):
+    """Of an SMTP server, as far as half a gibibyte has none."""
+
+    def handle(self) -> None:
+        self.wfile.write(b"220 here\r\n")
+        self.rfile.readline()
+        with contextlib.suppress(OSError):
+            for _ in range(1 << 11):
+                self.wfile.write((b"250-" + b"x" * 1018 + b"\r\n") * 256)
+            self.server.is_whole = True     # type: ignore[attr-defined]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="macOS and wine enforce no limit of memory")
+def test_a_mail_server_whose_answer_has_no_end() -> None:
+    with socketserver.TCPServer(("127.0.0.1", 0), EndlessGreeting) as server:
+        thread = threading.Thread(target=server.handle_request)
+        thread.start()
+        url = f"mailto://u:p@localhost:{server.server_address[1]}?mode=insecure&smtp=localhost&to=ops@example.com"
+        assert not deliver(url, MESSAGE, ChildProcess()).is_delivered
+        thread.join()
+    assert not hasattr(server, "is_whole")
 
 
 # --- what is refused
