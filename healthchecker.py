@@ -79,7 +79,8 @@ Sections, in file order; a definition refers only to what stands above it:
     Views        the pages
     Boards       what the gate did, and how it stands, to be looked at
     Console      the operators' door: pages and API under waitress, in the main process
-    Notify       who is told of what, and the heartbeat
+    Announce     what a receiver is told, and when
+    Notify       messages on their way, and the heartbeat
     Backup       database, keys and inventory in one archive
     Service      serve: from the start to the end
     Status       what the running service says, for the command line and Nagios
@@ -5621,14 +5622,14 @@ class LocalConnection(Connection):
                 process.wait()
 
 
-def enclose(process: subprocess.Popen[bytes]) -> Callable[[], object]:
+def enclose(process: subprocess.Popen[bytes], memory: int = 0) -> Callable[[], object]:
     """Puts a process, with all that it will start, into a job: its only handle ends all of it when it is closed, by
-    what is given here or because this process was killed."""
+    what is given here or because this process was killed. `memory`: bytes that all of it may have, or no limit."""
     kernel32 = cast(Any, ctypes).WinDLL("kernel32")     # our own, for its types are ours
     kernel32.CreateJobObjectW.restype = ctypes.c_void_p
     job = ctypes.c_void_p(kernel32.CreateJobObjectW(None, None))
-    # JOBOBJECT_EXTENDED_LIMIT_INFORMATION, aligned for this process, with KILL_ON_JOB_CLOSE and no other limit.
-    limits = struct.pack("@2qL2PLP2L6Q4P", 0, 0, 0x2000, *[0] * 16)
+    # JOBOBJECT_EXTENDED_LIMIT_INFORMATION, aligned for this process, with KILL_ON_JOB_CLOSE and perhaps JOB_MEMORY.
+    limits = struct.pack("@2qL2PLP2L6Q4P", 0, 0, 0x2200 if memory else 0x2000, *[0] * 13, memory, 0, 0)
     kernel32.SetInformationJobObject(job, 9, limits, len(limits))
     kernel32.AssignProcessToJobObject(job, ctypes.c_void_p(int(cast(Any, process)._handle)))
     return functools.partial(kernel32.CloseHandle, job)
@@ -8689,6 +8690,7 @@ class Doubt:
         self._asked = asked                 # or it reports by itself, tomorrow perhaps: nobody waits for that
         self.decided = not asked            # the last result agrees with the state; before the first one nobody knows
         self._urged_mono, self._polled_mono = -math.inf, 0.0    # and when the last poll that is over began
+        self.risen_mono = -math.inf         # since when it is healthy, if it was not; inf: it is not
 
     @property
     def is_urged(self) -> bool:
@@ -8705,9 +8707,10 @@ class Doubt:
         """Notes that a poll is over."""
         self._polled_mono = begun_mono
 
-    def settle(self, *, decided: bool) -> None:
-        """Notes whether the last result agrees with the state."""
+    def settle(self, *, decided: bool, healthy: bool = True) -> None:
+        """Notes whether the last result agrees with the state, and which that is."""
         self.decided = decided or not self._asked
+        self.risen_mono = min(self.risen_mono, lease_clock()) if healthy else math.inf
 
 
 class News:
@@ -8725,7 +8728,14 @@ class News:
     def restore(self, standing: Standing) -> None:
         """Goes on from a standing of before the start."""
         self.told, self._is_restored = standing, True
-        self.doubt.settle(decided=standing.decided)
+        self.doubt.settle(decided=standing.decided, healthy=standing.healthy)
+
+    def hear(self, standing: Standing, found_mono: float) -> None:
+        """Goes on from what another machine found, which has told nobody of it where another may be to blame."""
+        self.restore(standing)
+        is_old = any(found_mono < doubt.risen_mono < math.inf for doubt in self._before())
+        if not standing.healthy and (is_old or self._aggregator.blocker(self._name) or self._is_doubtful(standing)):
+            self.told = replace(standing, state="healthy", cause="")
 
     def go_on_from(self, before: News) -> None:
         """Goes on from what the poller before told."""
@@ -8739,7 +8749,7 @@ class News:
         if after.bad == 1 and not self._aggregator.blocker(self._name):
             for doubt in self._before():
                 doubt.urge()
-        self.doubt.settle(decided=after.decided)
+        self.doubt.settle(decided=after.decided, healthy=after.healthy)
         is_doubtful = self._is_doubtful(report.verdict)     # first: such a doubt is over once the other has fallen
         blocker = self._aggregator.blocker(self._name)
         behind = 0 if after.healthy else self._aggregator.behind(self._name)
@@ -9926,7 +9936,7 @@ class ResourceLease:
                 self.standing, self._found_mono, self._spare = found.standing, found.found_mono, TAKE_OVER
                 self.expires_mono = lease_clock() + left
                 self._opens_mono = found.found_mono + found.opens
-                self.news.restore(found.standing)
+                self.news.hear(found.standing, found.found_mono)
                 self._set_resource(left)
 
     def go_on_from(self, before: ResourceLease) -> None:
@@ -10070,7 +10080,8 @@ class Poller(ResourceLease, threading.Thread):
         learned = None if self.target.host_key == host_key else self.target.host_key
         report = self._report(verdict, seconds, sample, learned)
         wait = self._guard.wait(settings.name) if verdict.cause == "auth" else 0.0
-        is_told = self.standing.decided and not (self._context.members.is_shared and report.is_doubtful)
+        is_told = (self.standing.decided and not (self._context.members.is_shared and report.is_doubtful)
+                   and (self.counted is not False or self.standing.healthy))    # or maintenance ends on an old result
         pause = settings.interval if is_told else min(settings.interval, max(settings.retry, wait))
         return pause * self._context.random.uniform(1 - JITTER, 1 + JITTER), report
 
@@ -10181,6 +10192,14 @@ def overruled(name: str, pollers: Mapping[str, Poller], context: PollContext) ->
     return Standing("unhealthy", "parent", f"behind {blocker}", since_at)
 
 
+def blamed(name: str, pollers: Mapping[str, Poller], context: PollContext) -> str | None:
+    """What is told instead of a resource: another one or a group that it is behind; empty: this machine is cut off, or
+    nothing was told yet. None: nothing. For any thread."""
+    if (blocker := context.aggregator.blocker(name)) or not (poller := pollers.get(name)):
+        return blocker or None
+    return "" if poller.outage.is_cut_off or poller.news.told.state != "unhealthy" else None
+
+
 class Exchange:
     """Which pollers work and which rest, where several machines share the work, and what the others found."""
 
@@ -10236,6 +10255,7 @@ class Monitor(threading.Thread):
         self.pollers: dict[str, Poller] = {}
         self.targets: dict[str, Target] = {}    # as the rows were when they were followed
         self.guards, self.groups, self.uplink = context.access.guards, context.aggregator.groups, context.uplink
+        self.members, self.blames = context.members, functools.partial(blamed, pollers=self.pollers, context=context)
         self.changed_at, self.flush = context.recorder.changed_at, context.recorder.flush
         self.override = OverrideKeeper(store, context.aggregator, wall)
         self._zero_at = wall() - lease_clock()  # the Unix time of lease_clock's 0, by which stored times are read
@@ -16352,76 +16372,16 @@ class ConsoleServer(threading.Thread):
         self.join(CONSOLE_DRAIN)
 
 
-# === Notify ==================================================================
-# Who is told of what. The source is the table of events: an Announcer holds what one receiver heard of them and
-# decides, by rows and clock alone, what is said next; all of it is kept in rows before anything is sent, so that a
-# message is delivered at least once, and once where nobody is killed. The Notifier's thread looks every second and
-# waits for nobody: each message is on its way in a thread and a child process of its own, which alone imports apprise.
-# Gives: check_receivers, ChildProcess, deliver, has_apprise, Heartbeat, is_service_well, Message, NO_APPRISE,
-# Notifier, service_problems
-NOTIFY_INTERVAL = 1.0           # seconds between two looks at the events
-NOTIFY_IDLE = 30.0              # seconds between two looks at all resources while there is nothing to be said
+# === Announce ================================================================
+# What one receiver is told, and when: in come events and how everything is by the rows, out go messages. An Announcer
+# holds what its receiver heard, and decides by rows and clock alone; touches nothing else. In the Notifier's thread.
+# Gives: Announcer, as_mapping, Delivery, Message, Picture, RETRY_FIRST, SILENCE, stamp, Unhealthy, Work
 NOTIFY_LINES = 10               # lines of a kind in a message
-NOTIFY_END = 1.0                # seconds that the end of the service leaves to messages on their way
-DELIVERY_TIMEOUT = 30.0         # seconds, a message from the start of its process to the end of it
-ANSWER_BYTES = 1 << 20          # of what a receiver answers
 RETRY_FIRST, RETRY_LONGEST = 10.0, 600.0    # seconds until the second try, and between two at most
 RETRY_TIME = 3600.0             # seconds after which a message is given up
-HEARTBEAT_INTERVAL = 60.0       # seconds
-HEARTBEAT_TIMEOUT = 10.0        # seconds
-NO_APPRISE = "notify needs the package apprise: run `pip install \"apprise>=2.3\"` in the environment of the service"
 # What a host says is to mention nobody (@everyone), to hide no link behind words, to be no tag.
 MARKUP = str.maketrans({mark: f"{mark}\u200b" for mark in "@<]"})
 STARTING = "(the service starts)"   # a gate that opens before it is told was never closed
-# What a child process is given of the environment; nothing that could be a secret of ours.
-CHILD_VARIABLES = ("PATH PYTHONPATH SYSTEMROOT WINDIR TEMP TMP TMPDIR LANG LC_ALL TZ SSL_CERT_FILE SSL_CERT_DIR "
-          "REQUESTS_CA_BUNDLE HTTP_PROXY HTTPS_PROXY NO_PROXY http_proxy https_proxy no_proxy").split()
-# Says nothing but the answer: what apprise logs may name the URL.
-CHILD = r"""
-import sys
-sys.path[:] = [path for path in sys.path if path]       # first: the folder it is started in may be anybody's
-import json, logging, os, threading
-logging.disable()
-asked, out = json.load(sys.stdin.buffer), os.dup(1)
-os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-end = threading.Timer(asked["seconds"], os._exit, [1])      # where nobody is left who would kill it
-end.daemon = True
-end.start()
-import apprise, requests
-from apprise.manager_attachment import AttachmentManager
-from apprise.manager_plugins import NotificationManager
-AttachmentManager().remove("file")      # who names one then raises KeyError
-NotificationManager().disable(*asked["refused"])
-apprise.NotifyBase.overflow_mode = apprise.OverflowMode.TRUNCATE    # or a service refuses what is too long for it
-asset = apprise.AppriseAsset(
-    storage_mode="memory", plugin_paths=[], http_redirects=False, allow_templates=False, pgp_autogen=False,
-    pem_autogen=False, async_mode=False, app_id="HealthChecker", app_desc="HealthChecker", app_url="")
-send, seen = requests.Session.send, {}
-def noted(session, request, **more):
-    seen.update(status=0, error="", after="")
-    try:
-        came, body = send(session, request, **more | {"stream": True}), b""
-        for part in came.iter_content(1 << 16):     # of an answer without an end the beginning
-            body += part
-            if len(body) > asked["bytes"]:
-                break
-        came._content, came._content_consumed = body, True
-        came.close()
-    except Exception as error:      # it goes on
-        seen["error"] = type(error).__name__
-        raise
-    seen.update(status=came.status_code, after=came.headers.get("Retry-After", ""))
-    return came
-requests.Session.send = noted
-services = [apprise.Apprise.instantiate(url, asset=asset) for url in asked["urls"]]
-answer = {"known": [bool(service) for service in services], "delivered": False, "seen": seen}
-if asked["body"] and all(services):
-    sender = apprise.Apprise(asset=asset)
-    sender.add(services)
-    answer["delivered"] = bool(sender.notify(
-        title=asked["title"], body=asked["body"], notify_type=asked["kind"], body_format="text"))
-os.write(out, json.dumps(answer).encode())
-"""
 
 
 def stamp(at: float) -> str:
@@ -16696,9 +16656,11 @@ class Announcer:
         return is_over or (known is not None and known.is_blamed)
 
     def _concerns(self, notice: Notice, picture: Picture) -> bool:
-        """Whether the gate or a group, if it is that, closes while something with the receiver's tags is unhealthy."""
+        """Whether the gate or a group, if it is that, closes while something that counts and has the receiver's tags is
+        unhealthy, or behind what is."""
         return (not self.settings.tags or notice.kind not in ("gate", "group")
-                or any(self._is_mine(one.tags) for one in picture.unhealthy.values()))
+                or any(self._is_mine(one.tags) for name, one in picture.unhealthy.items()
+                       if one.critical and name not in picture.excused))
 
     def _due(self, picture: Picture, now: float) -> list[Notice]:
         """What a message would say now: ends at once, and troubles together once the first of them has waited."""
@@ -16712,6 +16674,77 @@ class Announcer:
                 begun += [notice] if self._concerns(notice, picture) else []
         is_ripe = any(now - notice.taken_at >= after + self.settings.wait for notice in begun)
         return ends + (begun if is_ripe else [])
+
+
+# === Notify ==================================================================
+# Tells the receivers. The source is the table of events; all of it is kept in rows before anything is sent, so that a
+# message is delivered at least once, and once where nobody is killed. The Notifier's thread looks every second and
+# waits for nobody: each message is on its way in a thread and a child process of its own, which alone imports apprise.
+# Gives: check_receivers, ChildProcess, deliver, has_apprise, Heartbeat, is_service_well, NO_APPRISE, Notifier,
+# service_problems
+NOTIFY_INTERVAL = 1.0           # seconds between two looks at the events
+NOTIFY_IDLE = 30.0              # seconds between two looks at all resources while there is nothing to be said
+NOTIFY_END = 1.0                # seconds that the end of the service leaves to messages on their way
+DELIVERY_TIMEOUT = 30.0         # seconds, a message from the start of its process to the end of it
+ANSWER_BYTES = 1 << 20          # of what a receiver answers
+CHILD_BYTES = 1 << 28           # of memory for a process that sends; apprise alone takes 55 MB
+HEARTBEAT_INTERVAL = 60.0       # seconds
+HEARTBEAT_TIMEOUT = 10.0        # seconds
+NO_APPRISE = "notify needs the package apprise: run `pip install \"apprise>=2.3\"` in the environment of the service"
+# What a child process is given of the environment; nothing that could be a secret of ours.
+CHILD_VARIABLES = ("PATH PYTHONPATH SYSTEMROOT WINDIR TEMP TMP TMPDIR LANG LC_ALL TZ SSL_CERT_FILE SSL_CERT_DIR "
+          "REQUESTS_CA_BUNDLE HTTP_PROXY HTTPS_PROXY NO_PROXY http_proxy https_proxy no_proxy").split()
+# Says nothing but the answer: what apprise logs may name the URL.
+CHILD = r"""
+import sys
+sys.path[:] = [path for path in sys.path if path]       # first: the folder it is started in may be anybody's
+import json, logging, os, threading
+logging.disable()
+asked, out = json.load(sys.stdin.buffer), os.dup(1)
+os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+end = threading.Timer(asked["seconds"], os._exit, [1])      # where nobody is left who would kill it
+end.daemon = True
+end.start()
+if os.name == "posix":      # not all libraries bound what they read
+    import resource
+    most = resource.getrlimit(resource.RLIMIT_DATA)[1]
+    resource.setrlimit(resource.RLIMIT_DATA, (asked["memory"] if most < 0 else min(most, asked["memory"]), most))
+import apprise, requests
+from apprise.manager_attachment import AttachmentManager
+from apprise.manager_plugins import NotificationManager
+AttachmentManager().remove("file")      # who names one then raises KeyError
+NotificationManager().disable(*asked["refused"])
+apprise.NotifyBase.overflow_mode = apprise.OverflowMode.TRUNCATE    # or a service refuses what is too long for it
+asset = apprise.AppriseAsset(
+    storage_mode="memory", plugin_paths=[], http_redirects=False, allow_templates=False, pgp_autogen=False,
+    pem_autogen=False, async_mode=False, app_id="HealthChecker", app_desc="HealthChecker", app_url="")
+send, seen = requests.Session.send, {}
+def noted(session, request, **more):
+    seen.update(status=0, error="", after="")
+    try:
+        came, body = send(session, request, **more | {"stream": True}), b""
+        for part in came.iter_content(1 << 16):     # of an answer without an end the beginning
+            body += part
+            if len(body) > asked["bytes"]:
+                break
+        came._content, came._content_consumed = body, True
+        came.close()
+    except Exception as error:      # it goes on
+        seen["error"] = type(error).__name__
+        raise
+    seen.update(status=came.status_code, after=came.headers.get("Retry-After", ""))
+    return came
+requests.Session.send = noted
+services = [apprise.Apprise.instantiate(url, asset=asset) for url in asked["urls"]]
+targets = [len(service) // (service.retry + 1) if service else 0 for service in services]   # else of tries
+answer = {"targets": targets, "delivered": False, "seen": seen}
+if asked["body"] and all(services):
+    sender = apprise.Apprise(asset=asset)
+    sender.add(services)
+    answer["delivered"] = bool(sender.notify(
+        title=asked["title"], body=asked["body"], notify_type=asked["kind"], body_format="text"))
+os.write(out, json.dumps(answer).encode())
+"""
 
 
 def seconds_of(text: str) -> float:
@@ -16729,13 +16762,13 @@ class ChildProcess:
             options = {"creationflags": subprocess.CREATE_NO_WINDOW}
         self._process = subprocess.Popen([sys.executable, "-c", CHILD], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                          stderr=subprocess.DEVNULL, env=environment, **options)
-        self._end_all = enclose(self._process) if sys.platform == "win32" else functools.partial(
+        self._end_all = enclose(self._process, CHILD_BYTES) if sys.platform == "win32" else functools.partial(
             end_process_group, self._process)
 
     def ask(self, urls: Sequence[str], seconds: float, message: Message = SILENCE) -> dict[str, Any] | None:
         """The answer, None without one in time. Ends the process."""
         asked = json.dumps({"urls": urls, "refused": sorted(LOCAL_SERVICES), "seconds": seconds,
-                            "bytes": ANSWER_BYTES, **message._asdict()})
+                            "bytes": ANSWER_BYTES, "memory": CHILD_BYTES, **message._asdict()})
         try:
             said = self._process.communicate(asked.encode(), seconds)[0]
             return cast("dict[str, Any]", json.loads(said))
@@ -16760,7 +16793,7 @@ def deliver(url: str, message: Message, child: ChildProcess, seconds: float = DE
     answer = child.ask([url], seconds, message)
     if answer is None:
         return Delivery(False, f"apprise gave no answer within {seconds:g} s" if has_apprise() else NO_APPRISE)
-    if not all(answer["known"]):
+    if not all(answer["targets"]):
         return Delivery(False, "its url is that of no service that apprise knows, or lacks a part")
     seen = answer["seen"]
     status, error = seen.get("status"), seen.get("error")
@@ -16779,10 +16812,11 @@ def check_receivers(inventory: Inventory, vault: Vault) -> Iterator[HealthChecke
     answer = ChildProcess().ask([open_url(url, name, vault) for _, name, url in named], DELIVERY_TIMEOUT)
     if answer is None:
         yield UsageError("apprise, of which notify is made, cannot be imported: install it anew")
-    for (where, name, _), is_known in zip(named, answer["known"] if answer else (), strict=False):
-        if not is_known:
-            yield InventoryError(f"{inventory.places[f'notify/{name}']}: notify[{where[1]}].url: is that of no service "
-                                 "that apprise knows, or lacks a part")
+    for (where, name, _), count in zip(named, answer["targets"] if answer else (), strict=False):
+        if count != 1:      # one that fails would have all of them told again
+            yield InventoryError(f"{inventory.places[f'notify/{name}']}: notify[{where[1]}].url: " + (
+                f"names {count} who are told, of which a receiver has one: write as many receivers" if count else
+                "is that of no service that apprise knows, or lacks a part"))
 
 
 def service_problems(recorder: Recorder) -> dict[str, str]:
@@ -16808,27 +16842,38 @@ def running_works(session: Session, now: float) -> dict[str, Work]:
     return found
 
 
-def take_picture(session: Session, names: Iterable[str], problems: Mapping[str, str], now: float) -> Picture:
-    """How everything is by the rows; with the tags of resources of these names."""
-    unhealthy, healthy, tags, wanted = {}, {}, dict[str, frozenset[str]](), {*names}
+def tags_of(text: str) -> tuple[frozenset[str], bool]:
+    """The tags in a resource's settings, and whether it is critical; of a damaged row none, and yes."""
+    with contextlib.suppress(ValueError, TypeError):
+        settings: Any = {} | json.loads(text)
+        return frozenset(settings.get("tags", ())), settings.get("critical", True)
+    return frozenset(), True
+
+
+def take_picture(session: Session, names: Iterable[str], problems: Mapping[str, str], now: float,
+                 blames: Callable[[str], str | None] = lambda _: None) -> Picture:
+    """How everything is by the rows, and by what `blames` says as `blamed` does; with the tags of resources of these
+    names."""
+    unhealthy, healthy, tags, wanted, others = {}, {}, dict[str, frozenset[str]](), {*names}, set[str]()
+    more = remarks(session, now)
     rows = session.execute(sqlalchemy.select(
         Resource.name, Resource.settings, Status.state, Status.cause, Status.reason,
         Status.since_at, Status.polled_at).outerjoin(Status, Status.resource_id == Resource.id)).all()
     for name, text, state, cause, reason, since_at, polled_at in rows:
-        settings: Any = {}
-        if state == "unhealthy" or name in wanted:
-            tags[name] = frozenset()
-            with contextlib.suppress(ValueError, TypeError):    # of a damaged row
-                settings = {} | json.loads(text)
-                tags[name] = frozenset(settings.get("tags", ()))
-        if state == "unhealthy":
-            unhealthy[name] = Unhealthy(since_at, caused(cause, reason), tags[name], settings.get("critical", True),
-                                        cause in ("parent", "cut_off"))
+        other = blames(name)
+        is_bad = state == "unhealthy" or bool(other)
+        if is_bad or name in wanted:
+            tags[name], critical = tags_of(text)
+        if is_bad:
+            unhealthy[name] = Unhealthy(since_at or now, caused(cause or "", reason or ""), tags[name], critical,
+                                        other is not None)
+            others |= {other} if other and critical and name not in more.maintenance else set()
         else:
             healthy[name] = polled_at or 0.0
+    for name in others & unhealthy.keys():      # which need not be critical by itself
+        unhealthy[name] = unhealthy[name]._replace(critical=True)
     gates = Gates.model_validate_json(remembered(session, "gates").text or "{}")
     groups = frozenset(gates.members({}))
-    more = remarks(session, now)
     return Picture(unhealthy, healthy, {*more.maintenance}, groups, tags, problems, frozenset(more.seen),
                    running_works(session, now))
 
@@ -16838,9 +16883,10 @@ class Notifier(threading.Thread):
     in between sends it once more, for one that comes twice is better than one that never comes."""
 
     def __init__(self, store: Store, vault: Vault, problems: Callable[[], Mapping[str, str]], console: str,
-                 members: Membership | None = None) -> None:
+                 monitor: Monitor | None = None) -> None:
         super().__init__(name="notifier", daemon=True)
-        self._members, self._epoch = members or Membership(), ""
+        self._members, self._epoch = monitor.members if monitor else Membership(), ""
+        self._blames = monitor.blames if monitor else lambda _: None
         self._store, self._vault, self._problems, self._console = store, vault, problems, console
         self._ending, self._trouble = threading.Event(), Trouble("nobody can be told")
         self._unkept = Trouble("what was told cannot be kept")
@@ -16925,7 +16971,7 @@ class Notifier(threading.Thread):
         found = [*session.scalars(sqlalchemy.select(Event).where(Event.id > cursor).order_by(Event.id))]
         session.expunge_all()
         self._looked_at = now
-        return found, take_picture(session, (each.resource for each in found), problems, now)
+        return found, take_picture(session, (each.resource for each in found), problems, now, self._blames)
 
     def _announce(self, found: Sequence[Event], picture: Picture, now: float) -> None:
         for announcer in self._announcers.values():
@@ -17474,7 +17520,7 @@ def watch(installation: Installation, store: Store, console: Sequence[socket.soc
                               access, monitor)
             server = ConsoleServer(build_console(context, metrics), console, service)
             stack.enter_context(contextlib.closing(server)).start()
-        notifier = Notifier(store, vault, functools.partial(service_problems, recorder), console_url(service), members)
+        notifier = Notifier(store, vault, functools.partial(service_problems, recorder), console_url(service), monitor)
         stack.enter_context(contextlib.closing(notifier)).start()
         heart = Heartbeat(store, vault, installation.access(), functools.partial(is_service_well, aggregator, recorder))
         stack.enter_context(contextlib.closing(heart)).start()

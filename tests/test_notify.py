@@ -10,6 +10,7 @@ import json
 import logging
 import re
 import socket
+import socketserver
 import ssl
 import sys
 import tarfile
@@ -26,6 +27,7 @@ from console import prepared_database, prepared_vault
 from postgres import database_in, refusing, settings_of
 from service import Program, Service, prepared_keys, run, write_inventory
 from sshd import wait_for
+from test_poll import House, Machines, good, house, machines, maintain, unreachable, vault
 from wsman_server import make_certificate
 
 import healthchecker
@@ -58,6 +60,7 @@ from healthchecker import (
     deliver,
     events,
     import_inventory,
+    is_seen_to,
     is_service_well,
     lease_clock,
     load_inventory,
@@ -66,6 +69,7 @@ from healthchecker import (
     take_picture,
 )
 
+__all__ = ["house", "machines", "vault"]  # fixtures
 NOON = 1_800_000_000.0
 NAMES = [f"db{number}" for number in range(50)]
 
@@ -139,6 +143,8 @@ class Desk:
             self.unhealthy = {name: Unhealthy(since, "limit: disk") for name, since in given.items()}
         elif what == "blamed":
             self.unhealthy = {name: one._replace(is_blamed=True) for name, one in self.unhealthy.items()}
+        elif what == "minor":
+            self.unhealthy = {name: one._replace(critical=False) for name, one in self.unhealthy.items()}
         elif what == "tags":
             self.tags = {name: frozenset([tag]) for name, tag in given.items()}
         else:
@@ -213,6 +219,16 @@ SCENARIOS: dict[str, tuple[dict[str, Any], list[Step], list[tuple[float, str]]]]
         {"tags": ["database"]}, [(0, "tags", {"db1": "database"}), (0, "event", SICK), (1, "event", CLOSED),
                                  (50, "event", OPEN)],
         [(21, "the gate is closed, 1 unhealthy"), (50, "the gate is open again")]),
+    "the gate, while what has its tags is in maintenance": (
+        {"tags": ["database"]}, [(0, "tags", {"db1": "database"}), (0, "excused", {"db1": 1}), (0, "event", SICK),
+                                 (1, "event", CLOSED), (50, "event", OPEN)], []),
+    "the gate, while what has its tags closes nothing": (
+        {"tags": ["database"]}, [(0, "tags", {"db1": "database"}), (0, "event", SICK), (0, "minor", {}),
+                                 (1, "event", CLOSED), (50, "event", OPEN)], []),
+    "the gate, while what has its tags is behind something": (
+        {"tags": ["database"]}, [(0, "tags", {"db1": "database"}), (0, "event", SICK), (0, "blamed", {}),
+                                 (1, "event", CLOSED), (50, "event", OPEN)],
+        [(21, "the gate is closed"), (50, "the gate is open again")]),
     "a problem": (
         {"on": ["problem"], "wait": 0}, [(3, "problems", {"database": "disk full"}), (60, "problems", {})],
         [(3, "HealthChecker's database is in trouble"), (60, "HealthChecker's database is well again")]),
@@ -501,7 +517,7 @@ def test_nothing_is_imported_from_the_folder_it_is_started_in(tmp_path: Path, mo
         (tmp_path / f"{name}.py").write_text(f"open('was-{name}', 'w').close()\n", encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     answer = ChildProcess().ask(["json://localhost/x"], 60)
-    assert answer and answer["known"] == [True] and not [*tmp_path.glob("was-*")]
+    assert answer and answer["targets"] == [1] and not [*tmp_path.glob("was-*")]
 
 
 def test_what_is_too_long_for_a_service_is_cut(hook: Hook) -> None:
@@ -618,6 +634,29 @@ def test_mail_with_starttls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert text.strip() == MESSAGE.body
 
 
+class EndlessGreeting(socketserver.StreamRequestHandler):
+    """Of an SMTP server, as far as half a gibibyte has none."""
+
+    def handle(self) -> None:
+        self.wfile.write(b"220 here\r\n")
+        self.rfile.readline()
+        with contextlib.suppress(OSError):
+            for _ in range(1 << 11):
+                self.wfile.write((b"250-" + b"x" * 1018 + b"\r\n") * 256)
+            self.server.is_whole = True     # type: ignore[attr-defined]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="macOS and wine enforce no limit of memory")
+def test_a_mail_server_whose_answer_has_no_end() -> None:
+    with socketserver.TCPServer(("127.0.0.1", 0), EndlessGreeting) as server:
+        thread = threading.Thread(target=server.handle_request)
+        thread.start()
+        url = f"mailto://u:p@localhost:{server.server_address[1]}?mode=insecure&smtp=localhost&to=ops@example.com"
+        assert not deliver(url, MESSAGE, ChildProcess()).is_delivered
+        thread.join()
+    assert not hasattr(server, "is_whole")
+
+
 # --- what is refused
 
 RESOURCES = "  - {name: this, platform: simulated, tags: [db]}\n"
@@ -686,6 +725,21 @@ def test_check_names_the_url_of_no_service(tmp_path: Path) -> None:
     why = "is that of no service that apprise knows, or lacks a part"
     assert faults == [f"inventory.yaml:{line + number}:{column}: notify[{number + 1}].url: {why}"
                       for number, column in enumerate((22, 23, 23))]
+
+
+def test_check_names_a_url_of_several(tmp_path: Path) -> None:
+    """One of them that cannot be reached would have the others told again and again."""
+    prepared_keys(tmp_path)
+    urls = {"mailto://u:p@mail.example.com?to=a@example.com,b@example.com": 2,
+            "tgram://123456789:abcdefg_hijk/11/12/13": 3,
+            "slack://T1JJ3T3L2/A1BRTD4JD/TIiajkdnlazkcOXrIdevi7FQ/#a/#b": 2, "json://localhost/x?retry=2": 1,
+            "mailto://u:p@mail.example.com?to=a@example.com&cc=b@example.com": 1}
+    inventory = load_inventory(with_notify(
+        tmp_path, *(f"{{name: n{number}, url: '{url}'}}" for number, url in enumerate(urls))))
+    faults = [str(fault).partition(": ")[2] for fault in check_receivers(inventory, prepared_vault(tmp_path))]
+    assert faults == [
+        f"notify[{number}].url: names {count} who are told, of which a receiver has one: write as many receivers"
+        for number, count in enumerate(urls.values()) if count > 1]  # fmt: skip
 
 
 def test_check_without_apprise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -1098,6 +1152,86 @@ def test_notify_test(tmp_path: Path, hook: Hook) -> None:
     assert done.returncode == 2 and "did you mean ops?" in done.stderr
     done = run(with_notify(tmp_path), "notify", "test", "ops")
     assert (done.returncode, done.stderr) == (2, "inventory.yaml names nobody to notify\n")
+
+
+# --- what another is to blame for
+
+
+def picture_of(house: House) -> Picture:
+    house.monitor.flush()
+    with house.store.reading() as session:
+        return take_picture(session, [], {}, house.store.wall(), house.monitor.blames)
+
+
+def poll(house: House, machines: Machines, behaviour: Any, *names: str) -> None:
+    machines.behaviours |= dict.fromkeys(names, behaviour)
+    for name in names:
+        house.poller(name).poll_now().result(60)
+
+
+def test_of_what_is_behind_another_nobody_is_told(house: House, machines: Machines, hook: Hook) -> None:
+    """Neither while that is down nor after it, until its own results say something; the lines of the gate are the
+    cause's alone, and who has seen that is not reminded."""
+    house.write("name: switch, fall: 1, rise: 1, interval: 300", "name: web, depends_on: [switch], fall: 1, rise: 1,"
+                " interval: 300")
+    path = house.folder / "inventory.yaml"
+    entry = f"notify:\n  - {{name: ops, url: 'json://{hook.place}/x', wait: 0, on: [gate, state], remind: 1}}\n"
+    path.write_text(path.read_text(encoding="utf-8") + entry, encoding="utf-8")
+    with house.store.writing() as session:
+        import_inventory(session, load_inventory(path), house.vault)
+    with house.watching():
+        wait_for(house.aggregator.is_healthy)
+        notifier = Notifier(house.store, house.vault, dict, "", house.monitor)
+        now = house.store.wall()
+
+        def look(count: int, after: float) -> str:
+            house.monitor.flush()
+            look_until(notifier, hook, count, now + after)
+            return "\n".join(f"{got.json['title']}\n{got.json['message']}" for got in hook.requests[-1:])
+
+        look(0, 0)
+        poll(house, machines, unreachable, "switch", "web")
+        house.monitor.flush()
+        assert house.stored("web") == ("unhealthy", "unreachable")
+        said = look(1, 10)
+        assert said.startswith("HealthChecker: the gate is closed, 1 unhealthy, and 1 more\n") and "\nweb: " not in said
+        look(1, 20)
+        with house.store.writing() as session:
+            row = session.scalars(sqlalchemy.select(Resource).where(Resource.name == "switch")).one()
+            session.add(healthchecker.Acknowledgement(resource_id=row.id, at=NOON, actor="me", comment="on my way"))
+        look(1, 4000)
+        poll(house, machines, good, "switch")
+        said = look(2, 4010)
+        assert "switch: healthy again" in said and not house.aggregator.is_healthy(), "web was not polled yet"
+        look(2, 4020)
+        poll(house, machines, good, "web")
+        assert look(3, 4030).startswith("HealthChecker: the gate is open again\nthe gate: open again, ")
+        notifier.close()
+
+
+def test_who_is_to_blame(house: House, machines: Machines) -> None:
+    """Also one that is not critical, for who counts and is behind it; what is bad by itself is told when that is
+    known."""
+    house.write("name: switch, fall: 1, rise: 1, interval: 300, critical: false",
+                "name: web, depends_on: [switch], fall: 1, rise: 1, interval: 300",
+                "name: db, depends_on: [switch], interval: 300")
+    with house.watching():
+        wait_for(house.aggregator.is_healthy)
+        poll(house, machines, unreachable, "switch", "web")
+        picture = picture_of(house)
+        assert picture.unhealthy.keys() == {"switch", "web", "db"} and picture.keepers().keys() == {"switch"}
+        assert is_seen_to(Notice(kind="gate"), picture._replace(acknowledged=["switch"]))
+        maintain(house, "web", 3600)
+        maintain(house, "db", 3600)
+        wait_for(house.aggregator.is_healthy)
+        assert not picture_of(house).keepers()
+        house.elsewhere("DELETE FROM maintenance")
+        wait_for(lambda: not house.aggregator.is_healthy())
+        poll(house, machines, good, "switch")
+        picture = picture_of(house)
+        assert picture.unhealthy.keys() == {"web"} and not picture.keepers(), "its next result decides"
+        poll(house, machines, unreachable, "web")
+        assert picture_of(house).keepers().keys() == {"web"}
 
 
 # --- the heartbeat

@@ -1094,6 +1094,26 @@ def test_maintenance(house: House, machines: Machines) -> None:
         wait_for(lambda: not house.aggregator.is_healthy())
 
 
+def test_what_is_bad_in_maintenance_is_asked_often(house: House, machines: Machines) -> None:
+    """Or maintenance would end on a result of before the repair, and close the gate for a healthy host."""
+    house.write("name: db1, interval: 3600")
+    with house.watching():
+        wait_for(house.aggregator.is_healthy)
+        maintain(house, "db1", 3600)
+        wait_for(lambda: house.poller("db1").counted is False)
+        machines.behaviours["db1"] = unreachable
+        house.poller("db1").poll_now().result(60)
+        wait_for(lambda: house.state("db1")[0] == "unhealthy")
+        polls = len(machines.moments("db1"))
+        wait_for(lambda: len(machines.moments("db1")) > polls + 1)
+        machines.behaviours["db1"] = good
+        wait_for(lambda: house.state("db1")[0] == "healthy")
+        polls = len(machines.moments("db1"))
+        house.elsewhere("DELETE FROM maintenance")
+        wait_for(lambda: house.poller("db1").counted)
+        assert house.aggregator.is_healthy() and len(machines.moments("db1")) == polls, "it is well: not so often"
+
+
 def test_maintenance_ends_between_two_polls(house: House, machines: Machines) -> None:
     """The state that it has counts at once, whatever the interval, and its lease is that of its last poll."""
     house.write("name: db1", "name: db2")

@@ -93,7 +93,7 @@ class Site:
     """Machines named a, b, c on one database, and what they watch."""
 
     def __init__(self, folder: Path, postgres: Postgres, more: str = "") -> None:
-        self.folder, self._postgres, self.more = folder, postgres, more
+        self.folder, self._postgres, self.more, self.behind = folder, postgres, more, ""
         self.url = postgres.url(postgres.database())
         self.hosts = {name: Host() for name in NAMES}
         self.machines: dict[str, Separate] = {}
@@ -104,7 +104,8 @@ class Site:
         folder.mkdir(exist_ok=True)
         (folder / URL_FILE).write_text(self.url, encoding="utf-8")
         prepared_keys(folder)
-        rows = rows or "".join(f"  - {{name: {each}, platform: tcp, hostname: 127.0.0.1, port: {host.port}, {OFTEN}}}\n"
+        rows = rows or "".join(f"  - {{name: {each}, platform: tcp, hostname: 127.0.0.1, port: {host.port}, {OFTEN}"
+                               f"{self.behind if each != NAMES[0] else ''}}}\n"
                                for each, host in self.hosts.items())  # fmt: skip
         return write_inventory(folder, rows + self.more, f"  machine: {name}\n{service}")
 
@@ -384,6 +385,25 @@ def test_a_message_is_sent_once(tmp_path: Path, postgres: Postgres, hook: Hook) 
                 made.machines.pop(speaker).kill()
                 wait_for(lambda: made.shared_by(*rest), 60)  # noqa: B023
         assert ["closed" in each.json["title"] for each in hook.requests] == [True, False] * 2
+
+
+def test_of_what_is_behind_another_nobody_is_told(tmp_path: Path, postgres: Postgres, hook: Hook) -> None:  # noqa: F811
+    """Whichever machine polls it, and whichever speaks."""
+    made = Site(tmp_path, postgres, f"notify: [{{name: ops, url: 'json://{hook.place}/x', wait: 0, on: [state]}}]\n")
+    made.behind = f", depends_on: [{NAMES[0]}]"
+    with contextlib.closing(made):
+        made.begin("a", "b")
+        wait_for(lambda: made.shared_by("a", "b") and made.answers() == {200}, 60)
+        for name in NAMES:
+            made.hosts[name].leave()
+        bad = "SELECT count(*) FROM status WHERE state = 'unhealthy'"
+        wait_for(lambda: made.execute(bad) == [(len(NAMES),)] and hook.requests, 60)
+        for name in reversed(NAMES):
+            made.hosts[name].come_back()
+        wait_for(lambda: made.answers() == {200} and len(hook.requests) > 1, 60)
+        wait_for(lambda: made.execute("SELECT message FROM receiver") == [("",)], 60)
+        assert [each.json["title"] for each in hook.requests] == [
+            f"HealthChecker: {NAMES[0]} is {how}" for how in ("unhealthy", "healthy again")]  # fmt: skip
 
 
 def test_a_login_holds_everywhere(site: Site) -> None:

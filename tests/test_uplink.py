@@ -45,6 +45,7 @@ from healthchecker import (
     lease_clock,
     load_inventory,
     settle,
+    take_picture,
 )
 
 __all__ = ["house", "machines", "vault"]  # fixtures
@@ -175,6 +176,23 @@ def test_the_gate_holds_while_this_machine_is_cut_off(house: House, machines: Ma
         assert house.aggregator.is_healthy() and not any(house.poller(name).held for name in NAMES)
         assert len(texts(house, "state")) == len(NAMES)
         wait_for(lambda: texts(house, "service")[1:] == [": not cut off any more"])
+
+
+@LINUX
+@pytest.mark.parametrize("hold", [0, 3600])
+def test_nobody_is_told_of_a_machine_while_this_one_is_cut_off(
+    house: House, machines: Machines, gateway: Gateway, hold: float
+) -> None:
+    """Whether or not it is held, and though each is unhealthy by its row."""
+    with cut_off(house, machines, gateway, hold):
+        house.monitor.flush()
+        with house.store.reading() as session:
+            picture = take_picture(session, [], {}, time.time(), house.monitor.blames)
+        assert picture.unhealthy.keys() == {*NAMES} and all(one.is_blamed for one in picture.unhealthy.values())
+        gateway.answer()
+        recover(house, machines, *NAMES, polls=1)
+        wait_for(lambda: uplink_of(house).cut is None)
+        assert [house.monitor.blames(name) for name in NAMES] == [""] * 3, "their next results decide"
 
 
 @LINUX
@@ -486,6 +504,26 @@ def test_a_change_that_waits_keeps_its_time() -> None:
     doubts["parent"].settle(decided=True)
     report = news.late(is_last=False)
     assert report and (report.at, report.transition) == (100.0, "healthy -> unhealthy (limit: x)")
+
+
+def test_what_another_machine_found_is_told_where_nothing_else_is_to_blame() -> None:
+    """It told nobody of what is behind another, or may turn out to be."""
+    site, doubts = Site(), {"parent": Doubt(asked=True)}
+    news, down = news_of(site, "m0", doubts), Standing("unhealthy", "timeout", "x", bad=2)
+    for state, is_decided, told in (
+            (False, True, "healthy"), (True, False, "healthy"), (True, True, "unhealthy")):  # fmt: skip
+        news._aggregator.set_resource("parent", state, "x")
+        doubts["parent"].settle(decided=is_decided)
+        news.hear(down, lease_clock())
+        assert news.told.state == told
+    doubts["parent"].settle(decided=True, healthy=False)
+    before = lease_clock()
+    doubts["parent"].settle(decided=True)
+    news.hear(down, before - 1)
+    assert news.told.state == "healthy", "it is of before the parent's recovery"
+    doubts["parent"].settle(decided=False)
+    news.hear(Standing("degraded", "limit", "x", good=1), lease_clock())
+    assert news.told.state == "degraded"
 
 
 class Forgetful(dict[str, Doubt]):
