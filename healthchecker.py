@@ -4031,18 +4031,18 @@ class LoginGuard:
                 self._turn.notify_all()
 
     def accept(self, name: str, ago: float = 0.0) -> None:
-        """Notes that the credential was accepted `ago` seconds ago (before a restart)."""
+        """Notes that the credential was accepted `ago` seconds ago (before a restart, or by another machine)."""
         with self._turn:
             self._accepted_mono = max(self._accepted_mono, self._clock() - ago)
             self._wrong = [at for at in self._wrong if at > self._accepted_mono]
-            self._refused.pop(name, None)
+            self._refused[name] = [at for at in self._refused.get(name, ()) if at > self._clock() - ago]
 
-    def hear(self, name: str, ago: float) -> None:
-        """Notes a refusal that was told, `ago` seconds old, unless it is known."""
+    def hear(self, name: str, ago: float, times: int = 1) -> None:
+        """Notes that a host refused several `times` in a row and last `ago` seconds ago, but for what is known."""
         with self._turn:
-            at, known = self._clock() - ago, self._refused.get(name, ())
+            at, known = self._clock() - ago, self._counted(self._refused.get(name, []))
             if not any(abs(at - each) < SAME_REFUSAL for each in known):
-                self.refuse(name, ago)
+                self.refuse(name, ago, max(1, times - len(known)))
 
     def refuse(self, name: str, ago: float = 0.0, times: int = 1) -> None:
         """Notes a refusal, or that a host refused several `times` in a row and last `ago` seconds ago."""
@@ -9386,7 +9386,8 @@ def prune_incidents(session: Session, retention: Retention, now: float) -> None:
 TAKE_OVER = CLAIM_LIFE + 2 * CLAIM_INTERVAL + 2.0   # seconds for which what another found counts longer than it does
                                 # there: so long it takes to know that it is dead, and to poll in its place
 RESULTS = sqlalchemy.text(f"""SELECT resource_id, {DATABASE_CLOCK} - found_at AS age, counts, opens,
-    settings_digest, state, cause, reason, since_at, good, bad FROM result JOIN status USING (resource_id)
+    settings_digest, state, cause, reason, since_at, good, bad, credential_digest, strip, sample
+    FROM result JOIN status USING (resource_id)
     WHERE serial > :serial AND (machine <> :machine OR :serial < 0) ORDER BY serial""")     # noqa: S608  # our words
 NEWS = sqlalchemy.text(f"SELECT resource_id, {DATABASE_CLOCK} - found_at FROM result "      # noqa: S608
                        "WHERE machine <> :machine AND resource_id = ANY(:numbers)")
@@ -9407,6 +9408,7 @@ class Found(NamedTuple):
     found_mono: float       # when, by our clock; never later than that
     counts: float           # seconds for which it counts from then on
     opens: float            # seconds from then on until it can be healthy again
+    stored: Any = None      # what of its Status tells of logins
 
 
 @functools.lru_cache(1 << 15)
@@ -9506,7 +9508,7 @@ class Membership:
                 continue        # of before the database's clock was set back: nobody knows how old it is
             standing = Standing(row.state, row.cause, row.reason, row.since_at, row.good, row.bad)
             found.append(Found(row.resource_id, row.settings_digest, standing, asked_mono - max(0.0, row.age),
-                               row.counts + TAKE_OVER, row.opens))
+                               row.counts + TAKE_OVER, row.opens, row))
         self._serial, self._read_epoch = current, epoch
         return found
 
@@ -9714,7 +9716,7 @@ class Recorder(threading.Thread):
 # === Poll ====================================================================
 # A thread for each resource polls it: in comes a Target, reports go out, to the aggregator at once, to the database
 # through the recorder. Where another machine polls it, the thread rests and what that found is told to the aggregator.
-# Gives: first_polls, LAST_SESSIONS, Poller, PollContext, poll_once
+# Gives: first_polls, LAST_SESSIONS, Poller, PollContext, poll_once, restore_logins
 FIRST_POLLS = 50.0              # first polls per second
 POLLER_LIFE = 3600.0            # seconds after which the death of a poller is a new one
 JITTER = 0.1                    # part of the interval by which polls are spread
@@ -9775,8 +9777,10 @@ def poll_once(target: Target, connection: Connection, previous: Sample | None) -
     return evaluate(sample, target.settings), sample
 
 
-def restore_logins(guard: LoginGuard, target: Target, stored: Status, age: float) -> None:
-    """Tells the guard what the last polls say of the credential."""
+def restore_logins(guard: LoginGuard, target: Target, stored: Status, age: float) -> bool:
+    """Tells the guard what the last polls say of the credential, if it is this one and they count still."""
+    if stored.credential_digest != target.credential_digest or not 0 <= age < LOCKOUT_WINDOW:
+        return False
     before, settings = stored.strip.rstrip(REFUSED_MARK), target.settings
     try:
         since = float(json.loads(stored.sample)["details"].get("session_seconds", 0.0))
@@ -9785,15 +9789,15 @@ def restore_logins(guard: LoginGuard, target: Target, stored: Status, age: float
     if before.endswith(LOGGED_IN_MARKS):    # of the refusals after it only the last one's time is known
         guard.accept(target.name, age + since)
     if stored.strip != before and not stored.reason.startswith(NOT_TRIED):
-        guard.refuse(target.name, age, len(stored.strip) - len(before))
+        guard.hear(target.name, age, len(stored.strip) - len(before))
+    return True
 
 
 def restored(guard: LoginGuard, target: Target, stored: Status, age: float) -> tuple[float, Standing]:
     """For how many seconds a stored state counts on, and which one: it must be of these settings and fresh, a refused
     login counts during its back-off."""
     left = target.settings.ttl - age if age >= 0 and stored.settings_digest == target.settings_digest else 0.0
-    if stored.credential_digest == target.credential_digest and 0 <= age < LOCKOUT_WINDOW:
-        restore_logins(guard, target, stored, age)
+    if restore_logins(guard, target, stored, age):
         left = target.settings.ttl if stored.cause == "auth" else left
     return (left if (stored.state, stored.cause) in POLL_MARKS else 0.0), Standing(
         cast(State, stored.state), cast(Cause, stored.cause), stored.reason, stored.since_at, stored.good, stored.bad)
@@ -10162,15 +10166,21 @@ class Exchange:
 
     def _take_found(self, pollers: Iterable[Poller]) -> None:
         with self._store.reading() as session:
-            self._found |= {found.resource_id: found for found in self._members.read(session)}
+            fresh = {found.resource_id: found for found in self._members.read(session)}
+        self._found |= fresh
         for poller in pollers if self._found else ():
+            if found := fresh.get(poller.target.id):
+                self._take_logins(poller, found)
             found = self._found.get(poller.target.id)
             if found and found.settings_digest == poller.target.settings_digest:
                 poller.adopt(self._found.pop(poller.target.id))
-                if found.standing.cause == "auth":      # or each machine would try the same password
-                    self._guards.of(poller.target).hear(poller.target.name, lease_clock() - found.found_mono)
         self._found = {number: found for number, found in self._found.items()
                        if found.found_mono + found.counts > lease_clock()}
+
+    def _take_logins(self, poller: Poller, found: Found) -> None:
+        """Or each machine would try a password that is refused, and none again what another one was accepted with."""
+        guard = self._guards.of(poller.target)
+        restore_logins(guard, poller.target, found.stored, lease_clock() - found.found_mono)
 
 
 class Monitor(threading.Thread):

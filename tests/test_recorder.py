@@ -1,0 +1,162 @@
+"""What machines on one database write and hear of each other, step by step: no thread of theirs runs but the one that
+says that it lives. How whole services share the work: test_sharing.py."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import pytest
+from conftest import wait_for
+from postgres import PASSWORD, Postgres
+from pydantic import SecretStr
+
+from healthchecker import (
+    Claim,
+    ConnectionContext,
+    Exchange,
+    HealthAggregator,
+    KnownHosts,
+    Membership,
+    PollContext,
+    Poller,
+    PostgresServer,
+    Recorder,
+    Resolver,
+    Resource,
+    ResourceSettings,
+    Sample,
+    Store,
+    Target,
+    Verdict,
+    owner_of,
+)
+
+GOOD, DOWN = Verdict("healthy"), Verdict("unhealthy", "unreachable", "no route")
+REFUSED = Verdict("unhealthy", "auth", "refused")
+READ = Sample({}, {}, None, {}, {}, {})
+
+
+class Machine:
+    """A service on the database but for its threads."""
+
+    def __init__(self, name: str, url: str, names: tuple[str, ...], **more: Any) -> None:
+        server = PostgresServer(url, SecretStr(PASSWORD))
+        self.name, self.stack = name, contextlib.ExitStack()
+        self.store = Store(server, machine=name)
+        self.stack.callback(self.store.close)
+        self.claim = self.stack.enter_context(server.lock(machine=name))
+        assert isinstance(self.claim, Claim)
+        self.claim.is_able = lambda: True
+        self.members = Membership(self.claim)
+        self.aggregator = HealthAggregator(wall=self.store.wall)
+        self.recorder = Recorder(self.store, self.aggregator, members=self.members)
+        access = ConnectionContext(KnownHosts(Path("none")), Resolver())
+        self.guards = access.guards
+        context = PollContext(self.aggregator, self.recorder, access, random.Random(1), members=self.members)
+        self.exchange = Exchange(self.store, context)
+        self.pollers = {target.name: Poller(target, context, self.guards.of(target), 0.0) for target in targets(
+            self.store, names, **more)}  # fmt: skip
+        for each, poller in self.pollers.items():
+            self.aggregator.register(each, poller)
+            poller.counted = True
+        self.aggregator.start()
+
+    def __enter__(self) -> Machine:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None,
+                 ) -> None:  # fmt: skip
+        self.stack.close()
+
+    def look(self) -> None:
+        self.exchange.look(self.pollers)
+
+    def find(self, name: str, *verdicts: Verdict) -> None:
+        """Its polls of a resource, which are written."""
+        for verdict in verdicts:
+            self.pollers[name]._epoch = self.members.epoch
+            self.pollers[name]._report(verdict, 0.1, READ if verdict.healthy else None)
+        self.recorder.flush()
+
+    def knows(self, *names: str) -> bool:
+        return self.members.names == {*names}
+
+    def execute(self, statement: str) -> list[Any]:
+        with self.store.reading() as session:
+            return [tuple(row) for row in session.connection().exec_driver_sql(statement)]
+
+
+def targets(store: Store, names: tuple[str, ...], **more: Any) -> list[Target]:
+    """The same for all machines."""
+    found = []
+    with store.writing() as session:
+        for name in names:
+            settings = ResourceSettings(
+                name=name, platform="linux", hostname="192.0.2.1", username="u", password="p", **more)  # fmt: skip
+            row = session.query(Resource).filter_by(name=name).one_or_none() or Resource(origin="inventory")
+            row.take_settings(settings)
+            session.add(row)
+            session.flush()
+            found.append(Target(row.id, settings, None, row.settings_digest, row.credential_digest))
+    return found
+
+
+def owned_by(machine: str, count: int, among: str = "ab") -> tuple[str, ...]:
+    """Names of resources that are this machine's."""
+    names = (f"h{number}" for number in range(1000))
+    return tuple([name for name in names if owner_of(name, frozenset(among)) == machine][:count])
+
+
+Two = Callable[..., "tuple[Machine, Machine]"]
+
+
+@pytest.fixture
+def two(postgres: Postgres) -> Iterator[Two]:
+    """Machines a and b, which know each other."""
+    with contextlib.ExitStack() as stack:
+        def make(*names: str, **more: Any) -> tuple[Machine, Machine]:
+            url = postgres.url(postgres.database())
+            a, b = (stack.enter_context(Machine(name, url, names, **more)) for name in "ab")
+            wait_for(lambda: a.knows("a", "b") and b.knows("a", "b"), 60)
+            for machine in (a, b):
+                machine.look()
+            return a, b
+
+        yield make
+
+
+# --- logins
+def test_what_another_machine_was_accepted_with(two: Two) -> None:
+    """Clears its refusals here, too; that rise has not been reached is no refusal."""
+    names = owned_by("b", 2)
+    a, b = two(*names)
+    guard = a.guards.of(a.pollers[names[0]].target)
+    for name in names:
+        b.find(name, REFUSED, REFUSED)
+        a.look()
+        assert a.pollers[name].standing.cause == "auth" and guard.wait(name) > 0
+        b.find(name, GOOD)
+        a.look()
+        assert a.pollers[name].standing.cause == "auth" and guard.wait(name) == 0
+        b.find(name, GOOD)
+        a.look()
+        assert (guard.wait(name), guard.refusals) == (0, 0)
+
+
+def test_all_refusals_of_another_machine_are_heard(two: Two) -> None:
+    """Also the first one, which closes nothing yet, and those that were not read one by one."""
+    first, second = owned_by("b", 2)
+    a, b = two(first, second)
+    guard = a.guards.of(a.pollers[first].target)
+    b.find(first, REFUSED)
+    a.look()
+    assert a.pollers[first].standing.state != "healthy" or guard.refusals == 1
+    assert guard.wait(first) > 0
+    b.find(second, REFUSED, REFUSED, REFUSED)
+    a.look()
+    assert guard.refusals == 4 and guard.wait(second) > 1800
