@@ -10179,8 +10179,11 @@ class Exchange:
 
     def _take_logins(self, poller: Poller, found: Found) -> None:
         """Or each machine would try a password that is refused, and none again what another one was accepted with."""
-        guard = self._guards.of(poller.target)
+        guard, name = self._guards.of(poller.target), poller.target.name
+        has_waited = guard.wait(name) > 0
         restore_logins(guard, poller.target, found.stored, lease_clock() - found.found_mono)
+        if has_waited and not poller.rests and not guard.wait(name):
+            poller.doubt.urge()
 
 
 class Monitor(threading.Thread):

@@ -160,3 +160,18 @@ def test_all_refusals_of_another_machine_are_heard(two: Two) -> None:
     b.find(second, REFUSED, REFUSED, REFUSED)
     a.look()
     assert guard.refusals == 4 and guard.wait(second) > 1800
+
+
+def test_check_now_elsewhere_opens_the_gate_of_the_owner(two: Two) -> None:
+    """It polls as soon as it is told that another machine was accepted."""
+    [name] = owned_by("a", 1)
+    a, b = two(name)
+    poller, guard = a.pollers[name], a.guards.of(a.pollers[name].target)
+    for _ in range(3):
+        guard.refuse(name)
+    a.find(name, REFUSED, REFUSED, REFUSED)
+    assert not poller.doubt.is_urged and guard.wait(name) > 1800
+    b.look()
+    b.find(name, GOOD)
+    a.look()
+    assert poller.doubt.is_urged and guard.wait(name) == 0
