@@ -9524,6 +9524,16 @@ TIDY_AT_ONCE = 15               # resources whose averages are made after a flus
 LAST_FLUSH = 1.5                # seconds for the last reports to be written when the service ends
 
 
+def unsaid(session: Session, events: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Without that something is open, or closed, where the last event says so already: another machine's."""
+    last = sqlalchemy.select(func.max(Event.id)).where(Event.kind.in_(("gate", "group"))).group_by(Event.group)
+    rows = session.execute(sqlalchemy.select(Event.group, Event.state).where(Event.id.in_(last)))
+    said = {group: state for group, state in rows}
+    for event in events:
+        if event["kind"] not in ("gate", "group") or said.get(event["group"]) != event["state"]:
+            yield event
+            said |= {event["group"]: event["state"]} if "group" in event else {}
+
 
 def upserts(database: Database) -> tuple[Any, ...]:
     """What writes statuses, samples and filesystems: by tables, an insert of which costs half of what one of its class
@@ -9565,10 +9575,9 @@ class Recorder(threading.Thread):
         self._keys: dict[int, Report] = {}      # those with a host key that was trusted on first use
         self._told: queue.SimpleQueue[Report] = queue.SimpleQueue()     # those of transitions
         self._changed_at = {SITE: self.wall()}      # when it, a group or a route last opened or closed
-        # Where others are at work already, it is no news what is open when this one has begun.
-        self._joined, self._known = bool(self._members.names - {store.machine}), set[str]()
-        if self._members.speaks and not self._joined:
-            self.note("gate", "closed (the service starts)", self._changed_at[SITE], state="closed")
+        self._is_heard = not self._members.is_shared    # all that stands otherwise than was told last is told
+        if self._members.speaks and not self._members.names - {store.machine}:
+            self.note("gate", "closed (the service starts)", self._changed_at[SITE], group=SITE, state="closed")
 
     def put(self, report: Report) -> None:
         """Takes a report; transitions are logged at once, in the caller's thread."""
@@ -9607,11 +9616,13 @@ class Recorder(threading.Thread):
     def flush(self) -> bool:
         """Writes what was gathered; what cannot be written is kept. Says whether all is written."""
         with self._flushing, self._unwritten.caught():
+            speaks = self._members.speaks
             if self._epoch != (epoch := self._members.epoch):    # others may have written meanwhile
-                self._epoch = epoch
+                self._epoch, self._is_heard = epoch, False
                 self.incidents.begin_anew()
-            self.incidents.speak(speaks=self._members.speaks)
-            self._gather()
+            self._is_heard = self._is_heard and speaks
+            self.incidents.speak(speaks=speaks)
+            self._gather(speaks=speaks)
             if self._latest or self._events or self.incidents.due:
                 with self._store.writing() as session:
                     self._write(session)
@@ -9651,21 +9662,30 @@ class Recorder(threading.Thread):
         with self._flushing:
             self._events.append({"kind": kind, "text": text, "at": at} | about)
 
-    def _gather(self) -> None:
+    def _turn(self, at: float, is_open: bool, why: str, name: str) -> dict[str, Any]:
+        """The event of what has opened or closed."""
+        since, mode = self._changed_at.get(name, at), (self._aggregator.lease.part(name) or self._aggregator.lease).mode
+        text = (f"{f'{name}: ' if name else ''}{'closed' if is_open else 'open'} -> "
+                f"{'open' if is_open else 'closed'}{f' ({why})' if why else ''}"
+                f"{f' after {at - since:.0f} s' if since != at else ''}"
+                f"{'' if is_open or mode == 'enforce' else '; observe: nothing is refused'}")
+        return {"kind": "group" if name else "gate", "text": text, "at": at, "group": name,
+                "state": "open" if is_open else "closed"}
+
+    def _gather(self, *, speaks: bool) -> None:
         waiting = self._aggregator.transitions
         transitions = [waiting.get() for _ in range(waiting.qsize())]
         for at, is_open, why, name in transitions:
-            since, mode = self._changed_at.get(name), (self._aggregator.lease.part(name) or self._aggregator.lease).mode
-            text = (f"{f'{name}: ' if name else ''}{'closed' if is_open else 'open'} -> "
-                    f"{'open' if is_open else 'closed'}{f' ({why})' if why else ''}"
-                    f"{f' after {at - since:.0f} s' if since else ''}"
-                    f"{'' if is_open or mode == 'enforce' else '; observe: nothing is refused'}")
-            log.warning("%s: %s", "group" if name else "gate", text)
-            is_news = not (is_open and self._joined and name not in self._known)
-            self._known.add(name)
-            if self._members.speaks and is_news:
-                self.note("group" if name else "gate", text, at, group=name, state="open" if is_open else "closed")
+            turn = self._turn(at, is_open, why, name)
+            log.warning("%s: %s", turn["kind"], turn["text"])
+            self._events += [turn] * speaks
             self._changed_at[name] = at
+        if speaks and not self._is_heard and closed_groups(self._aggregator, ()) is not None:
+            self._is_heard = True       # who spoke before may have died before it told how everything stands
+            for each in (*self._aggregator.groups(site=True), *self._aggregator.groups()):
+                is_open = each.state != "unhealthy"
+                at, why = self.changed_at(each.name), "" if is_open else each.why
+                self._events.append(self._turn(at, is_open, why, each.name))
         self.incidents.look(transitions)
         for report in (self._reports.get() for _ in range(self._reports.qsize())):
             resource_id = report.target.id
@@ -9693,7 +9713,7 @@ class Recorder(threading.Thread):
             if rows:
                 session.execute(statement, rows)
         self._members.write(session, counting.values())
-        for event in self._events:
+        for event in unsaid(session, self._events) if self._members.is_shared else self._events:
             record_event(session, **event)
         well = {number for number, report in counting.items() if report.standing.healthy}
         end_acknowledgements(session, well, self.wall())

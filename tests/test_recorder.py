@@ -175,3 +175,43 @@ def test_check_now_elsewhere_opens_the_gate_of_the_owner(two: Two) -> None:
     b.find(name, GOOD)
     a.look()
     assert poller.doubt.is_urged and guard.wait(name) == 0
+
+
+# --- events
+def events(machine: Machine, *kinds: str) -> list[tuple[str, str]]:
+    return [(text, state) for kind, text, state in machine.execute("SELECT kind, text, state FROM event ORDER BY id")
+            if kind in kinds]  # fmt: skip
+
+
+def test_what_closes_while_the_speaker_is_dead(two: Two) -> None:
+    """And nobody has heard of that yet. What it has told is told once."""
+    silent, speaker = sorted("ab", key=lambda name: owner_of("", frozenset("ab")) == name)
+    [name] = owned_by(silent, 1)
+    machines = {machine.name: machine for machine in two(name, fall=1)}
+    first, second = machines[speaker], machines[silent]
+    second.find(name, GOOD)
+    first.look()
+    first.recorder.flush()
+    told = events(second, "gate")
+    assert told[-1][1] == "open"
+    second.find(name, DOWN)
+    assert events(second, "gate") == told, "it is the other one's to tell"
+    first.stack.close()
+    wait_for(lambda: second.knows(silent), 60)
+    second.recorder.flush()
+    second.recorder.flush()
+    found = events(second, "gate")
+    assert len(found) == len(told) + 1 and found[-1][1] == "closed" and found[-1][0].startswith("open -> closed (h")
+    second.find(name, GOOD, GOOD)
+    assert [state for _, state in events(second, "gate")][len(told):] == ["closed", "open"]
+
+
+def test_who_joins_tells_how_it_stands_once(two: Two) -> None:
+    """That all is open is no news; that it is closed would be, where it was told to be open."""
+    [name] = owned_by("b", 1)
+    a, b = two(name)
+    b.find(name, GOOD)
+    a.look()
+    for machine in (a, b) * 2:
+        machine.recorder.flush()
+    assert [state for _, state in events(a, "gate")].count("open") == 1
