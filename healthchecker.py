@@ -8163,6 +8163,7 @@ class Report:
     opens: float = 0.0              # seconds until it can be healthy again
     blocker: str = ""               # the unhealthy resource or group that it is behind
     behind: int = 0                 # how many are behind it, while it is unhealthy
+    owned: bool = True              # this machine tells of it, whoever polls it by then
     made_mono: float = dataclass_field(default_factory=lease_clock)
 
     @property
@@ -9694,7 +9695,7 @@ class Recorder(threading.Thread):
             if report.host_key:
                 self._keys[resource_id] = report
         for report in (self._told.get() for _ in range(self._told.qsize())):
-            if self._members.owns(report.target.name):
+            if report.owned:
                 self.note("state", report.transition, report.at, resource=report.target.name,
                           state=report.standing.state)
 
@@ -9875,7 +9876,9 @@ class ResourceLease:
     def rest(self) -> None:
         """Leaves it to another machine from now on, whose results take their time."""
         with self._lock:
-            self.rests, self.news.waits = True, None
+            self.rests = True
+            if report := self.news.late(is_last=True):      # or nobody does
+                self._context.recorder.tell(report)
             self._leave_to_others()
             if self.standing.state != "unknown" and lease_clock() < self.expires_mono:
                 self.expires_mono += TAKE_OVER - self._spare
@@ -10068,7 +10071,8 @@ class Poller(ResourceLease, threading.Thread):
             kept = sample is not None and self._connection.keeper.reused
             report = Report(self.target, after, after, verdict, at, seconds, sample, host_key, waits, kept, self._epoch,
                             self.outage.is_cut_off or self.outage.is_doubtful, self.expires_mono - lease_clock(),
-                            max(0.0, self._opens_mono - lease_clock()))
+                            max(0.0, self._opens_mono - lease_clock()),
+                            owned=self._context.members.owns(settings.name))
             if verdict.cause != "stale":
                 self._found_mono, self._spare = report.made_mono, 0.0
             report = self.news.weigh(report)

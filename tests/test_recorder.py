@@ -19,6 +19,7 @@ from healthchecker import (
     Claim,
     ConnectionContext,
     Exchange,
+    Gates,
     HealthAggregator,
     KnownHosts,
     Membership,
@@ -46,7 +47,7 @@ class Machine:
 
     def __init__(self, name: str, url: str, names: tuple[str, ...], **more: Any) -> None:
         server = PostgresServer(url, SecretStr(PASSWORD))
-        self.name, self.stack = name, contextlib.ExitStack()
+        self.name, self.url, self.stack = name, url, contextlib.ExitStack()
         self.store = Store(server, machine=name)
         self.stack.callback(self.store.close)
         self.claim = self.stack.enter_context(server.lock(machine=name))
@@ -215,3 +216,22 @@ def test_who_joins_tells_how_it_stands_once(two: Two) -> None:
     for machine in (a, b) * 2:
         machine.recorder.flush()
     assert [state for _, state in events(a, "gate")].count("open") == 1
+
+
+def test_what_was_found_before_another_machine_joined(two: Two) -> None:
+    """Is told by who found it: what is not written yet, and what waits for the poll of a parent."""
+    names = [name for name in owned_by("a", 100) if owner_of(name, frozenset("abc")) == "c"][:2]
+    [switch] = owned_by("b", 1)
+    a, _ = two(*names, switch, fall=1)
+    a.aggregator.arrange(Gates(), {}, {names[1]: (switch,)})
+    for name in (switch, *names):
+        a.find(name, GOOD)
+    for name in names:
+        a.pollers[name]._report(DOWN, 0.1)
+    assert a.pollers[names[1]].news.waits
+    with Machine("c", a.url, (*names, switch), fall=1):
+        wait_for(lambda: a.knows("a", "b", "c"), 60)
+        a.look()
+        a.recorder.flush()
+    assert all(a.pollers[name].rests for name in names)
+    assert [state for _, state in events(a, "state")] == ["healthy"] * 2 + ["unhealthy"] * 2
