@@ -4068,18 +4068,18 @@ class LoginGuard:
                 self._turn.notify_all()
 
     def accept(self, name: str, ago: float = 0.0) -> None:
-        """Notes that the credential was accepted `ago` seconds ago (before a restart)."""
+        """Notes that the credential was accepted `ago` seconds ago (before a restart, or by another machine)."""
         with self._turn:
             self._accepted_mono = max(self._accepted_mono, self._clock() - ago)
             self._wrong = [at for at in self._wrong if at > self._accepted_mono]
-            self._refused.pop(name, None)
+            self._refused[name] = [at for at in self._refused.get(name, ()) if at > self._clock() - ago]
 
-    def hear(self, name: str, ago: float) -> None:
-        """Notes a refusal that was told, `ago` seconds old, unless it is known."""
+    def hear(self, name: str, ago: float, times: int = 1) -> None:
+        """Notes that a host refused several `times` in a row and last `ago` seconds ago, but for what is known."""
         with self._turn:
-            at, known = self._clock() - ago, self._refused.get(name, ())
+            at, known = self._clock() - ago, self._counted(self._refused.get(name, []))
             if not any(abs(at - each) < SAME_REFUSAL for each in known):
-                self.refuse(name, ago)
+                self.refuse(name, ago, max(1, times - len(known)))
 
     def refuse(self, name: str, ago: float = 0.0, times: int = 1) -> None:
         """Notes a refusal, or that a host refused several `times` in a row and last `ago` seconds ago."""
@@ -8216,6 +8216,7 @@ class Report:
     opens: float = 0.0              # seconds until it can be healthy again
     blocker: str = ""               # the unhealthy resource or group that it is behind
     behind: int = 0                 # how many are behind it, while it is unhealthy
+    owned: bool = True              # this machine tells of it, whoever polls it by then
     made_mono: float = dataclass_field(default_factory=lease_clock)
 
     @property
@@ -9448,7 +9449,8 @@ def prune_incidents(session: Session, retention: Retention, now: float) -> None:
 TAKE_OVER = CLAIM_LIFE + 2 * CLAIM_INTERVAL + 2.0   # seconds for which what another found counts longer than it does
                                 # there: so long it takes to know that it is dead, and to poll in its place
 RESULTS = sqlalchemy.text(f"""SELECT resource_id, {DATABASE_CLOCK} - found_at AS age, counts, opens,
-    settings_digest, state, cause, reason, since_at, good, bad FROM result JOIN status USING (resource_id)
+    settings_digest, state, cause, reason, since_at, good, bad, credential_digest, strip, sample
+    FROM result JOIN status USING (resource_id)
     WHERE serial > :serial AND (machine <> :machine OR :serial < 0) ORDER BY serial""")     # noqa: S608  # our words
 NEWS = sqlalchemy.text(f"SELECT resource_id, {DATABASE_CLOCK} - found_at FROM result "      # noqa: S608
                        "WHERE machine <> :machine AND resource_id = ANY(:numbers)")
@@ -9469,6 +9471,7 @@ class Found(NamedTuple):
     found_mono: float       # when, by our clock; never later than that
     counts: float           # seconds for which it counts from then on
     opens: float            # seconds from then on until it can be healthy again
+    stored: Any = None      # what of its Status tells of logins
 
 
 @functools.lru_cache(1 << 15)
@@ -9568,7 +9571,7 @@ class Membership:
                 continue        # of before the database's clock was set back: nobody knows how old it is
             standing = Standing(row.state, row.cause, row.reason, row.since_at, row.good, row.bad)
             found.append(Found(row.resource_id, row.settings_digest, standing, asked_mono - max(0.0, row.age),
-                               row.counts + TAKE_OVER, row.opens))
+                               row.counts + TAKE_OVER, row.opens, row))
         self._serial, self._read_epoch = current, epoch
         return found
 
@@ -9583,6 +9586,16 @@ QUARTER_GRACE = 5.0             # seconds for the last reports of a quarter to b
 TIDY_AT_ONCE = 15               # resources whose averages are made after a flush: 10,000 take less than a quarter
 LAST_FLUSH = 1.5                # seconds for the last reports to be written when the service ends
 
+
+def unsaid(session: Session, events: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Without that something is open, or closed, where the last event says so already: another machine's."""
+    last = sqlalchemy.select(func.max(Event.id)).where(Event.kind.in_(("gate", "group"))).group_by(Event.group)
+    rows = session.execute(sqlalchemy.select(Event.group, Event.state).where(Event.id.in_(last)))
+    said = {group: state for group, state in rows}
+    for event in events:
+        if event["kind"] not in ("gate", "group") or said.get(event["group"]) != event["state"]:
+            yield event
+            said |= {event["group"]: event["state"]} if "group" in event else {}
 
 
 def upserts(database: Database) -> tuple[Any, ...]:
@@ -9625,10 +9638,9 @@ class Recorder(threading.Thread):
         self._keys: dict[int, Report] = {}      # those with a host key that was trusted on first use
         self._told: queue.SimpleQueue[Report] = queue.SimpleQueue()     # those of transitions
         self._changed_at = {SITE: self.wall()}      # when it, a group or a route last opened or closed
-        # Where others are at work already, it is no news what is open when this one has begun.
-        self._joined, self._known = bool(self._members.names - {store.machine}), set[str]()
-        if self._members.speaks and not self._joined:
-            self.note("gate", "closed (the service starts)", self._changed_at[SITE], state="closed")
+        self._is_heard = not self._members.is_shared    # all that stands otherwise than was told last is told
+        if self._members.speaks and not self._members.names - {store.machine}:
+            self.note("gate", "closed (the service starts)", self._changed_at[SITE], group=SITE, state="closed")
 
     def put(self, report: Report) -> None:
         """Takes a report; transitions are logged at once, in the caller's thread."""
@@ -9667,11 +9679,13 @@ class Recorder(threading.Thread):
     def flush(self) -> bool:
         """Writes what was gathered; what cannot be written is kept. Says whether all is written."""
         with self._flushing, self._unwritten.caught():
+            speaks = self._members.speaks
             if self._epoch != (epoch := self._members.epoch):    # others may have written meanwhile
-                self._epoch = epoch
+                self._epoch, self._is_heard = epoch, False
                 self.incidents.begin_anew()
-            self.incidents.speak(speaks=self._members.speaks)
-            self._gather()
+            self._is_heard = self._is_heard and speaks
+            self.incidents.speak(speaks=speaks)
+            self._gather(speaks=speaks)
             if self._latest or self._events or self.incidents.due:
                 with self._store.writing() as session:
                     self._write(session)
@@ -9711,21 +9725,30 @@ class Recorder(threading.Thread):
         with self._flushing:
             self._events.append({"kind": kind, "text": text, "at": at} | about)
 
-    def _gather(self) -> None:
+    def _turn(self, at: float, is_open: bool, why: str, name: str) -> dict[str, Any]:
+        """The event of what has opened or closed."""
+        since, mode = self._changed_at.get(name, at), (self._aggregator.lease.part(name) or self._aggregator.lease).mode
+        text = (f"{f'{name}: ' if name else ''}{'closed' if is_open else 'open'} -> "
+                f"{'open' if is_open else 'closed'}{f' ({why})' if why else ''}"
+                f"{f' after {at - since:.0f} s' if since != at else ''}"
+                f"{'' if is_open or mode == 'enforce' else '; observe: nothing is refused'}")
+        return {"kind": "group" if name else "gate", "text": text, "at": at, "group": name,
+                "state": "open" if is_open else "closed"}
+
+    def _gather(self, *, speaks: bool) -> None:
         waiting = self._aggregator.transitions
         transitions = [waiting.get() for _ in range(waiting.qsize())]
         for at, is_open, why, name in transitions:
-            since, mode = self._changed_at.get(name), (self._aggregator.lease.part(name) or self._aggregator.lease).mode
-            text = (f"{f'{name}: ' if name else ''}{'closed' if is_open else 'open'} -> "
-                    f"{'open' if is_open else 'closed'}{f' ({why})' if why else ''}"
-                    f"{f' after {at - since:.0f} s' if since else ''}"
-                    f"{'' if is_open or mode == 'enforce' else '; observe: nothing is refused'}")
-            log.warning("%s: %s", "group" if name else "gate", text)
-            is_news = not (is_open and self._joined and name not in self._known)
-            self._known.add(name)
-            if self._members.speaks and is_news:
-                self.note("group" if name else "gate", text, at, group=name, state="open" if is_open else "closed")
+            turn = self._turn(at, is_open, why, name)
+            log.warning("%s: %s", turn["kind"], turn["text"])
+            self._events += [turn] * speaks
             self._changed_at[name] = at
+        if speaks and not self._is_heard and closed_groups(self._aggregator, ()) is not None:
+            self._is_heard = True       # who spoke before may have died before it told how everything stands
+            for each in (*self._aggregator.groups(site=True), *self._aggregator.groups()):
+                is_open = each.state != "unhealthy"
+                at, why = self.changed_at(each.name), "" if is_open else each.why
+                self._events.append(self._turn(at, is_open, why, each.name))
         self.incidents.look(transitions)
         for report in (self._reports.get() for _ in range(self._reports.qsize())):
             resource_id = report.target.id
@@ -9734,7 +9757,7 @@ class Recorder(threading.Thread):
             if report.host_key:
                 self._keys[resource_id] = report
         for report in (self._told.get() for _ in range(self._told.qsize())):
-            if self._members.owns(report.target.name):
+            if report.owned:
                 self.note("state", report.transition, report.at, resource=report.target.name,
                           state=report.standing.state)
 
@@ -9753,7 +9776,7 @@ class Recorder(threading.Thread):
             if rows:
                 session.execute(statement, rows)
         self._members.write(session, counting.values())
-        for event in self._events:
+        for event in unsaid(session, self._events) if self._members.is_shared else self._events:
             record_event(session, **event)
         well = {number for number, report in counting.items() if report.standing.healthy}
         end_acknowledgements(session, well, self.wall())
@@ -9776,7 +9799,7 @@ class Recorder(threading.Thread):
 # === Poll ====================================================================
 # A thread for each resource polls it: in comes a Target, reports go out, to the aggregator at once, to the database
 # through the recorder. Where another machine polls it, the thread rests and what that found is told to the aggregator.
-# Gives: first_polls, LAST_SESSIONS, Poller, PollContext, poll_once
+# Gives: first_polls, LAST_SESSIONS, Poller, PollContext, poll_once, restore_logins
 FIRST_POLLS = 50.0              # first polls per second
 POLLER_LIFE = 3600.0            # seconds after which the death of a poller is a new one
 JITTER = 0.1                    # part of the interval by which polls are spread
@@ -9837,8 +9860,10 @@ def poll_once(target: Target, connection: Connection, previous: Sample | None) -
     return evaluate(sample, target.settings), sample
 
 
-def restore_logins(guard: LoginGuard, target: Target, stored: Status, age: float) -> None:
-    """Tells the guard what the last polls say of the credential."""
+def restore_logins(guard: LoginGuard, target: Target, stored: Status, age: float) -> bool:
+    """Tells the guard what the last polls say of the credential, if it is this one and they count still."""
+    if stored.credential_digest != target.credential_digest or not 0 <= age < LOCKOUT_WINDOW:
+        return False
     before, settings = stored.strip.rstrip(REFUSED_MARK), target.settings
     try:
         since = float(json.loads(stored.sample)["details"].get("session_seconds", 0.0))
@@ -9847,15 +9872,15 @@ def restore_logins(guard: LoginGuard, target: Target, stored: Status, age: float
     if before.endswith(LOGGED_IN_MARKS):    # of the refusals after it only the last one's time is known
         guard.accept(target.name, age + since)
     if stored.strip != before and not stored.reason.startswith(NOT_TRIED):
-        guard.refuse(target.name, age, len(stored.strip) - len(before))
+        guard.hear(target.name, age, len(stored.strip) - len(before))
+    return True
 
 
 def restored(guard: LoginGuard, target: Target, stored: Status, age: float) -> tuple[float, Standing]:
     """For how many seconds a stored state counts on, and which one: it must be of these settings and fresh, a refused
     login counts during its back-off."""
     left = target.settings.ttl - age if age >= 0 and stored.settings_digest == target.settings_digest else 0.0
-    if stored.credential_digest == target.credential_digest and 0 <= age < LOCKOUT_WINDOW:
-        restore_logins(guard, target, stored, age)
+    if restore_logins(guard, target, stored, age):
         left = target.settings.ttl if stored.cause == "auth" else left
     return (left if (stored.state, stored.cause) in POLL_MARKS else 0.0), Standing(
         cast(State, stored.state), cast(Cause, stored.cause), stored.reason, stored.since_at, stored.good, stored.bad)
@@ -9913,7 +9938,9 @@ class ResourceLease:
     def rest(self) -> None:
         """Leaves it to another machine from now on, whose results take their time."""
         with self._lock:
-            self.rests, self.news.waits = True, None
+            self.rests = True
+            if report := self.news.late(is_last=True):      # or nobody does
+                self._context.recorder.tell(report)
             self._leave_to_others()
             if self.standing.state != "unknown" and lease_clock() < self.expires_mono:
                 self.expires_mono += TAKE_OVER - self._spare
@@ -10107,7 +10134,8 @@ class Poller(ResourceLease, threading.Thread):
             kept = sample is not None and self._connection.keeper.reused
             report = Report(self.target, after, after, verdict, at, seconds, sample, host_key, waits, kept, self._epoch,
                             self.outage.is_cut_off or self.outage.is_doubtful, self.expires_mono - lease_clock(),
-                            max(0.0, self._opens_mono - lease_clock()))
+                            max(0.0, self._opens_mono - lease_clock()),
+                            owned=self._context.members.owns(settings.name))
             if verdict.cause != "stale":
                 self._found_mono, self._spare = report.made_mono, 0.0
             report = self.news.weigh(report)
@@ -10233,15 +10261,24 @@ class Exchange:
 
     def _take_found(self, pollers: Iterable[Poller]) -> None:
         with self._store.reading() as session:
-            self._found |= {found.resource_id: found for found in self._members.read(session)}
+            fresh = {found.resource_id: found for found in self._members.read(session)}
+        self._found |= fresh
         for poller in pollers if self._found else ():
+            if found := fresh.get(poller.target.id):
+                self._take_logins(poller, found)
             found = self._found.get(poller.target.id)
             if found and found.settings_digest == poller.target.settings_digest:
                 poller.adopt(self._found.pop(poller.target.id))
-                if found.standing.cause == "auth":      # or each machine would try the same password
-                    self._guards.of(poller.target).hear(poller.target.name, lease_clock() - found.found_mono)
         self._found = {number: found for number, found in self._found.items()
                        if found.found_mono + found.counts > lease_clock()}
+
+    def _take_logins(self, poller: Poller, found: Found) -> None:
+        """Or each machine would try a password that is refused, and none again what another one was accepted with."""
+        guard, name = self._guards.of(poller.target), poller.target.name
+        has_waited = guard.wait(name) > 0
+        restore_logins(guard, poller.target, found.stored, lease_clock() - found.found_mono)
+        if has_waited and not poller.rests and not guard.wait(name):
+            poller.doubt.urge()
 
 
 class Monitor(threading.Thread):

@@ -1,0 +1,237 @@
+"""What machines on one database write and hear of each other, step by step: no thread of theirs runs but the one that
+says that it lives. How whole services share the work: test_sharing.py."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import pytest
+from conftest import wait_for
+from postgres import PASSWORD, Postgres
+from pydantic import SecretStr
+
+from healthchecker import (
+    Claim,
+    ConnectionContext,
+    Exchange,
+    Gates,
+    HealthAggregator,
+    KnownHosts,
+    Membership,
+    PollContext,
+    Poller,
+    PostgresServer,
+    Recorder,
+    Resolver,
+    Resource,
+    ResourceSettings,
+    Sample,
+    Store,
+    Target,
+    Verdict,
+    owner_of,
+)
+
+GOOD, DOWN = Verdict("healthy"), Verdict("unhealthy", "unreachable", "no route")
+REFUSED = Verdict("unhealthy", "auth", "refused")
+READ = Sample({}, {}, None, {}, {}, {})
+
+
+class Machine:
+    """A service on the database but for its threads."""
+
+    def __init__(self, name: str, url: str, names: tuple[str, ...], **more: Any) -> None:
+        server = PostgresServer(url, SecretStr(PASSWORD))
+        self.name, self.url, self.stack = name, url, contextlib.ExitStack()
+        self.store = Store(server, machine=name)
+        self.stack.callback(self.store.close)
+        self.claim = self.stack.enter_context(server.lock(machine=name))
+        assert isinstance(self.claim, Claim)
+        self.claim.is_able = lambda: True
+        self.members = Membership(self.claim)
+        self.aggregator = HealthAggregator(wall=self.store.wall)
+        self.recorder = Recorder(self.store, self.aggregator, members=self.members)
+        access = ConnectionContext(KnownHosts(Path("none")), Resolver())
+        self.guards = access.guards
+        context = PollContext(self.aggregator, self.recorder, access, random.Random(1), members=self.members)
+        self.exchange = Exchange(self.store, context)
+        self.pollers = {target.name: Poller(target, context, self.guards.of(target), 0.0) for target in targets(
+            self.store, names, **more)}  # fmt: skip
+        for each, poller in self.pollers.items():
+            self.aggregator.register(each, poller)
+            poller.counted = True
+        self.aggregator.start()
+
+    def __enter__(self) -> Machine:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None,
+                 ) -> None:  # fmt: skip
+        self.stack.close()
+
+    def look(self) -> None:
+        self.exchange.look(self.pollers)
+
+    def find(self, name: str, *verdicts: Verdict) -> None:
+        """Its polls of a resource, which are written."""
+        for verdict in verdicts:
+            self.pollers[name]._epoch = self.members.epoch
+            self.pollers[name]._report(verdict, 0.1, READ if verdict.healthy else None)
+        self.recorder.flush()
+
+    def knows(self, *names: str) -> bool:
+        return self.members.names == {*names}
+
+    def execute(self, statement: str) -> list[Any]:
+        with self.store.reading() as session:
+            return [tuple(row) for row in session.connection().exec_driver_sql(statement)]
+
+
+def targets(store: Store, names: tuple[str, ...], **more: Any) -> list[Target]:
+    """The same for all machines."""
+    found = []
+    with store.writing() as session:
+        for name in names:
+            settings = ResourceSettings(
+                name=name, platform="linux", hostname="192.0.2.1", username="u", password="p", **more)  # fmt: skip
+            row = session.query(Resource).filter_by(name=name).one_or_none() or Resource(origin="inventory")
+            row.take_settings(settings)
+            session.add(row)
+            session.flush()
+            found.append(Target(row.id, settings, None, row.settings_digest, row.credential_digest))
+    return found
+
+
+def owned_by(machine: str, count: int, among: str = "ab") -> tuple[str, ...]:
+    """Names of resources that are this machine's."""
+    names = (f"h{number}" for number in range(1000))
+    return tuple([name for name in names if owner_of(name, frozenset(among)) == machine][:count])
+
+
+Two = Callable[..., "tuple[Machine, Machine]"]
+
+
+@pytest.fixture
+def two(postgres: Postgres) -> Iterator[Two]:
+    """Machines a and b, which know each other."""
+    with contextlib.ExitStack() as stack:
+        def make(*names: str, **more: Any) -> tuple[Machine, Machine]:
+            url = postgres.url(postgres.database())
+            a, b = (stack.enter_context(Machine(name, url, names, **more)) for name in "ab")
+            wait_for(lambda: a.knows("a", "b") and b.knows("a", "b"), 60)
+            for machine in (a, b):
+                machine.look()
+            return a, b
+
+        yield make
+
+
+# --- logins
+def test_what_another_machine_was_accepted_with(two: Two) -> None:
+    """Clears its refusals here, too; that rise has not been reached is no refusal."""
+    names = owned_by("b", 2)
+    a, b = two(*names)
+    guard = a.guards.of(a.pollers[names[0]].target)
+    for name in names:
+        b.find(name, REFUSED, REFUSED)
+        a.look()
+        assert a.pollers[name].standing.cause == "auth" and guard.wait(name) > 0
+        b.find(name, GOOD)
+        a.look()
+        assert a.pollers[name].standing.cause == "auth" and guard.wait(name) == 0
+        b.find(name, GOOD)
+        a.look()
+        assert (guard.wait(name), guard.refusals) == (0, 0)
+
+
+def test_all_refusals_of_another_machine_are_heard(two: Two) -> None:
+    """Also the first one, which closes nothing yet, and those that were not read one by one."""
+    first, second = owned_by("b", 2)
+    a, b = two(first, second)
+    guard = a.guards.of(a.pollers[first].target)
+    b.find(first, REFUSED)
+    a.look()
+    assert a.pollers[first].standing.state != "healthy" or guard.refusals == 1
+    assert guard.wait(first) > 0
+    b.find(second, REFUSED, REFUSED, REFUSED)
+    a.look()
+    assert guard.refusals == 4 and guard.wait(second) > 1800
+
+
+def test_check_now_elsewhere_opens_the_gate_of_the_owner(two: Two) -> None:
+    """It polls as soon as it is told that another machine was accepted."""
+    [name] = owned_by("a", 1)
+    a, b = two(name)
+    poller, guard = a.pollers[name], a.guards.of(a.pollers[name].target)
+    for _ in range(3):
+        guard.refuse(name)
+    a.find(name, REFUSED, REFUSED, REFUSED)
+    assert not poller.doubt.is_urged and guard.wait(name) > 1800
+    b.look()
+    b.find(name, GOOD)
+    a.look()
+    assert poller.doubt.is_urged and guard.wait(name) == 0
+
+
+# --- events
+def events(machine: Machine, *kinds: str) -> list[tuple[str, str]]:
+    return [(text, state) for kind, text, state in machine.execute("SELECT kind, text, state FROM event ORDER BY id")
+            if kind in kinds]  # fmt: skip
+
+
+def test_what_closes_while_the_speaker_is_dead(two: Two) -> None:
+    """And nobody has heard of that yet. What it has told is told once."""
+    silent, speaker = sorted("ab", key=lambda name: owner_of("", frozenset("ab")) == name)
+    [name] = owned_by(silent, 1)
+    machines = {machine.name: machine for machine in two(name, fall=1)}
+    first, second = machines[speaker], machines[silent]
+    second.find(name, GOOD)
+    first.look()
+    first.recorder.flush()
+    told = events(second, "gate")
+    assert told[-1][1] == "open"
+    second.find(name, DOWN)
+    assert events(second, "gate") == told, "it is the other one's to tell"
+    first.stack.close()
+    wait_for(lambda: second.knows(silent), 60)
+    second.recorder.flush()
+    second.recorder.flush()
+    found = events(second, "gate")
+    assert len(found) == len(told) + 1 and found[-1][1] == "closed" and found[-1][0].startswith("open -> closed (h")
+    second.find(name, GOOD, GOOD)
+    assert [state for _, state in events(second, "gate")][len(told):] == ["closed", "open"]
+
+
+def test_who_joins_tells_how_it_stands_once(two: Two) -> None:
+    """That all is open is no news; that it is closed would be, where it was told to be open."""
+    [name] = owned_by("b", 1)
+    a, b = two(name)
+    b.find(name, GOOD)
+    a.look()
+    for machine in (a, b) * 2:
+        machine.recorder.flush()
+    assert [state for _, state in events(a, "gate")].count("open") == 1
+
+
+def test_what_was_found_before_another_machine_joined(two: Two) -> None:
+    """Is told by who found it: what is not written yet, and what waits for the poll of a parent."""
+    names = [name for name in owned_by("a", 100) if owner_of(name, frozenset("abc")) == "c"][:2]
+    [switch] = owned_by("b", 1)
+    a, _ = two(*names, switch, fall=1)
+    a.aggregator.arrange(Gates(), {}, {names[1]: (switch,)})
+    for name in (switch, *names):
+        a.find(name, GOOD)
+    for name in names:
+        a.pollers[name]._report(DOWN, 0.1)
+    assert a.pollers[names[1]].news.waits
+    with Machine("c", a.url, (*names, switch), fall=1):
+        wait_for(lambda: a.knows("a", "b", "c"), 60)
+        a.look()
+        a.recorder.flush()
+    assert all(a.pollers[name].rests for name in names)
+    assert [state for _, state in events(a, "state")] == ["healthy"] * 2 + ["unhealthy"] * 2
