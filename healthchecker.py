@@ -9931,8 +9931,7 @@ class Poller(ResourceLease, threading.Thread):
             asked = [self._asked.get() for _ in range(self._asked.qsize())]
             if self.rests and self._connection.keeper.session:
                 self._connection.drop()
-            is_early = (self.rests or self.doubt.is_urged) and time.monotonic() < self._next_mono()
-            if not asked and is_early:
+            if not asked and time.monotonic() < self._next_mono():
                 continue
             if asked and not self._connection.keeper.lives:
                 self._guard.ask(self.target.name)
@@ -9969,8 +9968,9 @@ class Poller(ResourceLease, threading.Thread):
                 self._asked.get_nowait().cancel()
 
     def go_on(self, delay: float) -> None:
-        """Polls from now on, the first time after so many seconds."""
-        self._due_mono = time.monotonic() + delay
+        """Polls from now on, the first time after so many seconds, or when it would anyhow."""
+        due_mono = time.monotonic() + delay
+        self._due_mono = due_mono if self.rests else min(due_mono, self._due_mono)
         self.rests = False
         self.doubt.woken.set()
 
@@ -9995,7 +9995,8 @@ class Poller(ResourceLease, threading.Thread):
         if not (waits and self.standing.cause == "auth"):
             why = f"; {self._guard.why(name)}" if waits else ""
             self._report(Verdict("unhealthy", "stale", f"no result for {ttl:.0f} s{why}"), 0.0)
-            self.doubt.woken.set()   # it may be due since long: what waits stood still with a suspended machine
+            self._due_mono = 0.0    # as it may be since long: what waits stood still with a suspended machine
+            self.doubt.woken.set()
 
     def _poll(self) -> tuple[float, Report]:
         """One poll and its report; returns the seconds from its start to the next, too."""

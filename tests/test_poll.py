@@ -1279,6 +1279,18 @@ def test_after_a_suspension_everything_is_polled_at_once(house: House, machines:
         wait_for(house.aggregator.is_healthy)
 
 
+def test_what_is_to_wait_waits(house: House, machines: Machines) -> None:
+    """Or all that another machine polled would be polled at the same moment."""
+    house.write("name: db1")
+    with house.watching():
+        wait_for(house.aggregator.is_healthy)
+        house.poller("db1").rest()
+        begun, count = time.monotonic(), len(machines.moments("db1"))
+        house.poller("db1").go_on(2.0)
+        wait_for(lambda: len(machines.moments("db1")) > count)
+        assert machines.moments("db1")[count] >= begun + 2.0
+
+
 @pytest.mark.skipif(not healthchecker.boot_number(), reason="the system numbers no boots")
 def test_a_small_step_is_known_at_the_next_start(house: House, machines: Machines) -> None:
     """A machine boots with a clock that is 20 s slow and put right soon: no event, and what polls found counts."""
