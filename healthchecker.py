@@ -10000,7 +10000,7 @@ class Poller(ResourceLease, threading.Thread):
 
     def _poll(self) -> tuple[float, Report]:
         """One poll and its report; returns the seconds from its start to the next, too."""
-        settings, begun_mono, self._epoch = self.target.settings, time.monotonic(), self._context.members.epoch
+        settings, begun_mono, self._epoch = self.target.settings, lease_clock(), self._context.members.epoch
         sample, host_key, wait = None, self.target.host_key, self._guard.wait(settings.name)
         if wait > 0 and not self._connection.keeper.lives:
             verdict = Verdict("unhealthy", "auth", self._guard.why(settings.name))
@@ -10010,12 +10010,13 @@ class Poller(ResourceLease, threading.Thread):
             age = time.monotonic() - self._connection.keeper.opened_mono
             sample = replace(sample, details={**sample.details, "session_seconds": round(age, 1)})
         self._previous = sample or self._previous
-        self.target = replace(self.target, host_key=self._connection.host_key)
-        seconds = time.monotonic() - begun_mono
-        if verdict.reason.startswith(NOT_TRIED) and not (wait > 0 and self.standing.state == "unknown"):
-            # no result: the standing holds, and a sibling's success may free this one sooner
+        seconds, not_tried = lease_clock() - begun_mono, verdict.reason.startswith(NOT_TRIED)
+        if self._epoch != self._context.members.epoch or (not_tried and not (
+                wait > 0 and self.standing.state == "unknown")):
+            # no result, or one of a life that is over: the standing holds, and a sibling's success may free this one
             report = Report(self.target, self.standing, self.standing, verdict, self._context.recorder.wall(), seconds)
             return min(wait or settings.retry, settings.interval), report
+        self.target = replace(self.target, host_key=self._connection.host_key)
         learned = None if self.target.host_key == host_key else self.target.host_key
         report = self._report(verdict, seconds, sample, learned)
         wait = self._guard.wait(settings.name) if verdict.cause == "auth" else 0.0
@@ -10038,6 +10039,7 @@ class Poller(ResourceLease, threading.Thread):
             waits = self._guard.wait(settings.name) if verdict.cause == "auth" else 0.0
             if waits <= AUTH_BACKOFF:       # until the next attempt has an outcome
                 ttl = max(ttl, waits + settings.timeout + 2)
+            ttl -= max(0.0, seconds - settings.timeout)     # this machine may have been suspended after it was read
             self.expires_mono = lease_clock() + ttl + (waits if after.cause == "auth" else 0.0)
             wait = waits or (settings.retry if after.good or not settings.is_asked else settings.interval)
             self._opens_mono = lease_clock() + wait + settings.retry * max(0, settings.rise - after.good - 1)
