@@ -8391,7 +8391,7 @@ NO_ANSWER = ("unreachable", "timeout")      # causes that a cut can have
 UPLINK_TIMEOUT = 3.0            # seconds for an uplink to answer
 UPLINK_INTERVAL = 5.0           # seconds between two questions
 UPLINK_FRESH = 15.0             # seconds for which the answer to one counts
-UPLINK_DOUBT = 30.0             # seconds of silence for which nobody is told of what does not answer
+UPLINK_DOUBT = 30.0             # seconds for which nobody is told of what does not answer, as long as most may not
 URGED_MAX = 200                 # machines that are polled at once, to see whether they answer
 CUT_OFF = Standing("unhealthy", "cut_off", "this machine is, for no uplink answers")
 
@@ -8415,13 +8415,17 @@ class Uplink:
                  clock: Callable[[], float] = lease_clock, wall: Callable[[], float] = time.time) -> None:
         self._addresses, self._hold, self._resolver, self.clock = addresses, hold, resolver or Resolver(), clock
         self._wall = wall
-        self._lock = threading.Lock()               # guards the next nine
+        self._lock = threading.Lock()               # guards the next thirteen
         self.cut: Cut | None = None
         self._last: Cut | None = None               # this one, or the one before
         self._is_cut = False                        # also while most machines do not answer
-        self._machines: set[str] = set()            # with a result
+        self._machines: set[str] = set()            # with a result, or asked for one
         self._failing: set[str] = set()             # those that did not answer the last time
-        self._failed_mono = -math.inf               # the last such result
+        self._unsure: set[str] = set()              # those that were asked, and of which nothing is known yet
+        self._others: set[str] = set()              # what other machines poll: it counts while no uplink answers
+        self._failed_mono = -math.inf               # the last result without an answer
+        self._fell_mono = -math.inf                 # and the last one of what had answered before
+        self._urged_mono = -math.inf                # when those unsure were asked
         self._asked_mono = -math.inf                # begin of the last question that is over
         self._silent_mono = math.inf                # since when no uplink answers
         self._calm_mono = clock()                   # see Cut
@@ -8454,8 +8458,12 @@ class Uplink:
             return
         with self._lock:
             self._machines.add(name)
+            self._others.discard(name)
+            self._unsure.discard(name)
+            if failed:
+                self._failed_mono = self.clock()
+                self._fell_mono = self._fell_mono if name in self._failing else self._failed_mono
             (self._failing.add if failed else self._failing.discard)(name)
-            self._failed_mono = self.clock() if failed else self._failed_mono
             before = self.cut
             self._judge()
         if failed or self.cut is not before:
@@ -8464,9 +8472,17 @@ class Uplink:
     def forget(self, name: str) -> None:
         """It is not watched any more, or in maintenance."""
         with self._lock:
-            self._machines.discard(name)
-            self._failing.discard(name)
+            for names in (self._machines, self._failing, self._unsure, self._others):
+                names.discard(name)
             self._judge()
+
+    def leave(self, name: str) -> None:
+        """Another machine polls it: that it answers here or not shows something as long as no uplink answers, alone."""
+        with self._lock:
+            self._others.add(name)
+            if self._silent_mono == math.inf:
+                self._machines.discard(name)
+                self._failing.discard(name)
 
     def covers(self, name: str, since_mono: float, round_seconds: float) -> bool:
         """Whether a machine does not answer because this one is cut off. A cut lasts on for what it holds, when most
@@ -8488,13 +8504,14 @@ class Uplink:
         """Whether it may soon turn out that this machine is cut off, and an outage due to that."""
         if self.cut or not self._addresses or since_mono == math.inf:
             return False
-        return 0 <= self.clock() - self._silent_mono < UPLINK_DOUBT or since_mono > self._asked_mono
+        may_be = self._silent_mono < math.inf and 2 * len(self._failing | self._unsure) > len(self._machines)
+        return (may_be and self.clock() - self._urged_mono < UPLINK_DOUBT) or since_mono > self._asked_mono
 
     def _judge(self) -> None:
         """Takes up whether this machine is cut off; the caller holds the lock."""
+        if not self._failing and self._silent_mono < math.inf:
+            self._end_silence()     # nobody asks any more
         now, count, total = self.clock(), len(self._failing), len(self._machines)
-        if not count:
-            self._silent_mono = math.inf    # nobody asks any more
         self._is_cut = is_cut = self._silent_mono <= now and total > 1 and 2 * count > total
         if is_cut and self.cut is None and now - self._asked_mono < UPLINK_FRESH:
             text = f"cut off: {count} of {total} machines do not answer, nor does an uplink"
@@ -8502,6 +8519,13 @@ class Uplink:
         elif self.cut and (self._silent_mono == math.inf or (not is_cut and now >= self.cut.ends_mono)):
             self._last, self.cut = self.cut._replace(over_mono=now), None
             self._calm_mono = now       # not before, or a machine that answers again would close the gate
+
+    def _end_silence(self) -> None:
+        """The caller holds the lock."""
+        self._silent_mono = math.inf
+        self._machines -= self._others
+        self._failing -= self._others
+        self._unsure.clear()
 
     def _run(self) -> None:
         told = self.cut
@@ -8523,18 +8547,23 @@ class Uplink:
         return max(0.0, self._asked_mono + UPLINK_INTERVAL - self.clock()) if has_question else None
 
     def _ask(self) -> None:
-        """Asks the uplinks, all at once; when they fall silent, whether the machines do so, too, and when one is heard
-        again, whether they are."""
-        begun_mono = self.clock()
+        """Asks the uplinks, all at once; when they fall silent, or a machine does so meanwhile, whether the others do,
+        too, whoever polls them, and when one is heard again, whether those are that did."""
+        before_mono, begun_mono, urged = self._asked_mono, self.clock(), list[str]()
         answered = self._is_answered(begun_mono)
         with self._lock:
-            was_calm, was_cut = self._silent_mono == math.inf, self.cut
+            was_calm = self._silent_mono == math.inf
+            if answered:
+                urged = [] if was_calm else [*self._failing]
+                self._end_silence()
+                self._calm_mono = self.clock()
+            elif was_calm or self._fell_mono > before_mono:
+                urged = [*self._machines - self._failing, *self._others - self._machines]
+                self._machines |= {*urged[:URGED_MAX]}
+                self._unsure, self._urged_mono = self._machines - self._failing, self.clock()
             self._silent_mono = math.inf if answered else min(self._silent_mono, begun_mono)
-            self._calm_mono = self.clock() if answered else self._calm_mono
             self._judge()
-            urged = self._failing.copy() if answered else self._machines - self._failing
-        if len(urged) <= URGED_MAX and (was_cut if answered else was_calm):
-            self._urge(urged)
+        self._urge(urged[:URGED_MAX])
 
     def _is_answered(self, begun_mono: float) -> bool:
         """Whether any uplink does. Where they cannot be asked, nobody knows: that is no silence, and the next question
@@ -8548,7 +8577,8 @@ class Uplink:
         finally:
             with self._lock:
                 self._asked_mono = begun_mono
-                self._silent_mono = self._silent_mono if asked or self.cut else math.inf
+                if not (asked or self.cut):
+                    self._end_silence()
 
     def _answers(self, address: str) -> bool:
         """Whether an uplink does; who refuses is there, too."""
@@ -8597,6 +8627,11 @@ class Outage:
         self._since_mono = math.inf
         self._uplink.forget(self._settings.name)
 
+    def leave(self) -> None:
+        """Another machine polls the resource."""
+        if self._settings.platform not in HOSTLESS:
+            self._uplink.leave(self._settings.name)
+
     def disregard(self) -> None:
         """Another machine gets through: that this one does not says nothing of the resource."""
         self._since_mono = math.inf
@@ -8605,6 +8640,11 @@ class Outage:
         """Goes on from what the poller before found."""
         if self._settings.platform not in HOSTLESS:
             self._since_mono, self._was_healthy = before._since_mono, before._was_healthy
+
+    @property
+    def lasts(self) -> bool:
+        """Whether there is one."""
+        return self._since_mono < math.inf
 
     @property
     def held(self) -> float:
@@ -9841,12 +9881,13 @@ class ResourceLease:
             self.counted = counted
             if not counted:
                 self.outage.forget()
+            elif self.rests:
+                self._leave_to_others()
 
     def _leave_to_others(self) -> None:
-        """That it does not answer says no more of whether this machine gets through; while it is cut off, it does."""
         self._alone = False
-        if not self._context.uplink.cut:
-            self.outage.forget()
+        if self.counted:
+            self.outage.leave()
 
     def rest(self) -> None:
         """Leaves it to another machine from now on, whose results take their time."""
