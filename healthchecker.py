@@ -9901,22 +9901,26 @@ class ResourceLease:
         self.doubt.woken.set()
 
     def adopt(self, found: Found) -> None:
-        """Takes over what another machine found, unless its own result is newer."""
+        """Takes over what another machine found, whoever is to poll it, unless its own result is newer."""
         with self._lock:
-            left = found.found_mono + found.counts - lease_clock()
+            left, standing = found.found_mono + found.counts - lease_clock(), found.standing
             if self._alone and left > 0:
                 self._leave_to_others()
-            if self._stopped or found.found_mono <= self._found_mono or not (
-                    self.rests or not self.target.settings.is_asked):
+            if self._stopped or left <= 0 or found.found_mono <= self._found_mono:
                 return
-            is_late = found.standing.cause == "stale" and lease_clock() < self.expires_mono     # it lacks what we have
-            if left > 0 and not is_late:
-                self.outage.disregard()
-                self.standing, self._found_mono, self._spare = found.standing, found.found_mono, TAKE_OVER
-                self.expires_mono = lease_clock() + left
-                self._opens_mono = found.found_mono + found.opens
-                self.news.restore(found.standing)
-                self._set_resource(left)
+            lasts, counts = lease_clock() < self.expires_mono, self.standing.healthy or self.held > 0
+            is_late = standing.cause == "stale" and lasts       # it lacks what we have
+            if is_late or (lasts and counts and standing.good and not standing.healthy):
+                return      # a good result closes nothing: only for that machine it was unhealthy until then
+            self.outage.disregard()
+            self.standing, self._found_mono, self._spare = standing, found.found_mono, TAKE_OVER
+            self.expires_mono = lease_clock() + left
+            self._opens_mono = found.found_mono + found.opens
+            if self.rests:      # or it tells of that itself, by its next result
+                self.news.restore(standing)
+            elif not standing.decided:
+                self.doubt.urge()
+            self._set_resource(left)
 
     def go_on_from(self, before: ResourceLease) -> None:
         """Takes over the standing of the one before it."""
@@ -9992,7 +9996,7 @@ class Poller(ResourceLease, threading.Thread):
             return min(self._due_mono, soon)
         if not self.rests or self._alone:
             return self._due_mono
-        return max(soon, time.monotonic() + self.expires_mono - self._spare / 2 - lease_clock())
+        return max(soon, time.monotonic() + self.expires_mono - TAKE_OVER / 2 - lease_clock())
 
     def poll_now(self) -> concurrent.futures.Future[Report]:
         """Polls at once, as far as no account can be locked by it; gives the report of that poll, or is cancelled."""
@@ -10094,6 +10098,8 @@ class Poller(ResourceLease, threading.Thread):
             report = self.news.weigh(report)
             if self.rests and not self._alone:
                 self._leave_to_others()
+                if after.good and not after.healthy:    # for this machine alone, perhaps: nobody else polls again soon
+                    self.doubt.urge()
         if not stopped and not (self.rests and verdict.cause == "stale"):   # that another one writes, or lives no more
             self._context.recorder.put(report)
         return report
@@ -10185,22 +10191,27 @@ class Exchange:
         """Takes up what other machines found, and which resources are this one's to poll."""
         if not self._members.is_shared:
             return
-        polls = {name for name in pollers if self._members.polls(name)}
-        for name, poller in pollers.items():
-            if name not in polls and not poller.rests:
-                poller.rest()
-        try:
+        try:        # first: this machine may have been cut off, and others know better
             if not self._members.is_cut_off:
                 self._take_found(pollers.values())
         finally:        # what nobody else polls does not wait for what cannot be read
-            self._go_on([pollers[name] for name in polls])
+            self._share(pollers)
 
-    def _go_on(self, owned: Iterable[Poller]) -> None:
-        """Has everything polled that was another one's; in a new life all, for what the last one found may be lost."""
+    def _share(self, pollers: Mapping[str, Poller]) -> None:
+        """Has polled what is this machine's, and nothing else; in a new life all of it, for what was found in the last
+        one may be lost, and what did not answer then, whoever's it is: it was perhaps this machine that was cut off."""
         is_new, self._epoch = self._epoch != self._members.epoch, self._members.epoch
-        gained = [poller for poller in owned if poller.rests or (is_new and poller.target.settings.is_asked)]
-        left = [max(0.0, poller.expires_mono - lease_clock()) if poller.rests and poller.standing.state != "unknown"
-                else 0.0 for poller in gained]
+        gained = list[Poller]()
+        for name, poller in pollers.items():
+            if self._members.polls(name):
+                gained += [poller] if poller.rests or (is_new and poller.target.settings.is_asked) else []
+                continue
+            if not poller.rests:
+                poller.rest()
+            if is_new and poller.outage.lasts:
+                poller.doubt.urge()
+        left = [0.0 if poller.standing.state == "unknown" else max(0.0, poller.expires_mono - lease_clock())
+                for poller in gained]
         for poller, delay in zip(gained, first_polls(left, [one.target.settings for one in gained]), strict=True):
             poller.go_on(delay)
 
