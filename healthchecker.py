@@ -8445,7 +8445,7 @@ NO_ANSWER = ("unreachable", "timeout")      # causes that a cut can have
 UPLINK_TIMEOUT = 3.0            # seconds for an uplink to answer
 UPLINK_INTERVAL = 5.0           # seconds between two questions
 UPLINK_FRESH = 15.0             # seconds for which the answer to one counts
-UPLINK_DOUBT = 30.0             # seconds of silence for which nobody is told of what does not answer
+UPLINK_DOUBT = 30.0             # seconds for which nobody is told of what does not answer, as long as most may not
 URGED_MAX = 200                 # machines that are polled at once, to see whether they answer
 CUT_OFF = Standing("unhealthy", "cut_off", "this machine is, for no uplink answers")
 
@@ -8469,13 +8469,17 @@ class Uplink:
                  clock: Callable[[], float] = lease_clock, wall: Callable[[], float] = time.time) -> None:
         self._addresses, self._hold, self._resolver, self.clock = addresses, hold, resolver or Resolver(), clock
         self._wall = wall
-        self._lock = threading.Lock()               # guards the next nine
+        self._lock = threading.Lock()               # guards the next thirteen
         self.cut: Cut | None = None
         self._last: Cut | None = None               # this one, or the one before
         self._is_cut = False                        # also while most machines do not answer
-        self._machines: set[str] = set()            # with a result
+        self._machines: set[str] = set()            # with a result, or asked for one
         self._failing: set[str] = set()             # those that did not answer the last time
-        self._failed_mono = -math.inf               # the last such result
+        self._unsure: set[str] = set()              # those that were asked, and of which nothing is known yet
+        self._others: set[str] = set()              # what other machines poll: it counts while no uplink answers
+        self._failed_mono = -math.inf               # the last result without an answer
+        self._fell_mono = -math.inf                 # and the last one of what had answered before
+        self._urged_mono = -math.inf                # when those unsure were asked
         self._asked_mono = -math.inf                # begin of the last question that is over
         self._silent_mono = math.inf                # since when no uplink answers
         self._calm_mono = clock()                   # see Cut
@@ -8508,8 +8512,12 @@ class Uplink:
             return
         with self._lock:
             self._machines.add(name)
+            self._others.discard(name)
+            self._unsure.discard(name)
+            if failed:
+                self._failed_mono = self.clock()
+                self._fell_mono = self._fell_mono if name in self._failing else self._failed_mono
             (self._failing.add if failed else self._failing.discard)(name)
-            self._failed_mono = self.clock() if failed else self._failed_mono
             before = self.cut
             self._judge()
         if failed or self.cut is not before:
@@ -8518,9 +8526,17 @@ class Uplink:
     def forget(self, name: str) -> None:
         """It is not watched any more, or in maintenance."""
         with self._lock:
-            self._machines.discard(name)
-            self._failing.discard(name)
+            for names in (self._machines, self._failing, self._unsure, self._others):
+                names.discard(name)
             self._judge()
+
+    def leave(self, name: str) -> None:
+        """Another machine polls it: that it answers here or not shows something as long as no uplink answers, alone."""
+        with self._lock:
+            self._others.add(name)
+            if self._silent_mono == math.inf:
+                self._machines.discard(name)
+                self._failing.discard(name)
 
     def covers(self, name: str, since_mono: float, round_seconds: float) -> bool:
         """Whether a machine does not answer because this one is cut off. A cut lasts on for what it holds, when most
@@ -8542,13 +8558,14 @@ class Uplink:
         """Whether it may soon turn out that this machine is cut off, and an outage due to that."""
         if self.cut or not self._addresses or since_mono == math.inf:
             return False
-        return 0 <= self.clock() - self._silent_mono < UPLINK_DOUBT or since_mono > self._asked_mono
+        may_be = self._silent_mono < math.inf and 2 * len(self._failing | self._unsure) > len(self._machines)
+        return (may_be and self.clock() - self._urged_mono < UPLINK_DOUBT) or since_mono > self._asked_mono
 
     def _judge(self) -> None:
         """Takes up whether this machine is cut off; the caller holds the lock."""
+        if not self._failing and self._silent_mono < math.inf:
+            self._end_silence()     # nobody asks any more
         now, count, total = self.clock(), len(self._failing), len(self._machines)
-        if not count:
-            self._silent_mono = math.inf    # nobody asks any more
         self._is_cut = is_cut = self._silent_mono <= now and total > 1 and 2 * count > total
         if is_cut and self.cut is None and now - self._asked_mono < UPLINK_FRESH:
             text = f"cut off: {count} of {total} machines do not answer, nor does an uplink"
@@ -8556,6 +8573,13 @@ class Uplink:
         elif self.cut and (self._silent_mono == math.inf or (not is_cut and now >= self.cut.ends_mono)):
             self._last, self.cut = self.cut._replace(over_mono=now), None
             self._calm_mono = now       # not before, or a machine that answers again would close the gate
+
+    def _end_silence(self) -> None:
+        """The caller holds the lock."""
+        self._silent_mono = math.inf
+        self._machines -= self._others
+        self._failing -= self._others
+        self._unsure.clear()
 
     def _run(self) -> None:
         told = self.cut
@@ -8577,18 +8601,23 @@ class Uplink:
         return max(0.0, self._asked_mono + UPLINK_INTERVAL - self.clock()) if has_question else None
 
     def _ask(self) -> None:
-        """Asks the uplinks, all at once; when they fall silent, whether the machines do so, too, and when one is heard
-        again, whether they are."""
-        begun_mono = self.clock()
+        """Asks the uplinks, all at once; when they fall silent, or a machine does so meanwhile, whether the others do,
+        too, whoever polls them, and when one is heard again, whether those are that did."""
+        before_mono, begun_mono, urged = self._asked_mono, self.clock(), list[str]()
         answered = self._is_answered(begun_mono)
         with self._lock:
-            was_calm, was_cut = self._silent_mono == math.inf, self.cut
+            was_calm = self._silent_mono == math.inf
+            if answered:
+                urged = [] if was_calm else [*self._failing]
+                self._end_silence()
+                self._calm_mono = self.clock()
+            elif was_calm or self._fell_mono > before_mono:
+                urged = [*self._machines - self._failing, *self._others - self._machines]
+                self._machines |= {*urged[:URGED_MAX]}
+                self._unsure, self._urged_mono = self._machines - self._failing, self.clock()
             self._silent_mono = math.inf if answered else min(self._silent_mono, begun_mono)
-            self._calm_mono = self.clock() if answered else self._calm_mono
             self._judge()
-            urged = self._failing.copy() if answered else self._machines - self._failing
-        if len(urged) <= URGED_MAX and (was_cut if answered else was_calm):
-            self._urge(urged)
+        self._urge(urged[:URGED_MAX])
 
     def _is_answered(self, begun_mono: float) -> bool:
         """Whether any uplink does. Where they cannot be asked, nobody knows: that is no silence, and the next question
@@ -8602,7 +8631,8 @@ class Uplink:
         finally:
             with self._lock:
                 self._asked_mono = begun_mono
-                self._silent_mono = self._silent_mono if asked or self.cut else math.inf
+                if not (asked or self.cut):
+                    self._end_silence()
 
     def _answers(self, address: str) -> bool:
         """Whether an uplink does; who refuses is there, too."""
@@ -8651,6 +8681,11 @@ class Outage:
         self._since_mono = math.inf
         self._uplink.forget(self._settings.name)
 
+    def leave(self) -> None:
+        """Another machine polls the resource."""
+        if self._settings.platform not in HOSTLESS:
+            self._uplink.leave(self._settings.name)
+
     def disregard(self) -> None:
         """Another machine gets through: that this one does not says nothing of the resource."""
         self._since_mono = math.inf
@@ -8659,6 +8694,11 @@ class Outage:
         """Goes on from what the poller before found."""
         if self._settings.platform not in HOSTLESS:
             self._since_mono, self._was_healthy = before._since_mono, before._was_healthy
+
+    @property
+    def lasts(self) -> bool:
+        """Whether there is one."""
+        return self._since_mono < math.inf
 
     @property
     def held(self) -> float:
@@ -9928,12 +9968,13 @@ class ResourceLease:
             self.counted = counted
             if not counted:
                 self.outage.forget()
+            elif self.rests:
+                self._leave_to_others()
 
     def _leave_to_others(self) -> None:
-        """That it does not answer says no more of whether this machine gets through; while it is cut off, it does."""
         self._alone = False
-        if not self._context.uplink.cut:
-            self.outage.forget()
+        if self.counted:
+            self.outage.leave()
 
     def rest(self) -> None:
         """Leaves it to another machine from now on, whose results take their time."""
@@ -9949,22 +9990,26 @@ class ResourceLease:
         self.doubt.woken.set()
 
     def adopt(self, found: Found) -> None:
-        """Takes over what another machine found, unless its own result is newer."""
+        """Takes over what another machine found, whoever is to poll it, unless its own result is newer."""
         with self._lock:
-            left = found.found_mono + found.counts - lease_clock()
+            left, standing = found.found_mono + found.counts - lease_clock(), found.standing
             if self._alone and left > 0:
                 self._leave_to_others()
-            if self._stopped or found.found_mono <= self._found_mono or not (
-                    self.rests or not self.target.settings.is_asked):
+            if self._stopped or left <= 0 or found.found_mono <= self._found_mono:
                 return
-            is_late = found.standing.cause == "stale" and lease_clock() < self.expires_mono     # it lacks what we have
-            if left > 0 and not is_late:
-                self.outage.disregard()
-                self.standing, self._found_mono, self._spare = found.standing, found.found_mono, TAKE_OVER
-                self.expires_mono = lease_clock() + left
-                self._opens_mono = found.found_mono + found.opens
-                self.news.hear(found.standing, found.found_mono)
-                self._set_resource(left)
+            lasts, counts = lease_clock() < self.expires_mono, self.standing.healthy or self.held > 0
+            is_late = standing.cause == "stale" and lasts       # it lacks what we have
+            if is_late or (lasts and counts and standing.good and not standing.healthy):
+                return      # a good result closes nothing: only for that machine it was unhealthy until then
+            self.outage.disregard()
+            self.standing, self._found_mono, self._spare = standing, found.found_mono, TAKE_OVER
+            self.expires_mono = lease_clock() + left
+            self._opens_mono = found.found_mono + found.opens
+            if self.rests:      # or it tells of that itself, by its next result
+                self.news.hear(standing, found.found_mono)
+            elif not standing.decided:
+                self.doubt.urge()
+            self._set_resource(left)
 
     def go_on_from(self, before: ResourceLease) -> None:
         """Takes over the standing of the one before it."""
@@ -10020,8 +10065,7 @@ class Poller(ResourceLease, threading.Thread):
             asked = [self._asked.get() for _ in range(self._asked.qsize())]
             if self.rests and self._connection.keeper.session:
                 self._connection.drop()
-            is_early = (self.rests or self.doubt.is_urged) and time.monotonic() < self._next_mono()
-            if not asked and is_early:
+            if not asked and time.monotonic() < self._next_mono():
                 continue
             if asked and not self._connection.keeper.lives:
                 self._guard.ask(self.target.name)
@@ -10041,7 +10085,7 @@ class Poller(ResourceLease, threading.Thread):
             return min(self._due_mono, soon)
         if not self.rests or self._alone:
             return self._due_mono
-        return max(soon, time.monotonic() + self.expires_mono - self._spare / 2 - lease_clock())
+        return max(soon, time.monotonic() + self.expires_mono - TAKE_OVER / 2 - lease_clock())
 
     def poll_now(self) -> concurrent.futures.Future[Report]:
         """Polls at once, as far as no account can be locked by it; gives the report of that poll, or is cancelled."""
@@ -10058,8 +10102,9 @@ class Poller(ResourceLease, threading.Thread):
                 self._asked.get_nowait().cancel()
 
     def go_on(self, delay: float) -> None:
-        """Polls from now on, the first time after so many seconds."""
-        self._due_mono = time.monotonic() + delay
+        """Polls from now on, the first time after so many seconds, or when it would anyhow."""
+        due_mono = time.monotonic() + delay
+        self._due_mono = due_mono if self.rests else min(due_mono, self._due_mono)
         self.rests = False
         self.doubt.woken.set()
 
@@ -10084,11 +10129,12 @@ class Poller(ResourceLease, threading.Thread):
         if not (waits and self.standing.cause == "auth"):
             why = f"; {self._guard.why(name)}" if waits else ""
             self._report(Verdict("unhealthy", "stale", f"no result for {ttl:.0f} s{why}"), 0.0)
-            self.doubt.woken.set()   # it may be due since long: what waits stood still with a suspended machine
+            self._due_mono = 0.0    # as it may be since long: what waits stood still with a suspended machine
+            self.doubt.woken.set()
 
     def _poll(self) -> tuple[float, Report]:
         """One poll and its report; returns the seconds from its start to the next, too."""
-        settings, begun_mono, self._epoch = self.target.settings, time.monotonic(), self._context.members.epoch
+        settings, begun_mono, self._epoch = self.target.settings, lease_clock(), self._context.members.epoch
         sample, host_key, wait = None, self.target.host_key, self._guard.wait(settings.name)
         if wait > 0 and not self._connection.keeper.lives:
             verdict = Verdict("unhealthy", "auth", self._guard.why(settings.name))
@@ -10098,12 +10144,13 @@ class Poller(ResourceLease, threading.Thread):
             age = time.monotonic() - self._connection.keeper.opened_mono
             sample = replace(sample, details={**sample.details, "session_seconds": round(age, 1)})
         self._previous = sample or self._previous
-        self.target = replace(self.target, host_key=self._connection.host_key)
-        seconds = time.monotonic() - begun_mono
-        if verdict.reason.startswith(NOT_TRIED) and not (wait > 0 and self.standing.state == "unknown"):
-            # no result: the standing holds, and a sibling's success may free this one sooner
+        seconds, not_tried = lease_clock() - begun_mono, verdict.reason.startswith(NOT_TRIED)
+        if self._epoch != self._context.members.epoch or (not_tried and not (
+                wait > 0 and self.standing.state == "unknown")):
+            # no result, or one of a life that is over: the standing holds, and a sibling's success may free this one
             report = Report(self.target, self.standing, self.standing, verdict, self._context.recorder.wall(), seconds)
             return min(wait or settings.retry, settings.interval), report
+        self.target = replace(self.target, host_key=self._connection.host_key)
         learned = None if self.target.host_key == host_key else self.target.host_key
         report = self._report(verdict, seconds, sample, learned)
         wait = self._guard.wait(settings.name) if verdict.cause == "auth" else 0.0
@@ -10127,6 +10174,7 @@ class Poller(ResourceLease, threading.Thread):
             waits = self._guard.wait(settings.name) if verdict.cause == "auth" else 0.0
             if waits <= AUTH_BACKOFF:       # until the next attempt has an outcome
                 ttl = max(ttl, waits + settings.timeout + 2)
+            ttl -= max(0.0, seconds - settings.timeout)     # this machine may have been suspended after it was read
             self.expires_mono = lease_clock() + ttl + (waits if after.cause == "auth" else 0.0)
             wait = waits or (settings.retry if after.good or not settings.is_asked else settings.interval)
             self._opens_mono = lease_clock() + wait + settings.retry * max(0, settings.rise - after.good - 1)
@@ -10141,6 +10189,8 @@ class Poller(ResourceLease, threading.Thread):
             report = self.news.weigh(report)
             if self.rests and not self._alone:
                 self._leave_to_others()
+                if after.good and not after.healthy:    # for this machine alone, perhaps: nobody else polls again soon
+                    self.doubt.urge()
         if not stopped and not (self.rests and verdict.cause == "stale"):   # that another one writes, or lives no more
             self._context.recorder.put(report)
         return report
@@ -10240,22 +10290,27 @@ class Exchange:
         """Takes up what other machines found, and which resources are this one's to poll."""
         if not self._members.is_shared:
             return
-        polls = {name for name in pollers if self._members.polls(name)}
-        for name, poller in pollers.items():
-            if name not in polls and not poller.rests:
-                poller.rest()
-        try:
+        try:        # first: this machine may have been cut off, and others know better
             if not self._members.is_cut_off:
                 self._take_found(pollers.values())
         finally:        # what nobody else polls does not wait for what cannot be read
-            self._go_on([pollers[name] for name in polls])
+            self._share(pollers)
 
-    def _go_on(self, owned: Iterable[Poller]) -> None:
-        """Has everything polled that was another one's; in a new life all, for what the last one found may be lost."""
+    def _share(self, pollers: Mapping[str, Poller]) -> None:
+        """Has polled what is this machine's, and nothing else; in a new life all of it, for what was found in the last
+        one may be lost, and what did not answer then, whoever's it is: it was perhaps this machine that was cut off."""
         is_new, self._epoch = self._epoch != self._members.epoch, self._members.epoch
-        gained = [poller for poller in owned if poller.rests or (is_new and poller.target.settings.is_asked)]
-        left = [max(0.0, poller.expires_mono - lease_clock()) if poller.rests and poller.standing.state != "unknown"
-                else 0.0 for poller in gained]
+        gained = list[Poller]()
+        for name, poller in pollers.items():
+            if self._members.polls(name):
+                gained += [poller] if poller.rests or (is_new and poller.target.settings.is_asked) else []
+                continue
+            if not poller.rests:
+                poller.rest()
+            if is_new and poller.outage.lasts:
+                poller.doubt.urge()
+        left = [0.0 if poller.standing.state == "unknown" else max(0.0, poller.expires_mono - lease_clock())
+                for poller in gained]
         for poller, delay in zip(gained, first_polls(left, [one.target.settings for one in gained]), strict=True):
             poller.go_on(delay)
 

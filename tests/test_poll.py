@@ -1299,6 +1299,36 @@ def test_after_a_suspension_everything_is_polled_at_once(house: House, machines:
         wait_for(house.aggregator.is_healthy)
 
 
+def test_a_suspension_during_a_poll(house: House, machines: Machines, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was read before it counts from then on, that is, no more."""
+    house.write("name: db1")
+    real, slept = healthchecker.lease_clock, [0.0]
+    monkeypatch.setattr(healthchecker, "lease_clock", lambda: real() + slept[0])
+    with house.watching():
+        wait_for(house.aggregator.is_healthy)
+
+        def sleeps(guard: LoginGuard, deadline: Deadline) -> None:
+            slept[0] += 7200
+
+        machines.behaviours["db1"] = sleeps
+        report = house.poller("db1").poll_now().result(60)
+        assert report.verdict.healthy and report.counts < 0
+        del machines.behaviours["db1"]
+        wait_for(lambda: house.state("db1") == ("healthy", "") and house.aggregator.is_healthy())
+
+
+def test_what_is_to_wait_waits(house: House, machines: Machines) -> None:
+    """Or all that another machine polled would be polled at the same moment."""
+    house.write("name: db1")
+    with house.watching():
+        wait_for(house.aggregator.is_healthy)
+        house.poller("db1").rest()
+        begun, count = time.monotonic(), len(machines.moments("db1"))
+        house.poller("db1").go_on(2.0)
+        wait_for(lambda: len(machines.moments("db1")) > count)
+        assert machines.moments("db1")[count] >= begun + 2.0
+
+
 @pytest.mark.skipif(not healthchecker.boot_number(), reason="the system numbers no boots")
 def test_a_small_step_is_known_at_the_next_start(house: House, machines: Machines) -> None:
     """A machine boots with a clock that is 20 s slow and put right soon: no event, and what polls found counts."""

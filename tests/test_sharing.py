@@ -4,6 +4,7 @@ dies, sleeps or is cut off. The machines are services of their own on a real Pos
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 import os
 import random
@@ -26,24 +27,32 @@ from pydantic import SecretStr
 from service import Program as Separate
 from service import Service, prepared_keys, run, write_inventory
 from test_notify import Hook, hook  # noqa: F401  # a fixture
+from test_poll import House, Machines, house, machines, unreachable, vault
 
 from healthchecker import (
     LIVING,
+    Cause,
     Cut,
+    Deadline,
+    Exchange,
     Found,
     HealthAggregator,
+    LoginGuard,
     Membership,
     PollContext,
+    Poller,
     PostgresServer,
     ResourceLease,
     ResourceSettings,
     Standing,
+    State,
     Target,
     Uplink,
     lease_clock,
     owner_of,
 )
 
+__all__ = ["house", "machines", "vault"]  # fixtures
 CLOCK = "import time\nright = time.time\ntime.time = lambda: right() + {ahead}\n"     # libfaketime breaks time.sleep
 NAMES = [f"tcp{number}" for number in range(9)]
 OFTEN = "interval: 1, retry_interval: 1, timeout: 1, rise: 1, fall: 1"
@@ -282,23 +291,116 @@ def test_results_that_do_not_get_through(site: Site, what: str) -> None:
     open_until(site, "ab", lambda: site.shared_by("a", "b"))
 
 
-def test_what_another_one_found_is_not_held_against(tmp_path: Path) -> None:
-    """Who is cut off holds what was healthy; not what a machine that gets through found to be bad."""
-    uplink, aggregator = Uplink(["192.0.2.1:22"], 300), HealthAggregator()
-    context = PollContext(aggregator, cast("Any", None), cast("Any", None), random.Random(1), uplink, Membership())
+def watched(uplink: Uplink) -> ResourceLease:
+    """A lease that counts, alone, and of which nothing is known yet."""
+    context = PollContext(HealthAggregator(), cast("Any", None), cast("Any", None), random.Random(1), uplink)
     settings = ResourceSettings(name="one", platform="linux", hostname="192.0.2.1", username="u", password="p")
     lease = ResourceLease(Target(1, settings, None, "", ""), context, 0.0)
-    aggregator.register("one", lease)
-    aggregator.start()
+    context.aggregator.register("one", lease)
+    context.aggregator.start()
+    return lease
+
+
+def is_open(lease: ResourceLease) -> bool:
+    return lease._context.aggregator.is_healthy()
+
+
+def found(state: State, cause: Cause = "", good: int = 0, bad: int = 0) -> Found:
+    return Found(1, "", Standing(state, cause, "x", time.time(), good, bad), lease_clock(), 130.0, 0.0)
+
+
+def test_what_another_one_found_is_not_held_against() -> None:
+    """Who is cut off holds what was healthy; not what a machine that gets through found to be bad."""
+    uplink = Uplink(["192.0.2.1:22"], 300)
+    lease = watched(uplink)
     lease.outage._since_mono, lease.outage._was_healthy = lease_clock(), True
-    uplink.cut = uplink._last = Cut(lease_clock(), time.time(), lease_clock() + 300, -math.inf, "cut off")
+    cut = uplink.cut = uplink._last = Cut(lease_clock(), time.time(), lease_clock() + 300, -math.inf, "cut off")
     assert lease.held > 0, "or it shows nothing"
     lease.rest()
-    bad = Standing("unhealthy", "check", "disk", time.time(), 0, 2)
-    lease.adopt(Found(1, "", bad, lease_clock(), 130.0, 0.0))
-    assert lease.held == 0.0 and not aggregator.is_healthy()
-    lease.adopt(Found(1, "", Standing("unhealthy", "stale", "no result", 0.0, 0, 2), lease_clock(), 130.0, 0.0))
-    assert lease.standing == bad, "that another one has no result says nothing while this one counts"
+    uplink.cut, uplink._last = None, cut._replace(over_mono=lease_clock())
+    assert lease.held > 0, "the cut is over, and nothing is known yet of what it has to leave to others"
+    lease.adopt(found("unhealthy", "timeout", good=1))
+    assert lease.held > 0, "nor did that one know it before"
+    bad = found("unhealthy", "check", bad=2)
+    lease.adopt(bad)
+    assert lease.held == 0.0 and not is_open(lease)
+    lease.adopt(found("unhealthy", "stale", bad=2))
+    assert lease.standing == bad.standing, "that another one has no result says nothing while this one counts"
+
+
+def test_the_newest_result_counts_whoever_polls() -> None:
+    """Who polls may have changed just then, or somebody asked for a poll elsewhere."""
+    lease = watched(Uplink())
+    assert not lease.rests
+    lease.adopt(found("healthy", good=1))
+    assert is_open(lease)
+    lease.adopt(found("unhealthy", "host_key", bad=1))
+    assert not is_open(lease)
+    lease.adopt(found("healthy", good=2)._replace(found_mono=lease_clock() - 60))
+    assert not is_open(lease)
+
+
+def test_a_good_result_closes_nothing() -> None:
+    """A machine that comes back from a cut takes what it did not reach for unhealthy until it has answered again."""
+    lease = watched(Uplink())
+    lease.rest()
+    lease.adopt(found("healthy", good=1))
+    lease.adopt(found("unhealthy", "timeout", good=1))
+    assert is_open(lease)
+    lease.adopt(found("unhealthy", "timeout", bad=1))
+    assert not is_open(lease)
+    lease.adopt(found("unhealthy", "timeout", good=1))
+    assert lease.standing.good == 1
+
+
+class Life(Membership):
+    """That of a machine which polls nothing of its own."""
+
+    epoch, is_shared = "before", True  # type: ignore[assignment]
+
+    def polls(self, name: str) -> bool:
+        return False
+
+
+def shared(house: House, name: str) -> tuple[Life, Poller]:
+    life, poller = Life(), house.poller(name)
+    poller._context = dataclasses.replace(poller._context, members=life)
+    return life, poller
+
+
+def test_a_poll_of_a_life_that_is_over_says_nothing(house: House, machines: Machines) -> None:
+    """It began while this machine was cut off, perhaps."""
+    house.write("name: m0, fall: 1")
+    with house.watching():
+        wait_for(house.aggregator.is_healthy)
+        life, poller = shared(house, "m0")
+
+        def ends(guard: LoginGuard, deadline: Deadline) -> None:
+            life.epoch = "after"
+            unreachable(guard, deadline)
+
+        machines.behaviours["m0"] = ends
+        assert not poller.poll_now().result(60).verdict.healthy
+        assert poller.standing.healthy and poller.standing.bad == 0
+
+
+def test_who_comes_back_looks_for_itself(house: House, machines: Machines) -> None:
+    """At what did not answer, whoever is to poll it now; others may poll it in an hour."""
+    house.write("name: m0, fall: 1, interval: 300", "name: m1, interval: 300")
+    with house.watching():
+        wait_for(house.aggregator.is_healthy)
+        _, poller = shared(house, "m0")
+        machines.behaviours["m0"] = unreachable
+        poller.poll_now().result(60)
+        assert not house.aggregator.is_healthy()
+        del machines.behaviours["m0"]
+        before = len(machines.moments("m1"))
+        Exchange(house.store, poller._context)._share({"m0": poller, "m1": shared(house, "m1")[1]})
+        assert poller.rests
+        wait_for(house.aggregator.is_healthy)
+        assert poller.standing.good >= poller.target.settings.rise and len(machines.moments("m1")) == before
+        left = poller.expires_mono - lease_clock()
+        assert poller._next_mono() - time.monotonic() < left - 1, "or its lease ends before it looks again"
 
 
 def test_the_database_is_silent(tmp_path: Path) -> None:

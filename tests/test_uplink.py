@@ -485,6 +485,44 @@ def test_what_has_failed_for_long_keeps_no_event_back() -> None:
     assert not site.outages["m1"].is_doubtful
 
 
+def test_one_that_fails_behind_a_dead_uplink() -> None:
+    """It is known once the others have answered, and not half a minute later; what fails then is doubtful again."""
+    site, silence = Site(), ProbeError("timeout", "x")
+    site.poll(DOWN, "m0")
+    site.clock.now += 1
+    site.ask(silence)
+    site.poll(DOWN, "m0")
+    assert site.outages["m0"].is_doubtful
+    site.poll(FINE, "m1", "m2")
+    assert not site.outages["m0"].is_doubtful
+    site.clock.now += 60
+    site.poll(DOWN, "m1")
+    site.clock.now += 1
+    site.ask(silence)
+    assert site.outages["m1"].is_doubtful and site.uplink.cut, "now they are two of three"
+
+
+def test_what_other_machines_poll_shows_whether_this_one_gets_through() -> None:
+    """While no uplink answers: who polls one alone would never know, and would hold nothing of the others'."""
+    site, urged = Site(), list[str]()
+    site.uplink._urge = urged.extend
+    for name in ("m1", "m2"):
+        site.outages[name].leave()
+    assert site.uplink._machines == {"m0"}
+    site.poll(DOWN, "m0")
+    site.clock.now += 1
+    site.ask(ProbeError("timeout", "x"))
+    assert sorted(urged) == ["m1", "m2"] and site.uplink.cut is None and site.outages["m0"].is_doubtful
+    for name in urged:
+        site.poll(DOWN, name)
+        site.outages[name].leave()  # as who does not poll it else
+    assert site.uplink.cut and all(held > 0 for held in site.held())
+    urged.clear()
+    site.ask()
+    assert sorted(urged) == NAMES, "each of them is polled to recover"
+    assert site.uplink._machines == site.uplink._failing == {"m0"}
+
+
 def news_of(site: Site, name: str, doubts: dict[str, Doubt]) -> News:
     aggregator = HealthAggregator()
     aggregator.arrange(healthchecker.Gates(), {}, {name: ("parent",)})
