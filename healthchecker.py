@@ -9998,7 +9998,9 @@ class ResourceLease:
             if self._stopped or left <= 0 or found.found_mono <= self._found_mono:
                 return
             lasts, counts = lease_clock() < self.expires_mono, self.standing.healthy or self.held > 0
-            is_late = standing.cause == "stale" and lasts       # it lacks what we have
+            # it lacks what we have; of what is not asked nobody has more, and nobody takes over
+            is_late = standing.cause == "stale" and lasts and (
+                self.target.settings.is_asked or lease_clock() < self.expires_mono - self._spare)
             if is_late or (lasts and counts and standing.good and not standing.healthy):
                 return      # a good result closes nothing: only for that machine it was unhealthy until then
             self.outage.disregard()

@@ -31,6 +31,7 @@ from test_poll import House, Machines, house, machines, unreachable, vault
 
 from healthchecker import (
     LIVING,
+    TAKE_OVER,
     Cause,
     Cut,
     Deadline,
@@ -291,10 +292,13 @@ def test_results_that_do_not_get_through(site: Site, what: str) -> None:
     open_until(site, "ab", lambda: site.shared_by("a", "b"))
 
 
-def watched(uplink: Uplink) -> ResourceLease:
+MACHINE = ResourceSettings(name="one", platform="linux", hostname="192.0.2.1", username="u", password="p")
+PUSHED = ResourceSettings(name="one", platform="push", hostname="one", password="x" * 32)
+
+
+def watched(uplink: Uplink, settings: ResourceSettings = MACHINE) -> ResourceLease:
     """A lease that counts, alone, and of which nothing is known yet."""
     context = PollContext(HealthAggregator(), cast("Any", None), cast("Any", None), random.Random(1), uplink)
-    settings = ResourceSettings(name="one", platform="linux", hostname="192.0.2.1", username="u", password="p")
     lease = ResourceLease(Target(1, settings, None, "", ""), context, 0.0)
     context.aggregator.register("one", lease)
     context.aggregator.start()
@@ -326,6 +330,20 @@ def test_what_another_one_found_is_not_held_against() -> None:
     assert lease.held == 0.0 and not is_open(lease)
     lease.adopt(found("unhealthy", "stale", bad=2))
     assert lease.standing == bad.standing, "that another one has no result says nothing while this one counts"
+
+
+def test_who_reports_no_more_is_late_everywhere() -> None:
+    """No machine polls in the place of another what reports by itself: what the first one says of it counts at once,
+    but for what was reported here since."""
+    lease = watched(Uplink(), PUSHED)
+    lease.rest()
+    lease.adopt(found("healthy", good=1)._replace(counts=TAKE_OVER))
+    assert is_open(lease)
+    lease.adopt(found("unhealthy", "stale", bad=1))
+    assert not is_open(lease)
+    lease.adopt(found("healthy", good=1))
+    lease.adopt(found("unhealthy", "stale", bad=1))
+    assert is_open(lease)
 
 
 def test_the_newest_result_counts_whoever_polls() -> None:
