@@ -3710,6 +3710,7 @@ class Target:
     settings_digest: str
     credential_digest: str
     fault: tuple[Cause, str] | None = None      # what keeps it from being polled
+    is_added: bool = False      # by who may not edit the inventory
 
     @property
     def name(self) -> str:
@@ -3729,7 +3730,7 @@ def target_of(row: Resource, vault: Vault, known: Target | None = None) -> Targe
     """A row with its secrets opened, if it is not as `known`: that takes 2 ms each. One that is damaged has a fault,
     and settings that say no more than they can."""
     if known and (known.id, known.settings_digest) == (row.id, row.settings_digest):
-        return replace(known, host_key=row.host_key)
+        return replace(known, host_key=row.host_key, is_added=row.origin != "inventory")
     settings = ResourceSettings.model_construct(name=row.name, hostname=row.hostname, platform=Platform.LOCAL)
     fault: tuple[Cause, str] | None = None
     try:
@@ -3743,7 +3744,8 @@ def target_of(row: Resource, vault: Vault, known: Target | None = None) -> Targe
         fault = "credential", f"{row.name}: {error}"
     except StorageError as error:
         fault = "protocol", str(error)
-    return Target(row.id, settings, row.host_key, row.settings_digest, row.credential_digest, fault)
+    return Target(row.id, settings, row.host_key, row.settings_digest, row.credential_digest, fault,
+                  row.origin != "inventory")
 
 
 def load_targets(session: Session, vault: Vault, known: Mapping[str, Target] = MappingProxyType({})
@@ -3763,6 +3765,10 @@ READ_BYTES = 1 << 16            # bytes taken from a host at once
 FIRST_BYTES = 1 << 11           # bytes that are kept of what a host says first
 LOOKUP_SECONDS = 0.2            # for the look-up of a host that is connected: a late one changes nothing
 IDLE = 1e6                      # seconds, for ever: what is open and serves no poll
+# What answers this machine alone: the local link, and where clouds give their machines credentials (of AWS, Google,
+# Alibaba, Azure and Oracle, as far as those are no addresses of the link).
+OWN_NETWORKS = tuple(map(ipaddress.ip_network, (
+    "169.254.0.0/16", "fe80::/10", "fd00:ec2::/32", "fd20:ce::254", "100.100.100.200", "168.63.129.16", "192.0.0.192")))
 SEND_TURN = 0.5                 # seconds for a host to take something, then one looks whether anybody waits in vain
 
 
@@ -3931,9 +3937,20 @@ class HostSocket(Wire, socket.socket):
         return self.give(self.settimeout, lambda: socket.socket.send(self, octets, flags))
 
 
-def connect_tcp(resolver: Resolver, host: str, port: int, deadline: Deadline) -> HostSocket:
-    """A TCP connection without Nagle's delay to the first address that answers. Raises ProbeError."""
-    addresses = resolver.resolve(host, port, deadline)
+def is_own(text: str) -> bool:
+    """Whether an address, however it is written, is one of OWN_NETWORKS."""
+    address = ipaddress.ip_address(text)
+    address = getattr(address, "ipv4_mapped", None) or address
+    return any(address in network for network in OWN_NETWORKS)
+
+
+def connect_tcp(resolver: Resolver, host: str, port: int, deadline: Deadline, *, is_added: bool = False) -> HostSocket:
+    """A TCP connection without Nagle's delay to the first address that answers; for what `is_added`, none of
+    OWN_NETWORKS. Raises ProbeError."""
+    addresses = [found for found in resolver.resolve(host, port, deadline) if not (is_added and is_own(found[4][0]))]
+    if not addresses:
+        raise ProbeError("unreachable", f"{host} is an address that only this machine reaches: write the resource into "
+                         "the inventory")
     fault: OSError = OSError("no address")
     for index, (family, kind, protocol, _, address) in enumerate(addresses):
         with contextlib.ExitStack() as stack:
@@ -4966,7 +4983,7 @@ class SshConnection(SshLogin):
         """TCP to the host; or a channel of the last bastion, which stays logged in as long as `stack`."""
         host, port = self._settings.hostname, self._settings.connect_port
         if not chain:
-            return connect_tcp(self._context.resolver, host, port, deadline)
+            return connect_tcp(self._context.resolver, host, port, deadline, is_added=self._target.is_added)
         bastion, name = chain[-1], chain[-1]._settings.name
         try:
             if bastion._target.fault:
@@ -5263,7 +5280,8 @@ class TlsConnection(Connection):
         """A connection after the TLS handshake. Raises SSLCertVerificationError and ProbeError."""
         settings = self._settings
         try:
-            plain = connect_tcp(self._context.resolver, settings.hostname, settings.connect_port, deadline)
+            plain = connect_tcp(self._context.resolver, settings.hostname, settings.connect_port, deadline,
+                                is_added=self._target.is_added)
         except ProbeError as error:
             hint = self.HINT if "port" in str(error) else ""
             raise ProbeError(error.cause, f"{error}{hint}") from error

@@ -780,6 +780,38 @@ def test_in_the_console(tmp_path: Path, folder: Path) -> None:
         assert {"added", "changed: expect, url"} <= {event["text"] for event in events}
 
 
+OWN_ADDRESSES = ["169.254.7.7", "2851997447", "::ffff:169.254.7.7", "fe80::1", "fd00:ec2::1"]
+FOR_THE_INVENTORY = "is an address that only this machine reaches: write the resource into the inventory"
+
+
+@pytest.mark.parametrize("address", OWN_ADDRESSES)
+def test_what_only_this_machine_reaches_is_for_the_inventory(address: str, tmp_path: Path) -> None:
+    """A cloud gives its machines their credentials there; whoever writes the console's rows has none to read them."""
+    host = f"[{address}]" if ":" in address else address
+    with Server(answers(leads(f"http://{host}/latest/"))) as server, local_console(tmp_path) as local:
+        local.log_in()
+        login = {"username": "u", "password": "p", "hostname": address}
+        for asked in (
+            {"platform": "http", "url": f"http://{host}/"}, {"platform": "tcp", "hostname": address, "port": 80},
+            {"platform": "http", "url": server.origin, "redirects": 1}, {"platform": "linux", **login},
+            {"platform": "linux", **login, "hostname": "192.0.2.1", "proxy_jump": f"{host}:22"},
+            {"platform": "windows", "tls": False, **login},
+        ):  # fmt: skip
+            found = local.api("POST", "test", {"name": "one", "timeout": SHORT, **asked}).json
+            assert FOR_THE_INVENTORY in found["reason"], found
+        assert local.api("POST", "resources", {"name": "one", **asked, "timeout": SHORT}).status == 201
+        assert FOR_THE_INVENTORY in local.api("POST", "resources/one/check").json["reason"]
+
+
+def test_the_inventory_reaches_what_only_this_machine_reaches(tmp_path: Path) -> None:
+    """Of this machine alone, so that nothing leaves it."""
+    rows = "  - {name: one, platform: tcp, hostname: fe80::1%lo, port: 1, timeout: 1}\n"
+    with local_console(tmp_path, rows) as local:
+        local.log_in()
+        found = local.api("POST", "resources/one/check").json
+        assert found["state"] == "unhealthy" and "inventory" not in found["reason"]
+
+
 def test_the_form_of_a_new_one_takes_no_defaults_of_machines(tmp_path: Path) -> None:
     """It shows them before the platform is chosen; what somebody writes there is looked at as ever."""
     defaults = "\ndefaults: {limits: {cpu_percent: 9}}\n"
