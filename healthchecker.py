@@ -10514,13 +10514,14 @@ class Monitor(threading.Thread):
         for name, poller in gone.items():
             poller.stop()
             self._context.forget(name)
-        former, fresh = {poller.target.id: poller for poller in gone.values()}, []
-        for name, target in targets.items():
-            before = self.pollers.get(name) or former.get(target.id)
-            if before is None or not follows(before, target):
-                self._launch(target, 0.0, before, stored.get(target.id))
-                fresh.append(self.pollers[name])
-        spread(fresh)
+        former = {poller.target.id: poller for poller in gone.values()}
+        found = {name: self.pollers.get(name) or former.get(target.id) for name, target in targets.items()}
+        fresh = [name for name, before in found.items() if before is None or not follows(before, targets[name])]
+        for before in filter(None, map(found.get, fresh)):
+            before.stop()       # all of them first: what leads through a new bastion may need another password
+        for name in fresh:
+            self._launch(targets[name], 0.0, found[name], stored.get(targets[name].id))
+        spread([self.pollers[name] for name in fresh])
         everything = [target.settings for target in targets.values()]
         covered = self.maintenance.covered(lease_clock() + self._zero_at)
         with self._context.aggregator.at_once():    # what has another name neither opens nor closes in between
