@@ -1102,7 +1102,7 @@ class ServiceSettings(Settings):
     heartbeat: Annotated[Secret, AfterValidator(web_secret)] | None = None      # a URL, asked every minute
     heartbeat_env: TextLine | None = None
     heartbeat_file: FilePath | None = None
-    console_url: Annotated[str, AfterValidator(web_url)] | None = None      # of the console in notifications
+    console_url: Annotated[str, AfterValidator(web_url)] | None = None      # in notifications, and behind a proxy
     status_page: bool = False                           # /-/status of the console's listener, for anyone
     status_token: Annotated[Secret, AfterValidator(long_token)] | None = None   # for its bearer alone
     status_token_env: TextLine | None = None
@@ -16196,18 +16196,21 @@ ADDRESS_AS_HOST = re.compile(r"(\d+(\.\d+){3}|\[[\da-f:.]+\])(:\d{1,5})?")     #
 def check_host(app: WSGIApplication, service: ServiceSettings) -> WSGIApplication:
     """WSGI: refuses requests under a name that is not the console's: anybody's site can let its name stand for this
     address (DNS rebinding), and its pages, of one origin with us then, would log in with the documented password. An
-    address, `localhost`, this machine's name and that of `service.console` are ours; a proxy of
-    `service.trusted_proxy` sees to its names itself."""
-    proxies = tuple(map(ipaddress.ip_network, service.trusted_proxy))
+    address, `localhost`, this machine's name, that of `service.console` and that of `service.console_url` are ours.
+    Without the latter no proxy is meant to be here: what the application's says, anyone could say beside it."""
+    proxies = () if service.console_url else tuple(map(ipaddress.ip_network, service.trusted_proxy))
     names = {"localhost", socket.gethostname().lower(), service.console.rpartition(":")[0].lower()}
+    if service.console_url:
+        names.add(read_url(service.console_url).host)
 
     def answer(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         host = environ.get("HTTP_HOST", "localhost").lower()    # without one, it is no browser
         ours = re.sub(r":\d{1,5}$", "", host) in names or ADDRESS_AS_HOST.fullmatch(host)
-        if ours or is_within(client_address(environ), proxies):
+        if ours and not ("FORWARDED" in "".join(environ) and is_within(client_address(environ), proxies)):
             return app(environ, start_response)
         return respond(environ, start_response, ("421 Misdirected Request", [], (
-            b"The console does not answer to this name: use its address, localhost or a proxy of trusted_proxy.\n")))
+            b"The console does not answer to this name: use its address or localhost, or set service.console_url, "
+            b"which a proxy of trusted_proxy needs.\n")))
 
     return answer
 
@@ -16227,7 +16230,7 @@ def build_console(context: ConsoleContext, metrics: Metrics) -> flask.Flask:
     for kind in (HealthCheckerError, HTTPException, sqlalchemy.exc.SQLAlchemyError):
         app.register_error_handler(kind, refuse)
     service = context.inventory.service
-    forwarded = ForwardedHeaders(app.wsgi_app, service.trusted_proxy)
+    forwarded = ForwardedHeaders(check_host(app.wsgi_app, service), service.trusted_proxy)
     app.wsgi_app = check_host(forwarded, service)   # type: ignore[assignment,method-assign]  # as Flask says
     return app
 
