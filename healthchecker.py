@@ -1104,7 +1104,7 @@ class ServiceSettings(Settings):
     heartbeat: Annotated[Secret, AfterValidator(web_secret)] | None = None      # a URL, asked every minute
     heartbeat_env: TextLine | None = None
     heartbeat_file: FilePath | None = None
-    console_url: Annotated[str, AfterValidator(web_url)] | None = None      # of the console in notifications
+    console_url: Annotated[str, AfterValidator(web_url)] | None = None      # in notifications, and behind a proxy
     status_page: bool = False                           # /-/status of the console's listener, for anyone
     status_token: Annotated[Secret, AfterValidator(long_token)] | None = None   # for its bearer alone
     status_token_env: TextLine | None = None
@@ -2639,14 +2639,15 @@ class Setting(Base):
 
 
 class Receiver(Base):
-    """Who is told, of the inventory's `notify`, and what it is being sent; the service's OWN_SECRETS are here, too."""
+    """Who is told, of the inventory's `notify`, and what it is being sent; OWN_SECRETS of each machine are here, too,
+    by their own_name, which is no receiver's."""
 
     __tablename__ = "receiver"
     __table_args__ = ({"sqlite_autoincrement": True},)      # or a new one is taken for one whose message is on its way
     id: Mapped[int] = mapped_column(primary_key=True)
     name: Mapped[str] = mapped_column(unique=True)
     url: Mapped[str] = mapped_column(default="")        # sealed
-    settings: Mapped[str] = mapped_column(default="{}")     # JSON of ReceiverSettings without `url`
+    settings: Mapped[str] = mapped_column(default="{}")     # JSON of ReceiverSettings without `url`; {}: nobody is told
     joined_at: Mapped[float] = mapped_column(default=0.0)   # Unix time
     cursor: Mapped[int] = mapped_column(default=0)      # id of the last event that was considered
     message: Mapped[str] = mapped_column(default="")    # JSON of title and text on their way; empty: none
@@ -2782,7 +2783,7 @@ def remembered(session: Session, name: str) -> Setting:
 
 
 def own_name(name: str, machine: str) -> str:
-    """Of a Setting that each machine has for itself."""
+    """Of a Setting, or a secret of the service, that each machine has for itself."""
     return f"{name}/{machine}" if machine else name
 
 
@@ -3378,7 +3379,7 @@ class Store:
         return self.database.wall()
 
     def own(self, name: str) -> str:
-        """The name of a Setting that each machine has for itself."""
+        """See own_name."""
         return own_name(name, self.machine)
 
     def checkpoint(self) -> None:
@@ -3394,8 +3395,8 @@ class Store:
 # === Import ==================================================================
 # The rows follow the inventory. In come an Inventory and a Vault, out go rows and, for pollers, Targets with their
 # secrets opened. Within the transaction of whoever calls: a start, a reload, a change by the console.
-# Gives: Changes, forget_behind, import_inventory, keeping_word, load_targets, named_by, open_sealed, open_stated,
-# open_url, open_vault, rename_row, reseal, sealed_tokens, Target, target_of, update_row
+# Gives: Changes, forget_behind, import_inventory, import_receivers, keeping_word, load_targets, named_by, open_sealed,
+# open_stated, open_url, open_vault, rename_row, reseal, sealed_tokens, Target, target_of, update_row
 class Changes(NamedTuple):
     """Names of resources by what an import does to them."""
 
@@ -3608,8 +3609,8 @@ def claim_receiver(rows: dict[str, Receiver], name: str, plain: str, vault: Vaul
                    ) -> Receiver | None:
     """Takes out of `rows` that of its name, or of its name before: it has the same URL, and is not `named` any more.
     What was told under that name gets its end."""
-    before = [row for old, row in rows.items()
-              if name and old and old not in named and holds(row.url, plain, row.bound, vault)]
+    before = [row for old, row in rows.items() if name in named and old not in named and row.settings != "{}"
+              and holds(row.url, plain, row.bound, vault)]
     if name in rows or not before:
         return rows.pop(name, None)
     row = rows.pop(before[0].name)
@@ -3618,20 +3619,24 @@ def claim_receiver(rows: dict[str, Receiver], name: str, plain: str, vault: Vaul
     return row
 
 
-def import_receivers(session: Session, inventory: Inventory, vault: Vault) -> bool:
-    """Makes the receivers' rows follow the file; says whether anything changed. A new one hears nothing of the past.
-    Raises SecretError."""
-    rows, changed = {row.name: row for row in session.scalars(sqlalchemy.select(Receiver))}, False
+def import_receivers(session: Session, inventory: Inventory, vault: Vault, *, secrets_only: bool = False) -> bool:
+    """Makes the rows of receivers, unless `secrets_only`, and of this machine's OWN_SECRETS follow the file; says
+    whether anything changed. A new one hears nothing of the past. Raises SecretError."""
+    own, changed = {name: own_name(name, inventory.service.machine_name) for name in OWN_SECRETS}, False
+    rows = {row.name: row for row in session.scalars(sqlalchemy.select(Receiver)) if row.name in own.values() or not (
+        secrets_only or (row.settings == "{}" and row.name not in OWN_SECRETS))}
     settings = {receiver.name: receiver.model_dump_json(exclude={"url", "url_env", "url_file"})
                 for receiver in inventory.receivers}
     for _, name, secret in inventory.urls():
+        if secrets_only and name not in own:
+            continue
         try:
             plain = open_url(secret, name, vault)
         except SecretError as error:
             place = inventory.places.get(f"notify/{name}", inventory.path.name)
             raise SecretError(f"{place}: {OWN_SECRETS.get(name, name)}: {error}") from error
-        row = claim_receiver(rows, name, plain, vault, settings) or Receiver(
-            name=name, url="", settings="{}", joined_at=session.info["wall"](),
+        row = claim_receiver(rows, own.get(name, name), plain, vault, settings) or Receiver(
+            name=own.get(name, name), url="", settings="{}", joined_at=session.info["wall"](),
             cursor=session.scalar(sqlalchemy.select(func.max(Event.id))) or 0)
         if row.url and holds(row.url, plain, row.bound, vault) and row.settings == settings.get(name, "{}"):
             continue
@@ -14330,7 +14335,7 @@ class Metrics:
         with self._store.reading() as session:
             rows, more = session.execute(METRIC_ROWS).all(), remarks(session, self._store.wall())
             tokens = session.execute(TOKEN_ROWS).all()
-            receivers = session.scalars(sqlalchemy.select(Receiver).where(Receiver.name.not_in(OWN_SECRETS))).all()
+            receivers = session.scalars(sqlalchemy.select(Receiver).where(Receiver.settings != "{}")).all()
         total = gauge("resources", "Resources by state.", None, "state")
         standings = [(row.state and self._monitor and self._monitor.behind(row.name)) or row for row in rows]
         states = collections.Counter(standing.state or "unknown" for standing in standings)
@@ -14751,7 +14756,7 @@ else "?resource=" ~ event.resource|urlencode }}">{{ event.resource }}</a>{% endi
 <p class="notice">Since {{ cut.begun_at|time_tag }} {{ cut.text }}.</p>
 {% endif %}
 {% for name, why in untold %}
-<p class="notice">{{ name or "service.heartbeat" }} cannot be told: {{ why }}.</p>
+<p class="notice">{{ name if name[:1] not in "/" else "service.heartbeat" }} cannot be told: {{ why }}.</p>
 {% endfor %}
 {% if now - clock_step[0] < 86400 %}
 <p class="notice">At {{ clock_step[0]|time_tag }} {{ clock_step[1] }}: times before and after do not fit together.</p>
@@ -15859,7 +15864,9 @@ def overview(**more: Any) -> flask.Response:
         more_known, turns = remarks(session, now), timetable(session, now)
         everything = [ResourceRow(row, status, context, more_known) for row, status in session.execute(RESOURCES)]
         is_open, last = context.is_healthy, next(iter(events(session, kind="gate", limit=1)), None)
-        untold = session.execute(sqlalchemy.select(Receiver.name, Receiver.trouble).where(Receiver.trouble != "")).all()
+        ours = (Receiver.settings != "{}") | (Receiver.name == context.store.own(HEARTBEAT))
+        untold = session.execute(sqlalchemy.select(Receiver.name, Receiver.trouble).where(
+            Receiver.trouble != "", ours)).all()
     groups = list_groups(current_principal())
     blockers = [] if is_open else blockers_of(everything, groups)
     found = [row for row in everything if row.matches(wanted)]
@@ -16315,8 +16322,8 @@ def may_see_status(context: ConsoleContext) -> bool:
     if context.inventory.service.status_page:
         return True
     with context.store.reading() as session:
-        sealed = session.scalar(sqlalchemy.select(Receiver.url).where(Receiver.name == STATUS_TOKEN))
-    wanted = context.vault.open(sealed, *url_binding(STATUS_TOKEN)) if sealed else flask.abort(404)
+        row = session.scalar(sqlalchemy.select(Receiver).where(Receiver.name == context.store.own(STATUS_TOKEN)))
+    wanted = context.vault.open(row.url, *row.bound) if row else flask.abort(404)
     return hmac.compare_digest(wanted.encode(), shown_token(flask.request.headers.get("Authorization", "")))
 
 
@@ -16385,18 +16392,21 @@ ADDRESS_AS_HOST = re.compile(r"(\d+(\.\d+){3}|\[[\da-f:.]+\])(:\d{1,5})?")     #
 def check_host(app: WSGIApplication, service: ServiceSettings) -> WSGIApplication:
     """WSGI: refuses requests under a name that is not the console's: anybody's site can let its name stand for this
     address (DNS rebinding), and its pages, of one origin with us then, would log in with the documented password. An
-    address, `localhost`, this machine's name and that of `service.console` are ours; a proxy of
-    `service.trusted_proxy` sees to its names itself."""
-    proxies = tuple(map(ipaddress.ip_network, service.trusted_proxy))
+    address, `localhost`, this machine's name, that of `service.console` and that of `service.console_url` are ours.
+    Without the latter no proxy is meant to be here: what the application's says, anyone could say beside it."""
+    proxies = () if service.console_url else tuple(map(ipaddress.ip_network, service.trusted_proxy))
     names = {"localhost", socket.gethostname().lower(), service.console.rpartition(":")[0].lower()}
+    if service.console_url:
+        names.add(read_url(service.console_url).host)
 
     def answer(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         host = environ.get("HTTP_HOST", "localhost").lower()    # without one, it is no browser
         ours = re.sub(r":\d{1,5}$", "", host) in names or ADDRESS_AS_HOST.fullmatch(host)
-        if ours or is_within(client_address(environ), proxies):
+        if ours and not ("FORWARDED" in "".join(environ) and is_within(client_address(environ), proxies)):
             return app(environ, start_response)
         return respond(environ, start_response, ("421 Misdirected Request", [], (
-            b"The console does not answer to this name: use its address, localhost or a proxy of trusted_proxy.\n")))
+            b"The console does not answer to this name: use its address or localhost, or set service.console_url, "
+            b"which a proxy of trusted_proxy needs.\n")))
 
     return answer
 
@@ -16416,7 +16426,7 @@ def build_console(context: ConsoleContext, metrics: Metrics) -> flask.Flask:
     for kind in (HealthCheckerError, HTTPException, sqlalchemy.exc.SQLAlchemyError):
         app.register_error_handler(kind, refuse)
     service = context.inventory.service
-    forwarded = ForwardedHeaders(app.wsgi_app, service.trusted_proxy)
+    forwarded = ForwardedHeaders(check_host(app.wsgi_app, service), service.trusted_proxy)
     app.wsgi_app = check_host(forwarded, service)   # type: ignore[assignment,method-assign]  # as Flask says
     return app
 
@@ -17059,7 +17069,7 @@ class Notifier(threading.Thread):
         notices: dict[int, list[Notice]] = collections.defaultdict(list)
         for notice in session.scalars(sqlalchemy.select(Notice)):
             notices[notice.receiver_id].append(notice)
-        rows = session.scalars(sqlalchemy.select(Receiver).where(Receiver.name.not_in(OWN_SECRETS))).all()
+        rows = session.scalars(sqlalchemy.select(Receiver).where(Receiver.settings != "{}")).all()
         session.expunge_all()       # plain objects from now on
         self._announcers = {row.id: Announcer(row, notices[row.id], self._console) for row in rows}
         self._saved = {number: self._state_of(announcer) for number, announcer in self._announcers.items()}
@@ -17184,7 +17194,7 @@ class Heartbeat(threading.Thread):
     def beat(self, now: float) -> None:
         """Asks once, after it was seen that the database can be written. Raises ProbeError where nobody answers."""
         with self._store.reading() as session:
-            row = session.scalar(sqlalchemy.select(Receiver).where(Receiver.name == HEARTBEAT))
+            row = session.scalar(sqlalchemy.select(Receiver).where(Receiver.name == self._store.own(HEARTBEAT)))
         if not row or not self._is_well():
             return
         with self._store.writing() as session:
@@ -17541,6 +17551,8 @@ def prepare(installation: Installation, store: Store) -> Vault:
         owner, initial = installation.rows_owner(session), initial_user(session)
         differs = owner and remembered(session, "digest").text != installation.inventory.digest
         changes = "" if owner else installation.take_over(session, vault)
+        if owner:
+            import_receivers(session, installation.inventory, vault, secrets_only=True)
     log.log(logging.ERROR if differs else logging.INFO, "inventory: %s", changes or (
         f"that of {owner} is watched" + (f", and {installation.path.name} here differs from it: `reload` here takes it "
                                          "over once that machine is gone" if differs else "")))
@@ -17864,7 +17876,7 @@ def rotate_keys(arguments: argparse.Namespace) -> int:
                       for where, _, settings in document_tokens for kind in map(str, where[-1:])}
             tokens |= {where: vault.seal(open_sealed(secret, bound, vault), *bound) for where, secret, bound in others}
             reseal(session, session.scalars(sqlalchemy.select(Resource)), vault)
-            for receiver in session.scalars(sqlalchemy.select(Receiver)):
+            for receiver in session.scalars(sqlalchemy.select(Receiver).where(Receiver.url != "")):
                 receiver.url = vault.seal(vault.open(receiver.url, *receiver.bound), *receiver.bound)
             session.merge(Setting(name="key", text=vault.key_id))
             record_event(session, "change", f"secrets are sealed with key {vault.key_id} now", actor="command line")

@@ -417,7 +417,7 @@ def logins() -> Iterator[Opened]:
     with (
         tempfile.TemporaryDirectory() as folder,
         local_console(Path(folder), f"  - {{name: {CANARY}, platform: simulated}}",
-                      "  trusted_proxy: [127.0.0.1]") as local,
+                      "  trusted_proxy: [127.0.0.1]\n  console_url: http://localhost/-/") as local,
     ):  # fmt: skip
         cookie, token = local.log_in_as("SpiceWorks").cookie, local.log_in_as("SpiceWorks", "token").token
         local.app.config["PROPAGATE_EXCEPTIONS"] = True

@@ -65,7 +65,7 @@ def night(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Local]:
             assert reply.status == 303, reply
         assert local.form("/-/tokens", {"name": "nightly", "role": "viewer", "password": PASSWORD}).status == 200
         with local.store.writing() as session:
-            session.add(Receiver(name="ops", trouble="no answer (ConnectionError)"))
+            session.add(Receiver(name="ops", settings='{"name": "ops"}', trouble="no answer (ConnectionError)"))
         yield local.keep()
 
 

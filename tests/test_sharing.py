@@ -556,6 +556,26 @@ def test_inventories_that_differ(site: Site) -> None:
         assert site.execute("SELECT count(*) FROM resource WHERE origin = 'inventory'") == [(1,)]
 
 
+def test_secrets_of_a_machine_s_own(site: Site) -> None:
+    """Each has the heartbeat and the status token of its own inventory, whosever is watched."""
+    def path(name: str, token: str = "") -> Path:
+        own = f"  status_token: {token or name * 16}\n  heartbeat: http://127.0.0.1:9/{name}\n"
+        return site.write(name, "  - {name: one, platform: simulated}\n", own)
+
+    def statuses(machine: Service, *tokens: str) -> list[int]:
+        client = Client(*machine.console)
+        return [client.ask("GET", "/-/status", None, {"Authorization": f"Bearer {token}"}).status for token in tokens]
+
+    prepared_database(path("a").parent)
+    names = "SELECT name FROM receiver ORDER BY name"
+    with Service(path("a"), deadline=60) as first, Service(path("b"), deadline=60) as second:
+        assert statuses(first, "a" * 16, "b" * 16) == [200, 401] and statuses(second, "a" * 16, "b" * 16) == [401, 200]
+        assert site.execute(names) == [("/-/status/a",), ("/-/status/b",), ("/a",), ("/b",)]
+        assert run(path("a", "c" * 16), "reload").returncode == 0
+        assert statuses(first, "a" * 16, "c" * 16) == [401, 200] and statuses(second, "b" * 16) == [200]
+        assert site.execute(names) == [("/-/status/a",), ("/-/status/b",), ("/a",), ("/b",)]
+
+
 def test_another_key_is_refused(site: Site) -> None:
     site.begin("a")
     path = site.write("b")
