@@ -9508,7 +9508,7 @@ def prune_incidents(session: Session, retention: Retention, now: float) -> None:
 # Several machines on one database: which of them polls what, and what the others found. In come the places that a Claim
 # heard of and rows of Result, out go standings for the pollers that rest. Nobody locks anything: two that poll the same
 # for a moment are harmless, and what a machine wrote that was taken for dead does not count.
-# Gives: Found, Membership, PLACE, TAKE_OVER
+# Gives: Found, Membership, Origin, PLACE, TAKE_OVER
 TAKE_OVER = CLAIM_LIFE + 2 * CLAIM_INTERVAL + 2.0   # seconds for which what another found counts longer than it does
                                 # there: so long it takes to know that it is dead, and to poll in its place
 RESULTS = sqlalchemy.text(f"""SELECT resource_id, {DATABASE_CLOCK} - found_at AS age, counts, opens,
@@ -9517,12 +9517,22 @@ RESULTS = sqlalchemy.text(f"""SELECT resource_id, {DATABASE_CLOCK} - found_at AS
     WHERE serial > :serial AND (machine <> :machine OR :serial < 0) ORDER BY serial""")     # noqa: S608  # our words
 NEWS = sqlalchemy.text(f"SELECT resource_id, {DATABASE_CLOCK} - found_at FROM result "      # noqa: S608
                        "WHERE machine <> :machine AND resource_id = ANY(:numbers)")
+WELL = sqlalchemy.text("SELECT resource_id, found_at + counts FROM result JOIN status USING (resource_id) "
+                       "WHERE machine <> :machine AND state <> 'unhealthy' AND resource_id = ANY(:numbers)")
 WRITE_RESULT = sqlalchemy.text("""INSERT INTO result (resource_id, serial, machine, found_at, counts, opens)
     VALUES (:resource_id, :serial, :machine, :found_at, :counts, :opens)
     ON CONFLICT (resource_id) DO UPDATE SET serial = excluded.serial, machine = excluded.machine,
     found_at = excluded.found_at, counts = excluded.counts, opens = excluded.opens""")
 PLACE = sqlalchemy.text(f"SELECT count(*) FROM machine WHERE name = :name AND {IS_LIVING}")     # noqa: S608
 LIFE = sqlalchemy.text(f"SELECT count(*) FROM machine WHERE instance = :epoch AND {IS_LIVING}")     # noqa: S608
+
+
+class Origin(NamedTuple):
+    """Where a report comes from that may only show that this machine was cut off, or slept."""
+
+    epoch: str              # of the life of this machine
+    resource_id: int
+    at: float               # Unix time
 
 
 class Found(NamedTuple):
@@ -9610,6 +9620,17 @@ class Membership:
         newer = {number for number, age in known if -CLOCK_DRIFT < age < now_mono - fresh[number].made_mono}
         return {number: report for number, report in fresh.items() if number not in newer}
 
+    def refuted(self, session: Session, found: Collection[Origin]) -> set[Origin]:
+        """Of what was found in a life that is over, what another machine knew better: it was this one that was cut off
+        or slept."""
+        if not self._claim or not found:
+            return set()
+        epoch = self.epoch if self.lives(session) else ""
+        lost = {origin for origin in found if origin.epoch != epoch}
+        values = {"machine": self._claim.machine, "numbers": [*{origin.resource_id for origin in lost}]}
+        until = {number: until_at for number, until_at in session.execute(WELL, values)} if lost else {}
+        return {origin for origin in lost if origin.at < until.get(origin.resource_id, 0.0)}
+
     def write(self, session: Session, reports: Collection[Report]) -> None:
         """Tells the others of results, within the caller's transaction, of which there is one at a time."""
         if not self._claim or not reports:
@@ -9647,18 +9668,26 @@ FLUSH_INTERVAL = 1.0            # seconds for which the recorder gathers what it
 PENDING_ROWS = 100_000          # rows that wait for a database that cannot be written; older ones are lost
 QUARTER_GRACE = 5.0             # seconds for the last reports of a quarter to be written
 TIDY_AT_ONCE = 15               # resources whose averages are made after a flush: 10,000 take less than a quarter
+UNSURE = (*NO_ANSWER, "stale")  # causes that are this machine's, perhaps
 LAST_FLUSH = 1.5                # seconds for the last reports to be written when the service ends
 
 
+def origin_of(report: Report) -> Origin | None:
+    return Origin(report.epoch, report.target.id, report.at) if report.verdict.cause in UNSURE else None
+
+
 def unsaid(session: Session, events: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Without that something is open, or closed, where the last event says so already: another machine's."""
-    last = sqlalchemy.select(func.max(Event.id)).where(Event.kind.in_(("gate", "group"))).group_by(Event.group)
-    rows = session.execute(sqlalchemy.select(Event.group, Event.state).where(Event.id.in_(last)))
-    said = {group: state for group, state in rows}
+    """Without that something is open, closed or healthy where the last event says so already: another machine's, or
+    that before those which were refuted."""
+    keys = Event.kind, Event.group, Event.resource
+    last = sqlalchemy.select(func.max(Event.id)).where(Event.kind.in_(("gate", "group", "state"))).group_by(*keys)
+    said = {(*key,): state for *key, state in session.execute(
+        sqlalchemy.select(*keys, Event.state).where(Event.id.in_(last)))}
     for event in events:
-        if event["kind"] not in ("gate", "group") or said.get(event["group"]) != event["state"]:
+        key, state = (event["kind"], event.get("group", ""), event.get("resource", "")), event.get("state", "")
+        if state not in ("open", "closed", "healthy") or said.get(key) != state:
             yield event
-            said |= {event["group"]: event["state"]} if "group" in event else {}
+        said[key] = state
 
 
 def upserts(database: Database) -> tuple[Any, ...]:
@@ -9696,8 +9725,8 @@ class Recorder(threading.Thread):
         self._untidy: list[int] = []            # ids of resources whose averages are to be made
         self._flushing = threading.RLock()      # guards all below, which is not written yet, and the order of writing
         self._latest: dict[int, Report] = {}    # by the resource's id
-        self._samples: collections.deque[dict[str, Any]] = collections.deque(maxlen=PENDING_ROWS)
-        self._events: collections.deque[dict[str, Any]] = collections.deque(maxlen=PENDING_ROWS)
+        self._samples: collections.deque[tuple[Origin | None, dict[str, Any]]] = collections.deque(maxlen=PENDING_ROWS)
+        self._events: collections.deque[tuple[Origin | None, dict[str, Any]]] = collections.deque(maxlen=PENDING_ROWS)
         self._keys: dict[int, Report] = {}      # those with a host key that was trusted on first use
         self._told: queue.SimpleQueue[Report] = queue.SimpleQueue()     # those of transitions
         self._changed_at = {SITE: self.wall()}      # when it, a group or a route last opened or closed
@@ -9786,7 +9815,7 @@ class Recorder(threading.Thread):
     def note(self, kind: str, text: str, at: float, **about: str) -> None:
         """Adds an event to what is written next; the arguments are those of record_event."""
         with self._flushing:
-            self._events.append({"kind": kind, "text": text, "at": at} | about)
+            self._events.append((None, {"kind": kind, "text": text, "at": at} | about))
 
     def _turn(self, at: float, is_open: bool, why: str, name: str) -> dict[str, Any]:
         """The event of what has opened or closed."""
@@ -9804,30 +9833,34 @@ class Recorder(threading.Thread):
         for at, is_open, why, name in transitions:
             turn = self._turn(at, is_open, why, name)
             log.warning("%s: %s", turn["kind"], turn["text"])
-            self._events += [turn] * speaks
+            self._events += [(None, turn)] * speaks
             self._changed_at[name] = at
         if speaks and not self._is_heard and closed_groups(self._aggregator, ()) is not None:
             self._is_heard = True       # who spoke before may have died before it told how everything stands
             for each in (*self._aggregator.groups(site=True), *self._aggregator.groups()):
                 is_open = each.state != "unhealthy"
                 at, why = self.changed_at(each.name), "" if is_open else each.why
-                self._events.append(self._turn(at, is_open, why, each.name))
+                self._events.append((None, self._turn(at, is_open, why, each.name)))
         self.incidents.look(transitions)
         for report in (self._reports.get() for _ in range(self._reports.qsize())):
             resource_id = report.target.id
             self._latest[resource_id] = report
-            self._samples.append(report.sample_row)
+            self._samples.append((origin_of(report), report.sample_row))
             if report.host_key:
                 self._keys[resource_id] = report
         for report in (self._told.get() for _ in range(self._told.qsize())):
             if report.owned:
-                self.note("state", report.transition, report.at, resource=report.target.name,
-                          state=report.standing.state)
+                self._events.append((origin_of(report), {
+                    "kind": "state", "text": report.transition, "at": report.at, "resource": report.target.name,
+                    "state": report.standing.state}))
 
     def _write(self, session: Session) -> None:
         """Within the caller's transaction; nothing of resources that were removed."""
         alive = set(session.scalars(sqlalchemy.select(Resource.id).where(Resource.id.in_(list(self._latest)))))
-        samples = [row for row in self._samples if row["resource_id"] in alive]
+        pending = (*self._samples, *self._events)
+        refuted = self._members.refuted(session, [origin for origin, _ in pending if origin])
+        samples = [row for origin, row in self._samples if row["resource_id"] in alive and origin not in refuted]
+        events = [event for origin, event in self._events if origin not in refuted]
         strips: dict[int, str] = collections.defaultdict(str)
         for row in samples:
             strips[row["resource_id"]] += row["poll"]
@@ -9839,7 +9872,7 @@ class Recorder(threading.Thread):
             if rows:
                 session.execute(statement, rows)
         self._members.write(session, counting.values())
-        for event in unsaid(session, self._events) if self._members.is_shared else self._events:
+        for event in unsaid(session, events) if self._members.is_shared else events:
             record_event(session, **event)
         well = {number for number, report in counting.items() if report.standing.healthy}
         end_acknowledgements(session, well, self.wall())

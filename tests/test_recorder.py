@@ -235,3 +235,35 @@ def test_what_was_found_before_another_machine_joined(two: Two) -> None:
         a.recorder.flush()
     assert all(a.pollers[name].rests for name in names)
     assert [state for _, state in events(a, "state")] == ["healthy"] * 2 + ["unhealthy"] * 2
+
+
+def polls(machine: Machine) -> str:
+    return "".join(poll for (poll,) in machine.execute("SELECT poll FROM sample ORDER BY at"))
+
+
+@pytest.mark.parametrize("is_away", [True, False], ids=["cut off", "all are"])
+def test_what_is_found_in_a_life_that_is_over(is_away: bool, two: Two) -> None:
+    """Neither history nor events have what the others know better; where nobody does, it is true as far as is known."""
+    [name] = owned_by("b", 1)
+    a, b = two(name, fall=1, rise=1)
+    b.find(name, GOOD)
+    epoch = b.members.epoch
+    b.pollers[name]._report(DOWN, 0.1)
+    b.recorder._gather(speaks=False)
+    with a.store.writing() as session:
+        session.connection().exec_driver_sql("UPDATE machine SET seen_at = seen_at - 60 WHERE name = 'b'")
+    wait_for(lambda: b.members.epoch != epoch, 60)
+    if is_away:
+        a.find(name, GOOD)
+    b.pollers[name]._report(DOWN, 0.1)      # its poll was under way
+    b.find(name)
+    if not is_away:
+        assert polls(a) == "huu"
+        assert [state for _, state in events(a, "state")] == ["healthy", "unhealthy"]
+        return
+    assert polls(a) == "hh"
+    b.find(name, GOOD)
+    assert [state for _, state in events(a, "state")] == ["healthy"], "nor is it told that it is over"
+    b.find(name, DOWN)
+    assert polls(a) == "hhhu"
+    assert [state for _, state in events(a, "state")] == ["healthy", "unhealthy"]
