@@ -9176,6 +9176,7 @@ class Incident(Base):
     mode: Mapped[str]           # observe: nothing was refused
     refused: Mapped[int]        # requests meanwhile
     would_refuse: Mapped[int]   # those that mode observe let pass
+    written = (0, 0, 0)         # no columns: number and both counts, as they were written last from this object
 
 
 class WatchedTime(Base):
@@ -9346,10 +9347,14 @@ class IncidentLog:
 
     def _begin_to_write(self, session: Session) -> None:
         """Goes on with what another machine has written of what lasts; the rest is over."""
-        open_rows = sqlalchemy.select(Incident.id, Incident.group, Incident.from_at).filter_by(end="")
-        for number, group, from_at in session.execute(open_rows) if self._takes_over else ():
-            if one := self._lasting.get(group):
-                one.id, one.from_at = number, min(from_at, one.from_at)
+        open_rows = sqlalchemy.select(Incident).filter_by(end="")
+        for row in session.scalars(open_rows) if self._takes_over else ():
+            if one := self._lasting.get(row.group):
+                number, refused, passed = one.written if one.written[0] == row.id else (row.id, 0, 0)
+                one.id, one.from_at = number, min(row.from_at, one.from_at)
+                one.why, one.actor, one.before = row.why, row.actor, row.before
+                one.refused += max(0, row.refused - refused)    # what others have counted
+                one.would_refuse += max(0, row.would_refuse - passed)
         known = [one.id for one in self._lasting.values() if one.id]
         session.execute(sqlalchemy.update(Incident).where(
             Incident.end == "", Incident.id.not_in(known)).values(end="unseen"))
@@ -9385,6 +9390,8 @@ class IncidentLog:
 
     def written(self) -> None:
         """What write() was given is safe."""
+        for one in self._lasting.values():
+            one.written = (one.id, one.refused, one.would_refuse) if one.id else one.written
         self._over.clear()
         self._numbered.clear()
         self._written_mono = self._clock()

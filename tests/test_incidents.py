@@ -173,6 +173,39 @@ def test_from_to_why_and_by_whom(bench: Bench) -> None:
     assert incident.before == "tag db: maintenance is over; adam: b changed: limits"
 
 
+def test_another_machine_goes_on(bench: Bench, tmp_path: Path) -> None:
+    """With who, why and what was before; the requests are those of whoever has written, each of them once."""
+    other, override = Bench(tmp_path), Override(action="close", at=0.0, seconds=None, reason="move", actor="olga")
+
+    def turn(speaker: Bench, refused: int) -> int:
+        """The other one has seen as many requests, which count once it writes."""
+        for one in (bench, other):
+            one.requests.passed("", refused=True)
+            one.log.begin_anew()        # as after an outage
+            one.log.speak(speaks=one is speaker)
+            one.look(10)
+        [incident] = speaker.found()
+        assert (incident.actor, incident.why, incident.end) == ("olga", "closed by olga: move", "")
+        assert incident.before == "adam: b changed: limits" and incident.refused == refused
+        return int(incident.id)
+
+    with contextlib.closing(other.store):
+        for one in (bench, other):
+            one.log.speak(speaks=one is bench)
+            one.report(a=True, b=True, c=True)
+        with bench.store.writing() as session:
+            session.merge(Setting(name="override", text=override.model_dump_json()))
+            record_event(session, "change", "changed: limits", resource="b", actor="adam", at=bench.wall.now)
+        bench.aggregator.overrule(override, 1e9)
+        other.aggregator.overrule(override.model_copy(update={"reason": "seen later"}), 1e9)
+        bench.look()
+        other.look()
+        with bench.store.writing() as session:
+            session.merge(Setting(name="override", text=""))
+        turns = [turn(bench, 1), turn(bench, 2), turn(other, 5), turn(other, 6), turn(bench, 9), turn(other, 11)]
+        assert len({*turns}) == 1
+
+
 def test_groups_and_routes_have_their_own(bench: Bench) -> None:
     """What closes a route alone leaves the site open; a group of the site closes both."""
     bench.report(a=True, b=True, c=True)
