@@ -8570,8 +8570,11 @@ class Uplink:
 
     def held(self, since_mono: float, round_seconds: float, recovery_seconds: float) -> float:
         """Seconds for which what was before an outage counts on; 0: it does not. Only for one that began in the round
-        of polls before the cut or after its begin, and when that is over for as long as it takes to recover."""
+        of polls before the cut or after its begin, and when that is over for as long as it takes to recover; and until
+        it is known whether there is one: polls may fail sooner than an uplink is known to be silent, and most do."""
         cut = self._last
+        if self._calm_mono < since_mono and self.is_doubtful(since_mono):
+            return max(0.0, since_mono + min(self._hold, UPLINK_DOUBT) - self.clock())
         if (cut is None or not cut.calm_mono < since_mono < cut.over_mono
                 or abs(cut.begun_mono - since_mono) > round_seconds):
             return 0.0

@@ -158,7 +158,7 @@ def cut_off(house: House, machines: Machines, gateway: Gateway, hold: float, *mo
 def test_the_gate_holds_while_this_machine_is_cut_off(house: House, machines: Machines, gateway: Gateway) -> None:
     """One event for all; and when an uplink answers again, they have time to recover."""
     with cut_off(house, machines, gateway, 3600):
-        wait_for(house.aggregator.is_healthy)
+        assert house.aggregator.is_healthy() and not [text for text in texts(house, "gate") if "open -> closed" in text]
         usual = house.poller("m0").target.settings.ttl
         assert house.aggregator.lease.until.value <= lease_clock() + usual, "whoever dies closes it as soon as ever"
         standing = house.monitor.behind("m1")
@@ -377,6 +377,33 @@ def test_the_first_good_result_ends_no_hold() -> None:
     for _ in range(2):
         site.poll(FINE, "m1")
     assert site.standings["m1"].healthy and site.held() == [0.0, 0.0, 600.0]
+
+
+@pytest.mark.parametrize(("hold", "held"), [(600, 29), (10, 9), (0, 0)])
+def test_what_falls_before_the_uplink_is_known_to_be_silent_is_held(hold: float, held: float) -> None:
+    """Until it is known whether this machine is cut off, for half a minute at most; nothing that was down before."""
+    site = Site(hold)
+    site.poll(DOWN, "m0")
+    site.clock.now += 1
+    site.poll(DOWN, "m0")
+    assert not site.standings["m0"].healthy and site.held() == [held, 0, 0]
+    site.ask(ProbeError("timeout", "x"))
+    assert site.uplink.cut is None and site.held() == [held, 0, 0]
+    site.poll(DOWN, "m1")
+    assert site.uplink.cut and site.held()[0] == hold, "by the cut"
+
+
+def test_what_falls_is_not_held_once_an_uplink_answers_or_when_that_takes_long() -> None:
+    site = Site(600)
+    site.poll(DOWN, "m0")
+    site.clock.now += 1
+    site.ask()
+    assert site.held() == [0.0] * 3
+    site.clock.now += 1
+    site.poll(DOWN, "m1")
+    assert site.held() == [0.0, 30.0, 0.0]
+    site.clock.now += 30
+    assert site.held() == [0.0] * 3, "whatever became of who asks"
 
 
 @pytest.mark.parametrize(("hold", "held"), [(600, 20), (25, 15)])
