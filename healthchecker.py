@@ -2951,7 +2951,7 @@ class SqliteFile:
     def _prepare(self, connection: Any, _record: object) -> None:
         connection.isolation_level = None       # SQLAlchemy's BEGIN is ours, see _begin
         connection.text_factory = lambda text: text.decode("utf-8", "replace")
-        for pragma in ("journal_mode = WAL", "synchronous = NORMAL", "foreign_keys = ON"):
+        for pragma in ("journal_mode = WAL", "synchronous = NORMAL", "foreign_keys = ON", "cache_size = -256"):     # KiB
             connection.execute(f"PRAGMA {pragma}")
         for name, count, function in (("floor", 1, math.floor), ("least", 2, min), ("greatest", 2, max)):
             connection.create_function(name, count, function, deterministic=True)   # as others call them
@@ -17409,6 +17409,7 @@ def restore(arguments: argparse.Namespace) -> int:
 # other way round: the workers drain while the pollers go on, then console, pollers and database close.
 # Gives: check_files, database_at, Installation, reload, serve
 RELOAD_END = 2.0                # seconds that the end of the service waits for one
+M_ARENA_MAX = -8                # of glibc's malloc.h
 
 
 def ensure_inventory(path: Path) -> None:
@@ -17664,9 +17665,16 @@ def console_url(service: ServiceSettings) -> str:
     return service.console_url or ("" if service.console == "off" else f"http://{service.console}{PREFIX}")
 
 
+def limit_arenas() -> None:
+    """Has all threads share two of glibc's arenas: with one for each of hundreds of pollers, memory grows for hours."""
+    with contextlib.suppress(AttributeError, OSError, TypeError):     # of another system, or another libc
+        ctypes.CDLL(None).mallopt(M_ARENA_MAX, 2)
+
+
 def watch(installation: Installation, store: Store, console: Sequence[socket.socket], supervisor: Supervisor,
           hangups: queue.SimpleQueue[bool]) -> None:
     """Takes the inventory over, watches it and lets the workers serve until a signal comes."""
+    limit_arenas()
     inventory, service, members = installation.inventory, supervisor.service, installation.members
     access = installation.access(keeps=True)
     with contextlib.ExitStack() as stack:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import signal
@@ -87,3 +88,29 @@ def test_open_files_are_allowed_as_far_as_they_are_needed() -> None:
     asked += "for wanted in 32, 200, 400: print(healthchecker.allow_files(wanted), r.getrlimit(r.RLIMIT_NOFILE))\n"
     told = subprocess.run([sys.executable, "-c", asked], cwd=PROGRAM.parent, capture_output=True, text=True, check=True)
     assert told.stdout == "64 (64, 300)\n200 (200, 300)\n300 (300, 300)\n"
+
+
+ARENAS = """
+import ctypes, sys, threading
+import healthchecker
+if sys.argv[1:]:
+    healthchecker.limit_arenas()
+here, libc = threading.Barrier(32), ctypes.CDLL(None)
+def poll():
+    kept = [bytes(4000) for _ in range(50)]    # more than what Python takes in blocks of its own
+    here.wait()
+threads = [threading.Thread(target=poll) for _ in range(32)]
+[thread.start() for thread in threads], [thread.join() for thread in threads]
+libc.fdopen.restype = ctypes.c_void_p
+libc.malloc_info(0, ctypes.c_void_p(libc.fdopen(1, b"w")))
+libc.fflush(None)
+"""
+if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "malloc_info"):
+
+    def test_pollers_share_their_memory() -> None:
+        """Each thread of its own arena keeps what it ever needed at once."""
+        limited, usual = (
+            subprocess.run([sys.executable, "-c", ARENAS, *word], cwd=PROGRAM.parent, capture_output=True, text=True,
+                           check=True).stdout.count("<heap nr=")
+            for word in (["limited"], []))  # fmt: skip
+        assert limited <= 2 < usual
