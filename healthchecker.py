@@ -12808,7 +12808,8 @@ def throttled_address(address: str) -> str:
 
 class LoginThrottle:
     """Who may have a password checked now, and whose turn it is. Names are the attacker's choice, so an account is
-    only ever kept waiting at the address where it failed."""
+    only ever kept waiting at the address where it failed; this machine's own is everybody's who comes by `ssh -L`, and
+    keeps nobody else waiting."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -12820,7 +12821,8 @@ class LoginThrottle:
     def wait(self, name: str, address: str) -> float:
         """Seconds until the next attempt; 0 when it may be made now."""
         where = throttled_address(address)
-        found = [self._failures.get(key) for key in ((name, where), (None, where))]
+        names = (name,) if ipaddress.ip_address(address).is_loopback else (name, None)
+        found = [self._failures.get((key, where)) for key in names]
         oldest = [times[0] for times in found if times and len(times) == times.maxlen]
         return max(0.0, max(oldest, default=-math.inf) + LOGIN_WINDOW - self._clock())
 

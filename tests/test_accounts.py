@@ -618,6 +618,14 @@ def test_address_that_tries_many_accounts_waits(local: Local) -> None:
     assert attempt(local, password=PASSWORD).status == 200
 
 
+@pytest.mark.parametrize("address", ["127.0.0.1", "::1"])
+def test_address_of_this_machine_is_everybody_s(local: Local, address: str) -> None:
+    """Who comes by `ssh -L` is not kept waiting by what others of this machine try."""
+    for number in range(2 * ADDRESS_FAILURES):
+        assert attempt(local, name=f"user {number}", address=address).status == 401
+    assert attempt(local, password=PASSWORD, address=address).status == 200
+
+
 def test_hosts_of_an_ipv6_network_count_as_one() -> None:
     """A host takes its addresses from a /64 as it likes."""
     throttle = LoginThrottle(Clock())
