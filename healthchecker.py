@@ -2809,7 +2809,8 @@ BUSY_TIMEOUT = 5.0              # seconds a writer waits for another one, and wh
 STATEMENT_TIMEOUT, ANSWER_TIMEOUT = 10.0, 12.0
 # The latter in this thread: who has others to look after waits for less, and asks again.
 PATIENCE, IMPATIENCE = contextvars.ContextVar("PATIENCE", default=ANSWER_TIMEOUT), 3.0
-ABANDONED = 60.0                # seconds after which it ends a transaction in which nothing is asked
+ABANDONED = 60.0                # seconds after which it ends a transaction in which nothing is asked, CLAIM_LIFE where
+                                # others wait for it
 WRITE_LOCK = APPLICATION        # number of its lock that whoever writes holds
 CLAIM_INTERVAL = 2.0            # seconds between two signs of life of a service
 CLAIM_LIFE = 6.0                # seconds after which one of them does not count
@@ -3005,12 +3006,12 @@ def until_silent(waiting: Generator[Any, Any, Any], seconds: float) -> Generator
         return end.value
 
 
-BOUNDS = (f"SET LOCAL statement_timeout = '{STATEMENT_TIMEOUT:.0f}s'; "
-          f"SET LOCAL idle_in_transaction_session_timeout = '{ABANDONED:.0f}s'")
+BOUNDS = f"SET LOCAL statement_timeout = '{STATEMENT_TIMEOUT:.0f}s'; SET LOCAL idle_in_transaction_session_timeout = "
 # A reader sees one state; a writer sees what the one before has written.
-READING = f"BEGIN ISOLATION LEVEL REPEATABLE READ, READ ONLY; {BOUNDS}"
-WRITING = (f"BEGIN ISOLATION LEVEL READ COMMITTED, READ WRITE; {BOUNDS}; "
+READING = f"BEGIN ISOLATION LEVEL REPEATABLE READ, READ ONLY; {BOUNDS}'{ABANDONED:.0f}s'"
+WRITING = (f"BEGIN ISOLATION LEVEL READ COMMITTED, READ WRITE; {BOUNDS}'{CLAIM_LIFE:.0f}s'; "
            f"SET LOCAL lock_timeout = '{BUSY_TIMEOUT:.0f}s'; SELECT pg_advisory_xact_lock({WRITE_LOCK})")
+WRITING_LONG = f"{WRITING}; {BOUNDS}'{ABANDONED:.0f}s'"
 POSTGRES_COLUMNS = """SELECT relname, attname FROM pg_attribute JOIN pg_class ON pg_class.oid = attrelid
     JOIN pg_namespace ON pg_namespace.oid = relnamespace
     WHERE nspname = current_schema() AND relkind IN ('r', 'p') AND attnum > 0 AND NOT attisdropped"""
@@ -3280,8 +3281,12 @@ class PostgresServer:
 
     def attach(self, engine: sqlalchemy.Engine) -> None:
         """Has transactions begin as they have to."""
-        event.listen(engine, "begin", lambda connection: connection.exec_driver_sql(
-            WRITING if connection.get_execution_options().get("immediate") else READING))
+        def begin(connection: sqlalchemy.Connection) -> None:
+            options = connection.get_execution_options()
+            writing = WRITING_LONG if options.get("long") else WRITING
+            connection.exec_driver_sql(writing if options.get("immediate") else READING)
+
+        event.listen(engine, "begin", begin)
         event.listen(engine, "handle_error", self._shorten)
 
     @staticmethod
@@ -3339,7 +3344,7 @@ class Store:
             database.ensure(new=True)
             # never under a service of an older version, which would fail from then on
             with contextlib.nullcontext() if locked or not version else database.lock(), \
-                    self.writing(migrates=True) as session:
+                    self.writing(migrates=True, long=True) as session:
                 migrate(session, database.version(session))
                 tables = sqlalchemy.inspect(session.connection()).get_multi_columns()
                 found = {(table, column["name"]) for (_, table), columns in tables.items() for column in columns}
@@ -3360,12 +3365,12 @@ class Store:
             yield self._session()
 
     @contextlib.contextmanager
-    def writing(self, *, migrates: bool = False) -> Iterator[Session]:
+    def writing(self, *, migrates: bool = False, long: bool = False) -> Iterator[Session]:
         """A session that no other writes beside; all or nothing. In SQLite that is BEGIN IMMEDIATE: a deferred one that
-        reads first fails when another writes."""
+        reads first fails when another writes. `long`: it asks nothing for more than CLAIM_LIFE, perhaps."""
         with self.app.app_context():
             session = self._session()
-            session.connection(execution_options={"immediate": True, "migrates": migrates})
+            session.connection(execution_options={"immediate": True, "migrates": migrates, "long": long})
             yield session
             session.commit()
 
@@ -9615,12 +9620,11 @@ class Membership:
         return not self.is_shared or bool(session.scalar(LIFE, {"epoch": self.epoch}))
 
     def counting(self, session: Session, reports: Mapping[int, Report]) -> Mapping[int, Report]:
-        """Those that count for other machines, within the caller's transaction, which ends soon whatever becomes of
-        this process: of a life that was not interrupted, not of one that may be cut off, and of others nothing newer
-        is there. What a resource said by itself counts in any case: it will not say it again."""
+        """Those that count for other machines, within the caller's transaction: of a life that was not interrupted, not
+        of one that may be cut off, and of others nothing newer is there. What a resource said by itself counts in any
+        case: it will not say it again."""
         if not self._claim:
             return reports
-        session.execute(sqlalchemy.text(f"SET LOCAL idle_in_transaction_session_timeout = '{CLAIM_LIFE:.0f}s'"))
         epoch, lives = self.epoch, self.lives(session)
         fresh = {number: report for number, report in reports.items() if (
             (lives and report.epoch == epoch and not (report.is_doubtful and report.verdict.cause in NO_ANSWER))
@@ -17352,7 +17356,7 @@ def copy_rows(source: Store, target: Store, show: Callable[[int, int], None]) ->
     is told how many are done, of how many. Raises UsageError and StorageError."""
     of_now = (Machine.__tablename__, Result.__tablename__)
     tables = [table for table in Base.metadata.sorted_tables if table.name not in of_now]
-    with transaction(source) as old, transaction(target, immediate=True) as new:
+    with transaction(source) as old, transaction(target, immediate=True, long=True) as new:
         if any(count_rows(new, table) for table in tables):
             raise UsageError(f"database {target.database} is not empty; name another one")
         total, done = sum(count_rows(old, table) for table in tables), 0
@@ -17589,7 +17593,7 @@ def database_at(text: str, installation: Installation) -> Database:
 
 def prepare(installation: Installation, store: Store) -> Vault:
     """Brings database and keys to what the inventory says, all or nothing, and says what is to be known."""
-    with store.writing() as session:
+    with store.writing(long=True) as session:
         vault = installation.open_vault(session)
         ensure_first_user(session)
         record_event(session, "service", f"started, version {VERSION}{installation.place}")
@@ -17619,7 +17623,7 @@ def take_over_again(installation: Installation, store: Store, actor: str = "") -
         if isinstance(fault, InventoryError):
             raise fault
         yield str(fault)
-    with store.writing() as session:
+    with store.writing(long=True) as session:
         if owner := installation.rows_owner(session, again=True):
             raise UsageError(f"the inventory of {owner} is watched; `reload` there")
         changes = installation.take_over(session, vault, actor)
@@ -17921,7 +17925,7 @@ def rotate_keys(arguments: argparse.Namespace) -> int:
                          "write the password at its resource first")
     installation.database.inspect()
     with installation.database.lock(), installation.store(locked=True) as store:
-        with store.writing() as session:
+        with store.writing(long=True) as session:
             vault = installation.open_vault(session)
             if not (vault.folder / "next.pem").exists():
                 vault.create("next.pem")
@@ -17957,7 +17961,7 @@ def replace_keys(arguments: argparse.Namespace) -> int:
     """Makes a key in place of a lost one: what only that one opens is forgotten, and the inventory states it again."""
     installation = Installation(arguments.inventory, accepts_removals=arguments.accept_removals)
     with installation.database.lock(), installation.store(locked=True) as store, \
-            store.writing() as session:
+            store.writing(long=True) as session:
         vault, forgotten = Vault(installation.service.keys), []
         vault.require(sealed_tokens(None, installation.inventory))
         for row in session.scalars(sqlalchemy.select(Resource)):
@@ -17995,7 +17999,7 @@ PROGRESS_INTERVAL = 0.1         # seconds between two looks at them; a wait with
 def rehearsal(installation: Installation) -> Iterator[tuple[Session, Vault, Changes]]:
     """The import as a start would do it, rolled back at the end; without a database or keys on scratch ones."""
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder, installation.store(scratch=True) as store, \
-            store.writing() as session:
+            store.writing(long=True) as session:
         vault = Vault(installation.service.keys)
         vault.require(sealed_tokens(session, installation.inventory))
         if not vault.key_id:

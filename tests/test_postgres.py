@@ -314,6 +314,24 @@ def test_a_writer_waits_for_another_one_but_not_for_ever(server: PostgresServer,
             assert revision(session) == 2
 
 
+def test_a_writer_that_is_stopped_holds_the_others_up_for_seconds(server: PostgresServer) -> None:
+    """As a machine that sleeps within a write: it finds out when it wakes, and nobody waits for that."""
+    def is_written() -> bool:
+        with contextlib.suppress(sqlalchemy.exc.OperationalError):
+            raise_revision(store)
+            return True
+        return False
+
+    with opened(server) as store, ThreadPoolExecutor(1) as pool:
+        with pytest.raises(sqlalchemy.exc.DBAPIError, match="idle-in-transaction"), store.writing() as session:
+            revise(session)
+            session.flush()
+            wait_for(lambda: pool.submit(is_written).result(), 45)
+        raise_revision(store)
+        with store.reading() as session:
+            assert revision(session) == 2
+
+
 def settings_of(session: Any) -> list[Any]:
     return [session.execute(sqlalchemy.text(f"SHOW {name}")).scalar() for name in (
         "statement_timeout", "idle_in_transaction_session_timeout", "transaction_isolation", "transaction_read_only")]
@@ -325,6 +343,8 @@ def test_bounds_are_of_the_transaction(server: PostgresServer) -> None:
         with store.reading() as session:
             assert settings_of(session) == ["10s", "1min", "repeatable read", "on"]
         with store.writing() as session:
+            assert settings_of(session) == ["10s", "6s", "read committed", "off"]
+        with store.writing(long=True) as session:
             assert settings_of(session) == ["10s", "1min", "read committed", "off"]
         for _ in range(20):
             with store.reading() as session:
