@@ -716,7 +716,8 @@ def not_too_long(secret: SecretStr) -> SecretStr:
 
 def selectable(platform: object) -> object:
     if platform not in SELECTABLE:
-        raise ValueError(f"must be one of {', '.join(SELECTABLE)}")
+        near = difflib.get_close_matches(str(platform), SELECTABLE, 1)
+        raise ValueError(f"must be one of {', '.join(SELECTABLE)}" + (f"; did you mean {near[0]}?" if near else ""))
     return platform
 
 
@@ -2079,9 +2080,9 @@ class InventoryLoader:
         if isinstance(own.get("limits"), dict) and isinstance(defaults.get("limits"), dict):
             raw["limits"] = defaults["limits"] | own["limits"]
         raw |= of_url(raw)
-        hostname = raw.get("hostname")
-        usable = isinstance(hostname, str) and HOSTNAME.fullmatch(hostname)
+        usable = isinstance(hostname := raw.get("hostname"), str) and HOSTNAME.fullmatch(hostname)
         raw.setdefault("name", hostname if usable else f"unnamed {here[1]}")
+        raw = ({} if platform in SELECTABLE else {"hostname": "localhost"}) | raw   # which is meant may need none
         path = ssh_config_path(raw.get("ssh_config"))
         if usable and isinstance(path, str):
             keyless = not raw.keys() & {*CREDENTIALS}
@@ -2207,6 +2208,10 @@ def private_file(path: Path) -> Iterator[IO[bytes]]:
             file.flush()
             os.fsync(file.fileno())
         put_name(temporary, path)
+    except OSError as error:
+        if error.filename == str(temporary):
+            error.filename, error.filename2 = str(path), None   # which is what a user knows
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -2855,7 +2860,8 @@ def reason_of(error: Exception, path: Path) -> str:
     no_room = isinstance(error, sqlite3.OperationalError) and shutil.disk_usage(path.parent).free < MIN_ROOM
     if no_room or getattr(error, "errno", 0) == errno.ENOSPC:
         return "the disk is full; make room on it"
-    return f"{error}; " + ("restore it from a backup or " if path.exists() else "") + "set service.database"
+    remedy = ("restore it from a backup or " if path.exists() else "") + "set service.database"
+    return f"{getattr(error, 'strerror', None) or error}; {remedy}"
 
 
 class SqliteFile:
@@ -2914,8 +2920,10 @@ class SqliteFile:
             raise StorageError(f"another HealthChecker is using database {path}; stop that one first") from error
         return contextlib.closing(connection)
 
-    def is_running(self) -> bool:
-        """Whether a service is on the database, as far as can be told without a change. Any number may ask."""
+    def is_running(self, machine: str = "") -> bool:
+        """Whether a service is on the database, as far as can be told without a change; `machine`: there is no other.
+        Any number may ask."""
+        del machine
         lock = Path(f"{self.path}.lock").absolute()
         if not lock.exists():
             return False
@@ -3260,11 +3268,11 @@ class PostgresServer:
         claim.start()
         return contextlib.closing(claim)
 
-    def is_running(self) -> bool:
-        """Whether a service is on the database, as far as can be told without a change of anything."""
+    def is_running(self, machine: str = "") -> bool:
+        """Whether a service is on the database, that of a `machine` or any, as far as can be told without a change."""
         try:
             with self._connected() as connection:
-                return bool(connection.execute(LIVING).fetchall())
+                return any(machine in ("", name) for name, *_ in connection.execute(LIVING).fetchall())
         except StorageError:    # or there is no such table yet
             return False
 
@@ -9225,7 +9233,7 @@ class PartView(Settings):
     name: str
     state: Literal["healthy", "degraded", "unhealthy", "unknown", "maintenance"]
     why: str
-    since: datetime.datetime
+    since: datetime.datetime | None     # None: it has not been polled yet
 
 
 class ServiceView(Settings):
@@ -9412,7 +9420,7 @@ class IncidentLog:
             state = standing.state if counted else "maintenance"
             counts[state] += 1
             if state != "healthy":
-                others.append({"name": name, "state": state, "why": standing.why, "since": standing.since_at})
+                others.append({"name": name, "state": state, "why": standing.why, "since": standing.since_at or None})
         return json.dumps({"mono": self._clock(), "mode": self._aggregator.lease.mode, "gates": gates,
                            "resources": counts, "others": others})
 
@@ -17501,6 +17509,11 @@ class Installation:
             yield stack.enter_context(contextlib.closing(Store(database, locked=locked, machine=machine)))
 
     @property
+    def runs(self) -> bool:
+        """Whether its service does, here."""
+        return self.database.is_running(self.service.machine_name)
+
+    @property
     def place(self) -> str:
         """Where it is, as the end of a text."""
         return f", on {self.service.machine_name}" if self.service.machine_name else ""
@@ -17772,13 +17785,13 @@ ALIKE = {"unhealthy": "closed", "unknown": "unknown", "degraded": "degraded"}   
 
 def parts_told(installation: Installation, names: Sequence[str]) -> tuple[ServiceView, list[PartView]]:
     """What the running service says of everything, and of what has these names. Raises HealthCheckerError."""
-    if not installation.database.inspect(whole=False) or not installation.database.is_running():
-        raise UsageError("the service does not run: the gate is closed")
+    if not installation.database.inspect(whole=False) or not installation.runs:
+        raise UsageError(f"the service does not run{installation.place}: the gate is closed")
     with installation.store(scratch=True) as store, store.reading() as session:
         view = told_by_service(store, session)
         rows = session.execute(RESOURCES).all() if names else ()
     known = {part.name: part for part in view.gates[1:]} | {row.name: PartView.model_validate({
-        "name": row.name, "state": known.state, "why": "", "since": known.since_at})
+        "name": row.name, "state": known.state, "why": "", "since": known.since_at or None})
         for row, status in rows for known in [status_of(row, status)]}
     known |= {part.name: part for part in view.others if part.name in known}
     for name in names:
@@ -17833,7 +17846,9 @@ def parsed(parser: argparse.ArgumentParser, words: Sequence[str]) -> argparse.Na
     try:
         return parser.parse_args(words)
     except SystemExit as end:
-        raise SystemExit(NAGIOS["unknown"] if end.code and "status" in words else end.code) from None
+        command = next((word for before, word in zip(["", *words], words, strict=False)     # no value of an option
+                        if word[:1] != "-" and not re.fullmatch("--[il][^=]*", before)), "")
+        raise SystemExit(NAGIOS["unknown"] if end.code and command == "status" else end.code) from None
 
 
 # === Sealing =================================================================
@@ -18083,7 +18098,7 @@ def check_doors(installation: Installation) -> Iterator[HealthCheckerError]:
                 sock.close()
         except UsageError as error:
             in_use = getattr(error.__cause__, "errno", 0) == errno.EADDRINUSE
-            if in_use and installation.database.is_running():
+            if in_use and installation.runs:
                 print(f"{setting} {value} is in use: by the service that runs, if it is not new there")
             else:
                 yield error
@@ -18246,12 +18261,17 @@ def copy_database(arguments: argparse.Namespace) -> int:
     """Copies a database into an empty one, of the same kind or the other, while no service runs on either."""
     installation = Installation(arguments.inventory)
     source, target = (database_at(url, installation) for url in (arguments.source, arguments.target))
-    if not source.inspect():
-        raise UsageError(f"there is no database {source}")
-    target.inspect()
-    with source.lock(), target.lock(), contextlib.closing(Store(source, locked=True)) as old, \
-            contextlib.closing(Store(target, locked=True)) as new:
-        count = copy_rows(old, new, show_progress)
+    if str(source) == str(target):
+        raise UsageError(f"FROM and TO are both {source}; name another one")
+    try:
+        if not source.inspect():
+            raise UsageError(f"there is no database {source}")
+        target.inspect()
+        with source.lock(), target.lock(), contextlib.closing(Store(source, locked=True)) as old, \
+                contextlib.closing(Store(target, locked=True)) as new:
+            count = copy_rows(old, new, show_progress)
+    except StorageError as error:       # no setting is at fault
+        raise StorageError(str(error).replace("set service.database", "name another one")) from error
     print(f"{count} rows were copied and compared; keys and inventory stay: name the database in service.database")
     return 0
 
@@ -18348,7 +18368,7 @@ def gate_rows(installation: Installation, session: Session) -> Iterator[list[str
     started = remembered(session, own_name("service", installation.service.machine_name)).text
     mode = json.loads(started or "{}").get("mode", "enforce")   # as it was started with
     yield ["MODE", "observe: nothing is refused" if mode == "observe" else mode]
-    yield ["SERVICE", "runs" if installation.database.is_running() else "does not run: the gate is closed"]
+    yield ["SERVICE", "runs" if installation.runs else f"does not run{installation.place}: the gate is closed"]
 
 
 def gate(arguments: argparse.Namespace) -> int:
@@ -18532,7 +18552,7 @@ def run_command(argv: Sequence[str] | None) -> int:
     except BrokenPipeError:
         raise
     except OSError as error:
-        print(f"{arguments.inventory.name}: {one_line(str(error))}", file=sys.stderr)
+        print(one_line(f"{error.filename}: {error.strerror}" if error.filename else str(error)), file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130

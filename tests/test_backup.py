@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import sqlite3
@@ -110,6 +111,12 @@ def test_nothing_is_overwritten(served: Path, tmp_path: Path, capsys: pytest.Cap
     assert main([*inventory, "restore", str(saved)]) == 2
     assert "is there already" in capsys.readouterr().err
     assert {path: path.read_bytes() for path in served.rglob("*") if path.is_file()} == files
+
+
+def test_a_place_that_is_none(served: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    place = tmp_path / "none" / "b.tgz"
+    assert main(["--inventory", str(served / "inventory.yaml"), "backup", str(place)]) == 1
+    assert capsys.readouterr().err == f"{place}: {os.strerror(errno.ENOENT)}\n"
 
 
 def test_nothing_is_played_into_what_is_restored(

@@ -190,6 +190,8 @@ FAULTS: dict[str, tuple[str, str]] = {
     ),
     "critical maybe": (more("critical: ¦maybe"), "resources[0].critical"),
     "platform": (more("platform: ¦solaris"), "resources[0].platform: must be one of unix"),
+    "platform, misspelt": (more("platform: ¦linxu"), "push; did you mean linux?"),
+    "platform, misspelt, which needs no host": ("resources: [{platform: ¦simulate}]", "; did you mean simulated?"),
     "platform is a list": (more("platform: ¦[linux]"), "resources[0].platform: must be one of unix"),
     "platform is a mapping": (more("platform: ¦{a: linux}"), "resources[0].platform"),
     "platform wrong, with seed": (more("platform: ¦simulatd\n    seed: 1"), "resources[0].platform"),

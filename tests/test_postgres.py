@@ -539,6 +539,18 @@ def test_one_service_at_a_time(server: PostgresServer) -> None:
         pass
 
 
+def test_of_several_each_is_said_to_run_or_not(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Another one's life is no life of this one."""
+    path, server = write_inventory(folder, service="  machine: b\n"), database_in(folder)
+    assert isinstance(server, PostgresServer)
+    Store(server).close()
+    with server.lock(machine="a"):
+        assert server.is_running() and server.is_running("a") and not server.is_running("b")
+        for command, code in (("gate", 0), ("status", 3)):
+            assert healthchecker.main(["--inventory", str(path), command]) == code
+            assert "does not run, on b: the gate is closed" in capsys.readouterr().out
+
+
 def test_a_service_that_died_is_waited_for(server: PostgresServer, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its row counts until it is too old by the database's clock."""
     for name in ("LIVING", "FORGET_DEAD"):
@@ -737,7 +749,10 @@ def test_copies_that_are_refused(folder: Path) -> None:
         ("sqlite:///a.db", "sqlite:///full.db"): (2, "is not empty"),
         ("sqlite:///a.db", "postgresql+psycopg://hc:s3cret@127.0.0.1/x"): (2, "holds a password"),
         ("sqlite:///a.db", "mysql://x"): (2, "must be sqlite:///path or postgresql+psycopg://"),
-        ("sqlite:///a.db", "sqlite:///a.db"): (4, "another HealthChecker is using"),
+        ("sqlite:///a.db", "sqlite:///a.db"): (2, f"FROM and TO are both {folder / 'a.db'}; name another one"),
+        (url, url): (2, f"FROM and TO are both {url}; name another one"),
+        ("sqlite:///a.db", f"sqlite:///{folder}/none/b.db"): (
+            4, f"database {folder}/none/b.db cannot be used: No such file or directory; name another one"),
     }
     for (source, target), (code, why) in refused.items():
         done = run(path, "database", "copy", source, target)

@@ -105,6 +105,17 @@ def test_degraded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert numbers(status(tmp_path, capsys)[1])["groups_closed"] == 1
 
 
+def test_what_was_never_polled_is_of_no_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_inventory(tmp_path, "  - {name: waits, platform: push, password: 0123456789abcdef}\n" + WELL)
+    prepared_keys(tmp_path)
+    with Service(tmp_path / "inventory.yaml"):
+        wait_for(lambda: has_found(tmp_path, capsys, 2, healthy=1, unknown=1))
+        for words in ((), ("waits",)):
+            told = json.loads(status(tmp_path, capsys, "--json", *words)[1])
+            assert [each["since"] for each in told["others"]] == [None]
+            assert [each["since"] for each in told["named"]] == [None] * len(words)
+
+
 def test_maintenance_is_no_trouble(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with console(tmp_path, WELL + SICK) as (service, _):
         service.wait_status("/-/readyz", 503)
@@ -171,7 +182,9 @@ def test_faults_are_no_closed_gate(tmp_path: Path, capsys: pytest.CaptureFixture
     write_inventory(tmp_path)
     (tmp_path / "healthchecker.db").write_bytes(b"no database" * 100)
     assert status(tmp_path, capsys, "--json")[0] == 3
-    for words, wanted in ((["status", "--nonsense"], 3), (["status", "--json=x"], 3), (["gate", "--nonsense"], 2)):
+    for words, wanted in ((["status", "--nonsense"], 3), (["status", "--json=x"], 3), (["gate", "--nonsense"], 2),
+                          (["gate", "status"], 2), (["--inventory", "status", "gate", "x"], 2),
+                          (["--inv", "x", "--listen=:1", "status", "--nonsense"], 3)):
         with pytest.raises(SystemExit) as end:
             healthchecker.main(words)
         assert end.value.code == wanted
