@@ -8505,14 +8505,15 @@ class Uplink:
                  clock: Callable[[], float] = lease_clock, wall: Callable[[], float] = time.time) -> None:
         self._addresses, self._hold, self._resolver, self.clock = addresses, hold, resolver or Resolver(), clock
         self._wall = wall
-        self._lock = threading.Lock()               # guards the next thirteen
+        self._lock = threading.Lock()               # guards the next fourteen
         self.cut: Cut | None = None
         self._last: Cut | None = None               # this one, or the one before
         self._is_cut = False                        # also while most machines do not answer
-        self._machines: set[str] = set()            # with a result, or asked for one
+        self._machines: set[str] = set()            # with a result
         self._failing: set[str] = set()             # those that did not answer the last time
         self._unsure: set[str] = set()              # those that were asked, and of which nothing is known yet
-        self._others: set[str] = set()              # what other machines poll: it counts while no uplink answers
+        self._others: set[str] = set()              # what other machines poll: it counts while no uplink answers,
+        self._extra: set[str] = set()               # as far as it is asked because of that
         self._failed_mono = -math.inf               # the last result without an answer
         self._fell_mono = -math.inf                 # and the last one of what had answered before
         self._urged_mono = -math.inf                # when those unsure were asked
@@ -8562,7 +8563,7 @@ class Uplink:
     def forget(self, name: str) -> None:
         """It is not watched any more, or in maintenance."""
         with self._lock:
-            for names in (self._machines, self._failing, self._unsure, self._others):
+            for names in (self._machines, self._failing, self._unsure, self._others, self._extra):
                 names.discard(name)
             self._judge()
 
@@ -8597,14 +8598,19 @@ class Uplink:
         """Whether it may soon turn out that this machine is cut off, and an outage due to that."""
         if self.cut or not self._addresses or since_mono == math.inf:
             return False
-        may_be = self._silent_mono < math.inf and 2 * len(self._failing | self._unsure) > len(self._machines)
-        return (may_be and self.clock() - self._urged_mono < UPLINK_DOUBT) or since_mono > self._asked_mono
+        may_be = self._silent_mono < math.inf and self.clock() - self._urged_mono < UPLINK_DOUBT
+        most = may_be and 2 * len(self._failing | self._unsure) > len(self._machines | self._extra)
+        return most or since_mono > self._asked_mono
 
     def _judge(self) -> None:
         """Takes up whether this machine is cut off; the caller holds the lock."""
         if not self._failing and self._silent_mono < math.inf:
             self._end_silence()     # nobody asks any more
         now, count, total = self.clock(), len(self._failing), len(self._machines)
+        if extra := self._extra:    # most of its own, or of all: what does not answer yet is none of them
+            own, own_total = count - len(extra & self._failing), total - len(extra & self._machines)
+            is_own = own_total > 1 and 2 * own > own_total
+            count, total = (own, own_total) if is_own else (count, total + len(extra - self._machines))
         self._is_cut = is_cut = self._silent_mono <= now and total > 1 and 2 * count > total
         if is_cut and self.cut is None and now - self._asked_mono < UPLINK_FRESH:
             text = f"cut off: {count} of {total} machines do not answer, nor does an uplink"
@@ -8618,7 +8624,7 @@ class Uplink:
         self._silent_mono = math.inf
         self._machines -= self._others
         self._failing -= self._others
-        self._unsure.clear()
+        self._unsure, self._extra = set(), set()
 
     def _run(self) -> None:
         told = self.cut
@@ -8652,8 +8658,8 @@ class Uplink:
                 self._calm_mono = self.clock()
             elif was_calm or self._fell_mono > before_mono:
                 urged = [*self._machines - self._failing, *self._others - self._machines]
-                self._machines |= {*urged[:URGED_MAX]}
-                self._unsure, self._urged_mono = self._machines - self._failing, self.clock()
+                self._extra |= {*urged[:URGED_MAX]} - self._machines
+                self._unsure, self._urged_mono = (self._machines | self._extra) - self._failing, self.clock()
             self._silent_mono = math.inf if answered else min(self._silent_mono, begun_mono)
             self._judge()
         self._urge(urged[:URGED_MAX])
