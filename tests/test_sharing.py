@@ -514,10 +514,12 @@ def test_of_what_is_behind_another_nobody_is_told(tmp_path: Path, postgres: Post
     with contextlib.closing(made):
         made.begin("a", "b")
         wait_for(lambda: made.shared_by("a", "b") and made.answers() == {200}, 60)
-        for name in NAMES:
-            made.hosts[name].leave()
         bad = "SELECT count(*) FROM status WHERE state = 'unhealthy'"
-        wait_for(lambda: made.execute(bad) == [(len(NAMES),)] and hook.requests, 60)
+        made.hosts[NAMES[0]].leave()
+        wait_for(lambda: made.execute(bad) == [(1,)] and hook.requests, 60)
+        for name in NAMES[1:]:
+            made.hosts[name].leave()
+        wait_for(lambda: made.execute(bad) == [(len(NAMES),)], 60)
         for name in reversed(NAMES):
             made.hosts[name].come_back()
         wait_for(lambda: made.answers() == {200} and len(hook.requests) > 1, 60)
