@@ -17699,7 +17699,6 @@ def limit_arenas() -> None:
 def watch(installation: Installation, store: Store, console: Sequence[socket.socket], supervisor: Supervisor,
           hangups: queue.SimpleQueue[bool]) -> None:
     """Takes the inventory over, watches it and lets the workers serve until a signal comes."""
-    limit_arenas()
     inventory, service, members = installation.inventory, supervisor.service, installation.members
     access = installation.access(keeps=True)
     with contextlib.ExitStack() as stack:
@@ -17767,6 +17766,7 @@ def serve(arguments: argparse.Namespace) -> int:
         taken.set()
         supervisor.stop()
 
+    limit_arenas()
     with installation.serving(leave), contextlib.closing(supervisor):
         hangups: queue.SimpleQueue[bool] = queue.SimpleQueue()
         handle_signals(supervisor.stop, hangups)    # from here on: an interrupt would leave a worker that nobody knows
