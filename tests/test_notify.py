@@ -317,6 +317,32 @@ def test_planned_work_is_no_failure(told: str, kind: str) -> None:
     assert desk.kinds[0] == kind and set(desk.kinds[1:]) <= {"info"}
 
 
+BY_HAND = {**OPEN, "text": "closed -> open (opened by command line: a try (mine)) after 100 s"}
+
+
+@pytest.mark.parametrize(("seconds", "title"), [
+    (100, "the gate is opened by command line: a try (mine)"), (10, "the gate was closed")])
+def test_an_end_that_is_no_recovery(seconds: float, title: str) -> None:
+    """Such as an override while the resources are as bad as before: who, and no success."""
+    desk = Desk()
+    desk.happens(**CLOSED)
+    desk.until(seconds)
+    desk.happens(**BY_HAND)
+    desk.until(200)
+    assert (desk.titles[-1][1], desk.kinds[-1]) == (title, "info")
+    assert "opened by command line: a try (mine)" in desk.said[-1][2]
+
+
+def test_a_recovery_is_a_success() -> None:
+    desk = Desk(on=["gate", "state"])
+    for begin, end in ((CLOSED, OPEN), (SICK, WELL)):
+        desk.happens(**begin)
+        desk.until(desk.now - NOON + 50)
+        desk.happens(**end)
+        desk.until(desk.now - NOON + 50)
+    assert desk.kinds == ["failure", "success"] * 2
+
+
 def test_the_lines_of_the_gate_are_what_keeps_it_closed() -> None:
     """Where resources are not told by themselves."""
     desk = Desk()
