@@ -16780,7 +16780,7 @@ class Notifier(threading.Thread):
         self._members, self._epoch = members or Membership(), ""
         self._store, self._vault, self._problems, self._console = store, vault, problems, console
         self._ending, self._trouble = threading.Event(), Trouble("nobody can be told")
-        self._unkept = Trouble("what was told cannot be kept")
+        self._unread, self._unkept = Trouble("what to tell cannot be read"), Trouble("what was told cannot be kept")
         self._announcers: dict[int, Announcer] = {}     # by the receiver's id; the rows are a copy of them
         self._saved: dict[int, object] = {}
         self._lost: list[str] = []          # texts of events to be written
@@ -16803,7 +16803,7 @@ class Notifier(threading.Thread):
             self._epoch, self._announcers, self._saved, self._revision = epoch, {}, {}, -1
         if not self._members.speaks:
             return self._take_results(now)
-        with self._trouble.caught():        # what cannot be read is no reason to keep what is known to oneself
+        with self._unread.caught():         # what cannot be read is no reason to keep what is known to oneself
             with self._store.reading() as session:
                 self._follow(session)
                 self._take_results(now)     # after that, or what came would be forgotten, and be sent again

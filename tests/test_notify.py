@@ -23,7 +23,7 @@ import pytest
 from aiosmtpd.controller import Controller
 from aiosmtpd.smtp import AuthResult
 from console import prepared_database, prepared_vault
-from postgres import database_in, refusing, settings_of
+from postgres import database_in, execute, refusing, settings_of
 from service import Program, Service, prepared_keys, run, write_inventory
 from sshd import wait_for
 from wsman_server import make_certificate
@@ -920,6 +920,22 @@ def test_a_database_that_cannot_be_written_is_told(tmp_path: Path, store: Store,
             notifier.look(NOON + second)
         notifier.close()
     assert len(hook.requests) == 1 and "it is full" in hook.requests[0].json["message"]
+
+
+def test_a_database_that_cannot_be_read_is_one_trouble(
+    tmp_path: Path, store: Store, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Which is over when it can be, and not with the next step."""
+    caplog.set_level(logging.INFO)
+    notifier = Notifier(store, prepared_vault(tmp_path), dict, "")
+    execute(store.database, "ALTER TABLE receiver RENAME TO gone")
+    notifier.start()
+    wait_for(lambda: "receiver" in caplog.text)
+    notifier.close()
+    assert "that is over" not in caplog.text
+    execute(store.database, "ALTER TABLE gone RENAME TO receiver")
+    notifier.look(NOON)
+    assert caplog.text.count("that is over, after") == 1
 
 
 def test_what_is_given_up_is_an_event_and_shown(tmp_path: Path, store: Store, hook: Hook,
