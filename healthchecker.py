@@ -16658,7 +16658,8 @@ def line_of(notice: Notice) -> str:
     lasted = duration_text(notice.over_at - notice.since_at)
     if notice.told_at:
         return f"{what}: {ended}, {stamp(notice.over_at)}, after {lasted}"
-    return f"{what}: {notice.text}; from {stamp(notice.since_at)} to {stamp(notice.over_at)}, {lasted}{often}"
+    return (f"{what}: {notice.text}; from {stamp(notice.since_at)} to {stamp(notice.over_at)}, {lasted}{often}"
+            f"{notice.ending and '; '}{notice.ending}")
 
 
 def first_lines(lines: Sequence[str]) -> list[str]:
@@ -16685,7 +16686,7 @@ def write_message(chosen: Sequence[Notice], picture: Picture, is_mine: Callable[
              *first_lines([f"{name}: {why}; since {stamp(at)}" for at, name, why in sick if name not in named])]
     title = (f"HealthChecker: {headline(chosen[0])}{f', {len(sick)} unhealthy' if sick else ''}"
              f"{f', and {len(chosen) - 1} more' if len(chosen) > 1 else ''}")
-    bad = {not each.over_at for each in chosen if each.kind != "maintenance"}
+    bad = {not each.over_at for each in chosen if each.kind != "maintenance" and not each.ending}   # no recovery
     return Message(one_line(title), "\n".join(filter(None, [*lines, console])),
                    "failure" if True in bad else "success" if bad else "info")
 
@@ -16693,6 +16694,7 @@ def write_message(chosen: Sequence[Notice], picture: Picture, is_mine: Callable[
 LETTER = TypeAdapter(tuple[str, str, str, list[dict[str, Any]]])    # a Message in a row, with the ends that it tells
 NO_LETTER = '["", "", "", []]'
 BAD_STATES = ("closed", "unhealthy")        # of events that begin something
+BY_HAND = re.compile(r"-> open \((opened by .*)\)(?: after \d+ s)?$")      # who has opened what may be as bad as before
 
 
 def is_seen_to(notice: Notice, picture: Picture) -> bool:
@@ -16731,7 +16733,7 @@ class Announcer:
         if (happened.state in BAD_STATES or is_clock) and not (kind == "state" and name in picture.excused):
             self._begin(kind, name, happened.text, at, times=int(STARTING not in happened.text))
         if happened.state not in BAD_STATES:
-            self._end(kind, name, at)
+            self._end(kind, name, at, "".join(BY_HAND.findall(happened.text)))
 
     def settle(self, picture: Picture, now: float) -> None:
         """Ends what the rows say is over, whatever became of its event, and begins what they say is bad."""
@@ -17075,7 +17077,7 @@ class Notifier(threading.Thread):
         self._blames = monitor.blames if monitor else lambda _: None
         self._store, self._vault, self._problems, self._console = store, vault, problems, console
         self._ending, self._trouble = threading.Event(), Trouble("nobody can be told")
-        self._unkept = Trouble("what was told cannot be kept")
+        self._unread, self._unkept = Trouble("what to tell cannot be read"), Trouble("what was told cannot be kept")
         self._announcers: dict[int, Announcer] = {}     # by the receiver's id; the rows are a copy of them
         self._saved: dict[int, object] = {}
         self._lost: list[str] = []          # texts of events to be written
@@ -17098,7 +17100,7 @@ class Notifier(threading.Thread):
             self._epoch, self._announcers, self._saved, self._revision = epoch, {}, {}, -1
         if not self._members.speaks:
             return self._take_results(now)
-        with self._trouble.caught():        # what cannot be read is no reason to keep what is known to oneself
+        with self._unread.caught():         # what cannot be read is no reason to keep what is known to oneself
             with self._store.reading() as session:
                 self._follow(session)
                 self._take_results(now)     # after that, or what came would be forgotten, and be sent again

@@ -24,7 +24,7 @@ import pytest
 from aiosmtpd.controller import Controller
 from aiosmtpd.smtp import AuthResult
 from console import prepared_database, prepared_vault
-from postgres import database_in, refusing, settings_of
+from postgres import database_in, execute, refusing, settings_of
 from service import Program, Service, prepared_keys, run, write_inventory
 from sshd import wait_for
 from test_poll import House, Machines, good, house, machines, maintain, unreachable, vault
@@ -332,6 +332,32 @@ def test_planned_work_is_no_failure(told: str, kind: str) -> None:
     desk.change("works", {})
     desk.until(60)
     assert desk.kinds[0] == kind and set(desk.kinds[1:]) <= {"info"}
+
+
+BY_HAND = {**OPEN, "text": "closed -> open (opened by command line: a try (mine)) after 100 s"}
+
+
+@pytest.mark.parametrize(("seconds", "title"), [
+    (100, "the gate is opened by command line: a try (mine)"), (10, "the gate was closed")])
+def test_an_end_that_is_no_recovery(seconds: float, title: str) -> None:
+    """Such as an override while the resources are as bad as before: who, and no success."""
+    desk = Desk()
+    desk.happens(**CLOSED)
+    desk.until(seconds)
+    desk.happens(**BY_HAND)
+    desk.until(200)
+    assert (desk.titles[-1][1], desk.kinds[-1]) == (title, "info")
+    assert "opened by command line: a try (mine)" in desk.said[-1][2]
+
+
+def test_a_recovery_is_a_success() -> None:
+    desk = Desk(on=["gate", "state"])
+    for begin, end in ((CLOSED, OPEN), (SICK, WELL)):
+        desk.happens(**begin)
+        desk.until(desk.now - NOON + 50)
+        desk.happens(**end)
+        desk.until(desk.now - NOON + 50)
+    assert desk.kinds == ["failure", "success"] * 2
 
 
 def test_the_lines_of_the_gate_are_what_keeps_it_closed() -> None:
@@ -952,6 +978,22 @@ def test_a_database_that_cannot_be_written_is_told(tmp_path: Path, store: Store,
             notifier.look(NOON + second)
         notifier.close()
     assert len(hook.requests) == 1 and "it is full" in hook.requests[0].json["message"]
+
+
+def test_a_database_that_cannot_be_read_is_one_trouble(
+    tmp_path: Path, store: Store, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Which is over when it can be, and not with the next step."""
+    caplog.set_level(logging.INFO)
+    notifier = Notifier(store, prepared_vault(tmp_path), dict, "")
+    execute(store.database, "ALTER TABLE receiver RENAME TO gone")
+    notifier.start()
+    wait_for(lambda: "receiver" in caplog.text)
+    notifier.close()
+    assert "that is over" not in caplog.text
+    execute(store.database, "ALTER TABLE gone RENAME TO receiver")
+    notifier.look(NOON)
+    assert caplog.text.count("that is over, after") == 1
 
 
 def test_what_is_given_up_is_an_event_and_shown(tmp_path: Path, store: Store, hook: Hook,
