@@ -10303,6 +10303,7 @@ class Poller(ResourceLease, threading.Thread):
 # leases and maintenance end. Names in `_mono` are monotonic times, in `_at` Unix times.
 # Gives: Monitor
 FOLLOW_INTERVAL = 50.0          # seconds after which the rows are looked at in any case: they may be changed by hand
+M_ARENA_MAX = -8                # of glibc's malloc.h
 CLOCK_STEP = 60.0               # seconds by which a clock that was set differs from one that is only adjusted
 OWN_FILES, HOST_FILES = 100, 2  # that are open: database, console, workers; for a host, whose connection is made anew
 
@@ -10341,6 +10342,12 @@ def require_files(before: Mapping[str, Target], targets: Mapping[str, Target]) -
     if hosts > known and (allowed := allow_files(wanted)) < wanted:
         log.warning("%.0f files may be open, which is too few for %d hosts: set LimitNOFILE (ulimit -n) to %d",
                     allowed, hosts, wanted)
+
+
+def limit_arenas() -> None:
+    """Has all threads share two of glibc's arenas: with one for each of hundreds of pollers, memory grows for hours."""
+    with contextlib.suppress(AttributeError, OSError, TypeError):     # of another system, or another libc
+        ctypes.CDLL(None).mallopt(M_ARENA_MAX, 2)
 
 
 def overruled(name: str, pollers: Mapping[str, Poller], context: PollContext) -> Standing | None:
@@ -10447,6 +10454,7 @@ class Monitor(threading.Thread):
 
     def begin(self) -> None:
         """Registers every resource, takes over fresh stored states and starts everything."""
+        limit_arenas()
         now_at = self._zero_at
         with self._store.reading() as session:
             own = self._store.own
@@ -17431,7 +17439,6 @@ def restore(arguments: argparse.Namespace) -> int:
 # other way round: the workers drain while the pollers go on, then console, pollers and database close.
 # Gives: check_files, database_at, Installation, reload, serve
 RELOAD_END = 2.0                # seconds that the end of the service waits for one
-M_ARENA_MAX = -8                # of glibc's malloc.h
 
 
 def ensure_inventory(path: Path) -> None:
@@ -17692,12 +17699,6 @@ def console_url(service: ServiceSettings) -> str:
     return service.console_url or ("" if service.console == "off" else f"http://{service.console}{PREFIX}")
 
 
-def limit_arenas() -> None:
-    """Has all threads share two of glibc's arenas: with one for each of hundreds of pollers, memory grows for hours."""
-    with contextlib.suppress(AttributeError, OSError, TypeError):     # of another system, or another libc
-        ctypes.CDLL(None).mallopt(M_ARENA_MAX, 2)
-
-
 def watch(installation: Installation, store: Store, console: Sequence[socket.socket], supervisor: Supervisor,
           hangups: queue.SimpleQueue[bool]) -> None:
     """Takes the inventory over, watches it and lets the workers serve until a signal comes."""
@@ -17768,7 +17769,6 @@ def serve(arguments: argparse.Namespace) -> int:
         taken.set()
         supervisor.stop()
 
-    limit_arenas()
     with installation.serving(leave), contextlib.closing(supervisor):
         hangups: queue.SimpleQueue[bool] = queue.SimpleQueue()
         handle_signals(supervisor.stop, hangups)    # from here on: an interrupt would leave a worker that nobody knows
