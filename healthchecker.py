@@ -10165,13 +10165,14 @@ class Poller(ResourceLease, threading.Thread):
 
     def _next_mono(self) -> float:
         """When it polls; one that is urged as soon as after a bad result of its own, one that rests when nothing is
-        heard of others, whatever became of them or of the database, and then at its own interval."""
-        soon = self._polled_mono + self.target.settings.retry
+        heard of others, whatever became of them or of the database, and not so often that theirs could not be heard."""
+        settings, soon = self.target.settings, self._polled_mono + self.target.settings.retry
         if self.doubt.is_urged:
             return min(self._due_mono, soon)
-        if not self.rests or self._alone:
+        if not self.rests or (self._alone and not self.standing.decided):
             return self._due_mono
-        return max(soon, time.monotonic() + self.expires_mono - TAKE_OVER / 2 - lease_clock())
+        ahead = self._spare / 2 or max(LEASE_GRACE, settings.ttl - 2 * settings.interval)   # of the end of what counts
+        return max(soon, time.monotonic() + self.expires_mono - ahead - lease_clock())
 
     def poll_now(self) -> concurrent.futures.Future[Report]:
         """Polls at once, as far as no account can be locked by it; gives the report of that poll, or is cancelled."""

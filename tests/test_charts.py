@@ -15,7 +15,18 @@ from browser import PASSWORD, chromium, enter, visit
 from conftest import wait_for
 from console import local_console, served
 
-from healthchecker import FILESYSTEMS, SAMPLES, Event, Mark, Point, chart_svg, marks_of, record_event, table_rows
+from healthchecker import (
+    FILESYSTEMS,
+    QUARTER,
+    SAMPLES,
+    Event,
+    Mark,
+    Point,
+    chart_svg,
+    marks_of,
+    record_event,
+    table_rows,
+)
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
@@ -78,15 +89,16 @@ def test_values_on_hover_and_by_keyboard(browser: Browser, tmp_path: Path) -> No
         local.context.monitor.poll_now("one", 60)
         assert local.context.monitor.flush()    # or the polls would come among what is written here
         now = time.time()
+        begin = (now - 1900) // QUARTER * QUARTER   # an average that is made meanwhile holds nothing of before
         with local.store.writing() as session:
             session.execute(SAMPLES.delete())
             session.execute(SAMPLES.insert(), [
-                {"resource_id": 1, "at": now - 1900 + 100 * n, "reason": "", "poll": "h", "standing": "h",
+                {"resource_id": 1, "at": begin + 100 * n, "reason": "", "poll": "h", "standing": "h",
                  "counts": 100, "cpu_percent": 100 * n, "memory_percent": 5000} for n in range(19)])  # fmt: skip
             session.execute(FILESYSTEMS.insert(), [
                 {"resource_id": 1, "at": int(now) - at, "percents": json.dumps({"/<b>": percent, "/var": 1})}
                 for at, percent in ((3000, 1000), (500, 4000))])  # fmt: skip
-            record_event(session, "state", "healthy -> unhealthy (check: <i>)", resource="one", at=now - 1000)
+            record_event(session, "state", "healthy -> unhealthy (check: <i>)", resource="one", at=begin + 900)
         context, page, faults = visit(browser, local)
         enter(page, local)
         page.goto("/-/resources/one")
