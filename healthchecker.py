@@ -1025,8 +1025,8 @@ def fits_platform(expect: Expect, info: Any) -> Expect:
 # What can be set of the service and of a resource: frozen models with default, unit and bounds. In come nested texts,
 # out go settings in which every path is absolute, or a ValidationError. A validation's context is the inventory's
 # folder. Pure.
-# Gives: COMPANIONS, conflicts, CREDENTIALS, FILES, foreign_fields, HOSTLESS, KEY_FILES, LOCAL_SERVICES, of_url,
-# PASSPHRASES, ReceiverSettings, ResourceSettings, Retention, SECRETS, ServiceSettings, USUAL
+# Gives: COMPANIONS, conflicts, CREDENTIALS, FILES, foreign_fields, HOSTLESS, KEY_FILES, LEASE_GRACE, LOCAL_SERVICES,
+# of_url, PASSPHRASES, ReceiverSettings, ResourceSettings, Retention, SECRETS, ServiceSettings, USUAL
 LEASE_GRACE = 2.0               # seconds added to a lease for a busy machine
 KEY_FILES = ("private.pem", "public.pem", "next.pem")
 COMPANIONS = ("-wal", "-shm", "-journal", ".lock")      # files beside the database
