@@ -9704,9 +9704,11 @@ def origin_of(report: Report) -> Origin | None:
     return Origin(report.epoch, report.target.id, report.at) if report.verdict.cause in UNSURE else None
 
 
-def unsaid(session: Session, events: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+def unsaid(session: Session, events: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """Without that something is open, closed or healthy where the last event says so already: another machine's, or
     that before those which were refuted."""
+    if not events:
+        return      # most times; it takes longer the more events there are
     keys = Event.kind, Event.group, Event.resource
     last = sqlalchemy.select(func.max(Event.id)).where(Event.kind.in_(("gate", "group", "state"))).group_by(*keys)
     said = {(*key,): state for *key, state in session.execute(
