@@ -30,12 +30,12 @@ from types import TracebackType
 from typing import Any, NamedTuple
 
 import pytest
-from postgres import settings_of
+from postgres import URL_FILE, database_in, settings_of
 from rights import without_root_rights
 from typing_extensions import Self  # typing has it from Python 3.11 on
 
 import healthchecker
-from healthchecker import HealthAggregator, Supervisor, Vault, listen, load_inventory
+from healthchecker import HealthAggregator, Store, Supervisor, Vault, listen, load_inventory
 
 FEW = 1000  # rounds of PBKDF2: what the real number costs is not what most tests show
 PROGRAM = Path(__file__).resolve().parent.parent / "healthchecker.py"
@@ -174,6 +174,30 @@ def prepared_keys(folder: Path) -> Path:
         (keys / name).write_bytes(content)
         (keys / name).chmod(0o600)
     return keys
+
+
+@functools.cache
+def _tables() -> bytes:
+    """A file with the tables, made once in a test run: making them takes more time than most tests."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "healthchecker.db"
+        Store(path).close()
+        return path.read_bytes()
+
+
+def prepared_tables(folder: Path) -> None:
+    """Puts a database with nothing but its tables into `folder`, as a first start would have made it, unless there is
+    one. One of PostgreSQL has them already, see Postgres.prepared."""
+    path = folder / "healthchecker.db"
+    if not path.exists() and not (folder / URL_FILE).exists():
+        path.write_bytes(_tables())
+        path.chmod(0o600)
+
+
+def store_in(folder: Path, machine: str = "") -> Store:
+    """The database of a test in its folder."""
+    prepared_tables(folder)
+    return Store(database_in(folder), machine=machine)
 
 
 def ask_to_end(process: subprocess.Popen[str]) -> None:
@@ -435,13 +459,15 @@ class Program:
 
 
 class Service(Program):
-    """The same of modules that are there already (POSIX), with a key pair that was made before. Its processes have no
-    other difference but that they share the memory of what was imported, and hash new passwords with few rounds."""
+    """The same of modules that are there already (POSIX), with keys and tables that were made before. Its processes
+    have no other difference but that they share the memory of what was imported, and hash new passwords with few
+    rounds."""
 
     def __enter__(self) -> Self:
         folder = self.inventory.parent
         if sys.platform != "win32" and not any((folder / name).exists() for name in ("keys", "healthchecker.db")):
             prepared_keys(folder)
+            prepared_tables(folder)
         return super().__enter__()
 
     def launch(self) -> Any:
