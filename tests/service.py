@@ -92,7 +92,7 @@ def fresh_processes() -> Any:
         return multiprocessing.get_context("spawn")
     forkserver = importlib.import_module("multiprocessing.forkserver")  # POSIX only
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["healthchecker", "service", "test_vault", "test_storage"])
+    context.set_forkserver_preload(["healthchecker", "service", "test_vault", "test_storage", "warm"])
     before = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)  # the server of Python 3.11 and before looks nowhere else
     try:
@@ -263,7 +263,6 @@ def few_rounds() -> Iterator[None]:
 
 def _serve(arguments: list[str], folder: str, environ: dict[str, str], output: Any) -> None:
     """The life of a `QuickProcess`."""
-    gc.freeze()  # what is shared stays as it is
     os.setsid()
     os.chdir(folder)
     os.environ.clear()
