@@ -158,7 +158,7 @@ def folder_with_database(request: pytest.FixtureRequest, factory: pytest.TempPat
         if why := missing_postgres():
             pytest.skip(why)
         server = request.getfixturevalue("postgres")
-        (folder / URL_FILE).write_text(server.url(server.database()), encoding="utf-8")
+        (folder / URL_FILE).write_text(server.url(server.prepared()), encoding="utf-8")
     return folder
 
 

@@ -17,8 +17,7 @@ from typing import Any, NamedTuple
 from urllib.parse import quote, urlencode
 
 import flask
-from postgres import database_in
-from service import FEW, Service, prepared_keys, write_inventory
+from service import FEW, Service, prepared_keys, store_in, write_inventory
 from sshd import wait_for
 
 from healthchecker import (
@@ -40,7 +39,6 @@ from healthchecker import (
     Retention,
     ServingMetrics,
     Setting,
-    Store,
     User,
     Vault,
     build_console,
@@ -154,7 +152,7 @@ def make_user(name: str = NAME, password: str = PASSWORD, role: str = "admin") -
 def prepared_database(folder: Path, *users: User) -> None:
     """Puts keys and a database with these users, or with NAME whose password is PASSWORD, into `folder`."""
     prepared_keys(folder)
-    with contextlib.closing(Store(database_in(folder))) as store, store.writing() as session:
+    with contextlib.closing(store_in(folder)) as store, store.writing() as session:
         session.add_all(users or [make_user()])
 
 
@@ -298,7 +296,7 @@ def local_console(
     Where there is no user yet, the first one has `password`, which was changed if it is not the documented one.
     Time goes by as `clock` says, and otherwise as the test says."""
     inventory = load_inventory(write_inventory(folder, resources, service))
-    store, vault = Store(database_in(folder)), prepared_vault(folder)
+    store, vault = store_in(folder), prepared_vault(folder)
     with store.writing() as session:
         if session.scalar(sqlalchemy.select(User).limit(1)) is None:
             session.add(make_user(NAME, password))

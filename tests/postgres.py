@@ -81,7 +81,7 @@ class Postgres(Program):
     """A cluster of databases, with an account that may make some; nothing of it outlasts the test."""
 
     def __init__(self, folder: Path) -> None:
-        self._count = 0
+        self._count, self._model = 0, ""
         assert BINARIES
         (folder / "password").write_text(PASSWORD, encoding="utf-8")
         if os.geteuid() == 0:
@@ -146,6 +146,15 @@ class Postgres(Program):
         name = f"test{self._count}"
         self.execute(f"CREATE DATABASE {name} {more}")
         return name
+
+    def prepared(self) -> str:
+        """The name of a new one with nothing but our tables, as a first start would have made it."""
+        from healthchecker import PostgresServer, Store  # noqa: PLC0415
+
+        if not self._model:
+            self._model = self.database()
+            Store(PostgresServer(self.url(self._model), SecretStr(PASSWORD))).close()
+        return self.database(f"TEMPLATE {self._model}")
 
 
 @functools.cache

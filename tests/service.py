@@ -30,12 +30,12 @@ from types import TracebackType
 from typing import Any, NamedTuple
 
 import pytest
-from postgres import settings_of
+from postgres import URL_FILE, database_in, settings_of
 from rights import without_root_rights
 from typing_extensions import Self  # typing has it from Python 3.11 on
 
 import healthchecker
-from healthchecker import HealthAggregator, Supervisor, Vault, listen, load_inventory
+from healthchecker import HealthAggregator, Store, Supervisor, Vault, listen, load_inventory
 
 FEW = 1000  # rounds of PBKDF2: what the real number costs is not what most tests show
 PROGRAM = Path(__file__).resolve().parent.parent / "healthchecker.py"
@@ -92,7 +92,7 @@ def fresh_processes() -> Any:
         return multiprocessing.get_context("spawn")
     forkserver = importlib.import_module("multiprocessing.forkserver")  # POSIX only
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["healthchecker", "service", "test_vault", "test_storage"])
+    context.set_forkserver_preload(["healthchecker", "service", "test_vault", "test_storage", "warm"])
     before = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)  # the server of Python 3.11 and before looks nowhere else
     try:
@@ -176,6 +176,30 @@ def prepared_keys(folder: Path) -> Path:
     return keys
 
 
+@functools.cache
+def _tables() -> bytes:
+    """A file with the tables, made once in a test run: making them takes more time than most tests."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "healthchecker.db"
+        Store(path).close()
+        return path.read_bytes()
+
+
+def prepared_tables(folder: Path) -> None:
+    """Puts a database with nothing but its tables into `folder`, as a first start would have made it, unless there is
+    one. One of PostgreSQL has them already, see Postgres.prepared."""
+    path = folder / "healthchecker.db"
+    if not path.exists() and not (folder / URL_FILE).exists():
+        path.write_bytes(_tables())
+        path.chmod(0o600)
+
+
+def store_in(folder: Path, machine: str = "") -> Store:
+    """The database of a test in its folder."""
+    prepared_tables(folder)
+    return Store(database_in(folder), machine=machine)
+
+
 def ask_to_end(process: subprocess.Popen[str]) -> None:
     """SIGTERM; on Windows, where that kills, a Ctrl-C sent by a process that joins its console for it."""
     if sys.platform == "win32":
@@ -239,7 +263,6 @@ def few_rounds() -> Iterator[None]:
 
 def _serve(arguments: list[str], folder: str, environ: dict[str, str], output: Any) -> None:
     """The life of a `QuickProcess`."""
-    gc.freeze()  # what is shared stays as it is
     os.setsid()
     os.chdir(folder)
     os.environ.clear()
@@ -435,13 +458,15 @@ class Program:
 
 
 class Service(Program):
-    """The same of modules that are there already (POSIX), with a key pair that was made before. Its processes have no
-    other difference but that they share the memory of what was imported, and hash new passwords with few rounds."""
+    """The same of modules that are there already (POSIX), with keys and tables that were made before. Its processes
+    have no other difference but that they share the memory of what was imported, and hash new passwords with few
+    rounds."""
 
     def __enter__(self) -> Self:
         folder = self.inventory.parent
         if sys.platform != "win32" and not any((folder / name).exists() for name in ("keys", "healthchecker.db")):
             prepared_keys(folder)
+            prepared_tables(folder)
         return super().__enter__()
 
     def launch(self) -> Any:

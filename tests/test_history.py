@@ -15,7 +15,7 @@ import sqlalchemy
 from bench_history import LOOKED_AT, NOW, fill, milliseconds, resources, site
 from conftest import wait_for
 from postgres import database_in, execute, refusing
-from service import Service, prepared_keys, write_inventory
+from service import Service, prepared_keys, store_in, write_inventory
 
 import healthchecker
 from healthchecker import (
@@ -34,7 +34,6 @@ from healthchecker import (
     Sample,
     Standing,
     Status,
-    Store,
     Vault,
     Verdict,
     availability,
@@ -61,7 +60,7 @@ class Notebook:
     """A database with resources, and what a recorder writes into it when their pollers report."""
 
     def __init__(self, folder: Path, count: int = 1, retention: Retention | None = None) -> None:
-        self.store = Store(database_in(folder))
+        self.store = store_in(folder)
         with self.store.writing() as session:
             for number in range(count):
                 row = Resource(origin="inventory")

@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 from conftest import wait_for
 from console import Clock, console, local_console
-from postgres import database_in, refusing
+from postgres import refusing
+from service import store_in
 
 import healthchecker
 from healthchecker import (
@@ -31,7 +32,6 @@ from healthchecker import (
     RequestCounters,
     Retention,
     Setting,
-    Store,
     WatchedTime,
     gate_strip,
     incidents,
@@ -56,7 +56,7 @@ class Bench:
     """A service's gate and its log of incidents, with both clocks in hand."""
 
     def __init__(self, folder: Path, mode: str = "enforce") -> None:
-        self.store = Store(database_in(folder))
+        self.store = store_in(folder)
         self.mono, self.wall = Clock(1000.0), Clock()
         self.counters = Counters(1, ["/r", "/free"])
         self.requests = RequestCounters(self.counters)

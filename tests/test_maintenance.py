@@ -14,8 +14,8 @@ import pytest
 import sqlalchemy
 from conftest import wait_for
 from console import NAME, Local, local_console, make_user, prepared_database
-from postgres import database_in, execute, refusing
-from service import Service, run, write_inventory
+from postgres import database_in, execute, refusing, settings_of
+from service import Service, run, store_in, write_inventory
 from test_poll import vault
 
 import healthchecker
@@ -28,7 +28,6 @@ from healthchecker import (
     Plan,
     Resource,
     Status,
-    Store,
     Vault,
     end_acknowledgements,
     import_inventory,
@@ -176,7 +175,7 @@ class Diary:
 
     def __init__(self, folder: Path, vault: Vault) -> None:
         self.folder, self.vault = folder, vault
-        self.store = Store(database_in(folder))
+        self.store = store_in(folder)
         self.keeper = MaintenanceKeeper(self.store)
 
     def write(self, *plans: dict[str, str], rows: str = ROWS + GROUPS) -> Diary:
@@ -651,6 +650,8 @@ def test_a_plan_is_shown_ahead(tmp_path: Path) -> None:
 def test_commands(tmp_path: Path) -> None:
     """With no service, whose next start takes it up; and while it runs."""
     path = write_inventory(tmp_path, SERVED)
+    if settings_of(tmp_path):
+        execute(database_in(tmp_path), "DROP SCHEMA public CASCADE", "CREATE SCHEMA public")    # as before any start
     assert "start the service first" in run(path, "maintenance", "list").stderr
     prepared_database(tmp_path)
     with Service(path):

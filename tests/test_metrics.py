@@ -21,9 +21,8 @@ import pytest
 import sqlalchemy
 from conftest import wait_for
 from console import local_console
-from postgres import database_in
 from prometheus_client.parser import text_string_to_metric_families
-from service import Service, fresh_processes, prepared_keys, run_cheaply, write_inventory
+from service import Service, fresh_processes, prepared_keys, run_cheaply, store_in, write_inventory
 from test_transport import access
 
 import healthchecker
@@ -217,7 +216,7 @@ def tmp_path(database_folder: Path) -> Path:
 
 @pytest.fixture
 def store(tmp_path: Path) -> Iterator[Store]:
-    with closing(Store(database_in(tmp_path))) as store:
+    with closing(store_in(tmp_path)) as store:
         yield store
 
 

@@ -25,7 +25,7 @@ from aiosmtpd.controller import Controller
 from aiosmtpd.smtp import AuthResult
 from console import prepared_database, prepared_vault
 from postgres import database_in, execute, refusing, settings_of
-from service import Program, Service, prepared_keys, run, write_inventory
+from service import Program, Service, prepared_keys, run, store_in, write_inventory
 from sshd import wait_for
 from test_poll import House, Machines, good, house, machines, maintain, unreachable, vault
 from wsman_server import make_certificate
@@ -794,7 +794,7 @@ def tmp_path(database_folder: Path) -> Path:
 def store(tmp_path: Path) -> Iterator[Store]:
     database = database_in(tmp_path)
     machine = socket.gethostname() if isinstance(database, PostgresServer) else ""  # as the inventory has it
-    with contextlib.closing(Store(database, machine=machine)) as store:
+    with contextlib.closing(store_in(tmp_path, machine)) as store:
         yield store
 
 

@@ -22,6 +22,7 @@ import pytest
 import sqlalchemy
 from conftest import folder_with_database, wait_for
 from postgres import database_in, execute, refusing
+from service import prepared_keys, store_in
 
 import healthchecker
 from healthchecker import (
@@ -46,7 +47,6 @@ from healthchecker import (
     Resolver,
     ResourceSettings,
     Status,
-    Store,
     Target,
     Uplink,
     Vault,
@@ -142,9 +142,7 @@ def machines() -> Iterator[Machines]:
 # --- the service around them ---
 @pytest.fixture(scope="session")
 def vault(tmp_path_factory: pytest.TempPathFactory) -> Vault:
-    made = Vault(tmp_path_factory.mktemp("keys"))
-    made.create()
-    return made
+    return Vault(prepared_keys(tmp_path_factory.mktemp("keys")))
 
 
 class House:
@@ -152,7 +150,7 @@ class House:
 
     def __init__(self, folder: Path, vault: Vault) -> None:
         self.folder, self.vault = folder, vault
-        self.store = Store(database_in(folder))
+        self.store = store_in(folder)
 
     def write(self, *resources: str) -> None:
         """Resources in YAML's flow style; machines of ours where no platform is named."""

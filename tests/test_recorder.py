@@ -121,7 +121,7 @@ def two(postgres: Postgres) -> Iterator[Two]:
     """Machines a and b, which know each other."""
     with contextlib.ExitStack() as stack:
         def make(*names: str, **more: Any) -> tuple[Machine, Machine]:
-            url = postgres.url(postgres.database())
+            url = postgres.url(postgres.prepared())
             a, b = (stack.enter_context(Machine(name, url, names, **more)) for name in "ab")
             wait_for(lambda: a.knows("a", "b") and b.knows("a", "b"), 60)
             for machine in (a, b):

@@ -104,7 +104,7 @@ class Site:
 
     def __init__(self, folder: Path, postgres: Postgres, more: str = "") -> None:
         self.folder, self._postgres, self.more, self.behind = folder, postgres, more, ""
-        self.url = postgres.url(postgres.database())
+        self.url = postgres.url(postgres.prepared())
         self.hosts = {name: Host() for name in NAMES}
         self.machines: dict[str, Separate] = {}
         self._stack = contextlib.ExitStack()

@@ -29,7 +29,7 @@ import pytest
 import sqlalchemy
 from conftest import wait_for
 from postgres import database_in, execute, settings_of
-from service import Service, fresh_processes, prepared_keys, run_cheaply, write_inventory
+from service import Service, fresh_processes, prepared_keys, prepared_tables, run_cheaply, write_inventory
 from sqlalchemy.orm import Session
 
 import healthchecker
@@ -80,6 +80,7 @@ class Bench:
 
     def load(self, resources: str) -> Changes:
         setup = healthchecker.Installation(write_inventory(self.folder, resources))
+        prepared_tables(self.folder)
         with closing(Store(setup.database)) as store, store.writing() as session:
             return healthchecker.import_inventory(session, setup.inventory, self.vault)
 
@@ -943,13 +944,17 @@ def test_kill_during_the_first_start(bench: Bench, often: Callable[[int, int], i
     """The database is absent, empty or whole, and the next start makes it whole."""
     moments = random.Random(1147)
     path = write_inventory(bench.folder, hosts(10))
-    whole = killed(import_file, path, 30)
-    for _ in range(often(2, 16)):
+
+    def first_start(seconds: float) -> float:
         for leftover in bench.folder.glob("healthchecker.db*"):
             leftover.unlink()
         if not isinstance(bench.place, SqliteFile):
             execute(bench.place, "DROP SCHEMA public CASCADE", "CREATE SCHEMA public")
-        killed(import_file, path, moments.uniform(0, whole))
+        return killed(import_file, path, seconds)
+
+    whole = first_start(30)
+    for _ in range(often(2, 16)):
+        first_start(moments.uniform(0, whole))
         if bench.place.inspect():
             assert len(bench.rows()) in (0, MANY)
         bench.load(hosts(10))
@@ -957,10 +962,18 @@ def test_kill_during_the_first_start(bench: Bench, often: Callable[[int, int], i
 
 
 # --- databases as they are found -----------------------------------------------------------------------------
+@functools.cache
+def good_content() -> bytes:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "healthchecker.db"
+        with closing(Store(path)) as store, store.writing() as session:
+            for number in range(300):
+                session.add(Resource(name=f"n{number}", hostname="h" * 200, platform="local", port=1, settings="{}"))
+        return path.read_bytes()
+
+
 def good(path: Path) -> None:
-    with closing(Store(path)) as store, store.writing() as session:
-        for number in range(300):
-            session.add(Resource(name=f"n{number}", hostname="h" * 200, platform="local", port=1, settings="{}"))
+    path.write_bytes(good_content())
 
 
 def overwritten(path: Path, begin: int, count: int, byte: bytes = b"\xa5") -> None:
