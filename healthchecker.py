@@ -450,26 +450,25 @@ class SshConfig(paramiko.SSHConfig):
             raise ValueError("Match is by host, originalhost, user and localuser alone; `exec` would run a command")
         return found
 
-    def of(self, host: str) -> tuple[dict[str, str], list[str], bool]:
-        """What the file says of a host, in our names; its IdentityFiles; whether ProxyCommand leads there. Raises
-        ValueError."""
+    def of(self, host: str) -> tuple[dict[str, str], str | None, bool]:
+        """What the file says of a host, in our names; its first IdentityFile that is there; whether ProxyCommand leads
+        there. Raises ValueError."""
         try:
             said = self.lookup(host)
         except Exception as error:  # paramiko lets through whatever its look-ups raise
             raise ValueError(f"this file says nothing clear of the host ({type(error).__name__})") from error
         jump = said.get("proxyjump") or "none"
         return ({ours: said[theirs] for ours, theirs in self.SAID.items() if said.get(theirs) not in (None, "none")},
-                [name for name in said.get("identityfile", []) if os.path.isfile(os.path.expanduser(name))],
+                next(filter(os.path.isfile, said.get("identityfile", [])), None),
                 jump == "none" and said.get("proxycommand") is not None)
 
-    def hop(self, hop: str, user: str, keys: Sequence[str]) -> str:
-        """A bastion as an address, for a login as `user` with `keys` of this file. Raises ValueError."""
+    def hop(self, hop: str, user: str, key: str | None) -> str:
+        """A bastion as an address, for a login as `user` with this key. Raises ValueError."""
         found = HOP.fullmatch(hop)
         if not found:
             return hop
-        said, own_keys, command = self.of(found[2] or found[3])
-        own_keys = [os.path.expanduser(name) for name in own_keys[:1]]
-        if command or {"proxy_jump", "host_key_alias"} & said.keys() or (own_keys or keys) != keys:
+        said, own_key, command = self.of(found[2] or found[3])
+        if command or {"proxy_jump", "host_key_alias"} & said.keys() or own_key not in (None, key):
             raise ValueError("a bastion has a key, an alias or a way of its own in this file: add it as a resource")
         host = f"[{said['hostname']}]" if ":" in said["hostname"] else said["hostname"]
         return f"{found[1] or said.get('username', user)}@{host}:{found[4] or said.get('port', SSH_PORT)}"
@@ -477,16 +476,15 @@ class SshConfig(paramiko.SSHConfig):
 
 def with_ssh_config(raw: dict[str, Any], path: Path, names: Collection[str], *, keyless: bool) -> dict[str, Any]:
     """A resource with what the file says and `raw` does not; `keyless`: a key, too. Raises ValueError."""
-    said, keys, command = SshConfig(path, raw.get("username")).of(raw["hostname"])
+    said, key, command = SshConfig(path, raw.get("username")).of(raw["hostname"])
     if command and "proxy_jump" not in raw:
         raise ValueError("ProxyCommand is not run; write ProxyJump, or proxy_jump here")
-    keys = keys[:1] if keyless else []
-    stated = dict.fromkeys(["key_file"][:len(keys)], *keys) | said | raw
-    stated["hostname"] = said.get("hostname", raw["hostname"])
-    user, config = str(stated.get("username", "")), SshConfig(path)
-    keys = [os.path.expanduser(stated["key_file"])] if "key_file" in stated else []
+    found = {"key_file": key} if key and keyless else {}
+    stated = {**found, **said, **raw, "hostname": said.get("hostname", raw["hostname"])}
     if hops := stated.get("proxy_jump"):
-        stated["proxy_jump"] = ",".join(hop if hop == "none" or hop in names else config.hop(hop, user, keys)
+        user, config = str(stated.get("username", "")), SshConfig(path)
+        key = os.path.expanduser(stated["key_file"]) if "key_file" in stated else None
+        stated["proxy_jump"] = ",".join(hop if hop == "none" or hop in names else config.hop(hop, user, key)
                                         for hop in map(str.strip, str(hops).split(",")))
     return stated
 
