@@ -4523,16 +4523,12 @@ def ssh_fault(error: Exception, first: bytes, mismatches: Sequence[str]) -> Prob
     return ProbeError("protocol", f"no SSH server there: {error or type(error).__name__}{said}")
 
 
-class Patience(float):
+@dataclass(frozen=True)
+class Patience:
     """How long paramiko waits: it adds seconds to the time of the wall clock, which may be set meanwhile, and compares;
     by this something else counts."""
 
     is_over: Callable[[], bool]
-
-    def __new__(cls, is_over: Callable[[], bool]) -> Patience:
-        patience = super().__new__(cls)
-        patience.is_over = is_over
-        return patience
 
     def __radd__(self, _begun: float) -> Patience:
         return self
@@ -4544,14 +4540,22 @@ class Patience(float):
 class SshTransport(paramiko.Transport):
     """Knows whether the host said goodbye: after a password that means refused, a lost connection does not."""
 
+    WEAK: ClassVar = {
+        "ciphers": ["aes128-cbc", "aes192-cbc", "aes256-cbc", "3des-cbc"],
+        "kex": ["diffie-hellman-group-exchange-sha256"],
+        "macs": ["hmac-sha1", "hmac-sha1-96", "hmac-md5", "hmac-md5-96"]}
+    NEVER: ClassVar = 10 ** 6           # seconds; paramiko's own timers follow the wall clock, ours decides
+    packetizer: BoundedPacketizer
     dismissed = False
     is_old = False      # it has served
     ended = False       # by us; its thread may not know yet
     theirs: Mapping[str, Sequence[str]] = dict[str, Sequence[str]]()      # the algorithms that the host names, by kind
 
-    def __init__(self, *made: Any, **how: Any) -> None:
-        super().__init__(*made, **how)
-        self._questions = itertools.count(1)
+    def __init__(self, wire: Wire) -> None:
+        super().__init__(cast(Any, wire), disabled_algorithms=self.WEAK, packetizer_class=BoundedPacketizer)
+        self.wire, self._questions = wire, itertools.count(1)
+        self.banner_timeout = self.auth_timeout = self.NEVER
+        self.clear_to_send_timeout = cast(Any, Patience(wire.too_late))     # while keys are exchanged anew
 
     def _really_parse_kex_init(self, *message: Any, **how: Any) -> Any:
         found = super()._really_parse_kex_init(*message, **how)     # type: ignore[misc]  # the stubs lack it
@@ -4584,8 +4588,7 @@ class SshTransport(paramiko.Transport):
         """A channel. Raises ProbeError once the deadline is over; an old transport that is silent for a third of it is
         dead, and ends."""
         was_old, self.is_old = self.is_old, True
-        wire, answers = cast(Wire, self.sock), cast(BoundedPacketizer, self.packetizer)
-        patience = deadline.left() / (3 if was_old else 1)
+        wire, patience = self.wire, deadline.left() / (3 if was_old else 1)
         received, silence, question = wire.received, Deadline(patience), math.inf
 
         def is_over() -> bool:
@@ -4594,13 +4597,14 @@ class SshTransport(paramiko.Transport):
             nonlocal received, silence
             if wire.received != received:
                 received, silence = wire.received, Deadline(patience)
-            return deadline.over or (silence.over and answers.replies < question)
+            return deadline.over or (silence.over and self.packetizer.replies < question)
 
         try:
             with wire.awaited(is_over):
                 if was_old and place:   # which may be long in coming
                     question = self._are_you_there()
-                return self.open_channel(kind, place, ("127.0.0.1", 0), 1 << 18, timeout=Patience(is_over))
+                return self.open_channel(kind, place, ("127.0.0.1", 0), 1 << 18,
+                                         timeout=cast(Any, Patience(is_over)))
         except (paramiko.SSHException, EOFError, OSError) as error:
             if isinstance(error, paramiko.ChannelException):
                 raise
@@ -4638,9 +4642,8 @@ class SshTransport(paramiko.Transport):
         except ProbeError:
             raise
         except Exception as error:      # paramiko lets through whatever its parsers raise
-            wire = cast(Wire, self.sock)
-            wire.deadline.left()
-            raise ssh_fault(error, wire.first, self.mismatches()) from error
+            self.wire.deadline.left()
+            raise ssh_fault(error, self.wire.first, self.mismatches()) from error
 
 
 class HostChannel(Wire):
@@ -4650,7 +4653,7 @@ class HostChannel(Wire):
 
     def __init__(self, channel: paramiko.Channel, deadline: Deadline) -> None:
         self._channel, self.deadline = channel, deadline
-        self._below = cast(Wire, cast(Any, channel).transport.sock)
+        self._below = cast(SshTransport, channel.get_transport()).wire
 
     def settimeout(self, _seconds: float) -> None:
         """What counts is the deadline."""
@@ -4832,8 +4835,7 @@ class SshSession(HostSession):
     def __init__(self, transport: SshTransport, changed: Callable[[], bool], endpoint: bool,
                  stack: contextlib.ExitStack) -> None:
         self._transport, self._changed, self._endpoint, self._stack = transport, changed, endpoint, stack
-        self._packetizer = cast(BoundedPacketizer, transport.packetizer)
-        cast(Wire, transport.sock).pause()      # the login's deadline ends here
+        transport.wire.pause()      # the login's deadline ends here
 
     @property
     def alive(self) -> bool:
@@ -4841,19 +4843,18 @@ class SshSession(HostSession):
 
     @property
     def stale(self) -> bool:
-        return self._packetizer.uninvited or self._changed()
+        return self._transport.packetizer.uninvited or self._changed()
 
     def run(self, script: str, output: Output, deadline: Deadline) -> bool:
         transport = self._transport
-        wire = cast(Wire, transport.sock)
-        wire.begin(deadline)
-        self._packetizer.resting = False
+        transport.wire.begin(deadline)
+        transport.packetizer.resting = False
         try:
             with transport.explained():
                 return self._execute(transport.open_in_time("session", None, deadline), script, output)
         finally:
-            self._packetizer.resting = True
-            wire.pause()
+            transport.packetizer.resting = True
+            transport.wire.pause()
 
     def _execute(self, channel: paramiko.Channel, script: str, output: Output) -> bool:
         """Feeds the script to a POSIX shell, whatever the login shell is; False when the connection ended first."""
@@ -4885,7 +4886,7 @@ class Relay(SshSession):
     def __init__(self, *made: Any) -> None:
         super().__init__(*made)
         self._users, self._counting = 0, threading.Lock()   # guards _users: -1 once it has ended
-        cast(Wire, self._transport.sock).limit = math.inf       # each of them has a cap of its own
+        self._transport.wire.limit = math.inf       # each of them has a cap of its own
 
     @property
     def alive(self) -> bool:
@@ -4915,12 +4916,6 @@ class Relay(SshSession):
 class SshConnection(SshLogin):
     """One resource over SSH (paramiko)."""
 
-    WEAK: ClassVar = {
-        "ciphers": ["aes128-cbc", "aes192-cbc", "aes256-cbc", "3des-cbc"],
-        "kex": ["diffie-hellman-group-exchange-sha256"],
-        "macs": ["hmac-sha1", "hmac-sha1-96", "hmac-md5", "hmac-md5-96"]}
-    NEVER: ClassVar = 10 ** 6           # seconds; paramiko's own timers follow the wall clock, ours decides
-
     def __init__(self, target: Target, guard: LoginGuard, context: ConnectionContext) -> None:
         super().__init__(target, guard, context)
         self._relay = SessionKeeper(target.settings.relogin)
@@ -4940,7 +4935,7 @@ class SshConnection(SshLogin):
     def _opened(self, kind: type[SshSession], deadline: Deadline, chain: Sequence[SshConnection]) -> SshSession:
         with contextlib.ExitStack() as stack:
             transport = stack.enter_context(self._logged_in(deadline, chain))
-            return kind(transport, self._changes(cast(Wire, transport.sock)), self._settings.endpoint, stack.pop_all())
+            return kind(transport, self._changes(transport.wire), self._settings.endpoint, stack.pop_all())
 
     def _made_from(self) -> list[Any]:
         """The bastions', too. Keys go by the times of their files: a renewed certificate is of the same key."""
@@ -5047,27 +5042,20 @@ class SshConnection(SshLogin):
         """A transport and the key that the host showed; thread and socket end with the block."""
         with contextlib.ExitStack() as stack:
             sock = self._reach(stack, deadline, chain)
-            with self._transport(sock, deadline, tried) as found:
-                yield found
-
-    @contextlib.contextmanager
-    def _transport(self, sock: Any, deadline: Deadline, tried: Sequence[str]) -> Iterator[tuple[SshTransport, str]]:
-        transport = SshTransport(sock, disabled_algorithms=self.WEAK, packetizer_class=BoundedPacketizer)
-        transport.banner_timeout = transport.auth_timeout = self.NEVER
-        transport.clear_to_send_timeout = Patience(sock.too_late)   # while keys are exchanged anew
-        try:
-            with transport.explained():
-                self._prefer_known_types(transport, tried)
-                transport.start_client()
-                sock.limit = 2 << 20    # the output and its wrapping
-                key = transport.get_remote_server_key()
-                yield transport, identity(key.get_name(), key.asbytes())
-        finally:
-            transport.end()
-            if transport.is_alive():
-                transport.join(1)       # before its descriptor is another connection's
-            transport.close()
-            sock.close()
+            transport = SshTransport(sock)
+            try:
+                with transport.explained():
+                    self._prefer_known_types(transport, tried)
+                    transport.start_client()
+                    sock.limit = 2 << 20    # the output and its wrapping
+                    key = transport.get_remote_server_key()
+                    yield transport, identity(key.get_name(), key.asbytes())
+            finally:
+                transport.end()
+                if transport.is_alive():
+                    transport.join(1)       # before its descriptor is another connection's
+                transport.close()
+                sock.close()
 
 
 # === PowerShell ==============================================================
