@@ -4301,15 +4301,19 @@ class SessionKeeper:
             return old
         first = usable and not self.complaint   # has half the time, for the old one may need the rest
         try:
-            self._take(open_session(Deadline(round(deadline.left() / 2, 1)) if first else deadline))
+            new = open_session(Deadline(round(deadline.left() / 2, 1)) if first else deadline)
         except ProbeError as error:
             if not (old and usable and old.alive) or deadline.over or not self._goes_on(error):
                 raise
             self.reused = True
             return old
-        assert self.session
-        self.resumed = self.session.resumed
-        return self.session
+        self.opened_at, self.opened_mono = time.time(), self.clock()
+        if self._relogin:
+            self._due_mono = self.opened_mono + self._relogin * random.uniform(0.5, 1)
+            self._ends_mono = self.opened_mono + 2 * self._relogin
+        self.resumed = new.resumed
+        self.drop(new)
+        return new
 
     def _goes_on(self, error: ProbeError) -> bool:
         """Whether the old one serves on: while the guard says no, and until a refusal is confirmed."""
@@ -4319,20 +4323,11 @@ class SessionKeeper:
         self.complaint = str(error)
         return first
 
-    def _take(self, session: HostSession) -> None:
-        old, self.session, self.complaint = self.session, session, ""
-        self.opened_at, self.opened_mono = time.time(), self.clock()
-        if self._relogin:
-            self._due_mono = self.opened_mono + self._relogin * random.uniform(0.5, 1)
-            self._ends_mono = self.opened_mono + 2 * self._relogin
+    def drop(self, successor: HostSession | None = None) -> None:
+        """Ends what is open, where there is another one now in favour of that."""
+        old, self.session, self.complaint = self.session, successor, ""
         if old:
             old.close()
-
-    def drop(self) -> None:
-        """Ends what is open."""
-        session, self.session, self.complaint = self.session, None, ""
-        if session:
-            session.close()
 
 
 @dataclass(frozen=True)
