@@ -6424,15 +6424,15 @@ exit 0
 """
 
 
-def build_script(platform: Platform, services: Sequence[str], checks: Sequence[Check], nonce: str,
-                 _mounts: Iterable[str] = (), stuck: Sequence[str] = ()) -> str:
+def build_script(settings: ResourceSettings, nonce: str, stuck: Sequence[str] = ()) -> str:
     """The whole poll for `/bin/sh -s`; `unix` and `local` ask uname which table to run. The nonce (hex, new
     for every poll) marks the sections, so that no output can pass for a mark. `stuck` is Sample's."""
+    platform = settings.platform
     chosen = {platform: PROBES[platform]} if platform in PROBES else PROBES
     first = last = ""
     for key, table in chosen.items():
         rows = [(f"platform {key.value}", ":"), *((probe.name, probe.command) for probe in table.probes)]
-        for name in services:
+        for name in settings.services:
             rows.append((f"service {quote(name, '')}", table.service.replace("{}", shlex.quote(name))))
         # Each write is a packet that costs us 0.2 ms: they are gathered until a command comes that may hang.
         sections = {title: f"b {shlex.quote(title)}; {'f; ' if title.startswith(('disk', 'service ')) else ''}"
@@ -6442,7 +6442,7 @@ def build_script(platform: Platform, services: Sequence[str], checks: Sequence[C
         last += f"{pattern})\n{begin}; f; hangs {shlex.join(stuck)} || {{ {ask}}} 3>&1;;\n"
         first += f"{pattern})\n{''.join(sections.values())};;\n"
     limited = ""
-    for check in checks:
+    for check in settings.checks:
         seconds = math.ceil(check.timeout)
         title = shlex.quote(f"check {quote(check.name, '')} {seconds} {check.exit}".removesuffix(" plain"))
         limited += f"b {title}; f; run {seconds} {shlex.quote(check.command)}\n"
@@ -6859,14 +6859,14 @@ for ($number = $first; $number -le $wanted.checks.Count; $number++) { Judge $num
 WINDOWS_PATH = re.compile(r"[A-Za-z]:\\[^*?[]+")      # no drive, which is found anyway, and no pattern
 
 
-def build_windows_script(services: Sequence[str], checks: Sequence[Check], _nonce: str,
-                         mounts: Iterable[str] = (), _stuck: Sequence[str] = (), first: int = 0) -> str:
+def build_windows_script(settings: ResourceSettings, _nonce: str = "", _stuck: Sequence[str] = (),
+                         first: int = 0) -> str:
     """The whole poll, or the checks from a number on. ASCII only. What the operator wrote goes in as JSON in one
     literal in single quotes and has none of those: it cannot end the literal, nothing in it is expanded."""
-    commands = [{"name": check.name, "command": check.command} for check in checks]
-    names = [re.sub(r"([][*?`])", r"`\1", name) for name in services]      # or Get-Service takes them for patterns
+    commands = [{"name": check.name, "command": check.command} for check in settings.checks]
+    names = [re.sub(r"([][*?`])", r"`\1", name) for name in settings.services]     # or Get-Service takes them for patterns
     wanted = json.dumps({"services": names, "checks": commands,
-                         "mounts": [path for path in mounts if WINDOWS_PATH.fullmatch(path)]})
+                         "mounts": [path for path in settings.limited_mounts if WINDOWS_PATH.fullmatch(path)]})
     return f"$first = {first}" + COLLECT.replace("WANTED", wanted.replace("'", r"\u0027"), 1)
 
 
@@ -6885,10 +6885,6 @@ class WindowsOutput(Output):
         self._line = b""        # that is not whole
         has_nonce = settings.endpoint or settings.platform is Platform.LOCAL    # else a pipeline's output is its own
         self._nonce = mark.split(None, 1)[0][1:] if has_nonce else ""
-        self._build: Callable[[int], str] = (
-            functools.partial("{} {}".format, self._nonce) if settings.endpoint
-            else functools.partial(build_windows_script, settings.services, settings.checks, "",
-                                   settings.limited_mounts, ()))
 
     def take(self, chunk: bytes) -> bool:
         if not self.whole:
@@ -6927,14 +6923,15 @@ class WindowsOutput(Output):
         if self._end():
             return ""
         self._then, self.due_mono = "begin", math.inf
-        return self._build(self._next)
+        endpoint, first = self._settings.endpoint, self._next
+        return f"{self._nonce} {first}" if endpoint else build_windows_script(self._settings, first=first)
 
     @property
     def _over(self) -> bool:
         return self._deadline.remaining < 0.5   # nothing can begin now
 
     def _add(self, row: dict[str, Any]) -> None:
-        held = None if row["number"] else row.get("endpoint")
+        held = row.get("endpoint") if self._settings.endpoint and not row["number"] else None
         if held:    # the host runs the checks that it holds, not those of the inventory
             known = {check.name: check for check in self._settings.checks}
             titles = [title.partition(" ") for title in INSTALLED.validate_json(held)[1]]
@@ -7134,8 +7131,7 @@ def unix_endpoint(settings: ResourceSettings, key: paramiko.PKey) -> str:
     words = {"TITLE": settings.name, "KEY": f"{key.get_name()} {key.get_base64()}",
              "HOLDS": shlex.quote(installed(settings))}
     head = re.sub("TITLE|KEY|HOLDS", lambda found: words[found[0]], UNIX_ENDPOINT)
-    stuck = "$P", "an earlier poll"
-    script = build_script(settings.platform, settings.services, settings.checks, "$n", (), stuck)
+    script = build_script(settings, "$n", ("$P", "an earlier poll"))
     return head + script.replace("hangs '$P'", 'hangs "$P"')
 
 
@@ -7147,8 +7143,7 @@ def literal(text: str) -> str:
 
 def windows_endpoint(settings: ResourceSettings) -> str:
     """The session configuration to register, ASCII, and in its comments how."""
-    _, _, script = build_windows_script(    # without its $first
-        settings.services, settings.checks, "", settings.limited_mounts).partition("\n")
+    _, _, script = build_windows_script(settings).partition("\n")     # without its $first
     words = {"TITLE": settings.name, "ACCOUNT": literal(settings.username or "the account of the certificate"),
              "CONFIGURATION": literal(settings.session_configuration),
              "HOLDS": installed(settings).replace("'", r"\u0027"), "COLLECT": script,
@@ -7411,11 +7406,11 @@ CONNECTIONS: dict[Platform, type[Connection]] = {
     Platform.DNS: NameConnection,
     Platform.PUSH: PushConnection,
 }
-Builder = Callable[[Sequence[str], Sequence[Check], str, Iterable[str], Sequence[str]], str]
+Builder = Callable[[ResourceSettings, str, Sequence[str]], str]
 Reader = Callable[[ResourceSettings, str, Deadline], Output]
 Parser = Callable[[str, str, CpuTicks | None], Sample]
 LANGUAGES: dict[Platform, tuple[Builder, Reader, Parser]] = {
-    **{platform: (functools.partial(build_script, platform), plain_output, parse_output) for platform in Platform},
+    **dict.fromkeys(Platform, (build_script, plain_output, parse_output)),
     Platform.WINDOWS: (build_windows_script, WindowsOutput, parse_windows),
     Platform.SIMULATED: (lambda *_: "", plain_output, simulated_sample),      # it answers without being asked
     **dict.fromkeys((*PROTOCOLS, Platform.PUSH), (lambda *_: "", plain_output, found_sample))}
@@ -7464,8 +7459,7 @@ def ask(settings: ResourceSettings, connection: Connection, previous: Sample | N
     build, read, parse = LANGUAGES[settings.platform]
     output = read(settings, end_mark(nonce), deadline)
     stuck = previous.stuck if previous else ()
-    script = " ".join([nonce, *stuck[:1]]) if settings.endpoint else build(
-        settings.services, settings.checks, nonce, settings.limited_mounts, stuck)
+    script = " ".join([nonce, *stuck[:1]]) if settings.endpoint else build(settings, nonce, stuck)
     ended = connection.run(script, output, deadline)
     text, done, _ = output.printed.decode(errors="replace").partition(end_mark(nonce))
     # What comes last hangs where a disk does: all else was answered.

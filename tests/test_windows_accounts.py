@@ -14,9 +14,20 @@ from typing import Any
 import pytest
 from pwsh import CONSTRAINED, ROWS, Engine
 from test_powershell import poll, send, target
+from test_probes import wanting
 from wsman_server import WSManServer
 
-from healthchecker import COLLECT, Check, CpuTicks, Outcome, Sample, build_windows_script, parse_windows
+from healthchecker import (
+    COLLECT,
+    Check,
+    CpuTicks,
+    Limits,
+    Outcome,
+    Platform,
+    Sample,
+    build_windows_script,
+    parse_windows,
+)
 
 TIMEOUT = 120.0  # seconds; wine may be slow, and the first poll of a run starts PowerShell for the first time
 NONCE = "5eed5eed5eed5eed"
@@ -26,6 +37,10 @@ ROLE = "$wmi.use = $me.IsInRole("
 FORGET = "[AppDomain]::CurrentDomain.SetData('HealthChecker.Native', $null)"
 COUNT = "@([AppDomain]::CurrentDomain.GetAssemblies() | Where-Object { $_.GetName().Name -eq 'HealthChecker' }).Count"
 REFUSED = "(New-Object InvalidOperationException 'Kein Zugriff', (New-Object ComponentModel.Win32Exception 5))"
+
+
+def mounts(*paths: str) -> Limits:
+    return Limits.model_validate({"disk_percent": {"fail": "95", "mounts": dict.fromkeys(paths, "95")}})
 
 
 @pytest.fixture(autouse=True)
@@ -132,7 +147,8 @@ def test_commit_charge_that_cannot_be_read(constrained: WSManServer) -> None:
 # --- plain accounts ---
 def test_plain_accounts_ask_kernel32(engine: Engine, host: WSManServer) -> None:
     engine.set_rows(**dict.fromkeys(ROWS, "denied"))  # WMI would take 5 s to refuse
-    script = as_plain(build_windows_script([], [], NONCE, ["C:\\windows", "C:\\no\\such"]))
+    settings = wanting(Platform.WINDOWS, limits=mounts("C:\\windows", "C:\\no\\such"))
+    script = as_plain(build_windows_script(settings))
     sample = parse_windows(lines(host, script)[-1], NONCE, None)
     found = disks(sample)
     assert found["C:\\windows"] == pytest.approx(found["C:"], abs=1)
@@ -146,7 +162,7 @@ def test_plain_accounts_ask_kernel32(engine: Engine, host: WSManServer) -> None:
 
 
 def test_functions_are_defined_once_a_process(host: WSManServer) -> None:
-    script = as_plain(build_windows_script([], [], NONCE))
+    script = as_plain(build_windows_script(wanting(Platform.WINDOWS)))
     first, before, second, after = lines(host, f"& {{ {script} }}; {COUNT}; & {{ {script} }}; {COUNT}")
     for text in (first, second):
         assert parse_windows(text, NONCE, None).problems.keys() == {"swap_percent", "load_per_cpu", "inode_percent"}
@@ -154,7 +170,7 @@ def test_functions_are_defined_once_a_process(host: WSManServer) -> None:
 
 
 def test_functions_that_cannot_be_defined_are_not_tried_again(host: WSManServer) -> None:
-    script = as_plain(build_windows_script([], [], NONCE))
+    script = as_plain(build_windows_script(wanting(Platform.WINDOWS)))
     broken = script.replace(".CreateType()", ".NoSuchMethod()")
     assert broken != script
     first, second = lines(host, f"{FORGET}; & {{ {broken} }}; & {{ {script} }}; {FORGET}")
@@ -198,7 +214,7 @@ def test_a_hidden_service_is_told_from_none(host: WSManServer) -> None:
     """One that the account may not query is left out of the list of services; the registry shows it to everyone."""
     key = "'HKLM:\\SYSTEM\\CurrentControlSet\\Services\\HealthChecker$Hidden'"
     put = f"$null = New-Item -Force {key}; $null = New-ItemProperty {key} -Name Type -PropertyType DWord -Value "
-    script = build_windows_script(["Eventlog", "HealthChecker$Hidden", "No$Such"], [], NONCE)
+    script = build_windows_script(wanting(Platform.WINDOWS, ["Eventlog", "HealthChecker$Hidden", "No$Such"]))
     remove = f"Remove-Item -LiteralPath {key}"
     told = lines(host, f"{put}16; & {{ {script} }}; {put}1; & {{ {script} }}; {remove}")
     hidden, driver = (parse_windows(line, NONCE, None).services for line in told)
@@ -219,7 +235,7 @@ RIGHTS = {
 
 def test_missing_rights_are_named(host: WSManServer) -> None:
     """wine grants every right: a function takes the place of Get-Service, and fails as it does without."""
-    script = build_windows_script(["Spooler"], [], NONCE)
+    script = build_windows_script(wanting(Platform.WINDOWS, ["Spooler"]))
     told = lines(host, ";".join(f"& {{ function Get-Service {{ {body} }}\n{script} }}" for body in RIGHTS))
     said = [parse_windows(line, NONCE, None).services["Spooler"] for line in told]
     assert said == [Outcome(False, f"cannot be read: {why}") for why in RIGHTS.values()]
@@ -238,5 +254,5 @@ def test_readme_gives_the_rights(host: WSManServer) -> None:
 
 def test_the_text_that_is_sent_is_the_same_at_each_poll() -> None:
     """Windows logs suspicious words with the text around them: an event of each text that there is."""
-    asked = (["a"], [Check(name="b", command="c")])
-    assert build_windows_script(*asked, "0" * 16, ["C:\\x"]) == build_windows_script(*asked, "f" * 16, ["C:\\x"])
+    asked = wanting(Platform.WINDOWS, ["a"], [Check(name="b", command="c")], limits=mounts("C:\\x"))
+    assert build_windows_script(asked, "0" * 16) == build_windows_script(asked, "f" * 16)

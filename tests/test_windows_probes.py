@@ -21,6 +21,7 @@ import tree_sitter_powershell
 import tree_sitter_pwsh
 from hypothesis import given
 from hypothesis import strategies as st
+from test_probes import wanting
 from tree_sitter import Language, Node, Parser
 
 from healthchecker import (
@@ -34,6 +35,7 @@ from healthchecker import (
     LocalSession,
     Outcome,
     Output,
+    Platform,
     ProbeError,
     ResourceSettings,
     Sample,
@@ -210,14 +212,14 @@ def shape(root: Node) -> list[tuple[str, bytes]]:
 
 def hostile_script() -> str:
     checks = [Check(name=f"check {n}", command=text, timeout=2.5) for n, text in enumerate(HOSTILE)]
-    return build_windows_script(HOSTILE, checks, NONCE)
+    return build_windows_script(wanting(Platform.WINDOWS, HOSTILE, checks))
 
 
 # --- the script ---
 @pytest.mark.parametrize("grammar", GRAMMARS)
 @pytest.mark.parametrize("hostile", [False, True])
 def test_grammar(grammar: str, hostile: bool) -> None:
-    script = hostile_script() if hostile else build_windows_script([], [], NONCE)
+    script = hostile_script() if hostile else build_windows_script(wanting(Platform.WINDOWS))
     wrong = [node for node in nodes(tree(grammar, script)) if node.type == "ERROR" or node.is_missing]
     assert [(node.type, node.start_point, node.text) for node in wrong] == []
 
@@ -225,7 +227,7 @@ def test_grammar(grammar: str, hostile: bool) -> None:
 @pytest.mark.parametrize("grammar", GRAMMARS)
 def test_grammar_of_what_reads_scripts_on_this_machine(grammar: str) -> None:
     """It is an argument: without quotes that a command line would need to protect."""
-    script = LocalSession.SCRIPT.format(NONCE, build_windows_script([], [], ""))
+    script = LocalSession.SCRIPT.format(NONCE, build_windows_script(wanting(Platform.WINDOWS)))
     assert not tree(grammar, LocalSession.READER).has_error and not tree(grammar, script).has_error
     assert tree(grammar, LocalSession.READER[:-1]).has_error
     assert not re.search(r'["\\\n]', LocalSession.READER)
@@ -242,7 +244,8 @@ def test_grammar_sees_faults(grammar: str) -> None:
 @pytest.mark.parametrize("grammar", GRAMMARS)
 def test_names_and_commands_are_one_literal(grammar: str) -> None:
     """The syntax tree is that of a script that was asked for nothing; only the text of one literal differs."""
-    empty, hostile = (tree(grammar, text) for text in (build_windows_script([], [], NONCE), hostile_script()))
+    plain_script = build_windows_script(wanting(Platform.WINDOWS))
+    empty, hostile = (tree(grammar, text) for text in (plain_script, hostile_script()))
     assert shape(empty) == shape(hostile)
     literals = [node for node in nodes(hostile) if text(node).startswith(b"'{\"services\"") and not node.children]
     assert len(literals) == 1
@@ -259,7 +262,7 @@ def test_unprotected_text_would_show(grammar: str) -> None:
     """Pasted in as it is, the same text changes the tree; so the test above can fail. The typographic quotes are
     unknown to both grammars: against those it is the test for ASCII that counts."""
     naive = COLLECT.replace("WANTED", '{"services"\'; calc #')
-    assert shape(tree(grammar, naive)) != shape(tree(grammar, build_windows_script([], [], NONCE)))
+    assert shape(tree(grammar, naive)) != shape(tree(grammar, build_windows_script(wanting(Platform.WINDOWS))))
 
 
 def test_script_is_plain() -> None:
@@ -517,7 +520,7 @@ def test_what_a_script_leaves_is_said_behind_the_last_row() -> None:
 def test_names_of_services_are_no_patterns() -> None:
     """Get-Service takes wildcards; a service is asked for by its name alone, and answered under it."""
     name = "a`*[b]?$(1)"
-    asked = re.search(r"\$wanted = '(.*)' \|", build_windows_script([name], [], NONCE))
+    asked = re.search(r"\$wanted = '(.*)' \|", build_windows_script(wanting(Platform.WINDOWS, [name])))
     assert asked
     escaped = json.loads(asked[1])["services"]
     assert escaped == ["a```*`[b`]`?$(1)"]
