@@ -6446,8 +6446,8 @@ def build_script(settings: ResourceSettings, nonce: str, stuck: Sequence[str] = 
         seconds = math.ceil(check.timeout)
         title = shlex.quote(f"check {quote(check.name, '')} {seconds} {check.exit}".removesuffix(" plain"))
         limited += f"b {title}; f; run {seconds} {shlex.quote(check.command)}\n"
-    parts = re.split("BRANCHES|CHECKS|DISKS", SCRIPT.replace("NONCE", nonce))
-    return "".join(itertools.chain(*zip(parts, (first, limited, last, ""), strict=True)))
+    words = {"NONCE": nonce, "BRANCHES": first, "CHECKS": limited, "DISKS": last}
+    return re.sub("|".join(words), lambda found: words[found[0]], SCRIPT)
 
 
 class Section(NamedTuple):
