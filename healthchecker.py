@@ -40,12 +40,12 @@ Sections, in file order; a definition refers only to what stands above it:
     Sessions     what stays open between polls, and when it is made anew
     SSH          host keys verified before any secret is sent, a channel per poll
     PowerShell   PowerShell Remoting over one watched socket
-    Local        this machine's own shell, and simulated resources
+    Local        this machine's own shell
     Outcomes     what an exit status and an output say of a service or check
     Probes       a sample, and the command sets of the POSIX platforms, as tables
     Windows      the PowerShell script of a poll, and what it prints
     Endpoints    what a host keeps that is sent no code, and what its answer counts for
-    Protocols    what is no machine: an answer of HTTP, a port, a name
+    Protocols    what is no machine: an answer of HTTP, a port, a name, a simulation, who reports by itself
     Collect      script, connection and parser of a platform: one poll in one round trip
     Evaluate     sample + limits -> verdict -> standing; pure
     Aggregate    the lease: is everything healthy, now
@@ -5574,10 +5574,9 @@ class PowerShellConnection(TlsConnection):
 
 
 # === Local ===================================================================
-# A script goes to a shell of this machine, and what it started ends with it; a simulated resource answers without
-# one. A shell of UNIX is new for each poll; a powershell.exe takes seconds of CPU time to start, so one serves poll
-# after poll. In the poller's thread.
-# Gives: enclose, end_process_group, LocalConnection, LocalPowerShell, SimulatedConnection
+# A script goes to a shell of this machine, and what it started ends with it. A shell of UNIX is new for each poll; a
+# powershell.exe takes seconds of CPU time to start, so one serves poll after poll. In the poller's thread.
+# Gives: enclose, end_process_group, LocalConnection, LocalPowerShell
 LOOK_AGAIN = 0.01               # seconds between two looks into a pipe of Windows, where nothing waits for one
 
 
@@ -5779,25 +5778,6 @@ class LocalPowerShell(Connection):
 
     def open_session(self, deadline: Deadline) -> HostSession:
         return LocalSession(self.keeps)
-
-
-class SimulatedConnection(Connection):
-    """A resource that is healthy and unhealthy for exponentially distributed times."""
-
-    def __init__(self, target: Target, guard: LoginGuard, context: ConnectionContext) -> None:
-        super().__init__(target, guard, context)
-        self._random = random.Random(target.settings.seed)
-        self._healthy = False       # it turns healthy at the first poll
-        self._flips_mono = time.monotonic()
-
-    def run(self, script: str, output: Output, deadline: Deadline) -> bool:
-        for _ in range(10_000):     # state changes between two polls at most
-            if self._flips_mono > time.monotonic():
-                break
-            self._healthy = not self._healthy
-            mean = self._settings.mean_healthy if self._healthy else self._settings.mean_unhealthy
-            self._flips_mono += self._random.expovariate(1 / mean)
-        return output.take((b"healthy" if self._healthy else b"outage") + output.mark)
 
 
 # === Outcomes ================================================================
@@ -7153,10 +7133,10 @@ def windows_endpoint(settings: ResourceSettings) -> str:
 
 
 # === Protocols ===============================================================
-# Resources that are no machines: an answer of HTTP, a TCP port, a name. Each poll asks anew, for the handshake is a
-# part of what is asked, and a secret is sent to the origin alone that it is sealed for. In go settings, out comes what
-# was found, a check for each expectation, as JSON; what is no answer raises ProbeError. In the poller's thread.
-# Gives: found_sample, HttpConnection, NameConnection, PortConnection, PushConnection
+# Resources that are no machines: an answer of HTTP, a TCP port, a name, a simulation. Each poll asks anew, for the
+# handshake is a part of what is asked, and a secret is sent to the origin alone that it is sealed for. In go settings,
+# out comes a sample with a check for each expectation; what is no answer raises ProbeError. In the poller's thread.
+# Gives: HttpConnection, NameConnection, PortConnection, ProtocolConnection, PushConnection, SimulatedConnection
 BODY_BYTES = 1 << 19            # bytes of an answer that are looked at
 QUOTED_CHARS = 80               # characters of what was sent that a reason shows
 INTERIM_ANSWERS = 32            # that may come before the one that counts
@@ -7193,15 +7173,28 @@ class PushConnection(Connection):
     heard: bool | None = None       # what the last report said
     heard_mono = -math.inf
 
-    def run(self, script: str, output: Output, deadline: Deadline) -> bool:
+    def sample(self, deadline: Deadline) -> Sample:
         raise ProbeError("protocol", f"{NOT_TRIED}it reports by itself")
 
 
-def found_sample(text: str, _nonce: str, _previous: CpuTicks | None) -> Sample:
-    """What a ProtocolConnection found."""
-    found = json.loads(text)
-    checks = {name: Outcome(**outcome) for name, outcome in found["checks"].items()}
-    return Sample({}, found["metrics"], None, {}, checks, {})
+class SimulatedConnection(Connection):
+    """A resource that is healthy and unhealthy for exponentially distributed times."""
+
+    def __init__(self, target: Target, guard: LoginGuard, context: ConnectionContext) -> None:
+        super().__init__(target, guard, context)
+        self._random = random.Random(target.settings.seed)
+        self._healthy = False       # it turns healthy at the first poll
+        self._flips_mono = time.monotonic()
+
+    def sample(self, deadline: Deadline) -> Sample:
+        for _ in range(10_000):     # state changes between two polls at most
+            if self._flips_mono > time.monotonic():
+                break
+            self._healthy = not self._healthy
+            mean = self._settings.mean_healthy if self._healthy else self._settings.mean_unhealthy
+            self._flips_mono += self._random.expovariate(1 / mean)
+        outcome = Outcome(self._healthy, "" if self._healthy else "simulated outage")
+        return Sample({}, {}, None, {}, {"simulation": outcome}, {})
 
 
 class ProtocolConnection(TlsConnection):
@@ -7211,7 +7204,7 @@ class ProtocolConnection(TlsConnection):
         """A check for each expectation of what is answered; adds to the readings. Raises ProbeError."""
         raise NotImplementedError
 
-    def run(self, script: str, output: Output, deadline: Deadline) -> bool:
+    def sample(self, deadline: Deadline) -> Sample:
         begun_mono, settings, metrics = time.monotonic(), self._settings, dict[str, float]()
         checks = self.find(deadline, metrics)
         seconds = metrics["response_seconds"] = time.monotonic() - begun_mono
@@ -7221,7 +7214,7 @@ class ProtocolConnection(TlsConnection):
             days = metrics.get("certificate_days", 0.0)     # of a certificate that cannot be read
             found = expected(f"{wanted:g} days", f"{days:.1f}", days >= wanted)
             checks["certificate"] = replace(found, good=True, degraded=not found.good)      # it is valid still
-        return output.take(json.dumps({"metrics": metrics, "checks": checks}, default=vars).encode() + output.mark)
+        return Sample({}, metrics, None, {}, checks, {})
 
     @contextlib.contextmanager
     def _opened(self, deadline: Deadline, metrics: dict[str, float]) -> Iterator[GuardedSocket]:
@@ -7386,12 +7379,6 @@ class NameConnection(ProtocolConnection):
 # One poll of a resource, in the poller's thread: build the platform's script, run it over the connection, parse
 # what came back, and see to it that all that was asked for is answered: a sample or ProbeError.
 # Gives: collect, CONNECTIONS
-def simulated_sample(text: str, _nonce: str, _previous: CpuTicks | None) -> Sample:
-    """What SimulatedConnection answers, as a check."""
-    good = text.startswith("healthy")
-    return Sample({}, {}, None, {}, {"simulation": Outcome(good, "" if good else "simulated outage")}, {})
-
-
 def plain_output(_settings: ResourceSettings, mark: str, _deadline: Deadline) -> Output:
     return Output(mark)
 
@@ -7411,9 +7398,7 @@ Reader = Callable[[ResourceSettings, str, Deadline], Output]
 Parser = Callable[[str, str, CpuTicks | None], Sample]
 LANGUAGES: dict[Platform, tuple[Builder, Reader, Parser]] = {
     **dict.fromkeys(Platform, (build_script, plain_output, parse_output)),
-    Platform.WINDOWS: (build_windows_script, WindowsOutput, parse_windows),
-    Platform.SIMULATED: (lambda *_: "", plain_output, simulated_sample),      # it answers without being asked
-    **dict.fromkeys((*PROTOCOLS, Platform.PUSH), (lambda *_: "", plain_output, found_sample))}
+    Platform.WINDOWS: (build_windows_script, WindowsOutput, parse_windows)}
 if sys.platform == "win32":
     LANGUAGES[Platform.LOCAL] = LANGUAGES[Platform.WINDOWS]
 
@@ -7455,6 +7440,8 @@ def complete(sample: Sample, settings: ResourceSettings) -> Sample:
 
 def ask(settings: ResourceSettings, connection: Connection, previous: Sample | None, deadline: Deadline) -> Sample:
     """One round trip. Raises ProbeError."""
+    if isinstance(connection, ProtocolConnection | PushConnection | SimulatedConnection):
+        return complete(connection.sample(deadline), settings)
     nonce = secrets.token_hex(8)
     build, read, parse = LANGUAGES[settings.platform]
     output = read(settings, end_mark(nonce), deadline)

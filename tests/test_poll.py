@@ -45,6 +45,7 @@ from healthchecker import (
     Report,
     Resolver,
     ResourceSettings,
+    SimulatedConnection,
     Status,
     Store,
     Target,
@@ -1498,15 +1499,12 @@ def test_simulated_starts_healthy_and_repeats_with_a_seed(house: House, monkeypa
     with house.store.reading() as session:
         targets = healthchecker.load_targets(session, house.vault).values()
     access = ConnectionContext(KnownHosts(house.folder / "known_hosts"), Resolver())
-    connections = [CONNECTIONS[Platform.SIMULATED](target, LoginGuard(), access) for target in targets]
+    connections = [SimulatedConnection(target, LoginGuard(), access) for target in targets]
     runs = []
     for _ in range(100):
-        outputs = [Output("") for _ in connections]
-        for connection, output in zip(connections, outputs, strict=True):
-            connection.run("", output, Deadline(1))
-        runs.append([output.printed for output in outputs])
+        runs.append([connection.sample(Deadline(1)).checks["simulation"].good for connection in connections])
         now += 0.01
-    assert runs[0] == [b"healthy"] * 4
+    assert runs[0] == [True] * 4
     differences = [sum(run[one] != run[other] for run in runs) for one, other in ((0, 1), (2, 3), (0, 2))]
     assert differences[:2] == [0, 0]
     assert differences[2] > 10, "another seed, other flips"

@@ -1544,8 +1544,7 @@ def simulations(seeds: range, mean_healthy: float, mean_unhealthy: float) -> lis
         connection = SimulatedConnection(watched, LoginGuard(), access())
 
         def look() -> bool:
-            connection.run("", output := Output(""), Deadline(5))
-            return output.printed == b"healthy"
+            return connection.sample(Deadline(5)).checks["simulation"].good
 
         return look
 
