@@ -4473,9 +4473,9 @@ def certifier(blob: bytes, host: str) -> str | None:
         if (found.type is serialization.SSHCertificateType.HOST and not found.critical_options
                 and found.valid_after <= time.time() < found.valid_before
                 and any(fnmatch.fnmatchcase(host.lower(), name) for name in names)):
-            line = found.signature_key().public_bytes(serialization.Encoding.OpenSSH,
-                                                      serialization.PublicFormat.OpenSSH).decode()
-            return identity(line.split()[0], base64.b64decode(line.split()[1]))
+            kind, key = found.signature_key().public_bytes(
+                serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH).decode().split()
+            return identity(kind, base64.b64decode(key))
     return None
 
 
@@ -4579,9 +4579,9 @@ class SshTransport(paramiko.Transport):
             message.rewind()
             super()._parse_channel_open_success(message)    # type: ignore[misc]  # the stubs lack it
 
-    def open_in_time(self, kind: str, place: tuple[str, int] | None, deadline: Deadline) -> paramiko.Channel:
-        """A channel. Raises ProbeError once the deadline is over; an old transport that is silent for a third of it is
-        dead, and ends."""
+    def open_in_time(self, place: tuple[str, int] | None, deadline: Deadline) -> paramiko.Channel:
+        """A channel to a place behind the host, or for a session. Raises ProbeError once the deadline is over; an old
+        transport that is silent for a third of it is dead, and ends."""
         was_old, self.is_old = self.is_old, True
         wire, patience = self.wire, deadline.left() / (3 if was_old else 1)
         received, silence, question = wire.received, Deadline(patience), math.inf
@@ -4598,7 +4598,7 @@ class SshTransport(paramiko.Transport):
             with wire.awaited(is_over):
                 if was_old and place:   # which may be long in coming
                     question = self._are_you_there()
-                return self.open_channel(kind, place, ("127.0.0.1", 0), 1 << 18,
+                return self.open_channel("direct-tcpip" if place else "session", place, ("127.0.0.1", 0), 1 << 18,
                                          timeout=cast(Any, Patience(is_over)))
         except (paramiko.SSHException, EOFError, OSError) as error:
             if isinstance(error, paramiko.ChannelException):
@@ -4846,7 +4846,7 @@ class SshSession(HostSession):
         transport.packetizer.resting = False
         try:
             with transport.explained():
-                return self._execute(transport.open_in_time("session", None, deadline), script, output)
+                return self._execute(transport.open_in_time(None, deadline), script, output)
         finally:
             transport.packetizer.resting = True
             transport.wire.pause()
@@ -4866,10 +4866,6 @@ class SshSession(HostSession):
             channel.status_event.wait()
             return channel.exit_status >= 0
         return False
-
-    def end(self) -> None:
-        """At once, for any thread; to be closed nevertheless."""
-        self._transport.end()
 
     def close(self) -> None:
         self._stack.close()
@@ -4940,7 +4936,7 @@ class SshConnection(SshLogin):
     def close(self) -> None:
         super().close()
         if isinstance(relay := self._relay.session, Relay):
-            relay.end()     # those behind it begin again, with what this is replaced by
+            relay._transport.end()      # those behind it begin again, with what this is replaced by
 
     @contextlib.contextmanager
     def _lent(self, deadline: Deadline, chain: Sequence[SshConnection]) -> Iterator[SshTransport]:
@@ -5013,11 +5009,11 @@ class SshConnection(SshLogin):
         transport = stack.enter_context((bastion._lent if keeps else bastion._logged_in)(deadline, chain))
         was_old = transport.is_old
         try:
-            return transport.open_in_time("direct-tcpip", place, deadline)
+            return transport.open_in_time(place, deadline)
         except (ProbeError, paramiko.SSHException, EOFError, OSError) as error:
-            if not (keeps and was_old) or deadline.over or isinstance(error, paramiko.ChannelException):
+            if not was_old or deadline.over or isinstance(error, paramiko.ChannelException):
                 raise
-        return stack.enter_context(bastion._lent(deadline, chain)).open_in_time("direct-tcpip", place, deadline)
+        return stack.enter_context(bastion._lent(deadline, chain)).open_in_time(place, deadline)
 
     @contextlib.contextmanager
     def _logged_in(self, deadline: Deadline, chain: Sequence[SshConnection]) -> Iterator[SshTransport]:
