@@ -5517,11 +5517,11 @@ class PowerShellConnection(TlsConnection):
     def _login(self, deadline: Deadline, before: WinrmSession | None) -> Iterator[tuple[GuardedSocket, WSMan]]:
         """A connection whose first request logs in; what fails inside ends it. Raises ProbeError."""
         opened = self._verified(deadline)   # before the guard: a host that does not answer is no login
-        with contextlib.ExitStack() as stack, explained(self._settings, opened):
+        with contextlib.ExitStack() as stack:
             stack.callback(opened.end)
             wsman = copy.copy(before.pool.connection if before else self.WSMAN)
-            wsman.transport = self._transport(opened)
             with self._login_attempt(deadline), explained(self._settings, opened):
+                wsman.transport = self._transport(opened)
                 yield opened, wsman
             stack.pop_all()
             opened.logged_in = True
@@ -6163,14 +6163,13 @@ def _volumes(text: str, mounts: Mapping[str, Mount], inodes: Mapping[str, tuple[
             yield Volume(device, pool, float(used), available, mount, counts)
 
 
-def _pools(volumes: Iterable[Volume]) -> Iterator[list[Volume]]:
+def _pools(volumes: Iterable[Volume]) -> list[list[Volume]]:
     """Those that share their space, that with the shortest mount point first, and none twice (a bind mount)."""
     pools: dict[str, dict[str, Volume]] = {}
     for volume in sorted(volumes, key=lambda volume: len(volume.mount.point)):
         if volume.used + volume.available > 0:
             pools.setdefault(volume.pool, {}).setdefault(volume.device, volume)
-    for pool in pools.values():
-        yield list(pool.values())
+    return [list(pool.values()) for pool in pools.values()]
 
 
 def _told(shares: dict[str, float | str], mounts: Iterable[Mount], broken: Collection[str],
@@ -6188,8 +6187,8 @@ def _told(shares: dict[str, float | str], mounts: Iterable[Mount], broken: Colle
         raise ValueError(" ".join(["no local filesystem", f"(skipped: {skipped or 'nothing'})", *errors]))
     if broken:
         errors.insert(0, f"became read-only: {', '.join(sorted(broken))}")
-    told = {"disk_percent": errors[:1], "skipped_filesystems": [skipped], "hidden_filesystems": [hidden]}
-    return shares | {name: text for name, texts in told.items() for text in texts if text}
+    told = {"disk_percent": "".join(errors[:1]), "skipped_filesystems": skipped, "hidden_filesystems": hidden}
+    return shares | {name: what for name, what in told.items() if what}
 
 
 def _disk_percent(text: str) -> dict[str, float | str]:
@@ -6990,9 +6989,8 @@ def _windows_sample(answer: WindowsAnswer, previous: CpuTicks | None) -> Sample:
     problems = dict.fromkeys(("load_per_cpu", "inode_percent"), NOT_KNOWN) | dict.fromkeys(silent, "no answer")
     problems |= {name: one_line(why)[:PROBLEM_CHARS] for name, why in answer.problems.items()
                  if name.partition(" ")[0] not in ("endpoint", "service", "check")}     # which are ours to say
-    services, checks = ({row.name: row.outcome for row in said} for said in (answer.services, answer.checks))
-    asked = {re.sub("`(.)", r"\1", name): outcome for name, outcome in services.items()}
-    return make_sample(rows, problems, previous, asked, checks)
+    services = {re.sub("`(.)", r"\1", row.name): row.outcome for row in answer.services}
+    return make_sample(rows, problems, previous, services, {row.name: row.outcome for row in answer.checks})
 
 
 def parse_windows(text: str, _nonce: str, previous: CpuTicks | None) -> Sample:
@@ -7221,7 +7219,7 @@ class ProtocolConnection(TlsConnection):
                 with contextlib.suppress(ValueError):
                     shown = x509.load_der_x509_certificate(opened.getpeercert(True) or b"")
                     left = shown.not_valid_after_utc - datetime.datetime.now(datetime.timezone.utc)
-                    metrics.setdefault("certificate_days", left.total_seconds() / 86_400)
+                    metrics["certificate_days"] = left.total_seconds() / 86_400
             yield opened
         finally:
             opened.end()
