@@ -6854,7 +6854,7 @@ class WindowsOutput(Output):
     def __init__(self, settings: ResourceSettings, mark: str, deadline: Deadline) -> None:
         super().__init__(mark)
         self._settings, self._deadline = settings, deadline
-        self._rows: list[dict[str, Any]] = []
+        self._rows: dict[int, dict[str, Any]] = {}      # by number
         self._next = 0      # number of the row that is expected
         self._then = "begin"    # what the script does: it begins, runs checks (""), ends by "exit", or waits for "stop"
         self._line = b""        # that is not whole
@@ -6916,7 +6916,7 @@ class WindowsOutput(Output):
         checks = self._settings.checks
         if row["number"]:
             row["exit"] = checks[row["number"] - 1].exit
-        self._rows.append(row)
+        self._rows.setdefault(row["number"], {}).update(row)    # what is seen from outside adds to what a check said
         self._then, self._next = str(row.get("then", "")), row["number"] + 1
         self.exits = self._then == "exit"
         if checks:
@@ -6931,7 +6931,7 @@ class WindowsOutput(Output):
         """Whether the script need not say more."""
         if self._rows and not self._then and self._next > len(self._settings.checks):
             try:
-                self.printed[:] = "\n".join(map(json.dumps, self._rows)).encode() + self.mark
+                self.printed[:] = "\n".join(map(json.dumps, self._rows.values())).encode() + self.mark
             except RecursionError:      # as deep as can just be read
                 raise not_run(self.printed.decode(errors="replace"), self._settings) from None
             self.whole = True
@@ -6997,13 +6997,10 @@ def parse_windows(text: str, _nonce: str, previous: CpuTicks | None) -> Sample:
     """The sample in COLLECT's output. Raises ProbeError (`protocol`) when it is anything else: half an answer could
     lack the one check that is bad."""
     try:    # bytes drop halves of surrogate pairs
-        rows: dict[int, dict[str, Any]] = {}
-        for row in [json.loads(line) for line in text.split("\n") if line.startswith("{")]:
-            rows.setdefault(row["number"], {}).update(row)      # what was seen from outside adds to what a check said
-        first = rows.pop(0)
-        plain = json.dumps({**first, "checks": list(rows.values())}, ensure_ascii=False).encode(errors="replace")
+        first, *checks = (json.loads(line) for line in text.split("\n") if line.startswith("{"))
+        plain = json.dumps({**first, "checks": checks}, ensure_ascii=False).encode(errors="replace")
         answer = WindowsAnswer.model_validate_json(plain)
-    except (ValueError, LookupError, TypeError, RecursionError):
+    except (ValueError, RecursionError):
         raise not_run(text) from None
     sample = _windows_sample(answer, previous)
     if sample.empty:
