@@ -6834,8 +6834,7 @@ for ($number = $first; $number -le $wanted.checks.Count; $number++) { Judge $num
 WINDOWS_PATH = re.compile(r"[A-Za-z]:\\[^*?[]+")      # no drive, which is found anyway, and no pattern
 
 
-def build_windows_script(settings: ResourceSettings, _nonce: str = "", _stuck: Sequence[str] = (),
-                         first: int = 0) -> str:
+def build_windows_script(settings: ResourceSettings, first: int = 0) -> str:
     """The whole poll, or the checks from a number on. ASCII only. What the operator wrote goes in as JSON in one
     literal in single quotes and has none of those: it cannot end the literal, nothing in it is expanded."""
     commands = [{"name": check.name, "command": check.command} for check in settings.checks]
@@ -6899,7 +6898,7 @@ class WindowsOutput(Output):
             return ""
         self._then, self.due_mono = "begin", math.inf
         endpoint, first = self._settings.endpoint, self._next
-        return f"{self._nonce} {first}" if endpoint else build_windows_script(self._settings, first=first)
+        return f"{self._nonce} {first}" if endpoint else build_windows_script(self._settings, first)
 
     @property
     def _over(self) -> bool:
@@ -6993,7 +6992,7 @@ def _windows_sample(answer: WindowsAnswer, previous: CpuTicks | None) -> Sample:
     return make_sample(rows, problems, previous, services, {row.name: row.outcome for row in answer.checks})
 
 
-def parse_windows(text: str, _nonce: str, previous: CpuTicks | None) -> Sample:
+def parse_windows(text: str, previous: CpuTicks | None) -> Sample:
     """The sample in COLLECT's output. Raises ProbeError (`protocol`) when it is anything else: half an answer could
     lack the one check that is bad."""
     try:    # bytes drop halves of surrogate pairs
@@ -7370,10 +7369,6 @@ class NameConnection(ProtocolConnection):
 # One poll of a resource, in the poller's thread: build the platform's script, run it over the connection, parse
 # what came back, and see to it that all that was asked for is answered: a sample or ProbeError.
 # Gives: collect, CONNECTIONS
-def plain_output(_settings: ResourceSettings, mark: str, _deadline: Deadline) -> Output:
-    return Output(mark)
-
-
 CONNECTIONS: dict[Platform, type[Connection]] = {
     **{platform: SshConnection for platform in SSH_PLATFORMS},
     Platform.WINDOWS: PowerShellConnection,
@@ -7384,16 +7379,7 @@ CONNECTIONS: dict[Platform, type[Connection]] = {
     Platform.DNS: NameConnection,
     Platform.PUSH: PushConnection,
 }
-Builder = Callable[[ResourceSettings, str, Sequence[str]], str]
-Reader = Callable[[ResourceSettings, str, Deadline], Output]
-Parser = Callable[[str, str, CpuTicks | None], Sample]
-LANGUAGES: dict[Platform, tuple[Builder, Reader, Parser]] = {
-    **dict.fromkeys(Platform, (build_script, plain_output, parse_output)),
-    Platform.WINDOWS: (build_windows_script, WindowsOutput, parse_windows)}
-if sys.platform == "win32":
-    LANGUAGES[Platform.LOCAL] = LANGUAGES[Platform.WINDOWS]
-
-
+POWERSHELL = {Platform.WINDOWS, Platform.LOCAL} if sys.platform == "win32" else {Platform.WINDOWS}  # they know no sh
 STILL_POLLS = 3                 # without a reading, of counters that should move
 
 
@@ -7433,17 +7419,20 @@ def ask(settings: ResourceSettings, connection: Connection, previous: Sample | N
     """One round trip. Raises ProbeError."""
     if isinstance(connection, ProtocolConnection | PushConnection | SimulatedConnection):
         return complete(connection.sample(deadline), settings)
-    nonce = secrets.token_hex(8)
-    build, read, parse = LANGUAGES[settings.platform]
-    output = read(settings, end_mark(nonce), deadline)
-    stuck = previous.stuck if previous else ()
-    script = " ".join([nonce, *stuck[:1]]) if settings.endpoint else build(settings, nonce, stuck)
+    nonce, in_powershell = secrets.token_hex(8), settings.platform in POWERSHELL
+    mark, stuck, ticks = end_mark(nonce), previous.stuck if previous else (), previous.ticks if previous else None
+    output = WindowsOutput(settings, mark, deadline) if in_powershell else Output(mark)
+    if settings.endpoint:
+        script = " ".join([nonce, *stuck[:1]])
+    else:
+        script = build_windows_script(settings) if in_powershell else build_script(settings, nonce, stuck)
     ended = connection.run(script, output, deadline)
-    text, done, _ = output.printed.decode(errors="replace").partition(end_mark(nonce))
+    text, done, _ = output.printed.decode(errors="replace").partition(mark)
     # What comes last hangs where a disk does: all else was answered.
     running = last_section(text, nonce)
     if done or (deadline.over and running == "disk_percent"):
-        sample = since(parse(text, nonce, previous.ticks if previous else None), previous)
+        sample = parse_windows(text, ticks) if in_powershell else parse_output(text, nonce, ticks)
+        sample = since(sample, previous)
         return complete(judge_endpoint(sample, settings) if settings.endpoint else sample, settings)
     during = f" while {running} ran" if running else ""
     if deadline.over:
