@@ -3994,7 +3994,7 @@ def connect_tcp(resolver: Resolver, host: str, port: int, deadline: Deadline, *,
 # === Logins ==================================================================
 # Asked before every login with a password and told what came of it; answers with permission, a wait, or ProbeError
 # `auth`. The threads of the pollers share a guard for each credential; what happened before a restart is told again.
-# Gives: AUTH_BACKOFF, LOCKOUT_WINDOW, NOT_TRIED, LoginGuard, Guards
+# Gives: AUTH_BACKOFF, LOCKOUT_WINDOW, NOT_TRIED, LoginGuard, LoginRecord, Guards
 AUTH_BACKOFF = 300.0            # seconds between attempts with a refused credential
 SAME_REFUSAL = 30.0             # seconds between two times that may be told of one refusal
 AUTH_RETRY = 60.0               # seconds until the second attempt where the credential was accepted lately
@@ -4003,6 +4003,28 @@ REFUSALS = 3                    # of a host or a credential, after which nothing
 REFUSALS_ASKED = 4              # ... and by somebody who asks for it: the common policy locks at the fifth
 LOCKOUT_WINDOW = 31 * 60.0      # seconds without a wrong password after which directories count anew, and a bit
 NOT_TRIED = "not tried: "       # begins the reason of what was no login
+
+
+@dataclass
+class LoginRecord:
+    """How often a resource was logged in to; outlives the connection, which each change of the resource replaces."""
+
+    outcomes: collections.Counter[str] = dataclass_field(default_factory=collections.Counter)   # accepted, refused
+    second_tries: int = 0
+    _hours: collections.Counter[int] = dataclass_field(default_factory=collections.Counter)
+
+    def count(self, outcome: str) -> None:
+        hour = int(time.monotonic() // 3600)
+        self.outcomes[outcome] += 1
+        self._hours[hour] += 1
+        for past in [past for past in self._hours if past <= hour - 24]:
+            del self._hours[past]
+
+    @property
+    def last_day(self) -> int:
+        """Logins of the last 24 hours, refused ones too."""
+        first = int(time.monotonic() // 3600) - 24
+        return sum(count for hour, count in list(self._hours.items()) if hour > first)
 
 
 class LoginGuard:
@@ -4077,7 +4099,7 @@ class LoginGuard:
         return not self._locks or self._running < (REFUSALS if proven else 1)
 
     @contextlib.contextmanager
-    def attempt(self, name: str, deadline: Deadline) -> Iterator[None]:
+    def attempt(self, name: str, deadline: Deadline, record: LoginRecord) -> Iterator[None]:
         """Around one login: a ProbeError `auth` counts as refused, the end of the block as accepted."""
         with self._turn:
             # what is left must do for the login: one that comes too late for an answer could be refused, too
@@ -4092,9 +4114,11 @@ class LoginGuard:
         except ProbeError as error:
             if error.cause == "auth":
                 self.refuse(name)
+                record.count("refused")
             raise
         else:
             self.accept(name)
+            record.count("accepted")
         finally:
             with self._turn:
                 self._running -= 1
@@ -4250,28 +4274,6 @@ class HostSession:
         raise NotImplementedError
 
 
-@dataclass
-class LoginRecord:
-    """How often a resource was logged in to; outlives the connection, which each change of the resource replaces."""
-
-    outcomes: collections.Counter[str] = dataclass_field(default_factory=collections.Counter)   # accepted, refused
-    second_tries: int = 0
-    _hours: collections.Counter[int] = dataclass_field(default_factory=collections.Counter)
-
-    def count(self, outcome: str) -> None:
-        hour = int(time.monotonic() // 3600)
-        self.outcomes[outcome] += 1
-        self._hours[hour] += 1
-        for past in [past for past in self._hours if past <= hour - 24]:
-            del self._hours[past]
-
-    @property
-    def last_day(self) -> int:
-        """Logins of the last 24 hours, refused ones too."""
-        first = int(time.monotonic() // 3600) - 24
-        return sum(count for hour, count in list(self._hours.items()) if hour > first)
-
-
 class SessionKeeper:
     """The session that is open, if there is one, and when it is made anew."""
 
@@ -4412,20 +4414,8 @@ class Connection:
         return lambda: self._made_from() != before or self._context.resolver.moved(*place, wire.address)
 
     def open_session(self, deadline: Deadline) -> HostSession:
-        """Logs in, within `_login_attempt`; the session before is still open as `keeper.session`. Raises ProbeError."""
+        """Logs in, in an attempt of the guard; the one before is still open as `keeper.session`. Raises ProbeError."""
         raise NotImplementedError
-
-    @contextlib.contextmanager
-    def _login_attempt(self, deadline: Deadline) -> Iterator[None]:
-        """Around a login: asks the guard, and tells it and the record what came of it."""
-        try:
-            with self._guard.attempt(self._target.name, deadline):
-                yield
-        except ProbeError as error:
-            if error.cause == "auth" and not str(error).startswith(NOT_TRIED):
-                self.record.count("refused")
-            raise
-        self.record.count("accepted")
 
     def drop(self) -> None:
         """Ends what is open between polls."""
@@ -5022,7 +5012,7 @@ class SshConnection(SshLogin):
         while True:
             with self._connected(deadline, chain, tried) as (transport, offered):
                 if self._verified(offered, transport, tried):
-                    with self._login_attempt(deadline):
+                    with self._guard.attempt(self._target.name, deadline, self.record):
                         self._login(transport, deadline)
                     yield transport
                     return
@@ -5520,7 +5510,7 @@ class PowerShellConnection(TlsConnection):
         with contextlib.ExitStack() as stack:
             stack.callback(opened.end)
             wsman = copy.copy(before.pool.connection if before else self.WSMAN)
-            with self._login_attempt(deadline), explained(self._settings, opened):
+            with self._guard.attempt(self._target.name, deadline, self.record), explained(self._settings, opened):
                 wsman.transport = self._transport(opened)
                 yield opened, wsman
             stack.pop_all()
@@ -6838,7 +6828,7 @@ def build_windows_script(settings: ResourceSettings, first: int = 0) -> str:
     """The whole poll, or the checks from a number on. ASCII only. What the operator wrote goes in as JSON in one
     literal in single quotes and has none of those: it cannot end the literal, nothing in it is expanded."""
     commands = [{"name": check.name, "command": check.command} for check in settings.checks]
-    names = [re.sub(r"([][*?`])", r"`\1", name) for name in settings.services]     # or Get-Service takes them for patterns
+    names = [re.sub(r"([][*?`])", r"`\1", name) for name in settings.services]     # Get-Service takes patterns
     wanted = json.dumps({"services": names, "checks": commands,
                          "mounts": [path for path in settings.limited_mounts if WINDOWS_PATH.fullmatch(path)]})
     return f"$first = {first}" + COLLECT.replace("WANTED", wanted.replace("'", r"\u0027"), 1)
@@ -7250,7 +7240,7 @@ class HttpConnection(ProtocolConnection):
         with contextlib.ExitStack() as stack:   # first the connection: a host that does not answer is no login
             opened = stack.enter_context(self._opened(deadline, metrics))
             if self._settings.password:
-                stack.enter_context(self._login_attempt(deadline))
+                stack.enter_context(self._guard.attempt(self._target.name, deadline, self.record))
             answer = self._answer(opened, deadline)
         if (expect.contains or expect.values) and answer.encoding not in ("", "identity"):
             raise AnswerError("protocol", f"the answer is packed as {quoted(answer.encoding)}, which nobody asked for")

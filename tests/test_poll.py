@@ -35,6 +35,7 @@ from healthchecker import (
     HostSession,
     KnownHosts,
     LoginGuard,
+    LoginRecord,
     Monitor,
     Output,
     Platform,
@@ -90,7 +91,7 @@ class Machines:
         """A login around `answer`, counted."""
 
         def attempt(guard: LoginGuard, deadline: Deadline) -> None:
-            with guard.attempt(name, deadline):
+            with guard.attempt(name, deadline, LoginRecord()):
                 self.logins.append(name)
                 if answer:
                     answer(guard, deadline)
@@ -530,7 +531,7 @@ def test_guard(steps: str) -> None:
         elif what == "ask":
             guard.ask(name)
         else:
-            with contextlib.suppress(ProbeError), guard.attempt(name, Deadline(5)):
+            with contextlib.suppress(ProbeError), guard.attempt(name, Deadline(5), LoginRecord()):
                 if what != "yes":
                     raise ProbeError("auth" if what == "no" else "timeout", "as the test wants it")
 
@@ -560,7 +561,7 @@ def test_a_refusal_that_is_told_again_counts_once() -> None:
 def test_a_key_locks_nothing() -> None:
     guard = LoginGuard(locks=False)
     for _ in range(20):
-        with contextlib.suppress(ProbeError), guard.attempt("a", Deadline(5)):
+        with contextlib.suppress(ProbeError), guard.attempt("a", Deadline(5), LoginRecord()):
             raise ProbeError("auth", "refused")
     assert guard.wait("a") == 0 and guard.refusals == 0, "one more for each poll would fill the memory"
 
@@ -574,7 +575,7 @@ def test_who_tries_is_counted_whatever_changes_meanwhile(house: House) -> None:
     for wrong in range(1, 4):
         guard = guards.trial(target)
         guards.keep([])
-        with contextlib.suppress(ProbeError), guard.attempt("a", Deadline(5)):
+        with contextlib.suppress(ProbeError), guard.attempt("a", Deadline(5), LoginRecord()):
             guards.keep([])
             raise ProbeError("auth", "refused")
         guards.keep([])
@@ -603,7 +604,7 @@ class Account(Connection):
         self.keeper.clock, self._directory = lambda: directory.now, directory
 
     def open_session(self, deadline: Deadline) -> HostSession:
-        with self._login_attempt(deadline):
+        with self._guard.attempt(self._target.name, deadline, self.record):
             self._directory.log_in(self._target.name, self._guard)
         return Login()
 
@@ -685,7 +686,7 @@ def attempts(
 
     def login(name: str) -> None:
         nonlocal made, running, most
-        with guard.attempt(name, Deadline(60)):
+        with guard.attempt(name, Deadline(60), LoginRecord()):
             with lock:
                 made, running = made + 1, running + 1
                 most = max(most, running)

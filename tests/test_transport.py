@@ -61,6 +61,7 @@ from healthchecker import (
     KnownHosts,
     LocalConnection,
     LoginGuard,
+    LoginRecord,
     Output,
     ProbeError,
     Resolver,
@@ -788,8 +789,8 @@ class FreezeAtLogin(LoginGuard):
         self.server, self.after = server, after
 
     @contextlib.contextmanager
-    def attempt(self, name: str, deadline: Deadline) -> Iterator[None]:
-        with super().attempt(name, deadline):
+    def attempt(self, name: str, deadline: Deadline, record: LoginRecord) -> Iterator[None]:
+        with super().attempt(name, deadline, record):
             if not self.after:
                 self.server.freeze()
             yield
