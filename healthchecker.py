@@ -4082,6 +4082,11 @@ class LoginGuard:
         return (f"{NOT_TRIED}the same credential was refused before; check username and password; "
                 f"next attempt in {math.ceil(self.wait(name))} s")
 
+    def require_no_wait(self, name: str) -> None:
+        """Raises ProbeError while `name` has to wait."""
+        if self.wait(name) > 0:
+            raise ProbeError("auth", self.why(name))
+
     def ask(self, name: str) -> None:
         """Lets `name` try now, as far as that cannot lock the account."""
         with self._turn:
@@ -4105,8 +4110,7 @@ class LoginGuard:
             # what is left must do for the login: one that comes too late for an answer could be refused, too
             if not self._turn.wait_for(self._has_room, deadline.left() - deadline.seconds / 2):
                 raise ProbeError("auth", f"{NOT_TRIED}others log in with the same credential, and wait for an answer")
-            if self.wait(name) > 0:
-                raise ProbeError("auth", self.why(name))
+            self.require_no_wait(name)
             self._asked.discard(name)
             self._running += 1
         try:
@@ -4396,13 +4400,8 @@ class Connection:
     def _admitted(self, deadline: Deadline) -> HostSession:
         """A new session; where there is one that can serve on, not while the guard says no to its login."""
         if self.keeper.lives:
-            self._require_no_wait()
+            self._guard.require_no_wait(self._target.name)
         return self.open_session(deadline)
-
-    def _require_no_wait(self) -> None:
-        """Raises ProbeError while the guard says no."""
-        if self._guard.wait(self._target.name) > 0:
-            raise ProbeError("auth", self._guard.why(self._target.name))
 
     def _made_from(self) -> list[Any]:
         """What a login depends on. Raises ProbeError."""
@@ -4933,7 +4932,7 @@ class SshConnection(SshLogin):
         """The transport for all behind it. Raises ProbeError, for all who waited for the login that failed; one that
         only was too late for who tried it says nothing of the others."""
         def log_in(limit: Deadline) -> HostSession:
-            self._require_no_wait()
+            self._guard.require_no_wait(self._target.name)
             return self._opened(Relay, limit, chain)
 
         begun_mono = time.monotonic()
@@ -4995,7 +4994,7 @@ class SshConnection(SshLogin):
         """To the host; where the bastion's transport turns out to be dead, once more over a new one."""
         place, keeps = (self._settings.hostname, self._settings.connect_port), self.keeps
         if not keeps:
-            bastion._require_no_wait()
+            bastion._guard.require_no_wait(bastion._target.name)
         transport = stack.enter_context((bastion._lent if keeps else bastion._logged_in)(deadline, chain))
         was_old = transport.is_old
         try:
