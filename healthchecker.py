@@ -5576,13 +5576,17 @@ def start_shell(command: Sequence[str], script: str, **options: Any) -> subproce
         raise ProbeError("protocol", f"{command[0]} does not start: {error.strerror}") from error
 
 
-def read_into(output: Output, pipe: IO[bytes], deadline: Deadline) -> bool:
-    """Reads a pipe until its end or enough was said; False where that is late."""
-    with selectors.DefaultSelector() as selector:
-        selector.register(pipe, selectors.EVENT_READ)
+def read_into(output: Output, process: subprocess.Popen[bytes], deadline: Deadline) -> bool:
+    """Reads what a process prints until it ends or enough was said; False where that is late."""
+    assert process.stdout
+    with selectors.DefaultSelector() as selector, contextlib.suppress(subprocess.TimeoutExpired):
+        selector.register(process.stdout, selectors.EVENT_READ)
         while (seconds := deadline.remaining) > 0 and selector.select(seconds):
-            chunk = os.read(pipe.fileno(), READ_BYTES)
-            if not chunk or output.take(chunk):
+            chunk = os.read(process.stdout.fileno(), READ_BYTES)
+            if output.take(chunk):
+                return True
+            if not chunk:
+                process.wait(0.5)   # the output ends before the process does
                 return True
     return False
 
@@ -5608,19 +5612,11 @@ class LocalConnection(Connection):
     SHELL: ClassVar = ["/bin/sh", "-s"]
 
     def run(self, script: str, output: Output, deadline: Deadline) -> bool:
-        process = start_shell(self.SHELL, script, start_new_session=True)
-        assert process.stdout
-        with process.stdout as pipe:
+        with start_shell(self.SHELL, script, start_new_session=True) as process:
             try:
-                if not read_into(output, pipe, deadline):
-                    return False
-                with contextlib.suppress(subprocess.TimeoutExpired):    # the output ends before the process does
-                    process.wait(0 if output.whole else 0.5)
-                    return True
-                return output.whole
+                return read_into(output, process, deadline)
             finally:
                 end_process_group(process)
-                process.wait()
 
 
 def enclose(process: subprocess.Popen[bytes], memory: int = 0) -> Callable[[], object]:
