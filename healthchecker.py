@@ -4067,15 +4067,12 @@ class LoginGuard:
         """Seconds until `name` may try; 0 = now."""
         with self._turn:
             own, wrong = self._counted(self._refused.get(name, [])), self._counted(self._wrong)
-            asked = name in self._asked
-            ends_mono = -math.inf
-            for times in (own, wrong):
-                if len(times) >= (REFUSALS_ASKED if asked else REFUSALS):
-                    ends_mono = max(ends_mono, times[-1] + LOCKOUT_WINDOW)
-            if own and not asked:
+            most = REFUSALS_ASKED if name in self._asked else REFUSALS
+            ends_mono = [times[-1] + LOCKOUT_WINDOW for times in (own, wrong) if len(times) >= most]
+            if own and name not in self._asked:
                 lately = len(own) == 1 and own[0] - self._accepted_mono < ACCEPTED_LATELY
-                ends_mono = max(ends_mono, own[-1] + (AUTH_RETRY if lately else AUTH_BACKOFF))
-            return max(0.0, ends_mono - self._clock())
+                ends_mono.append(own[-1] + (AUTH_RETRY if lately else AUTH_BACKOFF))
+            return max(0.0, max(ends_mono, default=-math.inf) - self._clock())
 
     def why(self, name: str) -> str:
         """Why `name` has to wait."""
