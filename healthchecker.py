@@ -5180,7 +5180,6 @@ class Pipeline(PowerShell):
     """A script in a runspace pool, which is read while it runs."""
 
     exit_code: int | None = None    # what `exit` in it said: that is told the session's host, which is us
-    _passed = 0     # of its output
 
     def begin(self, script: str, settings: ResourceSettings) -> None:
         """Until the host has the script. Raises what pypsrp raises."""
@@ -5197,8 +5196,8 @@ class Pipeline(PowerShell):
         """Until the script ends, or need not say more, or is late; then it is stopped. Raises ProbeError, and what
         pypsrp raises."""
         enough, wait, quick = False, 1.0, False
-        while wait > 0 and not enough and (self._waits or self.state == PSInvocationState.RUNNING):
-            if self._waits:
+        while wait > 0 and not enough and (self.output or self.state == PSInvocationState.RUNNING):
+            if self.output:
                 enough = self._pass(output)
                 continue
             wait = round(min(output.due_mono - time.monotonic(), deadline.left() - 0.3), 3)   # then to answer "not yet"
@@ -5224,18 +5223,13 @@ class Pipeline(PowerShell):
         until = Deadline(CLEANUP_TIME)
         while self.state == PSInvocationState.RUNNING and not until.over:
             self.poll_invoke(timeout=1)
-        while self._waits:
+        while self.output:
             self._pass(output)
         self.close()
         return bool(self.state == PSInvocationState.COMPLETED)
 
-    @property
-    def _waits(self) -> bool:
-        return self._passed < len(self.output)
-
     def _pass(self, output: Output) -> bool:
-        self._passed += 1
-        return output.take(f"{self.output[self._passed - 1]}\n".encode())
+        return output.take(f"{self.output.pop(0)}\n".encode())
 
     def _process_pipeline_host_call(self, message: Any) -> Any:
         if str(message.data.mi) == "SetShouldExit":
