@@ -6955,19 +6955,6 @@ def _windows_reading(name: str, reported: str | int | tuple[int, int]) -> Readin
     return one_line(reported) if isinstance(reported, str) else float(reported)
 
 
-def _windows_sample(answer: WindowsAnswer, previous: CpuTicks | None) -> Sample:
-    details = {name: value for name, value in answer.details.items() if name in DETAILS}
-    rows = {name: functools.partial(_windows_reading, name, reported)
-            for name, reported in {**details, **answer.amounts}.items()}
-    wanted = {"cpu_percent", "memory_percent", "commit_percent", "disk_percent"}
-    silent = wanted - {name.partition(" ")[0] for name in rows}
-    problems = dict.fromkeys(("load_per_cpu", "inode_percent"), NOT_KNOWN) | dict.fromkeys(silent, "no answer")
-    problems |= {name: one_line(why)[:PROBLEM_CHARS] for name, why in answer.problems.items()
-                 if name.partition(" ")[0] not in ("endpoint", "service", "check")}     # which are ours to say
-    services = {re.sub("`(.)", r"\1", row.name): row.outcome for row in answer.services}
-    return make_sample(rows, problems, previous, services, {row.name: row.outcome for row in answer.checks})
-
-
 def parse_windows(text: str, previous: CpuTicks | None) -> Sample:
     """The sample in COLLECT's output. Raises ProbeError (`protocol`) when it is anything else: half an answer could
     lack the one check that is bad."""
@@ -6977,7 +6964,16 @@ def parse_windows(text: str, previous: CpuTicks | None) -> Sample:
         answer = WindowsAnswer.model_validate_json(plain)
     except (ValueError, RecursionError):
         raise not_run(text) from None
-    sample = _windows_sample(answer, previous)
+    details = {name: value for name, value in answer.details.items() if name in DETAILS}
+    rows = {name: functools.partial(_windows_reading, name, reported)
+            for name, reported in {**details, **answer.amounts}.items()}
+    wanted = {"cpu_percent", "memory_percent", "commit_percent", "disk_percent"}
+    silent = wanted - {name.partition(" ")[0] for name in rows}
+    problems = dict.fromkeys(("load_per_cpu", "inode_percent"), NOT_KNOWN) | dict.fromkeys(silent, "no answer")
+    problems |= {name: one_line(why)[:PROBLEM_CHARS] for name, why in answer.problems.items()
+                 if name.partition(" ")[0] not in ("endpoint", "service", "check")}     # which are ours to say
+    services = {re.sub("`(.)", r"\1", row.name): row.outcome for row in answer.services}
+    sample = make_sample(rows, problems, previous, services, {row.name: row.outcome for row in answer.checks})
     if sample.empty:
         raise AnswerError("protocol", f"nothing can be read: {'; '.join(sample.problems.values())}")
     return replace(sample, endpoint=answer.endpoint)
