@@ -40,12 +40,12 @@ Sections, in file order; a definition refers only to what stands above it:
     Sessions     what stays open between polls, and when it is made anew
     SSH          host keys verified before any secret is sent, a channel per poll
     PowerShell   PowerShell Remoting over one watched socket
-    Local        this machine's own shell, and simulated resources
+    Local        this machine's own shell
     Outcomes     what an exit status and an output say of a service or check
     Probes       a sample, and the command sets of the POSIX platforms, as tables
     Windows      the PowerShell script of a poll, and what it prints
     Endpoints    what a host keeps that is sent no code, and what its answer counts for
-    Protocols    what is no machine: an answer of HTTP, a port, a name
+    Protocols    what is no machine: an answer of HTTP, a port, a name, a simulation, who reports by itself
     Collect      script, connection and parser of a platform: one poll in one round trip
     Evaluate     sample + limits -> verdict -> standing; pure
     Aggregate    the lease: is everything healthy, now
@@ -450,26 +450,25 @@ class SshConfig(paramiko.SSHConfig):
             raise ValueError("Match is by host, originalhost, user and localuser alone; `exec` would run a command")
         return found
 
-    def of(self, host: str) -> tuple[dict[str, str], list[str], bool]:
-        """What the file says of a host, in our names; its IdentityFiles; whether ProxyCommand leads there. Raises
-        ValueError."""
+    def of(self, host: str) -> tuple[dict[str, str], str | None, bool]:
+        """What the file says of a host, in our names; its first IdentityFile that is there; whether ProxyCommand leads
+        there. Raises ValueError."""
         try:
             said = self.lookup(host)
         except Exception as error:  # paramiko lets through whatever its look-ups raise
             raise ValueError(f"this file says nothing clear of the host ({type(error).__name__})") from error
         jump = said.get("proxyjump") or "none"
         return ({ours: said[theirs] for ours, theirs in self.SAID.items() if said.get(theirs) not in (None, "none")},
-                [name for name in said.get("identityfile", []) if os.path.isfile(os.path.expanduser(name))],
+                next(filter(os.path.isfile, said.get("identityfile", [])), None),
                 jump == "none" and said.get("proxycommand") is not None)
 
-    def hop(self, hop: str, user: str, keys: Sequence[str]) -> str:
-        """A bastion as an address, for a login as `user` with `keys` of this file. Raises ValueError."""
+    def hop(self, hop: str, user: str, key: str | None) -> str:
+        """A bastion as an address, for a login as `user` with this key. Raises ValueError."""
         found = HOP.fullmatch(hop)
         if not found:
             return hop
-        said, own_keys, command = self.of(found[2] or found[3])
-        own_keys = [os.path.expanduser(name) for name in own_keys[:1]]
-        if command or {"proxy_jump", "host_key_alias"} & said.keys() or (own_keys or keys) != keys:
+        said, own_key, command = self.of(found[2] or found[3])
+        if command or {"proxy_jump", "host_key_alias"} & said.keys() or own_key not in (None, key):
             raise ValueError("a bastion has a key, an alias or a way of its own in this file: add it as a resource")
         host = f"[{said['hostname']}]" if ":" in said["hostname"] else said["hostname"]
         return f"{found[1] or said.get('username', user)}@{host}:{found[4] or said.get('port', SSH_PORT)}"
@@ -477,16 +476,15 @@ class SshConfig(paramiko.SSHConfig):
 
 def with_ssh_config(raw: dict[str, Any], path: Path, names: Collection[str], *, keyless: bool) -> dict[str, Any]:
     """A resource with what the file says and `raw` does not; `keyless`: a key, too. Raises ValueError."""
-    said, keys, command = SshConfig(path, raw.get("username")).of(raw["hostname"])
+    said, key, command = SshConfig(path, raw.get("username")).of(raw["hostname"])
     if command and "proxy_jump" not in raw:
         raise ValueError("ProxyCommand is not run; write ProxyJump, or proxy_jump here")
-    keys = keys[:1] if keyless else []
-    stated = dict.fromkeys(["key_file"][:len(keys)], *keys) | said | raw
-    stated["hostname"] = said.get("hostname", raw["hostname"])
-    user, config = str(stated.get("username", "")), SshConfig(path)
-    keys = [os.path.expanduser(stated["key_file"])] if "key_file" in stated else []
+    found = {"key_file": key} if key and keyless else {}
+    stated = {**found, **said, **raw, "hostname": said.get("hostname", raw["hostname"])}
     if hops := stated.get("proxy_jump"):
-        stated["proxy_jump"] = ",".join(hop if hop == "none" or hop in names else config.hop(hop, user, keys)
+        user, config = str(stated.get("username", "")), SshConfig(path)
+        key = os.path.expanduser(stated["key_file"]) if "key_file" in stated else None
+        stated["proxy_jump"] = ",".join(hop if hop == "none" or hop in names else config.hop(hop, user, key)
                                         for hop in map(str.strip, str(hops).split(",")))
     return stated
 
@@ -3996,7 +3994,7 @@ def connect_tcp(resolver: Resolver, host: str, port: int, deadline: Deadline, *,
 # === Logins ==================================================================
 # Asked before every login with a password and told what came of it; answers with permission, a wait, or ProbeError
 # `auth`. The threads of the pollers share a guard for each credential; what happened before a restart is told again.
-# Gives: AUTH_BACKOFF, LOCKOUT_WINDOW, NOT_TRIED, LoginGuard, Guards
+# Gives: AUTH_BACKOFF, LOCKOUT_WINDOW, NOT_TRIED, LoginGuard, LoginRecord, Guards
 AUTH_BACKOFF = 300.0            # seconds between attempts with a refused credential
 SAME_REFUSAL = 30.0             # seconds between two times that may be told of one refusal
 AUTH_RETRY = 60.0               # seconds until the second attempt where the credential was accepted lately
@@ -4005,6 +4003,28 @@ REFUSALS = 3                    # of a host or a credential, after which nothing
 REFUSALS_ASKED = 4              # ... and by somebody who asks for it: the common policy locks at the fifth
 LOCKOUT_WINDOW = 31 * 60.0      # seconds without a wrong password after which directories count anew, and a bit
 NOT_TRIED = "not tried: "       # begins the reason of what was no login
+
+
+@dataclass
+class LoginRecord:
+    """How often a resource was logged in to; outlives the connection, which each change of the resource replaces."""
+
+    outcomes: collections.Counter[str] = dataclass_field(default_factory=collections.Counter)   # accepted, refused
+    second_tries: int = 0
+    _hours: collections.Counter[int] = dataclass_field(default_factory=collections.Counter)
+
+    def count(self, outcome: str) -> None:
+        hour = int(time.monotonic() // 3600)
+        self.outcomes[outcome] += 1
+        self._hours[hour] += 1
+        for past in [past for past in self._hours if past <= hour - 24]:
+            del self._hours[past]
+
+    @property
+    def last_day(self) -> int:
+        """Logins of the last 24 hours, refused ones too."""
+        first = int(time.monotonic() // 3600) - 24
+        return sum(count for hour, count in list(self._hours.items()) if hour > first)
 
 
 class LoginGuard:
@@ -4047,20 +4067,22 @@ class LoginGuard:
         """Seconds until `name` may try; 0 = now."""
         with self._turn:
             own, wrong = self._counted(self._refused.get(name, [])), self._counted(self._wrong)
-            asked = name in self._asked
-            ends_mono = -math.inf
-            for times in (own, wrong):
-                if len(times) >= (REFUSALS_ASKED if asked else REFUSALS):
-                    ends_mono = max(ends_mono, times[-1] + LOCKOUT_WINDOW)
-            if own and not asked:
+            most = REFUSALS_ASKED if name in self._asked else REFUSALS
+            ends_mono = [times[-1] + LOCKOUT_WINDOW for times in (own, wrong) if len(times) >= most]
+            if own and name not in self._asked:
                 lately = len(own) == 1 and own[0] - self._accepted_mono < ACCEPTED_LATELY
-                ends_mono = max(ends_mono, own[-1] + (AUTH_RETRY if lately else AUTH_BACKOFF))
-            return max(0.0, ends_mono - self._clock())
+                ends_mono.append(own[-1] + (AUTH_RETRY if lately else AUTH_BACKOFF))
+            return max(0.0, max(ends_mono, default=-math.inf) - self._clock())
 
     def why(self, name: str) -> str:
         """Why `name` has to wait."""
         return (f"{NOT_TRIED}the same credential was refused before; check username and password; "
                 f"next attempt in {math.ceil(self.wait(name))} s")
+
+    def require_no_wait(self, name: str) -> None:
+        """Raises ProbeError while `name` has to wait."""
+        if self.wait(name) > 0:
+            raise ProbeError("auth", self.why(name))
 
     def ask(self, name: str) -> None:
         """Lets `name` try now, as far as that cannot lock the account."""
@@ -4079,14 +4101,13 @@ class LoginGuard:
         return not self._locks or self._running < (REFUSALS if proven else 1)
 
     @contextlib.contextmanager
-    def attempt(self, name: str, deadline: Deadline) -> Iterator[None]:
+    def attempt(self, name: str, deadline: Deadline, record: LoginRecord) -> Iterator[None]:
         """Around one login: a ProbeError `auth` counts as refused, the end of the block as accepted."""
         with self._turn:
             # what is left must do for the login: one that comes too late for an answer could be refused, too
             if not self._turn.wait_for(self._has_room, deadline.left() - deadline.seconds / 2):
                 raise ProbeError("auth", f"{NOT_TRIED}others log in with the same credential, and wait for an answer")
-            if self.wait(name) > 0:
-                raise ProbeError("auth", self.why(name))
+            self.require_no_wait(name)
             self._asked.discard(name)
             self._running += 1
         try:
@@ -4094,9 +4115,11 @@ class LoginGuard:
         except ProbeError as error:
             if error.cause == "auth":
                 self.refuse(name)
+                record.count("refused")
             raise
         else:
             self.accept(name)
+            record.count("accepted")
         finally:
             with self._turn:
                 self._running -= 1
@@ -4252,28 +4275,6 @@ class HostSession:
         raise NotImplementedError
 
 
-@dataclass
-class LoginRecord:
-    """How often a resource was logged in to; outlives the connection, which each change of the resource replaces."""
-
-    outcomes: collections.Counter[str] = dataclass_field(default_factory=collections.Counter)   # accepted, refused
-    second_tries: int = 0
-    _hours: collections.Counter[int] = dataclass_field(default_factory=collections.Counter)
-
-    def count(self, outcome: str) -> None:
-        hour = int(time.monotonic() // 3600)
-        self.outcomes[outcome] += 1
-        self._hours[hour] += 1
-        for past in [past for past in self._hours if past <= hour - 24]:
-            del self._hours[past]
-
-    @property
-    def last_day(self) -> int:
-        """Logins of the last 24 hours, refused ones too."""
-        first = int(time.monotonic() // 3600) - 24
-        return sum(count for hour, count in list(self._hours.items()) if hour > first)
-
-
 class SessionKeeper:
     """The session that is open, if there is one, and when it is made anew."""
 
@@ -4303,15 +4304,19 @@ class SessionKeeper:
             return old
         first = usable and not self.complaint   # has half the time, for the old one may need the rest
         try:
-            self._take(open_session(Deadline(round(deadline.left() / 2, 1)) if first else deadline))
+            new = open_session(Deadline(round(deadline.left() / 2, 1)) if first else deadline)
         except ProbeError as error:
             if not (old and usable and old.alive) or deadline.over or not self._goes_on(error):
                 raise
             self.reused = True
             return old
-        assert self.session
-        self.resumed = self.session.resumed
-        return self.session
+        self.opened_at, self.opened_mono = time.time(), self.clock()
+        if self._relogin:
+            self._due_mono = self.opened_mono + self._relogin * random.uniform(0.5, 1)
+            self._ends_mono = self.opened_mono + 2 * self._relogin
+        self.resumed = new.resumed
+        self.drop(new)
+        return new
 
     def _goes_on(self, error: ProbeError) -> bool:
         """Whether the old one serves on: while the guard says no, and until a refusal is confirmed."""
@@ -4321,20 +4326,11 @@ class SessionKeeper:
         self.complaint = str(error)
         return first
 
-    def _take(self, session: HostSession) -> None:
-        old, self.session, self.complaint = self.session, session, ""
-        self.opened_at, self.opened_mono = time.time(), self.clock()
-        if self._relogin:
-            self._due_mono = self.opened_mono + self._relogin * random.uniform(0.5, 1)
-            self._ends_mono = self.opened_mono + 2 * self._relogin
+    def drop(self, successor: HostSession | None = None) -> None:
+        """Ends what is open, where there is another one now in favour of that."""
+        old, self.session, self.complaint = self.session, successor, ""
         if old:
             old.close()
-
-    def drop(self) -> None:
-        """Ends what is open."""
-        session, self.session, self.complaint = self.session, None, ""
-        if session:
-            session.close()
 
 
 @dataclass(frozen=True)
@@ -4401,13 +4397,8 @@ class Connection:
     def _admitted(self, deadline: Deadline) -> HostSession:
         """A new session; where there is one that can serve on, not while the guard says no to its login."""
         if self.keeper.lives:
-            self._require_no_wait()
+            self._guard.require_no_wait(self._target.name)
         return self.open_session(deadline)
-
-    def _require_no_wait(self) -> None:
-        """Raises ProbeError while the guard says no."""
-        if self._guard.wait(self._target.name) > 0:
-            raise ProbeError("auth", self._guard.why(self._target.name))
 
     def _made_from(self) -> list[Any]:
         """What a login depends on. Raises ProbeError."""
@@ -4419,20 +4410,8 @@ class Connection:
         return lambda: self._made_from() != before or self._context.resolver.moved(*place, wire.address)
 
     def open_session(self, deadline: Deadline) -> HostSession:
-        """Logs in, within `_login_attempt`; the session before is still open as `keeper.session`. Raises ProbeError."""
+        """Logs in, in an attempt of the guard; the one before is still open as `keeper.session`. Raises ProbeError."""
         raise NotImplementedError
-
-    @contextlib.contextmanager
-    def _login_attempt(self, deadline: Deadline) -> Iterator[None]:
-        """Around a login: asks the guard, and tells it and the record what came of it."""
-        try:
-            with self._guard.attempt(self._target.name, deadline):
-                yield
-        except ProbeError as error:
-            if error.cause == "auth" and not str(error).startswith(NOT_TRIED):
-                self.record.count("refused")
-            raise
-        self.record.count("accepted")
 
     def drop(self) -> None:
         """Ends what is open between polls."""
@@ -4480,9 +4459,9 @@ def certifier(blob: bytes, host: str) -> str | None:
         if (found.type is serialization.SSHCertificateType.HOST and not found.critical_options
                 and found.valid_after <= time.time() < found.valid_before
                 and any(fnmatch.fnmatchcase(host.lower(), name) for name in names)):
-            line = found.signature_key().public_bytes(serialization.Encoding.OpenSSH,
-                                                      serialization.PublicFormat.OpenSSH).decode()
-            return identity(line.split()[0], base64.b64decode(line.split()[1]))
+            kind, key = found.signature_key().public_bytes(
+                serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH).decode().split()
+            return identity(kind, base64.b64decode(key))
     return None
 
 
@@ -4525,16 +4504,12 @@ def ssh_fault(error: Exception, first: bytes, mismatches: Sequence[str]) -> Prob
     return ProbeError("protocol", f"no SSH server there: {error or type(error).__name__}{said}")
 
 
-class Patience(float):
+@dataclass(frozen=True)
+class Patience:
     """How long paramiko waits: it adds seconds to the time of the wall clock, which may be set meanwhile, and compares;
     by this something else counts."""
 
     is_over: Callable[[], bool]
-
-    def __new__(cls, is_over: Callable[[], bool]) -> Patience:
-        patience = super().__new__(cls)
-        patience.is_over = is_over
-        return patience
 
     def __radd__(self, _begun: float) -> Patience:
         return self
@@ -4546,14 +4521,22 @@ class Patience(float):
 class SshTransport(paramiko.Transport):
     """Knows whether the host said goodbye: after a password that means refused, a lost connection does not."""
 
+    WEAK: ClassVar = {
+        "ciphers": ["aes128-cbc", "aes192-cbc", "aes256-cbc", "3des-cbc"],
+        "kex": ["diffie-hellman-group-exchange-sha256"],
+        "macs": ["hmac-sha1", "hmac-sha1-96", "hmac-md5", "hmac-md5-96"]}
+    NEVER: ClassVar = 10 ** 6           # seconds; paramiko's own timers follow the wall clock, ours decides
+    packetizer: BoundedPacketizer
     dismissed = False
     is_old = False      # it has served
     ended = False       # by us; its thread may not know yet
     theirs: Mapping[str, Sequence[str]] = dict[str, Sequence[str]]()      # the algorithms that the host names, by kind
 
-    def __init__(self, *made: Any, **how: Any) -> None:
-        super().__init__(*made, **how)
-        self._questions = itertools.count(1)
+    def __init__(self, wire: Wire) -> None:
+        super().__init__(cast(Any, wire), disabled_algorithms=self.WEAK, packetizer_class=BoundedPacketizer)
+        self.wire, self._questions = wire, itertools.count(1)
+        self.banner_timeout = self.auth_timeout = self.NEVER
+        self.clear_to_send_timeout = cast(Any, Patience(wire.too_late))     # while keys are exchanged anew
 
     def _really_parse_kex_init(self, *message: Any, **how: Any) -> Any:
         found = super()._really_parse_kex_init(*message, **how)     # type: ignore[misc]  # the stubs lack it
@@ -4582,12 +4565,11 @@ class SshTransport(paramiko.Transport):
             message.rewind()
             super()._parse_channel_open_success(message)    # type: ignore[misc]  # the stubs lack it
 
-    def open_in_time(self, kind: str, place: tuple[str, int] | None, deadline: Deadline) -> paramiko.Channel:
-        """A channel. Raises ProbeError once the deadline is over; an old transport that is silent for a third of it is
-        dead, and ends."""
+    def open_in_time(self, place: tuple[str, int] | None, deadline: Deadline) -> paramiko.Channel:
+        """A channel to a place behind the host, or for a session. Raises ProbeError once the deadline is over; an old
+        transport that is silent for a third of it is dead, and ends."""
         was_old, self.is_old = self.is_old, True
-        wire, answers = cast(Wire, self.sock), cast(BoundedPacketizer, self.packetizer)
-        patience = deadline.left() / (3 if was_old else 1)
+        wire, patience = self.wire, deadline.left() / (3 if was_old else 1)
         received, silence, question = wire.received, Deadline(patience), math.inf
 
         def is_over() -> bool:
@@ -4596,13 +4578,14 @@ class SshTransport(paramiko.Transport):
             nonlocal received, silence
             if wire.received != received:
                 received, silence = wire.received, Deadline(patience)
-            return deadline.over or (silence.over and answers.replies < question)
+            return deadline.over or (silence.over and self.packetizer.replies < question)
 
         try:
             with wire.awaited(is_over):
                 if was_old and place:   # which may be long in coming
                     question = self._are_you_there()
-                return self.open_channel(kind, place, ("127.0.0.1", 0), 1 << 18, timeout=Patience(is_over))
+                return self.open_channel("direct-tcpip" if place else "session", place, ("127.0.0.1", 0), 1 << 18,
+                                         timeout=cast(Any, Patience(is_over)))
         except (paramiko.SSHException, EOFError, OSError) as error:
             if isinstance(error, paramiko.ChannelException):
                 raise
@@ -4640,9 +4623,8 @@ class SshTransport(paramiko.Transport):
         except ProbeError:
             raise
         except Exception as error:      # paramiko lets through whatever its parsers raise
-            wire = cast(Wire, self.sock)
-            wire.deadline.left()
-            raise ssh_fault(error, wire.first, self.mismatches()) from error
+            self.wire.deadline.left()
+            raise ssh_fault(error, self.wire.first, self.mismatches()) from error
 
 
 class HostChannel(Wire):
@@ -4652,7 +4634,7 @@ class HostChannel(Wire):
 
     def __init__(self, channel: paramiko.Channel, deadline: Deadline) -> None:
         self._channel, self.deadline = channel, deadline
-        self._below = cast(Wire, cast(Any, channel).transport.sock)
+        self._below = cast(SshTransport, channel.get_transport()).wire
 
     def settimeout(self, _seconds: float) -> None:
         """What counts is the deadline."""
@@ -4834,8 +4816,7 @@ class SshSession(HostSession):
     def __init__(self, transport: SshTransport, changed: Callable[[], bool], endpoint: bool,
                  stack: contextlib.ExitStack) -> None:
         self._transport, self._changed, self._endpoint, self._stack = transport, changed, endpoint, stack
-        self._packetizer = cast(BoundedPacketizer, transport.packetizer)
-        cast(Wire, transport.sock).pause()      # the login's deadline ends here
+        transport.wire.pause()      # the login's deadline ends here
 
     @property
     def alive(self) -> bool:
@@ -4843,19 +4824,18 @@ class SshSession(HostSession):
 
     @property
     def stale(self) -> bool:
-        return self._packetizer.uninvited or self._changed()
+        return self._transport.packetizer.uninvited or self._changed()
 
     def run(self, script: str, output: Output, deadline: Deadline) -> bool:
         transport = self._transport
-        wire = cast(Wire, transport.sock)
-        wire.begin(deadline)
-        self._packetizer.resting = False
+        transport.wire.begin(deadline)
+        transport.packetizer.resting = False
         try:
             with transport.explained():
-                return self._execute(transport.open_in_time("session", None, deadline), script, output)
+                return self._execute(transport.open_in_time(None, deadline), script, output)
         finally:
-            self._packetizer.resting = True
-            wire.pause()
+            transport.packetizer.resting = True
+            transport.wire.pause()
 
     def _execute(self, channel: paramiko.Channel, script: str, output: Output) -> bool:
         """Feeds the script to a POSIX shell, whatever the login shell is; False when the connection ended first."""
@@ -4873,10 +4853,6 @@ class SshSession(HostSession):
             return channel.exit_status >= 0
         return False
 
-    def end(self) -> None:
-        """At once, for any thread; to be closed nevertheless."""
-        self._transport.end()
-
     def close(self) -> None:
         self._stack.close()
 
@@ -4887,7 +4863,7 @@ class Relay(SshSession):
     def __init__(self, *made: Any) -> None:
         super().__init__(*made)
         self._users, self._counting = 0, threading.Lock()   # guards _users: -1 once it has ended
-        cast(Wire, self._transport.sock).limit = math.inf       # each of them has a cap of its own
+        self._transport.wire.limit = math.inf       # each of them has a cap of its own
 
     @property
     def alive(self) -> bool:
@@ -4917,12 +4893,6 @@ class Relay(SshSession):
 class SshConnection(SshLogin):
     """One resource over SSH (paramiko)."""
 
-    WEAK: ClassVar = {
-        "ciphers": ["aes128-cbc", "aes192-cbc", "aes256-cbc", "3des-cbc"],
-        "kex": ["diffie-hellman-group-exchange-sha256"],
-        "macs": ["hmac-sha1", "hmac-sha1-96", "hmac-md5", "hmac-md5-96"]}
-    NEVER: ClassVar = 10 ** 6           # seconds; paramiko's own timers follow the wall clock, ours decides
-
     def __init__(self, target: Target, guard: LoginGuard, context: ConnectionContext) -> None:
         super().__init__(target, guard, context)
         self._relay = SessionKeeper(target.settings.relogin)
@@ -4942,7 +4912,7 @@ class SshConnection(SshLogin):
     def _opened(self, kind: type[SshSession], deadline: Deadline, chain: Sequence[SshConnection]) -> SshSession:
         with contextlib.ExitStack() as stack:
             transport = stack.enter_context(self._logged_in(deadline, chain))
-            return kind(transport, self._changes(cast(Wire, transport.sock)), self._settings.endpoint, stack.pop_all())
+            return kind(transport, self._changes(transport.wire), self._settings.endpoint, stack.pop_all())
 
     def _made_from(self) -> list[Any]:
         """The bastions', too. Keys go by the times of their files: a renewed certificate is of the same key."""
@@ -4952,14 +4922,14 @@ class SshConnection(SshLogin):
     def close(self) -> None:
         super().close()
         if isinstance(relay := self._relay.session, Relay):
-            relay.end()     # those behind it begin again, with what this is replaced by
+            relay._transport.end()      # those behind it begin again, with what this is replaced by
 
     @contextlib.contextmanager
     def _lent(self, deadline: Deadline, chain: Sequence[SshConnection]) -> Iterator[SshTransport]:
         """The transport for all behind it. Raises ProbeError, for all who waited for the login that failed; one that
         only was too late for who tried it says nothing of the others."""
         def log_in(limit: Deadline) -> HostSession:
-            self._require_no_wait()
+            self._guard.require_no_wait(self._target.name)
             return self._opened(Relay, limit, chain)
 
         begun_mono = time.monotonic()
@@ -5021,15 +4991,15 @@ class SshConnection(SshLogin):
         """To the host; where the bastion's transport turns out to be dead, once more over a new one."""
         place, keeps = (self._settings.hostname, self._settings.connect_port), self.keeps
         if not keeps:
-            bastion._require_no_wait()
+            bastion._guard.require_no_wait(bastion._target.name)
         transport = stack.enter_context((bastion._lent if keeps else bastion._logged_in)(deadline, chain))
         was_old = transport.is_old
         try:
-            return transport.open_in_time("direct-tcpip", place, deadline)
+            return transport.open_in_time(place, deadline)
         except (ProbeError, paramiko.SSHException, EOFError, OSError) as error:
-            if not (keeps and was_old) or deadline.over or isinstance(error, paramiko.ChannelException):
+            if not was_old or deadline.over or isinstance(error, paramiko.ChannelException):
                 raise
-        return stack.enter_context(bastion._lent(deadline, chain)).open_in_time("direct-tcpip", place, deadline)
+        return stack.enter_context(bastion._lent(deadline, chain)).open_in_time(place, deadline)
 
     @contextlib.contextmanager
     def _logged_in(self, deadline: Deadline, chain: Sequence[SshConnection]) -> Iterator[SshTransport]:
@@ -5038,7 +5008,7 @@ class SshConnection(SshLogin):
         while True:
             with self._connected(deadline, chain, tried) as (transport, offered):
                 if self._verified(offered, transport, tried):
-                    with self._login_attempt(deadline):
+                    with self._guard.attempt(self._target.name, deadline, self.record):
                         self._login(transport, deadline)
                     yield transport
                     return
@@ -5049,27 +5019,20 @@ class SshConnection(SshLogin):
         """A transport and the key that the host showed; thread and socket end with the block."""
         with contextlib.ExitStack() as stack:
             sock = self._reach(stack, deadline, chain)
-            with self._transport(sock, deadline, tried) as found:
-                yield found
-
-    @contextlib.contextmanager
-    def _transport(self, sock: Any, deadline: Deadline, tried: Sequence[str]) -> Iterator[tuple[SshTransport, str]]:
-        transport = SshTransport(sock, disabled_algorithms=self.WEAK, packetizer_class=BoundedPacketizer)
-        transport.banner_timeout = transport.auth_timeout = self.NEVER
-        transport.clear_to_send_timeout = Patience(sock.too_late)   # while keys are exchanged anew
-        try:
-            with transport.explained():
-                self._prefer_known_types(transport, tried)
-                transport.start_client()
-                sock.limit = 2 << 20    # the output and its wrapping
-                key = transport.get_remote_server_key()
-                yield transport, identity(key.get_name(), key.asbytes())
-        finally:
-            transport.end()
-            if transport.is_alive():
-                transport.join(1)       # before its descriptor is another connection's
-            transport.close()
-            sock.close()
+            transport = SshTransport(sock)
+            try:
+                with transport.explained():
+                    self._prefer_known_types(transport, tried)
+                    transport.start_client()
+                    sock.limit = 2 << 20    # the output and its wrapping
+                    key = transport.get_remote_server_key()
+                    yield transport, identity(key.get_name(), key.asbytes())
+            finally:
+                transport.end()
+                if transport.is_alive():
+                    transport.join(1)       # before its descriptor is another connection's
+                transport.close()
+                sock.close()
 
 
 # === PowerShell ==============================================================
@@ -5217,7 +5180,6 @@ class Pipeline(PowerShell):
     """A script in a runspace pool, which is read while it runs."""
 
     exit_code: int | None = None    # what `exit` in it said: that is told the session's host, which is us
-    _passed = 0     # of its output
 
     def begin(self, script: str, settings: ResourceSettings) -> None:
         """Until the host has the script. Raises what pypsrp raises."""
@@ -5234,8 +5196,8 @@ class Pipeline(PowerShell):
         """Until the script ends, or need not say more, or is late; then it is stopped. Raises ProbeError, and what
         pypsrp raises."""
         enough, wait, quick = False, 1.0, False
-        while wait > 0 and not enough and (self._waits or self.state == PSInvocationState.RUNNING):
-            if self._waits:
+        while wait > 0 and not enough and (self.output or self.state == PSInvocationState.RUNNING):
+            if self.output:
                 enough = self._pass(output)
                 continue
             wait = round(min(output.due_mono - time.monotonic(), deadline.left() - 0.3), 3)   # then to answer "not yet"
@@ -5261,18 +5223,13 @@ class Pipeline(PowerShell):
         until = Deadline(CLEANUP_TIME)
         while self.state == PSInvocationState.RUNNING and not until.over:
             self.poll_invoke(timeout=1)
-        while self._waits:
+        while self.output:
             self._pass(output)
         self.close()
         return bool(self.state == PSInvocationState.COMPLETED)
 
-    @property
-    def _waits(self) -> bool:
-        return self._passed < len(self.output)
-
     def _pass(self, output: Output) -> bool:
-        self._passed += 1
-        return output.take(f"{self.output[self._passed - 1]}\n".encode())
+        return output.take(f"{self.output.pop(0)}\n".encode())
 
     def _process_pipeline_host_call(self, message: Any) -> Any:
         if str(message.data.mi) == "SetShouldExit":
@@ -5540,11 +5497,11 @@ class PowerShellConnection(TlsConnection):
     def _login(self, deadline: Deadline, before: WinrmSession | None) -> Iterator[tuple[GuardedSocket, WSMan]]:
         """A connection whose first request logs in; what fails inside ends it. Raises ProbeError."""
         opened = self._verified(deadline)   # before the guard: a host that does not answer is no login
-        with contextlib.ExitStack() as stack, explained(self._settings, opened):
+        with contextlib.ExitStack() as stack:
             stack.callback(opened.end)
             wsman = copy.copy(before.pool.connection if before else self.WSMAN)
-            wsman.transport = self._transport(opened)
-            with self._login_attempt(deadline), explained(self._settings, opened):
+            with self._guard.attempt(self._target.name, deadline, self.record), explained(self._settings, opened):
+                wsman.transport = self._transport(opened)
                 yield opened, wsman
             stack.pop_all()
             opened.logged_in = True
@@ -5593,10 +5550,9 @@ class PowerShellConnection(TlsConnection):
 
 
 # === Local ===================================================================
-# A script goes to a shell of this machine, and what it started ends with it; a simulated resource answers without
-# one. A shell of UNIX is new for each poll; a powershell.exe takes seconds of CPU time to start, so one serves poll
-# after poll. In the poller's thread.
-# Gives: enclose, end_process_group, LocalConnection, LocalPowerShell, SimulatedConnection
+# A script goes to a shell of this machine, and what it started ends with it. A shell of UNIX is new for each poll; a
+# powershell.exe takes seconds of CPU time to start, so one serves poll after poll. In the poller's thread.
+# Gives: enclose, end_process_group, LocalConnection, LocalPowerShell
 LOOK_AGAIN = 0.01               # seconds between two looks into a pipe of Windows, where nothing waits for one
 
 
@@ -5611,13 +5567,17 @@ def start_shell(command: Sequence[str], script: str, **options: Any) -> subproce
         raise ProbeError("protocol", f"{command[0]} does not start: {error.strerror}") from error
 
 
-def read_into(output: Output, pipe: IO[bytes], deadline: Deadline) -> bool:
-    """Reads a pipe until its end or enough was said; False where that is late."""
-    with selectors.DefaultSelector() as selector:
-        selector.register(pipe, selectors.EVENT_READ)
+def read_into(output: Output, process: subprocess.Popen[bytes], deadline: Deadline) -> bool:
+    """Reads what a process prints until it ends or enough was said; False where that is late."""
+    assert process.stdout
+    with selectors.DefaultSelector() as selector, contextlib.suppress(subprocess.TimeoutExpired):
+        selector.register(process.stdout, selectors.EVENT_READ)
         while (seconds := deadline.remaining) > 0 and selector.select(seconds):
-            chunk = os.read(pipe.fileno(), READ_BYTES)
-            if not chunk or output.take(chunk):
+            chunk = os.read(process.stdout.fileno(), READ_BYTES)
+            if output.take(chunk):
+                return True
+            if not chunk:
+                process.wait(0.5)   # the output ends before the process does
                 return True
     return False
 
@@ -5643,19 +5603,11 @@ class LocalConnection(Connection):
     SHELL: ClassVar = ["/bin/sh", "-s"]
 
     def run(self, script: str, output: Output, deadline: Deadline) -> bool:
-        process = start_shell(self.SHELL, script, start_new_session=True)
-        assert process.stdout
-        with process.stdout as pipe:
+        with start_shell(self.SHELL, script, start_new_session=True) as process:
             try:
-                if not read_into(output, pipe, deadline):
-                    return False
-                with contextlib.suppress(subprocess.TimeoutExpired):    # the output ends before the process does
-                    process.wait(0 if output.whole else 0.5)
-                    return True
-                return output.whole
+                return read_into(output, process, deadline)
             finally:
                 end_process_group(process)
-                process.wait()
 
 
 def enclose(process: subprocess.Popen[bytes], memory: int = 0) -> Callable[[], object]:
@@ -5798,25 +5750,6 @@ class LocalPowerShell(Connection):
 
     def open_session(self, deadline: Deadline) -> HostSession:
         return LocalSession(self.keeps)
-
-
-class SimulatedConnection(Connection):
-    """A resource that is healthy and unhealthy for exponentially distributed times."""
-
-    def __init__(self, target: Target, guard: LoginGuard, context: ConnectionContext) -> None:
-        super().__init__(target, guard, context)
-        self._random = random.Random(target.settings.seed)
-        self._healthy = False       # it turns healthy at the first poll
-        self._flips_mono = time.monotonic()
-
-    def run(self, script: str, output: Output, deadline: Deadline) -> bool:
-        for _ in range(10_000):     # state changes between two polls at most
-            if self._flips_mono > time.monotonic():
-                break
-            self._healthy = not self._healthy
-            mean = self._settings.mean_healthy if self._healthy else self._settings.mean_unhealthy
-            self._flips_mono += self._random.expovariate(1 / mean)
-        return output.take((b"healthy" if self._healthy else b"outage") + output.mark)
 
 
 # === Outcomes ================================================================
@@ -6206,14 +6139,13 @@ def _volumes(text: str, mounts: Mapping[str, Mount], inodes: Mapping[str, tuple[
             yield Volume(device, pool, float(used), available, mount, counts)
 
 
-def _pools(volumes: Iterable[Volume]) -> Iterator[list[Volume]]:
+def _pools(volumes: Iterable[Volume]) -> list[list[Volume]]:
     """Those that share their space, that with the shortest mount point first, and none twice (a bind mount)."""
     pools: dict[str, dict[str, Volume]] = {}
     for volume in sorted(volumes, key=lambda volume: len(volume.mount.point)):
         if volume.used + volume.available > 0:
             pools.setdefault(volume.pool, {}).setdefault(volume.device, volume)
-    for pool in pools.values():
-        yield list(pool.values())
+    return [list(pool.values()) for pool in pools.values()]
 
 
 def _told(shares: dict[str, float | str], mounts: Iterable[Mount], broken: Collection[str],
@@ -6231,8 +6163,8 @@ def _told(shares: dict[str, float | str], mounts: Iterable[Mount], broken: Colle
         raise ValueError(" ".join(["no local filesystem", f"(skipped: {skipped or 'nothing'})", *errors]))
     if broken:
         errors.insert(0, f"became read-only: {', '.join(sorted(broken))}")
-    told = {"disk_percent": errors[:1], "skipped_filesystems": [skipped], "hidden_filesystems": [hidden]}
-    return shares | {name: text for name, texts in told.items() for text in texts if text}
+    told = {"disk_percent": "".join(errors[:1]), "skipped_filesystems": skipped, "hidden_filesystems": hidden}
+    return shares | {name: what for name, what in told.items() if what}
 
 
 def _disk_percent(text: str) -> dict[str, float | str]:
@@ -6443,15 +6375,15 @@ exit 0
 """
 
 
-def build_script(platform: Platform, services: Sequence[str], checks: Sequence[Check], nonce: str,
-                 _mounts: Iterable[str] = (), stuck: Sequence[str] = ()) -> str:
+def build_script(settings: ResourceSettings, nonce: str, stuck: Sequence[str] = ()) -> str:
     """The whole poll for `/bin/sh -s`; `unix` and `local` ask uname which table to run. The nonce (hex, new
     for every poll) marks the sections, so that no output can pass for a mark. `stuck` is Sample's."""
+    platform = settings.platform
     chosen = {platform: PROBES[platform]} if platform in PROBES else PROBES
     first = last = ""
     for key, table in chosen.items():
         rows = [(f"platform {key.value}", ":"), *((probe.name, probe.command) for probe in table.probes)]
-        for name in services:
+        for name in settings.services:
             rows.append((f"service {quote(name, '')}", table.service.replace("{}", shlex.quote(name))))
         # Each write is a packet that costs us 0.2 ms: they are gathered until a command comes that may hang.
         sections = {title: f"b {shlex.quote(title)}; {'f; ' if title.startswith(('disk', 'service ')) else ''}"
@@ -6461,12 +6393,12 @@ def build_script(platform: Platform, services: Sequence[str], checks: Sequence[C
         last += f"{pattern})\n{begin}; f; hangs {shlex.join(stuck)} || {{ {ask}}} 3>&1;;\n"
         first += f"{pattern})\n{''.join(sections.values())};;\n"
     limited = ""
-    for check in checks:
+    for check in settings.checks:
         seconds = math.ceil(check.timeout)
         title = shlex.quote(f"check {quote(check.name, '')} {seconds} {check.exit}".removesuffix(" plain"))
         limited += f"b {title}; f; run {seconds} {shlex.quote(check.command)}\n"
-    parts = re.split("BRANCHES|CHECKS|DISKS", SCRIPT.replace("NONCE", nonce))
-    return "".join(itertools.chain(*zip(parts, (first, limited, last, ""), strict=True)))
+    words = {"NONCE": nonce, "BRANCHES": first, "CHECKS": limited, "DISKS": last}
+    return re.sub("|".join(words), lambda found: words[found[0]], SCRIPT)
 
 
 class Section(NamedTuple):
@@ -6878,14 +6810,13 @@ for ($number = $first; $number -le $wanted.checks.Count; $number++) { Judge $num
 WINDOWS_PATH = re.compile(r"[A-Za-z]:\\[^*?[]+")      # no drive, which is found anyway, and no pattern
 
 
-def build_windows_script(services: Sequence[str], checks: Sequence[Check], _nonce: str,
-                         mounts: Iterable[str] = (), _stuck: Sequence[str] = (), first: int = 0) -> str:
+def build_windows_script(settings: ResourceSettings, first: int = 0) -> str:
     """The whole poll, or the checks from a number on. ASCII only. What the operator wrote goes in as JSON in one
     literal in single quotes and has none of those: it cannot end the literal, nothing in it is expanded."""
-    commands = [{"name": check.name, "command": check.command} for check in checks]
-    names = [re.sub(r"([][*?`])", r"`\1", name) for name in services]      # or Get-Service takes them for patterns
+    commands = [{"name": check.name, "command": check.command} for check in settings.checks]
+    names = [re.sub(r"([][*?`])", r"`\1", name) for name in settings.services]     # Get-Service takes patterns
     wanted = json.dumps({"services": names, "checks": commands,
-                         "mounts": [path for path in mounts if WINDOWS_PATH.fullmatch(path)]})
+                         "mounts": [path for path in settings.limited_mounts if WINDOWS_PATH.fullmatch(path)]})
     return f"$first = {first}" + COLLECT.replace("WANTED", wanted.replace("'", r"\u0027"), 1)
 
 
@@ -6898,16 +6829,12 @@ class WindowsOutput(Output):
     def __init__(self, settings: ResourceSettings, mark: str, deadline: Deadline) -> None:
         super().__init__(mark)
         self._settings, self._deadline = settings, deadline
-        self._rows: list[dict[str, Any]] = []
+        self._rows: dict[int, dict[str, Any]] = {}      # by number
         self._next = 0      # number of the row that is expected
         self._then = "begin"    # what the script does: it begins, runs checks (""), ends by "exit", or waits for "stop"
         self._line = b""        # that is not whole
         has_nonce = settings.endpoint or settings.platform is Platform.LOCAL    # else a pipeline's output is its own
         self._nonce = mark.split(None, 1)[0][1:] if has_nonce else ""
-        self._build: Callable[[int], str] = (
-            functools.partial("{} {}".format, self._nonce) if settings.endpoint
-            else functools.partial(build_windows_script, settings.services, settings.checks, "",
-                                   settings.limited_mounts, ()))
 
     def take(self, chunk: bytes) -> bool:
         if not self.whole:
@@ -6946,14 +6873,15 @@ class WindowsOutput(Output):
         if self._end():
             return ""
         self._then, self.due_mono = "begin", math.inf
-        return self._build(self._next)
+        endpoint, first = self._settings.endpoint, self._next
+        return f"{self._nonce} {first}" if endpoint else build_windows_script(self._settings, first)
 
     @property
     def _over(self) -> bool:
         return self._deadline.remaining < 0.5   # nothing can begin now
 
     def _add(self, row: dict[str, Any]) -> None:
-        held = None if row["number"] else row.get("endpoint")
+        held = row.get("endpoint") if self._settings.endpoint and not row["number"] else None
         if held:    # the host runs the checks that it holds, not those of the inventory
             known = {check.name: check for check in self._settings.checks}
             titles = [title.partition(" ") for title in INSTALLED.validate_json(held)[1]]
@@ -6963,7 +6891,7 @@ class WindowsOutput(Output):
         checks = self._settings.checks
         if row["number"]:
             row["exit"] = checks[row["number"] - 1].exit
-        self._rows.append(row)
+        self._rows.setdefault(row["number"], {}).update(row)    # what is seen from outside adds to what a check said
         self._then, self._next = str(row.get("then", "")), row["number"] + 1
         self.exits = self._then == "exit"
         if checks:
@@ -6978,7 +6906,7 @@ class WindowsOutput(Output):
         """Whether the script need not say more."""
         if self._rows and not self._then and self._next > len(self._settings.checks):
             try:
-                self.printed[:] = "\n".join(map(json.dumps, self._rows)).encode() + self.mark
+                self.printed[:] = "\n".join(map(json.dumps, self._rows.values())).encode() + self.mark
             except RecursionError:      # as deep as can just be read
                 raise not_run(self.printed.decode(errors="replace"), self._settings) from None
             self.whole = True
@@ -7027,7 +6955,15 @@ def _windows_reading(name: str, reported: str | int | tuple[int, int]) -> Readin
     return one_line(reported) if isinstance(reported, str) else float(reported)
 
 
-def _windows_sample(answer: WindowsAnswer, previous: CpuTicks | None) -> Sample:
+def parse_windows(text: str, previous: CpuTicks | None) -> Sample:
+    """The sample in COLLECT's output. Raises ProbeError (`protocol`) when it is anything else: half an answer could
+    lack the one check that is bad."""
+    try:    # bytes drop halves of surrogate pairs
+        first, *checks = (json.loads(line) for line in text.split("\n") if line.startswith("{"))
+        plain = json.dumps({**first, "checks": checks}, ensure_ascii=False).encode(errors="replace")
+        answer = WindowsAnswer.model_validate_json(plain)
+    except (ValueError, RecursionError):
+        raise not_run(text) from None
     details = {name: value for name, value in answer.details.items() if name in DETAILS}
     rows = {name: functools.partial(_windows_reading, name, reported)
             for name, reported in {**details, **answer.amounts}.items()}
@@ -7036,24 +6972,8 @@ def _windows_sample(answer: WindowsAnswer, previous: CpuTicks | None) -> Sample:
     problems = dict.fromkeys(("load_per_cpu", "inode_percent"), NOT_KNOWN) | dict.fromkeys(silent, "no answer")
     problems |= {name: one_line(why)[:PROBLEM_CHARS] for name, why in answer.problems.items()
                  if name.partition(" ")[0] not in ("endpoint", "service", "check")}     # which are ours to say
-    services, checks = ({row.name: row.outcome for row in said} for said in (answer.services, answer.checks))
-    asked = {re.sub("`(.)", r"\1", name): outcome for name, outcome in services.items()}
-    return make_sample(rows, problems, previous, asked, checks)
-
-
-def parse_windows(text: str, _nonce: str, previous: CpuTicks | None) -> Sample:
-    """The sample in COLLECT's output. Raises ProbeError (`protocol`) when it is anything else: half an answer could
-    lack the one check that is bad."""
-    try:    # bytes drop halves of surrogate pairs
-        rows: dict[int, dict[str, Any]] = {}
-        for row in [json.loads(line) for line in text.split("\n") if line.startswith("{")]:
-            rows.setdefault(row["number"], {}).update(row)      # what was seen from outside adds to what a check said
-        first = rows.pop(0)
-        plain = json.dumps({**first, "checks": list(rows.values())}, ensure_ascii=False).encode(errors="replace")
-        answer = WindowsAnswer.model_validate_json(plain)
-    except (ValueError, LookupError, TypeError, RecursionError):
-        raise not_run(text) from None
-    sample = _windows_sample(answer, previous)
+    services = {re.sub("`(.)", r"\1", row.name): row.outcome for row in answer.services}
+    sample = make_sample(rows, problems, previous, services, {row.name: row.outcome for row in answer.checks})
     if sample.empty:
         raise AnswerError("protocol", f"nothing can be read: {'; '.join(sample.problems.values())}")
     return replace(sample, endpoint=answer.endpoint)
@@ -7153,8 +7073,7 @@ def unix_endpoint(settings: ResourceSettings, key: paramiko.PKey) -> str:
     words = {"TITLE": settings.name, "KEY": f"{key.get_name()} {key.get_base64()}",
              "HOLDS": shlex.quote(installed(settings))}
     head = re.sub("TITLE|KEY|HOLDS", lambda found: words[found[0]], UNIX_ENDPOINT)
-    stuck = "$P", "an earlier poll"
-    script = build_script(settings.platform, settings.services, settings.checks, "$n", (), stuck)
+    script = build_script(settings, "$n", ("$P", "an earlier poll"))
     return head + script.replace("hangs '$P'", 'hangs "$P"')
 
 
@@ -7166,8 +7085,7 @@ def literal(text: str) -> str:
 
 def windows_endpoint(settings: ResourceSettings) -> str:
     """The session configuration to register, ASCII, and in its comments how."""
-    _, _, script = build_windows_script(    # without its $first
-        settings.services, settings.checks, "", settings.limited_mounts).partition("\n")
+    _, _, script = build_windows_script(settings).partition("\n")     # without its $first
     words = {"TITLE": settings.name, "ACCOUNT": literal(settings.username or "the account of the certificate"),
              "CONFIGURATION": literal(settings.session_configuration),
              "HOLDS": installed(settings).replace("'", r"\u0027"), "COLLECT": script,
@@ -7177,10 +7095,10 @@ def windows_endpoint(settings: ResourceSettings) -> str:
 
 
 # === Protocols ===============================================================
-# Resources that are no machines: an answer of HTTP, a TCP port, a name. Each poll asks anew, for the handshake is a
-# part of what is asked, and a secret is sent to the origin alone that it is sealed for. In go settings, out comes what
-# was found, a check for each expectation, as JSON; what is no answer raises ProbeError. In the poller's thread.
-# Gives: found_sample, HttpConnection, NameConnection, PortConnection, PushConnection
+# Resources that are no machines: an answer of HTTP, a TCP port, a name, a simulation. Each poll asks anew, for the
+# handshake is a part of what is asked, and a secret is sent to the origin alone that it is sealed for. In go settings,
+# out comes a sample with a check for each expectation; what is no answer raises ProbeError. In the poller's thread.
+# Gives: HttpConnection, NameConnection, PortConnection, ProtocolConnection, PushConnection, SimulatedConnection
 BODY_BYTES = 1 << 19            # bytes of an answer that are looked at
 QUOTED_CHARS = 80               # characters of what was sent that a reason shows
 INTERIM_ANSWERS = 32            # that may come before the one that counts
@@ -7217,15 +7135,28 @@ class PushConnection(Connection):
     heard: bool | None = None       # what the last report said
     heard_mono = -math.inf
 
-    def run(self, script: str, output: Output, deadline: Deadline) -> bool:
+    def sample(self, deadline: Deadline) -> Sample:
         raise ProbeError("protocol", f"{NOT_TRIED}it reports by itself")
 
 
-def found_sample(text: str, _nonce: str, _previous: CpuTicks | None) -> Sample:
-    """What a ProtocolConnection found."""
-    found = json.loads(text)
-    checks = {name: Outcome(**outcome) for name, outcome in found["checks"].items()}
-    return Sample({}, found["metrics"], None, {}, checks, {})
+class SimulatedConnection(Connection):
+    """A resource that is healthy and unhealthy for exponentially distributed times."""
+
+    def __init__(self, target: Target, guard: LoginGuard, context: ConnectionContext) -> None:
+        super().__init__(target, guard, context)
+        self._random = random.Random(target.settings.seed)
+        self._healthy = False       # it turns healthy at the first poll
+        self._flips_mono = time.monotonic()
+
+    def sample(self, deadline: Deadline) -> Sample:
+        for _ in range(10_000):     # state changes between two polls at most
+            if self._flips_mono > time.monotonic():
+                break
+            self._healthy = not self._healthy
+            mean = self._settings.mean_healthy if self._healthy else self._settings.mean_unhealthy
+            self._flips_mono += self._random.expovariate(1 / mean)
+        outcome = Outcome(self._healthy, "" if self._healthy else "simulated outage")
+        return Sample({}, {}, None, {}, {"simulation": outcome}, {})
 
 
 class ProtocolConnection(TlsConnection):
@@ -7235,7 +7166,7 @@ class ProtocolConnection(TlsConnection):
         """A check for each expectation of what is answered; adds to the readings. Raises ProbeError."""
         raise NotImplementedError
 
-    def run(self, script: str, output: Output, deadline: Deadline) -> bool:
+    def sample(self, deadline: Deadline) -> Sample:
         begun_mono, settings, metrics = time.monotonic(), self._settings, dict[str, float]()
         checks = self.find(deadline, metrics)
         seconds = metrics["response_seconds"] = time.monotonic() - begun_mono
@@ -7245,7 +7176,7 @@ class ProtocolConnection(TlsConnection):
             days = metrics.get("certificate_days", 0.0)     # of a certificate that cannot be read
             found = expected(f"{wanted:g} days", f"{days:.1f}", days >= wanted)
             checks["certificate"] = replace(found, good=True, degraded=not found.good)      # it is valid still
-        return output.take(json.dumps({"metrics": metrics, "checks": checks}, default=vars).encode() + output.mark)
+        return Sample({}, metrics, None, {}, checks, {})
 
     @contextlib.contextmanager
     def _opened(self, deadline: Deadline, metrics: dict[str, float]) -> Iterator[GuardedSocket]:
@@ -7256,7 +7187,7 @@ class ProtocolConnection(TlsConnection):
                 with contextlib.suppress(ValueError):
                     shown = x509.load_der_x509_certificate(opened.getpeercert(True) or b"")
                     left = shown.not_valid_after_utc - datetime.datetime.now(datetime.timezone.utc)
-                    metrics.setdefault("certificate_days", left.total_seconds() / 86_400)
+                    metrics["certificate_days"] = left.total_seconds() / 86_400
             yield opened
         finally:
             opened.end()
@@ -7291,7 +7222,7 @@ class HttpConnection(ProtocolConnection):
         with contextlib.ExitStack() as stack:   # first the connection: a host that does not answer is no login
             opened = stack.enter_context(self._opened(deadline, metrics))
             if self._settings.password:
-                stack.enter_context(self._login_attempt(deadline))
+                stack.enter_context(self._guard.attempt(self._target.name, deadline, self.record))
             answer = self._answer(opened, deadline)
         if (expect.contains or expect.values) and answer.encoding not in ("", "identity"):
             raise AnswerError("protocol", f"the answer is packed as {quoted(answer.encoding)}, which nobody asked for")
@@ -7410,16 +7341,6 @@ class NameConnection(ProtocolConnection):
 # One poll of a resource, in the poller's thread: build the platform's script, run it over the connection, parse
 # what came back, and see to it that all that was asked for is answered: a sample or ProbeError.
 # Gives: collect, CONNECTIONS
-def simulated_sample(text: str, _nonce: str, _previous: CpuTicks | None) -> Sample:
-    """What SimulatedConnection answers, as a check."""
-    good = text.startswith("healthy")
-    return Sample({}, {}, None, {}, {"simulation": Outcome(good, "" if good else "simulated outage")}, {})
-
-
-def plain_output(_settings: ResourceSettings, mark: str, _deadline: Deadline) -> Output:
-    return Output(mark)
-
-
 CONNECTIONS: dict[Platform, type[Connection]] = {
     **{platform: SshConnection for platform in SSH_PLATFORMS},
     Platform.WINDOWS: PowerShellConnection,
@@ -7430,18 +7351,7 @@ CONNECTIONS: dict[Platform, type[Connection]] = {
     Platform.DNS: NameConnection,
     Platform.PUSH: PushConnection,
 }
-Builder = Callable[[Sequence[str], Sequence[Check], str, Iterable[str], Sequence[str]], str]
-Reader = Callable[[ResourceSettings, str, Deadline], Output]
-Parser = Callable[[str, str, CpuTicks | None], Sample]
-LANGUAGES: dict[Platform, tuple[Builder, Reader, Parser]] = {
-    **{platform: (functools.partial(build_script, platform), plain_output, parse_output) for platform in Platform},
-    Platform.WINDOWS: (build_windows_script, WindowsOutput, parse_windows),
-    Platform.SIMULATED: (lambda *_: "", plain_output, simulated_sample),      # it answers without being asked
-    **dict.fromkeys((*PROTOCOLS, Platform.PUSH), (lambda *_: "", plain_output, found_sample))}
-if sys.platform == "win32":
-    LANGUAGES[Platform.LOCAL] = LANGUAGES[Platform.WINDOWS]
-
-
+POWERSHELL = {Platform.WINDOWS, Platform.LOCAL} if sys.platform == "win32" else {Platform.WINDOWS}  # they know no sh
 STILL_POLLS = 3                 # without a reading, of counters that should move
 
 
@@ -7479,18 +7389,22 @@ def complete(sample: Sample, settings: ResourceSettings) -> Sample:
 
 def ask(settings: ResourceSettings, connection: Connection, previous: Sample | None, deadline: Deadline) -> Sample:
     """One round trip. Raises ProbeError."""
-    nonce = secrets.token_hex(8)
-    build, read, parse = LANGUAGES[settings.platform]
-    output = read(settings, end_mark(nonce), deadline)
-    stuck = previous.stuck if previous else ()
-    script = " ".join([nonce, *stuck[:1]]) if settings.endpoint else build(
-        settings.services, settings.checks, nonce, settings.limited_mounts, stuck)
+    if isinstance(connection, ProtocolConnection | PushConnection | SimulatedConnection):
+        return complete(connection.sample(deadline), settings)
+    nonce, in_powershell = secrets.token_hex(8), settings.platform in POWERSHELL
+    mark, stuck, ticks = end_mark(nonce), previous.stuck if previous else (), previous.ticks if previous else None
+    output = WindowsOutput(settings, mark, deadline) if in_powershell else Output(mark)
+    if settings.endpoint:
+        script = " ".join([nonce, *stuck[:1]])
+    else:
+        script = build_windows_script(settings) if in_powershell else build_script(settings, nonce, stuck)
     ended = connection.run(script, output, deadline)
-    text, done, _ = output.printed.decode(errors="replace").partition(end_mark(nonce))
+    text, done, _ = output.printed.decode(errors="replace").partition(mark)
     # What comes last hangs where a disk does: all else was answered.
     running = last_section(text, nonce)
     if done or (deadline.over and running == "disk_percent"):
-        sample = since(parse(text, nonce, previous.ticks if previous else None), previous)
+        sample = parse_windows(text, ticks) if in_powershell else parse_output(text, nonce, ticks)
+        sample = since(sample, previous)
         return complete(judge_endpoint(sample, settings) if settings.endpoint else sample, settings)
     during = f" while {running} ran" if running else ""
     if deadline.over:

@@ -381,7 +381,8 @@ def check_by_ssh(sshd: Sshd, folder: Path, *options: str) -> Callable[[], object
     command = [str(PLUGIN), "-H", sshd.address, "-p", str(sshd.port), "-l", sshd.username, "-E"]
     options += ("IdentitiesOnly=yes", "IdentityAgent=none", f"UserKnownHostsFile={folder / 'known_hosts'}")
     command += [f"-o{option}" for option in options] + ["-F", "/dev/null", "-i", str(sshd.user_key())]
-    command += ["-C", hc.build_script(hc.Platform.LINUX, [], [], "0" * 16)]
+    settings = {"name": "a", "hostname": "a", "username": "u", "platform": "linux"}
+    command += ["-C", hc.build_script(hc.ResourceSettings.model_validate(settings), "0" * 16)]
     return lambda: subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
 
 

@@ -616,10 +616,10 @@ def test_ssh_config_as_openssh_reads_it(tmp_path: Path, host: str) -> None:
     (tmp_path / "id_deploy").touch()
     shown = subprocess.run(["ssh", "-G", "-F", str(config), host], capture_output=True, check=True, timeout=60)
     theirs = dict(line.split(" ", 1) for line in reversed(shown.stdout.decode().splitlines()) if " " in line)
-    said, keys, command = SshConfig(config).of(host)
+    said, key, command = SshConfig(config).of(host)
     assert said == {name: theirs[word] for name, word in SshConfig.SAID.items() if theirs.get(word, "none") != "none"
                     and (name != "port" or theirs[word] != "22")}  # fmt: skip
-    assert keys == ([str(tmp_path / "id_deploy")] if host == "web1.example.com" else [])
+    assert key == (str(tmp_path / "id_deploy") if host == "web1.example.com" else None)
     assert not command
 
 

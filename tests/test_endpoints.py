@@ -123,7 +123,7 @@ def test_every_recorded_host_answers_an_endpoint_as_it_answers_a_script(name: st
     host = hosts.host(name)
     services = [name for name in host.services if "/" not in name]
     settings = resource(services=services, checks=CHECKS[1:], endpoint=True)
-    sent = hosts.play(host, build_script(settings.platform, settings.services, settings.checks, NONCE))
+    sent = hosts.play(host, build_script(settings, NONCE))
     kept = hosts.play(host, f"SSH_ORIGINAL_COMMAND={NONCE}\n" + printed(settings).replace('-w "$0"', "-w none"))
     before, after = (parse_output(text.removesuffix(end_mark(NONCE)), NONCE, None) for text in (sent, kept))
     if "uptime_seconds" in before.details:  # of a boot time and this machine's clock

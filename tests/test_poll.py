@@ -36,6 +36,7 @@ from healthchecker import (
     HostSession,
     KnownHosts,
     LoginGuard,
+    LoginRecord,
     Monitor,
     Output,
     Platform,
@@ -46,6 +47,7 @@ from healthchecker import (
     Report,
     Resolver,
     ResourceSettings,
+    SimulatedConnection,
     Status,
     Target,
     Uplink,
@@ -89,7 +91,7 @@ class Machines:
         """A login around `answer`, counted."""
 
         def attempt(guard: LoginGuard, deadline: Deadline) -> None:
-            with guard.attempt(name, deadline):
+            with guard.attempt(name, deadline, LoginRecord()):
                 self.logins.append(name)
                 if answer:
                     answer(guard, deadline)
@@ -527,7 +529,7 @@ def test_guard(steps: str) -> None:
         elif what == "ask":
             guard.ask(name)
         else:
-            with contextlib.suppress(ProbeError), guard.attempt(name, Deadline(5)):
+            with contextlib.suppress(ProbeError), guard.attempt(name, Deadline(5), LoginRecord()):
                 if what != "yes":
                     raise ProbeError("auth" if what == "no" else "timeout", "as the test wants it")
 
@@ -557,7 +559,7 @@ def test_a_refusal_that_is_told_again_counts_once() -> None:
 def test_a_key_locks_nothing() -> None:
     guard = LoginGuard(locks=False)
     for _ in range(20):
-        with contextlib.suppress(ProbeError), guard.attempt("a", Deadline(5)):
+        with contextlib.suppress(ProbeError), guard.attempt("a", Deadline(5), LoginRecord()):
             raise ProbeError("auth", "refused")
     assert guard.wait("a") == 0 and guard.refusals == 0, "one more for each poll would fill the memory"
 
@@ -571,7 +573,7 @@ def test_who_tries_is_counted_whatever_changes_meanwhile(house: House) -> None:
     for wrong in range(1, 4):
         guard = guards.trial(target)
         guards.keep([])
-        with contextlib.suppress(ProbeError), guard.attempt("a", Deadline(5)):
+        with contextlib.suppress(ProbeError), guard.attempt("a", Deadline(5), LoginRecord()):
             guards.keep([])
             raise ProbeError("auth", "refused")
         guards.keep([])
@@ -600,7 +602,7 @@ class Account(Connection):
         self.keeper.clock, self._directory = lambda: directory.now, directory
 
     def open_session(self, deadline: Deadline) -> HostSession:
-        with self._login_attempt(deadline):
+        with self._guard.attempt(self._target.name, deadline, self.record):
             self._directory.log_in(self._target.name, self._guard)
         return Login()
 
@@ -682,7 +684,7 @@ def attempts(
 
     def login(name: str) -> None:
         nonlocal made, running, most
-        with guard.attempt(name, Deadline(60)):
+        with guard.attempt(name, Deadline(60), LoginRecord()):
             with lock:
                 made, running = made + 1, running + 1
                 most = max(most, running)
@@ -1496,15 +1498,12 @@ def test_simulated_starts_healthy_and_repeats_with_a_seed(house: House, monkeypa
     with house.store.reading() as session:
         targets = healthchecker.load_targets(session, house.vault).values()
     access = ConnectionContext(KnownHosts(house.folder / "known_hosts"), Resolver())
-    connections = [CONNECTIONS[Platform.SIMULATED](target, LoginGuard(), access) for target in targets]
+    connections = [SimulatedConnection(target, LoginGuard(), access) for target in targets]
     runs = []
     for _ in range(100):
-        outputs = [Output("") for _ in connections]
-        for connection, output in zip(connections, outputs, strict=True):
-            connection.run("", output, Deadline(1))
-        runs.append([output.printed for output in outputs])
+        runs.append([connection.sample(Deadline(1)).checks["simulation"].good for connection in connections])
         now += 0.01
-    assert runs[0] == [b"healthy"] * 4
+    assert runs[0] == [True] * 4
     differences = [sum(run[one] != run[other] for run in runs) for one, other in ((0, 1), (2, 3), (0, 2))]
     assert differences[:2] == [0, 0]
     assert differences[2] > 10, "another seed, other flips"

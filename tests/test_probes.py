@@ -15,8 +15,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -33,6 +34,7 @@ from healthchecker import (
     Platform,
     Probe,
     ProbeError,
+    ResourceSettings,
     Sample,
     build_script,
     end_mark,
@@ -43,6 +45,13 @@ from healthchecker import (
 NONCE = "5eed5eed5eed5eed"
 RECORDED = Path(__file__).parent / "recorded"
 on_unix = pytest.mark.skipif(sys.platform == "win32", reason="needs sh; run on UNIX")
+
+
+def wanting(platform: Platform, services: Sequence[str] = (), checks: Sequence[Check] = (),
+            **more: Any) -> ResourceSettings:  # fmt: skip
+    """Of a resource that wants this to be asked, whatever the names."""
+    return ResourceSettings.model_construct(
+        name="a", hostname="a", platform=platform, services=[*services], checks=[*checks], **more)
 
 
 def disks(**mounts: float) -> dict[str, float]:
@@ -502,7 +511,7 @@ def test_one_round_trip_reads_this_machine(shell: str) -> None:
         pytest.skip("reads the tables of Linux and POSIX; run on Linux")
     for platform in (Platform.UNIX, Platform.LOCAL, Platform.LINUX, Platform.POSIX):
         text, _ = run_script(
-            shell_command(shell), build_script(platform, [], [], NONCE), LC_ALL="de_DE.UTF-8"
+            shell_command(shell), build_script(wanting(platform), NONCE), LC_ALL="de_DE.UTF-8"
         )
         assert end_mark(NONCE) in text
         sample = parse_output(text, NONCE, CpuTicks(busy=0.0, total=0.0))
@@ -522,7 +531,7 @@ def test_one_round_trip_reads_this_machine(shell: str) -> None:
 def test_checks(shell: str) -> None:
     text, took = run_script(
         shell_command(shell),
-        build_script(Platform.POSIX, [], CHECKS, NONCE),
+        build_script(wanting(Platform.POSIX, [], CHECKS), NONCE),
         LC_ALL="de_DE.UTF-8",
         LANGUAGE="de",
     )
@@ -567,7 +576,7 @@ def test_a_daemon_left_behind_delays_nobody(shell: str, tmp_path: Path) -> None:
     try:
         text, took = run_script(
             shell_command(shell),
-            build_script(Platform.POSIX, [], [check, Check(name="next", command="echo 2", timeout=5)], NONCE),
+            build_script(wanting(Platform.POSIX, [], [check, Check(name="next", command="echo 2", timeout=5)]), NONCE),
         )
     finally:
         if noted.exists():
@@ -595,7 +604,7 @@ def test_checks_end_without_timeout_1(shell: str, tools: Path) -> None:
         Check(name="deaf", command="trap '' TERM; exec sleep 30", timeout=1),
         Check(name="good", command="echo 1", timeout=9),
     ]
-    script = build_script(Platform.POSIX, [], checks, NONCE)
+    script = build_script(wanting(Platform.POSIX, [], checks), NONCE)
     script = "".join(line for line in script.splitlines(True) if not line.startswith("PATH="))
     text, took = run_script(command, script, PATH=str(tools))
     outcomes = parse_output(text, NONCE, None).checks
@@ -612,7 +621,7 @@ def test_services_ask_with_the_name_quoted(tmp_path: Path) -> None:
     asked = tmp_path / "service"
     asked.write_text('#!/bin/sh\necho "$1:$2"\ntest "$1" = good\n', encoding="ascii")
     asked.chmod(0o755)
-    script = build_script(Platform.LINUX, ["good", "no; 'such'"], [], NONCE)
+    script = build_script(wanting(Platform.LINUX, ["good", "no; 'such'"]), NONCE)
     text, _ = run_script(shell_command("dash"), script, PATH=f"{tmp_path}:{os.environ['PATH']}")
     services = parse_output(text, NONCE, None).services
     assert (services["good"].good, services["good"].text) == (True, "good:status")
@@ -624,13 +633,13 @@ def test_a_poll_that_is_cut_says_where(tmp_path: Path) -> None:
     begun = tmp_path / "begun"
     check = Check(name="replication", command=f"touch {begun}; sleep 30", timeout=20)
     cut = f"exec 3<&0; timeout 60 sh -s <&3 & until test -e {begun}; do sleep 0.05; done; kill $!; wait; exit 0"
-    text, _ = run_script(["sh", "-c", cut], build_script(Platform.POSIX, [], [check], NONCE))
+    text, _ = run_script(["sh", "-c", cut], build_script(wanting(Platform.POSIX, [], [check]), NONCE))
     assert end_mark(NONCE) not in text
     assert last_section(text, NONCE) == "check replication"
 
 
 def test_a_fixed_platform_carries_its_own_table_only() -> None:
-    script = build_script(Platform.FREEBSD, [], [], NONCE)
+    script = build_script(wanting(Platform.FREEBSD), NONCE)
     assert "kern.cp_time" in script and "/proc/stat" not in script
-    both = build_script(Platform.UNIX, [], [], NONCE)
+    both = build_script(wanting(Platform.UNIX), NONCE)
     assert "kern.cp_time" in both and "/proc/stat" in both and "vm_stat" in both

@@ -19,7 +19,7 @@ import hosts
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from test_probes import assert_sound
+from test_probes import assert_sound, wanting
 
 from healthchecker import (
     CONTROL,
@@ -61,7 +61,7 @@ def rows(table: dict[str, Any], faults: dict[str, str]) -> list[Any]:
 @functools.cache
 def output_of(name: str) -> str:
     host = hosts.host(name)
-    return hosts.play(host, build_script(Platform.UNIX, host.services, [], NONCE))
+    return hosts.play(host, build_script(wanting(Platform.UNIX, host.services), NONCE))
 
 
 @functools.cache
@@ -229,7 +229,7 @@ def test_a_node_with_a_thousand_pods_stays_below_what_is_read() -> None:
         table += f"tmpfs tmpfs 4000000 12 3999988 1% {pod}/kubernetes.io~projected/token\n"
     played = host._replace(files={**host.files, "proc/mounts": mounts},
                            answers={**host.answers, "df -PkT": hosts.Answer(table)})  # fmt: skip
-    text = hosts.play(played, build_script(Platform.UNIX, [], [], NONCE))
+    text = hosts.play(played, build_script(wanting(Platform.UNIX), NONCE))
     assert len(text) < OUTPUT_BYTES / 2
     assert readings(parse_output(text, NONCE, None), "disk_percent").keys() == DISKS["debian/12-inodes"].keys()
 
@@ -341,7 +341,7 @@ def test_a_problem_shows_what_failed() -> None:
     host = hosts.host("netbsd/10")
     unknown = hosts.Answer("getconf: NPROCESSORS_ONLN: unknown variable\n", 1)
     text = hosts.play(host._replace(answers={**host.answers, "getconf NPROCESSORS_ONLN": unknown}),
-                      build_script(Platform.UNIX, [], [], NONCE))
+                      build_script(wanting(Platform.UNIX), NONCE))
     why = parse_output(text, NONCE, None).problems["load_per_cpu"]
     assert "unknown variable" in why and "10 days" not in why
 
@@ -471,7 +471,7 @@ def test_what_a_service_says_counts_where_the_status_does_not(title: str, said: 
     text, status, good = said
     host = hosts.host("ubuntu/14.04")
     played = host._replace(answers={**host.answers, "service x status": hosts.Answer(text + "\n", status)})
-    sample = parse_output(hosts.play(played, build_script(Platform.UNIX, ["x"], [], NONCE)), NONCE, None)
+    sample = parse_output(hosts.play(played, build_script(wanting(Platform.UNIX, ["x"]), NONCE)), NONCE, None)
     assert sample.services["x"].good is good, title
 
 

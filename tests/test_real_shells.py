@@ -22,7 +22,7 @@ from typing import Any
 
 import pytest
 from conftest import wait_for
-from test_probes import SHELLS, assert_sound, run_script
+from test_probes import SHELLS, assert_sound, run_script, wanting
 from test_real_hosts import resource
 
 from healthchecker import (
@@ -43,7 +43,7 @@ pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs sh; run o
 NONCE = "5eed5eed5eed5eed"
 MARK = "HEALTHCHECKER_REAL_SHELLS"  # in the environment of all that a test starts, so that what is left over is found
 ODD = [Check(name="odd", command="case $x in a) echo 'it''s)';; esac # it's )", timeout=5)]
-SCRIPTS = {platform.value: build_script(platform, ["a b", "it's (x)", "$y"], ODD, NONCE)
+SCRIPTS = {platform.value: build_script(wanting(platform, ["a b", "it's (x)", "$y"], ODD), NONCE)
            for platform in (*PROBES, Platform.UNIX, Platform.LOCAL)}  # fmt: skip
 
 
@@ -195,7 +195,7 @@ def test_the_list_finds_what_it_should(text: str, known: bool) -> None:
 def test_services_and_checks_are_quoted_out_of_the_shells_sight() -> None:
     """However they read, the script stays whole, under every shell here."""
     names = ["MSSQL$PAYROLL", "a (b)", "it's", "x[1]", "c#", "a & b", '"', "`x`", "$(x)", "*"]
-    script = build_script(Platform.POSIX, names, ODD, NONCE)
+    script = build_script(wanting(Platform.POSIX, names, ODD), NONCE)
     for shell in ("dash", "bash", "mksh", "ksh", "yash", "zsh", "posh"):
         assert not shutil.which(shell) or parses(script, shell), shell
     text, _ = run_script(["sh", "-s"], script)
@@ -269,7 +269,7 @@ def test_the_script_with_other_tools(toolbox: Path, shell: str, plain: bool) -> 
     command = command_of(shell)
     if plain:
         command = as_nobody(command)
-    text, _ = run_script(command, without_path(build_script(Platform.UNIX, [], [], NONCE)), PATH=str(toolbox))
+    text, _ = run_script(command, without_path(build_script(wanting(Platform.UNIX), NONCE)), PATH=str(toolbox))
     sample = parse_output(text, NONCE, CpuTicks(busy=0.0, total=0.0))
     assert_sound(sample)
     found = {name.partition(" ")[2]: value for name, value in sample.readings("disk_percent")}
@@ -285,7 +285,7 @@ def test_a_service_that_says_that_it_is_stopped(toolbox: Path) -> None:
     if Path("/run/systemd/system").exists():
         pytest.skip("asks service(8) in a folder of its own; run where systemd is not the init")
     text, _ = run_script([shutil.which("dash") or "sh", "-s"],
-                         without_path(build_script(Platform.LINUX, ["app"], [], NONCE)), PATH=str(toolbox))
+                         without_path(build_script(wanting(Platform.LINUX, ["app"]), NONCE)), PATH=str(toolbox))
     assert not parse_output(text, NONCE, None).services["app"].good
 
 
@@ -346,7 +346,8 @@ def partial(command: list[str], script: str, seconds: float, environ: dict[str, 
 @pytest.mark.parametrize("shell", ["dash", "bash", "busybox", "ksh"])
 def test_a_hanging_df_costs_no_service_and_no_check_its_answer(shell: str, tmp_path: Path, mark: str) -> None:
     path = in_folder(tmp_path, df=HANGS, service="echo $1 is running")
-    script = build_script(Platform.LINUX, ["nginx"], [Check(name="good", command="echo fine", timeout=5)], NONCE)
+    check = Check(name="good", command="echo fine", timeout=5)
+    script = build_script(wanting(Platform.LINUX, ["nginx"], [check]), NONCE)
     text = partial(command_of(shell), script, 9, {"PATH": path, MARK: mark})
     sample = parse_output(text, NONCE, None)
     assert sample.checks["good"].text == "fine" and sample.services["nginx"].text
@@ -355,7 +356,7 @@ def test_a_hanging_df_costs_no_service_and_no_check_its_answer(shell: str, tmp_p
 
 def test_hanging_dfs_do_not_pile_up(tmp_path: Path, mark: str) -> None:
     path = in_folder(tmp_path, df=HANGS)
-    script = build_script(Platform.LINUX, [], [], NONCE)
+    script = build_script(wanting(Platform.LINUX), NONCE)
     for _ in range(3):
         partial([shutil.which("dash") or "sh", "-s"], script, 2, {"PATH": path, MARK: mark})
     until = time.monotonic() + 10  # for what ends by itself
@@ -421,7 +422,7 @@ def test_a_number_that_is_no_df_any_more_hangs_nowhere(mark: str) -> None:
     STARTED.append(ended)
     for number in (other.pid, ended.pid, 2 ** 30):
         for place in ("/proc/$1/", "/nowhere/"):
-            script = build_script(Platform.LINUX, [], [], NONCE, (str(number), "26 Nov 12:00"))
+            script = build_script(wanting(Platform.LINUX), NONCE, (str(number), "26 Nov 12:00"))
             script = script.replace("/proc/$1/", place)
             text, _ = run_script(["sh", "-s"], script)
             assert parse_output(text, NONCE, None).readings("disk_percent")
@@ -453,7 +454,8 @@ def test_a_check_leaves_nothing_behind_without_timeout_1(shell: str, tmp_path: P
     for name in BARE_TOOLS:
         (tmp_path / name).symlink_to(shutil.which(name) or pytest.fail(name))
     command = command_of(shell)
-    script = without_path(build_script(Platform.POSIX, [], [Check(name="good", command="echo 1", timeout=77)], NONCE))
+    check = Check(name="good", command="echo 1", timeout=77)
+    script = without_path(build_script(wanting(Platform.POSIX, [], [check]), NONCE))
     text, _ = run_script(command, script, **{"PATH": str(tmp_path), MARK: mark})
     assert parse_output(text, NONCE, None).checks["good"].good
     wait_for(lambda: not left_over(mark), 30)  # a watcher may sleep a second more

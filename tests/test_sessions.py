@@ -684,7 +684,7 @@ def test_a_session_that_is_refused_is_opened_anew(server: Sshd) -> None:
             wait_for(lambda: len(server._sessions()) < idle)
             left = transport.open_session(timeout=AMPLE)
             left.exec_command("sleep 100")
-            session(connection)._packetizer.uninvited = False
+            session(connection)._transport.packetizer.uninvited = False
             assert healthy(poll(watched, connection))
             assert "MaxSessions" in connection.second_try
         assert logins(server) == 2

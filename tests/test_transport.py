@@ -61,6 +61,7 @@ from healthchecker import (
     KnownHosts,
     LocalConnection,
     LoginGuard,
+    LoginRecord,
     Output,
     ProbeError,
     Resolver,
@@ -788,8 +789,8 @@ class FreezeAtLogin(LoginGuard):
         self.server, self.after = server, after
 
     @contextlib.contextmanager
-    def attempt(self, name: str, deadline: Deadline) -> Iterator[None]:
-        with super().attempt(name, deadline):
+    def attempt(self, name: str, deadline: Deadline, record: LoginRecord) -> Iterator[None]:
+        with super().attempt(name, deadline, record):
             if not self.after:
                 self.server.freeze()
             yield
@@ -1544,8 +1545,7 @@ def simulations(seeds: range, mean_healthy: float, mean_unhealthy: float) -> lis
         connection = SimulatedConnection(watched, LoginGuard(), access())
 
         def look() -> bool:
-            connection.run("", output := Output(""), Deadline(5))
-            return output.printed == b"healthy"
+            return connection.sample(Deadline(5)).checks["simulation"].good
 
         return look
 

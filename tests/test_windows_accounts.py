@@ -14,12 +14,21 @@ from typing import Any
 import pytest
 from pwsh import CONSTRAINED, ROWS, Engine
 from test_powershell import poll, send, target
+from test_probes import wanting
 from wsman_server import WSManServer
 
-from healthchecker import COLLECT, Check, CpuTicks, Outcome, Sample, build_windows_script, parse_windows
+from healthchecker import (
+    COLLECT,
+    CpuTicks,
+    Limits,
+    Outcome,
+    Platform,
+    Sample,
+    build_windows_script,
+    parse_windows,
+)
 
 TIMEOUT = 120.0  # seconds; wine may be slow, and the first poll of a run starts PowerShell for the first time
-NONCE = "5eed5eed5eed5eed"
 PROCESSORS = "Win32_PerfRawData_Counters_ProcessorInformation"
 OLD_PROCESSORS = "Win32_PerfRawData_PerfOS_Processor"
 ROLE = "$wmi.use = $me.IsInRole("
@@ -132,8 +141,10 @@ def test_commit_charge_that_cannot_be_read(constrained: WSManServer) -> None:
 # --- plain accounts ---
 def test_plain_accounts_ask_kernel32(engine: Engine, host: WSManServer) -> None:
     engine.set_rows(**dict.fromkeys(ROWS, "denied"))  # WMI would take 5 s to refuse
-    script = as_plain(build_windows_script([], [], NONCE, ["C:\\windows", "C:\\no\\such"]))
-    sample = parse_windows(lines(host, script)[-1], NONCE, None)
+    mounts = dict.fromkeys(["C:\\windows", "C:\\no\\such"], "95")
+    limits = Limits.model_validate({"disk_percent": {"fail": "95", "mounts": mounts}})
+    script = as_plain(build_windows_script(wanting(Platform.WINDOWS, limits=limits)))
+    sample = parse_windows(lines(host, script)[-1], None)
     found = disks(sample)
     assert found["C:\\windows"] == pytest.approx(found["C:"], abs=1)
     assert 0 < sample.metrics["memory_percent"] < 100 and 0 < sample.metrics["commit_percent"] < 100
@@ -146,20 +157,20 @@ def test_plain_accounts_ask_kernel32(engine: Engine, host: WSManServer) -> None:
 
 
 def test_functions_are_defined_once_a_process(host: WSManServer) -> None:
-    script = as_plain(build_windows_script([], [], NONCE))
+    script = as_plain(build_windows_script(wanting(Platform.WINDOWS)))
     first, before, second, after = lines(host, f"& {{ {script} }}; {COUNT}; & {{ {script} }}; {COUNT}")
     for text in (first, second):
-        assert parse_windows(text, NONCE, None).problems.keys() == {"swap_percent", "load_per_cpu", "inode_percent"}
+        assert parse_windows(text, None).problems.keys() == {"swap_percent", "load_per_cpu", "inode_percent"}
     assert int(before) == int(after) > 0
 
 
 def test_functions_that_cannot_be_defined_are_not_tried_again(host: WSManServer) -> None:
-    script = as_plain(build_windows_script([], [], NONCE))
+    script = as_plain(build_windows_script(wanting(Platform.WINDOWS)))
     broken = script.replace(".CreateType()", ".NoSuchMethod()")
     assert broken != script
     first, second = lines(host, f"{FORGET}; & {{ {broken} }}; & {{ {script} }}; {FORGET}")
     for text in (first, second):
-        sample = parse_windows(text, NONCE, None)
+        sample = parse_windows(text, None)
         why = sample.problems["memory_percent"]
         assert why.startswith("kernel32 cannot be called: ") and "NoSuchMethod" in why
         assert sample.problems["commit_percent"] == why
@@ -198,10 +209,10 @@ def test_a_hidden_service_is_told_from_none(host: WSManServer) -> None:
     """One that the account may not query is left out of the list of services; the registry shows it to everyone."""
     key = "'HKLM:\\SYSTEM\\CurrentControlSet\\Services\\HealthChecker$Hidden'"
     put = f"$null = New-Item -Force {key}; $null = New-ItemProperty {key} -Name Type -PropertyType DWord -Value "
-    script = build_windows_script(["Eventlog", "HealthChecker$Hidden", "No$Such"], [], NONCE)
+    script = build_windows_script(wanting(Platform.WINDOWS, ["Eventlog", "HealthChecker$Hidden", "No$Such"]))
     remove = f"Remove-Item -LiteralPath {key}"
     told = lines(host, f"{put}16; & {{ {script} }}; {put}1; & {{ {script} }}; {remove}")
-    hidden, driver = (parse_windows(line, NONCE, None).services for line in told)
+    hidden, driver = (parse_windows(line, None).services for line in told)
     right = "cannot be read: the account lacks its SERVICE_QUERY_STATUS (README: sc.exe sdset)"
     assert [outcome.text for outcome in hidden.values()] == ["Running", right, "no such service"]
     assert [outcome.text for outcome in driver.values()] == ["Running", "no such service", "no such service"]
@@ -219,9 +230,9 @@ RIGHTS = {
 
 def test_missing_rights_are_named(host: WSManServer) -> None:
     """wine grants every right: a function takes the place of Get-Service, and fails as it does without."""
-    script = build_windows_script(["Spooler"], [], NONCE)
+    script = build_windows_script(wanting(Platform.WINDOWS, ["Spooler"]))
     told = lines(host, ";".join(f"& {{ function Get-Service {{ {body} }}\n{script} }}" for body in RIGHTS))
-    said = [parse_windows(line, NONCE, None).services["Spooler"] for line in told]
+    said = [parse_windows(line, None).services["Spooler"] for line in told]
     assert said == [Outcome(False, f"cannot be read: {why}") for why in RIGHTS.values()]
 
 
@@ -234,9 +245,3 @@ def test_readme_gives_the_rights(host: WSManServer) -> None:
     tool = "if ($args[0] -eq 'sdshow') { ''; 'D:(A;;CC;;;AU)(A;;KA;;;BA)S:(AU;FA;KA;;;WD)' } else { $args -join ' ' }"
     assert lines(host, f"$sid = 'S-1-5-21-1-2-3-1001'; function sc.exe {{ {tool} }}; {put}") == [
         "sdset scmanager D:(A;;CCLC;;;S-1-5-21-1-2-3-1001)(A;;CC;;;AU)(A;;KA;;;BA)S:(AU;FA;KA;;;WD)"]  # fmt: skip
-
-
-def test_the_text_that_is_sent_is_the_same_at_each_poll() -> None:
-    """Windows logs suspicious words with the text around them: an event of each text that there is."""
-    asked = (["a"], [Check(name="b", command="c")])
-    assert build_windows_script(*asked, "0" * 16, ["C:\\x"]) == build_windows_script(*asked, "f" * 16, ["C:\\x"])

@@ -293,7 +293,7 @@ def test_a_restricted_session_that_is_sent_a_script_is_named(engine: Engine, ses
 def test_every_format_ever_printed_is_read(path: Path) -> None:
     """`format-1.json` is what the engine answered to the endpoint of that format, on a host of another name."""
     settings = resource(services=SERVICES, checks=CHECKS[:2])
-    sample = judge_endpoint(parse_windows(path.read_text(encoding="utf-8"), NONCE, None), settings)
+    sample = judge_endpoint(parse_windows(path.read_text(encoding="utf-8"), None), settings)
     assert not [name for name in sample.problems if name.startswith(("service", "check"))]
     assert sample.details["hostname"] == "FILES"
     assert sample.metrics["disk_percent C:"] == pytest.approx(40.16, abs=0.01)

@@ -21,6 +21,7 @@ import tree_sitter_powershell
 import tree_sitter_pwsh
 from hypothesis import given
 from hypothesis import strategies as st
+from test_probes import wanting
 from tree_sitter import Language, Node, Parser
 
 from healthchecker import (
@@ -34,6 +35,7 @@ from healthchecker import (
     LocalSession,
     Outcome,
     Output,
+    Platform,
     ProbeError,
     ResourceSettings,
     Sample,
@@ -210,14 +212,14 @@ def shape(root: Node) -> list[tuple[str, bytes]]:
 
 def hostile_script() -> str:
     checks = [Check(name=f"check {n}", command=text, timeout=2.5) for n, text in enumerate(HOSTILE)]
-    return build_windows_script(HOSTILE, checks, NONCE)
+    return build_windows_script(wanting(Platform.WINDOWS, HOSTILE, checks))
 
 
 # --- the script ---
 @pytest.mark.parametrize("grammar", GRAMMARS)
 @pytest.mark.parametrize("hostile", [False, True])
 def test_grammar(grammar: str, hostile: bool) -> None:
-    script = hostile_script() if hostile else build_windows_script([], [], NONCE)
+    script = hostile_script() if hostile else build_windows_script(wanting(Platform.WINDOWS))
     wrong = [node for node in nodes(tree(grammar, script)) if node.type == "ERROR" or node.is_missing]
     assert [(node.type, node.start_point, node.text) for node in wrong] == []
 
@@ -225,7 +227,7 @@ def test_grammar(grammar: str, hostile: bool) -> None:
 @pytest.mark.parametrize("grammar", GRAMMARS)
 def test_grammar_of_what_reads_scripts_on_this_machine(grammar: str) -> None:
     """It is an argument: without quotes that a command line would need to protect."""
-    script = LocalSession.SCRIPT.format(NONCE, build_windows_script([], [], ""))
+    script = LocalSession.SCRIPT.format(NONCE, build_windows_script(wanting(Platform.WINDOWS)))
     assert not tree(grammar, LocalSession.READER).has_error and not tree(grammar, script).has_error
     assert tree(grammar, LocalSession.READER[:-1]).has_error
     assert not re.search(r'["\\\n]', LocalSession.READER)
@@ -242,7 +244,8 @@ def test_grammar_sees_faults(grammar: str) -> None:
 @pytest.mark.parametrize("grammar", GRAMMARS)
 def test_names_and_commands_are_one_literal(grammar: str) -> None:
     """The syntax tree is that of a script that was asked for nothing; only the text of one literal differs."""
-    empty, hostile = (tree(grammar, text) for text in (build_windows_script([], [], NONCE), hostile_script()))
+    plain_script = build_windows_script(wanting(Platform.WINDOWS))
+    empty, hostile = (tree(grammar, text) for text in (plain_script, hostile_script()))
     assert shape(empty) == shape(hostile)
     literals = [node for node in nodes(hostile) if text(node).startswith(b"'{\"services\"") and not node.children]
     assert len(literals) == 1
@@ -259,7 +262,7 @@ def test_unprotected_text_would_show(grammar: str) -> None:
     """Pasted in as it is, the same text changes the tree; so the test above can fail. The typographic quotes are
     unknown to both grammars: against those it is the test for ASCII that counts."""
     naive = COLLECT.replace("WANTED", '{"services"\'; calc #')
-    assert shape(tree(grammar, naive)) != shape(tree(grammar, build_windows_script([], [], NONCE)))
+    assert shape(tree(grammar, naive)) != shape(tree(grammar, build_windows_script(wanting(Platform.WINDOWS))))
 
 
 def test_script_is_plain() -> None:
@@ -291,13 +294,13 @@ def test_recordings_use_the_names_of_the_script() -> None:
 # --- the answer ---
 @pytest.mark.parametrize("name", EXPECTED)
 def test_recorded(name: str) -> None:
-    assert parse_windows(recorded(name), NONCE, None) == EXPECTED[name]
+    assert parse_windows(recorded(name), None) == EXPECTED[name]
 
 
 def test_the_same_reading_twice() -> None:
     """CPU stays unknown and is no problem; nothing else is missing."""
-    first = parse_windows(recorded("administrator"), NONCE, None)
-    assert parse_windows(recorded("administrator"), NONCE, first.ticks) == first
+    first = parse_windows(recorded("administrator"), None)
+    assert parse_windows(recorded("administrator"), first.ticks) == first
     assert first.problems == LACKS
 
 
@@ -319,18 +322,18 @@ def answer(**parts: object) -> str:
 def test_a_long_path_is_a_path() -> None:
     """A name of over 200 characters voided the whole answer."""
     name = "disk_percent C:\\mnt\\" + "x" * 250
-    assert parse_windows(answer(amounts={name: [1, 2]}), NONCE, None).metrics == {name: 50.0}
+    assert parse_windows(answer(amounts={name: [1, 2]}), None).metrics == {name: 50.0}
 
 
 def test_only_known_details() -> None:
-    sample = parse_windows(answer(details={"os": "Windows", "colour": "blue", "cpu_count": 2}), NONCE, None)
+    sample = parse_windows(answer(details={"os": "Windows", "colour": "blue", "cpu_count": 2}), None)
     assert sample.details == {"os": "Windows", "cpu_count": 2.0}
 
 
 def cpu(used: int, total: int, previous: tuple[float, float] | None) -> Sample:
     amounts = {"cpu_percent": [used, total], "memory_percent": [1, 2], "commit_percent": [1, 2]}
     amounts |= {"disk_percent C:": [1, 2]}
-    return parse_windows(answer(amounts=amounts), NONCE, previous and CpuTicks(*previous))
+    return parse_windows(answer(amounts=amounts), previous and CpuTicks(*previous))
 
 
 @pytest.mark.parametrize(
@@ -362,7 +365,7 @@ def test_cpu_between_polls_of_a_host_that_is_up_for_days() -> None:
 
 def test_no_page_file_is_no_problem() -> None:
     amounts = {name: [1, 2] for name in ("cpu_percent", "memory_percent", "commit_percent", "disk_percent C:")}
-    sample = parse_windows(answer(amounts=amounts), NONCE, None)
+    sample = parse_windows(answer(amounts=amounts), None)
     assert sample.readings("swap_percent") == [] and sample.problems == LACKS
 
 
@@ -395,7 +398,7 @@ def test_what_the_poll_has_no_time_for_is_bad_and_says_so() -> None:
     output = WindowsOutput(ResourceSettings.model_validate(resource), "@mark", over)
     assert not output.take(recorded("administrator").encode())
     assert output.rest(None, ProbeError("timeout", "late")) == ""
-    said = parse_windows(output.printed.decode().removesuffix("@mark"), NONCE, None).checks
+    said = parse_windows(output.printed.decode().removesuffix("@mark"), None).checks
     assert list(said.values()) == [
         EXPECTED["administrator"].checks["replication"],
         Outcome(False, "no end when the poll's time was over"),
@@ -422,6 +425,18 @@ def test_paths_that_a_limit_names_are_asked_for() -> None:
     collect(ResourceSettings.model_validate({**resource, "limits": limits}), connection, None)
     asked = re.search(r"\$wanted = '(.*)' \|", connection.script)
     assert asked and json.loads(asked[1])["mounts"] == ["C:\\mnt\\it's"]
+
+
+def test_the_text_that_is_sent_is_the_same_at_each_poll() -> None:
+    """Windows logs suspicious words with the text around them: an event of each text that there is."""
+    limits = {"disk_percent": {"fail": "95", "mounts": {"C:\\x": "9"}}}
+    asked = {"services": ["a"], "checks": [{"name": "b", "command": "c"}], "limits": limits}
+    resource = {"name": "a", "hostname": "a", "platform": "windows", "username": "u", **asked}
+    connection, sent = Recording(recorded("administrator")), set()
+    for _ in range(2):
+        collect(ResourceSettings.model_validate(resource), connection, None)
+        sent.add(connection.script)
+    assert len(sent) == 1
 
 
 def test_a_mount_point_that_a_limit_names_and_nobody_read() -> None:
@@ -517,18 +532,18 @@ def test_what_a_script_leaves_is_said_behind_the_last_row() -> None:
 def test_names_of_services_are_no_patterns() -> None:
     """Get-Service takes wildcards; a service is asked for by its name alone, and answered under it."""
     name = "a`*[b]?$(1)"
-    asked = re.search(r"\$wanted = '(.*)' \|", build_windows_script([name], [], NONCE))
+    asked = re.search(r"\$wanted = '(.*)' \|", build_windows_script(wanting(Platform.WINDOWS, [name])))
     assert asked
     escaped = json.loads(asked[1])["services"]
     assert escaped == ["a```*`[b`]`?$(1)"]
     reported = answer(services=[{"name": escaped[0], "good": True, "text": "Running"}], details={"cpu_count": 1})
-    assert parse_windows(reported, NONCE, None).services == {name: Outcome(True, "Running")}
+    assert parse_windows(reported, None).services == {name: Outcome(True, "Running")}
 
 
 def test_nothing_readable_is_no_sample() -> None:
     nothing: dict[str, object] = {"details": {}, "amounts": {}, "services": [], "checks": []}
     with pytest.raises(ProbeError, match=r"nothing can be read: .*no rights") as error:
-        parse_windows(answer(**nothing, problems={"os": "no rights"}), NONCE, None)
+        parse_windows(answer(**nothing, problems={"os": "no rights"}), None)
     assert error.value.cause == "protocol"
 
 
@@ -561,7 +576,7 @@ def test_what_a_plain_user_may_not_read_degrades_only_where_it_has_a_limit() -> 
     ],
 )  # fmt: skip
 def test_amounts_that_are_none(amounts: object, problems: set[str]) -> None:
-    sample = parse_windows(answer(amounts=amounts), NONCE, None)
+    sample = parse_windows(answer(amounts=amounts), None)
     assert sample.problems.keys() - LACKS.keys() == problems
     assert all(0 < value <= 100 for value in sample.metrics.values())
 
@@ -601,7 +616,7 @@ def test_amounts_that_are_none(amounts: object, problems: set[str]) -> None:
 )
 def test_not_an_answer(text: str) -> None:
     with pytest.raises(ProbeError, match="the script was not run") as error:
-        parse_windows(text, NONCE, None)
+        parse_windows(text, None)
     assert error.value.cause == "protocol"
     assert len(str(error.value)) < 300 and "\n" not in str(error.value)
 
@@ -609,7 +624,7 @@ def test_not_an_answer(text: str) -> None:
 def test_texts_are_kept_short_and_clean() -> None:
     checks = [{"name": "long", "good": True, "text": "ä" * 9000},
               {"name": "odd", "good": True, "text": "\x1b[1ma\ud83d\x00\n\tb\r"}]  # fmt: skip
-    sample = parse_windows(answer(checks=checks, problems={"role": "a\nb" * 999}), NONCE, None)
+    sample = parse_windows(answer(checks=checks, problems={"role": "a\nb" * 999}), None)
     assert len(sample.checks["long"].text.encode()) == KEPT_BYTES
     assert sample.checks["odd"].text == "[1ma?\n\tb"
     assert sample.problems["role"].startswith("a ba b") and len(sample.problems["role"]) <= 200
@@ -640,7 +655,7 @@ ANSWERS = st.fixed_dictionaries({
 def check_sample(text: str) -> None:
     """A sample of sane values, or the one error."""
     try:
-        sample = parse_windows(text, NONCE, CpuTicks(0.0, 0.0))
+        sample = parse_windows(text, CpuTicks(0.0, 0.0))
     except ProbeError as error:
         assert error.cause == "protocol"
         return

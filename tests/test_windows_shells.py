@@ -18,12 +18,13 @@ from pwsh import COMPILED, CONSTRAINED, FULL, Engine, EngineShell
 from pypsrp.powershell import PowerShell, RunspacePool
 from pypsrp.wsman import WSMan
 from test_powershell import target
+from test_probes import wanting
 from test_windows_kept import Kept
 from test_wsman_server import settings_for
 from wsman_server import WSManServer
 
 import healthchecker
-from healthchecker import build_windows_script
+from healthchecker import Platform, build_windows_script
 
 TIMEOUT = 120.0  # seconds; wine may be slow, and the first poll of a run starts PowerShell for the first time
 CMD = "C:\\windows\\system32\\cmd.exe"  # PowerShell in wine finds no program without its path
@@ -223,7 +224,7 @@ def after(pool: RunspacePool, *steps: str | Sequence[str]) -> list[bool]:
     """What polls say of the shell at their ends. A step is the checks of one, or what is run between two. The script is
     a poll's behind its first row, compiled once for all of them."""
     nothing = json.dumps({"services": [], "checks": [], "mounts": []})
-    script = build_windows_script([], [], "", first=1)
+    script = build_windows_script(wanting(Platform.WINDOWS), first=1)
     assert script.count(f"'{nothing}'") == 1
     lines = ["$poll = {", script.replace(f"'{nothing}'", "$args[0]"), "}"]
     for step in steps:
