@@ -10636,7 +10636,7 @@ class Monitor(threading.Thread):
 # What the workers count, in memory shared with the main process: a slot each, which its worker alone writes, so that
 # no lock is shared whose holder may be killed. In a worker, the loop's and the pool's threads take turns at the slot.
 # The main process sums the slots up for /-/metrics, and hands the slot of a worker that died on to the next.
-# Gives: BEAT, Counters, RequestCounters, LATENCIES, STATUS_OUTCOMES, ROWS, ROW, ACCEPTED, QUEUED, OUTCOME, PASSED
+# Gives: BEAT, Counters, RequestCounters, LATENCIES, STATUS_OUTCOMES, ROWS, ROW, ACCEPTED, QUEUED, OUTCOME
 LEAD, SHARE = 4, 1.5            # a worker may hold LEAD + SHARE * N connections, where another has N, and take more
 # Seconds, the upper bounds of the latency histogram: close together up to where a gate is to answer (10 ms), and on
 # to what an application in the pool may take; a bound more costs a line for every outcome.
@@ -10651,8 +10651,8 @@ ROWS = {outcome: number * ROW for number, outcome in enumerate(OUTCOMES)}
 ACCEPTED = len(OUTCOMES) * ROW  # the cell of the connections ever accepted
 QUEUED = ACCEPTED + 1           # the cell of the requests that wait for a pool thread
 BEAT = QUEUED + 1               # the cell of the last turn of the loop, its monotonic time
-PASSED = BEAT + 1               # the cell of the requests that would have been refused, and the next one of those that
-                                # were, by the gate; two such cells of each route come after them
+PASSED = BEAT + 1               # the cell of the requests of no route that would have been refused, and the next one of
+                                # those that were, by the gate; two such cells of each route come after them
 
 
 class Counters:
@@ -10660,8 +10660,8 @@ class Counters:
 
     def __init__(self, slots: int, routes: Iterable[str] = ()) -> None:
         self.held = multiprocessing.RawArray(ctypes.c_long, [-1] * slots)   # connections; -1: nobody serves there
-        self.routes = {path: PASSED + 2 + 2 * number for number, path in enumerate(routes)}     # cells like PASSED
-        self._size = PASSED + 2 + 2 * len(self.routes)
+        self.routes = {path: PASSED + 2 * number for number, path in enumerate((SITE, *routes))}    # cells like PASSED
+        self._size = PASSED + 2 * len(self.routes)
         self._cells = multiprocessing.RawArray(ctypes.c_double, slots * self._size)
 
     def slot(self, index: int) -> memoryview[float]:
@@ -10685,11 +10685,7 @@ class Counters:
     def refusals(self) -> dict[str, tuple[int, int]]:
         """Requests of each route and, as SITE, of no route: those that were refused, and that would have been."""
         cells = self.totals()
-        found = {path: (int(cells[cell + 1]), int(cells[cell])) for path, cell in self.routes.items()}
-        parts = zip(*found.values(), strict=True) if found else ((), ())
-        every = int(cells[PASSED + 1]), int(cells[PASSED])
-        refused, passed = (whole - sum(part) for whole, part in zip(every, parts, strict=True))
-        return found | {SITE: (refused, passed)}
+        return {path: (int(cells[cell + 1]), int(cells[cell])) for path, cell in self.routes.items()}
 
 
 class RequestCounters:
@@ -10709,8 +10705,7 @@ class RequestCounters:
     def passed(self, route: str, *, refused: bool = False) -> None:
         """A request that was `refused` or would have been, for the sake of a route or of the whole site (empty)."""
         with self._lock:
-            for cell in (PASSED, *([self._counters.routes[route]] if route else [])):
-                self._cells[cell + refused] += 1
+            self._cells[self._counters.routes[route] + refused] += 1
 
     def accepted(self) -> None:
         self._cells[ACCEPTED] += 1      # by the loop's thread alone
@@ -12941,7 +12936,7 @@ class ConsoleContext:
     @property
     def passed(self) -> int:
         """Requests that would have been refused."""
-        return int(self.counters.total(PASSED))
+        return int(sum(map(self.counters.total, self.counters.routes.values())))
 
     def offered_key(self, name: str) -> str:
         with self.store.reading() as session:
@@ -14282,7 +14277,8 @@ class ServingMetrics:
         yield gauge("connections", "Open client connections.", sum(open_connections))
         yield gauge("queue_requests", "Requests that wait for a pool thread.", cells[QUEUED])
         yield CounterMetricFamily("healthchecker_connections_accepted", "Client connections ever.", cells[ACCEPTED])
-        yield CounterMetricFamily("healthchecker_would_refuse", "Requests that mode observe let pass.", cells[PASSED])
+        yield CounterMetricFamily("healthchecker_would_refuse", "Requests that mode observe let pass.",
+                                  sum(cells[cell] for cell in self.counters.routes.values()))
         requests_ = CounterMetricFamily("healthchecker_requests", "Requests by outcome.", labels=["outcome"])
         seconds = HistogramMetricFamily("healthchecker_request_duration_seconds", labels=["outcome"], documentation=(
             "From a request that is complete to its answer in the send buffer, the wait for a thread included."))
@@ -14431,7 +14427,8 @@ class Metrics:
         passed = CounterMetricFamily("healthchecker_route_would_refuse", labels=["route"], documentation=(
             "Requests of a route that mode observe let pass."))
         for path, cell in counters.routes.items():
-            passed.add_metric([path], counters.total(cell))
+            if path != SITE:
+                passed.add_metric([path], counters.total(cell))
         yield from (group_healthy, good, passed)
         is_cut = bool(self._monitor and self._monitor.uplink.cut)
         yield gauge("cut_off", "1 while no uplink answers, nor do more than half of the machines.", float(is_cut))
