@@ -10730,7 +10730,7 @@ class RequestCounters:
 # The application's door, as WSGI: asks the lease on every request, and answers 503 before the application runs unless
 # it holds, or the mode is observe. `route` sorts a request by its path, without blocking; the server runs on its loop
 # what never blocks, and `admit`, the application, in the pool, where the lease is asked once more.
-# Gives: Gate, respond, Reply, NO_STORE, PREFIX, HEALTH, METRICS_PATH, HANDLER, Way, WELCOME
+# Gives: Gate, respond, Reply, NO_STORE, PREFIX, HEALTH, METRICS_PATH, HANDLER, Routes, Way, WELCOME
 RETRY_AFTER_MAX = 3600          # seconds
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>{title}</title><body style="font:1.1rem system-ui;margin:15vh auto;max-width:32rem;padding:1rem">
@@ -10777,6 +10777,33 @@ def marked(start_response: StartResponse) -> StartResponse:
     return cast("StartResponse", start)
 
 
+class Routes:
+    """Which gates the path of a request is under, whatever stands for a gate; `middleware` prints this class, too."""
+
+    def __init__(self, site: Any, routes: Mapping[str, Any]) -> None:
+        self._site, self._routes, self._all = (site,), routes, (site, *routes.values())
+        self._depth = 1 + max((path.count("/") for path in routes), default=0)
+
+    def of(self, path: str) -> Sequence[Any]:
+        """That of the longest route that a path is in, else the site's; where it can be read in two ways, of both:
+        which is the strictest may be another one a moment later."""
+        if not self._routes:
+            return self._site
+        if "\\" in path or "%" in path or ("/." in path and DOTS.search(path)):  # it may lead anywhere
+            return self._all
+        if "//" in path or ";" in path:
+            plain = re.sub("//+", "/", re.sub(";[^/]*", "", path))
+            return self._longest(path), self._longest(plain)
+        return (self._longest(path),)
+
+    def _longest(self, path: str) -> Any:
+        parts = path.split("/", self._depth)[: self._depth]
+        for count in range(len(parts), 1, -1):
+            if found := self._routes.get("/".join(parts[:count])):
+                return found
+        return self._site[0]
+
+
 def strictest(leases: Sequence[Lease]) -> Lease:
     """Of several, the one that refuses first, as they are now."""
     if len(leases) == 1:
@@ -10792,9 +10819,8 @@ class Gate:
         """`passed` is told of which route is a request that would have been refused, or was."""
         self._app, self._lease, self._clock, self._passed = app, lease, clock, passed
         self.draining = False       # the service ends: readyz says so
-        self._routes = {path.encode().decode("latin-1"): part for path, part in lease.parts.items() if "/" in path}
-        self._depth = 1 + max((path.count("/") for path in self._routes), default=0)
-        self._site, self._all = (lease,), (lease, *self._routes.values())
+        self.leases_of: Callable[[str], Sequence[Lease]] = Routes(lease, {
+            path.encode().decode("latin-1"): part for path, part in lease.parts.items() if "/" in path}).of
         self._answers: dict[str, Callable[[Lease], Reply]] = {
             "/-/livez": lambda _: ("200 OK", [], b"ok\n"),
             "/-/readyz": self._readyz,
@@ -10810,8 +10836,8 @@ class Gate:
     def route(self, path: str) -> Way:
         """What answers a request for `path`: `admit`, which may block, or what never does."""
         if path.startswith(PREFIX):
-            return self._own, self._site
-        leases = self._leases_of(path)
+            return self._own, (self._lease,)
+        leases = self.leases_of(path)
         lease = strictest(leases)
         return self.admit if self._clock() < lease.until.value or lease.observes.value else self.refuse, leases
 
@@ -10865,25 +10891,6 @@ class Gate:
 
     def _holds(self, lease: Lease) -> bool:
         return self._clock() < lease.until.value
-
-    def _leases_of(self, path: str) -> Sequence[Lease]:
-        """That of the longest route that a path is in, else the site's; where it can be read in two ways, of both:
-        which is the strictest may be another one a moment later."""
-        if not self._routes:
-            return self._site
-        if "\\" in path or "%" in path or ("/." in path and DOTS.search(path)):   # it may lead anywhere
-            return self._all
-        if "//" in path or ";" in path:
-            plain = re.sub("//+", "/", re.sub(";[^/]*", "", path))
-            return self._longest(path), self._longest(plain)
-        return (self._longest(path),)
-
-    def _longest(self, path: str) -> Lease:
-        parts = path.split("/", self._depth)[:self._depth]
-        for count in range(len(parts), 1, -1):
-            if lease := self._routes.get("/".join(parts[:count])):
-                return lease
-        return self._lease
 
     def _readyz(self, lease: Lease) -> Reply:
         if self.draining:
@@ -10971,7 +10978,7 @@ import time
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
 
@@ -10988,7 +10995,7 @@ if sys.platform != "win32":
     clock = functools.partial(time.clock_gettime, getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
 
 
-@FUNCTION@
+@SHARED@
 
 def is_observed(end: float) -> bool:
     """Of a gate that is closed, and refuses nothing."""
@@ -11001,30 +11008,11 @@ class Table(NamedTuple):
     cells: Sequence[float]
     generation: float
     gates: dict[str, int]  # cells of groups and routes; of the whole site: ""
-    routes: dict[str, int]
-    depth: int  # of the longest route, and one more
+    cells_of: Callable[[str], Sequence[int]]  # of a path, see Routes
     place: Any
 
-    def longest(self, path: str) -> float:
-        """The end of the longest route that a path is in, else the site's."""
-        cells, routes, parts = self.cells, self.routes, path.split("/", self.depth)[: self.depth]
-        while parts:
-            cell = routes.get("/".join(parts))
-            if cell is not None:
-                return cells[cell]
-            parts.pop()
-        return cells[SLOTS]
 
-    def strictest(self, path: str) -> float:
-        """Of all routes that it could lead to, read in one way or another."""
-        if "\\\\" in path or "%" in path or DOTS.search(path):
-            ends = [self.cells[cell] for cell in (SLOTS, *self.routes.values())]
-        else:
-            ends = [self.longest(path), self.longest(re.sub("//+", "/", re.sub(";[^/]*", "", path)))]
-        return min(ends, key=lambda end: (is_observed(end), end))
-
-
-CLOSED = Table([0.0] * (SLOTS + 1), 0.0, {"": SLOTS}, {}, 1, None)
+CLOSED = Table([0.0] * (SLOTS + 1), 0.0, {"": SLOTS}, Routes(SLOTS, {}).of, None)
 
 
 def read(path: str) -> Table:
@@ -11039,8 +11027,7 @@ def read(path: str) -> Table:
         raise ValueError("no service is running")
     gates = {name.encode().decode("latin-1"): SLOTS + number for number, name in enumerate(names)}
     routes = {name: cell for name, cell in gates.items() if "/" in name}
-    depth = 1 + max([name.count("/") for name in routes], default=0)
-    return Table(cells, generation, gates, routes, depth, (status.st_dev, status.st_ino))
+    return Table(cells, generation, gates, Routes(SLOTS, routes).of, (status.st_dev, status.st_ino))
 
 
 class Leases:
@@ -11061,11 +11048,10 @@ class Leases:
         """0 while a path is open, else the seconds of its Retry-After; -1 where it is closed and refuses nothing."""
         now = clock()
         table = self._table if now < self._look else self._looked(now)
-        cells = table.cells
-        end = cells[SLOTS]
-        if table.routes:
-            odd = "%" in path or ";" in path or "/." in path or "//" in path or "\\\\" in path
-            end = table.strictest(path) if odd else table.longest(path)
+        cells, found = table.cells, table.cells_of(path)
+        end = cells[found[0]]
+        if len(found) > 1:  # it can be read in several ways: the strictest counts
+            end = min([cells[cell] for cell in found], key=lambda end: (is_observed(end), end))
         if cells[GENERATION] != table.generation:  # seen after `end`: another file's by now
             end = 0.0
         if is_observed(end):
@@ -11145,7 +11131,7 @@ def middleware_text(path: Path) -> str:
     """The module that reads a file of leases, in any server."""
     parts = {"PATH": json.dumps(str(path)), "IDENTITY": json.dumps(IDENTITY),
              "CELLS": f"{GENERATION}, {COUNT}, {SLOTS}", "OBSERVED": str(OBSERVED),
-             "FUNCTION": inspect.getsource(lease_identity)}
+             "SHARED": "\n\n".join(map(inspect.getsource, (lease_identity, Routes)))}
     return re.sub("@([A-Z]+)@", lambda found: parts[found[1]], READER)
 
 

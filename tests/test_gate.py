@@ -50,6 +50,7 @@ from healthchecker import (
     LineFormatter,
     Pool,
     RequestCounters,
+    Routes,
     ServiceSettings,
     builtin_app,
 )
@@ -415,8 +416,8 @@ def test_a_path_is_looked_up_once(monkeypatch: pytest.MonkeyPatch) -> None:
     lease, looked = Lease(["/r", "/s"]), []
     for each in (lease, *lease.parts.values()):
         each.until.value = NOW + 1
-    find = Gate._longest
-    monkeypatch.setattr(Gate, "_longest", lambda gate, path: looked.append(path) or find(gate, path))
+    find = Routes._longest
+    monkeypatch.setattr(Routes, "_longest", lambda routes, path: looked.append(path) or find(routes, path))
     gate = Gate(hello, lease, lambda: NOW)
     for path, shuts in (("/r/x", "/r"), ("/x", ""), ("/r/../s", "/s"), ("/s;a/x", "/s")):
         looked.clear()
