@@ -14235,9 +14235,16 @@ API_ROUTES = (
 METRICS_AGE = 1.0               # seconds for which the resources' part of /-/metrics is not made again
 
 
-def gauge(name: str, text: str, value: float | None = None, *labels: str) -> GaugeMetricFamily:
-    """A gauge of ours; with labels its values are added later."""
-    return GaugeMetricFamily(f"healthchecker_{name}", text, value, labels or None)
+def gauge(name: str, text: str, value: float) -> GaugeMetricFamily:
+    return GaugeMetricFamily(f"healthchecker_{name}", text, value)
+
+
+def labelled(kind: type[Metric], name: str, text: str, labels: str, found: Iterable[Sequence[Any]]) -> Metric:
+    """A metric of ours; each of what was found is a word for each label, and a value."""
+    family: Any = kind(f"healthchecker_{name}", text, labels=labels.split())
+    for *words, value in found:
+        family.add_metric(words, value)
+    return cast(Metric, family)
 
 
 @dataclass(frozen=True)
@@ -14254,10 +14261,9 @@ class ServingMetrics:
         cells, open_connections = self.counters.totals(), [n for n in self.counters.held if n >= 0]
         yield gauge("gate_open", "1 while the gate is open: requests reach the application.", float(left > 0))
         yield gauge("gate_observes", "1 in mode observe: a closed gate refuses nothing.", self.lease.observes.value)
-        override = gauge("gate_override", "1 while an operator has opened or closed the gate.", None, "action")
-        for action, value in (("open", 1), ("close", -1)):
-            override.add_metric([action], self.lease.by_hand.value == value)
-        yield override
+        yield labelled(GaugeMetricFamily, "gate_override", "1 while an operator has opened or closed the gate.",
+                       "action", ((action, self.lease.by_hand.value == value)
+                                  for action, value in (("open", 1), ("close", -1))))
         yield gauge("lease_seconds", "Seconds until the gate closes unless a poll renews the lease.", left)
         yield gauge("workers", "Processes that serve.", len(open_connections))
         yield gauge("connections", "Open client connections.", sum(open_connections))
@@ -14265,15 +14271,14 @@ class ServingMetrics:
         yield CounterMetricFamily("healthchecker_connections_accepted", "Client connections ever.", cells[ACCEPTED])
         yield CounterMetricFamily("healthchecker_would_refuse", "Requests that mode observe let pass.",
                                   sum(cells[cell] for cell in self.counters.routes.values()))
-        requests_ = CounterMetricFamily("healthchecker_requests", "Requests by outcome.", labels=["outcome"])
+        yield labelled(CounterMetricFamily, "requests", "Requests by outcome.", "outcome", (
+            (outcome, sum(cells[begin: begin + ROW - 1])) for outcome, begin in ROWS.items()))
         seconds = HistogramMetricFamily("healthchecker_request_duration_seconds", labels=["outcome"], documentation=(
             "From a request that is complete to its answer in the send buffer, the wait for a thread included."))
         for outcome, begin in ROWS.items():
-            counts = list(itertools.accumulate(cells[begin: begin + ROW - 1]))
-            requests_.add_metric([outcome], counts[-1])
+            counts = itertools.accumulate(cells[begin: begin + ROW - 1])
             seconds.add_metric([outcome], [*zip(map(str, (*LATENCIES, "+Inf")), counts, strict=True)],
                                cells[begin + ROW - 1])
-        yield requests_
         yield seconds
 
 
@@ -14392,61 +14397,42 @@ class Metrics:
             rows, more = session.execute(METRIC_ROWS).all(), remarks(session, self._store.wall())
             tokens = session.execute(TOKEN_ROWS).all()
             receivers = session.scalars(sqlalchemy.select(Receiver).where(Receiver.settings != "{}")).all()
-        total = gauge("resources", "Resources by state.", None, "state")
         standings = [(row.state and self._monitor and self._monitor.behind(row.name)) or row for row in rows]
         states = collections.Counter(standing.state or "unknown" for standing in standings)
-        for state in get_args(State):
-            total.add_metric([state], states[state])
-        yield total
-        families = {name: gauge(f"resource_{name}", text, None, "resource", *labels)
+        yield labelled(GaugeMetricFamily, "resources", "Resources by state.", "state", (
+            (state, states[state]) for state in get_args(State)))
+        families = {name: GaugeMetricFamily(f"healthchecker_resource_{name}", text, labels=("resource", *labels))
                     for name, (text, *labels) in RESOURCE_METRICS.items()}
         for row, standing in zip(rows, standings, strict=True):
             for name, labels, value in resource_metrics(row, standing, more):
                 families[name].add_metric((row.name, *labels), value)
         yield from families.values()
-        group_healthy = gauge("group_healthy", "1 while a group or a route is healthy.", None, "group")
-        good = gauge("group_healthy_members", "Members of a group or a route that are healthy.", None, "group")
-        for group in self._monitor.groups() if self._monitor else ():
-            group_healthy.add_metric([group.name], group.state != "unhealthy")
-            good.add_metric([group.name], sum(group.members.values()))
+        groups = self._monitor.groups() if self._monitor else []
+        yield labelled(GaugeMetricFamily, "group_healthy", "1 while a group or a route is healthy.", "group", (
+            (group.name, group.state != "unhealthy") for group in groups))
+        yield labelled(GaugeMetricFamily, "group_healthy_members", "Members of a group or a route that are healthy.",
+                       "group", ((group.name, sum(group.members.values())) for group in groups))
         counters = self._serving.counters
-        passed = CounterMetricFamily("healthchecker_route_would_refuse", labels=["route"], documentation=(
-            "Requests of a route that mode observe let pass."))
-        for path, cell in counters.routes.items():
-            if path != SITE:
-                passed.add_metric([path], counters.total(cell))
-        yield from (group_healthy, good, passed)
+        yield labelled(CounterMetricFamily, "route_would_refuse", "Requests of a route that mode observe let pass.",
+                       "route", ((path, counters.total(cell)) for path, cell in counters.routes.items() if path))
         is_cut = bool(self._monitor and self._monitor.uplink.cut)
         yield gauge("cut_off", "1 while no uplink answers, nor do more than half of the machines.", float(is_cut))
         yield from self._connection_metrics()
-        yield from self._row_metrics(tokens, receivers)
-
-    def _row_metrics(self, tokens: Iterable[Any], receivers: Iterable[Receiver]) -> Iterator[Metric]:
-        """What rows tell of tokens and of messages."""
-        ends = gauge("api_token_expires_timestamp_seconds", "Unix time of an API token's end.", None, "user", "token")
-        for user, token, expires_at in tokens:
-            ends.add_metric([user, token], expires_at)
-        yield ends
-        told = CounterMetricFamily("healthchecker_notifications", labels=["receiver", "result"], documentation=(
-            "Messages that were delivered, or given up after an hour of tries."))
-        for receiver in receivers:
-            told.add_metric([receiver.name, "delivered"], receiver.delivered)
-            told.add_metric([receiver.name, "failed"], receiver.failed)
-        yield told
+        yield labelled(GaugeMetricFamily, "api_token_expires_timestamp_seconds", "Unix time of an API token's end.",
+                       "user token", tokens)
+        yield labelled(CounterMetricFamily, "notifications", "Messages that were delivered, or given up after an hour "
+                       "of tries.", "receiver result", ((row.name, result, getattr(row, result)) for row in receivers
+                                                        for result in ("delivered", "failed")))
 
     def _connection_metrics(self) -> Iterator[Metric]:
         """How hosts are reached."""
         watched = dict(self._connections.watched)
-        logins = CounterMetricFamily("healthchecker_logins", "Logins by outcome.", labels=["resource", "outcome"])
-        for name, connection in watched.items():
-            for outcome, count in sorted(connection.record.outcomes.items()):
-                logins.add_metric([name, outcome], count)
-        yield logins
-        kept = gauge("host_connections", "Resources by whether a connection stays open between polls.", None, "kept")
+        yield labelled(CounterMetricFamily, "logins", "Logins by outcome.", "resource outcome", (
+            (name, outcome, count) for name, connection in watched.items()
+            for outcome, count in sorted(connection.record.outcomes.items())))
         held = sum(connection.keeper.session is not None for connection in watched.values())
-        for word, count in (("true", held), ("false", len(watched) - held)):
-            kept.add_metric([word], count)
-        yield kept
+        yield labelled(GaugeMetricFamily, "host_connections", "Resources by whether a connection stays open between "
+                       "polls.", "kept", (("true", held), ("false", len(watched) - held)))
         yield CounterMetricFamily("healthchecker_second_tries", "Polls that began again on a new connection.",
                                   sum(record.second_tries for record in list(self._connections.records.values())))
 
