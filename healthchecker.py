@@ -14617,10 +14617,12 @@ def cause_text(cause: str, reason: str) -> str:
 # Templates of the console: settings and rows come in, markup goes out; nothing here asks the database or the request.
 # Runs in the console's threads. What hosts and people wrote is escaped by the templates (their keys end in .html).
 # Gives: TEMPLATES
-TEMPLATES = {"layout.html": """{% macro table(label, heads, class="") %}
+TEMPLATES = {"layout.html": """{% macro table(label, heads, class="", none="None.") %}
+{% set rows = caller()|trim %}
 <table aria-label="{{ label }}" class="{{ class }}">
 <thead><tr>{% for name in heads %}<th scope="col">{{ name }}</th>{% endfor %}</tr></thead>
-<tbody>{{ caller() }}</tbody>
+<tbody>{{ rows }}
+{%- if not rows %}<tr><td colspan="{{ heads|length }}" class="soft">{{ none }}</td></tr>{% endif %}</tbody>
 </table>
 {% endmacro %}
 {% macro state(name, what="") %}<b class="state {{ name }}">{{ what or name }}</b>{% endmacro %}
@@ -14690,8 +14692,6 @@ TEMPLATES = {"layout.html": """{% macro table(label, heads, class="") %}
 else "?resource=" ~ event.resource|urlencode }}">{{ event.resource }}</a>{% endif %}</td>
 {% endif %}
 <td>{{ event.text }}</td><td>{{ event.actor }} <small>{{ event.address }}</small></td></tr>
-{% else %}
-<tr><td colspan="5" class="soft">None.</td></tr>
 {% endfor %}
 {% endmacro %}
 {% macro work_form(action, chosen={}) %}
@@ -14994,7 +14994,7 @@ Availability:
 <div class="columns{% if shown.read_at %} old{% endif %}">
 <section>
 <h2>Readings{% if shown.read_at %} <small>as of {{ shown.read_at|time_tag }}</small>{% endif %}</h2>
-{% call table("Readings", ("Metric", "Now", "Warning", "Limit")) %}
+{% call table("Readings", ("Metric", "Now", "Warning", "Limit"), none="The last poll read nothing.") %}
 {% for reading in readings %}
 <tr><th scope="row">{{ reading.label }}</th>
 <td>{{ reading.bar }}{{ reading.text }}
@@ -15003,8 +15003,6 @@ Availability:
 <td>{{ "%g"|format(reading.limit[kind]) if reading.limit[kind] is number }}</td>
 {% endfor %}
 </tr>
-{% else %}
-<tr><td colspan="4" class="soft">The last poll read nothing.</td></tr>
 {% endfor %}
 {% endcall %}
 </section>
@@ -15114,8 +15112,6 @@ else "%g"|format(details[name]) if details[name] is number else details[name] }}
 <td data-label="Refused">{{ one.refused }}
 {%- if one.would_refuse %} <small>{{ one.would_refuse }} would have been</small>{% endif %}</td>
 <td class="soft" data-label="Changed before">{{ one.before }}</td></tr>
-{% else %}
-<tr><td colspan="6" class="soft">None.</td></tr>
 {% endfor %}
 {% endcall %}
 """, "status.html": """{% set colour = {"open": "healthy", "closed": "unhealthy"}[word] or word %}
@@ -15208,8 +15204,6 @@ if since else state }}{% if since %} <small>for {{ (now - since.timestamp())|dur
 {% else %}never{% endif %}</td>
 <td><form method="post" action="/-/tokens/{{ token.id }}/revoke">
 <button class="danger">Revoke<span class="hidden"> {{ token.name }} of {{ token.user }}</span></button></form></td></tr>
-{% else %}
-<tr><td colspan="6" class="soft">None.</td></tr>
 {% endfor %}
 {% endcall %}
 <form method="post" class="panel" action="/-/tokens" aria-labelledby="new">
