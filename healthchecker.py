@@ -14717,8 +14717,10 @@ else "?resource=" ~ event.resource|urlencode }}">{{ event.resource }}</a>{% endi
 <link rel="icon" href="{{ assets[icon ~ ".svg"] }}" type="image/svg+xml">
 <link rel="stylesheet" href="{{ assets.css }}">
 <script src="{{ assets.js }}" defer></script>
+{% if wall %}<noscript><meta http-equiv="refresh" content="5"></noscript>{% endif %}
 </head>
 <body data-now="{{ now }}" data-offset="{{ offset }}" data-zone="{{ zone }}">
+{% if not wall %}
 <a class="skip hidden" href="#main">Skip to the content</a>
 <header class="top">
 <a class="brand" href="/-/">HealthChecker</a>
@@ -14734,11 +14736,13 @@ else "?resource=" ~ event.resource|urlencode }}">{{ event.resource }}</a>{% endi
 <form method="post" action="/-/logout"><button>Log out</button></form></div>
 {% endif %}
 </header>
+{% endif %}
 {% if user.initial %}
 <p class="notice"><b>This account still has its documented password</b>, which opens nothing but its own change.</p>
 {% endif %}
 <p class="notice lost" id="lost" role="alert" data-icon="{{ assets["unknown.svg"] }}" hidden></p>
-<main id="main" tabindex="-1"{% if refresh is string %} data-refresh="{{ refresh }}"{% endif %}>
+<main id="main" tabindex="-1"{% if wall %} class="wall {{ icon }}"{% endif %}
+{%- if refresh is string %} data-refresh="{{ refresh }}"{% endif %}>
 {{ banners() }}
 {% include page ~ ".html" %}
 </main>
@@ -15114,26 +15118,12 @@ else "%g"|format(details[name]) if details[name] is number else details[name] }}
 <td class="soft" data-label="Changed before">{{ one.before }}</td></tr>
 {% endfor %}
 {% endcall %}
-""", "status.html": """{% set colour = {"open": "healthy", "closed": "unhealthy"}[word] or word %}
-{% macro part(state, name, since) %}
+""", "status.html": """{% macro part(state, name, since) %}
 <li><b class="state {{ state }}">{{ name }}</b> {{ {"healthy": "open", "degraded": "open", "unhealthy": "closed"}[state]
 if since else state }}{% if since %} <small>for {{ (now - since.timestamp())|duration_text }}</small>{% endif %}</li>
 {% endmacro %}
-<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{{ word }} · HealthChecker</title>
-<link rel="icon" href="{{ assets[colour ~ ".svg"] }}" type="image/svg+xml">
-<link rel="stylesheet" href="{{ assets.css }}">
-<script src="{{ assets.js }}" defer></script>
-<noscript><meta http-equiv="refresh" content="5"></noscript>
-</head>
-<body data-now="{{ now }}" data-offset="{{ offset }}" data-zone="{{ zone }}">
-<p class="notice lost" id="lost" role="alert" data-icon="{{ assets["unknown.svg"] }}" hidden></p>
-<main id="main" tabindex="-1" class="wall {{ colour }}" data-refresh="">
-<h1 aria-live="polite"><span class="state {{ colour }}">
-{{- {"degraded": "open"}.get(word, word)|capitalize }}</span></h1>
+<h1 aria-live="polite"><span class="state {{ icon }}">
+{{- {"degraded": "open"}.get(title, title)|capitalize }}</span></h1>
 {% if since %}
 <p>for {{ (now - since.timestamp())|duration_text }}, since {{ since.timestamp()|time_tag }}</p>{% endif %}
 <p>{{ remark }}</p>
@@ -15147,9 +15137,6 @@ if since else state }}{% if since %} <small>for {{ (now - since.timestamp())|dur
 {%- if not turn.begun %} for {{ (turn.until - turn.start)|duration_text }}{% endif %}</li>
 {% endfor %}</ul>{% endif %}
 <p><small>Times are the server's, {{ zone }}; this is of {{ now|time_tag }}.</small></p>
-</main>
-</body>
-</html>
 """, "users.html": """<div class="tools"><h1>{{ title }}</h1></div>
 {{ message("trouble") }}
 {% call table("Users", ("Name", "Role", "Change")) %}
@@ -15663,7 +15650,7 @@ def asset(name: str) -> Answer:
     return flask.Response(text, mimetype=kind, headers={"Cache-Control": "public, max-age=31536000, immutable"})
 
 
-def render_page(page: str, status: int = 200, layout: str = "layout.html", **shown: Any) -> flask.Response:
+def render_page(page: str, status: int = 200, **shown: Any) -> flask.Response:
     """A page, `shown` in its template; its form shows `given`, and `errors` at the fields."""
     who: Principal | None = flask.g.get("principal")
     user = who.user if who else None
@@ -15675,7 +15662,7 @@ def render_page(page: str, status: int = 200, layout: str = "layout.html", **sho
     if who and user and not who.restricted:
         common |= {"override": who.context.monitor.override.now, "passed": who.context.passed,
                    "observes": who.context.lease.observes.value}
-    response = flask.Response(flask.render_template(layout, **(common | shown)), status, mimetype="text/html")
+    response = flask.Response(flask.render_template("layout.html", **(common | shown)), status, mimetype="text/html")
     if flask.request.accept_encodings["gzip"]:      # no page holds a secret whose length could tell what it is
         response.set_data(gzip.compress(response.get_data(), 3))
         response.headers.update({"Content-Encoding": "gzip", "Vary": "Accept-Encoding"})
@@ -16408,7 +16395,8 @@ def status_page() -> Answer:
         word = view.state
     if not context.is_healthy and word != "closed":     # the lease is the truth; the rest is of a moment ago
         word, shown["since"] = "closed", None
-    return render_page("status", layout="status.html", word=word, **shown)
+    icon = {"open": "healthy", "closed": "unhealthy"}.get(word, word)
+    return render_page("status", title=word, icon=icon, wall=True, refresh="", **shown)
 
 
 BOARDS = (Route("GET", "/-/incidents", "viewer", incident_page), Route("GET", "/-/status", "public", status_page))
