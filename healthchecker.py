@@ -14185,7 +14185,12 @@ def perform(operation: Route, **names: str) -> flask.typing.ResponseReturnValue:
     return flask.Response(content, operation.status, mimetype="application/json")
 
 
-HEALTH_STATUS = {"healthy": "pass", "degraded": "warn", "unknown": "warn", "unhealthy": "fail"}
+HEALTH_STATUS = {"healthy": "pass", "unhealthy": "fail"}    # anything else: warn
+
+
+def observed(kind: str, value: str, output: str, **more: str | None) -> list[dict[str, str | None]]:
+    return [{"componentType": kind, "observedValue": value, "output": output,
+             "status": HEALTH_STATUS.get(value, "warn"), **more}]
 
 
 def health() -> flask.typing.ResponseReturnValue:
@@ -14194,21 +14199,14 @@ def health() -> flask.typing.ResponseReturnValue:
     answer: dict[str, Any] = {"status": "pass" if who.context.is_healthy else "fail"}
     if who.operator and who.may("viewer") and not who.restricted:
         answer["releaseId"] = VERSION
-        answer["checks"] = {f"{view.name}:state": [{
-            "componentType": "system", "observedValue": view.state, "time": view.polled and view.polled.isoformat(),
-            "status": HEALTH_STATUS[view.state],
-            "output": caused(view.cause, view.reason)}] for view in list_resources(who)}
-        answer["checks"] |= {f"{group.name}:state": [{
-            "componentType": "component", "observedValue": group.state, "output": group.why,
-            "status": HEALTH_STATUS[group.state]}] for group in list_groups(who)}
+        checks = answer["checks"] = {f"{view.name}:state": observed(
+            "system", view.state, caused(view.cause, view.reason), time=view.polled and view.polled.isoformat())
+            for view in list_resources(who)}
+        checks |= {f"{group.name}:state": observed("component", group.state, group.why) for group in list_groups(who)}
         if override := who.context.monitor.override.now:
-            answer["checks"]["gate:override"] = [{
-                "componentType": "component", "observedValue": override.action, "output": override.why,
-                "status": "warn"}]
+            checks["gate:override"] = observed("component", override.action, override.why)
         if who.context.lease.observes.value:
-            answer["checks"]["gate:mode"] = [{
-                "componentType": "component", "observedValue": "observe", "output": "nothing is refused",
-                "status": "warn"}]
+            checks["gate:mode"] = observed("component", "observe", "nothing is refused")
     return answer, 200 if who.context.is_healthy else 503, {"Content-Type": "application/health+json"}
 
 
