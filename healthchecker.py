@@ -15687,6 +15687,9 @@ class ResourceRow:
         self.status = known = current_status(row, status, context)
         settings = stored_mapping(row.settings, NO_SETTINGS)    # unchecked: 1,000 of them would take too long
         self.settings = settings or NO_SETTINGS
+        fall, rise = (self.settings.get(name) for name in ("fall", "rise"))     # how far it is from another state
+        self.failing = f"failing {known.bad} of {fall}" if known.bad and known.state in ("healthy", "degraded") else ""
+        self.recovering = f"{known.good} of {rise} good" if known.good and known.state == "unhealthy" else ""
         poller = context.monitor.pollers.get(row.name)
         last = poller.news.last.verdict if poller and poller.news.last and self.failing else known
         self.reason = DAMAGED if settings is None else cause_text(last.cause, last.reason)
@@ -15695,20 +15698,6 @@ class ResourceRow:
         self.is_sick = is_sick(known)
         self.strip = strip_svg(status.strip if status else "")
         self._sample, self.read_at = last_sample(row, status, known)
-
-    @property
-    def failing(self) -> str:
-        """How far it is from being unhealthy."""
-        known = self.status
-        is_near = known.state in ("healthy", "degraded") and known.bad
-        return f"failing {known.bad} of {self.settings.get('fall')}" if is_near else ""
-
-    @property
-    def recovering(self) -> str:
-        """How far it is from being healthy."""
-        known = self.status
-        is_near = known.state == "unhealthy" and known.good
-        return f"{known.good} of {self.settings.get('rise')} good" if is_near else ""
 
     @functools.cached_property
     def sample(self) -> dict[str, Any] | None:
