@@ -15848,22 +15848,18 @@ def sections_of(rows: list[ResourceRow], wanted: Mapping[str, str], groups: Iter
     return made
 
 
-def overview_filters(rows: Sequence[ResourceRow], found: Sequence[ResourceRow],
-                     wanted: dict[str, str]) -> dict[str, Any]:
-    """What the overview offers to choose from: states of what was `found`, tags and causes of all rows."""
+def overview_choices(rows: Sequence[ResourceRow], found: Sequence[ResourceRow], wanted: dict[str, str],
+                     groups: Iterable[GroupState]) -> dict[str, Any]:
+    """What the overview offers to choose from: states of what was `found`, tags and causes of all rows; and what
+    maintenance can be chosen for, as a form gives it and as one reads it."""
+    tags = sorted({tag for row in rows for tag in row.settings["tags"]})
+    scopes = {"all": "everything"} | {f"tags:{tag}": f"tag {tag}" for tag in tags} | {
+        f"groups:{group.name}": f"group {group.name}" for group in groups if not group.name.startswith("/")}
     counts = collections.Counter(row.shown_state for row in found)
     links = [(state, query_of({**wanted, "state": state}), state.capitalize() or "All", counts[state] or len(found))
              for state in ("", *STATES) if counts[state] or state in ("", wanted["state"])]
     return {"state_links": links, "filter": wanted, "columns": list(column_heads(wanted)), "empty": not rows,
-            "tags": sorted({tag for row in rows for tag in row.settings["tags"]}),
-            "causes": sorted({row.status.cause for row in rows} - {""})}
-
-
-def scopes_of(rows: Iterable[ResourceRow], groups: Iterable[GroupState]) -> dict[str, str]:
-    """What maintenance can be chosen for, as a form gives it and as one reads it."""
-    tags = sorted({tag for row in rows for tag in row.settings["tags"]})
-    return {"all": "everything"} | {f"tags:{tag}": f"tag {tag}" for tag in tags} | {
-        f"groups:{group.name}": f"group {group.name}" for group in groups if not group.name.startswith("/")}
+            "tags": tags, "causes": sorted({row.status.cause for row in rows} - {""}), "scopes": scopes}
 
 
 def overview(**more: Any) -> flask.Response:
@@ -15889,9 +15885,9 @@ def overview(**more: Any) -> flask.Response:
                        icon="unhealthy" if not is_open else "degraded" if troubled else "healthy", blockers=blockers,
                        said={blocker.name for blocker in blockers[:5]}, groups=groups, rows=rows,
                        sections=sections_of(rows, wanted, groups), cut=context.monitor.uplink.cut,
-                       clock_step=context.monitor.clock_step, **overview_filters(everything, found, wanted),
-                       turns=turns, scopes=scopes_of(everything, groups), untold=untold,
-                       refresh="" if flask.request.method == "GET" else PREFIX, **more)
+                       clock_step=context.monitor.clock_step, turns=turns, untold=untold,
+                       refresh="" if flask.request.method == "GET" else PREFIX,
+                       **overview_choices(everything, found, wanted, groups), **more)
 
 
 def reading_rows(sample: Mapping[str, Any], resource: ResourceRow, damage: str) -> list[dict[str, Any]]:
