@@ -11574,11 +11574,10 @@ LAST_ASK = 0.25                 # seconds in which clients that were answered ju
 
 
 class Pool(ThreadedTaskDispatcher):     # type: ignore[misc]  # waitress carries no types
-    """Threads that answer requests, with a bound on those that wait for one."""
+    """Threads that answer requests."""
 
-    def __init__(self, threads: int, bound: int) -> None:
+    def __init__(self, threads: int) -> None:
         super().__init__()
-        self._bound = bound
         self.set_thread_count(threads)
         while self.active_count:        # until they are idle, or the first burst would be refused
             time.sleep(0.001)
@@ -11588,10 +11587,6 @@ class Pool(ThreadedTaskDispatcher):     # type: ignore[misc]  # waitress carries
         """Requests that no thread is free for."""
         with self.lock:
             return max(0, len(self.queue) + int(self.active_count) - len(self.threads))
-
-    @property
-    def full(self) -> bool:
-        return self.waiting >= self._bound
 
     def add_task(self, task: HTTPChannel) -> None:
         with self.lock:     # as waitress, without a line in the log for each request that waits
@@ -11922,7 +11917,7 @@ class GateServer(TcpWSGIServer):    # type: ignore[misc]  # waitress carries no 
         self.tally.hold(0)      # it is there for the others, who would take all before its first turn
         self.waited_for: set[GateChannel] = set()       # by a thread each
         self._ends = self._idle_end = math.inf
-        self.pool = Pool(threads, service.queue)
+        self.pool = Pool(threads)
         self.sockets, sock = socks, socks[0]    # several where its name has several addresses
         sockinfo = (sock.family, sock.type, sock.proto, sock.getsockname())
         super().__init__(ForwardedHeaders(gate, service.trusted_proxy), {}, True, sock, dispatcher=self.pool,
@@ -11946,7 +11941,7 @@ class GateServer(TcpWSGIServer):    # type: ignore[misc]  # waitress carries no 
             request.handler = gate.route("/" + path.lstrip("/") if path.startswith("//") else path)
             handler, leases = request.handler
             if handler == gate.admit and self._service.app_threads:
-                if not self.pool.full:
+                if self.pool.waiting < self._service.queue:
                     self.pool.add_task(channel)
                     return
                 request.handler = functools.partial(gate.refuse, outcome="shed"), leases
@@ -15614,7 +15609,7 @@ setTimeout(watch, PERIOD);
 # The pages: a request that `authorize` let through comes in, a page or a redirect goes out. Rows are read in one
 # session, what is to be done is asked of Actions, and templates draw it. Runs in the console's threads; nothing is
 # kept between requests. A form that fails shows again what was typed, whatever was wrong; secrets never come back.
-# Gives: Answer, EVENTS_SHOWN, PAGES, add_template_globals, query_of, refuse, render_page
+# Gives: Answer, EVENTS_SHOWN, PAGES, add_template_globals, query_of, refuse, render_page, STATES
 STATES = ("unhealthy", "unknown", "degraded", "maintenance", "healthy")     # worst first, as pages sort and filter
 TROUBLE = frozenset({"unhealthy", "unknown", "degraded"})
 EVENT_NAMES = 10_000            # events that are looked through for names of what was removed
@@ -16285,7 +16280,6 @@ PAGES = (
 # names no resource but by its public_name. Runs in the console's threads.
 # Gives: BOARDS
 TURNS_SHOWN = 5                 # of planned work on the status page
-SEVERITY = ("unhealthy", "unknown", "degraded", "maintenance", "healthy")   # of resources that share a public name
 
 
 class GateRow(NamedTuple):
@@ -16340,7 +16334,7 @@ def named_states(context: ConsoleContext) -> dict[str, str]:
     for name, standing, counted in context.monitor.standings():
         if name in targets and (public := targets[name].settings.public_name):
             states = {standing.state if counted else "maintenance", found.get(public, "healthy")}
-            found[public] = min(states, key=SEVERITY.index)
+            found[public] = min(states, key=STATES.index)
     return found
 
 

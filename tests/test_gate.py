@@ -1474,7 +1474,7 @@ class Task:
 
 def test_no_task_is_forgotten() -> None:
     """Tasks from several sides, in bursts and one by one, brief and blocking; threads change at almost every step."""
-    pool, count = Pool(4, 100), 3000
+    pool, count = Pool(4), 3000
     done = collections.deque[int]()
 
     def run(number: int) -> None:
@@ -1505,7 +1505,7 @@ def test_no_task_is_forgotten() -> None:
 
 
 def test_tasks_that_block_get_a_thread_each() -> None:
-    pool, together = Pool(4, 100), threading.Barrier(5)
+    pool, together = Pool(4), threading.Barrier(5)
     assert not pool.active_count, "threads that begin are idle"
     try:
         for _ in range(4):
@@ -1517,7 +1517,7 @@ def test_tasks_that_block_get_a_thread_each() -> None:
 
 def test_the_end_of_a_pool() -> None:
     """Idle threads end at once, a busy one after its task; what no thread has begun is cancelled."""
-    pool, go, began = Pool(2, 100), threading.Event(), threading.Semaphore(0)
+    pool, go, began = Pool(2), threading.Event(), threading.Semaphore(0)
 
     def busy() -> None:
         began.release()
