@@ -14183,7 +14183,7 @@ def perform(operation: Route, **names: str) -> flask.typing.ResponseReturnValue:
 HEALTH_STATUS = {"healthy": "pass", "unhealthy": "fail"}    # anything else: warn
 
 
-def observed(kind: str, value: str, output: str, **more: str | None) -> list[dict[str, str | None]]:
+def observed(kind: str, value: str, output: str, **more: Any) -> list[dict[str, Any]]:
     return [{"componentType": kind, "observedValue": value, "output": output,
              "status": HEALTH_STATUS.get(value, "warn"), **more}]
 
