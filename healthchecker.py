@@ -10730,7 +10730,7 @@ class RequestCounters:
 # The application's door, as WSGI: asks the lease on every request, and answers 503 before the application runs unless
 # it holds, or the mode is observe. `route` sorts a request by its path, without blocking; the server runs on its loop
 # what never blocks, and `admit`, the application, in the pool, where the lease is asked once more.
-# Gives: Gate, respond, Reply, NO_STORE, PREFIX, HEALTH, METRICS_PATH, HANDLER, Routes, Way, WELCOME
+# Gives: Gate, marked, respond, Reply, NO_STORE, PREFIX, HEALTH, METRICS_PATH, HANDLER, Routes, Way, WELCOME
 RETRY_AFTER_MAX = 3600          # seconds
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>{title}</title><body style="font:1.1rem system-ui;margin:15vh auto;max-width:32rem;padding:1rem">
@@ -10769,12 +10769,13 @@ def respond(environ: WSGIEnvironment, start_response: StartResponse, answer: Rep
 
 
 def marked(start_response: StartResponse) -> StartResponse:
-    """Says in the application's answer that it would have been a refusal."""
-    def start(status: str, headers: Headers, exc_info: Any = None) -> Any:
-        return start_response(status, [*(header for header in headers if header[0].lower() != "x-healthchecker"),
-                                       WOULD_REFUSE], exc_info)
+    """Says in an answer that it would have been a refusal; `middleware` prints this, too."""
 
-    return cast("StartResponse", start)
+    def start(status: str, headers: list[tuple[str, str]], exc_info: Any = None) -> Any:
+        others = [header for header in headers if header[0].lower() != "x-healthchecker"]
+        return start_response(status, [*others, WOULD_REFUSE], exc_info)
+
+    return start
 
 
 class Routes:
@@ -10987,6 +10988,7 @@ IDENTITY = @IDENTITY@
 GENERATION, COUNT, SLOTS = @CELLS@  # cells of 8 bytes
 OBSERVED = @OBSERVED@
 LOOK_INTERVAL = 0.5  # seconds until another file is seen
+WOULD_REFUSE = ("X-HealthChecker", "would-refuse")
 BODY = b"temporarily unavailable\\n"
 DOTS = re.compile(r"/\\.\\.?([/;]|$)")
 log = logging.getLogger("healthchecker")
@@ -11074,15 +11076,6 @@ class Leases:
         return table
 
 
-def marked(start_response: StartResponse) -> StartResponse:
-    """Says in an answer that it would have been a refusal."""
-
-    def start(status: str, headers: list[tuple[str, str]], *exc_info: Any) -> Any:
-        return start_response(status, [*headers, ("X-HealthChecker", "would-refuse")], *exc_info)
-
-    return start
-
-
 class Gate:
     """WSGI: the application answers while the gate of a request's path is open, otherwise 503."""
 
@@ -11131,7 +11124,7 @@ def middleware_text(path: Path) -> str:
     """The module that reads a file of leases, in any server."""
     parts = {"PATH": json.dumps(str(path)), "IDENTITY": json.dumps(IDENTITY),
              "CELLS": f"{GENERATION}, {COUNT}, {SLOTS}", "OBSERVED": str(OBSERVED),
-             "SHARED": "\n\n".join(map(inspect.getsource, (lease_identity, Routes)))}
+             "SHARED": "\n\n".join(map(inspect.getsource, (lease_identity, Routes, marked)))}
     return re.sub("@([A-Z]+)@", lambda found: parts[found[1]], READER)
 
 
