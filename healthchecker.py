@@ -14616,25 +14616,6 @@ TEMPLATES = {"layout.html": """{% macro table(label, heads, class="", none="None
 <div id="{{ id }}" role="alert" data-keep>{% if problem %}<p class="message {{ outcome or 'unhealthy' }}">
 {{- problem }}</p>{% endif %}</div>
 {% endmacro %}
-{% macro banners() %}
-{% if override %}
-<section class="message degraded" aria-label="Override">
-<p>{{ state("degraded", "Gate " ~ override.why) }}</p>
-<p class="soft">since {{ override.at|time_tag }},
-{{ "until " ~ override.until|time_tag if override.until else "until that is ended" }}, whatever the resources say</p>
-{% if admin %}
-<form method="post" action="/-/override" data-inline>
-<button name="action" value="auto">Leave the gate to the resources</button></form>
-{% endif %}
-</section>
-{% endif %}
-{% if observes %}
-<section class="message degraded" aria-label="Mode">
-<p>{{ state("degraded", "observe") }}: nothing is refused;
-{{ passed }} request{{ "s" if passed != 1 }} would have been</p>
-</section>
-{% endif %}
-{% endmacro %}
 {% macro chips(label, links, chosen) %}
 <nav class="chips" aria-label="{{ label }}">
 {% for name, href, text, count in links %}
@@ -14729,7 +14710,23 @@ else "?resource=" ~ event.resource|urlencode }}">{{ event.resource }}</a>{% endi
 <p class="notice lost" id="lost" role="alert" data-icon="{{ assets["unknown.svg"] }}" hidden></p>
 <main id="main" tabindex="-1"{% if wall %} class="wall {{ icon }}"{% endif %}
 {%- if refresh is string %} data-refresh="{{ refresh }}"{% endif %}>
-{{ banners() }}
+{% if override %}
+<section class="message degraded" aria-label="Override">
+<p>{{ state("degraded", "Gate " ~ override.why) }}</p>
+<p class="soft">since {{ override.at|time_tag }},
+{{ "until " ~ override.until|time_tag if override.until else "until that is ended" }}, whatever the resources say</p>
+{% if admin %}
+<form method="post" action="/-/override" data-inline>
+<button name="action" value="auto">Leave the gate to the resources</button></form>
+{% endif %}
+</section>
+{% endif %}
+{% if observes %}
+<section class="message degraded" aria-label="Mode">
+<p>{{ state("degraded", "observe") }}: nothing is refused;
+{{ passed }} request{{ "s" if passed != 1 }} would have been</p>
+</section>
+{% endif %}
 {% include page ~ ".html" %}
 </main>
 {% if user %}<footer class="soft">Times are the server's, {{ zone }}. HealthChecker {{ version }}.</footer>{% endif %}
