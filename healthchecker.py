@@ -10691,7 +10691,7 @@ class Counters:
 class RequestCounters:
     """What this process counts, in its slot."""
 
-    def __init__(self, counters: Counters, slot: int = 0) -> None:
+    def __init__(self, counters: Counters, slot: int) -> None:
         self._counters, self._slot = counters, slot
         self._cells = counters.slot(slot)
         self._lock = threading.Lock()   # guards _cells against the other threads of the pool
@@ -11896,7 +11896,7 @@ class GateServer(TcpWSGIServer):    # type: ignore[misc]  # waitress carries no 
     _left = False       # a whole crowd was taken: more may wait
 
     def __init__(self, gate: Gate, socks: Sequence[socket.socket], service: ServiceSettings, connections: int,
-                 tally: RequestCounters | None = None) -> None:
+                 tally: RequestCounters) -> None:
         threads = service.app_threads
         adjustments = Adjustments(
             threads=max(1, threads), connection_limit=connections, ident=None, backlog=BACKLOG,
@@ -11906,7 +11906,7 @@ class GateServer(TcpWSGIServer):    # type: ignore[misc]  # waitress carries no 
         self.gate, self._service, self._ready = gate, service, collections.deque[GateChannel]()
         self.environment = {"SERVER_SOFTWARE": "HealthChecker", "wsgi.multithread": threads > 1,
                             "wsgi.multiprocess": service.worker_count > 1}
-        self.tally = tally or RequestCounters(Counters(1))
+        self.tally = tally
         self.tally.hold(0)      # it is there for the others, who would take all before its first turn
         self.waited_for: set[GateChannel] = set()       # by a thread each
         self._ends = self._idle_end = math.inf
@@ -17000,10 +17000,9 @@ class Notifier(threading.Thread):
     in between sends it once more, for one that comes twice is better than one that never comes."""
 
     def __init__(self, store: Store, vault: Vault, problems: Callable[[], Mapping[str, str]], console: str,
-                 monitor: Monitor | None = None) -> None:
+                 monitor: Monitor) -> None:
         super().__init__(name="notifier", daemon=True)
-        self._members, self._epoch = monitor.members if monitor else Membership(), ""
-        self._blames = monitor.blames if monitor else lambda _: None
+        self._members, self._blames, self._epoch = monitor.members, monitor.blames, ""
         self._store, self._vault, self._problems, self._console = store, vault, problems, console
         self._ending, self._trouble = threading.Event(), Trouble("nobody can be told")
         self._unread, self._unkept = Trouble("what to tell cannot be read"), Trouble("what was told cannot be kept")

@@ -275,7 +275,8 @@ class Serving:
         sock = sock or socket.create_server(("127.0.0.1", 0))
         self.address = ("127.0.0.1", sock.getsockname()[1])
         service = (service or ServiceSettings()).model_copy(update={"app": "a:b", "threads": threads})
-        self.server = GateServer(Gate(app, self.lease, clock), [sock], service, connections, tally)
+        self.server = GateServer(Gate(app, self.lease, clock), [sock], service, connections,
+                                 tally or RequestCounters(Counters(1), 0))
         self.thread = threading.Thread(target=self.server.serve)
 
     def __enter__(self) -> Serving:
@@ -432,7 +433,7 @@ def test_a_path_is_looked_up_once(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_observed_on_a_connection(threads: int) -> None:
     """Kept alive, streamed and HEAD, in the pool and on the loop; each is counted."""
     counters = Counters(1, ["/r"])
-    tally = RequestCounters(counters)
+    tally = RequestCounters(counters, 0)
     with Serving(streamed, threads, lambda: NOW, tally=tally) as serving:
         serving.lease.until.value, serving.lease.observes.value = 0.0, True
         serving.server.gate._passed = tally.passed
@@ -1208,7 +1209,7 @@ def test_an_address_that_cannot_be_waited_for(monkeypatch: pytest.MonkeyPatch) -
     with contextlib.ExitStack() as stack:
         socks = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(2)]
         RefusesOnce.refused = socks[1]
-        server = GateServer(Gate(hello, Lease()), socks, ServiceSettings(), 100)
+        server = GateServer(Gate(hello, Lease()), socks, ServiceSettings(), 100, RequestCounters(Counters(1), 0))
         stack.callback(wasyncore.close_all, server._map)
         stack.enter_context(contextlib.closing(server._selector))
         server.loop.watch(server, selectors.EVENT_READ)
