@@ -15758,15 +15758,6 @@ COLUMNS: dict[str, tuple[str, Callable[[ResourceRow], Any] | None]] = {   # by t
 NO_TITLE = {"tag": "Without a tag", "group": "In no group"}
 
 
-class Blocker(NamedTuple):
-    """What keeps the gate closed, since a Unix time."""
-
-    name: str
-    href: str
-    reason: str
-    at: float
-
-
 class RowSection(NamedTuple):
     """Rows under a heading; without a title there is none."""
 
@@ -15777,14 +15768,14 @@ class RowSection(NamedTuple):
     href: str                   # shows or folds them
 
 
-def blockers_of(rows: Iterable[ResourceRow], groups: Collection[GroupState]) -> list[Blocker]:
-    """What keeps the gate closed: groups that count, and resources that count by themselves."""
+def blockers_of(rows: Iterable[ResourceRow], groups: Collection[GroupState]) -> list[dict[str, Any]]:
+    """What keeps the gate closed, since a Unix time: groups that count, and resources that count by themselves."""
     monitor = current_principal().context.monitor
     through = {name for group in groups for name in group.members}      # these count for the site through a group
-    found = [Blocker(group.name, "", group.why, monitor.changed_at(group.name)) for group in groups
+    found = [{"name": group.name, "reason": group.why, "at": monitor.changed_at(group.name)} for group in groups
              if group.state == "unhealthy" and group.name not in through and not group.name.startswith("/")]
     return found + [
-        Blocker(row.name, row.href, row.reason, row.status.since_at)
+        {"name": row.name, "href": row.href, "reason": row.reason, "at": row.status.since_at}
         for row in sorted(rows, key=lambda each: (each.status.cause == "parent", each.status.since_at))
         if row.counts and row.name not in through and row.shown_state in ("unhealthy", "unknown")]
 
@@ -15868,7 +15859,7 @@ def overview(**more: Any) -> flask.Response:
     troubled = states.keys() & TROUBLE
     return render_page("overview", title=title + ("open" if is_open else "closed"), is_open=is_open, last=last,
                        icon="unhealthy" if not is_open else "degraded" if troubled else "healthy", blockers=blockers,
-                       said={blocker.name for blocker in blockers[:5]}, groups=groups, rows=rows,
+                       said={blocker["name"] for blocker in blockers[:5]}, groups=groups, rows=rows,
                        sections=sections_of(rows, wanted, groups), cut=context.monitor.uplink.cut,
                        clock_step=context.monitor.clock_step, turns=turns, untold=untold,
                        refresh="" if flask.request.method == "GET" else PREFIX,
@@ -16272,16 +16263,6 @@ PAGES = (
 TURNS_SHOWN = 5                 # of planned work on the status page
 
 
-class GateRow(NamedTuple):
-    """How long the site, a group or a route was open, as a person reads it."""
-
-    name: str                   # empty: the whole site
-    href: str                   # its incidents
-    uptime: Mapping[str, float | None]
-    strip: Markup
-    refusals: Sequence[int]     # see refusals
-
-
 def incident_page() -> Answer:
     """When the gate was closed, and for how much of the time site, groups and routes were open."""
     who, args = current_principal(), flask.request.args
@@ -16290,9 +16271,9 @@ def incident_page() -> Answer:
     begin, names = now - UPTIMES[span] * DAY, [SITE, *(each.name for each in list_groups(who))]
     with who.context.store.reading() as session:
         found = incidents(session, group=group, since=begin, limit=EVENTS_SHOWN)
-        rows = [GateRow(name, query_of({"span": span, "group": name}), uptime(session, name, now),
-                        strip_svg(gate_strip(session, name, span, now), f"Last {span}"), refusals(session, name, begin))
-                for name in names]
+        rows = [{"name": name, "href": query_of({"span": span, "group": name}), "uptime": uptime(session, name, now),
+                 "strip": strip_svg(gate_strip(session, name, span, now), f"Last {span}"),
+                 "refusals": refusals(session, name, begin)} for name in names]
     links = [(name, query_of({"span": name, "group": group}), f"Last {name}", None) for name in UPTIMES]
     asked = urlencode({"group": group, "since": written(begin)})
     return render_page("incidents", title="Incidents", found=found, rows=rows, span=span, span_links=links,
