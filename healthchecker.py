@@ -12596,7 +12596,6 @@ class Supervisor:
 # Gives: Credentials, ensure_first_user, field_errors, find_resource, find_user, initial_user, INVENTORY_ONLY,
 # live_sessions, LoginThrottle, NAMED_COUNT, NAMED_LIFE, NEVER, NewToken, NewUser, OwnToken, PasswordChange,
 # require_admin, Role, SettingsReader, shared_defaults, stated, token_hash, TOKEN_LIFE, UserChange, validated
-
 SESSION_LIFE = 8 * 3600.0       # seconds from the login to the end of a session
 SESSION_IDLE = 1800.0           # seconds without a request until it ends
 TOKEN_LIFE = 1200.0             # seconds of a bearer token that a login gave
@@ -13963,13 +13962,10 @@ OPERATIONS = (
 # console's threads. What is refused leaves as application/problem+json.
 # Gives: add_security_headers, API_ROUTES, authorize, client_address, current_principal, give_cookie, is_same_origin,
 # problem
-
 SEEN_INTERVAL = 60.0            # seconds after which a request is noted as a session's last one
 COOKIE = "healthchecker_session"
 CONTENT_SECURITY_POLICY = ("default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "
                            "connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'")
-
-
 FORMULA = re.compile(r"(^|;)(?=\s*[=+@\uff1d\uff0b\uff0d\uff20-])")   # in a spreadsheet; some end a cell at ;
 
 
@@ -14217,7 +14213,6 @@ API_ROUTES = (
 # service.metrics_token_file, from anywhere, every resource too. In come the lease, the workers' counters in shared
 # memory and the rows that the recorder writes; out goes a text. Runs in the console's threads.
 # Gives: Metrics, read_token, ServingMetrics
-
 METRICS_AGE = 1.0               # seconds for which the resources' part of /-/metrics is not made again
 
 
@@ -14316,8 +14311,6 @@ def resource_metrics(row: Any, standing: Any, more: Remarks) -> Iterator[tuple[s
 
 METRIC_ROWS = RESOURCES.with_only_columns(Resource.name, Status.state, Status.cause, Status.polled_at, Status.seconds,
                                           Status.sample).order_by(Resource.name)
-
-
 TOKEN_ROWS = sqlalchemy.select(User.username, LoginSession.name, LoginSession.expires_at).where(
     LoginSession.user_id == User.id, LoginSession.kind == "named", LoginSession.expires_at < NEVER)
 
@@ -14429,8 +14422,6 @@ class Metrics:
 # Gives: bar_svg, chart_svg, LimitValues, marks_of, scale_top, strip_svg, table_rows
 LimitValues = Mapping[str, Any]     # `warn` and `fail` of a limit, as JSON has them
 TABLE_ROWS = 12                 # of the table beside a chart
-
-
 CROSSED = {"fail": "unhealthy", "warn": "degraded"}     # which state a reading makes that is above a limit
 
 
@@ -16355,7 +16346,6 @@ BOARDS = (Route("GET", "/-/incidents", "viewer", incident_page), Route("GET", "/
 # process with a pool of their own. It answers only under names that are its own, says nothing that a request held in
 # its errors, and holds few connections and small bodies, so that its clients disturb neither gate nor pollers.
 # Gives: build_console, ConsoleServer
-
 CONSOLE_CONNECTIONS = 100       # at once
 CONSOLE_BODY = 1 << 18          # bytes of a request to the pages and the API
 CONSOLE_DRAIN = 2.0             # seconds for requests in flight when the service ends
@@ -16530,6 +16520,7 @@ class Message(NamedTuple):
 
 
 SILENCE = Message("", "")
+
 
 class Delivery(NamedTuple):
     """What came of a try; seconds that the receiver wants to be left alone."""
