@@ -16461,7 +16461,7 @@ class ConsoleServer(threading.Thread):
 # === Announce ================================================================
 # What one receiver is told, and when: in come events and how everything is by the rows, out go messages. An Announcer
 # holds what its receiver heard, and decides by rows and clock alone; touches nothing else. In the Notifier's thread.
-# Gives: Announcer, as_mapping, Delivery, Message, Picture, RETRY_FIRST, SILENCE, stamp, Unhealthy, Work
+# Gives: Announcer, as_mapping, Delivery, Message, Picture, RETRY_FIRST, stamp, Unhealthy, Work
 NOTIFY_LINES = 10               # lines of a kind in a message
 RETRY_FIRST, RETRY_LONGEST = 10.0, 600.0    # seconds until the second try, and between two at most
 RETRY_TIME = 3600.0             # seconds after which a message is given up
@@ -16517,9 +16517,6 @@ class Message(NamedTuple):
     title: str
     body: str
     kind: str = "info"
-
-
-SILENCE = Message("", "")
 
 
 class Delivery(NamedTuple):
@@ -16827,11 +16824,11 @@ requests.Session.send = noted
 services = [apprise.Apprise.instantiate(url, asset=asset) for url in asked["urls"]]
 targets = [len(service) // (service.retry + 1) if service else 0 for service in services]   # else of tries
 answer = {"targets": targets, "delivered": False, "seen": seen}
-if asked["body"] and all(services):
-    sender = apprise.Apprise(asset=asset)
+if asked["message"] and all(services):
+    sender, message = apprise.Apprise(asset=asset), asked["message"]
     sender.add(services)
     answer["delivered"] = bool(sender.notify(
-        title=asked["title"], body=asked["body"], notify_type=asked["kind"], body_format="text"))
+        title=message["title"], body=message["body"], notify_type=message["kind"], body_format="text"))
 os.write(out, json.dumps(answer).encode())
 """
 
@@ -16854,12 +16851,12 @@ class ChildProcess:
         self._end_all = enclose(self._process, CHILD_BYTES) if sys.platform == "win32" else functools.partial(
             end_process_group, self._process)
 
-    def ask(self, urls: Sequence[str], seconds: float, message: Message = SILENCE) -> dict[str, Any] | None:
-        """The answer, None without one in time. Ends the process."""
-        asked = json.dumps({"urls": urls, "refused": sorted(LOCAL_SERVICES), "seconds": seconds,
-                            "bytes": ANSWER_BYTES, "memory": CHILD_BYTES, **message._asdict()})
+    def ask(self, urls: Sequence[str], message: Message | None = None) -> dict[str, Any] | None:
+        """The answer, None without one within DELIVERY_TIMEOUT. Ends the process."""
+        asked = json.dumps({"urls": urls, "refused": sorted(LOCAL_SERVICES), "seconds": DELIVERY_TIMEOUT,
+                            "bytes": ANSWER_BYTES, "memory": CHILD_BYTES, "message": message and message._asdict()})
         try:
-            said = self._process.communicate(asked.encode(), seconds)[0]
+            said = self._process.communicate(asked.encode(), DELIVERY_TIMEOUT)[0]
             return cast("dict[str, Any]", json.loads(said))
         except (subprocess.TimeoutExpired, OSError, ValueError):
             return None
@@ -16877,11 +16874,11 @@ def has_apprise() -> bool:
     return importlib.util.find_spec("apprise") is not None
 
 
-def deliver(url: str, message: Message, child: ChildProcess, seconds: float = DELIVERY_TIMEOUT) -> Delivery:
+def deliver(url: str, message: Message, child: ChildProcess) -> Delivery:
     """One try; nothing of what is said of it holds the URL."""
-    answer = child.ask([url], seconds, message)
+    answer = child.ask([url], message)
     if answer is None:
-        return Delivery(False, f"apprise gave no answer within {seconds:g} s" if has_apprise() else NO_APPRISE)
+        return Delivery(False, f"apprise gave no answer within {DELIVERY_TIMEOUT:g} s" if has_apprise() else NO_APPRISE)
     if not all(answer["targets"]):
         return Delivery(False, "its url is that of no service that apprise knows, or lacks a part")
     seen = answer["seen"]
@@ -16898,7 +16895,7 @@ def check_receivers(inventory: Inventory, vault: Vault) -> Iterator[HealthChecke
     if not has_apprise():
         yield UsageError(NO_APPRISE)
         return
-    answer = ChildProcess().ask([open_url(url, name, vault) for _, name, url in named], DELIVERY_TIMEOUT)
+    answer = ChildProcess().ask([open_url(url, name, vault) for _, name, url in named])
     if answer is None:
         yield UsageError("apprise, of which notify is made, cannot be imported: install it anew")
     for (where, name, _), count in zip(named, answer["targets"] if answer else (), strict=False):

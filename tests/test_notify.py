@@ -545,7 +545,7 @@ def test_nothing_is_imported_from_the_folder_it_is_started_in(tmp_path: Path, mo
     for name in ("json", "logging", "threading", "apprise", "requests"):
         (tmp_path / f"{name}.py").write_text(f"open('was-{name}', 'w').close()\n", encoding="utf-8")
     monkeypatch.chdir(tmp_path)
-    answer = ChildProcess().ask(["json://localhost/x"], 60)
+    answer = ChildProcess().ask(["json://localhost/x"])
     assert answer and answer["targets"] == [1] and not [*tmp_path.glob("was-*")]
 
 
@@ -558,12 +558,13 @@ def test_what_is_too_long_for_a_service_is_cut(hook: Hook) -> None:
     assert 500 < len(got.json["text"]) <= 1000 and "db0: xxx" in got.json["text"]
 
 
-def test_a_web_hook_that_hangs(hook: Hook) -> None:
+def test_a_web_hook_that_hangs(hook: Hook, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its process is ended at the deadline, whatever it waits for."""
+    monkeypatch.setattr(healthchecker, "DELIVERY_TIMEOUT", 3.0)
     hook.way = "hang"
     child = ChildProcess()
     why = "apprise gave no answer within 3 s"
-    assert deliver(f"json://{hook.place}/x?rto=60&cto=60", MESSAGE, child, 3.0) == Delivery(False, why)
+    assert deliver(f"json://{hook.place}/x?rto=60&cto=60", MESSAGE, child) == Delivery(False, why)
     assert child._process.poll() is not None
 
 
