@@ -12107,10 +12107,26 @@ HANGUPS = [getattr(signal, name) for name in ("SIGHUP",) if hasattr(signal, name
 
 
 # --- the doors ---
+@functools.cache
+def handed_over() -> list[socket.socket]:
+    """The listening sockets that systemd has for this process (sd_listen_fds(3)). They outlive it: clients of a restart
+    wait, and nobody is refused."""
+    count = int(os.environ["LISTEN_FDS"]) if os.environ.get("LISTEN_PID") == str(os.getpid()) else 0
+    socks = [socket.socket(fileno=number) for number in range(3, 3 + count)]
+    for sock in socks:
+        sock.set_inheritable(False)
+        sock.listen(BACKLOG)
+    return socks
+
+
 def bind(host: str, port: int) -> list[socket.socket]:
-    """Listening sockets on each address of `host` that this machine has, on one port. Raises OSError, UnicodeError."""
+    """Listening sockets on each address of `host` that this machine has, on one port, or those that systemd has bound
+    to any of them. Raises OSError, UnicodeError."""
     answers: Any = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     addresses = sorted({(family, address) for family, _, _, _, address in answers})     # IPv4 first
+    wanted = {address[:2] for _, address in addresses}
+    if given := [sock for sock in handed_over() if sock.getsockname()[:2] in wanted]:
+        return given
     socks, absent = [], OSError()
     with contextlib.ExitStack() as bound:
         for family, (name, _, *rest) in addresses:
@@ -12135,27 +12151,10 @@ def bind(host: str, port: int) -> list[socket.socket]:
     return socks
 
 
-@functools.cache
-def handed_over() -> list[socket.socket]:
-    """The listening sockets that systemd has for this process (sd_listen_fds(3)). They outlive it: clients of a restart
-    wait, and nobody is refused."""
-    count = int(os.environ["LISTEN_FDS"]) if os.environ.get("LISTEN_PID") == str(os.getpid()) else 0
-    socks = [socket.socket(fileno=number) for number in range(3, 3 + count)]
-    for sock in socks:
-        sock.set_inheritable(False)
-        sock.listen(BACKLOG)
-    return socks
-
-
 def listen(setting: str, value: str, wait: float = PORT_WAIT) -> list[socket.socket]:
     """Binds the address:port that `setting` of the inventory names, a name on all its addresses, or takes what systemd
     has bound; one in use may become free for `wait` seconds. Raises UsageError."""
     host, _, port = value.rpartition(":")
-    with contextlib.suppress(OSError, UnicodeError):
-        found: Any = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        wanted = [address[:2] for *_, address in found]
-        if given := [sock for sock in handed_over() if sock.getsockname()[:2] in wanted]:
-            return given
     ends = time.monotonic() + wait
     while True:
         try:
@@ -15612,8 +15611,7 @@ def resource_path(name: str) -> str:
 def add_template_globals(app: flask.Flask) -> None:
     app.jinja_options = {"loader": jinja2.DictLoader(TEMPLATES), "trim_blocks": True, "lstrip_blocks": True}
     env = app.jinja_env
-    env.filters.update(duration_text=duration_text, local_time=local_time, time_tag=time_tag,
-                       resource_path=resource_path)
+    env.filters.update(duration_text=duration_text, time_tag=time_tag, resource_path=resource_path)
     env.globals.update(cause_text=cause_text,
                        assets={name.partition(".")[2]: f"{PREFIX}static/{name}" for name in ASSETS})
 
