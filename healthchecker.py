@@ -14219,7 +14219,7 @@ def gauge(name: str, text: str, value: float) -> GaugeMetricFamily:
     return GaugeMetricFamily(f"healthchecker_{name}", text, value)
 
 
-def labelled(kind: type[Metric], name: str, text: str, labels: str, found: Iterable[Sequence[Any]]) -> Metric:
+def labelled(kind: Callable[..., Metric], name: str, text: str, labels: str, found: Iterable[Sequence[Any]]) -> Metric:
     """A metric of ours; each of what was found is a word for each label, and a value."""
     family: Any = kind(f"healthchecker_{name}", text, labels=labels.split())
     for *words, value in found:
@@ -15761,8 +15761,9 @@ def blockers_of(rows: Iterable[ResourceRow], groups: Collection[GroupState]) -> 
     """What keeps the gate closed, since a Unix time: groups that count, and resources that count by themselves."""
     monitor = current_principal().context.monitor
     through = {name for group in groups for name in group.members}      # these count for the site through a group
-    found = [{"name": group.name, "reason": group.why, "at": monitor.changed_at(group.name)} for group in groups
-             if group.state == "unhealthy" and group.name not in through and not group.name.startswith("/")]
+    found: list[dict[str, Any]] = [
+        {"name": group.name, "reason": group.why, "at": monitor.changed_at(group.name)} for group in groups
+        if group.state == "unhealthy" and group.name not in through and not group.name.startswith("/")]
     return found + [
         {"name": row.name, "href": row.href, "reason": row.reason, "at": row.status.since_at}
         for row in sorted(rows, key=lambda each: (each.status.cause == "parent", each.status.since_at))
