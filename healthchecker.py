@@ -11112,10 +11112,9 @@ class AsgiGate:
             if kind not in (scope.get("extensions") or {}):
                 await send({"type": "websocket.close", "code": 1013, "reason": "temporarily unavailable"})
                 return
-        headers = {"retry-after": str(wait), "cache-control": "no-store", "content-type": "text/plain"}
-        headers["content-length"] = str(len(BODY))
-        raw = [(name.encode(), text.encode()) for name, text in headers.items()]
-        await send({"type": f"{kind}.start", "status": 503, "headers": raw})
+        headers = [(b"retry-after", b"%d" % wait), (b"cache-control", b"no-store")]
+        headers += [(b"content-type", b"text/plain"), (b"content-length", b"%d" % len(BODY))]
+        await send({"type": f"{kind}.start", "status": 503, "headers": headers})
         await send({"type": f"{kind}.body", "body": b"" if scope.get("method") == "HEAD" else BODY})
 '''
 
@@ -14593,12 +14592,12 @@ def cause_text(cause: str, reason: str) -> str:
 # Templates of the console: settings and rows come in, markup goes out; nothing here asks the database or the request.
 # Runs in the console's threads. What hosts and people wrote is escaped by the templates (their keys end in .html).
 # Gives: TEMPLATES
-TEMPLATES = {"layout.html": """{% macro table(label, heads, class="", none="None.") %}
+TEMPLATES = {"layout.html": """{% macro table(label, heads, class="", without="None.") %}
 {% set rows = caller()|trim %}
 <table aria-label="{{ label }}" class="{{ class }}">
 <thead><tr>{% for name in heads %}<th scope="col">{{ name }}</th>{% endfor %}</tr></thead>
 <tbody>{{ rows }}
-{%- if not rows %}<tr><td colspan="{{ heads|length }}" class="soft">{{ none }}</td></tr>{% endif %}</tbody>
+{%- if not rows %}<tr><td colspan="{{ heads|length }}" class="soft">{{ without }}</td></tr>{% endif %}</tbody>
 </table>
 {% endmacro %}
 {% macro state(name, what="") %}<b class="state {{ name }}">{{ what or name }}</b>{% endmacro %}
@@ -14971,7 +14970,7 @@ Availability:
 <div class="columns{% if shown.read_at %} old{% endif %}">
 <section>
 <h2>Readings{% if shown.read_at %} <small>as of {{ shown.read_at|time_tag }}</small>{% endif %}</h2>
-{% call table("Readings", ("Metric", "Now", "Warning", "Limit"), none="The last poll read nothing.") %}
+{% call table("Readings", ("Metric", "Now", "Warning", "Limit"), without="The last poll read nothing.") %}
 {% for reading in readings %}
 <tr><th scope="row">{{ reading.label }}</th>
 <td>{{ reading.bar }}{{ reading.text }}
