@@ -15090,18 +15090,16 @@ else "%g"|format(details[name]) if details[name] is number else details[name] }}
 <td class="soft" data-label="Changed before">{{ one.before }}</td></tr>
 {% endfor %}
 {% endcall %}
-""", "status.html": """{% macro part(state, name, since) %}
-<li><b class="state {{ state }}">{{ name }}</b> {{ {"healthy": "open", "degraded": "open", "unhealthy": "closed"}[state]
-if since else state }}{% if since %} <small>for {{ (now - since.timestamp())|duration_text }}</small>{% endif %}</li>
-{% endmacro %}
-<h1 aria-live="polite"><span class="state {{ icon }}">
+""", "status.html": """<h1 aria-live="polite"><span class="state {{ icon }}">
 {{- {"degraded": "open"}.get(title, title)|capitalize }}</span></h1>
 {% if since %}
 <p>for {{ (now - since.timestamp())|duration_text }}, since {{ since.timestamp()|time_tag }}</p>{% endif %}
 <p>{{ remark }}</p>
 <ul>
-{% for each in gates %}{{ part(each.state, each.name, each.since) }}{% endfor %}
-{% for name, state in named %}{{ part(state, name, none) }}{% endfor %}
+{% for name, colour, at in parts %}
+<li>{{ state(colour, name) }} {{ {"healthy": "open", "degraded": "open", "unhealthy": "closed"}[colour] if at else colour }}
+{%- if at %} <small>for {{ (now - at.timestamp())|duration_text }}</small>{% endif %}</li>
+{% endfor %}
 </ul>
 {% if turns %}<ul aria-label="Planned work">{% for turn in turns %}
 <li><span class="state maintenance">Planned work</span>: {{ turn.what }},
@@ -16328,7 +16326,8 @@ def status_page() -> Answer:
     with contextlib.suppress(StorageError, sqlalchemy.exc.SQLAlchemyError), context.store.reading() as session:
         view, turns = told_by_service(context.store, session), [*public_turns(context, session, context.clock())]
         shown = {"remark": remark_of(view, context.monitor.override.now), "since": view.gates[0].since, "turns": turns,
-                 "gates": view.gates[1:], "named": sorted(named_states(context).items())}
+                 "parts": [*((gate.name, gate.state, gate.since) for gate in view.gates[1:]),
+                           *((name, state, None) for name, state in sorted(named_states(context).items()))]}
         word = view.state
     if not context.is_healthy and word != "closed":     # the lease is the truth; the rest is of a moment ago
         word, shown["since"] = "closed", None
