@@ -15994,14 +15994,11 @@ def told(error: ApiError) -> str:
     return f"{error}. Next attempt in {duration_text(wait)}." if error.status == 429 and wait > 1 else str(error)
 
 
-def form_texts(name: str, find: Callable[..., Resource]) -> dict[str, str]:
-    """What the form shows of a resource that `find` gives: the inputs, and as YAML what it states besides; of a new
-    one the defaults."""
-    who, inventory = current_principal(), current_principal().context.imported
-    with who.context.store.reading() as session:
-        values = stated(find(session, name), inventory) if name else {
-            field: value for field, value in shared_defaults(inventory).items()
-            if field in INPUTS or field not in foreign_fields(Platform.SIMULATED.value)}    # what all machines have
+def form_texts(row: Resource | None, inventory: Inventory) -> dict[str, str]:
+    """What the form shows of a resource: the inputs, and as YAML what it states besides; of a new one the defaults."""
+    values = stated(row, inventory) if row else {
+        field: value for field, value in shared_defaults(inventory).items()
+        if field in INPUTS or field not in foreign_fields(Platform.SIMULATED.value)}    # what all machines have
     values = json.loads(json.dumps(values),     # 90 and not 90.0
                         parse_float=lambda text: float(text) if float(text) % 1 else int(float(text)))
     texts = {name: str(values[name]) for name in INPUTS if values.get(name) is not None}
@@ -16013,10 +16010,11 @@ def form_texts(name: str, find: Callable[..., Resource]) -> dict[str, str]:
 
 def form_page(name: str = "", given: Mapping[str, str] | None = None, **more: Any) -> flask.Response:
     """The form to add a resource, or to change the one called `name`."""
-    copied = "" if name or given is not None else flask.request.args.get("copy", "")
+    who, copied = current_principal(), "" if name or given is not None else flask.request.args.get("copy", "")
     if given is None:
-        find = find_resource if copied else functools.partial(changeable, current_principal())
-        given = {**form_texts(name or copied, find), **({"name": ""} if copied else {})}
+        with who.context.store.reading() as session:
+            row = find_resource(session, copied) if copied else changeable(who, session, name) if name else None
+        given = form_texts(row, who.context.imported) | ({"name": ""} if copied else {})
     return render_page("form", title=f"Edit {name}" if name else "Add a resource", name=name, given=given,
                        copied=copied, others=OTHERS, example=EXAMPLE,
                        platforms=[platform for platform in SELECTABLE if platform != "local"],
