@@ -14394,15 +14394,6 @@ class Metrics:
                        "route", ((path, counters.total(cell)) for path, cell in counters.routes.items() if path))
         is_cut = bool(self._monitor and self._monitor.uplink.cut)
         yield gauge("cut_off", "1 while no uplink answers, nor do more than half of the machines.", float(is_cut))
-        yield from self._connection_metrics()
-        yield labelled(GaugeMetricFamily, "api_token_expires_timestamp_seconds", "Unix time of an API token's end.",
-                       "user token", tokens)
-        yield labelled(CounterMetricFamily, "notifications", "Messages that were delivered, or given up after an hour "
-                       "of tries.", "receiver result", ((row.name, result, getattr(row, result)) for row in receivers
-                                                        for result in ("delivered", "failed")))
-
-    def _connection_metrics(self) -> Iterator[Metric]:
-        """How hosts are reached."""
         watched = dict(self._connections.watched)
         yield labelled(CounterMetricFamily, "logins", "Logins by outcome.", "resource outcome", (
             (name, outcome, count) for name, connection in watched.items()
@@ -14412,6 +14403,11 @@ class Metrics:
                        "polls.", "kept", (("true", held), ("false", len(watched) - held)))
         yield CounterMetricFamily("healthchecker_second_tries", "Polls that began again on a new connection.",
                                   sum(record.second_tries for record in list(self._connections.records.values())))
+        yield labelled(GaugeMetricFamily, "api_token_expires_timestamp_seconds", "Unix time of an API token's end.",
+                       "user token", tokens)
+        yield labelled(CounterMetricFamily, "notifications", "Messages that were delivered, or given up after an hour "
+                       "of tries.", "receiver result", ((row.name, result, getattr(row, result)) for row in receivers
+                                                        for result in ("delivered", "failed")))
 
 
 # === Charts ==================================================================
