@@ -11721,20 +11721,15 @@ class GateChannel(HTTPChannel):    # type: ignore[misc]  # waitress carries no t
         """As waitress, but what a task has written so far is sent, however little it is, and never by two at once."""
         self._flush_exception(self._flush_some_if_lockable)
         if self.close_when_flushed and not self.total_outbufs_len and self.connected:
-            self.close_when_flushed = False
-            self._take_leave()
+            self.close_when_flushed, self.will_close = False, not self.lingers
+            if self.lingers:    # a refused client: closing on bytes that it still sends would destroy the answer
+                self._lingers_until = self.server.clock() + LINGER_TIME
+                try:
+                    self.socket.shutdown(socket.SHUT_WR)
+                except OSError:
+                    self.will_close = True
         if self.will_close:
             self.handle_close()
-
-    def _take_leave(self) -> None:
-        """Of a refused client it waits for the end: closing on unread bytes would destroy the answer."""
-        self.will_close = not self.lingers
-        if self.lingers:
-            self._lingers_until = self.server.clock() + LINGER_TIME
-            try:
-                self.socket.shutdown(socket.SHUT_WR)
-            except OSError:
-                self.will_close = True
 
     def handle_close(self) -> None:
         if self.server.loop.is_here:
@@ -14136,13 +14131,6 @@ def json_body() -> dict[str, Any]:
     return body
 
 
-def wants_csv(operation: Route) -> bool:
-    """Whether a list is asked for as CSV, where there is such a thing."""
-    args, accepted = flask.request.args, flask.request.accept_mimetypes
-    return serves_csv(operation) and args.get(
-        "format", accepted.best_match(["application/json", "text/csv"], "json")) in ("csv", "text/csv")
-
-
 def csv_text(rows: Sequence[Mapping[str, Any]], names: Iterable[str]) -> str:
     """RFC 4180; what a spreadsheet would take for a formula is text there, too: hosts have written some of it."""
     file = io.StringIO()
@@ -14159,7 +14147,8 @@ def perform(operation: Route, **names: str) -> flask.typing.ResponseReturnValue:
     if operation.answer is None:
         return flask.Response(status=204, content_type="")
     answer = operation.adapter.validate_python(found, from_attributes=True)
-    if wants_csv(operation):
+    if serves_csv(operation) and flask.request.args.get("format", flask.request.accept_mimetypes.best_match(
+            ["application/json", "text/csv"], "json")) in ("csv", "text/csv"):
         text = csv_text(operation.adapter.dump_python(answer, mode="json"), get_args(operation.answer)[0].model_fields)
         name = {"Content-Disposition": f"attachment; filename={operation.path.rpartition('/')[2]}.csv"}
         return flask.Response(text, operation.status, name, mimetype="text/csv")
