@@ -10730,7 +10730,7 @@ class RequestCounters:
 # The application's door, as WSGI: asks the lease on every request, and answers 503 before the application runs unless
 # it holds, or the mode is observe. `route` sorts a request by its path, without blocking; the server runs on its loop
 # what never blocks, and `admit`, the application, in the pool, where the lease is asked once more.
-# Gives: Gate, marked, respond, Reply, NO_STORE, PREFIX, HEALTH, METRICS_PATH, HANDLER, Routes, Way, WELCOME
+# Gives: Gate, marked, PathGates, respond, Reply, NO_STORE, PREFIX, HEALTH, METRICS_PATH, HANDLER, Way, WELCOME
 RETRY_AFTER_MAX = 3600          # seconds
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>{title}</title><body style="font:1.1rem system-ui;margin:15vh auto;max-width:32rem;padding:1rem">
@@ -10778,7 +10778,7 @@ def marked(start_response: StartResponse) -> StartResponse:
     return start
 
 
-class Routes:
+class PathGates:
     """Which gates the path of a request is under, whatever stands for a gate; `middleware` prints this class, too."""
 
     def __init__(self, site: Any, routes: Mapping[str, Any]) -> None:
@@ -10820,7 +10820,7 @@ class Gate:
         """`passed` is told of which route is a request that would have been refused, or was."""
         self._app, self._lease, self._clock, self._passed = app, lease, clock, passed
         self.draining = False       # the service ends: readyz says so
-        self.leases_of: Callable[[str], Sequence[Lease]] = Routes(lease, {
+        self.leases_of: Callable[[str], Sequence[Lease]] = PathGates(lease, {
             path.encode().decode("latin-1"): part for path, part in lease.parts.items() if "/" in path}).of
         self._answers: dict[str, Callable[[Lease], Reply]] = {
             "/-/livez": lambda _: ("200 OK", [], b"ok\n"),
@@ -11010,11 +11010,11 @@ class Table(NamedTuple):
     cells: Sequence[float]
     generation: float
     gates: dict[str, int]  # cells of groups and routes; of the whole site: ""
-    cells_of: Callable[[str], Sequence[int]]  # of a path, see Routes
+    cells_of: Callable[[str], Sequence[int]]  # of a path, see PathGates
     place: Any
 
 
-CLOSED = Table([0.0] * (SLOTS + 1), 0.0, {"": SLOTS}, Routes(SLOTS, {}).of, None)
+CLOSED = Table([0.0] * (SLOTS + 1), 0.0, {"": SLOTS}, PathGates(SLOTS, {}).of, None)
 
 
 def read(path: str) -> Table:
@@ -11029,7 +11029,7 @@ def read(path: str) -> Table:
         raise ValueError("no service is running")
     gates = {name.encode().decode("latin-1"): SLOTS + number for number, name in enumerate(names)}
     routes = {name: cell for name, cell in gates.items() if "/" in name}
-    return Table(cells, generation, gates, Routes(SLOTS, routes).of, (status.st_dev, status.st_ino))
+    return Table(cells, generation, gates, PathGates(SLOTS, routes).of, (status.st_dev, status.st_ino))
 
 
 class Leases:
@@ -11123,7 +11123,7 @@ def middleware_text(path: Path) -> str:
     """The module that reads a file of leases, in any server."""
     parts = {"PATH": json.dumps(str(path)), "IDENTITY": json.dumps(IDENTITY),
              "CELLS": f"{GENERATION}, {COUNT}, {SLOTS}", "OBSERVED": str(OBSERVED),
-             "SHARED": "\n\n".join(map(inspect.getsource, (lease_identity, Routes, marked)))}
+             "SHARED": "\n\n".join(inspect.getsource(each) for each in (lease_identity, PathGates, marked))}
     return re.sub("@([A-Z]+)@", lambda found: parts[found[1]], READER)
 
 
@@ -15082,7 +15082,8 @@ else "%g"|format(details[name]) if details[name] is number else details[name] }}
 <p>{{ remark }}</p>
 <ul>
 {% for name, colour, at in parts %}
-<li>{{ state(colour, name) }} {{ {"healthy": "open", "degraded": "open", "unhealthy": "closed"}[colour] if at else colour }}
+<li>{{ state(colour, name) }}
+{{ {"healthy": "open", "degraded": "open", "unhealthy": "closed"}[colour] if at else colour }}
 {%- if at %} <small>for {{ (now - at.timestamp())|duration_text }}</small>{% endif %}</li>
 {% endfor %}
 </ul>

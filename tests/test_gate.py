@@ -48,9 +48,9 @@ from healthchecker import (
     HealthAggregator,
     Lease,
     LineFormatter,
+    PathGates,
     Pool,
     RequestCounters,
-    Routes,
     ServiceSettings,
     builtin_app,
 )
@@ -417,8 +417,8 @@ def test_a_path_is_looked_up_once(monkeypatch: pytest.MonkeyPatch) -> None:
     lease, looked = Lease(["/r", "/s"]), []
     for each in (lease, *lease.parts.values()):
         each.until.value = NOW + 1
-    find = Routes._longest
-    monkeypatch.setattr(Routes, "_longest", lambda routes, path: looked.append(path) or find(routes, path))
+    find = PathGates._longest
+    monkeypatch.setattr(PathGates, "_longest", lambda routes, path: looked.append(path) or find(routes, path))
     gate = Gate(hello, lease, lambda: NOW)
     for path, shuts in (("/r/x", "/r"), ("/x", ""), ("/r/../s", "/s"), ("/s;a/x", "/s")):
         looked.clear()
