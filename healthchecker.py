@@ -15082,9 +15082,8 @@ else "%g"|format(details[name]) if details[name] is number else details[name] }}
 <p>{{ remark }}</p>
 <ul>
 {% for name, colour, at in parts %}
-<li>{{ state(colour, name) }}
-{{ {"healthy": "open", "degraded": "open", "unhealthy": "closed"}[colour] if at else colour }}
-{%- if at %} <small>for {{ (now - at.timestamp())|duration_text }}</small>{% endif %}</li>
+<li>{{ state(colour, name) }} {% if not at %}{{ colour }}{% else %}{{ "closed" if colour == "unhealthy" else "open" }}
+ <small>for {{ (now - at.timestamp())|duration_text }}</small>{% endif %}</li>
 {% endfor %}
 </ul>
 {% if turns %}<ul aria-label="Planned work">{% for turn in turns %}
