@@ -10550,7 +10550,7 @@ class Monitor(threading.Thread):
 # What the workers count, in memory shared with the main process: a slot each, which its worker alone writes, so that
 # no lock is shared whose holder may be killed. In a worker, the loop's and the pool's threads take turns at the slot.
 # The main process sums the slots up for /-/metrics, and hands the slot of a worker that died on to the next.
-# Gives: BEAT, Counters, RequestCounters, LATENCIES, STATUS_OUTCOMES, ROWS, ROW, ACCEPTED, QUEUED, OUTCOME, PASSED
+# Gives: BEAT, Counters, RequestCounters, LATENCIES, STATUS_OUTCOMES, ROWS, ROW, ACCEPTED, QUEUED, OUTCOME
 LEAD, SHARE = 4, 1.5            # a worker may hold LEAD + SHARE * N connections, where another has N, and take more
 # Seconds, the upper bounds of the latency histogram: close together up to where a gate is to answer (10 ms), and on
 # to what an application in the pool may take; a bound more costs a line for every outcome.
@@ -10565,8 +10565,8 @@ ROWS = {outcome: number * ROW for number, outcome in enumerate(OUTCOMES)}
 ACCEPTED = len(OUTCOMES) * ROW  # the cell of the connections ever accepted
 QUEUED = ACCEPTED + 1           # the cell of the requests that wait for a pool thread
 BEAT = QUEUED + 1               # the cell of the last turn of the loop, its monotonic time
-PASSED = BEAT + 1               # the cell of the requests that would have been refused, and the next one of those that
-                                # were, by the gate; two such cells of each route come after them
+PASSED = BEAT + 1               # the cell of the requests of no route that would have been refused, and the next one of
+                                # those that were, by the gate; two such cells of each route come after them
 
 
 class Counters:
@@ -10574,8 +10574,8 @@ class Counters:
 
     def __init__(self, slots: int, routes: Iterable[str] = ()) -> None:
         self.held = multiprocessing.RawArray(ctypes.c_long, [-1] * slots)   # connections; -1: nobody serves there
-        self.routes = {path: PASSED + 2 + 2 * number for number, path in enumerate(routes)}     # cells like PASSED
-        self._size = PASSED + 2 + 2 * len(self.routes)
+        self.routes = {path: PASSED + 2 * number for number, path in enumerate((SITE, *routes))}    # cells like PASSED
+        self._size = PASSED + 2 * len(self.routes)
         self._cells = multiprocessing.RawArray(ctypes.c_double, slots * self._size)
 
     def slot(self, index: int) -> memoryview[float]:
@@ -10599,17 +10599,13 @@ class Counters:
     def refusals(self) -> dict[str, tuple[int, int]]:
         """Requests of each route and, as SITE, of no route: those that were refused, and that would have been."""
         cells = self.totals()
-        found = {path: (int(cells[cell + 1]), int(cells[cell])) for path, cell in self.routes.items()}
-        parts = zip(*found.values(), strict=True) if found else ((), ())
-        every = int(cells[PASSED + 1]), int(cells[PASSED])
-        refused, passed = (whole - sum(part) for whole, part in zip(every, parts, strict=True))
-        return found | {SITE: (refused, passed)}
+        return {path: (int(cells[cell + 1]), int(cells[cell])) for path, cell in self.routes.items()}
 
 
 class RequestCounters:
     """What this process counts, in its slot."""
 
-    def __init__(self, counters: Counters, slot: int = 0) -> None:
+    def __init__(self, counters: Counters, slot: int) -> None:
         self._counters, self._slot = counters, slot
         self._cells = counters.slot(slot)
         self._lock = threading.Lock()   # guards _cells against the other threads of the pool
@@ -10623,8 +10619,7 @@ class RequestCounters:
     def passed(self, route: str, *, refused: bool = False) -> None:
         """A request that was `refused` or would have been, for the sake of a route or of the whole site (empty)."""
         with self._lock:
-            for cell in (PASSED, *([self._counters.routes[route]] if route else [])):
-                self._cells[cell + refused] += 1
+            self._cells[self._counters.routes[route] + refused] += 1
 
     def accepted(self) -> None:
         self._cells[ACCEPTED] += 1      # by the loop's thread alone
@@ -10649,7 +10644,7 @@ class RequestCounters:
 # The application's door, as WSGI: asks the lease on every request, and answers 503 before the application runs unless
 # it holds, or the mode is observe. `route` sorts a request by its path, without blocking; the server runs on its loop
 # what never blocks, and `admit`, the application, in the pool, where the lease is asked once more.
-# Gives: Gate, respond, Reply, NO_STORE, PREFIX, HEALTH, METRICS_PATH, HANDLER, Way, WELCOME
+# Gives: Gate, marked, PathGates, respond, Reply, NO_STORE, PREFIX, HEALTH, METRICS_PATH, HANDLER, Way, WELCOME
 RETRY_AFTER_MAX = 3600          # seconds
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>{title}</title><body style="font:1.1rem system-ui;margin:15vh auto;max-width:32rem;padding:1rem">
@@ -10688,12 +10683,40 @@ def respond(environ: WSGIEnvironment, start_response: StartResponse, answer: Rep
 
 
 def marked(start_response: StartResponse) -> StartResponse:
-    """Says in the application's answer that it would have been a refusal."""
-    def start(status: str, headers: Headers, exc_info: Any = None) -> Any:
-        return start_response(status, [*(header for header in headers if header[0].lower() != "x-healthchecker"),
-                                       WOULD_REFUSE], exc_info)
+    """Says in an answer that it would have been a refusal; `middleware` prints this, too."""
 
-    return cast("StartResponse", start)
+    def start(status: str, headers: list[tuple[str, str]], exc_info: Any = None) -> Any:
+        others = [header for header in headers if header[0].lower() != "x-healthchecker"]
+        return start_response(status, [*others, WOULD_REFUSE], exc_info)
+
+    return start
+
+
+class PathGates:
+    """Which gates the path of a request is under, whatever stands for a gate; `middleware` prints this class, too."""
+
+    def __init__(self, site: Any, routes: Mapping[str, Any]) -> None:
+        self._site, self._routes, self._all = (site,), routes, (site, *routes.values())
+        self._depth = 1 + max((path.count("/") for path in routes), default=0)
+
+    def of(self, path: str) -> Sequence[Any]:
+        """That of the longest route that a path is in, else the site's; where it can be read in two ways, of both:
+        which is the strictest may be another one a moment later."""
+        if not self._routes:
+            return self._site
+        if "\\" in path or "%" in path or ("/." in path and DOTS.search(path)):  # it may lead anywhere
+            return self._all
+        if "//" in path or ";" in path:
+            plain = re.sub("//+", "/", re.sub(";[^/]*", "", path))
+            return self._longest(path), self._longest(plain)
+        return (self._longest(path),)
+
+    def _longest(self, path: str) -> Any:
+        parts = path.split("/", self._depth)[: self._depth]
+        for count in range(len(parts), 1, -1):
+            if found := self._routes.get("/".join(parts[:count])):
+                return found
+        return self._site[0]
 
 
 def strictest(leases: Sequence[Lease]) -> Lease:
@@ -10711,9 +10734,8 @@ class Gate:
         """`passed` is told of which route is a request that would have been refused, or was."""
         self._app, self._lease, self._clock, self._passed = app, lease, clock, passed
         self.draining = False       # the service ends: readyz says so
-        self._routes = {path.encode().decode("latin-1"): part for path, part in lease.parts.items() if "/" in path}
-        self._depth = 1 + max((path.count("/") for path in self._routes), default=0)
-        self._site, self._all = (lease,), (lease, *self._routes.values())
+        self.leases_of: Callable[[str], Sequence[Lease]] = PathGates(lease, {
+            path.encode().decode("latin-1"): part for path, part in lease.parts.items() if "/" in path}).of
         self._answers: dict[str, Callable[[Lease], Reply]] = {
             "/-/livez": lambda _: ("200 OK", [], b"ok\n"),
             "/-/readyz": self._readyz,
@@ -10729,8 +10751,8 @@ class Gate:
     def route(self, path: str) -> Way:
         """What answers a request for `path`: `admit`, which may block, or what never does."""
         if path.startswith(PREFIX):
-            return self._own, self._site
-        leases = self._leases_of(path)
+            return self._own, (self._lease,)
+        leases = self.leases_of(path)
         lease = strictest(leases)
         return self.admit if self._clock() < lease.until.value or lease.observes.value else self.refuse, leases
 
@@ -10784,25 +10806,6 @@ class Gate:
 
     def _holds(self, lease: Lease) -> bool:
         return self._clock() < lease.until.value
-
-    def _leases_of(self, path: str) -> Sequence[Lease]:
-        """That of the longest route that a path is in, else the site's; where it can be read in two ways, of both:
-        which is the strictest may be another one a moment later."""
-        if not self._routes:
-            return self._site
-        if "\\" in path or "%" in path or ("/." in path and DOTS.search(path)):   # it may lead anywhere
-            return self._all
-        if "//" in path or ";" in path:
-            plain = re.sub("//+", "/", re.sub(";[^/]*", "", path))
-            return self._longest(path), self._longest(plain)
-        return (self._longest(path),)
-
-    def _longest(self, path: str) -> Lease:
-        parts = path.split("/", self._depth)[:self._depth]
-        for count in range(len(parts), 1, -1):
-            if lease := self._routes.get("/".join(parts[:count])):
-                return lease
-        return self._lease
 
     def _readyz(self, lease: Lease) -> Reply:
         if self.draining:
@@ -10890,7 +10893,7 @@ import time
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
 
@@ -10899,6 +10902,7 @@ IDENTITY = @IDENTITY@
 GENERATION, COUNT, SLOTS = @CELLS@  # cells of 8 bytes
 OBSERVED = @OBSERVED@
 LOOK_INTERVAL = 0.5  # seconds until another file is seen
+WOULD_REFUSE = ("X-HealthChecker", "would-refuse")
 BODY = b"temporarily unavailable\\n"
 DOTS = re.compile(r"/\\.\\.?([/;]|$)")
 log = logging.getLogger("healthchecker")
@@ -10907,7 +10911,7 @@ if sys.platform != "win32":
     clock = functools.partial(time.clock_gettime, getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
 
 
-@FUNCTION@
+@SHARED@
 
 def is_observed(end: float) -> bool:
     """Of a gate that is closed, and refuses nothing."""
@@ -10920,30 +10924,11 @@ class Table(NamedTuple):
     cells: Sequence[float]
     generation: float
     gates: dict[str, int]  # cells of groups and routes; of the whole site: ""
-    routes: dict[str, int]
-    depth: int  # of the longest route, and one more
+    cells_of: Callable[[str], Sequence[int]]  # of a path, see PathGates
     place: Any
 
-    def longest(self, path: str) -> float:
-        """The end of the longest route that a path is in, else the site's."""
-        cells, routes, parts = self.cells, self.routes, path.split("/", self.depth)[: self.depth]
-        while parts:
-            cell = routes.get("/".join(parts))
-            if cell is not None:
-                return cells[cell]
-            parts.pop()
-        return cells[SLOTS]
 
-    def strictest(self, path: str) -> float:
-        """Of all routes that it could lead to, read in one way or another."""
-        if "\\\\" in path or "%" in path or DOTS.search(path):
-            ends = [self.cells[cell] for cell in (SLOTS, *self.routes.values())]
-        else:
-            ends = [self.longest(path), self.longest(re.sub("//+", "/", re.sub(";[^/]*", "", path)))]
-        return min(ends, key=lambda end: (is_observed(end), end))
-
-
-CLOSED = Table([0.0] * (SLOTS + 1), 0.0, {"": SLOTS}, {}, 1, None)
+CLOSED = Table([0.0] * (SLOTS + 1), 0.0, {"": SLOTS}, PathGates(SLOTS, {}).of, None)
 
 
 def read(path: str) -> Table:
@@ -10958,8 +10943,7 @@ def read(path: str) -> Table:
         raise ValueError("no service is running")
     gates = {name.encode().decode("latin-1"): SLOTS + number for number, name in enumerate(names)}
     routes = {name: cell for name, cell in gates.items() if "/" in name}
-    depth = 1 + max([name.count("/") for name in routes], default=0)
-    return Table(cells, generation, gates, routes, depth, (status.st_dev, status.st_ino))
+    return Table(cells, generation, gates, PathGates(SLOTS, routes).of, (status.st_dev, status.st_ino))
 
 
 class Leases:
@@ -10980,11 +10964,10 @@ class Leases:
         """0 while a path is open, else the seconds of its Retry-After; -1 where it is closed and refuses nothing."""
         now = clock()
         table = self._table if now < self._look else self._looked(now)
-        cells = table.cells
-        end = cells[SLOTS]
-        if table.routes:
-            odd = "%" in path or ";" in path or "/." in path or "//" in path or "\\\\" in path
-            end = table.strictest(path) if odd else table.longest(path)
+        cells, found = table.cells, table.cells_of(path)
+        end = cells[found[0]]
+        if len(found) > 1:  # it can be read in several ways: the strictest counts
+            end = min([cells[cell] for cell in found], key=lambda end: (is_observed(end), end))
         if cells[GENERATION] != table.generation:  # seen after `end`: another file's by now
             end = 0.0
         if is_observed(end):
@@ -11005,15 +10988,6 @@ class Leases:
             log.warning("the gate is closed: %s" if why else "the gate follows its lease again%s", why)
         self._table, self._why = table, why
         return table
-
-
-def marked(start_response: StartResponse) -> StartResponse:
-    """Says in an answer that it would have been a refusal."""
-
-    def start(status: str, headers: list[tuple[str, str]], *exc_info: Any) -> Any:
-        return start_response(status, [*headers, ("X-HealthChecker", "would-refuse")], *exc_info)
-
-    return start
 
 
 class Gate:
@@ -11052,10 +11026,9 @@ class AsgiGate:
             if kind not in (scope.get("extensions") or {}):
                 await send({"type": "websocket.close", "code": 1013, "reason": "temporarily unavailable"})
                 return
-        headers = {"retry-after": str(wait), "cache-control": "no-store", "content-type": "text/plain"}
-        headers["content-length"] = str(len(BODY))
-        raw = [(name.encode(), text.encode()) for name, text in headers.items()]
-        await send({"type": f"{kind}.start", "status": 503, "headers": raw})
+        headers = [(b"retry-after", b"%d" % wait), (b"cache-control", b"no-store")]
+        headers += [(b"content-type", b"text/plain"), (b"content-length", b"%d" % len(BODY))]
+        await send({"type": f"{kind}.start", "status": 503, "headers": headers})
         await send({"type": f"{kind}.body", "body": b"" if scope.get("method") == "HEAD" else BODY})
 '''
 
@@ -11064,7 +11037,7 @@ def middleware_text(path: Path) -> str:
     """The module that reads a file of leases, in any server."""
     parts = {"PATH": json.dumps(str(path)), "IDENTITY": json.dumps(IDENTITY),
              "CELLS": f"{GENERATION}, {COUNT}, {SLOTS}", "OBSERVED": str(OBSERVED),
-             "FUNCTION": inspect.getsource(lease_identity)}
+             "SHARED": "\n\n".join(inspect.getsource(each) for each in (lease_identity, PathGates, marked))}
     return re.sub("@([A-Z]+)@", lambda found: parts[found[1]], READER)
 
 
@@ -11507,11 +11480,10 @@ LAST_ASK = 0.25                 # seconds in which clients that were answered ju
 
 
 class Pool(ThreadedTaskDispatcher):     # type: ignore[misc]  # waitress carries no types
-    """Threads that answer requests, with a bound on those that wait for one."""
+    """Threads that answer requests."""
 
-    def __init__(self, threads: int, bound: int) -> None:
+    def __init__(self, threads: int) -> None:
         super().__init__()
-        self._bound = bound
         self.set_thread_count(threads)
         while self.active_count:        # until they are idle, or the first burst would be refused
             time.sleep(0.001)
@@ -11521,10 +11493,6 @@ class Pool(ThreadedTaskDispatcher):     # type: ignore[misc]  # waitress carries
         """Requests that no thread is free for."""
         with self.lock:
             return max(0, len(self.queue) + int(self.active_count) - len(self.threads))
-
-    @property
-    def full(self) -> bool:
-        return self.waiting >= self._bound
 
     def add_task(self, task: HTTPChannel) -> None:
         with self.lock:     # as waitress, without a line in the log for each request that waits
@@ -11667,20 +11635,15 @@ class GateChannel(HTTPChannel):    # type: ignore[misc]  # waitress carries no t
         """As waitress, but what a task has written so far is sent, however little it is, and never by two at once."""
         self._flush_exception(self._flush_some_if_lockable)
         if self.close_when_flushed and not self.total_outbufs_len and self.connected:
-            self.close_when_flushed = False
-            self._take_leave()
+            self.close_when_flushed, self.will_close = False, not self.lingers
+            if self.lingers:    # a refused client: closing on bytes that it still sends would destroy the answer
+                self._lingers_until = self.server.clock() + LINGER_TIME
+                try:
+                    self.socket.shutdown(socket.SHUT_WR)
+                except OSError:
+                    self.will_close = True
         if self.will_close:
             self.handle_close()
-
-    def _take_leave(self) -> None:
-        """Of a refused client it waits for the end: closing on unread bytes would destroy the answer."""
-        self.will_close = not self.lingers
-        if self.lingers:
-            self._lingers_until = self.server.clock() + LINGER_TIME
-            try:
-                self.socket.shutdown(socket.SHUT_WR)
-            except OSError:
-                self.will_close = True
 
     def handle_close(self) -> None:
         if self.server.loop.is_here:
@@ -11841,7 +11804,7 @@ class GateServer(TcpWSGIServer):    # type: ignore[misc]  # waitress carries no 
     _left = False       # a whole crowd was taken: more may wait
 
     def __init__(self, gate: Gate, socks: Sequence[socket.socket], service: ServiceSettings, connections: int,
-                 tally: RequestCounters | None = None) -> None:
+                 tally: RequestCounters) -> None:
         threads = service.app_threads
         adjustments = Adjustments(
             threads=max(1, threads), connection_limit=connections, ident=None, backlog=BACKLOG,
@@ -11851,11 +11814,11 @@ class GateServer(TcpWSGIServer):    # type: ignore[misc]  # waitress carries no 
         self.gate, self._service, self._ready = gate, service, collections.deque[GateChannel]()
         self.environment = {"SERVER_SOFTWARE": "HealthChecker", "wsgi.multithread": threads > 1,
                             "wsgi.multiprocess": service.worker_count > 1}
-        self.tally = tally or RequestCounters(Counters(1))
+        self.tally = tally
         self.tally.hold(0)      # it is there for the others, who would take all before its first turn
         self.waited_for: set[GateChannel] = set()       # by a thread each
         self._ends = self._idle_end = math.inf
-        self.pool = Pool(threads, service.queue)
+        self.pool = Pool(threads)
         self.sockets, sock = socks, socks[0]    # several where its name has several addresses
         sockinfo = (sock.family, sock.type, sock.proto, sock.getsockname())
         super().__init__(ForwardedHeaders(gate, service.trusted_proxy), {}, True, sock, dispatcher=self.pool,
@@ -11879,7 +11842,7 @@ class GateServer(TcpWSGIServer):    # type: ignore[misc]  # waitress carries no 
             request.handler = gate.route("/" + path.lstrip("/") if path.startswith("//") else path)
             handler, leases = request.handler
             if handler == gate.admit and self._service.app_threads:
-                if not self.pool.full:
+                if self.pool.waiting < self._service.queue:
                     self.pool.add_task(channel)
                     return
                 request.handler = functools.partial(gate.refuse, outcome="shed"), leases
@@ -12052,10 +12015,26 @@ HANGUPS = [getattr(signal, name) for name in ("SIGHUP",) if hasattr(signal, name
 
 
 # --- the doors ---
+@functools.cache
+def handed_over() -> list[socket.socket]:
+    """The listening sockets that systemd has for this process (sd_listen_fds(3)). They outlive it: clients of a restart
+    wait, and nobody is refused."""
+    count = int(os.environ["LISTEN_FDS"]) if os.environ.get("LISTEN_PID") == str(os.getpid()) else 0
+    socks = [socket.socket(fileno=number) for number in range(3, 3 + count)]
+    for sock in socks:
+        sock.set_inheritable(False)
+        sock.listen(BACKLOG)
+    return socks
+
+
 def bind(host: str, port: int) -> list[socket.socket]:
-    """Listening sockets on each address of `host` that this machine has, on one port. Raises OSError, UnicodeError."""
+    """Listening sockets on each address of `host` that this machine has, on one port, or those that systemd has bound
+    to any of them. Raises OSError, UnicodeError."""
     answers: Any = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     addresses = sorted({(family, address) for family, _, _, _, address in answers})     # IPv4 first
+    wanted = {address[:2] for _, address in addresses}
+    if given := [sock for sock in handed_over() if sock.getsockname()[:2] in wanted]:
+        return given
     socks, absent = [], OSError()
     with contextlib.ExitStack() as bound:
         for family, (name, _, *rest) in addresses:
@@ -12080,27 +12059,10 @@ def bind(host: str, port: int) -> list[socket.socket]:
     return socks
 
 
-@functools.cache
-def handed_over() -> list[socket.socket]:
-    """The listening sockets that systemd has for this process (sd_listen_fds(3)). They outlive it: clients of a restart
-    wait, and nobody is refused."""
-    count = int(os.environ["LISTEN_FDS"]) if os.environ.get("LISTEN_PID") == str(os.getpid()) else 0
-    socks = [socket.socket(fileno=number) for number in range(3, 3 + count)]
-    for sock in socks:
-        sock.set_inheritable(False)
-        sock.listen(BACKLOG)
-    return socks
-
-
 def listen(setting: str, value: str, wait: float = PORT_WAIT) -> list[socket.socket]:
     """Binds the address:port that `setting` of the inventory names, a name on all its addresses, or takes what systemd
     has bound; one in use may become free for `wait` seconds. Raises UsageError."""
     host, _, port = value.rpartition(":")
-    with contextlib.suppress(OSError, UnicodeError):
-        found: Any = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        wanted = [address[:2] for *_, address in found]
-        if given := [sock for sock in handed_over() if sock.getsockname()[:2] in wanted]:
-            return given
     ends = time.monotonic() + wait
     while True:
         try:
@@ -12541,7 +12503,6 @@ class Supervisor:
 # Gives: Credentials, ensure_first_user, field_errors, find_resource, find_user, initial_user, INVENTORY_ONLY,
 # live_sessions, LoginThrottle, NAMED_COUNT, NAMED_LIFE, NEVER, NewToken, NewUser, OwnToken, PasswordChange,
 # require_admin, Role, SettingsReader, shared_defaults, stated, token_hash, TOKEN_LIFE, UserChange, validated
-
 SESSION_LIFE = 8 * 3600.0       # seconds from the login to the end of a session
 SESSION_IDLE = 1800.0           # seconds without a request until it ends
 TOKEN_LIFE = 1200.0             # seconds of a bearer token that a login gave
@@ -12855,7 +12816,7 @@ class ConsoleContext:
     @property
     def passed(self) -> int:
         """Requests that would have been refused."""
-        return int(self.counters.total(PASSED))
+        return int(sum(map(self.counters.total, self.counters.routes.values())))
 
     def offered_key(self, name: str) -> str:
         with self.store.reading() as session:
@@ -13908,13 +13869,10 @@ OPERATIONS = (
 # console's threads. What is refused leaves as application/problem+json.
 # Gives: add_security_headers, API_ROUTES, authorize, client_address, current_principal, give_cookie, is_same_origin,
 # problem
-
 SEEN_INTERVAL = 60.0            # seconds after which a request is noted as a session's last one
 COOKIE = "healthchecker_session"
 CONTENT_SECURITY_POLICY = ("default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "
                            "connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'")
-
-
 FORMULA = re.compile(r"(^|;)(?=\s*[=+@\uff1d\uff0b\uff0d\uff20-])")   # in a spreadsheet; some end a cell at ;
 
 
@@ -14087,13 +14045,6 @@ def json_body() -> dict[str, Any]:
     return body
 
 
-def wants_csv(operation: Route) -> bool:
-    """Whether a list is asked for as CSV, where there is such a thing."""
-    args, accepted = flask.request.args, flask.request.accept_mimetypes
-    return serves_csv(operation) and args.get(
-        "format", accepted.best_match(["application/json", "text/csv"], "json")) in ("csv", "text/csv")
-
-
 def csv_text(rows: Sequence[Mapping[str, Any]], names: Iterable[str]) -> str:
     """RFC 4180; what a spreadsheet would take for a formula is text there, too: hosts have written some of it."""
     file = io.StringIO()
@@ -14110,7 +14061,8 @@ def perform(operation: Route, **names: str) -> flask.typing.ResponseReturnValue:
     if operation.answer is None:
         return flask.Response(status=204, content_type="")
     answer = operation.adapter.validate_python(found, from_attributes=True)
-    if wants_csv(operation):
+    if serves_csv(operation) and flask.request.args.get("format", flask.request.accept_mimetypes.best_match(
+            ["application/json", "text/csv"], "json")) in ("csv", "text/csv"):
         text = csv_text(operation.adapter.dump_python(answer, mode="json"), get_args(operation.answer)[0].model_fields)
         name = {"Content-Disposition": f"attachment; filename={operation.path.rpartition('/')[2]}.csv"}
         return flask.Response(text, operation.status, name, mimetype="text/csv")
@@ -14118,7 +14070,12 @@ def perform(operation: Route, **names: str) -> flask.typing.ResponseReturnValue:
     return flask.Response(content, operation.status, mimetype="application/json")
 
 
-HEALTH_STATUS = {"healthy": "pass", "degraded": "warn", "unknown": "warn", "unhealthy": "fail"}
+HEALTH_STATUS = {"healthy": "pass", "unhealthy": "fail"}    # anything else: warn
+
+
+def observed(kind: str, value: str, output: str, **more: Any) -> list[dict[str, Any]]:
+    return [{"componentType": kind, "observedValue": value, "output": output,
+             "status": HEALTH_STATUS.get(value, "warn"), **more}]
 
 
 def health() -> flask.typing.ResponseReturnValue:
@@ -14127,21 +14084,14 @@ def health() -> flask.typing.ResponseReturnValue:
     answer: dict[str, Any] = {"status": "pass" if who.context.is_healthy else "fail"}
     if who.operator and who.may("viewer") and not who.restricted:
         answer["releaseId"] = VERSION
-        answer["checks"] = {f"{view.name}:state": [{
-            "componentType": "system", "observedValue": view.state, "time": view.polled and view.polled.isoformat(),
-            "status": HEALTH_STATUS[view.state],
-            "output": caused(view.cause, view.reason)}] for view in list_resources(who)}
-        answer["checks"] |= {f"{group.name}:state": [{
-            "componentType": "component", "observedValue": group.state, "output": group.why,
-            "status": HEALTH_STATUS[group.state]}] for group in list_groups(who)}
+        checks = answer["checks"] = {f"{view.name}:state": observed(
+            "system", view.state, caused(view.cause, view.reason), time=view.polled and view.polled.isoformat())
+            for view in list_resources(who)}
+        checks |= {f"{group.name}:state": observed("component", group.state, group.why) for group in list_groups(who)}
         if override := who.context.monitor.override.now:
-            answer["checks"]["gate:override"] = [{
-                "componentType": "component", "observedValue": override.action, "output": override.why,
-                "status": "warn"}]
+            checks["gate:override"] = observed("component", override.action, override.why)
         if who.context.lease.observes.value:
-            answer["checks"]["gate:mode"] = [{
-                "componentType": "component", "observedValue": "observe", "output": "nothing is refused",
-                "status": "warn"}]
+            checks["gate:mode"] = observed("component", "observe", "nothing is refused")
     return answer, 200 if who.context.is_healthy else 503, {"Content-Type": "application/health+json"}
 
 
@@ -14164,13 +14114,19 @@ API_ROUTES = (
 # service.metrics_token_file, from anywhere, every resource too. In come the lease, the workers' counters in shared
 # memory and the rows that the recorder writes; out goes a text. Runs in the console's threads.
 # Gives: Metrics, read_token, ServingMetrics
-
 METRICS_AGE = 1.0               # seconds for which the resources' part of /-/metrics is not made again
 
 
-def gauge(name: str, text: str, value: float | None = None, *labels: str) -> GaugeMetricFamily:
-    """A gauge of ours; with labels its values are added later."""
-    return GaugeMetricFamily(f"healthchecker_{name}", text, value, labels or None)
+def gauge(name: str, text: str, value: float) -> GaugeMetricFamily:
+    return GaugeMetricFamily(f"healthchecker_{name}", text, value)
+
+
+def labelled(kind: Callable[..., Metric], name: str, text: str, labels: str, found: Iterable[Sequence[Any]]) -> Metric:
+    """A metric of ours; each of what was found is a word for each label, and a value."""
+    family: Any = kind(f"healthchecker_{name}", text, labels=labels.split())
+    for *words, value in found:
+        family.add_metric(words, value)
+    return cast(Metric, family)
 
 
 @dataclass(frozen=True)
@@ -14187,25 +14143,24 @@ class ServingMetrics:
         cells, open_connections = self.counters.totals(), [n for n in self.counters.held if n >= 0]
         yield gauge("gate_open", "1 while the gate is open: requests reach the application.", float(left > 0))
         yield gauge("gate_observes", "1 in mode observe: a closed gate refuses nothing.", self.lease.observes.value)
-        override = gauge("gate_override", "1 while an operator has opened or closed the gate.", None, "action")
-        for action, value in (("open", 1), ("close", -1)):
-            override.add_metric([action], self.lease.by_hand.value == value)
-        yield override
+        yield labelled(GaugeMetricFamily, "gate_override", "1 while an operator has opened or closed the gate.",
+                       "action", ((action, self.lease.by_hand.value == value)
+                                  for action, value in (("open", 1), ("close", -1))))
         yield gauge("lease_seconds", "Seconds until the gate closes unless a poll renews the lease.", left)
         yield gauge("workers", "Processes that serve.", len(open_connections))
         yield gauge("connections", "Open client connections.", sum(open_connections))
         yield gauge("queue_requests", "Requests that wait for a pool thread.", cells[QUEUED])
         yield CounterMetricFamily("healthchecker_connections_accepted", "Client connections ever.", cells[ACCEPTED])
-        yield CounterMetricFamily("healthchecker_would_refuse", "Requests that mode observe let pass.", cells[PASSED])
-        requests_ = CounterMetricFamily("healthchecker_requests", "Requests by outcome.", labels=["outcome"])
+        yield CounterMetricFamily("healthchecker_would_refuse", "Requests that mode observe let pass.",
+                                  sum(cells[cell] for cell in self.counters.routes.values()))
+        yield labelled(CounterMetricFamily, "requests", "Requests by outcome.", "outcome", (
+            (outcome, sum(cells[begin: begin + ROW - 1])) for outcome, begin in ROWS.items()))
         seconds = HistogramMetricFamily("healthchecker_request_duration_seconds", labels=["outcome"], documentation=(
             "From a request that is complete to its answer in the send buffer, the wait for a thread included."))
         for outcome, begin in ROWS.items():
-            counts = list(itertools.accumulate(cells[begin: begin + ROW - 1]))
-            requests_.add_metric([outcome], counts[-1])
+            counts = itertools.accumulate(cells[begin: begin + ROW - 1])
             seconds.add_metric([outcome], [*zip(map(str, (*LATENCIES, "+Inf")), counts, strict=True)],
                                cells[begin + ROW - 1])
-        yield requests_
         yield seconds
 
 
@@ -14257,8 +14212,6 @@ def resource_metrics(row: Any, standing: Any, more: Remarks) -> Iterator[tuple[s
 
 METRIC_ROWS = RESOURCES.with_only_columns(Resource.name, Status.state, Status.cause, Status.polled_at, Status.seconds,
                                           Status.sample).order_by(Resource.name)
-
-
 TOKEN_ROWS = sqlalchemy.select(User.username, LoginSession.name, LoginSession.expires_at).where(
     LoginSession.user_id == User.id, LoginSession.kind == "named", LoginSession.expires_at < NEVER)
 
@@ -14324,62 +14277,40 @@ class Metrics:
             rows, more = session.execute(METRIC_ROWS).all(), remarks(session, self._store.wall())
             tokens = session.execute(TOKEN_ROWS).all()
             receivers = session.scalars(sqlalchemy.select(Receiver).where(Receiver.settings != "{}")).all()
-        total = gauge("resources", "Resources by state.", None, "state")
         standings = [(row.state and self._monitor and self._monitor.behind(row.name)) or row for row in rows]
         states = collections.Counter(standing.state or "unknown" for standing in standings)
-        for state in get_args(State):
-            total.add_metric([state], states[state])
-        yield total
-        families = {name: gauge(f"resource_{name}", text, None, "resource", *labels)
+        yield labelled(GaugeMetricFamily, "resources", "Resources by state.", "state", (
+            (state, states[state]) for state in get_args(State)))
+        families = {name: GaugeMetricFamily(f"healthchecker_resource_{name}", text, labels=("resource", *labels))
                     for name, (text, *labels) in RESOURCE_METRICS.items()}
         for row, standing in zip(rows, standings, strict=True):
             for name, labels, value in resource_metrics(row, standing, more):
                 families[name].add_metric((row.name, *labels), value)
         yield from families.values()
-        group_healthy = gauge("group_healthy", "1 while a group or a route is healthy.", None, "group")
-        good = gauge("group_healthy_members", "Members of a group or a route that are healthy.", None, "group")
-        for group in self._monitor.groups() if self._monitor else ():
-            group_healthy.add_metric([group.name], group.state != "unhealthy")
-            good.add_metric([group.name], sum(group.members.values()))
+        groups = self._monitor.groups() if self._monitor else []
+        yield labelled(GaugeMetricFamily, "group_healthy", "1 while a group or a route is healthy.", "group", (
+            (group.name, group.state != "unhealthy") for group in groups))
+        yield labelled(GaugeMetricFamily, "group_healthy_members", "Members of a group or a route that are healthy.",
+                       "group", ((group.name, sum(group.members.values())) for group in groups))
         counters = self._serving.counters
-        passed = CounterMetricFamily("healthchecker_route_would_refuse", labels=["route"], documentation=(
-            "Requests of a route that mode observe let pass."))
-        for path, cell in counters.routes.items():
-            passed.add_metric([path], counters.total(cell))
-        yield from (group_healthy, good, passed)
+        yield labelled(CounterMetricFamily, "route_would_refuse", "Requests of a route that mode observe let pass.",
+                       "route", ((path, counters.total(cell)) for path, cell in counters.routes.items() if path))
         is_cut = bool(self._monitor and self._monitor.uplink.cut)
         yield gauge("cut_off", "1 while no uplink answers, nor do more than half of the machines.", float(is_cut))
-        yield from self._connection_metrics()
-        yield from self._row_metrics(tokens, receivers)
-
-    def _row_metrics(self, tokens: Iterable[Any], receivers: Iterable[Receiver]) -> Iterator[Metric]:
-        """What rows tell of tokens and of messages."""
-        ends = gauge("api_token_expires_timestamp_seconds", "Unix time of an API token's end.", None, "user", "token")
-        for user, token, expires_at in tokens:
-            ends.add_metric([user, token], expires_at)
-        yield ends
-        told = CounterMetricFamily("healthchecker_notifications", labels=["receiver", "result"], documentation=(
-            "Messages that were delivered, or given up after an hour of tries."))
-        for receiver in receivers:
-            told.add_metric([receiver.name, "delivered"], receiver.delivered)
-            told.add_metric([receiver.name, "failed"], receiver.failed)
-        yield told
-
-    def _connection_metrics(self) -> Iterator[Metric]:
-        """How hosts are reached."""
         watched = dict(self._connections.watched)
-        logins = CounterMetricFamily("healthchecker_logins", "Logins by outcome.", labels=["resource", "outcome"])
-        for name, connection in watched.items():
-            for outcome, count in sorted(connection.record.outcomes.items()):
-                logins.add_metric([name, outcome], count)
-        yield logins
-        kept = gauge("host_connections", "Resources by whether a connection stays open between polls.", None, "kept")
+        yield labelled(CounterMetricFamily, "logins", "Logins by outcome.", "resource outcome", (
+            (name, outcome, count) for name, connection in watched.items()
+            for outcome, count in sorted(connection.record.outcomes.items())))
         held = sum(connection.keeper.session is not None for connection in watched.values())
-        for word, count in (("true", held), ("false", len(watched) - held)):
-            kept.add_metric([word], count)
-        yield kept
+        yield labelled(GaugeMetricFamily, "host_connections", "Resources by whether a connection stays open between "
+                       "polls.", "kept", (("true", held), ("false", len(watched) - held)))
         yield CounterMetricFamily("healthchecker_second_tries", "Polls that began again on a new connection.",
                                   sum(record.second_tries for record in list(self._connections.records.values())))
+        yield labelled(GaugeMetricFamily, "api_token_expires_timestamp_seconds", "Unix time of an API token's end.",
+                       "user token", tokens)
+        yield labelled(CounterMetricFamily, "notifications", "Messages that were delivered, or given up after an hour "
+                       "of tries.", "receiver result", ((row.name, result, getattr(row, result)) for row in receivers
+                                                        for result in ("delivered", "failed")))
 
 
 # === Charts ==================================================================
@@ -14388,8 +14319,6 @@ class Metrics:
 # Gives: bar_svg, chart_svg, LimitValues, marks_of, scale_top, strip_svg, table_rows
 LimitValues = Mapping[str, Any]     # `warn` and `fail` of a limit, as JSON has them
 TABLE_ROWS = 12                 # of the table beside a chart
-
-
 CROSSED = {"fail": "unhealthy", "warn": "degraded"}     # which state a reading makes that is above a limit
 
 
@@ -14562,35 +14491,18 @@ def cause_text(cause: str, reason: str) -> str:
 # Templates of the console: settings and rows come in, markup goes out; nothing here asks the database or the request.
 # Runs in the console's threads. What hosts and people wrote is escaped by the templates (their keys end in .html).
 # Gives: TEMPLATES
-TEMPLATES = {"layout.html": """{% macro table(label, heads, class="") %}
+TEMPLATES = {"layout.html": """{% macro table(label, heads, class="", without="None.") %}
+{% set rows = caller()|trim %}
 <table aria-label="{{ label }}" class="{{ class }}">
 <thead><tr>{% for name in heads %}<th scope="col">{{ name }}</th>{% endfor %}</tr></thead>
-<tbody>{{ caller() }}</tbody>
+<tbody>{{ rows }}
+{%- if not rows %}<tr><td colspan="{{ heads|length }}" class="soft">{{ without }}</td></tr>{% endif %}</tbody>
 </table>
 {% endmacro %}
 {% macro state(name, what="") %}<b class="state {{ name }}">{{ what or name }}</b>{% endmacro %}
 {% macro message(id) %}
 <div id="{{ id }}" role="alert" data-keep>{% if problem %}<p class="message {{ outcome or 'unhealthy' }}">
 {{- problem }}</p>{% endif %}</div>
-{% endmacro %}
-{% macro banners() %}
-{% if override %}
-<section class="message degraded" aria-label="Override">
-<p>{{ state("degraded", "Gate " ~ override.why) }}</p>
-<p class="soft">since {{ override.at|time_tag }},
-{{ "until " ~ override.until|time_tag if override.until else "until that is ended" }}, whatever the resources say</p>
-{% if admin %}
-<form method="post" action="/-/override" data-inline>
-<button name="action" value="auto">Leave the gate to the resources</button></form>
-{% endif %}
-</section>
-{% endif %}
-{% if observes %}
-<section class="message degraded" aria-label="Mode">
-<p>{{ state("degraded", "observe") }}: nothing is refused;
-{{ passed }} request{{ "s" if passed != 1 }} would have been</p>
-</section>
-{% endif %}
 {% endmacro %}
 {% macro chips(label, links, chosen) %}
 <nav class="chips" aria-label="{{ label }}">
@@ -14635,8 +14547,6 @@ TEMPLATES = {"layout.html": """{% macro table(label, heads, class="") %}
 else "?resource=" ~ event.resource|urlencode }}">{{ event.resource }}</a>{% endif %}</td>
 {% endif %}
 <td>{{ event.text }}</td><td>{{ event.actor }} <small>{{ event.address }}</small></td></tr>
-{% else %}
-<tr><td colspan="5" class="soft">None.</td></tr>
 {% endfor %}
 {% endmacro %}
 {% macro work_form(action, chosen={}) %}
@@ -14662,8 +14572,10 @@ else "?resource=" ~ event.resource|urlencode }}">{{ event.resource }}</a>{% endi
 <link rel="icon" href="{{ assets[icon ~ ".svg"] }}" type="image/svg+xml">
 <link rel="stylesheet" href="{{ assets.css }}">
 <script src="{{ assets.js }}" defer></script>
+{% if wall %}<noscript><meta http-equiv="refresh" content="5"></noscript>{% endif %}
 </head>
 <body data-now="{{ now }}" data-offset="{{ offset }}" data-zone="{{ zone }}">
+{% if not wall %}
 <a class="skip hidden" href="#main">Skip to the content</a>
 <header class="top">
 <a class="brand" href="/-/">HealthChecker</a>
@@ -14679,12 +14591,30 @@ else "?resource=" ~ event.resource|urlencode }}">{{ event.resource }}</a>{% endi
 <form method="post" action="/-/logout"><button>Log out</button></form></div>
 {% endif %}
 </header>
+{% endif %}
 {% if user.initial %}
 <p class="notice"><b>This account still has its documented password</b>, which opens nothing but its own change.</p>
 {% endif %}
 <p class="notice lost" id="lost" role="alert" data-icon="{{ assets["unknown.svg"] }}" hidden></p>
-<main id="main" tabindex="-1"{% if refresh is string %} data-refresh="{{ refresh }}"{% endif %}>
-{{ banners() }}
+<main id="main" tabindex="-1"{% if wall %} class="wall {{ icon }}"{% endif %}
+{%- if refresh is string %} data-refresh="{{ refresh }}"{% endif %}>
+{% if override %}
+<section class="message degraded" aria-label="Override">
+<p>{{ state("degraded", "Gate " ~ override.why) }}</p>
+<p class="soft">since {{ override.at|time_tag }},
+{{ "until " ~ override.until|time_tag if override.until else "until that is ended" }}, whatever the resources say</p>
+{% if admin %}
+<form method="post" action="/-/override" data-inline>
+<button name="action" value="auto">Leave the gate to the resources</button></form>
+{% endif %}
+</section>
+{% endif %}
+{% if observes %}
+<section class="message degraded" aria-label="Mode">
+<p>{{ state("degraded", "observe") }}: nothing is refused;
+{{ passed }} request{{ "s" if passed != 1 }} would have been</p>
+</section>
+{% endif %}
 {% include page ~ ".html" %}
 </main>
 {% if user %}<footer class="soft">Times are the server's, {{ zone }}. HealthChecker {{ version }}.</footer>{% endif %}
@@ -14939,7 +14869,7 @@ Availability:
 <div class="columns{% if shown.read_at %} old{% endif %}">
 <section>
 <h2>Readings{% if shown.read_at %} <small>as of {{ shown.read_at|time_tag }}</small>{% endif %}</h2>
-{% call table("Readings", ("Metric", "Now", "Warning", "Limit")) %}
+{% call table("Readings", ("Metric", "Now", "Warning", "Limit"), without="The last poll read nothing.") %}
 {% for reading in readings %}
 <tr><th scope="row">{{ reading.label }}</th>
 <td>{{ reading.bar }}{{ reading.text }}
@@ -14948,8 +14878,6 @@ Availability:
 <td>{{ "%g"|format(reading.limit[kind]) if reading.limit[kind] is number }}</td>
 {% endfor %}
 </tr>
-{% else %}
-<tr><td colspan="4" class="soft">The last poll read nothing.</td></tr>
 {% endfor %}
 {% endcall %}
 </section>
@@ -15059,36 +14987,18 @@ else "%g"|format(details[name]) if details[name] is number else details[name] }}
 <td data-label="Refused">{{ one.refused }}
 {%- if one.would_refuse %} <small>{{ one.would_refuse }} would have been</small>{% endif %}</td>
 <td class="soft" data-label="Changed before">{{ one.before }}</td></tr>
-{% else %}
-<tr><td colspan="6" class="soft">None.</td></tr>
 {% endfor %}
 {% endcall %}
-""", "status.html": """{% set colour = {"open": "healthy", "closed": "unhealthy"}[word] or word %}
-{% macro part(state, name, since) %}
-<li><b class="state {{ state }}">{{ name }}</b> {{ {"healthy": "open", "degraded": "open", "unhealthy": "closed"}[state]
-if since else state }}{% if since %} <small>for {{ (now - since.timestamp())|duration_text }}</small>{% endif %}</li>
-{% endmacro %}
-<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{{ word }} · HealthChecker</title>
-<link rel="icon" href="{{ assets[colour ~ ".svg"] }}" type="image/svg+xml">
-<link rel="stylesheet" href="{{ assets.css }}">
-<script src="{{ assets.js }}" defer></script>
-<noscript><meta http-equiv="refresh" content="5"></noscript>
-</head>
-<body data-now="{{ now }}" data-offset="{{ offset }}" data-zone="{{ zone }}">
-<p class="notice lost" id="lost" role="alert" data-icon="{{ assets["unknown.svg"] }}" hidden></p>
-<main id="main" tabindex="-1" class="wall {{ colour }}" data-refresh="">
-<h1 aria-live="polite"><span class="state {{ colour }}">
-{{- {"degraded": "open"}.get(word, word)|capitalize }}</span></h1>
+""", "status.html": """<h1 aria-live="polite"><span class="state {{ icon }}">
+{{- {"degraded": "open"}.get(title, title)|capitalize }}</span></h1>
 {% if since %}
 <p>for {{ (now - since.timestamp())|duration_text }}, since {{ since.timestamp()|time_tag }}</p>{% endif %}
 <p>{{ remark }}</p>
 <ul>
-{% for each in gates %}{{ part(each.state, each.name, each.since) }}{% endfor %}
-{% for name, state in named %}{{ part(state, name, none) }}{% endfor %}
+{% for name, colour, at in parts %}
+<li>{{ state(colour, name) }} {% if not at %}{{ colour }}{% else %}{{ "closed" if colour == "unhealthy" else "open" }}
+ <small>for {{ (now - at.timestamp())|duration_text }}</small>{% endif %}</li>
+{% endfor %}
 </ul>
 {% if turns %}<ul aria-label="Planned work">{% for turn in turns %}
 <li><span class="state maintenance">Planned work</span>: {{ turn.what }},
@@ -15096,9 +15006,6 @@ if since else state }}{% if since %} <small>for {{ (now - since.timestamp())|dur
 {%- if not turn.begun %} for {{ (turn.until - turn.start)|duration_text }}{% endif %}</li>
 {% endfor %}</ul>{% endif %}
 <p><small>Times are the server's, {{ zone }}; this is of {{ now|time_tag }}.</small></p>
-</main>
-</body>
-</html>
 """, "users.html": """<div class="tools"><h1>{{ title }}</h1></div>
 {{ message("trouble") }}
 {% call table("Users", ("Name", "Role", "Change")) %}
@@ -15153,8 +15060,6 @@ if since else state }}{% if since %} <small>for {{ (now - since.timestamp())|dur
 {% else %}never{% endif %}</td>
 <td><form method="post" action="/-/tokens/{{ token.id }}/revoke">
 <button class="danger">Revoke<span class="hidden"> {{ token.name }} of {{ token.user }}</span></button></form></td></tr>
-{% else %}
-<tr><td colspan="6" class="soft">None.</td></tr>
 {% endfor %}
 {% endcall %}
 <form method="post" class="panel" action="/-/tokens" aria-labelledby="new">
@@ -15580,7 +15485,7 @@ setTimeout(watch, PERIOD);
 # The pages: a request that `authorize` let through comes in, a page or a redirect goes out. Rows are read in one
 # session, what is to be done is asked of Actions, and templates draw it. Runs in the console's threads; nothing is
 # kept between requests. A form that fails shows again what was typed, whatever was wrong; secrets never come back.
-# Gives: Answer, EVENTS_SHOWN, PAGES, add_template_globals, query_of, refuse, render_page
+# Gives: Answer, EVENTS_SHOWN, PAGES, add_template_globals, query_of, refuse, render_page, STATES
 STATES = ("unhealthy", "unknown", "degraded", "maintenance", "healthy")     # worst first, as pages sort and filter
 TROUBLE = frozenset({"unhealthy", "unknown", "degraded"})
 EVENT_NAMES = 10_000            # events that are looked through for names of what was removed
@@ -15602,8 +15507,7 @@ def resource_path(name: str) -> str:
 def add_template_globals(app: flask.Flask) -> None:
     app.jinja_options = {"loader": jinja2.DictLoader(TEMPLATES), "trim_blocks": True, "lstrip_blocks": True}
     env = app.jinja_env
-    env.filters.update(duration_text=duration_text, local_time=local_time, time_tag=time_tag,
-                       resource_path=resource_path)
+    env.filters.update(duration_text=duration_text, time_tag=time_tag, resource_path=resource_path)
     env.globals.update(cause_text=cause_text,
                        assets={name.partition(".")[2]: f"{PREFIX}static/{name}" for name in ASSETS})
 
@@ -15614,7 +15518,7 @@ def asset(name: str) -> Answer:
     return flask.Response(text, mimetype=kind, headers={"Cache-Control": "public, max-age=31536000, immutable"})
 
 
-def render_page(page: str, status: int = 200, layout: str = "layout.html", **shown: Any) -> flask.Response:
+def render_page(page: str, status: int = 200, **shown: Any) -> flask.Response:
     """A page, `shown` in its template; its form shows `given`, and `errors` at the fields."""
     who: Principal | None = flask.g.get("principal")
     user = who.user if who else None
@@ -15626,7 +15530,7 @@ def render_page(page: str, status: int = 200, layout: str = "layout.html", **sho
     if who and user and not who.restricted:
         common |= {"override": who.context.monitor.override.now, "passed": who.context.passed,
                    "observes": who.context.lease.observes.value}
-    response = flask.Response(flask.render_template(layout, **(common | shown)), status, mimetype="text/html")
+    response = flask.Response(flask.render_template("layout.html", **(common | shown)), status, mimetype="text/html")
     if flask.request.accept_encodings["gzip"]:      # no page holds a secret whose length could tell what it is
         response.set_data(gzip.compress(response.get_data(), 3))
         response.headers.update({"Content-Encoding": "gzip", "Vary": "Accept-Encoding"})
@@ -15653,6 +15557,9 @@ class ResourceRow:
         self.status = known = current_status(row, status, context)
         settings = stored_mapping(row.settings, NO_SETTINGS)    # unchecked: 1,000 of them would take too long
         self.settings = settings or NO_SETTINGS
+        fall, rise = (self.settings.get(name) for name in ("fall", "rise"))     # how far it is from another state
+        self.failing = f"failing {known.bad} of {fall}" if known.bad and known.state in ("healthy", "degraded") else ""
+        self.recovering = f"{known.good} of {rise} good" if known.good and known.state == "unhealthy" else ""
         poller = context.monitor.pollers.get(row.name)
         last = poller.news.last.verdict if poller and poller.news.last and self.failing else known
         self.reason = DAMAGED if settings is None else cause_text(last.cause, last.reason)
@@ -15661,20 +15568,6 @@ class ResourceRow:
         self.is_sick = is_sick(known)
         self.strip = strip_svg(status.strip if status else "")
         self._sample, self.read_at = last_sample(row, status, known)
-
-    @property
-    def failing(self) -> str:
-        """How far it is from being unhealthy."""
-        known = self.status
-        is_near = known.state in ("healthy", "degraded") and known.bad
-        return f"failing {known.bad} of {self.settings.get('fall')}" if is_near else ""
-
-    @property
-    def recovering(self) -> str:
-        """How far it is from being healthy."""
-        known = self.status
-        is_near = known.state == "unhealthy" and known.good
-        return f"{known.good} of {self.settings.get('rise')} good" if is_near else ""
 
     @functools.cached_property
     def sample(self) -> dict[str, Any] | None:
@@ -15750,15 +15643,6 @@ COLUMNS: dict[str, tuple[str, Callable[[ResourceRow], Any] | None]] = {   # by t
 NO_TITLE = {"tag": "Without a tag", "group": "In no group"}
 
 
-class Blocker(NamedTuple):
-    """What keeps the gate closed, since a Unix time."""
-
-    name: str
-    href: str
-    reason: str
-    at: float
-
-
 class RowSection(NamedTuple):
     """Rows under a heading; without a title there is none."""
 
@@ -15769,14 +15653,15 @@ class RowSection(NamedTuple):
     href: str                   # shows or folds them
 
 
-def blockers_of(rows: Iterable[ResourceRow], groups: Collection[GroupState]) -> list[Blocker]:
-    """What keeps the gate closed: groups that count, and resources that count by themselves."""
+def blockers_of(rows: Iterable[ResourceRow], groups: Collection[GroupState]) -> list[dict[str, Any]]:
+    """What keeps the gate closed, since a Unix time: groups that count, and resources that count by themselves."""
     monitor = current_principal().context.monitor
     through = {name for group in groups for name in group.members}      # these count for the site through a group
-    found = [Blocker(group.name, "", group.why, monitor.changed_at(group.name)) for group in groups
-             if group.state == "unhealthy" and group.name not in through and not group.name.startswith("/")]
+    found: list[dict[str, Any]] = [
+        {"name": group.name, "reason": group.why, "at": monitor.changed_at(group.name)} for group in groups
+        if group.state == "unhealthy" and group.name not in through and not group.name.startswith("/")]
     return found + [
-        Blocker(row.name, row.href, row.reason, row.status.since_at)
+        {"name": row.name, "href": row.href, "reason": row.reason, "at": row.status.since_at}
         for row in sorted(rows, key=lambda each: (each.status.cause == "parent", each.status.since_at))
         if row.counts and row.name not in through and row.shown_state in ("unhealthy", "unknown")]
 
@@ -15825,22 +15710,18 @@ def sections_of(rows: list[ResourceRow], wanted: Mapping[str, str], groups: Iter
     return made
 
 
-def overview_filters(rows: Sequence[ResourceRow], found: Sequence[ResourceRow],
-                     wanted: dict[str, str]) -> dict[str, Any]:
-    """What the overview offers to choose from: states of what was `found`, tags and causes of all rows."""
+def overview_choices(rows: Sequence[ResourceRow], found: Sequence[ResourceRow], wanted: dict[str, str],
+                     groups: Iterable[GroupState]) -> dict[str, Any]:
+    """What the overview offers to choose from: states of what was `found`, tags and causes of all rows; and what
+    maintenance can be chosen for, as a form gives it and as one reads it."""
+    tags = sorted({tag for row in rows for tag in row.settings["tags"]})
+    scopes = {"all": "everything"} | {f"tags:{tag}": f"tag {tag}" for tag in tags} | {
+        f"groups:{group.name}": f"group {group.name}" for group in groups if not group.name.startswith("/")}
     counts = collections.Counter(row.shown_state for row in found)
     links = [(state, query_of({**wanted, "state": state}), state.capitalize() or "All", counts[state] or len(found))
              for state in ("", *STATES) if counts[state] or state in ("", wanted["state"])]
     return {"state_links": links, "filter": wanted, "columns": list(column_heads(wanted)), "empty": not rows,
-            "tags": sorted({tag for row in rows for tag in row.settings["tags"]}),
-            "causes": sorted({row.status.cause for row in rows} - {""})}
-
-
-def scopes_of(rows: Iterable[ResourceRow], groups: Iterable[GroupState]) -> dict[str, str]:
-    """What maintenance can be chosen for, as a form gives it and as one reads it."""
-    tags = sorted({tag for row in rows for tag in row.settings["tags"]})
-    return {"all": "everything"} | {f"tags:{tag}": f"tag {tag}" for tag in tags} | {
-        f"groups:{group.name}": f"group {group.name}" for group in groups if not group.name.startswith("/")}
+            "tags": tags, "causes": sorted({row.status.cause for row in rows} - {""}), "scopes": scopes}
 
 
 def overview(**more: Any) -> flask.Response:
@@ -15864,11 +15745,11 @@ def overview(**more: Any) -> flask.Response:
     troubled = states.keys() & TROUBLE
     return render_page("overview", title=title + ("open" if is_open else "closed"), is_open=is_open, last=last,
                        icon="unhealthy" if not is_open else "degraded" if troubled else "healthy", blockers=blockers,
-                       said={blocker.name for blocker in blockers[:5]}, groups=groups, rows=rows,
+                       said={blocker["name"] for blocker in blockers[:5]}, groups=groups, rows=rows,
                        sections=sections_of(rows, wanted, groups), cut=context.monitor.uplink.cut,
-                       clock_step=context.monitor.clock_step, **overview_filters(everything, found, wanted),
-                       turns=turns, scopes=scopes_of(everything, groups), untold=untold,
-                       refresh="" if flask.request.method == "GET" else PREFIX, **more)
+                       clock_step=context.monitor.clock_step, turns=turns, untold=untold,
+                       refresh="" if flask.request.method == "GET" else PREFIX,
+                       **overview_choices(everything, found, wanted, groups), **more)
 
 
 def reading_rows(sample: Mapping[str, Any], resource: ResourceRow, damage: str) -> list[dict[str, Any]]:
@@ -16012,14 +15893,11 @@ def told(error: ApiError) -> str:
     return f"{error}. Next attempt in {duration_text(wait)}." if error.status == 429 and wait > 1 else str(error)
 
 
-def form_texts(name: str, find: Callable[..., Resource]) -> dict[str, str]:
-    """What the form shows of a resource that `find` gives: the inputs, and as YAML what it states besides; of a new
-    one the defaults."""
-    who, inventory = current_principal(), current_principal().context.imported
-    with who.context.store.reading() as session:
-        values = stated(find(session, name), inventory) if name else {
-            field: value for field, value in shared_defaults(inventory).items()
-            if field in INPUTS or field not in foreign_fields(Platform.SIMULATED.value)}    # what all machines have
+def form_texts(row: Resource | None, inventory: Inventory) -> dict[str, str]:
+    """What the form shows of a resource: the inputs, and as YAML what it states besides; of a new one the defaults."""
+    values = stated(row, inventory) if row else {
+        field: value for field, value in shared_defaults(inventory).items()
+        if field in INPUTS or field not in foreign_fields(Platform.SIMULATED.value)}    # what all machines have
     values = json.loads(json.dumps(values),     # 90 and not 90.0
                         parse_float=lambda text: float(text) if float(text) % 1 else int(float(text)))
     texts = {name: str(values[name]) for name in INPUTS if values.get(name) is not None}
@@ -16031,10 +15909,11 @@ def form_texts(name: str, find: Callable[..., Resource]) -> dict[str, str]:
 
 def form_page(name: str = "", given: Mapping[str, str] | None = None, **more: Any) -> flask.Response:
     """The form to add a resource, or to change the one called `name`."""
-    copied = "" if name or given is not None else flask.request.args.get("copy", "")
+    who, copied = current_principal(), "" if name or given is not None else flask.request.args.get("copy", "")
     if given is None:
-        find = find_resource if copied else functools.partial(changeable, current_principal())
-        given = {**form_texts(name or copied, find), **({"name": ""} if copied else {})}
+        with who.context.store.reading() as session:
+            row = find_resource(session, copied) if copied else changeable(who, session, name) if name else None
+        given = form_texts(row, who.context.imported) | ({"name": ""} if copied else {})
     return render_page("form", title=f"Edit {name}" if name else "Add a resource", name=name, given=given,
                        copied=copied, others=OTHERS, example=EXAMPLE,
                        platforms=[platform for platform in SELECTABLE if platform != "local"],
@@ -16266,17 +16145,6 @@ PAGES = (
 # names no resource but by its public_name. Runs in the console's threads.
 # Gives: BOARDS
 TURNS_SHOWN = 5                 # of planned work on the status page
-SEVERITY = ("unhealthy", "unknown", "degraded", "maintenance", "healthy")   # of resources that share a public name
-
-
-class GateRow(NamedTuple):
-    """How long the site, a group or a route was open, as a person reads it."""
-
-    name: str                   # empty: the whole site
-    href: str                   # its incidents
-    uptime: Mapping[str, float | None]
-    strip: Markup
-    refusals: Sequence[int]     # see refusals
 
 
 def incident_page() -> Answer:
@@ -16287,9 +16155,9 @@ def incident_page() -> Answer:
     begin, names = now - UPTIMES[span] * DAY, [SITE, *(each.name for each in list_groups(who))]
     with who.context.store.reading() as session:
         found = incidents(session, group=group, since=begin, limit=EVENTS_SHOWN)
-        rows = [GateRow(name, query_of({"span": span, "group": name}), uptime(session, name, now),
-                        strip_svg(gate_strip(session, name, span, now), f"Last {span}"), refusals(session, name, begin))
-                for name in names]
+        rows = [{"name": name, "href": query_of({"span": span, "group": name}), "uptime": uptime(session, name, now),
+                 "strip": strip_svg(gate_strip(session, name, span, now), f"Last {span}"),
+                 "refusals": refusals(session, name, begin)} for name in names]
     links = [(name, query_of({"span": name, "group": group}), f"Last {name}", None) for name in UPTIMES]
     asked = urlencode({"group": group, "since": written(begin)})
     return render_page("incidents", title="Incidents", found=found, rows=rows, span=span, span_links=links,
@@ -16321,7 +16189,7 @@ def named_states(context: ConsoleContext) -> dict[str, str]:
     for name, standing, counted in context.monitor.standings():
         if name in targets and (public := targets[name].settings.public_name):
             states = {standing.state if counted else "maintenance", found.get(public, "healthy")}
-            found[public] = min(states, key=SEVERITY.index)
+            found[public] = min(states, key=STATES.index)
     return found
 
 
@@ -16355,11 +16223,13 @@ def status_page() -> Answer:
     with contextlib.suppress(StorageError, sqlalchemy.exc.SQLAlchemyError), context.store.reading() as session:
         view, turns = told_by_service(context.store, session), [*public_turns(context, session, context.clock())]
         shown = {"remark": remark_of(view, context.monitor.override.now), "since": view.gates[0].since, "turns": turns,
-                 "gates": view.gates[1:], "named": sorted(named_states(context).items())}
+                 "parts": [*((gate.name, gate.state, gate.since) for gate in view.gates[1:]),
+                           *((name, state, None) for name, state in sorted(named_states(context).items()))]}
         word = view.state
     if not context.is_healthy and word != "closed":     # the lease is the truth; the rest is of a moment ago
         word, shown["since"] = "closed", None
-    return render_page("status", layout="status.html", word=word, **shown)
+    icon = {"open": "healthy", "closed": "unhealthy"}.get(word, word)
+    return render_page("status", title=word, icon=icon, wall=True, refresh="", **shown)
 
 
 BOARDS = (Route("GET", "/-/incidents", "viewer", incident_page), Route("GET", "/-/status", "public", status_page))
@@ -16370,7 +16240,6 @@ BOARDS = (Route("GET", "/-/incidents", "viewer", incident_page), Route("GET", "/
 # process with a pool of their own. It answers only under names that are its own, says nothing that a request held in
 # its errors, and holds few connections and small bodies, so that its clients disturb neither gate nor pollers.
 # Gives: build_console, ConsoleServer
-
 CONSOLE_CONNECTIONS = 100       # at once
 CONSOLE_BODY = 1 << 18          # bytes of a request to the pages and the API
 CONSOLE_DRAIN = 2.0             # seconds for requests in flight when the service ends
@@ -16486,7 +16355,7 @@ class ConsoleServer(threading.Thread):
 # === Announce ================================================================
 # What one receiver is told, and when: in come events and how everything is by the rows, out go messages. An Announcer
 # holds what its receiver heard, and decides by rows and clock alone; touches nothing else. In the Notifier's thread.
-# Gives: Announcer, as_mapping, Delivery, Message, Picture, RETRY_FIRST, SILENCE, stamp, Unhealthy, Work
+# Gives: Announcer, as_mapping, Delivery, Message, Picture, RETRY_FIRST, stamp, Unhealthy, Work
 NOTIFY_LINES = 10               # lines of a kind in a message
 RETRY_FIRST, RETRY_LONGEST = 10.0, 600.0    # seconds until the second try, and between two at most
 RETRY_TIME = 3600.0             # seconds after which a message is given up
@@ -16543,8 +16412,6 @@ class Message(NamedTuple):
     body: str
     kind: str = "info"
 
-
-SILENCE = Message("", "")
 
 class Delivery(NamedTuple):
     """What came of a try; seconds that the receiver wants to be left alone."""
@@ -16851,11 +16718,11 @@ requests.Session.send = noted
 services = [apprise.Apprise.instantiate(url, asset=asset) for url in asked["urls"]]
 targets = [len(service) // (service.retry + 1) if service else 0 for service in services]   # else of tries
 answer = {"targets": targets, "delivered": False, "seen": seen}
-if asked["body"] and all(services):
-    sender = apprise.Apprise(asset=asset)
+if asked["message"] and all(services):
+    sender, message = apprise.Apprise(asset=asset), asked["message"]
     sender.add(services)
     answer["delivered"] = bool(sender.notify(
-        title=asked["title"], body=asked["body"], notify_type=asked["kind"], body_format="text"))
+        title=message["title"], body=message["body"], notify_type=message["kind"], body_format="text"))
 os.write(out, json.dumps(answer).encode())
 """
 
@@ -16878,12 +16745,12 @@ class ChildProcess:
         self._end_all = enclose(self._process, CHILD_BYTES) if sys.platform == "win32" else functools.partial(
             end_process_group, self._process)
 
-    def ask(self, urls: Sequence[str], seconds: float, message: Message = SILENCE) -> dict[str, Any] | None:
-        """The answer, None without one in time. Ends the process."""
-        asked = json.dumps({"urls": urls, "refused": sorted(LOCAL_SERVICES), "seconds": seconds,
-                            "bytes": ANSWER_BYTES, "memory": CHILD_BYTES, **message._asdict()})
+    def ask(self, urls: Sequence[str], message: Message | None = None) -> dict[str, Any] | None:
+        """The answer, None without one within DELIVERY_TIMEOUT. Ends the process."""
+        asked = json.dumps({"urls": urls, "refused": sorted(LOCAL_SERVICES), "seconds": DELIVERY_TIMEOUT,
+                            "bytes": ANSWER_BYTES, "memory": CHILD_BYTES, "message": message and message._asdict()})
         try:
-            said = self._process.communicate(asked.encode(), seconds)[0]
+            said = self._process.communicate(asked.encode(), DELIVERY_TIMEOUT)[0]
             return cast("dict[str, Any]", json.loads(said))
         except (subprocess.TimeoutExpired, OSError, ValueError):
             return None
@@ -16901,11 +16768,11 @@ def has_apprise() -> bool:
     return importlib.util.find_spec("apprise") is not None
 
 
-def deliver(url: str, message: Message, child: ChildProcess, seconds: float = DELIVERY_TIMEOUT) -> Delivery:
+def deliver(url: str, message: Message, child: ChildProcess) -> Delivery:
     """One try; nothing of what is said of it holds the URL."""
-    answer = child.ask([url], seconds, message)
+    answer = child.ask([url], message)
     if answer is None:
-        return Delivery(False, f"apprise gave no answer within {seconds:g} s" if has_apprise() else NO_APPRISE)
+        return Delivery(False, f"apprise gave no answer within {DELIVERY_TIMEOUT:g} s" if has_apprise() else NO_APPRISE)
     if not all(answer["targets"]):
         return Delivery(False, "its url is that of no service that apprise knows, or lacks a part")
     seen = answer["seen"]
@@ -16922,7 +16789,7 @@ def check_receivers(inventory: Inventory, vault: Vault) -> Iterator[HealthChecke
     if not has_apprise():
         yield UsageError(NO_APPRISE)
         return
-    answer = ChildProcess().ask([open_url(url, name, vault) for _, name, url in named], DELIVERY_TIMEOUT)
+    answer = ChildProcess().ask([open_url(url, name, vault) for _, name, url in named])
     if answer is None:
         yield UsageError("apprise, of which notify is made, cannot be imported: install it anew")
     for (where, name, _), count in zip(named, answer["targets"] if answer else (), strict=False):
@@ -16996,10 +16863,9 @@ class Notifier(threading.Thread):
     in between sends it once more, for one that comes twice is better than one that never comes."""
 
     def __init__(self, store: Store, vault: Vault, problems: Callable[[], Mapping[str, str]], console: str,
-                 monitor: Monitor | None = None) -> None:
+                 monitor: Monitor) -> None:
         super().__init__(name="notifier", daemon=True)
-        self._members, self._epoch = monitor.members if monitor else Membership(), ""
-        self._blames = monitor.blames if monitor else lambda _: None
+        self._members, self._blames, self._epoch = monitor.members, monitor.blames, ""
         self._store, self._vault, self._problems, self._console = store, vault, problems, console
         self._ending, self._trouble = threading.Event(), Trouble("nobody can be told")
         self._unread, self._unkept = Trouble("what to tell cannot be read"), Trouble("what was told cannot be kept")

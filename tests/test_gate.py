@@ -39,7 +39,6 @@ from waitress.task import ErrorTask, ThreadedTaskDispatcher, WSGITask
 import healthchecker
 from healthchecker import (
     HEAD_START,
-    PASSED,
     POOL_BUFFER,
     Counters,
     Gate,
@@ -49,6 +48,7 @@ from healthchecker import (
     HealthAggregator,
     Lease,
     LineFormatter,
+    PathGates,
     Pool,
     RequestCounters,
     ServiceSettings,
@@ -275,7 +275,8 @@ class Serving:
         sock = sock or socket.create_server(("127.0.0.1", 0))
         self.address = ("127.0.0.1", sock.getsockname()[1])
         service = (service or ServiceSettings()).model_copy(update={"app": "a:b", "threads": threads})
-        self.server = GateServer(Gate(app, self.lease, clock), [sock], service, connections, tally)
+        self.server = GateServer(Gate(app, self.lease, clock), [sock], service, connections,
+                                 tally or RequestCounters(Counters(1), 0))
         self.thread = threading.Thread(target=self.server.serve)
 
     def __enter__(self) -> Serving:
@@ -416,8 +417,8 @@ def test_a_path_is_looked_up_once(monkeypatch: pytest.MonkeyPatch) -> None:
     lease, looked = Lease(["/r", "/s"]), []
     for each in (lease, *lease.parts.values()):
         each.until.value = NOW + 1
-    find = Gate._longest
-    monkeypatch.setattr(Gate, "_longest", lambda gate, path: looked.append(path) or find(gate, path))
+    find = PathGates._longest
+    monkeypatch.setattr(PathGates, "_longest", lambda routes, path: looked.append(path) or find(routes, path))
     gate = Gate(hello, lease, lambda: NOW)
     for path, shuts in (("/r/x", "/r"), ("/x", ""), ("/r/../s", "/s"), ("/s;a/x", "/s")):
         looked.clear()
@@ -432,7 +433,7 @@ def test_a_path_is_looked_up_once(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_observed_on_a_connection(threads: int) -> None:
     """Kept alive, streamed and HEAD, in the pool and on the loop; each is counted."""
     counters = Counters(1, ["/r"])
-    tally = RequestCounters(counters)
+    tally = RequestCounters(counters, 0)
     with Serving(streamed, threads, lambda: NOW, tally=tally) as serving:
         serving.lease.until.value, serving.lease.observes.value = 0.0, True
         serving.server.gate._passed = tally.passed
@@ -449,10 +450,9 @@ def test_observed_on_a_connection(threads: int) -> None:
             client.request("GET", "/")
             answer = client.getresponse()
             assert answer.status == 503 and b"retry_after" in answer.read() and not answer.getheader("X-HealthChecker")
-    totals = counters.totals()
-    assert totals[PASSED] == 3 and not totals[counters.routes["/r"]]
+    assert counters.refusals() == {"": (1, 3), "/r": (0, 0)}
     tally.passed("/r")
-    assert [counters.totals()[cell] for cell in (PASSED, counters.routes["/r"])] == [4, 1]
+    assert counters.refusals() == {"": (1, 3), "/r": (0, 1)}
 
 
 def test_closed_by_hand_says_so(lease: Lease) -> None:
@@ -1209,7 +1209,7 @@ def test_an_address_that_cannot_be_waited_for(monkeypatch: pytest.MonkeyPatch) -
     with contextlib.ExitStack() as stack:
         socks = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(2)]
         RefusesOnce.refused = socks[1]
-        server = GateServer(Gate(hello, Lease()), socks, ServiceSettings(), 100)
+        server = GateServer(Gate(hello, Lease()), socks, ServiceSettings(), 100, RequestCounters(Counters(1), 0))
         stack.callback(wasyncore.close_all, server._map)
         stack.enter_context(contextlib.closing(server._selector))
         server.loop.watch(server, selectors.EVENT_READ)
@@ -1475,7 +1475,7 @@ class Task:
 
 def test_no_task_is_forgotten() -> None:
     """Tasks from several sides, in bursts and one by one, brief and blocking; threads change at almost every step."""
-    pool, count = Pool(4, 100), 3000
+    pool, count = Pool(4), 3000
     done = collections.deque[int]()
 
     def run(number: int) -> None:
@@ -1506,7 +1506,7 @@ def test_no_task_is_forgotten() -> None:
 
 
 def test_tasks_that_block_get_a_thread_each() -> None:
-    pool, together = Pool(4, 100), threading.Barrier(5)
+    pool, together = Pool(4), threading.Barrier(5)
     assert not pool.active_count, "threads that begin are idle"
     try:
         for _ in range(4):
@@ -1518,7 +1518,7 @@ def test_tasks_that_block_get_a_thread_each() -> None:
 
 def test_the_end_of_a_pool() -> None:
     """Idle threads end at once, a busy one after its task; what no thread has begun is cancelled."""
-    pool, go, began = Pool(2, 100), threading.Event(), threading.Semaphore(0)
+    pool, go, began = Pool(2), threading.Event(), threading.Semaphore(0)
 
     def busy() -> None:
         began.release()

@@ -59,7 +59,7 @@ class Bench:
         self.store = store_in(folder)
         self.mono, self.wall = Clock(1000.0), Clock()
         self.counters = Counters(1, ["/r", "/free"])
-        self.requests = RequestCounters(self.counters)
+        self.requests = RequestCounters(self.counters, 0)
         self.mode = mode
         self.begin()
 

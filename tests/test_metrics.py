@@ -85,7 +85,7 @@ def count(cells: list[float], outcome: str) -> list[int]:
 )
 def test_latency_is_counted_at_the_bound_above_it(seconds: float, bound: float | None) -> None:
     counters = Counters(1)
-    RequestCounters(counters).request("2xx", seconds)
+    RequestCounters(counters, 0).request("2xx", seconds)
     where = count(counters.totals(), "2xx").index(1)
     assert ([*LATENCIES, None][where]) == bound
     assert sum(counters.totals()) == 1 + seconds
@@ -111,7 +111,7 @@ def test_slots_are_summed() -> None:
 
 def test_threads_of_a_pool_lose_nothing() -> None:
     counters = Counters(1)
-    tally = RequestCounters(counters)
+    tally = RequestCounters(counters, 0)
     before = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)  # a switch between any two steps
     try:

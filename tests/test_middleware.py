@@ -383,7 +383,7 @@ PIECES = "/ / a b c static gr\xc3\xb6\xc3\x9fe . .. ; ;x=1 %2e \\ x // /a /a/b".
 def test_any_path_is_sorted_alike(tmp_path_factory: Any, paths: list[str], opens: set[str], parts: set[str]) -> None:
     gate, leases, file = both(tmp_path_factory.mktemp("paths"), sorted(parts), opens & {"", *parts})
     for path in [*paths, *("/" + path for path in paths)]:
-        assert (leases.wait(path) == 0) == (strictest(gate._leases_of(path)).until.value > 0), path
+        assert (leases.wait(path) == 0) == (strictest(gate.leases_of(path)).until.value > 0), path
     file.close()
 
 

@@ -15,6 +15,7 @@ import ssl
 import sys
 import tarfile
 import threading
+import types
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -73,6 +74,7 @@ from healthchecker import (
 __all__ = ["house", "machines", "vault"]  # fixtures
 NOON = 1_800_000_000.0
 NAMES = [f"db{number}" for number in range(50)]
+ALONE: Any = types.SimpleNamespace(members=healthchecker.Membership(), blames=lambda name: None)  # of its monitor
 
 
 class Desk:
@@ -543,7 +545,7 @@ def test_nothing_is_imported_from_the_folder_it_is_started_in(tmp_path: Path, mo
     for name in ("json", "logging", "threading", "apprise", "requests"):
         (tmp_path / f"{name}.py").write_text(f"open('was-{name}', 'w').close()\n", encoding="utf-8")
     monkeypatch.chdir(tmp_path)
-    answer = ChildProcess().ask(["json://localhost/x"], 60)
+    answer = ChildProcess().ask(["json://localhost/x"])
     assert answer and answer["targets"] == [1] and not [*tmp_path.glob("was-*")]
 
 
@@ -556,12 +558,13 @@ def test_what_is_too_long_for_a_service_is_cut(hook: Hook) -> None:
     assert 500 < len(got.json["text"]) <= 1000 and "db0: xxx" in got.json["text"]
 
 
-def test_a_web_hook_that_hangs(hook: Hook) -> None:
+def test_a_web_hook_that_hangs(hook: Hook, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its process is ended at the deadline, whatever it waits for."""
+    monkeypatch.setattr(healthchecker, "DELIVERY_TIMEOUT", 3.0)
     hook.way = "hang"
     child = ChildProcess()
     why = "apprise gave no answer within 3 s"
-    assert deliver(f"json://{hook.place}/x?rto=60&cto=60", MESSAGE, child, 3.0) == Delivery(False, why)
+    assert deliver(f"json://{hook.place}/x?rto=60&cto=60", MESSAGE, child) == Delivery(False, why)
     assert child._process.poll() is not None
 
 
@@ -872,14 +875,14 @@ def test_an_event_is_told_once(tmp_path: Path, store: Store, hook: Hook) -> None
     """Also over a restart; what was told is known there, and gets its end."""
     take_over(store, tmp_path, f"{{name: ops, url: 'json://{hook.place}/x', wait: 0}}")
     happen(store, "gate", "closed", "open -> closed (this: limit)")
-    first = Notifier(store, prepared_vault(tmp_path), dict, "http://console/")
+    first = Notifier(store, prepared_vault(tmp_path), dict, "http://console/", ALONE)
     look_until(first, hook, 1, NOON + 5)
     first.close()
     said = hook.requests[0].json
     assert said["title"] == "HealthChecker: the gate is closed" and said["message"].endswith("http://console/")
     row = receivers(store)["ops"]
     assert (row.message, row.delivered, row.cursor, row.trouble) == ("", 1, 1, "")
-    second = Notifier(store, prepared_vault(tmp_path), dict, "")
+    second = Notifier(store, prepared_vault(tmp_path), dict, "", ALONE)
     second.look(NOON + 10)
     second.look(NOON + 11)
     assert not second._threads
@@ -895,7 +898,7 @@ def test_no_thread_can_be_started(tmp_path: Path, store: Store, hook: Hook, monk
     """For a while: the message is sent later."""
     take_over(store, tmp_path, f"{{name: ops, url: 'json://{hook.place}/x', wait: 0}}")
     happen(store, "gate", "closed")
-    notifier = Notifier(store, prepared_vault(tmp_path), dict, "")
+    notifier = Notifier(store, prepared_vault(tmp_path), dict, "", ALONE)
 
     def refuse(_: object) -> None:
         raise RuntimeError("can't start new thread")
@@ -916,7 +919,7 @@ def test_a_damaged_row_silences_nobody(tmp_path: Path, store: Store, hook: Hook)
     with store.writing() as session:
         session.execute(sqlalchemy.text("UPDATE receiver SET settings = '[' WHERE name = 'odd'"))
     happen(store, "gate", "closed")
-    notifier = Notifier(store, prepared_vault(tmp_path), dict, "")
+    notifier = Notifier(store, prepared_vault(tmp_path), dict, "", ALONE)
     look_until(notifier, hook, 1, NOON)
     look_until(notifier, hook, 2, NOON + 60)
     notifier.close()
@@ -939,7 +942,7 @@ def test_nor_does_any_other(damage: str, tmp_path: Path, store: Store, hook: Hoo
                              sample="null"))
         session.execute(sqlalchemy.text(damage))
     happen(store, "gate", "closed")
-    notifier = Notifier(store, prepared_vault(tmp_path), dict, "")
+    notifier = Notifier(store, prepared_vault(tmp_path), dict, "", ALONE)
     look_until(notifier, hook, 2, NOON)
     notifier.close()
     assert {got.path for got in hook.requests} == {"/ops", "/odd"}
@@ -954,7 +957,7 @@ def test_a_receiver_that_hangs_holds_nobody_up(tmp_path: Path, store: Store, hoo
         take_over(store, tmp_path, f"{{name: slow, url: 'json://{stuck.place}/x?rto=60', wait: 0}}",
                   f"{{name: ops, url: 'json://{hook.place}/x', wait: 0}}")
         happen(store, "gate", "closed")
-        notifier = Notifier(store, prepared_vault(tmp_path), dict, "")
+        notifier = Notifier(store, prepared_vault(tmp_path), dict, "", ALONE)
         notifier.look(NOON + 5)
         wait_for(lambda: bool(hook.requests and stuck.requests))
         notifier.close()
@@ -971,7 +974,7 @@ def test_a_receiver_that_hangs_holds_nobody_up(tmp_path: Path, store: Store, hoo
 def test_a_database_that_cannot_be_written_is_told(tmp_path: Path, store: Store, hook: Hook) -> None:
     """Although nothing of it can be kept, and once."""
     take_over(store, tmp_path, f"{{name: ops, url: 'json://{hook.place}/x', wait: 0, on: [problem]}}")
-    notifier = Notifier(store, prepared_vault(tmp_path), lambda: {"database": "it is full"}, "")
+    notifier = Notifier(store, prepared_vault(tmp_path), lambda: {"database": "it is full"}, "", ALONE)
     with refusing(store.database, "UPDATE ON receiver"):
         look_until(notifier, hook, 1, NOON)
         for second in range(1, 5):
@@ -985,7 +988,7 @@ def test_a_database_that_cannot_be_read_is_one_trouble(
 ) -> None:
     """Which is over when it can be, and not with the next step."""
     caplog.set_level(logging.INFO)
-    notifier = Notifier(store, prepared_vault(tmp_path), dict, "")
+    notifier = Notifier(store, prepared_vault(tmp_path), dict, "", ALONE)
     execute(store.database, "ALTER TABLE receiver RENAME TO gone")
     notifier.start()
     wait_for(lambda: "receiver" in caplog.text)
@@ -1001,7 +1004,7 @@ def test_what_is_given_up_is_an_event_and_shown(tmp_path: Path, store: Store, ho
     hook.status = 500
     take_over(store, tmp_path, f"{{name: ops, url: 'json://u:s3cret@{hook.place}/x', wait: 0}}")
     happen(store, "gate", "closed")
-    notifier = Notifier(store, prepared_vault(tmp_path), dict, "")
+    notifier = Notifier(store, prepared_vault(tmp_path), dict, "", ALONE)
     with caplog.at_level(logging.DEBUG):
         look_until(notifier, hook, 1, NOON + 1)
         look_until(notifier, hook, 2, NOON + 2 + RETRY_TIME)
@@ -1019,7 +1022,7 @@ def test_what_is_given_up_is_an_event_and_shown(tmp_path: Path, store: Store, ho
 def test_a_reload_takes_receivers_up(tmp_path: Path, store: Store, hook: Hook) -> None:
     """Without a restart; a new one hears nothing of the past."""
     take_over(store, tmp_path, f"{{name: ops, url: 'json://{hook.place}/ops', wait: 0}}")
-    notifier = Notifier(store, prepared_vault(tmp_path), dict, "")
+    notifier = Notifier(store, prepared_vault(tmp_path), dict, "", ALONE)
     happen(store, "gate", "closed")
     look_until(notifier, hook, 1, NOON)
     take_over(store, tmp_path, f"{{name: new, url: 'json://{hook.place}/new', wait: 0}}")
@@ -1069,7 +1072,7 @@ def test_a_receiver_with_a_new_name(tmp_path: Path, store: Store, hook: Hook) ->
     """It has the same URL: what was told under the old name gets its end, once; another URL is another receiver."""
     url = f"json://{hook.place}/x"
     take_over(store, tmp_path, f"{{name: ops, url: '{url}', wait: 0}}", "{name: also, url: 'json://h'}")
-    notifier = Notifier(store, prepared_vault(tmp_path), dict, "")
+    notifier = Notifier(store, prepared_vault(tmp_path), dict, "", ALONE)
     happen(store, "gate", "closed")
     look_until(notifier, hook, 1, NOON)
     take_over(store, tmp_path, "{name: also, url: 'json://h'}", f"{{name: night, url: '{url}', wait: 0}}")
@@ -1088,7 +1091,7 @@ def test_a_reload_while_a_message_arrives(tmp_path: Path, store: Store, hook: Ho
     """What is taken up anew is what is known by then: the message is not sent again."""
     entry = f"{{name: ops, url: 'json://{hook.place}/x', wait: 0}}"
     take_over(store, tmp_path, entry)
-    notifier = Notifier(store, prepared_vault(tmp_path), dict, "")
+    notifier = Notifier(store, prepared_vault(tmp_path), dict, "", ALONE)
     happen(store, "gate", "closed")
     notifier.look(NOON)
     wait_for(lambda: notifier._results.qsize() == 1)
@@ -1102,7 +1105,7 @@ def test_a_reload_while_a_message_arrives(tmp_path: Path, store: Store, hook: Ho
 def test_a_reload_after_what_could_not_be_kept(tmp_path: Path, store: Store, hook: Hook) -> None:
     entry = f"{{name: ops, url: 'json://{hook.place}/x', wait: 0}}"
     take_over(store, tmp_path, entry)
-    notifier = Notifier(store, prepared_vault(tmp_path), dict, "")
+    notifier = Notifier(store, prepared_vault(tmp_path), dict, "", ALONE)
     notifier.look(NOON)
     happen(store, "gate", "closed")
     with refusing(store.database, "UPDATE ON receiver", "NEW.message != ''"):

@@ -334,7 +334,7 @@ def test_observe_is_shown(tmp_path: Path) -> None:
         lease, counters = local.context.lease, Counters(1, ["/r"])
         local.context.counters = counters
         lease.observes.value = True
-        RequestCounters(counters).passed("/r")
+        RequestCounters(counters, 0).passed("/r")
         local.log_in()
         found = local.api("GET", "gate").json
         assert (found["mode"], found["would_refuse"]) == ("observe", 1)
