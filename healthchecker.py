@@ -8509,11 +8509,11 @@ class Uplink:
         self.cut: Cut | None = None
         self._last: Cut | None = None               # this one, or the one before
         self._is_cut = False                        # also while most machines do not answer
-        self._machines: set[str] = set()            # with a result
-        self._failing: set[str] = set()             # those that did not answer the last time
-        self._unsure: set[str] = set()              # those that were asked, and of which nothing is known yet
-        self._others: set[str] = set()              # what other machines poll: it counts while no uplink answers,
-        self._extra: set[str] = set()               # as far as it is asked because of that
+        self._machines: set[str] = set()            # that count: with a result, or asked for no uplink answers
+        self._failing: set[str] = set()             # those of them that did not answer the last time
+        self._unsure: set[str] = set()              # and those that were asked, of which nothing is known yet
+        self._extra: set[str] = set()               # and those that were asked though another machine polls them
+        self._others: set[str] = set()              # what other machines poll
         self._failed_mono = -math.inf               # the last result without an answer
         self._fell_mono = -math.inf                 # and the last one of what had answered before
         self._urged_mono = -math.inf                # when those unsure were asked
@@ -8521,9 +8521,6 @@ class Uplink:
         self._silent_mono = math.inf                # since when no uplink answers
         self._calm_mono = clock()                   # see Cut
         self._woken, self._is_ending = threading.Event(), False
-        self._urge: Callable[[Iterable[str]], None] = lambda names: None
-        self._changed: Callable[[], None] = lambda: None
-        self._note: Callable[[str, str, float], None] = lambda kind, text, at: None
         self._trouble = Trouble("what the uplinks say is not known")
         self._thread = threading.Thread(target=self._run, name="uplink", daemon=True)
 
@@ -8599,7 +8596,7 @@ class Uplink:
         if self.cut or not self._addresses or since_mono == math.inf:
             return False
         may_be = self._silent_mono < math.inf and self.clock() - self._urged_mono < UPLINK_DOUBT
-        most = may_be and 2 * len(self._failing | self._unsure) > len(self._machines | self._extra)
+        most = may_be and 2 * (len(self._failing) + len(self._unsure)) > len(self._machines)
         return most or since_mono > self._asked_mono
 
     def _judge(self) -> None:
@@ -8607,11 +8604,10 @@ class Uplink:
         if not self._failing and self._silent_mono < math.inf:
             self._end_silence()     # nobody asks any more
         now, count, total = self.clock(), len(self._failing), len(self._machines)
-        if extra := self._extra:    # most of its own, or of all: what does not answer yet is none of them
-            own, own_total = count - len(extra & self._failing), total - len(extra & self._machines)
-            is_own = own_total > 1 and 2 * own > own_total
-            count, total = (own, own_total) if is_own else (count, total + len(extra - self._machines))
-        self._is_cut = is_cut = self._silent_mono <= now and total > 1 and 2 * count > total
+        own, own_total = count - len(self._extra & self._failing), total - len(self._extra)
+        if 2 * own > own_total > 1:     # most of its own, or of all: what does not answer yet is none of them
+            count, total = own, own_total
+        self._is_cut = is_cut = self._silent_mono <= now and 2 * count > total > 1
         if is_cut and self.cut is None and now - self._asked_mono < UPLINK_FRESH:
             text = f"cut off: {count} of {total} machines do not answer, nor does an uplink"
             self.cut = self._last = Cut(now, self._wall(), now + self._hold, self._calm_mono, text)
@@ -8633,7 +8629,7 @@ class Uplink:
             self._woken.clear()
             with self._trouble.caught():
                 if self._pause() == 0 and not self._is_ending:
-                    self._ask()
+                    self._urge(self._ask())
                 if (cut := self.cut) is not told:
                     self._changed()
                     self._tell(told, cut)
@@ -8645,9 +8641,9 @@ class Uplink:
             self._failed_mono > self._asked_mono or self._silent_mono < math.inf))
         return max(0.0, self._asked_mono + UPLINK_INTERVAL - self.clock()) if has_question else None
 
-    def _ask(self) -> None:
-        """Asks the uplinks, all at once; when they fall silent, or a machine does so meanwhile, whether the others do,
-        too, whoever polls them, and when one is heard again, whether those are that did."""
+    def _ask(self) -> list[str]:
+        """Asks the uplinks, all at once. Gives who is to be polled then: when they fall silent, or a machine does so
+        meanwhile, the others, whoever polls them, and when one is heard again, those that did not answer."""
         before_mono, begun_mono, urged = self._asked_mono, self.clock(), list[str]()
         answered = self._is_answered(begun_mono)
         with self._lock:
@@ -8659,10 +8655,11 @@ class Uplink:
             elif was_calm or self._fell_mono > before_mono:
                 urged = [*self._machines - self._failing, *self._others - self._machines]
                 self._extra |= {*urged[:URGED_MAX]} - self._machines
-                self._unsure, self._urged_mono = (self._machines | self._extra) - self._failing, self.clock()
+                self._machines |= self._extra
+                self._unsure, self._urged_mono = self._machines - self._failing, self.clock()
             self._silent_mono = math.inf if answered else min(self._silent_mono, begun_mono)
             self._judge()
-        self._urge(urged[:URGED_MAX])
+        return urged[:URGED_MAX]
 
     def _is_answered(self, begun_mono: float) -> bool:
         """Whether any uplink does. Where they cannot be asked, nobody knows: that is no silence, and the next question
@@ -8690,8 +8687,8 @@ class Uplink:
 
     def _tell(self, told: Cut | None, cut: Cut | None) -> None:
         now = self._wall()
-        texts = [(f"not cut off any more after {now - told.begun_at:.0f} s", now)] if told and told is not cut else []
-        if cut and cut is not told:
+        texts = [(f"not cut off any more after {now - told.begun_at:.0f} s", now)] if told else []
+        if cut:
             hold = f"; what was healthy counts on for {self._hold:g} s" if self._hold else ""
             texts.append((cut.text + hold, cut.begun_at))
         for text, at in texts:
