@@ -7781,12 +7781,14 @@ class GroupTree:
         self._children = inverse(parents)
         self.changed |= {*self.groups, *known}
 
-    def put(self, name: str, span: Span | None) -> None:
-        """What its own results say of a resource; None: it does not count."""
+    def put(self, name: str, span: Span | None, reason: str | None = None) -> None:
+        """What its own results say of a resource, None: it does not count; and why, where it is unhealthy."""
         self._own.pop(name, None)
         self.reasons.pop(name, None)
         if span:
             self._own[name] = span
+        if reason is not None:
+            self.reasons[name] = reason
         self._settle(name)
 
     def set_aside(self, name: str, aside: bool) -> None:
@@ -7794,9 +7796,7 @@ class GroupTree:
         span, reason = self._own.get(name), self.reasons.get(name)
         self.put(name, None)
         (self.aside.add if aside else self.aside.discard)(name)
-        self.put(name, None if aside and span == WAITED_FOR else span)
-        if reason is not None:
-            self.reasons[name] = reason
+        self.put(name, None if aside and span == WAITED_FOR else span, reason)
 
     def awaits(self, name: str, pending: Collection[str], now: float) -> bool:
         """Whether those `pending` could make up for a bad resource or group in all that it is in, or further up."""
@@ -7925,7 +7925,7 @@ class FirstResults:
     def __init__(self, tree: GroupTree, clock: Callable[[], float]) -> None:
         self._tree, self._clock = tree, clock
         self.pending: set[str] = set()
-        self._early: dict[str, tuple[Span, str]] = {}
+        self._early: dict[str, tuple[Span, str | None]] = {}
 
     def forget(self, name: str) -> None:
         """The resource does not count any more."""
@@ -7936,7 +7936,7 @@ class FirstResults:
         self.pending.discard(name)
         self.look_again()
 
-    def take(self, name: str, span: Span, reason: str = "") -> None:
+    def take(self, name: str, span: Span, reason: str | None) -> None:
         """A result, and why where it is a bad one."""
         self.pending.discard(name)
         is_early = span[0] == 0.0 and name not in self._tree.spans and name not in self._early
@@ -7944,7 +7944,7 @@ class FirstResults:
         if is_early:
             self._early[name] = span, reason
         else:
-            self._put(name, span, reason)
+            self._tree.put(name, span, reason)
         self.look_again()
 
     def look_again(self) -> None:
@@ -7952,12 +7952,7 @@ class FirstResults:
         for name, (span, reason) in [*self._early.items()]:
             if not self._tree.awaits(name, self.pending, self._clock()):
                 del self._early[name]
-                self._put(name, span, reason)
-
-    def _put(self, name: str, span: Span, reason: str) -> None:
-        self._tree.put(name, span)
-        if span[0] == 0.0:
-            self._tree.reasons[name] = reason
+                self._tree.put(name, span, reason)
 
 
 class HealthAggregator:
@@ -8030,12 +8025,11 @@ class HealthAggregator:
             if critical is (name in self._tree.aside):
                 self._tree.set_aside(name, not critical)
                 self._first.await_no_more(name)
-            if START in self._tree.spans and critical:
-                self._first.pending |= {name} if asked else set()
-                if name not in self._tree.spans:
-                    self._tree.put(name, WAITED_FOR)
-            elif critical and asked and name not in self._tree.spans:
+            is_start, is_new = START in self._tree.spans, name not in self._tree.spans
+            if critical and asked and (is_start or is_new):
                 self._first.pending.add(name)
+            if critical and is_start and is_new:
+                self._tree.put(name, WAITED_FOR)
             self._publish()
 
     def deregister(self, name: str) -> None:
@@ -8065,7 +8059,8 @@ class HealthAggregator:
             self._announced = self._announced or name not in self._owners
             self._owners.setdefault(name, owner)
             now = self._clock()
-            self._first.take(name, (now + ttl, -math.inf) if healthy else (0.0, now + opens), reason)
+            span: Span = (now + ttl, -math.inf) if healthy else (0.0, now + opens)
+            self._first.take(name, span, None if healthy else reason)
             self._publish()
 
     def is_healthy(self) -> bool:
@@ -8151,10 +8146,8 @@ class HealthAggregator:
         override = self._tree.override_of(name)
         if override and is_open is (override.action == "open"):
             return override.why
-        return "" if is_open else self._why(name)
-
-    def _why(self, name: str) -> str:
-        """What keeps a group from being healthy."""
+        if is_open:
+            return ""
         dead = ", ".join(each for each, until in self.beats.items() if until <= self._clock())
         return self._tree.why(name, self._clock()) or f"no sign of life of {dead}"
 
@@ -8413,10 +8406,9 @@ def prune(session: Session, resource_id: int, retention: Retention, now: float) 
 def prune_events(session: Session, retention: Retention, now: float) -> None:
     """Drops what is older than `retention`, and of each kind what is more than EVENTS: logins evict no change."""
     for kind, count in session.execute(sqlalchemy.select(Event.kind, func.count()).group_by(Event.kind)).all():
-        of_kind = sqlalchemy.select(Event.id).where(Event.kind == kind)
-        last = of_kind.order_by(Event.id.desc()).offset(EVENTS).limit(1)
-        old = of_kind.where(Event.at < now - retention.events * DAY).order_by(Event.id)
-        for doomed in (of_kind.where(Event.id <= last.scalar_subquery()).limit(PRUNE_ROWS[1]),
+        of_kind = sqlalchemy.select(Event.id).where(Event.kind == kind).order_by(Event.id)
+        old = of_kind.where(Event.at < now - retention.events * DAY)
+        for doomed in (of_kind.limit(min(max(0, count - EVENTS), PRUNE_ROWS[1])),
                        old.limit(max(PRUNE_ROWS[0], count // PRUNE_PART))):
             session.execute(sqlalchemy.delete(Event).where(Event.id.in_(doomed)))
 
@@ -9346,8 +9338,8 @@ class IncidentLog:
         for name in self._lasting.keys() - closed.keys():      # also of a group that is gone
             self._complete(name, now_at, "")
         self._watched.to_at = now_at
-        for name, incident in self._lasting.items():
-            self._count(name)
+        for incident in self._lasting.values():
+            self._count(incident)
             incident.to_at = now_at
 
     def begin_anew(self) -> None:
@@ -9451,16 +9443,14 @@ class IncidentLog:
                                        opened_by="", before="", mode=lease.mode, refused=0, would_refuse=0)
 
     def _complete(self, name: str, at: float, why: str, end: str = "opened") -> None:
-        if incident := self._lasting.get(name):
-            self._count(name)
+        if incident := self._lasting.pop(name, None):
+            self._count(incident)
             incident.to_at, incident.end, incident.opened_by = max(at, incident.from_at), end, one_line(why)
             self._over.append(incident)
-            del self._lasting[name]
 
-    def _count(self, name: str) -> None:
+    def _count(self, incident: Incident) -> None:
         """What came since the last look: which gates depend on it may change."""
-        incident = self._lasting[name]
-        for gate in gates_of(self._aggregator, name) & self._now.keys():
+        for gate in gates_of(self._aggregator, incident.group) & self._now.keys():
             refused, passed = self._now[gate]
             incident.refused += refused - self._before.get(gate, (0, 0))[0]
             incident.would_refuse += passed - self._before.get(gate, (0, 0))[1]
@@ -9974,7 +9964,7 @@ def poll_once(target: Target, connection: Connection, previous: Sample | None) -
         sample = collect(target.settings, connection, previous)
     except ProbeError as error:
         why, way = str(error), ", ".join(target.settings.hops)
-        if way and error.cause in ("unreachable", "timeout") and "bastion " not in why:
+        if way and error.cause in NO_ANSWER and "bastion " not in why:
             why += f" (through bastion {way})"
         return Verdict("unhealthy", error.cause, why), None
     except Exception:   # a thread's outermost step: whatever a host makes a library raise must not end its watch
@@ -9997,16 +9987,6 @@ def restore_logins(guard: LoginGuard, target: Target, stored: Status, age: float
     if stored.strip != before and not stored.reason.startswith(NOT_TRIED):
         guard.hear(target.name, age, len(stored.strip) - len(before))
     return True
-
-
-def restored(guard: LoginGuard, target: Target, stored: Status, age: float) -> tuple[float, Standing]:
-    """For how many seconds a stored state counts on, and which one: it must be of these settings and fresh, a refused
-    login counts during its back-off."""
-    left = target.settings.ttl - age if age >= 0 and stored.settings_digest == target.settings_digest else 0.0
-    if restore_logins(guard, target, stored, age):
-        left = target.settings.ttl if stored.cause == "auth" else left
-    return (left if (stored.state, stored.cause) in POLL_MARKS else 0.0), Standing(
-        cast(State, stored.state), cast(Cause, stored.cause), stored.reason, stored.since_at, stored.good, stored.bad)
 
 
 class ResourceLease:
@@ -10289,13 +10269,19 @@ class Poller(ResourceLease, threading.Thread):
                     self._context.recorder.tell(report)
 
     def restore(self, stored: Status, age: float) -> None:
-        """Goes on from what is stored; of that, where machines share the work, it is told with its time."""
-        left, standing = restored(self._guard, self.target, stored, age)
-        if left > 0 and not self._context.members.is_shared:
-            self.standing = standing
+        """Goes on from what is stored, if it is of these settings and fresh; a refused login counts during its back-off.
+        Where machines share the work, it is told of that with its time."""
+        settings, left = self.target.settings, 0.0
+        if age >= 0 and stored.settings_digest == self.target.settings_digest:
+            left = settings.ttl - age
+        if restore_logins(self._guard, self.target, stored, age) and stored.cause == "auth":
+            left = settings.ttl
+        is_known = (stored.state, stored.cause) in POLL_MARKS
+        if left > 0 and is_known and not self._context.members.is_shared:
+            self.standing = Standing(cast(State, stored.state), cast(Cause, stored.cause), stored.reason,
+                                     stored.since_at, stored.good, stored.bad)
             self.expires_mono = self.lease_mono = lease_clock() + left
-            self.news.restore(standing)
-
+            self.news.restore(self.standing)
 
 
 # === Monitor =================================================================
