@@ -5816,7 +5816,8 @@ class SimulatedConnection(Connection):
             self._healthy = not self._healthy
             mean = self._settings.mean_healthy if self._healthy else self._settings.mean_unhealthy
             self._flips_mono += self._random.expovariate(1 / mean)
-        return output.take((b"healthy" if self._healthy else b"outage") + output.mark)
+        outcome = {"good": self._healthy, "text": "" if self._healthy else "simulated outage"}
+        return output.take(json.dumps({"metrics": {}, "checks": {"simulation": outcome}}).encode() + output.mark)
 
 
 # === Outcomes ================================================================
@@ -7222,7 +7223,7 @@ class PushConnection(Connection):
 
 
 def found_sample(text: str, _nonce: str, _previous: CpuTicks | None) -> Sample:
-    """What a ProtocolConnection found."""
+    """What a ProtocolConnection found, or a SimulatedConnection."""
     found = json.loads(text)
     checks = {name: Outcome(**outcome) for name, outcome in found["checks"].items()}
     return Sample({}, found["metrics"], None, {}, checks, {})
@@ -7410,12 +7411,6 @@ class NameConnection(ProtocolConnection):
 # One poll of a resource, in the poller's thread: build the platform's script, run it over the connection, parse
 # what came back, and see to it that all that was asked for is answered: a sample or ProbeError.
 # Gives: collect, CONNECTIONS
-def simulated_sample(text: str, _nonce: str, _previous: CpuTicks | None) -> Sample:
-    """What SimulatedConnection answers, as a check."""
-    good = text.startswith("healthy")
-    return Sample({}, {}, None, {}, {"simulation": Outcome(good, "" if good else "simulated outage")}, {})
-
-
 def plain_output(_settings: ResourceSettings, mark: str, _deadline: Deadline) -> Output:
     return Output(mark)
 
@@ -7436,8 +7431,8 @@ Parser = Callable[[str, str, CpuTicks | None], Sample]
 LANGUAGES: dict[Platform, tuple[Builder, Reader, Parser]] = {
     **{platform: (functools.partial(build_script, platform), plain_output, parse_output) for platform in Platform},
     Platform.WINDOWS: (build_windows_script, WindowsOutput, parse_windows),
-    Platform.SIMULATED: (lambda *_: "", plain_output, simulated_sample),      # it answers without being asked
-    **dict.fromkeys((*PROTOCOLS, Platform.PUSH), (lambda *_: "", plain_output, found_sample))}
+    # These are sent no script.
+    **dict.fromkeys((*PROTOCOLS, Platform.PUSH, Platform.SIMULATED), (lambda *_: "", plain_output, found_sample))}
 if sys.platform == "win32":
     LANGUAGES[Platform.LOCAL] = LANGUAGES[Platform.WINDOWS]
 

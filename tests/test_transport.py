@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import json
 import math
 import os
 import re
@@ -1545,7 +1546,7 @@ def simulations(seeds: range, mean_healthy: float, mean_unhealthy: float) -> lis
 
         def look() -> bool:
             connection.run("", output := Output(""), Deadline(5))
-            return output.printed == b"healthy"
+            return bool(json.loads(output.printed)["checks"]["simulation"]["good"])
 
         return look
 
