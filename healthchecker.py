@@ -17028,7 +17028,7 @@ def tags_of(text: str) -> tuple[frozenset[str], bool]:
 
 
 def take_picture(session: Session, names: Iterable[str], problems: Mapping[str, str], now: float,
-                 blames: Callable[[str], str | None] = lambda _: None) -> Picture:
+                 blames: Callable[[str], str | None]) -> Picture:
     """How everything is by the rows, and by what `blames` says as `blamed` does; with the tags of resources of these
     names."""
     unhealthy, healthy, tags, wanted, others = {}, {}, dict[str, frozenset[str]](), {*names}, set[str]()
@@ -17060,10 +17060,9 @@ class Notifier(threading.Thread):
     in between sends it once more, for one that comes twice is better than one that never comes."""
 
     def __init__(self, store: Store, vault: Vault, problems: Callable[[], Mapping[str, str]], console: str,
-                 monitor: Monitor | None = None) -> None:
+                 monitor: Monitor) -> None:
         super().__init__(name="notifier", daemon=True)
-        self._members, self._epoch = monitor.members if monitor else Membership(), ""
-        self._blames = monitor.blames if monitor else lambda _: None
+        self._members, self._blames, self._epoch = monitor.members, monitor.blames, ""
         self._store, self._vault, self._problems, self._console = store, vault, problems, console
         self._ending, self._trouble = threading.Event(), Trouble("nobody can be told")
         self._unread, self._unkept = Trouble("what to tell cannot be read"), Trouble("what was told cannot be kept")

@@ -18,7 +18,7 @@ import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import pytest
 from aiosmtpd.controller import Controller
@@ -43,6 +43,7 @@ from healthchecker import (
     InventoryError,
     KnownHosts,
     Maintenance,
+    Membership,
     Message,
     Notice,
     Notifier,
@@ -73,6 +74,19 @@ from healthchecker import (
 __all__ = ["house", "machines", "vault"]  # fixtures
 NOON = 1_800_000_000.0
 NAMES = [f"db{number}" for number in range(50)]
+
+
+class Alone:
+    """What is asked of a Monitor: there is no other machine, and nothing is to blame for anything."""
+
+    members = Membership()
+
+    @staticmethod
+    def blames(_name: str) -> str | None:
+        return None
+
+
+ALONE = cast("healthchecker.Monitor", Alone)
 
 
 class Desk:
@@ -872,14 +886,14 @@ def test_an_event_is_told_once(tmp_path: Path, store: Store, hook: Hook) -> None
     """Also over a restart; what was told is known there, and gets its end."""
     take_over(store, tmp_path, f"{{name: ops, url: 'json://{hook.place}/x', wait: 0}}")
     happen(store, "gate", "closed", "open -> closed (this: limit)")
-    first = Notifier(store, prepared_vault(tmp_path), dict, "http://console/")
+    first = Notifier(store, prepared_vault(tmp_path), dict, "http://console/", ALONE)
     look_until(first, hook, 1, NOON + 5)
     first.close()
     said = hook.requests[0].json
     assert said["title"] == "HealthChecker: the gate is closed" and said["message"].endswith("http://console/")
     row = receivers(store)["ops"]
     assert (row.message, row.delivered, row.cursor, row.trouble) == ("", 1, 1, "")
-    second = Notifier(store, prepared_vault(tmp_path), dict, "")
+    second = Notifier(store, prepared_vault(tmp_path), dict, "", ALONE)
     second.look(NOON + 10)
     second.look(NOON + 11)
     assert not second._threads
@@ -895,7 +909,7 @@ def test_no_thread_can_be_started(tmp_path: Path, store: Store, hook: Hook, monk
     """For a while: the message is sent later."""
     take_over(store, tmp_path, f"{{name: ops, url: 'json://{hook.place}/x', wait: 0}}")
     happen(store, "gate", "closed")
-    notifier = Notifier(store, prepared_vault(tmp_path), dict, "")
+    notifier = Notifier(store, prepared_vault(tmp_path), dict, "", ALONE)
 
     def refuse(_: object) -> None:
         raise RuntimeError("can't start new thread")
@@ -916,7 +930,7 @@ def test_a_damaged_row_silences_nobody(tmp_path: Path, store: Store, hook: Hook)
     with store.writing() as session:
         session.execute(sqlalchemy.text("UPDATE receiver SET settings = '[' WHERE name = 'odd'"))
     happen(store, "gate", "closed")
-    notifier = Notifier(store, prepared_vault(tmp_path), dict, "")
+    notifier = Notifier(store, prepared_vault(tmp_path), dict, "", ALONE)
     look_until(notifier, hook, 1, NOON)
     look_until(notifier, hook, 2, NOON + 60)
     notifier.close()
@@ -939,7 +953,7 @@ def test_nor_does_any_other(damage: str, tmp_path: Path, store: Store, hook: Hoo
                              sample="null"))
         session.execute(sqlalchemy.text(damage))
     happen(store, "gate", "closed")
-    notifier = Notifier(store, prepared_vault(tmp_path), dict, "")
+    notifier = Notifier(store, prepared_vault(tmp_path), dict, "", ALONE)
     look_until(notifier, hook, 2, NOON)
     notifier.close()
     assert {got.path for got in hook.requests} == {"/ops", "/odd"}
@@ -954,7 +968,7 @@ def test_a_receiver_that_hangs_holds_nobody_up(tmp_path: Path, store: Store, hoo
         take_over(store, tmp_path, f"{{name: slow, url: 'json://{stuck.place}/x?rto=60', wait: 0}}",
                   f"{{name: ops, url: 'json://{hook.place}/x', wait: 0}}")
         happen(store, "gate", "closed")
-        notifier = Notifier(store, prepared_vault(tmp_path), dict, "")
+        notifier = Notifier(store, prepared_vault(tmp_path), dict, "", ALONE)
         notifier.look(NOON + 5)
         wait_for(lambda: bool(hook.requests and stuck.requests))
         notifier.close()
@@ -971,7 +985,7 @@ def test_a_receiver_that_hangs_holds_nobody_up(tmp_path: Path, store: Store, hoo
 def test_a_database_that_cannot_be_written_is_told(tmp_path: Path, store: Store, hook: Hook) -> None:
     """Although nothing of it can be kept, and once."""
     take_over(store, tmp_path, f"{{name: ops, url: 'json://{hook.place}/x', wait: 0, on: [problem]}}")
-    notifier = Notifier(store, prepared_vault(tmp_path), lambda: {"database": "it is full"}, "")
+    notifier = Notifier(store, prepared_vault(tmp_path), lambda: {"database": "it is full"}, "", ALONE)
     with refusing(store.database, "UPDATE ON receiver"):
         look_until(notifier, hook, 1, NOON)
         for second in range(1, 5):
@@ -985,7 +999,7 @@ def test_a_database_that_cannot_be_read_is_one_trouble(
 ) -> None:
     """Which is over when it can be, and not with the next step."""
     caplog.set_level(logging.INFO)
-    notifier = Notifier(store, prepared_vault(tmp_path), dict, "")
+    notifier = Notifier(store, prepared_vault(tmp_path), dict, "", ALONE)
     execute(store.database, "ALTER TABLE receiver RENAME TO gone")
     notifier.start()
     wait_for(lambda: "receiver" in caplog.text)
@@ -1001,7 +1015,7 @@ def test_what_is_given_up_is_an_event_and_shown(tmp_path: Path, store: Store, ho
     hook.status = 500
     take_over(store, tmp_path, f"{{name: ops, url: 'json://u:s3cret@{hook.place}/x', wait: 0}}")
     happen(store, "gate", "closed")
-    notifier = Notifier(store, prepared_vault(tmp_path), dict, "")
+    notifier = Notifier(store, prepared_vault(tmp_path), dict, "", ALONE)
     with caplog.at_level(logging.DEBUG):
         look_until(notifier, hook, 1, NOON + 1)
         look_until(notifier, hook, 2, NOON + 2 + RETRY_TIME)
@@ -1019,7 +1033,7 @@ def test_what_is_given_up_is_an_event_and_shown(tmp_path: Path, store: Store, ho
 def test_a_reload_takes_receivers_up(tmp_path: Path, store: Store, hook: Hook) -> None:
     """Without a restart; a new one hears nothing of the past."""
     take_over(store, tmp_path, f"{{name: ops, url: 'json://{hook.place}/ops', wait: 0}}")
-    notifier = Notifier(store, prepared_vault(tmp_path), dict, "")
+    notifier = Notifier(store, prepared_vault(tmp_path), dict, "", ALONE)
     happen(store, "gate", "closed")
     look_until(notifier, hook, 1, NOON)
     take_over(store, tmp_path, f"{{name: new, url: 'json://{hook.place}/new', wait: 0}}")
@@ -1045,9 +1059,9 @@ def test_a_picture_of_the_rows(tmp_path: Path, store: Store) -> None:
                                 reason="disks"))
         session.add(healthchecker.Status(resource_id=row.id, state="unhealthy", since_at=NOON - 9, **status))
     with store.reading() as session:
-        picture = take_picture(session, [], {}, NOON)
+        picture = take_picture(session, [], {}, NOON, Alone.blames)
         assert picture.unhealthy == {"this": Unhealthy(NOON - 9, "check why", DB)} and picture.excused == {"this"}
-        assert take_picture(session, [], {}, NOON + 11).excused == set()
+        assert take_picture(session, [], {}, NOON + 11, Alone.blames).excused == set()
 
 
 def test_pictures_of_maintenance(tmp_path: Path, store: Store) -> None:
@@ -1060,7 +1074,7 @@ def test_pictures_of_maintenance(tmp_path: Path, store: Store) -> None:
         session.add(Maintenance(**times | {"until_at": NOON - 1}, scope='{"resources": ["this"]}'))
         session.add(Maintenance(**times | {"state": "planned"}, scope='{"resources": ["this"]}'))
     with store.reading() as session:
-        works = take_picture(session, [], {}, NOON).works
+        works = take_picture(session, [], {}, NOON, Alone.blames).works
     assert works.keys() == {"everything", "tag web", "group web"}
     assert works["tag web"].text.endswith(": disks") and works["tag web"].since_at == NOON - 1
 
@@ -1069,7 +1083,7 @@ def test_a_receiver_with_a_new_name(tmp_path: Path, store: Store, hook: Hook) ->
     """It has the same URL: what was told under the old name gets its end, once; another URL is another receiver."""
     url = f"json://{hook.place}/x"
     take_over(store, tmp_path, f"{{name: ops, url: '{url}', wait: 0}}", "{name: also, url: 'json://h'}")
-    notifier = Notifier(store, prepared_vault(tmp_path), dict, "")
+    notifier = Notifier(store, prepared_vault(tmp_path), dict, "", ALONE)
     happen(store, "gate", "closed")
     look_until(notifier, hook, 1, NOON)
     take_over(store, tmp_path, "{name: also, url: 'json://h'}", f"{{name: night, url: '{url}', wait: 0}}")
@@ -1088,7 +1102,7 @@ def test_a_reload_while_a_message_arrives(tmp_path: Path, store: Store, hook: Ho
     """What is taken up anew is what is known by then: the message is not sent again."""
     entry = f"{{name: ops, url: 'json://{hook.place}/x', wait: 0}}"
     take_over(store, tmp_path, entry)
-    notifier = Notifier(store, prepared_vault(tmp_path), dict, "")
+    notifier = Notifier(store, prepared_vault(tmp_path), dict, "", ALONE)
     happen(store, "gate", "closed")
     notifier.look(NOON)
     wait_for(lambda: notifier._results.qsize() == 1)
@@ -1102,7 +1116,7 @@ def test_a_reload_while_a_message_arrives(tmp_path: Path, store: Store, hook: Ho
 def test_a_reload_after_what_could_not_be_kept(tmp_path: Path, store: Store, hook: Hook) -> None:
     entry = f"{{name: ops, url: 'json://{hook.place}/x', wait: 0}}"
     take_over(store, tmp_path, entry)
-    notifier = Notifier(store, prepared_vault(tmp_path), dict, "")
+    notifier = Notifier(store, prepared_vault(tmp_path), dict, "", ALONE)
     notifier.look(NOON)
     happen(store, "gate", "closed")
     with refusing(store.database, "UPDATE ON receiver", "NEW.message != ''"):
