@@ -8759,23 +8759,19 @@ class Doubt:
         self.woken = threading.Event()      # ends the wait of the poller
         self._asked = asked                 # or it reports by itself, tomorrow perhaps: nobody waits for that
         self.decided = not asked            # the last result agrees with the state; before the first one nobody knows
-        self._urged_mono, self._polled_mono = -math.inf, 0.0    # and when the last poll that is over began
+        self._urged_mono, self.polled_mono = -math.inf, 0.0     # and when the last poll that is over began
         self.risen_mono = -math.inf         # since when it is healthy, if it was not; inf: it is not
 
     @property
     def is_urged(self) -> bool:
         """Whether somebody waits for a poll that begins now or later."""
-        return self._urged_mono >= self._polled_mono
+        return self._urged_mono >= self.polled_mono
 
     def urge(self) -> None:
         """Has the resource polled soon. For any thread."""
         was_urged, self._urged_mono = self.is_urged, time.monotonic()
         if not was_urged:
             self.woken.set()
-
-    def answer(self, begun_mono: float) -> None:
-        """Notes that a poll is over."""
-        self._polled_mono = begun_mono
 
     def settle(self, *, decided: bool, healthy: bool = True) -> None:
         """Notes whether the last result agrees with the state, and which that is."""
@@ -9911,8 +9907,7 @@ class Recorder(threading.Thread):
 FIRST_POLLS = 50.0              # first polls per second
 POLLER_LIFE = 3600.0            # seconds after which the death of a poller is a new one
 JITTER = 0.1                    # part of the interval by which polls are spread
-LOGGED_IN_MARKS = tuple(POLL_MARKS[meaning] for meaning in (
-    ("healthy", ""), ("degraded", "limit"), ("degraded", "check"), ("unhealthy", "limit"), ("unhealthy", "check")))
+LOGGED_IN_MARKS = tuple(mark for mark, (_, cause) in POLLS.items() if cause in ("", "limit", "check"))
 REFUSED_MARK = POLL_MARKS["unhealthy", "auth"]
 LAST_SESSIONS = 1.0             # seconds for what is open to hosts to end with the service
 
@@ -10133,7 +10128,7 @@ class Poller(ResourceLease, threading.Thread):
             self._alone = self.rests and not asked and not self.doubt.is_urged
             pause, report = self._poll()
             self._due_mono = begun_mono + pause
-            self.doubt.answer(begun_mono)
+            self.doubt.polled_mono = begun_mono
             for answer in asked:
                 answer.set_result(report)
 
@@ -10264,8 +10259,8 @@ class Poller(ResourceLease, threading.Thread):
                     self._context.recorder.tell(report)
 
     def restore(self, stored: Status, age: float) -> None:
-        """Goes on from what is stored, if it is of these settings and fresh; a refused login counts during its back-off.
-        Where machines share the work, it is told of that with its time."""
+        """Goes on from what is stored: it must be of these settings and fresh, a refused login counts during its
+        back-off. Where machines share the work, it is told of that with its time."""
         settings, left = self.target.settings, 0.0
         if age >= 0 and stored.settings_digest == self.target.settings_digest:
             left = settings.ttl - age
