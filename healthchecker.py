@@ -7695,12 +7695,14 @@ class GroupTree:
         self._children = inverse(parents)
         self.changed |= {*self.groups, *known}
 
-    def put(self, name: str, span: Span | None) -> None:
-        """What its own results say of a resource; None: it does not count."""
+    def put(self, name: str, span: Span | None, reason: str | None = None) -> None:
+        """What its own results say of a resource, None: it does not count; and why, where it is unhealthy."""
         self._own.pop(name, None)
         self.reasons.pop(name, None)
         if span:
             self._own[name] = span
+        if reason is not None:
+            self.reasons[name] = reason
         self._settle(name)
 
     def set_aside(self, name: str, aside: bool) -> None:
@@ -7708,9 +7710,7 @@ class GroupTree:
         span, reason = self._own.get(name), self.reasons.get(name)
         self.put(name, None)
         (self.aside.add if aside else self.aside.discard)(name)
-        self.put(name, None if aside and span == WAITED_FOR else span)
-        if reason is not None:
-            self.reasons[name] = reason
+        self.put(name, None if aside and span == WAITED_FOR else span, reason)
 
     def awaits(self, name: str, pending: Collection[str], now: float) -> bool:
         """Whether those `pending` could make up for a bad resource or group in all that it is in, or further up."""
@@ -7839,7 +7839,7 @@ class FirstResults:
     def __init__(self, tree: GroupTree, clock: Callable[[], float]) -> None:
         self._tree, self._clock = tree, clock
         self.pending: set[str] = set()
-        self._early: dict[str, tuple[Span, str]] = {}
+        self._early: dict[str, tuple[Span, str | None]] = {}
 
     def forget(self, name: str) -> None:
         """The resource does not count any more."""
@@ -7850,7 +7850,7 @@ class FirstResults:
         self.pending.discard(name)
         self.look_again()
 
-    def take(self, name: str, span: Span, reason: str = "") -> None:
+    def take(self, name: str, span: Span, reason: str | None) -> None:
         """A result, and why where it is a bad one."""
         self.pending.discard(name)
         is_early = span[0] == 0.0 and name not in self._tree.spans and name not in self._early
@@ -7858,7 +7858,7 @@ class FirstResults:
         if is_early:
             self._early[name] = span, reason
         else:
-            self._put(name, span, reason)
+            self._tree.put(name, span, reason)
         self.look_again()
 
     def look_again(self) -> None:
@@ -7866,12 +7866,7 @@ class FirstResults:
         for name, (span, reason) in [*self._early.items()]:
             if not self._tree.awaits(name, self.pending, self._clock()):
                 del self._early[name]
-                self._put(name, span, reason)
-
-    def _put(self, name: str, span: Span, reason: str) -> None:
-        self._tree.put(name, span)
-        if span[0] == 0.0:
-            self._tree.reasons[name] = reason
+                self._tree.put(name, span, reason)
 
 
 class HealthAggregator:
@@ -7944,12 +7939,11 @@ class HealthAggregator:
             if critical is (name in self._tree.aside):
                 self._tree.set_aside(name, not critical)
                 self._first.await_no_more(name)
-            if START in self._tree.spans and critical:
-                self._first.pending |= {name} if asked else set()
-                if name not in self._tree.spans:
-                    self._tree.put(name, WAITED_FOR)
-            elif critical and asked and name not in self._tree.spans:
+            is_start, is_new = START in self._tree.spans, name not in self._tree.spans
+            if critical and asked and (is_start or is_new):
                 self._first.pending.add(name)
+            if critical and is_start and is_new:
+                self._tree.put(name, WAITED_FOR)
             self._publish()
 
     def deregister(self, name: str) -> None:
@@ -7979,7 +7973,8 @@ class HealthAggregator:
             self._announced = self._announced or name not in self._owners
             self._owners.setdefault(name, owner)
             now = self._clock()
-            self._first.take(name, (now + ttl, -math.inf) if healthy else (0.0, now + opens), reason)
+            span: Span = (now + ttl, -math.inf) if healthy else (0.0, now + opens)
+            self._first.take(name, span, None if healthy else reason)
             self._publish()
 
     def is_healthy(self) -> bool:
@@ -8065,10 +8060,8 @@ class HealthAggregator:
         override = self._tree.override_of(name)
         if override and is_open is (override.action == "open"):
             return override.why
-        return "" if is_open else self._why(name)
-
-    def _why(self, name: str) -> str:
-        """What keeps a group from being healthy."""
+        if is_open:
+            return ""
         dead = ", ".join(each for each, until in self.beats.items() if until <= self._clock())
         return self._tree.why(name, self._clock()) or f"no sign of life of {dead}"
 
@@ -8327,10 +8320,9 @@ def prune(session: Session, resource_id: int, retention: Retention, now: float) 
 def prune_events(session: Session, retention: Retention, now: float) -> None:
     """Drops what is older than `retention`, and of each kind what is more than EVENTS: logins evict no change."""
     for kind, count in session.execute(sqlalchemy.select(Event.kind, func.count()).group_by(Event.kind)).all():
-        of_kind = sqlalchemy.select(Event.id).where(Event.kind == kind)
-        last = of_kind.order_by(Event.id.desc()).offset(EVENTS).limit(1)
-        old = of_kind.where(Event.at < now - retention.events * DAY).order_by(Event.id)
-        for doomed in (of_kind.where(Event.id <= last.scalar_subquery()).limit(PRUNE_ROWS[1]),
+        of_kind = sqlalchemy.select(Event.id).where(Event.kind == kind).order_by(Event.id)
+        old = of_kind.where(Event.at < now - retention.events * DAY)
+        for doomed in (of_kind.limit(min(max(0, count - EVENTS), PRUNE_ROWS[1])),
                        old.limit(max(PRUNE_ROWS[0], count // PRUNE_PART))):
             session.execute(sqlalchemy.delete(Event).where(Event.id.in_(doomed)))
 
@@ -8423,11 +8415,11 @@ class Uplink:
         self.cut: Cut | None = None
         self._last: Cut | None = None               # this one, or the one before
         self._is_cut = False                        # also while most machines do not answer
-        self._machines: set[str] = set()            # with a result
-        self._failing: set[str] = set()             # those that did not answer the last time
-        self._unsure: set[str] = set()              # those that were asked, and of which nothing is known yet
-        self._others: set[str] = set()              # what other machines poll: it counts while no uplink answers,
-        self._extra: set[str] = set()               # as far as it is asked because of that
+        self._machines: set[str] = set()            # that count: with a result, or asked for no uplink answers
+        self._failing: set[str] = set()             # those of them that did not answer the last time
+        self._unsure: set[str] = set()              # and those that were asked, of which nothing is known yet
+        self._extra: set[str] = set()               # and those that were asked though another machine polls them
+        self._others: set[str] = set()              # what other machines poll
         self._failed_mono = -math.inf               # the last result without an answer
         self._fell_mono = -math.inf                 # and the last one of what had answered before
         self._urged_mono = -math.inf                # when those unsure were asked
@@ -8435,9 +8427,6 @@ class Uplink:
         self._silent_mono = math.inf                # since when no uplink answers
         self._calm_mono = clock()                   # see Cut
         self._woken, self._is_ending = threading.Event(), False
-        self._urge: Callable[[Iterable[str]], None] = lambda names: None
-        self._changed: Callable[[], None] = lambda: None
-        self._note: Callable[[str, str, float], None] = lambda kind, text, at: None
         self._trouble = Trouble("what the uplinks say is not known")
         self._thread = threading.Thread(target=self._run, name="uplink", daemon=True)
 
@@ -8513,7 +8502,7 @@ class Uplink:
         if self.cut or not self._addresses or since_mono == math.inf:
             return False
         may_be = self._silent_mono < math.inf and self.clock() - self._urged_mono < UPLINK_DOUBT
-        most = may_be and 2 * len(self._failing | self._unsure) > len(self._machines | self._extra)
+        most = may_be and 2 * (len(self._failing) + len(self._unsure)) > len(self._machines)
         return most or since_mono > self._asked_mono
 
     def _judge(self) -> None:
@@ -8521,11 +8510,10 @@ class Uplink:
         if not self._failing and self._silent_mono < math.inf:
             self._end_silence()     # nobody asks any more
         now, count, total = self.clock(), len(self._failing), len(self._machines)
-        if extra := self._extra:    # most of its own, or of all: what does not answer yet is none of them
-            own, own_total = count - len(extra & self._failing), total - len(extra & self._machines)
-            is_own = own_total > 1 and 2 * own > own_total
-            count, total = (own, own_total) if is_own else (count, total + len(extra - self._machines))
-        self._is_cut = is_cut = self._silent_mono <= now and total > 1 and 2 * count > total
+        own, own_total = count - len(self._extra & self._failing), total - len(self._extra)
+        if 2 * own > own_total > 1:     # most of its own, or of all: what does not answer yet is none of them
+            count, total = own, own_total
+        self._is_cut = is_cut = self._silent_mono <= now and 2 * count > total > 1
         if is_cut and self.cut is None and now - self._asked_mono < UPLINK_FRESH:
             text = f"cut off: {count} of {total} machines do not answer, nor does an uplink"
             self.cut = self._last = Cut(now, self._wall(), now + self._hold, self._calm_mono, text)
@@ -8547,7 +8535,7 @@ class Uplink:
             self._woken.clear()
             with self._trouble.caught():
                 if self._pause() == 0 and not self._is_ending:
-                    self._ask()
+                    self._urge(self._ask())
                 if (cut := self.cut) is not told:
                     self._changed()
                     self._tell(told, cut)
@@ -8559,9 +8547,9 @@ class Uplink:
             self._failed_mono > self._asked_mono or self._silent_mono < math.inf))
         return max(0.0, self._asked_mono + UPLINK_INTERVAL - self.clock()) if has_question else None
 
-    def _ask(self) -> None:
-        """Asks the uplinks, all at once; when they fall silent, or a machine does so meanwhile, whether the others do,
-        too, whoever polls them, and when one is heard again, whether those are that did."""
+    def _ask(self) -> list[str]:
+        """Asks the uplinks, all at once. Gives who is to be polled then: when they fall silent, or a machine does so
+        meanwhile, the others, whoever polls them, and when one is heard again, those that did not answer."""
         before_mono, begun_mono, urged = self._asked_mono, self.clock(), list[str]()
         answered = self._is_answered(begun_mono)
         with self._lock:
@@ -8573,10 +8561,11 @@ class Uplink:
             elif was_calm or self._fell_mono > before_mono:
                 urged = [*self._machines - self._failing, *self._others - self._machines]
                 self._extra |= {*urged[:URGED_MAX]} - self._machines
-                self._unsure, self._urged_mono = (self._machines | self._extra) - self._failing, self.clock()
+                self._machines |= self._extra
+                self._unsure, self._urged_mono = self._machines - self._failing, self.clock()
             self._silent_mono = math.inf if answered else min(self._silent_mono, begun_mono)
             self._judge()
-        self._urge(urged[:URGED_MAX])
+        return urged[:URGED_MAX]
 
     def _is_answered(self, begun_mono: float) -> bool:
         """Whether any uplink does. Where they cannot be asked, nobody knows: that is no silence, and the next question
@@ -8604,8 +8593,8 @@ class Uplink:
 
     def _tell(self, told: Cut | None, cut: Cut | None) -> None:
         now = self._wall()
-        texts = [(f"not cut off any more after {now - told.begun_at:.0f} s", now)] if told and told is not cut else []
-        if cut and cut is not told:
+        texts = [(f"not cut off any more after {now - told.begun_at:.0f} s", now)] if told else []
+        if cut:
             hold = f"; what was healthy counts on for {self._hold:g} s" if self._hold else ""
             texts.append((cut.text + hold, cut.begun_at))
         for text, at in texts:
@@ -8689,23 +8678,19 @@ class Doubt:
         self.woken = threading.Event()      # ends the wait of the poller
         self._asked = asked                 # or it reports by itself, tomorrow perhaps: nobody waits for that
         self.decided = not asked            # the last result agrees with the state; before the first one nobody knows
-        self._urged_mono, self._polled_mono = -math.inf, 0.0    # and when the last poll that is over began
+        self._urged_mono, self.polled_mono = -math.inf, 0.0     # and when the last poll that is over began
         self.risen_mono = -math.inf         # since when it is healthy, if it was not; inf: it is not
 
     @property
     def is_urged(self) -> bool:
         """Whether somebody waits for a poll that begins now or later."""
-        return self._urged_mono >= self._polled_mono
+        return self._urged_mono >= self.polled_mono
 
     def urge(self) -> None:
         """Has the resource polled soon. For any thread."""
         was_urged, self._urged_mono = self.is_urged, time.monotonic()
         if not was_urged:
             self.woken.set()
-
-    def answer(self, begun_mono: float) -> None:
-        """Notes that a poll is over."""
-        self._polled_mono = begun_mono
 
     def settle(self, *, decided: bool, healthy: bool = True) -> None:
         """Notes whether the last result agrees with the state, and which that is."""
@@ -9263,8 +9248,8 @@ class IncidentLog:
         for name in self._lasting.keys() - closed.keys():      # also of a group that is gone
             self._complete(name, now_at, "")
         self._watched.to_at = now_at
-        for name, incident in self._lasting.items():
-            self._count(name)
+        for incident in self._lasting.values():
+            self._count(incident)
             incident.to_at = now_at
 
     def begin_anew(self) -> None:
@@ -9368,16 +9353,14 @@ class IncidentLog:
                                        opened_by="", before="", mode=lease.mode, refused=0, would_refuse=0)
 
     def _complete(self, name: str, at: float, why: str, end: str = "opened") -> None:
-        if incident := self._lasting.get(name):
-            self._count(name)
+        if incident := self._lasting.pop(name, None):
+            self._count(incident)
             incident.to_at, incident.end, incident.opened_by = max(at, incident.from_at), end, one_line(why)
             self._over.append(incident)
-            del self._lasting[name]
 
-    def _count(self, name: str) -> None:
+    def _count(self, incident: Incident) -> None:
         """What came since the last look: which gates depend on it may change."""
-        incident = self._lasting[name]
-        for gate in gates_of(self._aggregator, name) & self._now.keys():
+        for gate in gates_of(self._aggregator, incident.group) & self._now.keys():
             refused, passed = self._now[gate]
             incident.refused += refused - self._before.get(gate, (0, 0))[0]
             incident.would_refuse += passed - self._before.get(gate, (0, 0))[1]
@@ -9843,8 +9826,7 @@ class Recorder(threading.Thread):
 FIRST_POLLS = 50.0              # first polls per second
 POLLER_LIFE = 3600.0            # seconds after which the death of a poller is a new one
 JITTER = 0.1                    # part of the interval by which polls are spread
-LOGGED_IN_MARKS = tuple(POLL_MARKS[meaning] for meaning in (
-    ("healthy", ""), ("degraded", "limit"), ("degraded", "check"), ("unhealthy", "limit"), ("unhealthy", "check")))
+LOGGED_IN_MARKS = tuple(mark for mark, (_, cause) in POLLS.items() if cause in ("", "limit", "check"))
 REFUSED_MARK = POLL_MARKS["unhealthy", "auth"]
 LAST_SESSIONS = 1.0             # seconds for what is open to hosts to end with the service
 
@@ -9891,7 +9873,7 @@ def poll_once(target: Target, connection: Connection, previous: Sample | None) -
         sample = collect(target.settings, connection, previous)
     except ProbeError as error:
         why, way = str(error), ", ".join(target.settings.hops)
-        if way and error.cause in ("unreachable", "timeout") and "bastion " not in why:
+        if way and error.cause in NO_ANSWER and "bastion " not in why:
             why += f" (through bastion {way})"
         return Verdict("unhealthy", error.cause, why), None
     except Exception:   # a thread's outermost step: whatever a host makes a library raise must not end its watch
@@ -9914,16 +9896,6 @@ def restore_logins(guard: LoginGuard, target: Target, stored: Status, age: float
     if stored.strip != before and not stored.reason.startswith(NOT_TRIED):
         guard.hear(target.name, age, len(stored.strip) - len(before))
     return True
-
-
-def restored(guard: LoginGuard, target: Target, stored: Status, age: float) -> tuple[float, Standing]:
-    """For how many seconds a stored state counts on, and which one: it must be of these settings and fresh, a refused
-    login counts during its back-off."""
-    left = target.settings.ttl - age if age >= 0 and stored.settings_digest == target.settings_digest else 0.0
-    if restore_logins(guard, target, stored, age):
-        left = target.settings.ttl if stored.cause == "auth" else left
-    return (left if (stored.state, stored.cause) in POLL_MARKS else 0.0), Standing(
-        cast(State, stored.state), cast(Cause, stored.cause), stored.reason, stored.since_at, stored.good, stored.bad)
 
 
 class ResourceLease:
@@ -10075,7 +10047,7 @@ class Poller(ResourceLease, threading.Thread):
             self._alone = self.rests and not asked and not self.doubt.is_urged
             pause, report = self._poll()
             self._due_mono = begun_mono + pause
-            self.doubt.answer(begun_mono)
+            self.doubt.polled_mono = begun_mono
             for answer in asked:
                 answer.set_result(report)
 
@@ -10206,13 +10178,19 @@ class Poller(ResourceLease, threading.Thread):
                     self._context.recorder.tell(report)
 
     def restore(self, stored: Status, age: float) -> None:
-        """Goes on from what is stored; of that, where machines share the work, it is told with its time."""
-        left, standing = restored(self._guard, self.target, stored, age)
-        if left > 0 and not self._context.members.is_shared:
-            self.standing = standing
+        """Goes on from what is stored: it must be of these settings and fresh, a refused login counts during its
+        back-off. Where machines share the work, it is told of that with its time."""
+        settings, left = self.target.settings, 0.0
+        if age >= 0 and stored.settings_digest == self.target.settings_digest:
+            left = settings.ttl - age
+        if restore_logins(self._guard, self.target, stored, age) and stored.cause == "auth":
+            left = settings.ttl
+        is_known = (stored.state, stored.cause) in POLL_MARKS
+        if left > 0 and is_known and not self._context.members.is_shared:
+            self.standing = Standing(cast(State, stored.state), cast(Cause, stored.cause), stored.reason,
+                                     stored.since_at, stored.good, stored.bad)
             self.expires_mono = self.lease_mono = lease_clock() + left
-            self.news.restore(standing)
-
+            self.news.restore(self.standing)
 
 
 # === Monitor =================================================================
@@ -16831,7 +16809,7 @@ def tags_of(text: str) -> tuple[frozenset[str], bool]:
 
 
 def take_picture(session: Session, names: Iterable[str], problems: Mapping[str, str], now: float,
-                 blames: Callable[[str], str | None] = lambda _: None) -> Picture:
+                 blames: Callable[[str], str | None]) -> Picture:
     """How everything is by the rows, and by what `blames` says as `blamed` does; with the tags of resources of these
     names."""
     unhealthy, healthy, tags, wanted, others = {}, {}, dict[str, frozenset[str]](), {*names}, set[str]()

@@ -19,7 +19,7 @@ import types
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import pytest
 from aiosmtpd.controller import Controller
@@ -44,6 +44,7 @@ from healthchecker import (
     InventoryError,
     KnownHosts,
     Maintenance,
+    Membership,
     Message,
     Notice,
     Notifier,
@@ -75,6 +76,19 @@ __all__ = ["house", "machines", "vault"]  # fixtures
 NOON = 1_800_000_000.0
 NAMES = [f"db{number}" for number in range(50)]
 ALONE: Any = types.SimpleNamespace(members=healthchecker.Membership(), blames=lambda name: None)  # of its monitor
+
+
+class Alone:
+    """What is asked of a Monitor: there is no other machine, and nothing is to blame for anything."""
+
+    members = Membership()
+
+    @staticmethod
+    def blames(_name: str) -> str | None:
+        return None
+
+
+ALONE = cast("healthchecker.Monitor", Alone)
 
 
 class Desk:
@@ -1048,9 +1062,9 @@ def test_a_picture_of_the_rows(tmp_path: Path, store: Store) -> None:
                                 reason="disks"))
         session.add(healthchecker.Status(resource_id=row.id, state="unhealthy", since_at=NOON - 9, **status))
     with store.reading() as session:
-        picture = take_picture(session, [], {}, NOON)
+        picture = take_picture(session, [], {}, NOON, Alone.blames)
         assert picture.unhealthy == {"this": Unhealthy(NOON - 9, "check why", DB)} and picture.excused == {"this"}
-        assert take_picture(session, [], {}, NOON + 11).excused == set()
+        assert take_picture(session, [], {}, NOON + 11, Alone.blames).excused == set()
 
 
 def test_pictures_of_maintenance(tmp_path: Path, store: Store) -> None:
@@ -1063,7 +1077,7 @@ def test_pictures_of_maintenance(tmp_path: Path, store: Store) -> None:
         session.add(Maintenance(**times | {"until_at": NOON - 1}, scope='{"resources": ["this"]}'))
         session.add(Maintenance(**times | {"state": "planned"}, scope='{"resources": ["this"]}'))
     with store.reading() as session:
-        works = take_picture(session, [], {}, NOON).works
+        works = take_picture(session, [], {}, NOON, Alone.blames).works
     assert works.keys() == {"everything", "tag web", "group web"}
     assert works["tag web"].text.endswith(": disks") and works["tag web"].since_at == NOON - 1
 

@@ -346,9 +346,9 @@ class Site:
             self.standings[name] = settle(before, verdict, self.settings[name], 0.0)
             self.outages[name].take(before, verdict, self.standings[name])
 
-    def ask(self, fault: Exception | None = None) -> None:
+    def ask(self, fault: Exception | None = None) -> list[str]:
         self.names.fault = fault
-        self.uplink._ask()
+        return self.uplink._ask()
 
     def cut(self) -> None:
         """All of them have fallen, and no uplink answers."""
@@ -531,23 +531,20 @@ def test_one_that_fails_behind_a_dead_uplink() -> None:
 
 def test_what_other_machines_poll_shows_whether_this_one_gets_through() -> None:
     """While no uplink answers: who polls one alone would never know, and would hold nothing of the others'."""
-    site, urged = Site(), list[str]()
-    site.uplink._urge = urged.extend
+    site = Site()
     for name in ("m1", "m2"):
         site.outages[name].leave()
     assert site.uplink._machines == {"m0"}
     site.poll(DOWN, "m0")
     site.clock.now += 1
-    site.ask(ProbeError("timeout", "x"))
+    urged = site.ask(ProbeError("timeout", "x"))
     assert sorted(urged) == ["m1", "m2"] and site.uplink.cut is None and site.outages["m0"].is_doubtful
     for name in urged:
         assert site.uplink.cut is None or name == urged[1], "one of the others may be down as well"
         site.poll(DOWN, name)
         site.outages[name].leave()  # as who does not poll it else
     assert site.uplink.cut and all(held > 0 for held in site.held())
-    urged.clear()
-    site.ask()
-    assert sorted(urged) == NAMES, "each of them is polled to recover"
+    assert sorted(site.ask()) == NAMES, "each of them is polled to recover"
     assert site.uplink._machines == site.uplink._failing == {"m0"}
 
 
