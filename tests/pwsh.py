@@ -11,6 +11,7 @@ import base64
 import collections
 import contextlib
 import functools
+import itertools
 import json
 import os
 import re
@@ -20,10 +21,9 @@ import sys
 import tempfile
 import threading
 import time
-import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 from windows_python import FOLDER, Unavailable, Wine, as_windows, build_prefix, locked, unpack_powershell
@@ -49,10 +49,18 @@ COMPILED = """@([scriptblock].GetField('s_cachedScripts', 'NonPublic, Static').G
 # === The engine ==============================================================
 
 
+class EngineProcess(NamedTuple):
+    """A process, and the file that holds the session configuration of its next shell, if it has one."""
+
+    process: subprocess.Popen[bytes]
+    file: str
+
+
 class Engine:
     """How to start PowerShell. A process whose shell was closed waits for the next one: to start it costs seconds of
     CPU time, and to compile what it runs. Nothing that a session can change outlasts its runspace but the process's
-    own: assemblies, environment, priority. `folder` is where a test puts what the engine shall see."""
+    own: assemblies, environment, priority. The file with a session configuration is read for each shell, so that one
+    process serves them all. `folder` is where a test puts what the engine shall see."""
 
     def __init__(self, folder: Path, program: Path, wine: Wine | None) -> None:
         self.folder, self.wine = folder, wine
@@ -65,9 +73,9 @@ class Engine:
             self.environment["WINEDLLOVERRIDES"] += ";explorer.exe=d"  # a desktop, which whoever is first would begin
             self.set_rows()
         self._lock = threading.Lock()  # guards _idle
-        self._idle: list[tuple[tuple[str, ...], subprocess.Popen[bytes]]] = []
-        if wine:  # whose services end with its last process
-            self._idle.append((("cmd",), self._popen(wine.program, "cmd")))
+        self._idle: list[EngineProcess] = []
+        self._numbers = itertools.count()
+        self._services = self._popen(wine.program, "cmd") if wine else None  # wine's end with its last process
 
     def set_rows(self, **changes: Any) -> None:
         """What CIM answers from now on: a class with its rows, "denied", or None where there is no such class."""
@@ -88,30 +96,29 @@ class Engine:
     ) -> Callable[[WSManServer, str, str], Shell]:
         """For WSManServer's `open_shell`: shells with a session configuration, the text of a .pssc file; each a `fresh`
         process, as on a host."""
-        arguments: tuple[str, ...] = ()
-        if session:
-            if self.five:
-                pytest.skip("Windows PowerShell takes session configurations from Register-PSSessionConfiguration only")
-            arguments = ("-ConfigurationFile", self.write(f"{zlib.crc32(session.encode())}.pssc", session))
-        return functools.partial(kind or EngineShell, self, arguments, fresh)
+        if session and self.five:
+            pytest.skip("Windows PowerShell takes session configurations from Register-PSSessionConfiguration only")
+        return functools.partial(kind or EngineShell, self, session, fresh)
 
-    def take(self, arguments: tuple[str, ...], *, fresh: bool = False) -> subprocess.Popen[bytes]:
-        """A process with these arguments that has no shell."""
+    def take(self, session: str, *, fresh: bool = False) -> EngineProcess:
+        """A process that has no shell, and whose next one has this session configuration."""
         with self._lock:
-            for found in self._idle if not fresh else ():
-                if found[0] == arguments and found[1].poll() is None:
-                    self._idle.remove(found)
-                    return found[1]
-        return self._popen(*self.command, "-s", "-NoProfile", "-NoLogo", *arguments)
+            waiting = [one for one in self._idle if bool(one.file) == bool(session) and one.process.poll() is None]
+            found = waiting[0] if waiting and not fresh else None
+            if found:
+                self._idle.remove(found)
+            file = found.file if found else f"{next(self._numbers)}.pssc" if session else ""
+        arguments = ("-ConfigurationFile", self.write(file, session)) if session else ()
+        return found or EngineProcess(self._popen(*self.command, "-s", "-NoProfile", "-NoLogo", *arguments), file)
 
-    def give_back(self, arguments: tuple[str, ...], process: subprocess.Popen[bytes]) -> None:
+    def give_back(self, process: EngineProcess) -> None:
         """Its shell is closed, and it waits for the next one."""
         with self._lock:
-            self._idle.append((arguments, process))
+            self._idle.append(process)
 
     def close(self) -> None:
         """End the processes that wait."""
-        for _, process in self._idle:
+        for process in (*(one.process for one in self._idle), *filter(None, [self._services])):
             process.kill()
             process.communicate()
 
@@ -164,11 +171,12 @@ class EngineShell(Shell):
     """A shell that has a process. `changed` guards what came of it and what is written to it."""
 
     def __init__(
-        self, engine: Engine, arguments: tuple[str, ...], fresh: bool, owner: WSManServer, uri: str, idle: str
+        self, engine: Engine, session: str, fresh: bool, owner: WSManServer, uri: str, idle: str
     ) -> None:
         super().__init__(owner, uri, idle)
-        self.process = engine.take(arguments, fresh=fresh)
-        self._give_back = None if fresh else functools.partial(engine.give_back, arguments, self.process)
+        taken = engine.take(session, fresh=fresh)
+        self.process = taken.process
+        self._give_back = None if fresh else functools.partial(engine.give_back, taken)
         self.alive, self._closed = True, False
         self._fragments: dict[str, collections.deque[bytes]] = collections.defaultdict(collections.deque)
         self._begun: set[str] = set()  # and not closed since their end
