@@ -290,7 +290,7 @@ def allow_files(wanted: float = math.inf) -> float:
 # One root for what is raised on purpose; the command line turns each class into its exit code, pages and API into a
 # status. An error's text is one line that a user can act on, and never holds a secret.
 # Gives: HealthCheckerError, InventoryError, UsageError, SecretError, StorageError, ApiError, Cause, one_line,
-#   ProbeError, AnswerError, Trouble
+#   did_you_mean, ProbeError, AnswerError, Trouble
 REASON_CHARS = 500              # characters of a reason that are kept
 
 
@@ -337,6 +337,12 @@ def one_line(text: str) -> str:
     """`text` without line breaks and control characters, cut to REASON_CHARS: fit for a log line."""
     line = " ".join("".join(c if c.isprintable() else " " for c in text[: 4 * REASON_CHARS]).split())
     return line if len(line) <= REASON_CHARS else line[: REASON_CHARS - 1] + "…"
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The end of a text about a name that is not among the `known`: the nearest of them; empty where none is near."""
+    near = difflib.get_close_matches(name, list(known), 1)
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 class ProbeError(HealthCheckerError):
@@ -406,9 +412,8 @@ def jump_fault(name: str, ways: Mapping[str, Sequence[str] | None]) -> str | Non
         if hop in ways and ways[hop] is None:
             return f"{hop} is no SSH host"
         if hop not in ways and not hop_address(hop):
-            near = difflib.get_close_matches(hop, ways, 1)
-            hint = f"did you mean {near[0]}?" if near else "write an address as user@host or host:port"
-            return f"no resource has this name; {hint}"
+            hint = did_you_mean(hop, ways) or "; write an address as user@host or host:port"
+            return f"no resource has this name{hint}"
     seen, hops = {name}, ways[name]
     while hops:
         if again := seen.intersection(hops):
@@ -716,8 +721,7 @@ def not_too_long(secret: SecretStr) -> SecretStr:
 
 def selectable(platform: object) -> object:
     if platform not in SELECTABLE:
-        near = difflib.get_close_matches(str(platform), SELECTABLE, 1)
-        raise ValueError(f"must be one of {', '.join(SELECTABLE)}" + (f"; did you mean {near[0]}?" if near else ""))
+        raise ValueError(f"must be one of {', '.join(SELECTABLE)}{did_you_mean(str(platform), SELECTABLE)}")
     return platform
 
 
@@ -767,9 +771,8 @@ def postgres_url(text: str, folder: Path | None) -> str:
         raise ValueError("holds a password; write it as database_password, database_password_env or "
                          "database_password_file")
     for name in url.query.keys() - set(LIBPQ):
-        near = difflib.get_close_matches(name, LIBPQ, 1)
-        raise ValueError(f"has an option that is unknown; did you mean {near[0]}?" if near
-                         else f"has an option that is unknown; known are {', '.join(LIBPQ)}")
+        hint = did_you_mean(name, LIBPQ) or f"; known are {', '.join(LIBPQ)}"
+        raise ValueError(f"has an option that is unknown{hint}")
     if not (url.username and url.database and (url.host or url.query.get("host"))):
         raise ValueError(DATABASE_FORMS)
     files = {name: str(absolute(str(path), folder)) for name, path in url.query.items()
@@ -1488,8 +1491,7 @@ def inverse(inside: Mapping[str, Iterable[str]]) -> dict[str, tuple[str, ...]]:
 
 def unknown_name(name: str, known: Iterable[str], what: str = "resource or group has this name") -> str:
     """What is wrong with a name that is not among the `known`."""
-    near = difflib.get_close_matches(name, known, 1)
-    return f"no {what}" + (f"; did you mean {near[0]}?" if near else "")
+    return f"no {what}{did_you_mean(name, known)}"
 
 
 def nesting_fault(name: str, members: Mapping[str, Iterable[str]]) -> str | None:
@@ -2027,11 +2029,6 @@ class InventoryLoader:
         position = self.document.position(path, key=key)
         self.faults[f"{self.path.name}:{position}: {shown or 'inventory'}: {message}"] = None
 
-    def _unknown(self, path: NodePath, known: Iterable[str]) -> None:
-        near = difflib.get_close_matches(str(path[-1]), list(known), 1)
-        self.fault(path, f"unknown setting; did you mean {near[0]}?" if near
-                   else f"unknown setting; known are {', '.join(known)}", key=True)
-
     def _validate(self, model: type[M], raw: object, locate: Callable[[NodePath], NodePath]) -> M | None:
         try:
             return self.parse(model, raw)
@@ -2039,7 +2036,9 @@ class InventoryLoader:
             for item in plain_faults(error):
                 path = locate(tuple(part for part in item["loc"] if part != "[key]"))
                 if item["type"] == "extra_forbidden":
-                    self._unknown(path, known_fields(model, item["loc"]))
+                    known = known_fields(model, item["loc"])
+                    hint = did_you_mean(str(path[-1]), known) or f"; known are {', '.join(known)}"
+                    self.fault(path, f"unknown setting{hint}", key=True)
                 else:
                     self.fault(path, message_of(item))
             return None
@@ -18094,10 +18093,9 @@ def probe(targets: Mapping[str, Target], chosen: Sequence[Target], access: Conne
 
 def find_target(targets: Mapping[str, Target], name: str) -> Target:
     """Raises UsageError."""
-    if name in targets:
-        return targets[name]
-    near = difflib.get_close_matches(name, targets, 1)
-    raise UsageError(f"no such resource{f'; did you mean {near[0]}?' if near else ''}")
+    if name not in targets:
+        raise UsageError(unknown_name(name, targets, "such resource"))
+    return targets[name]
 
 
 def check_doors(installation: Installation) -> Iterator[HealthCheckerError]:
@@ -18193,8 +18191,7 @@ def notify_test(arguments: argparse.Namespace) -> int:
     if not urls:
         raise UsageError(f"{arguments.inventory.name} names nobody to notify")
     if arguments.name not in urls:
-        near = difflib.get_close_matches(arguments.name, urls, 1)
-        raise UsageError(f"notify names no {arguments.name}{f'; did you mean {near[0]}?' if near else ''}")
+        raise UsageError(f"notify names no {arguments.name}{did_you_mean(arguments.name, urls)}")
     if not has_apprise():
         raise UsageError(NO_APPRISE)
     with installation.store(scratch=True) as store, store.reading() as session:
