@@ -2293,6 +2293,11 @@ class Vault:
     def holds(self, key_id: str) -> bool:
         return key_id in self._keys
 
+    def lacks(self, token: str | None) -> bool:
+        """Whether a token names a private key that is not here; a damaged one names none."""
+        found = SEALED.fullmatch(token or "")
+        return found is not None and found[1] not in self._keys
+
     @key_files_written()
     def create(self, name: str = "private.pem") -> None:
         """Makes an RSA key; an existing one is never overwritten. Raises SecretError."""
@@ -17971,32 +17976,20 @@ def rotate_keys(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def forget_urls(session: Session, vault: Vault) -> int:
-    """Forgets the URLs that are sealed with a key that is lost, for the inventory states them again; how many."""
-    count = 0
-    for receiver in session.scalars(sqlalchemy.select(Receiver)):
-        try:
-            vault.require([receiver.url])
-        except SecretError:
-            receiver.url, count = "", count + 1
-    return count
-
-
 def replace_keys(arguments: argparse.Namespace) -> int:
     """Makes a key in place of a lost one: what only that one opens is forgotten, and the inventory states it again."""
     installation = Installation(arguments.inventory, accepts_removals=arguments.accept_removals)
     with installation.database.lock(), installation.store(locked=True) as store, \
             store.writing(long=True) as session:
-        vault, forgotten = Vault(installation.service.keys), []
+        vault = Vault(installation.service.keys)
         vault.require(sealed_tokens(None, installation.inventory))
-        for row in session.scalars(sqlalchemy.select(Resource)):
-            for kind in SECRETS:
-                try:
-                    vault.require(filter(None, [getattr(row, kind)]))
-                except SecretError:
-                    setattr(row, kind, None)
-                    forgotten.append(row)
-        lost = forget_urls(session, vault)
+        forgotten = [(row, kind) for row in session.scalars(sqlalchemy.select(Resource))
+                     for kind in SECRETS if vault.lacks(getattr(row, kind))]
+        for row, kind in forgotten:
+            setattr(row, kind, None)
+        lost = [receiver for receiver in session.scalars(sqlalchemy.select(Receiver)) if vault.lacks(receiver.url)]
+        for receiver in lost:
+            receiver.url = ""
         if not forgotten and not lost:
             raise UsageError("no secret is sealed with a key that is lost; `keys rotate` makes a new key")
         session.merge(Setting(name="key", text=""))
@@ -18004,7 +17997,7 @@ def replace_keys(arguments: argparse.Namespace) -> int:
         installation.take_over(session, vault, "command line")
         record_event(session, "change", f"key {vault.key_id} in place of a lost one", actor="command line")
         revise(session)
-    for name in sorted({row.name for row in forgotten if row.origin == "api"}):
+    for name in sorted({row.name for row, _ in forgotten if row.origin == "api"}):
         print(f"{name}: write its password again, in the console")
     print(f"secrets are sealed with key {vault.key_id} now")
     return 0
