@@ -17902,24 +17902,17 @@ def rewrite(path: Path, document: Document, replacements: Mapping[NodePath, str]
         temporary.unlink(missing_ok=True)
 
 
-def secret_nodes(installation: Installation, document: Document, *,
-                 sealed: bool) -> Iterator[tuple[NodePath, str, ResourceSettings]]:
-    """Paths and values of the secrets that stand in the file, sealed or plain ones, with their resource."""
-    entries = installation.inventory.entries
-    hosts = collections.Counter(entries)
-    for index, settings in zip(entries, installation.inventory.resources, strict=True):
-        for kind in SECRETS if hosts[index] == 1 else ():
-            node = document.nodes.get(("resources", index, kind))
-            if node is not None and node.value.startswith(TOKEN_PREFIXES) is sealed:
-                yield ("resources", index, kind), node.value, settings
-
-
-def other_nodes(installation: Installation, document: Document, *,
-                sealed: bool) -> Iterator[tuple[NodePath, str, tuple[str, ...]]]:
-    """The same of the secrets that are no resource's, with what each belongs to."""
-    for where, secret, bound in installation.inventory.secrets():
-        if where in document.nodes and secret.startswith(TOKEN_PREFIXES) is sealed:
-            yield where, secret, bound
+def secret_nodes(inventory: Inventory, document: Document, *, sealed: bool) -> list[
+        tuple[NodePath, tuple[str, ...], Callable[[Vault], str]]]:
+    """Paths of the secrets that stand in the file, sealed or plain ones, what each belongs to, and what opens it."""
+    found: list[tuple[NodePath, tuple[str, ...], Callable[[Vault], str]]] = [
+        (where, bound, functools.partial(open_sealed, secret, bound)) for where, secret, bound in inventory.secrets()]
+    hosts = collections.Counter(inventory.entries)
+    for index, settings in zip(inventory.entries, inventory.resources, strict=True):
+        found += [(("resources", index, kind), binding(kind, settings), functools.partial(open_stated, settings, kind))
+                  for kind in settings.secrets if hosts[index] == 1]
+    return [node for node in found if node[0] in document.nodes
+            and document.nodes[node[0]].value.startswith(TOKEN_PREFIXES) is sealed]
 
 
 def seal(arguments: argparse.Namespace) -> int:
@@ -17928,10 +17921,8 @@ def seal(arguments: argparse.Namespace) -> int:
     document = read_document(installation.path)
     with installation.store(scratch=True) as store, store.reading() as session:
         vault = installation.open_vault(session)
-    tokens = {where: vault.seal(value, *binding(str(where[-1]), settings))
-              for where, value, settings in secret_nodes(installation, document, sealed=False)}
-    tokens |= {where: vault.seal(secret, *bound)
-               for where, secret, bound in other_nodes(installation, document, sealed=False)}
+    tokens = {where: vault.seal(opened(vault), *bound)
+              for where, bound, opened in secret_nodes(installation.inventory, document, sealed=False)}
     if tokens:
         rewrite(installation.path, document, tokens)
     print(f"{installation.path.name}: {len(tokens)} secrets sealed")
@@ -17948,9 +17939,8 @@ def rotate_keys(arguments: argparse.Namespace) -> int:
     """Seals every secret with a new key. Interrupted, it leaves both keys; it is run again then."""
     installation = Installation(arguments.inventory)
     document = read_document(installation.path)
-    document_tokens = list(secret_nodes(installation, document, sealed=True))
-    others = list(other_nodes(installation, document, sealed=True))
-    if len(list(sealed_tokens(None, installation.inventory))) > len(document_tokens) + len(others):
+    nodes = secret_nodes(installation.inventory, document, sealed=True)
+    if len(list(sealed_tokens(None, installation.inventory))) > len(nodes):
         raise UsageError("a sealed secret stands in defaults, a password_file or a variable; "
                          "write the password at its resource first")
     installation.database.inspect()
@@ -17959,9 +17949,7 @@ def rotate_keys(arguments: argparse.Namespace) -> int:
             vault = installation.open_vault(session)
             if not (vault.folder / "next.pem").exists():
                 vault.create("next.pem")
-            tokens = {where: vault.seal(open_stated(settings, kind, vault), *binding(kind, settings))
-                      for where, _, settings in document_tokens for kind in map(str, where[-1:])}
-            tokens |= {where: vault.seal(open_sealed(secret, bound, vault), *bound) for where, secret, bound in others}
+            tokens = {where: vault.seal(opened(vault), *bound) for where, bound, opened in nodes}
             reseal(session, session.scalars(sqlalchemy.select(Resource)), vault)
             for receiver in session.scalars(sqlalchemy.select(Receiver).where(Receiver.url != "")):
                 receiver.url = vault.seal(vault.open(receiver.url, *receiver.bound), *receiver.bound)
