@@ -1775,11 +1775,10 @@ class Inventory:
         return hashlib.sha256(json.dumps(said).encode()).hexdigest()
 
     @property
-    def secret_variables(self) -> list[str]:
-        """Environment variables that hold such."""
-        return [*filter(None, (self.service.heartbeat_env, self.service.database_password_env,
-                               self.service.status_token_env,
-                               *(receiver.url_env for receiver in self.receivers)))]
+    def secret_variables(self) -> set[str]:
+        """Environment variables that hold secrets."""
+        entries = (self.service, *self.receivers, *self.resources)
+        return {value for entry in entries for name, value in entry if name.endswith("_env") and value}
 
 
 class InventoryFile(Settings):
@@ -17502,9 +17501,6 @@ class Installation:
         """`listen_on` is --listen, in place of service.listen."""
         self.path, self._accepts_removals = path.absolute(), accepts_removals
         self.inventory, self.listen_on = load_inventory(self.path), listen_on
-        for settings in self.inventory.resources:
-            for name in filter(None, (settings.password_env, settings.key_passphrase_env)):
-                take_variable(name)
         for name in self.inventory.secret_variables:
             take_variable(name)
         self.service = self.inventory.service
