@@ -621,9 +621,9 @@ def read_document(path: Path) -> Document:
 # What a value of the inventory may be: types with their bounds, and the parts of a resource that have parts of their
 # own: limits, checks, expectations. Texts come in, values go out, or a ValueError that says what is wanted. Pure.
 # Gives: absolute, AppName, CertificateDays, Check, ConsoleListen, DatabaseUrl, Days, Duration, Expect, FilePath,
-# Fingerprint, fits_platform, HeaderName, HeaderValue, HostKey, Hostname, HOSTNAME, known_hosts_file, Limit, Limits,
-# Listen, literal_address, LONGEST, LongText, matching, matching_key, Mode, Name, Networks, plain_seconds, Platform,
-# Positive, POSTGRES, PROTOCOLS, RANGE, ranged, read_url, Relogin, REMOTE_PLATFORMS, Seconds, Secret, SECURED,
+# Fingerprint, fits_platform, HeaderName, HeaderValue, HostKey, Hostname, HOSTNAME, if_plain, known_hosts_file, Limit,
+# Limits, Listen, literal_address, LONGEST, LongText, matching, matching_key, Mode, Name, Networks, plain_seconds,
+# Platform, Positive, POSTGRES, PROTOCOLS, RANGE, ranged, read_url, Relogin, REMOTE_PLATFORMS, Seconds, Secret, SECURED,
 # SELECTABLE, selectable, ServiceName, Settings, short_expect, SQLITE, SSH_PLATFORMS, TextLine, Times, Url, WEB_PORTS,
 # Workers
 class Platform(str, Enum):
@@ -712,11 +712,19 @@ def matching_key(patterns: Iterable[str], mount: str) -> str | None:
     return next((key for key in found if plain(key) == plain(mount)), next(iter(found), None))
 
 
-def not_too_long(secret: SecretStr) -> SecretStr:
-    """A sealed secret is longer than what it holds."""
-    if len(secret) > SECRET_LENGTH and not secret.get_secret_value().startswith(TOKEN_PREFIXES):
+def if_plain(test: Callable[[str], object]) -> AfterValidator:
+    """A validator for a secret that is sealed, or that `test` has nothing against."""
+    def validate(secret: SecretStr) -> SecretStr:
+        if not secret.get_secret_value().startswith(TOKEN_PREFIXES):
+            test(secret.get_secret_value())
+        return secret
+    return AfterValidator(validate)
+
+
+def not_too_long(text: str) -> None:
+    """Of a plain secret; a sealed one is longer than what it holds."""
+    if len(text) > SECRET_LENGTH:
         raise ValueError(f"must be at most {SECRET_LENGTH} characters")
-    return secret
 
 
 def selectable(platform: object) -> object:
@@ -732,7 +740,7 @@ Percent = Annotated[float, Field(gt=0, le=100, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, le=1_000_000, allow_inf_nan=False)]
 Amount = Annotated[float, Field(ge=-1e18, le=1e18, allow_inf_nan=False)]
 Times = Annotated[int, Field(ge=1, le=1000)]
-Secret = Annotated[SecretStr, Field(min_length=1, max_length=8 * SECRET_LENGTH), AfterValidator(not_too_long)]
+Secret = Annotated[SecretStr, Field(min_length=1, max_length=8 * SECRET_LENGTH), if_plain(not_too_long)]
 TextLine = Annotated[str, matching(r"[^\x00-\x1f\x7f]+", "must be one line of text and not empty")]
 Name = Annotated[str, matching(r"(?!\.\.?$)[^\s/\\\x00-\x1f\x7f]+( [^\s/\\\x00-\x1f\x7f]+)*",
                                f"must be 1 to {NAME_CHARS} characters without slashes", NAME_CHARS)]
@@ -1048,34 +1056,21 @@ def web_url(text: str) -> str:
     return text
 
 
-def web_secret(secret: SecretStr) -> SecretStr:
-    """The same, or a sealed one. Raises ValueError, without the URL."""
-    if not secret.get_secret_value().startswith(TOKEN_PREFIXES):
-        read_url(secret.get_secret_value())
-    return secret
-
-
-def long_token(secret: SecretStr) -> SecretStr:
-    """One that nobody guesses, or a sealed one. Raises ValueError."""
-    text = secret.get_secret_value()
-    if not text.startswith(TOKEN_PREFIXES) and not re.fullmatch(f"[!-~]{{{TOKEN_CHARS},}}", text):
+def long_token(text: str) -> None:
+    """Raises ValueError for one that somebody may guess."""
+    if not re.fullmatch(f"[!-~]{{{TOKEN_CHARS},}}", text):
         raise ValueError(f"must have {TOKEN_CHARS} characters of ASCII or more, without blanks")
-    return secret
 
 
-def receiver_url(secret: SecretStr) -> SecretStr:
-    """A URL that could be one of Apprise's, or a sealed one. Raises ValueError, without the URL."""
-    text = secret.get_secret_value()
+def receiver_url(text: str) -> None:
+    """Raises ValueError, without it, for what can be no URL of Apprise."""
     scheme = re.match(r"([A-Za-z][\w.+-]*)://[!-~]", text, re.ASCII)
-    if text.startswith(TOKEN_PREFIXES):
-        return secret
     if not scheme or not re.fullmatch("[!-~]+", text):
         raise ValueError("must be a URL of Apprise, such as mailto://…, slack://… or json://…, in ASCII without blanks")
     if scheme[1].lower() in LOCAL_SERVICES:
         raise ValueError(f"{scheme[1].lower()}:// is this machine itself, which nobody hears of when it is down")
     if LOCAL_FILES.search(unquote(text)):
         raise ValueError("names a file of this machine, which is never read for a notification")
-    return secret
 
 
 class Retention(Settings):
@@ -1105,12 +1100,12 @@ class ServiceSettings(Settings):
     metrics_token_file: FilePath | None = None          # its bearer sees resources in /-/metrics
     uplink: Annotated[tuple[Listen, ...], Field(max_length=8)] = ()     # what answers unless this machine is cut off
     hold: Annotated[float, Field(ge=0, le=3600)] = 0.0      # seconds for which the gate's answer outlasts that
-    heartbeat: Annotated[Secret, AfterValidator(web_secret)] | None = None      # a URL, asked every minute
+    heartbeat: Annotated[Secret, if_plain(read_url)] | None = None      # a URL, asked every minute
     heartbeat_env: TextLine | None = None
     heartbeat_file: FilePath | None = None
     console_url: Annotated[str, AfterValidator(web_url)] | None = None      # in notifications, and behind a proxy
     status_page: bool = False                           # /-/status of the console's listener, for anyone
-    status_token: Annotated[Secret, AfterValidator(long_token)] | None = None   # for its bearer alone
+    status_token: Annotated[Secret, if_plain(long_token)] | None = None   # for its bearer alone
     status_token_env: TextLine | None = None
     status_token_file: FilePath | None = None
     retention: Retention = Retention()
@@ -1174,7 +1169,7 @@ class ReceiverSettings(Settings):
     """Who is told, of what: an entry of the inventory's `notify`."""
 
     name: Name
-    url: Annotated[Secret, AfterValidator(receiver_url)]    # a service of Apprise, with its secrets
+    url: Annotated[Secret, if_plain(receiver_url)]    # a service of Apprise, with its secrets
     url_env: TextLine | None = None
     url_file: FilePath | None = None
     on: Annotated[tuple[Told, ...], Field(min_length=1)] = ("gate",)
