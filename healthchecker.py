@@ -206,6 +206,7 @@ try:
     from spnego.exceptions import SpnegoError
     from sqlalchemy import ForeignKey, event, func
     from sqlalchemy.dialects import sqlite
+    from sqlalchemy.ext.hybrid import hybrid_property
     from sqlalchemy.orm import DeclarativeBase, Mapped, ORMExecuteState, Session, mapped_column, with_loader_criteria
     from sqlalchemy.schema import CreateTable
     from waitress import wasyncore
@@ -2650,7 +2651,7 @@ class Receiver(Base):
     id: Mapped[int] = mapped_column(primary_key=True)
     name: Mapped[str] = mapped_column(unique=True)
     url: Mapped[str] = mapped_column(default="")        # sealed
-    settings: Mapped[str] = mapped_column(default="{}")     # JSON of ReceiverSettings without `url`; {}: nobody is told
+    settings: Mapped[str] = mapped_column(default="{}")     # JSON of ReceiverSettings without `url`; see is_told
     joined_at: Mapped[float] = mapped_column(default=0.0)   # Unix time
     cursor: Mapped[int] = mapped_column(default=0)      # id of the last event that was considered
     message: Mapped[str] = mapped_column(default="")    # JSON of title and text on their way; empty: none
@@ -2660,6 +2661,11 @@ class Receiver(Base):
     trouble: Mapped[str] = mapped_column(default="")    # why the last try failed; empty: it did not
     delivered: Mapped[int] = mapped_column(default=0)   # messages, as is the next
     failed: Mapped[int] = mapped_column(default=0)      # given up
+
+    @hybrid_property
+    def is_told(self) -> bool:
+        """Whether it is a receiver; one of OWN_SECRETS is none, and has no settings."""
+        return self.settings != "{}"
 
     @property
     def bound(self) -> tuple[str, ...]:
@@ -3620,7 +3626,7 @@ def claim_receiver(rows: dict[str, Receiver], name: str, plain: str, vault: Vaul
                    ) -> Receiver | None:
     """Takes out of `rows` that of its name, or of its name before: it has the same URL, and is not `named` any more.
     What was told under that name gets its end."""
-    before = [row for old, row in rows.items() if name in named and old not in named and row.settings != "{}"
+    before = [row for old, row in rows.items() if name in named and old not in named and row.is_told
               and holds(row.url, plain, row.bound, vault)]
     if name in rows or not before:
         return rows.pop(name, None)
@@ -3635,7 +3641,7 @@ def import_receivers(session: Session, inventory: Inventory, vault: Vault, *, se
     whether anything changed. A new one hears nothing of the past. Raises SecretError."""
     own, changed = {name: own_name(name, inventory.service.machine_name) for name in OWN_SECRETS}, False
     rows = {row.name: row for row in session.scalars(sqlalchemy.select(Receiver)) if row.name in own.values() or not (
-        secrets_only or (row.settings == "{}" and row.name not in OWN_SECRETS))}
+        secrets_only or not (row.is_told or row.name in OWN_SECRETS))}
     settings = {receiver.name: receiver.model_dump_json(exclude={"url", "url_env", "url_file"})
                 for receiver in inventory.receivers}
     for _, name, secret in inventory.urls():
@@ -14407,7 +14413,7 @@ class Metrics:
         with self._store.reading() as session:
             rows, more = session.execute(METRIC_ROWS).all(), remarks(session, self._store.wall())
             tokens = session.execute(TOKEN_ROWS).all()
-            receivers = session.scalars(sqlalchemy.select(Receiver).where(Receiver.settings != "{}")).all()
+            receivers = session.scalars(sqlalchemy.select(Receiver).where(Receiver.is_told)).all()
         total = gauge("resources", "Resources by state.", None, "state")
         standings = [(row.state and self._monitor and self._monitor.behind(row.name)) or row for row in rows]
         states = collections.Counter(standing.state or "unknown" for standing in standings)
@@ -15936,7 +15942,7 @@ def overview(**more: Any) -> flask.Response:
         more_known, turns = remarks(session, now), timetable(session, now)
         everything = [ResourceRow(row, status, context, more_known) for row, status in session.execute(RESOURCES)]
         is_open, last = context.is_healthy, next(iter(events(session, kind="gate", limit=1)), None)
-        ours = (Receiver.settings != "{}") | (Receiver.name == context.store.own(HEARTBEAT))
+        ours = sqlalchemy.or_(Receiver.is_told, Receiver.name == context.store.own(HEARTBEAT))
         untold = session.execute(sqlalchemy.select(Receiver.name, Receiver.trouble).where(
             Receiver.trouble != "", ours)).all()
     groups = list_groups(current_principal())
@@ -17143,7 +17149,7 @@ class Notifier(threading.Thread):
         notices: dict[int, list[Notice]] = collections.defaultdict(list)
         for notice in session.scalars(sqlalchemy.select(Notice)):
             notices[notice.receiver_id].append(notice)
-        rows = session.scalars(sqlalchemy.select(Receiver).where(Receiver.settings != "{}")).all()
+        rows = session.scalars(sqlalchemy.select(Receiver).where(Receiver.is_told)).all()
         session.expunge_all()       # plain objects from now on
         self._announcers = {row.id: Announcer(row, notices[row.id], self._console) for row in rows}
         self._saved = {number: self._state_of(announcer) for number, announcer in self._announcers.items()}
