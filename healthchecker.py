@@ -17527,6 +17527,11 @@ class Installation:
             machine = self.service.machine_name
             yield stack.enter_context(contextlib.closing(Store(database, locked=locked, machine=machine)))
 
+    def require_database(self) -> None:
+        """Raises UsageError where there is none."""
+        if not self.database.inspect(whole=False):
+            raise UsageError("there is no database yet; start the service first")
+
     @property
     def runs(self) -> bool:
         """Whether its service does, here."""
@@ -17679,8 +17684,7 @@ def reload(arguments: argparse.Namespace) -> int:
     """Has a running service take an edited inventory over."""
     installation = Installation(arguments.inventory, accepts_removals=arguments.accept_removals,
                                 listen_on=arguments.listen)
-    if not installation.database.inspect(whole=False):
-        raise UsageError(f"there is no database {installation.database} yet; start the service first")
+    installation.require_database()
     with installation.store() as store:
         for line in take_over_again(installation, store, "command line"):
             print(line)
@@ -18224,8 +18228,7 @@ def confirm(offered: str, arguments: argparse.Namespace) -> None:
 def trust(arguments: argparse.Namespace) -> int:
     """Shows the key that a host was known by and the one that it shows now, and accepts that one when told so."""
     installation = Installation(arguments.inventory)
-    if not installation.database.inspect(whole=False):
-        raise UsageError("there is no database yet; start the service first")
+    installation.require_database()
     with installation.store() as store:
         with store.reading() as session:
             targets = load_targets(session, installation.open_vault(session))
@@ -18357,25 +18360,30 @@ def gate_rows(installation: Installation, session: Session) -> Iterator[list[str
     yield ["SERVICE", "runs" if installation.runs else f"does not run{installation.place}: the gate is closed"]
 
 
-def gate(arguments: argparse.Namespace) -> int:
-    """Opens or closes the gate by hand, or ends that, also while the service runs; then says how it stands."""
+def change_and_show(arguments: argparse.Namespace, change: Callable[[Principal], object] | None,
+                    rows: Callable[[Installation, Session], Iterable[list[str]]]) -> int:
+    """Makes a change, if there is one, also while the service runs; then prints how it stands."""
     installation = Installation(arguments.inventory)
-    if not installation.database.inspect(whole=False):
-        raise UsageError("there is no database yet; start the service first")
-    given = {"action": arguments.action, "for": arguments.seconds, "reason": arguments.reason}
-    given = {name: value for name, value in given.items() if value is not None}
-    with installation.store(scratch=not given) as store:
-        if given:
-            change_gate(console_of(installation, store), given)
+    installation.require_database()
+    with installation.store(scratch=change is None) as store:
+        if change:
+            change(console_of(installation, store))
             time.sleep(TAKEN_UP if installation.database.is_running() else 0.0)
         with store.reading() as session:
-            print_table([*gate_rows(installation, session)])
+            print_table(rows(installation, session))
     return 0
 
 
-def work_rows(session: Session, now: float) -> Iterator[list[str]]:
+def gate(arguments: argparse.Namespace) -> int:
+    """Opens or closes the gate by hand, or ends that; then says how it stands."""
+    given = {"action": arguments.action, "for": arguments.seconds, "reason": arguments.reason}
+    given = {name: value for name, value in given.items() if value is not None}
+    return change_and_show(arguments, (lambda who: change_gate(who, given)) if given else None, gate_rows)
+
+
+def work_rows(installation: Installation, session: Session) -> Iterator[list[str]]:
     yield ["NUMBER", "STATE", "FROM", "UNTIL", "WHAT", "REASON"]
-    for turn in timetable(session, now):
+    for turn in timetable(session, installation.database.wall()):
         yield [str(turn.id or "-"), turn.state, local_time(turn.start), local_time(turn.until), str(turn.scope),
                turn.reason]
 
@@ -18392,25 +18400,19 @@ def end_by_command(who: Principal, arguments: argparse.Namespace, scope: Mapping
 
 
 def maintenance(arguments: argparse.Namespace) -> int:
-    """Begins, plans or ends maintenance, also while the service runs; then says what runs and what is ahead."""
-    installation, given = Installation(arguments.inventory), vars(arguments)
-    if not installation.database.inspect(whole=False):
-        raise UsageError("there is no database yet; start the service first")
+    """Begins, plans or ends maintenance; then says what runs and what is ahead."""
+    given = vars(arguments)
     scope = {field: given[field] for field in Scope.model_fields if given.get(field)}
     if arguments.action != "list" and not given.get("number") and bool(given["all"]) == bool({*scope} - {"all"}):
         raise UsageError("say what: --tag, --group or --resource NAME, or else --all")
-    with installation.store(scratch=arguments.action == "list") as store:
-        who = console_of(installation, store)
-        if arguments.action == "start":
-            start = {"start": chosen_moment(arguments.start)} if arguments.start else {}
-            start_work(who, {"for": arguments.seconds, "reason": arguments.reason} | start | scope)
-        elif arguments.action == "end":
-            end_by_command(who, arguments, scope)
-        if arguments.action != "list":
-            time.sleep(TAKEN_UP if installation.database.is_running() else 0.0)
-        with store.reading() as session:
-            print_table([*work_rows(session, store.wall())])
-    return 0
+
+    def change(who: Principal) -> None:
+        if arguments.action == "end":
+            return end_by_command(who, arguments, scope)
+        start = {"start": chosen_moment(arguments.start)} if arguments.start else {}
+        start_work(who, {"for": arguments.seconds, "reason": arguments.reason} | start | scope)
+
+    return change_and_show(arguments, None if arguments.action == "list" else change, work_rows)
 
 
 def add_maintenance_commands(commands: Any) -> None:
