@@ -1996,9 +1996,8 @@ class InventoryLoader:
                 *(("", f"{service.keys.name}/{name}", service.keys / name) for name in KEY_FILES),
                 *([("database", "service.database", database)] if database else ()),
                 *(("", database.name + end, Path(f"{database}{end}")) for end in COMPANIONS if database)]
-        named = ("metrics_token_file", "lease_file", "heartbeat_file", "database_password_file",
-                 "status_token_file")
-        ours += [(name, f"service.{name}", path) for name in named if (path := getattr(service, name))]
+        ours += [(name, f"service.{name}", path) for name, path in service
+                 if path and name.endswith("_file") and name != "log_file"]
         for number in range(LOG_FILES + 1) if log_file else ():
             ours.append(("log_file", "service.log_file", Path(f"{log_file}{f'.{number}' if number else ''}")))
         known: dict[object, str] = {}
@@ -3570,20 +3569,16 @@ def forget_behind(session: Session, name: str) -> Iterator[str]:
             yield row.name
 
 
-def rename_chosen(session: Session, old: str, new: str) -> None:
-    """Has what is planned for a resource by its name follow a new one; plans of the inventory say it themselves."""
-    for row in session.scalars(sqlalchemy.select(Maintenance).where(Maintenance.plan == "")):
-        if old in (scope := row.chosen).resources:
-            names = tuple(new if name == old else name for name in scope.resources)
-            row.scope = scope.model_copy(update={"resources": names}).scope_json
-
-
 def rename_row(session: Session, row: Resource, vault: Vault, name: str) -> None:
     """Gives a row another name: its secrets are sealed for that, its events and what is planned for it follow."""
+    # plans of the inventory say it themselves
+    for work in session.scalars(sqlalchemy.select(Maintenance).where(Maintenance.plan == "")):
+        if row.name in (scope := work.chosen).resources:
+            names = tuple(name if each == row.name else each for each in scope.resources)
+            work.scope = scope.model_copy(update={"resources": names}).scope_json
     session.execute(sqlalchemy.update(Event).values(resource=name).where(Event.resource == row.name))
     session.execute(sqlalchemy.update(Notice).values(name=name).where(
         Notice.kind.in_(("state", "maintenance")), Notice.name == row.name))
-    rename_chosen(session, row.name, name)
     reseal(session, [row], vault, name)
 
 
