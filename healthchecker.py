@@ -1485,9 +1485,9 @@ def inverse(inside: Mapping[str, Iterable[str]]) -> dict[str, tuple[str, ...]]:
     return {member: tuple(names) for member, names in found.items()}
 
 
-def unknown_name(name: str, known: Iterable[str], what: str = "resource or group has this name") -> str:
-    """What is wrong with a name that is not among the `known`."""
-    return f"no {what}{did_you_mean(name, known)}"
+def unknown_name(name: str, known: Iterable[str], kind: str = "resource or group") -> str:
+    """What is wrong with a name that none of a `kind` has; the `known` are all of them."""
+    return f"no {kind} has this name{did_you_mean(name, known)}"
 
 
 def nesting_fault(name: str, members: Mapping[str, Iterable[str]]) -> str | None:
@@ -1634,7 +1634,7 @@ def zone_of(name: str) -> datetime.tzinfo:
     """A time zone. Raises ValueError."""
     with contextlib.suppress(KeyError, ValueError, OSError):     # or a folder of them
         return datetime.timezone.utc if name == "UTC" else zoneinfo.ZoneInfo(name)
-    raise ValueError(unknown_name(name, sorted(zoneinfo.available_timezones()), "time zone has this name"))
+    raise ValueError(unknown_name(name, sorted(zoneinfo.available_timezones()), "time zone"))
 
 
 def zone_name(name: str) -> str:
@@ -1711,8 +1711,7 @@ def choice_faults(plans: Sequence[Plan], receivers: Sequence[ReceiverSettings], 
         for field, names in known.items():
             for number, name in enumerate(getattr(entry, field, ())):
                 if name not in names:
-                    what = "resource has this tag" if field == "tags" else f"{field[:-1]} has this name"
-                    yield (part, index, field, number), unknown_name(name, names, what)
+                    yield (part, index, field, number), unknown_name(name, names, field[:-1])
 
 
 # === Inventory ===============================================================
@@ -8974,7 +8973,7 @@ class Choices(NamedTuple):
 
     def faults(self, scope: Scope) -> dict[str, str]:
         """What is wrong with it, by field, of each the first: to look for near names takes its time."""
-        return {field: unknown_name(name, known, f"{field[:-1]} has this name") for field, known in
+        return {field: unknown_name(name, known, field[:-1]) for field, known in
                 self._asdict().items() for name in [name for name in getattr(scope, field) if name not in known][:1]}
 
 
@@ -17807,7 +17806,7 @@ def parts_told(installation: Installation, names: Sequence[str]) -> tuple[Servic
     known |= {part.name: part for part in view.others if part.name in known}
     for name in names:
         if name not in known:
-            raise UsageError(f"{name}: {unknown_name(name, known, 'group, route or resource has this name')}")
+            raise UsageError(f"{name}: {unknown_name(name, known, 'group, route or resource')}")
     return view, [known[name] for name in names]
 
 
@@ -18071,7 +18070,7 @@ def probe(targets: Mapping[str, Target], chosen: Sequence[Target], access: Conne
 def find_target(targets: Mapping[str, Target], name: str) -> Target:
     """Raises UsageError."""
     if name not in targets:
-        raise UsageError(unknown_name(name, targets, "such resource"))
+        raise UsageError(f"no such resource{did_you_mean(name, targets)}")
     return targets[name]
 
 
