@@ -206,6 +206,7 @@ try:
     from spnego.exceptions import SpnegoError
     from sqlalchemy import ForeignKey, event, func
     from sqlalchemy.dialects import sqlite
+    from sqlalchemy.ext.hybrid import hybrid_property
     from sqlalchemy.orm import DeclarativeBase, Mapped, ORMExecuteState, Session, mapped_column, with_loader_criteria
     from sqlalchemy.schema import CreateTable
     from waitress import wasyncore
@@ -290,7 +291,7 @@ def allow_files(wanted: float = math.inf) -> float:
 # One root for what is raised on purpose; the command line turns each class into its exit code, pages and API into a
 # status. An error's text is one line that a user can act on, and never holds a secret.
 # Gives: HealthCheckerError, InventoryError, UsageError, SecretError, StorageError, ApiError, Cause, one_line,
-#   ProbeError, AnswerError, Trouble
+#   did_you_mean, ProbeError, AnswerError, Trouble
 REASON_CHARS = 500              # characters of a reason that are kept
 
 
@@ -337,6 +338,12 @@ def one_line(text: str) -> str:
     """`text` without line breaks and control characters, cut to REASON_CHARS: fit for a log line."""
     line = " ".join("".join(c if c.isprintable() else " " for c in text[: 4 * REASON_CHARS]).split())
     return line if len(line) <= REASON_CHARS else line[: REASON_CHARS - 1] + "…"
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The end of a text about a name that is not among the `known`: the nearest of them; empty where none is near."""
+    near = difflib.get_close_matches(name, list(known), 1)
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 class ProbeError(HealthCheckerError):
@@ -406,9 +413,8 @@ def jump_fault(name: str, ways: Mapping[str, Sequence[str] | None]) -> str | Non
         if hop in ways and ways[hop] is None:
             return f"{hop} is no SSH host"
         if hop not in ways and not hop_address(hop):
-            near = difflib.get_close_matches(hop, ways, 1)
-            hint = f"did you mean {near[0]}?" if near else "write an address as user@host or host:port"
-            return f"no resource has this name; {hint}"
+            hint = did_you_mean(hop, ways) or "; write an address as user@host or host:port"
+            return f"no resource has this name{hint}"
     seen, hops = {name}, ways[name]
     while hops:
         if again := seen.intersection(hops):
@@ -614,9 +620,9 @@ def read_document(path: Path) -> Document:
 # What a value of the inventory may be: types with their bounds, and the parts of a resource that have parts of their
 # own: limits, checks, expectations. Texts come in, values go out, or a ValueError that says what is wanted. Pure.
 # Gives: absolute, AppName, CertificateDays, Check, ConsoleListen, DatabaseUrl, Days, Duration, Expect, FilePath,
-# Fingerprint, fits_platform, HeaderName, HeaderValue, HostKey, Hostname, HOSTNAME, known_hosts_file, Limit, Limits,
-# Listen, literal_address, LONGEST, LongText, matching, matching_key, Mode, Name, Networks, plain_seconds, Platform,
-# Positive, POSTGRES, PROTOCOLS, RANGE, ranged, read_url, Relogin, REMOTE_PLATFORMS, Seconds, Secret, SECURED,
+# Fingerprint, fits_platform, HeaderName, HeaderValue, HostKey, Hostname, HOSTNAME, if_plain, known_hosts_file, Limit,
+# Limits, Listen, literal_address, LONGEST, LongText, matching, matching_key, Mode, Name, Networks, plain_seconds,
+# Platform, Positive, POSTGRES, PROTOCOLS, RANGE, ranged, read_url, Relogin, REMOTE_PLATFORMS, Seconds, Secret, SECURED,
 # SELECTABLE, selectable, ServiceName, Settings, short_expect, SQLITE, SSH_PLATFORMS, TextLine, Times, Url, WEB_PORTS,
 # Workers
 class Platform(str, Enum):
@@ -705,17 +711,24 @@ def matching_key(patterns: Iterable[str], mount: str) -> str | None:
     return next((key for key in found if plain(key) == plain(mount)), next(iter(found), None))
 
 
-def not_too_long(secret: SecretStr) -> SecretStr:
-    """A sealed secret is longer than what it holds."""
-    if len(secret) > SECRET_LENGTH and not secret.get_secret_value().startswith(TOKEN_PREFIXES):
+def if_plain(test: Callable[[str], object]) -> AfterValidator:
+    """A validator for a secret that is sealed, or that `test` has nothing against."""
+    def validate(secret: SecretStr) -> SecretStr:
+        if not secret.get_secret_value().startswith(TOKEN_PREFIXES):
+            test(secret.get_secret_value())
+        return secret
+    return AfterValidator(validate)
+
+
+def not_too_long(text: str) -> None:
+    """Of a plain secret; a sealed one is longer than what it holds."""
+    if len(text) > SECRET_LENGTH:
         raise ValueError(f"must be at most {SECRET_LENGTH} characters")
-    return secret
 
 
 def selectable(platform: object) -> object:
     if platform not in SELECTABLE:
-        near = difflib.get_close_matches(str(platform), SELECTABLE, 1)
-        raise ValueError(f"must be one of {', '.join(SELECTABLE)}" + (f"; did you mean {near[0]}?" if near else ""))
+        raise ValueError(f"must be one of {', '.join(SELECTABLE)}{did_you_mean(str(platform), SELECTABLE)}")
     return platform
 
 
@@ -726,7 +739,7 @@ Percent = Annotated[float, Field(gt=0, le=100, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, le=1_000_000, allow_inf_nan=False)]
 Amount = Annotated[float, Field(ge=-1e18, le=1e18, allow_inf_nan=False)]
 Times = Annotated[int, Field(ge=1, le=1000)]
-Secret = Annotated[SecretStr, Field(min_length=1, max_length=8 * SECRET_LENGTH), AfterValidator(not_too_long)]
+Secret = Annotated[SecretStr, Field(min_length=1, max_length=8 * SECRET_LENGTH), if_plain(not_too_long)]
 TextLine = Annotated[str, matching(r"[^\x00-\x1f\x7f]+", "must be one line of text and not empty")]
 Name = Annotated[str, matching(r"(?!\.\.?$)[^\s/\\\x00-\x1f\x7f]+( [^\s/\\\x00-\x1f\x7f]+)*",
                                f"must be 1 to {NAME_CHARS} characters without slashes", NAME_CHARS)]
@@ -765,9 +778,8 @@ def postgres_url(text: str, folder: Path | None) -> str:
         raise ValueError("holds a password; write it as database_password, database_password_env or "
                          "database_password_file")
     for name in url.query.keys() - set(LIBPQ):
-        near = difflib.get_close_matches(name, LIBPQ, 1)
-        raise ValueError(f"has an option that is unknown; did you mean {near[0]}?" if near
-                         else f"has an option that is unknown; known are {', '.join(LIBPQ)}")
+        hint = did_you_mean(name, LIBPQ) or f"; known are {', '.join(LIBPQ)}"
+        raise ValueError(f"has an option that is unknown{hint}")
     if not (url.username and url.database and (url.host or url.query.get("host"))):
         raise ValueError(DATABASE_FORMS)
     files = {name: str(absolute(str(path), folder)) for name, path in url.query.items()
@@ -1043,34 +1055,21 @@ def web_url(text: str) -> str:
     return text
 
 
-def web_secret(secret: SecretStr) -> SecretStr:
-    """The same, or a sealed one. Raises ValueError, without the URL."""
-    if not secret.get_secret_value().startswith(TOKEN_PREFIXES):
-        read_url(secret.get_secret_value())
-    return secret
-
-
-def long_token(secret: SecretStr) -> SecretStr:
-    """One that nobody guesses, or a sealed one. Raises ValueError."""
-    text = secret.get_secret_value()
-    if not text.startswith(TOKEN_PREFIXES) and not re.fullmatch(f"[!-~]{{{TOKEN_CHARS},}}", text):
+def long_token(text: str) -> None:
+    """Raises ValueError for one that somebody may guess."""
+    if not re.fullmatch(f"[!-~]{{{TOKEN_CHARS},}}", text):
         raise ValueError(f"must have {TOKEN_CHARS} characters of ASCII or more, without blanks")
-    return secret
 
 
-def receiver_url(secret: SecretStr) -> SecretStr:
-    """A URL that could be one of Apprise's, or a sealed one. Raises ValueError, without the URL."""
-    text = secret.get_secret_value()
+def receiver_url(text: str) -> None:
+    """Raises ValueError, without it, for what can be no URL of Apprise."""
     scheme = re.match(r"([A-Za-z][\w.+-]*)://[!-~]", text, re.ASCII)
-    if text.startswith(TOKEN_PREFIXES):
-        return secret
     if not scheme or not re.fullmatch("[!-~]+", text):
         raise ValueError("must be a URL of Apprise, such as mailto://…, slack://… or json://…, in ASCII without blanks")
     if scheme[1].lower() in LOCAL_SERVICES:
         raise ValueError(f"{scheme[1].lower()}:// is this machine itself, which nobody hears of when it is down")
     if LOCAL_FILES.search(unquote(text)):
         raise ValueError("names a file of this machine, which is never read for a notification")
-    return secret
 
 
 class Retention(Settings):
@@ -1100,12 +1099,12 @@ class ServiceSettings(Settings):
     metrics_token_file: FilePath | None = None          # its bearer sees resources in /-/metrics
     uplink: Annotated[tuple[Listen, ...], Field(max_length=8)] = ()     # what answers unless this machine is cut off
     hold: Annotated[float, Field(ge=0, le=3600)] = 0.0      # seconds for which the gate's answer outlasts that
-    heartbeat: Annotated[Secret, AfterValidator(web_secret)] | None = None      # a URL, asked every minute
+    heartbeat: Annotated[Secret, if_plain(read_url)] | None = None      # a URL, asked every minute
     heartbeat_env: TextLine | None = None
     heartbeat_file: FilePath | None = None
     console_url: Annotated[str, AfterValidator(web_url)] | None = None      # in notifications, and behind a proxy
     status_page: bool = False                           # /-/status of the console's listener, for anyone
-    status_token: Annotated[Secret, AfterValidator(long_token)] | None = None   # for its bearer alone
+    status_token: Annotated[Secret, if_plain(long_token)] | None = None   # for its bearer alone
     status_token_env: TextLine | None = None
     status_token_file: FilePath | None = None
     retention: Retention = Retention()
@@ -1169,7 +1168,7 @@ class ReceiverSettings(Settings):
     """Who is told, of what: an entry of the inventory's `notify`."""
 
     name: Name
-    url: Annotated[Secret, AfterValidator(receiver_url)]    # a service of Apprise, with its secrets
+    url: Annotated[Secret, if_plain(receiver_url)]    # a service of Apprise, with its secrets
     url_env: TextLine | None = None
     url_file: FilePath | None = None
     on: Annotated[tuple[Told, ...], Field(min_length=1)] = ("gate",)
@@ -1484,10 +1483,9 @@ def inverse(inside: Mapping[str, Iterable[str]]) -> dict[str, tuple[str, ...]]:
     return {member: tuple(names) for member, names in found.items()}
 
 
-def unknown_name(name: str, known: Iterable[str], what: str = "resource or group has this name") -> str:
-    """What is wrong with a name that is not among the `known`."""
-    near = difflib.get_close_matches(name, known, 1)
-    return f"no {what}" + (f"; did you mean {near[0]}?" if near else "")
+def unknown_name(name: str, known: Iterable[str], kind: str = "resource or group") -> str:
+    """What is wrong with a name that none of a `kind` has; the `known` are all of them."""
+    return f"no {kind} has this name{did_you_mean(name, known)}"
 
 
 def nesting_fault(name: str, members: Mapping[str, Iterable[str]]) -> str | None:
@@ -1634,7 +1632,7 @@ def zone_of(name: str) -> datetime.tzinfo:
     """A time zone. Raises ValueError."""
     with contextlib.suppress(KeyError, ValueError, OSError):     # or a folder of them
         return datetime.timezone.utc if name == "UTC" else zoneinfo.ZoneInfo(name)
-    raise ValueError(unknown_name(name, sorted(zoneinfo.available_timezones()), "time zone has this name"))
+    raise ValueError(unknown_name(name, sorted(zoneinfo.available_timezones()), "time zone"))
 
 
 def zone_name(name: str) -> str:
@@ -1711,8 +1709,7 @@ def choice_faults(plans: Sequence[Plan], receivers: Sequence[ReceiverSettings], 
         for field, names in known.items():
             for number, name in enumerate(getattr(entry, field, ())):
                 if name not in names:
-                    what = "resource has this tag" if field == "tags" else f"{field[:-1]} has this name"
-                    yield (part, index, field, number), unknown_name(name, names, what)
+                    yield (part, index, field, number), unknown_name(name, names, field[:-1])
 
 
 # === Inventory ===============================================================
@@ -1771,11 +1768,10 @@ class Inventory:
         return hashlib.sha256(json.dumps(said).encode()).hexdigest()
 
     @property
-    def secret_variables(self) -> list[str]:
-        """Environment variables that hold such."""
-        return [*filter(None, (self.service.heartbeat_env, self.service.database_password_env,
-                               self.service.status_token_env,
-                               *(receiver.url_env for receiver in self.receivers)))]
+    def secret_variables(self) -> set[str]:
+        """Environment variables that hold secrets."""
+        entries = (self.service, *self.receivers, *self.resources)
+        return {value for entry in entries for name, value in entry if name.endswith("_env") and value}
 
 
 class InventoryFile(Settings):
@@ -1997,9 +1993,8 @@ class InventoryLoader:
                 *(("", f"{service.keys.name}/{name}", service.keys / name) for name in KEY_FILES),
                 *([("database", "service.database", database)] if database else ()),
                 *(("", database.name + end, Path(f"{database}{end}")) for end in COMPANIONS if database)]
-        named = ("metrics_token_file", "lease_file", "heartbeat_file", "database_password_file",
-                 "status_token_file")
-        ours += [(name, f"service.{name}", path) for name in named if (path := getattr(service, name))]
+        ours += [(name, f"service.{name}", path) for name, path in service
+                 if path and name.endswith("_file") and name != "log_file"]
         for number in range(LOG_FILES + 1) if log_file else ():
             ours.append(("log_file", "service.log_file", Path(f"{log_file}{f'.{number}' if number else ''}")))
         known: dict[object, str] = {}
@@ -2025,11 +2020,6 @@ class InventoryLoader:
         position = self.document.position(path, key=key)
         self.faults[f"{self.path.name}:{position}: {shown or 'inventory'}: {message}"] = None
 
-    def _unknown(self, path: NodePath, known: Iterable[str]) -> None:
-        near = difflib.get_close_matches(str(path[-1]), list(known), 1)
-        self.fault(path, f"unknown setting; did you mean {near[0]}?" if near
-                   else f"unknown setting; known are {', '.join(known)}", key=True)
-
     def _validate(self, model: type[M], raw: object, locate: Callable[[NodePath], NodePath]) -> M | None:
         try:
             return self.parse(model, raw)
@@ -2037,7 +2027,9 @@ class InventoryLoader:
             for item in plain_faults(error):
                 path = locate(tuple(part for part in item["loc"] if part != "[key]"))
                 if item["type"] == "extra_forbidden":
-                    self._unknown(path, known_fields(model, item["loc"]))
+                    known = known_fields(model, item["loc"])
+                    hint = did_you_mean(str(path[-1]), known) or f"; known are {', '.join(known)}"
+                    self.fault(path, f"unknown setting{hint}", key=True)
                 else:
                     self.fault(path, message_of(item))
             return None
@@ -2291,6 +2283,11 @@ class Vault:
 
     def holds(self, key_id: str) -> bool:
         return key_id in self._keys
+
+    def lacks(self, token: str | None) -> bool:
+        """Whether a token names a private key that is not here; a damaged one names none."""
+        found = SEALED.fullmatch(token or "")
+        return found is not None and found[1] not in self._keys
 
     @key_files_written()
     def create(self, name: str = "private.pem") -> None:
@@ -2650,7 +2647,7 @@ class Receiver(Base):
     id: Mapped[int] = mapped_column(primary_key=True)
     name: Mapped[str] = mapped_column(unique=True)
     url: Mapped[str] = mapped_column(default="")        # sealed
-    settings: Mapped[str] = mapped_column(default="{}")     # JSON of ReceiverSettings without `url`; {}: nobody is told
+    settings: Mapped[str] = mapped_column(default="{}")     # JSON of ReceiverSettings without `url`; see is_told
     joined_at: Mapped[float] = mapped_column(default=0.0)   # Unix time
     cursor: Mapped[int] = mapped_column(default=0)      # id of the last event that was considered
     message: Mapped[str] = mapped_column(default="")    # JSON of title and text on their way; empty: none
@@ -2660,6 +2657,11 @@ class Receiver(Base):
     trouble: Mapped[str] = mapped_column(default="")    # why the last try failed; empty: it did not
     delivered: Mapped[int] = mapped_column(default=0)   # messages, as is the next
     failed: Mapped[int] = mapped_column(default=0)      # given up
+
+    @hybrid_property
+    def is_told(self) -> bool:
+        """Whether it is a receiver; one of OWN_SECRETS is none, and has no settings."""
+        return self.settings != "{}"
 
     @property
     def bound(self) -> tuple[str, ...]:
@@ -3564,20 +3566,16 @@ def forget_behind(session: Session, name: str) -> Iterator[str]:
             yield row.name
 
 
-def rename_chosen(session: Session, old: str, new: str) -> None:
-    """Has what is planned for a resource by its name follow a new one; plans of the inventory say it themselves."""
-    for row in session.scalars(sqlalchemy.select(Maintenance).where(Maintenance.plan == "")):
-        if old in (scope := row.chosen).resources:
-            names = tuple(new if name == old else name for name in scope.resources)
-            row.scope = scope.model_copy(update={"resources": names}).scope_json
-
-
 def rename_row(session: Session, row: Resource, vault: Vault, name: str) -> None:
     """Gives a row another name: its secrets are sealed for that, its events and what is planned for it follow."""
+    # plans of the inventory say it themselves
+    for work in session.scalars(sqlalchemy.select(Maintenance).where(Maintenance.plan == "")):
+        if row.name in (scope := work.chosen).resources:
+            names = tuple(name if each == row.name else each for each in scope.resources)
+            work.scope = scope.model_copy(update={"resources": names}).scope_json
     session.execute(sqlalchemy.update(Event).values(resource=name).where(Event.resource == row.name))
     session.execute(sqlalchemy.update(Notice).values(name=name).where(
         Notice.kind.in_(("state", "maintenance")), Notice.name == row.name))
-    rename_chosen(session, row.name, name)
     reseal(session, [row], vault, name)
 
 
@@ -3620,7 +3618,7 @@ def claim_receiver(rows: dict[str, Receiver], name: str, plain: str, vault: Vaul
                    ) -> Receiver | None:
     """Takes out of `rows` that of its name, or of its name before: it has the same URL, and is not `named` any more.
     What was told under that name gets its end."""
-    before = [row for old, row in rows.items() if name in named and old not in named and row.settings != "{}"
+    before = [row for old, row in rows.items() if name in named and old not in named and row.is_told
               and holds(row.url, plain, row.bound, vault)]
     if name in rows or not before:
         return rows.pop(name, None)
@@ -3635,7 +3633,7 @@ def import_receivers(session: Session, inventory: Inventory, vault: Vault, *, se
     whether anything changed. A new one hears nothing of the past. Raises SecretError."""
     own, changed = {name: own_name(name, inventory.service.machine_name) for name in OWN_SECRETS}, False
     rows = {row.name: row for row in session.scalars(sqlalchemy.select(Receiver)) if row.name in own.values() or not (
-        secrets_only or (row.settings == "{}" and row.name not in OWN_SECRETS))}
+        secrets_only or not (row.is_told or row.name in OWN_SECRETS))}
     settings = {receiver.name: receiver.model_dump_json(exclude={"url", "url_env", "url_file"})
                 for receiver in inventory.receivers}
     for _, name, secret in inventory.urls():
@@ -8874,7 +8872,7 @@ class Choices(NamedTuple):
 
     def faults(self, scope: Scope) -> dict[str, str]:
         """What is wrong with it, by field, of each the first: to look for near names takes its time."""
-        return {field: unknown_name(name, known, f"{field[:-1]} has this name") for field, known in
+        return {field: unknown_name(name, known, field[:-1]) for field, known in
                 self._asdict().items() for name in [name for name in getattr(scope, field) if name not in known][:1]}
 
 
@@ -14254,7 +14252,7 @@ class Metrics:
         with self._store.reading() as session:
             rows, more = session.execute(METRIC_ROWS).all(), remarks(session, self._store.wall())
             tokens = session.execute(TOKEN_ROWS).all()
-            receivers = session.scalars(sqlalchemy.select(Receiver).where(Receiver.settings != "{}")).all()
+            receivers = session.scalars(sqlalchemy.select(Receiver).where(Receiver.is_told)).all()
         standings = [(row.state and self._monitor and self._monitor.behind(row.name)) or row for row in rows]
         states = collections.Counter(standing.state or "unknown" for standing in standings)
         yield labelled(GaugeMetricFamily, "resources", "Resources by state.", "state", (
@@ -15711,7 +15709,7 @@ def overview(**more: Any) -> flask.Response:
         more_known, turns = remarks(session, now), timetable(session, now)
         everything = [ResourceRow(row, status, context, more_known) for row, status in session.execute(RESOURCES)]
         is_open, last = context.is_healthy, next(iter(events(session, kind="gate", limit=1)), None)
-        ours = (Receiver.settings != "{}") | (Receiver.name == context.store.own(HEARTBEAT))
+        ours = sqlalchemy.or_(Receiver.is_told, Receiver.name == context.store.own(HEARTBEAT))
         untold = session.execute(sqlalchemy.select(Receiver.name, Receiver.trouble).where(
             Receiver.trouble != "", ours)).all()
     groups = list_groups(current_principal())
@@ -16903,7 +16901,7 @@ class Notifier(threading.Thread):
         notices: dict[int, list[Notice]] = collections.defaultdict(list)
         for notice in session.scalars(sqlalchemy.select(Notice)):
             notices[notice.receiver_id].append(notice)
-        rows = session.scalars(sqlalchemy.select(Receiver).where(Receiver.settings != "{}")).all()
+        rows = session.scalars(sqlalchemy.select(Receiver).where(Receiver.is_told)).all()
         session.expunge_all()       # plain objects from now on
         self._announcers = {row.id: Announcer(row, notices[row.id], self._console) for row in rows}
         self._saved = {number: self._state_of(announcer) for number, announcer in self._announcers.items()}
@@ -17256,9 +17254,6 @@ class Installation:
         """`listen_on` is --listen, in place of service.listen."""
         self.path, self._accepts_removals = path.absolute(), accepts_removals
         self.inventory, self.listen_on = load_inventory(self.path), listen_on
-        for settings in self.inventory.resources:
-            for name in filter(None, (settings.password_env, settings.key_passphrase_env)):
-                take_variable(name)
         for name in self.inventory.secret_variables:
             take_variable(name)
         self.service = self.inventory.service
@@ -17283,6 +17278,11 @@ class Installation:
                     self.database.copy(database.path)
             machine = self.service.machine_name
             yield stack.enter_context(contextlib.closing(Store(database, locked=locked, machine=machine)))
+
+    def require_database(self) -> None:
+        """Raises UsageError where there is none."""
+        if not self.database.inspect(whole=False):
+            raise UsageError("there is no database yet; start the service first")
 
     @property
     def runs(self) -> bool:
@@ -17436,8 +17436,7 @@ def reload(arguments: argparse.Namespace) -> int:
     """Has a running service take an edited inventory over."""
     installation = Installation(arguments.inventory, accepts_removals=arguments.accept_removals,
                                 listen_on=arguments.listen)
-    if not installation.database.inspect(whole=False):
-        raise UsageError(f"there is no database {installation.database} yet; start the service first")
+    installation.require_database()
     with installation.store() as store:
         for line in take_over_again(installation, store, "command line"):
             print(line)
@@ -17565,7 +17564,7 @@ def parts_told(installation: Installation, names: Sequence[str]) -> tuple[Servic
     known |= {part.name: part for part in view.others if part.name in known}
     for name in names:
         if name not in known:
-            raise UsageError(f"{name}: {unknown_name(name, known, 'group, route or resource has this name')}")
+            raise UsageError(f"{name}: {unknown_name(name, known, 'group, route or resource')}")
     return view, [known[name] for name in names]
 
 
@@ -17656,24 +17655,17 @@ def rewrite(path: Path, document: Document, replacements: Mapping[NodePath, str]
         temporary.unlink(missing_ok=True)
 
 
-def secret_nodes(installation: Installation, document: Document, *,
-                 sealed: bool) -> Iterator[tuple[NodePath, str, ResourceSettings]]:
-    """Paths and values of the secrets that stand in the file, sealed or plain ones, with their resource."""
-    entries = installation.inventory.entries
-    hosts = collections.Counter(entries)
-    for index, settings in zip(entries, installation.inventory.resources, strict=True):
-        for kind in SECRETS if hosts[index] == 1 else ():
-            node = document.nodes.get(("resources", index, kind))
-            if node is not None and node.value.startswith(TOKEN_PREFIXES) is sealed:
-                yield ("resources", index, kind), node.value, settings
-
-
-def other_nodes(installation: Installation, document: Document, *,
-                sealed: bool) -> Iterator[tuple[NodePath, str, tuple[str, ...]]]:
-    """The same of the secrets that are no resource's, with what each belongs to."""
-    for where, secret, bound in installation.inventory.secrets():
-        if where in document.nodes and secret.startswith(TOKEN_PREFIXES) is sealed:
-            yield where, secret, bound
+def secret_nodes(inventory: Inventory, document: Document, *, sealed: bool) -> list[
+        tuple[NodePath, tuple[str, ...], Callable[[Vault], str]]]:
+    """Paths of the secrets that stand in the file, sealed or plain ones, what each belongs to, and what opens it."""
+    found: list[tuple[NodePath, tuple[str, ...], Callable[[Vault], str]]] = [
+        (where, bound, functools.partial(open_sealed, secret, bound)) for where, secret, bound in inventory.secrets()]
+    hosts = collections.Counter(inventory.entries)
+    for index, settings in zip(inventory.entries, inventory.resources, strict=True):
+        found += [(("resources", index, kind), binding(kind, settings), functools.partial(open_stated, settings, kind))
+                  for kind in settings.secrets if hosts[index] == 1]
+    return [node for node in found if node[0] in document.nodes
+            and document.nodes[node[0]].value.startswith(TOKEN_PREFIXES) is sealed]
 
 
 def seal(arguments: argparse.Namespace) -> int:
@@ -17682,10 +17674,8 @@ def seal(arguments: argparse.Namespace) -> int:
     document = read_document(installation.path)
     with installation.store(scratch=True) as store, store.reading() as session:
         vault = installation.open_vault(session)
-    tokens = {where: vault.seal(value, *binding(str(where[-1]), settings))
-              for where, value, settings in secret_nodes(installation, document, sealed=False)}
-    tokens |= {where: vault.seal(secret, *bound)
-               for where, secret, bound in other_nodes(installation, document, sealed=False)}
+    tokens = {where: vault.seal(opened(vault), *bound)
+              for where, bound, opened in secret_nodes(installation.inventory, document, sealed=False)}
     if tokens:
         rewrite(installation.path, document, tokens)
     print(f"{installation.path.name}: {len(tokens)} secrets sealed")
@@ -17702,9 +17692,8 @@ def rotate_keys(arguments: argparse.Namespace) -> int:
     """Seals every secret with a new key. Interrupted, it leaves both keys; it is run again then."""
     installation = Installation(arguments.inventory)
     document = read_document(installation.path)
-    document_tokens = list(secret_nodes(installation, document, sealed=True))
-    others = list(other_nodes(installation, document, sealed=True))
-    if len(list(sealed_tokens(None, installation.inventory))) > len(document_tokens) + len(others):
+    nodes = secret_nodes(installation.inventory, document, sealed=True)
+    if len(list(sealed_tokens(None, installation.inventory))) > len(nodes):
         raise UsageError("a sealed secret stands in defaults, a password_file or a variable; "
                          "write the password at its resource first")
     installation.database.inspect()
@@ -17713,9 +17702,7 @@ def rotate_keys(arguments: argparse.Namespace) -> int:
             vault = installation.open_vault(session)
             if not (vault.folder / "next.pem").exists():
                 vault.create("next.pem")
-            tokens = {where: vault.seal(open_stated(settings, kind, vault), *binding(kind, settings))
-                      for where, _, settings in document_tokens for kind in map(str, where[-1:])}
-            tokens |= {where: vault.seal(open_sealed(secret, bound, vault), *bound) for where, secret, bound in others}
+            tokens = {where: vault.seal(opened(vault), *bound) for where, bound, opened in nodes}
             reseal(session, session.scalars(sqlalchemy.select(Resource)), vault)
             for receiver in session.scalars(sqlalchemy.select(Receiver).where(Receiver.url != "")):
                 receiver.url = vault.seal(vault.open(receiver.url, *receiver.bound), *receiver.bound)
@@ -17730,32 +17717,20 @@ def rotate_keys(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def forget_urls(session: Session, vault: Vault) -> int:
-    """Forgets the URLs that are sealed with a key that is lost, for the inventory states them again; how many."""
-    count = 0
-    for receiver in session.scalars(sqlalchemy.select(Receiver)):
-        try:
-            vault.require([receiver.url])
-        except SecretError:
-            receiver.url, count = "", count + 1
-    return count
-
-
 def replace_keys(arguments: argparse.Namespace) -> int:
     """Makes a key in place of a lost one: what only that one opens is forgotten, and the inventory states it again."""
     installation = Installation(arguments.inventory, accepts_removals=arguments.accept_removals)
     with installation.database.lock(), installation.store(locked=True) as store, \
             store.writing(long=True) as session:
-        vault, forgotten = Vault(installation.service.keys), []
+        vault = Vault(installation.service.keys)
         vault.require(sealed_tokens(None, installation.inventory))
-        for row in session.scalars(sqlalchemy.select(Resource)):
-            for kind in SECRETS:
-                try:
-                    vault.require(filter(None, [getattr(row, kind)]))
-                except SecretError:
-                    setattr(row, kind, None)
-                    forgotten.append(row)
-        lost = forget_urls(session, vault)
+        forgotten = [(row, kind) for row in session.scalars(sqlalchemy.select(Resource))
+                     for kind in SECRETS if vault.lacks(getattr(row, kind))]
+        for row, kind in forgotten:
+            setattr(row, kind, None)
+        lost = [receiver for receiver in session.scalars(sqlalchemy.select(Receiver)) if vault.lacks(receiver.url)]
+        for receiver in lost:
+            receiver.url = ""
         if not forgotten and not lost:
             raise UsageError("no secret is sealed with a key that is lost; `keys rotate` makes a new key")
         session.merge(Setting(name="key", text=""))
@@ -17763,7 +17738,7 @@ def replace_keys(arguments: argparse.Namespace) -> int:
         installation.take_over(session, vault, "command line")
         record_event(session, "change", f"key {vault.key_id} in place of a lost one", actor="command line")
         revise(session)
-    for name in sorted({row.name for row in forgotten if row.origin == "api"}):
+    for name in sorted({row.name for row, _ in forgotten if row.origin == "api"}):
         print(f"{name}: write its password again, in the console")
     print(f"secrets are sealed with key {vault.key_id} now")
     return 0
@@ -17852,10 +17827,9 @@ def probe(targets: Mapping[str, Target], chosen: Sequence[Target], access: Conne
 
 def find_target(targets: Mapping[str, Target], name: str) -> Target:
     """Raises UsageError."""
-    if name in targets:
-        return targets[name]
-    near = difflib.get_close_matches(name, targets, 1)
-    raise UsageError(f"no such resource{f'; did you mean {near[0]}?' if near else ''}")
+    if name not in targets:
+        raise UsageError(f"no such resource{did_you_mean(name, targets)}")
+    return targets[name]
 
 
 def check_doors(installation: Installation) -> Iterator[HealthCheckerError]:
@@ -17951,8 +17925,7 @@ def notify_test(arguments: argparse.Namespace) -> int:
     if not urls:
         raise UsageError(f"{arguments.inventory.name} names nobody to notify")
     if arguments.name not in urls:
-        near = difflib.get_close_matches(arguments.name, urls, 1)
-        raise UsageError(f"notify names no {arguments.name}{f'; did you mean {near[0]}?' if near else ''}")
+        raise UsageError(f"notify names no {arguments.name}{did_you_mean(arguments.name, urls)}")
     if not has_apprise():
         raise UsageError(NO_APPRISE)
     with installation.store(scratch=True) as store, store.reading() as session:
@@ -18007,8 +17980,7 @@ def confirm(offered: str, arguments: argparse.Namespace) -> None:
 def trust(arguments: argparse.Namespace) -> int:
     """Shows the key that a host was known by and the one that it shows now, and accepts that one when told so."""
     installation = Installation(arguments.inventory)
-    if not installation.database.inspect(whole=False):
-        raise UsageError("there is no database yet; start the service first")
+    installation.require_database()
     with installation.store() as store:
         with store.reading() as session:
             targets = load_targets(session, installation.open_vault(session))
@@ -18140,25 +18112,30 @@ def gate_rows(installation: Installation, session: Session) -> Iterator[list[str
     yield ["SERVICE", "runs" if installation.runs else f"does not run{installation.place}: the gate is closed"]
 
 
-def gate(arguments: argparse.Namespace) -> int:
-    """Opens or closes the gate by hand, or ends that, also while the service runs; then says how it stands."""
+def change_and_show(arguments: argparse.Namespace, change: Callable[[Principal], object] | None,
+                    rows: Callable[[Installation, Session], Iterable[list[str]]]) -> int:
+    """Makes a change, if there is one, also while the service runs; then prints how it stands."""
     installation = Installation(arguments.inventory)
-    if not installation.database.inspect(whole=False):
-        raise UsageError("there is no database yet; start the service first")
-    given = {"action": arguments.action, "for": arguments.seconds, "reason": arguments.reason}
-    given = {name: value for name, value in given.items() if value is not None}
-    with installation.store(scratch=not given) as store:
-        if given:
-            change_gate(console_of(installation, store), given)
+    installation.require_database()
+    with installation.store(scratch=change is None) as store:
+        if change:
+            change(console_of(installation, store))
             time.sleep(TAKEN_UP if installation.database.is_running() else 0.0)
         with store.reading() as session:
-            print_table([*gate_rows(installation, session)])
+            print_table(rows(installation, session))
     return 0
 
 
-def work_rows(session: Session, now: float) -> Iterator[list[str]]:
+def gate(arguments: argparse.Namespace) -> int:
+    """Opens or closes the gate by hand, or ends that; then says how it stands."""
+    given = {"action": arguments.action, "for": arguments.seconds, "reason": arguments.reason}
+    given = {name: value for name, value in given.items() if value is not None}
+    return change_and_show(arguments, (lambda who: change_gate(who, given)) if given else None, gate_rows)
+
+
+def work_rows(installation: Installation, session: Session) -> Iterator[list[str]]:
     yield ["NUMBER", "STATE", "FROM", "UNTIL", "WHAT", "REASON"]
-    for turn in timetable(session, now):
+    for turn in timetable(session, installation.database.wall()):
         yield [str(turn.id or "-"), turn.state, local_time(turn.start), local_time(turn.until), str(turn.scope),
                turn.reason]
 
@@ -18175,25 +18152,19 @@ def end_by_command(who: Principal, arguments: argparse.Namespace, scope: Mapping
 
 
 def maintenance(arguments: argparse.Namespace) -> int:
-    """Begins, plans or ends maintenance, also while the service runs; then says what runs and what is ahead."""
-    installation, given = Installation(arguments.inventory), vars(arguments)
-    if not installation.database.inspect(whole=False):
-        raise UsageError("there is no database yet; start the service first")
+    """Begins, plans or ends maintenance; then says what runs and what is ahead."""
+    given = vars(arguments)
     scope = {field: given[field] for field in Scope.model_fields if given.get(field)}
     if arguments.action != "list" and not given.get("number") and bool(given["all"]) == bool({*scope} - {"all"}):
         raise UsageError("say what: --tag, --group or --resource NAME, or else --all")
-    with installation.store(scratch=arguments.action == "list") as store:
-        who = console_of(installation, store)
-        if arguments.action == "start":
-            start = {"start": chosen_moment(arguments.start)} if arguments.start else {}
-            start_work(who, {"for": arguments.seconds, "reason": arguments.reason} | start | scope)
-        elif arguments.action == "end":
-            end_by_command(who, arguments, scope)
-        if arguments.action != "list":
-            time.sleep(TAKEN_UP if installation.database.is_running() else 0.0)
-        with store.reading() as session:
-            print_table([*work_rows(session, store.wall())])
-    return 0
+
+    def change(who: Principal) -> None:
+        if arguments.action == "end":
+            return end_by_command(who, arguments, scope)
+        start = {"start": chosen_moment(arguments.start)} if arguments.start else {}
+        start_work(who, {"for": arguments.seconds, "reason": arguments.reason} | start | scope)
+
+    return change_and_show(arguments, None if arguments.action == "list" else change, work_rows)
 
 
 def add_maintenance_commands(commands: Any) -> None:

@@ -131,7 +131,7 @@ FAULTS = {  # what is written, what is wrong with it, and which character of it 
     "too short": ({"for": "1s"}, "must be greater than or equal to 60", 0),
     "too long": ({"for": "900d"}, "must be at most 366d", 0),
     "always": ({"for": "7d"}, "each turn would meet the next one", 0),
-    "unknown tag": ({"tags": "[d]"}, "no resource has this tag; did you mean db?", 1),
+    "unknown tag": ({"tags": "[d]"}, "no tag has this name; did you mean db?", 1),
     "unknown group": ({"groups": "[pare]"}, "no group has this name; did you mean pair?", 1),
     "unknown name": ({"resources": "[b, bb]"}, "no resource has this name; did you mean b?", 4),
     "unknown setting": ({"shedule": "1"}, "unknown setting; did you mean schedule?", -9),

@@ -716,7 +716,7 @@ BAD = {     # an entry of notify with ¦ where the fault is, and what is said
     "minutes before now": ("{name: ops, url: 'json://h', after: ¦-1}", "must be greater than or equal to 0"),
     "not a kind": ("{name: ops, url: 'json://h', on: [¦gates]}", "must be 'gate', 'group', 'state', 'problem'"),
     "nothing": ("{name: ops, url: 'json://h', on: ¦[]}", "notify[0].on: must have at least one entry"),
-    "a tag of nobody": ("{name: ops, url: 'json://h', tags: [db, ¦nix]}", "tags[1]: no resource has this tag"),
+    "a tag of nobody": ("{name: ops, url: 'json://h', tags: [db, ¦nix]}", "tags[1]: no tag has this name"),
     "a setting that is none": ("{name: ops, url: 'json://h', ¦tag: [db]}", "did you mean tags?"),
     "two sources": ("{name: ops, url: 'json://h', url_env: ¦OPS}", "use one of url, url_env"),
     "no variable": ("{name: ops, url_env: ¦NOT_SET_ANYWHERE}", "this environment variable is not set"),
