@@ -41,8 +41,8 @@ SHARES = {} if sys.platform == "win32" else {
     "test_poll.py": 4, "test_sharing.py": 3, "test_uplink.py": 2, "test_sessions.py": 2, "test_overrides.py": 2}
 # These share PowerShell's processes, so one worker runs them all.
 WITH_ENGINE = {f"test_windows_{name}.py" for name in ("verdicts", "shells", "endpoints", "accounts")}
-# .NET compiles nothing twice, and has no thread for garbage: a process that serves for minutes does not gain by it.
-SHORT_LIVED = {"DOTNET_TieredPGO": "0", "DOTNET_TC_CallCounting": "0", "DOTNET_gcConcurrent": "0"}
+# .NET compiles nothing twice: a process that serves for minutes does not gain by it.
+SHORT_LIVED = {"DOTNET_TieredPGO": "0", "DOTNET_TC_CallCounting": "0"}
 DATABASES = ["SQLite"] if sys.platform == "win32" else ["SQLite", "PostgreSQL"]
 NO_PASSWORD_LOGIN = "password login needs root, to create a throw-away account"
 

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import psutil
 import pytest
 from conftest import wait_for
-from pwsh import CONSTRAINED, FULL, Engine, EngineShell
+from pwsh import CONSTRAINED, FULL, NOBODY, Engine, EngineShell
 from test_powershell import Polled, poll, target
 from wsman_server import WSManServer
 
@@ -239,7 +239,7 @@ class DyingShell(EngineShell):
     """One that is killed when a script arrives."""
 
     def send(self, user: str, command_id: str, fragments: bytes) -> None:
-        if command_id:
+        if command_id not in ("", NOBODY):
             self.process.kill()
         super().send(user, command_id, fragments)
 
@@ -248,7 +248,7 @@ class FrozenShell(EngineShell):
     """One that takes a script, never answers and never ends."""
 
     def send(self, user: str, command_id: str, fragments: bytes) -> None:
-        if command_id:
+        if command_id not in ("", NOBODY):
             psutil.Process(self.process.pid).suspend()
         super().send(user, command_id, fragments)
 
