@@ -6927,7 +6927,8 @@ class ReportedOutcome(BaseModel, strict=True):
     @property
     def outcome(self) -> Outcome:
         if self.good and self.exit == "nagios":
-            return by_nagios(self.code or 0, printed(self.text))
+            judged = by_nagios(self.code or 0, printed(self.text))
+            return replace(judged, text=kept(judged.text))
         text = (f"exit code {self.code}\n" if self.code else "") + self.text.translate(CONTROL)
         return Outcome(self.good and not self.code, kept(text.strip()))
 

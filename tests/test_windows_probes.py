@@ -325,6 +325,14 @@ def test_a_long_path_is_a_path() -> None:
     assert parse_windows(answer(amounts={name: [1, 2]}), None).metrics == {name: 50.0}
 
 
+@pytest.mark.parametrize("judge", ["plain", "nagios"])
+def test_a_text_is_of_a_length_to_be_kept(judge: str) -> None:
+    """Whatever a host sends: it is stored and shown at each poll."""
+    row = {"name": "long", "good": True, "text": "é" * KEPT_BYTES, "exit": judge}
+    outcome = parse_windows(answer(checks=[row]), None).checks["long"]
+    assert outcome == Outcome(True, "é" * (KEPT_BYTES // 2))
+
+
 def test_only_known_details() -> None:
     sample = parse_windows(answer(details={"os": "Windows", "colour": "blue", "cpu_count": 2}), None)
     assert sample.details == {"os": "Windows", "cpu_count": 2.0}
