@@ -265,7 +265,9 @@ def test_another_format_is_read_and_degraded(number: int) -> None:
     assert verdict.state == "unhealthy"
 
 
-@pytest.mark.parametrize("held", ["", "x", "[]", "[1]", '["x", {}]', "[1, {}, 2]", '[1, {"service x": 1}]', "null"])
+@pytest.mark.parametrize("held", [
+    "", "x", "[]", "[1]", '["x", {}]', "[1, {}, 2]", '[1, {"service x": 1}]', "null", f"[{'1' * 600}, {{}}]",
+])  # fmt: skip
 def test_an_answer_without_its_head_is_none(held: str) -> None:
     settings = asked("a")
     text = reported(settings).replace(installed(settings), held)
