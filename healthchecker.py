@@ -6891,7 +6891,8 @@ class WindowsOutput(Output):
         if row["number"]:
             row["exit"] = checks[row["number"] - 1].exit
         self._rows.setdefault(row["number"], {}).update(row)    # what is seen from outside adds to what a check said
-        self._then, self._next = str(row.get("then", "")), row["number"] + 1
+        then = row.get("then")
+        self._then, self._next = then if then in ("exit", "stop") else "", row["number"] + 1
         self.exits = self._then == "exit"
         if checks:
             self.due_mono = time.monotonic() + checks[min(self._next, len(checks)) - 1].timeout

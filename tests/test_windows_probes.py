@@ -525,6 +525,13 @@ def test_rows_that_are_none() -> None:
     assert output.whole and good_checks(output) == {"a": True}
 
 
+@pytest.mark.parametrize("word", ["begin", "x", 5, None])
+def test_what_no_script_does_then_is_nothing(word: object) -> None:
+    """A host that made one up behind the last row had us look for a check that is not there."""
+    output = watched(RAN.replace('"then": ""', f'"then": {json.dumps(word)}'), checks="a")
+    assert output.rest(0, None) == "" and output.whole and good_checks(output) == {"a": True}
+
+
 def test_what_a_script_leaves_is_said_behind_the_last_row() -> None:
     """So that no check waits for it. What comes earlier is a check's own word."""
     clean = '{"number": 1, "clean": true}'
