@@ -1771,7 +1771,8 @@ class Inventory:
     def secret_variables(self) -> set[str]:
         """Environment variables that hold secrets."""
         entries = (self.service, *self.receivers, *self.resources)
-        return {value for entry in entries for name, value in entry if name.endswith("_env") and value}
+        stated = {getattr(entry, name) for entry in entries for name in entry.model_fields_set if name.endswith("_env")}
+        return stated - {None}
 
 
 class InventoryFile(Settings):

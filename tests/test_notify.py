@@ -15,7 +15,6 @@ import ssl
 import sys
 import tarfile
 import threading
-import types
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -75,7 +74,6 @@ from healthchecker import (
 __all__ = ["house", "machines", "vault"]  # fixtures
 NOON = 1_800_000_000.0
 NAMES = [f"db{number}" for number in range(50)]
-ALONE: Any = types.SimpleNamespace(members=healthchecker.Membership(), blames=lambda name: None)  # of its monitor
 
 
 class Alone:
