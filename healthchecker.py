@@ -738,7 +738,7 @@ Days = Annotated[float, Field(ge=0.1, le=3660, allow_inf_nan=False)]
 Percent = Annotated[float, Field(gt=0, le=100, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, le=1_000_000, allow_inf_nan=False)]
 Amount = Annotated[float, Field(ge=-1e18, le=1e18, allow_inf_nan=False)]
-Times = Annotated[int, Field(ge=0, le=1000)]
+Times = Annotated[int, Field(ge=1, le=1000)]
 Secret = Annotated[SecretStr, Field(min_length=1, max_length=8 * SECRET_LENGTH), if_plain(not_too_long)]
 TextLine = Annotated[str, matching(r"[^\x00-\x1f\x7f]+", "must be one line of text and not empty")]
 Name = Annotated[str, matching(r"(?!\.\.?$)[^\s/\\\x00-\x1f\x7f]+( [^\s/\\\x00-\x1f\x7f]+)*",
@@ -9114,7 +9114,7 @@ class WatchedTime(Base):
 class IncidentsQuery(Settings):
     group: str | None = None    # of a group or route; empty: the whole site
     since: AwareDatetime | None = None
-    limit: Annotated[int, Field(ge=0, le=1000)] = 100
+    limit: Annotated[int, Field(ge=1, le=1000)] = 100
     format: Literal["json", "csv"] = "json"
 
 
@@ -13751,7 +13751,7 @@ class EventsQuery(Settings):
     resource: str | None = None
     kind: str | None = None
     before: Annotated[int, Field(ge=0, lt=1 << 63)] | None = None      # the id of an event
-    limit: Annotated[int, Field(ge=0, le=1000)] = 100
+    limit: Annotated[int, Field(ge=1, le=1000)] = 100
 
 
 def list_events(who: Principal, query: Mapping[str, Any]) -> list[Event]:
