@@ -9749,8 +9749,8 @@ class Recorder(threading.Thread):
     def _turn(self, at: float, is_open: bool, why: str, name: str) -> dict[str, Any]:
         """The event of what has opened or closed."""
         since, mode = self._changed_at.get(name, at), (self._aggregator.lease.part(name) or self._aggregator.lease).mode
-        text = (f"{f'{name}: ' if name else ''}{'closed' if is_open else 'open'} -> "
-                f"{'open' if is_open else 'closed'}{f' ({why})' if why else ''}"
+        before = f"{'closed' if is_open else 'open'} -> " if name in self._changed_at else ""   # else its first state
+        text = (f"{f'{name}: ' if name else ''}{before}{'open' if is_open else 'closed'}{f' ({why})' if why else ''}"
                 f"{f' after {at - since:.0f} s' if since != at else ''}"
                 f"{'' if is_open or mode == 'enforce' else '; observe: nothing is refused'}")
         return {"kind": "group" if name else "gate", "text": text, "at": at, "group": name,
