@@ -9024,11 +9024,12 @@ def take_turns(session: Session, now: float) -> None:
         begin_turn(session, plan, turns.get(text), now)
 
 
-def move_times(session: Session, seconds: float) -> None:
-    """After the clock was set by so much: what was begun by hand goes on for the time that it had left, and no turn of
-    a plan for longer than that; a clock that was put forward ends it as it says."""
+def move_times(session: Session, seconds: float, now: float) -> None:
+    """After the clock, which said `now`, was set by so much: what was begun by hand goes on for the time that it had
+    left, and no turn of a plan for longer than that; a clock that was put forward ends it as it says. What began later
+    than `now` was begun by a clock that was right, before a start with one that was behind."""
     for row in session.scalars(sqlalchemy.select(Maintenance).filter_by(state="begun")):
-        if seconds < 0 or not row.plan:
+        if row.start_at <= now and (seconds < 0 or not row.plan):
             row.start_at += seconds
             row.until_at += seconds
 
@@ -10450,7 +10451,7 @@ class Monitor(threading.Thread):
             for name, value in (("boot", boot_number()), ("clock", round(1000 * zero_at))):
                 session.merge(Setting(name=self._store.own(name), value=value))
             if abs(moved) > CLOCK_STEP and not self._context.members.is_shared:     # else the rows have the database's
-                move_times(session, moved)
+                move_times(session, moved, lease_clock() + self._zero_at)
                 how = f"the clock was set {'forward' if moved > 0 else 'back'} by {abs(moved):,.0f} s"
                 self.clock_step = self._wall(), how
                 log.warning("%s", how)

@@ -1358,6 +1358,25 @@ def test_maintenance_and_a_clock_that_is_set_between_two_starts(house: House, ma
         assert house.aggregator.is_healthy() and maintenance_events(house) == []
 
 
+def test_maintenance_and_a_start_with_a_clock_that_is_behind(house: House, machines: Machines) -> None:
+    """Of a machine whose battery is dead, until it has the time from others: what was begun before ends when it was to,
+    and not those 120 days later, for which a sick machine would not count."""
+    house.write("name: db1", "name: db2")
+    machines.behaviours["db1"] = unreachable
+    with house.watching():
+        wait_for(lambda: house.state("db1")[0] == "unhealthy" and house.state("db2")[0] == "healthy")
+        maintain(house, "db1", 600)
+        wait_for(house.aggregator.is_healthy)
+    house.elsewhere("UPDATE setting SET value = value + 1 WHERE name = 'boot'")
+    behind = [120 * 86_400.0]
+    with house.watching(lambda: time.time() - behind[-1]):
+        wait_for(house.aggregator.is_healthy)
+        behind.append(0.0)
+        wait_for(lambda: clock_events(house) == ["the clock was set forward by 10,368,000 s"])
+        [(until_at,)] = execute(database_in(house.folder), "SELECT until_at FROM maintenance")
+        assert until_at < time.time() + 600 and maintenance_events(house) == []
+
+
 @pytest.mark.skipif(not healthchecker.boot_number(), reason="the system numbers no boots")
 def test_a_clock_that_is_set_between_two_starts(house: House, machines: Machines) -> None:
     """What a poll found counts by the time since boot; after another boot only the clock is left."""
