@@ -9651,6 +9651,7 @@ class Recorder(threading.Thread):
         self._trouble = Trouble("the recorder stopped and goes on")
         self._unwritten = Trouble("the database cannot be written")
         self._unsummed = Trouble("history cannot be summed up")
+        self._drops_mono = lease_clock() + QUARTER      # before that a wrong clock may be put right
         self._rolled = 0                        # Unix time until which averages are made or in the making
         self._untidy: list[int] = []            # ids of resources whose averages are to be made
         self._flushing = threading.RLock()      # guards all below, which is not written yet, and the order of writing
@@ -9695,7 +9696,7 @@ class Recorder(threading.Thread):
             with self._trouble.caught():
                 self._aggregator.beat("recorder")
                 if self.flush():        # or what is kept would come too late for its average
-                    self.tidy(self.wall())
+                    self.tidy(self.wall(), drops=lease_clock() > self._drops_mono)
         self.flush()
 
     def flush(self) -> bool:
@@ -9719,7 +9720,7 @@ class Recorder(threading.Thread):
             return True
         return False
 
-    def tidy(self, now: float) -> bool:
+    def tidy(self, now: float, *, drops: bool = True) -> bool:
         """Makes averages of the quarters that are over and drops what is too old, for a few resources at a time, since
         it takes a millisecond each; says whether there is more to do."""
         end = int((now - QUARTER_GRACE) // QUARTER) * QUARTER
@@ -9728,7 +9729,7 @@ class Recorder(threading.Thread):
         with self._unsummed.caught():
             if not self._untidy:
                 with self._store.writing() as session:
-                    if self._members.speaks:
+                    if drops and self._members.speaks:
                         prune_events(session, self._retention, now)
                         prune_incidents(session, self._retention, now)
                     every = sqlalchemy.select(Resource.id, Resource.name).execution_options(removed=True)
@@ -9739,7 +9740,8 @@ class Recorder(threading.Thread):
                 resource_id = self._untidy.pop()
                 with self._store.writing() as session:
                     roll_up(session, resource_id, self._rolled)
-                    prune(session, resource_id, self._retention, now)
+                    if drops:
+                        prune(session, resource_id, self._retention, now)
         return bool(self._untidy)
 
     def note(self, kind: str, text: str, at: float, **about: str) -> None:
