@@ -10041,7 +10041,7 @@ class Poller(ResourceLease, threading.Thread):
             if self._stopped:
                 self._drop_asked()
                 return
-            asked = [self._asked.get() for _ in range(self._asked.qsize())]
+            asked = self._asked.qsize()
             if self.rests and self._connection.keeper.session:
                 self._connection.drop()
             if not asked and time.monotonic() < self._next_mono():
@@ -10053,8 +10053,9 @@ class Poller(ResourceLease, threading.Thread):
             pause, report = self._poll()
             self._due_mono = begun_mono + pause
             self.doubt.polled_mono = begun_mono
-            for answer in asked:
-                answer.set_result(report)
+            with contextlib.suppress(queue.Empty):      # whom a stop has sent away meanwhile
+                for _ in range(0 if self._stopped else asked):
+                    self._asked.get_nowait().set_result(report)
 
     def _next_mono(self) -> float:
         """When it polls; one that is urged as soon as after a bad result of its own, one that rests when nothing is
@@ -10092,6 +10093,7 @@ class Poller(ResourceLease, threading.Thread):
         """Ends the thread after the poll that runs; its report is dropped when the resource is deregistered."""
         with self._lock:
             self._stopped = True
+        self._drop_asked()      # who waits for this one or the next
         self.doubt.woken.set()
 
     def take(self, sample: Sample) -> bool:     # of a resource that is not asked; whether it counts
@@ -10402,8 +10404,8 @@ class Monitor(threading.Thread):
             with contextlib.suppress(concurrent.futures.TimeoutError, concurrent.futures.CancelledError):
                 report = poller.poll_now().result(left)
                 self._context.recorder.flush()
-            if report is None:      # it was replaced just then
-                self._ending.wait(MONITOR_INTERVAL / 10)
+            if report is None and self._ending.wait(MONITOR_INTERVAL / 10):     # else it was replaced just then
+                break
         return report
 
     def _report_again(self) -> None:

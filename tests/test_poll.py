@@ -1242,6 +1242,40 @@ def test_check_now_of_what_is_replaced_just_then(house: House, machines: Machine
         assert report and report.verdict.healthy and house.poller("db1") is not old
 
 
+@pytest.mark.parametrize("ends", [False, True])
+def test_check_now_of_what_is_stopped_while_it_hangs(house: House, machines: Machines, ends: bool) -> None:
+    """Who waits for the poll that runs, or for the next one, is answered by the new poller, or at the end; that poll
+    may take its whole deadline."""
+    house.write("name: db1, timeout: 60")
+    begun, reports = threading.Event(), list[object]()
+
+    def hangs(guard: LoginGuard, deadline: Deadline) -> None:
+        begun.set()
+        machines.hang(guard, deadline)
+
+    def ask() -> None:
+        reports.append(house.monitor.poll_now("db1", 55))
+
+    with house.watching():
+        wait_for(house.aggregator.is_healthy)
+        machines.behaviours["db1"] = hangs
+        old = house.poller("db1")
+        threads = [threading.Thread(target=ask) for _ in range(2)]
+        threads[0].start()
+        assert begun.wait(60)
+        threads[1].start()
+        wait_for(lambda: old._asked.qsize() == 2)
+        machines.behaviours["db1"] = good
+        if ends:
+            house.monitor.close()
+        else:
+            house.write("name: db1, timeout: 59")
+        for thread in threads:
+            thread.join(50)
+        assert len(reports) == 2 and reports.count(None) == 2 * ends and old.is_alive()
+        machines.ended.set()
+
+
 # --- a clock that is set ---
 def clock_events(house: House) -> list[str]:
     with house.store.reading() as session:
