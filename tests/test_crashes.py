@@ -18,6 +18,7 @@ from typing import Any
 import psutil
 import pytest
 from conftest import wait_for
+from load import Clients
 from service import QuickProcess, Service, environment, fresh_processes, write_inventory
 from test_storage import database_of_schema_2
 from test_vault import rotate
@@ -229,6 +230,12 @@ def stand_still(folder: Path, seconds: float) -> None:
         service.wait_status("/", 200)
         before = workers(service.pid)
         os.kill(next(iter(before)), signal.SIGSTOP)
+        with Clients((service.host, service.port), 8, keep=False, pause=0.01) as clients:
+            wait_for(lambda: len(clients.answers) > 20)
+            flag.touch()
+            wait_for(lambda: clients.answers[-1].status == 503)
+            flag.unlink()
+            wait_for(lambda: clients.answers[-1].status == 200)
         threading.Event().wait(seconds)
         with_one = [worker for worker in workers(service.pid).values() if worker.status() != psutil.STATUS_STOPPED]
         assert with_one, "the other one serves"
