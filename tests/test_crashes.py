@@ -174,12 +174,25 @@ def test_kills_leave_nothing_half(tmp_path: Path) -> None:
 
 
 # --- a database that is locked, processes that stand still ---------------------------------------------------
-def flagged(folder: Path, timeout: int, service: str = "") -> tuple[Path, Path]:
-    """An inventory of this machine, which is unhealthy while a flag is there; and the flag."""
-    flag = folder / "trouble"
+def flagged(folder: Path, timeout: int, service: str = "", place: Path | None = None) -> tuple[Path, Path]:
+    """An inventory of this machine, which is unhealthy while a flag is there; and the flag, in `place`."""
+    flag = (place or folder) / "trouble"
     check = f"checks: [{{name: flag, command: 'test ! -e {flag}'}}]"
     text = f"  - {{name: db1, platform: local, interval: 1, timeout: {timeout}, rise: 1, fall: 1, {check}}}"
     return write_inventory(folder, text, service), flag
+
+
+def assert_all_is_told(folder: Path, seconds: float) -> None:
+    """After a flag was there and went while nothing could be written: no change of state and hardly a poll is lost."""
+    with closing(sqlite3.connect(folder / "healthchecker.db", timeout=20)) as database:
+
+        def states() -> list[str]:
+            found = database.execute("SELECT text FROM event WHERE kind = 'state' ORDER BY at")
+            return [text.split(" (")[0].split(" after")[0] for (text,) in found]
+
+        wait_for(lambda: states() == ["unknown -> healthy", "healthy -> unhealthy", "unhealthy -> healthy"])
+        times = [at for (at,) in database.execute("SELECT at FROM sample ORDER BY at")]
+        assert len(times) > seconds / 2, "polls went on meanwhile, and none was lost"
 
 
 def lock_for(folder: Path, seconds: float) -> None:
@@ -199,14 +212,7 @@ def lock_for(folder: Path, seconds: float) -> None:
             other.execute("ROLLBACK")
             service.wait_line("the database cannot be written: that is over")
             assert service.output.count("cannot be written: database is locked") <= 1 + seconds // 60
-
-            def states() -> list[str]:
-                found = other.execute("SELECT text FROM event WHERE kind = 'state' ORDER BY at")
-                return [text.split(" (")[0].split(" after")[0] for (text,) in found]
-
-            wait_for(lambda: states() == ["unknown -> healthy", "healthy -> unhealthy", "unhealthy -> healthy"])
-            times = [at for (at,) in other.execute("SELECT at FROM sample ORDER BY at")]
-            assert len(times) > seconds / 2, "polls went on meanwhile, and none was lost"
+        assert_all_is_told(folder, seconds)
 
 
 def test_a_database_that_is_locked(tmp_path: Path) -> None:
