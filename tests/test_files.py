@@ -107,6 +107,18 @@ def test_what_root_makes_belongs_to_the_service(arguments: list[str], tmp_path: 
 
 
 @AS_ROOT
+def test_what_root_brings_back_belongs_to_the_service(tmp_path: Path) -> None:
+    path = installation(tmp_path)
+    assert run_cheaply("--inventory", str(path), "backup", str(tmp_path / "saved.tgz"))[0] == 0
+    new = tmp_path / "new"
+    new.mkdir()
+    os.chown(new, NOBODY, NOBODY)
+    assert run_cheaply("--inventory", str(new / path.name), "restore", str(tmp_path / "saved.tgz"))[0] == 0
+    assert {"private.pem", "keys", "inventory.yaml", "healthchecker.db"} <= {found.name for found in new.rglob("*")}
+    assert strangers(new) == set()
+
+
+@AS_ROOT
 def test_what_root_replaces_keeps_its_owner(tmp_path: Path) -> None:
     """Also where the folder is somebody else's."""
     path = write_inventory(tmp_path, HOST)
