@@ -984,7 +984,7 @@ DAMAGES = {
 @pytest.mark.parametrize(("damage", "cause"), [pytest.param(*case, id=name, marks=marks_of(case[0]))
                                                for name, case in DAMAGES.items()])  # fmt: skip
 def test_a_damaged_row_costs_its_resource_alone(house: House, machines: Machines, damage: str, cause: str) -> None:
-    """It is unhealthy, and the others go on, at the start and while the service runs."""
+    """It is unhealthy, and the others go on, at the start and while the service runs; changes are taken over."""
     house.write("name: db1, interval: 1", "name: db2")
     with house.watching():
         wait_for(house.aggregator.is_healthy)
@@ -996,6 +996,12 @@ def test_a_damaged_row_costs_its_resource_alone(house: House, machines: Machines
         wait_for(lambda: len(machines.moments("db1")) > polls)
         wait_for(lambda: house.state("db2") == ("unhealthy", cause))
         assert house.state("db1") == ("healthy", "") and not house.aggregator.is_healthy()
+        machines.behaviours["db3"] = unreachable
+        house.elsewhere("UPDATE resource SET origin = 'api' WHERE name = 'db2'")    # so that no import mends it
+        house.write("name: db1, interval: 1", "name: db3, interval: 1")
+        wait_for(lambda: house.stored("db3") == ("unhealthy", "unreachable"))
+        assert house.monitor.poll_now("db2", 20), "who checks it now is answered"
+        machines.behaviours["db3"] = good
         house.elsewhere("DELETE FROM resource WHERE name = 'db2'")
         wait_for(lambda: "db2" not in house.monitor.pollers)
         wait_for(house.aggregator.is_healthy)
