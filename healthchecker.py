@@ -9024,11 +9024,12 @@ def take_turns(session: Session, now: float) -> None:
         begin_turn(session, plan, turns.get(text), now)
 
 
-def move_times(session: Session, seconds: float) -> None:
-    """After the clock was set by so much: what was begun by hand goes on for the time that it had left, and no turn of
-    a plan for longer than that; a clock that was put forward ends it as it says."""
+def move_times(session: Session, seconds: float, now: float) -> None:
+    """After the clock, which said `now`, was set by so much: what was begun by hand goes on for the time that it had
+    left, and no turn of a plan for longer than that; a clock that was put forward ends it as it says. What began later
+    than `now` was begun by a clock that was right, before a start with one that was behind."""
     for row in session.scalars(sqlalchemy.select(Maintenance).filter_by(state="begun")):
-        if seconds < 0 or not row.plan:
+        if row.start_at <= now and (seconds < 0 or not row.plan):
             row.start_at += seconds
             row.until_at += seconds
 
@@ -9650,6 +9651,7 @@ class Recorder(threading.Thread):
         self._trouble = Trouble("the recorder stopped and goes on")
         self._unwritten = Trouble("the database cannot be written")
         self._unsummed = Trouble("history cannot be summed up")
+        self._drops_mono = lease_clock() + QUARTER      # before that a wrong clock may be put right
         self._rolled = 0                        # Unix time until which averages are made or in the making
         self._untidy: list[int] = []            # ids of resources whose averages are to be made
         self._flushing = threading.RLock()      # guards all below, which is not written yet, and the order of writing
@@ -9694,7 +9696,7 @@ class Recorder(threading.Thread):
             with self._trouble.caught():
                 self._aggregator.beat("recorder")
                 if self.flush():        # or what is kept would come too late for its average
-                    self.tidy(self.wall())
+                    self.tidy(self.wall(), drops=lease_clock() > self._drops_mono)
         self.flush()
 
     def flush(self) -> bool:
@@ -9718,7 +9720,7 @@ class Recorder(threading.Thread):
             return True
         return False
 
-    def tidy(self, now: float) -> bool:
+    def tidy(self, now: float, *, drops: bool = True) -> bool:
         """Makes averages of the quarters that are over and drops what is too old, for a few resources at a time, since
         it takes a millisecond each; says whether there is more to do."""
         end = int((now - QUARTER_GRACE) // QUARTER) * QUARTER
@@ -9727,7 +9729,7 @@ class Recorder(threading.Thread):
         with self._unsummed.caught():
             if not self._untidy:
                 with self._store.writing() as session:
-                    if self._members.speaks:
+                    if drops and self._members.speaks:
                         prune_events(session, self._retention, now)
                         prune_incidents(session, self._retention, now)
                     every = sqlalchemy.select(Resource.id, Resource.name).execution_options(removed=True)
@@ -9738,7 +9740,8 @@ class Recorder(threading.Thread):
                 resource_id = self._untidy.pop()
                 with self._store.writing() as session:
                     roll_up(session, resource_id, self._rolled)
-                    prune(session, resource_id, self._retention, now)
+                    if drops:
+                        prune(session, resource_id, self._retention, now)
         return bool(self._untidy)
 
     def note(self, kind: str, text: str, at: float, **about: str) -> None:
@@ -10038,7 +10041,7 @@ class Poller(ResourceLease, threading.Thread):
             if self._stopped:
                 self._drop_asked()
                 return
-            asked = [self._asked.get() for _ in range(self._asked.qsize())]
+            asked = self._asked.qsize()
             if self.rests and self._connection.keeper.session:
                 self._connection.drop()
             if not asked and time.monotonic() < self._next_mono():
@@ -10050,8 +10053,9 @@ class Poller(ResourceLease, threading.Thread):
             pause, report = self._poll()
             self._due_mono = begun_mono + pause
             self.doubt.polled_mono = begun_mono
-            for answer in asked:
-                answer.set_result(report)
+            with contextlib.suppress(queue.Empty):      # whom a stop has sent away meanwhile
+                for _ in range(0 if self._stopped else asked):
+                    self._asked.get_nowait().set_result(report)
 
     def _next_mono(self) -> float:
         """When it polls; one that is urged as soon as after a bad result of its own, one that rests when nothing is
@@ -10089,6 +10093,7 @@ class Poller(ResourceLease, threading.Thread):
         """Ends the thread after the poll that runs; its report is dropped when the resource is deregistered."""
         with self._lock:
             self._stopped = True
+        self._drop_asked()      # who waits for this one or the next
         self.doubt.woken.set()
 
     def take(self, sample: Sample) -> bool:     # of a resource that is not asked; whether it counts
@@ -10399,8 +10404,8 @@ class Monitor(threading.Thread):
             with contextlib.suppress(concurrent.futures.TimeoutError, concurrent.futures.CancelledError):
                 report = poller.poll_now().result(left)
                 self._context.recorder.flush()
-            if report is None:      # it was replaced just then
-                self._ending.wait(MONITOR_INTERVAL / 10)
+            if report is None and self._ending.wait(MONITOR_INTERVAL / 10):     # else it was replaced just then
+                break
         return report
 
     def _report_again(self) -> None:
@@ -10450,7 +10455,7 @@ class Monitor(threading.Thread):
             for name, value in (("boot", boot_number()), ("clock", round(1000 * zero_at))):
                 session.merge(Setting(name=self._store.own(name), value=value))
             if abs(moved) > CLOCK_STEP and not self._context.members.is_shared:     # else the rows have the database's
-                move_times(session, moved)
+                move_times(session, moved, lease_clock() + self._zero_at)
                 how = f"the clock was set {'forward' if moved > 0 else 'back'} by {abs(moved):,.0f} s"
                 self.clock_step = self._wall(), how
                 log.warning("%s", how)

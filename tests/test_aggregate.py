@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import functools
 import math
 import queue
 import random
+import sys
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -17,7 +20,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from healthchecker import Gate, HealthAggregator, Lease, ResourceSettings
+from healthchecker import Gate, HealthAggregator, Lease, ResourceSettings, lease_clock
 
 START = 1000.0  # seconds, where the clock of a test begins
 POLLER = object()  # reports for a resource that is not registered, since it does not count
@@ -236,6 +239,14 @@ def test_owner_of_a_name_that_was_never_registered(bench: Bench) -> None:
     bench.run("start")
     bench.aggregator.set_resource("a", False, owner=object())
     assert bench.aggregator.is_healthy()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the monotonic clock is that clock")
+def test_the_clock_of_the_lease_counts_the_time_of_a_suspended_machine() -> None:
+    """CLOCK_MONOTONIC stands still then, and a gate would stay open on answers that are hours old."""
+    assert isinstance(lease_clock, functools.partial)
+    assert (lease_clock.func, lease_clock.args) == (time.clock_gettime, (time.CLOCK_BOOTTIME,))
+    assert HealthAggregator()._clock is Gate(lambda *_: [], Lease())._clock is lease_clock
 
 
 # --- when it can open again ---

@@ -480,6 +480,8 @@ def test_health_for_users_names_the_resources(service: Service, client: Client) 
     reply = client.ask("GET", "/-/health")
     assert reply.headers["content-type"] == "application/health+json"
     assert reply.json["checks"]["shaky:state"][0]["status"] == "pass"
+    assert reply.json["releaseId"] == healthchecker.VERSION
+    assert service.wait_line(f"HealthChecker {healthchecker.VERSION}").endswith(f" {healthchecker.VERSION}\n")
     anonymous = service.get("/-/health")
     assert "checks" not in anonymous.body and anonymous.headers["content-type"] == "application/health+json"
     stranger = Client(*service.console)

@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 from conftest import wait_for
 from service import Service, prepared_keys, run_cheaply, write_inventory
+from test_crashes import prepare
+from test_storage import dump
 
 import healthchecker
 from healthchecker import Vault, main
@@ -172,3 +174,40 @@ def test_a_backup_without_keys(served: Path, tmp_path: Path) -> None:
     assert main(["--inventory", str(served / "inventory.yaml"), "backup", str(tmp_path / "rest.tgz")]) == 0
     with tarfile.open(tmp_path / "rest.tgz") as archive:
         assert sorted(archive.getnames()) == ["healthchecker.db", "inventory.yaml"]
+
+
+# --- upgrade and move, as README says ---
+def test_an_upgrade_and_the_way_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of what an earlier version left: everything is there, and what was saved before is that version's."""
+    for name in ("old", "back"):
+        (tmp_path / name).mkdir()
+    path, saved = prepare(tmp_path / "old", "migrate", 60), tmp_path / "saved.tgz"
+    before = dump(tmp_path / "old" / "healthchecker.db")
+    counts = {table: count(path.parent, table) for table in ("user", "resource", "event", "sample", "average")}
+    assert main(["--inventory", str(path), "check"]) == 0
+    assert "from schema 2 to" in capsys.readouterr().out
+    assert main(["--inventory", str(path), "backup", str(saved)]) == 0
+    assert dump(tmp_path / "old" / "healthchecker.db") == before
+    with Service(path) as service:
+        service.wait_line("database: migrated from schema 2 to ")
+        service.wait_line("inventory: 0 added, 0 changed, 0 removed, 3 kept")
+        assert service.get("/-/livez").status == 200
+        assert all(count(path.parent, table) >= number for table, number in counts.items())
+    assert main(["--inventory", str(tmp_path / "back" / "inventory.yaml"), "restore", str(saved)]) == 0
+    assert dump(tmp_path / "back" / "healthchecker.db") == before
+
+
+def test_moved_by_hand(served: Path, tmp_path: Path) -> None:
+    """What the service has left when it ended is all there is to carry, with what the inventory names."""
+    carried = {"inventory.yaml", "healthchecker.db", "keys", "word"}
+    assert {found.name for found in served.iterdir()} - carried <= {"healthchecker.db.lock"}
+    counts = {table: count(served, table) for table in ("user", "event", "sample")}
+    new = tmp_path / "new"
+    new.mkdir()
+    for name in carried:
+        (served / name).rename(new / name)
+    with Service(new / "inventory.yaml") as service:
+        service.wait_line("inventory: 0 added, 1 changed, 0 removed, 2 kept; changed: b")   # its file is here now
+        service.wait_status("/-/readyz", 200)
+        assert all(count(new, table) >= number for table, number in counts.items())
+    assert passwords(new) == {"a": "p w", "b": "from a file", "calm": ""}

@@ -8,6 +8,7 @@ import shutil
 import signal
 import sqlite3
 import sys
+import tempfile
 import threading
 import time
 from contextlib import closing
@@ -17,6 +18,7 @@ from typing import Any
 import psutil
 import pytest
 from conftest import wait_for
+from load import Clients
 from service import QuickProcess, Service, environment, fresh_processes, write_inventory
 from test_storage import database_of_schema_2
 from test_vault import rotate
@@ -28,8 +30,9 @@ pytestmark = pytest.mark.skipif(
     sys.platform == "win32",
     reason="signals and forks are POSIX's; test_storage and test_vault kill import, rotation and migration",
 )
-HOSTS = 12
-PLACES = {"serve": "current", "first start": "new", "rotate": "current", "migrate": "old"}  # where each is killed
+HOSTS, SAVED = 12, "saved.tgz"
+PLACES = {"serve": "current", "first start": "new", "rotate": "current", "migrate": "old",
+          "backup": "current"}  # where each is killed  # fmt: skip
 
 
 # --- kill -9 -------------------------------------------------------------------------------------------------
@@ -61,11 +64,22 @@ def prepare(folder: Path, action: str, interval: int) -> Path:
     return inventory(folder, interval)
 
 
+def back_up(path: str) -> None:
+    """For a process of its own."""
+    with open(os.devnull, "w", encoding="utf-8") as sink:
+        os.dup2(sink.fileno(), 1)
+    tempfile.tempdir = str(Path(path).parent)
+    sys.exit(healthchecker.main(["--inventory", path, "backup", str(Path(path).with_name(SAVED))]))
+
+
+COMMANDS = {"rotate": rotate, "backup": back_up}
+
+
 def killed_at(action: str, path: Path, seconds: float, orphaned: float) -> list[psutil.Process]:
     """Runs `action` and kills it after `seconds`; what is left of it."""
     process: Any
-    if action == "rotate":
-        process = fresh_processes().Process(target=rotate, args=(str(path),))
+    if action in COMMANDS:
+        process = fresh_processes().Process(target=COMMANDS[action], args=(str(path),))
         process.start()
         process.join(seconds)
         process.kill()
@@ -109,8 +123,21 @@ def assert_usable(folder: Path, scratch: Path) -> None:
         assert targets.keys() >= {resource.name for resource in setup.inventory.resources}
 
 
+def assert_whole(saved: Path, scratch: Path) -> None:
+    """What there is of a backup brings everything back."""
+    if saved.exists():
+        shutil.rmtree(scratch, ignore_errors=True)
+        (scratch / "restored").mkdir(parents=True)
+        path = scratch / "restored" / "inventory.yaml"
+        assert healthchecker.main(["--inventory", str(path), "restore", str(saved)]) == 0
+        assert_usable(path.parent, scratch / "copy")
+        saved.unlink()
+    for part in (*saved.parent.glob(f".{SAVED}.*"), *saved.parent.glob("tmp*")):    # which nobody takes for one
+        shutil.rmtree(part) if part.is_dir() else part.unlink()
+
+
 def kill_anywhere(folder: Path, times: int, seed: int, orphaned: float) -> None:
-    """Kills first starts, imports, service, migrations and rotations, at any moment. Raises AssertionError."""
+    """Kills first starts, imports, service, migrations, rotations and backups, at any moment. Raises AssertionError."""
     chosen = random.Random(seed)
     for place in PLACES.values():
         (folder / place).mkdir(exist_ok=True)
@@ -118,9 +145,13 @@ def kill_anywhere(folder: Path, times: int, seed: int, orphaned: float) -> None:
     with Service(current) as service:
         service.wait_status("/", 200)
         whole = time.monotonic() - begun  # with the making of keys
-    begun = time.monotonic()
-    killed_at("rotate", current, 60, orphaned)
-    spans = dict.fromkeys(PLACES, 1.2 * whole) | {"rotate": 1.2 * (time.monotonic() - begun)}
+    spans = dict.fromkeys(PLACES, 1.2 * whole)
+    for action in COMMANDS:
+        begun = time.monotonic()
+        killed_at(action, current, 60, orphaned)
+        spans[action] = 1.2 * (time.monotonic() - begun)
+    assert (folder / "current" / SAVED).exists()
+    assert_whole(folder / "current" / SAVED, folder / "scratch")
     for number in range(times):
         action = list(PLACES)[number % len(PLACES)]
         place = folder / PLACES[action]
@@ -130,6 +161,7 @@ def kill_anywhere(folder: Path, times: int, seed: int, orphaned: float) -> None:
         assert not killed_at(action, path, moment, orphaned), where
         try:
             assert_usable(place, folder / "scratch")
+            assert_whole(place / SAVED, folder / "scratch")
         except Exception as error:
             raise AssertionError(where) from error
     with Service(current) as service:
@@ -138,16 +170,29 @@ def kill_anywhere(folder: Path, times: int, seed: int, orphaned: float) -> None:
 
 def test_kills_leave_nothing_half(tmp_path: Path) -> None:
     """(A thousand of them: make soak.)"""
-    kill_anywhere(tmp_path, 4, 13, ORPHANED)
+    kill_anywhere(tmp_path, 5, 13, ORPHANED)
 
 
 # --- a database that is locked, processes that stand still ---------------------------------------------------
-def flagged(folder: Path, timeout: int, service: str = "") -> tuple[Path, Path]:
-    """An inventory of this machine, which is unhealthy while a flag is there; and the flag."""
-    flag = folder / "trouble"
+def flagged(folder: Path, timeout: int, service: str = "", place: Path | None = None) -> tuple[Path, Path]:
+    """An inventory of this machine, which is unhealthy while a flag is there; and the flag, in `place`."""
+    flag = (place or folder) / "trouble"
     check = f"checks: [{{name: flag, command: 'test ! -e {flag}'}}]"
     text = f"  - {{name: db1, platform: local, interval: 1, timeout: {timeout}, rise: 1, fall: 1, {check}}}"
     return write_inventory(folder, text, service), flag
+
+
+def assert_all_is_told(folder: Path, seconds: float) -> None:
+    """After a flag was there and went while nothing could be written: no change of state and hardly a poll is lost."""
+    with closing(sqlite3.connect(folder / "healthchecker.db", timeout=20)) as database:
+
+        def states() -> list[str]:
+            found = database.execute("SELECT text FROM event WHERE kind = 'state' ORDER BY at")
+            return [text.split(" (")[0].split(" after")[0] for (text,) in found]
+
+        wait_for(lambda: states() == ["unknown -> healthy", "healthy -> unhealthy", "unhealthy -> healthy"])
+        times = [at for (at,) in database.execute("SELECT at FROM sample ORDER BY at")]
+        assert len(times) > seconds / 2, "polls went on meanwhile, and none was lost"
 
 
 def lock_for(folder: Path, seconds: float) -> None:
@@ -167,14 +212,7 @@ def lock_for(folder: Path, seconds: float) -> None:
             other.execute("ROLLBACK")
             service.wait_line("the database cannot be written: that is over")
             assert service.output.count("cannot be written: database is locked") <= 1 + seconds // 60
-
-            def states() -> list[str]:
-                found = other.execute("SELECT text FROM event WHERE kind = 'state' ORDER BY at")
-                return [text.split(" (")[0].split(" after")[0] for (text,) in found]
-
-            wait_for(lambda: states() == ["unknown -> healthy", "healthy -> unhealthy", "unhealthy -> healthy"])
-            times = [at for (at,) in other.execute("SELECT at FROM sample ORDER BY at")]
-            assert len(times) > seconds / 2, "polls went on meanwhile, and none was lost"
+        assert_all_is_told(folder, seconds)
 
 
 def test_a_database_that_is_locked(tmp_path: Path) -> None:
@@ -198,6 +236,12 @@ def stand_still(folder: Path, seconds: float) -> None:
         service.wait_status("/", 200)
         before = workers(service.pid)
         os.kill(next(iter(before)), signal.SIGSTOP)
+        with Clients((service.host, service.port), 8, keep=False, pause=0.01) as clients:
+            wait_for(lambda: len(clients.answers) > 20)
+            flag.touch()
+            wait_for(lambda: clients.answers[-1].status == 503)
+            flag.unlink()
+            wait_for(lambda: clients.answers[-1].status == 200)
         threading.Event().wait(seconds)
         with_one = [worker for worker in workers(service.pid).values() if worker.status() != psutil.STATUS_STOPPED]
         assert with_one, "the other one serves"

@@ -11,12 +11,14 @@ import stat
 import struct
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 
 import pytest
 from conftest import wait_for
+from console import Client, prepared_database
 from rights import NOBODY, ROOT
 from service import (
     PROGRAM,
@@ -28,6 +30,8 @@ from service import (
     run_cheaply,
     write_inventory,
 )
+from test_crashes import assert_all_is_told, flagged
+from test_vault import all_open, installation
 
 import healthchecker
 from healthchecker import InventoryError, load_inventory
@@ -100,6 +104,18 @@ def test_what_root_makes_belongs_to_the_service(arguments: list[str], tmp_path: 
             assert {"log", "keys/public.pem", "healthchecker.db-wal"} <= modes(tmp_path).keys()
             assert strangers(tmp_path) == set()
     assert strangers(tmp_path) == set()
+
+
+@AS_ROOT
+def test_what_root_brings_back_belongs_to_the_service(tmp_path: Path) -> None:
+    path = installation(tmp_path)
+    assert run_cheaply("--inventory", str(path), "backup", str(tmp_path / "saved.tgz"))[0] == 0
+    new = tmp_path / "new"
+    new.mkdir()
+    os.chown(new, NOBODY, NOBODY)
+    assert run_cheaply("--inventory", str(new / path.name), "restore", str(tmp_path / "saved.tgz"))[0] == 0
+    assert {"private.pem", "keys", "inventory.yaml", "healthchecker.db"} <= {found.name for found in new.rglob("*")}
+    assert strangers(new) == set()
 
 
 @AS_ROOT
@@ -286,10 +302,13 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", folder], check=True)
 
 
-def fill(folder: Path) -> None:
-    with contextlib.suppress(OSError), open(folder / "filler", "wb", buffering=0) as file:
-        while file.write(bytes(4096)):
-            pass
+def fill(folder: Path, room: int = 0) -> None:
+    """Of which so many bytes are left."""
+    with open(folder / "filler", "wb", buffering=0) as file:
+        with contextlib.suppress(OSError):
+            while file.write(bytes(4096)):
+                pass
+        file.truncate(max(0, file.tell() - room))
 
 
 @pytest.mark.parametrize("known", [False, True], ids=["first start", "database is there"])
@@ -320,3 +339,59 @@ def test_a_disk_that_becomes_full(small_disk: Path) -> None:
         service.wait_line("database cannot be written")
         assert service.get("/-/readyz").status == 200
     assert service.output.count(f"{small_disk / 'log'} cannot be written") <= 1
+
+
+def test_a_full_disk_that_has_room_again(small_disk: Path, tmp_path: Path) -> None:
+    """Meanwhile the gate follows the resources and the console says why it changes nothing; afterwards log and history
+    go on by themselves, and what happened is told."""
+    prepared_database(small_disk)
+    path, flag = flagged(small_disk, 30, "  log_file: log", tmp_path)
+    with Service(path) as service:
+        service.wait_status("/", 200)
+        client, begun = Client(*service.console).log_in(), time.monotonic()
+        with open(small_disk / "log", "ab") as log:
+            log.write(b"x" * (-log.tell() % 4096) + b"\n")
+        fill(small_disk)
+        service.wait_line("the database cannot be written: ")
+        flag.touch()
+        service.wait_status("/", 503)
+        assert client.api("GET", "resources/db1").json["state"] == "unhealthy"
+        refused = client.api("POST", "gate", {"action": "open", "reason": "in vain"})
+        assert refused.status == 503 and "cannot be used now" in refused.body
+        service.wait_line("the database cannot be used: database or disk is full")
+        flag.unlink()
+        service.wait_status("/", 200)
+        (small_disk / "filler").unlink()
+        service.wait_line("the database cannot be written: that is over")
+        lasted = time.monotonic() - begun
+        assert_all_is_told(small_disk, lasted)
+        assert client.api("POST", "gate", {"action": "close"}).status == 200
+    assert service.output.count("the database cannot be written: ") <= 2 + lasted // 60
+    written = (small_disk / "log").read_text(encoding="utf-8")
+    assert "serving on" in written and "that is over" in written and not (small_disk / "log.1").exists()
+
+
+@pytest.mark.parametrize("command", ["seal", "keys rotate", "backup FILE", "gate close"])
+def test_a_command_on_a_disk_that_is_nearly_full(
+    command: str, small_disk: Path, tmp_path: Path, often: Callable[[int, int], int]
+) -> None:
+    """However much room there is: it is done, or it says that the disk is full; nothing is half, every secret opens."""
+    path, saved, codes = installation(small_disk), small_disk / "saved.tgz", []
+    names = {found.name for found in small_disk.rglob("*")}
+    for room in range(0, 1 << 20, often(96, 8) << 10):
+        fill(small_disk, room)
+        code, output = run_cheaply("--inventory", str(path), *command.replace("FILE", str(saved)).split())
+        (small_disk / "filler").unlink()
+        all_open(path)
+        codes.append(code)
+        if code == 0:
+            break
+        assert re.fullmatch("[^\n]*(disk is full|No space left)[^\n]*\n", output), output
+        left = {found.name for found in small_disk.rglob("*")} - names
+        assert left <= {"healthchecker.db-wal", "healthchecker.db-shm", "healthchecker.db.lock", "next.pem"}, left
+    assert codes[0] in (1, 2, 3, 4) and codes[-1] == 0
+    if command == "backup FILE":
+        (tmp_path / "new").mkdir()
+        inventory = tmp_path / "new" / "inventory.yaml"
+        assert healthchecker.main(["--inventory", str(inventory), "restore", str(saved)]) == 0
+        all_open(inventory)

@@ -546,6 +546,23 @@ def test_a_wrong_clock_drops_little(days: int, notebook: Notebook) -> None:
     assert notebook.count(AVERAGES) >= before[1] - 4 * healthchecker.PRUNE_ROWS[0]
 
 
+@pytest.mark.parametrize("days", [-120, 120])
+def test_a_start_with_a_wrong_clock_drops_nothing(
+    days: int, notebook: Notebook, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In its first minutes, until the machine has the time from others; nor do many starts, one after another."""
+    end = notebook.polls("h" * 200)
+    monkeypatch.setattr(notebook.store, "wall", lambda: end + days * DAY)
+    for _ in range(2):
+        recorder = Recorder(notebook.store, notebook.aggregator)
+        recorder.start()
+        wait_for(lambda recorder=recorder: recorder._rolled and not recorder._untidy)
+        recorder.close()
+    assert notebook.count(SAMPLES) == 200
+    with notebook.store.reading() as session:
+        assert len(events(session, kind="state", limit=1000)) == 200
+
+
 def test_a_removed_resource_takes_its_history_along(tmp_path: Path) -> None:
     notebook = Notebook(tmp_path, 2)
     for number in range(2):

@@ -324,18 +324,18 @@ def test_a_clock_that_is_set(diary: Diary) -> None:
     diary.write({}).add(SUNDAY, SUNDAY + HOUR, resources=["b"])
     assert diary.look(SUNDAY + 1800) == "abc"
 
-    def put(seconds: float) -> None:
+    def put(seconds: float, now: float) -> None:
         with diary.store.writing() as session:
-            move_times(session, seconds)
+            move_times(session, seconds, now)
 
-    put(-DAY)
+    put(-DAY, SUNDAY + 1800)
     assert diary.look(SUNDAY + 1800 - DAY) == diary.look(SUNDAY + 3590 - DAY) == "abc"
     assert diary.look(SUNDAY + HOUR - DAY) == "" and diary.states == "begun begun over over"
     assert diary.look(SUNDAY) == diary.look(SUNDAY + HOUR) == "", "that turn has been held"
     assert diary.look(SUNDAY + 7 * DAY) == "ac"
     diary.add(SUNDAY + 7 * DAY, SUNDAY + 7 * DAY + HOUR, resources=["b"])
     assert diary.look(SUNDAY + 7 * DAY) == "abc"
-    put(DAY)
+    put(DAY, SUNDAY + 7 * DAY)
     assert diary.look(SUNDAY + 8 * DAY) == "b" == diary.look(SUNDAY + 8 * DAY + 3590)
     assert diary.look(SUNDAY + 8 * DAY + HOUR) == ""
     assert diary.states.split().count("begun") == diary.states.split().count("over") == 4

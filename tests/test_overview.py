@@ -20,6 +20,7 @@ from conftest import wait_for
 from console import NAME, Local, local_console
 from service import few_rounds
 
+import healthchecker
 from healthchecker import COOKIE, Resource, Status
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="its machines are asked by a POSIX shell")
@@ -89,6 +90,18 @@ def test_what_cannot_be_written_is_shown(tmp_path: Path) -> None:
             assert "check flag: it is there" in text_of(local, path)
         assert local.api("GET", "resources/one").json["state"] == "unhealthy"
         other.execute("ROLLBACK")
+
+
+def test_a_clock_that_was_set_is_shown(tmp_path: Path) -> None:
+    """For a day; and by which version it all is shown."""
+    ahead = [0.0]
+    with local_console(tmp_path, "  - {name: one, platform: simulated}\n", clock=time.time) as local:
+        local.context.monitor._wall = lambda: time.time() + ahead[-1]
+        local.log_in_as(NAME)
+        text = text_of(local)
+        assert "the clock was set" not in text and f"HealthChecker {healthchecker.VERSION}." in text
+        ahead.append(3600.0)
+        wait_for(lambda: "the clock was set forward by 3,600 s: times before and after do not" in text_of(local))
 
 
 def test_what_is_shown_can_be_acknowledged(tmp_path: Path) -> None:

@@ -984,7 +984,7 @@ DAMAGES = {
 @pytest.mark.parametrize(("damage", "cause"), [pytest.param(*case, id=name, marks=marks_of(case[0]))
                                                for name, case in DAMAGES.items()])  # fmt: skip
 def test_a_damaged_row_costs_its_resource_alone(house: House, machines: Machines, damage: str, cause: str) -> None:
-    """It is unhealthy, and the others go on, at the start and while the service runs."""
+    """It is unhealthy, and the others go on, at the start and while the service runs; changes are taken over."""
     house.write("name: db1, interval: 1", "name: db2")
     with house.watching():
         wait_for(house.aggregator.is_healthy)
@@ -996,6 +996,12 @@ def test_a_damaged_row_costs_its_resource_alone(house: House, machines: Machines
         wait_for(lambda: len(machines.moments("db1")) > polls)
         wait_for(lambda: house.state("db2") == ("unhealthy", cause))
         assert house.state("db1") == ("healthy", "") and not house.aggregator.is_healthy()
+        machines.behaviours["db3"] = unreachable
+        house.elsewhere("UPDATE resource SET origin = 'api' WHERE name = 'db2'")    # so that no import mends it
+        house.write("name: db1, interval: 1", "name: db3, interval: 1")
+        wait_for(lambda: house.stored("db3") == ("unhealthy", "unreachable"))
+        assert house.monitor.poll_now("db2", 20), "who checks it now is answered"
+        machines.behaviours["db3"] = good
         house.elsewhere("DELETE FROM resource WHERE name = 'db2'")
         wait_for(lambda: "db2" not in house.monitor.pollers)
         wait_for(house.aggregator.is_healthy)
@@ -1242,7 +1248,44 @@ def test_check_now_of_what_is_replaced_just_then(house: House, machines: Machine
         assert report and report.verdict.healthy and house.poller("db1") is not old
 
 
+@pytest.mark.parametrize("ends", [False, True])
+def test_check_now_of_what_is_stopped_while_it_hangs(house: House, machines: Machines, ends: bool) -> None:
+    """Who waits for the poll that runs, or for the next one, is answered by the new poller, or at the end; that poll
+    may take its whole deadline."""
+    house.write("name: db1, timeout: 60")
+    begun, reports = threading.Event(), list[object]()
+
+    def hangs(guard: LoginGuard, deadline: Deadline) -> None:
+        begun.set()
+        machines.hang(guard, deadline)
+
+    def ask() -> None:
+        reports.append(house.monitor.poll_now("db1", 55))
+
+    with house.watching():
+        wait_for(house.aggregator.is_healthy)
+        machines.behaviours["db1"] = hangs
+        old = house.poller("db1")
+        threads = [threading.Thread(target=ask) for _ in range(2)]
+        threads[0].start()
+        assert begun.wait(60)
+        threads[1].start()
+        wait_for(lambda: old._asked.qsize() == 2)
+        machines.behaviours["db1"] = good
+        if ends:
+            house.monitor.close()
+        else:
+            house.write("name: db1, timeout: 59")
+        for thread in threads:
+            thread.join(50)
+        assert len(reports) == 2 and reports.count(None) == 2 * ends and old.is_alive()
+        machines.ended.set()
+
+
 # --- a clock that is set ---
+FAR_AWAY = 120 * 86_400.0  # seconds by which the clock of a dead battery is wrong
+
+
 def clock_events(house: House) -> list[str]:
     with house.store.reading() as session:
         return [event.text for event in healthchecker.events(session, kind="clock")]
@@ -1262,7 +1305,8 @@ def test_a_clock_that_is_set_ends_nothing(house: House, machines: Machines) -> N
         wait_for(lambda: house.state("db1")[0] == "unhealthy" and house.state("db2")[0] == "healthy")
         maintain(house, "db1", 600)
         wait_for(house.aggregator.is_healthy)
-        for seconds, told in ((7200.0, "forward by 7,200 s"), (-86400.0, "back by 93,600 s")):
+        for seconds, told in ((3600.0, "forward by 3,600 s"), (-3600.0, "back by 7,200 s"),
+                              (FAR_AWAY, "forward by 10,371,600 s"), (-FAR_AWAY, "back by 20,736,000 s")):  # fmt: skip
             ahead.append(seconds)
             wait_for(lambda told=told: told in "".join(clock_events(house)[:1]))
             assert told in house.monitor.clock_step[1]
@@ -1272,7 +1316,7 @@ def test_a_clock_that_is_set_ends_nothing(house: House, machines: Machines) -> N
         wait_for(lambda: clock_taken_down(house) > before + 20_000)
         maintain(house, "db1", ahead[-1] + 1)  # by the clock as it is now
         wait_for(lambda: maintenance_events(house) == ["db1: maintenance is over"])
-        assert len(clock_events(house)) == 2
+        assert len(clock_events(house)) == 4
 
 
 def test_a_step_that_cannot_be_written_down_is_written_later(house: House, machines: Machines) -> None:
@@ -1358,18 +1402,40 @@ def test_maintenance_and_a_clock_that_is_set_between_two_starts(house: House, ma
         assert house.aggregator.is_healthy() and maintenance_events(house) == []
 
 
+def test_maintenance_and_a_start_with_a_clock_that_is_behind(house: House, machines: Machines) -> None:
+    """Of a machine whose battery is dead, until it has the time from others: what was begun before ends when it was to,
+    and not those 120 days later, for which a sick machine would not count."""
+    house.write("name: db1", "name: db2")
+    machines.behaviours["db1"] = unreachable
+    with house.watching():
+        wait_for(lambda: house.state("db1")[0] == "unhealthy" and house.state("db2")[0] == "healthy")
+        maintain(house, "db1", 600)
+        wait_for(house.aggregator.is_healthy)
+    house.elsewhere("UPDATE setting SET value = value + 1 WHERE name = 'boot'")
+    behind = [FAR_AWAY]
+    with house.watching(lambda: time.time() - behind[-1]):
+        wait_for(house.aggregator.is_healthy)
+        behind.append(0.0)
+        wait_for(lambda: clock_events(house) == ["the clock was set forward by 10,368,000 s"])
+        [(until_at,)] = execute(database_in(house.folder), "SELECT until_at FROM maintenance")
+        assert until_at < time.time() + 600 and maintenance_events(house) == []
+
+
 @pytest.mark.skipif(not healthchecker.boot_number(), reason="the system numbers no boots")
-def test_a_clock_that_is_set_between_two_starts(house: House, machines: Machines) -> None:
+@pytest.mark.parametrize("seconds", [3600.0, -3600.0, FAR_AWAY, -FAR_AWAY])
+def test_a_clock_that_is_set_between_two_starts(house: House, machines: Machines, seconds: float) -> None:
     """What a poll found counts by the time since boot; after another boot only the clock is left."""
     house.write("name: db1, fall: 1")
     with house.watching():
         wait_for(lambda: house.stored("db1")[0] == "healthy")
     machines.behaviours["db1"] = machines.hang
-    with house.watching(lambda: time.time() + 3600):
+    how = f"{'forward' if seconds > 0 else 'back'} by {abs(seconds):,.0f} s"
+    with house.watching(lambda: time.time() + seconds):
         assert house.aggregator.is_healthy()
-        wait_for(lambda: clock_events(house) == ["the clock was set forward by 3,600 s"])
+        wait_for(lambda: clock_events(house) == [f"the clock was set {how}"])
+        assert house.aggregator.is_healthy()
     house.elsewhere("UPDATE setting SET value = value + 1 WHERE name = 'boot'")
-    with house.watching(lambda: time.time() + 3600):
+    with house.watching(lambda: time.time() + seconds):
         assert not house.aggregator.is_healthy()
 
 

@@ -52,6 +52,32 @@ def test_what_the_shell_makes_of_its_block() -> None:
 
 
 @POSIX
+def test_the_service_may_do_no_more_than_it_has_to() -> None:
+    """Nor is it started again where that cannot help."""
+    lines = {"NoNewPrivileges=true", "ProtectSystem=full", "RestartPreventExitStatus=2 3 4"}
+    assert lines <= set(unit().splitlines())
+
+
+@POSIX
+@pytest.mark.skipif(not shutil.which("make"), reason="needs make")
+def test_what_is_installed_is_for_the_service_s_account(tmp_path: Path) -> None:
+    """Whatever umask who installs it has; and nothing is started."""
+    for name in ("Makefile", "requirements.txt"):
+        shutil.copy(PROGRAM.parent / name, tmp_path)
+    environment = tmp_path / ".venv"
+    (environment / "bin").mkdir(parents=True)
+    for name in ("bin/python", "pyvenv.cfg", "run.stamp"):      # as if pip had done its part
+        (environment / name).touch(mode=0o700 if name.startswith("bin") else 0o600)
+    found = [environment, *environment.rglob("*")]
+    for path in (environment, environment / "bin"):
+        path.chmod(0o700)
+    done = subprocess.run(["make", "install"], cwd=tmp_path, check=True, capture_output=True, encoding="utf-8")
+    assert [line.split()[0] for line in done.stdout.splitlines()] == ["chmod"]
+    modes = {path.name: oct(path.stat().st_mode & 0o777) for path in found}
+    assert modes == {".venv": "0o755", "bin": "0o755", "python": "0o755", "pyvenv.cfg": "0o644", "run.stamp": "0o644"}
+
+
+@POSIX
 def test_the_socket_is_the_service_s() -> None:
     """By its name, its address and at the start of the machine: another address would end the service."""
     assert f"\nListenStream={ServiceSettings().listen}\n" in unit("socket")

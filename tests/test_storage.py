@@ -29,7 +29,7 @@ import pytest
 import sqlalchemy
 from conftest import wait_for
 from postgres import database_in, execute, settings_of
-from service import Service, fresh_processes, prepared_keys, prepared_tables, run_cheaply, write_inventory
+from service import Program, Service, fresh_processes, prepared_keys, prepared_tables, run_cheaply, write_inventory
 from sqlalchemy.orm import Session
 
 import healthchecker
@@ -280,7 +280,7 @@ def test_an_id_is_never_used_again(tmp_path: Path) -> None:
 
 @pytest.mark.of_files
 def test_a_database_is_read_through_once(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By a service that starts, and by each command; whatever opens it then relies on that."""
+    """By each command; whatever opens it then relies on that."""
     bench.load(FIRST)
     seen: list[str] = []
 
@@ -296,6 +296,32 @@ def test_a_database_is_read_through_once(bench: Bench, monkeypatch: pytest.Monke
         seen.clear()
         assert healthchecker.main(["--inventory", str(path), *command]) == 0
         assert sum("quick_check" in statement for statement in seen) == 1, command
+
+
+TRACE = """
+import os, sqlite3
+def connect(*given, genuine=sqlite3.connect, **options):
+    connection = genuine(*given, **options)
+    connection.set_trace_callback(note)
+    return connection
+def note(statement):
+    if "quick_check" in statement:
+        os.write(sink, f"{os.getpid()}\\n".encode())
+sink = os.open(os.environ["SEEN"], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+sqlite3.connect = sqlite3.dbapi2.connect = connect
+"""
+
+
+@pytest.mark.of_files
+def test_a_start_reads_the_database_through_once(bench: Bench) -> None:
+    """The main process, and no worker."""
+    bench.load(FIRST)
+    (bench.folder / "sitecustomize.py").write_text(TRACE, encoding="utf-8")
+    seen = bench.folder / "seen"
+    env = {"PYTHONPATH": os.pathsep.join([str(bench.folder), os.environ.get("PYTHONPATH", "")]), "SEEN": str(seen)}
+    with Program(write_inventory(bench.folder, FIRST, "  workers: 2\n"), env=env) as service:
+        service.wait_status("/-/livez", 200)
+        assert seen.read_text(encoding="ascii").split() == [str(service.pid)]
 
 
 def test_a_migrated_database_is_as_a_new_one(tmp_path: Path) -> None:

@@ -741,6 +741,26 @@ def test_the_end_of_a_start_that_takes_long(folder: Path) -> None:
             main.kill()
 
 
+def test_who_comes_while_it_starts_waits(folder: Path) -> None:
+    """The door is open before anything slow, also without a socket of systemd's."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    slow = "HERE.joinpath('began').touch()\nwhile not HERE.joinpath('go').exists():\n    time.sleep(0.02)\n"
+    (folder / "shop.py").write_text(APP + slow, encoding="utf-8")
+    main = Service(write_inventory(folder, "", f"{SHOP}\n  listen: 127.0.0.1:{port}")).launch()
+    with main.stdout:
+        try:
+            wait_for((folder / "began").is_file, BACK)
+            with socket.create_connection(("127.0.0.1", port), timeout=BACK) as sock:
+                sock.sendall(b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+                (folder / "go").touch()
+                assert sock.recv(12) == b"HTTP/1.1 200"
+            ask_to_end(main)
+            assert main.wait(ENDED) == 0
+        finally:
+            main.kill()
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="there is no limit of open files there")
 def test_a_start_that_lacks_descriptors(folder: Path) -> None:
     """Workers that were started before the one that could not be are ended."""
