@@ -232,6 +232,21 @@ def test_another_start_closes_what_was_mapped(tmp_path: Path) -> None:
         new.close()
 
 
+def test_another_file_is_followed_within_a_second(tmp_path: Path) -> None:
+    """By the reader's clock, which stands still here but for that second."""
+    with opened(tmp_path, "/r") as (_, leases):
+        clock = Clock()
+        clock.now = lease_clock() + 10
+        sys.modules["hc_gate"].clock = clock    # type: ignore[attr-defined]
+        assert leases.wait("/") == 0
+        new = LeaseFile(tmp_path / "lease", ["/new", "/r"])
+        new.put("", clock.now + 1000, 0.0)
+        assert leases.wait("/") == 1
+        clock.now += 1
+        assert leases.wait("/") == 0
+        new.close()
+
+
 @POSIX
 def test_a_file_that_is_gone_is_closed_and_may_come_back(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Within a second, and the log says it once."""
@@ -695,6 +710,16 @@ def test_every_server_follows_the_service(tmp_path: Path) -> None:
         with Service(inventory, code=1 if sys.platform == "win32" else -9) as service:
             wait_everywhere("/", 200)
             service.kill()
+            (end,) = struct.unpack_from("d", (tmp_path / "lease").read_bytes(), 8 * SITE)
+            assert end < lease_clock() + 5
+
+            def is_closed() -> bool:
+                is_over = lease_clock() > end   # before anybody is asked
+                seen = everywhere("/")
+                assert not is_over or 200 not in seen.values(), seen
+                return is_over
+
+            wait_for(is_closed)
             wait_everywhere("/", 503)
 
 
