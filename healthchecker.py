@@ -15201,7 +15201,7 @@ i.maintenance, i.degraded { color: var(--state); }
 .roll th { background: var(--sunken); } .roll b { margin-right: .75rem; } thead a { color: inherit; }
 [aria-sort=ascending] a::after { content: " \25B4" / ""; } [aria-sort=descending] a::after { content: " \25BE" / ""; }
 .old :is(td, dd, th, .state), td.old { color: var(--soft); } .old :is(svg, .state::before), td.old svg { opacity: .5; }
-.events :is(td:last-child, td:has(> a)) { min-width: 9rem; }
+.events :is(td:last-child, td:has(> a), #work td:nth-child(4)) { min-width: 9rem; }
 td > :is(.state, time), .events td:nth-child(2) { white-space: nowrap; } td:has(time) + td { overflow-wrap: normal; }
 main > :is(table, .notice), #work > *, #seen > details, [role=alert] + table { margin-top: .75rem; }
 .empty { padding: 3rem 1rem; text-align: center; }
