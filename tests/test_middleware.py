@@ -614,8 +614,9 @@ if sys.platform != "win32":
     }
 MODULES = Path("/usr/lib/apache2/modules")  # Debian's
 APACHE = shutil.which("apache2", path=SYSTEM_PATH) if (MODULES / "mod_wsgi.so").exists() else None
+# Of one process without threads: with them, mod_wsgi lets no SIGTERM end it.
 APACHE_CONFIG = f"""
-LoadModule mpm_event_module {MODULES}/mod_mpm_event.so
+LoadModule mpm_prefork_module {MODULES}/mod_mpm_prefork.so
 LoadModule authz_core_module {MODULES}/mod_authz_core.so
 LoadModule wsgi_module {MODULES}/mod_wsgi.so
 ServerName gate.example.com
