@@ -8960,7 +8960,8 @@ def end_acknowledgements(session: Session, recovered: Collection[int], at: float
 
 
 def written(at: float) -> str:
-    return datetime.datetime.fromtimestamp(max(0.0, at), datetime.timezone.utc).isoformat(timespec="seconds")
+    """A Unix time in the server's own zone, which is named."""
+    return datetime.datetime.fromtimestamp(max(0.0, at), datetime.timezone.utc).astimezone().isoformat(" ", "seconds")
 
 
 def tell_work(session: Session, row: Maintenance, text: str, at: float, **who: str) -> None:
@@ -13225,7 +13226,7 @@ def issue_token(who: Principal, user: User, given: NewToken) -> TokenView:
             raise ApiError(f"{user.username} has {NAMED_COUNT} tokens; revoke one first", 409)
         session.add(LoginSession(token_hash=token_hash(token), kind="named", user_id=user.id, begun_at=now, seen_at=0.0,
                                  address="", name=name, role=given.role, expires_at=expires_at))
-        until = "for ever" if expires_at == NEVER else f"until {utc_time(expires_at):%Y-%m-%d %H:%M} UTC"
+        until = "for ever" if expires_at == NEVER else f"until {written(expires_at)}"
         who.note(session, f"API token {name} of {user.username} made: {given.role}, {until}")
     return TokenView(token=token, expires_in=None if expires_at == NEVER else expires_at - now)
 
@@ -13499,8 +13500,8 @@ def change_gate(who: Principal, body: Mapping[str, Any]) -> None:
         if given.action != "auto":
             override = Override(action=given.action, at=context.clock(), seconds=seconds, reason=reason, actor=who.name,
                                 boot=boot_number(), begun_mono=lease_clock())
-            text, end = override.model_dump_json(), utc_time(override.until or 0.0)
-            said = f"gate {override.why}, until {end.isoformat(timespec='seconds') if end else 'that is ended'}"
+            text, end = override.model_dump_json(), written(override.until) if override.until else "that is ended"
+            said = f"gate {override.why}, until {end}"
         if text or remembered(session, "override").text:
             session.merge(Setting(name="override", value=0, text=text))
             who.note(session, said)
@@ -15205,7 +15206,7 @@ i.maintenance, i.degraded { color: var(--state); }
 .roll th { background: var(--sunken); } .roll b { margin-right: .75rem; } thead a { color: inherit; }
 [aria-sort=ascending] a::after { content: " \25B4" / ""; } [aria-sort=descending] a::after { content: " \25BE" / ""; }
 .old :is(td, dd, th, .state), td.old { color: var(--soft); } .old :is(svg, .state::before), td.old svg { opacity: .5; }
-.events :is(td:last-child, td:has(> a)) { min-width: 9rem; }
+.events :is(td:last-child, td:has(> a), #work td:nth-child(4)) { min-width: 9rem; }
 td > :is(.state, time), .events td:nth-child(2) { white-space: nowrap; } td:has(time) + td { overflow-wrap: normal; }
 main > :is(table, .notice), #work > *, #seen > details, [role=alert] + table { margin-top: .75rem; }
 .empty { padding: 3rem 1rem; text-align: center; }
@@ -16340,18 +16341,13 @@ class ConsoleServer(threading.Thread):
 # === Announce ================================================================
 # What one receiver is told, and when: in come events and how everything is by the rows, out go messages. An Announcer
 # holds what its receiver heard, and decides by rows and clock alone; touches nothing else. In the Notifier's thread.
-# Gives: Announcer, as_mapping, Delivery, Message, Picture, RETRY_FIRST, stamp, Unhealthy, Work
+# Gives: Announcer, as_mapping, Delivery, Message, Picture, RETRY_FIRST, Unhealthy, Work
 NOTIFY_LINES = 10               # lines of a kind in a message
 RETRY_FIRST, RETRY_LONGEST = 10.0, 600.0    # seconds until the second try, and between two at most
 RETRY_TIME = 3600.0             # seconds after which a message is given up
 # What a host says is to mention nobody (@everyone), to hide no link behind words, to be no tag.
 MARKUP = str.maketrans({mark: f"{mark}\u200b" for mark in "@<]"})
 STARTING = "(the service starts)"   # a gate that opens before it is told was never closed
-
-
-def stamp(at: float) -> str:
-    """A Unix time in the server's own zone, which is named."""
-    return datetime.datetime.fromtimestamp(at).astimezone().isoformat(" ", "seconds")
 
 
 class Unhealthy(NamedTuple):
@@ -16431,11 +16427,11 @@ def line_of(notice: Notice) -> str:
     what, _, ended = words_of(notice)
     often = f", {notice.times} times" if notice.times > 1 else ""
     if not notice.over_at:
-        return f"{what}: {notice.text}; since {stamp(notice.since_at)}{often}"
+        return f"{what}: {notice.text}; since {written(notice.since_at)}{often}"
     lasted = duration_text(notice.over_at - notice.since_at)
     if notice.told_at:
-        return f"{what}: {ended}, {stamp(notice.over_at)}, after {lasted}"
-    return (f"{what}: {notice.text}; from {stamp(notice.since_at)} to {stamp(notice.over_at)}, {lasted}{often}"
+        return f"{what}: {ended}, {written(notice.over_at)}, after {lasted}"
+    return (f"{what}: {notice.text}; from {written(notice.since_at)} to {written(notice.over_at)}, {lasted}{often}"
             f"{notice.ending and '; '}{notice.ending}")
 
 
@@ -16460,7 +16456,7 @@ def write_message(chosen: Sequence[Notice], picture: Picture, is_mine: Callable[
     sick = sick if any(each.kind in ("gate", "group") for each in lasting) else []
     lines = [*first_lines([line_of(each) for each in chosen if each.kind != "state"]),
              *first_lines([line_of(each) for each in chosen if each.kind == "state"]),
-             *first_lines([f"{name}: {why}; since {stamp(at)}" for at, name, why in sick if name not in named])]
+             *first_lines([f"{name}: {why}; since {written(at)}" for at, name, why in sick if name not in named])]
     title = (f"HealthChecker: {headline(chosen[0])}{f', {len(sick)} unhealthy' if sick else ''}"
              f"{f', and {len(chosen) - 1} more' if len(chosen) > 1 else ''}")
     bad = {not each.over_at for each in chosen if each.kind != "maintenance" and not each.ending}   # no recovery
@@ -16994,7 +16990,7 @@ class Notifier(threading.Thread):
             if row.message and number not in self._threads and now >= row.next_at:
                 title, body, kind, _ = json.loads(row.message)
                 if now - row.made_at > RETRY_FIRST:
-                    body += f"\nThis is of {stamp(row.made_at)} and could not be delivered before."
+                    body += f"\nThis is of {written(row.made_at)} and could not be delivered before."
                 thread = threading.Thread(None, self._send, f"notify {row.name}", (
                     row.id, row.url, row.bound, Message(title, body, kind)), daemon=True)
                 thread.start()      # which may be refused, and is tried again then

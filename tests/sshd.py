@@ -229,7 +229,7 @@ class Sshd(SshServer):
                 Path("/run/sshd").mkdir(0o755, exist_ok=True)  # stays: another sshd may be using it
             if ROOT and shutil.which("useradd", path=SYSTEM_PATH):
                 self.username, self.password = cleanup.enter_context(throwaway_account(self.folder))
-            cleanup.callback(self._halt)
+            cleanup.callback(self.kill)
             for _ in range(20):
                 # Below the ranges that systems draw from for port 0, so that rekey() finds it free again.
                 self.port = random.randint(20000, 32000)
@@ -268,8 +268,12 @@ class Sshd(SshServer):
 
     def rekey(self) -> None:
         """New host keys and an empty log, on the same port; open sessions end."""
-        self._halt()
+        self.kill()
         self._make_host_keys(tuple(self.host_keys))
+        self.revive()
+
+    def revive(self) -> None:
+        """After a kill: the same host again, with an empty log."""
         wait_for(self._start)
 
     def freeze(self) -> None:
@@ -299,7 +303,8 @@ class Sshd(SshServer):
 
         wait_for(killed)
 
-    def _halt(self) -> None:
+    def kill(self) -> None:
+        """kill -9 for the listener and all sessions."""
         self.thaw()
         self.kill_sessions()  # while the listener runs and so collects them
         send({self._listener.pid}, "SIGSTOP")
@@ -406,6 +411,13 @@ class Listener:
         self._listening.close()
         self.kill_sessions()
 
+    def revive(self) -> None:
+        """After that: the same port again."""
+        self.closing.clear()
+        self._listening = socket.create_server((self.address, self.port), family=self._listening.family)
+        self._thread = threading.Thread(target=self._accept, daemon=True)
+        self._thread.start()
+
 
 def run_shell(channel: paramiko.Channel, command: str) -> int | None:
     """Run `command` by the system's shell with its three streams on the channel, until either side ends."""
@@ -511,8 +523,12 @@ class ParamikoSshd(Listener, SshServer):
         self._make_host_keys(tuple(self.host_keys))
         (self.folder / "log").write_text("", encoding="utf-8")
 
+    def kill(self) -> None:
+        """End every session and close the port."""
+        super().stop()
+
     def stop(self) -> None:
-        """End every session and remove the keys."""
+        """And remove the keys."""
         super().stop()
         shutil.rmtree(self.folder)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import http.client
 import io
 import json
@@ -319,7 +320,8 @@ def test_named_token_lives_for_ninety_days(local: Local) -> None:
     """Idle or not; then it stands in the list until its name is used again."""
     token = made(local)
     begun = local.clock.now
-    assert last_change(local) == f"API token backup of {NAME} made: viewer, until 2027-04-15 08:00 UTC"
+    until = datetime.datetime.fromtimestamp(begun + NAMED_LIFE).astimezone().isoformat(" ", "seconds")
+    assert last_change(local) == f"API token backup of {NAME} made: viewer, until {until}"
     local.clock.now = begun + NAMED_LIFE - 1
     assert bearer(local, token).api("GET", "resources").status == 200
     local.clock.now += 1

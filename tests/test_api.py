@@ -434,7 +434,8 @@ def test_maintenance_opens_the_gate(service: Service, client: Client) -> None:
     until = at(3600)[:19] + "+00:00"
     reply = client.api("POST", "resources/down/maintenance", {"until": until, "reason": "new disk"})
     assert (reply.status, reply.json["maintenance"]["reason"]) == (200, "new disk")
-    told = "down", f"in maintenance until {until}: new disk", NAME, "127.0.0.1"
+    shown = datetime.datetime.fromisoformat(until).astimezone().isoformat(" ")
+    told = "down", f"in maintenance until {shown}: new disk", NAME, "127.0.0.1"
     assert last_change(client, "maintenance") == told
     service.wait_status("/-/readyz", 200)
     assert client.api("GET", "resources/down").json["state"] == "unhealthy"

@@ -771,7 +771,8 @@ def three_hosts(folder: Path) -> Iterator[tuple[list[Any], str]]:
 
 @POSIX
 def test_two_of_three_hosts_carry_the_site(tmp_path: Path) -> None:
-    """One of them dies and the site goes on; a second one that fails closes it; routes and groups go their own way."""
+    """One of them dies and the site goes on; a second one that fails closes it; routes and groups go their own way.
+    What was killed counts again when it is back."""
     with three_hosts(tmp_path) as (hosts, rows), tempfile.TemporaryDirectory() as shared:
         Path(shared).chmod(0o755)  # the accounts of the hosts look into it
         down = {name: Path(shared) / f"{name}.down" for name in ("db1", "warehouse")}
@@ -799,7 +800,7 @@ def test_two_of_three_hosts_carry_the_site(tmp_path: Path) -> None:
             down["warehouse"].touch()
             wait_open("/", "/static/a.css", "/-/readyz/replicas")
             assert group("/reports")["why"].startswith("warehouse: check up: exit status 1")
-            hosts[2].stop()
+            hosts[2].kill()
             wait_for(lambda: group("replicas")["state"] == "degraded", 60)
             assert group("replicas")["members"] == {"db0": True, "db1": True, "db2": False}
             answer = service.get("/")
@@ -810,11 +811,18 @@ def test_two_of_three_hosts_carry_the_site(tmp_path: Path) -> None:
             assert "(replicas: 1 of 3 healthy: db" in line
             page = client.ask("GET", "/-/").body
             assert "replicas" in page and "1 of 3" in page
-            assert client.ask("GET", "/-/health").json["checks"]["replicas:state"][0]["status"] == "fail"
+            check = client.ask("GET", "/-/health").json["checks"]["replicas:state"][0]
+            assert check["status"] == "fail" and check["output"].startswith("1 of 3 healthy: db")
             down["db1"].unlink()
             wait_open("/", "/static/a.css", "/-/readyz/replicas")
             down["warehouse"].unlink()
             wait_open(*everything)
+            assert group("replicas")["members"] == {"db0": True, "db1": True, "db2": False}
+            hosts[2].revive()
+            wait_for(lambda: group("replicas")["state"] == "healthy", 60)
+            down["db1"].touch()
+            wait_for(lambda: group("replicas")["members"] == {"db0": True, "db1": False, "db2": True}, 60)
+            assert service.get("/").status == 200
             assert service.get("/-/readyz/unknown").status == 404
 
             def events(kind: str) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import itertools
 import json
+import re
 import time
 import zoneinfo
 from collections.abc import Iterator
@@ -244,7 +245,7 @@ def test_a_turn_of_a_plan(diary: Diary) -> None:
                         (7 * DAY + HOUR, "")):  # fmt: skip
         assert diary.look(SUNDAY + at, follow=at < 0) == covered, at
     assert diary.states == "begun over begun over"
-    until = "2026-11-29T02:00:00+00:00"
+    until = datetime.datetime.fromtimestamp(SUNDAY + HOUR).astimezone().isoformat(" ", "seconds")
     assert diary.events[:2] == [("begun", "", "", f"tag db: in maintenance until {until}: patches"),
                                 ("over", "", "", "tag db: maintenance is over")]  # fmt: skip
 
@@ -676,6 +677,9 @@ def test_commands(tmp_path: Path) -> None:
         assert "a, b" in run(path, "maintenance", "list").stdout
         assert run(path, "maintenance", "end", number).returncode == 0
         service.wait_status("/-/readyz", 503)
+        later = f"{datetime.date.today() + datetime.timedelta(days=1)} 02:00"
+        done = run(path, "maintenance", "start", "--tag", "web", "--for", "1h", "--at", later, "--reason", "cables")
+        assert done.returncode == 0 and re.search(rf"planned +{later}:00.* tag web +cables", done.stdout), done
     assert "nothing was planned here for exactly that" in run(path, "maintenance", "end", "--all").stderr
     assert "say what: --tag, --group or --resource NAME, or else --all" in run(path, "maintenance", "end").stderr
     assert "NUMBER or what it is of, not both" in run(path, "maintenance", "end", number, "--tag", "db").stderr

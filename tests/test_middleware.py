@@ -11,6 +11,7 @@ import logging
 import math
 import multiprocessing
 import os
+import shutil
 import signal
 import socket
 import struct
@@ -18,7 +19,7 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -28,6 +29,7 @@ from conftest import wait_for
 from hypothesis import given
 from hypothesis import strategies as st
 from service import PROGRAM, Service, environment, run, run_cheaply, write_inventory
+from sshd import SYSTEM_PATH
 from test_groups import GROUPS, PATH_TABLE, PATHS, STEPS, TREES, Clock, gates_with
 
 from healthchecker import (
@@ -229,6 +231,21 @@ def test_another_start_closes_what_was_mapped(tmp_path: Path) -> None:
         new.put("/new", lease_clock() + 1000, 0.0)
         wait_for(lambda: leases.wait("/new/x") == 0)
         assert (leases.wait("/"), leases.wait("/r")) == (1, 1)
+        new.close()
+
+
+def test_another_file_is_followed_within_a_second(tmp_path: Path) -> None:
+    """By the reader's clock, which stands still here but for that second."""
+    with opened(tmp_path, "/r") as (_, leases):
+        clock = Clock()
+        clock.now = lease_clock() + 10
+        sys.modules["hc_gate"].clock = clock    # type: ignore[attr-defined]
+        assert leases.wait("/") == 0
+        new = LeaseFile(tmp_path / "lease", ["/new", "/r"])
+        new.put("", clock.now + 1000, 0.0)
+        assert leases.wait("/") == 1
+        clock.now += 1
+        assert leases.wait("/") == 0
         new.close()
 
 
@@ -595,6 +612,23 @@ if sys.platform != "win32":
         "Granian, ASGI": "-m granian --interface asgi --port {port} star:app".split(),
         "uvicorn": "-m uvicorn --port {port} --log-level warning star:app".split(),
     }
+MODULES = Path("/usr/lib/apache2/modules")  # Debian's
+APACHE = shutil.which("apache2", path=SYSTEM_PATH) if (MODULES / "mod_wsgi.so").exists() else None
+# Of one process without threads: with them, mod_wsgi lets no SIGTERM end it.
+APACHE_CONFIG = f"""
+LoadModule mpm_prefork_module {MODULES}/mod_mpm_prefork.so
+LoadModule authz_core_module {MODULES}/mod_authz_core.so
+LoadModule wsgi_module {MODULES}/mod_wsgi.so
+ServerName gate.example.com
+PidFile ${{FOLDER}}/pid
+DefaultRuntimeDir ${{FOLDER}}
+ErrorLog /dev/stderr
+WSGIPythonPath ${{FOLDER}}
+WSGICallableObject app
+WSGIScriptAlias / ${{FOLDER}}/shop.py
+"""
+IN_ITS_FOLDER = """import os, sys
+os.execv(sys.argv[1], [*sys.argv[1:], '-C', f'Define FOLDER {os.getcwd()}', '-f', f'{os.getcwd()}/apache.conf'])"""
 
 
 def free_port() -> int:
@@ -652,7 +686,7 @@ def serving(folder: Path, arguments: list[str]) -> Iterator[int]:
         server.wait()
 
 
-def test_every_server_follows_the_service(tmp_path: Path) -> None:
+def assert_follow(tmp_path: Path, servers: Mapping[str, list[str]]) -> None:
     """Closed before there is one; by route while it runs; closed by its end, opened by the next; and closed when the
     main process is killed, within the lease."""
     (tmp_path / "hc_gate.py").write_text(middleware_text(tmp_path / "lease"), encoding="utf-8")
@@ -661,7 +695,7 @@ def test_every_server_follows_the_service(tmp_path: Path) -> None:
     rows = f"  - {{name: warehouse, {BAD}}}\nroutes: {{/reports: [warehouse], /static: []}}\n"
     inventory = write_inventory(tmp_path, f"  - {{name: a, {CALM}}}\n{rows}", "  lease_file: lease")
     with contextlib.ExitStack() as stack:
-        ports = {name: stack.enter_context(serving(tmp_path, given)) for name, given in SERVERS.items()}
+        ports = {name: stack.enter_context(serving(tmp_path, given)) for name, given in servers.items()}
 
         def everywhere(path: str) -> dict[str, int]:
             return {name: status(port, path) for name, port in ports.items()}
@@ -695,7 +729,27 @@ def test_every_server_follows_the_service(tmp_path: Path) -> None:
         with Service(inventory, code=1 if sys.platform == "win32" else -9) as service:
             wait_everywhere("/", 200)
             service.kill()
+            (end,) = struct.unpack_from("d", (tmp_path / "lease").read_bytes(), 8 * SITE)
+            assert end < lease_clock() + 5
+
+            def is_closed() -> bool:
+                is_over = lease_clock() > end   # before anybody is asked
+                seen = everywhere("/")
+                assert not is_over or 200 not in seen.values(), seen
+                return is_over
+
+            wait_for(is_closed)
             wait_everywhere("/", 503)
+
+
+def test_every_server_follows_the_service(tmp_path: Path) -> None:
+    assert_follow(tmp_path, SERVERS)
+
+
+@pytest.mark.skipif(not APACHE, reason="needs mod_wsgi")
+def test_apache_follows_the_service(tmp_path: Path) -> None:
+    (tmp_path / "apache.conf").write_text(APACHE_CONFIG, encoding="utf-8")
+    assert_follow(tmp_path, {"mod_wsgi": ["-c", IN_ITS_FOLDER, str(APACHE), "-X", "-c", "Listen 127.0.0.1:{port}"]})
 
 
 def test_a_route_that_a_reload_adds(tmp_path: Path) -> None:

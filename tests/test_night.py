@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -63,14 +65,32 @@ def night(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Local]:
         ):
             reply = local.form(path, form)
             assert reply.status == 303, reply
+        added = {"name": "added", "platform": "simulated", "seed": 2, "interval": 600, "critical": False}
+        assert local.api("POST", "resources", added, headers={"Origin": "http://localhost"}).status == 201
         assert local.form("/-/tokens", {"name": "nightly", "role": "viewer", "password": PASSWORD}).status == 200
         with local.store.writing() as session:
             session.add(Receiver(name="ops", settings='{"name": "ops"}', trouble="no answer (ConnectionError)"))
         yield local.keep()
 
 
+# Words of up to 20 letters that go on in the next line; what is longer, such as the name of a host, may have to.
+BROKEN = """() => {
+    const found = [], range = document.createRange();
+    const texts = document.createTreeWalker(document.querySelector("main"), NodeFilter.SHOW_TEXT);
+    for (let text; (text = texts.nextNode());) {
+        if (!text.parentElement.checkVisibility() || text.parentElement.closest(".hidden, code, pre, select")) continue;
+        for (const { 0: word, index } of text.data.matchAll(/(?<![^\\s(])\\p{L}{2,20}(?![^\\s.,:;)])/gu)) {
+            range.setStart(text, index);
+            range.setEnd(text, index + word.length);
+            if (new Set([...range.getClientRects()].map(part => Math.round(part.top))).size > 1) found.push(word);
+        }
+    }
+    return found;
+}"""
+
+
 def assert_fits(page: Page, where: str) -> None:
-    """axe-core finds nothing, and nothing is beyond the window's edges."""
+    """axe-core finds nothing, nothing is beyond the window's edges, and no word is broken."""
     axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()
     found = axe.run(page, options={"resultTypes": ["violations"]}).response["violations"]
     assert not [(one["id"], [node["html"] for node in one["nodes"]]) for one in found], where
@@ -78,6 +98,7 @@ def assert_fits(page: Page, where: str) -> None:
     outside = """[...document.querySelectorAll("main :is(label, button, input, .state, time)")].filter(one =>
         one.checkVisibility() && one.getBoundingClientRect().left < 0).map(one => one.outerHTML)"""
     assert page.evaluate(outside) == [], where
+    assert page.evaluate(BROKEN) == [], where
 
 
 # Of each form: its page, the button that opens it, what is typed, the button that sends it, and what is refused.
@@ -91,6 +112,7 @@ FORMS: list[tuple[str, str, dict[str, str], str, str]] = [
     ("/-/tokens", "", {"name": "late", "expires": "1x", "password": PASSWORD}, "Make token", "must be like 90d"),
     ("/-/add", "", {"name": "x", "interval": "soon", "password": "secret", "settings": "x: 1\nlimits: {y: 2}"}, "Save",
      "unknown setting"),
+    ("/-/resources/added/edit", "", {"name": "db1", "settings": "tags: [one, two]\n"}, "Save", "cannot be called"),
     ("/-/password", "", {"current": PASSWORD, "new": "a long enough one", "again": "not the same one"},
      "Change the password", "is not the same"),
 ]  # fmt: skip
@@ -123,6 +145,9 @@ def test_every_form(browser: Browser, night: Local, scheme: Scheme, width: int) 
     page.goto(SICK)
     page.locator("summary", has_text="Last polls").click()
     assert_fits(page, "last polls")
+    for path in ("/-/events", "/-/incidents", "/-/incidents?group=replicas", "/-/add?copy=added"):
+        page.goto(path)
+        assert_fits(page, path)
     context.close()
     assert not faults
 
@@ -181,3 +206,67 @@ def test_sorting_on_a_phone(browser: Browser, night: Local) -> None:
     page.wait_for_url("**sort=name*")
     assert_fits(page, "sorted")
     context.close()
+
+
+def test_rename_and_copy(browser: Browser, night: Local) -> None:
+    """The form leads to where it is from then on; a copy has all but the name."""
+    made = {"name": "spare", "platform": "simulated", "seed": 3, "interval": 600, "critical": False, "tags": ["t"]}
+    assert night.api("POST", "resources", made, headers={"Origin": "http://localhost"}).status == 201
+    context, page, faults = visit(browser, night)
+    enter(page, night)
+    page.goto("/-/resources/spare/edit")
+    page.locator("main [name=name]").fill("renamed")
+    page.get_by_role("button", name="Save").click()
+    page.wait_for_url("**/resources/renamed")
+    page.get_by_role("cell", name="renamed, before spare").wait_for()
+    page.get_by_role("link", name="Copy").click()
+    assert page.locator("main [name=name]").input_value() == ""
+    assert "tags: [t]" in page.locator("main [name=settings]").input_value()
+    page.locator("main [name=name]").fill("copied")
+    page.get_by_role("button", name="Save").click()
+    page.wait_for_url("**/resources/copied")
+    for name in ("copied", "renamed"):
+        assert night.form(f"/-/resources/{name}/remove", {}).status == 303
+    page.goto("/-/events")
+    page.get_by_label("Resource").select_option("copied (removed)")
+    page.wait_for_url("**resource=copied*")
+    assert "removed" in page.locator("table.events tbody tr").first.inner_text()
+    context.close()
+    assert not faults
+
+
+def test_incidents_in_a_browser(browser: Browser, night: Local) -> None:
+    """By time span and by group, and as a file."""
+    context, page, faults = visit(browser, night)
+    enter(page, night)
+    page.goto("/-/incidents")
+    page.get_by_role("link", name="Last week").click()
+    page.wait_for_url("**span=week*")
+    page.get_by_role("link", name="replicas", exact=True).click()
+    page.get_by_role("heading", name=re.compile("^replicas: .* in the last week$")).wait_for()
+    with page.expect_download() as waiting:
+        page.locator("a.button", has_text="CSV").click()
+    assert waiting.value.path().read_text(encoding="utf-8").startswith("group,")
+    context.close()
+    assert not faults
+
+
+def test_a_fault_is_an_answer(browser: Browser, tmp_path: Path) -> None:
+    """`No answer` is said only when there was none; whatever else it is, the page says that it is old."""
+    with local_console(tmp_path, ROWS, MORE, PASSWORD, time.time) as local, served(local):
+        context, page, _ = visit(browser, local)
+        enter(page, local)
+        page.goto("/-/")
+        lost = page.locator("#lost")
+        with local.store.writing() as session:
+            session.execute(sqlalchemy.text("ALTER TABLE receiver RENAME TO gone"))
+        lost.wait_for()
+        assert "No answer" not in lost.inner_text() and "What is shown is old." in lost.inner_text()
+        with local.store.writing() as session:
+            session.execute(sqlalchemy.text("ALTER TABLE gone RENAME TO receiver"))
+        lost.wait_for(state="hidden")
+        context.close()
+
+
+def test_who_is_not_told_is_named(night: Local) -> None:
+    assert "ops cannot be told: no answer (ConnectionError)." in night.ask("GET", "/-/").body

@@ -28,7 +28,7 @@ from postgres import database_in, execute, refusing, settings_of
 from service import Program, Service, prepared_keys, run, store_in, write_inventory
 from sshd import wait_for
 from test_poll import House, Machines, good, house, machines, maintain, unreachable, vault
-from wsman_server import make_certificate
+from wsman_server import Certificate, make_certificate
 
 import healthchecker
 from healthchecker import (
@@ -36,15 +36,18 @@ from healthchecker import (
     Announcer,
     ChildProcess,
     ConnectionContext,
+    Counters,
     Delivery,
     Event,
     HealthAggregator,
     Heartbeat,
     InventoryError,
     KnownHosts,
+    Lease,
     Maintenance,
     Membership,
     Message,
+    Metrics,
     Notice,
     Notifier,
     Picture,
@@ -53,6 +56,7 @@ from healthchecker import (
     Recorder,
     Resolver,
     Resource,
+    ServingMetrics,
     Setting,
     Status,
     Store,
@@ -61,6 +65,7 @@ from healthchecker import (
     check_receivers,
     deliver,
     events,
+    generate_latest,
     import_inventory,
     is_seen_to,
     is_service_well,
@@ -478,7 +483,8 @@ class Hook(ThreadingHTTPServer):
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), HookHandler)
         self.requests: list[Request] = []
-        self.status, self.headers, self.way = 200, dict[str, str](), ""
+        self.status, self.headers, self.way, self.body = 200, dict[str, str](), "", b"{}"
+        self.inside: ssl.SSLContext | None = None   # of the host that it leads to as a proxy
         self.released = threading.Event()
 
     @property
@@ -504,7 +510,7 @@ class HookHandler(BaseHTTPRequestHandler):
         for name, value in ({"Content-Length": "2"} | self.server.headers).items():
             self.send_header(name, value)
         self.end_headers()
-        self.wfile.write(b"{}")
+        self.wfile.write(self.server.body)
         if self.server.way == "flood":
             self.wfile.write(bytes(1 << 21))
             self.server.released.wait(60)
@@ -512,9 +518,14 @@ class HookHandler(BaseHTTPRequestHandler):
     do_GET = do_PUT = do_POST
 
     def do_CONNECT(self) -> None:
-        """As a proxy that leads nowhere."""
+        """As a proxy that leads nowhere, or to itself under another name."""
         self.server.requests.append(Request(self.path, b""))
         self.close_connection = True
+        if self.server.inside:
+            self.send_response_only(200)
+            self.end_headers()
+            with contextlib.suppress(OSError), self.server.inside.wrap_socket(self.connection, server_side=True) as it:
+                HookHandler(it, self.client_address, self.server)
 
     def log_message(self, *_: object) -> None:
         pass
@@ -603,20 +614,31 @@ def test_no_redirect_is_followed(hook: Hook) -> None:
     assert [got.path for got in hook.requests] == ["/x"]
 
 
-def test_slack_is_asked_at_its_own_host(hook: Hook, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its URL names no host: what can be seen here is that this host is asked, through the proxy, and none else."""
+def secured(certificate: Certificate) -> ssl.SSLContext:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate.certificate_file, certificate.key_file)
+    return context
+
+
+def test_slack(hook: Hook, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its URL names no host: its own is asked and none else, through the proxy, and nothing without its certificate."""
     monkeypatch.setenv("HTTPS_PROXY", f"http://{hook.place}")
+    certificate = make_certificate(tmp_path, "slack", host="hooks.slack.com")
+    hook.inside, hook.body = secured(certificate), b"ok"    # as Slack says it
     url = "slack://T1JJ3T3L2/A1BRTD4JD/TIiajkdnlazkcOXrIdevi7FQ/#general"
     assert not deliver(url, MESSAGE, ChildProcess()).is_delivered
     assert {got.path for got in hook.requests} == {"hooks.slack.com:443"}
+    monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(certificate.certificate_file))
+    assert deliver(url, MESSAGE, ChildProcess()) == Delivery(True)
+    said = hook.requests[-1]
+    assert said.path == "/services/T1JJ3T3L2/A1BRTD4JD/TIiajkdnlazkcOXrIdevi7FQ"
+    assert said.json["channel"] == "#general" and "the gate is closed" in str(said.json) and "zwölf" in str(said.json)
 
 
 def test_teams_over_tls(hook: Hook, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A workflow of Teams; its certificate is verified."""
     certificate = make_certificate(tmp_path, "hook")
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(certificate.certificate_file, certificate.key_file)
-    hook.socket = context.wrap_socket(hook.socket, server_side=True)
+    hook.socket = secured(certificate).wrap_socket(hook.socket, server_side=True)
     url = f"workflows://localhost:{hook.server_port}/workflow123/signature123"
     assert deliver(url, MESSAGE, ChildProcess()) == Delivery(False, "no answer (SSLError)")
     assert not hook.requests
@@ -656,9 +678,7 @@ class Mailbox:
 def test_mail_with_starttls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The login and the letter go over TLS alone, to a server whose certificate is verified."""
     certificate, box = make_certificate(tmp_path, "mail"), Mailbox()
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(certificate.certificate_file, certificate.key_file)
-    controller = MailServer(box, tls_context=context, require_starttls=True, auth_required=True,
+    controller = MailServer(box, tls_context=secured(certificate), require_starttls=True, auth_required=True,
                             authenticator=box.authenticate)
     controller.start()
     try:
@@ -1028,6 +1048,10 @@ def test_what_is_given_up_is_an_event_and_shown(tmp_path: Path, store: Store, ho
     with store.reading() as session:
         assert "a notification to ops was given up: the answer was 500" in [
             event.text for event in events(session, kind="service")]
+    access = ConnectionContext(KnownHosts(tmp_path / "known_hosts"), Resolver())
+    metrics = generate_latest(cast(Any, Metrics(ServingMetrics(Lease(), Counters(1)), store, None, access))).decode()
+    for result, count in (("failed", 1), ("delivered", 0)):
+        assert f'healthchecker_notifications_total{{receiver="ops",result="{result}"}} {count}.0' in metrics
     assert "s3cret" not in caplog.text and "ops was not told: the answer was 500" in caplog.text
 
 
@@ -1321,6 +1345,22 @@ def test_the_heartbeat(tmp_path: Path, store: Store, hook: Hook) -> None:
     take_over(store, tmp_path)
     heart.beat(NOON + 240)
     assert len(hook.requests) == 3
+
+
+def test_a_heart_beats_again_and_again(
+    tmp_path: Path, store: Store, hook: Hook, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every minute; here the minutes are shorter. One that nobody answers is followed by the next all the same."""
+    assert healthchecker.HEARTBEAT_INTERVAL == 60
+    for name in ("HEARTBEAT_INTERVAL", "NOTIFY_INTERVAL"):
+        monkeypatch.setattr(healthchecker, name, 0.02)
+    take_over(store, tmp_path, service=f"  heartbeat: 'http://{hook.place}/ping'\n")
+    hook.status, access = 500, ConnectionContext(KnownHosts(tmp_path / "known_hosts"), Resolver())
+    heart = Heartbeat(store, prepared_vault(tmp_path), access, lambda: True)
+    heart.start()
+    wait_for(lambda: len(hook.requests) > 2)
+    heart.close()
+    heart.join()
 
 
 def test_what_a_heartbeat_says(tmp_path: Path, store: Store) -> None:

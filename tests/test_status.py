@@ -377,8 +377,11 @@ def test_a_wall_whose_service_dies(tmp_path: Path) -> None:
         faults, page = Faults(), browser.new_page()
         page.set_default_timeout(PATIENCE)
         faults.watch(page)
+        page.set_viewport_size({"width": 1920, "height": 1080})
         page.goto("http://wall:{}@{}:{}/-/status".format(TOKEN, *service.console))
         main = page.locator("main")
+        size = main.locator("h1").evaluate("word => parseFloat(getComputedStyle(word).fontSize)")
+        assert size >= 1080 / 5, "to be read from five metres"
 
         def look() -> tuple[str, str, str]:
             icon = page.locator("link[rel=icon]").get_attribute("href") or ""

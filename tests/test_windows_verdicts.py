@@ -18,12 +18,14 @@ from typing import Any, NamedTuple
 import psutil
 import pytest
 from conftest import wait_for
+from console import console
 from pwsh import CONSTRAINED, FULL, NOBODY, Engine, EngineShell
 from test_powershell import Polled, poll, target
 from wsman_server import WSManServer
 
 TIMEOUT = 120.0  # seconds; wine may be slow, and the first poll of a run starts PowerShell for the first time
 CMD = "C:\\windows\\system32\\cmd.exe"  # PowerShell in wine finds no program without its path
+README = Path(__file__).parent.parent / "README.md"
 WATCHED = pytest.mark.skipif(sys.platform == "win32", reason="/proc is read")
 
 
@@ -132,6 +134,20 @@ def test_verdict(case: Case, polled: Polled) -> None:
     outcome = polled.sample.checks[case.name]
     found = (outcome.good, outcome.degraded, case.text in outcome.text)
     assert found == (case.good, case.degraded, True), outcome
+
+
+def test_the_line_for_a_push(engine: Engine, tmp_path: Path) -> None:
+    """Of the README, in PowerShell: here as the check of a poll."""
+    [line] = re.findall(r"`(Invoke-RestMethod .+?/push/.+?)`", README.read_text(encoding="utf-8"))
+    token = "0123456789abcdef"
+    row = f"  - {{name: backup, platform: push, password: {token}, interval: 3600}}"
+    opener = engine.opener()
+    with WSManServer("https", "negotiate", open_shell=opener) as server, console(tmp_path, row) as (service, client):
+        service.wait_status("/-/readyz", 503)
+        told = line.replace("127.0.0.1:8081", f"{client.host}:{client.port}").replace("$token", token)
+        assert outcomes(ask(server, {"push": told}))["push"][0]
+        service.wait_status("/-/readyz", 200)
+        assert client.api("GET", "resources/backup").json["state"] == "healthy"
 
 
 def test_each_bad_check_is_a_reason(polled: Polled) -> None:

@@ -65,14 +65,14 @@ class Certificate(NamedTuple):
 
 
 def make_certificate(
-    folder: Path, name: str, address: str = HOST, days: int = 1, *, hashed: bool = True
+    folder: Path, name: str, address: str = HOST, days: int = 1, *, hashed: bool = True, host: str = "localhost"
 ) -> Certificate:
-    """Make a certificate for `localhost` and an address that is its own authority; it ends in so many days. Without
+    """Make a certificate for a name and an address that is its own authority; it ends in so many days. Without
     `hashed` its signature names no hash."""
     key: Any = ec.generate_private_key(ec.SECP256R1()) if hashed else ed25519.Ed25519PrivateKey.generate()
     subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name)])
     now = datetime.datetime.now(datetime.timezone.utc)
-    names = [x509.DNSName("localhost"), x509.IPAddress(ipaddress.ip_address(address))]
+    names = [x509.DNSName(host), x509.IPAddress(ipaddress.ip_address(address))]
     builder = x509.CertificateBuilder(subject, subject, key.public_key(), x509.random_serial_number())
     builder = builder.not_valid_before(now - datetime.timedelta(days=30))
     builder = builder.not_valid_after(now + datetime.timedelta(days=days))
