@@ -291,7 +291,7 @@ def allow_files(wanted: float = math.inf) -> float:
 # One root for what is raised on purpose; the command line turns each class into its exit code, pages and API into a
 # status. An error's text is one line that a user can act on, and never holds a secret.
 # Gives: HealthCheckerError, InventoryError, UsageError, SecretError, StorageError, ApiError, Cause, one_line,
-#   did_you_mean, ProbeError, AnswerError, Trouble
+#   did_you_mean, ProbeError, AnswerError, NotAllowed, Trouble
 REASON_CHARS = 500              # characters of a reason that are kept
 
 
@@ -358,6 +358,10 @@ class ProbeError(HealthCheckerError):
 
 class AnswerError(ProbeError):
     """The host's answer cannot be used; over another connection it would be the same."""
+
+
+class NotAllowed(ProbeError):
+    """An `auth` that says nothing of the password: the host asks for none, or it was right and does not suffice."""
 
 
 class Trouble:
@@ -4113,7 +4117,7 @@ class LoginGuard:
             yield
         except ProbeError as error:
             if error.cause == "auth":
-                self.refuse(name)
+                self.refuse(name, alone=isinstance(error, NotAllowed))
                 record.count("refused")
             raise
         else:
@@ -4138,15 +4142,16 @@ class LoginGuard:
             if not any(abs(at - each) < SAME_REFUSAL for each in known):
                 self.refuse(name, ago, max(1, times - len(known)))
 
-    def refuse(self, name: str, ago: float = 0.0, times: int = 1) -> None:
-        """Notes a refusal, or that a host refused several `times` in a row and last `ago` seconds ago."""
+    def refuse(self, name: str, ago: float = 0.0, times: int = 1, *, alone: bool = False) -> None:
+        """Notes a refusal, or several `times` in a row of which the last was `ago` seconds ago; `alone`: by a host for
+        which the credential does not stand."""
         if not self._locks:
             return
         with self._turn:
             at, own = self._clock() - ago, self._counted(self._refused.setdefault(name, []))
             is_odd = bool(own) and own[-1] <= self._accepted_mono    # others were accepted since
             own += [at] * times
-            if not is_odd and at >= self._accepted_mono:
+            if not (is_odd or alone) and at >= self._accepted_mono:
                 self._wrong = sorted(self._counted(self._wrong) + [at] * times)
 
 
@@ -4732,7 +4737,7 @@ class SshLogin(Connection):
             else:
                 missing = self._give_password(transport, settings.secrets.get("password", ""))
         except paramiko.BadAuthenticationType as error:
-            raise ProbeError("auth", f"the host allows only {', '.join(error.allowed_types)} for {user}") from error
+            raise NotAllowed("auth", f"the host allows only {', '.join(error.allowed_types)} for {user}") from error
         except paramiko.AuthenticationException as error:
             deadline.left()
             if not transport.is_active() and not transport.dismissed:
@@ -4743,7 +4748,7 @@ class SshLogin(Connection):
                 raise
             raise ProbeError("auth", f"the password of {user} has expired; the host wants a new one") from error
         if missing:
-            raise ProbeError("auth", f"the host asks for more than one proof: {', '.join(missing)}")
+            raise NotAllowed("auth", f"the host asks for more than one proof: {', '.join(missing)}")
 
     def _show_keys(self, transport: SshTransport, keys: Sequence[paramiko.PKey]) -> list[str]:
         """Tries the certificate first, then the plain key, as OpenSSH does."""
@@ -4771,9 +4776,9 @@ class SshLogin(Connection):
             try:
                 if "keyboard-interactive" in error.allowed_types:
                     return transport.auth_interactive(user, answer)
-            except paramiko.AuthenticationException:
+            except paramiko.AuthenticationException as refusal:
                 if asked or not transport.is_active():
-                    raise
+                    raise paramiko.AuthenticationException from refusal
             raise       # it asked nothing: no password was given
 
     def load_keys(self, path: Path) -> list[paramiko.PKey]:
@@ -5169,7 +5174,8 @@ class WinrmAdapter(requests.adapters.HTTPAdapter):
             raise AuthenticationError("the host wants another login")
         if response.status_code not in (200, 400, 401, 500):    # 400 and 500 carry faults
             cause = HTTP_CAUSES.get(response.status_code, "protocol")
-            raise ProbeError(cause, f"HTTP {response.status_code}, which WinRM never answers; {START_WINRM}")
+            error = NotAllowed if cause == "auth" else ProbeError
+            raise error(cause, f"HTTP {response.status_code}, which WinRM never answers; {START_WINRM}")
         if "Content-Encoding" in response.headers:  # 64 KB can unpack to 64 MB
             raise ProbeError("protocol", "the answer is compressed, which WinRM never does; check port and proxies")
         return response
@@ -5328,7 +5334,8 @@ def explained(settings: ResourceSettings, opened: GuardedSocket | None = None) -
         raise ProbeError("auth", f"no login as {settings.username}: {one_line(str(error))}") from error
     except WSManFaultError as error:
         unknown: tuple[Cause, str] = ("protocol", f"WinRM fault {error.code}: {error.reason}")
-        raise ProbeError(*WINRM_FAULTS.get(error.code or 0, unknown)) from error
+        fault = NotAllowed if error.code == 5 else ProbeError
+        raise fault(*WINRM_FAULTS.get(error.code or 0, unknown)) from error
     except (requests.ConnectionError, requests.exceptions.ChunkedEncodingError) as error:
         raise ProbeError("unreachable", "the host closed the connection during the poll") from error
     except Exception as error:      # pypsrp lets through whatever its parsers raise

@@ -1297,6 +1297,19 @@ def test_a_host_whose_key_signs_by_sha_1_alone() -> None:
     assert "the host has ssh-rsa, here are " in answer.reason and "rsa-sha2-512" in answer.reason
 
 
+@ACCOUNTS
+@pytest.mark.parametrize("settings", ["PasswordAuthentication no", "AuthenticationMethods password,publickey"])
+def test_hosts_that_say_nothing_of_the_password_stop_no_other(own: Sshd, settings: str) -> None:
+    """Three of them at the first contact, when nothing is proven: each waits for itself."""
+    guard = LoginGuard()
+    with settings_digest(own, settings):
+        for name in ("a", "b", "c"):
+            watched = target(own, name=name, password=own.password, timeout=AMPLE)
+            assert poll(watched, connect(watched, guard=guard)).cause == "auth"
+            assert guard.wait(name) > 0
+    assert guard.wait("d") == guard.refusals == 0
+
+
 # --- key files ---
 COMMANDS = {
     "genpkey RSA": "openssl genpkey -algorithm RSA -out key",
