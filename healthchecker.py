@@ -4036,7 +4036,8 @@ class LoginGuard:
     Only what a host says to a login counts. After its first refusal a host waits AUTH_RETRY where the credential was
     accepted lately, else AUTH_BACKOFF, then always AUTH_BACKOFF. An accepted login proves the credential: what others
     were refused before it concerns them alone. REFUSALS in a row, of one host or without an accepted one between,
-    stop the host or all. As many logins may be without outcome as could be refused; one where nothing is proven.
+    stop the host or all; the last of them is left to one that was accepted, which is asked for it. As many logins may
+    be without outcome as could be refused; one where nothing is proven.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic, *, locks: bool = True) -> None:
@@ -4047,6 +4048,7 @@ class LoginGuard:
         self._wrong: list[float] = []               # times of the refusals since the credential was accepted
         self._accepted_mono = -math.inf             # the last accepted login
         self._asked: set[str] = set()               # resources that somebody wants to be tried now
+        self._good: set[str] = set()                # whose last login was accepted: the last attempt is one of theirs
 
     @property
     def refusals(self) -> int:
@@ -4071,11 +4073,18 @@ class LoginGuard:
         with self._turn:
             own, wrong = self._counted(self._refused.get(name, [])), self._counted(self._wrong)
             most = REFUSALS_ASKED if name in self._asked else REFUSALS
-            ends_mono = [times[-1] + LOCKOUT_WINDOW for times in (own, wrong) if len(times) >= most]
+            shared = most - (name not in self._good and bool(self._good) and name not in self._asked)
+            ends_mono = [times[-1] + LOCKOUT_WINDOW for times, limit in ((own, most), (wrong, shared))
+                         if len(times) >= limit]
             if own and name not in self._asked:
                 lately = len(own) == 1 and own[0] - self._accepted_mono < ACCEPTED_LATELY
                 ends_mono.append(own[-1] + (AUTH_RETRY if lately else AUTH_BACKOFF))
             return max(0.0, max(ends_mono, default=-math.inf) - self._clock())
+
+    def doubts(self, name: str) -> bool:
+        """Whether the next login of `name` shall say if it is the credential that others are refused with."""
+        with self._turn:
+            return name in self._good and len(self._counted(self._wrong)) == REFUSALS - 1
 
     def why(self, name: str) -> str:
         """Why `name` has to wait."""
@@ -4133,7 +4142,9 @@ class LoginGuard:
         with self._turn:
             self._accepted_mono = max(self._accepted_mono, self._clock() - ago)
             self._wrong = [at for at in self._wrong if at > self._accepted_mono]
-            self._refused[name] = [at for at in self._refused.get(name, ()) if at > self._clock() - ago]
+            self._refused[name] = later = [at for at in self._refused.get(name, ()) if at > self._clock() - ago]
+            if not later:
+                self._good.add(name)
 
     def hear(self, name: str, ago: float, times: int = 1) -> None:
         """Notes that a host refused several `times` in a row and last `ago` seconds ago, but for what is known."""
@@ -4151,6 +4162,7 @@ class LoginGuard:
             at, own = self._clock() - ago, self._counted(self._refused.setdefault(name, []))
             is_odd = bool(own) and own[-1] <= self._accepted_mono    # others were accepted since
             own += [at] * times
+            self._good.discard(name)
             if not (is_odd or alone) and at >= self._accepted_mono:
                 self._wrong = sorted(self._counted(self._wrong) + [at] * times)
 
@@ -4299,11 +4311,13 @@ class SessionKeeper:
         """Whether a poll can do without a login."""
         return self.session is not None and self.session.alive and self.clock() < self._ends_mono
 
-    def get(self, open_session: Callable[[Deadline], HostSession], deadline: Deadline) -> HostSession:
-        """The session that is open, or a new one. Raises ProbeError where there is neither."""
+    def get(self, open_session: Callable[[Deadline], HostSession], deadline: Deadline, *,
+            doubted: bool = False) -> HostSession:
+        """The session that is open, or a new one, also where its credential is `doubted`. Raises ProbeError where there
+        is neither."""
         old = self.session
         usable = old is not None and self.lives and not old.stale
-        self.reused = usable and self.clock() < self._due_mono
+        self.reused = usable and not doubted and self.clock() < self._due_mono
         if old and self.reused:
             return old
         first = usable and not self.complaint   # has half the time, for the old one may need the rest
@@ -4389,7 +4403,7 @@ class Connection:
             self._note_dead()
         keeps = self.keeps
         try:
-            session = self.keeper.get(self._admitted, deadline)
+            session = self.keeper.get(self._admitted, deadline, doubted=self._guard.doubts(self._target.name))
             ended = session.run(script, output, deadline)
             if self.keeper.reused and output.whole:
                 self._deaths = 0

@@ -509,6 +509,8 @@ GUARDS = {
     "one alone": "a no; +300; a no; +300; a no; a=1860; b=1860",
     "two alone": "a no; b no; +300; a no; b=1860; a=1860",
     "accepted, then wrong everywhere": "a yes; b yes; c yes; a no; b no; c no; a=1860; d=1860",
+    "the last attempt is of one that was accepted": "x yes; a no; b no; a=1860; b=1860; c=1860; x=0; x yes; a=60; c=0",
+    "or of all, where none was": "a no; +60; b no; a=240; c=0; c no; a=1860; d=1860",
     "check now": "a no; a ask; a=0; a no; a=300",
     "check now, again and again": "a no; a ask; a no; a ask; a no; a ask; a no; a ask; a=1860; b ask; b=1860",
     "check now while all are stopped": "a no; b no; c no; d ask; d=0; a=1860; d no; d ask; d=1860",
@@ -672,6 +674,30 @@ def test_a_password_that_changes_locks_no_account(seed: int, keeps: bool) -> Non
     assert len(directory.wrong) <= 3
     confirmed = {name for name, count in Counter(name for _, name in directory.wrong).items() if count > 1}
     assert not keeps or directory.lost <= confirmed
+
+
+class Mixed(Directory):
+    """Whose password stays what it is, beside hosts with an account of their own that never accept it."""
+
+    settings = Directory.settings.model_copy(update={"relogin": 900.0})
+
+    def log_in(self, name: str, guard: LoginGuard) -> None:
+        if name.startswith("odd"):
+            raise ProbeError("auth", "refused")
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("odd", [1, 2, 3])
+def test_hosts_that_never_accept_cost_the_others_no_poll(odd: int, seed: int) -> None:
+    """In six hours. They come after the others, whose open sessions prove nothing of the credential meanwhile."""
+    directory = Mixed(math.inf, 0, seed, keeps=True)
+    names = [*(f"host{number}" for number in range(5)), *(f"odd{number}" for number in range(odd))]
+    queue = [(number / 50, name) for number, name in enumerate(names)]
+    while queue[0][0] < 6 * 3600:
+        at, name = heapq.heappop(queue)
+        heapq.heappush(queue, (directory.due(name, at), name))
+    assert directory.right.keys() == set(names[:5])
+    assert directory.lost == set()
 
 
 def attempts(
