@@ -4146,12 +4146,14 @@ class LoginGuard:
             if not later:
                 self._good.add(name)
 
-    def hear(self, name: str, ago: float, times: int = 1) -> None:
-        """Notes that a host refused several `times` in a row and last `ago` seconds ago, but for what is known."""
+    def hear(self, name: str, ago: float, times: int = 1, *, is_new: bool = False) -> None:
+        """Notes that a host refused several `times` in a row and last `ago` seconds ago, but for what is known; what
+        one that never accepted (`is_new`) says is its own affair where others did lately."""
         with self._turn:
             at, known = self._clock() - ago, self._counted(self._refused.get(name, []))
             if not any(abs(at - each) < SAME_REFUSAL for each in known):
-                self.refuse(name, ago, max(1, times - len(known)))
+                alone = is_new and self._clock() - self._accepted_mono < ACCEPTED_LATELY
+                self.refuse(name, ago, max(1, times - len(known)), alone=alone)
 
     def refuse(self, name: str, ago: float = 0.0, times: int = 1, *, alone: bool = False) -> None:
         """Notes a refusal, or several `times` in a row of which the last was `ago` seconds ago; `alone`: by a host for
@@ -9845,7 +9847,7 @@ class Recorder(threading.Thread):
 # === Poll ====================================================================
 # A thread for each resource polls it: in comes a Target, reports go out, to the aggregator at once, to the database
 # through the recorder. Where another machine polls it, the thread rests and what that found is told to the aggregator.
-# Gives: first_polls, LAST_SESSIONS, Poller, PollContext, poll_once, restore_logins
+# Gives: first_polls, LAST_SESSIONS, Poller, PollContext, poll_once, REFUSED_MARK, restore_logins
 FIRST_POLLS = 50.0              # first polls per second
 POLLER_LIFE = 3600.0            # seconds after which the death of a poller is a new one
 JITTER = 0.1                    # part of the interval by which polls are spread
@@ -9914,10 +9916,11 @@ def restore_logins(guard: LoginGuard, target: Target, stored: Status, age: float
         since = float(json.loads(stored.sample)["details"].get("session_seconds", 0.0))
     except (ValueError, LookupError, TypeError, AttributeError):    # a refused one has none
         since = settings.interval + (2 * (settings.relogin or math.inf) if settings.keeps else 0.0)
-    if before.endswith(LOGGED_IN_MARKS):    # of the refusals after it only the last one's time is known
+    is_new = not before.endswith(LOGGED_IN_MARKS)
+    if not is_new:      # of the refusals after it only the last one's time is known
         guard.accept(target.name, age + since)
     if stored.strip != before and not stored.reason.startswith(NOT_TRIED):
-        guard.hear(target.name, age, len(stored.strip) - len(before))
+        guard.hear(target.name, age, len(stored.strip) - len(before), is_new=is_new)
     return True
 
 
@@ -10206,8 +10209,10 @@ class Poller(ResourceLease, threading.Thread):
         settings, left = self.target.settings, 0.0
         if age >= 0 and stored.settings_digest == self.target.settings_digest:
             left = settings.ttl - age
-        if restore_logins(self._guard, self.target, stored, age) and stored.cause == "auth":
+        if (is_same := restore_logins(self._guard, self.target, stored, age)) and stored.cause == "auth":
             left = settings.ttl
+        if is_same and stored.strip.endswith(LOGGED_IN_MARKS) and not self._context.members.is_shared:
+            self._guard.ask(settings.name)      # what was open vouches for the credential no longer
         is_known = (stored.state, stored.cause) in POLL_MARKS
         if left > 0 and is_known and not self._context.members.is_shared:
             self.standing = Standing(cast(State, stored.state), cast(Cause, stored.cause), stored.reason,
@@ -10511,7 +10516,8 @@ class Monitor(threading.Thread):
         fresh = [name for name, before in found.items() if before is None or not follows(before, targets[name])]
         for before in filter(None, map(found.get, fresh)):
             before.stop()       # all of them first: what leads through a new bastion may need another password
-        for name in fresh:
+        refused = {row.resource_id for row in stored.values() if row.strip.endswith(REFUSED_MARK)}
+        for name in sorted(fresh, key=lambda name: targets[name].id in refused):    # those that were accepted first
             self._launch(targets[name], 0.0, found[name], stored.get(targets[name].id))
         spread([self.pollers[name] for name in fresh])
         everything = [target.settings for target in targets.values()]

@@ -833,6 +833,33 @@ def test_odd_hosts_that_do_not_count_close_nothing(house: House, machines: Machi
     assert False not in closed
 
 
+@pytest.mark.parametrize(("odd", "before"), [(["odd1", "odd2"], ""), (["odd1"], "h")], ids=["never", "no longer"])
+def test_a_restart_beside_hosts_that_refuse_closes_nothing(
+    house: House, machines: Machines, odd: list[str], before: str
+) -> None:
+    """The others' sessions were kept: three refusals are the last that is known of the credential."""
+    house.write(*(f"name: {name}, critical: false, interval: 1" for name in odd),
+                *(f"name: {name}, interval: 1" for name in NAMES))  # fmt: skip
+    machines.behaviours = {name: machines.login(name, refused) for name in odd}
+    machines.behaviours |= {name: machines.login(name) for name in NAMES}
+    with house.watching():
+        wait_for(house.aggregator.is_healthy)
+        wait_for(lambda: all(house.stored(name) == ("unhealthy", "auth") for name in odd))
+    with house.store.writing() as session:
+        names = {row.id: row.name for row in session.scalars(sqlalchemy.select(healthchecker.Resource))}
+        for row in session.scalars(sqlalchemy.select(Status)):
+            if names[row.resource_id] in odd:
+                row.strip = before + 3 * healthchecker.REFUSED_MARK
+            else:
+                sample = json.loads(row.sample)
+                row.sample = json.dumps({**sample, "details": {**sample["details"], "session_seconds": 400.0}})
+    machines.logins.clear()
+    with house.watching():
+        wait_for(lambda: set(NAMES) <= set(machines.logins))
+        assert house.aggregator.is_healthy()
+        assert not set(odd) & set(machines.logins)
+
+
 def iter_transitions(house: House) -> list[tuple[float, bool, str]]:
     found = house.aggregator.transitions
     return [found.get() for _ in range(found.qsize())]
