@@ -6056,8 +6056,8 @@ def _linux_memory(text: str) -> Reading:
         available = _sum(named, "MemAvailable")
     else:       # Shmem is in Cached, yet nothing can drop it
         available = _sum(named, "MemFree", "Buffers", "Cached") - (_sum(named, "Shmem") if "Shmem" in named else 0)
-    if "size" in named and (cached := (_sum(named, "size") - _sum(named, "c_min")) / 1024) > 0:
-        available = min(total, available + cached) if _sum(named, "size") < total * 1024 else available
+    if "size" in named and "fuse.lxcfs" not in named and _sum(named, "size") < total * 1024:
+        available = min(total, available + max(0.0, _sum(named, "size") - _sum(named, "c_min")) / 1024)
     return percent(total - available, total)
 
 
@@ -6281,9 +6281,9 @@ echo @inodes; d -Pi$l
 # One command for all that may be there.
 LINUX_MEMORY = r"""
 c=/sys/fs/cgroup
-grep -sE '^(Mem|Buffers|Cached|Shmem:|[0-9]+$|(total_)?inactive_file |(size|c_min) )' /proc/meminfo \
-  $c/memory.max $c/memory.current $c/memory.stat $c/memory/memory.limit_in_bytes \
-  $c/memory/memory.usage_in_bytes $c/memory/memory.stat /proc/spl/kstat/zfs/arcstats
+grep -sE '^(Mem|Buffers|Cached|Shmem:|[0-9]+$|(total_)?inactive_file |(size|c_min) |lxcfs .proc.meminfo )' \
+  /proc/meminfo $c/memory.max $c/memory.current $c/memory.stat $c/memory/memory.limit_in_bytes \
+  $c/memory/memory.usage_in_bytes $c/memory/memory.stat /proc/spl/kstat/zfs/arcstats /proc/mounts
 :"""
 PROBES: dict[Platform, CommandSet] = {
     Platform.LINUX: CommandSet("Linux", (
