@@ -5845,7 +5845,7 @@ DETAILS = frozenset({"hostname", "os", "kernel", "uptime_seconds", "cpu_count", 
                      "hidden_filesystems", "memory_limit"})
 # No disks: what lies in memory, images that are always full, views of another filesystem, and other machines'.
 NO_DISK = re.compile(
-    r"squashfs|erofs|cramfs|romfs|iso9660|udf|cd9660|(dev)?tmpfs|ramfs|rootfs|mfs|efivarfs|overlay(fs)?|fuse.*"
+    r"squashfs|erofs|cramfs|romfs|iso9660|udf|cd9660|(dev)?tmpfs|ramfs|rootfs|mfs|efivarfs|overlay(fs)?|fuse(?!blk$).*"
     r"|(au|union|null|ecrypt|auto|lo|name|mnt|ct|obj|share|kern|pty|dev|fdesc|lin?sys)fs|map|dev|fd|none|(lin)?procfs?"
     r"|9p|virtiofs|vboxsf|drvfs|nfs[0-9]*|cifs|smb3|smbfs|afpfs|ceph|lustre|gpfs"
 )

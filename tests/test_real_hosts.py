@@ -244,6 +244,15 @@ def changed(name: str, files: dict[str, str], row: str = "", *, local: bool = Tr
     return parse_output(text.removesuffix(end_mark(NONCE)), NONCE, None)
 
 
+def test_a_disk_behind_fuse_is_a_disk() -> None:
+    """NTFS by ntfs-3g is `fuseblk`, on a device of this machine; what other types of FUSE show may be anything."""
+    mounts = hosts.host("raspberry/12").files["proc/mounts"]
+    mounts += "/dev/sda1 /mnt/backup fuseblk rw,nosuid,nodev,relatime,user_id=0,group_id=0,allow_other 0 0\n"
+    row = "/dev/sda1      fuseblk  100000000 97000000   3000000      97% /mnt/backup\n"
+    found = readings(changed("raspberry/12", {"proc/mounts": mounts}, row), "disk_percent")
+    assert found == {**readings(sample_of("raspberry/12"), "disk_percent"), "/mnt/backup": 97}
+
+
 # --- Read-only filesystems ---------------------------------------------------
 @pytest.mark.parametrize(
     ("name", "bad", "meant"),
