@@ -6272,7 +6272,7 @@ r=$(d -Pk$l); s=$?
 echo "$r"; [ $s -lt 124 ] || exit 0
 set -f; a= b= m=
 for c in $M; do
-  [ "${a#*:}" = "$a" ] || [ "$c" != bcachefs -a "$c" != ubifs ] || m="$m $b"
+  case "$a $c" in (/dev/*:*' '*|*:*' 'ubifs|*:*' 'zfs) m="$m $b";; esac
   a=$b b=$c
 done
 [ ! "$l" ] || [ ! "$m" ] || d -Pk $m

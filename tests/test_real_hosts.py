@@ -253,6 +253,15 @@ def test_a_disk_behind_fuse_is_a_disk() -> None:
     assert found == {**readings(sample_of("raspberry/12"), "disk_percent"), "/mnt/backup": 97}
 
 
+def test_a_dataset_with_a_colon_in_its_name_is_no_server_s() -> None:
+    """ZFS allows it, and GNU's df -l takes it for one."""
+    mounts = hosts.host("proxmox/8").files["proc/mounts"]
+    mounts += "tank/old:2024 /srv/old zfs rw,relatime,xattr,noacl,casesensitive 0 0\n"
+    row = "tank/old:2024                zfs        100000000  90000000   10000000      90% /srv/old\n"
+    found = readings(changed("proxmox/8", {"proc/mounts": mounts}, row, local=False), "disk_percent")
+    assert found == {**readings(sample_of("proxmox/8"), "disk_percent"), "/srv/old": 90}
+
+
 # --- Read-only filesystems ---------------------------------------------------
 @pytest.mark.parametrize(
     ("name", "bad", "meant"),
