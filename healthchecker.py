@@ -6387,9 +6387,9 @@ keep() {
   done 2>/dev/null
   printf '%.4096s\n@%s end %s\n' "${kept%%$m*}" $N "$s"
 }
+T=; timeout -k 1 1 true >/dev/null 2>&1 && T=y
 case $(uname -s) in
 BRANCHESesac
-T=; timeout -k 1 1 true >/dev/null 2>&1 && T=y
 CHECKScase $(uname -s) in
 DISKSesac
 f; printf '\n@%s done\n' $N
@@ -6407,7 +6407,9 @@ def build_script(settings: ResourceSettings, nonce: str, stuck: Sequence[str] = 
     for key, table in chosen.items():
         rows = [(f"platform {key.value}", ":"), *((probe.name, probe.command) for probe in table.probes)]
         for name in settings.services:
-            rows.append((f"service {quote(name, '')}", table.service.replace("{}", shlex.quote(name))))
+            asked = shlex.quote(table.service.replace("{}", shlex.quote(name)))     # or it stayed there
+            asked = f"limit {math.ceil(settings.timeout)} /bin/sh -c {asked} 2>/dev/null"
+            rows.append((f"service {quote(name, '')}", asked))
         # Each write is a packet that costs us 0.2 ms: they are gathered until a command comes that may hang.
         sections = {title: f"b {shlex.quote(title)}; {'f; ' if title.startswith(('disk', 'service ')) else ''}"
                            f"O=$(\nexec 2>&1\n{command}\n); e\n" for title, command in rows}
