@@ -6528,16 +6528,16 @@ def parse_output(text: str, nonce: str, previous: CpuTicks | None) -> Sample:
 # all, is seen where its line is missed. WMI takes about 5 s to refuse a plain account's network logon, so such a one
 # reads from kernel32, and nobody asks again after a refusal. In Constrained Language Mode only cmdlets work: WMI for
 # everyone.
-# What an endpoint (JEA) has to allow, beside *-Object, ConvertFrom-Json, ConvertTo-Json and Out-String:
+# What an endpoint (JEA) has to allow, beside *-Object, ConvertFrom-Json, ConvertTo-Json, Get-Date and Out-String:
 #   os: Get-ItemProperty, of HKLM:\SOFTWARE\Microsoft\Windows NT\CurrentVersion
 #   uptime, memory, swap, disk, cpu: Get-CimInstance, as administrator, of root/cimv2's Win32_OperatingSystem (for the
 #     commit charge, too, where language is constrained), Win32_PageFileUsage, Win32_Volume and Win32_PerfRawData_…:
 #     Counters_ProcessorInformation, PerfOS_Processor. Else, and for the commit charge: full language, and no right
 #   services: Get-Service, with SC_MANAGER_CONNECT, SC_MANAGER_ENUMERATE_SERVICE and, of each, SERVICE_QUERY_STATUS (and
 #     in PowerShell 7 SERVICE_QUERY_CONFIG); Get-ItemProperty of HKLM:\SYSTEM\CurrentControlSet\Services for hidden ones
-#   checks: Invoke-Expression, and whatever they call. So that the next poll can have the shell, too: Get-Process; with
-#     checks Get-ChildItem, Get-Job, Get-PSDrive, Get-Variable, Stop-Process; in full language Get-CimSession,
-#     Get-EventSubscriber, Get-Module, Get-PSSession
+#   checks: Invoke-Expression, Start-Sleep, and whatever they call. So that the next poll can have the shell, too:
+#     Get-Process; with checks Get-ChildItem, Get-Job, Get-PSDrive, Get-Variable, Stop-Process; in full language
+#     Get-CimSession, Get-EventSubscriber, Get-Module, Get-PSSession; where constrained, in 5.1, Win32_Process
 COLLECT = r"""
 $ErrorActionPreference = 'Stop'
 $ProgressPreference = $WarningPreference = 'SilentlyContinue'
