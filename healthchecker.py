@@ -291,7 +291,7 @@ def allow_files(wanted: float = math.inf) -> float:
 # One root for what is raised on purpose; the command line turns each class into its exit code, pages and API into a
 # status. An error's text is one line that a user can act on, and never holds a secret.
 # Gives: HealthCheckerError, InventoryError, UsageError, SecretError, StorageError, ApiError, Cause, one_line,
-#   did_you_mean, ProbeError, AnswerError, Trouble
+#   did_you_mean, ProbeError, AnswerError, NotAllowed, Trouble
 REASON_CHARS = 500              # characters of a reason that are kept
 
 
@@ -358,6 +358,10 @@ class ProbeError(HealthCheckerError):
 
 class AnswerError(ProbeError):
     """The host's answer cannot be used; over another connection it would be the same."""
+
+
+class NotAllowed(ProbeError):
+    """An `auth` that says nothing of the password: the host asks for none, or it was right and does not suffice."""
 
 
 class Trouble:
@@ -4032,7 +4036,8 @@ class LoginGuard:
     Only what a host says to a login counts. After its first refusal a host waits AUTH_RETRY where the credential was
     accepted lately, else AUTH_BACKOFF, then always AUTH_BACKOFF. An accepted login proves the credential: what others
     were refused before it concerns them alone. REFUSALS in a row, of one host or without an accepted one between,
-    stop the host or all. As many logins may be without outcome as could be refused; one where nothing is proven.
+    stop the host or all; the last of them is left to one that was accepted, which is asked for it. As many logins may
+    be without outcome as could be refused; one where nothing is proven.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic, *, locks: bool = True) -> None:
@@ -4043,6 +4048,7 @@ class LoginGuard:
         self._wrong: list[float] = []               # times of the refusals since the credential was accepted
         self._accepted_mono = -math.inf             # the last accepted login
         self._asked: set[str] = set()               # resources that somebody wants to be tried now
+        self._good: set[str] = set()                # whose last login was accepted: the last attempt is one of theirs
 
     @property
     def refusals(self) -> int:
@@ -4067,11 +4073,18 @@ class LoginGuard:
         with self._turn:
             own, wrong = self._counted(self._refused.get(name, [])), self._counted(self._wrong)
             most = REFUSALS_ASKED if name in self._asked else REFUSALS
-            ends_mono = [times[-1] + LOCKOUT_WINDOW for times in (own, wrong) if len(times) >= most]
+            shared = most - (name not in self._good and bool(self._good) and name not in self._asked)
+            ends_mono = [times[-1] + LOCKOUT_WINDOW for times, limit in ((own, most), (wrong, shared))
+                         if len(times) >= limit]
             if own and name not in self._asked:
                 lately = len(own) == 1 and own[0] - self._accepted_mono < ACCEPTED_LATELY
                 ends_mono.append(own[-1] + (AUTH_RETRY if lately else AUTH_BACKOFF))
             return max(0.0, max(ends_mono, default=-math.inf) - self._clock())
+
+    def doubts(self, name: str) -> bool:
+        """Whether the next login of `name` shall say if it is the credential that others are refused with."""
+        with self._turn:
+            return name in self._good and len(self._counted(self._wrong)) == REFUSALS - 1
 
     def why(self, name: str) -> str:
         """Why `name` has to wait."""
@@ -4113,7 +4126,7 @@ class LoginGuard:
             yield
         except ProbeError as error:
             if error.cause == "auth":
-                self.refuse(name)
+                self.refuse(name, alone=isinstance(error, NotAllowed))
                 record.count("refused")
             raise
         else:
@@ -4129,24 +4142,30 @@ class LoginGuard:
         with self._turn:
             self._accepted_mono = max(self._accepted_mono, self._clock() - ago)
             self._wrong = [at for at in self._wrong if at > self._accepted_mono]
-            self._refused[name] = [at for at in self._refused.get(name, ()) if at > self._clock() - ago]
+            self._refused[name] = later = [at for at in self._refused.get(name, ()) if at > self._clock() - ago]
+            if not later:
+                self._good.add(name)
 
-    def hear(self, name: str, ago: float, times: int = 1) -> None:
-        """Notes that a host refused several `times` in a row and last `ago` seconds ago, but for what is known."""
+    def hear(self, name: str, ago: float, times: int = 1, *, is_new: bool = False) -> None:
+        """Notes that a host refused several `times` in a row and last `ago` seconds ago, but for what is known; what
+        one that never accepted (`is_new`) says is its own affair where others did lately."""
         with self._turn:
             at, known = self._clock() - ago, self._counted(self._refused.get(name, []))
             if not any(abs(at - each) < SAME_REFUSAL for each in known):
-                self.refuse(name, ago, max(1, times - len(known)))
+                alone = is_new and self._clock() - self._accepted_mono < ACCEPTED_LATELY
+                self.refuse(name, ago, max(1, times - len(known)), alone=alone)
 
-    def refuse(self, name: str, ago: float = 0.0, times: int = 1) -> None:
-        """Notes a refusal, or that a host refused several `times` in a row and last `ago` seconds ago."""
+    def refuse(self, name: str, ago: float = 0.0, times: int = 1, *, alone: bool = False) -> None:
+        """Notes a refusal, or several `times` in a row of which the last was `ago` seconds ago; `alone`: by a host for
+        which the credential does not stand."""
         if not self._locks:
             return
         with self._turn:
             at, own = self._clock() - ago, self._counted(self._refused.setdefault(name, []))
             is_odd = bool(own) and own[-1] <= self._accepted_mono    # others were accepted since
             own += [at] * times
-            if not is_odd and at >= self._accepted_mono:
+            self._good.discard(name)
+            if not (is_odd or alone) and at >= self._accepted_mono:
                 self._wrong = sorted(self._counted(self._wrong) + [at] * times)
 
 
@@ -4294,11 +4313,13 @@ class SessionKeeper:
         """Whether a poll can do without a login."""
         return self.session is not None and self.session.alive and self.clock() < self._ends_mono
 
-    def get(self, open_session: Callable[[Deadline], HostSession], deadline: Deadline) -> HostSession:
-        """The session that is open, or a new one. Raises ProbeError where there is neither."""
+    def get(self, open_session: Callable[[Deadline], HostSession], deadline: Deadline, *,
+            doubted: bool = False) -> HostSession:
+        """The session that is open, or a new one, also where its credential is `doubted`. Raises ProbeError where there
+        is neither."""
         old = self.session
         usable = old is not None and self.lives and not old.stale
-        self.reused = usable and self.clock() < self._due_mono
+        self.reused = usable and not doubted and self.clock() < self._due_mono
         if old and self.reused:
             return old
         first = usable and not self.complaint   # has half the time, for the old one may need the rest
@@ -4384,7 +4405,7 @@ class Connection:
             self._note_dead()
         keeps = self.keeps
         try:
-            session = self.keeper.get(self._admitted, deadline)
+            session = self.keeper.get(self._admitted, deadline, doubted=self._guard.doubts(self._target.name))
             ended = session.run(script, output, deadline)
             if self.keeper.reused and output.whole:
                 self._deaths = 0
@@ -4732,7 +4753,7 @@ class SshLogin(Connection):
             else:
                 missing = self._give_password(transport, settings.secrets.get("password", ""))
         except paramiko.BadAuthenticationType as error:
-            raise ProbeError("auth", f"the host allows only {', '.join(error.allowed_types)} for {user}") from error
+            raise NotAllowed("auth", f"the host allows only {', '.join(error.allowed_types)} for {user}") from error
         except paramiko.AuthenticationException as error:
             deadline.left()
             if not transport.is_active() and not transport.dismissed:
@@ -4743,7 +4764,7 @@ class SshLogin(Connection):
                 raise
             raise ProbeError("auth", f"the password of {user} has expired; the host wants a new one") from error
         if missing:
-            raise ProbeError("auth", f"the host asks for more than one proof: {', '.join(missing)}")
+            raise NotAllowed("auth", f"the host asks for more than one proof: {', '.join(missing)}")
 
     def _show_keys(self, transport: SshTransport, keys: Sequence[paramiko.PKey]) -> list[str]:
         """Tries the certificate first, then the plain key, as OpenSSH does."""
@@ -4771,9 +4792,9 @@ class SshLogin(Connection):
             try:
                 if "keyboard-interactive" in error.allowed_types:
                     return transport.auth_interactive(user, answer)
-            except paramiko.AuthenticationException:
+            except paramiko.AuthenticationException as refusal:
                 if asked or not transport.is_active():
-                    raise
+                    raise paramiko.AuthenticationException from refusal
             raise       # it asked nothing: no password was given
 
     def load_keys(self, path: Path) -> list[paramiko.PKey]:
@@ -5169,7 +5190,8 @@ class WinrmAdapter(requests.adapters.HTTPAdapter):
             raise AuthenticationError("the host wants another login")
         if response.status_code not in (200, 400, 401, 500):    # 400 and 500 carry faults
             cause = HTTP_CAUSES.get(response.status_code, "protocol")
-            raise ProbeError(cause, f"HTTP {response.status_code}, which WinRM never answers; {START_WINRM}")
+            error = NotAllowed if cause == "auth" else ProbeError
+            raise error(cause, f"HTTP {response.status_code}, which WinRM never answers; {START_WINRM}")
         if "Content-Encoding" in response.headers:  # 64 KB can unpack to 64 MB
             raise ProbeError("protocol", "the answer is compressed, which WinRM never does; check port and proxies")
         return response
@@ -5328,7 +5350,8 @@ def explained(settings: ResourceSettings, opened: GuardedSocket | None = None) -
         raise ProbeError("auth", f"no login as {settings.username}: {one_line(str(error))}") from error
     except WSManFaultError as error:
         unknown: tuple[Cause, str] = ("protocol", f"WinRM fault {error.code}: {error.reason}")
-        raise ProbeError(*WINRM_FAULTS.get(error.code or 0, unknown)) from error
+        fault = NotAllowed if error.code == 5 else ProbeError
+        raise fault(*WINRM_FAULTS.get(error.code or 0, unknown)) from error
     except (requests.ConnectionError, requests.exceptions.ChunkedEncodingError) as error:
         raise ProbeError("unreachable", "the host closed the connection during the poll") from error
     except Exception as error:      # pypsrp lets through whatever its parsers raise
@@ -5822,7 +5845,7 @@ DETAILS = frozenset({"hostname", "os", "kernel", "uptime_seconds", "cpu_count", 
                      "hidden_filesystems", "memory_limit"})
 # No disks: what lies in memory, images that are always full, views of another filesystem, and other machines'.
 NO_DISK = re.compile(
-    r"squashfs|erofs|cramfs|romfs|iso9660|udf|cd9660|(dev)?tmpfs|ramfs|rootfs|mfs|efivarfs|overlay(fs)?|fuse.*"
+    r"squashfs|erofs|cramfs|romfs|iso9660|udf|cd9660|(dev)?tmpfs|ramfs|rootfs|mfs|efivarfs|overlay(fs)?|fuse(?!blk$).*"
     r"|(au|union|null|ecrypt|auto|lo|name|mnt|ct|obj|share|kern|pty|dev|fdesc|lin?sys)fs|map|dev|fd|none|(lin)?procfs?"
     r"|9p|virtiofs|vboxsf|drvfs|nfs[0-9]*|cifs|smb3|smbfs|afpfs|ceph|lustre|gpfs"
 )
@@ -6033,8 +6056,8 @@ def _linux_memory(text: str) -> Reading:
         available = _sum(named, "MemAvailable")
     else:       # Shmem is in Cached, yet nothing can drop it
         available = _sum(named, "MemFree", "Buffers", "Cached") - (_sum(named, "Shmem") if "Shmem" in named else 0)
-    if "size" in named and (cached := (_sum(named, "size") - _sum(named, "c_min")) / 1024) > 0:
-        available = min(total, available + cached) if _sum(named, "size") < total * 1024 else available
+    if "size" in named and "fuse.lxcfs" not in named and _sum(named, "size") < total * 1024:
+        available = min(total, available + max(0.0, _sum(named, "size") - _sum(named, "c_min")) / 1024)
     return percent(total - available, total)
 
 
@@ -6249,7 +6272,7 @@ r=$(d -Pk$l); s=$?
 echo "$r"; [ $s -lt 124 ] || exit 0
 set -f; a= b= m=
 for c in $M; do
-  [ "${a#*:}" = "$a" ] || [ "$c" != bcachefs -a "$c" != ubifs ] || m="$m $b"
+  case "$a $c" in (/dev/*:*' '*|*:*' 'ubifs|*:*' 'zfs) m="$m $b";; esac
   a=$b b=$c
 done
 [ ! "$l" ] || [ ! "$m" ] || d -Pk $m
@@ -6258,9 +6281,9 @@ echo @inodes; d -Pi$l
 # One command for all that may be there.
 LINUX_MEMORY = r"""
 c=/sys/fs/cgroup
-grep -sE '^(Mem|Buffers|Cached|Shmem:|[0-9]+$|(total_)?inactive_file |(size|c_min) )' /proc/meminfo \
-  $c/memory.max $c/memory.current $c/memory.stat $c/memory/memory.limit_in_bytes \
-  $c/memory/memory.usage_in_bytes $c/memory/memory.stat /proc/spl/kstat/zfs/arcstats
+grep -sE '^(Mem|Buffers|Cached|Shmem:|[0-9]+$|(total_)?inactive_file |(size|c_min) |lxcfs .proc.meminfo )' \
+  /proc/meminfo $c/memory.max $c/memory.current $c/memory.stat $c/memory/memory.limit_in_bytes \
+  $c/memory/memory.usage_in_bytes $c/memory/memory.stat /proc/spl/kstat/zfs/arcstats /proc/mounts
 :"""
 PROBES: dict[Platform, CommandSet] = {
     Platform.LINUX: CommandSet("Linux", (
@@ -6364,9 +6387,9 @@ keep() {
   done 2>/dev/null
   printf '%.4096s\n@%s end %s\n' "${kept%%$m*}" $N "$s"
 }
+T=; timeout -k 1 1 true >/dev/null 2>&1 && T=y
 case $(uname -s) in
 BRANCHESesac
-T=; timeout -k 1 1 true >/dev/null 2>&1 && T=y
 CHECKScase $(uname -s) in
 DISKSesac
 f; printf '\n@%s done\n' $N
@@ -6384,7 +6407,9 @@ def build_script(settings: ResourceSettings, nonce: str, stuck: Sequence[str] = 
     for key, table in chosen.items():
         rows = [(f"platform {key.value}", ":"), *((probe.name, probe.command) for probe in table.probes)]
         for name in settings.services:
-            rows.append((f"service {quote(name, '')}", table.service.replace("{}", shlex.quote(name))))
+            asked = shlex.quote(table.service.replace("{}", shlex.quote(name)))     # or it stayed there
+            asked = f"limit {math.ceil(settings.timeout)} /bin/sh -c {asked} 2>/dev/null"
+            rows.append((f"service {quote(name, '')}", asked))
         # Each write is a packet that costs us 0.2 ms: they are gathered until a command comes that may hang.
         sections = {title: f"b {shlex.quote(title)}; {'f; ' if title.startswith(('disk', 'service ')) else ''}"
                            f"O=$(\nexec 2>&1\n{command}\n); e\n" for title, command in rows}
@@ -6503,16 +6528,16 @@ def parse_output(text: str, nonce: str, previous: CpuTicks | None) -> Sample:
 # all, is seen where its line is missed. WMI takes about 5 s to refuse a plain account's network logon, so such a one
 # reads from kernel32, and nobody asks again after a refusal. In Constrained Language Mode only cmdlets work: WMI for
 # everyone.
-# What an endpoint (JEA) has to allow, beside *-Object, ConvertFrom-Json, ConvertTo-Json and Out-String:
+# What an endpoint (JEA) has to allow, beside *-Object, ConvertFrom-Json, ConvertTo-Json, Get-Date and Out-String:
 #   os: Get-ItemProperty, of HKLM:\SOFTWARE\Microsoft\Windows NT\CurrentVersion
 #   uptime, memory, swap, disk, cpu: Get-CimInstance, as administrator, of root/cimv2's Win32_OperatingSystem (for the
 #     commit charge, too, where language is constrained), Win32_PageFileUsage, Win32_Volume and Win32_PerfRawData_…:
 #     Counters_ProcessorInformation, PerfOS_Processor. Else, and for the commit charge: full language, and no right
 #   services: Get-Service, with SC_MANAGER_CONNECT, SC_MANAGER_ENUMERATE_SERVICE and, of each, SERVICE_QUERY_STATUS (and
 #     in PowerShell 7 SERVICE_QUERY_CONFIG); Get-ItemProperty of HKLM:\SYSTEM\CurrentControlSet\Services for hidden ones
-#   checks: Invoke-Expression, and whatever they call. So that the next poll can have the shell, too: Get-Process; with
-#     checks Get-ChildItem, Get-Job, Get-PSDrive, Get-Variable, Stop-Process; in full language Get-CimSession,
-#     Get-EventSubscriber, Get-Module, Get-PSSession
+#   checks: Invoke-Expression, Start-Sleep, and whatever they call. So that the next poll can have the shell, too:
+#     Get-Process; with checks Get-ChildItem, Get-Job, Get-PSDrive, Get-Variable, Stop-Process; in full language
+#     Get-CimSession, Get-EventSubscriber, Get-Module, Get-PSSession; where constrained, in 5.1, Win32_Process
 COLLECT = r"""
 $ErrorActionPreference = 'Stop'
 $ProgressPreference = $WarningPreference = 'SilentlyContinue'
@@ -9828,7 +9853,7 @@ class Recorder(threading.Thread):
 # === Poll ====================================================================
 # A thread for each resource polls it: in comes a Target, reports go out, to the aggregator at once, to the database
 # through the recorder. Where another machine polls it, the thread rests and what that found is told to the aggregator.
-# Gives: first_polls, LAST_SESSIONS, Poller, PollContext, poll_once, restore_logins
+# Gives: first_polls, LAST_SESSIONS, Poller, PollContext, poll_once, REFUSED_MARK, restore_logins
 FIRST_POLLS = 50.0              # first polls per second
 POLLER_LIFE = 3600.0            # seconds after which the death of a poller is a new one
 JITTER = 0.1                    # part of the interval by which polls are spread
@@ -9897,10 +9922,11 @@ def restore_logins(guard: LoginGuard, target: Target, stored: Status, age: float
         since = float(json.loads(stored.sample)["details"].get("session_seconds", 0.0))
     except (ValueError, LookupError, TypeError, AttributeError):    # a refused one has none
         since = settings.interval + (2 * (settings.relogin or math.inf) if settings.keeps else 0.0)
-    if before.endswith(LOGGED_IN_MARKS):    # of the refusals after it only the last one's time is known
+    is_new = not before.endswith(LOGGED_IN_MARKS)
+    if not is_new:      # of the refusals after it only the last one's time is known
         guard.accept(target.name, age + since)
     if stored.strip != before and not stored.reason.startswith(NOT_TRIED):
-        guard.hear(target.name, age, len(stored.strip) - len(before))
+        guard.hear(target.name, age, len(stored.strip) - len(before), is_new=is_new)
     return True
 
 
@@ -10191,8 +10217,10 @@ class Poller(ResourceLease, threading.Thread):
         settings, left = self.target.settings, 0.0
         if age >= 0 and stored.settings_digest == self.target.settings_digest:
             left = settings.ttl - age
-        if restore_logins(self._guard, self.target, stored, age) and stored.cause == "auth":
+        if (is_same := restore_logins(self._guard, self.target, stored, age)) and stored.cause == "auth":
             left = settings.ttl
+        if is_same and stored.strip.endswith(LOGGED_IN_MARKS) and not self._context.members.is_shared:
+            self._guard.ask(settings.name)      # what was open vouches for the credential no longer
         is_known = (stored.state, stored.cause) in POLL_MARKS
         if left > 0 and is_known and not self._context.members.is_shared:
             self.standing = Standing(cast(State, stored.state), cast(Cause, stored.cause), stored.reason,
@@ -10496,7 +10524,8 @@ class Monitor(threading.Thread):
         fresh = [name for name, before in found.items() if before is None or not follows(before, targets[name])]
         for before in filter(None, map(found.get, fresh)):
             before.stop()       # all of them first: what leads through a new bastion may need another password
-        for name in fresh:
+        refused = {row.resource_id for row in stored.values() if row.strip.endswith(REFUSED_MARK)}
+        for name in sorted(fresh, key=lambda name: targets[name].id in refused):    # those that were accepted first
             self._launch(targets[name], 0.0, found[name], stored.get(targets[name].id))
         spread([self.pollers[name] for name in fresh])
         everything = [target.settings for target in targets.values()]

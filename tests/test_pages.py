@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import html
 import json
 import re
@@ -347,8 +348,11 @@ def form_of(console: Local, name: str = "") -> dict[str, str]:
 FULL = {
     "hostname": "db9.example.com", "username": "monitor", "password": "correct horse", "port": 2222, "interval": 30,
     "critical": False, "tags": ["007", "yes", "ä: #b"], "services": ["postgresql"], "rise": 3, "timeout": 2.5,
-    "limits": {"cpu_percent": {"warn": 80, "fail": 92.5}, "disk_percent": {"fail": 90}},
-    "checks": [{"name": "queue", "command": "test ! -e '/a b'\n# \"two\" lines: {}", "timeout": 7}],
+    "limits": {"cpu_percent": {"warn": 80, "fail": 92.5}, "inode_percent": 95,
+               "disk_percent": {"fail": 90, "mounts": {"/boot": "off", "/srv/*": {"warn": 50}, "D:": 98}}},
+    "checks": [{"name": "queue", "command": "test ! -e '/a b'\n# \"two\" lines: {}", "timeout": 7},
+               {"name": "load", "command": "check_load", "exit": "nagios", "limits": {"load1": {"warn": 4.5}}}],
+    "proxy_jump": "me@gate.example.com:2222", "host_key_alias": "db",
 }  # fmt: skip
 
 
@@ -360,6 +364,8 @@ def add_full(console: Local) -> None:
 def test_a_form_that_is_saved_as_it_came_changes_nothing(console: Local) -> None:
     add_full(console)
     before = console.api("GET", "resources/full").json
+    mounts = before["limits"]["disk_percent"]["mounts"]
+    assert (mounts["/boot"], mounts["/srv/*"]["warn"], mounts["D:"]["fail"]) == ("off", 50, 98)
     assert "warn: 80, fail: 92.5" in form_of(console, "full")["settings"]
     assert console.form("/-/resources/full/edit", form_of(console, "full")).status == 303
     after = console.api("GET", "resources/full").json
@@ -475,23 +481,51 @@ def test_a_damaged_sample_shows_in_its_place(console: Local, sample: str) -> Non
     wait_for(shows)
 
 
+def shown_with(console: Local, sample: dict[str, object], word: str, **settings: object) -> str:
+    """The text of the page of a resource that has read this, in which there is this word."""
+    added = {"name": "three", "platform": "simulated", "hostname": "three.example.com", "seed": 1, **settings}
+    assert console.api("POST", "resources", added, headers={"Origin": "http://localhost"}).status == 201
+    read = {"details": {}, "metrics": {}, "services": {}, "checks": {}, "problems": {}, **sample}
+
+    def shows() -> str:
+        """A poll that ends meanwhile writes the sample anew."""
+        with console.store.writing() as session:
+            session.execute(Status.__table__.update().values(sample=json.dumps(read)))
+        text = " ".join(re.sub(r"<[^>]+>", " ", console.ask("GET", "/-/resources/three").body).split())
+        return text if word in text else ""
+
+    console.form("/-/resources/three/check", {})
+    return wait_for(shows)
+
+
+def test_each_filesystem_stands_beside_its_own_limits(console: Local) -> None:
+    mounts = {"/boot": "off", "/srv/*": {"fail": 98}, "/srv/b": 70}
+    limits = {"disk_percent": {"warn": 80, "fail": 95, "mounts": mounts},
+              "inode_percent": {"warn": 60, "mounts": mounts}}  # fmt: skip
+    read = {"disk_percent /": 40, "disk_percent /boot": 99, "disk_percent /srv/a": 97, "disk_percent /srv/b": 65,
+            "inode_percent /": 5, "inode_percent /boot": 6, "inode_percent /srv/b": 7}  # fmt: skip
+    text = shown_with(console, {"metrics": read}, "97.0 %", limits=limits)
+    rows = "Disk / 40.0 % 80 95 Disk /boot 99.0 % Disk /srv/a 97.0 % 98 Disk /srv/b 65.0 % 70 "
+    assert rows in text and "Inodes / 5.0 % 60 Inodes /boot 6.0 % Inodes /srv/b 7.0 % 70 " in text
+
+
+def test_after_a_refused_login_the_page_says_when_the_next_one_is(console: Local) -> None:
+    row = {"name": "three", "platform": "linux", "hostname": "127.0.0.1", "port": 1, "username": "u", "password": "p"}
+    assert console.api("POST", "resources", row, headers={"Origin": "http://localhost"}).status == 201
+    assert "Next login" not in console.follow().ask("GET", "/-/resources/three").body
+    monitor = console.context.monitor
+    monitor.guards.of(monitor.pollers["three"].target).refuse("three", 60.0)
+    shown = re.search(r"Next login in (\d) min, at\s+<time[^>]* datetime=\"([^\"]+)\"",
+                      console.ask("GET", "/-/resources/three").body)
+    assert shown and shown[1] in "34"
+    assert 180 < datetime.datetime.fromisoformat(shown[2]).timestamp() - console.clock.now <= 240
+
+
 def test_performance_data_stands_beside_its_limits(console: Local) -> None:
     limits = {"load1": {"warn": 4, "fail": 8}, "gone": 1}
     check = {"name": "load", "command": "check_load", "exit": "nagios", "limits": limits}
-    added = {"name": "three", "platform": "simulated", "hostname": "three.example.com", "seed": 1, "checks": [check]}
-    assert console.api("POST", "resources", added, headers={"Origin": "http://localhost"}).status == 201
     outcome = {"good": True, "degraded": True, "text": "WARNING - so so", "metrics": {PAYLOAD: 1.5, "load1": 5e9}}
-    sample = {"details": {}, "metrics": {}, "services": {}, "checks": {"load": outcome}, "problems": {}}
-
-    def shows() -> bool:
-        """A poll that ends meanwhile writes the sample anew."""
-        with console.store.writing() as session:
-            session.execute(Status.__table__.update().values(sample=json.dumps(sample)))
-        return "WARNING - so so" in console.ask("GET", "/-/resources/three").body
-
-    console.form("/-/resources/three/check", {})
-    wait_for(shows)
-    text = " ".join(re.sub(r"<[^>]+>", " ", console.ask("GET", "/-/resources/three").body).split())
+    text = shown_with(console, {"checks": {"load": outcome}}, "WARNING - so so", checks=[check])
     assert f"load/{html.escape(PAYLOAD)} 1.5" in text and "load/load1 5e+09 4 8" in text
     assert "load/gone not read 1" in text and "warning load check" in text
     shown = console.api("GET", "resources/three").json

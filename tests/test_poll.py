@@ -509,6 +509,8 @@ GUARDS = {
     "one alone": "a no; +300; a no; +300; a no; a=1860; b=1860",
     "two alone": "a no; b no; +300; a no; b=1860; a=1860",
     "accepted, then wrong everywhere": "a yes; b yes; c yes; a no; b no; c no; a=1860; d=1860",
+    "the last attempt is of one that was accepted": "x yes; a no; b no; a=1860; b=1860; c=1860; x=0; x yes; a=60; c=0",
+    "or of all, where none was": "a no; +60; b no; a=240; c=0; c no; a=1860; d=1860",
     "check now": "a no; a ask; a=0; a no; a=300",
     "check now, again and again": "a no; a ask; a no; a ask; a no; a ask; a no; a ask; a=1860; b ask; b=1860",
     "check now while all are stopped": "a no; b no; c no; d ask; d=0; a=1860; d no; d ask; d=1860",
@@ -674,6 +676,30 @@ def test_a_password_that_changes_locks_no_account(seed: int, keeps: bool) -> Non
     assert not keeps or directory.lost <= confirmed
 
 
+class Mixed(Directory):
+    """Whose password stays what it is, beside hosts with an account of their own that never accept it."""
+
+    settings = Directory.settings.model_copy(update={"relogin": 900.0})
+
+    def log_in(self, name: str, guard: LoginGuard) -> None:
+        if name.startswith("odd"):
+            raise ProbeError("auth", "refused")
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("odd", [1, 2, 3])
+def test_hosts_that_never_accept_cost_the_others_no_poll(odd: int, seed: int) -> None:
+    """In six hours. They come after the others, whose open sessions prove nothing of the credential meanwhile."""
+    directory = Mixed(math.inf, 0, seed, keeps=True)
+    names = [*(f"host{number}" for number in range(5)), *(f"odd{number}" for number in range(odd))]
+    queue = [(number / 50, name) for number, name in enumerate(names)]
+    while queue[0][0] < 6 * 3600:
+        at, name = heapq.heappop(queue)
+        heapq.heappush(queue, (directory.due(name, at), name))
+    assert directory.right.keys() == set(names[:5])
+    assert directory.lost == set()
+
+
 def attempts(
     guard: LoginGuard, count: int, outcome: str, seconds: float, at_once: int = 1
 ) -> tuple[int, int]:
@@ -805,6 +831,33 @@ def test_odd_hosts_that_do_not_count_close_nothing(house: House, machines: Machi
         house.age(100)
         house.age(200, "odd%")
     assert False not in closed
+
+
+@pytest.mark.parametrize(("odd", "before"), [(["odd1", "odd2"], ""), (["odd1"], "h")], ids=["never", "no longer"])
+def test_a_restart_beside_hosts_that_refuse_closes_nothing(
+    house: House, machines: Machines, odd: list[str], before: str
+) -> None:
+    """The others' sessions were kept: three refusals are the last that is known of the credential."""
+    house.write(*(f"name: {name}, critical: false, interval: 1" for name in odd),
+                *(f"name: {name}, interval: 1" for name in NAMES))  # fmt: skip
+    machines.behaviours = {name: machines.login(name, refused) for name in odd}
+    machines.behaviours |= {name: machines.login(name) for name in NAMES}
+    with house.watching():
+        wait_for(house.aggregator.is_healthy)
+        wait_for(lambda: all(house.stored(name) == ("unhealthy", "auth") for name in odd))
+    with house.store.writing() as session:
+        names = {row.id: row.name for row in session.scalars(sqlalchemy.select(healthchecker.Resource))}
+        for row in session.scalars(sqlalchemy.select(Status)):
+            if names[row.resource_id] in odd:
+                row.strip = before + 3 * healthchecker.REFUSED_MARK
+            else:
+                sample = json.loads(row.sample)
+                row.sample = json.dumps({**sample, "details": {**sample["details"], "session_seconds": 400.0}})
+    machines.logins.clear()
+    with house.watching():
+        wait_for(lambda: set(NAMES) <= set(machines.logins))
+        assert house.aggregator.is_healthy()
+        assert not set(odd) & set(machines.logins)
 
 
 def iter_transitions(house: House) -> list[tuple[float, bool, str]]:

@@ -764,6 +764,17 @@ def test_a_wrong_password_is_tried_once(scheme: str, auth: str) -> None:
         assert (fourth.cause, "not tried" in fourth.reason, server.logins) == ("auth", True, logins)
 
 
+@pytest.mark.parametrize("kind", ["access denied", 403])
+def test_an_account_without_the_right_to_a_shell_stops_no_other_host(kind: Misbehaviour) -> None:
+    """Its password was right: three such hosts at the first contact wait each for itself."""
+    guard = LoginGuard()
+    with WSManServer("https", "basic", misbehave={"Create": kind}) as server:
+        for name in ("a", "b", "c"):
+            assert poll(target(server, name=name), guard).cause == "auth"
+            assert guard.wait(name) > 0
+    assert guard.wait("d") == guard.refusals == 0
+
+
 def test_a_host_without_an_answer_is_no_login() -> None:
     """It neither holds up the resources with the same credential nor uses up their one attempt in five minutes."""
     guard = LoginGuard()

@@ -234,6 +234,34 @@ def test_a_node_with_a_thousand_pods_stays_below_what_is_read() -> None:
     assert readings(parse_output(text, NONCE, None), "disk_percent").keys() == DISKS["debian/12-inodes"].keys()
 
 
+def changed(name: str, files: dict[str, str], row: str = "", *, local: bool = True) -> Sample:
+    """What is read of a machine with other files, and with one more row of df; not `local`: df -l leaves it out."""
+    host = hosts.host(name)
+    table = host.answers["df -PkT"]
+    answers = {**host.answers, "df -PkT": table._replace(text=table.text + row)}
+    played = host._replace(files={**host.files, **files}, answers=answers if local else {**answers, "df -PklT": table})
+    text = hosts.play(played, build_script(wanting(Platform.UNIX), NONCE))
+    return parse_output(text.removesuffix(end_mark(NONCE)), NONCE, None)
+
+
+def test_a_disk_behind_fuse_is_a_disk() -> None:
+    """NTFS by ntfs-3g is `fuseblk`, on a device of this machine; what other types of FUSE show may be anything."""
+    mounts = hosts.host("raspberry/12").files["proc/mounts"]
+    mounts += "/dev/sda1 /mnt/backup fuseblk rw,nosuid,nodev,relatime,user_id=0,group_id=0,allow_other 0 0\n"
+    row = "/dev/sda1      fuseblk  100000000 97000000   3000000      97% /mnt/backup\n"
+    found = readings(changed("raspberry/12", {"proc/mounts": mounts}, row), "disk_percent")
+    assert found == {**readings(sample_of("raspberry/12"), "disk_percent"), "/mnt/backup": 97}
+
+
+def test_a_dataset_with_a_colon_in_its_name_is_no_server_s() -> None:
+    """ZFS allows it, and GNU's df -l takes it for one."""
+    mounts = hosts.host("proxmox/8").files["proc/mounts"]
+    mounts += "tank/old:2024 /srv/old zfs rw,relatime,xattr,noacl,casesensitive 0 0\n"
+    row = "tank/old:2024                zfs        100000000  90000000   10000000      90% /srv/old\n"
+    found = readings(changed("proxmox/8", {"proc/mounts": mounts}, row, local=False), "disk_percent")
+    assert found == {**readings(sample_of("proxmox/8"), "disk_percent"), "/srv/old": 90}
+
+
 # --- Read-only filesystems ---------------------------------------------------
 @pytest.mark.parametrize(
     ("name", "bad", "meant"),
@@ -313,6 +341,13 @@ def test_memory(name: str, expected: float) -> None:
 @pytest.mark.parametrize("name", ["container/docker-cgroup1", "container/docker-cgroup2"])
 def test_the_details_say_that_a_limit_is_meant(name: str) -> None:
     assert re.search("limit of [0-9]+", str(sample_of(name).details))
+
+
+def test_the_cache_of_the_host_is_none_of_a_container_s() -> None:
+    """However small it is beside the memory of the container, of which lxcfs tells."""
+    arc = "proc/spl/kstat/zfs/arcstats"
+    cached = hosts.host("proxmox/lxc").files[arc].replace("24576000000", "600000000").replace("2048000000", "64000000")
+    assert changed("proxmox/lxc", {arc: cached}).metrics["memory_percent"] == 25
 
 
 SWAP = {"alpine/3.20": 10, "rhel/6": 50, "rhel/7": 25, "raspberry/12": 25, "freebsd/13-ufs": 25, "macos/12-intel": 25,

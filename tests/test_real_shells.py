@@ -365,6 +365,17 @@ def test_hanging_dfs_do_not_pile_up(tmp_path: Path, mark: str) -> None:
     assert len(stuck) <= 1
 
 
+@pytest.mark.parametrize(("shell", "timeout"), [("dash", ""), ("bash", "exit 1")], ids=["timeout(1)", "none"])
+def test_hanging_services_do_not_pile_up(shell: str, timeout: str, tmp_path: Path, mark: str) -> None:
+    if Path("/run/systemd/system").exists():
+        pytest.skip("asks service(8) in a folder of its own; run where systemd is not the init")
+    path = in_folder(tmp_path, service="exec sleep 600", **({"timeout": timeout} if timeout else {}))
+    script = build_script(wanting(Platform.LINUX, ["nginx"], timeout=2.0), NONCE)
+    for _ in range(3):
+        partial(command_of(shell), script, 60, {"PATH": path, MARK: mark}, "begin service nginx")
+    wait_for(lambda: not left_over(mark), 30)
+
+
 class Leaving:
     """A connection to this machine that leaves a df behind as soon as it runs, or stays to the end."""
 

@@ -529,6 +529,8 @@ KNOWN_HOSTS: dict[str, tuple[Callable[[SshServer], str], str]] = {
     "an old key before the right one, hashed": (lambda s: hashed(other_key(s)) + hashed(s.known_hosts()), "accepted"),
     "the right key is revoked": (lambda s: "@revoked " + s.known_hosts(), "refused"),
     "an authority": (lambda s: "@cert-authority *.example.com " + public_line(make_key("rsa")) + "\n", "learned"),
+    "a pattern": (lambda s: s.known_hosts().replace("127.0.0.1", "127.?.0.*"), "accepted"),
+    "a pattern that leaves it out": (lambda s: "*,!" + other_key(s), "learned"),
     "garbage": (lambda s: "\x00\x01 garbage\na b\na b c\n" + "x" * 9999 + "\n", "learned"),
     "garbage around the right key": (lambda s: "a b c\n" + s.known_hosts() + "|1|\n", "accepted"),
     "broken keys": (lambda s: broken_keys(s) + s.known_hosts(), "accepted"),
@@ -1096,17 +1098,28 @@ def own() -> Iterator[Sshd]:
         yield server
 
 
+PAM = "UsePAM yes\nPasswordAuthentication no\nKbdInteractiveAuthentication yes"
+
+
 @ACCOUNTS
-def test_expired_password(own: Sshd) -> None:
+@pytest.mark.parametrize("pam", [False, True])
+def test_expired_password(own: Sshd, pam: bool) -> None:
+    if pam and not Path("/etc/pam.d/sshd").exists():
+        pytest.skip("needs PAM's file for sshd")
+
     def last_changed(day: str) -> None:
         environ = {**os.environ, "PATH": SYSTEM_PATH}
         subprocess.run(["chage", "-d", day, own.username], env=environ, check=True, capture_output=True, timeout=60)
 
-    last_changed("0")
-    answer = poll(target(own, timeout=AMPLE, **good_login(own)))
-    last_changed("2020-01-01")
+    with settings_digest(own, PAM if pam else "PasswordAuthentication yes"):
+        last_changed("0")
+        answer = poll(target(own, timeout=AMPLE, **good_login(own)))
+        last_changed("2020-01-01")
     assert answer.cause in ("protocol", "auth")
     assert "assword" in answer.reason
+    if pam:
+        assert answer.cause == "auth"
+        assert f"the password of {own.username} has expired; the host says: " in answer.reason
 
 
 @OPENSSH
@@ -1144,8 +1157,9 @@ def test_forced_commands(own: Sshd, tmp_path: Path, command: str, cause: str, sa
     ("settings", "login", "cause", "says"),
     [
         ("Ciphers aes128-cbc,aes256-cbc", "good", "protocol", "algorithm"),
-        ("Ciphers aes128-ctr\nMACs hmac-sha1", "good", "protocol", "algorithm"),
-        ("KexAlgorithms diffie-hellman-group14-sha1", "good", "protocol", "algorithm"),
+        ("Ciphers aes128-ctr\nMACs hmac-sha1", "good", "protocol", "the host has hmac-sha1, here are hmac-sha2"),
+        ("KexAlgorithms diffie-hellman-group14-sha1", "good", "protocol",
+         "the host has diffie-hellman-group14-sha1"),
         ("Ciphers aes256-gcm@openssh.com", "good", "", ""),
         ("MACs hmac-sha2-512-etm@openssh.com", "good", "", ""),
         ("KexAlgorithms curve25519-sha256@libssh.org", "good", "", ""),
@@ -1189,7 +1203,7 @@ def test_a_host_that_is_too_modern_is_not_called_weak(own: Sshd) -> None:
 @pytest.mark.parametrize("right", [True, False])
 def test_keyboard_interactive_with_pam(own: Sshd, right: bool) -> None:
     """As many distributions ship it: the password is asked for in a dialogue."""
-    with settings_digest(own, "UsePAM yes\nPasswordAuthentication no\nKbdInteractiveAuthentication yes"):
+    with settings_digest(own, PAM):
         answer = poll(target(own, password=own.password + ("" if right else "x")))
     assert answer.cause == ("" if right else "auth"), answer
     assert ("check username and password" in answer.reason) is not right
@@ -1274,6 +1288,28 @@ def test_algorithms_of_both_sides(own: Sshd) -> None:
     assert "the host has aes128-cbc, here are aes" in answer.reason
 
 
+@OPENSSH
+def test_a_host_whose_key_signs_by_sha_1_alone() -> None:
+    """As that of RHEL 6: its name is the same, ssh-rsa."""
+    with Sshd("rsa") as server, settings_digest(server, "HostKeyAlgorithms ssh-rsa"):
+        answer = poll(target(server, **good_login(server)))
+    assert answer.cause == "protocol"
+    assert "the host has ssh-rsa, here are " in answer.reason and "rsa-sha2-512" in answer.reason
+
+
+@ACCOUNTS
+@pytest.mark.parametrize("settings", ["PasswordAuthentication no", "AuthenticationMethods password,publickey"])
+def test_hosts_that_say_nothing_of_the_password_stop_no_other(own: Sshd, settings: str) -> None:
+    """Three of them at the first contact, when nothing is proven: each waits for itself."""
+    guard = LoginGuard()
+    with settings_digest(own, settings):
+        for name in ("a", "b", "c"):
+            watched = target(own, name=name, password=own.password, timeout=AMPLE)
+            assert poll(watched, connect(watched, guard=guard)).cause == "auth"
+            assert guard.wait(name) > 0
+    assert guard.wait("d") == guard.refusals == 0
+
+
 # --- key files ---
 COMMANDS = {
     "genpkey RSA": "openssl genpkey -algorithm RSA -out key",
@@ -1318,6 +1354,26 @@ def test_certificates_of_a_key(own: Sshd, tmp_path: Path) -> None:
         with (own.folder / "authorized_keys").open("a", encoding="ascii") as authorized:
             authorized.write((tmp_path / "key.pub").read_text(encoding="ascii"))
         assert healthy(poll(watched, connection))
+
+
+class SlowLogin(Login):
+    """Refuses the first key at once, and thinks about any other."""
+
+    def check_auth_publickey(self, username: str, key: paramiko.PKey) -> int:
+        refused = self.server.log().count("Failed publickey")
+        if refused:
+            self.server.closing.wait(60)
+        return self._judge("publickey", username, False)
+
+
+@pytest.mark.skipif(not shutil.which("ssh-keygen"), reason="needs ssh-keygen")
+def test_a_plain_key_behind_a_refused_certificate_has_no_time_of_its_own(tmp_path: Path) -> None:
+    with ParamikoSshd() as server:
+        server.login = SlowLogin
+        certified_key(tmp_path, cast(Any, server))("x", "-1h:+1h")
+        answer = poll(target(server, key_file=tmp_path / "key", timeout=DEADLINE))
+        assert "Failed publickey" in server.log()
+    assert (answer.cause, answer.reason) == ("timeout", "no answer within 2 s")
 
 
 @OPENSSH

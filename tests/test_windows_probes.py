@@ -272,6 +272,16 @@ def test_script_is_plain() -> None:
     assert not re.search(r"\?\?|\?\.|&&|\|\||-AsHashtable|-EscapeHandling|`u\{", COLLECT)
 
 
+def test_the_comment_names_all_that_an_endpoint_has_to_allow() -> None:
+    """Who makes one of their own goes by it."""
+    source = (Path(__file__).parents[1] / "healthchecker.py").read_text(encoding="utf-8")
+    named = source.partition("# What an endpoint (JEA) has to allow")[2].partition("\nCOLLECT = ")[0]
+    code = re.sub(r"'[^'\n]*'|#.*", "", COLLECT)
+    cmdlets = {name for name in re.findall(r"\b[A-Z]\w+-[A-Z]\w+", code) if not name.endswith("-Object")}
+    wanted = cmdlets | set(re.findall(r"Win32_[A-Za-z]+(?=[ \"'])", COLLECT))
+    assert len(wanted) > 20 and not [name for name in sorted(wanted) if not re.search(rf"\b{name}\b", named)]
+
+
 def test_recordings_use_the_names_of_the_script() -> None:
     details = set(re.findall(r"\$r\.details\.(\w+)", COLLECT)) | {"hostname"}
     assert set(rows("administrator")[0]["details"]) == details
