@@ -291,6 +291,15 @@ def test_a_session_that_lacks_a_cmdlet_is_polled_and_not_kept(pool: RunspacePool
     assert after(pool, lacks, check, f"Remove-Item Alias:Get-Job; {forget}", check) == [False, True]
 
 
+def test_a_shell_that_has_grown_by_much_is_not_used_again(pool: RunspacePool) -> None:
+    """As if it had been so much smaller when its first poll ended; what a check allocates no other test would lose."""
+    for grown, clean in (("40MB", True), ("110MB", False)):
+        run_script(pool, f"$HealthChecker.size -= {grown}")
+        assert is_clean(pool, "'x'") is clean
+        run_script(pool, f"$HealthChecker.size += {grown}")
+    assert is_clean(pool, "'x'")
+
+
 def programs(mark: str) -> list[psutil.Process]:
     return [process for process in psutil.process_iter(["cmdline"]) if mark in str(process.info["cmdline"])]
 
