@@ -518,6 +518,16 @@ def test_a_check_that_nobody_saw_end_is_never_good() -> None:
     assert good_checks(never) == {"a": False, "b": False, "c": False}
 
 
+def test_a_check_that_ended_by_exit_is_bad_where_its_code_cannot_be_had() -> None:
+    """And those behind it run."""
+    output = watched(RAN.replace('"then": ""', '"then": "exit"'))
+    assert output.rest(None, None).startswith("$first = 2\n")
+    for row in ('{"number": 1}', RAN.replace('"number": 1, "name": "a"', '"number": 2, "name": "b"')):
+        output.take(f"{row}\n".encode())
+    assert output.whole and good_checks(output) == {"a": False, "b": True}
+    assert b"ended by exit, whose code cannot be had" in output.printed
+
+
 def test_rows_that_are_none() -> None:
     """What a check prints past its output, or a host makes up."""
     made_up = ['{"number": 1.0}', '{"number": true}', '{"number": 1e999}', '{"number": null}', "{}", '{"number": 2}']
