@@ -220,7 +220,7 @@ def test_the_same_is_judged_as_ever() -> None:
     assert (verdict.state, verdict.cause) == ("unhealthy", "check")
 
 
-@pytest.mark.parametrize("changed", [{"command": "other"}, {"timeout": 6}])
+@pytest.mark.parametrize("changed", [{"command": "other"}, {"timeout": 6}, {"exit": "nagios"}])
 def test_what_differs_is_a_problem_and_no_verdict(changed: dict[str, Any]) -> None:
     """The host's check is bad, but it is not the one of the inventory."""
     wanted = asked("a", **changed)
