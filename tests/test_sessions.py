@@ -142,13 +142,14 @@ def test_a_new_login_comes_before_the_end_of_the_old_one(server: Sshd) -> None:
 
 
 def test_when_it_is_due(server: Sshd) -> None:
-    """Spread over half to all of `relogin`; 0 is never."""
+    """Spread over half to all of `relogin`; what is open ends after twice the time; 0 is never."""
     for relogin, low, high in ((1000.0, 490, 1010), (0.0, math.inf, math.inf)):
         watched = on(server, relogin=relogin)
         with keeping(watched) as connection:
             begun = Deadline(0)._ends_mono
             assert healthy(poll(watched, connection))
             assert low <= connection.keeper._due_mono - begun <= high + 60
+            assert connection.keeper._ends_mono - connection.keeper.opened_mono == (2 * relogin or math.inf)
 
 
 def test_the_cap_of_bytes_is_for_each_poll(server: Sshd) -> None:
@@ -275,12 +276,18 @@ def test_a_host_that_moves(server: Sshd) -> None:
         def resolve(self, host: str, port: int, deadline: Deadline) -> list[Any]:
             return self.answers or super().resolve("no-such-name.invalid", port, deadline)
 
-    names = Names()
+        def _work(self, *asked: Any) -> None:
+            late.wait()
+            super()._work(*asked)
+
+    names, late = Names(), threading.Event()
     watched = on(server, hostname="db.example.com")
     names.answers = socket.getaddrinfo(server.address, server.port, type=socket.SOCK_STREAM)
     with keeping(watched, access(resolver=names)) as connection:
         assert healthy(poll(watched, connection))
         names.answers = []
+        assert healthy(poll(watched, connection))
+        late.set()
         assert healthy(poll(watched, connection))
         assert logins(server) == 1
         elsewhere = socket.getaddrinfo("127.0.0.2", server.port, type=socket.SOCK_STREAM)
@@ -732,6 +739,21 @@ def test_those_behind_a_bastion_share_its_login(tmp_path: Path) -> None:
             thread.join()
         assert all(map(healthy, answers)) and len(answers) == 3
         assert logins(bastion) == 3
+
+
+def test_a_host_that_fails_ends_no_login_of_its_bastion(tmp_path: Path) -> None:
+    """Whether it takes no login, or does not listen."""
+    known, wrong = tmp_path / "known_hosts", tmp_path / "wrong"
+    write_private(wrong, make_key("ed25519"))
+    with Sshd() as bastion, Sshd() as one, Sshd() as two, behind(bastion, one, one, two, known=known) as hosts:
+        for host in hosts[1:]:
+            assert healthy(poll(*host))
+        hosts[2][1]._settings = hosts[2][0].settings.model_copy(update={"password": None, "key_file": wrong})
+        assert poll(*hosts[2]).cause == "auth"
+        two.stop()
+        assert "it refuses a connection to" in poll(*hosts[3]).reason
+        assert healthy(poll(*hosts[1])) and hosts[1][1].keeper.reused
+        assert (logins(bastion), logins(one)) == (1, 2)
 
 
 def test_a_bastion_too_slow_for_one_is_not_for_the_others(tmp_path: Path) -> None:
