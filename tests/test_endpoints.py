@@ -164,10 +164,10 @@ def reported(settings: ResourceSettings, good: bool = True, number: int = 1) -> 
 
 
 class Canned:
-    """A connection that was sent a nonce alone, to a host that answers `text`."""
+    """A connection that was sent a nonce alone, to a host that answers `text`, and with the nonce that it has ended."""
 
-    def __init__(self, text: str) -> None:
-        self.text = text
+    def __init__(self, text: str, end: str = end_mark(NONCE)) -> None:
+        self.text = text + end
 
     def begins_again(self, error: Exception, deadline: object) -> bool:
         """Nothing is open between polls."""
@@ -176,7 +176,7 @@ class Canned:
     def run(self, script: str, output: Any, deadline: Any) -> bool:
         del deadline
         assert re.fullmatch("[0-9a-f]{16}", script)
-        output.take((self.text.replace(NONCE, script) + end_mark(script)).encode())
+        output.take(self.text.replace(NONCE, script).encode())
         return True
 
 
@@ -273,6 +273,16 @@ def test_an_answer_without_its_head_is_none(held: str) -> None:
     text = reported(settings).replace(installed(settings), held)
     with pytest.raises(ProbeError, match="not restricted: ") as caught:
         collect(settings, Canned(text), None)  # type: ignore[arg-type]
+    assert caught.value.cause == "protocol"
+
+
+def test_an_answer_with_the_nonce_of_another_poll_is_none() -> None:
+    """Whatever it says: it may be an old one."""
+    settings = asked("a")
+    old = NONCE[::-1]
+    text = reported(settings).replace(NONCE, old) + end_mark(old)
+    with pytest.raises(ProbeError, match="not restricted: ") as caught:
+        collect(settings, Canned(text, ""), None)  # type: ignore[arg-type]
     assert caught.value.cause == "protocol"
 
 

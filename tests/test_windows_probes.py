@@ -466,9 +466,11 @@ def test_a_host_names_no_problem_that_is_ours() -> None:
     assert evaluate(sample, settings).state == "unhealthy"
 
 
-def test_on_this_machine_rows_without_the_nonce_of_the_poll_are_not_heard() -> None:
-    """What an earlier check has started prints there, too."""
-    wanted = {"name": "a", "hostname": "localhost", "platform": "local", "checks": [{"name": "b", "command": "c"}]}
+@pytest.mark.parametrize("asked", [{"platform": "local"}, {"platform": "windows", "username": "u", "endpoint": True}])
+def test_rows_without_the_nonce_of_the_poll_are_not_heard(asked: dict[str, object]) -> None:
+    """On this machine, where what an earlier check has started prints, too; and of an endpoint, which has nothing else
+    to prove that it is no old answer."""
+    wanted = {"name": "a", "hostname": "localhost", "checks": [{"name": "b", "command": "c"}], **asked}
     output = WindowsOutput(ResourceSettings.model_validate(wanted), f"\n@{NONCE} done\n", Deadline(60))
     lines = [
         {"number": number, "name": "b", "good": number == 1, "text": str(nonce), "then": ""} | nonce
