@@ -17,6 +17,7 @@ from typing import Any
 import hosts
 import paramiko
 import pytest
+from conftest import NO_PASSWORD_LOGIN
 from console import prepared_vault
 from service import run, write_inventory
 from sshd import OPENSSH, POSIX, Sshd, SshServer, make_key, public_line, write_private
@@ -24,7 +25,7 @@ from test_probes import SHELLS
 from test_real_hosts import HOSTS, resource
 from test_sshd import login
 from test_sshd import run as execute
-from test_transport import connect, poll, target
+from test_transport import connect, poll, restart, target
 
 from healthchecker import (
     NOT_KNOWN,
@@ -376,6 +377,32 @@ class TestSshd:
                 transport.open_channel("direct-tcpip", (sshd.address, sshd.port), ("127.0.0.1", 1))
             with pytest.raises(paramiko.SSHException):
                 transport.request_port_forward("127.0.0.1", 0)
+
+    def test_what_readme_has_for_an_account_with_a_password(self) -> None:
+        """That login runs nothing else either, and gets neither terminal nor forwarding."""
+        readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+        lines = re.search(r"if the account has a password, too: (`.*?) at the end of sshd_config", readme)
+        assert lines
+        with Sshd() as server:
+            if not server.password:
+                pytest.skip(NO_PASSWORD_LOGIN)
+            path = script_file(server.folder, resource(endpoint=True, platform="linux"))
+            words = {"/usr/local/sbin/healthchecker-endpoint": str(path), "User monitor": f"User {server.username}"}
+            options = re.sub("|".join(words), lambda word: words[word[0]], "\n".join(re.findall("`(.*?)`", lines[1])))
+            with (server.folder / "config").open("a", encoding="ascii") as config:
+                config.write(f"\n{options}\n")
+            restart(server)
+            with login(server, password=server.password) as client:
+                assert execute(client, "id") == ("", REFUSED, 1)
+                assert f"@{NONCE} begin endpoint" in execute(client, NONCE)[0]
+                transport = client.get_transport()
+                assert transport
+                with transport.open_session() as channel, pytest.raises(paramiko.SSHException):
+                    channel.get_pty()
+                with pytest.raises(paramiko.ChannelException, match="prohibited"):
+                    transport.open_channel("direct-tcpip", (server.address, server.port), ("127.0.0.1", 1))
+                with pytest.raises(paramiko.SSHException):
+                    transport.request_port_forward("127.0.0.1", 0)
 
     def test_a_plain_key_may_do_all_that(self, sshd: Sshd) -> None:
         """So that the test above proves something."""
