@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import math
 import re
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +16,7 @@ from typing import Any, cast
 
 import paramiko
 import pytest
-from conftest import no_leaks, wait_for
+from conftest import NO_PASSWORD_LOGIN, no_leaks, wait_for
 from console import NAME, local_console
 from prometheus_client import generate_latest
 from sshd import (
@@ -879,10 +881,31 @@ def test_what_a_bastion_refuses_is_the_bastions(tmp_path: Path) -> None:
 # --- in the console -------------------------------------------------------------------
 
 
+def test_each_change_of_a_resource_logs_in_anew(server: Sshd, tmp_path: Path) -> None:
+    """And nothing of one that was removed stays open."""
+    if not server.password:
+        pytest.skip(NO_PASSWORD_LOGIN)
+    row = {"name": "host", "hostname": server.address, "port": server.port, "username": server.username,
+           "password": server.password, "platform": "linux", "timeout": 30}  # fmt: skip
+    with local_console(tmp_path, keeps=True) as local:
+        local.log_in_as(NAME, "token")
+        assert local.api("POST", "resources", row).status == 201
+        for number in (1, 2):
+            wait_for(lambda: logins(server) == number)  # noqa: B023  # used before it changes
+            checked = local.api("POST", "resources/host/check").json
+            assert (checked["state"], checked["kept"], logins(server)) == ("healthy", True, number)
+            assert local.api("PATCH", "resources/host", {"interval": 60 + number}).status == 200
+        wait_for(lambda: logins(server) == 3)
+        assert local.api("DELETE", "resources/host").status == 204
+        wait_for(lambda: not server._sessions())
+        assert logins(server) == 3
+
+
 def test_what_is_shown(server: Sshd, tmp_path: Path) -> None:
     """A poll by hand uses what is open and says so; what somebody tries logs in; at the end nothing is left."""
     row = (f"  - {{name: host, hostname: {server.address}, port: {server.port}, username: {server.username}, "
            f"key_file: {server.user_key()}, interval: 60, timeout: 30}}")  # fmt: skip
+    begun_at = time.time()
     with local_console(tmp_path, row, keeps=True) as local:
         local.log_in_as(NAME, "token")
 
@@ -895,8 +918,10 @@ def test_what_is_shown(server: Sshd, tmp_path: Path) -> None:
         assert shown()["connection"] == {
             "opened": shown()["connection"]["opened"], "kept": True, "logins": 1, "second_try": "", "complaint": "",
             "found_dead": False}  # fmt: skip
+        opened_at = datetime.datetime.fromisoformat(shown()["connection"]["opened"]).timestamp()
+        assert begun_at <= opened_at <= time.time()
         page = local.ask("GET", "/-/resources/host").body
-        assert "1 login in 24 h" in page and ", and so was the last poll" in page
+        assert "1 login in 24 h" in page and "connected since <time" in page and ", and so was the last poll" in page
         assert logins(server) == 1
         send(server._sessions(), "SIGSTOP")
         connection = local.context.connections.watched["host"]
