@@ -17,6 +17,7 @@ from typing import Any
 import hosts
 import paramiko
 import pytest
+from conftest import NO_PASSWORD_LOGIN
 from console import prepared_vault
 from service import run, write_inventory
 from sshd import OPENSSH, POSIX, Sshd, SshServer, make_key, public_line, write_private
@@ -24,7 +25,7 @@ from test_probes import SHELLS
 from test_real_hosts import HOSTS, resource
 from test_sshd import login
 from test_sshd import run as execute
-from test_transport import connect, poll, target
+from test_transport import connect, poll, restart, target
 
 from healthchecker import (
     NOT_KNOWN,
@@ -164,10 +165,10 @@ def reported(settings: ResourceSettings, good: bool = True, number: int = 1) -> 
 
 
 class Canned:
-    """A connection that was sent a nonce alone, to a host that answers `text`."""
+    """A connection that was sent a nonce alone, to a host that answers `text`, and with the nonce that it has ended."""
 
-    def __init__(self, text: str) -> None:
-        self.text = text
+    def __init__(self, text: str, end: str = end_mark(NONCE)) -> None:
+        self.text = text + end
 
     def begins_again(self, error: Exception, deadline: object) -> bool:
         """Nothing is open between polls."""
@@ -176,7 +177,7 @@ class Canned:
     def run(self, script: str, output: Any, deadline: Any) -> bool:
         del deadline
         assert re.fullmatch("[0-9a-f]{16}", script)
-        output.take((self.text.replace(NONCE, script) + end_mark(script)).encode())
+        output.take(self.text.replace(NONCE, script).encode())
         return True
 
 
@@ -220,7 +221,7 @@ def test_the_same_is_judged_as_ever() -> None:
     assert (verdict.state, verdict.cause) == ("unhealthy", "check")
 
 
-@pytest.mark.parametrize("changed", [{"command": "other"}, {"timeout": 6}])
+@pytest.mark.parametrize("changed", [{"command": "other"}, {"timeout": 6}, {"exit": "nagios"}])
 def test_what_differs_is_a_problem_and_no_verdict(changed: dict[str, Any]) -> None:
     """The host's check is bad, but it is not the one of the inventory."""
     wanted = asked("a", **changed)
@@ -273,6 +274,16 @@ def test_an_answer_without_its_head_is_none(held: str) -> None:
     text = reported(settings).replace(installed(settings), held)
     with pytest.raises(ProbeError, match="not restricted: ") as caught:
         collect(settings, Canned(text), None)  # type: ignore[arg-type]
+    assert caught.value.cause == "protocol"
+
+
+def test_an_answer_with_the_nonce_of_another_poll_is_none() -> None:
+    """Whatever it says: it may be an old one."""
+    settings = asked("a")
+    old = NONCE[::-1]
+    text = reported(settings).replace(NONCE, old) + end_mark(old)
+    with pytest.raises(ProbeError, match="not restricted: ") as caught:
+        collect(settings, Canned(text, ""), None)  # type: ignore[arg-type]
     assert caught.value.cause == "protocol"
 
 
@@ -366,6 +377,32 @@ class TestSshd:
                 transport.open_channel("direct-tcpip", (sshd.address, sshd.port), ("127.0.0.1", 1))
             with pytest.raises(paramiko.SSHException):
                 transport.request_port_forward("127.0.0.1", 0)
+
+    def test_what_readme_has_for_an_account_with_a_password(self) -> None:
+        """That login runs nothing else either, and gets neither terminal nor forwarding."""
+        readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+        lines = re.search(r"if the account has a password, too: (`.*?) at the end of sshd_config", readme)
+        assert lines
+        with Sshd() as server:
+            if not server.password:
+                pytest.skip(NO_PASSWORD_LOGIN)
+            path = script_file(server.folder, resource(endpoint=True, platform="linux"))
+            words = {"/usr/local/sbin/healthchecker-endpoint": str(path), "User monitor": f"User {server.username}"}
+            options = re.sub("|".join(words), lambda word: words[word[0]], "\n".join(re.findall("`(.*?)`", lines[1])))
+            with (server.folder / "config").open("a", encoding="ascii") as config:
+                config.write(f"\n{options}\n")
+            restart(server)
+            with login(server, password=server.password) as client:
+                assert execute(client, "id") == ("", REFUSED, 1)
+                assert f"@{NONCE} begin endpoint" in execute(client, NONCE)[0]
+                transport = client.get_transport()
+                assert transport
+                with transport.open_session() as channel, pytest.raises(paramiko.SSHException):
+                    channel.get_pty()
+                with pytest.raises(paramiko.ChannelException, match="prohibited"):
+                    transport.open_channel("direct-tcpip", (server.address, server.port), ("127.0.0.1", 1))
+                with pytest.raises(paramiko.SSHException):
+                    transport.request_port_forward("127.0.0.1", 0)
 
     def test_a_plain_key_may_do_all_that(self, sshd: Sshd) -> None:
         """So that the test above proves something."""

@@ -12,7 +12,7 @@ import ssl
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -616,6 +616,24 @@ def test_a_port_that_says_too_little_or_too_much(folder: Path) -> None:
         begun = time.monotonic()
         verdict = outcome(Asker(folder, **{**asked, "timeout": TIMEOUT}, port=server.port))
         assert verdict[1] == "check" and time.monotonic() - begun < TIMEOUT
+
+
+@pytest.mark.parametrize("asked", [{"platform": "http"}, {"platform": "tcp", "send": "HEAD\r\n\r\n", "expect": "HTTP"}])
+def test_each_poll_is_a_connection_of_its_own(folder: Path, asked: dict[str, Any]) -> None:
+    """Also of a host that would keep one, in a service that keeps those to machines: the handshake is asked for."""
+    connections = list[object]()
+
+    def play(connection: tuple[Server, socket.socket]) -> None:
+        connections.append(connection)
+        while read_request(connection[1]):
+            connection[1].sendall(answer(b"ok"))
+
+    with no_leaks(), Server(play) as server:
+        places: dict[str, Any] = {"http": {"url": server.origin}, "tcp": {"hostname": "127.0.0.1", "port": server.port}}
+        asker = Asker(folder, replace(ACCESS, keeps=True), **asked, **places[asked["platform"]])
+        for number in (1, 2, 3):
+            assert outcome(asker)[0] == "healthy"
+            assert len(connections) == number
 
 
 # --- names ---

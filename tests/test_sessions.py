@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import math
 import re
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +16,7 @@ from typing import Any, cast
 
 import paramiko
 import pytest
-from conftest import no_leaks, wait_for
+from conftest import NO_PASSWORD_LOGIN, no_leaks, wait_for
 from console import NAME, local_console
 from prometheus_client import generate_latest
 from sshd import (
@@ -142,13 +144,14 @@ def test_a_new_login_comes_before_the_end_of_the_old_one(server: Sshd) -> None:
 
 
 def test_when_it_is_due(server: Sshd) -> None:
-    """Spread over half to all of `relogin`; 0 is never."""
+    """Spread over half to all of `relogin`; what is open ends after twice the time; 0 is never."""
     for relogin, low, high in ((1000.0, 490, 1010), (0.0, math.inf, math.inf)):
         watched = on(server, relogin=relogin)
         with keeping(watched) as connection:
             begun = Deadline(0)._ends_mono
             assert healthy(poll(watched, connection))
             assert low <= connection.keeper._due_mono - begun <= high + 60
+            assert connection.keeper._ends_mono - connection.keeper.opened_mono == (2 * relogin or math.inf)
 
 
 def test_the_cap_of_bytes_is_for_each_poll(server: Sshd) -> None:
@@ -275,12 +278,18 @@ def test_a_host_that_moves(server: Sshd) -> None:
         def resolve(self, host: str, port: int, deadline: Deadline) -> list[Any]:
             return self.answers or super().resolve("no-such-name.invalid", port, deadline)
 
-    names = Names()
+        def _work(self, *asked: Any) -> None:
+            late.wait()
+            super()._work(*asked)
+
+    names, late = Names(), threading.Event()
     watched = on(server, hostname="db.example.com")
     names.answers = socket.getaddrinfo(server.address, server.port, type=socket.SOCK_STREAM)
     with keeping(watched, access(resolver=names)) as connection:
         assert healthy(poll(watched, connection))
         names.answers = []
+        assert healthy(poll(watched, connection))
+        late.set()
         assert healthy(poll(watched, connection))
         assert logins(server) == 1
         elsewhere = socket.getaddrinfo("127.0.0.2", server.port, type=socket.SOCK_STREAM)
@@ -734,6 +743,21 @@ def test_those_behind_a_bastion_share_its_login(tmp_path: Path) -> None:
         assert logins(bastion) == 3
 
 
+def test_a_host_that_fails_ends_no_login_of_its_bastion(tmp_path: Path) -> None:
+    """Whether it takes no login, or does not listen."""
+    known, wrong = tmp_path / "known_hosts", tmp_path / "wrong"
+    write_private(wrong, make_key("ed25519"))
+    with Sshd() as bastion, Sshd() as one, Sshd() as two, behind(bastion, one, one, two, known=known) as hosts:
+        for host in hosts[1:]:
+            assert healthy(poll(*host))
+        hosts[2][1]._settings = hosts[2][0].settings.model_copy(update={"password": None, "key_file": wrong})
+        assert poll(*hosts[2]).cause == "auth"
+        two.stop()
+        assert "it refuses a connection to" in poll(*hosts[3]).reason
+        assert healthy(poll(*hosts[1])) and hosts[1][1].keeper.reused
+        assert (logins(bastion), logins(one)) == (1, 2)
+
+
 def test_a_bastion_too_slow_for_one_is_not_for_the_others(tmp_path: Path) -> None:
     """Who has more time tries it, too."""
     with Sshd() as bastion, Sshd() as one, behind(bastion, one, one, known=tmp_path / "k") as hosts:
@@ -857,10 +881,31 @@ def test_what_a_bastion_refuses_is_the_bastions(tmp_path: Path) -> None:
 # --- in the console -------------------------------------------------------------------
 
 
+def test_each_change_of_a_resource_logs_in_anew(server: Sshd, tmp_path: Path) -> None:
+    """And nothing of one that was removed stays open."""
+    if not server.password:
+        pytest.skip(NO_PASSWORD_LOGIN)
+    row = {"name": "host", "hostname": server.address, "port": server.port, "username": server.username,
+           "password": server.password, "platform": "linux", "timeout": 30}  # fmt: skip
+    with local_console(tmp_path, keeps=True) as local:
+        local.log_in_as(NAME, "token")
+        assert local.api("POST", "resources", row).status == 201
+        for number in (1, 2):
+            wait_for(lambda: logins(server) == number)  # noqa: B023  # used before it changes
+            checked = local.api("POST", "resources/host/check").json
+            assert (checked["state"], checked["kept"], logins(server)) == ("healthy", True, number)
+            assert local.api("PATCH", "resources/host", {"interval": 60 + number}).status == 200
+        wait_for(lambda: logins(server) == 3)
+        assert local.api("DELETE", "resources/host").status == 204
+        wait_for(lambda: not server._sessions())
+        assert logins(server) == 3
+
+
 def test_what_is_shown(server: Sshd, tmp_path: Path) -> None:
     """A poll by hand uses what is open and says so; what somebody tries logs in; at the end nothing is left."""
     row = (f"  - {{name: host, hostname: {server.address}, port: {server.port}, username: {server.username}, "
            f"key_file: {server.user_key()}, interval: 60, timeout: 30}}")  # fmt: skip
+    begun_at = time.time()
     with local_console(tmp_path, row, keeps=True) as local:
         local.log_in_as(NAME, "token")
 
@@ -873,8 +918,10 @@ def test_what_is_shown(server: Sshd, tmp_path: Path) -> None:
         assert shown()["connection"] == {
             "opened": shown()["connection"]["opened"], "kept": True, "logins": 1, "second_try": "", "complaint": "",
             "found_dead": False}  # fmt: skip
+        opened_at = datetime.datetime.fromisoformat(shown()["connection"]["opened"]).timestamp()
+        assert begun_at <= opened_at <= time.time()
         page = local.ask("GET", "/-/resources/host").body
-        assert "1 login in 24 h" in page and ", and so was the last poll" in page
+        assert "1 login in 24 h" in page and "connected since <time" in page and ", and so was the last poll" in page
         assert logins(server) == 1
         send(server._sessions(), "SIGSTOP")
         connection = local.context.connections.watched["host"]

@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import wait_for
 from pwsh import ANSWER_TIME, NO_LANGUAGE, RESTRICTED, ROWS, Engine
 from pypsrp.powershell import PowerShell, RunspacePool
 from pypsrp.wsman import WSMan
 from service import write_inventory
 from test_powershell import Polled, connection_to, poll, target
+from test_windows_kept import Kept
 from test_windows_probes import GRAMMARS, nodes, tree
 from test_wsman_server import settings_for
 from wsman_server import Script, WSManServer
@@ -243,6 +245,18 @@ def test_it_answers_with_the_nonce(endpoint: RunspacePool) -> None:
     for nonce in (NONCE, "0123456789abcdef" * 4):
         said, errors = said_to(endpoint, Get_Health={"Nonce": nonce, "First": len(CHECKS) + 1})
         assert errors == [] and [json.loads(line)["nonce"] for line in said] == [nonce, nonce]
+
+
+def test_polls_share_its_session(engine: Engine, checks: list[dict[str, Any]]) -> None:
+    """As long as no check leaves anything."""
+    asked: dict[str, Any] = {"services": SERVICES, "checks": checks}
+    with serving(engine, configuration(**asked)) as server:
+        kept = Kept(server, endpoint=True, timeout=TIMEOUT, **asked)
+        for number in range(2):
+            assert kept.poll()[1] and kept.connection.keeper.reused is (number > 0)
+        assert (server.requests["Create"], kept.connection.record.outcomes) == (1, {"accepted": 1})
+        kept.connection.close()
+        wait_for(lambda: not server.shells)
 
 
 def test_a_check_that_does_not_end_costs_no_other(engine: Engine) -> None:

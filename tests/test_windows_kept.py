@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import socket
 import sys
 import threading
@@ -146,6 +147,47 @@ def test_a_password_that_is_changed_is_found_out_by_the_next_login() -> None:
         assert verdict.cause == "auth" and kept.guard.refusals == 1
         kept.server.users["monitor"] = PASSWORD  # so that the shell can go
         kept.guard.ask("win")
+
+
+@pytest.mark.parametrize("name", ["ca_file", "certificate_file", "key_file"])
+def test_another_file_of_the_login(name: str) -> None:
+    """It is shown at once, and not for the shell of the login before it."""
+    with keeping(counting(auth="certificate")) as kept:
+        kept.good()
+        kept.good()
+        assert kept.connection.record.outcomes == {"accepted": 1}
+        os.utime(getattr(kept.target.settings, name), (0, 0))
+        kept.good()
+        kept.good()
+        assert (kept.server.requests["Create"], kept.connection.record.outcomes) == (2, {"accepted": 2})
+        assert kept.connection.record.second_tries == 0
+
+
+def test_another_certificate_of_the_host() -> None:
+    """What is open is still that of the host that was known; the next login sends nothing to another one."""
+    with keeping(counting(), ca_file=None) as kept:
+        kept.connection._settings = kept.connection._settings.model_copy(
+            update={"certificate_fingerprint": kept.server.fingerprint})
+        kept.good()
+        before = kept.server.logins
+        kept.server.rotate_certificate()
+        kept.good()
+        kept.hang_up()
+        assert kept.poll()[0].cause == "host_key"
+        assert kept.server.logins == before
+        kept.server.shells.clear()
+
+
+def test_what_nobody_asked_for_between_polls() -> None:
+    with keeping(counting(scheme="http")) as kept:
+        kept.good()
+        kept.good()
+        for sock in kept.server._listener.sockets:
+            sock.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+        wait_for(lambda: kept.session.stale)
+        kept.good()
+        assert kept.connection.record.outcomes == {"accepted": 2}
+        assert kept.connection.record.second_tries == 0
 
 
 def test_a_host_that_moves() -> None:

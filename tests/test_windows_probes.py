@@ -476,9 +476,11 @@ def test_a_host_names_no_problem_that_is_ours() -> None:
     assert evaluate(sample, settings).state == "unhealthy"
 
 
-def test_on_this_machine_rows_without_the_nonce_of_the_poll_are_not_heard() -> None:
-    """What an earlier check has started prints there, too."""
-    wanted = {"name": "a", "hostname": "localhost", "platform": "local", "checks": [{"name": "b", "command": "c"}]}
+@pytest.mark.parametrize("asked", [{"platform": "local"}, {"platform": "windows", "username": "u", "endpoint": True}])
+def test_rows_without_the_nonce_of_the_poll_are_not_heard(asked: dict[str, object]) -> None:
+    """On this machine, where what an earlier check has started prints, too; and of an endpoint, which has nothing else
+    to prove that it is no old answer."""
+    wanted = {"name": "a", "hostname": "localhost", "checks": [{"name": "b", "command": "c"}], **asked}
     output = WindowsOutput(ResourceSettings.model_validate(wanted), f"\n@{NONCE} done\n", Deadline(60))
     lines = [
         {"number": number, "name": "b", "good": number == 1, "text": str(nonce), "then": ""} | nonce
@@ -526,6 +528,16 @@ def test_a_check_that_nobody_saw_end_is_never_good() -> None:
     for number in range(3):
         assert bool(never.rest(0, None)) is (number < 2)
     assert good_checks(never) == {"a": False, "b": False, "c": False}
+
+
+def test_a_check_that_ended_by_exit_is_bad_where_its_code_cannot_be_had() -> None:
+    """And those behind it run."""
+    output = watched(RAN.replace('"then": ""', '"then": "exit"'))
+    assert output.rest(None, None).startswith("$first = 2\n")
+    for row in ('{"number": 1}', RAN.replace('"number": 1, "name": "a"', '"number": 2, "name": "b"')):
+        output.take(f"{row}\n".encode())
+    assert output.whole and good_checks(output) == {"a": False, "b": True}
+    assert b"ended by exit, whose code cannot be had" in output.printed
 
 
 def test_rows_that_are_none() -> None:

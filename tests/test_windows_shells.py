@@ -19,9 +19,16 @@ from pypsrp.powershell import PowerShell, RunspacePool
 from pypsrp.wsman import WSMan
 from test_powershell import target
 from test_probes import wanting
-from test_windows_kept import Kept
+from test_windows_kept import (
+    Kept,
+    drop_answer,
+    lose_step,
+    shells_of_others,
+    want_login,
+    want_login_later,
+)
 from test_wsman_server import settings_for
-from wsman_server import WSManServer
+from wsman_server import SHELL_LIMIT, WSManServer
 
 import healthchecker
 from healthchecker import Platform, build_windows_script
@@ -291,6 +298,15 @@ def test_a_session_that_lacks_a_cmdlet_is_polled_and_not_kept(pool: RunspacePool
     assert after(pool, lacks, check, f"Remove-Item Alias:Get-Job; {forget}", check) == [False, True]
 
 
+def test_a_shell_that_has_grown_by_much_is_not_used_again(pool: RunspacePool) -> None:
+    """As if it had been so much smaller when its first poll ended; what a check allocates no other test would lose."""
+    for grown, clean in (("40MB", True), ("110MB", False)):
+        run_script(pool, f"$HealthChecker.size -= {grown}")
+        assert is_clean(pool, "'x'") is clean
+        run_script(pool, f"$HealthChecker.size += {grown}")
+    assert is_clean(pool, "'x'")
+
+
 def programs(mark: str) -> list[psutil.Process]:
     return [process for process in psutil.process_iter(["cmdline"]) if mark in str(process.info["cmdline"])]
 
@@ -397,3 +413,25 @@ def test_a_process_that_is_killed_costs_a_second_try(engine: Engine) -> None:
         assert polled.connection.record.second_tries == 2
         assert polled.connection.record.outcomes == {"accepted": 3}
         polled.connection.close()
+
+
+def delete_shells(polled: Kept) -> None:
+    """As the host does whose shells have been idle for too long."""
+    for shell in list(polled.server.shells.values()):
+        if isinstance(shell, EngineShell):
+            polled.server.shells.pop(shell.id).close()
+
+
+def test_no_fault_of_the_way_to_a_shell_is_one_of_the_host(engine: Engine) -> None:
+    """Those of tests/test_windows_kept.py that take no time, while others have all shells but one."""
+    with WSManServer("http", "ntlm", open_shell=engine.opener()) as server:
+        polled, good = Polled(server, timeout=TIMEOUT), {"check": (True, "x")}
+        assert polled.ask(check="'x'") == good
+        for number, fault in enumerate((delete_shells, want_login, want_login_later, lose_step, drop_answer), 1):
+            with shells_of_others(server, SHELL_LIMIT - 1):
+                fault(polled)
+                assert polled.ask(check="'x'") == polled.ask(check="'x'") == good
+                assert (polled.connection.record.second_tries, polled.keeps) == (number, True), fault
+                assert len(server.shells) == SHELL_LIMIT
+        polled.connection.close()
+        wait_for(lambda: not server.shells)

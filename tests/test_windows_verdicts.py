@@ -1,11 +1,13 @@
 """What a check says, in a real PowerShell: the table of verdicts, in full and in constrained language.
 
-The host is tests/wsman_server.py with tests/pwsh.py behind it; the poll is the product's own.
+The host is tests/wsman_server.py with tests/pwsh.py behind it; the poll is the product's own, and for the table the
+inventory before it and the API behind it, too.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import sys
@@ -18,9 +20,9 @@ from typing import Any, NamedTuple
 import psutil
 import pytest
 from conftest import wait_for
-from console import console
+from console import NAME, console, local_console
 from pwsh import CONSTRAINED, FULL, NOBODY, Engine, EngineShell
-from test_powershell import Polled, poll, target
+from test_powershell import PASSWORD, Polled, poll, target, windows
 from wsman_server import WSManServer
 
 TIMEOUT = 120.0  # seconds; wine may be slow, and the first poll of a run starts PowerShell for the first time
@@ -123,16 +125,20 @@ def outcomes(polled: Polled) -> dict[str, tuple[bool, str]]:
 
 
 @pytest.fixture(scope="module")
-def polled(host: WSManServer, engine: Engine) -> Polled:
-    """All cases as the checks of one poll."""
-    return ask(host, commands(engine.write))
+def shown(host: WSManServer, engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """What the console's API says of a resource of an inventory that has all cases as its checks."""
+    asked = windows(host, checks=rows(commands(engine.write)), services=["Eventlog"], timeout=TIMEOUT, interval=600)
+    row = json.dumps(asked | {"password": PASSWORD}, default=str)
+    with local_console(tmp_path_factory.mktemp("console"), f"  - {row}\n") as local:
+        local.log_in_as(NAME, "token")
+        wait_for(lambda: local.api("GET", "resources/win").json["state"] != "unknown", TIMEOUT)
+        return local.api("GET", "resources/win").json
 
 
 @pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
-def test_verdict(case: Case, polled: Polled) -> None:
-    assert polled.sample
-    outcome = polled.sample.checks[case.name]
-    found = (outcome.good, outcome.degraded, case.text in outcome.text)
+def test_verdict(case: Case, shown: Any) -> None:
+    outcome = shown["sample"]["checks"][case.name]
+    found = (outcome["good"], outcome["degraded"], case.text in outcome["text"])
     assert found == (case.good, case.degraded, True), outcome
 
 
@@ -150,15 +156,14 @@ def test_the_line_for_a_push(engine: Engine, tmp_path: Path) -> None:
         assert client.api("GET", "resources/backup").json["state"] == "healthy"
 
 
-def test_each_bad_check_is_a_reason(polled: Polled) -> None:
-    assert (polled.verdict.state, polled.cause) == ("unhealthy", "check")
-    assert polled.reason.startswith("check exit code: exit code 3; check exit code, output: exit code 3 done; ")
+def test_each_bad_check_is_a_reason(shown: Any) -> None:
+    assert (shown["state"], shown["cause"]) == ("unhealthy", "check")
+    assert shown["reason"].startswith("check exit code: exit code 3; check exit code, output: exit code 3 done; ")
 
 
-def test_plugins_have_performance_data(polled: Polled) -> None:
-    assert polled.sample
-    assert polled.sample.checks["nagios script"].metrics == {"time": 3.0}
-    assert polled.sample.checks["nagios good"].metrics == {"load": 1.0}
+def test_plugins_have_performance_data(shown: Any) -> None:
+    assert shown["sample"]["checks"]["nagios script"]["metrics"] == {"time": 3.0}
+    assert shown["sample"]["checks"]["nagios good"]["metrics"] == {"load": 1.0}
 
 
 def test_a_stuck_check_delays_no_other_and_not_the_next_poll(
