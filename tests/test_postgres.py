@@ -175,6 +175,39 @@ def test_what_the_url_says_of_passwords_counts(monkeypatch: pytest.MonkeyPatch) 
     assert "PGPASSWORD" not in os.environ
 
 
+ASKING = """
+import time
+from healthchecker import PATIENCE, PostgresServer, StorageError
+server = PostgresServer("postgresql+psycopg://hc@/hc?host=db1.example.com:1&host=db2.example.com:1")
+PATIENCE.set(2)
+began_mono = time.monotonic()
+try:
+    server.inspect()
+except StorageError as error:
+    print(time.monotonic() - began_mono, error)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="no mount namespaces")
+def test_a_name_server_that_is_silent_holds_nobody_up(tmp_path: Path) -> None:
+    """It is asked for each host of several, and has ten seconds each time."""
+    pytest.importorskip("psycopg")
+    (tmp_path / "resolv.conf").write_text("nameserver 127.53.0.1\n", encoding="ascii")
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as name_server:
+        command = ["unshare", "--mount", "sh", "-c", 'mount --bind "$0" /etc/resolv.conf && echo ready && exec "$@"',
+                   str(tmp_path / "resolv.conf"), sys.executable, "-c", ASKING]  # fmt: skip
+        said = ""
+        with contextlib.suppress(OSError):      # a port of root's, and a program of Linux
+            name_server.bind(("127.53.0.1", 53))
+            said = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120,
+                                  cwd=Path(healthchecker.__file__).parent).stdout  # fmt: skip
+        if "ready" not in said:
+            pytest.skip("unshare cannot make a mount namespace: that needs root, and unshare")
+        assert b"db1" in name_server.recv(512, socket.MSG_DONTWAIT)
+    seconds, _, why = said.removeprefix("ready\n").partition(" ")
+    assert float(seconds) < 4 and why.endswith("cannot be used: no connection within 2 s: timeout\n")
+
+
 # --- from here on with a real server ---
 @pytest.fixture
 def server(postgres: Postgres) -> PostgresServer:
@@ -443,8 +476,9 @@ def test_a_server_that_falls_silent_holds_nobody_up(server: PostgresServer, post
                                                     monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
     """Neither who asks nor who connects, and afterwards all is well."""
     monkeypatch.setattr(healthchecker, "BUSY_TIMEOUT", 2.0)
-    with opened(server) as store, impatience(0.5):
-        with pytest.raises(sqlalchemy.exc.OperationalError, match="has not answered for"), store.writing() as session:
+    with opened(server) as store:
+        with impatience(0.5), pytest.raises(sqlalchemy.exc.OperationalError, match="has not answered for"), \
+                store.writing() as session:  # fmt: skip
             revise(session)
             with postgres.silent():
                 session.flush()
@@ -453,6 +487,26 @@ def test_a_server_that_falls_silent_holds_nobody_up(server: PostgresServer, post
         raise_revision(store)
         with store.reading() as session:
             assert revision(session) == 1
+
+
+def test_silent_hosts_hold_nobody_up(postgres: Postgres, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of which has its time to answer; the one after them is reached none the less, also by who waits for it."""
+    with contextlib.ExitStack() as stack:
+        silent = [stack.enter_context(socket.create_server(("127.0.0.1", 0))).getsockname()[1] for _ in range(3)]
+        server = PostgresServer(postgres.url_of(postgres.database(), *silent, postgres.port), SecretStr(PASSWORD))
+
+        def is_reached() -> bool:
+            began_mono = time.monotonic()
+            with contextlib.suppress(StorageError):
+                return server.inspect() == 0
+            assert time.monotonic() - began_mono < 4
+            return False
+
+        with impatience(2):
+            assert not is_reached()
+            wait_for(is_reached)
+            monkeypatch.setattr(healthchecker, "ANSWER_TIMEOUT", 2.0)
+            assert is_reached()
 
 
 def open_until(service: Service, condition: Callable[[], bool]) -> None:
