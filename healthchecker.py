@@ -3216,6 +3216,7 @@ class PostgresServer:
         ends the look-up of a name, and hosts are tried one after the other: what comes when nobody waits for it any
         more is the next one's. Raises psycopg.Error."""
         options: dict[str, Any] = {
+            "target_session_attrs": "primary",      # or a standby that answered once would be asked to write for ever
             **self._url.get_dialect()().create_connect_args(self._url)[1],
             "fallback_application_name": "healthchecker", "connect_timeout": int(min(BUSY_TIMEOUT, PATIENCE.get())),
             "keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 3,

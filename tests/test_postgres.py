@@ -22,7 +22,7 @@ import pytest
 import sqlalchemy
 from conftest import wait_for
 from console import Client, prepared_database
-from postgres import PASSWORD, URL_FILE, Postgres, Program, database_in, execute, refusing
+from postgres import PASSWORD, URL_FILE, Postgres, Program, database_in, execute, open_postgres, refusing
 from pydantic import SecretStr
 from service import Service, prepared_keys, run, write_inventory
 from test_history import Notebook
@@ -507,6 +507,21 @@ def test_silent_hosts_hold_nobody_up(postgres: Postgres, monkeypatch: pytest.Mon
             wait_for(is_reached)
             monkeypatch.setattr(healthchecker, "ANSWER_TIMEOUT", 2.0)
             assert is_reached()
+
+
+def test_what_only_reads_is_not_asked_to_write_for_ever() -> None:
+    """Of two servers the second one answered while the first, which alone can write, was away."""
+    with open_postgres() as primary:
+        name = primary.database()
+        with primary.standby() as standby, opened(PostgresServer(
+                primary.url_of(name, primary.port, standby.port), SecretStr(PASSWORD))) as store:  # fmt: skip
+            raise_revision(store)
+            wait_for(lambda: primary.execute("SELECT to_regclass('setting')", name, standby.port) == [("setting",)])
+            primary.end()
+            with contextlib.suppress(sqlalchemy.exc.SQLAlchemyError), store.reading() as session:
+                revision(session)
+            primary.begin()
+            raise_revision(store)
 
 
 def open_until(service: Service, condition: Callable[[], bool]) -> None:
