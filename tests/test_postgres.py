@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import shutil
 import socket
 import struct
 import subprocess
@@ -26,6 +27,7 @@ from postgres import PASSWORD, URL_FILE, Postgres, Program, database_in, execute
 from pydantic import SecretStr
 from service import Service, prepared_keys, run, write_inventory
 from test_history import Notebook
+from wsman_server import Certificate, make_certificate
 
 import healthchecker
 from healthchecker import (
@@ -281,6 +283,41 @@ def test_servers_that_cannot_be_reached(postgres: Postgres, caplog: pytest.LogCa
                 assert not [word for word in ("wr0ng", PASSWORD) if word in str(caught.value) + caplog.text]
             assert not server.is_running()
             assert "wr0ng" not in repr(server) + repr(vars(server))
+
+
+@pytest.fixture
+def certified(postgres: Postgres) -> Iterator[Certificate]:
+    """The server has one meanwhile."""
+    made = make_certificate(postgres.folder, "server")
+    made.key_file.chmod(0o600)
+    if os.geteuid() == 0:
+        shutil.chown(made.key_file, "nobody", "nogroup")
+    for name, value in (("ssl_cert_file", made.certificate_file), ("ssl_key_file", made.key_file), ("ssl", "on")):
+        postgres.execute(f"ALTER SYSTEM SET {name} = '{value}'")
+    postgres.execute("SELECT pg_reload_conf()")
+    wait_for(lambda: postgres.execute("SHOW ssl") == [("on",)])
+    yield made
+    postgres.execute("ALTER SYSTEM RESET ALL")
+    postgres.execute("SELECT pg_reload_conf()")
+    wait_for(lambda: postgres.execute("SHOW ssl") == [("off",)])
+
+
+def test_tls_as_the_url_says(folder: Path, certified: Certificate) -> None:
+    """With the server that the authority of the URL has vouched for, and with no other one."""
+    url = (folder / URL_FILE).read_text(encoding="utf-8")
+
+    def named(more: str) -> Any:
+        (folder / URL_FILE).write_text(url + more, encoding="utf-8")
+        return database_of(load_inventory(write_inventory(folder)).service)
+
+    shutil.copy(certified.certificate_file, folder / "ca.pem")
+    for more in ("?sslmode=verify-full&sslrootcert=ca.pem", "?sslmode=require"):
+        with contextlib.closing(named(more).connect()) as connection:
+            found = connection.execute("SELECT ssl FROM pg_stat_ssl WHERE pid = pg_backend_pid()").fetchall()
+            assert found == [(True,)]
+    shutil.copy(make_certificate(folder, "other").certificate_file, folder / "ca.pem")
+    with pytest.raises(StorageError, match="certificate verify failed"):
+        named("?sslmode=verify-full&sslrootcert=ca.pem").inspect()
 
 
 def test_many_make_the_tables_at_once(server: PostgresServer) -> None:
@@ -652,6 +689,21 @@ def test_a_service_whose_place_was_taken_hears_of_it(server: PostgresServer) -> 
         assert lost.wait(60)
 
 
+@pytest.mark.parametrize("what", ["schema", "key"])
+def test_a_service_of_before_a_change_does_not_come_back(what: str, server: PostgresServer) -> None:
+    """It was cut off while others brought the database to another schema, or replaced the keys: its place is free, and
+    it ends none the less."""
+    lost = threading.Event()
+    with opened(server) as store, server.lock(lost.set, "a") as claim:
+        with store.writing() as session:
+            session.merge(Setting(name="key", text="one"))
+        wait_for(lambda: claim._stamp and len(claim._stamp) == 2)
+        execute(server, f"UPDATE setting SET value = value + 1, text = text || 'x' WHERE name = '{what}'",
+                "DELETE FROM machine")  # fmt: skip
+        assert lost.wait(60)
+        assert execute(server, "SELECT * FROM machine") == []
+
+
 def test_a_service_on_postgres(folder: Path, postgres: Postgres) -> None:
     """It opens its gate, keeps out another one, and goes on after it was killed; its password is shown nowhere."""
     path = write_inventory(folder, HERE)
@@ -660,7 +712,8 @@ def test_a_service_on_postgres(folder: Path, postgres: Postgres) -> None:
     with contextlib.suppress(AssertionError), Service(path) as service:
         service.wait_status("/", 200)
         refused = run(path)
-        assert refused.returncode == StorageError.exit_code and "another HealthChecker (" in refused.stderr
+        assert refused.returncode == StorageError.exit_code
+        assert f"another HealthChecker ({socket.gethostname()}) is using" in refused.stderr
         assert "runs" in run(path, "gate").stdout
         shown = service.output + refused.stderr + "".join(psutil.Process(service.process.pid).cmdline())
         assert PASSWORD not in shown
