@@ -3199,6 +3199,7 @@ class PostgresServer:
         self._psycopg_connect, self._error = load_psycopg()
         self._url, self._password = sqlalchemy.make_url(url), password
         self._zero_at = time.time() - lease_clock()     # the Unix time of lease_clock's 0 by the database's clock
+        self._late: collections.deque[concurrent.futures.Future[Any]] = collections.deque()     # see connect
 
     def wall(self) -> float:
         """Unix time by the database's clock, which several machines have in common; this one's may be set meanwhile."""
@@ -3215,8 +3216,11 @@ class PostgresServer:
         return self._url.set(query={}).render_as_string()
 
     def connect(self) -> Any:
-        """A connection of psycopg; what it is told holds for any pooler. Raises psycopg.Error."""
+        """A connection of psycopg; what it is told holds for any pooler. A thread of its own makes it, for no deadline
+        ends the look-up of a name, and hosts are tried one after the other: what comes when nobody waits for it any
+        more is the next one's. Raises psycopg.Error."""
         options: dict[str, Any] = {
+            "target_session_attrs": "primary",      # or a standby that answered once would be asked to write for ever
             **self._url.get_dialect()().create_connect_args(self._url)[1],
             "fallback_application_name": "healthchecker", "connect_timeout": int(min(BUSY_TIMEOUT, PATIENCE.get())),
             "keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 3,
@@ -3225,7 +3229,32 @@ class PostgresServer:
             options["password"] = self._password.get_secret_value()
         if not str(options.get("sslmode")).startswith("verify-"):   # or anyone at its port could ask for the plain one
             options.setdefault("require_auth", "scram-sha-256" if self._password else "!password,!md5")
-        return self._psycopg_connect(**options)
+        seconds = PATIENCE.get() if PATIENCE.get() < ANSWER_TIMEOUT else ABANDONED     # who looks after nobody has time
+        ends_mono = time.monotonic() + seconds
+        while True:
+            try:
+                making, is_late = self._late.popleft(), True
+            except IndexError:
+                making, is_late = concurrent.futures.Future(), False
+                threading.Thread(None, self._make, "connect", (making, options), daemon=True).start()
+            try:
+                return making.result(max(0.0, ends_mono - time.monotonic()))
+            except concurrent.futures.TimeoutError:
+                self._late.append(making)
+                raise self._error(f"no connection within {seconds:.0f} s: timeout") from None
+            except self._error:
+                if not is_late:     # or it is no news, perhaps
+                    raise
+
+    def _make(self, making: concurrent.futures.Future[Any], options: Mapping[str, Any]) -> None:
+        try:
+            making.set_result(self._psycopg_connect(**options))
+        except Exception as error:  # noqa: BLE001  # who waits is told
+            making.set_exception(error)
+        time.sleep(CLAIM_LIFE)
+        with contextlib.suppress(Exception):    # it is somebody's, or it is none
+            self._late.remove(making)
+            making.result().close()
 
     @contextlib.contextmanager
     def _connected(self) -> Iterator[Any]:

@@ -128,17 +128,33 @@ class Postgres(Program):
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGCONT)
 
-    def execute(self, statement: str, database: str = "postgres") -> list[Any]:
-        """As somebody else would."""
+    @contextlib.contextmanager
+    def standby(self) -> Iterator[Program]:
+        """A server that follows it, at a port of its own."""
+        assert BINARIES
+        data, place = self.folder / "standby", f"host=127.0.0.1 port={self.port} user=owner password='{PASSWORD}'"
+        run(BINARIES / "pg_basebackup", "-d", place, "-D", data, "-R", "-c", "fast", "--no-sync")
+        made = Program(self.folder, lambda port: self.command(data, port))
+        try:
+            yield made
+        finally:
+            made.end()
+
+    def execute(self, statement: str, database: str = "postgres", port: int = 0) -> list[Any]:
+        """As somebody else would; at its port, or at that of its standby."""
         import psycopg  # noqa: PLC0415
 
-        with psycopg.connect(host="127.0.0.1", port=self.port, user="owner", password=PASSWORD, dbname=database,
+        with psycopg.connect(host="127.0.0.1", port=port or self.port, user="owner", password=PASSWORD, dbname=database,
                              autocommit=True) as connection:  # fmt: skip
             found = connection.execute(statement)
             return found.fetchall() if found.description else []
 
     def url(self, name: str, port: int = 0) -> str:
         return f"postgresql+psycopg://owner@127.0.0.1:{port or self.port}/{name}"
+
+    def url_of(self, name: str, *ports: int) -> str:
+        """That of one of several servers."""
+        return f"postgresql+psycopg://owner@/{name}?{'&'.join(f'host=127.0.0.1:{port}' for port in ports)}"
 
     def database(self, more: str = "") -> str:
         """The name of a new, empty one."""

@@ -1,6 +1,7 @@
 """Three machines, a PostgreSQL and 60 resources on a real sshd: each gate is asked 20 times a second while one machine
-is killed, sleeps, or is cut from the database, the resources or both, each way, and while all lose the database. A gate
-may never be closed while everything is well, nor open later than BOUND after something is not."""
+is killed, sleeps, or is cut from the database, the resources or both, each way, and while all lose the database, for a
+minute or to its standby. A gate may never be closed while everything is well, nor open later than BOUND after something
+is not."""
 
 from __future__ import annotations
 
@@ -223,7 +224,7 @@ def asleep(house: House) -> None:
     with house.open("b sleeps", "ac"):
         os.kill(process, signal.SIGSTOP)
         house.wait("shared by two", lambda: house.is_shared_by("ac"), BOUND)
-        threading.Event().wait(20)
+        threading.Event().wait(30)
     (house.folder / f"up{number}").unlink()
     house.wait("closed while b sleeps", lambda: all(house.gates[name].last() == 503 for name in "ac"), BOUND)
     begun = time.monotonic()
@@ -260,13 +261,29 @@ def without_database(house: House, which: str, server: Postgres | Program, names
     """`names` lose it for a minute."""
     with house.open(f"{which} has ended"):
         server.end()
-        threading.Event().wait(30)
+        threading.Event().wait(60)
     for name in MACHINES:
         house.fault(f"a resource of {name}, {which} has ended", MACHINES, owned(name))
     with house.open(f"{which} is back"):
         server.begin()
         house.wait(f"{which} is back, shared", lambda: house.is_shared_by(MACHINES), 120)
     house.fault(f"a resource after that, seen by {names}", MACHINES, owned(names[0]))
+
+
+def failed_over(house: House, server: Postgres) -> None:
+    """The database is lost, and half a minute later its standby has its address: so long Patroni takes."""
+    with server.standby() as standby:
+        with house.open("a standby takes over"):
+            server.end(signal.SIGQUIT)
+            standby.end()
+            (server.folder / "standby" / "standby.signal").unlink()
+            threading.Event().wait(30)
+            standby.port = server.port
+            standby.begin()
+            wait_for(server._is_ready)
+            house.wait("the standby has taken over, shared", lambda: house.is_shared_by(MACHINES), 120)
+        for name in MACHINES:
+            house.fault(f"a resource of {name}, by the standby", MACHINES, owned(name))
 
 
 def silent(house: House, server: Postgres) -> None:
@@ -301,4 +318,5 @@ def soak() -> list[str]:
         without_database(house, "the pooler of b", pooler, "b")
         without_database(house, "the database", postgres, "abc")
         silent(house, postgres)
+        failed_over(house, postgres)
     return house.wrong

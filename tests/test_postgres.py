@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import shutil
 import socket
 import struct
 import subprocess
@@ -22,10 +23,11 @@ import pytest
 import sqlalchemy
 from conftest import wait_for
 from console import Client, prepared_database
-from postgres import PASSWORD, URL_FILE, Postgres, Program, database_in, execute, refusing
+from postgres import PASSWORD, URL_FILE, Postgres, Program, database_in, execute, open_postgres, refusing
 from pydantic import SecretStr
 from service import Service, prepared_keys, run, write_inventory
 from test_history import Notebook
+from wsman_server import Certificate, make_certificate
 
 import healthchecker
 from healthchecker import (
@@ -175,6 +177,39 @@ def test_what_the_url_says_of_passwords_counts(monkeypatch: pytest.MonkeyPatch) 
     assert "PGPASSWORD" not in os.environ
 
 
+ASKING = """
+import time
+from healthchecker import PATIENCE, PostgresServer, StorageError
+server = PostgresServer("postgresql+psycopg://hc@/hc?host=db1.example.com:1&host=db2.example.com:1")
+PATIENCE.set(2)
+began_mono = time.monotonic()
+try:
+    server.inspect()
+except StorageError as error:
+    print(time.monotonic() - began_mono, error)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="no mount namespaces")
+def test_a_name_server_that_is_silent_holds_nobody_up(tmp_path: Path) -> None:
+    """It is asked for each host of several, and has ten seconds each time."""
+    pytest.importorskip("psycopg")
+    (tmp_path / "resolv.conf").write_text("nameserver 127.53.0.1\n", encoding="ascii")
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as name_server:
+        command = ["unshare", "--mount", "sh", "-c", 'mount --bind "$0" /etc/resolv.conf && echo ready && exec "$@"',
+                   str(tmp_path / "resolv.conf"), sys.executable, "-c", ASKING]  # fmt: skip
+        said = ""
+        with contextlib.suppress(OSError):      # a port of root's, and a program of Linux
+            name_server.bind(("127.53.0.1", 53))
+            said = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120,
+                                  cwd=Path(healthchecker.__file__).parent).stdout  # fmt: skip
+        if "ready" not in said:
+            pytest.skip("unshare cannot make a mount namespace: that needs root, and unshare")
+        assert b"db1" in name_server.recv(512, socket.MSG_DONTWAIT)
+    seconds, _, why = said.removeprefix("ready\n").partition(" ")
+    assert float(seconds) < 5 and why.endswith("cannot be used: no connection within 2 s: timeout\n")
+
+
 # --- from here on with a real server ---
 @pytest.fixture
 def server(postgres: Postgres) -> PostgresServer:
@@ -248,6 +283,41 @@ def test_servers_that_cannot_be_reached(postgres: Postgres, caplog: pytest.LogCa
                 assert not [word for word in ("wr0ng", PASSWORD) if word in str(caught.value) + caplog.text]
             assert not server.is_running()
             assert "wr0ng" not in repr(server) + repr(vars(server))
+
+
+@pytest.fixture
+def certified(postgres: Postgres) -> Iterator[Certificate]:
+    """The server has one meanwhile."""
+    made = make_certificate(postgres.folder, "server")
+    made.key_file.chmod(0o600)
+    if os.geteuid() == 0:
+        shutil.chown(made.key_file, "nobody", "nogroup")
+    for name, value in (("ssl_cert_file", made.certificate_file), ("ssl_key_file", made.key_file), ("ssl", "on")):
+        postgres.execute(f"ALTER SYSTEM SET {name} = '{value}'")
+    postgres.execute("SELECT pg_reload_conf()")
+    wait_for(lambda: postgres.execute("SHOW ssl") == [("on",)])
+    yield made
+    postgres.execute("ALTER SYSTEM RESET ALL")
+    postgres.execute("SELECT pg_reload_conf()")
+    wait_for(lambda: postgres.execute("SHOW ssl") == [("off",)])
+
+
+def test_tls_as_the_url_says(folder: Path, certified: Certificate) -> None:
+    """With the server that the authority of the URL has vouched for, and with no other one."""
+    url = (folder / URL_FILE).read_text(encoding="utf-8")
+
+    def named(more: str) -> Any:
+        (folder / URL_FILE).write_text(url + more, encoding="utf-8")
+        return database_of(load_inventory(write_inventory(folder)).service)
+
+    shutil.copy(certified.certificate_file, folder / "ca.pem")
+    for more in ("?sslmode=verify-full&sslrootcert=ca.pem", "?sslmode=require"):
+        with contextlib.closing(named(more).connect()) as connection:
+            found = connection.execute("SELECT ssl FROM pg_stat_ssl WHERE pid = pg_backend_pid()").fetchall()
+            assert found == [(True,)]
+    shutil.copy(make_certificate(folder, "other").certificate_file, folder / "ca.pem")
+    with pytest.raises(StorageError, match="certificate verify failed"):
+        named("?sslmode=verify-full&sslrootcert=ca.pem").inspect()
 
 
 def test_many_make_the_tables_at_once(server: PostgresServer) -> None:
@@ -443,8 +513,9 @@ def test_a_server_that_falls_silent_holds_nobody_up(server: PostgresServer, post
                                                     monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
     """Neither who asks nor who connects, and afterwards all is well."""
     monkeypatch.setattr(healthchecker, "BUSY_TIMEOUT", 2.0)
-    with opened(server) as store, impatience(0.5):
-        with pytest.raises(sqlalchemy.exc.OperationalError, match="has not answered for"), store.writing() as session:
+    with opened(server) as store:
+        with impatience(0.5), pytest.raises(sqlalchemy.exc.OperationalError, match="has not answered for"), \
+                store.writing() as session:  # fmt: skip
             revise(session)
             with postgres.silent():
                 session.flush()
@@ -453,6 +524,41 @@ def test_a_server_that_falls_silent_holds_nobody_up(server: PostgresServer, post
         raise_revision(store)
         with store.reading() as session:
             assert revision(session) == 1
+
+
+def test_silent_hosts_hold_nobody_up(postgres: Postgres, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of which has its time to answer; the one after them is reached none the less, also by who waits for it."""
+    with contextlib.ExitStack() as stack:
+        silent = [stack.enter_context(socket.create_server(("127.0.0.1", 0))).getsockname()[1] for _ in range(3)]
+        server = PostgresServer(postgres.url_of(postgres.database(), *silent, postgres.port), SecretStr(PASSWORD))
+
+        def is_reached() -> bool:
+            began_mono = time.monotonic()
+            with contextlib.suppress(StorageError):
+                return server.inspect() == 0
+            assert time.monotonic() - began_mono < 5
+            return False
+
+        with impatience(2):
+            assert not is_reached()
+            wait_for(is_reached)
+            monkeypatch.setattr(healthchecker, "ANSWER_TIMEOUT", 2.0)
+            assert is_reached()
+
+
+def test_what_only_reads_is_not_asked_to_write_for_ever() -> None:
+    """Of two servers the second one answered while the first, which alone can write, was away."""
+    with open_postgres() as primary:
+        name = primary.database()
+        with primary.standby() as standby, opened(PostgresServer(
+                primary.url_of(name, primary.port, standby.port), SecretStr(PASSWORD))) as store:  # fmt: skip
+            raise_revision(store)
+            wait_for(lambda: primary.execute("SELECT to_regclass('setting')", name, standby.port) == [("setting",)])
+            primary.end()
+            with contextlib.suppress(sqlalchemy.exc.SQLAlchemyError), store.reading() as session:
+                revision(session)
+            primary.begin()
+            raise_revision(store)
 
 
 def open_until(service: Service, condition: Callable[[], bool]) -> None:
@@ -583,6 +689,21 @@ def test_a_service_whose_place_was_taken_hears_of_it(server: PostgresServer) -> 
         assert lost.wait(60)
 
 
+@pytest.mark.parametrize("what", ["schema", "key"])
+def test_a_service_of_before_a_change_does_not_come_back(what: str, server: PostgresServer) -> None:
+    """It was cut off while others brought the database to another schema, or replaced the keys: its place is free, and
+    it ends none the less."""
+    lost = threading.Event()
+    with opened(server) as store, server.lock(lost.set, "a") as claim:
+        with store.writing() as session:
+            session.merge(Setting(name="key", text="one"))
+        wait_for(lambda: claim._stamp and len(claim._stamp) == 2)
+        execute(server, f"UPDATE setting SET value = value + 1, text = text || 'x' WHERE name = '{what}'",
+                "DELETE FROM machine")  # fmt: skip
+        assert lost.wait(60)
+        assert execute(server, "SELECT * FROM machine") == []
+
+
 def test_a_service_on_postgres(folder: Path, postgres: Postgres) -> None:
     """It opens its gate, keeps out another one, and goes on after it was killed; its password is shown nowhere."""
     path = write_inventory(folder, HERE)
@@ -591,7 +712,8 @@ def test_a_service_on_postgres(folder: Path, postgres: Postgres) -> None:
     with contextlib.suppress(AssertionError), Service(path) as service:
         service.wait_status("/", 200)
         refused = run(path)
-        assert refused.returncode == StorageError.exit_code and "another HealthChecker (" in refused.stderr
+        assert refused.returncode == StorageError.exit_code
+        assert f"another HealthChecker ({socket.gethostname()}) is using" in refused.stderr
         assert "runs" in run(path, "gate").stdout
         shown = service.output + refused.stderr + "".join(psutil.Process(service.process.pid).cmdline())
         assert PASSWORD not in shown

@@ -4,15 +4,19 @@ says that it lives. How whole services share the work: test_sharing.py."""
 from __future__ import annotations
 
 import contextlib
+import os
 import random
+import signal
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import pytest
 from conftest import wait_for
-from postgres import PASSWORD, Postgres
+from postgres import PASSWORD, Postgres, Program
 from pydantic import SecretStr
 
 from healthchecker import (
@@ -129,6 +133,35 @@ def two(postgres: Postgres) -> Iterator[Two]:
             return a, b
 
         yield make
+
+
+# --- time
+def test_an_answer_that_is_late_makes_nothing_newer(postgres: Postgres, pgbouncer: Program) -> None:
+    """What another machine found counts from then on, however long the database's word of that was on its way."""
+    name, [host] = postgres.prepared(), owned_by("b", 1)
+    with contextlib.ExitStack() as stack:
+        a, b = (stack.enter_context(Machine(each, postgres.url(name, port), (host,)))
+                for each, port in (("a", pgbouncer.port), ("b", postgres.port)))  # fmt: skip
+        wait_for(lambda: a.knows("a", "b") and b.knows("a", "b"), 60)
+        for machine in (a, b):
+            machine.look()
+        b.find(host, GOOD)
+        locker = stack.enter_context(contextlib.closing(b.store.database.connect()))
+        locker.execute("BEGIN; LOCK TABLE result")
+        looking = stack.enter_context(ThreadPoolExecutor(1)).submit(a.look)
+        waits = "SELECT 1 FROM pg_locks WHERE NOT granted"
+        wait_for(lambda: postgres.execute(waits))
+        os.kill(pgbouncer.process.pid, signal.SIGSTOP)
+        try:
+            locker.execute("COMMIT")
+            wait_for(lambda: not postgres.execute(waits))
+            answered_mono = time.monotonic()
+            wait_for(lambda: time.monotonic() > answered_mono + 1)
+        finally:
+            os.kill(pgbouncer.process.pid, signal.SIGCONT)
+        looking.result(60)
+        assert a.pollers[host].standing.state == "healthy"
+        assert a.pollers[host]._found_mono < b.pollers[host]._found_mono + 0.1
 
 
 # --- logins
