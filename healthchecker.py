@@ -10095,7 +10095,6 @@ class Poller(ResourceLease, threading.Thread):
             self.doubt.woken.wait(max(0.0, self._next_mono() - time.monotonic()))
             self.doubt.woken.clear()     # before the look at _stopped, so that a stop in between is not lost
             if self._stopped:
-                self._drop_asked()
                 return
             asked = self._asked.qsize()
             if self.rests and self._connection.keeper.session:
@@ -10250,8 +10249,7 @@ class Poller(ResourceLease, threading.Thread):
             left = settings.ttl
         if is_same and stored.strip.endswith(LOGGED_IN_MARKS) and not self._context.members.is_shared:
             self._guard.ask(settings.name)      # what was open vouches for the credential no longer
-        is_known = (stored.state, stored.cause) in POLL_MARKS
-        if left > 0 and is_known and not self._context.members.is_shared:
+        if left > 0 and (stored.state, stored.cause) in POLL_MARKS and not self._context.members.is_shared:
             self.standing = Standing(cast(State, stored.state), cast(Cause, stored.cause), stored.reason,
                                      stored.since_at, stored.good, stored.bad)
             self.expires_mono = self.lease_mono = lease_clock() + left

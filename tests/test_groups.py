@@ -841,7 +841,7 @@ def test_groups_follow_a_reload(tmp_path: Path) -> None:
     inventory = write_inventory(tmp_path, rows + groups.format("all"))
     with Service(inventory) as service:
         service.wait_status("/", 200)
-        assert service.wait_line("group: g: ").endswith("group: g: open"), "its first state is no change"
+        assert service.wait_line("group: g: ").endswith("group: g: open\n"), "its first state is no change"
         write_inventory(tmp_path, rows + bad + groups.format("all"))
         assert run(inventory, "reload").returncode == 0
         service.wait_line("group: g: open -> closed")
