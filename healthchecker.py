@@ -7909,7 +7909,7 @@ class FirstResults:
     def take(self, name: str, span: Span, reason: str | None) -> None:
         """A result, and why where it is a bad one."""
         self.pending.discard(name)
-        is_early = span[0] == 0.0 and name not in self._tree.spans and name not in self._early
+        is_early = span[0] == 0.0 and not {name, START} & self._tree.spans.keys() and name not in self._early
         self._early.pop(name, None)
         if is_early:
             self._early[name] = span, reason

@@ -14,7 +14,7 @@ from typing import Any, cast
 import pytest
 from conftest import wait_for
 from console import console, local_console
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from service import Service, run, write_inventory
 from sshd import POSIX, open_sshd
@@ -644,6 +644,8 @@ class Model:
         return needs_nothing or (self.beats > now and self.is_healthy(name, now))
 
 
+@example((("all", {"a"}), ("all", {"a"}), ("any", {*LEAVES}), set(), set()), {"a": ["d"]},
+         [("up", "a", 1), ("leave", "d", 1), ("down", "d", 1)])  # nothing is decided: no bad result waits for others
 @given(TREES, PARENTS, STEPS)
 def test_any_tree_at_any_moment(tree: tuple[Any, ...], parents: Mapping[str, Sequence[str]],
                                 steps: list[tuple[str, str, int]]) -> None:  # fmt: skip
