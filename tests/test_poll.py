@@ -1122,6 +1122,19 @@ def maintain(house: House, names: str, seconds: float) -> None:
     house.elsewhere(*put_into_maintenance(names, time.time() + seconds))
 
 
+@contextlib.contextmanager
+def sick_one_aside(house: House, machines: Machines, seconds: float,
+                   wall: Callable[[], float] = time.time) -> Iterator[None]:  # fmt: skip
+    """Of db1 and db2, the first one is unreachable, and in maintenance for so long: the gate is open."""
+    house.write("name: db1", "name: db2")
+    machines.behaviours["db1"] = unreachable
+    with house.watching(wall):
+        wait_for(lambda: house.state("db1")[0] == "unhealthy" and house.state("db2")[0] == "healthy")
+        maintain(house, "db1", seconds)
+        wait_for(house.aggregator.is_healthy)
+        yield
+
+
 def maintenance_events(house: House) -> list[str]:
     with house.store.reading() as session:
         found = healthchecker.events(session, kind="maintenance")
@@ -1175,12 +1188,7 @@ def test_what_is_bad_in_maintenance_is_asked_often(house: House, machines: Machi
 
 def test_maintenance_ends_between_two_polls(house: House, machines: Machines) -> None:
     """The state that it has counts at once, whatever the interval, and its lease is that of its last poll."""
-    house.write("name: db1", "name: db2")
-    machines.behaviours["db1"] = unreachable
-    with house.watching():
-        wait_for(lambda: house.state("db1")[0] == "unhealthy" and house.state("db2")[0] == "healthy")
-        maintain(house, "db1", 3600)
-        wait_for(house.aggregator.is_healthy)
+    with sick_one_aside(house, machines, 3600):
         maintain(house, "db1", 1)
         wait_for(lambda: not house.aggregator.is_healthy())
         maintain(house, "db2", 1)
@@ -1351,13 +1359,8 @@ def clock_taken_down(house: House) -> int:
 
 
 def test_a_clock_that_is_set_ends_nothing(house: House, machines: Machines) -> None:
-    house.write("name: db1", "name: db2")
-    machines.behaviours["db1"] = unreachable
     ahead = [0.0]
-    with house.watching(lambda: time.time() + ahead[-1]):
-        wait_for(lambda: house.state("db1")[0] == "unhealthy" and house.state("db2")[0] == "healthy")
-        maintain(house, "db1", 600)
-        wait_for(house.aggregator.is_healthy)
+    with sick_one_aside(house, machines, 600, lambda: time.time() + ahead[-1]):
         for seconds, told in ((3600.0, "forward by 3,600 s"), (-3600.0, "back by 7,200 s"),
                               (FAR_AWAY, "forward by 10,371,600 s"), (-FAR_AWAY, "back by 20,736,000 s")):  # fmt: skip
             ahead.append(seconds)
@@ -1458,12 +1461,8 @@ def test_maintenance_and_a_clock_that_is_set_between_two_starts(house: House, ma
 def test_maintenance_and_a_start_with_a_clock_that_is_behind(house: House, machines: Machines) -> None:
     """Of a machine whose battery is dead, until it has the time from others: what was begun before ends when it was to,
     and not those 120 days later, for which a sick machine would not count."""
-    house.write("name: db1", "name: db2")
-    machines.behaviours["db1"] = unreachable
-    with house.watching():
-        wait_for(lambda: house.state("db1")[0] == "unhealthy" and house.state("db2")[0] == "healthy")
-        maintain(house, "db1", 600)
-        wait_for(house.aggregator.is_healthy)
+    with sick_one_aside(house, machines, 600):
+        pass
     house.elsewhere("UPDATE setting SET value = value + 1 WHERE name = 'boot'")
     behind = [FAR_AWAY]
     with house.watching(lambda: time.time() - behind[-1]):
