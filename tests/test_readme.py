@@ -71,7 +71,8 @@ def test_what_is_installed_is_for_the_service_s_account(tmp_path: Path) -> None:
     found = [environment, *environment.rglob("*")]
     for path in (environment, environment / "bin"):
         path.chmod(0o700)
-    done = subprocess.run(["make", "install"], cwd=tmp_path, check=True, capture_output=True, encoding="utf-8")
+    command = ["make", "--no-print-directory", "install"]   # this may run below a make
+    done = subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, encoding="utf-8")
     assert [line.split()[0] for line in done.stdout.splitlines()] == ["chmod"]
     modes = {path.name: oct(path.stat().st_mode & 0o777) for path in found}
     assert modes == {".venv": "0o755", "bin": "0o755", "python": "0o755", "pyvenv.cfg": "0o644", "run.stamp": "0o644"}
