@@ -2875,6 +2875,7 @@ class SqliteFile:
     insert = staticmethod(sqlite.insert)
     wall = staticmethod(time.time)
     end_of = staticmethod(lambda text, count: func.substr(text, -count))
+    may_pass = staticmethod(lambda _: False)    # a file is there, or it is not
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -3028,6 +3029,8 @@ WRITING_LONG = f"{WRITING}; {BOUNDS}'{ABANDONED:.0f}s'"
 POSTGRES_COLUMNS = """SELECT relname, attname FROM pg_attribute JOIN pg_class ON pg_class.oid = attrelid
     JOIN pg_namespace ON pg_namespace.oid = relnamespace
     WHERE nspname = current_schema() AND relkind IN ('r', 'p') AND attnum > 0 AND NOT attisdropped"""
+# No connection has an SQLSTATE when it fails, and these words are the only sign of what stays as it is.
+LASTING = re.compile("password|authentication|pg_hba|certificate|does not exist|no such (?:database|user)|not support")
 DATABASE_CLOCK = "CAST(extract(epoch FROM clock_timestamp()) AS double precision)"
 # Nor does what was seen in a future, which a clock once showed.
 IS_LIVING = f"abs(seen_at - {DATABASE_CLOCK}) < {CLAIM_LIFE}"
@@ -3041,9 +3044,9 @@ GO_ON = f"UPDATE machine SET seen_at = {DATABASE_CLOCK}, able = %s WHERE instanc
 
 
 @functools.cache
-def load_psycopg() -> tuple[Callable[..., Any], type[Exception]]:
-    """psycopg's connect, of connections that no silence holds up and that write what PostgreSQL can keep; and its
-    errors' class. Raises UsageError."""
+def load_psycopg() -> tuple[Callable[..., Any], type[Exception], type[Exception]]:
+    """psycopg's connect, of connections that no silence holds up and that write what PostgreSQL can keep; the class of
+    its errors, and that of those which are not the statement's fault. Raises UsageError."""
     try:
         import psycopg.types.string  # noqa: PLC0415  # a package that only who has PostgreSQL needs
     except ImportError:     # also of its library
@@ -3066,7 +3069,7 @@ def load_psycopg() -> tuple[Callable[..., Any], type[Exception]]:
         connection.adapters.register_dumper(str, Dumper)
         return connection
 
-    return connect, psycopg.Error
+    return connect, psycopg.Error, psycopg.OperationalError
 
 
 class Company(NamedTuple):
@@ -3196,7 +3199,7 @@ class PostgresServer:
 
     def __init__(self, url: str, password: SecretStr | None = None) -> None:
         """Raises UsageError where psycopg is missing."""
-        self._psycopg_connect, self._error = load_psycopg()
+        self._psycopg_connect, self._error, self._operational_error = load_psycopg()
         self._url, self._password = sqlalchemy.make_url(url), password
         self._zero_at = time.time() - lease_clock()     # the Unix time of lease_clock's 0 by the database's clock
         self._late: collections.deque[concurrent.futures.Future[Any]] = collections.deque()     # see connect
@@ -3241,7 +3244,7 @@ class PostgresServer:
                 return making.result(max(0.0, ends_mono - time.monotonic()))
             except concurrent.futures.TimeoutError:
                 self._late.append(making)
-                raise self._error(f"no connection within {seconds:.0f} s: timeout") from None
+                raise self._operational_error(f"no connection within {seconds:.0f} s: timeout") from None
             except self._error:
                 if not is_late:     # or it is no news, perhaps
                     raise
@@ -3255,6 +3258,14 @@ class PostgresServer:
         with contextlib.suppress(Exception):    # it is somebody's, or it is none
             self._late.remove(making)
             making.result().close()
+
+    def may_pass(self, error: BaseException | None) -> bool:
+        """Whether it is a failure that ends by itself, as far as words tell: the server is away, starts, or is busy."""
+        while error:
+            if isinstance(error, self._operational_error):
+                return not LASTING.search(str(error))
+            error = getattr(error, "orig", None) or error.__cause__
+        return False
 
     @contextlib.contextmanager
     def _connected(self) -> Iterator[Any]:
@@ -12454,7 +12465,9 @@ class Supervisor:
 
     def start(self) -> None:
         """Starts all and waits until they can serve, or `stop`. Raises UsageError where the application cannot be
-        loaded."""
+        loaded. A second time does nothing."""
+        if self._workers:
+            return
         for number in range(self._count):
             if not self.stopping:
                 self._workers.append(self._launch(number))    # known at once: the next one may fail
@@ -12473,13 +12486,12 @@ class Supervisor:
         """Ends `start` and `serve`. Safe in a signal handler."""
         self.stopping = True
 
-    def serve(self) -> None:
-        """Lets the workers serve until `stop`, and then end."""
-        self._serving.value = True
-        while not self.stopping:
+    def serve(self, seconds: float = math.inf) -> None:
+        """Lets the workers serve for so long, or until `stop`."""
+        self._serving.value, ends_mono = True, time.monotonic() + seconds
+        while not self.stopping and time.monotonic() < ends_mono:
             self.look(time.monotonic())
             time.sleep(SUPERVISOR_INTERVAL)
-        self.close()
 
     def look(self, now: float) -> None:
         """Kills one that hangs, and replaces those that died."""
@@ -17560,6 +17572,38 @@ def watch(installation: Installation, store: Store, console: Sequence[socket.soc
         if service.mode == "observe":
             log.warning("service.mode is observe: nothing is refused")
         supervisor.serve()
+        supervisor.close()
+
+
+def serve_with(installation: Installation, console: Sequence[socket.socket], supervisor: Supervisor) -> None:
+    """Serves as soon as the database can be used: what may pass is waited for behind a closed gate, for nobody starts
+    a service again that has said that it has no database. Raises StorageError."""
+    taken, hangups, database = threading.Event(), queue.SimpleQueue[bool](), installation.database
+    trouble = Trouble("the gate stays closed until the database can be used")
+
+    def leave() -> None:
+        taken.set()
+        supervisor.stop()
+
+    handle_signals(supervisor.stop, hangups)    # from here on: an interrupt would leave a worker that nobody knows
+    while not supervisor.stopping:
+        try:
+            database.inspect()
+            with installation.serving(leave):
+                supervisor.start()
+                if not supervisor.stopping:
+                    with installation.store(locked=True) as store:
+                        watch(installation, store, console, supervisor, hangups)
+        except (StorageError, sqlalchemy.exc.SQLAlchemyError) as error:
+            if not database.may_pass(error):
+                raise
+            with trouble.caught():
+                raise
+            supervisor.start()
+            supervisor.serve(CLAIM_INTERVAL)
+    if taken.is_set():
+        raise StorageError(f"another HealthChecker has begun on database {database}, for which this one was not to be "
+                           f"heard of for {CLAIM_LIFE:.0f} s")
 
 
 def serve(arguments: argparse.Namespace) -> int:
@@ -17581,25 +17625,9 @@ def serve(arguments: argparse.Namespace) -> int:
     service = service.model_copy(update={
         "listen": bound_address(service.listen, doors), "console": bound_address(service.console, console),
         "heartbeat": None, "database_password": None})      # workers are given these settings
-    installation.database.inspect()
     lease = Lease(installation.inventory.gates.members({}), observes=service.mode == "observe")
-    supervisor = Supervisor(service, installation.path.parent, doors, lease)
-    taken = threading.Event()
-
-    def leave() -> None:
-        taken.set()
-        supervisor.stop()
-
-    with installation.serving(leave), contextlib.closing(supervisor):
-        hangups: queue.SimpleQueue[bool] = queue.SimpleQueue()
-        handle_signals(supervisor.stop, hangups)    # from here on: an interrupt would leave a worker that nobody knows
-        supervisor.start()
-        if not supervisor.stopping:
-            with installation.store(locked=True) as store:
-                watch(installation, store, console, supervisor, hangups)
-    if taken.is_set():
-        raise StorageError(f"another HealthChecker has begun on database {installation.database}, for which this one "
-                           f"was not to be heard of for {CLAIM_LIFE:.0f} s")
+    with contextlib.closing(Supervisor(service, installation.path.parent, doors, lease)) as supervisor:
+        serve_with(installation, console, supervisor)
     log.info("ended")
     return 0
 

@@ -23,7 +23,7 @@ import pytest
 import sqlalchemy
 from conftest import wait_for
 from console import Client, prepared_database
-from postgres import PASSWORD, URL_FILE, Postgres, Program, database_in, execute, open_postgres, refusing
+from postgres import PASSWORD, URL_FILE, Postgres, Program, database_in, execute, free_port, open_postgres, refusing
 from pydantic import SecretStr
 from service import Service, prepared_keys, run, write_inventory
 from test_history import Notebook
@@ -568,6 +568,69 @@ def open_until(service: Service, condition: Callable[[], bool]) -> None:
         return condition()
 
     wait_for(look, 120)
+
+
+@contextlib.contextmanager
+def begun(path: Path) -> Iterator[Service]:
+    """One that cannot serve yet."""
+    service = Service(path, deadline=60)
+    service.process = service.launch()
+    service._reader = threading.Thread(target=service._read, daemon=True)
+    service._reader.start()
+    try:
+        yield service
+    finally:
+        service.kill()
+
+
+@pytest.mark.parametrize("outage", ["stopped", "silent"])
+def test_a_start_waits_for_the_database(outage: str, folder: Path, own_postgres: Postgres) -> None:
+    """Behind a closed gate that answers: both may begin together, and what ends with 4 is not started again by systemd.
+    A signal ends it meanwhile."""
+    prepared_database(folder)
+    port = free_port()
+    path = write_inventory(folder, HERE, f"  listen: 127.0.0.1:{port}\n  console: 'off'\n")
+    with contextlib.ExitStack() as services, contextlib.ExitStack() as outages:
+        if outage == "silent":
+            outages.enter_context(own_postgres.silent())
+        else:
+            outages.callback(own_postgres.begin)
+            own_postgres.end()
+        for is_stopped in (True, False):
+            service = services.enter_context(begun(path))
+            service.port = port
+            service.wait_line("the gate stays closed until the database can be used")
+            assert service.wait_status("/", 503).status == 503
+            assert service.output.count("can be used") == 1     # once a minute
+            if is_stopped:
+                assert service.stop() == 0
+        outages.close()
+        service.wait_line("serving on http://")
+        service.wait_status("/", 200)
+        assert service.stop() == 0
+
+
+def test_a_start_waits_for_a_busy_database(folder: Path, postgres: Postgres) -> None:
+    """Where another one has the lock of who writes for longer than a writer waits."""
+    prepared_database(folder)
+    server = database_in(folder)
+    assert isinstance(server, PostgresServer)
+    with contextlib.closing(server.connect()) as other, begun(write_inventory(folder, HERE)) as service:
+        other.execute(f"BEGIN; SELECT pg_advisory_xact_lock({healthchecker.WRITE_LOCK})")
+        service.wait_line("the gate stays closed until the database can be used: ")
+        other.rollback()
+        service.wait_line("serving on http://")
+        assert service.stop() == 0
+
+
+@pytest.mark.parametrize(("url", "password", "why"), [
+    ("{url}", "another", "password authentication failed"), ("{url}x", PASSWORD, "does not exist"),
+    ("{url}?sslmode=require", PASSWORD, "server does not support SSL")])
+def test_what_no_waiting_cures_ends_a_start(url: str, password: str, why: str, folder: Path) -> None:
+    url = url.format(url=(folder / URL_FILE).read_text(encoding="utf-8"))
+    (folder / URL_FILE).unlink()
+    done = run(write_inventory(folder, HERE, f"  database: {url}\n  database_password: {password}\n"))
+    assert done.returncode == StorageError.exit_code and why in done.stderr and "until" not in done.stderr
 
 
 @pytest.mark.parametrize("outage", ["stopped", "silent"])
