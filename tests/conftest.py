@@ -158,11 +158,23 @@ def folder_with_database(request: pytest.FixtureRequest, factory: pytest.TempPat
     command line."""
     folder = factory.mktemp("database")
     if getattr(request, "param", DATABASES[request.config.getoption("postgresql")]) == "PostgreSQL":
-        if why := missing_postgres():
-            pytest.skip(why)
-        server = request.getfixturevalue("postgres")
-        (folder / URL_FILE).write_text(server.url(server.prepared()), encoding="utf-8")
+        prepare_postgresql(request, folder)
     return folder
+
+
+def prepare_postgresql(request: pytest.FixtureRequest, folder: Path) -> None:
+    if why := missing_postgres():
+        pytest.skip(why)
+    server = request.getfixturevalue("postgres")
+    (folder / URL_FILE).write_text(server.url(server.prepared()), encoding="utf-8")
+
+
+@pytest.fixture
+def tmp_path(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """By the command line it has a database of PostgreSQL, as folder_with_database's."""
+    if request.config.getoption("postgresql"):
+        prepare_postgresql(request, tmp_path)
+    return tmp_path
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,7 @@ Every answer has to be right for the lease at its time: a refusal only if the ga
 request and answer, the application's answer only if it was open. None may be lost, and neither threads nor descriptors
 nor memory may grow in the workers or in the main process, which is this one. Prints one line of progress and a
 verdict; exit code 1 if something was wrong. Then tests run in full of which the suite has a few rounds (pytest
---soak), those of polls, API and pages on PostgreSQL, the database is locked for a minute, processes are stopped for 20
+--soak), those of polls and console on PostgreSQL, the database is locked for a minute, processes are stopped for 20
 seconds, and first starts, imports, service, migrations and rotations are killed a thousand times: nothing may be half.
 The main process is killed some hundred times, at any moment of its start and after: nothing may be left of it two
 seconds later, and the next one gets its port. Ten restarts on a socket of systemd's refuse none of 20,000 requests,
@@ -194,8 +194,8 @@ def repeated(_options: argparse.Namespace, _folder: Path) -> int:
 
 def on_postgresql(_options: argparse.Namespace, _folder: Path) -> int:
     """What the suite runs on both databases is there already."""
-    files = [f"tests/test_{name}.py" for name in ("poll", "api", "pages")]
-    tests = [sys.executable, "-m", "pytest", "-n", "4", "--postgresql", *files]
+    names = ("poll", "api", "pages", "overview", "overrides", "status", "security")
+    tests = [sys.executable, "-m", "pytest", "-n", "4", "--postgresql", *(f"tests/test_{name}.py" for name in names)]
     return subprocess.run(tests, cwd=Path(__file__).parent.parent, check=False).returncode
 
 

@@ -400,6 +400,7 @@ def shown(inventory: Path, *arguments: str) -> dict[str, str]:
     return {line.partition(" ")[0]: line.partition(" ")[2].strip() for line in lines}
 
 
+@pytest.mark.of_files
 def test_commands(tmp_path: Path) -> None:
     inventory = write_inventory(tmp_path, GOOD)
     assert gate(inventory, code=2) == "there is no database yet; start the service first\n"

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import sqlalchemy
-from conftest import wait_for
+from conftest import folder_with_database, wait_for
 from console import NAME, PASSWORD, Local, local_console
 from service import few_rounds
 
@@ -168,6 +168,7 @@ def test_what_was_known_stays_while_a_machine_is_away(tmp_path: Path) -> None:
         assert "<dt>System</dt>" not in local.ask("GET", "/-/resources/one").body, "that was another machine"
 
 
+@pytest.mark.of_files
 def test_what_was_known_outlives_a_restart(tmp_path: Path) -> None:
     """Nothing is read after it, and after several polls that read nothing; of other settings it would be wrong."""
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), http.server.SimpleHTTPRequestHandler)
@@ -223,14 +224,14 @@ CALM = "platform: simulated, mean_healthy: 1000000, interval: 600, retry_interva
 
 
 @pytest.fixture(scope="module")
-def many(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Local]:
+def many(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Local]:
     """A console with many machines that are well, of two tags and a group; two are away."""
     groups = "\ngroups: [{name: front, members: [m0, m1, away1]}]\n"
     tags = ("even", "odd")
     rows = "".join(f"  - {{name: m{n}, {CALM}, seed: {n}, tags: [{tags[n % 2]}]}}\n" for n in range(MANY))
     away = "platform: http, url: 'http://127.0.0.1:1/', interval: 600, retry_interval: 600, rise: 1, fall: 1"
     rows += f"  - {{name: away1, {away}, tags: [odd]}}\n  - {{name: away2, {away}, critical: false}}\n"
-    with local_console(tmp_path_factory.mktemp("many"), rows, groups, clock=time.time) as local:
+    with local_console(folder_with_database(request, tmp_path_factory), rows, groups, clock=time.time) as local:
         local.log_in_as(NAME)
         wait_for(lambda: f"All 2 unhealthy {MANY} healthy" in text_of(local, "/-/?by=none"), 60)
         yield local
@@ -350,6 +351,7 @@ def test_what_was_typed_for_a_user_stays(forms: Local) -> None:
     assert "not kept: type it again" in own
 
 
+@pytest.mark.of_files
 def test_a_database_that_is_held_loses_nothing_typed(forms: Local, tmp_path: Path) -> None:
     with contextlib.closing(sqlite3.connect(tmp_path / "healthchecker.db", 60, isolation_level=None)) as other:
         other.execute("BEGIN IMMEDIATE")

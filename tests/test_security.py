@@ -17,7 +17,7 @@ from typing import Any
 from urllib.parse import quote, urlsplit
 
 import pytest
-from conftest import no_leaks, wait_for
+from conftest import folder_with_database, no_leaks, wait_for
 from console import (
     FORM,
     JSON,
@@ -164,8 +164,8 @@ def filled(folder: Path, service: str = OPERATORS) -> Iterator[Local]:
 
 
 @pytest.fixture(scope="module")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Local]:
-    with filled(tmp_path_factory.mktemp("shared")) as made:
+def shared(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Local]:
+    with filled(folder_with_database(request, tmp_path_factory)) as made:
         yield made
 
 
@@ -504,11 +504,13 @@ def test_redirects_to_the_login_stay_here(local: Local, path: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Service, Client]]:
+def running(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[Service, Client]]:
     """A service, as it is reached over the wire, and an admin's client."""
     check = json.dumps([{"name": "evil", "command": f"echo {shlex.quote(EVIL)}; exit 1"}])
     stated = f"{STATED}\n  - {{name: one, platform: local, critical: false, checks: {check}}}"
-    with console(tmp_path_factory.mktemp("running"), stated) as made:
+    with console(folder_with_database(request, tmp_path_factory), stated) as made:
         yield made
 
 
@@ -775,10 +777,10 @@ def test_secret_that_does_not_open_shows_in_its_place(local: Local) -> None:
 
 
 @pytest.fixture(scope="module")
-def named(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Local]:
+def named(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Local]:
     """A console that has a name, and a proxy in front of it."""
     service = f"{OPERATORS}\n  console: health.example.com:8081\n  trusted_proxy: [192.0.2.77]"
-    with filled(tmp_path_factory.mktemp("named"), service) as made:
+    with filled(folder_with_database(request, tmp_path_factory), service) as made:
         made.token = ""
         yield made
 

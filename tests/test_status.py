@@ -64,6 +64,7 @@ def has_found(folder: Path, capsys: pytest.CaptureFixture[str], code: int, **fou
 
 
 # --- the command
+@pytest.mark.of_files
 def test_open_closed_and_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_inventory(tmp_path, WELL)
     assert status(tmp_path, capsys) == (3, "UNKNOWN: the service does not run: the gate is closed")
@@ -127,6 +128,7 @@ def test_maintenance_is_no_trouble(tmp_path: Path, capsys: pytest.CaptureFixture
         assert status(tmp_path, capsys, "sick|=1")[0] == 0
 
 
+@pytest.mark.of_files
 def test_after_a_kill(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Its row is there still, and fresh; nobody runs. A start takes nothing of it for its own."""
     path = write_inventory(tmp_path, WELL)
@@ -164,6 +166,7 @@ def test_a_service_that_is_stopped(
             os.kill(service.pid, signal.SIGCONT)
 
 
+@pytest.mark.of_files
 @pytest.mark.parametrize("text", ["", "{}", "[", '{"mono": "x"}'])
 def test_a_row_that_says_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str) -> None:
     write_inventory(tmp_path)
@@ -288,6 +291,7 @@ def basic(password: str) -> str:
     return f"Basic {base64.b64encode(f'wall:{password}'.encode()).decode()}"
 
 
+@pytest.mark.of_files
 def test_for_the_bearer_of_a_token(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Bearer as programs say it, Basic as browsers do; nobody else, whoever is logged in."""
     with page(tmp_path, service=f"  status_token: {TOKEN}") as local:
@@ -323,6 +327,7 @@ def test_a_token_from_elsewhere_and_sealed(tmp_path: Path, source: str, monkeypa
     assert token and token.get_secret_value() == TOKEN and TOKEN not in repr(inventory)
 
 
+@pytest.mark.of_files
 def test_seal_and_reload(tmp_path: Path) -> None:
     """A new token counts at the next reload; neither shows anywhere."""
     with console(tmp_path, WELL, f"  status_token: {TOKEN}") as (service, client):
