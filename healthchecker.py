@@ -9863,7 +9863,8 @@ class Recorder(threading.Thread):
 
     def _write(self, session: Session) -> None:
         """Within the caller's transaction; nothing of resources that were removed."""
-        alive = set(session.scalars(sqlalchemy.select(Resource.id).where(Resource.id.in_(list(self._latest)))))
+        numbers = [*self._latest, *[0] * (-len(self._latest) % 100)]    # of few lengths: each statement is kept
+        alive = set(session.scalars(sqlalchemy.select(Resource.id).where(Resource.id.in_(numbers))))
         pending = (*self._samples, *self._events)
         refuted = self._members.refuted(session, [origin for origin, _ in pending if origin])
         samples = [row for origin, row in self._samples if row["resource_id"] in alive and origin not in refuted]
