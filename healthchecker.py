@@ -4578,6 +4578,18 @@ class Patience:
         return self.is_over()
 
 
+class SeenChannels(dict[int, bool]):
+    """The numbers of all channels, for what comes late: they ascend, and paramiko would keep one for each poll."""
+
+    last = -1
+
+    def __setitem__(self, number: int, _seen: bool) -> None:
+        self.last = max(self.last, number)
+
+    def __contains__(self, number: object) -> bool:
+        return cast(int, number) <= self.last
+
+
 class SshTransport(paramiko.Transport):
     """Knows whether the host said goodbye: after a password that means refused, a lost connection does not."""
 
@@ -4595,6 +4607,7 @@ class SshTransport(paramiko.Transport):
     def __init__(self, wire: Wire) -> None:
         super().__init__(cast(Any, wire), disabled_algorithms=self.WEAK, packetizer_class=BoundedPacketizer)
         self.wire, self._questions = wire, itertools.count(1)
+        self.channels_seen = SeenChannels()
         self.banner_timeout = self.auth_timeout = self.NEVER
         self.clear_to_send_timeout = cast(Any, Patience(wire.too_late))     # while keys are exchanged anew
 
@@ -4674,6 +4687,12 @@ class SshTransport(paramiko.Transport):
         self.ended = True
         with contextlib.suppress(OSError):
             self.sock.shutdown(socket.SHUT_RDWR)     # wakes the thread that reads
+
+    def forget(self) -> None:
+        """Once it has ended it does not refer to itself any more: else all of it would wait for the collector."""
+        if not self.is_alive():
+            self._handler_table.clear()     # type: ignore[attr-defined]  # the stubs lack it
+            self.saved_exception = self.kex_engine = cast(Any, None)
 
     @contextlib.contextmanager
     def explained(self) -> Iterator[None]:
@@ -4841,14 +4860,14 @@ class SshLogin(Connection):
         """The private key, before it the one with a certificate that is beside it, read again when a file changes
         (unlocking an encrypted one takes 0.1 s). Raises ProbeError."""
         try:
-            certificate = path.with_name(f"{path.name}-cert.pub")
-            stamp = [file.stat().st_mtime_ns for file in (path, certificate) if file.exists() or file == path]
+            certificate = f"{path}-cert.pub"    # a new Path would leave its name in Python's table of names, each poll
+            stamp = [os.stat(file).st_mtime_ns for file in (path, certificate) if file == path or os.path.exists(file)]
             if self._keys is None or self._keys[0] != stamp:
                 plain = self._open_key(path)
                 keys = [plain]
                 if len(stamp) > 1:
                     keys.insert(0, copy.copy(plain))
-                    keys[0].load_certificate(str(certificate))
+                    keys[0].load_certificate(certificate)
                 self._keys = stamp, keys
         except OSError as error:
             raise ProbeError("credential", f"key_file {path} cannot be read: {error.strerror}") from error
@@ -5093,6 +5112,7 @@ class SshConnection(SshLogin):
                     transport.join(1)       # before its descriptor is another connection's
                 transport.close()
                 sock.close()
+                transport.forget()
 
 
 # === PowerShell ==============================================================
@@ -9854,7 +9874,8 @@ class Recorder(threading.Thread):
 
     def _write(self, session: Session) -> None:
         """Within the caller's transaction; nothing of resources that were removed."""
-        alive = set(session.scalars(sqlalchemy.select(Resource.id).where(Resource.id.in_(list(self._latest)))))
+        numbers = [*self._latest, *[0] * (-len(self._latest) % 100)]    # of few lengths: each statement is kept
+        alive = set(session.scalars(sqlalchemy.select(Resource.id).where(Resource.id.in_(numbers))))
         pending = (*self._samples, *self._events)
         refuted = self._members.refuted(session, [origin for origin, _ in pending if origin])
         samples = [row for origin, row in self._samples if row["resource_id"] in alive and origin not in refuted]
@@ -9946,6 +9967,9 @@ def poll_once(target: Target, connection: Connection, previous: Sample | None) -
         why, way = str(error), ", ".join(target.settings.hops)
         if way and error.cause in NO_ANSWER and "bastion " not in why:
             why += f" (through bastion {way})"
+        fault: BaseException | None = error
+        while fault:    # and frames refer to each other: what they hold would wait for the garbage collector
+            fault.__traceback__, fault = None, fault.__cause__ or fault.__context__
         return Verdict("unhealthy", error.cause, why), None
     except Exception:   # a thread's outermost step: whatever a host makes a library raise must not end its watch
         log.exception("%s: the poll failed in an unforeseen way", target.name)

@@ -615,6 +615,24 @@ def test_what_cannot_be_written_is_written_later(notebook: Notebook, caplog: pyt
         assert len(events(session, kind="state")) == 6
 
 
+def test_one_statement_however_many_reported(tmp_path: Path) -> None:
+    """Each connection of SQLite keeps the last 128 of them, each of which takes kilobytes."""
+    book, seen = Notebook(tmp_path, 5), list[str]()
+
+    def note(_connection: object, _cursor: object, statement: str, *_more: object) -> None:
+        seen.append(statement)
+
+    book.write(*(book.report(START, number=number) for number in range(5)))
+    sqlalchemy.event.listen(sqlalchemy.Engine, "before_cursor_execute", note)
+    try:
+        for count in range(1, 5):
+            book.write(*(book.report(START + 60 * count, number=number) for number in range(count)))
+    finally:
+        sqlalchemy.event.remove(sqlalchemy.Engine, "before_cursor_execute", note)
+    book.store.close()
+    assert len({statement for statement in seen if "FROM resource" in statement and " IN (" in statement}) == 1
+
+
 def test_a_resource_that_cannot_be_summed_up_ends_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     notebook = Notebook(tmp_path, 3)
     for number in range(3):

@@ -7,6 +7,7 @@ import datetime
 import math
 import re
 import socket
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -109,6 +110,19 @@ def test_polls_share_a_login(server: Sshd) -> None:
             assert healthy(poll(watched, connection))
             assert connection.keeper.reused is (number > 0)
         assert connection.record.outcomes == {"accepted": 1} and connection.record.last_day == 1
+    assert logins(server) == 1
+
+
+def test_polls_over_a_login_add_nothing_up(server: Sshd, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither channels nor names of files: Python's table of names grows once, by megabytes, where they come and go."""
+    watched, names = on(server, key_file=server.user_key()), list[str]()
+    with keeping(watched) as connection:
+        assert healthy(poll(watched, connection))
+        monkeypatch.setattr(sys, "intern", lambda name: names.append(name) or name)
+        for _ in range(3):
+            assert healthy(poll(watched, connection)) and connection.keeper.reused
+        seen = cast(Any, session(connection)._transport).channels_seen
+        assert not names and not [*seen] and [number in seen for number in range(5)] == [True] * 4 + [False]
     assert logins(server) == 1
 
 

@@ -17,6 +17,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import fields
@@ -69,6 +70,7 @@ from healthchecker import (
     Sample,
     SimulatedConnection,
     SshConnection,
+    SshTransport,
     Target,
     Verdict,
     poll_once,
@@ -1027,6 +1029,35 @@ def test_failed_polls_leave_nothing_behind(sshd: Server, often: Callable[[int, i
             assert len(answers) == often(40, 200)
             frozen.thaw()  # a server of this process holds the connection that it was about to take
             frozen.kill_sessions()
+
+
+# what a poll ends with, and of what
+ENDS: list[tuple[str, Callable[[Sshd, Path], Target]]] = [
+    ("", lambda sshd, _: target(sshd, **good_login(sshd), timeout=AMPLE)),
+    ("auth", lambda sshd, key: target(sshd, key_file=key, timeout=AMPLE)),
+    ("unreachable", lambda sshd, _: target(sshd, port=1, password="x", timeout=AMPLE)),
+]
+
+
+@POSIX
+@OPENSSH
+@pytest.mark.parametrize(("cause", "make"), ENDS)
+def test_a_poll_leaves_nothing_to_the_garbage_collector(
+    own: Sshd, tmp_path: Path, cause: str, make: Callable[[Sshd, Path], Target]
+) -> None:
+    """It runs in any thread, and that one's part of malloc keeps what another one's connection was made of."""
+    key = tmp_path / "key"
+    write_private(key, make_key("ed25519"))
+    connection = connect(watched := make(own, key))
+    gc.collect()
+    gc.disable()
+    try:
+        before = Counter(map(type, gc.get_objects()))
+        assert poll(watched, connection).cause == cause
+        left = Counter(map(type, gc.get_objects())) - before
+        assert not left[SshTransport] and not left[HostSocket]
+    finally:
+        gc.enable()
 
 
 # === How hosts are set up ====================================================
