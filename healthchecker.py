@@ -12510,7 +12510,12 @@ class Supervisor:
         """Ends `start` and `serve`. Safe in a signal handler."""
         self.stopping = True
 
-    def serve(self, seconds: float = math.inf) -> None:
+    def serve(self) -> None:
+        """Lets the workers serve until `stop`, and then end."""
+        self.serve_for(math.inf)
+        self.close()
+
+    def serve_for(self, seconds: float) -> None:
         """Lets the workers serve for so long, or until `stop`."""
         self._serving.value, ends_mono = True, time.monotonic() + seconds
         while not self.stopping and time.monotonic() < ends_mono:
@@ -17596,7 +17601,6 @@ def watch(installation: Installation, store: Store, console: Sequence[socket.soc
         if service.mode == "observe":
             log.warning("service.mode is observe: nothing is refused")
         supervisor.serve()
-        supervisor.close()
 
 
 def serve_with(installation: Installation, console: Sequence[socket.socket], supervisor: Supervisor) -> None:
@@ -17624,7 +17628,7 @@ def serve_with(installation: Installation, console: Sequence[socket.socket], sup
             with trouble.caught():
                 raise
             supervisor.start()
-            supervisor.serve(CLAIM_INTERVAL)
+            supervisor.serve_for(CLAIM_INTERVAL)
     if taken.is_set():
         raise StorageError(f"another HealthChecker has begun on database {database}, for which this one was not to be "
                            f"heard of for {CLAIM_LIFE:.0f} s")
