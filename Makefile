@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 unexport PYTHONDONTWRITEBYTECODE    # each process of a test would compile all modules anew
 
-.PHONY: run install test test-windows packages lint map bench soak clean
+.PHONY: run install test test-long test-windows packages lint map bench soak clean
 .NOTPARALLEL:   # packages come before what uses them
 
 # As a module: a script keeps what compiling it took, 25 MB, for as long as it runs.
@@ -23,12 +23,17 @@ packages:
 # later (.pytest.ini), and xdist begins it again: once.
 LIMIT := --timeout 300
 DIST := --dist loadfile --no-loadscope-reorder    # tests/conftest.py puts long files first
+# `make test` is every test but those that take longest, in under five minutes: something of each section. Those that are
+# marked long are in `make test-long`; .ci/run has both. All of one file: make test ARGS="tests/test_x.py -m ''"
+test: MARKED := not long
+test-long: MARKED := long
 # Six at once on two processors: they wait three times as long as they compute.
-test: packages $(VENV)/test.stamp
-	$(BIN)/python -m pytest -n 6 $(DIST) --max-worker-restart 1 $(LIMIT) $(ARGS)
+test test-long: packages $(VENV)/test.stamp
+	$(BIN)/python -m pytest -n 6 $(DIST) --max-worker-restart 1 $(LIMIT) -m "$(MARKED)" $(ARGS)
 
 # What runs on Windows, too, under Windows Python in wine; exit status 77 says that it cannot be had here. Left out
-# are tests of moments (of a kill, of a first poll, of megabytes before a deadline) that wine is too slow to keep.
+# are tests of moments (of a kill, of a first poll, of megabytes before a deadline) that wine is too slow to keep, and long
+# ones in which nothing is Windows': they run on Linux. Those in which something is are marked windows, too.
 SLOW := test_kill_during or first_polls_are_paced or every_poll_ends_in_time
 # Three at once: in wine they wait more than they compute.
 WINDOWS := inventory groups endpoints vault storage aggregate evaluate gate hostile_clients proxy poll transport powershell \
@@ -37,7 +42,7 @@ WINDOWS := inventory groups endpoints vault storage aggregate evaluate gate host
 
 test-windows: packages $(VENV)/run.stamp
 	$(BIN)/python tests/windows_python.py --timeout 1800 -- -m pytest -n 3 $(DIST) $(LIMIT) -rfE -o cache_dir=.wine-python/cache \
-		-k "not ($(SLOW))" \
+		-k "not ($(SLOW))" -m "not long or windows" \
 		$(WINDOWS:%=tests/test_%.py) $(ARGS) || test $$? = 77
 
 lint: $(VENV)/test.stamp

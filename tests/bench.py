@@ -85,15 +85,18 @@ Rounds = dict[str, list[float]]  # name -> what was measured in each round
 
 @dataclass(frozen=True)
 class Plan:
-    """How much to measure: rounds, whole seconds of one load and of the look at the CPU, polls in a row."""
+    """How much to measure: rounds, those of what takes milliseconds, whole seconds of one load and of the look at the
+    CPU, polls in a row."""
 
     rounds: int
+    quick: int
     load: int
     watch: int
     polls: int
 
 
-FULL, SHORT = Plan(rounds=9, load=2, watch=30, polls=20), Plan(rounds=1, load=1, watch=5, polls=4)
+FULL = Plan(rounds=9, quick=25, load=2, watch=30, polls=20)
+SHORT = Plan(rounds=1, quick=5, load=1, watch=5, polls=4)
 
 
 @dataclass(frozen=True)
@@ -141,7 +144,7 @@ def each(call: Callable[[], object], unit: float, number: int = 20_000) -> float
     return timeit.timeit(call, number=number) / number / unit
 
 
-def aggregator_rows(_: Plan) -> Iterator[Row]:
+def aggregator_rows(plan: Plan) -> Iterator[Row]:
     """What asking and reporting cost."""
     small, large, names = hc.HealthAggregator(), hc.HealthAggregator(), [f"r{i}" for i in range(REPORTED)]
     small.SetResource("r", True)
@@ -155,9 +158,9 @@ def aggregator_rows(_: Plan) -> Iterator[Row]:
         return (time.perf_counter() - begin) / REPORTED * 1e6
 
     up, down = partial(report, True), partial(report, False)
-    told = in_turn(7, {"again": up, "down": down, "up": up})
+    told = in_turn(min(7, plan.quick), {"again": up, "down": down, "up": up})
     one, many = partial(each, small.IsHealthy, 1e-9), partial(each, large.IsHealthy, 1e-9)
-    asked = in_turn(25, {"one": one, "many": many})
+    asked = in_turn(plan.quick, {"one": one, "many": many})
     if not (small.IsHealthy() and large.IsHealthy()):
         raise RuntimeError("the aggregators are not healthy")
     yield all_at_most(f"`IsHealthy()`, 1 / {REPORTED:,} resources", (asked["one"], asked["many"]), 200, "ns")
@@ -171,7 +174,7 @@ def beyond(rounds: Rounds, more: str, less: str) -> list[float]:
     return [one - other for one, other in zip(rounds[more], rounds[less], strict=True)]
 
 
-def gate_rows(_: Plan) -> Iterator[Row]:
+def gate_rows(plan: Plan) -> Iterator[Row]:
     """What the gate adds to a request that it lets through."""
 
     def app(environ: dict[str, Any], start_response: Callable[..., object]) -> list[bytes]:
@@ -187,13 +190,13 @@ def gate_rows(_: Plan) -> Iterator[Row]:
     gate: Any = hc.Gate(app, lease)
     measures = {"gate": lambda: each(lambda: gate(environ, start_response), 1e-6)}
     measures["app"] = lambda: each(lambda: app(environ, start_response), 1e-6)
-    rounds = in_turn(25, measures)
+    rounds = in_turn(plan.quick, measures)
     yield at_most("The gate adds to a request", beyond(rounds, "gate", "app"), 3, "μs", 2)
     routes = [f"/part{number}/below" for number in range(100)]
     many = hc.Gate(app, hc.Lease(routes))
     look_up = {name: partial(each, partial(one.route, "/part50/below/page"), 1e-6)
                for name, one in (("none", gate), ("many", many))}  # fmt: skip
-    found = in_turn(25, look_up)
+    found = in_turn(plan.quick, look_up)
     yield at_most("... and with 100 routes", beyond(found, "many", "none"), 1, "μs", 2)
 
 
@@ -208,7 +211,7 @@ def driven(app: Any, scope: dict[str, Any]) -> Callable[[], None]:
     return call
 
 
-def middleware_rows(_: Plan) -> Iterator[Row]:
+def middleware_rows(plan: Plan) -> Iterator[Row]:
     """What the printed gate adds to a request in another server."""
 
     def app(environ: dict[str, Any], start_response: Callable[..., object]) -> list[bytes]:
@@ -229,7 +232,7 @@ def middleware_rows(_: Plan) -> Iterator[Row]:
                 file.put(name, hc.lease_clock() + 1e6, 0.0)
             calls[f"WSGI{count}"] = partial(module["Gate"](app), environ, print)
             calls[f"ASGI{count}"] = driven(module["AsgiGate"](asgi_app), scope)
-        rounds = in_turn(25, {name: partial(each, call, 1e-6) for name, call in calls.items()})
+        rounds = in_turn(plan.quick, {name: partial(each, call, 1e-6) for name, call in calls.items()})
     for kind, limit in (("WSGI", 1), ("ASGI", 3)):
         yield at_most(f"The printed gate adds to a request, {kind}", beyond(rounds, f"{kind}0", kind), limit, "μs", 2)
         yield at_most("... and with 100 routes", beyond(rounds, f"{kind}100", f"{kind}0"), 1, "μs", 2)
@@ -699,10 +702,11 @@ def windows_rows(plan: Plan) -> Iterator[Row]:
 # === The table ===============================================================
 
 
-def noise() -> str:
+def noise(plan: Plan) -> str:
     """How much longer the same work takes at one moment than at another."""
-    samples = sorted(each(lambda: sum(range(50_000)), 1e-3, 1) for _ in range(400))
-    return f"{samples[380] / samples[20]:.1f}"
+    number = 16 * plan.quick
+    samples = sorted(each(lambda: sum(range(50_000)), 1e-3, 1) for _ in range(number))
+    return f"{samples[number * 19 // 20] / samples[number // 20]:.1f}"
 
 
 def table(rows: list[Row], noises: list[str]) -> str:
@@ -758,8 +762,9 @@ PARTS: dict[str, Part] = {
 
 def measured(parts: Sequence[Part], plan: Plan) -> tuple[list[Row], list[str], list[str]]:
     """Rows, noises, and the traceback of each part that ended early: an answer was wrong there, or none came."""
-    rows, noises, wrong = [], [noise()], []
+    rows, noises, wrong = [], [noise(plan)], []
     for part in parts:
+        begin = time.monotonic()
         try:
             for row in part(plan):
                 rows.append(row)
@@ -767,7 +772,8 @@ def measured(parts: Sequence[Part], plan: Plan) -> tuple[list[Row], list[str], l
         except Exception as error:  # noqa: BLE001  # the other parts still have their figures to show
             wrong.append(traceback.format_exc())
             rows.append(Row(f"{part.__name__} ended early", " ".join(str(error).split()).replace("|", "/"), "", False))
-        noises.append(noise())
+        print(f"{part.__name__} took {time.monotonic() - begin:.0f} s", file=sys.stderr)
+        noises.append(noise(plan))
     return rows, noises, wrong
 
 

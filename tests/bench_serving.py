@@ -31,6 +31,7 @@ from bench import (
     APP,
     HEY,
     SETTINGS,
+    SHORT,
     SIMULATED,
     SLEEP,
     WRK,
@@ -263,7 +264,10 @@ def idle_row(service: Service, plan: Plan) -> Row:
 
 
 def granian_rows(plan: Plan) -> Iterator[Row]:
-    """The distance to a server whose loop is no Python."""
+    """The distance to a server whose loop is no Python; nothing is promised of it."""
+    if plan is SHORT:
+        yield Row("Flask in one line, to Granian", "skipped: takes a minute, and nothing is promised")
+        return
     for workers, app, figure in (
         (1, "oneline:app", "Flask in one line, 1 worker"),
         (2, "oneline:app", "... 2 workers"),

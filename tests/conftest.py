@@ -29,11 +29,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 collect_ignore = [] if sys.platform == "win32" else ["test_windows_local.py"]  # powershell.exe is Windows' own
 __all__ = ["DATABASES", "NO_PASSWORD_LOGIN", "folder_with_database", "no_leaks", "open_descriptors", "wait_for"]
 # The files that take longest are begun first: one of them would be left alone at the end.
-LONG = (
-    "windows_verdicts sharing postgres windows_local windows_shells windows_endpoints windows_accounts poll uplink "
-    "sessions overrides workers pages powershell transport real_shells soak windows_kept command_line api probes "
-    "security bastions serve middleware push groups files reload hostile_clients history windows_service storage "
-    "overload crashes readme vault"
+BEGUN_FIRST = (
+    "windows_verdicts sharing windows_local windows_shells windows_endpoints windows_accounts poll notify uplink "
+    "sessions command_line accounts storage workers postgres overrides middleware history pages security transport "
+    "powershell maintenance api status night metrics wsman_server incidents real_shells soak windows_kept endpoints "
+    "probes bastions serve files overload end_to_end push groups reload hostile_clients windows_service recorder "
+    "crashes readme vault"
 ).split()
 # These wait more than they compute, and their tests share nothing: several workers run one of them. Not in wine, where
 # they compute.
@@ -68,7 +69,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    places = {f"test_{name}.py": place for place, name in enumerate(LONG)}
+    places = {f"test_{name}.py": place for place, name in enumerate(BEGUN_FIRST)}
     items.sort(key=lambda item: places.get(item.path.name, len(places)))
     if config.getoption("postgresql"):
         items[:] = [item for item in items if not item.get_closest_marker("of_files")]

@@ -128,6 +128,7 @@ def test_session_ends_after_half_an_hour_without_a_request(local: Local) -> None
     assert (reply.status, reply.headers["location"]) == (303, "/-/login?next=/-/")
 
 
+@pytest.mark.long
 def test_session_goes_on_with_requests_but_no_longer_than_eight_hours(local: Local) -> None:
     local.open_session()
     begun = local.clock.now
@@ -253,6 +254,7 @@ def by_admin(method: str, body: Any) -> Any:
     return act
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "act",
     [
@@ -361,6 +363,7 @@ def test_use_of_a_named_token_is_noted_once_a_minute(local: Local) -> None:
         assert (row.seen_at - begun, row.address) == seen
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("expires", "seconds"),
     [
@@ -423,6 +426,7 @@ BY_LOGIN = [
 ]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("method", "path", "body"), BY_LOGIN)
 def test_a_named_token_cannot_prolong_itself(local: Local, method: str, path: str, body: Any) -> None:
     """Not even an admin's, by a token, a password or a user more."""
@@ -499,6 +503,7 @@ def test_named_tokens_are_listed_and_revoked(local: Local) -> None:
     assert bearer(local, mine).api("GET", "resources").status == 200
 
 
+@pytest.mark.long
 def test_names_and_number_of_named_tokens(local: Local) -> None:
     add_user(local)
     made(local, name="same")
@@ -620,6 +625,7 @@ def test_address_that_tries_many_accounts_waits(local: Local) -> None:
     assert attempt(local, password=PASSWORD).status == 200
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("address", ["127.0.0.1", "::1"])
 def test_address_of_this_machine_is_everybody_s(local: Local, address: str) -> None:
     """Who comes by `ssh -L` is not kept waiting by what others of this machine try."""
@@ -766,6 +772,7 @@ def seconds_of(local: Local, name: str) -> float:
     return time.thread_time() - begin
 
 
+@pytest.mark.long
 def test_unknown_users_take_as_long_as_known_ones(tmp_path: Path) -> None:
     """With as many rounds as a user's password really has."""
     with local_console(tmp_path) as local:
@@ -830,6 +837,7 @@ RESTRICTED = [
 BEHIND_A_PROXY = {"X-Forwarded-For": "127.0.0.1", "X-Forwarded-Host": "localhost", "X-Real-IP": "127.0.0.1"}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("address", "headers"),
     [
@@ -878,6 +886,7 @@ def user(inventory: Path, *arguments: str, password: str = "") -> tuple[int, str
     return code, output.getvalue(), error.getvalue()
 
 
+@pytest.mark.long
 def test_users_before_the_first_start(tmp_path: Path) -> None:
     """As a process of its own."""
     inventory = write_inventory(tmp_path)
@@ -944,6 +953,7 @@ def test_named_tokens_on_the_command_line(running: tuple[Service, Client]) -> No
         assert user(inventory, "token", *arguments) == (2, "", f"{message}\n"), arguments
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("arguments", "password", "message"),
     [
@@ -966,6 +976,7 @@ def test_faults_on_the_command_line(tmp_path: Path, arguments: list[str], passwo
     assert (code, output.split("\n")[1].split()) == (0, [NAME, "admin", "the", "documented", "one"])
 
 
+@pytest.mark.long
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
 def test_password_at_a_terminal_is_not_shown(tmp_path: Path) -> None:
     import pty  # noqa: PLC0415  # UNIX only

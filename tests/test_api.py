@@ -845,6 +845,7 @@ def tamed(case: Any) -> Any:
     return case
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("mode", ["POSITIVE", "NEGATIVE"], ids=["as described", "otherwise"])
 @pytest.mark.parametrize("operation", OPERATIONS, ids=[operation.key for operation in OPERATIONS])
 def test_answers_agree_with_the_description(client: Client, operation: Any, mode: str) -> None:

@@ -223,6 +223,7 @@ def test_a_port_that_is_closed_behind_a_bastion(servers: tuple[Sshd, Sshd, Sshd]
         "unreachable", f"bastion b1: it refuses a connection to 127.0.0.1 port {closed.port}: Connect failed")
 
 
+@pytest.mark.long
 @OPENSSH
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_a_frozen_bastion(tmp_path: Path, when: str) -> None:
@@ -374,6 +375,7 @@ def test_the_forced_command_of_the_readme(servers: tuple[Sshd, Sshd, Sshd], tmp_
 # --- in the service -------------------------------------------------------------
 
 
+@pytest.mark.long
 @OPENSSH
 def test_those_behind_a_bastion_follow_its_changes(tmp_path: Path) -> None:
     """Another address, key and credential, and no bastion at all."""
@@ -449,6 +451,7 @@ class Trap(ParamikoSshd):
                 return
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("how", ["moved", "removed", "renamed", "further on"])
 def test_no_password_goes_through_a_bastion_that_became_another(tmp_path: Path, how: str) -> None:
     """Who typed it trusted the one before. Of those who lead elsewhere nothing is lost, nor by other changes."""
@@ -671,6 +674,7 @@ def test_an_alias_is_looked_up_in_known_hosts(servers: tuple[Sshd, Sshd, Sshd], 
         assert answer.cause == cause
 
 
+@pytest.mark.long
 def test_ssh_config_cannot_be_set_through_the_api(tmp_path: Path) -> None:
     with local_console(tmp_path) as local:
         given = {"name": "a", "hostname": "a", "username": "u", "password": "p", "ssh_config": "inventory.yaml"}

@@ -80,6 +80,7 @@ def browser() -> Iterator[Browser]:
         yield browser
 
 
+@pytest.mark.long
 @pytest.mark.skipif(sys.platform == "win32", reason="the pages are the same there, but no chromium is")
 def test_values_on_hover_and_by_keyboard(browser: Browser, tmp_path: Path) -> None:
     """Both say time, values and what happened then, and stay when the page refreshes itself."""

@@ -102,6 +102,7 @@ def test_command_without_inventory(arguments: list[str], tmp_path: Path, capsys:
 
 
 # --- first start ---------------------------------------------------------------------------------------------
+@pytest.mark.long
 def test_first_start_copies_the_example(tmp_path: Path) -> None:
     example = tmp_path / "inventory.example.yaml"
     service = "{listen: 127.0.0.1:0, console: 127.0.0.1:0, workers: 1}"
@@ -255,6 +256,7 @@ def app(environ, start_response): ...
 """
 
 
+@pytest.mark.long
 def test_check_loads_the_application(tmp_path: Path) -> None:
     """In a process of its own, with the traceback of what went wrong in theirs and nothing of ours."""
     (tmp_path / "shop.py").write_text(BROKEN, encoding="utf-8")
@@ -276,6 +278,7 @@ def test_check_of_an_application(text: str, code: int, tmp_path: Path) -> None:
     assert run_cheaply("--inventory", str(write_inventory(tmp_path, CALM, "  app: shop:app")), "check")[0] == code
 
 
+@pytest.mark.long
 def test_check_of_an_application_that_never_loads(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -294,6 +297,7 @@ def test_check_goes_on_without_a_token(tmp_path: Path, capsys: pytest.CaptureFix
     assert "Traceback" not in output.err and "Errno" not in output.err
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("door", ["listen", "console"])
 def test_check_looks_at_the_ports(door: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
@@ -383,6 +387,7 @@ def test_probes_run_at_the_same_time(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert len(table) >= 41 and max(float(table[f"n{n}"][2]) for n in range(40)) < 20
 
 
+@pytest.mark.long
 @pytest.mark.skipif(sys.platform == "win32", reason="a pseudo-terminal is a POSIX thing")
 def test_progress_bar_on_a_terminal(tmp_path: Path) -> None:
     path = write_inventory(tmp_path, CALM + CALM.replace("calm", "quiet"))
@@ -475,6 +480,7 @@ SEALS: dict[str, tuple[str, str]] = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("case", SEALS)
 def test_seal_keeps_the_layout(case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     vault = prepared_vault(tmp_path)
@@ -580,6 +586,7 @@ def test_seal_start_rotate_start(tmp_path: Path, closed_port: int, capsys: pytes
         assert main(["--inventory", str(path), "keys", "rotate"]) == 4, "the service runs"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("sealed", [False, True])
 def test_a_lost_key(
     sealed: bool, tmp_path: Path, closed_port: int, capsys: pytest.CaptureFixture[str]
@@ -865,6 +872,7 @@ def test_no_secret_anywhere(
         assert not [name for name, content in found.items() if any(form in content for form in forms)], canary
 
 
+@pytest.mark.long
 @pytest.mark.skipif(sys.platform == "win32", reason="SIGINT cannot be sent to another process there")
 def test_interrupt_during_a_command(tmp_path: Path) -> None:
     """Ctrl-C in a long probe: exit 130 and no traceback."""
@@ -892,6 +900,7 @@ def test_interrupt_during_a_command(tmp_path: Path) -> None:
     assert (process.returncode, error) == (130, "")
 
 
+@pytest.mark.long
 @pytest.mark.skipif(sys.platform == "win32", reason="there a pipe without a reader is no EPIPE")
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 @pytest.mark.parametrize("both", [False, True])
@@ -909,6 +918,7 @@ def test_output_that_nobody_reads(tmp_path: Path, word: str, code: int, both: bo
     assert done.returncode == (1 if both else code) or (word, unbuffered) == ("--help", "1"), "argparse passes it over"
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="/dev/full is of Linux")
 def test_output_that_cannot_be_written(tmp_path: Path) -> None:
     with open("/dev/full", "w", encoding="utf-8") as full:

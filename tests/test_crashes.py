@@ -168,6 +168,7 @@ def kill_anywhere(folder: Path, times: int, seed: int, orphaned: float) -> None:
         service.wait_status("/", 200)
 
 
+@pytest.mark.long
 def test_kills_leave_nothing_half(tmp_path: Path) -> None:
     """(A thousand of them: make soak.)"""
     kill_anywhere(tmp_path, 5, 13, ORPHANED)

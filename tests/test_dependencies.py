@@ -261,6 +261,7 @@ def test_what_is_shown(tmp_path: Path) -> None:
         assert not [event for event in states if "unhealthy" in event["text"]]
 
 
+@pytest.mark.long
 def test_what_the_console_adds_depends_on_what_there_is(tmp_path: Path) -> None:
     rows = f"  - {{name: switch1, {DOWN}, tags: [t]}}\n  - {{name: db1, {CALM}, depends_on: [g]}}\n"
     with local_console(tmp_path, f"{rows}groups: [{{name: g, tags: [t]}}]\n") as local:

@@ -63,6 +63,7 @@ def test_a_full_disk_closes_the_gate_until_it_is_empty(sshd: Sshd | ParamikoSshd
             assert "correct horse" not in service.output
 
 
+@pytest.mark.long
 def test_a_limit_of_open_files_that_is_too_low_is_told(tmp_path: Path) -> None:
     """And raised as far as that is allowed, also for those that are added later; simulated resources need none."""
     program = tmp_path / "limited.py"
@@ -82,6 +83,7 @@ def test_a_limit_of_open_files_that_is_too_low_is_told(tmp_path: Path) -> None:
         assert "120 files may be open, which is too few for 11 hosts: set LimitNOFILE (ulimit -n) to 122" in line
 
 
+@pytest.mark.long
 def test_open_files_are_allowed_as_far_as_they_are_needed() -> None:
     """What the service starts has that limit, too: some programs close each file that there could be."""
     asked = "import healthchecker, resource as r; r.setrlimit(r.RLIMIT_NOFILE, (64, 300))\n"

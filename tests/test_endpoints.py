@@ -117,6 +117,7 @@ def test_a_nonce_is_checked_before_anything_uses_it(shell: str, nonce: str, good
         assert (done.stdout, done.stderr.decode(), done.returncode) == (b"", REFUSED, 1)
 
 
+@pytest.mark.long
 @POSIX
 @pytest.mark.parametrize("name", HOSTS)
 def test_every_recorded_host_answers_an_endpoint_as_it_answers_a_script(name: str) -> None:

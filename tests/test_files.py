@@ -49,6 +49,7 @@ def modes(folder: Path) -> dict[str, int]:
 
 
 # --- modes ---------------------------------------------------------------------------------------------------
+@pytest.mark.long
 @POSIX
 def test_nothing_is_writable_for_others(tmp_path: Path) -> None:
     """Whatever umask a service manager or a shell leaves."""
@@ -88,6 +89,7 @@ def strangers(folder: Path) -> set[str]:
 
 
 # --- owners --------------------------------------------------------------------------------------------------
+@pytest.mark.long
 @AS_ROOT
 @pytest.mark.parametrize("arguments", [[], ["check"], ["seal"], ["user", "list"], ["keys", "rotate"]], ids=" ".join)
 def test_what_root_makes_belongs_to_the_service(arguments: list[str], tmp_path: Path) -> None:
@@ -249,6 +251,7 @@ except FileExistsError:
 """
 
 
+@pytest.mark.long
 @pytest.mark.skipif(
     sys.platform != "linux" or platform.machine() not in ("x86_64", "aarch64"), reason="needs seccomp of Linux"
 )
@@ -264,6 +267,7 @@ def test_where_there_are_no_links(tmp_path: Path) -> None:
     assert path.read_bytes() == b"one" and sorted(item.name for item in tmp_path.iterdir()) == [path.name, script.name]
 
 
+@pytest.mark.long
 def test_two_first_starts_at_the_same_moment(tmp_path: Path) -> None:
     """One serves; the other one says who is there."""
     shutil.copy(PROGRAM, tmp_path)

@@ -12,6 +12,7 @@ from fuzz import TARGETS, Chance, Opened, Target, Wrong, damaged, feed_one
 SEED = 13
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", TARGETS)
 def test_only_documented_errors(name: str) -> None:
     """Some inputs are read and some are not, or it would be chance that nothing was found."""

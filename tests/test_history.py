@@ -290,6 +290,7 @@ TIMES = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("rolled", [False, True], ids=["raw", "averages"])
 @pytest.mark.parametrize(("polls", "seconds", "percent"), TIMES.values(), ids=TIMES)
 def test_availability(polls: str, seconds: int, percent: float | None, rolled: bool, notebook: Notebook) -> None:
@@ -401,6 +402,7 @@ def test_the_hour_that_comes_twice(notebook: Notebook, monkeypatch: pytest.Monke
         time.tzset()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("span", SPANS)
 def test_chart_over_the_border_of_averages(span: str, notebook: Notebook) -> None:
     """Averages first, polls after them: every moment once, and never more points than a screen has."""
@@ -504,6 +506,7 @@ def test_retention(tmp_path: Path) -> None:
     notebook.store.close()
 
 
+@pytest.mark.long
 def test_events_are_bounded(notebook: Notebook) -> None:
     """Whatever flaps, the newest 100,000 are kept."""
     notebook.execute(
@@ -533,6 +536,7 @@ def test_a_clock_that_was_set_back(notebook: Notebook) -> None:
     assert notebook.available(now) == {"day": 0, "week": 0, "month": 0}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("days", [-120, 120])
 def test_a_wrong_clock_drops_little(days: int, notebook: Notebook) -> None:
     """A dead battery, or a typo in `date`: an hour of it must not cost the history."""
@@ -588,6 +592,7 @@ def test_the_pages_that_the_bench_times(tmp_path: Path) -> None:
 
 
 # --- one writer, in small transactions ---
+@pytest.mark.long
 def test_summing_up_goes_in_short_transactions(tmp_path: Path) -> None:
     """Others may write in between, and in the end every resource is done."""
     notebook = Notebook(tmp_path, 150)
@@ -665,6 +670,7 @@ def stored(folder: Path, query: str) -> list[str]:
     return [str(text) for (text,) in execute(database_in(folder), query)]
 
 
+@pytest.mark.long
 def test_history_goes_on_after_a_restart(tmp_path: Path) -> None:
     """Strip and events go on; what the first run has left to sum up, the second one sums up."""
     rows = "  - {name: here, platform: simulated, interval: 1, mean_healthy: 1e6, mean_unhealthy: 0.001}"

@@ -795,6 +795,7 @@ def timed(service: Service) -> float:
     return time.monotonic() - begin
 
 
+@pytest.mark.long
 def test_five_hundred_slow_headers(tmp_path: Path) -> None:
     """A normal request is answered within 6 s, and from then on at once; the slow ones are told."""
     with room_for(600), Service(write_inventory(tmp_path, STEADY)) as service, contextlib.ExitStack() as stack:

@@ -113,6 +113,7 @@ def bench(tmp_path: Path) -> Iterator[Bench]:
     made.store.close()
 
 
+@pytest.mark.long
 def test_a_start_that_opens_is_no_incident(bench: Bench) -> None:
     bench.look(20)
     bench.report(a=True, b=True, c=True)
@@ -290,6 +291,7 @@ def test_what_cannot_be_written_is_kept(bench: Bench) -> None:
     assert [one.end for one in bench.found()] == ["opened"]
 
 
+@pytest.mark.long
 def test_the_strip_of_a_day(bench: Bench) -> None:
     """A part is 24 minutes: open, closed for a while, closed, and before all that not known."""
     bench.report(a=True, b=True, c=True)
@@ -303,6 +305,7 @@ def test_the_strip_of_a_day(bench: Bench) -> None:
     assert len(bench.strip("day")) == STRIP and bench.strip("day").endswith(" hdl")
 
 
+@pytest.mark.long
 def test_pruning(bench: Bench) -> None:
     """90 days stay whatever the retention is, and of a group that flaps no more than EVENTS; nobody else's go."""
     now, row = bench.wall.now, dict.fromkeys(("end", "why", "actor", "opened_by", "before", "mode"), "x")

@@ -623,6 +623,7 @@ def test_bomb(content: str, folder: Path) -> None:
     assert time.process_time() - begin < 8
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "entries",
     [
@@ -696,6 +697,7 @@ HOSTILE = [
 ]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("hostile", HOSTILE)
 def test_no_fault_quotes_the_file(hostile: str, folder: Path) -> None:
     """The same odd text in the place of every key and of every value: refused or not, it is never shown."""

@@ -88,6 +88,7 @@ def test_around(case: tuple[str, str, str, int, tuple[str, int], tuple[str, int]
     assert plan(schedule, "10m", zone).around(moment(now, zone, fold)) == expected
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("zone", [BERLIN, SYDNEY, HALF, "America/New_York"])
 @pytest.mark.parametrize("schedule", ["30 2 * * *", "0 * * * *", "*/20 1-3 * * *", "15 2,3 * * sun"])
 def test_what_is_next_was_last_then(zone: str, schedule: str) -> None:
@@ -290,6 +291,7 @@ TURNS = {  # plans, and who does not count at which minute of that Sunday after 
 }  # fmt: skip
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("case", TURNS.values(), ids=TURNS)
 def test_turns_that_meet(diary: Diary, case: tuple[list[dict[str, str]], dict[int, str], str]) -> None:
     plans, minutes, states = case
@@ -310,6 +312,7 @@ RELOADS = {  # the plan in the middle of its turn, who does not count then, and 
 }  # fmt: skip
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("case", RELOADS.values(), ids=RELOADS)
 def test_a_plan_that_changes(diary: Diary, case: tuple[dict[str, str] | None, tuple[str, ...], str]) -> None:
     after, covered, states = case
@@ -467,6 +470,7 @@ CHOICES = [({"tags": ["db"]}, "ab", ("", "")), ({"tags": ["web"]}, "b", ("", "")
            ({"resources": ["a", "b"]}, "ab", ("", ""))]  # fmt: skip
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("scope", "names", "about"), CHOICES)
 def test_maintenance_by_choice(console: Local, scope: dict[str, Any], names: str, about: tuple[str, str]) -> None:
     reply = console.api("POST", "maintenance", {**scope, "for": "2h", "reason": "disks"})
@@ -629,6 +633,7 @@ def test_forms(console: Local) -> None:
     assert start.timestamp() == datetime.datetime.fromisoformat(tomorrow).timestamp()
 
 
+@pytest.mark.long
 def test_a_plan_is_shown_ahead(tmp_path: Path) -> None:
     """In a service in the middle of a turn: it counts no one of them, and that can be ended."""
     schedule = f"{datetime.datetime.now(datetime.timezone.utc):%M %H} * * *"
@@ -645,6 +650,7 @@ def test_a_plan_is_shown_ahead(tmp_path: Path) -> None:
 
 
 # === Commands ================================================================
+@pytest.mark.long
 def test_commands(tmp_path: Path) -> None:
     """With no service, whose next start takes it up; and while it runs."""
     path = write_inventory(tmp_path, SERVED)

@@ -588,6 +588,7 @@ def requests_of(found: Series) -> dict[str, int]:
     return {key[1]: int(value) for key, value in found.items() if key[0] == "healthchecker_requests_total" and value}
 
 
+@pytest.mark.long
 @POSIX
 @pytest.mark.parametrize("threads", [0, 2], ids=["loop", "pool"])
 def test_a_service_counts_what_it_does(tmp_path: Path, threads: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import importlib.util
 import itertools
 import json
@@ -49,12 +50,20 @@ CALM = "platform: simulated, mean_healthy: 1000000, interval: 30"
 BRIEF = "platform: simulated, mean_healthy: 1000000, interval: 1, timeout: 1"  # a lease of 5 s
 BAD = "platform: simulated, mean_healthy: 0.000001, mean_unhealthy: 1000000, interval: 1, timeout: 1, fall: 1"
 SITE, GENERATION = 17, 15  # cells
+NOWHERE = Path("nowhere")
+
+
+@functools.cache
+def printed_text() -> str:
+    """The middleware of NOWHERE. Finding the text of a class in a file of a megabyte takes half a second."""
+    return middleware_text(NOWHERE)
 
 
 def printed(folder: Path, path: Path | None = None) -> ModuleType:
     """The middleware as it is printed, imported from a file."""
     place = folder / "hc_gate.py"
-    place.write_text(middleware_text(path or folder / "lease"), encoding="utf-8")
+    text = printed_text().replace(json.dumps(str(NOWHERE)), json.dumps(str(path or folder / "lease")))
+    place.write_text(text, encoding="utf-8")
     spec = importlib.util.spec_from_file_location("hc_gate", place)
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
@@ -223,6 +232,8 @@ def test_the_end_of_the_service_closes_at_once(tmp_path: Path) -> None:
         assert not any(map(leases.is_healthy, ("", "g", "/r")))
 
 
+@pytest.mark.long
+@pytest.mark.windows
 def test_another_start_closes_what_was_mapped(tmp_path: Path) -> None:
     """After a kill -9, too: at once; then the new file counts."""
     with opened(tmp_path, "/r") as (_, leases):
@@ -262,6 +273,8 @@ def test_a_file_that_is_gone_is_closed_and_may_come_back(tmp_path: Path, caplog:
         assert len(caplog.records) == 2
 
 
+@pytest.mark.long
+@pytest.mark.windows
 def test_two_services_with_one_path(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """The later one has it, and the other says so; it has it again once that one has ended."""
     with opened(tmp_path, "/r") as (file, leases):
@@ -279,6 +292,8 @@ def test_two_services_with_one_path(tmp_path: Path, caplog: pytest.LogCaptureFix
         assert leases.wait("/r")
 
 
+@pytest.mark.long
+@pytest.mark.windows
 def test_the_end_of_an_earlier_one_closes_nothing(tmp_path: Path) -> None:
     with opened(tmp_path, "/r") as (file, leases):
         later = LeaseFile(tmp_path / "lease", ["/r"])
@@ -290,6 +305,7 @@ def test_the_end_of_an_earlier_one_closes_nothing(tmp_path: Path) -> None:
         assert leases.wait("/r")
 
 
+@pytest.mark.long
 @POSIX
 def test_a_file_that_somebody_removes_comes_back(tmp_path: Path) -> None:
     """With what it said; and not any more once the service has ended."""
@@ -383,6 +399,7 @@ def both(folder: Path, parts: list[str], opens: set[str]) -> tuple[Gate, Any, Le
     return gate, printed(folder).Leases(str(folder / "lease")), file
 
 
+@pytest.mark.long
 def test_routes_are_those_of_the_gate(tmp_path: Path) -> None:
     gate, leases, file = both(tmp_path, ["/reports", "/reports/deep", "/größe"], {"", "/reports/deep"})
     for path, admitted in PATH_TABLE.items():
@@ -423,6 +440,8 @@ def write_without_end(path: str) -> None:
                 file.put("", value, 0.0)
 
 
+@pytest.mark.long
+@pytest.mark.windows
 def test_no_read_is_torn_or_false_beside_a_writer(tmp_path: Path, often: Callable[[int, int], int]) -> None:
     """Nor one of a place that another gate has in the next file: 400,000 reads, with --soak 10 million."""
     module, path, reads = printed(tmp_path), tmp_path / "lease", 50_000
@@ -449,6 +468,7 @@ def test_no_read_is_torn_or_false_beside_a_writer(tmp_path: Path, often: Callabl
 
 
 # --- what is printed ---
+@pytest.mark.long
 def test_the_printed_module_stands_alone(tmp_path: Path) -> None:
     """It needs no package, passes the checks that this repository has to pass, and is what the command prints."""
     inventory = write_inventory(tmp_path, "", "  lease_file: lease")
@@ -500,6 +520,7 @@ def truth(environ: Any, start_response: Any) -> list[bytes]:
     return [str(environ["healthchecker.is_healthy"]()).encode()]
 
 
+@pytest.mark.long
 def test_a_mount_opens_nothing(tmp_path: Path) -> None:
     """SCRIPT_NAME may be a client's header (gunicorn believes it from this machine)."""
     file, module = LeaseFile(tmp_path / "lease", ["/static"]), printed(tmp_path)
@@ -742,6 +763,8 @@ def assert_follow(tmp_path: Path, servers: Mapping[str, list[str]]) -> None:
             wait_everywhere("/", 503)
 
 
+@pytest.mark.long
+@pytest.mark.windows
 def test_every_server_follows_the_service(tmp_path: Path) -> None:
     assert_follow(tmp_path, SERVERS)
 
@@ -752,6 +775,7 @@ def test_apache_follows_the_service(tmp_path: Path) -> None:
     assert_follow(tmp_path, {"mod_wsgi": ["-c", IN_ITS_FOLDER, str(APACHE), "-X", "-c", "Listen 127.0.0.1:{port}"]})
 
 
+@pytest.mark.long
 def test_a_route_that_a_reload_adds(tmp_path: Path) -> None:
     """It counts from the next start on, as for our own workers; the same reader sees it then."""
     rows = f"  - {{name: a, {CALM}}}\n  - {{name: bad, {BAD}}}\n"

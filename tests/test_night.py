@@ -118,6 +118,7 @@ FORMS: list[tuple[str, str, dict[str, str], str, str]] = [
 ]  # fmt: skip
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("scheme", "width"), [("light", 1440), ("dark", 390), ("light", 1000)])
 def test_every_form(browser: Browser, night: Local, scheme: Scheme, width: int) -> None:
     """Before and after a refusal: readable, inside of the window, and what was typed is there or said to be gone."""

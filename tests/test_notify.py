@@ -392,6 +392,7 @@ def test_the_lines_of_the_gate_are_what_keeps_it_closed() -> None:
     assert "db1: check: replication; since" in body and "beta" not in body and "behind" not in body
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("wait", [0, 1, 20, 60])
 def test_a_flood(wait: float) -> None:
     """300 machines flap for an hour: at most one message per wait, and what is kept stays bounded."""
@@ -635,6 +636,7 @@ def test_slack(hook: Hook, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert said.json["channel"] == "#general" and "the gate is closed" in str(said.json) and "zwölf" in str(said.json)
 
 
+@pytest.mark.long
 def test_teams_over_tls(hook: Hook, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A workflow of Teams; its certificate is verified."""
     certificate = make_certificate(tmp_path, "hook")
@@ -675,6 +677,7 @@ class Mailbox:
         return AuthResult(success=True)
 
 
+@pytest.mark.long
 def test_mail_with_starttls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The login and the letter go over TLS alone, to a server whose certificate is verified."""
     certificate, box = make_certificate(tmp_path, "mail"), Mailbox()
@@ -708,6 +711,7 @@ class EndlessGreeting(socketserver.StreamRequestHandler):
             self.server.is_whole = True     # type: ignore[attr-defined]
 
 
+@pytest.mark.long
 @pytest.mark.skipif(sys.platform != "linux", reason="macOS and wine enforce no limit of memory")
 def test_a_mail_server_whose_answer_has_no_end() -> None:
     with socketserver.TCPServer(("127.0.0.1", 0), EndlessGreeting) as server:
@@ -926,6 +930,7 @@ def test_an_event_is_told_once(tmp_path: Path, store: Store, hook: Hook) -> None
         assert not [*session.scalars(sqlalchemy.select(Notice))]
 
 
+@pytest.mark.long
 def test_no_thread_can_be_started(tmp_path: Path, store: Store, hook: Hook, monkeypatch: pytest.MonkeyPatch) -> None:
     """For a while: the message is sent later."""
     take_over(store, tmp_path, f"{{name: ops, url: 'json://{hook.place}/x', wait: 0}}")
@@ -943,6 +948,7 @@ def test_no_thread_can_be_started(tmp_path: Path, store: Store, hook: Hook, monk
     notifier.close()
 
 
+@pytest.mark.long
 def test_a_damaged_row_silences_nobody(tmp_path: Path, store: Store, hook: Hook) -> None:
     """Its receiver is told what is told where nothing is set: of the gate."""
     url = f"json://{hook.place}"
@@ -958,6 +964,7 @@ def test_a_damaged_row_silences_nobody(tmp_path: Path, store: Store, hook: Hook)
     assert [got.path for got in hook.requests] == ["/ops", "/odd"]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("damage", [
     "UPDATE receiver SET message = '[' WHERE name = 'odd'", "UPDATE receiver SET message = '[1]' WHERE name = 'odd'",
     "UPDATE receiver SET message = '[1, 2, 3, 4]' WHERE name = 'odd'", "UPDATE resource SET settings = '[]'",
@@ -980,6 +987,7 @@ def test_nor_does_any_other(damage: str, tmp_path: Path, store: Store, hook: Hoo
     assert {got.path for got in hook.requests} == {"/ops", "/odd"}
 
 
+@pytest.mark.long
 def test_a_receiver_that_hangs_holds_nobody_up(tmp_path: Path, store: Store, hook: Hook) -> None:
     stuck = Hook()
     stuck.way = "hang"
@@ -1003,6 +1011,7 @@ def test_a_receiver_that_hangs_holds_nobody_up(tmp_path: Path, store: Store, hoo
         stuck.server_close()
 
 
+@pytest.mark.long
 def test_a_database_that_cannot_be_written_is_told(tmp_path: Path, store: Store, hook: Hook) -> None:
     """Although nothing of it can be kept, and once."""
     take_over(store, tmp_path, f"{{name: ops, url: 'json://{hook.place}/x', wait: 0, on: [problem]}}")
@@ -1031,6 +1040,7 @@ def test_a_database_that_cannot_be_read_is_one_trouble(
     assert caplog.text.count("that is over, after") == 1
 
 
+@pytest.mark.long
 def test_what_is_given_up_is_an_event_and_shown(tmp_path: Path, store: Store, hook: Hook,
                                                 caplog: pytest.LogCaptureFixture) -> None:
     hook.status = 500
@@ -1055,6 +1065,7 @@ def test_what_is_given_up_is_an_event_and_shown(tmp_path: Path, store: Store, ho
     assert "s3cret" not in caplog.text and "ops was not told: the answer was 500" in caplog.text
 
 
+@pytest.mark.long
 def test_a_reload_takes_receivers_up(tmp_path: Path, store: Store, hook: Hook) -> None:
     """Without a restart; a new one hears nothing of the past."""
     take_over(store, tmp_path, f"{{name: ops, url: 'json://{hook.place}/ops', wait: 0}}")
@@ -1104,6 +1115,7 @@ def test_pictures_of_maintenance(tmp_path: Path, store: Store) -> None:
     assert works["tag web"].text.endswith(": disks") and works["tag web"].since_at == NOON - 1
 
 
+@pytest.mark.long
 def test_a_receiver_with_a_new_name(tmp_path: Path, store: Store, hook: Hook) -> None:
     """It has the same URL: what was told under the old name gets its end, once; another URL is another receiver."""
     url = f"json://{hook.place}/x"
@@ -1138,6 +1150,7 @@ def test_a_reload_while_a_message_arrives(tmp_path: Path, store: Store, hook: Ho
     assert len(hook.requests) == 1
 
 
+@pytest.mark.long
 def test_a_reload_after_what_could_not_be_kept(tmp_path: Path, store: Store, hook: Hook) -> None:
     entry = f"{{name: ops, url: 'json://{hook.place}/x', wait: 0}}"
     take_over(store, tmp_path, entry)
@@ -1155,6 +1168,7 @@ def test_a_reload_after_what_could_not_be_kept(tmp_path: Path, store: Store, hoo
     assert len(hook.requests) == 1
 
 
+@pytest.mark.long
 def test_killed_between_event_and_delivery(tmp_path: Path, hook: Hook) -> None:
     """What was on its way is sent again after the next start, with the time that it is of."""
     prepared_database(tmp_path)
@@ -1192,6 +1206,7 @@ def seen_of(process: int) -> bytes:
     return found
 
 
+@pytest.mark.long
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.of_files
 def test_a_url_is_nowhere_to_be_seen(tmp_path: Path, hook: Hook) -> None:
@@ -1254,6 +1269,7 @@ def poll(house: House, machines: Machines, behaviour: Any, *names: str) -> None:
         house.poller(name).poll_now().result(60)
 
 
+@pytest.mark.long
 def test_of_what_is_behind_another_nobody_is_told(house: House, machines: Machines, hook: Hook) -> None:
     """Neither while that is down nor after it, until its own results say something; the lines of the gate are the
     cause's alone, and who has seen that is not reminded."""

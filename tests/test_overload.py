@@ -232,6 +232,7 @@ def test_a_slow_client_never_stops_the_loop() -> None:
             received += greedy.recv(1 << 20)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("readers", [1, 2])
 def test_a_large_answer_takes_no_more_memory_than_its_buffer(folder: Path, readers: int) -> None:
     """100 MB to clients that do not read, and then do; others are served meanwhile."""
@@ -260,6 +261,7 @@ def test_a_large_answer_takes_no_more_memory_than_its_buffer(folder: Path, reade
         assert set(clients.statuses) == {200} and not clients.lost
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["whole", "pieces"])
 def test_many_slow_readers_of_large_answers(kind: str) -> None:
     """The slowest are cut: what waits to be sent is bounded, and who asks for little behind them gets it."""

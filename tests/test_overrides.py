@@ -460,6 +460,7 @@ def ask(service: Program) -> int:
         return 0
 
 
+@pytest.mark.long
 @pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
 def test_who_dies_closes_the_gate(tmp_path: Path) -> None:
     """The main process is killed while the gate is open by hand; another one that is only stopped renews nothing."""
@@ -480,6 +481,7 @@ def test_who_dies_closes_the_gate(tmp_path: Path) -> None:
 
 
 # === In a browser ============================================================
+@pytest.mark.long
 def test_in_a_browser(tmp_path: Path) -> None:
     """Closed, shown on the page that is open elsewhere, and left to the resources again, without a new page."""
     with local_console(tmp_path, GOOD, clock=time.time) as local, served(local), chromium() as browser:
@@ -513,6 +515,7 @@ def started(inventory: Path, *arguments: str) -> Program:
     return program
 
 
+@pytest.mark.long
 def test_listen_overrides_the_inventory(tmp_path: Path) -> None:
     """And a reload of the unchanged inventory finds nothing that needs a restart."""
     inventory = write_inventory(tmp_path, GOOD, "  listen: 192.0.2.1:8080")

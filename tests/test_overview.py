@@ -59,6 +59,7 @@ def machine(folder: Path, more: str) -> Iterator[tuple[Local, Path]]:
         yield local, flag
 
 
+@pytest.mark.long
 def test_between_confirmations(tmp_path: Path) -> None:
     """What does not count yet is said all the same, with its cause, and so is the way back."""
     with machine(tmp_path, "rise: 2, fall: 2") as (local, flag):
@@ -134,6 +135,7 @@ def test_what_is_behind_another_cannot(tmp_path: Path) -> None:
             assert local.form(shown, {"comment": "on my way"}).status == status
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("polled", [True, False])
 def test_what_has_no_fresh_result_is_not_green(polled: bool, tmp_path: Path) -> None:
     """Whether its poller has found anything yet, and whether or not anybody has noted that time is up."""
@@ -243,6 +245,7 @@ def rows_of(local: Local, query: str) -> list[str]:
     return re.findall(r'<th scope="row"><a href="/-/resources/(\w+)"', body)
 
 
+@pytest.mark.long
 def test_what_is_well_is_folded(many: Local) -> None:
     """By tag and by group, with counts; a link unfolds it."""
     text = text_of(many)
@@ -334,6 +337,7 @@ def test_copy(forms: Local) -> None:
     assert forms.ask("GET", "/-/resources/one/edit").status == 409
 
 
+@pytest.mark.long
 def test_a_password_that_is_not_kept_says_so(forms: Local) -> None:
     fields = {"platform": "linux", "hostname": "192.0.2.1", "username": "u", "name": "full", "password": "typed it",
               "interval": "soon"}  # fmt: skip

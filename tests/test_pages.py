@@ -226,6 +226,7 @@ def test_users(page: Page, browser: Browser, watched: Service) -> None:
     page.get_by_text("is the last admin").wait_for()
 
 
+@pytest.mark.long
 def test_a_changed_host_key_is_shown_before_it_is_trusted(
     browser: Browser, sshd: Sshd | ParamikoSshd, tmp_path: Path
 ) -> None:
@@ -785,6 +786,7 @@ PATHS = ("/-/login", "/-/", "/-/?by=tag&sort=-name", HOSTILE_PAGE, resource("awa
          "/-/events?resource=none", resource("none"))  # fmt: skip
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("scheme", "width"), [("light", 1440), ("dark", 1440), ("light", 390), ("dark", 360)])
 def test_accessible(browser: Browser, watched: Service, scheme: Scheme, width: int) -> None:
     """axe-core finds nothing, contrast included, and nothing is wider than the window."""

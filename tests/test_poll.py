@@ -664,6 +664,7 @@ class Directory:
         return max(self.right.values()) - self.follows if len(self.right) == hosts else math.inf
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("seed", range(25))
 @pytest.mark.parametrize("keeps", [False, True], ids=["fresh", "kept"])
 def test_a_password_that_changes_locks_no_account(seed: int, keeps: bool) -> None:
@@ -794,6 +795,7 @@ def test_wrong_password_stops_all_and_survives_a_restart(house: House, machines:
         wait_for(house.aggregator.is_healthy)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("age", "tried"), [(0, False), (200, False), (280, False), (301, True), (-60, True)])
 def test_age_of_a_refusal_at_a_restart(house: House, machines: Machines, age: float, tried: bool) -> None:
     """-60: the wall clock was set back, nothing is known."""
@@ -811,6 +813,7 @@ def test_age_of_a_refusal_at_a_restart(house: House, machines: Machines, age: fl
         assert machines.logins == (["a"] if tried else [])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("restart", [False, True])
 def test_odd_hosts_that_do_not_count_close_nothing(house: House, machines: Machines, restart: bool) -> None:
     """Two refuse a credential that the others accept; they come first, and `restart`: nothing fresh is stored."""
@@ -1034,6 +1037,7 @@ DAMAGES = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("damage", "cause"), [pytest.param(*case, id=name, marks=marks_of(case[0]))
                                                for name, case in DAMAGES.items()])  # fmt: skip
 def test_a_damaged_row_costs_its_resource_alone(house: House, machines: Machines, damage: str, cause: str) -> None:
@@ -1064,6 +1068,7 @@ STATUS_DAMAGES = ["state = 'odd'", "cause = 'odd'", "polled_at = 'soon'", "since
                   "strip = x'ff'", "sample = '{'", "reason = CAST(x'ff' AS TEXT)", "state = x'00'"]  # fmt: skip
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("damage", [pytest.param(damage, marks=marks_of(damage)) for damage in STATUS_DAMAGES])
 def test_a_damaged_status_stops_no_start(house: House, machines: Machines, damage: str) -> None:
     house.write("name: db1, interval: 1", "name: db2, interval: 1")

@@ -102,6 +102,7 @@ def test_passwords_that_cannot_be(lines: str, fault: str, tmp_path: Path) -> Non
     assert fault.replace("5:", "6:") in str(caught.value) and "s3cret" not in str(caught.value)
 
 
+@pytest.mark.long
 def test_missing_package(tmp_path: Path) -> None:
     """One line says what to install, at a check and at a start."""
     path = write_inventory(tmp_path, service=f"  database: {URL}\n")
@@ -633,6 +634,7 @@ def test_what_no_waiting_cures_ends_a_start(url: str, password: str, why: str, f
     assert done.returncode == StorageError.exit_code and why in done.stderr and "until" not in done.stderr
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("outage", ["stopped", "silent"])
 def test_no_gate_closes_while_the_database_is_away(outage: str, folder: Path, own_postgres: Postgres) -> None:
     """What happens meanwhile is told when it is back; the console says what is wrong, without a word of SQL. What needs

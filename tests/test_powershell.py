@@ -254,6 +254,8 @@ def test_the_host_drops_a_forgotten_shell_after_a_minute() -> None:
     assert [shell.idle_timeout for shell in server.shells.values()] == ["PT60S"]
 
 
+@pytest.mark.long
+@pytest.mark.windows
 def test_polls_in_many_threads() -> None:
     with WSManServer("http", "ntlm", answer=lambda script: script, shell_limit=100) as server:
         scripts = [f"script {number}" for number in range(60)]
@@ -299,6 +301,8 @@ def cases(scheme: str, steps: Iterable[str]) -> list[Case]:
     return sorted([*early, *late, *GARBAGE], key=lambda case: case[2] != "timeout")
 
 
+@pytest.mark.long
+@pytest.mark.windows
 @pytest.mark.parametrize(("scheme", "auth"), WAYS)
 def test_every_misbehaviour_ends_in_time_with_its_cause(scheme: str, auth: str) -> None:
     """A hundred cases, each on a server of its own and several at once; the login alone where the rest is the same."""
@@ -352,6 +356,8 @@ def together(outcome: Callable[[Wrong], str], wrong: list[Wrong]) -> dict[Wrong,
         return dict(zip(wrong, pool.map(outcome, wrong), strict=True))
 
 
+@pytest.mark.long
+@pytest.mark.windows
 def test_misbehaviour_while_a_long_script_is_sent() -> None:
     causes = {**BYTES, **ANSWERS}
 
@@ -370,6 +376,8 @@ def test_misbehaviour_while_a_long_script_is_sent() -> None:
     assert together(outcome, WRONG) == {wrong: causes[wrong[1]] for wrong in WRONG}
 
 
+@pytest.mark.long
+@pytest.mark.windows
 def test_a_failing_delete_costs_no_result() -> None:
     def outcome(wrong: Wrong) -> str:
         way, kind = wrong
@@ -406,6 +414,8 @@ def test_a_host_that_hangs_when_a_shell_is_deleted_delays_no_verdict(monkeypatch
     assert server.reached.is_set()
 
 
+@pytest.mark.long
+@pytest.mark.windows
 def test_misbehaviour_while_a_slow_script_is_stopped() -> None:
     def outcome(wrong: Wrong) -> str:
         way, kind = wrong
@@ -451,6 +461,8 @@ def peak(work: Callable[[], object]) -> int:
     return max(sampled) - before
 
 
+@pytest.mark.long
+@pytest.mark.windows
 @pytest.mark.parametrize(("scheme", "auth"), [("http", "ntlm"), ("https", "basic")])
 def test_an_endless_answer_takes_no_memory(scheme: str, auth: str) -> None:
     def end(cause: str) -> None:
@@ -475,6 +487,8 @@ def test_an_answer_is_capped_as_over_ssh() -> None:
         assert caught.value.cause == "protocol"
 
 
+@pytest.mark.long
+@pytest.mark.windows
 def test_failed_polls_leave_nothing_behind(often: Callable[[int, int], int]) -> None:
     """In the suite each fault at one of the servers in turn."""
     kinds: list[Misbehaviour] = ["silent", "drop", "endless", "cut", "bad xml", 401, 503, "quota"]

@@ -196,6 +196,7 @@ HOSTILE = [
 ]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", sorted({name.partition(".")[0] for name in EXPECTED} - {"posix/os"}))
 def test_hostile_output_is_a_value_in_range_or_a_problem(name: str) -> None:
     platform, _, row = name.partition("/")
@@ -418,6 +419,7 @@ BODIES = (
 )
 
 
+@pytest.mark.long
 @given(st.sampled_from(list(PROBES)), st.lists(HEADERS | BODIES, max_size=12), st.booleans())
 def test_any_output_gives_a_sound_sample_or_a_protocol_error(
     platform: Platform, parts: list[str], known: bool
@@ -526,6 +528,7 @@ def test_one_round_trip_reads_this_machine(shell: str) -> None:
         assert_sound(sample)
 
 
+@pytest.mark.long
 @on_unix
 @pytest.mark.parametrize("shell", SHELLS)
 def test_checks(shell: str) -> None:
@@ -594,6 +597,7 @@ def tools(tmp_path: Path) -> Iterator[Path]:
     yield tmp_path
 
 
+@pytest.mark.long
 @on_unix
 @pytest.mark.parametrize("shell", ["dash", "bash", "busybox", "ksh"])
 def test_checks_end_without_timeout_1(shell: str, tools: Path) -> None:

@@ -802,6 +802,8 @@ OWN_ADDRESSES = ["169.254.7.7", "2851997447", "::ffff:169.254.7.7", "fe80::1", "
 FOR_THE_INVENTORY = "is an address that only this machine reaches: write the resource into the inventory"
 
 
+@pytest.mark.long
+@pytest.mark.windows
 @pytest.mark.parametrize("address", OWN_ADDRESSES)
 def test_what_only_this_machine_reaches_is_for_the_inventory(address: str, tmp_path: Path) -> None:
     """A cloud gives its machines their credentials there; whoever writes the console's rows has none to read them."""

@@ -70,6 +70,7 @@ def test_rise_and_fall_are_one_where_nothing_else_is_said(local: Local) -> None:
         assert shown(local, "twice")[0] == state
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("name", "token"),
     [("backup", ""), ("backup", TOKEN[:-1]), ("backup", TOKEN[::-1]), ("backup", f"{TOKEN}é"), ("nobody", TOKEN),
@@ -88,6 +89,7 @@ def test_a_login_is_no_token_and_a_token_no_login(local: Local) -> None:
     assert local.api("GET", "resources").status == 401
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "body",
     [{}, {"healthy": "yes"}, {"healthy": 1}, {"healthy": None}, {"healthy": True, "reason": "x" * 201},

@@ -156,6 +156,8 @@ def reader(path: Path) -> Callable[[], str]:
     return lambda: path.read_text(encoding="utf-8") if path.exists() else ""
 
 
+@pytest.mark.long
+@pytest.mark.windows
 def test_the_service_starts_as_shown(tmp_path: Path) -> None:
     """In its folder and without a console; all that it has to say is in its log, in UTF-8."""
     shutil.copyfile(PROGRAM, tmp_path / PROGRAM.name)

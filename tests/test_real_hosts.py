@@ -501,6 +501,7 @@ SAID = {  # what `service NAME status` prints, its exit status, and whether that
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("title", "said"), rows(SAID, {}))
 def test_what_a_service_says_counts_where_the_status_does_not(title: str, said: tuple[str, int, bool]) -> None:
     text, status, good = said

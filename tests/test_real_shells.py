@@ -343,6 +343,7 @@ def partial(command: list[str], script: str, seconds: float, environ: dict[str, 
     return received.decode(errors="replace")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("shell", ["dash", "bash", "busybox", "ksh"])
 def test_a_hanging_df_costs_no_service_and_no_check_its_answer(shell: str, tmp_path: Path, mark: str) -> None:
     path = in_folder(tmp_path, df=HANGS, service="echo $1 is running")
@@ -460,6 +461,7 @@ def test_the_local_connection_ends_everything_where_there_is_no_ps(
 BARE_TOOLS = "uname date dd sleep getconf df uptime printf cat echo test [ true kill".split()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("shell", SHELLS)
 def test_a_check_leaves_nothing_behind_without_timeout_1(shell: str, tmp_path: Path, mark: str) -> None:
     for name in BARE_TOOLS:

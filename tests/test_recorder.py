@@ -274,6 +274,7 @@ def polls(machine: Machine) -> str:
     return "".join(poll for (poll,) in machine.execute("SELECT poll FROM sample ORDER BY at"))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("is_away", [True, False], ids=["cut off", "all are"])
 def test_what_is_found_in_a_life_that_is_over(is_away: bool, two: Two) -> None:
     """Neither history nor events have what the others know better; where nobody does, it is true as far as is known."""

@@ -382,6 +382,7 @@ CROSS = [
 ]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("headers", CROSS, ids=str)
 def test_other_sites_change_nothing(local: Local, headers: dict[str, str]) -> None:
     """With the session's cookie, which a browser might send along; every write there is."""
@@ -729,6 +730,7 @@ GARBAGE = [
 ]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("garbage", GARBAGE, ids=[text[:20] for text in GARBAGE])
 @pytest.mark.parametrize("kind", [FORM, "multipart/form-data; boundary=x", "text/plain", JSON])
 def test_garbage_in_forms(local: Local, garbage: str, kind: str, caplog: pytest.LogCaptureFixture) -> None:
@@ -815,6 +817,7 @@ def test_names_of_the_console(named: Local, host: str, answers: bool) -> None:
     assert reply.status == (200 if answers else 421), "the application's proxy is nobody here"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("url", "host", "said", "status"), [
     ("", "localhost", {}, 200),
     ("", "localhost", {"For": "192.0.2.1"}, 421),

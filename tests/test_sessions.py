@@ -500,6 +500,7 @@ def test_another_host_key(server: Sshd) -> None:
         assert logins(server) == 0      # in the new log
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("whole", [False, True])
 def test_a_host_that_is_stopped(server: Sshd, whole: bool) -> None:
     """A silent death takes a third of the deadline; where only the session is stopped, a new one has the rest."""
@@ -577,6 +578,7 @@ class Proxy(Listener):
                 client.shutdown(socket.SHUT_WR)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("fault", ["reset", "half_close", "silent"])
 def test_what_stands_between(server: Sshd, fault: str) -> None:
     with Proxy(server) as proxy:
@@ -590,6 +592,7 @@ def test_what_stands_between(server: Sshd, fault: str) -> None:
     assert logins(server) == 2
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("fault", ["reset", "half_close", "silent", "stop"])
 def test_what_happens_during_a_poll(server: Sshd, fault: str) -> None:
     """What is seen to have ended begins again; in silence only the deadline counts."""
@@ -731,6 +734,7 @@ def behind(
         yield [(one, stack.enter_context(keeping(one, context, leaves_nothing=False))) for one in targets]
 
 
+@pytest.mark.long
 def test_those_behind_a_bastion_share_its_login(tmp_path: Path) -> None:
     """One that hangs ends its own channel; a dead bastion is logged in to once for all."""
     with Sshd() as bastion, Sshd() as one, Sshd() as two, behind(bastion, one, two, one, known=tmp_path / "k") as hosts:
@@ -830,6 +834,7 @@ def test_a_bastion_that_is_stopped(tmp_path: Path) -> None:
         bastion.thaw()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("jump", ["b", "h0"])
 def test_a_bastion_that_takes_nothing(tmp_path: Path, jump: str) -> None:
     """Nor says anything: a poll that waits until another one could send ends in time, and each begins again; also where
@@ -915,6 +920,7 @@ def test_each_change_of_a_resource_logs_in_anew(server: Sshd, tmp_path: Path) ->
         assert logins(server) == 3
 
 
+@pytest.mark.long
 def test_what_is_shown(server: Sshd, tmp_path: Path) -> None:
     """A poll by hand uses what is open and says so; what somebody tries logs in; at the end nothing is left."""
     row = (f"  - {{name: host, hostname: {server.address}, port: {server.port}, username: {server.username}, "

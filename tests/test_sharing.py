@@ -176,6 +176,7 @@ def open_until(site: Site, names: str, condition: Any) -> None:
     wait_for(look, 120)
 
 
+@pytest.mark.long
 def test_three_share_what_is_polled(site: Site) -> None:
     """Each is polled by its owner alone; all gates know what any of them found."""
     site.begin("a", "b", "c")
@@ -196,6 +197,7 @@ def test_three_share_what_is_polled(site: Site) -> None:
     assert [end for (end,) in ends][-3:] == ["opened"] * 3
 
 
+@pytest.mark.long
 def test_one_is_killed(site: Site) -> None:
     """Others poll what was its own, no gate closes, and when it comes back it has them again."""
     site.begin("a", "b", "c")
@@ -211,6 +213,7 @@ def test_one_is_killed(site: Site) -> None:
     open_until(site, "ac", lambda: site.shared_by("a", "b", "c"))
 
 
+@pytest.mark.long
 @pytest.mark.skipif(os.name != "posix", reason="no SIGSTOP")
 def test_one_sleeps(site: Site) -> None:
     """Nothing that it found before, or was finding, counts when it wakes."""
@@ -233,6 +236,7 @@ def test_one_sleeps(site: Site) -> None:
     wait_for(lambda: site.shared_by("a", "b") and site.answers() == {200}, 60)
 
 
+@pytest.mark.long
 def test_clocks_an_hour_apart(site: Site) -> None:
     """All go by the database's: gates, what they wrote, and what was said on one of them of all: maintenance, and that
     the gate is open or closed, whoever has started when."""
@@ -264,6 +268,7 @@ def test_clocks_an_hour_apart(site: Site) -> None:
         assert [row for row in rows if not begun_at - 5 < row[-1] < time.time() + 5] == []
 
 
+@pytest.mark.long
 def test_the_database_is_away(tmp_path: Path, postgres: Postgres) -> None:
     """Each polls everything itself: no gate closes because of it, and what fails meanwhile closes all of them."""
     made = Site(tmp_path, postgres)
@@ -283,6 +288,7 @@ def test_the_database_is_away(tmp_path: Path, postgres: Postgres) -> None:
         open_until(made, "ab", lambda: made.shared_by("a", "b"))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("what", ["writes", "reads"])
 def test_results_that_do_not_get_through(site: Site, what: str) -> None:
     """The machines hear that the others live, and nothing else: each polls everything before it is too late."""
@@ -434,6 +440,7 @@ def test_who_comes_back_looks_for_itself(house: House, machines: Machines) -> No
         assert poller._next_mono() - time.monotonic() < left - 1, "or its lease ends before it looks again"
 
 
+@pytest.mark.long
 def test_the_database_is_silent(tmp_path: Path) -> None:
     """As behind a network that drops everything: no query fails, and none ends. What counts is still found in time."""
     with open_postgres() as server:
@@ -451,6 +458,7 @@ def test_the_database_is_silent(tmp_path: Path) -> None:
             open_until(made, "ab", lambda: made.shared_by("a", "b"))
 
 
+@pytest.mark.long
 def test_one_is_cut_from_the_database(tmp_path: Path, postgres: Postgres, pgbouncer: Program) -> None:
     """It polls everything itself, the other one takes its own over; and back."""
     made = Site(tmp_path, postgres)
@@ -473,6 +481,7 @@ def test_one_is_cut_from_the_database(tmp_path: Path, postgres: Postgres, pgboun
         open_until(made, "ab", lambda: made.shared_by("a", "b"))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("count", [1, 2], ids=["its address", "another one"])
 def test_a_standby_takes_over(count: int, tmp_path: Path) -> None:
     """At the primary's address, or at its own of two that the URL names, after the primary was lost, perhaps with its
@@ -504,6 +513,7 @@ def test_a_standby_takes_over(count: int, tmp_path: Path) -> None:
 
 
 # --- what all of them could do
+@pytest.mark.long
 def test_a_message_is_sent_once(tmp_path: Path, postgres: Postgres, hook: Hook) -> None:  # noqa: F811
     """Of a gate that three see close, and by another one when who spoke is dead."""
     made = Site(tmp_path, postgres, f"notify: [{{name: ops, url: 'json://{hook.place}/x', wait: 1}}]\n")
@@ -523,6 +533,7 @@ def test_a_message_is_sent_once(tmp_path: Path, postgres: Postgres, hook: Hook) 
         assert ["closed" in each.json["title"] for each in hook.requests] == [True, False] * 2
 
 
+@pytest.mark.long
 def test_of_what_is_behind_another_nobody_is_told(tmp_path: Path, postgres: Postgres, hook: Hook) -> None:  # noqa: F811
     """Whichever machine polls it, and whichever speaks."""
     made = Site(tmp_path, postgres, f"notify: [{{name: ops, url: 'json://{hook.place}/x', wait: 0, on: [state]}}]\n")
@@ -556,6 +567,7 @@ def test_a_login_holds_everywhere(site: Site) -> None:
                  and site.pollers()[name] == "b")  # noqa: B023  # until a polls it again, a second later
 
 
+@pytest.mark.long
 def test_inventories_that_differ(site: Site) -> None:
     """The first one's is watched; the other says so, undoes nothing, and takes over when the first is gone."""
     site.begin("a")
@@ -625,6 +637,7 @@ def test_another_key_is_refused(site: Site) -> None:
     assert f"private.pem is key {vault.key_id}, and that of the other machines is {known}: copy" in refused.stderr
 
 
+@pytest.mark.long
 def test_an_upgrade_waits_for_the_others(site: Site) -> None:
     """A version with another schema changes nothing under those that live: it names them, and they go on until they are
     stopped. Then it brings the database to its own, on which the others begin again."""

@@ -12,6 +12,7 @@ FEW = Plan(
 )
 
 
+@pytest.mark.long
 def test_no_connection_that_dies_is_taken_for_its_host(capfd: pytest.CaptureFixture[str]) -> None:
     assert soak(FEW) == []
     assert "second tries" in capfd.readouterr().out

@@ -375,6 +375,7 @@ def test_a_viewer_is_shown_no_less(tmp_path: Path) -> None:
         assert "viola" not in shown(local).body and "well<" not in shown(local).body
 
 
+@pytest.mark.long
 @pytest.mark.skipif(sys.platform == "win32", reason="the page is the same there, but no chromium is")
 def test_a_wall_whose_service_dies(tmp_path: Path) -> None:
     """It follows the gate by itself, with the token in its address; without an answer nothing of it says open."""

@@ -444,6 +444,7 @@ LOOKING = (["check"], ["seal"], ["gate"], ["maintenance", "list"], ["user", "lis
            ["status"])  # fmt: skip
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("command", LOOKING, ids=" ".join)
 def test_who_only_looks_leaves_an_older_database_to_its_version(
     command: list[str], bench: Bench, capsys: pytest.CaptureFixture[str]
@@ -572,6 +573,7 @@ FOLLOWED: dict[str, tuple[str, tuple[str, str, str, str]]] = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("case", FOLLOWED)
 def test_rows_follow_the_file(case: str, bench: Bench) -> None:
     text, expected = FOLLOWED[case]
@@ -594,6 +596,7 @@ def test_password_left_out_keeps_the_stored_one(bench: Bench) -> None:
     assert bench.password("a.example.com") == "p2"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("old", "new"),
     [
@@ -764,6 +767,7 @@ def renamed(line: str, name: str, was: str) -> str:
     return line.replace("- {", f"- {{name: {name}, was: {was}, ")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("source", "removed_before"),
     [("plain", False), ("sealed", False), ("left out", False), ("plain", True), ("sealed", True)],
@@ -838,6 +842,8 @@ def test_names_that_look_like_sql(bench: Bench) -> None:
 
 
 # --- one process, many threads -------------------------------------------------------------------------------
+@pytest.mark.long
+@pytest.mark.windows
 def test_fifty_writers(bench: Bench) -> None:
     """Read, then write, in one transaction each: nobody is turned away and nothing is lost."""
     bench.load("")
@@ -873,6 +879,8 @@ def test_a_failed_transaction_leaves_nothing(bench: Bench) -> None:
     assert bench.dump() == before
 
 
+@pytest.mark.long
+@pytest.mark.windows
 def test_check_while_others_write(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
     """A rehearsal of the import beside a service that writes all the time: neither is turned away."""
     hosts = "".join(f"  - {{hostname: h{n}.example.com, username: u, password: p}}\n" for n in range(120))
@@ -943,6 +951,7 @@ def killed(action: Callable[[str, Any], None], path: Path, seconds: float) -> fl
     return ran
 
 
+@pytest.mark.long
 def test_kill_during_import(bench: Bench, often: Callable[[int, int], int]) -> None:
     """All old or all new, at every moment, and every row complete."""
     moments = random.Random(4711)
@@ -1072,6 +1081,7 @@ def picture(path: Path) -> object:
     return sorted(path.iterdir()) if path.is_dir() else (path.read_bytes(), log.read_bytes() if log.exists() else b"")
 
 
+@pytest.mark.long
 @pytest.mark.of_files
 @pytest.mark.parametrize("command", [["check"], ["seal"], ["keys", "rotate"], ["trust", "c"]], ids=" ".join)
 @pytest.mark.parametrize("case", DATABASES)
@@ -1214,6 +1224,8 @@ def test_start_after_kill(bench: Bench) -> None:
         assert "1 kept" in service.output
 
 
+@pytest.mark.long
+@pytest.mark.windows
 @pytest.mark.of_files
 def test_locked_by_a_dead_process(bench: Bench) -> None:
     """The lock ends with its process, whatever the way."""

@@ -207,6 +207,7 @@ def test_password(sshd: Server, password: str) -> None:
     assert f"Accepted password for {sshd.username}" in sshd.log()
 
 
+@pytest.mark.long
 @POSIX
 @pytest.mark.parametrize("passphrase", ["", "a phrase"])
 @pytest.mark.parametrize("kind", ["ed25519", "rsa", "ecdsa"])
@@ -960,6 +961,7 @@ POSIX_SCENARIOS = {
 }
 
 
+@pytest.mark.long
 def test_every_poll_ends_in_time() -> None:
     scenarios = SCENARIOS | (POSIX_SCENARIOS if sys.platform != "win32" else {})
     wrong = []
@@ -1357,6 +1359,7 @@ COMMANDS = {
 }
 
 
+@pytest.mark.long
 @OPENSSH
 @pytest.mark.skipif(not shutil.which("openssl"), reason="needs openssl")
 @pytest.mark.parametrize("command", COMMANDS.values(), ids=COMMANDS)
@@ -1687,6 +1690,7 @@ def test_simulated_tiny_means(tmp_path: Path) -> None:
 # === The whole service =======================================================
 
 
+@pytest.mark.long
 @ACCOUNTS
 def test_host_keys_and_credentials_in_the_service(tmp_path: Path) -> None:
     """First use is remembered over a restart, a changed key closes the gate, `trust` opens it while serving."""

@@ -178,6 +178,7 @@ def test_the_gate_holds_while_this_machine_is_cut_off(house: House, machines: Ma
         wait_for(lambda: texts(house, "service")[1:] == [": not cut off any more"])
 
 
+@pytest.mark.long
 @LINUX
 @pytest.mark.parametrize("hold", [0, 3600])
 def test_nobody_is_told_of_a_machine_while_this_one_is_cut_off(
@@ -212,6 +213,7 @@ def test_a_machine_that_answers_again_closes_nothing(house: House, machines: Mac
         assert [text for text in texts(house, "gate") if "open -> closed" in text] == closed
 
 
+@pytest.mark.long
 @LINUX
 def test_a_hold_ends(house: House, machines: Machines, gateway: Gateway) -> None:
     with cut_off(house, machines, gateway, 1):
@@ -273,6 +275,7 @@ def test_what_another_machine_polls_says_nothing_here(house: House, machines: Ma
         assert uplink_of(house)._machines == rest
 
 
+@pytest.mark.long
 @LINUX
 def test_what_was_down_before_is_not_held(house: House, machines: Machines, gateway: Gateway) -> None:
     with healthy(house, gateway, 3600):
@@ -295,6 +298,7 @@ def test_another_fault_is_not_held(house: House, machines: Machines, gateway: Ga
         assert not house.aggregator.is_healthy()
 
 
+@pytest.mark.long
 @LINUX
 def test_a_second_cut_holds_nothing_anew(house: House, machines: Machines, gateway: Gateway) -> None:
     """Of those that have not been healthy since the first one."""
@@ -662,6 +666,7 @@ def test_who_is_told_again_opens_when_it_would(house: House, machines: Machines)
         assert house.aggregator.lease.opens.value >= house.poller("m0")._opens_mono > 0
 
 
+@pytest.mark.long
 @LINUX
 def test_a_service_that_is_cut_off(tmp_path: Path, gateway: Gateway) -> None:
     """Ports that are gone, and a gateway that is silent; the console says what it is."""
@@ -773,6 +778,7 @@ def other_network() -> Iterator[tuple[str, str, str]]:
         ip("netns", "del", name)
 
 
+@pytest.mark.long
 @LINUX
 def test_a_cable_that_is_pulled_out(tmp_path: Path) -> None:
     """And put in again: the site goes on while it is out."""

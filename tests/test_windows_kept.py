@@ -295,6 +295,8 @@ def deny_shell(kept: Kept) -> None:
     kept.hang_up()
 
 
+@pytest.mark.long
+@pytest.mark.windows
 @pytest.mark.parametrize(
     ("fault", "shells", "tries"),
     [

@@ -73,6 +73,8 @@ def test_the_gate_follows_a_resource(tmp_path: Path) -> None:
     assert sorted(path.name for path in (tmp_path / "keys").iterdir()) == ["private.pem", "public.pem"]
 
 
+@pytest.mark.long
+@pytest.mark.windows
 def test_texts_are_utf8_whatever_the_code_page(tmp_path: Path) -> None:
     """On streams, in files and in the database: names, also those that no code page of one byte has."""
     narrow = {"PYTHONUTF8": "0", "PYTHONIOENCODING": "cp1252", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C"}

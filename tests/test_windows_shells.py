@@ -140,6 +140,7 @@ TAMPERING = {  # with what a poll is made of
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("tampering", TAMPERING)
 def test_what_a_check_does_to_its_poll_changes_no_later_one(polled: Polled, tampering: str) -> None:
     """Whatever is said of that poll itself. The engine keeps what it has compiled under the whole text."""
@@ -197,6 +198,7 @@ FOUND = {  # how the next poll would see it
 }
 
 
+@pytest.mark.long
 def test_what_checks_change_ends_with_the_poll(engine: Engine) -> None:
     """The first shell has a process of its own, which ends with it, as on a host."""
     change = {name: make for name, (make, _) in LEFT.items() if name in FOUND}
@@ -279,6 +281,7 @@ def changed(host: WSManServer, constrained: bool) -> dict[str, list[bool]]:
         return {name: [next(said) for _ in range(count)] for name, count in number.items()}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("left", [*LEFT, *PROCESS])
 def test_what_a_check_leaves_is_seen(changed: dict[str, list[bool]], constrained: bool, left: str) -> None:
     if constrained and left in HARMLESS:
@@ -371,6 +374,7 @@ def test_programs_of_others_are_not_ended(pool: RunspacePool, mark: str) -> None
     assert is_clean(pool, "'x'")
 
 
+@pytest.mark.long
 def test_a_process_that_hangs_costs_a_second_try(engine: Engine) -> None:
     with WSManServer("https", "negotiate", open_shell=engine.opener()) as server:
         with open_pool(server):

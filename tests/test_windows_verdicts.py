@@ -166,6 +166,7 @@ def test_plugins_have_performance_data(shown: Any) -> None:
     assert shown["sample"]["checks"]["nagios good"]["metrics"] == {"load": 1.0}
 
 
+@pytest.mark.long
 def test_a_stuck_check_delays_no_other_and_not_the_next_poll(
     host: WSManServer, often: Callable[[int, int], int]
 ) -> None:
@@ -223,6 +224,7 @@ ENDLESS = {
 SILENT = f'{CMD} /c "for /L %i in (1,0,2) do @rem {MARK}"'
 
 
+@pytest.mark.long
 @WATCHED
 def test_what_many_checks_and_endless_ones_cost(
     host: WSManServer, often: Callable[[int, int], int], request: pytest.FixtureRequest
@@ -274,6 +276,7 @@ class FrozenShell(EngineShell):
         super().send(user, command_id, fragments)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("kind", "seconds", "cause", "reason"),
     [

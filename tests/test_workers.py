@@ -507,6 +507,7 @@ def test_nobody_is_judged_by_a_standstill(folder: Path) -> None:
         assert not left_after(list(before.values()), BACK)
 
 
+@pytest.mark.long
 @POSIX
 def test_workers_that_hang_are_replaced(folder: Path) -> None:
     """One is in a request on its loop, the other one is stopped."""
@@ -552,6 +553,8 @@ def kill_at_random(folder: Path, times: int, seed: int, orphaned: float = ORPHAN
         service.wait_status("/", 200)
 
 
+@pytest.mark.long
+@pytest.mark.windows
 def test_kills_of_the_main_process_leave_nothing(folder: Path) -> None:
     """(Some hundred of them: make soak.)"""
     kill_at_random(folder, 4, 11)
@@ -605,6 +608,8 @@ def test_an_application_that_breaks_while_serving(folder: Path) -> None:
         assert "Traceback" not in service.output
 
 
+@pytest.mark.long
+@pytest.mark.windows
 def test_an_application_that_loads_slowly_and_dies_at_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The time that it takes to load is no sign that it can live: its replacements come with pauses as well."""
     monkeypatch.setattr(healthchecker, "WORKER_LIFE", 3)
@@ -709,6 +714,7 @@ def test_bad_application_ends_the_start(tmp_path: Path) -> None:
     assert not (tmp_path / "healthchecker.db").exists() and not (tmp_path / "keys").exists()
 
 
+@pytest.mark.long
 @POSIX
 def test_an_interrupt_of_all_at_the_start(folder: Path) -> None:
     """Ctrl-C while the workers start: no tracebacks of theirs, and nothing is left that holds the output."""
@@ -1023,6 +1029,7 @@ def test_a_restart_refuses_nobody(tmp_path: Path) -> None:
     assert restart_often(tmp_path, 2, 100) > 100
 
 
+@pytest.mark.long
 @POSIX
 def test_a_socket_that_nobody_would_answer(tmp_path: Path) -> None:
     prepared_keys(tmp_path)

@@ -297,6 +297,8 @@ def test_the_quota_of_shells() -> None:
 # --- misbehaviour
 
 
+@pytest.mark.long
+@pytest.mark.windows
 @pytest.mark.parametrize("step", [step for step in STEPS if step not in ("accept", "tls", "auth", "Send")])
 @pytest.mark.parametrize(
     ("kind", "code"), [("access denied", 5), ("quota", 2150859173), ("shell gone", 2150858843)]
@@ -362,6 +364,8 @@ HANGS: list[tuple[str, str, str]] = [
 ]
 
 
+@pytest.mark.long
+@pytest.mark.windows
 @pytest.mark.parametrize(("scheme", "step", "kind"), HANGS)
 def test_leaving_ends_everything_while_a_client_hangs(scheme: str, step: str, kind: str) -> None:
     reached = threading.Event()
