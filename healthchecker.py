@@ -9967,9 +9967,10 @@ def poll_once(target: Target, connection: Connection, previous: Sample | None) -
         why, way = str(error), ", ".join(target.settings.hops)
         if way and error.cause in NO_ANSWER and "bastion " not in why:
             why += f" (through bastion {way})"
-        fault: BaseException | None = error
-        while fault:    # and frames refer to each other: what they hold would wait for the garbage collector
-            fault.__traceback__, fault = None, fault.__cause__ or fault.__context__
+        faults: list[BaseException] = [error]
+        for fault in faults:    # and frames refer to each other: what they hold would wait for the garbage collector
+            fault.__traceback__ = None
+            faults += [other for other in (fault.__cause__, fault.__context__) if other and other not in faults]
         return Verdict("unhealthy", error.cause, why), None
     except Exception:   # a thread's outermost step: whatever a host makes a library raise must not end its watch
         log.exception("%s: the poll failed in an unforeseen way", target.name)
