@@ -616,12 +616,13 @@ def test_a_start_waits_for_a_busy_database(folder: Path, postgres: Postgres) -> 
     prepared_database(folder)
     server = database_in(folder)
     assert isinstance(server, PostgresServer)
-    with contextlib.closing(server.connect()) as other, begun(write_inventory(folder, HERE)) as service:
+    with contextlib.closing(server.connect()) as other:
         other.execute(f"BEGIN; SELECT pg_advisory_xact_lock({healthchecker.WRITE_LOCK})")
-        service.wait_line("the gate stays closed until the database can be used: ")
-        other.rollback()
-        service.wait_line("serving on http://")
-        assert service.stop() == 0
+        with begun(write_inventory(folder, HERE)) as service:
+            service.wait_line("the gate stays closed until the database can be used: ")
+            other.rollback()
+            service.wait_line("serving on http://")
+            assert service.stop() == 0
 
 
 @pytest.mark.parametrize(("url", "password", "why"), [
