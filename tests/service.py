@@ -353,10 +353,14 @@ class Program:
             start_new_session=True,  # a group of its own: Ctrl-C at the tests is not Ctrl-C at the service
         )
 
-    def __enter__(self) -> Self:
+    def begin(self) -> None:
+        """Has it run, and does not wait until it serves; `kill` is for who called."""
         self.process = self.launch()
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
+
+    def __enter__(self) -> Self:
+        self.begin()
         try:
             found = SERVING.search(self.wait_line("serving on http://"))
             assert found, self.output

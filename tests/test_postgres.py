@@ -575,9 +575,7 @@ def open_until(service: Service, condition: Callable[[], bool]) -> None:
 def begun(path: Path) -> Iterator[Service]:
     """One that cannot serve yet."""
     service = Service(path, deadline=60)
-    service.process = service.launch()
-    service._reader = threading.Thread(target=service._read, daemon=True)
-    service._reader.start()
+    service.begin()
     try:
         yield service
     finally:
