@@ -587,8 +587,11 @@ def way_to(watched: hc.Target, keeps: bool) -> hc.PowerShellConnection:
     return hc.PowerShellConnection(watched, access.guard_of(watched), access)
 
 
-def measured_poll(server: WSManServer, watched: hc.Target, connection: hc.Connection) -> Polled:
-    """Raises RuntimeError where it is not healthy."""
+def measured_poll(
+    server: WSManServer, watched: hc.Target, connection: hc.Connection, deaths: Sequence[str]
+) -> Polled:
+    """Raises RuntimeError where it is not healthy; skips where the host's PowerShell ended by itself: nothing was
+    measured then."""
 
     def cpu() -> float:
         """Seconds of all processes that the host had so far."""
@@ -598,6 +601,8 @@ def measured_poll(server: WSManServer, watched: hc.Target, connection: hc.Connec
 
     begin, before, ours = time.perf_counter(), cpu(), time.thread_time()
     verdict, _ = hc.poll_once(watched, connection, None)
+    if deaths:
+        pytest.skip(f"{verdict.reason} ({'; '.join(deaths)})")
     if not verdict.healthy:
         raise RuntimeError(verdict.reason)
     ours = time.thread_time() - ours
@@ -615,7 +620,7 @@ def kept_windows_rows(plan: Plan) -> Iterator[Row]:
                 ways = {keeps: way_to(watched, keeps) for keeps in (False, True)}
                 for way in ways.values():
                     stack.callback(way.close)
-                rounds = [{keeps: measured_poll(server, watched, way) for keeps, way in ways.items()}
+                rounds = [{keeps: measured_poll(server, watched, way, engine.deaths) for keeps, way in ways.items()}
                           for _ in range(plan.rounds + WARMING)][WARMING:]
     except pytest.skip.Exception as missing:
         yield Row(figure, f"skipped: {missing}")
@@ -638,7 +643,7 @@ def checks_rows(plan: Plan) -> Iterator[Row]:
                     watched = watched_host(server, checks=FORTY)
                     bare = replace(watched, settings=watched.settings.model_copy(update={"checks": []}))
                     with contextlib.closing(way_to(watched, keeps=True)) as way:
-                        rounds = [[measured_poll(server, one, way) for one in (watched, bare)]
+                        rounds = [[measured_poll(server, one, way, engine.deaths) for one in (watched, bare)]
                                   for _ in range(plan.rounds + WARMING)][WARMING:]
                 added = [[with_them[unit] - without[unit] for with_them, without in rounds] for unit in range(3)]
                 seconds, cpu = ([value / 1e3 for value in values] for values in added[:2])

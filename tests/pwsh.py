@@ -35,6 +35,7 @@ NOBODY = "00000000-0000-0000-0000-000000000000"  # the shell itself, in place of
 ELEMENT = re.compile(r"<(\w+)(?: Stream='\w+')? PSGuid='([^']+)'\s*(?:/>|>([^<]*)<)")
 ANSWER_TIME = 120.0  # seconds in which the engine acknowledges a command, at its first start, too
 CLOSING_TIME = 2.0  # seconds in which it closes a shell
+LAST_WORDS = 500  # characters of what a process says that ends by itself
 FRAGMENT = struct.Struct(">QQBI")  # PSRP's: which message, which part of it, first or last, bytes that follow
 PIPELINE_STATE = (0x00041006).to_bytes(4, "little")  # the type of a command's last message, behind its destination
 SESSION = "@{ SchemaVersion = '2.0.0.0'; GUID = '6f3a2a0e-5c7e-4f6c-9b3e-0d1c2b3a4f5e'; "
@@ -50,10 +51,12 @@ COMPILED = """@([scriptblock].GetField('s_cachedScripts', 'NonPublic, Static').G
 
 
 class EngineProcess(NamedTuple):
-    """A process, and the file that holds the session configuration of its next shell, if it has one."""
+    """A process, the file that holds the session configuration of its next shell, if it has one, and that of what it
+    says beside its answers."""
 
     process: subprocess.Popen[bytes]
     file: str
+    errors: Path
 
 
 class Engine:
@@ -72,10 +75,12 @@ class Engine:
             self.environment["HC_CIM"] = as_windows(folder / "cim.json")
             self.environment["WINEDLLOVERRIDES"] += ";explorer.exe=d"  # a desktop, which whoever is first would begin
             self.set_rows()
+        self.deaths: list[str] = []  # of processes that ended by themselves, with their code and last words
         self._lock = threading.Lock()  # guards _idle
         self._idle: list[EngineProcess] = []
         self._numbers = itertools.count()
-        self._services = self._popen(wine.program, "cmd") if wine else None  # wine's end with its last process
+        # Wine's own end with its last process.
+        self._services = self._popen(folder / "cmd.txt", wine.program, "cmd") if wine else None
 
     def set_rows(self, **changes: Any) -> None:
         """What CIM answers from now on: a class with its rows, "denied", or None where there is no such class."""
@@ -108,8 +113,12 @@ class Engine:
             if found:
                 self._idle.remove(found)
             file = found.file if found else f"{next(self._numbers)}.pssc" if session else ""
+        if found:
+            return found
         arguments = ("-ConfigurationFile", self.write(file, session)) if session else ()
-        return found or EngineProcess(self._popen(*self.command, "-s", "-NoProfile", "-NoLogo", *arguments), file)
+        errors = self.folder / f"{next(self._numbers)}.txt"
+        process = self._popen(errors, *self.command, "-s", "-NoProfile", "-NoLogo", *arguments)
+        return EngineProcess(process, file, errors)
 
     def give_back(self, process: EngineProcess) -> None:
         """Its shell is closed, and it waits for the next one."""
@@ -122,9 +131,16 @@ class Engine:
             process.kill()
             process.communicate()
 
-    def _popen(self, *command: str) -> subprocess.Popen[bytes]:
-        pipe, null = subprocess.PIPE, subprocess.DEVNULL
-        return subprocess.Popen(command, env=self.environment, stdin=pipe, stdout=pipe, stderr=null)
+    def bury(self, dead: EngineProcess) -> None:
+        """Note a process that ended although nobody had ended it."""
+        code = dead.process.wait(ANSWER_TIME)
+        words = dead.errors.read_text("utf-8", "replace").split()
+        self.deaths.append(f"PowerShell ended by itself, with {code}: {' '.join(words)[-LAST_WORDS:] or 'no word'}")
+
+    def _popen(self, errors: Path, *command: str) -> subprocess.Popen[bytes]:
+        pipe = subprocess.PIPE
+        with errors.open("wb") as file:
+            return subprocess.Popen(command, env=self.environment, stdin=pipe, stdout=pipe, stderr=file)
 
 
 @contextlib.contextmanager
@@ -177,7 +193,8 @@ class EngineShell(Shell):
         taken = engine.take(session, fresh=fresh)
         self.process = taken.process
         self._give_back = None if fresh else functools.partial(engine.give_back, taken)
-        self.alive, self._closed = True, False
+        self._bury = functools.partial(engine.bury, taken)
+        self.alive, self._closed, self._killed = True, False, False
         self._fragments: dict[str, collections.deque[bytes]] = collections.defaultdict(collections.deque)
         self._begun: set[str] = set()  # and not closed since their end
         self._ended: set[str] = set()
@@ -227,6 +244,7 @@ class EngineShell(Shell):
         if self._closed and self._give_back and self._begun <= self._ended:  # what is cut off may go on for a while
             self._give_back()
             return
+        self._killed = True
         self.process.kill()
         self.process.wait()
         self._reader.join(CLOSING_TIME)  # a program that outlives the shell holds its streams
@@ -260,6 +278,8 @@ class EngineShell(Shell):
                 break
         else:
             self.process.stdout.close()
+            if not self._killed:
+                self._bury()
         with self.changed:
             self.alive = False
             self.changed.notify_all()

@@ -287,10 +287,12 @@ class FrozenShell(EngineShell):
 def test_a_shell_that_dies_or_never_ends(
     engine: Engine, kind: type[EngineShell], seconds: float, cause: str, reason: str
 ) -> None:
-    """And the next poll of the same host is as ever. What dies has compiled nothing yet."""
+    """And the next poll of the same host is as ever. What dies has compiled nothing yet, and is told of."""
+    deaths = len(engine.deaths)
     with WSManServer("https", "negotiate", open_shell=engine.opener(FULL, kind, fresh=True)) as server:
         polled = poll(target(server, timeout=seconds))
         assert (polled.verdict.state, polled.cause) == ("unhealthy", cause)
         assert polled.reason.startswith(reason)
+        assert len(engine.deaths) == deaths + (kind is DyingShell)
         server.open_shell = engine.opener()
         assert outcomes(ask(server, {"check": "$true"})) == {"check": (True, "True")}
