@@ -4404,6 +4404,7 @@ class ConnectionContext:
     records: dict[str, LoginRecord] = dataclass_field(default_factory=dict)     # by resource
     is_trial: bool = False      # somebody tries settings
     keeps: bool = False         # sessions stay open between polls
+    drain: float = 0.0          # seconds for polls of Windows at the end: a host keeps for long what nobody deletes
 
     def guard_of(self, target: Target) -> LoginGuard:
         return (self.guards.trial if self.is_trial else self.guards.of)(target)
@@ -10468,16 +10469,17 @@ class Monitor(threading.Thread):
                 self._sweep()
 
     def close(self) -> None:
-        """Ends all threads; polls that still run are left to their deadline."""
+        """Ends all threads; polls that still run then are left to their deadline."""
         self._ending.set()
         self._context.uplink.close()
         if self.is_alive():
             self.join(1)    # or it would take stopped pollers for dead ones
-        pollers, ends_mono = list(self.pollers.values()), time.monotonic() + LAST_SESSIONS
+        pollers, begun_mono, drain = list(self.pollers.values()), time.monotonic(), self._context.access.drain
         for poller in pollers:
             poller.stop()
         for poller in filter(threading.Thread.is_alive, pollers):
-            poller.join(max(0.0, ends_mono - time.monotonic()))
+            seconds = max(LAST_SESSIONS, drain if poller.target.settings.platform == Platform.WINDOWS else 0.0)
+            poller.join(max(0.0, begun_mono + seconds - time.monotonic()))
         for poller in pollers:
             poller.tell_late(is_last=True)      # or never: the next start takes what is stored for told
         self._context.recorder.close()
@@ -17428,7 +17430,8 @@ class Installation:
         return owner
 
     def access(self, *, keeps: bool = False) -> ConnectionContext:
-        return ConnectionContext(KnownHosts(self.service.known_hosts), Resolver(), keeps=keeps)
+        known_hosts = KnownHosts(self.service.known_hosts)
+        return ConnectionContext(known_hosts, Resolver(), keeps=keeps, drain=self.service.drain)
 
     def review(self, changes: Changes) -> None:
         """Raises InventoryError where so much would go that it has to be said twice."""

@@ -11,9 +11,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import wait_for
 from service import PROGRAM, Program, Service, write_inventory
 from sshd import ParamikoSshd, Sshd
-from wsman_server import Script, WSManServer
+from wsman_server import Answer, Script, WSManServer
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="the commands of two of the hosts are for /bin/sh")
 RECORDED = (Path(__file__).parent / "recorded" / "windows" / "administrator.json").read_text(encoding="utf-8")
@@ -61,6 +62,26 @@ def test_a_full_disk_closes_the_gate_until_it_is_empty(sshd: Sshd | ParamikoSshd
             for name in ("linux1", "here"):
                 assert f"{name}: healthy ->" not in service.output
             assert "correct horse" not in service.output
+
+
+@pytest.mark.parametrize(("delay", "drain", "left"), [(2.5, 7.5, 0), (60.0, 1.5, 1)])
+def test_a_poll_has_the_drain_to_delete_its_shell_at_a_stop(
+    tmp_path: Path, delay: float, drain: float, left: int
+) -> None:
+    """A host keeps the shell of whoever is gone until its idle time is over; what hangs holds up no stop for longer."""
+    disk = WindowsHost()
+    with WSManServer("http", "ntlm", answer=disk) as windows:
+        row = (
+            f"  - {{name: win1, platform: windows, hostname: 127.0.0.1, port: {windows.port}, tls: false, auth: ntlm,"
+            f" username: monitor, password: correct horse, interval: 1, timeout: 90}}\n"
+        )
+        with Service(write_inventory(tmp_path, row, f"  drain: {drain}\n")) as service:
+            service.wait_status("/", 200)
+            windows.answer = lambda script: Answer((disk(script),), delay=delay)
+            polls = windows.polls
+            wait_for(lambda: windows.polls > polls)
+            service.stop(20)
+            assert len(windows.shells) == left
 
 
 @pytest.mark.long
