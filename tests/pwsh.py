@@ -113,9 +113,9 @@ class Engine:
             if found:
                 self._idle.remove(found)
             file = found.file if found else f"{next(self._numbers)}.pssc" if session else ""
+        arguments = ("-ConfigurationFile", self.write(file, session)) if session else ()
         if found:
             return found
-        arguments = ("-ConfigurationFile", self.write(file, session)) if session else ()
         errors = self.folder / f"{next(self._numbers)}.txt"
         process = self._popen(errors, *self.command, "-s", "-NoProfile", "-NoLogo", *arguments)
         return EngineProcess(process, file, errors)
