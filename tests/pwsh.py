@@ -26,7 +26,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from windows_python import FOLDER, Unavailable, Wine, as_windows, build_prefix, locked, unpack_powershell
+from windows_python import (
+    FOLDER,
+    Unavailable,
+    Wine,
+    as_windows,
+    build_prefix,
+    end_unless_used,
+    locked,
+    unpack_powershell,
+)
 from wsman_server import CHUNK_SIZE, FAULTS, Shell, WSManServer
 
 MODULES = Path(__file__).with_name("modules")  # a stand-in for CIM, which wine has not
@@ -166,8 +175,11 @@ def _prefix() -> Iterator[Wine]:
         with locked(FOLDER, alone=True):
             unpack_powershell(FOLDER)
             build_prefix(wine)
-    with locked(FOLDER, alone=False):
-        yield wine
+    try:
+        with locked(FOLDER, alone=False):
+            yield wine
+    finally:
+        end_unless_used(wine, FOLDER)
 
 
 # === A shell =================================================================

@@ -21,6 +21,8 @@ from windows_python import (
     SKIPPED,
     Unavailable,
     Wine,
+    end_unless_used,
+    locked,
     unpack_powershell,
 )
 
@@ -76,3 +78,16 @@ def test_the_end_of_the_server_is_not_waited_out(tmp_path: Path, monkeypatch: py
         process.kill()
     with subprocess.Popen(["/bin/sh", "-c", "exit 3"]) as process:
         assert wine.wait(process, 200) == 3
+
+
+def test_who_is_the_last_in_a_prefix_ends_what_runs_there(tmp_path: Path) -> None:
+    """Here a script says that it was asked to."""
+    wine, ended, server = Wine.__new__(Wine), tmp_path / "ended", tmp_path / "server"
+    server.write_text(f"#!/bin/sh\ntouch '{ended}'\n", encoding="ascii")
+    server.chmod(0o755)
+    wine.server, wine.environment, wine.prefix = str(server), dict(os.environ), tmp_path
+    with locked(tmp_path, alone=False):
+        end_unless_used(wine, tmp_path)
+        assert not ended.exists()
+    end_unless_used(wine, tmp_path)
+    assert ended.exists()

@@ -316,6 +316,14 @@ def locked(folder: Path, *, alone: bool) -> Iterator[None]:
         yield
 
 
+def end_unless_used(wine: Wine, folder: Path) -> None:
+    """Ends all that runs in the prefix once nobody uses it: the console of a process that was killed outlives it, and
+    with it wine's services. Not on Windows."""
+    with (folder / "lock").open("w", encoding="ascii") as lock, contextlib.suppress(BlockingIOError):
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        wine.end()
+
+
 def build(folder: Path) -> Wine:
     """Wine with Windows Python in that folder, built where it is missing or was built from other pins."""
     wine, python, stamp = Wine(folder / "prefix"), folder / "python", folder / "stamp"
