@@ -88,7 +88,7 @@ class Engine:
         self._lock = threading.Lock()  # guards _idle
         self._idle: list[EngineProcess] = []
         self._numbers = itertools.count()
-        # Wine's own end with its last process.
+        # Wine's own services end with its last process, which would be any shell's.
         self._services = self._popen(folder / "cmd.txt", wine.program, "cmd") if wine else None
 
     def set_rows(self, **changes: Any) -> None:
