@@ -90,6 +90,24 @@ Sections, in file order; a definition refers only to what stands above it:
 
 from __future__ import annotations
 
+import contextlib
+import os
+import sys
+
+# glibc gives each of hundreds of pollers an arena and a cache of what it freed, so that memory grows for hours: with
+# 100 hosts by 10 MB an hour, by none like this, which takes no more time. It can be said only before a process begins,
+# and what this one starts is not told. It is said once: whoever has capabilities of a file is never told of tunables.
+if __name__ == "__main__" and sys.platform == "linux":
+    if (tunables := os.environ.pop("HEALTHCHECKER_TUNABLES", None)) is None:
+        tunables = os.environ.get("GLIBC_TUNABLES", "")
+        ours = ":".join((*filter(None, [tunables]), "glibc.malloc.arena_max=2:glibc.malloc.tcache_count=0"))
+        with contextlib.suppress(OSError):
+            os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]],     # noqa: S606  # a shell is not wanted
+                      os.environ | {"HEALTHCHECKER_TUNABLES": tunables, "GLIBC_TUNABLES": ours})
+    os.environ["GLIBC_TUNABLES"] = tunables
+    if not tunables:
+        del os.environ["GLIBC_TUNABLES"]
+
 import argparse
 import base64
 import binascii
@@ -97,7 +115,6 @@ import bisect
 import codecs
 import collections
 import concurrent.futures
-import contextlib
 import contextvars
 import copy
 import csv
@@ -125,7 +142,6 @@ import logging.handlers
 import math
 import mmap
 import multiprocessing
-import os
 import queue
 import random
 import re
@@ -140,7 +156,6 @@ import ssl
 import stat
 import struct
 import subprocess
-import sys
 import tarfile
 import tempfile
 import threading
@@ -2583,8 +2598,8 @@ class Event(Base):
 
 
 class Maintenance(Base):
-    """Planned work: what does not count for a while. One that was planned here goes when it is over; of each plan of
-    the inventory that has begun there is one, which stays."""
+    """Planned work: what does not count for a while. One that was planned here goes a day after it is over; of each
+    plan of the inventory that has begun there is one, which stays."""
 
     __tablename__ = "maintenance"
     __table_args__ = ({"sqlite_autoincrement": True},)      # or who ends what is over already ended another one
@@ -2596,7 +2611,8 @@ class Maintenance(Base):
     reason: Mapped[str]
     actor: Mapped[str] = mapped_column(default="")      # name of the user, empty for a plan
     plan: Mapped[str] = mapped_column(default="")       # JSON of the inventory's, empty for none
-    turn_at: Mapped[float] = mapped_column(default=0.0)     # when its last turn was to begin; no clock moves that
+    # When the last turn of its plan was to begin; of what has no plan when it was over. No clock moves that.
+    turn_at: Mapped[float] = mapped_column(default=0.0)
 
     @property
     def chosen(self) -> Scope:
@@ -8943,6 +8959,7 @@ class OverrideKeeper:
 # Gives: begin_work, Choices, choices, end_acknowledgements, finish_work, MaintenanceKeeper, move_times, remarks,
 # Remarks, tell_work, timetable, Turn, written
 AHEAD = 7 * 86_400.0            # seconds for which plans are shown ahead
+KEPT_OVER = 86_400.0            # seconds for which a clock that is put back can take back that something is over
 MAINTENANCE_RETRY = 10.0        # seconds after which rows are looked at again that could not be read
 
 
@@ -9066,10 +9083,14 @@ def begin_work(session: Session, row: Maintenance, at: float, **who: str) -> Non
     tell_work(session, row, f"in maintenance until {written(row.until_at)}: {row.reason}", at, **who)
 
 
-def finish_work(session: Session, row: Maintenance, text: str, at: float, **who: str) -> None:
-    """It is over; of a plan the row stays, so that this turn does not begin again."""
+def tell_over(session: Session, row: Maintenance, text: str, at: float, **who: str) -> None:
     row.state = "over"
     tell_work(session, row, text, at, **who)
+
+
+def finish_work(session: Session, row: Maintenance, text: str, at: float, **who: str) -> None:
+    """It is over; of a plan the row stays, so that this turn does not begin again."""
+    tell_over(session, row, text, at, **who)
     if not row.plan:
         session.delete(row)
 
@@ -9078,7 +9099,8 @@ def take_turn(session: Session, row: Maintenance, now: float, *, gone: bool) -> 
     if row.state == "planned" and row.start_at <= now and not gone:
         begin_work(session, row, row.start_at)
     if row.state == "begun" and row.until_at <= now:
-        finish_work(session, row, "maintenance is over", row.until_at)
+        tell_over(session, row, "maintenance is over", row.until_at)
+        row.turn_at = row.turn_at if row.plan else now
     elif gone and row.state != "over":
         finish_work(session, row, f"maintenance is over: {'the plan has changed' if row.plan else 'that is gone'}", now)
 
@@ -9104,7 +9126,7 @@ def take_turns(session: Session, now: float) -> None:
         there = scope.all or scope.tags or known.groups.keys() & {*scope.groups} or known.of(scope)
         lasting = row.plan in plans if row.plan else there
         take_turn(session, row, now, gone=not lasting)
-        if row.plan and not lasting:
+        if not lasting if row.plan else row.state == "over" and abs(now - row.turn_at) > KEPT_OVER:
             session.delete(row)
     turns = {row.plan: row for row in rows}
     for text, plan in plans.items():
@@ -9114,9 +9136,12 @@ def take_turns(session: Session, now: float) -> None:
 def move_times(session: Session, seconds: float, now: float) -> None:
     """After the clock, which said `now`, was set by so much: what was begun by hand goes on for the time that it had
     left, and no turn of a plan for longer than that; a clock that was put forward ends it as it says. What began later
-    than `now` was begun by a clock that was right, before a start with one that was behind."""
-    for row in session.scalars(sqlalchemy.select(Maintenance).filter_by(state="begun")):
-        if row.start_at <= now and (seconds < 0 or not row.plan):
+    than `now` was begun by a clock that was right, before a start with one that was behind. What a start with one that
+    was ahead took for over begins when it should."""
+    for row in session.scalars(sqlalchemy.select(Maintenance).where(Maintenance.state != "planned")):
+        if row.state == "over":
+            row.state = "over" if row.plan or row.until_at <= now + seconds else "planned"
+        elif row.start_at <= now and (seconds < 0 or not row.plan):
             row.start_at += seconds
             row.until_at += seconds
 
@@ -10298,7 +10323,6 @@ class Poller(ResourceLease, threading.Thread):
 # leases and maintenance end. Names in `_mono` are monotonic times, in `_at` Unix times.
 # Gives: Monitor
 FOLLOW_INTERVAL = 50.0          # seconds after which the rows are looked at in any case: they may be changed by hand
-M_ARENA_MAX = -8                # of glibc's malloc.h
 CLOCK_STEP = 60.0               # seconds by which a clock that was set differs from one that is only adjusted
 OWN_FILES, HOST_FILES = 100, 2  # that are open: database, console, workers; for a host, whose connection is made anew
 
@@ -10337,12 +10361,6 @@ def require_files(before: Mapping[str, Target], targets: Mapping[str, Target]) -
     if hosts > known and (allowed := allow_files(wanted)) < wanted:
         log.warning("%.0f files may be open, which is too few for %d hosts: set LimitNOFILE (ulimit -n) to %d",
                     allowed, hosts, wanted)
-
-
-def limit_arenas() -> None:
-    """Has all threads share two of glibc's arenas: with one for each of hundreds of pollers, memory grows for hours."""
-    with contextlib.suppress(AttributeError, OSError, TypeError):     # of another system, or another libc
-        ctypes.CDLL(None).mallopt(M_ARENA_MAX, 2)
 
 
 def overruled(name: str, pollers: Mapping[str, Poller], context: PollContext) -> Standing | None:
@@ -10449,7 +10467,6 @@ class Monitor(threading.Thread):
 
     def begin(self) -> None:
         """Registers every resource, takes over fresh stored states and starts everything."""
-        limit_arenas()
         now_at = self._zero_at
         with self._store.reading() as session:
             own = self._store.own

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import signal
@@ -12,9 +11,11 @@ from pathlib import Path
 
 import pytest
 from conftest import wait_for
-from service import PROGRAM, Program, Service, write_inventory
+from service import PROGRAM, Program, Service, environment, write_inventory
 from sshd import ParamikoSshd, Sshd
 from wsman_server import Answer, Script, WSManServer
+
+from healthchecker import VERSION
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="the commands of two of the hosts are for /bin/sh")
 RECORDED = (Path(__file__).parent / "recorded" / "windows" / "administrator.json").read_text(encoding="utf-8")
@@ -113,27 +114,32 @@ def test_open_files_are_allowed_as_far_as_they_are_needed() -> None:
     assert told.stdout == "64 (64, 300)\n200 (200, 300)\n300 (300, 300)\n"
 
 
-ARENAS = """
-import ctypes, sys, threading
-import healthchecker
-if sys.argv[1:]:
-    healthchecker.limit_arenas()
-here, libc = threading.Barrier(32), ctypes.CDLL(None)
-def poll():
-    kept = [bytes(4000) for _ in range(50)]    # more than what Python takes in blocks of its own
-    here.wait()
-threads = [threading.Thread(target=poll) for _ in range(32)]
-[thread.start() for thread in threads], [thread.join() for thread in threads]
-libc.fdopen.restype = ctypes.c_void_p
-libc.malloc_info(0, ctypes.c_void_p(libc.fdopen(1, b"w")))
-libc.fflush(None)
-"""
-if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "malloc_info"):
+APP = """
+import json, os
 
-    def test_pollers_share_their_memory() -> None:
-        """Each thread of its own arena keeps what it ever needed at once."""
-        limited, usual = (
-            subprocess.run([sys.executable, "-c", ARENAS, *word], cwd=PROGRAM.parent, capture_output=True, text=True,
-                           check=True).stdout.count("<heap nr=")
-            for word in (["limited"], []))  # fmt: skip
-        assert limited <= 2 < usual
+def app(environ, start_response):
+    start_response("200 OK", [])
+    return [json.dumps(dict(os.environ)).encode()]
+"""
+if sys.platform == "linux":
+
+    @pytest.mark.parametrize("theirs", [{}, {"GLIBC_TUNABLES": "glibc.malloc.mxfast=64"}], ids=["none", "theirs"])
+    def test_pollers_share_their_memory(theirs: dict[str, str], tmp_path: Path) -> None:
+        """What each thread of its own arena and cache keeps grows for hours. The application has what it was given."""
+        (tmp_path / "told.py").write_text(APP, encoding="utf-8")
+        rows = "  - {name: calm, platform: simulated, mean_healthy: 100000}\n"
+        with Program(write_inventory(tmp_path, rows, "  app: told:app"), env=theirs) as service:
+            service.wait_status("/-/readyz", 200)
+            told = json.loads(service.get("/").body)
+            variables = Path(f"/proc/{service.pid}/environ").read_text(encoding="utf-8")
+        tunables = ":".join([*theirs.values(), "glibc.malloc.arena_max=2", "glibc.malloc.tcache_count=0"])
+        assert f"GLIBC_TUNABLES={tunables}" in variables.replace("\0glibc", ":glibc")  # glibc writes into it
+        assert {name: text for name, text in told.items() if "TUNABLES" in name} == theirs
+
+    def test_a_process_that_is_told_of_no_tunables_begins_once_more_and_goes_on(tmp_path: Path) -> None:
+        """As one with capabilities of its file: glibc takes the variable away each time."""
+        told = "import os; os.environ.pop('GLIBC_TUNABLES', None); print('begun')\n"
+        (tmp_path / "sitecustomize.py").write_text(told, encoding="utf-8")
+        started = subprocess.run([sys.executable, PROGRAM, "--version"], env=environment({"PYTHONPATH": str(tmp_path)}),
+                                 capture_output=True, text=True, check=True, timeout=60)  # fmt: skip
+        assert started.stdout.splitlines() == ["begun", "begun", f"HealthChecker {VERSION}"]

@@ -32,6 +32,7 @@ from healthchecker import (
     Status,
     Vault,
     end_acknowledgements,
+    finish_work,
     import_inventory,
     load_inventory,
     move_times,
@@ -271,6 +272,7 @@ def test_what_is_planned_by_hand(diary: Diary) -> None:
         ("begun", "", "pair"), ("begun", "b", ""), ("over", "", "pair"), ("over", "b", "")]  # fmt: skip
     diary.add(SUNDAY, SUNDAY + HOUR, all=True)
     assert diary.look(SUNDAY + DAY) == "" and diary.states.endswith(" begun over")
+    diary.look(SUNDAY + 3 * DAY)    # a day later they are gone
     with diary.store.reading() as session:
         assert session.scalars(sqlalchemy.select(Maintenance)).all() == []
         last = session.scalars(sqlalchemy.select(Event.at).order_by(Event.id.desc()).limit(2)).all()
@@ -345,6 +347,24 @@ def test_a_clock_that_is_set(diary: Diary) -> None:
     assert diary.states.split().count("begun") == diary.states.split().count("over") == 4
 
 
+def test_a_start_with_a_clock_that_is_ahead(diary: Diary) -> None:
+    """And that is put right some minutes later, as without a battery: what it took for over goes on, or begins in time.
+    What somebody ended stays so."""
+    diary.write()
+    for name, at in ("b", 0), ("a", DAY), ("c", 0):
+        diary.add(SUNDAY + at, SUNDAY + at + HOUR, resources=[name])
+    assert diary.look(SUNDAY) == "bc"
+    with diary.store.writing() as session:
+        last = sqlalchemy.select(Maintenance).order_by(Maintenance.id.desc()).limit(1)
+        finish_work(session, session.scalars(last).one(), "ended", SUNDAY)
+    ahead = SUNDAY + 120 * DAY
+    assert diary.look(ahead) == diary.look(ahead + 60) == ""
+    with diary.store.writing() as session:
+        move_times(session, -120 * DAY, ahead + 90)
+    looks = [diary.look(SUNDAY + at, follow=at < 100) for at in (90, HOUR - 1, HOUR, DAY, DAY + HOUR)]
+    assert looks == ["b", "b", "", "a", ""]
+
+
 def test_who_has_the_tag_then(diary: Diary) -> None:
     diary.write({}).look(SUNDAY)
     rows = f"  - {{name: a, {CALM}}}\n  - {{name: d, {CALM}, tags: [db]}}\n"
@@ -407,6 +427,9 @@ def test_a_damaged_row_is_no_maintenance(diary: Diary, damage: str) -> None:
     with diary.store.writing() as session:
         session.execute(sqlalchemy.text(f"UPDATE maintenance SET {damage}"))
     assert diary.look(SUNDAY + 1) == "" == diary.look(SUNDAY + 2)
+    with diary.store.writing() as session:
+        move_times(session, -DAY, SUNDAY + 2)
+    assert diary.look(SUNDAY + 2 - DAY) == ""
 
 
 def test_damaged_plans_are_none(diary: Diary) -> None:
