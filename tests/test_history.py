@@ -68,7 +68,8 @@ class Notebook:
                 session.add(row)
         with self.store.reading() as session:
             self.targets = list(healthchecker.load_targets(session, Vault(folder / "keys")).values())
-        self.aggregator = HealthAggregator()
+        self.now = time.time()      # by the aggregator's clock of the wall
+        self.aggregator = HealthAggregator(wall=lambda: self.now)
         self.recorder = Recorder(self.store, self.aggregator, retention)
 
     @property
@@ -210,13 +211,14 @@ def test_transitions_are_events(notebook: Notebook) -> None:
     for before, after in ((Standing(), good), (good, good), (good, bad), (bad, bad)):
         verdict = Verdict(after.state, after.cause, after.reason)
         notebook.write(Report(notebook.targets[0], before, after, verdict, START + 60, 0.1))
-    notebook.aggregator.set_resource("r0", True)
-    notebook.aggregator.set_resource("r0", False, "down")
+    for passed, healthy in (5, True), (7, False):
+        notebook.now += passed
+        notebook.aggregator.set_resource("r0", healthy, "down")
     notebook.recorder.flush()
     with notebook.store.reading() as session:
         found = [(one.kind, one.resource, one.text) for kind in ("gate", "state") for one in events(session, kind=kind)]
         assert [event.at for event in events(session, kind="state")] == [START + 60] * 2
-    assert found[:2] == [("gate", "", "open -> closed (r0: down) after 0 s"), ("gate", "", "closed -> open after 0 s")]
+    assert found[:2] == [("gate", "", "open -> closed (r0: down) after 7 s"), ("gate", "", "closed -> open after 5 s")]
     assert found[2:] == [
         ("gate", "", "closed (the service starts)"),
         ("state", "r0", "healthy -> unhealthy (unreachable: no route) after 60 s"),
