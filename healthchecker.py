@@ -3801,10 +3801,15 @@ class Target:
             for hop, (user, host, port) in places.items()]
 
 
+def is_still(row: Resource, target: Target) -> bool:
+    """Whether a row says what it said when the target was made of it."""
+    return (row.id, row.settings_digest) == (target.id, target.settings_digest)
+
+
 def target_of(row: Resource, vault: Vault, known: Target | None = None) -> Target:
     """A row with its secrets opened, if it is not as `known`: that takes 2 ms each. One that is damaged has a fault,
     and settings that say no more than they can."""
-    if known and (known.id, known.settings_digest) == (row.id, row.settings_digest):
+    if known and is_still(row, known):
         return replace(known, host_key=row.host_key, is_added=row.origin != "inventory")
     settings = ResourceSettings.model_construct(name=row.name, hostname=row.hostname, platform=Platform.LOCAL)
     fault: tuple[Cause, str] | None = None
@@ -9321,6 +9326,7 @@ class IncidentLog:
         self._over: collections.deque[Incident | WatchedTime] = collections.deque(maxlen=2 * PRUNE_ROWS[1])
         self._watched: WatchedTime | None = None
         self._numbered: list[Incident | WatchedTime] = []       # since what was written last is safe
+        self._given: set[str] = set()       # groups of which an incident has what was counted since the last look
         self._before = self._now = counted()
         self._ends, self._takes_over, self._speaks, self._begun = False, False, True, False
         # how each resource stands, and whether it counts; set by who knows
@@ -9341,6 +9347,7 @@ class IncidentLog:
         decision is no transition."""
         now_mono, now_at = self._clock(), self._wall()
         self._before, self._now = self._now, self._counted()
+        self._given.clear()
         self._follow_clock(now_at - now_mono)
         self._note_gap(now_mono)
         for at, is_open, why, name in transitions:
@@ -9382,19 +9389,21 @@ class IncidentLog:
             self.begin_anew()
 
     def _begin_to_write(self, session: Session) -> None:
-        """Goes on with what another machine has written of what lasts; the rest is over."""
+        """Goes on with what another machine has written of what lasts, or did until just now; the rest is over."""
         open_rows = sqlalchemy.select(Incident).filter_by(end="")
+        ours = [one for one in (*self._over, *self._lasting.values()) if isinstance(one, Incident)]
+        unwritten = {one.group: one for one in reversed(ours) if one.id is None}
         for row in session.scalars(open_rows) if self._takes_over else ():
-            if one := self._lasting.get(row.group):
+            if one := unwritten.get(row.group):
                 number, refused, passed = one.written if one.written[0] == row.id else (row.id, 0, 0)
                 one.id, one.from_at = number, min(row.from_at, one.from_at)
                 one.why, one.actor, one.before = row.why, row.actor, row.before
                 one.refused += max(0, row.refused - refused)    # what others have counted
                 one.would_refuse += max(0, row.would_refuse - passed)
-        known = [one.id for one in self._lasting.values() if one.id]
+                one.written = number, row.refused, row.would_refuse     # or a second try counted them again
+        known = [one.id for one in ours if one.id]
         session.execute(sqlalchemy.update(Incident).where(
             Incident.end == "", Incident.id.not_in(known)).values(end="unseen"))
-        self._begun = True
 
     def tell(self, session: Session, since: Callable[[str], float], name: str, *, changed: bool = True) -> None:
         """Writes how everything stands to the Setting `name`, within the caller's transaction; `since`: when a group
@@ -9407,11 +9416,11 @@ class IncidentLog:
         """Within the caller's transaction."""
         if not self._speaks:
             return
-        if not self._begun:
-            self._begin_to_write(session)
         for one in self._numbered:      # by what was not written in the end: others may have the numbers
             one.id = cast("Any", None)
         self._numbered.clear()
+        if not self._begun:
+            self._begin_to_write(session)
         for one in (*self._over, *self._lasting.values(), *filter(None, [self._watched])):
             if one.id is None:
                 self._numbered.append(one)
@@ -9430,6 +9439,7 @@ class IncidentLog:
             one.written = (one.id, one.refused, one.would_refuse) if one.id else one.written
         self._over.clear()
         self._numbered.clear()
+        self._begun = self._speaks
         self._written_mono = self._clock()
 
     def _standing(self, since: Callable[[str], float]) -> str:
@@ -9474,7 +9484,10 @@ class IncidentLog:
             self._over.append(incident)
 
     def _count(self, incident: Incident) -> None:
-        """What came since the last look: which gates depend on it may change."""
+        """What came since the last look: which gates depend on it may change. Of several incidents the first has it."""
+        if incident.group in self._given:
+            return
+        self._given.add(incident.group)
         for gate in gates_of(self._aggregator, incident.group) & self._now.keys():
             refused, passed = self._now[gate]
             incident.refused += refused - self._before.get(gate, (0, 0))[0]
@@ -12292,7 +12305,21 @@ class LogFile(logging.handlers.RotatingFileHandler):
         del record
         if time.monotonic() >= self._complains_mono:
             self._complains_mono = time.monotonic() + COMPLAINT_INTERVAL
-            print(f"{self.baseFilename} cannot be written: {one_line(str(sys.exc_info()[1]))}", file=sys.stderr)
+            with contextlib.suppress(OSError, ValueError):      # that may be on the same disk, or nobody's any more
+                print(f"{self.baseFilename} cannot be written: {one_line(str(sys.exc_info()[1]))}", file=sys.stderr)
+
+    def doRollover(self) -> None:
+        """A file that cannot be moved, as on Windows while somebody reads it, grows, and no older one goes for it."""
+        aside = f"{self.baseFilename}.0"
+        self.close()
+        try:
+            os.replace(self.baseFilename, aside)
+            os.replace(aside, self.baseFilename)
+        except OSError:
+            self.handleError(logging.makeLogRecord({}))
+            self.stream = self._open()
+        else:
+            super().doRollover()
 
     def emit(self, record: logging.LogRecord) -> None:
         if self.stale:
@@ -12595,8 +12622,8 @@ class Supervisor:
             try:
                 self._workers[number] = self._launch(number, worker.short)
                 worker.process.close()
-            except OSError as error:    # no descriptors, memory or processes are left: that may pass
-                worker.put_off(f"worker {number} cannot be started: {error.strerror}; trying again")
+            except (OSError, RuntimeError) as error:    # no descriptors, memory, processes or threads: that may pass
+                worker.put_off(f"worker {number} cannot be started: {getattr(error, 'strerror', error)}; trying again")
 
 
 # === Accounts ================================================================
@@ -12802,7 +12829,8 @@ def token_hash(token: str) -> str:
 def live_sessions(now: float) -> sqlalchemy.ColumnElement[bool]:
     """The logins that are not over."""
     return sqlalchemy.or_(*(sqlalchemy.and_(
-        LoginSession.kind == kind, LoginSession.begun_at > now - life, LoginSession.seen_at > now - idle)
+        LoginSession.kind == kind, LoginSession.begun_at.between(now - life, now + CLOCK_STEP),     # of a clock that
+        LoginSession.seen_at > now - idle)      # was ahead it would never end
         for kind, (life, idle) in LIVES.items()),
         sqlalchemy.and_(LoginSession.kind == "named", LoginSession.expires_at > now))
 
@@ -12921,10 +12949,11 @@ class ConsoleContext:
         """Requests that would have been refused."""
         return int(sum(map(self.counters.total, self.counters.routes.values())))
 
-    def offered_key(self, name: str) -> str:
+    def offered_key(self, name: str) -> tuple[Target, str]:
+        """What was asked, which may be another host by now, and its key."""
         with self.store.reading() as session:
             target = target_of(find_resource(session, name), self.vault)
-        return offered_key(target, self.connections)
+        return target, offered_key(target, self.connections)
 
 
 @dataclass(frozen=True)
@@ -13053,7 +13082,8 @@ def plan_work(who: Principal, session: Session, scope: Scope, term: Term) -> Tur
     start, until = term.times(now := who.context.clock())
     if faults := choices(session).faults(scope):
         raise field_errors(faults)
-    if (session.scalar(sqlalchemy.select(func.count()).where(Maintenance.plan == "")) or 0) >= PLANNED_COUNT:
+    lasting = sqlalchemy.select(func.count()).where(Maintenance.plan == "", Maintenance.state != "over")
+    if (session.scalar(lasting) or 0) >= PLANNED_COUNT:
         raise ApiError(f"{PLANNED_COUNT} are planned already; end one first", 409)
     row = Maintenance(state="planned", start_at=start, until_at=until, scope=scope.scope_json, reason=term.reason,
                       actor=who.name)
@@ -13221,10 +13251,10 @@ def change_password(who: Principal, body: Mapping[str, Any]) -> User:
     current, new = change.current.get_secret_value(), change.new.get_secret_value()
     if current == new:
         raise field_errors({"new": "must not be the current one"})
-    name = sign_in_again(who, "current", current).username
-    fresh = User.create(name, new)
+    user = sign_in_again(who, "current", current)
+    fresh = User.create(user.username, new)
     with who.context.store.writing() as session:
-        return renew(who, session, find_user(session, name), fresh)
+        return renew(who, session, unchanged(session, user), fresh)
 
 
 def unchanged(session: Session, user: User) -> User:
@@ -13835,12 +13865,14 @@ def acknowledge_resource(who: Principal, name: str, body: Mapping[str, Any]) -> 
 def trust_resource(who: Principal, name: str, body: Mapping[str, Any]) -> ResourceView:
     """Trusts the key that the host shows now; with `host_key` only that one."""
     wanted = validated(Trust, body).host_key
-    offered = who.context.offered_key(name)
+    asked, offered = who.context.offered_key(name)
     if wanted not in (None, offered):
         raise ApiError(f"the host shows another key: {offered}", 409,
                        {"host_key": "is not the one that the host shows"})
     with who.context.store.writing() as session:
         row = find_resource(session, name)
+        if not is_still(row, asked):
+            raise ApiError(f"{name} was changed meanwhile; nothing is trusted: try again", 409)
         who.note(session, f"trusted {offered}, before {row.host_key or 'no key'}", name)
         row.host_key = offered
     return show_resource(who, name)
@@ -14380,7 +14412,8 @@ class Metrics:
             rows, more = session.execute(METRIC_ROWS).all(), remarks(session, self._store.wall())
             tokens = session.execute(TOKEN_ROWS).all()
             receivers = session.scalars(sqlalchemy.select(Receiver).where(Receiver.is_told)).all()
-        standings = [(row.state and self._monitor and self._monitor.behind(row.name)) or row for row in rows]
+        known = {name: standing for name, standing, _ in self._monitor.standings()} if self._monitor else {}
+        standings = [known.get(row.name) or row for row in rows]    # rows may not be written yet, or cannot be
         states = collections.Counter(standing.state or "unknown" for standing in standings)
         yield labelled(GaugeMetricFamily, "resources", "Resources by state.", "state", (
             (state, states[state]) for state in get_args(State)))
@@ -16094,7 +16127,7 @@ def trust_form(who: Principal, name: str) -> Answer | None:
     if key := flask.request.form.get("key"):
         trust_resource(who, name, {"host_key": key})
         return None
-    return resource_page(name, offered=who.context.offered_key(name))
+    return resource_page(name, offered=who.context.offered_key(name)[1])
 
 
 def user_page(name: str = "", number: str = "", **more: Any) -> flask.Response:
@@ -16653,8 +16686,8 @@ class Announcer:
             return
         message, ends = write_message(chosen, picture, self._is_mine, self._console), []
         for notice in chosen:
+            ends += [as_mapping(notice)] if notice.told_at else []      # reminders, too, for they were told before
             if notice.over_at:
-                ends += [as_mapping(notice)] if notice.told_at else []
                 del self.notices[notice.kind, notice.name]
             notice.told_at, notice.times = now, 0
         self.row.message = json.dumps([*message, ends])
@@ -16971,6 +17004,8 @@ class Notifier(threading.Thread):
         self._saved: dict[int, object] = {}
         self._lost: list[str] = []          # texts of events to be written
         self._revision, self._looked_at = -1, 0.0
+        self._picture: Picture | None = None                    # the last one
+        self._told: list[Notice] = []       # of problems in a life before, while the database was away
         self._results: queue.SimpleQueue[tuple[int, Delivery]] = queue.SimpleQueue()
         self._threads: dict[int, threading.Thread] = {}         # those that send, by the receiver's id
         self._lock = threading.Lock()       # guards the next, and that none begins after the end
@@ -16986,7 +17021,9 @@ class Notifier(threading.Thread):
     def look(self, now: float) -> None:
         """Takes up what happened since the last look, and sends what is to be said, if it is this machine that does."""
         if self._epoch != (epoch := self._members.epoch) or not self._members.speaks:
-            self._epoch, self._announcers, self._saved, self._revision = epoch, {}, {}, -1
+            self._told += [notice for announcer in self._announcers.values() for notice in announcer.notices.values()
+                           if notice.kind == "problem" and notice.told_at]
+            self._epoch, self._announcers, self._saved, self._revision, self._picture = epoch, {}, {}, -1, None
         if not self._members.speaks:
             return self._take_results(now)
         with self._unread.caught():         # what cannot be read is no reason to keep what is known to oneself
@@ -16995,7 +17032,11 @@ class Notifier(threading.Thread):
                 self._take_results(now)     # after that, or what came would be forgotten, and be sent again
                 found, picture = self._see(session, now)
             if picture:
+                self._picture = picture
                 self._announce(found, picture, now)
+        if self._unread.why and self._picture:      # that the database is away can be told all the same
+            problems = {**self._picture.problems, **self._problems()}
+            self._announce([], self._picture._replace(problems=problems), now)
         self._take_results(now)
         if self._save():
             self._dispatch(now)
@@ -17028,6 +17069,10 @@ class Notifier(threading.Thread):
         self._announcers = {row.id: Announcer(row, notices[row.id], self._console) for row in rows}
         self._saved = {number: self._state_of(announcer) for number, announcer in self._announcers.items()}
         self._revision, self._looked_at = current, 0.0
+        for notice in self._told:
+            if announcer := self._announcers.get(notice.receiver_id):
+                announcer.notices.setdefault((notice.kind, notice.name), notice)
+        self._told.clear()
         if self._announcers and not has_apprise():
             log.error(NO_APPRISE)
 
@@ -17673,7 +17718,7 @@ def serve(arguments: argparse.Namespace) -> int:
                              "service.console; correct its ListenStream")
     service = service.model_copy(update={
         "listen": bound_address(service.listen, doors), "console": bound_address(service.console, console),
-        "heartbeat": None, "database_password": None})      # workers are given these settings
+        "heartbeat": None, "status_token": None, "database_password": None})    # workers are given these settings
     lease = Lease(installation.inventory.gates.members({}), observes=service.mode == "observe")
     with contextlib.closing(Supervisor(service, installation.path.parent, doors, lease)) as supervisor:
         serve_with(installation, console, supervisor)
@@ -18128,7 +18173,10 @@ def trust(arguments: argparse.Namespace) -> int:
         print(f"{target.name}: trusted was {target.host_key or 'no key'}, offered is {offered}", flush=True)
         confirm(offered, arguments)
         with store.writing() as session:
-            session.execute(sqlalchemy.update(Resource).values(host_key=offered).where(Resource.id == target.id))
+            row = session.get(Resource, target.id)
+            if row is None or not is_still(row, target):
+                raise UsageError(f"{target.name} was changed meanwhile; nothing is trusted: try again")
+            row.host_key = offered
             record_event(session, "change", f"trusted {offered}, before {target.host_key or 'no key'}",
                          resource=target.name, actor="command line")
             revise(session)

@@ -239,6 +239,35 @@ def test_password_that_changes_during_a_login(local: Local) -> None:
     assert caught.value.status == 401 and sessions(local) == []
 
 
+def test_password_that_an_admin_changes_during_its_change(local: Local, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The admin's stays, or whoever knows the old one took it back."""
+    user = local.log_in().context
+    create = User.create
+
+    def reset_meanwhile(name: str, password: str, role: str = "admin") -> User:
+        with user.store.writing() as session:
+            row = session.scalar(sqlalchemy.select(User).where(User.username == name))
+            assert row
+            row.password, row.salt = (fresh := create(name, "set by the admin")).password, fresh.salt
+        return create(name, password, role)
+
+    monkeypatch.setattr(User, "create", reset_meanwhile)
+    assert local.api("POST", "password", {"current": PASSWORD, "new": PASSWORD + "!"}).status == 401
+    monkeypatch.undo()
+    assert attempt(local, password=PASSWORD + "!").status == 401
+    assert attempt(local, password="set by the admin").status == 200
+
+
+@pytest.mark.parametrize("kind", ["session", "token"])
+def test_a_login_by_a_clock_that_was_ahead_ends_with_that(local: Local, kind: str) -> None:
+    """Its 8 hours would begin a year later."""
+    local.clock.now += 365 * 86_400.0
+    local.log_in() if kind == "token" else local.open_session()
+    assert logged_in(local)
+    local.clock.now -= 365 * 86_400.0
+    assert not logged_in(local)
+
+
 def changed_password(local: Local, name: str) -> None:
     local.log_in(name)
     assert local.api("POST", "password", {"current": PASSWORD, "new": PASSWORD + "!"}).status == 204

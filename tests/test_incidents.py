@@ -395,3 +395,48 @@ def test_served(tmp_path: Path) -> None:
         assert "sick: " in page and ">lasts<" in page
     text = healthchecker.csv_text([{"a": "=1+1", "b": 'say "x"'}], ["a", "b"])
     assert text == 'a,b\r\n\'=1+1,"say ""x"""\r\n'
+
+
+# === What is written once ====================================================
+def test_what_opens_when_others_may_have_written_is_one_incident(bench: Bench) -> None:
+    """And not two, of which one ends where this machine was taken for dead."""
+    bench.report(a=True, b=True, c=True)
+    bench.look(100)
+    bench.report(b=False)
+    bench.look(100)
+    bench.log.begin_anew()
+    bench.report(b=True)
+    bench.look(100)
+    [one] = bench.found()
+    assert (one.end, round(one.to_at - one.from_at)) == ("opened", 100)
+
+
+@pytest.mark.parametrize("failures", [1, 2])
+def test_a_first_write_that_fails_is_made_up_for(bench: Bench, failures: int) -> None:
+    """Or what lasted when the last service ended would last for ever."""
+    bench.report(a=True, b=True, c=True)
+    bench.report(b=False)
+    bench.look(50)
+    bench.begin()
+    with refusing(bench.store.database, "INSERT ON watched_time"):
+        for _ in range(failures):
+            with pytest.raises(sqlalchemy.exc.DatabaseError):
+                bench.report(a=True, b=True, c=True)
+    bench.look(100)
+    assert [one.end for one in bench.found()] == ["unseen"]
+
+
+def test_requests_of_a_gap_and_of_two_incidents_at_once_count_once(bench: Bench) -> None:
+    bench.report(a=True, b=True, c=True)
+    bench.report(b=False)
+    for _ in range(100):
+        bench.requests.passed("", refused=True)
+    for good in (True, False):
+        bench.aggregator.set_resource("b", good, "again", ttl=1e6)
+    bench.look(1)
+    assert sum(one.refused for one in bench.found()) == 100
+    for _ in range(500):
+        bench.requests.passed("", refused=True)
+    bench.mono.now, bench.wall.now = bench.mono.now + 120, bench.wall.now + 120
+    bench.look()
+    assert sum(one.refused for one in bench.found()) == 600

@@ -584,6 +584,9 @@ def test_no_more_than_can_be_looked_through(console: Local, monkeypatch: pytest.
     reply = console.api("POST", "resources/b/maintenance", {"for": "1h", "reason": "x"})
     assert (reply.status, reply.json["detail"]) == (409, "2 are planned already; end one first")
     assert len(console.api("GET", "maintenance").json) == 2
+    with console.store.writing() as session:
+        session.execute(sqlalchemy.update(Maintenance).values(state="over", turn_at=time.time()))
+    assert console.api("POST", "maintenance", order).status == 201, "what is over does not count"
 
 
 def test_what_is_removed_is_seen_no_more(console: Local) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import os
 import re
 import signal
@@ -21,6 +22,7 @@ import pytest
 import sqlalchemy
 from conftest import wait_for
 from console import local_console
+from postgres import refusing
 from prometheus_client.parser import text_string_to_metric_families
 from service import Service, fresh_processes, prepared_keys, run_cheaply, store_in, write_inventory
 from test_transport import access
@@ -262,6 +264,31 @@ def test_every_resource_for_the_bearer(store: Store, metrics: Metrics) -> None:
         ("service_good", "db1", "nginx"): 1, ("check_good", "replication", "db1"): 0,
     }, "what was not read is not there, and never zero"  # fmt: skip
     assert not any("secret" in part for key in found for part in key)
+
+
+def test_states_are_those_that_count_where_they_cannot_be_written(tmp_path: Path, token_file: Path) -> None:
+    """Or a full disk would have all be well for hours."""
+    row = f"  - {{name: p, platform: push, fall: 1, rise: 1, password: {'a' * 20}}}\n"
+    with local_console(tmp_path, row, clock=time.time) as local:
+        context = local.context
+        metrics = Metrics(ServingMetrics(context.lease, Counters(1)), local.store, token_file, context.connections,
+                          context.monitor)  # fmt: skip
+
+        def states() -> dict[str, float]:
+            metrics._made = -math.inf
+            found = series(ask(metrics, BEARER["Authorization"]))
+            return {key[2]: value for key, value in found.items() if key[0] == "healthchecker_resource_state"}
+
+        def push(*, healthy: bool) -> None:
+            local.token = "a" * 20
+            assert local.api("POST", "push/p", {"healthy": healthy}).status < 300
+
+        push(healthy=True)
+        wait_for(lambda: states()["healthy"] == 1)
+        with refusing(local.store.database, "UPDATE ON status"):
+            push(healthy=False)
+            wait_for(lambda: not context.is_healthy)
+            assert states()["unhealthy"] == 1
 
 
 def test_ends_of_api_tokens(store: Store, metrics: Metrics) -> None:

@@ -455,6 +455,25 @@ def test_an_end_that_was_given_up_is_told_later() -> None:
     assert not desk.announcer.notices
 
 
+def test_a_reminder_that_is_given_up_is_followed_by_the_end() -> None:
+    """Although nothing with the receiver's tags is unhealthy any more: it was told of the trouble."""
+    desk = Desk(wait=0, remind=2, tags=["database"])
+    desk.tags = {"db1": frozenset(["database"])}
+    desk.happens(**SICK)
+    desk.happens(**CLOSED)
+    desk.until(3600)
+    desk.is_reachable = False
+    desk.until(9000)
+    desk.happens(**WELL)
+    desk.happens(**OPEN)
+    desk.until(2 * 3600 + RETRY_TIME + 1300)
+    assert desk.announcer.row.failed == 1
+    desk.is_reachable = True
+    desk.until(2 * 3600 + RETRY_TIME + 3000)
+    assert [title for _, title in desk.titles] == ["the gate is closed, 1 unhealthy", "the gate is open again"]
+    assert not desk.announcer.notices
+
+
 def test_a_receiver_that_wants_to_be_left_alone() -> None:
     """Its Retry-After counts, where it is longer than the pause; never for longer than an hour."""
     row = Desk().announcer.row
@@ -1022,6 +1041,41 @@ def test_a_database_that_cannot_be_written_is_told(tmp_path: Path, store: Store,
             notifier.look(NOON + second)
         notifier.close()
     assert len(hook.requests) == 1 and "it is full" in hook.requests[0].json["message"]
+
+
+class Lives:
+    """As Alone, of a machine of several whose life changes."""
+
+    def __init__(self) -> None:
+        self.members = self
+        self.epoch, self.speaks = "first", True
+        self.blames = Alone.blames
+
+    @staticmethod
+    def lives(_session: Any) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("begins_again", [False, True], ids=["goes on", "begins again"])
+def test_a_database_that_is_away_is_told(tmp_path: Path, store: Store, hook: Hook, *, begins_again: bool) -> None:
+    """Although nothing can be read; and its end, also where others took this machine for dead meanwhile."""
+    take_over(store, tmp_path, f"{{name: ops, url: 'json://{hook.place}/x', wait: 0, on: [problem]}}")
+    problems, lives = dict[str, str](), Lives()
+    notifier = Notifier(store, prepared_vault(tmp_path), lambda: problems, "", cast("healthchecker.Monitor", lives))
+    notifier.look(NOON)
+    for name in ("event", "receiver"):
+        execute(store.database, f"ALTER TABLE {name} RENAME TO {name}_away")
+    problems["database"] = "it is away"
+    look_until(notifier, hook, 1, NOON + 1)
+    notifier.look(NOON + 2)
+    for name in ("event", "receiver"):
+        execute(store.database, f"ALTER TABLE {name}_away RENAME TO {name}")
+    problems.clear()
+    lives.epoch = "second" if begins_again else "first"
+    look_until(notifier, hook, 2, NOON + 60)
+    notifier.close()
+    first, second = (request.json for request in hook.requests)
+    assert "it is away" in first["message"] and "again" in second["title"], second
 
 
 def test_a_database_that_cannot_be_read_is_one_trouble(

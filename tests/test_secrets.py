@@ -72,12 +72,17 @@ def test_traceback(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
 
 
 SPY = """
-import json, os, subprocess, sys
+import gc, json, os, subprocess, sys
 CODE = "import json, os; print(json.dumps([dict(os.environ), os.listdir('/proc/self/fd')]))"
 
 def app(environ, start_response):
     started = subprocess.run([sys.executable, "-c", CODE], close_fds=False, capture_output=True, text=True)
     told = {"worker": dict(os.environ), "child": json.loads(started.stdout)}
+    gc.unfreeze()
+    settings = [each for each in gc.get_objects() if type(each).__name__ == "ServiceSettings"]
+    values = [value for each in settings for value in vars(each).values()]
+    told["secrets"] = [value.get_secret_value() for value in values if hasattr(value, "get_secret_value")]
+    told["settings"] = len(settings)
     start_response("200 OK", [("Content-Type", "application/json")])
     return [json.dumps(told).encode()]
 """
@@ -93,13 +98,14 @@ def test_what_the_application_starts_inherits_nothing(tmp_path: Path) -> None:
         "  - {name: calm, platform: simulated, mean_healthy: 100000}\n"
         "  - {hostname: 127.0.0.1, username: u, port: 9, password_env: CANARY, critical: false}\n"
         "  - {name: twice, hostname: 127.0.0.1, username: u, port: 9, password_env: CANARY, critical: false}\n",
-        "  app: spy:app",
+        "  app: spy:app\n  heartbeat: http://127.0.0.1:9/\n  status_token_env: CANARY",
     )
     with Program(path, env={"CANARY": WRONG, "KEPT": "kept"}) as service:
         service.wait_status("/-/readyz", 200)
         body = service.get("/").body
         told = json.loads(body)
         assert WRONG not in body and "CANARY" not in body and told["worker"]["KEPT"] == "kept"
+        assert told["settings"] and told["secrets"] == []
         descriptors = told["child"][1]
         assert len(descriptors) == 4, descriptors   # three streams, and the folder that it lists
         children = Path(f"/proc/{service.pid}/task/{service.pid}/children").read_text(encoding="ascii")

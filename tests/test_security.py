@@ -33,6 +33,7 @@ from console import (
 )
 from service import Service, few_rounds
 
+import healthchecker
 from healthchecker import (
     API,
     API_ROUTES,
@@ -43,6 +44,7 @@ from healthchecker import (
     PAGES,
     SAMPLES,
     Acknowledgement,
+    ConnectionContext,
     ConsoleServer,
     Event,
     LoginSession,
@@ -53,9 +55,11 @@ from healthchecker import (
     ResourceSettings,
     ServiceSettings,
     Status,
+    Target,
     User,
     find_user,
     issue_token,
+    main,
     revise,
     sqlalchemy,
     token_hash,
@@ -744,6 +748,30 @@ def test_garbage_in_forms(local: Local, garbage: str, kind: str, caplog: pytest.
         assert reply.status < 500 or reply.status == 504, (path, reply)
     assert state(local)[:2] == before
     assert not [record for record in caplog.records if record.exc_info]
+
+
+@pytest.mark.parametrize("way", ["moved", "another one", "by a command"])
+def test_a_key_is_of_the_host_that_was_asked(local: Local, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not of what has its name when the answer comes."""
+    row = {"name": "x", "platform": "linux", "hostname": "192.0.2.1", "username": "u", "password": "p", "interval": 600}
+    key = f"ssh-ed25519 SHA256:{'A' * 43}"
+    assert local.log_in().api("POST", "resources", row | {"critical": False}).status == 201
+
+    def ask(_target: Target, _access: ConnectionContext) -> str:
+        if way == "another one":
+            assert local.api("DELETE", "resources/x").status == 204
+            assert local.api("POST", "resources", row | {"critical": False}).status == 201
+        else:
+            assert local.api("PATCH", "resources/x", {"hostname": "192.0.2.9", "password": "q"}).status == 200
+        return key
+
+    monkeypatch.setattr(healthchecker, "offered_key", ask)
+    if way == "by a command":
+        assert main(["--inventory", str(local.context.inventory.path), "trust", "x", "--yes"]) == 2
+    else:
+        reply = local.api("POST", "resources/x/trust", {"host_key": key})
+        assert (reply.status, reply.json["detail"]) == (409, "x was changed meanwhile; nothing is trusted: try again")
+    assert local.api("GET", "resources/x").json["trusted_key"] is None
 
 
 def test_damaged_row_shows_in_its_place(local: Local) -> None:

@@ -53,6 +53,7 @@ from healthchecker import (
     SHARE,
     Lease,
     LineFormatter,
+    LogFile,
     MessagePipe,
     ServiceSettings,
     Supervisor,
@@ -638,6 +639,66 @@ def test_a_replacement_that_cannot_be_started_now(folder: Path) -> None:
         assert service.get().status == 200
         resource.prlimit(service.pid, resource.RLIMIT_NOFILE, limits)
         wait_for(lambda: len(workers(service.pid)) == 2, BACK)
+
+
+@pytest.mark.parametrize("error", [OSError(11, "no more processes"), RuntimeError("can't start new thread")])
+def test_whatever_a_replacement_lacks_may_come_back(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The service does not end for it."""
+    supervisor = Supervisor(ServiceSettings(workers="1"), Path(), [], Lease())
+    ours, theirs = multiprocessing.Pipe()
+    theirs.close()
+    process = multiprocessing.get_context("spawn").Process(target=print)
+    process.start()
+    process.join()
+    worker = WorkerProcess(0, process, ours)
+
+    def refused(_number: int, _short: int = 0) -> WorkerProcess:
+        raise error
+
+    monkeypatch.setattr(supervisor, "_launch", refused)
+    supervisor._replace(worker, time.monotonic())
+    worker.due_mono = 0.0
+    supervisor._replace(worker, time.monotonic())
+    assert time.monotonic() < worker.due_mono < math.inf
+
+
+# === The log file ============================================================
+def record(text: str) -> logging.LogRecord:
+    return logging.makeLogRecord({"msg": text})
+
+
+def test_a_log_file_that_cannot_be_moved_grows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                               capsys: pytest.CaptureFixture[str]) -> None:
+    """As on Windows while another program reads it: no line is lost, and none of the older files. Later it is moved."""
+    monkeypatch.setattr(healthchecker, "LOG_BYTES", 100)
+    path = tmp_path / "log"
+    for number in range(1, 6):
+        path.with_suffix(f".{number}").write_text(f"older {number}", encoding="utf-8")
+    path.with_suffix(".0").mkdir()      # nothing can be renamed to it
+    with contextlib.closing(LogFile(path)) as file:
+        for number in range(40):
+            file.emit(record(f"line {number:05}"))
+        assert path.read_text(encoding="utf-8").split("\n")[:-1] == [f"line {number:05}" for number in range(40)]
+        assert [path.with_suffix(f".{number}").read_text(encoding="utf-8") for number in range(1, 6)] == [
+            f"older {number}" for number in range(1, 6)]  # fmt: skip
+        assert capsys.readouterr().err.count("cannot be written") == 1
+        path.with_suffix(".0").rmdir()
+        file.emit(record("line 00040"))
+    assert path.read_text(encoding="utf-8") == "line 00040\n"
+    assert path.with_suffix(".1").read_text(encoding="utf-8").endswith("line 00039\n")
+    assert path.with_suffix(".2").read_text(encoding="utf-8") == "older 1"
+
+
+def test_a_complaint_that_nobody_hears_ends_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The log is full, and so may be the disk to which the errors go, or their reader is gone."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    gone = open(writer, "w", buffering=1, encoding="utf-8")     # noqa: SIM115  # its end fails, too
+    with contextlib.closing(LogFile(tmp_path / "log")) as file, contextlib.suppress(OSError):
+        monkeypatch.setattr(sys, "stderr", gone)
+        file.handleError(record("x"))
+        monkeypatch.undo()
+        gone.close()
 
 
 # === The start ===============================================================
