@@ -508,7 +508,7 @@ def with_ssh_config(raw: dict[str, Any], path: Path, names: Collection[str], *, 
     stated = {**found, **said, **raw, "hostname": said.get("hostname", raw["hostname"])}
     if hops := stated.get("proxy_jump"):
         user, config = str(stated.get("username", "")), SshConfig(path)
-        key = os.path.expanduser(stated["key_file"]) if "key_file" in stated else None
+        key = os.path.expanduser(str(stated["key_file"])) if "key_file" in stated else None     # the model says of what
         stated["proxy_jump"] = ",".join(hop if hop == "none" or hop in names else config.hop(hop, user, key)
                                         for hop in map(str.strip, str(hops).split(",")))
     return stated
@@ -1714,7 +1714,12 @@ class Plan(Scope):
             then = datetime.datetime.fromtimestamp(math.floor(at) + shift, zone_of(self.zone))
             return (start.timestamp() for start in CronSim(self.schedule, then, reverse=shift > 0))
 
-        return (next((start for start in starts(PUT_BACK) if start <= at), -math.inf),
+        last = next((start for start in starts(PUT_BACK) if start <= at), -math.inf)
+        if last > -math.inf:    # backwards it loses those just before a clock change of half an hour
+            begun = datetime.datetime.fromtimestamp(last, zone_of(self.zone))
+            later = (start.timestamp() for start in CronSim(self.schedule, begun))
+            last = max(last, *itertools.takewhile(lambda start: start <= at, later), last)
+        return (last,
                 next((start for start in starts(-PUT_BACK) if start > at), math.inf))
 
 
@@ -3469,10 +3474,13 @@ class Store:
 # === Import ==================================================================
 # The rows follow the inventory. In come an Inventory and a Vault, out go rows and, for pollers, Targets with their
 # secrets opened. Within the transaction of whoever calls: a start, a reload, a change by the console.
-# Gives: Changes, forget_behind, import_inventory, import_receivers, keeping_word, load_targets, named_by, open_sealed,
-# open_stated, open_url, open_vault, rename_row, reseal, sealed_tokens, Target, target_of, update_row
+# Gives: Changes, forget_behind, import_inventory, import_receivers, is_still, keeping_word, load_targets, named_by,
+# open_sealed, open_stated, open_url, open_vault, rename_row, reseal, sealed_tokens, Target, target_of, update_row
+THE_REST = "groups and routes", "planned maintenance", "who is told"    # what else can be changed
+
+
 class Changes(NamedTuple):
-    """Names of resources by what an import does to them."""
+    """Names of resources by what an import does to them; `changed` also holds some of THE_REST."""
 
     added: list[str]
     changed: list[str]
@@ -3482,7 +3490,8 @@ class Changes(NamedTuple):
     @property
     def alarming(self) -> bool:
         """More than two and more than a third of the resources go: a slip of the editor, more likely than meant."""
-        return len(self.removed) > max(2, (len(self.changed) + len(self.removed) + len(self.kept)) / 3)
+        stay = len(self.kept) + sum(name not in THE_REST for name in self.changed)
+        return len(self.removed) > max(2, (stay + len(self.removed)) / 3)
 
     def __str__(self) -> str:
         counts = ", ".join(f"{len(names)} {what}" for what, names in zip(self._fields, self, strict=True))
@@ -3635,8 +3644,12 @@ def rename_row(session: Session, row: Resource, vault: Vault, name: str) -> None
             names = tuple(name if each == row.name else each for each in scope.resources)
             work.scope = scope.model_copy(update={"resources": names}).scope_json
     session.execute(sqlalchemy.update(Event).values(resource=name).where(Event.resource == row.name))
-    session.execute(sqlalchemy.update(Notice).values(name=name).where(
-        Notice.kind.in_(("state", "maintenance")), Notice.name == row.name))
+    named = sqlalchemy.select(Notice).where(Notice.kind.in_(("state", "maintenance")), Notice.name == row.name)
+    for notice in session.scalars(named).all():
+        if before := session.get(Notice, (notice.receiver_id, notice.kind, name)):      # of what had the name until now
+            session.delete(before)
+            session.flush()
+        notice.name = name
     reseal(session, [row], vault, name)
 
 
@@ -3665,10 +3678,10 @@ def store_rest(session: Session, inventory: Inventory, changes: Changes) -> None
     """What else the inventory says than resources; raises the revision where anything has changed."""
     gates = inventory.gates.model_dump_json()
     if gates != (remembered(session, "gates").text or Gates().model_dump_json()):
-        changes.changed.append("groups and routes")
+        changes.changed.append(THE_REST[0])
     plans = json.dumps([plan.model_dump(mode="json") for plan in inventory.plans])
     if plans != (remembered(session, "plans").text or "[]"):
-        changes.changed.append("planned maintenance")
+        changes.changed.append(THE_REST[1])
     for name, text in (("defaults", json.dumps(dict(inventory.defaults))), ("gates", gates), ("plans", plans)):
         session.merge(Setting(name=name, text=text))
     if changes.added or changes.changed or changes.removed:
@@ -3750,7 +3763,7 @@ def import_inventory(session: Session, inventory: Inventory, vault: Vault) -> Ch
             retire_row(row)
             changes.removed.append(name)
     if import_receivers(session, inventory, vault):
-        changes.changed.append("who is told")
+        changes.changed.append(THE_REST[2])
     store_rest(session, inventory, changes)
     return changes
 
@@ -10334,7 +10347,7 @@ class Poller(ResourceLease, threading.Thread):
 # === Monitor =================================================================
 # One thread makes the pollers follow the rows and share the work with other machines, replaces dead ones and sees
 # leases and maintenance end. Names in `_mono` are monotonic times, in `_at` Unix times.
-# Gives: Monitor
+# Gives: CLOCK_STEP, Monitor
 FOLLOW_INTERVAL = 50.0          # seconds after which the rows are looked at in any case: they may be changed by hand
 CLOCK_STEP = 60.0               # seconds by which a clock that was set differs from one that is only adjusted
 OWN_FILES, HOST_FILES = 100, 2  # that are open: database, console, workers; for a host, whose connection is made anew
@@ -13245,6 +13258,14 @@ def sign_in_again(who: Principal, field: str, password: str) -> User:
         raise field_errors({field: "is wrong"}) if error.status == 401 else error from None
 
 
+def unchanged(session: Session, user: User) -> User:
+    """The user's row. Raises ApiError where it was removed or has another password since that was verified."""
+    current = session.get(User, user.id)
+    if current is None or current.salt != user.salt:
+        raise ApiError("user name or password is wrong", 401)
+    return current
+
+
 def change_password(who: Principal, body: Mapping[str, Any]) -> User:
     """Changes one's own password; every session and token of before ends."""
     change = validated(PasswordChange, body)
@@ -13255,14 +13276,6 @@ def change_password(who: Principal, body: Mapping[str, Any]) -> User:
     fresh = User.create(user.username, new)
     with who.context.store.writing() as session:
         return renew(who, session, unchanged(session, user), fresh)
-
-
-def unchanged(session: Session, user: User) -> User:
-    """The user's row. Raises ApiError where it was removed or has another password since that was verified."""
-    current = session.get(User, user.id)
-    if current is None or current.salt != user.salt:
-        raise ApiError("user name or password is wrong", 401)
-    return current
 
 
 def open_session(who: Principal, kind: str, user: User) -> str:
@@ -17433,12 +17446,12 @@ class Installation:
                              "off")
 
     @contextlib.contextmanager
-    def store(self, *, scratch: bool = False, locked: bool = False) -> Iterator[Store]:
+    def store(self, *, scratch: bool = False, locked: bool = False, whole: bool = True) -> Iterator[Store]:
         """The database, made when there is none, an older one migrated; `scratch`: that only for this once, in a file
-        of its own; `locked`: see Store."""
+        of its own; `locked`: see Store; not `whole`: not all of it is read first, for a look that is taken often."""
         with contextlib.ExitStack() as stack:
             database = self.database
-            if (version := database.inspect(whole=not locked)) != SCHEMA and scratch:
+            if (version := database.inspect(whole=whole and not locked)) != SCHEMA and scratch:
                 folder = stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True))
                 database = SqliteFile(Path(folder) / DATABASE)
                 if version:
@@ -17738,7 +17751,7 @@ def parts_told(installation: Installation, names: Sequence[str]) -> tuple[Servic
     """What the running service says of everything, and of what has these names. Raises HealthCheckerError."""
     if not installation.database.inspect(whole=False) or not installation.runs:
         raise UsageError(f"the service does not run{installation.place}: the gate is closed")
-    with installation.store(scratch=True) as store, store.reading() as session:
+    with installation.store(scratch=True, whole=False) as store, store.reading() as session:
         view = told_by_service(store, session)
         rows = session.execute(RESOURCES).all() if names else ()
     known = {part.name: part for part in view.gates[1:]} | {row.name: PartView.model_validate({
@@ -17938,17 +17951,20 @@ PROGRESS_INTERVAL = 0.1         # seconds between two looks at them; a wait with
 
 
 @contextlib.contextmanager
-def rehearsal(installation: Installation) -> Iterator[tuple[Session, Vault, Changes]]:
-    """The import as a start would do it, rolled back at the end; without a database or keys on scratch ones."""
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder, installation.store(scratch=True) as store, \
-            store.writing(long=True) as session:
+def rehearsal(installation: Installation, *, opens: bool = True) -> Iterator[tuple[Vault, Changes, dict[str, Target]]]:
+    """The import as a start would do it, rolled back, and the resources with secrets that it `opens`; without a
+    database or keys on scratch ones. Within, the database is everybody's again."""
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         vault = Vault(installation.service.keys)
-        vault.require(sealed_tokens(session, installation.inventory))
-        if not vault.key_id:
-            vault = Vault(Path(folder))
-            vault.create()
-        yield session, vault, import_inventory(session, installation.inventory, vault)
-        session.rollback()
+        with installation.store(scratch=True) as store, store.writing(long=True) as session:
+            vault.require(sealed_tokens(session, installation.inventory))
+            if not vault.key_id:
+                vault = Vault(Path(folder))
+                vault.create()
+            changes = import_inventory(session, installation.inventory, vault)
+            targets = load_targets(session, vault) if opens else {}
+            session.rollback()
+        yield vault, changes, targets
 
 
 def peak(sample: Sample | None, metric: str) -> str:
@@ -18076,7 +18092,7 @@ def check(arguments: argparse.Namespace) -> int:
         print(fault, file=sys.stderr)
         code = fault.exit_code
     code = check_app(installation) or code
-    with rehearsal(installation) as (session, vault, changes):
+    with rehearsal(installation, opens=arguments.probe is not None) as (vault, changes, targets):
         print(f"{installation.path.name} is valid; a start would make: {changes}")
         if 0 < (version := installation.database.inspect(whole=False)) < SCHEMA:
             print(f"a start would bring the database from schema {version} to {SCHEMA}, and no earlier version opens it"
@@ -18095,7 +18111,6 @@ def check(arguments: argparse.Namespace) -> int:
                 print(f"{settings.name}, with {settings.ssh_config.name}: {', '.join(told)}")
             if settings.platform is Platform.WINDOWS and (missing := missing_package(settings.auth)):
                 print(f"{settings.name}: {missing}")
-        targets = {} if arguments.probe is None else load_targets(session, vault)
     polled = [name for name, target in targets.items() if target.settings.is_asked]
     chosen = [find_target(targets, name) for name in arguments.probe or polled]
     return code or (0 if arguments.probe is None else probe(targets, chosen, installation.access()))
@@ -18131,8 +18146,8 @@ def middleware(arguments: argparse.Namespace) -> int:
 def endpoint(arguments: argparse.Namespace) -> int:
     """Prints what a host needs that shall answer polls and nothing else."""
     installation = Installation(arguments.inventory)
-    with rehearsal(installation) as (session, vault, _):
-        target = find_target(load_targets(session, vault), arguments.name)
+    with rehearsal(installation) as (_, _, targets):
+        target = find_target(targets, arguments.name)
     settings = target.settings
     if not settings.endpoint:
         raise UsageError(f"{target.name} has no `endpoint: true`; write it there first")
@@ -18259,7 +18274,7 @@ def manage_users(arguments: argparse.Namespace) -> int:
     """A `user` command, also while the service runs or before it ever did."""
     installation = Installation(arguments.inventory)
     _, run, said = USER_COMMANDS[arguments.action]
-    with installation.store(scratch=arguments.action.endswith("list")) as store:
+    with installation.store(scratch=arguments.action.endswith("list"), whole=False) as store:
         with store.writing() as session:
             ensure_first_user(session)
         run(console_of(installation, store), arguments)
@@ -18303,7 +18318,7 @@ def change_and_show(arguments: argparse.Namespace, change: Callable[[Principal],
     """Makes a change, if there is one, also while the service runs; then prints how it stands."""
     installation = Installation(arguments.inventory)
     installation.require_database()
-    with installation.store(scratch=change is None) as store:
+    with installation.store(scratch=change is None, whole=False) as store:
         if change:
             change(console_of(installation, store))
             time.sleep(TAKEN_UP if installation.database.is_running() else 0.0)
@@ -18480,7 +18495,7 @@ def run_command(argv: Sequence[str] | None) -> int:
     except OSError as error:
         print(one_line(f"{error.filename}: {error.strerror}" if error.filename else str(error)), file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, EOFError):       # Ctrl-C, or Ctrl-D at a question
         return 130
 
 

@@ -349,8 +349,8 @@ def watching_rows(plan: Plan) -> Iterator[Row]:
 def pollers(folder: Path, resources: str) -> dict[str, Callable[[], None]]:
     """For each resource of an inventory a function that polls it once, as its poller does."""
     installation, guards = hc.Installation(write_inventory(folder, resources, SETTINGS)), hc.Guards()
-    with hc.rehearsal(installation) as (session, vault, _):
-        targets = hc.load_targets(session, vault)
+    with hc.rehearsal(installation) as (_, _, targets):
+        pass
     access = installation.access()
 
     def poller(target: hc.Target) -> Callable[[], None]:

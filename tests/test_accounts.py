@@ -1007,7 +1007,9 @@ def test_faults_on_the_command_line(tmp_path: Path, arguments: list[str], passwo
 
 @pytest.mark.long
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
-def test_password_at_a_terminal_is_not_shown(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("typed", "ends"), [((f"{PASSWORD}\n", f"{PASSWORD}\n"), 0), (("\x04",), 130)],
+                         ids=["twice", "Ctrl-D"])
+def test_password_at_a_terminal_is_not_shown(tmp_path: Path, typed: tuple[str, ...], ends: int) -> None:
     import pty  # noqa: PLC0415  # UNIX only
 
     inventory = write_inventory(tmp_path)
@@ -1019,10 +1021,10 @@ def test_password_at_a_terminal_is_not_shown(tmp_path: Path) -> None:
     output = b""
     try:
         with contextlib.suppress(OSError):  # the end of the terminal
-            for answer in (PASSWORD, PASSWORD):
+            for answer in typed:
                 while not re.search(rb"(Password|Once more): \Z", output):
                     output += os.read(terminal, 1000)
-                os.write(terminal, answer.encode() + b"\n")
+                os.write(terminal, answer.encode())
                 output += b"\n"
             while chunk := os.read(terminal, 1000):
                 output += chunk
@@ -1030,8 +1032,8 @@ def test_password_at_a_terminal_is_not_shown(tmp_path: Path) -> None:
     finally:
         deadline.cancel()
         os.close(terminal)
-    assert code == 0, output
-    assert PASSWORD.encode() not in output and b"alice can log in now" in output
+    assert code == ends and b"Traceback" not in output, output
+    assert PASSWORD.encode() not in output and (b"alice can log in now" in output) is (ends == 0)
 
 
 def test_login_flood_keeps_no_right_login_out(running: tuple[Service, Client]) -> None:

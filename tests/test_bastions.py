@@ -537,6 +537,7 @@ FAULTS = {
     "Include": ("{name: a, HOST, ssh_config: ¦include}", "Include is not followed"),
     "ProxyCommand": ("{name: a, HOST, ssh_config: ¦command}", "ProxyCommand is not run"),
     "a key of its own": ("{name: a, hostname: own, username: u, ssh_config: ¦keys}", "add it as a resource"),
+    "a list of keys": ("{hostname: h, username: u, key_file: ¦[x], proxy_jump: g, ssh_config: keys}", "key_file"),
     "a port that is none": ("{name: a, HOST, ssh_config: port}", "port"),
 }  # fmt: skip
 

@@ -120,6 +120,14 @@ def test_first_start_copies_the_example(tmp_path: Path) -> None:
         assert stat.S_IMODE((tmp_path / "healthchecker.db").stat().st_mode) == 0o600
 
 
+@pytest.mark.parametrize("also", [[], ["groups and routes", "planned maintenance", "who is told"]])
+def test_what_is_no_resource_does_not_stay(also: list[str]) -> None:
+    """A file that is cut off loses the groups of its hosts, too."""
+    names = [f"h{number}" for number in range(9)]
+    assert healthchecker.Changes([], [*also, "h8"], names[:4], names[4:8]).alarming
+    assert not healthchecker.Changes([], [*also, "h8"], names[:3], names[3:8]).alarming
+
+
 def test_many_removals_are_said_twice(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A cut or a merge gone wrong would forget most machines, and open the gate on the rest."""
     hosts = [f"  - {{name: h{number}, platform: simulated}}\n" for number in range(9)]
@@ -224,6 +232,29 @@ def test_check_says_what_would_change_and_changes_nothing(tmp_path: Path, capsys
         assert main(["--inventory", str(path), "check"]) == 0
         assert "\n".join(connection.iterdump()) == dump
     assert "1 added, 1 changed, 1 removed, 0 kept; added: here; changed: a; removed: calm" in capsys.readouterr().out
+
+
+class Busy(io.StringIO):
+    """A reader of what is printed, while others write into a database."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.path = path
+
+    def write(self, text: str) -> int:
+        with closing(sqlite3.connect(self.path, timeout=0, isolation_level=None)) as other:
+            other.execute("BEGIN IMMEDIATE")
+        return super().write(text)
+
+
+def test_nobody_waits_for_what_check_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever reads that may stop, as a pager does."""
+    path = write_inventory(tmp_path, CALM)
+    prepared_keys(tmp_path)
+    stored(path)
+    monkeypatch.setattr(sys, "stdout", said := Busy(tmp_path / "healthchecker.db"))
+    assert main(["--inventory", str(path), "check"]) == 0
+    assert "is valid" in said.getvalue()
 
 
 def test_check_of_a_bad_inventory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

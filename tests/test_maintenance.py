@@ -78,6 +78,7 @@ AROUND = {
     # Lord Howe shows 01:30 to 02:00 twice on 5 April 2026, and skips 02:00 to 02:30 on 4 October
     "half an hour, skipped": ("15 2 * * *", HALF, "10-04 02:40", 0, ("10-04 02:30", 0), ("10-05 02:15", 0)),
     "half an hour, first of two": ("40 1 * * *", HALF, "04-05 01:35", 1, ("04-05 01:40", 0), ("04-06 01:40", 0)),
+    "half an hour, before both": ("30 */2 * * *", HALF, "04-05 00:31", 0, ("04-05 00:30", 0), ("04-05 02:30", 0)),
     "a leap day": ("0 0 29 2 *", "UTC", "2026-01-01 00:00", 0, ("2024-02-29 00:00", 0), ("2028-02-29 00:00", 0)),
 }  # fmt: skip
 
@@ -91,7 +92,7 @@ def test_around(case: tuple[str, str, str, int, tuple[str, int], tuple[str, int]
 
 @pytest.mark.long
 @pytest.mark.parametrize("zone", [BERLIN, SYDNEY, HALF, "America/New_York"])
-@pytest.mark.parametrize("schedule", ["30 2 * * *", "0 * * * *", "*/20 1-3 * * *", "15 2,3 * * sun"])
+@pytest.mark.parametrize("schedule", ["30 2 * * *", "30 */2 * * *", "0 * * * *", "*/20 1-3 * * *", "15 2,3 * * sun"])
 def test_what_is_next_was_last_then(zone: str, schedule: str) -> None:
     """Through both ends of summer time: no beginning is passed over, and none comes twice."""
     made, seen, there = plan(schedule, "10m", zone), 0, zoneinfo.ZoneInfo(zone)

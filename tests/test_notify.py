@@ -1043,6 +1043,27 @@ def test_a_database_that_cannot_be_written_is_told(tmp_path: Path, store: Store,
     assert len(hook.requests) == 1 and "it is full" in hook.requests[0].json["message"]
 
 
+def test_a_name_that_another_one_had_takes_its_place(tmp_path: Path, store: Store) -> None:
+    """Also where a receiver was not told of the end of that yet: or no start would come up any more."""
+    rows = "  - {{name: {}, platform: simulated}}\n"
+    entry = "notify: [{name: ops, url: 'json://127.0.0.1:9/', on: [state]}]\n"
+
+    def take(*resources: str) -> None:
+        path = write_inventory(tmp_path, "".join(resources) + entry)
+        with store.writing() as session:
+            import_inventory(session, load_inventory(path), prepared_vault(tmp_path))
+
+    take(rows.format("a"), rows.format("b"))
+    with store.writing() as session:
+        for name, over_at in ("a", 0.0), ("b", NOON + 2):
+            session.add(Notice(receiver_id=1, kind="state", name=name, text=f"{name} is bad", ending="", times=1,
+                               since_at=NOON, taken_at=NOON, over_at=over_at, told_at=NOON + 1))  # fmt: skip
+    take(rows.format("a"))
+    take("  - {name: b, was: a, platform: simulated}\n")
+    with store.reading() as session:
+        assert [(one.name, one.text) for one in session.scalars(sqlalchemy.select(Notice))] == [("b", "a is bad")]
+
+
 class Lives:
     """As Alone, of a machine of several whose life changes."""
 

@@ -50,6 +50,25 @@ def status(folder: Path, capsys: pytest.CaptureFixture[str], *words: str) -> tup
     return code, shown.out.strip()
 
 
+def test_little_of_the_database_is_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of it may be gigabytes, and a plug-in asks every few seconds."""
+    wholes, read = list[bool](), healthchecker.read_schema
+
+    def noted(path: Path, *, whole: bool, mode: str = "ro") -> tuple[set[tuple[str, str]], int, int, bool]:
+        wholes.append(whole)
+        return read(path, whole=whole, mode=mode)
+
+    with Service(write_inventory(tmp_path, WELL)) as service:
+        service.wait_status("/-/readyz", 200)
+        monkeypatch.setattr(healthchecker, "read_schema", noted)
+        wait_for(lambda: status(tmp_path, capsys)[0] == 0)
+        for words in (["gate"], ["maintenance", "list"], ["user", "list"], ["user", "token", "list"]):
+            assert healthchecker.main(["--inventory", str(tmp_path / "inventory.yaml"), *words]) == 0, words
+    assert wholes and not any(wholes)
+
+
 def numbers(line: str) -> dict[str, int]:
     """Performance data, as Nagios reads them."""
     _, bar, text = line.partition(" | ")
