@@ -100,7 +100,8 @@ import sys
 if __name__ == "__main__" and sys.platform == "linux":
     if (tunables := os.environ.pop("HEALTHCHECKER_TUNABLES", None)) is None:
         tunables = os.environ.get("GLIBC_TUNABLES", "")
-        ours = ":".join((*filter(None, [tunables]), "glibc.malloc.arena_max=2:glibc.malloc.tcache_count=0"))
+        ours = ":".join((*filter(None, [tunables]), "glibc.malloc.arena_max=2:glibc.malloc.tcache_count=0",
+                         "glibc.malloc.mmap_threshold=131072"))     # what is large goes back, as long as that is said
         with contextlib.suppress(OSError):
             os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]],     # noqa: S606  # a shell is not wanted
                       os.environ | {"HEALTHCHECKER_TUNABLES": tunables, "GLIBC_TUNABLES": ours})

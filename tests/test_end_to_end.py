@@ -132,7 +132,8 @@ if sys.platform == "linux":
             service.wait_status("/-/readyz", 200)
             told = json.loads(service.get("/").body)
             variables = Path(f"/proc/{service.pid}/environ").read_text(encoding="utf-8")
-        tunables = ":".join([*theirs.values(), "glibc.malloc.arena_max=2", "glibc.malloc.tcache_count=0"])
+        tunables = ":".join([*theirs.values(), "glibc.malloc.arena_max=2", "glibc.malloc.tcache_count=0",
+                             "glibc.malloc.mmap_threshold=131072"])  # fmt: skip
         assert f"GLIBC_TUNABLES={tunables}" in variables.replace("\0glibc", ":glibc")  # glibc writes into it
         assert {name: text for name, text in told.items() if "TUNABLES" in name} == theirs
 
