@@ -280,7 +280,7 @@ def test_an_id_is_never_used_again(tmp_path: Path) -> None:
 
 @pytest.mark.of_files
 def test_a_database_is_read_through_once(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By each command; whatever opens it then relies on that."""
+    """By each command that is given for once; whatever opens it then relies on that. Lists are asked for often."""
     bench.load(FIRST)
     seen: list[str] = []
 
@@ -292,10 +292,10 @@ def test_a_database_is_read_through_once(bench: Bench, monkeypatch: pytest.Monke
     genuine = sqlite3.connect
     monkeypatch.setattr(sqlite3, "connect", connect)
     path = write_inventory(bench.folder, FIRST)
-    for command in (["check"], ["keys", "rotate"], ["user", "list"]):
+    for command, times in (["check"], 1), (["keys", "rotate"], 1), (["user", "list"], 0):
         seen.clear()
         assert healthchecker.main(["--inventory", str(path), *command]) == 0
-        assert sum("quick_check" in statement for statement in seen) == 1, command
+        assert sum("quick_check" in statement for statement in seen) == times, command
 
 
 TRACE = """
