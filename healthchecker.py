@@ -4124,6 +4124,7 @@ class LoginGuard:
         self._accepted_mono = -math.inf             # the last accepted login
         self._asked: set[str] = set()               # resources that somebody wants to be tried now
         self._good: set[str] = set()                # whose last login was accepted: the last attempt is one of theirs
+        self.polled: Collection[str] | None = None  # who is asked: not who is gone, nor a bastion that is an address
 
     @property
     def refusals(self) -> int:
@@ -4148,7 +4149,8 @@ class LoginGuard:
         with self._turn:
             own, wrong = self._counted(self._refused.get(name, [])), self._counted(self._wrong)
             most = REFUSALS_ASKED if name in self._asked else REFUSALS
-            shared = most - (name not in self._good and bool(self._good) and name not in self._asked)
+            good = self._good if self.polled is None else self._good.intersection(self.polled)
+            shared = most - (name not in good and bool(good) and name not in self._asked)
             ends_mono = [times[-1] + LOCKOUT_WINDOW for times, limit in ((own, most), (wrong, shared))
                          if len(times) >= limit]
             if own and name not in self._asked:
@@ -4281,9 +4283,12 @@ class Guards:
 
     def keep(self, targets: Iterable[Target]) -> None:
         """Forgets the credentials of all others."""
+        targets = [*targets]
         shown = [one for target in targets for one in (target, *target.bastions())]
         with self._lock:
             self._guards = {key: self._guards.get(key) or LoginGuard() for key in map(self._key, shown)}
+            for guard in self._guards.values():
+                guard.polled = {target.name for target in targets}
             self._typed = {user: guard for user, guard in self._typed.items() if guard.is_used}
 
 
@@ -4551,10 +4556,10 @@ def certifier(blob: bytes, host: str) -> str | None:
         if not isinstance(found, serialization.SSHCertificate):
             return None
         found.verify_cert_signature()
-        names = [pattern.decode().lower() for pattern in found.valid_principals]
+        names = [pattern.decode().lower() for pattern in found.valid_principals]    # fnmatch would keep them for ever
         if (found.type is serialization.SSHCertificateType.HOST and not found.critical_options
                 and found.valid_after <= time.time() < found.valid_before
-                and any(fnmatch.fnmatchcase(host.lower(), name) for name in names)):
+                and any(re.match(fnmatch.translate(name), host.lower()) for name in names if len(name) <= NAME_CHARS)):
             kind, key = found.signature_key().public_bytes(
                 serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH).decode().split()
             return identity(kind, base64.b64decode(key))
@@ -4819,7 +4824,9 @@ class SshLogin(Connection):
         """Compares the host's key before any secret is sent; False: connect again, for another type of key."""
         (accepted, revoked, authorities), settings = self._known(), self._settings
         certificate = transport.get_remote_server_key().public_blob
-        authority = certificate and certifier(certificate.key_blob, settings.host_key_alias or settings.hostname)
+        name, authority = settings.host_key_alias or settings.hostname, None
+        if certificate and (authorities or revoked):    # else anybody's certificate would be read
+            authority = certifier(certificate.key_blob, name)
         if offered in revoked or authority in revoked:
             raise ProbeError("host_key", f"host key revoked by known_hosts: offered {offered}")
         if authority in authorities:
@@ -6203,6 +6210,7 @@ class Mount(NamedTuple):
     point: str
     kind: str           # the filesystem's type
     flags: frozenset[str]
+    device: str = ""
 
     @property
     def hidden(self) -> bool:
@@ -6230,10 +6238,11 @@ def _mounts(text: str) -> list[Mount]:
         if " on " in left and line.endswith(")"):
             point, _, kind = left.partition(" on ")[2].partition(" type ")
             flags = right.split(", ")
-            found.append(Mount(point, kind or flags[0], frozenset(flags)))
+            found.append(Mount(point, kind or flags[0], frozenset(flags), left.partition(" on ")[0]))
         elif len(words) > 3:
             point, kind, *rest = words[2:] if words[2].startswith("/") else words[1:]   # AIX names a server first
-            found.append(Mount(point.replace("\\040", " "), kind, frozenset(",".join(rest).split(","))))
+            flags = ",".join(rest).split(",")
+            found.append(Mount(point.replace("\\040", " "), kind, frozenset(flags), words[0]))
     return found
 
 
@@ -6293,10 +6302,14 @@ def _disk_percent(text: str) -> dict[str, float | str]:
     parts = dict(part.partition("\n")[::2] for part in rest)
     listed = _mounts(mounted)
     mounts = {mount.point: mount for mount in listed}
-    meant = {mount.point for mount in _mounts(parts.get("fstab", "")) if not mount.flags & {"ro", "noauto"}}
+    fstab = re.sub(r"(?m)^\s*#.*$", "", parts.get("fstab", ""))
+    meant = {mount.point for mount in _mounts(fstab) if not mount.flags & {"ro", "noauto"}}
     broken = {point for point, mount in mounts.items()
               if "emergency_ro" in mount.flags or ("ro" in mount.flags and point in meant)}
-    mounts |= {point: mounts[point]._replace(flags=frozenset()) for point in broken}
+    # What is written to at another place is no less full where it is read-only, and df may name that place alone.
+    written = {mount.device for mount in listed if mount.device.startswith("/") and not mount.hidden}
+    mounts |= {point: mount._replace(flags=frozenset()) for point, mount in mounts.items()
+               if point in broken or mount.device in written}
     shares: dict[str, float | str] = {}
     inodes = {volume.mount.point: (volume.used, volume.available)
               for volume in _volumes(parts.get("inodes", ""), mounts, {})}
@@ -6304,7 +6317,8 @@ def _disk_percent(text: str) -> dict[str, float | str]:
         used, free = sum(volume.used for volume in volumes), max(volume.available for volume in volumes)
         for index, volume in enumerate(volume for volume in volumes if not volume.mount.hidden):
             if index == 0:
-                shares[f"disk_percent {volume.mount.point}"] = percent(used, used + free)
+                own = percent(volume.used, volume.used + volume.available) if volume.available < free * 0.98 else 0.0
+                shares[f"disk_percent {volume.mount.point}"] = max(own, percent(used, used + free))     # or a quota
                 if sum(volume.inodes) and volume.mount.kind not in ("apfs", "zfs"):     # they make what they need
                     shares[f"inode_percent {volume.mount.point}"] = percent(volume.inodes[0], sum(volume.inodes))
             elif volume.available < free * 0.98:    # it has a quota

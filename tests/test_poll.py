@@ -22,10 +22,12 @@ import pytest
 import sqlalchemy
 from conftest import folder_with_database, wait_for
 from postgres import database_in, execute, refusing
+from pydantic import SecretStr
 from service import prepared_keys, store_in
 
 import healthchecker
 from healthchecker import (
+    AUTH_RETRY,
     CONNECTIONS,
     LOCKOUT_WINDOW,
     Connection,
@@ -534,6 +536,26 @@ def test_guard(steps: str) -> None:
             with contextlib.suppress(ProbeError), guard.attempt(name, Deadline(5), LoginRecord()):
                 if what != "yes":
                     raise ProbeError("auth" if what == "no" else "timeout", "as the test wants it")
+
+
+@pytest.mark.parametrize("gone", ["a", "monitor@jump:22"], ids=["removed", "an address"])
+def test_the_last_attempt_is_left_to_who_is_asked(gone: str) -> None:
+    """Neither to who was removed nor to a bastion that is no resource: or all would wait for half an hour."""
+    def target(number: int, name: str) -> Target:
+        settings = ResourceSettings(name=name, hostname="h", username="u", password=SecretStr("p"))
+        return Target(number, settings, None, "", "")
+
+    guards, others = Guards(), [target(1, "b"), target(2, "c")]
+    guards.keep([target(0, gone), *others])
+    guard = guards.of(others[0])
+    now = guard._clock()
+    guard._clock = lambda: now
+    guard.accept(gone)
+    guards.keep(others)
+    now += 600
+    guard.refuse("b")
+    guard.refuse("c")
+    assert guard.wait("b") == AUTH_RETRY
 
 
 def test_guard_remembers_what_was_before_the_restart() -> None:

@@ -282,6 +282,40 @@ def test_a_disk_that_fails_leaves_the_others() -> None:
     assert sample.problems["disk_percent"] == "df: /srv/old: Input/output error"
 
 
+# What is mounted, fstab, rows of df; the readings. Shapes: a loop disk with `mount --bind root /pb; mount -o
+# remount,bind,ro /pb`, by GNU's df and BusyBox'; fstab of Debian's installer; ZFS with `canmount=off` at the pool.
+ROOT = "/dev/sda1 / ext4 rw,relatime 0 0\n"
+TABLES: dict[str, tuple[str, str, list[str], dict[str, float]]] = {
+    "a disk whose place with the shorter name is read-only": (
+        ROOT + "/dev/loop0 /srv/root ext4 rw,relatime 0 0\n/dev/loop0 /pb ext4 ro,relatime 0 0\n", "",
+        ["/dev/sda1 100 10 90 10% /", "/dev/loop0 100 99 1 99% /pb"], {"/": 10.0, "/pb": 99.0}),
+    "and is listed twice": (
+        ROOT + "/dev/loop0 /srv/root ext4 rw,relatime 0 0\n/dev/loop0 /pb ext4 ro,relatime 0 0\n", "",
+        ["/dev/sda1 100 10 90 10% /", "/dev/loop0 100 99 1 99% /srv/root", "/dev/loop0 100 99 1 99% /pb"],
+        {"/": 10.0, "/pb": 99.0}),
+    "one that is read-only everywhere": (
+        ROOT + "/dev/loop0 /pb squashfs2 ro 0 0\n/dev/loop0 /p ext4 ro,relatime 0 0\n", "",
+        ["/dev/sda1 100 10 90 10% /", "/dev/loop0 100 100 0 100% /p"], {"/": 10.0}),
+    "comments of an installer": (
+        ROOT + "/dev/sda2 /boot ext4 ro,relatime 0 0\n",
+        "# /boot was on /dev/sda2 during installation\n  #/dev/sda2 /boot ext4 defaults 0 2\n"
+        "UUID=2 /boot           ext4    defaults,ro        0       2\n",
+        ["/dev/sda1 100 10 90 10% /", "/dev/sda2 100 93 7 93% /boot"], {"/": 10.0}),
+    "a quota of the dataset with the shortest name": (
+        "tank/a /a zfs rw,xattr 0 0\ntank/bulk /bulk zfs rw,xattr 0 0\n", "",
+        ["tank/a 1000 990 10 99% /a", "tank/bulk 1000000 1000 999000 1% /bulk"], {"/a": 99.0}),
+}
+
+
+@pytest.mark.parametrize("case", TABLES.values(), ids=TABLES)
+def test_tables_of_disks(case: tuple[str, str, list[str], dict[str, float]]) -> None:
+    mounted, fstab, rows, readings = case
+    space = "\n".join(["Filesystem 1024-blocks Used Available Capacity Mounted on", *rows])
+    sample = parsed(Platform.LINUX, {"disk_percent": f"{mounted}@fstab\n{fstab}@space\n{space}\n@inodes\n"})
+    assert sample.metrics == {f"disk_percent {point}": share for point, share in readings.items()}
+    assert "disk_percent" not in sample.problems
+
+
 @pytest.mark.parametrize(
     "text",
     [

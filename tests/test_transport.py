@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
+import fnmatch
 import gc
 import math
 import os
@@ -30,6 +32,7 @@ import paramiko
 import pytest
 from conftest import no_leaks, open_descriptors, wait_for
 from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ed25519
 from hostile import RawServer
 from rights import without_root_rights
 from service import Service, run_cheaply, write_inventory
@@ -1454,6 +1457,21 @@ def test_certified_host_keys(own: Sshd, tmp_path: Path, how: str, more: str, cau
         watched = target(own, host_key="strict", **good_login(own))
         answer = poll(watched, connect(watched, known))
     assert (answer.cause, answer.host_key) == (cause, None), answer
+
+
+def test_patterns_of_a_certificate_are_not_kept() -> None:
+    """Whoever answers can sign one, with other patterns each time."""
+    authority, key = ed25519.Ed25519PrivateKey.generate(), ed25519.Ed25519PrivateKey.generate()
+    patterns = [b"x" + b"?a" * 400, *(b"%d.*.example.com" % number for number in range(100)), b"*.example.com"]
+    made = (serialization.SSHCertificateBuilder().public_key(key.public_key()).serial(1).key_id(b"x")
+            .type(serialization.SSHCertificateType.HOST).valid_principals(patterns).valid_after(0)
+            .valid_before(2**63).sign(authority))  # fmt: skip
+    kept: Any = fnmatch._compile_pattern  # type: ignore[attr-defined]
+    before = kept.cache_info().currsize
+    blob = base64.b64decode(made.public_bytes().split()[1])
+    assert healthchecker.certifier(blob, "db1.Example.com") is not None
+    assert healthchecker.certifier(blob, "example.com") is None
+    assert kept.cache_info().currsize == before
 
 
 def test_what_the_client_offers() -> None:
