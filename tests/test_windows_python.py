@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import windows_python
+from conftest import wait_for
 from windows_python import (
     EMBEDDED,
     EMBEDDED_SHA256,
@@ -78,6 +80,30 @@ def test_the_end_of_the_server_is_not_waited_out(tmp_path: Path, monkeypatch: py
         process.kill()
     with subprocess.Popen(["/bin/sh", "-c", "exit 3"]) as process:
         assert wine.wait(process, 200) == 3
+
+
+WITHOUT_MAIN = """
+import ctypes, threading, time
+threading.Thread(target=time.sleep, args=(60,)).start()
+print("begun", flush=True)
+ctypes.CDLL(None).pthread_exit(None)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+def test_a_program_whose_first_thread_has_ended_is_ended(tmp_path: Path) -> None:
+    """As wine's do when their server ends; it holds our pipes, and its process tells nothing of itself any more."""
+    program = shutil.copy(os.path.realpath(sys.executable), tmp_path / "wine-program")
+    wine = Wine.__new__(Wine)
+    wine.prefix = tmp_path
+    environment = os.environ | {"PYTHONHOME": sys.base_prefix, "WINEPREFIX": str(tmp_path)}
+    with subprocess.Popen([program, "-c", WITHOUT_MAIN], env=environment, stdout=subprocess.PIPE) as process:
+        assert process.stdout and process.stdout.readline() == b"begun\n"
+        wait_for(lambda: "Z (zombie)" in Path(f"/proc/{process.pid}/status").read_text(encoding="ascii"))
+        try:
+            assert [*wine.processes()] == [process.pid]
+        finally:
+            process.kill()
 
 
 def test_who_is_the_last_in_a_prefix_ends_what_runs_there(tmp_path: Path) -> None:

@@ -160,10 +160,16 @@ class Wine:
     def processes(self) -> Iterator[int]:
         """The ids of the programs of wine that run in this prefix."""
         mark = os.fsencode(f"WINEPREFIX={self.prefix}")
-        for process in Path("/proc").glob("[0-9]*"):
+
+        def is_ours(thread: Path) -> bool:
             with contextlib.suppress(OSError):  # it has ended, or is another user's
-                program = Path(os.readlink(process / "exe")).name
-                if program.startswith("wine") and mark in (process / "environ").read_bytes().split(b"\0"):
+                program = Path(os.readlink(thread / "exe")).name
+                return program.startswith("wine") and mark in (thread / "environ").read_bytes().split(b"\0")
+            return False
+
+        for process in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):  # of one whose first thread has ended only the others tell
+                if any(map(is_ours, [*(process / "task").iterdir()])):
                     yield int(process.name)
 
 
