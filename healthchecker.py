@@ -95,16 +95,15 @@ import os
 import sys
 
 # glibc gives each of hundreds of pollers an arena and a cache of what it freed, so that memory grows for hours: with
-# 100 hosts by 10 MB an hour, by none like this, which takes no more time. It can be said only before a process begins,
+# 100 hosts by 10 MB an hour, by 1 like this, which takes no more time. It can be said only before a process begins,
 # and what this one starts is not told. It is said once: whoever has capabilities of a file is never told of tunables.
 if __name__ == "__main__" and sys.platform == "linux":
     if (tunables := os.environ.pop("HEALTHCHECKER_TUNABLES", None)) is None:
         tunables = os.environ.get("GLIBC_TUNABLES", "")
-        ours = ":".join((*filter(None, [tunables]), "glibc.malloc.arena_max=2:glibc.malloc.tcache_count=0",
-                         "glibc.malloc.mmap_threshold=131072"))     # what is large goes back, as long as that is said
+        ours = "glibc.malloc.arena_max=2:glibc.malloc.tcache_count=0:glibc.malloc.mmap_threshold=131072"
+        said = {"HEALTHCHECKER_TUNABLES": tunables, "GLIBC_TUNABLES": f"{tunables}:{ours}".lstrip(":")}
         with contextlib.suppress(OSError):
-            os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]],     # noqa: S606  # a shell is not wanted
-                      os.environ | {"HEALTHCHECKER_TUNABLES": tunables, "GLIBC_TUNABLES": ours})
+            os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | said)  # noqa: S606  # no shell
     os.environ["GLIBC_TUNABLES"] = tunables
     if not tunables:
         del os.environ["GLIBC_TUNABLES"]
@@ -1717,9 +1716,9 @@ class Plan(Scope):
 
         last = next((start for start in starts(PUT_BACK) if start <= at), -math.inf)
         if last > -math.inf:    # backwards it loses those just before a clock change of half an hour
-            begun = datetime.datetime.fromtimestamp(last, zone_of(self.zone))
-            later = (start.timestamp() for start in CronSim(self.schedule, begun))
-            last = max(last, *itertools.takewhile(lambda start: start <= at, later), last)
+            then = datetime.datetime.fromtimestamp(last, zone_of(self.zone))
+            later = (start.timestamp() for start in CronSim(self.schedule, then))
+            last = max([last, *itertools.takewhile(lambda start: start <= at, later)])
         return (last,
                 next((start for start in starts(-PUT_BACK) if start > at), math.inf))
 
@@ -3477,11 +3476,11 @@ class Store:
 # secrets opened. Within the transaction of whoever calls: a start, a reload, a change by the console.
 # Gives: Changes, forget_behind, import_inventory, import_receivers, is_still, keeping_word, load_targets, named_by,
 # open_sealed, open_stated, open_url, open_vault, rename_row, reseal, sealed_tokens, Target, target_of, update_row
-THE_REST = "groups and routes", "planned maintenance", "who is told"    # what else can be changed
+THE_REST = GATES_CHANGED, PLANS_CHANGED, RECEIVERS_CHANGED = "groups and routes", "planned maintenance", "who is told"
 
 
 class Changes(NamedTuple):
-    """Names of resources by what an import does to them; `changed` also holds some of THE_REST."""
+    """Names of resources by what an import does to them; `changed` also holds what else was, of THE_REST."""
 
     added: list[str]
     changed: list[str]
@@ -3679,10 +3678,10 @@ def store_rest(session: Session, inventory: Inventory, changes: Changes) -> None
     """What else the inventory says than resources; raises the revision where anything has changed."""
     gates = inventory.gates.model_dump_json()
     if gates != (remembered(session, "gates").text or Gates().model_dump_json()):
-        changes.changed.append(THE_REST[0])
+        changes.changed.append(GATES_CHANGED)
     plans = json.dumps([plan.model_dump(mode="json") for plan in inventory.plans])
     if plans != (remembered(session, "plans").text or "[]"):
-        changes.changed.append(THE_REST[1])
+        changes.changed.append(PLANS_CHANGED)
     for name, text in (("defaults", json.dumps(dict(inventory.defaults))), ("gates", gates), ("plans", plans)):
         session.merge(Setting(name=name, text=text))
     if changes.added or changes.changed or changes.removed:
@@ -3764,7 +3763,7 @@ def import_inventory(session: Session, inventory: Inventory, vault: Vault) -> Ch
             retire_row(row)
             changes.removed.append(name)
     if import_receivers(session, inventory, vault):
-        changes.changed.append(THE_REST[2])
+        changes.changed.append(RECEIVERS_CHANGED)
     store_rest(session, inventory, changes)
     return changes
 
@@ -4283,12 +4282,12 @@ class Guards:
 
     def keep(self, targets: Iterable[Target]) -> None:
         """Forgets the credentials of all others."""
-        targets = [*targets]
-        shown = [one for target in targets for one in (target, *target.bastions())]
+        watched = {target.name: target for target in targets}
+        shown = [one for target in watched.values() for one in (target, *target.bastions())]
         with self._lock:
             self._guards = {key: self._guards.get(key) or LoginGuard() for key in map(self._key, shown)}
             for guard in self._guards.values():
-                guard.polled = {target.name for target in targets}
+                guard.polled = watched.keys()
             self._typed = {user: guard for user, guard in self._typed.items() if guard.is_used}
 
 
@@ -4824,9 +4823,9 @@ class SshLogin(Connection):
         """Compares the host's key before any secret is sent; False: connect again, for another type of key."""
         (accepted, revoked, authorities), settings = self._known(), self._settings
         certificate = transport.get_remote_server_key().public_blob
-        name, authority = settings.host_key_alias or settings.hostname, None
+        authority = None
         if certificate and (authorities or revoked):    # else anybody's certificate would be read
-            authority = certifier(certificate.key_blob, name)
+            authority = certifier(certificate.key_blob, settings.host_key_alias or settings.hostname)
         if offered in revoked or authority in revoked:
             raise ProbeError("host_key", f"host key revoked by known_hosts: offered {offered}")
         if authority in authorities:
@@ -6316,13 +6315,14 @@ def _disk_percent(text: str) -> dict[str, float | str]:
     for volumes in _pools(_volumes(parts.get("space", ""), mounts, inodes)):
         used, free = sum(volume.used for volume in volumes), max(volume.available for volume in volumes)
         for index, volume in enumerate(volume for volume in volumes if not volume.mount.hidden):
+            has_quota = volume.available < free * 0.98
+            full = [percent(volume.used, volume.used + volume.available)] if has_quota else []
             if index == 0:
-                own = percent(volume.used, volume.used + volume.available) if volume.available < free * 0.98 else 0.0
-                shares[f"disk_percent {volume.mount.point}"] = max(own, percent(used, used + free))     # or a quota
+                full.append(percent(used, used + free))
                 if sum(volume.inodes) and volume.mount.kind not in ("apfs", "zfs"):     # they make what they need
                     shares[f"inode_percent {volume.mount.point}"] = percent(volume.inodes[0], sum(volume.inodes))
-            elif volume.available < free * 0.98:    # it has a quota
-                shares[f"disk_percent {volume.mount.point}"] = percent(volume.used, volume.used + volume.available)
+            if full:
+                shares[f"disk_percent {volume.mount.point}"] = max(full)
     told = _told(shares, listed, broken, parts.get("space", ""))
     return told if "inodes" in parts else {"inode_percent": NOT_KNOWN, **told}
 
@@ -9133,7 +9133,8 @@ def take_turn(session: Session, row: Maintenance, now: float, *, gone: bool) -> 
         begin_work(session, row, row.start_at)
     if row.state == "begun" and row.until_at <= now:
         tell_over(session, row, "maintenance is over", row.until_at)
-        row.turn_at = row.turn_at if row.plan else now
+        if not row.plan:
+            row.turn_at = now
     elif gone and row.state != "over":
         finish_work(session, row, f"maintenance is over: {'the plan has changed' if row.plan else 'that is gone'}", now)
 
@@ -9173,7 +9174,8 @@ def move_times(session: Session, seconds: float, now: float) -> None:
     was ahead took for over begins when it should."""
     for row in session.scalars(sqlalchemy.select(Maintenance).where(Maintenance.state != "planned")):
         if row.state == "over":
-            row.state = "over" if row.plan or row.until_at <= now + seconds else "planned"
+            if not row.plan and row.until_at > now + seconds:
+                row.state = "planned"
         elif row.start_at <= now and (seconds < 0 or not row.plan):
             row.start_at += seconds
             row.until_at += seconds
@@ -17054,15 +17056,17 @@ class Notifier(threading.Thread):
             self._epoch, self._announcers, self._saved, self._revision, self._picture = epoch, {}, {}, -1, None
         if not self._members.speaks:
             return self._take_results(now)
+        is_read = False
         with self._unread.caught():         # what cannot be read is no reason to keep what is known to oneself
             with self._store.reading() as session:
                 self._follow(session)
                 self._take_results(now)     # after that, or what came would be forgotten, and be sent again
                 found, picture = self._see(session, now)
+            is_read = True
             if picture:
                 self._picture = picture
                 self._announce(found, picture, now)
-        if self._unread.why and self._picture:      # that the database is away can be told all the same
+        if not is_read and self._picture:       # that the database is away can be told all the same
             problems = {**self._picture.problems, **self._problems()}
             self._announce([], self._picture._replace(problems=problems), now)
         self._take_results(now)

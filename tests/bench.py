@@ -350,8 +350,7 @@ def pollers(folder: Path, resources: str) -> dict[str, Callable[[], None]]:
     """For each resource of an inventory a function that polls it once, as its poller does."""
     installation, guards = hc.Installation(write_inventory(folder, resources, SETTINGS)), hc.Guards()
     with hc.rehearsal(installation) as (_, _, targets):
-        pass
-    access = installation.access()
+        access = installation.access()
 
     def poller(target: hc.Target) -> Callable[[], None]:
         connection = hc.CONNECTIONS[target.settings.platform](target, guards.of(target), access)
