@@ -2987,7 +2987,7 @@ class SqliteFile:
     def _prepare(self, connection: Any, _record: object) -> None:
         connection.isolation_level = None       # SQLAlchemy's BEGIN is ours, see _begin
         connection.text_factory = lambda text: text.decode("utf-8", "replace")
-        for pragma in ("journal_mode = WAL", "synchronous = NORMAL", "foreign_keys = ON", "cache_size = -256"):  # KiB
+        for pragma in ("journal_mode = WAL", "synchronous = NORMAL", "foreign_keys = ON", "cache_size = -64"):   # KiB
             connection.execute(f"PRAGMA {pragma}")
         for name, count, function in (("floor", 1, math.floor), ("least", 2, min), ("greatest", 2, max)):
             connection.create_function(name, count, function, deterministic=True)   # as others call them
