@@ -2127,6 +2127,7 @@ SPKI = serialization.PublicFormat.SubjectPublicKeyInfo
 ACCESS = re.compile(r"\((A|D);[^;()]*;([^;()]*;[^;()]*;[^;()]*;([^;()]*))\)")
 EVERYBODY = frozenset(("WD", "AN", "AU", "IU", "NU", "BU", "BG", "CO"))
 OWNERS = ("S-1-3-4", "SY", "BA")      # the file's owner ("OW"), the system, the administrators
+OPEN_ELSEWHERE = 2.0    # seconds that a scanner may keep a file open on Windows, where nothing replaces it meanwhile
 NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
 SEALED = re.compile(r"HC[12]\.([0-9a-f]{16})(?:\.[^.]*){3}")    # of a sealed secret, with the id of its key
 
@@ -2145,38 +2146,56 @@ def restricted(access: str) -> str:
     return "D:P" + "".join([*kept, *(f"(A;;FA;;;{who})" for who in OWNERS)])
 
 
-def change_access(path: Path, change: Callable[[str], str]) -> None:
-    """Windows: a file's access list becomes what `change` makes of it, in SDDL. By the system itself: a program that
-    does it could be another one of its name. Raises OSError."""
+def still_of(owner: str, access: str) -> str:
+    """An access list for a file that gets another owner: what it gives to its owner is that account's all the same."""
+    entries = (f"(A;;{rest.removesuffix(who)}{owner})" for kind, rest, who in ACCESS.findall(access)
+               if kind == "A" and who in ("OW", OWNERS[0]))
+    return "".join([access, *entries])
+
+
+def ask_windows(done: int) -> None:
+    if not done:
+        raise cast(Any, ctypes).WinError(cast(Any, ctypes).get_last_error())
+
+
+def access_of(path: Path) -> tuple[str, str]:
+    """Windows: a file's owner and access list, in SDDL. By the system itself: a program that does it could be another
+    one of its name. Raises OSError."""
     advapi32, kernel32 = (cast(Any, ctypes).WinDLL(name, use_last_error=True) for name in ("advapi32", "kernel32"))
-    old, new, text = ctypes.c_void_p(), ctypes.c_void_p(), ctypes.c_wchar_p()
-
-    def ask(done: int) -> None:
-        if not done:
-            raise cast(Any, ctypes).WinError(cast(Any, ctypes).get_last_error())
-
-    try:    # SE_FILE_OBJECT is 1, DACL_SECURITY_INFORMATION 4, SDDL_REVISION_1 is 1
-        if code := advapi32.GetNamedSecurityInfoW(str(path), 1, 4, None, None, None, None, ctypes.byref(old)):
+    found, text = ctypes.c_void_p(), ctypes.c_wchar_p()
+    try:    # SE_FILE_OBJECT is 1, OWNER_SECURITY_INFORMATION 1, DACL_SECURITY_INFORMATION 4, SDDL_REVISION_1 is 1
+        if code := advapi32.GetNamedSecurityInfoW(str(path), 1, 5, None, None, None, None, ctypes.byref(found)):
             raise cast(Any, ctypes).WinError(code)
-        ask(advapi32.ConvertSecurityDescriptorToStringSecurityDescriptorW(old, 1, 4, ctypes.byref(text), None))
-        ask(advapi32.ConvertStringSecurityDescriptorToSecurityDescriptorW(change(text.value or ""), 1,
-                                                                          ctypes.byref(new), None))
-        ask(advapi32.SetFileSecurityW(str(path), 4, new))   # as it is: SetNamedSecurityInfo adds what the folder has
+        in_words = advapi32.ConvertSecurityDescriptorToStringSecurityDescriptorW
+        ask_windows(in_words(found, 1, 5, ctypes.byref(text), None))
+        owner, _, access = (text.value or "").removeprefix("O:").partition("D:")
+        return owner, f"D:{access}"
     finally:
-        for made in (old, new, text):
+        for made in (found, text):
             kernel32.LocalFree(made)
+
+
+def set_access(path: Path, access: str) -> None:
+    """Windows: gives a file an access list, in SDDL. Raises OSError."""
+    advapi32, kernel32 = (cast(Any, ctypes).WinDLL(name, use_last_error=True) for name in ("advapi32", "kernel32"))
+    new = ctypes.c_void_p()
+    try:
+        ask_windows(advapi32.ConvertStringSecurityDescriptorToSecurityDescriptorW(access, 1, ctypes.byref(new), None))
+        ask_windows(advapi32.SetFileSecurityW(str(path), 4, new))   # SetNamedSecurityInfo adds what the folder has
+    finally:
+        kernel32.LocalFree(new)
 
 
 def restrict(path: Path) -> None:
     """Windows knows no file mode: a file keeps the accounts that its folder was given for, and loses everybody else."""
     if sys.platform == "win32":
-        change_access(path, restricted)
+        set_access(path, restricted(access_of(path)[1]))
 
 
 def let_read(path: Path) -> None:
     """Every account of this machine may read a file."""
     if sys.platform == "win32":
-        change_access(path, lambda access: f"{access}(A;;FR;;;BU)")
+        set_access(path, f"{access_of(path)[1]}(A;;FR;;;BU)")
     else:
         path.chmod(0o644)
 
@@ -2244,17 +2263,25 @@ def ensure_private(path: Path) -> None:
 
 
 def take_place(new: Path, old: Path) -> None:
-    """Puts one file in the place of another, whose owner, group, mode and access list it takes. Raises OSError, and
-    changes nothing, where this account cannot give it away: the service could not read it then."""
-    if sys.platform == "win32":
-        if not ctypes.windll.kernel32.ReplaceFileW(str(old), str(new), None, 0, None, None):
-            raise ctypes.WinError()
-        return
-    found = old.stat()
-    os.chown(new, found.st_uid, found.st_gid)
-    shutil.copystat(old, new)
-    os.utime(new)
-    os.replace(new, old)
+    """Puts one file in the place of another, whose owner, group, mode and access list it takes, in one step: either is
+    there at any moment. Raises OSError, and changes nothing, where this account cannot give it away: the service could
+    not read it then."""
+    if sys.platform == "win32":     # ReplaceFile does it in two steps, and nobody looks for the file after the first
+        owner, access = access_of(old)
+        set_access(new, access if owner == access_of(new)[0] else still_of(owner, access))
+    else:
+        found = old.stat()
+        os.chown(new, found.st_uid, found.st_gid)
+        shutil.copystat(old, new)
+        os.utime(new)
+    ends_mono = time.monotonic() + OPEN_ELSEWHERE
+    while True:
+        try:
+            return os.replace(new, old)
+        except PermissionError:
+            if sys.platform != "win32" or time.monotonic() > ends_mono:
+                raise
+        time.sleep(0.01)
 
 
 @contextlib.contextmanager

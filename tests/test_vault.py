@@ -226,13 +226,77 @@ def test_who_keeps_access_on_windows(access: str) -> None:
     assert healthchecker.restricted(access) == f"D:P{kept}(A;;FA;;;S-1-3-4)(A;;FA;;;SY)(A;;FA;;;BA)"
 
 
+def test_the_old_owner_keeps_access_on_windows() -> None:
+    """What `keys rotate` replaces is an administrator's from then on, to whom OWNER RIGHTS (OW, S-1-3-4) go then."""
+    service = "S-1-5-21-1-2-3-1104"
+    entries = "(A;;FR;;;LS)(A;;FA;;;S-1-3-4)(A;;FA;;;SY)"
+    assert healthchecker.still_of(service, f"D:P{entries}") == f"D:P{entries}(A;;FA;;;{service})"
+    assert healthchecker.still_of("LS", "D:P(D;;FW;;;OW)(A;OI;FR;;;OW)") == "D:P(D;;FW;;;OW)(A;OI;FR;;;OW)(A;;FR;;;LS)"
+    for access in ("D:AI(A;ID;FA;;;BA)", "D:NO_ACCESS_CONTROL", "D:P"):
+        assert healthchecker.still_of(service, access) == access
+
+
+def test_a_file_that_is_replaced_is_there_at_any_moment(tmp_path: Path) -> None:
+    """A kill between two steps of it would leave no inventory."""
+    path, missing, done = tmp_path / "inventory.yaml", list[str](), threading.Event()
+    path.write_bytes(b"old")
+
+    def look() -> None:
+        while not done.wait(0.0002):
+            try:
+                path.stat()
+            except FileNotFoundError as error:
+                missing.append(str(error))
+
+    looking = threading.Thread(target=look)
+    looking.start()
+    try:
+        for number in range(300):
+            new = tmp_path / "new"
+            new.write_bytes(b"%d" % number)
+            healthchecker.take_place(new, path)
+            assert path.read_bytes() == b"%d" % number
+            assert not new.exists()
+    finally:
+        done.set()
+        looking.join()
+    assert not missing
+
+
 if sys.platform == "win32":
 
     def access_list(path: Path) -> str:
         """As Windows has it now."""
-        found: list[str] = []
-        healthchecker.change_access(path, lambda access: found.append(access) or access)
-        return found[0]
+        return healthchecker.access_of(path)[1]
+
+    def test_what_takes_a_place_has_its_access_list(tmp_path: Path) -> None:
+        old, new = tmp_path / "old", tmp_path / "new"
+        healthchecker.create_private(old)
+        healthchecker.let_read(old)
+        new.write_bytes(b"new")
+        kept = access_list(old)
+        assert access_list(new) != kept
+        healthchecker.take_place(new, old)
+        assert (access_list(old), old.read_bytes()) == (kept, b"new")
+        new.write_bytes(b"newer")
+        with pytest.raises(FileNotFoundError):
+            healthchecker.take_place(new, tmp_path / "none")
+        assert new.exists()
+
+    def test_what_others_have_open_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """As a scanner of viruses does for a moment with what was just written."""
+        old, new = tmp_path / "old", tmp_path / "new"
+        old.write_bytes(b"old")
+        new.write_bytes(b"new")
+        with old.open("rb"), pytest.raises(PermissionError):
+            monkeypatch.setattr(healthchecker, "OPEN_ELSEWHERE", 0.1)
+            healthchecker.take_place(new, old)
+        assert (old.read_bytes(), new.read_bytes()) == (b"old", b"new")
+        monkeypatch.undo()
+        scanner = old.open("rb")
+        threading.Timer(0.3, scanner.close).start()
+        healthchecker.take_place(new, old)
+        assert (old.read_bytes(), new.exists()) == (b"new", False)
 
     def test_access_lists(tmp_path: Path) -> None:
         """What everybody has of the folder is gone from a file that is made. (Wine keeps no entry of BU or S-1-3-4.)"""
