@@ -4098,7 +4098,7 @@ def connect_tcp(resolver: Resolver, host: str, port: int, deadline: Deadline, *,
 # === Logins ==================================================================
 # Asked before every login with a password and told what came of it; answers with permission, a wait, or ProbeError
 # `auth`. The threads of the pollers share a guard for each credential; what happened before a restart is told again.
-# Gives: AUTH_BACKOFF, LOCKOUT_WINDOW, NOT_TRIED, LoginGuard, LoginRecord, Guards
+# Gives: AUTH_BACKOFF, LATE, LateLogin, LOCKOUT_WINDOW, NOT_TRIED, LoginGuard, LoginRecord, Guards
 AUTH_BACKOFF = 300.0            # seconds between attempts with a refused credential
 SAME_REFUSAL = 30.0             # seconds between two times that may be told of one refusal
 AUTH_RETRY = 60.0               # seconds until the second attempt where the credential was accepted lately
@@ -4106,7 +4106,17 @@ ACCEPTED_LATELY = 3600.0        # seconds for which an accepted login proves the
 REFUSALS = 3                    # of a host or a credential, after which nothing is tried for LOCKOUT_WINDOW ...
 REFUSALS_ASKED = 4              # ... and by somebody who asks for it: the common policy locks at the fifth
 LOCKOUT_WINDOW = 31 * 60.0      # seconds without a wrong password after which directories count anew, and a bit
+LATE = 10.0                     # seconds after its poll for which a host may say what it thinks of a password
 NOT_TRIED = "not tried: "       # begins the reason of what was no login
+
+
+class LateLogin(ProbeError):
+    """A host had not answered to a password when its poll was over: whatever delays refusals may take longer.
+    `outcome` waits for the answer, LATE at most, and ends the connection: accepted, refused, or None, no answer."""
+
+    def __init__(self, deadline: Deadline, outcome: Callable[[], bool | None]) -> None:
+        super().__init__("timeout", f"no answer within {deadline.seconds:g} s")
+        self.outcome = outcome
 
 
 @dataclass
@@ -4145,6 +4155,7 @@ class LoginGuard:
         self._clock, self._locks = clock, locks     # nothing counts a key that is refused
         self._turn = threading.Condition()          # guards all below, reentrant; notified when an attempt ends
         self._running = 0
+        self._late: set[str] = set()                # resources of whose last login nothing was heard yet
         self._refused: dict[str, list[float]] = {}  # resource -> times of its refusals since it was accepted
         self._wrong: list[float] = []               # times of the refusals since the credential was accepted
         self._accepted_mono = -math.inf             # the last accepted login
@@ -4217,28 +4228,55 @@ class LoginGuard:
 
     @contextlib.contextmanager
     def attempt(self, name: str, deadline: Deadline, record: LoginRecord) -> Iterator[None]:
-        """Around one login: a ProbeError `auth` counts as refused, the end of the block as accepted."""
+        """Around one login: a ProbeError `auth` counts as refused, the end of the block as accepted; it lasts until
+        what comes of a LateLogin is known, or each poll would send the same wrong password."""
         with self._turn:
+            if name in self._late:
+                raise ProbeError("timeout", f"{NOT_TRIED}the host has not answered to the login before")
             # what is left must do for the login: one that comes too late for an answer could be refused, too
             if not self._turn.wait_for(self._has_room, deadline.left() - deadline.seconds / 2):
                 raise ProbeError("auth", f"{NOT_TRIED}others log in with the same credential, and wait for an answer")
             self.require_no_wait(name)
             self._asked.discard(name)
             self._running += 1
-        try:
-            yield
-        except ProbeError as error:
-            if error.cause == "auth":
-                self.refuse(name, alone=isinstance(error, NotAllowed))
-                record.count("refused")
-            raise
-        else:
+        with contextlib.ExitStack() as stack:
+            stack.callback(self._end, name)
+            try:
+                yield
+                self._note(name, record, accepted=True)
+            except LateLogin as late:
+                with self._turn:
+                    self._late.add(name)
+                try:
+                    threading.Thread(None, self._hear_out, "late login", (name, record, late), daemon=True).start()
+                except RuntimeError:        # there is no room for it: nobody hears it, and all ends now
+                    raise ProbeError("timeout", str(late)) from late
+                stack.pop_all()
+                raise
+            except ProbeError as error:
+                if error.cause == "auth":
+                    self._note(name, record, accepted=False, alone=isinstance(error, NotAllowed))
+                raise
+
+    def _note(self, name: str, record: LoginRecord, *, accepted: bool, alone: bool = False) -> None:
+        if accepted:
             self.accept(name)
-            record.count("accepted")
+        else:
+            self.refuse(name, alone=alone)
+        record.count("accepted" if accepted else "refused")
+
+    def _hear_out(self, name: str, record: LoginRecord, late: LateLogin) -> None:
+        try:
+            if (accepted := late.outcome()) is not None:
+                self._note(name, record, accepted=accepted)
         finally:
-            with self._turn:
-                self._running -= 1
-                self._turn.notify_all()
+            self._end(name)
+
+    def _end(self, name: str) -> None:
+        with self._turn:
+            self._running -= 1
+            self._late.discard(name)
+            self._turn.notify_all()
 
     def accept(self, name: str, ago: float = 0.0) -> None:
         """Notes that the credential was accepted `ago` seconds ago (before a restart, or by another machine)."""
@@ -4644,6 +4682,8 @@ class Patience:
     def __lt__(self, _now: float) -> bool:
         return self.is_over()
 
+    __le__ = __lt__
+
 
 class SeenChannels(dict[int, bool]):
     """The numbers of all channels, for what comes late: they ascend, and paramiko would keep one for each poll."""
@@ -4669,6 +4709,7 @@ class SshTransport(paramiko.Transport):
     dismissed = False
     is_old = False      # it has served
     ended = False       # by us; its thread may not know yet
+    outlasts = False    # the deadline of a login's poll
     theirs: Mapping[str, Sequence[str]] = dict[str, Sequence[str]]()      # the algorithms that the host names, by kind
 
     def __init__(self, wire: Wire) -> None:
@@ -4748,6 +4789,40 @@ class SshTransport(paramiko.Transport):
 
     def is_active(self) -> bool:
         return not self.ended and super().is_active()
+
+    def outlast(self, deadline: Deadline) -> None:
+        """What waits for the outcome of a login gives up at the deadline, but a direct connection lasts for LATE."""
+        if isinstance(self.wire, HostSocket):
+            self.wire.deadline, self.outlasts = Deadline(deadline.left() + LATE), True
+            self.auth_timeout = cast(Any, Patience(lambda: deadline.over))
+
+    @property
+    def unanswered(self) -> bool:
+        """Whether a login has no outcome yet, and may have one."""
+        return self.outlasts and self.is_active() and not self._answered.is_set()
+
+    @property
+    def _answered(self) -> threading.Event:
+        return cast(threading.Event, cast(Any, self).auth_handler.auth_event)
+
+    def answer(self) -> bool | None:
+        """See LateLogin."""
+        try:
+            if not self._answered.wait(LATE):
+                return None
+            plain = self.is_active() and self.saved_exception is None   # it wants neither another way nor a second one
+            return self.is_authenticated() or (False if plain or self.dismissed else None)
+        finally:
+            self.finish()
+
+    def finish(self) -> None:
+        """Ends thread and socket, before its descriptor is another connection's."""
+        self.end()
+        if self.is_alive():
+            self.join(1)
+        self.close()
+        self.sock.close()
+        self.forget()
 
     def end(self) -> None:
         """At once, whatever is under way."""
@@ -4873,26 +4948,36 @@ class SshLogin(Connection):
         return self.host_key == offered or self._verified(offered, transport, tried)
 
     def _login(self, transport: SshTransport, deadline: Deadline) -> None:
-        settings = self._settings
-        user, kind = settings.username or "", "key_file" if settings.key_file else "password"
+        settings, user = self._settings, self._settings.username or ""
         try:
             if settings.key_file is not None:
                 missing = self._show_keys(transport, self.load_keys(settings.key_file))
             else:
+                transport.outlast(deadline)
                 missing = self._give_password(transport, settings.secrets.get("password", ""))
-        except paramiko.BadAuthenticationType as error:
-            raise NotAllowed("auth", f"the host allows only {', '.join(error.allowed_types)} for {user}") from error
+                transport.wire.deadline = deadline
         except paramiko.AuthenticationException as error:
-            deadline.left()
-            if not transport.is_active() and not transport.dismissed:
-                raise ProbeError("unreachable", "connection lost while logging in") from error
-            raise ProbeError("auth", f"login as {user} refused; check username and {kind}") from error
+            raise self._not_logged_in(error, transport, deadline) from error
         except paramiko.SSHException as error:
             if "info request" not in str(error):    # message 60: after a password it asks for another one
                 raise
             raise ProbeError("auth", f"the password of {user} has expired; the host wants a new one") from error
         if missing:
             raise NotAllowed("auth", f"the host asks for more than one proof: {', '.join(missing)}")
+
+    def _not_logged_in(self, error: paramiko.AuthenticationException, transport: SshTransport, deadline: Deadline,
+                       ) -> ProbeError:
+        """What it means that a login ended without being accepted."""
+        user, kind = self._settings.username or "", "key_file" if self._settings.key_file else "password"
+        if deadline.over and transport.unanswered:
+            return LateLogin(deadline, transport.answer)
+        if isinstance(error, paramiko.BadAuthenticationType):
+            return NotAllowed("auth", f"the host allows only {', '.join(error.allowed_types)} for {user}")
+        if not transport.is_active():
+            deadline.left()
+            if not transport.dismissed:
+                return ProbeError("unreachable", "connection lost while logging in")
+        return ProbeError("auth", f"login as {user} refused; check username and {kind}")
 
     def _show_keys(self, transport: SshTransport, keys: Sequence[paramiko.PKey]) -> list[str]:
         """Tries the certificate first, then the plain key, as OpenSSH does."""
@@ -5168,6 +5253,7 @@ class SshConnection(SshLogin):
         with contextlib.ExitStack() as stack:
             sock = self._reach(stack, deadline, chain)
             transport = SshTransport(sock)
+            stack.callback(transport.finish)
             try:
                 with transport.explained():
                     self._prefer_known_types(transport, tried)
@@ -5175,13 +5261,9 @@ class SshConnection(SshLogin):
                     sock.limit = 2 << 20    # the output and its wrapping
                     key = transport.get_remote_server_key()
                     yield transport, identity(key.get_name(), key.asbytes())
-            finally:
-                transport.end()
-                if transport.is_alive():
-                    transport.join(1)       # before its descriptor is another connection's
-                transport.close()
-                sock.close()
-                transport.forget()
+            except LateLogin:
+                stack.pop_all()     # whoever waits for the answer ends it
+                raise
 
 
 # === PowerShell ==============================================================

@@ -337,9 +337,7 @@ def test_key_file_changed_on_disk(sshd: Server, tmp_path: Path) -> None:
 
 
 @POSIX
-def test_neither_agent_nor_key_discovery(
-    sshd: Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_neither_agent_nor_key_discovery(sshd: Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / ".ssh").mkdir()
     shutil.copy(sshd.user_key(), tmp_path / ".ssh" / "id_ed25519")
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -442,9 +440,7 @@ def test_pinned_wrong(three_keys: Server, tmp_path: Path, typed: bool) -> None:
     known.write_text(three_keys.known_hosts(), encoding="ascii")
     pin = f"{'ssh-ed25519 ' if typed else ''}SHA256:{'A' * 43}"
     logins = three_keys.log().count(f"for {three_keys.username} from")
-    watched = target(
-        three_keys, host_key=pin, trusted=identities(three_keys)["ed25519"], **good_login(three_keys)
-    )
+    watched = target(three_keys, host_key=pin, trusted=identities(three_keys)["ed25519"], **good_login(three_keys))
     answer = poll(watched, connect(watched, known))
     assert answer.cause == "host_key"
     assert pin in answer.reason
@@ -969,8 +965,10 @@ def test_every_poll_ends_in_time() -> None:
     scenarios = SCENARIOS | (POSIX_SCENARIOS if sys.platform != "win32" else {})
     wrong = []
     with no_leaks(), ThreadPoolExecutor(len(scenarios)) as pool:
-        answers = {name: pool.submit(scenario.run, DEADLINE if "timeout" in scenario.cause else AMPLE)
-                   for name, scenario in scenarios.items()}
+        answers = {
+            name: pool.submit(scenario.run, DEADLINE if "timeout" in scenario.cause else AMPLE)
+            for name, scenario in scenarios.items()
+        }
         for name, (_, cause, says) in scenarios.items():
             try:
                 answer = answers[name].result(2 * AMPLE)
@@ -1194,8 +1192,7 @@ def test_forced_commands(own: Sshd, tmp_path: Path, command: str, cause: str, sa
     [
         ("Ciphers aes128-cbc,aes256-cbc", "good", "protocol", "algorithm"),
         ("Ciphers aes128-ctr\nMACs hmac-sha1", "good", "protocol", "the host has hmac-sha1, here are hmac-sha2"),
-        ("KexAlgorithms diffie-hellman-group14-sha1", "good", "protocol",
-         "the host has diffie-hellman-group14-sha1"),
+        ("KexAlgorithms diffie-hellman-group14-sha1", "good", "protocol", "the host has diffie-hellman-group14-sha1"),
         ("Ciphers aes256-gcm@openssh.com", "good", "", ""),
         ("MACs hmac-sha2-512-etm@openssh.com", "good", "", ""),
         ("KexAlgorithms curve25519-sha256@libssh.org", "good", "", ""),
@@ -1243,6 +1240,113 @@ def test_keyboard_interactive_with_pam(own: Sshd, right: bool) -> None:
         answer = poll(target(own, password=own.password + ("" if right else "x")))
     assert answer.cause == ("" if right else "auth"), answer
     assert ("check username and password" in answer.reason) is not right
+
+
+# --- answers after the poll ---
+class Tardy(Login):
+    """Takes longer for a login than its poll has time, as pam_faildelay and sssd do."""
+
+    may_answer: threading.Event
+    asked: list[str]
+
+    def check_auth_password(self, username: str, password: str) -> int:
+        self.asked.append(password)
+        self.may_answer.wait(30)
+        return super().check_auth_password(username, password)
+
+
+class TardySshd(ParamikoSshd):
+    def __init__(self) -> None:
+        self.may_answer, self.asked = threading.Event(), list[str]()
+        self.login = type("Asked", (Tardy,), {"may_answer": self.may_answer, "asked": self.asked})
+        super().__init__()
+
+    def stop(self) -> None:
+        self.may_answer.set()
+        super().stop()
+
+
+def late_logins() -> int:
+    return sum(thread.name == "late login" for thread in threading.enumerate())
+
+
+@pytest.mark.parametrize("right", [True, False], ids=["right", "wrong"])
+def test_what_a_host_says_of_a_password_after_the_poll(right: bool) -> None:
+    """A refusal counts, or each poll would send the wrong password again, until the account is locked."""
+    with no_leaks(), TardySshd() as server:
+        guard, own = LoginGuard(), target(server, password=server.password + "x" * (not right), timeout=2)
+        connection = connect(own, guard=guard)
+        answer = poll(own, connection)
+        assert (answer.cause, answer.reason) == ("timeout", "no answer within 2 s")
+        answer = poll(own, connection)
+        assert answer.cause == "timeout"
+        assert answer.reason == "not tried: the host has not answered to the login before"
+        server.may_answer.set()
+        wait_for(lambda: not late_logins())
+        assert len(server.asked) == 1
+        assert connection.record.outcomes == {"accepted" if right else "refused": 1}
+        answer = poll(own, connection)
+        assert answer.cause == ("" if right else "auth"), answer
+        assert len(server.asked) == 1 + right
+        connection.close()
+
+
+def test_a_host_that_never_says_what_it_thinks_of_a_password(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may be asked again, and nothing counts."""
+    monkeypatch.setattr(healthchecker, "LATE", 0.5)
+    with no_leaks(), TardySshd() as server:
+        guard = LoginGuard()
+        own = target(server, password=server.password, timeout=2)
+        connection = connect(own, guard=guard)
+        for number in range(1, 4):
+            answer = poll(own, connection)
+            assert (answer.cause, answer.reason) == ("timeout", "no answer within 2 s")
+            wait_for(lambda: not late_logins())
+            assert len(server.asked) == number
+        assert not connection.record.outcomes
+        assert guard.refusals == 0
+
+
+def test_a_host_that_dies_while_its_answer_is_waited_for() -> None:
+    with no_leaks(), TardySshd() as server:
+        guard = LoginGuard()
+        own = target(server, password="wrong", timeout=2)
+        assert poll(own, connect(own, guard=guard)).cause == "timeout"
+        server.kill_sessions()
+        wait_for(lambda: not late_logins())
+        assert guard.refusals == 0
+
+
+def test_others_wait_for_a_late_answer() -> None:
+    """Where nothing is proven: one login at a time, also when nobody polls any more."""
+    with no_leaks(), TardySshd() as server:
+        guard = LoginGuard()
+        first, second = (target(server, name=name, password="wrong", timeout=2) for name in ("first", "second"))
+        assert poll(first, connect(first, guard=guard)).cause == "timeout"
+        answer = poll(second, connect(second, guard=guard))
+        assert "others log in with the same credential" in answer.reason
+        assert len(server.asked) == 1
+
+
+def test_no_thread_for_a_late_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Then it is not heard, and everything ends as it did."""
+    start = threading.Thread.start
+
+    def refuse(thread: threading.Thread) -> None:
+        if thread.name == "late login":
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    with no_leaks(), TardySshd() as server:
+        guard = LoginGuard()
+        own = target(server, password="wrong", timeout=2)
+        connection = connect(own, guard=guard)
+        monkeypatch.setattr(threading.Thread, "start", refuse)
+        answer = poll(own, connection)
+        assert answer.cause == "timeout", answer
+        monkeypatch.undo()
+        server.may_answer.set()
+        assert poll(own, connection).cause == "auth"
 
 
 # --- dialogues ---
