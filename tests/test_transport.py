@@ -1308,7 +1308,7 @@ def test_a_host_that_never_says_what_it_thinks_of_a_password(monkeypatch: pytest
 
 
 def test_a_host_that_dies_while_its_answer_is_waited_for() -> None:
-    with no_leaks(), TardySshd() as server:
+    with no_leaks(), hostile.StalledLogin() as server:
         guard = LoginGuard()
         own = target(server, password="wrong", timeout=2)
         assert poll(own, connect(own, guard=guard)).cause == "timeout"
