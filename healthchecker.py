@@ -7960,7 +7960,7 @@ class GroupTree:
 
     def awaits(self, name: str, pending: Collection[str], now: float) -> bool:
         """Whether those `pending` could make up for a bad resource or group in all that it is in, or further up."""
-        places = self._places(name) if pending else ()
+        places = self.places(name) if pending else ()
         for place in places:
             more = sum(self._is_pending(each, pending) for each in self.members.get(place, ()) if each != name)
             if not (self.groups[place].may_yet(self._span(name), more, now) or self.awaits(place, pending, now)):
@@ -7977,7 +7977,7 @@ class GroupTree:
     def counted(self, group: str) -> dict[str, Span]:
         """Its members that count now."""
         names = self.members[group] if group != SITE else (*self.groups, *self.spans)
-        spans = ((name, self._span(name)) for name in names if group in self._places(name))
+        spans = ((name, self._span(name)) for name in names if group in self.places(name))
         return {name: span for name, span in spans if span}
 
     def blocker(self, name: str, now: float) -> str:
@@ -8045,7 +8045,7 @@ class GroupTree:
         """What an operator says of it; of groups, and of paths that need nothing, nobody does."""
         return self.override if not name or (name.startswith("/") and self.members[name]) else None
 
-    def _places(self, name: str) -> tuple[str, ...]:
+    def places(self, name: str) -> tuple[str, ...]:
         """The groups and routes in which it counts."""
         return () if name in self.aside else self._above.get(name, TOP)
 
@@ -8065,7 +8065,7 @@ class GroupTree:
             self._climb(name, before, span)
 
     def _climb(self, name: str, before: Span | None, after: Span | None) -> None:
-        for above in self._places(name):
+        for above in self.places(name):
             group = self.groups[above]
             was = group.span
             group.exchange(before, after)
@@ -8108,11 +8108,16 @@ class FirstResults:
         self.look_again()
 
     def look_again(self) -> None:
-        """Lets those count for which nothing is waited any more."""
+        """Lets those count for which nothing is waited any more; who is in the same places waits for the same."""
+        known: dict[tuple[tuple[str, ...], str], bool] = {}
         for name, (span, reason) in [*self._early.items()]:
-            if not self._tree.awaits(name, self.pending, self._clock()):
+            key = self._tree.places(name), name if name in self.pending else ""
+            if key not in known:
+                known[key] = self._tree.awaits(name, self.pending, self._clock())
+            if not known[key]:
                 del self._early[name]
                 self._tree.put(name, span, reason)
+                known.clear()
 
 
 class HealthAggregator:
@@ -10182,6 +10187,14 @@ def restore_logins(guard: LoginGuard, target: Target, stored: Status, age: float
     return True
 
 
+def counts_for(target: Target, stored: Status, age: float, waits: float) -> float:
+    """Seconds for which what is stored counts, as its report said; `waits` until the next login."""
+    if age < 0 or stored.settings_digest != target.settings_digest:
+        return 0.0
+    is_refused = stored.strip.endswith(REFUSED_MARK) and 0 < waits <= AUTH_BACKOFF
+    return max(target.settings.ttl - age, waits + target.settings.timeout + 2 if is_refused else 0.0)
+
+
 class ResourceLease:
     """How one resource stands, and until when that counts: what the aggregator is told of it, from any thread."""
 
@@ -10288,7 +10301,7 @@ class Poller(ResourceLease, threading.Thread):
         context.access.watched[target.name] = self._connection
         self._previous: Sample | None = None
         self._due_mono = time.monotonic() + delay
-        self._begun_mono, self._died, self.deaths = lease_clock(), "", 0    # of what; in a row, with those before it
+        self._begun_mono, self.died, self.deaths = lease_clock(), "", 0    # of what; in a row, with those before it
         self._asked: queue.SimpleQueue[concurrent.futures.Future[Report]] = queue.SimpleQueue()     # see poll_now
         self._polled_mono, self._epoch = -math.inf, ""      # when the last poll began, and in which of our lives
 
@@ -10296,7 +10309,7 @@ class Poller(ResourceLease, threading.Thread):
         try:
             self._poll_until_stopped()
         except BaseException as error:  # noqa: BLE001  # the monitor tells of it, once, and starts another
-            self._died = one_line(f"{type(error).__name__} {error}")
+            self.died = one_line(f"{type(error).__name__} {error}")
         finally:
             self._connection.close()
 
@@ -10310,7 +10323,7 @@ class Poller(ResourceLease, threading.Thread):
         """Tells that it died; where that happens again and again, once. Seconds until another one is to poll."""
         self.deaths = 1 if lease_clock() - self._begun_mono > POLLER_LIFE else self.deaths + 1
         if self.deaths == 1:
-            log.error("%s: its poller died (%s); starting another", self.target.name, self._died)
+            log.error("%s: its poller died (%s); starting another", self.target.name, self.died)
         return self.target.settings.interval if self.deaths > 1 else 0.0
 
     def _poll_until_stopped(self) -> None:
@@ -10432,7 +10445,7 @@ class Poller(ResourceLease, threading.Thread):
                 self.outage.take(before if is_fresh else Standing(), verdict, after)
             self.standing = after
             waits = self._guard.wait(settings.name) if verdict.cause == "auth" else 0.0
-            if waits <= AUTH_BACKOFF:       # until the next attempt has an outcome
+            if 0 < waits <= AUTH_BACKOFF:   # until the next attempt has an outcome
                 ttl = max(ttl, waits + settings.timeout + 2)
             ttl -= max(0.0, seconds - settings.timeout)     # this machine may have been suspended after it was read
             self.expires_mono = lease_clock() + ttl + (waits if after.cause == "auth" else 0.0)
@@ -10465,10 +10478,10 @@ class Poller(ResourceLease, threading.Thread):
     def restore(self, stored: Status, age: float) -> None:
         """Goes on from what is stored: it must be of these settings and fresh, a refused login counts during its
         back-off. Where machines share the work, it is told of that with its time."""
-        settings, left = self.target.settings, 0.0
-        if age >= 0 and stored.settings_digest == self.target.settings_digest:
-            left = settings.ttl - age
-        if (is_same := restore_logins(self._guard, self.target, stored, age)) and stored.cause == "auth":
+        settings = self.target.settings
+        is_same, waits = restore_logins(self._guard, self.target, stored, age), self._guard.wait(settings.name)
+        left = counts_for(self.target, stored, age, waits)
+        if is_same and stored.cause == "auth":
             left = settings.ttl
         if is_same and stored.strip.endswith(LOGGED_IN_MARKS) and not self._context.members.is_shared:
             self._guard.ask(settings.name)      # what was open vouches for the credential no longer
@@ -10499,7 +10512,10 @@ def start_new(pollers: Iterable[Poller]) -> None:
     """Starts those that are not started yet."""
     for poller in pollers:
         if poller.ident is None:
-            poller.start()
+            try:
+                poller.start()
+            except RuntimeError as error:   # no more threads: the others are watched all the same
+                poller.died = one_line(str(error))
 
 
 def counts_on(before: Target, target: Target) -> bool:
@@ -10507,6 +10523,12 @@ def counts_on(before: Target, target: Target) -> bool:
     if not (before.settings.is_asked or target.settings.is_asked):
         return before.credential_digest == target.credential_digest
     return before.settings_digest == target.settings_digest
+
+
+def is_same_place(before: ResourceSettings, settings: ResourceSettings) -> bool:
+    """Whether the same machine answers to the same account, which may have another name here."""
+    return all(getattr(before, name) == getattr(settings, name) for name in (
+        "platform", "hostname", "connect_port", "url", "hops", "username", "key_file", "secrets"))
 
 
 def follows(poller: Poller, target: Target) -> bool:
@@ -10797,7 +10819,8 @@ class Monitor(threading.Thread):
             poller = Poller(target, self._context, self.guards.of(target), delay)
             if stored:
                 poller.restore(stored, lease_clock() + self._zero_at - stored.polled_at)
-            if before and before.target.name != target.name and poller.standing.state == "unknown":     # renamed
+            if (before and before.target.name != target.name and poller.standing.state == "unknown"     # renamed
+                    and (not before.standing.healthy or is_same_place(before.target.settings, target.settings))):
                 poller.go_on_from(before)
         if before:
             poller.lease_mono, poller.deaths, poller.rests = before.expires_mono, before.deaths, before.rests

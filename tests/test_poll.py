@@ -440,6 +440,52 @@ def test_hanging_first_poll_after_a_restart(house: House, machines: Machines) ->
         wait_for(lambda: house.stored("db1") == ("unhealthy", "stale"))
 
 
+@pytest.mark.parametrize("was", ["", ", was: old"], ids=["same name", "renamed"])
+def test_another_machine_has_to_show_that_it_is_well(house: House, machines: Machines, was: str) -> None:
+    """Its first refusal is not confirmed for minutes, and what was known is of the machine before it."""
+    name = "new" if was else "old"
+    house.write("name: old")
+    machines.behaviours["old"] = machines.login("old")
+    with house.watching():
+        wait_for(house.aggregator.is_healthy)
+        machines.behaviours[name] = machines.login(name, refused)
+        house.write(
+            f"name: {name}{was}, hostname: 192.0.2.99, username: u, password: w, platform: freebsd, interval: 600"
+        )
+        wait_for(lambda: name in house.monitor.pollers and house.poller(name).target.settings.hostname == "192.0.2.99")
+        wait_for(lambda: house.state(name) == ("unhealthy", "auth"))
+        assert not house.aggregator.is_healthy()
+
+
+def test_no_thread_for_one_poller(
+    house: House, machines: Machines, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The others are watched all the same, changes are followed, and it begins once there is room."""
+    start, limited = Poller.start, [True]
+
+    def start_if(poller: Poller) -> None:
+        if limited[0] and poller.target.name == "extra":
+            raise RuntimeError("can't start new thread")
+        start(poller)
+
+    monkeypatch.setattr(Poller, "start", start_if)
+    house.write("name: db1, interval: 1")
+    with house.watching():
+        wait_for(house.aggregator.is_healthy)
+        house.write("name: db1, interval: 1", "name: extra, critical: false, interval: 1")
+        wait_for(lambda: "extra: its poller died (can't start new thread)" in caplog.text)
+        before = house.aggregator.beats["monitor"]
+        wait_for(lambda: house.aggregator.beats["monitor"] > before)
+        limited[0] = False
+        wait_for(lambda: house.state("extra") == ("healthy", ""))
+        limited[0] = True
+        house.write("name: db1, interval: 1", "name: extra, critical: false, interval: 2")
+        wait_for(lambda: house.poller("extra").target.settings.interval == 2)
+        house.write("name: db1, interval: 1")
+        wait_for(lambda: "extra" not in house.monitor.pollers)
+        assert house.aggregator.is_healthy()
+
+
 def test_what_no_one_foresaw(house: House, machines: Machines, caplog: pytest.LogCaptureFixture) -> None:
     """An error of a library's own ends no poller."""
 
@@ -815,6 +861,29 @@ def test_wrong_password_stops_all_and_survives_a_restart(house: House, machines:
         machines.behaviours |= {name: machines.login(name) for name in NAMES}
         wait_for(lambda: set(NAMES) <= set(machines.logins))
         wait_for(house.aggregator.is_healthy)
+
+
+def test_a_restart_between_a_refusal_and_its_second_attempt(house: House, machines: Machines) -> None:
+    """What was known lasts until the attempt has an outcome, as it does without a restart."""
+    house.write("name: a, interval: 1, timeout: 3")
+    machines.behaviours["a"] = machines.login("a")
+    with house.watching():
+        wait_for(house.aggregator.is_healthy)
+        machines.behaviours["a"] = machines.login("a", refused)
+        wait_for(lambda: house.poller("a").standing.bad == 1)
+        assert 58 < lease_left(house) <= 65
+        wait_for(lambda: house.monitor._context.recorder.flush())
+    with house.watching():
+        assert house.aggregator.is_healthy()
+        assert 50 < lease_left(house) <= 65
+        assert house.poller("a").expires_mono - healthchecker.lease_clock() > 50
+    house.age(50)
+    with house.watching():
+        assert house.aggregator.is_healthy()
+        assert 0 < lease_left(house) < 20
+    house.age(300)
+    with house.watching():
+        assert not house.aggregator.is_healthy()
 
 
 @pytest.mark.long

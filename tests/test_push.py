@@ -177,6 +177,13 @@ def test_a_report_counts_on_after_a_restart(tmp_path: Path) -> None:
         assert shown(local)[0] == "unknown"
 
 
+def test_a_report_counts_for_the_interval(tmp_path: Path) -> None:
+    """However short it is; two seconds more are for the way."""
+    with local_console(tmp_path, INVENTORY.replace("interval: 3600", "interval: 1", 1)) as local:
+        assert push(local, healthy=True).status == 204
+        assert local.context.monitor.pollers["backup"].expires_mono - healthchecker.lease_clock() <= 3
+
+
 SHORT = "  - {name: backup, platform: push, password_env: PUSHED, interval: 1}"
 
 
